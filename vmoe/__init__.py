@@ -1,0 +1,18 @@
+"""Vision Mixture-of-Experts for PyTorch: sparse experts in any timm transformer (Riquelme et al. 2021)."""
+
+from vmoe.analysis.recording import record_routing
+from vmoe.models import create_model, sparsify
+from vmoe.moe import MoeConfig, MoeMlp, auxiliary_loss, moe_layers, set_auxiliary_scale
+from vmoe.version import __version__
+
+__all__ = [
+    "MoeConfig",
+    "MoeMlp",
+    "__version__",
+    "auxiliary_loss",
+    "create_model",
+    "moe_layers",
+    "record_routing",
+    "set_auxiliary_scale",
+    "sparsify",
+]

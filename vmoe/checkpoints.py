@@ -1,0 +1,177 @@
+"""What a run's folder and a checkpoint are: the one place that opens, checks and rebuilds them for every tool.
+
+A checkpoint is the file Lightning writes, with one entry of ours, `vmoe`, of plain types: the format's version, the run's
+whole config, the class names, image size, mean and std, and what an exact resumption needs.
+"""
+
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+import vmoe
+from vmoe.errors import UserError
+from vmoe.moe import MoeConfig
+
+FORMAT_VERSION = 1
+ENTRY = "vmoe"
+_MODEL_PREFIX = "model."
+# Arguments of timm that would fetch or open other files: a checkpoint brings its own weights.
+_FETCHING_ARGUMENTS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The files of a run, by what they are."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def last(self) -> Path:
+        return self.path / "checkpoints" / "last.ckpt"
+
+    @property
+    def best(self) -> Path:
+        return self.path / "checkpoints" / "best.ckpt"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.csv"
+
+    @property
+    def summary(self) -> Path:
+        return self.path / "summary.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A trained model and what is needed to use it.
+
+    Args:
+        model: The model with its trained weights, in evaluation mode.
+        config: The run's whole config as plain types: seed, output_dir, data, model, moe, optim, trainer.
+        class_names: Name of each class, in the order of the logits.
+        image_size: Side of the square images it was trained on, in pixels.
+        mean: Mean of each channel that images are normalised with, for pixels in [0, 1].
+        std: Standard deviation, likewise.
+        epoch: Number of finished epochs.
+        step: Number of updates.
+        path: The file it was read from.
+    """
+
+    model: nn.Module
+    config: dict[str, Any]
+    class_names: list[str]
+    image_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    epoch: int
+    step: int
+    path: Path
+
+
+def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
+    """Rebuilds the model of a checkpoint; nothing a file says is run, only models that timm or this package names.
+
+    Args:
+        path: A .ckpt file, or a run's folder: then its best checkpoint, or its last while there is no best.
+        device: Where the model goes.
+
+    Raises:
+        UserError: the file is missing, truncated, foreign, damaged, or of a newer version.
+    """
+    path = find_checkpoint(path)
+    content = read_checkpoint(path)
+    ours = content[ENTRY]
+    try:
+        config = ours["config"]
+        model = _rebuild(config, len(ours["class_names"]), ours["image_size"])
+        weights = {key.removeprefix(_MODEL_PREFIX): value for key, value in content["state_dict"].items()}
+        model.load_state_dict(weights)
+        return Checkpoint(
+            model=model.to(device).eval(),
+            config=config,
+            class_names=[str(name) for name in ours["class_names"]],
+            image_size=int(ours["image_size"]),
+            mean=tuple(ours["mean"]),
+            std=tuple(ours["std"]),
+            epoch=int(ours["epochs_done"]),
+            step=int(content["global_step"]),
+            path=path,
+        )
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: its weights and its config do not make a model ({reason}); train it again") from error
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The checkpoint file that `path` stands for: itself, or the best, else the last, of a run's folder.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; give a .ckpt file or a run's folder")
+        return path
+    folder = RunFolder(path)
+    for candidate in (folder.best, folder.last):
+        if candidate.is_file():
+            return candidate
+    raise UserError(f"{path}: holds no checkpoints/best.ckpt or checkpoints/last.ckpt; give a run's folder")
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """The content of a checkpoint file, on the CPU, checked to be ours and of a version that is understood.
+
+    Raises:
+        UserError: the file is missing, truncated, foreign, damaged, or of a newer version.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give a .ckpt file or a run's folder")
+    if not zipfile.is_zipfile(path):
+        raise UserError(f"{path}: not a checkpoint, or cut off while it was copied; copy it again")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file makes the unpickler fail in any way it can
+        raise UserError(f"{path}: cannot be read as a checkpoint of tensors and plain types; is it damaged or foreign?") from error
+    ours = content.get(ENTRY) if isinstance(content, dict) else None
+    if not isinstance(ours, dict) or not isinstance(ours.get("version"), int):
+        raise UserError(f"{path}: not a checkpoint of this package; `vmoe train` writes them")
+    if ours["version"] > FORMAT_VERSION:
+        raise UserError(
+            f"{path}: written by a newer vmoe (format {ours['version']}, this one reads up to {FORMAT_VERSION}); update vmoe"
+        )
+    return content
+
+
+def build_model(name: str, kwargs: dict[str, Any], moe: MoeConfig | None, num_classes: int, image_size: int) -> nn.Module:
+    """The model of a recipe for a data set: what training starts from and a checkpoint's weights are loaded into.
+
+    Raises:
+        UserError: timm has no such model, it does not take these arguments, or `moe` does not fit it.
+    """
+    try:
+        return vmoe.create_model(name, moe, num_classes=num_classes, img_size=image_size, **kwargs)
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"model.name={name}: cannot be built with model.kwargs={kwargs} and this moe: {reason}") from error
+
+
+def _rebuild(config: dict[str, Any], num_classes: int, image_size: int) -> nn.Module:
+    name = config["model"]["name"]
+    if not timm.is_model(name):  # names such as hf-hub:... would fetch a model
+        raise ValueError(f"unknown model {name!r}")
+    kwargs = {key: value for key, value in config["model"]["kwargs"].items() if key not in _FETCHING_ARGUMENTS}
+    moe = None if config["moe"] is None else MoeConfig(**config["moe"])
+    return build_model(name, kwargs, moe, num_classes, image_size)

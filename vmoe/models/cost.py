@@ -1,0 +1,60 @@
+"""What a model costs: parameters, in all and active for one token, and floating-point operations an image."""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
+
+from vmoe.moe import moe_layers
+
+
+class Parameters(NamedTuple):
+    """Numbers of parameters: all, and those that one token meets on its way (K of E experts)."""
+
+    total: int
+    active: int
+
+
+def count_parameters(model: nn.Module) -> Parameters:
+    """Counts the parameters of a dense or sparse model."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    idle = 0
+    for _, layer in moe_layers(model):
+        of_experts = sum(parameter.numel() for parameter in layer.experts.parameters())
+        idle += of_experts * (layer.num_experts - layer.config.top_k) // layer.num_experts
+    return Parameters(total, total - idle)
+
+
+def flops_per_image(model: nn.Module, image_size: int | tuple[int, int], in_chans: int = 3) -> int:
+    """Floating-point operations of one image's forward pass; a multiply-add counts 2, padding nothing.
+
+    Matrix products and convolutions are counted, as is usual. Nothing is computed: the pass runs on the meta device.
+
+    Args:
+        model: Any image model; it is left as it is.
+        image_size: Pixels, one side of a square or (rows, columns).
+        in_chans: Channels.
+    """
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    on_meta = {name: tensor.detach().to("meta") for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+    dtype = next((parameter.dtype for parameter in model.parameters()), torch.float32)
+    was_training = model.training
+    kept = [(layer, layer.config, layer.statistics, layer._auxiliary_loss) for _, layer in moe_layers(model)]
+    counter = FlopCounterMode(display=False)
+    try:
+        model.eval()
+        with counter, torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            functional_call(model, on_meta, torch.zeros(1, in_chans, *size, dtype=dtype, device="meta"))
+    finally:
+        model.train(was_training)
+        for layer, _, statistics, loss in kept:
+            layer.statistics, layer._auxiliary_loss = statistics, loss
+    return counter.get_total_flops()
+
+
+@register_flop_formula(torch.ops.vmoe.segment_linear)
+def _segment_linear_flops(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
+    """Every row meets one expert."""
+    return 2 * x_shape[0] * weight_shape[1] * weight_shape[2]

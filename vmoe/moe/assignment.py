@@ -1,0 +1,94 @@
+"""Assignment: which of the tokens that chose an expert it has room for.
+
+T tokens in G groups of S tokens; E experts; K choices a token; C capacity, the places an expert has for a group.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from vmoe.moe.groups import Groups
+from vmoe.moe.routers import Routing
+
+
+def expert_capacity(choices: int, num_experts: int, factor: float, rounding: str = "ceil", multiple_of: int = 1) -> int:
+    """C, the places an expert has for a group in which `choices` = S * K choices are made (section 2.3).
+
+    Args:
+        choices: Tokens of the group times K.
+        num_experts: E.
+        factor: The capacity factor: 1 gives just enough places for a perfectly fair load.
+        rounding: "ceil", or "round" (half to even).
+        multiple_of: The result is raised to a multiple of this.
+
+    Raises:
+        ValueError: The experts would have no place at all.
+    """
+    exact = choices * factor / num_experts
+    capacity = math.ceil(exact) if rounding == "ceil" else round(exact)
+    if capacity < 1:
+        raise ValueError(
+            f"capacity_factor={factor}: {choices} choices among {num_experts} experts leave {exact:.3g} places each; "
+            "raise the capacity factor or use fewer experts"
+        )
+    return capacity + -capacity % multiple_of
+
+
+def assign(routing: Routing, capacity: int, last_capacity: int, batch_priority: bool = False) -> Routing:
+    """Hands out each expert's places, group by group: every token's first choice, then every second choice, ...
+
+    Within a choice the tokens come in their order in the group or, with Batch Prioritized Routing (section 4.1), by falling
+    top-1 gate. A choice that finds its expert full is dropped; nothing is routed anew.
+
+    Args:
+        routing: The router's decision.
+        capacity: C of a full group.
+        last_capacity: C of the last group, which may be incomplete.
+        batch_priority: Order tokens by their gate.
+
+    Returns:
+        The routing with `kept_GSK`, `slots_GSK` and `capacity` filled in.
+    """
+    chosen_GSK, valid_GS = routing.chosen_GSK, routing.valid_GS
+    num_groups, size, top_k = chosen_GSK.shape
+    num_experts = routing.gates_GSE.shape[-1]
+    if valid_GS is not None:  # no expert: padding takes no place
+        chosen_GSK = torch.where(valid_GS[..., None], chosen_GSK, num_experts)
+    order_GS1 = priority_order(routing)[..., None] if batch_priority else None
+    if order_GS1 is not None:
+        chosen_GSK = chosen_GSK.gather(1, order_GS1.expand(-1, -1, top_k))
+
+    flow_GN = chosen_GSK.transpose(1, 2).reshape(num_groups, top_k * size)  # choice-major
+    slots_GSK = rank_among_equals(flow_GN).view(num_groups, top_k, size).transpose(1, 2)
+    if order_GS1 is not None:
+        slots_GSK = torch.empty_like(slots_GSK).scatter(1, order_GS1.expand(-1, -1, top_k), slots_GSK)
+
+    kept_GSK = slots_GSK < _capacities(routing.groups, capacity, last_capacity, slots_GSK.device)
+    if valid_GS is not None:
+        kept_GSK = kept_GSK & valid_GS[..., None]
+    return routing._replace(kept_GSK=kept_GSK, slots_GSK=slots_GSK, capacity=capacity)
+
+
+def priority_order(routing: Routing) -> Tensor:
+    """Tokens of each group (G, S) by falling top-1 gate, equals in their old order, padding last."""
+    best_GS = routing.gates_GSE.detach().amax(-1)
+    if routing.valid_GS is not None:
+        best_GS = best_GS.masked_fill(~routing.valid_GS, -1.0)
+    return best_GS.argsort(dim=1, descending=True, stable=True)
+
+
+def rank_among_equals(values_GN: Tensor) -> Tensor:
+    """For each entry, how many equal ones stand before it in its row. Linear memory, no host synchronisation."""
+    ordered_GN, order_GN = values_GN.sort(dim=1, stable=True)
+    first_GN = torch.searchsorted(ordered_GN, ordered_GN)
+    rank_GN = torch.arange(values_GN.shape[1], device=values_GN.device) - first_GN
+    return torch.empty_like(rank_GN).scatter(1, order_GN, rank_GN)
+
+
+def _capacities(groups: Groups, capacity: int, last_capacity: int, device: torch.device) -> Tensor | int:
+    if last_capacity == capacity:
+        return capacity
+    capacities = torch.full((groups.count, 1, 1), capacity, device=device)
+    capacities[-1] = last_capacity
+    return capacities

@@ -1,0 +1,131 @@
+"""Every knob of an MoE layer, under its name in the paper (Riquelme et al. 2021, https://arxiv.org/abs/2106.05974)."""
+
+import re
+from dataclasses import dataclass, fields
+from typing import Literal
+
+_PATTERN = re.compile(r"(every|last)-([1-9][0-9]*)")
+
+
+@dataclass(frozen=True)
+class MoeConfig:
+    """What an MoE layer computes and which layers of a model are MoE layers. Valid once constructed.
+
+    Args:
+        layers: Which MLPs become MoE layers, counted 0-based in forward order: "every-n" takes n-1, 2n-1, ... ("every-2" is
+            the paper's blocks 1, 3, 5, ...), "last-n" the last n of those of "every-2", a list takes exactly these, an
+            empty list none (a dense model).
+        num_experts: E, the number of experts of a layer.
+        top_k: K, how many experts a token is sent to.
+        router: How tokens and experts are matched: "token_choice" is the paper's (section 2.2).
+        capacity_factor: C in the paper: an expert takes at most capacity_factor * K * tokens / E tokens of a routing group
+            in training (section 2.3); null drops nothing.
+        eval_capacity_factor: The same at evaluation; null drops nothing, so that a prediction does not depend on the rest
+            of the batch.
+        capacity_rounding: How a fractional capacity becomes whole: "ceil" or "round" (half to even).
+        capacity_multiple_of: A capacity is then raised to a multiple of this.
+        batch_priority: Full experts drop the tokens with the smallest gates (Batch Prioritized Routing, section 4.1)
+            rather than the last ones.
+        group: Tokens compete for capacity within a group: "image", "batch", or a number of consecutive images.
+        noise_std: The router's logits get normal noise of standard deviation noise_std / E in training (section 2.2).
+        renormalize: Whether a token's K combine weights are scaled to sum to 1. The paper's are not.
+        expert_dropout: Dropout rate inside the experts' hidden layer; where above 0 it replaces the MLP's own.
+        experts_start: Whether the experts of a layer start from "different" weights or from "equal" ones.
+        shared_experts: Number of experts that take every token, beside the routed ones (DeepSeekMoE,
+            https://arxiv.org/abs/2401.06066).
+        importance_loss_weight: Weight of the importance loss (appendix A.2).
+        load_loss_weight: Weight of the load loss (appendix A.2). It is defined by the router's noise: without noise, so
+            also at evaluation, it is absent.
+        gshard_loss_weight: Weight of GShard's balance loss (https://arxiv.org/abs/2006.16668, algorithm 1).
+        z_loss_weight: Weight of the router z-loss (ST-MoE, https://arxiv.org/abs/2202.08906, equation 5).
+        inject_auxiliary_loss: The layer adds the gradient of its auxiliary loss to the backward pass by itself, so that a
+            training loop that knows nothing of MoE trains it well. Such a loop must not add the loss again.
+
+    Raises:
+        ValueError: A field's value is not allowed; the message names the field, its value and what is allowed.
+    """
+
+    layers: str | list[int] = "every-2"
+    num_experts: int = 8
+    top_k: int = 2
+    router: Literal["token_choice"] = "token_choice"
+    capacity_factor: float | None = 1.05
+    eval_capacity_factor: float | None = None
+    capacity_rounding: Literal["ceil", "round"] = "ceil"
+    capacity_multiple_of: int = 4
+    batch_priority: bool = False
+    group: Literal["image", "batch"] | int = 8
+    noise_std: float = 1.0
+    renormalize: bool = False
+    expert_dropout: float = 0.0
+    experts_start: Literal["different", "equal"] = "different"
+    shared_experts: int = 0
+    importance_loss_weight: float = 0.005
+    load_loss_weight: float = 0.005
+    gshard_loss_weight: float = 0.0
+    z_loss_weight: float = 0.0
+    inject_auxiliary_loss: bool = False
+
+    def __post_init__(self) -> None:
+        _check_layers(self.layers)
+        self._need_choice("router", ("token_choice",))
+        self._need_choice("capacity_rounding", ("ceil", "round"))
+        self._need_choice("experts_start", ("different", "equal"))
+        for name in ("num_experts", "top_k", "capacity_multiple_of"):
+            self._need(name, _is_int(self, name) and getattr(self, name) >= 1, "a whole number >= 1")
+        self._need("shared_experts", _is_int(self, "shared_experts") and self.shared_experts >= 0, "a whole number >= 0")
+        self._need("top_k", self.top_k <= self.num_experts, f"at most num_experts={self.num_experts}")
+        for name in ("capacity_factor", "eval_capacity_factor"):
+            value = getattr(self, name)
+            self._need(name, value is None or _is_number(value) and value > 0, "> 0, or null to drop nothing")
+        for field in fields(self):
+            if field.name == "noise_std" or field.name.endswith("_loss_weight"):
+                self._need(field.name, _is_number(getattr(self, field.name)) and getattr(self, field.name) >= 0, ">= 0")
+            elif field.type is bool:
+                self._need(field.name, isinstance(getattr(self, field.name), bool), "true or false")
+        self._need("expert_dropout", _is_number(self.expert_dropout) and 0 <= self.expert_dropout < 1, "in [0, 1)")
+        group_is_count = _is_int(self, "group") and self.group >= 1
+        self._need("group", self.group in ("image", "batch") or group_is_count, '"image", "batch" or a number of images')
+
+    def _need(self, name: str, holds: bool, allowed: str) -> None:
+        if not holds:
+            raise ValueError(f"{name}={getattr(self, name)!r}: must be {allowed}")
+
+    def _need_choice(self, name: str, allowed: tuple[str, ...]) -> None:
+        self._need(name, getattr(self, name) in allowed, " or ".join(f'"{choice}"' for choice in allowed))
+
+    def select_layers(self, count: int) -> list[int]:
+        """Which of `count` MLPs, in forward order, become MoE layers.
+
+        Returns:
+            Sorted 0-based indices.
+
+        Raises:
+            ValueError: `layers` names an MLP that the model does not have, or more than it has.
+        """
+        if isinstance(self.layers, list):
+            if self.layers and max(self.layers) >= count:
+                raise ValueError(f"layers={self.layers}: the model has {count} MLPs, so indices go from 0 to {count - 1}")
+            return sorted(self.layers)
+        kind, n = _PATTERN.fullmatch(self.layers).groups()
+        chosen = list(range(int(n) - 1, count, int(n))) if kind == "every" else list(range(1, count, 2))[-int(n) :]
+        if not chosen or (kind == "last" and len(chosen) < int(n)):
+            raise ValueError(f"layers={self.layers!r}: the model has only {count} MLPs; use a smaller n, or [] for none")
+        return chosen
+
+
+def _check_layers(layers: str | list[int]) -> None:
+    is_pattern = isinstance(layers, str) and _PATTERN.fullmatch(layers) is not None
+    is_indices = isinstance(layers, list) and all(type(index) is int and index >= 0 for index in layers)
+    if not (is_pattern or is_indices):
+        raise ValueError(f'layers={layers!r}: must be "every-n", "last-n" or a list of indices >= 0')
+    if is_indices and len(set(layers)) < len(layers):
+        raise ValueError(f"layers={layers!r}: names an index twice")
+
+
+def _is_int(config: MoeConfig, name: str) -> bool:
+    return type(getattr(config, name)) is int
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and value == value and abs(value) != float("inf")

@@ -1,0 +1,55 @@
+"""Routing groups: which tokens compete with one another for an expert's capacity.
+
+B images, N tokens an image, T = B*N tokens; G groups of S tokens. Consecutive images form a group, as in the original code.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Groups(NamedTuple):
+    """How T tokens are split into G groups of S tokens; only the last group may be smaller."""
+
+    count: int
+    size: int
+    last: int
+
+    @classmethod
+    def of(cls, images: int, tokens: int, group: str | int) -> "Groups":
+        """Splits `images` x `tokens` tokens by `MoeConfig.group`: "image", "batch" or a number of images."""
+        per_group = {"image": 1, "batch": max(images, 1)}.get(group, group)
+        if images <= per_group:
+            return cls(1, images * tokens, images * tokens)
+        count, rest = divmod(images, per_group)
+        if rest == 0:
+            return cls(count, per_group * tokens, per_group * tokens)
+        return cls(count + 1, per_group * tokens, rest * tokens)
+
+    @property
+    def is_even(self) -> bool:
+        """Whether the last group is as large as the others."""
+        return self.last == self.size
+
+    def split(self, values: Tensor) -> Tensor:
+        """(T, ...) -> (G, S, ...); an incomplete last group is filled with zeros."""
+        missing = self.size - self.last
+        if missing:
+            values = F.pad(values, [0, 0] * (values.dim() - 1) + [0, missing])
+        return values.reshape(self.count, self.size, *values.shape[1:])
+
+    def merge(self, values: Tensor) -> Tensor:
+        """(G, S, ...) -> (T, ...), the inverse of `split`."""
+        flat = values.reshape(self.count * self.size, *values.shape[2:])
+        return flat[: self.count * self.size - self.size + self.last]
+
+    def valid(self, token_mask: Tensor | None, device: torch.device) -> Tensor | None:
+        """Which tokens are real: (G, S) bool, or None when all are. `token_mask` is (T,) bool, False for padding."""
+        if token_mask is None and self.is_even:
+            return None
+        if token_mask is None:
+            tokens = (self.count - 1) * self.size + self.last
+            token_mask = torch.ones(tokens, dtype=torch.bool, device=device)
+        return self.split(token_mask)

@@ -1,0 +1,77 @@
+"""Moving tokens into the rows that experts compute, and back.
+
+T tokens of width D; K choices a token, choice t*K + k being the k-th of token t; R rows of a buffer in which each expert's
+tokens stand together. Both directions gather: neither a forward nor a backward pass adds atomically, so that results are
+repeatable bit for bit.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Layout(NamedTuple):
+    """Where each choice stands in the buffer.
+
+    Attributes:
+        row_TK: The row of each choice; R where it has none (dropped).
+        choice_R: The choice in each row; T*K where there is none.
+        ends_E: Where each expert's rows end, int32, for backends with rows of varying number; None for equal shares.
+    """
+
+    row_TK: Tensor
+    choice_R: Tensor
+    ends_E: Tensor | None = None
+
+
+def dispatch(x_TD: Tensor, layout: Layout) -> Tensor:
+    """The buffer (R, D) with each choice's token in its row. A row without a choice holds something finite."""
+    return _Dispatch.apply(x_TD, layout.row_TK, layout.choice_R)
+
+
+def combine(y_RD: Tensor, weights_TK: Tensor, layout: Layout) -> Tensor:
+    """(T, D): the sum of each token's rows times their weights; a dropped choice adds nothing."""
+    return _Combine.apply(y_RD, weights_TK.to(y_RD.dtype), layout.row_TK, layout.choice_R)
+
+
+class _Dispatch(torch.autograd.Function):
+    @staticmethod
+    def forward(x_TD: Tensor, row_TK: Tensor, choice_R: Tensor) -> Tensor:
+        return x_TD.index_select(0, choice_R.clamp(max=row_TK.numel() - 1) // row_TK.shape[1])
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        _, row_TK, _ = inputs
+        ctx.save_for_backward(row_TK)
+
+    @staticmethod
+    def backward(ctx, grad_RD: Tensor):
+        (row_TK,) = ctx.saved_tensors
+        return _rows_of_choices(grad_RD, row_TK).sum(1), None, None
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(y_RD: Tensor, weights_TK: Tensor, row_TK: Tensor, choice_R: Tensor) -> Tensor:
+        return (_rows_of_choices(y_RD, row_TK) * weights_TK[..., None]).sum(1)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad_TD: Tensor):
+        y_RD, weights_TK, row_TK, choice_R = ctx.saved_tensors
+        choice_or_last_R = choice_R.clamp(max=row_TK.numel() - 1)
+        weight_R = weights_TK.reshape(-1).index_select(0, choice_or_last_R) * (choice_R < row_TK.numel())
+        grad_RD = grad_TD.index_select(0, choice_or_last_R // row_TK.shape[1]) * weight_R[:, None]
+        grad_weights_TK = (_rows_of_choices(y_RD, row_TK) * grad_TD[:, None]).sum(-1)
+        return grad_RD, grad_weights_TK, None, None
+
+
+def _rows_of_choices(values_RD: Tensor, row_TK: Tensor) -> Tensor:
+    """(T, K, D): the row of each choice, zeros where it has none."""
+    num_rows, width = values_RD.shape
+    gathered = values_RD.index_select(0, row_TK.reshape(-1).clamp(max=num_rows - 1)).view(*row_TK.shape, width)
+    return gathered.masked_fill((row_TK >= num_rows)[..., None], 0)

@@ -1,0 +1,138 @@
+"""Backend `segments`: choices sorted by expert, each expert multiplying its own stretch of rows.
+
+Computes exactly the routed work, with or without drops. The stretches' lengths depend on the data, so the product hides in
+a custom operator whose output's shape does not: torch.compile sees no graph break. On the CPU it is a loop over experts; on
+CUDA a grouped matrix product where the type allows it, else the loop, which reads the lengths (one synchronisation).
+"""
+
+import torch
+from torch import Tensor
+
+from vmoe.moe.groups import Groups
+from vmoe.moe.kernels.rows import Layout
+
+
+def layout(
+    chosen_TK: Tensor,
+    kept_TK: Tensor | None,
+    slots_TK: Tensor | None,
+    groups: Groups,
+    capacity: int | None,
+    num_experts: int,
+) -> Layout:
+    """Rows sorted by expert, in the order of the tokens; dropped choices stand behind the last expert's."""
+    expert_TK = chosen_TK if kept_TK is None else torch.where(kept_TK, chosen_TK, num_experts)
+    ordered_R, choice_R = expert_TK.reshape(-1).sort(stable=True)
+    experts_E = torch.arange(num_experts, device=chosen_TK.device)
+    ends_E = torch.searchsorted(ordered_R, experts_E, right=True, out_int32=True)
+    rows_R = torch.arange(choice_R.shape[0], device=chosen_TK.device)
+    row_TK = torch.empty_like(choice_R).scatter(0, choice_R, rows_R).view_as(chosen_TK)
+    return Layout(row_TK, choice_R, ends_E)
+
+
+def linear(x_RD: Tensor, weight_EOD: Tensor, bias_EO: Tensor | None, layout: Layout) -> Tensor:
+    """Each expert's rows times its weights; zeros behind the last expert's rows."""
+    return segment_linear(x_RD, weight_EOD, bias_EO, layout.ends_E)
+
+
+@torch.library.custom_op("vmoe::segment_linear", mutates_args=())
+def segment_linear(x_RD: Tensor, weight_EOD: Tensor, bias_EO: Tensor | None, ends_E: Tensor) -> Tensor:
+    """y[r] = weight[e] @ x[r] + bias[e] for the rows r of expert e; zeros for the rows of none.
+
+    Args:
+        x_RD: Rows sorted by expert, (R, D).
+        weight_EOD: (E, O, D).
+        bias_EO: (E, O) or None.
+        ends_E: Where each expert's rows end, (E,) int32, rising.
+
+    Returns:
+        (R, O).
+    """
+    if _has_grouped_product(x_RD, weight_EOD):
+        y_RO = torch.nn.functional.grouped_mm(x_RD, weight_EOD.transpose(1, 2), offs=ends_E)
+        if bias_EO is not None:
+            y_RO += bias_EO[_expert_of_row(ends_E, x_RD.shape[0])]
+        return y_RO.masked_fill_(_no_expert_R1(ends_E, x_RD.shape[0]), 0)
+    y_RO = x_RD.new_empty(x_RD.shape[0], weight_EOD.shape[1])
+    start = 0
+    for expert, end in enumerate(ends_E.tolist()):
+        if end > start:
+            weight_DO = weight_EOD[expert].t()
+            if bias_EO is None:
+                torch.mm(x_RD[start:end], weight_DO, out=y_RO[start:end])
+            else:
+                torch.addmm(bias_EO[expert], x_RD[start:end], weight_DO, out=y_RO[start:end])
+        start = end
+    y_RO[start:] = 0
+    return y_RO
+
+
+@segment_linear.register_fake
+def _(x_RD, weight_EOD, bias_EO, ends_E):
+    return x_RD.new_empty(x_RD.shape[0], weight_EOD.shape[1])
+
+
+@torch.library.custom_op("vmoe::segment_linear_backward", mutates_args=())
+def segment_linear_backward(
+    grad_RO: Tensor, x_RD: Tensor, weight_EOD: Tensor, ends_E: Tensor, has_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias; zeros for an idle expert. Without a bias the last is empty."""
+    num_experts, out_width, _ = weight_EOD.shape
+    grad_bias_EO = grad_RO.new_zeros((num_experts, out_width) if has_bias else (0,))
+    if _has_grouped_product(x_RD, weight_EOD):
+        none_R1 = _no_expert_R1(ends_E, x_RD.shape[0])
+        grad_RO = grad_RO.contiguous()
+        grad_RD = torch.nn.functional.grouped_mm(grad_RO, weight_EOD, offs=ends_E).masked_fill_(none_R1, 0)
+        grad_weight_EOD = torch.nn.functional.grouped_mm(grad_RO.t(), x_RD, offs=ends_E)
+        if has_bias:
+            rows_ER = _expert_of_row(ends_E, x_RD.shape[0]) == torch.arange(num_experts, device=x_RD.device)[:, None]
+            grad_bias_EO = (rows_ER & ~none_R1.t()).to(grad_RO.dtype) @ grad_RO
+        return grad_RD, grad_weight_EOD, grad_bias_EO
+    grad_RD, grad_weight_EOD = torch.empty_like(x_RD), torch.zeros_like(weight_EOD)
+    start = 0
+    for expert, end in enumerate(ends_E.tolist()):
+        if end > start:
+            grad = grad_RO[start:end]
+            torch.mm(grad, weight_EOD[expert], out=grad_RD[start:end])
+            torch.mm(grad.t(), x_RD[start:end], out=grad_weight_EOD[expert])
+            if has_bias:
+                torch.sum(grad, 0, out=grad_bias_EO[expert])
+        start = end
+    grad_RD[start:] = 0
+    return grad_RD, grad_weight_EOD, grad_bias_EO
+
+
+@segment_linear_backward.register_fake
+def _(grad_RO, x_RD, weight_EOD, ends_E, has_bias):
+    grad_bias_EO = grad_RO.new_empty(weight_EOD.shape[:2] if has_bias else (0,))
+    return torch.empty_like(x_RD), torch.empty_like(weight_EOD), grad_bias_EO
+
+
+def _save_for_backward(ctx, inputs, output) -> None:
+    x_RD, weight_EOD, bias_EO, ends_E = inputs
+    ctx.save_for_backward(x_RD, weight_EOD, ends_E)
+    ctx.has_bias = bias_EO is not None
+
+
+def _backward(ctx, grad_RO: Tensor):
+    x_RD, weight_EOD, ends_E = ctx.saved_tensors
+    grads = torch.ops.vmoe.segment_linear_backward(grad_RO, x_RD, weight_EOD, ends_E, ctx.has_bias)
+    return grads[0], grads[1], grads[2] if ctx.has_bias else None, None
+
+
+segment_linear.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+def _has_grouped_product(x_RD: Tensor, weight_EOD: Tensor) -> bool:
+    """Whether torch's grouped product takes these: bfloat16 on CUDA, rows of a multiple of 16 bytes."""
+    aligned = all(width % 8 == 0 for width in weight_EOD.shape[1:])
+    return x_RD.is_cuda and x_RD.dtype == torch.bfloat16 and aligned and x_RD.shape[0] > 0
+
+
+def _expert_of_row(ends_E: Tensor, num_rows: int) -> Tensor:
+    rows_R = torch.arange(num_rows, device=ends_E.device, dtype=torch.int32)
+    return torch.searchsorted(ends_E, rows_R, right=True).clamp(max=ends_E.shape[0] - 1)
+
+
+def _no_expert_R1(ends_E: Tensor, num_rows: int) -> Tensor:
+    return (torch.arange(num_rows, device=ends_E.device, dtype=torch.int32) >= ends_E[-1])[:, None]

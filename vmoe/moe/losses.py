@@ -1,0 +1,89 @@
+"""Auxiliary losses that keep all experts in use (Riquelme et al. 2021, appendix A.2, and others).
+
+G groups of S tokens; E experts; K choices. Every loss is computed a group and returned as (G,). With `valid_GS` only real
+tokens count.
+"""
+
+import torch
+from torch import Tensor
+
+from vmoe.moe.config import MoeConfig
+from vmoe.moe.routers import Routing
+
+
+def auxiliary_losses(routing: Routing, moe: MoeConfig, is_noisy: bool) -> dict[str, Tensor]:
+    """The losses of a routing decision, unweighted and averaged over the groups, by their name in `MoeConfig`.
+
+    Args:
+        routing: The decision.
+        moe: The layer's configuration.
+        is_noisy: Whether the router drew noise, without which there is no load loss.
+    """
+    losses = {"importance": importance_loss(routing.logits_GSE, routing.valid_GS)}
+    if is_noisy:
+        losses["load"] = load_loss(
+            routing.logits_GSE,
+            routing.noisy_logits_GSE,
+            moe.top_k,
+            moe.noise_std / moe.num_experts,
+            routing.valid_GS,
+        )
+    if moe.gshard_loss_weight > 0:
+        losses["gshard"] = gshard_loss(routing.gates_GSE, routing.valid_GS)
+    if moe.z_loss_weight > 0:
+        losses["z"] = z_loss(routing.logits_GSE, routing.valid_GS)
+    return {name: loss_G.sum() / max(loss_G.shape[0], 1) for name, loss_G in losses.items()}
+
+
+def weighted_sum(losses: dict[str, Tensor], moe: MoeConfig) -> Tensor:
+    """The layer's auxiliary loss, a scalar."""
+    return sum(getattr(moe, f"{name}_loss_weight") * loss for name, loss in losses.items())
+
+
+def importance_loss(logits_GSE: Tensor, valid_GS: Tensor | None = None) -> Tensor:
+    """Squared coefficient of variation of the experts' summed gates, from clean logits (equation 7)."""
+    return squared_variation(_masked(logits_GSE.softmax(-1), valid_GS).sum(1))
+
+
+def load_loss(
+    logits_GSE: Tensor, noisy_logits_GSE: Tensor, top_k: int, noise_scale: float, valid_GS: Tensor | None = None
+) -> Tensor:
+    """Squared coefficient of variation of the experts' expected load (equations 8 to 10).
+
+    The load of an expert is the mean over tokens of the probability that it is among the top K when its noise is drawn
+    anew and the others' is kept. `noise_scale` is the noise's standard deviation.
+    """
+    threshold_GS1 = noisy_logits_GSE.topk(top_k, dim=-1).values[..., -1:]
+    chosen_probability_GSE = torch.special.ndtr((logits_GSE - threshold_GS1) / noise_scale)
+    return squared_variation(_masked(chosen_probability_GSE, valid_GS).sum(1))
+
+
+def gshard_loss(gates_GSE: Tensor, valid_GS: Tensor | None = None) -> Tensor:
+    """E times the sum over experts of (mean gate x share of first choices) (GShard, algorithm 1)."""
+    num_experts = gates_GSE.shape[-1]
+    first_GSE = torch.nn.functional.one_hot(gates_GSE.argmax(-1), num_experts).to(gates_GSE.dtype)
+    mean_gate_GE = _masked_mean(gates_GSE, valid_GS)
+    first_share_GE = _masked_mean(first_GSE, valid_GS)
+    return num_experts * (mean_gate_GE * first_share_GE).sum(-1)
+
+
+def z_loss(logits_GSE: Tensor, valid_GS: Tensor | None = None) -> Tensor:
+    """Mean squared log-sum-exp of the logits, which keeps them small (ST-MoE, equation 5)."""
+    return _masked_mean(logits_GSE.logsumexp(-1, keepdim=True).square(), valid_GS).squeeze(-1)
+
+
+def squared_variation(values_GE: Tensor) -> Tensor:
+    """(std / mean)^2 over experts, (G,). From the variance, whose gradient is finite also where all are equal."""
+    mean_G = values_GE.mean(-1)
+    smallest = torch.finfo(values_GE.dtype).tiny ** 0.5  # a group of padding alone has mean 0
+    return values_GE.var(-1, correction=0) / mean_G.square().clamp_min(smallest)
+
+
+def _masked(values_GSX: Tensor, valid_GS: Tensor | None) -> Tensor:
+    return values_GSX if valid_GS is None else values_GSX * valid_GS[..., None]
+
+
+def _masked_mean(values_GSX: Tensor, valid_GS: Tensor | None) -> Tensor:
+    if valid_GS is None:
+        return values_GSX.sum(1) / max(values_GSX.shape[1], 1)
+    return _masked(values_GSX, valid_GS).sum(1) / valid_GS.sum(1, keepdim=True).clamp_min(1)
