@@ -11,7 +11,7 @@ from vmoe.moe import MoeConfig, losses
 from vmoe.moe.assignment import assign, expert_capacity
 from vmoe.moe.experts import Experts
 from vmoe.moe.groups import Groups
-from vmoe.moe.routers import full_precision_linear, token_choice
+from vmoe.moe.routers import Routing, full_precision_linear, token_choice
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 RECORDED = np.load(FIXTURES / "vmoe_jax_routers.npz")
@@ -66,13 +66,13 @@ class Case:
         if self.noise_scale:
             noisy = logits + self.noise_scale * recorded(f"{name}/noise_unit_normal")
         dispatcher = case["dispatcher"]
-        capacity = expert_capacity(size * self.moe.top_k, self.moe.num_experts, dispatcher["capacity_factor"], "ceil", 4)
+        capacity = expert_capacity(
+            size * self.moe.top_k, self.moe.num_experts, dispatcher["capacity_factor"], "ceil", 4
+        )
         routing = token_choice(logits, noisy, groups, self.moe.top_k)
         self.routing = assign(routing, capacity, capacity, dispatcher["batch_priority"])
 
-        self.experts = Experts(
-            self.moe.num_experts, width, out_width, out_width, torch.nn.Tanh(), bias=(True, False)
-        )
+        self.experts = Experts(self.moe.num_experts, width, out_width, out_width, torch.nn.Tanh(), bias=(True, False))
         with torch.no_grad():  # the second layer is the identity: recorded experts have one layer
             self.experts.fc1.weight.copy_(recorded(f"{shared}/expert_A").transpose(1, 2))
             self.experts.fc1.bias.copy_(recorded(f"{shared}/expert_b"))
@@ -111,22 +111,15 @@ def test_token_choice_gradients(name):
 
 @pytest.mark.parametrize("name", TIES)
 def test_ties(name):
-    """Of equal gates the lower expert is chosen, of equally good tokens the first is served."""
+    """Slots among exactly equal gates; the recorded ones count on beyond the capacity."""
     case = CASES[name]
-    gates = recorded("dispatch_ties/gates") if has("dispatch_ties/gates") else None
-    if gates is None:
-        gates = recorded([key for key in RECORDED.files if key.startswith("dispatch_ties") and key.endswith("gates")][0])
-    # softmax(log p) = p up to rounding, so the recorded gates are put in place of the softmax's
-    groups = Groups(1, gates.shape[0], gates.shape[0])
-    logits = gates.clamp_min(1e-30).log()[None]
-    routing = token_choice(logits, logits, groups, case["num_selected_experts"])
-    routing = routing._replace(gates_GSE=gates[None])
-    from vmoe.moe.routers import top_experts
-
-    routing = routing._replace(chosen_GSK=top_experts(gates[None], case["num_selected_experts"]))
+    expert_and_slot, weights = recorded(f"{name}/indices").long(), recorded(f"{name}/indices_combine_weights")
+    chosen = expert_and_slot[..., 0].view(16, -1)
+    gates = torch.zeros(16, 4).scatter(1, chosen, weights.view(16, -1))
+    routing = Routing(Groups(1, 16, 16), None, gates[None], gates[None], gates[None], chosen[None], weights[None])
     routing = assign(routing, case["capacity"], case["capacity"], case["batch_priority"])
-    expected = recorded(f"{name}/einsum_dispatch_weights").bool()
-    assert torch.equal(slot_masks(routing, gates.shape[-1])[0], expected)
+    assert torch.equal(routing.slots_GSK[0], expert_and_slot[..., 1].view(16, -1))
+    assert torch.equal(slot_masks(routing, 4)[0], recorded(f"{name}/einsum_dispatch_weights").bool())
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -54,7 +54,9 @@ def sparsify(model: nn.Module, moe: MoeConfig, init: Literal["random", "upcycle"
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, layer)
     undecayed = [
-        f"{name}.{parameter}" for name, layer in replaced.items() for parameter, _ in layer.named_parameters()
+        f"{name}.{parameter}"
+        for name, layer in replaced.items()
+        for parameter, _ in layer.named_parameters()
         if parameter.endswith(".bias")
     ]
     model.no_weight_decay = _NoWeightDecay({*model.no_weight_decay(), *undecayed})
@@ -91,6 +93,8 @@ class _NoWeightDecay:
 @torch.no_grad()
 def _copy_into_experts(mlp: Mlp, layer: MoeMlp) -> None:
     for dense, stacked in ((mlp.fc1, layer.experts.fc1), (mlp.fc2, layer.experts.fc2)):
-        stacked.weight.copy_(dense.weight.flatten(1).expand_as(stacked.weight))  # flat: a 1x1 convolution is a linear layer
+        stacked.weight.copy_(
+            dense.weight.flatten(1).expand_as(stacked.weight)
+        )  # flat: a 1x1 convolution is a linear layer
         if stacked.bias is not None:
             stacked.bias.copy_(dense.bias.expand_as(stacked.bias))

@@ -73,11 +73,13 @@ class MoeConfig:
         self._need_choice("experts_start", ("different", "equal"))
         for name in ("num_experts", "top_k", "capacity_multiple_of"):
             self._need(name, _is_int(self, name) and getattr(self, name) >= 1, "a whole number >= 1")
-        self._need("shared_experts", _is_int(self, "shared_experts") and self.shared_experts >= 0, "a whole number >= 0")
+        self._need(
+            "shared_experts", _is_int(self, "shared_experts") and self.shared_experts >= 0, "a whole number >= 0"
+        )
         self._need("top_k", self.top_k <= self.num_experts, f"at most num_experts={self.num_experts}")
         for name in ("capacity_factor", "eval_capacity_factor"):
             value = getattr(self, name)
-            self._need(name, value is None or _is_number(value) and value > 0, "> 0, or null to drop nothing")
+            self._need(name, value is None or (_is_number(value) and value > 0), "> 0, or null to drop nothing")
         for field in fields(self):
             if field.name == "noise_std" or field.name.endswith("_loss_weight"):
                 self._need(field.name, _is_number(getattr(self, field.name)) and getattr(self, field.name) >= 0, ">= 0")
@@ -85,7 +87,9 @@ class MoeConfig:
                 self._need(field.name, isinstance(getattr(self, field.name), bool), "true or false")
         self._need("expert_dropout", _is_number(self.expert_dropout) and 0 <= self.expert_dropout < 1, "in [0, 1)")
         group_is_count = _is_int(self, "group") and self.group >= 1
-        self._need("group", self.group in ("image", "batch") or group_is_count, '"image", "batch" or a number of images')
+        self._need(
+            "group", self.group in ("image", "batch") or group_is_count, '"image", "batch" or a number of images'
+        )
 
     def _need(self, name: str, holds: bool, allowed: str) -> None:
         if not holds:
@@ -105,12 +109,16 @@ class MoeConfig:
         """
         if isinstance(self.layers, list):
             if self.layers and max(self.layers) >= count:
-                raise ValueError(f"layers={self.layers}: the model has {count} MLPs, so indices go from 0 to {count - 1}")
+                raise ValueError(
+                    f"layers={self.layers}: the model has {count} MLPs, so indices go from 0 to {count - 1}"
+                )
             return sorted(self.layers)
         kind, n = _PATTERN.fullmatch(self.layers).groups()
         chosen = list(range(int(n) - 1, count, int(n))) if kind == "every" else list(range(1, count, 2))[-int(n) :]
         if not chosen or (kind == "last" and len(chosen) < int(n)):
-            raise ValueError(f"layers={self.layers!r}: the model has only {count} MLPs; use a smaller n, or [] for none")
+            raise ValueError(
+                f"layers={self.layers!r}: the model has only {count} MLPs; use a smaller n, or [] for none"
+            )
         return chosen
 
 

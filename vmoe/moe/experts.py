@@ -15,7 +15,9 @@ from vmoe.moe.routers import Routing
 class ExpertLinear(nn.Module):
     """E linear layers as one: `weight` (E, out, in) and `bias` (E, out) or None."""
 
-    def __init__(self, num_experts: int, in_features: int, out_features: int, bias: bool, device=None, dtype=None) -> None:
+    def __init__(
+        self, num_experts: int, in_features: int, out_features: int, bias: bool, device=None, dtype=None
+    ) -> None:
         super().__init__()
         placement = {"device": device, "dtype": dtype}
         self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features, **placement))

@@ -81,7 +81,9 @@ class MoeMlp(nn.Module):
     ) -> None:
         super().__init__()
         if norm_layer is not None:
-            raise ValueError(f"norm_layer={norm_layer!r}: experts have no norm between their layers; only None is allowed")
+            raise ValueError(
+                f"norm_layer={norm_layer!r}: experts have no norm between their layers; only None is allowed"
+            )
         hidden_features = hidden_features or in_features
         out_features = out_features or in_features
         bias = bias if isinstance(bias, tuple) else (bias, bias)
@@ -176,9 +178,7 @@ class MoeMlp(nn.Module):
                 return routing
             return routing._replace(kept_GSK=valid_GS[..., None].expand_as(routing.chosen_GSK))
         capacity, last_capacity = (
-            expert_capacity(
-                size * moe.top_k, moe.num_experts, factor, moe.capacity_rounding, moe.capacity_multiple_of
-            )
+            expert_capacity(size * moe.top_k, moe.num_experts, factor, moe.capacity_rounding, moe.capacity_multiple_of)
             for size in (groups.size, groups.last)
         )
         return assign(routing, capacity, last_capacity, moe.batch_priority)
@@ -253,7 +253,12 @@ def auxiliary_loss(model: nn.Module) -> Tensor:
         loss = layer._auxiliary_loss
         if loss is None:
             raise RuntimeError(f"{name}: no auxiliary loss yet; call the model first")
-        if layer.training and torch.is_grad_enabled() and layer.router.gate.weight.requires_grad and not loss.requires_grad:
+        if (
+            layer.training
+            and torch.is_grad_enabled()
+            and layer.router.gate.weight.requires_grad
+            and not loss.requires_grad
+        ):
             raise RuntimeError(
                 f"{name}: the auxiliary loss has lost its graph, as under reentrant activation checkpointing; "
                 "use MoeConfig(inject_auxiliary_loss=True), which needs no auxiliary_loss()"

@@ -114,7 +114,7 @@ def top_experts(gates_GSE: Tensor, top_k: int) -> Tensor:
 
 
 def full_precision_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weight.T in float32, or in float64 when either is, also under autocast."""
+    """X @ weight.T in float32, or in float64 when either is, also under autocast."""
     dtype = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
     with torch.autocast(x.device.type if x.device.type != "meta" else "cpu", enabled=False):
         return F.linear(x.to(dtype), weight.to(dtype))

@@ -1,0 +1,37 @@
+# Everything runs in .venv, which is created when missing. PYTHON chooses the interpreter that creates it.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help install demo test test-all lint format clean
+
+help:  ## show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+.venv/installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	  || { echo "Python >= 3.10 is needed; choose one with: make PYTHON=/path/to/python3"; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+install: .venv/installed  ## create .venv and install the project with its tools for developers
+
+demo: .venv/installed  ## train on handwritten digits, evaluate, draw where the experts look (about 3 minutes)
+	$(BIN)/python tools/demo.py
+
+test: .venv/installed  ## run the tests
+	$(BIN)/python -m pytest
+
+test-all: .venv/installed  ## run the slow tests too
+	$(BIN)/python -m pytest -m "not gpu and not browser"
+
+lint: .venv/installed  ## check style and format
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+
+format: .venv/installed  ## mend style and format
+	$(BIN)/python -m ruff check --fix .
+	$(BIN)/python -m ruff format .
+
+clean:  ## remove the environment and the caches; runs stay
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -1,0 +1,122 @@
+"""`record_routing` sees what was routed and changes nothing."""
+
+import pytest
+import torch
+from torch import nn
+
+import vmoe
+from vmoe import MoeConfig
+
+
+def model_of(**knobs) -> nn.Module:
+    torch.manual_seed(0)
+    return vmoe.create_model(
+        "vit_tiny_patch16_224",
+        MoeConfig(**{"num_experts": 4, "eval_capacity_factor": 0.5, "capacity_multiple_of": 1, "group": 2, **knobs}),
+        img_size=(16, 24),
+        patch_size=4,
+        embed_dim=24,
+        depth=4,
+        num_heads=2,
+        num_classes=3,
+    ).eval()
+
+
+def images(count: int = 5) -> torch.Tensor:
+    return torch.randn(count, 3, 16, 24, generator=torch.Generator().manual_seed(1))
+
+
+def test_shapes_and_consistency():
+    model = model_of()
+    with vmoe.record_routing(model) as trace:
+        model(images())
+    assert list(trace.layers) == ["blocks.1.mlp", "blocks.3.mlp"]
+    routing = trace.layers["blocks.1.mlp"]
+    assert routing.grid == (4, 6) and routing.num_prefix_tokens == 1
+    assert routing.gates.shape == (5, 25, 4) and routing.gates.dtype == torch.float32
+    torch.testing.assert_close(routing.gates.sum(-1), torch.ones(5, 25))
+    best = routing.gates.topk(2)
+    assert torch.equal(routing.chosen, best.indices)
+    assert 0 < routing.dropped.float().mean() < 1
+    torch.testing.assert_close(routing.combine_weights, best.values * ~routing.dropped)
+    assert not routing.gates.requires_grad
+
+
+def test_nothing_is_dropped_without_a_capacity():
+    model = model_of(eval_capacity_factor=None)
+    with vmoe.record_routing(model) as trace:
+        model(images())
+    assert not any(routing.dropped.any() for routing in trace.layers.values())
+
+
+def test_recording_changes_no_result():
+    model = model_of()
+    expected = model(images())
+    with vmoe.record_routing(model):
+        recorded = model(images())
+    assert torch.equal(recorded, expected)
+    assert torch.equal(model(images()), expected)
+
+
+def test_several_passes_stand_behind_one_another():
+    model = model_of(eval_capacity_factor=None)
+    with vmoe.record_routing(model) as whole:
+        model(images())
+    with vmoe.record_routing(model) as parts:
+        model(images()[:3])
+        model(images()[3:])
+    for name, routing in whole.layers.items():
+        torch.testing.assert_close(parts.layers[name].gates, routing.gates)
+        assert torch.equal(parts.layers[name].chosen, routing.chosen)
+
+
+def test_nothing_is_recorded_after_the_block():
+    model = model_of()
+    with vmoe.record_routing(model) as trace:
+        model(images(2))
+    model(images(3))
+    assert trace.layers["blocks.1.mlp"].gates.shape[0] == 2
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_compiled_model_is_recorded(in_place):
+    model = model_of()
+    expected = model(images())
+    with vmoe.record_routing(model) as plain:
+        model(images())
+    compiled = model
+    if in_place:
+        model.compile(backend="aot_eager")
+    else:
+        compiled = torch.compile(model, backend="aot_eager")
+    compiled(images())  # compiled before recording begins
+    with vmoe.record_routing(compiled) as trace:
+        torch.testing.assert_close(compiled(images()), expected)
+    for name, routing in plain.layers.items():
+        assert torch.equal(trace.layers[name].chosen, routing.chosen)
+
+
+def test_another_image_size_is_refused_in_one_trace_and_drawn_rightly_alone():
+    model = vmoe.create_model(
+        "vit_tiny_patch16_224",
+        MoeConfig(),
+        img_size=16,
+        patch_size=4,
+        embed_dim=24,
+        depth=2,
+        num_heads=2,
+        dynamic_img_size=True,
+    )
+    with vmoe.record_routing(model) as trace:
+        model(torch.randn(1, 3, 24, 8))
+    assert trace.layers["blocks.1.mlp"].grid == (6, 2)
+    with vmoe.record_routing(model) as trace:
+        model(torch.randn(1, 3, 24, 8))
+        model(torch.randn(1, 3, 16, 16))
+    with pytest.raises(ValueError, match="one size at a time"):
+        _ = trace.layers
+
+
+def test_a_dense_model_is_refused():
+    with pytest.raises(ValueError, match="no MoE layer"), vmoe.record_routing(nn.Linear(2, 2)):
+        pass

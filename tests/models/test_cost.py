@@ -1,0 +1,64 @@
+"""Parameters and FLOPs against closed formulas."""
+
+import torch
+
+import vmoe
+from vmoe import MoeConfig
+from vmoe.models.cost import count_parameters, flops_per_image
+
+WIDTH, DEPTH, HEADS, CLASSES, PATCH, SIDE = 24, 4, 2, 5, 4, 16
+TOKENS = (SIDE // PATCH) ** 2 + 1
+SMALL = {
+    "embed_dim": WIDTH,
+    "depth": DEPTH,
+    "num_heads": HEADS,
+    "num_classes": CLASSES,
+    "patch_size": PATCH,
+    "img_size": SIDE,
+}
+
+
+def model(moe: MoeConfig | None = None) -> torch.nn.Module:
+    return vmoe.create_model("vit_tiny_patch16_224", moe, **SMALL)
+
+
+def vit_flops(mlps_per_block: list[float], num_experts: int = 0, moe_blocks: int = 0) -> float:
+    """Multiply-adds of a ViT, times 2; `mlps_per_block` counts the MLPs a token meets in each block."""
+    embed = (TOKENS - 1) * 3 * PATCH**2 * WIDTH
+    attention = TOKENS * 4 * WIDTH**2 + 2 * TOKENS**2 * WIDTH
+    mlp = TOKENS * 2 * WIDTH * 4 * WIDTH
+    router = moe_blocks * TOKENS * WIDTH * num_experts
+    return 2 * (embed + DEPTH * attention + sum(mlps_per_block) * mlp + router + WIDTH * CLASSES)
+
+
+def test_dense_flops():
+    assert flops_per_image(model(), SIDE) == vit_flops([1] * 4)
+
+
+def test_sparse_flops_count_k_experts_whatever_their_number():
+    for num_experts, top_k in ((4, 1), (4, 2), (16, 2)):
+        sparse = model(MoeConfig(num_experts=num_experts, top_k=top_k))
+        assert flops_per_image(sparse, SIDE) == vit_flops([1, top_k, 1, top_k], num_experts, 2)
+
+
+def test_shared_experts_are_counted():
+    sparse = model(MoeConfig(num_experts=4, top_k=1, shared_experts=1))
+    assert flops_per_image(sparse, SIDE) == vit_flops([1, 2, 1, 2], 4, 2)
+
+
+def test_counting_leaves_the_model_as_it_is():
+    sparse = model(MoeConfig()).train()
+    before = {name: value.clone() for name, value in sparse.state_dict().items()}
+    flops_per_image(sparse, SIDE)
+    assert sparse.training and sparse.blocks[1].mlp.statistics is None
+    assert all(torch.equal(value, before[name]) for name, value in sparse.state_dict().items())
+
+
+def test_parameters():
+    dense = count_parameters(model())
+    assert dense.total == dense.active == sum(p.numel() for p in model().parameters())
+    one_expert = 2 * WIDTH * 4 * WIDTH + 4 * WIDTH + WIDTH
+    sparse = count_parameters(model(MoeConfig(num_experts=4, top_k=1)))
+    assert sparse.total == dense.total + 2 * (3 * one_expert + WIDTH * 4)
+    assert sparse.active == dense.total + 2 * WIDTH * 4
+    assert count_parameters(model(MoeConfig(num_experts=4, top_k=2))).active == sparse.active + 2 * one_expert

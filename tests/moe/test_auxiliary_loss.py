@@ -1,0 +1,132 @@
+"""Auxiliary losses: their values, their way to the parameters, and their injection into foreign training loops."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import vmoe
+from vmoe import MoeConfig, MoeMlp
+from vmoe.moe import losses
+
+ALL_LOSSES = {
+    "importance_loss_weight": 0.1,
+    "load_loss_weight": 0.2,
+    "gshard_loss_weight": 0.3,
+    "z_loss_weight": 0.4,
+}
+
+
+def layer_of(**knobs) -> MoeMlp:
+    torch.manual_seed(0)
+    return MoeMlp(6, 8, moe=MoeConfig(**{"num_experts": 4, **ALL_LOSSES, **knobs}), dtype=torch.float64).train()
+
+
+def tokens() -> torch.Tensor:
+    return torch.randn(4, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def gradients(layer: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: parameter.grad for name, parameter in layer.named_parameters()}
+
+
+@pytest.mark.parametrize("loss", ["importance", "gshard", "z", "load"])
+def test_finite_with_exactly_equal_gates(loss):
+    logits = torch.zeros(2, 8, 4, dtype=torch.float64, requires_grad=True)
+    value = {
+        "importance": lambda: losses.importance_loss(logits),
+        "gshard": lambda: losses.gshard_loss(logits.softmax(-1)),
+        "z": lambda: losses.z_loss(logits),
+        "load": lambda: losses.load_loss(logits, logits, 2, 0.25),
+    }[loss]()
+    value.sum().backward()
+    assert torch.isfinite(value).all()
+    assert torch.isfinite(logits.grad).all()
+
+
+def test_hand_computed_values():
+    # two tokens, two experts; gates (3/4, 1/4) and (1/2, 1/2): summed 5/4 and 3/4, mean 1, std 1/4
+    logits = torch.tensor([[[3.0, 1.0], [1.0, 1.0]]], dtype=torch.float64).log()
+    assert losses.importance_loss(logits).item() == pytest.approx(1 / 16)
+    # mean gates 5/8 and 3/8; both tokens' first choice is expert 0: 2 * (5/8 * 1 + 3/8 * 0)
+    assert losses.gshard_loss(logits.softmax(-1)).item() == pytest.approx(5 / 4)
+    # log(3 + 1) and log(1 + 1)
+    assert losses.z_loss(logits).item() == pytest.approx((1.3862943611**2 + 0.6931471806**2) / 2)
+
+
+@given(st.floats(0, 5), st.floats(0.1, 5))
+def test_balance_losses_grow_with_skew(skew, more):
+    def logits(offset):
+        base = torch.randn(1, 64, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 0.1
+        return base + offset * torch.tensor([1.0, 0, 0, 0], dtype=torch.float64)
+
+    for loss in (losses.importance_loss, lambda x: losses.gshard_loss(x.softmax(-1))):
+        assert loss(logits(skew + more)) > loss(logits(skew)) - 1e-12
+
+
+def test_weighted_sum_over_layers():
+    model = nn.Sequential(layer_of(noise_std=0.0), layer_of(noise_std=0.0, gshard_loss_weight=1.0))
+    model(tokens())
+    parts = [layer._auxiliary_loss for layer in model]
+    assert parts[0] != parts[1]
+    torch.testing.assert_close(vmoe.auxiliary_loss(model), parts[0] + parts[1])
+
+
+def test_a_dense_model_has_none_and_an_unused_one_says_so():
+    assert vmoe.auxiliary_loss(nn.Linear(2, 2)) == 0
+    with pytest.raises(RuntimeError, match="call the model first"):
+        vmoe.auxiliary_loss(layer_of())
+
+
+@pytest.mark.parametrize("scale", [1.0, 8.0])
+def test_injection_gives_the_gradients_of_the_added_loss(scale):
+    added, injected = layer_of(), layer_of(inject_auxiliary_loss=True)
+    torch.manual_seed(5)
+    (added(tokens()).square().sum() + scale * vmoe.auxiliary_loss(added)).backward()
+    if scale != 1.0:
+        vmoe.set_auxiliary_scale(injected, torch.tensor(scale))
+    torch.manual_seed(5)
+    y = injected(tokens())
+    y.square().sum().backward()
+    torch.testing.assert_close(gradients(injected), gradients(added))
+
+
+def test_the_scale_is_kept_by_reference():
+    layer = layer_of(inject_auxiliary_loss=True)
+    scale = torch.tensor(1.0)
+    vmoe.set_auxiliary_scale(layer, scale)
+    scale.fill_(0.0)
+    (layer(tokens()) * 0).sum().backward()
+    assert layer.router.gate.weight.grad.abs().sum() == 0
+
+
+def test_half_precision_injection_without_a_scale_is_refused():
+    layer = MoeMlp(6, 8, moe=MoeConfig(inject_auxiliary_loss=True)).train()
+    with torch.autocast("cpu", torch.float16), pytest.raises(ValueError, match="set_auxiliary_scale"):
+        layer(torch.randn(2, 3, 6))
+
+
+def test_injection_is_silent_at_evaluation():
+    layer = layer_of(inject_auxiliary_loss=True).eval()
+    (layer(tokens()) * 0).sum().backward()
+    assert layer.router.gate.weight.grad.abs().sum() == 0
+
+
+@pytest.mark.parametrize("inject", [True, False])
+def test_activation_checkpointing(inject):
+    """Plain and injected losses survive it; the noise is drawn the same again."""
+    plain, checkpointed = layer_of(inject_auxiliary_loss=inject), layer_of(inject_auxiliary_loss=inject)
+    for layer, run in ((plain, plain), (checkpointed, lambda x: checkpoint(checkpointed, x, use_reentrant=False))):
+        torch.manual_seed(3)
+        loss = run(tokens().requires_grad_()).square().sum()
+        (loss if inject else loss + vmoe.auxiliary_loss(layer)).backward()
+    torch.testing.assert_close(gradients(checkpointed), gradients(plain))
+
+
+def test_reentrant_checkpointing_without_injection_is_refused():
+    layer = layer_of()
+    checkpoint(layer, tokens().requires_grad_(), use_reentrant=True)
+    with pytest.raises(RuntimeError, match="inject_auxiliary_loss"):
+        vmoe.auxiliary_loss(layer)

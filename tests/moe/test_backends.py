@@ -1,0 +1,161 @@
+"""Every compute backend gives the same, and the layer compiles without a graph break."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import vmoe
+from vmoe import MoeConfig
+from vmoe.moe.assignment import assign
+from vmoe.moe.experts import Experts
+from vmoe.moe.groups import Groups
+from vmoe.moe.kernels import padded, rows, segments
+from vmoe.moe.routers import token_choice
+
+
+def run_backend(backend, experts: Experts, x_TD, routing) -> torch.Tensor:
+    merge = routing.groups.merge
+    layout = backend.layout(
+        merge(routing.chosen_GSK),
+        merge(routing.kept_GSK),
+        merge(routing.slots_GSK),
+        routing.groups,
+        routing.capacity,
+        experts.fc1.weight.shape[0],
+    )
+    hidden = experts.act(backend.linear(rows.dispatch(x_TD, layout), experts.fc1.weight, experts.fc1.bias, layout))
+    y_RD = backend.linear(hidden, experts.fc2.weight, experts.fc2.bias, layout)
+    return rows.combine(y_RD, merge(routing.combine_weights_GSK()), layout)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 6),  # images
+    st.integers(1, 5),  # tokens an image
+    st.integers(1, 3),  # images a group
+    st.sampled_from([1, 2, 5]),  # experts
+    st.integers(1, 2),  # choices
+    st.integers(1, 6),  # capacity
+    st.floats(0, 6),  # skew of the router towards expert 0
+    st.booleans(),  # biases
+)
+def test_padded_equals_segments(images, tokens, group, num_experts, top_k, capacity, skew, bias):
+    """Outputs and all gradients, with drops, idle experts and incomplete groups."""
+    top_k = min(top_k, num_experts)
+    generator = torch.Generator().manual_seed(images * 7 + tokens)
+    groups = Groups.of(images, tokens, group)
+    experts = Experts(num_experts, 4, 6, 3, nn.GELU(), (bias, bias), dtype=torch.float64)
+    for parameter in experts.parameters():
+        nn.init.normal_(parameter, generator=generator)
+    x = torch.randn(images * tokens, 4, dtype=torch.float64, generator=generator)
+    logits = torch.randn(images * tokens, num_experts, dtype=torch.float64, generator=generator)
+    logits[:, 0] += skew
+    cotangent = torch.randn(images * tokens, 3, dtype=torch.float64, generator=generator)
+    results = []
+    for backend in (padded, segments):
+        x_, logits_ = x.clone().requires_grad_(), logits.clone().requires_grad_()
+        valid_GS = groups.valid(None, x.device)
+        split = groups.split(logits_)
+        routing = assign(token_choice(split, split, groups, top_k, valid_GS=valid_GS), capacity, capacity)
+        y = run_backend(backend, experts, x_, routing)
+        gradients = torch.autograd.grad((y * cotangent).sum(), [x_, logits_, *experts.parameters()])
+        results.append([y, *gradients])
+    torch.testing.assert_close(results[0], results[1])
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_segment_linear_passes_torchs_own_checks(bias):
+    """Fake kernel, autograd registration and schema of the custom operator."""
+    arguments = (
+        torch.randn(7, 4, dtype=torch.float64, requires_grad=True),
+        torch.randn(3, 5, 4, dtype=torch.float64, requires_grad=True),
+        torch.randn(3, 5, dtype=torch.float64, requires_grad=True) if bias else None,
+        torch.tensor([2, 2, 6], dtype=torch.int32),
+    )
+    torch.library.opcheck(segments.segment_linear, arguments)
+    torch.autograd.gradcheck(segments.segment_linear, arguments)
+
+
+def small_model(**knobs) -> nn.Module:
+    torch.manual_seed(0)
+    return vmoe.create_model(
+        "vit_tiny_patch16_224",
+        MoeConfig(num_experts=4, noise_std=0.0, batch_priority=True, group=2, **knobs),
+        img_size=16,
+        patch_size=8,
+        embed_dim=24,
+        depth=2,
+        num_heads=2,
+        num_classes=3,
+    )
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_whole_model_compiles_without_graph_break(training):
+    model, images = small_model().train(training), torch.randn(5, 3, 16, 16)
+    eager = model(images)
+    (eager.sum() + vmoe.auxiliary_loss(model)).backward()
+    expected = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    model.compile(fullgraph=True, backend="aot_eager")
+    compiled = model(images)
+    (compiled.sum() + vmoe.auxiliary_loss(model)).backward()
+    torch.testing.assert_close(compiled, eager)
+    torch.testing.assert_close([parameter.grad for parameter in model.parameters()], expected)
+    assert model.blocks[1].mlp.statistics.load.sum() == pytest.approx(1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("knobs", [{}, {"inject_auxiliary_loss": True}, {"capacity_factor": None}], ids=str)
+def test_inductor_agrees(knobs):
+    model, images = small_model(**knobs).train(), torch.randn(6, 3, 16, 16)
+    eager = model(images)
+    eager.sum().backward()
+    expected = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    model.compile(fullgraph=True)
+    compiled = model(images)
+    compiled.sum().backward()
+    torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close([parameter.grad for parameter in model.parameters()], expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("capacity_factor", [None, 1.05, 0.5])
+def test_gpu_equals_cpu_in_float64(dtype, capacity_factor):
+    torch.manual_seed(0)
+    moe = MoeConfig(num_experts=8, capacity_factor=capacity_factor, noise_std=0.0, group=4)
+    exact = vmoe.MoeMlp(64, 128, moe=moe, dtype=torch.float64).train()
+    layer = vmoe.MoeMlp(64, 128, moe=moe, device="cuda").train()
+    layer.load_state_dict(exact.state_dict())
+    x = torch.randn(10, 17, 64)
+    expected = exact(x.double())
+    expected.square().sum().backward()
+    with torch.autocast("cuda", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        y = layer(x.cuda())
+    y.float().square().sum().backward()
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for ours, theirs in zip(
+        [y, *(p.grad for p in layer.parameters())], [expected, *(p.grad for p in exact.parameters())], strict=True
+    ):
+        error = (ours.double().cpu() - theirs).norm() / theirs.norm()
+        assert error < tolerance
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("training", [True, False])
+def test_gpu_path_never_waits_for_the_device(training):
+    layer = vmoe.MoeMlp(64, 128, moe=MoeConfig(batch_priority=True, group=4), device="cuda").train(training)
+    x = torch.randn(10, 17, 64, device="cuda")
+    with torch.autocast("cuda", torch.bfloat16):
+        layer(x)  # the first call may set up libraries
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            y = layer(x)
+            (y.float().sum() + vmoe.auxiliary_loss(layer)).backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

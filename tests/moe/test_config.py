@@ -1,0 +1,72 @@
+"""`MoeConfig`: which layers it chooses and what it refuses."""
+
+import dataclasses
+
+import pytest
+
+from vmoe import MoeConfig
+
+
+@pytest.mark.parametrize(
+    ("layers", "count", "expected"),
+    [
+        ("every-2", 12, [1, 3, 5, 7, 9, 11]),
+        ("every-2", 7, [1, 3, 5]),
+        ("every-3", 12, [2, 5, 8, 11]),
+        ("every-1", 3, [0, 1, 2]),
+        ("last-2", 8, [5, 7]),
+        ("last-2", 9, [5, 7]),
+        ("last-1", 4, [3]),
+        ([3, 0], 4, [0, 3]),
+        ([], 4, []),
+    ],
+)
+def test_layers(layers, count, expected):
+    assert MoeConfig(layers=layers).select_layers(count) == expected
+
+
+@pytest.mark.parametrize(("layers", "count"), [("last-3", 4), ("every-5", 4), ([4], 4)])
+def test_layers_that_a_model_does_not_have(layers, count):
+    with pytest.raises(ValueError, match="layers="):
+        MoeConfig(layers=layers).select_layers(count)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("layers", "odd"),
+        ("layers", "every-0"),
+        ("layers", [-1]),
+        ("layers", [1, 1]),
+        ("layers", [True]),
+        ("num_experts", 0),
+        ("num_experts", 2.5),
+        ("top_k", 0),
+        ("top_k", 9),
+        ("router", "hash"),
+        ("capacity_factor", 0.0),
+        ("capacity_factor", float("inf")),
+        ("eval_capacity_factor", -1.0),
+        ("capacity_rounding", "floor"),
+        ("capacity_multiple_of", 0),
+        ("batch_priority", "yes"),
+        ("group", 0),
+        ("group", "images"),
+        ("noise_std", -0.1),
+        ("noise_std", float("nan")),
+        ("expert_dropout", 1.0),
+        ("experts_start", "same"),
+        ("shared_experts", -1),
+        ("importance_loss_weight", -1.0),
+        ("load_loss_weight", float("inf")),
+        ("inject_auxiliary_loss", 1),
+    ],
+)
+def test_a_bad_value_is_named(field, value):
+    with pytest.raises(ValueError, match=f"^{field}="):
+        MoeConfig(**{field: value})
+
+
+def test_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        MoeConfig().top_k = 1
