@@ -14,7 +14,8 @@ from vmoe.errors import UserError
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`; renames it to `path` on success and removes it on an error.
 
-    The folder is created when missing. The temporary name keeps the suffix of `path`, by which libraries choose a format.
+    The folder is created when missing. The temporary name keeps the suffix of `path`, by which libraries choose a
+    format.
 
     Raises:
         UserError: the folder cannot be created or written.

@@ -38,8 +38,8 @@ def expert_capacity(choices: int, num_experts: int, factor: float, rounding: str
 def assign(routing: Routing, capacity: int, last_capacity: int, batch_priority: bool = False) -> Routing:
     """Hands out each expert's places, group by group: every token's first choice, then every second choice, ...
 
-    Within a choice the tokens come in their order in the group or, with Batch Prioritized Routing (section 4.1), by falling
-    top-1 gate. A choice that finds its expert full is dropped; nothing is routed anew.
+    Within a choice the tokens come in their order in the group or, with Batch Prioritized Routing (section 4.1), by
+    falling top-1 gate. A choice that finds its expert full is dropped; nothing is routed anew.
 
     Args:
         routing: The router's decision.

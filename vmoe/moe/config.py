@@ -12,16 +12,16 @@ class MoeConfig:
     """What an MoE layer computes and which layers of a model are MoE layers. Valid once constructed.
 
     Args:
-        layers: Which MLPs become MoE layers, counted 0-based in forward order: "every-n" takes n-1, 2n-1, ... ("every-2" is
-            the paper's blocks 1, 3, 5, ...), "last-n" the last n of those of "every-2", a list takes exactly these, an
-            empty list none (a dense model).
+        layers: Which MLPs become MoE layers, counted 0-based in forward order: "every-n" takes n-1, 2n-1, ...
+            ("every-2" is the paper's blocks 1, 3, 5, ...), "last-n" the last n of those of "every-2", a list takes
+            exactly these, an empty list none (a dense model).
         num_experts: E, the number of experts of a layer.
         top_k: K, how many experts a token is sent to.
         router: How tokens and experts are matched: "token_choice" is the paper's (section 2.2).
-        capacity_factor: C in the paper: an expert takes at most capacity_factor * K * tokens / E tokens of a routing group
-            in training (section 2.3); null drops nothing.
-        eval_capacity_factor: The same at evaluation; null drops nothing, so that a prediction does not depend on the rest
-            of the batch.
+        capacity_factor: C in the paper: an expert takes at most capacity_factor * K * tokens / E tokens of a routing
+            group in training (section 2.3); null drops nothing.
+        eval_capacity_factor: The same at evaluation; null drops nothing, so that a prediction does not depend on the
+            rest of the batch.
         capacity_rounding: How a fractional capacity becomes whole: "ceil" or "round" (half to even).
         capacity_multiple_of: A capacity is then raised to a multiple of this.
         batch_priority: Full experts drop the tokens with the smallest gates (Batch Prioritized Routing, section 4.1)
@@ -38,8 +38,8 @@ class MoeConfig:
             also at evaluation, it is absent.
         gshard_loss_weight: Weight of GShard's balance loss (https://arxiv.org/abs/2006.16668, algorithm 1).
         z_loss_weight: Weight of the router z-loss (ST-MoE, https://arxiv.org/abs/2202.08906, equation 5).
-        inject_auxiliary_loss: The layer adds the gradient of its auxiliary loss to the backward pass by itself, so that a
-            training loop that knows nothing of MoE trains it well. Such a loop must not add the loss again.
+        inject_auxiliary_loss: The layer adds the gradient of its auxiliary loss to the backward pass by itself, so that
+            a training loop that knows nothing of MoE trains it well. Such a loop must not add the loss again.
 
     Raises:
         ValueError: A field's value is not allowed; the message names the field, its value and what is allowed.

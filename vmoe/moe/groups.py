@@ -1,6 +1,7 @@
 """Routing groups: which tokens compete with one another for an expert's capacity.
 
-B images, N tokens an image, T = B*N tokens; G groups of S tokens. Consecutive images form a group, as in the original code.
+B images, N tokens an image, T = B*N tokens; G groups of S tokens. Consecutive images form a group, as in the original
+code.
 """
 
 from typing import NamedTuple

@@ -1,7 +1,7 @@
 """Auxiliary losses that keep all experts in use (Riquelme et al. 2021, appendix A.2, and others).
 
-G groups of S tokens; E experts; K choices. Every loss is computed a group and returned as (G,). With `valid_GS` only real
-tokens count.
+G groups of S tokens; E experts; K choices. Every loss is computed a group and returned as (G,). With `valid_GS` only
+real tokens count.
 """
 
 import torch

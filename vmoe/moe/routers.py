@@ -49,8 +49,8 @@ class Routing(NamedTuple):
 class TokenChoiceRouter(nn.Module):
     """Each token chooses its top-K experts by softmax gates (Riquelme et al. 2021, section 2.2).
 
-    In training the logits get normal noise of standard deviation noise_std / E before the softmax. All of it is computed in
-    float32 (or wider), whatever the autocast: half-precision routers are what makes sparse models diverge.
+    In training the logits get normal noise of standard deviation noise_std / E before the softmax. All of it is
+    computed in float32 (or wider), whatever the autocast: half-precision routers are what makes sparse models diverge.
 
     Args:
         dim: D, width of a token.

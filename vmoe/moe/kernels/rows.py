@@ -1,8 +1,8 @@
 """Moving tokens into the rows that experts compute, and back.
 
-T tokens of width D; K choices a token, choice t*K + k being the k-th of token t; R rows of a buffer in which each expert's
-tokens stand together. Both directions gather: neither a forward nor a backward pass adds atomically, so that results are
-repeatable bit for bit.
+T tokens of width D; K choices a token, choice t*K + k being the k-th of token t; R rows of a buffer in which each
+expert's tokens stand together. Both directions gather: neither a forward nor a backward pass adds atomically, so that
+results are repeatable bit for bit.
 """
 
 from typing import NamedTuple

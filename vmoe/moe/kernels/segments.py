@@ -1,8 +1,9 @@
 """Backend `segments`: choices sorted by expert, each expert multiplying its own stretch of rows.
 
-Computes exactly the routed work, with or without drops. The stretches' lengths depend on the data, so the product hides in
-a custom operator whose output's shape does not: torch.compile sees no graph break. On the CPU it is a loop over experts; on
-CUDA a grouped matrix product where the type allows it, else the loop, which reads the lengths (one synchronisation).
+Computes exactly the routed work, with or without drops. The stretches' lengths depend on the data, so the product hides
+in a custom operator whose output's shape does not: torch.compile sees no graph break. On the CPU it is a loop over
+experts; on CUDA a grouped matrix product where the type allows it, else the loop, which reads the lengths (one
+synchronisation).
 """
 
 import torch
