@@ -2,7 +2,15 @@
 
 from vmoe.analysis.recording import record_routing
 from vmoe.models import create_model, sparsify
-from vmoe.moe import MoeConfig, MoeMlp, auxiliary_loss, moe_layers, set_auxiliary_scale
+from vmoe.moe import (
+    MoeConfig,
+    MoeMlp,
+    auxiliary_loss,
+    moe_layers,
+    set_auxiliary_scale,
+    set_eval_capacity_factor,
+    update_router_biases,
+)
 from vmoe.version import __version__
 
 __all__ = [
@@ -14,5 +22,7 @@ __all__ = [
     "moe_layers",
     "record_routing",
     "set_auxiliary_scale",
+    "set_eval_capacity_factor",
     "sparsify",
+    "update_router_biases",
 ]

@@ -46,7 +46,7 @@ def test_padded_equals_segments(images, tokens, group, num_experts, top_k, capac
     top_k = min(top_k, num_experts)
     generator = torch.Generator().manual_seed(images * 7 + tokens)
     groups = Groups.of(images, tokens, group)
-    experts = Experts(num_experts, 4, 6, 3, nn.GELU(), (bias, bias), dtype=torch.float64)
+    experts = Experts(num_experts, 4, 6, 3, nn.GELU(), bias=(bias, bias), dtype=torch.float64)
     for parameter in experts.parameters():
         nn.init.normal_(parameter, generator=generator)
     x = torch.randn(images * tokens, 4, dtype=torch.float64, generator=generator)

@@ -43,7 +43,7 @@ def test_layers_that_a_model_does_not_have(layers, count):
         ("num_experts", 2.5),
         ("top_k", 0),
         ("top_k", 9),
-        ("router", "hash"),
+        ("router", "dice"),
         ("capacity_factor", 0.0),
         ("capacity_factor", float("inf")),
         ("eval_capacity_factor", -1.0),

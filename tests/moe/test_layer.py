@@ -231,9 +231,9 @@ def test_a_layer_can_be_copied_after_a_forward_pass():
     torch.testing.assert_close(copied.eval()(tokens(1, 4)), layer.eval()(tokens(1, 4)))
 
 
-def test_norm_layer_is_refused():
-    with pytest.raises(ValueError, match="norm_layer"):
-        MoeMlp(WIDTH, norm_layer=nn.LayerNorm, moe=MoeConfig())
+def test_a_norm_that_is_no_layer_norm_is_refused():
+    with pytest.raises(ValueError, match="BatchNorm1d"):
+        MoeMlp(WIDTH, norm_layer=nn.BatchNorm1d, moe=MoeConfig())
 
 
 def test_impossible_capacity_names_the_knob():

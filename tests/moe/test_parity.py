@@ -11,7 +11,9 @@ from vmoe.moe import MoeConfig, losses
 from vmoe.moe.assignment import assign, expert_capacity
 from vmoe.moe.experts import Experts
 from vmoe.moe.groups import Groups
-from vmoe.moe.routers import Routing, full_precision_linear, token_choice
+from vmoe.moe.routers import token_choice
+from vmoe.moe.routing import Routing
+from vmoe.moe.scores import full_precision_linear
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 RECORDED = np.load(FIXTURES / "vmoe_jax_routers.npz")
@@ -60,7 +62,7 @@ class Case:
             load_loss_weight=case.get("load_loss_weight", 1.0),
             gshard_loss_weight=case.get("gshard_loss_weight", 0.0),
         )
-        groups = Groups(num_groups, size, size)
+        groups = Groups(num_groups, size, size, size)
         logits = full_precision_linear(self.x.reshape(-1, width), self.kernel.t()).view(num_groups, size, -1)
         noisy = logits
         if self.noise_scale:
@@ -116,7 +118,7 @@ def test_ties(name):
     expert_and_slot, weights = recorded(f"{name}/indices").long(), recorded(f"{name}/indices_combine_weights")
     chosen = expert_and_slot[..., 0].view(16, -1)
     gates = torch.zeros(16, 4).scatter(1, chosen, weights.view(16, -1))
-    routing = Routing(Groups(1, 16, 16), None, gates[None], gates[None], gates[None], chosen[None], weights[None])
+    routing = Routing(Groups(1, 16, 16, 16), None, gates[None], gates[None], gates[None], chosen[None], weights[None])
     routing = assign(routing, case["capacity"], case["capacity"], case["batch_priority"])
     assert torch.equal(routing.slots_GSK[0], expert_and_slot[..., 1].view(16, -1))
     assert torch.equal(slot_masks(routing, 4)[0], recorded(f"{name}/einsum_dispatch_weights").bool())

@@ -73,7 +73,7 @@ def record_routing(model: nn.Module) -> Iterator[RoutingTrace]:
     handles = [model.register_forward_pre_hook(lambda _, inputs: grids.append(patch_grid(model, inputs[0].shape[-2:])))]
     for name, layer in layers:
         handles.append(layer.register_forward_hook(_keeper(trace._pending[name], grids, model)))
-        layer._records = []
+        layer.records = []
     try:
         with torch.compiler.set_stance("force_eager"):
             yield trace
@@ -81,7 +81,7 @@ def record_routing(model: nn.Module) -> Iterator[RoutingTrace]:
         for handle in handles:
             handle.remove()
         for _, layer in layers:
-            layer._records = None
+            layer.records = None
 
 
 def patch_grid(model: nn.Module, image_size: tuple[int, int]) -> tuple[int, int]:
@@ -94,7 +94,7 @@ def patch_grid(model: nn.Module, image_size: tuple[int, int]) -> tuple[int, int]
 
 def _keeper(pending: list, grids: list[tuple[int, int]], model: nn.Module):
     def keep(layer: nn.Module, inputs: tuple, output: Tensor) -> None:
-        routing = Routing(*(part.detach() if isinstance(part, Tensor) else part for part in layer._records.pop()))
+        routing = Routing(*(part.detach() if isinstance(part, Tensor) else part for part in layer.records.pop()))
         pending.append((routing, inputs[0].shape[0], grids[-1], model.num_prefix_tokens))
 
     return keep

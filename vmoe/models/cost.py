@@ -23,7 +23,7 @@ def count_parameters(model: nn.Module) -> Parameters:
     idle = 0
     for _, layer in moe_layers(model):
         of_experts = sum(parameter.numel() for parameter in layer.experts.parameters())
-        idle += of_experts * (layer.num_experts - layer.config.top_k) // layer.num_experts
+        idle += round(of_experts * (1 - min(1, layer.config.experts_per_token / layer.num_experts)))
     return Parameters(total, total - idle)
 
 
@@ -41,7 +41,7 @@ def flops_per_image(model: nn.Module, image_size: int | tuple[int, int], in_chan
     on_meta = {name: tensor.detach().to("meta") for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
     dtype = next((parameter.dtype for parameter in model.parameters()), torch.float32)
     was_training = model.training
-    kept = [(layer, layer.config, layer.statistics, layer._auxiliary_loss) for _, layer in moe_layers(model)]
+    kept = [(layer, layer.statistics, layer.last_auxiliary_loss) for _, layer in moe_layers(model)]
     counter = FlopCounterMode(display=False)
     try:
         model.eval()
@@ -49,8 +49,8 @@ def flops_per_image(model: nn.Module, image_size: int | tuple[int, int], in_chan
             functional_call(model, on_meta, torch.zeros(1, in_chans, *size, dtype=dtype, device="meta"))
     finally:
         model.train(was_training)
-        for layer, _, statistics, loss in kept:
-            layer.statistics, layer._auxiliary_loss = statistics, loss
+        for layer, statistics, loss in kept:
+            layer.statistics, layer.last_auxiliary_loss = statistics, loss
     return counter.get_total_flops()
 
 

@@ -3,7 +3,6 @@
 from typing import Any, Literal
 
 import timm
-import torch
 from timm.layers import Mlp
 from torch import nn
 
@@ -50,7 +49,7 @@ def sparsify(model: nn.Module, moe: MoeConfig, init: Literal["random", "upcycle"
     replaced = {name: MoeMlp.from_mlp(mlp, moe) for name, mlp in (mlps[i] for i in moe.select_layers(len(mlps)))}
     for name, layer in replaced.items():
         if init == "upcycle":
-            _copy_into_experts(model.get_submodule(name), layer)
+            layer.copy_into_experts(model.get_submodule(name))
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, layer)
     undecayed = [
@@ -88,13 +87,3 @@ class _NoWeightDecay:
 
     def __call__(self) -> set[str]:
         return set(self.names)
-
-
-@torch.no_grad()
-def _copy_into_experts(mlp: Mlp, layer: MoeMlp) -> None:
-    for dense, stacked in ((mlp.fc1, layer.experts.fc1), (mlp.fc2, layer.experts.fc2)):
-        stacked.weight.copy_(
-            dense.weight.flatten(1).expand_as(stacked.weight)
-        )  # flat: a 1x1 convolution is a linear layer
-        if stacked.bias is not None:
-            stacked.bias.copy_(dense.bias.expand_as(stacked.bias))

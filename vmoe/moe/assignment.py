@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vmoe.moe.groups import Groups
-from vmoe.moe.routers import Routing
+from vmoe.moe.routing import Routing
 
 
 def expert_capacity(choices: int, num_experts: int, factor: float, rounding: str = "ceil", multiple_of: int = 1) -> int:

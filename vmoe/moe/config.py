@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass, fields
 from typing import Literal
 
+ROUTER_NAMES = ("token_choice", "sigmoid", "cosine", "expert_choice", "soft", "hash", "random", "balanced")
 _PATTERN = re.compile(r"(every|last)-([1-9][0-9]*)")
 
 
@@ -16,24 +17,38 @@ class MoeConfig:
             ("every-2" is the paper's blocks 1, 3, 5, ...), "last-n" the last n of those of "every-2", a list takes
             exactly these, an empty list none (a dense model).
         num_experts: E, the number of experts of a layer.
-        top_k: K, how many experts a token is sent to.
-        router: How tokens and experts are matched: "token_choice" is the paper's (section 2.2).
+        top_k: K, how many experts a token is sent to. Without meaning for "expert_choice" and "soft".
+        router: How tokens and experts are matched. "token_choice": each token takes its top-K experts (section 2.2).
+            "sigmoid": the same by sigmoid gates with biases that balance the load (DeepSeek-V3). "cosine": by cosine
+            similarity. "expert_choice": each expert takes its top tokens of an image. "soft": Soft MoE, slots that mix
+            all tokens of an image. "hash" (by position) and "random": controls that learn nothing. "balanced": a
+            forced fair load, for benchmarks.
         capacity_factor: C in the paper: an expert takes at most capacity_factor * K * tokens / E tokens of a routing
-            group in training (section 2.3); null drops nothing.
+            group in training (section 2.3); null drops nothing. For "expert_choice" and "soft", the slots an expert
+            has: capacity_factor * tokens / E an image.
         eval_capacity_factor: The same at evaluation; null drops nothing, so that a prediction does not depend on the
-            rest of the batch.
-        capacity_rounding: How a fractional capacity becomes whole: "ceil" or "round" (half to even).
-        capacity_multiple_of: A capacity is then raised to a multiple of this.
+            rest of the batch. For "expert_choice" and "soft", null is training's.
+        capacity_rounding: How a fractional capacity becomes whole: "ceil" or "round" (half to even). null is the
+            original's: "round" for "expert_choice" and "soft", else "ceil".
+        capacity_multiple_of: A capacity is then raised to a multiple of this. null is the original's: 1 for
+            "expert_choice" and "soft", else 4.
         batch_priority: Full experts drop the tokens with the smallest gates (Batch Prioritized Routing, section 4.1)
             rather than the last ones.
-        group: Tokens compete for capacity within a group: "image", "batch", or a number of consecutive images.
-        noise_std: The router's logits get normal noise of standard deviation noise_std / E in training (section 2.2).
+        group: Tokens compete for capacity within a group: "image", "batch", or a number of consecutive images. null is
+            8; "expert_choice" and "soft" always take image by image.
+        noise_std: The router's logits get normal noise of standard deviation noise_std / E in training (section 2.2),
+            for "soft" of standard deviation noise_std. null is 1 for "token_choice", "cosine" and "expert_choice", else
+            0.
         renormalize: Whether a token's K combine weights are scaled to sum to 1. The paper's are not.
         expert_dropout: Dropout rate inside the experts' hidden layer; where above 0 it replaces the MLP's own.
         experts_start: Whether the experts of a layer start from "different" weights or from "equal" ones.
         shared_experts: Number of experts that take every token, beside the routed ones (DeepSeekMoE,
             https://arxiv.org/abs/2401.06066).
-        importance_loss_weight: Weight of the importance loss (appendix A.2).
+        soft_scale: Where Soft MoE's learned scale of the cosine logits starts. The paper's is 1; from 10 on slots
+            differ early in training, which short training needs.
+        bias_update_rate: How far the biases of the "sigmoid" router move in an update.
+        importance_loss_weight: Weight of the importance loss (appendix A.2). "expert_choice" and "soft" are balanced by
+            themselves and have no auxiliary loss.
         load_loss_weight: Weight of the load loss (appendix A.2). It is defined by the router's noise: without noise, so
             also at evaluation, it is absent.
         gshard_loss_weight: Weight of GShard's balance loss (https://arxiv.org/abs/2006.16668, algorithm 1).
@@ -48,18 +63,22 @@ class MoeConfig:
     layers: str | list[int] = "every-2"
     num_experts: int = 8
     top_k: int = 2
-    router: Literal["token_choice"] = "token_choice"
+    router: Literal["token_choice", "sigmoid", "cosine", "expert_choice", "soft", "hash", "random", "balanced"] = (
+        "token_choice"
+    )
     capacity_factor: float | None = 1.05
     eval_capacity_factor: float | None = None
-    capacity_rounding: Literal["ceil", "round"] = "ceil"
-    capacity_multiple_of: int = 4
+    capacity_rounding: Literal["ceil", "round"] | None = None
+    capacity_multiple_of: int | None = None
     batch_priority: bool = False
-    group: Literal["image", "batch"] | int = 8
-    noise_std: float = 1.0
+    group: Literal["image", "batch"] | int | None = None
+    noise_std: float | None = None
     renormalize: bool = False
     expert_dropout: float = 0.0
     experts_start: Literal["different", "equal"] = "different"
     shared_experts: int = 0
+    soft_scale: float = 1.0
+    bias_update_rate: float = 0.001
     importance_loss_weight: float = 0.005
     load_loss_weight: float = 0.005
     gshard_loss_weight: float = 0.0
@@ -68,28 +87,74 @@ class MoeConfig:
 
     def __post_init__(self) -> None:
         _check_layers(self.layers)
-        self._need_choice("router", ("token_choice",))
+        self._need_choice("router", ROUTER_NAMES)
+        for name, default in self._defaults_of_router().items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, default)
         self._need_choice("capacity_rounding", ("ceil", "round"))
         self._need_choice("experts_start", ("different", "equal"))
-        for name in ("num_experts", "top_k", "capacity_multiple_of"):
-            self._need(name, _is_int(self, name) and getattr(self, name) >= 1, "a whole number >= 1")
-        self._need(
-            "shared_experts", _is_int(self, "shared_experts") and self.shared_experts >= 0, "a whole number >= 0"
-        )
+        for name, smallest in (("num_experts", 1), ("top_k", 1), ("capacity_multiple_of", 1), ("shared_experts", 0)):
+            is_allowed = _is_int(self, name) and getattr(self, name) >= smallest
+            self._need(name, is_allowed, f"a whole number >= {smallest}")
         self._need("top_k", self.top_k <= self.num_experts, f"at most num_experts={self.num_experts}")
         for name in ("capacity_factor", "eval_capacity_factor"):
             value = getattr(self, name)
             self._need(name, value is None or (_is_number(value) and value > 0), "> 0, or null to drop nothing")
         for field in fields(self):
-            if field.name == "noise_std" or field.name.endswith("_loss_weight"):
+            if field.name in ("noise_std", "bias_update_rate") or field.name.endswith("_loss_weight"):
                 self._need(field.name, _is_number(getattr(self, field.name)) and getattr(self, field.name) >= 0, ">= 0")
             elif field.type is bool:
                 self._need(field.name, isinstance(getattr(self, field.name), bool), "true or false")
+        self._need("soft_scale", _is_number(self.soft_scale) and self.soft_scale > 0, "> 0")
         self._need("expert_dropout", _is_number(self.expert_dropout) and 0 <= self.expert_dropout < 1, "in [0, 1)")
-        group_is_count = _is_int(self, "group") and self.group >= 1
-        self._need(
-            "group", self.group in ("image", "batch") or group_is_count, '"image", "batch" or a number of images'
-        )
+        is_count = _is_int(self, "group") and self.group >= 1
+        self._need("group", self.group in ("image", "batch") or is_count, '"image", "batch" or a number of images')
+        self._check_combination()
+
+    def _defaults_of_router(self) -> dict[str, object]:
+        """What null stands for."""
+        return {
+            "capacity_rounding": "round" if self.fills_slots else "ceil",
+            "capacity_multiple_of": 1 if self.fills_slots else 4,
+            "group": "image" if self.fills_slots else 8,
+            "noise_std": 1.0 if self.draws_noise_by_default else 0.0,
+        }
+
+    def _check_combination(self) -> None:
+        """Refuses options that the router cannot follow."""
+        router = f'with router="{self.router}"'
+        if self.fills_slots:
+            self._need("group", self.group in ("image", 1), f'"image" {router}: it never looks at other images')
+            self._need("capacity_factor", self.capacity_factor is not None, f"a number {router}: it sets the slots")
+            self._need("batch_priority", not self.batch_priority, f"false {router}: experts choose by gate anyway")
+            self._need("renormalize", not self.renormalize, f"false {router}")
+        if self.router == "soft":
+            fits = self.eval_capacity_factor in (None, self.capacity_factor)
+            self._need("eval_capacity_factor", fits, f"null {router}: the slots are part of its parameters")
+        elif not self.draws_noise_by_default:
+            self._need("noise_std", self.noise_std == 0, f"0 {router}")
+        if self.router in ("sigmoid", "hash", "random"):
+            self._need("z_loss_weight", self.z_loss_weight == 0, f"0 {router}: it has no softmax logits")
+
+    @property
+    def fills_slots(self) -> bool:
+        """Whether experts have a fixed number of slots an image, rather than tokens choosing experts."""
+        return self.router in ("expert_choice", "soft")
+
+    @property
+    def draws_noise_by_default(self) -> bool:
+        """Whether the paper of the router adds noise to its logits."""
+        return self.router in ("token_choice", "cosine", "expert_choice")
+
+    @property
+    def draws_noise(self) -> bool:
+        """Whether the router's logits get noise in training."""
+        return self.noise_std > 0
+
+    @property
+    def experts_per_token(self) -> float:
+        """How many experts work for a token on average: K, or the slots a token where experts have slots."""
+        return self.capacity_factor if self.fills_slots else self.top_k
 
     def _need(self, name: str, holds: bool, allowed: str) -> None:
         if not holds:

@@ -12,22 +12,30 @@ from torch import Tensor
 
 
 class Groups(NamedTuple):
-    """How T tokens are split into G groups of S tokens; only the last group may be smaller."""
+    """How T tokens are split into G groups of S tokens.
+
+    Attributes:
+        count: G.
+        size: S.
+        last: Tokens of the last group, which alone may be smaller.
+        tokens: N, tokens an image.
+    """
 
     count: int
     size: int
     last: int
+    tokens: int
 
     @classmethod
     def of(cls, images: int, tokens: int, group: str | int) -> "Groups":
         """Splits `images` x `tokens` tokens by `MoeConfig.group`: "image", "batch" or a number of images."""
         per_group = {"image": 1, "batch": max(images, 1)}.get(group, group)
         if images <= per_group:
-            return cls(1, images * tokens, images * tokens)
+            return cls(1, images * tokens, images * tokens, tokens)
         count, rest = divmod(images, per_group)
         if rest == 0:
-            return cls(count, per_group * tokens, per_group * tokens)
-        return cls(count + 1, per_group * tokens, rest * tokens)
+            return cls(count, per_group * tokens, per_group * tokens, tokens)
+        return cls(count + 1, per_group * tokens, rest * tokens, tokens)
 
     @property
     def is_even(self) -> bool:

@@ -8,17 +8,19 @@ import torch
 from torch import Tensor
 
 from vmoe.moe.config import MoeConfig
-from vmoe.moe.routers import Routing
+from vmoe.moe.routing import Routing, SlotRouting
 
 
-def auxiliary_losses(routing: Routing, moe: MoeConfig, is_noisy: bool) -> dict[str, Tensor]:
+def auxiliary_losses(routing: Routing | SlotRouting, moe: MoeConfig, is_noisy: bool) -> dict[str, Tensor]:
     """The losses of a routing decision, unweighted and averaged over the groups, by their name in `MoeConfig`.
 
     Args:
-        routing: The decision.
+        routing: The decision. Where experts have slots, the load is fair by itself and there is no loss.
         moe: The layer's configuration.
         is_noisy: Whether the router drew noise, without which there is no load loss.
     """
+    if not isinstance(routing, Routing):
+        return {}
     losses = {"importance": importance_loss(routing.logits_GSE, routing.valid_GS)}
     if is_noisy:
         losses["load"] = load_loss(
@@ -35,7 +37,7 @@ def auxiliary_losses(routing: Routing, moe: MoeConfig, is_noisy: bool) -> dict[s
     return {name: loss_G.sum() / max(loss_G.shape[0], 1) for name, loss_G in losses.items()}
 
 
-def weighted_sum(losses: dict[str, Tensor], moe: MoeConfig) -> Tensor:
+def weighted_sum(losses: dict[str, Tensor], moe: MoeConfig) -> Tensor | float:
     """The layer's auxiliary loss, a scalar."""
     return sum(getattr(moe, f"{name}_loss_weight") * loss for name, loss in losses.items())
 
@@ -87,3 +89,27 @@ def _masked_mean(values_GSX: Tensor, valid_GS: Tensor | None) -> Tensor:
     if valid_GS is None:
         return values_GSX.sum(1) / max(values_GSX.shape[1], 1)
     return _masked(values_GSX, valid_GS).sum(1) / valid_GS.sum(1, keepdim=True).clamp_min(1)
+
+
+def inject_gradient(y: Tensor, loss: Tensor, scale: Tensor) -> Tensor:
+    """`y` itself; in the backward pass `loss` gets the gradient `scale`, as if scale * loss had been added to the
+    task's loss. All are tensors of any shape, `loss` and `scale` scalars.
+    """
+    return _InjectGradient.apply(y, loss, scale)
+
+
+class _InjectGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(y: Tensor, loss: Tensor, scale: Tensor) -> Tensor:
+        return y.view_as(y)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        _, loss, scale = inputs
+        ctx.save_for_backward(scale)
+        ctx.loss_dtype = loss.dtype
+
+    @staticmethod
+    def backward(ctx, grad_y: Tensor):
+        (scale,) = ctx.saved_tensors
+        return grad_y, scale.to(ctx.loss_dtype), None

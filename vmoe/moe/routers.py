@@ -1,10 +1,10 @@
-"""Routers: from tokens to gates and chosen experts.
+"""Routers by which tokens choose experts, and the table of all routers.
 
-T tokens of width D, in G groups of S tokens; E experts; K choices a token. Names of tensors may end in their axes.
+T tokens of width D, in G groups of S tokens; E experts; K choices a token. All scores are computed in float32 or wider,
+whatever the autocast: half-precision routers are what makes sparse models diverge.
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,45 +12,15 @@ from torch import Tensor, nn
 
 from vmoe.moe.config import MoeConfig
 from vmoe.moe.groups import Groups
-
-
-class Routing(NamedTuple):
-    """One routing decision: what the router wished, and (once `assign`ed) which choices the experts had room for.
-
-    Attributes:
-        groups: How the tokens are grouped.
-        valid_GS: Which tokens are real, bool; None when all are.
-        logits_GSE: The router's scores, without noise.
-        noisy_logits_GSE: The scores that were routed by; `logits_GSE` itself when there is no noise.
-        gates_GSE: softmax of `noisy_logits_GSE` over the experts.
-        chosen_GSK: The experts of each token, best first, int64.
-        weights_GSK: The combine weight of each choice, before drops.
-        kept_GSK: Which choices found room, bool; None when no choice can be dropped.
-        slots_GSK: The place of each choice among those its expert takes from the group; None when `kept_GSK` is.
-        capacity: C, the places an expert has for a group; None for no bound.
-    """
-
-    groups: Groups
-    valid_GS: Tensor | None
-    logits_GSE: Tensor
-    noisy_logits_GSE: Tensor
-    gates_GSE: Tensor
-    chosen_GSK: Tensor
-    weights_GSK: Tensor
-    kept_GSK: Tensor | None = None
-    slots_GSK: Tensor | None = None
-    capacity: int | None = None
-
-    def combine_weights_GSK(self) -> Tensor:
-        """The combine weights, zero where the choice was dropped."""
-        return self.weights_GSK if self.kept_GSK is None else self.weights_GSK * self.kept_GSK
+from vmoe.moe.routing import Routing
+from vmoe.moe.scores import full_precision_linear, with_noise
+from vmoe.moe.slot_routers import ExpertChoiceRouter, SoftRouter
 
 
 class TokenChoiceRouter(nn.Module):
     """Each token chooses its top-K experts by softmax gates (Riquelme et al. 2021, section 2.2).
 
-    In training the logits get normal noise of standard deviation noise_std / E before the softmax. All of it is
-    computed in float32 (or wider), whatever the autocast: half-precision routers are what makes sparse models diverge.
+    In training the logits get normal noise of standard deviation noise_std / E before the softmax.
 
     Args:
         dim: D, width of a token.
@@ -65,20 +35,135 @@ class TokenChoiceRouter(nn.Module):
         self.renormalize = moe.renormalize
         self.noise_scale = moe.noise_std / moe.num_experts
         self.gate = nn.Linear(dim, moe.num_experts, bias=False, device=device, dtype=dtype)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """LeCun-normal weights, as the original's Dense layer: logits of unit variance for normalised tokens."""
-        nn.init.normal_(self.gate.weight, std=1 / math.sqrt(self.gate.in_features))
+        # LeCun-normal, as the original's Dense layer: logits of unit variance for normalised tokens
+        nn.init.normal_(self.gate.weight, std=1 / math.sqrt(dim))
 
     def forward(self, x_TD: Tensor, groups: Groups, valid_GS: Tensor | None = None) -> Routing:
-        logits_TE = full_precision_linear(x_TD, self.gate.weight)
-        noisy_TE = logits_TE
-        if self.training and self.noise_scale > 0:
-            noisy_TE = logits_TE + self.noise_scale * torch.randn_like(logits_TE)
+        logits_TE = self.scores(x_TD)
+        noisy_TE = with_noise(logits_TE, self.noise_scale) if self.training else logits_TE
         logits_GSE = groups.split(logits_TE)
         noisy_GSE = logits_GSE if noisy_TE is logits_TE else groups.split(noisy_TE)
         return token_choice(logits_GSE, noisy_GSE, groups, self.top_k, self.renormalize, valid_GS)
+
+    def scores(self, x_TD: Tensor) -> Tensor:
+        """The logits (T, E), before noise."""
+        return full_precision_linear(x_TD, self.gate.weight)
+
+
+class CosineRouter(TokenChoiceRouter):
+    """Token choice by cosine similarity to the experts' embeddings in a space of fewer dimensions, over a learned
+    temperature (Chi et al. 2022, https://arxiv.org/abs/2204.09179, section 3.2).
+    """
+
+    MAX_DIM = 256  # of the space, as in Swin-MoE (Hwang et al. 2022, https://arxiv.org/abs/2206.03382)
+    SMALLEST_TEMPERATURE = 0.01
+
+    def __init__(self, dim: int, moe: MoeConfig, device=None, dtype=None) -> None:
+        super().__init__(dim, moe, device, dtype)
+        width = min(dim, self.MAX_DIM)
+        self.projection = nn.Linear(dim, width, bias=False, device=device, dtype=dtype)
+        self.gate = nn.Linear(width, moe.num_experts, bias=False, device=device, dtype=dtype)
+        self.temperature = nn.Parameter(torch.full((), 0.5, device=device, dtype=dtype))
+        nn.init.normal_(self.projection.weight, std=1 / math.sqrt(dim))
+        nn.init.normal_(self.gate.weight, std=1 / math.sqrt(width))
+
+    def scores(self, x_TD: Tensor) -> Tensor:
+        projected_TP = F.normalize(full_precision_linear(x_TD, self.projection.weight), dim=-1)
+        embeddings_EP = F.normalize(self.gate.weight.to(projected_TP.dtype), dim=-1)
+        temperature = self.temperature.clamp_min(self.SMALLEST_TEMPERATURE)
+        return full_precision_linear(projected_TP, embeddings_EP) / temperature
+
+
+class SigmoidRouter(TokenChoiceRouter):
+    """Token choice by sigmoid gates, balanced without an auxiliary loss (DeepSeek-V3, https://arxiv.org/abs/2412.19437,
+    section 2.1.2; Wang et al. 2024, https://arxiv.org/abs/2408.15664, algorithm 1).
+
+    A bias an expert decides with the gates who is chosen, but not with which weight. After each update of the weights,
+    `vmoe.update_router_biases` raises it for experts under their fair load and lowers it for those above.
+    """
+
+    def __init__(self, dim: int, moe: MoeConfig, device=None, dtype=None) -> None:
+        super().__init__(dim, moe, device, dtype)
+        self.bias_update_rate = moe.bias_update_rate
+        self.register_buffer("bias", torch.zeros(moe.num_experts, device=device))
+        self.register_buffer("choices", torch.zeros(moe.num_experts, device=device), persistent=False)
+
+    def forward(self, x_TD: Tensor, groups: Groups, valid_GS: Tensor | None = None) -> Routing:
+        scores_GSE = groups.split(self.scores(x_TD))
+        gates_GSE = scores_GSE.sigmoid()
+        chosen_GSK = top_experts(gates_GSE + self.bias, self.top_k)
+        # of these logits the softmax is each gate's share of the token's gates
+        logits_GSE = F.logsigmoid(scores_GSE)
+        weights_GSK = weights_of(gates_GSE, chosen_GSK, self.renormalize)
+        routing = Routing(groups, valid_GS, logits_GSE, logits_GSE, gates_GSE, chosen_GSK, weights_GSK)
+        if self.training:
+            with torch.no_grad():
+                self.choices += routing.load_E()
+        return routing
+
+    @torch.no_grad()
+    def update_bias(self) -> None:
+        """Moves each expert's bias one step towards a fair load, by the choices since the last call."""
+        self.bias += self.bias_update_rate * (self.choices.mean() - self.choices).sign()
+        self.choices.zero_()
+
+
+class HashRouter(nn.Module):
+    """A control that learns nothing: the experts of a token are a fixed hash of its position in the image (after Roller
+    et al. 2021, https://arxiv.org/abs/2106.04426, who hash words). Each choice weighs 1 / K.
+    """
+
+    def __init__(self, dim: int, moe: MoeConfig, device=None, dtype=None) -> None:
+        super().__init__()
+        self.top_k, self.num_experts = moe.top_k, moe.num_experts
+
+    def forward(self, x_TD: Tensor, groups: Groups, valid_GS: Tensor | None = None) -> Routing:
+        position_T1 = (torch.arange(x_TD.shape[0], device=x_TD.device) % max(groups.tokens, 1))[:, None]
+        hashed_T1 = (position_T1 * 2654435761 >> 7) % self.num_experts  # Knuth's multiplicative hash
+        chosen_TK = (hashed_T1 + torch.arange(self.top_k, device=x_TD.device)) % self.num_experts
+        return _forced(groups, valid_GS, chosen_TK, self.num_experts, _score_dtype(x_TD))
+
+
+class RandomRouter(nn.Module):
+    """A control that learns nothing: the experts of a token are drawn anew each time, also at evaluation. Each choice
+    weighs 1 / K.
+    """
+
+    def __init__(self, dim: int, moe: MoeConfig, device=None, dtype=None) -> None:
+        super().__init__()
+        self.top_k, self.num_experts = moe.top_k, moe.num_experts
+
+    def forward(self, x_TD: Tensor, groups: Groups, valid_GS: Tensor | None = None) -> Routing:
+        draws_TE = torch.rand(x_TD.shape[0], self.num_experts, device=x_TD.device)
+        chosen_TK = draws_TE.topk(self.top_k, dim=-1).indices
+        return _forced(groups, valid_GS, chosen_TK, self.num_experts, _score_dtype(x_TD))
+
+
+class BalancedRouter(TokenChoiceRouter):
+    """Forces a perfectly fair load, for benchmarks: tokens take experts in turn. Gates and their gradients are token
+    choice's, so that the work is too.
+    """
+
+    def forward(self, x_TD: Tensor, groups: Groups, valid_GS: Tensor | None = None) -> Routing:
+        logits_GSE = groups.split(self.scores(x_TD))
+        num_experts = logits_GSE.shape[-1]
+        choices_TK = torch.arange(x_TD.shape[0] * self.top_k, device=x_TD.device).view(-1, self.top_k)
+        chosen_GSK = groups.split(choices_TK % num_experts)
+        gates_GSE = logits_GSE.softmax(-1)
+        weights_GSK = weights_of(gates_GSE, chosen_GSK, self.renormalize)
+        return Routing(groups, valid_GS, logits_GSE, logits_GSE, gates_GSE, chosen_GSK, weights_GSK)
+
+
+ROUTERS = {
+    "token_choice": TokenChoiceRouter,
+    "expert_choice": ExpertChoiceRouter,
+    "soft": SoftRouter,
+    "sigmoid": SigmoidRouter,
+    "cosine": CosineRouter,
+    "hash": HashRouter,
+    "random": RandomRouter,
+    "balanced": BalancedRouter,
+}
 
 
 def token_choice(
@@ -92,9 +177,7 @@ def token_choice(
     """Top-K of the softmax of the noisy logits. Of equal gates, the lower expert is chosen first."""
     gates_GSE = noisy_logits_GSE.softmax(-1)
     chosen_GSK = top_experts(gates_GSE, top_k)
-    weights_GSK = gates_GSE.gather(-1, chosen_GSK)
-    if renormalize:
-        weights_GSK = weights_GSK / weights_GSK.sum(-1, keepdim=True)
+    weights_GSK = weights_of(gates_GSE, chosen_GSK, renormalize)
     return Routing(groups, valid_GS, logits_GSE, noisy_logits_GSE, gates_GSE, chosen_GSK, weights_GSK)
 
 
@@ -109,12 +192,26 @@ def top_experts(gates_GSE: Tensor, top_k: int) -> Tensor:
         best_GS1 = remaining_GSE.argmax(-1, keepdim=True)
         chosen.append(best_GS1)
         if choice + 1 < top_k:
-            remaining_GSE = remaining_GSE.scatter(-1, best_GS1, -1.0)
+            remaining_GSE = remaining_GSE.scatter(-1, best_GS1, -math.inf)
     return torch.cat(chosen, -1)
 
 
-def full_precision_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """X @ weight.T in float32, or in float64 when either is, also under autocast."""
-    dtype = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
-    with torch.autocast(x.device.type if x.device.type != "meta" else "cpu", enabled=False):
-        return F.linear(x.to(dtype), weight.to(dtype))
+def weights_of(gates_GSE: Tensor, chosen_GSK: Tensor, renormalize: bool) -> Tensor:
+    """The chosen experts' gates (G, S, K), scaled to sum to 1 when asked."""
+    weights_GSK = gates_GSE.gather(-1, chosen_GSK)
+    return weights_GSK / weights_GSK.sum(-1, keepdim=True) if renormalize else weights_GSK
+
+
+def _score_dtype(x_TD: Tensor) -> torch.dtype:
+    return torch.promote_types(x_TD.dtype, torch.float32)
+
+
+def _forced(
+    groups: Groups, valid_GS: Tensor | None, chosen_TK: Tensor, num_experts: int, dtype: torch.dtype
+) -> Routing:
+    """A routing to given experts with weights 1 / K; its gates are those weights, its logits all equal."""
+    chosen_GSK = groups.split(chosen_TK)
+    weights_GSK = torch.full(chosen_GSK.shape, 1 / chosen_TK.shape[-1], dtype=dtype, device=chosen_TK.device)
+    no_logits_GSE = weights_GSK.new_zeros(*chosen_GSK.shape[:2], num_experts)
+    gates_GSE = no_logits_GSE.scatter(-1, chosen_GSK, weights_GSK)
+    return Routing(groups, valid_GS, no_logits_GSE, no_logits_GSE, gates_GSE, chosen_GSK, weights_GSK)

@@ -30,10 +30,10 @@ def layout(
     return Layout(row_TK, choice_R.scatter(0, row_TK.reshape(-1), choices)[:num_rows])
 
 
-def linear(x_RD: Tensor, weight_EOD: Tensor, bias_EO: Tensor | None, layout: Layout) -> Tensor:
+def linear(x_RD: Tensor, weight_EOD: Tensor, bias_EO: Tensor | None, layout: Layout | None) -> Tensor:
     """Each expert's rows times its weights."""
     num_experts = weight_EOD.shape[0]
-    x_ECD = x_RD.view(num_experts, -1, x_RD.shape[-1])
+    x_ECD = x_RD.view(num_experts, x_RD.shape[0] // num_experts, x_RD.shape[1])
     weight_EDO = weight_EOD.transpose(1, 2)
     y_ECO = torch.bmm(x_ECD, weight_EDO) if bias_EO is None else torch.baddbmm(bias_EO[:, None], x_ECD, weight_EDO)
-    return y_ECO.reshape(x_RD.shape[0], -1)
+    return y_ECO.view(x_RD.shape[0], weight_EOD.shape[1])

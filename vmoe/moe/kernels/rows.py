@@ -35,6 +35,14 @@ def combine(y_RD: Tensor, weights_TK: Tensor, layout: Layout) -> Tensor:
     return _Combine.apply(y_RD, weights_TK.to(y_RD.dtype), layout.row_TK, layout.choice_R)
 
 
+def expert_of_row(layout: Layout | None, num_rows: int, num_experts: int, device: torch.device) -> Tensor:
+    """The expert of each row, (R,); rows behind the last expert's count as its own."""
+    rows_R = torch.arange(num_rows, device=device)
+    if layout is None or layout.ends_E is None:
+        return rows_R // max(num_rows // num_experts, 1)
+    return torch.searchsorted(layout.ends_E.long(), rows_R, right=True).clamp(max=num_experts - 1)
+
+
 class _Dispatch(torch.autograd.Function):
     @staticmethod
     def forward(x_TD: Tensor, row_TK: Tensor, choice_R: Tensor) -> Tensor:

@@ -1,0 +1,74 @@
+"""What one asks of all the MoE layers of a model at once."""
+
+import dataclasses
+
+import torch
+from torch import Tensor, nn
+
+from vmoe.moe.layer import MoeMlp
+from vmoe.moe.routers import SigmoidRouter
+
+
+def moe_layers(model: nn.Module) -> list[tuple[str, MoeMlp]]:
+    """The MoE layers of `model` with their names, in forward order; a compiled model's names are the original's."""
+    model = getattr(model, "_orig_mod", model)
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, MoeMlp)]
+
+
+def auxiliary_loss(model: nn.Module) -> Tensor:
+    """The weighted auxiliary losses of the last forward pass, summed over the MoE layers: add it to the task's loss.
+
+    Returns:
+        A scalar through which gradients flow; zero for a dense model.
+
+    Raises:
+        RuntimeError: There was no forward pass, or its graph is gone (reentrant activation checkpointing).
+    """
+    total = None
+    for name, layer in moe_layers(model):
+        loss = layer.last_auxiliary_loss
+        if loss is None:
+            raise RuntimeError(f"{name}: no auxiliary loss yet; call the model first")
+        if torch.is_grad_enabled() and layer.expects_gradient() and not loss.requires_grad:
+            raise RuntimeError(
+                f"{name}: the auxiliary loss has lost its graph, as under reentrant activation checkpointing; "
+                "use MoeConfig(inject_auxiliary_loss=True), which needs no auxiliary_loss()"
+            )
+        total = loss if total is None else total + loss.to(total.device)
+    if total is None:
+        parameter = next(model.parameters(), None)
+        return torch.zeros((), device=None if parameter is None else parameter.device)
+    return total
+
+
+def set_auxiliary_scale(model: nn.Module, scale: float | Tensor) -> None:
+    """Scales the gradients that `inject_auxiliary_loss` adds, as the training loop scales its loss.
+
+    Args:
+        model: A model with MoE layers.
+        scale: The loss scale, divided by the steps of a gradient accumulation. A tensor is kept by reference, so that a
+            GradScaler's own (`scaler._scale`) stays up to date.
+    """
+    for _, layer in moe_layers(model):
+        device = next(layer.parameters()).device
+        layer.auxiliary_scale = torch.as_tensor(scale, dtype=torch.float32, device=device)
+
+
+def set_eval_capacity_factor(model: nn.Module, factor: float | None) -> None:
+    """Sets the capacity factor that all MoE layers of `model` use at evaluation; None drops nothing.
+
+    Raises:
+        ValueError: The factor is not positive, or the layers' slots are part of their parameters (Soft MoE).
+    """
+    for _, layer in moe_layers(model):
+        layer.config = dataclasses.replace(layer.config, eval_capacity_factor=factor)
+
+
+def update_router_biases(model: nn.Module) -> None:
+    """Moves the biases of sigmoid routers towards a fair load; call it after each update of the weights.
+
+    A model without sigmoid routers is left as it is.
+    """
+    for _, layer in moe_layers(model):
+        if isinstance(layer.router, SigmoidRouter):
+            layer.router.update_bias()

@@ -1,0 +1,192 @@
+"""Records of a routing decision, which pass between router, experts, losses and analysis.
+
+T tokens of width D, in G groups of S tokens; E experts; K choices a token; C places an expert has for a group.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vmoe.moe.groups import Groups
+
+
+class Routing(NamedTuple):
+    """Tokens that chose experts: what the router wished and (once `assign`ed) which choices the experts had room for.
+
+    Attributes:
+        groups: How the tokens are grouped.
+        valid_GS: Which tokens are real, bool; None when all are.
+        logits_GSE: The router's scores without noise, such that their softmax is each token's preference.
+        noisy_logits_GSE: The scores that were routed by; `logits_GSE` itself when there is no noise.
+        gates_GSE: The gates, by which tokens are ranked and weighted.
+        chosen_GSK: The experts of each token, best first, int64.
+        weights_GSK: The combine weight of each choice, before drops.
+        kept_GSK: Which choices found room, bool; None when no choice can be dropped.
+        slots_GSK: The place of each choice among those its expert takes from the group; None when `kept_GSK` is.
+        capacity: C, the places an expert has for a group; None for no bound.
+    """
+
+    groups: Groups
+    valid_GS: Tensor | None
+    logits_GSE: Tensor
+    noisy_logits_GSE: Tensor
+    gates_GSE: Tensor
+    chosen_GSK: Tensor
+    weights_GSK: Tensor
+    kept_GSK: Tensor | None = None
+    slots_GSK: Tensor | None = None
+    capacity: int | None = None
+
+    def combine_weights_GSK(self) -> Tensor:
+        """The combine weights, zero where the choice was dropped."""
+        return self.weights_GSK if self.kept_GSK is None else self.weights_GSK * self.kept_GSK
+
+    def load_E(self) -> Tensor:
+        """Share of the choices that went to each expert, before drops; sums to 1."""
+        real_GS1 = self._real_GS1().expand_as(self.chosen_GSK)
+        counts_E = real_GS1.new_zeros(self.gates_GSE.shape[-1])
+        counts_E = counts_E.scatter_add(0, self.chosen_GSK.reshape(-1), real_GS1.reshape(-1))
+        return counts_E / real_GS1.sum().clamp_min(1)
+
+    def dropped(self) -> Tensor:
+        """Share of the choices that found their expert full, ()."""
+        choices = self._real_GS1().sum().clamp_min(1) * self.chosen_GSK.shape[-1]
+        return choices.new_zeros(()) if self.kept_GSK is None else 1 - self.kept_GSK.sum() / choices
+
+    def entropy(self) -> Tensor:
+        """Mean entropy of the tokens' normalised gates in nats, ()."""
+        gates_GSE = self.gates_GSE / self.gates_GSE.sum(-1, keepdim=True)
+        return _mean_entropy(gates_GSE, self._real_GS1())
+
+    def _real_GS1(self) -> Tensor:
+        return _real(self.valid_GS, self.gates_GSE)
+
+
+class ExpertChoiceRouting(NamedTuple):
+    """Experts that chose tokens; every place is taken.
+
+    Attributes:
+        groups: One group an image.
+        valid_GS: Which tokens are real, bool; None when all are.
+        gates_GSE: softmax over the experts.
+        chosen_GEC: The tokens of each expert, as their places in the group, best first.
+        weights_GEC: Their combine weights; zero for padding.
+    """
+
+    groups: Groups
+    valid_GS: Tensor | None
+    gates_GSE: Tensor
+    chosen_GEC: Tensor
+    weights_GEC: Tensor
+
+    def dispatch(self, x_TD: Tensor) -> Tensor:
+        """(E*G*C, D): the tokens of each expert, experts first."""
+        return x_TD.index_select(0, self._token_R())
+
+    def combine(self, y_RD: Tensor) -> Tensor:
+        """(T, D): the sum of each token's results, weighted; zero for a token that no expert chose."""
+        weight_R = self.weights_GEC.transpose(0, 1).reshape(-1, 1).to(y_RD.dtype)
+        num_groups, size, _ = self.gates_GSE.shape
+        return y_RD.new_zeros(num_groups * size, y_RD.shape[-1]).index_add(0, self._token_R(), y_RD * weight_R)
+
+    def load_E(self) -> Tensor:
+        """Every expert takes the same share."""
+        num_experts = self.gates_GSE.shape[-1]
+        return self.gates_GSE.new_full((num_experts,), 1 / num_experts)
+
+    def dropped(self) -> Tensor:
+        """Share of the tokens that no expert chose, ()."""
+        real_GS = _real(self.valid_GS, self.gates_GSE)[..., 0]
+        flat_GN = self.chosen_GEC.flatten(1)
+        is_chosen_GS = torch.zeros_like(real_GS).scatter(1, flat_GN, 1.0)
+        return 1 - (is_chosen_GS * real_GS).sum() / real_GS.sum().clamp_min(1)
+
+    def entropy(self) -> Tensor:
+        """Mean entropy of the tokens' gates in nats, ()."""
+        return _mean_entropy(self.gates_GSE, _real(self.valid_GS, self.gates_GSE))
+
+    def dispatch_GSEC(self) -> Tensor:
+        """One-hot: which token stands in which place of which expert."""
+        one_hot_GECS = torch.nn.functional.one_hot(self.chosen_GEC, self.gates_GSE.shape[1])
+        return one_hot_GECS.permute(0, 3, 1, 2).to(self.gates_GSE.dtype)
+
+    def combine_GSEC(self) -> Tensor:
+        """The weight of each place in each token's result."""
+        return self.dispatch_GSEC() * self.weights_GEC[:, None]
+
+    def _token_R(self) -> Tensor:
+        num_groups, size, _ = self.gates_GSE.shape
+        first_G11 = torch.arange(num_groups, device=self.chosen_GEC.device)[:, None, None] * size
+        return (self.chosen_GEC + first_G11).transpose(0, 1).reshape(-1)
+
+
+class SoftRouting(NamedTuple):
+    """Slots that are mixtures of tokens, and tokens that get mixtures of the slots' results.
+
+    Attributes:
+        groups: One group an image.
+        valid_GS: Which tokens are real, bool; None when all are.
+        dispatch_GSEC: Weight of each token in each slot; over the tokens they sum to 1.
+        combine_GSEC: Weight of each slot in each token's result; over all slots they sum to 1.
+    """
+
+    groups: Groups
+    valid_GS: Tensor | None
+    dispatch_weights_GSEC: Tensor
+    combine_weights_GSEC: Tensor
+
+    def dispatch(self, x_TD: Tensor) -> Tensor:
+        """(E*G*C, D): the slots' mixtures, experts first."""
+        num_groups, size, num_experts, slots = self.dispatch_weights_GSEC.shape
+        weights_GNS = self.dispatch_weights_GSEC.to(x_TD.dtype).flatten(2).transpose(1, 2)
+        mixed_GND = weights_GNS @ x_TD.view(num_groups, size, -1)
+        return mixed_GND.view(num_groups, num_experts, slots, -1).transpose(0, 1).reshape(-1, x_TD.shape[-1])
+
+    def combine(self, y_RD: Tensor) -> Tensor:
+        """(T, D): each token's mixture of the slots' results."""
+        num_groups, size, num_experts, slots = self.combine_weights_GSEC.shape
+        y_GND = (
+            y_RD.view(num_experts, num_groups, slots, -1).transpose(0, 1).reshape(num_groups, num_experts * slots, -1)
+        )
+        weights_GSN = self.combine_weights_GSEC.to(y_RD.dtype).flatten(2)
+        return (weights_GSN @ y_GND).view(num_groups * size, -1)
+
+    def load_E(self) -> Tensor:
+        """Share of the combine weights that each expert's slots carry; sums to 1."""
+        mass_E = self.combine_weights_GSEC.sum((0, 1, 3))
+        return mass_E / mass_E.sum().clamp_min(torch.finfo(mass_E.dtype).tiny)
+
+    def dropped(self) -> Tensor:
+        """Nothing is."""
+        return self.combine_weights_GSEC.new_zeros(())
+
+    def entropy(self) -> Tensor:
+        """Mean entropy in nats of the tokens' combine weights, summed by expert, ()."""
+        by_expert_GSE = self.combine_weights_GSEC.sum(-1)
+        return _mean_entropy(by_expert_GSE, _real(self.valid_GS, by_expert_GSE))
+
+    @property
+    def gates_GSE(self) -> Tensor:
+        """Each expert's share of a token's result."""
+        return self.combine_weights_GSEC.sum(-1)
+
+    def dispatch_GSEC(self) -> Tensor:
+        """The dispatch weights."""
+        return self.dispatch_weights_GSEC
+
+    def combine_GSEC(self) -> Tensor:
+        """The combine weights."""
+        return self.combine_weights_GSEC
+
+
+SlotRouting = ExpertChoiceRouting | SoftRouting
+
+
+def _real(valid_GS: Tensor | None, like_GSE: Tensor) -> Tensor:
+    """1 for real tokens, 0 for padding, (G, S, 1) in the type of `like_GSE`."""
+    return torch.ones_like(like_GSE[..., :1]) if valid_GS is None else valid_GS[..., None].to(like_GSE.dtype)
+
+
+def _mean_entropy(gates_GSE: Tensor, real_GS1: Tensor) -> Tensor:
+    return (torch.special.entr(gates_GSE).sum(-1, keepdim=True) * real_GS1).sum() / real_GS1.sum().clamp_min(1)

@@ -1,0 +1,17 @@
+"""Scores of routers, in float32 or wider whatever the autocast."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def full_precision_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """X @ weight.T in float32, or in float64 when either is, also under autocast."""
+    dtype = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
+    with torch.autocast(x.device.type if x.device.type != "meta" else "cpu", enabled=False):
+        return F.linear(x.to(dtype), weight.to(dtype))
+
+
+def with_noise(logits: Tensor, scale: float) -> Tensor:
+    """Logits plus normal noise of standard deviation `scale`; the same tensor where that is 0."""
+    return logits + scale * torch.randn_like(logits) if scale > 0 else logits

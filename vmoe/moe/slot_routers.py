@@ -1,0 +1,119 @@
+"""Routers that fill a fixed number of slots an expert, image by image: expert choice and Soft MoE.
+
+T tokens of width D, in G groups (images) of S tokens; E experts of C slots a group.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from vmoe.moe.assignment import expert_capacity
+from vmoe.moe.config import MoeConfig
+from vmoe.moe.groups import Groups
+from vmoe.moe.routing import ExpertChoiceRouting, SoftRouting
+from vmoe.moe.scores import full_precision_linear, with_noise
+
+
+class ExpertChoiceRouter(nn.Module):
+    """Each expert chooses the C tokens of an image with the largest gates (Zhou et al. 2022,
+    https://arxiv.org/abs/2202.09368, section 3.2, with gates normalised over the experts as in the V-MoE code).
+
+    The load is fair by construction; a token may be chosen by several experts or by none. The combine weights are the
+    gates, not renormalised.
+
+    Args:
+        dim: D, width of a token.
+        moe: The layer's configuration.
+        device: Where the parameters are created.
+        dtype: Their type.
+    """
+
+    def __init__(self, dim: int, moe: MoeConfig, device=None, dtype=None) -> None:
+        super().__init__()
+        self.moe = moe
+        self.noise_scale = moe.noise_std / moe.num_experts
+        self.gate = nn.Linear(dim, moe.num_experts, bias=False, device=device, dtype=dtype)
+        nn.init.normal_(self.gate.weight, std=1 / math.sqrt(dim))
+
+    def forward(
+        self, x_TD: Tensor, groups: Groups, valid_GS: Tensor | None, capacity_factor: float
+    ) -> ExpertChoiceRouting:
+        logits_GSE = groups.split(full_precision_linear(x_TD, self.gate.weight))
+        if self.training:
+            logits_GSE = with_noise(logits_GSE, self.noise_scale)
+        capacity = slots_per_expert(groups.size, self.moe, capacity_factor)
+        if capacity > groups.size:
+            raise ValueError(
+                f"capacity_factor={capacity_factor}: each expert would choose {capacity} of an image's "
+                f"{groups.size} tokens; lower it or capacity_multiple_of"
+            )
+        return expert_choice(logits_GSE.softmax(-1), groups, capacity, valid_GS)
+
+
+class SoftRouter(nn.Module):
+    """Soft MoE: every slot is a weighted mean of an image's tokens (Puigcerver et al. 2024,
+    https://arxiv.org/abs/2308.00951, algorithms 1 and 2).
+
+    The number of slots, P = C an expert, belongs to the parameters and so to the number of tokens an image they were
+    made for; images with more or fewer tokens are mixed into the same slots.
+
+    Args:
+        dim: D, width of a token.
+        moe: The layer's configuration. `soft_scale` is where the learned scale of the cosine logits starts.
+        tokens: S, tokens an image.
+        device: Where the parameters are created.
+        dtype: Their type.
+
+    Attributes:
+        mu: (D, E, P) the slots' parameters.
+        scale: () the learned scale.
+    """
+
+    def __init__(self, dim: int, moe: MoeConfig, tokens: int, device=None, dtype=None) -> None:
+        super().__init__()
+        slots = slots_per_expert(tokens, moe, moe.capacity_factor)
+        self.noise_scale = moe.noise_std
+        self.mu = nn.Parameter(torch.empty(dim, moe.num_experts, slots, device=device, dtype=dtype))
+        self.scale = nn.Parameter(torch.full((), moe.soft_scale, device=device, dtype=dtype))
+        nn.init.normal_(self.mu, std=1 / math.sqrt(dim))
+
+    def forward(
+        self, x_TD: Tensor, groups: Groups, valid_GS: Tensor | None, capacity_factor: float | None = None
+    ) -> SoftRouting:
+        dim, num_experts, slots = self.mu.shape
+        dtype = torch.promote_types(x_TD.dtype, torch.float32)
+        mu_DN = self.scale.to(dtype) * _unit(self.mu.to(dtype), 0).reshape(dim, num_experts * slots)
+        logits_TN = full_precision_linear(_unit(x_TD.to(dtype), -1), mu_DN.t())
+        if self.training:
+            logits_TN = with_noise(logits_TN, self.noise_scale)
+        logits_GSN = groups.split(logits_TN)
+        combine_GSN = logits_GSN.softmax(-1)
+        if valid_GS is not None:  # padding is in no slot and gets nothing
+            logits_GSN = logits_GSN.masked_fill(~valid_GS[..., None], -math.inf)
+            combine_GSN = combine_GSN * valid_GS[..., None]
+        shape = (groups.count, groups.size, num_experts, slots)
+        return SoftRouting(groups, valid_GS, logits_GSN.softmax(1).view(shape), combine_GSN.view(shape))
+
+
+def expert_choice(
+    gates_GSE: Tensor, groups: Groups, capacity: int, valid_GS: Tensor | None = None
+) -> ExpertChoiceRouting:
+    """Each expert takes the `capacity` tokens with its largest gates; of equal gates, the earlier token."""
+    gates_GES = gates_GSE.transpose(1, 2)
+    ranked_GES = gates_GES.detach() if valid_GS is None else gates_GES.detach().masked_fill(~valid_GS[:, None], -1.0)
+    chosen_GEC = ranked_GES.argsort(dim=-1, descending=True, stable=True)[..., :capacity]
+    weights_GEC = gates_GES.gather(-1, chosen_GEC)
+    if valid_GS is not None:
+        weights_GEC = weights_GEC * valid_GS[:, None].expand_as(gates_GES).gather(-1, chosen_GEC)
+    return ExpertChoiceRouting(groups, valid_GS, gates_GSE, chosen_GEC, weights_GEC)
+
+
+def slots_per_expert(tokens: int, moe: MoeConfig, capacity_factor: float) -> int:
+    """C: the slots that an expert has for an image of so many tokens."""
+    return expert_capacity(tokens, moe.num_experts, capacity_factor, moe.capacity_rounding, moe.capacity_multiple_of)
+
+
+def _unit(values: Tensor, dim: int) -> Tensor:
+    """Scaled to length 1 along `dim`, with the original's epsilon."""
+    return values * (values.square().sum(dim, keepdim=True) + 1e-6).rsqrt()
