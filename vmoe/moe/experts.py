@@ -120,7 +120,7 @@ class Experts(nn.Module):
             hidden_RH = self.norm(hidden_RH, expert_R).to(dtype)
         y_RD = backend.linear(hidden_RH, *_parameters_as(self.fc2, dtype), layout)
         if layout is None:
-            return routing.groups.merge(routing.combine(y_RD).view(*routing.gates_GSE.shape[:2], -1))
+            return routing.combine(y_RD)
         return rows.combine(y_RD, routing.groups.merge(routing.combine_weights_GSK()), layout)
 
     def _layout(self, backend: ModuleType, routing: Routing | SlotRouting) -> rows.Layout | None:

@@ -29,7 +29,9 @@ class Groups(NamedTuple):
     @classmethod
     def of(cls, images: int, tokens: int, group: str | int) -> "Groups":
         """Splits `images` x `tokens` tokens by `MoeConfig.group`: "image", "batch" or a number of images."""
-        per_group = {"image": 1, "batch": max(images, 1)}.get(group, group)
+        if group == "image":
+            return cls(images, tokens, tokens, tokens)
+        per_group = max(images, 1) if group == "batch" else group
         if images <= per_group:
             return cls(1, images * tokens, images * tokens, tokens)
         count, rest = divmod(images, per_group)

@@ -140,17 +140,17 @@ class SoftRouting(NamedTuple):
         """(E*G*C, D): the slots' mixtures, experts first."""
         num_groups, size, num_experts, slots = self.dispatch_weights_GSEC.shape
         weights_GNS = self.dispatch_weights_GSEC.to(x_TD.dtype).flatten(2).transpose(1, 2)
-        mixed_GND = weights_GNS @ x_TD.view(num_groups, size, -1)
-        return mixed_GND.view(num_groups, num_experts, slots, -1).transpose(0, 1).reshape(-1, x_TD.shape[-1])
+        mixed_GND = weights_GNS @ x_TD.view(num_groups, size, x_TD.shape[-1])
+        return mixed_GND.view(num_groups, num_experts, slots, x_TD.shape[-1]).transpose(0, 1).reshape(-1, x_TD.shape[-1])
 
     def combine(self, y_RD: Tensor) -> Tensor:
         """(T, D): each token's mixture of the slots' results."""
         num_groups, size, num_experts, slots = self.combine_weights_GSEC.shape
         y_GND = (
-            y_RD.view(num_experts, num_groups, slots, -1).transpose(0, 1).reshape(num_groups, num_experts * slots, -1)
+            y_RD.view(num_experts, num_groups, slots, y_RD.shape[-1]).transpose(0, 1).reshape(num_groups, num_experts * slots, y_RD.shape[-1])
         )
         weights_GSN = self.combine_weights_GSEC.to(y_RD.dtype).flatten(2)
-        return (weights_GSN @ y_GND).view(num_groups * size, -1)
+        return (weights_GSN @ y_GND).view(num_groups * size, y_RD.shape[-1])
 
     def load_E(self) -> Tensor:
         """Share of the combine weights that each expert's slots carry; sums to 1."""
