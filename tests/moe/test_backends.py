@@ -11,23 +11,9 @@ from vmoe import MoeConfig
 from vmoe.moe.assignment import assign
 from vmoe.moe.experts import Experts
 from vmoe.moe.groups import Groups
-from vmoe.moe.kernels import padded, rows, segments
+from vmoe.moe.kernels import padded, segments
+from vmoe.moe.kernels.interface import Choices
 from vmoe.moe.routers import token_choice
-
-
-def run_backend(backend, experts: Experts, x_TD, routing) -> torch.Tensor:
-    merge = routing.groups.merge
-    layout = backend.layout(
-        merge(routing.chosen_GSK),
-        merge(routing.kept_GSK),
-        merge(routing.slots_GSK),
-        routing.groups,
-        routing.capacity,
-        experts.fc1.weight.shape[0],
-    )
-    hidden = experts.act(backend.linear(rows.dispatch(x_TD, layout), experts.fc1.weight, experts.fc1.bias, layout))
-    y_RD = backend.linear(hidden, experts.fc2.weight, experts.fc2.bias, layout)
-    return rows.combine(y_RD, merge(routing.combine_weights_GSK()), layout)
 
 
 @settings(max_examples=60, deadline=None)
@@ -59,7 +45,7 @@ def test_padded_equals_segments(images, tokens, group, num_experts, top_k, capac
         valid_GS = groups.valid(None, x.device)
         split = groups.split(logits_)
         routing = assign(token_choice(split, split, groups, top_k, valid_GS=valid_GS), capacity, capacity)
-        y = run_backend(backend, experts, x_, routing)
+        y = backend.expert_mlp(x_, Choices.of(routing), experts._mlp(torch.float64))
         gradients = torch.autograd.grad((y * cotangent).sum(), [x_, logits_, *experts.parameters()])
         results.append([y, *gradients])
     torch.testing.assert_close(results[0], results[1])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vmoe.moe.groups import Groups
+from vmoe.moe.kernels import fused_for
 from vmoe.moe.routing import Routing
 
 
@@ -51,19 +52,13 @@ def assign(routing: Routing, capacity: int, last_capacity: int, batch_priority: 
         The routing with `kept_GSK`, `slots_GSK` and `capacity` filled in.
     """
     chosen_GSK, valid_GS = routing.chosen_GSK, routing.valid_GS
-    num_groups, size, top_k = chosen_GSK.shape
     num_experts = routing.gates_GSE.shape[-1]
     if valid_GS is not None:  # no expert: padding takes no place
         chosen_GSK = torch.where(valid_GS[..., None], chosen_GSK, num_experts)
-    order_GS1 = priority_order(routing)[..., None] if batch_priority else None
-    if order_GS1 is not None:
-        chosen_GSK = chosen_GSK.gather(1, order_GS1.expand(-1, -1, top_k))
-
-    flow_GN = chosen_GSK.transpose(1, 2).reshape(num_groups, top_k * size)  # choice-major
-    slots_GSK = rank_among_equals(flow_GN).view(num_groups, top_k, size).transpose(1, 2)
-    if order_GS1 is not None:
-        slots_GSK = torch.empty_like(slots_GSK).scatter(1, order_GS1.expand(-1, -1, top_k), slots_GSK)
-
+    order_GS = priority_order(routing) if batch_priority else None
+    fused = fused_for(chosen_GSK)
+    rank = rank_in_flow if fused is None or num_experts > fused.MAX_EXPERTS else fused.ranks
+    slots_GSK = rank(chosen_GSK, order_GS, num_experts)
     kept_GSK = slots_GSK < _capacities(routing.groups, capacity, last_capacity, slots_GSK.device)
     if valid_GS is not None:
         kept_GSK = kept_GSK & valid_GS[..., None]
@@ -75,7 +70,23 @@ def priority_order(routing: Routing) -> Tensor:
     best_GS = routing.gates_GSE.detach().amax(-1)
     if routing.valid_GS is not None:
         best_GS = best_GS.masked_fill(~routing.valid_GS, -1.0)
+    fused = fused_for(best_GS)
+    if fused is not None and best_GS.shape[1] <= fused.MAX_COMPARED:
+        return fused.falling_order(best_GS)
     return best_GS.argsort(dim=1, descending=True, stable=True)
+
+
+def rank_in_flow(chosen_GSK: Tensor, order_GS: Tensor | None, num_experts: int) -> Tensor:
+    """How many choices of the same expert come before each one (G, S, K): all first choices, then all second ones, ...;
+    within a choice in the tokens' order, or in `order_GS`. What is no expert, >= num_experts, may get any rank.
+    """
+    num_groups, size, top_k = chosen_GSK.shape
+    order_GSK = None if order_GS is None else order_GS[..., None].expand(-1, -1, top_k)
+    if order_GSK is not None:
+        chosen_GSK = chosen_GSK.gather(1, order_GSK)
+    flow_GN = chosen_GSK.transpose(1, 2).reshape(num_groups, top_k * size)
+    rank_GSK = rank_among_equals(flow_GN).view(num_groups, top_k, size).transpose(1, 2)
+    return rank_GSK if order_GSK is None else torch.empty_like(rank_GSK).scatter(1, order_GSK, rank_GSK)
 
 
 def rank_among_equals(values_GN: Tensor) -> Tensor:

@@ -4,14 +4,18 @@ T tokens of width D; H hidden width of an expert; E experts; K choices a token; 
 compute.
 """
 
+import warnings
 from collections.abc import Callable
+from functools import cache, partial
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vmoe.moe.kernels import padded, rows, segments
+from vmoe.moe.kernels import composed, fused_for, padded, segments
+from vmoe.moe.kernels.interface import Choices, Mlp
 from vmoe.moe.mlps import Glu
 from vmoe.moe.routing import Routing, SlotRouting
 
@@ -66,6 +70,12 @@ class ExpertNorm(nn.Module):
         return x_RH if self.bias is None else x_RH + self.bias.to(x_RH.dtype)[expert_R]
 
 
+class _KeptCast(NamedTuple):
+    weight: Tensor
+    state: tuple
+    cast: Tensor
+
+
 class Experts(nn.Module):
     """E two-layer MLPs; each runs on the tokens routed to it, and a token's results are summed by its combine weights.
 
@@ -105,34 +115,44 @@ class Experts(nn.Module):
         if norm_layer is not None:
             self.norm = ExpertNorm(num_experts, norm_layer(hidden_features), **placement)
         self.fc2 = ExpertLinear(num_experts, hidden_features, out_features, bias[1], **placement)
+        self._casts: dict[int, _KeptCast] | None = None
 
     def forward(self, x_TD: Tensor, routing: Routing | SlotRouting) -> Tensor:
         """(T, D) -> (T, out). Runs in autocast's type where autocast is on."""
         dtype = _compute_dtype(x_TD)
-        x_TD = x_TD.to(dtype)
-        backend = choose_backend(x_TD.device, routing)
-        layout = self._layout(backend, routing)
-        x_RD = routing.dispatch(x_TD) if layout is None else rows.dispatch(x_TD, layout)
-        hidden_RH = backend.linear(x_RD, *_parameters_as(self.fc1, dtype), layout)
-        hidden_RH = self.drop1(self.act(hidden_RH))
-        if self.norm is not None:
-            expert_R = rows.expert_of_row(layout, hidden_RH.shape[0], self.fc1.weight.shape[0], hidden_RH.device)
-            hidden_RH = self.norm(hidden_RH, expert_R).to(dtype)
-        y_RD = backend.linear(hidden_RH, *_parameters_as(self.fc2, dtype), layout)
-        if layout is None:
-            return routing.combine(y_RD)
-        return rows.combine(y_RD, routing.groups.merge(routing.combine_weights_GSK()), layout)
+        mlp = self._mlp(dtype)
+        if isinstance(routing, Routing):
+            choices = Choices.of(routing)
+            return choose_backend(x_TD, choices, mlp).expert_mlp(x_TD, choices, mlp)
+        return routing.combine(composed.two_layers(routing.dispatch(x_TD.to(dtype)), mlp, None, padded.linear))
 
-    def _layout(self, backend: ModuleType, routing: Routing | SlotRouting) -> rows.Layout | None:
-        """Where the choices stand among the rows; None where the routing itself fills equal slots."""
-        if not isinstance(routing, Routing):
-            return None
-        merge = routing.groups.merge
-        kept_TK, slots_TK = (None if part is None else merge(part) for part in (routing.kept_GSK, routing.slots_GSK))
-        num_experts = self.fc1.weight.shape[0]
-        return backend.layout(
-            merge(routing.chosen_GSK), kept_TK, slots_TK, routing.groups, routing.capacity, num_experts
+    def _mlp(self, dtype: torch.dtype) -> Mlp:
+        (weight1, bias1), (weight2, bias2) = ((layer.weight, layer.bias) for layer in (self.fc1, self.fc2))
+        dropout = self.drop1.p if self.training else 0.0
+        return Mlp(
+            weight1, bias1, weight2, bias2, self.act, self.norm, dropout, dtype, partial(self._cast, dtype=dtype)
         )
+
+    def _cast(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """The weight in another type, without gradient; kept while it does not change, where that was asked for."""
+        if weight.dtype == dtype or self._casts is None or torch.compiler.is_compiling() or _is_capturing(weight):
+            return weight.detach().to(dtype)
+        state = (weight._version, weight.data_ptr(), dtype)
+        kept = self._casts.get(id(weight))
+        if kept is None or kept.weight is not weight or kept.state != state:
+            kept = self._casts[id(weight)] = _KeptCast(weight, state, weight.detach().to(dtype))
+        return kept.cast
+
+    def keep_casts(self, keep: bool = True) -> None:
+        """Keeps the weights' copies in autocast's type between forward passes, until an update changes the weights.
+
+        Saves a pass over the weights for all but the first of the micro-steps of an update, for their memory in that
+        type. Changes that autograd cannot see, through `.data` or in a CUDA graph, would be missed: then call it anew.
+        """
+        self._casts = {} if keep else None
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_casts": None if self._casts is None else {}}
 
 
 class SharedExpert(nn.Module):
@@ -165,11 +185,26 @@ class SharedExpert(nn.Module):
         return self.fc2(self.norm(self.drop1(self.act(self.fc1(x)))))
 
 
-def choose_backend(device: torch.device, routing: Routing | SlotRouting) -> ModuleType:
-    """`padded` for slots, and on a GPU where there is a capacity; `segments` otherwise."""
-    if not isinstance(routing, Routing):
-        return padded
-    return padded if device.type == "cuda" and routing.capacity is not None else segments
+def choose_backend(x_TD: Tensor, choices: Choices, mlp: Mlp) -> ModuleType:
+    """`fused` on a GPU wherever it can; else `padded` on a GPU where there is a capacity; `segments` otherwise."""
+    if not x_TD.is_cuda or x_TD.shape[0] == 0:
+        return segments
+    fused = fused_for(x_TD)
+    if fused is not None and fused.what_it_lacks(mlp) is None:
+        misfit = fused.what_does_not_fit(mlp)
+        if misfit is None:
+            return fused
+        _warn_once(f"experts with {misfit}: too odd for the fused kernels, so slower ones are used")
+    return segments if choices.capacity is None else padded
+
+
+@cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=2)
+
+
+def _is_capturing(tensor: Tensor) -> bool:
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _start(linear: ExpertLinear | nn.Linear) -> None:
@@ -184,7 +219,3 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     if device_type != "meta" and x.dtype != torch.float64 and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return x.dtype
-
-
-def _parameters_as(linear: ExpertLinear, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    return linear.weight.to(dtype), None if linear.bias is None else linear.bias.to(dtype)

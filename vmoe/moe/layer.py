@@ -212,18 +212,11 @@ class MoeMlp(nn.Module):
     def _account(self, routing: Routing | SlotRouting, y_TD: Tensor) -> Tensor:
         """Keeps the auxiliary loss, the statistics and, when asked, the record; changes no value of `y_TD`."""
         is_noisy = self.training and self.config.draws_noise
-        each = losses.auxiliary_losses(routing, self.config, is_noisy)
+        each, usage = losses.measure(routing, self.config, is_noisy)
         zero = routing.gates_GSE.new_zeros(())
         loss = zero + losses.weighted_sum(each, self.config)
         self.last_auxiliary_loss = loss
-        with torch.no_grad():
-            self.statistics = Statistics(
-                routing.load_E(),
-                routing.dropped(),
-                routing.entropy(),
-                each.get("importance", zero).detach(),
-                each.get("load", zero).detach(),
-            )
+        self.statistics = Statistics(*usage, each.get("importance", zero).detach(), each.get("load", zero).detach())
         if self.records is not None:
             self.records.append(routing)
         if self.config.inject_auxiliary_loss and self.training:

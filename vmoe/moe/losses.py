@@ -4,11 +4,37 @@ G groups of S tokens; E experts; K choices. Every loss is computed a group and r
 real tokens count.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from vmoe.moe.config import MoeConfig
+from vmoe.moe.kernels import fused_for
 from vmoe.moe.routing import Routing, SlotRouting
+
+
+class Usage(NamedTuple):
+    """How a routing decision uses the experts, without gradient; see `vmoe.moe.layer.Statistics`.
+
+    Attributes:
+        load: (E,).
+        dropped: ().
+        entropy: ().
+    """
+
+    load: Tensor
+    dropped: Tensor
+    entropy: Tensor
+
+
+def measure(routing: Routing | SlotRouting, moe: MoeConfig, is_noisy: bool) -> tuple[dict[str, Tensor], Usage]:
+    """The auxiliary losses (see `auxiliary_losses`) and the usage."""
+    if isinstance(routing, Routing) and _has_kernels(routing, moe):
+        return _measured_by_kernels(routing, moe, is_noisy)
+    with torch.no_grad():
+        usage = Usage(routing.load_E(), routing.dropped(), routing.entropy())
+    return auxiliary_losses(routing, moe, is_noisy), usage
 
 
 def auxiliary_losses(routing: Routing | SlotRouting, moe: MoeConfig, is_noisy: bool) -> dict[str, Tensor]:
@@ -23,18 +49,41 @@ def auxiliary_losses(routing: Routing | SlotRouting, moe: MoeConfig, is_noisy: b
         return {}
     losses = {"importance": importance_loss(routing.logits_GSE, routing.valid_GS)}
     if is_noisy:
-        losses["load"] = load_loss(
-            routing.logits_GSE,
-            routing.noisy_logits_GSE,
-            moe.top_k,
-            moe.noise_std / moe.num_experts,
-            routing.valid_GS,
-        )
+        scale = moe.noise_std / moe.num_experts
+        losses["load"] = load_loss(routing.logits_GSE, routing.noisy_logits_GSE, moe.top_k, scale, routing.valid_GS)
+    return {**_averaged(losses), **_other_losses(routing, moe)}
+
+
+def _other_losses(routing: Routing, moe: MoeConfig) -> dict[str, Tensor]:
+    losses = {}
     if moe.gshard_loss_weight > 0:
         losses["gshard"] = gshard_loss(routing.gates_GSE, routing.valid_GS)
     if moe.z_loss_weight > 0:
         losses["z"] = z_loss(routing.logits_GSE, routing.valid_GS)
+    return _averaged(losses)
+
+
+def _averaged(losses: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: loss_G.sum() / max(loss_G.shape[0], 1) for name, loss_G in losses.items()}
+
+
+def _has_kernels(routing: Routing, moe: MoeConfig) -> bool:
+    # the gates of "hash" and "random" are no softmax of logits
+    fused = fused_for(routing.logits_GSE)
+    is_softmax = moe.router not in ("hash", "random") and routing.valid_GS is None
+    return fused is not None and is_softmax and fused.takes_logits(routing.logits_GSE)
+
+
+def _measured_by_kernels(routing: Routing, moe: MoeConfig, is_noisy: bool) -> tuple[dict[str, Tensor], Usage]:
+    balance, statistics, _ = fused_for(routing.logits_GSE).balance(
+        routing.logits_GSE,
+        routing.noisy_logits_GSE if is_noisy else None,
+        routing.chosen_GSK,
+        routing.kept_GSK,
+        moe.noise_std / moe.num_experts,
+    )
+    losses = {"importance": balance[0], **({"load": balance[1]} if is_noisy else {})}
+    return {**losses, **_other_losses(routing, moe)}, Usage(statistics[:-2], statistics[-2], statistics[-1])
 
 
 def weighted_sum(losses: dict[str, Tensor], moe: MoeConfig) -> Tensor | float:

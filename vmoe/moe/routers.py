@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vmoe.moe.config import MoeConfig
 from vmoe.moe.groups import Groups
+from vmoe.moe.kernels import fused_for
 from vmoe.moe.routing import Routing
 from vmoe.moe.scores import full_precision_linear, with_noise
 from vmoe.moe.slot_routers import ExpertChoiceRouter, SoftRouter
@@ -175,9 +176,14 @@ def token_choice(
     valid_GS: Tensor | None = None,
 ) -> Routing:
     """Top-K of the softmax of the noisy logits. Of equal gates, the lower expert is chosen first."""
-    gates_GSE = noisy_logits_GSE.softmax(-1)
-    chosen_GSK = top_experts(gates_GSE, top_k)
-    weights_GSK = weights_of(gates_GSE, chosen_GSK, renormalize)
+    fused = fused_for(noisy_logits_GSE)
+    if fused is not None and fused.takes_logits(noisy_logits_GSE):
+        flat = fused.gates(noisy_logits_GSE.flatten(0, 1), top_k, renormalize)
+        gates_GSE, chosen_GSK, weights_GSK = (part.view(*noisy_logits_GSE.shape[:2], -1) for part in flat)
+    else:
+        gates_GSE = noisy_logits_GSE.softmax(-1)
+        chosen_GSK = top_experts(gates_GSE, top_k)
+        weights_GSK = weights_of(gates_GSE, chosen_GSK, renormalize)
     return Routing(groups, valid_GS, logits_GSE, noisy_logits_GSE, gates_GSE, chosen_GSK, weights_GSK)
 
 

@@ -1,9 +1,29 @@
-"""Compute backends: how the rows that experts take are laid out in a buffer and multiplied by the experts' weights.
+"""Compute backends: how the experts' MLPs are computed from plain tensors, which never see a router.
 
-A backend is a module with two functions of plain tensors, which never see a router or a distributed tensor:
+A backend is a module with
 
-    layout(chosen_TK, kept_TK, slots_TK, groups, capacity, num_experts) -> Layout
-    linear(x_RD, weight_EOD, bias_EO, layout) -> (R, O)
+    expert_mlp(x_TD, choices, mlp) -> (T, O)
 
-Every backend computes the same; they differ in which shapes and devices they are fast on.
+the sum over a token's choices of weight * mlp(token), for `interface.Choices` and `interface.Mlp`. Every backend
+computes the same; they differ in which shapes, types and devices they take and are fast on: `segments` takes all,
+`padded` all with a capacity, `fused` those that it does not refuse.
 """
+
+import importlib
+import importlib.util
+from functools import cache
+from types import ModuleType
+
+from torch import Tensor
+
+
+def fused_for(tensor: Tensor) -> ModuleType | None:
+    """The package `kernels.fused`, where there is Triton and the tensor lies on a GPU; else None."""
+    return _fused() if tensor.is_cuda and tensor.numel() else None
+
+
+@cache
+def _fused() -> ModuleType | None:
+    if importlib.util.find_spec("triton") is None:
+        return None
+    return importlib.import_module("vmoe.moe.kernels.fused")

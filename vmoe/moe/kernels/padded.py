@@ -6,19 +6,19 @@ Static shapes and no host synchronisation; computes capacity_factor times the ro
 import torch
 from torch import Tensor
 
-from vmoe.moe.groups import Groups
+from vmoe.moe.kernels import composed
+from vmoe.moe.kernels.interface import Choices, Mlp
 from vmoe.moe.kernels.rows import Layout
 
 
-def layout(
-    chosen_TK: Tensor,
-    kept_TK: Tensor,
-    slots_TK: Tensor,
-    groups: Groups,
-    capacity: int,
-    num_experts: int,
-) -> Layout:
+def expert_mlp(x_TD: Tensor, choices: Choices, mlp: Mlp) -> Tensor:
+    """(T, D) -> (T, O), see `kernels`. Needs a capacity."""
+    return composed.expert_mlp(x_TD, choices, mlp, layout(choices, mlp.weight1.shape[0]), linear)
+
+
+def layout(choices: Choices, num_experts: int) -> Layout:
     """Row = expert * (G*C) + group * C + slot."""
+    chosen_TK, _, kept_TK, slots_TK, groups, capacity = choices
     num_rows = num_experts * groups.count * capacity
     tokens = torch.arange(chosen_TK.shape[0], device=chosen_TK.device)
     group_T1 = (tokens // max(groups.size, 1))[:, None]

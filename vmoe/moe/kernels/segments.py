@@ -9,19 +9,19 @@ synchronisation).
 import torch
 from torch import Tensor
 
-from vmoe.moe.groups import Groups
+from vmoe.moe.kernels import composed
+from vmoe.moe.kernels.interface import Choices, Mlp
 from vmoe.moe.kernels.rows import Layout
 
 
-def layout(
-    chosen_TK: Tensor,
-    kept_TK: Tensor | None,
-    slots_TK: Tensor | None,
-    groups: Groups,
-    capacity: int | None,
-    num_experts: int,
-) -> Layout:
+def expert_mlp(x_TD: Tensor, choices: Choices, mlp: Mlp) -> Tensor:
+    """(T, D) -> (T, O), see `kernels`."""
+    return composed.expert_mlp(x_TD, choices, mlp, layout(choices, mlp.weight1.shape[0]), linear)
+
+
+def layout(choices: Choices, num_experts: int) -> Layout:
     """Rows sorted by expert, in the order of the tokens; dropped choices stand behind the last expert's."""
+    chosen_TK, kept_TK = choices.chosen_TK, choices.kept_TK
     expert_TK = chosen_TK if kept_TK is None else torch.where(kept_TK, chosen_TK, num_experts)
     ordered_R, choice_R = expert_TK.reshape(-1).sort(stable=True)
     experts_E = torch.arange(num_experts, device=chosen_TK.device)

@@ -1,0 +1,301 @@
+"""The fused backend against a float64 oracle: on a GPU, else through Triton's interpreter."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import vmoe
+from vmoe import MoeConfig
+from vmoe.moe import assignment, losses
+from vmoe.moe.assignment import assign
+from vmoe.moe.groups import Groups
+from vmoe.moe.kernels import segments
+from vmoe.moe.kernels.interface import Choices, Mlp
+from vmoe.moe.routers import token_choice
+
+pytest.importorskip("triton", reason="the fused backend needs Triton")
+
+from vmoe.moe.kernels import fused
+from vmoe.moe.kernels.fused.ranks import expert_rows
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# numpy, and so the interpreter, has no bfloat16
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, **({torch.bfloat16: 1.5e-2} if DEVICE == "cuda" else {})}
+
+
+def skewed_routing(images, tokens, group, num_experts, top_k, skew, generator, capacity=None, priority=False):
+    """Random logits with ties; experts beyond the first ones stay idle as the skew grows."""
+    groups = Groups.of(images, tokens, group)
+    logits = torch.randn(images * tokens, num_experts, generator=generator, dtype=torch.float64)
+    logits = (logits * 4).round() / 4 - skew * torch.arange(num_experts)
+    split = groups.split(logits)
+    routing = token_choice(split, split, groups, top_k, valid_GS=groups.valid(None, logits.device))
+    return routing if capacity is None else assign(routing, capacity, capacity, priority)
+
+
+def outputs_and_gradients(backend, x, routing, parameters, cotangent, activation, device, parameter_dtype, dtype):
+    parameters = [p if p is None else p.to(device, parameter_dtype).requires_grad_() for p in parameters]
+    x = x.to(device, parameter_dtype).requires_grad_()
+    parts = Choices.of(routing)
+    on_device = [part.to(device) if isinstance(part, torch.Tensor) else part for part in parts]
+    choices = Choices(*on_device)
+    weights = choices.weights_TK.to(torch.promote_types(parameter_dtype, torch.float32)).detach().requires_grad_()
+    choices = choices._replace(weights_TK=weights)
+    mlp = Mlp(*parameters, activation, None, 0.0, dtype, lambda weight: weight.detach().to(dtype))
+    y = backend.expert_mlp(x, choices, mlp)
+    learned = [x, weights, *(p for p in parameters if p is not None)]
+    return [y, *torch.autograd.grad((y * cotangent.to(y)).sum(), learned)]
+
+
+def check_against_oracle(x, routing, parameters, cotangent, activation, dtype, parameter_dtype=torch.float32):
+    exact = outputs_and_gradients(
+        segments, x, routing, parameters, cotangent, activation, "cpu", torch.float64, torch.float64
+    )
+    ours = outputs_and_gradients(fused, x, routing, parameters, cotangent, activation, DEVICE, parameter_dtype, dtype)
+    for name, value, truth in zip(["y", "x", "weights", "p1", "p2", "p3", "p4"], ours, exact, strict=False):
+        error = (value.double().cpu() - truth).norm()
+        size = truth.norm() + truth.numel() ** 0.5  # sums of terms around 1 may cancel
+        assert error <= TOLERANCE[dtype] * size, f"{name}: {error / size:.1e}"
+
+
+def random_parameters(num_experts, width, hidden, out, bias, generator):
+    shapes = ((num_experts, hidden, width), (num_experts, hidden), (num_experts, out, hidden), (num_experts, out))
+    parameters = [torch.randn(shape, generator=generator, dtype=torch.float64) * shape[-1] ** -0.5 for shape in shapes]
+    return [p if bias or p.dim() == 3 else None for p in parameters]
+
+
+@settings(max_examples=25 if DEVICE == "cpu" else 80, deadline=None)
+@given(
+    images=st.integers(1, 4),
+    tokens=st.integers(1, 40),
+    group=st.integers(1, 3),
+    num_experts=st.sampled_from([1, 2, 5, 9]),
+    top_k=st.sampled_from([1, 3]),
+    capacity=st.sampled_from([None, 1, 4, 30]),
+    priority=st.booleans(),
+    skew=st.sampled_from([0.0, 0.5, 20.0]),
+    widths=st.sampled_from([(8, 16, 8), (16, 48, 24), (72, 136, 72)]),
+    variant=st.sampled_from([(True, "none"), (False, "tanh")]),
+    dtype=st.sampled_from(list(TOLERANCE)),
+)
+def test_outputs_and_gradients(
+    images, tokens, group, num_experts, top_k, capacity, priority, skew, widths, variant, dtype
+):
+    bias, approximate = variant
+    top_k = min(top_k, num_experts)
+    generator = torch.Generator().manual_seed(images * 100 + tokens)
+    routing = skewed_routing(images, tokens, group, num_experts, top_k, skew, generator, capacity, priority)
+    x, cotangent = (
+        torch.randn(images * tokens, width, generator=generator, dtype=torch.float64) for width in widths[::2]
+    )
+    parameters = random_parameters(num_experts, *widths, bias, generator)
+    check_against_oracle(x, routing, parameters, cotangent, nn.GELU(approximate), dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("capacity", [None, 320])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("widths", [(192, 768, 192), (200, 328, 136)])
+def test_tiles_of_many_rows(capacity, dtype, widths):
+    generator = torch.Generator().manual_seed(0)
+    routing = skewed_routing(24, 100, 8, 7, 2, 0.2, generator, capacity, priority=True)
+    x, cotangent = (torch.randn(2400, width, generator=generator, dtype=torch.float64) for width in widths[::2])
+    parameters = random_parameters(7, *widths, True, generator)
+    check_against_oracle(x, routing, parameters, cotangent, nn.GELU(), dtype)
+    check_against_oracle(x, routing, parameters, cotangent, nn.GELU(), dtype, parameter_dtype=dtype)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.integers(1, 4),
+    st.integers(1, 90),
+    st.sampled_from([1, 3, 40]),
+    st.integers(1, 3),
+    st.floats(0, 3),
+    st.booleans(),
+)
+def test_ranks_and_order_equal_the_sorts(groups, size, num_experts, top_k, skew, ordered):
+    generator = torch.Generator().manual_seed(size)
+    top_k = min(top_k, num_experts)
+    logits = torch.randn(groups, size, num_experts, generator=generator) - skew * torch.arange(num_experts)
+    chosen = logits.topk(top_k).indices
+    chosen[:, size // 2 :: 3] = num_experts  # padding
+    best = (torch.rand(groups, size, generator=generator) * 8).round()
+    order = best.argsort(dim=1, descending=True, stable=True)
+    assert torch.equal(fused.falling_order(best.to(DEVICE)).cpu(), order)
+    order = order if ordered else None
+    ranks = fused.ranks(chosen.to(DEVICE), None if order is None else order.to(DEVICE), num_experts).cpu()
+    is_real = chosen < num_experts
+    assert torch.equal(ranks[is_real], assignment.rank_in_flow(chosen, order, num_experts)[is_real])
+
+
+def test_falling_order_of_nan_is_still_an_order():
+    values = torch.tensor([[1.0, float("nan"), 3.0, float("inf"), float("nan"), -float("inf")]], device=DEVICE)
+    assert fused.falling_order(values).sort().values.tolist() == [[0, 1, 2, 3, 4, 5]]
+
+
+def test_rows_stand_together_and_start_at_multiples_of_128():
+    chosen = torch.tensor([[0, 2], [2, 0], [2, 1], [0, 2]], device=DEVICE)
+    kept = torch.tensor([[True, True], [True, False], [True, True], [True, True]], device=DEVICE)
+    rows, starts, counts = expert_rows(chosen, kept, 4, 0)
+    assert starts.tolist() == [0, 128, 256, 384]
+    assert counts.tolist() == [2, 1, 4, 0]
+    assert rows.tolist() == [[0, 256], [257, -1], [258, 128], [1, 259]]
+    rows, starts, _ = expert_rows(chosen, kept, 4, 256)
+    assert starts.tolist() == [0, 256, 512, 768]
+    assert rows.tolist() == [[0, 512], [513, -1], [514, 256], [1, 515]]
+
+
+@pytest.mark.parametrize("renormalize", [False, True])
+@pytest.mark.parametrize(("groups", "size", "num_experts", "top_k"), [(2, 37, 5, 2), (1, 100, 8, 3), (3, 20, 40, 1)])
+def test_gates_and_balance_equal_the_formulas(groups, size, num_experts, top_k, renormalize):
+    generator = torch.Generator().manual_seed(0)
+    logits, noise, cotangent_TE = (torch.randn(groups * size, num_experts, generator=generator) for _ in range(3))
+    noise, cotangent_TK = noise / num_experts, torch.randn(groups * size, top_k, generator=generator)
+    kept = torch.rand(groups, size, top_k, generator=generator) > 0.3
+    split = Groups(groups, size, size, size)
+    moe = MoeConfig(num_experts=num_experts, top_k=top_k)
+
+    logits.requires_grad_()
+    clean, noisy = split.split(logits), split.split(logits + noise)
+    routing = token_choice(clean, noisy, split, top_k, renormalize)._replace(kept_GSK=kept)
+    each, usage = losses.measure(routing, moe, is_noisy=True)
+    objective = (split.merge(routing.weights_GSK) * cotangent_TK).sum() + 3 * each["importance"] + 2 * each["load"]
+    objective = objective + (split.merge(routing.gates_GSE) * cotangent_TE).sum()
+    (expected,) = torch.autograd.grad(objective, logits)
+
+    ours = logits.detach().to(DEVICE).requires_grad_()
+    gates, chosen, weights = fused.gates(ours + noise.to(DEVICE), top_k, renormalize)
+    noisy = (ours + noise.to(DEVICE)).view(groups, size, -1)
+    chosen_GSK = chosen.view(groups, size, -1)
+    balance, statistics, _ = fused.balance(
+        ours.view(groups, size, -1), noisy, chosen_GSK, kept.to(DEVICE), moe.noise_std / num_experts
+    )
+    objective = (weights * cotangent_TK.to(DEVICE)).sum() + 3 * balance[0] + 2 * balance[1]
+    (gradient,) = torch.autograd.grad(objective + (gates * cotangent_TE.to(DEVICE)).sum(), ours)
+
+    assert torch.equal(chosen.cpu(), split.merge(routing.chosen_GSK))
+    torch.testing.assert_close(weights.cpu(), split.merge(routing.weights_GSK))
+    torch.testing.assert_close(gradient.cpu(), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(balance.cpu(), torch.stack([each["importance"], each["load"]]))
+    torch.testing.assert_close(statistics.cpu(), torch.cat([usage.load, usage.dropped[None], usage.entropy[None]]))
+
+
+@pytest.mark.parametrize("num_experts", [3, 64])
+def test_scores_and_their_gradients(num_experts):
+    generator = torch.Generator().manual_seed(0)
+    x, weight, cotangent = (
+        torch.randn(shape, generator=generator) for shape in ((200, 72), (num_experts, 72), (200, num_experts))
+    )
+    exact = [x.double().requires_grad_(), weight.double().requires_grad_()]
+    expected = [exact[0] @ exact[1].t()]
+    expected += torch.autograd.grad((expected[0] * cotangent).sum(), exact)
+    ours = [x.to(DEVICE).requires_grad_(), weight.to(DEVICE).requires_grad_()]
+    values = [fused.scores(*ours)]
+    values += torch.autograd.grad((values[0] * cotangent.to(DEVICE)).sum(), ours)
+    for value, truth in zip(values, expected, strict=True):
+        assert (value.double().cpu() - truth).norm() < 2e-6 * truth.norm()
+
+
+def test_operators_pass_torchs_own_checks():
+    def random(*shape):
+        return torch.randn(shape, device=DEVICE, requires_grad=True)
+
+    chosen = torch.tensor([[0, 1], [1, 2], [0, 2], [2, 1], [1, 0]], device=DEVICE)
+    rows, starts, counts = expert_rows(chosen, None, 3, 0)
+    parameters = random(3, 16, 8), random(3, 16), random(3, 8, 16), random(3, 8)
+    casts = parameters[0].detach(), parameters[2].detach()
+    for operator, arguments in (
+        (fused.scores, (random(6, 8), random(4, 8))),
+        (fused.gates, (random(6, 4), 2, True)),
+        (fused.balance, (random(1, 5, 3), random(1, 5, 3), chosen[None], chosen[None] > 0, 0.3)),
+        (fused.ranks, (chosen[None], None, 3)),
+        (fused.falling_order, (random(2, 5).detach(),)),
+        (expert_rows, (chosen, chosen > 0, 3, 128)),
+    ):
+        torch.library.opcheck(operator, arguments)
+    arguments = (random(5, 8), rows, chosen, random(5, 2), starts, counts, *parameters, *casts, 0, False, True)
+    # not the check that compares all outputs: what is kept for the backward pass has rows that nothing writes or reads
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(fused.fused_experts, arguments, test_utils=checks)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "lacks", "misfit"),
+    [
+        ({"act_layer": nn.ReLU}, "ReLU", None),
+        ({"drop": 0.5}, "dropout", None),
+        ({"norm_layer": nn.LayerNorm}, "norm", None),
+        ({"hidden_features": 30}, None, "hidden_features=30"),
+        ({}, None, None),
+    ],
+)
+def test_says_what_it_cannot_take(knobs, lacks, misfit):
+    layer = vmoe.MoeMlp(16, **{"hidden_features": 32, **knobs}, moe=MoeConfig())
+    mlp = layer.experts._mlp(torch.bfloat16)
+    assert (lacks or "None") in str(fused.what_it_lacks(mlp))
+    assert (misfit or "None") in str(fused.what_does_not_fit(mlp))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("capacity_factor", [1.05, None])
+def test_repeats_bit_for_bit(capacity_factor):
+    torch.manual_seed(0)
+    moe = MoeConfig(num_experts=8, capacity_factor=capacity_factor, batch_priority=True, noise_std=0.0)
+    layer = vmoe.MoeMlp(128, 256, moe=moe, device="cuda")
+    x = torch.randn(16, 197, 128, device="cuda")
+    results = []
+    for _ in range(3):
+        layer.zero_grad()
+        x_ = x.clone().requires_grad_()
+        with torch.autocast("cuda", torch.bfloat16):
+            y = layer(x_)
+        (y.float().square().sum() + vmoe.auxiliary_loss(layer)).backward()
+        results.append([y, x_.grad, *(p.grad.clone() for p in layer.parameters())])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.gpu
+def test_layer_in_a_cuda_graph_follows_new_inputs_and_weights():
+    torch.manual_seed(0)
+    layer = vmoe.MoeMlp(128, 256, moe=MoeConfig(noise_std=0.0, batch_priority=True), device="cuda")
+    x = torch.randn(16, 65, 128, device="cuda", requires_grad=True)
+
+    def step():
+        with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
+            y = layer(x)
+        return y, torch.autograd.grad(y.float().sum() + vmoe.auxiliary_loss(layer), [x, *layer.parameters()])
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        x.copy_(torch.randn_like(x))
+        layer.experts.fc1.weight.mul_(1.5)
+    graph.replay()
+    captured = [captured[0].clone(), *(grad.clone() for grad in captured[1])]
+    y, grads = step()
+    for value, truth in zip(captured, [y, *grads], strict=True):
+        assert torch.equal(value, truth)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_compiled_layer_agrees():
+    torch.manual_seed(0)
+    layer = vmoe.MoeMlp(128, 256, moe=MoeConfig(noise_std=0.0, batch_priority=True), device="cuda")
+    x = torch.randn(16, 65, 128, device="cuda", requires_grad=True)
+    results = []
+    for forward in (layer, torch.compile(layer, fullgraph=True)):
+        with torch.autocast("cuda", torch.bfloat16):
+            y = forward(x)
+        results.append([y, *torch.autograd.grad(y.float().square().sum(), [x, *layer.experts.parameters()])])
+    torch.testing.assert_close(results[1], results[0], rtol=2e-2, atol=2e-2)

@@ -1,0 +1,1 @@
+"""Benchmarks: how long MoE layers and models take beside their dense twins."""

@@ -1,0 +1,29 @@
+"""The expert MLP of backends that only lay out rows and multiply them: dispatch, layer, activation, layer, combine."""
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from vmoe.moe.kernels import rows
+from vmoe.moe.kernels.interface import Choices, Mlp
+
+Linear = Callable[[Tensor, Tensor, Tensor | None, rows.Layout | None], Tensor]
+
+
+def expert_mlp(x_TD: Tensor, choices: Choices, mlp: Mlp, layout: rows.Layout, linear: Linear) -> Tensor:
+    """(T, D) -> (T, O) with rows laid out by `layout` and multiplied by `linear`."""
+    x_RD = rows.dispatch(x_TD.to(mlp.dtype), layout)
+    return rows.combine(two_layers(x_RD, mlp, layout, linear), choices.combine_weights_TK(), layout)
+
+
+def two_layers(x_RD: Tensor, mlp: Mlp, layout: rows.Layout | None, linear: Linear) -> Tensor:
+    """(R, D) -> (R, O); without a layout each expert has an equal share of the rows."""
+    dtype, num_experts = mlp.dtype, mlp.weight1.shape[0]
+    bias1_EH, bias2_EO = (None if bias is None else bias.to(dtype) for bias in (mlp.bias1, mlp.bias2))
+    hidden_RH = mlp.activation(linear(x_RD, mlp.weight1.to(dtype), bias1_EH, layout))
+    hidden_RH = F.dropout(hidden_RH, mlp.dropout) if mlp.dropout > 0 else hidden_RH
+    if mlp.norm is not None:
+        expert_R = rows.expert_of_row(layout, hidden_RH.shape[0], num_experts, hidden_RH.device)
+        hidden_RH = mlp.norm(hidden_RH, expert_R).to(dtype)
+    return linear(hidden_RH, mlp.weight2.to(dtype), bias2_EO, layout)

@@ -1,0 +1,192 @@
+"""Counting sort of choices by expert, without a host synchronisation and with no atomic addition.
+
+G groups of S tokens with K choices; E experts; N = S*K choices of a group in the order of the flow: every token's first
+choice, then every second choice, and so on. Counted in blocks of the flow: a histogram a block, a scan over the blocks,
+and the place within the block.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+ALIGNMENT = 128  # an expert's rows start at a multiple of this, so that no tile of a product holds two experts
+
+
+@torch.library.custom_op("vmoe::ranks", mutates_args=())
+def ranks(chosen_GSK: Tensor, order_GS: Tensor | None, num_experts: int) -> Tensor:
+    """How many choices of the same expert come before each one in its group's flow.
+
+    Args:
+        chosen_GSK: The experts; a number that is no expert counts for none and gets any rank.
+        order_GS: The tokens of each group in the order of the flow; None for their own order.
+        num_experts: E.
+
+    Returns:
+        (G, S, K) int64.
+    """
+    num_groups, size, top_k = chosen_GSK.shape
+    rank_GSK = torch.empty_like(chosen_GSK, dtype=torch.int64)
+    if rank_GSK.numel():
+        _count(chosen_GSK.contiguous(), order_GS, rank_GSK, num_groups, size, top_k, num_experts, None)
+    return rank_GSK
+
+
+@ranks.register_fake
+def _(chosen_GSK, order_GS, num_experts):
+    return torch.empty_like(chosen_GSK, dtype=torch.int64)
+
+
+@torch.library.custom_op("vmoe::expert_rows", mutates_args=())
+def expert_rows(
+    chosen_TK: Tensor, kept_TK: Tensor | None, num_experts: int, share: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A row of a buffer for each choice, each expert's rows together and starting at a multiple of ALIGNMENT.
+
+    Args:
+        chosen_TK: The experts.
+        kept_TK: Which choices get a row; None for all.
+        num_experts: E.
+        share: Rows set aside for each expert, a multiple of ALIGNMENT; 0 for as many as it needs.
+
+    Returns:
+        The row of each choice (T, K) int32, -1 for none; the first row of each expert and the number of its rows, (E,)
+        int32.
+    """
+    row_TK = torch.empty_like(chosen_TK, dtype=torch.int32)
+    starts_E = torch.empty(num_experts, dtype=torch.int32, device=chosen_TK.device)
+    counts_E = torch.empty_like(starts_E)
+    wanted_TK = chosen_TK if kept_TK is None else torch.where(kept_TK, chosen_TK, num_experts)
+    _count(wanted_TK.contiguous(), None, row_TK, 1, wanted_TK.numel(), 1, num_experts, (share, starts_E, counts_E))
+    return row_TK, starts_E, counts_E
+
+
+@expert_rows.register_fake
+def _(chosen_TK, kept_TK, num_experts, share):
+    ends_E = torch.empty(num_experts, dtype=torch.int32, device=chosen_TK.device)
+    return torch.empty_like(chosen_TK, dtype=torch.int32), ends_E, torch.empty_like(ends_E)
+
+
+def _count(chosen, order, out, num_groups, size, top_k, num_experts, layout) -> None:
+    columns = max(16, triton.next_power_of_2(num_experts))
+    block = max(32, min(256, 8192 // columns))
+    num_blocks = triton.cdiv(size * top_k, block)
+    before = torch.empty(num_groups, num_blocks, columns, dtype=torch.int32, device=chosen.device)
+    totals = torch.empty(num_groups, columns, dtype=torch.int32, device=chosen.device)
+    share, starts_E, counts_E = (0, None, None) if layout is None else layout
+    flow = {"SIZE": size, "TOP_K": top_k, "COLUMNS": columns, "BLOCK": block, "ORDERED": order is not None}
+    with torch.cuda.device_of(chosen):
+        grid = (num_blocks, num_groups)
+        _histogram[grid](chosen, order, before, **flow)
+        scan_columns = min(columns, 32)
+        _scan[(columns // scan_columns, num_groups)](before, totals, num_blocks, columns, scan_columns, 64)
+        _place[grid](
+            chosen, order, before, totals, out, starts_E, counts_E, num_experts, share,
+            AS_ROWS=layout is not None, ALIGN=ALIGNMENT, **flow,
+        )  # fmt: skip
+
+
+@triton.jit
+def _flow(chosen, order, SIZE, TOP_K: tl.constexpr, BLOCK: tl.constexpr, ORDERED: tl.constexpr):
+    """Where the choices of this program's block of the flow stand in the (G, S, K) tensor, and their experts."""
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    group = tl.program_id(1).to(tl.int64)
+    inside = n < SIZE * TOP_K
+    token = n % SIZE
+    if ORDERED:
+        token = tl.load(order + group * SIZE + token, mask=inside, other=0)
+    at = (group * SIZE + token) * TOP_K + n // SIZE
+    return at, inside, tl.load(chosen + at, mask=inside, other=-1).to(tl.int32)
+
+
+@triton.jit
+def _histogram(
+    chosen, order, before, SIZE, TOP_K: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, ORDERED: tl.constexpr
+):
+    _, _, expert = _flow(chosen, order, SIZE, TOP_K, BLOCK, ORDERED)
+    column = tl.arange(0, COLUMNS)
+    one_hot = (expert[:, None] == column[None, :]).to(tl.int32)
+    block = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    tl.store(before + block * COLUMNS + column, tl.sum(one_hot, 0))
+
+
+@triton.jit
+def _scan(before, totals, num_blocks, COLUMNS: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr):
+    """Replaces each block's counts by the sum of those before it."""
+    group = tl.program_id(1).to(tl.int64)
+    column = tl.program_id(0) * PART + tl.arange(0, PART)
+    total = tl.zeros((PART,), dtype=tl.int32)
+    for first in range(0, num_blocks, ROWS):
+        block = first + tl.arange(0, ROWS)
+        at = before + (group * num_blocks + block)[:, None] * COLUMNS + column[None, :]
+        inside = (block < num_blocks)[:, None]
+        count = tl.load(at, mask=inside, other=0)
+        tl.store(at, total[None, :] + tl.cumsum(count, 0) - count, mask=inside)
+        total += tl.sum(count, 0)
+    tl.store(totals + group * COLUMNS + column, total)
+
+
+@triton.jit
+def _place(
+    chosen, order, before, totals, out, starts, counts, num_experts, share,
+    SIZE, TOP_K: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, ORDERED: tl.constexpr,
+    AS_ROWS: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    at, inside, expert = _flow(chosen, order, SIZE, TOP_K, BLOCK, ORDERED)
+    column = tl.arange(0, COLUMNS)
+    block = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    one_hot = (expert[:, None] == column[None, :]).to(tl.int32)
+    place = tl.cumsum(one_hot, 0) - 1 + tl.load(before + block * COLUMNS + column)[None, :]
+    if AS_ROWS:
+        count = tl.load(totals + column)
+        aligned = (count + ALIGN - 1) // ALIGN * ALIGN
+        start = tl.where(share > 0, column * share, tl.cumsum(aligned, 0) - aligned)
+        place += start[None, :]
+        if tl.program_id(0) == 0:
+            tl.store(starts + column, start, mask=column < num_experts)
+            tl.store(counts + column, count, mask=column < num_experts)
+        has_row = (expert >= 0) & (expert < num_experts)
+        tl.store(out + at, tl.where(has_row, tl.sum(one_hot * place, 1), -1), mask=inside)
+    else:
+        tl.store(out + at, tl.sum(one_hot * place, 1).to(tl.int64), mask=inside)
+
+
+@torch.library.custom_op("vmoe::falling_order", mutates_args=())
+def falling_order(values_GS: Tensor) -> Tensor:
+    """The places of each row's values from the largest to the smallest, equals in their old order, (G, S) int64.
+
+    A place is the number of values that come before, counted by comparing all with all: for rows of a few thousand
+    values that is faster than a sort.
+    """
+    num_groups, size = values_GS.shape
+    order_GS = torch.empty(num_groups, size, dtype=torch.int64, device=values_GS.device)
+    if order_GS.numel():
+        with torch.cuda.device_of(values_GS):
+            _falling_order[(triton.cdiv(size, 64), num_groups)](values_GS.contiguous(), order_GS, size, 64, 128)
+    return order_GS
+
+
+@falling_order.register_fake
+def _(values_GS):
+    return torch.empty_like(values_GS, dtype=torch.int64)
+
+
+@triton.jit
+def _falling_order(values, order, size, BLOCK: tl.constexpr, OTHERS: tl.constexpr):
+    group = tl.program_id(1).to(tl.int64)
+    own = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    value = _nan_first(tl.load(values + group * size + own, mask=own < size, other=0.0))
+    place = tl.zeros((BLOCK,), dtype=tl.int32)
+    for first in range(0, size, OTHERS):
+        other = first + tl.arange(0, OTHERS)
+        others = _nan_first(tl.load(values + group * size + other, mask=other < size, other=-float("inf")))
+        is_tie_before = (others[None, :] == value[:, None]) & (other[None, :] < own[:, None])
+        is_before = (others[None, :] > value[:, None]) | is_tie_before
+        place += tl.sum((is_before & (other < size)[None, :]).to(tl.int32), 1)
+    tl.store(order + group * size + place, own.to(tl.int64), mask=own < size)
+
+
+@triton.jit
+def _nan_first(value):
+    # what cannot be compared must still get a place of its own
+    return tl.where(value != value, float("inf"), value)

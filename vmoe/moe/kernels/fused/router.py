@@ -1,0 +1,274 @@
+"""The router's own work in a few kernels: scores, gates and choices, balance losses and statistics.
+
+T tokens of width D, in G groups of S tokens; E experts; K choices a token. All in float32.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+MAX_EXPERTS = 256
+MAX_SCORES = 64  # of a token; a library product is good at more
+_SPLITS = 64  # of the tokens, whose parts of the weights' gradient are then summed
+
+
+def takes_logits(logits: Tensor) -> bool:
+    """Whether these kernels take logits of (..., E)."""
+    return logits.dtype == torch.float32 and logits.shape[-1] <= MAX_EXPERTS
+
+
+@torch.library.custom_op("vmoe::scores", mutates_args=())
+def scores(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+    """X @ weight.T in float32 by three tf32 products, (T, E)."""
+    x_TD, weight_ED = x_TD.contiguous(), weight_ED.contiguous()
+    (num_tokens, width), num_experts = x_TD.shape, weight_ED.shape[0]
+    out_TE = torch.empty(num_tokens, num_experts, dtype=torch.float32, device=x_TD.device)
+    if out_TE.numel():
+        with torch.cuda.device_of(x_TD):
+            _scores[(triton.cdiv(num_tokens, 64),)](
+                x_TD, weight_ED, out_TE, num_tokens, width, num_experts, 64, 64, _columns(num_experts)
+            )
+    return out_TE
+
+
+@scores.register_fake
+def _(x_TD, weight_ED):
+    return torch.empty(x_TD.shape[0], weight_ED.shape[0], dtype=torch.float32, device=x_TD.device)
+
+
+@torch.library.custom_op("vmoe::scores_backward", mutates_args=())
+def scores_backward(grad_TE: Tensor, x_TD: Tensor, weight_ED: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of x and the weights, in their types."""
+    grad_TE, x_TD, weight_ED = grad_TE.contiguous(), x_TD.contiguous(), weight_ED.contiguous()
+    (num_tokens, width), num_experts = x_TD.shape, weight_ED.shape[0]
+    grad_TD = torch.empty_like(x_TD)
+    parts = torch.empty(_SPLITS, num_experts, width, dtype=torch.float32, device=x_TD.device)
+    columns, block = _columns(num_experts), 64
+    with torch.cuda.device_of(x_TD):
+        if grad_TD.numel():
+            grid = (triton.cdiv(num_tokens, 64), triton.cdiv(width, block))
+            _scores_grad_x[grid](grad_TE, weight_ED, grad_TD, num_tokens, width, num_experts, 64, block, columns)
+        _scores_grad_weight[(_SPLITS, triton.cdiv(width, block))](
+            grad_TE, x_TD, parts, num_tokens, width, num_experts, triton.cdiv(num_tokens, _SPLITS), 64, block, columns
+        )
+    return grad_TD, parts.sum(0).to(weight_ED.dtype)
+
+
+@scores_backward.register_fake
+def _(grad_TE, x_TD, weight_ED):
+    return torch.empty_like(x_TD), torch.empty_like(weight_ED)
+
+
+scores.register_autograd(
+    lambda ctx, grad_TE: torch.ops.vmoe.scores_backward(grad_TE, *ctx.saved_tensors),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
+
+
+@torch.library.custom_op("vmoe::gates", mutates_args=())
+def gates(logits_TE: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Softmax gates (T, E), the experts of the K largest (T, K) int64, best first, and their weights (T, K).
+
+    Of equal gates the lower expert is chosen first. With `renormalize` a token's weights sum to 1.
+    """
+    logits_TE = logits_TE.contiguous()
+    num_tokens, num_experts = logits_TE.shape
+    gates_TE = torch.empty_like(logits_TE)
+    chosen_TK = torch.empty(num_tokens, top_k, dtype=torch.int64, device=logits_TE.device)
+    weights_TK = logits_TE.new_empty(num_tokens, top_k)
+    if gates_TE.numel():
+        columns, block = _columns(num_experts), _tokens_of_block(num_experts)
+        with torch.cuda.device_of(logits_TE):
+            _gates[(triton.cdiv(num_tokens, block),)](
+                logits_TE, gates_TE, chosen_TK, weights_TK, num_tokens, num_experts, top_k, renormalize, block, columns
+            )
+    return gates_TE, chosen_TK, weights_TK
+
+
+@gates.register_fake
+def _(logits_TE, top_k, renormalize):
+    weights_TK = logits_TE.new_empty(logits_TE.shape[0], top_k)
+    return torch.empty_like(logits_TE), torch.empty_like(weights_TK, dtype=torch.int64), weights_TK
+
+
+@torch.library.custom_op("vmoe::gates_backward", mutates_args=())
+def gates_backward(
+    grad_gates_TE: Tensor | None, grad_weights_TK: Tensor | None, gates_TE: Tensor, chosen_TK: Tensor,
+    weights_TK: Tensor, renormalize: bool,
+) -> Tensor:  # fmt: skip
+    """The logits' gradient."""
+    grad_TE = torch.empty_like(gates_TE)
+    num_tokens, num_experts = gates_TE.shape
+    if grad_TE.numel():
+        grad_gates_TE, grad_weights_TK = (
+            None if grad is None else grad.contiguous() for grad in (grad_gates_TE, grad_weights_TK)
+        )
+        columns, block = _columns(num_experts), _tokens_of_block(num_experts)
+        with torch.cuda.device_of(gates_TE):
+            _gates_backward[(triton.cdiv(num_tokens, block),)](
+                grad_gates_TE, grad_weights_TK, gates_TE, chosen_TK, weights_TK, grad_TE, num_tokens, num_experts,
+                chosen_TK.shape[1], renormalize, grad_gates_TE is not None, grad_weights_TK is not None, block, columns,
+            )  # fmt: skip
+    return grad_TE
+
+
+@gates_backward.register_fake
+def _(grad_gates_TE, grad_weights_TK, gates_TE, chosen_TK, weights_TK, renormalize):
+    return torch.empty_like(gates_TE)
+
+
+def _save_gates(ctx, inputs, output) -> None:
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output)
+    ctx.renormalize = inputs[2]
+
+
+def _backward_of_gates(ctx, grad_gates_TE, _, grad_weights_TK):
+    if grad_gates_TE is None and grad_weights_TK is None:
+        return None, None, None
+    arguments = (grad_gates_TE, grad_weights_TK, *ctx.saved_tensors, ctx.renormalize)
+    return torch.ops.vmoe.gates_backward(*arguments), None, None
+
+
+gates.register_autograd(_backward_of_gates, setup_context=_save_gates)
+
+
+def _columns(num_experts: int) -> int:
+    return max(16, triton.next_power_of_2(num_experts))
+
+
+def _tokens_of_block(num_experts: int) -> int:
+    return max(8, 2048 // _columns(num_experts))
+
+
+@triton.jit
+def _scores(
+    x, weight, out, num_tokens, width, num_experts, TOKENS: tl.constexpr, DEPTH: tl.constexpr, COLUMNS: tl.constexpr
+):
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    expert = tl.arange(0, COLUMNS)
+    total = tl.zeros((TOKENS, COLUMNS), dtype=tl.float32)
+    for first in range(0, width, DEPTH):
+        depth = first + tl.arange(0, DEPTH)
+        is_depth = (depth < width)[None, :]
+        at = x + token[:, None].to(tl.int64) * width + depth[None, :]
+        x_part = tl.load(at, mask=(token < num_tokens)[:, None] & is_depth, other=0.0).to(tl.float32)
+        at = weight + expert[:, None] * width + depth[None, :]
+        weight_part = tl.load(at, mask=(expert < num_experts)[:, None] & is_depth, other=0.0).to(tl.float32)
+        total = tl.dot(x_part, weight_part.T, total, input_precision="tf32x3")
+    at = out + token[:, None].to(tl.int64) * num_experts + expert[None, :]
+    tl.store(at, total, mask=(token < num_tokens)[:, None] & (expert < num_experts)[None, :])
+
+
+@triton.jit
+def _scores_grad_x(
+    grad, weight, out, num_tokens, width, num_experts, TOKENS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr
+):
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    expert = tl.arange(0, COLUMNS)
+    is_token, is_expert, is_column = token < num_tokens, expert < num_experts, column < width
+    at = grad + token[:, None].to(tl.int64) * num_experts + expert[None, :]
+    grads = tl.load(at, mask=is_token[:, None] & is_expert[None, :], other=0.0)
+    at = weight + expert[:, None] * width + column[None, :]
+    weights = tl.load(at, mask=is_expert[:, None] & is_column[None, :], other=0.0).to(tl.float32)
+    result = tl.dot(grads, weights, input_precision="tf32x3")
+    at = out + token[:, None].to(tl.int64) * width + column[None, :]
+    tl.store(at, result.to(out.dtype.element_ty), mask=is_token[:, None] & is_column[None, :])
+
+
+@triton.jit
+def _scores_grad_weight(
+    grad, x, parts, num_tokens, width, num_experts, share,
+    TOKENS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    start = tl.program_id(0) * share
+    end = tl.minimum(start + share, num_tokens)
+    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    expert = tl.arange(0, COLUMNS)
+    is_expert, is_column = expert < num_experts, column < width
+    total = tl.zeros((COLUMNS, WIDTH), dtype=tl.float32)
+    for first in range(start, end, TOKENS):
+        token = first + tl.arange(0, TOKENS)
+        is_token = (token < end)[:, None]
+        at = grad + token[:, None].to(tl.int64) * num_experts + expert[None, :]
+        grads = tl.load(at, mask=is_token & is_expert[None, :], other=0.0)
+        at = x + token[:, None].to(tl.int64) * width + column[None, :]
+        values = tl.load(at, mask=is_token & is_column[None, :], other=0.0).to(tl.float32)
+        total = tl.dot(grads.T, values, total, input_precision="tf32x3")
+    at = parts + (tl.program_id(0) * num_experts + expert)[:, None].to(tl.int64) * width + column[None, :]
+    tl.store(at, total, mask=is_expert[:, None] & is_column[None, :])
+
+
+@triton.jit
+def _gates(
+    logits, gates, chosen, weights, num_tokens, num_experts, K: tl.constexpr, RENORMALIZE: tl.constexpr,
+    TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    expert = tl.arange(0, COLUMNS)
+    is_token = token < num_tokens
+    inside = is_token[:, None] & (expert < num_experts)[None, :]
+    at = token[:, None].to(tl.int64) * num_experts + expert[None, :]
+    gate = softmax(tl.load(logits + at, mask=inside, other=-float("inf")), is_token)
+    tl.store(gates + at, gate, mask=inside)
+    remaining = tl.where(inside, gate, -1.0)
+    total = tl.zeros((TOKENS,), dtype=tl.float32)
+    for k in tl.static_range(K):
+        # a NaN is larger than nothing: the bound keeps the index an expert's
+        best = tl.minimum(tl.argmax(remaining, 1, tie_break_left=True), num_experts - 1)
+        is_best = expert[None, :] == best[:, None]
+        weight = tl.sum(tl.where(is_best, gate, 0.0), 1)
+        remaining = tl.where(is_best, -2.0, remaining)
+        total += weight
+        tl.store(chosen + token * K + k, best.to(tl.int64), mask=is_token)
+        if not RENORMALIZE:
+            tl.store(weights + token * K + k, weight, mask=is_token)
+    if RENORMALIZE:
+        for k in tl.static_range(K):
+            again = tl.load(chosen + token * K + k, mask=is_token, other=0).to(tl.int32)
+            weight = tl.sum(tl.where(expert[None, :] == again[:, None], gate, 0.0), 1)
+            tl.store(weights + token * K + k, weight / total, mask=is_token)
+
+
+@triton.jit
+def _gates_backward(
+    grad_gates, grad_weights, gates, chosen, weights, out, num_tokens, num_experts, K: tl.constexpr,
+    RENORMALIZE: tl.constexpr, HAS_GATES: tl.constexpr, HAS_WEIGHTS: tl.constexpr, TOKENS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    expert = tl.arange(0, COLUMNS)
+    is_token = token < num_tokens
+    inside = is_token[:, None] & (expert < num_experts)[None, :]
+    at = token[:, None].to(tl.int64) * num_experts + expert[None, :]
+    gate = tl.load(gates + at, mask=inside, other=0.0)
+    grad = tl.zeros((TOKENS, COLUMNS), dtype=tl.float32)
+    if HAS_GATES:
+        grad += tl.load(grad_gates + at, mask=inside, other=0.0)
+    if HAS_WEIGHTS:
+        total, mean = tl.full((TOKENS,), 1.0, dtype=tl.float32), tl.zeros((TOKENS,), dtype=tl.float32)
+        if RENORMALIZE:
+            total = tl.zeros((TOKENS,), dtype=tl.float32)
+            for k in tl.static_range(K):
+                choice = tl.load(chosen + token * K + k, mask=is_token, other=0).to(tl.int32)
+                weight = tl.load(weights + token * K + k, mask=is_token, other=0.0)
+                mean += tl.load(grad_weights + token * K + k, mask=is_token, other=0.0) * weight
+                total += tl.sum(tl.where(expert[None, :] == choice[:, None], gate, 0.0), 1)
+            total = tl.where(is_token, total, 1.0)
+        for k in tl.static_range(K):
+            choice = tl.load(chosen + token * K + k, mask=is_token, other=0).to(tl.int32)
+            grad_weight = (tl.load(grad_weights + token * K + k, mask=is_token, other=0.0) - mean) / total
+            grad += tl.where(expert[None, :] == choice[:, None], grad_weight[:, None], 0.0)
+    grad = gate * (grad - tl.sum(gate * grad, 1)[:, None])
+    tl.store(out + at, grad, mask=inside)
+
+
+@triton.jit
+def softmax(logits, is_token):
+    """Over the columns; -inf where there is no expert."""
+    largest = tl.where(is_token, tl.max(logits, 1), 0.0)
+    raised = tl.exp(logits - largest[:, None])
+    return raised / tl.where(is_token, tl.sum(raised, 1), 1.0)[:, None]

@@ -1,0 +1,69 @@
+"""What experts.py hands to a compute backend: plain tensors, which are never sharded."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vmoe.moe.groups import Groups
+from vmoe.moe.routing import Routing
+
+
+class Choices(NamedTuple):
+    """Which experts T tokens chose, K each.
+
+    Attributes:
+        chosen_TK: The experts.
+        weights_TK: The combine weights, before drops.
+        kept_TK: Which choices count; None for all.
+        slots_TK: The place of each choice in its group and expert; None without a capacity.
+        groups: How the tokens are grouped.
+        capacity: C, the places an expert has for a group; None for no bound.
+    """
+
+    chosen_TK: Tensor
+    weights_TK: Tensor
+    kept_TK: Tensor | None
+    slots_TK: Tensor | None
+    groups: Groups
+    capacity: int | None
+
+    @classmethod
+    def of(cls, routing: Routing) -> "Choices":
+        """The choices of a routing decision."""
+        merge = routing.groups.merge
+        kept_TK, slots_TK = (None if part is None else merge(part) for part in (routing.kept_GSK, routing.slots_GSK))
+        return cls(
+            merge(routing.chosen_GSK), merge(routing.weights_GSK), kept_TK, slots_TK, routing.groups, routing.capacity
+        )
+
+    def combine_weights_TK(self) -> Tensor:
+        """The combine weights, zero where the choice does not count."""
+        return self.weights_TK if self.kept_TK is None else self.weights_TK * self.kept_TK
+
+
+class Mlp(NamedTuple):
+    """E expert MLPs: dropout(activation(x @ weight1.T + bias1)), a norm, @ weight2.T + bias2.
+
+    Attributes:
+        weight1: (E, H, D); the parameter, to which the gradient goes.
+        bias1: (E, H) or None.
+        weight2: (E, O, H).
+        bias2: (E, O) or None.
+        activation: Between the layers.
+        norm: Behind it, of (hidden rows, the expert of each row); or None.
+        dropout: Its rate, 0 at evaluation.
+        dtype: The type that is computed in.
+        cast: Gives one of the weights in that type, without gradient.
+    """
+
+    weight1: Tensor
+    bias1: Tensor | None
+    weight2: Tensor
+    bias2: Tensor | None
+    activation: nn.Module
+    norm: nn.Module | None
+    dropout: float
+    dtype: torch.dtype
+    cast: Callable[[Tensor], Tensor]
