@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -18,6 +18,8 @@ from vmoe.moe.routers import token_choice
 pytest.importorskip("triton", reason="the fused backend needs Triton")
 
 from vmoe.moe.kernels import fused
+from vmoe.moe.kernels.fused import products
+from vmoe.moe.kernels.fused.products import Tile
 from vmoe.moe.kernels.fused.ranks import expert_rows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -49,7 +51,12 @@ def outputs_and_gradients(backend, x, routing, parameters, cotangent, activation
     return [y, *torch.autograd.grad((y * cotangent.to(y)).sum(), learned)]
 
 
-def check_against_oracle(x, routing, parameters, cotangent, activation, dtype, parameter_dtype=torch.float32):
+def check_against_oracle(
+    x, routing, parameters, cotangent, activation, dtype, parameter_dtype=torch.float32, tile=None
+):
+    """`tile`: of the first layer and the hidden gradient; None for the library's products."""
+    for job in ("first", "hidden"):
+        products.TILES[job][dtype.itemsize] = tile
     exact = outputs_and_gradients(
         segments, x, routing, parameters, cotangent, activation, "cpu", torch.float64, torch.float64
     )
@@ -66,7 +73,17 @@ def random_parameters(num_experts, width, hidden, out, bias, generator):
     return [p if bias or p.dim() == 3 else None for p in parameters]
 
 
-@settings(max_examples=25 if DEVICE == "cpu" else 80, deadline=None)
+@pytest.fixture(autouse=True)
+def same_tiles_after(monkeypatch):
+    for job, tiles in products.TILES.items():
+        monkeypatch.setitem(products.TILES, job, dict(tiles))
+
+
+@settings(
+    max_examples=25 if DEVICE == "cpu" else 80,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(
     images=st.integers(1, 4),
     tokens=st.integers(1, 40),
@@ -79,9 +96,10 @@ def random_parameters(num_experts, width, hidden, out, bias, generator):
     widths=st.sampled_from([(8, 16, 8), (16, 48, 24), (72, 136, 72)]),
     variant=st.sampled_from([(True, "none"), (False, "tanh")]),
     dtype=st.sampled_from(list(TOLERANCE)),
+    tile=st.sampled_from([None, Tile(128, 128, 32, 8, 2, programs=1, parts=4), Tile(64, 64, 32, 4, 2, parts=2)]),
 )
 def test_outputs_and_gradients(
-    images, tokens, group, num_experts, top_k, capacity, priority, skew, widths, variant, dtype
+    images, tokens, group, num_experts, top_k, capacity, priority, skew, widths, variant, dtype, tile
 ):
     bias, approximate = variant
     top_k = min(top_k, num_experts)
@@ -91,20 +109,23 @@ def test_outputs_and_gradients(
         torch.randn(images * tokens, width, generator=generator, dtype=torch.float64) for width in widths[::2]
     )
     parameters = random_parameters(num_experts, *widths, bias, generator)
-    check_against_oracle(x, routing, parameters, cotangent, nn.GELU(approximate), dtype)
+    check_against_oracle(x, routing, parameters, cotangent, nn.GELU(approximate), dtype, tile=tile)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("capacity", [None, 320])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("widths", [(192, 768, 192), (200, 328, 136)])
-def test_tiles_of_many_rows(capacity, dtype, widths):
+@pytest.mark.parametrize(
+    "tile", [None, Tile(128, 128, 64, 8, 3, 0, 4), Tile(128, 128, 64, 4, 3, 2, 4), Tile(128, 256, 64, 8, 3, 1, 4)]
+)
+def test_tiles_of_many_rows(capacity, dtype, widths, tile):
     generator = torch.Generator().manual_seed(0)
     routing = skewed_routing(24, 100, 8, 7, 2, 0.2, generator, capacity, priority=True)
     x, cotangent = (torch.randn(2400, width, generator=generator, dtype=torch.float64) for width in widths[::2])
     parameters = random_parameters(7, *widths, True, generator)
-    check_against_oracle(x, routing, parameters, cotangent, nn.GELU(), dtype)
-    check_against_oracle(x, routing, parameters, cotangent, nn.GELU(), dtype, parameter_dtype=dtype)
+    check_against_oracle(x, routing, parameters, cotangent, nn.GELU(), dtype, tile=tile)
+    check_against_oracle(x, routing, parameters, cotangent, nn.GELU(), dtype, parameter_dtype=dtype, tile=tile)
 
 
 @settings(max_examples=30, deadline=None)
@@ -208,18 +229,18 @@ def test_operators_pass_torchs_own_checks():
     parameters = random(3, 16, 8), random(3, 16), random(3, 8, 16), random(3, 8)
     casts = parameters[0].detach(), parameters[2].detach()
     for operator, arguments in (
-        (fused.scores, (random(6, 8), random(4, 8))),
-        (fused.gates, (random(6, 4), 2, True)),
-        (fused.balance, (random(1, 5, 3), random(1, 5, 3), chosen[None], chosen[None] > 0, 0.3)),
-        (fused.ranks, (chosen[None], None, 3)),
-        (fused.falling_order, (random(2, 5).detach(),)),
-        (expert_rows, (chosen, chosen > 0, 3, 128)),
+        ("scores", (random(6, 8), random(4, 8))),
+        ("gates", (random(6, 4), 2, True)),
+        ("balance", (random(1, 5, 3), random(1, 5, 3), chosen[None], chosen[None] > 0, 0.3)),
+        ("ranks", (chosen[None], None, 3)),
+        ("falling_order", (random(2, 5).detach(),)),
+        ("expert_rows", (chosen, chosen > 0, 3, 128)),
     ):
-        torch.library.opcheck(operator, arguments)
+        torch.library.opcheck(getattr(torch.ops.vmoe, operator).default, arguments)
     arguments = (random(5, 8), rows, chosen, random(5, 2), starts, counts, *parameters, *casts, 0, False, True)
     # not the check that compares all outputs: what is kept for the backward pass has rows that nothing writes or reads
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(fused.fused_experts, arguments, test_utils=checks)
+    torch.library.opcheck(torch.ops.vmoe.fused_experts.default, arguments, test_utils=checks)
 
 
 @pytest.mark.parametrize(

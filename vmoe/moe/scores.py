@@ -19,4 +19,4 @@ def full_precision_linear(x: Tensor, weight: Tensor) -> Tensor:
 
 def with_noise(logits: Tensor, scale: float) -> Tensor:
     """Logits plus normal noise of standard deviation `scale`; the same tensor where that is 0."""
-    return logits + scale * torch.randn_like(logits) if scale > 0 else logits
+    return torch.add(logits, torch.randn_like(logits), alpha=scale) if scale > 0 else logits

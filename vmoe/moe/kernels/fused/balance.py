@@ -9,14 +9,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vmoe.moe.kernels.fused.operators import operator
 from vmoe.moe.kernels.fused.router import _columns, _tokens_of_block, softmax
+from vmoe.moe.kernels.fused.sizes import cdiv
 
 # what is kept of each expert's column: summed gates, summed chances to be chosen, number of choices
 _SUMS = 3
 
 
-@torch.library.custom_op("vmoe::balance", mutates_args=())
-def balance(
+def _balance(
     logits_GSE: Tensor, noisy_logits_GSE: Tensor | None, chosen_GSK: Tensor, kept_GSK: Tensor | None, noise_scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The importance and the load loss of `vmoe.moe.losses`, averaged over the groups, and statistics.
@@ -36,7 +37,7 @@ def balance(
     logits_GSE = logits_GSE.contiguous()
     routed_by_GSE = logits_GSE if noisy_logits_GSE is None else noisy_logits_GSE.contiguous()
     columns, block = _columns(num_experts), _tokens_of_block(num_experts)
-    num_blocks = triton.cdiv(size, block)
+    num_blocks = cdiv(size, block)
     floats = {"dtype": torch.float32, "device": logits_GSE.device}
     parts = torch.empty(num_groups, num_blocks, _SUMS, columns, **floats)
     counts = torch.empty(num_groups, num_blocks, 2, **floats)
@@ -56,15 +57,13 @@ def balance(
     return losses_G2.mean(0), statistics_GX.mean(0), sums_G2E
 
 
-@balance.register_fake
-def _(logits_GSE, noisy_logits_GSE, chosen_GSK, kept_GSK, noise_scale):
+def _fake_balance(logits_GSE, noisy_logits_GSE, chosen_GSK, kept_GSK, noise_scale):
     num_groups, _, num_experts = logits_GSE.shape
     sums_G2E = logits_GSE.new_empty(num_groups, 2, num_experts)
     return logits_GSE.new_empty(2), logits_GSE.new_empty(num_experts + 2), sums_G2E
 
 
-@torch.library.custom_op("vmoe::balance_backward", mutates_args=())
-def balance_backward(
+def _balance_gradient(
     grad_losses: Tensor, logits_GSE: Tensor, noisy_logits_GSE: Tensor | None, chosen_GSK: Tensor, sums_G2E: Tensor,
     noise_scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -77,17 +76,19 @@ def balance_backward(
     grad_noisy_GSE = torch.empty_like(logits_GSE) if is_noisy else logits_GSE.new_empty(0)
     columns, block = _columns(num_experts), _tokens_of_block(num_experts)
     with torch.cuda.device_of(logits_GSE):
-        _balance_backward[(triton.cdiv(size, block), num_groups)](
+        _balance_backward[(cdiv(size, block), num_groups)](
             grad_losses, logits_GSE, routed_by_GSE, chosen_GSK.contiguous(), sums_G2E, grad_GSE, grad_noisy_GSE, size,
             num_experts, noise_scale, chosen_GSK.shape[2], is_noisy, block, columns,
         )  # fmt: skip
     return grad_GSE, grad_noisy_GSE
 
 
-@balance_backward.register_fake
-def _(grad_losses, logits_GSE, noisy_logits_GSE, chosen_GSK, sums_G2E, noise_scale):
+def _fake_balance_gradient(grad_losses, logits_GSE, noisy_logits_GSE, chosen_GSK, sums_G2E, noise_scale):
     no_noise = noisy_logits_GSE is None
     return torch.empty_like(logits_GSE), logits_GSE.new_empty(0) if no_noise else torch.empty_like(logits_GSE)
+
+
+balance_backward = operator("balance_backward", _balance_gradient, _fake_balance_gradient)
 
 
 def _save(ctx, inputs, output) -> None:
@@ -100,11 +101,11 @@ def _save(ctx, inputs, output) -> None:
 def _backward(ctx, grad_losses: Tensor | None, *_):
     if grad_losses is None:
         return (None,) * 5
-    grad, grad_noisy = torch.ops.vmoe.balance_backward(grad_losses, *ctx.saved_tensors, ctx.noise_scale)
+    grad, grad_noisy = balance_backward(grad_losses, *ctx.saved_tensors, ctx.noise_scale)
     return grad, None if ctx.saved_tensors[1] is None else grad_noisy, None, None, None
 
 
-balance.register_autograd(_backward, setup_context=_save)
+balance = operator("balance", _balance, _fake_balance, _save, _backward)
 
 
 @triton.jit

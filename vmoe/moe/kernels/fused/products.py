@@ -1,9 +1,10 @@
-"""Products of the experts' rows and weights, with the activation and its gradient in their epilogues.
+"""Products of the experts' rows and weights, by the library or with the activation and its gradient in their epilogues.
 
 R rows in tiles of one expert each; the rows of an expert start at a multiple of the tile's height. An expert has a
 `share` of rows of its own or, with share 0, starts where `starts_E` says. Tiles without a row are not computed.
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -13,41 +14,55 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from vmoe.moe.kernels.fused.gelu import gelu_and_slope
-from vmoe.moe.kernels.fused.segments import Segments, expert_of
+from vmoe.moe.kernels.fused.segments import Segments
+from vmoe.moe.kernels.fused.sizes import cdiv, next_power_of_2
 
 
 class Tile(NamedTuple):
-    """Shape of a program's tile of the result (rows x columns), its step in depth, its warps and pipeline stages."""
+    """How a product of ours is cut up.
+
+    Attributes:
+        rows: Height of a tile of the result; 128 or 64, so that a tile holds no two experts (see `ranks.ALIGNMENT`).
+        columns: Its width.
+        depth: The step along the sum.
+        warps: Of a program.
+        stages: Steps that are loaded ahead.
+        programs: Running on a multiprocessor, each taking tile after tile; 0 for one program a tile.
+        parts: Of the columns in the epilogue, one after another so that the registers suffice.
+    """
 
     rows: int
     columns: int
     depth: int
     warps: int
     stages: int
-    registers: int | None = None  # of a thread, at most
+    programs: int = 0
+    parts: int = 1
 
 
-# Two programs fit a multiprocessor, so that one's epilogue runs beside the other's product
+# By the job and the size of the type; None: the library's product with the activation as its own kernel
 TILES = {
-    "first": {2: Tile(128, 128, 64, 8, 3), 4: Tile(64, 64, 32, 4, 3)},
-    "hidden": {2: Tile(128, 128, 64, 8, 3), 4: Tile(64, 64, 32, 4, 3)},
+    "first": {2: None, 4: None},
+    "hidden": {2: None, 4: None},
     "plain": {2: Tile(128, 256, 64, 8, 3), 4: Tile(64, 64, 32, 4, 3)},
     "weights": {2: Tile(128, 256, 64, 8, 3), 4: Tile(64, 64, 32, 4, 3)},
 }
 
 
-def tile_of(job: str, dtype: torch.dtype) -> Tile:
-    """The tile for a job and the size of its operands' type."""
+def tile_of(job: str, dtype: torch.dtype) -> Tile | None:
+    """The tile for a job and a type of operands."""
     return TILES[job][dtype.itemsize]
 
 
 def first_layer(
-    x_RD: Tensor, weight_EHD: Tensor, bias_EH: Tensor | None, segments: Segments, tanh: bool,
-    pre_RH: Tensor | None, act_RH: Tensor,
+    x_RD: Tensor, weight_EHD: Tensor, bias_EH: Tensor | None, weight_R: Tensor, segments: Segments, tanh: bool,
+    tile: Tile, pre_RH: Tensor | None, act_RH: Tensor,
 ) -> None:  # fmt: skip
-    """Layer and activation: act = gelu(pre), pre = x @ weight.T + bias; `pre_RH` is None where it is not wanted."""
-    tile = tile_of("first", x_RD.dtype)
-    _rows_by_weights(x_RD, weight_EHD, bias_EH, segments, pre_RH, act_RH, True, True, tanh, tile)
+    """Layer and activation: act = weight * gelu(pre), pre = x @ weight.T + bias; `pre_RH` is None if not wanted.
+
+    Writes all rows of tiles that have one.
+    """
+    _rows_by_weights(x_RD, weight_EHD, bias_EH, weight_R, segments, pre_RH, act_RH, True, True, tanh, tile)
 
 
 def product(x_RD: Tensor, weight: Tensor, segments: Segments, out_RN: Tensor, transposed: bool) -> None:
@@ -59,15 +74,15 @@ def product(x_RD: Tensor, weight: Tensor, segments: Segments, out_RN: Tensor, tr
         torch.bmm(x_ESD, factor, out=out_RN.view(num_experts, segments.share, -1))
     else:
         _rows_by_weights(
-            x_RD, weight, None, segments, None, out_RN, transposed, False, False, tile_of("plain", x_RD.dtype)
+            x_RD, weight, None, None, segments, None, out_RN, transposed, False, False, tile_of("plain", x_RD.dtype)
         )
 
 
 def hidden_gradient(
     grad_RO: Tensor, weight_EOH: Tensor, bias_EH: Tensor | None, weight_R: Tensor, pre_RH: Tensor, segments: Segments,
-    tanh: bool, act_RH: Tensor, grad_pre_RH: Tensor,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Through the second layer and the activation, with the activation computed anew.
+    tanh: bool, tile: Tile, grad_pre_RH: Tensor, weight_parts_RP: Tensor, bias_parts_MH: Tensor,
+) -> None:  # fmt: skip
+    """Through the second layer and the activation.
 
     Args:
         grad_RO: Gradients of the combined results, not weighted.
@@ -77,26 +92,26 @@ def hidden_gradient(
         pre_RH: Before the activation.
         segments: Whose rows they are.
         tanh: Which GELU.
-        act_RH: Takes weight * gelu(pre), zero in tiles without a row.
-        grad_pre_RH: Takes the gradient of `pre_RH`, zero in rows without a choice.
-
-    Returns:
-        Parts of the gradients of the combine weights, (R, P), and of the first bias, (tiles of rows, H).
+        tile: How to cut it up.
+        grad_pre_RH: Takes the gradient of `pre_RH` in tiles that have a row, zero where there is no choice.
+        weight_parts_RP: Takes parts of the combine weights' gradients, one a tile of columns.
+        bias_parts_MH: Takes parts of the bias's gradient, one a tile of rows.
     """
-    tile = tile_of("hidden", grad_RO.dtype)
     num_rows, width = pre_RH.shape
-    depth = grad_RO.shape[1]
-    num_tiles, num_columns = num_rows // tile.rows, triton.cdiv(width, tile.columns)
-    weight_parts = torch.empty(num_rows, num_columns, dtype=torch.float32, device=grad_RO.device)
-    bias_parts = torch.empty(num_tiles, width, dtype=torch.float32, device=grad_RO.device)
-    num_experts = weight_EOH.shape[0]
-    _hidden_gradient[(num_tiles * num_columns,)](
+    num_experts, depth, _ = weight_EOH.shape
+    num_columns = cdiv(width, tile.columns)
+    _hidden_gradient[_grid(tile, num_rows, num_columns, grad_RO.device)](
         _blocks(grad_RO, [tile.rows, tile.depth]), _blocks(weight_EOH.flatten(0, 1), [tile.depth, tile.columns]),
-        bias_EH, weight_R, pre_RH, act_RH, grad_pre_RH, weight_parts, bias_parts, segments.starts_E, segments.counts_E,
-        num_experts, segments.share, depth, width, num_tiles, num_columns, HAS_BIAS=bias_EH is not None, TANH=tanh,
-        HAS_SHARE=segments.share > 0, **_meta(tile, grad_RO.dtype, num_experts),
+        bias_EH, weight_R, pre_RH, _blocks(grad_pre_RH, [tile.rows, tile.columns // tile.parts]), weight_parts_RP,
+        bias_parts_MH, segments.starts_E, segments.counts_E, num_experts, segments.share, depth, width, num_columns,
+        HAS_BIAS=bias_EH is not None, TANH=tanh, HAS_SHARE=segments.share > 0,
+        **_meta(tile, grad_RO.dtype, num_experts),
     )  # fmt: skip
-    return weight_parts, bias_parts
+
+
+def parts_of(tile: Tile, width: int) -> tuple[int, int]:
+    """(rows a part of the bias's gradient, parts of a combine weight's gradient) of `hidden_gradient`."""
+    return tile.rows, cdiv(width, tile.columns)
 
 
 def weight_gradient(left_RM: Tensor, right_RN: Tensor, segments: Segments, out_EMN: Tensor) -> None:
@@ -108,8 +123,8 @@ def weight_gradient(left_RM: Tensor, right_RN: Tensor, segments: Segments, out_E
         _bmm_into(out_EMN, left_ESM.transpose(1, 2), right_ESN)
         return
     tile = tile_of("weights", left_RM.dtype)
-    num_columns = triton.cdiv(width, tile.columns)
-    grid = (triton.cdiv(height, tile.rows) * num_columns, num_experts)
+    num_columns = cdiv(width, tile.columns)
+    grid = (cdiv(height, tile.rows) * num_columns, num_experts)
     _weight_gradient[grid](
         _blocks(left_RM, [tile.depth, tile.rows]), _blocks(right_RN, [tile.depth, tile.columns]), out_EMN,
         segments.starts_E, segments.counts_E, height, width, num_columns, ROWS=tile.rows, COLUMNS=tile.columns,
@@ -126,19 +141,29 @@ def _bmm_into(out: Tensor, left: Tensor, right: Tensor) -> None:
         out.copy_(torch.bmm(left, right))
 
 
-def _rows_by_weights(x_RD, weight, bias, segments, pre, out, transposed, gelu, tanh, tile) -> None:
+def _rows_by_weights(x_RD, weight, bias, weight_R, segments, pre, out, transposed, gelu, tanh, tile) -> None:
     num_rows, depth = x_RD.shape
     num_experts, width = weight.shape[0], out.shape[1]
-    num_tiles, num_columns = num_rows // tile.rows, triton.cdiv(width, tile.columns)
+    num_columns = cdiv(width, tile.columns)
     weight_block = [tile.columns, tile.depth] if transposed else [tile.depth, tile.columns]
-    block = [tile.rows, tile.columns]
-    _rows_by_weights_kernel[(num_tiles * num_columns,)](
-        _blocks(x_RD, [tile.rows, tile.depth]), _blocks(weight.flatten(0, 1), weight_block), bias,
-        _blocks(out if pre is None else pre, block), _blocks(out, block), segments.starts_E, segments.counts_E,
-        num_experts, segments.share, depth, width, num_tiles, num_columns, TRANSPOSED=transposed,
+    block = [tile.rows, tile.columns // tile.parts]
+    _rows_by_weights_kernel[_grid(tile, num_rows, num_columns, x_RD.device)](
+        _blocks(x_RD, [tile.rows, tile.depth]), _blocks(weight.flatten(0, 1), weight_block), bias, weight_R,
+        None if pre is None else _blocks(pre, block), _blocks(out, block), segments.starts_E, segments.counts_E,
+        num_experts, segments.share, depth, width, num_columns, TRANSPOSED=transposed,
         HAS_BIAS=bias is not None, GELU=gelu, SAVE=pre is not None, TANH=tanh, HAS_SHARE=segments.share > 0,
         **_meta(tile, x_RD.dtype, num_experts),
     )  # fmt: skip
+
+
+def _grid(tile: Tile, num_rows: int, num_columns: int, device: torch.device) -> tuple[int]:
+    num_tiles = num_rows // tile.rows * num_columns
+    return (min(num_tiles, tile.programs * _multiprocessors(device)) if tile.programs else num_tiles,)
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 def _blocks(matrix: Tensor, block: list[int]) -> TensorDescriptor:
@@ -147,9 +172,9 @@ def _blocks(matrix: Tensor, block: list[int]) -> TensorDescriptor:
 
 def _meta(tile: Tile, dtype: torch.dtype, num_experts: int) -> dict[str, object]:
     return {
-        "ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth, "PRECISION": _precision(dtype),
-        "EXPERTS": max(16, triton.next_power_of_2(num_experts)), "num_warps": tile.warps, "num_stages": tile.stages,
-        "maxnreg": tile.registers,
+        "ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth, "PARTS": tile.parts,
+        "PRECISION": _precision(dtype), "EXPERTS": max(16, next_power_of_2(num_experts)),
+        "FLATTEN": tile.programs > 0, "num_warps": tile.warps, "num_stages": tile.stages,
     }  # fmt: skip
 
 
@@ -159,43 +184,25 @@ def _precision(dtype: torch.dtype) -> str:
 
 
 @triton.jit
-def _tile_of_program(num_tiles, num_columns, GROUP: tl.constexpr):
-    """(tile of rows, tile of columns): GROUP tiles of rows go through all columns together, so that L2 serves both."""
-    program = tl.program_id(0)
-    first = program // (GROUP * num_columns) * GROUP
-    height = tl.minimum(num_tiles - first, GROUP)
-    within = program % (GROUP * num_columns)
-    return first + within % height, within // height
+def _tiles_of_experts(starts, counts, num_experts, share, HAS_SHARE: tl.constexpr, ROWS: tl.constexpr,
+                      EXPERTS: tl.constexpr):  # fmt: skip
+    """Of each expert: its number, first row, number of tiles with a row, and that of all experts up to it."""
+    each = tl.arange(0, EXPERTS)
+    tiles = (tl.load(counts + each, mask=each < num_experts, other=0) + ROWS - 1) // ROWS
+    start = each * share if HAS_SHARE else tl.load(starts + each, mask=each < num_experts, other=0)
+    return each, start, tiles, tl.cumsum(tiles, 0)
 
 
 @triton.jit
-def _rows_by_weights_kernel(
-    x_blocks, weight_blocks, bias, pre_blocks, out_blocks, starts, counts, num_experts, share, depth, width, num_tiles,
-    num_columns, TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, GELU: tl.constexpr, SAVE: tl.constexpr,
-    TANH: tl.constexpr, HAS_SHARE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
-    PRECISION: tl.constexpr, EXPERTS: tl.constexpr,
-):  # fmt: skip
-    row_tile, column_tile = _tile_of_program(num_tiles, num_columns, 8)
-    row, column = row_tile * ROWS, column_tile * COLUMNS
-    expert, end = expert_of(row, starts, counts, num_experts, share, HAS_SHARE, EXPERTS)
-    if row < end:
-        total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-        for k in tl.range(0, depth, DEPTH):
-            x = x_blocks.load([row, k])
-            # behind the depth x is filled with zeros, so what follows there in the weights does not matter
-            if TRANSPOSED:
-                weight = weight_blocks.load([expert * width + column, k]).T
-            else:
-                weight = weight_blocks.load([expert * depth + k, column])
-            total = tl.dot(x, weight, total, input_precision=PRECISION)
-        if HAS_BIAS:
-            columns = column + tl.arange(0, COLUMNS)
-            total += tl.load(bias + expert * width + columns, mask=columns < width, other=0.0).to(tl.float32)[None, :]
-        if SAVE:
-            pre_blocks.store([row, column], total.to(pre_blocks.dtype))
-        if GELU:
-            total, _ = gelu_and_slope(total, TANH)
-        out_blocks.store([row, column], total.to(out_blocks.dtype))
+def _place(index, each, start_of, tiles_of, end_of, num_tiles, num_columns, ROWS: tl.constexpr, GROUP: tl.constexpr):
+    """(expert, first row, tile of columns) of a tile: GROUP tiles of rows go through all columns together, for L2."""
+    first = index // (GROUP * num_columns) * GROUP
+    height = tl.minimum(num_tiles - first, GROUP)
+    within = index % (GROUP * num_columns)
+    tile = first + within % height
+    expert = tl.sum((end_of <= tile).to(tl.int32))
+    row_of = start_of + (tile - end_of + tiles_of) * ROWS
+    return expert, tl.sum(tl.where(each == expert, row_of, 0)), within // height
 
 
 @triton.jit
@@ -205,18 +212,66 @@ def _halves(tile, ROWS: tl.constexpr, HALF: tl.constexpr):
 
 
 @triton.jit
-def _hidden_gradient(
-    grad_blocks, weight_blocks, bias, weight_of_row, pre, act, grad_pre, weight_parts, bias_parts, starts, counts,
-    num_experts, share, depth, width, num_tiles, num_columns, HAS_BIAS: tl.constexpr, TANH: tl.constexpr,
-    HAS_SHARE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
-    EXPERTS: tl.constexpr,
+def _cut(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr):
+    """The columns in 1, 2 or 4 parts."""
+    parts = (tile,) if PARTS == 1 else _halves(tile, ROWS, COLUMNS // 2)
+    if PARTS == 4:
+        parts = _halves(parts[0], ROWS, COLUMNS // 4) + _halves(parts[1], ROWS, COLUMNS // 4)
+    return parts
+
+
+@triton.jit
+def _rows_by_weights_kernel(
+    x_blocks, weight_blocks, bias, weight_of_row, pre_blocks, out_blocks, starts, counts, num_experts, share, depth,
+    width, num_columns, TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, GELU: tl.constexpr, SAVE: tl.constexpr,
+    TANH: tl.constexpr, HAS_SHARE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    PARTS: tl.constexpr, PRECISION: tl.constexpr, EXPERTS: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
-    row_tile, column_tile = _tile_of_program(num_tiles, num_columns, 8)
-    row, column = row_tile * ROWS, column_tile * COLUMNS
-    expert, end = expert_of(row, starts, counts, num_experts, share, HAS_SHARE, EXPERTS)
-    rows = row + tl.arange(0, ROWS)
-    PART: tl.constexpr = COLUMNS // 4
-    if row < end:
+    PART: tl.constexpr = COLUMNS // PARTS
+    each, start_of, tiles_of, end_of = _tiles_of_experts(starts, counts, num_experts, share, HAS_SHARE, ROWS, EXPERTS)
+    num_tiles = tl.sum(tiles_of)
+    for index in tl.range(tl.program_id(0), num_tiles * num_columns, tl.num_programs(0), flatten=FLATTEN):
+        expert, row, column_tile = _place(index, each, start_of, tiles_of, end_of, num_tiles, num_columns, ROWS, 8)
+        column = column_tile * COLUMNS
+        total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+        for k in tl.range(0, depth, DEPTH):
+            x = x_blocks.load([row, k])
+            # behind the depth x is filled with zeros, so what follows there in the weights does not matter
+            if TRANSPOSED:
+                weight = weight_blocks.load([expert * width + column, k]).T
+            else:
+                weight = weight_blocks.load([expert * depth + k, column])
+            total = tl.dot(x, weight, total, input_precision=PRECISION)
+        parts = _cut(total, ROWS, COLUMNS, PARTS)
+        for part in tl.static_range(PARTS):
+            value = parts[part]
+            at = column + part * PART
+            if HAS_BIAS:
+                columns = at + tl.arange(0, PART)
+                added = tl.load(bias + expert * width + columns, mask=columns < width, other=0.0)
+                value += added.to(tl.float32)[None, :]
+            if SAVE:
+                pre_blocks.store([row, at], value.to(pre_blocks.dtype))
+            if GELU:
+                value, _ = gelu_and_slope(value, TANH)
+                value *= tl.load(weight_of_row + row + tl.arange(0, ROWS))[:, None]
+            out_blocks.store([row, at], value.to(out_blocks.dtype))
+
+
+@triton.jit
+def _hidden_gradient(
+    grad_blocks, weight_blocks, bias, weight_of_row, pre, grad_pre_blocks, weight_parts, bias_parts, starts, counts,
+    num_experts, share, depth, width, num_columns, HAS_BIAS: tl.constexpr, TANH: tl.constexpr, HAS_SHARE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
+    EXPERTS: tl.constexpr, FLATTEN: tl.constexpr,
+):  # fmt: skip
+    PART: tl.constexpr = COLUMNS // PARTS
+    each, start_of, tiles_of, end_of = _tiles_of_experts(starts, counts, num_experts, share, HAS_SHARE, ROWS, EXPERTS)
+    num_tiles = tl.sum(tiles_of)
+    for index in tl.range(tl.program_id(0), num_tiles * num_columns, tl.num_programs(0), flatten=FLATTEN):
+        expert, row, column_tile = _place(index, each, start_of, tiles_of, end_of, num_tiles, num_columns, ROWS, 8)
+        column = column_tile * COLUMNS
+        rows = row + tl.arange(0, ROWS)
         total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
         for k in tl.range(0, depth, DEPTH):
             grad = grad_blocks.load([row, k])
@@ -224,12 +279,10 @@ def _hidden_gradient(
             total = tl.dot(grad, weight, total, input_precision=PRECISION)
         weight_row = tl.load(weight_of_row + rows)
         weight_sum = tl.zeros((ROWS,), dtype=tl.float32)
-        # a quarter of the columns at a time, so that the registers suffice
-        left, right = _halves(total, ROWS, COLUMNS // 2)
-        quarters = _halves(left, ROWS, PART) + _halves(right, ROWS, PART)
-        for quarter in tl.static_range(4):
-            grad_act = quarters[quarter]
-            columns = column + quarter * PART + tl.arange(0, PART)
+        parts = _cut(total, ROWS, COLUMNS, PARTS)
+        for part in tl.static_range(PARTS):
+            grad_act = parts[part]
+            columns = column + part * PART + tl.arange(0, PART)
             is_column = columns < width
             at = rows[:, None].to(tl.int64) * width + columns[None, :]
             before = tl.load(pre + at, mask=is_column[None, :], other=0.0).to(tl.float32)
@@ -239,16 +292,9 @@ def _hidden_gradient(
             value, slope = gelu_and_slope(before, TANH)
             weight_sum += tl.sum(grad_act * value, 1)
             grad = grad_act * slope * weight_row[:, None]
-            tl.store(act + at, (value * weight_row[:, None]).to(act.dtype.element_ty), mask=is_column[None, :])
-            tl.store(grad_pre + at, grad.to(grad_pre.dtype.element_ty), mask=is_column[None, :])
-            tl.store(bias_parts + row_tile.to(tl.int64) * width + columns, tl.sum(grad, 0), mask=is_column)
+            grad_pre_blocks.store([row, column + part * PART], grad.to(grad_pre_blocks.dtype))
+            tl.store(bias_parts + (row // ROWS).to(tl.int64) * width + columns, tl.sum(grad, 0), mask=is_column)
         tl.store(weight_parts + rows.to(tl.int64) * num_columns + column_tile, weight_sum)
-    elif HAS_SHARE:
-        each = column + tl.arange(0, COLUMNS)
-        free = rows[:, None].to(tl.int64) * width + each[None, :]
-        nothing = tl.zeros((ROWS, COLUMNS), dtype=act.dtype.element_ty)
-        tl.store(act + free, nothing, mask=(each < width)[None, :])
-        tl.store(grad_pre + free, nothing, mask=(each < width)[None, :])
 
 
 @triton.jit

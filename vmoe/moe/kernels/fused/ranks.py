@@ -10,11 +10,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vmoe.moe.kernels.fused.operators import operator
+from vmoe.moe.kernels.fused.sizes import cdiv, next_power_of_2
+
 ALIGNMENT = 128  # an expert's rows start at a multiple of this, so that no tile of a product holds two experts
 
 
-@torch.library.custom_op("vmoe::ranks", mutates_args=())
-def ranks(chosen_GSK: Tensor, order_GS: Tensor | None, num_experts: int) -> Tensor:
+def _ranks(chosen_GSK: Tensor, order_GS: Tensor | None, num_experts: int) -> Tensor:
     """How many choices of the same expert come before each one in its group's flow.
 
     Args:
@@ -28,17 +30,14 @@ def ranks(chosen_GSK: Tensor, order_GS: Tensor | None, num_experts: int) -> Tens
     num_groups, size, top_k = chosen_GSK.shape
     rank_GSK = torch.empty_like(chosen_GSK, dtype=torch.int64)
     if rank_GSK.numel():
-        _count(chosen_GSK.contiguous(), order_GS, rank_GSK, num_groups, size, top_k, num_experts, None)
+        _count(chosen_GSK.contiguous(), None, order_GS, rank_GSK, num_groups, size, top_k, num_experts, None)
     return rank_GSK
 
 
-@ranks.register_fake
-def _(chosen_GSK, order_GS, num_experts):
-    return torch.empty_like(chosen_GSK, dtype=torch.int64)
+ranks = operator("ranks", _ranks, lambda chosen_GSK, *_: torch.empty_like(chosen_GSK, dtype=torch.int64))
 
 
-@torch.library.custom_op("vmoe::expert_rows", mutates_args=())
-def expert_rows(
+def _expert_rows(
     chosen_TK: Tensor, kept_TK: Tensor | None, num_experts: int, share: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A row of a buffer for each choice, each expert's rows together and starting at a multiple of ALIGNMENT.
@@ -56,38 +55,44 @@ def expert_rows(
     row_TK = torch.empty_like(chosen_TK, dtype=torch.int32)
     starts_E = torch.empty(num_experts, dtype=torch.int32, device=chosen_TK.device)
     counts_E = torch.empty_like(starts_E)
-    wanted_TK = chosen_TK if kept_TK is None else torch.where(kept_TK, chosen_TK, num_experts)
-    _count(wanted_TK.contiguous(), None, row_TK, 1, wanted_TK.numel(), 1, num_experts, (share, starts_E, counts_E))
+    kept_TK = kept_TK if kept_TK is None else kept_TK.contiguous()
+    layout = share, starts_E, counts_E
+    _count(chosen_TK.contiguous(), kept_TK, None, row_TK, 1, chosen_TK.numel(), 1, num_experts, layout)
     return row_TK, starts_E, counts_E
 
 
-@expert_rows.register_fake
-def _(chosen_TK, kept_TK, num_experts, share):
+def _fake_expert_rows(chosen_TK, kept_TK, num_experts, share):
     ends_E = torch.empty(num_experts, dtype=torch.int32, device=chosen_TK.device)
     return torch.empty_like(chosen_TK, dtype=torch.int32), ends_E, torch.empty_like(ends_E)
 
 
-def _count(chosen, order, out, num_groups, size, top_k, num_experts, layout) -> None:
-    columns = max(16, triton.next_power_of_2(num_experts))
+expert_rows = operator("expert_rows", _expert_rows, _fake_expert_rows)
+
+
+def _count(chosen, kept, order, out, num_groups, size, top_k, num_experts, layout) -> None:
+    columns = max(16, next_power_of_2(num_experts))
     block = max(32, min(256, 8192 // columns))
-    num_blocks = triton.cdiv(size * top_k, block)
+    num_blocks = cdiv(size * top_k, block)
     before = torch.empty(num_groups, num_blocks, columns, dtype=torch.int32, device=chosen.device)
     totals = torch.empty(num_groups, columns, dtype=torch.int32, device=chosen.device)
     share, starts_E, counts_E = (0, None, None) if layout is None else layout
     flow = {"SIZE": size, "TOP_K": top_k, "COLUMNS": columns, "BLOCK": block, "ORDERED": order is not None}
+    flow["HAS_KEPT"] = kept is not None
     with torch.cuda.device_of(chosen):
         grid = (num_blocks, num_groups)
-        _histogram[grid](chosen, order, before, **flow)
+        _histogram[grid](chosen, kept, order, before, **flow)
         scan_columns = min(columns, 32)
         _scan[(columns // scan_columns, num_groups)](before, totals, num_blocks, columns, scan_columns, 64)
         _place[grid](
-            chosen, order, before, totals, out, starts_E, counts_E, num_experts, share,
+            chosen, kept, order, before, totals, out, starts_E, counts_E, num_experts, share,
             AS_ROWS=layout is not None, ALIGN=ALIGNMENT, **flow,
         )  # fmt: skip
 
 
 @triton.jit
-def _flow(chosen, order, SIZE, TOP_K: tl.constexpr, BLOCK: tl.constexpr, ORDERED: tl.constexpr):
+def _flow(
+    chosen, kept, order, SIZE, TOP_K: tl.constexpr, BLOCK: tl.constexpr, ORDERED: tl.constexpr, HAS_KEPT: tl.constexpr
+):
     """Where the choices of this program's block of the flow stand in the (G, S, K) tensor, and their experts."""
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     group = tl.program_id(1).to(tl.int64)
@@ -96,14 +101,18 @@ def _flow(chosen, order, SIZE, TOP_K: tl.constexpr, BLOCK: tl.constexpr, ORDERED
     if ORDERED:
         token = tl.load(order + group * SIZE + token, mask=inside, other=0)
     at = (group * SIZE + token) * TOP_K + n // SIZE
-    return at, inside, tl.load(chosen + at, mask=inside, other=-1).to(tl.int32)
+    wanted = inside
+    if HAS_KEPT:
+        wanted &= tl.load(kept + at, mask=inside, other=0) != 0
+    return at, inside, tl.load(chosen + at, mask=wanted, other=-1).to(tl.int32)
 
 
 @triton.jit
 def _histogram(
-    chosen, order, before, SIZE, TOP_K: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, ORDERED: tl.constexpr
-):
-    _, _, expert = _flow(chosen, order, SIZE, TOP_K, BLOCK, ORDERED)
+    chosen, kept, order, before, SIZE, TOP_K: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+    ORDERED: tl.constexpr, HAS_KEPT: tl.constexpr,
+):  # fmt: skip
+    _, _, expert = _flow(chosen, kept, order, SIZE, TOP_K, BLOCK, ORDERED, HAS_KEPT)
     column = tl.arange(0, COLUMNS)
     one_hot = (expert[:, None] == column[None, :]).to(tl.int32)
     block = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
@@ -128,11 +137,11 @@ def _scan(before, totals, num_blocks, COLUMNS: tl.constexpr, PART: tl.constexpr,
 
 @triton.jit
 def _place(
-    chosen, order, before, totals, out, starts, counts, num_experts, share,
+    chosen, kept, order, before, totals, out, starts, counts, num_experts, share,
     SIZE, TOP_K: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, ORDERED: tl.constexpr,
-    AS_ROWS: tl.constexpr, ALIGN: tl.constexpr,
+    HAS_KEPT: tl.constexpr, AS_ROWS: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    at, inside, expert = _flow(chosen, order, SIZE, TOP_K, BLOCK, ORDERED)
+    at, inside, expert = _flow(chosen, kept, order, SIZE, TOP_K, BLOCK, ORDERED, HAS_KEPT)
     column = tl.arange(0, COLUMNS)
     block = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     one_hot = (expert[:, None] == column[None, :]).to(tl.int32)
@@ -151,8 +160,7 @@ def _place(
         tl.store(out + at, tl.sum(one_hot * place, 1).to(tl.int64), mask=inside)
 
 
-@torch.library.custom_op("vmoe::falling_order", mutates_args=())
-def falling_order(values_GS: Tensor) -> Tensor:
+def _falling_places(values_GS: Tensor) -> Tensor:
     """The places of each row's values from the largest to the smallest, equals in their old order, (G, S) int64.
 
     A place is the number of values that come before, counted by comparing all with all: for rows of a few thousand
@@ -162,13 +170,13 @@ def falling_order(values_GS: Tensor) -> Tensor:
     order_GS = torch.empty(num_groups, size, dtype=torch.int64, device=values_GS.device)
     if order_GS.numel():
         with torch.cuda.device_of(values_GS):
-            _falling_order[(triton.cdiv(size, 64), num_groups)](values_GS.contiguous(), order_GS, size, 64, 128)
+            _falling_order[(cdiv(size, 64), num_groups)](values_GS.contiguous(), order_GS, size, 64, 128)
     return order_GS
 
 
-@falling_order.register_fake
-def _(values_GS):
-    return torch.empty_like(values_GS, dtype=torch.int64)
+falling_order = operator(
+    "falling_order", _falling_places, lambda values_GS: torch.empty_like(values_GS, dtype=torch.int64)
+)
 
 
 @triton.jit

@@ -8,6 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vmoe.moe.kernels.fused.operators import operator
+from vmoe.moe.kernels.fused.sizes import cdiv, next_power_of_2
+
 MAX_EXPERTS = 256
 MAX_SCORES = 64  # of a token; a library product is good at more
 _SPLITS = 64  # of the tokens, whose parts of the weights' gradient are then summed
@@ -18,27 +21,24 @@ def takes_logits(logits: Tensor) -> bool:
     return logits.dtype == torch.float32 and logits.shape[-1] <= MAX_EXPERTS
 
 
-@torch.library.custom_op("vmoe::scores", mutates_args=())
-def scores(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+def _scores_of(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     """X @ weight.T in float32 by three tf32 products, (T, E)."""
     x_TD, weight_ED = x_TD.contiguous(), weight_ED.contiguous()
     (num_tokens, width), num_experts = x_TD.shape, weight_ED.shape[0]
     out_TE = torch.empty(num_tokens, num_experts, dtype=torch.float32, device=x_TD.device)
     if out_TE.numel():
         with torch.cuda.device_of(x_TD):
-            _scores[(triton.cdiv(num_tokens, 64),)](
+            _scores[(cdiv(num_tokens, 64),)](
                 x_TD, weight_ED, out_TE, num_tokens, width, num_experts, 64, 64, _columns(num_experts)
             )
     return out_TE
 
 
-@scores.register_fake
-def _(x_TD, weight_ED):
+def _fake_scores(x_TD, weight_ED):
     return torch.empty(x_TD.shape[0], weight_ED.shape[0], dtype=torch.float32, device=x_TD.device)
 
 
-@torch.library.custom_op("vmoe::scores_backward", mutates_args=())
-def scores_backward(grad_TE: Tensor, x_TD: Tensor, weight_ED: Tensor) -> tuple[Tensor, Tensor]:
+def _scores_gradient(grad_TE: Tensor, x_TD: Tensor, weight_ED: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of x and the weights, in their types."""
     grad_TE, x_TD, weight_ED = grad_TE.contiguous(), x_TD.contiguous(), weight_ED.contiguous()
     (num_tokens, width), num_experts = x_TD.shape, weight_ED.shape[0]
@@ -47,27 +47,29 @@ def scores_backward(grad_TE: Tensor, x_TD: Tensor, weight_ED: Tensor) -> tuple[T
     columns, block = _columns(num_experts), 64
     with torch.cuda.device_of(x_TD):
         if grad_TD.numel():
-            grid = (triton.cdiv(num_tokens, 64), triton.cdiv(width, block))
+            grid = (cdiv(num_tokens, 64), cdiv(width, block))
             _scores_grad_x[grid](grad_TE, weight_ED, grad_TD, num_tokens, width, num_experts, 64, block, columns)
-        _scores_grad_weight[(_SPLITS, triton.cdiv(width, block))](
-            grad_TE, x_TD, parts, num_tokens, width, num_experts, triton.cdiv(num_tokens, _SPLITS), 64, block, columns
+        _scores_grad_weight[(_SPLITS, cdiv(width, block))](
+            grad_TE, x_TD, parts, num_tokens, width, num_experts, cdiv(num_tokens, _SPLITS), 64, block, columns
         )
     return grad_TD, parts.sum(0).to(weight_ED.dtype)
 
 
-@scores_backward.register_fake
-def _(grad_TE, x_TD, weight_ED):
-    return torch.empty_like(x_TD), torch.empty_like(weight_ED)
-
-
-scores.register_autograd(
-    lambda ctx, grad_TE: torch.ops.vmoe.scores_backward(grad_TE, *ctx.saved_tensors),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+scores_backward = operator(
+    "scores_backward",
+    _scores_gradient,
+    lambda _, x_TD, weight_ED: (torch.empty_like(x_TD), torch.empty_like(weight_ED)),
+)
+scores = operator(
+    "scores",
+    _scores_of,
+    _fake_scores,
+    lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+    lambda ctx, grad_TE: scores_backward(grad_TE, *ctx.saved_tensors),
 )
 
 
-@torch.library.custom_op("vmoe::gates", mutates_args=())
-def gates(logits_TE: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _gates_of(logits_TE: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Softmax gates (T, E), the experts of the K largest (T, K) int64, best first, and their weights (T, K).
 
     Of equal gates the lower expert is chosen first. With `renormalize` a token's weights sum to 1.
@@ -80,20 +82,18 @@ def gates(logits_TE: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Ten
     if gates_TE.numel():
         columns, block = _columns(num_experts), _tokens_of_block(num_experts)
         with torch.cuda.device_of(logits_TE):
-            _gates[(triton.cdiv(num_tokens, block),)](
+            _gates[(cdiv(num_tokens, block),)](
                 logits_TE, gates_TE, chosen_TK, weights_TK, num_tokens, num_experts, top_k, renormalize, block, columns
             )
     return gates_TE, chosen_TK, weights_TK
 
 
-@gates.register_fake
-def _(logits_TE, top_k, renormalize):
+def _fake_gates(logits_TE, top_k, renormalize):
     weights_TK = logits_TE.new_empty(logits_TE.shape[0], top_k)
     return torch.empty_like(logits_TE), torch.empty_like(weights_TK, dtype=torch.int64), weights_TK
 
 
-@torch.library.custom_op("vmoe::gates_backward", mutates_args=())
-def gates_backward(
+def _gates_gradient(
     grad_gates_TE: Tensor | None, grad_weights_TK: Tensor | None, gates_TE: Tensor, chosen_TK: Tensor,
     weights_TK: Tensor, renormalize: bool,
 ) -> Tensor:  # fmt: skip
@@ -106,16 +106,14 @@ def gates_backward(
         )
         columns, block = _columns(num_experts), _tokens_of_block(num_experts)
         with torch.cuda.device_of(gates_TE):
-            _gates_backward[(triton.cdiv(num_tokens, block),)](
+            _gates_backward[(cdiv(num_tokens, block),)](
                 grad_gates_TE, grad_weights_TK, gates_TE, chosen_TK, weights_TK, grad_TE, num_tokens, num_experts,
                 chosen_TK.shape[1], renormalize, grad_gates_TE is not None, grad_weights_TK is not None, block, columns,
             )  # fmt: skip
     return grad_TE
 
 
-@gates_backward.register_fake
-def _(grad_gates_TE, grad_weights_TK, gates_TE, chosen_TK, weights_TK, renormalize):
-    return torch.empty_like(gates_TE)
+gates_backward = operator("gates_backward", _gates_gradient, lambda _, __, gates_TE, *___: torch.empty_like(gates_TE))
 
 
 def _save_gates(ctx, inputs, output) -> None:
@@ -129,14 +127,14 @@ def _backward_of_gates(ctx, grad_gates_TE, _, grad_weights_TK):
     if grad_gates_TE is None and grad_weights_TK is None:
         return None, None, None
     arguments = (grad_gates_TE, grad_weights_TK, *ctx.saved_tensors, ctx.renormalize)
-    return torch.ops.vmoe.gates_backward(*arguments), None, None
+    return gates_backward(*arguments), None, None
 
 
-gates.register_autograd(_backward_of_gates, setup_context=_save_gates)
+gates = operator("gates", _gates_of, _fake_gates, _save_gates, _backward_of_gates)
 
 
 def _columns(num_experts: int) -> int:
-    return max(16, triton.next_power_of_2(num_experts))
+    return max(16, next_power_of_2(num_experts))
 
 
 def _tokens_of_block(num_experts: int) -> int:
