@@ -1,7 +1,7 @@
 """Vision Mixture-of-Experts for PyTorch: sparse experts in any timm transformer (Riquelme et al. 2021)."""
 
 from vmoe.analysis.recording import record_routing
-from vmoe.models import create_model, sparsify
+from vmoe.models import create_model, densify, load_jax_checkpoint, sparsify
 from vmoe.moe import (
     MoeConfig,
     MoeMlp,
@@ -19,6 +19,8 @@ __all__ = [
     "__version__",
     "auxiliary_loss",
     "create_model",
+    "densify",
+    "load_jax_checkpoint",
     "moe_layers",
     "record_routing",
     "set_auxiliary_scale",
