@@ -2,6 +2,7 @@
 
 import random
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -63,6 +64,19 @@ def test_workers_do_not_change_a_batch(npz, preset):
     several.train_sampler.start_batch = 3
     assert_equal(training_batches(one, 5)[3:], list(loader))
     assert_equal(list(one.test_dataloader()), list(several.test_dataloader()))
+
+
+def test_workers_start_although_opencv_had_threads_in_this_process(npz):
+    before = cv2.getNumThreads()
+    try:
+        cv2.setNumThreads(4)
+        cv2.GaussianBlur(np.zeros((2000, 2000, 3), np.uint8), (15, 15), 0)  # large enough to start its threads
+        data = module("npz", npz(), workers=1, batch_size=8)
+        loader = data.train_dataloader()
+        loader.timeout = 30  # seconds: a worker that waits for ever is an error here
+        assert len(list(loader)) == len(loader)
+    finally:
+        cv2.setNumThreads(before)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

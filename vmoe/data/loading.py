@@ -98,7 +98,6 @@ class ImageLoader(DataLoader):
             _ErrorsAsValues(dataset),
             num_workers=workers,
             persistent_workers=workers > 0,
-            worker_init_fn=_one_thread,
             collate_fn=_as_it_is,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),
@@ -106,6 +105,9 @@ class ImageLoader(DataLoader):
         )
 
     def __iter__(self) -> Iterator[Batch]:
+        if self.num_workers:
+            # A forked worker would wait for ever for OpenCV's threads, which stay behind in this process.
+            cv2.setNumThreads(0)
         for batch in super().__iter__():
             if isinstance(batch, UserError):
                 raise batch
@@ -130,8 +132,3 @@ class _ErrorsAsValues(Dataset):
 
 def _as_it_is(batch: Batch | UserError) -> Batch | UserError:
     return batch
-
-
-def _one_thread(_: int) -> None:
-    # PyTorch limits its own threads in a worker; OpenCV's would fight for the same cores.
-    cv2.setNumThreads(1)
