@@ -1,7 +1,7 @@
 """What a run's folder and a checkpoint are: the one place that opens, checks and rebuilds them for every tool.
 
-A checkpoint is the file Lightning writes, with one entry of ours, `vmoe`, of plain types: the format's version, the run's
-whole config, the class names, image size, mean and std, and what an exact resumption needs.
+A checkpoint is the file Lightning writes, with one entry of ours, `vmoe`, of plain types: the format's version, the
+run's whole config, the class names, image size, mean and std, and what an exact resumption needs.
 """
 
 import zipfile
@@ -144,18 +144,22 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file makes the unpickler fail in any way it can
-        raise UserError(f"{path}: cannot be read as a checkpoint of tensors and plain types; is it damaged or foreign?") from error
+        raise UserError(
+            f"{path}: cannot be read as a checkpoint of tensors and plain types; is it damaged or foreign?"
+        ) from error
     ours = content.get(ENTRY) if isinstance(content, dict) else None
     if not isinstance(ours, dict) or not isinstance(ours.get("version"), int):
         raise UserError(f"{path}: not a checkpoint of this package; `vmoe train` writes them")
     if ours["version"] > FORMAT_VERSION:
         raise UserError(
-            f"{path}: written by a newer vmoe (format {ours['version']}, this one reads up to {FORMAT_VERSION}); update vmoe"
+            f"{path}: written by a newer vmoe, in format {ours['version']}; this one knows {FORMAT_VERSION}: update it"
         )
     return content
 
 
-def build_model(name: str, kwargs: dict[str, Any], moe: MoeConfig | None, num_classes: int, image_size: int) -> nn.Module:
+def build_model(
+    name: str, kwargs: dict[str, Any], moe: MoeConfig | None, num_classes: int, image_size: int
+) -> nn.Module:
     """The model of a recipe for a data set: what training starts from and a checkpoint's weights are loaded into.
 
     Raises:
@@ -165,7 +169,9 @@ def build_model(name: str, kwargs: dict[str, Any], moe: MoeConfig | None, num_cl
         return vmoe.create_model(name, moe, num_classes=num_classes, img_size=image_size, **kwargs)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"model.name={name}: cannot be built with model.kwargs={kwargs} and this moe: {reason}") from error
+        raise UserError(
+            f"model.name={name}: cannot be built with model.kwargs={kwargs} and this moe: {reason}"
+        ) from error
 
 
 def _rebuild(config: dict[str, Any], num_classes: int, image_size: int) -> nn.Module:
