@@ -9,6 +9,7 @@ import vmoe
 from vmoe.analysis.heatmap import (
     RoutedImage,
     describe_layer,
+    drawable,
     find_images,
     output_names,
     route_image,
@@ -204,3 +205,28 @@ def test_a_folder_stands_for_its_images(tmp_path):
     for path in (tmp_path / "empty", tmp_path / "missing.png"):
         with pytest.raises(UserError, match=path.name):
             find_images([path])
+
+
+@pytest.mark.parametrize("router", ["expert_choice", "soft"])
+def test_slot_routers_are_drawn_by_what_each_expert_adds(router):
+    model = make_model(vmoe.MoeConfig(num_experts=4, router=router, capacity_factor=1.0))
+    image = np.random.default_rng(0).integers(0, 256, (20, 20, 3), dtype=np.uint8)
+    routed = route_image(model, image, 16, (0.5,) * 3, (0.5,) * 3)
+    name = next(iter(routed.layers))
+    routing = routed.layers[name]
+    with vmoe.record_routing(model) as trace:
+        model(eval_transform(16, (0.5,) * 3, (0.5,) * 3)(image)[None])
+    shares = trace.layers[name].combine.sum(-1)
+    torch.testing.assert_close(routing.gates, shares)
+    torch.testing.assert_close(shares.gather(-1, routing.chosen[..., :1]), shares.amax(-1, keepdim=True))
+    assert torch.equal(routing.dropped[..., 0], shares.sum(-1) == 0)
+    assert draw_layer(routed, name, "title", "facts").pixels().shape[2] == 3
+
+
+def test_patches_are_drawn_where_they_are_in_the_image():
+    """A backbone that keeps its tokens in another order than row by row."""
+    order = torch.tensor([3, 2, 1, 0])
+    gates = torch.eye(4)[None]
+    chosen = torch.arange(4).view(1, 4, 1)
+    routing = LayerRouting(gates, chosen, torch.ones(1, 4, 1), torch.zeros(1, 4, 1, dtype=torch.bool), (2, 2), 0, order)
+    assert drawable(routing).chosen.flatten().tolist() == [3, 2, 1, 0]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import vmoe
 from vmoe.analysis.recording import LayerRouting
@@ -26,7 +26,7 @@ class RoutedImage:
     model_input: np.ndarray  # (S, S, 3) uint8, the picture that the model saw
     detail: np.ndarray  # (S', S', 3) uint8, the same part of the image in finer resolution, S' >= S
     probabilities: np.ndarray  # (classes,) float
-    layers: dict[str, LayerRouting]  # of this one image: B = 1, on the CPU
+    layers: dict[str, LayerRouting]  # of this one image, B = 1, as `drawable` makes them
 
     @property
     def predicted(self) -> int:
@@ -66,7 +66,7 @@ def route_image(
         model_input=eval_crop(image, image_size),
         detail=eval_crop(image, finer),
         probabilities=logits[0].float().softmax(-1).cpu().numpy(),
-        layers={name: _on_cpu(routing) for name, routing in trace.layers.items()},
+        layers={name: drawable(routing) for name, routing in trace.layers.items()},
     )
 
 
@@ -179,12 +179,27 @@ def prefix_names(routing: LayerRouting) -> list[str]:
     ]
 
 
-def _on_cpu(routing: LayerRouting) -> LayerRouting:
+def drawable(routing: LayerRouting) -> LayerRouting:
+    """The same routing on the CPU with its patches row by row, and with choices also where experts have slots.
+
+    There a token's choices are the two experts that contribute most to its result, its gates their shares of it; a
+    token that no expert took counts as dropped.
+    """
+    gates, chosen, weights, dropped = routing.gates, routing.chosen, routing.combine_weights, routing.dropped
+    if routing.combine is not None:
+        gates = routing.combine.sum(-1)
+        weights, chosen = gates.topk(min(2, gates.shape[-1]))
+        dropped = (weights[..., :1] == 0).expand_as(chosen)
+
+    def row_by_row(values: Tensor) -> Tensor:
+        prefix = values[:, : routing.num_prefix_tokens]
+        return torch.cat([prefix, routing.on_grid(values).flatten(1, 2)], 1).cpu()
+
     return LayerRouting(
-        routing.gates.float().cpu(),
-        routing.chosen.cpu(),
-        routing.combine_weights.float().cpu(),
-        routing.dropped.cpu(),
+        row_by_row(gates.float()),
+        row_by_row(chosen),
+        row_by_row(weights.float()),
+        row_by_row(dropped),
         routing.grid,
         routing.num_prefix_tokens,
     )

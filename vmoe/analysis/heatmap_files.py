@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from torch import nn
 
 import vmoe
 from vmoe.analysis.evaluation import eval_capacity_factor, restored_capacity, set_capacity
@@ -76,11 +77,13 @@ def _write_image(checkpoint: Checkpoint, path: Path, name: str, layers: list[str
     pages = []
     for layer in layers:
         pages.append(f"{name}-{layer}.png")
-        draw_layer(image, layer, f"{path.name} · {layer}", _facts(image, layer, predicted)).save(out / pages[-1])
+        facts = _facts(checkpoint.model, image, layer, predicted)
+        draw_layer(image, layer, f"{path.name} · {layer}", facts).save(out / pages[-1])
     if len(layers) > 1:
         pages.append(f"{name}-overview.png")
         title = f"{path.name} · first choices by layer"
-        draw_overview(image, layers, title, _facts(image, layers[0], predicted)).save(out / pages[-1])
+        facts = _facts(checkpoint.model, image, layers[0], predicted)
+        draw_overview(image, layers, title, facts).save(out / pages[-1])
     best = np.argsort(-image.probabilities, kind="stable")[:_TOLD_CLASSES]
     told = [
         {"class": _class(checkpoint, i), "index": int(i), "probability": float(image.probabilities[i])} for i in best
@@ -99,12 +102,17 @@ def _class(checkpoint: Checkpoint, index: int) -> str:
     return checkpoint.class_names[int(index)]
 
 
-def _facts(image: RoutedImage, layer: str, predicted: str) -> str:
+def _facts(model: nn.Module, image: RoutedImage, layer: str, predicted: str) -> str:
     """What stands below a page's title."""
-    routing, size = image.layers[layer], image.model_input.shape[0]
-    experts, top_k = routing.gates.shape[-1], routing.chosen.shape[-1]
-    rows, columns = routing.grid
+    size, (rows, columns) = image.model_input.shape[0], image.layers[layer].grid
+    moe = dict(vmoe.moe_layers(model))[layer].config
+    if moe.router == "soft":
+        way = "Soft MoE: shown are the two that add most to a patch"
+    elif moe.router == "expert_choice":
+        way = "each takes its best patches"
+    else:
+        way = f"each patch goes to {moe.top_k}"
     return (
-        f"predicted: {predicted} · {experts} experts, each patch goes to {top_k} · "
+        f"predicted: {predicted} · {moe.num_experts} experts, {way} · "
         f"model input {size} x {size} px in {rows} x {columns} patches"
     )

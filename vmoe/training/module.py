@@ -97,6 +97,7 @@ class Classifier(LightningModule):
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = build_optimizer(self.model, self.optim)
         optimizer.register_step_pre_hook(lambda optimizer, *_: self.guard.block(optimizer))
+        optimizer.register_step_post_hook(lambda *_: vmoe.update_router_biases(self.model))
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.rate(step) / self.optim.lr)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
