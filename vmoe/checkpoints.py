@@ -162,11 +162,19 @@ def build_model(
 ) -> nn.Module:
     """The model of a recipe for a data set: what training starts from and a checkpoint's weights are loaded into.
 
+    Without `moe` it is dense, whatever its name. Models that take images of any size are not told one.
+
     Raises:
         UserError: timm has no such model, it does not take these arguments, or `moe` does not fit it.
     """
+    sized = {"img_size": image_size, **kwargs}
     try:
-        return vmoe.create_model(name, moe, num_classes=num_classes, img_size=image_size, **kwargs)
+        try:
+            return vmoe.create_model(name, moe or False, num_classes=num_classes, **sized)
+        except TypeError as error:
+            if "img_size" not in str(error):
+                raise
+            return vmoe.create_model(name, moe or False, num_classes=num_classes, **kwargs)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(

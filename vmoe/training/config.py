@@ -105,6 +105,8 @@ class TrainConfig:
         seed: Seed of everything random: weights, order, augmentation, router noise, dropout.
         output_dir: The run's folder; by default runs/ and the name of the config file.
         resume: Go on with the run in output_dir from its last checkpoint, as if it had never stopped.
+        init_from: A checkpoint or run's folder whose weights a new run starts from. A dense one is upcycled where this
+            run has MoE layers; the classifier starts fresh where the classes differ.
         data: The images.
         model: The backbone.
         moe: The MoE layers; null trains the dense twin.
@@ -115,6 +117,7 @@ class TrainConfig:
     seed: int = 0
     output_dir: str | None = None
     resume: bool = False
+    init_from: str | None = None
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     moe: MoeConfig | None = None

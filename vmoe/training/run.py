@@ -1,5 +1,6 @@
 """One run, start to end: data, model, fit, the test of the best checkpoint, summary.json."""
 
+import dataclasses
 import json
 import logging
 import warnings
@@ -12,12 +13,13 @@ from lightning import seed_everything
 from lightning.pytorch import Trainer
 from rich.console import Console
 
-from vmoe.checkpoints import ENTRY, RunFolder, build_model, read_checkpoint
+from vmoe.checkpoints import ENTRY, RunFolder, read_checkpoint
 from vmoe.data import ImageDataModule
 from vmoe.errors import UserError
 from vmoe.files import atomic_write, write_json
 from vmoe.training import summary
 from vmoe.training.config import TrainConfig, from_plain, to_plain
+from vmoe.training.initial import initial_model
 from vmoe.training.journal import Clock, Journal, MetricsTable
 from vmoe.training.module import Classifier
 from vmoe.training.progress import Progress
@@ -63,8 +65,8 @@ def train(config: TrainConfig, command: str, console: Console) -> dict[str, Any]
     data.prepare_data()
     data.setup("fit")
     seed_everything(config.seed, verbose=False)
-    kwargs = config.model.kwargs
-    model = build_model(config.model.name, kwargs, config.moe, data.num_classes, data.image_size)
+    fresh = dataclasses.replace(config, init_from=None) if saved else config
+    model = initial_model(fresh, list(data.class_names), data.image_size)
     cost = summary.Cost.of(model, data.image_size)
     twin = summary.twin_cost(config.model, data.num_classes, data.image_size)
     console.print(summary.cost_table(f"{config.model.name}, {folder.path}", cost, twin))
