@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from vmoe import MoeConfig
 from vmoe.checkpoints import load_checkpoint
@@ -80,6 +81,18 @@ def test_weights_that_do_not_fit_are_named(runs, change, named):
     _, sparse, config = runs
     with pytest.raises(UserError, match=named):
         start(config, sparse, **{"moe": SPARSE, **change})
+
+
+def test_timms_pretrained_weights_are_upcycled(runs, tmp_path):
+    """Timm loads its weights from a file here, in the place of the download."""
+    dense, _, config = runs
+    trained = load_checkpoint(dense).model
+    file = tmp_path / "pretrained.safetensors"
+    save_file(trained.state_dict(), file)
+    overlay = {"file": str(file), "hf_hub_id": None, "num_classes": 10, "input_size": (3, 16, 16)}
+    model_config = dataclasses.replace(config.model, kwargs={**config.model.kwargs, "pretrained_cfg_overlay": overlay})
+    upcycled = start(dataclasses.replace(config, model=model_config), "pretrained", SPARSE)
+    torch.testing.assert_close(upcycled(images()), trained(images()), rtol=1e-5, atol=1e-5)
 
 
 def test_a_missing_checkpoint_is_one_line(runs, capsys, tmp_path):

@@ -9,14 +9,15 @@ from torch import Tensor, nn
 from vmoe.checkpoints import Checkpoint, build_model, load_checkpoint
 from vmoe.errors import UserError
 from vmoe.models import densify, sparsify
-from vmoe.moe import moe_layers
+from vmoe.moe import MoeConfig, moe_layers
 from vmoe.training.config import TrainConfig
 
 
 def initial_model(config: TrainConfig, class_names: list[str], image_size: int) -> nn.Module:
-    """The model of a run, with the weights that `config.init_from` asks for.
+    """The model of a run, with the weights that `config.init_from` asks for: "pretrained" or a checkpoint of ours.
 
-    A dense checkpoint is upcycled where the run has MoE layers: every expert starts as the MLP it replaces
+    "pretrained" takes the weights that timm has for the model, which it downloads when they are not there. A dense
+    checkpoint is upcycled where the run has MoE layers: every expert starts as the MLP it replaces
     (https://arxiv.org/abs/2212.05055), the router fresh. The experts of a sparse checkpoint are averaged where the run
     is dense. The classifier starts fresh unless the classes are the checkpoint's.
 
@@ -26,18 +27,28 @@ def initial_model(config: TrainConfig, class_names: list[str], image_size: int) 
     name, kwargs, num_classes = config.model.name, config.model.kwargs, len(class_names)
     if config.init_from is None:
         return build_model(name, kwargs, config.moe, num_classes, image_size)
+    if config.init_from == "pretrained":
+        dense = build_model(name, {**kwargs, "pretrained": True}, None, num_classes, image_size)
+        return _upcycled(dense, config.moe, image_size)
     start = load_checkpoint(config.init_from)
-    upcycle = config.moe is not None and not moe_layers(start.model)
-    model = build_model(name, kwargs, None if upcycle else config.moe, num_classes, image_size)
-    if moe_layers(start.model) and not moe_layers(model):
-        densify(start.model)
+    if moe_layers(start.model):
+        model = build_model(name, kwargs, config.moe, num_classes, image_size)
+        if not moe_layers(model):
+            densify(start.model)
+        _load(model, _weights(start, model, class_names), start.path)
+        return model
+    model = build_model(name, kwargs, None, num_classes, image_size)
     _load(model, _weights(start, model, class_names), start.path)
-    if upcycle:
-        try:
-            sparsify(model, config.moe, init="upcycle", image_size=image_size)
-        except ValueError as error:
-            raise UserError(f"moe.{error}") from error
-    return model
+    return _upcycled(model, config.moe, image_size)
+
+
+def _upcycled(dense: nn.Module, moe: MoeConfig | None, image_size: int) -> nn.Module:
+    if moe is None:
+        return dense
+    try:
+        return sparsify(dense, moe, init="upcycle", image_size=image_size)
+    except ValueError as error:
+        raise UserError(f"moe.{error}") from error
 
 
 def _weights(start: Checkpoint, model: nn.Module, class_names: list[str]) -> dict[str, Tensor]:
