@@ -70,7 +70,9 @@ def record_routing(model: nn.Module) -> Iterator[RoutingTrace]:
     model = getattr(model, "_orig_mod", model)
     trace = RoutingTrace({name: [] for name, _ in layers})
     grids: list[tuple[int, int]] = []
-    handles = [model.register_forward_pre_hook(lambda _, inputs: grids.append(patch_grid(model, inputs[0].shape[-2:])))]
+    # At the embedding, which `forward_features` passes too.
+    embed = model.patch_embed
+    handles = [embed.register_forward_pre_hook(lambda _, inputs: grids.append(patch_grid(model, inputs[0].shape[-2:])))]
     for name, layer in layers:
         handles.append(layer.register_forward_hook(_keeper(trace._pending[name], grids, model)))
         layer._records = []
