@@ -1,6 +1,9 @@
 """Opening checkpoints: what comes back, and what a file that is not one is told."""
 
+import os
 import pickle
+import subprocess
+import sys
 import zipfile
 
 import pytest
@@ -161,3 +164,37 @@ def test_a_model_that_cannot_be_built_is_told_in_one_line(name, kwargs, told):
     with pytest.raises(UserError) as error:
         build_model(name, kwargs, MoeConfig(), 10, 32)
     assert told in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "told"),
+    [
+        ({"num_heads": 0}, "modulo by zero"),
+        ({"act_layer": "geluu"}, "KeyError 'geluu'"),
+        ({"checkpoint_path": "missing.pth"}, "FileNotFoundError"),
+    ],
+)
+def test_whatever_timm_raises_is_told_in_one_line(kwargs, told):
+    with pytest.raises(UserError) as error:
+        build_model("vit_tiny_patch16_224", KWARGS | kwargs, None, 10, 32)
+    assert told in str(error.value) and "\n" not in str(error.value)
+    assert "moe" not in str(error.value)
+
+
+def test_an_image_size_that_is_no_multiple_of_the_patch_is_refused():
+    """Timm would leave out the last rows and columns, without a word."""
+    with pytest.raises(UserError, match=r"data\.image_size=18: is no multiple of the patch size 8; use 16 or 24"):
+        build_model("vit_tiny_patch16_224", KWARGS, None, 10, 18)
+    with pytest.raises(UserError, match=r"use 8$"):
+        build_model("vit_tiny_patch16_224", KWARGS, None, 10, 3)
+    build_model("vit_tiny_patch16_224", KWARGS | {"dynamic_img_size": True, "dynamic_img_pad": True}, None, 10, 18)
+
+
+def test_a_torchvision_of_another_torch_is_told_on_import(tmp_path):
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision" / "__init__.py").write_text("raise RuntimeError('operator torchvision::nms')")
+    paths = os.pathsep.join([str(tmp_path), *sys.path])
+    answer = subprocess.run(
+        [sys.executable, "-c", "import vmoe"], env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True
+    )
+    assert answer.stderr.splitlines()[-1].startswith("ImportError: torchvision was built for another torch; install")

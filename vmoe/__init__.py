@@ -1,5 +1,14 @@
 """Vision Mixture-of-Experts for PyTorch: sparse experts in any timm transformer (Riquelme et al. 2021)."""
 
+import importlib
+
+try:
+    importlib.import_module("torchvision")
+except RuntimeError as error:  # such as "operator torchvision::nms does not exist"
+    raise ImportError(
+        "torchvision was built for another torch; install both anew: pip install --upgrade torch torchvision"
+    ) from error
+
 from vmoe.analysis.recording import record_routing
 from vmoe.models import create_model, densify, load_jax_checkpoint, sparsify
 from vmoe.moe import (

@@ -40,6 +40,10 @@ def make_run(tmp_path):
     return make
 
 
+IMPOSSIBLE = (
+    '{"metrics": {"test/top1": 0.9}, "parameters": {"total": 9, "active": 9}, "flops_per_image": 100, '
+    '"images_per_second": 5.0, "device": "a CPU", "seed": 0}'
+)
 MOE = {"layers": "every-2", "num_experts": 8}
 
 
@@ -90,10 +94,24 @@ def test_runs_without_a_twin_stand_beside_the_first(make_run):
 def test_other_hardware_and_other_data_are_warned_of(make_run):
     here = read_run(make_run("here"))
     assert warnings_for([here, read_run(make_run("again", seed=1))]) == []
-    (line,) = warnings_for([here, read_run(make_run("gpu", device="a GPU"))])
+    (line,) = warnings_for([here, read_run(make_run("gpu", seed=1, device="a GPU"))])
     assert "images/s cannot be compared" in line and "a GPU" in line
     (line,) = warnings_for([here, read_run(make_run("cifar", data="cifar10"))])
     assert "neither accuracy nor images/s" in line and "cifar10" in line
+
+
+def test_what_else_differs_than_the_moe_layers_is_told(make_run):
+    dense, sparse = make_run("dense"), make_run("moe", moe=MOE)
+    assert "also differ" not in differences(group_runs([read_run(sparse), read_run(dense)]))[0]
+    config = yaml.safe_load((dense / "config.yaml").read_text())
+    (dense / "config.yaml").write_text(yaml.safe_dump(config | {"optim": {"lr": 0.1}}))
+    (line,) = differences(group_runs([read_run(sparse), read_run(dense)]))
+    assert line.endswith("; not the MoE layers alone, they also differ in optim.lr")
+
+
+def test_runs_of_one_seed_are_warned_of(make_run):
+    (line,) = warnings_for([read_run(make_run("one")), read_run(make_run("again"))])
+    assert line.startswith("one: several runs of one seed")
 
 
 def test_groups_of_the_same_folder_name_are_told_apart(make_run, tmp_path):
@@ -119,6 +137,9 @@ def test_an_unfinished_run_is_refused(make_run, file):
         ("config.yaml", "- a\n- b\n"),
         ("config.yaml", "a: [\n"),
         ("config.yaml", "seed: 1\n"),
+        ("config.yaml", "data: {}\n"),
+        ("summary.json", IMPOSSIBLE.replace("0.9", "NaN")),
+        ("summary.json", IMPOSSIBLE.replace("100", "0")),
         ("metrics.csv", "epoch,loss\n0,1\n"),
         ("metrics.csv", "epoch,val/top1\nzero,1\n"),
     ],

@@ -58,6 +58,13 @@ def test_recording_changes_no_result():
     assert torch.equal(model(images()), expected)
 
 
+def test_a_pass_without_the_head_is_recorded():
+    model = model_of()
+    with vmoe.record_routing(model) as trace:
+        model.forward_features(images())
+    assert trace.layers["blocks.1.mlp"].gates.shape == (5, 25, 4)
+
+
 def test_several_passes_stand_behind_one_another():
     model = model_of(eval_capacity_factor=None)
     with vmoe.record_routing(model) as whole:

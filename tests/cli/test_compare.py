@@ -53,7 +53,7 @@ def test_runs_are_put_side_by_side(save_summary, tmp_path, capsys):
 
 
 def test_other_hardware_is_one_warning(save_summary, tmp_path, capsys):
-    runs = [save_summary("here", 0.9), save_summary("there", 0.9, device="a GPU")]
+    runs = [save_summary("here", 0.9), save_summary("there", 0.9, seed=1, device="a GPU")]
     assert main([*runs, "--out", str(tmp_path / "out")]) == 0
     warning = capsys.readouterr().err
     assert warning.startswith("warning: ") and warning.count("\n") == 1

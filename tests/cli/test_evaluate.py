@@ -66,9 +66,17 @@ def test_mistakes_are_one_line_that_names_them(save_run, tmp_path, capsys):
         ([run, "--batch-size", "0"], "batch_size=0"),
         ([run, "--split", "train"], "--split"),
         ([run, "--device", "cuda:77"], "--device cuda:77"),
+        ([run, "--device", "meta"], "--device meta"),
     ):
         assert main(arguments) == 2, arguments
         error = capsys.readouterr().err
         assert error.startswith("vmoe evaluate: error: ") and error.count("\n") == 1, error
         assert named in error
     assert not list(tmp_path.rglob("evaluation.json"))
+
+
+def test_a_capacity_that_leaves_no_place_is_one_line(save_run, capsys):
+    run = str(save_run(moe=MOE | {"capacity_rounding": "round", "group": 1}))
+    assert main([run, "--capacity-factor", "0.01"]) == 2
+    error = capsys.readouterr().err.strip()  # behind the end of the progress bar
+    assert error.startswith("vmoe evaluate: error: capacity_factor=0.01: ") and "\n" not in error

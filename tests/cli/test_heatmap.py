@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from vmoe.cli.heatmap import main
@@ -74,6 +75,17 @@ def test_a_folder_all_layers_and_a_capacity(save_run, save_image, tmp_path):
     ]
     assert index["capacity_factor"] == 0.5
     assert index["images"][0]["layers"]["blocks.3.mlp"]["dropped_share"] > 0.2
+
+
+def test_a_diverged_checkpoint_is_told_before_a_page_is_written(save_run, save_image, tmp_path, capsys):
+    run = save_run(moe=MOE)
+    file = run / "checkpoints" / "best.ckpt"
+    content = torch.load(file, weights_only=True)
+    content["state_dict"]["model.head.bias"] *= float("nan")
+    torch.save(content, file)
+    assert main([str(run), save_image("cat.png"), "--out", str(tmp_path / "out")]) == 2
+    assert "not finite" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_mistakes_are_one_line_that_names_them(save_run, save_image, tmp_path, capsys):

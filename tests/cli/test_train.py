@@ -62,6 +62,13 @@ def test_plain_types_and_back(recipe):
     assert from_plain(TrainConfig, yaml.safe_load(yaml.safe_dump(plain))) == config
 
 
+def test_precision_32_needs_no_quotes(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("trainer: {precision: 32}")
+    assert parse(["--config", str(path)]).trainer.precision == "32"
+    assert parse(["--trainer.precision", "32"]) == parse(["--output_dir", "runs/default"])
+
+
 def test_print_config_gives_a_config(recipe, capsys, tmp_path):
     with pytest.raises(SystemExit) as end:
         main(["--config", recipe, "--print_config"])
@@ -85,7 +92,7 @@ def test_print_config_gives_a_config(recipe, capsys, tmp_path):
         (["--moe.num_experts", "x"], ["--moe.num_experts x: must be a whole number"]),
         (["--moe.capacity_factor", "x"], ["--moe.capacity_factor x: must be a number or null"]),
         (["--moe", "3"], ["--moe 3: must be a section of options or null"]),
-        (["--trainer.precision", "16"], ["--trainer.precision 16: must be 32 or bf16 or fp16"]),
+        (["--trainer.precision", "16"], ["trainer.precision='16': must be 32, bf16 or fp16"]),
         (["--model.kwargs", "3"], ["--model.kwargs 3"]),
         (["--optim.betas", "[1]"], ["--optim.betas [1]"]),
         (["--optim.lr"], ["--optim.lr"]),
@@ -107,6 +114,11 @@ def test_print_config_gives_a_config(recipe, capsys, tmp_path):
         (["--moe.inject_auxiliary_loss", "true"], ["moe.inject_auxiliary_loss=True"]),
         (["--data.batch_size", "0"], ["data.batch_size=0"]),
         (["--model.kwargs.num_classes", "3"], ["model.kwargs.num_classes=3"]),
+        (["--model.kwargs.in_chans", "1"], ["model.kwargs.in_chans=1"]),
+        (["--model.kwargs.drop_path_rate", "2"], ["model.kwargs.drop_path_rate=2: must be in [0, 1)"]),
+        (["--data.eval_batch_size", "1" + 24 * "0"], ["data.eval_batch_size=1000"]),
+        (["--data.augment", "light"], ["--data.augment: must be a section of options", "--data.augment.NAME"]),
+        (["--model.name", "resnet18", "--model.kwargs", "{}", "--moe.num_experts", "4"], ["resnet18", "MLP"]),
         (["--model.name", "vit_tinny"], ["vit_tinny"]),
         (["--model.kwargs.depht", "3"], ["depht"]),
     ],
@@ -133,6 +145,9 @@ def test_mistakes_are_one_line_and_exit_code_2(recipe, tmp_path, capsys, options
         ),
         ("optim: {lr: hello}", "--optim.lr hello: must be a number"),
         ("optim: 3", "optim=3: must be a section of options"),
+        ("optim: {lr: 1, lr: 2}", "lr is given twice"),
+        ("data: null", "data: must not be null"),
+        ("seed: null", "seed: must not be null"),
         ("- a\n- b", "must hold keys"),
         ("a: [", "is not YAML"),
     ],

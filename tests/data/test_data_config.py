@@ -10,8 +10,8 @@ from vmoe.data.config import DEFAULTS, nearest
 @pytest.mark.parametrize(
     ("make", "value", "message"),
     [
-        (DataConfig, {"batch_size": 0}, "batch_size=0: must be at least 1"),
-        (DataConfig, {"eval_batch_size": 0}, "eval_batch_size=0: must be at least 1"),
+        (DataConfig, {"batch_size": 0}, "batch_size=0: must be from 1 to"),
+        (DataConfig, {"eval_batch_size": 0}, "eval_batch_size=0: must be from 1 to"),
         (DataConfig, {"workers": -1}, "workers=-1: must be from 0 to 256"),
         (DataConfig, {"val_fraction": 0.0}, "val_fraction=0.0: must be over 0 and under 1"),
         (DataConfig, {"val_fraction": float("nan")}, "val_fraction=nan"),

@@ -125,6 +125,7 @@ def test_npz_with_a_validation_split(npz):
         ({"train_y": np.zeros((60, 1), int)}, "train_y is of shape"),
         ({"train_y": np.zeros(60)}, "train_y holds float64 from 0.0; it must hold integers from 0"),
         ({"train_y": np.full(60, -1)}, "train_y holds int64 from -1"),
+        ({"train_y": np.full(60, 10**9)}, "labels go up to 1000000000, but there are 60 training images"),
         ({"class_names": np.array(["a"])}, "class_names has 1 names, but labels go up to 2"),
         ({"val_x": np.zeros((6, 8, 8, 3), np.uint8)}, "val_y is missing"),
         ({"class_names": np.array([{}], dtype=object)}, "cannot be read as an .npz file"),

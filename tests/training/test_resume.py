@@ -1,7 +1,9 @@
 """A run that is stopped and resumed is, bit for bit on the CPU, the run that never stopped."""
 
 import csv
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vmoe.checkpoints import RunFolder
+from vmoe.checkpoints import ENTRY, RunFolder
 from vmoe.cli.train import main
 from vmoe.training.module import Classifier
 
@@ -158,6 +160,33 @@ def test_a_config_that_changes_the_result_is_refused_on_resume(recipe, unbroken,
     assert main([*arguments, "--data.workers", "1", "--trainer.log_every", "7"]) == 0
 
 
-def test_resume_without_a_run_starts_one(recipe, tmp_path):
+def test_resume_without_a_run_starts_one_and_says_so(recipe, tmp_path, capsys):
     assert main(["--config", str(recipe), "--output_dir", str(tmp_path), "--resume", "--trainer.epochs", "1"]) == 0
     assert RunFolder(tmp_path).summary.exists()
+    assert "no checkpoint to resume" in capsys.readouterr().out
+
+
+def test_a_finished_run_without_its_last_checkpoint_is_not_overwritten(recipe, unbroken, tmp_path, capsys):
+    folder = RunFolder(Path(shutil.copytree(unbroken.path, tmp_path / "run")))
+    folder.last.unlink()
+    before = folder.best.read_bytes()
+    assert main(["--config", str(recipe), "--output_dir", str(folder.path), "--resume"]) == 2
+    assert "has lost its last.ckpt" in capsys.readouterr().err
+    assert folder.best.read_bytes() == before
+
+
+def test_a_damaged_summary_is_made_anew(recipe, unbroken, tmp_path):
+    folder = RunFolder(Path(shutil.copytree(unbroken.path, tmp_path / "run")))
+    folder.summary.write_text("{")
+    assert main(["--config", str(recipe), "--output_dir", str(folder.path), "--resume"]) == 0
+    assert json.loads(folder.summary.read_text())["epochs"] == 3
+
+
+def test_other_classes_are_refused_on_resume(recipe, unbroken, tmp_path, capsys):
+    folder = RunFolder(Path(shutil.copytree(unbroken.path, tmp_path / "run")))
+    folder.summary.unlink()
+    content = torch.load(folder.last, weights_only=True)
+    content[ENTRY]["class_names"][3] = "three"
+    torch.save(content, folder.last)
+    assert main(["--config", str(recipe), "--output_dir", str(folder.path), "--resume"]) == 2
+    assert "holds other classes than the run" in capsys.readouterr().err

@@ -104,6 +104,11 @@ def test_learning_rate_warms_up_and_follows_a_cosine(run):
     assert third == pytest.approx(0.001)
 
 
+def test_a_warm_up_longer_than_the_run_is_told(run, capsys):
+    run("--optim.warmup_epochs", "2")
+    assert "optim.warmup_epochs=2.0 is longer than trainer.epochs=1" in capsys.readouterr().out
+
+
 def test_early_stopping(run, monkeypatch):
     monkeypatch.setattr(Classifier, "evaluation_metrics", lambda self, split: dict.fromkeys(_names(split), 0.5))
     code, folder = run("--trainer.epochs", "9", "--trainer.early_stopping", "2")

@@ -15,7 +15,7 @@ from vmoe.checkpoints import RunFolder
 from vmoe.errors import UserError
 
 EQUAL_COMPUTE = 0.05  # FLOPs an image that differ by no more than this count as equal
-_NOT_OF_THE_RECIPE = ("seed", "output_dir", "resume")
+_NOT_OF_THE_RECIPE = ("seed", "output_dir", "resume", "data.workers", "trainer.log_every")
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,11 @@ class Run:
     def data(self) -> dict[str, Any]:
         """What decides which images it saw and was tested on."""
         return {key: self.config["data"].get(key) for key in ("name", "root", "image_size", "subset", "split_seed")}
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """Every value of its config that can change the result, by dotted name; without the seed."""
+        return {key: value for key, value in _flat(self.config).items() if key not in _NOT_OF_THE_RECIPE}
 
     @property
     def is_dense(self) -> bool:
@@ -102,8 +107,11 @@ def read_run(path: str | Path) -> Run:
             seed=int(summary["seed"]),
             curve=_read_curve(folder.metrics),
         )
-        if not isinstance(run.config.get("data"), dict):
-            raise ValueError("config.yaml has no data")
+        for section in ("data", "model"):
+            if not isinstance(run.config.get(section), dict):
+                raise ValueError(f"config.yaml has no {section}")
+        if not math.isfinite(run.top1) or min(run.flops, run.total_parameters, run.images_per_second) <= 0:
+            raise ValueError("summary.json holds impossible numbers")
     except (KeyError, TypeError, ValueError, AttributeError, yaml.YAMLError, csv.Error) as error:
         reason = " ".join(str(error).split())[:120]
         raise UserError(
@@ -116,8 +124,7 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     """Groups runs whose configs differ only in seed and folder, in the order of their first appearance."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        recipe = {key: value for key, value in run.config.items() if key not in _NOT_OF_THE_RECIPE}
-        groups.setdefault(json.dumps(recipe, sort_keys=True, default=str), []).append(run)
+        groups.setdefault(json.dumps(run.recipe, sort_keys=True, default=str), []).append(run)
     return [Group(name, members) for name, members in zip(_names(groups.values()), groups.values(), strict=True)]
 
 
@@ -130,6 +137,9 @@ def warnings_for(runs: Sequence[Run]) -> list[str]:
     if any(run.data != runs[0].data for run in runs):
         names = sorted({f"{run.data['name']} at {run.data['image_size'] or 'its own'} px" for run in runs})
         lines.append(f"trained on different data ({'; '.join(names)}): neither accuracy nor images/s can be compared")
+    for group in group_runs(runs):
+        if len({run.seed for run in group.runs}) < group.n:
+            lines.append(f"{group.name}: several runs of one seed, so its spread says little")
     return lines
 
 
@@ -155,7 +165,22 @@ def _difference(group: Group, base: Group) -> str:
         f"{group.name} against {base.name}: {points:+.2f} points of test top-1 at "
         f"{'equal' if equal else 'unequal'} compute "
         f"({flops:.2f}x the FLOPs an image, {parameters:.2f}x the parameters); {_evidence(group, base)}"
+        f"{_other_differences(group.first.recipe, base.first.recipe)}"
     )
+
+
+def _other_differences(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
+    """What else than the MoE layers the difference may come from; "" when nothing."""
+    names = [key for key in sorted(ours | theirs) if ours.get(key) != theirs.get(key)]
+    names = [name for name in names if name != "moe" and not name.startswith("moe.")]
+    return f"; not the MoE layers alone, they also differ in {', '.join(names)}" if names else ""
+
+
+def _flat(plain: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in plain.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return flat
 
 
 def _evidence(group: Group, base: Group) -> str:

@@ -54,13 +54,15 @@ def route_image(
         detail_size: largest side of the finer picture to draw over.
 
     Raises:
-        UserError: the model is dense.
+        UserError: the model is dense, or a logit is not finite.
     """
     require_experts(model)
     device = next(model.parameters()).device
     pixels = eval_transform(image_size, mean, std)(image)[None].to(device)
     with vmoe.record_routing(model) as trace:
         logits = model(pixels)
+    if not logits.isfinite().all():
+        raise UserError("CKPT: the model gives logits that are not finite; its training probably diverged")
     finer = max(image_size, min(detail_size, *image.shape[:2]))
     return RoutedImage(
         model_input=eval_crop(image, image_size),

@@ -38,5 +38,6 @@ def run(job: Callable[[list[str]], int | None], argv: list[str] | None) -> int:
 
 
 def _is_of_config(error: ValueError) -> bool:
-    """Whether it comes from a config dataclass that checks its values; any other ValueError is a bug of ours."""
-    return any(frame.name == "__post_init__" for frame in traceback.extract_tb(error.__traceback__))
+    """Whether a config dataclass refuses its values, or a layer its capacity; any other ValueError is a bug of ours."""
+    checks = ("__post_init__", "expert_capacity")
+    return any(frame.name in checks for frame in traceback.extract_tb(error.__traceback__))

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from vmoe.cli.common import run
@@ -89,7 +90,7 @@ def _rich_table(rows: list[dict]) -> Table:
     for column in _COLUMNS:
         table.add_column(column, justify="left" if column in ("run", "kind") else "right", overflow="fold")
     for row in rows:
-        table.add_row(*_cells(row))
+        table.add_row(*map(escape, _cells(row)))
     return table
 
 

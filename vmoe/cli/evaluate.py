@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
@@ -153,7 +154,7 @@ def _factor(value: float | None) -> str:
 
 
 def _summary(results: "list[Evaluation]", title: str) -> Table:
-    table = Table(title=title, title_justify="left")
+    table = Table(title=escape(title), title_justify="left")
     five = f"top-{min(5, len(results[0].class_accuracy))}"
     for column in ("capacity", "images", "top-1", five, "NLL", "ECE", "dropped", "images/s"):
         table.add_column(column, justify="right")
@@ -195,7 +196,7 @@ def _class_table(result: "Evaluation", names: list[str], shown: int = 10) -> Tab
         total, row[index] = sum(row), 0
         other = max(range(len(row)), key=row.__getitem__)
         taken_for = f"{names[other]} ({row[other]})" if row[other] else "-"
-        table.add_row(names[index], f"{accuracy:.2%}", str(total), taken_for)
+        table.add_row(escape(names[index]), f"{accuracy:.2%}", str(total), escape(taken_for))
     return table
 
 

@@ -127,9 +127,20 @@ def _config_files(argv: list[str]) -> list[str]:
     return joined + [path for option, path in itertools.pairwise(argv) if option == "--config"]
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that is given twice in one section, of which YAML would keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"{key} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def _read_yaml(path: str) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeys)
     except OSError as error:
         raise UserError(
             f"--config {path}: cannot be read ({error.strerror}); give a YAML file such as configs/digits.yaml"
@@ -178,6 +189,8 @@ def _explain(message: str) -> str:
     expected = [
         line.removeprefix("Expected a ").partition(". Got value: ") for line in lines if line.startswith("Expected a")
     ]
+    if keys and any("Unable to load config" in line for line in lines):
+        return f"--{keys[0]}: must be a section of options; give one of them by name, such as --{keys[0]}.NAME VALUE"
     if not keys or not expected:
         return " ".join(lines)
     # A section's alternative is null, but its options' are not.

@@ -155,13 +155,13 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _check_choice("name", self.name, get_args(SetName))
-        _check_range("batch_size", self.batch_size, 1, None)
+        _check_range("batch_size", self.batch_size, 1, 1_000_000)
         _check_range("workers", self.workers, 0, 256)
         _check_range("split_seed", self.split_seed, 0, 2**32 - 1)
         if self.image_size is not None:
             _check_range("image_size", self.image_size, 1, 4096)
         if self.eval_batch_size is not None:
-            _check_range("eval_batch_size", self.eval_batch_size, 1, None)
+            _check_range("eval_batch_size", self.eval_batch_size, 1, 1_000_000)
         if not 0 < self.val_fraction < 1:
             raise ValueError(f"val_fraction={self.val_fraction}: must be over 0 and under 1")
         if self.mean is not None and not (len(self.mean) == 3 and all(0 <= value <= 1 for value in self.mean)):

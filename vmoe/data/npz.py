@@ -27,6 +27,11 @@ def load_npz(root: str) -> Splits:
         )
     sets = {name: _npz_set(root, arrays, name) for name in ("train", "val", "test") if f"{name}_x" in arrays}
     number = 1 + max(int(part.labels.max(initial=0)) for part in sets.values())
+    if number > len(sets["train"]):
+        raise UserError(
+            f"{root}: labels go up to {number - 1}, but there are {len(sets['train'])} training images; "
+            "number the classes from 0 on, without gaps"
+        )
     names = [str(name) for name in arrays.get("class_names", range(number))]
     if len(names) < number:
         raise UserError(f"{root}: class_names has {len(names)} names, but labels go up to {number - 1}; name all")

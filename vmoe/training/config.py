@@ -25,9 +25,16 @@ class ModelConfig:
     kwargs: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for key, source in (("num_classes", "the data set"), ("img_size", "data.image_size")):
+        for key, source in (
+            ("num_classes", "the data set"),
+            ("img_size", "data.image_size"),
+            ("in_chans", "an image's red, green and blue"),
+        ):
             if key in self.kwargs:
                 raise ValueError(f"kwargs.{key}={self.kwargs[key]!r}: must be left out, {source} gives it")
+        for key, value in self.kwargs.items():
+            if key.endswith("_rate") and not (isinstance(value, int | float) and 0 <= value < 1):
+                raise ValueError(f"kwargs.{key}={value!r}: must be in [0, 1)")
 
 
 @dataclass(frozen=True)
@@ -81,7 +88,7 @@ class TrainerConfig:
 
     epochs: int = 20
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["32", "bf16", "fp16"] = "32"
+    precision: str | int = "32"
     accumulate: int = 1
     compile: bool = False
     early_stopping: int | None = None
@@ -90,6 +97,7 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         _need(self, "epochs", self.epochs >= 1, "a whole number >= 1")
         _need(self, "device", self.device in ("auto", "cpu", "cuda"), "auto, cpu or cuda")
+        object.__setattr__(self, "precision", str(self.precision))  # YAML reads 32 as a number
         _need(self, "precision", self.precision in ("32", "bf16", "fp16"), "32, bf16 or fp16")
         _need(self, "precision", (self.device, self.precision) != ("cpu", "fp16"), "32 or bf16 with device=cpu")
         _need(self, "accumulate", self.accumulate >= 1, "a whole number >= 1")
@@ -144,11 +152,15 @@ def from_plain(kind: type, plain: dict[str, Any], prefix: str = "") -> Any:
     """The dataclass `kind` from nested dicts; what is left out takes its default.
 
     Raises:
-        UserError: a value is not allowed; the message names it by its dotted name.
+        UserError: an option is unknown or its value not allowed; the message names it by its dotted name.
     """
     hints = typing.get_type_hints(kind)
     values = {}
     for name, value in plain.items():
+        if name not in hints:
+            raise UserError(f"{prefix}{name}: no such option in this version")
+        if value is None and type(None) not in _choices(hints[name]):
+            raise UserError(f"{prefix}{name}: must not be null; leave it out for its default")
         section = section_type(hints[name])
         if section is not None and value is not None:
             if not isinstance(value, dict):
@@ -169,7 +181,7 @@ def section_type(hint: Any) -> type | None:
 
 
 def _choices(hint: Any) -> tuple[Any, ...]:
-    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
 
 
 def _holds_tuple(hint: Any) -> bool:

@@ -57,13 +57,24 @@ def train(config: TrainConfig, command: str, console: Console) -> dict[str, Any]
     folder = RunFolder(Path(config.output_dir))
     saved = _saved_state(folder, config)
     progress = Progress(console)
-    if saved is not None and saved[ENTRY]["finished"] and folder.summary.is_file():
+    if saved is not None and saved[ENTRY]["finished"] and (result := _read_summary(folder)) is not None:
         progress.say(f"{folder.path}: this run is finished, after {saved[ENTRY]['epochs_done']} epochs")
-        return json.loads(folder.summary.read_text(encoding="utf-8"))
+        return result
+    if config.resume and saved is None:
+        progress.say(f"{folder.path}: no checkpoint to resume, so this run starts from the beginning")
+    if config.optim.warmup_epochs > config.trainer.epochs:
+        progress.say(
+            f"warning: optim.warmup_epochs={config.optim.warmup_epochs} is longer than "
+            f"trainer.epochs={config.trainer.epochs}: the learning rate never reaches optim.lr={config.optim.lr}"
+        )
     device = _device(config)
     data = ImageDataModule(config.data, config.seed)
     data.prepare_data()
     data.setup("fit")
+    if saved is not None and saved[ENTRY]["class_names"] != data.class_names:
+        raise UserError(
+            f"data.root={config.data.root}: holds other classes than the run in {folder.path} was trained on"
+        )
     seed_everything(config.seed, verbose=False)
     fresh = dataclasses.replace(config, init_from=None) if saved else config
     model = initial_model(fresh, list(data.class_names), data.image_size)
@@ -114,6 +125,10 @@ def _saved_state(folder: RunFolder, config: TrainConfig) -> dict[str, Any] | Non
             )
         return None
     if not folder.last.exists():
+        if folder.summary.exists():
+            raise UserError(
+                f"--resume: the finished run in {folder.path} has lost its last.ckpt; give another --output_dir"
+            )
         return None
     saved = read_checkpoint(folder.last)
     before = _flat(to_plain(from_plain(TrainConfig, saved[ENTRY]["config"])))
@@ -125,6 +140,14 @@ def _saved_state(folder: RunFolder, config: TrainConfig) -> dict[str, Any] | Non
             f"--resume: the run in {folder.path} had another config: {told}; keep it, or start a run in another folder"
         )
     return saved
+
+
+def _read_summary(folder: RunFolder) -> dict[str, Any] | None:
+    """The content of summary.json; None where it is missing or damaged."""
+    try:
+        return json.loads(folder.summary.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 def _flat(plain: dict[str, Any], prefix: str = "") -> dict[str, Any]:

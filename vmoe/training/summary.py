@@ -9,6 +9,7 @@ from typing import Any
 import lightning
 import timm
 import torch
+from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
@@ -40,7 +41,7 @@ def twin_cost(config: ModelConfig, num_classes: int, image_size: int) -> Cost:
 
 def cost_table(title: str, cost: Cost, twin: Cost) -> Table:
     """The model beside its dense twin: parameters in all and active, and FLOPs an image."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=escape(title), title_justify="left")
     for column in ("", "this model", "dense twin", "ratio"):
         table.add_column(column, justify="left" if not column else "right")
     for name, ours, dense in (
