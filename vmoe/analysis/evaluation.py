@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
+from torchmetrics.classification import MulticlassConfusionMatrix
 
 import vmoe
 from vmoe.errors import UserError
@@ -57,7 +58,7 @@ class RunningMetrics:
 
     def __init__(self, num_classes: int, device: torch.device | str = "cpu") -> None:
         self.num_classes = num_classes
-        self.confusion = torch.zeros(num_classes * num_classes, dtype=torch.int64, device=device)
+        self.confusion = MulticlassConfusionMatrix(num_classes, validate_args=False).to(device)
         self.hits_in_five = torch.zeros((), dtype=torch.int64, device=device)
         self.nll = torch.zeros((), dtype=torch.float64, device=device)
         self.bins = torch.zeros(2, CALIBRATION_BINS, dtype=torch.float64, device=device)  # confidence, correct
@@ -66,7 +67,7 @@ class RunningMetrics:
         """Takes in one batch: logits (B, C), labels (B,) int64."""
         log_probabilities = logits.float().log_softmax(-1)
         confidence, predicted = log_probabilities.exp().max(-1)
-        self.confusion.index_add_(0, labels * self.num_classes + predicted, torch.ones_like(labels))
+        self.confusion.update(predicted, labels)
         five = logits.topk(min(5, self.num_classes)).indices
         self.hits_in_five += (five == labels[:, None]).any(-1).sum()
         self.nll -= log_probabilities.gather(1, labels[:, None]).sum(dtype=torch.float64)
@@ -81,7 +82,7 @@ class RunningMetrics:
         Raises:
             UserError: no image was seen, or a logit was not finite.
         """
-        confusion = self.confusion.view(self.num_classes, self.num_classes).cpu()
+        confusion = self.confusion.compute().cpu()
         images = int(confusion.sum())
         if images == 0:
             raise UserError("data: this split holds no images; choose another split or another data set")
