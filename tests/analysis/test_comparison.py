@@ -7,7 +7,7 @@ import yaml
 from matplotlib.text import Text
 
 from vmoe.analysis.comparison import differences, group_runs, read_run, table_rows, warnings_for
-from vmoe.analysis.comparison_figure import draw_comparison, short
+from vmoe.analysis.comparison_figure import apart, draw_comparison, short
 from vmoe.errors import UserError
 
 
@@ -168,3 +168,9 @@ def test_the_picture_shows_every_group_where_its_figures_are(make_run):
 
 def test_short_numbers():
     assert [short(number) for number in (5_717_416, 1234, 12, 2.5e9)] == ["5.72 M", "1.23 k", "12", "2.5 G"]
+
+
+def test_ticks_keep_apart():
+    assert apart([14.75, 14.70]) == [14.70]
+    assert apart([1.5, 0.45]) == [0.45, 1.5]
+    assert apart([1, 2, 3, 4, 5]) == [1, 5]

@@ -83,7 +83,7 @@ def _scatter(axes: Axes, groups: Sequence[Group], field: str) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
     if max(values) / min(values) < 8:  # less than a decade: no power of ten need be inside
         axes.minorticks_off()
-        axes.set_xticks(sorted(set(values)) if len(set(values)) <= 3 else [min(values), max(values)])
+        axes.set_xticks(apart(values))
 
 
 def _legend(page: Page, groups: Sequence[Group], x: int, y: int, height: int) -> None:
@@ -100,6 +100,15 @@ def _legend(page: Page, groups: Sequence[Group], x: int, y: int, height: int) ->
         page.text(x + 40, y + 19 + 30 * index, f"{name}  n={group.n}", BODY)
     text = "round: V-MoE, square: dense; bars: sd over seeds"
     page.text(x, y + 24 + 30 * len(groups), text, SMALL, color=MUTED)
+
+
+def apart(values: Sequence[float]) -> list[float]:
+    """At most three of the values, smallest first, none so near another that their labels would overlap."""
+    ticks = [min(values)]
+    for value in sorted(values):
+        if value > 1.15 * ticks[-1]:
+            ticks.append(value)
+    return ticks if len(ticks) <= 3 else [ticks[0], ticks[-1]]
 
 
 def _line(group: Group) -> str:
