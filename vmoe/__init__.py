@@ -1,7 +1,16 @@
 """Vision Mixture-of-Experts for PyTorch: sparse experts in any timm transformer (Riquelme et al. 2021)."""
 
+import importlib
+
+try:
+    importlib.import_module("torchvision")
+except RuntimeError as error:  # such as "operator torchvision::nms does not exist"
+    raise ImportError(
+        "torchvision was built for another torch; install both anew: pip install --upgrade torch torchvision"
+    ) from error
+
 from vmoe.analysis.recording import record_routing
-from vmoe.models import create_model, sparsify
+from vmoe.models import create_model, densify, load_jax_checkpoint, sparsify
 from vmoe.moe import (
     MoeConfig,
     MoeMlp,
@@ -19,6 +28,8 @@ __all__ = [
     "__version__",
     "auxiliary_loss",
     "create_model",
+    "densify",
+    "load_jax_checkpoint",
     "moe_layers",
     "record_routing",
     "set_auxiliary_scale",

@@ -1,9 +1,10 @@
 """What a run's folder and a checkpoint are: the one place that opens, checks and rebuilds them for every tool.
 
-A checkpoint is the file Lightning writes, with one entry of ours, `vmoe`, of plain types: the format's version, the run's
-whole config, the class names, image size, mean and std, and what an exact resumption needs.
+A checkpoint is the file Lightning writes, with one entry of ours, `vmoe`, of plain types: the format's version, the
+run's whole config, the class names, image size, mean and std, and what an exact resumption needs.
 """
 
+import math
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,28 +145,60 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file makes the unpickler fail in any way it can
-        raise UserError(f"{path}: cannot be read as a checkpoint of tensors and plain types; is it damaged or foreign?") from error
+        raise UserError(
+            f"{path}: cannot be read as a checkpoint of tensors and plain types; is it damaged or foreign?"
+        ) from error
     ours = content.get(ENTRY) if isinstance(content, dict) else None
     if not isinstance(ours, dict) or not isinstance(ours.get("version"), int):
         raise UserError(f"{path}: not a checkpoint of this package; `vmoe train` writes them")
     if ours["version"] > FORMAT_VERSION:
         raise UserError(
-            f"{path}: written by a newer vmoe (format {ours['version']}, this one reads up to {FORMAT_VERSION}); update vmoe"
+            f"{path}: written by a newer vmoe, in format {ours['version']}; this one knows {FORMAT_VERSION}: update it"
         )
     return content
 
 
-def build_model(name: str, kwargs: dict[str, Any], moe: MoeConfig | None, num_classes: int, image_size: int) -> nn.Module:
+def build_model(
+    name: str, kwargs: dict[str, Any], moe: MoeConfig | None, num_classes: int, image_size: int
+) -> nn.Module:
     """The model of a recipe for a data set: what training starts from and a checkpoint's weights are loaded into.
+
+    Without `moe` it is dense, whatever its name. Models that take images of any size are not told one.
 
     Raises:
         UserError: timm has no such model, it does not take these arguments, or `moe` does not fit it.
     """
     try:
-        return vmoe.create_model(name, moe, num_classes=num_classes, img_size=image_size, **kwargs)
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        model = _create(name, moe or False, num_classes, image_size, kwargs)
+    except Exception as error:  # for arguments that it cannot use, timm raises any type
         reason = " ".join(str(error).split())
-        raise UserError(f"model.name={name}: cannot be built with model.kwargs={kwargs} and this moe: {reason}") from error
+        if isinstance(error, KeyError) or not reason:
+            reason = f"{type(error).__name__} {reason}".strip()
+        with_moe = "" if moe is None else " and this moe"
+        raise UserError(f"model.name={name}: cannot be built with model.kwargs={kwargs}{with_moe}: {reason}") from error
+    _check_patches(model, image_size)
+    return model
+
+
+def _create(name: str, moe: MoeConfig | bool, num_classes: int, image_size: int, kwargs: dict[str, Any]) -> nn.Module:
+    try:
+        return vmoe.create_model(name, moe, num_classes=num_classes, img_size=image_size, **kwargs)
+    except TypeError as error:
+        if "img_size" not in str(error):
+            raise
+        return vmoe.create_model(name, moe, num_classes=num_classes, **kwargs)
+
+
+def _check_patches(model: nn.Module, image_size: int) -> None:
+    """Refuses images of which the patches would leave out, without a word, the last rows and columns."""
+    embed = getattr(model, "patch_embed", None)
+    sides = getattr(embed, "patch_size", None)
+    if sides is None or getattr(embed, "dynamic_img_pad", False):
+        return
+    side = math.lcm(*sides) if isinstance(sides, tuple) else sides
+    if image_size % side:
+        near = " or ".join(str(size) for size in (image_size // side * side, (image_size // side + 1) * side) if size)
+        raise UserError(f"data.image_size={image_size}: is no multiple of the patch size {side}; use {near}")
 
 
 def _rebuild(config: dict[str, Any], num_classes: int, image_size: int) -> nn.Module:

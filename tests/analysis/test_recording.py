@@ -58,6 +58,13 @@ def test_recording_changes_no_result():
     assert torch.equal(model(images()), expected)
 
 
+def test_a_pass_without_the_head_is_recorded():
+    model = model_of()
+    with vmoe.record_routing(model) as trace:
+        model.forward_features(images())
+    assert trace.layers["blocks.1.mlp"].gates.shape == (5, 25, 4)
+
+
 def test_several_passes_stand_behind_one_another():
     model = model_of(eval_capacity_factor=None)
     with vmoe.record_routing(model) as whole:
@@ -120,3 +127,36 @@ def test_another_image_size_is_refused_in_one_trace_and_drawn_rightly_alone():
 def test_a_dense_model_is_refused():
     with pytest.raises(ValueError, match="no MoE layer"), vmoe.record_routing(nn.Linear(2, 2)):
         pass
+
+
+@pytest.mark.parametrize("router", ["expert_choice", "soft"])
+def test_slots_are_recorded_as_dispatch_and_combine(router):
+    torch.manual_seed(0)
+    model = vmoe.create_model(
+        "vit_tiny_patch16_224",
+        MoeConfig(router=router, num_experts=4, capacity_factor=1.0, layers=[1]),
+        img_size=(16, 24),
+        patch_size=4,
+        embed_dim=24,
+        depth=2,
+        num_heads=2,
+    ).eval()
+    seen = []
+    layer = model.blocks[1].mlp
+    layer.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0], output)))
+    with torch.no_grad(), vmoe.record_routing(model) as trace:
+        model(images(3))
+        model(images(5)[3:])
+    routing = trace.layers["blocks.1.mlp"]
+    slots = 6  # of 25 tokens for 4 experts
+    assert routing.chosen is None and routing.combine_weights is None and routing.dropped is None
+    assert routing.gates.shape == (5, 25, 4) and routing.valid is None
+    assert routing.dispatch.shape == routing.combine.shape == (5, 25, 4, slots)
+    torch.testing.assert_close(routing.dispatch.sum(1), torch.ones(5, 4, slots))
+    # The record is the whole mapping: it gives the layer's output back
+    x, y = (torch.cat(parts) for parts in zip(*seen, strict=True))
+    mixed = torch.einsum("bnec,bnd->ebcd", routing.dispatch, x)
+    experts = layer.experts
+    hidden = torch.einsum("ebcd,ehd->ebch", mixed, experts.fc1.weight) + experts.fc1.bias[:, None, None]
+    result = torch.einsum("ebch,edh->ebcd", experts.act(hidden), experts.fc2.weight) + experts.fc2.bias[:, None, None]
+    torch.testing.assert_close(torch.einsum("bnec,ebcd->bnd", routing.combine, result), y)

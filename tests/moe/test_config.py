@@ -46,6 +46,7 @@ def test_layers_that_a_model_does_not_have(layers, count):
         ("router", "dice"),
         ("capacity_factor", 0.0),
         ("capacity_factor", float("inf")),
+        ("capacity_factor", 1e300),
         ("eval_capacity_factor", -1.0),
         ("capacity_rounding", "floor"),
         ("capacity_multiple_of", 0),

@@ -1,85 +1,95 @@
 """Turning a timm transformer into a V-MoE: some of its MLPs are replaced by MoE layers of the same shape."""
 
+from collections import OrderedDict
 from typing import Any, Literal
 
 import timm
-from timm.layers import Mlp
+import torch
 from torch import nn
 
+from vmoe.models.families import Place, eligible_mlps, on_meta
+from vmoe.models.padding import hand_masks_through
 from vmoe.moe import MoeConfig, MoeMlp
-
-# Families whose every `Mlp` works on all tokens of an image, one at a time; by the file of timm that defines them.
-FAMILIES = ("vision_transformer", "deit")
+from vmoe.moe.mlps import split_leading_norm
 
 
-def create_model(name: str, moe: MoeConfig | None = None, **timm_kwargs: Any) -> nn.Module:
+def create_model(name: str, moe: MoeConfig | Literal[False] | None = None, **timm_kwargs: Any) -> nn.Module:
     """Creates a timm model and makes it a V-MoE.
 
     Args:
         name: A model name of timm.
-        moe: The MoE layers; None gives the dense twin, built by the same code and from the same random numbers.
+        moe: The MoE layers; None gives the dense twin, built by the same code and from the same random numbers. A name
+            "vmoe_..." has MoE layers of its own: None keeps them, False gives the dense twin.
         **timm_kwargs: For `timm.create_model`: num_classes, img_size, patch_size, pretrained, drop_path_rate, ...
 
     Raises:
         RuntimeError: timm knows no such model.
         ValueError: The model's family or the chosen layers do not go with MoE layers.
     """
+    if name.startswith("vmoe_"):
+        return timm.create_model(name, moe=moe, **timm_kwargs)
     model = timm.create_model(name, **timm_kwargs)
-    return model if moe is None else sparsify(model, moe)
+    return sparsify(model, moe) if moe else model
 
 
-def sparsify(model: nn.Module, moe: MoeConfig, init: Literal["random", "upcycle"] = "random") -> nn.Module:
+def sparsify(
+    model: nn.Module,
+    moe: MoeConfig,
+    init: Literal["random", "upcycle"] = "random",
+    *,
+    upcycle_noise: float = 0.0,
+    image_size: int | tuple[int, int] | None = None,
+) -> nn.Module:
     """Replaces MLPs of a timm model by MoE layers, in place. Device, type and training mode are kept.
 
     Args:
-        model: A model of a supported timm family.
-        moe: The MoE layers; `moe.layers` chooses among the model's MLPs.
+        model: A timm model whose blocks hold MLPs that work on one token at a time.
+        moe: The MoE layers; `moe.layers` chooses among the model's MLPs, counted in forward order. MLPs that mix tokens
+            or see only a class token do not count.
         init: "random": fresh experts. "upcycle": every expert starts as the MLP it replaces (Komatsuzaki et al. 2023,
-            https://arxiv.org/abs/2212.05055).
+            https://arxiv.org/abs/2212.05055). With renormalised combine weights and nothing dropped the logits then
+            stay the dense model's.
+        upcycle_noise: Standard deviation of normal noise that makes upcycled experts differ, relative to that of the
+            weights of the same output unit.
+        image_size: Pixels of the images the model will see, one side of a square or (rows, columns). Matters for Soft
+            MoE, whose slots are made for a number of tokens; when not given, what the model was made for.
 
     Returns:
         `model`.
 
     Raises:
-        ValueError: Unknown `init`, a family that is not supported, or layers that the model does not have.
+        ValueError: Bad `init` or `upcycle_noise`, a model without suitable MLPs, or layers that the model does not
+            have.
     """
     if init not in ("random", "upcycle"):
         raise ValueError(f'init={init!r}: must be "random" or "upcycle"')
-    mlps = eligible_mlps(model)
-    replaced = {name: MoeMlp.from_mlp(mlp, moe) for name, mlp in (mlps[i] for i in moe.select_layers(len(mlps)))}
-    for name, layer in replaced.items():
-        if init == "upcycle":
-            layer.copy_into_experts(model.get_submodule(name))
-        parent, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, layer)
-    undecayed = [
-        f"{name}.{parameter}"
-        for name, layer in replaced.items()
-        for parameter, _ in layer.named_parameters()
-        if parameter.endswith(".bias")
-    ]
-    model.no_weight_decay = _NoWeightDecay({*model.no_weight_decay(), *undecayed})
+    if upcycle_noise < 0 or (upcycle_noise and init != "upcycle"):
+        raise ValueError(f'upcycle_noise={upcycle_noise!r}: must be >= 0, and 0 unless init="upcycle"')
+    places = eligible_mlps(model, image_size)
+    chosen = [places[index] for index in moe.select_layers(len(places))]
+    layers = dict(_replace(model, place, moe, init == "upcycle", upcycle_noise) for place in chosen)
+    hand_masks_through(model, layers)
+    own = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
+    model.no_weight_decay = NoWeightDecay({*own, *_undecayed(layers)})
     return model
 
 
-def eligible_mlps(model: nn.Module) -> list[tuple[str, Mlp]]:
-    """The MLPs of a timm model that can become MoE layers, with their names, in forward order.
-
-    Raises:
-        ValueError: The model's family is not supported, or its blocks hold no MLP.
-    """
-    family = type(model).__module__.rpartition(".")[2]
-    if any(isinstance(module, MoeMlp) for module in model.modules()):
-        raise ValueError(f"{type(model).__name__} has MoE layers already; sparsify a dense model")
-    if family not in FAMILIES:
-        raise ValueError(f"{type(model).__name__} of timm's {family}.py: the families are {', '.join(FAMILIES)}")
-    mlps = [(name, module) for name, module in model.named_modules() if type(module) is Mlp]
-    if not mlps:
-        raise ValueError(f"{type(model).__name__}: its blocks hold no timm Mlp to replace")
-    return mlps
+class NormFirst(nn.Sequential):
+    """An MLP's own norm of its tokens, and the MoE layer in the place of the rest: router and experts see the same."""
 
 
-class _NoWeightDecay:
+class DenseForm:
+    """What an MoE layer replaced: the MLP without its values."""
+
+    def __init__(self, mlp: nn.Module) -> None:
+        self.mlp = on_meta(mlp)
+
+    def rebuild(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        """A new MLP of the same kind, with undefined values."""
+        return on_meta(self.mlp).to(dtype).to_empty(device=device)
+
+
+class NoWeightDecay:
     """In the place of a timm model's `no_weight_decay`: stacked biases have two axes, so they must be named."""
 
     def __init__(self, names: set[str]) -> None:
@@ -87,3 +97,35 @@ class _NoWeightDecay:
 
     def __call__(self) -> set[str]:
         return set(self.names)
+
+
+def _replace(model: nn.Module, place: Place, moe: MoeConfig, upcycle: bool, noise: float) -> tuple[str, MoeMlp]:
+    """Puts an MoE layer in the place of an MLP; returns its name and itself."""
+    norm, body = split_leading_norm(place.mlp)
+    layer = MoeMlp.from_mlp(body, moe, tokens=place.tokens)
+    if upcycle:
+        layer.copy_into_experts(body)
+        _add_noise(layer, noise)
+    layer.dense_form = DenseForm(body)
+    if norm is None:
+        model.set_submodule(place.name, layer)
+        return place.name, layer
+    model.set_submodule(place.name, NormFirst(OrderedDict({norm: getattr(place.mlp, norm), "moe": layer})))
+    return f"{place.name}.moe", layer
+
+
+@torch.no_grad()
+def _add_noise(layer: MoeMlp, noise: float) -> None:
+    if noise:
+        for linear in (layer.experts.fc1, layer.experts.fc2):
+            linear.weight.add_(torch.randn_like(linear.weight) * noise * linear.weight.std(-1, keepdim=True))
+
+
+def _undecayed(layers: dict[str, MoeMlp]) -> list[str]:
+    """Biases, and the experts' other stacked vectors."""
+    return [
+        f"{name}.{parameter}"
+        for name, layer in layers.items()
+        for parameter, value in layer.named_parameters()
+        if parameter.endswith(".bias") or (parameter.startswith("experts.") and value.dim() == 2)
+    ]

@@ -99,7 +99,8 @@ class MoeConfig:
         self._need("top_k", self.top_k <= self.num_experts, f"at most num_experts={self.num_experts}")
         for name in ("capacity_factor", "eval_capacity_factor"):
             value = getattr(self, name)
-            self._need(name, value is None or (_is_number(value) and value > 0), "> 0, or null to drop nothing")
+            in_range = value is None or (_is_number(value) and 0 < value <= 1000)
+            self._need(name, in_range, "> 0 and at most 1000, or null to drop nothing")
         for field in fields(self):
             if field.name in ("noise_std", "bias_update_rate") or field.name.endswith("_loss_weight"):
                 self._need(field.name, _is_number(getattr(self, field.name)) and getattr(self, field.name) >= 0, ">= 0")

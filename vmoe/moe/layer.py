@@ -191,6 +191,7 @@ class MoeMlp(nn.Module):
     def _route(self, x_TD: Tensor, groups: Groups, valid_GS: Tensor | None) -> Routing | SlotRouting:
         """The router's decision, with the choices beyond the experts' capacity dropped."""
         moe = self.config
+        rounding = (moe.capacity_rounding, moe.capacity_multiple_of)
         factor = moe.capacity_factor if self.training else moe.eval_capacity_factor
         if moe.fills_slots:
             return self.router(x_TD, groups, valid_GS, moe.capacity_factor if factor is None else factor)
@@ -200,7 +201,8 @@ class MoeMlp(nn.Module):
             is_real = None if valid_GS is None else valid_GS[..., None].expand_as(routing.chosen_GSK)
             return routing._replace(kept_GSK=is_real)
         capacity, last_capacity = (
-            expert_capacity(size * moe.top_k, moe.num_experts, factor, moe.capacity_rounding, moe.capacity_multiple_of)
+            # no expert is chosen by more than all tokens
+            min(size, expert_capacity(size * moe.top_k, moe.num_experts, factor, *rounding))
             for size in (groups.size, groups.last)
         )
         return assign(routing, capacity, last_capacity, moe.batch_priority)

@@ -4,6 +4,7 @@ D width of a token, H hidden width (of what the second layer takes), O width of 
 """
 
 import copy
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -26,6 +27,51 @@ class Glu(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         first, second = x.chunk(2, dim=-1)
         return self.act(first) * second if self.gate_first else first * self.act(second)
+
+
+class Layout(NamedTuple):
+    """Under which names a class of MLPs keeps its parts.
+
+    Attributes:
+        first: The first layer; gate and value apart where they are two.
+        last: The second layer.
+        act: The activation.
+        norm: The norm behind the activation, if the class can have one.
+        leading_norm: The norm of the tokens, before the first layer, likewise.
+        drops: The dropouts of the hidden layer and of the output.
+        is_gated: Whether the activation of one half multiplies the other.
+    """
+
+    first: tuple[str, ...] = ("fc1",)
+    last: str = "fc2"
+    act: str = "act"
+    norm: str | None = "norm"
+    leading_norm: str | None = None
+    drops: tuple[str | None, str | None] = ("drop1", "drop2")
+    is_gated: bool = False
+
+
+_CONV_MLP = Layout(norm=None, drops=("drop", None))
+# By the file of timm and the class. All work on one token at a time unless they have parts that are not named here.
+LAYOUTS = {
+    "mlp.Mlp": Layout(),
+    "mlp.GluMlp": Layout(is_gated=True),
+    "mlp.SwiGLU": Layout(first=("fc1_g", "fc1_x"), is_gated=True),
+    "mlp.GatedMlp": Layout(),
+    "mlp.ConvMlp": _CONV_MLP,
+    "inception_next.ConvMlp": _CONV_MLP,
+    "vitamin.GeGluMlp": Layout(first=("w0", "w1"), last="w2", norm=None, leading_norm="norm", is_gated=True),
+    "tiny_vit.NormMlp": Layout(norm=None, leading_norm="norm"),
+    "swiftformer.Mlp": Layout(norm=None, leading_norm="norm1", drops=("drop", "drop")),
+    "visformer.SpatialMlp": Layout(("conv1",), "conv3", "act1", norm=None, drops=("drop1", "drop3")),
+    "gemma4_vit.Gemma4GatedMlp": Layout(
+        first=("gate_proj.linear", "up_proj.linear"),
+        last="down_proj.linear",
+        norm=None,
+        drops=(None, "drop"),
+        is_gated=True,
+    ),
+}
 
 
 class MlpParts(NamedTuple):
@@ -57,43 +103,110 @@ class MlpParts(NamedTuple):
 
     def make_norm(self, width: int) -> nn.LayerNorm:
         """A new norm of the same kind."""
-        return type(self.norm)(width, eps=self.norm.eps, elementwise_affine=self.norm.elementwise_affine)
+        return nn.LayerNorm(width, self.norm.eps, self.norm.elementwise_affine, bias=self.norm.bias is not None)
+
+
+def class_key(module: nn.Module) -> str:
+    """The name of a module's class in `LAYOUTS`: its file and class."""
+    return f"{type(module).__module__.rpartition('.')[2]}.{type(module).__name__}"
 
 
 def take_apart(mlp: nn.Module) -> MlpParts:
-    """Reads an MLP with timm's names for its parts.
+    """Reads an MLP of a class in `LAYOUTS`, or of another with timm's names for its parts.
 
     Raises:
         ValueError: Its layers are no 1x1 convolutions, or it has a part that experts do not have.
     """
-    name = type(mlp).__name__
-    norm = getattr(mlp, "norm", None)
-    if norm is not None and not isinstance(norm, nn.Identity | nn.LayerNorm):
-        raise ValueError(f"{name}: experts can have a LayerNorm between their layers, not {type(norm).__name__}")
-    activation = mlp.act
-    if hasattr(mlp, "fc1_g"):
-        firsts, activation = [mlp.fc1_g, mlp.fc1_x], Glu(activation, gate_first=True)
-    elif hasattr(mlp, "gate_last"):
-        firsts, activation = [mlp.fc1], Glu(activation, gate_first=not mlp.gate_last)
-    else:
-        firsts = [mlp.fc1]
-    for layer in (*firsts, mlp.fc2):
-        if layer.weight[0, 0].numel() != 1:
-            raise ValueError(f"{name}: its convolutions see {tuple(layer.kernel_size)} pixels, so they mix tokens")
+    layout = _layout_of(mlp)
+    _check(mlp, layout)
+    firsts, last = [_part(mlp, name) for name in layout.first], _part(mlp, layout.last)
+    norm = _part(mlp, layout.norm)
     biases = [layer.bias for layer in firsts]
     return MlpParts(
         fc1=torch.cat([layer.weight.detach().flatten(1) for layer in firsts]),
         bias1=None if biases[0] is None else torch.cat([bias.detach() for bias in biases]),
-        fc2=mlp.fc2.weight.detach().flatten(1),
-        bias2=None if mlp.fc2.bias is None else mlp.fc2.bias.detach(),
-        activation=activation,
+        fc2=last.weight.detach().flatten(1),
+        bias2=None if last.bias is None else last.bias.detach(),
+        activation=_activation(mlp, layout),
         norm=norm if isinstance(norm, nn.LayerNorm) else None,
-        drop=tuple(_rate(mlp, drop) for drop in ("drop1", "drop2")),
-        use_conv=isinstance(mlp.fc2, nn.Conv2d),
+        drop=tuple(getattr(_part(mlp, name), "p", 0.0) for name in layout.drops),
+        use_conv=isinstance(last, nn.Conv2d),
     )
 
 
-def _rate(mlp: nn.Module, drop: str) -> float:
-    """The rate of one of the MLP's dropouts; some MLPs have one for both, some none."""
-    dropout = getattr(mlp, drop, getattr(mlp, "drop", None))
-    return getattr(dropout, "p", 0.0)
+@torch.no_grad()
+def put_together(mlp: nn.Module, parts: MlpParts) -> None:
+    """Writes parts into an MLP of the class they came from: the inverse of `take_apart`.
+
+    The norm and the activation are written where they have parameters.
+    """
+    layout = _layout_of(mlp)
+    firsts, last = [_part(mlp, name) for name in layout.first], _part(mlp, layout.last)
+    rows = [layer.weight.shape[0] for layer in firsts]
+    for layer, weight in zip(firsts, parts.fc1.split(rows), strict=True):
+        layer.weight.copy_(weight.view_as(layer.weight))
+    last.weight.copy_(parts.fc2.view_as(last.weight))
+    if parts.bias1 is not None:
+        for layer, bias in zip(firsts, parts.bias1.split(rows), strict=True):
+            layer.bias.copy_(bias)
+    if parts.bias2 is not None:
+        last.bias.copy_(parts.bias2)
+    if parts.norm is not None:
+        _part(mlp, layout.norm).load_state_dict(parts.norm.state_dict())
+    activation = parts.activation.act if layout.is_gated else parts.activation
+    _part(mlp, layout.act).load_state_dict(activation.state_dict())
+
+
+def split_leading_norm(mlp: nn.Module) -> tuple[str | None, nn.Module]:
+    """Parts an MLP that first normalises its tokens, since a router must see what its experts see.
+
+    Returns:
+        The norm's name in `mlp`, None when there is none; and the MLP without it, which shares all other parts.
+    """
+    name = _layout_of(mlp).leading_norm
+    if name is None or isinstance(_part(mlp, name), nn.Identity):
+        return None, mlp
+    body = copy.copy(mlp)
+    body._modules = {**mlp._modules, name: nn.Identity()}
+    return name, body
+
+
+def _layout_of(mlp: nn.Module) -> Layout:
+    known = LAYOUTS.get(class_key(mlp))
+    if known is None:
+        known = LAYOUTS["mlp.SwiGLU" if hasattr(mlp, "fc1_g") else "mlp.GluMlp" if _is_glu(mlp) else "mlp.Mlp"]
+    return known
+
+
+def _is_glu(mlp: nn.Module) -> bool:
+    return hasattr(mlp, "gate_last")
+
+
+def _check(mlp: nn.Module, layout: Layout) -> None:
+    name = type(mlp).__name__
+    norm = _part(mlp, layout.norm)
+    if not isinstance(norm, nn.Identity | nn.LayerNorm | None):
+        raise ValueError(f"{name}: experts can have a LayerNorm between their layers, not {type(norm).__name__}")
+    named = {
+        part.partition(".")[0] for part in (*layout.first, layout.last, layout.act, layout.norm, *layout.drops) if part
+    }
+    for part, module in mlp.named_children():
+        if part not in named and not isinstance(module, nn.Identity):
+            raise ValueError(f"{name}: experts have no {part} ({type(module).__name__})")
+    if next(mlp.buffers(), None) is not None:
+        raise ValueError(f"{name}: experts have no {next(mlp.named_buffers())[0]}")
+    for layer in (_part(mlp, part) for part in (*layout.first, layout.last)):
+        if layer.weight[0, 0].numel() != 1:
+            raise ValueError(f"{name}: its convolutions see {tuple(layer.kernel_size)} pixels, so they mix tokens")
+
+
+def _activation(mlp: nn.Module, layout: Layout) -> nn.Module:
+    activation = _part(mlp, layout.act)
+    return Glu(activation, gate_first=not getattr(mlp, "gate_last", False)) if layout.is_gated else activation
+
+
+def _part(mlp: nn.Module, name: str | None) -> nn.Module | Tensor | None:
+    try:
+        return None if name is None else attrgetter(name)(mlp)
+    except AttributeError:
+        return None

@@ -141,13 +141,17 @@ class SoftRouting(NamedTuple):
         num_groups, size, num_experts, slots = self.dispatch_weights_GSEC.shape
         weights_GNS = self.dispatch_weights_GSEC.to(x_TD.dtype).flatten(2).transpose(1, 2)
         mixed_GND = weights_GNS @ x_TD.view(num_groups, size, x_TD.shape[-1])
-        return mixed_GND.view(num_groups, num_experts, slots, x_TD.shape[-1]).transpose(0, 1).reshape(-1, x_TD.shape[-1])
+        return (
+            mixed_GND.view(num_groups, num_experts, slots, x_TD.shape[-1]).transpose(0, 1).reshape(-1, x_TD.shape[-1])
+        )
 
     def combine(self, y_RD: Tensor) -> Tensor:
         """(T, D): each token's mixture of the slots' results."""
         num_groups, size, num_experts, slots = self.combine_weights_GSEC.shape
         y_GND = (
-            y_RD.view(num_experts, num_groups, slots, y_RD.shape[-1]).transpose(0, 1).reshape(num_groups, num_experts * slots, y_RD.shape[-1])
+            y_RD.view(num_experts, num_groups, slots, y_RD.shape[-1])
+            .transpose(0, 1)
+            .reshape(num_groups, num_experts * slots, y_RD.shape[-1])
         )
         weights_GSN = self.combine_weights_GSEC.to(y_RD.dtype).flatten(2)
         return (weights_GSN @ y_GND).view(num_groups * size, y_RD.shape[-1])

@@ -1,0 +1,55 @@
+"""The confusion picture shows the numbers, also of many classes."""
+
+import numpy as np
+import pytest
+from matplotlib.text import Text
+
+from vmoe.analysis.confusion import draw_confusion
+from vmoe.analysis.evaluation import Evaluation
+from vmoe.analysis.style import BLUES
+
+
+def make_evaluation(confusion):
+    confusion = np.array(confusion)
+    totals = confusion.sum(1)
+    accuracy = [float(hit / total) if total else None for hit, total in zip(np.diag(confusion), totals, strict=True)]
+    top1 = float(np.trace(confusion) / confusion.sum())
+    return Evaluation(int(confusion.sum()), None, top1, 1.0, 0.1, 0.0, accuracy, confusion.tolist(), None, None, {})
+
+
+def texts(page):
+    return {text.get_text(): text for text in page.figure.findobj(Text) if text.get_text()}
+
+
+@pytest.mark.parametrize("num_classes", [25, 100, 300])
+def test_each_cell_has_the_shade_of_its_share(num_classes):
+    confusion = np.eye(num_classes, dtype=int) * 8
+    confusion[3, 7] = 2
+    page = draw_confusion(make_evaluation(confusion), [f"class {index}" for index in range(num_classes)], "test")
+    box, pixels = page.figure.axes[0].get_window_extent(), page.pixels()
+    cell = box.width / num_classes
+
+    def shade(row, column):
+        return pixels[int(page.height - box.y1 + (row + 0.4) * cell), int(box.x0 + (column + 0.4) * cell)]
+
+    for (row, column), share in {(0, 0): 1.0, (3, 3): 0.8, (3, 7): 0.2, (7, 3): 0.0}.items():
+        assert shade(row, column) == pytest.approx(255 * np.array(BLUES(share**0.5)[:3]), abs=1.5)
+
+
+def test_names_stay_readable_with_a_hundred_classes():
+    names = [f"class {index}" for index in range(100)]
+    page = draw_confusion(make_evaluation(np.eye(100, dtype=int)), names, "test")
+    shown = [texts(page)[name] for name in names]
+    assert min(text.get_fontsize() * page.figure.dpi / 72 for text in shown) >= 11  # pixels
+    assert len([text for text in page.figure.findobj(Text) if text.get_text() in names]) == 200
+
+
+def test_few_classes_show_their_counts_and_accuracies():
+    page = draw_confusion(make_evaluation([[41, 2], [7, 43]]), ["cat", "a name too long to be shown in full"], "test")
+    shown = texts(page)
+    assert {"41", "2", "7", "43", "95.3%", "86.0%"} <= set(shown)
+    assert "a name too long to be…" in shown
+
+
+def test_a_class_without_images_is_said():
+    assert "no images" in texts(draw_confusion(make_evaluation([[3, 0], [0, 0]]), ["a", "b"], "test"))

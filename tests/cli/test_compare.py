@@ -1,0 +1,76 @@
+"""`vmoe compare`: a table, its CSV and markdown, and the plots; one line for a mistake."""
+
+import csv
+import json
+
+import pytest
+import yaml
+from PIL import Image
+
+from vmoe.cli.compare import main
+
+
+@pytest.fixture
+def save_summary(tmp_path):
+    def save(name, top1, seed=0, moe=None, device="a CPU"):
+        folder = tmp_path / name
+        folder.mkdir()
+        config = {"seed": seed, "data": {"name": "digits"}, "model": {"name": "vit", "kwargs": {}}, "moe": moe}
+        summary = {
+            "metrics": {"test/top1": top1},
+            "parameters": {"total": 3_000_000 if moe else 1_000_000, "active": 1_250_000},
+            "flops_per_image": 2_500_000,
+            "images_per_second": 123.4,
+            "device": device,
+            "seed": seed,
+        }
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+        (folder / "summary.json").write_text(json.dumps(summary))
+        (folder / "metrics.csv").write_text("epoch,val/top1\n0,0.5\n")
+        return str(folder)
+
+    return save
+
+
+def test_runs_are_put_side_by_side(save_summary, tmp_path, capsys):
+    moe = {"num_experts": 8}
+    runs = [save_summary("moe0", 0.97, 0, moe), save_summary("moe1", 0.99, 1, moe), save_summary("dense", 0.96)]
+    out = tmp_path / "out"
+    assert main([*runs, runs[0], "--out", str(out)]) == 0  # the same folder twice counts once
+    shown = capsys.readouterr()
+    assert "moe0 against dense: +2.00 points" in shown.out and "at equal compute" in shown.out
+    assert shown.err == ""
+    rows = list(csv.DictReader((out / "comparison.csv").read_text().splitlines()))
+    assert [(row["name"], row["n"]) for row in rows] == [("moe0", "2"), ("dense", "1")]
+    assert float(rows[0]["test_top1_mean"]) == pytest.approx(0.98)
+    assert float(rows[0]["test_top1_sd"]) == pytest.approx(0.01414, abs=1e-4)
+    assert rows[1]["test_top1_sd"] == ""
+    markdown = (out / "comparison.md").read_text()
+    assert "| moe0 | V-MoE | 2 | 98.00 ± 1.41 | 2.5 M | 1.25 M | 3 M | 123 |" in markdown
+    assert "- moe0 against dense" in markdown
+    Image.open(out / "comparison.png").verify()
+    assert {path.name for path in out.iterdir()} == {"comparison.csv", "comparison.md", "comparison.png"}
+
+
+def test_other_hardware_is_one_warning(save_summary, tmp_path, capsys):
+    runs = [save_summary("here", 0.9), save_summary("there", 0.9, seed=1, device="a GPU")]
+    assert main([*runs, "--out", str(tmp_path / "out")]) == 0
+    warning = capsys.readouterr().err
+    assert warning.startswith("warning: ") and warning.count("\n") == 1
+    assert "images/s cannot be compared" in warning
+
+
+def test_mistakes_are_one_line_that_names_them(save_summary, tmp_path, capsys):
+    run = save_summary("run", 0.9)
+    (tmp_path / "empty").mkdir()
+    for arguments, named in (
+        ([run, str(tmp_path / "missing"), "--out", str(tmp_path / "out")], "missing"),
+        ([run, str(tmp_path / "empty"), "--out", str(tmp_path / "out")], "empty: holds no config.yaml"),
+        ([run], "--out"),
+        (["--out", str(tmp_path / "out")], "RUN"),
+    ):
+        assert main(arguments) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("vmoe compare: error: ") and error.count("\n") == 1
+        assert named in error
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,82 @@
+"""`vmoe evaluate`: a table, evaluation.json and the confusion matrix; one line for a mistake."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vmoe.cli.evaluate import main
+
+MOE = {"num_experts": 4, "top_k": 2}
+
+
+def test_a_run_is_measured_on_its_own_test_set(save_run, capsys):
+    run = save_run(moe=MOE)
+    assert main([str(run)]) == 0
+    report = json.loads((run / "evaluation.json").read_text())
+    (result,) = report["results"]
+    assert report["data"] == {"name": "digits", "root": "data", "split": "test"}
+    assert result["images"] == sum(map(sum, result["confusion"])) > 300
+    assert result["top1"] == pytest.approx(np.trace(result["confusion"]) / result["images"])
+    assert result["dropped"] == 0 and result["capacity_factor"] is None
+    assert [sum(layer["load"]) for layer in result["layers"].values()] == pytest.approx([4, 4], abs=1e-4)
+    assert Image.open(run / "confusion.png").size[0] >= 760
+    shown = capsys.readouterr().out
+    assert f"{result['top1']:.2%}" in shown and "blocks.3.mlp" in shown
+
+
+def test_capacity_factors_and_places_of_the_results(save_run, tmp_path):
+    run, out, file = save_run(moe=MOE), tmp_path / "out", tmp_path / "numbers" / "a.json"
+    arguments = ["--capacity-factor", "0.5", "inf", "--out", str(out), "--json", str(file), "--split", "val"]
+    assert main([str(run), *arguments, "--batch-size", "50"]) == 0
+    results = json.loads(file.read_text())["results"]
+    assert [result["capacity_factor"] for result in results] == [0.5, None]
+    assert results[0]["dropped"] > 0.2 > results[1]["dropped"] == 0
+    assert {path.name for path in out.iterdir()} == {"confusion-0.5.png", "confusion-inf.png"}
+    assert not (run / "evaluation.json").exists()
+
+
+def test_another_set_is_prepared_for_the_model(save_run, tmp_path, capsys):
+    arrays = {}
+    for split, count in (("train", 40), ("test", 30)):
+        arrays[f"{split}_x"] = np.random.default_rng(0).integers(0, 256, (count, 28, 28, 3), dtype=np.uint8)
+        arrays[f"{split}_y"] = np.arange(count) % 10
+    np.savez(tmp_path / "other.npz", **arrays)
+    run = save_run("dense", data={"subset": {"classes": list("0123456789")}})
+    assert main([str(run), "--data", "npz", "--root", str(tmp_path / "other.npz")]) == 0
+    report = json.loads((run / "evaluation.json").read_text())
+    assert report["results"][0]["images"] == 30
+    assert report["results"][0]["dropped"] is None
+    assert "dense" in capsys.readouterr().out
+
+
+def test_mistakes_are_one_line_that_names_them(save_run, tmp_path, capsys):
+    run = str(save_run(moe=MOE))
+    dense = str(save_run("dense"))
+    three = str(save_run("three", moe=MOE, class_names=("a", "b", "c")))
+    for arguments, named in (
+        ([str(tmp_path / "missing")], "missing"),
+        ([three], "10 classes, the checkpoint 3"),
+        ([dense, "--capacity-factor", "1"], "--capacity-factor"),
+        ([run, "--capacity-factor", "much"], "'much'"),
+        ([run, "--capacity-factor", "nan"], "'nan'"),
+        ([run, "--data", "digitz"], "digitz"),
+        ([run, "--data", "folder", "--root", str(tmp_path / "nowhere")], "nowhere"),
+        ([run, "--batch-size", "0"], "batch_size=0"),
+        ([run, "--split", "train"], "--split"),
+        ([run, "--device", "cuda:77"], "--device cuda:77"),
+        ([run, "--device", "meta"], "--device meta"),
+    ):
+        assert main(arguments) == 2, arguments
+        error = capsys.readouterr().err
+        assert error.startswith("vmoe evaluate: error: ") and error.count("\n") == 1, error
+        assert named in error
+    assert not list(tmp_path.rglob("evaluation.json"))
+
+
+def test_a_capacity_that_leaves_no_place_is_one_line(save_run, capsys):
+    run = str(save_run(moe=MOE | {"capacity_rounding": "round", "group": 1}))
+    assert main([run, "--capacity-factor", "0.01"]) == 2
+    error = capsys.readouterr().err.strip()  # behind the end of the progress bar
+    assert error.startswith("vmoe evaluate: error: capacity_factor=0.01: ") and "\n" not in error

@@ -1,0 +1,184 @@
+"""`vmoe train`: options and configs, and what a mistake in them is told."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import vmoe
+from vmoe.checkpoints import build_model
+from vmoe.cli.main import main as vmoe_main
+from vmoe.cli.train import main, parse
+from vmoe.data.config import DEFAULTS
+from vmoe.errors import UserError
+from vmoe.models.cost import count_parameters
+from vmoe.training.config import TrainConfig, from_plain, to_plain
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+
+
+@pytest.fixture
+def recipe(tmp_path) -> str:
+    path = tmp_path / "some_name.yaml"
+    path.write_text("seed: 3\noptim: {lr: 0.01}\nmoe: {num_experts: 4}\nmodel: {kwargs: {depth: 2}}\n")
+    return str(path)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_parses_and_builds_its_model(path):
+    config = parse(["--config", str(path)])
+    assert config.output_dir == f"runs/{path.stem}"
+    image_size = config.data.image_size or DEFAULTS[config.data.name].image_size or 32
+    with torch.device("meta"):
+        model = build_model(config.model.name, config.model.kwargs, config.moe, 10, image_size)
+    parameters = count_parameters(model)
+    assert (parameters.total > parameters.active) == (config.moe is not None)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_opens_with_its_command(path):
+    assert f"python tools/train.py --config configs/{path.name}" in path.read_text().partition("data:")[0]
+
+
+def test_the_command_line_wins_over_the_file(recipe):
+    config = parse(
+        ["--config", recipe, "--optim.lr", "0.5", "--moe.layers", "[0,1]", "--model.kwargs.drop_path_rate", "0.2"]
+    )
+    assert (config.seed, config.optim.lr, config.moe.num_experts, config.moe.layers) == (3, 0.5, 4, [0, 1])
+    assert config.model.kwargs == {"depth": 2, "drop_path_rate": 0.2}
+    assert config.output_dir == "runs/some_name"
+
+
+def test_null_is_the_dense_twin_and_an_option_turns_moe_on(recipe):
+    assert parse(["--config", recipe, "--moe", "null"]).moe is None
+    assert parse([]).moe is None
+    assert parse(["--moe.top_k", "1"]).moe == vmoe.MoeConfig(top_k=1)
+
+
+def test_plain_types_and_back(recipe):
+    config = parse(["--config", recipe])
+    plain = to_plain(config)
+    assert from_plain(TrainConfig, yaml.safe_load(yaml.safe_dump(plain))) == config
+
+
+def test_precision_32_needs_no_quotes(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("trainer: {precision: 32}")
+    assert parse(["--config", str(path)]).trainer.precision == "32"
+    assert parse(["--trainer.precision", "32"]) == parse(["--output_dir", "runs/default"])
+
+
+def test_print_config_gives_a_config(recipe, capsys, tmp_path):
+    with pytest.raises(SystemExit) as end:
+        main(["--config", recipe, "--print_config"])
+    assert end.value.code == 0
+    again = tmp_path / "again.yaml"
+    again.write_text(capsys.readouterr().out)
+    assert parse(["--config", str(again), "--output_dir", "x"]) == parse(["--config", recipe, "--output_dir", "x"])
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--optim.lrr", "3"], ["--optim.lrr", "did you mean optim.lr"]),
+        (["--lr", "3"], ["--lr", "optim.lr"]),
+        (["--moe.num_expert", "3"], ["did you mean moe.num_experts?"]),
+        (["--data.augment.presett", "none"], ["did you mean data.augment.preset?"]),
+        (["--zzz", "3"], ["--zzz", "sections", "--help"]),
+        (["stray"], ["stray"]),
+        (["--optim.lr", "x"], ["--optim.lr x: must be a number"]),
+        (["--trainer.epochs", "1.5"], ["--trainer.epochs 1.5: must be a whole number"]),
+        (["--moe.num_experts", "x"], ["--moe.num_experts x: must be a whole number"]),
+        (["--moe.capacity_factor", "x"], ["--moe.capacity_factor x: must be a number or null"]),
+        (["--moe", "3"], ["--moe 3: must be a section of options or null"]),
+        (["--trainer.precision", "16"], ["trainer.precision='16': must be 32, bf16 or fp16"]),
+        (["--model.kwargs", "3"], ["--model.kwargs 3"]),
+        (["--optim.betas", "[1]"], ["--optim.betas [1]"]),
+        (["--optim.lr"], ["--optim.lr"]),
+        (["--config", "missing.yaml"], ["missing.yaml", "No such file"]),
+        (["--seed", "-1"], ["seed=-1"]),
+        (["--optim.lr", "0"], ["optim.lr=0.0: must be above 0"]),
+        (["--optim.min_lr", "1"], ["optim.min_lr=1.0"]),
+        (["--optim.warmup_epochs", "-1"], ["optim.warmup_epochs=-1.0"]),
+        (["--optim.weight_decay", "-1"], ["optim.weight_decay=-1.0"]),
+        (["--optim.betas", "[0.9,1]"], ["optim.betas=(0.9, 1.0)"]),
+        (["--optim.clip_norm", "0"], ["optim.clip_norm=0.0"]),
+        (["--optim.label_smoothing", "1"], ["optim.label_smoothing=1.0"]),
+        (["--trainer.epochs", "0"], ["trainer.epochs=0"]),
+        (["--trainer.accumulate", "0"], ["trainer.accumulate=0"]),
+        (["--trainer.early_stopping", "0"], ["trainer.early_stopping=0"]),
+        (["--trainer.log_every", "51"], ["trainer.log_every=51"]),
+        (["--trainer.device", "cpu", "--trainer.precision", "fp16"], ["trainer.precision='fp16'", "device=cpu"]),
+        (["--moe.num_experts", "0"], ["moe.num_experts=0"]),
+        (["--moe.inject_auxiliary_loss", "true"], ["moe.inject_auxiliary_loss=True"]),
+        (["--data.batch_size", "0"], ["data.batch_size=0"]),
+        (["--model.kwargs.num_classes", "3"], ["model.kwargs.num_classes=3"]),
+        (["--model.kwargs.in_chans", "1"], ["model.kwargs.in_chans=1"]),
+        (["--model.kwargs.drop_path_rate", "2"], ["model.kwargs.drop_path_rate=2: must be in [0, 1)"]),
+        (["--data.eval_batch_size", "1" + 24 * "0"], ["data.eval_batch_size=1000"]),
+        (["--data.augment", "light"], ["--data.augment: must be a section of options", "--data.augment.NAME"]),
+        (["--model.name", "resnet18", "--model.kwargs", "{}", "--moe.num_experts", "4"], ["resnet18", "MLP"]),
+        (["--model.name", "vit_tinny"], ["vit_tinny"]),
+        (["--model.kwargs.depht", "3"], ["depht"]),
+    ],
+    ids=lambda value: " ".join(value) if value and value[0].startswith("-") else "",
+)
+def test_mistakes_are_one_line_and_exit_code_2(recipe, tmp_path, capsys, options, told):
+    output = tmp_path / "run"
+    assert main(["--config", recipe, "--output_dir", str(output), *options]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("vmoe train: error: ") and error.count("\n") == 1
+    assert all(part in error for part in told), error
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("optim: {lrr: 1}", "unknown key optim.lrr; did you mean optim.lr"),
+        ("optm: {lr: 1}", "unknown key optm; did you mean optim?"),
+        ("moe: {top_k: 1, experts: 4}", "unknown key moe.experts; did you mean moe.num_experts"),
+        (
+            "data: {augment: {preset: none, flipp: 1}}",
+            "unknown key data.augment.flipp; did you mean data.augment.flip?",
+        ),
+        ("optim: {lr: hello}", "--optim.lr hello: must be a number"),
+        ("optim: 3", "optim=3: must be a section of options"),
+        ("optim: {lr: 1, lr: 2}", "lr is given twice"),
+        ("data: null", "data: must not be null"),
+        ("seed: null", "seed: must not be null"),
+        ("- a\n- b", "must hold keys"),
+        ("a: [", "is not YAML"),
+    ],
+)
+def test_mistakes_in_a_file(tmp_path, text, told):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as error:
+        parse(["--config", str(path)])
+    assert told in str(error.value)
+
+
+def test_help_teaches_every_option(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--help"])
+    assert end.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for part in (
+        "--optim.warmup_epochs",
+        "Length of the linear warm-up",
+        "--moe.capacity_factor",
+        "--resume",
+        "--print_config",
+    ):
+        assert part in text
+    assert "dense twin" in text
+
+
+def test_the_vmoe_command(capsys):
+    assert vmoe_main(["train", "--optim.lr", "x"]) == 2
+    assert vmoe_main(["trian"]) == 2
+    assert "did you mean train?" in capsys.readouterr().err
+    assert vmoe_main([]) == 0
+    assert "heatmap" in capsys.readouterr().out

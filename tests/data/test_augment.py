@@ -1,0 +1,133 @@
+"""Presets and their determinism."""
+
+import pickle
+import random
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+from vmoe.data import AugmentConfig
+from vmoe.data.augment import Augmenter
+
+MEAN = (0.5, 0.4, 0.3)
+
+
+def augmenter(size=32, flip=0.5, seed=0, **config):
+    return Augmenter(AugmentConfig(**config), size, MEAN, flip, seed)
+
+
+@pytest.fixture
+def image(rng):
+    return rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("preset", ["none", "light", "strong"])
+@pytest.mark.parametrize(
+    ("shape", "size"), [((32, 32), 32), ((8, 8), 16), ((40, 70), 80), ((1, 1), 16), ((2, 900), 96)]
+)
+def test_any_image_gets_the_image_size(preset, shape, size, rng):
+    original = rng.integers(0, 256, (*shape, 3), dtype=np.uint8)
+    image = original.copy()
+    result = augmenter(size, preset=preset)(image, 0, 0)
+    assert result.shape == (size, size, 3) and result.dtype == np.uint8
+    assert np.array_equal(image, original)
+
+
+@pytest.mark.parametrize("preset", ["light", "strong"])
+@pytest.mark.parametrize("size", [32, 96])
+def test_result_is_a_function_of_seed_epoch_and_index(preset, size, image):
+    keys = [(epoch, index) for epoch in range(3) for index in range(5)]
+    first = augmenter(size, preset=preset)
+    forward = {key: first(image, *key) for key in keys}
+    other = pickle.loads(pickle.dumps(augmenter(size, preset=preset)))  # as a spawned worker gets it
+    for key in reversed(keys):
+        assert np.array_equal(other(image, *key), forward[key])
+    for changed in ((0, 1), (1, 0), (2, 3)):
+        assert not np.array_equal(forward[changed], forward[0, 0])
+    seeded = augmenter(size, preset=preset, seed=1)
+    assert any(not np.array_equal(seeded(image, *key), forward[key]) for key in keys)
+
+
+def test_global_random_state_is_untouched(image):
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    make = augmenter(preset="strong")
+    for index in range(10):
+        make(image, 0, index)
+    assert random.getstate() == before[0]
+    assert np.random.get_state()[1].tolist() == before[1]
+    assert torch.equal(torch.get_rng_state(), before[2])
+
+
+def test_global_seeds_do_not_matter(image):
+    results = []
+    for seed in (1, 2):
+        random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
+        results.append(augmenter(preset="strong")(image, 0, 0))
+    assert np.array_equal(*results)
+
+
+def test_none_changes_nothing(image):
+    assert np.array_equal(augmenter(preset="none")(image, 5, 5), image)
+
+
+def test_light_is_a_window_of_the_padded_image_perhaps_flipped(image):
+    padded = np.pad(image, ((4, 4), (4, 4), (0, 0)))
+    windows = {}
+    for flipped in (False, True):
+        for top in range(9):
+            for left in range(9):
+                window = padded[top : top + 32, left : left + 32]
+                windows[(window[:, ::-1] if flipped else window).tobytes()] = (top, left, flipped)
+    make = augmenter(preset="light")
+    seen = [windows[make(image, 0, index).tobytes()] for index in range(400)]
+    assert {top for top, _, _ in seen} == {left for _, left, _ in seen} == set(range(9))
+    assert 150 < sum(flipped for _, _, flipped in seen) < 250
+
+
+def test_flip_is_by_set_unless_configured(image):
+    def flips(**options):
+        make = augmenter(crop_padding=0, **options)
+        return sum(not np.array_equal(make(image, 0, index), image) for index in range(50))
+
+    assert flips(flip=0.0) == 0  # as digits
+    assert 10 < flips(flip=0.5) < 40
+    config = AugmentConfig(crop_padding=0, flip=1.0)
+    assert np.array_equal(Augmenter(config, 32, MEAN, 0.0, 0)(image, 0, 0), image[:, ::-1])
+
+
+def test_crop_scale_works_on_small_images_too(rng):
+    image = np.tile(np.arange(32, dtype=np.uint8)[None, :, None], (32, 1, 3))  # gray level = column
+    make = augmenter(crop_scale=(0.25, 0.25), flip=0.0)
+    spans = [int(np.ptp(make(image, 0, index))) for index in range(50)]
+    assert min(spans) >= 12 and max(spans) <= 20  # a quarter of the area: about 16 columns, by aspect ratio
+
+
+def test_erasing_fills_with_the_mean(image):
+    make = augmenter(preset="strong", randaugment_ops=0, color_jitter=0.0, erasing=1.0, crop_padding=0, flip=0.0)
+    colour = np.array([round(255 * value) for value in MEAN])
+    changed = [(result := make(image, 0, index)) != image for index in range(10)]
+    assert all(mask.any() for mask in changed)
+    last = changed[-1].any(axis=2)
+    assert (result[last] == colour).all()
+
+
+def test_strong_can_be_switched_off_step_by_step(image):
+    off = {"randaugment_ops": 0, "color_jitter": 0.0, "erasing": 0.0, "crop_padding": 0, "flip": 0.0}
+    assert np.array_equal(augmenter(preset="strong", **off)(image, 0, 0), image)
+    for name, value in (("randaugment_ops", 2), ("color_jitter", 0.5)):
+        make = augmenter(preset="strong", **(off | {name: value}))
+        assert sum(not np.array_equal(make(image, 0, index), image) for index in range(20)) > 5
+
+
+@pytest.mark.parametrize(
+    ("config", "name"), [({"preset": "light", "erasing": 0.5}, "erasing"), ({"preset": "none", "flip": 0.5}, "flip")]
+)
+def test_a_parameter_without_effect_is_warned_about(config, name):
+    with pytest.warns(UserWarning, match=f"{name}=0.5 has no effect: preset '{config['preset']}'"):
+        Augmenter(AugmentConfig(**config), 32, MEAN, 0.5, 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        augmenter(preset="strong", erasing=0.5)

@@ -1,0 +1,64 @@
+"""Settings of the data room: what is refused, and that the command line can teach them."""
+
+import pytest
+from jsonargparse import auto_cli, auto_parser
+
+from vmoe.data import AugmentConfig, DataConfig, SubsetConfig
+from vmoe.data.config import DEFAULTS, nearest
+
+
+@pytest.mark.parametrize(
+    ("make", "value", "message"),
+    [
+        (DataConfig, {"batch_size": 0}, "batch_size=0: must be from 1 to"),
+        (DataConfig, {"eval_batch_size": 0}, "eval_batch_size=0: must be from 1 to"),
+        (DataConfig, {"workers": -1}, "workers=-1: must be from 0 to 256"),
+        (DataConfig, {"val_fraction": 0.0}, "val_fraction=0.0: must be over 0 and under 1"),
+        (DataConfig, {"val_fraction": float("nan")}, "val_fraction=nan"),
+        (DataConfig, {"image_size": 0}, "image_size=0"),
+        (DataConfig, {"split_seed": -1}, "split_seed=-1"),
+        (DataConfig, {"mean": (0.5, 0.5)}, "mean=.*three numbers"),
+        (DataConfig, {"std": (0.5, 0.5, 0.0)}, "std=.*over 0"),
+        (DataConfig, {"name": "cifar"}, "name='cifar': must be one of digits, .*did you mean 'cifar10'"),
+        (AugmentConfig, {"preset": "strnog"}, "preset='strnog'.*did you mean 'strong'"),
+        (AugmentConfig, {"flip": 1.5}, "flip=1.5: must be from 0 to 1"),
+        (AugmentConfig, {"flip": float("nan")}, "flip=nan"),
+        (AugmentConfig, {"crop_scale": (0.9, 0.5)}, "crop_scale=.*smallest <= largest"),
+        (AugmentConfig, {"crop_scale": (0.5, 1.0), "crop_padding": 4}, "crop_padding=4: cannot be combined"),
+        (AugmentConfig, {"randaugment_magnitude": 31}, "randaugment_magnitude=31: must be from 0 to 30"),
+        (AugmentConfig, {"color_jitter": -0.1}, "color_jitter=-0.1"),
+        (AugmentConfig, {"erasing": 2}, "erasing=2"),
+        (SubsetConfig, {"fraction": 0.0}, "fraction=0.0: must be over 0 and at most 1"),
+        (SubsetConfig, {"per_class": 0}, "per_class=0: must be at least 1"),
+        (SubsetConfig, {"fraction": 0.5, "per_class": 3}, "per_class=3: cannot be combined with fraction=0.5"),
+        (SubsetConfig, {"classes": []}, "must name at least one class"),
+    ],
+)
+def test_bad_values_are_refused_by_name_and_value(make, value, message):
+    with pytest.raises(ValueError, match=message):
+        make(**value)
+
+
+def take(data: DataConfig) -> DataConfig:
+    return data
+
+
+def test_command_line_reads_every_setting_and_its_help():
+    arguments = ["--data.name=cifar10", "--data.subset.classes=[cat, 3]", "--data.augment.crop_scale=[0.3, 1.0]"]
+    assert auto_cli(take, args=arguments) == DataConfig(
+        name="cifar10", subset=SubsetConfig(classes=["cat", 3]), augment=AugmentConfig(crop_scale=(0.3, 1.0))
+    )
+    help_text = " ".join(auto_parser(take).format_help().split())
+    for sentence in ("images a step in validation and test", "strength of RandAugment", "labels are renumbered"):
+        assert sentence in help_text
+
+
+def test_default_values_of_every_set_are_valid():
+    for name, defaults in DEFAULTS.items():
+        config = DataConfig(name=name, image_size=defaults.image_size, mean=defaults.mean, std=defaults.std)
+        assert AugmentConfig(flip=defaults.flip).flip == (0.0 if config.name == "digits" else 0.5)
+
+
+def test_nearest_names_ignore_case():
+    assert nearest("Cats", ["cat", "dog"]) == "did you mean 'cat'?"
+    assert nearest("zebra", ["cat", "dog"]) == ""

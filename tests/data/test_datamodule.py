@@ -1,0 +1,211 @@
+"""Batches: the same with any number of workers, after a resume, and whatever else draws random numbers."""
+
+import random
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+
+from vmoe.data import AugmentConfig, DataConfig, ImageDataModule, eval_transform, load_image
+from vmoe.errors import UserError
+
+
+def module(name="digits", root="data", seed=0, **options):
+    data = ImageDataModule(DataConfig(name=name, root=str(root), **options), seed)
+    data.setup()
+    return data
+
+
+def training_batches(data, epoch=0, start=0):
+    loader = data.train_dataloader()
+    data.train_sampler.set_epoch(epoch)
+    data.train_sampler.start_batch = start
+    return list(loader)
+
+
+def assert_equal(one, other):
+    assert len(one) == len(other)
+    for a, b in zip(one, other, strict=True):
+        assert torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels) and a.damaged == b.damaged
+
+
+def test_batches_and_attributes():
+    data = module()
+    assert data.num_classes == 10 and data.class_names == [str(digit) for digit in range(10)]
+    assert data.image_size == 16 and len(data.mean) == len(data.std) == 3
+    batches = training_batches(data)
+    assert len(batches) == len(data.train_dataloader())
+    assert batches[0].images.shape == (128, 3, 16, 16) and batches[0].images.dtype == torch.float32
+    assert batches[0].labels.dtype == torch.int64 and batches[0].damaged == []
+    everything = torch.cat([batch.images for batch in data.val_dataloader()])
+    assert abs(everything.mean()) < 0.1 and abs(everything.std() - 1) < 0.2  # the constants fit the images
+
+
+def test_config_overrides_the_defaults_of_the_set():
+    data = module(image_size=24, mean=(0.0, 0.0, 0.0), std=[1.0, 1.0, 1.0], eval_batch_size=7, batch_size=10_000)
+    assert data.mean == (0.0, 0.0, 0.0) and data.std == (1.0, 1.0, 1.0)
+    batch = next(iter(data.test_dataloader()))
+    assert batch.images.shape == (7, 3, 24, 24) and batch.images.min() == 0 and batch.images.max() <= 1
+    (only,) = training_batches(data)  # a set smaller than a batch gives one smaller batch
+    assert len(only.labels) == 1293
+
+
+@pytest.mark.parametrize("preset", ["light", "strong"])
+def test_workers_do_not_change_a_batch(npz, preset):
+    options = {"augment": AugmentConfig(preset=preset), "batch_size": 8}
+    one, several = (module("npz", npz(), workers=workers, **options) for workers in (0, 2))
+    loader = several.train_dataloader()  # its workers live through all epochs
+    for epoch in (0, 1):
+        several.train_sampler.set_epoch(epoch)
+        assert_equal(training_batches(one, epoch), list(loader))
+    several.train_sampler.set_epoch(5)
+    several.train_sampler.start_batch = 3
+    assert_equal(training_batches(one, 5)[3:], list(loader))
+    assert_equal(list(one.test_dataloader()), list(several.test_dataloader()))
+
+
+def test_workers_start_although_opencv_had_threads_in_this_process(npz):
+    before = cv2.getNumThreads()
+    try:
+        cv2.setNumThreads(4)
+        cv2.GaussianBlur(np.zeros((2000, 2000, 3), np.uint8), (15, 15), 0)  # large enough to start its threads
+        data = module("npz", npz(), workers=1, batch_size=8)
+        loader = data.train_dataloader()
+        loader.timeout = 30  # seconds: a worker that waits for ever is an error here
+        assert len(list(loader)) == len(loader)
+    finally:
+        cv2.setNumThreads(before)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_iterator_made_before_the_epoch_is_set_gives_that_epoch(npz, workers):
+    """As Lightning does in the first epoch after a resume; iterators made and never used do not eat the start."""
+    data = module("npz", npz(), workers=workers, batch_size=16)
+    expected = training_batches(data, epoch=4)
+    loader = data.train_dataloader()
+    data.train_sampler.start_batch = 1
+    iter(loader)
+    iterator = iter(loader)
+    data.train_sampler.set_epoch(4)
+    assert_equal(list(iterator), expected[1:])
+
+
+def test_epochs_and_seeds_differ(npz):
+    path = npz()
+    first = torch.cat([batch.images for batch in training_batches(module("npz", path))])
+    for seed, epoch in ((0, 1), (1, 0)):
+        other = torch.cat([batch.images for batch in training_batches(module("npz", path, seed=seed), epoch)])
+        assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_global_random_state_is_neither_used_nor_changed(npz, workers):
+    path, results = npz(), []
+    for seed in (1, 2):
+        random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
+        before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+        data = module("npz", path, workers=workers, augment=AugmentConfig(preset="strong"))
+        results.append(training_batches(data) + list(data.val_dataloader()))
+        assert random.getstate() == before[0]
+        assert np.random.get_state()[1].tolist() == before[1]
+        assert torch.equal(torch.get_rng_state(), before[2])
+    assert_equal(*results)
+
+
+def test_evaluation_keeps_order_and_uses_the_public_transform(image_tree):
+    data = module("folder", image_tree(count=4), image_size=6, batch_size=5)
+    transform = eval_transform(6, data.mean, data.std)
+    paths = sorted((data.config.root + "/val/" + name, name) for name in data.class_names)
+    expected = [
+        (transform(load_image(f"{folder}/{number}.png")), data.class_names.index(name))
+        for folder, name in paths
+        for number in range(4)
+    ]
+    batches = list(data.test_dataloader())
+    assert torch.equal(torch.cat([batch.images for batch in batches]), torch.stack([image for image, _ in expected]))
+    assert torch.cat([batch.labels for batch in batches]).tolist() == [label for _, label in expected]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_damaged_training_image_is_replaced_by_the_next_and_named(image_tree, workers):
+    root = image_tree(("train", "val", "test"))
+    damaged = root / "train" / "ant" / "2.png"
+    damaged.write_bytes(b"damaged")
+    data = module("folder", root, workers=workers, image_size=8, batch_size=18, augment=AugmentConfig(preset="none"))
+    (batch,) = training_batches(data)
+    assert batch.damaged == [str(damaged)]
+    gray = (batch.images[:, 0] * data.std[0] + data.mean[0]).mul(255).round()[:, 0, 0]
+    levels = sorted(gray.int().tolist())  # image k of the training set has gray level k + 1
+    assert levels == sorted([1, 2, 4, 4, *range(5, 19)])
+
+
+def test_the_replacement_brings_its_own_label_and_wraps_around(image_tree):
+    root = image_tree(("train", "val", "test"), count=2)
+    for path in ("ant/1.png", "cow/0.png", "cow/1.png"):
+        (root / "train" / path).write_bytes(b"damaged")
+    data = module("folder", root, image_size=8, batch_size=6)
+    (batch,) = training_batches(data)
+    # ant/1 -> bee/0; cow/0 -> cow/1 -> ant/0; cow/1 -> ant/0
+    assert sorted(batch.labels.tolist()) == [0, 0, 0, 1, 1, 1]
+    assert len(set(batch.damaged)) == 3
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_damaged_image_stops_evaluation_with_one_line(image_tree, workers):
+    root = image_tree()
+    damaged = root / "val" / "bee" / "3.png"
+    damaged.write_bytes(b"damaged")
+    data = module("folder", root, workers=workers, image_size=8, batch_size=2)
+    with pytest.raises(UserError) as caught:
+        list(data.test_dataloader())
+    assert str(caught.value) == (
+        f"{damaged}: cannot be read as an image (no known image format); replace or remove the file"
+    )
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_training_without_one_readable_image_is_an_error(image_tree, workers):
+    root = image_tree()
+    for file in (root / "train").rglob("*.png"):
+        file.write_bytes(b"damaged")
+    data = module("folder", root, workers=workers, image_size=8)
+    with pytest.raises(UserError, match="neither this nor any other training image can be read") as caught:
+        training_batches(data)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_seed_out_of_range_is_refused():
+    with pytest.raises(UserError, match="seed=-1: must be from 0"):
+        ImageDataModule(DataConfig(), seed=-1)
+
+
+class Recorder(LightningModule):
+    """Keeps the first image of each step."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.seen = []
+
+    def training_step(self, batch, _):
+        self.seen.append((self.current_epoch, batch.images.sum().item()))
+        return self.weight * 0
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_lightning_sets_the_epoch_of_the_sampler(npz, tmp_path, workers):
+    recorder = Recorder()
+    trainer = Trainer(
+        max_epochs=3, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    data = ImageDataModule(DataConfig(name="npz", root=str(npz()), batch_size=16, workers=workers), 0)
+    trainer.fit(recorder, datamodule=data)
+    alone = module("npz", data.config.root, batch_size=16)
+    expected = [(epoch, batch.images.sum().item()) for epoch in range(3) for batch in training_batches(alone, epoch)]
+    assert recorder.seen == expected

@@ -1,0 +1,54 @@
+"""The order of training."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vmoe.data import EpochBatchSampler
+
+sizes = {"length": st.integers(1, 200), "batch_size": st.integers(1, 64), "seed": st.integers(0, 2**32 - 1)}
+
+
+@given(**sizes, epoch=st.integers(0, 1000))
+def test_an_epoch_is_a_permutation_in_full_batches(length, batch_size, seed, epoch):
+    sampler = EpochBatchSampler(length, batch_size, seed)
+    sampler.set_epoch(epoch)
+    batches = list(sampler)
+    size = min(batch_size, length)
+    assert len(batches) == len(sampler) == length // size
+    assert all(len(batch) == size for batch in batches)
+    indices = [index for batch in batches for _, index in batch]
+    assert len(set(indices)) == len(indices) and set(indices) <= set(range(length))
+    assert {seen for batch in batches for seen, _ in batch} == {epoch}
+
+
+@given(**sizes, epoch=st.integers(0, 1000), start=st.integers(0, 200))
+def test_a_resume_gives_the_tail_once(length, batch_size, seed, epoch, start):
+    sampler = EpochBatchSampler(length, batch_size, seed)
+    sampler.set_epoch(epoch)
+    whole = list(sampler)
+    resumed = EpochBatchSampler(length, batch_size, seed)
+    resumed.start_batch = start
+    resumed.set_epoch(epoch)
+    assert len(resumed) == len(sampler)
+    assert list(resumed) == whole[start:]
+    assert list(resumed) == whole
+
+
+def test_epochs_and_seeds_differ():
+    orders = []
+    for seed, epoch in ((0, 0), (0, 1), (1, 0)):
+        sampler = EpochBatchSampler(100, 10, seed)
+        sampler.set_epoch(epoch)
+        orders.append([index for batch in sampler for _, index in batch])
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+
+
+def test_epoch_and_start_are_read_with_the_first_batch():
+    """Lightning makes the iterator, then sets the epoch, then takes the first batch."""
+    sampler = EpochBatchSampler(100, 10, 0)
+    iterator = iter(sampler)
+    sampler.set_epoch(3)
+    sampler.start_batch = 2
+    expected = EpochBatchSampler(100, 10, 0)
+    expected.set_epoch(3)
+    assert list(iterator) == list(expected)[2:]

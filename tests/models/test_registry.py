@@ -1,0 +1,144 @@
+"""Named V-MoEs are timm models like any other."""
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import vmoe
+from vmoe import MoeConfig
+
+NAMES = timm.list_models("vmoe_*")
+CIFAR = "vmoe_tiny_patch4_32"
+SMALL = {"embed_dim": 24, "num_heads": 2, "depth": 4}
+
+
+def small(**arguments) -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model(CIFAR, **{**SMALL, "num_classes": 5, **arguments})
+
+
+def moe_of(model: nn.Module) -> list[tuple[str, int]]:
+    return [(name, layer.num_experts) for name, layer in vmoe.moe_layers(model)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_name_makes_its_model(name):
+    model = timm.create_model(name, device="meta", num_classes=7)
+    side = model.default_cfg["input_size"][-1]
+    assert model(torch.empty(2, 3, side, side, device="meta")).shape == (2, 7)
+    blocks = [int(layer.split(".")[1]) for layer, _ in moe_of(model)]
+    depth = len(model.blocks)
+    if "_e" in name:
+        assert blocks == list(range(1, depth, 2))[-2 if "last2" in name else 0 :]
+        assert {experts for _, experts in moe_of(model)} == {int(name.rpartition("_e")[2])}
+        assert model.patch_embed.patch_size[0] == int(name.split("patch")[1].split("_")[0])
+
+
+def test_the_papers_sizes():
+    names = ["small_patch32", "base_patch16", "large_patch16", "huge_patch14"]
+    models = [timm.create_model(f"vmoe_{name}_every2_e32", device="meta") for name in names]
+    sizes = [(len(m.blocks), m.embed_dim, m.blocks[0].attn.num_heads, m.blocks[0].mlp.fc1.out_features) for m in models]
+    assert sizes == [(8, 512, 8, 2048), (12, 768, 12, 3072), (24, 1024, 16, 4096), (32, 1280, 16, 5120)]
+    assert isinstance(models[0].norm, nn.LayerNorm) and models[0].norm.eps == 1e-6
+    x = torch.linspace(-3, 3, 50)
+    torch.testing.assert_close(models[0].blocks[0].mlp.act(x), nn.functional.gelu(x, approximate="tanh"))
+
+
+def test_the_name_keeps_or_changes_its_moe_layers():
+    assert moe_of(vmoe.create_model(CIFAR, **SMALL)) == [("blocks.1.mlp", 8), ("blocks.3.mlp", 8)]
+    other = MoeConfig(layers=[2], num_experts=3)
+    assert moe_of(vmoe.create_model(CIFAR, other, **SMALL)) == [("blocks.2.mlp", 3)]
+    assert moe_of(vmoe.create_model("vmoe_vit", **SMALL)) == []
+
+
+def test_the_dense_twin_shares_the_weights_outside_the_experts():
+    torch.manual_seed(0)
+    dense = vmoe.create_model(CIFAR, moe=False, num_classes=5, **SMALL)
+    assert moe_of(dense) == []
+    sparse = small().state_dict()
+    shared = [name for name in dense.state_dict() if ".mlp." not in name]
+    assert all(torch.equal(sparse[name], dense.state_dict()[name]) for name in shared)
+    images = torch.randn(2, 3, 32, 32)
+    torch.manual_seed(0)
+    empty = vmoe.create_model(CIFAR, MoeConfig(layers=[]), num_classes=5, **SMALL)
+    torch.testing.assert_close(empty.eval()(images), dense.eval()(images))
+
+
+def test_features():
+    model, images = small().eval(), torch.randn(2, 3, 32, 32)
+    final, maps = model.forward_intermediates(images, indices=[1, 3])
+    assert [tuple(one.shape) for one in maps] == [(2, 24, 8, 8)] * 2
+    torch.testing.assert_close(final, model.forward_features(images))
+    torch.testing.assert_close(model.forward_head(final), model(images))
+
+
+def test_feature_extraction():
+    model = small(features_only=True, out_indices=[0, 2]).eval()
+    assert [tuple(one.shape) for one in model(torch.randn(2, 3, 32, 32))] == [(2, 24, 8, 8)] * 2
+    assert model.feature_info.channels() == [24, 24]
+    assert moe_of(model) == [("model.blocks.1.mlp", 8)]  # the blocks behind the last one asked for are cut off
+
+
+def test_reset_classifier():
+    model, images = small().eval(), torch.randn(2, 3, 32, 32)
+    model.reset_classifier(3)
+    assert model(images).shape == (2, 3) and model.num_classes == 3
+    model.reset_classifier(0, "avg")
+    assert model(images).shape == (2, 24)
+    assert model.get_classifier() is model.head
+
+
+def test_grad_checkpointing_changes_no_gradient():
+    images, gradients = torch.randn(2, 3, 32, 32), []
+    for checkpointing in (False, True):
+        model = small(moe=MoeConfig(noise_std=0.0, num_experts=4, inject_auxiliary_loss=True)).train()
+        model.set_grad_checkpointing(checkpointing)
+        model(images).square().sum().backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+
+
+def test_parameter_groups():
+    from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+
+    model = small()
+    layers = param_groups_layer_decay(model, 0.05, layer_decay=0.5)
+    assert len({group["lr_scale"] for group in layers}) == 4 + 2
+    undecayed = {id(p) for p in param_groups_weight_decay(model, 0.05, model.no_weight_decay())[0]["params"]}
+    assert id(model.blocks[1].mlp.experts.fc1.bias) in undecayed
+    assert id(model.blocks[1].mlp.experts.fc1.weight) not in undecayed
+
+
+def test_timm_loads_and_saves_its_checkpoints(tmp_path):
+    model, images = small().eval(), torch.randn(2, 3, 32, 32)
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "x.pth")
+    torch.manual_seed(1)
+    other = timm.create_model(CIFAR, **SMALL, num_classes=5)
+    timm.models.load_checkpoint(other, str(tmp_path / "x.pth"))
+    torch.testing.assert_close(other.eval()(images), model(images), rtol=0, atol=0)
+    third = timm.create_model(CIFAR, **SMALL, num_classes=5, checkpoint_path=str(tmp_path / "x.pth"))
+    torch.testing.assert_close(third.eval()(images), model(images), rtol=0, atol=0)
+
+
+def test_another_input_size_and_channels():
+    model = small(img_size=16, in_chans=1).eval()
+    assert model(torch.randn(2, 1, 16, 16)).shape == (2, 5)
+
+
+def test_default_config():
+    config = timm.data.resolve_model_data_config(small())
+    assert config["input_size"] == (3, 32, 32) and config["mean"] == (0.5, 0.5, 0.5)
+    assert timm.create_model("vmoe_small_patch32_last2_e8", device="meta").num_classes == 1000
+
+
+def test_pre_logits_stand_before_the_head():
+    model = timm.create_model("vmoe_vit", **SMALL, img_size=32, patch_size=8, pre_logits=7, num_classes=5).eval()
+    features = model.forward_head(model.forward_features(torch.randn(2, 3, 32, 32)), pre_logits=True)
+    assert features.shape == (2, 7) and features.abs().max() < 1
+    assert model.head_hidden_size == 7 and model.head(features).shape == (2, 5)
+
+
+def test_no_pretrained_weights_are_claimed():
+    assert timm.list_models("vmoe_*", pretrained=True) == []

@@ -1,0 +1,192 @@
+"""A run that is stopped and resumed is, bit for bit on the CPU, the run that never stopped."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from vmoe.checkpoints import ENTRY, RunFolder
+from vmoe.cli.train import main
+from vmoe.training.module import Classifier
+
+# Everything random is on: router noise, dropout, drop path, augmentation, order. 3 epochs of 5 batches, 3 updates each.
+RECIPE = """
+data: {name: digits, batch_size: 40, subset: {per_class: 20}, augment: {preset: strong}}
+model:
+  name: vit_tiny_patch16_224
+  kwargs: {patch_size: 4, embed_dim: 32, depth: 2, num_heads: 2, drop_path_rate: 0.2, proj_drop_rate: 0.1}
+moe: {num_experts: 4, expert_dropout: 0.1}
+optim: {warmup_epochs: 1}
+trainer: {epochs: 3, accumulate: 2, device: cpu, log_every: 1}
+"""
+BATCHES = 5
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+@pytest.fixture(scope="module")
+def unbroken(recipe, tmp_path_factory) -> RunFolder:
+    folder = tmp_path_factory.mktemp("unbroken")
+    assert main(["--config", str(recipe), "--output_dir", str(folder)]) == 0
+    return RunFolder(folder)
+
+
+def _rows(folder: RunFolder) -> list[dict[str, str]]:
+    """metrics.csv without the one column that tells of time."""
+    with open(folder.metrics, newline="") as file:
+        return [
+            {key: value for key, value in row.items() if key != "train/images_per_second"}
+            for row in csv.DictReader(file)
+        ]
+
+
+def _assert_same(resumed: RunFolder, unbroken: RunFolder) -> None:
+    assert _rows(resumed) == _rows(unbroken)
+    for name in ("last", "best"):
+        ours, theirs = (torch.load(getattr(f, name), weights_only=True) for f in (resumed, unbroken))
+        assert ours["global_step"] == theirs["global_step"]
+        assert ours["state_dict"].keys() == theirs["state_dict"].keys()
+        for key, value in theirs["state_dict"].items():
+            assert torch.equal(ours["state_dict"][key], value), (name, key)
+
+
+def _stop_at(monkeypatch, batch: int) -> None:
+    """SIGTERM arrives in the middle of this batch's step, counted from the start of this process."""
+    step = Classifier.training_step
+    seen = []
+
+    def step_and_signal(self, *args):
+        seen.append(None)
+        if len(seen) == batch:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, *args)
+
+    monkeypatch.setattr(Classifier, "training_step", step_and_signal)
+
+
+@pytest.mark.parametrize("batch", [1, 4, 5, 7, 10, 14, 15], ids=lambda batch: f"batch{batch}")
+def test_stopped_and_resumed_equals_never_stopped(recipe, unbroken, tmp_path, monkeypatch, capsys, batch):
+    arguments = ["--config", str(recipe), "--output_dir", str(tmp_path)]
+    with monkeypatch.context() as patch:
+        _stop_at(patch, batch)
+        is_over = batch == 3 * BATCHES  # nothing is left to stop
+        assert main(arguments) == (0 if is_over else 128 + signal.SIGTERM)
+    if not is_over:
+        assert "--resume" in capsys.readouterr().err
+        torch.manual_seed(123)  # whatever the new process did before must not matter
+        assert main(["--config", str(tmp_path / "config.yaml"), "--resume"]) == 0
+    _assert_same(RunFolder(tmp_path), unbroken)
+
+
+def test_stopped_twice(recipe, unbroken, tmp_path, monkeypatch):
+    arguments = ["--config", str(recipe), "--output_dir", str(tmp_path), "--resume"]
+    for batch in (2, 2, 4):
+        with monkeypatch.context() as patch:
+            _stop_at(patch, batch)
+            assert main(arguments) == 128 + signal.SIGTERM
+    assert main(arguments) == 0
+    _assert_same(RunFolder(tmp_path), unbroken)
+
+
+@pytest.mark.parametrize(
+    "signum", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)], ids=lambda signum: signum.name
+)
+def test_process_stopped_from_outside(recipe, unbroken, tmp_path, signum):
+    code = "from vmoe.cli.train import main; raise SystemExit(main())"
+    arguments = ["--config", str(recipe), "--output_dir", str(tmp_path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, "-c", code, *arguments], env=environment, stderr=subprocess.PIPE)
+    folder = RunFolder(tmp_path)
+    for _ in range(1200):  # the first epoch's row tells that training is under way
+        if folder.metrics.exists() or process.poll() is not None:
+            break
+        time.sleep(0.05)
+    process.send_signal(signum)
+    process.communicate(timeout=60)
+    assert process.returncode in ({0, 143} if signum == signal.SIGTERM else {0, -signal.SIGKILL})
+    assert main([*arguments, "--resume"]) == 0
+    _assert_same(folder, unbroken)
+
+
+def test_resuming_a_finished_run_says_so(recipe, unbroken, capsys):
+    before = unbroken.last.read_bytes()
+    assert main(["--config", str(recipe), "--output_dir", str(unbroken.path), "--resume"]) == 0
+    assert "finished" in capsys.readouterr().out
+    assert unbroken.last.read_bytes() == before
+
+
+def test_a_finished_run_without_its_summary_is_tested_again(recipe, unbroken):
+    before = unbroken.summary.read_text()
+    unbroken.summary.unlink()
+    assert main(["--config", str(recipe), "--output_dir", str(unbroken.path), "--resume"]) == 0
+    after = unbroken.summary.read_text()
+    assert after.splitlines()[:9] == before.splitlines()[:9]  # the metrics
+
+
+def test_an_existing_run_is_not_overwritten(recipe, unbroken, capsys):
+    before = unbroken.last.read_bytes()
+    assert main(["--config", str(recipe), "--output_dir", str(unbroken.path)]) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert unbroken.last.read_bytes() == before
+
+
+def test_a_config_that_changes_the_result_is_refused_on_resume(recipe, unbroken, capsys):
+    arguments = ["--config", str(recipe), "--output_dir", str(unbroken.path), "--resume"]
+    assert main([*arguments, "--optim.lr", "0.5", "--trainer.epochs", "9"]) == 2
+    error = capsys.readouterr().err
+    assert "optim.lr (was 0.001, now 0.5)" in error
+    assert "trainer.epochs (was 3, now 9)" in error
+    assert main([*arguments, "--data.workers", "1", "--trainer.log_every", "7"]) == 0
+
+
+def test_resume_without_a_run_starts_one_and_says_so(recipe, tmp_path, capsys):
+    assert main(["--config", str(recipe), "--output_dir", str(tmp_path), "--resume", "--trainer.epochs", "1"]) == 0
+    assert RunFolder(tmp_path).summary.exists()
+    assert "no checkpoint to resume" in capsys.readouterr().out
+
+
+def test_a_finished_run_without_its_last_checkpoint_is_not_overwritten(recipe, unbroken, tmp_path, capsys):
+    folder = RunFolder(Path(shutil.copytree(unbroken.path, tmp_path / "run")))
+    folder.last.unlink()
+    before = folder.best.read_bytes()
+    assert main(["--config", str(recipe), "--output_dir", str(folder.path), "--resume"]) == 2
+    assert "has lost its last.ckpt" in capsys.readouterr().err
+    assert folder.best.read_bytes() == before
+
+
+def test_a_damaged_summary_is_made_anew(recipe, unbroken, tmp_path):
+    folder = RunFolder(Path(shutil.copytree(unbroken.path, tmp_path / "run")))
+    folder.summary.write_text("{")
+    assert main(["--config", str(recipe), "--output_dir", str(folder.path), "--resume"]) == 0
+    assert json.loads(folder.summary.read_text())["epochs"] == 3
+
+
+def test_other_classes_are_refused_on_resume(recipe, unbroken, tmp_path, capsys):
+    folder = RunFolder(Path(shutil.copytree(unbroken.path, tmp_path / "run")))
+    folder.summary.unlink()
+    content = torch.load(folder.last, weights_only=True)
+    content[ENTRY]["class_names"][3] = "three"
+    torch.save(content, folder.last)
+    assert main(["--config", str(recipe), "--output_dir", str(folder.path), "--resume"]) == 2
+    assert "holds other classes than the run" in capsys.readouterr().err

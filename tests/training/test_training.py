@@ -1,0 +1,260 @@
+"""The trainer: what it optimises, what it writes down, and what it stops at."""
+
+import csv
+import json
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+from torch.nn import functional as F
+
+import vmoe
+from vmoe.checkpoints import ENTRY, RunFolder, load_checkpoint
+from vmoe.cli.train import main
+from vmoe.data import DataConfig, ImageDataModule
+from vmoe.data.config import AugmentConfig, SubsetConfig
+from vmoe.training.journal import COLUMNS, MetricsTable
+from vmoe.training.module import Classifier
+from vmoe.training.saving import Saving
+
+TINY = """
+data: {name: digits, batch_size: 40, subset: {per_class: 20}, augment: {preset: none}}
+model: {name: vit_tiny_patch16_224, kwargs: {patch_size: 4, embed_dim: 32, depth: 2, num_heads: 2}}
+moe: {num_experts: 4}
+optim: {warmup_epochs: 0}
+trainer: {epochs: 1, device: cpu}
+"""
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A function that trains the tiny recipe with options, and gives the exit code and the run's folder."""
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(TINY)
+
+    def train(*options: str, name: str = "run") -> tuple[int, RunFolder]:
+        folder = RunFolder(tmp_path / name)
+        return main(["--config", str(recipe), "--output_dir", str(folder.path), *options]), folder
+
+    return train
+
+
+def _weights(folder: RunFolder) -> dict[str, torch.Tensor]:
+    return torch.load(folder.last, weights_only=True)["state_dict"]
+
+
+def test_a_run_s_folder_holds_what_is_promised(run):
+    code, folder = run("--trainer.epochs", "2")
+    assert code == 0
+    with open(folder.metrics, newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["epoch"], row["step"]) for row in rows] == [("1", "5"), ("2", "10")]
+    assert list(rows[0])[: len(COLUMNS)] == list(COLUMNS)
+    layer = "moe/blocks.1.mlp"
+    assert list(rows[0])[len(COLUMNS) :] == [
+        *(f"{layer}/load/{e}" for e in range(4)),
+        f"{layer}/max_load",
+        f"{layer}/dropped",
+        f"{layer}/entropy",
+    ]
+    loads = [float(rows[0][f"{layer}/load/{e}"]) for e in range(4)]
+    assert sum(loads) == pytest.approx(4)  # relative: 1 is fair
+    assert float(rows[0][f"{layer}/max_load"]) == max(loads)
+    summary = json.loads(folder.summary.read_text())
+    assert 0 <= summary["metrics"]["test/top1"] <= summary["metrics"]["test/top5"] <= 1
+    assert summary["parameters"]["total"] > summary["parameters"]["active"] > 0
+    assert summary["flops_per_image"] > summary["dense_twin"]["flops_per_image"] > 0  # K=2 full-width experts cost more
+    assert summary["epochs"] == 2 and summary["seed"] == 0 and "--trainer.epochs 2" in summary["command"]
+    assert list(folder.path.glob("events.*"))
+    assert not list(folder.path.rglob(".*"))  # no temporary file stays
+
+
+def test_the_checkpoint_gives_the_model_back(run):
+    _, folder = run()
+    checkpoint = load_checkpoint(folder.path)
+    assert checkpoint.path == folder.best
+    assert (checkpoint.epoch, checkpoint.step, checkpoint.image_size) == (1, 5, 16)
+    assert checkpoint.class_names == [str(digit) for digit in range(10)]
+    assert not checkpoint.model.training
+    saved = _weights(folder)
+    assert all(torch.equal(saved[f"model.{key}"], value) for key, value in checkpoint.model.state_dict().items())
+    data = ImageDataModule(DataConfig(batch_size=500, subset=SubsetConfig(per_class=20)), seed=0)
+    data.setup("test")
+    with torch.inference_mode():
+        hits = [(checkpoint.model(batch.images).argmax(1) == batch.labels).float() for batch in data.test_dataloader()]
+    top1 = json.loads(folder.summary.read_text())["metrics"]["test/top1"]
+    assert torch.cat(hits).mean().item() == pytest.approx(top1)
+
+
+def test_accumulation_equals_a_bigger_batch(run):
+    dense = ("--moe", "null", "--data.subset.per_class", "24", "--trainer.epochs", "2")
+    _, whole = run(*dense, "--data.batch_size", "40", name="whole")
+    _, halves = run(*dense, "--data.batch_size", "20", "--trainer.accumulate", "2", name="halves")
+    for key, value in _weights(whole).items():
+        torch.testing.assert_close(_weights(halves)[key], value, rtol=1e-4, atol=1e-5)
+
+
+def test_learning_rate_warms_up_and_follows_a_cosine(run):
+    options = ("--optim.warmup_epochs", "1", "--trainer.epochs", "3", "--optim.lr", "0.01", "--optim.min_lr", "0.001")
+    _, folder = run(*options)
+    table = MetricsTable(folder.metrics, [], step=100)
+    first, second, third = (float(row["lr"]) for row in table.rows)
+    assert first == pytest.approx(0.01)  # the last of five warm-up updates
+    assert 0.001 < second < 0.01
+    assert third == pytest.approx(0.001)
+
+
+def test_a_warm_up_longer_than_the_run_is_told(run, capsys):
+    run("--optim.warmup_epochs", "2")
+    assert "optim.warmup_epochs=2.0 is longer than trainer.epochs=1" in capsys.readouterr().out
+
+
+def test_early_stopping(run, monkeypatch):
+    monkeypatch.setattr(Classifier, "evaluation_metrics", lambda self, split: dict.fromkeys(_names(split), 0.5))
+    code, folder = run("--trainer.epochs", "9", "--trainer.early_stopping", "2")
+    assert code == 0
+    summary = json.loads(folder.summary.read_text())
+    assert (summary["epochs"], summary["best_epoch"]) == (3, 1)
+
+
+def _names(split: str) -> list[str]:
+    return [f"{split}/loss", f"{split}/top1", f"{split}/top5"]
+
+
+@pytest.mark.parametrize("place", ["loss", "gradient", "input"])
+def test_nan_stops_before_the_update_and_keeps_the_last_checkpoint(run, monkeypatch, capsys, place):
+    step = Classifier.training_step
+
+    def poisoned(self, batch, batch_idx):
+        if self.global_step == 7:
+            if place == "input":
+                batch = batch._replace(images=batch.images * float("nan"))
+            if place == "gradient":
+                self.model.head.bias.register_hook(lambda gradient: gradient * float("inf"))
+            loss = step(self, batch, batch_idx)
+            return loss * float("nan") if place == "loss" else loss
+        return step(self, batch, batch_idx)
+
+    def watch(self, trainer, module, exception):
+        seen.append({key: value.clone() for key, value in module.state_dict().items()})
+
+    seen = []
+    monkeypatch.setattr(Classifier, "training_step", poisoned)
+    monkeypatch.setattr(Saving, "on_exception", watch)
+    code, folder = run("--trainer.epochs", "2")
+    assert code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "step 8:" in error
+    assert ("images" in error) == (place == "input")
+    assert all(value.isfinite().all() for value in seen[0].values())
+    saved = torch.load(folder.last, weights_only=True)
+    assert (saved["global_step"], saved[ENTRY]["epochs_done"]) == (5, 1)
+
+
+def test_dead_and_dominant_experts_are_told(run, monkeypatch, capsys):
+    create_model = vmoe.create_model
+
+    def without_preference(*args, **kwargs):
+        """Equal gates, of which the first expert is chosen."""
+        model = create_model(*args, **kwargs)
+        for _, layer in vmoe.moe_layers(model):
+            torch.nn.init.zeros_(layer.router.gate.weight)
+        return model
+
+    monkeypatch.setattr(vmoe, "create_model", without_preference)
+    _, folder = run(
+        "--moe.noise_std",
+        "0",
+        "--moe.top_k",
+        "1",
+        "--moe.num_experts",
+        "8",
+        "--optim.lr",
+        "1e-12",
+        "--optim.min_lr",
+        "0",
+    )
+    out = " ".join(capsys.readouterr().out.split())
+    assert "blocks.1.mlp: expert 0 has taken over" in out
+    assert "blocks.1.mlp: experts 1, 2, 3, 4, 5, 6, 7 got under 1%" in out
+    assert folder.summary.exists()
+
+
+def test_compiled_once_for_each_batch_size_and_under_the_same_names(run, monkeypatch):
+    compile_module, counter = torch.nn.Module.compile, CompileCounter()
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, **kwargs: compile_module(self, backend=counter, **kwargs)
+    )
+    code, folder = run("--trainer.compile", "true", "--trainer.epochs", "3")
+    assert code == 0
+    assert counter.frame_count == 4  # training, whole evaluation batches, the last ones of validation and of test
+    assert not any("_orig_mod" in key for key in _weights(folder))
+
+
+def test_damaged_images_are_counted_and_named(run, monkeypatch, capsys):
+    step = Classifier.training_step
+    monkeypatch.setattr(
+        Classifier, "training_step", lambda self, batch, i: step(self, batch._replace(damaged=["a/b.png", "c.png"]), i)
+    )
+    run()
+    assert "2 damaged images were replaced: a/b.png, c.png" in capsys.readouterr().out
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(run, monkeypatch, capsys):
+    save = torch.save
+    calls = []
+
+    def full(content, file):
+        calls.append(None)
+        if len(calls) > 1:
+            file.write(b"half")
+            raise RuntimeError("PytorchStreamWriter failed writing file")
+        save(content, file)
+
+    monkeypatch.setattr(torch, "save", full)
+    code, folder = run("--trainer.epochs", "2")
+    assert code == 2
+    assert "cannot be written" in capsys.readouterr().err
+    assert torch.load(folder.last, weights_only=True)["global_step"] == 5
+    assert not list(folder.path.rglob(".*"))
+
+
+def test_metrics_table_is_cut_to_the_resumed_step(tmp_path):
+    table = MetricsTable(tmp_path / "metrics.csv", ["epoch", "step"], step=0)
+    for epoch in (1, 2, 3):
+        table.append({"epoch": epoch, "step": 10 * epoch})
+    resumed = MetricsTable(tmp_path / "metrics.csv", ["epoch", "step"], step=25)
+    resumed.append({"epoch": 3, "step": 30})
+    assert (tmp_path / "metrics.csv").read_text() == "epoch,step\n1,10\n2,20\n3,30\n"
+
+
+def test_our_trainer_and_a_bare_loop_both_train_a_v_moe(run):
+    """The bare loop knows nothing of MoE: the layers inject the gradients of their losses."""
+    code, folder = run("--trainer.epochs", "12", "--data.subset.per_class", "40", "--optim.lr", "2e-3")
+    assert code == 0
+    rows = MetricsTable(folder.metrics, [], step=10**6).rows
+    assert float(rows[-1]["train/loss"]) < 0.8 * float(rows[0]["train/loss"])
+    assert float(rows[-1]["moe/blocks.1.mlp/max_load"]) < 1.5
+
+    data = ImageDataModule(
+        DataConfig(batch_size=40, subset=SubsetConfig(per_class=40), augment=AugmentConfig(preset="none")), seed=0
+    )
+    data.setup("fit")
+    torch.manual_seed(0)
+    moe = vmoe.MoeConfig(num_experts=4, inject_auxiliary_loss=True)
+    model = vmoe.create_model(
+        "vit_tiny_patch16_224", moe, num_classes=10, img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=2
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
+    loader, losses, loads = data.train_dataloader(), [], []
+    for epoch in range(12):
+        data.train_sampler.set_epoch(epoch)
+        for images, labels, _ in loader:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(images), labels)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+            loads.append(vmoe.moe_layers(model)[0][1].statistics.load)
+    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+    assert 4 * torch.stack(loads[-10:]).mean(0).max() < 1.5

@@ -1,0 +1,5 @@
+"""Draw where each patch of an image goes: `python tools/heatmap.py CKPT IMAGE... --out DIR`; --help tells more."""
+
+from vmoe.cli.heatmap import main
+
+raise SystemExit(main())

@@ -1,0 +1,191 @@
+"""How good a classifier is on a set of images: accuracy, calibration, confusion, speed, and what its experts dropped.
+
+Axis letters: B images, C classes, E experts.
+"""
+
+import math
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassConfusionMatrix
+
+import vmoe
+from vmoe.errors import UserError
+from vmoe.moe import set_eval_capacity_factor
+
+CALIBRATION_BINS = 15
+
+
+@dataclass(frozen=True)
+class LayerUse:
+    """What an MoE layer did with the choices of all images."""
+
+    dropped: float  # share of the choices that found their expert full
+    load: list[float]  # (E,) share of the choices routed to each expert, before drops, relative to the fair 1/E
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The figures of one pass over a set. Shares and accuracies are fractions."""
+
+    images: int
+    capacity_factor: float | None  # of the MoE layers at evaluation; None: nothing dropped, or no MoE layer
+    top1: float
+    top5: float  # top-C where there are fewer than 5 classes
+    nll: float  # mean negative log-likelihood, nats
+    ece: float  # expected calibration error, 15 bins
+    class_accuracy: list[float | None]  # (C,) top-1 of each class; None for a class without images
+    confusion: list[list[int]]  # (C, C) images by true class (row) and predicted class (column)
+    images_per_second: float | None  # without the first batch, loading included; None when there was one batch only
+    dropped: float | None  # share of the choices of all MoE layers; None for a dense model
+    layers: dict[str, LayerUse]
+
+    def as_dict(self) -> dict:
+        """The same as plain types, for JSON."""
+        return asdict(self)
+
+
+class RunningMetrics:
+    """Classification figures, accumulated on the device batch by batch: O(C^2) memory whatever the set's size.
+
+    The expected calibration error is Guo et al. 2017's (https://arxiv.org/abs/1706.04599, equation 5): bins of equal
+    width over the largest probability, (m - 1) / M < p <= m / M.
+    """
+
+    def __init__(self, num_classes: int, device: torch.device | str = "cpu") -> None:
+        self.num_classes = num_classes
+        self.confusion = MulticlassConfusionMatrix(num_classes, validate_args=False).to(device)
+        self.hits_in_five = torch.zeros((), dtype=torch.int64, device=device)
+        self.nll = torch.zeros((), dtype=torch.float64, device=device)
+        self.bins = torch.zeros(2, CALIBRATION_BINS, dtype=torch.float64, device=device)  # confidence, correct
+
+    def update(self, logits: Tensor, labels: Tensor) -> None:
+        """Takes in one batch: logits (B, C), labels (B,) int64."""
+        log_probabilities = logits.float().log_softmax(-1)
+        confidence, predicted = log_probabilities.exp().max(-1)
+        self.confusion.update(predicted, labels)
+        five = logits.topk(min(5, self.num_classes)).indices
+        self.hits_in_five += (five == labels[:, None]).any(-1).sum()
+        self.nll -= log_probabilities.gather(1, labels[:, None]).sum(dtype=torch.float64)
+        # Clamped above for a confidence that is not a number; compute() then refuses the whole set.
+        bin_index = (confidence * CALIBRATION_BINS).ceil().nan_to_num().long().sub(1).clamp(0, CALIBRATION_BINS - 1)
+        self.bins[0].index_add_(0, bin_index, confidence.double())
+        self.bins[1].index_add_(0, bin_index, (predicted == labels).double())
+
+    def compute(self) -> dict:
+        """The figures so far, under the names of `Evaluation`'s fields.
+
+        Raises:
+            UserError: no image was seen, or a logit was not finite.
+        """
+        confusion = self.confusion.compute().cpu()
+        images = int(confusion.sum())
+        if images == 0:
+            raise UserError("data: this split holds no images; choose another split or another data set")
+        if not torch.isfinite(self.nll):
+            raise UserError("checkpoint: the model gives logits that are not finite; its training probably diverged")
+        of_class, correct = confusion.sum(1), confusion.diag()
+        return {
+            "images": images,
+            "top1": int(correct.sum()) / images,
+            "top5": int(self.hits_in_five) / images,
+            "nll": float(self.nll) / images,
+            "ece": float((self.bins[0] - self.bins[1]).abs().sum()) / images,
+            "class_accuracy": [c / n if n else None for c, n in zip(correct.tolist(), of_class.tolist(), strict=True)],
+            "confusion": confusion.tolist(),
+        }
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, batches: Iterable, num_classes: int, device: torch.device | str = "cpu") -> Evaluation:
+    """Measures a model on batches of (images (B, 3, H, W), labels (B,), ...), with the capacity it is set to.
+
+    The model is put in evaluation mode and on the device, and stays so.
+
+    Raises:
+        UserError: there is no image, or a logit is not finite.
+    """
+    device = torch.device(device)
+    model = model.to(device).eval()
+    layers = dict(vmoe.moe_layers(model))
+    metrics = RunningMetrics(num_classes, device)
+    sums = {
+        name: torch.zeros(1 + layer.num_experts, dtype=torch.float64, device=device) for name, layer in layers.items()
+    }
+    started, first_batch = None, 0
+    for images, labels, *_ in batches:
+        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        metrics.update(model(images), labels)
+        for name, layer in layers.items():
+            used = torch.cat([layer.statistics.dropped.reshape(1), layer.statistics.load])
+            sums[name] += len(labels) * used.double()
+        if started is None:
+            _wait(device)
+            started, first_batch = time.perf_counter(), len(labels)
+    _wait(device)
+    elapsed = time.perf_counter() - started if started is not None else 0.0
+    figures = metrics.compute()
+    timed = figures["images"] - first_batch
+    use = {name: (total / figures["images"]).tolist() for name, total in sums.items()}
+    return Evaluation(
+        **figures,
+        capacity_factor=eval_capacity_factor(model),
+        images_per_second=timed / elapsed if timed else None,
+        dropped=_dropped_overall(layers, use),
+        layers={
+            name: LayerUse(dropped, [share * len(load) for share in load]) for name, (dropped, *load) in use.items()
+        },
+    )
+
+
+def evaluate_capacities(
+    model: nn.Module, loader: Iterable, num_classes: int, factors: Sequence[float], device: str = "cpu"
+) -> Iterator[Evaluation]:
+    """Measures a model once for each capacity factor (inf: nothing dropped), yielding each as it is done.
+
+    The model's own factor is restored at the end.
+
+    Raises:
+        UserError: the model is dense, or as `evaluate`.
+    """
+    if not dict(vmoe.moe_layers(model)):
+        raise UserError("--capacity-factor: this checkpoint is a dense model, without experts to fill; leave it out")
+    with restored_capacity(model):
+        for factor in factors:
+            set_capacity(model, factor)
+            yield evaluate(model, loader, num_classes, device)
+
+
+def set_capacity(model: nn.Module, factor: float) -> None:
+    """Sets the capacity factor of all MoE layers at evaluation; inf drops nothing."""
+    set_eval_capacity_factor(model, None if math.isinf(factor) else factor)
+
+
+@contextmanager
+def restored_capacity(model: nn.Module) -> Iterator[None]:
+    """Whatever evaluation capacity the block sets, the model's own is back after it."""
+    own = eval_capacity_factor(model)
+    try:
+        yield
+    finally:
+        set_eval_capacity_factor(model, own)
+
+
+def eval_capacity_factor(model: nn.Module) -> float | None:
+    """The capacity factor that the model's MoE layers use at evaluation; None: nothing dropped, or no MoE layer."""
+    return next((layer.config.eval_capacity_factor for _, layer in vmoe.moe_layers(model)), None)
+
+
+def _dropped_overall(layers: dict, use: dict[str, list[float]]) -> float | None:
+    """The share over all layers: each weighs by its choices a token, since every layer sees the same tokens."""
+    choices = sum(layer.config.top_k for layer in layers.values())
+    return sum(layers[name].config.top_k * use[name][0] for name in use) / choices if choices else None
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,118 @@
+"""Writes the routing maps of many images: pages as PNG, their numbers as index.json."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from torch import nn
+
+import vmoe
+from vmoe.analysis.evaluation import eval_capacity_factor, restored_capacity, set_capacity
+from vmoe.analysis.heatmap import (
+    RoutedImage,
+    describe_layer,
+    output_names,
+    require_experts,
+    route_image,
+    select_layers,
+)
+from vmoe.analysis.heatmap_figure import PANEL, draw_layer, draw_overview
+from vmoe.checkpoints import Checkpoint
+from vmoe.data import load_image
+from vmoe.files import write_json
+
+_TOLD_CLASSES = 5
+
+
+def write_heatmaps(
+    checkpoint: Checkpoint,
+    images: Sequence[Path],
+    out: str | Path,
+    layers: Sequence[str] | None = None,
+    capacity_factor: float | None = None,
+) -> dict:
+    """Writes, for each image, NAME-LAYER.png a layer and NAME-overview.png where there are several; then index.json.
+
+    NAME is the image file's stem, numbered where several images share it. Files of the same names are replaced.
+
+    Args:
+        checkpoint: a V-MoE.
+        images: image files.
+        out: the folder, created when missing.
+        layers: MoE layers by name or number of the block; None for all.
+        capacity_factor: of the routing; inf drops nothing, None keeps the checkpoint's own.
+
+    Returns:
+        The content of `index.json`.
+
+    Raises:
+        UserError: the model is dense, a layer does not exist, an image cannot be read.
+    """
+    model, out = checkpoint.model, Path(out)
+    require_experts(model)
+    layers = select_layers(model, layers)
+    for path in images:
+        load_image(path)  # a damaged file is told before any page is written
+    with restored_capacity(model):
+        if capacity_factor is not None:
+            set_capacity(model, capacity_factor)
+        index = {
+            "checkpoint": str(checkpoint.path),
+            "vmoe": vmoe.__version__,
+            "image_size": checkpoint.image_size,
+            "capacity_factor": eval_capacity_factor(model),
+            "images": [
+                _write_image(checkpoint, path, name, layers, out)
+                for path, name in zip(images, output_names(images), strict=True)
+            ],
+        }
+    write_json(out / "index.json", index)
+    return index
+
+
+def _write_image(checkpoint: Checkpoint, path: Path, name: str, layers: list[str], out: Path) -> dict:
+    pixels = load_image(path)
+    image = route_image(checkpoint.model, pixels, checkpoint.image_size, checkpoint.mean, checkpoint.std, PANEL)
+    predicted = f"{_class(checkpoint, image.predicted)} ({image.probabilities.max():.0%})"
+    pages = []
+    for layer in layers:
+        pages.append(f"{name}-{layer}.png")
+        facts = _facts(checkpoint.model, image, layer, predicted)
+        draw_layer(image, layer, f"{path.name} · {layer}", facts).save(out / pages[-1])
+    if len(layers) > 1:
+        pages.append(f"{name}-overview.png")
+        title = f"{path.name} · first choices by layer"
+        facts = _facts(checkpoint.model, image, layers[0], predicted)
+        draw_overview(image, layers, title, facts).save(out / pages[-1])
+    best = np.argsort(-image.probabilities, kind="stable")[:_TOLD_CLASSES]
+    told = [
+        {"class": _class(checkpoint, i), "index": int(i), "probability": float(image.probabilities[i])} for i in best
+    ]
+    return {
+        "file": str(path),
+        "size": list(pixels.shape[1::-1]),
+        "prediction": told[0],
+        "most_probable": told,
+        "pages": pages,
+        "layers": {layer: describe_layer(image.layers[layer]) for layer in layers},
+    }
+
+
+def _class(checkpoint: Checkpoint, index: int) -> str:
+    return checkpoint.class_names[int(index)]
+
+
+def _facts(model: nn.Module, image: RoutedImage, layer: str, predicted: str) -> str:
+    """What stands below a page's title."""
+    size, (rows, columns) = image.model_input.shape[0], image.layers[layer].grid
+    moe = dict(vmoe.moe_layers(model))[layer].config
+    if moe.router == "soft":
+        way = "Soft MoE: shown are the two that add most to a patch"
+    elif moe.router == "expert_choice":
+        way = "each takes its best patches"
+    else:
+        way = f"each patch goes to {moe.top_k}"
+    return (
+        f"predicted: {predicted} · {moe.num_experts} experts, {way} · "
+        f"model input {size} x {size} px in {rows} x {columns} patches"
+    )

@@ -1,0 +1,114 @@
+"""What all figures share: a page measured in pixels, its colours, its type sizes. Nothing here touches pyplot."""
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.text import Text
+
+from vmoe.files import atomic_write
+
+INK = "#1b1f24"
+MUTED = "#667078"
+RULE = "#d5dade"
+PAPER = "#ffffff"
+ACCENT = "#1879c1"
+BLUES = LinearSegmentedColormap.from_list("vmoe", [PAPER, "#cfe3f4", "#79b4e2", ACCENT, "#0b3f6b"])
+
+TITLE, HEADING, BODY, SMALL = 26, 17, 15, 13  # heights of the type, in pixels
+MARGIN = 40
+
+_DPI = 100
+
+
+def _points(pixels: float) -> float:
+    return pixels * 72 / _DPI
+
+
+class Page:
+    """A white picture of `width` x `height` pixels; places are pixels from its upper left corner."""
+
+    def __init__(self, width: int, height: int) -> None:
+        self.width, self.height = int(width), int(height)
+        self.figure = Figure(figsize=(self.width / _DPI, self.height / _DPI), dpi=_DPI, facecolor=PAPER)
+        self.canvas = FigureCanvasAgg(self.figure)
+
+    def axes(self, x: float, y: float, width: float, height: float) -> Axes:
+        """Axes over a rectangle of the page."""
+        return self.figure.add_axes(
+            (x / self.width, 1 - (y + height) / self.height, width / self.width, height / self.height)
+        )
+
+    def picture(self, x: int, y: int, pixels: np.ndarray) -> None:
+        """Draws (H, W, 3) floats in [0, 1] one to one, its upper left corner at x, y, in a hairline frame."""
+        height, width = pixels.shape[:2]
+        axes = self.axes(x, y, width, height)
+        axes.imshow(pixels, interpolation="nearest", aspect="auto")
+        axes.set_axis_off()
+        self.rectangle(x - 0.5, y - 0.5, width + 1, height + 1, edge=RULE)
+
+    def text(self, x: float, y: float, text: str, size: float = BODY, **style: object) -> Text:
+        """Writes `text` literally (no mathematics), its baseline at y."""
+        style = {"color": INK, "va": "baseline", **style}
+        return self.figure.text(
+            x / self.width, 1 - y / self.height, text, fontsize=_points(size), parse_math=False, **style
+        )
+
+    def rectangle(self, x: float, y: float, width: float, height: float, face: object = "none", edge: object = "none"):
+        """A filled or outlined rectangle."""
+        box = (x / self.width, 1 - (y + height) / self.height), width / self.width, height / self.height
+        self.figure.add_artist(Rectangle(*box, facecolor=face, edgecolor=edge, linewidth=_points(1)))
+
+    def heading(self, title: str, subtitle: str) -> None:
+        """The page's title and the line below it, at its head."""
+        self.text(
+            MARGIN, MARGIN + 20, self.fit(title, TITLE, self.width - 2 * MARGIN, weight="bold"), TITLE, weight="bold"
+        )
+        self.text(MARGIN, MARGIN + 50, self.fit(subtitle, BODY, self.width - 2 * MARGIN), color=MUTED)
+
+    def text_width(self, text: str, size: float = BODY, **style: object) -> float:
+        """How many pixels wide `text` comes out."""
+        probe = self.text(0, 0, text, size, **style)
+        width = probe.get_window_extent(self.canvas.get_renderer()).width
+        probe.remove()
+        return width
+
+    def fit(self, text: str, size: float, width: float, **style: object) -> str:
+        """`text`, or as much of it as `width` pixels hold, ending in an ellipsis."""
+        shown = text
+        while len(shown) > 1 and self.text_width(shown, size, **style) > width:
+            shown = shown[:-2].rstrip() + "…"
+        return shown
+
+    def pixels(self) -> np.ndarray:
+        """The page as it is drawn: (height, width, 3) uint8."""
+        self.canvas.draw()
+        return np.asarray(self.canvas.buffer_rgba())[..., :3].copy()
+
+    def save(self, path: str | Path) -> None:
+        """Writes the page as a PNG, atomically."""
+        with atomic_write(path) as temporary:
+            self.figure.savefig(temporary, format="png", dpi=_DPI)
+
+
+def plain_axes(axes: Axes, size: float = SMALL) -> Axes:
+    """The look of a plot: hairline axes on two sides, a light grid behind."""
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color(MUTED)
+        axes.spines[side].set_linewidth(_points(1))
+    axes.tick_params(labelsize=_points(size), colors=MUTED, labelcolor=INK, width=_points(1), length=4)
+    axes.grid(color=RULE, linewidth=_points(1))
+    axes.set_axisbelow(True)
+    return axes
+
+
+def label(axes: Axes, x: str = "", y: str = "", size: float = SMALL) -> None:
+    """Names the axes of a plot."""
+    axes.set_xlabel(x, fontsize=_points(size), color=INK)
+    axes.set_ylabel(y, fontsize=_points(size), color=INK)

@@ -1,0 +1,43 @@
+"""What all jobs of the command line share: a user's mistake is one line and exit code 2, never a traceback."""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+
+from vmoe.errors import UserError
+
+
+def run(job: Callable[[list[str]], int | None], argv: list[str] | None) -> int:
+    """Calls a job and turns a user's mistake into "vmoe JOB: error: LINE" on stderr.
+
+    Args:
+        job: A function of the module that is named as the job, given the arguments.
+        argv: The arguments; None takes those of the process.
+
+    Returns:
+        The exit code: the job's own or 0; 2 for a user's mistake; 130 for Ctrl-C.
+    """
+    name = job.__module__.rpartition(".")[2]
+    try:
+        return job(sys.argv[1:] if argv is None else argv) or 0
+    except UserError as error:
+        line = str(error)
+    except ValueError as error:
+        if not _is_of_config(error):
+            raise
+        line = str(error)
+    except KeyboardInterrupt:
+        print(f"vmoe {name}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    print(f"vmoe {name}: error: {' '.join(line.split())}", file=sys.stderr)
+    return 2
+
+
+def _is_of_config(error: ValueError) -> bool:
+    """Whether a config dataclass refuses its values, or a layer its capacity; any other ValueError is a bug of ours."""
+    checks = ("__post_init__", "expert_capacity")
+    return any(frame.name in checks for frame in traceback.extract_tb(error.__traceback__))

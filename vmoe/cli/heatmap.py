@@ -1,0 +1,62 @@
+"""`vmoe heatmap`: draws which expert each patch of an image goes to."""
+
+import argparse
+from pathlib import Path
+
+from vmoe.cli.common import run
+from vmoe.cli.options import capacity_factor, choose_device, new_parser
+
+_DESCRIPTION = """\
+For each image and MoE layer, draws a page (PNG): the patches over the picture in the colour of the expert that they
+go to first and second (opacity = gate), the patches that were dropped, and a map of each expert's gate; class and
+register tokens stand apart. An overview sets the layers of an image side by side. index.json holds the numbers
+behind the pages.
+
+Images are prepared as in evaluation (the central square, resized); each is routed alone, so what is dropped under a
+capacity factor does not depend on the other images.
+
+  vmoe heatmap runs/digits photo.jpg more_photos/ --out heatmaps
+  vmoe heatmap runs/digits photo.jpg --out heatmaps --layers 3 --capacity-factor 0.5
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the job with `argv`; returns its exit code."""
+    return run(_heatmap, argv)
+
+
+def _heatmap(argv: list[str]) -> None:
+    options = _parser().parse_args(argv)
+    # Imported here, so that --help and a mistyped option answer at once.
+    from vmoe.analysis.heatmap import find_images
+    from vmoe.analysis.heatmap_files import write_heatmaps
+    from vmoe.checkpoints import load_checkpoint
+
+    images = find_images(options.images)
+    checkpoint = load_checkpoint(options.checkpoint, choose_device(options.device))
+    index = write_heatmaps(checkpoint, images, options.out, options.layers, options.capacity_factor)
+    for image in index["images"]:
+        print(f"{image['file']}: {image['prediction']['class']} {image['prediction']['probability']:.1%}")
+    pages = sum(len(image["pages"]) for image in index["images"])
+    print(f"{pages} page{'s' * (pages > 1)} and index.json in {options.out}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = new_parser("heatmap", _DESCRIPTION)
+    parser.add_argument("checkpoint", metavar="CKPT", help="a .ckpt file, or a run's folder (its best checkpoint)")
+    parser.add_argument("images", metavar="IMAGE", nargs="+", help="image files of any size and mode, or their folders")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the pages go")
+    parser.add_argument(
+        "--layers",
+        nargs="+",
+        metavar="LAYER",
+        help="only these MoE layers, by block (3) or name (blocks.3.mlp)",
+    )
+    parser.add_argument(
+        "--capacity-factor",
+        type=capacity_factor,
+        metavar="F",
+        help="route with this capacity, to see what is dropped; inf drops nothing (default: the checkpoint's own)",
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    return parser

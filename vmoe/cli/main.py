@@ -1,0 +1,38 @@
+"""The `vmoe` command: the first argument names the job."""
+
+import difflib
+import importlib
+import sys
+
+from vmoe.version import __version__
+
+JOBS = {
+    "train": "train a model from a config, or resume a run",
+    "evaluate": "measure a checkpoint: accuracy, calibration, speed, dropped tokens",
+    "heatmap": "draw which expert each patch of an image goes to",
+    "compare": "put runs side by side: accuracy against cost",
+    "import_jax": "turn a checkpoint of the original JAX code into ours",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one job and returns its exit code; 2 when there is no such job."""
+    argv = sys.argv[1:] if argv is None else argv
+    job = argv[0] if argv else "--help"
+    if job in JOBS:
+        return importlib.import_module(f"vmoe.cli.{job}").main(argv[1:])
+    if job in ("-h", "--help"):
+        print(_help())
+        return 0
+    if job == "--version":
+        print(f"vmoe {__version__}")
+        return 0
+    near = difflib.get_close_matches(job, JOBS, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"the jobs are {', '.join(JOBS)}"
+    print(f"vmoe: error: {job!r} is no job; {hint}", file=sys.stderr)
+    return 2
+
+
+def _help() -> str:
+    jobs = "\n".join(f"  {name:10} {text}" for name, text in JOBS.items())
+    return f"usage: vmoe JOB ...\n\nVision Mixture-of-Experts. Jobs:\n{jobs}\n\n`vmoe JOB --help` tells more."

@@ -1,0 +1,52 @@
+"""Options that several jobs share."""
+
+import argparse
+import math
+
+import torch
+
+from vmoe.errors import UserError
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a wrong command line as any other mistake of the user: one line, exit code 2."""
+
+    def error(self, message: str) -> None:
+        raise UserError(f"{message}; see `{self.prog} --help`")
+
+
+def new_parser(job: str, description: str) -> argparse.ArgumentParser:
+    """A parser for `vmoe JOB` whose errors are `UserError`s and whose options cannot be abbreviated."""
+    return _Parser(
+        prog=f"vmoe {job}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def capacity_factor(text: str) -> float:
+    """Reads a capacity factor above 0; inf drops nothing."""
+    try:
+        factor = float(text)
+    except ValueError:
+        factor = math.nan
+    if not factor > 0:  # NaN included
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number above 0, or inf to drop nothing")
+    return factor
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that `--device` names; "auto" is a GPU where there is one.
+
+    Raises:
+        UserError: torch knows no such device, or it is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device).cpu()
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: not available here; use cpu or auto") from error
+    return device

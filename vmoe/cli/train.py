@@ -1,0 +1,224 @@
+"""`vmoe train`: a config file and dotted options become a checked `TrainConfig`, which is trained."""
+
+import difflib
+import itertools
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import jsonargparse
+import yaml
+from rich.console import Console
+
+from vmoe.cli.common import run
+from vmoe.errors import UserError
+from vmoe.moe import MoeConfig
+from vmoe.training.config import TrainConfig, from_plain, section_type
+from vmoe.training.progress import Progress
+from vmoe.training.run import train
+from vmoe.training.stopping import Interrupted
+
+DESCRIPTION = """
+Trains a timm model, dense or with sparse MoE layers, on images, and tests its best checkpoint.
+
+Every value of a config can be given here by its dotted name: --optim.lr 1e-3, --moe.num_experts 16, --moe.layers [3,5],
+--model.kwargs.drop_path_rate 0.1; --moe null trains the dense twin. --print_config shows what comes out.
+
+The run's folder gets config.yaml, checkpoints/last.ckpt and best.ckpt, metrics.csv, TensorBoard events, summary.json.
+SIGTERM or Ctrl-C finishes the step, saves and exits with 143 or 130; --resume then goes on as if nothing had happened.
+Exit codes: 0 done; 2 a mistake in options, config or data, or a loss that became NaN; 130, 143 stopped, resumable.
+"""
+OUTSIDE_CONFIG = ("config", "print_config", "help", "moe.help")
+
+
+class _Parser(jsonargparse.ArgumentParser):
+    """Also shows the options of `moe`, which jsonargparse hides because they are optional."""
+
+    def format_help(self) -> str:
+        moe = jsonargparse.ArgumentParser(prog=self.prog)
+        moe.add_class_arguments(MoeConfig, "moe")
+        _, heading, options = moe.format_help().partition("What an MoE layer computes")
+        return f"{super().format_help()}\n{heading}{options}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Trains; see `vmoe train --help`. Returns the exit code."""
+    return run(train_job, argv)
+
+
+def train_job(argv: list[str]) -> int:
+    """Parses, trains and prints the result.
+
+    Raises:
+        UserError: a mistake in the options, the config or the data.
+    """
+    config = parse(argv)
+    console = Console()
+    try:
+        result = train(config, shlex.join(["vmoe", "train", *argv]), console)
+    except Interrupted as stop:
+        again = f"vmoe train --config {shlex.quote(config.output_dir)}/config.yaml --resume"
+        print(f"vmoe train: {stop}; the run is saved, go on with: {again}", file=sys.stderr)
+        return 128 + stop.signum
+    Progress(console).say(_result_line(result, config.output_dir))
+    return 0
+
+
+def _result_line(result: dict[str, Any], folder: str) -> str:
+    metrics = result["metrics"]
+    return (
+        f"test top-1 {metrics['test/top1']:.2%}, top-5 {metrics['test/top5']:.2%}, loss {metrics['test/loss']:.4f}, "
+        f"by the checkpoint of epoch {result['best_epoch']} (val top-1 {metrics['val/top1']:.2%}); "
+        f"{result['train_seconds']:.0f} s, {result['images_per_second']:,.0f} img/s; all in {folder}"
+    )
+
+
+def parse(argv: list[str]) -> TrainConfig:
+    """The checked config of a command line.
+
+    Raises:
+        UserError: an option or key is unknown (with the nearest valid ones), of the wrong type, or out of range.
+        SystemExit: after --help or --print_config.
+    """
+    parser = _Parser(prog="vmoe train", description=DESCRIPTION, exit_on_error=False, formatter_class=_KeepLines)
+    parser.add_argument("--config", action="config", help="YAML file of a recipe, such as configs/digits.yaml.")
+    parser.add_class_arguments(TrainConfig, skip={"resume"})
+    parser.add_argument("--resume", action="store_true", help="Go on from the last checkpoint in output_dir.")
+    names = option_names(TrainConfig)
+    argv = _as_flags(argv)
+    for path in _config_files(argv):
+        _check_keys(_read_yaml(path), TrainConfig, names, path)
+    _check_options(argv, names)
+    try:
+        parsed = parser.parse_args(argv).as_dict()
+    except jsonargparse.ArgumentError as error:
+        raise UserError(_explain(str(error))) from error
+    files = parsed.pop("config") or []
+    if parsed["output_dir"] is None:
+        parsed["output_dir"] = f"runs/{Path(str(files[-1])).stem if files else 'default'}"
+    return from_plain(TrainConfig, parsed)
+
+
+def option_names(kind: type, prefix: str = "") -> list[str]:
+    """The dotted names of all options of a config dataclass, sections included."""
+    names = []
+    for name, hint in get_type_hints(kind).items():
+        section = section_type(hint)
+        names += [prefix + name, *(option_names(section, f"{prefix}{name}.") if section else [])]
+    return names
+
+
+def _as_flags(argv: list[str]) -> list[str]:
+    """Accepts `--resume true` beside `--resume`."""
+    result = []
+    for argument in argv:
+        if result[-1:] == ["--resume"] and argument in ("true", "false"):
+            if argument == "false":
+                result.pop()
+        else:
+            result.append(argument)
+    return result
+
+
+def _config_files(argv: list[str]) -> list[str]:
+    joined = [argument.removeprefix("--config=") for argument in argv if argument.startswith("--config=")]
+    return joined + [path for option, path in itertools.pairwise(argv) if option == "--config"]
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that is given twice in one section, of which YAML would keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"{key} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    try:
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeys)
+    except OSError as error:
+        raise UserError(
+            f"--config {path}: cannot be read ({error.strerror}); give a YAML file such as configs/digits.yaml"
+        ) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path}: is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"--config {path}: must hold keys such as data, model and optim, not {type(content).__name__}")
+    return content
+
+
+def _check_keys(plain: dict[str, Any], kind: type, names: list[str], path: str, prefix: str = "") -> None:
+    hints = get_type_hints(kind)
+    for key, value in plain.items():
+        dotted = f"{prefix}{key}"
+        if key not in hints:
+            raise UserError(f"{path}: unknown key {dotted}; {_nearest(dotted, names)}")
+        section = section_type(hints[key])
+        if section is not None and isinstance(value, dict):
+            _check_keys(value, section, names, path, f"{dotted}.")
+
+
+def _check_options(argv: list[str], names: list[str]) -> None:
+    for argument in argv:
+        if not argument.startswith("--"):
+            continue
+        name = argument[2:].partition("=")[0].removesuffix("+")
+        if name not in names and name not in OUTSIDE_CONFIG and not name.startswith("model.kwargs."):
+            raise UserError(f"--{name}: no such option; {_nearest(name, [*names, 'config', 'print_config'])}")
+
+
+def _nearest(name: str, names: list[str]) -> str:
+    """The names that `name` may have meant: with the same or nearly the same last part, or alike as a whole."""
+    last = name.rpartition(".")[2]
+    close = [known for known in names if difflib.get_close_matches(last, [known.rpartition(".")[2]], cutoff=0.75)]
+    close = difflib.get_close_matches(name, close or names, n=3, cutoff=0 if close else 0.75)
+    if close:
+        return f"did you mean {' or '.join(close)}?"
+    return f"the sections are {', '.join(known for known in names if '.' not in known)}; see --help"
+
+
+def _explain(message: str) -> str:
+    """Jsonargparse's message of several lines as one line that names the option, the allowed types and the value."""
+    lines = [line.strip(" -") for line in message.splitlines() if line.strip()]
+    keys = [line.split('"')[1] for line in lines if line.startswith("Parser key")]
+    expected = [
+        line.removeprefix("Expected a ").partition(". Got value: ") for line in lines if line.startswith("Expected a")
+    ]
+    if keys and any("Unable to load config" in line for line in lines):
+        return f"--{keys[0]}: must be a section of options; give one of them by name, such as --{keys[0]}.NAME VALUE"
+    if not keys or not expected:
+        return " ".join(lines)
+    # A section's alternative is null, but its options' are not.
+    kinds = [_plain_type(kind) for kind, _, _ in expected[: -1 if len(keys) > 1 else None]]
+    given = next((line for line in reversed(lines) if line.startswith("Given value: ")), "").removeprefix(
+        "Given value: "
+    )
+    nested = re.fullmatch(r"NestedArg\(key='.*', val='(.*)'\)", given)
+    value = next((value for _, _, value in expected if value), nested.group(1) if nested else given)
+    return f"--{'.'.join(keys)} {value}: must be {' or '.join(dict.fromkeys(kinds))}"
+
+
+def _plain_type(kind: str) -> str:
+    if kind.startswith("dot import path"):
+        return "a section of options"
+    kind = kind.removeprefix("typing.Literal").removeprefix("<class '").removesuffix("'>").strip("[]")
+    names = {
+        "int": "a whole number",
+        "float": "a number",
+        "bool": "true or false",
+        "NoneType": "null",
+        "dict": "keys and values",
+    }
+    return names.get(kind, kind.replace("'", "").replace(", ", " or "))
+
+
+class _KeepLines(jsonargparse.DefaultHelpFormatter):
+    """Keeps the description's lines as they are written."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text.strip()

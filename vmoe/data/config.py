@@ -1,0 +1,188 @@
+"""Every setting of the data room, checked when it is made."""
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, get_args
+
+SetName = Literal["digits", "cifar10", "cifar100", "imagenette", "imagenet", "folder", "npz"]
+Preset = Literal["none", "light", "strong"]
+Colour = tuple[float, float, float]
+
+
+class SetDefaults(NamedTuple):
+    """What a data set uses where the config leaves a value at None; `image_size` None means the arrays' own size."""
+
+    image_size: int | None
+    mean: Colour
+    std: Colour
+    flip: float
+
+
+_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+DEFAULTS: dict[str, SetDefaults] = {
+    "digits": SetDefaults(16, (0.305,) * 3, (0.376,) * 3, flip=0.0),  # a mirrored digit is another sign
+    "cifar10": SetDefaults(32, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), flip=0.5),
+    "cifar100": SetDefaults(32, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), flip=0.5),
+    "imagenette": SetDefaults(224, _IMAGENET_MEAN, _IMAGENET_STD, flip=0.5),
+    "imagenet": SetDefaults(224, _IMAGENET_MEAN, _IMAGENET_STD, flip=0.5),
+    "folder": SetDefaults(224, _IMAGENET_MEAN, _IMAGENET_STD, flip=0.5),
+    "npz": SetDefaults(None, (0.5,) * 3, (0.5,) * 3, flip=0.5),
+}
+
+
+def nearest(word: str, names: Iterable[str]) -> str:
+    """The names most like `word`, as "did you mean 'a' or 'b'?", or "" when none is near."""
+    names = list(names)
+    by_lower = {name.lower(): name for name in names}
+    close = difflib.get_close_matches(word.lower(), by_lower, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(repr(by_lower[name]) for name in close)}?" if close else ""
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """How training images are varied; evaluation images never are.
+
+    A value of None is the preset's own. A value that the preset does not use is warned about.
+
+    Args:
+        preset: "none" resizes only; "light" crops and flips; "strong" adds RandAugment, colour jitter and
+            random erasing.
+        crop_padding: crop by padding each side with so many pixels and cutting out a random window of the image size.
+            The way of images up to 64 pixels, where None means an eighth of the image size. Not with crop_scale.
+        crop_scale: crop a random rectangle with a share of the area between these two, and resize it to the image size.
+            The way of images over 64 pixels, where None means [0.08, 1.0]. Not with crop_padding.
+        flip: probability of a horizontal flip. None: 0.5, and 0 for digits.
+        randaugment_ops: RandAugment operations an image, 0 for none. None: 2 in "strong".
+        randaugment_magnitude: strength of RandAugment, 0 to 30. None: 9 in "strong".
+        color_jitter: largest relative change of brightness, contrast and saturation, 0 to 1. None: 0.2 in "strong".
+        erasing: probability of erasing a random rectangle. None: 0.25 in "strong".
+    """
+
+    preset: Preset = "light"
+    crop_padding: int | None = None
+    crop_scale: tuple[float, float] | None = None
+    flip: float | None = None
+    randaugment_ops: int | None = None
+    randaugment_magnitude: int | None = None
+    color_jitter: float | None = None
+    erasing: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_choice("preset", self.preset, get_args(Preset))
+        if self.crop_padding is not None:
+            _check_range("crop_padding", self.crop_padding, 0, 1024)
+        if self.crop_scale is not None:
+            _check_crop_scale(self.crop_scale)
+            if self.crop_padding is not None:
+                raise ValueError(
+                    f"crop_padding={self.crop_padding}: cannot be combined with crop_scale={self.crop_scale}; keep one"
+                )
+        for name, largest in (
+            ("flip", 1),
+            ("randaugment_ops", 16),
+            ("randaugment_magnitude", 30),
+            ("color_jitter", 1),
+            ("erasing", 1),
+        ):
+            if getattr(self, name) is not None:
+                _check_range(name, getattr(self, name), 0, largest)
+
+
+@dataclass(frozen=True)
+class SubsetConfig:
+    """A deterministic, stratified part of a data set.
+
+    A smaller fraction (or number a class) of one set is contained in every larger one.
+
+    Args:
+        fraction: share of the training images of each class, over 0 and up to 1; at least one image a class is kept.
+        per_class: number of training images of each class. Not with fraction.
+        classes: names (or indices) of the classes to keep in every split; labels are renumbered in this order.
+    """
+
+    fraction: float | None = None
+    per_class: int | None = None
+    classes: list[str | int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.fraction is not None and not 0 < self.fraction <= 1:
+            raise ValueError(f"fraction={self.fraction}: must be over 0 and at most 1")
+        if self.per_class is not None:
+            _check_range("per_class", self.per_class, 1, None)
+            if self.fraction is not None:
+                raise ValueError(
+                    f"per_class={self.per_class}: cannot be combined with fraction={self.fraction}; keep one"
+                )
+        if self.classes is not None and not self.classes:
+            raise ValueError("classes=[]: must name at least one class, or be null for all of them")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images, how they are split, resized, varied and batched.
+
+    Args:
+        name: "digits" (embedded), "cifar10", "cifar100", "imagenette" (downloaded when missing), "imagenet" or "folder"
+            (class folders in ROOT/train and ROOT/val or ROOT/test) or "npz" (arrays in one file, see root).
+        root: folder that holds the data, or for "npz" the file with train_x, train_y, test_x, test_y.
+        image_size: side in pixels of the square images given to the model. None: the data set's own.
+        batch_size: training images a step.
+        eval_batch_size: images a step in validation and test. None: batch_size.
+        workers: processes that load images beside the main one; results do not depend on their number.
+        val_fraction: share of the training images of each class cut off for validation where a set has no validation
+            split of its own (at least one image a class).
+        augment: how training images are varied.
+        subset: use only a part of the data.
+        mean: mean of the red, green and blue channel in [0, 1], subtracted. None: the data set's own.
+        std: standard deviation of the channels, divided by. None: the data set's own.
+        split_seed: seed of the validation split and of subsets; apart from the run's seed, so that runs of several
+            seeds see the same data.
+    """
+
+    name: SetName = "digits"
+    root: str = "data"
+    image_size: int | None = None
+    batch_size: int = 128
+    eval_batch_size: int | None = None
+    workers: int = 0
+    val_fraction: float = 0.1
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    subset: SubsetConfig = field(default_factory=SubsetConfig)
+    mean: Colour | None = None
+    std: Colour | None = None
+    split_seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_choice("name", self.name, get_args(SetName))
+        _check_range("batch_size", self.batch_size, 1, 1_000_000)
+        _check_range("workers", self.workers, 0, 256)
+        _check_range("split_seed", self.split_seed, 0, 2**32 - 1)
+        if self.image_size is not None:
+            _check_range("image_size", self.image_size, 1, 4096)
+        if self.eval_batch_size is not None:
+            _check_range("eval_batch_size", self.eval_batch_size, 1, 1_000_000)
+        if not 0 < self.val_fraction < 1:
+            raise ValueError(f"val_fraction={self.val_fraction}: must be over 0 and under 1")
+        if self.mean is not None and not (len(self.mean) == 3 and all(0 <= value <= 1 for value in self.mean)):
+            raise ValueError(f"mean={self.mean}: must be three numbers from 0 to 1 (red, green, blue)")
+        if self.std is not None and not (len(self.std) == 3 and all(0 < value <= 1 for value in self.std)):
+            raise ValueError(f"std={self.std}: must be three numbers over 0 and up to 1 (red, green, blue)")
+
+
+def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        hint = nearest(str(value), allowed)
+        raise ValueError(f"{name}={value!r}: must be one of {', '.join(allowed)}{'; ' + hint if hint else ''}")
+
+
+def _check_range(name: str, value: Any, low: float, high: float | None) -> None:
+    # Written so that NaN is refused too.
+    if not (value >= low and (high is None or value <= high)):
+        allowed = f"at least {low}" if high is None else f"from {low} to {high}"
+        raise ValueError(f"{name}={value}: must be {allowed}")
+
+
+def _check_crop_scale(scale: tuple[float, float]) -> None:
+    if not (len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1):
+        raise ValueError(f"crop_scale={scale}: must be two shares of the area, 0 < smallest <= largest <= 1")

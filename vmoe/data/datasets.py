@@ -1,0 +1,161 @@
+"""The data sets: where their images and labels come from, and which split is what.
+
+| set | training | validation | test |
+|---|---|---|---|
+| digits | 80 % of the 1,797 images, a fixed stratified choice | cut from training | the other 20 % |
+| cifar10, cifar100 | 50,000 | cut from training | 10,000 |
+| imagenette, imagenet, folder with train and val | train | cut from training | val (as ImageNet results are reported) |
+| folder with train and test | train | cut from training | test |
+| folder with train, val and test | train | val | test |
+| npz | train_x, train_y | val_x, val_y where given, else cut from training | test_x, test_y |
+"""
+
+import http.client
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from sklearn.datasets import load_digits
+from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder, Imagenette
+
+from vmoe.data import subsets
+from vmoe.data.config import DEFAULTS, DataConfig
+from vmoe.data.imageset import ArrayImages, FileImages, ImageSet, Splits
+from vmoe.data.npz import load_npz
+from vmoe.errors import UserError
+
+_DOWNLOADED = ("cifar10", "cifar100", "imagenette")
+_IMAGENETTE_IMAGES = (9469, 3925)  # train, val
+
+
+def load_splits(config: DataConfig) -> Splits:
+    """Loads the data set, cuts off a validation split where it has none, and keeps the part `config.subset` asks for.
+
+    Classes are chosen first, in every split; then the validation split is cut off; then the training set is reduced.
+    So the validation split is the same for every fraction of the training set.
+
+    Raises:
+        UserError: the data are missing, incomplete or malformed; the line says what to do.
+    """
+    splits = _LOADERS[config.name](config)
+    train, val, test, names = splits.train, splits.val, splits.test, splits.class_names
+    if config.subset.classes is not None:
+        classes = subsets.find_classes(config.subset.classes, names)
+        names = [names[index] for index in classes]
+        train, test = train.keep_classes(classes), test.keep_classes(classes)
+        val = val.keep_classes(classes) if val is not None else None
+    if val is None:
+        remaining, cut = subsets.split(train.labels, config.val_fraction, config.split_seed)
+        train, val = train.take(remaining), train.take(cut)
+    train = train.take(subsets.choose_training(train.labels, config.subset, names, config.split_seed))
+    for name, part in (("training", train), ("validation", val), ("test", test)):
+        if not len(part):
+            raise UserError(
+                f"data.root={config.root}: no {name} images for the {len(names)} classes; add images to them"
+            )
+    return Splits(train, val, test, names, splits.image_size)
+
+
+def download(config: DataConfig) -> None:
+    """Fetches a set that torchvision downloads, unless it is there already."""
+    if config.name in _DOWNLOADED:
+        _LOADERS[config.name](config)
+
+
+def _digits(_: DataConfig) -> Splits:
+    digits = load_digits()
+    pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)  # 17 levels of gray
+    everything = ImageSet.all_of(ArrayImages(pixels[..., None], "digits"), digits.target)
+    # Always the same test images, whatever the config: results of all runs can be compared.
+    train, test = subsets.split(everything.labels, 0.2, seed=0)
+    return Splits(everything.take(train), None, everything.take(test), [str(digit) for digit in range(10)])
+
+
+def _cifar(kind: type[CIFAR10], config: DataConfig) -> Splits:
+    what = f"{config.name} ({kind.base_folder})"
+    train = _fetch(what, config.root, lambda: kind(config.root, train=True, download=True))
+    test = _fetch(what, config.root, lambda: kind(config.root, train=False, download=True))
+    sets = [
+        ImageSet.all_of(ArrayImages(np.ascontiguousarray(part.data), f"{config.name} {name}"), part.targets)
+        for part, name in ((train, "train"), (test, "test"))
+    ]
+    return Splits(sets[0], None, sets[1], list(train.classes))
+
+
+def _imagenette(config: DataConfig) -> Splits:
+    size = config.image_size or DEFAULTS["imagenette"].image_size
+    variant = "160px" if size <= 160 else "320px" if size <= 320 else "full"
+    name = {"160px": "imagenette2-160", "320px": "imagenette2-320", "full": "imagenette2"}[variant]
+    verified = _fetch(
+        f"imagenette ({name})", config.root, lambda: Imagenette(config.root, "train", variant, download=True)
+    )
+    train, val = (_image_folder(Path(config.root) / name / part, allow_empty=True).samples for part in ("train", "val"))
+    # torchvision takes any folder of that name for complete, also one whose unpacking was interrupted.
+    if (len(train), len(val)) != _IMAGENETTE_IMAGES:
+        raise UserError(
+            f"data.root={config.root}: {name} is incomplete, {len(train)} + {len(val)} images of "
+            f"{_IMAGENETTE_IMAGES[0]} + {_IMAGENETTE_IMAGES[1]}; remove that folder and run again"
+        )
+    return Splits(_files(train), None, _files(val), [names[0] for names in verified.classes])
+
+
+def _fetch(what: str, root: str, make: Callable[[], CIFAR10 | Imagenette]) -> CIFAR10 | Imagenette:
+    """Makes a torchvision set, which downloads and verifies it; one line when that fails."""
+    try:
+        return make()
+    except (OSError, RuntimeError, EOFError, http.client.HTTPException, tarfile.TarError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(
+            f"data.root={root}: {what} is not there with the right checksums, and the download failed ({reason}); "
+            "connect to the network, or put the unpacked folder there, or name the folder that holds it"
+        ) from error
+
+
+def _folder(config: DataConfig) -> Splits:
+    root = Path(config.root)
+    found = [name for name in ("train", "val", "test") if (root / name).is_dir()]
+    if "train" not in found or len(found) < 2:
+        state = f"has {' and '.join(found) or 'none'} of them" if root.is_dir() else "does not exist"
+        raise UserError(
+            f"data.root={root}: {config.name!r} needs train/CLASS/IMAGE and val/CLASS/IMAGE (or test) in this folder, "
+            f"which {state}; give the right folder as data.root"
+        )
+    train = _image_folder(root / "train", allow_empty=False)
+    others = {name: _image_folder(root / name, allow_empty=True) for name in found[1:]}
+    sets = {name: _files(_renumbered(part, train)) for name, part in others.items()}
+    if len(sets) == 2:
+        return Splits(_files(train.samples), sets["val"], sets["test"], train.classes)
+    return Splits(_files(train.samples), None, next(iter(sets.values())), train.classes)
+
+
+def _image_folder(path: Path, allow_empty: bool) -> ImageFolder:
+    try:
+        return ImageFolder(path, allow_empty=allow_empty)
+    except OSError as error:
+        raise UserError(
+            f"{path}: {' '.join(str(error).split())} Put each class's images in a folder of its own"
+        ) from error
+
+
+def _renumbered(part: ImageFolder, train: ImageFolder) -> list[tuple[str, int]]:
+    """The samples of `part`, labelled as in training, whose class folders may be more."""
+    unknown = [name for name in part.classes if name not in train.class_to_idx]
+    if unknown:
+        raise UserError(f"{part.root}: class folder {unknown[0]!r} is not in {train.root}; add or remove it")
+    return [(path, train.class_to_idx[part.classes[label]]) for path, label in part.samples]
+
+
+def _files(samples: list[tuple[str, int]]) -> ImageSet:
+    return ImageSet.all_of(FileImages([path for path, _ in samples]), [label for _, label in samples])
+
+
+_LOADERS: dict[str, Callable[[DataConfig], Splits]] = {
+    "digits": _digits,
+    "cifar10": lambda config: _cifar(CIFAR10, config),
+    "cifar100": lambda config: _cifar(CIFAR100, config),
+    "imagenette": _imagenette,
+    "imagenet": _folder,
+    "folder": _folder,
+    "npz": lambda config: load_npz(config.root),
+}

@@ -1,0 +1,108 @@
+"""One image: read from a file, cropped as evaluation does, turned into a normalised tensor."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from vmoe.errors import UserError
+
+_MODES_WITH_ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
+
+
+def load_image(path: str | Path) -> np.ndarray:
+    """Reads an image file as RGB, upright by its EXIF orientation.
+
+    Any mode Pillow knows: grayscale, palette, CMYK, 16-bit grayscale (scaled to 8 bits). Transparent pixels are shown
+    over white; of an animation the first frame is read.
+
+    Returns:
+        (H, W, 3) uint8 array of its own memory.
+
+    Raises:
+        UserError: the file is missing, damaged or no image; the line names it.
+    """
+    try:
+        with Image.open(path) as image:
+            return _to_rgb(ImageOps.exif_transpose(image))
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such image file") from error
+    except Exception as error:  # on damaged files Pillow's decoders raise nearly any type
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, Image.UnidentifiedImageError):
+            reason = "no known image format"
+        raise UserError(f"{path}: cannot be read as an image ({reason}); replace or remove the file") from error
+
+
+def _to_rgb(image: Image.Image) -> np.ndarray:
+    if image.mode.startswith("I"):  # 16-bit grayscale: 257 * 255 = 65535
+        gray = (np.clip(np.asarray(image, dtype=np.int64), 0, 65535) // 257).astype(np.uint8)
+        return np.repeat(gray[:, :, None], 3, axis=2)
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no fixed range; save it with 8 or 16 bits")
+    if image.mode in _MODES_WITH_ALPHA or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return np.array(image.convert("RGB"))
+
+
+def eval_crop(image: np.ndarray, image_size: int) -> np.ndarray:
+    """The picture a model sees in evaluation: the central square, resized to the image size.
+
+    The same as resizing the short side to `image_size` and cropping the centre, without the detour over a large image.
+
+    Args:
+        image: (H, W, 3) uint8.
+        image_size: side of the result in pixels.
+
+    Returns:
+        (image_size, image_size, 3) uint8; `image` itself where it has that size.
+    """
+    height, width = image.shape[:2]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    square = image[top : top + side, left : left + side]
+    if side == image_size:
+        return square
+    # Averaging areas avoids aliasing when shrinking; enlarging it would give blocks.
+    return cv2.resize(square, (image_size, image_size), interpolation=resize_filter(side, image_size))
+
+
+def resize_filter(old: int, new: int) -> int:
+    """OpenCV's interpolation for a change of size from `old` to `new` pixels: area averages down, bilinear up."""
+    return cv2.INTER_AREA if old > new else cv2.INTER_LINEAR
+
+
+def normalise(images: Sequence[np.ndarray], mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+    """Stacks images and normalises them by channel: (pixel / 255 - mean) / std.
+
+    Args:
+        images: B arrays (H, W, 3) uint8 of one size.
+        mean: of the three channels, in [0, 1].
+        std: of the three channels, in [0, 1].
+
+    Returns:
+        (B, 3, H, W) float32, contiguous. A value does not depend on the other images of the batch.
+    """
+    pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+    batch = torch.empty(pixels.shape, dtype=torch.float32).copy_(pixels)
+    batch.sub_(255 * torch.tensor(mean).view(3, 1, 1))
+    return batch.div_(255 * torch.tensor(std).view(3, 1, 1))
+
+
+def eval_transform(
+    image_size: int, mean: Sequence[float], std: Sequence[float]
+) -> Callable[[np.ndarray], torch.Tensor]:
+    """What evaluation does to an image: `eval_crop`, then `normalise`.
+
+    Returns:
+        A function from (H, W, 3) uint8 to (3, image_size, image_size) float32.
+    """
+
+    def transform(image: np.ndarray) -> torch.Tensor:
+        return normalise([eval_crop(image, image_size)], mean, std)[0]
+
+    return transform

@@ -1,0 +1,93 @@
+"""What a data set is made of: stores of images, and labelled views of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from vmoe.data.images import load_image
+
+
+class Images(Protocol):
+    """A store of images that are read one at a time."""
+
+    def read(self, position: int) -> np.ndarray:
+        """The image as (H, W, 3) uint8; UserError naming it when it is damaged."""
+
+    def place(self, position: int) -> str:
+        """Where the image is: its path, or its array and row."""
+
+
+@dataclass(frozen=True)
+class ArrayImages:
+    """Images in memory: (n, H, W, 1 or 3) uint8, and what to call the array."""
+
+    array: np.ndarray
+    name: str
+
+    def read(self, position: int) -> np.ndarray:
+        image = self.array[position]
+        return image if image.shape[2] == 3 else np.repeat(image, 3, axis=2)
+
+    def place(self, position: int) -> str:
+        return f"{self.name}[{position}]"
+
+
+@dataclass(frozen=True)
+class FileImages:
+    """Images in files."""
+
+    paths: list[str]
+
+    def read(self, position: int) -> np.ndarray:
+        return load_image(self.paths[position])
+
+    def place(self, position: int) -> str:
+        return self.paths[position]
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Labelled images of one split: `positions` (n,) in a store, and their `labels` (n,)."""
+
+    images: Images
+    positions: np.ndarray
+    labels: np.ndarray
+
+    @classmethod
+    def all_of(cls, images: Images, labels: Sequence[int] | np.ndarray) -> "ImageSet":
+        labels = np.asarray(labels, dtype=np.int64)
+        return cls(images, np.arange(len(labels)), labels)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, index: int) -> np.ndarray:
+        """Image `index` of this split, (H, W, 3) uint8."""
+        return self.images.read(self.positions[index])
+
+    def place(self, index: int) -> str:
+        """Where image `index` of this split is."""
+        return self.images.place(self.positions[index])
+
+    def take(self, indices: np.ndarray) -> "ImageSet":
+        """The images at `indices`, in that order."""
+        return ImageSet(self.images, self.positions[indices], self.labels[indices])
+
+    def keep_classes(self, classes: Sequence[int]) -> "ImageSet":
+        """The images of these classes, which become 0, 1, ... in the order given."""
+        kept = self.take(np.flatnonzero(np.isin(self.labels, classes)))
+        number = {label: new for new, label in enumerate(classes)}
+        return ImageSet(kept.images, kept.positions, np.array([number[label] for label in kept.labels], dtype=np.int64))
+
+
+@dataclass(frozen=True)
+class Splits:
+    """A data set; `val` is None where it has no validation split of its own."""
+
+    train: ImageSet
+    val: ImageSet | None
+    test: ImageSet
+    class_names: list[str]
+    image_size: int | None = None  # the arrays' own, where the set has no fixed default

@@ -1,0 +1,134 @@
+"""From splits to batches: what the worker processes run, and the loader around them."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from vmoe.data.augment import Augmenter
+from vmoe.data.config import Colour
+from vmoe.data.datasets import ImageSet
+from vmoe.data.images import eval_crop, normalise
+from vmoe.data.samplers import Key
+from vmoe.errors import UserError
+
+
+class Batch(NamedTuple):
+    """Images ready for the model."""
+
+    images: torch.Tensor  # (B, 3, H, W) float32, normalised
+    labels: torch.Tensor  # (B,) int64
+    damaged: list[str]  # training images that could not be read and were replaced by the next one
+
+
+class TrainImages(Dataset):
+    """Augmented training images; a batch is a function of its (epoch, index) keys.
+
+    Args:
+        images: the training split.
+        augmenter: varies an image by its key.
+        mean: of the channels.
+        std: of the channels.
+    """
+
+    def __init__(self, images: ImageSet, augmenter: Augmenter, mean: Colour, std: Colour) -> None:
+        self.images, self.augmenter, self.mean, self.std = images, augmenter, mean, std
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitems__(self, keys: list[Key]) -> Batch:
+        """The batch of these keys. A damaged image is replaced by the next readable one of the set."""
+        pictures, labels, damaged = [], [], []
+        for epoch, index in keys:
+            image, index = self._read(index, damaged)
+            pictures.append(self.augmenter(image, epoch, index))
+            labels.append(self.images.labels[index])
+        return Batch(normalise(pictures, self.mean, self.std), torch.from_numpy(np.array(labels)), damaged)
+
+    def _read(self, index: int, damaged: list[str]) -> tuple[np.ndarray, int]:
+        for step in range(len(self)):
+            candidate = (index + step) % len(self)
+            try:
+                return self.images.read(candidate), candidate
+            except UserError:
+                damaged.append(self.images.place(candidate))
+        raise UserError(f"{self.images.place(index)}: neither this nor any other training image can be read")
+
+
+class EvalImages(Dataset):
+    """Images as evaluation sees them. A damaged one is an error that names it.
+
+    Args:
+        images: a validation or test split.
+        image_size: side in pixels.
+        mean: of the channels.
+        std: of the channels.
+    """
+
+    def __init__(self, images: ImageSet, image_size: int, mean: Colour, std: Colour) -> None:
+        self.images, self.image_size, self.mean, self.std = images, image_size, mean, std
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        """The batch of these images."""
+        pictures = [eval_crop(self.images.read(index), self.image_size) for index in indices]
+        return Batch(normalise(pictures, self.mean, self.std), torch.from_numpy(self.images.labels[indices]), [])
+
+
+class ImageLoader(DataLoader):
+    """A DataLoader of whole batches that raises a worker's UserError as it was.
+
+    PyTorch would raise it with the worker's traceback for a message. Iterating starts with the first batch asked for,
+    when the sampler knows its epoch, and not with `iter()`. No global random state is drawn from.
+
+    Args:
+        dataset: whose `__getitems__` gives a batch.
+        workers: number of processes.
+        **options: DataLoader's.
+    """
+
+    def __init__(self, dataset: Dataset, *, workers: int, **options: Any) -> None:
+        super().__init__(
+            _ErrorsAsValues(dataset),
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            collate_fn=_as_it_is,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),
+            **options,
+        )
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self.num_workers:
+            # A forked worker would wait for ever for OpenCV's threads, which stay behind in this process.
+            cv2.setNumThreads(0)
+        for batch in super().__iter__():
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+
+
+class _ErrorsAsValues(Dataset):
+    """Hands a UserError over to the main process as a value: there `ImageLoader` raises it."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitems__(self, keys: list) -> Batch | UserError:
+        try:
+            return self.dataset.__getitems__(keys)
+        except UserError as error:
+            return UserError(str(error))
+
+
+def _as_it_is(batch: Batch | UserError) -> Batch | UserError:
+    return batch

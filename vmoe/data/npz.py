@@ -1,0 +1,69 @@
+"""Data sets of the user's own arrays: one .npz file, never unpickled."""
+
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from vmoe.data.imageset import ArrayImages, ImageSet, Splits
+from vmoe.errors import UserError
+
+
+def load_npz(root: str) -> Splits:
+    """Loads `train_x, train_y, test_x, test_y` and, where given, `val_x, val_y` and `class_names` from one file.
+
+    Images are (n, H, W, 3), (n, H, W, 1) or (n, H, W) uint8; labels (n,) integers from 0.
+
+    Raises:
+        UserError: the file or one of its arrays is missing or malformed; the line names it.
+    """
+    arrays = _read_npz(Path(root))
+    missing = [name for name in ("train_x", "train_y", "test_x", "test_y") if name not in arrays]
+    if missing:
+        raise UserError(
+            f"{root}: has no array {missing[0]!r} (it has {', '.join(arrays) or 'none'}); "
+            "a data set needs train_x, train_y, test_x and test_y"
+        )
+    sets = {name: _npz_set(root, arrays, name) for name in ("train", "val", "test") if f"{name}_x" in arrays}
+    number = 1 + max(int(part.labels.max(initial=0)) for part in sets.values())
+    if number > len(sets["train"]):
+        raise UserError(
+            f"{root}: labels go up to {number - 1}, but there are {len(sets['train'])} training images; "
+            "number the classes from 0 on, without gaps"
+        )
+    names = [str(name) for name in arrays.get("class_names", range(number))]
+    if len(names) < number:
+        raise UserError(f"{root}: class_names has {len(names)} names, but labels go up to {number - 1}; name all")
+    return Splits(sets["train"], sets.get("val"), sets["test"], names, min(arrays["train_x"].shape[1:3]))
+
+
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    if not path.is_file():
+        inside = sorted(file.name for file in path.glob("*.npz")) if path.is_dir() else []
+        hint = f"it is a folder that holds {', '.join(inside)}" if inside else "there is no such file"
+        raise UserError(f"data.root={path}: for 'npz' this must be the .npz file itself; {hint}")
+    if not zipfile.is_zipfile(path):
+        raise UserError(f"{path}: is no .npz file, or is cut short; write it with numpy.savez")
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"{path}: cannot be read as an .npz file ({error}); write it anew with numpy.savez") from error
+
+
+def _npz_set(root: str, arrays: dict[str, np.ndarray], name: str) -> ImageSet:
+    """The images and labels of one split, checked. Gray images may leave out the channel axis."""
+    images, labels = arrays[f"{name}_x"], arrays.get(f"{name}_y")
+    if images.ndim == 3:
+        images = images[..., None]
+    if images.ndim != 4 or images.shape[3] not in (1, 3) or not images.size:
+        raise UserError(f"{root}: {name}_x has shape {arrays[f'{name}_x'].shape}; it must be (n, H, W, 3) or (n, H, W)")
+    if images.dtype != np.uint8:
+        raise UserError(f"{root}: {name}_x is {images.dtype}; it must be uint8, 0 to 255")
+    if labels is None or labels.shape != images.shape[:1]:
+        found = "missing" if labels is None else f"of shape {labels.shape}"
+        raise UserError(f"{root}: {name}_y is {found}; it must hold one label for each of the {len(images)} images")
+    if not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
+        raise UserError(f"{root}: {name}_y holds {labels.dtype} from {labels.min()}; it must hold integers from 0")
+    return ImageSet.all_of(ArrayImages(images, f"{root}:{name}_x"), labels)

@@ -1,0 +1,53 @@
+"""The order of training: a function of seed and epoch alone."""
+
+from collections.abc import Iterator
+
+import numpy as np
+from torch.utils.data import Sampler
+
+Key = tuple[int, int]  # (epoch, index of the image)
+
+
+class EpochBatchSampler(Sampler[list[Key]]):
+    """Batches of a new permutation each epoch, as keys that tell a worker the epoch too.
+
+    An incomplete last batch is left out; a set smaller than one batch gives one smaller batch.
+    The epoch and `start_batch` are read when the first batch is asked for, not when the iterator is made: Lightning
+    makes the iterator first and calls `set_epoch` after.
+
+    Args:
+        length: number of images.
+        batch_size: images a batch.
+        seed: not negative.
+
+    Attributes:
+        start_batch: set before an epoch to begin with this batch, as if the earlier ones had been given already.
+            Holds once, for the next iteration. `len` does not change.
+    """
+
+    def __init__(self, length: int, batch_size: int, seed: int) -> None:
+        self.length = length
+        self.batch_size = min(batch_size, length)
+        self.seed = seed
+        self.epoch = 0
+        self.start_batch = 0
+
+    @property
+    def sampler(self) -> "EpochBatchSampler":
+        """This sampler itself: Lightning calls `set_epoch` on a batch sampler's `sampler`."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """The epoch of the next iteration."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.length // self.batch_size
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        epoch, first = self.epoch, self.start_batch
+        self.start_batch = 0
+        order = np.random.default_rng([self.seed, epoch]).permutation(self.length).tolist()
+        for batch in range(first, len(self)):
+            indices = order[batch * self.batch_size : (batch + 1) * self.batch_size]
+            yield [(epoch, index) for index in indices]

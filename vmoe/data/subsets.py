@@ -1,0 +1,100 @@
+"""Deterministic stratified choices: validation splits and parts of a training set.
+
+All take labels and give positions, so that they know nothing of images.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from vmoe.data.config import SubsetConfig, nearest
+from vmoe.errors import UserError
+
+
+def pick(labels: np.ndarray, count: Callable[[int, int], int], seed: int) -> np.ndarray:
+    """Picks `count(class, images of the class)` random images of each class.
+
+    Each class is shuffled once by (seed, class), and its first images are taken: a larger count contains a smaller one.
+
+    Args:
+        labels: (n,) integers.
+        count: from a class and the number of its images to the number to take.
+        seed: not negative.
+
+    Returns:
+        Ascending positions in `labels`.
+    """
+    chosen = [np.empty(0, dtype=np.int64)]
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        order = np.random.default_rng([seed, int(label)]).permutation(len(members))
+        chosen.append(members[order[: count(int(label), len(members))]])
+    return np.sort(np.concatenate(chosen))
+
+
+def split(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cuts off a stratified share: of each class `fraction`, rounded, at least one image, but never its last one.
+
+    Args:
+        labels: (n,) integers.
+        fraction: over 0 and under 1.
+        seed: not negative.
+
+    Returns:
+        Ascending positions of what remains and of what is cut off.
+    """
+    cut = pick(labels, lambda _, size: min(_share(fraction, size), size - 1), seed)
+    return np.setdiff1d(np.arange(len(labels)), cut), cut
+
+
+def choose_training(labels: np.ndarray, config: SubsetConfig, class_names: Sequence[str], seed: int) -> np.ndarray:
+    """Ascending positions of the training images that `config.fraction` or `config.per_class` keeps.
+
+    Raises:
+        UserError: a class has fewer than `per_class` images.
+    """
+    if config.per_class is not None:
+        wanted = config.per_class
+        sizes = np.bincount(labels, minlength=len(class_names))
+        if len(labels) and sizes.min() < wanted:
+            short = int(sizes.argmin())
+            raise UserError(
+                f"data.subset.per_class={wanted}: class {class_names[short]!r} has only {sizes[short]} training "
+                f"images; ask for at most {sizes[short]} or leave the class out"
+            )
+        return pick(labels, lambda _, __: wanted, seed)
+    if config.fraction is not None:
+        fraction = config.fraction
+        return pick(labels, lambda _, size: _share(fraction, size), seed)
+    return np.arange(len(labels))
+
+
+def find_classes(wanted: Sequence[str | int], class_names: Sequence[str]) -> list[int]:
+    """Indices of classes given by name or by index; a name wins over an index that reads the same.
+
+    Raises:
+        UserError: a class is unknown (the line offers the nearest names) or given twice.
+    """
+    by_name = {name: index for index, name in enumerate(class_names)}
+    found: list[int] = []
+    for item in wanted:
+        if str(item) in by_name:
+            index = by_name[str(item)]
+        elif str(item).isdecimal() and int(item) < len(class_names):
+            index = int(item)
+        else:
+            hint = nearest(str(item), class_names) or f"the {len(class_names)} classes are {_some(class_names)}"
+            raise UserError(f"data.subset.classes: no class {item!r} in this data set; {hint}")
+        if index in found:
+            raise UserError(f"data.subset.classes: class {class_names[index]!r} is given twice; name it once")
+        found.append(index)
+    return found
+
+
+def _share(fraction: float, size: int) -> int:
+    """`fraction` of `size` rounded half up, at least 1."""
+    return max(1, int(fraction * size + 0.5))
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

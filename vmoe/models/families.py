@@ -1,0 +1,195 @@
+"""Where the MLPs of timm's model families are, which of them can become MoE layers, and why the others cannot.
+
+Nothing is written down model by model: a forward pass on the meta device, which computes nothing, tells the order of
+the MLPs and the tokens each sees. Only what shapes do not tell stands in the tables below.
+"""
+
+import copy
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vmoe.moe import MoeMlp
+from vmoe.moe.mlps import LAYOUTS, class_key, split_leading_norm, take_apart
+
+_BATCH_NORM = "MLPs with batch norms, which experts do not have"
+_CLASS_TOKEN = "MLPs that see only a class token"
+# Why MLPs cannot, by the file of timm and the class; those that `LAYOUTS` knows too sometimes can.
+REFUSALS = {
+    "mlp.GlobalResponseNormMlp": "MLPs that mix tokens (global response norm)",
+    "mlp.GatedMlp": "MLPs that mix tokens (spatial gate)",
+    "pvt_v2.MlpWithDepthwiseConv": "MLPs that mix tokens (depthwise convolution)",
+    "fastvit.ConvMlp": "MLPs that mix tokens (7x7 convolution)",
+    "efficientformer.ConvMlpWithNorm": _BATCH_NORM,
+    "efficientformer_v2.ConvMlpWithNorm": "MLPs that mix tokens (depthwise convolution)",
+    "efficientvit_msra.ConvMlp": _BATCH_NORM,
+    "efficientvim.FFN": _BATCH_NORM,
+    "fasternet.MLPBlock": "MLPs in one module with what mixes tokens",
+    "iformer.FFN": _BATCH_NORM,
+    "levit.LevitMlp": _BATCH_NORM,
+    "repvit.RepVitMlp": _BATCH_NORM,
+    "shvit.FFN": _BATCH_NORM,
+    "gemma4_vit.Gemma4GatedMlp": "MLPs that clamp values; create it with use_clipped_linears=False",
+    "visformer.SpatialMlp": "MLPs that mix tokens (3x3 convolution)",
+}
+# Blocks whose MLP does not work on an image's tokens, by the file of timm and the class.
+OTHER_BLOCKS = {
+    "cait.LayerScaleBlockClassAttn": _CLASS_TOKEN,
+    "xcit.ClassAttentionBlock": _CLASS_TOKEN,
+    "volo.ClassBlock": _CLASS_TOKEN,
+    "attention_pool.AttentionPoolLatent": _CLASS_TOKEN,
+    "csatv2.SpatialTransformerBlock": "MLPs that weigh places",
+}
+
+
+class Place(NamedTuple):
+    """An MLP that can become an MoE layer.
+
+    Attributes:
+        name: The module's name in the model.
+        mlp: The module.
+        tokens: N, the tokens of an image that it sees.
+    """
+
+    name: str
+    mlp: nn.Module
+    tokens: int
+
+
+class Survey(NamedTuple):
+    """What a model has.
+
+    Attributes:
+        places: In the order of the forward pass.
+        left_out: The other MLPs, by name, with the reason.
+    """
+
+    places: list[Place]
+    left_out: dict[str, str]
+
+
+def survey(model: nn.Module, image_size: int | tuple[int, int] | None = None) -> Survey:
+    """Finds the MLPs of a model that work on one token at a time.
+
+    Args:
+        model: Any model built of timm's blocks; it is left as it is.
+        image_size: Pixels, one side of a square or (rows, columns); when not given, those the model was made for.
+
+    Raises:
+        ValueError: The model has MoE layers already, or does not run at the image size.
+    """
+    if any(isinstance(module, MoeMlp) for module in model.modules()):
+        raise ValueError(f"{type(model).__name__} has MoE layers already; sparsify a dense model")
+    mlps = {name: module for name, module in model.named_modules() if class_key(module) in {**LAYOUTS, **REFUSALS}}
+    left_out = {name: reason for name in mlps if (reason := _static_reason(model, name))}
+    candidates = [name for name in mlps if name not in left_out]
+    calls = _watch(model, candidates, image_size) if candidates else []
+    places = []
+    for name in dict.fromkeys(name for name, _ in calls):
+        shapes = [shape for called, shape in calls if called == name]
+        reason = _reason(shapes)
+        if reason:
+            left_out[name] = reason
+        else:
+            places.append(Place(name, mlps[name], _tokens(mlps[name], shapes[0])))
+    return Survey(places, left_out)
+
+
+def eligible_mlps(model: nn.Module, image_size: int | tuple[int, int] | None = None) -> list[Place]:
+    """The MLPs of a model that can become MoE layers, in forward order.
+
+    Raises:
+        ValueError: There is none; the message says why.
+    """
+    places, left_out = survey(model, image_size)
+    if not places:
+        reasons = list(dict.fromkeys(left_out.values())) or ["no MLPs that work on one token at a time"]
+        family = type(model).__module__.rpartition(".")[2]
+        raise ValueError(f"{type(model).__name__} ({family}) cannot have MoE layers: it has {'; '.join(reasons)}")
+    return places
+
+
+def on_meta(model: nn.Module) -> nn.Module:
+    """A copy of a model without its values; costs no memory."""
+    memo = {id(parameter): nn.Parameter(parameter.detach().to("meta")) for parameter in model.parameters()}
+    memo |= {id(buffer): buffer.to("meta") for buffer in model.buffers()}
+    return copy.deepcopy(model, memo)
+
+
+def _static_reason(model: nn.Module, name: str) -> str | None:
+    """Why the MLP of this name cannot be replaced, whatever it sees."""
+    mlp, parent = model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])
+    if class_key(parent) in OTHER_BLOCKS:
+        return OTHER_BLOCKS[class_key(parent)]
+    if name.endswith("mlp_tokens"):
+        return "MLPs that mix tokens"
+    reason = REFUSALS.get(class_key(mlp))
+    if reason and class_key(mlp) not in LAYOUTS:
+        return reason
+    try:
+        take_apart(split_leading_norm(mlp)[1])
+    except ValueError as error:
+        return reason or str(error)
+    return None
+
+
+_BATCH = 2
+
+
+def _watch(model: nn.Module, names: list[str], image_size) -> list[tuple[str, torch.Size]]:
+    """The calls of the modules in an image batch's forward pass: name and shape of what came in."""
+    calls = []
+    twin = on_meta(model).eval()
+    for name in names:
+        twin.get_submodule(name).register_forward_pre_hook(
+            lambda _, inputs, name=name: calls.append((name, inputs[0].shape))
+        )
+    images = _images(model, image_size)
+    try:
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            twin(images)
+    except Exception as error:  # whatever a model's own code raises
+        size, reason = tuple(images.shape[1:]), " ".join(str(error).split())
+        raise ValueError(
+            f"{type(model).__name__} does not run on images of {size} ({reason}); give sparsify its image_size"
+        ) from error
+    return calls
+
+
+def _reason(shapes: list[torch.Size]) -> str | None:
+    """Why an MLP that saw these shapes cannot be replaced."""
+    if any(len(shape) < 3 or shape[0] != _BATCH for shape in shapes):
+        return "MLPs that do not see the tokens of whole images"
+    return "MLPs that are shared by several places" if len(shapes) > 1 else None
+
+
+def _tokens(mlp: nn.Module, shape: torch.Size) -> int:
+    width = shape[1] if take_apart(split_leading_norm(mlp)[1]).use_conv else shape[-1]
+    return shape[1:].numel() // width
+
+
+def _images(model: nn.Module, image_size: int | tuple[int, int] | None) -> Tensor:
+    """A batch such as the model was made for, on the meta device."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    channels, *configured = config.get("input_size", (3, 224, 224))
+    size = image_size or _own_size(model) or configured
+    size = (size, size) if isinstance(size, int) else tuple(size)[-2:]
+    stem = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    channels = _first(model, "in_chans", int) or (channels if stem is None else stem.in_channels)
+    dtype = next((parameter.dtype for parameter in model.parameters()), torch.float32)
+    return torch.zeros(_BATCH, channels, *size, dtype=dtype, device="meta")
+
+
+def _own_size(model: nn.Module) -> tuple[int, int] | None:
+    if hasattr(model, "tokens_spatial_shape"):  # hiera keeps the patches instead
+        return tuple(
+            count * stride for count, stride in zip(model.tokens_spatial_shape, model.patch_stride, strict=True)
+        )
+    return _first(model, "img_size", tuple)
+
+
+def _first(model: nn.Module, attribute: str, kind: type):
+    """The first value of this kind that a module of the model has under this name."""
+    values = (getattr(module, attribute, None) for module in model.modules())
+    return next((value for value in values if isinstance(value, kind)), None)

@@ -1,0 +1,287 @@
+"""Reading the checkpoint format of google-research/vmoe, without JAX.
+
+A checkpoint PREFIX is PREFIX.index, which describes the tensors, and PREFIX.data-nnnnn-of-NNNNN with their values, cut
+into chunks: an expert tensor is split along its experts. Every file is one msgpack object. The data files are never
+unpacked as a whole: they are first walked header by header, which tells where each chunk lies and whether a file is
+what it should be; the values are then copied to where they belong in small pieces.
+"""
+
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import msgpack
+import numpy as np
+
+from vmoe.errors import UserError
+from vmoe.models.msgpack_headers import Headers
+
+VERSION = "20220622"
+_MARK = "__msgpack_array_chunk_a87ca2__"
+_SLICE_ND, _INDEX_INFO = 6, 8  # the format's msgpack extension types
+_DTYPES = {"float32": "<f4", "float64": "<f8", "float16": "<f2", "bfloat16": "<u2"}
+_WINDOW = 2**20  # bytes copied at a time
+_MAX_INDEX = 2**26  # bytes; a checkpoint of thousands of chunks has an index of some hundred kB
+_MAX_CHUNKS = 2**16  # of a tensor; a bound on what msgpack allocates before it has seen the entries
+
+Bounds = tuple[tuple[int, int], ...]  # start and stop along each axis
+
+
+class Chunk(NamedTuple):
+    """A part of a tensor: its place in the tensor, and in a data file as ranges of bytes (offset, length)."""
+
+    bounds: Bounds
+    path: Path
+    ranges: tuple[tuple[int, int], ...]
+
+
+class Leaf(NamedTuple):
+    """A tensor of a checkpoint; its chunks cover it exactly once, and their bytes are there."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    chunks: tuple[Chunk, ...]
+
+
+class _Entry(NamedTuple):
+    """What the index says of a tensor: its chunks' bounds, and in which data file each is."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    bounds: tuple[Bounds, ...]
+    shards: tuple[int, ...]
+
+
+class _Stored(NamedTuple):
+    """What a data file says of a chunk."""
+
+    dtypes: frozenset[str]
+    ranges: tuple[tuple[int, int], ...]
+
+
+def open_checkpoint(prefix: str | Path) -> dict[str, Leaf]:
+    """Finds the model's parameters in a checkpoint, without reading their values.
+
+    The parameters may stand at the top or, beside an optimiser's state, under `params`; all else is left out.
+
+    Args:
+        prefix: The files' common path, without `.index`.
+
+    Returns:
+        The leaves by name, such as "Encoder/encoderblock_0/LayerNorm_0/scale".
+
+    Raises:
+        UserError: a file is missing, cut off, foreign, or does not go with the others.
+    """
+    index_path = Path(f"{prefix}.index")
+    shard_count, tree = _read_index(index_path)
+    wrapped = isinstance(tree.get("params"), dict) and "embedding" not in tree
+    root = "params/" if wrapped else ""
+    data = [Path(f"{prefix}.data-{number:05d}-of-{shard_count:05d}") for number in range(shard_count)]
+    stored = [_scan(path) for path in data]
+
+    leaves = {}
+    # A leaf's number in the data files is its position when keys are sorted as strings at every level
+    for number, (name, packed) in enumerate(_flatten(tree)):
+        if name.startswith(root):
+            entry = _read_entry(packed, f"{index_path}: {name}")
+            leaves[name.removeprefix(root)] = _find_chunks(entry, number, name, data, stored)
+    return leaves
+
+
+def read_into(leaves: dict[str, Leaf], targets: dict[str, np.ndarray]) -> None:
+    """Copies tensors into arrays of their shapes, one data file after the other, with a window of 1 MiB.
+
+    Args:
+        leaves: What `open_checkpoint` gave.
+        targets: For each name where the values go: a float32 array, which may be a view with any strides.
+
+    Raises:
+        UserError: a file changed or cannot be read.
+    """
+    by_file: dict[Path, list[tuple[Chunk, str, np.ndarray]]] = {}
+    for name, target in targets.items():
+        for chunk in leaves[name].chunks:
+            part = target[(*(slice(*bounds) for bounds in chunk.bounds), ...)]  # the dots: a view, also of a scalar
+            by_file.setdefault(chunk.path, []).append((chunk, leaves[name].dtype, part))
+    for path, parts in by_file.items():
+        try:
+            with open(path, "rb") as file:
+                for chunk, dtype, part in parts:
+                    _fill(part, _Values(file, chunk.ranges, dtype))
+        except (OSError, EOFError) as error:
+            raise UserError(f"{path}: cannot be read ({error}); fetch it again") from error
+
+
+class _Values:
+    """The numbers of a chunk, taken in turn from the ranges of its file."""
+
+    def __init__(self, file: BinaryIO, ranges: tuple[tuple[int, int], ...], dtype: str) -> None:
+        self._file, self._ranges, self._dtype = file, list(ranges), dtype
+
+    def take(self, count: int) -> np.ndarray:
+        raw = bytearray(count * np.dtype(_DTYPES[self._dtype]).itemsize)
+        view = memoryview(raw)
+        while view:
+            offset, length = self._ranges.pop(0)
+            here = min(length, len(view))
+            self._file.seek(offset)
+            if self._file.readinto(view[:here]) != here:
+                raise EOFError("it is shorter than it was")
+            if here < length:
+                self._ranges.insert(0, (offset + here, length - here))
+            view = view[here:]
+        values = np.frombuffer(raw, _DTYPES[self._dtype])
+        # bfloat16 is the upper half of a float32
+        return (values.astype("<u4") << 16).view("<f4") if self._dtype == "bfloat16" else values
+
+
+def _fill(part: np.ndarray, values: _Values) -> None:
+    """Writes the next numbers into `part` in C order, in pieces of at most the window where the last axis allows it."""
+    if part.nbytes <= _WINDOW or part.ndim <= 1:
+        part[...] = values.take(part.size).reshape(part.shape)
+        return
+    rows = max(1, _WINDOW * len(part) // part.nbytes)
+    for start in range(0, len(part), rows):
+        _fill(part[start] if rows == 1 else part[start : start + rows], values)
+
+
+def _read_index(path: Path) -> tuple[int, dict]:
+    """The number of data files and the tree of packed entries."""
+    size = _size(path)
+    if size > _MAX_INDEX:
+        raise UserError(f"{path}: {size} bytes is too large for the index of a checkpoint; is it another file?")
+    content = _unpack(path.read_bytes(), str(path), raw=False, max_array_len=0)
+    if not isinstance(content, dict) or not isinstance(content.get("index"), dict):
+        raise UserError(f"{path}: not the index of a V-MoE checkpoint; give the prefix of its files")
+    if content.get("version") != VERSION:
+        raise UserError(f"{path}: version {content.get('version')!r} of the format; only {VERSION!r} can be read")
+    shard_count = content.get("shard_count")
+    if type(shard_count) is not int or not 1 <= shard_count <= 99_999:
+        raise UserError(f"{path}: shard_count={shard_count!r} must be a number of files; is it damaged?")
+    return shard_count, content["index"]
+
+
+def _flatten(tree: dict, parent: str = "") -> Iterator[tuple[str, object]]:
+    for key in sorted(tree):
+        value = tree[key]
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{parent}{key}/")
+        elif value is not None:  # JAX counts no leaf for None
+            yield f"{parent}{key}", value
+
+
+def _read_entry(packed: object, where: str) -> _Entry:
+    if not isinstance(packed, msgpack.ExtType) or packed.code != _INDEX_INFO:
+        raise UserError(f"{where} is no description of a tensor; is the file damaged?")
+    try:
+        shaped, slices, shards = _unpack(packed.data, where)
+        shape, dtype, _, _ = _unpack(shaped, where)
+        bounds = tuple(_bounds(_unpack(slice_nd, where), where) for slice_nd in slices)
+        entry = _Entry(tuple(shape), dtype.decode(), bounds, tuple(shards))
+        if not all(type(extent) is int and extent > 0 for extent in entry.shape):
+            raise ValueError(f"shape {entry.shape}")
+        if len(entry.shards) != len(bounds) or not _covers(bounds, entry.shape):
+            raise ValueError(f"its chunks do not make up the shape {entry.shape}")
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{where} is described wrongly ({error}); is the file damaged?") from error
+    if entry.dtype not in _DTYPES:
+        raise UserError(f"{where} has dtype {entry.dtype}; a parameter can be one of {', '.join(_DTYPES)}")
+    return entry
+
+
+def _bounds(packed_slices: list, where: str) -> Bounds:
+    bounds = []
+    for packed in packed_slices:
+        start, stop, step = _unpack(packed, where)
+        if step not in (None, 1) or type(start) is not int or type(stop) is not int or not 0 <= start < stop:
+            raise ValueError(f"slice {start}:{stop}:{step}")
+        bounds.append((start, stop))
+    return tuple(bounds)
+
+
+def _covers(chunks: tuple[Bounds, ...], shape: tuple[int, ...]) -> bool:
+    """Whether the chunks are the cells of a grid over the whole tensor, each once."""
+    if any(len(bounds) != len(shape) for bounds in chunks) or len(set(chunks)) != len(chunks):
+        return False
+    cells = 1
+    for axis, extent in enumerate(shape):
+        pieces = sorted({bounds[axis] for bounds in chunks})
+        ends = [0, *(stop for _, stop in pieces)]
+        if [start for start, _ in pieces] != ends[:-1] or ends[-1] != extent:
+            return False
+        cells *= len(pieces)
+    return cells == len(chunks)
+
+
+def _find_chunks(
+    entry: _Entry, number: int, name: str, data: list[Path], stored: list[dict[tuple[int, Bounds], _Stored]]
+) -> Leaf:
+    """Finds the chunks of a leaf in the data files."""
+    itemsize = np.dtype(_DTYPES[entry.dtype]).itemsize
+    chunks = []
+    for bounds, shard in zip(entry.bounds, entry.shards, strict=True):
+        if type(shard) is not int or not 0 <= shard < len(data):
+            raise UserError(f"{data[0]}: the index looks for {name} in data file {shard} of {len(data)}")
+        path, found = data[shard], stored[shard].get((number, bounds))
+        if found is None:
+            raise UserError(
+                f"{path}: lacks {name}[{_show(bounds)}], which the index says is there; fetch all files again"
+            )
+        size = math.prod(stop - start for start, stop in bounds) * itemsize
+        if found.dtypes != {entry.dtype} or sum(length for _, length in found.ranges) != size:
+            raise UserError(f"{path}: {name}[{_show(bounds)}] is not the {size} bytes of {entry.dtype} the index says")
+        chunks.append(Chunk(bounds, path, found.ranges))
+    return Leaf(entry.shape, entry.dtype, tuple(chunks))
+
+
+def _show(bounds: Bounds) -> str:
+    return ", ".join(f"{start}:{stop}" for start, stop in bounds)
+
+
+def _scan(path: Path) -> dict[tuple[int, Bounds], _Stored]:
+    """Where each chunk of a data file lies, by the leaf's number and the chunk's bounds."""
+    size = _size(path)
+    chunks, is_marked = {}, False
+    try:
+        with open(path, "rb") as file:
+            headers = Headers(file, size)
+            for _ in range(headers.expect("map")):
+                key = headers.text()
+                if key == _MARK:
+                    is_marked = headers.expect("bool") == 1
+                    continue
+                for _ in range(headers.expect("array")):
+                    if headers.expect("array") != 2:
+                        raise ValueError("a chunk is a pair")
+                    arrays = [headers.ndarray() for _ in range(headers.expect("array"))]
+                    bounds = _bounds(_unpack(headers.extension(_SLICE_ND), str(path)), str(path))
+                    dtypes = frozenset(dtype for dtype, _ in arrays)
+                    chunks[int(key), bounds] = _Stored(dtypes, tuple(where for _, where in arrays))
+            if file.tell() != size:
+                raise ValueError("more follows its end")
+    except EOFError as error:
+        raise UserError(f"{path}: cut off, {size} bytes are not all of it; fetch it again") from error
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: not a data file of a V-MoE checkpoint ({error}); fetch it again") from error
+    if not is_marked:
+        raise UserError(f"{path}: not a data file of a V-MoE checkpoint; fetch it again")
+    return chunks
+
+
+def _unpack(packed: bytes, where: str, raw: bool = True, max_array_len: int = _MAX_CHUNKS):
+    try:
+        return msgpack.unpackb(packed, raw=raw, strict_map_key=not raw, max_array_len=max_array_len)
+    except (ValueError, TypeError, msgpack.UnpackException) as error:
+        raise UserError(f"{where}: cut off or not msgpack ({error or type(error).__name__}); fetch it again") from error
+
+
+def _size(path: Path) -> int:
+    try:
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; give the prefix of a checkpoint's files and fetch all of them")
+        return os.stat(path).st_size
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error

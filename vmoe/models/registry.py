@@ -1,0 +1,108 @@
+"""V-MoEs by name, registered in timm: `timm.create_model("vmoe_small_patch32_last2_e8")` once `vmoe` is imported.
+
+The architecture is that of the original code: a ViT with tanh GELU, LayerNorms of eps 1e-6 and a final LayerNorm for
+every classifier. `vmoe_vit` has no MoE layers of its own; with arguments it takes every size.
+"""
+
+from collections import OrderedDict
+from typing import Any, Literal
+
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from torch import nn
+
+from vmoe.models.surgery import sparsify
+from vmoe.moe import MoeConfig
+
+# The paper's sizes (Riquelme et al. 2021, appendix B). Its S has 8 layers of width 512, not timm's 12 of 384.
+_SIZES = {
+    "small": {"embed_dim": 512, "depth": 8, "num_heads": 8},
+    "base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
+    "large": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
+    "huge": {"embed_dim": 1280, "depth": 32, "num_heads": 16},
+}
+_FAMILY = (("small", 32), ("small", 16), ("base", 32), ("base", 16), ("large", 16), ("huge", 14))
+_FOR_32_PIXELS = {
+    "vmoe_tiny_patch4_32": {"embed_dim": 192, "depth": 6, "num_heads": 3, "patch_size": 4},
+    "vmoe_small_patch4_32": {**_SIZES["small"], "patch_size": 4},
+}
+
+
+def _named_models() -> dict[str, tuple[dict[str, Any], MoeConfig]]:
+    """The arguments and the MoE layers of each name."""
+    models = {"vmoe_vit": ({**_SIZES["small"], "patch_size": 32}, MoeConfig(layers=[]))}
+    for size, patch_size in _FAMILY:
+        for layers in ("last2", "every2"):
+            for num_experts in (8, 32):
+                name = f"vmoe_{size}_patch{patch_size}_{layers}_e{num_experts}"
+                moe = MoeConfig(layers=layers.replace("2", "-2"), num_experts=num_experts)
+                models[name] = ({**_SIZES[size], "patch_size": patch_size}, moe)
+    for name, arguments in _FOR_32_PIXELS.items():
+        models[name] = ({**arguments, "img_size": 32}, MoeConfig(layers="last-2"))
+    return models
+
+
+def _default_cfg(arguments: dict[str, Any]) -> dict[str, Any]:
+    side = arguments.get("img_size", 224)
+    return {
+        "url": "",
+        "num_classes": 1000 if side == 224 else 10,
+        "input_size": (3, side, side),
+        "fixed_input_size": True,
+        # as the original's `decode|resize(side)|value_range(-1,1)`
+        "crop_pct": 1.0,
+        "crop_mode": "squash",
+        "interpolation": "bilinear",
+        "mean": (0.5, 0.5, 0.5),
+        "std": (0.5, 0.5, 0.5),
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+        "license": "apache-2.0",
+    }
+
+
+_MODELS = _named_models()
+default_cfgs = generate_default_cfgs({name: _default_cfg(arguments) for name, (arguments, _) in _MODELS.items()})
+
+
+def _build(moe: MoeConfig | Literal[False], pre_logits: int | None = None, **kwargs: Any) -> nn.Module:
+    """The transformer with its MoE layers.
+
+    Args:
+        moe: The MoE layers; False for none.
+        pre_logits: Width of a dense layer with tanh between the pooled token and the classifier; it stands in timm's
+            `fc_norm` slot. None for none.
+        **kwargs: For timm's VisionTransformer.
+    """
+    model = VisionTransformer(**{"act_layer": "gelu_tanh", "fc_norm": False, **kwargs})
+    if pre_logits is not None:
+        _insert_pre_logits(model, pre_logits)
+    return sparsify(model, moe) if moe and moe.layers else model
+
+
+def _insert_pre_logits(model: VisionTransformer, width: int) -> None:
+    placement = {"device": model.norm.weight.device, "dtype": model.norm.weight.dtype}
+    dense = nn.Linear(model.embed_dim, width, **placement)
+    model.fc_norm = nn.Sequential(OrderedDict(fc=dense, act=nn.Tanh()))
+    if model.num_classes > 0 and width != model.embed_dim:
+        model.head = nn.Linear(width, model.num_classes, **placement)
+    model.head_hidden_size = width
+
+
+def _register(name: str, arguments: dict[str, Any], moe: MoeConfig) -> None:
+    def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return build_model_with_cfg(
+            _build,
+            name,
+            pretrained,
+            pretrained_filter_fn=checkpoint_filter_fn,
+            feature_cfg={"out_indices": 3, "feature_cls": "getter"},
+            **{"moe": moe, **arguments, **kwargs},
+        )
+
+    create.__name__ = create.__qualname__ = name
+    register_model(create)
+
+
+for _name, (_arguments, _moe) in _MODELS.items():
+    _register(_name, _arguments, _moe)

@@ -1,0 +1,1 @@
+"""Training: a LightningModule, its callbacks, and the run that puts them together."""

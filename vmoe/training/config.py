@@ -1,0 +1,193 @@
+"""What a training run is made of: every option of a recipe, typed, documented and checked."""
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from vmoe.data import DataConfig
+from vmoe.errors import UserError
+from vmoe.moe import MoeConfig
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The backbone: a timm model, some of whose MLPs `moe` replaces.
+
+    Args:
+        name: Name of a timm model, such as vit_tiny_patch16_224.
+        kwargs: Arguments of that timm model: depth, embed_dim, patch_size, drop_path_rate, proj_drop_rate, ...
+            The number of classes and the image size come from the data.
+    """
+
+    name: str = "vit_tiny_patch16_224"
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for key, source in (
+            ("num_classes", "the data set"),
+            ("img_size", "data.image_size"),
+            ("in_chans", "an image's red, green and blue"),
+        ):
+            if key in self.kwargs:
+                raise ValueError(f"kwargs.{key}={self.kwargs[key]!r}: must be left out, {source} gives it")
+        for key, value in self.kwargs.items():
+            if key.endswith("_rate") and not (isinstance(value, int | float) and 0 <= value < 1):
+                raise ValueError(f"kwargs.{key}={value!r}: must be in [0, 1)")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW with linear warm-up, then a cosine.
+
+    Args:
+        lr: Highest learning rate, reached at the end of the warm-up.
+        min_lr: Learning rate at the end of the cosine.
+        warmup_epochs: Length of the linear warm-up in epochs; a fraction is allowed.
+        weight_decay: Decoupled weight decay of matrices; biases, norms and position embeddings have none.
+        betas: AdamW's decay rates of the gradient's first and second moment.
+        clip_norm: Gradients are scaled down to this norm; null never clips.
+        label_smoothing: Share of the target spread over all classes, in training.
+    """
+
+    lr: float = 1e-3
+    min_lr: float = 1e-5
+    warmup_epochs: float = 5.0
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip_norm: float | None = 1.0
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        _need(self, "lr", 0 < self.lr < float("inf"), "above 0")
+        _need(self, "min_lr", 0 <= self.min_lr <= self.lr, f"between 0 and lr={self.lr}")
+        _need(self, "warmup_epochs", 0 <= self.warmup_epochs < float("inf"), ">= 0")
+        _need(self, "weight_decay", 0 <= self.weight_decay < float("inf"), ">= 0")
+        _need(
+            self, "betas", len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas), "two numbers in [0, 1)"
+        )
+        _need(self, "clip_norm", self.clip_norm is None or 0 < self.clip_norm < float("inf"), "above 0, or null")
+        _need(self, "label_smoothing", 0 <= self.label_smoothing < 1, "in [0, 1)")
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """How long, on what and how precisely to train.
+
+    Args:
+        epochs: Passes over the training set.
+        device: Where to train; auto takes a GPU when there is one.
+        precision: 32, or mixed precision with bf16 or fp16 (a GPU; with loss scaling). The router is float32 in all.
+        accumulate: Batches whose gradients are averaged into one update.
+        compile: Compile the model with torch.compile.
+        early_stopping: Stop after this many epochs without a better val/top1 (or an equal one with a lower val/loss);
+            null never stops early.
+        log_every: Steps between two looks at the device: the bar's loss, and whether a loss or gradient was NaN or inf.
+    """
+
+    epochs: int = 20
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: str | int = "32"
+    accumulate: int = 1
+    compile: bool = False
+    early_stopping: int | None = None
+    log_every: int = 50
+
+    def __post_init__(self) -> None:
+        _need(self, "epochs", self.epochs >= 1, "a whole number >= 1")
+        _need(self, "device", self.device in ("auto", "cpu", "cuda"), "auto, cpu or cuda")
+        object.__setattr__(self, "precision", str(self.precision))  # YAML reads 32 as a number
+        _need(self, "precision", self.precision in ("32", "bf16", "fp16"), "32, bf16 or fp16")
+        _need(self, "precision", (self.device, self.precision) != ("cpu", "fp16"), "32 or bf16 with device=cpu")
+        _need(self, "accumulate", self.accumulate >= 1, "a whole number >= 1")
+        _need(self, "early_stopping", self.early_stopping is None or self.early_stopping >= 1, ">= 1, or null")
+        _need(self, "log_every", 1 <= self.log_every <= 50, "from 1 to 50, so that a broken run stops soon")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train a timm model, dense or with sparse MoE layers, and test its best checkpoint.
+
+    Args:
+        seed: Seed of everything random: weights, order, augmentation, router noise, dropout.
+        output_dir: The run's folder; by default runs/ and the name of the config file.
+        resume: Go on with the run in output_dir from its last checkpoint, as if it had never stopped.
+        init_from: Where a new run's weights start: a checkpoint or run's folder, or "pretrained" for timm's own weights
+            of the model. Dense ones are upcycled where this run has MoE layers; the classifier starts fresh where the
+            classes differ.
+        data: The images.
+        model: The backbone.
+        moe: The MoE layers; null trains the dense twin.
+        optim: The optimiser.
+        trainer: The loop.
+    """
+
+    seed: int = 0
+    output_dir: str | None = None
+    resume: bool = False
+    init_from: str | None = None
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    moe: MoeConfig | None = None
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+
+    def __post_init__(self) -> None:
+        _need(self, "seed", 0 <= self.seed < 2**32, "from 0 to 4294967295")
+        if self.moe is not None and self.moe.inject_auxiliary_loss:
+            raise ValueError("moe.inject_auxiliary_loss=True: must be false here, this trainer adds the loss itself")
+
+
+def to_plain(value: Any) -> Any:
+    """A config as nested dicts, lists, strings, numbers and None: what YAML, JSON and a checkpoint can hold."""
+    if dataclasses.is_dataclass(value):
+        return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(key): to_plain(item) for key, item in value.items()}
+    return [to_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def from_plain(kind: type, plain: dict[str, Any], prefix: str = "") -> Any:
+    """The dataclass `kind` from nested dicts; what is left out takes its default.
+
+    Raises:
+        UserError: an option is unknown or its value not allowed; the message names it by its dotted name.
+    """
+    hints = typing.get_type_hints(kind)
+    values = {}
+    for name, value in plain.items():
+        if name not in hints:
+            raise UserError(f"{prefix}{name}: no such option in this version")
+        if value is None and type(None) not in _choices(hints[name]):
+            raise UserError(f"{prefix}{name}: must not be null; leave it out for its default")
+        section = section_type(hints[name])
+        if section is not None and value is not None:
+            if not isinstance(value, dict):
+                raise UserError(f"{prefix}{name}={value!r}: must be a section of options")
+            value = from_plain(section, value, f"{prefix}{name}.")
+        elif isinstance(value, list) and _holds_tuple(hints[name]):  # YAML and checkpoints know only lists
+            value = tuple(value)
+        values[name] = value
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise UserError(f"{prefix}{error}") from error
+
+
+def section_type(hint: Any) -> type | None:
+    """The config dataclass that a field's type holds, `X` or `X | None`; None for a plain value."""
+    return next((choice for choice in _choices(hint) if dataclasses.is_dataclass(choice)), None)
+
+
+def _choices(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+
+
+def _holds_tuple(hint: Any) -> bool:
+    return any(typing.get_origin(choice) is tuple for choice in _choices(hint))
+
+
+def _need(config: Any, name: str, holds: bool, allowed: str) -> None:
+    if not holds:
+        raise ValueError(f"{name}={getattr(config, name)!r}: must be {allowed}")

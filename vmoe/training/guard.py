@@ -1,0 +1,82 @@
+"""NaN and inf: the update is blocked on the device at once; the host finds out when it next looks.
+
+A fused optimiser whose `found_inf` tensor is 1 changes neither weights nor state, which is how torch's GradScaler skips
+an overflowed update without waiting for the GPU. Here the same switch blocks every update from the first bad one on, so
+that the weights stay those from before it.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vmoe.errors import UserError
+
+# A loss scale this small means that gradients overflow whatever the scale: not GradScaler's normal search for one.
+_SMALLEST_SCALE = 1.0
+
+
+class Guard:
+    """Watches loss and gradient norm without a host synchronisation."""
+
+    def __init__(self) -> None:
+        self.bad_step = torch.tensor(-1.0)  # () first update with a NaN or inf, or -1
+        self.bad_input = torch.tensor(False)  # () whether images held one by then
+        self._images_finite = torch.tensor(True)
+        self._loss_finite = torch.tensor(True)
+
+    def to(self, device: torch.device) -> None:
+        for name in ("bad_step", "bad_input", "_images_finite", "_loss_finite"):
+            setattr(self, name, getattr(self, name).to(device))
+
+    def watch_forward(self, images: Tensor, loss: Tensor) -> None:
+        """Notes whether the images (B, 3, H, W) and the loss () of a batch are finite."""
+        self._images_finite = self._images_finite & images.sum().isfinite()
+        self._loss_finite = self._loss_finite & loss.detach().isfinite()
+
+    def check_update(self, optimizer: torch.optim.Optimizer, norm: Tensor, step: int, scaler: Any = None) -> None:
+        """Blocks this update and all later ones if the loss or the gradients' norm () is not finite.
+
+        With fp16's loss scaling an infinite norm is normal: the scaler skips such an update and halves the scale.
+
+        Raises:
+            UserError: on the CPU, where looking costs nothing, at once.
+        """
+        norm_fails = ~norm.isfinite()
+        if scaler is not None:
+            norm_fails = norm_fails & (scaler._scale < _SMALLEST_SCALE)
+        is_bad = norm_fails | ~self._loss_finite
+        is_first = is_bad & (self.bad_step < 0)
+        self.bad_step = torch.where(is_first, float(step), self.bad_step)
+        self.bad_input = torch.where(is_first, ~self._images_finite, self.bad_input)
+        self._images_finite = torch.ones_like(self._images_finite)
+        self._loss_finite = torch.ones_like(self._loss_finite)
+        if norm.device.type == "cpu":
+            self.raise_if_bad()
+        self.block(optimizer)
+
+    def block(self, optimizer: torch.optim.Optimizer) -> None:
+        """Makes a fused optimiser's next update do nothing if a step was bad, or if a GradScaler already says so."""
+        is_bad = (self.bad_step >= 0).float()
+        found = getattr(optimizer, "found_inf", None)
+        optimizer.found_inf = is_bad if found is None else torch.maximum(found, is_bad)
+
+    def raise_if_bad(self, fp16: bool = False) -> None:
+        """Reads the flag: on a GPU this waits for the steps under way.
+
+        Raises:
+            UserError: an update was bad; the line names it and the likeliest cause.
+        """
+        step = int(self.bad_step.item())
+        if step < 0:
+            return
+        if self.bad_input.item():
+            cause = "the images hold NaN or inf: check the files, data.mean and data.std"
+        elif fp16:
+            cause = "fp16 overflows: use --trainer.precision bf16"
+        else:
+            cause = "the learning rate is likely too high: lower --optim.lr, warm up longer or set --optim.clip_norm"
+        raise UserError(
+            f"step {step + 1}: the loss or its gradient became NaN or inf; {cause}. "
+            "The weights of before are safe in checkpoints/last.ckpt if an epoch was finished"
+        )

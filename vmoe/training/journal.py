@@ -1,0 +1,163 @@
+"""What a run tells of itself while it trains: metrics.csv, TensorBoard events, the terminal."""
+
+import csv
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer
+from torch.utils.tensorboard import SummaryWriter
+
+from vmoe.checkpoints import RunFolder
+from vmoe.files import atomic_write
+from vmoe.training.module import Classifier
+from vmoe.training.progress import Progress
+from vmoe.training.statistics import as_metrics, metric_columns, warnings_of
+
+COLUMNS = (
+    *("epoch", "step", "train/loss", "train/top1", "train/images_per_second", "lr"),
+    *("val/loss", "val/top1", "val/top5"),
+)
+
+
+class Clock:
+    """Seconds spent: in all, and in the training steps of this epoch. Goes on where a resumed run left it."""
+
+    def __init__(self) -> None:
+        self._total = 0.0
+        self._epoch = 0.0
+        self._total_since = self._epoch_since = None
+
+    def start(self) -> None:
+        self._total_since = time.perf_counter()
+
+    def start_epoch(self, fresh: bool) -> None:
+        self._epoch = 0.0 if fresh else self._epoch
+        self._epoch_since = time.perf_counter()
+
+    def stop_epoch(self) -> None:
+        self._epoch, self._epoch_since = self.epoch_seconds, None
+
+    @property
+    def epoch_seconds(self) -> float:
+        return self._epoch + (time.perf_counter() - self._epoch_since if self._epoch_since else 0.0)
+
+    @property
+    def total_seconds(self) -> float:
+        return self._total + (time.perf_counter() - self._total_since if self._total_since else 0.0)
+
+    def state(self) -> dict[str, float]:
+        return {"total": self.total_seconds, "epoch": self.epoch_seconds}
+
+    def load_state(self, state: dict[str, float]) -> None:
+        self._total, self._epoch = state["total"], state["epoch"]
+
+
+class MetricsTable:
+    """metrics.csv, a row an epoch. The whole small file is replaced each time, so that it is never half a file.
+
+    Args:
+        path: The file.
+        columns: Its columns.
+        step: Rows of later steps are left out: those that a resumed run will write again.
+    """
+
+    def __init__(self, path: Path, columns: list[str], step: int) -> None:
+        self.path = path
+        self.columns = columns
+        self.rows: list[dict[str, str]] = []
+        if path.is_file() and step:
+            with open(path, newline="", encoding="utf-8") as file:
+                self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
+
+    def append(self, row: dict[str, Any]) -> None:
+        self.rows.append({column: str(row[column]) for column in self.columns})
+        with atomic_write(self.path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, self.columns, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(self.rows)
+
+    def median(self, column: str) -> float:
+        return statistics.median(float(row[column]) for row in self.rows)
+
+
+class Journal(Callback):
+    """Writes an epoch's metrics down, shows them, and warns of dead experts and damaged images.
+
+    Args:
+        folder: The run's folder.
+        clock: The run's clock.
+        progress: The terminal.
+        step: Updates done before this process: 0, or those of the checkpoint that is resumed.
+        log_every: Steps between two looks at the device.
+    """
+
+    def __init__(self, folder: RunFolder, clock: Clock, progress: Progress, step: int, log_every: int) -> None:
+        self.folder = folder
+        self.clock = clock
+        self.progress = progress
+        self.step = step
+        self.log_every = log_every
+        self.table: MetricsTable | None = None
+        self._told_damaged = 0
+
+    def on_train_start(self, trainer: Trainer, module: Classifier) -> None:
+        self.table = MetricsTable(self.folder.metrics, [*COLUMNS, *metric_columns(module.model)], self.step)
+        self.writer = SummaryWriter(str(self.folder.path), purge_step=self.step + 1 if self.step else None)
+        self.clock.start()
+        self._start_epoch(trainer, fresh=False)
+
+    def on_train_epoch_start(self, trainer: Trainer, module: Classifier) -> None:
+        self._start_epoch(trainer, fresh=True)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, module: Classifier, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        is_last = batch_idx + 1 == trainer.num_training_batches
+        if is_last or (batch_idx + 1) % self.log_every == 0:
+            module.guard.raise_if_bad(fp16=trainer.precision == "16-mixed")
+            self.progress.show_steps(batch_idx + 1, self._train_metrics(module))
+        if is_last:
+            self.clock.stop_epoch()
+
+    def on_train_epoch_end(self, trainer: Trainer, module: Classifier) -> None:
+        routing = module.routing.means()
+        row = {
+            "epoch": trainer.current_epoch + 1,
+            "step": trainer.global_step,
+            **self._train_metrics(module),
+            "lr": module.rate(trainer.global_step - 1),
+            **module.evaluation_metrics("val"),
+            **as_metrics(routing),
+        }
+        self.table.append(row)
+        warnings = warnings_of(routing)
+        if len(module.damaged) > self._told_damaged:
+            self._told_damaged = len(module.damaged)
+            warnings.append(f"{self._told_damaged} damaged images were replaced: {', '.join(module.damaged)}")
+        for name, value in row.items():
+            if name not in ("epoch", "step"):
+                self.writer.add_scalar(name, value, row["step"])
+        for line in warnings:
+            self.writer.add_text("warnings", line, row["step"])
+        self.writer.flush()
+        self.progress.show_epoch(row, warnings)
+
+    def on_train_end(self, trainer: Trainer, module: Classifier) -> None:
+        self.progress.stop()
+        self.writer.close()
+
+    def on_exception(self, trainer: Trainer, module: Classifier, exception: BaseException) -> None:
+        self.progress.stop()
+        if self.table is not None:
+            self.writer.close()
+
+    def _start_epoch(self, trainer: Trainer, fresh: bool) -> None:
+        self.clock.start_epoch(fresh)
+        self.progress.start_epoch(trainer.current_epoch + 1, trainer.max_epochs, trainer.num_training_batches)
+
+    def _train_metrics(self, module: Classifier) -> dict[str, float]:
+        metrics = module.train_metrics()  # waits for the device, so that the clock is right
+        images = float(module.train_sums[-1])
+        return {**metrics, "train/images_per_second": images / max(self.clock.epoch_seconds, 1e-9)}

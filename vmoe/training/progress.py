@@ -1,0 +1,51 @@
+"""The terminal: a bar over an epoch's steps and a line an epoch; only the lines where nobody watches."""
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+
+class Progress:
+    """Shows loss, accuracy and images a second while a run trains.
+
+    Args:
+        console: Where to write.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._bar: Bar | None = None
+
+    def start_epoch(self, epoch: int, epochs: int, steps: int) -> None:
+        self.stop()
+        self._title = f"epoch {epoch}/{epochs}"
+        if self.console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._bar = Bar(*columns, TextColumn("{task.fields[metrics]}"), console=self.console, transient=True)
+            self._task = self._bar.add_task(self._title, total=steps, metrics="")
+            self._bar.start()
+
+    def show_steps(self, done: int, metrics: dict[str, float]) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, metrics=_train_text(metrics))
+
+    def show_epoch(self, row: dict[str, float], warnings: list[str]) -> None:
+        self.stop()
+        validation = f"val loss {row['val/loss']:.3f}  top-1 {row['val/top1']:7.2%}"
+        self.say(f"{self._title:>15}  {_train_text(row)}  {validation}")
+        for line in warnings:
+            self.say(f"warning: {line}")
+
+    def say(self, line: str) -> None:
+        """One line, as it is: never wrapped, nothing in it taken for markup."""
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def stop(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def _train_text(metrics: dict[str, float]) -> str:
+    speed = metrics["train/images_per_second"]
+    return f"loss {metrics['train/loss']:.3f}  top-1 {metrics['train/top1']:7.2%}  {speed:,.0f} img/s"

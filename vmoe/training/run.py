@@ -1,0 +1,237 @@
+"""One run, start to end: data, model, fit, the test of the best checkpoint, summary.json."""
+
+import dataclasses
+import json
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from lightning import seed_everything
+from lightning.pytorch import Trainer
+from rich.console import Console
+
+from vmoe.checkpoints import ENTRY, RunFolder, read_checkpoint
+from vmoe.data import ImageDataModule
+from vmoe.errors import UserError
+from vmoe.files import atomic_write, write_json
+from vmoe.training import summary
+from vmoe.training.config import TrainConfig, from_plain, to_plain
+from vmoe.training.initial import initial_model
+from vmoe.training.journal import Clock, Journal, MetricsTable
+from vmoe.training.module import Classifier
+from vmoe.training.progress import Progress
+from vmoe.training.saving import AtomicCheckpointIO, Saving
+
+PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
+# What may differ when a run is resumed: where things are and how fast they go, but nothing that changes the result.
+FREE_ON_RESUME = (
+    "output_dir",
+    "resume",
+    "data.root",
+    "data.workers",
+    "trainer.device",
+    "trainer.compile",
+    "trainer.log_every",
+)
+
+
+def train(config: TrainConfig, command: str, console: Console) -> dict[str, Any]:
+    """Trains, or resumes, the run in `config.output_dir` and tests its best checkpoint.
+
+    Args:
+        config: The run; `output_dir` is set.
+        command: The command line, for summary.json.
+        console: Where progress is shown.
+
+    Returns:
+        The content of summary.json.
+
+    Raises:
+        UserError: the folder holds a run already, the resumed config differs, data or device are missing, or the loss
+            became NaN.
+        Interrupted: a signal stopped the run, which is saved.
+    """
+    folder = RunFolder(Path(config.output_dir))
+    saved = _saved_state(folder, config)
+    progress = Progress(console)
+    if saved is not None and saved[ENTRY]["finished"] and (result := _read_summary(folder)) is not None:
+        progress.say(f"{folder.path}: this run is finished, after {saved[ENTRY]['epochs_done']} epochs")
+        return result
+    if config.resume and saved is None:
+        progress.say(f"{folder.path}: no checkpoint to resume, so this run starts from the beginning")
+    if config.optim.warmup_epochs > config.trainer.epochs:
+        progress.say(
+            f"warning: optim.warmup_epochs={config.optim.warmup_epochs} is longer than "
+            f"trainer.epochs={config.trainer.epochs}: the learning rate never reaches optim.lr={config.optim.lr}"
+        )
+    device = _device(config)
+    data = ImageDataModule(config.data, config.seed)
+    data.prepare_data()
+    data.setup("fit")
+    if saved is not None and saved[ENTRY]["class_names"] != data.class_names:
+        raise UserError(
+            f"data.root={config.data.root}: holds other classes than the run in {folder.path} was trained on"
+        )
+    seed_everything(config.seed, verbose=False)
+    fresh = dataclasses.replace(config, init_from=None) if saved else config
+    model = initial_model(fresh, list(data.class_names), data.image_size)
+    cost = summary.Cost.of(model, data.image_size)
+    twin = summary.twin_cost(config.model, data.num_classes, data.image_size)
+    console.print(summary.cost_table(f"{config.model.name}, {folder.path}", cost, twin))
+    if saved is None:
+        with atomic_write(folder.config) as temporary:
+            plain = to_plain(config) | {"resume": False}
+            temporary.write_text(yaml.safe_dump(plain, sort_keys=False), encoding="utf-8")
+
+    loader = data.train_dataloader()
+    updates = -(-len(loader) // config.trainer.accumulate)
+    module = Classifier(model, config.optim, config.trainer.epochs, updates)
+    clock = Clock()
+    saving = Saving(folder, _identity(config, data), clock, config.trainer.early_stopping)
+    step = saved["global_step"] if saved else 0
+    journal = Journal(folder, clock, progress, step, config.trainer.log_every)
+    if config.trainer.compile:
+        # In place: no name of a weight changes. Static: the smaller last batch of a validation would otherwise make
+        # torch compile for any batch size, training included, in many small graphs.
+        model.compile(dynamic=False)
+    with _quiet_lightning():
+        trainer = _trainer(config, device, [journal, saving])
+        if saved is not None:
+            _say_resumed(progress, folder, saved[ENTRY])
+            data.train_sampler.set_epoch(saved[ENTRY]["epochs_done"])
+            data.train_sampler.start_batch = saved[ENTRY]["batches_done"]
+        if saved is None or not saved[ENTRY]["finished"]:
+            resume_from = folder.last if saved else None
+            trainer.fit(module, loader, data.val_dataloader(), ckpt_path=resume_from, weights_only=True)
+        test = _test_best(trainer, module, data, folder)
+    result = _summary(config, folder, command, trainer, test) | summary.cost_entries(cost, twin)
+    write_json(folder.summary, result)
+    return result
+
+
+def _saved_state(folder: RunFolder, config: TrainConfig) -> dict[str, Any] | None:
+    """The last checkpoint of a run to resume; None to start from the beginning.
+
+    Raises:
+        UserError: there is a run and no --resume, or the run to resume had another config.
+    """
+    if not config.resume:
+        if folder.config.exists() or folder.last.exists() or folder.metrics.exists():
+            raise UserError(
+                f"--output_dir {folder.path}: holds a run already; give another folder, or --resume to go on with it"
+            )
+        return None
+    if not folder.last.exists():
+        if folder.summary.exists():
+            raise UserError(
+                f"--resume: the finished run in {folder.path} has lost its last.ckpt; give another --output_dir"
+            )
+        return None
+    saved = read_checkpoint(folder.last)
+    before = _flat(to_plain(from_plain(TrainConfig, saved[ENTRY]["config"])))
+    now = _flat(to_plain(config))
+    changed = [key for key in sorted(before | now) if before.get(key) != now.get(key) and key not in FREE_ON_RESUME]
+    if changed:
+        told = ", ".join(f"{key} (was {before.get(key)!r}, now {now.get(key)!r})" for key in changed)
+        raise UserError(
+            f"--resume: the run in {folder.path} had another config: {told}; keep it, or start a run in another folder"
+        )
+    return saved
+
+
+def _read_summary(folder: RunFolder) -> dict[str, Any] | None:
+    """The content of summary.json; None where it is missing or damaged."""
+    try:
+        return json.loads(folder.summary.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _flat(plain: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in plain.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return flat
+
+
+def _device(config: TrainConfig) -> torch.device:
+    wanted = config.trainer.device
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError("--trainer.device cuda: no usable GPU here; use cpu or auto")
+    device = torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+    if device.type == "cpu" and config.trainer.precision == "fp16":
+        raise UserError("--trainer.precision fp16: needs a GPU, and there is none here; use bf16 or 32")
+    return device
+
+
+def _identity(config: TrainConfig, data: ImageDataModule) -> dict[str, Any]:
+    return {
+        "config": to_plain(config) | {"resume": False},
+        "class_names": list(data.class_names),
+        "image_size": data.image_size,
+        "mean": list(data.mean),
+        "std": list(data.std),
+    }
+
+
+def _trainer(config: TrainConfig, device: torch.device, callbacks: list[Any]) -> Trainer:
+    return Trainer(
+        accelerator=device.type,
+        devices=1,
+        precision=PRECISIONS[config.trainer.precision],
+        max_epochs=config.trainer.epochs,
+        accumulate_grad_batches=config.trainer.accumulate,
+        callbacks=callbacks,
+        plugins=[AtomicCheckpointIO()],
+        inference_mode=False,  # so that the test runs the graphs compiled for validation
+        num_sanity_val_steps=0,  # it would draw random numbers that a resumed run does not
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
+def _test_best(trainer: Trainer, module: Classifier, data: ImageDataModule, folder: RunFolder) -> dict[str, float]:
+    module.load_state_dict(read_checkpoint(folder.best)["state_dict"])
+    trainer.test(module, data.test_dataloader(), verbose=False)
+    return module.evaluation_metrics("test")
+
+
+def _summary(
+    config: TrainConfig, folder: RunFolder, command: str, trainer: Trainer, test: dict[str, float]
+) -> dict[str, Any]:
+    checkpoint = read_checkpoint(folder.last)
+    last = checkpoint[ENTRY]
+    table = MetricsTable(folder.metrics, [], checkpoint["global_step"])
+    best = dict(last["best"])
+    return {
+        "metrics": {**test, **{name: value for name, value in best.items() if name != "epoch"}},
+        "best_epoch": best["epoch"],
+        "epochs": last["epochs_done"],
+        "images_per_second": table.median("train/images_per_second"),
+        "train_seconds": last["clock"]["total"],
+        "peak_memory_mib": summary.peak_memory_mib(trainer.strategy.root_device),
+        "device": summary.device_name(trainer.strategy.root_device),
+        "precision": config.trainer.precision,
+        "seed": config.seed,
+        "versions": summary.versions(),
+        "command": command,
+    }
+
+
+def _say_resumed(progress: Progress, folder: RunFolder, ours: dict[str, Any]) -> None:
+    inside = f" and {ours['batches_done']} batches" if ours["batches_done"] else ""
+    progress.say(f"resuming {folder.path} after {ours['epochs_done']} epochs{inside}")
+
+
+class _quiet_lightning(warnings.catch_warnings):
+    """Silences Lightning's hints on hardware, loaders and resumption, all of which are dealt with here."""
+
+    def __enter__(self) -> None:
+        super().__enter__()
+        logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", module="lightning")

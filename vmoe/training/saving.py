@@ -1,0 +1,122 @@
+"""The callback that writes last.ckpt and best.ckpt, so that a resumed run is the run that never stopped."""
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch import Callback, Trainer
+
+from vmoe.checkpoints import ENTRY, FORMAT_VERSION, RunFolder
+from vmoe.files import atomic_write
+from vmoe.training.journal import Clock
+from vmoe.training.module import Classifier
+from vmoe.training.randomness import random_states, restore_random_states
+from vmoe.training.stopping import Interrupted, SignalWatch
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside its place and renames it, so that a full disk or a kill leaves the old one."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        with atomic_write(path) as temporary, open(temporary, "wb") as file:
+            try:
+                torch.save(checkpoint, file)
+            except RuntimeError as error:  # what torch makes of a failed write
+                raise OSError(f"the file system failed: {' '.join(str(error).split())[:100]}") from error
+
+
+class Saving(Callback):
+    """Saves the last and the best checkpoint, stops early, and stops at a signal after the step under way.
+
+    Args:
+        folder: The run's folder.
+        identity: What a checkpoint tells every tool: config, class_names, image_size, mean and std, of plain types.
+        clock: The run's clock, which goes on after a resumption.
+        patience: Epochs without a better val/top1 after which to stop; None never stops.
+    """
+
+    def __init__(self, folder: RunFolder, identity: dict[str, Any], clock: Clock, patience: int | None) -> None:
+        self.folder = folder
+        self.identity = identity
+        self.clock = clock
+        self.patience = patience
+        self.best: dict[str, float] = {"epoch": 0, "val/top1": -math.inf, "val/loss": math.inf}
+        self._batches_done = 0
+        self._finished = False
+        self._states_to_restore: dict[str, Any] | None = None
+        self._signals = SignalWatch()
+
+    def on_train_start(self, trainer: Trainer, module: Classifier) -> None:
+        self._signals.install()  # after Lightning's own, which would stop between two batches of one update
+
+    def on_train_batch_start(self, trainer: Trainer, module: Classifier, batch: Any, batch_idx: int) -> None:
+        if self._states_to_restore is not None:
+            restore_random_states(self._states_to_restore)
+            self._states_to_restore = None
+
+    def on_train_batch_end(
+        self, trainer: Trainer, module: Classifier, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        is_last = batch_idx + 1 == trainer.num_training_batches  # its epoch is saved after validation, below
+        is_update = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if self._signals.received is not None and is_update and not is_last:
+            self._batches_done = batch_idx + 1
+            self._save_last(trainer, module)
+            raise Interrupted(self._signals.received, trainer.global_step, trainer.current_epoch)
+
+    def on_train_epoch_end(self, trainer: Trainer, module: Classifier) -> None:
+        epochs_done = trainer.current_epoch + 1
+        validation = module.evaluation_metrics("val")
+        is_best = _rank(validation) > _rank(self.best)
+        if is_best:
+            self.best = {"epoch": epochs_done, **validation}
+        self._batches_done = 0
+        if self.patience is not None and epochs_done - self.best["epoch"] >= self.patience:
+            trainer.should_stop = True
+        self._finished = trainer.should_stop or epochs_done == trainer.max_epochs
+        if is_best:  # first, since the last checkpoint tells which epoch is in the best one
+            trainer.save_checkpoint(self.folder.best)
+            with atomic_write(self.folder.last) as temporary:
+                shutil.copyfile(self.folder.best, temporary)
+        else:
+            self._save_last(trainer, module)
+        if self._signals.received is not None and not self._finished:
+            raise Interrupted(self._signals.received, trainer.global_step, epochs_done)
+
+    def on_train_end(self, trainer: Trainer, module: Classifier) -> None:
+        self._signals.remove()
+
+    def on_exception(self, trainer: Trainer, module: Classifier, exception: BaseException) -> None:
+        self._signals.remove()
+
+    def on_save_checkpoint(self, trainer: Trainer, module: Classifier, checkpoint: dict[str, Any]) -> None:
+        checkpoint[ENTRY] = {
+            "version": FORMAT_VERSION,
+            **self.identity,
+            "epochs_done": trainer.current_epoch + (self._batches_done == 0),
+            "batches_done": self._batches_done,
+            "finished": self._finished,
+            "best": self.best,
+            "clock": self.clock.state(),
+            "random": random_states(),
+            "running": module.running_state(),
+        }
+
+    def on_load_checkpoint(self, trainer: Trainer, module: Classifier, checkpoint: dict[str, Any]) -> None:
+        ours = checkpoint[ENTRY]
+        self.best = ours["best"]
+        self.clock.load_state(ours["clock"])
+        module.load_running_state(ours["running"])
+        self._states_to_restore = ours["random"]
+
+    def _save_last(self, trainer: Trainer, module: Classifier) -> None:
+        module.guard.raise_if_bad()
+        trainer.save_checkpoint(self.folder.last)
+
+
+def _rank(validation: dict[str, float]) -> tuple[float, float]:
+    """By val/top1; where that is equal, as it often is on a small validation set, by val/loss."""
+    return validation["val/top1"], -validation["val/loss"]

@@ -1,0 +1,95 @@
+"""What a model costs, shown before training beside its dense twin, and summary.json after it."""
+
+import platform
+import resource
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import lightning
+import timm
+import torch
+from rich.markup import escape
+from rich.table import Table
+from torch import nn
+
+import vmoe
+from vmoe.checkpoints import build_model
+from vmoe.models.cost import Parameters, count_parameters, flops_per_image
+from vmoe.training.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Parameters, in all and active for one token, and floating-point operations an image (a multiply-add is 2)."""
+
+    parameters: Parameters
+    flops: int
+
+    @classmethod
+    def of(cls, model: nn.Module, image_size: int) -> "Cost":
+        return cls(count_parameters(model), flops_per_image(model, image_size))
+
+
+def twin_cost(config: ModelConfig, num_classes: int, image_size: int) -> Cost:
+    """The cost of the same model without MoE layers; it takes no memory."""
+    kwargs = {**config.kwargs, "pretrained": False}
+    with torch.device("meta"):
+        twin = build_model(config.name, kwargs, None, num_classes, image_size)
+    return Cost.of(twin, image_size)
+
+
+def cost_table(title: str, cost: Cost, twin: Cost) -> Table:
+    """The model beside its dense twin: parameters in all and active, and FLOPs an image."""
+    table = Table(title=escape(title), title_justify="left")
+    for column in ("", "this model", "dense twin", "ratio"):
+        table.add_column(column, justify="left" if not column else "right")
+    for name, ours, dense in (
+        ("parameters", cost.parameters.total, twin.parameters.total),
+        ("active parameters", cost.parameters.active, twin.parameters.active),
+        ("FLOPs an image", cost.flops, twin.flops),
+    ):
+        table.add_row(name, _short(ours), _short(dense), f"{ours / dense:.2f}")
+    return table
+
+
+def versions() -> dict[str, str]:
+    """The versions that decide a result."""
+    return {
+        "vmoe": vmoe.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "lightning": lightning.__version__,
+        "timm": timm.__version__,
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the processor's kind and how many threads torch uses."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} {platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """The most memory used so far: of the GPU when it trains, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, but bytes on macOS
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+def cost_entries(cost: Cost, twin: Cost) -> dict[str, Any]:
+    """The cost as summary.json tells it."""
+    return {
+        "parameters": cost.parameters._asdict(),
+        "flops_per_image": cost.flops,
+        "dense_twin": {"parameters": twin.parameters.total, "flops_per_image": twin.flops},
+    }
+
+
+def _short(number: int) -> str:
+    for size, unit in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if number >= size:
+            return f"{number / size:.2f} {unit}"
+    return str(number)
