@@ -18,9 +18,8 @@ from vmoe.moe.routers import token_choice
 pytest.importorskip("triton", reason="the fused backend needs Triton")
 
 from vmoe.moe.kernels import fused
-from vmoe.moe.kernels.fused import products
-from vmoe.moe.kernels.fused.products import Tile
 from vmoe.moe.kernels.fused.ranks import expert_rows
+from vmoe.moe.kernels.fused.rows import rows_in_shares
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # numpy, and so the interpreter, has no bfloat16
@@ -51,12 +50,7 @@ def outputs_and_gradients(backend, x, routing, parameters, cotangent, activation
     return [y, *torch.autograd.grad((y * cotangent.to(y)).sum(), learned)]
 
 
-def check_against_oracle(
-    x, routing, parameters, cotangent, activation, dtype, parameter_dtype=torch.float32, tile=None
-):
-    """`tile`: of the first layer and the hidden gradient; None for the library's products."""
-    for job in ("first", "hidden"):
-        products.TILES[job][dtype.itemsize] = tile
+def check_against_oracle(x, routing, parameters, cotangent, activation, dtype, parameter_dtype=torch.float32):
     exact = outputs_and_gradients(
         segments, x, routing, parameters, cotangent, activation, "cpu", torch.float64, torch.float64
     )
@@ -71,12 +65,6 @@ def random_parameters(num_experts, width, hidden, out, bias, generator):
     shapes = ((num_experts, hidden, width), (num_experts, hidden), (num_experts, out, hidden), (num_experts, out))
     parameters = [torch.randn(shape, generator=generator, dtype=torch.float64) * shape[-1] ** -0.5 for shape in shapes]
     return [p if bias or p.dim() == 3 else None for p in parameters]
-
-
-@pytest.fixture(autouse=True)
-def same_tiles_after(monkeypatch):
-    for job, tiles in products.TILES.items():
-        monkeypatch.setitem(products.TILES, job, dict(tiles))
 
 
 @settings(
@@ -96,10 +84,9 @@ def same_tiles_after(monkeypatch):
     widths=st.sampled_from([(8, 16, 8), (16, 48, 24), (72, 136, 72)]),
     variant=st.sampled_from([(True, "none"), (False, "tanh")]),
     dtype=st.sampled_from(list(TOLERANCE)),
-    tile=st.sampled_from([None, Tile(128, 128, 32, 8, 2, programs=1, parts=4), Tile(64, 64, 32, 4, 2, parts=2)]),
 )
 def test_outputs_and_gradients(
-    images, tokens, group, num_experts, top_k, capacity, priority, skew, widths, variant, dtype, tile
+    images, tokens, group, num_experts, top_k, capacity, priority, skew, widths, variant, dtype
 ):
     bias, approximate = variant
     top_k = min(top_k, num_experts)
@@ -109,23 +96,20 @@ def test_outputs_and_gradients(
         torch.randn(images * tokens, width, generator=generator, dtype=torch.float64) for width in widths[::2]
     )
     parameters = random_parameters(num_experts, *widths, bias, generator)
-    check_against_oracle(x, routing, parameters, cotangent, nn.GELU(approximate), dtype, tile=tile)
+    check_against_oracle(x, routing, parameters, cotangent, nn.GELU(approximate), dtype)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("capacity", [None, 320])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("widths", [(192, 768, 192), (200, 328, 136)])
-@pytest.mark.parametrize(
-    "tile", [None, Tile(128, 128, 64, 8, 3, 0, 4), Tile(128, 128, 64, 4, 3, 2, 4), Tile(128, 256, 64, 8, 3, 1, 4)]
-)
-def test_tiles_of_many_rows(capacity, dtype, widths, tile):
+def test_tiles_of_many_rows(capacity, dtype, widths):
     generator = torch.Generator().manual_seed(0)
     routing = skewed_routing(24, 100, 8, 7, 2, 0.2, generator, capacity, priority=True)
     x, cotangent = (torch.randn(2400, width, generator=generator, dtype=torch.float64) for width in widths[::2])
     parameters = random_parameters(7, *widths, True, generator)
-    check_against_oracle(x, routing, parameters, cotangent, nn.GELU(), dtype, tile=tile)
-    check_against_oracle(x, routing, parameters, cotangent, nn.GELU(), dtype, parameter_dtype=dtype, tile=tile)
+    check_against_oracle(x, routing, parameters, cotangent, nn.GELU(), dtype)
+    check_against_oracle(x, routing, parameters, cotangent, nn.GELU(), dtype, parameter_dtype=dtype)
 
 
 @settings(max_examples=30, deadline=None)
@@ -160,13 +144,18 @@ def test_falling_order_of_nan_is_still_an_order():
 def test_rows_stand_together_and_start_at_multiples_of_128():
     chosen = torch.tensor([[0, 2], [2, 0], [2, 1], [0, 2]], device=DEVICE)
     kept = torch.tensor([[True, True], [True, False], [True, True], [True, True]], device=DEVICE)
-    rows, starts, counts = expert_rows(chosen, kept, 4, 0)
+    rows, starts, counts = expert_rows(chosen, kept, 4)
     assert starts.tolist() == [0, 128, 256, 384]
     assert counts.tolist() == [2, 1, 4, 0]
     assert rows.tolist() == [[0, 256], [257, -1], [258, 128], [1, 259]]
-    rows, starts, _ = expert_rows(chosen, kept, 4, 256)
-    assert starts.tolist() == [0, 256, 512, 768]
-    assert rows.tolist() == [[0, 512], [513, -1], [514, 256], [1, 515]]
+
+
+def test_rows_in_shares_leave_each_group_its_slots():
+    chosen = torch.tensor([[0, 2], [2, 0], [2, 1], [0, 2]], device=DEVICE)
+    kept = torch.tensor([[True, True], [True, False], [True, True], [True, True]], device=DEVICE)
+    slots = torch.tensor([[0, 1], [0, 5], [0, 0], [0, 1]], device=DEVICE)
+    rows = rows_in_shares(chosen, kept, slots, 2, 3, 128)  # two groups of two tokens
+    assert rows.tolist() == [[0, 257], [256, -1], [259, 131], [3, 260]]
 
 
 @pytest.mark.parametrize("renormalize", [False, True])
@@ -225,7 +214,7 @@ def test_operators_pass_torchs_own_checks():
         return torch.randn(shape, device=DEVICE, requires_grad=True)
 
     chosen = torch.tensor([[0, 1], [1, 2], [0, 2], [2, 1], [1, 0]], device=DEVICE)
-    rows, starts, counts = expert_rows(chosen, None, 3, 0)
+    rows, starts, counts = expert_rows(chosen, None, 3)
     parameters = random(3, 16, 8), random(3, 16), random(3, 8, 16), random(3, 8)
     casts = parameters[0].detach(), parameters[2].detach()
     for operator, arguments in (
@@ -234,7 +223,8 @@ def test_operators_pass_torchs_own_checks():
         ("balance", (random(1, 5, 3), random(1, 5, 3), chosen[None], chosen[None] > 0, 0.3)),
         ("ranks", (chosen[None], None, 3)),
         ("falling_order", (random(2, 5).detach(),)),
-        ("expert_rows", (chosen, chosen > 0, 3, 128)),
+        ("expert_rows", (chosen, chosen > 0, 3)),
+        ("rows_in_shares", (chosen, chosen > 0, chosen, 5, 3, 128)),
     ):
         torch.library.opcheck(getattr(torch.ops.vmoe, operator).default, arguments)
     arguments = (random(5, 8), rows, chosen, random(5, 2), starts, counts, *parameters, *casts, 0, False, True)

@@ -9,21 +9,21 @@ computes the same; they differ in which shapes, types and devices they take and 
 `padded` all with a capacity, `fused` those that it does not refuse.
 """
 
-import importlib
-import importlib.util
-from functools import cache
 from types import ModuleType
 
+import torch
 from torch import Tensor
+
+try:
+    from vmoe.moe.kernels import fused
+except ModuleNotFoundError as error:
+    if error.name != "triton":
+        raise
+    fused = None
 
 
 def fused_for(tensor: Tensor) -> ModuleType | None:
-    """The package `kernels.fused`, where there is Triton and the tensor lies on a GPU; else None."""
-    return _fused() if tensor.is_cuda and tensor.numel() else None
-
-
-@cache
-def _fused() -> ModuleType | None:
-    if importlib.util.find_spec("triton") is None:
+    """The package `kernels.fused`, where there is Triton and the tensor lies on an NVIDIA GPU it serves; else None."""
+    if fused is None or not tensor.is_cuda or not tensor.numel() or torch.version.hip is not None:
         return None
-    return importlib.import_module("vmoe.moe.kernels.fused")
+    return fused if torch.cuda.get_device_properties(tensor.device).major >= fused.MIN_CAPABILITY else None

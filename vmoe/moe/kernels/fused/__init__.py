@@ -1,9 +1,9 @@
 """Backend `fused`: the whole expert MLP in Triton kernels and library products, for CUDA.
 
-Forward: scatter the tokens into the experts' rows, first layer with bias and GELU in its epilogue, second layer,
-combine. Backward: the gradient through the second layer with GELU's in its epilogue, where the activation is computed
-anew instead of being kept; the combine weights' gradient comes out of the same epilogue. No host synchronisation, no
-atomic addition, static shapes: repeatable bit for bit and capturable in a CUDA graph.
+Forward: scatter the tokens into the experts' rows, first layer, bias and GELU, second layer, combine. Backward: the
+gradients of the combined rows, of their weights and of the second bias in one pass; through the second layer; through
+GELU in place, with the first bias's gradient; both weights' gradients in the parameters' own type. No host
+synchronisation, no atomic addition, static shapes: repeatable bit for bit and capturable in a CUDA graph.
 
 The rows of an expert are a share of its own where a capacity bounds them well (products by the library), else as many
 as it needs (products by Triton). Everything that imports Triton is in this package.
@@ -16,8 +16,10 @@ from vmoe.moe.kernels.fused.balance import balance
 from vmoe.moe.kernels.fused.mlp import align, fused_experts
 from vmoe.moe.kernels.fused.ranks import ALIGNMENT, expert_rows, falling_order, ranks
 from vmoe.moe.kernels.fused.router import MAX_EXPERTS, MAX_SCORES, gates, scores, takes_logits
+from vmoe.moe.kernels.fused.rows import rows_in_shares
 from vmoe.moe.kernels.interface import Choices, Mlp
 
+MIN_CAPABILITY = 8  # Ampere: what Triton supports
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_SHARES = 1.15  # shares may set aside so many times the rows that are chosen
 MAX_COMPARED = 4096  # values that `falling_order` orders faster than a sort
@@ -46,15 +48,20 @@ def what_does_not_fit(mlp: Mlp) -> str | None:
 
 def expert_mlp(x_TD: Tensor, choices: Choices, mlp: Mlp) -> Tensor:
     """(T, D) -> (T, O), see `kernels.interface`."""
-    num_experts = mlp.weight1.shape[0]
+    chosen_TK, num_experts = choices.chosen_TK.contiguous(), mlp.weight1.shape[0]
     share = _share(choices, num_experts)
-    row_TK, starts_E, counts_E = expert_rows(choices.chosen_TK, choices.kept_TK, num_experts, share)
+    if share:
+        starts_E = counts_E = None
+        size = choices.groups.size
+        row_TK = rows_in_shares(chosen_TK, choices.kept_TK, choices.slots_TK, size, choices.capacity, share)
+    else:
+        row_TK, starts_E, counts_E = expert_rows(chosen_TK, choices.kept_TK, num_experts)
     is_training = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad
         for tensor in (x_TD, choices.weights_TK, mlp.weight1, mlp.bias1, mlp.weight2, mlp.bias2)
     )
     return fused_experts(
-        x_TD.contiguous(), row_TK, choices.chosen_TK.contiguous(), choices.weights_TK.contiguous(), starts_E, counts_E,
+        x_TD.contiguous(), row_TK, chosen_TK, choices.weights_TK.contiguous(), starts_E, counts_E,
         mlp.weight1, mlp.bias1, mlp.weight2, mlp.bias2, mlp.cast(mlp.weight1), mlp.cast(mlp.weight2),
         share, mlp.activation.approximate == "tanh", is_training,
     )[0]  # fmt: skip
@@ -70,6 +77,6 @@ def _share(choices: Choices, num_experts: int) -> int:
 
 
 __all__ = [
-    "MAX_COMPARED", "MAX_EXPERTS", "MAX_SCORES", "balance", "expert_mlp", "falling_order", "fused_experts", "gates",
-    "ranks", "scores", "takes_logits", "what_does_not_fit", "what_it_lacks",
+    "MAX_COMPARED", "MAX_EXPERTS", "MAX_SCORES", "MIN_CAPABILITY", "balance", "expert_mlp", "falling_order",
+    "fused_experts", "gates", "ranks", "scores", "takes_logits", "what_does_not_fit", "what_it_lacks",
 ]  # fmt: skip

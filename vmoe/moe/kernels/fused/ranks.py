@@ -37,16 +37,13 @@ def _ranks(chosen_GSK: Tensor, order_GS: Tensor | None, num_experts: int) -> Ten
 ranks = operator("ranks", _ranks, lambda chosen_GSK, *_: torch.empty_like(chosen_GSK, dtype=torch.int64))
 
 
-def _expert_rows(
-    chosen_TK: Tensor, kept_TK: Tensor | None, num_experts: int, share: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def _expert_rows(chosen_TK: Tensor, kept_TK: Tensor | None, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """A row of a buffer for each choice, each expert's rows together and starting at a multiple of ALIGNMENT.
 
     Args:
         chosen_TK: The experts.
         kept_TK: Which choices get a row; None for all.
         num_experts: E.
-        share: Rows set aside for each expert, a multiple of ALIGNMENT; 0 for as many as it needs.
 
     Returns:
         The row of each choice (T, K) int32, -1 for none; the first row of each expert and the number of its rows, (E,)
@@ -56,12 +53,12 @@ def _expert_rows(
     starts_E = torch.empty(num_experts, dtype=torch.int32, device=chosen_TK.device)
     counts_E = torch.empty_like(starts_E)
     kept_TK = kept_TK if kept_TK is None else kept_TK.contiguous()
-    layout = share, starts_E, counts_E
+    layout = starts_E, counts_E
     _count(chosen_TK.contiguous(), kept_TK, None, row_TK, 1, chosen_TK.numel(), 1, num_experts, layout)
     return row_TK, starts_E, counts_E
 
 
-def _fake_expert_rows(chosen_TK, kept_TK, num_experts, share):
+def _fake_expert_rows(chosen_TK, kept_TK, num_experts):
     ends_E = torch.empty(num_experts, dtype=torch.int32, device=chosen_TK.device)
     return torch.empty_like(chosen_TK, dtype=torch.int32), ends_E, torch.empty_like(ends_E)
 
@@ -75,7 +72,7 @@ def _count(chosen, kept, order, out, num_groups, size, top_k, num_experts, layou
     num_blocks = cdiv(size * top_k, block)
     before = torch.empty(num_groups, num_blocks, columns, dtype=torch.int32, device=chosen.device)
     totals = torch.empty(num_groups, columns, dtype=torch.int32, device=chosen.device)
-    share, starts_E, counts_E = (0, None, None) if layout is None else layout
+    starts_E, counts_E = (None, None) if layout is None else layout
     flow = {"SIZE": size, "TOP_K": top_k, "COLUMNS": columns, "BLOCK": block, "ORDERED": order is not None}
     flow["HAS_KEPT"] = kept is not None
     with torch.cuda.device_of(chosen):
@@ -84,7 +81,7 @@ def _count(chosen, kept, order, out, num_groups, size, top_k, num_experts, layou
         scan_columns = min(columns, 32)
         _scan[(columns // scan_columns, num_groups)](before, totals, num_blocks, columns, scan_columns, 64)
         _place[grid](
-            chosen, kept, order, before, totals, out, starts_E, counts_E, num_experts, share,
+            chosen, kept, order, before, totals, out, starts_E, counts_E, num_experts,
             AS_ROWS=layout is not None, ALIGN=ALIGNMENT, **flow,
         )  # fmt: skip
 
@@ -137,7 +134,7 @@ def _scan(before, totals, num_blocks, COLUMNS: tl.constexpr, PART: tl.constexpr,
 
 @triton.jit
 def _place(
-    chosen, kept, order, before, totals, out, starts, counts, num_experts, share,
+    chosen, kept, order, before, totals, out, starts, counts, num_experts,
     SIZE, TOP_K: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, ORDERED: tl.constexpr,
     HAS_KEPT: tl.constexpr, AS_ROWS: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
@@ -149,7 +146,7 @@ def _place(
     if AS_ROWS:
         count = tl.load(totals + column)
         aligned = (count + ALIGN - 1) // ALIGN * ALIGN
-        start = tl.where(share > 0, column * share, tl.cumsum(aligned, 0) - aligned)
+        start = tl.cumsum(aligned, 0) - aligned
         place += start[None, :]
         if tl.program_id(0) == 0:
             tl.store(starts + column, start, mask=column < num_experts)

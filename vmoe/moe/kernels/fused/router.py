@@ -212,23 +212,28 @@ def _gates(
     at = token[:, None].to(tl.int64) * num_experts + expert[None, :]
     gate = softmax(tl.load(logits + at, mask=inside, other=-float("inf")), is_token)
     tl.store(gates + at, gate, mask=inside)
-    remaining = tl.where(inside, gate, -1.0)
-    total = tl.zeros((TOKENS,), dtype=tl.float32)
-    for k in tl.static_range(K):
-        # a NaN is larger than nothing: the bound keeps the index an expert's
-        best = tl.minimum(tl.argmax(remaining, 1, tie_break_left=True), num_experts - 1)
-        is_best = expert[None, :] == best[:, None]
-        weight = tl.sum(tl.where(is_best, gate, 0.0), 1)
-        remaining = tl.where(is_best, -2.0, remaining)
-        total += weight
-        tl.store(chosen + token * K + k, best.to(tl.int64), mask=is_token)
-        if not RENORMALIZE:
-            tl.store(weights + token * K + k, weight, mask=is_token)
+    total = tl.full((TOKENS,), 1.0, dtype=tl.float32)
     if RENORMALIZE:
-        for k in tl.static_range(K):
-            again = tl.load(chosen + token * K + k, mask=is_token, other=0).to(tl.int32)
-            weight = tl.sum(tl.where(expert[None, :] == again[:, None], gate, 0.0), 1)
-            tl.store(weights + token * K + k, weight / total, mask=is_token)
+        total = tl.zeros((TOKENS,), dtype=tl.float32)
+        remaining = tl.where(inside, gate, -1.0)
+        for _ in tl.static_range(K):
+            best, is_best = _largest(remaining, expert, num_experts)
+            total += tl.sum(tl.where(is_best, gate, 0.0), 1)
+            remaining = tl.where(is_best, -2.0, remaining)
+    remaining = tl.where(inside, gate, -1.0)
+    for k in tl.static_range(K):
+        best, is_best = _largest(remaining, expert, num_experts)
+        remaining = tl.where(is_best, -2.0, remaining)
+        tl.store(chosen + token * K + k, best.to(tl.int64), mask=is_token)
+        tl.store(weights + token * K + k, tl.sum(tl.where(is_best, gate, 0.0), 1) / total, mask=is_token)
+
+
+@triton.jit
+def _largest(values, expert, num_experts):
+    """Each token's expert of the largest value, the lowest of equals, and where that is."""
+    # a NaN is larger than nothing: the bound keeps the index an expert's
+    best = tl.minimum(tl.argmax(values, 1, tie_break_left=True), num_experts - 1)
+    return best, expert[None, :] == best[:, None]
 
 
 @triton.jit

@@ -1,6 +1,7 @@
-"""Moving tokens into the experts' rows and back, in both directions; each kernel reads and writes every value once.
+"""Moving tokens into the experts' rows and back, in both directions; each kernel writes every value once.
 
-T tokens of width D with K choices, R rows; row_TK is -1 where a choice has no row.
+T tokens of width D with K choices, R rows. row_TK is -1 where a choice has no row; choice_R is the choice t*K + k in a
+row, -1 where the row is free. A free row holds zeros, so that no product needs to know of it.
 """
 
 import torch
@@ -8,48 +9,88 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vmoe.moe.kernels.fused.ranks import ALIGNMENT
-from vmoe.moe.kernels.fused.segments import Segments
+from vmoe.moe.kernels.fused.operators import operator
+from vmoe.moe.kernels.fused.segments import Segments, expert_of
 from vmoe.moe.kernels.fused.sizes import cdiv, next_power_of_2
 
-TOKENS, COLUMNS = 4, 256  # of a program's tile
+TOKENS, ROWS, COLUMNS = 4, 16, 256  # of a program's tile
 
 
-def scatter(x_TD: Tensor, row_TK: Tensor, weights_TK: Tensor, out_RD: Tensor, weight_R: Tensor) -> None:
-    """Writes each token and its combine weights into its rows."""
-    num_tokens, top_k = row_TK.shape
-    _scatter[(cdiv(num_tokens, TOKENS),)](
-        x_TD, row_TK, weights_TK, out_RD, weight_R, num_tokens, x_TD.shape[1], K=top_k, TOKENS=TOKENS, COLUMNS=COLUMNS
-    )
-
-
-def scatter_gradient(
-    grad_TD: Tensor, row_TK: Tensor, chosen_TK: Tensor, bias_ED: Tensor | None, out_RD: Tensor
+def _rows_in_shares(
+    chosen_TK: Tensor, kept_TK: Tensor, slots_TK: Tensor, group_size: int, capacity: int, share: int
 ) -> Tensor:
-    """Writes each token's gradient into its rows.
+    """The row of each choice (T, K) int32, where every expert has C slots for each group: e * share + g * C + slot."""
+    row_TK = torch.empty_like(chosen_TK, dtype=torch.int32)
+    block = 1024
+    with torch.cuda.device_of(chosen_TK):
+        _place_in_shares[(cdiv(row_TK.numel(), block),)](
+            chosen_TK.contiguous(), kept_TK.contiguous(), slots_TK.contiguous(), row_TK, row_TK.numel(),
+            group_size * chosen_TK.shape[1], capacity, share, BLOCK=block,
+        )  # fmt: skip
+    return row_TK
+
+
+rows_in_shares = operator(
+    "rows_in_shares", _rows_in_shares, lambda chosen_TK, *_: torch.empty_like(chosen_TK, dtype=torch.int32)
+)
+
+
+def scatter(x_TD: Tensor, row_TK: Tensor, out_RD: Tensor) -> Tensor:
+    """Writes each token into its rows and zeros into the free ones.
 
     Returns:
-        The part of the combine weights' gradient (T, K) that comes from the second layer's bias.
+        choice_R, int32.
     """
     num_tokens, top_k = row_TK.shape
-    grad_weights_TK = torch.empty(row_TK.shape, dtype=torch.float32, device=grad_TD.device)
-    _scatter_gradient[(cdiv(num_tokens, TOKENS),)](
-        grad_TD, row_TK, chosen_TK, bias_ED, out_RD, grad_weights_TK, num_tokens, out_RD.shape[1],
-        HAS_BIAS=bias_ED is not None, K=top_k, CHOICES=next_power_of_2(top_k), TOKENS=TOKENS, COLUMNS=COLUMNS,
-    )  # fmt: skip
-    return grad_weights_TK
+    num_rows, width = out_RD.shape
+    choice_R = torch.full((num_rows,), -1, dtype=torch.int32, device=x_TD.device)
+    _scatter[(cdiv(num_tokens, TOKENS),)](
+        x_TD, row_TK, out_RD, choice_R, num_tokens, width, K=top_k, TOKENS=TOKENS, COLUMNS=COLUMNS
+    )
+    _zero_free[(cdiv(num_rows, ROWS),)](choice_R, out_RD, num_rows, width, ROWS=ROWS, COLUMNS=COLUMNS)
+    return choice_R
 
 
 def combine(
     y_RD: Tensor, row_TK: Tensor, chosen_TK: Tensor, weights_TK: Tensor, bias_ED: Tensor | None, out_TD: Tensor
 ) -> None:
-    """Sum of each token's rows, which are weighted already, and of their experts' biases times the weights."""
+    """The sum of each token's rows, with their experts' biases, times the combine weights."""
     num_tokens, top_k = row_TK.shape
     grid = (cdiv(num_tokens, TOKENS), cdiv(y_RD.shape[1], COLUMNS))
     _combine[grid](
         y_RD, row_TK, chosen_TK, weights_TK, bias_ED, out_TD, num_tokens, y_RD.shape[1],
         HAS_BIAS=bias_ED is not None, K=top_k, TOKENS=TOKENS, COLUMNS=COLUMNS,
     )  # fmt: skip
+
+
+def combine_gradient(
+    grad_TD: Tensor, choice_R: Tensor, weights_TK: Tensor, y_RD: Tensor, bias_ED: Tensor | None, segments: Segments,
+    out_RD: Tensor, bias_parts_MD: Tensor,
+) -> Tensor:  # fmt: skip
+    """Writes the gradient of each row of `combine`.
+
+    Args:
+        grad_TD: The gradient of its result.
+        choice_R: The choice in each row.
+        weights_TK: The combine weights.
+        y_RD: Its rows.
+        bias_ED: Its bias.
+        segments: Whose rows they are.
+        out_RD: Takes the rows' gradients, zeros in free rows.
+        bias_parts_MD: Takes parts of the bias's gradient, one every ROWS rows.
+
+    Returns:
+        The gradient of the combine weights (T, K), float32.
+    """
+    num_rows, width = y_RD.shape
+    num_experts = segments.num_experts
+    grad_weights_TK = torch.zeros(weights_TK.shape, dtype=torch.float32, device=y_RD.device)
+    _combine_gradient[(num_rows // ROWS,)](
+        grad_TD, choice_R, weights_TK, y_RD, bias_ED, segments.starts_E, out_RD, grad_weights_TK, bias_parts_MD, width,
+        num_experts, segments.share, K=weights_TK.shape[1], HAS_BIAS=bias_ED is not None,
+        HAS_SHARE=segments.share > 0, ROWS=ROWS, COLUMNS=COLUMNS, EXPERTS=max(16, next_power_of_2(num_experts)),
+    )  # fmt: skip
+    return grad_weights_TK
 
 
 def gather_sum(grad_RD: Tensor, row_TK: Tensor, out_TD: Tensor) -> None:
@@ -59,59 +100,30 @@ def gather_sum(grad_RD: Tensor, row_TK: Tensor, out_TD: Tensor) -> None:
     _gather_sum[grid](grad_RD, row_TK, out_TD, num_tokens, grad_RD.shape[1], K=top_k, TOKENS=TOKENS, COLUMNS=COLUMNS)
 
 
-def add_parts(parts_RP: Tensor, row_TK: Tensor, out_TK: Tensor) -> None:
-    """Adds to each choice the sum over P of its row's parts."""
-    block = 128
-    _add_parts[(cdiv(row_TK.numel(), block),)](
-        parts_RP, row_TK, out_TK, row_TK.numel(), parts_RP.shape[1],
-        BLOCK=block, PARTS=next_power_of_2(parts_RP.shape[1]),
-    )  # fmt: skip
-
-
-def zero_free_rows(rows_RD: Tensor, segments: Segments, weight_R: Tensor | None = None, alignment: int = 1) -> None:
-    """Zeros in each expert's rows behind its last one: up to the end of its share or, if that is 0, of its last tile.
-
-    Sums over an expert's rows run over these too.
-
-    Args:
-        rows_RD: The rows.
-        segments: Whose they are.
-        weight_R: Gets zeros in the same places.
-        alignment: The first row that gets zeros is a multiple of this: what comes before is not free.
-    """
-    columns = 128
-    grid = (segments.starts_E.shape[0], cdiv(rows_RD.shape[1], columns))
-    _zero_free[grid](
-        rows_RD, weight_R, segments.starts_E, segments.counts_E, rows_RD.shape[1], segments.share,
-        HAS_WEIGHT=weight_R is not None, FROM=alignment, ALIGN=ALIGNMENT, ROWS=16, COLUMNS=columns,
-    )  # fmt: skip
-
-
-def weighted_row_sums(rows_RD: Tensor, weight_R: Tensor, segments: Segments, out_ED: Tensor) -> None:
-    """The sum of each expert's rows times their weights."""
-    num_experts, width = out_ED.shape
-    splits = max(1, min(32, next_power_of_2(rows_RD.shape[0] // (num_experts * 256) + 1)))
-    parts = torch.empty(num_experts, splits, width, dtype=torch.float32, device=rows_RD.device)
-    columns = 128
-    _row_sums[(num_experts, splits, cdiv(width, columns))](
-        rows_RD, weight_R, segments.starts_E, segments.counts_E, parts, width, ROWS=32, COLUMNS=columns
-    )
-    torch.sum(parts, 1, dtype=out_ED.dtype, out=out_ED)
-
-
 def tile_sums(parts_MD: Tensor, segments: Segments, tile_rows: int, out_ED: Tensor) -> None:
     """The sum over an expert's tiles of what each left in its row of `parts_MD`."""
     num_experts, width = out_ED.shape
     columns = 64
     _tile_sums[(num_experts, cdiv(width, columns))](
         parts_MD, segments.starts_E, segments.counts_E, out_ED, width, segments.share,
-        TILE=tile_rows, ROWS=32, COLUMNS=columns,
+        HAS_SHARE=segments.share > 0, TILE=tile_rows, ROWS=32, COLUMNS=columns,
     )  # fmt: skip
 
 
 @triton.jit
+def _place_in_shares(chosen, kept, slots, row, num_choices, choices_of_group, capacity, share, BLOCK: tl.constexpr):
+    choice = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = choice < num_choices
+    expert = tl.load(chosen + choice, mask=inside, other=0).to(tl.int32)
+    slot = tl.load(slots + choice, mask=inside, other=0).to(tl.int32)
+    is_kept = tl.load(kept + choice, mask=inside, other=0) != 0
+    to = expert * share + choice // choices_of_group * capacity + slot
+    tl.store(row + choice, tl.where(is_kept, to, -1), mask=inside)
+
+
+@triton.jit
 def _scatter(
-    x, row, weights, out, weight_of_row, num_tokens, width, K: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr
+    x, row, out, choice_of_row, num_tokens, width, K: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr
 ):
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     is_token = token < num_tokens
@@ -125,36 +137,19 @@ def _scatter(
             tl.store(out + to[:, None].to(tl.int64) * width + column[None, :], value, mask=inside & (to >= 0)[:, None])
     for k in tl.static_range(K):
         to = tl.load(row + token * K + k, mask=is_token, other=-1)
-        weight = tl.load(weights + token * K + k, mask=is_token, other=0.0)
-        tl.store(weight_of_row + to, weight.to(tl.float32), mask=to >= 0)
+        tl.store(choice_of_row + to, token * K + k, mask=to >= 0)
 
 
 @triton.jit
-def _scatter_gradient(
-    grad, row, chosen, bias, out, grad_weights, num_tokens, width,
-    HAS_BIAS: tl.constexpr, K: tl.constexpr, CHOICES: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    is_token = token < num_tokens
-    choice = tl.arange(0, CHOICES)
-    dots = tl.zeros((TOKENS, CHOICES), dtype=tl.float32)
-    for first in range(0, width, COLUMNS):
-        column = first + tl.arange(0, COLUMNS)
-        is_column = (column < width)[None, :]
-        at = grad + token[:, None].to(tl.int64) * width + column[None, :]
-        value = tl.load(at, mask=is_token[:, None] & is_column, other=0.0)
-        for k in tl.static_range(K):
-            to = tl.load(row + token * K + k, mask=is_token, other=-1)
-            inside = (to >= 0)[:, None] & is_column
-            at = out + to[:, None].to(tl.int64) * width + column[None, :]
-            tl.store(at, value.to(out.dtype.element_ty), mask=inside)
-            if HAS_BIAS:
-                expert = tl.load(chosen + token * K + k, mask=to >= 0, other=0)
-                at = bias + expert[:, None].to(tl.int64) * width + column[None, :]
-                dot = tl.sum(value.to(tl.float32) * tl.load(at, mask=inside, other=0.0).to(tl.float32), 1)
-                dots += tl.where(choice[None, :] == k, dot[:, None], 0.0)
-    at = grad_weights + token[:, None] * K + choice[None, :]
-    tl.store(at, dots, mask=is_token[:, None] & (choice < K)[None, :])
+def _zero_free(choice_of_row, out, num_rows, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    is_free = (row < num_rows) & (tl.load(choice_of_row + row, mask=row < num_rows, other=0) < 0)
+    if tl.max(is_free.to(tl.int32), 0) > 0:
+        for first in range(0, width, COLUMNS):
+            column = first + tl.arange(0, COLUMNS)
+            at = out + row[:, None].to(tl.int64) * width + column[None, :]
+            zeros = tl.zeros((ROWS, COLUMNS), dtype=out.dtype.element_ty)
+            tl.store(at, zeros, mask=is_free[:, None] & (column < width)[None, :])
 
 
 @triton.jit
@@ -170,14 +165,45 @@ def _combine(
         source = tl.load(row + token * K + k, mask=is_token, other=-1)
         inside = (source >= 0)[:, None] & is_column[None, :]
         value = tl.load(y + source[:, None].to(tl.int64) * width + column[None, :], mask=inside, other=0.0)
-        total += value.to(tl.float32)
+        value = value.to(tl.float32)
         if HAS_BIAS:
-            weight = tl.load(weights + token * K + k, mask=is_token, other=0.0).to(tl.float32)
             expert = tl.load(chosen + token * K + k, mask=is_token, other=0)
             at = bias + expert[:, None].to(tl.int64) * width + column[None, :]
-            total += weight[:, None] * tl.load(at, mask=inside, other=0.0).to(tl.float32)
+            value += tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        total += tl.load(weights + token * K + k, mask=is_token, other=0.0).to(tl.float32)[:, None] * value
     at = out + token[:, None].to(tl.int64) * width + column[None, :]
     tl.store(at, total.to(out.dtype.element_ty), mask=is_token[:, None] & is_column[None, :])
+
+
+@triton.jit
+def _combine_gradient(
+    grad, choice_of_row, weights, y, bias, starts, out, grad_weights, bias_parts, width, num_experts, share,
+    K: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SHARE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    EXPERTS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    expert = expert_of(tl.program_id(0) * ROWS, starts, num_experts, share, HAS_SHARE, EXPERTS).to(tl.int64)
+    choice = tl.load(choice_of_row + row)
+    is_used = choice >= 0
+    weight = tl.load(weights + choice, mask=is_used, other=0.0).to(tl.float32)
+    dot = tl.zeros((ROWS,), dtype=tl.float32)
+    for first in range(0, width, COLUMNS):
+        column = first + tl.arange(0, COLUMNS)
+        is_column = column < width
+        inside = is_used[:, None] & is_column[None, :]
+        at_row = row[:, None].to(tl.int64) * width + column[None, :]
+        at_token = (choice // K)[:, None].to(tl.int64) * width + column[None, :]
+        value = tl.load(y + at_row, mask=inside, other=0.0).to(tl.float32)
+        if HAS_BIAS:
+            value += tl.load(bias + expert * width + column, mask=is_column, other=0.0).to(tl.float32)[None, :]
+        slope = tl.load(grad + at_token, mask=inside, other=0.0).to(tl.float32)
+        dot += tl.sum(slope * value, 1)
+        slope *= weight[:, None]
+        tl.store(out + at_row, slope.to(out.dtype.element_ty), mask=is_column[None, :])
+        if HAS_BIAS:
+            at = bias_parts + tl.program_id(0).to(tl.int64) * width + column
+            tl.store(at, tl.sum(slope, 0), mask=is_column)
+    tl.store(grad_weights + choice, dot, mask=is_used)
 
 
 @triton.jit
@@ -196,59 +222,15 @@ def _gather_sum(grad, row, out, num_tokens, width, K: tl.constexpr, TOKENS: tl.c
 
 
 @triton.jit
-def _add_parts(parts, row, out, num_choices, num_parts, BLOCK: tl.constexpr, PARTS: tl.constexpr):
-    choice = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    part = tl.arange(0, PARTS)
-    is_choice = choice < num_choices
-    source = tl.load(row + choice, mask=is_choice, other=-1)
-    inside = (source >= 0)[:, None] & (part < num_parts)[None, :]
-    values = tl.load(parts + source[:, None].to(tl.int64) * num_parts + part[None, :], mask=inside, other=0.0)
-    tl.store(out + choice, tl.load(out + choice, mask=is_choice, other=0.0) + tl.sum(values, 1), mask=is_choice)
-
-
-@triton.jit
-def _zero_free(
-    rows, weight_of_row, starts, counts, width, share, HAS_WEIGHT: tl.constexpr, FROM: tl.constexpr,
-    ALIGN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+def _tile_sums(
+    parts, starts, counts, out, width, share, HAS_SHARE: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):  # fmt: skip
     expert = tl.program_id(0)
-    count = tl.load(counts + expert)
-    start = expert * share if share > 0 else tl.load(starts + expert)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    end = share if share > 0 else (count + ALIGN - 1) // ALIGN * ALIGN
-    for first in range((count + FROM - 1) // FROM * FROM, end, ROWS):
-        row = first + tl.arange(0, ROWS)
-        at = rows + (start + row)[:, None].to(tl.int64) * width + column[None, :]
-        inside = (row < end)[:, None] & (column < width)[None, :]
-        tl.store(at, tl.zeros((ROWS, COLUMNS), dtype=rows.dtype.element_ty), mask=inside)
-        if HAS_WEIGHT:
-            is_first = (row < end) & (tl.program_id(1) == 0)
-            tl.store(weight_of_row + start + row, tl.zeros((ROWS,), dtype=tl.float32), mask=is_first)
-
-
-@triton.jit
-def _row_sums(rows, weight_of_row, starts, counts, parts, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    expert, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
-    start, count = tl.load(starts + expert), tl.load(counts + expert)
-    column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
-    each = tl.cdiv(tl.cdiv(count, splits), ROWS) * ROWS
-    end = tl.minimum(count, (split + 1) * each)
-    total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-    for first in range(split * each, end, ROWS):
-        row = first + tl.arange(0, ROWS)
-        weight = tl.load(weight_of_row + start + row, mask=row < end, other=0.0)
-        at = rows + (start + row)[:, None].to(tl.int64) * width + column[None, :]
-        inside = (row < end)[:, None] & (column < width)[None, :]
-        total += weight[:, None] * tl.load(at, mask=inside, other=0.0).to(tl.float32)
-    at = parts + (expert * splits + split).to(tl.int64) * width + column
-    tl.store(at, tl.sum(total, 0), mask=column < width)
-
-
-@triton.jit
-def _tile_sums(parts, starts, counts, out, width, share, TILE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    expert = tl.program_id(0)
-    start = (expert * share if share > 0 else tl.load(starts + expert)) // TILE
-    count = tl.cdiv(tl.load(counts + expert), TILE)
+    if HAS_SHARE:
+        start, count = expert * share // TILE, share // TILE
+    else:
+        start, count = tl.load(starts + expert) // TILE, tl.cdiv(tl.load(counts + expert), TILE)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     for first in range(0, count, ROWS):
