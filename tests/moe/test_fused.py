@@ -26,6 +26,14 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, **({torch.bfloat16: 1.5e-2} if DEVICE == "cuda" else {})}
 
 
+@pytest.fixture(autouse=True)
+def uninitialised_memory_holds_nan():
+    """What a kernel reads but nothing wrote shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 def skewed_routing(images, tokens, group, num_experts, top_k, skew, generator, capacity=None, priority=False):
     """Random logits with ties; experts beyond the first ones stay idle as the skew grows."""
     groups = Groups.of(images, tokens, group)
@@ -180,16 +188,16 @@ def test_gates_and_balance_equal_the_formulas(groups, size, num_experts, top_k, 
     gates, chosen, weights = fused.gates(ours + noise.to(DEVICE), top_k, renormalize)
     noisy = (ours + noise.to(DEVICE)).view(groups, size, -1)
     chosen_GSK = chosen.view(groups, size, -1)
-    balance, statistics, _ = fused.balance(
+    importance, load, statistics, _ = fused.balance(
         ours.view(groups, size, -1), noisy, chosen_GSK, kept.to(DEVICE), moe.noise_std / num_experts
     )
-    objective = (weights * cotangent_TK.to(DEVICE)).sum() + 3 * balance[0] + 2 * balance[1]
+    objective = (weights * cotangent_TK.to(DEVICE)).sum() + 3 * importance + 2 * load
     (gradient,) = torch.autograd.grad(objective + (gates * cotangent_TE.to(DEVICE)).sum(), ours)
 
     assert torch.equal(chosen.cpu(), split.merge(routing.chosen_GSK))
     torch.testing.assert_close(weights.cpu(), split.merge(routing.weights_GSK))
     torch.testing.assert_close(gradient.cpu(), expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(balance.cpu(), torch.stack([each["importance"], each["load"]]))
+    torch.testing.assert_close(torch.stack([importance, load]).cpu(), torch.stack([each["importance"], each["load"]]))
     torch.testing.assert_close(statistics.cpu(), torch.cat([usage.load, usage.dropped[None], usage.entropy[None]]))
 
 
@@ -206,6 +214,11 @@ def test_scores_and_their_gradients(num_experts):
     values = [fused.scores(*ours)]
     values += torch.autograd.grad((values[0] * cotangent.to(DEVICE)).sum(), ours)
     for value, truth in zip(values, expected, strict=True):
+        assert (value.double().cpu() - truth).norm() < 2e-6 * truth.norm()
+
+    logits, tokens = fused.scores_and_tokens(*ours)
+    grads = torch.autograd.grad((logits * cotangent.to(DEVICE)).sum() + (3 * tokens).sum(), ours)
+    for value, truth in zip(grads, (expected[1] + 3, expected[2]), strict=True):
         assert (value.double().cpu() - truth).norm() < 2e-6 * truth.norm()
 
 

@@ -123,6 +123,7 @@ class Experts(nn.Module):
         mlp = self._mlp(dtype)
         if isinstance(routing, Routing):
             choices = Choices.of(routing)
+            x_TD = x_TD if routing.x_TD is None else routing.x_TD
             return choose_backend(x_TD, choices, mlp).expert_mlp(x_TD, choices, mlp)
         return routing.combine(composed.two_layers(routing.dispatch(x_TD.to(dtype)), mlp, None, padded.linear))
 

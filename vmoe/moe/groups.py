@@ -34,7 +34,7 @@ class Groups(NamedTuple):
         per_group = max(images, 1) if group == "batch" else group
         if images <= per_group:
             return cls(1, images * tokens, images * tokens, tokens)
-        count, rest = divmod(images, per_group)
+        count, rest = images // per_group, images % per_group  # torch.compile does not know divmod
         if rest == 0:
             return cls(count, per_group * tokens, per_group * tokens, tokens)
         return cls(count + 1, per_group * tokens, rest * tokens, tokens)

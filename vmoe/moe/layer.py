@@ -216,7 +216,7 @@ class MoeMlp(nn.Module):
         is_noisy = self.training and self.config.draws_noise
         each, usage = losses.measure(routing, self.config, is_noisy)
         zero = routing.gates_GSE.new_zeros(())
-        loss = zero + losses.weighted_sum(each, self.config)
+        loss = losses.weighted_sum(each, self.config) if each else zero
         self.last_auxiliary_loss = loss
         self.statistics = Statistics(*usage, each.get("importance", zero).detach(), each.get("load", zero).detach())
         if self.records is not None:

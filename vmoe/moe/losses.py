@@ -75,20 +75,21 @@ def _has_kernels(routing: Routing, moe: MoeConfig) -> bool:
 
 
 def _measured_by_kernels(routing: Routing, moe: MoeConfig, is_noisy: bool) -> tuple[dict[str, Tensor], Usage]:
-    balance, statistics, _ = fused_for(routing.logits_GSE).balance(
+    importance, load, statistics, _ = fused_for(routing.logits_GSE).balance(
         routing.logits_GSE,
         routing.noisy_logits_GSE if is_noisy else None,
         routing.chosen_GSK,
         routing.kept_GSK,
         moe.noise_std / moe.num_experts,
     )
-    losses = {"importance": balance[0], **({"load": balance[1]} if is_noisy else {})}
+    losses = {"importance": importance, **({"load": load} if is_noisy else {})}
     return {**losses, **_other_losses(routing, moe)}, Usage(statistics[:-2], statistics[-2], statistics[-1])
 
 
 def weighted_sum(losses: dict[str, Tensor], moe: MoeConfig) -> Tensor | float:
     """The layer's auxiliary loss, a scalar."""
-    return sum(getattr(moe, f"{name}_loss_weight") * loss for name, loss in losses.items())
+    terms = [getattr(moe, f"{name}_loss_weight") * loss for name, loss in losses.items()]
+    return sum(terms[1:], terms[0]) if terms else 0.0
 
 
 def importance_loss(logits_GSE: Tensor, valid_GS: Tensor | None = None) -> Tensor:

@@ -14,7 +14,7 @@ from vmoe.moe.config import MoeConfig
 from vmoe.moe.groups import Groups
 from vmoe.moe.kernels import fused_for
 from vmoe.moe.routing import Routing
-from vmoe.moe.scores import full_precision_linear, with_noise
+from vmoe.moe.scores import full_precision_linear, scores_and_tokens, with_noise
 from vmoe.moe.slot_routers import ExpertChoiceRouter, SoftRouter
 
 
@@ -40,15 +40,16 @@ class TokenChoiceRouter(nn.Module):
         nn.init.normal_(self.gate.weight, std=1 / math.sqrt(dim))
 
     def forward(self, x_TD: Tensor, groups: Groups, valid_GS: Tensor | None = None) -> Routing:
-        logits_TE = self.scores(x_TD)
+        logits_TE, x_TD = self.scores(x_TD)
         noisy_TE = with_noise(logits_TE, self.noise_scale) if self.training else logits_TE
         logits_GSE = groups.split(logits_TE)
         noisy_GSE = logits_GSE if noisy_TE is logits_TE else groups.split(noisy_TE)
-        return token_choice(logits_GSE, noisy_GSE, groups, self.top_k, self.renormalize, valid_GS)
+        routing = token_choice(logits_GSE, noisy_GSE, groups, self.top_k, self.renormalize, valid_GS)
+        return routing._replace(x_TD=x_TD)
 
-    def scores(self, x_TD: Tensor) -> Tensor:
-        """The logits (T, E), before noise."""
-        return full_precision_linear(x_TD, self.gate.weight)
+    def scores(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """The logits (T, E), before noise, and the tokens for the experts."""
+        return scores_and_tokens(x_TD, self.gate.weight)
 
 
 class CosineRouter(TokenChoiceRouter):
@@ -68,11 +69,11 @@ class CosineRouter(TokenChoiceRouter):
         nn.init.normal_(self.projection.weight, std=1 / math.sqrt(dim))
         nn.init.normal_(self.gate.weight, std=1 / math.sqrt(width))
 
-    def scores(self, x_TD: Tensor) -> Tensor:
+    def scores(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         projected_TP = F.normalize(full_precision_linear(x_TD, self.projection.weight), dim=-1)
         embeddings_EP = F.normalize(self.gate.weight.to(projected_TP.dtype), dim=-1)
         temperature = self.temperature.clamp_min(self.SMALLEST_TEMPERATURE)
-        return full_precision_linear(projected_TP, embeddings_EP) / temperature
+        return full_precision_linear(projected_TP, embeddings_EP) / temperature, x_TD
 
 
 class SigmoidRouter(TokenChoiceRouter):
@@ -90,13 +91,14 @@ class SigmoidRouter(TokenChoiceRouter):
         self.register_buffer("choices", torch.zeros(moe.num_experts, device=device), persistent=False)
 
     def forward(self, x_TD: Tensor, groups: Groups, valid_GS: Tensor | None = None) -> Routing:
-        scores_GSE = groups.split(self.scores(x_TD))
+        scores_TE, x_TD = self.scores(x_TD)
+        scores_GSE = groups.split(scores_TE)
         gates_GSE = scores_GSE.sigmoid()
         chosen_GSK = top_experts(gates_GSE + self.bias, self.top_k)
         # of these logits the softmax is each gate's share of the token's gates
         logits_GSE = F.logsigmoid(scores_GSE)
         weights_GSK = weights_of(gates_GSE, chosen_GSK, self.renormalize)
-        routing = Routing(groups, valid_GS, logits_GSE, logits_GSE, gates_GSE, chosen_GSK, weights_GSK)
+        routing = Routing(groups, valid_GS, logits_GSE, logits_GSE, gates_GSE, chosen_GSK, weights_GSK, x_TD=x_TD)
         if self.training:
             with torch.no_grad():
                 self.choices += routing.load_E()
@@ -146,13 +148,13 @@ class BalancedRouter(TokenChoiceRouter):
     """
 
     def forward(self, x_TD: Tensor, groups: Groups, valid_GS: Tensor | None = None) -> Routing:
-        logits_GSE = groups.split(self.scores(x_TD))
-        num_experts = logits_GSE.shape[-1]
+        logits_TE, x_TD = self.scores(x_TD)
+        logits_GSE, num_experts = groups.split(logits_TE), logits_TE.shape[-1]
         choices_TK = torch.arange(x_TD.shape[0] * self.top_k, device=x_TD.device).view(-1, self.top_k)
         chosen_GSK = groups.split(choices_TK % num_experts)
         gates_GSE = logits_GSE.softmax(-1)
         weights_GSK = weights_of(gates_GSE, chosen_GSK, self.renormalize)
-        return Routing(groups, valid_GS, logits_GSE, logits_GSE, gates_GSE, chosen_GSK, weights_GSK)
+        return Routing(groups, valid_GS, logits_GSE, logits_GSE, gates_GSE, chosen_GSK, weights_GSK, x_TD=x_TD)
 
 
 ROUTERS = {

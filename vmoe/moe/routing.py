@@ -25,6 +25,8 @@ class Routing(NamedTuple):
         kept_GSK: Which choices found room, bool; None when no choice can be dropped.
         slots_GSK: The place of each choice among those its expert takes from the group; None when `kept_GSK` is.
         capacity: C, the places an expert has for a group; None for no bound.
+        x_TD: The tokens as the router hands them to the experts, so that both gradients meet in one pass over memory;
+            None for those that it was given.
     """
 
     groups: Groups
@@ -37,6 +39,7 @@ class Routing(NamedTuple):
     kept_GSK: Tensor | None = None
     slots_GSK: Tensor | None = None
     capacity: int | None = None
+    x_TD: Tensor | None = None
 
     def combine_weights_GSK(self) -> Tensor:
         """The combine weights, zero where the choice was dropped."""

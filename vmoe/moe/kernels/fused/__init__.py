@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vmoe.moe.kernels.fused.balance import balance
 from vmoe.moe.kernels.fused.mlp import align, fused_experts
 from vmoe.moe.kernels.fused.ranks import ALIGNMENT, expert_rows, falling_order, ranks
-from vmoe.moe.kernels.fused.router import MAX_EXPERTS, MAX_SCORES, gates, scores, takes_logits
+from vmoe.moe.kernels.fused.router import MAX_EXPERTS, MAX_SCORES, gates, scores, scores_and_tokens, takes_logits
 from vmoe.moe.kernels.fused.rows import rows_in_shares
 from vmoe.moe.kernels.interface import Choices, Mlp
 
@@ -78,5 +78,6 @@ def _share(choices: Choices, num_experts: int) -> int:
 
 __all__ = [
     "MAX_COMPARED", "MAX_EXPERTS", "MAX_SCORES", "MIN_CAPABILITY", "balance", "expert_mlp", "falling_order",
-    "fused_experts", "gates", "ranks", "scores", "takes_logits", "what_does_not_fit", "what_it_lacks",
+    "fused_experts", "gates", "ranks", "scores", "scores_and_tokens", "takes_logits", "what_does_not_fit",
+    "what_it_lacks",
 ]  # fmt: skip

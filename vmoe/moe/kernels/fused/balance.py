@@ -19,7 +19,7 @@ _SUMS = 3
 
 def _balance(
     logits_GSE: Tensor, noisy_logits_GSE: Tensor | None, chosen_GSK: Tensor, kept_GSK: Tensor | None, noise_scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The importance and the load loss of `vmoe.moe.losses`, averaged over the groups, and statistics.
 
     Args:
@@ -30,8 +30,8 @@ def _balance(
         noise_scale: Standard deviation of the noise.
 
     Returns:
-        The losses (2,): importance, load. Statistics (E + 2,): each expert's share of the choices, the share of choices
-        that were dropped, the mean entropy of the gates. Sums (G, 2, E) for the backward pass.
+        The importance and the load loss, (). Statistics (E + 2,): each expert's share of the choices, the share of
+        choices that were dropped, the mean entropy of the gates. Sums (G, 2, E) for the backward pass.
     """
     num_groups, size, num_experts = logits_GSE.shape
     logits_GSE = logits_GSE.contiguous()
@@ -42,7 +42,7 @@ def _balance(
     parts = torch.empty(num_groups, num_blocks, _SUMS, columns, **floats)
     counts = torch.empty(num_groups, num_blocks, 2, **floats)
     sums_G2E = torch.empty(num_groups, 2, num_experts, **floats)
-    losses_G2 = torch.empty(num_groups, 2, **floats)
+    losses_2G = torch.empty(2, num_groups, **floats)
     statistics_GX = torch.empty(num_groups, num_experts + 2, **floats)
     with torch.cuda.device_of(logits_GSE):
         _block_sums[(num_blocks, num_groups)](
@@ -51,25 +51,26 @@ def _balance(
             kept_GSK is not None, block, columns,
         )  # fmt: skip
         _group_sums[(num_groups,)](
-            parts, counts, sums_G2E, losses_G2, statistics_GX, num_blocks, size, num_experts, chosen_GSK.shape[2],
+            parts, counts, sums_G2E, losses_2G, statistics_GX, num_blocks, size, num_experts, chosen_GSK.shape[2],
             noisy_logits_GSE is not None, kept_GSK is not None, columns,
         )  # fmt: skip
-    return losses_G2.mean(0), statistics_GX.mean(0), sums_G2E
+    return losses_2G[0].mean(), losses_2G[1].mean(), statistics_GX.mean(0), sums_G2E
 
 
 def _fake_balance(logits_GSE, noisy_logits_GSE, chosen_GSK, kept_GSK, noise_scale):
     num_groups, _, num_experts = logits_GSE.shape
     sums_G2E = logits_GSE.new_empty(num_groups, 2, num_experts)
-    return logits_GSE.new_empty(2), logits_GSE.new_empty(num_experts + 2), sums_G2E
+    importance, load = logits_GSE.new_empty(()), logits_GSE.new_empty(())
+    return importance, load, logits_GSE.new_empty(num_experts + 2), sums_G2E
 
 
 def _balance_gradient(
-    grad_losses: Tensor, logits_GSE: Tensor, noisy_logits_GSE: Tensor | None, chosen_GSK: Tensor, sums_G2E: Tensor,
-    noise_scale: float,
+    grad_importance: Tensor, grad_load: Tensor, logits_GSE: Tensor, noisy_logits_GSE: Tensor | None, chosen_GSK: Tensor,
+    sums_G2E: Tensor, noise_scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of the clean and the noisy logits (empty without noise)."""
     num_groups, size, num_experts = logits_GSE.shape
-    logits_GSE, grad_losses = logits_GSE.contiguous(), grad_losses.contiguous()
+    logits_GSE = logits_GSE.contiguous()
     is_noisy = noisy_logits_GSE is not None
     routed_by_GSE = noisy_logits_GSE.contiguous() if is_noisy else logits_GSE
     grad_GSE = torch.empty_like(logits_GSE)
@@ -77,13 +78,13 @@ def _balance_gradient(
     columns, block = _columns(num_experts), _tokens_of_block(num_experts)
     with torch.cuda.device_of(logits_GSE):
         _balance_backward[(cdiv(size, block), num_groups)](
-            grad_losses, logits_GSE, routed_by_GSE, chosen_GSK.contiguous(), sums_G2E, grad_GSE, grad_noisy_GSE, size,
-            num_experts, noise_scale, chosen_GSK.shape[2], is_noisy, block, columns,
+            grad_importance, grad_load, logits_GSE, routed_by_GSE, chosen_GSK.contiguous(), sums_G2E, grad_GSE,
+            grad_noisy_GSE, size, num_experts, noise_scale, chosen_GSK.shape[2], is_noisy, block, columns,
         )  # fmt: skip
     return grad_GSE, grad_noisy_GSE
 
 
-def _fake_balance_gradient(grad_losses, logits_GSE, noisy_logits_GSE, chosen_GSK, sums_G2E, noise_scale):
+def _fake_balance_gradient(grad_importance, grad_load, logits_GSE, noisy_logits_GSE, chosen_GSK, sums_G2E, noise_scale):
     no_noise = noisy_logits_GSE is None
     return torch.empty_like(logits_GSE), logits_GSE.new_empty(0) if no_noise else torch.empty_like(logits_GSE)
 
@@ -93,15 +94,12 @@ balance_backward = operator("balance_backward", _balance_gradient, _fake_balance
 
 def _save(ctx, inputs, output) -> None:
     logits_GSE, noisy_logits_GSE, chosen_GSK, _, ctx.noise_scale = inputs
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(logits_GSE, noisy_logits_GSE, chosen_GSK, output[2])
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.save_for_backward(logits_GSE, noisy_logits_GSE, chosen_GSK, output[3])
 
 
-def _backward(ctx, grad_losses: Tensor | None, *_):
-    if grad_losses is None:
-        return (None,) * 5
-    grad, grad_noisy = balance_backward(grad_losses, *ctx.saved_tensors, ctx.noise_scale)
+def _backward(ctx, grad_importance: Tensor, grad_load: Tensor, *_):
+    grad, grad_noisy = balance_backward(grad_importance, grad_load, *ctx.saved_tensors, ctx.noise_scale)
     return grad, None if ctx.saved_tensors[1] is None else grad_noisy, None, None, None
 
 
@@ -179,9 +177,9 @@ def _group_sums(
     tl.store(sums + group * 2 * num_experts + expert, importance, mask=is_expert)
     tl.store(sums + (group * 2 + 1) * num_experts + expert, load, mask=is_expert)
     variation, _ = _squared_variation(importance, is_expert, num_experts)
-    tl.store(losses + group * 2, variation)
+    tl.store(losses + group, variation)
     variation, _ = _squared_variation(load, is_expert, num_experts)
-    tl.store(losses + group * 2 + 1, variation if IS_NOISY else 0.0)
+    tl.store(losses + tl.num_programs(0) + group, variation if IS_NOISY else 0.0)
     out = statistics + group * (num_experts + 2)
     tl.store(out + expert, choices / (size * K), mask=is_expert)
     tl.store(out + num_experts, 1 - num_kept / (size * K) if HAS_KEPT else 0.0)
@@ -202,8 +200,8 @@ def _squared_variation(value, is_expert, num_experts):
 
 @triton.jit
 def _balance_backward(
-    grad_losses, logits, noisy_logits, chosen, sums, grad_logits, grad_noisy_logits, size, num_experts, noise_scale,
-    K: tl.constexpr, IS_NOISY: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
+    grad_importance, grad_load, logits, noisy_logits, chosen, sums, grad_logits, grad_noisy_logits, size, num_experts,
+    noise_scale, K: tl.constexpr, IS_NOISY: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     at_token, at, is_token, inside, expert = _block(logits, size, num_experts, TOKENS, COLUMNS)
     is_expert = expert < num_experts
@@ -211,14 +209,14 @@ def _balance_backward(
     sums += tl.program_id(1).to(tl.int64) * 2 * num_experts
     logit = tl.load(logits + at, mask=inside, other=-float("inf"))
     _, slope = _squared_variation(tl.load(sums + expert, mask=is_expert, other=0.0), is_expert, num_experts)
-    slope *= tl.load(grad_losses) / num_groups
+    slope *= tl.load(grad_importance) / num_groups
     gate = tl.where(inside, softmax(logit, is_token), 0.0)
     grad = gate * (slope[None, :] - tl.sum(gate * slope[None, :], 1)[:, None])
     if IS_NOISY:
         noisy = tl.load(noisy_logits + at, mask=inside, other=0.0)
         load = tl.load(sums + num_experts + expert, mask=is_expert, other=0.0)
         _, slope_of_load = _squared_variation(load, is_expert, num_experts)
-        slope_of_load *= tl.load(grad_losses + 1) / num_groups
+        slope_of_load *= tl.load(grad_load) / num_groups
         last = tl.load(chosen + at_token * K + (K - 1), mask=is_token, other=0).to(tl.int32)
         chance = _chance(tl.where(inside, logit, 0.0), noisy, last, expert, noise_scale)
         density = tl.where(inside, 0.3989422804014327 * tl.exp(-0.5 * chance * chance) / noise_scale, 0.0)

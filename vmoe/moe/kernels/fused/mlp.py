@@ -101,15 +101,12 @@ def _gradient(
     )
     with torch.cuda.device_of(x_TD):
         grad_RO = torch.empty_like(y_RO)
-        parts = choice_R.new_empty(num_rows // rows.ROWS, y_RO.shape[1], dtype=torch.float32)
         grad_weights_TK = rows.combine_gradient(
-            grad_TO.contiguous(), choice_R, weights_TK, y_RO, bias2_EO, segments, grad_RO, parts
+            grad_TO.contiguous(), choice_R, weights_TK, y_RO, bias2_EO, segments, grad_RO, grad_bias2
         )
-        if bias2_EO is not None:
-            rows.tile_sums(parts, segments, rows.ROWS, grad_bias2)
         # x's gradients may take the place of the rows' that have served
         grad_RD = grad_RO if x_RD.shape == y_RO.shape else torch.empty_like(x_RD)
-        parts = parts.new_empty(num_rows // activations.TILE_ROWS, width_H)
+        parts = grad_weights_TK.new_empty(num_rows // activations.TILE_ROWS, width_H)
         chunks = _chunks(segments, num_rows, pre_RH)
         grad_hidden = pre_RH.new_empty(max(part.stop - part.start for _, part, _ in chunks), width_H)
         for experts, part, segment in chunks:

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from vmoe.moe.kernels.fused.ranks import ALIGNMENT
 from vmoe.moe.kernels.fused.segments import Segments
 from vmoe.moe.kernels.fused.sizes import cdiv, next_power_of_2
 
@@ -21,7 +22,7 @@ class Tile(NamedTuple):
     """How a product of ours is cut up.
 
     Attributes:
-        rows: Height of a tile of the result; 128 or 64, so that a tile holds no two experts (see `ranks.ALIGNMENT`).
+        rows: Height of a tile of the result.
         columns: Its width.
         depth: The step along the sum.
         warps: Of a program.
@@ -39,8 +40,9 @@ class Tile(NamedTuple):
     parts: int = 1
 
 
-# By the size of the type; the best of a dozen on an H200 over S/16, B/16 and L/16
-ROW_TILES = {2: Tile(128, 128, 64, 4, 3, 2, 4), 4: Tile(64, 64, 32, 4, 3)}
+# By the size of the type; the best of a dozen on an H200 over S/16, B/16 and L/16. Those of rows are ALIGNMENT high: a
+# tile holds no two experts, and up to the next expert all rows are computed.
+ROW_TILES = {2: Tile(ALIGNMENT, 128, 64, 4, 3, 2, 4), 4: Tile(ALIGNMENT, 64, 32, 4, 3)}
 WEIGHT_TILES = {2: Tile(128, 128, 64, 8, 3), 4: Tile(64, 64, 32, 4, 3)}
 
 

@@ -167,7 +167,7 @@ def _falling_places(values_GS: Tensor) -> Tensor:
     order_GS = torch.empty(num_groups, size, dtype=torch.int64, device=values_GS.device)
     if order_GS.numel():
         with torch.cuda.device_of(values_GS):
-            _falling_order[(cdiv(size, 64), num_groups)](values_GS.contiguous(), order_GS, size, 64, 128)
+            _falling_order[(cdiv(size, 64), num_groups)](values_GS.contiguous(), order_GS, size, 64)
     return order_GS
 
 
@@ -177,18 +177,22 @@ falling_order = operator(
 
 
 @triton.jit
-def _falling_order(values, order, size, BLOCK: tl.constexpr, OTHERS: tl.constexpr):
-    group = tl.program_id(1).to(tl.int64)
+def _falling_order(values, order, size, BLOCK: tl.constexpr):
+    values += tl.program_id(1).to(tl.int64) * size
     own = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    value = _nan_first(tl.load(values + group * size + own, mask=own < size, other=0.0))
+    value = _nan_first(tl.load(values + own, mask=own < size, other=0.0))[:, None]
     place = tl.zeros((BLOCK,), dtype=tl.int32)
-    for first in range(0, size, OTHERS):
-        other = first + tl.arange(0, OTHERS)
-        others = _nan_first(tl.load(values + group * size + other, mask=other < size, other=-float("inf")))
-        is_tie_before = (others[None, :] == value[:, None]) & (other[None, :] < own[:, None])
-        is_before = (others[None, :] > value[:, None]) | is_tie_before
-        place += tl.sum((is_before & (other < size)[None, :]).to(tl.int32), 1)
-    tl.store(order + group * size + place, own.to(tl.int64), mask=own < size)
+    for first in range(0, tl.program_id(0) * BLOCK, BLOCK):  # of those before, equals come first too
+        others = _nan_first(tl.load(values + first + tl.arange(0, BLOCK)))[None, :]
+        place += tl.sum((others >= value).to(tl.int32), 1)
+    others = _nan_first(tl.load(values + own, mask=own < size, other=-float("inf")))[None, :]
+    is_tie_before = (others == value) & (own[None, :] < own[:, None])
+    place += tl.sum(((others > value) | is_tie_before).to(tl.int32), 1)
+    for first in range((tl.program_id(0) + 1) * BLOCK, size, BLOCK):
+        other = first + tl.arange(0, BLOCK)
+        others = _nan_first(tl.load(values + other, mask=other < size, other=-float("inf")))[None, :]
+        place += tl.sum((others > value).to(tl.int32), 1)
+    tl.store(order + tl.program_id(1).to(tl.int64) * size + place, own.to(tl.int64), mask=own < size)
 
 
 @triton.jit

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vmoe.moe.kernels.fused.operators import operator
+from vmoe.moe.kernels.fused.operators import is_traced, operator
 from vmoe.moe.kernels.fused.sizes import cdiv, next_power_of_2
 
 MAX_EXPERTS = 256
@@ -38,17 +38,22 @@ def _fake_scores(x_TD, weight_ED):
     return torch.empty(x_TD.shape[0], weight_ED.shape[0], dtype=torch.float32, device=x_TD.device)
 
 
-def _scores_gradient(grad_TE: Tensor, x_TD: Tensor, weight_ED: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of x and the weights, in their types."""
+def _scores_gradient(
+    grad_TE: Tensor, x_TD: Tensor, weight_ED: Tensor, other_grad_TD: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x, to which another of its gradients is added, and of the weights, in their types."""
     grad_TE, x_TD, weight_ED = grad_TE.contiguous(), x_TD.contiguous(), weight_ED.contiguous()
+    other_grad_TD = None if other_grad_TD is None else other_grad_TD.contiguous()
     (num_tokens, width), num_experts = x_TD.shape, weight_ED.shape[0]
     grad_TD = torch.empty_like(x_TD)
     parts = torch.empty(_SPLITS, num_experts, width, dtype=torch.float32, device=x_TD.device)
     columns, block = _columns(num_experts), 64
     with torch.cuda.device_of(x_TD):
         if grad_TD.numel():
-            grid = (cdiv(num_tokens, 64), cdiv(width, block))
-            _scores_grad_x[grid](grad_TE, weight_ED, grad_TD, num_tokens, width, num_experts, 64, block, columns)
+            _scores_grad_x[(cdiv(num_tokens, 64), cdiv(width, block))](
+                grad_TE, weight_ED, other_grad_TD, grad_TD, num_tokens, width, num_experts, other_grad_TD is not None,
+                64, block, columns,
+            )  # fmt: skip
         _scores_grad_weight[(_SPLITS, cdiv(width, block))](
             grad_TE, x_TD, parts, num_tokens, width, num_experts, cdiv(num_tokens, _SPLITS), 64, block, columns
         )
@@ -58,15 +63,39 @@ def _scores_gradient(grad_TE: Tensor, x_TD: Tensor, weight_ED: Tensor) -> tuple[
 scores_backward = operator(
     "scores_backward",
     _scores_gradient,
-    lambda _, x_TD, weight_ED: (torch.empty_like(x_TD), torch.empty_like(weight_ED)),
+    lambda _, x_TD, weight_ED, __: (torch.empty_like(x_TD), torch.empty_like(weight_ED)),
 )
 scores = operator(
     "scores",
     _scores_of,
     _fake_scores,
     lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
-    lambda ctx, grad_TE: scores_backward(grad_TE, *ctx.saved_tensors),
+    lambda ctx, grad_TE: scores_backward(grad_TE, *ctx.saved_tensors, None),
 )
+
+
+def scores_and_tokens(x_TD: Tensor, weight_ED: Tensor) -> tuple[Tensor, Tensor]:
+    """`scores`, and x for its other uses: the gradient of these is added in the kernel that computes the scores' own.
+
+    Traced code gets x itself: an operator cannot return what it was given.
+    """
+    if is_traced() or not torch.is_grad_enabled():
+        return scores(x_TD, weight_ED), x_TD
+    return _ScoresAndTokens.apply(x_TD, weight_ED)
+
+
+class _ScoresAndTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_TD: Tensor, weight_ED: Tensor):
+        ctx.save_for_backward(x_TD, weight_ED)
+        ctx.set_materialize_grads(False)
+        return _scores_of(x_TD, weight_ED), x_TD.view_as(x_TD)
+
+    @staticmethod
+    def backward(ctx, grad_TE: Tensor | None, grad_TD: Tensor | None):
+        if grad_TE is None:
+            return grad_TD, None
+        return scores_backward(grad_TE, *ctx.saved_tensors, grad_TD)
 
 
 def _gates_of(logits_TE: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -162,8 +191,9 @@ def _scores(
 
 @triton.jit
 def _scores_grad_x(
-    grad, weight, out, num_tokens, width, num_experts, TOKENS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr
-):
+    grad, weight, other, out, num_tokens, width, num_experts, HAS_OTHER: tl.constexpr, TOKENS: tl.constexpr,
+    WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     expert = tl.arange(0, COLUMNS)
@@ -173,8 +203,11 @@ def _scores_grad_x(
     at = weight + expert[:, None] * width + column[None, :]
     weights = tl.load(at, mask=is_expert[:, None] & is_column[None, :], other=0.0).to(tl.float32)
     result = tl.dot(grads, weights, input_precision="tf32x3")
-    at = out + token[:, None].to(tl.int64) * width + column[None, :]
-    tl.store(at, result.to(out.dtype.element_ty), mask=is_token[:, None] & is_column[None, :])
+    at = token[:, None].to(tl.int64) * width + column[None, :]
+    if HAS_OTHER:
+        inside = is_token[:, None] & is_column[None, :]
+        result += tl.load(other + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + at, result.to(out.dtype.element_ty), mask=is_token[:, None] & is_column[None, :])
 
 
 @triton.jit

@@ -13,7 +13,8 @@ from vmoe.moe.kernels.fused.operators import operator
 from vmoe.moe.kernels.fused.segments import Segments, expert_of
 from vmoe.moe.kernels.fused.sizes import cdiv, next_power_of_2
 
-TOKENS, ROWS, COLUMNS = 4, 16, 256  # of a program's tile
+TOKENS, COLUMNS = 4, 256  # of a program's tile
+STRETCH = 64  # rows of an expert that a program of `combine_gradient` walks through
 
 
 def _rows_in_shares(
@@ -47,7 +48,7 @@ def scatter(x_TD: Tensor, row_TK: Tensor, out_RD: Tensor) -> Tensor:
     _scatter[(cdiv(num_tokens, TOKENS),)](
         x_TD, row_TK, out_RD, choice_R, num_tokens, width, K=top_k, TOKENS=TOKENS, COLUMNS=COLUMNS
     )
-    _zero_free[(cdiv(num_rows, ROWS),)](choice_R, out_RD, num_rows, width, ROWS=ROWS, COLUMNS=COLUMNS)
+    _zero_free[(cdiv(num_rows, 16),)](choice_R, out_RD, num_rows, width, ROWS=16, COLUMNS=COLUMNS)
     return choice_R
 
 
@@ -65,9 +66,9 @@ def combine(
 
 def combine_gradient(
     grad_TD: Tensor, choice_R: Tensor, weights_TK: Tensor, y_RD: Tensor, bias_ED: Tensor | None, segments: Segments,
-    out_RD: Tensor, bias_parts_MD: Tensor,
+    out_RD: Tensor, grad_bias_ED: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """Writes the gradient of each row of `combine`.
+    """Writes the gradients of `combine`'s rows, zeros in free ones, and of its bias.
 
     Args:
         grad_TD: The gradient of its result.
@@ -76,8 +77,8 @@ def combine_gradient(
         y_RD: Its rows.
         bias_ED: Its bias.
         segments: Whose rows they are.
-        out_RD: Takes the rows' gradients, zeros in free rows.
-        bias_parts_MD: Takes parts of the bias's gradient, one every ROWS rows.
+        out_RD: Takes the rows' gradients.
+        grad_bias_ED: Takes the bias's; None without one.
 
     Returns:
         The gradient of the combine weights (T, K), float32.
@@ -85,11 +86,20 @@ def combine_gradient(
     num_rows, width = y_RD.shape
     num_experts = segments.num_experts
     grad_weights_TK = torch.zeros(weights_TK.shape, dtype=torch.float32, device=y_RD.device)
-    _combine_gradient[(num_rows // ROWS,)](
-        grad_TD, choice_R, weights_TK, y_RD, bias_ED, segments.starts_E, out_RD, grad_weights_TK, bias_parts_MD, width,
+    num_columns = cdiv(width, COLUMNS)
+    dots_RP = grad_weights_TK.new_empty(num_rows, num_columns)
+    bias_parts_MD = grad_weights_TK.new_empty(num_rows // STRETCH, width)
+    _combine_gradient[(num_rows // STRETCH, num_columns)](
+        grad_TD, choice_R, weights_TK, y_RD, bias_ED, segments.starts_E, out_RD, dots_RP, bias_parts_MD, width,
         num_experts, segments.share, K=weights_TK.shape[1], HAS_BIAS=bias_ED is not None,
-        HAS_SHARE=segments.share > 0, ROWS=ROWS, COLUMNS=COLUMNS, EXPERTS=max(16, next_power_of_2(num_experts)),
+        HAS_SHARE=segments.share > 0, STRETCH=STRETCH, ROWS=4, COLUMNS=COLUMNS,
+        EXPERTS=max(16, next_power_of_2(num_experts)),
     )  # fmt: skip
+    _sum_dots[(cdiv(num_rows, 256),)](
+        dots_RP, choice_R, grad_weights_TK, num_rows, num_columns, ROWS=256, PARTS=next_power_of_2(num_columns)
+    )
+    if bias_ED is not None:
+        tile_sums(bias_parts_MD, segments, STRETCH, grad_bias_ED)
     return grad_weights_TK
 
 
@@ -177,33 +187,44 @@ def _combine(
 
 @triton.jit
 def _combine_gradient(
-    grad, choice_of_row, weights, y, bias, starts, out, grad_weights, bias_parts, width, num_experts, share,
-    K: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SHARE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    EXPERTS: tl.constexpr,
+    grad, choice_of_row, weights, y, bias, starts, out, dots, bias_parts, width, num_experts, share,
+    K: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SHARE: tl.constexpr, STRETCH: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, EXPERTS: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    expert = expert_of(tl.program_id(0) * ROWS, starts, num_experts, share, HAS_SHARE, EXPERTS).to(tl.int64)
-    choice = tl.load(choice_of_row + row)
-    is_used = choice >= 0
-    weight = tl.load(weights + choice, mask=is_used, other=0.0).to(tl.float32)
-    dot = tl.zeros((ROWS,), dtype=tl.float32)
-    for first in range(0, width, COLUMNS):
-        column = first + tl.arange(0, COLUMNS)
-        is_column = column < width
-        inside = is_used[:, None] & is_column[None, :]
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    is_column = (column < width)[None, :]
+    added = tl.zeros((1, COLUMNS), dtype=tl.float32)
+    if HAS_BIAS:
+        expert = expert_of(tl.program_id(0) * STRETCH, starts, num_experts, share, HAS_SHARE, EXPERTS)
+        added = tl.load(bias + expert * width + column, mask=column < width, other=0.0).to(tl.float32)[None, :]
+    total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    for first in range(0, STRETCH, ROWS):
+        row = tl.program_id(0) * STRETCH + first + tl.arange(0, ROWS)
+        choice = tl.load(choice_of_row + row)
+        is_used = choice >= 0
+        weight = tl.load(weights + choice, mask=is_used, other=0.0).to(tl.float32)
+        inside = is_used[:, None] & is_column
         at_row = row[:, None].to(tl.int64) * width + column[None, :]
         at_token = (choice // K)[:, None].to(tl.int64) * width + column[None, :]
-        value = tl.load(y + at_row, mask=inside, other=0.0).to(tl.float32)
-        if HAS_BIAS:
-            value += tl.load(bias + expert * width + column, mask=is_column, other=0.0).to(tl.float32)[None, :]
+        value = tl.load(y + at_row, mask=inside, other=0.0).to(tl.float32) + added
         slope = tl.load(grad + at_token, mask=inside, other=0.0).to(tl.float32)
-        dot += tl.sum(slope * value, 1)
+        tl.store(dots + row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1), tl.sum(slope * value, 1))
         slope *= weight[:, None]
-        tl.store(out + at_row, slope.to(out.dtype.element_ty), mask=is_column[None, :])
-        if HAS_BIAS:
-            at = bias_parts + tl.program_id(0).to(tl.int64) * width + column
-            tl.store(at, tl.sum(slope, 0), mask=is_column)
-    tl.store(grad_weights + choice, dot, mask=is_used)
+        tl.store(out + at_row, slope.to(out.dtype.element_ty), mask=is_column)
+        total += slope
+    if HAS_BIAS:
+        at = bias_parts + tl.program_id(0).to(tl.int64) * width + column
+        tl.store(at, tl.sum(total, 0), mask=column < width)
+
+
+@triton.jit
+def _sum_dots(dots, choice_of_row, out, num_rows, num_parts, ROWS: tl.constexpr, PARTS: tl.constexpr):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    part = tl.arange(0, PARTS)
+    choice = tl.load(choice_of_row + row, mask=row < num_rows, other=-1)
+    inside = (choice >= 0)[:, None] & (part < num_parts)[None, :]
+    value = tl.load(dots + row[:, None].to(tl.int64) * num_parts + part[None, :], mask=inside, other=0.0)
+    tl.store(out + choice, tl.sum(value, 1), mask=choice >= 0)
 
 
 @triton.jit
