@@ -69,36 +69,29 @@ def layer_rows(results: dict[str, Measurement], case: Case, peak: float) -> list
 def markdown_table(columns: tuple[Column, ...], rows: list[Row]) -> str:
     """The rows as a markdown table whose columns stand in line on a screen too.
 
-    A row with an `error` shows it in its last columns. Columns without any value are left out.
+    Columns without any value are left out; where a row has an `error`, a last column tells it.
     """
     columns = [c for c in columns if c is columns[0] or any(row.get(c.key) is not None for row in rows)]
-    cells = [[column.title for column in columns]]
-    cells += [[_cell(row, column) for column in columns] for row in rows]
-    failed = [row.get("error") for row in rows]
+    if any(row.get("error") for row in rows):
+        columns.append(Column("failed with", "error"))
+    cells = [[column.title for column in columns], *([_cell(row, column) for column in columns] for row in rows)]
     widths = [max(3, *(len(line[index]) for line in cells)) for index in range(len(columns))]
-    rule = [("-" * (width - 1) + ":") if index else "-" * width for index, width in enumerate(widths)]
-    lines = [_line(cells[0], widths), "| " + " | ".join(rule) + " |"]
-    for line, error in zip(cells[1:], failed, strict=True):
-        lines.append(_line(line, widths) + (f" {_safe(error)} |" if error else ""))
-    return "\n".join(lines)
+    is_text = [index == 0 or column.key == "error" for index, column in enumerate(columns)]
+    rule = ["-" * width if left else "-" * (width - 1) + ":" for left, width in zip(is_text, widths, strict=True)]
+    lines = [
+        [
+            text.ljust(width) if left else text.rjust(width)
+            for text, left, width in zip(line, is_text, widths, strict=True)
+        ]
+        for line in cells
+    ]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [lines[0], rule, *lines[1:]])
 
 
 def _cell(row: Row, column: Column) -> str:
     value = row.get(column.key)
     if value is None:
-        return "" if row.get("error") else "-"
+        return "" if row.get("error") or column.key == "error" else "-"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return format(value, column.form) if column.form else _safe(str(value))
-
-
-def _line(cells: list[str], widths: list[int]) -> str:
-    padded = [
-        cell.rjust(width) if index else cell.ljust(width)
-        for index, (cell, width) in enumerate(zip(cells, widths, strict=True))
-    ]
-    return "| " + " | ".join(padded) + " |"
-
-
-def _safe(text: str) -> str:
-    return text.replace("|", "/")
+    return format(value, column.form) if column.form else str(value).replace("|", "/")
