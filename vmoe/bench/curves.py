@@ -117,7 +117,7 @@ def draw_curves(rows: list[Row], title: str) -> Figure:
             if found:
                 panel.plot(*zip(*found, strict=True), color=SERIES[name], marker="o", markersize=3.5, label=name)
         panel.set_xticks(range(len(labels)), labels, rotation=45 if max(map(len, labels)) > 4 else 0)
-        panel.set_ylim(bottom=0)
+    panels[0].set_ylim(bottom=0)
     handles, names = panels[0].get_legend_handles_labels()
     if handles:
         panels[0].legend(handles, names, fontsize=8, frameon=False, labelcolor=INK)

@@ -1,5 +1,6 @@
 """What the benchmarks' plots share. Nothing here touches pyplot."""
 
+import textwrap
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -16,7 +17,7 @@ def new_figure(width: float, height: float, title: str) -> Figure:
     """A white figure of so many inches, its title at the upper left."""
     figure = Figure(figsize=(width, height), dpi=120, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=INK, parse_math=False)
+    figure.suptitle(textwrap.fill(title, int(width * 13)), x=0.01, ha="left", fontsize=10, color=INK, parse_math=False)
     return figure
 
 

@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _benchmark(argv: list[str]) -> int:
-    parser = _parser()
+    parser = command_line()
     options, rest = parser.parse_known_args(argv)
     if rest and options.job != "data":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -93,7 +93,8 @@ def _benchmark(argv: list[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def command_line() -> argparse.ArgumentParser:
+    """The parser of `vmoe benchmark`; what it does not know may be options of a config, for `data`."""
     parser = new_parser("benchmark", _DESCRIPTION)
     jobs = parser.add_subparsers(dest="job", metavar="layer|model|data", required=True)
     _add_layer(_new_job(jobs, "layer", "one MoE layer beside timm's dense Mlp", _LAYER))
@@ -117,28 +118,28 @@ def _new_job(jobs: Any, name: str, line: str, description: str) -> argparse.Argu
     return parser
 
 
-def _add_timing(parser: argparse.ArgumentParser, rounds: int) -> None:
+def _add_timing(parser: argparse.ArgumentParser, rounds: str) -> None:
     types = ("float32", "bfloat16", "float16")
     parser.add_argument("--dtype", choices=types, help="computed in (default: bfloat16 on a GPU, else float32)")
-    parser.add_argument("--rounds", type=_count, default=rounds, help="timings of each job (default: %(default)s)")
+    parser.add_argument("--rounds", type=_count, help=f"timings of each job (default: {rounds})")
 
 
 def _add_layer(parser: argparse.ArgumentParser) -> None:
-    _add_timing(parser, rounds=15)
+    _add_timing(parser, "15, along curves 7")
     names = "S16 B16 L16 Ti-k1 Ti-k2 S32 S32-b128"
     parser.add_argument("--cases", nargs="+", metavar="CASE", help=f"sizes by name: {names}")
     parser.add_argument("--jobs", nargs="+", metavar="NAME", help="only those whose names begin so, beside dense")
     parser.add_argument("--peers", action="store_true", help="also plain PyTorch recipes and transformers' experts")
     line = "instead: along experts, tokens, top-k, capacity (all when none is named)"
     parser.add_argument("--curves", nargs="*", metavar="AXIS", help=line)
-    sizes = parser.add_argument_group("other sizes", "change the cases (by default B16, on the CPU S32)")
+    sizes = parser.add_argument_group("other sizes", "change the cases; by default B16, on the CPU S32")
     for name, line in _SIZES.items():
         sizes.add_argument(f"--{name}", type=_count, metavar="N", help=line)
     sizes.add_argument("--capacity-factor", type=capacity_factor, metavar="F", help="inf drops nothing")
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
-    _add_timing(parser, rounds=8)
+    _add_timing(parser, "8")
     add = parser.add_argument
     add("--model", default="vit_base_patch16_224", metavar="NAME", help="of timm (default: %(default)s)")
     add("--layers", nargs="+", default=["every-2", "last-2"], help="which are MoE (default: every-2 last-2)")

@@ -20,7 +20,9 @@ from vmoe.bench.layer import benchmark_layer
 from vmoe.bench.model import COLUMNS as MODEL_COLUMNS
 from vmoe.bench.model import MODES, benchmark_models
 from vmoe.bench.report import LAYER_COLUMNS, layer_rows, markdown_table
-from vmoe.bench.timing import Say
+from vmoe.bench.roofline import COLUMNS as ROOFLINE_COLUMNS
+from vmoe.bench.roofline import draw_roofline, layer_floors, stage_floors
+from vmoe.bench.timing import Measurement, Say, copy_bandwidth, reason_of_failure, release
 from vmoe.checkpoints import build_model
 from vmoe.errors import UserError
 from vmoe.files import atomic_write, write_json
@@ -74,7 +76,7 @@ def layer(options: argparse.Namespace, results: Results) -> None:
     entries, tables = [], []
     for name, case in cases.items():
         measured, peak = benchmark_layer(
-            case, options.device, dtype, options.rounds, options.jobs, options.peers, results.say(name)
+            case, options.device, dtype, options.rounds or 15, options.jobs, options.peers, results.say(name)
         )
         rows = layer_rows(measured, case, peak)
         sizes = dataclasses.asdict(case) | {"flops": case.flops}
@@ -86,8 +88,31 @@ def layer(options: argparse.Namespace, results: Results) -> None:
             + markdown_table(LAYER_COLUMNS, rows)
         )
         print(tables[-1] + "\n", flush=True)
+        if len(entries) == 1:
+            entries[0] |= _roofline(options, name, case, dtype, measured, peak, results)
+            tables.append(markdown_table(ROOFLINE_COLUMNS, entries[0]["roofline"]))
+            print(tables[-1] + "\n", flush=True)
         results.write("layer", dtype, {"cases": entries}, tables)
-    print(f"layer.json and layer.md in {options.out}")
+    print(f"layer.json, layer.md and roofline.png in {options.out}")
+
+
+def _roofline(
+    options: argparse.Namespace, name: str, case: Case, dtype: torch.dtype, measured: dict[str, Measurement],
+    peak: float, results: Results,
+) -> dict[str, Any]:  # fmt: skip
+    """Draws roofline.png; returns what layer.json tells of it."""
+    device = options.device
+    bandwidth = copy_bandwidth(device)
+    rows = layer_floors(measured, case, dtype, peak, bandwidth)
+    if device.type == "cuda":
+        try:
+            rows += stage_floors(case, device, dtype, peak, bandwidth)
+        except Exception as error:  # such as a profiler without rights: the picture has the layers alone
+            results.say(name)(f"no stages: {reason_of_failure('the profile of the experts', error, device)}")
+        release(device)
+    title = f"{name}: {_sizes(case)} · {results.header['device']}, {str(dtype).removeprefix('torch.')}"
+    save(draw_roofline(rows, peak, bandwidth, title), options.out / "roofline.png")
+    return {"copy_bandwidth": bandwidth, "roofline": rows}
 
 
 def _curves(options: argparse.Namespace, cases: dict[str, Case], dtype: torch.dtype, results: Results) -> None:
@@ -98,7 +123,7 @@ def _curves(options: argparse.Namespace, cases: dict[str, Case], dtype: torch.dt
     if len(cases) > 1:
         raise UserError(f"--cases {' '.join(cases)}: --curves goes with one case")
     name, case = next(iter(cases.items()))
-    rows = benchmark_curves(case, axes, options.device, dtype, options.rounds, results.say(name))
+    rows = benchmark_curves(case, axes, options.device, dtype, options.rounds or 7, results.say(name))
     title = f"{name}: {_sizes(case)}"
     table = f"## {title}\n\n{markdown_table(COLUMNS, rows)}"
     print(table + "\n")
@@ -132,7 +157,7 @@ def model(options: argparse.Namespace, results: Results) -> None:
     rows = benchmark_models(
         {name: maker(moe) for name, moe in variants.items()}, image_size, batch, device, dtype,
         passes=tuple(options.passes), modes=MODES if options.compile == "best" else (options.compile,),
-        rounds=options.rounds, say=results.say(options.model),
+        rounds=options.rounds or 8, say=results.say(options.model),
     )  # fmt: skip
     shown = [row for row in rows if "error" in row or row["fastest"]]
     title = f"## {options.model}: {batch} images of {image_size} pixels, E={options.experts}"
@@ -216,9 +241,12 @@ def _cases(options: argparse.Namespace) -> dict[str, Case]:
     if changes.get("capacity_factor") == float("inf"):
         changes["capacity_factor"] = None
     on_gpu = options.device.type == "cuda"
-    usual = ["S16", "B16", "L16"] if on_gpu else ["Ti-k1", "Ti-k2", "S32"]
-    if changes or options.curves is not None:
+    if options.curves is not None:
+        usual = ["B16"] if on_gpu else ["Ti-k1"]  # a CPU needs minutes for 200,000 tokens of a wider one
+    elif changes:
         usual = ["B16"] if on_gpu else ["S32"]
+    else:
+        usual = ["S16", "B16", "L16"] if on_gpu else ["Ti-k1", "Ti-k2", "S32"]
     names = _split(options.cases) or usual
     for name in names:
         if name not in CASES:
