@@ -30,13 +30,15 @@ def test_layer_writes_what_it_prints(tmp_path, capsys):
     assert rows["peer: sort + grouped_mm"]["ratio"] == pytest.approx(
         rows["peer: sort + grouped_mm"]["ms"] / rows["dense"]["ms"]
     )
-    assert case["roofline"][0]["name"] == "dense" and case["copy_bandwidth"] > 0
+    assert case["floors"][0]["name"] == "dense" and case["copy_bandwidth"] > 0
     markdown = (out / "layer.md").read_text()
     assert "## S32 changed: width 16, hidden 64, E=4, K=2, 2 images of 5 tokens" in shown.out
     assert all(line in markdown for line in shown.out.splitlines() if line.startswith("|"))
     assert "first look at layer" in shown.err and "first look" not in shown.out
-    Image.open(out / "roofline.png").verify()
-    assert {path.name for path in out.iterdir()} == {"layer.json", "layer.md", "roofline.png"}
+    pictures = {"roofline-S32.png", "roofline-Ti-k1.png"}
+    for picture in pictures:
+        Image.open(out / picture).verify()
+    assert {path.name for path in out.iterdir()} == {"layer.json", "layer.md", *pictures}
 
 
 def test_curves(tmp_path, capsys):
@@ -86,6 +88,7 @@ def test_data(tmp_path, capsys):
         (["layer", "--device", "cpu", "--curves", "depth"], "--curves depth: no such axis"),
         (["layer", "--device", "cpu", "--curves", "--cases", "S32", "Ti-k1"], "goes with one case"),
         (["layer", "--device", "cpu", "--top-k", "64"], "--top-k 64"),
+        (["layer", "--device", "cpu", "--jobs", "expert", "peer"], "--jobs peer: no job begins so; there are dense; "),
         (["layer", "--rounds", "0"], "'0' must be a whole number >= 1"),
         (["layer", "--data.batch_size", "3"], "--data.batch_size"),
         (["model", "--device", "cpu", "--model", "vit_none"], "vit_none"),

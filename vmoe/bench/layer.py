@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from timm.layers import Mlp
 from torch import Tensor, nn
+from torch._dynamo import config as dynamo_config
 
 from vmoe.bench import peers
 from vmoe.bench.cases import CASES, Case, given_routing
@@ -18,7 +19,7 @@ from vmoe.moe import MoeConfig, MoeMlp
 from vmoe.moe.experts import Experts
 
 CALLS_ON_GPU = 4  # between two readings of the clock
-SQUARE = {"cuda": 8192, "cpu": 2048}  # a product that any device is good at
+SQUARE_ON_GPU, SQUARE = 8192, 2048  # a product that any device is good at
 
 
 def benchmark_layer(
@@ -53,7 +54,7 @@ def benchmark_layer(
     if with_peers:
         makers |= peer_jobs(case, device, dtype)
     makers = {name: make for name, make in makers.items() if _is_wanted(name, only, device)}
-    square = SQUARE[device.type]
+    square = SQUARE_ON_GPU if device.type == "cuda" else SQUARE
     peak = matmul_peak(device, dtype, [*case.product_shapes, (square, square, square)])
     jobs, failed = {}, {}
     for name, make in makers.items():
@@ -63,7 +64,7 @@ def benchmark_layer(
             jobs[name] = make()
         except Exception as error:  # one variant that cannot be built must not end the others
             failed[name] = Measurement(error=reason_of_failure(name, error, device))
-    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):  # else it would quietly not be compiled
+    with dynamo_config.patch(fail_on_recompile_limit_hit=True):  # else it would quietly not be compiled
         measured = measure(jobs, device, rounds, CALLS_ON_GPU if device.type == "cuda" else 1, say)
     for name, result in measured.items():
         if "CUDA graph" in name:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo import config as dynamo_config
 
 from vmoe.bench.report import Column, Row, measurement_row
 from vmoe.bench.timing import Job, Measurement, Say, measure, reason_of_failure, release, time_calls
@@ -94,7 +95,7 @@ def benchmark_models(
         for name, model in models.items():
             for mode in modes:
                 jobs[f"{name}, {of_pass}, compile {mode}"] = (name, mode), _job(of_pass, model, mode, images, dtype)
-        with torch._dynamo.config.patch(_MANY_GRAPHS):
+        with dynamo_config.patch(_MANY_GRAPHS):
             calls = CALLS_ON_GPU if device.type == "cuda" else 1
             results = measure({title: job for title, (_, job) in jobs.items()}, device, rounds, calls, say)
         of_mode = {key: results[title] for title, (key, _) in jobs.items()}

@@ -75,7 +75,10 @@ def markdown_table(columns: tuple[Column, ...], rows: list[Row]) -> str:
     if any(row.get("error") for row in rows):
         columns.append(Column("failed with", "error"))
     cells = [[column.title for column in columns], *([_cell(row, column) for column in columns] for row in rows)]
-    widths = [max(3, *(len(line[index]) for line in cells)) for index in range(len(columns))]
+    widths = [
+        len(column.title) if column.key == "error" else max(3, *(len(line[index]) for line in cells))
+        for index, column in enumerate(columns)
+    ]
     is_text = [index == 0 or column.key == "error" for index, column in enumerate(columns)]
     rule = ["-" * width if left else "-" * (width - 1) + ":" for left, width in zip(is_text, widths, strict=True)]
     lines = [

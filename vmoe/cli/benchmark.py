@@ -27,7 +27,9 @@ the call, and its ratio to dense; whether the host waits for the GPU; ms until t
   vmoe benchmark layer --curves                  # cost as experts, tokens, choices and capacity grow
   vmoe benchmark layer --device cpu --cases S32
 
-Writes layer.json, layer.md and roofline.png, or layer_curves.json, .md and .png.
+Then what the device allows: a floor is the larger of FLOPs at the peak and bytes that must move at a copy's bandwidth.
+
+Writes layer.json, layer.md and roofline.png (one for each of several cases), or layer_curves.json, .md and .png.
 """
 _MODEL = """\
 Times V-MoEs beside their dense twin. "training" is a step's forward pass, loss and backward pass, with float32

@@ -16,11 +16,11 @@ from vmoe.bench.curves import AXES, COLUMNS, benchmark_curves, draw_curves
 from vmoe.bench.data import COLUMNS as DATA_COLUMNS
 from vmoe.bench.data import loader_rate
 from vmoe.bench.figure import save
-from vmoe.bench.layer import benchmark_layer
+from vmoe.bench.layer import benchmark_layer, layer_jobs, peer_jobs
 from vmoe.bench.model import COLUMNS as MODEL_COLUMNS
 from vmoe.bench.model import MODES, benchmark_models
-from vmoe.bench.report import LAYER_COLUMNS, layer_rows, markdown_table
-from vmoe.bench.roofline import COLUMNS as ROOFLINE_COLUMNS
+from vmoe.bench.report import LAYER_COLUMNS, Row, layer_rows, markdown_table
+from vmoe.bench.roofline import COLUMNS as FLOOR_COLUMNS
 from vmoe.bench.roofline import draw_roofline, layer_floors, stage_floors
 from vmoe.bench.timing import Measurement, Say, copy_bandwidth, reason_of_failure, release
 from vmoe.checkpoints import build_model
@@ -73,6 +73,7 @@ def layer(options: argparse.Namespace, results: Results) -> None:
     if options.curves is not None:
         _curves(options, cases, dtype, results)
         return
+    _check_jobs(options, next(iter(cases.values())), dtype)
     entries, tables = [], []
     for name, case in cases.items():
         measured, peak = benchmark_layer(
@@ -88,31 +89,41 @@ def layer(options: argparse.Namespace, results: Results) -> None:
             + markdown_table(LAYER_COLUMNS, rows)
         )
         print(tables[-1] + "\n", flush=True)
-        if len(entries) == 1:
-            entries[0] |= _roofline(options, name, case, dtype, measured, peak, results)
-            tables.append(markdown_table(ROOFLINE_COLUMNS, entries[0]["roofline"]))
-            print(tables[-1] + "\n", flush=True)
+        results.write("layer", dtype, {"cases": entries}, tables)  # kept, should the GPU stop at what follows
+        bandwidth = copy_bandwidth(options.device)
+        floors = _floors(options, case, dtype, measured, peak, bandwidth, results.say(name))
+        entries[-1] |= {"copy_bandwidth": bandwidth, "floors": floors}
+        tables.append(f"Copy bandwidth {bandwidth / 1e9:,.4g} GB/s.\n\n{markdown_table(FLOOR_COLUMNS, floors)}")
+        print(tables[-1] + "\n", flush=True)
+        title = f"{name}: {_sizes(case)} · {results.header['device']}, {str(dtype).removeprefix('torch.')}"
+        picture = "roofline.png" if len(cases) == 1 else f"roofline-{name.partition(' ')[0]}.png"
+        save(draw_roofline(floors, peak, bandwidth, title), options.out / picture)
         results.write("layer", dtype, {"cases": entries}, tables)
-    print(f"layer.json, layer.md and roofline.png in {options.out}")
+    print(f"layer.json, layer.md and the rooflines in {options.out}")
 
 
-def _roofline(
-    options: argparse.Namespace, name: str, case: Case, dtype: torch.dtype, measured: dict[str, Measurement],
-    peak: float, results: Results,
-) -> dict[str, Any]:  # fmt: skip
-    """Draws roofline.png; returns what layer.json tells of it."""
+def _check_jobs(options: argparse.Namespace, case: Case, dtype: torch.dtype) -> None:
+    names = list(layer_jobs(case, options.device, dtype))
+    names += list(peer_jobs(case, options.device, dtype)) if options.peers else []
+    for wanted in options.jobs or []:
+        if not any(name.startswith(wanted) for name in names):
+            raise UserError(f"--jobs {wanted}: no job begins so; there are {'; '.join(names)}")
+
+
+def _floors(
+    options: argparse.Namespace, case: Case, dtype: torch.dtype, measured: dict[str, Measurement], peak: float,
+    bandwidth: float, say: Say,
+) -> list[Row]:  # fmt: skip
+    """The layers and, on a GPU, the stages of the experts beside what the device allows."""
     device = options.device
-    bandwidth = copy_bandwidth(device)
     rows = layer_floors(measured, case, dtype, peak, bandwidth)
     if device.type == "cuda":
         try:
             rows += stage_floors(case, device, dtype, peak, bandwidth)
         except Exception as error:  # such as a profiler without rights: the picture has the layers alone
-            results.say(name)(f"no stages: {reason_of_failure('the profile of the experts', error, device)}")
+            say(f"no stages: {reason_of_failure('the profile of the experts', error, device)}")
         release(device)
-    title = f"{name}: {_sizes(case)} · {results.header['device']}, {str(dtype).removeprefix('torch.')}"
-    save(draw_roofline(rows, peak, bandwidth, title), options.out / "roofline.png")
-    return {"copy_bandwidth": bandwidth, "roofline": rows}
+    return rows
 
 
 def _curves(options: argparse.Namespace, cases: dict[str, Case], dtype: torch.dtype, results: Results) -> None:
