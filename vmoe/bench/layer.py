@@ -6,130 +6,117 @@ losses, batch priority in groups of 8 images. Forward and backward pass, paramet
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from timm.layers import Mlp
 from torch import Tensor, nn
+from torch._dynamo import config as dynamo_config
 
-from vmoe.bench.timing import Job, Measurement, matmul_peak, measure
-from vmoe.moe import MoeConfig, MoeMlp, Routing
-from vmoe.moe.assignment import rank_in_flow
+from vmoe.bench import peers
+from vmoe.bench.cases import CASES, Case, given_routing
+from vmoe.bench.timing import Job, Measurement, Say, matmul_peak, measure, reason_of_failure, release
+from vmoe.moe import MoeConfig, MoeMlp
 from vmoe.moe.experts import Experts
-from vmoe.moe.groups import Groups
 
-
-@dataclass(frozen=True)
-class Case:
-    """Sizes of a layer and its input.
-
-    Attributes:
-        width: D.
-        hidden: H of an expert.
-        num_experts: E.
-        top_k: K.
-        images: B.
-        tokens: N, tokens an image.
-        capacity_factor: Room for the given routing, and for the layer's.
-    """
-
-    width: int
-    hidden: int
-    num_experts: int
-    top_k: int
-    images: int
-    tokens: int
-    capacity_factor: float = 1.05
-
-    @property
-    def num_tokens(self) -> int:
-        """T."""
-        return self.images * self.tokens
-
-    @property
-    def flops(self) -> int:
-        """Of the forward and backward pass of the active experts."""
-        return 3 * 4 * self.num_tokens * self.top_k * self.width * self.hidden
-
-
-CASES = {
-    "S16": Case(384, 1536, 32, 2, 256, 197),
-    "B16": Case(768, 3072, 32, 2, 256, 197),
-    "L16": Case(1024, 4096, 32, 2, 128, 197),
-    "Ti-k1": Case(192, 768, 8, 1, 64, 65),
-    "Ti-k2": Case(192, 768, 8, 2, 64, 65),
-    "S32": Case(384, 1536, 32, 2, 32, 50),
-    "S32-b128": Case(384, 1536, 32, 2, 128, 50),
-}
+CALLS_ON_GPU = 4  # between two readings of the clock
+SQUARE_ON_GPU, SQUARE = 8192, 2048  # a product that any device is good at
 
 
 def benchmark_layer(
-    case: Case, device: torch.device, dtype: torch.dtype, rounds: int, only: list[str] | None = None
+    case: Case,
+    device: torch.device,
+    dtype: torch.dtype,
+    rounds: int,
+    only: list[str] | None = None,
+    with_peers: bool = False,
+    say: Say | None = None,
 ) -> tuple[dict[str, Measurement], float]:
-    """Times the jobs of `layer_jobs` whose names begin with one of `only`.
+    """Times the jobs of `layer_jobs`, and with `with_peers` those of `vmoe.bench.peers`.
+
+    Args:
+        case: The sizes.
+        device: Where to run.
+        dtype: Of autocast, or float32 for none.
+        rounds: How often each job is timed.
+        only: Beginnings of the names of the jobs to run, beside the dense ones; None for all, but for the compiled ones
+            off the GPU, where a compiler of C++ may be missing.
+        with_peers: Whether to add the peers, each of which is checked first.
+        say: Told what is being done.
 
     Returns:
-        A measurement a job, and the best rate of the layer's own matrix products in FLOP/s.
+        A measurement a job, and the best rate of the dense layer's matrix products and of a large square one in FLOP/s.
+
+    Raises:
+        DeviceLost: A job left the device unusable.
     """
-    torch.manual_seed(0)
-    jobs = {name: make for name, make in layer_jobs(case, device, dtype).items() if _is_wanted(name, only)}
-    rows = case.num_tokens * case.top_k
-    peak = matmul_peak(device, dtype, [(rows, case.width, case.hidden), (rows, case.hidden, case.width)])
-    made = {}
-    failed = {}
-    for name, make in jobs.items():
+    torch.compiler.reset()  # the graphs of an earlier case
+    makers = layer_jobs(case, device, dtype)
+    if with_peers:
+        makers |= peer_jobs(case, device, dtype)
+    makers = {name: make for name, make in makers.items() if _is_wanted(name, only, device)}
+    square = SQUARE_ON_GPU if device.type == "cuda" else SQUARE
+    peak = matmul_peak(device, dtype, [*case.product_shapes, (square, square, square)])
+    jobs, failed = {}, {}
+    for name, make in makers.items():
+        if say is not None:
+            say(f"making {name}")
         try:
-            made[name] = make()
+            jobs[name] = make()
         except Exception as error:  # one variant that cannot be built must not end the others
-            failed[name] = Measurement(error=" ".join(f"{type(error).__name__}: {error}".split())[:300])
-    return {**measure(made, device, rounds, 4 if device.type == "cuda" else 1), **failed}, peak
+            failed[name] = Measurement(error=reason_of_failure(name, error, device))
+    with dynamo_config.patch(fail_on_recompile_limit_hit=True):  # else it would quietly not be compiled
+        measured = measure(jobs, device, rounds, CALLS_ON_GPU if device.type == "cuda" else 1, say)
+    for name, result in measured.items():
+        if "CUDA graph" in name:
+            result.peak_mib = None  # taken when it was captured, not when it is replayed
+    jobs.clear()
+    release(device)
+    results = measured | failed
+    return {name: results[name] for name in makers}, peak
 
 
 def layer_jobs(case: Case, device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], Job]]:
     """Makers of the jobs, by name; "X inference" is compared with "dense inference", all others with "dense"."""
-    config = MoeConfig(
-        num_experts=case.num_experts,
-        top_k=case.top_k,
-        capacity_factor=case.capacity_factor,
-        eval_capacity_factor=case.capacity_factor,
-        batch_priority=True,
-        group=8,
-    )
+    config = case.moe()
     place = (case, device, dtype)
     jobs = {
         "dense": lambda: _dense(*place),
+        "dense, compiled": lambda: _dense(*place, compiled=True),
         "experts": lambda: _experts(*place),
         "experts, casts kept": lambda: _experts(*place, keep_casts=True),
         "experts, dropless": lambda: _experts(*place, dropless=True),
         "layer": lambda: _layer(*place, config),
         "layer, casts kept": lambda: _layer(*place, config, keep_casts=True),
         "layer, no noise, no priority": lambda: _layer(*place, _plain(config)),
+        "layer, dropless": lambda: _layer(*place, case.moe(capacity_factor=None, batch_priority=False)),
+        "layer, compiled": lambda: _layer(*place, config, compiled=True),
         "dense inference": lambda: _dense(*place, inference=True),
         "experts inference": lambda: _experts(*place, inference=True),
         "layer inference": lambda: _layer(*place, config, inference=True),
     }
     if device.type == "cuda":
-        jobs["layer, CUDA graph"] = lambda: _in_graph(*place, config)
+        jobs["dense, CUDA graph"] = lambda: _Replay(_dense(*place), device)
+        jobs["layer, CUDA graph"] = lambda: _Replay(_layer(*place, config), device)
+    if dtype == torch.float32:
+        for name in ("experts, casts kept", "layer, casts kept"):
+            del jobs[name]  # nothing is cast
     return jobs
 
 
-def given_routing(case: Case, device: torch.device, dropless: bool = False) -> Routing:
-    """Every token to K distinct experts drawn at random, all experts equally often, all choices kept."""
-    order = torch.randperm(case.num_tokens)[:, None] * case.top_k + torch.arange(case.top_k)
-    chosen_GSK = (order % case.num_experts)[None].to(device)
-    groups = Groups.of(1, case.num_tokens, "batch")
-    gates_GSE = torch.zeros(1, case.num_tokens, case.num_experts, device=device)
-    weights_GSK = torch.rand(chosen_GSK.shape, device=device) * 0.5 + 0.25
-    routing = Routing(groups, None, gates_GSE, gates_GSE, gates_GSE, chosen_GSK, weights_GSK)
-    if dropless:
-        return routing
-    capacity = int(case.capacity_factor * case.num_tokens * case.top_k / case.num_experts) + 1
-    slots_GSK = rank_in_flow(chosen_GSK, None, case.num_experts)
-    return routing._replace(kept_GSK=slots_GSK < capacity, slots_GSK=slots_GSK, capacity=capacity)
+def peer_jobs(case: Case, device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], Job]]:
+    """Makers of other implementations of the experts with a given routing, each checked against float64 when made."""
+
+    def make(peer: type[nn.Module]) -> Job:
+        peers.check(peer, case, device, dtype)
+        return _given(peer(case, device), case, device, dtype)
+
+    return {f"peer: {name}": lambda peer=peer: make(peer) for name, peer in peers.PEERS.items()}
 
 
-def _dense(case: Case, device: torch.device, dtype: torch.dtype, inference: bool = False) -> Job:
+def _dense(case: Case, device: torch.device, dtype: torch.dtype, inference=False, compiled=False) -> Job:
     mlp = Mlp(case.width, case.hidden).to(device)
+    if compiled:
+        mlp.compile(dynamic=False)
     x_TD = torch.randn(case.num_tokens * case.top_k, case.width, device=device)
     return _job(mlp, x_TD, (), dtype, inference)
 
@@ -140,18 +127,25 @@ def _experts(
     experts = Experts(case.num_experts, case.width, case.hidden, case.width, nn.GELU(), device=device)
     if keep_casts:
         experts.keep_casts()
+    return _given(experts, case, device, dtype, dropless, inference)
+
+
+def _given(module: nn.Module, case: Case, device, dtype, dropless=False, inference=False) -> Job:
     routing = given_routing(case, device, dropless)
     if not inference:
         routing.weights_GSK.requires_grad_()
-    return _job(experts, torch.randn(case.num_tokens, case.width, device=device), (routing,), dtype, inference)
+    return _job(module, torch.randn(case.num_tokens, case.width, device=device), (routing,), dtype, inference)
 
 
 def _layer(
-    case: Case, device: torch.device, dtype: torch.dtype, config: MoeConfig, *, keep_casts=False, inference=False
-) -> Job:
+    case: Case, device: torch.device, dtype: torch.dtype, config: MoeConfig, *, keep_casts=False, inference=False,
+    compiled=False,
+) -> Job:  # fmt: skip
     layer = MoeMlp(case.width, case.hidden, moe=config, device=device)
     if keep_casts:
         layer.experts.keep_casts()
+    if compiled:
+        layer.compile(dynamic=False)
     x = torch.randn(case.images, case.tokens, case.width, device=device)
     return _job(layer, x, (), dtype, inference)
 
@@ -180,36 +174,45 @@ def _job(module: nn.Module, x: Tensor, others: tuple, dtype: torch.dtype, infere
     def step():
         with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
             y = module(x, *others)
-        for tensor in learned:
-            tensor.grad = None
         loss = getattr(module, "last_auxiliary_loss", None)
         if loss is None:
-            y.backward(cotangent)
+            y.backward(cotangent.to(y.dtype))
         else:
-            torch.autograd.backward([y, loss], [cotangent, torch.ones_like(loss)])
+            torch.autograd.backward([y, loss], [cotangent.to(y.dtype), torch.ones_like(loss)])
+        for tensor in learned:
+            tensor.grad = None  # so that a call's memory holds its gradients
 
     return step
 
 
-def _in_graph(case: Case, device: torch.device, dtype: torch.dtype, config: MoeConfig) -> Job:
-    """The layer's step, captured once and replayed."""
-    step = _layer(case, device, dtype, config)
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        for _ in range(3):
+class _Replay:
+    """A step captured in a CUDA graph; holds the step as well, whose module and tensors the graph reads and writes."""
+
+    def __init__(self, step: Job, device: torch.device) -> None:
+        self.step = step
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream(device).wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
             step()
-    torch.cuda.current_stream(device).wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
+
+    def __call__(self) -> None:
+        self.graph.replay()
 
 
-def _is_wanted(name: str, only: list[str] | None) -> bool:
-    return name.startswith("dense") or only is None or any(name.startswith(wanted) for wanted in only)
+def _is_wanted(name: str, only: list[str] | None, device: torch.device) -> bool:
+    if only is None:
+        return device.type == "cuda" or "compiled" not in name
+    return name in ("dense", "dense inference") or any(name.startswith(wanted) for wanted in only)
 
 
 def baseline_of(name: str) -> str:
     """The dense job that a job is compared with."""
     return "dense inference" if name.endswith("inference") else "dense"
+
+
+__all__ = ["CASES", "Case", "baseline_of", "benchmark_layer", "given_routing", "layer_jobs", "peer_jobs"]

@@ -4,12 +4,18 @@ import gc
 import random
 import statistics
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 
 Job = Callable[[], object]
+Say = Callable[[str], None]
+
+
+class DeviceLost(RuntimeError):
+    """A job broke the device's context: whatever runs later in this process would fail or be wrong."""
 
 
 @dataclass
@@ -18,12 +24,14 @@ class Measurement:
 
     Attributes:
         times: Milliseconds a call, one a round.
+        issue_ms: Milliseconds until the host has handed a call's work to an idle device, at best; None off CUDA.
         peak_mib: Memory allocated at most during a call beyond what was before it; None off CUDA.
         synchronizes: Whether a call waits for the device; None off CUDA.
         error: Why it could not run, else None.
     """
 
     times: list[float] = field(default_factory=list)
+    issue_ms: float | None = None
     peak_mib: float | None = None
     synchronizes: bool | None = None
     error: str | None = None
@@ -42,7 +50,9 @@ class Measurement:
         return (high - low) / 2 / self.median
 
 
-def measure(jobs: dict[str, Job], device: torch.device, rounds: int, calls: int) -> dict[str, Measurement]:
+def measure(
+    jobs: dict[str, Job], device: torch.device, rounds: int, calls: int, say: Say | None = None
+) -> dict[str, Measurement]:
     """Warms up every job, looks at its memory and waits, then times all in a shuffled order, round by round.
 
     Args:
@@ -50,16 +60,53 @@ def measure(jobs: dict[str, Job], device: torch.device, rounds: int, calls: int)
         device: Where they run.
         rounds: How often each is timed.
         calls: Calls between two readings of the clock.
+        say: Told the name of each job before its first call, and when the timing begins.
+
+    Raises:
+        DeviceLost: A job left the device unusable; the message names it.
     """
-    results = {name: _first_look(job, device) for name, job in jobs.items()}
+    say = say or (lambda line: None)
+    results = {}
+    for name, job in jobs.items():
+        say(f"first look at {name}")
+        results[name] = _first_look(name, job, device)
     order = [name for name, result in results.items() if result.error is None]
+    say(f"{rounds} rounds of {len(order)} jobs")
     shuffle = random.Random(0).shuffle
     for _ in range(rounds):
         shuffle(order)
-        for name in order:
-            jobs[name]()  # whatever the job before left in the caches
-            results[name].times.append(time_calls(jobs[name], device, calls))
+        for name in list(order):
+            try:
+                jobs[name]()  # whatever the job before left in the caches
+                results[name].times.append(time_calls(jobs[name], device, calls))
+            except Exception as error:  # see `_first_look`
+                results[name].error = reason_of_failure(name, error, device)
+                order.remove(name)
     return results
+
+
+def reason_of_failure(name: str, error: Exception, device: torch.device) -> str:
+    """What a table says of a job that failed.
+
+    Raises:
+        DeviceLost: The device does not answer any more.
+    """
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    if device.type == "cuda":
+        try:
+            torch.cuda.synchronize(device)
+        except RuntimeError as broken:
+            raise DeviceLost(f"{name}: {reason}") from broken
+        traceback.clear_frames(error.__traceback__)  # what its frames hold would be missing for the others
+        release(device)
+    return reason
+
+
+def release(device: torch.device) -> None:
+    """Gives back the memory of what nobody refers to any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def time_calls(job: Job, device: torch.device, calls: int) -> float:
@@ -95,16 +142,31 @@ def matmul_peak(device: torch.device, dtype: torch.dtype, shapes: list[tuple[int
     return best
 
 
-def _first_look(job: Job, device: torch.device) -> Measurement:
+def copy_bandwidth(device: torch.device) -> float:
+    """The rate of a copy much larger than the caches, in bytes/s, what is read and what is written both counted."""
+    size = 2**30 if device.type == "cuda" else 2**28
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+
+    def copy():
+        target.copy_(source)
+
+    copy()
+    calls = 5 if device.type == "cuda" else 1
+    return 2 * size / statistics.median(time_calls(copy, device, calls) for _ in range(7)) * 1e3
+
+
+def _first_look(name: str, job: Job, device: torch.device) -> Measurement:
     result = Measurement()
     try:
         for _ in range(3):
             job()
         if device.type == "cuda":
             result.peak_mib = _peak_mib(job, device)
+            result.issue_ms = min(_issue_ms(job, device) for _ in range(3))
             result.synchronizes = _synchronizes(job)
     except Exception as error:  # whatever a foreign or unfit implementation raises becomes its row of the table
-        result.error = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        result.error = reason_of_failure(name, error, device)
     return result
 
 
@@ -116,6 +178,15 @@ def _peak_mib(job: Job, device: torch.device) -> float:
     job()
     torch.cuda.synchronize(device)
     return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+
+
+def _issue_ms(job: Job, device: torch.device) -> float:
+    torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    job()
+    issued = time.perf_counter()
+    torch.cuda.synchronize(device)
+    return (issued - start) * 1e3
 
 
 def _synchronizes(job: Job) -> bool:

@@ -11,6 +11,7 @@ JOBS = {
     "evaluate": "measure a checkpoint: accuracy, calibration, speed, dropped tokens",
     "heatmap": "draw which expert each patch of an image goes to",
     "compare": "put runs side by side: accuracy against cost",
+    "benchmark": "measure layers, whole models and the data pipeline on this machine",
     "import_jax": "turn a checkpoint of the original JAX code into ours",
 }
 

@@ -1,0 +1,118 @@
+"""`vmoe benchmark`: tables, their files, and one line for a mistake."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from vmoe.cli.benchmark import command_line, main
+from vmoe.cli.main import JOBS
+
+TINY = ["--device", "cpu", "--width", "16", "--experts", "4", "--images", "2", "--tokens", "5", "--rounds", "2"]
+
+
+def test_layer_writes_what_it_prints(tmp_path, capsys):
+    out = tmp_path / "new" / "folder"
+    assert main(["layer", *TINY, "--peers", "--cases", "S32,Ti-k1", "--seed", "3", "--out", str(out)]) == 0
+    shown = capsys.readouterr()
+    report = json.loads((out / "layer.json").read_text())
+    assert report["command"].startswith("vmoe benchmark layer --device cpu")
+    assert report["seed"] == 3 and report["dtype"] == "float32" and "threads" in report["device"]
+    assert {"vmoe", "torch", "timm", "python", "transformers"} <= set(report["versions"])
+    assert [case["case"] for case in report["cases"]] == ["S32 changed", "Ti-k1 changed"]
+    case = report["cases"][0]
+    assert (case["width"], case["hidden"], case["num_experts"], case["top_k"]) == (16, 64, 4, 2)
+    assert case["flops"] == 12 * 10 * 2 * 16 * 64
+    rows = {row["job"]: row for row in case["rows"]}
+    assert rows["peer: sort + grouped_mm"]["ratio"] == pytest.approx(
+        rows["peer: sort + grouped_mm"]["ms"] / rows["dense"]["ms"]
+    )
+    assert case["floors"][0]["name"] == "dense" and case["copy_bandwidth"] > 0
+    markdown = (out / "layer.md").read_text()
+    assert "## S32 changed: width 16, hidden 64, E=4, K=2, 2 images of 5 tokens" in shown.out
+    assert all(line in markdown for line in shown.out.splitlines() if line.startswith("|"))
+    assert "first look at layer" in shown.err and "first look" not in shown.out
+    pictures = {"roofline-S32.png", "roofline-Ti-k1.png"}
+    for picture in pictures:
+        Image.open(out / picture).verify()
+    assert {path.name for path in out.iterdir()} == {"layer.json", "layer.md", *pictures}
+
+
+def test_curves(tmp_path, capsys):
+    assert main(["layer", *TINY, "--curves", "top-k", "--out", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / "layer_curves.json").read_text())
+    assert [(row["axis"], row["value"]) for row in report["rows"]] == [("top-k", 1), ("top-k", 2), ("top-k", 4)]
+    assert (tmp_path / "layer_curves.md").exists()
+    Image.open(tmp_path / "layer_curves.png").verify()
+
+
+def test_model(tmp_path, capsys):
+    arguments = ["--device", "cpu", "--model", "vit_tiny_patch16_224", "--image-size", "32", "--batch", "2"]
+    arguments += ["--layers", "last-2", "--top-k", "1", "2", "--experts", "2", "--rounds", "1", "--passes", "training"]
+    assert main(["model", *arguments, "--out", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / "model.json").read_text())
+    assert [row["model"] for row in report["rows"]] == ["dense", "last-2 K=1", "last-2 K=2"]
+    assert (report["batch"], report["image_size"], report["experts"]) == (2, 32, 2)
+    dense, _, double = report["rows"]
+    assert double["gflops_per_image"] > dense["gflops_per_image"]
+    assert "| last-2 K=1 | training |" in capsys.readouterr().out
+
+
+def test_data(tmp_path, capsys):
+    config = tmp_path / "small.yaml"
+    config.write_text(
+        "data: {name: digits, image_size: 16, batch_size: 64}\n"
+        "model: {name: vit_tiny_patch16_224, kwargs: {patch_size: 8, embed_dim: 24, depth: 2, num_heads: 3}}\n"
+        "moe: {num_experts: 2}\n"
+    )
+    arguments = ["--config", str(config), "--workers", "0", "1", "--seconds", "0.2", "--data.batch_size", "32"]
+    assert main(["data", "--device", "cpu", *arguments, "--out", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / "data.json").read_text())
+    assert [row["workers"] for row in report["rows"]] == [0, 1] and report["batch"] == 32
+    consumed = 32 / (report["step"]["ms"] + report["step"]["optimizer_ms"]) * 1e3
+    assert report["model_images_per_second"] == pytest.approx(consumed)
+    for row in report["rows"]:
+        assert row["share_of_model"] == pytest.approx(row["images_per_second"] / consumed)
+        assert row["bound_by"] == ("the data" if row["share_of_model"] < 1 else "the model")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ([], "layer|model|data"),
+        (["layers"], "layers"),
+        (["layer", "--cases", "S17"], "--cases S17: no such case; there are S16"),
+        (["layer", "--device", "cpu", "--curves", "depth"], "--curves depth: no such axis"),
+        (["layer", "--device", "cpu", "--curves", "--cases", "S32", "Ti-k1"], "goes with one case"),
+        (["layer", "--device", "cpu", "--top-k", "64"], "--top-k 64"),
+        (["layer", "--device", "cpu", "--jobs", "expert", "peer"], "--jobs peer: no job begins so; there are dense; "),
+        (["layer", "--rounds", "0"], "'0' must be a whole number >= 1"),
+        (["layer", "--data.batch_size", "3"], "--data.batch_size"),
+        (["model", "--device", "cpu", "--model", "vit_none"], "vit_none"),
+        (["model", "--device", "cpu", "--layers", "often-2"], "often-2"),
+        (["model", "--device", "cpu", "--top-k", "9", "--experts", "8"], "top_k=9"),
+        (["data", "--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["data", "--config", "configs/digits.yaml", "--seconds", "0"], "--seconds"),
+        (["data"], "--config"),
+    ],
+)
+def test_mistakes_are_one_line_that_names_them(arguments, named, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("vmoe benchmark: error: ") and error.count("\n") == 1
+    assert named in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_documented_commands_are_understood():
+    assert "benchmark" in JOBS
+    text = (Path(__file__).parents[2] / "docs" / "performance.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^python tools/benchmark\.py (.*?)(?:\s+#.*)?$", text, re.MULTILINE)
+    assert len(commands) >= 5
+    for command in commands:
+        _, rest = command_line().parse_known_args(shlex.split(command))
+        assert not rest or command.startswith("data")

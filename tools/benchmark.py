@@ -1,0 +1,5 @@
+"""Measure layers, models and data here: `python tools/benchmark.py layer`; --help tells more."""
+
+from vmoe.cli.benchmark import main
+
+raise SystemExit(main())

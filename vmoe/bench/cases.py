@@ -1,0 +1,105 @@
+"""Sizes at which MoE layers are measured, and a routing that is given to them.
+
+B images of N tokens, T = B*N tokens of width D; H hidden width of an expert; E experts; K choices a token.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from vmoe.moe import MoeConfig, Routing
+from vmoe.moe.assignment import rank_in_flow
+from vmoe.moe.groups import Groups
+
+IMAGES_A_GROUP = 8
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes of a layer and its input.
+
+    Attributes:
+        width: D.
+        hidden: H of an expert.
+        num_experts: E.
+        top_k: K.
+        images: B.
+        tokens: N, tokens an image.
+        capacity_factor: Room for the given routing, and for the layer's; None for no bound.
+    """
+
+    width: int
+    hidden: int
+    num_experts: int
+    top_k: int
+    images: int
+    tokens: int
+    capacity_factor: float | None = 1.05
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return self.images * self.tokens
+
+    @property
+    def forward_flops(self) -> int:
+        """Of the active experts' forward pass: two products a choice, a multiply-add counting 2."""
+        return 4 * self.num_tokens * self.top_k * self.width * self.hidden
+
+    @property
+    def flops(self) -> int:
+        """Of the active experts' forward and backward pass: the backward pass has two products for each."""
+        return 3 * self.forward_flops
+
+    @property
+    def product_shapes(self) -> list[tuple[int, int, int]]:
+        """(rows, depth, columns) of the dense twin's products."""
+        rows = self.num_tokens * self.top_k
+        return [(rows, self.width, self.hidden), (rows, self.hidden, self.width)]
+
+    def moe(self, **changes: object) -> MoeConfig:
+        """The whole layer's options: groups of 8 images, batch priority, noise and balance losses, but for `changes`.
+
+        The capacity factor holds at evaluation too.
+        """
+        options = {
+            "num_experts": self.num_experts,
+            "top_k": self.top_k,
+            "capacity_factor": self.capacity_factor,
+            "eval_capacity_factor": self.capacity_factor,
+            "batch_priority": self.capacity_factor is not None,
+            "group": IMAGES_A_GROUP,
+        }
+        return MoeConfig(**(options | changes))
+
+
+CASES = {
+    "S16": Case(384, 1536, 32, 2, 256, 197),
+    "B16": Case(768, 3072, 32, 2, 256, 197),
+    "L16": Case(1024, 4096, 32, 2, 128, 197),
+    "Ti-k1": Case(192, 768, 8, 1, 64, 65),
+    "Ti-k2": Case(192, 768, 8, 2, 64, 65),
+    "S32": Case(384, 1536, 32, 2, 32, 50),
+    "S32-b128": Case(384, 1536, 32, 2, 128, 50),
+}
+
+
+def given_routing(case: Case, device: torch.device, dropless: bool = False) -> Routing:
+    """Every token to K distinct experts drawn at random, all experts equally often, all choices within the capacity.
+
+    Args:
+        case: The sizes.
+        device: Where the tensors lie.
+        dropless: Leaves the capacity out, which changes no result.
+    """
+    order = torch.randperm(case.num_tokens)[:, None] * case.top_k + torch.arange(case.top_k)
+    chosen_GSK = (order % case.num_experts)[None].to(device)
+    groups = Groups.of(1, case.num_tokens, "batch")
+    gates_GSE = torch.zeros(1, case.num_tokens, case.num_experts, device=device)
+    weights_GSK = torch.rand(chosen_GSK.shape, device=device) * 0.5 + 0.25
+    routing = Routing(groups, None, gates_GSE, gates_GSE, gates_GSE, chosen_GSK, weights_GSK)
+    if dropless or case.capacity_factor is None:
+        return routing
+    capacity = int(case.capacity_factor * case.num_tokens * case.top_k / case.num_experts) + 1
+    slots_GSK = rank_in_flow(chosen_GSK, None, case.num_experts)
+    return routing._replace(kept_GSK=slots_GSK < capacity, slots_GSK=slots_GSK, capacity=capacity)

@@ -1,0 +1,124 @@
+"""How the cost of an MoE layer grows with experts, tokens, choices and capacity, relative to its dense twin.
+
+At every point the dense `Mlp` runs on K times as many tokens: equal active FLOPs, whatever the capacity drops.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+from matplotlib.figure import Figure
+
+from vmoe.bench.cases import Case
+from vmoe.bench.figure import INK, SERIES, dress, new_figure
+from vmoe.bench.layer import CALLS_ON_GPU, layer_jobs
+from vmoe.bench.report import Column, Row
+from vmoe.bench.timing import Measurement, Say, measure, reason_of_failure, release
+
+JOBS = ("dense", "experts", "layer")
+AXES = {
+    "experts": ("experts (K=1)", (1, 2, 4, 8, 16, 32, 64, 128, 256)),
+    "tokens": ("tokens", (1_000, 3_000, 10_000, 30_000, 100_000, 200_000)),
+    "top-k": ("choices a token", (1, 2, 4, 8)),
+    "capacity": ("capacity factor", (0.5, 0.75, 1.0, 1.05, 1.25, 1.5, 2.0, None)),
+}
+COLUMNS = (
+    Column("axis", "axis"),
+    Column("value", "value"),
+    Column("tokens", "tokens", ","),
+    Column("dense ms", "dense_ms", "#.4g"),
+    Column("experts ms", "experts_ms", "#.4g"),
+    Column("ratio", "experts_ratio", ".2f"),
+    Column("layer ms", "layer_ms", "#.4g"),
+    Column("ratio ", "layer_ratio", ".2f"),
+)
+
+
+def points(axis: str, base: Case) -> Iterator[tuple[float | None, Case]]:
+    """The values of an axis and the sizes there; those that `base` cannot take are left out."""
+    for value in AXES[axis][1]:
+        if axis == "experts":  # K=1, so that a single expert is possible
+            yield value, dataclasses.replace(base, num_experts=value, top_k=1)
+        elif axis == "tokens":
+            yield value, dataclasses.replace(base, images=max(1, round(value / base.tokens)))
+        elif axis == "capacity":
+            yield value, dataclasses.replace(base, capacity_factor=value)
+        elif value <= base.num_experts:
+            yield value, dataclasses.replace(base, top_k=value)
+
+
+def benchmark_curves(
+    base: Case, axes: list[str], device: torch.device, dtype: torch.dtype, rounds: int, say: Say | None = None
+) -> list[Row]:
+    """Times dense, experts and layer along the axes, forward and backward.
+
+    Args:
+        base: The sizes that an axis does not change.
+        axes: Names from `AXES`.
+        device: Where to run.
+        dtype: Of autocast, or float32 for none.
+        rounds: How often each job is timed at a point.
+        say: Told every point.
+
+    Returns:
+        A row a point; a job that could not run has no time, and the row's `error` its reason.
+
+    Raises:
+        DeviceLost: A job left the device unusable.
+    """
+    rows = []
+    for axis in axes:
+        for value, case in points(axis, base):
+            if say is not None:
+                say(f"{axis} {'unbounded' if value is None else value}")
+            rows.append({"axis": axis, "value": "none" if value is None else value, "tokens": case.num_tokens})
+            rows[-1] |= _row(_measure(case, device, dtype, rounds))
+    return rows
+
+
+def _measure(case: Case, device: torch.device, dtype: torch.dtype, rounds: int) -> dict[str, Measurement]:
+    makers, jobs, results = layer_jobs(case, device, dtype), {}, {}
+    for name in JOBS:
+        try:
+            jobs[name] = makers[name]()
+        except Exception as error:  # such as a lack of memory, which must not end the curve
+            results[name] = Measurement(error=reason_of_failure(name, error, device))
+    results |= measure(jobs, device, rounds, CALLS_ON_GPU if device.type == "cuda" else 1)
+    jobs.clear()
+    release(device)
+    return results
+
+
+def _row(results: dict[str, Measurement]) -> Row:
+    row = {}
+    for name in JOBS:
+        if results[name].error is not None:
+            row.setdefault("error", f"{name}: {results[name].error}")
+            continue
+        row[f"{name}_ms"] = results[name].median
+        row[f"{name}_spread"] = results[name].spread
+        if results["dense"].error is None:
+            row[f"{name}_ratio"] = results[name].median / results["dense"].median
+    return row
+
+
+def draw_curves(rows: list[Row], title: str) -> Figure:
+    """A panel an axis: the time of experts and layer, divided by the dense layer's."""
+    axes_shown = list(dict.fromkeys(row["axis"] for row in rows))
+    figure = new_figure(3.1 * len(axes_shown) + 0.6, 3.1, title)
+    panels = figure.subplots(1, len(axes_shown), squeeze=False, sharey=True)[0]
+    for axis, panel in zip(axes_shown, panels, strict=True):
+        of_axis = [row for row in rows if row["axis"] == axis]
+        dress(panel, "", AXES[axis][0], "time / dense" if axis == axes_shown[0] else "")
+        panel.axhline(1, color=SERIES["dense"], linewidth=1)
+        labels = [f"{row['value']:,}" if axis == "tokens" else str(row["value"]) for row in of_axis]
+        for name in ("experts", "layer"):
+            found = [(at, row[f"{name}_ratio"]) for at, row in enumerate(of_axis) if f"{name}_ratio" in row]
+            if found:
+                panel.plot(*zip(*found, strict=True), color=SERIES[name], marker="o", markersize=3.5, label=name)
+        panel.set_xticks(range(len(labels)), labels, rotation=45 if max(map(len, labels)) > 4 else 0)
+    panels[0].set_ylim(bottom=0)
+    handles, names = panels[0].get_legend_handles_labels()
+    if handles:
+        panels[0].legend(handles, names, fontsize=8, frameon=False, labelcolor=INK)
+    return figure

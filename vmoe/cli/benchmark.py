@@ -1,0 +1,179 @@
+"""`vmoe benchmark`: how long MoE layers, whole models and the data take here."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from vmoe.cli.common import run
+from vmoe.cli.options import capacity_factor, choose_device, new_parser
+
+_DESCRIPTION = """\
+Measures on this machine: one MoE layer, whole models, or the data pipeline. What is compared runs in one process, in
+shuffled order, round by round; figures are medians.
+"""
+_LAYER = """\
+Times MoE layers beside timm's dense Mlp on K times as many tokens (equal active FLOPs): the experts with a given
+routing, and the whole layer with router, noise, balance losses and batch priority in groups of 8 images. A call is a
+forward and a backward pass, with float32 parameters under autocast; "inference" is the forward pass with the weights in
+the low type.
+
+Columns: ms, the median of the rounds; spread, half the distance of the quartiles; ratio to dense; the share that the
+active FLOPs reach of the matrix products' peak, measured in the run; MiB, memory at most beyond what was there before
+the call, and its ratio to dense; whether the host waits for the GPU; ms until the host has issued the work.
+
+  vmoe benchmark layer --cases S16,B16,L16 --peers
+  vmoe benchmark layer --cases B16 --experts 64 --top-k 1 --jobs experts layer
+  vmoe benchmark layer --curves                  # cost as experts, tokens, choices and capacity grow
+  vmoe benchmark layer --device cpu --cases S32
+
+Then what the device allows: a floor is the larger of FLOPs at the peak and bytes that must move at a copy's bandwidth.
+
+Writes layer.json, layer.md and roofline.png (one for each of several cases), or layer_curves.json, .md and .png.
+"""
+_MODEL = """\
+Times V-MoEs beside their dense twin. "training" is a step's forward pass, loss and backward pass, with float32
+parameters under autocast; the optimiser's update (fused AdamW) stands beside it. "inference" is the forward pass with
+the weights in the low type. MoE layers have batch priority in groups of 8 images, noise and balance losses.
+
+  vmoe benchmark model --model vit_base_patch16_224 --layers every-2,last-2 --top-k 1 2 --batch 128
+  vmoe benchmark model --model vit_small_patch16_224 --passes training --compile best
+
+--compile best measures off, default and reduce-overhead and shows the fastest for each model; all are in model.json.
+Compiling a large model takes a minute or more for each variant, pass and mode. Writes model.json and model.md.
+"""
+_DATA = """\
+Times the training images of a config, loaded and augmented by 0, 1, ... worker processes, and beside them the training
+step of its model (the optimiser's update included): what is slower bounds training. Options of the config can follow by
+their dotted names.
+
+  vmoe benchmark data --config configs/cifar10_vit_tiny.yaml --workers 0 4 8
+  vmoe benchmark data --config configs/digits.yaml --data.batch_size 128
+
+Writes data.json and data.md.
+"""
+_SIZES = {
+    "width": "width of a token",
+    "hidden": "hidden width of an expert (default: 4 times --width, where that is given)",
+    "experts": "number of experts",
+    "top-k": "experts a token",
+    "images": "images a batch",
+    "tokens": "tokens an image",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the job with `argv`; returns its exit code."""
+    return run(_benchmark, argv)
+
+
+def _benchmark(argv: list[str]) -> int:
+    parser = command_line()
+    options, rest = parser.parse_known_args(argv)
+    if rest and options.job != "data":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    # Imported here, so that --help and a mistyped option answer at once.
+    import torch
+
+    from vmoe.bench.timing import DeviceLost
+    from vmoe.cli import benchmark_jobs
+
+    options.device = choose_device(options.device)
+    torch.manual_seed(options.seed)
+    results = benchmark_jobs.Results(options, argv)
+    try:
+        if options.job == "layer":
+            benchmark_jobs.layer(options, results)
+        elif options.job == "model":
+            benchmark_jobs.model(options, results)
+        else:
+            benchmark_jobs.data(options, rest, results)
+    except DeviceLost as error:
+        line = f"vmoe benchmark: the GPU stopped at {error}; nothing that runs after it in this process would be right"
+        print(line, file=sys.stderr)
+        return 1
+    return 0
+
+
+def command_line() -> argparse.ArgumentParser:
+    """The parser of `vmoe benchmark`; what it does not know may be options of a config, for `data`."""
+    parser = new_parser("benchmark", _DESCRIPTION)
+    jobs = parser.add_subparsers(dest="job", metavar="layer|model|data", required=True)
+    _add_layer(_new_job(jobs, "layer", "one MoE layer beside timm's dense Mlp", _LAYER))
+    _add_model(_new_job(jobs, "model", "V-MoEs beside their dense twin", _MODEL))
+    _add_data(_new_job(jobs, "data", "the data pipeline of a config beside its model", _DATA))
+    return parser
+
+
+def _new_job(jobs: Any, name: str, line: str, description: str) -> argparse.ArgumentParser:
+    parser = jobs.add_parser(
+        name,
+        help=line,
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, inputs and routing (default: 0)")
+    out = Path("runs/benchmark")
+    parser.add_argument("--out", type=Path, default=out, metavar="DIR", help="where results go (default: %(default)s)")
+    return parser
+
+
+def _add_timing(parser: argparse.ArgumentParser, rounds: str) -> None:
+    types = ("float32", "bfloat16", "float16")
+    parser.add_argument("--dtype", choices=types, help="computed in (default: bfloat16 on a GPU, else float32)")
+    parser.add_argument("--rounds", type=_count, help=f"timings of each job (default: {rounds})")
+
+
+def _add_layer(parser: argparse.ArgumentParser) -> None:
+    _add_timing(parser, "15, along curves 7")
+    names = "S16 B16 L16 Ti-k1 Ti-k2 S32 S32-b128"
+    parser.add_argument("--cases", nargs="+", metavar="CASE", help=f"sizes by name: {names}")
+    parser.add_argument("--jobs", nargs="+", metavar="NAME", help="only those whose names begin so, beside dense")
+    parser.add_argument("--peers", action="store_true", help="also plain PyTorch recipes and transformers' experts")
+    line = "instead: along experts, tokens, top-k, capacity (all when none is named)"
+    parser.add_argument("--curves", nargs="*", metavar="AXIS", help=line)
+    sizes = parser.add_argument_group("other sizes", "change the cases; by default B16, on the CPU S32")
+    for name, line in _SIZES.items():
+        sizes.add_argument(f"--{name}", type=_count, metavar="N", help=line)
+    sizes.add_argument("--capacity-factor", type=capacity_factor, metavar="F", help="inf drops nothing")
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    _add_timing(parser, "8")
+    add = parser.add_argument
+    add("--model", default="vit_base_patch16_224", metavar="NAME", help="of timm (default: %(default)s)")
+    add("--layers", nargs="+", default=["every-2", "last-2"], help="which are MoE (default: every-2 last-2)")
+    add("--top-k", nargs="+", type=_count, default=[1, 2], metavar="K", help="experts a token (default: 1 2)")
+    add("--experts", type=_count, default=32, metavar="E", help="of a layer (default: %(default)s)")
+    add(
+        "--capacity-factor", type=capacity_factor, default=1.05, metavar="F", help="default: %(default)s; inf: no drops"
+    )
+    add("--batch", type=_count, metavar="B", help="images a step (default: 128 on a GPU, else 8)")
+    add("--image-size", type=_count, metavar="PIXELS", help="side of the images (default: the model's own)")
+    modes = ("off", "default", "reduce-overhead", "best")
+    add("--compile", choices=modes, default="off", help="torch.compile's mode (default: off)")
+    passes = ("training", "inference")
+    add("--passes", nargs="+", choices=passes, default=passes, help="default: training inference")
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--config", required=True, metavar="YAML", help="a recipe, such as configs/digits.yaml")
+    add("--workers", nargs="+", type=_workers, default=[0, 1, 2], metavar="N", help="processes (default: 0 1 2)")
+    add("--seconds", type=float, default=5.0, help="of counting for each (default: %(default)s)")
+
+
+def _count(text: str, least: int = 1) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = least - 1
+    if number < least:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number >= {least}")
+    return number
+
+
+def _workers(text: str) -> int:
+    return _count(text, least=0)

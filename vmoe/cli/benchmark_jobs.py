@@ -1,0 +1,293 @@
+"""What `vmoe benchmark` runs once its options are read."""
+
+import argparse
+import dataclasses
+import importlib.metadata
+import shlex
+import sys
+import time
+from typing import Any
+
+import timm
+import torch
+
+from vmoe.bench.cases import CASES, Case
+from vmoe.bench.curves import AXES, COLUMNS, benchmark_curves, draw_curves
+from vmoe.bench.data import COLUMNS as DATA_COLUMNS
+from vmoe.bench.data import loader_rate
+from vmoe.bench.figure import save
+from vmoe.bench.layer import benchmark_layer, layer_jobs, peer_jobs
+from vmoe.bench.model import COLUMNS as MODEL_COLUMNS
+from vmoe.bench.model import MODES, benchmark_models
+from vmoe.bench.report import LAYER_COLUMNS, Row, layer_rows, markdown_table
+from vmoe.bench.roofline import COLUMNS as FLOOR_COLUMNS
+from vmoe.bench.roofline import draw_roofline, layer_floors, stage_floors
+from vmoe.bench.timing import Measurement, Say, copy_bandwidth, reason_of_failure, release
+from vmoe.checkpoints import build_model
+from vmoe.errors import UserError
+from vmoe.files import atomic_write, write_json
+from vmoe.moe import MoeConfig
+from vmoe.training.summary import device_name, versions
+
+_FIELDS = {"width": "width", "hidden": "hidden", "experts": "num_experts", "top_k": "top_k", "images": "images",
+           "tokens": "tokens", "capacity_factor": "capacity_factor"}  # fmt: skip
+_NUM_CLASSES = 1000
+_DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Results:
+    """How a benchmark was made, and the files that it goes to."""
+
+    def __init__(self, options: argparse.Namespace, argv: list[str]) -> None:
+        self.folder = options.out
+        self.start = time.monotonic()
+        self.header = {
+            "command": shlex.join(["vmoe", "benchmark", *argv]),
+            "device": device_name(options.device),
+            "versions": versions() | _versions_beside(),
+            "seed": options.seed,
+        }
+
+    def say(self, subject: str) -> Say:
+        """Tells of progress on stderr, with the seconds since the start."""
+
+        def say(line: str) -> None:
+            print(f"{time.monotonic() - self.start:6.1f} s  {subject}: {line}", file=sys.stderr, flush=True)
+
+        return say
+
+    def write(self, name: str, dtype: torch.dtype, content: dict[str, Any], tables: list[str]) -> None:
+        """Writes NAME.json and NAME.md."""
+        header = self.header | {"dtype": str(dtype).removeprefix("torch.")}
+        write_json(self.folder / f"{name}.json", header | content)
+        packages = ", ".join(f"{package} {version}" for package, version in header["versions"].items())
+        head = f"{header['device']}, {header['dtype']}; {packages}; seed {header['seed']}"
+        with atomic_write(self.folder / f"{name}.md") as temporary:
+            temporary.write_text("\n\n".join([f"`{header['command']}`", head, *tables]) + "\n", encoding="utf-8")
+
+
+def layer(options: argparse.Namespace, results: Results) -> None:
+    """One MoE layer beside the dense Mlp; a table a case, written after each."""
+    dtype = _dtype(options)
+    cases = _cases(options)
+    if options.curves is not None:
+        _curves(options, cases, dtype, results)
+        return
+    _check_jobs(options, next(iter(cases.values())), dtype)
+    entries, tables = [], []
+    for name, case in cases.items():
+        measured, peak = benchmark_layer(
+            case, options.device, dtype, options.rounds or 15, options.jobs, options.peers, results.say(name)
+        )
+        rows = layer_rows(measured, case, peak)
+        sizes = dataclasses.asdict(case) | {"flops": case.flops}
+        entries.append({"case": name} | sizes | {"matmul_peak": peak, "rows": rows})
+        tables.append(
+            f"## {name}: {_sizes(case)}\n\n"
+            f"Matrix product peak {peak / 1e12:.3g} TFLOP/s, at which the active FLOPs take "
+            f"{case.flops / peak * 1e3:.3g} ms (forward {case.forward_flops / peak * 1e3:.3g} ms).\n\n"
+            + markdown_table(LAYER_COLUMNS, rows)
+        )
+        print(tables[-1] + "\n", flush=True)
+        results.write("layer", dtype, {"cases": entries}, tables)  # kept, should the GPU stop at what follows
+        bandwidth = copy_bandwidth(options.device)
+        floors = _floors(options, case, dtype, measured, peak, bandwidth, results.say(name))
+        entries[-1] |= {"copy_bandwidth": bandwidth, "floors": floors}
+        tables.append(f"Copy bandwidth {bandwidth / 1e9:,.4g} GB/s.\n\n{markdown_table(FLOOR_COLUMNS, floors)}")
+        print(tables[-1] + "\n", flush=True)
+        title = f"{name}: {_sizes(case)} · {results.header['device']}, {str(dtype).removeprefix('torch.')}"
+        picture = "roofline.png" if len(cases) == 1 else f"roofline-{name.partition(' ')[0]}.png"
+        save(draw_roofline(floors, peak, bandwidth, title), options.out / picture)
+        results.write("layer", dtype, {"cases": entries}, tables)
+    print(f"layer.json, layer.md and the rooflines in {options.out}")
+
+
+def _check_jobs(options: argparse.Namespace, case: Case, dtype: torch.dtype) -> None:
+    names = list(layer_jobs(case, options.device, dtype))
+    names += list(peer_jobs(case, options.device, dtype)) if options.peers else []
+    for wanted in options.jobs or []:
+        if not any(name.startswith(wanted) for name in names):
+            raise UserError(f"--jobs {wanted}: no job begins so; there are {'; '.join(names)}")
+
+
+def _floors(
+    options: argparse.Namespace, case: Case, dtype: torch.dtype, measured: dict[str, Measurement], peak: float,
+    bandwidth: float, say: Say,
+) -> list[Row]:  # fmt: skip
+    """The layers and, on a GPU, the stages of the experts beside what the device allows."""
+    device = options.device
+    rows = layer_floors(measured, case, dtype, peak, bandwidth)
+    if device.type == "cuda":
+        try:
+            rows += stage_floors(case, device, dtype, peak, bandwidth)
+        except Exception as error:  # such as a profiler without rights: the picture has the layers alone
+            say(f"no stages: {reason_of_failure('the profile of the experts', error, device)}")
+        release(device)
+    return rows
+
+
+def _curves(options: argparse.Namespace, cases: dict[str, Case], dtype: torch.dtype, results: Results) -> None:
+    axes = _split(options.curves) or list(AXES)
+    for axis in axes:
+        if axis not in AXES:
+            raise UserError(f"--curves {axis}: no such axis; there are {', '.join(AXES)}")
+    if len(cases) > 1:
+        raise UserError(f"--cases {' '.join(cases)}: --curves goes with one case")
+    name, case = next(iter(cases.items()))
+    rows = benchmark_curves(case, axes, options.device, dtype, options.rounds or 7, results.say(name))
+    title = f"{name}: {_sizes(case)}"
+    table = f"## {title}\n\n{markdown_table(COLUMNS, rows)}"
+    print(table + "\n")
+    results.write("layer_curves", dtype, {"case": name, **dataclasses.asdict(case), "rows": rows}, [table])
+    place = f"{results.header['device']}, {str(dtype).removeprefix('torch.')}"
+    save(draw_curves(rows, f"{title} · {place}"), options.out / "layer_curves.png")
+    print(f"layer_curves.json, layer_curves.md and layer_curves.png in {options.out}")
+
+
+def model(options: argparse.Namespace, results: Results) -> None:
+    """Whole models beside their dense twin."""
+    dtype, device = _dtype(options), options.device
+    own = timm.get_pretrained_cfg(options.model)
+    image_size = options.image_size or (own.input_size[-1] if own is not None else 224)
+    batch = options.batch or (128 if device.type == "cuda" else 8)
+    variants = {"dense": None}
+    for layers in _split(options.layers):
+        for top_k in options.top_k:
+            variants[f"{layers} K={top_k}"] = _moe(options, layers, top_k)
+    with torch.device("meta"):  # says what does not fit before anything is measured
+        for moe in variants.values():
+            build_model(options.model, {}, moe, _NUM_CLASSES, image_size)
+
+    def maker(moe: MoeConfig | None):
+        def make() -> torch.nn.Module:
+            with device:
+                return build_model(options.model, {}, moe, _NUM_CLASSES, image_size)
+
+        return make
+
+    rows = benchmark_models(
+        {name: maker(moe) for name, moe in variants.items()}, image_size, batch, device, dtype,
+        passes=tuple(options.passes), modes=MODES if options.compile == "best" else (options.compile,),
+        rounds=options.rounds or 8, say=results.say(options.model),
+    )  # fmt: skip
+    shown = [row for row in rows if "error" in row or row["fastest"]]
+    title = f"## {options.model}: {batch} images of {image_size} pixels, E={options.experts}"
+    table = f"{title}, capacity factor {options.capacity_factor:g}\n\n{markdown_table(MODEL_COLUMNS, shown)}"
+    print(table + "\n")
+    settings = {"model": options.model, "batch": batch, "image_size": image_size, "experts": options.experts}
+    settings["capacity_factor"] = None if options.capacity_factor == float("inf") else options.capacity_factor
+    results.write("model", dtype, settings | {"rows": rows}, [table])
+    print(f"model.json and model.md in {options.out}")
+
+
+def _moe(options: argparse.Namespace, layers: str, top_k: int) -> MoeConfig:
+    factor = None if options.capacity_factor == float("inf") else options.capacity_factor
+    return MoeConfig(
+        layers=layers,
+        num_experts=options.experts,
+        top_k=top_k,
+        capacity_factor=factor,
+        eval_capacity_factor=factor,
+        batch_priority=factor is not None,
+    )
+
+
+def data(options: argparse.Namespace, overrides: list[str], results: Results) -> None:
+    """The data pipeline of a config beside a training step of its model."""
+    from vmoe.cli.train import parse
+    from vmoe.data import ImageDataModule
+
+    if not options.seconds > 0:
+        raise UserError(f"--seconds {options.seconds}: must be above 0")
+    config = parse(["--config", options.config, *overrides])
+    modules = {
+        workers: ImageDataModule(dataclasses.replace(config.data, workers=workers), options.seed)
+        for workers in dict.fromkeys(options.workers)
+    }
+    rows = []
+    for workers, module in modules.items():
+        results.say(options.config)(f"{workers} workers")
+        module.prepare_data()
+        module.setup("fit")
+        rate = loader_rate(module.train_dataloader(), options.seconds, ahead=workers)
+        rows.append({"workers": workers} | dataclasses.asdict(rate))
+
+    def make() -> torch.nn.Module:
+        with options.device:
+            return build_model(
+                config.model.name, config.model.kwargs, config.moe, module.num_classes, module.image_size
+            )
+
+    dtype = _DTYPES[config.trainer.precision]
+    (step,) = benchmark_models(
+        {"model": make}, module.image_size, config.data.batch_size, options.device, dtype, passes=("training",),
+        modes=("default" if config.trainer.compile else "off",), say=results.say(options.config),
+    )  # fmt: skip
+    consumed = None
+    if "error" not in step:
+        consumed = config.data.batch_size / (step["ms"] + step.get("optimizer_ms", 0.0)) * 1e3
+        for row in rows:
+            row["share_of_model"] = row["images_per_second"] / consumed
+            row["bound_by"] = "the data" if row["images_per_second"] < consumed else "the model"
+    says = f"takes {consumed:,.0f} images/s" if consumed else f"could not be timed: {step['error']}"
+    table = (
+        f"## {options.config}: {config.data.name}, {module.image_size} pixels, batches of {config.data.batch_size}\n\n"
+        f"The training step of {config.model.name} {says}.\n\n{markdown_table(DATA_COLUMNS, rows)}"
+    )
+    print(table + "\n")
+    settings = {"config": options.config, "batch": config.data.batch_size, "image_size": module.image_size}
+    results.write("data", dtype, settings | {"model_images_per_second": consumed, "step": step, "rows": rows}, [table])
+    print(f"data.json and data.md in {options.out}")
+
+
+def _dtype(options: argparse.Namespace) -> torch.dtype:
+    return getattr(torch, options.dtype or ("bfloat16" if options.device.type == "cuda" else "float32"))
+
+
+def _cases(options: argparse.Namespace) -> dict[str, Case]:
+    """The chosen cases with the sizes that were given."""
+    changes = {field: getattr(options, name) for name, field in _FIELDS.items() if getattr(options, name) is not None}
+    if "width" in changes:
+        changes.setdefault("hidden", 4 * changes["width"])
+    if changes.get("capacity_factor") == float("inf"):
+        changes["capacity_factor"] = None
+    on_gpu = options.device.type == "cuda"
+    if options.curves is not None:
+        usual = ["B16"] if on_gpu else ["Ti-k1"]  # a CPU needs minutes for 200,000 tokens of a wider one
+    elif changes:
+        usual = ["B16"] if on_gpu else ["S32"]
+    else:
+        usual = ["S16", "B16", "L16"] if on_gpu else ["Ti-k1", "Ti-k2", "S32"]
+    names = _split(options.cases) or usual
+    for name in names:
+        if name not in CASES:
+            raise UserError(f"--cases {name}: no such case; there are {', '.join(CASES)}")
+    chosen = {name: dataclasses.replace(CASES[name], **changes) for name in names}
+    for case in chosen.values():
+        if case.top_k > case.num_experts:
+            raise UserError(f"--top-k {case.top_k}: must be at most the {case.num_experts} experts")
+    return {f"{name} changed" if changes else name: case for name, case in chosen.items()}
+
+
+def _split(words: list[str] | None) -> list[str]:
+    """Names that were given apart or with commas, each once."""
+    return list(dict.fromkeys(part for word in words or [] for part in word.split(",") if part))
+
+
+def _sizes(case: Case) -> str:
+    bound = "none" if case.capacity_factor is None else f"{case.capacity_factor:g}"
+    return (
+        f"width {case.width}, hidden {case.hidden}, E={case.num_experts}, K={case.top_k}, "
+        f"{case.images} images of {case.tokens} tokens, capacity factor {bound}"
+    )
+
+
+def _versions_beside() -> dict[str, str]:
+    """Of what only some machines have."""
+    found = {} if torch.version.cuda is None else {"cuda": torch.version.cuda}
+    for package in ("triton", "transformers"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
