@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vmoe.moe.kernels import composed, fused_for, padded, segments
+from vmoe.moe.kernels import composed, cpu, fused_for, padded, segments
 from vmoe.moe.kernels.interface import Choices, Mlp
+from vmoe.moe.kernels.memory import shared_memory
 from vmoe.moe.mlps import Glu
 from vmoe.moe.routing import Routing, SlotRouting
 
@@ -116,6 +117,7 @@ class Experts(nn.Module):
             self.norm = ExpertNorm(num_experts, norm_layer(hidden_features), **placement)
         self.fc2 = ExpertLinear(num_experts, hidden_features, out_features, bias[1], **placement)
         self._casts: dict[int, _KeptCast] | None = None
+        self._memory = shared_memory()  # which is kept while there are experts
 
     def forward(self, x_TD: Tensor, routing: Routing | SlotRouting) -> Tensor:
         """(T, D) -> (T, out). Runs in autocast's type where autocast is on."""
@@ -130,9 +132,9 @@ class Experts(nn.Module):
     def _mlp(self, dtype: torch.dtype) -> Mlp:
         (weight1, bias1), (weight2, bias2) = ((layer.weight, layer.bias) for layer in (self.fc1, self.fc2))
         dropout = self.drop1.p if self.training else 0.0
-        return Mlp(
-            weight1, bias1, weight2, bias2, self.act, self.norm, dropout, dtype, partial(self._cast, dtype=dtype)
-        )
+        cast = partial(self._cast, dtype=dtype)
+        keeps_casts = self._casts is not None
+        return Mlp(weight1, bias1, weight2, bias2, self.act, self.norm, dropout, dtype, cast, keeps_casts)
 
     def _cast(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """The weight in another type, without gradient; kept while it does not change, where that was asked for."""
@@ -187,7 +189,11 @@ class SharedExpert(nn.Module):
 
 
 def choose_backend(x_TD: Tensor, choices: Choices, mlp: Mlp) -> ModuleType:
-    """`fused` on a GPU wherever it can; else `padded` on a GPU where there is a capacity; `segments` otherwise."""
+    """`fused` on a GPU and `cpu` on a CPU wherever they can; else `padded` on a GPU where there is a capacity; else
+    `segments`.
+    """
+    if x_TD.is_cpu and cpu.takes(mlp):
+        return cpu
     if not x_TD.is_cuda or x_TD.shape[0] == 0:
         return segments
     fused = fused_for(x_TD)

@@ -56,6 +56,7 @@ class Mlp(NamedTuple):
         dropout: Its rate, 0 at evaluation.
         dtype: The type that is computed in.
         cast: Gives one of the weights in that type, without gradient.
+        keeps_casts: Whether it keeps what it gave.
     """
 
     weight1: Tensor
@@ -67,3 +68,4 @@ class Mlp(NamedTuple):
     dropout: float
     dtype: torch.dtype
     cast: Callable[[Tensor], Tensor]
+    keeps_casts: bool = False

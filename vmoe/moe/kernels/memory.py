@@ -1,0 +1,85 @@
+"""Memory on the CPU for what every step makes anew: kept when it becomes free, and taken again.
+
+The system fills each page that a process touches for the first time, and the C library gives large buffers back as
+soon as they are freed: for experts with few tokens that costs as much as a matrix product. Hence blocks of huge pages,
+which stay until they were not wanted for a while. A block is free when no tensor's storage refers to it, so whatever
+still needs a result (a gradient that was kept, a graph that waits for its backward pass) keeps it.
+"""
+
+import mmap
+import threading
+import weakref
+from math import prod
+
+import torch
+from torch import Tensor
+
+SMALLEST = 2**20  # bytes; the C library keeps smaller buffers itself
+MAX_EXCESS = 1.25  # a block serves for tensors down to its size over this
+MAX_IDLE = 1000  # a free block is given back when so many tensors were taken since it last served
+
+
+class Memory:
+    """Blocks of memory, each lent to one tensor at a time."""
+
+    def __init__(self) -> None:
+        self._blocks: list[_Block] = []
+        self._taken = 0
+        self._lock = threading.Lock()
+
+    def take(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        """A tensor of any content."""
+        numel = prod(shape)
+        size = numel * dtype.itemsize
+        if size < SMALLEST:
+            return torch.empty(shape, dtype=dtype)
+        with self._lock:
+            lease = self._lease(size)
+        return torch.frombuffer(lease, dtype=dtype, count=numel).view(shape)
+
+    def _lease(self, size: int) -> memoryview:
+        self._taken += 1
+        free = [block for block in self._blocks if block.is_free()]
+        fitting = [block for block in free if size <= block.size <= size * MAX_EXCESS]
+        block = min(fitting, key=lambda block: block.size, default=None)
+        if block is None:
+            stale = [block for block in free if self._taken - block.last_taken > MAX_IDLE]
+            self._blocks = [block for block in self._blocks if block not in stale]
+            block = _Block(size)
+            self._blocks.append(block)
+        return block.lend(self._taken)
+
+    def __reduce__(self):
+        # copies of what holds it, in this process or another, share that one's
+        return shared_memory, ()
+
+
+class _Block:
+    def __init__(self, size: int) -> None:
+        # private: a forked process does not write into its parent's
+        self._pages = mmap.mmap(-1, size, access=mmap.ACCESS_COPY)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            self._pages.madvise(mmap.MADV_HUGEPAGE)
+        self.size = size
+        self.last_taken = 0
+        self._lease = None
+
+    def is_free(self) -> bool:
+        return self._lease is None or self._lease() is None
+
+    def lend(self, taken: int) -> memoryview:
+        """A view that the borrowing tensor's storage keeps alive, and nothing else."""
+        lease = memoryview(self._pages)
+        self._lease, self.last_taken = weakref.ref(lease), taken
+        return lease
+
+
+_alive: weakref.WeakValueDictionary[str, Memory] = weakref.WeakValueDictionary()
+
+
+def shared_memory() -> Memory:
+    """The memory that all experts of the process share; it goes with the last that holds it."""
+    memory = _alive.get("memory")
+    if memory is None:
+        memory = _alive["memory"] = Memory()
+    return memory

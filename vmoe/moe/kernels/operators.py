@@ -1,0 +1,57 @@
+"""Operators with a gradient of their own, cheap to call from eager code and one node of a compiled graph.
+
+A custom operator of `torch.library` costs the host tens of microseconds a call, which on small layers is more than its
+kernels take. So it serves tracing, and eager code calls the same functions through a plain `torch.autograd.Function`.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+
+def operator(
+    name: str, forward: Callable, fake: Callable, save: Callable | None = None, backward: Callable | None = None
+) -> Callable:
+    """Registers `forward` as the custom operator vmoe::`name` and returns what calls it.
+
+    Args:
+        name: Of the operator.
+        forward: Computes it from tensors and plain values; its annotations are the operator's schema.
+        fake: Makes empty results of the right shapes.
+        save: setup_context(ctx, inputs, output) of the gradient; None without one.
+        backward: backward(ctx, *grads) of the gradient.
+    """
+    registered = torch.library.custom_op(f"vmoe::{name}", forward, mutates_args=())
+    registered.register_fake(fake)
+    direct = forward
+    if backward is not None:
+        registered.register_autograd(backward, setup_context=save)
+        direct = _function(name, forward, save, backward)
+    traced = getattr(torch.ops.vmoe, name).default
+
+    def call(*arguments):
+        if is_traced():
+            return traced(*arguments)
+        return direct(*arguments) if torch.is_grad_enabled() else forward(*arguments)
+
+    return call
+
+
+def is_traced() -> bool:
+    """Whether a compiler, an exporter, torch.func or a mode such as FakeTensorMode watches what is called."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+    )
+
+
+def _function(name: str, forward: Callable, save: Callable, backward: Callable) -> Callable:
+    # A forward that takes ctx: with a setup_context of its own, PyTorch inspects the signature in every call
+    def forward_and_save(ctx, *arguments):
+        output = forward(*arguments)
+        save(ctx, arguments, output)
+        return output
+
+    methods = {"forward": staticmethod(forward_and_save), "backward": staticmethod(backward)}
+    return type(name, (torch.autograd.Function,), methods).apply
