@@ -18,6 +18,7 @@ from vmoe.moe.routers import token_choice
 pytest.importorskip("triton", reason="the fused backend needs Triton")
 
 from vmoe.moe.kernels import fused
+from vmoe.moe.kernels.fused import mlp as fused_mlp
 from vmoe.moe.kernels.fused.ranks import expert_rows
 from vmoe.moe.kernels.fused.rows import rows_in_shares
 
@@ -44,7 +45,9 @@ def skewed_routing(images, tokens, group, num_experts, top_k, skew, generator, c
     return routing if capacity is None else assign(routing, capacity, capacity, priority)
 
 
-def outputs_and_gradients(backend, x, routing, parameters, cotangent, activation, device, parameter_dtype, dtype):
+def outputs_and_gradients(
+    backend, x, routing, parameters, cotangent, activation, device, parameter_dtype, dtype, recompute=False
+):
     parameters = [p if p is None else p.to(device, parameter_dtype).requires_grad_() for p in parameters]
     x = x.to(device, parameter_dtype).requires_grad_()
     parts = Choices.of(routing)
@@ -52,17 +55,21 @@ def outputs_and_gradients(backend, x, routing, parameters, cotangent, activation
     choices = Choices(*on_device)
     weights = choices.weights_TK.to(torch.promote_types(parameter_dtype, torch.float32)).detach().requires_grad_()
     choices = choices._replace(weights_TK=weights)
-    mlp = Mlp(*parameters, activation, None, 0.0, dtype, lambda weight: weight.detach().to(dtype))
+    mlp = Mlp(*parameters, activation, None, 0.0, dtype, lambda weight: weight.detach().to(dtype), recompute=recompute)
     y = backend.expert_mlp(x, choices, mlp)
     learned = [x, weights, *(p for p in parameters if p is not None)]
     return [y, *torch.autograd.grad((y * cotangent.to(y)).sum(), learned)]
 
 
-def check_against_oracle(x, routing, parameters, cotangent, activation, dtype, parameter_dtype=torch.float32):
+def check_against_oracle(
+    x, routing, parameters, cotangent, activation, dtype, parameter_dtype=torch.float32, recompute=False
+):
     exact = outputs_and_gradients(
         segments, x, routing, parameters, cotangent, activation, "cpu", torch.float64, torch.float64
     )
-    ours = outputs_and_gradients(fused, x, routing, parameters, cotangent, activation, DEVICE, parameter_dtype, dtype)
+    ours = outputs_and_gradients(
+        fused, x, routing, parameters, cotangent, activation, DEVICE, parameter_dtype, dtype, recompute
+    )
     for name, value, truth in zip(["y", "x", "weights", "p1", "p2", "p3", "p4"], ours, exact, strict=False):
         error = (value.double().cpu() - truth).norm()
         size = truth.norm() + truth.numel() ** 0.5  # sums of terms around 1 may cancel
@@ -90,13 +97,13 @@ def random_parameters(num_experts, width, hidden, out, bias, generator):
     priority=st.booleans(),
     skew=st.sampled_from([0.0, 0.5, 20.0]),
     widths=st.sampled_from([(8, 16, 8), (16, 48, 24), (72, 136, 72)]),
-    variant=st.sampled_from([(True, "none"), (False, "tanh")]),
+    variant=st.sampled_from([(True, "none", True), (False, "tanh", False), (False, "none", True)]),
     dtype=st.sampled_from(list(TOLERANCE)),
 )
 def test_outputs_and_gradients(
     images, tokens, group, num_experts, top_k, capacity, priority, skew, widths, variant, dtype
 ):
-    bias, approximate = variant
+    bias, approximate, recompute = variant
     top_k = min(top_k, num_experts)
     generator = torch.Generator().manual_seed(images * 100 + tokens)
     routing = skewed_routing(images, tokens, group, num_experts, top_k, skew, generator, capacity, priority)
@@ -104,20 +111,21 @@ def test_outputs_and_gradients(
         torch.randn(images * tokens, width, generator=generator, dtype=torch.float64) for width in widths[::2]
     )
     parameters = random_parameters(num_experts, *widths, bias, generator)
-    check_against_oracle(x, routing, parameters, cotangent, nn.GELU(approximate), dtype)
+    check_against_oracle(x, routing, parameters, cotangent, nn.GELU(approximate), dtype, recompute=recompute)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("capacity", [None, 320])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("widths", [(192, 768, 192), (200, 328, 136)])
-def test_tiles_of_many_rows(capacity, dtype, widths):
+def test_tiles_of_many_rows(capacity, dtype, widths, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     routing = skewed_routing(24, 100, 8, 7, 2, 0.2, generator, capacity, priority=True)
     x, cotangent = (torch.randn(2400, width, generator=generator, dtype=torch.float64) for width in widths[::2])
     parameters = random_parameters(7, *widths, True, generator)
     check_against_oracle(x, routing, parameters, cotangent, nn.GELU(), dtype)
-    check_against_oracle(x, routing, parameters, cotangent, nn.GELU(), dtype, parameter_dtype=dtype)
+    monkeypatch.setattr(fused_mlp, "CHUNK_BYTES", 2**20)
+    check_against_oracle(x, routing, parameters, cotangent, nn.GELU(), dtype, parameter_dtype=dtype, recompute=True)
 
 
 @settings(max_examples=30, deadline=None)
@@ -240,7 +248,7 @@ def test_operators_pass_torchs_own_checks():
         ("rows_in_shares", (chosen, chosen > 0, chosen, 5, 3, 128)),
     ):
         torch.library.opcheck(getattr(torch.ops.vmoe, operator).default, arguments)
-    arguments = (random(5, 8), rows, chosen, random(5, 2), starts, counts, *parameters, *casts, 0, False, True)
+    arguments = (random(5, 8), rows, chosen, random(5, 2), starts, counts, *parameters, *casts, 0, False, True, False)
     # not the check that compares all outputs: what is kept for the backward pass has rows that nothing writes or reads
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(torch.ops.vmoe.fused_experts.default, arguments, test_utils=checks)
@@ -261,6 +269,18 @@ def test_says_what_it_cannot_take(knobs, lacks, misfit):
     mlp = layer.experts._mlp(torch.bfloat16)
     assert (lacks or "None") in str(fused.what_it_lacks(mlp))
     assert (misfit or "None") in str(fused.what_does_not_fit(mlp))
+
+
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(num_experts=st.sampled_from([3, 8]), chunk=st.sampled_from([1, 2**12, 2**14]), recompute=st.booleans())
+def test_parts_of_the_hidden_layer_change_nothing(num_experts, chunk, recompute):
+    generator = torch.Generator().manual_seed(0)
+    routing = skewed_routing(4, 20, 2, num_experts, 2, 0.3, generator, 30)
+    x, cotangent = (torch.randn(80, width, generator=generator, dtype=torch.float64) for width in (8, 8))
+    parameters = random_parameters(num_experts, 8, 16, 8, True, generator)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused_mlp, "CHUNK_BYTES", chunk)
+        check_against_oracle(x, routing, parameters, cotangent, nn.GELU(), torch.float32, recompute=recompute)
 
 
 @pytest.mark.gpu

@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 ROUTER_NAMES = ("token_choice", "sigmoid", "cosine", "expert_choice", "soft", "hash", "random", "balanced")
+BACKEND_NAMES = ("auto", "fused", "cpu", "padded", "segments")
 _PATTERN = re.compile(r"(every|last)-([1-9][0-9]*)")
 
 
@@ -55,6 +56,11 @@ class MoeConfig:
         z_loss_weight: Weight of the router z-loss (ST-MoE, https://arxiv.org/abs/2202.08906, equation 5).
         inject_auxiliary_loss: The layer adds the gradient of its auxiliary loss to the backward pass by itself, so that
             a training loop that knows nothing of MoE trains it well. Such a loop must not add the loss again.
+        backend: What computes the experts: "fused" (Triton's kernels and library products, NVIDIA GPUs), "cpu",
+            "padded" (batched products, needs a capacity), "segments" (any device, any experts) or "auto", the fastest
+            that can. Where the named one cannot serve, another does, with a warning.
+        recompute_activation: The "fused" backend computes the experts' activations anew in the backward pass instead of
+            keeping them: less memory, a little slower.
 
     Raises:
         ValueError: A field's value is not allowed; the message names the field, its value and what is allowed.
@@ -84,6 +90,8 @@ class MoeConfig:
     gshard_loss_weight: float = 0.0
     z_loss_weight: float = 0.0
     inject_auxiliary_loss: bool = False
+    backend: Literal["auto", "fused", "cpu", "padded", "segments"] = "auto"
+    recompute_activation: bool = False
 
     def __post_init__(self) -> None:
         _check_layers(self.layers)
@@ -93,6 +101,7 @@ class MoeConfig:
                 object.__setattr__(self, name, default)
         self._need_choice("capacity_rounding", ("ceil", "round"))
         self._need_choice("experts_start", ("different", "equal"))
+        self._need_choice("backend", BACKEND_NAMES)
         for name, smallest in (("num_experts", 1), ("top_k", 1), ("capacity_multiple_of", 1), ("shared_experts", 0)):
             is_allowed = _is_int(self, name) and getattr(self, name) >= smallest
             self._need(name, is_allowed, f"a whole number >= {smallest}")

@@ -89,6 +89,8 @@ class Experts(nn.Module):
         norm_layer: Makes the LayerNorm behind the activation, or None.
         bias: Whether the first and the second layer have biases.
         hidden_dropout: Dropout rate behind the activation.
+        backend: See `MoeConfig`, like `recompute_activation`.
+        recompute_activation: Computes the activations anew in the backward pass.
         device: Where the parameters are created.
         dtype: Their type.
     """
@@ -103,6 +105,8 @@ class Experts(nn.Module):
         norm_layer: Callable[[int], nn.Module] | None = None,
         bias: tuple[bool, bool] = (True, True),
         hidden_dropout: float = 0.0,
+        backend: str = "auto",
+        recompute_activation: bool = False,
         device=None,
         dtype=None,
     ) -> None:
@@ -116,6 +120,7 @@ class Experts(nn.Module):
         if norm_layer is not None:
             self.norm = ExpertNorm(num_experts, norm_layer(hidden_features), **placement)
         self.fc2 = ExpertLinear(num_experts, hidden_features, out_features, bias[1], **placement)
+        self.backend, self.recompute_activation = backend, recompute_activation
         self._casts: dict[int, _KeptCast] | None = None
         self._memory = shared_memory()  # which is kept while there are experts
 
@@ -126,7 +131,7 @@ class Experts(nn.Module):
         if isinstance(routing, Routing):
             choices = Choices.of(routing)
             x_TD = x_TD if routing.x_TD is None else routing.x_TD
-            return choose_backend(x_TD, choices, mlp).expert_mlp(x_TD, choices, mlp)
+            return choose_backend(x_TD, choices, mlp, self.backend).expert_mlp(x_TD, choices, mlp)
         return routing.combine(composed.two_layers(routing.dispatch(x_TD.to(dtype)), mlp, None, padded.linear))
 
     def _mlp(self, dtype: torch.dtype) -> Mlp:
@@ -134,7 +139,8 @@ class Experts(nn.Module):
         dropout = self.drop1.p if self.training else 0.0
         cast = partial(self._cast, dtype=dtype)
         keeps_casts = self._casts is not None
-        return Mlp(weight1, bias1, weight2, bias2, self.act, self.norm, dropout, dtype, cast, keeps_casts)
+        parts = (weight1, bias1, weight2, bias2, self.act, self.norm)
+        return Mlp(*parts, dropout, dtype, cast, keeps_casts, self.recompute_activation)
 
     def _cast(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """The weight in another type, without gradient; kept while it does not change, where that was asked for."""
@@ -188,10 +194,17 @@ class SharedExpert(nn.Module):
         return self.fc2(self.norm(self.drop1(self.act(self.fc1(x)))))
 
 
-def choose_backend(x_TD: Tensor, choices: Choices, mlp: Mlp) -> ModuleType:
-    """`fused` on a GPU and `cpu` on a CPU wherever they can; else `padded` on a GPU where there is a capacity; else
-    `segments`.
+def choose_backend(x_TD: Tensor, choices: Choices, mlp: Mlp, name: str = "auto") -> ModuleType:
+    """The backend of that name, or another with one warning where it cannot serve.
+
+    "auto": `fused` on a GPU and `cpu` on a CPU wherever they can; else `padded` on a GPU where there is a capacity;
+    else `segments`.
     """
+    if name != "auto" and x_TD.shape[0]:
+        reason = _reason_against(name, x_TD, choices, mlp)
+        if reason is None:
+            return {"fused": fused_for(x_TD), "cpu": cpu, "padded": padded, "segments": segments}[name]
+        _warn_once(f'backend="{name}": {reason}; another backend is used')
     if x_TD.is_cpu and cpu.takes(mlp):
         return cpu
     if not x_TD.is_cuda or x_TD.shape[0] == 0:
@@ -203,6 +216,19 @@ def choose_backend(x_TD: Tensor, choices: Choices, mlp: Mlp) -> ModuleType:
             return fused
         _warn_once(f"experts with {misfit}: too odd for the fused kernels, so slower ones are used")
     return segments if choices.capacity is None else padded
+
+
+def _reason_against(name: str, x_TD: Tensor, choices: Choices, mlp: Mlp) -> str | None:
+    """Why a backend cannot serve; None when it can."""
+    if name == "fused":
+        fused = fused_for(x_TD)
+        if fused is None:
+            return "it needs an NVIDIA GPU and Triton"
+        lacking = fused.what_it_lacks(mlp) or fused.what_does_not_fit(mlp)
+        return lacking and f"it does not take {lacking}"
+    if name == "cpu":
+        return None if x_TD.is_cpu and cpu.takes(mlp) else "it computes two layers with GELU between them, on a CPU"
+    return "it needs a capacity" if name == "padded" and choices.capacity is None else None
 
 
 @cache

@@ -102,7 +102,8 @@ class MoeMlp(nn.Module):
         else:
             self.router = router(in_features, moe, **placement)
         shape = (in_features, hidden_features, out_features)
-        self.experts = Experts(moe.num_experts, *shape, act_layer(), norm_layer, bias, hidden_drop, **placement)
+        how = {"backend": moe.backend, "recompute_activation": moe.recompute_activation}
+        self.experts = Experts(moe.num_experts, *shape, act_layer(), norm_layer, bias, hidden_drop, **how, **placement)
         self.shared = None
         if moe.shared_experts:
             shape = (in_features, moe.shared_experts * hidden_features, out_features)

@@ -57,6 +57,7 @@ class Mlp(NamedTuple):
         dtype: The type that is computed in.
         cast: Gives one of the weights in that type, without gradient.
         keeps_casts: Whether it keeps what it gave.
+        recompute: Whether activations are rather computed anew in the backward pass than kept, where a backend can.
     """
 
     weight1: Tensor
@@ -69,3 +70,4 @@ class Mlp(NamedTuple):
     dtype: torch.dtype
     cast: Callable[[Tensor], Tensor]
     keeps_casts: bool = False
+    recompute: bool = False

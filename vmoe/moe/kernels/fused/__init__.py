@@ -63,7 +63,7 @@ def expert_mlp(x_TD: Tensor, choices: Choices, mlp: Mlp) -> Tensor:
     return fused_experts(
         x_TD.contiguous(), row_TK, chosen_TK, choices.weights_TK.contiguous(), starts_E, counts_E,
         mlp.weight1, mlp.bias1, mlp.weight2, mlp.bias2, mlp.cast(mlp.weight1), mlp.cast(mlp.weight2),
-        share, mlp.activation.approximate == "tanh", is_training,
+        share, mlp.activation.approximate == "tanh", is_training, mlp.recompute,
     )[0]  # fmt: skip
 
 

@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vmoe.moe.kernels.fused.operators import operator
 from vmoe.moe.kernels.fused.router import _columns, _tokens_of_block, softmax
 from vmoe.moe.kernels.fused.sizes import cdiv
+from vmoe.moe.kernels.operators import operator
 
 # what is kept of each expert's column: summed gates, summed chances to be chosen, number of choices
 _SUMS = 3

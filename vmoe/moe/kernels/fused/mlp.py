@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from vmoe.moe.kernels.fused import activations, products, rows
-from vmoe.moe.kernels.fused.operators import operator
 from vmoe.moe.kernels.fused.ranks import ALIGNMENT
 from vmoe.moe.kernels.fused.segments import Segments
+from vmoe.moe.kernels.fused.sizes import cdiv
+from vmoe.moe.kernels.operators import operator
 
-CHUNK_BYTES = 512 * 2**20  # a gradient of the hidden layer of more bytes than this is computed in two parts, for memory
+CHUNK_BYTES = 256 * 2**20  # where memory is to be saved, more of the hidden layer than this is computed in parts
 
 
 def num_rows_of(num_choices: int, num_experts: int, share: int) -> int:
@@ -21,13 +22,14 @@ def num_rows_of(num_choices: int, num_experts: int, share: int) -> int:
 
 def align(num_rows: int) -> int:
     """The next multiple of ALIGNMENT."""
-    return -(-num_rows // ALIGNMENT) * ALIGNMENT
+    return cdiv(num_rows, ALIGNMENT) * ALIGNMENT
 
 
 def _forward(
     x_TD: Tensor, row_TK: Tensor, chosen_TK: Tensor, weights_TK: Tensor, starts_E: Tensor | None,
     counts_E: Tensor | None, weight1_EHD: Tensor, bias1_EH: Tensor | None, weight2_EOH: Tensor,
     bias2_EO: Tensor | None, cast1_EHD: Tensor, cast2_EOH: Tensor, share: int, tanh: bool, is_training: bool,
+    recompute: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Dispatch, both layers and combine.
 
@@ -47,11 +49,12 @@ def _forward(
         share: Rows an expert.
         tanh: Which GELU.
         is_training: Whether to keep what the backward pass needs.
+        recompute: Whether the activations are not kept, but computed anew there.
 
     Returns:
         The result (T, O) and, for the backward pass, empty unless `is_training`: the choice in each row (R,), the
-        tokens' rows (R, D), the first layer's results (R, H) without bias, the activations (R, H), the second layer's
-        results (R, O) without bias.
+        tokens' rows (R, D), the first layer's results (R, H) without bias, the activations (R, H) unless `recompute`,
+        the second layer's results (R, O) without bias.
     """
     num_experts, width_H, width_D = cast1_EHD.shape
     width_O = cast2_EOH.shape[1]
@@ -70,25 +73,26 @@ def _forward(
         y_TO = cast1_EHD.new_empty(x_TD.shape[0], width_O)
         rows.combine(y_RO, row_TK, chosen_TK, weights_TK, bias2_EO, y_TO)
     if is_training:
-        return y_TO, choice_R, x_RD, pre_RH, act_RH, y_RO
+        return y_TO, choice_R, x_RD, pre_RH, act_RH.new_empty(0, width_H) if recompute else act_RH, y_RO
     return y_TO, choice_R.new_empty(0), *(y_TO.new_empty(0, width) for width in (width_D, width_H, width_H, width_O))
 
 
 def _fake(x_TD, row_TK, chosen_TK, weights_TK, starts_E, counts_E, weight1, bias1, weight2, bias2, cast1, cast2,
-          share, tanh, is_training):  # fmt: skip
+          share, tanh, is_training, recompute):  # fmt: skip
     num_experts, width_H, width_D = cast1.shape
     width_O = cast2.shape[1]
     num_rows = num_rows_of(row_TK.numel(), num_experts, share) if is_training else 0
     y_TO = cast1.new_empty(x_TD.shape[0], width_O)
     choice_R = x_TD.new_empty(num_rows, dtype=torch.int32)
-    return y_TO, choice_R, *(cast1.new_empty(num_rows, width) for width in (width_D, width_H, width_H, width_O))
+    x_RD, pre_RH, y_RO = (cast1.new_empty(num_rows, width) for width in (width_D, width_H, width_O))
+    return y_TO, choice_R, x_RD, pre_RH, cast1.new_empty(0 if recompute else num_rows, width_H), y_RO
 
 
 def _gradient(
     grad_TO: Tensor, x_TD: Tensor, row_TK: Tensor, weights_TK: Tensor, starts_E: Tensor | None,
     counts_E: Tensor | None, weight1_EHD: Tensor, bias1_EH: Tensor | None, weight2_EOH: Tensor,
     bias2_EO: Tensor | None, cast1_EHD: Tensor, cast2_EOH: Tensor, choice_R: Tensor, x_RD: Tensor, pre_RH: Tensor,
-    act_RH: Tensor, y_RO: Tensor, share: int, tanh: bool,
+    act_RH: Tensor, y_RO: Tensor, share: int, tanh: bool, recompute: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, the combine weights, weight1, bias1, weight2 and bias2 (those of no bias are empty)."""
     num_experts = cast1_EHD.shape[0]
@@ -107,20 +111,23 @@ def _gradient(
         # x's gradients may take the place of the rows' that have served
         grad_RD = grad_RO if x_RD.shape == y_RO.shape else torch.empty_like(x_RD)
         parts = grad_weights_TK.new_empty(num_rows // activations.TILE_ROWS, width_H)
-        chunks = _chunks(segments, num_rows, pre_RH)
-        grad_hidden = pre_RH.new_empty(max(part.stop - part.start for _, part, _ in chunks), width_H)
+        chunks = _chunks(segments, pre_RH, recompute)
+        hidden_RH = pre_RH.new_empty(chunks[0][1].stop, width_H)  # the first is the largest
         for experts, part, segment in chunks:
-            grad_pre = grad_hidden[: part.stop - part.start]
+            hidden = hidden_RH[: part.stop - part.start]
             bias = None if bias1_EH is None else bias1_EH[experts]
+            if recompute:
+                activations.activate(pre_RH[part], bias, segment, tanh, hidden)
+            act = hidden if recompute else act_RH
+            products.weight_gradient(grad_RO[part], act, segment, grad_weight2[experts])
+            products.product(grad_RO[part], cast2_EOH[experts], segment, hidden, transposed=False)
             tiles = slice(part.start // activations.TILE_ROWS, part.stop // activations.TILE_ROWS)
-            products.product(grad_RO[part], cast2_EOH[experts], segment, grad_pre, transposed=False)
-            activations.activation_gradient(grad_pre, bias, pre_RH[part], segment, tanh, parts[tiles])
-            products.weight_gradient(grad_RO[part], act_RH[part], segment, grad_weight2[experts])
-            products.weight_gradient(grad_pre, x_RD[part], segment, grad_weight1[experts])
-            products.product(grad_pre, cast1_EHD[experts], segment, grad_RD[part], transposed=False)
+            activations.activation_gradient(hidden, bias, pre_RH[part], segment, tanh, parts[tiles])
+            products.weight_gradient(hidden, x_RD[part], segment, grad_weight1[experts])
+            products.product(hidden, cast1_EHD[experts], segment, grad_RD[part], transposed=False)
         if bias1_EH is not None:
             rows.tile_sums(parts, segments, activations.TILE_ROWS, grad_bias1)
-        del grad_hidden, grad_pre  # before there is memory for x's gradient
+        del hidden_RH, hidden, act  # before x's gradient takes memory
         grad_x_TD = torch.empty_like(x_TD)
         rows.gather_sum(grad_RD, row_TK, grad_x_TD)
     return grad_x_TD, grad_weights_TK.to(weights_TK.dtype), grad_weight1, grad_bias1, grad_weight2, grad_bias2
@@ -131,37 +138,38 @@ def _fake_gradient(grad_TO, x_TD, row_TK, weights_TK, starts_E, counts_E, weight
     return tuple(x_TD.new_empty(0) if like is None else torch.empty_like(like) for like in each)
 
 
-def _chunks(segments: Segments, num_rows: int, pre_RH: Tensor) -> list[tuple[slice, slice, Segments]]:
-    """(experts, their rows, their segments), in two parts where the hidden layer is large and experts have shares."""
+def _chunks(segments: Segments, pre_RH: Tensor, recompute: bool) -> list[tuple[slice, slice, Segments]]:
+    """(experts, their rows, their segments): all, or parts where memory is to be saved and experts have shares."""
     num_experts, share = segments.num_experts, segments.share
-    is_large = num_rows * pre_RH.shape[1] * pre_RH.element_size() > CHUNK_BYTES
-    if not (is_large and share and num_experts > 1):
-        return [(slice(0, num_experts), slice(0, num_rows), segments)]
-    middle = num_experts // 2
+    if not (recompute and share):
+        return [(slice(0, num_experts), slice(0, pre_RH.shape[0]), segments)]
+    count = cdiv(pre_RH.numel() * pre_RH.element_size(), CHUNK_BYTES)
+    step = cdiv(num_experts, count)
+    bounds = [(first, min(first + step, num_experts)) for first in range(0, num_experts, step)]
     return [
         (slice(first, last), slice(first * share, last * share), segments._replace(num_experts=last - first))
-        for first, last in ((0, middle), (middle, num_experts))
+        for first, last in bounds
     ]
 
 
 def _save(ctx, inputs, output) -> None:
-    x, row, _, *others, share, tanh, _ = inputs
+    x, row, _, *others, share, tanh, _, recompute = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, row, *others, *output[1:])
-    ctx.share, ctx.tanh = share, tanh
+    ctx.options = share, tanh, recompute
 
 
 def _backward(ctx, grad_TO: Tensor | None, *_):
     if grad_TO is None:
-        return (None,) * 15
+        return (None,) * 16
     saved = ctx.saved_tensors
-    grads = fused_experts_backward(grad_TO, *saved, ctx.share, ctx.tanh)
+    grads = fused_experts_backward(grad_TO, *saved, *ctx.options)
     grad_x, grad_weights, grad_weight1, grad_bias1, grad_weight2, grad_bias2 = grads
     bias1, bias2 = saved[6], saved[8]
     return (
         grad_x, None, None, grad_weights, None, None, grad_weight1, None if bias1 is None else grad_bias1,
-        grad_weight2, None if bias2 is None else grad_bias2, None, None, None, None, None,
+        grad_weight2, None if bias2 is None else grad_bias2, None, None, None, None, None, None,
     )  # fmt: skip
 
 

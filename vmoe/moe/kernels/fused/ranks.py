@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vmoe.moe.kernels.fused.operators import operator
 from vmoe.moe.kernels.fused.sizes import cdiv, next_power_of_2
+from vmoe.moe.kernels.operators import operator
 
 ALIGNMENT = 128  # an expert's rows start at a multiple of this, so that no tile of a product holds two experts
 
@@ -181,17 +181,17 @@ def _falling_order(values, order, size, BLOCK: tl.constexpr):
     values += tl.program_id(1).to(tl.int64) * size
     own = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     value = _nan_first(tl.load(values + own, mask=own < size, other=0.0))[:, None]
-    place = tl.zeros((BLOCK,), dtype=tl.int32)
+    before = tl.zeros((BLOCK, BLOCK), dtype=tl.int32)
     for first in range(0, tl.program_id(0) * BLOCK, BLOCK):  # of those before, equals come first too
         others = _nan_first(tl.load(values + first + tl.arange(0, BLOCK)))[None, :]
-        place += tl.sum((others >= value).to(tl.int32), 1)
+        before += (others >= value).to(tl.int32)
     others = _nan_first(tl.load(values + own, mask=own < size, other=-float("inf")))[None, :]
-    is_tie_before = (others == value) & (own[None, :] < own[:, None])
-    place += tl.sum(((others > value) | is_tie_before).to(tl.int32), 1)
+    before += ((others > value) | ((others == value) & (own[None, :] < own[:, None]))).to(tl.int32)
     for first in range((tl.program_id(0) + 1) * BLOCK, size, BLOCK):
         other = first + tl.arange(0, BLOCK)
         others = _nan_first(tl.load(values + other, mask=other < size, other=-float("inf")))[None, :]
-        place += tl.sum((others > value).to(tl.int32), 1)
+        before += (others > value).to(tl.int32)
+    place = tl.sum(before, 1)
     tl.store(order + tl.program_id(1).to(tl.int64) * size + place, own.to(tl.int64), mask=own < size)
 
 

@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vmoe.moe.kernels.fused.operators import is_traced, operator
 from vmoe.moe.kernels.fused.sizes import cdiv, next_power_of_2
+from vmoe.moe.kernels.operators import is_traced, operator
 
 MAX_EXPERTS = 256
 MAX_SCORES = 64  # of a token; a library product is good at more

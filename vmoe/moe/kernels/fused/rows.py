@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vmoe.moe.kernels.fused.operators import operator
 from vmoe.moe.kernels.fused.segments import Segments, expert_of
 from vmoe.moe.kernels.fused.sizes import cdiv, next_power_of_2
+from vmoe.moe.kernels.operators import operator
 
 TOKENS, COLUMNS = 4, 256  # of a program's tile
 STRETCH = 64  # rows of an expert that a program of `combine_gradient` walks through
