@@ -84,6 +84,7 @@ def layer_jobs(case: Case, device: torch.device, dtype: torch.dtype) -> dict[str
         "dense, compiled": lambda: _dense(*place, compiled=True),
         "experts": lambda: _experts(*place),
         "experts, casts kept": lambda: _experts(*place, keep_casts=True),
+        "experts, recomputed": lambda: _experts(*place, recompute=True),
         "experts, dropless": lambda: _experts(*place, dropless=True),
         "layer": lambda: _layer(*place, config),
         "layer, casts kept": lambda: _layer(*place, config, keep_casts=True),
@@ -97,6 +98,8 @@ def layer_jobs(case: Case, device: torch.device, dtype: torch.dtype) -> dict[str
     if device.type == "cuda":
         jobs["dense, CUDA graph"] = lambda: _Replay(_dense(*place), device)
         jobs["layer, CUDA graph"] = lambda: _Replay(_layer(*place, config), device)
+    else:
+        del jobs["experts, recomputed"]  # only the GPU's kernels do
     if dtype == torch.float32:
         for name in ("experts, casts kept", "layer, casts kept"):
             del jobs[name]  # nothing is cast
@@ -122,9 +125,11 @@ def _dense(case: Case, device: torch.device, dtype: torch.dtype, inference=False
 
 
 def _experts(
-    case: Case, device: torch.device, dtype: torch.dtype, *, keep_casts=False, dropless=False, inference=False
-) -> Job:
-    experts = Experts(case.num_experts, case.width, case.hidden, case.width, nn.GELU(), device=device)
+    case: Case, device: torch.device, dtype: torch.dtype, *, keep_casts=False, recompute=False, dropless=False,
+    inference=False,
+) -> Job:  # fmt: skip
+    sizes = (case.num_experts, case.width, case.hidden, case.width)
+    experts = Experts(*sizes, nn.GELU(), recompute_activation=recompute, device=device)
     if keep_casts:
         experts.keep_casts()
     return _given(experts, case, device, dtype, dropless, inference)

@@ -47,15 +47,15 @@ def _scores_gradient(
     (num_tokens, width), num_experts = x_TD.shape, weight_ED.shape[0]
     grad_TD = torch.empty_like(x_TD)
     parts = torch.empty(_SPLITS, num_experts, width, dtype=torch.float32, device=x_TD.device)
-    columns, block = _columns(num_experts), 64
+    columns = _columns(num_experts)
     with torch.cuda.device_of(x_TD):
         if grad_TD.numel():
-            _scores_grad_x[(cdiv(num_tokens, 64), cdiv(width, block))](
+            _scores_grad_x[(cdiv(num_tokens, 32), cdiv(width, 64))](
                 grad_TE, weight_ED, other_grad_TD, grad_TD, num_tokens, width, num_experts, other_grad_TD is not None,
-                64, block, columns,
+                32, 64, columns,
             )  # fmt: skip
-        _scores_grad_weight[(_SPLITS, cdiv(width, block))](
-            grad_TE, x_TD, parts, num_tokens, width, num_experts, cdiv(num_tokens, _SPLITS), 64, block, columns
+        _scores_grad_weight[(_SPLITS, cdiv(width, 128))](
+            grad_TE, x_TD, parts, num_tokens, width, num_experts, cdiv(num_tokens, _SPLITS), 32, 128, columns
         )
     return grad_TD, parts.sum(0).to(weight_ED.dtype)
 
