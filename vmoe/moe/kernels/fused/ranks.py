@@ -167,7 +167,7 @@ def _falling_places(values_GS: Tensor) -> Tensor:
     order_GS = torch.empty(num_groups, size, dtype=torch.int64, device=values_GS.device)
     if order_GS.numel():
         with torch.cuda.device_of(values_GS):
-            _falling_order[(cdiv(size, 64), num_groups)](values_GS.contiguous(), order_GS, size, 64)
+            _falling_order[(cdiv(size, 32), num_groups)](values_GS.contiguous(), order_GS, size, 32)
     return order_GS
 
 

@@ -86,13 +86,14 @@ def combine_gradient(
     num_rows, width = y_RD.shape
     num_experts = segments.num_experts
     grad_weights_TK = torch.zeros(weights_TK.shape, dtype=torch.float32, device=y_RD.device)
-    num_columns = cdiv(width, COLUMNS)
+    columns = 128
+    num_columns = cdiv(width, columns)
     dots_RP = grad_weights_TK.new_empty(num_rows, num_columns)
     bias_parts_MD = grad_weights_TK.new_empty(num_rows // STRETCH, width)
     _combine_gradient[(num_rows // STRETCH, num_columns)](
         grad_TD, choice_R, weights_TK, y_RD, bias_ED, segments.starts_E, out_RD, dots_RP, bias_parts_MD, width,
         num_experts, segments.share, K=weights_TK.shape[1], HAS_BIAS=bias_ED is not None,
-        HAS_SHARE=segments.share > 0, STRETCH=STRETCH, ROWS=4, COLUMNS=COLUMNS,
+        HAS_SHARE=segments.share > 0, STRETCH=STRETCH, ROWS=8, COLUMNS=columns,
         EXPERTS=max(16, next_power_of_2(num_experts)),
     )  # fmt: skip
     _sum_dots[(cdiv(num_rows, 256),)](
