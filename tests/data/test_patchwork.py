@@ -39,9 +39,9 @@ def test_no_texture_and_no_colour_tells_the_class():
     for texture in range(len(TEXTURES)):
         share = (patches == texture).mean((1, 2))
         by_class = np.array([share[labels == label].mean() for label in range(len(OBJECTS))])
-        assert np.ptp(by_class) < 0.03
+        assert np.ptp(by_class) < 0.05
     colour = np.array([pixels[labels == label].mean((0, 1, 2)) for label in range(len(OBJECTS))])
-    assert np.ptp(colour, axis=0).max() < 4
+    assert np.ptp(colour, axis=0).max() < 8
 
 
 def test_batches_bring_the_patch_labels_and_other_sets_none():
