@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from vmoe.analysis.exploration.explore import Exploration
+from vmoe.analysis.page import write_page
 from vmoe.files import atomic_write, write_json
 
 
@@ -16,6 +17,7 @@ def write_exploration(exploration: Exploration, out: str | Path) -> None:
         UserError: The folder cannot be written.
     """
     out = Path(out)
+    write_page(exploration.report, exploration.images, out / "index.html")
     write_json(out / "data" / "report.json", exploration.report)
     with atomic_write(out / "data" / "images.npz") as temporary:
         np.savez_compressed(temporary, **flat_images(exploration.images))

@@ -56,6 +56,7 @@ def layer_report(layer: LayerCollection, images: dict[str, Any], classes: Sequen
             name: tables.specialisation()._asdict() for name, tables in layer.association.tables.items()
         },
         "class_log_ratio": {"matrix": ratio.tolist(), "order": clustered_order(ratio)},
+        "patch_label_log_ratio": _patch_labels(layer),
         "coactivation": coactivation(_array(counts.together), tokens, facts.top_k).tolist(),
         "experts_per_image": {
             "mean": float((used * np.arange(len(used))).sum() / used.sum()),
@@ -66,6 +67,15 @@ def layer_report(layer: LayerCollection, images: dict[str, Any], classes: Sequen
         "ablation": None,
         "random_router": None,
     }
+
+
+def _patch_labels(layer: LayerCollection) -> dict[str, Any] | None:
+    """ln(P(patch label | expert) / P(patch label)), (E, labels), and an order; None where patches have no labels."""
+    tables = layer.association.tables.get("patch label")
+    if tables is None:
+        return None
+    ratio = class_log_ratio(_array(tables.value).T, prior_patches=float(math.prod(layer.facts.grid)))
+    return {"matrix": ratio.tolist(), "order": clustered_order(ratio)}
 
 
 def _experts(
