@@ -1,10 +1,11 @@
 """A plausible report of a V-MoE and its sampled images, made of noise: for tests of the page, not of the metrics."""
 
+import itertools
 import math
 
 import numpy as np
 
-PROPERTIES = ("class", "position", "colour", "brightness", "edges")
+STRENGTHS = {"class": 0.02, "position": 0.2, "colour": 0.05, "brightness": 0.0, "edges": 0.01}
 
 
 def make_report(
@@ -40,7 +41,7 @@ def make_report(
             layer_report(rng, f"blocks.{2 * index + 1}.mlp", sample, index, names, grid, top_k, prefix, kind)
             for index in range(layers)
         ],
-        "flows": [{"from": i, "to": i + 1, "matrix": flow(rng, experts)} for i in range(layers - 1)],
+        "flows": flows(sample, prefix),
         "capacity": [
             {
                 "factor": factor,
@@ -135,13 +136,14 @@ def layer_report(rng, name, sample, index, names, grid, top_k, prefix, kind):
         "max_load": float(load.max()),
         "dropped": 0.06 if tokens else None,
         "entropy": float(maps["entropy"].astype(float).mean()),
-        "specialisation": {
-            kind: nmi(rng, strength) for kind, strength in zip(PROPERTIES, (0.02, 0.2, 0.05, 0.0, 0.01))
-        },
+        "specialisation": {feature: nmi(rng, strength) for feature, strength in STRENGTHS.items()},
         "class_log_ratio": {"matrix": matrix.tolist(), "order": rng.permutation(len(names)).tolist()},
         "coactivation": rng.lognormal(0, 0.5, (experts, experts)).tolist(),
         "experts_per_image": {"mean": experts * 0.7, "histogram": rng.integers(0, 50, experts + 1).tolist()},
-        "consistency": {"flip": around(0.6, 0.02, "value"), "shift": around(0.75, 0.02, "value")},
+        "consistency": {
+            change: {**around(value, 0.02, "value"), "chance": 1.2 / experts}
+            for change, value in (("flip", 0.6), ("shift", 0.75))
+        },
         "ablation": [
             {"expert": e, "by_class": rng.normal(-0.02, 0.03, len(names)).tolist()}
             | around(-abs(rng.normal(0, 0.012)), 0.006, "change")
@@ -164,7 +166,7 @@ def one_expert(rng, maps, first, expert, names, grid, prefix):
             "top": [],
             "random": [],
             "classes": [],
-            "position": np.zeros(grid).tolist(),
+            "position": None,
             "colour": None,
         }
 
@@ -173,9 +175,8 @@ def one_expert(rng, maps, first, expert, names, grid, prefix):
 
     best = [np.unravel_index(place, gates.shape) for place in np.argsort(-gates, axis=None)[:16]]
     drawn = rng.integers(len(images), size=16)
-    position = (
-        np.bincount(patches, minlength=grid[0] * grid[1]).reshape(grid) / gates.shape[0] * maps["gates"].shape[-1]
-    )
+    counts = np.bincount(patches, minlength=grid[0] * grid[1]).reshape(grid)
+    position = counts / len(gates) * maps["gates"].shape[-1]
     ratios = np.sort(rng.lognormal(0, 0.5, min(5, len(names))))[::-1]
     return {
         "dead": False,
@@ -210,10 +211,15 @@ def nmi(rng, strength):
     }
 
 
-def flow(rng, experts):
-    """Shares of patches from the experts of a layer to those of the next."""
-    shares = rng.lognormal(0, 1.3, (experts, experts))
-    return (shares / shares.sum()).tolist()
+def flows(sample, prefix):
+    """Shares of patches from the experts of each layer to those of the next."""
+    first = [maps["gates"][:, prefix:].argmax(-1).ravel() for maps in sample["layers"]]
+    found = []
+    for index, (here, there) in enumerate(itertools.pairwise(first)):
+        matrix = np.zeros((sample["layers"][0]["gates"].shape[-1],) * 2)
+        np.add.at(matrix, (here, there), 1 / len(here))
+        found.append({"from": index, "to": index + 1, "matrix": matrix.tolist()})
+    return found
 
 
 def training_load(rng, experts, dead, steps=80):
@@ -233,7 +239,7 @@ def runs(rng, layers):
             {
                 "name": f"blocks.{2 * i + 1}.mlp",
                 "load_cv": 0.2 + 0.05 * i + 0.03 * seed,
-                "nmi": {"class": 0.02 + 0.01 * i, "position": 0.2 - 0.02 * seed},
+                "nmi": {"class": nmi(rng, 0.02), "position": nmi(rng, 0.2), "brightness": nmi(rng, 0)},
                 "dropped": 0.05,
             }
             for i in range(layers)

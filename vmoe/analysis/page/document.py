@@ -35,7 +35,8 @@ def write_page(report: dict[str, Any], images: dict[str, Any], path: str | Path)
     Args:
         report: The numbers, plain JSON types: see docs/explorer.md.
         images: The sampled images: "pixels" (n, height, width, 3) uint8, "label", "predicted", "confidence" (n each),
-            and for each layer of the report "gates" (n, N, E), "dispatch" (the same, or None), "chosen" and "dropped"
+            "number" (n, their places in the data set; optional), and for each
+            layer of the report "gates" (n, N, E), "dispatch" (the same, or None), "chosen" and "dropped"
             (n, N, K) or None, "entropy" (n, N) in nats. N: prefix tokens, then patches.
         path: The file, written atomically.
 
@@ -55,6 +56,7 @@ def write_page(report: dict[str, Any], images: dict[str, Any], path: str | Path)
         "tops": tops,
         "label": compact_list(images["label"]),
         "predicted": compact_list(images["predicted"]),
+        "number": [int(number) for number in images.get("number", range(count))],
         "confidence": [round(float(value), 4) for value in images["confidence"]],
         "layers": [
             pack_layer(layer, maps, top, mapped)

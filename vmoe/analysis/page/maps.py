@@ -61,10 +61,15 @@ def pack_layer(layer: dict, maps: dict, top: int, count: int) -> dict[str, Any]:
         placed[:, prefix + np.asarray(order)] = values[:, prefix:]
         return placed
 
-    gates, chosen, dropped = raster(maps["gates"]), raster(maps.get("chosen")), raster(maps.get("dropped"))
-    dispatch = raster(maps.get("dispatch"))
-    if dropped is None:  # experts chose: what no expert took
-        dropped = gates.astype(np.float32).sum(-1, keepdims=True) == 0
+    gates, dispatch, valid = raster(maps["gates"]), raster(maps.get("dispatch")), raster(maps.get("valid"))
+    if valid is not None:
+        gates = np.where(valid[..., None], gates, 0)
+    if layer["kind"] == "slots":  # experts chose: a token that none took counts as dropped
+        chosen, dropped = None, gates.astype(np.float32).sum(-1, keepdims=True) == 0
+    else:
+        chosen, dropped = raster(maps["chosen"]), raster(maps["dropped"])
+    if valid is not None:
+        dropped = dropped & valid[..., None]
     return {
         "chosen": 0 if chosen is None else chosen.shape[-1],
         "weights": _largest(gates, chosen, top),
@@ -79,9 +84,11 @@ def _largest(gates: np.ndarray, chosen: np.ndarray | None, top: int) -> dict[str
     """The choices of each token, then its other experts by gate: (n, N, top) experts and their gates."""
     gates = gates.astype(np.float32)
     rank = gates.copy()
-    if chosen is not None:
-        choices = np.arange(chosen.shape[-1], 0, -1, dtype=np.float32)
-        np.put_along_axis(rank, chosen.astype(np.int64), choices + np.nanmax(gates, initial=1.0), axis=-1)
+    for choice in range(0 if chosen is None else chosen.shape[-1])[::-1]:
+        expert = chosen[..., choice, None].astype(np.int64)
+        boost = np.nanmax(gates, initial=1.0) + chosen.shape[-1] - choice
+        own = np.take_along_axis(gates, np.maximum(expert, 0), axis=-1)
+        np.put_along_axis(rank, np.maximum(expert, 0), np.where(expert < 0, own, boost), axis=-1)  # -1: no choice
     experts = np.argsort(-rank, axis=-1, kind="stable")[..., :top]
     return {
         "experts": pack_integers(experts, 8 if gates.shape[-1] <= 256 else 16),

@@ -40,7 +40,7 @@ def compact(value: Any) -> Any:
     if isinstance(value, list | tuple | np.ndarray):
         table = _table(value)
         if table is not None and table.size >= _PACK_FROM:
-            return pack(table, 8 if table.size >= _EIGHT_BITS_FROM else 16)
+            return _packed(table)
         return [compact(part) for part in value]
     if isinstance(value, bool | np.bool_):
         return bool(value)
@@ -49,6 +49,13 @@ def compact(value: Any) -> Any:
     if isinstance(value, float | np.floating):
         return float(f"{value:.{_DIGITS}g}") if math.isfinite(value) else None
     return value
+
+
+def _packed(table: np.ndarray) -> Any:
+    if np.array_equal(table, np.rint(table)):  # indices and counts have to stay exact
+        exact = table.min() >= 0 and table.max() < 2**16
+        return pack_integers(table, 16) if exact else table.astype(int).tolist()
+    return pack(table, 8 if table.size >= _EIGHT_BITS_FROM else 16)
 
 
 def _table(value: Any) -> np.ndarray | None:

@@ -15,7 +15,7 @@ function compared(runs, value) {
   return runs.map((run) => ({ name: run.name, points: layerNames.map((name, index) => {
     const layer = run.layers.find((each) => each.name === name) ?? (run.layers.length === layerNames.length ? run.layers[index] : null);
     const found = layer ? value(layer) : null;
-    return isNumber(found) ? { value: found } : found && isNumber(found.nmi) ? { value: found.nmi, low: found.low, high: found.high } : null;
+    return isNumber(found) ? { value: found } : found && isNumber(found.nmi) ? { ...found, value: found.nmi } : null;
   }) })).filter((series) => series.points.some(Boolean));
 }
 
@@ -27,7 +27,7 @@ function compareView() {
     ["Dropped choices", "share of choices", (layer) => layer.dropped]].map(([title, unit, value]) => ({ title, unit, series: compared(runs, value) })).filter((plot) => plot.series.length);
   const routed = runs.filter((run) => !run.is_dense);
   return [make("h2", {}, "Runs beside each other"), figure(`${runs.length} runs`, `Top-1 accuracy on the same images with its 95 % interval. ${analysed()}.`, runTable(runs)),
-    plots.length > 0 && figure("Layer by layer", `Balance and links of experts of each run. Whether a link beats its null is said in the view of specialisation, for this run. ${analysed()}.`,
+    plots.length > 0 && figure("Layer by layer", `Balance and links of experts of each run; a pale mark does not beat its null. ${analysed()}.`,
       sideBySide(plots, 330, ({ title, unit, series }, width) => make("figure", {}, make("h4", {}, title), keysOf(runs, series), byLayerOf(runs, series, width, unit, title)), 560)),
     routed.length > 1 && make("figure", { class: "figure" }, sideBySide([agreementFigure], 400, (build, width) => make("div", {}, build(width)), 620))];
 }

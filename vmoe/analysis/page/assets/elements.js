@@ -9,7 +9,7 @@ function fill(node, attributes, children) {
     else if (name === "style") Object.assign(node.style, value);
     else node.setAttribute(name, value === true ? "" : value);
   }
-  node.append(...children.flat().filter((child) => child !== null && child !== undefined && child !== false));
+  node.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false));
   return node;
 }
 
@@ -26,7 +26,7 @@ function shape(tag, attributes = {}, ...children) {
 /** A part of the page that can be built again: {node, refresh}. */
 function live(build, attributes = {}) {
   const node = make("div", attributes);
-  const refresh = () => node.replaceChildren(...[build()].flat().filter(Boolean));
+  const refresh = () => node.replaceChildren(...[build()].flat(Infinity).filter(Boolean));
   refresh();
   return { node, refresh };
 }

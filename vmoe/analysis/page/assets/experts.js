@@ -15,8 +15,8 @@ function patchGallery(title, legend, index, kind, expert) {
   const entries = gallery(REPORT.layers[index], kind, expert);
   const tiles = entries.map((entry) => {
     const label = className(SAMPLE.label[entry.image]);
-    return patchTile(index, { ...entry, colour: expertColour(expert) }, `${number(entry.gate)} · ${label}`,
-      [`image ${entry.image}, ${label}`, `gate ${number(entry.gate, 3)}`, "a click shows it in its image"]);
+    return patchTile(index, { ...entry, colour: expertColour(expert) }, [number(entry.gate), label],
+      [`${imageName(entry.image)}, ${label}`, `gate ${number(entry.gate, 3)}`]);
   });
   return tiles.length ? figure(`${title} (n = ${tiles.length})`, legend, make("div", { class: `tiles ${kind}` }, tiles))
     : missing(title, "None of the sampled images has such a patch.");
@@ -42,11 +42,12 @@ function positionMap(index, expert, width) {
   const values = table(layer.position)[expert];
   if (!values) return missing("Its places", "No patch was counted.");
   const most = Math.max(2, largest(values.flat()));
+  const colour = (value) => sequential(value / most);
   const named = (many) => ({ names: range(many).map((place) => `${place + 1}`) });
-  return figure("The places it takes", `Its share of the patches at each place: 1 is its fair share of the place (diverging colours, orange below, blue above). ${analysed()}.`,
-    matrix({ values, colour: (value) => diverging(value >= 1 ? (value - 1) / (most - 1) : value - 1), rows: named(layer.grid[0]), columns: named(layer.grid[1]), width: Math.min(width, 420), tallest: 34, widest: 34,
+  return figure("The places it takes", `Its share of the choices at each place over the fair share: blank where it takes none, 1 is fair. ${analysed()}.`,
+    matrix({ values, colour, print: (value) => number(value, 1), rows: named(layer.grid[0]), columns: named(layer.grid[1]), width: Math.min(width, 420), tallest: 34, widest: 34,
       label: `Load of expert ${expert} by place`, lines: (r, c) => [`row ${r + 1}, column ${c + 1}`, `${times(values[r][c])} its fair share`] }),
-    colourBar((value) => diverging(value >= 1 ? (value - 1) / (most - 1) : value - 1), 0, most, times, "of the fair share"));
+    colourBar(colour, 0, most, times, "of the fair share"));
 }
 
 /** One expert in full. */

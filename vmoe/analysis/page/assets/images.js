@@ -27,7 +27,7 @@ function imageStrip(onPick) {
       "aria-selected": `${image === state.image}`, class: SAMPLE.label[image] === null || isRight(image) ? "" : "wrong",
       "aria-label": verdictText(image) });
     option.addEventListener("click", () => pick(image));
-    tipOn(option, () => [`Image ${image}`, verdictText(image)]);
+    tipOn(option, () => [imageName(image), verdictText(image)]);
     return option;
   });
   if (options.length && !shown.includes(state.image)) options[0].tabIndex = 0;
@@ -53,12 +53,15 @@ function imageStrip(onPick) {
   return shown.length ? strip : make("p", { class: "note" }, "No image of the sample passes this filter.");
 }
 
+/** An image by its place in the data set. */
+const imageName = (image) => `Image ${SAMPLE.number[image]}`;
+
 const verdictText = (image) => `true: ${className(SAMPLE.label[image])}; predicted: ${className(SAMPLE.predicted[image])} (${percent(SAMPLE.confidence[image], 0)})`;
 
 function verdict() {
   const { image } = state;
   const known = SAMPLE.label[image] !== null;
-  return make("p", { class: "verdict" }, `Image ${image} · true class `, make("b", {}, className(SAMPLE.label[image])), " · predicted ",
+  return make("p", { class: "verdict" }, `${imageName(image)} · true class `, make("b", {}, className(SAMPLE.label[image])), " · predicted ",
     make("b", {}, className(SAMPLE.predicted[image])), ` with ${percent(SAMPLE.confidence[image], 0)} `,
     known && make("span", { class: isRight(image) ? "good" : "bad" }, isRight(image) ? "✓ right" : "✗ wrong"));
 }
@@ -68,7 +71,7 @@ function modes() {
   const any = (test) => REPORT.layers.some(test);
   return [
     { value: "first", name: any((layer) => layer.kind === "slots") ? "Largest weight" : "First choice" },
-    { value: "second", name: "Second", disabled: SAMPLE.tops.every((top) => top < 2) },
+    { value: "second", name: "Second choice", disabled: SAMPLE.tops.every((top) => top < 2) },
     { value: "one", name: "One expert" },
     { value: "dispatch", name: "Dispatch to one", disabled: SAMPLE.layers.every((layer) => !layer.dispatch) },
     { value: "entropy", name: "Entropy" }, { value: "dropped", name: "Dropped" },
@@ -112,11 +115,11 @@ class Panels {
   }
 
   draw() {
-    const view = document.getElementById("views").clientWidth;
+    const view = viewWidth();
     const room = view > 860 ? view - 350 - 28 : view;
-    const wanted = REPORT.layers.length + 1;
-    const least = Math.min(room > 500 ? 190 : 150, room);
-    const columns = Math.max(1, Math.min(Math.floor((room + 16) / (least + 16)), wanted <= 5 ? Math.ceil(wanted / (room > 1300 ? 1 : 2)) : 99));
+    const least = room > 1300 ? 260 : room > 500 ? 190 : 150;
+    const fitting = Math.max(1, Math.floor((room + 16) / (least + 16)));
+    const columns = Math.ceil((REPORT.layers.length + 1) / Math.ceil((REPORT.layers.length + 1) / fitting));
     this.width = Math.min(440, Math.floor((room - 16 * (columns - 1)) / columns));
     this.node.style.gridTemplateColumns = `repeat(${columns}, ${this.width}px)`;
     this.node.replaceChildren(this.picture(), ...REPORT.layers.map((_, layer) => this.panel(layer)));
@@ -138,7 +141,7 @@ class Panels {
     const routed = maps(index);
     const takes = layer.kind === "slots" ? layer.router : `K = ${layer.top_k}`;
     return make("figure", { class: "panel", "data-layer": index }, make("h4", { title: layer.name }, layer.name),
-      make("small", {}, this.note(index) ?? `${layer.num_experts} experts, ${takes}, ${layer.grid.join(" × ")} patches`),
+      make("small", {}, this.note(index) ?? `E = ${layer.num_experts}, ${takes}, ${layer.grid.join(" × ")} patches`),
       this.reachable(drawMap(index, state.image, this.width), index, layer.name),
       layer.prefix > 0 && make("div", { class: "prefix" }, range(layer.prefix).map((token) => this.prefixToken(index, routed, token))));
   }
@@ -222,9 +225,8 @@ class Panels {
 
 /** Opens the view of images at a patch of an image. */
 function showPatch(image, spot) {
-  Object.assign(state, { image: Math.min(image, SAMPLE.mapped - 1), filter: "all", spot: image < SAMPLE.mapped ? spot : null, pinned: image < SAMPLE.mapped });
+  Object.assign(state, { image, filter: "all", spot, pinned: true });
   openTab("images", true);
-  if (image >= SAMPLE.mapped) announce(`The page holds no routing of image ${image}`);
 }
 
 function imagesView() {

@@ -102,8 +102,8 @@ function mostSimilar(image, spot) {
 
 function similarPatches(image, spot) {
   const tiles = mostSimilar(image, spot).map((entry) => patchTile(finestLayer(), entry,
-    `${percent(entry.score, 0)} · ${className(SAMPLE.label[entry.image])}`,
-    [`image ${entry.image}, ${className(SAMPLE.label[entry.image])}`, `${percent(entry.score)} of the gates shared`]));
+    [percent(entry.score, 0), className(SAMPLE.label[entry.image])],
+    [`${imageName(entry.image)}, ${className(SAMPLE.label[entry.image])}`, `${percent(entry.score)} of the gates shared`]));
   return make("div", {}, make("h3", {}, "Patches that are routed most alike"),
     make("p", { class: "legend" }, `The best of each other image among ${plural(SAMPLE.mapped, "image")}: the share of gate that goes to the same experts, averaged over layers.`),
     make("div", { class: "tiles similar" }, tiles));

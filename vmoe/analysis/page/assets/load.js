@@ -24,7 +24,7 @@ function loadOverview() {
   const most = largest(REPORT.layers.map((layer) => layer.num_experts));
   const values = REPORT.layers.map((layer) => range(most).map((expert) => layer.load[expert] ?? null));
   return figure("Load of every expert in every layer", `A row a layer, a column an expert: blank is the fair share, blue above, orange below, darkest orange dead. ${analysed()}.`,
-    matrix({ values, colour: loadColour, rows: { names: shortNames }, columns: { experts: range(most) }, width: columnsOf(200).width * columnsOf(200).count, tallest: 26, widest: 44,
+    matrix({ values, colour: loadColour, rows: { names: shortNames }, columns: { experts: range(most) }, width: viewWidth(), tallest: 26, widest: 44,
       label: "Load by layer and expert", rowLabel: layerAxis === "layer" ? "" : `Rows: ${layerAxis}`, lines: (layer, expert) => [`${layerNames[layer]}, expert ${expert}`, values[layer][expert] === null ? "no such expert" : `${times(values[layer][expert])} its fair load`] }),
     loadBar());
 }
@@ -36,13 +36,12 @@ function loadByLayer() {
   const plots = [
     ["Coefficient of variation of load", "standard deviation / mean (0 = all equal)", points((layer) => layer.load_cv), number],
     ["Largest load", "times the fair share", points((layer) => layer.max_load), times],
-    ["Dropped choices", "share of choices, %", points((layer) => layer.dropped), percent],
-    ["Gate entropy", "share of its maximum, ln E", points((layer) => layer.entropy / Math.log(layer.num_experts)), percent],
+    ["Dropped choices", "% of choices", points((layer) => layer.dropped), percent],
+    ["Gate entropy", "% of its maximum, ln E", points((layer) => layer.entropy / Math.log(layer.num_experts)), percent],
   ];
-  const text = (format) => (format === percent ? (value) => `${number(100 * value, 1)}` : null);
   return figure("Balance by layer", `How unevenly each layer shares its work. ${analysed()}.`,
     sideBySide(plots, 300, ([title, unit, values, format], width) => make("figure", {}, make("h4", {}, title),
-      values.some(Boolean) ? byLayer([{ name: title.toLowerCase(), points: values }], { width, yLabel: unit, format, text: text(format), mean: title })
+      values.some(Boolean) ? byLayer([{ name: title.toLowerCase(), points: values }], { width, yLabel: unit, format, scale: format === percent ? 100 : 1, mean: title })
         : make("p", { class: "note" }, "Not measured: these routers drop no choices."))));
 }
 
@@ -59,7 +58,8 @@ function trainingStrip(name, width) {
 }
 
 function loadOverTraining() {
-  const names = Object.keys(REPORT.training?.layers ?? {});
+  const all = Object.keys(REPORT.training?.layers ?? {});
+  const names = manyLayers ? all.filter((name) => name === layerNames[state.layer]) : all;
   if (!names.length) return missing("Load over training", "The checkpoint's folder holds no metrics.csv with the load of its experts.");
   return figure("Load over training", "A row an expert, time to the right: blank is the fair share, blue above, orange below, darkest orange dead.",
     sideBySide(names, 420, (name, width) => trainingStrip(name, width), 800), loadBar());
@@ -67,7 +67,10 @@ function loadOverTraining() {
 
 function loadView() {
   if (!REPORT.layers.length) return [missing("Load", "A dense model has no experts to share the work.")];
-  return [make("h2", {}, "Is the work shared?"), figure("Load by expert", `An expert's share of all choices over its fair share 1/E. The line is fair; an expert at 0 is dead. ${analysed()}.`,
-    sideBySide(REPORT.layers, REPORT.layers.length > 8 ? 300 : 400, (_, width, index) => loadBars(index, width))),
-  loadByLayer(), REPORT.layers.length > 1 && loadOverview(), loadOverTraining()];
+  const legend = `An expert's share of all choices over its fair share 1/E. The line is fair; an expert at 0 is dead. ${analysed()}.`;
+  const training = live(loadOverTraining);
+  const one = live(() => [manyLayers && layerPicker(() => { one.refresh(); training.refresh(); }), figure("Load by expert", legend,
+    manyLayers ? loadBars(state.layer, Math.min(viewWidth(), 1400)) : sideBySide(REPORT.layers, 400, (_, width, index) => loadBars(index, width)))]);
+  const rest = [loadByLayer(), REPORT.layers.length > 1 && loadOverview()];
+  return [make("h2", {}, "Is the work shared?"), manyLayers ? [rest[1], rest[0], one.node] : [one.node, ...rest], training.node];
 }

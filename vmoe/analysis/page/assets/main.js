@@ -63,7 +63,7 @@ function openTab(id, jump = false) {
 
 function redraw() {
   hideTip();
-  document.getElementById(`panel-${state.tab}`).replaceChildren(...TABS.find((tab) => tab.id === state.tab).view().flat().filter(Boolean));
+  document.getElementById(`panel-${state.tab}`).replaceChildren(...TABS.find((tab) => tab.id === state.tab).view().flat(Infinity).filter(Boolean));
 }
 
 const THEMES = ["auto", "light", "dark"];

@@ -6,9 +6,10 @@ const LABEL = "12px system-ui, sans-serif";
  * A matrix.
  *
  * values: [rows][columns]; colour(value) -> CSS colour; rows, columns: {names, experts} where experts are drawn as chips;
- * lines(row, column) -> what a cell says; label: the matrix in words; width: what it may take; square: equal sides.
+ * lines(row, column) -> what a cell says; print(value) -> what is written in a cell that has room; label: the matrix in
+ * words; width: what it may take.
  */
-function matrix({ values, colour, rows, columns, lines, label, width, tallest = 30, widest = 56, rowLabel = "", columnLabel = "" }) {
+function matrix({ values, colour, rows, columns, lines, print, label, width, tallest = 30, widest = 56, rowLabel = "", columnLabel = "" }) {
   const probe = document.createElement("canvas").getContext("2d");
   probe.font = LABEL;
   const [down, across] = [values.length, values[0]?.length ?? 0];
@@ -30,6 +31,17 @@ function matrix({ values, colour, rows, columns, lines, label, width, tallest = 
     context.fillStyle = value === null ? empty : colour(value, r, c);
     context.fillRect(left + c * cellWidth, top + r * cellHeight, cellWidth - inset, cellHeight - inset);
   }));
+  if (print && cellWidth >= 30 && cellHeight >= 18) {
+    context.font = "11.5px system-ui, sans-serif";
+    context.textAlign = "center";
+    context.textBaseline = "middle";
+    values.forEach((row, r) => row.forEach((value, c) => {
+      if (value === null) return;
+      context.fillStyle = inkOver(colour(value, r, c));
+      context.fillText(print(value), left + (c + 0.5) * cellWidth - 0.5, top + (r + 0.5) * cellHeight);
+    }));
+    context.textAlign = "left";
+  }
   context.font = LABEL;
   context.fillStyle = paint("--muted");
   context.textBaseline = "middle";

@@ -1,8 +1,9 @@
 // Numbers as text, colours of numbers.
 
 const isNumber = (value) => typeof value === "number" && Number.isFinite(value);
-const withMinus = (text) => text.replace("-", "−");
+const withMinus = (text) => (/^-[0.]*$/.test(text) ? text.slice(1) : text.replace("-", "−"));
 const number = (value, digits = 2) => (isNumber(value) ? withMinus(value.toFixed(digits)) : "–");
+const brief = (value) => (isNumber(value) ? withMinus(`${Number(value.toPrecision(2))}`) : "–");
 const percent = (value, digits = 1) => (isNumber(value) ? `${withMinus((100 * value).toFixed(digits))} %` : "–");
 const count = (value) => (isNumber(value) ? value.toLocaleString("en") : "–");
 const times = (value) => `${number(value, value >= 10 ? 1 : 2)}×`;

@@ -33,8 +33,8 @@ function thumbnail(image, side, patch = null, attributes = {}) {
     return node;
   }
   const { rows, columns, spot, colour } = patch;
-  // A window of about seven patches, square in pixels, shifted to stay inside the picture.
-  const wanted = Math.min(1, 7 / Math.min(rows, columns));
+  // A window of about five patches, square in pixels, shifted to stay inside the picture.
+  const wanted = Math.min(1, 5 / Math.min(rows, columns));
   const part = { width: Math.min(1, wanted / Math.max(1, aspect)), height: Math.min(1, wanted * Math.min(1, aspect)) };
   part.x = Math.min(Math.max(spot.x - part.width / 2, 0), 1 - part.width);
   part.y = Math.min(Math.max(spot.y - part.height / 2, 0), 1 - part.height);
@@ -51,18 +51,21 @@ function thumbnail(image, side, patch = null, attributes = {}) {
     context.strokeStyle = style;
     context.strokeRect(box[0] - grow, box[1] - grow, box[2] + 2 * grow, box[3] + 2 * grow);
   };
-  frame(1, Math.max(3.5, side / 20), "#000000");
-  frame(1, Math.max(2, side / 36), colour ?? "#ffffff");
+  const thick = Math.max(2, side / 34);
+  frame(thick / 2 + 0.5, thick + 2, "#000000");
+  frame(thick / 2 + 0.5, thick, colour ?? "#ffffff");
   return node;
 }
 
-/** A patch in its picture that leads to its image: a button. */
+/** A patch in its picture that leads to its image: a button with lines below and more in its tip. */
 function patchTile(layer, entry, caption, lines) {
   const [rows, columns] = REPORT.layers[layer].grid;
   const spot = spotOf(layer, entry.patch);
-  const button = make("button", { class: "tile", type: "button", "aria-label": lines.join(", "), onclick: () => showPatch(entry.image, spot) },
-    thumbnail(entry.image, 84, { rows, columns, spot, colour: entry.colour }), make("span", {}, caption));
-  tipOn(button, () => lines);
+  const mapped = entry.image < SAMPLE.mapped;
+  const says = [...lines, mapped ? "a click shows its image in all layers" : "this page holds its picture, not its routing"];
+  const button = make("button", { class: "tile", type: "button", "aria-label": says.join(", "), "aria-disabled": mapped ? null : "true", onclick: () => mapped && showPatch(entry.image, spot) },
+    thumbnail(entry.image, 84, { rows, columns, spot, colour: entry.colour }), caption.map((text) => make("span", {}, text)));
+  tipOn(button, () => says);
   return button;
 }
 

@@ -1,43 +1,54 @@
 // Plots of a few numbers as SVG. A plot is one stop of the Tab key; the arrow keys walk along its marks.
 
-/** A number line for values that all have to be seen: from `from` (or lower) to a little above the largest. */
+/** The range of values that all have to be seen, and `from` with them; not narrower than `least`. */
 function span(values, from = 0, least = 0.01) {
   const finite = values.filter(isNumber);
   const low = Math.min(from, ...finite);
-  const high = Math.max(from, ...finite);
-  const room = Math.max(high - low, least);
-  return { low: low < from ? low - 0.06 * room : from, high: Math.max(low + least, high + 0.06 * room) };
+  return { low, high: Math.max(low + least, ...finite) };
+}
+
+/** A range as an axis with round ticks, which enclose it but for a small overhang. Labels give `scale` times the value. */
+function axis({ low, high, scale = 1 }, wanted) {
+  const inside = niceTicks(low, high, wanted);
+  const step = inside.length > 1 ? inside[1] - inside[0] : high - low;
+  const first = Math.floor(low / step + 0.3);
+  const last = Math.ceil(high / step - 0.3);
+  const ticks = range(last - first + 1).map((index) => (first + index) * step);
+  const text = tickText(ticks.map((tick) => scale * tick));
+  return { low: Math.min(low, ticks[0]), high: Math.max(high, ticks.at(-1)), ticks, text: (value) => text(scale * value) };
 }
 
 /**
  * The frame of a plot.
  *
- * x: {labels} for places beside each other, or {low, high, ticks, text} for numbers. y: {low, high, text}.
+ * x: {labels} for places beside each other, or {low, high, ticks, text} for numbers. y: {low, high, scale}.
  * Gives {svg, across(x), up(y), step, marks}; `finish` makes it reachable.
  */
 function frame({ width, height, x, y, xLabel = "", yLabel = "" }) {
-  const yTicks = y.ticks ?? niceTicks(y.low, y.high, height < 150 ? 3 : 5);
-  const text = y.text ?? tickText(yTicks);
-  const left = 12 + 7 * largest(yTicks.map((tick) => text(tick).length));
+  const { low, high, ticks, text } = axis(y, 4);
+  const left = 12 + 7 * largest(ticks.map((tick) => text(tick).length));
   const box = { left, right: width - 8, top: yLabel ? 24 : 10, bottom: height - (xLabel ? 40 : 24) };
-  const up = (value) => box.bottom - (value - y.low) / (y.high - y.low) * (box.bottom - box.top);
+  const up = (value) => box.bottom - (value - low) / (high - low) * (box.bottom - box.top);
   const step = x.labels ? (box.right - box.left) / x.labels.length : null;
   const across = x.labels ? (index) => box.left + (index + 0.5) * step
     : (value) => box.left + 8 + (value - x.low) / ((x.high - x.low) || 1) * (box.right - box.left - 16);
   const svg = shape("svg", { width, height, viewBox: `0 0 ${width} ${height}` });
-  for (const tick of yTicks) {
+  for (const tick of ticks) {
     svg.append(shape("line", { class: "rule", x1: box.left, x2: box.right, y1: up(tick), y2: up(tick) }),
       shape("text", { class: "faint", x: box.left - 6, y: up(tick) + 4, "text-anchor": "end" }, text(tick)));
   }
   if (yLabel) svg.append(shape("text", { class: "faint", x: 0, y: 12 }, yLabel));
   if (xLabel) svg.append(shape("text", { class: "faint", x: (box.left + box.right) / 2, y: height - 4, "text-anchor": "middle" }, xLabel));
   const labels = x.labels ?? x.ticks.map(x.text ?? tickText(x.ticks));
-  const widest = largest(labels.map((label) => `${label}`.length)) * 7 + 8;
-  const every = Math.max(1, Math.ceil(widest / (x.labels ? step : (box.right - box.left) / labels.length)));
+  const half = (label) => 3.5 * `${label}`.length + 4;
+  const places = labels.map((_, index) => across(x.labels ? index : x.ticks[index]));
+  const worded = Number.isNaN(Number(labels.at(-1)));  // such as "random": always shown
+  const every = Math.max(1, Math.ceil(2 * largest(labels.slice(0, worded ? -1 : undefined).map(half)) / (places[1] - places[0] || 1)));
+  const free = worded ? places.at(-1) - half(labels.at(-1)) : Infinity;
   labels.forEach((label, index) => {
-    if (index % every) return;
-    const place = across(x.labels ? index : x.ticks[index]);
-    svg.append(shape("text", { class: "faint", x: place, y: box.bottom + 16, "text-anchor": "middle" }, `${label}`));
+    const isLast = worded && index === labels.length - 1;
+    if (!isLast && (index % every || places[index] + half(label) > free)) return;
+    svg.append(shape("text", { class: "faint", x: places[index], y: box.bottom + 16, "text-anchor": "middle" }, `${label}`));
   });
   return { svg, across, up, step, box, marks: [] };
 }
@@ -110,11 +121,13 @@ function symbol(x, y, series, size = 5) {
   return shape("path", { d: `M${x} ${y - size - 1}L${x + size + 1} ${y + size}L${x - size - 1} ${y + size}Z`, ...look });
 }
 
-/** A point with its interval. */
+/** A point with its interval; pale where it is no more than chance. */
 function dot(plot, x, point, lines, series = 0) {
   if (!isNumber(point.value)) return;
   whisker(plot, x, point);
-  mark(plot, symbol(x, plot.up(point.value), series), lines);
+  const node = symbol(x, plot.up(point.value), series);
+  if (point.beats_null === false) node.setAttribute("opacity", "0.35");
+  mark(plot, node, lines);
 }
 
 /** A line through points [[x, y], ...] in the units of the plot; breaks where y is missing. */
@@ -135,10 +148,10 @@ function keys(names) {
     }), symbol(17, 7, index, 4)), name)));
 }
 
-/** Series by layer: points with their intervals, joined. Series: [{name, points: [{value, low, high} or null]}]. */
-function byLayer(series, { width, height = 190, yLabel, format = number, from = 0, upTo = null, text = null, mean = "" }) {
-  const all = series.flatMap((each) => each.points.filter(Boolean).flatMap((point) => [point.value, point.low, point.high]));
-  const y = { ...span(upTo === null ? all : [...all, upTo], from), ...(text && { text }) };
+/** Series by layer: points with their intervals, joined. Series: [{name, points: [{value, low, high, chance} or null]}]. */
+function byLayer(series, { width, height = 190, yLabel, format = number, from = 0, upTo = null, scale = 1, mean = "" }) {
+  const all = series.flatMap((each) => each.points.filter(Boolean).flatMap((point) => [point.value, point.low, point.high, point.chance]));
+  const y = { ...span(upTo === null ? all : [...all, upTo], from), scale };
   const plot = frame({ width, height, x: { labels: shortNames }, y, xLabel: layerAxis, yLabel });
   const shift = (index) => (series.length - 1 ? (index / (series.length - 1) - 0.5) * Math.min(18, plot.step * 0.4) : 0);
   series.forEach((each, index) => {
@@ -146,7 +159,15 @@ function byLayer(series, { width, height = 190, yLabel, format = number, from = 
   });
   layerNames.forEach((name, layer) => series.forEach((each, index) => {
     const point = each.points[layer];
-    if (point) dot(plot, plot.across(layer) + shift(index), point, [name, `${each.name}: ${withInterval(point, format)}`], index);
+    if (!point) return;
+    const x = plot.across(layer) + shift(index);
+    const lines = [name, `${each.name}: ${withInterval(point, format)}`];
+    if (isNumber(point.chance)) {
+      plot.svg.append(shape("line", { class: "axis", x1: x - 9, x2: x + 9, y1: plot.up(point.chance), y2: plot.up(point.chance) }));
+      lines.push(`chance: ${format(point.chance)}`);
+    }
+    if ("beats_null" in point) lines.push(point.beats_null ? "beats its null" : "does not beat its null");
+    dot(plot, x, point, lines, index);
   }));
   return finish(plot, mean || yLabel);
 }

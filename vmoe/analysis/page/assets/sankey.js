@@ -5,7 +5,7 @@ const FINEST = 0.002; // share of patches; thinner ribbons are left out
 /** Ribbons through all layers: flows are REPORT.flows, shares of patches by first choice. */
 function sankey(flows, width) {
   const height = 340;
-  const step = Math.max(150, Math.min(330, (width - 60) / flows.length));
+  const step = Math.max(150, Math.min(560, (width - 60) / flows.length));
   const [bar, top, gap] = [16, 26, 3];
   const whole = 30 + flows.length * step + 30;
   const svg = shape("svg", { width: whole, height, viewBox: `0 0 ${whole} ${height}`, style: { maxWidth: "none" } });

@@ -10,7 +10,7 @@ function claim(property) {
   if (!beaten.length) return `${property}: no layer beats its null, so nothing is claimed.`;
   const best = beaten.reduce((a, b) => (REPORT.layers[b].specialisation[property].nmi > REPORT.layers[a].specialisation[property].nmi ? b : a));
   const { nmi } = REPORT.layers[best].specialisation[property];
-  return `${property}: beats its null in ${beaten.length} of ${plural(measured.length, "layer")}; strongest in ${layerNames[best]} (NMI ${number(nmi, 3)}).`;
+  return `${property}: beats its null in ${beaten.length} of ${plural(measured.length, "layer")}; strongest in ${layerNames[best]} (NMI ${brief(nmi)}).`;
 }
 
 /** NMI with one property by layer, with its bootstrap interval, over the band of the null. */
@@ -39,30 +39,32 @@ function nmiKeys() {
   return make("div", { class: "keys" }, key(0, "beats its null"), key(3, "does not"), band);
 }
 
-/** Expert x class log-ratios of the chosen layer. */
-function classMatrix() {
+/** Log-ratios of experts and classes in the chosen layer, and of experts and what a patch shows where that is known. */
+function preferences() {
   const layer = REPORT.layers[state.layer];
-  const ratios = layer.class_log_ratio;
-  if (!ratios) return missing("Experts and classes", "The images have no labels.");
+  return [layer.class_log_ratio ? preferenceMatrix(layer, layer.class_log_ratio, "class", "classes", className) : missing("Which classes the experts take", "The images have no labels."),
+    layer.patch_log_ratio && preferenceMatrix(layer, layer.patch_log_ratio, "patch label", "patch labels", (index) => REPORT.patch_names[index])];
+}
+
+function preferenceMatrix(layer, ratios, property, many, nameOf) {
   const own = table(ratios.matrix);
   const order = table(ratios.order);
   const values = own.map((row) => order.map((index) => row[index]));
   const most = Math.min(3, Math.max(0.1, largest(values.flat().map((value) => (isNumber(value) ? Math.abs(value) : 0)))));
-  const link = layer.specialisation?.class;
-  const warning = !link?.beats_null && "In this layer the link of expert and class does not beat its null: differences between cells are what routing at random would also show.";
-  const across = columnsOf(200);
-  return figure(`Which classes the experts of ${layer.name} take`, `ln [P(class | expert) / P(class)]: 0 is no preference, blue more often, orange less often than among all patches; similar classes stand beside each other. ${analysed()}, ${count(patchesOf(layer))} patches.`,
+  const link = layer.specialisation?.[property];
+  const warning = !link?.beats_null && `In this layer the link of expert and ${property} does not beat its null: differences between cells are what routing at random would also show.`;
+  return figure(`Which ${many} the experts of ${layer.name} take`, `ln [P(${property} | expert) / P(${property})]: 0 is no preference, blue more often, orange less often than among all patches; similar ${many} stand beside each other. ${analysed()}, ${count(patchesOf(layer))} patches.`,
     warning && make("p", { class: "bad warning" }, warning),
-    matrix({ values, colour: (value) => diverging(value / most), rows: { experts: range(values.length) }, columns: { names: order.map(className) }, width: across.width * across.count + 24 * (across.count - 1), widest: 64,
-      label: `Log-ratio of classes by expert in ${layer.name}`, lines: (expert, column) => [`expert ${expert}, ${className(order[column])}`, isNumber(values[expert][column])
+    matrix({ values, print: number, colour: (value) => diverging(value / most), rows: { experts: range(values.length) }, columns: { names: order.map(nameOf) }, width: viewWidth(), widest: 64,
+      label: `Log-ratio of ${many} by expert in ${layer.name}`, lines: (expert, column) => [`expert ${expert}, ${nameOf(order[column])}`, isNumber(values[expert][column])
         ? `log-ratio ${number(values[expert][column])}: ${times(Math.exp(values[expert][column]))} as often as among all patches` : "never together"] }),
-    colourBar((value) => diverging(value / most), -most, most, (value) => number(value, 1), "natural log; stronger preferences have the end's colour; grey: expert and class never met"));
+    colourBar((value) => diverging(value / most), -most, most, (value) => number(value, 1), "natural log; stronger preferences have the end's colour; grey: never together"));
 }
 
 function specialisationView() {
   if (!REPORT.layers.length) return [missing("Specialisation", "A dense model has no experts.")];
   const names = properties();
-  const classes = live(classMatrix);
+  const classes = live(preferences);
   return [make("h2", {}, "Do experts specialise, beyond chance?"),
     names.length ? figure("What an expert says about a patch, against chance",
       `Normalised mutual information of a patch's expert with its image's class and with the patch's own properties; lines are bootstrap 95 % intervals. Only a point above the grey band is a link. Each plot has its own scale. ${analysed()}.`,

@@ -19,9 +19,11 @@ function paint(variable) {
 
 const expertColour = (expert) => PALETTE[expert % PALETTE.length];
 
-/** Black or white, whichever contrasts more with a colour (WCAG 2). */
-function inkOn(hex) {
-  const [r, g, b] = channels(hex).map((value) => value / 255)
+const inkOn = (hex) => inkOver(`rgb(${channels(hex).join(" ")})`);
+
+/** Black or white, whichever contrasts more with a colour "rgb(r g b)" (WCAG 2). */
+function inkOver(colour) {
+  const [r, g, b] = colour.slice(4, -1).split(" ").map((value) => Number(value) / 255)
     .map((value) => (value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4));
   return 0.2126 * r + 0.7152 * g + 0.0722 * b > Math.sqrt(1.05 * 0.05) - 0.05 ? "#000000" : "#ffffff";
 }
@@ -49,7 +51,10 @@ const shortNames = (() => {
   return parts.map((each) => (each.length > start + end ? each.slice(start, each.length - end) : each).join("."));
 })();
 
-const layerAxis = shortNames === layerNames ? "layer" : `layer (${layerNames[0].replace(shortNames[0], "…")})`;
+const layerAxis = shortNames === layerNames ? "layer" : `layer (${layerNames[0].replace(shortNames[0], "N")})`;
+/** Too many layers to draw each: an overview as a matrix, and one layer in full. */
+const manyLayers = REPORT.layers.length > 12;
+
 const prefixName = (index) => (index === 0 ? "class token" : `register ${index}`);
 
 const analysed = () => `n = ${count(REPORT.provenance.num_images)} images`;
@@ -67,15 +72,17 @@ function layerPicker(onPick) {
 
 /** Columns of at least so many pixels that fit into the view: {count, width}. */
 function columnsOf(least, gap = 24, most = Infinity) {
-  const width = document.getElementById("views").clientWidth;
+  const width = viewWidth();
   const number = Math.max(1, Math.min(most, Math.floor((width + gap) / (least + gap))));
   return { count: number, width: Math.floor((width - gap * (number - 1)) / number) };
 }
 
+const viewWidth = () => document.getElementById("views").clientWidth;
+
 /** Things side by side in equal columns of at least `least` pixels; build(item, width) makes each. */
 function sideBySide(items, least, build, widest = 620) {
-  const { count: fitting } = columnsOf(least);
-  const { count: columns, width } = columnsOf(least, 24, Math.max(1, Math.min(fitting, items.length)));
+  const rows = Math.ceil(items.length / columnsOf(least).count);  // as few as possible, then of equal length
+  const { count: columns, width } = columnsOf(least, 24, Math.max(1, Math.ceil(items.length / rows)));
   const taken = Math.min(width, widest);
   return make("div", { class: "grid", style: { gridTemplateColumns: `repeat(${columns}, ${taken}px)` } },
     items.map((item, index) => build(item, taken, index)));
