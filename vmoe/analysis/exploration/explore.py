@@ -139,7 +139,14 @@ def explore(
         causes = find_causes(subject, some, options.capacity_factors, options.seed)
     report = {
         "title": f"What the experts of {subject.name} do",
-        "provenance": {"seed": options.seed, "num_images": collection.images, **(provenance or {})},
+        "provenance": {
+            "seed": options.seed,
+            "num_images": collection.images,
+            "probe_images": min(options.probe_images, collection.images),
+            "cause_images": min(options.cause_images, collection.images),
+            "replicates": options.replicates,
+            **(provenance or {}),
+        },
         "classes": list(subject.class_names),
         "patch_names": None if patch_names is None else list(patch_names),
         "accuracy": wilson(collection.correct, collection.images).as_dict(),

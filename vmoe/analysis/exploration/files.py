@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from vmoe.analysis.exploration.explore import Exploration
+from vmoe.analysis.exploration.figures import draw_figures
 from vmoe.analysis.page import write_page
 from vmoe.files import atomic_write, write_json
 
@@ -19,6 +20,8 @@ def write_exploration(exploration: Exploration, out: str | Path) -> None:
     out = Path(out)
     write_page(exploration.report, exploration.images, out / "index.html")
     write_json(out / "data" / "report.json", exploration.report)
+    for name, page in draw_figures(exploration.report):
+        page.save(out / "figures" / f"{name}.png")
     with atomic_write(out / "data" / "images.npz") as temporary:
         np.savez_compressed(temporary, **flat_images(exploration.images))
 

@@ -80,7 +80,7 @@ def _ablation(report: dict[str, Any]) -> Iterator[str]:
         return
     needed = [(layer, part) for layer, part in tried if part["high"] < 0]
     if not needed:
-        yield f"Without any single one of the {len(tried)} experts accuracy does not change by more than chance has it."
+        yield f"None of the {len(tried)} experts is missed when left out alone: every interval reaches zero."
         return
     layer, worst = min(needed, key=lambda pair: pair[1]["change"])
     index = min(range(len(worst["by_class"])), key=worst["by_class"].__getitem__)
@@ -99,7 +99,7 @@ def _random_router(layers: list[dict[str, Any]]) -> Iterator[str]:
     if worst["high"] < 0:
         yield f"Routing at random costs most in {name}: {_points(worst)} of accuracy."
     else:
-        yield "Routing at random in any one layer does not lower accuracy by more than chance has it."
+        yield "Random routing in a single layer does not lower accuracy: every interval reaches zero."
 
 
 def _capacity(settings: list[dict[str, Any]] | None) -> Iterator[str]:
