@@ -94,8 +94,8 @@ def _specialisation(report: Report) -> Page:
     layers = report["layers"]
     features = list(layers[0]["specialisation"])
     legend = (
-        "Normalised mutual information of expert and feature with 95 % intervals over images; below the grey lie 95 % of "
-        "the permutations; hollow: chance not beaten."
+        "Normalised mutual information of expert and feature with 95 % intervals over images; below the grey lie 95 % "
+        "of the permutations; hollow: chance not beaten."
     )
     page, places = panel_page("What experts specialise in", _about(report), legend, len(features), _PLOT, 3, left=40)
     for feature, (x, y) in zip(features, places, strict=True):
@@ -121,8 +121,8 @@ def _ratio_matrix(report: Report, layer: Report, ratio: Report, names: list[str]
     verdict = f"NMI {part['nmi']:.3f}, chance {part['null_mean']:.3f}"
     verdict += "" if part["beats_null"] else ": no more than chance"
     legend = (
-        f"The natural logarithm of P({what} | expert) / P({what}): blue, the expert takes more of it than experts do on "
-        "average; brown, less. Columns that are alike stand side by side."
+        f"The natural logarithm of P({what} | expert) / P({what}): blue, the expert takes more of it than experts do "
+        "on average; brown, less. Columns that are alike stand side by side."
     )
     size = (columns * cell[0], experts * cell[1] + (160 if shown else 30))
     page, places = panel_page(
