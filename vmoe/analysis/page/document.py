@@ -17,11 +17,13 @@ from vmoe.analysis.palette import NUM_COLOURS, expert_hex
 from vmoe.files import atomic_write
 
 PAGE_CHARACTERS = 24_500_000  # of the page at most; 25 MB is what it promises
-_PICTURE_CHARACTERS = 7_000_000
+_NUMBERS_PART, _PICTURES_PART = 0.6, 0.3  # of the page at most; what remains is for the routing of the pictures
+_CODE_CHARACTERS = 400_000
+_CLASS_TABLES = ("ablation_by_class", "class_log_ratio")  # what makes a report of many classes and experts large
 _SCRIPTS = (
-    "elements.js", "numbers.js", "data.js", "state.js", "tooltip.js", "plots.js", "matrix.js", "sankey.js",
-    "patches.js", "inspector.js", "images.js", "experts.js", "load.js", "specialisation.js", "structure.js",
-    "causes.js", "compare.js", "main.js",
+    "elements.js", "numbers.js", "data.js", "state.js", "tooltip.js", "plots.js", "matrix.js", "flows.js",
+    "patches.js", "inspector.js", "strip.js", "panels.js", "images.js", "experts.js", "load.js",
+    "specialisation.js", "structure.js", "causes.js", "compare.js", "main.js",
 )  # fmt: skip
 _NO_PATCH = 65_535  # in galleries shorter than the longest one
 
@@ -29,8 +31,8 @@ _NO_PATCH = 65_535  # in galleries shorter than the longest one
 def write_page(report: dict[str, Any], images: dict[str, Any], path: str | Path) -> None:
     """Writes the explorer's page: one HTML file that needs no network, at most 25 MB.
 
-    What does not fit is left out in this order: the resolution of pictures, all but the largest gates of a patch,
-    the routing of the last images. The page says what it holds.
+    What does not fit is left out: the resolution of pictures, all but the largest gates of a patch, the routing of the
+    last images, at last the tables by class. The page says what it holds.
 
     Args:
         report: The numbers, plain JSON types: see docs/explorer.md.
@@ -43,9 +45,9 @@ def write_page(report: dict[str, Any], images: dict[str, Any], path: str | Path)
     Raises:
         UserError: The file cannot be written.
     """
-    numbers = _json(compact({**report, "layers": [_columns(layer) for layer in report["layers"]]}))
-    pictures = tile(np.asarray(images["pixels"], dtype=np.uint8), _PICTURE_CHARACTERS)
-    budget = PAGE_CHARACTERS - len(numbers) - sum(map(len, pictures["sheets"])) - 400_000
+    numbers = _numbers(report)
+    pictures = tile(np.asarray(images["pixels"], dtype=np.uint8), int(_PICTURES_PART * PAGE_CHARACTERS))
+    budget = PAGE_CHARACTERS - len(numbers) - sum(map(len, pictures["sheets"])) - _CODE_CHARACTERS
     count = len(images["label"])
     mapped, tops = fit(report["layers"], images["layers"], count, max(0, budget))
     sample = {
@@ -54,8 +56,8 @@ def write_page(report: dict[str, Any], images: dict[str, Any], path: str | Path)
         "count": count,
         "mapped": mapped,
         "tops": tops,
-        "label": compact_list(images["label"]),
-        "predicted": compact_list(images["predicted"]),
+        "label": _labels(images["label"]),
+        "predicted": _labels(images["predicted"]),
         "number": [int(number) for number in images.get("number", range(count))],
         "confidence": [round(float(value), 4) for value in images["confidence"]],
         "layers": [
@@ -66,12 +68,24 @@ def write_page(report: dict[str, Any], images: dict[str, Any], path: str | Path)
     palette = _json([expert_hex(expert) for expert in range(NUM_COLOURS)])
     text = _assemble(str(report["title"]), {"report": numbers, "sample": _json(sample), "palette": palette})
     with atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="replace")  # a file's name may be no valid text
 
 
-def compact_list(values: Any) -> list[int | None]:
+def _labels(values: Any) -> list[int | None]:
     """Class indices; None where an image has no label (below zero)."""
     return [int(value) if value is not None and value >= 0 else None for value in values]
+
+
+def _numbers(report: dict) -> str:
+    """The report as JSON, without the tables by class if they alone would fill the page."""
+    layers = [_columns(layer) for layer in report["layers"]]
+    for left_out in range(len(_CLASS_TABLES) + 1):
+        names = _CLASS_TABLES[:left_out]
+        kept = [{key: value for key, value in layer.items() if key not in names} for layer in layers]
+        text = _json(compact({**report, "layers": kept, "left_out": names}))
+        if len(text) <= _NUMBERS_PART * PAGE_CHARACTERS:
+            break
+    return text
 
 
 def _columns(layer: dict) -> dict:

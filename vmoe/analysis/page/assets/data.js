@@ -33,8 +33,12 @@ function table(value) {
   if (!tables.has(value)) {
     const flat = codes(value);
     const read = "low" in value ? meaning(value) : (code) => code;
-    const part = (shape, start) => (shape.length === 0 ? read(flat[start])
-      : range(shape[0]).map((index) => part(shape.slice(1), start + index * shape.slice(1).reduce((a, b) => a * b, 1))));
+    const part = (shape, start) =>
+      shape.length === 0
+        ? read(flat[start])
+        : range(shape[0]).map((index) =>
+            part(shape.slice(1), start + index * shape.slice(1).reduce((a, b) => a * b, 1)),
+          );
     tables.set(value, part(value.shape, 0));
   }
   return tables.get(value);
@@ -45,7 +49,8 @@ const NO_PATCH = 65535;
 /** The patches of a gallery ("top" or "random") of an expert: [{image, patch, gate}]. */
 function gallery(layer, kind, expert) {
   const [image, patch, gate] = ["image", "patch", "gate"].map((name) => table(layer[kind][name])[expert]);
-  return range(image.length).filter((index) => image[index] !== NO_PATCH)
+  return range(image.length)
+    .filter((index) => image[index] !== NO_PATCH)
     .map((index) => ({ image: image[index], patch: patch[index], gate: gate[index] }));
 }
 
@@ -59,9 +64,13 @@ class Ranking {
     this.largest = packed.gates.high;
   }
 
-  expert(image, token, rank) { return this.experts[(image * this.tokens + token) * this.top + rank]; }
+  expert(image, token, rank) {
+    return this.experts[(image * this.tokens + token) * this.top + rank];
+  }
 
-  gate(image, token, rank) { return this.gateOf(this.codes[(image * this.tokens + token) * this.top + rank]) ?? 0; }
+  gate(image, token, rank) {
+    return this.gateOf(this.codes[(image * this.tokens + token) * this.top + rank]) ?? 0;
+  }
 
   /** The gate of an expert on a token; null when it is not among those the page holds. */
   gateFor(image, token, expert) {
@@ -87,9 +96,13 @@ class LayerMaps {
     this.entropyOf = meaning(packed.entropy);
   }
 
-  entropy(image, token) { return this.entropyOf(this.entropyCodes[image * this.weights.tokens + token]); }
+  entropy(image, token) {
+    return this.entropyOf(this.entropyCodes[image * this.weights.tokens + token]);
+  }
 
-  isDropped(image, token, rank) { return (this.droppedBits[image * this.weights.tokens + token] >> rank & 1) === 1; }
+  isDropped(image, token, rank) {
+    return ((this.droppedBits[image * this.weights.tokens + token] >> rank) & 1) === 1;
+  }
 
   /** Share of a token's choices that was dropped; where experts choose, 1 if none took it. */
   droppedShare(image, token) {
@@ -114,5 +127,5 @@ function maps(index) {
 /** The spot in the middle of a patch, counted row by row. */
 function spotOf(layer, patch) {
   const [rows, columns] = REPORT.layers[layer].grid;
-  return { x: (patch % columns + 0.5) / columns, y: (Math.floor(patch / columns) + 0.5) / rows, prefix: null };
+  return { x: ((patch % columns) + 0.5) / columns, y: (Math.floor(patch / columns) + 0.5) / rows, prefix: null };
 }

@@ -23,18 +23,28 @@ function shape(tag, attributes = {}, ...children) {
   return fill(document.createElementNS(SVG_NAMESPACE, tag), attributes, children);
 }
 
-/** A part of the page that can be built again: {node, refresh}. */
+/** A part of the page that can be built again: {node, refresh}. The keyboard stays on the control it was on. */
 function live(build, attributes = {}) {
   const node = make("div", attributes);
-  const refresh = () => node.replaceChildren(...[build()].flat(Infinity).filter(Boolean));
+  const controls = () => [...node.querySelectorAll("input, select, button, [tabindex]")];
+  const refresh = () => {
+    const at = controls().indexOf(document.activeElement);
+    node.replaceChildren(...[build()].flat(Infinity).filter(Boolean));
+    if (at >= 0) controls()[at]?.focus({ preventScroll: true });
+  };
   refresh();
   return { node, refresh };
 }
 
 /** A figure: its title says what is seen, its legend how to read it. */
 function figure(title, legend, ...content) {
-  return make("figure", { class: "figure" }, make("figcaption", {}, make("h3", {}, title)),
-    make("p", { class: "legend" }, legend), ...content);
+  return make(
+    "figure",
+    { class: "figure" },
+    make("figcaption", {}, make("h3", {}, title)),
+    make("p", { class: "legend" }, legend),
+    ...content,
+  );
 }
 
 /** What stands in the place of a figure without numbers. */
@@ -47,17 +57,35 @@ let choiceCount = 0;
 /** One of a few, as radio buttons in a row. Options: [{value, name, disabled}]. */
 function choice(legend, options, current, onPick) {
   const name = `choice-${++choiceCount}`;
-  return make("fieldset", { class: "choice" }, make("legend", {}, legend), options.map((option) =>
-    make("label", {}, make("input", {
-      type: "radio", name, value: option.value, checked: option.value === current, disabled: option.disabled,
-      onchange: () => onPick(option.value),
-    }), make("span", {}, option.name))));
+  return make(
+    "fieldset",
+    { class: "choice" },
+    make("legend", {}, legend),
+    options.map((option) =>
+      make(
+        "label",
+        {},
+        make("input", {
+          type: "radio",
+          name,
+          value: option.value,
+          checked: option.value === current,
+          disabled: option.disabled,
+          onchange: () => onPick(option.value),
+        }),
+        make("span", {}, option.name),
+      ),
+    ),
+  );
 }
 
 /** One of many, as a drop-down list. */
 function picker(label, options, current, onPick) {
-  const select = make("select", { onchange: () => onPick(options[select.selectedIndex].value) }, options.map((option) =>
-    make("option", { selected: option.value === current }, option.name)));
+  const select = make(
+    "select",
+    { onchange: () => onPick(options[select.selectedIndex].value) },
+    options.map((option) => make("option", { selected: option.value === current }, option.name)),
+  );
   return make("label", {}, label, " ", select);
 }
 

@@ -1,28 +1,65 @@
 // The page: head, findings, tabs, footer; what is drawn again when the window or the theme changes.
 
 const TABS = [
-  { id: "images", name: "Images", view: imagesView }, { id: "experts", name: "Experts", view: expertsView },
-  { id: "load", name: "Load", view: loadView }, { id: "specialisation", name: "Specialisation", view: specialisationView },
-  { id: "structure", name: "Structure", view: structureView }, { id: "causes", name: "Causes", view: causesView },
+  { id: "images", name: "Images", view: imagesView },
+  { id: "experts", name: "Experts", view: expertsView },
+  { id: "load", name: "Load", view: loadView },
+  { id: "specialisation", name: "Specialisation", view: specialisationView },
+  { id: "structure", name: "Structure", view: structureView },
+  { id: "causes", name: "Causes", view: causesView },
   { id: "compare", name: "Compare", view: compareView },
 ];
 
 function drawHead() {
   document.getElementById("title").textContent = REPORT.title;
   const { accuracy, layers, is_dense: dense } = REPORT;
-  const experts = layers.length ? `${plural(layers.length, "MoE layer")} of ${listed([...new Set(layers.map((layer) => layer.num_experts))].map(String))} experts` : "";
-  document.getElementById("summary").textContent = [accuracy && isNumber(accuracy.value) ? `Top-1 accuracy ${withInterval(accuracy, percent)}` : "", dense ? "dense model: no routing to see" : experts, analysed()].filter(Boolean).join(" · ");
+  const experts = layers.length
+    ? `${plural(layers.length, "MoE layer")} of ${listed([...new Set(layers.map((layer) => layer.num_experts))].map(String))} experts`
+    : "";
+  document.getElementById("summary").textContent = [
+    accuracy && isNumber(accuracy.value) ? `Top-1 accuracy ${withInterval(accuracy, percent)}` : "",
+    dense ? "dense model: no routing to see" : experts,
+    analysed(),
+  ]
+    .filter(Boolean)
+    .join(" · ");
   const findings = REPORT.findings?.length ? REPORT.findings : ["No finding stands out from these numbers."];
   document.getElementById("findings").replaceChildren(...findings.map((finding) => make("li", {}, finding)));
 }
 
 function drawFooter() {
   const { checkpoint, data, split, seed, num_images: images, versions, command } = REPORT.provenance;
-  const sizes = SAMPLE.width === SAMPLE.size[1] ? "at full size" : `at ${SAMPLE.width} × ${SAMPLE.height} of ${SAMPLE.size[1]} × ${SAMPLE.size[0]} pixels`;
-  const gates = REPORT.layers.length ? `, with the routing of ${count(SAMPLE.mapped)} of them: ${gatesHeld()}, in steps of 1/254 of their range` : "";
-  const rows = [["Checkpoint", make("code", {}, `${checkpoint}`)], ["Data", `${data}, ${split} split`], ["Images analysed", count(images)], ["Embedded here", `${plural(SAMPLE.count, "picture")} ${sizes}${gates}. Large tables are rounded to 16 or 8 bits; exact numbers are in the data files beside this page.`],
-    ["Seed", `${seed}`], ["Versions", Object.entries(versions ?? {}).map(([name, version]) => `${name} ${version}`).join(", ")], ["Command", make("code", {}, `${command}`)]];
-  document.getElementById("provenance").replaceChildren(make("dl", {}, rows.flatMap(([name, value]) => [make("dt", {}, name), make("dd", {}, value)])));
+  const sizes =
+    SAMPLE.width === SAMPLE.size[1]
+      ? "at full size"
+      : `at ${SAMPLE.width} × ${SAMPLE.height} of ${SAMPLE.size[1]} × ${SAMPLE.size[0]} pixels`;
+  const gates = REPORT.layers.length
+    ? `, with the routing of ${count(SAMPLE.mapped)} of them: ${gatesHeld()}, in steps of 1/254 of their range`
+    : "";
+  const rows = [
+    ["Checkpoint", make("code", {}, `${checkpoint}`)],
+    ["Data", `${data}, ${split} split`],
+    ["Images analysed", count(images)],
+    [
+      "Embedded here",
+      `${plural(SAMPLE.count, "picture")} ${sizes}${gates}. Large tables are rounded to 16 or 8 bits; exact numbers are in the data files beside this page.`,
+    ],
+    ["Seed", `${seed}`],
+    [
+      "Versions",
+      Object.entries(versions ?? {})
+        .map(([name, version]) => `${name} ${version}`)
+        .join(", "),
+    ],
+    ["Command", make("code", {}, `${command}`)],
+  ];
+  document.getElementById("provenance").replaceChildren(
+    make(
+      "dl",
+      {},
+      rows.flatMap(([name, value]) => [make("dt", {}, name), make("dd", {}, value)]),
+    ),
+  );
 }
 
 function gatesHeld() {
@@ -32,8 +69,28 @@ function gatesHeld() {
 
 function drawTabs() {
   const list = document.getElementById("tabs");
-  list.replaceChildren(...TABS.map((tab) => make("button", { type: "button", role: "tab", id: `tab-${tab.id}`, "aria-controls": `panel-${tab.id}`, onclick: () => openTab(tab.id) }, tab.name)));
-  document.getElementById("views").replaceChildren(...TABS.map((tab) => make("section", { role: "tabpanel", id: `panel-${tab.id}`, "aria-labelledby": `tab-${tab.id}`, hidden: true })));
+  list.replaceChildren(
+    ...TABS.map((tab) =>
+      make(
+        "button",
+        {
+          type: "button",
+          role: "tab",
+          id: `tab-${tab.id}`,
+          "aria-controls": `panel-${tab.id}`,
+          onclick: () => openTab(tab.id),
+        },
+        tab.name,
+      ),
+    ),
+  );
+  document
+    .getElementById("views")
+    .replaceChildren(
+      ...TABS.map((tab) =>
+        make("section", { role: "tabpanel", id: `panel-${tab.id}`, "aria-labelledby": `tab-${tab.id}`, hidden: true }),
+      ),
+    );
   list.addEventListener("keydown", (event) => {
     const at = TABS.findIndex((tab) => tab.id === state.tab);
     const next = { ArrowRight: at + 1, ArrowLeft: at - 1, Home: 0, End: TABS.length - 1 }[event.key];
@@ -63,7 +120,12 @@ function openTab(id, jump = false) {
 
 function redraw() {
   hideTip();
-  document.getElementById(`panel-${state.tab}`).replaceChildren(...TABS.find((tab) => tab.id === state.tab).view().flat(Infinity).filter(Boolean));
+  document.getElementById(`panel-${state.tab}`).replaceChildren(
+    ...TABS.find((tab) => tab.id === state.tab)
+      .view()
+      .flat(Infinity)
+      .filter(Boolean),
+  );
 }
 
 const THEMES = ["auto", "light", "dark"];
@@ -81,7 +143,9 @@ function start() {
   drawFooter();
   drawTabs();
   setTheme("auto");
-  document.getElementById("theme").addEventListener("click", () => setTheme(THEMES[(THEMES.indexOf(state.theme) + 1) % THEMES.length]));
+  document
+    .getElementById("theme")
+    .addEventListener("click", () => setTheme(THEMES[(THEMES.indexOf(state.theme) + 1) % THEMES.length]));
   darkPreferred.addEventListener("change", () => state.theme === "auto" && redraw());
   let width = window.innerWidth;
   let waiting = null;

@@ -9,11 +9,25 @@ const LABEL = "12px system-ui, sans-serif";
  * lines(row, column) -> what a cell says; print(value) -> what is written in a cell that has room; label: the matrix in
  * words; width: what it may take.
  */
-function matrix({ values, colour, rows, columns, lines, print, label, width, tallest = 30, widest = 56, rowLabel = "", columnLabel = "" }) {
+function matrix({
+  values,
+  colour,
+  rows,
+  columns,
+  lines,
+  print,
+  label,
+  width,
+  tallest = 30,
+  widest = 56,
+  rowLabel = "",
+  columnLabel = "",
+}) {
   const probe = document.createElement("canvas").getContext("2d");
   probe.font = LABEL;
   const [down, across] = [values.length, values[0]?.length ?? 0];
-  const textWidth = (side) => (side.experts ? 26 : Math.min(170, Math.max(16, ...side.names.map((name) => probe.measureText(name).width))));
+  const textWidth = (side) =>
+    side.experts ? 26 : Math.min(170, Math.max(16, ...side.names.map((name) => probe.measureText(name).width)));
   const left = textWidth(rows) + 8;
   const cellWidth = Math.max(4, Math.min(widest, Math.floor((width - left - 10) / across)));
   const cellHeight = Math.max(down > 40 ? 9 : 13, Math.min(tallest, Math.floor(620 / down)));
@@ -27,19 +41,23 @@ function matrix({ values, colour, rows, columns, lines, print, label, width, tal
   const inset = cellWidth > 7 && cellHeight > 7 ? 1 : 0;
   const empty = paint("--raised");
 
-  values.forEach((row, r) => row.forEach((value, c) => {
-    context.fillStyle = value === null ? empty : colour(value, r, c);
-    context.fillRect(left + c * cellWidth, top + r * cellHeight, cellWidth - inset, cellHeight - inset);
-  }));
+  values.forEach((row, r) =>
+    row.forEach((value, c) => {
+      context.fillStyle = value === null ? empty : colour(value, r, c);
+      context.fillRect(left + c * cellWidth, top + r * cellHeight, cellWidth - inset, cellHeight - inset);
+    }),
+  );
   if (print && cellWidth >= 30 && cellHeight >= 18) {
     context.font = "11.5px system-ui, sans-serif";
     context.textAlign = "center";
     context.textBaseline = "middle";
-    values.forEach((row, r) => row.forEach((value, c) => {
-      if (value === null) return;
-      context.fillStyle = inkOver(colour(value, r, c));
-      context.fillText(print(value), left + (c + 0.5) * cellWidth - 0.5, top + (r + 0.5) * cellHeight);
-    }));
+    values.forEach((row, r) =>
+      row.forEach((value, c) => {
+        if (value === null) return;
+        context.fillStyle = inkOver(colour(value, r, c));
+        context.fillText(print(value), left + (c + 0.5) * cellWidth - 0.5, top + (r + 0.5) * cellHeight);
+      }),
+    );
     context.textAlign = "left";
   }
   context.font = LABEL;
@@ -67,8 +85,17 @@ function matrix({ values, colour, rows, columns, lines, print, label, width, tal
       context.restore();
     });
   }
-  const boxed = make("div", { class: "matrix", tabindex: "0", role: "application", "aria-roledescription": "matrix",
-    "aria-label": `${label}: ${plural(down, "row")}, ${plural(across, "column")}. Arrow keys walk through the cells.` }, node);
+  const boxed = make(
+    "div",
+    {
+      class: "matrix",
+      tabindex: "0",
+      role: "application",
+      "aria-roledescription": "matrix",
+      "aria-label": `${label}: ${plural(down, "row")}, ${plural(across, "column")}. Arrow keys walk through the cells.`,
+    },
+    node,
+  );
   walk(boxed, { down, across, left, top, cellWidth, cellHeight, lines });
   return make("div", { class: "scroll" }, boxed, rowLabel && make("div", { class: "note" }, rowLabel));
 }
@@ -80,14 +107,27 @@ function walk(boxed, { down, across, left, top, cellWidth, cellHeight, lines }) 
   boxed.append(cursor);
   const place = () => {
     cursor.hidden = false;
-    Object.assign(cursor.style, { left: `${left + column * cellWidth - 2}px`, top: `${top + row * cellHeight - 2}px`,
-      width: `${cellWidth + 3}px`, height: `${cellHeight + 3}px` });
+    Object.assign(cursor.style, {
+      left: `${left + column * cellWidth - 2}px`,
+      top: `${top + row * cellHeight - 2}px`,
+      width: `${cellWidth + 3}px`,
+      height: `${cellHeight + 3}px`,
+    });
   };
-  const leave = () => { cursor.hidden = true; hideTip(); };
+  const leave = () => {
+    cursor.hidden = true;
+    hideTip();
+  };
   boxed.addEventListener("pointermove", (event) => {
     const box = boxed.getBoundingClientRect();
-    const [c, r] = [Math.floor((event.clientX - box.x - left) / cellWidth), Math.floor((event.clientY - box.y - top) / cellHeight)];
-    if (c < 0 || r < 0 || c >= across || r >= down) { leave(); return; }
+    const [c, r] = [
+      Math.floor((event.clientX - box.x - left) / cellWidth),
+      Math.floor((event.clientY - box.y - top) / cellHeight),
+    ];
+    if (c < 0 || r < 0 || c >= across || r >= down) {
+      leave();
+      return;
+    }
     [row, column] = [r, c];
     place();
     showTip(lines(row, column), event.clientX, event.clientY);
@@ -96,7 +136,10 @@ function walk(boxed, { down, across, left, top, cellWidth, cellHeight, lines }) 
   boxed.addEventListener("blur", leave);
   boxed.addEventListener("keydown", (event) => {
     const move = arrow(event.key);
-    if (!move) { if (event.key === "Escape") leave(); return; }
+    if (!move) {
+      if (event.key === "Escape") leave();
+      return;
+    }
     event.preventDefault();
     row = Math.min(Math.max(row + move.rows, 0), down - 1);
     column = Math.min(Math.max(column + move.columns, 0), across - 1);
@@ -137,5 +180,12 @@ function colourBar(colour, low, high, text = number, note = "") {
     context.fillStyle = colour(low + (x / 159) * (high - low));
     context.fillRect(x, 0, 1, 12);
   });
-  return make("div", { class: "scale" }, make("span", {}, text(low)), node, make("span", {}, text(high)), note && make("span", {}, note));
+  return make(
+    "div",
+    { class: "scale" },
+    make("span", {}, text(low)),
+    node,
+    make("span", {}, text(high)),
+    note && make("span", {}, note),
+  );
 }

@@ -18,7 +18,9 @@ const range = (length) => Array.from({ length }, (_, index) => index);
 
 /** "0.31 [0.28, 0.35]": a value and its 95 % interval. */
 function withInterval(point, format = number) {
-  return isNumber(point.low) ? `${format(point.value)} [${format(point.low)}, ${format(point.high)}]` : format(point.value);
+  return isNumber(point.low)
+    ? `${format(point.value)} [${format(point.low)}, ${format(point.high)}]`
+    : format(point.value);
 }
 
 /** "a, b and c". */
@@ -33,7 +35,8 @@ function niceTicks(low, high, wanted = 4) {
   const power = 10 ** Math.floor(Math.log10(raw));
   const step = [1, 2, 2.5, 5, 10].map((factor) => factor * power).find((each) => each >= raw * 0.999);
   const ticks = [];
-  for (let index = Math.ceil(low / step - 1e-9); index * step <= high + 1e-9 * step; index += 1) ticks.push(index * step);
+  for (let index = Math.ceil(low / step - 1e-9); index * step <= high + 1e-9 * step; index += 1)
+    ticks.push(index * step);
   return ticks;
 }
 
@@ -53,7 +56,8 @@ function colourScale(stops) {
     const place = Math.min(Math.max(t, 0), 1) * (colours.length - 1);
     const index = Math.min(Math.floor(place), colours.length - 2);
     const mixed = colours[index].map((from, channel) =>
-      Math.round(from + (place - index) * (colours[index + 1][channel] - from)));
+      Math.round(from + (place - index) * (colours[index + 1][channel] - from)),
+    );
     return `rgb(${mixed.join(" ")})`;
   };
 }

@@ -4,11 +4,13 @@ const sheets = [];
 
 /** Decodes the sheets of pictures. */
 function loadPictures() {
-  return Promise.all(SAMPLE.sheets.map((source, index) => {
-    sheets[index] = new Image();
-    sheets[index].src = source;
-    return sheets[index].decode();
-  }));
+  return Promise.all(
+    SAMPLE.sheets.map((source, index) => {
+      sheets[index] = new Image();
+      sheets[index].src = source;
+      return sheets[index].decode();
+    }),
+  );
 }
 
 /** Draws a part of a sampled picture (x, y, width, height in [0, 1]) over a rectangle of a canvas. */
@@ -17,9 +19,17 @@ function drawPicture(context, image, to, part = { x: 0, y: 0, width: 1, height: 
   const tile = image % (columns * rows);
   context.imageSmoothingEnabled = to.width < part.width * width * 2;
   context.imageSmoothingQuality = "high";
-  context.drawImage(sheets[Math.floor(image / (columns * rows))],
-    (tile % columns + part.x) * width, (Math.floor(tile / columns) + part.y) * height, part.width * width, part.height * height,
-    to.x, to.y, to.width, to.height);
+  context.drawImage(
+    sheets[Math.floor(image / (columns * rows))],
+    ((tile % columns) + part.x) * width,
+    (Math.floor(tile / columns) + part.y) * height,
+    part.width * width,
+    part.height * height,
+    to.x,
+    to.y,
+    to.width,
+    to.height,
+  );
 }
 
 /** A small square picture: of a whole image, or of the surroundings of a patch, which is framed. */
@@ -28,7 +38,10 @@ function thumbnail(image, side, patch = null, attributes = {}) {
   const aspect = SAMPLE.width / SAMPLE.height;
   const to = { x: 0, y: 0, width: side, height: side };
   if (!patch) {
-    const part = aspect > 1 ? { x: (1 - 1 / aspect) / 2, y: 0, width: 1 / aspect, height: 1 } : { x: 0, y: (1 - aspect) / 2, width: 1, height: aspect };
+    const part =
+      aspect > 1
+        ? { x: (1 - 1 / aspect) / 2, y: 0, width: 1 / aspect, height: 1 }
+        : { x: 0, y: (1 - aspect) / 2, width: 1, height: aspect };
     drawPicture(context, image, to, part);
     return node;
   }
@@ -39,8 +52,12 @@ function thumbnail(image, side, patch = null, attributes = {}) {
   part.x = Math.min(Math.max(spot.x - part.width / 2, 0), 1 - part.width);
   part.y = Math.min(Math.max(spot.y - part.height / 2, 0), 1 - part.height);
   drawPicture(context, image, to, part);
-  const box = [(spot.x - 0.5 / columns - part.x) / part.width * side, (spot.y - 0.5 / rows - part.y) / part.height * side,
-    side / columns / part.width, side / rows / part.height];
+  const box = [
+    ((spot.x - 0.5 / columns - part.x) / part.width) * side,
+    ((spot.y - 0.5 / rows - part.y) / part.height) * side,
+    side / columns / part.width,
+    side / rows / part.height,
+  ];
   context.fillStyle = isDark() ? "rgb(0 0 0 / 0.42)" : "rgb(255 255 255 / 0.38)";
   context.beginPath();
   context.rect(0, 0, side, side);
@@ -62,9 +79,22 @@ function patchTile(layer, entry, caption, lines) {
   const [rows, columns] = REPORT.layers[layer].grid;
   const spot = spotOf(layer, entry.patch);
   const mapped = entry.image < SAMPLE.mapped;
-  const says = [...lines, mapped ? "a click shows its image in all layers" : "this page holds its picture, not its routing"];
-  const button = make("button", { class: "tile", type: "button", "aria-label": says.join(", "), "aria-disabled": mapped ? null : "true", onclick: () => mapped && showPatch(entry.image, spot) },
-    thumbnail(entry.image, 84, { rows, columns, spot, colour: entry.colour }), caption.map((text) => make("span", {}, text)));
+  const says = [
+    ...lines,
+    mapped ? "a click shows its image in all layers" : "this page holds its picture, not its routing",
+  ];
+  const button = make(
+    "button",
+    {
+      class: "tile",
+      type: "button",
+      "aria-label": says.join(", "),
+      "aria-disabled": mapped ? null : "true",
+      onclick: () => mapped && showPatch(entry.image, spot),
+    },
+    thumbnail(entry.image, 84, { rows, columns, spot, colour: entry.colour }),
+    caption.map((text) => make("span", {}, text)),
+  );
   tipOn(button, () => says);
   return button;
 }
@@ -97,18 +127,27 @@ function seen(layer, image, token) {
     if (state.expert >= routed.layer.num_experts) return null;
     const gate = ranking.gateFor(image, token, state.expert);
     const taken = !dispatch && range(routed.chosen).some((rank) => ranking.expert(image, token, rank) === state.expert);
-    return gate ? { colour: expertColour(state.expert), opacity: shade(gate, ranking), expert: taken ? state.expert : null } : null;
+    return gate
+      ? { colour: expertColour(state.expert), opacity: shade(gate, ranking), expert: taken ? state.expert : null }
+      : null;
   }
   const rank = state.mode === "second" ? 1 : 0;
   if (rank >= ranking.top) return null;
   const [expert, gate] = [ranking.expert(image, token, rank), ranking.gate(image, token, rank)];
-  return gate > 0 ? { colour: expertColour(expert), opacity: shade(gate, ranking), expert, cross: routed.isDropped(image, token, rank) ? 0.5 : 0 } : null;
+  return gate > 0
+    ? {
+        colour: expertColour(expert),
+        opacity: shade(gate, ranking),
+        expert,
+        cross: routed.isDropped(image, token, rank) ? 0.5 : 0,
+      }
+    : null;
 }
 
 /** The map of a layer over an image, `width` pixels wide: a canvas. */
 function drawMap(layer, image, width) {
   const { rows, columns, prefix } = maps(layer);
-  const side = { width, height: Math.round(width * SAMPLE.height / SAMPLE.width) };
+  const side = { width, height: Math.round((width * SAMPLE.height) / SAMPLE.width) };
   const { node, context } = canvas(side.width, side.height);
   drawGround(context, image, side);
   const [w, h] = [side.width / columns, side.height / rows];
@@ -123,7 +162,10 @@ function drawMap(layer, image, width) {
     if (cell.cross && state.mode === "dropped") cross(context, x, y, w, h);
   });
   outline(context, cells, rows, columns, w, h);
-  if (state.digits && Math.min(w, h) >= 15) cells.forEach((cell, patch) => digit(context, cell, (patch % columns + 0.5) * w, (Math.floor(patch / columns) + 0.5) * h));
+  if (state.digits && Math.min(w, h) >= 15)
+    cells.forEach((cell, patch) =>
+      digit(context, cell, ((patch % columns) + 0.5) * w, (Math.floor(patch / columns) + 0.5) * h),
+    );
   return node;
 }
 
@@ -144,8 +186,12 @@ function outline(context, cells, rows, columns, w, h) {
   cells.forEach((cell, patch) => {
     if (!cell || cell.expert === null || cell.expert === undefined) return;
     const [c, r] = [patch % columns, Math.floor(patch / columns)];
-    const differs = (row, column) => row < 0 || column < 0 || row >= rows || column >= columns
-      || cells[row * columns + column]?.expert !== cell.expert;
+    const differs = (row, column) =>
+      row < 0 ||
+      column < 0 ||
+      row >= rows ||
+      column >= columns ||
+      cells[row * columns + column]?.expert !== cell.expert;
     context.fillStyle = cell.colour;
     if (differs(r - 1, c)) context.fillRect(c * w, r * h, w, own);
     if (differs(r + 1, c)) context.fillRect(c * w, (r + 1) * h - own, w, own);

@@ -1,8 +1,19 @@
 // What is looked at, and how experts, layers and classes are called and coloured in every view.
 
 const state = {
-  tab: null, image: 0, layer: 0, expert: 0, mode: "first", opacity: true, digits: true, filter: "all",
-  spot: null, pinned: false, flow: "sankey", property: null, theme: "auto",
+  tab: null,
+  image: 0,
+  layer: 0,
+  expert: 0,
+  mode: "first",
+  opacity: true,
+  digits: true,
+  filter: "all",
+  spot: null,
+  pinned: false,
+  flow: "sankey",
+  property: null,
+  theme: "auto",
 };
 
 const darkPreferred = window.matchMedia("(prefers-color-scheme: dark)");
@@ -23,7 +34,10 @@ const inkOn = (hex) => inkOver(`rgb(${channels(hex).join(" ")})`);
 
 /** Black or white, whichever contrasts more with a colour "rgb(r g b)" (WCAG 2). */
 function inkOver(colour) {
-  const [r, g, b] = colour.slice(4, -1).split(" ").map((value) => Number(value) / 255)
+  const [r, g, b] = colour
+    .slice(4, -1)
+    .split(" ")
+    .map((value) => Number(value) / 255)
     .map((value) => (value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4));
   return 0.2126 * r + 0.7152 * g + 0.0722 * b > Math.sqrt(1.05 * 0.05) - 0.05 ? "#000000" : "#ffffff";
 }
@@ -34,7 +48,8 @@ function chip(expert, attributes = {}, tag = "span") {
   return make(tag, { class: "chip", ...attributes, style: { background: colour, color: inkOn(colour) } }, `${expert}`);
 }
 
-const className = (index) => (index === null || index === undefined ? "unknown" : REPORT.classes[index] ?? `class ${index}`);
+const className = (index) =>
+  index === null || index === undefined ? "unknown" : (REPORT.classes[index] ?? `class ${index}`);
 const layerNames = REPORT.layers.map((layer) => layer.name);
 
 /** Names without what all of them begin and end with: "blocks.1.mlp" -> "1". */
@@ -57,17 +72,35 @@ const manyLayers = REPORT.layers.length > 12;
 
 const prefixName = (index) => (index === 0 ? "class token" : `register ${index}`);
 
-const analysed = () => `n = ${count(REPORT.provenance.num_images)} images`;
+const analysed = () => `n\u00a0=\u00a0${count(REPORT.provenance.num_images)}\u00a0images`;
+
+/** Why there is no table by class. */
+const withoutClasses = (table) =>
+  REPORT.left_out.includes(table)
+    ? "Left out: with so many classes and experts it does not fit into this page. The data files beside it hold the numbers."
+    : "Not measured, or the images have no labels.";
 
 /** How many patches of all images a layer routed. */
 const patchesOf = (layer) => REPORT.provenance.num_images * layer.grid[0] * layer.grid[1];
 
 /** The choice of a layer, the same in every view. */
 function layerPicker(onPick) {
-  const options = layerNames.map((name, index) => ({ value: index, name: layerNames.length > 8 ? name : shortNames[index] }));
-  const pick = (index) => { state.layer = index; state.expert = Math.min(state.expert, REPORT.layers[index].num_experts - 1); onPick(); };
-  return make("div", { class: "bar" }, layerNames.length > 8 ? picker("Layer", options, state.layer, pick)
-    : choice(`L${layerAxis.slice(1)}`, options, state.layer, pick));
+  const options = layerNames.map((name, index) => ({
+    value: index,
+    name: layerNames.length > 8 ? name : shortNames[index],
+  }));
+  const pick = (index) => {
+    state.layer = index;
+    state.expert = Math.min(state.expert, REPORT.layers[index].num_experts - 1);
+    onPick();
+  };
+  return make(
+    "div",
+    { class: "bar" },
+    layerNames.length > 8
+      ? picker("Layer", options, state.layer, pick)
+      : choice(`L${layerAxis.slice(1)}`, options, state.layer, pick),
+  );
 }
 
 /** Columns of at least so many pixels that fit into the view: {count, width}. */
@@ -81,9 +114,12 @@ const viewWidth = () => document.getElementById("views").clientWidth;
 
 /** Things side by side in equal columns of at least `least` pixels; build(item, width) makes each. */
 function sideBySide(items, least, build, widest = 620) {
-  const rows = Math.ceil(items.length / columnsOf(least).count);  // as few as possible, then of equal length
+  const rows = Math.ceil(items.length / columnsOf(least).count); // as few as possible, then of equal length
   const { count: columns, width } = columnsOf(least, 24, Math.max(1, Math.ceil(items.length / rows)));
   const taken = Math.min(width, widest);
-  return make("div", { class: "grid", style: { gridTemplateColumns: `repeat(${columns}, ${taken}px)` } },
-    items.map((item, index) => build(item, taken, index)));
+  return make(
+    "div",
+    { class: "grid", style: { gridTemplateColumns: `repeat(${columns}, ${taken}px)` } },
+    items.map((item, index) => build(item, taken, index)),
+  );
 }

@@ -4,14 +4,45 @@ function coactivation() {
   const layer = REPORT.layers[state.layer];
   const title = `Which experts of ${layer.name} are chosen together`;
   const values = table(layer.coactivation);
-  if (!values || layer.top_k === 1) return missing(title, "A patch has one expert (K = 1), so no two are chosen together.");
+  if (!values || layer.top_k === 1)
+    return missing(title, "A patch has one expert (K = 1), so no two are chosen together.");
   const most = Math.max(2, Math.min(8, largest(values.flatMap((row, r) => row.filter((_, c) => c !== r)))));
   const colour = (value) => diverging(value <= 0 ? -1 : Math.max(-1, Math.min(1, Math.log2(value) / Math.log2(most))));
-  return make("figure", {}, make("h4", {}, title),
-    make("p", { class: "legend" }, `Patches that choose both, over what independent choices would give: 1 is chance (blank), blue more, orange less often. n = ${count(patchesOf(layer))} patches.`),
-    matrix({ values: values.map((row, r) => row.map((value, c) => (r === c ? null : value))), print: (value) => number(value, 1), colour, rows: { experts: range(values.length) }, columns: { experts: range(values.length) }, width: halfView(), tallest: 34, widest: 34,
-      label: title, lines: (a, b) => (a === b ? [`expert ${a}`] : [`experts ${a} and ${b}`, isNumber(values[a][b]) ? `${times(values[a][b])} as often together as by chance` : "at least one is dead"]) }),
-    colourBar((t) => colour(2 ** t), -Math.log2(most), Math.log2(most), (t) => times(2 ** t), "of chance"));
+  return make(
+    "figure",
+    {},
+    make("h4", {}, title),
+    make(
+      "p",
+      { class: "legend" },
+      `Patches that choose both, over what independent choices would give: 1 is chance (blank), blue more, orange less often. n = ${count(patchesOf(layer))} patches.`,
+    ),
+    matrix({
+      values: values.map((row, r) => row.map((value, c) => (r === c ? null : value))),
+      print: (value) => number(value, 1),
+      colour,
+      rows: { experts: range(values.length) },
+      columns: { experts: range(values.length) },
+      width: halfView(),
+      tallest: 34,
+      widest: 34,
+      label: title,
+      lines: (a, b) =>
+        a === b
+          ? [`expert ${a}`]
+          : [
+              `experts ${a} and ${b}`,
+              isNumber(values[a][b]) ? `${times(values[a][b])} as often together as by chance` : "at least one is dead",
+            ],
+    }),
+    colourBar(
+      (t) => colour(2 ** t),
+      -Math.log2(most),
+      Math.log2(most),
+      (t) => times(2 ** t),
+      "of chance",
+    ),
+  );
 }
 
 function expertsPerImage() {
@@ -22,55 +53,57 @@ function expertsPerImage() {
   const histogram = table(used.histogram);
   const all = sum(histogram) || 1;
   const shares = histogram.map((value) => value / all);
-  const plot = frame({ width: Math.min(halfView(), 620), height: 230, x: { labels: range(shares.length) }, y: { ...span(shares), scale: 100 }, xLabel: `experts of ${layer.name} an image uses`, yLabel: "% of images" });
-  shares.forEach((share, many) => bar(plot, many, share, 0, "var(--muted)", [`${plural(many, "expert")}`, `${percent(share)} of images`]));
-  return make("figure", {}, make("h4", {}, `${title}: ${number(used.mean, 1)} of ${layer.num_experts} on average`),
-    make("p", { class: "legend" }, `Images by the number of experts that take at least one of their patches. ${analysed()}.`), finish(plot, title));
+  const plot = frame({
+    width: Math.min(halfView(), 620),
+    height: 230,
+    x: { labels: range(shares.length) },
+    y: { ...span(shares), scale: 100 },
+    xLabel: `experts of ${layer.name} an image uses`,
+    yLabel: "% of images",
+  });
+  shares.forEach((share, many) =>
+    bar(plot, many, share, 0, "var(--muted)", [`${plural(many, "expert")}`, `${percent(share)} of images`]),
+  );
+  return make(
+    "figure",
+    {},
+    make("h4", {}, `${title}: ${number(used.mean, 1)} of ${layer.num_experts} on average`),
+    make(
+      "p",
+      { class: "legend" },
+      `Images by the number of experts that take at least one of their patches. ${analysed()}.`,
+    ),
+    finish(plot, title),
+  );
 }
 
-const halfView = () => { const { count: columns, width } = columnsOf(440); return columns > 1 ? columnsOf(440, 24, 2).width : width; };
-
-function flowsFigure() {
-  const flows = REPORT.flows ?? [];
-  const title = "Where the patches of an expert go in the next layer";
-  if (!flows.length) return missing(title, REPORT.layers.length < 2 ? "There is one MoE layer only." : "Not counted: successive layers have no patches in common.");
-  const most = largest(REPORT.layers.map((layer) => layer.num_experts));
-  if (most > 16 && state.flow === "sankey") state.flow = "matrix";
-  const refresh = () => body.refresh();
-  const body = live(() => [make("div", { class: "bar" }, choice("As", [{ value: "sankey", name: "ribbons", disabled: most > 16 }, { value: "matrix", name: "matrix" }], state.flow, (flow) => { state.flow = flow; refresh(); }),
-    state.flow === "matrix" && flows.length > 1 && picker("Between", flows.map((flow, index) => ({ value: index, name: `${layerNames[flow.from]} and ${layerNames[flow.to]}` })), Math.min(state.pair ?? 0, flows.length - 1), (pair) => { state.pair = pair; refresh(); })),
-  state.flow === "sankey" ? chains(flows).map((chain) => sankey(chain, viewWidth())) : flowMatrix(flows[Math.min(state.pair ?? 0, flows.length - 1)])]);
-  return figure(title, `Patches by the expert of their first choice in successive layers${state.flow === "sankey" ? "; a ribbon has the colour of the expert it comes from and is as thick as its share of patches (from 0.2 %)" : ""}. ${analysed()}.`, body.node);
-}
-
-/** Flows that follow on each other, to be drawn in one row. */
-function chains(flows) {
-  const found = [];
-  for (const flow of flows) {
-    if (found.length && found.at(-1).at(-1).to === flow.from) found.at(-1).push(flow);
-    else found.push([flow]);
-  }
-  return found;
-}
-
-function flowMatrix(flow) {
-  const values = table(flow.matrix);
-  const into = values[0].map((_, to) => sum(values.map((row) => row[to])));
-  const lift = values.map((row) => row.map((share, to) => (sum(row) * into[to] > 0 ? share / (sum(row) * into[to]) : null)));
-  const colour = (value) => diverging(value <= 0 ? -1 : Math.max(-1, Math.min(1, Math.log2(value) / 3)));
-  return make("div", {}, matrix({ values: lift, print: (value) => number(value, 1), colour, rows: { experts: range(values.length) }, columns: { experts: range(into.length) }, width: viewWidth(), tallest: 34, widest: 34,
-    columnLabel: `expert in ${layerNames[flow.to]}`, rowLabel: `Rows: expert in ${layerNames[flow.from]}`, label: `Flows from ${layerNames[flow.from]} to ${layerNames[flow.to]}`,
-    lines: (from, to) => [`${layerNames[flow.from]} expert ${from} → ${layerNames[flow.to]} expert ${to}`, `${percent(values[from][to], 2)} of all patches`, isNumber(lift[from][to]) ? `${times(lift[from][to])} what independent layers would give` : "no such patches"] }),
-  colourBar((t) => colour(2 ** t), -3, 3, (t) => times(2 ** t), "of what independent layers would give"));
-}
+const halfView = () => {
+  const { count: columns, width } = columnsOf(440);
+  return columns > 1 ? columnsOf(440, 24, 2).width : width;
+};
 
 function consistencyFigure(width) {
   const title = "Does a patch keep its expert when the image changes a little?";
-  const kinds = [...new Set(REPORT.layers.flatMap((layer) => Object.keys(layer.consistency ?? {})))].filter((kind) => REPORT.layers.some((layer) => layer.consistency?.[kind]));
+  const kinds = [...new Set(REPORT.layers.flatMap((layer) => Object.keys(layer.consistency ?? {})))].filter((kind) =>
+    REPORT.layers.some((layer) => layer.consistency?.[kind]),
+  );
   if (!kinds.length) return missing(title, "Not measured.");
-  const series = kinds.map((kind) => ({ name: { flip: "horizontal flip", shift: "small shift" }[kind] ?? kind, points: REPORT.layers.map((layer) => layer.consistency?.[kind] ?? null) }));
-  return make("figure", {}, make("h4", {}, title), make("p", { class: "legend" }, `Share of patches whose first choice stays the same once the change is undone; vertical lines are 95 % intervals, short grey lines chance. ${analysed()}.`),
-    keys(series.map((each) => each.name)), byLayer(series, { width, height: 220, yLabel: "% of patches", format: percent, upTo: 1, scale: 100, mean: title }));
+  const series = kinds.map((kind) => ({
+    name: { flip: "horizontal flip", shift: "small shift" }[kind] ?? kind,
+    points: REPORT.layers.map((layer) => layer.consistency?.[kind] ?? null),
+  }));
+  return make(
+    "figure",
+    {},
+    make("h4", {}, title),
+    make(
+      "p",
+      { class: "legend" },
+      `Share of patches whose first choice stays the same once the change is undone; vertical lines are 95 % intervals, short grey lines chance. ${analysed()}.`,
+    ),
+    keys(series.map((each) => each.name)),
+    byLayer(series, { width, height: 220, yLabel: "% of patches", format: percent, upTo: 1, scale: 100, mean: title }),
+  );
 }
 
 function saturationFigure(width) {
@@ -78,13 +111,39 @@ function saturationFigure(width) {
   const names = Object.keys(REPORT.saturation?.layers ?? {});
   if (!names.length) return missing(title, "Needs more than one checkpoint of the run.");
   const epochs = table(REPORT.saturation.epochs);
-  const plot = frame({ width, height: 220, x: { low: epochs[0], high: epochs.at(-1), ticks: niceTicks(epochs[0], epochs.at(-1), 5) }, y: { low: 0, high: 1, scale: 100 }, xLabel: "epoch", yLabel: "% of patches" });
+  const plot = frame({
+    width,
+    height: 220,
+    x: { low: epochs[0], high: epochs.at(-1), ticks: niceTicks(epochs[0], epochs.at(-1), 5) },
+    y: { low: 0, high: 1, scale: 100 },
+    xLabel: "epoch",
+    yLabel: "% of patches",
+  });
   names.forEach((name, series) => {
     const values = table(REPORT.saturation.layers[name]);
-    line(plot, values.map((value, index) => [plot.across(epochs[index]), value]), series);
-    values.forEach((value, index) => dot(plot, plot.across(epochs[index]), { value }, [`${name}, epoch ${epochs[index]}`, `${percent(value)} of patches have the expert they end with`], series));
+    line(
+      plot,
+      values.map((value, index) => [plot.across(epochs[index]), value]),
+      series,
+    );
+    values.forEach((value, index) =>
+      dot(
+        plot,
+        plot.across(epochs[index]),
+        { value },
+        [`${name}, epoch ${epochs[index]}`, `${percent(value)} of patches have the expert they end with`],
+        series,
+      ),
+    );
   });
-  return make("figure", {}, make("h4", {}, title), make("p", { class: "legend" }, "Share of patches whose first choice is already that of the last checkpoint."), names.length < 7 && keys(names), finish(plot, title));
+  return make(
+    "figure",
+    {},
+    make("h4", {}, title),
+    make("p", { class: "legend" }, "Share of patches whose first choice is already that of the last checkpoint."),
+    names.length < 7 && keys(names),
+    finish(plot, title),
+  );
 }
 
 function agreementFigure(width) {
@@ -93,16 +152,70 @@ function agreementFigure(width) {
   if (!runs.length) return missing(title, "Needs a second run with the same layers.");
   return runs.map((run) => {
     const points = layerNames.map((name) => run.layers[name] ?? null);
-    const plot = frame({ width, height: 220, x: { labels: shortNames }, y: { ...span(points.filter(Boolean).flatMap((each) => [each.value, each.null_high])), scale: 100 }, xLabel: layerAxis, yLabel: "% of patches" });
-    points.forEach((each, layer) => each && plot.svg.append(shape("rect", { x: plot.across(layer) - 14, width: 28, y: plot.up(each.null_high), height: plot.box.bottom - plot.up(each.null_high), fill: "var(--band)" })));
-    points.forEach((each, layer) => each && dot(plot, plot.across(layer), each, [layerNames[layer], `${percent(each.value)} of patches agree`, `null: ${percent(each.null_mean)}, 95 % below ${percent(each.null_high)}`], each.value > each.null_high ? 0 : 3));
-    return make("figure", {}, make("h4", {}, `${title} Against ${run.run}`), make("p", { class: "legend" }, `Share of patches whose first choice is the matched expert of the other run (optimal matching). Grey band: permuted routing up to its 95 % point. ${analysed()}.`), finish(plot, title));
+    const plot = frame({
+      width,
+      height: 220,
+      x: { labels: shortNames },
+      y: { ...span(points.filter(Boolean).flatMap((each) => [each.value, each.null_high])), scale: 100 },
+      xLabel: layerAxis,
+      yLabel: "% of patches",
+    });
+    points.forEach(
+      (each, layer) =>
+        each &&
+        plot.svg.append(
+          shape("rect", {
+            x: plot.across(layer) - Math.min(14, plot.step * 0.42),
+            width: Math.min(28, plot.step * 0.84),
+            y: plot.up(each.null_high),
+            height: plot.box.bottom - plot.up(each.null_high),
+            fill: "var(--band)",
+          }),
+        ),
+    );
+    points.forEach(
+      (each, layer) =>
+        each &&
+        dot(
+          plot,
+          plot.across(layer),
+          each,
+          [
+            layerNames[layer],
+            `${percent(each.value)} of patches agree`,
+            `null: ${percent(each.null_mean)}, 95 % below ${percent(each.null_high)}`,
+          ],
+          each.value > each.null_high ? 0 : 3,
+        ),
+    );
+    return make(
+      "figure",
+      {},
+      make("h4", {}, `${title} Against ${run.run}`),
+      make(
+        "p",
+        { class: "legend" },
+        `Share of patches whose first choice is the matched expert of the other run (optimal matching). Grey band: permuted routing up to its 95 % point. ${analysed()}.`,
+      ),
+      finish(plot, title),
+    );
   });
 }
 
 function structureView() {
   if (!REPORT.layers.length) return [missing("Structure", "A dense model has no experts.")];
   const within = live(() => sideBySide([coactivation, expertsPerImage], 440, (build) => build(), 760));
-  return [make("h2", {}, "How do experts go together?"), layerPicker(within.refresh), within.node, flowsFigure(),
-    make("h2", {}, "How stable is the routing?"), sideBySide([consistencyFigure, saturationFigure, agreementFigure], 400, (build, width) => make("div", {}, build(width)), 620)];
+  return [
+    make("h2", {}, "How do experts go together?"),
+    layerPicker(within.refresh),
+    within.node,
+    flowsFigure(),
+    make("h2", {}, "How stable is the routing?"),
+    sideBySide(
+      [consistencyFigure, saturationFigure, agreementFigure],
+      400,
+      (build, width) => make("div", {}, build(width)),
+      620,
+    ),
+  ];
 }

@@ -11,10 +11,14 @@ function showTip(lines, x, y) {
   tip.style.top = `${y + 18 + box.height > window.innerHeight ? Math.max(4, y - box.height - 12) : y + 18}px`;
 }
 
-function hideTip() { tip.hidden = true; }
+function hideTip() {
+  tip.hidden = true;
+}
 
 /** Says a line to screen readers. */
-function announce(text) { document.getElementById("announcer").textContent = text; }
+function announce(text) {
+  document.getElementById("announcer").textContent = text;
+}
 
 function tipOn(node, lines) {
   node.addEventListener("pointermove", (event) => showTip(lines(), event.clientX, event.clientY));
@@ -30,8 +34,15 @@ function tipAt(node, lines) {
 
 /** How far an arrow key moves: {rows, columns}, or null for another key. */
 function arrow(key) {
-  return { ArrowLeft: { rows: 0, columns: -1 }, ArrowRight: { rows: 0, columns: 1 }, ArrowUp: { rows: -1, columns: 0 },
-    ArrowDown: { rows: 1, columns: 0 } }[key] ?? null;
+  return (
+    {
+      ArrowLeft: { rows: 0, columns: -1 },
+      ArrowRight: { rows: 0, columns: 1 },
+      ArrowUp: { rows: -1, columns: 0 },
+      ArrowDown: { rows: 1, columns: 0 },
+    }[key] ?? null
+  );
 }
 
-window.addEventListener("scroll", hideTip, { passive: true });
+// Not on "scroll": the arrow keys scroll too, to what they tell.
+for (const moved of ["wheel", "touchmove"]) window.addEventListener(moved, hideTip, { passive: true });
