@@ -48,6 +48,11 @@ def test_a_run_is_explored(save_run, tmp_path, capsys):
     assert images["layers"][0]["dispatch"] is None
     page = (out / "index.html").read_text()
     assert "blocks.3.mlp" in page or len(page) > 50_000
+    figures = {path.stem for path in (out / "figures").iterdir()}
+    assert figures == {
+        *("load", "specialisation", "classes-0", "classes-1", "coactivation", "flows", "experts-per-image"),
+        *("consistency", "ablation", "capacity", "training-load", "experts-0", "experts-1", "maps"),
+    }
     for path in (out / "figures").iterdir():
         Image.open(path).verify()
     shown = capsys.readouterr().out

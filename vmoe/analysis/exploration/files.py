@@ -1,5 +1,6 @@
 """The explorer's folder: index.html, figures/ and data/."""
 
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import numpy as np
 
 from vmoe.analysis.exploration.explore import Exploration
 from vmoe.analysis.exploration.figures import draw_figures
+from vmoe.analysis.exploration.galleries import draw_galleries
 from vmoe.analysis.page import write_page
 from vmoe.files import atomic_write, write_json
 
@@ -20,7 +22,8 @@ def write_exploration(exploration: Exploration, out: str | Path) -> None:
     out = Path(out)
     write_page(exploration.report, exploration.images, out / "index.html")
     write_json(out / "data" / "report.json", exploration.report)
-    for name, page in draw_figures(exploration.report):
+    pictures = draw_galleries(exploration.report, exploration.images)
+    for name, page in chain(draw_figures(exploration.report), pictures):
         page.save(out / "figures" / f"{name}.png")
     with atomic_write(out / "data" / "images.npz") as temporary:
         np.savez_compressed(temporary, **flat_images(exploration.images))
