@@ -36,8 +36,7 @@ def main(argv: list[str] | None = None) -> int:
 def _explore(argv: list[str]) -> None:
     options = _parser().parse_args(argv)
     # Imported here, so that --help and a mistyped option answer at once.
-    from vmoe.analysis.exploration import ExploreOptions, Subject, explore
-    from vmoe.analysis.exploration.files import write_exploration
+    from vmoe.analysis.exploration import ExploreOptions, Subject, explore, write_exploration
     from vmoe.analysis.exploration.history import snapshots
     from vmoe.analysis.heatmap import require_experts
     from vmoe.checkpoints import load_checkpoint
