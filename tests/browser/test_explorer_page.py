@@ -98,7 +98,9 @@ def test_every_tab_opens_and_draws(page, tab):
     assert page.one("[role=tab][aria-selected=true]").text == tab
     assert len(shown[0].find_elements(By.CSS_SELECTOR, "canvas, svg")) >= 2
     assert "undefined" not in shown[0].text and "NaN" not in shown[0].text and "[object" not in shown[0].text
-    assert "5,000" in shown[0].text.replace("\u00a0", " ")  # n is said
+    said = shown[0].text.replace("\u00a0", " ")
+    assert ("n = 1,200 images" if tab == "Causes" else "5,000") in said
+    assert "n = 700 images" in said or tab != "Structure"
 
 
 def test_nothing_comes_from_elsewhere(page):
@@ -283,6 +285,15 @@ def test_theme_follows_the_system_and_the_button(page):
     page.one("#theme").click()
     assert page.text("#theme") == "Theme: dark" and paper() == themes["dark"]
     page.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+def test_all_findings_can_be_asked_for(page, written):
+    _, report, _ = written
+    assert [each.text for each in page.all("#findings li")] == report["findings"][:4]
+    page.one("#more-findings").click()
+    assert [each.text for each in page.all("#findings li")] == report["findings"]
+    page.one("#more-findings").click()
+    assert len(page.all("#findings li")) == 4
 
 
 @pytest.mark.parametrize("width", [390, 1280, 2560])

@@ -67,7 +67,7 @@ function ablationFigure() {
   if (!indices.length) return missing(title, "Not measured: ablation was not asked for.");
   return figure(
     title,
-    `Change of accuracy when one expert is taken away and its patches are routed on without it, and when a layer's router is replaced by a random one. Lines: paired 95 % intervals; a bar whose line crosses 0 shows no effect. ${analysed()}.`,
+    `Change of accuracy when one expert is taken away and its patches are routed on without it, and when a layer's router is replaced by a random one. Lines: paired 95 % intervals; a bar whose line crosses 0 shows no effect. ${analysed("cause_images")}.`,
     manyLayers ? manyAblations(indices) : sideBySide(indices, 380, (index, width) => ablationBars(index, width)),
   );
 }
@@ -116,7 +116,7 @@ function ablationByClass() {
   const most = Math.max(0.01, largest(shown.flat().map((value) => (isNumber(value) ? Math.abs(value) : 0))));
   return figure(
     title,
-    `Change of each class's accuracy when an expert is taken away: orange is lost, blue gained. Single cells rest on few images: trust rows and columns more than cells. ${analysed()}.`,
+    `Change of each class's accuracy when an expert is taken away: orange is lost, blue gained. Single cells rest on few images: trust rows and columns more than cells. ${analysed("cause_images")}.`,
     matrix({
       values: shown,
       print: (value) => number(100 * value, 1),
@@ -190,7 +190,7 @@ function capacityFigure() {
   const least = smallest(accuracies);
   return figure(
     title,
-    `Capacity factor: slots of an expert over its fair share of choices; what finds no slot is dropped. Batch prioritized routing drops the tokens with the smallest gates. Lines: 95 % intervals. ${analysed()}.`,
+    `Capacity factor: slots of an expert over its fair share of choices; what finds no slot is dropped. Batch prioritized routing drops the tokens with the smallest gates. Lines: 95 % intervals. ${analysed("cause_images")}.`,
     keys(series.map((each) => each.name)),
     sideBySide(
       [

@@ -23,12 +23,28 @@ function drawHead() {
   ]
     .filter(Boolean)
     .join(" · ");
+  drawFindings(false);
+}
+
+const FIRST_FINDINGS = 4;
+
+/** The findings; the first ones until all are asked for. */
+function drawFindings(all) {
   const findings = REPORT.findings?.length ? REPORT.findings : ["No finding stands out from these numbers."];
-  document.getElementById("findings").replaceChildren(...findings.map((finding) => make("li", {}, finding)));
+  const more = findings.length > FIRST_FINDINGS;
+  const list = document.getElementById("findings");
+  list.replaceChildren(
+    ...findings.slice(0, all ? undefined : FIRST_FINDINGS).map((finding) => make("li", {}, finding)),
+  );
+  const button = document.getElementById("more-findings");
+  button.hidden = !more;
+  button.textContent = all ? "Show fewer" : `Show all ${findings.length}`;
+  button.setAttribute("aria-expanded", `${all}`);
+  button.onclick = () => drawFindings(!all);
 }
 
 function drawFooter() {
-  const { checkpoint, data, split, seed, num_images: images, versions, command } = REPORT.provenance;
+  const { checkpoint, data, split, seed, num_images: images, versions, command, device } = REPORT.provenance;
   const sizes =
     SAMPLE.width === SAMPLE.size[1]
       ? "at full size"

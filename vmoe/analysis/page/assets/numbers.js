@@ -3,7 +3,7 @@
 const isNumber = (value) => typeof value === "number" && Number.isFinite(value);
 const withMinus = (text) => (/^-[0.]*$/.test(text) ? text.slice(1) : text.replace("-", "−"));
 const number = (value, digits = 2) => (isNumber(value) ? withMinus(value.toFixed(digits)) : "–");
-const brief = (value) => (isNumber(value) ? withMinus(`${Number(value.toPrecision(2))}`) : "–");
+const brief = (value) => (isNumber(value) ? withMinus(value.toPrecision(2)) : "–");
 const percent = (value, digits = 1) => (isNumber(value) ? `${withMinus((100 * value).toFixed(digits))} %` : "–");
 const count = (value) => (isNumber(value) ? value.toLocaleString("en") : "–");
 const times = (value) => `${number(value, value >= 10 ? 1 : 2)}×`;

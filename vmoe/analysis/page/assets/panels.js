@@ -11,7 +11,7 @@ class Panels {
   draw() {
     const view = viewWidth();
     const room = view > 860 ? view - 350 - 28 : view;
-    const least = room > 1300 ? 260 : room <= 500 ? 150 : REPORT.layers.length < 6 ? 270 : 190;
+    const least = room > 1300 ? 260 : room <= 500 ? 150 : REPORT.layers.length < 6 ? 255 : 190;
     const fitting = Math.max(1, Math.floor((room + 16) / (least + 16)));
     const columns = Math.ceil((REPORT.layers.length + 1) / Math.ceil((REPORT.layers.length + 1) / fitting));
     this.width = Math.min(440, Math.floor((room - 16 * (columns - 1)) / columns));

@@ -92,7 +92,7 @@ function patchTile(layer, entry, caption, lines) {
       "aria-disabled": mapped ? null : "true",
       onclick: () => mapped && showPatch(entry.image, spot),
     },
-    thumbnail(entry.image, 84, { rows, columns, spot, colour: entry.colour }),
+    thumbnail(entry.image, 112, { rows, columns, spot, colour: entry.colour }),
     caption.map((text) => make("span", {}, text)),
   );
   tipOn(button, () => says);

@@ -100,10 +100,10 @@ function preferences() {
     layer.class_log_ratio
       ? preferenceMatrix(layer, layer.class_log_ratio, "class", "classes", className)
       : missing("Which classes the experts take", withoutClasses("class_log_ratio")),
-    layer.patch_log_ratio &&
+    layer.patch_label_log_ratio &&
       preferenceMatrix(
         layer,
-        layer.patch_log_ratio,
+        layer.patch_label_log_ratio,
         "patch label",
         "patch labels",
         (index) => REPORT.patch_names[index],

@@ -72,7 +72,9 @@ const manyLayers = REPORT.layers.length > 12;
 
 const prefixName = (index) => (index === 0 ? "class token" : `register ${index}`);
 
-const analysed = () => `n\u00a0=\u00a0${count(REPORT.provenance.num_images)}\u00a0images`;
+/** On how many images a figure rests: all, those of the "probe_images", or those of the "cause_images". */
+const analysed = (which = "num_images") =>
+  `n\u00a0=\u00a0${count(REPORT.provenance[which] ?? REPORT.provenance.num_images)}\u00a0images`;
 
 /** Why there is no table by class. */
 const withoutClasses = (table) =>

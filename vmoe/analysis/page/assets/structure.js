@@ -99,7 +99,7 @@ function consistencyFigure(width) {
     make(
       "p",
       { class: "legend" },
-      `Share of patches whose first choice stays the same once the change is undone; vertical lines are 95 % intervals, short grey lines chance. ${analysed()}.`,
+      `Share of patches whose first choice stays the same once the change is undone; vertical lines are 95 % intervals, short grey lines chance. ${analysed("probe_images")}.`,
     ),
     keys(series.map((each) => each.name)),
     byLayer(series, { width, height: 220, yLabel: "% of patches", format: percent, upTo: 1, scale: 100, mean: title }),
@@ -140,7 +140,11 @@ function saturationFigure(width) {
     "figure",
     {},
     make("h4", {}, title),
-    make("p", { class: "legend" }, "Share of patches whose first choice is already that of the last checkpoint."),
+    make(
+      "p",
+      { class: "legend" },
+      `Share of patches whose first choice is already that of the last checkpoint. ${analysed("probe_images")}.`,
+    ),
     names.length < 7 && keys(names),
     finish(plot, title),
   );
@@ -195,7 +199,7 @@ function agreementFigure(width) {
       make(
         "p",
         { class: "legend" },
-        `Share of patches whose first choice is the matched expert of the other run (optimal matching). Grey band: permuted routing up to its 95 % point. ${analysed()}.`,
+        `Share of patches whose first choice is the matched expert of the other run (optimal matching). Grey band: permuted routing up to its 95 % point. ${analysed("probe_images")}.`,
       ),
       finish(plot, title),
     );
