@@ -18,11 +18,12 @@ function modeLegend() {
   const strength = state.opacity
     ? "the more opaque, the larger its gate (fully: the layer's largest gate in the sample)"
     : "opaque wherever the gate is above zero";
+  const slots = REPORT.layers.some((layer) => layer.kind === "slots");
   const second = REPORT.layers.every((layer) => layer.top_k === 1)
     ? " With K = 1 the second gate is only the runner-up: it computes nothing."
     : "";
   return {
-    first: `Each patch has the colour and number of the expert with its first choice; ${strength}.`,
+    first: `Each patch has the colour and number of ${slots ? "the expert that contributes most to it (largest combine weight)" : "its first choice"}; ${strength}.`,
     second: `Each patch has the colour of its second choice; ${strength}.${second}`,
     one: `The gate of expert ${state.expert} on each patch; ${strength}; outlined where it was chosen.`,
     dispatch: `How much of each patch goes into the slots of expert ${state.expert} (dispatch weight); ${strength}.`,

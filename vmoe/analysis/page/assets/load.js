@@ -128,10 +128,10 @@ function trainingStrip(name, width) {
       values,
       colour: loadColour,
       rows: { experts: range(values.length) },
-      columns: { names: kept.map(() => "") },
+      columns: { names: kept.map((index) => count(steps[index])) },
       width,
       tallest: 20,
-      widest: 12,
+      widest: 44,
       label: `Load of the experts of ${name} over training`,
       rowLabel: `steps ${count(steps[0])} to ${count(steps.at(-1))}${every > 1 ? `, every ${every}th of ${steps.length} logged` : ""}`,
       lines: (expert, index) => [
