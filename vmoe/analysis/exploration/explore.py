@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from operator import length_hint
 from typing import Any
 
 import torch
@@ -84,7 +85,6 @@ def explore(
         batches: Of (images (B, 3, H, W), labels (B,), ...), to be gone through several times, each time the same, and
             in random order: the first images serve for the costlier analyses, and nulls pair images of a block.
         name: What the report calls it; by default a checkpoint's path, or the model's class.
-        name: What the report calls it; by default a checkpoint's path, or the model's class.
         others: Runs to compare with, which see the same images; dense ones too.
         snapshots: Earlier checkpoints of the same run.
         class_names: For a bare model: the names of its classes.
@@ -106,30 +106,12 @@ def explore(
             "checkpoint first, a dense twin may stand behind it"
         )
     subjects = [_subject(other, class_names, mean, std) for other in others]
-    collection = collect(
-        subject,
-        track(batches, subject.name),
-        patch_kinds=len(patch_names or ()),
-        replicates=options.replicates,
-        sample=options.sample,
-        seed=options.seed,
-    )
+    given = {"patch_kinds": len(patch_names or ()), "replicates": options.replicates, "seed": options.seed}
+    collection = collect(subject, track(batches, subject.name), sample=options.sample, **given)
     runs = [run_report(subject.name, collection)]
     for other in subjects:
         seen = _Adapted(track(batches, other.name), subject, other)
-        runs.append(
-            run_report(
-                other.name,
-                collect(
-                    other,
-                    seen,
-                    patch_kinds=len(patch_names or ()),
-                    replicates=options.replicates,
-                    sample=1,
-                    seed=options.seed,
-                ),
-            )
-        )
+        runs.append(run_report(other.name, collect(other, seen, sample=1, **given)))
     probes = causes = None
     if options.probe_images:
         some = track(FirstImages(batches, options.probe_images), "consistency")
@@ -172,6 +154,11 @@ class FirstImages:
 
     def __init__(self, batches: Iterable, count: int) -> None:
         self._batches, self._count = batches, count
+
+    def __length_hint__(self) -> int:
+        """How many batches to expect, for a progress bar; 0 where that is not known."""
+        size = getattr(self._batches, "batch_size", None)
+        return min(-(-self._count // size), length_hint(self._batches)) if size else 0
 
     def __iter__(self) -> Iterator[Sequence]:
         left = self._count
