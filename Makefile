@@ -2,10 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help install demo test test-all lint format clean
+.PHONY: help install demo test test-all test-browser lint format clean
 
 help:  ## show this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
 .venv/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
@@ -24,6 +24,9 @@ test: .venv/installed  ## run the tests
 
 test-all: .venv/installed  ## run the slow tests too
 	$(BIN)/python -m pytest -m "not gpu and not browser"
+
+test-browser: .venv/installed  ## run the tests that look at pages (need Debian's chromium and chromium-driver)
+	$(BIN)/python -m pytest -m browser tests/browser
 
 lint: .venv/installed  ## check style and format
 	$(BIN)/python -m ruff check .

@@ -209,3 +209,15 @@ def test_lightning_sets_the_epoch_of_the_sampler(npz, tmp_path, workers):
     alone = module("npz", data.config.root, batch_size=16)
     expected = [(epoch, batch.images.sum().item()) for epoch in range(3) for batch in training_batches(alone, epoch)]
     assert recorder.seen == expected
+
+
+def test_a_random_order_is_a_function_of_the_seed_and_holds_every_image_once():
+    def first(seed):
+        data = ImageDataModule(DataConfig(eval_batch_size=1000), seed=seed)
+        data.setup()
+        return next(iter(data.test_dataloader())), next(iter(data.random_dataloader("test")))
+
+    (plain, one), (_, again), (_, other) = first(3), first(3), first(4)
+    assert torch.equal(one.images, again.images) and not torch.equal(one.images, other.images)
+    assert not torch.equal(one.labels, plain.labels)
+    assert torch.equal(one.images.flatten(1).sum(1).sort().values, plain.images.flatten(1).sum(1).sort().values)

@@ -1,25 +1,19 @@
 """`vmoe evaluate`: measures a checkpoint on a data set."""
 
 import argparse
-import dataclasses
-import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import track
 from rich.table import Table
 
 from vmoe.cli.common import run
+from vmoe.cli.inputs import Tracked, load_data
 from vmoe.cli.options import capacity_factor, choose_device, new_parser
-from vmoe.errors import UserError
 
 if TYPE_CHECKING:
     from vmoe.analysis.evaluation import Evaluation
-    from vmoe.checkpoints import Checkpoint
-    from vmoe.data import ImageDataModule
 
 _DESCRIPTION = """\
 Measures a checkpoint: top-1, top-5, negative log-likelihood, calibration error, the accuracy of each class, the
@@ -50,9 +44,9 @@ def _evaluate(argv: list[str]) -> None:
 
     device = choose_device(options.device)
     checkpoint = load_checkpoint(options.checkpoint, device)
-    data = _data(checkpoint, options)
+    data = load_data(checkpoint, options)
     loader = data.val_dataloader() if options.split == "val" else data.test_dataloader()
-    batches = _Tracked(loader, f"{options.split} set of {data.config.name}")
+    batches = Tracked(loader, f"{options.split} set of {data.config.name}")
     num_classes = len(checkpoint.class_names)
     if options.capacity_factor is None:
         results = [evaluate(checkpoint.model, batches, num_classes, device)]
@@ -93,55 +87,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", type=Path, metavar="FILE", help="where the numbers go")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where the pictures go, and the numbers without --json")
     return parser
-
-
-def _data(checkpoint: "Checkpoint", options: argparse.Namespace) -> "ImageDataModule":
-    """The run's data with the options' changes, prepared for this model: its image size, mean and std.
-
-    Raises:
-        UserError: an option's value is not allowed, or the set does not have the model's classes.
-    """
-    from vmoe.data import DataConfig, ImageDataModule, SubsetConfig
-    from vmoe.training.config import from_plain
-
-    config = from_plain(DataConfig, checkpoint.config["data"], "data.")
-    changes = {"image_size": checkpoint.image_size, "mean": checkpoint.mean, "std": checkpoint.std}
-    if options.data is not None and options.data != config.name:
-        changes["subset"] = SubsetConfig()  # the run's class names mean nothing in another set
-    for field, value in (
-        ("name", options.data),
-        ("root", options.root),
-        ("eval_batch_size", options.batch_size),
-        ("workers", options.workers),
-    ):
-        if value is not None:
-            changes[field] = value
-    data = ImageDataModule(dataclasses.replace(config, **changes), seed=checkpoint.config["seed"])
-    data.prepare_data()
-    data.setup("test")
-    if data.num_classes != len(checkpoint.class_names):
-        raise UserError(
-            f"--data: {data.config.name} has {data.num_classes} classes, the checkpoint {len(checkpoint.class_names)}; "
-            "evaluate it on a set with its own classes"
-        )
-    if data.class_names != checkpoint.class_names:
-        pairs = zip(data.class_names, checkpoint.class_names, strict=True)
-        here, there = next((here, there) for here, there in pairs if here != there)
-        print(
-            f"warning: class names differ from the checkpoint's ({here!r} for {there!r}); taken by number",
-            file=sys.stderr,
-        )
-    return data
-
-
-class _Tracked:
-    """Batches with a progress bar on stderr, each time they are gone through."""
-
-    def __init__(self, batches: Iterable, description: str) -> None:
-        self._batches, self._description = batches, description
-
-    def __iter__(self):
-        return iter(track(self._batches, self._description, console=Console(stderr=True), transient=True))
 
 
 def _own_folder(path: Path) -> Path:

@@ -10,6 +10,7 @@ JOBS = {
     "train": "train a model from a config, or resume a run",
     "evaluate": "measure a checkpoint: accuracy, calibration, speed, dropped tokens",
     "heatmap": "draw which expert each patch of an image goes to",
+    "explore": "see, measure and test what the experts do, on one page",
     "compare": "put runs side by side: accuracy against cost",
     "benchmark": "measure layers, whole models and the data pipeline on this machine",
     "import_jax": "turn a checkpoint of the original JAX code into ours",

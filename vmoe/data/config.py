@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, get_args
 
-SetName = Literal["digits", "cifar10", "cifar100", "imagenette", "imagenet", "folder", "npz"]
+SetName = Literal["digits", "patchwork", "cifar10", "cifar100", "imagenette", "imagenet", "folder", "npz"]
 Preset = Literal["none", "light", "strong"]
 Colour = tuple[float, float, float]
 
@@ -22,6 +22,7 @@ class SetDefaults(NamedTuple):
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DEFAULTS: dict[str, SetDefaults] = {
     "digits": SetDefaults(16, (0.305,) * 3, (0.376,) * 3, flip=0.0),  # a mirrored digit is another sign
+    "patchwork": SetDefaults(48, (0.5,) * 3, (0.3,) * 3, flip=0.5),
     "cifar10": SetDefaults(32, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), flip=0.5),
     "cifar100": SetDefaults(32, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), flip=0.5),
     "imagenette": SetDefaults(224, _IMAGENET_MEAN, _IMAGENET_STD, flip=0.5),
@@ -123,8 +124,9 @@ class DataConfig:
     """Which images, how they are split, resized, varied and batched.
 
     Args:
-        name: "digits" (embedded), "cifar10", "cifar100", "imagenette" (downloaded when missing), "imagenet" or "folder"
-            (class folders in ROOT/train and ROOT/val or ROOT/test) or "npz" (arrays in one file, see root).
+        name: "digits" (embedded), "patchwork" (generated, with known patches), "cifar10", "cifar100", "imagenette"
+            (downloaded when missing), "imagenet" or "folder" (class folders in ROOT/train and ROOT/val or ROOT/test) or
+            "npz" (arrays in one file, see root).
         root: folder that holds the data, or for "npz" the file with train_x, train_y, test_x, test_y.
         image_size: side in pixels of the square images given to the model. None: the data set's own.
         batch_size: training images a step.

@@ -1,5 +1,6 @@
 """The data room's front door: a LightningDataModule made from a DataConfig."""
 
+import numpy as np
 from lightning.pytorch import LightningDataModule
 
 from vmoe.data.augment import Augmenter
@@ -23,6 +24,7 @@ class ImageDataModule(LightningDataModule):
     Attributes (after `setup`):
         num_classes: number of classes.
         class_names: their names, in the order of the labels.
+        patch_names: names of what patches show, where that is known; else None.
         image_size: side of the images in pixels.
         mean: of the channels in [0, 1], as used.
         std: of the channels, as used.
@@ -53,6 +55,7 @@ class ImageDataModule(LightningDataModule):
         self._splits = load_splits(config)
         self.class_names = self._splits.class_names
         self.num_classes = len(self.class_names)
+        self.patch_names = self._splits.patch_names
         self.image_size: int = config.image_size or defaults.image_size or self._splits.image_size
         self.mean: Colour = tuple(config.mean or defaults.mean)
         self.std: Colour = tuple(config.std or defaults.std)
@@ -72,7 +75,12 @@ class ImageDataModule(LightningDataModule):
         """The test split in order: never for choosing."""
         return self._eval_loader("test")
 
-    def _eval_loader(self, split: str) -> ImageLoader:
+    def random_dataloader(self, split: str) -> ImageLoader:
+        """The "val" or "test" split as evaluation sees it, in a random order that is a function of the seed alone."""
+        order = np.random.default_rng(self.seed).permutation(len(getattr(self._splits, split)))
+        return self._eval_loader(split, sampler=order.tolist())
+
+    def _eval_loader(self, split: str, sampler: list[int] | None = None) -> ImageLoader:
         dataset = EvalImages(getattr(self._splits, split), self.image_size, self.mean, self.std)
         size = self.config.eval_batch_size or self.config.batch_size
-        return ImageLoader(dataset, workers=self.config.workers, batch_size=size)
+        return ImageLoader(dataset, workers=self.config.workers, batch_size=size, sampler=sampler)

@@ -3,6 +3,7 @@
 | set | training | validation | test |
 |---|---|---|---|
 | digits | 80 % of the 1,797 images, a fixed stratified choice | cut from training | the other 20 % |
+| patchwork | 6,000 generated images, always the same | cut from training | 2,000 |
 | cifar10, cifar100 | 50,000 | cut from training | 10,000 |
 | imagenette, imagenet, folder with train and val | train | cut from training | val (as ImageNet results are reported) |
 | folder with train and test | train | cut from training | test |
@@ -23,6 +24,7 @@ from vmoe.data import subsets
 from vmoe.data.config import DEFAULTS, DataConfig
 from vmoe.data.imageset import ArrayImages, FileImages, ImageSet, Splits
 from vmoe.data.npz import load_npz
+from vmoe.data.patchwork import load_patchwork
 from vmoe.errors import UserError
 
 _DOWNLOADED = ("cifar10", "cifar100", "imagenette")
@@ -54,7 +56,7 @@ def load_splits(config: DataConfig) -> Splits:
             raise UserError(
                 f"data.root={config.root}: no {name} images for the {len(names)} classes; add images to them"
             )
-    return Splits(train, val, test, names, splits.image_size)
+    return Splits(train, val, test, names, splits.image_size, splits.patch_names)
 
 
 def download(config: DataConfig) -> None:
@@ -152,6 +154,7 @@ def _files(samples: list[tuple[str, int]]) -> ImageSet:
 
 _LOADERS: dict[str, Callable[[DataConfig], Splits]] = {
     "digits": _digits,
+    "patchwork": lambda _: load_patchwork(),
     "cifar10": lambda config: _cifar(CIFAR10, config),
     "cifar100": lambda config: _cifar(CIFAR100, config),
     "imagenette": _imagenette,

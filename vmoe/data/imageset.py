@@ -18,13 +18,17 @@ class Images(Protocol):
     def place(self, position: int) -> str:
         """Where the image is: its path, or its array and row."""
 
+    def patch_labels(self, position: int) -> np.ndarray | None:
+        """What each patch shows, (rows, columns) integers; None where that is not known."""
+
 
 @dataclass(frozen=True)
 class ArrayImages:
-    """Images in memory: (n, H, W, 1 or 3) uint8, and what to call the array."""
+    """Images in memory: (n, H, W, 1 or 3) uint8, what to call the array, and what each patch shows, where known."""
 
     array: np.ndarray
     name: str
+    patches: np.ndarray | None = None  # (n, rows, columns) integers
 
     def read(self, position: int) -> np.ndarray:
         image = self.array[position]
@@ -32,6 +36,9 @@ class ArrayImages:
 
     def place(self, position: int) -> str:
         return f"{self.name}[{position}]"
+
+    def patch_labels(self, position: int) -> np.ndarray | None:
+        return None if self.patches is None else self.patches[position]
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,9 @@ class FileImages:
 
     def place(self, position: int) -> str:
         return self.paths[position]
+
+    def patch_labels(self, position: int) -> np.ndarray | None:
+        return None
 
 
 @dataclass(frozen=True)
@@ -71,6 +81,10 @@ class ImageSet:
         """Where image `index` of this split is."""
         return self.images.place(self.positions[index])
 
+    def patch_labels(self, index: int) -> np.ndarray | None:
+        """What each patch of image `index` shows, (rows, columns) integers; None where that is not known."""
+        return self.images.patch_labels(self.positions[index])
+
     def take(self, indices: np.ndarray) -> "ImageSet":
         """The images at `indices`, in that order."""
         return ImageSet(self.images, self.positions[indices], self.labels[indices])
@@ -91,3 +105,4 @@ class Splits:
     test: ImageSet
     class_names: list[str]
     image_size: int | None = None  # the arrays' own, where the set has no fixed default
+    patch_names: list[str] | None = None  # of what patches show, where that is known

@@ -22,6 +22,7 @@ class Batch(NamedTuple):
     images: torch.Tensor  # (B, 3, H, W) float32, normalised
     labels: torch.Tensor  # (B,) int64
     damaged: list[str]  # training images that could not be read and were replaced by the next one
+    patch_labels: torch.Tensor | None = None  # (B, rows, columns) int64, what each patch shows, where that is known
 
 
 class TrainImages(Dataset):
@@ -78,7 +79,11 @@ class EvalImages(Dataset):
     def __getitems__(self, indices: list[int]) -> Batch:
         """The batch of these images."""
         pictures = [eval_crop(self.images.read(index), self.image_size) for index in indices]
-        return Batch(normalise(pictures, self.mean, self.std), torch.from_numpy(self.images.labels[indices]), [])
+        batch = Batch(normalise(pictures, self.mean, self.std), torch.from_numpy(self.images.labels[indices]), [])
+        patches = [self.images.patch_labels(index) for index in indices]
+        if any(part is None for part in patches):
+            return batch
+        return batch._replace(patch_labels=torch.from_numpy(np.stack(patches)))
 
 
 class ImageLoader(DataLoader):

@@ -1,0 +1,146 @@
+"""Interventions do what they say, on the same images, and leave no trace."""
+
+import numpy as np
+import pytest
+import torch
+
+import vmoe
+from vmoe.analysis.exploration.causes import capacity, find_causes, random_routing, without
+from vmoe.analysis.exploration.statistics import paired_change
+from vmoe.analysis.exploration.subject import Subject
+
+TOKEN_ROUTERS = ("token_choice", "sigmoid", "cosine")
+
+
+def subject_of(model):
+    return Subject("", model, list("abcde"), (0.5,) * 3, (0.5,) * 3)
+
+
+def recorded(model, images):
+    with torch.no_grad(), vmoe.record_routing(model) as trace:
+        logits = model(images)
+    return logits, trace.layers["blocks.1.mlp"]
+
+
+@pytest.mark.parametrize("router", TOKEN_ROUTERS)
+def test_without_an_expert_the_next_best_is_chosen(make_model, make_batches, router):
+    model = make_model(router, top_k=2)
+    images = make_batches()[0][0]
+    layer = model.blocks[1].mlp
+    if router == "sigmoid":
+        layer.router.bias += torch.tensor([0.3, 5.0, 0.0, -0.1])  # expert 1 would be chosen whatever its gate
+    expected, plain = recorded(model, images)
+    with without(layer, 1):
+        _, routing = recorded(model, images)
+    assert not (routing.chosen == 1).any() and (plain.chosen == 1).any()
+    ranking = plain.gates + (layer.router.bias if router == "sigmoid" else 0)
+    order = ranking.index_fill(-1, torch.tensor(1), -torch.inf).argsort(-1, descending=True)
+    assert torch.equal(routing.chosen, order[..., :2])
+    assert torch.equal(recorded(model, images)[0], expected)  # nothing stays behind
+
+
+def test_without_an_expert_gates_are_the_softmax_of_the_others(make_model, make_batches):
+    model = make_model()
+    images = make_batches()[0][0]
+    with without(model.blocks[1].mlp, 2):
+        logits, routing = recorded(model, images)
+    _, plain = recorded(model, images)
+    others = torch.tensor([0, 1, 3])
+    expected = plain.gates[..., others] / plain.gates[..., others].sum(-1, keepdim=True)
+    torch.testing.assert_close(routing.gates[..., others], expected)
+    assert not routing.gates[..., 2].any()
+    # a router whose score for expert 2 is minus infinity, made by hand
+    model.blocks[1].mlp.router.scores = _with_infinity(model.blocks[1].mlp.router.scores)
+    torch.testing.assert_close(model(images), logits)
+
+
+def _with_infinity(scores):
+    def changed(x):
+        result = scores(x)
+        result[:, 2] = -torch.inf
+        return result
+
+    return changed
+
+
+def test_an_expert_that_nobody_chooses_is_not_missed(make_model, make_batches):
+    model = make_model(top_k=1)
+    model.blocks[1].mlp.router.gate.weight.data[3] = 0
+    model.blocks[1].mlp.router.gate.weight.data[:3] *= 100  # of three others one is always above zero, almost surely
+    images = make_batches()[0][0]
+    expected, routing = recorded(model, images)
+    free = ~(routing.chosen == 3).any((1, 2))
+    with without(model.blocks[1].mlp, 3):
+        logits = model(images)
+    torch.testing.assert_close(logits[free], expected[free])
+
+
+@pytest.mark.parametrize("router", ["expert_choice", "soft"])
+def test_without_an_expert_where_experts_have_slots(make_model, make_batches, router):
+    model = make_model(router)
+    images = make_batches()[0][0]
+    with without(model.blocks[1].mlp, 1):
+        _, routing = recorded(model, images)
+    assert not routing.combine[:, :, 1].any() and routing.combine[:, :, 0].any()
+    if router == "soft":
+        torch.testing.assert_close(routing.combine.sum((2, 3)), torch.ones(routing.combine.shape[:2]))
+
+
+@pytest.mark.parametrize("router", [*TOKEN_ROUTERS, "hash", "expert_choice", "soft"])
+def test_random_routing_keeps_the_sizes_of_the_gates_and_forgets_the_expert(make_model, make_batches, router):
+    model = make_model(router)
+    images = torch.cat([images for images, _ in make_batches(200)])
+    _, plain = recorded(model, images)
+    with random_routing(model.blocks[1].mlp, torch.Generator().manual_seed(0)):
+        _, routing = recorded(model, images)
+    torch.testing.assert_close(routing.gates.sort(-1).values.sum(-1), plain.gates.sort(-1).values.sum(-1))
+    if router == "soft":
+        torch.testing.assert_close(routing.dispatch.sum(1), torch.ones_like(routing.dispatch.sum(1)))
+        return
+    torch.testing.assert_close(routing.gates.sort(-1).values, plain.gates.sort(-1).values)
+    if router != "expert_choice":
+        torch.testing.assert_close(routing.combine_weights, plain.combine_weights)
+        assert torch.bincount(routing.chosen[..., 0].flatten()) / routing.chosen[..., 0].numel() == pytest.approx(
+            np.full(4, 0.25), abs=0.03
+        )
+        assert (routing.chosen[..., 0] != routing.chosen[..., 1]).all()
+
+
+def test_capacity_and_priority_are_set_and_restored(make_model, make_batches):
+    model = make_model(eval_capacity_factor=None, group=1)
+    images = make_batches()[0][0]
+    with capacity(model, 0.5, True):
+        config = model.blocks[1].mlp.config
+        assert (config.eval_capacity_factor, config.batch_priority) == (0.5, True)
+        _, routing = recorded(model, images)
+    gates = routing.gates.amax(-1)
+    dropped = routing.dropped[..., 0]
+    assert gates[dropped].mean() < gates[~dropped].mean()
+    config = model.blocks[1].mlp.config
+    assert (config.eval_capacity_factor, config.batch_priority) == (None, False)
+
+
+def test_changes_are_paired_on_the_same_images(make_model, make_batches):
+    model, batches = make_model(), make_batches(80)
+    found = find_causes(subject_of(model), batches, [0.5, 2.0], seed=0)
+    assert found.images == 80 and list(found.ablation) == list(found.random_router) == ["blocks.1.mlp", "blocks.3.mlp"]
+    images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    base = model(images).argmax(-1) == labels
+    with without(model.blocks[3].mlp, 2):
+        now = model(images).argmax(-1) == labels
+    entry = found.ablation["blocks.3.mlp"][2]
+    expected = paired_change(int((now & ~base).sum()), int((base & ~now).sum()), 80)
+    assert (entry["change"], entry["low"], entry["high"]) == expected and entry["expert"] == 2
+    is_b = labels == 1
+    assert entry["by_class"][1] == pytest.approx(float((now[is_b].double() - base[is_b].double()).mean()))
+    assert [(part["factor"], part["priority"]) for part in found.capacity] == [
+        (0.5, False), (0.5, True), (2.0, False), (2.0, True)
+    ]  # fmt: skip
+    assert found.capacity[0]["dropped"] > 0.2 > found.capacity[2]["dropped"]
+
+
+def test_capacities_that_cannot_be_are_left_out(make_model, make_batches):
+    found = find_causes(subject_of(make_model("expert_choice")), make_batches(16), [0.01, 1.0, 50.0], seed=0)
+    assert [part["factor"] for part in found.capacity] == [1.0]
+    one = make_model(num_experts=1, top_k=1)
+    assert find_causes(subject_of(one), make_batches(16), [1.0], seed=0).ablation == {}

@@ -1,0 +1,149 @@
+"""`vmoe explore`: a page, figures and numbers; one line for a mistake."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vmoe.analysis.exploration import read_images
+from vmoe.checkpoints import ENTRY
+from vmoe.cli.explore import main
+
+MOE = {"num_experts": 4, "top_k": 2}
+FEW = ["--sample", "8", "--probe-images", "30", "--cause-images", "30", "--capacity-factor", "0.5", "1"]
+QUICK = [*FEW, "--replicates", "20"]
+
+
+def later(run, name, epochs, change=0.0):
+    """A copy of the run's checkpoint as of another epoch."""
+    content = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)
+    content[ENTRY]["epochs_done"] = epochs
+    for key, value in content["state_dict"].items():
+        if "router" in key:
+            value += change * torch.randn(value.shape, generator=torch.Generator().manual_seed(0))
+    torch.save(content, run / "checkpoints" / name)
+
+
+def test_a_run_is_explored(save_run, tmp_path, capsys):
+    run, out = save_run(moe=MOE), tmp_path / "out"
+    (run / "metrics.csv").write_text(
+        "epoch,step," + ",".join(f"moe/blocks.1.mlp/load/{e}" for e in range(4)) + "\n1,9,1,1,1,1\n2,18,2,1,0.5,0.5\n"
+    )
+    assert main([str(run), "--out", str(out), *QUICK]) == 0
+    assert {path.name for path in out.iterdir()} == {"index.html", "figures", "data"}
+    report = json.loads((out / "data" / "report.json").read_text())
+    told = report["provenance"]
+    assert told["data"] == "digits" and told["split"] == "test" and told["num_images"] > 300
+    assert told["checkpoint"].endswith("run/checkpoints/best.ckpt") and told["command"].startswith("vmoe explore ")
+    assert told["versions"]["torch"] == torch.__version__
+    assert report["title"] == "What the experts of run do" and report["classes"] == list("0123456789")
+    assert report["training"]["steps"] == [9, 18]
+    assert report["training"]["layers"]["blocks.1.mlp"]["load"] == [[1, 1, 1, 1], [2, 1, 0.5, 0.5]]
+    assert report["saturation"] is None
+    images = read_images(out / "data" / "images.npz")
+    assert images["pixels"].shape == (8, 16, 16, 3) and images["layers"][1]["gates"].shape == (8, 17, 4)
+    assert images["layers"][0]["dispatch"] is None
+    page = (out / "index.html").read_text()
+    assert "blocks.3.mlp" in page or len(page) > 50_000
+    figures = {path.stem for path in (out / "figures").iterdir()}
+    assert figures == {
+        *("load", "specialisation", "classes-0", "classes-1", "coactivation", "flows", "experts-per-image"),
+        *("consistency", "ablation", "capacity", "training-load", "experts-0", "experts-1", "maps"),
+    }
+    for path in (out / "figures").iterdir():
+        Image.open(path).verify()
+    shown = capsys.readouterr().out
+    assert report["findings"] and all(f"- {line}\n" in shown for line in report["findings"])
+
+
+def test_the_same_call_gives_the_same_numbers(save_run, tmp_path):
+    run = save_run(moe=MOE)
+    reports = []
+    for name in ("a", "b"):
+        assert main([str(run), "--out", str(tmp_path / name), *QUICK]) == 0
+        reports.append(json.loads((tmp_path / name / "data" / "report.json").read_text()))
+        del reports[-1]["provenance"]["command"]
+    assert reports[0] == reports[1]
+
+
+def test_runs_beside_each_other_and_earlier_checkpoints(save_run, tmp_path):
+    run, seed1, dense = save_run("run", moe=MOE), save_run("seed1", moe=MOE | {"num_experts": 3}), save_run("dense")
+    later(run, "epoch0.ckpt", 0, change=0.5)
+    out = tmp_path / "out"
+    assert main([str(run), str(seed1), str(dense), "--out", str(out), *QUICK]) == 0
+    report = json.loads((out / "data" / "report.json").read_text())
+    assert [run["name"] for run in report["runs"]] == ["run", "seed1", "dense"]
+    assert [run["is_dense"] for run in report["runs"]] == [False, False, True]
+    assert [part["run"] for part in report["agreement"]] == ["seed1"]
+    assert report["saturation"]["epochs"] == [0, 1]
+    for values in report["saturation"]["layers"].values():
+        assert values[0] < 0.95 and values[1] == 1
+
+
+def test_runs_of_one_name_are_told_apart(save_run, tmp_path):
+    run = save_run("a", moe=MOE)
+    shutil.copytree(run, tmp_path / "b" / "a")
+    assert main([str(run), str(tmp_path / "b" / "a"), "--out", str(tmp_path / "out"), *QUICK]) == 0
+    names = [run["name"] for run in json.loads((tmp_path / "out/data/report.json").read_text())["runs"]]
+    assert len(set(names)) == 2 and names[1] == "b/a"
+
+
+def test_patch_labels_of_another_set(save_run, tmp_path):
+    run = save_run(
+        moe=MOE, data={"name": "patchwork"}, class_names=("disc", "ring", "square", "cross", "plus", "triangle")
+    )
+    out = tmp_path / "out"
+    arguments = ["--sample", "4", "--probe-images", "0", "--cause-images", "0", "--replicates", "20"]
+    assert main([str(run), "--out", str(out), *arguments]) == 0
+    report = json.loads((out / "data" / "report.json").read_text())
+    assert len(report["patch_names"]) == 12 and report["capacity"] is None
+    assert np.shape(report["layers"][0]["patch_label_log_ratio"]["matrix"]) == (4, 12)
+    assert "patch label" in report["layers"][0]["specialisation"]
+
+
+def test_mistakes_are_one_line_that_names_them(save_run, tmp_path, capsys):
+    run, dense = str(save_run(moe=MOE)), str(save_run("dense"))
+    three = str(save_run("three", moe=MOE, class_names=("a", "b", "c")))
+    out = ["--out", str(tmp_path / "out")]
+    for arguments, named in (
+        ([str(tmp_path / "missing"), *out], "missing"),
+        ([dense, *out], "dense"),
+        ([dense, run, *out], "dense"),
+        ([run, run, *out], "twice"),
+        ([run, three, *out], "3 classes"),
+        ([three, *out], "10 classes, the checkpoint 3"),
+        ([run], "--out"),
+        ([run, *out, "--sample", "0"], "sample=0"),
+        ([run, *out, "--replicates", "5"], "replicates=5"),
+        ([run, *out, "--cause-images", "-1"], "cause_images=-1"),
+        ([run, *out, "--seed", "-1"], "seed=-1"),
+        ([run, *out, "--capacity-factor", "0"], "'0'"),
+        ([run, *out, "--data", "digitz"], "digitz"),
+        ([run, *out, "--device", "cuda:77"], "--device cuda:77"),
+        ([run, *out, "--split", "train"], "--split"),
+    ):
+        assert main(arguments) == 2, arguments
+        error = capsys.readouterr().err
+        assert error.startswith("vmoe explore: error: ") and error.count("\n") == 1, error
+        assert named in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_table_that_training_did_not_write_is_named(save_run, tmp_path, capsys):
+    run = save_run(moe=MOE)
+    (run / "metrics.csv").write_text("epoch,step,moe/blocks.1.mlp/load/0\n1,9,many\n")
+    assert main([str(run), "--out", str(tmp_path / "out"), *QUICK]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "metrics.csv" in error and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("blocker", ["out", "out/data"])
+def test_a_place_that_cannot_be_written_is_named(save_run, tmp_path, capsys, blocker):
+    place = tmp_path / blocker
+    place.parent.mkdir(exist_ok=True)
+    place.write_text("in the way")
+    assert main([str(save_run(moe=MOE)), "--out", str(tmp_path / "out"), *QUICK]) == 2
+    assert "cannot be written" in capsys.readouterr().err

@@ -1,0 +1,240 @@
+"""What depends on the experts: accuracy without one of them, with random routing, and at other capacities.
+
+All are tried on the same images, batch by batch, so that changes are paired. B images; E experts; C classes;
+I interventions; n images.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import vmoe
+from vmoe.analysis.exploration.statistics import paired_change, wilson
+from vmoe.analysis.exploration.subject import Subject
+from vmoe.moe import MoeMlp, Routing
+from vmoe.moe.routers import SigmoidRouter, top_experts, weights_of
+from vmoe.moe.routing import ExpertChoiceRouting, SlotRouting, SoftRouting
+from vmoe.moe.slot_routers import expert_choice
+
+_NO_CHOICE = ("hash", "random", "balanced")  # routers that follow no scores: there is no next best expert
+
+
+@dataclass(frozen=True)
+class Causes:
+    """What the interventions did, in the report's form.
+
+    Attributes:
+        images: n.
+        ablation: By layer, for each expert: "expert", "change", "low", "high" of the accuracy, and "by_class".
+        random_router: By layer: "change", "low", "high".
+        capacity: "factor", "priority", "accuracy", "low", "high", "dropped" of each setting; None where experts fill
+            slots that belong to the parameters (Soft MoE).
+    """
+
+    images: int
+    ablation: dict[str, list[dict[str, Any]]]
+    random_router: dict[str, dict[str, float]]
+    capacity: list[dict[str, Any]] | None
+
+
+class _Intervention(NamedTuple):
+    """Something done to a model for one forward pass."""
+
+    layer: str | None
+    expert: int | None
+    factor: float | None
+    priority: bool | None
+    applied: Callable
+
+
+@torch.inference_mode()
+def find_causes(subject: Subject, batches: Iterable, capacity_factors: Sequence[float], seed: int) -> Causes:
+    """Tries every intervention on the same images.
+
+    Args:
+        subject: The model; it is left as it was.
+        batches: Of (images, labels, ...), normalised for the model.
+        capacity_factors: At evaluation.
+        seed: Of the random routers.
+    """
+    interventions = list(_interventions(subject.model, capacity_factors, seed, subject.device))
+    right, labels, dropped = [], [], []
+    for batch in batches:
+        x, y = batch[0].to(subject.device, non_blocking=True), batch[1].to(subject.device, non_blocking=True)
+        if not right:
+            interventions = [each for each in interventions if _is_possible(subject.model, x, each)]
+        rows, drops = [_is_right(subject.model, x, y)], []
+        for intervention in interventions:
+            with intervention.applied():
+                rows.append(_is_right(subject.model, x, y))
+                drops.append(_dropped(subject.model))
+        right.append(torch.stack(rows))
+        labels.append(y)
+        dropped.append(torch.stack(drops) * len(y))
+    right, labels = torch.cat(right, 1).cpu(), torch.cat(labels).cpu()
+    dropped = (torch.stack(dropped).sum(0) / len(labels)).tolist()
+    return _told(interventions, right, labels, dropped, len(subject.class_names))
+
+
+def _is_right(model: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
+    return model(x).argmax(-1) == labels
+
+
+def _is_possible(model: nn.Module, x: Tensor, intervention: _Intervention) -> bool:
+    """Whether a capacity leaves the experts a place, and no more places than there are tokens."""
+    if intervention.factor is None:
+        return True
+    try:
+        with intervention.applied():
+            model(x)
+    except ValueError:
+        return False
+    return True
+
+
+def _dropped(model: nn.Module) -> Tensor:
+    """Share of all choices that the last pass dropped, over the layers, each by its choices a token."""
+    layers = [layer for _, layer in vmoe.moe_layers(model)]
+    weights = [float(layer.config.top_k) for layer in layers]
+    parts = [weight * layer.statistics.dropped.double() for weight, layer in zip(weights, layers, strict=True)]
+    return torch.stack(parts).sum() / sum(weights)
+
+
+def _interventions(
+    model: nn.Module, capacity_factors: Sequence[float], seed: int, device: torch.device
+) -> Iterator[_Intervention]:
+    for name, layer in vmoe.moe_layers(model):
+        experts = layer.num_experts
+        if layer.config.router not in _NO_CHOICE and experts > 1:
+            for expert in range(experts):
+                yield _Intervention(name, expert, None, None, lambda layer=layer, expert=expert: without(layer, expert))
+        generator = torch.Generator(device).manual_seed(seed)
+        yield _Intervention(
+            name, None, None, None, lambda layer=layer, generator=generator: random_routing(layer, generator)
+        )
+    config = vmoe.moe_layers(model)[0][1].config
+    if config.router == "soft":
+        return
+    for factor in capacity_factors:
+        for priority in (False,) if config.fills_slots else (False, True):
+            yield _Intervention(
+                None, None, factor, priority, lambda factor=factor, priority=priority: capacity(model, factor, priority)
+            )
+
+
+@contextmanager
+def without(layer: MoeMlp, expert: int) -> Iterator[None]:
+    """Inside the block the layer routes on without an expert: its score is minus infinity, the next best is chosen.
+
+    Where experts fill slots, the others' shares of each token are scaled up to what they would be without it.
+    """
+    yield from _rerouted(layer, lambda router, routing: _without(router, routing, expert))
+
+
+@contextmanager
+def random_routing(layer: MoeMlp, generator: torch.Generator) -> Iterator[None]:
+    """Inside the block each token's gates are dealt out to random experts, so that only who gets what changes.
+
+    The gates keep their sizes: as sure a choice, of a random expert. For Soft MoE tokens also enter slots at random.
+    """
+    yield from _rerouted(layer, lambda _, routing: _shuffled(routing, generator))
+
+
+@contextmanager
+def capacity(model: nn.Module, factor: float, batch_priority: bool) -> Iterator[None]:
+    """Inside the block all layers have this capacity factor at evaluation, vanilla or batch prioritized."""
+    layers = [layer for _, layer in vmoe.moe_layers(model)]
+    own = [layer.config for layer in layers]
+    try:
+        for layer in layers:
+            layer.config = dataclasses.replace(layer.config, eval_capacity_factor=factor, batch_priority=batch_priority)
+        yield
+    finally:
+        for layer, config in zip(layers, own, strict=True):
+            layer.config = config
+
+
+def _rerouted(layer: MoeMlp, change: Callable) -> Iterator[None]:
+    """The router's decision is replaced before places are handed out."""
+    handle = layer.router.register_forward_hook(lambda router, _, routing: change(router, routing))
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        handle.remove()
+
+
+def _without(router: nn.Module, routing: Routing | SlotRouting, expert: int) -> Routing | SlotRouting:
+    if isinstance(routing, SoftRouting):
+        left = routing.combine_weights_GSEC.clone()
+        left[:, :, expert] = 0
+        left = left / left.sum((2, 3), keepdim=True).clamp_min(torch.finfo(left.dtype).tiny)
+        return routing._replace(combine_weights_GSEC=left)
+    is_expert = torch.arange(routing.gates_GSE.shape[-1], device=routing.gates_GSE.device) == expert
+    if isinstance(routing, ExpertChoiceRouting):
+        left = routing.gates_GSE.masked_fill(is_expert, 0)
+        left = left / left.sum(-1, keepdim=True).clamp_min(torch.finfo(left.dtype).tiny)
+        return expert_choice(left, routing.groups, routing.chosen_GEC.shape[-1], routing.valid_GS)
+    logits = routing.logits_GSE.masked_fill(is_expert, -math.inf)
+    if isinstance(router, SigmoidRouter):
+        gates = routing.gates_GSE.masked_fill(is_expert, 0)
+        ranking = (gates + router.bias).masked_fill(is_expert, -math.inf)
+    else:
+        gates = ranking = logits.softmax(-1)
+    chosen = top_experts(ranking, routing.chosen_GSK.shape[-1])
+    weights = weights_of(gates, chosen, router.renormalize)
+    return routing._replace(
+        logits_GSE=logits, noisy_logits_GSE=logits, gates_GSE=gates, chosen_GSK=chosen, weights_GSK=weights
+    )
+
+
+def _shuffled(routing: Routing | SlotRouting, generator: torch.Generator) -> Routing | SlotRouting:
+    if isinstance(routing, SoftRouting):
+        dispatch, combine = routing.dispatch_weights_GSEC, routing.combine_weights_GSEC
+        order = _orders(dispatch.movedim(1, -1), generator).movedim(-1, 1)
+        flat = combine.flatten(2)
+        return routing._replace(
+            dispatch_weights_GSEC=dispatch.gather(1, order),
+            combine_weights_GSEC=flat.gather(-1, _orders(flat, generator)).view_as(combine),
+        )
+    order = _orders(routing.gates_GSE, generator)  # expert e's gates go to expert order[e]
+    gates = torch.empty_like(routing.gates_GSE).scatter(-1, order, routing.gates_GSE)
+    if isinstance(routing, ExpertChoiceRouting):
+        return expert_choice(gates, routing.groups, routing.chosen_GEC.shape[-1], routing.valid_GS)
+    logits = torch.empty_like(routing.logits_GSE).scatter(-1, order, routing.logits_GSE)
+    chosen = order.gather(-1, routing.chosen_GSK)
+    return routing._replace(logits_GSE=logits, noisy_logits_GSE=logits, gates_GSE=gates, chosen_GSK=chosen)
+
+
+def _orders(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Random permutations along the last axis."""
+    return torch.rand(like.shape, generator=generator, device=like.device).argsort(-1)
+
+
+def _told(
+    interventions: Sequence[_Intervention], right: Tensor, labels: Tensor, dropped: Sequence[float], num_classes: int
+) -> Causes:
+    """The report's form of who was right (1 + I, n), the first row without an intervention."""
+    base, changed = right[0], right[1:]
+    ablation: dict[str, list[dict[str, Any]]] = {}
+    random_router, capacities = {}, []
+    of_class = torch.bincount(labels, minlength=num_classes).clamp_min(1)
+    for intervention, now, drop in zip(interventions, changed, dropped, strict=True):
+        change = paired_change(int((now & ~base).sum()), int((base & ~now).sum()), len(labels)).as_dict("change")
+        if intervention.expert is not None:
+            difference = torch.bincount(labels, (now.double() - base.double()), num_classes) / of_class
+            entry = {"expert": intervention.expert, **change, "by_class": difference.tolist()}
+            ablation.setdefault(intervention.layer, []).append(entry)
+        elif intervention.layer is not None:
+            random_router[intervention.layer] = change
+        else:
+            accuracy = wilson(int(now.sum()), len(labels)).as_dict("accuracy")
+            setting = {"factor": intervention.factor, "priority": intervention.priority}
+            capacities.append({**setting, **accuracy, "dropped": drop})
+    return Causes(len(labels), ablation, random_router, capacities or None)

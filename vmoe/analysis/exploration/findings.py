@@ -1,0 +1,141 @@
+"""Sentences that the numbers of a report support, and no others."""
+
+from collections.abc import Iterator
+from typing import Any
+
+
+def findings(report: dict[str, Any]) -> list[str]:
+    """What the numbers say. Specialisation is claimed only where its null is beaten, a change only where its interval
+    leaves out zero.
+    """
+    return [
+        *_specialisation(report["layers"]),
+        *_load(report["layers"]),
+        *_ablation(report),
+        *_random_router(report["layers"]),
+        *_capacity(report["capacity"]),
+        *_agreement(report["agreement"]),
+        *_runs(report["runs"]),
+    ]
+
+
+def _specialisation(layers: list[dict[str, Any]]) -> Iterator[str]:
+    chance = []
+    for feature in layers[0]["specialisation"]:
+        parts = [(layer["specialisation"][feature], layer["name"]) for layer in layers]
+        beating = [(part, name) for part, name in parts if part["beats_null"]]
+        if not beating:
+            chance.append(feature)
+            continue
+        best, name = max(beating, key=lambda pair: pair[0]["nmi"])
+        where = "in every layer" if len(beating) == len(parts) else f"in {len(beating)} of {len(parts)} layers"
+        if len(parts) == 1:
+            where = "in its only MoE layer"
+        yield (
+            f"Experts go {_strength(best)} with the {_spoken(feature)}, beyond chance {where}: most in {name}, NMI "
+            f"{best['nmi']:.3f} ({best['low']:.3f} to {best['high']:.3f}; chance {best['null_mean']:.3f})."
+        )
+    if chance:
+        yield f"No layer's experts go with the {' or the '.join(map(_spoken, chance))} more than chance has it."
+    first, last = (layer["specialisation"]["class"] for layer in (layers[0], layers[-1]))
+    if len(layers) > 1 and last["beats_null"] and last["low"] > first["high"]:
+        yield (
+            f"Deeper experts tell more of the class: NMI {first['nmi']:.3f} in {layers[0]['name']}, "
+            f"{last['nmi']:.3f} in {layers[-1]['name']}."
+        )
+
+
+def _strength(part: dict[str, Any]) -> str:
+    """A word for the information beyond chance; the steps are a convention."""
+    excess = part["nmi"] - part["null_mean"]
+    words = ((0.01, "barely"), (0.05, "weakly"), (0.2, "clearly"))
+    return next((word for step, word in words if excess < step), "strongly")
+
+
+def _spoken(feature: str) -> str:
+    return {"edges": "edge strength", "position": "position of a patch", "class": "class of the image"}.get(
+        feature, f"{feature} of a patch" if feature in ("colour", "brightness") else feature
+    )
+
+
+def _load(layers: list[dict[str, Any]]) -> Iterator[str]:
+    dead = [(layer["name"], sum(expert["dead"] for expert in layer["experts"])) for layer in layers]
+    if any(count for _, count in dead):
+        yield (
+            "Dead experts, which take no patch: "
+            + ", ".join(f"{count} in {name}" for name, count in dead if count)
+            + "."
+        )
+    fullest = max(layers, key=lambda layer: layer["max_load"])
+    if fullest["kind"] == "tokens":
+        yield (
+            f"The fullest expert is in {fullest['name']}, with {fullest['max_load']:.2f} times the fair load "
+            f"(coefficient of variation there {fullest['load_cv']:.2f})."
+        )
+
+
+def _ablation(report: dict[str, Any]) -> Iterator[str]:
+    tried = [(layer, part) for layer in report["layers"] for part in layer["ablation"] or ()]
+    if not tried:
+        return
+    needed = [(layer, part) for layer, part in tried if part["high"] < 0]
+    if not needed:
+        yield f"None of the {len(tried)} experts is missed when left out alone: every interval reaches zero."
+        return
+    layer, worst = min(needed, key=lambda pair: pair[1]["change"])
+    index = min(range(len(worst["by_class"])), key=worst["by_class"].__getitem__)
+    yield (
+        f"Without expert {worst['expert']} of {layer['name']} accuracy falls by {_points(worst)}, most for "
+        f"{report['classes'][index]} ({100 * worst['by_class'][index]:+.1f}); {len(needed)} of {len(tried)} experts "
+        "are missed so that the interval leaves out zero."
+    )
+
+
+def _random_router(layers: list[dict[str, Any]]) -> Iterator[str]:
+    tried = [(layer["name"], layer["random_router"]) for layer in layers if layer["random_router"] is not None]
+    if not tried:
+        return
+    name, worst = min(tried, key=lambda pair: pair[1]["change"])
+    if worst["high"] < 0:
+        yield f"Routing at random costs most in {name}: {_points(worst)} of accuracy."
+    else:
+        yield "Random routing in a single layer does not lower accuracy: every interval reaches zero."
+
+
+def _capacity(settings: list[dict[str, Any]] | None) -> Iterator[str]:
+    by_factor: dict[float, dict[bool, dict[str, Any]]] = {}
+    for setting in settings or ():
+        by_factor.setdefault(setting["factor"], {})[setting["priority"]] = setting
+    for factor, pair in sorted(by_factor.items()):
+        if len(pair) == 2 and pair[True]["low"] > pair[False]["high"]:
+            yield (
+                f"At capacity factor {factor:g}, which drops {pair[False]['dropped']:.0%} of the choices, accuracy is "
+                f"{pair[True]['accuracy']:.1%} with batch prioritized routing, {pair[False]['accuracy']:.1%} without."
+            )
+            return
+
+
+def _agreement(runs: list[dict[str, Any]] | None) -> Iterator[str]:
+    for run in runs or ():
+        for name, part in run["layers"].items():
+            verdict = "more than" if part["value"] > part["null_high"] else "no more than"
+            yield (
+                f"The experts of {name} and those of {run['run']} agree {verdict} by chance: on {part['value']:.1%} of "
+                f"the patches once paired as well as can be, chance {part['null_mean']:.1%}."
+            )
+
+
+def _runs(runs: list[dict[str, Any]]) -> Iterator[str]:
+    first = runs[0]
+    for run in runs[1:]:
+        here, there = first["accuracy"], run["accuracy"]
+        apart = here["low"] > there["high"] or there["low"] > here["high"]
+        yield (
+            f"Accuracy {here['value']:.1%} against {there['value']:.1%} of {run['name']}"
+            f"{' (dense)' if run['is_dense'] else ''}: their intervals {'are apart' if apart else 'overlap'}."
+        )
+
+
+def _points(change: dict[str, float]) -> str:
+    """A fall with its interval, in points."""
+    return f"{-100 * change['change']:.1f} points ({-100 * change['high']:.1f} to {-100 * change['low']:.1f})"

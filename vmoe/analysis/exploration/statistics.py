@@ -1,0 +1,152 @@
+"""The numbers of the explorer as functions of small tables, so that each can be checked by hand.
+
+E experts; F values of a feature (classes, positions, colours, ...); R replicates.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from scipy.cluster.hierarchy import leaves_list, linkage
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+Z95 = 1.959963984540054
+
+
+class Interval(NamedTuple):
+    """An estimate with its 95 % confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def as_dict(self, name: str = "value") -> dict[str, float]:
+        """Plain types; the estimate under `name`."""
+        return {name: self.value, "low": self.low, "high": self.high}
+
+
+def normalised_mutual_information(table: Tensor) -> Tensor:
+    """How much knowing one of two variables tells of the other: 0 nothing, 1 all.
+
+    I(X; Y) / ((H(X) + H(Y)) / 2) of the joint distribution that a table of counts makes (Strehl & Ghosh 2002, with the
+    arithmetic mean as in Vinh et al. 2010, https://jmlr.org/papers/v11/vinh10a.html, table 2); 0 where a variable is
+    constant.
+
+    Args:
+        table: (..., F, E) counts.
+
+    Returns:
+        (...,) in [0, 1], float64.
+    """
+    joint = table.double()
+    joint = joint / joint.sum((-2, -1), keepdim=True).clamp_min(1e-300)
+    both, rows, columns = (_entropy(part) for part in (joint.flatten(-2), joint.sum(-1), joint.sum(-2)))
+    mean = (rows + columns) / 2
+    return ((rows + columns - both) / mean.clamp_min(1e-12)).clamp(0, 1) * (mean > 1e-12)
+
+
+def _entropy(shares: Tensor) -> Tensor:
+    return torch.special.entr(shares).sum(-1)
+
+
+def relative_load(counts: np.ndarray) -> np.ndarray:
+    """Each expert's share of the choices relative to the fair 1/E: 1 is fair, 0 is dead. (E,) -> (E,)."""
+    return counts * len(counts) / max(counts.sum(), 1e-300)
+
+
+def coefficient_of_variation(load: np.ndarray) -> float:
+    """Standard deviation of the experts' loads over their mean (as in the importance loss of Shazeer et al. 2017,
+    https://arxiv.org/abs/1701.06538, equation 6); 0 is perfectly balanced.
+    """
+    return float(load.std() / max(load.mean(), 1e-300))
+
+
+def class_log_ratio(counts: np.ndarray, prior_patches: float) -> np.ndarray:
+    """ln(P(class | expert) / P(class)) of a table of choices (E, C), shrunk towards 0 where an expert has few.
+
+    To each expert's choices are added `prior_patches` distributed as all choices are, the weight of about one image,
+    since patches of one image are not independent: ln((n_ec + s p_c) / ((n_e + s) p_c)). 0 for classes without images.
+    """
+    of_class = counts.sum(0) / max(counts.sum(), 1e-300)
+    seen = of_class > 0
+    share = (counts + prior_patches * of_class) / (counts.sum(1, keepdims=True) + prior_patches)
+    ratio = np.ones_like(share)
+    np.divide(share, of_class, out=ratio, where=seen[None])
+    return np.log(ratio)
+
+
+def clustered_order(columns: np.ndarray) -> list[int]:
+    """An order of the columns of a matrix (E, C) in which similar ones are neighbours.
+
+    Average linkage with optimal leaf ordering (Bar-Joseph et al. 2001).
+    """
+    if columns.shape[1] < 3:
+        return list(range(columns.shape[1]))
+    return leaves_list(linkage(columns.T, "average", optimal_ordering=True)).tolist()
+
+
+def coactivation(together: np.ndarray, tokens: float, top_k: int | None) -> np.ndarray:
+    """How often two experts take the same token, over what chance would give: 1 is chance.
+
+    Chance is P(e) P(e') for routers that fill slots. A token's K choices differ from one another, which alone makes two
+    experts meet less: there chance is P(e) P(e') (K - 1) E / (K (E - 1)), exact for fair loads.
+
+    Args:
+        together: (E, E) sum over tokens of what both experts take; the diagonal holds each expert's own.
+        tokens: Number of tokens.
+        top_k: K; None where experts fill slots.
+
+    Returns:
+        (E, E); NaN on the diagonal and where an expert takes nothing, 0 everywhere else with K = 1.
+    """
+    experts = len(together)
+    share = np.diag(together) / max(tokens, 1)
+    chance = np.outer(share, share)
+    if top_k is not None:
+        chance = chance * (top_k - 1) * experts / (top_k * max(experts - 1, 1))
+    never = np.outer(share, share) == 0
+    if top_k == 1:
+        ratio = np.zeros_like(chance)
+    else:
+        ratio = np.divide(together / max(tokens, 1), chance, out=np.zeros_like(chance), where=chance > 0)
+    return np.where(never | np.eye(experts, dtype=bool), math.nan, ratio)
+
+
+def wilson(successes: float, trials: int) -> Interval:
+    """A share with its interval (Wilson 1927)."""
+    share = successes / trials
+    centre = (share + Z95**2 / (2 * trials)) / (1 + Z95**2 / trials)
+    half = Z95 / (1 + Z95**2 / trials) * math.sqrt(share * (1 - share) / trials + Z95**2 / (4 * trials**2))
+    return Interval(share, max(0.0, centre - half), min(1.0, centre + half))
+
+
+def paired_change(gained: int, lost: int, trials: int) -> Interval:
+    """Change of accuracy on the same images, of which `gained` became right and `lost` wrong.
+
+    The interval is Agresti & Min's (2005, https://doi.org/10.1002/sim.1781): Wald's with half an image added to each of
+    the four cells, so that it keeps its width when no prediction changed.
+    """
+    n = trials + 2
+    up, down = (gained + 0.5) / n, (lost + 0.5) / n
+    half = Z95 * math.sqrt(max(up + down - (up - down) ** 2, 0) / n)
+    return Interval((gained - lost) / trials, max(-1.0, up - down - half), min(1.0, up - down + half))
+
+
+def mean_interval(values: np.ndarray) -> Interval:
+    """The mean of independent values (n,) with its normal interval."""
+    half = Z95 * values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    return Interval(float(values.mean()), float(values.mean() - half), float(values.mean() + half))
+
+
+def matched_agreement(table: np.ndarray) -> float:
+    """Share of patches on which two routers agree once experts are paired as well as can be.
+
+    The Hungarian method (Kuhn 1955) finds the pairing.
+
+    Args:
+        table: (E, E') patches by first choice in one and in the other.
+    """
+    pairs = linear_sum_assignment(table, maximize=True)
+    return float(table[pairs].sum() / max(table.sum(), 1))

@@ -1,0 +1,65 @@
+"""A model to explore and what is needed to show it images."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import vmoe
+from vmoe.checkpoints import Checkpoint
+
+Colour = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model in evaluation mode.
+
+    Attributes:
+        name: What the report calls it.
+        model: The model.
+        class_names: Names of its classes.
+        mean: Of the channels of images in [0, 1], as they are normalised for it.
+        std: Likewise.
+        image_size: Side of its images in pixels; None where it takes what it is given.
+    """
+
+    name: str
+    model: nn.Module
+    class_names: Sequence[str]
+    mean: Colour
+    std: Colour
+    image_size: int | None = None
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, name: str) -> "Subject":
+        """A checkpoint's model."""
+        part = checkpoint
+        return cls(name, part.model.eval(), part.class_names, part.mean, part.std, part.image_size)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def is_dense(self) -> bool:
+        return not vmoe.moe_layers(self.model)
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """Undoes the normalisation: (B, 3, H, W) as the model sees them -> the same in [0, 1]."""
+        return (images * self._channels(self.std) + self._channels(self.mean)).clamp(0, 1)
+
+    def as_seen_by(self, other: "Subject", images: Tensor) -> Tensor:
+        """Images that are normalised for this model, normalised and resized for another one."""
+        size = other.image_size or images.shape[-1]
+        if (self.mean, self.std, images.shape[-1]) == (other.mean, other.std, size):
+            return images
+        pixels = self.pixels(images)
+        if size != images.shape[-1]:
+            pixels = F.interpolate(pixels, size=(size, size), mode="bilinear", antialias=True)
+        return (pixels - self._channels(other.mean)) / self._channels(other.std)
+
+    def _channels(self, values: Colour) -> Tensor:
+        return torch.tensor(values, device=self.device).view(3, 1, 1)

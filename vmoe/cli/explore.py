@@ -1,0 +1,154 @@
+"""`vmoe explore`: sees, measures and tests what the experts of a V-MoE do."""
+
+import argparse
+import shlex
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vmoe.cli.common import run
+from vmoe.cli.inputs import Tracked, load_data
+from vmoe.cli.options import capacity_factor, choose_device, new_parser
+from vmoe.errors import UserError
+
+if TYPE_CHECKING:
+    from vmoe.checkpoints import Checkpoint
+
+_DESCRIPTION = """\
+Runs a V-MoE over a data set and shows what its experts do: which patches they take, how evenly they are loaded, whether
+they specialise in classes, positions, colours or edges more than chance would have it, how layers follow one another,
+and what the model loses without an expert, with random routing and at other capacities. Further checkpoints, also a
+dense twin, are put beside the first.
+
+Writes index.html (one page that opens from disk), figures/*.png and data/ (report.json, images.npz: every number).
+
+  vmoe explore runs/patchwork --out runs/patchwork/explorer
+  vmoe explore runs/seed0 runs/seed1 runs/dense --out explorer --sample 200
+  vmoe explore runs/cifar10 --out explorer --data npz --root cifar10.npz --cause-images 0
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the job with `argv`; returns its exit code."""
+    return run(_explore, argv)
+
+
+def _explore(argv: list[str]) -> None:
+    options = _parser().parse_args(argv)
+    # Imported here, so that --help and a mistyped option answer at once.
+    from vmoe.analysis.exploration import ExploreOptions, Subject, explore, write_exploration
+    from vmoe.analysis.exploration.history import snapshots
+    from vmoe.analysis.heatmap import require_experts
+    from vmoe.checkpoints import load_checkpoint
+    from vmoe.training.summary import device_name, versions
+
+    device = choose_device(options.device)
+    checkpoint, *others = [load_checkpoint(path, device) for path in options.checkpoints]
+    if len(options.checkpoints) > len({each.path.resolve() for each in (checkpoint, *others)}):
+        raise UserError("CKPT: the same checkpoint is given twice; name each once")
+    require_experts(checkpoint.model)
+    _check_classes(checkpoint, others)
+    data = load_data(checkpoint, options)
+    names = _names(options.checkpoints)
+    given = ExploreOptions(
+        sample=options.sample,
+        probe_images=options.probe_images,
+        cause_images=options.cause_images,
+        capacity_factors=options.capacity_factor,
+        replicates=options.replicates,
+        seed=options.seed,
+    )
+    exploration = explore(
+        checkpoint,
+        data.random_dataloader(options.split),
+        name=names[0],
+        others=[Subject.of(other, name) for other, name in zip(others, names[1:], strict=True)],
+        snapshots=snapshots(checkpoint.path, device),
+        patch_names=data.patch_names,
+        provenance={
+            "checkpoint": str(checkpoint.path),
+            "epoch": checkpoint.epoch,
+            "data": data.config.name,
+            "root": data.config.root,
+            "split": options.split,
+            "device": device_name(device),
+            "versions": versions(),
+            "command": shlex.join(["vmoe", "explore", *argv]),
+        },
+        options=given,
+        track=_tracked,
+    )
+    for line in exploration.report["findings"]:
+        print(f"- {line}")
+    write_exploration(exploration, options.out)
+    print(f"index.html, figures/ and data/ in {options.out}")
+
+
+def _tracked(batches: Iterable, description: str) -> Iterable:
+    return Tracked(batches, description)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = new_parser("explore", _DESCRIPTION)
+    parser.add_argument(
+        "checkpoints",
+        nargs="+",
+        metavar="CKPT",
+        help=".ckpt files or runs' folders (their best checkpoints); the first is explored, others stand beside it",
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the page, figures and numbers go")
+    parser.add_argument("--split", choices=("test", "val"), default="test", help="which part (default: test)")
+    parser.add_argument("--data", metavar="NAME", help="another set than the run's: digits, cifar10, folder, npz, ...")
+    parser.add_argument("--root", metavar="DIR", help="where the data are, if not where the run had them")
+    parser.add_argument(
+        "--sample", type=int, default=300, metavar="N", help="images whose maps the page shows (default: 300)"
+    )
+    parser.add_argument(
+        "--probe-images",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="images on which consistency and agreement are measured; 0: none (default: 1000)",
+    )
+    parser.add_argument(
+        "--cause-images",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="images on which each expert is ablated and capacities are tried; 0: none (default: 1000)",
+    )
+    parser.add_argument(
+        "--capacity-factor",
+        nargs="+",
+        type=capacity_factor,
+        default=[0.25, 0.5, 0.75, 1.0, 1.5, 2.0],
+        metavar="F",
+        help="capacity factors to try (default: 0.25 0.5 0.75 1 1.5 2)",
+    )
+    parser.add_argument(
+        "--replicates", type=int, default=100, metavar="N", help="of bootstrap and permutations (default: 100)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of order, sample and replicates (default: 0)")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="images a batch")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes that load images")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    return parser
+
+
+def _check_classes(checkpoint: "Checkpoint", others: "list[Checkpoint]") -> None:
+    for other in others:
+        if len(other.class_names) != len(checkpoint.class_names):
+            raise UserError(
+                f"{other.path}: knows {len(other.class_names)} classes, {checkpoint.path} "
+                f"{len(checkpoint.class_names)}; compare checkpoints of the same classes"
+            )
+
+
+def _names(paths: list[str]) -> list[str]:
+    """The shortest ends of the paths that tell them apart."""
+    parts = [Path(path).resolve().parts for path in paths]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-length:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    return list(paths)
