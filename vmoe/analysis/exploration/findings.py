@@ -80,14 +80,14 @@ def _ablation(report: dict[str, Any]) -> Iterator[str]:
         return
     needed = [(layer, part) for layer, part in tried if part["high"] < 0]
     if not needed:
-        yield f"None of the {len(tried)} experts is missed when left out alone: every interval reaches zero."
+        yield f"None of the {len(tried)} experts is missed when left out alone: no interval lies below zero."
         return
     layer, worst = min(needed, key=lambda pair: pair[1]["change"])
     index = min(range(len(worst["by_class"])), key=worst["by_class"].__getitem__)
     yield (
         f"Without expert {worst['expert']} of {layer['name']} accuracy falls by {_points(worst)}, most for "
-        f"{report['classes'][index]} ({100 * worst['by_class'][index]:+.1f}); {len(needed)} of {len(tried)} experts "
-        "are missed so that the interval leaves out zero."
+        f"{report['classes'][index]} ({100 * worst['by_class'][index]:+.1f}); {len(needed)} of {len(tried)} experts' "
+        f"intervals lie below zero, where chance alone would put about {0.025 * len(tried):.1f}."
     )
 
 
@@ -99,7 +99,7 @@ def _random_router(layers: list[dict[str, Any]]) -> Iterator[str]:
     if worst["high"] < 0:
         yield f"Routing at random costs most in {name}: {_points(worst)} of accuracy."
     else:
-        yield "Random routing in a single layer does not lower accuracy: every interval reaches zero."
+        yield "Random routing in a single layer does not lower accuracy measurably: no interval lies below zero."
 
 
 def _capacity(settings: list[dict[str, Any]] | None) -> Iterator[str]:
