@@ -1,5 +1,7 @@
 """Every compute backend gives the same, and the layer compiles without a graph break."""
 
+import warnings
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,10 +10,11 @@ from torch import nn
 
 import vmoe
 from vmoe import MoeConfig
+from vmoe.moe import experts as experts_module
 from vmoe.moe.assignment import assign
 from vmoe.moe.experts import Experts
 from vmoe.moe.groups import Groups
-from vmoe.moe.kernels import padded, segments
+from vmoe.moe.kernels import cpu, padded, segments
 from vmoe.moe.kernels.interface import Choices
 from vmoe.moe.routers import token_choice
 
@@ -27,7 +30,7 @@ from vmoe.moe.routers import token_choice
     st.floats(0, 6),  # skew of the router towards expert 0
     st.booleans(),  # biases
 )
-def test_padded_equals_segments(images, tokens, group, num_experts, top_k, capacity, skew, bias):
+def test_backends_equal_one_another(images, tokens, group, num_experts, top_k, capacity, skew, bias):
     """Outputs and all gradients, with drops, idle experts and incomplete groups."""
     top_k = min(top_k, num_experts)
     generator = torch.Generator().manual_seed(images * 7 + tokens)
@@ -40,7 +43,7 @@ def test_padded_equals_segments(images, tokens, group, num_experts, top_k, capac
     logits[:, 0] += skew
     cotangent = torch.randn(images * tokens, 3, dtype=torch.float64, generator=generator)
     results = []
-    for backend in (padded, segments):
+    for backend in (padded, segments, cpu):
         x_, logits_ = x.clone().requires_grad_(), logits.clone().requires_grad_()
         valid_GS = groups.valid(None, x.device)
         split = groups.split(logits_)
@@ -49,6 +52,7 @@ def test_padded_equals_segments(images, tokens, group, num_experts, top_k, capac
         gradients = torch.autograd.grad((y * cotangent).sum(), [x_, logits_, *experts.parameters()])
         results.append([y, *gradients])
     torch.testing.assert_close(results[0], results[1])
+    torch.testing.assert_close(results[0], results[2])
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -145,3 +149,40 @@ def test_gpu_path_never_waits_for_the_device(training):
             (y.float().sum() + vmoe.auxiliary_loss(layer)).backward()
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("backend", ["fused", "cpu", "padded", "segments"])
+@pytest.mark.parametrize("capacity_factor", [1.0, None])
+def test_named_backends_agree_and_say_when_another_serves(backend, capacity_factor):
+    torch.manual_seed(0)
+    x = torch.randn(2, 9, 16)
+    results = []
+    for name in ("segments", backend):
+        moe = MoeConfig(num_experts=4, capacity_factor=capacity_factor, noise_std=0.0, backend=name)
+        torch.manual_seed(1)
+        layer = vmoe.MoeMlp(16, 32, moe=moe)
+        experts_module._warn_once.cache_clear()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            results.append(layer(x))
+            layer(x)
+        cannot = name == "fused" or (name == "padded" and capacity_factor is None)
+        assert [str(warning.message).startswith(f'backend="{name}"') for warning in caught] == [True] * cannot
+    torch.testing.assert_close(*results)
+
+
+def test_experts_on_the_cpu_repeat_bit_for_bit_and_keep_their_memory_apart():
+    """Also where the graph of one pass outlives the next, whose buffers could be the same."""
+    torch.manual_seed(0)
+    layer = vmoe.MoeMlp(64, 512, moe=MoeConfig(num_experts=4, noise_std=0.0))
+    first, second = torch.randn(2, 2048, 64).unbind()
+
+    def gradients(x):
+        return torch.autograd.grad(layer(x[None]).square().sum(), list(layer.experts.parameters()))
+
+    expected = [gradients(x) for x in (first, second)]
+    y_first, y_second = (layer(x[None]).square().sum() for x in (first, second))
+    for y, truth in ((y_first, expected[0]), (y_second, expected[1])):
+        for _ in range(2):
+            again = torch.autograd.grad(y, list(layer.experts.parameters()), retain_graph=True)
+            assert all(torch.equal(a, b) for a, b in zip(again, truth, strict=True))

@@ -20,16 +20,18 @@ def findings(report: dict[str, Any]) -> list[str]:
 
 
 def _specialisation(layers: list[dict[str, Any]]) -> Iterator[str]:
-    chance = []
+    links, chance = [], []
     for feature in layers[0]["specialisation"]:
         parts = [(layer["specialisation"][feature], layer["name"]) for layer in layers]
         beating = [(part, name) for part, name in parts if part["beats_null"]]
-        if not beating:
+        if beating:
+            best, name = max(beating, key=lambda pair: pair[0]["nmi"])
+            links.append((best, name, feature, len(beating)))
+        else:
             chance.append(feature)
-            continue
-        best, name = max(beating, key=lambda pair: pair[0]["nmi"])
-        where = "in every layer" if len(beating) == len(parts) else f"in {len(beating)} of {len(parts)} layers"
-        if len(parts) == 1:
+    for best, name, feature, count in sorted(links, key=lambda link: -link[0]["nmi"]):
+        where = "in every layer" if count == len(layers) else f"in {count} of {len(layers)} layers"
+        if len(layers) == 1:
             where = "in its only MoE layer"
         yield (
             f"Experts go {_strength(best)} with the {_spoken(feature)}, beyond chance {where}: most in {name}, NMI "
