@@ -6,7 +6,7 @@ A backend is a module with
 
 the sum over a token's choices of weight * mlp(token), for `interface.Choices` and `interface.Mlp`. Every backend
 computes the same; they differ in which shapes, types and devices they take and are fast on: `segments` takes all,
-`padded` all with a capacity, `fused` those that it does not refuse.
+`padded` all with a capacity, `fused` those that it does not refuse, `cpu` those on a CPU with GELU and no more.
 """
 
 from types import ModuleType

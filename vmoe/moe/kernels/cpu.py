@@ -65,24 +65,29 @@ def _forward(
         layer's results (R, H) and the second's (R, O).
     """
     new = shared_memory().take
-    _, width_H, width_D = weight1_EHD.shape
+    width_H, width_D = weight1_EHD.shape[1:]
     num_rows, width_O = choice_R.shape[0], weight2_EOH.shape[1]
-    stretches, most = _stretches(ends_E)
-    token_R = choice_R // row_TK.shape[1]
+    counts, most = _counts(ends_E)
     kept_rows = num_rows if is_training else most
     x_TD = x_TD.to(dtype)
     x_RD, pre_RH = new(kept_rows, width_D, dtype=dtype), new(kept_rows, width_H, dtype=dtype)
     act_RH, y_RO = new(most, width_H, dtype=dtype), new(num_rows, width_O, dtype=dtype)
     weight1, weight2 = _Weights(weight1_EHD, cast1_EHD, dtype), _Weights(weight2_EOH, cast2_EOH, dtype)
-    bias1_EH, bias2_EO = (None if bias is None else bias.to(dtype) for bias in (bias1_EH, bias2_EO))
-    for expert, start, end in stretches:
-        at = slice(start, end) if is_training else slice(0, end - start)
-        act = act_RH[: end - start]
-        torch.index_select(x_TD, 0, token_R[start:end], out=x_RD[at])
-        _linear(x_RD[at], weight1[expert], bias1_EH, expert, pre_RH[at])
-        aten.gelu.out(pre_RH[at], approximate=_approximation(tanh), out=act)
-        _linear(act, weight2[expert], bias2_EO, expert, y_RO[start:end])
-    y_TO = _sum_of_rows(y_RO, row_TK, stretches, weights_TK.to(dtype))
+    biases1, biases2 = _biases(bias1_EH, counts, dtype), _biases(bias2_EO, counts, dtype)
+    # without a backward pass all experts use the same rows of these
+    each_x, each_pre = (
+        _split(rows, counts) if is_training else [rows[:count] for count in counts] for rows in (x_RD, pre_RH)
+    )
+    token_R = choice_R.div(row_TK.shape[1], rounding_mode="floor")
+    each = zip(counts, _split(token_R, counts), each_x, each_pre, _split(y_RO, counts), strict=True)
+    for expert, (count, token, x, pre, y) in enumerate(each):
+        if count:
+            act = act_RH[:count]
+            torch.index_select(x_TD, 0, token, out=x)
+            _linear(x, weight1.of(expert), biases1[expert], pre)
+            aten.gelu.out(pre, approximate=_approximation(tanh), out=act)
+            _linear(act, weight2.of(expert), biases2[expert], y)
+    y_TO = _sum_of_rows(y_RO, row_TK, sum(counts), weights_TK.to(dtype))
     if is_training:
         return y_TO, x_RD, pre_RH, y_RO
     return y_TO, *(y_TO.new_empty(0, width) for width in (width_D, width_H, width_O))
@@ -105,50 +110,51 @@ def _gradient(
     """Gradients of x, the combine weights, weight1, bias1, weight2 and bias2; empty where not `needed`."""
     new, dtype = shared_memory().take, x_RD.dtype
     needs_x, needs_weights, *needs_parameters = needed
-    stretches, most = _stretches(ends_E)
-    token_R = choice_R // row_TK.shape[1]
+    counts, most = _counts(ends_E)
     grad_TO = grad_TO.to(dtype)
-    weight_R = weights_TK.reshape(-1).index_select(0, choice_R).to(dtype)
+    weight_R1 = weights_TK.reshape(-1).index_select(0, choice_R).to(dtype)[:, None]
     weight1, weight2 = _Weights(weight1_EHD, cast1_EHD, dtype), _Weights(weight2_EOH, cast2_EOH, dtype)
-    grads = [
-        _Gradient(parameter, dtype, is_needed, stretches)
-        for parameter, is_needed in zip((weight1_EHD, bias1_EH, weight2_EOH, bias2_EO), needs_parameters, strict=True)
-    ]
+    parameters = zip((weight1_EHD, bias1_EH, weight2_EOH, bias2_EO), needs_parameters, strict=True)
+    grads = [_Gradient(parameter, is_needed, dtype, counts) for parameter, is_needed in parameters]
     grad_weight1, grad_bias1, grad_weight2, grad_bias2 = grads
     needs_hidden = needs_x or grad_weight1.is_needed or grad_bias1.is_needed
-    grad_weight_R = weight_R.new_zeros(weight_R.shape)
-    grad_RD = new(*(x_RD.shape if needs_x else (0, 0)), dtype=dtype)
+    grad_weight_R = weight_R1.new_zeros(choice_R.shape)
+    grad_RD = new(*x_RD.shape, dtype=dtype)
     some_RO, some_RH, more_RH = (new(most, like.shape[1], dtype=dtype) for like in (y_RO, pre_RH, pre_RH))
-    for expert, start, end in stretches:
-        pre = pre_RH[start:end]
-        grad_y, grad_pre, act = (some[: end - start] for some in (some_RO, some_RH, more_RH))
-        torch.index_select(grad_TO, 0, token_R[start:end], out=grad_y)
+    token_R = choice_R.div(row_TK.shape[1], rounding_mode="floor")
+    in_rows = (token_R, weight_R1, grad_weight_R, x_RD, pre_RH, y_RO, grad_RD)
+    each = zip(counts, *(_split(rows, counts) for rows in in_rows), strict=True)
+    for expert, (count, token, weight, grad_weight, x, pre, y, grad_x) in enumerate(each):
+        if not count:
+            continue
+        grad_y, grad_pre, act = (some[:count] for some in (some_RO, some_RH, more_RH))
+        torch.index_select(grad_TO, 0, token, out=grad_y)
         if needs_weights:
-            torch.sum(grad_y * y_RO[start:end], 1, out=grad_weight_R[start:end])
-        grad_y.mul_(weight_R[start:end, None])
+            torch.sum(grad_y * y, 1, out=grad_weight)
+        grad_y.mul_(weight)
         if grad_weight2.is_needed:
             aten.gelu.out(pre, approximate=_approximation(tanh), out=act)
-        grad_weight2.write_product(expert, grad_y, act)
+            grad_weight2.write_product(expert, grad_y, act)
         grad_bias2.write_sum(expert, grad_y)
         if needs_hidden:
-            torch.mm(grad_y, weight2[expert], out=grad_pre)
+            torch.mm(grad_y, weight2.of(expert), out=grad_pre)
             aten.gelu_backward.grad_input(grad_pre, pre, approximate=_approximation(tanh), grad_input=grad_pre)
-        grad_weight1.write_product(expert, grad_pre, x_RD[start:end])
-        grad_bias1.write_sum(expert, grad_pre)
+            grad_weight1.write_product(expert, grad_pre, x)
+            grad_bias1.write_sum(expert, grad_pre)
         if needs_x:
-            torch.mm(grad_pre, weight1[expert], out=grad_RD[start:end])
-    grad_x = _sum_of_rows(grad_RD, row_TK, stretches) if needs_x else grad_RD
+            torch.mm(grad_pre, weight1.of(expert), out=grad_x)
+    grad_x_TD = _sum_of_rows(grad_RD, row_TK, sum(counts)) if needs_x else x_RD.new_empty(0)
     grad_weights_TK = grad_weight_R.index_select(0, row_TK.reshape(-1)).view_as(row_TK)
-    return grad_x.to(x_dtype), grad_weights_TK.to(weights_TK.dtype), *(grad.value for grad in grads)
+    return grad_x_TD.to(x_dtype), grad_weights_TK.to(weights_TK.dtype), *(grad.value for grad in grads)
 
 
 def _fake_gradient(grad_TO, weights_TK, weight1, bias1, weight2, bias2, cast1, cast2, row_TK, choice_R, ends_E, x_RD,
                    pre_RH, y_RO, x_dtype, tanh, needed):  # fmt: skip
     return (
-        x_RD.new_empty((row_TK.shape[0], x_RD.shape[1]) if needed[0] else (0, 0), dtype=x_dtype),
+        x_RD.new_empty((row_TK.shape[0], x_RD.shape[1]) if needed[0] else (0,), dtype=x_dtype),
         torch.empty_like(weights_TK),
         *(
-            weight1.new_empty(0) if like is None or not is_needed else torch.empty_like(like)
+            x_RD.new_empty(0) if like is None or not is_needed else torch.empty_like(like)
             for like, is_needed in zip((weight1, bias1, weight2, bias2), needed[2:], strict=True)
         ),
     )
@@ -175,71 +181,76 @@ cpu_experts = operator("cpu_experts", _forward, _fake, _save, _backward)
 
 
 class _Weights:
-    """The weights of one expert after the other in the type that is computed in."""
+    """The weights of one expert at a time in the type that is computed in."""
 
     def __init__(self, weight_EOD: Tensor, cast_EOD: Tensor | None, dtype: torch.dtype) -> None:
-        self._weight_EOD = weight_EOD if cast_EOD is None else cast_EOD
-        self._cast = None
-        if self._weight_EOD.dtype != dtype:
-            self._cast = torch.empty(weight_EOD.shape[1:], dtype=dtype)
+        weight_EOD = weight_EOD if cast_EOD is None else cast_EOD
+        self._each = weight_EOD.unbind(0)
+        self._cast = None if weight_EOD.dtype == dtype else torch.empty(weight_EOD.shape[1:], dtype=dtype)
 
-    def __getitem__(self, expert: int) -> Tensor:
-        weight = self._weight_EOD[expert]
+    def of(self, expert: int) -> Tensor:
+        """(O, D), to be used before the next expert's are asked for."""
+        weight = self._each[expert]
         return weight if self._cast is None else self._cast.copy_(weight)
 
 
 class _Gradient:
-    """The gradient of a parameter, written for one expert after the other; empty where it is not needed."""
+    """The gradient of a parameter, written for one expert at a time; empty where it is not needed."""
 
-    def __init__(
-        self, parameter: Tensor | None, dtype: torch.dtype, is_needed: bool, stretches: list[tuple[int, int, int]]
-    ) -> None:
+    def __init__(self, parameter: Tensor | None, is_needed: bool, dtype: torch.dtype, counts: list[int]) -> None:
         self.is_needed = is_needed and parameter is not None
         if not self.is_needed:
-            self.value = torch.empty(0)
+            self.value = torch.empty(0, dtype=dtype)
             return
         self.value = shared_memory().take(*parameter.shape, dtype=parameter.dtype)
+        self._each = self.value.unbind(0)
         self._rounded = None if parameter.dtype == dtype else torch.empty(parameter.shape[1:], dtype=dtype)
-        for expert in set(range(parameter.shape[0])).difference(expert for expert, *_ in stretches):
-            self.value[expert] = 0
+        for expert, count in enumerate(counts):
+            if not count:
+                self._each[expert].zero_()
 
     def write_product(self, expert: int, grad_RO: Tensor, x_RD: Tensor) -> None:
-        """The gradient of weights that turned x into something of this gradient."""
+        """The gradient (O, D) of weights from that of their results and what they multiplied."""
         if not self.is_needed:
             return
         if self._rounded is None:
-            torch.mm(grad_RO.t(), x_RD, out=self.value[expert])
+            torch.mm(grad_RO.t(), x_RD, out=self._each[expert])
         else:
-            self.value[expert] = torch.mm(grad_RO.t(), x_RD, out=self._rounded)
+            self._each[expert].copy_(torch.mm(grad_RO.t(), x_RD, out=self._rounded))
 
     def write_sum(self, expert: int, grad_RO: Tensor) -> None:
-        """The gradient of a bias."""
+        """The gradient (O,) of a bias."""
         if self.is_needed:
-            self.value[expert] = grad_RO.sum(0, dtype=self.value.dtype)
+            torch.sum(grad_RO, 0, dtype=self.value.dtype, out=self._each[expert])
 
 
-def _stretches(ends_E: Tensor) -> tuple[list[tuple[int, int, int]], int]:
-    """(expert, first row, row behind its last) of each expert that has rows; the longest's number of rows."""
-    ends = ends_E.tolist()
-    stretches = [(expert, start, end) for expert, (start, end) in enumerate(pairwise([0, *ends])) if end > start]
-    return stretches, max((end - start for _, start, end in stretches), default=0)
+def _counts(ends_E: Tensor) -> tuple[list[int], int]:
+    """How many rows each expert has, and the most that one has."""
+    counts = [end - start for start, end in pairwise([0, *ends_E.tolist()])]
+    return counts, max(counts)
 
 
-def _linear(x_RD: Tensor, weight_OD: Tensor, bias_EO: Tensor | None, expert: int, y_RO: Tensor) -> None:
-    if bias_EO is None:
+def _split(rows_R: Tensor, counts: list[int]) -> tuple[Tensor, ...]:
+    """Each expert's rows; those behind the last expert's are left out."""
+    return rows_R[: sum(counts)].split(counts)
+
+
+def _biases(bias_EO: Tensor | None, counts: list[int], dtype: torch.dtype) -> tuple[Tensor | None, ...]:
+    return (None,) * len(counts) if bias_EO is None else bias_EO.to(dtype).unbind(0)
+
+
+def _linear(x_RD: Tensor, weight_OD: Tensor, bias_O: Tensor | None, y_RO: Tensor) -> None:
+    if bias_O is None:
         torch.mm(x_RD, weight_OD.t(), out=y_RO)
     else:
-        torch.addmm(bias_EO[expert], x_RD, weight_OD.t(), out=y_RO)
+        torch.addmm(bias_O, x_RD, weight_OD.t(), out=y_RO)
 
 
-def _sum_of_rows(
-    y_RO: Tensor, row_TK: Tensor, stretches: list[tuple[int, int, int]], weights_TK: Tensor | None = None
-) -> Tensor:
-    """(T, O): the sum of each token's rows, times their weights; rows behind the last expert's count nothing."""
-    used = stretches[-1][2] if stretches else 0
-    if used < y_RO.shape[0]:
-        y_RO[used] = 0
-        row_TK = row_TK.clamp(max=used)
+def _sum_of_rows(y_RO: Tensor, row_TK: Tensor, num_used: int, weights_TK: Tensor | None = None) -> Tensor:
+    """(T, O): the sum of each token's rows, times their weights; rows from `num_used` on count nothing."""
+    if num_used < y_RO.shape[0]:
+        y_RO[num_used] = 0
+        row_TK = row_TK.clamp(max=num_used)
     if row_TK.numel() == 0:
         return y_RO.new_zeros(row_TK.shape[0], y_RO.shape[1])
     return F.embedding_bag(row_TK, y_RO, mode="sum", per_sample_weights=weights_TK)

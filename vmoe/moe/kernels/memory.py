@@ -37,16 +37,22 @@ class Memory:
             lease = self._lease(size)
         return torch.frombuffer(lease, dtype=dtype, count=numel).view(shape)
 
+    @property
+    def size(self) -> int:
+        """Bytes, lent and free."""
+        return sum(block.size for block in self._blocks)
+
     def _lease(self, size: int) -> memoryview:
         self._taken += 1
         free = [block for block in self._blocks if block.is_free()]
         fitting = [block for block in free if size <= block.size <= size * MAX_EXCESS]
         block = min(fitting, key=lambda block: block.size, default=None)
         if block is None:
-            stale = [block for block in free if self._taken - block.last_taken > MAX_IDLE]
-            self._blocks = [block for block in self._blocks if block not in stale]
             block = _Block(size)
             self._blocks.append(block)
+        for other in free:
+            if other is not block and self._taken - other.last_taken > MAX_IDLE:
+                self._blocks.remove(other)
         return block.lend(self._taken)
 
     def __reduce__(self):

@@ -7,6 +7,7 @@ kernels take. So it serves tracing, and eager code calls the same functions thro
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 
 def operator(
@@ -23,11 +24,12 @@ def operator(
     """
     registered = torch.library.custom_op(f"vmoe::{name}", forward, mutates_args=())
     registered.register_fake(fake)
-    direct = forward
-    if backward is not None:
+    traced = getattr(torch.ops.vmoe, name).default
+    if backward is None:
+        direct = _without_gradient(forward, traced)
+    else:
         registered.register_autograd(backward, setup_context=save)
         direct = _function(name, forward, save, backward)
-    traced = getattr(torch.ops.vmoe, name).default
 
     def call(*arguments):
         if is_traced():
@@ -44,6 +46,15 @@ def is_traced() -> bool:
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
     )
+
+
+def _without_gradient(forward: Callable, traced: Callable) -> Callable:
+    def direct(*arguments):
+        # whose results, once differentiated, are an error that says so
+        is_learned = any(isinstance(argument, Tensor) and argument.requires_grad for argument in arguments)
+        return traced(*arguments) if is_learned else forward(*arguments)
+
+    return direct
 
 
 def _function(name: str, forward: Callable, save: Callable, backward: Callable) -> Callable:
