@@ -249,7 +249,7 @@ def test_our_trainer_and_a_bare_loop_both_train_a_v_moe(run):
     loader, losses, loads = data.train_dataloader(), [], []
     for epoch in range(12):
         data.train_sampler.set_epoch(epoch)
-        for images, labels, _ in loader:
+        for images, labels, *_ in loader:
             optimizer.zero_grad()
             loss = F.cross_entropy(model(images), labels)
             loss.backward()
