@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import library, nn
 
 import vmoe
 from vmoe import MoeConfig
@@ -64,7 +64,7 @@ def test_segment_linear_passes_torchs_own_checks(bias):
         torch.randn(3, 5, dtype=torch.float64, requires_grad=True) if bias else None,
         torch.tensor([2, 2, 6], dtype=torch.int32),
     )
-    torch.library.opcheck(segments.segment_linear, arguments)
+    library.opcheck(segments.segment_linear, arguments)
     torch.autograd.gradcheck(segments.segment_linear, arguments)
 
 

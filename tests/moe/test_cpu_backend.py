@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import library, nn
 from torch.utils.checkpoint import checkpoint
 
 import vmoe
@@ -205,7 +205,7 @@ def test_operator_passes_torchs_own_checks(bias):
     arguments = (x.requires_grad_(), choices.weights_TK, *parameters, None, None, *layout, torch.float64, False, True)
     # not the check that compares all outputs: rows of dropped choices hold anything
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(torch.ops.vmoe.cpu_experts.default, arguments, test_utils=checks)
+    library.opcheck(torch.ops.vmoe.cpu_experts.default, arguments, test_utils=checks)
 
 
 @pytest.mark.parametrize("capacity_factor", [0.5, None])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import library, nn
 
 import vmoe
 from vmoe import MoeConfig
@@ -247,11 +247,11 @@ def test_operators_pass_torchs_own_checks():
         ("expert_rows", (chosen, chosen > 0, 3)),
         ("rows_in_shares", (chosen, chosen > 0, chosen, 5, 3, 128)),
     ):
-        torch.library.opcheck(getattr(torch.ops.vmoe, operator).default, arguments)
+        library.opcheck(getattr(torch.ops.vmoe, operator).default, arguments)
     arguments = (random(5, 8), rows, chosen, random(5, 2), starts, counts, *parameters, *casts, 0, False, True, False)
     # not the check that compares all outputs: what is kept for the backward pass has rows that nothing writes or reads
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(torch.ops.vmoe.fused_experts.default, arguments, test_utils=checks)
+    library.opcheck(torch.ops.vmoe.fused_experts.default, arguments, test_utils=checks)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._dynamo import config as dynamo_config
 
 from vmoe.bench import peers
-from vmoe.bench.cases import CASES, Case, given_routing
+from vmoe.bench.cases import Case, given_routing
 from vmoe.bench.timing import Job, Measurement, Say, matmul_peak, measure, reason_of_failure, release
 from vmoe.moe import MoeConfig, MoeMlp
 from vmoe.moe.experts import Experts
@@ -218,6 +218,3 @@ def _is_wanted(name: str, only: list[str] | None, device: torch.device) -> bool:
 def baseline_of(name: str) -> str:
     """The dense job that a job is compared with."""
     return "dense inference" if name.endswith("inference") else "dense"
-
-
-__all__ = ["CASES", "Case", "baseline_of", "benchmark_layer", "given_routing", "layer_jobs", "peer_jobs"]

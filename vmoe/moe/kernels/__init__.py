@@ -17,7 +17,7 @@ from torch import Tensor
 try:
     from vmoe.moe.kernels import fused
 except ModuleNotFoundError as error:
-    if error.name != "triton":
+    if error.name.split(".")[0] != "triton":
         raise
     fused = None
 

@@ -1,13 +1,13 @@
 """Operators with a gradient of their own, cheap to call from eager code and one node of a compiled graph.
 
-A custom operator of `torch.library` costs the host tens of microseconds a call, which on small layers is more than its
+A custom operator of PyTorch costs the host tens of microseconds a call, which on small layers is more than its
 kernels take. So it serves tracing, and eager code calls the same functions through a plain `torch.autograd.Function`.
 """
 
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 
 def operator(
@@ -22,7 +22,7 @@ def operator(
         save: setup_context(ctx, inputs, output) of the gradient; None without one.
         backward: backward(ctx, *grads) of the gradient.
     """
-    registered = torch.library.custom_op(f"vmoe::{name}", forward, mutates_args=())
+    registered = library.custom_op(f"vmoe::{name}", forward, mutates_args=())
     registered.register_fake(fake)
     traced = getattr(torch.ops.vmoe, name).default
     if backward is None:

@@ -7,7 +7,7 @@ synchronisation).
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from vmoe.moe.kernels import composed
 from vmoe.moe.kernels.interface import Choices, Mlp
@@ -36,7 +36,7 @@ def linear(x_RD: Tensor, weight_EOD: Tensor, bias_EO: Tensor | None, layout: Lay
     return segment_linear(x_RD, weight_EOD, bias_EO, layout.ends_E)
 
 
-@torch.library.custom_op("vmoe::segment_linear", mutates_args=())
+@library.custom_op("vmoe::segment_linear", mutates_args=())
 def segment_linear(x_RD: Tensor, weight_EOD: Tensor, bias_EO: Tensor | None, ends_E: Tensor) -> Tensor:
     """y[r] = weight[e] @ x[r] + bias[e] for the rows r of expert e; zeros for the rows of none.
 
@@ -73,7 +73,7 @@ def _(x_RD, weight_EOD, bias_EO, ends_E):
     return x_RD.new_empty(x_RD.shape[0], weight_EOD.shape[1])
 
 
-@torch.library.custom_op("vmoe::segment_linear_backward", mutates_args=())
+@library.custom_op("vmoe::segment_linear_backward", mutates_args=())
 def segment_linear_backward(
     grad_RO: Tensor, x_RD: Tensor, weight_EOD: Tensor, ends_E: Tensor, has_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:

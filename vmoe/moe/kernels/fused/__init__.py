@@ -15,14 +15,15 @@ from torch import Tensor, nn
 from vmoe.moe.kernels.fused.balance import balance
 from vmoe.moe.kernels.fused.mlp import align, fused_experts
 from vmoe.moe.kernels.fused.ranks import ALIGNMENT, expert_rows, falling_order, ranks
-from vmoe.moe.kernels.fused.router import MAX_EXPERTS, MAX_SCORES, gates, scores, scores_and_tokens, takes_logits
+from vmoe.moe.kernels.fused.router import MAX_EXPERTS, gates, takes_logits
 from vmoe.moe.kernels.fused.rows import rows_in_shares
+from vmoe.moe.kernels.fused.token_scores import MAX_SCORES, scores, scores_and_tokens
 from vmoe.moe.kernels.interface import Choices, Mlp
 
 MIN_CAPABILITY = 8  # Ampere: what Triton supports
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_SHARES = 1.15  # shares may set aside so many times the rows that are chosen
-MAX_COMPARED = 4096  # values that `falling_order` orders faster than a sort
+MAX_COMPARED = 2048  # values of a group that `falling_order` orders; the time grows with their square
 
 
 def what_it_lacks(mlp: Mlp) -> str | None:

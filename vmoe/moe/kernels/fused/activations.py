@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vmoe.moe.kernels.fused.gelu import gelu_and_slope
 from vmoe.moe.kernels.fused.segments import Segments, expert_of
-from vmoe.moe.kernels.fused.sizes import cdiv, next_power_of_2
+from vmoe.moe.kernels.fused.sizes import cdiv, columns_of
 
 TILE_ROWS = 128  # of a program
 _FORWARD = {"ROWS": 16, "COLUMNS": 128, "num_warps": 8}
@@ -44,7 +44,7 @@ def _grid(pre_RH: Tensor, tile: dict[str, int]) -> tuple[int, int]:
 def _meta(bias_EH: Tensor | None, segments: Segments, tanh: bool) -> dict[str, object]:
     return {
         "HAS_BIAS": bias_EH is not None, "TANH": tanh, "HAS_SHARE": segments.share > 0, "TILE": TILE_ROWS,
-        "EXPERTS": max(16, next_power_of_2(segments.num_experts)),
+        "EXPERTS": columns_of(segments.num_experts),
     }  # fmt: skip
 
 

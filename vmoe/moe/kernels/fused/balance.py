@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vmoe.moe.kernels.fused.router import _columns, _tokens_of_block, softmax
-from vmoe.moe.kernels.fused.sizes import cdiv
+from vmoe.moe.kernels.fused.router import softmax
+from vmoe.moe.kernels.fused.sizes import cdiv, columns_of, tokens_of_block
 from vmoe.moe.kernels.operators import operator
 
 # what is kept of each expert's column: summed gates, summed chances to be chosen, number of choices
@@ -36,7 +36,7 @@ def _balance(
     num_groups, size, num_experts = logits_GSE.shape
     logits_GSE = logits_GSE.contiguous()
     routed_by_GSE = logits_GSE if noisy_logits_GSE is None else noisy_logits_GSE.contiguous()
-    columns, block = _columns(num_experts), _tokens_of_block(num_experts)
+    columns, block = columns_of(num_experts), tokens_of_block(num_experts)
     num_blocks = cdiv(size, block)
     floats = {"dtype": torch.float32, "device": logits_GSE.device}
     parts = torch.empty(num_groups, num_blocks, _SUMS, columns, **floats)
@@ -75,7 +75,7 @@ def _balance_gradient(
     routed_by_GSE = noisy_logits_GSE.contiguous() if is_noisy else logits_GSE
     grad_GSE = torch.empty_like(logits_GSE)
     grad_noisy_GSE = torch.empty_like(logits_GSE) if is_noisy else logits_GSE.new_empty(0)
-    columns, block = _columns(num_experts), _tokens_of_block(num_experts)
+    columns, block = columns_of(num_experts), tokens_of_block(num_experts)
     with torch.cuda.device_of(logits_GSE):
         _balance_backward[(cdiv(size, block), num_groups)](
             grad_importance, grad_load, logits_GSE, routed_by_GSE, chosen_GSK.contiguous(), sums_G2E, grad_GSE,

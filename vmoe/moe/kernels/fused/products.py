@@ -15,7 +15,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from vmoe.moe.kernels.fused.ranks import ALIGNMENT
 from vmoe.moe.kernels.fused.segments import Segments
-from vmoe.moe.kernels.fused.sizes import cdiv, next_power_of_2
+from vmoe.moe.kernels.fused.sizes import cdiv, columns_of
 
 
 class Tile(NamedTuple):
@@ -63,7 +63,7 @@ def product(x_RD: Tensor, weight: Tensor, segments: Segments, out_RN: Tensor, tr
         _blocks(out_RN, [tile.rows, tile.columns // tile.parts]), segments.starts_E, segments.counts_E,
         segments.num_experts, depth, width, num_columns, TRANSPOSED=transposed, ROWS=tile.rows, COLUMNS=tile.columns,
         DEPTH=tile.depth, PARTS=tile.parts, PRECISION=_precision(x_RD.dtype),
-        EXPERTS=max(16, next_power_of_2(segments.num_experts)), FLATTEN=tile.programs > 0, num_warps=tile.warps,
+        EXPERTS=columns_of(segments.num_experts), FLATTEN=tile.programs > 0, num_warps=tile.warps,
         num_stages=tile.stages,
     )  # fmt: skip
 

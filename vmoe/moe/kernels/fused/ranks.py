@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vmoe.moe.kernels.fused.sizes import cdiv, next_power_of_2
+from vmoe.moe.kernels.fused.sizes import cdiv, columns_of
 from vmoe.moe.kernels.operators import operator
 
 ALIGNMENT = 128  # an expert's rows start at a multiple of this, so that no tile of a product holds two experts
@@ -67,7 +67,7 @@ expert_rows = operator("expert_rows", _expert_rows, _fake_expert_rows)
 
 
 def _count(chosen, kept, order, out, num_groups, size, top_k, num_experts, layout) -> None:
-    columns = max(16, next_power_of_2(num_experts))
+    columns = columns_of(num_experts)
     block = max(32, min(256, 8192 // columns))
     num_blocks = cdiv(size * top_k, block)
     before = torch.empty(num_groups, num_blocks, columns, dtype=torch.int32, device=chosen.device)

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vmoe.moe.kernels.fused.segments import Segments, expert_of
-from vmoe.moe.kernels.fused.sizes import cdiv, next_power_of_2
+from vmoe.moe.kernels.fused.sizes import cdiv, columns_of, next_power_of_2
 from vmoe.moe.kernels.operators import operator
 
 TOKENS, COLUMNS = 4, 256  # of a program's tile
@@ -94,7 +94,7 @@ def combine_gradient(
         grad_TD, choice_R, weights_TK, y_RD, bias_ED, segments.starts_E, out_RD, dots_RP, bias_parts_MD, width,
         num_experts, segments.share, K=weights_TK.shape[1], HAS_BIAS=bias_ED is not None,
         HAS_SHARE=segments.share > 0, STRETCH=STRETCH, ROWS=8, COLUMNS=columns,
-        EXPERTS=max(16, next_power_of_2(num_experts)),
+        EXPERTS=columns_of(num_experts),
     )  # fmt: skip
     _sum_dots[(cdiv(num_rows, 256),)](
         dots_RP, choice_R, grad_weights_TK, num_rows, num_columns, ROWS=256, PARTS=next_power_of_2(num_columns)
