@@ -31,24 +31,7 @@ function runTable(runs) {
           : "–",
       ),
     );
-  return make(
-    "div",
-    { class: "scroll" },
-    make(
-      "table",
-      {},
-      make(
-        "thead",
-        {},
-        make(
-          "tr",
-          {},
-          ["run", "accuracy [95 %]", "kind", "mean load CV", "dropped"].map((text) => make("th", {}, text)),
-        ),
-      ),
-      make("tbody", {}, runs.map(row)),
-    ),
-  );
+  return scrollTable(["run", "accuracy [95 %]", "kind", "mean load CV", "dropped"], runs.map(row));
 }
 
 const accuracyText = (accuracy) =>

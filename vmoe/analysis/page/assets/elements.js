@@ -47,6 +47,21 @@ function figure(title, legend, ...content) {
   );
 }
 
+/** A part of a figure, with a legend of its own. */
+function subfigure(title, legend, ...content) {
+  return make("figure", {}, make("h4", {}, title), make("p", { class: "legend" }, legend), ...content);
+}
+
+/** A table that scrolls where it is too wide; rows are elements. */
+function scrollTable(headings, rows) {
+  const head = headings.map((text) => make("th", {}, text));
+  return make(
+    "div",
+    { class: "scroll" },
+    make("table", {}, make("thead", {}, make("tr", {}, head)), make("tbody", {}, rows)),
+  );
+}
+
 /** What stands in the place of a figure without numbers. */
 function missing(title, reason) {
   return make("figure", { class: "figure missing" }, make("h3", {}, title), make("p", { class: "note" }, reason));

@@ -76,24 +76,7 @@ function classBars(index, expert, width) {
   return figure(
     "The classes it takes more often than others",
     `Bar: how many times more often than among all patches (line: 1×). Last column: the class's share of this expert's patches. ${analysed()}.`,
-    make(
-      "div",
-      { class: "scroll" },
-      make(
-        "table",
-        {},
-        make(
-          "thead",
-          {},
-          make(
-            "tr",
-            {},
-            ["class", "", "ratio", "share"].map((text) => make("th", {}, text)),
-          ),
-        ),
-        make("tbody", {}, rows),
-      ),
-    ),
+    scrollTable(["class", "", "ratio", "share"], rows),
   );
 }
 

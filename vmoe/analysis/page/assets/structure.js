@@ -8,15 +8,9 @@ function coactivation() {
     return missing(title, "A patch has one expert (K = 1), so no two are chosen together.");
   const most = Math.max(2, Math.min(8, largest(values.flatMap((row, r) => row.filter((_, c) => c !== r)))));
   const colour = (value) => diverging(value <= 0 ? -1 : Math.max(-1, Math.min(1, Math.log2(value) / Math.log2(most))));
-  return make(
-    "figure",
-    {},
-    make("h4", {}, title),
-    make(
-      "p",
-      { class: "legend" },
-      `Patches that choose both, over what independent choices would give: 1 is chance (blank), blue more, orange less often. n = ${count(patchesOf(layer))} patches.`,
-    ),
+  return subfigure(
+    title,
+    `Patches that choose both, over what independent choices would give: 1 is chance (blank), blue more, orange less often. n = ${count(patchesOf(layer))} patches.`,
     matrix({
       values: values.map((row, r) => row.map((value, c) => (r === c ? null : value))),
       print: (value) => number(value, 1),
@@ -64,15 +58,9 @@ function expertsPerImage() {
   shares.forEach((share, many) =>
     bar(plot, many, share, 0, "var(--muted)", [`${plural(many, "expert")}`, `${percent(share)} of images`]),
   );
-  return make(
-    "figure",
-    {},
-    make("h4", {}, `${title}: ${number(used.mean, 1)} of ${layer.num_experts} on average`),
-    make(
-      "p",
-      { class: "legend" },
-      `Images by the number of experts that take at least one of their patches. ${analysed()}.`,
-    ),
+  return subfigure(
+    `${title}: ${number(used.mean, 1)} of ${layer.num_experts} on average`,
+    `Images by the number of experts that take at least one of their patches. ${analysed()}.`,
     finish(plot, title),
   );
 }
@@ -92,15 +80,9 @@ function consistencyFigure(width) {
     name: { flip: "horizontal flip", shift: "small shift" }[kind] ?? kind,
     points: REPORT.layers.map((layer) => layer.consistency?.[kind] ?? null),
   }));
-  return make(
-    "figure",
-    {},
-    make("h4", {}, title),
-    make(
-      "p",
-      { class: "legend" },
-      `Share of patches whose first choice stays the same once the change is undone; vertical lines are 95 % intervals, short grey lines chance. ${analysed("probe_images")}.`,
-    ),
+  return subfigure(
+    title,
+    `Share of patches whose first choice stays the same once the change is undone; vertical lines are 95 % intervals, short grey lines chance. ${analysed("probe_images")}.`,
     keys(series.map((each) => each.name)),
     byLayer(series, { width, height: 220, yLabel: "% of patches", format: percent, upTo: 1, scale: 100, mean: title }),
   );
@@ -136,15 +118,9 @@ function saturationFigure(width) {
       ),
     );
   });
-  return make(
-    "figure",
-    {},
-    make("h4", {}, title),
-    make(
-      "p",
-      { class: "legend" },
-      `Share of patches whose first choice is already that of the last checkpoint. ${analysed("probe_images")}.`,
-    ),
+  return subfigure(
+    title,
+    `Share of patches whose first choice is already that of the last checkpoint. ${analysed("probe_images")}.`,
     names.length < 7 && keys(names),
     finish(plot, title),
   );
