@@ -1,8 +1,8 @@
 """Backend `fused`: the whole expert MLP in Triton kernels and library products, for CUDA.
 
-Forward: scatter the tokens into the experts' rows, first layer, bias and GELU, second layer, combine. Backward: the
-gradients of the combined rows, of their weights and of the second bias in one pass; through the second layer; through
-GELU in place, with the first bias's gradient; both weights' gradients in the parameters' own type. No host
+Forward: scatter the tokens into the experts' rows, first layer, bias and activation, second layer, combine. Backward:
+the gradients of the combined rows, of their weights and of the second bias in one pass; through the second layer;
+through the activation, with the first bias's gradient; both weights' gradients in the parameters' own type. No host
 synchronisation, no atomic addition, static shapes: repeatable bit for bit and capturable in a CUDA graph.
 
 The rows of an expert are a share of its own where a capacity bounds them well (products by the library), else as many
@@ -10,8 +10,9 @@ as it needs (products by Triton). Everything that imports Triton is in this pack
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from vmoe.moe.kernels.fused.activations import Form
 from vmoe.moe.kernels.fused.balance import balance
 from vmoe.moe.kernels.fused.mlp import align, fused_experts
 from vmoe.moe.kernels.fused.ranks import ALIGNMENT, expert_rows, falling_order, ranks
@@ -28,8 +29,8 @@ MAX_COMPARED = 2048  # values of a group that `falling_order` orders; the time g
 
 def what_it_lacks(mlp: Mlp) -> str | None:
     """Which feature of the experts these kernels do not have; None when they have all."""
-    if not isinstance(mlp.activation, nn.GELU):
-        return f"activation {type(mlp.activation).__name__}"
+    if Form.of(mlp.activation) is None:
+        return f"activation {type(getattr(mlp.activation, 'act', mlp.activation)).__name__}"
     if mlp.norm is not None:
         return "a norm"
     if mlp.dropout > 0:
@@ -39,9 +40,10 @@ def what_it_lacks(mlp: Mlp) -> str | None:
 
 def what_does_not_fit(mlp: Mlp) -> str | None:
     """Which shape these kernels cannot take; None when they can."""
-    width_H, width_D = mlp.weight1.shape[1:]
+    width_O, width_H = mlp.weight2.shape[1:]
     multiple = 16 // mlp.dtype.itemsize
-    for name, width in (("in_features", width_D), ("hidden_features", width_H), ("out_features", mlp.weight2.shape[1])):
+    widths = {"in_features": mlp.weight1.shape[2], "hidden_features": width_H, "out_features": width_O}
+    for name, width in widths.items():
         if width % multiple:
             return f"{name}={width} is no multiple of {multiple}"
     return None
@@ -64,7 +66,7 @@ def expert_mlp(x_TD: Tensor, choices: Choices, mlp: Mlp) -> Tensor:
     return fused_experts(
         x_TD.contiguous(), row_TK, chosen_TK, choices.weights_TK.contiguous(), starts_E, counts_E,
         mlp.weight1, mlp.bias1, mlp.weight2, mlp.bias2, mlp.cast(mlp.weight1), mlp.cast(mlp.weight2),
-        share, mlp.activation.approximate == "tanh", is_training, mlp.recompute,
+        share, *Form.of(mlp.activation), is_training, mlp.recompute,
     )[0]  # fmt: skip
 
 

@@ -1,96 +1,147 @@
 """Bias and activation, and their gradient, beside the products of the library.
 
-The activation is computed anew in the backward pass. R rows of width H in tiles of one expert each.
+The activation is computed anew in the backward pass. R rows in tiles of one expert each; H the width behind the
+activation, F the width before it: H, or 2H where one half gates the other.
 """
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, nn
 
-from vmoe.moe.kernels.fused.gelu import gelu_and_slope
+from vmoe.moe.kernels.fused.functions import value_and_slope
 from vmoe.moe.kernels.fused.segments import Segments, expert_of
 from vmoe.moe.kernels.fused.sizes import cdiv, columns_of
+from vmoe.moe.mlps import Glu
 
 TILE_ROWS = 128  # of a program
 _FORWARD = {"ROWS": 16, "COLUMNS": 128, "num_warps": 8}
 _BACKWARD = {"ROWS": 2, "COLUMNS": 512, "num_warps": 4}
 
 
-def activate(pre_RH: Tensor, bias_EH: Tensor | None, segments: Segments, tanh: bool, act_RH: Tensor) -> None:
-    """Writes gelu(pre + bias) into `act_RH`, which may be `pre_RH`."""
-    _activate[_grid(pre_RH, _FORWARD)](
-        pre_RH, bias_EH, act_RH, segments.starts_E, segments.num_experts, segments.share, pre_RH.shape[1],
-        **_meta(bias_EH, segments, tanh), **_FORWARD,
+class Form(NamedTuple):
+    """What is computed between the layers.
+
+    Attributes:
+        function: "gelu", "gelu_tanh" or "silu".
+        gate: Which half of its input goes through the function and multiplies the other: "first" or "last"; "" where
+            all of it goes through the function.
+    """
+
+    function: str
+    gate: str
+
+    @classmethod
+    def of(cls, activation: nn.Module) -> "Form | None":
+        """The form of a module; None where the kernels do not compute it."""
+        if isinstance(activation, Glu):
+            form = cls.of(activation.act)
+            return form and form._replace(gate="first" if activation.gate_first else "last")
+        if isinstance(activation, nn.GELU):
+            return cls("gelu_tanh" if activation.approximate == "tanh" else "gelu", "")
+        return cls("silu", "") if isinstance(activation, nn.SiLU) else None
+
+
+def activate(pre_RF: Tensor, bias_EF: Tensor | None, segments: Segments, form: Form, act_RH: Tensor) -> None:
+    """Writes the activation of pre + bias into `act_RH`, which may be `pre_RF` where nothing gates."""
+    _activate[_grid(act_RH, _FORWARD)](
+        pre_RF, bias_EF, act_RH, segments.starts_E, segments.num_experts, segments.share, act_RH.shape[1],
+        **_meta(bias_EF, segments, form), **_FORWARD,
     )  # fmt: skip
 
 
 def activation_gradient(
-    grad_act_RH: Tensor, bias_EH: Tensor | None, pre_RH: Tensor, segments: Segments, tanh: bool, bias_parts_MH: Tensor
-) -> None:
-    """Turns the gradient of gelu(pre + bias) into that of pre, in place.
+    grad_act_RH: Tensor, bias_EF: Tensor | None, pre_RF: Tensor, segments: Segments, form: Form,
+    bias_parts_MF: Tensor, grad_pre_RF: Tensor,
+) -> None:  # fmt: skip
+    """Writes the gradient of pre into `grad_pre_RF`, which may be `grad_act_RH` where nothing gates.
 
-    `bias_parts_MH` takes parts of the bias's gradient, one every TILE_ROWS rows.
+    `bias_parts_MF` takes parts of the bias's gradient, one every TILE_ROWS rows.
     """
-    _activation_gradient[_grid(pre_RH, _BACKWARD)](
-        grad_act_RH, bias_EH, pre_RH, bias_parts_MH, segments.starts_E, segments.num_experts, segments.share,
-        pre_RH.shape[1], **_meta(bias_EH, segments, tanh), **_BACKWARD,
+    _activation_gradient[_grid(grad_act_RH, _BACKWARD)](
+        grad_act_RH, bias_EF, pre_RF, bias_parts_MF, grad_pre_RF, segments.starts_E, segments.num_experts,
+        segments.share, grad_act_RH.shape[1], **_meta(bias_EF, segments, form), **_BACKWARD,
     )  # fmt: skip
 
 
-def _grid(pre_RH: Tensor, tile: dict[str, int]) -> tuple[int, int]:
-    return pre_RH.shape[0] // TILE_ROWS, cdiv(pre_RH.shape[1], tile["COLUMNS"])
+def _grid(act_RH: Tensor, tile: dict[str, int]) -> tuple[int, int]:
+    return act_RH.shape[0] // TILE_ROWS, cdiv(act_RH.shape[1], tile["COLUMNS"])
 
 
-def _meta(bias_EH: Tensor | None, segments: Segments, tanh: bool) -> dict[str, object]:
+def _meta(bias_EF: Tensor | None, segments: Segments, form: Form) -> dict[str, object]:
     return {
-        "HAS_BIAS": bias_EH is not None, "TANH": tanh, "HAS_SHARE": segments.share > 0, "TILE": TILE_ROWS,
-        "EXPERTS": columns_of(segments.num_experts),
+        "HAS_BIAS": bias_EF is not None, "FUNCTION": form.function, "GATE": form.gate,
+        "HAS_SHARE": segments.share > 0, "TILE": TILE_ROWS, "EXPERTS": columns_of(segments.num_experts),
     }  # fmt: skip
 
 
 @triton.jit
-def _bias(bias, starts, num_experts, share, width, column, HAS_SHARE: tl.constexpr, TILE: tl.constexpr,
-          EXPERTS: tl.constexpr):  # fmt: skip
-    """The bias of this program's expert in its columns, (1, columns)."""
-    expert = expert_of(tl.program_id(0) * TILE, starts, num_experts, share, HAS_SHARE, EXPERTS)
-    return tl.load(bias + expert * width + column, mask=column < width, other=0.0).to(tl.float32)[None, :]
+def _load(at, inside):
+    return tl.load(at, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _activate(
-    pre, bias, act, starts, num_experts, share, width, HAS_BIAS: tl.constexpr, TANH: tl.constexpr,
-    HAS_SHARE: tl.constexpr, TILE: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    pre, bias, act, starts, num_experts, share, width, HAS_BIAS: tl.constexpr, FUNCTION: tl.constexpr,
+    GATE: tl.constexpr, HAS_SHARE: tl.constexpr, TILE: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    is_column = (column < width)[None, :]
+    column = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+    is_column = column < width
+    gate_at = width if GATE == "last" else 0  # where the half that goes through the function begins
+    wide = width if GATE == "" else 2 * width
     added = tl.zeros((1, COLUMNS), dtype=tl.float32)
+    added_other = added
     if HAS_BIAS:
-        added = _bias(bias, starts, num_experts, share, width, column, HAS_SHARE, TILE, EXPERTS)
+        expert = expert_of(tl.program_id(0) * TILE, starts, num_experts, share, HAS_SHARE, EXPERTS)
+        added = _load(bias + expert * wide + gate_at + column, is_column)
+        if GATE != "":
+            added_other = _load(bias + expert * wide + (width - gate_at) + column, is_column)
     for step in range(0, TILE, ROWS):
-        row = tl.program_id(0) * TILE + step + tl.arange(0, ROWS)
-        at = row[:, None].to(tl.int64) * width + column[None, :]
-        value, _ = gelu_and_slope(tl.load(pre + at, mask=is_column, other=0.0).to(tl.float32) + added, TANH)
-        tl.store(act + at, value.to(act.dtype.element_ty), mask=is_column)
+        row = (tl.program_id(0) * TILE + step + tl.arange(0, ROWS))[:, None].to(tl.int64)
+        at = pre + row * wide + column
+        value, _ = value_and_slope(_load(at + gate_at, is_column) + added, FUNCTION)
+        if GATE != "":
+            value *= _load(at + (width - gate_at), is_column) + added_other
+        tl.store(act + row * width + column, value.to(act.dtype.element_ty), mask=is_column)
 
 
 @triton.jit
 def _activation_gradient(
-    grad, bias, pre, bias_parts, starts, num_experts, share, width, HAS_BIAS: tl.constexpr, TANH: tl.constexpr,
-    HAS_SHARE: tl.constexpr, TILE: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    grad, bias, pre, bias_parts, grad_pre, starts, num_experts, share, width, HAS_BIAS: tl.constexpr,
+    FUNCTION: tl.constexpr, GATE: tl.constexpr, HAS_SHARE: tl.constexpr, TILE: tl.constexpr, EXPERTS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    is_column = (column < width)[None, :]
+    column = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+    is_column = column < width
+    gate_at = width if GATE == "last" else 0
+    wide = width if GATE == "" else 2 * width
     added = tl.zeros((1, COLUMNS), dtype=tl.float32)
+    added_other = added
     if HAS_BIAS:
-        added = _bias(bias, starts, num_experts, share, width, column, HAS_SHARE, TILE, EXPERTS)
+        expert = expert_of(tl.program_id(0) * TILE, starts, num_experts, share, HAS_SHARE, EXPERTS)
+        added = _load(bias + expert * wide + gate_at + column, is_column)
+        if GATE != "":
+            added_other = _load(bias + expert * wide + (width - gate_at) + column, is_column)
     total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    total_other = total
     for step in range(0, TILE, ROWS):
-        row = tl.program_id(0) * TILE + step + tl.arange(0, ROWS)
-        at = row[:, None].to(tl.int64) * width + column[None, :]
-        _, slope = gelu_and_slope(tl.load(pre + at, mask=is_column, other=0.0).to(tl.float32) + added, TANH)
-        grad_pre = tl.load(grad + at, mask=is_column, other=0.0).to(tl.float32) * slope
-        tl.store(grad + at, grad_pre.to(grad.dtype.element_ty), mask=is_column)
-        total += grad_pre
+        row = (tl.program_id(0) * TILE + step + tl.arange(0, ROWS))[:, None].to(tl.int64)
+        at = row * wide + column
+        value, slope = value_and_slope(_load(pre + at + gate_at, is_column) + added, FUNCTION)
+        grad_value = _load(grad + row * width + column, is_column)
+        if GATE != "":
+            other_at = at + (width - gate_at)
+            grad_other = grad_value * value
+            grad_value *= _load(pre + other_at, is_column) + added_other
+            tl.store(grad_pre + other_at, grad_other.to(grad_pre.dtype.element_ty), mask=is_column)
+            total_other += grad_other
+        grad_value *= slope
+        tl.store(grad_pre + at + gate_at, grad_value.to(grad_pre.dtype.element_ty), mask=is_column)
+        total += grad_value
     if HAS_BIAS:
-        at = bias_parts + tl.program_id(0).to(tl.int64) * width + column
-        tl.store(at, tl.sum(total, 0), mask=column < width)
+        at = bias_parts + tl.program_id(0).to(tl.int64) * wide + column
+        tl.store(at + gate_at, tl.sum(total, 0)[None, :], mask=is_column)
+        if GATE != "":
+            tl.store(at + (width - gate_at), tl.sum(total_other, 0)[None, :], mask=is_column)

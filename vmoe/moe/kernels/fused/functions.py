@@ -1,13 +1,16 @@
-"""GELU and its slope as the kernels compute them, in float32."""
+"""The activation functions and their slopes as the kernels compute them, in float32."""
 
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def gelu_and_slope(x, TANH: tl.constexpr):
-    """(gelu(x), gelu'(x)), exact to 1e-7 or by the tanh approximation."""
-    if TANH:
+def value_and_slope(x, FUNCTION: tl.constexpr):
+    """(f(x), f'(x)) of SiLU or of GELU, which is exact to 1e-7 or the tanh approximation."""
+    if FUNCTION == "silu":
+        cdf = _reciprocal(1.0 + tl.exp2(x * -1.4426950408889634))
+        slope = cdf + x * cdf * (1.0 - cdf)
+    elif FUNCTION == "gelu_tanh":
         u = 0.7978845608028654 * (x + 0.044715 * x * x * x)
         cdf = _reciprocal(1.0 + tl.exp2(u * -2.885390081777927))
         slope = cdf + x * cdf * (1.0 - cdf) * (1.5957691216057308 + 0.2140644488178074 * x * x)
