@@ -58,13 +58,15 @@ def sparsify(
         `model`.
 
     Raises:
-        ValueError: Bad `init` or `upcycle_noise`, a model without suitable MLPs, or layers that the model does not
-            have.
+        ValueError: Bad `init` or `upcycle_noise`, experts of another width to upcycle, a model without suitable MLPs,
+            or layers that the model does not have.
     """
     if init not in ("random", "upcycle"):
         raise ValueError(f'init={init!r}: must be "random" or "upcycle"')
     if upcycle_noise < 0 or (upcycle_noise and init != "upcycle"):
         raise ValueError(f'upcycle_noise={upcycle_noise!r}: must be >= 0, and 0 unless init="upcycle"')
+    if init == "upcycle" and moe.expert_width != 1:
+        raise ValueError(f"expert_width={moe.expert_width!r}: must be 1 to upcycle, where experts start as whole MLPs")
     places = eligible_mlps(model, image_size)
     chosen = [places[index] for index in moe.select_layers(len(places))]
     layers = dict(_replace(model, place, moe, init == "upcycle", upcycle_noise) for place in chosen)
