@@ -5,11 +5,12 @@ from typing import Any, Literal
 
 import timm
 import torch
+from timm.layers import DropPath
 from torch import nn
 
 from vmoe.models.families import Place, eligible_mlps, on_meta
 from vmoe.models.padding import hand_masks_through
-from vmoe.moe import MoeConfig, MoeMlp
+from vmoe.moe import MoeConfig, MoeMlp, moe_layers
 from vmoe.moe.mlps import split_leading_norm
 
 
@@ -74,6 +75,22 @@ def sparsify(
     own = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
     model.no_weight_decay = NoWeightDecay({*own, *_undecayed(layers)})
     return model
+
+
+def set_moe_drop_path(model: nn.Module, rate: float) -> None:
+    """Gives the branches of the MoE layers a drop path rate of their own; other branches keep theirs.
+
+    Raises:
+        ValueError: The blocks of this family have no drop path for the MLP alone.
+    """
+    for name, _ in moe_layers(model):
+        *path, _ = name.split(".")
+        if isinstance(model.get_submodule(".".join(path)), NormFirst):
+            path.pop()
+        block = model.get_submodule(".".join(path))
+        if not hasattr(block, "drop_path2"):
+            raise ValueError(f"{type(block).__name__} has no drop path for its MLP alone")
+        block.drop_path2 = DropPath(rate)
 
 
 class NormFirst(nn.Sequential):
