@@ -1,7 +1,8 @@
 """What a run's folder and a checkpoint are: the one place that opens, checks and rebuilds them for every tool.
 
 A checkpoint is the file Lightning writes, with one entry of ours, `vmoe`, of plain types: the format's version, the
-run's whole config, the class names, image size, mean and std, and what an exact resumption needs.
+run's whole config, the class names, image size, mean and std, the average of the weights where the run keeps one, and
+what an exact resumption needs.
 """
 
 import math
@@ -12,7 +13,7 @@ from typing import Any
 
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import vmoe
 from vmoe.errors import UserError
@@ -57,7 +58,7 @@ class Checkpoint:
     """A trained model and what is needed to use it.
 
     Args:
-        model: The model with its trained weights, in evaluation mode.
+        model: The model with its trained weights, their average (EMA) where the run kept one, in evaluation mode.
         config: The run's whole config as plain types: seed, output_dir, data, model, moe, optim, trainer.
         class_names: Name of each class, in the order of the logits.
         image_size: Side of the square images it was trained on, in pixels.
@@ -95,8 +96,7 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Che
     try:
         config = ours["config"]
         model = _rebuild(config, len(ours["class_names"]), ours["image_size"])
-        weights = {key.removeprefix(_MODEL_PREFIX): value for key, value in content["state_dict"].items()}
-        model.load_state_dict(weights)
+        model.load_state_dict(trained_weights(content))
         return Checkpoint(
             model=model.to(device).eval(),
             config=config,
@@ -156,6 +156,13 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             f"{path}: written by a newer vmoe, in format {ours['version']}; this one knows {FORMAT_VERSION}: update it"
         )
     return content
+
+
+def trained_weights(content: dict[str, Any]) -> dict[str, Tensor]:
+    """The state dict of a checkpoint's model: with the average of the weights (EMA) where the run kept one."""
+    weights = {key.removeprefix(_MODEL_PREFIX): value for key, value in content["state_dict"].items()}
+    ema = content[ENTRY].get("ema")
+    return weights if ema is None else weights | ema["weights"]
 
 
 def build_model(

@@ -141,6 +141,26 @@ def test_a_damaged_training_image_is_replaced_by_the_next_and_named(image_tree, 
     assert levels == sorted([1, 2, 4, 4, *range(5, 19)])
 
 
+def test_training_images_as_evaluation_sees_them_are_a_fixed_sample(npz):
+    path = npz()
+    every, one, other, again = (
+        torch.cat([batch.images for batch in module("npz", path, seed=seed, **options).train_eval_dataloader(most)])
+        for seed, most, options in ((0, 100, {}), (0, 20, {}), (0, 20, {"split_seed": 1}), (1, 20, {}))
+    )
+    assert len(every) == 54  # the rest of 60 is for validation
+    assert len(one) == 20 and torch.equal(one, again) and not torch.equal(one, other)
+    assert all((every == image).flatten(1).all(1).any() for image in one)
+
+
+def test_a_damaged_image_of_that_sample_is_replaced_by_the_next(image_tree):
+    root = image_tree(("train", "val", "test"))
+    damaged = root / "train" / "ant" / "2.png"
+    damaged.write_bytes(b"damaged")
+    (batch,) = module("folder", root, image_size=8).train_eval_dataloader()
+    assert batch.damaged == [str(damaged)] and len(batch.images) == 18
+    assert torch.equal(batch.images[2], batch.images[3])
+
+
 def test_the_replacement_brings_its_own_label_and_wraps_around(image_tree):
     root = image_tree(("train", "val", "test"), count=2)
     for path in ("ant/1.png", "cow/0.png", "cow/1.png"):

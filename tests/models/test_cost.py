@@ -46,6 +46,14 @@ def test_shared_experts_are_counted():
     assert flops_per_image(sparse, SIDE) == vit_flops([1, 2, 1, 2], 4, 2)
 
 
+def test_two_experts_of_half_the_width_cost_the_dense_mlp():
+    sparse = model(MoeConfig(num_experts=4, top_k=2, expert_width=0.5))
+    assert flops_per_image(sparse, SIDE) == vit_flops([1, 1, 1, 1], 4, 2)
+    dense = count_parameters(model())
+    router, second_output_bias = WIDTH * 4, WIDTH
+    assert count_parameters(sparse).active == dense.total + 2 * (router + second_output_bias)
+
+
 def test_counting_leaves_the_model_as_it_is():
     sparse = model(MoeConfig()).train()
     before = {name: value.clone() for name, value in sparse.state_dict().items()}

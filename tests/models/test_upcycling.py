@@ -104,6 +104,16 @@ def test_noise_that_means_nothing_is_refused(init, noise):
         vmoe.sparsify(dense(), MoeConfig(), init=init, upcycle_noise=noise)
 
 
+def test_experts_of_another_width_are_refused_both_ways():
+    moe = MoeConfig(expert_width=0.5)
+    model = dense()
+    with pytest.raises(ValueError, match="must be 1 to upcycle"):
+        vmoe.sparsify(model, moe, init="upcycle")
+    assert not vmoe.moe_layers(model)  # nothing was done
+    with pytest.raises(ValueError, match="times the dense width"):
+        vmoe.densify(vmoe.sparsify(model, moe))
+
+
 @pytest.mark.parametrize("how", ["merge", "expert"])
 @pytest.mark.parametrize("name", [*BACKBONES, "vitamin_small_224"])
 def test_densify_gives_the_dense_model_back(name, how):

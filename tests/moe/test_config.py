@@ -55,6 +55,8 @@ def test_layers_that_a_model_does_not_have(layers, count):
         ("group", "images"),
         ("noise_std", -0.1),
         ("noise_std", float("nan")),
+        ("expert_width", 0),
+        ("expert_width", 17.0),
         ("expert_dropout", 1.0),
         ("experts_start", "same"),
         ("shared_experts", -1),
@@ -66,6 +68,11 @@ def test_layers_that_a_model_does_not_have(layers, count):
 def test_a_bad_value_is_named(field, value):
     with pytest.raises(ValueError, match=f"^{field}="):
         MoeConfig(**{field: value})
+
+
+@pytest.mark.parametrize(("factor", "expected"), [(1, 90), (0.5, 48), (0.25, 24), (0.01, 8), (2, 184)])
+def test_an_expert_s_width_is_a_multiple_of_8_unless_it_is_the_mlp_s(factor, expected):
+    assert MoeConfig(expert_width=factor).hidden_width(92 if factor == 2 else 90) == expected
 
 
 def test_frozen():

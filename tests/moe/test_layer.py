@@ -201,6 +201,12 @@ def test_router_stays_in_float32_under_autocast():
     assert routing.gates_GSE.dtype == torch.float32
 
 
+def test_experts_narrower_than_the_mlp():
+    layer = MoeMlp(16, 64, moe=MoeConfig(num_experts=4, expert_width=0.5, shared_experts=1))
+    assert layer.experts.fc1.weight.shape == (4, 32, 16) and layer.experts.fc2.weight.shape == (4, 16, 32)
+    assert layer.shared.fc1.out_features == 32
+
+
 def test_shared_experts_take_every_token():
     layer = layer_of(num_experts=4, top_k=1, shared_experts=2).eval()
     x = tokens(2, 3)

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 from safetensors.torch import save_file
+from timm.layers import resample_abs_pos_embed
 
 from vmoe import MoeConfig
 from vmoe.checkpoints import load_checkpoint
@@ -73,14 +74,77 @@ def test_other_classes_get_a_fresh_classifier(runs):
     assert torch.equal(model.blocks[0].attn.qkv.weight, trained.blocks[0].attn.qkv.weight)
 
 
+def test_transfer_to_other_classes_and_larger_images_keeps_the_experts(runs):
+    _, sparse, config = runs
+    trained = load_checkpoint(sparse).model
+    model = start(config, sparse, SPARSE, class_names=["odd", "even"], image_size=32)
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 2)
+    expected = trained.state_dict()
+    for name, value in model.state_dict().items():
+        if name == "pos_embed":  # 4 x 4 patches became 8 x 8, as timm resamples them
+            assert torch.equal(value, resample_abs_pos_embed(expected[name], [8, 8], num_prefix_tokens=1))
+        elif not name.startswith("head."):
+            assert torch.equal(value, expected[name]), name
+
+
+def test_a_dense_checkpoint_is_upcycled_for_larger_images(runs):
+    dense, _, config = runs
+    upcycled, larger = start(config, dense, SPARSE, image_size=32), torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(upcycled(larger), start(config, dense, image_size=32)(larger), rtol=1e-5, atol=1e-5)
+
+
+def test_a_run_transfers_to_other_images(runs, tmp_path):
+    _, sparse, _ = runs
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(TINY)
+    options = ["--init_from", str(sparse), "--moe.num_experts", "4", "--moe.renormalize", "true"]
+    options += ["--data.image_size", "24"]
+    assert main(["--config", str(recipe), "--output_dir", str(tmp_path / "run"), *options]) == 0
+    assert load_checkpoint(tmp_path / "run").image_size == 24
+
+
+def test_soft_moe_s_slots_are_kept_by_the_capacity_factor_that_is_told(runs, tmp_path):
+    _, _, config = runs
+    recipe, path = tmp_path / "tiny.yaml", tmp_path / "run"
+    recipe.write_text(TINY)
+    options = ["--moe.num_experts", "4", "--moe.router", "soft", "--moe.capacity_factor", "1"]
+    assert main(["--config", str(recipe), "--output_dir", str(path), *options]) == 0
+    moe = MoeConfig(num_experts=4, router="soft", capacity_factor=1.0)
+    with pytest.raises(UserError, match=r"router\.mu is .* --moe\.capacity_factor 0\.25 keeps"):
+        start(config, path, moe, image_size=32)
+    model = start(config, path, dataclasses.replace(moe, capacity_factor=0.25), image_size=32)
+    assert torch.equal(model.blocks[1].mlp.router.mu, load_checkpoint(path).model.blocks[1].mlp.router.mu)
+
+
 @pytest.mark.parametrize(
-    ("change", "named"),
-    [({"image_size": 32}, "pos_embed"), ({"moe": dataclasses.replace(SPARSE, num_experts=8)}, "num_experts|experts")],
+    ("moe", "named"),
+    [
+        (dataclasses.replace(SPARSE, num_experts=8), "experts"),
+        (dataclasses.replace(SPARSE, expert_width=0.5), "experts"),
+    ],
 )
-def test_weights_that_do_not_fit_are_named(runs, change, named):
+def test_weights_that_do_not_fit_are_named(runs, moe, named):
     _, sparse, config = runs
     with pytest.raises(UserError, match=named):
-        start(config, sparse, **{"moe": SPARSE, **change})
+        start(config, sparse, moe)
+
+
+def test_narrow_experts_are_not_upcycled(runs):
+    dense, _, config = runs
+    with pytest.raises(UserError, match=r"moe\.expert_width=0\.5: must be 1"):
+        start(config, dense, dataclasses.replace(SPARSE, expert_width=0.5))
+
+
+def test_moe_layers_have_a_drop_path_of_their_own(runs):
+    dense, _, config = runs
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, moe_drop_path=0.3))
+    blocks = start(config, dense, SPARSE).blocks
+    assert blocks[1].drop_path2.drop_prob == 0.3
+    assert isinstance(blocks[1].drop_path1, torch.nn.Identity) and isinstance(blocks[0].drop_path2, torch.nn.Identity)
+    convolutional = dataclasses.replace(config.model, name="convnext_atto", kwargs={"depths": [1, 1, 1, 1]})
+    config = dataclasses.replace(config, model=convolutional, init_from=None, moe=SPARSE)
+    with pytest.raises(UserError, match=r"model\.moe_drop_path=0\.3: ConvNeXtBlock has no drop path"):
+        initial_model(config, DIGITS, 32)
 
 
 def test_timms_pretrained_weights_are_upcycled(runs, tmp_path):

@@ -6,7 +6,7 @@ from lightning.pytorch import LightningDataModule
 from vmoe.data.augment import Augmenter
 from vmoe.data.config import DEFAULTS, Colour, DataConfig
 from vmoe.data.datasets import download, load_splits
-from vmoe.data.loading import EvalImages, ImageLoader, TrainImages
+from vmoe.data.loading import EvalImages, ImageLoader, TrainImages, UnvariedTrainImages
 from vmoe.data.samplers import EpochBatchSampler
 from vmoe.errors import UserError
 
@@ -74,6 +74,13 @@ class ImageDataModule(LightningDataModule):
     def test_dataloader(self) -> ImageLoader:
         """The test split in order: never for choosing."""
         return self._eval_loader("test")
+
+    def train_eval_dataloader(self, most: int = 10_000) -> ImageLoader:
+        """Training images as evaluation sees them: a sample of at most `most`, by `config.split_seed` alone."""
+        dataset = UnvariedTrainImages(self._splits.train, self.image_size, self.mean, self.std)
+        sample = np.random.default_rng(self.config.split_seed).permutation(len(dataset))[:most]
+        size = self.config.eval_batch_size or self.config.batch_size
+        return ImageLoader(dataset, workers=self.config.workers, batch_size=size, sampler=np.sort(sample).tolist())
 
     def random_dataloader(self, split: str) -> ImageLoader:
         """The "val" or "test" split as evaluation sees it, in a random order that is a function of the seed alone."""

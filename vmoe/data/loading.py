@@ -45,19 +45,30 @@ class TrainImages(Dataset):
         """The batch of these keys. A damaged image is replaced by the next readable one of the set."""
         pictures, labels, damaged = [], [], []
         for epoch, index in keys:
-            image, index = self._read(index, damaged)
+            image, index = read_or_next(self.images, index, damaged)
             pictures.append(self.augmenter(image, epoch, index))
             labels.append(self.images.labels[index])
         return Batch(normalise(pictures, self.mean, self.std), torch.from_numpy(np.array(labels)), damaged)
 
-    def _read(self, index: int, damaged: list[str]) -> tuple[np.ndarray, int]:
-        for step in range(len(self)):
-            candidate = (index + step) % len(self)
-            try:
-                return self.images.read(candidate), candidate
-            except UserError:
-                damaged.append(self.images.place(candidate))
-        raise UserError(f"{self.images.place(index)}: neither this nor any other training image can be read")
+
+def read_or_next(images: ImageSet, index: int, damaged: list[str]) -> tuple[np.ndarray, int]:
+    """Image `index`, (H, W, 3) uint8, or the next that can be read, and its index.
+
+    Args:
+        images: the training split.
+        index: of the image.
+        damaged: gets the places of those that cannot be read.
+
+    Raises:
+        UserError: not one image can be read.
+    """
+    for step in range(len(images)):
+        candidate = (index + step) % len(images)
+        try:
+            return images.read(candidate), candidate
+        except UserError:
+            damaged.append(images.place(candidate))
+    raise UserError(f"{images.place(index)}: neither this nor any other training image can be read")
 
 
 class EvalImages(Dataset):
@@ -84,6 +95,19 @@ class EvalImages(Dataset):
         if any(part is None for part in patches):
             return batch
         return batch._replace(patch_labels=torch.from_numpy(np.stack(patches)))
+
+
+class UnvariedTrainImages(EvalImages):
+    """Training images as evaluation sees them. A damaged one is replaced by the next readable one, as in training."""
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        """The batch of these images."""
+        pictures, labels, damaged = [], [], []
+        for index in indices:
+            image, index = read_or_next(self.images, index, damaged)
+            pictures.append(eval_crop(image, self.image_size))
+            labels.append(self.images.labels[index])
+        return Batch(normalise(pictures, self.mean, self.std), torch.from_numpy(np.array(labels)), damaged)
 
 
 class ImageLoader(DataLoader):

@@ -37,7 +37,8 @@ def densify(
         `model`.
 
     Raises:
-        ValueError: A bad argument, or a layer whose function no single MLP has (shared experts).
+        ValueError: A bad argument, or a layer whose function no single MLP has (shared experts, experts of another
+            width).
     """
     layers = dict(moe_layers(model))
     _check(layers, how, expert, weights or {})
@@ -64,6 +65,8 @@ def _check(layers: dict[str, MoeMlp], how: str, expert: int, weights: Mapping) -
             raise ValueError(f"expert={expert}: {name} has experts 0 to {layer.num_experts - 1}")
         if layer.shared is not None:
             raise ValueError(f"{name} has shared experts, whose results are added: no MLP of the dense width does that")
+        if layer.config.expert_width != 1:
+            raise ValueError(f"{name} has experts of expert_width={layer.config.expert_width} times the dense width")
         if not hasattr(layer, "dense_form"):
             raise ValueError(f"{name} was not made by vmoe.sparsify, so what it replaced is not known")
         if name in weights:

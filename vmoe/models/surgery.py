@@ -5,11 +5,12 @@ from typing import Any, Literal
 
 import timm
 import torch
+from timm.layers import DropPath
 from torch import nn
 
 from vmoe.models.families import Place, eligible_mlps, on_meta
 from vmoe.models.padding import hand_masks_through
-from vmoe.moe import MoeConfig, MoeMlp
+from vmoe.moe import MoeConfig, MoeMlp, moe_layers
 from vmoe.moe.mlps import split_leading_norm
 
 
@@ -58,13 +59,15 @@ def sparsify(
         `model`.
 
     Raises:
-        ValueError: Bad `init` or `upcycle_noise`, a model without suitable MLPs, or layers that the model does not
-            have.
+        ValueError: Bad `init` or `upcycle_noise`, experts of another width to upcycle, a model without suitable MLPs,
+            or layers that the model does not have.
     """
     if init not in ("random", "upcycle"):
         raise ValueError(f'init={init!r}: must be "random" or "upcycle"')
     if upcycle_noise < 0 or (upcycle_noise and init != "upcycle"):
         raise ValueError(f'upcycle_noise={upcycle_noise!r}: must be >= 0, and 0 unless init="upcycle"')
+    if init == "upcycle" and moe.expert_width != 1:
+        raise ValueError(f"expert_width={moe.expert_width!r}: must be 1 to upcycle, where experts start as whole MLPs")
     places = eligible_mlps(model, image_size)
     chosen = [places[index] for index in moe.select_layers(len(places))]
     layers = dict(_replace(model, place, moe, init == "upcycle", upcycle_noise) for place in chosen)
@@ -72,6 +75,22 @@ def sparsify(
     own = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
     model.no_weight_decay = NoWeightDecay({*own, *_undecayed(layers)})
     return model
+
+
+def set_moe_drop_path(model: nn.Module, rate: float) -> None:
+    """Gives the branches of the MoE layers a drop path rate of their own; other branches keep theirs.
+
+    Raises:
+        ValueError: The blocks of this family have no drop path for the MLP alone.
+    """
+    for name, _ in moe_layers(model):
+        *path, _ = name.split(".")
+        if isinstance(model.get_submodule(".".join(path)), NormFirst):
+            path.pop()
+        block = model.get_submodule(".".join(path))
+        if not hasattr(block, "drop_path2"):
+            raise ValueError(f"{type(block).__name__} has no drop path for its MLP alone")
+        block.drop_path2 = DropPath(rate)
 
 
 class NormFirst(nn.Sequential):

@@ -41,6 +41,8 @@ class MoeConfig:
             for "soft" of standard deviation noise_std. null is 1 for "token_choice", "cosine" and "expert_choice", else
             0.
         renormalize: Whether a token's K combine weights are scaled to sum to 1. The paper's are not.
+        expert_width: Hidden width of an expert, shared ones too, relative to that of the MLP it replaces; the width is
+            rounded to a multiple of 8. K experts of width 1 / K cost what the dense MLP does.
         expert_dropout: Dropout rate inside the experts' hidden layer; where above 0 it replaces the MLP's own.
         experts_start: Whether the experts of a layer start from "different" weights or from "equal" ones.
         shared_experts: Number of experts that take every token, beside the routed ones (DeepSeekMoE,
@@ -80,6 +82,7 @@ class MoeConfig:
     group: Literal["image", "batch"] | int | None = None
     noise_std: float | None = None
     renormalize: bool = False
+    expert_width: float = 1.0
     expert_dropout: float = 0.0
     experts_start: Literal["different", "equal"] = "different"
     shared_experts: int = 0
@@ -116,6 +119,7 @@ class MoeConfig:
             elif field.type is bool:
                 self._need(field.name, isinstance(getattr(self, field.name), bool), "true or false")
         self._need("soft_scale", _is_number(self.soft_scale) and self.soft_scale > 0, "> 0")
+        self._need("expert_width", _is_number(self.expert_width) and 0 < self.expert_width <= 16, "> 0 and at most 16")
         self._need("expert_dropout", _is_number(self.expert_dropout) and 0 <= self.expert_dropout < 1, "in [0, 1)")
         is_count = _is_int(self, "group") and self.group >= 1
         self._need("group", self.group in ("image", "batch") or is_count, '"image", "batch" or a number of images')
@@ -165,6 +169,12 @@ class MoeConfig:
     def experts_per_token(self) -> float:
         """How many experts work for a token on average: K, or the slots a token where experts have slots."""
         return self.capacity_factor if self.fills_slots else self.top_k
+
+    def hidden_width(self, mlp_width: int) -> int:
+        """H, the hidden width of an expert in the place of an MLP of hidden width `mlp_width`."""
+        if self.expert_width == 1:
+            return mlp_width
+        return max(8, 8 * round(self.expert_width * mlp_width / 8))
 
     def _need(self, name: str, holds: bool, allowed: str) -> None:
         if not holds:

@@ -45,7 +45,8 @@ class MoeMlp(nn.Module):
 
     Args:
         in_features: D.
-        hidden_features: H, hidden width of one expert; `in_features` when not given.
+        hidden_features: Hidden width of the MLP whose place the layer takes, `in_features` when not given. An expert's
+            is H, `moe.expert_width` times that.
         out_features: `in_features` when not given.
         act_layer: Makes the activation of the hidden layer; a `Glu` takes a first layer twice as wide.
         norm_layer: Makes the LayerNorm behind the activation; each expert has its own.
@@ -85,7 +86,7 @@ class MoeMlp(nn.Module):
         dtype=None,
     ) -> None:
         super().__init__()
-        hidden_features = hidden_features or in_features
+        hidden_features = moe.hidden_width(hidden_features or in_features)
         out_features = out_features or in_features
         bias = bias if isinstance(bias, tuple) else (bias, bias)
         hidden_drop, output_drop = drop if isinstance(drop, tuple) else (drop, drop)

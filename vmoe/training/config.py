@@ -19,12 +19,17 @@ class ModelConfig:
         name: Name of a timm model, such as vit_tiny_patch16_224.
         kwargs: Arguments of that timm model: depth, embed_dim, patch_size, drop_path_rate, proj_drop_rate, ...
             The number of classes and the image size come from the data.
+        moe_drop_path: Drop path rate of the MoE layers alone, so of their blocks' second branch; null is the
+            backbone's. The dense twin has no use for it.
     """
 
     name: str = "vit_tiny_patch16_224"
     kwargs: dict[str, Any] = field(default_factory=dict)
+    moe_drop_path: float | None = None
 
     def __post_init__(self) -> None:
+        rate = self.moe_drop_path
+        _need(self, "moe_drop_path", rate is None or 0 <= rate < 1, "in [0, 1), or null")
         for key, source in (
             ("num_classes", "the data set"),
             ("img_size", "data.image_size"),
@@ -39,31 +44,47 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW with linear warm-up, then a cosine.
+    """The optimiser with linear warm-up, then a cosine.
 
     Args:
-        lr: Highest learning rate, reached at the end of the warm-up.
-        min_lr: Learning rate at the end of the cosine.
+        name: adamw, or muon: Muon for the matrices of linear layers and experts, AdamW for all else.
+        lr: Highest learning rate, reached at the end of the warm-up. With muon the matrices'.
+        adamw_lr: With muon, the highest learning rate of what AdamW trains; null is lr.
+        min_lr: Learning rate at the end of the cosine. Where parameters have another highest one, they end as much
+            below theirs.
         warmup_epochs: Length of the linear warm-up in epochs; a fraction is allowed.
         weight_decay: Decoupled weight decay of matrices; biases, norms and position embeddings have none.
+        expert_weight_decay: Weight decay of the routed experts' matrices; null is weight_decay.
+        layer_decay: Layer by layer from the classifier down, the learning rate is multiplied by this, for fine-tuning;
+            null is the same for all layers.
         betas: AdamW's decay rates of the gradient's first and second moment.
         clip_norm: Gradients are scaled down to this norm; null never clips.
         label_smoothing: Share of the target spread over all classes, in training.
     """
 
+    name: Literal["adamw", "muon"] = "adamw"
     lr: float = 1e-3
+    adamw_lr: float | None = None
     min_lr: float = 1e-5
     warmup_epochs: float = 5.0
     weight_decay: float = 0.05
+    expert_weight_decay: float | None = None
+    layer_decay: float | None = None
     betas: tuple[float, float] = (0.9, 0.999)
     clip_norm: float | None = 1.0
     label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
+        _need(self, "name", self.name in ("adamw", "muon"), "adamw or muon")
         _need(self, "lr", 0 < self.lr < float("inf"), "above 0")
+        _need(self, "adamw_lr", self.adamw_lr is None or 0 < self.adamw_lr < float("inf"), "above 0, or null")
+        _need(self, "adamw_lr", self.adamw_lr is None or self.name == "muon", "null with name=adamw, whose rate is lr")
         _need(self, "min_lr", 0 <= self.min_lr <= self.lr, f"between 0 and lr={self.lr}")
         _need(self, "warmup_epochs", 0 <= self.warmup_epochs < float("inf"), ">= 0")
         _need(self, "weight_decay", 0 <= self.weight_decay < float("inf"), ">= 0")
+        decay = self.expert_weight_decay
+        _need(self, "expert_weight_decay", decay is None or 0 <= decay < float("inf"), ">= 0, or null")
+        _need(self, "layer_decay", self.layer_decay is None or 0 < self.layer_decay <= 1, "in (0, 1], or null")
         _need(
             self, "betas", len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas), "two numbers in [0, 1)"
         )
@@ -81,6 +102,10 @@ class TrainerConfig:
         precision: 32, or mixed precision with bf16 or fp16 (a GPU; with loss scaling). The router is float32 in all.
         accumulate: Batches whose gradients are averaged into one update.
         compile: Compile the model with torch.compile.
+        cuda_graph: Capture the whole step, update included, as one CUDA graph, which saves the host's time: for small
+            models. Needs a GPU.
+        ema_decay: Decay an update of an average of the weights (EMA), by which checkpoints are validated, chosen,
+            tested and used; in the first updates t at most (1 + t) / (10 + t). null keeps none.
         early_stopping: Stop after this many epochs without a better val/top1 (or an equal one with a lower val/loss);
             null never stops early.
         log_every: Steps between two looks at the device: the bar's loss, and whether a loss or gradient was NaN or inf.
@@ -91,6 +116,8 @@ class TrainerConfig:
     precision: str | int = "32"
     accumulate: int = 1
     compile: bool = False
+    cuda_graph: bool = False
+    ema_decay: float | None = None
     early_stopping: int | None = None
     log_every: int = 50
 
@@ -101,6 +128,11 @@ class TrainerConfig:
         _need(self, "precision", self.precision in ("32", "bf16", "fp16"), "32, bf16 or fp16")
         _need(self, "precision", (self.device, self.precision) != ("cpu", "fp16"), "32 or bf16 with device=cpu")
         _need(self, "accumulate", self.accumulate >= 1, "a whole number >= 1")
+        for name, value in (("device", "cpu"), ("precision", "fp16")):
+            clashes = self.cuda_graph and getattr(self, name) == value
+            _need(self, "cuda_graph", not clashes, f"false with {name}={value}")
+        _need(self, "cuda_graph", not self.cuda_graph or self.accumulate == 1, "false with accumulate above 1")
+        _need(self, "ema_decay", self.ema_decay is None or 0 < self.ema_decay < 1, "in (0, 1), or null")
         _need(self, "early_stopping", self.early_stopping is None or self.early_stopping >= 1, ">= 1, or null")
         _need(self, "log_every", 1 <= self.log_every <= 50, "from 1 to 50, so that a broken run stops soon")
 

@@ -17,7 +17,7 @@ _SMALLEST_SCALE = 1.0
 
 
 class Guard:
-    """Watches loss and gradient norm without a host synchronisation."""
+    """Watches loss and gradient norm without a host synchronisation, in tensors that stay the same in a CUDA graph."""
 
     def __init__(self) -> None:
         self.bad_step = torch.tensor(-1.0)  # () first update with a NaN or inf, or -1
@@ -31,10 +31,12 @@ class Guard:
 
     def watch_forward(self, images: Tensor, loss: Tensor) -> None:
         """Notes whether the images (B, 3, H, W) and the loss () of a batch are finite."""
-        self._images_finite = self._images_finite & images.sum().isfinite()
-        self._loss_finite = self._loss_finite & loss.detach().isfinite()
+        self._images_finite &= images.sum().isfinite()
+        self._loss_finite &= loss.detach().isfinite()
 
-    def check_update(self, optimizer: torch.optim.Optimizer, norm: Tensor, step: int, scaler: Any = None) -> None:
+    def check_update(
+        self, optimizer: torch.optim.Optimizer, norm: Tensor, step: int | Tensor, scaler: Any = None
+    ) -> None:
         """Blocks this update and all later ones if the loss or the gradients' norm () is not finite.
 
         With fp16's loss scaling an infinite norm is normal: the scaler skips such an update and halves the scale.
@@ -47,10 +49,10 @@ class Guard:
             norm_fails = norm_fails & (scaler._scale < _SMALLEST_SCALE)
         is_bad = norm_fails | ~self._loss_finite
         is_first = is_bad & (self.bad_step < 0)
-        self.bad_step = torch.where(is_first, float(step), self.bad_step)
-        self.bad_input = torch.where(is_first, ~self._images_finite, self.bad_input)
-        self._images_finite = torch.ones_like(self._images_finite)
-        self._loss_finite = torch.ones_like(self._loss_finite)
+        self.bad_step.copy_(torch.where(is_first, step, self.bad_step))
+        self.bad_input.copy_(torch.where(is_first, ~self._images_finite, self.bad_input))
+        self._images_finite.fill_(True)
+        self._loss_finite.fill_(True)
         if norm.device.type == "cpu":
             self.raise_if_bad()
         self.block(optimizer)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from vmoe.checkpoints import Checkpoint, build_model, load_checkpoint
 from vmoe.errors import UserError
 from vmoe.models import densify, sparsify
+from vmoe.models.surgery import set_moe_drop_path
 from vmoe.moe import MoeConfig, moe_layers
 from vmoe.training.config import TrainConfig
 
@@ -18,12 +19,24 @@ def initial_model(config: TrainConfig, class_names: list[str], image_size: int) 
 
     "pretrained" takes the weights that timm has for the model, which it downloads when they are not there. A dense
     checkpoint is upcycled where the run has MoE layers: every expert starts as the MLP it replaces
-    (https://arxiv.org/abs/2212.05055), the router fresh. The experts of a sparse checkpoint are averaged where the run
-    is dense. The classifier starts fresh unless the classes are the checkpoint's.
+    (https://arxiv.org/abs/2212.05055), the router fresh. A sparse one is taken over as it is; its experts are averaged
+    where the run is dense. The classifier starts fresh unless the classes are the checkpoint's. For images of another
+    size timm resamples the position embeddings.
 
     Raises:
         UserError: the model cannot be built, or the checkpoint's weights do not fit it.
     """
+    model = _started(config, class_names, image_size)
+    rate = config.model.moe_drop_path
+    if rate is not None:
+        try:
+            set_moe_drop_path(model, rate)
+        except ValueError as error:
+            raise UserError(f"model.moe_drop_path={rate}: {error} in {config.model.name}; leave it out") from error
+    return model
+
+
+def _started(config: TrainConfig, class_names: list[str], image_size: int) -> nn.Module:
     name, kwargs, num_classes = config.model.name, config.model.kwargs, len(class_names)
     if config.init_from is None:
         return build_model(name, kwargs, config.moe, num_classes, image_size)
@@ -31,15 +44,29 @@ def initial_model(config: TrainConfig, class_names: list[str], image_size: int) 
         dense = build_model(name, {**kwargs, "pretrained": True}, None, num_classes, image_size)
         return _upcycled(dense, config.moe, image_size)
     start = load_checkpoint(config.init_from)
+    _fit_to_images(start, image_size)
     if moe_layers(start.model):
         model = build_model(name, kwargs, config.moe, num_classes, image_size)
         if not moe_layers(model):
-            densify(start.model)
+            _average_experts(start)
         _load(model, _weights(start, model, class_names), start.path)
         return model
     model = build_model(name, kwargs, None, num_classes, image_size)
     _load(model, _weights(start, model, class_names), start.path)
     return _upcycled(model, config.moe, image_size)
+
+
+def _fit_to_images(start: Checkpoint, image_size: int) -> None:
+    """Resamples the position embeddings; a model that timm cannot resize is left, and `_load` tells what misfits."""
+    if start.image_size != image_size and hasattr(start.model, "set_input_size"):
+        start.model.set_input_size(img_size=(image_size, image_size))
+
+
+def _average_experts(start: Checkpoint) -> None:
+    try:
+        densify(start.model)
+    except ValueError as error:
+        raise UserError(f"--init_from {start.path}: {error}; give this run the checkpoint's moe section") from error
 
 
 def _upcycled(dense: nn.Module, moe: MoeConfig | None, image_size: int) -> nn.Module:
@@ -72,9 +99,13 @@ def _load(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
     own = model.state_dict()
     for name in sorted(own.keys() | weights.keys()):
         here, there = (tuple(state[name].shape) if name in state else None for state in (own, weights))
-        if here != there:
-            raise UserError(
-                f"--init_from {path}: {name} is {there or 'absent'} there and {here or 'absent'} in this model; "
-                "use the same model.name, model.kwargs, data.image_size and experts"
-            )
+        if here == there:
+            continue
+        advice = "use the same model.name, model.kwargs and moe"
+        if name.endswith(".router.mu") and None not in (here, there) and here[:2] == there[:2]:
+            factor = moe_layers(model)[0][1].config.capacity_factor * there[2] / here[2]
+            advice = f"--moe.capacity_factor {factor:g} keeps Soft MoE's slots"
+        raise UserError(
+            f"--init_from {path}: {name} is {there or 'absent'} there and {here or 'absent'} in this model; {advice}"
+        )
     model.load_state_dict(weights)

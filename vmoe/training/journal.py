@@ -11,7 +11,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from vmoe.checkpoints import RunFolder
 from vmoe.files import atomic_write
-from vmoe.training.module import Classifier
+from vmoe.training.module import RAW_TOP1, Classifier
 from vmoe.training.progress import Progress
 from vmoe.training.statistics import as_metrics, metric_columns, warnings_of
 
@@ -103,7 +103,8 @@ class Journal(Callback):
         self._told_damaged = 0
 
     def on_train_start(self, trainer: Trainer, module: Classifier) -> None:
-        self.table = MetricsTable(self.folder.metrics, [*COLUMNS, *metric_columns(module.model)], self.step)
+        columns = [*COLUMNS, *([] if module.ema is None else [RAW_TOP1]), *metric_columns(module.model)]
+        self.table = MetricsTable(self.folder.metrics, columns, self.step)
         self.writer = SummaryWriter(str(self.folder.path), purge_step=self.step + 1 if self.step else None)
         self.clock.start()
         self._start_epoch(trainer, fresh=False)

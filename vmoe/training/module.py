@@ -1,6 +1,7 @@
 """The LightningModule: one step of training, one of evaluation, and the sums that become an epoch's metrics."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,9 +12,13 @@ from torch.nn import functional as F
 import vmoe
 from vmoe.data import Batch
 from vmoe.training.config import OptimConfig
+from vmoe.training.ema import Ema
+from vmoe.training.graph import GraphedStep
 from vmoe.training.guard import Guard
 from vmoe.training.optim import build_optimizer, learning_rate
 from vmoe.training.statistics import RoutingStatistics
+
+RAW_TOP1 = "val/raw_top1"
 
 
 class Classifier(LightningModule):
@@ -26,9 +31,19 @@ class Classifier(LightningModule):
         config: The optimiser and schedule.
         epochs: Epochs of the whole run.
         updates_per_epoch: Updates of the optimiser in an epoch.
+        ema_decay: Decay of the average of the weights, by which validation is done; None keeps no average.
+        cuda_graph: Captures the whole step as a CUDA graph; then a batch is an update.
     """
 
-    def __init__(self, model: nn.Module, config: OptimConfig, epochs: int, updates_per_epoch: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        config: OptimConfig,
+        epochs: int,
+        updates_per_epoch: int,
+        ema_decay: float | None = None,
+        cuda_graph: bool = False,
+    ) -> None:
         super().__init__()
         self.model = model
         self.optim = config
@@ -36,47 +51,102 @@ class Classifier(LightningModule):
         self.warmup_updates = math.ceil(config.warmup_epochs * updates_per_epoch)
         self.train_sums = torch.zeros(4)
         self.evaluation_sums = torch.zeros(4)
+        self.raw_sums = torch.zeros(4)  # of the weights themselves where validation is by their average
         self.routing = RoutingStatistics()
         self.guard = Guard()
+        self.ema = None if ema_decay is None else Ema(model, ema_decay)
         self.damaged: dict[str, None] = {}
+        self._graphed_step = GraphedStep(self._step) if cuda_graph else None
+        self._step_number = torch.zeros(())  # of the update, for the graph
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        self.damaged.update(dict.fromkeys(batch.damaged))
+        if self._graphed_step is None:
+            return self._loss(batch)
+        self._step_number.fill_(self.global_step)
+        return self._graphed_step(batch)
+
+    def _loss(self, batch: Batch) -> Tensor:
         logits = self.model(batch.images)
         loss = F.cross_entropy(logits, batch.labels, label_smoothing=self.optim.label_smoothing)
         total = loss + vmoe.auxiliary_loss(self.model)
         self.guard.watch_forward(batch.images, total)
-        self.train_sums = self.train_sums + _sums(logits, batch.labels, loss)
+        self.train_sums += _sums(logits, batch.labels, loss)
         self.routing.update(self.model)
-        self.damaged.update(dict.fromkeys(batch.damaged))
         return total
+
+    def _step(self, batch: Batch) -> Tensor:
+        """All that Lightning would do with a batch, up to the update, without the host: the part that is captured."""
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        vars(optimizer).pop("found_inf", None)  # of the last step, whose memory the graph must not read
+        optimizer.zero_grad()
+        kind = self.device.type
+        is_mixed, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+        with torch.autocast(kind, dtype, enabled=is_mixed, cache_enabled=False):  # a graph must not keep casts
+            loss = self._loss(batch)
+        with torch.autocast(kind, enabled=False):
+            loss.backward()
+            self.guard.check_update(optimizer, self._clip(optimizer), self._step_number)
+            optimizer.step()
+        return loss.detach()
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        if self._graphed_step is None:
+            super().backward(loss, *args, **kwargs)
+
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
+    ) -> None:
+        if self._graphed_step is None:
+            super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        else:
+            optimizer_closure()  # calls training_step, which has done the update
 
     def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, **_: Any) -> None:
         """Clips the gradients and lets the guard block the update if they, or the loss, are not finite."""
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         if scaler is not None:  # Lightning leaves this to fused optimisers, which would do it after the clipping
             scaler.unscale_(optimizer)
+        self.guard.check_update(optimizer, self._clip(optimizer), self.global_step, scaler)
+
+    def _clip(self, optimizer: torch.optim.Optimizer) -> Tensor:
+        """Clips the gradients; their norm before, ()."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        norm = nn.utils.clip_grad_norm_(parameters, self.optim.clip_norm or math.inf)
-        self.guard.check_update(optimizer, norm, self.global_step, scaler)
+        return nn.utils.clip_grad_norm_(parameters, self.optim.clip_norm or math.inf)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        logits = self.model(batch.images)
-        loss = F.cross_entropy(logits, batch.labels)
-        self.evaluation_sums = self.evaluation_sums + _sums(logits, batch.labels, loss)
+        if self.ema is None:
+            self.evaluation_sums += self._evaluated(batch)
+            return
+        self.raw_sums += self._evaluated(batch)
+        with self.ema.applied():
+            self.evaluation_sums += self._evaluated(batch)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self.validation_step(batch, batch_idx)
+        """By the model's weights as they are."""
+        self.evaluation_sums += self._evaluated(batch)
+
+    def _evaluated(self, batch: Batch) -> Tensor:
+        logits = self.model(batch.images)
+        return _sums(logits, batch.labels, F.cross_entropy(logits, batch.labels))
 
     def on_train_start(self) -> None:
         self._move_sums()
+        is_graphed = self._graphed_step is not None
+        for group in self.optimizers(use_pl_optimizer=False).param_groups:
+            # A graph reads the rate from the device, where the schedule writes it; elsewhere a number serves.
+            rate = float(group["lr"])
+            group["lr"] = torch.tensor(rate, device=self.device) if is_graphed else rate
+            group["capturable"] = is_graphed
 
     def on_train_epoch_start(self) -> None:
-        self.train_sums = torch.zeros_like(self.train_sums)
+        self.train_sums.zero_()
         self.routing.reset()
 
     def on_validation_epoch_start(self) -> None:
         self._move_sums()
-        self.evaluation_sums = torch.zeros_like(self.evaluation_sums)
+        self.evaluation_sums.zero_()
+        self.raw_sums.zero_()
 
     def on_test_epoch_start(self) -> None:
         self.on_validation_epoch_start()
@@ -87,8 +157,13 @@ class Classifier(LightningModule):
         return {"train/loss": loss, "train/top1": top1}
 
     def evaluation_metrics(self, split: str) -> dict[str, float]:
-        """Mean cross-entropy and top-1 and top-5 accuracy of the last validation or test."""
-        return dict(zip((f"{split}/loss", f"{split}/top1", f"{split}/top5"), _means(self.evaluation_sums), strict=True))
+        """Mean cross-entropy and top-1 and top-5 accuracy of the last validation or test.
+
+        Where validation is by the average of the weights, the accuracy of the weights themselves is beside it.
+        """
+        names = (f"{split}/loss", f"{split}/top1", f"{split}/top5")
+        metrics = dict(zip(names, _means(self.evaluation_sums), strict=True))
+        return metrics | ({RAW_TOP1: _means(self.raw_sums)[1]} if split == "val" and self.ema is not None else {})
 
     def rate(self, step: int) -> float:
         """The learning rate of update `step`, 0-based."""
@@ -97,9 +172,14 @@ class Classifier(LightningModule):
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = build_optimizer(self.model, self.optim)
         optimizer.register_step_pre_hook(lambda optimizer, *_: self.guard.block(optimizer))
-        optimizer.register_step_post_hook(lambda *_: vmoe.update_router_biases(self.model))
+        optimizer.register_step_post_hook(lambda optimizer, *_: self._after_update(optimizer))
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.rate(step) / self.optim.lr)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _after_update(self, optimizer: torch.optim.Optimizer) -> None:
+        vmoe.update_router_biases(self.model)
+        if self.ema is not None:
+            self.ema.update(optimizer.found_inf)
 
     def running_state(self) -> dict[str, Any]:
         """The sums of an unfinished epoch, as tensors on the CPU."""
@@ -114,6 +194,10 @@ class Classifier(LightningModule):
         dtype = torch.float32 if self.device.type == "mps" else torch.float64
         self.train_sums = self.train_sums.to(self.device, dtype)
         self.evaluation_sums = self.evaluation_sums.to(self.device, dtype)
+        self.raw_sums = self.raw_sums.to(self.device, dtype)
+        self._step_number = self._step_number.to(self.device)
+        if self.ema is not None:
+            self.ema.to(self.device)
         self.routing.to(self.device)
         self.guard.to(self.device)
 

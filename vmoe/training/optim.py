@@ -1,22 +1,70 @@
-"""AdamW with timm's parameter groups, and its learning rate as a function of the step."""
+"""The optimiser with its parameter groups, and its learning rate as a function of the step."""
 
 import math
+from typing import Any
 
 import torch
-from timm.optim import param_groups_weight_decay
-from torch import nn
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+from torch import Tensor, nn
 
+from vmoe.moe import moe_layers
+from vmoe.moe.experts import ExpertLinear
 from vmoe.training.config import OptimConfig
+from vmoe.training.muon import Muon
+
+# Modules of timm's models that turn pixels into the first tokens: torch's advice is to leave them to AdamW.
+_EMBEDDINGS = ("patch_embed", "embeds")
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over the parameters that learn; those in `model.no_weight_decay()`, biases and norms are not decayed.
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """The optimiser over the parameters that learn; those in `model.no_weight_decay()`, biases and norms not decayed.
 
-    It is fused: one kernel an update, and one that a flag on the device can block (see `vmoe.training.guard`).
+    It is fused, or Muon of ours: a flag on the device can block its update (see `vmoe.training.guard`).
     """
+    groups = parameter_groups(model, config)
+    if config.name == "adamw":
+        return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+    return Muon(groups, config.betas)
+
+
+def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
+    """The parameters by the method, learning rate and weight decay that `config` gives them."""
     names = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
-    groups = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=names)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+    if config.layer_decay is None:
+        given = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=names)
+    else:
+        given = param_groups_layer_decay(
+            model, config.weight_decay, no_weight_decay_list=names, layer_decay=config.layer_decay
+        )
+    matrices = set(hidden_matrices(model)) if config.name == "muon" else set()
+    experts = {parameter for _, layer in moe_layers(model) for parameter in layer.experts.parameters()}
+    groups: dict[tuple[str, float, float], list[Tensor]] = {}
+    for group in given:
+        for parameter in group["params"]:
+            method = "muon" if parameter in matrices else "adamw"
+            rate = config.adamw_lr if method == "adamw" and config.adamw_lr else config.lr
+            decay = group["weight_decay"]
+            if decay and parameter in experts and config.expert_weight_decay is not None:
+                decay = config.expert_weight_decay
+            groups.setdefault((method, rate * group.get("lr_scale", 1.0), decay), []).append(parameter)
+    return [
+        {"params": parameters, "method": method, "lr": rate, "weight_decay": decay}
+        for (method, rate, decay), parameters in groups.items()
+    ]
+
+
+def hidden_matrices(model: nn.Module) -> list[Tensor]:
+    """What Muon takes of a timm model: the weights of its linear layers and of its experts.
+
+    Not of routers, of classifiers, and of the patch embedding, which is the first layer.
+    """
+    heads = model.get_classifier()
+    others = [layer.router for _, layer in moe_layers(model)]
+    others += [getattr(model, name) for name in _EMBEDDINGS if hasattr(model, name)]
+    others += heads if isinstance(heads, tuple) else [heads]
+    excluded = {part for module in others for part in module.modules()}
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear | ExpertLinear)]
+    return [module.weight for module in linears if module not in excluded and module.weight.requires_grad]
 
 
 def learning_rate(step: int, total: int, warmup: int, config: OptimConfig) -> float:

@@ -13,7 +13,7 @@ from lightning import seed_everything
 from lightning.pytorch import Trainer
 from rich.console import Console
 
-from vmoe.checkpoints import ENTRY, RunFolder, read_checkpoint
+from vmoe.checkpoints import ENTRY, RunFolder, read_checkpoint, trained_weights
 from vmoe.data import ImageDataModule
 from vmoe.errors import UserError
 from vmoe.files import atomic_write, write_json
@@ -34,6 +34,7 @@ FREE_ON_RESUME = (
     "data.workers",
     "trainer.device",
     "trainer.compile",
+    "trainer.cuda_graph",
     "trainer.log_every",
 )
 
@@ -88,7 +89,8 @@ def train(config: TrainConfig, command: str, console: Console) -> dict[str, Any]
 
     loader = data.train_dataloader()
     updates = -(-len(loader) // config.trainer.accumulate)
-    module = Classifier(model, config.optim, config.trainer.epochs, updates)
+    how = (config.trainer.epochs, updates, config.trainer.ema_decay, config.trainer.cuda_graph)
+    module = Classifier(model, config.optim, *how)
     clock = Clock()
     saving = Saving(folder, _identity(config, data), clock, config.trainer.early_stopping)
     step = saved["global_step"] if saved else 0
@@ -164,6 +166,8 @@ def _device(config: TrainConfig) -> torch.device:
     device = torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and config.trainer.precision == "fp16":
         raise UserError("--trainer.precision fp16: needs a GPU, and there is none here; use bf16 or 32")
+    if device.type == "cpu" and config.trainer.cuda_graph:
+        raise UserError("--trainer.cuda_graph true: needs a GPU, and there is none here; leave it out")
     return device
 
 
@@ -196,9 +200,13 @@ def _trainer(config: TrainConfig, device: torch.device, callbacks: list[Any]) ->
 
 
 def _test_best(trainer: Trainer, module: Classifier, data: ImageDataModule, folder: RunFolder) -> dict[str, float]:
-    module.load_state_dict(read_checkpoint(folder.best)["state_dict"])
-    trainer.test(module, data.test_dataloader(), verbose=False)
-    return module.evaluation_metrics("test")
+    """The best checkpoint on the test images, and on training images as they are: are they learnt, or only recalled?"""
+    module.model.load_state_dict(trained_weights(read_checkpoint(folder.best)))
+    metrics = {}
+    for split, loader in (("test", data.test_dataloader()), ("train_clean", data.train_eval_dataloader())):
+        trainer.test(module, loader, verbose=False)
+        metrics |= module.evaluation_metrics(split)
+    return metrics
 
 
 def _summary(

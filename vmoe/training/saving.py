@@ -103,6 +103,7 @@ class Saving(Callback):
             "clock": self.clock.state(),
             "random": random_states(),
             "running": module.running_state(),
+            "ema": None if module.ema is None else module.ema.state(),
         }
 
     def on_load_checkpoint(self, trainer: Trainer, module: Classifier, checkpoint: dict[str, Any]) -> None:
@@ -110,6 +111,8 @@ class Saving(Callback):
         self.best = ours["best"]
         self.clock.load_state(ours["clock"])
         module.load_running_state(ours["running"])
+        if module.ema is not None:
+            module.ema.load_state(ours["ema"])
         self._states_to_restore = ours["random"]
 
     def _save_last(self, trainer: Trainer, module: Classifier) -> None:

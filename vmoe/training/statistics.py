@@ -27,7 +27,10 @@ class RoutingStatistics:
             s = layer.statistics
             scalars = [s.dropped, s.entropy, torch.ones_like(s.entropy)]
             row = torch.cat([s.load.float(), torch.stack([scalar.float() for scalar in scalars])])
-            self._sums[name] = self._sums[name] + row if name in self._sums else row
+            if name in self._sums:
+                self._sums[name] += row
+            else:
+                self._sums[name] = row
 
     def means(self) -> dict[str, tuple[list[float], float, float]]:
         """Per layer: relative load of each expert (1 = fair, 0 = dead), dropped share, gate entropy in nats."""
@@ -38,7 +41,8 @@ class RoutingStatistics:
         return result
 
     def reset(self) -> None:
-        self._sums = {}
+        for sums in self._sums.values():  # in place: a CUDA graph adds to them
+            sums.zero_()
 
     def to(self, device: torch.device) -> None:
         self._sums = {name: sums.to(device) for name, sums in self._sums.items()}

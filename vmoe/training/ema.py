@@ -1,0 +1,74 @@
+"""The exponential moving average of a model's weights, kept on the device."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Ema:
+    """The average of the weights after each update: average = decay * average + (1 - decay) * weights.
+
+    The decay warms up as (1 + t) / (10 + t) over the updates t, so that the start is soon forgotten. timm's and torch's
+    averages keep the decay or the count on the host; here an update neither waits nor differs in a CUDA graph, and one
+    that the guard blocked is not averaged in.
+
+    Args:
+        model: The model; its buffers are not averaged.
+        decay: The highest decay.
+
+    Attributes:
+        weights: The average of each parameter, by its name in the model.
+        updates: () the updates averaged in.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        self.updates = torch.zeros(())
+        self._parameters = dict(model.named_parameters())
+
+    def to(self, device: torch.device) -> None:
+        self.weights = {name: weight.to(device) for name, weight in self.weights.items()}
+        self.updates = self.updates.to(device)
+
+    @torch.no_grad()
+    def update(self, found_inf: Tensor | None) -> None:
+        """Averages the weights in, unless `found_inf` () is 1."""
+        step = 1 - ((1 + self.updates) / (10 + self.updates)).clamp(max=self.decay)
+        counts = torch.ones_like(step) if found_inf is None else (found_inf <= 0).to(step)
+        weights, parameters = self._pairs()
+        difference = torch._foreach_sub(parameters, weights)
+        torch._foreach_mul_(difference, step * counts)
+        torch._foreach_add_(weights, difference)
+        self.updates += counts
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Puts the average in the place of the weights, and these back after."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def state(self) -> dict[str, Any]:
+        return {"weights": dict(self.weights), "updates": self.updates}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        for name, weight in self.weights.items():
+            weight.copy_(state["weights"][name])
+        self.updates.copy_(state["updates"])
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        weights, parameters = self._pairs()
+        kept = [parameter.clone() for parameter in parameters]
+        torch._foreach_copy_(parameters, weights)
+        torch._foreach_copy_(weights, kept)
+
+    def _pairs(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The averages and the parameters, in the same order."""
+        return list(self.weights.values()), [self._parameters[name] for name in self.weights]

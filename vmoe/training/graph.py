@@ -1,0 +1,84 @@
+"""A whole training step as one CUDA graph: the host launches it once instead of a thousand kernels."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from vmoe.data import Batch
+from vmoe.errors import UserError
+
+WARM_UP_STEPS = 3  # eager ones: they compile, choose algorithms and create the optimiser's state
+
+
+class GraphedStep:
+    """Runs a step eagerly a few times, then captures it and replays the capture.
+
+    Every batch is copied into the same memory. Batches of another shape or type, or with other fields, get a graph of
+    their own. Random numbers go on as in eager steps: a graph advances the device's generator.
+
+    Args:
+        step: Takes a batch to its loss, (); updates tensors in place only, and never waits for the device.
+    """
+
+    def __init__(self, step: Callable[[Batch], Tensor]) -> None:
+        self._step = step
+        self._steps_done: dict[tuple, int] = {}
+        self._batches: dict[tuple, Batch] = {}
+        self._captured: dict[tuple, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        # One stream for eager steps and captures: autograd accumulates a gradient on the stream that saw it first.
+        self._stream = torch.cuda.Stream()
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """Does the step; the loss is overwritten by the next.
+
+        Raises:
+            UserError: the step cannot be captured.
+        """
+        signature = _signature(batch)
+        batch = self._in_place(signature, batch)
+        done = self._steps_done[signature] = self._steps_done.get(signature, 0) + 1
+        if done <= WARM_UP_STEPS:
+            return self._eager(batch)
+        if signature not in self._captured:
+            self._captured[signature] = self._capture(batch)
+        graph, loss = self._captured[signature]
+        graph.replay()
+        return loss
+
+    def _in_place(self, signature: tuple, batch: Batch) -> Batch:
+        """The batch in the memory that its graph reads."""
+        if signature not in self._batches:
+            self._batches[signature] = Batch(*(_cloned(field) for field in batch))
+        static = self._batches[signature]
+        for target, source in zip(static, batch, strict=True):
+            if isinstance(target, Tensor):
+                target.copy_(source)
+        return static
+
+    def _eager(self, batch: Batch) -> Tensor:
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            loss = self._step(batch)
+        torch.cuda.current_stream().wait_stream(self._stream)
+        return loss
+
+    def _capture(self, batch: Batch) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # Thread-local: the loader's thread that pins memory may go on meanwhile.
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                loss = self._step(batch)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"trainer.cuda_graph: the step of this model cannot be captured ({reason})") from error
+        return graph, loss
+
+
+def _signature(batch: Batch) -> tuple:
+    return tuple((tuple(field.shape), field.dtype) if isinstance(field, Tensor) else None for field in batch)
+
+
+def _cloned(field: object) -> object:
+    return field.clone() if isinstance(field, Tensor) else field
