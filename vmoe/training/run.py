@@ -68,7 +68,7 @@ def train(config: TrainConfig, command: str, console: Console) -> dict[str, Any]
             f"trainer.epochs={config.trainer.epochs}: the learning rate never reaches optim.lr={config.optim.lr}"
         )
     device = _device(config)
-    data = ImageDataModule(config.data, config.seed)
+    data = ImageDataModule(config.data, config.seed, device)
     data.prepare_data()
     data.setup("fit")
     if saved is not None and saved[ENTRY]["class_names"] != data.class_names:
@@ -86,8 +86,7 @@ def train(config: TrainConfig, command: str, console: Console) -> dict[str, Any]
             plain = to_plain(config) | {"resume": False}
             temporary.write_text(yaml.safe_dump(plain, sort_keys=False), encoding="utf-8")
 
-    loader = data.train_dataloader()
-    updates = -(-len(loader) // config.trainer.accumulate)
+    updates = -(-len(data.train_sampler) // config.trainer.accumulate)
     module = Classifier(model, config.optim, config.trainer.epochs, updates)
     clock = Clock()
     saving = Saving(folder, _identity(config, data), clock, config.trainer.early_stopping)
@@ -105,7 +104,7 @@ def train(config: TrainConfig, command: str, console: Console) -> dict[str, Any]
             data.train_sampler.start_batch = saved[ENTRY]["batches_done"]
         if saved is None or not saved[ENTRY]["finished"]:
             resume_from = folder.last if saved else None
-            trainer.fit(module, loader, data.val_dataloader(), ckpt_path=resume_from, weights_only=True)
+            trainer.fit(module, datamodule=data, ckpt_path=resume_from, weights_only=True)
         test = _test_best(trainer, module, data, folder)
     result = _summary(config, folder, command, trainer, test) | summary.cost_entries(cost, twin)
     write_json(folder.summary, result)
@@ -197,7 +196,7 @@ def _trainer(config: TrainConfig, device: torch.device, callbacks: list[Any]) ->
 
 def _test_best(trainer: Trainer, module: Classifier, data: ImageDataModule, folder: RunFolder) -> dict[str, float]:
     module.load_state_dict(read_checkpoint(folder.best)["state_dict"])
-    trainer.test(module, data.test_dataloader(), verbose=False)
+    trainer.test(module, datamodule=data, verbose=False)
     return module.evaluation_metrics("test")
 
 
