@@ -28,6 +28,8 @@ optim: {warmup_epochs: 1}
 trainer: {epochs: 3, accumulate: 2, device: cpu, log_every: 1}
 """
 BATCHES = 5
+ON_DEVICE = ["--data.pipeline", "device", "--data.mix.mixup_alpha", "0.8", "--data.mix.cutmix_alpha", "1"]
+ON_DEVICE += ["--data.mix.until", "0.7"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -97,6 +99,23 @@ def test_stopped_and_resumed_equals_never_stopped(recipe, unbroken, tmp_path, mo
         torch.manual_seed(123)  # whatever the new process did before must not matter
         assert main(["--config", str(tmp_path / "config.yaml"), "--resume"]) == 0
     _assert_same(RunFolder(tmp_path), unbroken)
+
+
+@pytest.fixture(scope="module")
+def unbroken_on_device(recipe, tmp_path_factory) -> RunFolder:
+    folder = tmp_path_factory.mktemp("unbroken_on_device")
+    assert main(["--config", str(recipe), "--output_dir", str(folder), *ON_DEVICE]) == 0
+    return RunFolder(folder)
+
+
+@pytest.mark.parametrize("batch", [4, 10], ids=lambda batch: f"batch{batch}")
+def test_data_on_the_device_and_mixing_resume_too(recipe, unbroken_on_device, tmp_path, monkeypatch, batch):
+    with monkeypatch.context() as patch:
+        _stop_at(patch, batch)
+        assert main(["--config", str(recipe), "--output_dir", str(tmp_path), *ON_DEVICE]) == 128 + signal.SIGTERM
+    torch.manual_seed(123)
+    assert main(["--config", str(tmp_path / "config.yaml"), "--resume"]) == 0
+    _assert_same(RunFolder(tmp_path), unbroken_on_device)
 
 
 def test_stopped_twice(recipe, unbroken, tmp_path, monkeypatch):
