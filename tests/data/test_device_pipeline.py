@@ -129,6 +129,23 @@ def test_a_set_that_does_not_fit_is_refused_before_anything_is_read(image_tree, 
     )
 
 
+@pytest.mark.gpu
+def test_a_gpu_is_never_waited_for():
+    config = DataConfig(pipeline="device", augment=AugmentConfig(preset="strong"), mix=MixConfig(1.0, 1.0))
+    data = ImageDataModule(config, 0, "cuda")
+    data.setup()
+    loader, validation = data.train_dataloader(), data.val_dataloader()
+    data.on_after_batch_transfer(next(iter(loader)), 0)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        batches = [data.on_after_batch_transfer(batch, 0) for batch in loader]
+        batches += list(validation)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(batch.images.is_cuda and batch.labels.is_cuda for batch in batches)
+    assert torch.cat([batch.images for batch in batches]).isfinite().all()
+
+
 class Recorder(LightningModule):
     """Keeps a sum of each step's images and targets."""
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from vmoe.checkpoints import ENTRY, RunFolder
+from vmoe.cli.evaluate import main as evaluate
 from vmoe.cli.train import main
 from vmoe.training.module import Classifier
 
@@ -116,6 +117,14 @@ def test_data_on_the_device_and_mixing_resume_too(recipe, unbroken_on_device, tm
     torch.manual_seed(123)
     assert main(["--config", str(tmp_path / "config.yaml"), "--resume"]) == 0
     _assert_same(RunFolder(tmp_path), unbroken_on_device)
+
+
+def test_a_run_with_its_data_on_the_device_is_evaluated_to_the_same_figures(unbroken_on_device, tmp_path):
+    result = tmp_path / "result.json"
+    arguments = [str(unbroken_on_device.path), "--device", "cpu", "--json", str(result), "--out", str(tmp_path)]
+    assert evaluate(arguments) == 0
+    found = json.loads(result.read_text())["results"][0]["top1"]
+    assert found == pytest.approx(json.loads(unbroken_on_device.summary.read_text())["metrics"]["test/top1"])
 
 
 def test_stopped_twice(recipe, unbroken, tmp_path, monkeypatch):

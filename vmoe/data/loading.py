@@ -51,7 +51,7 @@ class TrainImages(Dataset):
             pictures.append(self.augmenter(image, epoch, index))
             labels.append(self.images.labels[index])
         images = normalise(pictures, self.mean, self.std)
-        return Batch(images, torch.from_numpy(np.array(labels)), damaged, keys=torch.tensor(keys))
+        return Batch(images, torch.from_numpy(np.array(labels)), damaged, keys=torch.from_numpy(np.array(keys)))
 
 
 def read_or_next(images: ImageSet, index: int, damaged: list[str]) -> tuple[np.ndarray, int]:

@@ -137,9 +137,10 @@ class ResidentTrainLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         known = self.images
-        for keys in self.batch_sampler:
-            damaged = [place for _, index in keys for place in known.damaged.get(index, ())] if known.damaged else []
-            on_host = torch.tensor(keys)
+        for keys in self.batch_sampler.arrays():
+            asked = keys[:, 1].tolist() if known.damaged else []
+            damaged = [place for index in asked for place in known.damaged.get(index, ())]
+            on_host = torch.from_numpy(keys)
             if known.labels.is_cuda:
                 on_host = on_host.pin_memory()  # otherwise the copy would wait for the device
             on_device = on_host.to(known.labels.device, non_blocking=True)
