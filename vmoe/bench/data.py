@@ -23,7 +23,7 @@ COLUMNS = (
     Column("loader / training", "share_of_model", ".2f"),
     Column("training is bound by", "bound_by"),
 )
-_WARM_UP = 3  # batches or steps that are not counted
+_WARM_UP = 3  # steps that are not counted
 
 
 @dataclass(frozen=True)
@@ -84,15 +84,15 @@ class TrainingStep:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def rate(self, batches: Iterator[tuple[Tensor, Tensor]], seconds: float) -> float:
-        """Images/s of steps on these batches; the first few are not counted."""
+    def rate(self, batches: Iterator[tuple[Tensor, Tensor]], seconds: float, ahead: int = 0) -> float:
+        """Images/s of steps on these batches; the first few, and those prepared `ahead`, are not counted."""
 
         def step() -> int:
             images, targets = next(batches)
             self(images, targets)
             return len(images)
 
-        for _ in range(_WARM_UP):
+        for _ in range(_WARM_UP + ahead):
             step()
         return _rate(step, seconds, self.device)[0]
 

@@ -219,10 +219,11 @@ def data(options: argparse.Namespace, overrides: list[str], results: Results) ->
     rows = []
     for module in modules:
         results.say(options.config)(f"pipeline {module.config.pipeline}, {module.config.workers} workers")
-        rate = loader_rate(module.train_dataloader, options.seconds, module.config.workers, options.device)
+        ahead = 2 * module.config.workers  # what DataLoader prefetches
+        rate = loader_rate(module.train_dataloader, options.seconds, ahead, options.device)
         on_synthetic = step.rate(endless([synthetic]), options.seconds)
-        loader = module.train_dataloader()
-        fed = step.rate(ready_batches(module, loader, options.device), options.seconds)
+        batches = ready_batches(module, module.train_dataloader(), options.device)
+        fed = step.rate(batches, options.seconds, ahead)
         rows.append({
             "pipeline": module.config.pipeline, "workers": module.config.workers, **dataclasses.asdict(rate),
             "training_images_per_second": fed, "synthetic_images_per_second": on_synthetic,
