@@ -58,6 +58,6 @@ def test_the_fastest_mode_is_the_base_of_the_ratios():
 
 def test_a_loader_is_read_again_from_its_start():
     batches = [(torch.zeros(size, 1), None) for size in (4, 4, 2)]
-    rate = loader_rate(batches, seconds=0.01, ahead=4)
+    rate = loader_rate(lambda: batches, seconds=0.01, ahead=4, device=CPU)
     assert rate.images > 10 and rate.images_per_second >= rate.images
-    assert loader_rate(batches, seconds=1e-9, ahead=1).images == 2
+    assert loader_rate(lambda: batches, seconds=1e-9, ahead=1, device=CPU).images == 2

@@ -71,11 +71,13 @@ def test_data(tmp_path, capsys):
     arguments = ["--config", str(config), "--workers", "0", "1", "--seconds", "0.2", "--data.batch_size", "32"]
     assert main(["data", "--device", "cpu", *arguments, "--out", str(tmp_path)]) == 0
     report = json.loads((tmp_path / "data.json").read_text())
-    assert [row["workers"] for row in report["rows"]] == [0, 1] and report["batch"] == 32
-    consumed = 32 / (report["step"]["ms"] + report["step"]["optimizer_ms"]) * 1e3
-    assert report["model_images_per_second"] == pytest.approx(consumed)
-    for row in report["rows"]:
-        assert row["share_of_model"] == pytest.approx(row["images_per_second"] / consumed)
+    rows = report["rows"]
+    assert [(row["pipeline"], row["workers"]) for row in rows] == [("workers", 0), ("workers", 1), ("device", 1)]
+    assert report["batch"] == 32
+    for row in rows:
+        synthetic = row["synthetic_images_per_second"]
+        assert row["share_of_synthetic"] == pytest.approx(row["training_images_per_second"] / synthetic)
+        assert row["share_of_model"] == pytest.approx(row["images_per_second"] / synthetic)
         assert row["bound_by"] == ("the data" if row["share_of_model"] < 1 else "the model")
 
 

@@ -3,7 +3,7 @@
 import pytest
 from jsonargparse import auto_cli, auto_parser
 
-from vmoe.data import AugmentConfig, DataConfig, SubsetConfig
+from vmoe.data import AugmentConfig, DataConfig, MixConfig, SubsetConfig
 from vmoe.data.config import DEFAULTS, nearest
 
 
@@ -28,6 +28,16 @@ from vmoe.data.config import DEFAULTS, nearest
         (AugmentConfig, {"randaugment_magnitude": 31}, "randaugment_magnitude=31: must be from 0 to 30"),
         (AugmentConfig, {"color_jitter": -0.1}, "color_jitter=-0.1"),
         (AugmentConfig, {"erasing": 2}, "erasing=2"),
+        (
+            DataConfig,
+            {"pipeline": "devices"},
+            "pipeline='devices': must be one of workers, device; did you mean 'device'",
+        ),
+        (MixConfig, {"mixup_alpha": -1}, "mixup_alpha=-1: must be from 0 to 100"),
+        (MixConfig, {"cutmix_alpha": float("nan")}, "cutmix_alpha=nan"),
+        (MixConfig, {"prob": 1.5}, "prob=1.5: must be from 0 to 1"),
+        (MixConfig, {"switch_prob": -0.5}, "switch_prob=-0.5"),
+        (MixConfig, {"until": 2}, "until=2: must be from 0 to 1"),
         (SubsetConfig, {"fraction": 0.0}, "fraction=0.0: must be over 0 and at most 1"),
         (SubsetConfig, {"per_class": 0}, "per_class=0: must be at least 1"),
         (SubsetConfig, {"fraction": 0.5, "per_class": 3}, "per_class=3: cannot be combined with fraction=0.5"),

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from vmoe.checkpoints import ENTRY, RunFolder
+from vmoe.cli.evaluate import main as evaluate
 from vmoe.cli.train import main
 from vmoe.training.module import Classifier
 
@@ -29,6 +30,8 @@ optim: {name: muon, adamw_lr: 5.0e-4, warmup_epochs: 1}
 trainer: {epochs: 3, accumulate: 2, device: cpu, log_every: 1, ema_decay: 0.9}
 """
 BATCHES = 5
+ON_DEVICE = ["--data.pipeline", "device", "--data.mix.mixup_alpha", "0.8", "--data.mix.cutmix_alpha", "1"]
+ON_DEVICE += ["--data.mix.until", "0.7"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -101,6 +104,31 @@ def test_stopped_and_resumed_equals_never_stopped(recipe, unbroken, tmp_path, mo
         torch.manual_seed(123)  # whatever the new process did before must not matter
         assert main(["--config", str(tmp_path / "config.yaml"), "--resume"]) == 0
     _assert_same(RunFolder(tmp_path), unbroken)
+
+
+@pytest.fixture(scope="module")
+def unbroken_on_device(recipe, tmp_path_factory) -> RunFolder:
+    folder = tmp_path_factory.mktemp("unbroken_on_device")
+    assert main(["--config", str(recipe), "--output_dir", str(folder), *ON_DEVICE]) == 0
+    return RunFolder(folder)
+
+
+@pytest.mark.parametrize("batch", [4, 10], ids=lambda batch: f"batch{batch}")
+def test_data_on_the_device_and_mixing_resume_too(recipe, unbroken_on_device, tmp_path, monkeypatch, batch):
+    with monkeypatch.context() as patch:
+        _stop_at(patch, batch)
+        assert main(["--config", str(recipe), "--output_dir", str(tmp_path), *ON_DEVICE]) == 128 + signal.SIGTERM
+    torch.manual_seed(123)
+    assert main(["--config", str(tmp_path / "config.yaml"), "--resume"]) == 0
+    _assert_same(RunFolder(tmp_path), unbroken_on_device)
+
+
+def test_a_run_with_its_data_on_the_device_is_evaluated_to_the_same_figures(unbroken_on_device, tmp_path):
+    result = tmp_path / "result.json"
+    arguments = [str(unbroken_on_device.path), "--device", "cpu", "--json", str(result), "--out", str(tmp_path)]
+    assert evaluate(arguments) == 0
+    found = json.loads(result.read_text())["results"][0]["top1"]
+    assert found == pytest.approx(json.loads(unbroken_on_device.summary.read_text())["metrics"]["test/top1"])
 
 
 def test_stopped_twice(recipe, unbroken, tmp_path, monkeypatch):

@@ -1,20 +1,29 @@
-"""Benchmark of a data pipeline by itself: how many images/s its loader hands over."""
+"""Benchmark of data pipelines: how many images/s a loader hands over, and how many a training fed by it takes."""
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from vmoe.bench.report import Column
+from vmoe.data import Batch, ImageDataModule
+from vmoe.moe import auxiliary_loss
 
 COLUMNS = (
+    Column("pipeline", "pipeline"),
     Column("workers", "workers"),
     Column("first batch s", "first_batch_seconds", ".2f"),
-    Column("images/s", "images_per_second", ",.0f"),
-    Column("of the model's", "share_of_model", ".2f"),
+    Column("loader's images/s", "images_per_second", ",.0f"),
+    Column("training's images/s", "training_images_per_second", ",.0f"),
+    Column("on synthetic images", "synthetic_images_per_second", ",.0f"),
+    Column("share", "share_of_synthetic", ".3f"),
+    Column("loader / training", "share_of_model", ".2f"),
     Column("training is bound by", "bound_by"),
 )
+_WARM_UP = 3  # steps that are not counted
 
 
 @dataclass(frozen=True)
@@ -22,7 +31,7 @@ class LoaderRate:
     """How fast a loader was.
 
     Attributes:
-        first_batch_seconds: Until the first batch, the start of worker processes included.
+        first_batch_seconds: Until the first batch: starting worker processes, or reading the set onto the device.
         images_per_second: From then on.
         images: That were counted.
     """
@@ -32,26 +41,89 @@ class LoaderRate:
     images: int
 
 
-def loader_rate(loader: Iterable, seconds: float, ahead: int) -> LoaderRate:
+def loader_rate(make_loader: Callable[[], Iterable], seconds: float, ahead: int, device: torch.device) -> LoaderRate:
     """Reads batches, from the start again after the last one, for some time.
 
     Args:
-        loader: Yields batches whose first field holds the images, (B, ...).
+        make_loader: Makes what yields batches whose first field holds the images, (B, ...).
         seconds: How long to count; at least one batch is counted.
         ahead: Batches that may have been prepared before the counting begins, and are not counted.
+        device: Where batches may still be in the making when they are handed over.
     """
     start = time.perf_counter()
-    batches = _endless(loader)
+    batches = endless(make_loader())
     next(batches)
+    _wait(device)
     first = time.perf_counter() - start
     for _ in range(ahead):
         next(batches)
+    return LoaderRate(first, *_rate(lambda: len(next(batches)[0]), seconds, device))
+
+
+class TrainingStep:
+    """Forward pass under autocast, loss with the balance losses, backward pass, update by fused AdamW.
+
+    Args:
+        model: On `device`. Its weights stay as they are: the learning rate is 0.
+        device: Where to run.
+        dtype: Of autocast.
+        compiled: The model is compiled, in place.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype, compiled: bool) -> None:
+        self.model, self.device, self.dtype = model.train(), device, dtype
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
+        if compiled:
+            model.compile(dynamic=False)
+
+    def __call__(self, images: Tensor, targets: Tensor) -> None:
+        """One step on (B, 3, H, W) images and (B,) labels or (B, classes) targets."""
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            loss = F.cross_entropy(self.model(images), targets) + auxiliary_loss(self.model)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def rate(self, batches: Iterator[tuple[Tensor, Tensor]], seconds: float, ahead: int = 0) -> float:
+        """Images/s of steps on these batches; the first few, and those prepared `ahead`, are not counted."""
+
+        def step() -> int:
+            images, targets = next(batches)
+            self(images, targets)
+            return len(images)
+
+        for _ in range(_WARM_UP + ahead):
+            step()
+        return _rate(step, seconds, self.device)[0]
+
+
+def endless(batches: Iterable) -> Iterator:
+    """The batches again and again."""
+    while True:
+        yield from batches
+
+
+def ready_batches(
+    module: ImageDataModule, loader: Iterable[Batch], device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images on the device and their targets without end, as a trainer makes them of a loader's batches."""
+    for batch in endless(loader):
+        tensors = {name: value for name, value in batch._asdict().items() if isinstance(value, Tensor)}
+        moved = {name: value.to(device, non_blocking=True) for name, value in tensors.items()}
+        batch = module.on_after_batch_transfer(batch._replace(**moved), 0)
+        yield batch.images, batch.labels if batch.targets is None else batch.targets
+
+
+def _rate(step: Callable[[], int], seconds: float, device: torch.device) -> tuple[float, int]:
+    """Images/s of steps that tell how many images they had, and these images."""
+    _wait(device)
     images, start = 0, time.perf_counter()
     while not images or time.perf_counter() - start < seconds:
-        images += len(next(batches)[0])
-    return LoaderRate(first, images / (time.perf_counter() - start), images)
+        images += step()
+    _wait(device)  # for what was only handed over
+    return images / (time.perf_counter() - start), images
 
 
-def _endless(loader: Iterable) -> Iterator[tuple[torch.Tensor, ...]]:
-    while True:
-        yield from loader
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -43,12 +43,13 @@ the weights in the low type. MoE layers have batch priority in groups of 8 image
 Compiling a large model takes a minute or more for each variant, pass and mode. Writes model.json and model.md.
 """
 _DATA = """\
-Times the training images of a config, loaded and augmented by 0, 1, ... worker processes, and beside them the training
-step of its model (the optimiser's update included): what is slower bounds training. Options of the config can follow by
-their dotted names.
+Times the training images of a config, loaded and augmented by 0, 1, ... worker processes and on the device, alone and
+feeding the training of its model (update by fused AdamW included), beside the same training on synthetic images that
+are on the device already; "share" is what of the latter's speed is left. Options of the config can follow by their
+dotted names; with data.mix the fed training mixes too.
 
   vmoe benchmark data --config configs/cifar10_vit_tiny.yaml --workers 0 4 8
-  vmoe benchmark data --config configs/digits.yaml --data.batch_size 128
+  vmoe benchmark data --config configs/digits.yaml --pipelines device --data.batch_size 128
 
 Writes data.json and data.md.
 """
@@ -162,7 +163,9 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--config", required=True, metavar="YAML", help="a recipe, such as configs/digits.yaml")
     add("--workers", nargs="+", type=_workers, default=[0, 1, 2], metavar="N", help="processes (default: 0 1 2)")
-    add("--seconds", type=float, default=5.0, help="of counting for each (default: %(default)s)")
+    pipelines = ("workers", "device")
+    add("--pipelines", nargs="+", choices=pipelines, default=pipelines, help="default: workers device")
+    add("--seconds", type=float, default=5.0, help="of counting for each figure (default: %(default)s)")
 
 
 def _count(text: str, least: int = 1) -> int:

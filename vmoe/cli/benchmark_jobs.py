@@ -14,7 +14,7 @@ import torch
 from vmoe.bench.cases import CASES, Case
 from vmoe.bench.curves import AXES, COLUMNS, benchmark_curves, draw_curves
 from vmoe.bench.data import COLUMNS as DATA_COLUMNS
-from vmoe.bench.data import loader_rate
+from vmoe.bench.data import TrainingStep, endless, loader_rate, ready_batches
 from vmoe.bench.figure import save
 from vmoe.bench.layer import benchmark_layer, layer_jobs, peer_jobs
 from vmoe.bench.model import COLUMNS as MODEL_COLUMNS
@@ -193,50 +193,50 @@ def _moe(options: argparse.Namespace, layers: str, top_k: int) -> MoeConfig:
 
 
 def data(options: argparse.Namespace, overrides: list[str], results: Results) -> None:
-    """The data pipeline of a config beside a training step of its model."""
+    """The data pipelines of a config beside a training of its model on synthetic images."""
     from vmoe.cli.train import parse
     from vmoe.data import ImageDataModule
 
     if not options.seconds > 0:
         raise UserError(f"--seconds {options.seconds}: must be above 0")
     config = parse(["--config", options.config, *overrides])
-    modules = {
-        workers: ImageDataModule(dataclasses.replace(config.data, workers=workers), options.seed)
-        for workers in dict.fromkeys(options.workers)
-    }
-    rows = []
-    for workers, module in modules.items():
-        results.say(options.config)(f"{workers} workers")
-        module.prepare_data()
+    plain = dataclasses.replace(config.data, mix=dataclasses.replace(config.data.mix, until=1.0))  # as in most epochs
+    chosen = [("workers", workers) for workers in dict.fromkeys(options.workers)] + [("device", max(options.workers))]
+    chosen = [(pipeline, workers) for pipeline, workers in chosen if pipeline in options.pipelines]
+    modules = [
+        ImageDataModule(dataclasses.replace(plain, pipeline=pipeline, workers=workers), options.seed, options.device)
+        for pipeline, workers in chosen
+    ]
+    modules[0].prepare_data()
+    for module in modules:  # says what does not fit before anything is measured
         module.setup("fit")
-        rate = loader_rate(module.train_dataloader(), options.seconds, ahead=workers)
-        rows.append({"workers": workers} | dataclasses.asdict(rate))
-
-    def make() -> torch.nn.Module:
-        with options.device:
-            return build_model(
-                config.model.name, config.model.kwargs, config.moe, module.num_classes, module.image_size
-            )
-
+    classes, size, batch = module.num_classes, module.image_size, config.data.batch_size
+    with options.device:
+        model = build_model(config.model.name, config.model.kwargs, config.moe, classes, size)
+        synthetic = torch.randn(batch, 3, size, size), torch.randint(classes, (batch,))
     dtype = _DTYPES[config.trainer.precision]
-    (step,) = benchmark_models(
-        {"model": make}, module.image_size, config.data.batch_size, options.device, dtype, passes=("training",),
-        modes=("default" if config.trainer.compile else "off",), say=results.say(options.config),
-    )  # fmt: skip
-    consumed = None
-    if "error" not in step:
-        consumed = config.data.batch_size / (step["ms"] + step.get("optimizer_ms", 0.0)) * 1e3
-        for row in rows:
-            row["share_of_model"] = row["images_per_second"] / consumed
-            row["bound_by"] = "the data" if row["images_per_second"] < consumed else "the model"
-    says = f"takes {consumed:,.0f} images/s" if consumed else f"could not be timed: {step['error']}"
+    step = TrainingStep(model, options.device, dtype, config.trainer.compile)
+    rows = []
+    for module in modules:
+        results.say(options.config)(f"pipeline {module.config.pipeline}, {module.config.workers} workers")
+        ahead = 2 * module.config.workers  # what DataLoader prefetches
+        rate = loader_rate(module.train_dataloader, options.seconds, ahead, options.device)
+        on_synthetic = step.rate(endless([synthetic]), options.seconds)
+        batches = ready_batches(module, module.train_dataloader(), options.device)
+        fed = step.rate(batches, options.seconds, ahead)
+        rows.append({
+            "pipeline": module.config.pipeline, "workers": module.config.workers, **dataclasses.asdict(rate),
+            "training_images_per_second": fed, "synthetic_images_per_second": on_synthetic,
+            "share_of_synthetic": fed / on_synthetic, "share_of_model": rate.images_per_second / on_synthetic,
+            "bound_by": "the data" if rate.images_per_second < on_synthetic else "the model",
+        })  # fmt: skip
     table = (
-        f"## {options.config}: {config.data.name}, {module.image_size} pixels, batches of {config.data.batch_size}\n\n"
-        f"The training step of {config.model.name} {says}.\n\n{markdown_table(DATA_COLUMNS, rows)}"
+        f"## {options.config}: {config.data.name}, {size} pixels, batches of {batch}, {config.model.name}\n\n"
+        + markdown_table(DATA_COLUMNS, rows)
     )
     print(table + "\n")
-    settings = {"config": options.config, "batch": config.data.batch_size, "image_size": module.image_size}
-    results.write("data", dtype, settings | {"model_images_per_second": consumed, "step": step, "rows": rows}, [table])
+    settings = {"config": options.config, "batch": batch, "image_size": size, "seconds": options.seconds}
+    results.write("data", dtype, settings | {"rows": rows}, [table])
     print(f"data.json and data.md in {options.out}")
 
 

@@ -27,6 +27,7 @@ def load_data(checkpoint: "Checkpoint", options: argparse.Namespace) -> "ImageDa
 
     config = from_plain(DataConfig, checkpoint.config["data"], "data.")
     changes = {"image_size": checkpoint.image_size, "mean": checkpoint.mean, "std": checkpoint.std}
+    changes["pipeline"] = "workers"  # the same images, of which a job may want only a few
     if options.data is not None and options.data != config.name:
         changes["subset"] = SubsetConfig()  # the run's class names mean nothing in another set
     for field, value in (

@@ -1,6 +1,6 @@
 """Images in: data sets, subsets, augmentation, batches."""
 
-from vmoe.data.config import AugmentConfig, DataConfig, SubsetConfig
+from vmoe.data.config import AugmentConfig, DataConfig, MixConfig, SubsetConfig
 from vmoe.data.datamodule import ImageDataModule
 from vmoe.data.images import eval_crop, eval_transform, load_image, normalise
 from vmoe.data.loading import Batch
@@ -12,6 +12,7 @@ __all__ = [
     "DataConfig",
     "EpochBatchSampler",
     "ImageDataModule",
+    "MixConfig",
     "SubsetConfig",
     "eval_crop",
     "eval_transform",

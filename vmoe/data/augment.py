@@ -2,7 +2,6 @@
 
 import os
 import random
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,23 +16,7 @@ from torchvision.transforms import v2
 
 from vmoe.data.config import AugmentConfig, Colour
 from vmoe.data.images import eval_crop
-
-# The values a preset gives to settings left at None; it uses no other settings.
-_PRESETS: dict[str, dict[str, Any]] = {
-    "none": {},
-    "light": {"crop_padding": None, "crop_scale": None, "flip": None},
-    "strong": {
-        "crop_padding": None,
-        "crop_scale": None,
-        "flip": None,
-        "randaugment_ops": 2,
-        "randaugment_magnitude": 9,
-        "color_jitter": 0.2,
-        "erasing": 0.25,
-    },
-}
-_PAD_UP_TO = 64  # pixels; larger images are cropped by scale
-_CROP_SCALE = (0.08, 1.0)
+from vmoe.data.presets import Plan, resolve
 
 
 class Augmenter:
@@ -52,14 +35,9 @@ class Augmenter:
     def __init__(self, config: AugmentConfig, image_size: int, mean: Colour, flip: float, seed: int) -> None:
         self.image_size = image_size
         self.seed = seed
-        settings = _settings(config)
-        self._crops_by_scale = settings.get("crop_scale") is not None or (
-            settings.get("crop_padding") is None and image_size > _PAD_UP_TO
-        )
-        fill = tuple(round(255 * value) for value in mean)
-        steps = [] if config.preset == "none" else _crop_and_flip(settings, image_size, self._crops_by_scale, flip)
-        if config.preset == "strong":
-            steps += _colour_and_erase(settings, fill)
+        plan = resolve(config, image_size, flip)
+        self._crops_by_scale = plan.crop_scale is not None
+        steps = _crop_and_flip(plan, image_size) + _colour_and_erase(plan, tuple(round(255 * value) for value in mean))
         self._steps = A.Compose(steps, is_check_shapes=False) if steps else None
         # One pair of generators, re-seeded for each sample: making new ones costs more than the augmentation itself.
         self._random = random.Random()
@@ -79,7 +57,7 @@ class Augmenter:
         Returns:
             (image_size, image_size, 3) uint8.
         """
-        if self._steps is None or not self._crops_by_scale:
+        if not self._crops_by_scale:
             image = eval_crop(image, self.image_size)
         if self._steps is None:
             return image
@@ -89,46 +67,25 @@ class Augmenter:
         return self._steps(image=image)["image"]
 
 
-def _settings(config: AugmentConfig) -> dict[str, Any]:
-    """The preset's values, overridden by the config's."""
-    settings = dict(_PRESETS[config.preset])
-    for name in _PRESETS["strong"]:
-        value = getattr(config, name)
-        if value is None:
-            continue
-        if name in settings:
-            settings[name] = value
-        else:
-            warnings.warn(
-                f"data.augment.{name}={value} has no effect: preset {config.preset!r} does not use it", stacklevel=3
-            )
-    return settings
-
-
-def _crop_and_flip(
-    settings: dict[str, Any], image_size: int, by_scale: bool, default_flip: float
-) -> list[A.BasicTransform]:
+def _crop_and_flip(plan: Plan, image_size: int) -> list[A.BasicTransform]:
     size = (image_size, image_size)
-    if by_scale:
-        scale = tuple(settings["crop_scale"] or _CROP_SCALE)
-        steps = [A.RandomResizedCrop(size=size, scale=scale, area_for_downscale="image")]
-    else:
-        padding = settings["crop_padding"]
-        padding = image_size // 8 if padding is None else padding
-        steps = [A.Pad(padding=padding), A.RandomCrop(*size)]
-    flip = default_flip if settings["flip"] is None else settings["flip"]
-    return [*steps, A.HorizontalFlip(p=flip)] if flip else steps
-
-
-def _colour_and_erase(settings: dict[str, Any], fill: tuple[int, ...]) -> list[A.BasicTransform]:
     steps: list[A.BasicTransform] = []
-    if settings["randaugment_ops"]:
-        steps.append(_RandAugment(settings["randaugment_ops"], settings["randaugment_magnitude"], fill))
-    if strength := settings["color_jitter"]:
-        change = (1 - strength, 1 + strength)
+    if plan.crop_scale is not None:
+        steps = [A.RandomResizedCrop(size=size, scale=plan.crop_scale, area_for_downscale="image")]
+    elif plan.crop_padding is not None:
+        steps = [A.Pad(padding=plan.crop_padding), A.RandomCrop(*size)]
+    return [*steps, A.HorizontalFlip(p=plan.flip)] if plan.flip else steps
+
+
+def _colour_and_erase(plan: Plan, fill: tuple[int, ...]) -> list[A.BasicTransform]:
+    steps: list[A.BasicTransform] = []
+    if plan.randaugment_ops:
+        steps.append(_RandAugment(plan.randaugment_ops, plan.randaugment_magnitude, fill))
+    if plan.color_jitter:
+        change = (1 - plan.color_jitter, 1 + plan.color_jitter)
         steps.append(A.ColorJitter(brightness=change, contrast=change, saturation=change, hue=(0, 0), p=1))
-    if settings["erasing"]:
-        steps.append(A.Erasing(p=settings["erasing"], fill=fill))
+    if plan.erasing:
+        steps.append(A.Erasing(p=plan.erasing, fill=fill))
     return steps
 
 

@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 SetName = Literal["digits", "patchwork", "cifar10", "cifar100", "imagenette", "imagenet", "folder", "npz"]
 Preset = Literal["none", "light", "strong"]
+Pipeline = Literal["workers", "device"]
 Colour = tuple[float, float, float]
 
 
@@ -91,6 +92,39 @@ class AugmentConfig:
 
 
 @dataclass(frozen=True)
+class MixConfig:
+    """Training images mixed in pairs, and their targets with them: mixup (arXiv 1710.09412), CutMix (arXiv 1905.04899).
+
+    An image is mixed with the one before it in its group of 8 consecutive images of the batch, by a share of its own.
+    Both alphas at 0 mix nothing.
+
+    Args:
+        mixup_alpha: mixup blends two images by a share drawn from Beta(alpha, alpha); 0 never does.
+        cutmix_alpha: CutMix pastes a rectangle whose share of the area is drawn from Beta(alpha, alpha); 0 never does.
+        prob: probability that an image is mixed at all.
+        switch_prob: probability of CutMix rather than mixup where both are on.
+        until: share of the epochs after which nothing is mixed any more; 1 mixes to the end.
+    """
+
+    mixup_alpha: float = 0.0
+    cutmix_alpha: float = 0.0
+    prob: float = 1.0
+    switch_prob: float = 0.5
+    until: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_range("mixup_alpha", self.mixup_alpha, 0, 100)
+        _check_range("cutmix_alpha", self.cutmix_alpha, 0, 100)
+        for name in ("prob", "switch_prob", "until"):
+            _check_range(name, getattr(self, name), 0, 1)
+
+    @property
+    def is_on(self) -> bool:
+        """Whether anything is ever mixed."""
+        return self.mixup_alpha > 0 or self.cutmix_alpha > 0
+
+
+@dataclass(frozen=True)
 class SubsetConfig:
     """A deterministic, stratified part of a data set.
 
@@ -131,10 +165,14 @@ class DataConfig:
         image_size: side in pixels of the square images given to the model. None: the data set's own.
         batch_size: training images a step.
         eval_batch_size: images a step in validation and test. None: batch_size.
-        workers: processes that load images beside the main one; results do not depend on their number.
+        pipeline: "workers" reads and augments images on the CPU, batch by batch; "device" keeps the whole set as bytes
+            on the device that trains and augments there, for sets that fit.
+        workers: processes that load images beside the main one; results do not depend on their number. With the
+            pipeline "device" they only read files, once at the start.
         val_fraction: share of the training images of each class cut off for validation where a set has no validation
             split of its own (at least one image a class).
         augment: how training images are varied.
+        mix: how training images are mixed with each other.
         subset: use only a part of the data.
         mean: mean of the red, green and blue channel in [0, 1], subtracted. None: the data set's own.
         std: standard deviation of the channels, divided by. None: the data set's own.
@@ -147,9 +185,11 @@ class DataConfig:
     image_size: int | None = None
     batch_size: int = 128
     eval_batch_size: int | None = None
+    pipeline: Pipeline = "workers"
     workers: int = 0
     val_fraction: float = 0.1
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    mix: MixConfig = field(default_factory=MixConfig)
     subset: SubsetConfig = field(default_factory=SubsetConfig)
     mean: Colour | None = None
     std: Colour | None = None
@@ -157,6 +197,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _check_choice("name", self.name, get_args(SetName))
+        _check_choice("pipeline", self.pipeline, get_args(Pipeline))
         _check_range("batch_size", self.batch_size, 1, 1_000_000)
         _check_range("workers", self.workers, 0, 256)
         _check_range("split_seed", self.split_seed, 0, 2**32 - 1)

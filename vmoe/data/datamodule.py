@@ -1,12 +1,16 @@
 """The data room's front door: a LightningDataModule made from a DataConfig."""
 
 import numpy as np
+import torch
 from lightning.pytorch import LightningDataModule
 
 from vmoe.data.augment import Augmenter
+from vmoe.data.batch_augment import BatchAugmenter
 from vmoe.data.config import DEFAULTS, Colour, DataConfig
 from vmoe.data.datasets import download, load_splits
-from vmoe.data.loading import EvalImages, ImageLoader, TrainImages, UnvariedTrainImages
+from vmoe.data.loading import Batch, EvalImages, ImageLoader, TrainImages, UnvariedTrainImages
+from vmoe.data.mixing import Mixer
+from vmoe.data.resident import ResidentEvalLoader, ResidentImages, ResidentTrainLoader, check_room, make_resident
 from vmoe.data.samplers import EpochBatchSampler
 from vmoe.errors import UserError
 
@@ -16,10 +20,12 @@ class ImageDataModule(LightningDataModule):
 
     Training's order and augmentation are functions of (seed, epoch, index) alone: neither the number of workers nor a
     resume nor other random draws change them. Validation and test keep the set's order. All loaders yield `Batch`.
+    Mixing happens where the batch is used: a trainer calls `on_after_batch_transfer`, a loop of one's own has to.
 
     Args:
         config: which data, how split, resized, varied and batched.
-        seed: of order and augmentation, from 0 to 2**32 - 1; splits and subsets have `config.split_seed`.
+        seed: of order, augmentation and mixing, from 0 to 2**32 - 1; splits and subsets have `config.split_seed`.
+        device: where the model is trained: where the pipeline "device" keeps its images, and where images are mixed.
 
     Attributes (after `setup`):
         num_classes: number of classes.
@@ -28,26 +34,30 @@ class ImageDataModule(LightningDataModule):
         image_size: side of the images in pixels.
         mean: of the channels in [0, 1], as used.
         std: of the channels, as used.
-        train_sampler: the `EpochBatchSampler` of the latest training loader (after `train_dataloader`).
+        train_sampler: the `EpochBatchSampler` of every training loader.
     """
 
-    def __init__(self, config: DataConfig, seed: int) -> None:
+    def __init__(self, config: DataConfig, seed: int, device: torch.device | str = "cpu") -> None:
         super().__init__()
         if not 0 <= seed < 2**32:
             raise UserError(f"seed={seed}: must be from 0 to {2**32 - 1}")
         self.config = config
         self.seed = seed
+        self.device = torch.device(device)
         self._splits = None
+        self._resident: dict[str, ResidentImages] = {}
 
     def prepare_data(self) -> None:
         """Downloads the set where that is needed; Lightning calls it in one process only."""
-        download(self.config)
+        if self._splits is None:
+            download(self.config)
 
     def setup(self, stage: str | None = None) -> None:
         """Loads all splits, once, whatever the stage.
 
         Raises:
-            UserError: data are missing or malformed, or the subset cannot be made; the line says what to do.
+            UserError: data are missing or malformed, the subset cannot be made, or the set does not fit on the device;
+                the line says what to do.
         """
         if self._splits is not None:
             return
@@ -59,19 +69,37 @@ class ImageDataModule(LightningDataModule):
         self.image_size: int = config.image_size or defaults.image_size or self._splits.image_size
         self.mean: Colour = tuple(config.mean or defaults.mean)
         self.std: Colour = tuple(config.std or defaults.std)
-        self._augmenter = Augmenter(config.augment, self.image_size, self.mean, defaults.flip, self.seed)
+        self.train_sampler = EpochBatchSampler(len(self._splits.train), config.batch_size, self.seed)
+        self._mixer = Mixer(config.mix, self.num_classes, self.seed, self.device) if config.mix.is_on else None
+        if config.pipeline == "workers":
+            self._augmenter = Augmenter(config.augment, self.image_size, self.mean, defaults.flip, self.seed)
+            return
+        self._batch_augmenter = BatchAugmenter(
+            config.augment, self.image_size, self.mean, self.std, defaults.flip, self.seed, self.device
+        )
+        self._sides = {"train": self._batch_augmenter.storage_size(self._splits.train.images.side)}
+        self._sides |= {"val": self.image_size, "test": self.image_size}
+        check_room([(getattr(self._splits, split), side) for split, side in self._sides.items()], self.device)
 
-    def train_dataloader(self) -> ImageLoader:
+    def train_dataloader(self) -> ImageLoader | ResidentTrainLoader:
         """Shuffled, augmented batches; an incomplete last one is left out."""
+        if self.config.pipeline == "device":
+            return ResidentTrainLoader(self._on_device("train"), self._batch_augmenter, self.train_sampler)
         dataset = TrainImages(self._splits.train, self._augmenter, self.mean, self.std)
-        self.train_sampler = EpochBatchSampler(len(dataset), self.config.batch_size, self.seed)
         return ImageLoader(dataset, workers=self.config.workers, batch_sampler=self.train_sampler)
 
-    def val_dataloader(self) -> ImageLoader:
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Mixes a training batch that is on the device, if the config says so."""
+        if self._mixer is None or batch.keys is None:
+            return batch
+        images, targets = self._mixer(batch.images, batch.labels, batch.keys, self._mixed_epochs())
+        return batch._replace(images=images, targets=targets)
+
+    def val_dataloader(self) -> ImageLoader | ResidentEvalLoader:
         """The validation split in order: for choosing a checkpoint."""
         return self._eval_loader("val")
 
-    def test_dataloader(self) -> ImageLoader:
+    def test_dataloader(self) -> ImageLoader | ResidentEvalLoader:
         """The test split in order: never for choosing."""
         return self._eval_loader("test")
 
@@ -82,12 +110,35 @@ class ImageDataModule(LightningDataModule):
         size = self.config.eval_batch_size or self.config.batch_size
         return ImageLoader(dataset, workers=self.config.workers, batch_size=size, sampler=np.sort(sample).tolist())
 
-    def random_dataloader(self, split: str) -> ImageLoader:
+    def random_dataloader(self, split: str) -> ImageLoader | ResidentEvalLoader:
         """The "val" or "test" split as evaluation sees it, in a random order that is a function of the seed alone."""
         order = np.random.default_rng(self.seed).permutation(len(getattr(self._splits, split)))
         return self._eval_loader(split, sampler=order.tolist())
 
-    def _eval_loader(self, split: str, sampler: list[int] | None = None) -> ImageLoader:
-        dataset = EvalImages(getattr(self._splits, split), self.image_size, self.mean, self.std)
+    def _eval_loader(self, split: str, sampler: list[int] | None = None) -> ImageLoader | ResidentEvalLoader:
         size = self.config.eval_batch_size or self.config.batch_size
+        if self.config.pipeline == "device":
+            return ResidentEvalLoader(self._on_device(split), size, self.mean, self.std, sampler)
+        dataset = EvalImages(getattr(self._splits, split), self.image_size, self.mean, self.std)
         return ImageLoader(dataset, workers=self.config.workers, batch_size=size, sampler=sampler)
+
+    def _on_device(self, split: str) -> ResidentImages:
+        """A split on the device, read when it is first asked for."""
+        if split not in self._resident:
+            self._resident[split] = make_resident(
+                getattr(self._splits, split),
+                self._sides[split],
+                self.device,
+                self.config.workers,
+                replace_damaged=split == "train",
+            )
+        return self._resident[split]
+
+    def _mixed_epochs(self) -> float:
+        """The first epochs, as many of which are mixed."""
+        until = self.config.mix.until
+        if until == 1:
+            return float("inf")
+        if self.trainer is None or not self.trainer.max_epochs or self.trainer.max_epochs < 0:
+            raise UserError(f"data.mix.until={until}: needs a trainer that knows its number of epochs; leave it at 1")
+        return until * self.trainer.max_epochs

@@ -21,6 +21,10 @@ class Images(Protocol):
     def patch_labels(self, position: int) -> np.ndarray | None:
         """What each patch shows, (rows, columns) integers; None where that is not known."""
 
+    @property
+    def side(self) -> int | None:
+        """The shorter side in pixels that all images have; None where that is not known."""
+
 
 @dataclass(frozen=True)
 class ArrayImages:
@@ -40,6 +44,10 @@ class ArrayImages:
     def patch_labels(self, position: int) -> np.ndarray | None:
         return None if self.patches is None else self.patches[position]
 
+    @property
+    def side(self) -> int:
+        return min(self.array.shape[1:3])
+
 
 @dataclass(frozen=True)
 class FileImages:
@@ -54,6 +62,10 @@ class FileImages:
         return self.paths[position]
 
     def patch_labels(self, position: int) -> np.ndarray | None:
+        return None
+
+    @property
+    def side(self) -> None:
         return None
 
 

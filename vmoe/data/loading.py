@@ -1,6 +1,6 @@
 """From splits to batches: what the worker processes run, and the loader around them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import cv2
@@ -17,12 +17,14 @@ from vmoe.errors import UserError
 
 
 class Batch(NamedTuple):
-    """Images ready for the model."""
+    """Images ready for the model, on the CPU or on the device that trains."""
 
     images: torch.Tensor  # (B, 3, H, W) float32, normalised
     labels: torch.Tensor  # (B,) int64
     damaged: list[str]  # training images that could not be read and were replaced by the next one
     patch_labels: torch.Tensor | None = None  # (B, rows, columns) int64, what each patch shows, where that is known
+    keys: torch.Tensor | None = None  # (B, 2) int64, epoch and index of training images; None in evaluation
+    targets: torch.Tensor | None = None  # (B, classes) float32 that sum to 1, of mixed images; None: labels count
 
 
 class TrainImages(Dataset):
@@ -48,7 +50,8 @@ class TrainImages(Dataset):
             image, index = read_or_next(self.images, index, damaged)
             pictures.append(self.augmenter(image, epoch, index))
             labels.append(self.images.labels[index])
-        return Batch(normalise(pictures, self.mean, self.std), torch.from_numpy(np.array(labels)), damaged)
+        images = normalise(pictures, self.mean, self.std)
+        return Batch(images, torch.from_numpy(np.array(labels)), damaged, keys=torch.from_numpy(np.array(keys)))
 
 
 def read_or_next(images: ImageSet, index: int, damaged: list[str]) -> tuple[np.ndarray, int]:
@@ -90,11 +93,14 @@ class EvalImages(Dataset):
     def __getitems__(self, indices: list[int]) -> Batch:
         """The batch of these images."""
         pictures = [eval_crop(self.images.read(index), self.image_size) for index in indices]
-        batch = Batch(normalise(pictures, self.mean, self.std), torch.from_numpy(self.images.labels[indices]), [])
-        patches = [self.images.patch_labels(index) for index in indices]
-        if any(part is None for part in patches):
-            return batch
-        return batch._replace(patch_labels=torch.from_numpy(np.stack(patches)))
+        labels = torch.from_numpy(self.images.labels[indices])
+        return Batch(normalise(pictures, self.mean, self.std), labels, [], patch_labels_of(self.images, indices))
+
+
+def patch_labels_of(images: ImageSet, indices: Sequence[int]) -> torch.Tensor | None:
+    """What each patch of some images shows, (B, rows, columns) int64; None where that is not known."""
+    patches = [images.patch_labels(index) for index in indices]
+    return None if any(part is None for part in patches) else torch.from_numpy(np.stack(patches))
 
 
 class UnvariedTrainImages(EvalImages):

@@ -45,9 +45,14 @@ class EpochBatchSampler(Sampler[list[Key]]):
         return self.length // self.batch_size
 
     def __iter__(self) -> Iterator[list[Key]]:
+        for keys in self.arrays():
+            yield [(epoch, index) for epoch, index in keys.tolist()]
+
+    def arrays(self) -> Iterator[np.ndarray]:
+        """The same iteration with a batch's keys as one (B, 2) int64 array: making 512 tuples takes a third of a ms."""
         epoch, first = self.epoch, self.start_batch
         self.start_batch = 0
-        order = np.random.default_rng([self.seed, epoch]).permutation(self.length).tolist()
+        order = np.random.default_rng([self.seed, epoch]).permutation(self.length)
         for batch in range(first, len(self)):
             indices = order[batch * self.batch_size : (batch + 1) * self.batch_size]
-            yield [(epoch, index) for index in indices]
+            yield np.stack([np.full_like(indices, epoch), indices], axis=1)

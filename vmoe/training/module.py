@@ -68,7 +68,8 @@ class Classifier(LightningModule):
 
     def _loss(self, batch: Batch) -> Tensor:
         logits = self.model(batch.images)
-        loss = F.cross_entropy(logits, batch.labels, label_smoothing=self.optim.label_smoothing)
+        targets = batch.labels if batch.targets is None else batch.targets
+        loss = F.cross_entropy(logits, targets, label_smoothing=self.optim.label_smoothing)
         total = loss + vmoe.auxiliary_loss(self.model)
         self.guard.watch_forward(batch.images, total)
         self.train_sums += _sums(logits, batch.labels, loss)

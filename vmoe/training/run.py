@@ -69,7 +69,7 @@ def train(config: TrainConfig, command: str, console: Console) -> dict[str, Any]
             f"trainer.epochs={config.trainer.epochs}: the learning rate never reaches optim.lr={config.optim.lr}"
         )
     device = _device(config)
-    data = ImageDataModule(config.data, config.seed)
+    data = ImageDataModule(config.data, config.seed, device)
     data.prepare_data()
     data.setup("fit")
     if saved is not None and saved[ENTRY]["class_names"] != data.class_names:
@@ -87,8 +87,7 @@ def train(config: TrainConfig, command: str, console: Console) -> dict[str, Any]
             plain = to_plain(config) | {"resume": False}
             temporary.write_text(yaml.safe_dump(plain, sort_keys=False), encoding="utf-8")
 
-    loader = data.train_dataloader()
-    updates = -(-len(loader) // config.trainer.accumulate)
+    updates = -(-len(data.train_sampler) // config.trainer.accumulate)
     how = (config.trainer.epochs, updates, config.trainer.ema_decay, config.trainer.cuda_graph)
     module = Classifier(model, config.optim, *how)
     clock = Clock()
@@ -107,7 +106,7 @@ def train(config: TrainConfig, command: str, console: Console) -> dict[str, Any]
             data.train_sampler.start_batch = saved[ENTRY]["batches_done"]
         if saved is None or not saved[ENTRY]["finished"]:
             resume_from = folder.last if saved else None
-            trainer.fit(module, loader, data.val_dataloader(), ckpt_path=resume_from, weights_only=True)
+            trainer.fit(module, datamodule=data, ckpt_path=resume_from, weights_only=True)
         test = _test_best(trainer, module, data, folder)
     result = _summary(config, folder, command, trainer, test) | summary.cost_entries(cost, twin)
     write_json(folder.summary, result)

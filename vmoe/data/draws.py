@@ -1,0 +1,50 @@
+"""Random numbers without a state: a hash of (seed, epoch, index, draw), computed in integers where its keys are.
+
+The hash is splitmix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014), one round a
+key; 64-bit products wrap around on CPUs and GPUs alike, so that both give the same numbers.
+"""
+
+import torch
+from torch import Tensor
+
+
+def _signed(value: int) -> int:
+    """`value` modulo 2**64, as torch's int64 holds it."""
+    value %= 2**64
+    return value - 2**64 if value >= 2**63 else value
+
+
+_STEP = _signed(0x9E3779B97F4A7C15)
+_FACTORS = _signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB)
+_BITS = 24  # of a number: what a float32 holds exactly
+
+
+def uniforms(seed: int, keys: Tensor, count: int, first: int = 0) -> Tensor:
+    """Draws `first`, `first` + 1, ... of each key.
+
+    Args:
+        seed: Not negative.
+        keys: (B, 2) int64: epoch and index of each image.
+        count: How many draws.
+        first: The number of the first; what draws apart for one image uses other numbers.
+
+    Returns:
+        (count, B) float32, uniform in [0, 1), a function of (seed, epoch, index, draw) alone.
+    """
+    epochs, indices = keys.unbind(1)
+    state = _scramble(epochs * _STEP + _signed(seed * _STEP + 1))
+    state = _scramble(state + indices * _STEP)
+    numbers = torch.arange(first + 1, first + count + 1, device=keys.device)
+    bits = _scramble(state + numbers[:, None] * _STEP)
+    return _shift(bits, 64 - _BITS).float() * 2.0**-_BITS
+
+
+def _scramble(x: Tensor) -> Tensor:
+    x = (x ^ _shift(x, 30)) * _FACTORS[0]
+    x = (x ^ _shift(x, 27)) * _FACTORS[1]
+    return x ^ _shift(x, 31)
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """A shift to the right that brings in zeros; torch's own brings in the sign."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)

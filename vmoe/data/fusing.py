@@ -1,0 +1,30 @@
+"""Many small operations on a GPU as a few kernels."""
+
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
+
+
+class Fused:
+    """Calls a function of tensors: compiled by torch.compile on a GPU, as it is elsewhere or where compiling fails.
+
+    Args:
+        function: Its first argument is a tensor. Its shapes are static: each new one is compiled anew.
+    """
+
+    def __init__(self, function: Callable[..., Tensor | tuple[Tensor, ...]]) -> None:
+        self._plain = function
+        self._compiled = torch.compile(function, dynamic=False)
+
+    def __call__(self, first: Tensor, *others: Tensor) -> Tensor | tuple[Tensor, ...]:
+        if first.is_cuda and self._compiled is not None:
+            try:
+                return self._compiled(first, *others)
+            except TorchDynamoException as error:
+                reason = " ".join(str(error).split())[:200]
+                warnings.warn(f"images are varied by uncompiled code, which is slower: {reason}", stacklevel=2)
+                self._compiled = None
+        return self._plain(first, *others)

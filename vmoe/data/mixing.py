@@ -1,0 +1,120 @@
+"""Mixup and CutMix on the device, every image by a share of its own.
+
+torchvision's v2.MixUp and v2.CutMix compute the same, but draw one share a batch from the global generator and pair
+images across the whole batch: results would change with the number of processes and after a resume. Here the share is
+a function of (seed, epoch, index), and partners are in one group of consecutive images, which no process splits.
+
+Shapes: B images, S pixels a side, C classes.
+"""
+
+import numpy as np
+import torch
+from scipy.stats import beta
+from torch import Tensor
+
+from vmoe.data.config import MixConfig
+from vmoe.data.draws import uniforms
+from vmoe.data.fusing import Fused
+
+GROUP = 8  # consecutive images of a batch
+_FIRST_DRAW, _DRAWS = 1000, 5  # apart from the augmentation's
+_QUANTILES = 4096
+
+
+class Mixer:
+    """Mixes a batch of images and gives the targets that belong to it.
+
+    Args:
+        config: shares and probabilities; one of its alphas is above 0.
+        classes: C.
+        seed: not negative.
+        device: where the images are.
+    """
+
+    def __init__(self, config: MixConfig, classes: int, seed: int, device: torch.device) -> None:
+        self.config, self.classes, self.seed = config, classes, seed
+        self._mixup, self._cutmix = (_quantiles(alpha, device) for alpha in (config.mixup_alpha, config.cutmix_alpha))
+        self._switch = (
+            config.switch_prob if config.mixup_alpha and config.cutmix_alpha else float(config.mixup_alpha == 0)
+        )
+        self._mix = Fused(self._by_keys)
+
+    def __call__(self, images: Tensor, labels: Tensor, keys: Tensor, epochs: float) -> tuple[Tensor, Tensor]:
+        """Mixes images with the one before them in their group, the first with the last.
+
+        Args:
+            images: (B, 3, S, S) float32.
+            labels: (B,) int64.
+            keys: (B, 2) int64, epoch and index of each image.
+            epochs: from this epoch on nothing is mixed, and targets are the labels'.
+
+        Returns:
+            The images, and targets (B, C) float32 that sum to 1.
+        """
+        return self._mix(images, labels, keys, torch.full((), epochs, device=images.device))
+
+    def _by_keys(self, images: Tensor, labels: Tensor, keys: Tensor, epochs: Tensor) -> tuple[Tensor, Tensor]:
+        whether, which, share, x, y = uniforms(self.seed, keys, _DRAWS, _FIRST_DRAW)
+        is_cutmix = which < self._switch
+        is_on = (whether < self.config.prob) & (keys[:, 0] < epochs)
+        shares = torch.where(is_cutmix, _look_up(self._cutmix, share), _look_up(self._mixup, share))
+        return mix(images, labels, torch.where(is_on, shares, 1.0), is_cutmix, torch.stack([x, y]), self.classes)
+
+
+def mix(
+    images: Tensor, labels: Tensor, shares: Tensor, is_cutmix: Tensor, centres: Tensor, classes: int
+) -> tuple[Tensor, Tensor]:
+    """Mixes images with the one before them in their group by known parameters.
+
+    Args:
+        images: (B, 3, S, S).
+        labels: (B,) int64.
+        shares: (B,), of itself that an image keeps, 0 to 1; CutMix keeps more of it where its rectangle is cut off.
+        is_cutmix: (B,) bool, by CutMix rather than mixup.
+        centres: (2, B), x and y of the rectangle's centre in [0, 1).
+        classes: C.
+
+    Returns:
+        The images and targets (B, C) float32.
+    """
+    partners = _partners(len(images), images.device)
+    height, width = images.shape[2:]
+    (left, right), (top, bottom) = (
+        _span(centre, shares, size) for centre, size in zip(centres, (width, height), strict=True)
+    )
+    columns, rows = torch.arange(width, device=images.device), torch.arange(height, device=images.device)
+    is_in_columns = (columns >= left[:, None]) & (columns < right[:, None])
+    is_in_rows = (rows >= top[:, None]) & (rows < bottom[:, None])
+    outside = (~(is_in_rows[:, :, None] & is_in_columns[:, None, :])).float()
+    kept = torch.where(is_cutmix[:, None, None], outside, shares[:, None, None])[:, None]
+    area = (right - left) * (bottom - top)
+    shares = torch.where(is_cutmix, 1 - area / (width * height), shares)[:, None]
+    one_hot = (labels[:, None] == torch.arange(classes, device=labels.device)).float()
+    return torch.lerp(images[partners], images, kept), torch.lerp(one_hot[partners], one_hot, shares)
+
+
+def _partners(count: int, device: torch.device) -> Tensor:
+    """The place of each image's partner; an incomplete last group is a smaller circle."""
+    places = torch.arange(count, device=device)
+    inside = places % GROUP
+    sizes = (count - places + inside).clamp(max=GROUP)
+    return places - inside + (inside + sizes - 1) % sizes
+
+
+def _span(centre: Tensor, shares: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """First pixel of the rectangle and first after it along one side, as CutMix cuts them, (B,) each."""
+    middle = (centre * size).floor()
+    half = (0.5 * (1 - shares).sqrt() * size).floor()
+    return (middle - half).clamp(min=0), (middle + half).clamp(max=size)
+
+
+def _quantiles(alpha: float, device: torch.device) -> Tensor:
+    """Beta(alpha, alpha) by its inverse distribution at equal steps: it can be drawn without trying again."""
+    steps = np.linspace(0, 1, _QUANTILES + 1)
+    return torch.tensor(beta.ppf(steps, alpha, alpha) if alpha else steps * 0 + 1, dtype=torch.float32, device=device)
+
+
+def _look_up(quantiles: Tensor, draw: Tensor) -> Tensor:
+    place = draw * _QUANTILES
+    below = place.long()
+    return torch.lerp(quantiles[below], quantiles[below + 1], place - below)

@@ -1,0 +1,67 @@
+"""What an augmentation config comes to: the values of its preset, whichever pipeline applies them."""
+
+import warnings
+from typing import Any, NamedTuple
+
+from vmoe.data.config import AugmentConfig
+
+# The values a preset gives to settings left at None; it uses no other settings.
+_PRESETS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "light": {"crop_padding": None, "crop_scale": None, "flip": None},
+    "strong": {
+        "crop_padding": None,
+        "crop_scale": None,
+        "flip": None,
+        "randaugment_ops": 2,
+        "randaugment_magnitude": 9,
+        "color_jitter": 0.2,
+        "erasing": 0.25,
+    },
+}
+_PAD_UP_TO = 64  # pixels; larger images are cropped by scale
+_CROP_SCALE = (0.08, 1.0)
+
+
+class Plan(NamedTuple):
+    """Every step of the augmentation in its order; a value of None or 0 leaves the step out."""
+
+    crop_padding: int | None  # pixels a side
+    crop_scale: tuple[float, float] | None  # shares of the area
+    flip: float
+    randaugment_ops: int
+    randaugment_magnitude: int
+    color_jitter: float
+    erasing: float
+
+
+def resolve(config: AugmentConfig, image_size: int, flip: float) -> Plan:
+    """The steps that a config means.
+
+    Args:
+        config: preset and its parameters. A parameter that the preset does not use is warned about.
+        image_size: side of the results in pixels.
+        flip: probability of a horizontal flip where the config leaves it to the data set.
+    """
+    settings = dict(_PRESETS[config.preset])
+    for name in _PRESETS["strong"]:
+        value = getattr(config, name)
+        if value is None:
+            continue
+        if name in settings:
+            settings[name] = value
+        else:
+            warnings.warn(
+                f"data.augment.{name}={value} has no effect: preset {config.preset!r} does not use it", stacklevel=3
+            )
+    if config.preset == "none":
+        return Plan(None, None, 0.0, 0, 0, 0.0, 0.0)
+    padding, scale = settings["crop_padding"], settings["crop_scale"]
+    if scale is None and padding is None:
+        padding, scale = (image_size // 8, None) if image_size <= _PAD_UP_TO else (None, _CROP_SCALE)
+    return Plan(
+        padding,
+        None if scale is None else tuple(scale),
+        flip if settings["flip"] is None else settings["flip"],
+        *(settings.get(name, 0) for name in ("randaugment_ops", "randaugment_magnitude", "color_jitter", "erasing")),
+    )

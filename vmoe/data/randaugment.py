@@ -1,0 +1,140 @@
+"""RandAugment (arXiv 1909.13719) of a batch, every image by operations of its own: torchvision's set and magnitudes.
+
+An operation is a code: twice its place in `OPERATIONS`, plus 1 where its sign is negative. All numbers that belong to a
+code are constants, looked up; so nothing waits for the device and shapes never depend on what was drawn.
+
+Shapes: B images, S pixels a side. Images are (B, 3, S, S) float32 of whole numbers from 0 to 255.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+OPERATIONS = (
+    *("Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate"),
+    *("Brightness", "Color", "Contrast", "Sharpness", "Posterize", "Solarize", "AutoContrast", "Equalize"),
+)
+_STRONGEST = 30  # magnitudes are counted from 0 to this
+_LEVELS = 256
+
+
+class RandAugmentTables:
+    """The constants of all operations at one magnitude.
+
+    Args:
+        magnitude: 0 to 30.
+        image_size: S.
+        device: Where images will be.
+    """
+
+    def __init__(self, magnitude: int, image_size: int, device: torch.device) -> None:
+        share = magnitude / _STRONGEST
+        motions = [_motion(name, sign, share, image_size) for name in OPERATIONS for sign in (1, -1)]
+        self.motions = torch.tensor(motions, device=device).T.contiguous()  # (6, codes)
+        self.factors = torch.tensor([1 + 0.9 * share * sign for _ in OPERATIONS for sign in (1, -1)], device=device)
+        self.levels = torch.arange(_LEVELS, dtype=torch.float32, device=device)
+        grain = 2.0 ** round(4 * share)  # 8 bits less so many; Python and torch both round half to even
+        self.posterized = (self.levels / grain).floor() * grain
+        threshold = 255 * float(torch.linspace(1.0, 0.0, _STRONGEST + 1)[magnitude])
+        self.solarized = torch.where(self.levels >= threshold, 255 - self.levels, self.levels)
+
+    def motion(self, codes: Tensor) -> Tensor:
+        """From a pixel of the result to where it comes from: a, b, x, c, d, y of [[a, b], [c, d]] p + [x, y], (6, B).
+
+        Points are in pixels from the centre, x to the right and y down. Identity for operations on colours.
+        """
+        return self.motions[:, codes]
+
+
+def colour(images: Tensor, codes: Tensor, tables: RandAugmentTables) -> Tensor:
+    """Applies the operations on colours; others leave an image as it is.
+
+    Args:
+        images: (B, 3, S, S).
+        codes: (B,) int64.
+        tables: Of the magnitude.
+
+    Returns:
+        (B, 3, S, S), whole numbers again; rounded down as torchvision does.
+    """
+    operation = (codes >> 1)[:, None, None]
+    factor = tables.factors[codes][:, None, None]
+    gray = gray_of(images)
+    pixels = images.flatten(2).long()
+    table = _level_tables(pixels, gray, operation, factor, tables)
+    looked_up = table.gather(2, pixels).view_as(images)
+    # Colour and sharpness need a pixel's other channels or its neighbours: a table of levels cannot serve them.
+    is_colour, is_sharpness = (_is(operation[..., None], name) for name in ("Color", "Sharpness"))
+    other = torch.where(is_colour, gray, _blurred(images))
+    weight = torch.where(is_colour | is_sharpness, factor[..., None], 1.0)
+    return blend(looked_up, other, weight).floor()
+
+
+def gray_of(images: Tensor) -> Tensor:
+    """Luma of whole levels, (B, 1, S, S)."""
+    red, green, blue = images.split(1, dim=1)
+    return (red * 0.2989 + green * 0.587 + blue * 0.114).floor()
+
+
+def mean_of(gray: Tensor) -> Tensor:
+    """Mean level of each image, (B, 1, 1, 1). A sum of whole numbers is the same in any order, and so for any batch."""
+    total = gray.sum(dim=(1, 2, 3), keepdim=True, dtype=torch.float64)
+    return (total / (gray.shape[2] * gray.shape[3])).float()
+
+
+def blend(images: Tensor, other: Tensor, weight: Tensor) -> Tensor:
+    """`weight` of the images and the rest of the other, which may go beyond both, within 0 to 255."""
+    return (images * weight + other * (1 - weight)).clamp(0, _LEVELS - 1)
+
+
+def _level_tables(pixels: Tensor, gray: Tensor, operation: Tensor, factor: Tensor, tables: RandAugmentTables) -> Tensor:
+    """What becomes of each level in each channel, (B, 3, 256)."""
+    counts = torch.zeros(*pixels.shape[:2], _LEVELS, dtype=torch.int32, device=pixels.device)
+    counts = counts.scatter_add(2, pixels, torch.ones_like(pixels, dtype=torch.int32))
+    lowest, highest = torch.aminmax(pixels, dim=2, keepdim=True)
+    mean = mean_of(gray)[..., 0]
+    is_contrast = _is(operation, "Contrast")
+    weight = torch.where(is_contrast | _is(operation, "Brightness"), factor, 1.0)
+    table = blend(tables.levels, torch.where(is_contrast, mean, 0.0), weight).floor()
+    table = torch.where(_is(operation, "Posterize"), tables.posterized, table)
+    table = torch.where(_is(operation, "Solarize"), tables.solarized, table)
+    stretch = _is(operation, "AutoContrast") & (lowest < highest)
+    unit = (highest - lowest).float() * (1 / 255)
+    stretched = ((tables.levels - lowest) / torch.where(stretch, unit, 1.0)).clamp(0, _LEVELS - 1).floor()
+    table = torch.where(stretch, stretched, table)
+    # Pillow's way of equalising, as torchvision takes it over: the last level that occurs does not count.
+    step = torch.div(pixels.shape[2] - counts.gather(2, highest), _LEVELS - 1, rounding_mode="floor")
+    below = counts.cumsum(2) - counts
+    equalized = torch.div(below + torch.div(step, 2, rounding_mode="floor"), step.clamp(min=1), rounding_mode="floor")
+    return torch.where(_is(operation, "Equalize") & (step > 0), equalized.clamp(0, _LEVELS - 1).float(), table)
+
+
+def _blurred(images: Tensor) -> Tensor:
+    """The 3 x 3 smoothing against which sharpness is measured; the outermost pixels stay. (B, 3, S, S)."""
+    if min(images.shape[2:]) < 3:
+        return images
+    inner = images[..., 1:-1, 1:-1]
+    total = F.avg_pool2d(images, 3, stride=1, divisor_override=1) + 4 * inner
+    result = images.clone()
+    result[..., 1:-1, 1:-1] = (total / 13).round()
+    return result
+
+
+def _is(operation: Tensor, name: str) -> Tensor:
+    return operation == OPERATIONS.index(name)
+
+
+def _motion(name: str, sign: int, share: float, size: int) -> tuple[float, float, float, float, float, float]:
+    """The inverse of one geometric operation. Shears keep the upper left corner in place, as torchvision's do."""
+    shear = sign * 0.3 * share
+    shift = float(sign * int(150 / 331 * size * share))
+    angle = sign * math.radians(30 * share)
+    return {
+        "ShearX": (1.0, shear, shear * size / 2, 0.0, 1.0, 0.0),
+        "ShearY": (1.0, 0.0, 0.0, shear, 1.0, shear * size / 2),
+        "TranslateX": (1.0, 0.0, -shift, 0.0, 1.0, 0.0),
+        "TranslateY": (1.0, 0.0, 0.0, 0.0, 1.0, -shift),
+        "Rotate": (math.cos(angle), -math.sin(angle), 0.0, math.sin(angle), math.cos(angle), 0.0),
+    }.get(name, (1.0, 0.0, 0.0, 0.0, 1.0, 0.0))

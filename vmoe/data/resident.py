@@ -1,0 +1,180 @@
+"""The device pipeline: whole splits as bytes on the device that trains, and loaders of batches made there."""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from vmoe.data.batch_augment import BatchAugmenter
+from vmoe.data.config import Colour
+from vmoe.data.images import eval_crop
+from vmoe.data.imageset import ImageSet
+from vmoe.data.loading import Batch, ImageLoader, patch_labels_of, read_or_next
+from vmoe.data.samplers import EpochBatchSampler
+from vmoe.errors import UserError
+
+_READ_AT_ONCE = 64  # images
+_SHARE = 0.5  # of the memory, at most
+
+
+@dataclass(frozen=True)
+class ResidentImages:
+    """A split on the device: (n, 3, Q, Q) uint8 `pixels`, (n,) int64 `labels`, `patch_labels` where they are known.
+
+    `damaged` has the places of images that cannot be read, by the index at which the next one stands in for them.
+    """
+
+    pixels: Tensor
+    labels: Tensor
+    patch_labels: Tensor | None
+    damaged: dict[int, list[str]]
+
+
+def check_room(parts: Sequence[tuple[ImageSet, int]], device: torch.device) -> None:
+    """Refuses splits that would take more than half of the device's free memory (of a CPU's: of all its memory).
+
+    Args:
+        parts: splits, each with the side at which it would be stored.
+        device: where to.
+
+    Raises:
+        UserError: they would; the line tells both sizes.
+    """
+    needed = sum(3 * side**2 * len(images) for images, side in parts)
+    room = int(_SHARE * _memory(device))
+    if needed > room:
+        count = sum(len(images) for images, _ in parts)
+        raise UserError(
+            f"data.pipeline=device: {count:,} images take {needed / 2**30:,.1f} GiB on {device}, where "
+            f"{room / 2**30:,.1f} GiB may be used; take data.pipeline=workers, a smaller data.image_size or data.subset"
+        )
+
+
+def _memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def make_resident(
+    images: ImageSet, side: int, device: torch.device, workers: int, *, replace_damaged: bool
+) -> ResidentImages:
+    """Reads a whole split onto the device, each image as its central square of `side` pixels.
+
+    Args:
+        images: the split.
+        side: Q, of the stored images in pixels.
+        device: where to.
+        workers: processes that read files; what is in memory already needs none.
+        replace_damaged: an image that cannot be read is replaced by the next one of the split; else it is an error.
+
+    Raises:
+        UserError: an image cannot be read, or with `replace_damaged` none can.
+    """
+    pixels = torch.empty(len(images), 3, side, side, dtype=torch.uint8, device=device)
+    sources: list[int] = []
+    damaged: dict[int, list[str]] = {}
+    reader = ImageLoader(
+        _Squares(images, side, replace_damaged),
+        workers=workers if images.images.side is None else 0,
+        batch_size=_READ_AT_ONCE,
+    )
+    for squares, of_squares, places in reader:
+        for number, found in enumerate(places):
+            if found:
+                damaged[len(sources) + number] = found
+        pixels[len(sources) : len(sources) + len(squares)] = squares.to(device)
+        sources += of_squares
+    patches = patch_labels_of(images, sources)
+    return ResidentImages(
+        pixels,
+        torch.from_numpy(images.labels[sources]).to(device),
+        None if patches is None else patches.to(device),
+        damaged,
+    )
+
+
+class _Squares(Dataset):
+    """Stored images: (b, 3, Q, Q) uint8, the indices they come from, and for each the places that were unreadable."""
+
+    def __init__(self, images: ImageSet, side: int, replace_damaged: bool) -> None:
+        self.images, self.side, self.replace_damaged = images, side, replace_damaged
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, list[int], list[list[str]]]:
+        squares, sources, places = [], [], []
+        for index in indices:
+            damaged: list[str] = []
+            if self.replace_damaged:
+                image, index = read_or_next(self.images, index, damaged)
+            else:
+                image = self.images.read(index)
+            squares.append(torch.tensor(eval_crop(image, self.side)).permute(2, 0, 1))
+            sources.append(index)
+            places.append(damaged)
+        return torch.stack(squares), sources, places
+
+
+class ResidentTrainLoader:
+    """Shuffled, augmented batches, made on the device while the host goes on.
+
+    Args:
+        images: the training split.
+        augmenter: varies and normalises a batch by its keys.
+        batch_sampler: gives the keys; Lightning tells it the epoch.
+    """
+
+    def __init__(self, images: ResidentImages, augmenter: BatchAugmenter, batch_sampler: EpochBatchSampler) -> None:
+        self.images, self.augmenter, self.batch_sampler = images, augmenter, batch_sampler
+
+    def __len__(self) -> int:
+        return len(self.batch_sampler)
+
+    def __iter__(self) -> Iterator[Batch]:
+        known = self.images
+        for keys in self.batch_sampler.arrays():
+            asked = keys[:, 1].tolist() if known.damaged else []
+            damaged = [place for index in asked for place in known.damaged.get(index, ())]
+            on_host = torch.from_numpy(keys)
+            if known.labels.is_cuda:
+                on_host = on_host.pin_memory()  # otherwise the copy would wait for the device
+            on_device = on_host.to(known.labels.device, non_blocking=True)
+            images = self.augmenter(known.pixels, on_device)
+            yield Batch(images, known.labels[on_device[:, 1]], damaged, keys=on_device)
+
+
+class ResidentEvalLoader:
+    """Batches as evaluation sees them, normalised on the device.
+
+    Args:
+        images: a validation or test split, stored at the image size.
+        batch_size: images a batch; the last may have fewer.
+        mean: of the channels.
+        std: of the channels.
+        order: indices of the images; None: the split's own order.
+    """
+
+    def __init__(
+        self, images: ResidentImages, batch_size: int, mean: Colour, std: Colour, order: Sequence[int] | None = None
+    ) -> None:
+        self.images, self.batch_size = images, batch_size
+        device = images.pixels.device
+        self._mean = 255 * torch.tensor(mean, device=device).view(3, 1, 1)
+        self._std = 255 * torch.tensor(std, device=device).view(3, 1, 1)
+        self._order = torch.arange(len(images.labels)) if order is None else torch.tensor(order)
+        self._order = self._order.to(device)
+
+    def __len__(self) -> int:
+        return -(-len(self._order) // self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        known = self.images
+        for indices in self._order.split(self.batch_size):
+            images = (known.pixels[indices].float() - self._mean) / self._std
+            patches = None if known.patch_labels is None else known.patch_labels[indices]
+            yield Batch(images, known.labels[indices], [], patches)
