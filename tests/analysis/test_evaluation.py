@@ -12,7 +12,7 @@ from torchmetrics.functional.classification import (
 )
 
 import vmoe
-from vmoe.analysis.evaluation import RunningMetrics, eval_capacity_factor, evaluate, evaluate_capacities
+from vmoe.analysis.evaluation import RunningMetrics, eval_capacity_factor, evaluate, evaluate_sweep
 from vmoe.errors import UserError
 
 SHAPE = {"num_classes": 10, "img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 4, "num_heads": 3}
@@ -117,15 +117,54 @@ def test_dropped_shares_and_loads_are_those_of_the_routing():
 
 def test_capacity_factors_are_swept_and_the_own_one_restored():
     model = make_model(num_experts=4, eval_capacity_factor=2.0)
-    results = list(evaluate_capacities(model, make_batches(8, 8), 10, [0.25, 1.0, math.inf]))
+    results = list(evaluate_sweep(model, make_batches(8, 8), 10, [0.25, 1.0, math.inf]))
     assert [result.capacity_factor for result in results] == [0.25, 1.0, None]
     assert results[0].dropped > results[1].dropped > results[2].dropped == 0
     assert eval_capacity_factor(model) == 2.0
 
 
+def test_experts_a_token_are_swept_and_the_own_number_restored():
+    model, batches = make_model(num_experts=4, top_k=2), make_batches(8, 8)
+    own = evaluate(model, batches, 10)
+    results = list(evaluate_sweep(model, batches, 10, [1.0, math.inf], [1, 2, 4]))
+    assert [(result.top_k, result.capacity_factor) for result in results] == [
+        (top_k, factor) for top_k in (1, 2, 4) for factor in (1.0, None)
+    ]
+    assert results[3].nll == own.nll and len({result.nll for result in results[1::2]}) == 3
+    for name, use in results[5].layers.items():  # all four experts take every token
+        assert use.load == pytest.approx([1, 1, 1, 1]), name
+    with vmoe.record_routing(model) as trace:
+        model(batches[0][0])
+    assert trace.layers["blocks.1.mlp"].chosen.shape[-1] == 2
+    assert eval_capacity_factor(model) is None
+
+
+def test_a_capacity_grows_with_the_experts_a_token():
+    model = make_model(num_experts=4, top_k=1, group="image", capacity_multiple_of=1)
+    (result,) = evaluate_sweep(model, make_batches(8), 10, [1.0], [4])
+    assert result.dropped == 0  # K = E = 4: each expert has a place for each of the 17 tokens
+
+
+@pytest.mark.parametrize("top_ks", [[9], [2, 9]])
+def test_more_experts_a_token_than_there_are_is_refused_before_anything_is_measured(top_ks):
+    model = make_model(num_experts=4, top_k=1)
+    with pytest.raises(UserError, match=r"--top-k 9: top_k=9: must be at most num_experts=4"):
+        next(evaluate_sweep(model, make_batches(2), 10, None, top_ks))
+    assert evaluate(model, make_batches(2), 10).top_k == 1
+
+
+def test_experts_that_choose_have_no_number_a_token():
+    model = make_model(num_experts=4, router="expert_choice")
+    with pytest.raises(UserError, match=r"--top-k 2: .*expert_choice"):
+        next(evaluate_sweep(model, make_batches(2), 10, None, [2]))
+    assert evaluate(model, make_batches(2), 10).top_k is None
+
+
 def test_a_dense_model_has_no_capacity():
     with pytest.raises(UserError, match="--capacity-factor"):
-        list(evaluate_capacities(make_model(), make_batches(2), 10, [1.0]))
+        list(evaluate_sweep(make_model(), make_batches(2), 10, [1.0]))
+    with pytest.raises(UserError, match="--top-k"):
+        list(evaluate_sweep(make_model(), make_batches(2), 10, None, [1]))
     result = evaluate(make_model(), make_batches(2), 10)
     assert (result.dropped, result.layers, result.capacity_factor) == (None, {}, None)
 

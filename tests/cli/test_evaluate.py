@@ -37,6 +37,42 @@ def test_capacity_factors_and_places_of_the_results(save_run, tmp_path):
     assert not (run / "evaluation.json").exists()
 
 
+def test_experts_a_token_and_capacities_are_swept_together(save_run, tmp_path, capsys):
+    run, out = save_run(moe=MOE), tmp_path / "out"
+    assert main([str(run), "--top-k", "1", "4", "--capacity-factor", "1", "inf", "--out", str(out)]) == 0
+    results = json.loads((out / "evaluation.json").read_text())["results"]
+    assert [(part["top_k"], part["capacity_factor"]) for part in results] == [(1, 1), (1, None), (4, 1), (4, None)]
+    assert {path.stem for path in out.glob("*.png")} == {f"confusion-K{k}-{c}" for k in (1, 4) for c in (1, "inf")}
+
+
+def test_frozen_features_are_probed(save_run, capsys):
+    run = save_run(moe=MOE)
+    arguments = ["--probe", "knn", "linear", "few-shot", "--shots", "5", "--shot-seeds", "3", "--batch-size", "256"]
+    assert main([str(run), *arguments]) == 0
+    probes = json.loads((run / "evaluation.json").read_text())["probes"]
+    assert probes["features"] == 24 and probes["train_images"] > 1000 and probes["test_images"] > 300
+    # Even untrained features tell digits apart, where the untrained classifier cannot.
+    assert probes["knn"]["top1"] > 0.25 and probes["linear"]["top1"] > 0.6
+    few = probes["few_shot"]
+    assert (few["shots"], few["seeds"]) == (5, [0, 1, 2]) and len(few["top1_each"]) == 3
+    assert few["top1_mean"] == pytest.approx(np.mean(few["top1_each"])) > 0.12
+    assert few["top1_sd"] == pytest.approx(np.std(few["top1_each"], ddof=1))
+    assert f"{probes['knn']['top1']:.2%}" in capsys.readouterr().out
+
+
+def test_corrupted_images_are_measured(save_run, capsys):
+    run = save_run("dense")
+    arguments = ["--corruptions", "contrast", "gaussian_noise", "--severities", "5", "1", "--batch-size", "256"]
+    assert main([str(run), *arguments]) == 0
+    report = json.loads((run / "evaluation.json").read_text())["corruptions"]
+    assert report["severities"] == [1, 5] and list(report["top1"]) == ["contrast", "gaussian_noise"]
+    values = [value for of_name in report["top1"].values() for value in of_name.values()]
+    assert len(values) == 4 and report["mean_top1"] == pytest.approx(np.mean(values))
+    assert "gaussian_noise" in capsys.readouterr().out
+    assert main([str(run), *arguments]) == 0
+    assert json.loads((run / "evaluation.json").read_text())["corruptions"] == report
+
+
 def test_another_set_is_prepared_for_the_model(save_run, tmp_path, capsys):
     arrays = {}
     for split, count in (("train", 40), ("test", 30)):
@@ -65,6 +101,16 @@ def test_mistakes_are_one_line_that_names_them(save_run, tmp_path, capsys):
         ([run, "--data", "folder", "--root", str(tmp_path / "nowhere")], "nowhere"),
         ([run, "--batch-size", "0"], "batch_size=0"),
         ([run, "--split", "train"], "--split"),
+        ([run, "--top-k", "0"], "'0'"),
+        ([run, "--top-k", "5"], "--top-k 5"),
+        ([dense, "--top-k", "1"], "--top-k"),
+        ([run, "--probe", "svm"], "--probe"),
+        ([run, "--shots", "5"], "--shots"),
+        ([run, "--probe", "linear", "--split", "val"], "--probe linear"),
+        ([run, "--severities", "1"], "--severities"),
+        ([run, "--corruptions", "frost"], "frost"),
+        ([run, "--corruptions", "gausian_noise"], "'gaussian_noise'"),
+        ([run, "--corruptions", "--severities", "6"], "--severities"),
         ([run, "--device", "cuda:77"], "--device cuda:77"),
         ([run, "--device", "meta"], "--device meta"),
     ):
@@ -73,6 +119,13 @@ def test_mistakes_are_one_line_that_names_them(save_run, tmp_path, capsys):
         assert error.startswith("vmoe evaluate: error: ") and error.count("\n") == 1, error
         assert named in error
     assert not list(tmp_path.rglob("evaluation.json"))
+
+
+def test_more_shots_than_images_are_one_line(save_run, capsys):
+    run = save_run(moe=MOE)
+    assert main([str(run), "--probe", "few-shot", "--shots", "5000"]) == 2
+    assert "error: --shots 5000: a class has only" in capsys.readouterr().err
+    assert not (run / "evaluation.json").exists()
 
 
 def test_a_capacity_that_leaves_no_place_is_one_line(save_run, capsys):

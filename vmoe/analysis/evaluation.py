@@ -15,7 +15,7 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 
 import vmoe
 from vmoe.errors import UserError
-from vmoe.moe import set_eval_capacity_factor
+from vmoe.moe import set_eval_capacity_factor, set_top_k
 
 CALIBRATION_BINS = 15
 
@@ -34,6 +34,7 @@ class Evaluation:
 
     images: int
     capacity_factor: float | None  # of the MoE layers at evaluation; None: nothing dropped, or no MoE layer
+    top_k: int | None  # K of the MoE layers; None where tokens do not choose
     top1: float
     top5: float  # top-C where there are fewer than 5 classes
     nll: float  # mean negative log-likelihood, nats
@@ -134,6 +135,7 @@ def evaluate(model: nn.Module, batches: Iterable, num_classes: int, device: torc
     return Evaluation(
         **figures,
         capacity_factor=eval_capacity_factor(model),
+        top_k=experts_per_token(model),
         images_per_second=timed / elapsed if timed else None,
         dropped=_dropped_overall(layers, use),
         layers={
@@ -142,22 +144,47 @@ def evaluate(model: nn.Module, batches: Iterable, num_classes: int, device: torc
     )
 
 
-def evaluate_capacities(
-    model: nn.Module, loader: Iterable, num_classes: int, factors: Sequence[float], device: str = "cpu"
+def evaluate_sweep(
+    model: nn.Module,
+    loader: Iterable,
+    num_classes: int,
+    factors: Sequence[float] | None = None,
+    top_ks: Sequence[int] | None = None,
+    device: torch.device | str = "cpu",
 ) -> Iterator[Evaluation]:
-    """Measures a model once for each capacity factor (inf: nothing dropped), yielding each as it is done.
+    """Measures a model once for each K and each capacity factor (inf: nothing dropped), yielding each as it is done.
 
-    The model's own factor is restored at the end.
+    None for either keeps the model's own. A capacity grows with K, as in training. The model's own K and factor are
+    restored at the end.
 
     Raises:
-        UserError: the model is dense, or as `evaluate`.
+        UserError: the model is dense or its tokens do not choose, a K is not possible, or as `evaluate`.
     """
-    if not dict(vmoe.moe_layers(model)):
-        raise UserError("--capacity-factor: this checkpoint is a dense model, without experts to fill; leave it out")
-    with restored_capacity(model):
-        for factor in factors:
-            set_capacity(model, factor)
-            yield evaluate(model, loader, num_classes, device)
+    own = experts_per_token(model)
+    for option, values in (("--capacity-factor", factors), ("--top-k", top_ks)):
+        if values is not None and not dict(vmoe.moe_layers(model)):
+            raise UserError(f"{option}: this checkpoint is a dense model, without experts; leave it out")
+    try:
+        for top_k in top_ks or ():  # all are tried before the first is measured
+            _set_top_k(model, top_k)
+        with restored_capacity(model):
+            for top_k in top_ks or (None,):
+                if top_k is not None:
+                    _set_top_k(model, top_k)
+                for factor in factors or (None,):
+                    if factor is not None:
+                        set_capacity(model, factor)
+                    yield evaluate(model, loader, num_classes, device)
+    finally:
+        if own is not None:
+            set_top_k(model, own)
+
+
+def _set_top_k(model: nn.Module, top_k: int) -> None:
+    try:
+        set_top_k(model, top_k)
+    except ValueError as error:
+        raise UserError(f"--top-k {top_k}: {error}") from error
 
 
 def set_capacity(model: nn.Module, factor: float) -> None:
@@ -178,6 +205,12 @@ def restored_capacity(model: nn.Module) -> Iterator[None]:
 def eval_capacity_factor(model: nn.Module) -> float | None:
     """The capacity factor that the model's MoE layers use at evaluation; None: nothing dropped, or no MoE layer."""
     return next((layer.config.eval_capacity_factor for _, layer in vmoe.moe_layers(model)), None)
+
+
+def experts_per_token(model: nn.Module) -> int | None:
+    """K of the model's MoE layers; None where tokens do not choose experts, or there is no MoE layer."""
+    config = next((layer.config for _, layer in vmoe.moe_layers(model)), None)
+    return None if config is None or config.fills_slots else config.top_k
 
 
 def _dropped_overall(layers: dict, use: dict[str, list[float]]) -> float | None:

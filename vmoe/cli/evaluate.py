@@ -1,32 +1,32 @@
 """`vmoe evaluate`: measures a checkpoint on a data set."""
 
 import argparse
+import statistics
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from vmoe.cli.common import run
 from vmoe.cli.inputs import Tracked, load_data
 from vmoe.cli.options import capacity_factor, choose_device, new_parser
-
-if TYPE_CHECKING:
-    from vmoe.analysis.evaluation import Evaluation
+from vmoe.errors import UserError
 
 _DESCRIPTION = """\
 Measures a checkpoint: top-1, top-5, negative log-likelihood, calibration error, the accuracy of each class, the
 confusion matrix, images/s (loading included, without the first batch), and what each MoE layer drops and how evenly it
-is loaded.
+is loaded. On request also its frozen features (k-NN, linear, few-shot) and corrupted images.
 
-Writes evaluation.json and confusion.png (one for each capacity factor when several are given) into the run's folder, or
-beside a checkpoint that stands in none; a second evaluation replaces them.
+Writes evaluation.json and confusion.png (one for each capacity factor and K when several are given) into the run's
+folder, or beside a checkpoint that stands in none; a second evaluation replaces them.
 
   vmoe evaluate runs/digits
-  vmoe evaluate runs/digits/checkpoints/last.ckpt --capacity-factor 0.5 1 inf --out sweep
+  vmoe evaluate runs/digits/checkpoints/last.ckpt --capacity-factor 0.5 1 inf --top-k 1 2 --out sweep
+  vmoe evaluate runs/digits --probe knn linear few-shot --shots 10
+  vmoe evaluate runs/cifar10 --corruptions --severities 1 3 5
   vmoe evaluate runs/cifar10 --data npz --root cifar10.1.npz --json shifted.json
 """
+_PROBES = ("knn", "linear", "few-shot")
+_SHOTS, _SHOT_SEEDS = 10, 5
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -36,57 +36,109 @@ def main(argv: list[str] | None = None) -> int:
 
 def _evaluate(argv: list[str]) -> None:
     options = _parser().parse_args(argv)
+    _check_dependent_options(options)
     # Imported here, so that --help and a mistyped option answer at once.
     from vmoe.analysis.confusion import draw_confusion
-    from vmoe.analysis.evaluation import evaluate, evaluate_capacities
+    from vmoe.analysis.evaluation import evaluate_sweep
     from vmoe.checkpoints import load_checkpoint
+    from vmoe.cli.evaluate_tables import (
+        class_table,
+        corruption_table,
+        layer_table,
+        probe_table,
+        setting,
+        summary_table,
+    )
     from vmoe.files import write_json
 
+    corruptions = _chosen_corruptions(options.corruptions)
     device = choose_device(options.device)
     checkpoint = load_checkpoint(options.checkpoint, device)
     data = load_data(checkpoint, options)
     loader = data.val_dataloader() if options.split == "val" else data.test_dataloader()
-    batches = Tracked(loader, f"{options.split} set of {data.config.name}")
-    num_classes = len(checkpoint.class_names)
-    if options.capacity_factor is None:
-        results = [evaluate(checkpoint.model, batches, num_classes, device)]
-    else:
-        results = list(evaluate_capacities(checkpoint.model, batches, num_classes, options.capacity_factor, device))
+    what = f"{options.split} set of {data.config.name}"
+    sweep = (options.capacity_factor, options.top_k, device)
+    results = list(evaluate_sweep(checkpoint.model, Tracked(loader, what), len(checkpoint.class_names), *sweep))
+    report = _report(checkpoint, data, options.split, device) | {"results": [result.as_dict() for result in results]}
 
     console = Console()
-    console.print(_summary(results, f"{checkpoint.path} · {options.split} set of {data.config.name}"))
+    console.print(summary_table(results, f"{checkpoint.path} · {what}"))
     if results[0].layers:
-        console.print(_layer_table(results))
-    console.print(_class_table(results[0], checkpoint.class_names))
+        console.print(layer_table(results))
+    console.print(class_table(results[0], checkpoint.class_names))
+    if options.probe:
+        report["probes"] = _probe(checkpoint, data, loader, device, options)
+        console.print(probe_table(report["probes"]))
+    if corruptions:
+        report["corruptions"] = _corrupt(checkpoint, data, device, options, corruptions)
+        console.print(corruption_table(report["corruptions"]))
     out = options.out or _own_folder(checkpoint.path)
     json_file = options.json or out / "evaluation.json"
-    write_json(json_file, _report(checkpoint, data, options.split, device, results))
+    write_json(json_file, report)
     for result in results:
-        name = "confusion.png" if len(results) == 1 else f"confusion-{_factor(result.capacity_factor)}.png"
-        title = f"{options.split} set of {data.config.name} · {checkpoint.path}"
-        draw_confusion(result, checkpoint.class_names, title).save(out / name)
+        name = "confusion.png" if len(results) == 1 else f"confusion-{setting(result, results)}.png"
+        draw_confusion(result, checkpoint.class_names, f"{what} · {checkpoint.path}").save(out / name)
     print(f"{json_file} and the confusion matrix in {out}")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = new_parser("evaluate", _DESCRIPTION)
-    parser.add_argument("checkpoint", metavar="CKPT", help="a .ckpt file, or a run's folder (its best checkpoint)")
-    parser.add_argument("--split", choices=("test", "val"), default="test", help="which part (default: test)")
-    parser.add_argument(
-        "--capacity-factor",
-        nargs="+",
-        type=capacity_factor,
-        metavar="F",
-        help="measure at each of these; inf drops nothing (default: the checkpoint's own)",
-    )
-    parser.add_argument("--data", metavar="NAME", help="another set than the run's: digits, cifar10, folder, npz, ...")
-    parser.add_argument("--root", metavar="DIR", help="where the data are, if not where the run had them")
-    parser.add_argument("--batch-size", type=int, metavar="N", help="images a batch")
-    parser.add_argument("--workers", type=int, metavar="N", help="processes that load images")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where the numbers go")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where the pictures go, and the numbers without --json")
+    add = parser.add_argument
+    add("checkpoint", metavar="CKPT", help="a .ckpt file, or a run's folder (its best checkpoint)")
+    add("--split", choices=("test", "val"), default="test", help="which part (default: test)")
+    line = "measure at each of these; inf drops nothing (default: the checkpoint's own)"
+    add("--capacity-factor", nargs="+", type=capacity_factor, metavar="F", help=line)
+    line = "measure with each token sent to so many experts (default: the checkpoint's own)"
+    add("--top-k", nargs="+", type=_count, metavar="K", help=line)
+    line = "read classes off frozen features: k nearest neighbours, logistic regression, ridge regression on few images"
+    add("--probe", nargs="+", choices=_PROBES, default=[], help=line)
+    add("--shots", type=_count, metavar="N", help=f"few-shot: training images a class (default: {_SHOTS})")
+    line = f"few-shot: how many random choices of them (default: {_SHOT_SEEDS})"
+    add("--shot-seeds", type=_count, metavar="N", help=line)
+    line = "measure on corrupted images (ImageNet-C's corruptions; no name takes all)"
+    add("--corruptions", nargs="*", metavar="NAME", help=line)
+    line = "of the corruptions, 1 to 5 (default: all)"
+    add("--severities", nargs="+", type=int, choices=range(1, 6), metavar="S", help=line)
+    add("--data", metavar="NAME", help="another set than the run's: digits, cifar10, folder, npz, ...")
+    add("--root", metavar="DIR", help="where the data are, if not where the run had them")
+    add("--batch-size", type=int, metavar="N", help="images a batch")
+    add("--workers", type=int, metavar="N", help="processes that load images")
+    add("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    add("--json", type=Path, metavar="FILE", help="where the numbers go")
+    add("--out", type=Path, metavar="DIR", help="where the pictures go, and the numbers without --json")
     return parser
+
+
+def _count(text: str) -> int:
+    if not (text.isdecimal() and int(text) >= 1):
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number >= 1")
+    return int(text)
+
+
+def _check_dependent_options(options: argparse.Namespace) -> None:
+    for option, value in (("--shots", options.shots), ("--shot-seeds", options.shot_seeds)):
+        if value is not None and "few-shot" not in options.probe:
+            raise UserError(f"{option}: has no effect without --probe few-shot; add that or leave it out")
+    if "linear" in options.probe and options.split == "val":
+        raise UserError("--probe linear: chooses its penalty on the val split; take --split test")
+    if options.severities is not None and options.corruptions is None:
+        raise UserError("--severities: has no effect without --corruptions; add that or leave it out")
+
+
+def _chosen_corruptions(names: list[str] | None) -> list[str]:
+    """The corruptions that `--corruptions` names: all when it names none, none when it is left out."""
+    if names is None:
+        return []
+    from vmoe.data.config import nearest
+    from vmoe.data.corruptions import CORRUPTIONS
+
+    for name in names:
+        if name == "frost":
+            raise UserError("--corruptions frost: overlays photographs of frost, which are not here; leave it out")
+        if name not in CORRUPTIONS:
+            hint = nearest(name, CORRUPTIONS) or f"they are {', '.join(CORRUPTIONS)}"
+            raise UserError(f"--corruptions {name}: there is no such corruption; {hint}")
+    return list(dict.fromkeys(names)) or list(CORRUPTIONS)
 
 
 def _own_folder(path: Path) -> Path:
@@ -94,58 +146,56 @@ def _own_folder(path: Path) -> Path:
     return path.parent.parent if path.parent.name == "checkpoints" else path.parent
 
 
-def _factor(value: float | None) -> str:
-    return "inf" if value is None else f"{value:g}"
+def _probe(checkpoint, data, loader, device, options: argparse.Namespace) -> dict:
+    """Reads classes off the frozen features, trained on all training images as evaluation sees them."""
+    from vmoe.analysis import features
+
+    num_classes = len(checkpoint.class_names)
+    batches = Tracked(data.train_eval_dataloader(most=None), f"features of the training set of {data.config.name}")
+    train = features.extract_features(checkpoint.model, batches, device)
+    test = features.extract_features(checkpoint.model, Tracked(loader, f"features of the {options.split} set"), device)
+    sets = (train, test, num_classes)
+    report = {"train_images": len(train.labels), "test_images": len(test.labels), "features": train.vectors.shape[1]}
+    if "knn" in options.probe:
+        how = {"neighbours": features.KNN_NEIGHBOURS, "temperature": features.KNN_TEMPERATURE}
+        report["knn"] = {"top1": features.knn_accuracy(*sets, **how), **how}
+    if "linear" in options.probe:
+        batches = Tracked(data.val_dataloader(), "features of the val split")
+        val = features.extract_features(checkpoint.model, batches, device)
+        top1, l2 = features.linear_accuracy(train, val, test, num_classes)
+        report["linear"] = {"top1": top1, "l2": l2}
+    if "few-shot" in options.probe:
+        shots, seeds = options.shots or _SHOTS, list(range(options.shot_seeds or _SHOT_SEEDS))
+        each = features.few_shot_accuracies(*sets, shots, seeds)
+        report["few_shot"] = {
+            "shots": shots,
+            "l2": features.RIDGE_L2,
+            "seeds": seeds,
+            "top1_each": each,
+            "top1_mean": statistics.fmean(each),
+            "top1_sd": statistics.stdev(each) if len(each) > 1 else None,
+        }
+    return report
 
 
-def _summary(results: "list[Evaluation]", title: str) -> Table:
-    table = Table(title=escape(title), title_justify="left")
-    five = f"top-{min(5, len(results[0].class_accuracy))}"
-    for column in ("capacity", "images", "top-1", five, "NLL", "ECE", "dropped", "images/s"):
-        table.add_column(column, justify="right")
-    for result in results:
-        table.add_row(
-            _factor(result.capacity_factor) if result.layers else "dense",
-            f"{result.images:,}",
-            *(f"{share:.2%}" for share in (result.top1, result.top5)),
-            f"{result.nll:.4f}",
-            f"{result.ece:.4f}",
-            "-" if result.dropped is None else f"{result.dropped:.2%}",
-            "-" if result.images_per_second is None else f"{result.images_per_second:,.0f}",
-        )
-    return table
+def _corrupt(checkpoint, data, device, options: argparse.Namespace, names: list[str]) -> dict:
+    """Top-1 for each corruption and severity, the checkpoint's own K and capacity, and their mean."""
+    from vmoe.analysis.evaluation import evaluate
+    from vmoe.data.corruptions import SEVERITIES
+
+    severities = sorted(set(options.severities or SEVERITIES))
+    top1 = {name: {} for name in names}
+    for name in names:
+        for severity in severities:
+            loader = data.corrupted_dataloader(options.split, name, severity)
+            batches = Tracked(loader, f"{name}, severity {severity}")
+            result = evaluate(checkpoint.model, batches, len(checkpoint.class_names), device)
+            top1[name][str(severity)] = result.top1
+    mean = statistics.fmean(value for of_name in top1.values() for value in of_name.values())
+    return {"seed": data.config.split_seed, "severities": severities, "top1": top1, "mean_top1": mean}
 
 
-def _layer_table(results: "list[Evaluation]") -> Table:
-    table = Table(title="experts (load: 1 = the fair share, 0 = dead)", title_justify="left")
-    table.add_column("layer", no_wrap=True)
-    table.add_column("least load", justify="right")
-    table.add_column("most load", justify="right")
-    for result in results:
-        table.add_column(f"dropped at {_factor(result.capacity_factor)}", justify="right")
-    for name, use in results[0].layers.items():
-        dropped = [f"{result.layers[name].dropped:.2%}" for result in results]
-        table.add_row(name, f"{min(use.load):.2f}", f"{max(use.load):.2f}", *dropped)
-    return table
-
-
-def _class_table(result: "Evaluation", names: list[str], shown: int = 10) -> Table:
-    """The accuracy of each class, worst first, with the class it is most often taken for."""
-    order = sorted((accuracy, index) for index, accuracy in enumerate(result.class_accuracy) if accuracy is not None)
-    title = "accuracy by class" if len(order) <= shown else f"accuracy by class: the {shown} worst of {len(order)}"
-    table = Table(title=title, title_justify="left")
-    for column in ("class", "top-1", "images", "most often taken for"):
-        table.add_column(column, justify="right" if column in ("top-1", "images") else "left")
-    for accuracy, index in order[:shown]:
-        row = list(result.confusion[index])
-        total, row[index] = sum(row), 0
-        other = max(range(len(row)), key=row.__getitem__)
-        taken_for = f"{names[other]} ({row[other]})" if row[other] else "-"
-        table.add_row(escape(names[index]), f"{accuracy:.2%}", str(total), escape(taken_for))
-    return table
-
-
-def _report(checkpoint, data, split: str, device, results: "list[Evaluation]") -> dict:
+def _report(checkpoint, data, split: str, device) -> dict:
     from vmoe.training.summary import device_name, versions
 
     return {
@@ -155,5 +205,4 @@ def _report(checkpoint, data, split: str, device, results: "list[Evaluation]") -
         "class_names": checkpoint.class_names,
         "device": device_name(device),
         "versions": versions(),
-        "results": [result.as_dict() for result in results],
     }

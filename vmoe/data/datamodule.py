@@ -8,7 +8,7 @@ from vmoe.data.augment import Augmenter
 from vmoe.data.batch_augment import BatchAugmenter
 from vmoe.data.config import DEFAULTS, Colour, DataConfig
 from vmoe.data.datasets import download, load_splits
-from vmoe.data.loading import Batch, EvalImages, ImageLoader, TrainImages, UnvariedTrainImages
+from vmoe.data.loading import Batch, CorruptedImages, EvalImages, ImageLoader, TrainImages, UnvariedTrainImages
 from vmoe.data.mixing import Mixer
 from vmoe.data.resident import ResidentEvalLoader, ResidentImages, ResidentTrainLoader, check_room, make_resident
 from vmoe.data.samplers import EpochBatchSampler
@@ -103,12 +103,21 @@ class ImageDataModule(LightningDataModule):
         """The test split in order: never for choosing."""
         return self._eval_loader("test")
 
-    def train_eval_dataloader(self, most: int = 10_000) -> ImageLoader:
-        """Training images as evaluation sees them: a sample of at most `most`, by `config.split_seed` alone."""
+    def train_eval_dataloader(self, most: int | None = 10_000) -> ImageLoader:
+        """Training images as evaluation sees them: a sample of at most `most`, by `config.split_seed` alone; with None
+        all of them.
+        """
         dataset = UnvariedTrainImages(self._splits.train, self.image_size, self.mean, self.std)
         sample = np.random.default_rng(self.config.split_seed).permutation(len(dataset))[:most]
         size = self.config.eval_batch_size or self.config.batch_size
         return ImageLoader(dataset, workers=self.config.workers, batch_size=size, sampler=np.sort(sample).tolist())
+
+    def corrupted_dataloader(self, split: str, name: str, severity: int) -> ImageLoader:
+        """The "val" or "test" split in order, corrupted (see `vmoe.data.corruptions`), by `config.split_seed` alone."""
+        how = (name, severity, self.config.split_seed)
+        dataset = CorruptedImages(getattr(self._splits, split), self.image_size, self.mean, self.std, *how)
+        size = self.config.eval_batch_size or self.config.batch_size
+        return ImageLoader(dataset, workers=self.config.workers, batch_size=size)
 
     def random_dataloader(self, split: str) -> ImageLoader | ResidentEvalLoader:
         """The "val" or "test" split as evaluation sees it, in a random order that is a function of the seed alone."""

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from vmoe.data.augment import Augmenter
 from vmoe.data.config import Colour
+from vmoe.data.corruptions import corrupt
 from vmoe.data.datasets import ImageSet
 from vmoe.data.images import eval_crop, normalise
 from vmoe.data.samplers import Key
@@ -92,9 +93,37 @@ class EvalImages(Dataset):
 
     def __getitems__(self, indices: list[int]) -> Batch:
         """The batch of these images."""
-        pictures = [eval_crop(self.images.read(index), self.image_size) for index in indices]
+        pictures = [self.picture(index) for index in indices]
         labels = torch.from_numpy(self.images.labels[indices])
         return Batch(normalise(pictures, self.mean, self.std), labels, [], patch_labels_of(self.images, indices))
+
+    def picture(self, index: int) -> np.ndarray:
+        """Image `index`, (H, W, 3) uint8, before it is normalised."""
+        return eval_crop(self.images.read(index), self.image_size)
+
+
+class CorruptedImages(EvalImages):
+    """Images as evaluation sees them, corrupted; the draws are a function of (seed, name, severity, index).
+
+    Args:
+        images: a validation or test split.
+        image_size: side in pixels.
+        mean: of the channels.
+        std: of the channels.
+        name: a key of `vmoe.data.corruptions.CORRUPTIONS`.
+        severity: 1 to 5.
+        seed: of the corruption.
+    """
+
+    def __init__(
+        self, images: ImageSet, image_size: int, mean: Colour, std: Colour, name: str, severity: int, seed: int
+    ) -> None:
+        super().__init__(images, image_size, mean, std)
+        self.name, self.severity, self.seed = name, severity, seed
+
+    def picture(self, index: int) -> np.ndarray:
+        """Image `index`, (H, W, 3) uint8, before it is normalised."""
+        return corrupt(super().picture(index), self.name, self.severity, self.seed, index)
 
 
 def patch_labels_of(images: ImageSet, indices: Sequence[int]) -> torch.Tensor | None:

@@ -6,6 +6,7 @@ from vmoe.moe.control import (
     moe_layers,
     set_auxiliary_scale,
     set_eval_capacity_factor,
+    set_top_k,
     update_router_biases,
 )
 from vmoe.moe.layer import MoeMlp, Statistics
@@ -23,5 +24,6 @@ __all__ = [
     "moe_layers",
     "set_auxiliary_scale",
     "set_eval_capacity_factor",
+    "set_top_k",
     "update_router_biases",
 ]

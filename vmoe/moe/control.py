@@ -64,6 +64,20 @@ def set_eval_capacity_factor(model: nn.Module, factor: float | None) -> None:
         layer.config = dataclasses.replace(layer.config, eval_capacity_factor=factor)
 
 
+def set_top_k(model: nn.Module, top_k: int) -> None:
+    """Sets K, the experts a token is sent to, in all MoE layers of `model`.
+
+    Raises:
+        ValueError: K is below 1 or above the number of experts, or tokens do not choose (expert choice, Soft MoE).
+    """
+    layers = [layer for _, layer in moe_layers(model)]
+    for layer in layers:
+        if layer.config.fills_slots:
+            raise ValueError(f'top_k={top_k}: has no meaning with router="{layer.config.router}"')
+    for layer, config in [(layer, dataclasses.replace(layer.config, top_k=top_k)) for layer in layers]:
+        layer.config, layer.router.top_k = config, top_k
+
+
 def update_router_biases(model: nn.Module) -> None:
     """Moves the biases of sigmoid routers towards a fair load; call it after each update of the weights.
 

@@ -1,0 +1,106 @@
+"""What `vmoe evaluate` prints."""
+
+from typing import TYPE_CHECKING
+
+from rich.markup import escape
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from vmoe.analysis.evaluation import Evaluation
+
+
+def factor_text(value: float | None) -> str:
+    """A capacity factor as the option takes it."""
+    return "inf" if value is None else f"{value:g}"
+
+
+def setting(result: "Evaluation", results: "list[Evaluation]") -> str:
+    """What tells a pass from the others: its capacity factor, and its K where that varies."""
+    factor = factor_text(result.capacity_factor)
+    return f"K{result.top_k}-{factor}" if len({other.top_k for other in results}) > 1 else factor
+
+
+def summary_table(results: "list[Evaluation]", title: str) -> Table:
+    """The figures of each pass, a row each."""
+    key = "K: experts a token, C: capacity factor" if results[0].layers else None
+    table = Table(title=escape(title), title_justify="left", caption=key, caption_justify="left")
+    five = f"top-{min(5, len(results[0].class_accuracy))}"
+    for column in ("K", "C", "images", "top-1", five, "NLL", "ECE", "dropped", "images/s"):
+        table.add_column(column, justify="right")
+    for result in results:
+        table.add_row(
+            "-" if result.top_k is None else str(result.top_k),
+            factor_text(result.capacity_factor) if result.layers else "dense",
+            f"{result.images:,}",
+            *(f"{share:.2%}" for share in (result.top1, result.top5)),
+            f"{result.nll:.4f}",
+            f"{result.ece:.4f}",
+            "-" if result.dropped is None else f"{result.dropped:.2%}",
+            "-" if result.images_per_second is None else f"{result.images_per_second:,.0f}",
+        )
+    return table
+
+
+def layer_table(results: "list[Evaluation]") -> Table:
+    """What each MoE layer does: its load as in the first pass, and what it drops in each."""
+    table = Table(title="experts (load: 1 = the fair share, 0 = dead)", title_justify="left")
+    table.add_column("layer", no_wrap=True)
+    table.add_column("least load", justify="right")
+    table.add_column("most load", justify="right")
+    for result in results:
+        table.add_column(f"dropped at {setting(result, results)}", justify="right")
+    for name, use in results[0].layers.items():
+        dropped = [f"{result.layers[name].dropped:.2%}" for result in results]
+        table.add_row(name, f"{min(use.load):.2f}", f"{max(use.load):.2f}", *dropped)
+    return table
+
+
+def class_table(result: "Evaluation", names: list[str], shown: int = 10) -> Table:
+    """The accuracy of each class, worst first, with the class it is most often taken for."""
+    order = sorted((accuracy, index) for index, accuracy in enumerate(result.class_accuracy) if accuracy is not None)
+    title = "accuracy by class" if len(order) <= shown else f"accuracy by class: the {shown} worst of {len(order)}"
+    table = Table(title=title, title_justify="left")
+    for column in ("class", "top-1", "images", "most often taken for"):
+        table.add_column(column, justify="right" if column in ("top-1", "images") else "left")
+    for accuracy, index in order[:shown]:
+        row = list(result.confusion[index])
+        total, row[index] = sum(row), 0
+        other = max(range(len(row)), key=row.__getitem__)
+        taken_for = f"{names[other]} ({row[other]})" if row[other] else "-"
+        table.add_row(escape(names[index]), f"{accuracy:.2%}", str(total), escape(taken_for))
+    return table
+
+
+def probe_table(probes: dict) -> Table:
+    """The probes' accuracies, as evaluation.json holds them."""
+    table = Table(title="frozen features", title_justify="left")
+    for column in ("probe", "top-1", "how"):
+        table.add_column(column, justify="right" if column == "top-1" else "left")
+    if "knn" in probes:
+        knn = probes["knn"]
+        table.add_row("k-NN", f"{knn['top1']:.2%}", f"k={knn['neighbours']}, T={knn['temperature']}")
+    if "linear" in probes:
+        table.add_row(
+            "linear", f"{probes['linear']['top1']:.2%}", f"L2 {probes['linear']['l2']:g}, chosen on the val split"
+        )
+    if "few_shot" in probes:
+        few = probes["few_shot"]
+        spread = "" if few["top1_sd"] is None else f" ± {few['top1_sd']:.2%}"
+        seeds = len(few["top1_each"])
+        table.add_row("few-shot", f"{few['top1_mean']:.2%}{spread}", f"{few['shots']} images a class, n={seeds}")
+    return table
+
+
+def corruption_table(corruptions: dict) -> Table:
+    """Top-1 by corruption and severity, as evaluation.json holds them."""
+    table = Table(title="top-1 on corrupted images", title_justify="left")
+    table.add_column("corruption")
+    for severity in corruptions["severities"]:
+        table.add_column(str(severity), justify="right")
+    table.add_column("mean", justify="right")
+    for name, of_name in corruptions["top1"].items():
+        values = list(of_name.values())
+        cells = [f"{value:.2%}" for value in [*values, sum(values) / len(values)]]
+        table.add_row(name, *cells)
+    table.add_row("mean", *[""] * len(corruptions["severities"]), f"{corruptions['mean_top1']:.2%}")
+    return table
