@@ -1,4 +1,4 @@
-"""Runs beside each other: reads their folders, groups the seeds of one config, states differences and their compute."""
+"""Runs beside each other: reads their folders and groups the seeds of one recipe into arms of a study."""
 
 import csv
 import json
@@ -11,10 +11,10 @@ from typing import Any
 
 import yaml
 
+from vmoe.analysis.comparison_labels import arm_labels, flatten
 from vmoe.checkpoints import RunFolder
 from vmoe.errors import UserError
 
-EQUAL_COMPUTE = 0.05  # FLOPs an image that differ by no more than this count as equal
 _NOT_OF_THE_RECIPE = ("seed", "output_dir", "resume", "data.workers", "trainer.log_every")
 
 
@@ -25,6 +25,7 @@ class Run:
     name: str
     config: dict[str, Any]
     top1: float  # on the test set, a fraction
+    train_top1: float | None  # on training images as they are; None where the summary does not tell
     total_parameters: int
     active_parameters: int
     flops: int  # an image
@@ -41,13 +42,18 @@ class Run:
     @property
     def recipe(self) -> dict[str, Any]:
         """Every value of its config that can change the result, by dotted name; without the seed."""
-        return {key: value for key, value in _flat(self.config).items() if key not in _NOT_OF_THE_RECIPE}
+        return {key: value for key, value in flatten(self.config).items() if key not in _NOT_OF_THE_RECIPE}
+
+    @property
+    def moe(self) -> dict[str, Any] | None:
+        """The config of its MoE layers; None for a dense model."""
+        moe = self.config.get("moe")
+        return None if not moe or moe.get("layers") == [] else moe
 
     @property
     def is_dense(self) -> bool:
         """Whether it has no MoE layers."""
-        moe = self.config.get("moe")
-        return not moe or moe.get("layers") == []
+        return self.moe is None
 
     def is_twin_of(self, other: "Run") -> bool:
         """Whether `other` is dense and has the same backbone and data."""
@@ -55,10 +61,10 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Group:
-    """Runs of one config that differ in their seed only."""
+class Arm:
+    """Runs of one recipe that differ in their seed only."""
 
-    name: str
+    name: str  # what tells it from the other arms, such as "E=8 K=2 width 0.5"
     runs: list[Run]
 
     @property
@@ -71,13 +77,22 @@ class Group:
         """How many runs."""
         return len(self.runs)
 
-    def mean(self, field: str) -> float:
-        """The mean of a figure over the runs."""
-        return statistics.fmean(getattr(run, field) for run in self.runs)
+    def mean(self, field: str) -> float | None:
+        """The mean of a figure over the runs; None where a run does not tell it."""
+        values = [getattr(run, field) for run in self.runs]
+        return None if None in values else statistics.fmean(values)
 
     def sd(self, field: str) -> float | None:
-        """Its standard deviation over the runs (n - 1 below); None for one run."""
-        return statistics.stdev(getattr(run, field) for run in self.runs) if self.n > 1 else None
+        """Its standard deviation over the runs (n - 1 below); None for one run, or as `mean`."""
+        values = [getattr(run, field) for run in self.runs]
+        return None if None in values or self.n == 1 else statistics.stdev(values)
+
+    def top1_by_seed(self) -> dict[int, float]:
+        """Test accuracy by seed: the mean where several runs have one seed."""
+        by_seed: dict[int, list[float]] = {}
+        for run in self.runs:
+            by_seed.setdefault(run.seed, []).append(run.top1)
+        return {seed: statistics.fmean(values) for seed, values in by_seed.items()}
 
 
 def read_run(path: str | Path) -> Run:
@@ -99,6 +114,7 @@ def read_run(path: str | Path) -> Run:
             name=folder.path.resolve().name,
             config=dict(config),
             top1=float(summary["metrics"]["test/top1"]),
+            train_top1=float(clean) if (clean := summary["metrics"].get("train_clean/top1")) is not None else None,
             total_parameters=int(summary["parameters"]["total"]),
             active_parameters=int(summary["parameters"]["active"]),
             flops=int(summary["flops_per_image"]),
@@ -120,12 +136,13 @@ def read_run(path: str | Path) -> Run:
     return run
 
 
-def group_runs(runs: Sequence[Run]) -> list[Group]:
-    """Groups runs whose configs differ only in seed and folder, in the order of their first appearance."""
-    groups: dict[str, list[Run]] = {}
+def group_runs(runs: Sequence[Run]) -> list[Arm]:
+    """The arms: runs whose configs differ only in seed and folder, in the order of their first appearance."""
+    recipes: dict[str, list[Run]] = {}
     for run in runs:
-        groups.setdefault(json.dumps(run.recipe, sort_keys=True, default=str), []).append(run)
-    return [Group(name, members) for name, members in zip(_names(groups.values()), groups.values(), strict=True)]
+        recipes.setdefault(json.dumps(run.recipe, sort_keys=True, default=str), []).append(run)
+    names = arm_labels([(members[0].recipe, members[0].moe) for members in recipes.values()])
+    return [Arm(name, members) for name, members in zip(names, recipes.values(), strict=True)]
 
 
 def warnings_for(runs: Sequence[Run]) -> list[str]:
@@ -137,93 +154,12 @@ def warnings_for(runs: Sequence[Run]) -> list[str]:
     if any(run.data != runs[0].data for run in runs):
         names = sorted({f"{run.data['name']} at {run.data['image_size'] or 'its own'} px" for run in runs})
         lines.append(f"trained on different data ({'; '.join(names)}): neither accuracy nor images/s can be compared")
-    for group in group_runs(runs):
-        if len({run.seed for run in group.runs}) < group.n:
-            lines.append(f"{group.name}: several runs of one seed, so its spread says little")
+    for arm in group_runs(runs):
+        if len({run.seed for run in arm.runs}) < arm.n:
+            lines.append(f"{arm.name}: several runs of one seed, so its spread says little")
     return lines
-
-
-def differences(groups: Sequence[Group]) -> list[str]:
-    """A sentence for each V-MoE beside each dense group of the same backbone and data; where there is no such pair, for
-    each group beside the first. Each says whether compute is equal and how many runs stand behind it.
-    """
-    pairs = [
-        (sparse, dense)
-        for sparse in groups
-        for dense in groups
-        if not sparse.first.is_dense and sparse.first.is_twin_of(dense.first)
-    ]
-    return [_difference(group, base) for group, base in pairs or [(group, groups[0]) for group in groups[1:]]]
-
-
-def _difference(group: Group, base: Group) -> str:
-    points = 100 * (group.mean("top1") - base.mean("top1"))
-    flops = group.first.flops / base.first.flops
-    equal = abs(math.log(flops)) <= math.log1p(EQUAL_COMPUTE)
-    parameters = group.first.total_parameters / base.first.total_parameters
-    return (
-        f"{group.name} against {base.name}: {points:+.2f} points of test top-1 at "
-        f"{'equal' if equal else 'unequal'} compute "
-        f"({flops:.2f}x the FLOPs an image, {parameters:.2f}x the parameters); {_evidence(group, base)}"
-        f"{_other_differences(group.first.recipe, base.first.recipe)}"
-    )
-
-
-def _other_differences(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
-    """What else than the MoE layers the difference may come from; "" when nothing."""
-    names = [key for key in sorted(ours | theirs) if ours.get(key) != theirs.get(key)]
-    names = [name for name in names if name != "moe" and not name.startswith("moe.")]
-    return f"; not the MoE layers alone, they also differ in {', '.join(names)}" if names else ""
-
-
-def _flat(plain: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in plain.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
-    return flat
-
-
-def _evidence(group: Group, base: Group) -> str:
-    if min(group.n, base.n) == 1:
-        runs = "n=1 each" if group.n == base.n else f"n={group.n} and n={base.n}"
-        return f"{runs}: one run says nothing of the spread between seeds, no significance is claimed"
-    spread = [f"sd {100 * part.sd('top1'):.2f} (n={part.n})" for part in (group, base)]
-    return f"spread over seeds: {spread[0]} against {spread[1]} points"
-
-
-def table_rows(groups: Sequence[Group]) -> list[dict[str, Any]]:
-    """The comparison as one plain row a group; accuracies are fractions."""
-    return [
-        {
-            "name": group.name,
-            "kind": "dense" if group.first.is_dense else "V-MoE",
-            "n": group.n,
-            "seeds": " ".join(str(run.seed) for run in group.runs),
-            "test_top1_mean": group.mean("top1"),
-            "test_top1_sd": group.sd("top1"),
-            "flops_per_image": group.first.flops,
-            "active_parameters": group.first.active_parameters,
-            "total_parameters": group.first.total_parameters,
-            "train_images_per_second_mean": group.mean("images_per_second"),
-            "data": group.first.data["name"],
-            "device": "; ".join(sorted({run.device for run in group.runs})),
-        }
-        for group in groups
-    ]
 
 
 def _read_curve(path: Path) -> list[tuple[float, float]]:
     with open(path, newline="", encoding="utf-8") as file:
         return [(float(row["epoch"]), float(row["val/top1"])) for row in csv.DictReader(file) if row["val/top1"]]
-
-
-def _names(groups: Sequence[Sequence[Run]]) -> list[str]:
-    """The folder's name of each group's first run, numbered where two groups would share it."""
-    names: list[str] = []
-    for runs in groups:
-        name, count = runs[0].name, 1
-        while name in names:
-            count += 1
-            name = f"{runs[0].name} ({count})"
-        names.append(name)
-    return names

@@ -6,48 +6,53 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
-from vmoe.analysis.comparison import Group
+from vmoe.analysis.comparison import Arm
+from vmoe.analysis.comparison_statistics import Difference
 from vmoe.analysis.palette import expert_hex
 from vmoe.analysis.style import BODY, MARGIN, MUTED, SMALL, Page, label, plain_axes
 
 _PANELS = (
-    ("flops", "FLOPs an image (a multiply-add is 2)"),
-    ("active_parameters", "active parameters"),
-    ("total_parameters", "parameters in all"),
+    ("flops", "active FLOPs an image (a multiply-add is 2)"),
     ("images_per_second", "images/s in training"),
+    ("total_parameters", "parameters in all"),
 )
+_MORE_IS_BETTER = ("images_per_second",)
 _WIDTH, _HEIGHT, _GAP = 400, 300, 100
+_ROW = 30  # of the legend
 
 
-def draw_comparison(groups: Sequence[Group], notes: Sequence[str]) -> Page:
-    """Test accuracy against FLOPs, parameters and speed, and validation accuracy by epoch.
+_FRONT = {"color": MUTED, "linewidth": 1, "linestyle": ":", "zorder": 2}
 
-    A group keeps its colour; V-MoEs are round, dense models square; bars are one standard deviation over seeds; `notes`
-    stand below.
+
+def draw_comparison(arms: Sequence[Arm], found: Sequence[Difference], notes: Sequence[str]) -> Page:
+    """Test accuracy against FLOPs, speed and parameters, with the Pareto front; differences; validation by epoch.
+
+    An arm keeps its colour and number; V-MoEs are round, dense models square; bars are one standard deviation over
+    seeds; `notes` stand below.
     """
-    legend = 30 * len(groups) + 30
-    lines = [line for note in notes for line in textwrap.wrap(note, 160)]
-    page = Page(3 * _WIDTH + 2 * _GAP + 2 * MARGIN + 50, 2 * (_HEIGHT + 110) + 110 + 24 * len(lines) + MARGIN)
-    runs = sum(group.n for group in groups)
-    counts = f"runs: {runs}, configs: {len(groups)}"
+    legend = _ROW * len(arms) + 60
+    lines = [line for note in notes for line in textwrap.wrap(note, 185)]
+    below = _place(5)[1] + max(_HEIGHT + 60, legend)
+    page = Page(3 * _WIDTH + 2 * _GAP + 2 * MARGIN + 50, below + 24 * len(lines) + MARGIN)
+    counts = f"runs: {sum(arm.n for arm in arms)}, arms: {len(arms)}"
     page.heading("Accuracy and what it costs", f"{counts} · test accuracy of the checkpoint best in validation")
     for index, (field, title) in enumerate(_PANELS):
         axes = _axes(page, index, f"Test top-1 against {title.split(' (')[0]}")
-        _scatter(axes, groups, field)
+        _scatter(axes, arms, field)
         label(axes, title, "test top-1 (%)")
+    _draw_differences(_axes(page, 3, "Difference to the baseline"), arms, found)
     axes = _axes(page, 4, "Validation top-1 while training")
-    for index, group in enumerate(groups):
-        for run in group.runs:
+    for index, arm in enumerate(arms):
+        for run in arm.runs:
             if run.curve:
                 axes.plot(
-                    *_percent(run.curve), color=expert_hex(index), linewidth=1.6, linestyle=_line(group), alpha=0.85
+                    *_percent(run.curve), color=expert_hex(index), linewidth=1.6, linestyle=_line(arm), alpha=0.85
                 )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     label(axes, "epoch", "val top-1 (%)")
-    _legend(page, groups, *_place(5), legend)
+    _legend(page, arms, *_place(5), legend)
     for index, line in enumerate(lines):
-        y = page.height - MARGIN - 24 * (len(lines) - 1 - index)
-        page.text(MARGIN, y, line, BODY, color=MUTED)
+        page.text(MARGIN, below + 24 * (index + 1), line, BODY, color=MUTED)
     return page
 
 
@@ -61,21 +66,25 @@ def _axes(page: Page, index: int, title: str) -> Axes:
     return plain_axes(page.axes(x, y, _WIDTH, _HEIGHT))
 
 
-def _scatter(axes: Axes, groups: Sequence[Group], field: str) -> None:
-    for index, group in enumerate(groups):
-        sd = group.sd("top1")
+def _scatter(axes: Axes, arms: Sequence[Arm], field: str) -> None:
+    for index, arm in enumerate(arms):
+        sd = arm.sd("top1")
         axes.errorbar(
-            group.mean(field),
-            100 * group.mean("top1"),
+            arm.mean(field),
+            100 * arm.mean("top1"),
             yerr=None if sd is None else 100 * sd,
-            fmt="s" if group.first.is_dense else "o",
+            fmt="s" if arm.first.is_dense else "o",
             markersize=9,
             color=expert_hex(index),
             capsize=4,
             zorder=3,
         )
+        place = (arm.mean(field), 100 * arm.mean("top1"))
+        axes.annotate(str(index + 1), place, (7, 5), textcoords="offset points", fontsize=9, color=MUTED, zorder=4)
     axes.set_xscale("log")
-    values = [group.mean(field) for group in groups]
+    values = [arm.mean(field) for arm in arms]
+    front = pareto_front([(arm.mean(field), arm.mean("top1")) for arm in arms], field in _MORE_IS_BETTER)
+    axes.plot([values[index] for index in front], [100 * arms[index].mean("top1") for index in front], **_FRONT)
     axes.set_xlim(min(values) / 1.35, max(values) * 1.35)
     axes.margins(y=0.25)
     ticks = FuncFormatter(lambda value, _: short(value))
@@ -86,20 +95,49 @@ def _scatter(axes: Axes, groups: Sequence[Group], field: str) -> None:
         axes.set_xticks(apart(values))
 
 
-def _legend(page: Page, groups: Sequence[Group], x: int, y: int, height: int) -> None:
-    page.text(x, y - 16, "Runs", BODY, weight="bold")
+def _draw_differences(axes: Axes, arms: Sequence[Arm], found: Sequence[Difference]) -> None:
+    """The difference of each arm that has a baseline, with its interval where there is one; the first arm on top."""
+    number = {arm.name: index for index, arm in enumerate(arms)}
+    for part in found:
+        index = number[part.arm.name]
+        reach = None if part.low is None else 100 * (part.high - part.mean)
+        style = {"fmt": "s" if part.arm.first.is_dense else "o", "color": expert_hex(index), "capsize": 3}
+        axes.errorbar(100 * part.mean, index, xerr=reach, markersize=7, zorder=3, **style)
+    axes.axvline(0, color=MUTED, linewidth=1)
+    axes.set_ylim(len(arms) - 0.4, -0.6)
+    axes.set_yticks(range(len(arms)), [str(index + 1) for index in range(len(arms))])
+    label(axes, "points of test top-1, with paired 95 % interval", "arm")
+
+
+def pareto_front(points: Sequence[tuple[float, float]], more_is_better: bool = False) -> list[int]:
+    """The indices of the (cost, accuracy) that no other one beats in both, cheapest first.
+
+    Args:
+        points: a pair each.
+        more_is_better: whether the first of a pair is better when it is larger, such as a speed.
+    """
+    sign = -1 if more_is_better else 1
+    front: list[int] = []
+    for index in sorted(range(len(points)), key=lambda index: (sign * points[index][0], -points[index][1])):
+        if not front or points[index][1] > points[front[-1]][1]:
+            front.append(index)
+    return front
+
+
+def _legend(page: Page, arms: Sequence[Arm], x: int, y: int, height: int) -> None:
+    page.text(x, y - 16, "Arms", BODY, weight="bold")
     key = page.axes(x, y, 30, height)
     key.set_axis_off()
     key.set_xlim(0, 1)
     key.set_ylim(height, 0)
-    for index, group in enumerate(groups):
-        marker = "s" if group.first.is_dense else "o"
-        key.plot([0, 1], [14 + 30 * index] * 2, color=expert_hex(index), linewidth=1.6, linestyle=_line(group))
-        key.plot([0.5], [14 + 30 * index], marker, color=expert_hex(index), markersize=8)
-        name = page.fit(group.name, BODY, _WIDTH - 150)
-        page.text(x + 40, y + 19 + 30 * index, f"{name}  n={group.n}", BODY)
-    text = "round: V-MoE, square: dense; bars: sd over seeds"
-    page.text(x, y + 24 + 30 * len(groups), text, SMALL, color=MUTED)
+    for index, arm in enumerate(arms):
+        marker = "s" if arm.first.is_dense else "o"
+        key.plot([0, 1], [14 + _ROW * index] * 2, color=expert_hex(index), linewidth=1.6, linestyle=_line(arm))
+        key.plot([0.5], [14 + _ROW * index], marker, color=expert_hex(index), markersize=8)
+        name = page.fit(f"{index + 1}  {arm.name}", BODY, _WIDTH - 90)
+        page.text(x + 40, y + 19 + _ROW * index, f"{name}  n={arm.n}", BODY)
+    text = "round: V-MoE, square: dense; bars: sd over seeds; dots: Pareto front"
+    page.text(x, y + 24 + _ROW * len(arms), text, SMALL, color=MUTED)
 
 
 def apart(values: Sequence[float]) -> list[float]:
@@ -111,8 +149,8 @@ def apart(values: Sequence[float]) -> list[float]:
     return ticks if len(ticks) <= 3 else [ticks[0], ticks[-1]]
 
 
-def _line(group: Group) -> str:
-    return "--" if group.first.is_dense else "-"
+def _line(arm: Arm) -> str:
+    return "--" if arm.first.is_dense else "-"
 
 
 def _percent(curve: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:

@@ -13,12 +13,15 @@ from vmoe.cli.common import run
 from vmoe.cli.options import new_parser
 
 _DESCRIPTION = """\
-Puts finished runs side by side, such as a V-MoE and its dense twin: test accuracy against FLOPs an image, active and
-total parameters and training images/s, and how it rose. Runs that differ in their seed only are one row (mean, sd, n).
+Puts finished runs side by side, such as a V-MoE and its dense twin: test accuracy against active FLOPs an image,
+total parameters and training images/s, and how it rose. Runs that differ in their seed only are one arm (mean, sd, n),
+named by what tells its recipe from the others. Each arm's difference is taken over the seeds it shares with its
+baseline, with a paired 95 % confidence interval: against --baseline, or else its dense twin, or else the first arm.
 
-Writes comparison.csv, comparison.md and comparison.png.
+Writes comparison.csv, comparison.md, comparison.json and comparison.png.
 
   vmoe compare runs/digits runs/digits_dense --out comparison
+  vmoe compare runs/study/* --baseline dense --out study
 """
 
 
@@ -30,14 +33,17 @@ def main(argv: list[str] | None = None) -> int:
 def _compare(argv: list[str]) -> None:
     options = _parser().parse_args(argv)
     # Imported here, so that --help and a mistyped option answer at once.
-    from vmoe.analysis.comparison import differences, group_runs, read_run, table_rows, warnings_for
+    from vmoe.analysis.comparison import group_runs, read_run, warnings_for
     from vmoe.analysis.comparison_figure import draw_comparison
-    from vmoe.files import atomic_write
+    from vmoe.analysis.comparison_statistics import differences, find_arm, sentence, table_rows
+    from vmoe.files import atomic_write, write_json
 
     folders = list({Path(path).resolve(): path for path in options.runs}.values())
     runs = [read_run(path) for path in folders]
-    groups = group_runs(runs)
-    rows, notes, warnings = table_rows(groups), differences(groups), warnings_for(runs)
+    arms = group_runs(runs)
+    baseline = None if options.baseline is None else find_arm(arms, options.baseline)
+    found = differences(arms, baseline)
+    rows, notes, warnings = table_rows(arms, found), [sentence(part) for part in found], warnings_for(runs)
 
     Console().print(_rich_table(rows))
     for note in notes:
@@ -53,48 +59,79 @@ def _compare(argv: list[str]) -> None:
         table.writerows(rows)
     with atomic_write(options.out / "comparison.md") as temporary:
         temporary.write_text(_markdown(rows, notes + warnings), encoding="utf-8")
-    draw_comparison(groups, notes + warnings).save(options.out / "comparison.png")
-    print(f"comparison.csv, comparison.md and comparison.png in {options.out}")
+    each = [{"arm": arm.name, **_run_entry(run)} for arm in arms for run in arm.runs]
+    write_json(options.out / "comparison.json", {"arms": rows, "runs": each, "notes": notes, "warnings": warnings})
+    draw_comparison(arms, found, notes + warnings).save(options.out / "comparison.png")
+    print(f"comparison.csv, comparison.md, comparison.json and comparison.png in {options.out}")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = new_parser("compare", _DESCRIPTION)
     parser.add_argument("runs", metavar="RUN", nargs="+", help="folders of finished runs")
+    parser.add_argument(
+        "--baseline", metavar="ARM", help="what all arms are compared with: its name, or a run's folder name"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the table and the plots go")
     return parser
 
 
-_COLUMNS = ("run", "kind", "n", "top-1 (%)", "FLOPs", "active", "params", "images/s")
+_COLUMNS = ("arm", "n", "test top-1 (%)", "train top-1 (%)", "difference", "FLOPs", "active", "params", "images/s")
 _KEY = (
-    "test top-1 of the best checkpoint (± sd over seeds), FLOPs an image, active and total parameters, "
-    "images/s in training"
+    "top-1 of the best checkpoint on the test set (± sd over seeds) and on training images as they are, difference to "
+    "the baseline in points with its paired 95 % interval, FLOPs an image, active and total parameters, images/s in "
+    "training"
 )
+
+
+def _run_entry(run) -> dict:
+    return {
+        "run": run.name,
+        "seed": run.seed,
+        "test_top1": run.top1,
+        "train_clean_top1": run.train_top1,
+        "train_images_per_second": run.images_per_second,
+        "device": run.device,
+    }
 
 
 def _cells(row: dict) -> list[str]:
     from vmoe.analysis.comparison_figure import short
 
-    top1 = f"{100 * row['test_top1_mean']:.2f}"
-    top1 += "" if row["test_top1_sd"] is None else f" ± {100 * row['test_top1_sd']:.2f}"
     costs = (
         row["flops_per_image"],
         row["active_parameters"],
         row["total_parameters"],
         row["train_images_per_second_mean"],
     )
-    return [row["name"], row["kind"], str(row["n"]), top1, *map(short, costs)]
+    accuracies = (_percent(row["test_top1_mean"], row["test_top1_sd"]), _percent(row["train_clean_top1_mean"]))
+    return [row["name"], str(row["n"]), *accuracies, _difference(row), *map(short, costs)]
+
+
+def _percent(mean: float | None, sd: float | None = None) -> str:
+    if mean is None:
+        return "-"
+    return f"{100 * mean:.2f}" + ("" if sd is None else f" ± {100 * sd:.2f}")
+
+
+def _difference(row: dict) -> str:
+    if row["difference"] is None:
+        return "-"
+    points = f"{100 * row['difference']:+.2f}"
+    if row["difference_low"] is None:
+        return f"{points} (n={row['paired_seeds']})" if row["paired_seeds"] else f"{points} (unpaired)"
+    return f"{points} [{100 * row['difference_low']:+.2f}, {100 * row['difference_high']:+.2f}]"
 
 
 def _rich_table(rows: list[dict]) -> Table:
     table = Table(caption=_KEY, caption_justify="left")
     for column in _COLUMNS:
-        table.add_column(column, justify="left" if column in ("run", "kind") else "right", overflow="fold")
+        table.add_column(column, justify="left" if column == "arm" else "right", overflow="fold")
     for row in rows:
         table.add_row(*map(escape, _cells(row)))
     return table
 
 
 def _markdown(rows: list[dict], notes: list[str]) -> str:
-    lines = [_COLUMNS, ["---"] * 2 + ["---:"] * (len(_COLUMNS) - 2), *map(_cells, rows)]
+    lines = [_COLUMNS, ["---"] + ["---:"] * (len(_COLUMNS) - 1), *map(_cells, rows)]
     table = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
     return "\n".join([*table, "", _KEY[0].upper() + _KEY[1:] + ".", *(f"- {note}" for note in notes), ""])

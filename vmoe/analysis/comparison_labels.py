@@ -1,0 +1,117 @@
+"""Short names for the arms of a study, made of what tells their recipes apart: "dense", "E=8 K=2", "Soft MoE E=16"."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from vmoe.moe import MoeConfig
+
+_ROUTERS = {
+    "token_choice": "",
+    "expert_choice": "expert choice",
+    "soft": "Soft MoE",
+    "hash": "hash routing",
+    "random": "random routing",
+    "balanced": "balanced routing",
+}
+_WORDS = {
+    "moe.expert_width": "width {}",
+    "moe.shared_experts": "{} shared",
+    "moe.capacity_factor": "C={}",
+    "moe.eval_capacity_factor": "C={} at test",
+    "moe.layers": "{}",
+    "model.name": "{}",
+    "data.name": "{}",
+    "trainer.epochs": "{} epochs",
+    "data.subset.fraction": "{} of the data",
+}
+
+
+def arm_labels(arms: Sequence[tuple[dict[str, Any], dict[str, Any] | None]]) -> list[str]:
+    """A label for each arm, unlike the others.
+
+    A V-MoE's begins with its router (none for token choice), E and K; other options of the MoE layers are told where
+    they are not the router's defaults and not those of all V-MoEs; all else where it is switched on and not as in most
+    arms.
+
+    Args:
+        arms: for each its recipe by dotted name, and its `moe` section, None for a dense model.
+    """
+    moes = [None if moe is None else _default_moe(moe) | moe for _, moe in arms]
+    sparse = [moe for moe in moes if moe is not None]
+    others = [{key: value for key, value in recipe.items() if key.partition(".")[0] != "moe"} for recipe, _ in arms]
+    varied = _varied(others)
+    labels: list[str] = []
+    for moe, other in zip(moes, others, strict=True):
+        parts = ["dense"] if moe is None else _moe_parts(moe, sparse)
+        parts += [_words(key, other[key], varied) for key in varied if other.get(key) and _is_rare(key, other, others)]
+        labels.append(_unlike(" ".join(filter(None, parts)), labels))
+    return labels
+
+
+def flatten(plain: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one, by dotted name."""
+    flat = {}
+    for key, value in plain.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return flat
+
+
+def _default_moe(moe: dict[str, Any]) -> dict[str, Any]:
+    """What the options of these layers are by default, with their router."""
+    try:
+        return asdict(MoeConfig(router=moe.get("router", "token_choice")))
+    except ValueError:  # a router of another version
+        return {}
+
+
+def _moe_parts(moe: dict[str, Any], sparse: list[dict[str, Any]]) -> list[str]:
+    router = moe.get("router", "")
+    parts = [_ROUTERS.get(router, router), f"E={moe.get('num_experts')}"]
+    if router not in ("expert_choice", "soft"):
+        parts.append(f"K={moe.get('top_k')}")
+    default = _default_moe(moe)
+    for name in _varied(sparse):
+        told = name not in ("router", "num_experts", "top_k") and name in moe
+        if told and moe[name] != default.get(name):
+            parts.append(_words(f"moe.{name}", moe[name], ()))
+    return parts
+
+
+def _varied(sections: Sequence[dict[str, Any]]) -> list[str]:
+    """The options that do not have one value in all sections, in order."""
+    names = dict.fromkeys(name for section in sections for name in section)
+    return [name for name in names if any(section.get(name) != sections[0].get(name) for section in sections)]
+
+
+def _is_rare(key: str, section: dict[str, Any], sections: Sequence[dict[str, Any]]) -> bool:
+    """Whether no more than half of the sections have this value."""
+    return 2 * sum(other.get(key) == section[key] for other in sections) <= len(sections)
+
+
+def _words(key: str, value: Any, varied: Sequence[str]) -> str:
+    """An option and its value; as much of its dotted name as tells it from the other varied ones."""
+    *_, parent, name = ("", *key.split("."))
+    if sum(other.rpartition(".")[2] == name for other in varied) > 1:
+        name = f"{parent} {name}"
+    name = name.replace("_", " ")
+    if value is None or value is False:
+        return f"no {name}"
+    if value is True:
+        return name
+    text = ",".join(map(_text, value)) if isinstance(value, list | tuple) else _text(value)
+    if key == "moe.layers" and not isinstance(value, str):
+        return f"layers {text}"
+    return _WORDS.get(key, f"{name} {{}}").format(text)
+
+
+def _text(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _unlike(label: str, taken: Sequence[str]) -> str:
+    numbered, count = label, 1
+    while numbered in taken:
+        count += 1
+        numbered = f"{label} ({count})"
+    return numbered
