@@ -6,14 +6,27 @@ import pytest
 import yaml
 from matplotlib.text import Text
 
-from vmoe.analysis.comparison import differences, group_runs, read_run, table_rows, warnings_for
-from vmoe.analysis.comparison_figure import apart, draw_comparison, short
+from vmoe.analysis.comparison import group_runs, read_run, warnings_for
+from vmoe.analysis.comparison_figure import apart, draw_comparison, pareto_front, short
+from vmoe.analysis.comparison_statistics import differences, find_arm, sentence, table_rows
 from vmoe.errors import UserError
 
 
 @pytest.fixture
 def make_run(tmp_path):
-    def make(name, top1=0.9, seed=0, moe=None, flops=100, device="a CPU", model="vit", data="digits", speed=50.0):
+    def make(
+        name,
+        top1=0.9,
+        seed=0,
+        moe=None,
+        flops=100,
+        device="a CPU",
+        model="vit",
+        data="digits",
+        speed=50.0,
+        train=None,
+        lr=0.001,
+    ):
         folder = tmp_path / name
         folder.mkdir()
         config = {
@@ -22,10 +35,10 @@ def make_run(tmp_path):
             "data": {"name": data, "image_size": 16},
             "model": {"name": model, "kwargs": {}},
             "moe": moe,
-            "optim": {"lr": 0.001},
+            "optim": {"lr": lr},
         }
         summary = {
-            "metrics": {"test/top1": top1},
+            "metrics": {"test/top1": top1} | ({} if train is None else {"train_clean/top1": train}),
             "parameters": {"total": 4000 if moe else 1000, "active": 1200 if moe else 1000},
             "flops_per_image": flops,
             "images_per_second": speed,
@@ -50,45 +63,93 @@ MOE = {"layers": "every-2", "num_experts": 8}
 def test_a_run_is_read(make_run):
     run = read_run(make_run("one", moe=MOE))
     assert (run.name, run.top1, run.total_parameters, run.active_parameters) == ("one", 0.9, 4000, 1200)
+    assert run.train_top1 is None  # an older summary does not tell it
+    assert read_run(make_run("two", train=0.95)).train_top1 == 0.95
     assert run.curve == [(0, 0.5), (1, 0.8)]
     assert not run.is_dense
 
 
 def test_seeds_of_one_config_are_grouped(make_run):
     runs = [read_run(make_run(f"moe{seed}", top1, seed, MOE)) for seed, top1 in enumerate((0.90, 0.92, 0.97))]
-    groups = group_runs([*runs, read_run(make_run("dense"))])
+    groups = group_runs([*runs, read_run(make_run("dense", train=0.99))])
     assert [group.n for group in groups] == [3, 1]
     assert groups[0].mean("top1") == pytest.approx(0.93)
     assert groups[0].sd("top1") == pytest.approx((0.0026 / 2) ** 0.5)  # (.03^2 + .01^2 + .04^2) / 2
     assert groups[1].sd("top1") is None
-    row = table_rows(groups)[0]
-    assert (row["n"], row["seeds"], row["kind"]) == (3, "0 1 2", "V-MoE")
+    moe, dense = table_rows(groups, differences(groups))
+    assert (moe["n"], moe["seeds"], moe["runs"], moe["kind"]) == (3, "0 1 2", "moe0 moe1 moe2", "V-MoE")
+    assert (moe["train_clean_top1_mean"], dense["train_clean_top1_mean"]) == (None, 0.99)
+    assert (moe["baseline"], moe["paired_seeds"], dense["baseline"]) == ("dense", 1, None)
+
+
+def sentences(*runs, baseline=None):
+    arms = group_runs([read_run(run) for run in runs])
+    return [sentence(part) for part in differences(arms, baseline and find_arm(arms, baseline))]
+
+
+def test_dense_arms_without_a_v_moe_stand_beside_the_first_of_them(make_run):
+    runs = [make_run("a", moe=MOE), make_run("b"), make_run("c", model="wide")]
+    assert [line.split(":")[0] for line in sentences(*runs)] == ["E=8 K=2 against dense", "dense wide against dense"]
 
 
 def test_the_difference_of_one_run_each_claims_nothing(make_run):
-    groups = group_runs([read_run(make_run("dense", 0.90)), read_run(make_run("moe", 0.93, moe=MOE, flops=133))])
-    (line,) = differences(groups)
-    assert line.startswith("moe against dense: +3.00 points")
+    (line,) = sentences(make_run("a", 0.90), make_run("b", 0.93, moe=MOE, flops=133))
+    assert line.startswith("E=8 K=2 against dense: +3.00 points of test top-1, n=1: ")
     assert "at unequal compute (1.33x the FLOPs an image, 4.00x the parameters)" in line
-    assert "n=1 each" in line and "no significance" in line
+    assert "no significance" in line
 
 
 def test_compute_within_five_percent_is_equal(make_run):
-    groups = group_runs([read_run(make_run("dense", flops=100)), read_run(make_run("moe", moe=MOE, flops=104))])
-    assert "at equal compute (1.04x" in differences(groups)[0]
+    assert "at equal compute (1.04x" in sentences(make_run("a", flops=100), make_run("b", moe=MOE, flops=104))[0]
 
 
-def test_the_difference_of_several_seeds_states_their_spread(make_run):
-    moe = [read_run(make_run(f"moe{seed}", 0.9 + 0.02 * seed, seed, MOE)) for seed in (0, 1)]
-    dense = [read_run(make_run(f"dense{seed}", 0.8, seed)) for seed in (0, 1, 2)]
-    (line,) = differences(group_runs(moe + dense))
-    assert "+11.00 points" in line
-    assert "sd 1.41 (n=2) against sd 0.00 (n=3)" in line
+def test_seeds_are_paired_and_the_interval_is_students(make_run):
+    # Differences of seeds 0, 1, 2: 1, 2 and 3 points; seed 9 has no partner. t(0.975, 2) = 4.303, 1 / sqrt(3) = 0.577
+    runs = [make_run(f"moe{seed}", 0.8 + 0.05 * seed + 0.01 * (seed + 1), seed, MOE) for seed in (0, 1, 2)]
+    runs += [make_run(f"dense{seed}", 0.8 + 0.05 * seed, seed) for seed in (2, 0, 1)]
+    runs.append(make_run("dense9", 0.1, 9))
+    arms = group_runs([read_run(run) for run in runs])
+    (found,) = differences(arms)
+    assert (found.arm.name, found.baseline.name, found.pairs) == ("E=8 K=2", "dense", 3)
+    assert found.mean == pytest.approx(0.02)
+    assert (found.high + found.low) / 2 == pytest.approx(found.mean)
+    assert found.high - found.mean == pytest.approx(0.04303 * 0.57735, rel=1e-3)
+    assert "+2.00 points of test top-1, 95 % interval -0.48 to +4.48 (paired, n=3)" in sentence(found)
+
+
+def test_without_a_seed_in_common_no_interval_is_given(make_run):
+    (line,) = sentences(make_run("a", 0.8, 0), make_run("b", 0.9, 1, MOE), make_run("c", 0.9, 2, MOE))
+    assert "+10.00 points of test top-1, no seed in common (n=2 and n=1): no interval" in line
+
+
+def test_several_runs_of_a_seed_count_once(make_run):
+    runs = [make_run("a", 0.8, 0), make_run("b", 0.9, 1), make_run("c", 0.82, 0, MOE), make_run("d", 0.86, 0, MOE)]
+    assert "+4.00 points of test top-1, n=1" in sentences(*runs)[0]
 
 
 def test_runs_without_a_twin_stand_beside_the_first(make_run):
-    groups = group_runs([read_run(make_run("a", moe=MOE)), read_run(make_run("b", moe=MOE | {"num_experts": 4}))])
-    assert [line.split(":")[0] for line in differences(groups)] == ["b against a"]
+    (line,) = sentences(make_run("a", moe=MOE), make_run("b", moe=MOE | {"num_experts": 4}))
+    assert line.startswith("E=4 K=2 against E=8 K=2: ")
+
+
+def test_of_several_dense_arms_the_one_of_the_same_recipe_is_the_twin(make_run):
+    runs = [
+        make_run("a", lr=0.1),
+        make_run("b", lr=0.01),
+        make_run("c", lr=0.01, moe=MOE),
+        make_run("d", lr=0.1, moe=MOE),
+    ]
+    against = [line.split(":")[0] for line in sentences(*runs)]
+    assert against == ["E=8 K=2 lr 0.01 against dense lr 0.01", "E=8 K=2 lr 0.1 against dense lr 0.1"]
+
+
+def test_a_baseline_is_named_by_its_label_or_by_a_run(make_run):
+    runs = [make_run("a"), make_run("b", moe=MOE), make_run("c", moe=MOE | {"top_k": 1})]
+    for name in ("E=8 K=1", "c"):
+        against = [line.split(":")[0] for line in sentences(*runs, baseline=name)]
+        assert against == ["dense against E=8 K=1", "E=8 K=2 against E=8 K=1"]
+    with pytest.raises(UserError, match=r"--baseline densse: .*did you mean 'dense'"):
+        sentences(*runs, baseline="densse")
 
 
 def test_other_hardware_and_other_data_are_warned_of(make_run):
@@ -101,23 +162,10 @@ def test_other_hardware_and_other_data_are_warned_of(make_run):
 
 
 def test_what_else_differs_than_the_moe_layers_is_told(make_run):
-    dense, sparse = make_run("dense"), make_run("moe", moe=MOE)
-    assert "also differ" not in differences(group_runs([read_run(sparse), read_run(dense)]))[0]
-    config = yaml.safe_load((dense / "config.yaml").read_text())
-    (dense / "config.yaml").write_text(yaml.safe_dump(config | {"optim": {"lr": 0.1}}))
-    (line,) = differences(group_runs([read_run(sparse), read_run(dense)]))
-    assert line.endswith("; not the MoE layers alone, they also differ in optim.lr")
-
-
-def test_runs_of_one_seed_are_warned_of(make_run):
-    (line,) = warnings_for([read_run(make_run("one")), read_run(make_run("again"))])
-    assert line.startswith("one: several runs of one seed")
-
-
-def test_groups_of_the_same_folder_name_are_told_apart(make_run, tmp_path):
-    (tmp_path / "x").mkdir()
-    runs = [read_run(make_run("run")), read_run(make_run("x/run", moe=MOE))]
-    assert [group.name for group in group_runs(runs)] == ["run", "run (2)"]
+    dense, other, sparse = make_run("a"), make_run("b", lr=0.1), make_run("c", moe=MOE)
+    assert "differ" not in sentences(sparse, dense)[0]
+    assert sentences(sparse, other)[0].endswith("; not the MoE layers alone, they also differ in optim.lr")
+    assert sentences(dense, other)[0].endswith("; they differ in optim.lr")
 
 
 @pytest.mark.parametrize("file", ["config.yaml", "summary.json", "metrics.csv"])
@@ -156,14 +204,41 @@ def test_a_missing_folder_is_refused(tmp_path):
         read_run(tmp_path / "missing")
 
 
-def test_the_picture_shows_every_group_where_its_figures_are(make_run):
-    groups = group_runs([read_run(make_run("dense", 0.90)), read_run(make_run("moe", 0.93, moe=MOE, flops=133))])
-    page = draw_comparison(groups, ["a note"])
-    flops = page.figure.axes[0]
-    assert [(line.get_xdata()[0], line.get_ydata()[0]) for line in flops.lines] == [(100, 90), (133, pytest.approx(93))]
-    assert len(page.figure.axes[4].lines) == 2  # learning curves
+def test_the_picture_shows_every_arm_where_its_figures_are(make_run):
+    runs = [
+        make_run("a", 0.90),
+        make_run("b", 0.93, moe=MOE, flops=133),
+        make_run("c", 0.91, moe={"num_experts": 2}, flops=140),
+    ]
+    arms = group_runs([read_run(run) for run in runs])
+    page = draw_comparison(arms, differences(arms), ["a note"])
+    flops, differ = page.figure.axes[0], page.figure.axes[3]
+    points = [(line.get_xdata()[0], line.get_ydata()[0]) for line in flops.lines[:3]]
+    assert points == [(100, 90), (133, pytest.approx(93)), (140, pytest.approx(91))]
+    assert list(flops.lines[3].get_xdata()) == [100, 133]  # the Pareto front
+    assert [(line.get_xdata()[0], line.get_ydata()[0]) for line in differ.lines[:2]] == [
+        (pytest.approx(3), 1),
+        (pytest.approx(1), 2),
+    ]
+    assert len(page.figure.axes[4].lines) == 3  # learning curves
     texts = [text.get_text() for text in page.figure.findobj(Text)]
-    assert "dense  n=1" in texts and "moe  n=1" in texts and "a note" in texts
+    assert {"1  dense  n=1", "2  E=8 K=2  n=1", "a note"} <= set(texts)
+
+
+def test_many_arms_and_notes_stay_on_the_page(make_run):
+    runs = [make_run(f"r{count}", moe={"num_experts": count}) for count in range(2, 30)]
+    arms = group_runs([read_run(run) for run in runs])
+    page = draw_comparison(arms, differences(arms), ["a note"] * 30)
+    renderer = page.canvas.get_renderer()
+    boxes = [text.get_window_extent(renderer) for text in page.figure.texts]
+    assert all(box.y0 >= 0 and box.x0 >= 0 and box.x1 <= page.width for box in boxes)
+
+
+def test_the_pareto_front():
+    points = [(1, 5), (2, 4), (2, 7), (3, 7), (4, 9)]
+    assert pareto_front(points) == [0, 2, 4]
+    assert pareto_front(points, more_is_better=True) == [4]
+    assert pareto_front([(1, 9), (2, 8), (3, 7)], more_is_better=True) == [2, 1, 0]
 
 
 def test_short_numbers():

@@ -17,7 +17,7 @@ def save_summary(tmp_path):
         folder.mkdir()
         config = {"seed": seed, "data": {"name": "digits"}, "model": {"name": "vit", "kwargs": {}}, "moe": moe}
         summary = {
-            "metrics": {"test/top1": top1},
+            "metrics": {"test/top1": top1, "train_clean/top1": 0.995},
             "parameters": {"total": 3_000_000 if moe else 1_000_000, "active": 1_250_000},
             "flops_per_image": 2_500_000,
             "images_per_second": 123.4,
@@ -38,18 +38,47 @@ def test_runs_are_put_side_by_side(save_summary, tmp_path, capsys):
     out = tmp_path / "out"
     assert main([*runs, runs[0], "--out", str(out)]) == 0  # the same folder twice counts once
     shown = capsys.readouterr()
-    assert "moe0 against dense: +2.00 points" in shown.out and "at equal compute" in shown.out
+    assert "E=8 K=2 against dense: +1.00 points" in shown.out and "at equal compute" in shown.out
     assert shown.err == ""
     rows = list(csv.DictReader((out / "comparison.csv").read_text().splitlines()))
-    assert [(row["name"], row["n"]) for row in rows] == [("moe0", "2"), ("dense", "1")]
+    assert [(row["name"], row["n"]) for row in rows] == [("E=8 K=2", "2"), ("dense", "1")]
     assert float(rows[0]["test_top1_mean"]) == pytest.approx(0.98)
     assert float(rows[0]["test_top1_sd"]) == pytest.approx(0.01414, abs=1e-4)
     assert rows[1]["test_top1_sd"] == ""
     markdown = (out / "comparison.md").read_text()
-    assert "| moe0 | V-MoE | 2 | 98.00 ± 1.41 | 2.5 M | 1.25 M | 3 M | 123 |" in markdown
-    assert "- moe0 against dense" in markdown
+    assert "| E=8 K=2 | 2 | 98.00 ± 1.41 | 99.50 | +1.00 (n=1) | 2.5 M | 1.25 M | 3 M | 123 |" in markdown
+    assert "- E=8 K=2 against dense" in markdown
     Image.open(out / "comparison.png").verify()
-    assert {path.name for path in out.iterdir()} == {"comparison.csv", "comparison.md", "comparison.png"}
+    report = json.loads((out / "comparison.json").read_text())
+    assert [(run["run"], run["arm"], run["seed"]) for run in report["runs"]][:2] == [
+        ("moe0", "E=8 K=2", 0),
+        ("moe1", "E=8 K=2", 1),
+    ]
+    assert report["arms"][0]["test_top1_mean"] == pytest.approx(0.98) and len(report["notes"]) == 1
+    assert {path.suffix for path in out.iterdir()} == {".csv", ".md", ".json", ".png"}
+
+
+def test_arms_are_compared_with_a_named_baseline(save_summary, tmp_path, capsys):
+    runs = [
+        save_summary(f"{name}{seed}", top1 + 0.01 * seed, seed, moe)
+        for seed in (0, 1)
+        for name, top1, moe in (
+            ("dense", 0.9, None),
+            ("eight", 0.92, {"num_experts": 8}),
+            ("four", 0.95, {"num_experts": 4}),
+        )
+    ]
+    out = tmp_path / "out"
+    assert main([*runs, "--baseline", "eight1", "--out", str(out)]) == 0
+    arms = json.loads((out / "comparison.json").read_text())["arms"]
+    assert [(arm["name"], arm["baseline"], arm["paired_seeds"]) for arm in arms] == [
+        ("dense", "E=8 K=2", 2),
+        ("E=8 K=2", None, None),
+        ("E=4 K=2", "E=8 K=2", 2),
+    ]
+    assert arms[0]["difference"] == pytest.approx(-0.02)
+    assert arms[0]["difference_low"] == arms[0]["difference_high"] == pytest.approx(-0.02)  # the same in both seeds
+    assert "-2.00 [-2.00, -2.00]" in (out / "comparison.md").read_text()
 
 
 def test_other_hardware_is_one_warning(save_summary, tmp_path, capsys):
@@ -67,6 +96,7 @@ def test_mistakes_are_one_line_that_names_them(save_summary, tmp_path, capsys):
         ([run, str(tmp_path / "missing"), "--out", str(tmp_path / "out")], "missing"),
         ([run, str(tmp_path / "empty"), "--out", str(tmp_path / "out")], "empty: holds no config.yaml"),
         ([run], "--out"),
+        ([run, "--baseline", "twin", "--out", str(tmp_path / "out")], "--baseline twin"),
         (["--out", str(tmp_path / "out")], "RUN"),
     ):
         assert main(arguments) == 2

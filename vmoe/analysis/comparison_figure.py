@@ -90,7 +90,7 @@ def _scatter(axes: Axes, arms: Sequence[Arm], field: str) -> None:
     ticks = FuncFormatter(lambda value, _: short(value))
     axes.xaxis.set_major_formatter(ticks)
     axes.xaxis.set_minor_formatter(NullFormatter())
-    if max(values) / min(values) < 8:  # less than a decade: no power of ten need be inside
+    if max(values) / min(values) < 100:  # two powers of ten need not be inside
         axes.minorticks_off()
         axes.set_xticks(apart(values))
 
@@ -136,7 +136,7 @@ def _legend(page: Page, arms: Sequence[Arm], x: int, y: int, height: int) -> Non
         key.plot([0.5], [14 + _ROW * index], marker, color=expert_hex(index), markersize=8)
         name = page.fit(f"{index + 1}  {arm.name}", BODY, _WIDTH - 90)
         page.text(x + 40, y + 19 + _ROW * index, f"{name}  n={arm.n}", BODY)
-    text = "round: V-MoE, square: dense; bars: sd over seeds; dots: Pareto front"
+    text = "round: V-MoE, square: dense; bars: sd; dots: Pareto front"
     page.text(x, y + 24 + _ROW * len(arms), text, SMALL, color=MUTED)
 
 

@@ -45,14 +45,18 @@ def difference(arm: Arm, baseline: Arm) -> Difference:
 
 def differences(arms: Sequence[Arm], baseline: Arm | None = None) -> list[Difference]:
     """Each arm against the baseline. Without one, against its dense twin (same backbone and data; of several the one
-    whose recipe is nearest), and against the first arm where it has none.
+    whose recipe is nearest), and arms that neither have a twin nor are one against the first dense arm, or the first.
     """
-    found = []
-    for arm in arms:
-        other = baseline or _twin(arm, arms) or arms[0]
-        if other is not arm:
-            found.append(difference(arm, other))
-    return found
+    if baseline is not None:
+        return [difference(arm, baseline) for arm in arms if arm is not baseline]
+    twins = [_twin(arm, arms) for arm in arms]
+    first = next((arm for arm in arms if arm.first.is_dense), arms[0])
+    others = [twin or first for twin in twins]
+    return [
+        difference(arm, other)
+        for arm, other in zip(arms, others, strict=True)
+        if arm is not first and not any(arm is twin for twin in twins)
+    ]
 
 
 def find_arm(arms: Sequence[Arm], name: str) -> Arm:
