@@ -18,6 +18,7 @@ from vmoe.moe import (
     moe_layers,
     set_auxiliary_scale,
     set_eval_capacity_factor,
+    set_top_k,
     update_router_biases,
 )
 from vmoe.version import __version__
@@ -34,6 +35,7 @@ __all__ = [
     "record_routing",
     "set_auxiliary_scale",
     "set_eval_capacity_factor",
+    "set_top_k",
     "sparsify",
     "update_router_biases",
 ]

@@ -208,3 +208,27 @@ def test_every_router_takes_empty_and_single_batches(router):
 def test_combinations_that_cannot_work_are_refused(router, knobs, field):
     with pytest.raises(ValueError, match=f"^{field}="):
         MoeConfig(router=router, **knobs)
+
+
+@pytest.mark.parametrize("router", [name for name in ROUTER_NAMES if name not in ("expert_choice", "soft")])
+def test_experts_a_token_can_be_set_after_construction(router):
+    torch.manual_seed(0)
+    layer, three = (MoeMlp(WIDTH, HIDDEN, moe=MoeConfig(num_experts=EXPERTS, top_k=k, router=router)) for k in (1, 3))
+    three.load_state_dict(layer.state_dict())
+    vmoe.set_top_k(layer, 3)
+    results = []
+    for each in (layer.eval(), three.eval()):
+        torch.manual_seed(1)  # for the random router
+        results.append(each(tokens()))
+    assert torch.equal(*results)
+    for bad in (0, EXPERTS + 1):
+        with pytest.raises(ValueError, match=f"top_k={bad}"):
+            vmoe.set_top_k(layer, bad)
+    assert layer.config.top_k == 3
+
+
+@pytest.mark.parametrize("router", ["expert_choice", "soft"])
+def test_experts_with_slots_have_no_number_a_token(router):
+    layer = MoeMlp(WIDTH, HIDDEN, moe=MoeConfig(num_experts=EXPERTS, router=router), tokens=5)
+    with pytest.raises(ValueError, match=f'top_k=2: has no meaning with router="{router}"'):
+        vmoe.set_top_k(layer, 2)
