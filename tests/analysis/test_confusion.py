@@ -14,7 +14,9 @@ def make_evaluation(confusion):
     totals = confusion.sum(1)
     accuracy = [float(hit / total) if total else None for hit, total in zip(np.diag(confusion), totals, strict=True)]
     top1 = float(np.trace(confusion) / confusion.sum())
-    return Evaluation(int(confusion.sum()), None, top1, 1.0, 0.1, 0.0, accuracy, confusion.tolist(), None, None, {})
+    return Evaluation(
+        int(confusion.sum()), None, None, top1, 1.0, 0.1, 0.0, accuracy, confusion.tolist(), None, None, {}
+    )
 
 
 def texts(page):

@@ -2,9 +2,9 @@
 Dietterich 2019, https://arxiv.org/abs/1903.12261).
 
 Operations and severities are those of the authors' scripts: CIFAR-C's, made for 32 pixels, for images up to 64 pixels,
-else ImageNet-C's, made for 224. Lengths in pixels are taken as they are. The draws are not theirs, and motion blur
-follows ImageMagick's kernel without it, so images are equal in kind, not bit for bit. Frost is missing: it overlays
-photographs of frost.
+else ImageNet-C's, made for 224. Lengths in pixels are taken as they are, but elastic ones grow with the image. The
+draws are not theirs, and motion blur follows ImageMagick's kernel without it, so images are equal in kind, not bit for
+bit. Frost is missing: it overlays photographs of frost.
 
 An image here is (H, W, 3) float32 in [0, 1], H = W. `level` is what the tables give for a severity.
 """
@@ -13,6 +13,7 @@ import io
 import math
 import zlib
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import cv2
@@ -22,7 +23,7 @@ from scipy.ndimage import gaussian_filter
 
 SEVERITIES = (1, 2, 3, 4, 5)
 SMALL_SIDE = 64  # up to this side in pixels CIFAR-C's severities are used
-_ELASTIC_UNIT = 244  # pixels of ImageNet-C's elastic lengths; its authors kept the slip for 224
+_SLIP = 244 / 224  # ImageNet-C's elastic lengths are shares of 244 pixels, where 224 was meant
 
 
 class Corruption(NamedTuple):
@@ -136,9 +137,11 @@ def _contrast(image: np.ndarray, level: float, rng: np.random.Generator) -> np.n
 
 
 def _elastic_transform(image: np.ndarray, level: tuple[float, float, float], rng: np.random.Generator) -> np.ndarray:
-    """`level`: length and smoothness of the local shifts, and largest shift of the three corners of an affine map."""
-    length, smoothness, shift = level
+    """`level`, as shares of the side: length and smoothness of the local shifts, and largest shift of the three corners
+    of an affine map.
+    """
     side = image.shape[0]
+    length, smoothness, shift = (side * share for share in level)
     centre, arm = side // 2, side // 3
     corners = np.float32([[centre + arm, centre + arm], [centre + arm, centre - arm], [centre - arm, centre - arm]])
     affine = cv2.getAffineTransform(corners, corners + rng.uniform(-shift, shift, (3, 2)).astype(np.float32))
@@ -206,10 +209,7 @@ def _plasma(side: int, decay: float, rng: np.random.Generator) -> np.ndarray:
     step, strength = size, 100.0
     while step >= 2:
         half = step // 2
-
-        def varied(total: np.ndarray, strength: float = strength) -> np.ndarray:
-            return total / 4 + strength**2 * rng.uniform(-1, 1, total.shape)
-
+        varied = partial(_mean_of_four, strength**2, rng)
         corners = cloud[::step, ::step]
         pairs = corners + np.roll(corners, -1, 0)
         cloud[half::step, half::step] = varied(pairs + np.roll(pairs, -1, 1))
@@ -221,8 +221,8 @@ def _plasma(side: int, decay: float, rng: np.random.Generator) -> np.ndarray:
     return (cloud / cloud.max())[:side, :side]
 
 
-def _elastic_levels(unit: int, shares: tuple[tuple[float, float, float], ...]) -> tuple:
-    return tuple(tuple(unit * share for share in level) for level in shares)
+def _mean_of_four(strength: float, rng: np.random.Generator, total: np.ndarray) -> np.ndarray:
+    return total / 4 + strength * rng.uniform(-1, 1, total.shape)
 
 
 # fmt: off
@@ -266,10 +266,9 @@ CORRUPTIONS = {
     "contrast": Corruption(_contrast, (0.75, 0.5, 0.4, 0.3, 0.15), (0.4, 0.3, 0.2, 0.1, 0.05)),
     "elastic_transform": Corruption(
         _elastic_transform,
-        _elastic_levels(32, ((0, 0, 0.08), (0.05, 0.2, 0.07), (0.08, 0.06, 0.06), (0.1, 0.04, 0.05),
-                             (0.1, 0.03, 0.03))),
-        _elastic_levels(_ELASTIC_UNIT, ((2, 0.7, 0.1), (2, 0.08, 0.2), (0.05, 0.01, 0.02), (0.07, 0.01, 0.02),
-                                        (0.12, 0.01, 0.02))),
+        ((0, 0, 0.08), (0.05, 0.2, 0.07), (0.08, 0.06, 0.06), (0.1, 0.04, 0.05), (0.1, 0.03, 0.03)),
+        tuple(tuple(_SLIP * share for share in level) for level in (
+            (2, 0.7, 0.1), (2, 0.08, 0.2), (0.05, 0.01, 0.02), (0.07, 0.01, 0.02), (0.12, 0.01, 0.02))),
     ),
     "pixelate": Corruption(_pixelate, (0.95, 0.9, 0.85, 0.75, 0.65), (0.6, 0.5, 0.4, 0.3, 0.25)),
     "jpeg_compression": Corruption(_jpeg_compression, (80, 65, 58, 50, 40), (25, 18, 15, 10, 7)),
