@@ -123,6 +123,11 @@ class MixConfig:
         """Whether anything is ever mixed."""
         return self.mixup_alpha > 0 or self.cutmix_alpha > 0
 
+    @property
+    def has_both(self) -> bool:
+        """Whether an image may be mixed in either way."""
+        return self.mixup_alpha > 0 and self.cutmix_alpha > 0
+
 
 @dataclass(frozen=True)
 class SubsetConfig:

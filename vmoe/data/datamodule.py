@@ -9,7 +9,7 @@ from vmoe.data.batch_augment import BatchAugmenter
 from vmoe.data.config import DEFAULTS, Colour, DataConfig
 from vmoe.data.datasets import download, load_splits
 from vmoe.data.loading import Batch, EvalImages, ImageLoader, TrainImages
-from vmoe.data.mixing import Mixer
+from vmoe.data.mixing import make_mixer
 from vmoe.data.resident import ResidentEvalLoader, ResidentImages, ResidentTrainLoader, check_room, make_resident
 from vmoe.data.samplers import EpochBatchSampler
 from vmoe.errors import UserError
@@ -70,7 +70,7 @@ class ImageDataModule(LightningDataModule):
         self.mean: Colour = tuple(config.mean or defaults.mean)
         self.std: Colour = tuple(config.std or defaults.std)
         self.train_sampler = EpochBatchSampler(len(self._splits.train), config.batch_size, self.seed)
-        self._mixer = Mixer(config.mix, self.num_classes, self.seed, self.device) if config.mix.is_on else None
+        self._mixer = make_mixer(config.mix, self.num_classes, self.seed, self.device)
         if config.pipeline == "workers":
             self._augmenter = Augmenter(config.augment, self.image_size, self.mean, defaults.flip, self.seed)
             return
