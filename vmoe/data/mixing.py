@@ -7,6 +7,8 @@ a function of (seed, epoch, index), and partners are in one group of consecutive
 Shapes: B images, S pixels a side, C classes.
 """
 
+import warnings
+
 import numpy as np
 import torch
 from scipy.stats import beta
@@ -19,6 +21,17 @@ from vmoe.data.fusing import Fused
 GROUP = 8  # consecutive images of a batch
 _FIRST_DRAW, _DRAWS = 1000, 5  # apart from the augmentation's
 _QUANTILES = 4096
+
+
+def make_mixer(config: MixConfig, classes: int, seed: int, device: torch.device) -> "Mixer | None":
+    """The mixer of a config; None where both alphas are 0. Settings without effect are warned about."""
+    if not config.is_on and config != MixConfig():
+        warnings.warn("data.mix has no effect: mixup_alpha and cutmix_alpha are both 0", stacklevel=2)
+    elif config.is_on and not config.has_both and config.switch_prob != MixConfig.switch_prob:
+        warnings.warn(
+            f"data.mix.switch_prob={config.switch_prob} has no effect: only one of mixup and CutMix is on", stacklevel=2
+        )
+    return Mixer(config, classes, seed, device) if config.is_on else None
 
 
 class Mixer:
