@@ -75,9 +75,9 @@ class ImageDataModule(LightningDataModule):
         """The test split in order: never for choosing."""
         return self._eval_loader("test")
 
-    def random_dataloader(self, split: str) -> ImageLoader:
-        """The "val" or "test" split as evaluation sees it, in a random order that is a function of the seed alone."""
-        order = np.random.default_rng(self.seed).permutation(len(getattr(self._splits, split)))
+    def random_dataloader(self, split: str, seed: int) -> ImageLoader:
+        """The "val" or "test" split as evaluation sees it, in a random order that is a function of `seed` alone."""
+        order = np.random.default_rng(seed).permutation(len(getattr(self._splits, split)))
         return self._eval_loader(split, sampler=order.tolist())
 
     def _eval_loader(self, split: str, sampler: list[int] | None = None) -> ImageLoader:
