@@ -124,7 +124,7 @@ def _ratio_matrix(report: Report, layer: Report, ratio: Report, names: list[str]
     verdict += "" if part["beats_null"] else ": no more than chance"
     legend = (
         f"The natural logarithm of P({what} | expert) / P({what}): blue, the expert takes more of it than experts do "
-        "on average; brown, less. Columns that are alike stand side by side."
+        "on average; orange, less. Columns that are alike stand side by side."
     )
     size = (columns * cell[0], experts * cell[1] + (160 if shown else 30))
     page, places = panel_page(
@@ -143,7 +143,7 @@ def _coactivation(report: Report) -> Page:
     layers = [layer for layer in report["layers"] if layer["top_k"] != 1]
     experts = max(layer["num_experts"] for layer in layers)
     cell = int(np.clip(320 // experts, 5, 40))
-    legend = "How often two experts take the same token over what chance gives: blue more, brown less (log scale)."
+    legend = "How often two experts take the same token over what chance gives: blue more, orange less (log scale)."
     page, places = panel_page(
         "Experts that work together", _about(report), legend, len(layers), (experts * cell,) * 2, 4, left=40
     )
