@@ -85,10 +85,12 @@ def _changed_config(checkpoint: "Checkpoint", options: argparse.Namespace) -> "D
 
 
 class Tracked:
-    """Batches with a progress bar on stderr, each time they are gone through."""
+    """Batches with a progress bar on stderr, where that is a terminal, each time they are gone through."""
 
     def __init__(self, batches: Iterable, description: str) -> None:
         self._batches, self._description = batches, description
 
     def __iter__(self):
-        return iter(track(self._batches, self._description, console=Console(stderr=True), transient=True))
+        console = Console(stderr=True)
+        hidden = not console.is_terminal
+        return iter(track(self._batches, self._description, console=console, transient=True, disable=hidden))
