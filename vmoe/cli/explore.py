@@ -149,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         default=1000,
         metavar="N",
-        help="images on which each expert is ablated and capacities are tried; 0: none (default: 1000)",
+        help="images with labels on which each expert is ablated and capacities are tried; 0: none (default: 1000)",
     )
     parser.add_argument(
         "--capacity-factor",

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -223,6 +224,15 @@ def test_without_labels_what_needs_none_stays_the_same(make_model, make_batches,
     assert not any("ccuracy" in line or "class" in line for line in report["findings"])
     assert (images["label"] == -1).all()
     assert images["name"].tolist() == [f"photo {number}.jpg" for number in images["number"]]
+
+
+def test_naflex_models_are_explored_on_images_of_one_size(make_batches):
+    torch.manual_seed(0)
+    shape = {"embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 5}
+    model = timm.create_model("naflexvit_base_patch16_gap", **shape)
+    model = vmoe.sparsify(model, MoeConfig(layers="every-1", num_experts=4)).eval()
+    found = explore(model, make_batches(20, size=(64, 48)), options=FEW)
+    check(found, 20, ["blocks.0.mlp", "blocks.1.mlp"], 4, [(4, 3)] * 2)
 
 
 def test_images_of_several_sizes_are_refused(make_model, make_batches):
