@@ -85,7 +85,7 @@ def explore(
         model: A model with MoE layers, a checkpoint of one, or a `Subject`.
         batches: Of (images (B, 3, H, W), labels (B,) or None, ...), to be gone through several times, each time the
             same, and in random order: the first images serve for the costlier analyses, and nulls pair images of a
-            block. Where labels are None, what needs them is left out: accuracy, classes, causes.
+            block. Where all labels are None, what needs them is left out: accuracy, classes, causes.
         name: What the report calls it; by default a checkpoint's path, or the model's class.
         others: Runs to compare with, which see the same images; dense ones too.
         snapshots: Earlier checkpoints of the same run.

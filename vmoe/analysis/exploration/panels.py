@@ -86,18 +86,12 @@ def matrix(
         for row, column in zip(*np.nonzero(np.isfinite(values)), strict=True):
             ink = ink_on(colours[row, column])
             place = x + (column + 0.5) * width, y + (row + 0.5) * height
-            page.text(
-                *place,
-                _signless_zero(format(values[row, column], form)),
-                11,
-                color=ink,
-                ha="center",
-                va="center_baseline",
-            )
+            text = _signless_zero(format(values[row, column], form))
+            page.text(*place, text, 11, color=ink, ha="center", va="center_baseline")
 
 
 def _signless_zero(number: str) -> str:
-    """ "-0.0" as "0.0"."""
+    """A number as it is, but 0.0 for -0.0."""
     return number if any(digit in number for digit in "123456789") else number.lstrip("-")
 
 
