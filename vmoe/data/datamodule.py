@@ -110,9 +110,9 @@ class ImageDataModule(LightningDataModule):
         size = self.config.eval_batch_size or self.config.batch_size
         return ImageLoader(dataset, workers=self.config.workers, batch_size=size, sampler=np.sort(sample).tolist())
 
-    def random_dataloader(self, split: str) -> ImageLoader | ResidentEvalLoader:
-        """The "val" or "test" split as evaluation sees it, in a random order that is a function of the seed alone."""
-        order = np.random.default_rng(self.seed).permutation(len(getattr(self._splits, split)))
+    def random_dataloader(self, split: str, seed: int) -> ImageLoader | ResidentEvalLoader:
+        """The "val" or "test" split as evaluation sees it, in a random order that is a function of `seed` alone."""
+        order = np.random.default_rng(seed).permutation(len(getattr(self._splits, split)))
         return self._eval_loader(split, sampler=order.tolist())
 
     def _eval_loader(self, split: str, sampler: list[int] | None = None) -> ImageLoader | ResidentEvalLoader:
