@@ -15,7 +15,7 @@ from scipy.stats import beta
 from torch import Tensor
 
 from vmoe.data.config import MixConfig
-from vmoe.data.draws import uniforms
+from vmoe.data.draws import draw_numbers, uniforms
 from vmoe.data.fusing import Fused
 
 GROUP = 8  # consecutive images of a batch
@@ -50,6 +50,7 @@ class Mixer:
         self._switch = (
             config.switch_prob if config.mixup_alpha and config.cutmix_alpha else float(config.mixup_alpha == 0)
         )
+        self._numbers = draw_numbers(_DRAWS, _FIRST_DRAW, device)
         self._mix = Fused(self._by_keys)
 
     def __call__(self, images: Tensor, labels: Tensor, keys: Tensor, epochs: float) -> tuple[Tensor, Tensor]:
@@ -67,7 +68,7 @@ class Mixer:
         return self._mix(images, labels, keys, torch.full((), epochs, device=images.device))
 
     def _by_keys(self, images: Tensor, labels: Tensor, keys: Tensor, epochs: Tensor) -> tuple[Tensor, Tensor]:
-        whether, which, share, x, y = uniforms(self.seed, keys, _DRAWS, _FIRST_DRAW)
+        whether, which, share, x, y = uniforms(self.seed, keys, self._numbers)
         is_cutmix = which < self._switch
         is_on = (whether < self.config.prob) & (keys[:, 0] < epochs)
         shares = torch.where(is_cutmix, _look_up(self._cutmix, share), _look_up(self._mixup, share))
