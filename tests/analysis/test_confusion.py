@@ -6,7 +6,7 @@ from matplotlib.text import Text
 
 from vmoe.analysis.confusion import draw_confusion
 from vmoe.analysis.evaluation import Evaluation
-from vmoe.analysis.style import BLUES
+from vmoe.analysis.style import SHADES
 
 
 def make_evaluation(confusion):
@@ -35,7 +35,7 @@ def test_each_cell_has_the_shade_of_its_share(num_classes):
         return pixels[int(page.height - box.y1 + (row + 0.4) * cell), int(box.x0 + (column + 0.4) * cell)]
 
     for (row, column), share in {(0, 0): 1.0, (3, 3): 0.8, (3, 7): 0.2, (7, 3): 0.0}.items():
-        assert shade(row, column) == pytest.approx(255 * np.array(BLUES(share**0.5)[:3]), abs=1.5)
+        assert shade(row, column) == pytest.approx(255 * np.array(SHADES(share**0.5)[:3]), abs=1.5)
 
 
 def test_names_stay_readable_with_a_hundred_classes():

@@ -15,7 +15,8 @@ from vmoe.analysis.heatmap import (
     route_image,
     select_layers,
 )
-from vmoe.analysis.heatmap_figure import blend, choice_map, draw_layer, draw_overview, dropped_map, gate_map, pale
+from vmoe.analysis.heatmap_figure import draw_layer, draw_overview
+from vmoe.analysis.heatmap_maps import blend, choice_map, dropped_map, entropies, entropy_map, gate_map, pale
 from vmoe.analysis.palette import expert_colours
 from vmoe.analysis.recording import LayerRouting
 from vmoe.data import eval_transform
@@ -61,20 +62,21 @@ def test_choice_map_shows_the_gate_at_patch_centres_and_lines_between_experts():
             expert = int(routing.chosen[0, token, rank])
             gate = float(routing.gates[0, token, expert])
             y, x = 20 * row + 10, 20 * column + 10
+            opacity = gate / float(routing.gates[0, 1:].max())
             assert pixels[y, x] == pytest.approx(
-                gate * expert_colours(4)[expert] + (1 - gate) * background[y, x], abs=1e-6
+                opacity * expert_colours(4)[expert] + (1 - opacity) * background[y, x], abs=1e-6
             )
 
 
 def test_lines_stand_only_between_patches_of_different_experts():
-    gates = torch.tensor([[[0.9, 0.1], [0.9, 0.1], [0.1, 0.9]]])
+    gates = torch.tensor([[[0.5, 0.1], [0.5, 0.1], [0.1, 0.8]]])
     chosen = gates.argmax(-1, keepdim=True)
     routing = LayerRouting(
         gates, chosen, gates.amax(-1, keepdim=True), torch.zeros_like(chosen, dtype=torch.bool), (1, 3), 0
     )
     pixels = choice_map(np.ones((20, 60, 3)), routing, 0)
     first, second = expert_colours(2)
-    filled = 0.9 * first + 0.1
+    filled = 0.5 / 0.8 * first + 0.3 / 0.8
     assert np.allclose(pixels[10, [0, 19, 20, 37]], filled)  # the picture's edge, and within one region
     assert np.allclose(pixels[10, 39], first)
     assert np.allclose(pixels[10, 40], second)
@@ -84,10 +86,25 @@ def test_gate_map_shows_one_expert_everywhere():
     routing = make_routing()
     pixels = gate_map(np.ones((40, 60, 3)), routing, 2)
     for row, column in np.ndindex(2, 3):
-        gate = float(routing.gates[0, 1 + 3 * row + column, 2])
+        opacity = float(routing.gates[0, 1 + 3 * row + column, 2] / routing.gates[0, 1:].max())
         assert pixels[20 * row + 10, 20 * column + 10] == pytest.approx(
-            gate * expert_colours(3)[2] + 1 - gate, abs=1e-6
+            opacity * expert_colours(3)[2] + 1 - opacity, abs=1e-6
         )
+
+
+def test_small_patches_have_no_lines_that_would_fill_them():
+    routing = make_routing()
+    assert len(np.unique(choice_map(np.ones((14, 21, 3)), routing, 0).reshape(-1, 3), axis=0)) <= 6
+    assert len(np.unique(choice_map(np.ones((16, 24, 3)), routing, 0).reshape(-1, 3), axis=0)) > 6
+
+
+def test_entropy_map_is_white_for_a_sure_patch_and_darkest_for_an_undecided_one():
+    gates = torch.tensor([[[1.0, 0.0], [0.9, 0.1], [0.5, 0.5]]])
+    chosen = gates.argmax(-1, keepdim=True)
+    routing = LayerRouting(gates, chosen, gates.amax(-1, keepdim=True), torch.zeros_like(chosen).bool(), (1, 3), 0)
+    assert entropies(routing)[0] == pytest.approx([0, -(0.9 * np.log2(0.9) + 0.1 * np.log2(0.1)), 1])
+    pixels = entropy_map(np.ones((20, 60, 3)), routing)[10, 10::20].mean(-1)
+    assert pixels[0] == pytest.approx(1) and pixels[0] > pixels[1] > pixels[2]
 
 
 def test_dropped_map_darkens_by_the_share_of_dropped_choices():
@@ -132,7 +149,7 @@ def test_a_page_shows_the_maps_pixel_by_pixel():
 def test_a_page_names_experts_tokens_and_drops():
     image = make_image(layer=make_routing(4, 4, prefix=3, dropped=[(5, 0), (6, 1)]))
     texts = shown_texts(draw_layer(image, "layer", "pay $5 for $6", "subtitle"))
-    assert {"pay $5 for $6", "Second choice", "2 of 32 choices"} <= set(texts)
+    assert {"pay $5 for $6", "Second choice", "2 of 32 choices", "How undecided"} <= set(texts)
     assert {"0", "1", "2", "3"} <= set(texts)
     assert sum("class token" in text for text in texts) == 2  # of the first and of the second choice
     assert sum("register 2" in text for text in texts) == 2
@@ -218,9 +235,20 @@ def test_slot_routers_are_drawn_by_what_each_expert_adds(router):
         model(eval_transform(16, (0.5,) * 3, (0.5,) * 3)(image)[None])
     shares = trace.layers[name].combine.sum(-1)
     torch.testing.assert_close(routing.gates, shares)
-    torch.testing.assert_close(shares.gather(-1, routing.chosen[..., :1]), shares.amax(-1, keepdim=True))
+    weights = shares.topk(2).values
+    torch.testing.assert_close(shares.gather(-1, routing.chosen.clamp_min(0)).where(routing.chosen >= 0, 0), weights)
+    assert torch.equal(routing.chosen < 0, weights == 0)
     assert torch.equal(routing.dropped[..., 0], shares.sum(-1) == 0)
-    assert draw_layer(routed, name, "title", "facts").pixels().shape[2] == 3
+    lost = int(routing.dropped[0, 1:].sum())
+    assert (lost > 0) == (router == "expert_choice")
+    texts = shown_texts(draw_layer(routed, name, "title", "facts"))
+    assert {"Largest share", "Second largest share"} <= set(texts)
+    assert (f"{lost} of 16 patches" in texts) == (lost > 0)
+    numbers = describe_layer(routing)
+    assert sum(numbers["first_choice_share"]) == pytest.approx(1 - lost / 16)
+    assert sum(numbers["choice_share"]) == pytest.approx(1)
+    chosen = routing.chosen[0, 1:]
+    assert numbers["choice_share"][0] == pytest.approx(int((chosen == 0).sum()) / int((chosen >= 0).sum()))
 
 
 def test_patches_are_drawn_where_they_are_in_the_image():
@@ -230,3 +258,28 @@ def test_patches_are_drawn_where_they_are_in_the_image():
     chosen = torch.arange(4).view(1, 4, 1)
     routing = LayerRouting(gates, chosen, torch.ones(1, 4, 1), torch.zeros(1, 4, 1, dtype=torch.bool), (2, 2), 0, order)
     assert drawable(routing).chosen.flatten().tolist() == [3, 2, 1, 0]
+
+
+def test_pages_say_how_to_read_them_and_where_they_come_from():
+    image = make_image(one=make_routing(4, 4), two=make_routing(2, 2, num_experts=8, prefix=5))
+    footer = ["checkpoint runs/a · epoch 3", "command: vmoe heatmap " + " ".join(f"{i}.jpg" for i in range(500))]
+    for page in (
+        draw_layer(image, "one", "title", "subtitle", footer),
+        draw_overview(image, ["one", "two"], "title", "subtitle", footer),
+    ):
+        texts = shown_texts(page)
+        assert footer[0] in texts
+        assert any(text.startswith("command: vmoe heatmap 0.jpg") and text.endswith("…") for text in texts)
+        assert any("Opacity is the gate" in text for text in texts)
+        page.pixels()
+        renderer = page.canvas.get_renderer()
+        for text in page.figure.findobj(Text):
+            box = text.get_window_extent(renderer)
+            assert box.x0 >= 0 and box.x1 <= page.width and box.y0 >= 0 and box.y1 <= page.height, text.get_text()
+
+
+def test_layers_with_grids_of_their_own_stand_beside_each_other():
+    """Grids that do not divide each other, as where a backbone rounds."""
+    image = make_image(one=make_routing(7, 7, prefix=0), two=make_routing(3, 5, prefix=0))
+    texts = shown_texts(draw_overview(image, ["one", "two"], "title", "subtitle"))
+    assert {"one", "two", "Picture"} <= set(texts)

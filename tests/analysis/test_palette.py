@@ -1,9 +1,14 @@
 """The palette is measured: the distances that its docstring states, under normal and colour-blind vision."""
 
+import re
+from importlib.resources import files
+
 import numpy as np
 import pytest
+from matplotlib.colors import to_rgb
 
 from vmoe.analysis.palette import NUM_COLOURS, expert_colours, expert_hex, ink_on
+from vmoe.analysis.style import DIVERGING, SHADES
 
 # Machado et al. 2009, table 1, severity 1; rows give linear R, G, B.
 MACHADO = {
@@ -111,3 +116,12 @@ def test_ink_contrasts_with_every_colour():
     light, ink = linear(colours) @ [0.2126, 0.7152, 0.0722], ink_on(colours)[:, 0]
     contrast = np.where(ink == 1, 1.05 / (light + 0.05), (light + 0.05) / 0.05)
     assert contrast.min() >= 4.5  # WCAG 2 AA
+
+
+def test_figures_and_page_have_the_same_scales():
+    script = (files("vmoe.analysis.page") / "assets" / "numbers.js").read_text(encoding="utf-8")
+    for scale, name in ((SHADES, "SEQUENTIAL"), (DIVERGING, "DIVERGING")):
+        light = re.search(rf"const {name} = {{\s*light: colourScale\(\[(.*?)\]\)", script).group(1)
+        stops = re.findall(r"#[0-9a-f]{6}", light)
+        shades = scale(np.linspace(0, 1, len(stops)))[:, :3]
+        assert np.abs(shades - [to_rgb(stop) for stop in stops]).max() < 0.01

@@ -345,6 +345,66 @@ def test_what_was_not_computed_is_said(chromium, tmp_path):
     assert page.errors() == []
 
 
+def test_without_labels_nothing_is_said_of_classes_and_accuracy(chromium, tmp_path):
+    report, images = make_report(images=6)
+    report = without(report, "accuracy", "class_log_ratio", "ablation", "random_router", "capacity")
+    report = without(report, "patch_names", "patch_label_log_ratio")
+    report["findings"] = []
+    report["runs"] = [{**run, "accuracy": None} for run in report["runs"]]
+    report["provenance"].update(data="photos", split=None)
+    for part in (*report["layers"], *(layer for run in report["runs"] for layer in run["layers"])):
+        part.get("nmi", part.get("specialisation")).pop("class")
+        for expert in part.get("experts", ()):
+            expert["classes"] = []
+    images.update(label=np.full(6, -1), name=np.array([HOSTILE, *(f"photo {number}.jpg" for number in range(1, 6))]))
+    write_page(report, images, tmp_path / "index.html")
+    page = Page(chromium, tmp_path / "index.html")
+    assert [tab.text for tab in page.all("[role=tab]")] == [tab for tab in TABS if tab != "Causes"]
+    assert "have no labels" in page.text("#summary")
+    assert page.text(".verdict").startswith(f"{HOSTILE} · predicted ")
+    page.all(".strip [role=option]")[2].click()
+    assert page.text(".verdict").startswith("photo 2.jpg · predicted ")
+    for tab in (tab for tab in TABS if tab != "Causes"):
+        page.open(tab)
+        said = page.text(f"#panel-{tab.lower()}")
+        for word in ("class ", "classes", "ccuracy", "classified", "unknown", "undefined"):
+            assert word not in said.replace("class token", ""), (tab, word)
+        assert page.js("return window.hacked") is None
+    assert page.errors() == []
+
+
+def test_notes_of_what_is_missing_leave_no_hole_beside_a_figure(chromium, tmp_path):
+    report, images = make_report(top_k=1)
+    report = without(report, "saturation", "agreement")
+    write_page(report, images, tmp_path / "index.html")
+    page = Page(chromium, tmp_path / "index.html")
+    page.open("Structure")
+    for note in page.all("#panel-structure .missing"):
+        box = note.find_element(By.XPATH, "./ancestor-or-self::*[parent::*[contains(@class, 'grid')]]").rect
+        beside = [
+            other
+            for other in page.all("#panel-structure .grid > *")
+            if other.rect["y"] < box["y"] + box["height"] and box["y"] < other.rect["y"] + other.rect["height"]
+        ]
+        assert len(beside) == 1, note.text
+
+
+def test_numbers_stand_only_in_cells_that_hold_them(chromium, tmp_path):
+    report, images = make_report(classes=10)
+    write_page(report, images, tmp_path / "index.html")
+    drawn = {}
+    for width in (390, 1280):
+        page = Page(chromium, tmp_path / "index.html", width)
+        page.js(
+            "window.drawn = []; const draw = CanvasRenderingContext2D.prototype.fillText;"
+            "CanvasRenderingContext2D.prototype.fillText = function (text, ...rest) {"
+            "window.drawn.push([text, this.measureText(text).width]); draw.call(this, text, ...rest); }"
+        )
+        page.open("Causes")
+        drawn[width] = [wide for text, wide in page.js("return window.drawn") if "." in text]
+    assert len(drawn[1280]) >= 60 and drawn[390] == []
+
+
 def test_a_dense_model_has_pictures_and_reasons(chromium, tmp_path):
     report, images = make_report(images=4)
     report = without(

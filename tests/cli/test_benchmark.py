@@ -81,6 +81,18 @@ def test_data(tmp_path, capsys):
         assert row["bound_by"] == ("the data" if row["share_of_model"] < 1 else "the model")
 
 
+def test_data_that_do_not_fit_on_the_device_are_measured_with_workers_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("os.sysconf", lambda name: 2**9)
+    model = ["--model.kwargs", "{patch_size: 8, embed_dim: 24, depth: 2, num_heads: 3}", "--data.batch_size", "32"]
+    config = str(Path(__file__).parents[2] / "configs" / "digits.yaml")
+    arguments = ["data", "--device", "cpu", "--config", config, "--workers", "0", "--seconds", "0.1"]
+    assert main([*arguments, "--out", str(tmp_path), *model]) == 0
+    assert "left out: data.pipeline=device: 1,797 images take" in capsys.readouterr().err
+    assert [row["pipeline"] for row in json.loads((tmp_path / "data.json").read_text())["rows"]] == ["workers"]
+    assert main([*arguments, "--out", str(tmp_path), *model, "--pipelines", "device"]) == 2
+    assert "data.pipeline=device: 1,797 images take" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [

@@ -104,9 +104,49 @@ def test_patch_labels_of_another_set(save_run, tmp_path):
     assert "patch label" in report["layers"][0]["specialisation"]
 
 
+@pytest.fixture
+def photos(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(5):
+        pixels = np.random.default_rng(number).integers(0, 256, (20 + number, 30, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"photo {number}.png")
+    return folder
+
+
+def test_image_files_without_labels(save_run, photos, tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = ["--batch-size", "2", "--workers", "0", *QUICK]
+    assert main([str(save_run(moe=MOE)), "--images", str(photos), "--out", str(out), *arguments]) == 0
+    report = json.loads((out / "data" / "report.json").read_text())
+    told = report["provenance"]
+    assert (told["data"], told["split"], told["num_images"]) == (str(photos), None, 5)
+    assert report["accuracy"] is None and "class" not in report["layers"][0]["specialisation"]
+    images = read_images(out / "data" / "images.npz")
+    assert sorted(images["name"]) == [f"photo {number}.png" for number in range(5)]
+    for name, pixels in zip(images["name"], images["pixels"], strict=True):  # each name goes with its own picture
+        with Image.open(photos / name) as image:
+            whole = np.asarray(image).mean((0, 1))
+        assert np.abs(pixels.mean((0, 1)) - whole).max() < 20
+    figures = {path.stem for path in (out / "figures").iterdir()}
+    assert {"maps", "load", "specialisation", "consistency"} <= figures
+    assert not figures & {"classes-0", "ablation", "capacity"}
+    assert "have no labels" in capsys.readouterr().out
+
+
+def test_image_files_named_one_by_one(save_run, photos, tmp_path):
+    run, out = str(save_run(moe=MOE)), tmp_path / "out"
+    files = [str(photos / f"photo {number}.png") for number in (1, 3)]
+    assert main([run, "--out", str(out), "--images", *files, *QUICK]) == 0
+    told = json.loads((out / "data" / "report.json").read_text())["provenance"]
+    assert (told["data"], told["num_images"]) == ("2 image files", 2)
+
+
 def test_mistakes_are_one_line_that_names_them(save_run, tmp_path, capsys):
     run, dense = str(save_run(moe=MOE)), str(save_run("dense"))
     three = str(save_run("three", moe=MOE, class_names=("a", "b", "c")))
+    damaged = tmp_path / "damaged.png"
+    damaged.write_bytes(b"\x89PNG not really")
     out = ["--out", str(tmp_path / "out")]
     for arguments, named in (
         ([str(tmp_path / "missing"), *out], "missing"),
@@ -124,6 +164,12 @@ def test_mistakes_are_one_line_that_names_them(save_run, tmp_path, capsys):
         ([run, *out, "--data", "digitz"], "digitz"),
         ([run, *out, "--device", "cuda:77"], "--device cuda:77"),
         ([run, *out, "--split", "train"], "--split"),
+        ([run, *out, "--images", str(tmp_path / "none")], "none"),
+        ([run, *out, "--images", str(tmp_path / "run")], "no image file"),
+        ([run, *out, "--images", str(damaged)], "damaged.png"),
+        ([run, *out, "--images", str(damaged), "--data", "digits"], "--images"),
+        ([run, *out, "--images", str(damaged), "--split", "val"], "--images"),
+        ([run, *out, "--images", str(damaged), "--batch-size", "0"], "eval_batch_size=0"),
     ):
         assert main(arguments) == 2, arguments
         error = capsys.readouterr().err

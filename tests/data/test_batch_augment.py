@@ -118,8 +118,8 @@ def test_crops_by_scale_have_the_area_and_shape_they_should():
 def known_draws(monkeypatch, **of_place):
     """All draws are 0.5 but those given by their place."""
 
-    def draws(seed, keys, count):
-        result = torch.full((count, len(keys)), 0.5)
+    def draws(seed, keys, numbers):
+        result = torch.full((len(numbers), len(keys)), 0.5)
         for place, value in of_place.items():
             result[int(place[1:])] = value
         return result

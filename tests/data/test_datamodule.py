@@ -233,9 +233,9 @@ def test_lightning_sets_the_epoch_of_the_sampler(npz, tmp_path, workers):
 
 def test_a_random_order_is_a_function_of_the_seed_and_holds_every_image_once():
     def first(seed):
-        data = ImageDataModule(DataConfig(eval_batch_size=1000), seed=seed)
+        data = ImageDataModule(DataConfig(eval_batch_size=1000), seed=0)
         data.setup()
-        return next(iter(data.test_dataloader())), next(iter(data.random_dataloader("test")))
+        return next(iter(data.test_dataloader())), next(iter(data.random_dataloader("test", seed)))
 
     (plain, one), (_, again), (_, other) = first(3), first(3), first(4)
     assert torch.equal(one.images, again.images) and not torch.equal(one.images, other.images)

@@ -7,7 +7,7 @@ from scipy import stats
 from torchvision.transforms import v2
 
 from vmoe.data import MixConfig
-from vmoe.data.mixing import Mixer, mix
+from vmoe.data.mixing import Mixer, make_mixer, mix
 
 CPU = torch.device("cpu")
 FOREVER = float("inf")
@@ -138,3 +138,22 @@ def test_an_epoch_can_be_part_mixed_and_part_not(batch):
     keys[12:, 0] = 5
     found, _ = mixer(mixup_alpha=1.0)(images, labels, keys, 5)
     assert torch.equal(found[12:], images[12:]) and not np.any(torch.eq(found[:12], images[:12]).numpy().all((1, 2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"until": 0.5}, "data.mix has no effect: mixup_alpha and cutmix_alpha are both 0"),
+        ({"cutmix_alpha": 1.0, "switch_prob": 0.9}, "data.mix.switch_prob=0.9 has no effect: only one"),
+    ],
+)
+def test_a_setting_without_effect_is_warned_about(config, message):
+    with pytest.warns(UserWarning, match=message):
+        made = make_mixer(MixConfig(**config), 10, 0, CPU)
+    assert (made is None) == ("until" in config)
+
+
+def test_nothing_to_mix_needs_no_mixer(recwarn):
+    assert make_mixer(MixConfig(), 10, 0, CPU) is None
+    assert make_mixer(MixConfig(mixup_alpha=0.2, cutmix_alpha=1, switch_prob=0.9), 10, 0, CPU) is not None
+    assert not recwarn

@@ -52,3 +52,13 @@ def test_epoch_and_start_are_read_with_the_first_batch():
     expected = EpochBatchSampler(100, 10, 0)
     expected.set_epoch(3)
     assert list(iterator) == list(expected)[2:]
+
+
+def test_an_epoch_of_several_passes():
+    sampler = EpochBatchSampler(10, 4, 7, repeat=3)
+    sampler.set_epoch(2)
+    assert len(sampler) == 7  # 30 images
+    keys = [key for batch in sampler for key in batch]
+    assert [number for number, _ in keys] == [6] * 10 + [7] * 10 + [8] * 8
+    assert sorted(index for _, index in keys[:10]) == sorted(index for _, index in keys[10:20]) == list(range(10))
+    assert keys[:10] != [(6, index) for _, index in keys[10:20]]

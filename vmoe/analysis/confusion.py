@@ -3,7 +3,7 @@
 import numpy as np
 
 from vmoe.analysis.evaluation import Evaluation
-from vmoe.analysis.style import BLUES, BODY, INK, MARGIN, MUTED, PAPER, RULE, SMALL, Page
+from vmoe.analysis.style import BODY, INK, MARGIN, MUTED, PAPER, RULE, SHADES, SMALL, Page
 
 _NAMED = 200  # classes up to which each row has its name
 
@@ -43,7 +43,7 @@ def _shorten(name: str, longest: int = 22) -> str:
 
 
 def _cells(shares: np.ndarray, cell: int) -> np.ndarray:
-    pixels = np.repeat(np.repeat(BLUES(np.sqrt(shares))[..., :3], cell, 0), cell, 1)
+    pixels = np.repeat(np.repeat(SHADES(np.sqrt(shares))[..., :3], cell, 0), cell, 1)
     if cell >= 6:  # hairlines between the cells
         pixels[cell - 1 :: cell] *= 0.96
         pixels[:, cell - 1 :: cell] *= 0.96
@@ -84,7 +84,7 @@ def _bars(page: Page, evaluation: Evaluation, left: int, top: int, cell: int, wi
 
 
 def _legend(page: Page, left: int, y: int) -> None:
-    ramp = np.repeat(BLUES(np.linspace(0, 1, 180))[None, :, :3], 12, 0)
+    ramp = np.repeat(SHADES(np.linspace(0, 1, 180))[None, :, :3], 12, 0)
     page.picture(left, y, ramp)
     for share in (0, 0.1, 0.5, 1):
         x = left + 180 * share**0.5

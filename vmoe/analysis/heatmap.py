@@ -138,22 +138,23 @@ def describe_layer(routing: LayerRouting) -> dict:
     patches = patch_part(routing)
     chosen, gates = patches.chosen[0], patches.gates[0]
     num_experts, top_k = gates.shape[-1], chosen.shape[-1]
-    first = torch.bincount(chosen[:, 0], minlength=num_experts).double() / len(chosen)
-    any_choice = torch.bincount(chosen.flatten(), minlength=num_experts).double() / chosen.numel()
+    first, any_choice = (
+        torch.bincount(part[part >= 0], minlength=num_experts).double() for part in (chosen[:, 0], chosen.flatten())
+    )
     return {
         "grid": list(routing.grid),
         "num_experts": num_experts,
         "top_k": top_k,
-        "first_choice_share": first.tolist(),
-        "choice_share": any_choice.tolist(),
+        "first_choice_share": (first / len(chosen)).tolist(),
+        "choice_share": (any_choice / any_choice.sum().clamp_min(1)).tolist(),
         "mean_gate": gates.double().mean(0).tolist(),
         "dropped_choices": int(patches.dropped.sum()),
         "dropped_share": float(patches.dropped.double().mean()),
         "prefix_tokens": [
             {
                 "token": name,
-                "experts": routing.chosen[0, index].tolist(),
-                "gates": routing.gates[0, index][routing.chosen[0, index]].tolist(),
+                "experts": (experts := routing.chosen[0, index][routing.chosen[0, index] >= 0]).tolist(),
+                "gates": routing.gates[0, index][experts].tolist(),
                 "dropped": routing.dropped[0, index].tolist(),
             }
             for index, name in enumerate(prefix_names(routing))
@@ -184,14 +185,15 @@ def prefix_names(routing: LayerRouting) -> list[str]:
 def drawable(routing: LayerRouting) -> LayerRouting:
     """The same routing on the CPU with its patches row by row, and with choices also where experts have slots.
 
-    There a token's choices are the two experts that contribute most to its result, its gates their shares of it; a
-    token that no expert took counts as dropped.
+    There a token's choices are the two experts that contribute most to its result, -1 where fewer do, its gates their
+    shares of it; a token that no expert took counts as dropped, once.
     """
     gates, chosen, weights, dropped = routing.gates, routing.chosen, routing.combine_weights, routing.dropped
     if routing.combine is not None:
         gates = routing.combine.sum(-1)
         weights, chosen = gates.topk(min(2, gates.shape[-1]))
-        dropped = (weights[..., :1] == 0).expand_as(chosen)
+        chosen = chosen.masked_fill(weights == 0, -1)
+        dropped = weights[..., :1] == 0
 
     def row_by_row(values: Tensor) -> Tensor:
         prefix = values[:, : routing.num_prefix_tokens]
@@ -204,4 +206,5 @@ def drawable(routing: LayerRouting) -> LayerRouting:
         row_by_row(dropped),
         routing.grid,
         routing.num_prefix_tokens,
+        dispatch=routing.dispatch,  # tells that experts have slots
     )

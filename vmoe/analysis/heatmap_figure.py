@@ -1,193 +1,187 @@
-"""The drawing of routing maps: a page for each MoE layer of an image, and one of all its layers side by side."""
+"""Pages of routing maps: one for each MoE layer of an image, and one of all its layers side by side."""
 
-import cv2
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import numpy as np
 
 from vmoe.analysis.heatmap import RoutedImage, describe_layer, patch_part, prefix_names
+from vmoe.analysis.heatmap_maps import (
+    blend,
+    choice_map,
+    choices,
+    dropped_map,
+    entropies,
+    entropy_map,
+    gate_map,
+    largest_gate,
+    pale,
+    panel_size,
+    scaled,
+)
 from vmoe.analysis.palette import NUM_COLOURS, expert_colours, expert_hex, ink_on
 from vmoe.analysis.recording import LayerRouting
-from vmoe.analysis.style import BODY, HEADING, MARGIN, MUTED, SMALL, Page
+from vmoe.analysis.style import BODY, HEADING, LINE, MARGIN, MUTED, RULE, SMALL, Page, wrapped
 
 PANEL = 400  # side of a large panel in pixels, about: patches are whole pixels
 GAP = 24
 _EXPERTS_A_ROW = 8
 _INSET_BELOW = 128  # model inputs smaller than this are shown as an inset where the photo is finer
+_HEAD = MARGIN + 108  # pixels from the upper edge to the first panels' titles
+_BOUNDS = "Lines in the full colour bound the patches of one expert, its number in the corner, where there is room."
 
 
-def blend(background: np.ndarray, colours: np.ndarray, opacity: np.ndarray) -> np.ndarray:
-    """Lays one colour a patch over a picture.
+class _Panel(NamedTuple):
+    title: str
+    pixels: np.ndarray
+    caption: str  # how to read it
+    note: str = ""
+    rank: int | None = None  # of the choices that it shows
+
+
+def draw_layer(image: RoutedImage, layer: str, title: str, subtitle: str, footer: Sequence[str] = ()) -> Page:
+    """The page of one layer: picture, choices, what was dropped, entropy, and the gate of each expert.
 
     Args:
-        background: (H, W, 3) in [0, 1]; H and W are multiples of the numbers of rows and columns.
-        colours: (rows, columns, 3), or (3,) for one colour everywhere.
-        opacity: (rows, columns) in [0, 1].
-
-    Returns:
-        (H, W, 3): opacity * colour + (1 - opacity) * background.
+        image: What was routed.
+        layer: Name of the layer.
+        title: Of the page.
+        subtitle: Below it.
+        footer: Lines at the foot, on where the page comes from.
     """
-    rows, columns = opacity.shape
-    size = background.shape[0] // rows, background.shape[1] // columns
-    alpha = _enlarge(opacity, size)[..., None]
-    over = _enlarge(np.broadcast_to(colours, (rows, columns, 3)), size)
-    return alpha * over + (1 - alpha) * background
-
-
-def pale(picture: np.ndarray) -> np.ndarray:
-    """A picture as a background for colours: grey and light. (H, W, 3) in [0, 1] -> the same."""
-    grey = picture @ np.array([0.2126, 0.7152, 0.0722])
-    return np.repeat((0.6 + 0.37 * grey)[..., None], 3, axis=-1)
-
-
-def choice_map(background: np.ndarray, routing: LayerRouting, rank: int) -> np.ndarray:
-    """The patches in the colours of their experts of a rank (0: first choice): opacity = gate, and a line in the full
-    colour where a neighbour has another expert. (H, W, 3).
-    """
-    patches = patch_part(routing)
-    chosen = patches.chosen[0, :, rank].reshape(routing.grid).numpy()
-    gates = patches.gates[0].gather(1, patches.chosen[0, :, rank : rank + 1]).reshape(routing.grid).numpy()
-    colours = expert_colours(patches.gates.shape[-1])[chosen]
-    return _outline(blend(background, colours, gates), chosen, colours)
-
-
-def gate_map(background: np.ndarray, routing: LayerRouting, expert: int) -> np.ndarray:
-    """One expert's gate on every patch: opacity = gate, outlined where it is among the choices. (H, W, 3)."""
-    patches = patch_part(routing)
-    gates = patches.gates[0, :, expert].reshape(routing.grid).numpy()
-    colour = expert_colours(expert + 1)[expert]
-    taken = (patches.chosen[0] == expert).any(-1).reshape(routing.grid).numpy()
-    return _outline(blend(background, colour, gates), taken, np.broadcast_to(colour, (*taken.shape, 3)), taken)
-
-
-def dropped_map(background: np.ndarray, routing: LayerRouting) -> np.ndarray:
-    """The patches darkened by the share of their choices that was dropped. (H, W, 3)."""
-    share = patch_part(routing).dropped[0].float().mean(-1).reshape(routing.grid).numpy()
-    return blend(background, np.array([0.1, 0.1, 0.12]), 0.9 * share)
-
-
-def draw_layer(image: RoutedImage, layer: str, title: str, subtitle: str) -> Page:
-    """The page of one layer: picture, choices, dropped patches, and the gate of each expert."""
     routing = image.layers[layer]
-    num_experts, ranks = routing.gates.shape[-1], min(routing.chosen.shape[-1], 2)
-    picture = scaled(image.detail, panel_size(routing.grid, PANEL))
-    height, width = picture.shape[:2]
-    inner = max((2 + ranks) * width + (1 + ranks) * GAP, 3 * PANEL)
-    small = scaled(image.detail, panel_size(routing.grid, inner // _EXPERTS_A_ROW - GAP))
-    top = MARGIN + 112
-    tokens = top + height + 24
-    gates = tokens + 34 * routing.num_prefix_tokens + 52
-    rows = -(-num_experts // _EXPERTS_A_ROW)
-    page = Page(inner + 2 * MARGIN, gates + 16 + rows * (small.shape[0] + 46) + 118)
+    num_experts, prefix = routing.gates.shape[-1], routing.num_prefix_tokens
+    panels = _panels(image, routing)
+    height, width = panels[0].pixels.shape[:2]
+    columns = len(panels) if len(panels) <= 4 else 3
+    inner = max(columns * (width + GAP), 3 * (PANEL + GAP)) - GAP
+    captions = [wrapped(panel.caption, SMALL, width) for panel in panels]
+    step = height + 64 + LINE * max(map(len, captions))
+    gates = _HEAD + step * -(-len(panels) // columns) + 30 * prefix
+    picture = scaled(image.detail, panel_size(routing.grid, (inner + GAP) // _EXPERTS_A_ROW - GAP))
+    below = gates + 56 + -(-num_experts // _EXPERTS_A_ROW) * (picture.shape[0] + 46)
+    page = Page(inner + 2 * MARGIN, below + _legend_height(num_experts) + _footer_height(footer))
     page.heading(title, subtitle)
-
-    left = MARGIN
-    _panel(page, left, top, "Picture", _with_inset(picture, image))
-    for rank in range(ranks):
-        left += width + GAP
-        pixels = choice_map(pale(picture), routing, rank)
-        _panel(page, left, top, ("First choice", "Second choice")[rank], pixels)
-        _numbers(page, routing, rank, left, top, pixels)
-        _tokens(page, routing, rank, left, tokens)
-    left += width + GAP
-    _panel(page, left, top, "Dropped", dropped_map(pale(picture), routing), _dropped_note(routing))
-
-    _expert_maps(page, routing, small, gates, inner)
-    _legend(page, page.height - MARGIN - 52, num_experts, dropped=True)
+    for index, (panel, caption) in enumerate(zip(panels, captions, strict=True)):
+        x, y = MARGIN + index % columns * (width + GAP), _HEAD + index // columns * step
+        y += 30 * prefix * (index >= columns)  # choices, and tokens below them, stand in the first row
+        _place(page, x, y, panel, caption)
+        if panel.rank is not None:
+            _numbers(page, routing, panel.rank, x, y, panel.pixels)
+            _tokens(page, routing, panel.rank, x, y + height + 22 + LINE * len(caption))
+    _expert_maps(page, routing, picture, gates, inner)
+    _legend(page, below, num_experts, f"{largest_gate(routing):.2f}", "the largest gate in this layer and image")
+    _footer(page, footer)
     return page
 
 
-def draw_overview(image: RoutedImage, layers: list[str], title: str, subtitle: str) -> Page:
-    """The page of an image: its picture, then the first choices in each layer, in the order of depth."""
-    grid = image.layers[layers[0]].grid
-    picture = scaled(image.detail, panel_size(grid, PANEL))
-    height, width = picture.shape[:2]
-    columns = min(4, len(layers) + 1)
-    rows = -(-(len(layers) + 1) // columns)
-    inner = max(columns * width + (columns - 1) * GAP, 3 * PANEL)
+def draw_overview(
+    image: RoutedImage, layers: Sequence[str], title: str, subtitle: str, footer: Sequence[str] = ()
+) -> Page:
+    """The page of an image: its picture, then the first choices in each layer, in the order of depth.
+
+    Arguments as of `draw_layer`.
+    """
+    sizes = [panel_size(image.layers[layer].grid, PANEL) for layer in layers]
+    height, width = (max(sides) for sides in zip(*sizes, strict=True))
+    rows = math.ceil((len(layers) + 1) / 4)
+    columns = math.ceil((len(layers) + 1) / rows)  # rows of equal length
+    inner = max(columns * (width + GAP), 3 * (PANEL + GAP)) - GAP
     num_experts = max(image.layers[layer].gates.shape[-1] for layer in layers)
-    chips = -(-num_experts // 16)
-    page = Page(inner + 2 * MARGIN, MARGIN + 80 + rows * (height + 56) + 30 * chips + 118)
+    step = height + 56 + 34 * any(image.layers[layer].num_prefix_tokens for layer in layers)
+    chips = _HEAD - 12 + rows * step
+    below = chips + 20 + 30 * math.ceil(num_experts / 16)
+    page = Page(inner + 2 * MARGIN, below + _legend_height(num_experts) + _footer_height(footer))
     page.heading(title, subtitle)
-    for index, layer in enumerate([None, *layers]):
-        x = MARGIN + index % columns * (width + GAP)
-        y = MARGIN + 112 + index // columns * (height + 56)
-        if layer is None:
-            _panel(page, x, y, "Picture", _with_inset(picture, image))
-            continue
-        pixels = choice_map(pale(picture), image.layers[layer], 0)
-        _panel(page, x, y, layer, pixels, "first choice")
-        _numbers(page, image.layers[layer], 0, x, y, pixels)
-    below = MARGIN + 80 + rows * (height + 56)
-    page.text(MARGIN, below + 17, "Expert", BODY, color=MUTED)
+    _place(page, MARGIN, _HEAD, _Panel("Picture", _with_inset(scaled(image.detail, sizes[0]), image), ""))
+    for index, (layer, size) in enumerate(zip(layers, sizes, strict=True), start=1):
+        x, y = MARGIN + index % columns * (width + GAP), _HEAD + index // columns * step
+        routing = image.layers[layer]
+        pixels = choice_map(pale(scaled(image.detail, size)), routing, 0)
+        used = len(np.unique(choices(routing, 0)[choices(routing, 0) >= 0]))
+        note = f"{used} of {routing.gates.shape[-1]} experts"
+        _place(page, x, y, _Panel(page.fit(layer, HEADING, size[1] - 120, weight="bold"), pixels, "", note))
+        _numbers(page, routing, 0, x, y, pixels)
+        _token_chips(page, routing, x, y + size[0] + 10)
+    page.text(MARGIN, chips + 17, "Expert", BODY, color=MUTED)
     for expert in range(num_experts):
-        _chip(page, MARGIN + 80 + expert % 16 * 68, below + 30 * (expert // 16), expert)
-    _legend(page, page.height - MARGIN - 52, num_experts, dropped=False)
+        _chip(page, MARGIN + 80 + expert % 16 * 68, chips + 30 * (expert // 16), expert)
+    _legend(page, below, num_experts, "largest", "each layer's largest gate on this image")
+    _footer(page, footer)
     return page
 
 
-def panel_size(grid: tuple[int, int], side: int) -> tuple[int, int]:
-    """Height and width of a panel of about `side` pixels in which every patch is the same whole number of pixels."""
-    return tuple(count * max(1, round(side / count)) for count in grid)
+def _panels(image: RoutedImage, routing: LayerRouting) -> list[_Panel]:
+    """What the upper part of a layer's page shows."""
+    picture = scaled(image.detail, panel_size(routing.grid, PANEL))
+    ground = pale(picture)
+    num_experts, top_k = routing.gates.shape[-1], routing.chosen.shape[-1]
+    size = image.model_input.shape[0]
+    inset = f"; in the corner the {size} x {size} pixels that it gets" if _has_inset(image) else ""
+    panels = [_Panel("Picture", _with_inset(picture, image), f"What the model sees: the central square{inset}.")]
+    slots = routing.dispatch is not None
+    titles = ("Largest share", "Second largest share") if slots else ("First choice", "Second choice")
+    gate = "share of its result" if slots else "gate"
+    dropped = patch_part(routing).dropped
+    unhurt = "" if slots or dropped.any() else "no choice was dropped"
+    for rank, (title, which) in enumerate(zip(titles[:top_k], ("largest", "second largest"), strict=False)):
+        caption = f"Each patch in the colour of the expert with the {which} {gate}: the more opaque, the larger. "
+        caption += _BOUNDS if rank == 0 else ""
+        panels.append(_Panel(title, choice_map(ground, routing, rank), caption, unhurt if rank == 0 else "", rank))
+    if dropped.any():
+        caption = "Dark patches lost choices because the expert was full: the darker, the larger the share of them."
+        if slots:
+            caption = "Dark patches were taken by no expert."
+        note = f"{int(dropped.sum())} of {dropped.numel()} {'patches' if slots else 'choices'}"
+        panels.append(_Panel("Dropped", dropped_map(ground, routing), caption, note))
+    most = math.log(num_experts)
+    caption = (
+        f"Entropy of a patch's {'shares' if slots else 'gates'}. White: one expert has all; darkest: all {num_experts} "
+        f"have the same (ln {num_experts} = {most:.2f} nats)."
+    )
+    note = f"mean {entropies(routing).mean() * most:.2f} nats"
+    panels.append(_Panel("How undecided", entropy_map(ground, routing), caption, note))
+    return panels
 
 
-def scaled(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """A picture (H, W, 3) uint8 as floats at another size (height, width); small ones keep their pixels visible."""
-    if min(picture.shape[:2]) <= 64:
-        method = cv2.INTER_NEAREST
-    else:
-        method = cv2.INTER_AREA if picture.shape[0] > size[0] else cv2.INTER_CUBIC
-    return cv2.resize(picture, size[::-1], interpolation=method) / 255.0
-
-
-def _enlarge(patches: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    return np.repeat(np.repeat(patches, size[0], axis=0), size[1], axis=1)
-
-
-def _outline(
-    pixels: np.ndarray, regions: np.ndarray, colours: np.ndarray, where: np.ndarray | None = None
-) -> np.ndarray:
-    """Draws, inside each patch (of `where`), a line at every side beyond which another region lies."""
-    pixels = pixels.copy()
-    height, width = pixels.shape[0] // regions.shape[0], pixels.shape[1] // regions.shape[1]
-    thick = int(np.clip(min(height, width) // 10, 1, 4))
-    for row, column in np.ndindex(regions.shape) if where is None else np.argwhere(where):
-        patch = pixels[row * height : (row + 1) * height, column * width : (column + 1) * width]
-        for side, down, right in (
-            (np.s_[:thick], -1, 0),
-            (np.s_[-thick:], 1, 0),
-            (np.s_[:, :thick], 0, -1),
-            (np.s_[:, -thick:], 0, 1),
-        ):
-            y, x = row + down, column + right
-            inside = 0 <= y < regions.shape[0] and 0 <= x < regions.shape[1]
-            if inside and regions[y, x] != regions[row, column]:
-                patch[side] = colours[row, column]
-    return pixels
-
-
-def _panel(page: Page, x: int, y: int, title: str, pixels: np.ndarray, note: str = "") -> None:
-    page.text(x, y - 12, title, HEADING, weight="bold")
-    page.text(x + pixels.shape[1], y - 12, note, SMALL, color=MUTED, ha="right")
-    page.picture(x, y, pixels)
+def _place(page: Page, x: int, y: int, panel: _Panel, caption: Sequence[str] = ()) -> None:
+    height, width = panel.pixels.shape[:2]
+    page.text(x, y - 12, panel.title, HEADING, weight="bold")
+    page.text(x + width, y - 12, panel.note, SMALL, color=MUTED, ha="right")
+    page.picture(x, y, panel.pixels)
+    for index, line in enumerate(caption):
+        page.text(x, y + height + 20 + LINE * index, line, SMALL, color=MUTED)
 
 
 def _expert_maps(page: Page, routing: LayerRouting, picture: np.ndarray, y: int, width: int) -> None:
     """A small map of each expert's gate, in rows of `width` pixels below y; their titles are the legend of colours."""
+    patches = math.prod(routing.grid)
     page.text(MARGIN, y, "Gate of each expert", HEADING, weight="bold")
-    page.text(MARGIN + 200, y, "with its share of the patches' choices", BODY, color=MUTED)
+    legend = (
+        f"On every patch, the more opaque the larger; outlined, where there is room, if it is among the patch's "
+        f"choices. Percent: its share of the choices of the {patches} patches."
+    )
+    page.text(MARGIN, y + 22, page.fit(legend, SMALL, width), SMALL, color=MUTED)
     step = (width - picture.shape[1]) / (_EXPERTS_A_ROW - 1)
     for expert, share in enumerate(describe_layer(routing)["choice_share"]):
         left = round(MARGIN + expert % _EXPERTS_A_ROW * step)
-        top = y + 16 + expert // _EXPERTS_A_ROW * (picture.shape[0] + 46)
+        top = y + 32 + expert // _EXPERTS_A_ROW * (picture.shape[0] + 46)
         _chip(page, left, top + 8, expert)
         page.text(left + picture.shape[1], top + 23, f"{share:.0%}", SMALL, ha="right", color=MUTED)
         page.picture(left, top + 32, gate_map(pale(picture), routing, expert))
 
 
+def _has_inset(image: RoutedImage) -> bool:
+    size = image.model_input.shape[0]
+    return size != image.detail.shape[0] and size <= _INSET_BELOW
+
+
 def _with_inset(picture: np.ndarray, image: RoutedImage) -> np.ndarray:
     """The picture, with the model's own small input in its corner where the picture is finer than that."""
-    size = image.model_input.shape[0]
-    if size == image.detail.shape[0] or size > _INSET_BELOW:
+    if not _has_inset(image):
         return picture
+    size = image.model_input.shape[0]
     inset = scaled(image.model_input, (size * max(1, 112 // size),) * 2)
     side = inset.shape[0]
     picture = picture.copy()
@@ -202,8 +196,8 @@ def _numbers(page: Page, routing: LayerRouting, rank: int, x: int, y: int, pixel
     height, width = pixels.shape[0] // rows, pixels.shape[1] // columns
     if min(height, width) < 18:
         return
-    chosen = patch_part(routing).chosen[0, :, rank].reshape(routing.grid).numpy()
-    starts = np.ones(chosen.shape, bool)
+    chosen = choices(routing, rank)
+    starts = chosen >= 0
     starts[1:] &= chosen[1:] != chosen[:-1]
     starts[:, 1:] &= chosen[:, 1:] != chosen[:, :-1]
     for row, column in np.argwhere(starts):
@@ -215,12 +209,27 @@ def _numbers(page: Page, routing: LayerRouting, rank: int, x: int, y: int, pixel
 
 
 def _tokens(page: Page, routing: LayerRouting, rank: int, x: int, y: int) -> None:
+    """A line for each class and register token: its expert and gate."""
     for index, name in enumerate(prefix_names(routing)):
         expert = int(routing.chosen[0, index, rank])
-        text = f"{name}, gate {routing.gates[0, index, expert]:.2f}"
-        text += ", dropped" if routing.dropped[0, index, rank] else ""
-        _chip(page, x, y + 34 * index, expert)
-        page.text(x + 44, y + 16 + 34 * index, text, BODY, color=MUTED)
+        if expert < 0:
+            text = f"{name}: no {'other ' * (rank > 0)}expert takes it"
+        else:
+            _chip(page, x, y + 30 * index, expert)
+            text = f"{name}, gate {routing.gates[0, index, expert]:.2f}"
+            text += ", dropped" if routing.dispatch is None and routing.dropped[0, index, rank] else ""
+        page.text(x + 44, y + 16 + 30 * index, text, SMALL, color=MUTED)
+
+
+def _token_chips(page: Page, routing: LayerRouting, x: int, y: int) -> None:
+    """The first choices of class and register tokens in one line."""
+    for index, name in enumerate(prefix_names(routing)):
+        expert = int(routing.chosen[0, index, 0])
+        if expert >= 0:
+            _chip(page, x, y, expert)
+        if index == 0 or index == routing.num_prefix_tokens - 1:
+            page.text(x + 42, y + 15, name if index == 0 else "registers", SMALL, color=MUTED)
+        x += 130 if index == 0 else 38
 
 
 def _chip(page: Page, x: float, y: float, expert: int) -> None:
@@ -230,26 +239,37 @@ def _chip(page: Page, x: float, y: float, expert: int) -> None:
     page.text(x + 17, y + 16, str(expert), SMALL, color=ink, ha="center", weight="bold")
 
 
-def _dropped_note(routing: LayerRouting) -> str:
-    dropped = patch_part(routing).dropped
-    count = int(dropped.sum())
-    return f"{count} of {dropped.numel()} choices" if count else "no choice was dropped"
+def _legend_height(num_experts: int) -> int:
+    return 70 + LINE * (num_experts > NUM_COLOURS)
 
 
-def _legend(page: Page, y: int, num_experts: int, dropped: bool) -> None:
-    """How to read the maps, beside a ramp of opacity."""
-    ramp = np.full((20, 200, 3), 0.85)
+def _legend(page: Page, y: int, num_experts: int, most: str, opaque: str) -> None:
+    """What colour and opacity mean, beside a scale in the colours of some experts."""
     steps = np.linspace(0, 1, 200)[None]
-    page.picture(MARGIN, y, blend(ramp, expert_colours(1)[0], np.repeat(steps, 20, 0)))
-    page.text(MARGIN, y + 38, "0", SMALL, color=MUTED)
-    page.text(MARGIN + 100, y + 38, "gate", SMALL, color=MUTED, ha="center")
-    page.text(MARGIN + 200, y + 38, "1", SMALL, color=MUTED, ha="right")
+    shown = min(3, num_experts)
+    strips = [blend(np.full((7, 200, 3), 0.85), expert_colours(shown)[e], np.repeat(steps, 7, 0)) for e in range(shown)]
+    page.picture(MARGIN, y, np.concatenate(strips))
+    page.text(MARGIN, y + 38, "gate 0", SMALL, color=MUTED)
+    page.text(MARGIN + 200, y + 38, most, SMALL, color=MUTED, ha="right")
     lines = [
-        "Colour and number: the expert. Opacity: its gate. Lines in the full colour bound the patches that chose it."
+        "Colour and number name the expert: the same on all pages, and in the explorer.",
+        f"Opacity is the gate: invisible at 0, full at {opaque}.",
     ]
-    if dropped:
-        lines.append("Dropped patches darken with the share of their choices that found the expert full.")
     if num_experts > NUM_COLOURS:
         lines.append(f"Colours repeat after {NUM_COLOURS} experts: the numbers tell them apart.")
     for index, line in enumerate(lines):
-        page.text(MARGIN + 230, y + 15 + 23 * index, line, BODY, color=MUTED)
+        page.text(MARGIN + 230, y + 14 + (LINE + 3) * index, line, BODY, color=MUTED)
+
+
+def _footer_height(footer: Sequence[str]) -> int:
+    return MARGIN + (24 + LINE * len(footer) if footer else 0)
+
+
+def _footer(page: Page, lines: Sequence[str]) -> None:
+    """Where the page comes from, below a rule."""
+    top = page.height - _footer_height(lines)
+    if lines:
+        page.rectangle(MARGIN, top + 6, page.width - 2 * MARGIN, 1, face=RULE)
+    for index, line in enumerate(lines):
+        text = page.fit(line, SMALL, page.width - 2 * MARGIN)
+        page.text(MARGIN, top + 28 + LINE * index, text, SMALL, color=MUTED)

@@ -30,6 +30,8 @@ def write_heatmaps(
     out: str | Path,
     layers: Sequence[str] | None = None,
     capacity_factor: float | None = None,
+    command: str | None = None,
+    versions: dict[str, str] | None = None,
 ) -> dict:
     """Writes, for each image, NAME-LAYER.png a layer and NAME-overview.png where there are several; then index.json.
 
@@ -41,6 +43,8 @@ def write_heatmaps(
         out: the folder, created when missing.
         layers: MoE layers by name or number of the block; None for all.
         capacity_factor: of the routing; inf drops nothing, None keeps the checkpoint's own.
+        command: told at the foot of the pages and in the index.
+        versions: of packages, by name; likewise.
 
     Returns:
         The content of `index.json`.
@@ -53,16 +57,21 @@ def write_heatmaps(
     layers = select_layers(model, layers)
     for path in images:
         load_image(path)  # a damaged file is told before any page is written
+    about = [f"checkpoint {checkpoint.path}", f"epoch {checkpoint.epoch}"]
+    about += [f"{package} {version}" for package, version in (versions or {}).items()]
+    footer = [" · ".join(about), *([f"command: {command}"] if command else [])]
     with restored_capacity(model):
         if capacity_factor is not None:
             set_capacity(model, capacity_factor)
         index = {
             "checkpoint": str(checkpoint.path),
-            "vmoe": vmoe.__version__,
+            "epoch": checkpoint.epoch,
+            "versions": versions,
+            "command": command,
             "image_size": checkpoint.image_size,
             "capacity_factor": eval_capacity_factor(model),
             "images": [
-                _write_image(checkpoint, path, name, layers, out)
+                _write_image(checkpoint, path, name, layers, out, footer)
                 for path, name in zip(images, output_names(images), strict=True)
             ],
         }
@@ -70,20 +79,24 @@ def write_heatmaps(
     return index
 
 
-def _write_image(checkpoint: Checkpoint, path: Path, name: str, layers: list[str], out: Path) -> dict:
+def _write_image(
+    checkpoint: Checkpoint, path: Path, name: str, layers: list[str], out: Path, footer: list[str]
+) -> dict:
     pixels = load_image(path)
     image = route_image(checkpoint.model, pixels, checkpoint.image_size, checkpoint.mean, checkpoint.std, PANEL)
     predicted = f"{_class(checkpoint, image.predicted)} ({image.probabilities.max():.0%})"
     pages = []
     for layer in layers:
         pages.append(f"{name}-{layer}.png")
-        facts = _facts(checkpoint.model, image, layer, predicted)
-        draw_layer(image, layer, f"{path.name} · {layer}", facts).save(out / pages[-1])
+        title = f"Which expert takes which patch of {path.name}"
+        facts = f"predicted: {predicted} · {layer}: {_facts(checkpoint.model, image, layer)}"
+        draw_layer(image, layer, title, facts, footer).save(out / pages[-1])
     if len(layers) > 1:
         pages.append(f"{name}-overview.png")
-        title = f"{path.name} · first choices by layer"
-        facts = _facts(checkpoint.model, image, layers[0], predicted)
-        draw_overview(image, layers, title, facts).save(out / pages[-1])
+        title = f"Which expert takes which patch of {path.name}, layer by layer"
+        facts = f"predicted: {predicted} · first choices in {len(layers)} MoE layers · {layers[0]}: "
+        facts += _facts(checkpoint.model, image, layers[0])
+        draw_overview(image, layers, title, facts, footer).save(out / pages[-1])
     best = np.argsort(-image.probabilities, kind="stable")[:_TOLD_CLASSES]
     told = [
         {"class": _class(checkpoint, i), "index": int(i), "probability": float(image.probabilities[i])} for i in best
@@ -102,17 +115,16 @@ def _class(checkpoint: Checkpoint, index: int) -> str:
     return checkpoint.class_names[int(index)]
 
 
-def _facts(model: nn.Module, image: RoutedImage, layer: str, predicted: str) -> str:
-    """What stands below a page's title."""
-    size, (rows, columns) = image.model_input.shape[0], image.layers[layer].grid
+def _facts(model: nn.Module, image: RoutedImage, layer: str) -> str:
+    """What a layer is and how many tokens it routes."""
+    rows, columns = image.layers[layer].grid
+    prefix = image.layers[layer].num_prefix_tokens
     moe = dict(vmoe.moe_layers(model))[layer].config
     if moe.router == "soft":
-        way = "Soft MoE: shown are the two that add most to a patch"
+        way = "Soft MoE: each adds to every patch"
     elif moe.router == "expert_choice":
         way = "each takes its best patches"
     else:
         way = f"each patch goes to {moe.top_k}"
-    return (
-        f"predicted: {predicted} · {moe.num_experts} experts, {way} · "
-        f"model input {size} x {size} px in {rows} x {columns} patches"
-    )
+    others = (f" and {prefix} class and register tokens" if prefix > 1 else " and the class token") if prefix else ""
+    return f"{moe.num_experts} experts, {way} · {rows} x {columns} = {rows * columns} patches{others}"

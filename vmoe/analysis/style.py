@@ -17,9 +17,12 @@ MUTED = "#667078"
 RULE = "#d5dade"
 PAPER = "#ffffff"
 ACCENT = "#1879c1"
-BLUES = LinearSegmentedColormap.from_list("vmoe", [PAPER, "#cfe3f4", "#79b4e2", ACCENT, "#0b3f6b"])
+# The same as on the explorer's page (assets/numbers.js); greyish, so that no shade looks like an expert's colour.
+SHADES = LinearSegmentedColormap.from_list("vmoe_shades", [PAPER, "#d3dfe8", "#8fa9bd", "#4b6b85", "#16324a"])
+DIVERGING = LinearSegmentedColormap.from_list("vmoe_diverging", ["#9c2f14", "#e0916f", PAPER, "#7fa6cf", "#1d4f91"])
 
 TITLE, HEADING, BODY, SMALL = 26, 17, 15, 13  # heights of the type, in pixels
+LINE = 18  # from line to line of small type
 MARGIN = 40
 
 _DPI = 100
@@ -79,10 +82,14 @@ class Page:
 
     def fit(self, text: str, size: float, width: float, **style: object) -> str:
         """`text`, or as much of it as `width` pixels hold, ending in an ellipsis."""
-        shown = text
-        while len(shown) > 1 and self.text_width(shown, size, **style) > width:
-            shown = shown[:-2].rstrip() + "…"
-        return shown
+        if self.text_width(text, size, **style) <= width:
+            return text
+        held, over = 0, len(text)  # letters that fit with the ellipsis, and that do not
+        while over - held > 1:
+            middle = (held + over) // 2
+            fits = self.text_width(text[:middle] + "…", size, **style) <= width
+            held, over = (middle, over) if fits else (held, middle)
+        return text[:held].rstrip() + "…"
 
     def pixels(self) -> np.ndarray:
         """The page as it is drawn: (height, width, 3) uint8."""
@@ -93,6 +100,19 @@ class Page:
         """Writes the page as a PNG, atomically."""
         with atomic_write(path) as temporary:
             self.figure.savefig(temporary, format="png", dpi=_DPI)
+
+
+def wrapped(text: str, size: float, width: float) -> list[str]:
+    """The lines of a text that is `width` pixels wide at most, broken between words."""
+    probe = Page(10, 10)
+    lines: list[str] = []
+    for word in text.split():
+        longer = f"{lines[-1]} {word}" if lines else word
+        if lines and probe.text_width(longer, size) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines
 
 
 def plain_axes(axes: Axes, size: float = SMALL) -> Axes:

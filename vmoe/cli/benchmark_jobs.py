@@ -203,14 +203,20 @@ def data(options: argparse.Namespace, overrides: list[str], results: Results) ->
     plain = dataclasses.replace(config.data, mix=dataclasses.replace(config.data.mix, until=1.0))  # as in most epochs
     chosen = [("workers", workers) for workers in dict.fromkeys(options.workers)] + [("device", max(options.workers))]
     chosen = [(pipeline, workers) for pipeline, workers in chosen if pipeline in options.pipelines]
-    modules = [
-        ImageDataModule(dataclasses.replace(plain, pipeline=pipeline, workers=workers), options.seed, options.device)
-        for pipeline, workers in chosen
-    ]
-    modules[0].prepare_data()
-    for module in modules:  # says what does not fit before anything is measured
-        module.setup("fit")
-    classes, size, batch = module.num_classes, module.image_size, config.data.batch_size
+    modules = []
+    for pipeline, workers in chosen:
+        changed = dataclasses.replace(plain, pipeline=pipeline, workers=workers)
+        module = ImageDataModule(changed, options.seed, options.device)
+        try:
+            module.prepare_data()
+            module.setup("fit")
+        except UserError as error:
+            if not modules:
+                raise
+            results.say(options.config)(f"left out: {error}")  # the set does not fit on the device
+            continue
+        modules.append(module)
+    classes, size, batch = modules[0].num_classes, modules[0].image_size, config.data.batch_size
     with options.device:
         model = build_model(config.model.name, config.model.kwargs, config.moe, classes, size)
         synthetic = torch.randn(batch, 3, size, size), torch.randint(classes, (batch,))

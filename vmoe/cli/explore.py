@@ -4,10 +4,10 @@ import argparse
 import shlex
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from vmoe.cli.common import run
-from vmoe.cli.inputs import Tracked, load_data
+from vmoe.cli.inputs import Tracked, load_data, load_files
 from vmoe.cli.options import capacity_factor, choose_device, new_parser
 from vmoe.errors import UserError
 
@@ -18,13 +18,14 @@ _DESCRIPTION = """\
 Runs a V-MoE over a data set and shows what its experts do: which patches they take, how evenly they are loaded, whether
 they specialise in classes, positions, colours or edges more than chance would have it, how layers follow one another,
 and what the model loses without an expert, with random routing and at other capacities. Further checkpoints, also a
-dense twin, are put beside the first.
+dense twin, are put beside the first. Images without labels serve too: accuracy, classes and causes are left out then.
 
 Writes index.html (one page that opens from disk), figures/*.png and data/ (report.json, images.npz: every number).
 
   vmoe explore runs/patchwork --out runs/patchwork/explorer
   vmoe explore runs/seed0 runs/seed1 runs/dense --out explorer --sample 200
   vmoe explore runs/cifar10 --out explorer --data npz --root cifar10.npz --cause-images 0
+  vmoe explore runs/cifar10 --out explorer --images photos/
 """
 
 
@@ -48,7 +49,6 @@ def _explore(argv: list[str]) -> None:
         raise UserError("CKPT: the same checkpoint is given twice; name each once")
     require_experts(checkpoint.model)
     _check_classes(checkpoint, others)
-    data = load_data(checkpoint, options)
     names = _names(options.checkpoints)
     given = ExploreOptions(
         sample=options.sample,
@@ -58,19 +58,19 @@ def _explore(argv: list[str]) -> None:
         replicates=options.replicates,
         seed=options.seed,
     )
+    pictures = _pictures(checkpoint, options)
     exploration = explore(
         checkpoint,
-        data.random_dataloader(options.split),
+        pictures.batches,
         name=names[0],
         others=[Subject.of(other, name) for other, name in zip(others, names[1:], strict=True)],
         snapshots=snapshots(checkpoint.path, device),
-        patch_names=data.patch_names,
+        patch_names=pictures.patch_names,
+        image_names=pictures.image_names,
         provenance={
             "checkpoint": str(checkpoint.path),
             "epoch": checkpoint.epoch,
-            "data": data.config.name,
-            "root": data.config.root,
-            "split": options.split,
+            **pictures.provenance,
             "device": device_name(device),
             "versions": versions(),
             "command": shlex.join(["vmoe", "explore", *argv]),
@@ -80,8 +80,36 @@ def _explore(argv: list[str]) -> None:
     )
     for line in exploration.report["findings"]:
         print(f"- {line}")
+    if options.images is not None:
+        print("The images have no labels: accuracy, classes and causes, which need them, are left out.")
     write_exploration(exploration, options.out)
     print(f"index.html, figures/ and data/ in {options.out}")
+
+
+class _Pictures(NamedTuple):
+    """Batches to go through and what is known of them."""
+
+    batches: Iterable
+    patch_names: list[str] | None
+    image_names: list[str] | None
+    provenance: dict[str, str | None]
+
+
+def _pictures(checkpoint: "Checkpoint", options: argparse.Namespace) -> _Pictures:
+    """A split of a data set, or image files without labels, in random order."""
+    from vmoe.analysis.heatmap import find_images
+
+    if options.images is None:
+        split = options.split or "test"
+        data = load_data(checkpoint, options)
+        told = {"data": data.config.name, "root": data.config.root, "split": split}
+        return _Pictures(data.random_dataloader(split, options.seed), data.patch_names, None, told)
+    if {options.data, options.root, options.split} != {None}:
+        raise UserError("--images: takes the place of a data set; leave out --data, --root and --split")
+    paths = find_images(options.images)
+    batches, paths = load_files(checkpoint, paths, options)
+    told = options.images[0] if len(options.images) == 1 else f"{len(paths)} image files"
+    return _Pictures(batches, None, [path.name for path in paths], {"data": told, "root": None, "split": None})
 
 
 def _tracked(batches: Iterable, description: str) -> Iterable:
@@ -97,9 +125,15 @@ def _parser() -> argparse.ArgumentParser:
         help=".ckpt files or runs' folders (their best checkpoints); the first is explored, others stand beside it",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the page, figures and numbers go")
-    parser.add_argument("--split", choices=("test", "val"), default="test", help="which part (default: test)")
+    parser.add_argument("--split", choices=("test", "val"), help="which part (default: test)")
     parser.add_argument("--data", metavar="NAME", help="another set than the run's: digits, cifar10, folder, npz, ...")
     parser.add_argument("--root", metavar="DIR", help="where the data are, if not where the run had them")
+    parser.add_argument(
+        "--images",
+        nargs="+",
+        metavar="IMAGE",
+        help="in place of a data set: image files, or their folders, without labels",
+    )
     parser.add_argument(
         "--sample", type=int, default=300, metavar="N", help="images whose maps the page shows (default: 300)"
     )
@@ -115,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         default=1000,
         metavar="N",
-        help="images on which each expert is ablated and capacities are tried; 0: none (default: 1000)",
+        help="images with labels on which each expert is ablated and capacities are tried; 0: none (default: 1000)",
     )
     parser.add_argument(
         "--capacity-factor",

@@ -1,6 +1,7 @@
 """`vmoe heatmap`: draws which expert each patch of an image goes to."""
 
 import argparse
+import shlex
 from pathlib import Path
 
 from vmoe.cli.common import run
@@ -8,9 +9,9 @@ from vmoe.cli.options import capacity_factor, choose_device, new_parser
 
 _DESCRIPTION = """\
 For each image and MoE layer, draws a page (PNG): the patches over the picture in the colour of the expert that they
-go to first and second (opacity = gate), the patches that were dropped, and a map of each expert's gate; class and
-register tokens stand apart. An overview sets the layers of an image side by side. index.json holds the numbers
-behind the pages.
+go to first and second (opacity = gate), those that were dropped, the entropy of their gates, and a map of each expert's
+gate; class and register tokens stand apart. An overview sets the layers of an image side by side. index.json holds the
+numbers behind the pages.
 
 Images are prepared as in evaluation (the central square, resized); each is routed alone, so what is dropped under a
 capacity factor does not depend on the other images.
@@ -31,10 +32,14 @@ def _heatmap(argv: list[str]) -> None:
     from vmoe.analysis.heatmap import find_images
     from vmoe.analysis.heatmap_files import write_heatmaps
     from vmoe.checkpoints import load_checkpoint
+    from vmoe.training.summary import versions
 
     images = find_images(options.images)
     checkpoint = load_checkpoint(options.checkpoint, choose_device(options.device))
-    index = write_heatmaps(checkpoint, images, options.out, options.layers, options.capacity_factor)
+    command = shlex.join(["vmoe", "heatmap", *argv])
+    index = write_heatmaps(
+        checkpoint, images, options.out, options.layers, options.capacity_factor, command, versions()
+    )
     for image in index["images"]:
         print(f"{image['file']}: {image['prediction']['class']} {image['prediction']['probability']:.1%}")
     pages = sum(len(image["pages"]) for image in index["images"])

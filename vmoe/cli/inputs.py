@@ -1,9 +1,9 @@
-"""What jobs over a data set share: the run's data as the options change it, and a progress bar."""
+"""What jobs over many images share: the run's data as the options change it, or image files; and a progress bar."""
 
 import argparse
 import dataclasses
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -12,8 +12,11 @@ from rich.progress import track
 from vmoe.errors import UserError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from vmoe.checkpoints import Checkpoint
-    from vmoe.data import ImageDataModule
+    from vmoe.data import DataConfig, ImageDataModule
+    from vmoe.data.loading import ImageLoader
 
 
 def load_data(checkpoint: "Checkpoint", options: argparse.Namespace) -> "ImageDataModule":
@@ -22,23 +25,9 @@ def load_data(checkpoint: "Checkpoint", options: argparse.Namespace) -> "ImageDa
     Raises:
         UserError: an option's value is not allowed, or the set does not have the model's classes.
     """
-    from vmoe.data import DataConfig, ImageDataModule, SubsetConfig
-    from vmoe.training.config import from_plain
+    from vmoe.data import ImageDataModule
 
-    config = from_plain(DataConfig, checkpoint.config["data"], "data.")
-    changes = {"image_size": checkpoint.image_size, "mean": checkpoint.mean, "std": checkpoint.std}
-    changes["pipeline"] = "workers"  # the same images, of which a job may want only a few
-    if options.data is not None and options.data != config.name:
-        changes["subset"] = SubsetConfig()  # the run's class names mean nothing in another set
-    for field, value in (
-        ("name", options.data),
-        ("root", options.root),
-        ("eval_batch_size", options.batch_size),
-        ("workers", options.workers),
-    ):
-        if value is not None:
-            changes[field] = value
-    data = ImageDataModule(dataclasses.replace(config, **changes), seed=checkpoint.config["seed"])
+    data = ImageDataModule(_changed_config(checkpoint, options), seed=checkpoint.config["seed"])
     data.prepare_data()
     data.setup("test")
     if data.num_classes != len(checkpoint.class_names):
@@ -56,11 +45,53 @@ def load_data(checkpoint: "Checkpoint", options: argparse.Namespace) -> "ImageDa
     return data
 
 
+def load_files(
+    checkpoint: "Checkpoint", paths: "Sequence[Path]", options: argparse.Namespace
+) -> "tuple[ImageLoader, list[Path]]":
+    """Batches of image files without labels, prepared as in evaluation, in a random order, and the files in that order.
+
+    Raises:
+        UserError: an option's value is not allowed.
+    """
+    import numpy as np
+
+    from vmoe.data.loading import ImageLoader, UnlabelledImages
+
+    config = _changed_config(checkpoint, options)
+    shuffled = [paths[place] for place in np.random.default_rng(options.seed).permutation(len(paths))]
+    images = UnlabelledImages(shuffled, config.image_size, config.mean, config.std)
+    size = config.eval_batch_size or config.batch_size
+    return ImageLoader(images, workers=config.workers, batch_size=size), shuffled
+
+
+def _changed_config(checkpoint: "Checkpoint", options: argparse.Namespace) -> "DataConfig":
+    """The run's data config with the options' changes, for the images that this model takes."""
+    from vmoe.data import DataConfig, SubsetConfig
+    from vmoe.training.config import from_plain
+
+    config = from_plain(DataConfig, checkpoint.config["data"], "data.")
+    changes = {"image_size": checkpoint.image_size, "mean": checkpoint.mean, "std": checkpoint.std}
+    changes["pipeline"] = "workers"  # the same images, of which a job may want only a few
+    if options.data is not None and options.data != config.name:
+        changes["subset"] = SubsetConfig()  # the run's class names mean nothing in another set
+    for field, value in (
+        ("name", options.data),
+        ("root", options.root),
+        ("eval_batch_size", options.batch_size),
+        ("workers", options.workers),
+    ):
+        if value is not None:
+            changes[field] = value
+    return dataclasses.replace(config, **changes)
+
+
 class Tracked:
-    """Batches with a progress bar on stderr, each time they are gone through."""
+    """Batches with a progress bar on stderr, where that is a terminal, each time they are gone through."""
 
     def __init__(self, batches: Iterable, description: str) -> None:
         self._batches, self._description = batches, description
 
     def __iter__(self):
-        return iter(track(self._batches, self._description, console=Console(stderr=True), transient=True))
+        console = Console(stderr=True)
+        hidden = not console.is_terminal
+        return iter(track(self._batches, self._description, console=console, transient=True, disable=hidden))

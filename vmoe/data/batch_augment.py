@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from vmoe.data import randaugment
 from vmoe.data.config import AugmentConfig, Colour
-from vmoe.data.draws import uniforms
+from vmoe.data.draws import draw_numbers, uniforms
 from vmoe.data.fusing import Fused
 from vmoe.data.presets import resolve
 
@@ -61,6 +61,7 @@ class BatchAugmenter:
         self._fill = self._mean.round()
         self._places = torch.arange(image_size, device=device) + (0.5 - image_size / 2)  # of pixels, from the centre
         self._tables = randaugment.RandAugmentTables(self.plan.randaugment_magnitude, image_size, device)
+        self._numbers = draw_numbers(_RANDAUGMENT + 2 * self.plan.randaugment_ops, device=device)
         self._augment = Fused(self._one_by_one)
 
     def storage_size(self, own: int | None) -> int:
@@ -87,7 +88,7 @@ class BatchAugmenter:
 
     def _one_by_one(self, stored: Tensor, keys: Tensor) -> Tensor:
         plan = self.plan
-        draws = uniforms(self.seed, keys, _RANDAUGMENT + 2 * plan.randaugment_ops).unbind()
+        draws = uniforms(self.seed, keys, self._numbers).unbind()
         images = stored[keys[:, 1]].float()
         codes = [
             2 * (kind * len(randaugment.OPERATIONS)).long() + (sign < 0.5).long()

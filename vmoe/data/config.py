@@ -123,6 +123,11 @@ class MixConfig:
         """Whether anything is ever mixed."""
         return self.mixup_alpha > 0 or self.cutmix_alpha > 0
 
+    @property
+    def has_both(self) -> bool:
+        """Whether an image may be mixed in either way."""
+        return self.mixup_alpha > 0 and self.cutmix_alpha > 0
+
 
 @dataclass(frozen=True)
 class SubsetConfig:
@@ -164,6 +169,8 @@ class DataConfig:
         root: folder that holds the data, or for "npz" the file with train_x, train_y, test_x, test_y.
         image_size: side in pixels of the square images given to the model. None: the data set's own.
         batch_size: training images a step.
+        repeat: passes over the training images that make one epoch; above 1, a small set is validated and saved less
+            often.
         eval_batch_size: images a step in validation and test. None: batch_size.
         pipeline: "workers" reads and augments images on the CPU, batch by batch; "device" keeps the whole set as bytes
             on the device that trains and augments there, for sets that fit.
@@ -184,6 +191,7 @@ class DataConfig:
     root: str = "data"
     image_size: int | None = None
     batch_size: int = 128
+    repeat: int = 1
     eval_batch_size: int | None = None
     pipeline: Pipeline = "workers"
     workers: int = 0
@@ -199,6 +207,7 @@ class DataConfig:
         _check_choice("name", self.name, get_args(SetName))
         _check_choice("pipeline", self.pipeline, get_args(Pipeline))
         _check_range("batch_size", self.batch_size, 1, 1_000_000)
+        _check_range("repeat", self.repeat, 1, 10_000)
         _check_range("workers", self.workers, 0, 256)
         _check_range("split_seed", self.split_seed, 0, 2**32 - 1)
         if self.image_size is not None:

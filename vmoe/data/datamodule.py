@@ -9,7 +9,7 @@ from vmoe.data.batch_augment import BatchAugmenter
 from vmoe.data.config import DEFAULTS, Colour, DataConfig
 from vmoe.data.datasets import download, load_splits
 from vmoe.data.loading import Batch, CorruptedImages, EvalImages, ImageLoader, TrainImages, UnvariedTrainImages
-from vmoe.data.mixing import Mixer
+from vmoe.data.mixing import make_mixer
 from vmoe.data.resident import ResidentEvalLoader, ResidentImages, ResidentTrainLoader, check_room, make_resident
 from vmoe.data.samplers import EpochBatchSampler
 from vmoe.errors import UserError
@@ -69,8 +69,8 @@ class ImageDataModule(LightningDataModule):
         self.image_size: int = config.image_size or defaults.image_size or self._splits.image_size
         self.mean: Colour = tuple(config.mean or defaults.mean)
         self.std: Colour = tuple(config.std or defaults.std)
-        self.train_sampler = EpochBatchSampler(len(self._splits.train), config.batch_size, self.seed)
-        self._mixer = Mixer(config.mix, self.num_classes, self.seed, self.device) if config.mix.is_on else None
+        self.train_sampler = EpochBatchSampler(len(self._splits.train), config.batch_size, self.seed, config.repeat)
+        self._mixer = make_mixer(config.mix, self.num_classes, self.seed, self.device)
         if config.pipeline == "workers":
             self._augmenter = Augmenter(config.augment, self.image_size, self.mean, defaults.flip, self.seed)
             return
@@ -92,7 +92,7 @@ class ImageDataModule(LightningDataModule):
         """Mixes a training batch that is on the device, if the config says so."""
         if self._mixer is None or batch.keys is None:
             return batch
-        images, targets = self._mixer(batch.images, batch.labels, batch.keys, self._mixed_epochs())
+        images, targets = self._mixer(batch.images, batch.labels, batch.keys, self._mixed_passes())
         return batch._replace(images=images, targets=targets)
 
     def val_dataloader(self) -> ImageLoader | ResidentEvalLoader:
@@ -119,9 +119,9 @@ class ImageDataModule(LightningDataModule):
         size = self.config.eval_batch_size or self.config.batch_size
         return ImageLoader(dataset, workers=self.config.workers, batch_size=size)
 
-    def random_dataloader(self, split: str) -> ImageLoader | ResidentEvalLoader:
-        """The "val" or "test" split as evaluation sees it, in a random order that is a function of the seed alone."""
-        order = np.random.default_rng(self.seed).permutation(len(getattr(self._splits, split)))
+    def random_dataloader(self, split: str, seed: int) -> ImageLoader | ResidentEvalLoader:
+        """The "val" or "test" split as evaluation sees it, in a random order that is a function of `seed` alone."""
+        order = np.random.default_rng(seed).permutation(len(getattr(self._splits, split)))
         return self._eval_loader(split, sampler=order.tolist())
 
     def _eval_loader(self, split: str, sampler: list[int] | None = None) -> ImageLoader | ResidentEvalLoader:
@@ -143,11 +143,11 @@ class ImageDataModule(LightningDataModule):
             )
         return self._resident[split]
 
-    def _mixed_epochs(self) -> float:
-        """The first epochs, as many of which are mixed."""
+    def _mixed_passes(self) -> float:
+        """The first passes over the training set, as many of which are mixed."""
         until = self.config.mix.until
         if until == 1:
             return float("inf")
         if self.trainer is None or not self.trainer.max_epochs or self.trainer.max_epochs < 0:
             raise UserError(f"data.mix.until={until}: needs a trainer that knows its number of epochs; leave it at 1")
-        return until * self.trainer.max_epochs
+        return until * self.trainer.max_epochs * self.config.repeat

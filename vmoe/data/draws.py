@@ -19,23 +19,29 @@ _FACTORS = _signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB)
 _BITS = 24  # of a number: what a float32 holds exactly
 
 
-def uniforms(seed: int, keys: Tensor, count: int, first: int = 0) -> Tensor:
-    """Draws `first`, `first` + 1, ... of each key.
+def draw_numbers(count: int, first: int = 0, device: torch.device | str = "cpu") -> Tensor:
+    """What tells draws `first`, `first` + 1, ... apart, (count, 1) int64: made once, for `uniforms`.
+
+    A tensor of its own, because a compiler would fold these products into an index, which overflows.
+    """
+    return torch.tensor([[_signed(number * _STEP)] for number in range(first + 1, first + count + 1)], device=device)
+
+
+def uniforms(seed: int, keys: Tensor, numbers: Tensor) -> Tensor:
+    """A draw of each key for each number.
 
     Args:
         seed: Not negative.
         keys: (B, 2) int64: epoch and index of each image.
-        count: How many draws.
-        first: The number of the first; what draws apart for one image uses other numbers.
+        numbers: (count, 1), see `draw_numbers`; what draws apart for one image uses other numbers.
 
     Returns:
-        (count, B) float32, uniform in [0, 1), a function of (seed, epoch, index, draw) alone.
+        (count, B) float32, uniform in [0, 1), a function of (seed, epoch, index, number) alone.
     """
     epochs, indices = keys.unbind(1)
     state = _scramble(epochs * _STEP + _signed(seed * _STEP + 1))
     state = _scramble(state + indices * _STEP)
-    numbers = torch.arange(first + 1, first + count + 1, device=keys.device)
-    bits = _scramble(state + numbers[:, None] * _STEP)
+    bits = _scramble(state + numbers)
     return _shift(bits, 64 - _BITS).float() * 2.0**-_BITS
 
 

@@ -1,6 +1,7 @@
 """From splits to batches: what the worker processes run, and the loader around them."""
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import cv2
@@ -12,7 +13,7 @@ from vmoe.data.augment import Augmenter
 from vmoe.data.config import Colour
 from vmoe.data.corruptions import corrupt
 from vmoe.data.datasets import ImageSet
-from vmoe.data.images import eval_crop, normalise
+from vmoe.data.images import eval_crop, load_image, normalise
 from vmoe.data.samplers import Key
 from vmoe.errors import UserError
 
@@ -21,7 +22,7 @@ class Batch(NamedTuple):
     """Images ready for the model, on the CPU or on the device that trains."""
 
     images: torch.Tensor  # (B, 3, H, W) float32, normalised
-    labels: torch.Tensor  # (B,) int64
+    labels: torch.Tensor | None  # (B,) int64; None where nobody labelled the images
     damaged: list[str]  # training images that could not be read and were replaced by the next one
     patch_labels: torch.Tensor | None = None  # (B, rows, columns) int64, what each patch shows, where that is known
     keys: torch.Tensor | None = None  # (B, 2) int64, epoch and index of training images; None in evaluation
@@ -143,6 +144,28 @@ class UnvariedTrainImages(EvalImages):
             pictures.append(eval_crop(image, self.image_size))
             labels.append(self.images.labels[index])
         return Batch(normalise(pictures, self.mean, self.std), torch.from_numpy(np.array(labels)), damaged)
+
+
+class UnlabelledImages(Dataset):
+    """Image files as evaluation sees them, without labels. A damaged one is an error that names it.
+
+    Args:
+        paths: of the files.
+        image_size: side in pixels.
+        mean: of the channels.
+        std: of the channels.
+    """
+
+    def __init__(self, paths: Sequence[str | Path], image_size: int, mean: Colour, std: Colour) -> None:
+        self.paths, self.image_size, self.mean, self.std = paths, image_size, mean, std
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        """The batch of these images; its labels are None."""
+        pictures = [eval_crop(load_image(self.paths[index]), self.image_size) for index in indices]
+        return Batch(normalise(pictures, self.mean, self.std), None, [])
 
 
 class ImageLoader(DataLoader):

@@ -7,18 +7,31 @@ a function of (seed, epoch, index), and partners are in one group of consecutive
 Shapes: B images, S pixels a side, C classes.
 """
 
+import warnings
+
 import numpy as np
 import torch
 from scipy.stats import beta
 from torch import Tensor
 
 from vmoe.data.config import MixConfig
-from vmoe.data.draws import uniforms
+from vmoe.data.draws import draw_numbers, uniforms
 from vmoe.data.fusing import Fused
 
 GROUP = 8  # consecutive images of a batch
 _FIRST_DRAW, _DRAWS = 1000, 5  # apart from the augmentation's
 _QUANTILES = 4096
+
+
+def make_mixer(config: MixConfig, classes: int, seed: int, device: torch.device) -> "Mixer | None":
+    """The mixer of a config; None where both alphas are 0. Settings without effect are warned about."""
+    if not config.is_on and config != MixConfig():
+        warnings.warn("data.mix has no effect: mixup_alpha and cutmix_alpha are both 0", stacklevel=2)
+    elif config.is_on and not config.has_both and config.switch_prob != MixConfig.switch_prob:
+        warnings.warn(
+            f"data.mix.switch_prob={config.switch_prob} has no effect: only one of mixup and CutMix is on", stacklevel=2
+        )
+    return Mixer(config, classes, seed, device) if config.is_on else None
 
 
 class Mixer:
@@ -37,6 +50,7 @@ class Mixer:
         self._switch = (
             config.switch_prob if config.mixup_alpha and config.cutmix_alpha else float(config.mixup_alpha == 0)
         )
+        self._numbers = draw_numbers(_DRAWS, _FIRST_DRAW, device)
         self._mix = Fused(self._by_keys)
 
     def __call__(self, images: Tensor, labels: Tensor, keys: Tensor, epochs: float) -> tuple[Tensor, Tensor]:
@@ -54,7 +68,7 @@ class Mixer:
         return self._mix(images, labels, keys, torch.full((), epochs, device=images.device))
 
     def _by_keys(self, images: Tensor, labels: Tensor, keys: Tensor, epochs: Tensor) -> tuple[Tensor, Tensor]:
-        whether, which, share, x, y = uniforms(self.seed, keys, _DRAWS, _FIRST_DRAW)
+        whether, which, share, x, y = uniforms(self.seed, keys, self._numbers)
         is_cutmix = which < self._switch
         is_on = (whether < self.config.prob) & (keys[:, 0] < epochs)
         shares = torch.where(is_cutmix, _look_up(self._cutmix, share), _look_up(self._mixup, share))

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -199,6 +200,54 @@ def test_a_router_agrees_with_itself_renumbered(make_model, make_batches):
     found = explore(model, make_batches(), others=[other], class_names=list("abcde"), options=FEW).report
     for part in found["agreement"][0]["layers"].values():
         assert part["value"] == pytest.approx(1) and part["null_high"] < 0.9
+
+
+@pytest.mark.parametrize("count", [1, 60])
+def test_without_labels_what_needs_none_stays_the_same(make_model, make_batches, count):
+    model, batches = make_model(), make_batches(count)
+    bare = [(images, None) for images, _ in batches]
+    other = Subject("other", make_model(seed=1), list("abcde"), (0.5,) * 3, (0.5,) * 3)
+    names = [f"photo {number}.jpg" for number in range(count)]
+    found = explore(model, bare, others=[other], image_names=names, options=FEW)
+    labelled = explore(model, batches, others=[other], options=FEW).report
+    report, images = found.report, found.images
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
+    assert report["accuracy"] is report["capacity"] is report["runs"][1]["accuracy"] is None
+    assert report["provenance"]["cause_images"] == 0
+    for layer, known in zip(report["layers"], labelled["layers"], strict=True):
+        assert layer["class_log_ratio"] is layer["ablation"] is layer["random_router"] is None
+        assert all(expert["classes"] == [] for expert in layer["experts"])
+        assert layer["load"] == known["load"] and layer["consistency"] == known["consistency"]
+        assert set(layer["specialisation"]) == {"position", "colour", "brightness", "edges"}
+        assert layer["specialisation"] == {name: known["specialisation"][name] for name in layer["specialisation"]}
+    assert report["flows"] == labelled["flows"] and report["agreement"] == labelled["agreement"]
+    assert not any("ccuracy" in line or "class" in line for line in report["findings"])
+    assert (images["label"] == -1).all()
+    assert images["name"].tolist() == [f"photo {number}.jpg" for number in images["number"]]
+
+
+def test_naflex_models_are_explored_on_images_of_one_size(make_batches):
+    torch.manual_seed(0)
+    shape = {"embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 5}
+    model = timm.create_model("naflexvit_base_patch16_gap", **shape)
+    model = vmoe.sparsify(model, MoeConfig(layers="every-1", num_experts=4)).eval()
+    found = explore(model, make_batches(20, size=(64, 48)), options=FEW)
+    check(found, 20, ["blocks.0.mlp", "blocks.1.mlp"], 4, [(4, 3)] * 2)
+
+
+def test_images_of_several_sizes_are_refused(make_model, make_batches):
+    (images, labels), *_ = make_batches(16)
+    model = make_model(model={"dynamic_img_size": True})
+    naflex = {"patches": torch.zeros(2, 8, 48), "patch_coord": torch.zeros(2, 8, 2), "patch_valid": torch.ones(2, 8)}
+    for batches, named in (
+        (
+            [(images, labels), (images[:, :, :8], labels)],
+            r"differ in size: blocks.1.mlp had \(4, 6\) patches, then \(2",
+        ),
+        ([(naflex, labels)], "NaFlex"),
+    ):
+        with pytest.raises(UserError, match=named):
+            explore(model, batches, options=COUNT_ONLY)
 
 
 def test_mistakes(make_model, make_batches):

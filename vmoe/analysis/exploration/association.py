@@ -122,7 +122,7 @@ class LayerAssociation:
     Args:
         grid: Of the layer.
         experts: E.
-        classes: Number of classes.
+        classes: Number of classes; 0 where images have no labels.
         patch_kinds: Number of known patch labels; 0 where patches have none.
         replicates: R.
         device: Where the counting is done.
@@ -133,24 +133,23 @@ class LayerAssociation:
     ) -> None:
         self.grid, self.experts = grid, experts
         self.position, positions = grid.positions(device)
-        sizes = {"class": classes, "position": positions, **_PACKED}
-        if patch_kinds:
-            sizes["patch label"] = patch_kinds
-        self.tables = {name: Tables(size, experts, replicates, device) for name, size in sizes.items()}
+        sizes = {"class": classes, "position": positions, **_PACKED, "patch label": patch_kinds}
+        self.tables = {name: Tables(size, experts, replicates, device) for name, size in sizes.items() if size}
 
-    def update(self, choices: Tensor, labels: Tensor, codes: Tensor, known: Tensor | None, draws: Draws) -> None:
+    def update(self, choices: Tensor, labels: Tensor | None, codes: Tensor, known: Tensor | None, draws: Draws) -> None:
         """Counts a block of images.
 
         Args:
             choices: (B, N, K) experts, -1 for none.
-            labels: (B,) classes.
+            labels: (B,) classes; None where images have no labels.
             codes: (B, N) from `GridCodes.encode`.
             known: (B, N) what each patch is known to show; None where patches have no labels.
             draws: For B images.
         """
         # one place more than experts, for choices that do not count
         choices = torch.where(choices < 0, self.experts, choices).int()
-        self._count_classes(choices, labels, draws)
+        if labels is not None:
+            self._count_classes(choices, labels, draws)
         shape = tuple(_PACKED.values())
         for axis, (name, feature) in enumerate(zip(_PACKED, _unpack(codes, shape), strict=True)):
             self._count_bootstrap(name, feature, choices, draws)

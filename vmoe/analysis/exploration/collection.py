@@ -3,7 +3,7 @@
 B images; E experts; K choices a token.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -51,14 +51,14 @@ class Collection:
 
     Attributes:
         images: Number of images.
-        correct: Of these, how many were classified rightly.
+        correct: Of these, how many were classified rightly; None where images have no labels.
         layers: In forward order; empty for a dense model.
         flows: From each layer to the next.
         sample: Some of the images, see `ImageSample.stacked`; None for a dense model.
     """
 
     images: int
-    correct: int
+    correct: int | None
     layers: list[LayerCollection]
     flows: list[Flow]
     sample: dict[str, Any] | None
@@ -78,27 +78,29 @@ def collect(
 
     Args:
         subject: The model.
-        batches: Of (images (B, 3, H, W), labels (B,), ...), normalised for it and in random order; where they have
-            `patch_labels` and `patch_kinds` is given, these are a feature too.
+        batches: Of (images (B, 3, H, W), labels (B,) or None, ...), normalised for it and in random order; where they
+            have `patch_labels` and `patch_kinds` is given, these are a feature too.
         patch_kinds: Number of patch labels.
         replicates: R, of bootstrap and null.
         sample: Images to keep.
         seed: Of replicates and sample.
 
     Raises:
-        UserError: There is no image, or a logit is not finite.
+        UserError: There is no image, images differ in size, or a logit is not finite.
     """
     device = subject.device
     tally = _Tally(subject, patch_kinds, replicates, ImageSample(sample, seed), seed)
     correct = torch.zeros((), dtype=torch.int64, device=device)
     finite = torch.ones((), dtype=torch.bool, device=device)
-    images = 0
+    images, labels = 0, None
     for batch in batches:
-        x, labels = batch[0].to(device, non_blocking=True), batch[1].to(device, non_blocking=True)
+        x = on_device(batch, device)
+        labels = None if batch[1] is None else batch[1].to(device, non_blocking=True)
         logits, maps = routed(subject.model, x)
-        correct += (logits.argmax(-1) == labels).sum()
+        if labels is not None:
+            correct += (logits.argmax(-1) == labels).sum()
         finite &= logits.isfinite().all()
-        images += len(labels)
+        images += len(x)
         if maps:
             known = getattr(batch, "patch_labels", None) if patch_kinds else None
             tally.update(subject.pixels(x), labels, logits, maps, None if known is None else known.to(device))
@@ -108,7 +110,22 @@ def collect(
         raise UserError("checkpoint: the model gives logits that are not finite; its training probably diverged")
     tally.finish()
     kept = tally.sample.stacked() if tally.layers else None
-    return Collection(images, int(correct), tally.layers, tally.flows, kept)
+    return Collection(images, None if labels is None else int(correct), tally.layers, tally.flows, kept)
+
+
+def on_device(batch: Sequence, device: torch.device) -> Tensor:
+    """The images of a batch, (B, 3, H, W).
+
+    Raises:
+        UserError: They are something else, such as a NaFlex batch of padded patches.
+    """
+    images = batch[0]
+    if not (isinstance(images, Tensor) and images.dim() == 4):
+        raise UserError(
+            "data: the explorer needs images of one size, (B, 3, H, W), not the padded patches of images of several "
+            "sizes (NaFlex); resize the images: a NaFlex model takes them as well"
+        )
+    return images.to(device, non_blocking=True)
 
 
 def routed(model: nn.Module, images: Tensor) -> tuple[Tensor, dict[str, LayerMaps]]:
@@ -140,13 +157,19 @@ class _Tally:
         self.layers: list[LayerCollection] = []
         self.flows: list[Flow] = []
         self._grids: dict[Grid, GridCodes] = {}
-        self._waiting: list[tuple[Tensor, dict[Grid, PatchFeatures], Tensor | None, list[Tensor]]] = []
+        self._waiting: list[tuple[Tensor | None, dict[Grid, PatchFeatures], Tensor | None, list[Tensor]]] = []
 
     def update(
-        self, pixels: Tensor, labels: Tensor, logits: Tensor, maps: dict[str, LayerMaps], known: Tensor | None
+        self,
+        pixels: Tensor,
+        labels: Tensor | None,
+        logits: Tensor,
+        maps: dict[str, LayerMaps],
+        known: Tensor | None,
     ) -> None:
         if not self.layers:
-            self._begin(maps)
+            self._begin(maps, 0 if labels is None else self._num_classes)
+        self._check_sizes(maps)
         features = {grid: patch_features(pixels, grid) for grid in self._grids}
         every = list(maps.values())
         for layer, part in zip(self.layers, every, strict=True):
@@ -155,7 +178,7 @@ class _Tally:
             flow.update(before, after)
         self.sample.update(pixels, labels, logits.float().softmax(-1), maps)
         self._waiting.append((labels, features, known, [part.patch_choices for part in every]))
-        if sum(len(labels) for labels, *_ in self._waiting) >= BLOCK:
+        if sum(len(choices[0]) for *_, choices in self._waiting) >= BLOCK:
             self.finish()
 
     def finish(self) -> None:
@@ -164,8 +187,8 @@ class _Tally:
             return
         labels, features, known, choices = zip(*self._waiting, strict=True)
         self._waiting = []
-        labels = torch.cat(labels)
-        draws = Draws.of(self._replicates, len(labels), self._generator)
+        labels = None if labels[0] is None else torch.cat(labels)
+        draws = Draws.of(self._replicates, sum(len(each[0]) for each in choices), self._generator)
         codes, patches = {}, {}
         for grid, encoder in self._grids.items():
             parts = [each[grid] for each in features]
@@ -178,7 +201,16 @@ class _Tally:
             grid = layer.facts.grid
             layer.association.update(torch.cat(parts), labels, codes[grid], patches[grid], draws)
 
-    def _begin(self, maps: dict[str, LayerMaps]) -> None:
+    def _check_sizes(self, maps: dict[str, LayerMaps]) -> None:
+        """Tables have a place for each patch of one grid."""
+        for layer, part in zip(self.layers, maps.values(), strict=True):
+            if part.grid != layer.facts.grid:
+                raise UserError(
+                    f"data: images differ in size: {layer.facts.name} had {layer.facts.grid} patches, then "
+                    f"{part.grid}; resize all images to one size"
+                )
+
+    def _begin(self, maps: dict[str, LayerMaps], classes: int) -> None:
         """Makes the tables, whose sizes the first batch tells."""
         for name, part in maps.items():
             config, device = self._configs[name], part.gates.device
@@ -188,9 +220,7 @@ class _Tally:
                 LayerCollection(
                     LayerFacts(name, config.router, config.num_experts, top_k, part.grid, part.prefix),
                     LayerCounts(part),
-                    LayerAssociation(
-                        codes, config.num_experts, self._num_classes, self._patch_kinds, self._replicates, device
-                    ),
+                    LayerAssociation(codes, config.num_experts, classes, self._patch_kinds, self._replicates, device),
                 )
             )
         every = list(maps.values())

@@ -5,16 +5,16 @@ from dataclasses import dataclass, field
 from operator import length_hint
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from vmoe.analysis.exploration.causes import Causes, find_causes
-from vmoe.analysis.exploration.collection import collect
+from vmoe.analysis.exploration.collection import collect, on_device
 from vmoe.analysis.exploration.findings import findings
 from vmoe.analysis.exploration.history import Snapshot, training_loads
 from vmoe.analysis.exploration.probes import Probes, probe
-from vmoe.analysis.exploration.report import flows_report, layer_report, rounded, run_report
-from vmoe.analysis.exploration.statistics import wilson
+from vmoe.analysis.exploration.report import accuracy_report, flows_report, layer_report, rounded, run_report
 from vmoe.analysis.exploration.subject import Colour, Subject
 from vmoe.checkpoints import Checkpoint
 from vmoe.errors import UserError
@@ -72,6 +72,7 @@ def explore(
     snapshots: Sequence[Snapshot] = (),
     class_names: Sequence[str] | None = None,
     patch_names: Sequence[str] | None = None,
+    image_names: Sequence[str] | None = None,
     mean: Colour = (0.5, 0.5, 0.5),
     std: Colour = (0.5, 0.5, 0.5),
     provenance: dict[str, Any] | None = None,
@@ -82,13 +83,15 @@ def explore(
 
     Args:
         model: A model with MoE layers, a checkpoint of one, or a `Subject`.
-        batches: Of (images (B, 3, H, W), labels (B,), ...), to be gone through several times, each time the same, and
-            in random order: the first images serve for the costlier analyses, and nulls pair images of a block.
+        batches: Of (images (B, 3, H, W), labels (B,) or None, ...), to be gone through several times, each time the
+            same, and in random order: the first images serve for the costlier analyses, and nulls pair images of a
+            block. Where all labels are None, what needs them is left out: accuracy, classes, causes.
         name: What the report calls it; by default a checkpoint's path, or the model's class.
         others: Runs to compare with, which see the same images; dense ones too.
         snapshots: Earlier checkpoints of the same run.
         class_names: For a bare model: the names of its classes.
         patch_names: Names of the batches' `patch_labels`, where they have these.
+        image_names: Of all images, in the order of the batches; by default they are called by their number.
         mean: For a bare model: how images are normalised for it, to know their colours.
         std: Likewise.
         provenance: Told in the report: "checkpoint", "data", "split", "command", "versions".
@@ -96,7 +99,7 @@ def explore(
         track: Wraps batches in a progress bar.
 
     Raises:
-        UserError: The model is dense, there is no image, or a logit is not finite.
+        UserError: The model is dense, there is no image, images differ in size, or a logit is not finite.
     """
     options = options or ExploreOptions()
     subject = _subject(model, class_names, mean, std, name)
@@ -116,8 +119,9 @@ def explore(
     if options.probe_images:
         some = track(FirstImages(batches, options.probe_images), "consistency")
         probes = probe(subject, some, subjects, [snapshot.subject for snapshot in snapshots], options.seed)
-    if options.cause_images:
-        some = track(FirstImages(batches, options.cause_images), "causes")
+    cause_images = options.cause_images if collection.correct is not None else 0
+    if cause_images:
+        some = track(FirstImages(batches, cause_images), "causes")
         causes = find_causes(subject, some, options.capacity_factors, options.seed)
     report = {
         "title": f"What the experts of {subject.name} do",
@@ -125,13 +129,13 @@ def explore(
             "seed": options.seed,
             "num_images": collection.images,
             "probe_images": min(options.probe_images, collection.images),
-            "cause_images": min(options.cause_images, collection.images),
+            "cause_images": min(cause_images, collection.images),
             "replicates": options.replicates,
             **(provenance or {}),
         },
         "classes": list(subject.class_names),
         "patch_names": None if patch_names is None else list(patch_names),
-        "accuracy": wilson(collection.correct, collection.images).as_dict(),
+        "accuracy": accuracy_report(collection),
         "is_dense": False,
         "layers": [
             layer_report(layer, images, subject.class_names, options.seed)
@@ -146,7 +150,10 @@ def explore(
     for layer in report["layers"]:
         _add(layer, probes, causes)
     report["findings"] = findings(report)
-    return Exploration(rounded(report), collection.sample)
+    images = collection.sample
+    if image_names is not None:
+        images = {**images, "name": np.array([image_names[number] for number in images["number"]])}
+    return Exploration(rounded(report), images)
 
 
 class FirstImages:
@@ -164,7 +171,7 @@ class FirstImages:
         left = self._count
         for batch in self._batches:
             yield tuple(part[:left] if isinstance(part, torch.Tensor) else part for part in batch)
-            left -= len(batch[1])
+            left -= len(batch[0])
             if left <= 0:
                 return
 
@@ -177,7 +184,7 @@ class _Adapted:
 
     def __iter__(self) -> Iterator[Sequence]:
         for batch in self._batches:
-            images = self._subject.as_seen_by(self._other, batch[0].to(self._subject.device))
+            images = self._subject.as_seen_by(self._other, on_device(batch, self._subject.device))
             yield batch._replace(images=images) if hasattr(batch, "_replace") else (images, *batch[1:])
 
 

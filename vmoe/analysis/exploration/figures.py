@@ -33,7 +33,8 @@ def draw_figures(report: Report) -> Iterator[tuple[str, Page]]:
     yield "load", _load(report)
     yield "specialisation", _specialisation(report)
     for index, layer in enumerate(report["layers"]):
-        yield f"classes-{index}", _ratio_matrix(report, layer, layer["class_log_ratio"], report["classes"], "class")
+        if layer["class_log_ratio"] is not None:
+            yield f"classes-{index}", _ratio_matrix(report, layer, layer["class_log_ratio"], report["classes"], "class")
         if layer["patch_label_log_ratio"] is not None:
             names, known = report["patch_names"], layer["patch_label_log_ratio"]
             yield f"patch-labels-{index}", _ratio_matrix(report, layer, known, names, "patch label")
@@ -59,8 +60,9 @@ def draw_figures(report: Report) -> Iterator[tuple[str, Page]]:
 def _about(report: Report, count: str = "num_images") -> str:
     """Where the numbers come from, for a subtitle; `count` names the number of images in the provenance."""
     told = report["provenance"]
-    where = " of ".join(str(told[key]) for key in ("split", "data") if key in told)
-    parts = (f"{told[count]:,} images", where, report["runs"][0]["name"])
+    where = " of ".join(str(told[key]) for key in ("split", "data") if told.get(key))
+    images = f"{told[count]:,} images" + ("" if report["accuracy"] else " without labels")
+    parts = (images, where, report["runs"][0]["name"])
     return " · ".join(part for part in parts if part)
 
 
@@ -122,7 +124,7 @@ def _ratio_matrix(report: Report, layer: Report, ratio: Report, names: list[str]
     verdict += "" if part["beats_null"] else ": no more than chance"
     legend = (
         f"The natural logarithm of P({what} | expert) / P({what}): blue, the expert takes more of it than experts do "
-        "on average; brown, less. Columns that are alike stand side by side."
+        "on average; orange, less. Columns that are alike stand side by side."
     )
     size = (columns * cell[0], experts * cell[1] + (160 if shown else 30))
     page, places = panel_page(
@@ -141,7 +143,7 @@ def _coactivation(report: Report) -> Page:
     layers = [layer for layer in report["layers"] if layer["top_k"] != 1]
     experts = max(layer["num_experts"] for layer in layers)
     cell = int(np.clip(320 // experts, 5, 40))
-    legend = "How often two experts take the same token over what chance gives: blue more, brown less (log scale)."
+    legend = "How often two experts take the same token over what chance gives: blue more, orange less (log scale)."
     page, places = panel_page(
         "Experts that work together", _about(report), legend, len(layers), (experts * cell,) * 2, 4, left=40
     )
@@ -274,10 +276,13 @@ def _saturation(report: Report) -> Page:
 
 def _runs(report: Report) -> Page:
     runs, features = report["runs"], list(report["layers"][0]["specialisation"])
-    legend = "Accuracy with 95 % intervals, and the largest NMI of any layer; dense models have no experts."
-    count = 1 + len(features)
+    legend = "The largest NMI of any layer, with 95 % intervals; dense models have no experts."
+    panels = []
+    if report["accuracy"]:
+        legend = f"Accuracy and {legend[0].lower()}{legend[1:]}"
+        panels.append(("Accuracy", [run["accuracy"] for run in runs], "value"))
+    count = len(panels) + len(features)
     page, places = panel_page("Runs beside each other", _about(report), legend, count, _PLOT, 3, left=50)
-    panels = [("Accuracy", [run["accuracy"] for run in runs], "value")]
     for feature in features:
         best = [
             max((layer["nmi"][feature] for layer in run["layers"]), key=lambda part: part["nmi"], default=None)

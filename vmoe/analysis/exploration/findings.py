@@ -39,8 +39,8 @@ def _specialisation(layers: list[dict[str, Any]]) -> Iterator[str]:
         )
     if chance:
         yield f"No layer's experts go with the {' or the '.join(map(_spoken, chance))} more than chance has it."
-    first, last = (layer["specialisation"]["class"] for layer in (layers[0], layers[-1]))
-    if len(layers) > 1 and last["beats_null"] and last["low"] > first["high"]:
+    first, last = (layer["specialisation"].get("class") for layer in (layers[0], layers[-1]))
+    if first and len(layers) > 1 and last["beats_null"] and last["low"] > first["high"]:
         yield (
             f"Deeper experts tell more of the class: NMI {first['nmi']:.3f} in {layers[0]['name']}, "
             f"{last['nmi']:.3f} in {layers[-1]['name']}."
@@ -129,7 +129,7 @@ def _agreement(runs: list[dict[str, Any]] | None) -> Iterator[str]:
 
 def _runs(runs: list[dict[str, Any]]) -> Iterator[str]:
     first = runs[0]
-    for run in runs[1:]:
+    for run in runs[1:] if first["accuracy"] else ():
         here, there = first["accuracy"], run["accuracy"]
         apart = here["low"] > there["high"] or there["low"] > here["high"]
         yield (

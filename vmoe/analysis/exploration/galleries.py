@@ -84,12 +84,19 @@ def _maps(report: dict[str, Any], images: dict[str, Any]) -> Page:
         y = 150 + (step + 24) * row
         pixels = images["pixels"][row]
         page.picture(MARGIN, y, cv2.resize(pixels, (_MAP, _MAP), interpolation=cv2.INTER_AREA) / 255)
-        label, predicted = (report["classes"][images[name][row]] for name in ("label", "predicted"))
-        told = label if label == predicted else f"{label}, taken for {predicted}"
-        page.text(MARGIN, y + _MAP + 20, page.fit(told, SMALL, _MAP), SMALL, color=MUTED)
+        page.text(MARGIN, y + _MAP + 20, page.fit(_caption(report, images, row), SMALL, _MAP), SMALL, color=MUTED)
         for column, (layer, maps) in enumerate(layers):
             page.picture(MARGIN + step * (1 + column), y, _overlay(pixels, layer, maps, row))
     return page
+
+
+def _caption(report: dict[str, Any], images: dict[str, Any], row: int) -> str:
+    """An image's class and what it was taken for; where it has no label, its name."""
+    label, predicted = images["label"][row], images["predicted"][row]
+    if label < 0:
+        return str(images["name"][row]) if "name" in images else f"image {images['number'][row]}"
+    told = report["classes"][label]
+    return told if label == predicted else f"{told}, taken for {report['classes'][predicted]}"
 
 
 def _overlay(pixels: np.ndarray, layer: dict[str, Any], maps: dict[str, Any], image: int) -> np.ndarray:

@@ -5,12 +5,10 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap
 
 from vmoe.analysis.palette import expert_hex, ink_on
-from vmoe.analysis.style import BLUES, BODY, MARGIN, MUTED, PAPER, SMALL, Page, plain_axes
+from vmoe.analysis.style import BODY, DIVERGING, MARGIN, MUTED, PAPER, SHADES, SMALL, Page, plain_axes
 
-DIVERGING = LinearSegmentedColormap.from_list("vmoe_diverging", ["#84320c", "#e0a37a", PAPER, "#79b4e2", "#0b3f6b"])
 _HEAD = 110  # pixels of the page's title
 _TITLE = 34  # of a panel's
 _LETTER = 8.2  # width of a letter of the body's size, at most on average
@@ -88,7 +86,13 @@ def matrix(
         for row, column in zip(*np.nonzero(np.isfinite(values)), strict=True):
             ink = ink_on(colours[row, column])
             place = x + (column + 0.5) * width, y + (row + 0.5) * height
-            page.text(*place, format(values[row, column], form), 11, color=ink, ha="center", va="center_baseline")
+            text = _signless_zero(format(values[row, column], form))
+            page.text(*place, text, 11, color=ink, ha="center", va="center_baseline")
+
+
+def _signless_zero(number: str) -> str:
+    """A number as it is, but 0.0 for -0.0."""
+    return number if any(digit in number for digit in "123456789") else number.lstrip("-")
 
 
 def _chip(page: Page, right: float, top: float, expert: int, height: float) -> None:
@@ -98,12 +102,12 @@ def _chip(page: Page, right: float, top: float, expert: int, height: float) -> N
 
 
 def shades(values: np.ndarray, largest: float) -> np.ndarray:
-    """Blues from 0 to `largest`, (..., 3)."""
-    return BLUES(np.clip(np.nan_to_num(values) / max(largest, 1e-12), 0, 1))[..., :3]
+    """Shades from 0 to `largest`, (..., 3)."""
+    return SHADES(np.clip(np.nan_to_num(values) / max(largest, 1e-12), 0, 1))[..., :3]
 
 
 def diverging(values: np.ndarray, largest: float) -> np.ndarray:
-    """Blue above 0, brown below, (..., 3); grey where there is no number."""
+    """Blue above 0, orange below, (..., 3); grey where there is no number."""
     colours = DIVERGING(np.clip(0.5 + np.nan_to_num(values) / (2 * max(largest, 1e-12)), 0, 1))[..., :3]
     return np.where(np.isfinite(values)[..., None], colours, 0.93)
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vmoe.analysis.exploration.collection import routed
+from vmoe.analysis.exploration.collection import on_device, routed
 from vmoe.analysis.exploration.maps import LayerMaps
 from vmoe.analysis.exploration.statistics import matched_agreement, mean_interval
 from vmoe.analysis.exploration.subject import Subject
@@ -162,7 +162,7 @@ def probe(
     agreement: list[dict[str, Agreement]] = [{} for _ in others]
     saturation: list[dict[str, Saturation]] = [{} for _ in snapshots]
     for batch in batches:
-        x = batch[0].to(subject.device, non_blocking=True)
+        x = on_device(batch, subject.device)
         plain = _maps(subject, x)
         mirrored, shifted = _maps(subject, x, flipped), _maps(subject, x, moved)
         for name, maps in plain.items():

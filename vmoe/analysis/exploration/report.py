@@ -35,9 +35,8 @@ def layer_report(layer: LayerCollection, images: dict[str, Any], classes: Sequen
     facts, counts = layer.facts, layer.counts
     load = relative_load(_array(counts.load))
     tokens = max(float(counts.tokens), 1.0)
-    by_class = _array(layer.association.tables["class"].value).T  # (E, C)
-    ratio = class_log_ratio(by_class, prior_patches=float(math.prod(facts.grid) * (facts.top_k or 1)))
     used = _array(counts.images_by_experts)
+    of_class = _preferences(layer, "class")
     return {
         "name": facts.name,
         "num_experts": facts.num_experts,
@@ -55,36 +54,35 @@ def layer_report(layer: LayerCollection, images: dict[str, Any], classes: Sequen
         "specialisation": {
             name: tables.specialisation()._asdict() for name, tables in layer.association.tables.items()
         },
-        "class_log_ratio": {"matrix": ratio.tolist(), "order": clustered_order(ratio)},
-        "patch_label_log_ratio": _patch_labels(layer),
+        "class_log_ratio": of_class,
+        "patch_label_log_ratio": _preferences(layer, "patch label"),
         "coactivation": coactivation(_array(counts.together), tokens, facts.top_k).tolist(),
         "experts_per_image": {
             "mean": float((used * np.arange(len(used))).sum() / used.sum()),
             "histogram": used.astype(int).tolist(),
         },
-        "experts": _experts(layer, images, by_class, ratio, classes, seed),
+        "experts": _experts(layer, images, _favourites(layer, of_class, classes), seed),
         "consistency": None,
         "ablation": None,
         "random_router": None,
     }
 
 
-def _patch_labels(layer: LayerCollection) -> dict[str, Any] | None:
-    """ln(P(patch label | expert) / P(patch label)), (E, labels), and an order; None where patches have no labels."""
-    tables = layer.association.tables.get("patch label")
+def _preferences(layer: LayerCollection, feature: str) -> dict[str, Any] | None:
+    """ln(P(value | expert) / P(value)) of the "class" or the "patch label", (E, values), and an order of the values.
+
+    None where it is not known.
+    """
+    tables = layer.association.tables.get(feature)
     if tables is None:
         return None
-    ratio = class_log_ratio(_array(tables.value).T, prior_patches=float(math.prod(layer.facts.grid)))
+    an_image = float(math.prod(layer.facts.grid) * (layer.facts.top_k or 1))  # choices
+    ratio = class_log_ratio(_array(tables.value).T, prior_patches=an_image)
     return {"matrix": ratio.tolist(), "order": clustered_order(ratio)}
 
 
 def _experts(
-    layer: LayerCollection,
-    images: dict[str, Any],
-    by_class: np.ndarray,
-    ratio: np.ndarray,
-    classes: Sequence[str],
-    seed: int,
+    layer: LayerCollection, images: dict[str, Any], favourites: list[list[dict[str, Any]]], seed: int
 ) -> list[dict[str, Any]]:
     facts, counts = layer.facts, layer.counts
     position, colour = _array(counts.position), _array(counts.colour)
@@ -93,24 +91,31 @@ def _experts(
     experts = []
     for expert in range(facts.num_experts):
         total = max(taken[expert], 1e-300)
-        best = np.argsort(-ratio[expert], kind="stable")[:TOP_CLASSES]
-        share = by_class[expert] / max(by_class[expert].sum(), 1e-300)
         is_dead = not counts.load[expert] > 0
         experts.append(
             {
                 "dead": is_dead,
                 **_gallery(images, expert, facts.prefix, seed),
-                "classes": []
-                if is_dead
-                else [
-                    {"name": classes[c], "share": float(share[c]), "ratio": float(math.exp(ratio[expert, c]))}
-                    for c in best
-                ],
+                "classes": [] if is_dead else favourites[expert],
                 "position": (position[:, expert] * places / total).reshape(facts.grid).tolist(),
                 "colour": None if is_dead else (255 * colour[expert] / total).round().clip(0, 255).astype(int).tolist(),
             }
         )
     return experts
+
+
+def _favourites(
+    layer: LayerCollection, of_class: dict[str, Any] | None, classes: Sequence[str]
+) -> list[list[dict[str, Any]]]:
+    """The classes that each expert takes most above their share of all choices, most first; none without labels."""
+    if of_class is None:
+        return [[] for _ in range(layer.facts.num_experts)]
+    favourites = []
+    for counts, ratio in zip(_array(layer.association.tables["class"].value).T, of_class["matrix"], strict=True):
+        share = counts / max(counts.sum(), 1e-300)
+        best = np.argsort(-np.array(ratio), kind="stable")[:TOP_CLASSES]
+        favourites.append([{"name": classes[c], "share": float(share[c]), "ratio": math.exp(ratio[c])} for c in best])
+    return favourites
 
 
 def _gallery(images: dict[str, Any], expert: int, prefix: int, seed: int) -> dict[str, list[dict[str, Any]]]:
@@ -156,8 +161,12 @@ def run_report(name: str, collection: Collection) -> dict[str, Any]:
                 "dropped": float(counts.dropped / counts.choices) if counts.choices else None,
             }
         )
-    accuracy = wilson(collection.correct, collection.images).as_dict()
-    return {"name": name, "accuracy": accuracy, "is_dense": not collection.layers, "layers": layers}
+    return {"name": name, "accuracy": accuracy_report(collection), "is_dense": not collection.layers, "layers": layers}
+
+
+def accuracy_report(collection: Collection) -> dict[str, float] | None:
+    """The share of right answers with its interval; None where images have no labels."""
+    return None if collection.correct is None else wilson(collection.correct, collection.images).as_dict()
 
 
 def rounded(value: Any, digits: int = 6) -> Any:

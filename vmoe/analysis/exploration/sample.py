@@ -27,31 +27,34 @@ class ImageSample:
         self._kept: list[tuple[float, int, dict[str, Any]]] = []  # a heap, smallest key first
         self._seen = 0
 
-    def update(self, pixels: Tensor, labels: Tensor, probabilities: Tensor, layers: dict[str, LayerMaps]) -> None:
+    def update(
+        self, pixels: Tensor, labels: Tensor | None, probabilities: Tensor, layers: dict[str, LayerMaps]
+    ) -> None:
         """Offers a batch: pixels (B, 3, S, S) in [0, 1], labels (B,), probabilities (B, C) and each layer's maps."""
-        keys = torch.rand(len(labels), generator=self._generator).tolist()
+        keys = torch.rand(len(pixels), generator=self._generator).tolist()
         smallest = self._kept[0][0] if len(self._kept) >= self.size else -1.0
         wanted = [index for index, key in enumerate(keys) if key > smallest]
         wanted = sorted(wanted, key=keys.__getitem__, reverse=True)[: self.size]
         if wanted:
-            rows = torch.tensor(wanted, device=labels.device)
-            parts = _records(pixels[rows], labels[rows], probabilities[rows], layers, rows)
+            rows = torch.tensor(wanted, device=pixels.device)
+            known = torch.full_like(rows, -1) if labels is None else labels[rows]
+            parts = _records(pixels[rows], known, probabilities[rows], layers, rows)
             for index, record in zip(wanted, parts, strict=True):
                 entry = (keys[index], self._seen + index, record)
                 if len(self._kept) < self.size:
                     heapq.heappush(self._kept, entry)
                 else:
                     heapq.heappushpop(self._kept, entry)
-        self._seen += len(labels)
+        self._seen += len(pixels)
 
     def stacked(self) -> dict[str, Any]:
         """The sample in the order in which the images came, as the page takes it.
 
         Returns:
-            "pixels" (n, S, S, 3) uint8; "label", "predicted" (n,) int64; "confidence" (n,) float32; "number" (n,) the
-            place in the stream; "layers", for each: "gates" (n, P + N, E) float16, "dispatch" likewise or None,
-            "chosen" (n, P + N, K) int16, "dropped" likewise bool or None, "entropy" (n, P + N) float16, "valid"
-            likewise bool.
+            "pixels" (n, S, S, 3) uint8; "label" (n,) int64, -1 where there is none; "predicted" (n,) int64;
+            "confidence" (n,) float32; "number" (n,) the place in the stream; "layers", for each: "gates"
+            (n, P + N, E) float16, "dispatch" likewise or None, "chosen" (n, P + N, K) int16, "dropped" likewise bool
+            or None, "entropy" (n, P + N) float16, "valid" likewise bool.
         """
         records = [(number, record) for _, number, record in sorted(self._kept, key=lambda entry: entry[1])]
         images = {

@@ -37,9 +37,9 @@ def write_page(report: dict[str, Any], images: dict[str, Any], path: str | Path)
     Args:
         report: The numbers, plain JSON types: see docs/explorer.md.
         images: The sampled images: "pixels" (n, height, width, 3) uint8, "label", "predicted", "confidence" (n each),
-            "number" (n, their places in the data set; optional), and for each
-            layer of the report "gates" (n, N, E), "dispatch" (the same, or None), "chosen" and "dropped"
-            (n, N, K) or None, "entropy" (n, N) in nats. N: prefix tokens, then patches.
+            "number" (n, their places in the data set; optional), "name" (n, of their files; optional), and for each
+            layer of the report "gates" (n, N, E), "dispatch" (the same, or None), "chosen" and "dropped" (n, N, K) or
+            None, "entropy" (n, N) in nats. N: prefix tokens, then patches.
         path: The file, written atomically.
 
     Raises:
@@ -59,6 +59,7 @@ def write_page(report: dict[str, Any], images: dict[str, Any], path: str | Path)
         "label": _labels(images["label"]),
         "predicted": _labels(images["predicted"]),
         "number": [int(number) for number in images.get("number", range(count))],
+        "name": [str(name) for name in images["name"]] if "name" in images else None,
         "confidence": [round(float(value), 4) for value in images["confidence"]],
         "layers": [
             pack_layer(layer, maps, top, mapped)

@@ -20,7 +20,7 @@ function runTable(runs) {
         ),
         run.name + (index ? "" : " (this one)"),
       ),
-      make("td", {}, accuracyText(run.accuracy)),
+      isLabelled && make("td", {}, accuracyText(run.accuracy)),
       make("td", {}, run.is_dense ? "dense" : plural(run.layers.length, "MoE layer")),
       make("td", {}, run.is_dense ? "–" : number(sum(run.layers.map((layer) => layer.load_cv)) / run.layers.length)),
       make(
@@ -31,7 +31,10 @@ function runTable(runs) {
           : "–",
       ),
     );
-  return scrollTable(["run", "accuracy [95 %]", "kind", "mean load CV", "dropped"], runs.map(row));
+  return scrollTable(
+    ["run", ...(isLabelled ? ["accuracy [95 %]"] : []), "kind", "mean load CV", "dropped"],
+    runs.map(row),
+  );
 }
 
 const accuracyText = (accuracy) =>
@@ -80,7 +83,7 @@ function compareView() {
     make("h2", {}, "Runs beside each other"),
     figure(
       `${runs.length} runs`,
-      `Top-1 accuracy on the same images with its 95 % interval. ${analysed()}.`,
+      `${isLabelled ? "Top-1 accuracy on the same images with its 95 % interval" : "All on the same images"}. ${analysed()}.`,
       runTable(runs),
     ),
     plots.length > 0 &&

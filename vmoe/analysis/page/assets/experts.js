@@ -28,12 +28,12 @@ function expertFacts(layer, expert) {
 function patchGallery(title, legend, index, kind, expert) {
   const entries = gallery(REPORT.layers[index], kind, expert);
   const tiles = entries.map((entry) => {
-    const label = className(SAMPLE.label[entry.image]);
+    const label = labelOf(entry.image);
     return patchTile(
       index,
       { ...entry, colour: expertColour(expert) },
-      [number(entry.gate), label],
-      [`${imageName(entry.image)}, ${label}`, `gate ${number(entry.gate, 3)}`],
+      [number(entry.gate), label].filter(Boolean),
+      [[imageName(entry.image), label].filter(Boolean).join(", "), `gate ${number(entry.gate, 3)}`],
     );
   });
   return tiles.length
@@ -43,7 +43,6 @@ function patchGallery(title, legend, index, kind, expert) {
 
 function classBars(index, expert, width) {
   const { classes } = REPORT.layers[index].experts[expert];
-  if (!classes?.length) return missing("Its classes", "The images have no labels.");
   const top = Math.max(1, largest(classes.map((each) => each.ratio)));
   const name = Math.min(150, width * 0.34);
   const full = Math.max(40, width - name - 150);
@@ -145,7 +144,7 @@ function expertDetail() {
       "random",
       expert,
     ),
-    sideBySide([classBars, positionMap], 330, (build, width) => build(state.layer, expert, width), 700),
+    sideBySide([...(isLabelled ? [classBars] : []), positionMap], 330, (build, width) => build(state.layer, expert, width), 700),
   ];
 }
 
@@ -205,7 +204,7 @@ function expertsView() {
     );
     return figure(
       `The ${plural(layer.num_experts, "expert")} of ${layer.name}${dead ? `, ${dead} of them dead` : ""}`,
-      `Load (1× = fair), the class it takes most above its share, and the six patches with its highest gates. A click shows one in full below. ${analysed()}, ${count(patchesOf(layer))} patches.`,
+      `Load (1× = fair), ${isLabelled ? "the class it takes most above its share, " : ""}and the six patches with its highest gates. A click shows one in full below. ${analysed()}, ${count(patchesOf(layer))} patches.`,
       make("div", { class: "cards" }, cards),
     );
   });

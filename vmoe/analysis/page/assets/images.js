@@ -117,18 +117,19 @@ function imagesView() {
     make(
       "div",
       { class: "bar" },
-      imageFilter(() => {
-        const shown = listedImages();
-        if (shown.length && !shown.includes(state.image)) {
-          [state.image] = shown;
-          change();
-        }
-        strip.refresh();
-      }),
+      isLabelled &&
+        imageFilter(() => {
+          const shown = listedImages();
+          if (shown.length && !shown.includes(state.image)) {
+            [state.image] = shown;
+            change();
+          }
+          strip.refresh();
+        }),
       make(
         "span",
         { class: "legend" },
-        `${plural(SAMPLE.mapped, "sampled image")} of ${count(REPORT.provenance.num_images)} analysed; dotted frame: classified wrong.`,
+        `${plural(SAMPLE.mapped, "sampled image")} of ${count(REPORT.provenance.num_images)} analysed${isLabelled ? "; dotted frame: classified wrong" : ""}.`,
       ),
     ),
     strip.node,

@@ -153,9 +153,9 @@ function similarPatches(image, spot) {
     patchTile(
       finestLayer(),
       entry,
-      [percent(entry.score, 0), className(SAMPLE.label[entry.image])],
+      [percent(entry.score, 0), labelOf(entry.image)].filter(Boolean),
       [
-        `${imageName(entry.image)}, ${className(SAMPLE.label[entry.image])}`,
+        [imageName(entry.image), labelOf(entry.image)].filter(Boolean).join(", "),
         `${percent(entry.score)} of the gates shared`,
       ],
     ),

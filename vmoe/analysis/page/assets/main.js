@@ -6,7 +6,7 @@ const TABS = [
   { id: "load", name: "Load", view: loadView },
   { id: "specialisation", name: "Specialisation", view: specialisationView },
   { id: "structure", name: "Structure", view: structureView },
-  { id: "causes", name: "Causes", view: causesView },
+  ...(isLabelled ? [{ id: "causes", name: "Causes", view: causesView }] : []),
   { id: "compare", name: "Compare", view: compareView },
 ];
 
@@ -20,6 +20,7 @@ function drawHead() {
     accuracy && isNumber(accuracy.value) ? `Top-1 accuracy ${withInterval(accuracy, percent)}` : "",
     dense ? "dense model: no routing to see" : experts,
     analysed(),
+    isLabelled ? "" : "the images have no labels, so what needs them is left out: accuracy, classes, causes",
   ]
     .filter(Boolean)
     .join(" · ");
@@ -54,7 +55,7 @@ function drawFooter() {
     : "";
   const rows = [
     ["Checkpoint", make("code", {}, `${checkpoint}`)],
-    ["Data", `${data}, ${split} split`],
+    ["Data", split ? `${data}, ${split} split` : data],
     ["Images analysed", count(images)],
     [
       "Embedded here",

@@ -47,8 +47,9 @@ function matrix({
       context.fillRect(left + c * cellWidth, top + r * cellHeight, cellWidth - inset, cellHeight - inset);
     }),
   );
-  if (print && cellWidth >= 30 && cellHeight >= 18) {
-    context.font = "11.5px system-ui, sans-serif";
+  context.font = "11.5px system-ui, sans-serif";
+  const printed = print && cellHeight >= 18 ? values.flat().filter((value) => value !== null).map(print) : [];
+  if (printed.length && cellWidth >= 6 + largest(printed.map((text) => context.measureText(text).width))) {
     context.textAlign = "center";
     context.textBaseline = "middle";
     values.forEach((row, r) =>

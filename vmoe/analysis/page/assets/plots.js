@@ -63,7 +63,7 @@ function frame({ width, height, x, y, xLabel = "", yLabel = "" }) {
     const isLast = worded && index === labels.length - 1;
     if (!isLast && (index % every || places[index] + half(label) > free)) return;
     svg.append(
-      shape("text", { class: "faint", x: places[index], y: box.bottom + 16, "text-anchor": "middle" }, `${label}`),
+      shape("text", { class: "faint", x: places[index], y: box.bottom + 19, "text-anchor": "middle" }, `${label}`),
     );
   });
   return { svg, across, up, step, box, marks: [] };

@@ -97,9 +97,10 @@ function nmiKeys() {
 function preferences() {
   const layer = REPORT.layers[state.layer];
   return [
-    layer.class_log_ratio
-      ? preferenceMatrix(layer, layer.class_log_ratio, "class", "classes", className)
-      : missing("Which classes the experts take", withoutClasses("class_log_ratio")),
+    isLabelled &&
+      (layer.class_log_ratio
+        ? preferenceMatrix(layer, layer.class_log_ratio, "class", "classes", className)
+        : missing("Which classes the experts take", withoutClasses("class_log_ratio"))),
     layer.patch_label_log_ratio &&
       preferenceMatrix(
         layer,
@@ -162,12 +163,11 @@ function specialisationView() {
     names.length
       ? figure(
           "What an expert says about a patch, against chance",
-          `Normalised mutual information of a patch's expert with its image's class and with the patch's own properties; lines are bootstrap 95 % intervals. Only a point above the grey band is a link. Each plot has its own scale. ${analysed()}.`,
+          `Normalised mutual information of a patch's expert with ${isLabelled ? "its image's class and with " : ""}the patch's own properties; lines are bootstrap 95 % intervals. Only a point above the grey band is a link. Each plot has its own scale. ${analysed()}.`,
           nmiKeys(),
           sideBySide(names, 330, (property, width) => nmiPlot(property, width), 560),
         )
       : missing("Links of experts with properties of patches", "Not measured."),
-    layerPicker(classes.refresh),
-    classes.node,
+    (isLabelled || REPORT.patch_names) && [layerPicker(classes.refresh), classes.node],
   ];
 }

@@ -48,6 +48,9 @@ function chip(expert, attributes = {}, tag = "span") {
   return make(tag, { class: "chip", ...attributes, style: { background: colour, color: inkOn(colour) } }, `${expert}`);
 }
 
+/** Without labels, what needs them is left out: accuracy, classes, causes. */
+const isLabelled = REPORT.accuracy !== null;
+
 const className = (index) =>
   index === null || index === undefined ? "unknown" : (REPORT.classes[index] ?? `class ${index}`);
 const layerNames = REPORT.layers.map((layer) => layer.name);
@@ -80,7 +83,7 @@ const analysed = (which = "num_images") =>
 const withoutClasses = (table) =>
   REPORT.left_out.includes(table)
     ? "Left out: with so many classes and experts it does not fit into this page. The data files beside it hold the numbers."
-    : "Not measured, or the images have no labels.";
+    : "Not measured.";
 
 /** How many patches of all images a layer routed. */
 const patchesOf = (layer) => REPORT.provenance.num_images * layer.grid[0] * layer.grid[1];

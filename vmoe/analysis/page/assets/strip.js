@@ -68,11 +68,19 @@ function imageStrip(onPick) {
   return shown.length ? strip : make("p", { class: "note" }, "No image of the sample passes this filter.");
 }
 
-/** An image by its place in the data set. */
-const imageName = (image) => `Image ${SAMPLE.number[image]}`;
+/** An image by its file, or by its place in the data set. */
+const imageName = (image) => SAMPLE.name?.[image] ?? `Image ${SAMPLE.number[image]}`;
+
+/** An image's class, where it is known, below a picture of it. */
+const labelOf = (image) => (isLabelled ? className(SAMPLE.label[image]) : null);
 
 const verdictText = (image) =>
-  `true: ${className(SAMPLE.label[image])}; predicted: ${className(SAMPLE.predicted[image])} (${percent(SAMPLE.confidence[image], 0)})`;
+  [
+    isLabelled && `true: ${labelOf(image)}`,
+    `predicted: ${className(SAMPLE.predicted[image])} (${percent(SAMPLE.confidence[image], 0)})`,
+  ]
+    .filter(Boolean)
+    .join("; ");
 
 function verdict() {
   const { image } = state;
@@ -80,9 +88,9 @@ function verdict() {
   return make(
     "p",
     { class: "verdict" },
-    `${imageName(image)} · true class `,
-    make("b", {}, className(SAMPLE.label[image])),
-    " · predicted ",
+    `${imageName(image)} · `,
+    isLabelled && ["true class ", make("b", {}, labelOf(image)), " · "],
+    "predicted ",
     make("b", {}, className(SAMPLE.predicted[image])),
     ` with ${percent(SAMPLE.confidence[image], 0)} `,
     known && make("span", { class: isRight(image) ? "good" : "bad" }, isRight(image) ? "✓ right" : "✗ wrong"),
