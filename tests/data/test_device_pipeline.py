@@ -41,7 +41,7 @@ def test_evaluation_and_unaugmented_training_are_those_of_the_workers(name):
     for make in ("val_dataloader", "test_dataloader"):
         assert len(getattr(ours, make)()) == len(getattr(theirs, make)())
         assert_equal(list(getattr(ours, make)()), list(getattr(theirs, make)()))
-    assert_equal(list(ours.random_dataloader("test", 0)), list(theirs.random_dataloader("test")))
+    assert_equal(list(ours.random_dataloader("test", 0)), list(theirs.random_dataloader("test", 0)))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
