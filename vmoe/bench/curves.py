@@ -1,7 +1,6 @@
 """How the cost of an MoE layer grows with experts, tokens, choices and capacity, relative to its dense twin.
 
-At every point the dense `Mlp` runs on K times as many tokens: equal active FLOPs, whatever the capacity drops. On a GPU
-all are captured in CUDA graphs, so that the curves show what the kernels take and not how fast the host issues them.
+At every point the dense `Mlp` runs on K times as many tokens: equal active FLOPs, whatever the capacity drops.
 """
 
 import dataclasses
@@ -12,7 +11,7 @@ from matplotlib.figure import Figure
 
 from vmoe.bench.cases import Case
 from vmoe.bench.figure import INK, SERIES, dress, new_figure
-from vmoe.bench.layer import CALLS_ON_GPU, Replay, layer_jobs
+from vmoe.bench.layer import CALLS_ON_GPU, layer_jobs
 from vmoe.bench.report import Column, Row
 from vmoe.bench.timing import Measurement, Say, measure, reason_of_failure, release
 
@@ -81,8 +80,7 @@ def _measure(case: Case, device: torch.device, dtype: torch.dtype, rounds: int) 
     makers, jobs, results = layer_jobs(case, device, dtype), {}, {}
     for name in JOBS:
         try:
-            job = makers[name]()
-            jobs[name] = Replay(job, device) if device.type == "cuda" else job
+            jobs[name] = makers[name]()
         except Exception as error:  # such as a lack of memory, which must not end the curve
             results[name] = Measurement(error=reason_of_failure(name, error, device))
     results |= measure(jobs, device, rounds, CALLS_ON_GPU if device.type == "cuda" else 1)

@@ -96,8 +96,8 @@ def layer_jobs(case: Case, device: torch.device, dtype: torch.dtype) -> dict[str
         "layer inference": lambda: _layer(*place, config, inference=True),
     }
     if device.type == "cuda":
-        jobs["dense, CUDA graph"] = lambda: Replay(_dense(*place), device)
-        jobs["layer, CUDA graph"] = lambda: Replay(_layer(*place, config), device)
+        jobs["dense, CUDA graph"] = lambda: _Replay(_dense(*place), device)
+        jobs["layer, CUDA graph"] = lambda: _Replay(_layer(*place, config), device)
     else:
         del jobs["experts, recomputed"]  # only the GPU's kernels do
     if dtype == torch.float32:
@@ -190,7 +190,7 @@ def _job(module: nn.Module, x: Tensor, others: tuple, dtype: torch.dtype, infere
     return step
 
 
-class Replay:
+class _Replay:
     """A step captured in a CUDA graph; holds the step as well, whose module and tensors the graph reads and writes."""
 
     def __init__(self, step: Job, device: torch.device) -> None:
