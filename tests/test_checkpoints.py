@@ -1,5 +1,6 @@
 """Opening checkpoints: what comes back, and what a file that is not one is told."""
 
+import json
 import os
 import pickle
 import subprocess
@@ -8,9 +9,18 @@ import zipfile
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import vmoe
-from vmoe.checkpoints import ENTRY, FORMAT_VERSION, RunFolder, build_model, find_checkpoint, load_checkpoint
+from vmoe.checkpoints import (
+    ENTRY,
+    FORMAT_VERSION,
+    RunFolder,
+    build_model,
+    find_checkpoint,
+    load_checkpoint,
+    write_safetensors,
+)
 from vmoe.errors import UserError
 from vmoe.moe import MoeConfig
 
@@ -58,6 +68,46 @@ def test_a_run_s_folder_stands_for_its_best_else_its_last_checkpoint(tmp_path):
     assert find_checkpoint(tmp_path) == folder.last
     _save(folder.best)
     assert find_checkpoint(tmp_path) == folder.best
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_weights_to_share(tmp_path, dtype):
+    data = {"name": "npz", "root": "/home/someone/secret.npz"}
+    config = _content()[ENTRY]["config"] | {"data": data, "output_dir": "/home/someone/run"}
+    source = _save(tmp_path / "x.ckpt", config=config, ema={"weights": {"head.bias": torch.tensor([1.0, 2.0, 3.0])}})
+    shared = tmp_path / "shared" / "x.safetensors"
+    write_safetensors(shared, source, dtype)
+    assert b"someone" not in shared.read_bytes()
+    ours, theirs = load_checkpoint(shared), load_checkpoint(source)
+    assert ours.model.head.bias.tolist() == [1.0, 2.0, 3.0]  # the average, which is what was trained
+    for name, value in theirs.model.state_dict().items():
+        expected = value if dtype is None else value.to(dtype).float()
+        assert torch.equal(ours.model.state_dict()[name], expected), name
+    same = ("class_names", "image_size", "mean", "std", "epoch", "step")
+    assert all(getattr(ours, name) == getattr(theirs, name) for name in same)
+
+
+def _save_shared(path, metadata):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({"head.bias": torch.zeros(3)}, path, metadata=metadata)
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda path: path.write_text("not a checkpoint"), "not a safetensors file"),
+        (lambda path: _save_shared(path, None), "not a checkpoint of this package"),
+        (lambda path: _save_shared(path, {ENTRY: "{"}), "not a safetensors file, or damaged"),
+        (lambda path: _save_shared(path, {ENTRY: "[1]"}), "not a checkpoint of this package"),
+        (lambda path: _save_shared(path, {ENTRY: json.dumps({"version": FORMAT_VERSION + 1})}), "newer vmoe"),
+        (lambda path: _save_shared(path, {ENTRY: json.dumps({"version": FORMAT_VERSION})}), "do not make a model"),
+    ],
+)
+def test_safetensors_that_are_no_checkpoint(tmp_path, make, told):
+    path = tmp_path / "x.safetensors"
+    make(path)
+    with pytest.raises(UserError, match=told):
+        load_checkpoint(path)
 
 
 class _Runs:

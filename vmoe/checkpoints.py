@@ -2,9 +2,11 @@
 
 A checkpoint is the file Lightning writes, with one entry of ours, `vmoe`, of plain types: the format's version, the
 run's whole config, the class names, image size, mean and std, the average of the weights where the run keeps one, and
-what an exact resumption needs.
+what an exact resumption needs. Weights to be shared are a safetensors file instead, with the same entry as JSON in its
+metadata and without what training needs.
 """
 
+import json
 import math
 import zipfile
 from dataclasses import dataclass
@@ -13,10 +15,13 @@ from typing import Any
 
 import timm
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import vmoe
 from vmoe.errors import UserError
+from vmoe.files import atomic_write
 from vmoe.moe import MoeConfig
 
 FORMAT_VERSION = 1
@@ -84,7 +89,8 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Che
     """Rebuilds the model of a checkpoint; nothing a file says is run, only models that timm or this package names.
 
     Args:
-        path: A .ckpt file, or a run's folder: then its best checkpoint, or its last while there is no best.
+        path: A .ckpt or .safetensors file, or a run's folder: then its best checkpoint, or its last while there is no
+            best.
         device: Where the model goes.
 
     Raises:
@@ -122,7 +128,7 @@ def find_checkpoint(path: str | Path) -> Path:
     path = Path(path)
     if not path.is_dir():
         if not path.is_file():
-            raise UserError(f"{path}: no such file; give a .ckpt file or a run's folder")
+            raise UserError(f"{path}: no such file; give a .ckpt or .safetensors file or a run's folder")
         return path
     folder = RunFolder(path)
     for candidate in (folder.best, folder.last):
@@ -140,14 +146,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file; give a .ckpt file or a run's folder")
-    if not zipfile.is_zipfile(path):
-        raise UserError(f"{path}: not a checkpoint, or cut off while it was copied; copy it again")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file makes the unpickler fail in any way it can
-        raise UserError(
-            f"{path}: cannot be read as a checkpoint of tensors and plain types; is it damaged or foreign?"
-        ) from error
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_lightning(path)
     ours = content.get(ENTRY) if isinstance(content, dict) else None
     if not isinstance(ours, dict) or not isinstance(ours.get("version"), int):
         raise UserError(f"{path}: not a checkpoint of this package; `vmoe train` writes them")
@@ -156,6 +155,55 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             f"{path}: written by a newer vmoe, in format {ours['version']}; this one knows {FORMAT_VERSION}: update it"
         )
     return content
+
+
+def _read_lightning(path: Path) -> Any:
+    if not zipfile.is_zipfile(path):
+        raise UserError(f"{path}: not a checkpoint, or cut off while it was copied; copy it again")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file makes the unpickler fail in any way it can
+        raise UserError(
+            f"{path}: cannot be read as a checkpoint of tensors and plain types; is it damaged or foreign?"
+        ) from error
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            ours = json.loads((file.metadata() or {}).get(ENTRY, "null"))
+        weights = {_MODEL_PREFIX + name: value for name, value in load_file(path).items()}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path}: not a safetensors file, or damaged ({' '.join(str(error).split())[:100]})") from error
+    step = ours.get("step", 0) if isinstance(ours, dict) else 0
+    return {"state_dict": weights, ENTRY: ours, "global_step": step}
+
+
+def write_safetensors(path: str | Path, source: str | Path, dtype: torch.dtype | None = None) -> None:
+    """Writes the trained weights of a checkpoint, and what is needed to use them, as one safetensors file, atomically.
+
+    Paths of the machine that trained are left out. Every tool opens the result as it opens a checkpoint.
+
+    Args:
+        path: Where the file goes.
+        source: A checkpoint file or a run's folder.
+        dtype: Stored type of the weights; None: as they are. They are float32 again when the file is opened.
+
+    Raises:
+        UserError: the source is no checkpoint of ours, or `path` cannot be written.
+    """
+    content = read_checkpoint(find_checkpoint(source))
+    ours = content[ENTRY]
+    config = ours["config"] | {"output_dir": None, "init_from": None}
+    config["data"] = {key: value for key, value in config["data"].items() if key != "root"}
+    kept = ("version", "class_names", "image_size", "mean", "std", "epochs_done")
+    entry = {key: ours[key] for key in kept} | {"config": config, "step": content["global_step"]}
+    weights = {
+        name: value.to(dtype).contiguous() if dtype is not None and value.is_floating_point() else value.contiguous()
+        for name, value in trained_weights(content).items()
+    }
+    with atomic_write(path) as temporary:
+        save_file(weights, temporary, metadata={"format": "pt", ENTRY: json.dumps(entry)})
 
 
 def trained_weights(content: dict[str, Any]) -> dict[str, Tensor]:
