@@ -1,8 +1,12 @@
-"""The demonstration behind `make demo`: train, evaluate and draw, on data that come with scikit-learn."""
+"""The demonstration behind `make demo`: train, evaluate and draw, on data that come with scikit-learn.
+
+Then the V-MoE for CIFAR-10 that comes with the project draws where its experts look on scikit-learn's two photographs.
+"""
 
 from pathlib import Path
 
 from PIL import Image
+from sklearn.datasets import load_sample_image
 
 from vmoe.cli import evaluate, heatmap, train
 from vmoe.cli.common import run
@@ -14,6 +18,9 @@ CONFIG = Path("configs/digits.yaml")
 RUN = Path("runs/digits")
 PICTURES = RUN / "pictures"
 HEATMAPS = RUN / "heatmaps"
+SHIPPED = Path("assets/models/cifar10_small.safetensors")
+PHOTOGRAPHS = RUN / "photographs"
+PHOTOGRAPH_MAPS = PHOTOGRAPHS / "maps"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -26,6 +33,7 @@ def _demo(_: list[str]) -> int:
         ("Training", lambda: train.main(["--config", str(CONFIG), "--output_dir", str(RUN), "--resume"])),
         ("Evaluating", lambda: evaluate.main([str(RUN)])),
         ("Drawing", lambda: heatmap.main([str(RUN), *_write_pictures(), "--out", str(HEATMAPS)])),
+        ("Photographs", lambda: heatmap.main([str(SHIPPED), *_write_photographs(), "--out", str(PHOTOGRAPH_MAPS)])),
     ]
     for name, step in steps:
         print(f"\n== {name}", flush=True)
@@ -35,6 +43,7 @@ def _demo(_: list[str]) -> int:
         f"\nThe run, its metrics and its checkpoints: {RUN}"
         f"\nAccuracy and calibration:                 {RUN / 'evaluation.json'}"
         f"\nWhich expert takes which patch:           {HEATMAPS}"
+        f"\nThe same on photographs, by {SHIPPED.name}: {PHOTOGRAPH_MAPS}"
     )
     return 0
 
@@ -48,5 +57,15 @@ def _write_pictures() -> list[str]:
         path = PICTURES / f"{digit}.png"
         with atomic_write(path) as temporary:
             Image.fromarray(test.read(index)).save(temporary)
+        paths.append(str(path))
+    return paths
+
+
+def _write_photographs() -> list[str]:
+    paths = []
+    for name in ("china.jpg", "flower.jpg"):
+        path = PHOTOGRAPHS / Path(name).with_suffix(".png")
+        with atomic_write(path) as temporary:
+            Image.fromarray(load_sample_image(name)).save(temporary)
         paths.append(str(path))
     return paths
