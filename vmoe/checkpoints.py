@@ -6,6 +6,7 @@ what an exact resumption needs.
 """
 
 import math
+import shutil
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 import vmoe
 from vmoe.errors import UserError
+from vmoe.files import atomic_write
 from vmoe.moe import MoeConfig
 
 FORMAT_VERSION = 1
@@ -156,6 +158,12 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             f"{path}: written by a newer vmoe, in format {ours['version']}; this one knows {FORMAT_VERSION}: update it"
         )
     return content
+
+
+def copy_checkpoint(source: Path, target: Path) -> None:
+    """Copies a checkpoint; the target is never half of one."""
+    with atomic_write(target) as temporary:
+        shutil.copyfile(source, temporary)
 
 
 def trained_weights(content: dict[str, Any]) -> dict[str, Tensor]:
