@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 import vmoe
+from vmoe.checkpoint_folders import is_sharded, read_folder, read_plain_part
 from vmoe.errors import UserError
-from vmoe.files import atomic_write
+from vmoe.files import atomic_write, replace
 from vmoe.moe import MoeConfig
 
 FORMAT_VERSION = 1
@@ -122,34 +123,38 @@ def find_checkpoint(path: str | Path) -> Path:
         UserError: there is none.
     """
     path = Path(path)
-    if not path.is_dir():
-        if not path.is_file():
+    if not path.is_dir() or is_sharded(path):
+        if not path.exists():
             raise UserError(f"{path}: no such file; give a .ckpt file or a run's folder")
         return path
     folder = RunFolder(path)
     for candidate in (folder.best, folder.last):
-        if candidate.is_file():
+        if candidate.is_file() or is_sharded(candidate):
             return candidate
     raise UserError(f"{path}: holds no checkpoints/best.ckpt or checkpoints/last.ckpt; give a run's folder")
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """The content of a checkpoint file, on the CPU, checked to be ours and of a version that is understood.
+    """The content of a checkpoint, on the CPU, checked to be ours and of a version that is understood.
 
     Raises:
         UserError: the file is missing, truncated, foreign, damaged, or of a newer version.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; give a .ckpt file or a run's folder")
-    if not zipfile.is_zipfile(path):
-        raise UserError(f"{path}: not a checkpoint, or cut off while it was copied; copy it again")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file makes the unpickler fail in any way it can
-        raise UserError(
-            f"{path}: cannot be read as a checkpoint of tensors and plain types; is it damaged or foreign?"
-        ) from error
+    return _checked(read_folder(path) if is_sharded(path) else _read_file(path), path)
+
+
+def read_without_tensors(path: str | Path) -> dict[str, Any]:
+    """Like `read_checkpoint`, without a model's tensors where they need not be read, in a folder.
+
+    Raises:
+        UserError: likewise.
+    """
+    path = Path(path)
+    return _checked(read_plain_part(path) if is_sharded(path) else _read_file(path), path)
+
+
+def _checked(content: Any, path: Path) -> dict[str, Any]:
     ours = content.get(ENTRY) if isinstance(content, dict) else None
     if not isinstance(ours, dict) or not isinstance(ours.get("version"), int):
         raise UserError(f"{path}: not a checkpoint of this package; `vmoe train` writes them")
@@ -160,8 +165,27 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return content
 
 
+def _read_file(path: Path) -> Any:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give a .ckpt file or a run's folder")
+    if not zipfile.is_zipfile(path):
+        raise UserError(f"{path}: not a checkpoint, or cut off while it was copied; copy it again")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file makes the unpickler fail in any way it can
+        raise UserError(
+            f"{path}: cannot be read as a checkpoint of tensors and plain types; is it damaged or foreign?"
+        ) from error
+
+
 def copy_checkpoint(source: Path, target: Path) -> None:
     """Copies a checkpoint; the target is never half of one."""
+    if is_sharded(source):
+        temporary = target.with_name(f".{target.name}.new")
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.copytree(source, temporary)
+        replace(temporary, target)
+        return
     with atomic_write(target) as temporary:
         shutil.copyfile(source, temporary)
 

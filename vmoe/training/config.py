@@ -197,6 +197,12 @@ class TrainConfig:
         _need(self, "seed", 0 <= self.seed < 2**32, "from 0 to 4294967295")
         if self.moe is not None and self.moe.inject_auxiliary_loss:
             raise ValueError("moe.inject_auxiliary_loss=True: must be false here, this trainer adds the loss itself")
+        if self.parallel.strategy in ("fsdp", "expert"):
+            why = f"with parallel.strategy={self.parallel.strategy}"
+            if self.optim.name == "muon":
+                raise ValueError(f"optim.name=muon: must be adamw {why}, which cuts the matrices")
+            if self.trainer.precision == "fp16":
+                raise ValueError(f"trainer.precision=fp16: must be 32 or bf16 {why}")
         is_alone = self.parallel.strategy == "none" and self.parallel.draws == "process"
         if self.trainer.cuda_graph and not is_alone:
             raise ValueError("trainer.cuda_graph=True: must be false with parallel.strategy or parallel.draws=sample")

@@ -17,9 +17,10 @@ from vmoe.training.config import OptimConfig
 from vmoe.training.ema import Ema
 from vmoe.training.graph import GraphedStep
 from vmoe.training.guard import Guard
-from vmoe.training.optim import build_optimizer, learning_rate
+from vmoe.training.optim import build_optimizer, by_mesh, by_number, learning_rate, parameter_groups
 from vmoe.training.processes import Place, total
 from vmoe.training.sample_draws import SampleDraws
+from vmoe.training.sharding import average_gradients, clip_gradients
 from vmoe.training.statistics import RoutingStatistics
 
 RAW_TOP1 = "val/raw_top1"
@@ -38,6 +39,7 @@ class Classifier(LightningModule):
         ema_decay: Decay of the average of the weights, by which validation is done; None keeps no average.
         cuda_graph: Captures the whole step as a CUDA graph; then a batch is an update.
         draws: Draws router noise and dropout by image, once installed in the model; None leaves it to torch.
+        cut: Cuts the model into the parts of several processes (see `vmoe.training.sharding.shard`); None leaves it.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class Classifier(LightningModule):
         ema_decay: float | None = None,
         cuda_graph: bool = False,
         draws: SampleDraws | None = None,
+        cut: Callable[[nn.Module], list[nn.Parameter]] | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -61,10 +64,18 @@ class Classifier(LightningModule):
         self.routing = RoutingStatistics()
         self.guard = Guard()
         self.draws = draws
+        self._cut = cut
+        self._whole: list[nn.Parameter] | None = None  # parameters of a cut model that all processes keep
         self.ema = None if ema_decay is None else Ema(model, ema_decay)
         self.damaged: dict[str, None] = {}
         self._graphed_step = GraphedStep(self._step) if cuda_graph else None
         self._step_number = torch.zeros(())  # of the update, for the graph
+
+    def configure_model(self) -> None:
+        if self._cut is not None and self._whole is None:
+            self._whole = self._cut(self.model)
+            if self.ema is not None:
+                self.ema = Ema(self.model, self.ema.decay)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         self.damaged.update(dict.fromkeys(batch.damaged))
@@ -122,6 +133,9 @@ class Classifier(LightningModule):
     def _clip(self, optimizer: torch.optim.Optimizer) -> Tensor:
         """Clips the gradients; their norm before, ()."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if self._whole is not None:
+            average_gradients(self._whole)
+            return clip_gradients(parameters, self.optim.clip_norm or math.inf)
         return nn.utils.clip_grad_norm_(parameters, self.optim.clip_norm or math.inf)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -188,6 +202,19 @@ class Classifier(LightningModule):
         """The learning rate of update `step`, 0-based."""
         return learning_rate(step, self.total_updates, self.warmup_updates, self.optim)
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        groups = by_mesh(parameter_groups(self.model, self.optim))
+        for schedule in checkpoint["lr_schedulers"]:  # the saved run's may have been in other groups
+            schedule["base_lrs"] = [group["lr"] for group in groups]
+        if self._whole is None:  # else the strategy has loaded the optimiser's state
+            states = [by_number(state, self.optimizer_names(), groups) for state in checkpoint["optimizer_states"]]
+            checkpoint["optimizer_states"] = states
+
+    def optimizer_names(self) -> list[str]:
+        """The parameters' names in the order in which an optimiser of a whole model numbers them."""
+        names = {parameter: name for name, parameter in self.named_parameters()}
+        return [names[p] for group in parameter_groups(self.model, self.optim) for p in group["params"]]
+
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = build_optimizer(self.model, self.optim)
         optimizer.register_step_pre_hook(lambda optimizer, *_: self.guard.block(optimizer))
@@ -209,9 +236,9 @@ class Classifier(LightningModule):
 
     def load_running_state(self, state: dict[str, Any]) -> None:
         """Goes on with the sums of all processes: in the first, so that they count once."""
-        share = 1.0 if Place.of_this().is_first else 0.0
+        share = 1 if Place.of_this().is_first else 0
         self.train_sums = state["train_sums"].to(self.train_sums.device) * share
-        self.routing.load_state({name: sums * share for name, sums in state["routing"].items()})
+        self.routing.load_state(state["routing"])
 
     def _move_sums(self) -> None:
         # Doubles keep sums over a million images exact to the digits shown; Apple's GPUs have none.

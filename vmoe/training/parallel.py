@@ -7,12 +7,15 @@ from lightning.pytorch.strategies import DDPStrategy, Strategy
 from vmoe.data.mixing import GROUP
 from vmoe.errors import UserError
 from vmoe.training.config import ParallelConfig, TrainConfig
+from vmoe.training.sharding import ShardedStrategy
 
 
-def strategy_of(config: ParallelConfig) -> Strategy | str:
+def strategy_of(config: ParallelConfig, processes: int) -> Strategy | str:
     """Lightning's strategy."""
     if config.strategy == "none":
         return "auto"
+    if config.strategy != "ddp":
+        return ShardedStrategy(processes)
     # Buffers are kept equal by what updates them; an idle expert's gradient is zero, so that none is ever missing.
     return DDPStrategy(broadcast_buffers=False)
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from lightning import seed_everything
 from lightning.pytorch import Trainer
 from rich.console import Console
 
-from vmoe.checkpoints import ENTRY, RunFolder, read_checkpoint, trained_weights
+from vmoe.checkpoints import ENTRY, RunFolder, read_checkpoint, read_without_tensors, trained_weights
 from vmoe.data import ImageDataModule
 from vmoe.errors import UserError
 from vmoe.files import atomic_write, write_json
@@ -27,6 +28,7 @@ from vmoe.training.processes import Place, connect, disconnect, together
 from vmoe.training.progress import Progress
 from vmoe.training.sample_draws import SampleDraws
 from vmoe.training.saving import AtomicCheckpointIO, Saving
+from vmoe.training.sharding import load_weights, shard
 from vmoe.training.stopping import Interrupted
 
 PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
@@ -114,7 +116,10 @@ def _run(
     draws = SampleDraws(config.seed) if config.parallel.draws == "sample" else None
     if draws is not None:
         draws.install(model)
-    module = Classifier(model, config.optim, *how, draws)
+    cut = None
+    if config.parallel.strategy in ("fsdp", "expert"):
+        cut = partial(shard, processes=place.count, expert_size=config.parallel.expert_size, device_type=device.type)
+    module = Classifier(model, config.optim, *how, draws, cut)
     clock = Clock()
     saving = Saving(folder, _identity(config, data), clock, config.trainer.early_stopping)
     step = saved["global_step"] if saved else 0
@@ -158,7 +163,7 @@ def _saved_state(folder: RunFolder, config: TrainConfig) -> dict[str, Any] | Non
                 f"--resume: the finished run in {folder.path} has lost its last.ckpt; give another --output_dir"
             )
         return None
-    saved = read_checkpoint(folder.last)
+    saved = read_without_tensors(folder.last)
     before = _flat(to_plain(from_plain(TrainConfig, saved[ENTRY]["config"])))
     now = _flat(to_plain(config))
     changed = [key for key in sorted(before | now) if before.get(key) != now.get(key) and key not in FREE_ON_RESUME]
@@ -237,7 +242,7 @@ def _trainer(config: TrainConfig, device: torch.device, place: Place, callbacks:
         accelerator=device.type,
         devices=place.local_count,
         num_nodes=place.count // place.local_count,
-        strategy=strategy_of(config.parallel),
+        strategy=strategy_of(config.parallel, place.count),
         use_distributed_sampler=False,
         precision=PRECISIONS[config.trainer.precision],
         max_epochs=config.trainer.epochs,
@@ -255,7 +260,7 @@ def _trainer(config: TrainConfig, device: torch.device, place: Place, callbacks:
 
 def _test_best(trainer: Trainer, module: Classifier, data: ImageDataModule, folder: RunFolder) -> dict[str, float]:
     """The best checkpoint on the test images, and on training images as they are: are they learnt, or only recalled?"""
-    module.model.load_state_dict(trained_weights(read_checkpoint(folder.best)))
+    load_weights(module.model, trained_weights(read_checkpoint(folder.best)))
     metrics = {}
     for split, loader in (("test", data.test_dataloader()), ("train_clean", data.train_eval_dataloader())):
         trainer.test(module, loader, verbose=False)
@@ -266,7 +271,7 @@ def _test_best(trainer: Trainer, module: Classifier, data: ImageDataModule, fold
 def _summary(
     config: TrainConfig, folder: RunFolder, command: str, trainer: Trainer, test: dict[str, float]
 ) -> dict[str, Any]:
-    checkpoint = read_checkpoint(folder.last)
+    checkpoint = read_without_tensors(folder.last)
     last = checkpoint[ENTRY]
     table = MetricsTable(folder.metrics, [], checkpoint["global_step"])
     best = dict(last["best"])

@@ -9,7 +9,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback, Trainer
 
-from vmoe.checkpoints import ENTRY, FORMAT_VERSION, RunFolder, copy_checkpoint
+from vmoe.checkpoints import ENTRY, FORMAT_VERSION, RunFolder, copy_checkpoint, read_checkpoint
 from vmoe.files import atomic_write
 from vmoe.training.journal import Clock
 from vmoe.training.module import Classifier
@@ -19,7 +19,13 @@ from vmoe.training.stopping import Interrupted, SignalWatch
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its place and renames it, so that a full disk or a kill leaves the old one."""
+    """Writes a checkpoint beside its place and renames it, so that a full disk or a kill leaves the old one.
+
+    Reads also the folder of a run whose model was cut.
+    """
+
+    def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return read_checkpoint(path)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         with atomic_write(path) as temporary, open(temporary, "wb") as file:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import vmoe
-from vmoe.training.processes import total
+from vmoe.training.processes import Place, total
 
 DEAD_LOAD = 0.01
 TAKEN_OVER_SHARE = 0.5
@@ -52,10 +52,13 @@ class RoutingStatistics:
         self._sums = {name: sums.to(device) for name, sums in self._sums.items()}
 
     def state(self) -> dict[str, Any]:
-        return {name: total(sums).cpu() for name, sums in self._sums.items()}
+        """The sums of one process in the mean, so that a step counts the same whatever their number."""
+        return {name: (total(sums) / Place.of_this().count).cpu() for name, sums in self._sums.items()}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self._sums = dict(state)
+        place = Place.of_this()
+        share = place.count if place.is_first else 0
+        self._sums = {name: sums * share for name, sums in state.items()}
 
 
 def metric_columns(model: nn.Module) -> list[str]:
