@@ -13,6 +13,7 @@ JOBS = {
     "explore": "see, measure and test what the experts do, on one page",
     "compare": "put runs side by side: accuracy against cost",
     "benchmark": "measure layers, whole models and the data pipeline on this machine",
+    "consolidate": "make one safetensors file of a run's weights, however many processes it had",
     "import_jax": "turn a checkpoint of the original JAX code into ours",
 }
 
