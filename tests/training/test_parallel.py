@@ -137,6 +137,12 @@ def test_a_mistake_is_told_once(recipe, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_experts_that_cannot_be_dealt_out(recipe, tmp_path):
+    done = launch(recipe, tmp_path / "run", 1, *strategy_options("expert 3"))
+    assert done.returncode == 2
+    assert "parallel.expert_size=3: must divide the number of processes, 1" in done.stderr
+
+
 def test_several_processes_need_a_strategy(recipe, tmp_path):
     done = launch(recipe, tmp_path / "run", 2)
     assert done.stderr.count("--parallel.strategy none: torchrun started 2 processes; use ddp, fsdp or expert") == 1

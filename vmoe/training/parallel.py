@@ -1,13 +1,16 @@
 """How a run is spread over processes: Lightning's strategies, and what they ask of batches."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 from lightning.pytorch.strategies import DDPStrategy, Strategy
+from torch import nn
 
 from vmoe.data.mixing import GROUP
 from vmoe.errors import UserError
 from vmoe.training.config import ParallelConfig, TrainConfig
-from vmoe.training.sharding import ShardedStrategy
+from vmoe.training.sharding import ShardedStrategy, shard
 
 
 def strategy_of(config: ParallelConfig, processes: int) -> Strategy | str:
@@ -20,8 +23,17 @@ def strategy_of(config: ParallelConfig, processes: int) -> Strategy | str:
     return DDPStrategy(broadcast_buffers=False)
 
 
+def cut_of(
+    config: ParallelConfig, processes: int, device_type: str
+) -> Callable[[nn.Module], list[nn.Parameter]] | None:
+    """What cuts a model for the strategy (see `vmoe.training.sharding.shard`); None where it stays whole."""
+    if config.strategy not in ("fsdp", "expert"):
+        return None
+    return partial(shard, processes=processes, expert_size=config.expert_size, device_type=device_type)
+
+
 def check_parts(config: TrainConfig, batch_size: int, count: int) -> None:
-    """Refuses batches that `count` processes cannot share without cutting a group of images.
+    """Refuses batches that `count` processes cannot share without cutting a group of images, and experts likewise.
 
     Args:
         config: The run.
@@ -31,6 +43,11 @@ def check_parts(config: TrainConfig, batch_size: int, count: int) -> None:
     Raises:
         UserError: they cannot.
     """
+    size = config.parallel.expert_size
+    if count % size:
+        raise UserError(f"parallel.expert_size={size}: must divide the number of processes, {count}")
+    if config.moe is not None and config.moe.num_experts % size:
+        raise UserError(f"parallel.expert_size={size}: must divide moe.num_experts={config.moe.num_experts}")
     if count == 1:
         return
     if config.moe is not None and config.moe.group == "batch":

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from vmoe.errors import UserError
 
@@ -54,8 +55,14 @@ def connect(device_type: str) -> None:
     if device_type == "cuda":
         torch.cuda.set_device(place.local_rank)
         backend = "cpu:gloo,cuda:nccl"
-    alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if place.count == 1 else {}
-    dist.init_process_group(backend, timeout=_TIMEOUT, **alone)
+    if place.count == 1:
+        store = dist.HashStore()
+    else:
+        # Apart from what processes of an earlier attempt left in torchrun's store: their addresses
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store, _, _ = next(rendezvous("env://", timeout=_TIMEOUT))
+        store = dist.PrefixStore(f"attempt {attempt}", store)
+    dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.count, timeout=_TIMEOUT)
 
 
 def disconnect() -> None:

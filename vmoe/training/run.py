@@ -4,7 +4,6 @@ import dataclasses
 import json
 import logging
 import warnings
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +22,12 @@ from vmoe.training.config import TrainConfig, from_plain, to_plain
 from vmoe.training.initial import initial_model
 from vmoe.training.journal import Clock, Journal, MetricsTable
 from vmoe.training.module import Classifier
-from vmoe.training.parallel import check_parts, strategy_of
+from vmoe.training.parallel import check_parts, cut_of, strategy_of
 from vmoe.training.processes import Place, connect, disconnect, together
 from vmoe.training.progress import Progress
 from vmoe.training.sample_draws import SampleDraws
 from vmoe.training.saving import AtomicCheckpointIO, Saving
-from vmoe.training.sharding import load_weights, shard
+from vmoe.training.sharding import load_weights
 from vmoe.training.stopping import Interrupted
 
 PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
@@ -116,10 +115,7 @@ def _run(
     draws = SampleDraws(config.seed) if config.parallel.draws == "sample" else None
     if draws is not None:
         draws.install(model)
-    cut = None
-    if config.parallel.strategy in ("fsdp", "expert"):
-        cut = partial(shard, processes=place.count, expert_size=config.parallel.expert_size, device_type=device.type)
-    module = Classifier(model, config.optim, *how, draws, cut)
+    module = Classifier(model, config.optim, *how, draws, cut_of(config.parallel, place.count, device.type))
     clock = Clock()
     saving = Saving(folder, _identity(config, data), clock, config.trainer.early_stopping)
     step = saved["global_step"] if saved else 0

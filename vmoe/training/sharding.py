@@ -107,15 +107,10 @@ def shard(model: nn.Module, processes: int, expert_size: int, device_type: str) 
 
 def _shard_experts(model: nn.Module, processes: int, expert_size: int, device_type: str) -> set[nn.Parameter]:
     """Deals experts out; those parameters of theirs that need not be cut any more."""
-    if processes % expert_size:
-        raise UserError(f"parallel.expert_size={expert_size}: must divide the {processes} processes")
     mesh = init_device_mesh(device_type, (processes // expert_size, expert_size), mesh_dim_names=("part", "expert"))
     uncut = set()
     for name, layer in moe_layers(model):
-        try:
-            deal_out_experts(layer, mesh["expert"])
-        except ValueError as error:
-            raise UserError(f"parallel.expert_size={expert_size}: {name}.{error}") from error
+        deal_out_experts(layer, mesh["expert"])
         parameters = list(layer.experts.parameters())
         if processes == expert_size:
             uncut.update(parameters)
@@ -123,7 +118,8 @@ def _shard_experts(model: nn.Module, processes: int, expert_size: int, device_ty
         if any(parameter.shape[1] % mesh["part"].size() for parameter in parameters):
             raise UserError(
                 f"parallel.expert_size={expert_size}: the width of {name}'s experts is no multiple of "
-                f"{mesh['part'].size()}; use {processes}"
+                f"{mesh['part'].size()}; use {processes}",
+                everywhere=True,
             )
         fully_shard(layer.experts, mesh=mesh["part"], shard_placement_fn=lambda _: Shard(1))
     return uncut
