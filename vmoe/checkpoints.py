@@ -8,6 +8,7 @@ metadata and without what training needs.
 
 import json
 import math
+import shutil
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +17,13 @@ from typing import Any
 import timm
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import vmoe
+from vmoe.checkpoint_folders import is_sharded, read_folder, read_plain_part
 from vmoe.errors import UserError
-from vmoe.files import atomic_write
+from vmoe.files import atomic_write, replace
 from vmoe.moe import MoeConfig
 
 FORMAT_VERSION = 1
@@ -126,27 +128,38 @@ def find_checkpoint(path: str | Path) -> Path:
         UserError: there is none.
     """
     path = Path(path)
-    if not path.is_dir():
-        if not path.is_file():
+    if not path.is_dir() or is_sharded(path):
+        if not path.exists():
             raise UserError(f"{path}: no such file; give a .ckpt or .safetensors file or a run's folder")
         return path
     folder = RunFolder(path)
     for candidate in (folder.best, folder.last):
-        if candidate.is_file():
+        if candidate.is_file() or is_sharded(candidate):
             return candidate
     raise UserError(f"{path}: holds no checkpoints/best.ckpt or checkpoints/last.ckpt; give a run's folder")
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """The content of a checkpoint file, on the CPU, checked to be ours and of a version that is understood.
+    """The content of a checkpoint, on the CPU, checked to be ours and of a version that is understood.
 
     Raises:
         UserError: the file is missing, truncated, foreign, damaged, or of a newer version.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; give a .ckpt file or a run's folder")
-    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_lightning(path)
+    return _checked(read_folder(path) if is_sharded(path) else _read_file(path), path)
+
+
+def read_without_tensors(path: str | Path) -> dict[str, Any]:
+    """Like `read_checkpoint`, without a model's tensors where they need not be read, in a folder.
+
+    Raises:
+        UserError: likewise.
+    """
+    path = Path(path)
+    return _checked(read_plain_part(path) if is_sharded(path) else _read_file(path), path)
+
+
+def _checked(content: Any, path: Path) -> dict[str, Any]:
     ours = content.get(ENTRY) if isinstance(content, dict) else None
     if not isinstance(ours, dict) or not isinstance(ours.get("version"), int):
         raise UserError(f"{path}: not a checkpoint of this package; `vmoe train` writes them")
@@ -157,7 +170,11 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def _read_lightning(path: Path) -> Any:
+def _read_file(path: Path) -> Any:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give a .ckpt or .safetensors file or a run's folder")
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
     if not zipfile.is_zipfile(path):
         raise UserError(f"{path}: not a checkpoint, or cut off while it was copied; copy it again")
     try:
@@ -179,31 +196,16 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     return {"state_dict": weights, ENTRY: ours, "global_step": step}
 
 
-def write_safetensors(path: str | Path, source: str | Path, dtype: torch.dtype | None = None) -> None:
-    """Writes the trained weights of a checkpoint, and what is needed to use them, as one safetensors file, atomically.
-
-    Paths of the machine that trained are left out. Every tool opens the result as it opens a checkpoint.
-
-    Args:
-        path: Where the file goes.
-        source: A checkpoint file or a run's folder.
-        dtype: Stored type of the weights; None: as they are. They are float32 again when the file is opened.
-
-    Raises:
-        UserError: the source is no checkpoint of ours, or `path` cannot be written.
-    """
-    content = read_checkpoint(find_checkpoint(source))
-    ours = content[ENTRY]
-    config = ours["config"] | {"output_dir": None, "init_from": None}
-    config["data"] = {key: value for key, value in config["data"].items() if key != "root"}
-    kept = ("version", "class_names", "image_size", "mean", "std", "epochs_done")
-    entry = {key: ours[key] for key in kept} | {"config": config, "step": content["global_step"]}
-    weights = {
-        name: value.to(dtype).contiguous() if dtype is not None and value.is_floating_point() else value.contiguous()
-        for name, value in trained_weights(content).items()
-    }
-    with atomic_write(path) as temporary:
-        save_file(weights, temporary, metadata={"format": "pt", ENTRY: json.dumps(entry)})
+def copy_checkpoint(source: Path, target: Path) -> None:
+    """Copies a checkpoint; the target is never half of one."""
+    if is_sharded(source):
+        temporary = target.with_name(f".{target.name}.new")
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.copytree(source, temporary)
+        replace(temporary, target)
+        return
+    with atomic_write(target) as temporary:
+        shutil.copyfile(source, temporary)
 
 
 def trained_weights(content: dict[str, Any]) -> dict[str, Tensor]:

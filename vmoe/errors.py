@@ -5,4 +5,12 @@ class UserError(Exception):
     """A mistake the user can mend: one line that names the option or file, what is wrong and what to do.
 
     The command line prints it without a traceback and exits with code 2.
+
+    Args:
+        line: The line.
+        everywhere: Whether all processes of a run stop by this error, of which one tells it.
     """
+
+    def __init__(self, line: str, everywhere: bool = False) -> None:
+        super().__init__(line)
+        self.everywhere = everywhere

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -27,12 +28,24 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         yield temporary
         with open(temporary, "rb+") as written:
             os.fsync(written.fileno())
-        os.replace(temporary, path)
+        replace(temporary, path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error}); choose another place") from error
     finally:
         with suppress(OSError):  # such as a folder that is a file: the first error is the one to tell
             temporary.unlink(missing_ok=True)
+
+
+def replace(temporary: Path, path: Path) -> None:
+    """Puts a file or folder in the place of another, of either kind; on the way nothing that is half written."""
+    old = path.with_name(f".{path.name}.old")
+    if path.is_dir():  # which no system call replaces at once
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(path, old)
+    elif temporary.is_dir():
+        path.unlink(missing_ok=True)
+    os.replace(temporary, path)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_json(path: str | Path, content: Any) -> None:

@@ -62,3 +62,10 @@ def test_an_epoch_of_several_passes():
     assert [number for number, _ in keys] == [6] * 10 + [7] * 10 + [8] * 8
     assert sorted(index for _, index in keys[:10]) == sorted(index for _, index in keys[10:20]) == list(range(10))
     assert keys[:10] != [(6, index) for _, index in keys[10:20]]
+
+
+def test_parts_of_a_batch_are_contiguous_and_together_the_batch():
+    whole = list(EpochBatchSampler(20, 8, seed=3, repeat=2))
+    parts = [list(EpochBatchSampler(20, 8, seed=3, repeat=2, part=part, parts=4)) for part in range(4)]
+    assert len(whole) == 5 and all(len(part) == 5 for part in parts)
+    assert [[key for part in parts for key in part[number]] for number in range(5)] == whole

@@ -28,7 +28,7 @@ def _export(argv: list[str]) -> None:
     # Imported here, so that --help and a mistyped option answer at once.
     import torch
 
-    from vmoe.checkpoints import write_safetensors
+    from vmoe.export.shared_weights import write_safetensors
 
     write_safetensors(options.out, options.checkpoint, getattr(torch, options.dtype))
     print(f"{options.out}: {options.out.stat().st_size / 2**20:.2f} MiB, weights in {options.dtype}")

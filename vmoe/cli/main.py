@@ -14,6 +14,7 @@ JOBS = {
     "compare": "put runs side by side: accuracy against cost",
     "benchmark": "measure layers, whole models and the data pipeline on this machine",
     "export": "write a checkpoint's weights as a file to share",
+    "consolidate": "make one safetensors file of a run's weights, however many processes it had",
     "import_jax": "turn a checkpoint of the original JAX code into ours",
 }
 

@@ -1,7 +1,9 @@
 """`vmoe train`: a config file and dotted options become a checked `TrainConfig`, which is trained."""
 
+import dataclasses
 import difflib
 import itertools
+import os
 import re
 import shlex
 import sys
@@ -16,6 +18,7 @@ from vmoe.cli.common import run
 from vmoe.errors import UserError
 from vmoe.moe import MoeConfig
 from vmoe.training.config import TrainConfig, from_plain, section_type
+from vmoe.training.processes import Place
 from vmoe.training.progress import Progress
 from vmoe.training.run import train
 from vmoe.training.stopping import Interrupted
@@ -54,15 +57,34 @@ def train_job(argv: list[str]) -> int:
     Raises:
         UserError: a mistake in the options, the config or the data.
     """
-    config = parse(argv)
-    console = Console()
+    place = Place.of_this()
+    try:
+        return _train(argv, place)
+    except UserError as error:
+        if place.is_first:
+            raise
+        if error.everywhere:  # the first process tells it
+            return 2
+        raise UserError(f"rank {place.rank} of {place.count}: {error}") from error
+
+
+def _train(argv: list[str], place: Place) -> int:
+    try:
+        config = parse(argv)
+    except UserError as error:
+        raise UserError(str(error), everywhere=True) from error
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # torchrun starts a run that failed anew
+        config = dataclasses.replace(config, resume=True)
+    console = Console(quiet=not place.is_first)
     try:
         result = train(config, shlex.join(["vmoe", "train", *argv]), console)
     except Interrupted as stop:
         again = f"vmoe train --config {shlex.quote(config.output_dir)}/config.yaml --resume"
-        print(f"vmoe train: {stop}; the run is saved, go on with: {again}", file=sys.stderr)
+        if place.is_first:
+            print(f"vmoe train: {stop}; the run is saved, go on with: {again}", file=sys.stderr)
         return 128 + stop.signum
-    Progress(console).say(_result_line(result, config.output_dir))
+    if place.is_first:
+        Progress(console).say(_result_line(result, config.output_dir))
     return 0
 
 

@@ -1,5 +1,7 @@
 """The data room's front door: a LightningDataModule made from a DataConfig."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
@@ -12,7 +14,10 @@ from vmoe.data.loading import Batch, CorruptedImages, EvalImages, ImageLoader, T
 from vmoe.data.mixing import make_mixer
 from vmoe.data.resident import ResidentEvalLoader, ResidentImages, ResidentTrainLoader, check_room, make_resident
 from vmoe.data.samplers import EpochBatchSampler
+from vmoe.data.sharing import FilledLoader, part_of_batches
 from vmoe.errors import UserError
+
+EvalLoader = ImageLoader | ResidentEvalLoader | FilledLoader
 
 
 class ImageDataModule(LightningDataModule):
@@ -26,6 +31,9 @@ class ImageDataModule(LightningDataModule):
         config: which data, how split, resized, varied and batched.
         seed: of order, augmentation and mixing, from 0 to 2**32 - 1; splits and subsets have `config.split_seed`.
         device: where the model is trained: where the pipeline "device" keeps its images, and where images are mixed.
+        part: which of `parts` this process is given: of every training batch a contiguous part, of the batches of
+            validation and test every `parts`-th.
+        parts: how many processes share the data; `config.batch_size` is that of all.
 
     Attributes (after `setup`):
         num_classes: number of classes.
@@ -37,13 +45,16 @@ class ImageDataModule(LightningDataModule):
         train_sampler: the `EpochBatchSampler` of every training loader.
     """
 
-    def __init__(self, config: DataConfig, seed: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, config: DataConfig, seed: int, device: torch.device | str = "cpu", part: int = 0, parts: int = 1
+    ) -> None:
         super().__init__()
         if not 0 <= seed < 2**32:
             raise UserError(f"seed={seed}: must be from 0 to {2**32 - 1}")
         self.config = config
         self.seed = seed
         self.device = torch.device(device)
+        self.part, self.parts = part, parts
         self._splits = None
         self._resident: dict[str, ResidentImages] = {}
 
@@ -69,7 +80,8 @@ class ImageDataModule(LightningDataModule):
         self.image_size: int = config.image_size or defaults.image_size or self._splits.image_size
         self.mean: Colour = tuple(config.mean or defaults.mean)
         self.std: Colour = tuple(config.std or defaults.std)
-        self.train_sampler = EpochBatchSampler(len(self._splits.train), config.batch_size, self.seed, config.repeat)
+        sizes = (len(self._splits.train), config.batch_size, self.seed, config.repeat)
+        self.train_sampler = EpochBatchSampler(*sizes, self.part, self.parts)
         self._mixer = make_mixer(config.mix, self.num_classes, self.seed, self.device)
         if config.pipeline == "workers":
             self._augmenter = Augmenter(config.augment, self.image_size, self.mean, defaults.flip, self.seed)
@@ -95,41 +107,55 @@ class ImageDataModule(LightningDataModule):
         images, targets = self._mixer(batch.images, batch.labels, batch.keys, self._mixed_passes())
         return batch._replace(images=images, targets=targets)
 
-    def val_dataloader(self) -> ImageLoader | ResidentEvalLoader:
+    def val_dataloader(self) -> EvalLoader:
         """The validation split in order: for choosing a checkpoint."""
         return self._eval_loader("val")
 
-    def test_dataloader(self) -> ImageLoader | ResidentEvalLoader:
+    def test_dataloader(self) -> EvalLoader:
         """The test split in order: never for choosing."""
         return self._eval_loader("test")
 
-    def train_eval_dataloader(self, most: int | None = 10_000) -> ImageLoader:
+    def train_eval_dataloader(self, most: int | None = 10_000) -> EvalLoader:
         """Training images as evaluation sees them: a sample of at most `most`, by `config.split_seed` alone; with None
         all of them.
         """
         dataset = UnvariedTrainImages(self._splits.train, self.image_size, self.mean, self.std)
         sample = np.random.default_rng(self.config.split_seed).permutation(len(dataset))[:most]
-        size = self.config.eval_batch_size or self.config.batch_size
-        return ImageLoader(dataset, workers=self.config.workers, batch_size=size, sampler=np.sort(sample).tolist())
+        return self._in_parts(np.sort(sample).tolist(), lambda order: self._image_loader(dataset, order))
 
-    def corrupted_dataloader(self, split: str, name: str, severity: int) -> ImageLoader:
+    def corrupted_dataloader(self, split: str, name: str, severity: int) -> EvalLoader:
         """The "val" or "test" split in order, corrupted (see `vmoe.data.corruptions`), by `config.split_seed` alone."""
-        how = (name, severity, self.config.split_seed)
-        dataset = CorruptedImages(getattr(self._splits, split), self.image_size, self.mean, self.std, *how)
-        size = self.config.eval_batch_size or self.config.batch_size
-        return ImageLoader(dataset, workers=self.config.workers, batch_size=size)
+        images, how = getattr(self._splits, split), (name, severity, self.config.split_seed)
+        dataset = CorruptedImages(images, self.image_size, self.mean, self.std, *how)
+        return self._in_parts(list(range(len(images))), lambda order: self._image_loader(dataset, order))
 
-    def random_dataloader(self, split: str, seed: int) -> ImageLoader | ResidentEvalLoader:
+    def random_dataloader(self, split: str, seed: int) -> EvalLoader:
         """The "val" or "test" split as evaluation sees it, in a random order that is a function of `seed` alone."""
         order = np.random.default_rng(seed).permutation(len(getattr(self._splits, split)))
-        return self._eval_loader(split, sampler=order.tolist())
+        return self._eval_loader(split, order.tolist())
 
-    def _eval_loader(self, split: str, sampler: list[int] | None = None) -> ImageLoader | ResidentEvalLoader:
-        size = self.config.eval_batch_size or self.config.batch_size
+    def _eval_loader(self, split: str, order: list[int] | None = None) -> EvalLoader:
+        images = getattr(self._splits, split)
+        order = list(range(len(images))) if order is None else order
         if self.config.pipeline == "device":
-            return ResidentEvalLoader(self._on_device(split), size, self.mean, self.std, sampler)
-        dataset = EvalImages(getattr(self._splits, split), self.image_size, self.mean, self.std)
-        return ImageLoader(dataset, workers=self.config.workers, batch_size=size, sampler=sampler)
+            size, resident = self._eval_batch_size, self._on_device(split)
+            return self._in_parts(order, lambda own: ResidentEvalLoader(resident, size, self.mean, self.std, own))
+        dataset = EvalImages(images, self.image_size, self.mean, self.std)
+        return self._in_parts(order, lambda own: self._image_loader(dataset, own))
+
+    def _image_loader(self, dataset: EvalImages, order: list[int]) -> ImageLoader:
+        return ImageLoader(dataset, workers=self.config.workers, batch_size=self._eval_batch_size, sampler=order)
+
+    def _in_parts(self, order: list[int], loader_of: Callable[[list[int]], EvalLoader]) -> EvalLoader:
+        """This process's part of the batches of images in that order."""
+        if self.parts == 1:
+            return loader_of(order)
+        own, counted = part_of_batches(order, self._eval_batch_size, self.part, self.parts)
+        return FilledLoader(loader_of(own), counted)
+
+    @property
+    def _eval_batch_size(self) -> int:
+        return self.config.eval_batch_size or self.config.batch_size
 
     def _on_device(self, split: str) -> ResidentImages:
         """A split on the device, read when it is first asked for."""

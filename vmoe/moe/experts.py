@@ -126,7 +126,7 @@ class Experts(nn.Module):
 
     def forward(self, x_TD: Tensor, routing: Routing | SlotRouting) -> Tensor:
         """(T, D) -> (T, out). Runs in autocast's type where autocast is on."""
-        dtype = _compute_dtype(x_TD)
+        dtype = compute_dtype(x_TD)
         mlp = self._mlp(dtype)
         if isinstance(routing, Routing):
             choices = Choices.of(routing)
@@ -247,7 +247,8 @@ def _start(linear: ExpertLinear | nn.Linear) -> None:
         nn.init.zeros_(linear.bias)
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The type that experts compute in: autocast's where it is on."""
     device_type = x.device.type
     if device_type != "meta" and x.dtype != torch.float64 and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)

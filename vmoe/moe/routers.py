@@ -5,6 +5,7 @@ whatever the autocast: half-precision routers are what makes sparse models diver
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,9 @@ class TokenChoiceRouter(nn.Module):
         moe: The layer's configuration.
         device: Where the parameters are created.
         dtype: Their type.
+
+    Attributes:
+        draw_noise: Draws standard normal numbers in the shape of a tensor of logits; None for torch.randn_like.
     """
 
     def __init__(self, dim: int, moe: MoeConfig, device=None, dtype=None) -> None:
@@ -35,13 +39,14 @@ class TokenChoiceRouter(nn.Module):
         self.top_k = moe.top_k
         self.renormalize = moe.renormalize
         self.noise_scale = moe.noise_std / moe.num_experts
+        self.draw_noise: Callable[[Tensor], Tensor] | None = None
         self.gate = nn.Linear(dim, moe.num_experts, bias=False, device=device, dtype=dtype)
         # LeCun-normal, as the original's Dense layer: logits of unit variance for normalised tokens
         nn.init.normal_(self.gate.weight, std=1 / math.sqrt(dim))
 
     def forward(self, x_TD: Tensor, groups: Groups, valid_GS: Tensor | None = None) -> Routing:
         logits_TE, x_TD = self.scores(x_TD)
-        noisy_TE = with_noise(logits_TE, self.noise_scale) if self.training else logits_TE
+        noisy_TE = with_noise(logits_TE, self.noise_scale, self.draw_noise) if self.training else logits_TE
         logits_GSE = groups.split(logits_TE)
         noisy_GSE = logits_GSE if noisy_TE is logits_TE else groups.split(noisy_TE)
         routing = token_choice(logits_GSE, noisy_GSE, groups, self.top_k, self.renormalize, valid_GS)

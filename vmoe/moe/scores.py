@@ -1,5 +1,7 @@
 """Scores of routers, in float32 or wider whatever the autocast."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,6 +28,6 @@ def scores_and_tokens(x_TD: Tensor, weight_ED: Tensor) -> tuple[Tensor, Tensor]:
     return full_precision_linear(x_TD, weight_ED), x_TD
 
 
-def with_noise(logits: Tensor, scale: float) -> Tensor:
-    """Logits plus normal noise of standard deviation `scale`; the same tensor where that is 0."""
-    return torch.add(logits, torch.randn_like(logits), alpha=scale) if scale > 0 else logits
+def with_noise(logits: Tensor, scale: float, draw: Callable[[Tensor], Tensor] | None) -> Tensor:
+    """Logits plus normal noise of standard deviation `scale`, by `draw` or torch; the same tensor where it is 0."""
+    return torch.add(logits, (draw or torch.randn_like)(logits), alpha=scale) if scale > 0 else logits

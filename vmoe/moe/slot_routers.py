@@ -4,6 +4,7 @@ T tokens of width D, in G groups (images) of S tokens; E experts of C slots a gr
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,7 @@ class ExpertChoiceRouter(nn.Module):
         super().__init__()
         self.moe = moe
         self.noise_scale = moe.noise_std / moe.num_experts
+        self.draw_noise: Callable[[Tensor], Tensor] | None = None
         self.gate = nn.Linear(dim, moe.num_experts, bias=False, device=device, dtype=dtype)
         nn.init.normal_(self.gate.weight, std=1 / math.sqrt(dim))
 
@@ -41,7 +43,7 @@ class ExpertChoiceRouter(nn.Module):
     ) -> ExpertChoiceRouting:
         logits_GSE = groups.split(full_precision_linear(x_TD, self.gate.weight))
         if self.training:
-            logits_GSE = with_noise(logits_GSE, self.noise_scale)
+            logits_GSE = with_noise(logits_GSE, self.noise_scale, self.draw_noise)
         capacity = slots_per_expert(groups.size, self.moe, capacity_factor)
         if capacity > groups.size:
             raise ValueError(
@@ -74,6 +76,7 @@ class SoftRouter(nn.Module):
         super().__init__()
         slots = slots_per_expert(tokens, moe, moe.capacity_factor)
         self.noise_scale = moe.noise_std
+        self.draw_noise: Callable[[Tensor], Tensor] | None = None
         self.mu = nn.Parameter(torch.empty(dim, moe.num_experts, slots, device=device, dtype=dtype))
         self.scale = nn.Parameter(torch.full((), moe.soft_scale, device=device, dtype=dtype))
         nn.init.normal_(self.mu, std=1 / math.sqrt(dim))
@@ -86,7 +89,7 @@ class SoftRouter(nn.Module):
         mu_DN = self.scale.to(dtype) * _unit(self.mu.to(dtype), 0).reshape(dim, num_experts * slots)
         logits_TN = full_precision_linear(_unit(x_TD.to(dtype), -1), mu_DN.t())
         if self.training:
-            logits_TN = with_noise(logits_TN, self.noise_scale)
+            logits_TN = with_noise(logits_TN, self.noise_scale, self.draw_noise)
         logits_GSN = groups.split(logits_TN)
         combine_GSN = logits_GSN.softmax(-1)
         if valid_GS is not None:  # padding is in no slot and gets nothing

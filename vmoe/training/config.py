@@ -138,6 +138,32 @@ class TrainerConfig:
 
 
 @dataclass(frozen=True)
+class ParallelConfig:
+    """Several processes, started by torchrun. `data.batch_size` is that of all, and learning rates do not change.
+
+    Args:
+        strategy: none, one process. ddp: each process has the whole model and a part of every batch. fsdp: also the
+            weights, gradients and the optimiser's state are cut into parts. expert: fsdp, with the experts of a layer
+            on different processes.
+        expert_size: With strategy=expert, the number of processes among which the experts of a layer are dealt out;
+            each part is cut further among the groups of so many processes.
+        draws: Router noise and dropout: "process", each process draws its own, or "sample", by image, so that results
+            do not depend on the number of processes; slower.
+    """
+
+    strategy: Literal["none", "ddp", "fsdp", "expert"] = "none"
+    expert_size: int = 1
+    draws: Literal["process", "sample"] = "process"
+
+    def __post_init__(self) -> None:
+        _need(self, "strategy", self.strategy in ("none", "ddp", "fsdp", "expert"), "none, ddp, fsdp or expert")
+        _need(self, "expert_size", self.expert_size >= 1, "a whole number >= 1")
+        only = self.expert_size == 1 or self.strategy == "expert"
+        _need(self, "expert_size", only, f"1 with strategy={self.strategy}")
+        _need(self, "draws", self.draws in ("process", "sample"), "process or sample")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Train a timm model, dense or with sparse MoE layers, and test its best checkpoint.
 
@@ -153,6 +179,7 @@ class TrainConfig:
         moe: The MoE layers; null trains the dense twin.
         optim: The optimiser.
         trainer: The loop.
+        parallel: Several processes.
     """
 
     seed: int = 0
@@ -164,11 +191,23 @@ class TrainConfig:
     moe: MoeConfig | None = None
     optim: OptimConfig = field(default_factory=OptimConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
         _need(self, "seed", 0 <= self.seed < 2**32, "from 0 to 4294967295")
         if self.moe is not None and self.moe.inject_auxiliary_loss:
             raise ValueError("moe.inject_auxiliary_loss=True: must be false here, this trainer adds the loss itself")
+        if self.parallel.strategy in ("fsdp", "expert"):
+            why = f"with parallel.strategy={self.parallel.strategy}"
+            if self.optim.name == "muon":
+                raise ValueError(f"optim.name=muon: must be adamw {why}, which cuts the matrices")
+            if self.trainer.precision == "fp16":
+                raise ValueError(f"trainer.precision=fp16: must be 32 or bf16 {why}")
+        is_alone = self.parallel.strategy == "none" and self.parallel.draws == "process"
+        if self.trainer.cuda_graph and not is_alone:
+            raise ValueError("trainer.cuda_graph=True: must be false with parallel.strategy or parallel.draws=sample")
+        if self.trainer.compile and self.parallel.draws == "sample":
+            raise ValueError("trainer.compile=True: must be false with parallel.draws=sample")
 
 
 def to_plain(value: Any) -> Any:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 class Ema:
@@ -58,8 +59,8 @@ class Ema:
         return {"weights": dict(self.weights), "updates": self.updates}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        for name, weight in self.weights.items():
-            weight.copy_(state["weights"][name])
+        for name, weight in state.get("weights", {}).items():  # of a cut model they are loaded with its weights
+            self.weights[name].copy_(weight)
         self.updates.copy_(state["updates"])
 
     @torch.no_grad()
@@ -70,5 +71,10 @@ class Ema:
         torch._foreach_copy_(weights, kept)
 
     def _pairs(self) -> tuple[list[Tensor], list[Tensor]]:
-        """The averages and the parameters, in the same order."""
-        return list(self.weights.values()), [self._parameters[name] for name in self.weights]
+        """The averages and the parameters, of a cut model this process's parts, in the same order."""
+        return [local(weight) for weight in self.weights.values()], [local(self._parameters[n]) for n in self.weights]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor, in the same memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vmoe.errors import UserError
+from vmoe.training.processes import largest
 
 # A loss scale this small means that gradients overflow whatever the scale: not GradScaler's normal search for one.
 _SMALLEST_SCALE = 1.0
@@ -47,10 +48,11 @@ class Guard:
         norm_fails = ~norm.isfinite()
         if scaler is not None:
             norm_fails = norm_fails & (scaler._scale < _SMALLEST_SCALE)
-        is_bad = norm_fails | ~self._loss_finite
+        is_bad = largest(norm_fails | ~self._loss_finite)  # of all processes, which so stop at the same step
+        is_bad_input = largest(~self._images_finite)
         is_first = is_bad & (self.bad_step < 0)
         self.bad_step.copy_(torch.where(is_first, step, self.bad_step))
-        self.bad_input.copy_(torch.where(is_first, ~self._images_finite, self.bad_input))
+        self.bad_input.copy_(torch.where(is_first, is_bad_input, self.bad_input))
         self._images_finite.fill_(True)
         self._loss_finite.fill_(True)
         if norm.device.type == "cpu":
@@ -80,5 +82,6 @@ class Guard:
             cause = "the learning rate is likely too high: lower --optim.lr, warm up longer or set --optim.clip_norm"
         raise UserError(
             f"step {step + 1}: the loss or its gradient became NaN or inf; {cause}. "
-            "The weights of before are safe in checkpoints/last.ckpt if an epoch was finished"
+            "The weights of before are safe in checkpoints/last.ckpt if an epoch was finished",
+            everywhere=True,
         )

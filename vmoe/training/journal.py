@@ -12,6 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 from vmoe.checkpoints import RunFolder
 from vmoe.files import atomic_write
 from vmoe.training.module import RAW_TOP1, Classifier
+from vmoe.training.processes import Place, gather
 from vmoe.training.progress import Progress
 from vmoe.training.statistics import as_metrics, metric_columns, warnings_of
 
@@ -85,6 +86,8 @@ class MetricsTable:
 class Journal(Callback):
     """Writes an epoch's metrics down, shows them, and warns of dead experts and damaged images.
 
+    Every process has one, since the metrics are those of all; the first one's writes and shows.
+
     Args:
         folder: The run's folder.
         clock: The run's clock.
@@ -104,8 +107,9 @@ class Journal(Callback):
 
     def on_train_start(self, trainer: Trainer, module: Classifier) -> None:
         columns = [*COLUMNS, *([] if module.ema is None else [RAW_TOP1]), *metric_columns(module.model)]
-        self.table = MetricsTable(self.folder.metrics, columns, self.step)
-        self.writer = SummaryWriter(str(self.folder.path), purge_step=self.step + 1 if self.step else None)
+        if Place.of_this().is_first:
+            self.table = MetricsTable(self.folder.metrics, columns, self.step)
+            self.writer = SummaryWriter(str(self.folder.path), purge_step=self.step + 1 if self.step else None)
         self.clock.start()
         self._start_epoch(trainer, fresh=False)
 
@@ -132,11 +136,14 @@ class Journal(Callback):
             **module.evaluation_metrics("val"),
             **as_metrics(routing),
         }
+        damaged = dict.fromkeys(place for places in gather(list(module.damaged)) for place in places)
+        if self.table is None:
+            return
         self.table.append(row)
         warnings = warnings_of(routing)
-        if len(module.damaged) > self._told_damaged:
-            self._told_damaged = len(module.damaged)
-            warnings.append(f"{self._told_damaged} damaged images were replaced: {', '.join(module.damaged)}")
+        if len(damaged) > self._told_damaged:
+            self._told_damaged = len(damaged)
+            warnings.append(f"{self._told_damaged} damaged images were replaced: {', '.join(damaged)}")
         for name, value in row.items():
             if name not in ("epoch", "step"):
                 self.writer.add_scalar(name, value, row["step"])
@@ -147,7 +154,8 @@ class Journal(Callback):
 
     def on_train_end(self, trainer: Trainer, module: Classifier) -> None:
         self.progress.stop()
-        self.writer.close()
+        if self.table is not None:
+            self.writer.close()
 
     def on_exception(self, trainer: Trainer, module: Classifier, exception: BaseException) -> None:
         self.progress.stop()
@@ -160,5 +168,5 @@ class Journal(Callback):
 
     def _train_metrics(self, module: Classifier) -> dict[str, float]:
         metrics = module.train_metrics()  # waits for the device, so that the clock is right
-        images = float(module.train_sums[-1])
-        return {**metrics, "train/images_per_second": images / max(self.clock.epoch_seconds, 1e-9)}
+        speed = module.train_images() / max(self.clock.epoch_seconds, 1e-9)
+        return {**metrics, "train/images_per_second": speed}

@@ -11,11 +11,16 @@ from torch.nn import functional as F
 
 import vmoe
 from vmoe.data import Batch
+from vmoe.data.sharing import NOT_COUNTED
+from vmoe.moe.routers import SigmoidRouter
 from vmoe.training.config import OptimConfig
 from vmoe.training.ema import Ema
 from vmoe.training.graph import GraphedStep
 from vmoe.training.guard import Guard
-from vmoe.training.optim import build_optimizer, learning_rate
+from vmoe.training.optim import build_optimizer, by_mesh, by_number, learning_rate, parameter_groups
+from vmoe.training.processes import Place, total
+from vmoe.training.sample_draws import SampleDraws
+from vmoe.training.sharding import average_gradients, clip_gradients
 from vmoe.training.statistics import RoutingStatistics
 
 RAW_TOP1 = "val/raw_top1"
@@ -33,6 +38,8 @@ class Classifier(LightningModule):
         updates_per_epoch: Updates of the optimiser in an epoch.
         ema_decay: Decay of the average of the weights, by which validation is done; None keeps no average.
         cuda_graph: Captures the whole step as a CUDA graph; then a batch is an update.
+        draws: Draws router noise and dropout by image, once installed in the model; None leaves it to torch.
+        cut: Cuts the model into the parts of several processes (see `vmoe.training.sharding.shard`); None leaves it.
     """
 
     def __init__(
@@ -43,6 +50,8 @@ class Classifier(LightningModule):
         updates_per_epoch: int,
         ema_decay: float | None = None,
         cuda_graph: bool = False,
+        draws: SampleDraws | None = None,
+        cut: Callable[[nn.Module], list[nn.Parameter]] | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -54,10 +63,19 @@ class Classifier(LightningModule):
         self.raw_sums = torch.zeros(4)  # of the weights themselves where validation is by their average
         self.routing = RoutingStatistics()
         self.guard = Guard()
+        self.draws = draws
+        self._cut = cut
+        self._whole: list[nn.Parameter] | None = None  # parameters of a cut model that all processes keep
         self.ema = None if ema_decay is None else Ema(model, ema_decay)
         self.damaged: dict[str, None] = {}
         self._graphed_step = GraphedStep(self._step) if cuda_graph else None
         self._step_number = torch.zeros(())  # of the update, for the graph
+
+    def configure_model(self) -> None:
+        if self._cut is not None and self._whole is None:
+            self._whole = self._cut(self.model)
+            if self.ema is not None:
+                self.ema = Ema(self.model, self.ema.decay)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         self.damaged.update(dict.fromkeys(batch.damaged))
@@ -67,6 +85,8 @@ class Classifier(LightningModule):
         return self._graphed_step(batch)
 
     def _loss(self, batch: Batch) -> Tensor:
+        if self.draws is not None:
+            self.draws.keys = batch.keys
         logits = self.model(batch.images)
         targets = batch.labels if batch.targets is None else batch.targets
         loss = F.cross_entropy(logits, targets, label_smoothing=self.optim.label_smoothing)
@@ -113,6 +133,9 @@ class Classifier(LightningModule):
     def _clip(self, optimizer: torch.optim.Optimizer) -> Tensor:
         """Clips the gradients; their norm before, ()."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if self._whole is not None:
+            average_gradients(self._whole)
+            return clip_gradients(parameters, self.optim.clip_norm or math.inf)
         return nn.utils.clip_grad_norm_(parameters, self.optim.clip_norm or math.inf)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -129,7 +152,10 @@ class Classifier(LightningModule):
 
     def _evaluated(self, batch: Batch) -> Tensor:
         logits = self.model(batch.images)
-        return _sums(logits, batch.labels, F.cross_entropy(logits, batch.labels))
+        is_counted = batch.labels != NOT_COUNTED
+        labels = batch.labels.clamp(min=0)
+        sums = _sums(logits, labels, F.cross_entropy(logits, labels))
+        return sums * is_counted[0]  # of a batch all images are, or none
 
     def on_train_start(self) -> None:
         self._move_sums()
@@ -154,8 +180,12 @@ class Classifier(LightningModule):
 
     def train_metrics(self) -> dict[str, float]:
         """Mean loss (smoothed, without auxiliary losses) and accuracy over the training images of this epoch so far."""
-        loss, top1, _ = _means(self.train_sums)
+        loss, top1, _ = _means(total(self.train_sums))
         return {"train/loss": loss, "train/top1": top1}
+
+    def train_images(self) -> int:
+        """Training images of this epoch so far, of all processes."""
+        return int(total(self.train_sums)[-1])
 
     def evaluation_metrics(self, split: str) -> dict[str, float]:
         """Mean cross-entropy and top-1 and top-5 accuracy of the last validation or test.
@@ -163,12 +193,27 @@ class Classifier(LightningModule):
         Where validation is by the average of the weights, the accuracy of the weights themselves is beside it.
         """
         names = (f"{split}/loss", f"{split}/top1", f"{split}/top5")
-        metrics = dict(zip(names, _means(self.evaluation_sums), strict=True))
-        return metrics | ({RAW_TOP1: _means(self.raw_sums)[1]} if split == "val" and self.ema is not None else {})
+        metrics = dict(zip(names, _means(total(self.evaluation_sums)), strict=True))
+        return metrics | (
+            {RAW_TOP1: _means(total(self.raw_sums))[1]} if split == "val" and self.ema is not None else {}
+        )
 
     def rate(self, step: int) -> float:
         """The learning rate of update `step`, 0-based."""
         return learning_rate(step, self.total_updates, self.warmup_updates, self.optim)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        groups = by_mesh(parameter_groups(self.model, self.optim))
+        for schedule in checkpoint["lr_schedulers"]:  # the saved run's may have been in other groups
+            schedule["base_lrs"] = [group["lr"] for group in groups]
+        if self._whole is None:  # else the strategy has loaded the optimiser's state
+            states = [by_number(state, self.optimizer_names(), groups) for state in checkpoint["optimizer_states"]]
+            checkpoint["optimizer_states"] = states
+
+    def optimizer_names(self) -> list[str]:
+        """The parameters' names in the order in which an optimiser of a whole model numbers them."""
+        names = {parameter: name for name, parameter in self.named_parameters()}
+        return [names[p] for group in parameter_groups(self.model, self.optim) for p in group["params"]]
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = build_optimizer(self.model, self.optim)
@@ -178,16 +223,21 @@ class Classifier(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _after_update(self, optimizer: torch.optim.Optimizer) -> None:
+        for _, layer in vmoe.moe_layers(self.model):
+            if isinstance(layer.router, SigmoidRouter):
+                layer.router.choices.copy_(total(layer.router.choices))
         vmoe.update_router_biases(self.model)
         if self.ema is not None:
             self.ema.update(optimizer.found_inf)
 
     def running_state(self) -> dict[str, Any]:
-        """The sums of an unfinished epoch, as tensors on the CPU."""
-        return {"train_sums": self.train_sums.cpu(), "routing": self.routing.state()}
+        """The sums of an unfinished epoch over all processes, as tensors on the CPU."""
+        return {"train_sums": total(self.train_sums).cpu(), "routing": self.routing.state()}
 
     def load_running_state(self, state: dict[str, Any]) -> None:
-        self.train_sums = state["train_sums"].to(self.train_sums.device)
+        """Goes on with the sums of all processes: in the first, so that they count once."""
+        share = 1 if Place.of_this().is_first else 0
+        self.train_sums = state["train_sums"].to(self.train_sums.device) * share
         self.routing.load_state(state["routing"])
 
     def _move_sums(self) -> None:

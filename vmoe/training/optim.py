@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from vmoe.moe import moe_layers
 from vmoe.moe.experts import ExpertLinear
@@ -21,7 +22,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
 
     It is fused, or Muon of ours: a flag on the device can block its update (see `vmoe.training.guard`).
     """
-    groups = parameter_groups(model, config)
+    groups = by_mesh(parameter_groups(model, config))
     if config.name == "adamw":
         return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
     return Muon(groups, config.betas)
@@ -51,6 +52,40 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
         {"params": parameters, "method": method, "lr": rate, "weight_decay": decay}
         for (method, rate, decay), parameters in groups.items()
     ]
+
+
+def by_mesh(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The groups, each cut further by the processes over which parameters are: a kernel takes those of one mesh."""
+    result = []
+    for group in groups:
+        parts: dict[Any, list[Tensor]] = {}
+        for parameter in group["params"]:
+            mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+            parts.setdefault(mesh, []).append(parameter)
+        result += [{**group, "params": parameters} for parameters in parts.values()]
+    return result
+
+
+def by_name(state: dict[str, Any], names: list[str]) -> dict[str, Any]:
+    """An optimiser's state dict with the names of its parameters, given in its order, for their numbers."""
+    if not all(isinstance(key, int) for key in state["state"]):
+        return state
+    groups = [{**group, "params": [names[number] for number in group["params"]]} for group in state["param_groups"]]
+    return {"state": {names[number]: value for number, value in state["state"].items()}, "param_groups": groups}
+
+
+def by_number(state: dict[str, Any], names: list[str], groups: list[dict[str, Any]]) -> dict[str, Any]:
+    """The inverse of `by_name`, for an optimiser with these `groups`, which may be others than those of `state`."""
+    if all(isinstance(key, int) for key in state["state"]):
+        return state
+    group_of = {name: group for group in state["param_groups"] for name in group["params"]}
+    numbered, first = [], 0
+    for group in groups:
+        numbers = list(range(first, first + len(group["params"])))
+        numbered.append({**group_of[names[first]], "params": numbers})
+        first += len(numbers)
+    states = {number: state["state"][name] for number, name in enumerate(names) if name in state["state"]}
+    return {"state": states, "param_groups": numbered}
 
 
 def hidden_matrices(model: nn.Module) -> list[Tensor]:

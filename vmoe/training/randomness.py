@@ -19,6 +19,14 @@ def random_states() -> dict[str, Any]:
     }
 
 
+def seed_process(key: list[int]) -> None:
+    """Seeds every generator of this process by numbers that tell it apart from others."""
+    words = np.random.SeedSequence(key).generate_state(3)
+    random.seed(int(words[0]))
+    np.random.seed(words[1])
+    torch.manual_seed(int(words[2]))
+
+
 def restore_random_states(states: dict[str, Any]) -> None:
     """Puts every generator where `random_states` found it; GPUs only when there are as many as then."""
     version, internal, next_gauss = states["python"]

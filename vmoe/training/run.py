@@ -13,7 +13,7 @@ from lightning import seed_everything
 from lightning.pytorch import Trainer
 from rich.console import Console
 
-from vmoe.checkpoints import ENTRY, RunFolder, read_checkpoint, trained_weights
+from vmoe.checkpoints import ENTRY, RunFolder, read_checkpoint, read_without_tensors, trained_weights
 from vmoe.data import ImageDataModule
 from vmoe.errors import UserError
 from vmoe.files import atomic_write, write_json
@@ -22,8 +22,13 @@ from vmoe.training.config import TrainConfig, from_plain, to_plain
 from vmoe.training.initial import initial_model
 from vmoe.training.journal import Clock, Journal, MetricsTable
 from vmoe.training.module import Classifier
+from vmoe.training.parallel import check_parts, cut_of, strategy_of
+from vmoe.training.processes import Place, connect, disconnect, together
 from vmoe.training.progress import Progress
+from vmoe.training.sample_draws import SampleDraws
 from vmoe.training.saving import AtomicCheckpointIO, Saving
+from vmoe.training.sharding import load_weights
+from vmoe.training.stopping import Interrupted
 
 PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 # What may differ when a run is resumed: where things are and how fast they go, but nothing that changes the result.
@@ -36,27 +41,47 @@ FREE_ON_RESUME = (
     "trainer.compile",
     "trainer.cuda_graph",
     "trainer.log_every",
+    "parallel.strategy",
+    "parallel.expert_size",
 )
 
 
-def train(config: TrainConfig, command: str, console: Console) -> dict[str, Any]:
+def train(config: TrainConfig, command: str, console: Console) -> dict[str, Any] | None:
     """Trains, or resumes, the run in `config.output_dir` and tests its best checkpoint.
 
     Args:
         config: The run; `output_dir` is set.
         command: The command line, for summary.json.
-        console: Where progress is shown.
+        console: Where progress is shown; quiet in all processes but the first.
 
     Returns:
-        The content of summary.json.
+        The content of summary.json; None in all processes but the first.
 
     Raises:
         UserError: the folder holds a run already, the resumed config differs, data or device are missing, or the loss
             became NaN.
         Interrupted: a signal stopped the run, which is saved.
     """
+    place = Place.of_this()
+    device = _device(config)
+    if config.parallel.strategy == "none":
+        return _run(config, command, console, device, place)
+    connect(device.type)
+    try:
+        result = _run(config, command, console, device, place)
+    except (Interrupted, UserError) as stop:
+        if getattr(stop, "everywhere", True):  # else others may still wait for this process, in vain
+            disconnect()
+        raise
+    disconnect()
+    return result
+
+
+def _run(
+    config: TrainConfig, command: str, console: Console, device: torch.device, place: Place
+) -> dict[str, Any] | None:
     folder = RunFolder(Path(config.output_dir))
-    saved = _saved_state(folder, config)
+    saved = together(lambda: _saved_state(folder, config))
     progress = Progress(console)
     if saved is not None and saved[ENTRY]["finished"] and (result := _read_summary(folder)) is not None:
         progress.say(f"{folder.path}: this run is finished, after {saved[ENTRY]['epochs_done']} epochs")
@@ -68,28 +93,29 @@ def train(config: TrainConfig, command: str, console: Console) -> dict[str, Any]
             f"warning: optim.warmup_epochs={config.optim.warmup_epochs} is longer than "
             f"trainer.epochs={config.trainer.epochs}: the learning rate never reaches optim.lr={config.optim.lr}"
         )
-    device = _device(config)
-    data = ImageDataModule(config.data, config.seed, device)
-    data.prepare_data()
-    data.setup("fit")
+    data = _data(config, device, place)
     if saved is not None and saved[ENTRY]["class_names"] != data.class_names:
         raise UserError(
-            f"data.root={config.data.root}: holds other classes than the run in {folder.path} was trained on"
+            f"data.root={config.data.root}: holds other classes than the run in {folder.path} was trained on",
+            everywhere=True,
         )
     seed_everything(config.seed, verbose=False)
     fresh = dataclasses.replace(config, init_from=None) if saved else config
-    model = initial_model(fresh, list(data.class_names), data.image_size)
+    model = together(lambda: initial_model(fresh, list(data.class_names), data.image_size))
     cost = summary.Cost.of(model, data.image_size)
     twin = summary.twin_cost(config.model, data.num_classes, data.image_size)
     console.print(summary.cost_table(f"{config.model.name}, {folder.path}", cost, twin))
-    if saved is None:
+    if saved is None and place.is_first:
         with atomic_write(folder.config) as temporary:
             plain = to_plain(config) | {"resume": False}
             temporary.write_text(yaml.safe_dump(plain, sort_keys=False), encoding="utf-8")
 
     updates = -(-len(data.train_sampler) // config.trainer.accumulate)
     how = (config.trainer.epochs, updates, config.trainer.ema_decay, config.trainer.cuda_graph)
-    module = Classifier(model, config.optim, *how)
+    draws = SampleDraws(config.seed) if config.parallel.draws == "sample" else None
+    if draws is not None:
+        draws.install(model)
+    module = Classifier(model, config.optim, *how, draws, cut_of(config.parallel, place.count, device.type))
     clock = Clock()
     saving = Saving(folder, _identity(config, data), clock, config.trainer.early_stopping)
     step = saved["global_step"] if saved else 0
@@ -99,7 +125,7 @@ def train(config: TrainConfig, command: str, console: Console) -> dict[str, Any]
         # torch compile for any batch size, training included, in many small graphs.
         model.compile(dynamic=False)
     with _quiet_lightning():
-        trainer = _trainer(config, device, [journal, saving])
+        trainer = _trainer(config, device, place, [journal, saving])
         if saved is not None:
             _say_resumed(progress, folder, saved[ENTRY])
             data.train_sampler.set_epoch(saved[ENTRY]["epochs_done"])
@@ -108,6 +134,8 @@ def train(config: TrainConfig, command: str, console: Console) -> dict[str, Any]
             resume_from = folder.last if saved else None
             trainer.fit(module, datamodule=data, ckpt_path=resume_from, weights_only=True)
         test = _test_best(trainer, module, data, folder)
+    if not place.is_first:
+        return None
     result = _summary(config, folder, command, trainer, test) | summary.cost_entries(cost, twin)
     write_json(folder.summary, result)
     return result
@@ -131,7 +159,7 @@ def _saved_state(folder: RunFolder, config: TrainConfig) -> dict[str, Any] | Non
                 f"--resume: the finished run in {folder.path} has lost its last.ckpt; give another --output_dir"
             )
         return None
-    saved = read_checkpoint(folder.last)
+    saved = read_without_tensors(folder.last)
     before = _flat(to_plain(from_plain(TrainConfig, saved[ENTRY]["config"])))
     now = _flat(to_plain(config))
     changed = [key for key in sorted(before | now) if before.get(key) != now.get(key) and key not in FREE_ON_RESUME]
@@ -158,11 +186,36 @@ def _flat(plain: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def _data(config: TrainConfig, device: torch.device, place: Place) -> ImageDataModule:
+    """The images, of which each process gets a part.
+
+    Raises:
+        UserError: they are missing or malformed, or batches cannot be shared by so many processes.
+    """
+    data = ImageDataModule(config.data, config.seed, device, place.rank, place.count)
+    together(lambda: data.prepare_data() if place.local_rank == 0 else None)  # one process of a machine downloads
+
+    def setup() -> None:
+        data.setup("fit")
+        check_parts(config, data.train_sampler.batch_size, place.count)
+
+    together(setup)
+    return data
+
+
 def _device(config: TrainConfig) -> torch.device:
+    place = Place.of_this()
     wanted = config.trainer.device
+    if place.count > 1 and config.parallel.strategy == "none":
+        raise UserError(
+            f"--parallel.strategy none: torchrun started {place.count} processes; use ddp, fsdp or expert",
+            everywhere=True,
+        )
     if wanted == "cuda" and not torch.cuda.is_available():
         raise UserError("--trainer.device cuda: no usable GPU here; use cpu or auto")
-    device = torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+    device = torch.device("cpu")
+    if wanted != "cpu" and torch.cuda.is_available():
+        device = torch.device("cuda", place.local_rank) if place.count > 1 else torch.device("cuda")
     if device.type == "cpu" and config.trainer.precision == "fp16":
         raise UserError("--trainer.precision fp16: needs a GPU, and there is none here; use bf16 or 32")
     if device.type == "cpu" and config.trainer.cuda_graph:
@@ -180,10 +233,13 @@ def _identity(config: TrainConfig, data: ImageDataModule) -> dict[str, Any]:
     }
 
 
-def _trainer(config: TrainConfig, device: torch.device, callbacks: list[Any]) -> Trainer:
+def _trainer(config: TrainConfig, device: torch.device, place: Place, callbacks: list[Any]) -> Trainer:
     return Trainer(
         accelerator=device.type,
-        devices=1,
+        devices=place.local_count,
+        num_nodes=place.count // place.local_count,
+        strategy=strategy_of(config.parallel, place.count),
+        use_distributed_sampler=False,
         precision=PRECISIONS[config.trainer.precision],
         max_epochs=config.trainer.epochs,
         accumulate_grad_batches=config.trainer.accumulate,
@@ -200,7 +256,7 @@ def _trainer(config: TrainConfig, device: torch.device, callbacks: list[Any]) ->
 
 def _test_best(trainer: Trainer, module: Classifier, data: ImageDataModule, folder: RunFolder) -> dict[str, float]:
     """The best checkpoint on the test images, and on training images as they are: are they learnt, or only recalled?"""
-    module.model.load_state_dict(trained_weights(read_checkpoint(folder.best)))
+    load_weights(module.model, trained_weights(read_checkpoint(folder.best)))
     metrics = {}
     for split, loader in (("test", data.test_dataloader()), ("train_clean", data.train_eval_dataloader())):
         trainer.test(module, loader, verbose=False)
@@ -211,7 +267,7 @@ def _test_best(trainer: Trainer, module: Classifier, data: ImageDataModule, fold
 def _summary(
     config: TrainConfig, folder: RunFolder, command: str, trainer: Trainer, test: dict[str, float]
 ) -> dict[str, Any]:
-    checkpoint = read_checkpoint(folder.last)
+    checkpoint = read_without_tensors(folder.last)
     last = checkpoint[ENTRY]
     table = MetricsTable(folder.metrics, [], checkpoint["global_step"])
     best = dict(last["best"])

@@ -1,7 +1,7 @@
 """The callback that writes last.ckpt and best.ckpt, so that a resumed run is the run that never stopped."""
 
 import math
-import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +9,23 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback, Trainer
 
-from vmoe.checkpoints import ENTRY, FORMAT_VERSION, RunFolder
+from vmoe.checkpoints import ENTRY, FORMAT_VERSION, RunFolder, copy_checkpoint, read_checkpoint
 from vmoe.files import atomic_write
 from vmoe.training.journal import Clock
 from vmoe.training.module import Classifier
-from vmoe.training.randomness import random_states, restore_random_states
+from vmoe.training.processes import Flag, Place, gather
+from vmoe.training.randomness import random_states, restore_random_states, seed_process
 from vmoe.training.stopping import Interrupted, SignalWatch
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its place and renames it, so that a full disk or a kill leaves the old one."""
+    """Writes a checkpoint beside its place and renames it, so that a full disk or a kill leaves the old one.
+
+    Reads also the folder of a run whose model was cut.
+    """
+
+    def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return read_checkpoint(path)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         with atomic_write(path) as temporary, open(temporary, "wb") as file:
@@ -47,10 +54,14 @@ class Saving(Callback):
         self._batches_done = 0
         self._finished = False
         self._states_to_restore: dict[str, Any] | None = None
+        self._seed = [identity["config"]["seed"]]
         self._signals = SignalWatch()
+        self._stopping = Flag()
 
     def on_train_start(self, trainer: Trainer, module: Classifier) -> None:
         self._signals.install()  # after Lightning's own, which would stop between two batches of one update
+        if Place.of_this().count > 1 and self._states_to_restore is None:
+            seed_process([*self._seed, Place.of_this().rank])
 
     def on_train_batch_start(self, trainer: Trainer, module: Classifier, batch: Any, batch_idx: int) -> None:
         if self._states_to_restore is not None:
@@ -62,10 +73,10 @@ class Saving(Callback):
     ) -> None:
         is_last = batch_idx + 1 == trainer.num_training_batches  # its epoch is saved after validation, below
         is_update = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if self._signals.received is not None and is_update and not is_last:
+        if is_update and not is_last and self._stopping.seen(self._signals.received is not None):
             self._batches_done = batch_idx + 1
             self._save_last(trainer, module)
-            raise Interrupted(self._signals.received, trainer.global_step, trainer.current_epoch)
+            raise Interrupted(self._signal(), trainer.global_step, trainer.current_epoch)
 
     def on_train_epoch_end(self, trainer: Trainer, module: Classifier) -> None:
         epochs_done = trainer.current_epoch + 1
@@ -79,12 +90,13 @@ class Saving(Callback):
         self._finished = trainer.should_stop or epochs_done == trainer.max_epochs
         if is_best:  # first, since the last checkpoint tells which epoch is in the best one
             trainer.save_checkpoint(self.folder.best)
-            with atomic_write(self.folder.last) as temporary:
-                shutil.copyfile(self.folder.best, temporary)
+            if Place.of_this().is_first:
+                copy_checkpoint(self.folder.best, self.folder.last)
         else:
             self._save_last(trainer, module)
-        if self._signals.received is not None and not self._finished:
-            raise Interrupted(self._signals.received, trainer.global_step, epochs_done)
+        is_stopping = self._stopping.settle() or self._signals.received is not None
+        if any(gather(is_stopping)) and not self._finished:
+            raise Interrupted(self._signal(), trainer.global_step, epochs_done)
 
     def on_train_end(self, trainer: Trainer, module: Classifier) -> None:
         self._signals.remove()
@@ -93,6 +105,7 @@ class Saving(Callback):
         self._signals.remove()
 
     def on_save_checkpoint(self, trainer: Trainer, module: Classifier, checkpoint: dict[str, Any]) -> None:
+        states = gather(random_states())
         checkpoint[ENTRY] = {
             "version": FORMAT_VERSION,
             **self.identity,
@@ -101,7 +114,8 @@ class Saving(Callback):
             "finished": self._finished,
             "best": self.best,
             "clock": self.clock.state(),
-            "random": random_states(),
+            "random": states[0],
+            "random_of_others": states[1:],  # of the other processes, by rank
             "running": module.running_state(),
             "ema": None if module.ema is None else module.ema.state(),
         }
@@ -113,11 +127,19 @@ class Saving(Callback):
         module.load_running_state(ours["running"])
         if module.ema is not None:
             module.ema.load_state(ours["ema"])
-        self._states_to_restore = ours["random"]
+        states, place = [ours["random"], *ours.get("random_of_others", [])], Place.of_this()
+        if len(states) == place.count:
+            self._states_to_restore = states[place.rank]
+        else:  # on another number of processes each goes on by random numbers of its own
+            self._seed = [*self._seed, checkpoint["global_step"]]
 
     def _save_last(self, trainer: Trainer, module: Classifier) -> None:
         module.guard.raise_if_bad()
         trainer.save_checkpoint(self.folder.last)
+
+    def _signal(self) -> int:
+        """The signal that stops the run; another process may have got it."""
+        return self._signals.received or signal.SIGTERM
 
 
 def _rank(validation: dict[str, float]) -> tuple[float, float]:

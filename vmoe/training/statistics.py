@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import vmoe
+from vmoe.training.processes import Place, total
 
 DEAD_LOAD = 0.01
 TAKEN_OVER_SHARE = 0.5
@@ -33,10 +34,13 @@ class RoutingStatistics:
                 self._sums[name] = row
 
     def means(self) -> dict[str, tuple[list[float], float, float]]:
-        """Per layer: relative load of each expert (1 = fair, 0 = dead), dropped share, gate entropy in nats."""
+        """Per layer: relative load of each expert (1 = fair, 0 = dead), dropped share, gate entropy in nats.
+
+        Of all processes, which must all call it.
+        """
         result = {}
         for name, sums in self._sums.items():
-            *loads, dropped, entropy, steps = sums.tolist()
+            *loads, dropped, entropy, steps = total(sums).tolist()
             result[name] = ([load / steps * len(loads) for load in loads], dropped / steps, entropy / steps)
         return result
 
@@ -48,10 +52,13 @@ class RoutingStatistics:
         self._sums = {name: sums.to(device) for name, sums in self._sums.items()}
 
     def state(self) -> dict[str, Any]:
-        return {name: sums.cpu() for name, sums in self._sums.items()}
+        """The sums of one process in the mean, so that a step counts the same whatever their number."""
+        return {name: (total(sums) / Place.of_this().count).cpu() for name, sums in self._sums.items()}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self._sums = dict(state)
+        place = Place.of_this()
+        share = place.count if place.is_first else 0
+        self._sums = {name: sums * share for name, sums in state.items()}
 
 
 def metric_columns(model: nn.Module) -> list[str]:

@@ -1,0 +1,55 @@
+"""Run by torchrun in two processes: MoE layers with and without expert parallelism on the same images."""
+
+import copy
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+
+from vmoe.moe import MoeConfig, MoeMlp
+from vmoe.moe.parallel import DistributedExperts, deal_out_experts
+
+LAYERS = {
+    "capacity": {"capacity_factor": 0.6, "batch_priority": True},
+    "without capacity": {"capacity_factor": None},
+    "evaluated with a capacity": {"eval_capacity_factor": 0.5},
+    "expert choice": {"router": "expert_choice", "noise_std": 0.0},
+    "soft": {"router": "soft", "noise_std": 0.0},
+    "shared experts": {"shared_experts": 1},
+    "norm": {},
+}
+
+
+def check(name: str, training: bool) -> None:
+    """Compares results, and the gradients of tokens and parameters, of a layer in one process and in two."""
+    torch.manual_seed(0)
+    options = {"num_experts": 4, "group": 2, "noise_std": 0.0, "capacity_multiple_of": 1, **LAYERS[name]}
+    options["group"] = "image" if options.get("router") in ("expert_choice", "soft") else 2
+    norm = nn.LayerNorm if name == "norm" else None
+    layer = MoeMlp(8, 16, norm_layer=norm, moe=MoeConfig(**options), tokens=5, dtype=torch.float64).train(training)
+    mine = copy.deepcopy(layer)
+    mesh = init_device_mesh("cpu", (2,))
+    deal_out_experts(mine, mesh)
+    assert isinstance(mine.experts, DistributedExperts) and mine.experts.fc1.weight.to_local().shape[0] == 2
+    counts = [4, 4] if training else [4, 3]  # evaluation's last batch may be smaller
+    images = torch.randn(sum(counts), 5, 8, dtype=torch.float64)
+    own = images.split(counts)[dist.get_rank()].clone().requires_grad_()
+    images.requires_grad_()
+    expected, result = layer(images), mine(own)
+    torch.testing.assert_close(result, expected.split(counts)[dist.get_rank()])
+    expected.square().sum().div(2).backward()  # the mean of the processes' losses
+    result.square().sum().backward()
+    torch.testing.assert_close(own.grad, 2 * images.grad.split(counts)[dist.get_rank()])
+    gradients = dict(layer.named_parameters())
+    for parameter_name, parameter in mine.experts.named_parameters():
+        torch.testing.assert_close(parameter.grad.full_tensor(), gradients[f"experts.{parameter_name}"].grad)
+    if dist.get_rank() == 0:
+        print(f"{name}: as in one process")
+
+
+dist.init_process_group("gloo")
+for layer_name in LAYERS:
+    check(layer_name, training=True)
+    check(layer_name, training=False)
+dist.destroy_process_group()

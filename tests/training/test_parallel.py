@@ -1,0 +1,219 @@
+"""Several processes: results do not depend on their number, and mistakes and failures are told once."""
+
+import csv
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from vmoe.checkpoints import ENTRY, RunFolder, load_checkpoint, read_checkpoint
+from vmoe.cli.consolidate import main as consolidate
+from vmoe.errors import UserError
+from vmoe.training.config import OptimConfig
+from vmoe.training.optim import by_name, parameter_groups
+
+TINY = """
+data: {name: digits, batch_size: 32, image_size: 8, subset: {per_class: 10}, mix: {mixup_alpha: 0.4, cutmix_alpha: 0.4}}
+model: {name: vit_tiny_patch16_224, kwargs: {patch_size: 4, embed_dim: 16, depth: 2, num_heads: 2}}
+moe: {num_experts: 4, group: 4, batch_priority: true, capacity_multiple_of: 1}
+optim: {warmup_epochs: 0, clip_norm: 0.1, lr: 0.01}
+trainer: {epochs: 1, device: cpu, ema_decay: 0.9}
+parallel: {draws: sample}
+"""
+WORKER = Path(__file__).with_name("parallel_worker.py")
+SECONDS = 120  # at most, so that processes that wait for one another fail a test rather than block all
+
+
+def launch(recipe: Path, folder: Path, processes: int, *options: str, restarts: int = 0, **environment: str):
+    """Trains a recipe in so many processes; the finished `torchrun`."""
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes))
+    torchrun += ("--max-restarts", str(restarts))
+    command = [sys.executable, *(torchrun if processes > 1 else ()), str(WORKER)]
+    command += ["--config", str(recipe), "--output_dir", str(folder), *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, env=environment)
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
+    path.write_text(TINY)
+    return path
+
+
+@pytest.fixture(scope="module")
+def alone(recipe) -> RunFolder:
+    """The run of one process."""
+    folder = recipe.parent / "alone"
+    done = launch(recipe, folder, 1)
+    assert done.returncode == 0, done.stderr
+    return RunFolder(folder)
+
+
+@pytest.fixture(scope="module")
+def cut(recipe) -> RunFolder:
+    """A run of two processes, of which each has two experts of four; its checkpoints are folders."""
+    folder = recipe.parent / "cut"
+    done = launch(recipe, folder, 2, *strategy_options("expert 2"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("epoch 1/1") == 1  # one process shows progress
+    return RunFolder(folder)
+
+
+def test_experts_in_two_processes_change_nothing(cut, alone):
+    assert_same_run(cut, alone)
+
+
+SLOW_CASES = [(2, "fsdp"), (4, "ddp"), (4, "fsdp"), (4, "expert 4"), (4, "expert 2")]
+
+
+@pytest.mark.parametrize(
+    ("processes", "strategy"), [(2, "ddp"), *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_CASES)]
+)
+def test_the_number_of_processes_changes_nothing(recipe, alone, tmp_path, processes, strategy):
+    done = launch(recipe, tmp_path / "run", processes, *strategy_options(strategy))
+    assert done.returncode == 0, done.stderr
+    assert_same_run(RunFolder(tmp_path / "run"), alone)
+
+
+def strategy_options(strategy: str) -> list[str]:
+    name, _, size = strategy.partition(" ")
+    return ["--parallel.strategy", name, *(["--parallel.expert_size", size] if size else [])]
+
+
+def assert_same_run(ours: RunFolder, alone: RunFolder) -> None:
+    """Weights, their average, moments of the clipped gradients within 1e-9; metrics as exactly as they are kept."""
+    one, other = read_checkpoint(alone.last), read_checkpoint(ours.last)
+    assert one["global_step"] == other["global_step"]
+    assert_close(tensors(other["state_dict"]), tensors(one["state_dict"]), 1e-9)
+    assert_close(tensors(other[ENTRY]["ema"]), tensors(one[ENTRY]["ema"]), 1e-9)
+    names = optimizer_names(alone)
+    moments = (by_name(content["optimizer_states"][0], names)["state"] for content in (other, one))
+    assert_close(*map(tensors, moments), 1e-9)
+    for row, expected in zip(rows(ours), rows(alone), strict=True):
+        for name, value in expected.items():
+            if name != "train/images_per_second":
+                assert float(row[name]) == pytest.approx(float(value), rel=1e-6), name
+
+
+def optimizer_names(folder: RunFolder) -> list[str]:
+    model = load_checkpoint(folder.last).model
+    names = {parameter: f"model.{name}" for name, parameter in model.named_parameters()}
+    return [names[parameter] for group in parameter_groups(model, OptimConfig()) for parameter in group["params"]]
+
+
+def assert_close(ours: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> None:
+    assert ours.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(ours[name], value, rtol=0, atol=tolerance, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def tensors(value, name: str = "") -> dict[str, torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return {name: value}
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return {key: part for index, item in items for key, part in tensors(item, f"{name}/{index}").items()}
+
+
+def rows(folder: RunFolder) -> list[dict[str, str]]:
+    with open(folder.metrics, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_mistake_is_told_once(recipe, tmp_path):
+    done = launch(recipe, tmp_path / "run", 2, "--parallel.strategy", "ddp", "--data.batch_size", "40")
+    assert done.returncode != 0
+    assert done.stderr.count("data.batch_size=40: 2 processes must get equally many whole groups") == 1
+    assert "use 32 or 48" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_experts_that_cannot_be_dealt_out(recipe, tmp_path):
+    done = launch(recipe, tmp_path / "run", 1, *strategy_options("expert 3"))
+    assert done.returncode == 2
+    assert "parallel.expert_size=3: must divide the number of processes, 1" in done.stderr
+
+
+def test_several_processes_need_a_strategy(recipe, tmp_path):
+    done = launch(recipe, tmp_path / "run", 2)
+    assert done.stderr.count("--parallel.strategy none: torchrun started 2 processes; use ddp, fsdp or expert") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "chain",
+    [
+        [(2, "expert 2"), (1, "none")],
+        [(1, "none"), (4, "expert 2"), (2, "fsdp")],
+        [(2, "ddp"), (4, "fsdp"), (2, "ddp")],
+    ],
+    ids=str,
+)
+def test_a_run_goes_on_with_other_processes_as_if_it_had_never_stopped(recipe, tmp_path, chain):
+    longer = ("--data.repeat", "3")  # 9 updates, of which each part of the chain does 2 or more
+    assert launch(recipe, tmp_path / "alone", 1, *longer).returncode == 0
+    for number, (processes, strategy) in enumerate(chain):
+        stop = (
+            {} if number + 1 == len(chain) else {"SIGNAL": str(int(signal.SIGTERM)), "SIGNAL_AT": str(1 + 4 * number)}
+        )
+        options = (*longer, *strategy_options(strategy), "--resume")
+        done = launch(recipe, tmp_path / "chain", processes, *options, **stop)
+        assert done.stderr.count("the run is saved, go on with") == bool(stop), done.stderr
+    assert done.returncode == 0, done.stderr
+    assert_same_run(RunFolder(tmp_path / "chain"), RunFolder(tmp_path / "alone"))
+
+
+def test_a_folder_is_one_file_for_those_who_want_one(cut, tmp_path):
+    assert cut.best.is_dir()
+    out = tmp_path / "weights.safetensors"
+    assert consolidate([str(cut.path), "--out", str(out)]) == 0
+    weights = load_checkpoint(cut.path).model.state_dict()
+    with safe_open(out, "pt") as file:
+        assert set(file.keys()) == set(weights)
+        for name, value in weights.items():
+            torch.testing.assert_close(file.get_tensor(name).to(value.dtype), value)
+        assert json.loads(file.metadata()["vmoe"])["config"]["moe"]["num_experts"] == 4
+
+
+@pytest.mark.parametrize("missing", ["__1_0.distcp", ".metadata", "plain.pt"])
+def test_a_folder_that_lacks_a_part_names_it(cut, tmp_path, missing):
+    folder = shutil.copytree(cut.last, tmp_path / "last.ckpt")
+    (folder / missing).unlink()
+    with pytest.raises(UserError, match=f"{missing}: is missing"):
+        load_checkpoint(folder)
+
+
+def test_a_table_of_contents_that_would_run_something_is_refused(cut, tmp_path):
+    folder = shutil.copytree(cut.last, tmp_path / "last.ckpt")
+    (folder / ".metadata").write_bytes(pickle.dumps(Path.unlink))
+    with pytest.raises(UserError, match="is damaged or foreign"):
+        load_checkpoint(folder)
+
+
+def test_a_process_that_dies_ends_the_job_with_a_line_that_says_which(recipe, tmp_path):
+    killed = {"SIGNAL": str(int(signal.SIGKILL)), "SIGNAL_AT": "1", "SIGNALLED_RANK": "1"}
+    start = time.monotonic()
+    done = launch(recipe, tmp_path / "run", 2, *strategy_options("expert 2"), **killed)
+    assert time.monotonic() - start < 60
+    assert done.returncode != 0
+    assert "failed (exitcode: -9) local_rank: 1" in done.stderr
+
+
+@pytest.mark.slow
+def test_torchrun_starts_a_run_that_died_anew_from_its_last_checkpoint(recipe, tmp_path):
+    epochs = ("--trainer.epochs", "2")
+    assert launch(recipe, tmp_path / "alone", 1, *epochs).returncode == 0
+    killed = {"SIGNAL": str(int(signal.SIGKILL)), "SIGNAL_AT": "4", "SIGNALLED_RANK": "1"}
+    done = launch(recipe, tmp_path / "run", 2, *epochs, *strategy_options("ddp"), restarts=1, **killed)
+    assert done.returncode == 0, done.stderr
+    assert "resuming" in done.stdout
+    assert_same_run(RunFolder(tmp_path / "run"), RunFolder(tmp_path / "alone"))

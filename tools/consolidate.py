@@ -1,0 +1,5 @@
+"""Make one file of a run's weights: `python tools/consolidate.py RUN --out FILE.safetensors`; --help tells more."""
+
+from vmoe.cli.consolidate import main
+
+raise SystemExit(main())

@@ -1,0 +1,107 @@
+"""Checkpoints of runs whose model was cut: a folder with the parts of each process, read as one by any number of them.
+
+The tensors are in the format of torch.distributed.checkpoint (DCP), all else in one file of plain types.
+"""
+
+import pickle
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from vmoe.errors import UserError
+
+PLAIN_PART = "plain.pt"
+# What the names of the folder's tensors begin with, by where an ordinary checkpoint has them.
+TENSORS_OF = {"state_dict": "weights/", "optimizer_states": "optimizer/", "ema": "ema/"}
+_METADATA = ".metadata"
+_PICKLED = {
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.serialization", "_get_layout"),
+    ("collections", "OrderedDict"),
+    ("pathlib", "PosixPath"),
+    ("builtins", "set"),
+}
+
+
+def is_sharded(path: Path) -> bool:
+    """Whether a path is a checkpoint folder."""
+    return (path / PLAIN_PART).is_file() or (path / _METADATA).is_file()
+
+
+class SafeReader(dcp.FileSystemReader):
+    """DCP's reader that makes nothing of a folder's pickled table of contents but what DCP itself writes there.
+
+    Raises:
+        UserError: that table or a process's file is missing, or it holds anything else.
+    """
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        folder = Path(self.path)
+        try:
+            with open(folder / _METADATA, "rb") as file:
+                metadata = _Unpickler(file).load()
+            files = sorted({info.relative_path for info in metadata.storage_data.values()})
+        except OSError as error:
+            raise UserError(f"{folder / _METADATA}: is missing; copy the folder again") from error
+        except Exception as error:  # a damaged file makes the unpickler fail in any way it can
+            raise UserError(f"{folder / _METADATA}: is damaged or foreign; copy the folder again") from error
+        for name in files:
+            if not (folder / name).is_file():
+                raise UserError(f"{folder / name}: is missing, a part of this checkpoint; copy the folder again")
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        is_type = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype | type(torch.Size))
+        if is_type or module == "torch.distributed.checkpoint.metadata" or (module, name) in _PICKLED:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} does not belong here")
+
+
+def read_plain_part(path: Path) -> dict[str, Any]:
+    """What a folder holds beside its tensors.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    try:
+        return torch.load(path / PLAIN_PART, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file makes the unpickler fail in any way it can
+        raise UserError(f"{path / PLAIN_PART}: is missing or damaged; copy the folder again") from error
+
+
+def read_folder(path: Path) -> dict[str, Any]:
+    """A folder's content as an ordinary checkpoint, on the CPU; the optimiser's state is by the names of parameters.
+
+    Raises:
+        UserError: a file of it is missing or damaged.
+    """
+    content = read_plain_part(path)
+    reader = SafeReader(path)
+    tensors = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in reader.read_metadata().state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as is meant here
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
+    parts: dict[str, dict[str, Any]] = {
+        part: {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+        for part, prefix in TENSORS_OF.items()
+    }
+    content["state_dict"] = parts["state_dict"]
+    states: dict[str, Any] = {}
+    for name, value in parts["optimizer_states"].items():
+        parameter, _, key = name.rpartition("/")
+        states.setdefault(parameter, {})[key] = value
+    content["optimizer_states"][0]["state"] = states
+    if parts["ema"]:
+        content["vmoe"]["ema"]["weights"] = parts["ema"]
+    return content

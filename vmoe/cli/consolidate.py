@@ -1,0 +1,38 @@
+"""`vmoe consolidate`: the weights of a run, of one process or many, as one safetensors file."""
+
+import argparse
+from pathlib import Path
+
+from vmoe.cli.common import run
+from vmoe.cli.options import new_parser
+from vmoe.errors import UserError
+
+_DESCRIPTION = """\
+Writes the trained weights of a run, their average (EMA) where it keeps one, to one safetensors file, however many
+processes trained it: what `vmoe export` writes, in the type that the weights have.
+
+  vmoe consolidate runs/large --out large.safetensors
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the job with `argv`; returns its exit code."""
+    return run(_consolidate, argv)
+
+
+def _consolidate(argv: list[str]) -> None:
+    options = _parser().parse_args(argv)
+    if options.out.suffix != ".safetensors":
+        raise UserError(f"--out {options.out}: must end in .safetensors")
+    # Imported here, so that --help and a mistyped option answer at once.
+    from vmoe.export.shared_weights import write_safetensors
+
+    write_safetensors(options.out, options.run)
+    print(f"{options.out}: {options.out.stat().st_size / 2**20:.2f} MiB of weights")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = new_parser("consolidate", _DESCRIPTION)
+    parser.add_argument("run", metavar="RUN", help="a run's folder (its best checkpoint), or a checkpoint of any kind")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="what to write, a .safetensors file")
+    return parser

@@ -1,0 +1,44 @@
+"""Evaluation by several processes, each with whole batches, so that every image is seen among the same others."""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+
+from vmoe.data.loading import Batch
+
+NOT_COUNTED = -1  # label of images that another process counts
+
+
+def part_of_batches(order: list[int], batch_size: int, part: int, parts: int) -> tuple[list[int], int]:
+    """The images of every `parts`-th batch, and how many of those batches this process counts.
+
+    All processes get equally many batches, since they may have to compute together. One that would have one batch less
+    gets the set's first again, which is not counted.
+    """
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    own = batches[part::parts]
+    filling = batches[:1] if len(own) < -(-len(batches) // parts) else []
+    return [index for batch in own + filling for index in batch], len(own)
+
+
+class FilledLoader:
+    """A loader whose batches after the first `counted` ones have the label `NOT_COUNTED`.
+
+    Args:
+        loader: gives batches.
+        counted: how many of them this process counts.
+    """
+
+    def __init__(self, loader: Iterable[Batch], counted: int) -> None:
+        self.loader, self.counted = loader, counted
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for number, batch in enumerate(self.loader):
+            yield batch if number < self.counted else _not_counted(batch)
+
+
+def _not_counted(batch: Batch) -> Batch:
+    return batch._replace(labels=torch.full_like(batch.labels, NOT_COUNTED))

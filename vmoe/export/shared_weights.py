@@ -1,0 +1,37 @@
+"""Trained weights as one file to share."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from vmoe.checkpoints import ENTRY, find_checkpoint, read_checkpoint, trained_weights
+from vmoe.files import atomic_write
+
+
+def write_safetensors(path: str | Path, source: str | Path, dtype: torch.dtype | None = None) -> None:
+    """Writes the trained weights of a checkpoint, and what is needed to use them, as one safetensors file, atomically.
+
+    Paths of the machine that trained are left out. Every tool opens the result as it opens a checkpoint.
+
+    Args:
+        path: Where the file goes.
+        source: A checkpoint file or a run's folder.
+        dtype: Stored type of the weights; None: as they are. They are float32 again when the file is opened.
+
+    Raises:
+        UserError: the source is no checkpoint of ours, or `path` cannot be written.
+    """
+    content = read_checkpoint(find_checkpoint(source))
+    ours = content[ENTRY]
+    config = ours["config"] | {"output_dir": None, "init_from": None}
+    config["data"] = {key: value for key, value in config["data"].items() if key != "root"}
+    kept = ("version", "class_names", "image_size", "mean", "std", "epochs_done")
+    entry = {key: ours[key] for key in kept} | {"config": config, "step": content["global_step"]}
+    weights = {
+        name: value.to(dtype).contiguous() if dtype is not None and value.is_floating_point() else value.contiguous()
+        for name, value in trained_weights(content).items()
+    }
+    with atomic_write(path) as temporary:
+        save_file(weights, temporary, metadata={"format": "pt", ENTRY: json.dumps(entry)})

@@ -1,0 +1,135 @@
+"""Expert parallelism: the experts of a layer on different processes, to which tokens travel and from which they return.
+
+The layer routes its own tokens as ever; only `Experts` is exchanged for one that reaches those of other processes.
+
+E experts of a layer, of which each of P processes has E / P; T tokens of width D; R rows of a buffer in which each
+expert's tokens stand together, experts in order.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed._functional_collectives import all_to_all_single, all_to_all_single_autograd
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from vmoe.moe.experts import Experts, compute_dtype
+from vmoe.moe.kernels import composed, padded, rows, segments
+from vmoe.moe.kernels.interface import Choices, Mlp
+from vmoe.moe.layer import MoeMlp
+from vmoe.moe.routing import Routing, SlotRouting
+
+
+def deal_out_experts(layer: MoeMlp, mesh: DeviceMesh) -> None:
+    """Leaves each process of `mesh` its share of a layer's experts, in order of rank; all hold the same layer before.
+
+    Gradients of experts are means over the processes, as those of parameters that all of them have.
+
+    Args:
+        layer: Its expert parameters become DTensors, sharded by expert.
+        mesh: One dimension of P processes; with one nothing changes.
+
+    Raises:
+        ValueError: E is no multiple of P.
+    """
+    if mesh.size() == 1:
+        return
+    if layer.num_experts % mesh.size():
+        raise ValueError(
+            f"num_experts={layer.num_experts}: cannot be dealt out to {mesh.size()} processes; use a multiple of it"
+        )
+    for module in layer.experts.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            own = distribute_tensor(parameter.data, mesh, [Shard(0)], src_data_rank=None)
+            setattr(module, name, nn.Parameter(own, requires_grad=parameter.requires_grad))
+    layer.experts.__class__ = DistributedExperts
+    layer.experts.mesh = mesh
+
+
+class DistributedExperts(Experts):
+    """Experts whose parameters are sharded over the processes of `mesh`; made by `deal_out_experts`."""
+
+    mesh: DeviceMesh
+
+    def forward(self, x_TD: Tensor, routing: Routing | SlotRouting) -> Tensor:
+        """(T, D) -> (T, out). All processes of the mesh must call it."""
+        dtype = compute_dtype(x_TD)
+        mlp = self._local_mlp(dtype)
+        if not isinstance(routing, Routing):
+            x_RD = routing.dispatch(x_TD.to(dtype))
+            if self.training:
+                return routing.combine(self._even(x_RD, mlp))
+            num_experts = self.mesh.size() * mlp.weight1.shape[0]
+            counts_E = torch.full((num_experts,), x_RD.shape[0] // num_experts, device=x_RD.device)
+            return routing.combine(self._uneven(x_RD, counts_E, mlp))
+        choices = Choices.of(routing)
+        x_TD = (x_TD if routing.x_TD is None else routing.x_TD).to(dtype)
+        num_experts = routing.gates_GSE.shape[-1]
+        if self.training and choices.capacity is not None:
+            layout = padded.layout(choices, num_experts)
+            y_RD = self._even(rows.dispatch(x_TD, layout), mlp)
+        else:
+            layout = segments.layout(choices, num_experts)
+            counts_E = layout.ends_E.long().diff(prepend=layout.ends_E.new_zeros(1).long())
+            y_RD = self._uneven(rows.dispatch(x_TD, layout), counts_E, mlp)
+        return rows.combine(y_RD, choices.combine_weights_TK(), layout)
+
+    def _even(self, x_RD: Tensor, mlp: Mlp) -> Tensor:
+        """(R, D) -> (R, O) where each expert has an equal share of the rows, as large in all processes.
+
+        Sizes are known beforehand: the host never waits.
+        """
+        processes, own = self.mesh.size(), mlp.weight1.shape[0]
+        splits = [x_RD.shape[0] // processes] * processes
+        x_RD = self._exchange(x_RD, splits, splits)
+        # from (process, own expert, place) to (own expert, process, place) and back
+        x_RD = x_RD.unflatten(0, (processes, own, -1)).transpose(0, 1).flatten(0, 2)
+        y_RD = composed.two_layers(x_RD, mlp, None, padded.linear)
+        y_RD = y_RD.unflatten(0, (own, processes, -1)).transpose(0, 1).flatten(0, 2)
+        return self._exchange(y_RD, splits, splits)
+
+    def _uneven(self, x_RD: Tensor, counts_E: Tensor, mlp: Mlp) -> Tensor:
+        """(R, D) -> (R, O) where expert e has `counts_E[e]` rows; zeros for rows behind them.
+
+        The processes tell each other the counts, for which the host waits once.
+        """
+        processes, own = self.mesh.size(), mlp.weight1.shape[0]
+        even = [own] * processes
+        arriving_PE = all_to_all_single(counts_E, even, even, self.mesh.get_group()).view(processes, own)
+        sent, arriving = torch.stack([counts_E.view(processes, own).sum(1), arriving_PE.sum(1)]).tolist()
+        without_place = x_RD.shape[0] - sum(sent)
+        x_RD = self._exchange(x_RD[: sum(sent)], arriving, sent)
+        expert_R = torch.arange(own, device=x_RD.device).repeat(processes).repeat_interleave(arriving_PE.flatten())
+        order_R = expert_R.argsort(stable=True)
+        layout = rows.Layout(order_R, order_R, arriving_PE.sum(0).cumsum(0).int())
+        y_RD = composed.two_layers(x_RD[order_R], mlp, layout, segments.linear)
+        y_RD = self._exchange(y_RD[order_R.argsort()], sent, arriving)
+        return F.pad(y_RD, [0, 0, 0, without_place])
+
+    def _exchange(self, x_RD: Tensor, arriving: list[int], sent: list[int]) -> Tensor:
+        return all_to_all_single_autograd(x_RD.contiguous(), arriving, sent, self.mesh.get_group())
+
+    def _local_mlp(self, dtype: torch.dtype) -> Mlp:
+        """This process's experts, as plain tensors."""
+        mlp = self._mlp(dtype)
+        local = {part: self._local(getattr(mlp, part)) for part in ("weight1", "bias1", "weight2", "bias2")}
+        if mlp.norm is None:
+            return mlp._replace(**local)
+        weights = {name: self._local(parameter) for name, parameter in mlp.norm.named_parameters()}
+        norm = mlp.norm
+        return mlp._replace(**local, norm=lambda *inputs: torch.func.functional_call(norm, weights, inputs))
+
+    def _local(self, parameter: DTensor | None) -> Tensor | None:
+        # Tokens of all processes reach an expert, each with the gradient of its own process's mean loss
+        return None if parameter is None else _ScaleGradient.apply(parameter.to_local(), 1 / self.mesh.size())
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        return gradient * ctx.factor, None

@@ -1,0 +1,62 @@
+"""How a run is spread over processes: Lightning's strategies, and what they ask of batches."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+from lightning.pytorch.strategies import DDPStrategy, Strategy
+from torch import nn
+
+from vmoe.data.mixing import GROUP
+from vmoe.errors import UserError
+from vmoe.training.config import ParallelConfig, TrainConfig
+from vmoe.training.sharding import ShardedStrategy, shard
+
+
+def strategy_of(config: ParallelConfig, processes: int) -> Strategy | str:
+    """Lightning's strategy."""
+    if config.strategy == "none":
+        return "auto"
+    if config.strategy != "ddp":
+        return ShardedStrategy(processes)
+    # Buffers are kept equal by what updates them; an idle expert's gradient is zero, so that none is ever missing.
+    return DDPStrategy(broadcast_buffers=False)
+
+
+def cut_of(
+    config: ParallelConfig, processes: int, device_type: str
+) -> Callable[[nn.Module], list[nn.Parameter]] | None:
+    """What cuts a model for the strategy (see `vmoe.training.sharding.shard`); None where it stays whole."""
+    if config.strategy not in ("fsdp", "expert"):
+        return None
+    return partial(shard, processes=processes, expert_size=config.expert_size, device_type=device_type)
+
+
+def check_parts(config: TrainConfig, batch_size: int, count: int) -> None:
+    """Refuses batches that `count` processes cannot share without cutting a group of images, and experts likewise.
+
+    Args:
+        config: The run.
+        batch_size: Images of a batch, of all processes.
+        count: Processes.
+
+    Raises:
+        UserError: they cannot.
+    """
+    size = config.parallel.expert_size
+    if count % size:
+        raise UserError(f"parallel.expert_size={size}: must divide the number of processes, {count}")
+    if config.moe is not None and config.moe.num_experts % size:
+        raise UserError(f"parallel.expert_size={size}: must divide moe.num_experts={config.moe.num_experts}")
+    if count == 1:
+        return
+    if config.moe is not None and config.moe.group == "batch":
+        raise UserError("moe.group=batch: a batch is shared by several processes; use a number of images, such as 8")
+    routed = config.moe.group if config.moe is not None and config.moe.group != "image" else 1
+    unit = count * math.lcm(routed, GROUP if config.data.mix.is_on else 1)
+    if batch_size % unit:
+        near = " or ".join(str(size) for size in (batch_size // unit * unit, -(-batch_size // unit) * unit) if size)
+        raise UserError(
+            f"data.batch_size={batch_size}: {count} processes must get equally many whole groups of images, "
+            f"so it must be a multiple of {unit}; use {near}"
+        )

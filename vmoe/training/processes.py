@@ -1,0 +1,153 @@
+"""The processes of a run, as torchrun starts them: which one this is, and what they tell one another.
+
+With one process every function here returns what it was given.
+"""
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
+
+from vmoe.errors import UserError
+
+T = TypeVar("T")
+_TIMEOUT = timedelta(minutes=10)  # of a process that hangs; one that died is noticed by torchrun in seconds
+
+
+class Place(NamedTuple):
+    """Where a process stands.
+
+    Attributes:
+        rank: Its number among all processes.
+        count: Processes in all.
+        local_rank: Its number on its machine.
+        local_count: Processes on its machine.
+    """
+
+    rank: int = 0
+    count: int = 1
+    local_rank: int = 0
+    local_count: int = 1
+
+    @classmethod
+    def of_this(cls) -> "Place":
+        """As torchrun tells it in the environment; one process alone where it did not start this one."""
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        return cls(*(int(os.environ[name]) for name in names)) if "TORCHELASTIC_RUN_ID" in os.environ else cls()
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes files and shows progress."""
+        return self.rank == 0
+
+
+def connect(device_type: str) -> None:
+    """Lets the processes talk, once: on GPUs through NCCL, and through gloo what is on the host."""
+    if dist.is_initialized():
+        return
+    place = Place.of_this()
+    backend = "gloo"
+    if device_type == "cuda":
+        torch.cuda.set_device(place.local_rank)
+        backend = "cpu:gloo,cuda:nccl"
+    if place.count == 1:
+        store = dist.HashStore()
+    else:
+        # Apart from what processes of an earlier attempt left in torchrun's store: their addresses
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store, _, _ = next(rendezvous("env://", timeout=_TIMEOUT))
+        store = dist.PrefixStore(f"attempt {attempt}", store)
+    dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.count, timeout=_TIMEOUT)
+
+
+def disconnect() -> None:
+    """Ends what `connect` began; all must call it."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def is_alone() -> bool:
+    """Whether there is nobody to talk to."""
+    return not dist.is_initialized() or dist.get_world_size() == 1
+
+
+def total(tensor: Tensor) -> Tensor:
+    """The sum of a tensor over the processes; all must call it."""
+    return _reduced(tensor, dist.ReduceOp.SUM)
+
+
+def largest(tensor: Tensor) -> Tensor:
+    """The largest of each element over the processes; all must call it."""
+    return _reduced(tensor, dist.ReduceOp.MAX)
+
+
+class Flag:
+    """A flag that any process may raise; all see it raised in the same step, the one after, and none waits for it."""
+
+    def __init__(self) -> None:
+        self._pending: tuple[Tensor, Any] | None = None
+
+    def seen(self, is_raised: bool) -> bool:
+        """Whether one of the processes had raised it when they called this the last time; all must call it."""
+        if is_alone():
+            return is_raised
+        was_raised = self.settle()
+        flag = torch.tensor(int(is_raised or was_raised))  # on the host: nobody waits for a GPU
+        self._pending = flag, dist.all_reduce(flag, dist.ReduceOp.MAX, async_op=True)
+        return was_raised
+
+    def settle(self) -> bool:
+        """What the last call of `seen` was about."""
+        if self._pending is None:
+            return False
+        flag, work = self._pending
+        work.wait()
+        self._pending = None
+        return bool(flag)
+
+
+def gather(value: T) -> list[T]:
+    """Everybody's plain value, by rank; all must call it."""
+    if is_alone():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def wait_for_all() -> None:
+    """Returns when all processes have come here."""
+    gather(None)
+
+
+def together(job: Callable[[], T]) -> T:
+    """What `job` returns, once it has succeeded in all processes.
+
+    Raises:
+        UserError: it did so in one of them: then in all, so that none waits for it, with the lines of all that differ.
+    """
+    result, line = None, None
+    try:
+        result = job()
+    except UserError as error:
+        line = str(error)
+    lines = gather(line)
+    if any(lines):
+        differing = dict.fromkeys(line for line in lines if line)
+        ranks = ["" if None not in lines else f"rank {lines.index(line)}: " for line in differing]
+        joined = "; ".join(rank + line for rank, line in zip(ranks, differing, strict=True))
+        raise UserError(joined, everywhere=not is_alone())
+    return result
+
+
+def _reduced(tensor: Tensor, how: Any) -> Tensor:
+    if is_alone():
+        return tensor
+    reduced = tensor.to(torch.uint8) if tensor.dtype == torch.bool else tensor.clone()
+    dist.all_reduce(reduced, how)
+    return reduced.to(tensor.dtype)

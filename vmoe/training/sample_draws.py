@@ -1,0 +1,101 @@
+"""Router noise, dropout and drop path drawn by image: functions of (seed, pass, index), as augmentation is.
+
+So they do not depend on how many processes share a batch. torch's generators are faster: they know no images.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+from vmoe.data.draws import uniforms
+from vmoe.errors import UserError
+from vmoe.moe import moe_layers
+
+Draw = Callable[..., Tensor]  # of a shape with values image by image: uniform numbers in [0, 1)
+_APART = 2**32  # draws of an image for one layer; the first are augmentation's
+
+
+class SampleDraws:
+    """Takes the place of the random generator in a model's training.
+
+    Args:
+        seed: Not negative.
+
+    Attributes:
+        keys: (B, 2) int64, of the images that the model is given next.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.keys: Tensor | None = None
+        self._streams = 0
+
+    def install(self, model: nn.Module) -> None:
+        """Makes a model's routers, dropouts and drop paths draw from here.
+
+        Raises:
+            UserError: something in it draws within a kernel, where images are not known.
+        """
+        for name, layer in moe_layers(model):
+            if layer.config.router == "random" or layer.experts.drop1.p > 0:
+                raise UserError(f"parallel.draws=sample: {name} draws in its experts or router=random; use process")
+            layer.router.draw_noise = self._normal_stream()
+        for name, module in list(model.named_modules()):
+            if isinstance(module, nn.Dropout) and module.p > 0 and name.endswith("attn_drop"):
+                raise UserError("parallel.draws=sample: attention's dropout draws within its kernel; use process")
+            parent, _, last = name.rpartition(".")
+            if type(module) is nn.Dropout and module.p > 0:
+                setattr(model.get_submodule(parent), last, SampleDropout(module.p, self._uniform_stream()))
+            elif isinstance(module, DropPath) and module.drop_prob > 0:
+                path = SampleDropPath(module.drop_prob, module.scale_by_keep, self._uniform_stream())
+                setattr(model.get_submodule(parent), last, path)
+
+    def _uniform_stream(self) -> Draw:
+        self._streams += 1
+        first = self._streams * _APART
+
+        def draw(*shape: int) -> Tensor:
+            count = math.prod(shape) // len(self.keys)
+            return uniforms(self.seed, self.keys, count, first).t().reshape(shape)
+
+        return draw
+
+    def _normal_stream(self) -> Callable[[Tensor], Tensor]:
+        """Draws normal numbers in the shape and type of a tensor whose values are image by image."""
+        draw_uniform = self._uniform_stream()
+
+        def draw(like: Tensor) -> Tensor:
+            centred = 2 * draw_uniform(*like.shape) - (1 - 2.0**-24)  # never -1 or 1
+            return (math.sqrt(2) * torch.erfinv(centred)).to(like.dtype)
+
+        return draw
+
+
+class SampleDropout(nn.Module):
+    """Dropout of (B * anything, ...), values image by image."""
+
+    def __init__(self, p: float, draw: Draw) -> None:
+        super().__init__()
+        self.p, self.draw = p, draw
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        return x * (self.draw(*x.shape) >= self.p).to(x.dtype) / (1 - self.p)
+
+
+class SampleDropPath(nn.Module):
+    """timm's DropPath of (B, ...)."""
+
+    def __init__(self, drop_prob: float, scale_by_keep: bool, draw: Draw) -> None:
+        super().__init__()
+        self.drop_prob, self.scale_by_keep, self.draw = drop_prob, scale_by_keep, draw
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        kept = (self.draw(len(x), *[1] * (x.dim() - 1)) >= self.drop_prob).to(x.dtype)
+        return x * (kept / (1 - self.drop_prob) if self.scale_by_keep else kept)

@@ -1,0 +1,199 @@
+"""A model cut into parts (FSDP2, expert parallelism) under Lightning, and what that asks of clipping and checkpoints.
+
+Every DTensor here is cut over all processes: a number of a parameter is in one of them only.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from vmoe.checkpoint_folders import TENSORS_OF, is_sharded, read_plain_part
+from vmoe.checkpoints import ENTRY, read_checkpoint
+from vmoe.errors import UserError
+from vmoe.moe import moe_layers
+from vmoe.moe.parallel import deal_out_experts
+from vmoe.training.ema import local
+from vmoe.training.optim import by_name
+from vmoe.training.processes import total
+from vmoe.training.sharded_files import load_tensors, save_folder
+
+
+class ShardedStrategy(ModelParallelStrategy):
+    """Lightning's strategy for models that shard themselves, with checkpoints that any number of processes can read.
+
+    Args:
+        processes: How many there are.
+    """
+
+    def __init__(self, processes: int) -> None:
+        super().__init__(data_parallel_size=processes, tensor_parallel_size=1)
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Nothing yet: `save_checkpoint` writes the tensors from where they are."""
+        return {}
+
+    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """Likewise."""
+        return {}
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        """Writes a folder: each process its parts of the tensors, the first all else."""
+        module, (optimizer,) = self.lightning_module, self.optimizers
+        names = {parameter: name for name, parameter in module.named_parameters()}
+        groups = [{**group, "params": [names[p] for p in group["params"]]} for group in optimizer.param_groups]
+        checkpoint["optimizer_states"] = [{"param_groups": groups}]
+        if module.ema is not None:
+            checkpoint[ENTRY]["ema"].pop("weights")
+        save_folder(_tensors(module, optimizer), checkpoint, Path(filepath))
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Fills the tensors of this process from a folder or an ordinary file, and returns the rest."""
+        path = Path(checkpoint_path)
+        module, (optimizer,) = self.lightning_module, self.optimizers
+        _create_state(optimizer)
+        targets = _tensors(module, optimizer)
+        if is_sharded(path):
+            load_tensors(targets, path)
+            content = read_plain_part(path)
+            _restore_groups(module, optimizer, content["optimizer_states"][0])
+            return content
+        content = read_checkpoint(path)
+        ema = content[ENTRY]["ema"]
+        states = by_name(content["optimizer_states"][0], module.optimizer_names())
+        _restore_groups(module, optimizer, states)
+        sources = {f"{TENSORS_OF['state_dict']}{name}": value for name, value in content["state_dict"].items()}
+        sources |= _named(states["state"])
+        if ema is not None:
+            sources |= {f"{TENSORS_OF['ema']}{name}": value for name, value in ema.pop("weights").items()}
+        for name, target in targets.items():
+            fill(target, sources[name])
+        return content
+
+
+def shard(model: nn.Module, processes: int, expert_size: int, device_type: str) -> list[nn.Parameter]:
+    """Cuts a model that all processes have into the parts of each.
+
+    Args:
+        model: Its parameters become DTensors.
+        processes: How many there are.
+        expert_size: Among how many of them the experts of a layer are dealt out; 1 cuts experts like all else.
+        device_type: "cuda" or "cpu".
+
+    Returns:
+        Parameters that FSDP2 does not take, which all processes keep.
+
+    Raises:
+        UserError: experts cannot be cut so.
+    """
+    data = init_device_mesh(device_type, (processes,))
+    # Kept between forward and backward they would hide a change of the weights, such as putting in their average
+    how = {"mesh": data, "reshard_after_forward": True}
+    whole = [parameter for parameter in model.parameters() if parameter.dim() == 0]
+    ignored = set(whole)
+    if expert_size > 1:
+        ignored |= _shard_experts(model, processes, expert_size, device_type)
+    for name, module in model.named_modules():
+        if name.split(".")[-2:-1] == ["blocks"]:
+            fully_shard(module, ignored_params=ignored, **how)
+    fully_shard(model, ignored_params=ignored, **how)
+    return whole
+
+
+def _shard_experts(model: nn.Module, processes: int, expert_size: int, device_type: str) -> set[nn.Parameter]:
+    """Deals experts out; those parameters of theirs that need not be cut any more."""
+    mesh = init_device_mesh(device_type, (processes // expert_size, expert_size), mesh_dim_names=("part", "expert"))
+    uncut = set()
+    for name, layer in moe_layers(model):
+        deal_out_experts(layer, mesh["expert"])
+        parameters = list(layer.experts.parameters())
+        if processes == expert_size:
+            uncut.update(parameters)
+            continue
+        if any(parameter.shape[1] % mesh["part"].size() for parameter in parameters):
+            raise UserError(
+                f"parallel.expert_size={expert_size}: the width of {name}'s experts is no multiple of "
+                f"{mesh['part'].size()}; use {processes}",
+                everywhere=True,
+            )
+        fully_shard(layer.experts, mesh=mesh["part"], shard_placement_fn=lambda _: Shard(1))
+    return uncut
+
+
+def average_gradients(parameters: list[nn.Parameter]) -> None:
+    """Makes the gradients of parameters that all processes keep their means over the processes."""
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad.copy_(total(parameter.grad) / torch.distributed.get_world_size())
+
+
+def clip_gradients(parameters: list[nn.Parameter], largest_norm: float) -> Tensor:
+    """Like torch's clip_grad_norm_, for parameters of different meshes together; their norm before, ()."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    cut, whole = ([g for g in gradients if isinstance(g, DTensor) is is_cut] for is_cut in (True, False))
+    squared = total(nn.utils.get_total_norm([local(gradient) for gradient in cut]).square())
+    norm = (squared + nn.utils.get_total_norm(whole).square().to(squared.device)).sqrt()
+    nn.utils.clip_grads_with_norm_(_stand_ins(gradients), largest_norm, norm)
+    return norm
+
+
+def _stand_ins(gradients: list[Tensor]) -> list[nn.Parameter]:
+    """Parameters whose gradients are this process's parts, in the same memory."""
+    stand_ins = []
+    for gradient in map(local, gradients):
+        stand_in = nn.Parameter(torch.empty_like(gradient))
+        stand_in.grad = gradient
+        stand_ins.append(stand_in)
+    return stand_ins
+
+
+@torch.no_grad()
+def fill(target: Tensor, source: Tensor) -> None:
+    """Copies a whole tensor, or this process's part of it, into `target`."""
+    if isinstance(target, DTensor):
+        source = distribute_tensor(source.to(target.device), target.device_mesh, target.placements, src_data_rank=None)
+        target, source = target.to_local(), source.to_local()
+    target.copy_(source)
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Like `load_state_dict`, for a model that may be cut."""
+    for name, target in model.state_dict().items():
+        fill(target, weights[name])
+
+
+def _tensors(module: Any, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """All that a checkpoint keeps as tensors, by the names in its folder."""
+    result = {f"{TENSORS_OF['state_dict']}{name}": value for name, value in module.state_dict().items()}
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    result |= _named({names[parameter]: state for parameter, state in optimizer.state.items()})
+    if module.ema is not None:
+        result |= {f"{TENSORS_OF['ema']}{name}": value for name, value in module.ema.weights.items()}
+    return result
+
+
+def _named(states: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+    prefix = TENSORS_OF["optimizer_states"]
+    return {f"{prefix}{name}/{key}": value for name, state in states.items() for key, value in state.items()}
+
+
+def _restore_groups(module: Any, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """The learning rates and the like of a state by names, whose groups may be others."""
+    group_of = {name: group for group in state["param_groups"] for name in group["params"]}
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    for group in optimizer.param_groups:
+        saved = group_of[names[group["params"][0]]]
+        group.update({key: value for key, value in saved.items() if key != "params"})
+
+
+def _create_state(optimizer: torch.optim.Optimizer) -> None:
+    """What AdamW creates in its first step."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
