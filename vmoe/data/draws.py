@@ -20,11 +20,11 @@ _BITS = 24  # of a number: what a float32 holds exactly
 
 
 def draw_numbers(count: int, first: int = 0, device: torch.device | str = "cpu") -> Tensor:
-    """What tells draws `first`, `first` + 1, ... apart, (count, 1) int64: made once, for `uniforms`.
+    """What tells draws `first`, `first` + 1, ... apart, (count, 1) int64, for `uniforms`.
 
-    A tensor of its own, because a compiler would fold these products into an index, which overflows.
+    Not to be made in compiled code: a compiler would fold these products into an index, which overflows.
     """
-    return torch.tensor([[_signed(number * _STEP)] for number in range(first + 1, first + count + 1)], device=device)
+    return torch.arange(first + 1, first + count + 1, device=device)[:, None] * _STEP
 
 
 def uniforms(seed: int, keys: Tensor, numbers: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from vmoe.data.draws import uniforms
+from vmoe.data.draws import draw_numbers, uniforms
 from vmoe.errors import UserError
 from vmoe.moe import moe_layers
 
@@ -59,7 +59,8 @@ class SampleDraws:
 
         def draw(*shape: int) -> Tensor:
             count = math.prod(shape) // len(self.keys)
-            return uniforms(self.seed, self.keys, count, first).t().reshape(shape)
+            numbers = draw_numbers(count, first, self.keys.device)
+            return uniforms(self.seed, self.keys, numbers).t().reshape(shape)
 
         return draw
 
