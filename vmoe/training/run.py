@@ -1,7 +1,6 @@
 """One run, start to end: data, model, fit, the test of the best checkpoint, summary.json."""
 
 import dataclasses
-import json
 import logging
 import warnings
 from pathlib import Path
@@ -18,32 +17,20 @@ from vmoe.data import ImageDataModule
 from vmoe.errors import UserError
 from vmoe.files import atomic_write, write_json
 from vmoe.training import summary
-from vmoe.training.config import TrainConfig, from_plain, to_plain
+from vmoe.training.config import TrainConfig, to_plain
 from vmoe.training.initial import initial_model
 from vmoe.training.journal import Clock, Journal, MetricsTable
 from vmoe.training.module import Classifier
 from vmoe.training.parallel import check_parts, cut_of, strategy_of
 from vmoe.training.processes import Place, connect, disconnect, together
 from vmoe.training.progress import Progress
+from vmoe.training.resumption import read_summary, saved_state
 from vmoe.training.sample_draws import SampleDraws
 from vmoe.training.saving import AtomicCheckpointIO, Saving
 from vmoe.training.sharding import load_weights
 from vmoe.training.stopping import Interrupted
 
 PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
-# What may differ when a run is resumed: where things are and how fast they go, but nothing that changes the result.
-FREE_ON_RESUME = (
-    "output_dir",
-    "resume",
-    "data.root",
-    "data.workers",
-    "trainer.device",
-    "trainer.compile",
-    "trainer.cuda_graph",
-    "trainer.log_every",
-    "parallel.strategy",
-    "parallel.expert_size",
-)
 
 
 def train(config: TrainConfig, command: str, console: Console) -> dict[str, Any] | None:
@@ -81,9 +68,9 @@ def _run(
     config: TrainConfig, command: str, console: Console, device: torch.device, place: Place
 ) -> dict[str, Any] | None:
     folder = RunFolder(Path(config.output_dir))
-    saved = together(lambda: _saved_state(folder, config))
+    saved = together(lambda: saved_state(folder, config))
     progress = Progress(console)
-    if saved is not None and saved[ENTRY]["finished"] and (result := _read_summary(folder)) is not None:
+    if saved is not None and saved[ENTRY]["finished"] and (result := read_summary(folder)) is not None:
         progress.say(f"{folder.path}: this run is finished, after {saved[ENTRY]['epochs_done']} epochs")
         return result
     if config.resume and saved is None:
@@ -139,51 +126,6 @@ def _run(
     result = _summary(config, folder, command, trainer, test) | summary.cost_entries(cost, twin)
     write_json(folder.summary, result)
     return result
-
-
-def _saved_state(folder: RunFolder, config: TrainConfig) -> dict[str, Any] | None:
-    """The last checkpoint of a run to resume; None to start from the beginning.
-
-    Raises:
-        UserError: there is a run and no --resume, or the run to resume had another config.
-    """
-    if not config.resume:
-        if folder.config.exists() or folder.last.exists() or folder.metrics.exists():
-            raise UserError(
-                f"--output_dir {folder.path}: holds a run already; give another folder, or --resume to go on with it"
-            )
-        return None
-    if not folder.last.exists():
-        if folder.summary.exists():
-            raise UserError(
-                f"--resume: the finished run in {folder.path} has lost its last.ckpt; give another --output_dir"
-            )
-        return None
-    saved = read_without_tensors(folder.last)
-    before = _flat(to_plain(from_plain(TrainConfig, saved[ENTRY]["config"])))
-    now = _flat(to_plain(config))
-    changed = [key for key in sorted(before | now) if before.get(key) != now.get(key) and key not in FREE_ON_RESUME]
-    if changed:
-        told = ", ".join(f"{key} (was {before.get(key)!r}, now {now.get(key)!r})" for key in changed)
-        raise UserError(
-            f"--resume: the run in {folder.path} had another config: {told}; keep it, or start a run in another folder"
-        )
-    return saved
-
-
-def _read_summary(folder: RunFolder) -> dict[str, Any] | None:
-    """The content of summary.json; None where it is missing or damaged."""
-    try:
-        return json.loads(folder.summary.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-
-
-def _flat(plain: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in plain.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
-    return flat
 
 
 def _data(config: TrainConfig, device: torch.device, place: Place) -> ImageDataModule:
