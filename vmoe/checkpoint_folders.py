@@ -18,6 +18,11 @@ PLAIN_PART = "plain.pt"
 # What the names of the folder's tensors begin with, by where an ordinary checkpoint has them.
 TENSORS_OF = {"state_dict": "weights/", "optimizer_states": "optimizer/", "ema": "ema/"}
 _METADATA = ".metadata"
+_METADATA_MODULE = "torch.distributed.checkpoint.metadata"
+_METADATA_NAMES = {
+    "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
+    "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+}  # fmt: skip
 _PICKLED = {
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     ("torch.serialization", "_get_layout"),
@@ -58,8 +63,9 @@ class SafeReader(dcp.FileSystemReader):
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        is_type = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype | type(torch.Size))
-        if is_type or module == "torch.distributed.checkpoint.metadata" or (module, name) in _PICKLED:
+        # Never by module alone: pickle follows dots in names, and modules hold what they import.
+        is_type = module == "torch" and (name == "Size" or isinstance(vars(torch).get(name), torch.dtype))
+        if is_type or (module == _METADATA_MODULE and name in _METADATA_NAMES) or (module, name) in _PICKLED:
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{module}.{name} does not belong here")
 

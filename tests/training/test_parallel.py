@@ -192,11 +192,34 @@ def test_a_folder_that_lacks_a_part_names_it(cut, tmp_path, missing):
         load_checkpoint(folder)
 
 
-def test_a_table_of_contents_that_would_run_something_is_refused(cut, tmp_path):
+class _Calls:
+    def __init__(self, function, *arguments):
+        self.called = function, arguments
+
+    def __reduce__(self):
+        return self.called
+
+
+def _by_dots(name):
+    """A pickle that calls what a dotted name of the metadata's module leads to."""
+    module = b"torch.distributed.checkpoint.metadata"
+    parts = (module, name.encode())
+    words = b"".join(b"\x8c" + bytes([len(part)]) + part for part in parts)
+    return b"\x80\x04" + words + b"\x93)R."
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [pickle.dumps(Path.unlink), _by_dots("os.getcwd"), pickle.dumps(_Calls(torch.PyTorchFileWriter, "overwritten"))],
+    ids=["method", "dots", "torch"],
+)
+def test_a_table_of_contents_that_would_run_something_is_refused(cut, tmp_path, monkeypatch, attack):
+    monkeypatch.chdir(tmp_path)
     folder = shutil.copytree(cut.last, tmp_path / "last.ckpt")
-    (folder / ".metadata").write_bytes(pickle.dumps(Path.unlink))
+    (folder / ".metadata").write_bytes(attack)
     with pytest.raises(UserError, match="is damaged or foreign"):
         load_checkpoint(folder)
+    assert not (tmp_path / "overwritten").exists()
 
 
 def test_a_process_that_dies_ends_the_job_with_a_line_that_says_which(recipe, tmp_path):

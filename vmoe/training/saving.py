@@ -60,7 +60,8 @@ class Saving(Callback):
 
     def on_train_start(self, trainer: Trainer, module: Classifier) -> None:
         self._signals.install()  # after Lightning's own, which would stop between two batches of one update
-        if Place.of_this().count > 1 and self._states_to_restore is None:
+        # Also one process that goes on with a run of several, whose first numbers it would repeat.
+        if self._states_to_restore is None and (Place.of_this().count > 1 or len(self._seed) > 1):
             seed_process([*self._seed, Place.of_this().rank])
 
     def on_train_batch_start(self, trainer: Trainer, module: Classifier, batch: Any, batch_idx: int) -> None:
