@@ -11,6 +11,7 @@ JOBS = {
     "evaluate": "measure a checkpoint: accuracy, calibration, speed, dropped tokens",
     "heatmap": "draw which expert each patch of an image goes to",
     "explore": "see, measure and test what the experts do, on one page",
+    "sweep": "train the arms and seeds of a study, several side by side",
     "compare": "put runs side by side: accuracy against cost",
     "benchmark": "measure layers, whole models and the data pipeline on this machine",
     "export": "write a checkpoint's weights as a file to share",

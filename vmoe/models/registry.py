@@ -1,7 +1,8 @@
 """V-MoEs by name, registered in timm: `timm.create_model("vmoe_small_patch32_last2_e8")` once `vmoe` is imported.
 
 The architecture is that of the original code: a ViT with tanh GELU, LayerNorms of eps 1e-6 and a final LayerNorm for
-every classifier. `vmoe_vit` has no MoE layers of its own; with arguments it takes every size.
+every classifier. `vmoe_vit` has no MoE layers of its own; with arguments it takes every size. Nor has `vmoe_cct`, for
+small images: CCT-7/3x1 (https://arxiv.org/abs/2104.05704) with mean pooling in place of its sequence pooling.
 """
 
 from collections import OrderedDict
@@ -12,6 +13,7 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 from torch import nn
 
 from vmoe.models.surgery import sparsify
+from vmoe.models.tokenizer import ConvTokenizer
 from vmoe.moe import MoeConfig
 
 # The paper's sizes (Riquelme et al. 2021, appendix B). Its S has 8 layers of width 512, not timm's 12 of 384.
@@ -22,6 +24,17 @@ _SIZES = {
     "huge": {"embed_dim": 1280, "depth": 32, "num_heads": 16},
 }
 _FAMILY = (("small", 32), ("small", 16), ("base", 32), ("base", 16), ("large", 16), ("huge", 14))
+_CCT = {
+    "img_size": 32,
+    "patch_size": 2,
+    "embed_dim": 256,
+    "depth": 7,
+    "num_heads": 4,
+    "mlp_ratio": 2.0,
+    "class_token": False,
+    "global_pool": "avg",
+    "embed_layer": ConvTokenizer,
+}
 _FOR_32_PIXELS = {
     "vmoe_tiny_patch4_32": {"embed_dim": 192, "depth": 6, "num_heads": 3, "patch_size": 4},
     "vmoe_small_patch4_32": {**_SIZES["small"], "patch_size": 4},
@@ -30,7 +43,10 @@ _FOR_32_PIXELS = {
 
 def _named_models() -> dict[str, tuple[dict[str, Any], MoeConfig]]:
     """The arguments and the MoE layers of each name."""
-    models = {"vmoe_vit": ({**_SIZES["small"], "patch_size": 32}, MoeConfig(layers=[]))}
+    models = {
+        "vmoe_vit": ({**_SIZES["small"], "patch_size": 32}, MoeConfig(layers=[])),
+        "vmoe_cct": (_CCT, MoeConfig(layers=[])),
+    }
     for size, patch_size in _FAMILY:
         for layers in ("last2", "every2"):
             for num_experts in (8, 32):
@@ -55,7 +71,7 @@ def _default_cfg(arguments: dict[str, Any]) -> dict[str, Any]:
         "interpolation": "bilinear",
         "mean": (0.5, 0.5, 0.5),
         "std": (0.5, 0.5, 0.5),
-        "first_conv": "patch_embed.proj",
+        "first_conv": "patch_embed.proj.0" if "embed_layer" in arguments else "patch_embed.proj",
         "classifier": "head",
         "license": "apache-2.0",
     }

@@ -1,0 +1,5 @@
+"""Train a study's arms: `python tools/sweep.py configs/studies/cifar100.yaml --out DIR`; --help tells more."""
+
+from vmoe.cli.sweep import main
+
+raise SystemExit(main())

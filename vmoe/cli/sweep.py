@@ -1,0 +1,67 @@
+"""`vmoe sweep`: trains the arms and seeds of a study."""
+
+import argparse
+import os
+from pathlib import Path
+
+from vmoe.cli.common import run
+from vmoe.cli.options import new_parser
+from vmoe.errors import UserError
+
+_DESCRIPTION = """\
+Trains all arms and seeds of a study's file, several side by side, each by `vmoe train` in its own process and its
+folder OUT/ARM_sSEED; small models leave a GPU idle otherwise. Runs that are done are passed over, stopped ones gone on with, so
+that the same command can be given again. Over several GPUs they are dealt out evenly. What follows -- goes to each.
+
+  vmoe sweep configs/studies/cifar100.yaml --out runs/study --jobs 7
+  vmoe sweep configs/studies/cifar100.yaml --out runs/study --arms dense soft_10 --seeds 3 4 -- --data.root ~/data
+  vmoe compare runs/study/*_s* --baseline dense --out study
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the job with `argv`; returns its exit code, 1 when a run failed."""
+    return run(_sweep, argv)
+
+
+def _sweep(argv: list[str]) -> int:
+    own, common = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
+    options = _parser().parse_args(own)
+    # Imported here, so that --help and a mistyped option answer at once.
+    from vmoe.training.sweep import Sweep, read_study
+
+    runs = read_study(options.study, options.out, options.arms, options.seeds, common)
+    if options.list:
+        for training in runs:
+            print(training.command + ("  # done" if training.is_done else ""))
+        return 0
+    print(f"{len(runs)} runs, {sum(training.is_done for training in runs)} of them done", flush=True)
+    failed = Sweep(runs, options.jobs, _gpus(), lambda line: print(line, flush=True)).run()
+    if failed:
+        print(f"{len(failed)} of {len(runs)} runs failed: {', '.join(training.name for training in failed)}")
+    return 1 if failed else 0
+
+
+def _gpus() -> list[str]:
+    """The GPUs that are to be seen, as CUDA_VISIBLE_DEVICES names them."""
+    import torch
+
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [str(index) for index in range(torch.cuda.device_count())] if given is None else given.split(",")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = new_parser("sweep", _DESCRIPTION)
+    parser.add_argument("study", type=Path, metavar="STUDY", help="a YAML file with config, seeds and arms")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the runs go")
+    parser.add_argument("--arms", nargs="+", default=[], metavar="ARM", help="only these arms")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[], metavar="SEED", help="in place of the file's")
+    parser.add_argument("--jobs", type=_at_least_1, default=1, metavar="N", help="runs at once, on all GPUs together")
+    parser.add_argument("--list", action="store_true", help="only print the command of each run")
+    return parser
+
+
+def _at_least_1(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise UserError(f"--jobs {text}: must be a whole number from 1")
+    return int(text)

@@ -1,0 +1,202 @@
+"""A study: arms of one recipe, several seeds each, trained side by side, each run in a process of its own."""
+
+import itertools
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vmoe.errors import UserError
+
+_SECONDS_BETWEEN_LOOKS = 0.2
+_JOB = "import sys; from vmoe.cli.main import main; sys.exit(main())"
+
+
+@dataclass(frozen=True)
+class Training:
+    """One run of a study: `vmoe train` with these options."""
+
+    arm: str
+    seed: int
+    folder: Path
+    options: tuple[str, ...]  # without the run's folder
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it was trained and tested."""
+        return (self.folder / "summary.json").exists()
+
+    @property
+    def arguments(self) -> list[str]:
+        """What follows `vmoe`: a new run, or going on with one that was stopped."""
+        resume = ["--resume"] if self.folder.exists() else []
+        return ["train", *self.options, "--output_dir", str(self.folder), *resume]
+
+    @property
+    def command(self) -> str:
+        """The command line, to copy."""
+        return shlex.join(["vmoe", *self.arguments])
+
+
+def read_study(
+    path: Path, folder: Path, arms: Sequence[str] = (), seeds: Sequence[int] = (), common: Sequence[str] = ()
+) -> list[Training]:
+    """The runs of a study's file, seed by seed.
+
+    The file holds `config`, a recipe's file beside it; `seeds`; and `arms`, for each a name and the options that tell
+    it from the recipe, by dotted name as `vmoe train` takes them.
+
+    Args:
+        path: the study's YAML file.
+        folder: where the runs go, each to ARM_sSEED.
+        arms: only these; none for all.
+        seeds: in place of the file's.
+        common: further options of `vmoe train`, for all runs.
+
+    Raises:
+        UserError: the file is not such a file, or lacks an arm.
+    """
+    study = _read(path)
+    unknown = [arm for arm in arms if arm not in study["arms"]]
+    if unknown:
+        raise UserError(f"--arms {unknown[0]}: {path} has no such arm; it has {', '.join(study['arms'])}")
+    config = Path(os.path.normpath(path.parent / study["config"]))
+    if not config.is_file():
+        raise UserError(f"{path}: config: {config} is not there")
+    return [
+        Training(
+            arm,
+            seed,
+            folder / f"{arm}_s{seed}",
+            ("--config", str(config), *_as_options(study["arms"][arm] or {}), "--seed", str(seed), *common),
+        )
+        for seed, arm in itertools.product(seeds or study["seeds"], arms or study["arms"])
+    ]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        study = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: no readable YAML file: {error}") from error
+    if not isinstance(study, dict) or set(study) != {"config", "seeds", "arms"}:
+        raise UserError(f"{path}: must hold config, seeds and arms, and nothing else")
+    arms, seeds = study["arms"], study["seeds"]
+    if (
+        not isinstance(arms, dict)
+        or not all(isinstance(options, dict | type(None)) for options in arms.values())
+        or not arms
+    ):
+        raise UserError(f"{path}: arms: must be names, each with options by dotted name")
+    if not isinstance(seeds, list) or not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds):
+        raise UserError(f"{path}: seeds: must be a list of whole numbers from 0")
+    return study
+
+
+def _as_options(options: dict[str, Any]) -> list[str]:
+    pairs = [(f"--{name}", value if isinstance(value, str) else json.dumps(value)) for name, value in options.items()]
+    return list(itertools.chain.from_iterable(pairs))
+
+
+@dataclass
+class Sweep:
+    """Trains runs side by side.
+
+    Args:
+        runs: the runs, in order; those that are done are passed over.
+        jobs: how many at once.
+        devices: what CUDA_VISIBLE_DEVICES holds for a run, in turn the one with the fewest runs; none leaves it alone.
+        tell: is called with a line for each run that ends.
+    """
+
+    runs: list[Training]
+    jobs: int
+    devices: list[str] = field(default_factory=list)
+    tell: Callable[[str], None] = print
+
+    def run(self) -> list[Training]:
+        """Trains all; returns those that failed.
+
+        Ctrl-C or SIGTERM stops all as `vmoe train` is stopped, saved and to be gone on with; KeyboardInterrupt follows.
+        """
+        todo = iter([run for run in self.runs if not run.is_done])
+        self._working: dict[Training, tuple[subprocess.Popen, str | None]] = {}
+        failed: list[Training] = []
+        before = signal.signal(signal.SIGTERM, _interrupt)
+        try:
+            while self._start(todo) or self._working:
+                failed += self._ended()
+                time.sleep(_SECONDS_BETWEEN_LOOKS)
+        except KeyboardInterrupt:
+            for process, _ in self._working.values():
+                process.terminate()
+            for process, _ in self._working.values():
+                process.wait()
+            raise
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        return failed
+
+    def _start(self, todo: Iterator[Training]) -> bool:
+        """Starts runs until there are enough; whether any was started."""
+        started = False
+        while len(self._working) < self.jobs and (run := next(todo, None)) is not None:
+            device = self._freest()
+            environment = os.environ | ({} if device is None else {"CUDA_VISIBLE_DEVICES": device})
+            logs = run.folder.parent / "logs"
+            logs.mkdir(parents=True, exist_ok=True)
+            with open(logs / f"{run.name}.log", "ab") as log:
+                # A session of its own, so that Ctrl-C in a terminal comes once, from here.
+                process = subprocess.Popen(
+                    [sys.executable, "-c", _JOB, *run.arguments],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    env=environment,
+                    start_new_session=True,
+                )
+            self._working[run] = process, device
+            started = True
+        return started
+
+    def _freest(self) -> str | None:
+        taken = [device for _, device in self._working.values()]
+        return min(self.devices, key=taken.count, default=None)
+
+    def _ended(self) -> list[Training]:
+        """Tells of the runs that ended; returns those that failed."""
+        failed = []
+        for run, (process, _) in list(self._working.items()):
+            if process.poll() is None:
+                continue
+            del self._working[run]
+            log = run.folder.parent / "logs" / f"{run.name}.log"
+            if process.returncode:
+                failed.append(run)
+                self.tell(f"{run.name}: FAILED with exit code {process.returncode}: {last_line(log)}")
+            else:
+                self.tell(f"{run.name}: {last_line(log)}")
+        return failed
+
+
+def last_line(log: Path) -> str:
+    """The last line of a log that says something."""
+    lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
+
+
+def _interrupt(signum: int, frame: Any) -> None:
+    raise KeyboardInterrupt
