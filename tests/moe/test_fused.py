@@ -248,6 +248,7 @@ def test_operators_pass_torchs_own_checks():
     casts = parameters[0].detach(), parameters[2].detach()
     for operator, arguments in (
         ("scores", (random(6, 8), random(4, 8))),
+        ("scores_backward", (random(6, 4).detach(), random(8, 6).detach().t(), random(8, 4).detach().t(), None)),
         ("gates", (random(6, 4), 2, True)),
         ("balance", (random(1, 5, 3), random(1, 5, 3), chosen[None], chosen[None] > 0, 0.3)),
         ("ranks", (chosen[None], None, 3)),

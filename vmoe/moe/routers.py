@@ -127,7 +127,8 @@ class HashRouter(nn.Module):
 
     def forward(self, x_TD: Tensor, groups: Groups, valid_GS: Tensor | None = None) -> Routing:
         position_T1 = (torch.arange(x_TD.shape[0], device=x_TD.device) % max(groups.tokens, 1))[:, None]
-        hashed_T1 = (position_T1 * 2654435761 >> 7) % self.num_experts  # Knuth's multiplicative hash
+        # Knuth's multiplicative hash of 16 bits: compiled code counts positions in int32, where products must fit
+        hashed_T1 = (position_T1 * 40503 >> 7) % self.num_experts
         chosen_TK = (hashed_T1 + torch.arange(self.top_k, device=x_TD.device)) % self.num_experts
         return _forced(groups, valid_GS, chosen_TK, self.num_experts, _score_dtype(x_TD))
 

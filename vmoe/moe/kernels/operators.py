@@ -4,6 +4,7 @@ A custom operator of PyTorch costs the host tens of microseconds a call, which o
 kernels take. So it serves tracing, and eager code calls the same functions through a plain `torch.autograd.Function`.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -22,8 +23,8 @@ def operator(
         save: setup_context(ctx, inputs, output) of the gradient; None without one.
         backward: backward(ctx, *grads) of the gradient.
     """
-    registered = library.custom_op(f"vmoe::{name}", forward, mutates_args=())
-    registered.register_fake(fake)
+    registered = library.custom_op(f"vmoe::{name}", _packed(forward), mutates_args=())
+    registered.register_fake(_packed(fake))
     traced = getattr(torch.ops.vmoe, name).default
     if backward is None:
         direct = _without_gradient(forward, traced)
@@ -46,6 +47,16 @@ def is_traced() -> bool:
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
     )
+
+
+def _packed(function: Callable) -> Callable:
+    """`function` of contiguous tensors, so that results like them lie in memory as traced code was told they would."""
+
+    @functools.wraps(function)
+    def call(*arguments):
+        return function(*(each.contiguous() if isinstance(each, Tensor) else each for each in arguments))
+
+    return call
 
 
 def _without_gradient(forward: Callable, traced: Callable) -> Callable:
