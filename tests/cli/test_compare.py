@@ -55,7 +55,10 @@ def test_runs_are_put_side_by_side(save_summary, tmp_path, capsys):
         ("moe1", "E=8 K=2", 1),
     ]
     assert report["arms"][0]["test_top1_mean"] == pytest.approx(0.98) and len(report["notes"]) == 1
-    assert {path.suffix for path in out.iterdir()} == {".csv", ".md", ".json", ".png"}
+    assert sorted(path.name for path in out.iterdir()) == [
+        *(f"comparison.{kind}" for kind in ("csv", "json", "md", "png")),
+        "runs.csv",
+    ]
 
 
 def test_arms_are_compared_with_a_named_baseline(save_summary, tmp_path, capsys):
@@ -104,3 +107,24 @@ def test_mistakes_are_one_line_that_names_them(save_summary, tmp_path, capsys):
         assert error.startswith("vmoe compare: error: ") and error.count("\n") == 1
         assert named in error
     assert not (tmp_path / "out").exists()
+
+
+def test_arms_are_named_by_the_folders_of_a_sweep(save_summary, tmp_path, capsys):
+    moe = {"num_experts": 8}
+    runs = [
+        save_summary(f"{name}_s{seed}", 0.9, seed, each) for name, each in (("a", moe), ("b", None)) for seed in (0, 1)
+    ]
+    assert main([*runs, "--by-folder", "--baseline", "b", "--out", str(tmp_path / "out")]) == 0
+    rows = list(csv.DictReader((tmp_path / "out" / "runs.csv").read_text().splitlines()))
+    assert [(row["arm"], row["run"], row["seed"]) for row in rows] == [
+        ("a", "a_s0", "0"),
+        ("a", "a_s1", "1"),
+        ("b", "b_s0", "0"),
+        ("b", "b_s1", "1"),
+    ]
+    capsys.readouterr()
+    for name, each, reason in (("a_s2", None, "differ in more"), ("c_s3", moe, "have the same recipe")):
+        odd = save_summary(name, 0.9, int(name[-1]), each)
+        assert main([*runs, odd, "--by-folder", "--out", str(tmp_path / "odd")]) == 2
+        assert "--by-folder" in (error := capsys.readouterr().err) and reason in error
+        assert not (tmp_path / "odd").exists()

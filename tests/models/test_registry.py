@@ -142,3 +142,17 @@ def test_pre_logits_stand_before_the_head():
 
 def test_no_pretrained_weights_are_claimed():
     assert timm.list_models("vmoe_*", pretrained=True) == []
+
+
+def test_convolutions_make_the_tokens_of_vmoe_cct():
+    model = timm.create_model("vmoe_cct", num_classes=5, depth=2, embed_dim=24, num_heads=2, patch_size=4)
+    assert sum(isinstance(module, nn.Conv2d) for module in model.modules()) == 2
+    x = torch.randn(2, 3, 32, 32)
+    tokens = model.patch_embed(x)
+    assert tokens.shape == (2, 64, 24) and model.patch_embed.grid_size == (8, 8)
+    x[:, :, :4, :4] += 1  # a corner's patch, whose neighbours see it too: the tokens overlap
+    changed = (model.patch_embed(x) != tokens).any(-1)[0].view(8, 8)
+    assert changed[:2, :2].all() and not changed[3:].any() and not changed[:, 3:].any()
+    assert model(x).shape == (2, 5)
+    with pytest.raises(ValueError, match="patch_size=6: must be 2, 4, 8"):
+        timm.create_model("vmoe_cct", patch_size=6)

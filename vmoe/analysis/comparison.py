@@ -33,6 +33,7 @@ class Run:
     device: str
     seed: int
     curve: list[tuple[float, float]]  # (epoch, val/top1)
+    summary: dict[str, Any]  # all of its summary.json
 
     @property
     def data(self) -> dict[str, Any]:
@@ -122,6 +123,7 @@ def read_run(path: str | Path) -> Run:
             device=str(summary["device"]),
             seed=int(summary["seed"]),
             curve=_read_curve(folder.metrics),
+            summary=dict(summary),
         )
         for section in ("data", "model"):
             if not isinstance(run.config.get(section), dict):
@@ -136,13 +138,35 @@ def read_run(path: str | Path) -> Run:
     return run
 
 
-def group_runs(runs: Sequence[Run]) -> list[Arm]:
-    """The arms: runs whose configs differ only in seed and folder, in the order of their first appearance."""
+def group_runs(runs: Sequence[Run], by_folder: bool = False) -> list[Arm]:
+    """The arms: runs whose configs differ only in seed and folder, in the order of their first appearance.
+
+    Args:
+        runs: the runs.
+        by_folder: name arms by their folders, without the _sSEED of a sweep, instead of by what tells recipes apart.
+
+    Raises:
+        UserError: the folders of an arm have several names, or two arms one.
+    """
     recipes: dict[str, list[Run]] = {}
     for run in runs:
         recipes.setdefault(json.dumps(run.recipe, sort_keys=True, default=str), []).append(run)
-    names = arm_labels([(members[0].recipe, members[0].moe) for members in recipes.values()])
+    if by_folder:
+        names = _folder_names(list(recipes.values()))
+    else:
+        names = arm_labels([(members[0].recipe, members[0].moe) for members in recipes.values()])
     return [Arm(name, members) for name, members in zip(names, recipes.values(), strict=True)]
+
+
+def _folder_names(arms: list[list[Run]]) -> list[str]:
+    found: dict[str, list[Run]] = {}
+    for members in arms:
+        for name in dict.fromkeys(run.name.removesuffix(f"_s{run.seed}") for run in members):
+            if found.setdefault(name, members) is not members:
+                raise UserError(f"--by-folder: runs named {name} differ in more than their seed; leave the option out")
+    if len(found) > len(arms):
+        raise UserError(f"--by-folder: {' and '.join(found)} have the same recipe; leave the option out")
+    return list(found)
 
 
 def warnings_for(runs: Sequence[Run]) -> list[str]:

@@ -18,10 +18,10 @@ total parameters and training images/s, and how it rose. Runs that differ in the
 named by what tells its recipe from the others. Each arm's difference is taken over the seeds it shares with its
 baseline, with a paired 95 % confidence interval: against --baseline, or else its dense twin, or else the first arm.
 
-Writes comparison.csv, comparison.md, comparison.json and comparison.png.
+Writes comparison.csv (a row an arm), runs.csv (a row a run), comparison.md, comparison.json and comparison.png.
 
   vmoe compare runs/digits runs/digits_dense --out comparison
-  vmoe compare runs/study/* --baseline dense --out study
+  vmoe compare runs/study/*_s* --baseline dense --by-folder --out study
 """
 
 
@@ -40,7 +40,7 @@ def _compare(argv: list[str]) -> None:
 
     folders = list({Path(path).resolve(): path for path in options.runs}.values())
     runs = [read_run(path) for path in folders]
-    arms = group_runs(runs)
+    arms = group_runs(runs, options.by_folder)
     baseline = None if options.baseline is None else find_arm(arms, options.baseline)
     found = differences(arms, baseline)
     rows, notes, warnings = table_rows(arms, found), [sentence(part) for part in found], warnings_for(runs)
@@ -50,19 +50,23 @@ def _compare(argv: list[str]) -> None:
         print(note)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    with (
-        atomic_write(options.out / "comparison.csv") as temporary,
-        open(temporary, "w", newline="", encoding="utf-8") as file,
-    ):
+    each = [{"arm": arm.name, **_run_entry(run)} for arm in arms for run in arm.runs]
+    _write_table(options.out / "comparison.csv", rows)
+    _write_table(options.out / "runs.csv", each)
+    with atomic_write(options.out / "comparison.md") as temporary:
+        temporary.write_text(_markdown(rows, notes + warnings), encoding="utf-8")
+    write_json(options.out / "comparison.json", {"arms": rows, "runs": each, "notes": notes, "warnings": warnings})
+    draw_comparison(arms, found, notes + warnings).save(options.out / "comparison.png")
+    print(f"comparison.csv, runs.csv, comparison.md, comparison.json and comparison.png in {options.out}")
+
+
+def _write_table(path: Path, rows: list[dict]) -> None:
+    from vmoe.files import atomic_write
+
+    with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, rows[0])
         table.writeheader()
         table.writerows(rows)
-    with atomic_write(options.out / "comparison.md") as temporary:
-        temporary.write_text(_markdown(rows, notes + warnings), encoding="utf-8")
-    each = [{"arm": arm.name, **_run_entry(run)} for arm in arms for run in arm.runs]
-    write_json(options.out / "comparison.json", {"arms": rows, "runs": each, "notes": notes, "warnings": warnings})
-    draw_comparison(arms, found, notes + warnings).save(options.out / "comparison.png")
-    print(f"comparison.csv, comparison.md, comparison.json and comparison.png in {options.out}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -70,6 +74,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("runs", metavar="RUN", nargs="+", help="folders of finished runs")
     parser.add_argument(
         "--baseline", metavar="ARM", help="what all arms are compared with: its name, or a run's folder name"
+    )
+    parser.add_argument(
+        "--by-folder", action="store_true", help="name arms by their folders without _sSEED, as a sweep made them"
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the table and the plots go")
     return parser
@@ -89,8 +96,16 @@ def _run_entry(run) -> dict:
         "seed": run.seed,
         "test_top1": run.top1,
         "train_clean_top1": run.train_top1,
+        "val_top1": run.summary["metrics"].get("val/top1"),
         "train_images_per_second": run.images_per_second,
+        "train_seconds": run.summary.get("train_seconds"),
+        "peak_memory_mib": run.summary.get("peak_memory_mib"),
+        "total_parameters": run.total_parameters,
+        "active_parameters": run.active_parameters,
+        "flops_per_image": run.flops,
         "device": run.device,
+        **run.summary.get("versions", {}),
+        "command": run.summary.get("command"),
     }
 
 

@@ -10,9 +10,9 @@ from vmoe.errors import UserError
 
 _DESCRIPTION = """\
 Trains all arms and seeds of a study's file, several side by side, each by `vmoe train` in its own process and its
-folder OUT/ARM_sSEED; small models leave a GPU idle otherwise. Runs that are done are passed over, stopped ones gone on with, so
-that the same command can be given again. Over several GPUs they are dealt out evenly. What follows -- goes to each
-run.
+folder OUT/ARM_sSEED; small models leave a GPU idle otherwise. Runs that are done are passed over, stopped ones gone on
+with, so that the same command can be given again. Over several GPUs they are dealt out evenly. What follows -- goes to
+each run.
 
   vmoe sweep configs/studies/cifar100.yaml --out runs/study --jobs 7
   vmoe sweep configs/studies/cifar100.yaml --out runs/study --arms dense soft_10 --seeds 3 4 -- --data.root ~/data

@@ -1,0 +1,105 @@
+"""`vmoe sweep`: a study's arms and seeds, each trained in a process of its own."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from vmoe.cli.main import main as vmoe_main
+from vmoe.cli.sweep import main
+from vmoe.cli.train import parse
+from vmoe.training.sweep import read_study
+
+STUDIES = sorted((Path(__file__).parents[2] / "configs" / "studies").glob("*.yaml"))
+TINY = {
+    "data": {"name": "digits", "batch_size": 64, "subset": {"per_class": 8}},
+    "model": {"name": "vit_tiny_patch16_224", "kwargs": {"patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3}},
+    "moe": {"num_experts": 2},
+    "trainer": {"epochs": 1, "device": "cpu"},
+}
+
+
+@pytest.fixture
+def study(tmp_path) -> Path:
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    path = tmp_path / "study.yaml"
+    path.write_text("config: tiny.yaml\nseeds: [0, 1]\narms:\n  dense: {moe: null}\n  k1: {moe.top_k: 1}\n")
+    return path
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_every_study_parses(path, tmp_path):
+    runs = read_study(path, tmp_path)
+    configs = {run.arm: parse(list(run.arguments[1:])) for run in runs}
+    assert len({repr((config.moe, config.model, config.data, config.trainer)) for config in configs.values()}) == len(
+        configs
+    )
+    assert f"python tools/sweep.py configs/studies/{path.name}" in path.read_text().partition("config:")[0]
+
+
+def test_the_list_holds_the_command_of_each_run(study, tmp_path, capsys):
+    out = tmp_path / "runs"
+    assert vmoe_main(["sweep", str(study), "--out", str(out), "--seeds", "4", "--list", "--", "--optim.lr", "0.1"]) == 0
+    config = tmp_path / "tiny.yaml"
+    assert capsys.readouterr().out.splitlines() == [
+        f"vmoe train --config {config} --moe null --seed 4 --optim.lr 0.1 --output_dir {out}/dense_s4",
+        f"vmoe train --config {config} --moe.top_k 1 --seed 4 --optim.lr 0.1 --output_dir {out}/k1_s4",
+    ]
+    assert not out.exists()
+
+
+def test_runs_are_trained_passed_over_and_told_when_they_fail(study, tmp_path, capfd):
+    out = tmp_path / "runs"
+    command = [str(study), "--out", str(out), "--jobs", "2", "--seeds", "0"]
+    assert main(command) == 0
+    assert {path.parent.name for path in out.glob("*/summary.json")} == {"dense_s0", "k1_s0"}
+    assert yaml.safe_load((out / "k1_s0" / "config.yaml").read_text())["moe"]["top_k"] == 1
+    told = capfd.readouterr().out
+    assert "2 runs, 0 of them done" in told and "k1_s0: test top-1 " in told
+
+    before = (out / "k1_s0" / "summary.json").stat().st_mtime_ns
+    assert main([*command, "1", "--arms", "k1", "--", "--data.batch_size", "0"]) == 1
+    told = capfd.readouterr().out
+    assert "k1_s1: FAILED with exit code 2: vmoe train: error: " in told and "batch_size=0" in told
+    assert "k1_s0" not in told  # done before
+    assert (out / "k1_s0" / "summary.json").stat().st_mtime_ns == before
+
+
+def test_a_stopped_sweep_saves_its_runs_and_goes_on(study, tmp_path):
+    out = tmp_path / "runs"
+    arguments = [str(study), "--out", str(out), "--arms", "k1", "--seeds", "0", "--", "--trainer.epochs", "40"]
+    job = "import sys; from vmoe.cli.sweep import main; sys.exit(main())"
+    sweep = subprocess.Popen([sys.executable, "-c", job, *arguments])
+    deadline = time.monotonic() + 120
+    while not (out / "k1_s0" / "checkpoints" / "last.ckpt").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    sweep.send_signal(signal.SIGTERM)
+    assert sweep.wait(timeout=120) == 130
+    assert not (out / "k1_s0" / "summary.json").exists()
+    assert "the run is saved" in (out / "logs" / "k1_s0.log").read_text()
+    assert main(arguments) == 0
+    assert (out / "k1_s0" / "summary.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "reason"),
+    [
+        ("config: no.yaml\nseeds: [0]\narms: {a: {}}", [], "no.yaml is not there"),
+        ("seeds: [0]\narms: {a: {}}", [], "must hold config, seeds and arms"),
+        ("config: tiny.yaml\nseeds: 3\narms: {a: {}}", [], "seeds: must be a list"),
+        ("config: tiny.yaml\nseeds: [0]\narms: [a]", [], "arms: must be names"),
+        ("config: tiny.yaml\nseeds: [0]\narms: {a: {}}", ["--arms", "b"], "--arms b"),
+        ("config: tiny.yaml\nseeds: [0]\narms: {a: {}}", ["--jobs", "0"], "--jobs 0"),
+        ("{", [], "no readable YAML"),
+    ],
+)
+def test_mistakes_are_one_line(text, options, reason, study, tmp_path, capsys):
+    study.write_text(text)
+    assert main([str(study), "--out", str(tmp_path / "runs"), *options]) == 2
+    error = capsys.readouterr().err
+    assert reason in error and error.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
