@@ -13,6 +13,7 @@ JOBS = {
     "explore": "see, measure and test what the experts do, on one page",
     "compare": "put runs side by side: accuracy against cost",
     "benchmark": "measure layers, whole models and the data pipeline on this machine",
+    "plan": "predict memory and time of a config on many GPUs",
     "export": "write a checkpoint's weights as a file to share",
     "consolidate": "make one safetensors file of a run's weights, however many processes it had",
     "import_jax": "turn a checkpoint of the original JAX code into ours",
