@@ -24,6 +24,7 @@ from vmoe.errors import UserError
 from vmoe.files import atomic_write, write_json
 from vmoe.training.config import TrainConfig
 from vmoe.training.parallel import check_parts
+from vmoe.training.processes import Place
 
 _DESCRIPTION = """\
 Predicts, from a config alone, what each process needs and how long a step takes on many GPUs, for every way to spread
@@ -44,6 +45,7 @@ table's rates and by the GPU's own, measured first.
 Writes plan.json, plan.md and plan.png, or measured.csv, measured.json and measured.md.
 """
 _CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100, "imagenette": 10, "imagenet": 1000}
+_USUAL_NETWORK = "ib-400"
 _DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -122,14 +124,50 @@ def plans_of(config: TrainConfig, workload: Workload, processes: int, machine: M
 
     def refusal(layout: Layout) -> str | None:
         try:
-            parallel = dataclasses.replace(config.parallel, strategy=layout.strategy, expert_size=layout.expert_size)
-            changed = dataclasses.replace(config, parallel=parallel)
-            check_parts(changed, workload.batch, processes)
+            check_parts(_with(config, layout), workload.batch, processes)
         except (UserError, ValueError) as error:
             return str(error)
         return None
 
     return make_plans(workload, layouts_for(processes, config.moe), machine, network, refusal)
+
+
+def resolved(config: TrainConfig, place: Place) -> tuple[TrainConfig, str | None]:
+    """The config with what `parallel.strategy: auto` means here, and why; unchanged, without a reason, if it is not.
+
+    Raises:
+        UserError: no layout is feasible.
+    """
+    if config.parallel.strategy != "auto":
+        return config, None
+    if place.count == 1:
+        return _with(config, Layout("none", 1)), None
+    name = "cpu" if config.trainer.device == "cpu" else gpu_of_this_machine()
+    machine = dataclasses.replace(Machine.of(name), count=place.local_count)
+    if name == "cpu":  # whose memory all share
+        machine = dataclasses.replace(machine, memory=machine.memory / place.local_count)
+    plans = plans_of(config, workload_of(config), place.count, machine, network_bandwidth(_USUAL_NETWORK))
+    best = plans[0]
+    if best.missing is not None:
+        raise UserError(f"parallel.strategy=auto: no layout of {place.count} processes will do; {best.missing}")
+    return _with(config, best.layout), f"parallel.strategy auto: {_reason(best, plans[1:], machine)}"
+
+
+def _reason(best: Plan, others: list[Plan], machine: Machine) -> str:
+    """One line: what was chosen, and the nearest of what was not."""
+    line = (
+        f"{best.layout}, by prediction {best.times.step * 1e3:,.0f} ms a step and "
+        f"{best.memory.peak / 2**30:.1f} of {machine.memory / 2**30:.1f} GiB"
+    )
+    slower = [f"{plan.layout} {plan.times.step * 1e3:,.0f} ms" for plan in others if plan.missing is None]
+    too_large = [str(plan.layout) for plan in others if plan.missing is not None]
+    rest = [*slower[:2], *([f"not feasible: {', '.join(too_large[:3])}"] if too_large else [])]
+    return line + (f" ({'; '.join(rest)})" if rest else "")
+
+
+def _with(config: TrainConfig, layout: Layout) -> TrainConfig:
+    parallel = dataclasses.replace(config.parallel, strategy=layout.strategy, expert_size=layout.expert_size)
+    return dataclasses.replace(config, parallel=parallel)
 
 
 def _measure(options: argparse.Namespace, argv: list[str]) -> int:
@@ -204,7 +242,7 @@ def command_line() -> argparse.ArgumentParser:
     add("--config", metavar="YAML", help="a recipe, such as configs/digits.yaml")
     add("--gpus", type=_count, default=8, metavar="N", help="processes, one a GPU (default: %(default)s)")
     add("--gpu", default="h100-80g", metavar="NAME", help=f"{', '.join(GPUS)} or cpu (default: %(default)s)")
-    add("--network", default="ib-400", metavar="NAME", help=f"{', '.join(NETWORKS)} (default: %(default)s)")
+    add("--network", default=_USUAL_NETWORK, metavar="NAME", help=f"{', '.join(NETWORKS)} (default: %(default)s)")
     line = "number of classes, where the data set does not tell (default: 1000)"
     add("--classes", type=_count, metavar="N", help=line)
     out = Path("runs/plan")

@@ -15,6 +15,7 @@ import yaml
 from rich.console import Console
 
 from vmoe.cli.common import run
+from vmoe.cli.plan import resolved
 from vmoe.errors import UserError
 from vmoe.moe import MoeConfig
 from vmoe.training.config import TrainConfig, from_plain, section_type
@@ -76,6 +77,12 @@ def _train(argv: list[str], place: Place) -> int:
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # torchrun starts a run that failed anew
         config = dataclasses.replace(config, resume=True)
     console = Console(quiet=not place.is_first)
+    try:
+        config, why = resolved(config, place)
+    except UserError as error:
+        raise UserError(str(error), everywhere=True) from error
+    if why:
+        Progress(console).say(why)
     try:
         result = train(config, shlex.join(["vmoe", "train", *argv]), console)
     except Interrupted as stop:

@@ -73,6 +73,7 @@ UNHIDDEN = 0.5  # share of the products' own memory traffic that adds to their t
 # Not measured: what all-reduce and all-to-all usually reach of a link
 NETWORK = 0.8
 LATENCY = 30e-6  # seconds a collective
+GATHERING_CALLS = 30  # operators' worth of time in which the host gathers a block's weights
 HOST_CALL = 30e-6  # seconds in which the host issues an operator, forward or backward: 0.7 ms for a dense MLP's
 USABLE = 0.94  # share of the memory that tensors can use, beside CUDA's own and what is split too small
 WORKSPACE = 32 * 2**20  # bytes of cuBLAS on Hopper
@@ -93,6 +94,7 @@ class Machine:
         update: Bytes/s of the fused optimiser.
         host_call: Seconds in which the host issues an operator.
         link: Bytes/s to the other GPUs of its machine, in one direction.
+        count: GPUs of a machine.
         is_measured: Whether the rates are this GPU's own.
     """
 
@@ -106,6 +108,7 @@ class Machine:
     update: float
     host_call: float
     link: float
+    count: int = GPUS_A_MACHINE
     is_measured: bool = False
 
     @classmethod

@@ -3,12 +3,14 @@
 n processes; P of them share a layer's experts (`expert_size`).
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import nn
 
-from vmoe.bench.plan.hardware import GPUS_A_MACHINE, LATENCY, Machine
+from vmoe.bench.plan.hardware import GATHERING_CALLS, LATENCY, Machine
 from vmoe.bench.plan.trace import Trace
 from vmoe.moe import moe_layers
 
@@ -43,21 +45,21 @@ class Sizes:
     """Numbers of parameters.
 
     Attributes:
+        shapes: Of every parameter, and whether it is of an expert.
         whole: All.
         experts: Those of experts.
         unit: The most of a block, its experts included.
         unit_without_experts: The most of a block otherwise.
         expert_layer: The most of one layer's experts.
-        scalars: Those of no dimension, which stay whole.
         unit_count: Blocks that are gathered one by one, and the rest as one more.
     """
 
+    shapes: tuple[tuple[torch.Size, bool], ...]
     whole: int
     experts: int
     unit: int
     unit_without_experts: int
     expert_layer: int
-    scalars: int
     unit_count: int
 
     @classmethod
@@ -72,12 +74,12 @@ class Sizes:
             if id(parameter) not in experts:
                 without[unit] += parameter.numel()
         return cls(
+            tuple((parameter.shape, id(parameter) in experts) for parameter in model.parameters()),
             sum(units.values()),
             sum(experts.values()),
             max(units.values()),
             max(without.values()),
             max((sum(p.numel() for p in layer.experts.parameters()) for _, layer in moe_layers(model)), default=0),
-            sum(parameter.numel() for parameter in model.parameters() if parameter.dim() == 0),
             len(units),
         )
 
@@ -109,10 +111,20 @@ class Memory:
 
 
 def kept_parameters(sizes: Sizes, layout: Layout) -> int:
-    """Parameters that each process keeps; the rank with the most of what does not divide evenly may have a few more."""
+    """Parameters that the first process keeps, which has the largest part of what does not divide evenly."""
     if not layout.is_cut:
         return sizes.whole
-    return -(-(sizes.whole - sizes.scalars) // layout.processes) + sizes.scalars
+    return sum(_kept(shape, of_expert and layout.expert_size > 1, layout) for shape, of_expert in sizes.shapes)
+
+
+def _kept(shape: torch.Size, is_dealt_out: bool, layout: Layout) -> int:
+    """Numbers of a parameter: FSDP2 cuts the first axis, of experts that are dealt out the second."""
+    if not shape:
+        return 1
+    if is_dealt_out:
+        parts = layout.processes // layout.expert_size
+        return shape[0] // layout.expert_size * -(-shape[1] // parts) * math.prod(shape[2:])
+    return -(-shape[0] // layout.processes) * math.prod(shape[1:])
 
 
 def memory_of(sizes: Sizes, layout: Layout, trace: Trace, moments: int, has_average: bool, workspace: int) -> Memory:
@@ -161,12 +173,16 @@ class Traffic:
         forward: Seconds beside the forward pass's work.
         backward: Seconds beside the backward pass's work.
         between: Seconds in which nothing else can be done: tokens on their way to experts and back.
+        copied: Bytes read and written because weights arrive, and gradients leave, in one piece.
+        calls: Operators that the host issues for it in each pass.
     """
 
     bytes: float
     forward: float
     backward: float
     between: float
+    copied: float = 0
+    calls: int = 0
 
 
 def traffic_of(sizes: Sizes, layout: Layout, trace: Trace, machine: Machine, network: float) -> Traffic:
@@ -178,25 +194,29 @@ def traffic_of(sizes: Sizes, layout: Layout, trace: Trace, machine: Machine, net
     if layout.strategy == "ddp":
         sent = 2 * FLOAT * sizes.whole * (n - 1) / n
         return Traffic(sent, 0, sent / everyone + LATENCY * sizes.unit_count, 0)
-    around = FLOAT * (sizes.whole - sizes.experts if share > 1 else sizes.whole) * (n - 1) / n
+    gathered = FLOAT * (sizes.whole - sizes.experts if share > 1 else sizes.whole)
+    around = gathered * (n - 1) / n
     seconds = around / everyone
     if share > 1:
         parts = n // share
         of_experts = FLOAT * sizes.experts / share * (parts - 1) / parts
+        gathered += FLOAT * sizes.experts / share if parts > 1 else 0
         around += of_experts
         seconds += of_experts / _ring(parts, share, machine, network)
     seconds += LATENCY * sizes.unit_count
     tokens = sum(trace.sent) * (share - 1) / share
     between = len(trace.sent) * LATENCY if share > 1 else 0
     if share > 1:
-        inside = min(share, GPUS_A_MACHINE)
+        inside = min(share, machine.count)
         beyond = sum(trace.sent) * (share - inside) / share
         between += max(beyond / network if beyond else 0, sum(trace.sent) * (inside - 1) / share / machine.link)
-    return Traffic(3 * around + tokens, seconds, 2 * seconds, between)
+    return Traffic(
+        3 * around + tokens, seconds, 2 * seconds, between, 3 * 2 * gathered, GATHERING_CALLS * sizes.unit_count
+    )
 
 
 def _ring(count: int, stride: int, machine: Machine, network: float) -> float:
     """Bytes/s of a ring through `count` processes, every `stride`-th: as many adapters as members a machine."""
-    if (count - 1) * stride < GPUS_A_MACHINE:
+    if (count - 1) * stride < machine.count:
         return machine.link
-    return min(machine.link, network * max(1, min(count, GPUS_A_MACHINE // stride)))
+    return min(machine.link, network * max(1, min(count, machine.count // stride)))

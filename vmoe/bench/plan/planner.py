@@ -190,9 +190,12 @@ def times_of(
     parts = [_pass_times([work for work in trace.work if work.is_backward is back], machine) for back in (False, True)]
     beside = (traffic.forward, traffic.backward)
     compute = sum(part[0] for part in parts)
-    moving = sum(part[1] for part in parts)
+    moving = sum(part[1] for part in parts) + traffic.copied / machine.bandwidth
     waiting = [max(0.0, net - part[0] - part[1]) for net, part in zip(beside, parts, strict=True)]
-    slow_host = sum(max(0.0, part[2] - part[0] - part[1] - wait) for part, wait in zip(parts, waiting, strict=True))
+    issuing = traffic.calls * machine.host_call
+    slow_host = sum(
+        max(0.0, part[2] + issuing - part[0] - part[1] - wait) for part, wait in zip(parts, waiting, strict=True)
+    )
     kept = kept_parameters(sizes, layout)
     floats = _UPDATE_FLOATS - 2 * (2 - workload.moments) + _CLIP_FLOATS + (5 if workload.has_average else 0)
     update = FLOAT * kept * floats / machine.update
