@@ -14,7 +14,7 @@ from vmoe.moe import MoeConfig, moe_layers
 
 _UPDATE_FLOATS = 7  # of a parameter: weight, gradient and moments read, weight and moments written
 _CLIP_FLOATS = 3  # the gradient read for the norm, then scaled
-_FEW = 0.05  # seconds do not differ by less than this share: then the simpler layout is better
+_FEW = 0.1  # steps that differ by less are equal, as exactly as this plans: then the simpler layout is better
 
 
 class Workload(NamedTuple):
