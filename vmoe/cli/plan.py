@@ -14,8 +14,8 @@ import torch
 from vmoe.bench.figure import save
 from vmoe.bench.plan.hardware import GPUS, NETWORKS, Machine, gpu_of_this_machine, network_bandwidth
 from vmoe.bench.plan.layouts import Layout
-from vmoe.bench.plan.planner import Plan, Workload, layouts_for, make_plans
-from vmoe.bench.plan.report import COLUMNS, draw_plans, plan_row
+from vmoe.bench.plan.planner import Plan, Traces, Workload, layouts_for, make_plans
+from vmoe.bench.plan.report import COLUMNS, draw_curves, draw_plans, plan_row
 from vmoe.bench.report import Row, markdown_table
 from vmoe.cli.common import run
 from vmoe.cli.options import choose_device, new_parser
@@ -42,10 +42,12 @@ table's rates and by the GPU's own, measured first.
 
   vmoe plan --measure
 
-Writes plan.json, plan.md and plan.png, or measured.csv, measured.json and measured.md.
+Writes plan.json, plan.md and plan.png, with --curves plan_curves.json and plan_curves.png; or measured.csv,
+measured.json and measured.md.
 """
 _CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100, "imagenette": 10, "imagenet": 1000}
 _USUAL_NETWORK = "ib-400"
+_BANDWIDTHS = [2**step * 1e9 for step in range(8)]  # of curves, bytes/s of a GPU
 _DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -67,7 +69,8 @@ def _plan(argv: list[str]) -> int:
     config = parse(["--config", options.config, *rest])
     machine, network = Machine.of(options.gpu), network_bandwidth(options.network)
     workload = workload_of(config, options.classes)
-    plans = plans_of(config, workload, options.gpus, machine, network)
+    traces: Traces = {}
+    plans = plans_of(config, workload, options.gpus, machine, network, traces)
     images = workload.batch * workload.accumulate
     rows = [plan_row(plan, images) for plan in plans]
     place = f"{options.gpus} x {options.gpu}, {options.network}"
@@ -92,6 +95,15 @@ def _plan(argv: list[str]) -> int:
     if drawn:
         save(draw_plans(drawn, machine.memory, title), options.out / "plan.png")
     print(f"plan.json, plan.md{' and plan.png' if drawn else ''} in {options.out}")
+    if options.curves:
+        curves = []
+        for bandwidth in _BANDWIDTHS:
+            again = plans_of(config, workload, options.gpus, machine, bandwidth, traces)
+            curves += [plan_row(plan, images) | {"network_bandwidth": bandwidth} for plan in again if plan.memory]
+        curves.sort(key=lambda row: (row["strategy"] == "expert", row["expert_size"], row["strategy"]))
+        write_json(options.out / "plan_curves.json", content | {"rows": curves})
+        save(draw_curves(curves, title), options.out / "plan_curves.png")
+        print(f"plan_curves.json and plan_curves.png in {options.out}")
     return 0
 
 
@@ -119,8 +131,15 @@ def workload_of(config: TrainConfig, classes: int | None = None) -> Workload:
     )
 
 
-def plans_of(config: TrainConfig, workload: Workload, processes: int, machine: Machine, network: float) -> list[Plan]:
-    """Plans of every layout of so many processes, the best first."""
+def plans_of(
+    config: TrainConfig,
+    workload: Workload,
+    processes: int,
+    machine: Machine,
+    network: float,
+    traces: Traces | None = None,
+) -> list[Plan]:
+    """Plans of every layout of so many processes, the best first; see `make_plans`."""
 
     def refusal(layout: Layout) -> str | None:
         try:
@@ -129,7 +148,7 @@ def plans_of(config: TrainConfig, workload: Workload, processes: int, machine: M
             return str(error)
         return None
 
-    return make_plans(workload, layouts_for(processes, config.moe), machine, network, refusal)
+    return make_plans(workload, layouts_for(processes, config.moe), machine, network, refusal, traces)
 
 
 def resolved(config: TrainConfig, place: Place) -> tuple[TrainConfig, str | None]:
@@ -244,6 +263,7 @@ def command_line() -> argparse.ArgumentParser:
     add("--gpu", default="h100-80g", metavar="NAME", help=f"{', '.join(GPUS)} or cpu (default: %(default)s)")
     add("--network", default=_USUAL_NETWORK, metavar="NAME", help=f"{', '.join(NETWORKS)} (default: %(default)s)")
     line = "number of classes, where the data set does not tell (default: 1000)"
+    add("--curves", action="store_true", help="also the time against the network's bandwidth, for every layout")
     add("--classes", type=_count, metavar="N", help=line)
     out = Path("runs/plan")
     add("--out", type=Path, default=out, metavar="DIR", help="where results go (default: %(default)s)")

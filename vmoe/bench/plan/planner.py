@@ -12,6 +12,7 @@ from vmoe.bench.plan.trace import Trace, Work, trace_step
 from vmoe.checkpoints import build_model
 from vmoe.moe import MoeConfig, moe_layers
 
+Traces = dict[tuple[int, int | None], Trace]  # by images of a process and expert_size
 _UPDATE_FLOATS = 7  # of a parameter: weight, gradient and moments read, weight and moments written
 _CLIP_FLOATS = 3  # the gradient read for the norm, then scaled
 _FEW = 0.1  # steps that differ by less are equal, as exactly as this plans: then the simpler layout is better
@@ -116,6 +117,7 @@ def make_plans(
     machine: Machine,
     network: float,
     refusal: Callable[[Layout], str | None] = lambda layout: None,
+    traces: Traces | None = None,
 ) -> list[Plan]:
     """Plans of all layouts: feasible ones by falling speed, then the others by rising need of memory.
 
@@ -125,8 +127,9 @@ def make_plans(
         machine: Of each process.
         network: Bytes/s between machines, of a GPU.
         refusal: Why a layout cannot share the batches or experts; None where it can.
+        traces: Of this workload, from an earlier call; gets those that are missing.
     """
-    plans, traces = [], {}
+    plans, traces = [], {} if traces is None else traces
     sizes = Sizes.of(workload.model())
     for layout in layouts:
         reason = refusal(layout) or _misfit(workload, layout)

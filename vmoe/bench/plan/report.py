@@ -3,7 +3,10 @@
 from dataclasses import asdict
 from typing import Any
 
+from matplotlib import colormaps
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+from numpy import linspace
 
 from vmoe.bench.figure import INK, MUTED, dress, new_figure
 from vmoe.bench.plan.planner import Plan
@@ -70,6 +73,29 @@ def draw_plans(plans: list[Plan], usable: float, title: str) -> Figure:
         axes.legend(
             fontsize=7, frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.6 / len(plans) - 0.1)
         )
+    return figure
+
+
+def draw_curves(rows: list[Row], title: str) -> Figure:
+    """Seconds of an update against the network's bandwidth, a line an `expert_size`, and what of it is waiting."""
+    figure = new_figure(10, 4.2, title)
+    axes = figure.subplots(1, 2)
+    layouts = list(dict.fromkeys(row["layout"] for row in rows))
+    colours = colormaps["viridis"](linspace(0, 0.9, len(layouts)))
+    for place, key, name in zip(axes, ("step_ms", "network"), ("time of an update", "waiting for it"), strict=True):
+        dress(place, name, "network, GB/s a GPU in one direction", "ms" if key == "step_ms" else "share of the time")
+        for layout, colour in zip(layouts, colours, strict=True):
+            points = [
+                (row["network_bandwidth"] / 1e9, row[key], row["missing"]) for row in rows if row["layout"] == layout
+            ]
+            dashed = {"linestyle": ":"} if points[0][2] else {}
+            label = f"{layout}, does not fit" if points[0][2] else layout
+            place.plot([x for x, *_ in points], [y for _, y, _ in points], color=colour, label=label, lw=1.6, **dashed)
+        place.set_xscale("log")
+        place.xaxis.set_major_formatter("{x:g}")
+        place.set_ylim(bottom=0)
+    axes[1].yaxis.set_major_formatter(PercentFormatter(1, 0))
+    axes[0].legend(fontsize=7, frameon=False)
     return figure
 
 
