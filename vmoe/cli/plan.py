@@ -18,7 +18,7 @@ from vmoe.bench.plan.planner import Plan, Traces, Workload, layouts_for, make_pl
 from vmoe.bench.plan.report import COLUMNS, draw_curves, draw_plans, plan_row
 from vmoe.bench.report import Row, markdown_table
 from vmoe.cli.common import run
-from vmoe.cli.options import choose_device, new_parser
+from vmoe.cli.options import choose_device, count, new_parser
 from vmoe.data.config import DEFAULTS
 from vmoe.errors import UserError
 from vmoe.files import atomic_write, write_json
@@ -259,12 +259,12 @@ def command_line() -> argparse.ArgumentParser:
     parser = new_parser("plan", _DESCRIPTION)
     add = parser.add_argument
     add("--config", metavar="YAML", help="a recipe, such as configs/digits.yaml")
-    add("--gpus", type=_count, default=8, metavar="N", help="processes, one a GPU (default: %(default)s)")
+    add("--gpus", type=count, default=8, metavar="N", help="processes, one a GPU (default: %(default)s)")
     add("--gpu", default="h100-80g", metavar="NAME", help=f"{', '.join(GPUS)} or cpu (default: %(default)s)")
     add("--network", default=_USUAL_NETWORK, metavar="NAME", help=f"{', '.join(NETWORKS)} (default: %(default)s)")
     line = "number of classes, where the data set does not tell (default: 1000)"
     add("--curves", action="store_true", help="also the time against the network's bandwidth, for every layout")
-    add("--classes", type=_count, metavar="N", help=line)
+    add("--classes", type=count, metavar="N", help=line)
     out = Path("runs/plan")
     add("--out", type=Path, default=out, metavar="DIR", help="where results go (default: %(default)s)")
     from vmoe.bench.plan import truth
@@ -277,13 +277,6 @@ def command_line() -> argparse.ArgumentParser:
     line = "of a layer, 0 for dense (default: 0 8 32)"
     add("--experts", nargs="+", type=int, default=list(truth.EXPERTS), metavar="E", help=line)
     line = "of a step (default: 64 256)"
-    add("--images", nargs="+", type=_count, default=list(truth.BATCHES), metavar="B", help=line)
-    add("--image-size", type=_count, default=224, metavar="PIXELS", help="side (default: %(default)s)")
+    add("--images", nargs="+", type=count, default=list(truth.BATCHES), metavar="B", help=line)
+    add("--image-size", type=count, default=224, metavar="PIXELS", help="side (default: %(default)s)")
     return parser
-
-
-def _count(text: str) -> int:
-    number = int(text) if text.isdecimal() else 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number >= 1")
-    return number
