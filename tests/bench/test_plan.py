@@ -1,11 +1,14 @@
 """The planner beside real models: weights exactly, activations by what autograd keeps, traffic by the formula."""
 
 import dataclasses
+from enum import Enum
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from vmoe.bench.plan.hardware import Machine
@@ -121,3 +124,29 @@ def test_more_processes_than_the_experts_width_divides_into():
     planned = workload(dataclasses.replace(MOE, num_experts=2), 2 * 384)
     plan = plan_of(Layout("expert", 384, 2), planned)
     assert "cannot be cut into 192 parts" in plan.missing
+
+
+def test_fsdp_memory_is_as_torchs_tracker_sees_it(four_processes):
+    with torch.device("meta"):
+        model = real_model(None)
+    shard(model, 4, 1, "cpu")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device="cpu")
+        optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
+        tracker = FSDPMemTracker(model, optimizer)
+        images, labels = torch.randn(32, 3, 64, 64), torch.zeros(32, dtype=torch.int64)
+        tracker.track_inputs((images, labels))
+        with tracker:
+            for number in range(2):
+                loss = F.cross_entropy(model(images), labels)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                if number == 0:
+                    tracker.reset_mod_stats()
+        peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
+    memory = plan_of(Layout("fsdp", 4), workload(None, batch=128), dataclasses.replace(GPU, name="cpu")).memory
+    seen = {kind.name: size for kind, size in peak.items() if isinstance(kind, Enum)}
+    assert memory.parameters == seen["SHARDED_PARAM"]
+    assert memory.optimizer == seen["OPT"] - 4 * len(optimizer.state)  # the steps' numbers
+    assert memory.peak == pytest.approx(peak["Total"], rel=0.1)

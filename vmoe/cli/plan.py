@@ -74,7 +74,8 @@ def _plan(argv: list[str]) -> int:
     images = workload.batch * workload.accumulate
     rows = [plan_row(plan, images) for plan in plans]
     place = f"{options.gpus} x {options.gpu}, {options.network}"
-    title = f"{options.config}: {workload.name}, {images} images an update, {place}"
+    experts = "dense" if workload.moe is None else f"E={workload.moe.num_experts}"
+    title = f"{options.config}: {workload.name}, {experts}, {images} images an update, {place}"
     table = f"## {title}\n\n{markdown_table(COLUMNS, rows)}"
     print(table + "\n")
     if not any(plan.missing is None for plan in plans):

@@ -13,6 +13,7 @@ from vmoe.checkpoints import build_model
 from vmoe.moe import MoeConfig, moe_layers
 
 Traces = dict[tuple[int, int | None], Trace]  # by images of a process and expert_size
+STRATEGIES = ("none", "ddp", "fsdp", "expert")  # from simple to complicated
 _UPDATE_FLOATS = 7  # of a parameter: weight, gradient and moments read, weight and moments written
 _CLIP_FLOATS = 3  # the gradient read for the norm, then scaled
 _FEW = 0.1  # steps that differ by less are equal, as exactly as this plans: then the simpler layout is better
@@ -144,16 +145,16 @@ def make_plans(
         plans.append(_plan(workload, layout, sizes, traces[images, exchanged], machine, network))
     feasible = [plan for plan in plans if plan.missing is None]
     best = min((plan.times.step for plan in feasible), default=0)
-    order = {layout: number for number, layout in enumerate(layouts)}
-    # layouts come from simple to complicated
-    feasible.sort(key=lambda plan: (plan.times.step > best * (1 + _FEW), _rank(plan, best, order)))
+    feasible.sort(key=lambda plan: _rank(plan, best))
     others = [plan for plan in plans if plan.missing is not None]
     others.sort(key=lambda plan: (plan.memory is None, plan.memory.peak if plan.memory else 0))
     return feasible + others
 
 
-def _rank(plan: Plan, best: float, order: dict[Layout, int]) -> float:
-    return order[plan.layout] if plan.times.step <= best * (1 + _FEW) else plan.times.step
+def _rank(plan: Plan, best: float) -> tuple[int, float]:
+    """Among the best, simpler strategies come first."""
+    is_among_best = plan.times.step <= best * (1 + _FEW)
+    return STRATEGIES.index(plan.layout.strategy) if is_among_best else len(STRATEGIES), plan.times.step
 
 
 def _misfit(workload: Workload, layout: Layout) -> str | None:

@@ -93,7 +93,9 @@ def draw_curves(rows: list[Row], title: str) -> Figure:
             place.plot([x for x, *_ in points], [y for _, y, _ in points], color=colour, label=label, lw=1.6, **dashed)
         place.set_xscale("log")
         place.xaxis.set_major_formatter("{x:g}")
-        place.set_ylim(bottom=0)
+    axes[0].set_yscale("log")
+    axes[0].yaxis.set_major_formatter("{x:,g}")
+    axes[1].set_ylim(bottom=0)
     axes[1].yaxis.set_major_formatter(PercentFormatter(1, 0))
     axes[0].legend(fontsize=7, frameon=False)
     return figure
