@@ -93,6 +93,16 @@ def test_tokens_on_their_way_by_the_formula():
     assert exchanged - (plain - of_experts) == pytest.approx(of_tokens, rel=0.05)  # capacities are whole numbers
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"capacity_factor": None}, {"expert_dropout": 0.1}, {"router": "soft"}, {"router": "hash", "noise_std": 0.0}],
+)
+def test_other_kinds_of_layers_are_planned_in_every_layout(changes):
+    moe = dataclasses.replace(MOE, **changes, importance_loss_weight=0.0, load_loss_weight=0.0, batch_priority=False)
+    plans = make_plans(workload(moe), layouts_for(4, moe), GPU, 50e9)
+    assert len(plans) == 4 and all(plan.missing is None and plan.times.step > 0 for plan in plans)
+
+
 def test_peak_counts_old_gradients_beside_the_forward_pass():
     memory = plan_of(Layout("none", 1), workload()).memory
     with torch.device("meta"):

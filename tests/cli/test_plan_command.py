@@ -14,14 +14,15 @@ DIGITS = ["--config", "configs/digits.yaml"]
 
 
 def test_plans_in_a_table_a_file_and_a_picture(tmp_path, capsys):
-    assert main([*DIGITS, "--gpus", "4", "--data.batch_size", "64", "--out", str(tmp_path)]) == 0
+    assert main([*DIGITS, "--gpus", "4", "--data.batch_size", "64", "--curves", "--out", str(tmp_path)]) == 0
     written = json.loads((tmp_path / "plan.json").read_text())
     assert [row["layout"] for row in written["rows"]] and written["machine"]["name"] == "h100-80g"
     assert all(row["missing"] is None for row in written["rows"])
     for row in written["rows"]:
         assert row["compute"] + row["memory"] + row["network"] + row["host"] == pytest.approx(1)
     assert "step ms" in capsys.readouterr().out
-    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("plan.png", "plan_curves.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
 def test_batches_that_cannot_be_shared_are_told(tmp_path, capsys):

@@ -103,7 +103,7 @@ def _plan(argv: list[str]) -> int:
             curves += [plan_row(plan, images) | {"network_bandwidth": bandwidth} for plan in again if plan.memory]
         curves.sort(key=lambda row: (row["strategy"] == "expert", row["expert_size"], row["strategy"]))
         write_json(options.out / "plan_curves.json", content | {"rows": curves})
-        save(draw_curves(curves, title), options.out / "plan_curves.png")
+        save(draw_curves(curves, title.removesuffix(f", {options.network}")), options.out / "plan_curves.png")
         print(f"plan_curves.json and plan_curves.png in {options.out}")
     return 0
 
@@ -127,7 +127,7 @@ def workload_of(config: TrainConfig, classes: int | None = None) -> Workload:
         trainer.accumulate,
         _DTYPES[trainer.precision],
         data.mix.is_on,
-        moments=2,
+        moments=1 if config.optim.name == "muon" else 2,  # of the matrices, which are nearly all
         has_average=trainer.ema_decay is not None,
     )
 
@@ -153,13 +153,11 @@ def plans_of(
 
 
 def resolved(config: TrainConfig, place: Place) -> tuple[TrainConfig, str | None]:
-    """The config with what `parallel.strategy: auto` means here, and why; unchanged, without a reason, if it is not.
+    """The config with what `parallel.strategy: auto` means here, and why; None for one process.
 
     Raises:
         UserError: no layout is feasible.
     """
-    if config.parallel.strategy != "auto":
-        return config, None
     if place.count == 1:
         return _with(config, Layout("none", 1)), None
     name = "cpu" if config.trainer.device == "cpu" else gpu_of_this_machine()

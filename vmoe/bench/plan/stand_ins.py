@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from vmoe.moe import moe_layers
 from vmoe.moe.experts import Experts, compute_dtype
-from vmoe.moe.kernels import padded, segments
+from vmoe.moe.kernels import composed, padded, rows, segments
 from vmoe.moe.kernels.interface import Choices, Mlp
 from vmoe.moe.mlps import Glu
 from vmoe.moe.parallel import DistributedExperts
@@ -109,9 +109,9 @@ class _FusedExperts(Experts):
             backend = segments if choices.capacity is None else padded
             return backend.expert_mlp(x_TD, choices, mlp)
         casts = [weight.detach().to(dtype) for weight in (mlp.weight1, mlp.weight2)]
-        rows = _rows_of(choices, mlp.weight1.shape[0])
+        num_rows = _rows_of(choices, mlp.weight1.shape[0])
         learned = (mlp.weight1, mlp.bias1, mlp.weight2, mlp.bias2)
-        return _FusedMlp.apply(x_TD, choices.weights_TK, *learned, *casts, mlp, rows, self.charge)
+        return _FusedMlp.apply(x_TD, choices.weights_TK, *learned, *casts, mlp, num_rows, self.charge)
 
 
 def _is_fused(mlp: Mlp) -> bool:
@@ -138,17 +138,17 @@ class _FusedMlp(torch.autograd.Function):
     """Dispatch, both layers and combine; memory as in `vmoe.moe.kernels.fused.mlp`."""
 
     @staticmethod
-    def forward(ctx, x_TD, weights_TK, weight1, bias1, weight2, bias2, cast1, cast2, mlp: Mlp, rows: int, charge):
+    def forward(ctx, x_TD, weights_TK, weight1, bias1, weight2, bias2, cast1, cast2, mlp: Mlp, num_rows: int, charge):
         (_, width_F, width_D), (_, width_O, width_H) = weight1.shape, weight2.shape
-        x_RD, pre_RF = cast1.new_empty(rows, width_D), cast1.new_empty(rows, width_F)
-        act_RH, y_RO = cast1.new_empty(rows, width_H), cast1.new_empty(rows, width_O)
+        x_RD, pre_RF = cast1.new_empty(num_rows, width_D), cast1.new_empty(num_rows, width_F)
+        act_RH, y_RO = cast1.new_empty(num_rows, width_H), cast1.new_empty(num_rows, width_O)
         y_TO = cast1.new_empty(x_TD.shape[0], width_O)
-        choice_R = x_TD.new_empty(rows, dtype=torch.int32)
+        choice_R = x_TD.new_empty(num_rows, dtype=torch.int32)
         kept = [act_RH] if not mlp.recompute else []
         ctx.save_for_backward(x_TD, weights_TK, weight1, weight2, cast1, cast2, x_RD, pre_RF, y_RO, choice_R, *kept)
         ctx.biases, ctx.recompute, ctx.charge = (bias1, bias2), mlp.recompute, charge
         ctx.is_gated = isinstance(mlp.activation, Glu)
-        products = 2 * rows * (width_D * width_F + width_H * width_O)
+        products = 2 * num_rows * (width_D * width_F + width_H * width_O)
         # Their traffic is hidden, as measured; and the router's operators, as traced, are more than its kernels: calls
         # of the experts' kernels are counted with those
         charge("products", cast1.dtype, products, 0, 0)
@@ -180,6 +180,15 @@ class _ExchangedExperts(DistributedExperts):
     """Experts dealt out among processes; only the network is left out."""
 
     send: Callable[[int], None]
+
+    def _uneven(self, x_RD: Tensor, counts_E: Tensor, mlp: Mlp) -> Tensor:
+        # With a fair load: as many rows arrive as leave
+        x_RD = self._exchange(x_RD, [], [])
+        own = mlp.weight1.shape[0]
+        order_R = torch.arange(x_RD.shape[0])
+        layout = rows.Layout(order_R, order_R, torch.arange(1, own + 1, dtype=torch.int32) * (x_RD.shape[0] // own))
+        y_RD = composed.two_layers(x_RD[order_R], mlp, layout, segments.linear)
+        return self._exchange(y_RD[order_R], [], [])
 
     def _exchange(self, x_RD: Tensor, arriving: list[int], sent: list[int]) -> Tensor:
         return _Exchange.apply(x_RD.contiguous(), self.send)
