@@ -95,7 +95,12 @@ def test_tokens_on_their_way_by_the_formula():
 
 @pytest.mark.parametrize(
     "changes",
-    [{"capacity_factor": None}, {"expert_dropout": 0.1}, {"router": "soft"}, {"router": "hash", "noise_std": 0.0}],
+    [
+        {"capacity_factor": None},
+        {"expert_dropout": 0.1},
+        {"router": "soft", "group": "image"},
+        {"router": "hash", "noise_std": 0.0},
+    ],
 )
 def test_other_kinds_of_layers_are_planned_in_every_layout(changes):
     moe = dataclasses.replace(MOE, **changes, importance_loss_weight=0.0, load_loss_weight=0.0, batch_priority=False)

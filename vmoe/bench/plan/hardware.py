@@ -95,6 +95,7 @@ class Machine:
         host_call: Seconds in which the host issues an operator.
         link: Bytes/s to the other GPUs of its machine, in one direction.
         count: GPUs of a machine.
+        overlaps: Whether weights and gradients can travel while a pass is computed.
         is_measured: Whether the rates are this GPU's own.
     """
 
@@ -109,6 +110,7 @@ class Machine:
     host_call: float
     link: float
     count: int = GPUS_A_MACHINE
+    overlaps: bool = True
     is_measured: bool = False
 
     @classmethod
@@ -152,4 +154,4 @@ def gpu_of_this_machine() -> str:
 def _this_cpu() -> Machine:
     """A rough idea, enough to compare layouts."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return Machine("cpu", USABLE * memory, 5e10, 5e10, 2e10, 1e10, 5e9, 5e9, 1e-5, 1e9)
+    return Machine("cpu", USABLE * memory, 5e10, 5e10, 2e10, 1e10, 5e9, 5e9, 1e-5, 1e9, overlaps=False)

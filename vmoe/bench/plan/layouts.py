@@ -150,7 +150,8 @@ def memory_of(sizes: Sizes, layout: Layout, trace: Trace, moments: int, has_aver
         backward = max(m.live - m.gradients for m in trace.moments if m.is_backward) + kept
     else:
         backward = max(moment.live for moment in trace.moments if moment.is_backward)
-    activations = max(forward, backward) - kept
+    averaging = 2 * kept if has_average else 0  # beside the gradients, the average's difference from the weights
+    activations = max(forward, backward, averaging) - kept
     return Memory(kept, kept, moments * kept, kept if has_average else 0, activations, buffers)
 
 
@@ -173,7 +174,7 @@ class Traffic:
         forward: Seconds beside the forward pass's work.
         backward: Seconds beside the backward pass's work.
         between: Seconds in which nothing else can be done: tokens on their way to experts and back.
-        copied: Bytes read and written because weights arrive, and gradients leave, in one piece.
+        copied: Bytes read and written because weights and gradients travel in one piece.
         calls: Operators that the host issues for it in each pass.
     """
 
@@ -193,7 +194,7 @@ def traffic_of(sizes: Sizes, layout: Layout, trace: Trace, machine: Machine, net
     everyone = _ring(n, 1, machine, network)
     if layout.strategy == "ddp":
         sent = 2 * FLOAT * sizes.whole * (n - 1) / n
-        return Traffic(sent, 0, sent / everyone + LATENCY * sizes.unit_count, 0)
+        return Traffic(sent, 0, sent / everyone + LATENCY * sizes.unit_count, 0, 4 * FLOAT * sizes.whole)
     gathered = FLOAT * (sizes.whole - sizes.experts if share > 1 else sizes.whole)
     around = gathered * (n - 1) / n
     seconds = around / everyone

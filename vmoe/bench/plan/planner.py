@@ -10,7 +10,7 @@ from vmoe.bench.plan.hardware import UNHIDDEN, WORKSPACE, Machine
 from vmoe.bench.plan.layouts import FLOAT, Layout, Memory, Sizes, Traffic, kept_parameters, memory_of, traffic_of
 from vmoe.bench.plan.trace import Trace, Work, trace_step
 from vmoe.checkpoints import build_model
-from vmoe.moe import MoeConfig, moe_layers
+from vmoe.moe import MoeConfig
 
 Traces = dict[tuple[int, int | None], Trace]  # by images of a process and expert_size
 STRATEGIES = ("none", "ddp", "fsdp", "expert")  # from simple to complicated
@@ -120,7 +120,7 @@ def make_plans(
     refusal: Callable[[Layout], str | None] = lambda layout: None,
     traces: Traces | None = None,
 ) -> list[Plan]:
-    """Plans of all layouts: feasible ones by falling speed, then the others by rising need of memory.
+    """Plans of all layouts: feasible ones by falling speed, of equally fast ones the simplest first; then the others.
 
     Args:
         workload: What is trained.
@@ -133,7 +133,7 @@ def make_plans(
     plans, traces = [], {} if traces is None else traces
     sizes = Sizes.of(workload.model())
     for layout in layouts:
-        reason = refusal(layout) or _misfit(workload, layout)
+        reason = refusal(layout) or _misfit(sizes, layout)
         if reason is not None:
             plans.append(Plan(layout, None, None, 0, reason))
             continue
@@ -157,14 +157,13 @@ def _rank(plan: Plan, best: float) -> tuple[int, float]:
     return STRATEGIES.index(plan.layout.strategy) if is_among_best else len(STRATEGIES), plan.times.step
 
 
-def _misfit(workload: Workload, layout: Layout) -> str | None:
-    if layout.strategy == "expert" and layout.processes != layout.expert_size and workload.moe is not None:
-        parts = layout.processes // layout.expert_size
-        widths = {p.shape[1] for _, layer in moe_layers(workload.model()) for p in layer.experts.parameters()}
-        odd = next((width for width in sorted(widths) if width % parts), None)
-        if odd is not None:
-            return f"experts of width {odd} cannot be cut into {parts} parts"
-    return None
+def _misfit(sizes: Sizes, layout: Layout) -> str | None:
+    """Why experts that are dealt out cannot be cut further; None where they can."""
+    parts = layout.processes // layout.expert_size
+    if layout.strategy != "expert":
+        return None
+    odd = next((shape[1] for shape, of_expert in sizes.shapes if of_expert and shape[1] % parts), None)
+    return None if odd is None else f"experts of width {odd} cannot be cut into {parts} parts"
 
 
 def _plan(workload: Workload, layout: Layout, sizes: Sizes, trace: Trace, machine: Machine, network: float) -> Plan:
@@ -195,7 +194,8 @@ def times_of(
     beside = (traffic.forward, traffic.backward)
     compute = sum(part[0] for part in parts)
     moving = sum(part[1] for part in parts) + traffic.copied / machine.bandwidth
-    waiting = [max(0.0, net - part[0] - part[1]) for net, part in zip(beside, parts, strict=True)]
+    hidden = [part[0] + part[1] if machine.overlaps else 0.0 for part in parts]
+    waiting = [max(0.0, net - hides) for net, hides in zip(beside, hidden, strict=True)]
     issuing = traffic.calls * machine.host_call
     slow_host = sum(
         max(0.0, part[2] + issuing - part[0] - part[1] - wait) for part, wait in zip(parts, waiting, strict=True)
