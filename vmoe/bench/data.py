@@ -13,6 +13,7 @@ from vmoe.data import Batch, ImageDataModule
 from vmoe.moe import auxiliary_loss
 
 COLUMNS = (
+    Column("images", "source"),
     Column("pipeline", "pipeline"),
     Column("workers", "workers"),
     Column("first batch s", "first_batch_seconds", ".2f"),

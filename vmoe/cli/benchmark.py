@@ -165,6 +165,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     add("--workers", nargs="+", type=_workers, default=[0, 1, 2], metavar="N", help="processes (default: 0 1 2)")
     pipelines = ("workers", "device")
     add("--pipelines", nargs="+", choices=pipelines, default=pipelines, help="default: workers device")
+    add("--shards", metavar="DIR", help="also the same images as tar shards of this folder (see make-shards)")
     add("--seconds", type=float, default=5.0, help="of counting for each figure (default: %(default)s)")
 
 

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import importlib.metadata
+import itertools
 import shlex
 import sys
 import time
@@ -204,8 +205,11 @@ def data(options: argparse.Namespace, overrides: list[str], results: Results) ->
     chosen = [("workers", workers) for workers in dict.fromkeys(options.workers)] + [("device", max(options.workers))]
     chosen = [(pipeline, workers) for pipeline, workers in chosen if pipeline in options.pipelines]
     modules = []
-    for pipeline, workers in chosen:
-        changed = dataclasses.replace(plain, pipeline=pipeline, workers=workers)
+    sources = [plain]
+    if options.shards is not None:
+        sources.append(dataclasses.replace(plain, name="webdataset", root=options.shards))
+    for (pipeline, workers), source in itertools.product(chosen, sources):
+        changed = dataclasses.replace(source, pipeline=pipeline, workers=workers)
         module = ImageDataModule(changed, options.seed, options.device)
         try:
             module.prepare_data()
@@ -224,14 +228,17 @@ def data(options: argparse.Namespace, overrides: list[str], results: Results) ->
     step = TrainingStep(model, options.device, dtype, config.trainer.compile)
     rows = []
     for module in modules:
-        results.say(options.config)(f"pipeline {module.config.pipeline}, {module.config.workers} workers")
+        results.say(options.config)(
+            f"{module.config.name}, pipeline {module.config.pipeline}, {module.config.workers} workers"
+        )
         ahead = 2 * module.config.workers  # what DataLoader prefetches
         rate = loader_rate(module.train_dataloader, options.seconds, ahead, options.device)
         on_synthetic = step.rate(endless([synthetic]), options.seconds)
         batches = ready_batches(module, module.train_dataloader(), options.device)
         fed = step.rate(batches, options.seconds, ahead)
         rows.append({
-            "pipeline": module.config.pipeline, "workers": module.config.workers, **dataclasses.asdict(rate),
+            "source": module.config.name, "pipeline": module.config.pipeline,
+            "workers": module.config.workers, **dataclasses.asdict(rate),
             "training_images_per_second": fed, "synthetic_images_per_second": on_synthetic,
             "share_of_synthetic": fed / on_synthetic, "share_of_model": rate.images_per_second / on_synthetic,
             "bound_by": "the data" if rate.images_per_second < on_synthetic else "the model",

@@ -14,8 +14,10 @@ JOBS = {
     "sweep": "train the arms and seeds of a study, several side by side",
     "compare": "put runs side by side: accuracy against cost",
     "benchmark": "measure layers, whole models and the data pipeline on this machine",
+    "plan": "predict memory and time of a config on many GPUs",
     "export": "write a checkpoint's weights as a file to share",
     "consolidate": "make one safetensors file of a run's weights, however many processes it had",
+    "make-shards": "write a folder of images as tar shards",
     "import_jax": "turn a checkpoint of the original JAX code into ours",
 }
 
@@ -25,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     job = argv[0] if argv else "--help"
     if job in JOBS:
-        return importlib.import_module(f"vmoe.cli.{job}").main(argv[1:])
+        return importlib.import_module(f"vmoe.cli.{job.replace('-', '_')}").main(argv[1:])
     if job in ("-h", "--help"):
         print(_help())
         return 0
@@ -39,5 +41,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _help() -> str:
-    jobs = "\n".join(f"  {name:10} {text}" for name, text in JOBS.items())
+    jobs = "\n".join(f"  {name:11} {text}" for name, text in JOBS.items())
     return f"usage: vmoe JOB ...\n\nVision Mixture-of-Experts. Jobs:\n{jobs}\n\n`vmoe JOB --help` tells more."

@@ -36,6 +36,14 @@ def capacity_factor(text: str) -> float:
     return factor
 
 
+def count(text: str) -> int:
+    """Reads a whole number above 0."""
+    number = int(text) if text.isdecimal() else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number >= 1")
+    return number
+
+
 def choose_device(name: str) -> torch.device:
     """The device that `--device` names; "auto" is a GPU where there is one.
 

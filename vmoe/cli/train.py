@@ -76,6 +76,8 @@ def _train(argv: list[str], place: Place) -> int:
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # torchrun starts a run that failed anew
         config = dataclasses.replace(config, resume=True)
     console = Console(quiet=not place.is_first)
+    if config.parallel.strategy == "auto":
+        config = _resolved(config, place, console)
     try:
         result = train(config, shlex.join(["vmoe", "train", *argv]), console)
     except Interrupted as stop:
@@ -86,6 +88,19 @@ def _train(argv: list[str], place: Place) -> int:
     if place.is_first:
         Progress(console).say(_result_line(result, config.output_dir))
     return 0
+
+
+def _resolved(config: TrainConfig, place: Place, console: Console) -> TrainConfig:
+    """The config with the planner's strategy in the place of auto; says why it is that one."""
+    from vmoe.cli.plan import resolved  # here, since it brings much along
+
+    try:
+        config, why = resolved(config, place)
+    except UserError as error:
+        raise UserError(str(error), everywhere=True) from error
+    if why is not None:
+        Progress(console).say(why)
+    return config
 
 
 def _result_line(result: dict[str, Any], folder: str) -> str:

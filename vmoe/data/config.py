@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, get_args
 
-SetName = Literal["digits", "patchwork", "cifar10", "cifar100", "imagenette", "imagenet", "folder", "npz"]
+SetName = Literal["digits", "patchwork", "cifar10", "cifar100", "imagenette", "imagenet", "folder", "webdataset", "npz"]
 Preset = Literal["none", "light", "strong"]
 Pipeline = Literal["workers", "device"]
 Colour = tuple[float, float, float]
@@ -29,6 +29,7 @@ DEFAULTS: dict[str, SetDefaults] = {
     "imagenette": SetDefaults(224, _IMAGENET_MEAN, _IMAGENET_STD, flip=0.5),
     "imagenet": SetDefaults(224, _IMAGENET_MEAN, _IMAGENET_STD, flip=0.5),
     "folder": SetDefaults(224, _IMAGENET_MEAN, _IMAGENET_STD, flip=0.5),
+    "webdataset": SetDefaults(224, _IMAGENET_MEAN, _IMAGENET_STD, flip=0.5),
     "npz": SetDefaults(None, (0.5,) * 3, (0.5,) * 3, flip=0.5),
 }
 
@@ -164,13 +165,16 @@ class DataConfig:
 
     Args:
         name: "digits" (embedded), "patchwork" (generated, with known patches), "cifar10", "cifar100", "imagenette"
-            (downloaded when missing), "imagenet" or "folder" (class folders in ROOT/train and ROOT/val or ROOT/test) or
-            "npz" (arrays in one file, see root).
+            (downloaded when missing), "imagenet" or "folder" (class folders in ROOT/train and ROOT/val or ROOT/test),
+            "webdataset" (tar shards, train-*.tar and so on, as tools/make_shards.py writes them) or "npz" (arrays in
+            one file, see root).
         root: folder that holds the data, or for "npz" the file with train_x, train_y, test_x, test_y.
         image_size: side in pixels of the square images given to the model. None: the data set's own.
         batch_size: training images a step.
         repeat: passes over the training images that make one epoch; above 1, a small set is validated and saved less
             often.
+        shards_at_once: with "webdataset", from how many shards at a time training images are drawn; fewer read more
+            locally, more shuffle better.
         eval_batch_size: images a step in validation and test. None: batch_size.
         pipeline: "workers" reads and augments images on the CPU, batch by batch; "device" keeps the whole set as bytes
             on the device that trains and augments there, for sets that fit.
@@ -192,6 +196,7 @@ class DataConfig:
     image_size: int | None = None
     batch_size: int = 128
     repeat: int = 1
+    shards_at_once: int = 16
     eval_batch_size: int | None = None
     pipeline: Pipeline = "workers"
     workers: int = 0
@@ -208,6 +213,7 @@ class DataConfig:
         _check_choice("pipeline", self.pipeline, get_args(Pipeline))
         _check_range("batch_size", self.batch_size, 1, 1_000_000)
         _check_range("repeat", self.repeat, 1, 10_000)
+        _check_range("shards_at_once", self.shards_at_once, 1, 1_000_000)
         _check_range("workers", self.workers, 0, 256)
         _check_range("split_seed", self.split_seed, 0, 2**32 - 1)
         if self.image_size is not None:

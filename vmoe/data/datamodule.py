@@ -14,6 +14,7 @@ from vmoe.data.loading import Batch, CorruptedImages, EvalImages, ImageLoader, T
 from vmoe.data.mixing import make_mixer
 from vmoe.data.resident import ResidentEvalLoader, ResidentImages, ResidentTrainLoader, check_room, make_resident
 from vmoe.data.samplers import EpochBatchSampler
+from vmoe.data.shards import ShardedImages
 from vmoe.data.sharing import FilledLoader, part_of_batches
 from vmoe.errors import UserError
 
@@ -81,7 +82,10 @@ class ImageDataModule(LightningDataModule):
         self.mean: Colour = tuple(config.mean or defaults.mean)
         self.std: Colour = tuple(config.std or defaults.std)
         sizes = (len(self._splits.train), config.batch_size, self.seed, config.repeat)
-        self.train_sampler = EpochBatchSampler(*sizes, self.part, self.parts)
+        train = self._splits.train
+        blocks = train.images.shards[train.positions] if isinstance(train.images, ShardedImages) else None
+        how = (self.part, self.parts, blocks, config.shards_at_once)
+        self.train_sampler = EpochBatchSampler(*sizes, *how)
         self._mixer = make_mixer(config.mix, self.num_classes, self.seed, self.device)
         if config.pipeline == "workers":
             self._augmenter = Augmenter(config.augment, self.image_size, self.mean, defaults.flip, self.seed)

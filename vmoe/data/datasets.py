@@ -8,6 +8,7 @@
 | imagenette, imagenet, folder with train and val | train | cut from training | val (as ImageNet results are reported) |
 | folder with train and test | train | cut from training | test |
 | folder with train, val and test | train | val | test |
+| webdataset | train-*.tar | as folder | as folder |
 | npz | train_x, train_y | val_x, val_y where given, else cut from training | test_x, test_y |
 """
 
@@ -25,6 +26,7 @@ from vmoe.data.config import DEFAULTS, DataConfig
 from vmoe.data.imageset import ArrayImages, FileImages, ImageSet, Splits
 from vmoe.data.npz import load_npz
 from vmoe.data.patchwork import load_patchwork
+from vmoe.data.shards import load_shards
 from vmoe.errors import UserError
 
 _DOWNLOADED = ("cifar10", "cifar100", "imagenette")
@@ -60,8 +62,8 @@ def load_splits(config: DataConfig) -> Splits:
 
 
 def download(config: DataConfig) -> None:
-    """Fetches a set that torchvision downloads, unless it is there already."""
-    if config.name in _DOWNLOADED:
+    """Fetches a set that torchvision downloads, unless it is there already; finds out where images are in shards."""
+    if config.name in _DOWNLOADED or config.name == "webdataset":
         _LOADERS[config.name](config)
 
 
@@ -160,5 +162,6 @@ _LOADERS: dict[str, Callable[[DataConfig], Splits]] = {
     "imagenette": _imagenette,
     "imagenet": _folder,
     "folder": _folder,
+    "webdataset": lambda config: load_shards(config.root),
     "npz": lambda config: load_npz(config.root),
 }

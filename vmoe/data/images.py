@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import cv2
 import numpy as np
@@ -25,16 +26,21 @@ def load_image(path: str | Path) -> np.ndarray:
     Raises:
         UserError: the file is missing, damaged or no image; the line names it.
     """
+    return decode_image(path, str(path))
+
+
+def decode_image(source: str | Path | BinaryIO, place: str) -> np.ndarray:
+    """Like `load_image`, for a file or its content; `place` names it in errors."""
     try:
-        with Image.open(path) as image:
+        with Image.open(source) as image:
             return _to_rgb(ImageOps.exif_transpose(image))
     except FileNotFoundError as error:
-        raise UserError(f"{path}: no such image file") from error
+        raise UserError(f"{place}: no such image file") from error
     except Exception as error:  # on damaged files Pillow's decoders raise nearly any type
         reason = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, Image.UnidentifiedImageError):
             reason = "no known image format"
-        raise UserError(f"{path}: cannot be read as an image ({reason}); replace or remove the file") from error
+        raise UserError(f"{place}: cannot be read as an image ({reason}); replace or remove the file") from error
 
 
 def _to_rgb(image: Image.Image) -> np.ndarray:

@@ -144,19 +144,21 @@ class ParallelConfig:
     Args:
         strategy: none, one process. ddp: each process has the whole model and a part of every batch. fsdp: also the
             weights, gradients and the optimiser's state are cut into parts. expert: fsdp, with the experts of a layer
-            on different processes.
+            on different processes. auto: the one of these, with its expert_size, for which the planner (`vmoe plan`)
+            expects the shortest step.
         expert_size: With strategy=expert, the number of processes among which the experts of a layer are dealt out;
             each part is cut further among the groups of so many processes.
         draws: Router noise and dropout: "process", each process draws its own, or "sample", by image, so that results
             do not depend on the number of processes; slower.
     """
 
-    strategy: Literal["none", "ddp", "fsdp", "expert"] = "none"
+    strategy: Literal["auto", "none", "ddp", "fsdp", "expert"] = "none"
     expert_size: int = 1
     draws: Literal["process", "sample"] = "process"
 
     def __post_init__(self) -> None:
-        _need(self, "strategy", self.strategy in ("none", "ddp", "fsdp", "expert"), "none, ddp, fsdp or expert")
+        allowed = ("auto", "none", "ddp", "fsdp", "expert")
+        _need(self, "strategy", self.strategy in allowed, "auto, none, ddp, fsdp or expert")
         _need(self, "expert_size", self.expert_size >= 1, "a whole number >= 1")
         only = self.expert_size == 1 or self.strategy == "expert"
         _need(self, "expert_size", only, f"1 with strategy={self.strategy}")
@@ -203,7 +205,7 @@ class TrainConfig:
                 raise ValueError(f"optim.name=muon: must be adamw {why}, which cuts the matrices")
             if self.trainer.precision == "fp16":
                 raise ValueError(f"trainer.precision=fp16: must be 32 or bf16 {why}")
-        is_alone = self.parallel.strategy == "none" and self.parallel.draws == "process"
+        is_alone = self.parallel.strategy in ("auto", "none") and self.parallel.draws == "process"
         if self.trainer.cuda_graph and not is_alone:
             raise ValueError("trainer.cuda_graph=True: must be false with parallel.strategy or parallel.draws=sample")
         if self.trainer.compile and self.parallel.draws == "sample":

@@ -37,7 +37,7 @@ def train(config: TrainConfig, command: str, console: Console) -> dict[str, Any]
     """Trains, or resumes, the run in `config.output_dir` and tests its best checkpoint.
 
     Args:
-        config: The run; `output_dir` is set.
+        config: The run; `output_dir` is set, and `parallel.strategy` is not auto, which the command resolves.
         command: The command line, for summary.json.
         console: Where progress is shown; quiet in all processes but the first.
 
@@ -49,6 +49,8 @@ def train(config: TrainConfig, command: str, console: Console) -> dict[str, Any]
             became NaN.
         Interrupted: a signal stopped the run, which is saved.
     """
+    if config.parallel.strategy == "auto":
+        raise ValueError("parallel.strategy=auto: must be resolved before (see `vmoe.cli.plan.resolved`)")
     place = Place.of_this()
     device = _device(config)
     if config.parallel.strategy == "none":
@@ -150,7 +152,7 @@ def _device(config: TrainConfig) -> torch.device:
     wanted = config.trainer.device
     if place.count > 1 and config.parallel.strategy == "none":
         raise UserError(
-            f"--parallel.strategy none: torchrun started {place.count} processes; use ddp, fsdp or expert",
+            f"--parallel.strategy none: torchrun started {place.count} processes; use auto, ddp, fsdp or expert",
             everywhere=True,
         )
     if wanted == "cuda" and not torch.cuda.is_available():

@@ -1,0 +1,167 @@
+"""The planner beside real models: weights exactly, activations by what autograd keeps, traffic by the formula."""
+
+import dataclasses
+from enum import Enum
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from vmoe.bench.plan.hardware import Machine
+from vmoe.bench.plan.layouts import Layout
+from vmoe.bench.plan.planner import Workload, layouts_for, make_plans
+from vmoe.bench.plan.trace import saved_bytes, trace_step
+from vmoe.checkpoints import build_model
+from vmoe.moe import MoeConfig, auxiliary_loss
+from vmoe.training.ema import local
+from vmoe.training.sharding import shard
+
+SMALL = {"embed_dim": 64, "depth": 4, "num_heads": 4}
+MOE = MoeConfig(layers="every-2", num_experts=8, top_k=2, group=2, batch_priority=True)
+GPU = Machine.of("h100-80g")
+
+
+def workload(moe: MoeConfig | None = MOE, batch: int = 8, **changes) -> Workload:
+    return Workload("vit_tiny_patch16_224", SMALL, moe, 10, 64, batch, **({"dtype": torch.float32} | changes))
+
+
+def plan_of(layout: Layout, planned: Workload, machine: Machine = GPU):
+    return make_plans(planned, [layout], machine, 50e9)[0]
+
+
+def bytes_of(tensors) -> int:
+    return sum(local(tensor).numel() * tensor.element_size() for tensor in tensors)
+
+
+def real_model(moe: MoeConfig | None = MOE) -> torch.nn.Module:
+    return build_model("vit_tiny_patch16_224", SMALL, moe, 10, 64).train()
+
+
+@pytest.fixture
+def four_processes():
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("moe", [None, MOE])
+def test_weights_gradients_and_moments_of_one_process(moe):
+    model = real_model(moe)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    (F.cross_entropy(model(torch.randn(2, 3, 64, 64)), torch.zeros(2).long()) + auxiliary_loss(model)).backward()
+    optimizer.step()
+    memory = plan_of(Layout("none", 1), workload(moe)).memory
+    assert memory.parameters == bytes_of(model.parameters())
+    assert memory.gradients == bytes_of(parameter.grad for parameter in model.parameters())
+    assert memory.optimizer == bytes_of(s[name] for s in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq"))
+
+
+@pytest.mark.parametrize("expert_size", [1, 2, 4])
+def test_weights_of_the_first_of_four_processes(four_processes, expert_size):
+    model = real_model()
+    shard(model, 4, expert_size, "cpu")
+    strategy = "fsdp" if expert_size == 1 else "expert"
+    memory = plan_of(Layout(strategy, 4, expert_size), workload()).memory
+    assert memory.parameters == memory.gradients == bytes_of(model.parameters())
+    assert memory.optimizer == 2 * memory.parameters
+
+
+@pytest.mark.parametrize("moe", [None, MOE, dataclasses.replace(MOE, capacity_factor=None)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_activations_are_what_autograd_keeps(moe, dtype):
+    model = real_model(moe)
+    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32), saved_bytes(weights) as saved:
+        loss = F.cross_entropy(model(torch.randn(8, 3, 64, 64)), torch.zeros(8).long()) + auxiliary_loss(model)
+    with torch.device("meta"):
+        planned = real_model(moe)
+    assert trace_step(planned, 8, 64, dtype, like_gpu=False).saved == pytest.approx(saved(), rel=0.1)
+    assert loss.isfinite()
+
+
+def test_tokens_on_their_way_by_the_formula():
+    moe = dataclasses.replace(MOE, capacity_multiple_of=1)
+    plain, exchanged = (plan_of(layout, workload(moe)).sent for layout in (Layout("fsdp", 4), Layout("expert", 4, 4)))
+    tokens, width, layers = 2 * 17, 64, 2  # of a process
+    of_tokens = layers * 4 * moe.top_k * moe.capacity_factor * tokens * width * 4 * 3 / 4
+    experts = layers * 8 * (64 * 256 * 2 + 256 + 64)
+    of_experts = 3 * 4 * experts * 3 / 4
+    assert exchanged - (plain - of_experts) == pytest.approx(of_tokens, rel=0.05)  # capacities are whole numbers
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"capacity_factor": None},
+        {"expert_dropout": 0.1},
+        {"router": "soft", "group": "image"},
+        {"router": "hash", "noise_std": 0.0},
+    ],
+)
+def test_other_kinds_of_layers_are_planned_in_every_layout(changes):
+    moe = dataclasses.replace(MOE, **changes, importance_loss_weight=0.0, load_loss_weight=0.0, batch_priority=False)
+    plans = make_plans(workload(moe), layouts_for(4, moe), GPU, 50e9)
+    assert len(plans) == 4 and all(plan.missing is None and plan.times.step > 0 for plan in plans)
+
+
+def test_peak_counts_old_gradients_beside_the_forward_pass():
+    memory = plan_of(Layout("none", 1), workload()).memory
+    with torch.device("meta"):
+        trace = trace_step(real_model(), 8, 64, torch.float32)
+    forward = max(moment.live for moment in trace.moments if not moment.is_backward)
+    assert memory.peak >= forward + memory.parameters + memory.gradients + memory.optimizer
+
+
+def test_layouts_best_first_and_the_others_with_what_is_missing():
+    tight = dataclasses.replace(GPU, memory=plan_of(Layout("fsdp", 4), workload()).memory.peak + 1)
+    plans = make_plans(workload(), layouts_for(4, MOE), tight, 50e9)
+    feasible = [plan for plan in plans if plan.missing is None]
+    assert {str(plan.layout) for plan in plans} == {"ddp", "fsdp", "expert 2", "expert 4"}
+    assert plans[: len(feasible)] == feasible and str(plans[-1].layout) == "ddp"
+    assert "too few" in plans[-1].missing
+
+
+def test_a_slower_network_costs_experts_more():
+    layouts = [Layout("expert", 64, 8), Layout("expert", 64, 64)]
+    many = dataclasses.replace(MOE, num_experts=64)
+    fast, slow = (
+        {plan.layout.expert_size: plan.times.step for plan in make_plans(workload(many, 256), layouts, GPU, bandwidth)}
+        for bandwidth in (50e9, 1e9)
+    )
+    assert slow[64] - fast[64] > slow[8] - fast[8] >= 0
+
+
+def test_more_processes_than_the_experts_width_divides_into():
+    planned = workload(dataclasses.replace(MOE, num_experts=2), 2 * 384)
+    plan = plan_of(Layout("expert", 384, 2), planned)
+    assert "cannot be cut into 192 parts" in plan.missing
+
+
+def test_fsdp_memory_is_as_torchs_tracker_sees_it(four_processes):
+    with torch.device("meta"):
+        model = real_model(None)
+    shard(model, 4, 1, "cpu")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device="cpu")
+        optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
+        tracker = FSDPMemTracker(model, optimizer)
+        images, labels = torch.randn(32, 3, 64, 64), torch.zeros(32, dtype=torch.int64)
+        tracker.track_inputs((images, labels))
+        with tracker:
+            for number in range(2):
+                loss = F.cross_entropy(model(images), labels)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                if number == 0:
+                    tracker.reset_mod_stats()
+        peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
+    memory = plan_of(Layout("fsdp", 4), workload(None, batch=128), dataclasses.replace(GPU, name="cpu")).memory
+    seen = {kind.name: size for kind, size in peak.items() if isinstance(kind, Enum)}
+    assert memory.parameters == seen["SHARDED_PARAM"]
+    assert memory.optimizer == seen["OPT"] - 4 * len(optimizer.state)  # the steps' numbers
+    assert memory.peak == pytest.approx(peak["Total"], rel=0.1)

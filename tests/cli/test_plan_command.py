@@ -1,0 +1,69 @@
+"""`vmoe plan`, and what `parallel.strategy: auto` makes of a config."""
+
+import csv
+import json
+
+import pytest
+
+from vmoe.cli.plan import main, resolved
+from vmoe.cli.train import parse
+from vmoe.errors import UserError
+from vmoe.training.processes import Place
+
+DIGITS = ["--config", "configs/digits.yaml"]
+
+
+def test_plans_in_a_table_a_file_and_a_picture(tmp_path, capsys):
+    assert main([*DIGITS, "--gpus", "4", "--data.batch_size", "64", "--curves", "--out", str(tmp_path)]) == 0
+    written = json.loads((tmp_path / "plan.json").read_text())
+    assert [row["layout"] for row in written["rows"]] and written["machine"]["name"] == "h100-80g"
+    assert all(row["missing"] is None for row in written["rows"])
+    for row in written["rows"]:
+        assert row["compute"] + row["memory"] + row["network"] + row["host"] == pytest.approx(1)
+    assert "step ms" in capsys.readouterr().out
+    for name in ("plan.png", "plan_curves.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_batches_that_cannot_be_shared_are_told(tmp_path, capsys):
+    assert main([*DIGITS, "--gpus", "3", "--out", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "must be a multiple of" in shown and "no layout is feasible" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--gpu", "h1000"], "--gpu h1000"),
+        (["--network", "pigeon"], "--network pigeon"),
+        (["--gpus", "0"], "--gpus"),
+        (["--data.batch_sizes", "8"], "--data.batch_sizes"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, named, tmp_path, capsys):
+    assert main([*DIGITS, "--out", str(tmp_path), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert named in error and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_measured_beside_predicted(tmp_path):
+    cases = ["--models", "vit_tiny_patch16_224", "--experts", "0", "4", "--images", "2", "--image-size", "32"]
+    assert main(["--measure", "--device", "cpu", *cases, "--out", str(tmp_path)]) == 0
+    with open(tmp_path / "measured.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["experts"] for row in rows] == ["0", "4"]
+    assert all(float(row["measured_ms"]) > 0 and float(row["predicted_gib"]) > 0 for row in rows)
+
+
+def test_auto_is_none_in_one_process_and_says_why_in_several():
+    config = parse([*DIGITS, "--parallel.strategy", "auto", "--trainer.device", "cpu"])
+    assert resolved(config, Place())[0].parallel.strategy == "none"
+    chosen, why = resolved(config, Place(0, 2, 0, 2))
+    assert chosen.parallel.strategy == "ddp" and why.count("\n") == 0 and "auto: ddp" in why
+
+
+def test_auto_without_a_feasible_layout():
+    config = parse([*DIGITS, "--parallel.strategy", "auto", "--trainer.device", "cpu"])
+    with pytest.raises(UserError, match=r"parallel\.strategy=auto.*must be a multiple of"):
+        resolved(config, Place(0, 3, 0, 3))

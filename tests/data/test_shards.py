@@ -1,0 +1,134 @@
+"""Tar shards: written from a folder, read in any order, like the folder itself."""
+
+import io
+import tarfile
+
+import numpy as np
+import pytest
+
+from vmoe.cli.make_shards import main
+from vmoe.data import DataConfig, EpochBatchSampler, ImageDataModule
+from vmoe.data.shards import load_shards
+from vmoe.errors import UserError
+
+
+@pytest.fixture
+def shards(image_tree, tmp_path):
+    """Class folders and shards of them, 4 images each."""
+    tree = image_tree(count=6)
+    assert main([str(tree), "--out", str(tmp_path / "shards"), "--images", "4"]) == 0
+    return tree, tmp_path / "shards"
+
+
+def add(path, members):
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+def module_of(root, name="webdataset", part=0, parts=1, **changes):
+    config = DataConfig(name=name, root=str(root), image_size=8, batch_size=4, **changes)
+    module = ImageDataModule(config, seed=3, part=part, parts=parts)
+    module.prepare_data()
+    module.setup()
+    return module
+
+
+def seen(loader):
+    return [(batch.labels.tolist(), batch.images.mean((1, 2, 3)).tolist()) for batch in loader]
+
+
+def test_shards_hold_what_the_folder_holds(shards):
+    tree, written = shards
+    folder, tars = (module_of(root, name) for root, name in ((tree, "folder"), (written, "webdataset")))
+    assert tars.class_names == folder.class_names == ["ant", "bee", "cow"]
+    both = [
+        sorted(pair for batch in seen(m.test_dataloader()) for pair in zip(*batch, strict=True)) for m in (folder, tars)
+    ]
+    assert both[0] == both[1] and len(both[0]) == 18
+    assert len(list(written.glob("train-*.tar"))) == 5
+
+
+def test_webdataset_reads_them_too(shards):
+    webdataset = pytest.importorskip("webdataset")
+    urls = sorted(map(str, shards[1].glob("train-*.tar")))
+    samples = list(webdataset.WebDataset(urls, shardshuffle=False).decode("rgb8"))
+    assert len(samples) == 18 and {sample["cls"] for sample in samples} == {0, 1, 2}
+    assert samples[0]["png"].shape == (8, 8, 3)
+
+
+def test_order_is_of_seed_and_epoch_whatever_workers_and_processes(shards):
+    whole = seen(module_of(shards[1], shards_at_once=2).train_dataloader())
+    assert seen(module_of(shards[1], shards_at_once=2, workers=2).train_dataloader()) == whole
+    parts = [seen(module_of(shards[1], shards_at_once=2, part=part, parts=2).train_dataloader()) for part in (0, 1)]
+    assert [(a + b, c + d) for (a, c), (b, d) in zip(*parts, strict=True)] == whole
+    assert len(whole) == 3  # of 15 images, 3 being for validation
+
+
+def test_goes_on_at_a_sample(shards):
+    module = module_of(shards[1], shards_at_once=2)
+    whole = seen(module.train_dataloader())
+    module.train_sampler.start_batch = 2
+    assert seen(module.train_dataloader()) == whole[2:]
+
+
+def test_few_shards_at_a_time():
+    blocks = np.repeat(np.arange(10), 20)
+    sampler = EpochBatchSampler(200, 40, seed=1, blocks=blocks, blocks_at_once=2)
+    orders = []
+    for epoch in (0, 1):
+        sampler.set_epoch(epoch)
+        batches = [[index for _, index in batch] for batch in sampler]
+        assert all(len(set(blocks[batch])) == 2 for batch in batches)
+        assert sorted(index for batch in batches for index in batch) == list(range(200))
+        orders.append(batches)
+    assert orders[0] != orders[1] and orders[0][0] != sorted(orders[0][0])
+
+
+def test_a_damaged_member_is_replaced_and_named(shards):
+    images = load_shards(shards[1]).train.images
+    with open(images.paths[0], "rb+") as file:
+        file.seek(images.offsets[0])
+        file.write(b"\0" * images.sizes[0])
+    (shards[1] / "index-train.npz").unlink()
+    damaged = [place for batch in module_of(shards[1]).train_dataloader() for place in batch.damaged]
+    assert set(damaged) <= {images.place(0)}
+    with pytest.raises(UserError, match=r"train-000000\.tar/0.*cannot be read as an image"):
+        images.read(0)
+
+
+def test_another_shard_is_seen_without_a_new_index(shards):
+    before = len(load_shards(shards[1]).train)
+    (shards[1] / "train-000004.tar").unlink()
+    assert len(load_shards(shards[1]).train) < before
+
+
+@pytest.mark.parametrize(
+    ("members", "line"),
+    [
+        ({"1.png": b"x"}, "sample 1 has no label"),
+        ({"1.cls": b"0"}, "sample 1 has no image"),
+        ({"1.png": b"x", "1.cls": b"ant"}, "1.cls: holds 'ant'"),
+    ],
+)
+def test_malformed_shards_are_named(tmp_path, members, line):
+    for split in ("train", "val"):
+        add(tmp_path / f"{split}-0.tar", members)
+    with pytest.raises(UserError, match=f"train-0.tar.*{line}"):
+        load_shards(tmp_path)
+
+
+def test_a_truncated_shard_is_named(shards):
+    path = shards[1] / "train-000001.tar"
+    path.write_bytes(path.read_bytes()[:700])
+    with pytest.raises(UserError, match=r"train-000001\.tar"):
+        load_shards(shards[1])
+
+
+def test_no_shards(tmp_path, capsys):
+    with pytest.raises(UserError, match="make_shards"):
+        load_shards(tmp_path)
+    assert main([str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert "must hold train" in capsys.readouterr().err and not (tmp_path / "out").exists()

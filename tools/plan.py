@@ -1,0 +1,5 @@
+"""Memory and time of a config on many GPUs: `python tools/plan.py --config X.yaml --gpus 64`; --help tells more."""
+
+from vmoe.cli.plan import main
+
+raise SystemExit(main())

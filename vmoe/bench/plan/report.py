@@ -1,0 +1,110 @@
+"""Plans as rows of a table and as pictures."""
+
+from dataclasses import asdict
+from typing import Any
+
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+from numpy import linspace
+
+from vmoe.bench.figure import INK, MUTED, dress, new_figure
+from vmoe.bench.plan.planner import Plan
+from vmoe.bench.report import Column, Row
+
+GIB = 2**30
+_PARTS = {
+    "parameters": "#1879c1",
+    "gradients": "#6fb1e0",
+    "optimizer": "#e07b00",
+    "average": "#f3b562",
+    "activations": "#3a8f5c",
+    "buffers": "#9aa3aa",
+}
+_SHARES = {"compute": "#3a8f5c", "memory": "#6fb1e0", "network": "#e07b00", "host": "#9aa3aa"}
+_SHOWN = 14  # layouts a picture
+
+COLUMNS = (
+    Column("layout", "layout"),
+    Column("step ms", "step_ms", ",.1f"),
+    Column("images/s", "images_per_second", ",.0f"),
+    *(Column(share, share, ".0%") for share in _SHARES),
+    Column("GB sent", "sent_gb", ",.2f"),
+    *(Column({"optimizer": "optimiser"}.get(part, part), f"{part}_gib", ",.2f") for part in _PARTS),
+    Column("peak GiB", "peak_gib", ",.1f"),
+    Column("not feasible", "missing"),
+)
+
+
+def plan_row(plan: Plan, images: int) -> Row:
+    """A plan as an entry of a table and of JSON; `images` are those of an update, of all processes."""
+    row: dict[str, Any] = {"layout": str(plan.layout), **plan.layout._asdict(), "missing": plan.missing}
+    if plan.times is not None:
+        step = plan.times.step
+        row |= {"step_ms": step * 1e3, "images_per_second": images / step, "sent_gb": plan.sent / 1e9}
+        row |= {share: seconds / step for share, seconds in asdict(plan.times).items()}
+    if plan.memory is not None:
+        row |= {f"{part}_gib": size / GIB for part, size in asdict(plan.memory).items()}
+        row["peak_gib"] = plan.memory.peak / GIB
+    return row
+
+
+def draw_plans(plans: list[Plan], usable: float, title: str) -> Figure:
+    """Two stacked bars a layout: a process's memory beside what can be used of it, and the time of an update."""
+    plans = [plan for plan in plans if plan.memory is not None][:_SHOWN]
+    figure = new_figure(10, 1.6 + 0.34 * len(plans), title)
+    memory, time = figure.subplots(1, 2, sharey=True)
+    names = [str(plan.layout) for plan in plans]
+    dress(memory, "memory of a process", "GiB", "")
+    dress(time, "time of an update", "ms", "")
+    _stack(memory, [{part: size / GIB for part, size in asdict(plan.memory).items()} for plan in plans], _PARTS)
+    _stack(time, [{share: s * 1e3 for share, s in asdict(plan.times).items()} for plan in plans], _SHARES)
+    memory.axvline(usable / GIB, color=INK, linewidth=1, linestyle="--")
+    memory.set_yticks(range(len(plans)), names)
+    memory.set_ylim(len(plans) - 0.4, -1.0)
+    memory.text(usable / GIB, -0.95, " usable", fontsize=7, color=INK, va="top")
+    for place, plan in enumerate(plans):
+        if plan.missing is not None:
+            memory.get_yticklabels()[place].set_color(MUTED)
+            time.text(plan.times.step * 1e3, place, "  does not fit", fontsize=7, color=MUTED, va="center")
+    time.margins(x=0.2)
+    for axes in (memory, time):
+        axes.grid(axis="y", visible=False)
+        axes.legend(
+            fontsize=7, frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.6 / len(plans) - 0.1)
+        )
+    return figure
+
+
+def draw_curves(rows: list[Row], title: str) -> Figure:
+    """Seconds of an update against the network's bandwidth, a line an `expert_size`, and what of it is waiting."""
+    figure = new_figure(10, 4.2, title)
+    axes = figure.subplots(1, 2)
+    layouts = list(dict.fromkeys(row["layout"] for row in rows))
+    colours = colormaps["viridis"](linspace(0, 0.9, len(layouts)))
+    for place, key, name in zip(axes, ("step_ms", "network"), ("time of an update", "waiting for it"), strict=True):
+        dress(place, name, "network, GB/s a GPU in one direction", "ms" if key == "step_ms" else "share of the time")
+        for layout, colour in zip(layouts, colours, strict=True):
+            points = [
+                (row["network_bandwidth"] / 1e9, row[key], row["missing"]) for row in rows if row["layout"] == layout
+            ]
+            dashed = {"linestyle": ":"} if points[0][2] else {}
+            label = f"{layout}, does not fit" if points[0][2] else layout
+            place.plot([x for x, *_ in points], [y for _, y, _ in points], color=colour, label=label, lw=1.6, **dashed)
+        place.set_xscale("log")
+        place.xaxis.set_major_formatter("{x:g}")
+    axes[0].set_yscale("log")
+    axes[0].yaxis.set_major_formatter("{x:,g}")
+    axes[1].set_ylim(bottom=0)
+    axes[1].yaxis.set_major_formatter(PercentFormatter(1, 0))
+    axes[0].legend(fontsize=7, frameon=False)
+    return figure
+
+
+def _stack(axes: Any, bars: list[dict[str, float]], colours: dict[str, str]) -> None:
+    for part, colour in colours.items():
+        values = [bar[part] for bar in bars]
+        if any(values):
+            lefts = [sum(bar[other] for other in list(colours)[: list(colours).index(part)]) for bar in bars]
+            label = {"optimizer": "optimiser"}.get(part, part)
+            axes.barh(range(len(bars)), values, 0.66, lefts, color=colour, label=label)

@@ -1,0 +1,214 @@
+"""What runs on a GPU in the place of operators that fake tensors on a CPU would take: same memory, same work.
+
+B images of N tokens, T = B*N tokens of width D; E experts of hidden width H (F before a gate), K choices; R rows of the
+buffer that experts compute; P processes among which experts are dealt out.
+"""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from vmoe.moe import moe_layers
+from vmoe.moe.experts import Experts, compute_dtype
+from vmoe.moe.kernels import composed, padded, rows, segments
+from vmoe.moe.kernels.interface import Choices, Mlp
+from vmoe.moe.mlps import Glu
+from vmoe.moe.parallel import DistributedExperts
+from vmoe.moe.routing import Routing, SlotRouting
+
+Charge = Callable[..., None]  # (kind, dtype, flops, bytes, calls)
+_ROWS_ALIGNMENT = 128  # of the fused kernels (`vmoe.moe.kernels.fused.ranks.ALIGNMENT`, which needs Triton)
+_MAX_SHARES = 1.15  # `vmoe.moe.kernels.fused.MAX_SHARES`
+
+
+class StandIns(TorchFunctionMode):
+    """While it is on, attention is flash attention, dropout one kernel, and experts are those of `expert_size`.
+
+    Args:
+        model: Whose experts are exchanged, for good.
+        charge: Told of the work of what is stood in for.
+        send: Told the bytes of each exchange between processes.
+        expert_size: Among how many processes experts are dealt out; None where a layer has them all.
+        like_gpu: Whether experts are those of the fused kernels; else those of the CPU stay.
+    """
+
+    def __init__(
+        self, model: nn.Module, charge: Charge, send: Callable[[int], None], expert_size: int | None, like_gpu: bool
+    ) -> None:
+        super().__init__()
+        self.charge, self.like_gpu = charge, like_gpu
+        for _, layer in moe_layers(model):
+            experts = layer.experts
+            if expert_size is not None:
+                experts.__class__ = _ExchangedExperts
+                experts.mesh = SimpleNamespace(size=lambda: expert_size)
+                experts.send = send
+            elif like_gpu:
+                experts.__class__ = _FusedExperts
+            experts.charge = charge
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
+            if mask is None:  # else torch takes another kernel
+                query, key, value = (*args, *(kwargs[name] for name in ("query", "key", "value")[len(args) :]))[:3]
+                return _attention(query, key, value, self.charge)
+        if func is F.dropout and self.like_gpu:
+            return _dropout(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    return torch.native_dropout(x, p, True)[0] if training and p > 0 else x
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, charge: Charge) -> Tensor:
+    if torch.is_autocast_enabled("cpu"):
+        query, key, value = (part.to(torch.get_autocast_dtype("cpu")) for part in (query, key, value))
+    return _FlashAttention.apply(query, key, value, charge)
+
+
+class _FlashAttention(torch.autograd.Function):
+    """(B, heads, N, width of a head) each: keeps query, key, value, result and a number a row."""
+
+    @staticmethod
+    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, charge: Charge) -> Tensor:
+        images, heads, tokens, width = query.shape
+        result = query.new_empty(images, tokens, heads, width).transpose(1, 2)
+        sums = query.new_empty(images, heads, tokens, dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, result, sums)
+        ctx.charge = charge
+        charge("attention", query.dtype, 4 * key.shape[2] * query.numel(), 4 * _bytes(query))
+        return result
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        query, key, value, *_ = ctx.saved_tensors
+        accumulated = query.new_empty(query.shape, dtype=torch.float32)
+        grads = tuple(part.new_empty(part.shape) for part in (query, key, value))
+        moved = 8 * _bytes(query) + 2 * _bytes(accumulated)
+        ctx.charge("attention", query.dtype, 10 * key.shape[2] * query.numel(), moved, 3)
+        return *grads, None
+
+
+class _FusedExperts(Experts):
+    """Experts as `vmoe.moe.kernels.fused` computes them."""
+
+    def forward(self, x_TD: Tensor, routing: Routing | SlotRouting) -> Tensor:
+        if not isinstance(routing, Routing):
+            return super().forward(x_TD, routing)
+        dtype = compute_dtype(x_TD)
+        mlp, choices = self._mlp(dtype), Choices.of(routing)
+        if not _is_fused(mlp):
+            backend = segments if choices.capacity is None else padded
+            return backend.expert_mlp(x_TD, choices, mlp)
+        casts = [weight.detach().to(dtype) for weight in (mlp.weight1, mlp.weight2)]
+        num_rows = _rows_of(choices, mlp.weight1.shape[0])
+        learned = (mlp.weight1, mlp.bias1, mlp.weight2, mlp.bias2)
+        return _FusedMlp.apply(x_TD, choices.weights_TK, *learned, *casts, mlp, num_rows, self.charge)
+
+
+def _is_fused(mlp: Mlp) -> bool:
+    """As `vmoe.moe.kernels.fused.what_it_lacks`, which needs Triton."""
+    function = mlp.activation.act if isinstance(mlp.activation, Glu) else mlp.activation
+    return isinstance(function, nn.GELU | nn.SiLU) and mlp.norm is None and mlp.dropout == 0
+
+
+def _rows_of(choices: Choices, num_experts: int) -> int:
+    """R: equal shares where a capacity bounds them well, else room for every choice."""
+    chosen = choices.chosen_TK.numel()
+    if choices.capacity is not None:
+        share = _aligned(choices.groups.count * choices.capacity)
+        if num_experts * share <= _MAX_SHARES * chosen + num_experts * _ROWS_ALIGNMENT:
+            return num_experts * share
+    return _aligned(chosen) + num_experts * _ROWS_ALIGNMENT
+
+
+def _aligned(count: int) -> int:
+    return -(-count // _ROWS_ALIGNMENT) * _ROWS_ALIGNMENT
+
+
+class _FusedMlp(torch.autograd.Function):
+    """Dispatch, both layers and combine; memory as in `vmoe.moe.kernels.fused.mlp`."""
+
+    @staticmethod
+    def forward(ctx, x_TD, weights_TK, weight1, bias1, weight2, bias2, cast1, cast2, mlp: Mlp, num_rows: int, charge):
+        (_, width_F, width_D), (_, width_O, width_H) = weight1.shape, weight2.shape
+        x_RD, pre_RF = cast1.new_empty(num_rows, width_D), cast1.new_empty(num_rows, width_F)
+        act_RH, y_RO = cast1.new_empty(num_rows, width_H), cast1.new_empty(num_rows, width_O)
+        y_TO = cast1.new_empty(x_TD.shape[0], width_O)
+        choice_R = x_TD.new_empty(num_rows, dtype=torch.int32)
+        kept = [act_RH] if not mlp.recompute else []
+        ctx.save_for_backward(x_TD, weights_TK, weight1, weight2, cast1, cast2, x_RD, pre_RF, y_RO, choice_R, *kept)
+        ctx.biases, ctx.recompute, ctx.charge = (bias1, bias2), mlp.recompute, charge
+        ctx.is_gated = isinstance(mlp.activation, Glu)
+        products = 2 * num_rows * (width_D * width_F + width_H * width_O)
+        # Their traffic is hidden, as measured; and the router's operators, as traced, are more than its kernels: calls
+        # of the experts' kernels are counted with those
+        charge("products", cast1.dtype, products, 0, 0)
+        elementwise = _bytes(x_TD) + sum(map(_bytes, (x_RD, pre_RF, act_RH, y_RO, y_TO)))
+        charge("other", cast1.dtype, 0, elementwise, 0)
+        return y_TO
+
+    @staticmethod
+    def backward(ctx, grad_TO: Tensor):
+        x_TD, weights_TK, weight1, weight2, cast1, cast2, x_RD, pre_RF, y_RO, *_ = ctx.saved_tensors
+        grads_of_weights = torch.empty_like(weight1), torch.empty_like(weight2)
+        grads_of_biases = [None if bias is None else torch.empty_like(bias) for bias in ctx.biases]
+        grad_RO, grad_weights = torch.empty_like(y_RO), torch.empty_like(weights_TK)
+        hidden_RH = pre_RF.new_empty(pre_RF.shape[0], weight2.shape[2])
+        grad_pre_RF = torch.empty_like(pre_RF) if ctx.is_gated else hidden_RH
+        products = 4 * (x_RD.shape[0] * (cast1[0].numel() + cast2[0].numel()))
+        ctx.charge("products", cast1.dtype, products, 0, 0)
+        again = _bytes(hidden_RH) + _bytes(pre_RF) if ctx.recompute else 0
+        weights = sum(map(_bytes, grads_of_weights))
+        elementwise = _bytes(grad_TO) + 3 * _bytes(y_RO) + 3 * _bytes(pre_RF) + again + _bytes(grad_RO) + weights
+        del hidden_RH, grad_pre_RF
+        grad_x = torch.empty_like(x_TD)
+        ctx.charge("other", cast1.dtype, 0, elementwise + _bytes(grad_x), 0)
+        grad1, grad2 = grads_of_weights
+        return grad_x, grad_weights, grad1, grads_of_biases[0], grad2, grads_of_biases[1], *(None,) * 5
+
+
+class _ExchangedExperts(DistributedExperts):
+    """Experts dealt out among processes; only the network is left out."""
+
+    send: Callable[[int], None]
+
+    def _uneven(self, x_RD: Tensor, counts_E: Tensor, mlp: Mlp) -> Tensor:
+        # With a fair load: as many rows arrive as leave
+        x_RD = self._exchange(x_RD, [], [])
+        own = mlp.weight1.shape[0]
+        order_R = torch.arange(x_RD.shape[0])
+        layout = rows.Layout(order_R, order_R, torch.arange(1, own + 1, dtype=torch.int32) * (x_RD.shape[0] // own))
+        y_RD = composed.two_layers(x_RD[order_R], mlp, layout, segments.linear)
+        return self._exchange(y_RD[order_R], [], [])
+
+    def _exchange(self, x_RD: Tensor, arriving: list[int], sent: list[int]) -> Tensor:
+        return _Exchange.apply(x_RD.contiguous(), self.send)
+
+    def _local(self, parameter: Tensor | None) -> Tensor | None:
+        return parameter
+
+
+class _Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_RD: Tensor, send: Callable[[int], None]) -> Tensor:
+        ctx.send = send
+        send(_bytes(x_RD))
+        return torch.empty_like(x_RD)
+
+    @staticmethod
+    def backward(ctx, grad_RD: Tensor):
+        ctx.send(_bytes(grad_RD))
+        return torch.empty_like(grad_RD), None
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

@@ -1,0 +1,133 @@
+"""The planner against one GPU: peak memory and time of a step, predicted and measured."""
+
+import statistics
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from vmoe.bench.plan.hardware import Machine
+from vmoe.bench.plan.layouts import Layout
+from vmoe.bench.plan.planner import Plan, Workload, make_plans
+from vmoe.bench.report import Column, Row
+from vmoe.bench.timing import Job, Say, reason_of_failure, release, time_calls
+from vmoe.checkpoints import build_model
+from vmoe.moe import MoeConfig, auxiliary_loss
+
+MODELS = ("vit_small_patch16_224", "vit_base_patch16_224", "vit_large_patch16_224")
+EXPERTS = (0, 8, 32)
+BATCHES = (64, 256)
+COLUMNS = (
+    Column("model", "model"),
+    Column("experts", "experts"),
+    Column("images", "images"),
+    Column("GiB predicted", "predicted_gib", ".2f"),
+    Column("measured", "measured_gib", ".2f"),
+    Column("ratio", "memory_ratio", ".2f"),
+    Column("ms predicted", "predicted_ms", ".1f"),
+    Column("by table", "table_ms", ".1f"),
+    Column("measured", "measured_ms", ".1f"),
+    Column("ratio", "time_ratio", ".2f"),
+    Column("by table", "table_ratio", ".2f"),
+    Column("compute", "compute", ".0%"),
+    Column("memory", "memory", ".0%"),
+    Column("host", "host", ".0%"),
+)
+
+
+class Case(NamedTuple):
+    """A model and a batch."""
+
+    model: str
+    experts: int
+    images: int
+
+    def workload(self, image_size: int, dtype: torch.dtype) -> Workload:
+        """Every second block has an MoE layer with K=2, where there are experts."""
+        moe = None
+        if self.experts:
+            moe = MoeConfig(layers="every-2", num_experts=self.experts, top_k=2, batch_priority=True)
+        return Workload(self.model, {}, moe, 1000, image_size, self.images, dtype=dtype)
+
+
+def compare(
+    cases: Iterable[Case], image_size: int, table: Machine, measured: Machine, device: torch.device,
+    dtype: torch.dtype, say: Say,
+) -> Iterable[Row]:  # fmt: skip
+    """A row for each case.
+
+    Args:
+        cases: What to run; one that does not fit is a row that says so.
+        image_size: Side in pixels.
+        table: The machine's rates by the table.
+        measured: Its own.
+        device: It.
+        dtype: Of autocast.
+        say: Told what is done.
+    """
+    for case in cases:
+        name = f"{case.model}, E={case.experts}, {case.images} images"
+        say(f"plans {name}")
+        workload = case.workload(image_size, dtype)
+        plan, by_table = (make_plans(workload, [Layout("none", 1)], machine, 1.0)[0] for machine in (measured, table))
+        say(f"runs {name}")
+        yield _row(case, plan, by_table, *_measured(workload, device, name))
+        release(device)
+
+
+def _row(case: Case, plan: Plan, by_table: Plan, gib: float | None, ms: float | None, error: str | None) -> Row:
+    predicted, step, table = plan.memory.peak / 2**30, plan.times.step * 1e3, by_table.times.step * 1e3
+    row = case._asdict() | {
+        "predicted_gib": predicted,
+        "predicted_ms": step,
+        "table_ms": table,
+        "measured_gib": gib,
+        "measured_ms": ms,
+        "memory_ratio": predicted / gib if gib else None,
+        "time_ratio": step / ms if ms else None,
+        "table_ratio": table / ms if ms else None,
+        "planned_not_to_fit": plan.missing is not None,
+    }
+    row |= {share: getattr(plan.times, share) / plan.times.step for share in ("compute", "memory", "host")}
+    return row if error is None else row | {"error": error}
+
+
+def _measured(workload: Workload, device: torch.device, name: str) -> tuple[float | None, float | None, str | None]:
+    """GiB at most, ms a step, and why there are none."""
+    release(device)
+    on_gpu = device.type == "cuda"
+    before = torch.cuda.memory_allocated(device) if on_gpu else 0
+    try:
+        step = _training_step(workload, device)
+        for _ in range(2):
+            step()
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(device)
+        ms = statistics.median(time_calls(step, device, 2) for _ in range(4))
+        gib = (torch.cuda.max_memory_allocated(device) - before) / 2**30 if on_gpu else None
+        return gib, ms, None
+    except Exception as error:  # such as a lack of memory: the other cases go on
+        return None, None, reason_of_failure(name, error, device)
+
+
+def _training_step(workload: Workload, device: torch.device) -> Job:
+    """A step as the trainer orders it: the old gradients go after the forward pass."""
+    with device:
+        model = build_model(workload.name, workload.kwargs, workload.moe, workload.classes, workload.image_size)
+        images = torch.randn(workload.batch, 3, workload.image_size, workload.image_size)
+        labels = torch.randint(workload.classes, (workload.batch,))
+    model.train()
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+    enabled = workload.dtype != torch.float32
+
+    def step():
+        with torch.autocast(device.type, workload.dtype, enabled=enabled):
+            loss = F.cross_entropy(model(images), labels) + auxiliary_loss(model)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+
+    return step

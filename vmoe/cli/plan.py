@@ -1,0 +1,281 @@
+"""`vmoe plan`: what a run would need and take on hardware that is not here."""
+
+import argparse
+import csv
+import dataclasses
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vmoe.bench.figure import save
+from vmoe.bench.plan.hardware import GPUS, NETWORKS, Machine, gpu_of_this_machine, network_bandwidth
+from vmoe.bench.plan.layouts import Layout
+from vmoe.bench.plan.planner import Plan, Traces, Workload, layouts_for, make_plans
+from vmoe.bench.plan.report import COLUMNS, draw_curves, draw_plans, plan_row
+from vmoe.bench.report import Row, markdown_table
+from vmoe.cli.common import run
+from vmoe.cli.options import choose_device, count, new_parser
+from vmoe.data.config import DEFAULTS
+from vmoe.errors import UserError
+from vmoe.files import atomic_write, write_json
+from vmoe.training.config import TrainConfig
+from vmoe.training.parallel import check_parts
+from vmoe.training.processes import Place
+
+_DESCRIPTION = """\
+Predicts, from a config alone, what each process needs and how long a step takes on many GPUs, for every way to spread
+the model: ddp, fsdp, and expert with each expert_size. Nothing is trained, and no GPU is needed.
+
+  vmoe plan --config configs/imagenet_vmoe_s16.yaml --gpus 64 --gpu h100-80g --network ib-400
+  vmoe plan --config configs/imagenet_vmoe_s16.yaml --gpus 8 --data.batch_size 1024 --moe.num_experts 32
+
+Options of the config can follow by their dotted names. Layouts come best first, those that are not feasible last, with
+what is missing. Shares of the time: compute (products, attention), memory (all else, the update included), network
+(what no computing hides), host (by which the host is slower than the GPU). GB sent: by one process in one update.
+
+--measure instead runs models on the GPU here and compares peak memory and time of a step with the predictions, by the
+table's rates and by the GPU's own, measured first.
+
+  vmoe plan --measure
+
+Writes plan.json, plan.md and plan.png, with --curves plan_curves.json and plan_curves.png; or measured.csv,
+measured.json and measured.md.
+"""
+_CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100, "imagenette": 10, "imagenet": 1000}
+_USUAL_NETWORK = "ib-400"
+_BANDWIDTHS = [2**step * 1e9 for step in range(8)]  # of curves, bytes/s of a GPU
+_DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the job with `argv`; returns its exit code."""
+    return run(_plan, argv)
+
+
+def _plan(argv: list[str]) -> int:
+    options, rest = command_line().parse_known_args(argv)
+    if options.measure:
+        if rest:
+            raise UserError(f"{rest[0]}: no such option with --measure; see `vmoe plan --help`")
+        return _measure(options, argv)
+    if options.config is None:
+        raise UserError("--config: give a recipe, such as configs/digits.yaml, or --measure")
+    from vmoe.cli.train import parse
+
+    config = parse(["--config", options.config, *rest])
+    machine, network = Machine.of(options.gpu), network_bandwidth(options.network)
+    workload = workload_of(config, options.classes)
+    traces: Traces = {}
+    plans = plans_of(config, workload, options.gpus, machine, network, traces)
+    images = workload.batch * workload.accumulate
+    rows = [plan_row(plan, images) for plan in plans]
+    place = f"{options.gpus} x {options.gpu}, {options.network}"
+    experts = "dense" if workload.moe is None else f"E={workload.moe.num_experts}"
+    title = f"{options.config}: {workload.name}, {experts}, {images} images an update, {place}"
+    table = f"## {title}\n\n{markdown_table(COLUMNS, rows)}"
+    print(table + "\n")
+    if not any(plan.missing is None for plan in plans):
+        print("no layout is feasible: more GPUs, a smaller data.batch_size or larger memory would help\n")
+    content = {
+        "command": shlex.join(["vmoe", "plan", *argv]),
+        "config": options.config,
+        "gpus": options.gpus,
+        "machine": dataclasses.asdict(machine),
+        "source": GPUS[options.gpu].source if options.gpu in GPUS else None,
+        "network": {"name": options.network, "bytes_per_second": network, "source": NETWORKS[options.network].source},
+        "images": images,
+        "rows": rows,
+    }
+    write_json(options.out / "plan.json", content)
+    _write_text(options.out / "plan.md", table)
+    drawn = [plan for plan in plans if plan.memory is not None]
+    if drawn:
+        save(draw_plans(drawn, machine.memory, title), options.out / "plan.png")
+    print(f"plan.json, plan.md{' and plan.png' if drawn else ''} in {options.out}")
+    if options.curves:
+        curves = []
+        for bandwidth in _BANDWIDTHS:
+            again = plans_of(config, workload, options.gpus, machine, bandwidth, traces)
+            curves += [plan_row(plan, images) | {"network_bandwidth": bandwidth} for plan in again if plan.memory]
+        curves.sort(key=lambda row: (row["strategy"] == "expert", row["expert_size"], row["strategy"]))
+        write_json(options.out / "plan_curves.json", content | {"rows": curves})
+        save(draw_curves(curves, title.removesuffix(f", {options.network}")), options.out / "plan_curves.png")
+        print(f"plan_curves.json and plan_curves.png in {options.out}")
+    return 0
+
+
+def workload_of(config: TrainConfig, classes: int | None = None) -> Workload:
+    """What the planner needs of a run's config.
+
+    Args:
+        config: The run.
+        classes: Their number, where the data set does not tell; None takes the set's own, or 1000.
+    """
+    data, trainer = config.data, config.trainer
+    own = len(data.subset.classes) if data.subset.classes else _CLASSES.get(data.name, 1000)
+    return Workload(
+        config.model.name,
+        dict(config.model.kwargs),
+        config.moe,
+        classes or own,
+        data.image_size or DEFAULTS[data.name].image_size or 32,
+        data.batch_size,
+        trainer.accumulate,
+        _DTYPES[trainer.precision],
+        data.mix.is_on,
+        moments=1 if config.optim.name == "muon" else 2,  # of the matrices, which are nearly all
+        has_average=trainer.ema_decay is not None,
+    )
+
+
+def plans_of(
+    config: TrainConfig,
+    workload: Workload,
+    processes: int,
+    machine: Machine,
+    network: float,
+    traces: Traces | None = None,
+) -> list[Plan]:
+    """Plans of every layout of so many processes, the best first; see `make_plans`."""
+
+    def refusal(layout: Layout) -> str | None:
+        try:
+            check_parts(_with(config, layout), workload.batch, processes)
+        except (UserError, ValueError) as error:
+            return str(error)
+        return None
+
+    return make_plans(workload, layouts_for(processes, config.moe), machine, network, refusal, traces)
+
+
+def resolved(config: TrainConfig, place: Place) -> tuple[TrainConfig, str | None]:
+    """The config with what `parallel.strategy: auto` means here, and why; None for one process.
+
+    Raises:
+        UserError: no layout is feasible.
+    """
+    if place.count == 1:
+        return _with(config, Layout("none", 1)), None
+    name = "cpu" if config.trainer.device == "cpu" else gpu_of_this_machine()
+    machine = dataclasses.replace(Machine.of(name), count=place.local_count)
+    if name == "cpu":  # whose memory all share
+        machine = dataclasses.replace(machine, memory=machine.memory / place.local_count)
+    plans = plans_of(config, workload_of(config), place.count, machine, network_bandwidth(_USUAL_NETWORK))
+    best = plans[0]
+    if best.missing is not None:
+        raise UserError(f"parallel.strategy=auto: no layout of {place.count} processes will do; {best.missing}")
+    return _with(config, best.layout), f"parallel.strategy auto: {_reason(best, plans[1:], machine)}"
+
+
+def _reason(best: Plan, others: list[Plan], machine: Machine) -> str:
+    """One line: what was chosen, and the nearest of what was not."""
+    line = (
+        f"{best.layout}, by prediction {best.times.step * 1e3:,.0f} ms a step and "
+        f"{best.memory.peak / 2**30:.1f} of {machine.memory / 2**30:.1f} GiB"
+    )
+    slower = [f"{plan.layout} {plan.times.step * 1e3:,.0f} ms" for plan in others if plan.missing is None]
+    too_large = [str(plan.layout) for plan in others if plan.missing is not None]
+    rest = [*slower[:2], *([f"not feasible: {', '.join(too_large[:3])}"] if too_large else [])]
+    return line + (f" ({'; '.join(rest)})" if rest else "")
+
+
+def _with(config: TrainConfig, layout: Layout) -> TrainConfig:
+    parallel = dataclasses.replace(config.parallel, strategy=layout.strategy, expert_size=layout.expert_size)
+    return dataclasses.replace(config, parallel=parallel)
+
+
+def _measure(options: argparse.Namespace, argv: list[str]) -> int:
+    from vmoe.bench.plan import truth
+    from vmoe.bench.plan.probes import measure_machine
+    from vmoe.training.summary import device_name, versions
+
+    start = time.monotonic()
+    device = choose_device(options.device)
+    on_gpu = device.type == "cuda"
+    table = Machine.of(gpu_of_this_machine() if on_gpu else "cpu")
+
+    def say(line: str) -> None:
+        print(f"{time.monotonic() - start:6.1f} s  {line}", file=sys.stderr, flush=True)
+
+    say("measures the rates")
+    measured = measure_machine(table, device)
+    cases = [
+        truth.Case(model, experts, images)
+        for model in options.models or truth.MODELS
+        for experts in options.experts
+        for images in options.images
+    ]
+    header = {
+        "command": shlex.join(["vmoe", "plan", *argv]),
+        "device": device_name(device),
+        "versions": versions(),
+        "table": dataclasses.asdict(table),
+        "measured": dataclasses.asdict(measured),
+    }
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    rows = []
+    for row in truth.compare(cases, options.image_size, table, measured, device, dtype, say):
+        rows.append(row)
+        write_json(options.out / "measured.json", header | {"rows": rows})  # kept, should the GPU stop
+    _write_csv(options.out / "measured.csv", rows)
+    text = f"{header['device']}\n\n{markdown_table(truth.COLUMNS, rows)}\n\n{_rates(table, measured)}"
+    print(text + "\n")
+    _write_text(options.out / "measured.md", f"`{header['command']}`\n\n{text}")
+    print(f"measured.csv, measured.json and measured.md in {options.out}; {time.monotonic() - start:.0f} s")
+    return 0
+
+
+def _rates(table: Machine, measured: Machine) -> str:
+    units = {"products": 1e12, "products32": 1e12, "attention": 1e12, "bandwidth": 1e9, "elementwise": 1e9,
+             "update": 1e9, "host_call": 1e-6}  # fmt: skip
+    names = {1e12: "TFLOP/s", 1e9: "GB/s", 1e-6: "us"}
+    lines = ["rate | measured | by table", "---|---:|---:"]
+    for name, unit in units.items():
+        values = (f"{getattr(machine, name) / unit:.4g} {names[unit]}" for machine in (measured, table))
+        lines.append(" | ".join([name, *values]))
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def _write_csv(path: Path, rows: list[Row]) -> None:
+    columns: dict[str, Any] = dict.fromkeys(key for row in rows for key in row)
+    with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(columns))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _write_text(path: Path, text: str) -> None:
+    with atomic_write(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def command_line() -> argparse.ArgumentParser:
+    """The parser of `vmoe plan`; what it does not know may be options of the config."""
+    parser = new_parser("plan", _DESCRIPTION)
+    add = parser.add_argument
+    add("--config", metavar="YAML", help="a recipe, such as configs/digits.yaml")
+    add("--gpus", type=count, default=8, metavar="N", help="processes, one a GPU (default: %(default)s)")
+    add("--gpu", default="h100-80g", metavar="NAME", help=f"{', '.join(GPUS)} or cpu (default: %(default)s)")
+    add("--network", default=_USUAL_NETWORK, metavar="NAME", help=f"{', '.join(NETWORKS)} (default: %(default)s)")
+    line = "number of classes, where the data set does not tell (default: 1000)"
+    add("--curves", action="store_true", help="also the time against the network's bandwidth, for every layout")
+    add("--classes", type=count, metavar="N", help=line)
+    out = Path("runs/plan")
+    add("--out", type=Path, default=out, metavar="DIR", help="where results go (default: %(default)s)")
+    from vmoe.bench.plan import truth
+
+    group = parser.add_argument_group("measuring")
+    add = group.add_argument
+    add("--measure", action="store_true", help="compare predictions with the GPU here")
+    add("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    add("--models", nargs="+", metavar="NAME", help="of timm (default: ViT-S/16, B/16 and L/16)")
+    line = "of a layer, 0 for dense (default: 0 8 32)"
+    add("--experts", nargs="+", type=int, default=list(truth.EXPERTS), metavar="E", help=line)
+    line = "of a step (default: 64 256)"
+    add("--images", nargs="+", type=count, default=list(truth.BATCHES), metavar="B", help=line)
+    add("--image-size", type=count, default=224, metavar="PIXELS", help="side (default: %(default)s)")
+    return parser
