@@ -1,5 +1,7 @@
 """`vmoe sweep`: a study's arms and seeds, each trained in a process of its own."""
 
+import copy
+import functools
 import signal
 import subprocess
 import sys
@@ -11,7 +13,7 @@ import yaml
 
 from vmoe.cli.main import main as vmoe_main
 from vmoe.cli.sweep import main
-from vmoe.cli.train import parse
+from vmoe.training.config import TrainConfig, from_plain
 from vmoe.training.sweep import read_study
 
 STUDIES = sorted((Path(__file__).parents[2] / "configs" / "studies").glob("*.yaml"))
@@ -32,12 +34,18 @@ def study(tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
-def test_every_study_parses(path, tmp_path):
-    runs = read_study(path, tmp_path)
-    configs = {run.arm: parse(list(run.arguments[1:])) for run in runs}
-    assert len({repr((config.moe, config.model, config.data, config.trainer)) for config in configs.values()}) == len(
-        configs
-    )
+def test_every_study_holds_valid_recipes(path, tmp_path):
+    study = yaml.safe_load(path.read_text())
+    base = yaml.safe_load((path.parent / study["config"]).read_text())
+    configs = {}
+    for arm, options in study["arms"].items():
+        plain = copy.deepcopy(base)
+        for name, value in options.items():
+            *sections, last = name.split(".")
+            functools.reduce(lambda inner, section: inner.setdefault(section, {}), sections, plain)[last] = value
+        configs[arm] = repr(from_plain(TrainConfig, plain))
+    assert len(set(configs.values())) == len(configs)  # no arm is another's copy
+    assert len(read_study(path, tmp_path)) == len(configs) * len(study["seeds"])
     assert f"python tools/sweep.py configs/studies/{path.name}" in path.read_text().partition("config:")[0]
 
 
