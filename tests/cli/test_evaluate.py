@@ -4,8 +4,11 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from vmoe.analysis.ensemble import Ensemble
+from vmoe.checkpoints import load_checkpoint
 from vmoe.cli.evaluate import main
 
 MOE = {"num_experts": 4, "top_k": 2}
@@ -133,3 +136,27 @@ def test_a_capacity_that_leaves_no_place_is_one_line(save_run, capsys):
     assert main([run, "--capacity-factor", "0.01"]) == 2
     error = capsys.readouterr().err.strip()  # behind the end of the progress bar
     assert error.startswith("vmoe evaluate: error: capacity_factor=0.01: ") and "\n" not in error
+
+
+def test_an_ensemble_answers_with_the_mean_of_probabilities(save_run, tmp_path, capsys):
+    one, other = save_run("one", moe=MOE), save_run("other")
+    models = [load_checkpoint(run).model for run in (one, other)]
+    images = torch.randn(5, 3, 16, 16)
+    with torch.no_grad():
+        mean = torch.stack([model(images).softmax(-1) for model in models]).mean(0)
+        torch.testing.assert_close(Ensemble(models)(images).exp(), mean)
+
+    out = tmp_path / "out"
+    assert main([str(one), "--ensemble-with", str(other), "--out", str(out)]) == 0
+    report = json.loads((out / "evaluation.json").read_text())
+    assert report["ensemble_with"] == [str(other)]
+    assert list(report["results"][0]["layers"]) == ["members.0.blocks.1.mlp", "members.0.blocks.3.mlp"]
+    assert not (one / "evaluation.json").exists()
+
+    capsys.readouterr()
+    for arguments, reason in (
+        ([str(save_run("letters", class_names=tuple("abcdefghij")))], "has other class names than"),
+        ([str(other), "--probe", "knn"], "an ensemble has no features"),
+    ):
+        assert main([str(one), "--ensemble-with", *arguments]) == 2
+        assert reason in capsys.readouterr().err

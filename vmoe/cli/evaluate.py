@@ -1,8 +1,10 @@
 """`vmoe evaluate`: measures a checkpoint on a data set."""
 
 import argparse
+import dataclasses
 import statistics
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -10,6 +12,9 @@ from vmoe.cli.common import run
 from vmoe.cli.inputs import Tracked, load_data
 from vmoe.cli.options import capacity_factor, choose_device, new_parser
 from vmoe.errors import UserError
+
+if TYPE_CHECKING:
+    from vmoe.checkpoints import Checkpoint
 
 _DESCRIPTION = """\
 Measures a checkpoint: top-1, top-5, negative log-likelihood, calibration error, the accuracy of each class, the
@@ -22,6 +27,7 @@ folder, or beside a checkpoint that stands in none; a second evaluation replaces
   vmoe evaluate runs/digits
   vmoe evaluate runs/digits/checkpoints/last.ckpt --capacity-factor 0.5 1 inf --top-k 1 2 --out sweep
   vmoe evaluate runs/digits --probe knn linear few-shot --shots 10
+  vmoe evaluate runs/seed0 --ensemble-with runs/seed1 runs/seed2
   vmoe evaluate runs/cifar10 --corruptions --severities 1 3 5
   vmoe evaluate runs/cifar10 --data npz --root cifar10.1.npz --json shifted.json
 """
@@ -54,12 +60,18 @@ def _evaluate(argv: list[str]) -> None:
     corruptions = _chosen_corruptions(options.corruptions)
     device = choose_device(options.device)
     checkpoint = load_checkpoint(options.checkpoint, device)
+    if options.ensemble_with:
+        checkpoint = _ensemble(checkpoint, [load_checkpoint(path, device) for path in options.ensemble_with])
     data = load_data(checkpoint, options)
     loader = data.val_dataloader() if options.split == "val" else data.test_dataloader()
     what = f"{options.split} set of {data.config.name}"
     sweep = (options.capacity_factor, options.top_k, device)
     results = list(evaluate_sweep(checkpoint.model, Tracked(loader, what), len(checkpoint.class_names), *sweep))
-    report = _report(checkpoint, data, options.split, device) | {"results": [result.as_dict() for result in results]}
+    report = _report(checkpoint, data, options.split, device)
+    report |= {
+        "ensemble_with": list(map(str, options.ensemble_with)),
+        "results": [result.as_dict() for result in results],
+    }
 
     console = Console()
     console.print(summary_table(results, f"{checkpoint.path} · {what}"))
@@ -85,6 +97,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = new_parser("evaluate", _DESCRIPTION)
     add = parser.add_argument
     add("checkpoint", metavar="CKPT", help="a .ckpt file, or a run's folder (its best checkpoint)")
+    line = "measure the ensemble of CKPT and these: the mean of their class probabilities"
+    add("--ensemble-with", nargs="+", default=[], metavar="CKPT", help=line)
     add("--split", choices=("test", "val"), default="test", help="which part (default: test)")
     line = "measure at each of these; inf drops nothing (default: the checkpoint's own)"
     add("--capacity-factor", nargs="+", type=capacity_factor, metavar="F", help=line)
@@ -115,7 +129,24 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _ensemble(first: "Checkpoint", others: "list[Checkpoint]") -> "Checkpoint":
+    """The first checkpoint with the models of all of them in place of its own.
+
+    Raises:
+        UserError: they do not take the same images or know the same classes.
+    """
+    from vmoe.analysis.ensemble import Ensemble
+
+    for other in others:
+        for name in ("class_names", "image_size", "mean", "std"):
+            if getattr(other, name) != getattr(first, name):
+                raise UserError(f"--ensemble-with {other.path}: has other {name.replace('_', ' ')} than {first.path}")
+    return dataclasses.replace(first, model=Ensemble([first.model, *(other.model for other in others)]).eval())
+
+
 def _check_dependent_options(options: argparse.Namespace) -> None:
+    if options.probe and options.ensemble_with:
+        raise UserError("--probe: an ensemble has no features; leave --ensemble-with out")
     for option, value in (("--shots", options.shots), ("--shot-seeds", options.shot_seeds)):
         if value is not None and "few-shot" not in options.probe:
             raise UserError(f"{option}: has no effect without --probe few-shot; add that or leave it out")
