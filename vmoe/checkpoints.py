@@ -25,9 +25,11 @@ from vmoe.checkpoint_folders import is_sharded, read_folder, read_plain_part
 from vmoe.errors import UserError
 from vmoe.files import atomic_write, replace
 from vmoe.moe import MoeConfig
+from vmoe.moe.int8 import dequantise
 
 FORMAT_VERSION = 1
 ENTRY = "vmoe"
+SCALE = "_scale"  # follows the name of a weight stored as int8 in that of its scales
 _MODEL_PREFIX = "model."
 # Arguments of timm that would fetch or open other files: a checkpoint brings its own weights.
 _FETCHING_ARGUMENTS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
@@ -189,11 +191,21 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     try:
         with safe_open(path, framework="pt") as file:
             ours = json.loads((file.metadata() or {}).get(ENTRY, "null"))
-        weights = {_MODEL_PREFIX + name: value for name, value in load_file(path).items()}
+        stored = load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path}: not a safetensors file, or damaged ({' '.join(str(error).split())[:100]})") from error
+    scales = {name for name in stored if name.endswith(SCALE) and _is_int8(stored, name.removesuffix(SCALE))}
+    weights = {
+        _MODEL_PREFIX + name: dequantise(value, stored[name + SCALE]) if name + SCALE in scales else value
+        for name, value in stored.items()
+        if name not in scales
+    }
     step = ours.get("step", 0) if isinstance(ours, dict) else 0
     return {"state_dict": weights, ENTRY: ours, "global_step": step}
+
+
+def _is_int8(stored: dict[str, Tensor], name: str) -> bool:
+    return name in stored and stored[name].dtype == torch.int8
 
 
 def copy_checkpoint(source: Path, target: Path) -> None:
