@@ -54,6 +54,11 @@ class RunFolder:
         return self.path / "checkpoints" / "best.ckpt"
 
     @property
+    def shared(self) -> Path:
+        """The weights of a folder that was written to be shared, which is no run's."""
+        return self.path / "model.safetensors"
+
+    @property
     def metrics(self) -> Path:
         return self.path / "metrics.csv"
 
@@ -135,10 +140,12 @@ def find_checkpoint(path: str | Path) -> Path:
             raise UserError(f"{path}: no such file; give a .ckpt or .safetensors file or a run's folder")
         return path
     folder = RunFolder(path)
-    for candidate in (folder.best, folder.last):
+    for candidate in (folder.best, folder.last, folder.shared):
         if candidate.is_file() or is_sharded(candidate):
             return candidate
-    raise UserError(f"{path}: holds no checkpoints/best.ckpt or checkpoints/last.ckpt; give a run's folder")
+    raise UserError(
+        f"{path}: holds no checkpoints/best.ckpt, checkpoints/last.ckpt or model.safetensors; give a run's folder"
+    )
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -274,6 +281,10 @@ def _rebuild(config: dict[str, Any], num_classes: int, image_size: int) -> nn.Mo
     name = config["model"]["name"]
     if not timm.is_model(name):  # names such as hf-hub:... would fetch a model
         raise ValueError(f"unknown model {name!r}")
-    kwargs = {key: value for key, value in config["model"]["kwargs"].items() if key not in _FETCHING_ARGUMENTS}
     moe = None if config["moe"] is None else MoeConfig(**config["moe"])
-    return build_model(name, kwargs, moe, num_classes, image_size)
+    return build_model(name, timm_arguments(config), moe, num_classes, image_size)
+
+
+def timm_arguments(config: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a run's model, without those that would fetch weights."""
+    return {key: value for key, value in config["model"]["kwargs"].items() if key not in _FETCHING_ARGUMENTS}

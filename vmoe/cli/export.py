@@ -17,6 +17,8 @@ Writes the trained weights of a checkpoint (their average, where the run kept on
   onnx          a program for ONNX Runtime and its like, of standard operators (pip install 'vmoe[export]')
   torch-export  a program of torch.export, loaded by torch.export.load
   aoti          a program compiled by AOTInductor for this kind of machine (needs a C++ compiler)
+  hub           a folder for timm.create_model("local-dir:FOLDER", pretrained=True), with a model card of the run;
+                --push uploads it to the Hugging Face hub
 
 Programs take a batch of any size, and their logits are compared with the model's before they are written; export.json
 beside them tells by how much they differ.
@@ -24,7 +26,7 @@ beside them tells by how much they differ.
   vmoe export runs/cifar10_small --out cifar10_small.safetensors --dtype bfloat16
   vmoe export runs/cifar10_small --format onnx --out cifar10_small.onnx --quantize int8
 """
-_SUFFIXES = {"safetensors": ".safetensors", "onnx": ".onnx", "torch-export": ".pt2", "aoti": ".pt2"}
+_SUFFIXES = {"safetensors": ".safetensors", "onnx": ".onnx", "torch-export": ".pt2", "aoti": ".pt2", "hub": ""}
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -37,11 +39,17 @@ def _export(argv: list[str]) -> None:
     options = _parser().parse_args(argv)
     suffix = _SUFFIXES[options.format]
     if options.out.suffix != suffix:
-        raise UserError(f"--out {options.out}: must end in {suffix} with --format {options.format}")
+        wanted = f"end in {suffix}" if suffix else "be a folder, without a suffix,"
+        raise UserError(f"--out {options.out}: must {wanted} with --format {options.format}")
+    for name in ("push", "license"):
+        if getattr(options, name) is not None and options.format != "hub":
+            raise UserError(f"--{name} {getattr(options, name)}: goes with --format hub only")
     if options.format == "safetensors":
         _write_weights(options)
     elif options.dtype is not None:
         raise UserError(f"--dtype {options.dtype}: only safetensors are stored in other types than float32")
+    elif options.format == "hub":
+        _write_folder(options)
     else:
         _write_program(options)
 
@@ -75,6 +83,17 @@ def _write_program(options: argparse.Namespace) -> None:
         print(f"int8: relative logit error {error['relative_logit_error']:.1e} on noise")
 
 
+def _write_folder(options: argparse.Namespace) -> None:
+    from vmoe.export.hub import push, write_hub_folder
+
+    if options.quantize is not None:
+        raise UserError(f"--quantize {options.quantize}: timm cannot read it from a folder; use another --format")
+    write_hub_folder(options.out, options.checkpoint, options.license)
+    print(f"{options.out}: a folder for timm; what its README.md says of the model is for you to complete")
+    if options.push is not None:
+        print(f"pushed: {push(options.out, options.push)}")
+
+
 def _size(count: int) -> str:
     return f"{count / 2**20:.2f} MiB"
 
@@ -86,4 +105,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--format", choices=_SUFFIXES, default="safetensors", help="default: %(default)s")
     parser.add_argument("--dtype", choices=_DTYPES, help="stored type of a safetensors file (default: float32)")
     parser.add_argument("--quantize", choices=("int8",), help="store the experts' weights as 8-bit integers")
+    parser.add_argument("--push", metavar="USER/NAME", help="with --format hub: upload the folder as this model")
+    parser.add_argument("--license", metavar="ID", help="with --format hub: the weights' licence, such as apache-2.0")
     return parser

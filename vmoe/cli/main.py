@@ -13,7 +13,8 @@ JOBS = {
     "explore": "see, measure and test what the experts do, on one page",
     "compare": "put runs side by side: accuracy against cost",
     "benchmark": "measure layers, whole models and the data pipeline on this machine",
-    "export": "write a checkpoint's weights as a file to share",
+    "predict": "name what is in pictures, with a checkpoint or an exported model",
+    "export": "write a checkpoint as a file or program to share: safetensors, ONNX, torch.export, for timm",
     "consolidate": "make one safetensors file of a run's weights, however many processes it had",
     "import_jax": "turn a checkpoint of the original JAX code into ours",
 }

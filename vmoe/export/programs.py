@@ -63,9 +63,15 @@ def write_program(path: str | Path, source: str | Path, format: str, int8: bool 
     metadata = describe(checkpoint)
     with _folder_beside(Path(path)) as folder:
         file = folder / Path(path).name
-        with _quiet():
-            notes = _WRITERS[format](file, program, metadata)
-            run = load_program(file, format)
+        try:
+            with _quiet():
+                notes = _WRITERS[format](file, program, metadata)
+                run = load_program(file, format)
+        except OSError:
+            raise
+        except Exception as error:  # exporters raise many types
+            name = type(checkpoint.model).__name__
+            raise UserError(f"{source}: {name} cannot be exported as {format}: {_reason(error)}") from error
         differences = compare(run, reference, checkpoint.image_size)
         worst = max(differences.values())
         if not worst <= TOLERANCE:  # NaN included
@@ -110,8 +116,15 @@ def trace(model: nn.Module, image_size: int, name: str) -> ExportedProgram:
         with _quiet():
             return torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
     except Exception as error:  # the tracer raises many types
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise UserError(f"{name}: {type(model).__name__} cannot be exported: {reason[:200]}") from error
+        raise UserError(f"{name}: {type(model).__name__} cannot be exported: {_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what an error was caused by."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = (line.strip() for line in str(error).splitlines())
+    return next((line[:200] for line in lines if line), type(error).__name__)
 
 
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
