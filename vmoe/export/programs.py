@@ -53,31 +53,18 @@ def write_program(path: str | Path, source: str | Path, format: str, int8: bool 
             program's logits differ by more than `TOLERANCE`, or `path` cannot be written.
     """
     require(format)
-    checkpoint = load_checkpoint(source)
-    try:
-        model = exportable_copy(checkpoint.model, Int8Linear if int8 else None)
-    except ValueError as error:
-        raise UserError(f"{source}: cannot be exported: {error}") from error
-    reference = model if int8 else checkpoint.model
-    program = trace(model, checkpoint.image_size, str(source))
-    metadata = describe(checkpoint)
     with _folder_beside(Path(path)) as folder:
-        file = folder / Path(path).name
+        checkpoint = load_checkpoint(source)
         try:
-            with _quiet():
-                notes = _WRITERS[format](file, program, metadata)
-                run = load_program(file, format)
-        except OSError:
-            raise
-        except Exception as error:  # exporters raise many types
-            name = type(checkpoint.model).__name__
-            raise UserError(f"{source}: {name} cannot be exported as {format}: {_reason(error)}") from error
-        differences = compare(run, reference, checkpoint.image_size)
+            model = exportable_copy(checkpoint.model, Int8Linear if int8 else None)
+        except ValueError as error:
+            raise UserError(f"{source}: cannot be exported: {error}") from error
+        file = folder / Path(path).name
+        notes, run = _write(file, format, model, checkpoint)
+        differences = compare(run, model if int8 else checkpoint.model, checkpoint.image_size)
         worst = max(differences.values())
         if not worst <= TOLERANCE:  # NaN included
-            raise UserError(
-                f"{source}: the {format} program's logits differ by {worst:.2g} from the model's; not written"
-            )
+            raise UserError(f"{source}: logits of the {format} program differ by {worst:.2g}; nothing is written")
         sizes = {part.name: part.stat().st_size for part in folder.iterdir()}
         for part in sorted(folder.iterdir(), key=lambda part: part == file):  # the program itself last
             replace(part, Path(path).with_name(part.name))
@@ -86,6 +73,19 @@ def write_program(path: str | Path, source: str | Path, format: str, int8: bool 
     if int8:
         report["int8"] = rounding_error(checkpoint.model, model, checkpoint.image_size)
     return report | {"versions": {"vmoe": vmoe.__version__, "torch": torch.__version__, **_versions(format)}}
+
+
+def _write(file: Path, format: str, model: nn.Module, checkpoint: Checkpoint) -> tuple[dict[str, Any], Run]:
+    """Traces and writes; returns what there is to note and the program as it is read back."""
+    program = trace(model, checkpoint.image_size, str(checkpoint.path))
+    try:
+        with _quiet():
+            return _WRITERS[format](file, program, describe(checkpoint)), load_program(file, format)
+    except OSError:
+        raise
+    except Exception as error:  # exporters raise many types
+        name = f"{checkpoint.path}: {type(model).__name__}"
+        raise UserError(f"{name} cannot be exported as {format}: {_reason(error)}") from error
 
 
 def require(format: str) -> None:
