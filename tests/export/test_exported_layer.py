@@ -31,6 +31,10 @@ ROUTINGS = {
 }  # fmt: skip
 
 
+# Families that torch.export takes and PyTorch's converter to ONNX does not.
+NOT_ONNX = {"hiera", "nest"}
+
+
 class Parallel(nn.Module):
     """Layers side by side on the same tokens, so that one export tries them all."""
 
@@ -158,7 +162,7 @@ def test_refused_with_the_reason(moe, told):
 @pytest.mark.slow
 @pytest.mark.parametrize("example", [pytest.param(each, id=each.name) for each in SUPPORTED])
 def test_families(example: Example, tmp_path: Path):
-    """Every family that `sparsify` takes is exported."""
+    """Every family that `sparsify` takes is exported, but for those that ONNX cannot express."""
     torch.manual_seed(0)
     moe = MoeConfig(layers="every-1", num_experts=3, renormalize=True)
     model = vmoe.sparsify(example.make_small().eval(), moe, image_size=example.pixels)
@@ -167,5 +171,9 @@ def test_families(example: Example, tmp_path: Path):
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime")
     names = {"input_names": ["images"], "output_names": ["logits"]}
+    if example.family in NOT_ONNX:
+        with pytest.raises(torch.onnx.OnnxExporterError):
+            torch.onnx.export(program, (), tmp_path / "model.onnx", dynamo=True, verbose=False, **names)
+        return
     torch.onnx.export(program, (), tmp_path / "model.onnx", dynamo=True, verbose=False, **names)
     assert max(compare(load_program(tmp_path / "model.onnx", "onnx"), model, example.pixels).values()) <= TOLERANCE
