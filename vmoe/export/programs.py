@@ -60,7 +60,7 @@ def write_program(path: str | Path, source: str | Path, format: str, int8: bool 
         except ValueError as error:
             raise UserError(f"{source}: cannot be exported: {error}") from error
         file = folder / Path(path).name
-        notes, run = _write(file, format, model, checkpoint)
+        notes, run = convert(file, format, model, checkpoint.image_size, describe(checkpoint), str(source))
         differences = compare(run, model if int8 else checkpoint.model, checkpoint.image_size)
         worst = max(differences.values())
         if not worst <= TOLERANCE:  # NaN included
@@ -75,17 +75,44 @@ def write_program(path: str | Path, source: str | Path, format: str, int8: bool 
     return report | {"versions": {"vmoe": vmoe.__version__, "torch": torch.__version__, **_versions(format)}}
 
 
-def _write(file: Path, format: str, model: nn.Module, checkpoint: Checkpoint) -> tuple[dict[str, Any], Run]:
-    """Traces and writes; returns what there is to note and the program as it is read back."""
-    program = trace(model, checkpoint.image_size, str(checkpoint.path))
+def convert(
+    file: Path, format: str, model: nn.Module, image_size: int, metadata: dict[str, Any], name: str
+) -> tuple[dict[str, Any], Run]:
+    """Writes an `exportable_copy` as a program.
+
+    Args:
+        file: Where it goes.
+        format: A key of `SUFFIXES`.
+        model: The copy.
+        image_size: In pixels.
+        metadata: What `describe` tells.
+        name: What the line of an error begins with.
+
+    Returns:
+        What there is to note of it, and the program as it is read back.
+
+    Raises:
+        UserError: the model cannot be traced or converted.
+    """
+    program = trace(model, image_size, name)
     try:
         with _quiet():
-            return _WRITERS[format](file, program, describe(checkpoint)), load_program(file, format)
+            return _WRITERS[format](file, program, metadata), load_program(file, format)
     except OSError:
         raise
     except Exception as error:  # exporters raise many types
-        name = f"{checkpoint.path}: {type(model).__name__}"
-        raise UserError(f"{name} cannot be exported as {format}: {_reason(error)}") from error
+        if format == "onnx" and _make_attention_plain(model):
+            return convert(file, format, model, image_size, metadata, name)
+        reason = f"{type(model).__name__} cannot be exported as {format}: {_reason(error)}"
+        raise UserError(f"{name}: {reason}") from error
+
+
+def _make_attention_plain(model: nn.Module) -> bool:
+    """Has timm's attentions multiply matrices; whether any did not. ONNX knows fused attention on four axes only."""
+    fused = [module for module in model.modules() if getattr(module, "fused_attn", False)]
+    for module in fused:
+        module.fused_attn = False
+    return bool(fused)
 
 
 def require(format: str) -> None:
