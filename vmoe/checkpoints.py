@@ -25,9 +25,11 @@ from vmoe.checkpoint_folders import is_sharded, read_folder, read_plain_part
 from vmoe.errors import UserError
 from vmoe.files import atomic_write, replace
 from vmoe.moe import MoeConfig
+from vmoe.moe.int8 import dequantise
 
 FORMAT_VERSION = 1
 ENTRY = "vmoe"
+SCALE = "_scale"  # follows the name of a weight stored as int8 in that of its scales
 _MODEL_PREFIX = "model."
 # Arguments of timm that would fetch or open other files: a checkpoint brings its own weights.
 _FETCHING_ARGUMENTS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
@@ -50,6 +52,11 @@ class RunFolder:
     @property
     def best(self) -> Path:
         return self.path / "checkpoints" / "best.ckpt"
+
+    @property
+    def shared(self) -> Path:
+        """The weights of a folder that was written to be shared, which is no run's."""
+        return self.path / "model.safetensors"
 
     @property
     def metrics(self) -> Path:
@@ -133,10 +140,12 @@ def find_checkpoint(path: str | Path) -> Path:
             raise UserError(f"{path}: no such file; give a .ckpt or .safetensors file or a run's folder")
         return path
     folder = RunFolder(path)
-    for candidate in (folder.best, folder.last):
+    for candidate in (folder.best, folder.last, folder.shared):
         if candidate.is_file() or is_sharded(candidate):
             return candidate
-    raise UserError(f"{path}: holds no checkpoints/best.ckpt or checkpoints/last.ckpt; give a run's folder")
+    raise UserError(
+        f"{path}: holds no checkpoints/best.ckpt, checkpoints/last.ckpt or model.safetensors; give a run's folder"
+    )
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -189,11 +198,21 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     try:
         with safe_open(path, framework="pt") as file:
             ours = json.loads((file.metadata() or {}).get(ENTRY, "null"))
-        weights = {_MODEL_PREFIX + name: value for name, value in load_file(path).items()}
+        stored = load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path}: not a safetensors file, or damaged ({' '.join(str(error).split())[:100]})") from error
+    scales = {name for name in stored if name.endswith(SCALE) and _is_int8(stored, name.removesuffix(SCALE))}
+    weights = {
+        _MODEL_PREFIX + name: dequantise(value, stored[name + SCALE]) if name + SCALE in scales else value
+        for name, value in stored.items()
+        if name not in scales
+    }
     step = ours.get("step", 0) if isinstance(ours, dict) else 0
     return {"state_dict": weights, ENTRY: ours, "global_step": step}
+
+
+def _is_int8(stored: dict[str, Tensor], name: str) -> bool:
+    return name in stored and stored[name].dtype == torch.int8
 
 
 def copy_checkpoint(source: Path, target: Path) -> None:
@@ -262,6 +281,10 @@ def _rebuild(config: dict[str, Any], num_classes: int, image_size: int) -> nn.Mo
     name = config["model"]["name"]
     if not timm.is_model(name):  # names such as hf-hub:... would fetch a model
         raise ValueError(f"unknown model {name!r}")
-    kwargs = {key: value for key, value in config["model"]["kwargs"].items() if key not in _FETCHING_ARGUMENTS}
     moe = None if config["moe"] is None else MoeConfig(**config["moe"])
-    return build_model(name, kwargs, moe, num_classes, image_size)
+    return build_model(name, timm_arguments(config), moe, num_classes, image_size)
+
+
+def timm_arguments(config: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a run's model, without those that would fetch weights."""
+    return {key: value for key, value in config["model"]["kwargs"].items() if key not in _FETCHING_ARGUMENTS}

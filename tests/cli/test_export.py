@@ -1,11 +1,21 @@
 """`vmoe export`."""
 
 import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import timm
+import torch
 
+from vmoe.checkpoints import load_checkpoint
 from vmoe.cli.evaluate import main as evaluate
 from vmoe.cli.export import main
+from vmoe.export import hub, programs
+
+SHIPPED = Path(__file__).parents[2] / "assets" / "models" / "cifar10_small.safetensors"
+MOE = {"num_experts": 3, "top_k": 2, "layers": [1]}
 
 
 def test_a_shared_file_is_evaluated_as_its_checkpoint(save_run, tmp_path, capsys):
@@ -25,9 +35,158 @@ def test_a_shared_file_is_evaluated_as_its_checkpoint(save_run, tmp_path, capsys
         (["nowhere", "--out", "x.safetensors"], "nowhere: no such file"),
         (["nowhere", "--out", "x.bin"], "--out x.bin: must end in .safetensors"),
         (["nowhere", "--out", "x.safetensors", "--dtype", "int8"], "--dtype"),
+        (["nowhere", "--out", "x.onnx", "--format", "tflite"], "--format"),
+        (["nowhere", "--out", "x.bin", "--format", "onnx"], "--out x.bin: must end in .onnx"),
+        (["nowhere", "--out", "x.onnx", "--format", "onnx", "--dtype", "float16"], "--dtype float16"),
+        (["nowhere", "--out", "x.pt2", "--format", "torch-export"], "nowhere: no such file"),
+        (["nowhere", "--out", "x.pt2", "--format", "aoti", "--push", "me/it"], "--push me/it"),
+        (["nowhere", "--out", "x", "--format", "hub", "--quantize", "int8"], "--quantize int8"),
     ],
 )
 def test_mistakes_are_one_line(arguments, told, capsys):
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert told in error and error.count("\n") == 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("quantize", [[], ["--quantize", "int8"]])
+def test_a_program_of_torch_export(save_run, tmp_path, quantize):
+    run, out = save_run(moe=MOE), tmp_path / "out" / "model.pt2"
+    assert main([str(run), "--format", "torch-export", "--out", str(out), *quantize]) == 0
+    assert {file.name for file in out.parent.iterdir()} == {"model.pt2", "export.json"}
+    extra = {"vmoe": ""}
+    program = torch.export.load(out, extra_files=extra).module()
+    told = json.loads(extra["vmoe"])
+    assert told["class_names"] == list("0123456789") and told["image_size"] == 16 and told["mean"] == [0.3] * 3
+    images = torch.randn(7, 3, 16, 16)
+    expected = load_checkpoint(run).model(images)
+    error = (program(images) - expected).norm() / expected.norm()
+    assert error <= (1e-2 if quantize else 1e-5)
+    report = json.loads((out.parent / "export.json").read_text())["model.pt2"]
+    assert report["parity"]["by_batch"].keys() == {"1", "3", "8", "33"}
+    assert report["bytes"] == {"model.pt2": out.stat().st_size}
+
+
+@torch.no_grad()
+def test_onnx_with_its_weights_beside_it(save_run, tmp_path, monkeypatch):
+    onnx, runtime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    monkeypatch.setattr(programs, "LARGEST_PROTOBUF", 1000)
+    run, out = save_run(moe=MOE), tmp_path / "out" / "model.onnx"
+    assert main([str(run), "--format", "onnx", "--out", str(out)]) == 0
+    assert {file.name for file in out.parent.iterdir()} == {"model.onnx", "model.onnx.data", "export.json"}
+    report = json.loads((out.parent / "export.json").read_text())["model.onnx"]
+    assert report["opset"] == 20 and report["versions"]["onnxruntime"] == runtime.__version__
+    assert max(report["parity"]["by_batch"].values()) <= 1e-4
+    assert {node.domain for node in onnx.load(out).graph.node} == {""}
+    images = torch.randn(4, 3, 16, 16)
+    (logits,) = runtime.InferenceSession(out).run(["logits"], {"images": images.numpy()})
+    torch.testing.assert_close(torch.from_numpy(logits), load_checkpoint(run).model(images), atol=1e-4, rtol=0)
+
+
+@pytest.mark.slow
+def test_a_compiled_package(save_run, tmp_path):
+    out = tmp_path / "model.pt2"
+    assert main([str(save_run(moe=MOE)), "--format", "aoti", "--out", str(out)]) == 0
+    assert torch._inductor.aoti_load_package(str(out))(torch.randn(5, 3, 16, 16)).shape == (5, 10)
+
+
+@torch.no_grad()
+def test_the_shipped_model_in_int8(tmp_path):
+    """At most 0.45 of the float32 file, logits within 1e-2."""
+    for name, more in (("float.safetensors", []), ("int8.safetensors", ["--quantize", "int8", "--dtype", "float16"])):
+        assert main([str(SHIPPED), "--out", str(tmp_path / name), *more]) == 0
+    whole, rounded = (tmp_path / name for name in ("float.safetensors", "int8.safetensors"))
+    assert rounded.stat().st_size <= 0.45 * whole.stat().st_size
+    model, images = load_checkpoint(rounded).model, torch.randn(16, 3, 32, 32)
+    expected, found = load_checkpoint(whole).model(images), model(images)
+    assert 0 < (found - expected).norm() / expected.norm() <= 1e-2
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_an_int8_file_as_an_onnx_program(tmp_path):
+    rounded, images = tmp_path / "int8.safetensors", torch.randn(16, 3, 32, 32)
+    assert main([str(SHIPPED), "--out", str(rounded), "--quantize", "int8"]) == 0
+    found = load_checkpoint(rounded).model(images)
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    out = tmp_path / "int8.onnx"
+    assert main([str(rounded), "--format", "onnx", "--quantize", "int8", "--out", str(out)]) == 0
+    logits = programs.load_program(out, "onnx")(images)
+    torch.testing.assert_close(logits, found, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("moe", [MOE, None])
+def test_a_folder_for_timm(save_run, tmp_path, moe, capsys):
+    run, out = save_run(moe=moe), tmp_path / "shared"
+    (run / "summary.json").write_text(json.dumps({"metrics": {"test/top1": 0.5}}))
+    (run / "metrics.csv").write_text("epoch,moe/blocks.1/load/0,moe/blocks.1/load/1\n0,0.5,1.5\n")
+    for _ in range(2):  # written again, it is replaced
+        assert main([str(run), "--format", "hub", "--out", str(out), "--license", "mit"]) == 0
+    assert {file.name for file in out.iterdir()} == {"README.md", "config.json", "model.safetensors"}
+    images = torch.randn(3, 3, 16, 16)
+    expected = load_checkpoint(run).model(images)
+    model = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+    assert torch.equal(model(images), expected) and torch.equal(load_checkpoint(out).model(images), expected)
+    assert timm.create_model(f"local-dir:{out}", pretrained=True, num_classes=3)(images).shape == (3, 3)
+    card = (out / "README.md").read_text()
+    assert card.startswith("---\ntags:") and "license: mit" in card and "50.00%" in card
+    assert ("3 experts" in card) == (moe is not None) and "| `blocks.1` | 0.50 | 1.50 |" in card
+
+
+def test_a_folder_of_others_is_not_replaced(save_run, tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    assert main([str(save_run(moe=MOE)), "--format", "hub", "--out", str(tmp_path / "mine")]) == 2
+    assert "choose another place" in capsys.readouterr().err
+    assert [file.name for file in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+def test_the_folder_is_pushed(save_run, tmp_path, monkeypatch, capsys):
+    """Against a stand-in for the hub's interface."""
+    pytest.importorskip("huggingface_hub")
+    calls = []
+
+    class Api:
+        def __init__(self, **_):
+            pass
+
+        def create_repo(self, name, exist_ok):
+            if name == "no/body":
+                raise OSError("401 Unauthorized")
+            return SimpleNamespace(repo_id=name)
+
+        def upload_folder(self, repo_id, folder_path, commit_message):
+            calls.append((repo_id, {file.name for file in Path(folder_path).iterdir()}))
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    arguments = [str(save_run(moe=MOE)), "--format", "hub", "--out", str(tmp_path / "shared"), "--push"]
+    assert main([*arguments, "me/mine"]) == 0
+    assert calls == [("me/mine", {"README.md", "config.json", "model.safetensors"})]
+    assert main([*arguments, "no/body"]) == 2
+    assert "401 Unauthorized" in capsys.readouterr().err
+    assert hub.WEIGHTS in {file.name for file in (tmp_path / "shared").iterdir()}
+
+
+def test_a_missing_package_is_named(save_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    assert main([str(save_run(moe=MOE)), "--format", "onnx", "--out", str(tmp_path / "model.onnx")]) == 2
+    assert "pip install 'vmoe[export]'" in capsys.readouterr().err
+
+
+def test_nothing_is_left_of_what_differs_or_cannot_be_written(save_run, tmp_path, monkeypatch, capsys):
+    run = save_run(moe=MOE)
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "out" / "model.pt2", tmp_path / "file" / "model.pt2"):
+        monkeypatch.setattr(programs, "TOLERANCE", -1.0 if out.parent.name == "out" else 1e-4)
+        assert main([str(run), "--format", "torch-export", "--out", str(out)]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_routing_that_depends_on_the_batch_is_refused(save_run, tmp_path, capsys):
+    run = save_run(moe={**MOE, "eval_capacity_factor": 1.0})
+    assert main([str(run), "--format", "torch-export", "--out", str(tmp_path / "model.pt2")]) == 2
+    assert "other images of its batch" in capsys.readouterr().err

@@ -8,11 +8,12 @@ small images: CCT-7/3x1 (https://arxiv.org/abs/2104.05704) with mean pooling in 
 from collections import OrderedDict
 from typing import Any, Literal
 
+import timm
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import nn
 
-from vmoe.models.surgery import sparsify
+from vmoe.models.surgery import create_model, sparsify
 from vmoe.models.tokenizer import ConvTokenizer
 from vmoe.moe import MoeConfig
 
@@ -78,18 +79,23 @@ def _default_cfg(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 _MODELS = _named_models()
-default_cfgs = generate_default_cfgs({name: _default_cfg(arguments) for name, (arguments, _) in _MODELS.items()})
+ON_BACKBONE = "vmoe_on_backbone"
+default_cfgs = generate_default_cfgs(
+    {name: _default_cfg(arguments) for name, (arguments, _) in _MODELS.items()}
+    | {ON_BACKBONE: {**_default_cfg({}), "fixed_input_size": False}}
+)
 
 
-def _build(moe: MoeConfig | Literal[False], pre_logits: int | None = None, **kwargs: Any) -> nn.Module:
+def _build(moe: MoeConfig | dict[str, Any] | Literal[False], pre_logits: int | None = None, **kwargs: Any) -> nn.Module:
     """The transformer with its MoE layers.
 
     Args:
-        moe: The MoE layers; False for none.
+        moe: The MoE layers, or their settings as a shared folder's config.json has them; False for none.
         pre_logits: Width of a dense layer with tanh between the pooled token and the classifier; it stands in timm's
             `fc_norm` slot. None for none.
         **kwargs: For timm's VisionTransformer.
     """
+    moe = MoeConfig(**moe) if isinstance(moe, dict) else moe
     model = VisionTransformer(**{"act_layer": "gelu_tanh", "fc_norm": False, **kwargs})
     if pre_logits is not None:
         _insert_pre_logits(model, pre_logits)
@@ -118,6 +124,22 @@ def _register(name: str, arguments: dict[str, Any], moe: MoeConfig) -> None:
 
     create.__name__ = create.__qualname__ = name
     register_model(create)
+
+
+@register_model
+def vmoe_on_backbone(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """MoE layers on any model of timm: `backbone` is its name, `moe` a dict of `MoeConfig`'s fields, the rest is its
+    own arguments. So a folder with a config.json can describe every V-MoE.
+    """
+    return build_model_with_cfg(_build_on_backbone, ON_BACKBONE, pretrained, **kwargs)
+
+
+def _build_on_backbone(
+    backbone: str = "vit_tiny_patch16_224", moe: dict[str, Any] | None = None, **kwargs: Any
+) -> nn.Module:
+    if not timm.is_model(backbone):  # names such as hf-hub:... would fetch a model
+        raise ValueError(f"backbone={backbone!r}: timm knows no such model")
+    return create_model(backbone, MoeConfig(**(moe or {})), **kwargs)
 
 
 for _name, (_arguments, _moe) in _MODELS.items():

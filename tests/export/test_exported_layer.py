@@ -1,0 +1,170 @@
+"""MoE layers as exporters see them, against the layers themselves."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from backbones import SUPPORTED, Example
+from torch import Tensor, nn
+
+import vmoe
+from vmoe import MoeConfig, MoeMlp
+from vmoe.export.int8 import Int8Linear
+from vmoe.export.layer import exportable_copy
+from vmoe.export.programs import TOLERANCE, compare, convert
+
+DIM, TOKENS = 8, 9
+ROUTINGS = {
+    **{f"K={k}": {"top_k": k} for k in (1, 2, 3)},
+    "sigmoid": {"router": "sigmoid"},
+    "cosine": {"router": "cosine", "renormalize": True},
+    "hash": {"router": "hash", "top_k": 2},
+    "balanced": {"router": "balanced"},
+    "expert choice": {"router": "expert_choice", "capacity_factor": 1.5},
+    "soft": {"router": "soft", "capacity_factor": 1.0},
+    "capacity": {"eval_capacity_factor": 0.6, "group": "image", "capacity_multiple_of": 1},
+    "batch priority": {
+        "eval_capacity_factor": 0.6, "group": "image", "capacity_multiple_of": 1, "batch_priority": True,
+    },
+    "shared": {"shared_experts": 1},
+}  # fmt: skip
+
+
+class Parallel(nn.Module):
+    """Layers side by side on the same tokens, so that one export tries them all."""
+
+    def __init__(self, layers: list[MoeMlp]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([layer(x) for layer in self.layers], 1)
+
+
+def make_layer(**moe) -> MoeMlp:
+    layer = MoeMlp(DIM, 16, moe=MoeConfig(num_experts=3, **moe), tokens=TOKENS).eval()
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    return layer
+
+
+@pytest.fixture(scope="module")
+def layers() -> Parallel:
+    torch.manual_seed(0)
+    return Parallel([make_layer(**routing) for routing in ROUTINGS.values()]).eval()
+
+
+@pytest.fixture(scope="module")
+def onnx_run(layers, tmp_path_factory):
+    """The layers' ONNX program."""
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    path = tmp_path_factory.mktemp("onnx") / "layers.onnx"
+    shapes = ({0: torch.export.Dim("batch", min=1)},)
+    program = torch.export.export(exportable_copy(layers), (torch.zeros(2, TOKENS, DIM),), dynamic_shapes=shapes)
+    torch.onnx.export(program, (), path, dynamo=True, verbose=False)
+    session = runtime.InferenceSession(path)
+    return lambda x: torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ROUTINGS)
+def test_the_copy_computes_the_same(layers, name):
+    layer = layers.layers[list(ROUTINGS).index(name)]
+    x = torch.randn(5, TOKENS, DIM)
+    torch.testing.assert_close(exportable_copy(nn.Sequential(layer))(x), layer(x), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("batch", [1, 3, 8, 33])
+def test_onnx_computes_the_same(layers, onnx_run, batch):
+    x = torch.randn(batch, TOKENS, DIM)
+    found, expected = onnx_run(x), layers(x)
+    for index, name in enumerate(ROUTINGS):
+        torch.testing.assert_close(found[:, index], expected[:, index], atol=1e-4, rtol=1e-5, msg=name)
+
+
+@torch.no_grad()
+def test_no_expert_is_lost_that_the_example_did_not_visit(tmp_path):
+    """Tokens along one axis choose that axis's expert; the program was traced with zeros."""
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    layer = make_layer(top_k=1)
+    layer.router.gate.weight.copy_(10 * torch.eye(3, DIM))
+    program = torch.export.export(
+        exportable_copy(nn.Sequential(layer)),
+        (torch.zeros(2, TOKENS, DIM),),
+        dynamic_shapes=({"input": {0: torch.export.Dim("batch", min=1)}}),
+    )
+    torch.onnx.export(program, (), tmp_path / "layer.onnx", dynamo=True, verbose=False)
+    session = runtime.InferenceSession(tmp_path / "layer.onnx")
+    for expert in range(3):
+        x = torch.eye(DIM)[expert].expand(1, TOKENS, DIM).contiguous()
+        expected = layer(x)
+        assert layer.statistics.load[expert] == 1
+        torch.testing.assert_close(program.module()(x), expected, atol=1e-5, rtol=1e-5)
+        (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_equal_gates_are_served_in_the_layers_order():
+    for routing in ("expert choice", "capacity", "batch priority"):
+        layer = make_layer(**ROUTINGS[routing])
+        x = torch.randn(2, 1, DIM).expand(2, TOKENS, DIM).contiguous()
+        torch.testing.assert_close(exportable_copy(nn.Sequential(layer))(x), layer(x), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_padding_is_no_one_s_token():
+    x, mask = torch.randn(3, TOKENS, DIM), torch.rand(3, TOKENS) < 0.6
+    for name, routing in ROUTINGS.items():
+        layer = make_layer(**routing)
+        expected, found = layer(x, mask), exportable_copy(nn.Sequential(layer))[0](x, mask)
+        torch.testing.assert_close(found[mask], expected[mask], atol=1e-5, rtol=1e-5, msg=name)
+
+
+def test_the_model_stays_as_it_is(layers):
+    before = {name: value.clone() for name, value in layers.state_dict().items()}
+    layers.train()
+    copied = exportable_copy(layers)
+    assert layers.training and not copied.training
+    assert all(isinstance(layer, MoeMlp) for layer in layers.layers)
+    assert all(torch.equal(value, before[name]) for name, value in layers.state_dict().items())
+    assert all(parameter.requires_grad for parameter in layers.parameters())
+    layers.eval()
+
+
+@torch.no_grad()
+def test_rounded_experts_are_close_and_hold_bytes():
+    layer = make_layer()
+    rounded = exportable_copy(nn.Sequential(layer), Int8Linear)
+    x = torch.randn(4, TOKENS, DIM)
+    expected = layer(x)
+    assert 0 < (rounded(x) - expected).norm() / expected.norm() < 0.02
+    assert rounded[0].experts[0].fc1.weight.dtype == torch.int8
+    assert rounded[0].router.gate.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("moe", "told"), [({"router": "random"}, "random"), ({"eval_capacity_factor": 1.0}, "other images of its batch")]
+)
+def test_refused_with_the_reason(moe, told):
+    with pytest.raises(ValueError, match=told):
+        exportable_copy(nn.Sequential(make_layer(**moe)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("example", [pytest.param(each, id=each.name) for each in SUPPORTED])
+def test_families(example: Example, tmp_path: Path):
+    """Every family that `sparsify` takes is exported."""
+    torch.manual_seed(0)
+    moe = MoeConfig(layers="every-1", num_experts=3, renormalize=True)
+    model = vmoe.sparsify(example.make_small().eval(), moe, image_size=example.pixels)
+    formats = ["torch-export"]
+    if importlib.util.find_spec("onnxscript") and importlib.util.find_spec("onnxruntime"):
+        formats.append("onnx")
+    for format in formats:
+        _, run = convert(tmp_path / f"model.{format}", format, exportable_copy(model), example.pixels, {}, "model")
+        assert max(compare(run, model, example.pixels).values()) <= TOLERANCE, format

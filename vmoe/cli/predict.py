@@ -1,0 +1,134 @@
+"""`vmoe predict`: names what is in pictures."""
+
+import argparse
+import csv
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vmoe.cli.common import run
+from vmoe.cli.options import choose_device, new_parser
+from vmoe.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from vmoe.export.predictor import Predictor
+
+_DESCRIPTION = """\
+Names the most probable classes of pictures of any size and mode, prepared as in evaluation (the central square,
+resized). MODEL is a checkpoint, a run's folder, a safetensors file, a folder written by `vmoe export --format hub`, or
+an ONNX file. Files that cannot be read as images are listed at the end.
+
+  vmoe predict assets/models/cifar10_small.safetensors photo.jpg holiday/ --csv answers.csv
+  vmoe predict cifar10_small.onnx photo.jpg --top 1
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the job with `argv`; returns its exit code."""
+    return run(_predict, argv)
+
+
+def _predict(argv: list[str]) -> None:
+    options = _parser().parse_args(argv)
+    # Imported here, so that --help and a mistyped option answer at once.
+    from vmoe.analysis.heatmap import find_images
+    from vmoe.cli.inputs import Tracked
+    from vmoe.export.predictor import load_predictor
+    from vmoe.files import write_json
+
+    files = find_images(options.images)
+    predictor = load_predictor(options.model, choose_device(options.device))
+    if options.routing and predictor.model is None:
+        raise UserError("--routing: a program does not tell its routing; give the checkpoint it was made from")
+    batch = 1 if options.routing else options.batch_size
+    answers: list[dict[str, Any]] = []
+    damaged: list[str] = []
+    batches = [files[start : start + batch] for start in range(0, len(files), batch)]
+    for paths in Tracked(batches, "predicting"):
+        answers += _answer(predictor, paths, options, damaged)
+    if not answers:
+        raise UserError(damaged[0] if len(damaged) == 1 else f"none of {len(damaged)} files is an image: {damaged[0]}")
+    for answer in answers:
+        best = ", ".join(f"{each['class']} {each['probability']:.1%}" for each in answer["predictions"])
+        print(f"{answer['file']}: {best}")
+        for layer, shares in answer.get("routing", {}).items():
+            print(f"  {layer}: " + ", ".join(f"expert {index} {share:.0%}" for index, share in _largest(shares)))
+    if options.json is not None:
+        write_json(options.json, {"model": str(options.model), "images": answers, "damaged": damaged})
+    if options.csv is not None:
+        _write_csv(options.csv, answers)
+    if damaged:
+        print(f"{len(damaged)} of {len(files)} files left out:", *damaged, sep="\n  ", file=sys.stderr)
+
+
+def _answer(
+    predictor: "Predictor", paths: list[Path], options: argparse.Namespace, damaged: list[str]
+) -> list[dict[str, Any]]:
+    """The answers for those files that are images; the others' errors go to `damaged`."""
+    from vmoe.data import load_image
+
+    images, kept = [], []
+    for path in paths:
+        try:
+            images.append(load_image(path))
+            kept.append(path)
+        except UserError as error:
+            damaged.append(str(error))
+    if not images:
+        return []
+    answers = [
+        {"file": str(path), "predictions": _best(row, predictor.class_names, options.top)}
+        for path, row in zip(kept, predictor.probabilities(images), strict=True)
+    ]
+    if options.routing:
+        answers[0]["routing"] = _routing(predictor, images[0])
+    return answers
+
+
+def _best(probabilities: "np.ndarray", names: list[str], count: int) -> list[dict[str, Any]]:
+    order = (-probabilities).argsort(kind="stable")[:count]
+    return [{"class": names[index], "probability": float(probabilities[index])} for index in order]
+
+
+def _routing(predictor: "Predictor", image: "np.ndarray") -> dict[str, list[float]]:
+    """For each MoE layer, the share of the choices of an image's patches that went to each expert."""
+    from vmoe.analysis.heatmap import describe_layer, route_image
+
+    routed = route_image(predictor.model, image, predictor.image_size, predictor.mean, predictor.std)
+    return {name: describe_layer(layer)["choice_share"] for name, layer in routed.layers.items()}
+
+
+def _largest(shares: list[float]) -> list[tuple[int, float]]:
+    return sorted(((index, share) for index, share in enumerate(shares) if share), key=lambda each: -each[1])[:4]
+
+
+def _write_csv(path: Path, answers: list[dict[str, Any]]) -> None:
+    from vmoe.files import atomic_write
+
+    with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["file", "rank", "class", "probability"])
+        for answer in answers:
+            for rank, each in enumerate(answer["predictions"], 1):
+                writer.writerow([answer["file"], rank, each["class"], f"{each['probability']:.6f}"])
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number above 0")
+    return int(text)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = new_parser("predict", _DESCRIPTION)
+    parser.add_argument("model", metavar="MODEL", type=Path, help="a checkpoint, a folder, a safetensors or ONNX file")
+    parser.add_argument("images", metavar="IMAGE_OR_FOLDER", nargs="+", help="image files, or folders of them")
+    parser.add_argument("--top", type=_count, default=5, metavar="N", help="classes an image (default: %(default)s)")
+    parser.add_argument("--routing", action="store_true", help="tell which experts an image's patches go to")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the answers as a table")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the answers, and the files left out, as JSON")
+    parser.add_argument("--batch-size", type=_count, default=32, metavar="B", help="images at once (default: 32)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: auto)")
+    return parser

@@ -1,0 +1,141 @@
+"""The model card of a shared model, made from its checkpoint and what its run wrote down."""
+
+import csv
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import vmoe
+from vmoe.checkpoints import Checkpoint, RunFolder
+from vmoe.models.cost import count_parameters, flops_per_image
+
+_TEMPLATE = """\
+---
+tags:
+- image-classification
+- timm
+- vmoe
+- mixture-of-experts
+library_name: timm
+pipeline_tag: image-classification
+{license_line}---
+
+# {title}
+
+{what}
+
+| | |
+|---|---|
+| images | {size} x {size} pixels, RGB; the central square, resized |
+| classes | {classes} |
+| parameters | {total:,} in all, {active:,} active for one token |
+| FLOPs an image | {flops:,} (a multiply-add counts 2) |
+| trained on | `{data}`, {epochs} epochs, {steps} updates, seed {seed} |
+| test top-1 | {accuracy} |
+
+## Load it
+
+```python
+import timm
+import vmoe  # makes timm know the architecture: pip install vmoe
+
+model = timm.create_model("hf-hub:USER/NAME", pretrained=True).eval()  # or "local-dir:FOLDER"
+```
+
+`vmoe predict FOLDER photo.jpg` names what is in a picture.
+
+{routing}## Recipe
+
+The run's whole config:
+
+```yaml
+{recipe}```
+
+## Licence
+
+{license}
+
+## Limits
+
+The model names every picture as one of its {count} classes, also one that shows none of them. What it does with
+pictures unlike those it was trained on, or how fairly it treats them, was not measured.
+
+Written by vmoe {version}.
+"""
+
+
+def model_card(checkpoint: Checkpoint, source: str | Path, license: str | None) -> str:
+    """README.md of a shared model.
+
+    Args:
+        checkpoint: The model.
+        source: The run's folder, whose summary.json and metrics.csv are told of where they are; or a file.
+        license: The weights' licence, by its name at the hub; None where its owner did not say.
+    """
+    config, classes = checkpoint.config, checkpoint.class_names
+    parameters = count_parameters(checkpoint.model)
+    accuracy = _metrics(Path(source)).get("test/top1")
+    config = {**config, "output_dir": None, "init_from": None}
+    config["data"] = {key: value for key, value in config["data"].items() if key != "root"}
+    return _TEMPLATE.format(
+        license_line=f"license: {license}\n" if license else "",
+        title=f"{config['model']['name']} for {config['data']['name']}",
+        what=_what(checkpoint),
+        size=checkpoint.image_size,
+        classes=f"{len(classes)}: {', '.join(classes[:20])}{', ...' if len(classes) > 20 else ''}",
+        count=len(classes),
+        total=parameters.total,
+        active=parameters.active,
+        flops=flops_per_image(checkpoint.model, checkpoint.image_size),
+        data=config["data"]["name"],
+        epochs=checkpoint.epoch,
+        steps=checkpoint.step,
+        seed=config["seed"],
+        accuracy="unknown: the run left no summary.json" if accuracy is None else f"{accuracy:.2%} (one run)",
+        routing=_routing(Path(source)),
+        recipe=yaml.safe_dump(config, sort_keys=False),
+        license=f"The weights: {license}." if license else "The owner of the weights has not named one.",
+        version=vmoe.__version__,
+    )
+
+
+def _what(checkpoint: Checkpoint) -> str:
+    layers = vmoe.moe_layers(checkpoint.model)
+    if not layers:
+        return f"A dense `{checkpoint.config['model']['name']}` of timm, the twin of a V-MoE, for classifying images."
+    moe = layers[0][1].config
+    chooses = "whose slots mix tokens" if moe.router == "soft" else f"routed by {moe.router.replace('_', ' ')}"
+    per_token = "" if moe.fills_slots else f", {moe.top_k} for each token"
+    places = ", ".join(f"`{name}`" for name, _ in layers)
+    return (
+        f"A vision mixture of experts (V-MoE, https://arxiv.org/abs/2106.05974) for classifying images: "
+        f"`{checkpoint.config['model']['name']}` of timm with {moe.num_experts} experts{per_token}, {chooses}, "
+        f"in the place of the MLPs {places}."
+    )
+
+
+def _metrics(source: Path) -> dict[str, Any]:
+    with suppress(OSError, ValueError, AttributeError):
+        return json.loads(RunFolder(source).summary.read_text(encoding="utf-8")).get("metrics", {})
+    return {}
+
+
+def _routing(source: Path) -> str:
+    """Each expert's load in the last epoch, as a table; nothing where the run did not write it."""
+    with suppress(OSError, StopIteration):
+        rows = list(csv.DictReader(RunFolder(source).metrics.read_text(encoding="utf-8").splitlines()))
+        last = next(row for row in reversed(rows) if any("/load/" in key and value for key, value in row.items()))
+        loads: dict[str, list[str]] = {}
+        for key, value in last.items():
+            block, found, _ = key.partition("/load/")
+            if found and value:
+                loads.setdefault(block, []).append(f"{float(value):.2f}")
+        lines = [f"| `{block.removeprefix('moe/')}` | {' | '.join(values)} |" for block, values in loads.items()]
+        experts = max(map(len, loads.values()))
+        head = [f"| layer | {' | '.join(f'expert {index}' for index in range(experts))} |", f"|---{'|---' * experts}|"]
+        told = "Load of each expert in the last epoch, 1 being its fair share."
+        return "\n".join(["## Routing", "", told, "", *head, *lines, "", ""])
+    return ""

@@ -1,0 +1,142 @@
+"""A trained model as a folder of which timm makes a model: `timm.create_model("local-dir:DIR", pretrained=True)`, once
+`vmoe` is imported.
+
+The folder holds config.json (timm's, with the MoE settings in `model_args`), model.safetensors (which every tool of
+this package opens, too) and README.md, the model card.
+"""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+from vmoe.checkpoints import Checkpoint, load_checkpoint, timm_arguments
+from vmoe.errors import UserError
+from vmoe.export.card import model_card
+from vmoe.export.shared_weights import write_safetensors
+from vmoe.files import replace
+from vmoe.models.registry import ON_BACKBONE
+
+WEIGHTS = "model.safetensors"
+
+
+def write_hub_folder(path: str | Path, source: str | Path, license: str | None = None) -> None:
+    """Writes the folder, and checks that timm makes a model of it with the same logits; nothing is written if not.
+
+    Args:
+        path: The folder; an empty one, or one that was written before, is replaced.
+        source: A checkpoint file or a run's folder, whose summary.json then goes into the card.
+        license: The weights' licence, by its name at the hub, such as "apache-2.0".
+
+    Raises:
+        UserError: the checkpoint cannot be read, timm cannot build its model, or `path` cannot be written.
+    """
+    path = Path(path)
+    checkpoint = load_checkpoint(source)
+    if path.exists() and not (path.is_dir() and (not any(path.iterdir()) or (path / WEIGHTS).is_file())):
+        raise UserError(f"--out {path}: exists and is no folder of a model; choose another place")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as parent:
+            folder = Path(parent) / path.name
+            folder.mkdir()
+            write_safetensors(folder / WEIGHTS, source)
+            _write_config(folder, checkpoint)
+            (folder / "README.md").write_text(model_card(checkpoint, source, license), encoding="utf-8")
+            for file in folder.iterdir():
+                file.chmod(0o644)  # to be read by anyone
+            replace(folder, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}); choose another place") from error
+
+
+def push(path: str | Path, name: str) -> str:
+    """Uploads a folder to the Hugging Face hub; returns its address there.
+
+    Args:
+        path: What `write_hub_folder` wrote.
+        name: USER/NAME of the repository, which is made when there is none.
+
+    Raises:
+        UserError: huggingface_hub is missing, or the hub refuses.
+    """
+    try:
+        from huggingface_hub import HfApi
+    except ImportError as error:
+        raise UserError("--push needs huggingface_hub: pip install huggingface_hub") from error
+    api = HfApi(library_name="vmoe")
+    try:
+        repository = api.create_repo(name, exist_ok=True)
+        api.upload_folder(repo_id=repository.repo_id, folder_path=str(path), commit_message="Add the model")
+    except (OSError, ValueError) as error:  # the hub's refusals are OSErrors, its checks of names ValueErrors
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"--push {name}: refused ({reason}); the folder {path} is complete") from error
+    return str(repository)
+
+
+def _write_config(folder: Path, checkpoint: Checkpoint) -> None:
+    """config.json, with the image size among the arguments where the architecture takes it."""
+    config = _config(checkpoint)
+    for size in ({"img_size": checkpoint.image_size}, {}):
+        config["model_args"] = {**_model_args(checkpoint), **size}
+        config["pretrained_cfg"]["fixed_input_size"] = bool(size)
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        try:
+            model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+        except TypeError as error:
+            if "img_size" in str(error) and size:
+                continue
+            raise
+        _check(model, checkpoint)
+        return
+
+
+@torch.no_grad()
+def _check(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Compares a model's logits, bit for bit, with the checkpoint's, or tells that they differ."""
+    images = torch.randn(2, 3, checkpoint.image_size, checkpoint.image_size)
+    if not torch.equal(model(images), checkpoint.model.cpu()(images)):
+        raise UserError(f"{checkpoint.path}: timm makes another model of it; its model.kwargs cannot be shared so")
+
+
+def _config(checkpoint: Checkpoint) -> dict[str, Any]:
+    model, classes = checkpoint.model, len(checkpoint.class_names)
+    size = (3, checkpoint.image_size, checkpoint.image_size)
+    known = getattr(model, "pretrained_cfg", {})
+    return {
+        "architecture": _architecture(checkpoint),
+        "num_classes": classes,
+        "num_features": model.num_features,
+        "label_names": checkpoint.class_names,
+        "pretrained_cfg": {
+            "num_classes": classes,
+            "input_size": size,
+            "mean": checkpoint.mean,
+            "std": checkpoint.std,
+            "interpolation": "bilinear",
+            "crop_pct": 1.0,
+            "crop_mode": "center",
+            "first_conv": known.get("first_conv"),
+            "classifier": known.get("classifier", "head"),
+        },
+    }
+
+
+def _architecture(checkpoint: Checkpoint) -> str:
+    """A name that timm knows: the model's own where that says all, else ours for MoE layers on any backbone."""
+    name = checkpoint.config["model"]["name"]
+    return name if checkpoint.config["moe"] is None or name.startswith("vmoe_") else ON_BACKBONE
+
+
+def _model_args(checkpoint: Checkpoint) -> dict[str, Any]:
+    name, moe = checkpoint.config["model"]["name"], checkpoint.config["moe"]
+    arguments = {**timm_arguments(checkpoint.config), "num_classes": len(checkpoint.class_names)}
+    if name.startswith("vmoe_"):
+        arguments["moe"] = moe or False
+    elif moe is not None:
+        arguments |= {"backbone": name, "moe": moe}
+    return arguments

@@ -1,0 +1,201 @@
+"""MoE layers in the form that exporters understand: plain operators, a batch of any size, exactly the routed work.
+
+Each expert in turn takes the rows of the tokens that chose it (`where`) and adds its results to them (`index_add`).
+Their number is read from the data in the exported program itself, so no expert is lost because an example did not
+visit it, and none computes for tokens that are not its own.
+
+B images of N tokens, T = B*N tokens of width D; S = N tokens of a group, which is an image; E experts; K choices a
+token; C places an expert has for an image.
+"""
+
+import copy
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vmoe.moe import MoeMlp, moe_layers
+from vmoe.moe.assignment import expert_capacity
+from vmoe.moe.experts import Experts
+from vmoe.moe.groups import Groups
+from vmoe.moe.routing import Routing
+from vmoe.moe.scores import full_precision_linear
+from vmoe.moe.slot_routers import slots_per_expert
+
+MakeLinear = Callable[[Tensor, Tensor | None], nn.Module]
+
+
+def exportable_copy(model: nn.Module, make_linear: MakeLinear | None = None) -> nn.Module:
+    """A copy of a model on the CPU, in float32 and evaluation mode, whose MoE layers can be exported.
+
+    Args:
+        model: Any timm model, sparse or dense; it is left as it is.
+        make_linear: Makes an expert's layer from its weight (out, in) and bias (out,) or None; when not given,
+            `torch.nn.Linear`.
+
+    Raises:
+        ValueError: A layer's routing cannot be exported.
+    """
+    for name, layer in moe_layers(model):
+        reason = why_not_exportable(layer)
+        if reason is not None:
+            raise ValueError(f"{name}: {reason}")
+    copied = copy.deepcopy(model).cpu().float().eval()
+    for name, layer in moe_layers(copied):
+        exported = ExportedMoe(layer, make_linear or plain_linear)
+        for key, hook in layer._forward_pre_hooks.items():  # token masks of padded images
+            exported.register_forward_pre_hook(hook, with_kwargs=key in layer._forward_pre_hooks_with_kwargs)
+        copied.set_submodule(name, exported)
+    return copied.requires_grad_(False)
+
+
+def why_not_exportable(layer: MoeMlp) -> str | None:
+    """Why no file could compute what this layer computes at evaluation, in half a line; None when one can."""
+    moe = layer.config
+    if moe.router == "random":
+        return 'router="random" draws its experts anew each time, so no file could give the same results'
+    if moe.eval_capacity_factor is not None and not moe.fills_slots and moe.group not in ("image", 1):
+        return (
+            f"eval_capacity_factor={moe.eval_capacity_factor} with group={moe.group!r} makes a prediction depend on "
+            'the other images of its batch; use eval_capacity_factor=None or group="image"'
+        )
+    return None
+
+
+def plain_linear(weight_OD: Tensor, bias_O: Tensor | None) -> nn.Linear:
+    """A linear layer that holds copies of a weight and a bias."""
+    linear = nn.Linear(weight_OD.shape[1], weight_OD.shape[0], bias=bias_O is not None)
+    linear.load_state_dict({"weight": weight_OD} if bias_O is None else {"weight": weight_OD, "bias": bias_O})
+    return linear
+
+
+class ExportedMoe(nn.Module):
+    """What a `MoeMlp` computes at evaluation, image by image: (B, ..., D) -> (B, ..., O).
+
+    Args:
+        layer: The layer, whose router and shared experts are taken over.
+        make_linear: See `exportable_copy`.
+    """
+
+    def __init__(self, layer: MoeMlp, make_linear: MakeLinear) -> None:
+        super().__init__()
+        self.config, self.use_conv, self.out_features = layer.config, layer.use_conv, layer.out_features
+        self.router, self.shared = layer.router, layer.shared
+        self.experts = nn.ModuleList(_Expert(layer.experts, expert, make_linear) for expert in range(layer.num_experts))
+
+    def forward(self, x: Tensor, token_mask: Tensor | None = None) -> Tensor:
+        """Runs each token through its experts; arguments are `MoeMlp.forward`'s."""
+        if self.use_conv:
+            x = x.movedim(1, -1)
+        tokens = x.flatten(1, -2).shape[1]
+        x_TD = x.reshape(-1, x.shape[-1])
+        groups = Groups(x.shape[0], tokens, tokens, tokens)
+        valid_GS = None if token_mask is None else token_mask.reshape(-1, tokens)
+        y_TO = self._routed(x_TD, groups, valid_GS)
+        if self.shared is not None:
+            shared_TO = self.shared(x_TD)
+            y_TO = y_TO + (shared_TO if valid_GS is None else shared_TO.masked_fill(~valid_GS.reshape(-1, 1), 0))
+        y = y_TO.reshape(*x.shape[:-1], self.out_features)
+        return y.movedim(-1, 1) if self.use_conv else y
+
+    def _routed(self, x_TD: Tensor, groups: Groups, valid_GS: Tensor | None) -> Tensor:
+        if self.config.router == "soft":
+            routing = self.router(x_TD, groups, valid_GS)
+            slots_END = routing.dispatch(x_TD).view(len(self.experts), -1, x_TD.shape[-1])
+            results = [expert(slots_ND) for expert, slots_ND in zip(self.experts, slots_END.unbind(0), strict=True)]
+            return routing.combine(torch.cat(results))
+        if self.config.router == "expert_choice":
+            weights_GSE, is_taken_GSE = self._expert_choice(x_TD, groups, valid_GS)
+        else:
+            weights_GSE, is_taken_GSE = self._token_choice(self.router(x_TD, groups, valid_GS))
+        weights_TE, is_taken_TE = weights_GSE.flatten(0, 1), is_taken_GSE.flatten(0, 1)
+        y_TO = x_TD.new_zeros(x_TD.shape[0], self.out_features)
+        for index, expert in enumerate(self.experts):
+            (token_R,) = torch.where(is_taken_TE[:, index])
+            y_RO = expert(x_TD.index_select(0, token_R))
+            weight_R1 = weights_TE[:, index].index_select(0, token_R)[:, None]
+            y_TO = y_TO.index_add(0, token_R, y_RO * weight_R1.to(y_RO.dtype))
+        return y_TO
+
+    def _token_choice(self, routing: Routing) -> tuple[Tensor, Tensor]:
+        """The combine weights (G, S, E), and which tokens each expert runs on."""
+        is_kept_GSK = torch.ones_like(routing.chosen_GSK, dtype=torch.bool)
+        if self.config.eval_capacity_factor is not None:
+            is_kept_GSK = slots_in_flow(routing, self.config.batch_priority) < self._capacity(routing.groups.size)
+        if routing.valid_GS is not None:
+            is_kept_GSK = is_kept_GSK & routing.valid_GS[..., None]
+        no_GSE = torch.zeros_like(routing.gates_GSE)
+        weights_GSE = no_GSE.scatter(-1, routing.chosen_GSK, routing.weights_GSK)
+        return weights_GSE, no_GSE.scatter(-1, routing.chosen_GSK, is_kept_GSK.to(no_GSE.dtype)) > 0
+
+    def _capacity(self, tokens: int) -> int:
+        moe = self.config
+        rounding = (moe.capacity_rounding, moe.capacity_multiple_of)
+        return min(tokens, expert_capacity(tokens * moe.top_k, moe.num_experts, moe.eval_capacity_factor, *rounding))
+
+    def _expert_choice(self, x_TD: Tensor, groups: Groups, valid_GS: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Likewise where each expert takes the C tokens with its largest gates; of equal gates, the earlier token."""
+        moe = self.config
+        gates_GSE = groups.split(full_precision_linear(x_TD, self.router.gate.weight)).softmax(-1)
+        factor = moe.capacity_factor if moe.eval_capacity_factor is None else moe.eval_capacity_factor
+        capacity = slots_per_expert(groups.size, moe, factor)
+        ranked_GSE = gates_GSE if valid_GS is None else gates_GSE.masked_fill(~valid_GS[..., None], -1.0)
+        least_G1E = ranked_GSE.topk(capacity, dim=1).values[:, -1:]
+        is_larger_GSE, is_equal_GSE = ranked_GSE > least_G1E, ranked_GSE == least_G1E
+        left_G1E = capacity - is_larger_GSE.sum(1, keepdim=True)
+        is_taken_GSE = is_larger_GSE | (is_equal_GSE & (is_equal_GSE.long().cumsum(1) <= left_G1E))
+        return gates_GSE, is_taken_GSE if valid_GS is None else is_taken_GSE & valid_GS[..., None]
+
+
+class _Expert(nn.Module):
+    """One expert as an MLP of its own: (R, D) -> (R, O), of as many rows as the data say."""
+
+    def __init__(self, experts: Experts, index: int, make_linear: MakeLinear) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = (
+            make_linear(layer.weight.detach()[index], None if layer.bias is None else layer.bias.detach()[index])
+            for layer in (experts.fc1, experts.fc2)
+        )
+        self.act = experts.act
+        self.norm = nn.Identity()
+        if experts.norm is not None:
+            self.norm = nn.LayerNorm(experts.fc2.weight.shape[-1], experts.norm.eps)
+            for own, stacked in ((self.norm.weight, experts.norm.weight), (self.norm.bias, experts.norm.bias)):
+                own.data.copy_(stacked.detach()[index]) if stacked is not None else None
+
+    def forward(self, x_RD: Tensor) -> Tensor:
+        return self.fc2(self.norm(self.act(self.fc1(x_RD))))
+
+
+def slots_in_flow(routing: Routing, batch_priority: bool) -> Tensor:
+    """`assignment.rank_in_flow` without sorting, (G, S, K): the place of each choice among those of its expert."""
+    chosen_GSK, num_experts = routing.chosen_GSK, routing.gates_GSE.shape[-1]
+    if routing.valid_GS is not None:  # padding takes no place: a row of zeros below
+        chosen_GSK = torch.where(routing.valid_GS[..., None], chosen_GSK, num_experts)
+    one_hot_GSKE = F.one_hot(chosen_GSK, num_experts + 1)[..., :num_experts]
+    place_GS = _places_by_gate(routing) if batch_priority else None
+    if place_GS is not None:
+        order_GS = torch.zeros_like(place_GS).scatter(1, place_GS, torch.arange(place_GS.shape[1]).expand_as(place_GS))
+        one_hot_GSKE = _pick(one_hot_GSKE, order_GS)
+    flow_GNE = one_hot_GSKE.transpose(1, 2).flatten(1, 2)
+    rank_GN = ((flow_GNE.cumsum(1) - 1) * flow_GNE).sum(-1)
+    rank_GSK = rank_GN.view(-1, chosen_GSK.shape[2], chosen_GSK.shape[1]).transpose(1, 2)
+    return rank_GSK if place_GS is None else _pick(rank_GSK, place_GS)
+
+
+def _places_by_gate(routing: Routing) -> Tensor:
+    """The place of each token of a group (G, S) by falling top-1 gate; of equal ones, the earlier first."""
+    best_GS = routing.gates_GSE.amax(-1)
+    if routing.valid_GS is not None:
+        best_GS = best_GS.masked_fill(~routing.valid_GS, -1.0)
+    index_S = torch.arange(best_GS.shape[1])
+    is_before_GSS = best_GS[:, None, :] > best_GS[:, :, None]
+    is_tied_before_GSS = (best_GS[:, None, :] == best_GS[:, :, None]) & (index_S[None, :] < index_S[:, None])
+    return (is_before_GSS | is_tied_before_GSS).sum(-1)
+
+
+def _pick(values_GSX: Tensor, index_GS: Tensor) -> Tensor:
+    """Row `index_GS` of each group's rows."""
+    shape = (*index_GS.shape, *(1 for _ in values_GSX.shape[2:]))
+    return values_GSX.gather(1, index_GS.view(shape).expand_as(values_GSX))

@@ -1,0 +1,257 @@
+"""A trained model as a program that runs without this project: ONNX, torch.export or AOTInductor.
+
+A program takes normalised images (B, 3, image_size, image_size) float32, any B >= 1, and gives logits (B, classes).
+"""
+
+import importlib
+import io
+import json
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+import vmoe
+from vmoe.checkpoints import Checkpoint, load_checkpoint
+from vmoe.errors import UserError
+from vmoe.export.int8 import Int8Linear
+from vmoe.export.layer import exportable_copy
+from vmoe.files import replace
+
+SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2", "aoti": ".pt2"}
+BATCHES = (1, 3, 8, 33)
+TOLERANCE = 1e-4
+OPSET = 20  # the first with Gelu
+LARGEST_PROTOBUF = 2**31 - 2**20  # a file of protobuf holds less than 2 GiB; larger weights lie beside it
+METADATA = "vmoe"
+Run = Callable[[Tensor], Tensor]
+
+
+def write_program(path: str | Path, source: str | Path, format: str, int8: bool = False) -> dict[str, Any]:
+    """Writes a checkpoint as a program and checks that it computes what the model does; nothing is written if not.
+
+    Args:
+        path: Where it goes.
+        source: A checkpoint file or a run's folder.
+        format: A key of `SUFFIXES`.
+        int8: Whether the experts' weights are rounded to int8 (`vmoe.moe.int8`).
+
+    Returns:
+        What export.json tells: sizes, versions, and the largest differences of logits from the model's, which is the
+        rounded one with `int8`, by batch size, relative to the largest logit where that is above 1.
+
+    Raises:
+        UserError: the checkpoint cannot be read, its model not exported, a package or the compiler is missing, the
+            program's logits differ by more than `TOLERANCE`, or `path` cannot be written.
+    """
+    require(format)
+    with _folder_beside(Path(path)) as folder:
+        checkpoint = load_checkpoint(source)
+        try:
+            model = exportable_copy(checkpoint.model, Int8Linear if int8 else None)
+        except ValueError as error:
+            raise UserError(f"{source}: cannot be exported: {error}") from error
+        file = folder / Path(path).name
+        notes, run = convert(file, format, model, checkpoint.image_size, describe(checkpoint), str(source))
+        differences = compare(run, model if int8 else checkpoint.model, checkpoint.image_size)
+        worst = max(differences.values())
+        if not worst <= TOLERANCE:  # NaN included
+            raise UserError(f"{source}: logits of the {format} program differ by {worst:.2g}; nothing is written")
+        sizes = {part.name: part.stat().st_size for part in folder.iterdir()}
+        for part in sorted(folder.iterdir(), key=lambda part: part == file):  # the program itself last
+            replace(part, Path(path).with_name(part.name))
+    report = {"format": format, "quantize": "int8" if int8 else None, "bytes": sizes, **notes}
+    report["parity"] = {"tolerance": TOLERANCE, "by_batch": differences}
+    if int8:
+        report["int8"] = rounding_error(checkpoint.model, model, checkpoint.image_size)
+    return report | {"versions": {"vmoe": vmoe.__version__, "torch": torch.__version__, **_versions(format)}}
+
+
+def convert(
+    file: Path, format: str, model: nn.Module, image_size: int, metadata: dict[str, Any], name: str
+) -> tuple[dict[str, Any], Run]:
+    """Writes an `exportable_copy` as a program.
+
+    Args:
+        file: Where it goes.
+        format: A key of `SUFFIXES`.
+        model: The copy.
+        image_size: In pixels.
+        metadata: What `describe` tells.
+        name: What the line of an error begins with.
+
+    Returns:
+        What there is to note of it, and the program as it is read back.
+
+    Raises:
+        UserError: the model cannot be traced or converted.
+    """
+    program = trace(model, image_size, name)
+    try:
+        with _quiet():
+            return _WRITERS[format](file, program, metadata), load_program(file, format)
+    except OSError:
+        raise
+    except Exception as error:  # exporters raise many types
+        if format == "onnx" and _make_attention_plain(model):
+            return convert(file, format, model, image_size, metadata, name)
+        reason = f"{type(model).__name__} cannot be exported as {format}: {_reason(error)}"
+        raise UserError(f"{name}: {reason}") from error
+
+
+def _make_attention_plain(model: nn.Module) -> bool:
+    """Has timm's attentions multiply matrices; whether any did not. ONNX knows fused attention on four axes only."""
+    fused = [module for module in model.modules() if getattr(module, "fused_attn", False)]
+    for module in fused:
+        module.fused_attn = False
+    return bool(fused)
+
+
+def require(format: str) -> None:
+    """Refuses a format whose packages or compiler are missing.
+
+    Raises:
+        UserError: with the command that installs them.
+    """
+    if format == "onnx":
+        for package in ("onnx", "onnxscript", "onnxruntime"):
+            try:
+                importlib.import_module(package)
+            except ImportError as error:
+                raise UserError(f"ONNX needs {package}: pip install 'vmoe[export]'") from error
+    compiler = os.environ.get("CXX", "g++")
+    if format == "aoti" and shutil.which(compiler) is None:
+        raise UserError(f"--format aoti: needs the C++ compiler {compiler}, which is not here; install it, or set CXX")
+
+
+def trace(model: nn.Module, image_size: int, name: str) -> ExportedProgram:
+    """The program of an `exportable_copy`, with a batch of any size.
+
+    Raises:
+        UserError: torch.export cannot follow the model; `name` is what the line begins with.
+    """
+    images = torch.zeros(2, 3, image_size, image_size)
+    try:
+        with _quiet():
+            return torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+    except Exception as error:  # the tracer raises many types
+        raise UserError(f"{name}: {type(model).__name__} cannot be exported: {_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what an error was caused by."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = (line.strip() for line in str(error).splitlines())
+    return next((line[:200] for line in lines if line), type(error).__name__)
+
+
+def describe(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a program's user must know: how images are prepared and what the logits mean."""
+    return {
+        "version": 1,
+        "model": checkpoint.config["model"]["name"],
+        "class_names": checkpoint.class_names,
+        "image_size": checkpoint.image_size,
+        "mean": list(checkpoint.mean),
+        "std": list(checkpoint.std),
+        "preprocessing": "central square of the RGB image, resized to image_size; (pixel / 255 - mean) / std",
+    }
+
+
+def load_program(path: str | Path, format: str) -> Run:
+    """A function from images to logits, both on the CPU, that runs a written program."""
+    if format == "onnx":
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.log_severity_level = 3
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+    if format == "aoti":
+        return torch._inductor.aoti_load_package(str(path))
+    return torch.export.load(str(path)).module()
+
+
+@torch.no_grad()
+def compare(run: Run, model: nn.Module, image_size: int) -> dict[int, float]:
+    """The largest difference of a program's logits from a model's on random images, for each of `BATCHES`."""
+    differences = {}
+    for batch in BATCHES:
+        images = _noise(batch, image_size)
+        expected = model(images)
+        differences[batch] = float((run(images) - expected).abs().max() / expected.abs().max().clamp_min(1))
+    return differences
+
+
+@torch.no_grad()
+def rounding_error(model: nn.Module, rounded: nn.Module, image_size: int, count: int = 64) -> dict[str, float]:
+    """What rounding changes on `count` random images: |difference| / |logits| (2-norms), share of other answers."""
+    images = _noise(count, image_size)
+    before, after = model(images), rounded(images)
+    changed = (before.argmax(-1) != after.argmax(-1)).double().mean()
+    return {"relative_logit_error": float((after - before).norm() / before.norm()), "top1_changed": float(changed)}
+
+
+def _noise(batch: int, image_size: int) -> Tensor:
+    return torch.randn(batch, 3, image_size, image_size, generator=torch.Generator().manual_seed(batch))
+
+
+def _write_onnx(file: Path, program: ExportedProgram, metadata: dict[str, Any]) -> dict[str, Any]:
+    names = {"input_names": ["images"], "output_names": ["logits"]}
+    exported = torch.onnx.export(program, (), dynamo=True, opset_version=OPSET, verbose=False, **names)
+    exported.model.metadata_props[METADATA] = json.dumps(metadata)
+    weights = sum(value.const_value.nbytes for value in exported.model.graph.initializers.values())
+    exported.save(file, external_data=weights > LARGEST_PROTOBUF)
+    return {"opset": exported.model.opset_imports[""]}
+
+
+def _write_torch_export(file: Path, program: ExportedProgram, metadata: dict[str, Any]) -> dict[str, Any]:
+    torch.export.save(program, file, extra_files={METADATA: json.dumps(metadata)})
+    return {}
+
+
+def _write_aoti(file: Path, program: ExportedProgram, metadata: dict[str, Any]) -> dict[str, Any]:
+    configs = {"aot_inductor.metadata": {METADATA: json.dumps(metadata)}}
+    torch._inductor.aoti_compile_and_package(program, package_path=str(file), inductor_configs=configs)
+    return {}
+
+
+_WRITERS = {"onnx": _write_onnx, "torch-export": _write_torch_export, "aoti": _write_aoti}
+
+
+def _versions(format: str) -> dict[str, str]:
+    packages = ("onnx", "onnxscript", "onnxruntime") if format == "onnx" else ()
+    return {name: importlib.import_module(name).__version__ for name in packages}
+
+
+@contextmanager
+def _folder_beside(path: Path) -> Iterator[Path]:
+    """A temporary folder on the same file system as `path`.
+
+    Raises:
+        UserError: the place cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+            yield Path(folder)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}); choose another place") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what exporters print about their own internals."""
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
