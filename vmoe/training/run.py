@@ -111,8 +111,8 @@ def _run(
         # In place: no name of a weight changes. Static: the smaller last batch of a validation would otherwise make
         # torch compile for any batch size, training included, in many small graphs.
         model.compile(dynamic=False)
-    with _quiet_lightning():
-        trainer = _trainer(config, device, place, [journal, saving])
+    with quiet_lightning():
+        trainer = new_trainer(config, device, place, [journal, saving])
         if saved is not None:
             _say_resumed(progress, folder, saved[ENTRY])
             data.train_sampler.set_epoch(saved[ENTRY]["epochs_done"])
@@ -175,7 +175,8 @@ def _identity(config: TrainConfig, data: ImageDataModule) -> dict[str, Any]:
     }
 
 
-def _trainer(config: TrainConfig, device: torch.device, place: Place, callbacks: list[Any]) -> Trainer:
+def new_trainer(config: TrainConfig, device: torch.device, place: Place, callbacks: list[Any]) -> Trainer:
+    """Lightning's Trainer as all runs have it."""
     return Trainer(
         accelerator=device.type,
         devices=place.local_count,
@@ -233,7 +234,7 @@ def _say_resumed(progress: Progress, folder: RunFolder, ours: dict[str, Any]) ->
     progress.say(f"resuming {folder.path} after {ours['epochs_done']} epochs{inside}")
 
 
-class _quiet_lightning(warnings.catch_warnings):
+class quiet_lightning(warnings.catch_warnings):
     """Silences Lightning's hints on hardware, loaders and resumption, all of which are dealt with here."""
 
     def __enter__(self) -> None:
