@@ -197,9 +197,9 @@ def _add_scaling(parser: argparse.ArgumentParser) -> None:
     add("--models", nargs="+", metavar="NAME", help="of S/16 and B/16, whose speed is measured (default: both)")
     add("--experts", nargs="+", type=_count, metavar="E", help="of a layer, in speed (default: 8 32)")
     add("--batch", type=_count, metavar="B", help="images a process, in speed (default: 128 on a GPU, else 8)")
-    add("--steps", type=_count, help="updates that are timed (default: 15 on a GPU, else 3)")
+    add("--steps", type=_count, help="updates that are timed (default: 12 on a GPU, else 3)")
     add("--limit", type=_count, default=120, metavar="SECONDS", help="the most for a part (default: %(default)s)")
-    add("--job-limit", type=_count, default=60, metavar="SECONDS", help="and for a training (default: %(default)s)")
+    add("--job-limit", type=_count, default=90, metavar="SECONDS", help="and for a training (default: %(default)s)")
     add("--memory", type=float, metavar="GIB", help="the most for a process in size (default: all; on CPUs 1)")
 
 

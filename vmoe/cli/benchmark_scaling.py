@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import shutil
+import signal
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ def scaling(options: argparse.Namespace, results: Results) -> None:
         results.write("scaling", getattr(torch, sizes.dtype), settings | {"rows": ended}, tables)
 
     seconds = dict.fromkeys(options.parts, float(options.limit))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the workers end too
     launcher = Launcher(options.out, options.device.type, seconds, results.say("scaling"), report)
     for launch in _launches(jobs, counts):
         launcher.run(launch)

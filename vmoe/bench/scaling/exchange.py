@@ -8,6 +8,9 @@ Span = tuple[float, float]  # start and end, in microseconds
 _KINDS = {"sendrecv": "tokens", "alltoall": "tokens", "allgather": "weights", "reducescatter": "gradients",
           "allreduce": "gradients"}  # fmt: skip
 
+# What torch and Lightning write between kernels
+_MARKS = ("FSDP::", "Optimizer.", "ProfilerStep", "nccl:", "DistributedDataParallel", "[pl]", "PyTorch Profiler")
+
 
 class Shares(NamedTuple):
     """Shares of a step's time on the device. A kernel that waits for another process counts as exchange.
@@ -29,14 +32,43 @@ class Shares(NamedTuple):
     idle: float
 
 
-def kernel_spans(profile: torch.profiler.profile) -> list[tuple[str, Span]]:
+class Profile:
+    """The profiler on a few steps of a GPU. Where it fails, for want of rights or memory, there are no shares."""
+
+    def __init__(self) -> None:
+        self._profiler: torch.profiler.profile | None = None
+
+    def start(self) -> None:
+        try:
+            torch.cuda.synchronize()
+            profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+            profiler.start()
+            self._profiler = profiler
+        except Exception as error:  # must not lose the times that were measured before
+            print(f"no profile: {error}", flush=True)
+
+    def stop(self) -> Shares | None:
+        """The shares of the time since `start`."""
+        if self._profiler is None:
+            return None
+        try:
+            torch.cuda.synchronize()
+            self._profiler.stop()
+            return shares_of(_kernel_spans(self._profiler))
+        except Exception as error:  # likewise
+            print(f"no profile: {error}", flush=True)
+            return None
+
+
+def _kernel_spans(profile: torch.profiler.profile) -> list[tuple[str, Span]]:
     """The name and time of all that ran on the device."""
-    return [
-        (event.name, (event.time_range.start, event.time_range.end))
-        for event in profile.events()
-        if event.device_type == torch.autograd.DeviceType.CUDA and event.time_range.end > event.time_range.start
-        and not getattr(event, "is_user_annotation", False)
-    ]  # fmt: skip
+    spans = []
+    for event in profile.events():
+        span = event.time_range.start, event.time_range.end
+        is_mark = getattr(event, "is_user_annotation", False) or event.name.startswith(_MARKS)
+        if event.device_type == torch.autograd.DeviceType.CUDA and span[1] > span[0] and not is_mark:
+            spans.append((event.name, span))
+    return spans
 
 
 def shares_of(spans: list[tuple[str, Span]]) -> Shares | None:

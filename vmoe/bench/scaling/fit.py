@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from vmoe.bench.scaling.exchange import Shares, kernel_spans, shares_of
+from vmoe.bench.scaling.exchange import Profile, Shares
 from vmoe.bench.scaling.jobs import CLASSES, Job
 from vmoe.checkpoints import ENTRY, FORMAT_VERSION, build_model
 from vmoe.data import Batch
@@ -27,6 +27,7 @@ from vmoe.training.summary import peak_memory_mib
 WARM_UP = 5  # updates that are not timed; the last of them is watched for waits
 PROFILED = 2
 SEED = 0
+_WAITS = "called a synchronizing CUDA operation"  # what torch says of it
 
 
 class Images:
@@ -42,16 +43,19 @@ class Images:
     def __init__(self, job: Job, count: int, device: torch.device, different: bool) -> None:
         place = Place.of_this()
         self.count = count
-        own = slice(place.rank * job.batch // place.count, (place.rank + 1) * job.batch // place.count)
+        side, own = job.model.image_size, job.batch // place.count
         dtype = torch.float64 if job.dtype == "float64" else torch.float32
         self._batches = []
         for number in range(count if different else 1):
-            draw = torch.Generator().manual_seed(SEED + number)
-            side = job.model.image_size
-            images = torch.randn(job.batch, 3, side, side, generator=draw)[own]
-            labels = torch.randint(CLASSES, (job.batch,), generator=draw)[own]
-            keys = torch.stack([torch.full((job.batch,), number), torch.arange(job.batch)], 1)[own]
-            self._batches.append(Batch(images.to(device, dtype), labels.to(device), [], keys=keys.to(device)))
+            # Where results are compared, each process draws all and takes its own; else on the device, which is faster
+            where, size = ("cpu", job.batch) if different else (device, own)
+            draw = torch.Generator(where).manual_seed(SEED + number)
+            images = torch.randn(size, 3, side, side, generator=draw, device=where)
+            labels = torch.randint(CLASSES, (size,), generator=draw, device=where)
+            keys = torch.stack([torch.full((size,), number), torch.arange(size)], 1)
+            first = place.rank * own if different else 0
+            images, labels, keys = (part[first : first + own].to(device) for part in (images, labels, keys))
+            self._batches.append(Batch(images.to(dtype), labels, [], keys=keys))
 
     def __len__(self) -> int:
         return self.count
@@ -112,7 +116,7 @@ def train(
     cut = cut or cut_of(config.parallel, job.processes, device.type)
     module = Classifier(model, config.optim, epochs_in_all, len(images), draws=draws, cut=cut)
     with quiet_lightning():
-        trainer = new_trainer(config, device, Place.of_this(), callbacks)
+        trainer = new_trainer(config, device, Place.of_this(), [*callbacks, _Forgets()])
         trainer.fit(module, images, ckpt_path=resume_from, weights_only=True)
 
 
@@ -147,7 +151,7 @@ class Stopwatch(Callback):
         self._marks: list[Any] = []
         self._waits: list[str] | None = None
         self._caught: warnings.catch_warnings | None = None
-        self._profiler: torch.profiler.profile | None = None
+        self._profile = Profile()
         self._shares: Shares | None = None
 
     def on_train_batch_start(self, trainer: Trainer, module: Classifier, batch: Batch, batch_idx: int) -> None:
@@ -162,9 +166,7 @@ class Stopwatch(Callback):
             warnings.simplefilter("always")
             torch.cuda.set_sync_debug_mode("warn")
         if batch_idx == self.warm_up + self.steps and self.profiled:
-            torch.cuda.synchronize(self.device)
-            self._profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
-            self._profiler.start()
+            self._profile.start()
 
     def on_train_batch_end(
         self, trainer: Trainer, module: Classifier, outputs: Any, batch: Batch, batch_idx: int
@@ -180,10 +182,10 @@ class Stopwatch(Callback):
     def on_train_end(self, trainer: Trainer, module: Classifier) -> None:
         if len(self._marks) == self.steps:  # no batch began after the last timed one
             self._mark()
-        if self._profiler is not None:
-            torch.cuda.synchronize(self.device)
-            self._profiler.stop()
-            self._shares = shares_of(kernel_spans(self._profiler))
+        self._shares = self._profile.stop()
+
+    def on_exception(self, trainer: Trainer, module: Classifier, exception: BaseException) -> None:
+        self.on_train_batch_end(trainer, module, None, None, 0)
 
     def result(self) -> Speed:
         pairs = list(zip(self._marks, self._marks[1:], strict=False))
@@ -239,6 +241,17 @@ class Saves(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, module: Classifier, checkpoint: dict[str, Any]) -> None:
         checkpoint[ENTRY] = {"version": FORMAT_VERSION, "ema": None}
+
+
+class _Forgets(Callback):
+    """Lets go of model and optimiser, which the trainer would otherwise move to the host."""
+
+    def on_train_end(self, trainer: Trainer, module: Classifier) -> None:
+        module.model = nn.Identity()
+        trainer.strategy.optimizers = []
+
+    def on_exception(self, trainer: Trainer, module: Classifier, exception: BaseException) -> None:
+        self.on_train_end(trainer, module)
 
 
 def _whole(tensor: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -78,7 +77,7 @@ class Launcher:
         left, failed = [], None
         for job in jobs:
             seen = states.get(job.key, [])
-            if job.part == "size" and seen[-1:] == ["no room"] and self._room_left(job):
+            if job.part == "size" and "no room" in seen and self._room_left(job):
                 left.append(job)  # between the last that fits and the first that does not
             elif seen and not set(seen) & set(_ENDED):
                 failed = job
@@ -123,21 +122,24 @@ class Launcher:
         """One start of the processes for some jobs: their exit code, and the end of what they said."""
         self._launches += 1
         plan = self._folder / f"plan{self._launches}.json"
+        ended = self._folder / f"ended{self._launches}"
+        ended.unlink(missing_ok=True)
         plan.write_text(json.dumps({
             "jobs": [asdict(job) for job in jobs], "device": self._device_type, "folder": str(self._folder),
-            "seconds_left": self._left, "start_seconds": START_SECONDS, "sizes": self._sizes(),
+            "seconds_left": self._left, "start_seconds": START_SECONDS, "sizes": self._sizes(), "ended": str(ended),
         }), encoding="utf-8")  # fmt: skip
         processes = jobs[0].processes
         self._say(f"{len(jobs)} jobs on {processes} process{'es' if processes > 1 else ''}")
         command = [sys.executable, "-m"]
         if processes > 1:
-            command += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
+            command += ["torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+            command += ["--nproc-per-node", str(processes), "-m"]
         command += ["vmoe.bench.scaling.worker", str(plan), str(self._rows_path)]
         log = self._folder / f"log{self._launches}.txt"
         parts = {job.part for job in jobs}
         deadline = time.monotonic() + START_SECONDS + sum(self._left[part] for part in parts) + jobs[0].seconds
         with open(log, "w", encoding="utf-8") as file:
-            process = subprocess.Popen(command, stdout=file, stderr=file, env=_environment(), start_new_session=True)
+            process = subprocess.Popen(command, stdout=file, stderr=file, env=_environment())
             code = self._watch(process, deadline)
         return code, " ".join(log.read_text(encoding="utf-8", errors="replace").split())
 
@@ -163,12 +165,12 @@ class Launcher:
         try:
             return process.wait(_GRACE_SECONDS)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+            process.kill()  # what it leaves behind ends itself at its job's limit
             return process.wait()
 
 
 def _environment() -> dict[str, str]:
-    """This process's, in which workers find the package and each takes its share of the processors."""
+    """This process's, in which workers of one machine find the package and each other."""
     root = str(Path(__file__).parents[3])
     paths = os.pathsep.join(path for path in (root, os.environ.get("PYTHONPATH")) if path)
-    return {"OMP_NUM_THREADS": "1"} | os.environ | {"PYTHONPATH": paths}
+    return {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"} | os.environ | {"PYTHONPATH": paths}

@@ -81,8 +81,15 @@ def finished(rows: list[Row], folder: Path) -> list[Row]:
         rows: As the workers wrote them.
         folder: Where the workers left weights.
     """
-    ended = [row for row in rows if row["state"] not in ("started",) and not _says_nothing(row)]
+    ended = []
+    for row in rows:
+        is_told = row["state"] == "started" or (row["part"] == "size" and row["state"] == "done")
+        same = [one for one in ended if one["key"] == row["key"] and one.get("pairs") == row.get("pairs")]
+        if not is_told and not any(one["state"] == row["state"] for one in same):  # as another rank has said it
+            ended.append(row)
     for row in ended:
+        if row.get("pairs"):
+            row["blocks"] = 2 * row["pairs"]
         if "peak_mib" in row:
             row["peak"] = max(row["peak_mib"])
         if row["state"] == "done" and row["part"] in ("equality", "checkpoint"):
@@ -103,11 +110,6 @@ def write_csv(path: Path, rows: list[Row]) -> None:
         writer.writerow({key: " ".join(map(str, v)) if isinstance(v, list) else v for key, v in row.items()})
     with atomic_write(path) as temporary:
         temporary.write_text(text.getvalue(), encoding="utf-8")
-
-
-def _says_nothing(row: Row) -> bool:
-    """Of a model's size the rows say all while it grows, and a job that saves has no result but its file."""
-    return row["part"] == "size" and row["state"] == "done"
 
 
 def _differences(row: Row, rows: list[Row], folder: Path) -> Row:

@@ -28,13 +28,13 @@ def grow(job: Job, device: torch.device, known: dict[int, float], failed: int | 
         failed: The fewest pairs that did not fit before; None where that is not known.
 
     Raises:
-        torch.OutOfMemoryError: the model does not fit. `pairs` on it tells its size.
+        Exception: the model does not fit, or something failed. `pairs` on it tells its size.
     """
     known = dict(known)
     while (pairs := next_size(known, failed, _capacity_mib(job, device))) is not None:
         try:
             row = _train_one(job, device, pairs)
-        except RuntimeError as error:  # which an error of lacking memory is
+        except Exception as error:
             error.pairs = pairs
             raise
         known[pairs] = max(row["peak_mib"])
@@ -62,8 +62,9 @@ def next_size(known: dict[int, float], failed: int | None, capacity: float) -> i
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory was lacking, on a GPU or on the host."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    """Whether memory was lacking, on a GPU or on the host; NCCL and gloo say so by messages alone."""
+    says_so = any(words in str(error).lower() for words in ("out of memory", "allocate memory"))
+    return says_so or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
 def _train_one(job: Job, device: torch.device, pairs: int) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import os
 import resource
 import statistics
 import sys
+import threading
 import time
 import traceback
 from dataclasses import replace
@@ -54,6 +55,9 @@ def main(plan: Path, rows: Path) -> None:
     # A product in float32 is one, whatever the number of processes
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     faulthandler.dump_traceback_later(plan["start_seconds"], exit=True)
+    ended = Path(plan["ended"])
+    if place.count > 1:
+        threading.Thread(target=_end_with, args=(ended,), daemon=True).start()
     connect(device.type)
     gather(None)
     left = dict(plan["seconds_left"])
@@ -63,36 +67,48 @@ def main(plan: Path, rows: Path) -> None:
             continue
         started = time.monotonic()
         faulthandler.dump_traceback_later(job.seconds, exit=True)  # also out of a collective that never ends
-        _do(job, device, Path(plan["folder"]), Rows(rows), plan["sizes"])
+        _do(job, device, plan, Rows(rows))
         left[job.part] -= time.monotonic() - started
     faulthandler.cancel_dump_traceback_later()
     disconnect()
 
 
-def _do(job: Job, device: torch.device, folder: Path, rows: Rows, sizes: dict[str, Any]) -> None:
+def _end_with(ended: Path) -> None:
+    """Ends this process when another has failed, for which it may wait in vain, deaf to signals."""
+    while not ended.exists():
+        time.sleep(0.5)
+    time.sleep(1.0)  # for what it may have to say itself
+    os._exit(1)
+
+
+def _do(job: Job, device: torch.device, plan: dict[str, Any], rows: Rows) -> None:
     write = partial(_write_once, rows, job)
     write("started")
     start = time.monotonic()
     try:
         _limit_memory(job.memory if job.part == "size" else None, device)
         if job.part == "size":
-            known = sizes.get(job.key, {})
+            known = plan["sizes"].get(job.key, {})
             fitted = {int(pairs): peak for pairs, peak in known.get("fitted", {}).items()}
             for row in grow(job, device, fitted, known.get("failed")):
                 write("fits", **row)
                 faulthandler.dump_traceback_later(job.seconds, exit=True)  # as for a job of its own
             content = {}
         else:
-            content = _MEASURES[job.part](job, device, folder)
+            content = _MEASURES[job.part](job, device, Path(plan["folder"]))
     except Exception as error:  # whatever stops one job must not lose the others
         state = "no room" if is_out_of_memory(error) else "failed"
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
         where = {"pairs": getattr(error, "pairs", None), "rank": Place.of_this().rank}
-        rows.write(job, state, error=reason, seconds=time.monotonic() - start, **where)
         traceback.print_exc()
+        ended = Path(plan["ended"])
+        if not ended.exists():  # else another failed first, and this is what came of it
+            ended.touch()
+            rows.write(job, state, error=reason, seconds=time.monotonic() - start, **where)
         if job.processes > 1:
             sys.stderr.flush()
             os._exit(1)
+        ended.unlink()
         traceback.clear_frames(error.__traceback__)
     else:
         write("done", seconds=time.monotonic() - start, **content)
@@ -146,8 +162,7 @@ def _overhead(job: Job, device: torch.device) -> Row:
         speeds.append(measure_speed(job, device, profiled=False))
         release(device)
     ratios = [speed.step_ms / time_ms for speed, time_ms in zip(speeds, times, strict=True)]
-    return _row_of(speeds[-1], job) | {
-        "step_ms": statistics.median(speed.step_ms for speed in speeds),
+    return _row_of(sorted(speeds, key=lambda speed: speed.step_ms)[_ROUNDS // 2], job) | {
         "alone_step_ms": statistics.median(times),
         "overhead": statistics.median(ratios) - 1,
         "overhead_of_rounds": [ratio - 1 for ratio in ratios],
