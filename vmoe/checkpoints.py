@@ -21,13 +21,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import vmoe
-from vmoe.checkpoint_folders import is_sharded, read_folder, read_plain_part
+from vmoe.checkpoint_folders import ENTRY, is_sharded, read_folder, read_plain_part
 from vmoe.errors import UserError
-from vmoe.files import atomic_write, replace
+from vmoe.files import atomic_write, new_folder
 from vmoe.moe import MoeConfig
 
 FORMAT_VERSION = 1
-ENTRY = "vmoe"
 _MODEL_PREFIX = "model."
 # Arguments of timm that would fetch or open other files: a checkpoint brings its own weights.
 _FETCHING_ARGUMENTS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
@@ -50,6 +49,10 @@ class RunFolder:
     @property
     def best(self) -> Path:
         return self.path / "checkpoints" / "best.ckpt"
+
+    @property
+    def launch(self) -> Path:
+        return self.path / "checkpoints" / ".launch"
 
     @property
     def metrics(self) -> Path:
@@ -197,12 +200,14 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 
 
 def copy_checkpoint(source: Path, target: Path) -> None:
-    """Copies a checkpoint; the target is never half of one."""
+    """Copies a checkpoint; the target is never half of one.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     if is_sharded(source):
-        temporary = target.with_name(f".{target.name}.new")
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.copytree(source, temporary)
-        replace(temporary, target)
+        with new_folder(target) as temporary:
+            shutil.copytree(source, temporary, dirs_exist_ok=True)
         return
     with atomic_write(target) as temporary:
         shutil.copyfile(source, temporary)

@@ -231,6 +231,38 @@ def test_a_process_that_dies_ends_the_job_with_a_line_that_says_which(recipe, tm
     assert "failed (exitcode: -9) local_rank: 1" in done.stderr
 
 
+@pytest.mark.parametrize("rank", ["0", pytest.param("1", marks=pytest.mark.slow)])
+def test_a_full_disk_is_told_in_a_line_and_leaves_the_checkpoint_of_before(recipe, tmp_path, rank):
+    full = {"SIGNAL_AT": "4", "SIGNALLED_RANK": rank, "FILE_BYTES": "20000"}
+    options = (*strategy_options("fsdp"), "--trainer.epochs", "2", "--optim.lr", "1e-5")
+    done = launch(recipe, tmp_path / "run", 2, *options, **full)
+    assert done.returncode != 0
+    assert done.stderr.count("last.ckpt: cannot be written") + done.stderr.count("best.ckpt: cannot be written") == 1
+    assert "Traceback" not in done.stderr.partition("ChildFailedError")[0].partition("elastic")[0]
+    assert read_checkpoint(RunFolder(tmp_path / "run").last)[ENTRY]["epochs_done"] == 1
+    assert not list((tmp_path / "run" / "checkpoints").glob(".*.new"))
+
+
+@pytest.mark.slow
+def test_torchrun_does_not_resume_the_run_of_another_start(recipe, cut, tmp_path):
+    folder = shutil.copytree(cut.path, tmp_path / "run")
+    done = launch(recipe, folder, 2, *strategy_options("expert 2"), restarts=1)
+    assert done.returncode != 0
+    assert "resuming" not in done.stdout and "is finished" not in done.stdout
+    assert done.stderr.count("holds a run already") == 2  # in both attempts
+
+
+@pytest.mark.slow
+def test_a_folder_moved_aside_when_a_process_was_killed_is_found_again(recipe, cut, tmp_path):
+    folder = RunFolder(shutil.copytree(cut.path, tmp_path / "run"))
+    folder.last.rename(folder.last.with_name(".last.ckpt.old"))
+    folder.summary.unlink()
+    done = launch(recipe, folder.path, 2, *strategy_options("expert 2"), "--resume")
+    assert done.returncode == 0, done.stderr
+    assert "starts from the beginning" not in done.stdout
+    assert folder.last.is_dir() and folder.summary.exists()
+
+
 @pytest.mark.slow
 def test_torchrun_starts_a_run_that_died_anew_from_its_last_checkpoint(recipe, tmp_path):
     epochs = ("--trainer.epochs", "2")

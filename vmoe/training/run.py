@@ -22,9 +22,9 @@ from vmoe.training.initial import initial_model
 from vmoe.training.journal import Clock, Journal, MetricsTable
 from vmoe.training.module import Classifier
 from vmoe.training.parallel import check_parts, cut_of, strategy_of
-from vmoe.training.processes import Place, connect, disconnect, together
+from vmoe.training.processes import Place, connect, disconnect, gather, together
 from vmoe.training.progress import Progress
-from vmoe.training.resumption import read_summary, saved_state
+from vmoe.training.resumption import mark_launch, read_summary, recover_checkpoints, restarted, saved_state
 from vmoe.training.sample_draws import SampleDraws
 from vmoe.training.saving import AtomicCheckpointIO, Saving
 from vmoe.training.sharding import load_weights
@@ -68,11 +68,14 @@ def _run(
     config: TrainConfig, command: str, console: Console, device: torch.device, place: Place
 ) -> dict[str, Any] | None:
     folder = RunFolder(Path(config.output_dir))
+    config = restarted(config, folder)
+    together(lambda: recover_checkpoints(folder) if place.is_first and config.resume else None)
     saved = together(lambda: saved_state(folder, config))
     progress = Progress(console)
-    if saved is not None and saved[ENTRY]["finished"] and (result := read_summary(folder)) is not None:
+    result = gather(read_summary(folder))[0] if saved is not None and saved[ENTRY]["finished"] else None
+    if result is not None:
         progress.say(f"{folder.path}: this run is finished, after {saved[ENTRY]['epochs_done']} epochs")
-        return result
+        return result if place.is_first else None
     if config.resume and saved is None:
         progress.say(f"{folder.path}: no checkpoint to resume, so this run starts from the beginning")
     if config.optim.warmup_epochs > config.trainer.epochs:
@@ -92,6 +95,8 @@ def _run(
     cost = summary.Cost.of(model, data.image_size)
     twin = summary.twin_cost(config.model, data.num_classes, data.image_size)
     console.print(summary.cost_table(f"{config.model.name}, {folder.path}", cost, twin))
+    if place.is_first:
+        mark_launch(folder)
     if saved is None and place.is_first:
         with atomic_write(folder.config) as temporary:
             plain = to_plain(config) | {"resume": False}
