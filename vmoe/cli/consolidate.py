@@ -4,8 +4,8 @@ import argparse
 from pathlib import Path
 
 from vmoe.cli.common import run
-from vmoe.cli.export import write_weights
 from vmoe.cli.options import new_parser
+from vmoe.errors import UserError
 
 _DESCRIPTION = """\
 Writes the trained weights of a run, their average (EMA) where it keeps one, to one safetensors file, however many
@@ -22,7 +22,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def _consolidate(argv: list[str]) -> None:
     options = _parser().parse_args(argv)
-    write_weights(options.run, options.out, dtype=None)
+    if options.out.suffix != ".safetensors":
+        raise UserError(f"--out {options.out}: must end in .safetensors")
+    # Imported here, so that --help and a mistyped option answer at once.
+    from vmoe.export.shared_weights import write_safetensors
+
+    write_safetensors(options.out, options.run)
+    print(f"{options.out}: {options.out.stat().st_size / 2**20:.2f} MiB of weights")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -23,24 +23,15 @@ def main(argv: list[str] | None = None) -> int:
 
 def _export(argv: list[str]) -> None:
     options = _parser().parse_args(argv)
-    write_weights(options.checkpoint, options.out, options.dtype)
-
-
-def write_weights(source: str, out: Path, dtype: str | None) -> None:
-    """Writes a checkpoint's weights in a type, or as they are, and says so.
-
-    Raises:
-        UserError: `source` is no checkpoint, or `out` cannot be written.
-    """
-    if out.suffix != ".safetensors":
-        raise UserError(f"--out {out}: must end in .safetensors")
+    if options.out.suffix != ".safetensors":
+        raise UserError(f"--out {options.out}: must end in .safetensors")
     # Imported here, so that --help and a mistyped option answer at once.
     import torch
 
     from vmoe.export.shared_weights import write_safetensors
 
-    write_safetensors(out, source, None if dtype is None else getattr(torch, dtype))
-    print(f"{out}: {out.stat().st_size / 2**20:.2f} MiB, weights {'as they are' if dtype is None else f'in {dtype}'}")
+    write_safetensors(options.out, options.checkpoint, getattr(torch, options.dtype))
+    print(f"{options.out}: {options.out.stat().st_size / 2**20:.2f} MiB, weights in {options.dtype}")
 
 
 def _parser() -> argparse.ArgumentParser:
