@@ -263,6 +263,36 @@ def test_a_folder_moved_aside_when_a_process_was_killed_is_found_again(recipe, c
     assert folder.last.is_dir() and folder.summary.exists()
 
 
+@pytest.fixture(scope="module")
+def alone_with_muon(recipe) -> RunFolder:
+    """One process whose model is cut, so that AdamW trains the dense matrices as in several."""
+    folder = recipe.parent / "muon"
+    done = launch(recipe, folder, 1, *strategy_options("fsdp"), "--optim.name", "muon")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("AdamW trains the matrices that parallel.strategy=fsdp cuts, but whole experts") == 1
+    return RunFolder(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["fsdp", "expert 2"])
+def test_muon_keeps_experts_that_are_whole(recipe, alone_with_muon, tmp_path, strategy):
+    done = launch(recipe, tmp_path / "run", 2, *strategy_options(strategy), "--optim.name", "muon")
+    assert done.returncode == 0, done.stderr
+    ours = RunFolder(tmp_path / "run")
+    assert_same_run(ours, alone_with_muon)
+    states = read_checkpoint(ours.last)["optimizer_states"][0]["state"]
+    by_muon = {name for name, state in states.items() if "momentum_buffer" in state}
+    assert by_muon and all(".experts.fc" in name and name.endswith("weight") for name in by_muon)
+
+
+@pytest.mark.slow
+def test_with_muon_the_strategy_cannot_change(recipe, alone_with_muon):
+    options = ("--optim.name", "muon", "--resume")
+    done = launch(recipe, alone_with_muon.path, 1, *strategy_options("none"), *options)
+    assert done.returncode == 2
+    assert "parallel.strategy (was 'fsdp', now 'none')" in done.stderr
+
+
 @pytest.mark.slow
 def test_torchrun_starts_a_run_that_died_anew_from_its_last_checkpoint(recipe, tmp_path):
     epochs = ("--trainer.epochs", "2")

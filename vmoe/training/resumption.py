@@ -25,6 +25,7 @@ FREE_ON_RESUME = (
     "parallel.strategy",
     "parallel.expert_size",
 )
+_WHOLE = {"none", "ddp"}  # strategies that cut no matrix
 
 
 def restarted(config: TrainConfig, folder: RunFolder) -> TrainConfig:
@@ -79,7 +80,10 @@ def saved_state(folder: RunFolder, config: TrainConfig) -> dict[str, Any] | None
     saved = read_without_tensors(folder.last)
     before = _flat(to_plain(from_plain(TrainConfig, saved[ENTRY]["config"])))
     now = _flat(to_plain(config))
-    changed = [key for key in sorted(before | now) if before.get(key) != now.get(key) and key not in FREE_ON_RESUME]
+    free = FREE_ON_RESUME
+    if config.optim.name == "muon" and not {before["parallel.strategy"], now["parallel.strategy"]} <= _WHOLE:
+        free = tuple(key for key in free if not key.startswith("parallel."))  # which decides what Muon trains
+    changed = [key for key in sorted(before | now) if before.get(key) != now.get(key) and key not in free]
     if changed:
         told = ", ".join(f"{key} (was {before.get(key)!r}, now {now.get(key)!r})" for key in changed)
         raise UserError(

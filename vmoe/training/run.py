@@ -21,7 +21,7 @@ from vmoe.training.config import TrainConfig, to_plain
 from vmoe.training.initial import initial_model
 from vmoe.training.journal import Clock, Journal, MetricsTable
 from vmoe.training.module import Classifier
-from vmoe.training.parallel import check_parts, cut_of, strategy_of
+from vmoe.training.parallel import check_parts, cut_of, fallback_of_muon, strategy_of
 from vmoe.training.processes import Place, connect, disconnect, gather, together
 from vmoe.training.progress import Progress
 from vmoe.training.resumption import mark_launch, read_summary, recover_checkpoints, restarted, saved_state
@@ -83,6 +83,8 @@ def _run(
             f"warning: optim.warmup_epochs={config.optim.warmup_epochs} is longer than "
             f"trainer.epochs={config.trainer.epochs}: the learning rate never reaches optim.lr={config.optim.lr}"
         )
+    if (line := fallback_of_muon(config, place.count)) is not None:
+        progress.say(line)
     data = _data(config, device, place)
     if saved is not None and saved[ENTRY]["class_names"] != data.class_names:
         raise UserError(

@@ -59,5 +59,17 @@ def _line(path: Path, error: BaseException) -> str:
 
 
 def load_tensors(targets: dict[str, Tensor], path: Path) -> None:
-    """Fills tensors, each process its parts of them, from a checkpoint folder; all processes must call it."""
-    dcp.load(targets, storage_reader=SafeReader(path))
+    """Fills tensors, each process its parts of them, from a checkpoint folder; all processes must call it.
+
+    Raises:
+        UserError: the folder lacks some: other parameters were Muon's, which it is where matrices are whole.
+    """
+    reader = SafeReader(path)
+    missing = targets.keys() - reader.read_metadata().state_dict_metadata.keys()
+    if missing:
+        raise UserError(
+            f"{path}: has no {min(missing)}: optim.name=muon took other matrices with those processes; go on with as "
+            "many, or with parallel.expert_size of all of them",
+            everywhere=True,
+        )
+    dcp.load(targets, storage_reader=reader)

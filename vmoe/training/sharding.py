@@ -19,6 +19,7 @@ from vmoe.errors import UserError
 from vmoe.moe import moe_layers
 from vmoe.moe.parallel import deal_out_experts
 from vmoe.training.ema import local
+from vmoe.training.muon import Muon
 from vmoe.training.optim import by_name
 from vmoe.training.processes import total
 from vmoe.training.sharded_files import load_tensors, save_folder
@@ -192,7 +193,10 @@ def _restore_groups(module: Any, optimizer: torch.optim.Optimizer, state: dict[s
 
 
 def _create_state(optimizer: torch.optim.Optimizer) -> None:
-    """What AdamW creates in its first step."""
+    """What an optimiser creates in its first step."""
+    if isinstance(optimizer, Muon):
+        optimizer.create_state()
+        return
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
