@@ -23,6 +23,7 @@ def main_in_float64() -> int:
 
     def double_model(*arguments) -> nn.Module:
         model = made(*arguments).double()
+        print(f"made on {next(model.parameters()).device.type}", file=sys.stderr)
         model.register_forward_pre_hook(lambda _, inputs: (inputs[0].double(), *inputs[1:]))
         return model
 

@@ -66,6 +66,7 @@ def cut(recipe) -> RunFolder:
     done = launch(recipe, folder, 2, *strategy_options("expert 2"))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("epoch 1/1") == 1  # one process shows progress
+    assert done.stderr.count("made on cpu") == 1  # and one has the whole model on its host
     return RunFolder(folder)
 
 

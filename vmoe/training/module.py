@@ -74,6 +74,7 @@ class Classifier(LightningModule):
     def configure_model(self) -> None:
         if self._cut is not None and self._whole is None:
             self._whole = self._cut(self.model)
+            self._cut = None  # which may hold a whole model
             if self.ema is not None:
                 self.ema = Ema(self.model, self.ema.decay)
 

@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import yaml
 from lightning import seed_everything
 from lightning.pytorch import Trainer
 from rich.console import Console
+from torch import nn
 
 from vmoe.checkpoints import ENTRY, RunFolder, read_checkpoint, read_without_tensors, trained_weights
 from vmoe.data import ImageDataModule
@@ -27,7 +29,7 @@ from vmoe.training.progress import Progress
 from vmoe.training.resumption import mark_launch, read_summary, recover_checkpoints, restarted, saved_state
 from vmoe.training.sample_draws import SampleDraws
 from vmoe.training.saving import AtomicCheckpointIO, Saving
-from vmoe.training.sharding import load_weights
+from vmoe.training.sharding import cut_and_start, load_weights
 from vmoe.training.stopping import Interrupted
 
 PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
@@ -93,7 +95,12 @@ def _run(
         )
     seed_everything(config.seed, verbose=False)
     fresh = dataclasses.replace(config, init_from=None) if saved else config
-    model = together(lambda: initial_model(fresh, list(data.class_names), data.image_size))
+    cut = cut_of(config.parallel, place.count, device.type)
+    model = together(lambda: _initial_model(fresh, data) if cut is None or place.is_first else None)
+    if cut is not None:  # one process of all has the whole model on its host
+        cut = partial(cut_and_start, cut=cut, source=model, device=device)
+        with torch.device("meta"):
+            model = _initial_model(dataclasses.replace(fresh, init_from=None), data)
     cost = summary.Cost.of(model, data.image_size)
     twin = summary.twin_cost(config.model, data.num_classes, data.image_size)
     console.print(summary.cost_table(f"{config.model.name}, {folder.path}", cost, twin))
@@ -109,7 +116,7 @@ def _run(
     draws = SampleDraws(config.seed) if config.parallel.draws == "sample" else None
     if draws is not None:
         draws.install(model)
-    module = Classifier(model, config.optim, *how, draws, cut_of(config.parallel, place.count, device.type))
+    module = Classifier(model, config.optim, *how, draws, cut)
     clock = Clock()
     saving = Saving(folder, _identity(config, data), clock, config.trainer.early_stopping)
     step = saved["global_step"] if saved else 0
@@ -133,6 +140,10 @@ def _run(
     result = _summary(config, folder, command, trainer, test) | summary.cost_entries(cost, twin)
     write_json(folder.summary, result)
     return result
+
+
+def _initial_model(config: TrainConfig, data: ImageDataModule) -> nn.Module:
+    return initial_model(config, list(data.class_names), data.image_size)
 
 
 def _data(config: TrainConfig, device: torch.device, place: Place) -> ImageDataModule:

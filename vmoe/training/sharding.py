@@ -3,6 +3,7 @@
 Every DTensor here is cut over all processes: a number of a parameter is in one of them only.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,39 @@ def shard(model: nn.Module, processes: int, expert_size: int, device_type: str) 
             fully_shard(module, ignored_params=ignored, **how)
     fully_shard(model, ignored_params=ignored, **how)
     return whole
+
+
+def cut_and_start(
+    model: nn.Module,
+    cut: Callable[[nn.Module], list[nn.Parameter]],
+    source: nn.Module | None,
+    device: torch.device,
+) -> list[nn.Parameter]:
+    """Cuts a model on the meta device, gives each process memory for its parts, and fills them.
+
+    Args:
+        model: The model without memory.
+        cut: Cuts it, such as `shard`.
+        source: The same model with its weights, in the first process.
+        device: Of this process.
+
+    Returns:
+        What `cut` does.
+    """
+    whole = cut(model)
+    model.to_empty(device=device)
+    sources = {} if source is None else _all_tensors(source)
+    for name, target in _all_tensors(model).items():
+        tensor = torch.empty(target.shape, dtype=target.dtype, device=device)
+        if sources:
+            tensor.copy_(sources[name].detach())
+        torch.distributed.broadcast(tensor, 0)
+        fill(target, tensor)
+    return whole
+
+
+def _all_tensors(model: nn.Module) -> dict[str, Tensor]:
+    return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
 def _shard_experts(model: nn.Module, processes: int, expert_size: int, device_type: str) -> set[nn.Parameter]:
