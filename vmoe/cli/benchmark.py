@@ -9,8 +9,8 @@ from vmoe.cli.common import run
 from vmoe.cli.options import capacity_factor, choose_device, new_parser
 
 _DESCRIPTION = """\
-Measures on this machine: one MoE layer, whole models, or the data pipeline. What is compared runs in one process, in
-shuffled order, round by round; figures are medians.
+Measures on this machine: one MoE layer, whole models, the data pipeline, or several processes. What is compared runs in
+one process where it can, in shuffled order, round by round; figures are medians.
 """
 _LAYER = """\
 Times MoE layers beside timm's dense Mlp on K times as many tokens (equal active FLOPs): the experts with a given

@@ -49,7 +49,7 @@ class Images:
         for number in range(count if different else 1):
             # Where results are compared, each process draws all and takes its own; else on the device, which is faster
             where, size = ("cpu", job.batch) if different else (device, own)
-            draw = torch.Generator(where).manual_seed(SEED + number)
+            draw = torch.Generator(where).manual_seed(SEED + number + (0 if different else place.rank))
             images = torch.randn(size, 3, side, side, generator=draw, device=where)
             labels = torch.randint(CLASSES, (size,), generator=draw, device=where)
             keys = torch.stack([torch.full((size,), number), torch.arange(size)], 1)
