@@ -69,7 +69,7 @@ def test_a_job_that_ends_its_process_loses_no_other(tmp_path, monkeypatch):
     slow = type(slow)(**{**vars(slow), "seconds": 0})
     lines, reports = [], []
     monkeypatch.setattr("faulthandler.dump_traceback_later", lambda *_, **__: None)
-    launcher = Launcher(tmp_path, "cpu", {"checkpoint": 100.0}, lines.append, reports.append)
+    launcher = Launcher(tmp_path, tmp_path, "cpu", {"checkpoint": 100.0}, lines.append, reports.append)
     monkeypatch.setattr(launcher, "_launch", lambda jobs: fake_launch(launcher, jobs, slow))
     launcher.run([slow, fast])
     states = [(row["key"], row["state"]) for row in launcher.rows() if row["state"] != "started"]

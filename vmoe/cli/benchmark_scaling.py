@@ -2,8 +2,9 @@
 
 import argparse
 import dataclasses
-import shutil
 import signal
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,27 +19,33 @@ from vmoe.errors import UserError
 
 def scaling(options: argparse.Namespace, results: Results) -> None:
     """Runs the chosen parts; files are written anew after every row."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
+        _scaling(options, results, Path(scratch))
+
+
+def _scaling(options: argparse.Namespace, results: Results, scratch: Path) -> None:
     counts = _counts(options)
     memory = options.memory or (None if options.device.type == "cuda" else 1.0)
     sizes = _sizes(options)
     jobs = jobs_of(options.parts, counts, sizes, options.job_limit, memory)
     settings = {"parts": options.parts, "processes": counts, "sizes": dataclasses.asdict(sizes)}
     tables: list[str] = []
+    known: dict[str, dict[str, Any]] = {}
 
     def report(rows: list[dict[str, Any]]) -> None:
-        ended = finished(rows, options.out / "work")
+        ended = finished(rows, scratch, known)
         tables[:] = _tables(ended)
         write_csv(options.out / "scaling.csv", ended)
         results.write("scaling", getattr(torch, sizes.dtype), settings | {"rows": ended}, tables)
 
     seconds = dict.fromkeys(options.parts, float(options.limit))
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the workers end too
-    launcher = Launcher(options.out, options.device.type, seconds, results.say("scaling"), report)
-    for launch in _launches(jobs, counts):
-        launcher.run(launch)
-    for path in (options.out / "work").glob("*.pt"):  # weights, which have been compared
-        path.unlink()
-    shutil.rmtree(options.out / "work" / "checkpoint.ckpt", ignore_errors=True)
+    launcher = Launcher(options.out / "work", scratch, options.device.type, seconds, results.say("scaling"), report)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the workers end too
+    try:
+        for launch in _launches(jobs, counts):
+            launcher.run(launch)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     print("\n\n".join(tables))
     print(f"\nscaling.csv, scaling.json and scaling.md in {options.out}; what workers said in {options.out / 'work'}")
 

@@ -24,7 +24,8 @@ class Launcher:
     """Runs jobs in worker processes.
 
     Args:
-        folder: Of the results.
+        folder: Of what the workers say.
+        scratch: Where they leave weights for one another.
         device_type: "cuda" or "cpu".
         seconds_left: By part, the most that its jobs may take.
         say: Told of what is started and what failed.
@@ -34,12 +35,14 @@ class Launcher:
     def __init__(
         self,
         folder: Path,
+        scratch: Path,
         device_type: str,
         seconds_left: dict[str, float],
         say: Say,
         report: Callable[[list[Row]], None],
     ) -> None:
-        self._folder, self._device_type, self._left = folder / "work", device_type, dict(seconds_left)
+        self._folder, self._scratch, self._device_type = folder, scratch, device_type
+        self._left = dict(seconds_left)
         self._say, self._report = say, report
         self._folder.mkdir(parents=True, exist_ok=True)
         self._rows_path = self._folder / "rows.jsonl"
@@ -125,7 +128,7 @@ class Launcher:
         ended = self._folder / f"ended{self._launches}"
         ended.unlink(missing_ok=True)
         plan.write_text(json.dumps({
-            "jobs": [asdict(job) for job in jobs], "device": self._device_type, "folder": str(self._folder),
+            "jobs": [asdict(job) for job in jobs], "device": self._device_type, "folder": str(self._scratch),
             "seconds_left": self._left, "start_seconds": START_SECONDS, "sizes": self._sizes(), "ended": str(ended),
         }), encoding="utf-8")  # fmt: skip
         processes = jobs[0].processes
