@@ -1,4 +1,4 @@
-"""Measure layers, models and data here: `python tools/benchmark.py layer`; --help tells more."""
+"""Measure layers, models, data and several processes here: `python tools/benchmark.py layer`; --help tells more."""
 
 from vmoe.cli.benchmark import main
 

@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from vmoe.errors import UserError
 
+ENTRY = "vmoe"  # what is ours in a checkpoint
 PLAIN_PART = "plain.pt"
 # What the names of the folder's tensors begin with, by where an ordinary checkpoint has them.
 TENSORS_OF = {"state_dict": "weights/", "optimizer_states": "optimizer/", "ema": "ema/"}
@@ -109,5 +110,5 @@ def read_folder(path: Path) -> dict[str, Any]:
         states.setdefault(parameter, {})[key] = value
     content["optimizer_states"][0]["state"] = states
     if parts["ema"]:
-        content["vmoe"]["ema"]["weights"] = parts["ema"]
+        content[ENTRY]["ema"]["weights"] = parts["ema"]
     return content

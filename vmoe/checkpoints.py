@@ -21,14 +21,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import vmoe
-from vmoe.checkpoint_folders import is_sharded, read_folder, read_plain_part
+from vmoe.checkpoint_folders import ENTRY, is_sharded, read_folder, read_plain_part
 from vmoe.errors import UserError
-from vmoe.files import atomic_write, replace
+from vmoe.files import atomic_write, new_folder
 from vmoe.moe import MoeConfig
 from vmoe.moe.int8 import dequantise
 
 FORMAT_VERSION = 1
-ENTRY = "vmoe"
 SCALE = "_scale"  # follows the name of a weight stored as int8 in that of its scales
 _MODEL_PREFIX = "model."
 # Arguments of timm that would fetch or open other files: a checkpoint brings its own weights.
@@ -57,6 +56,10 @@ class RunFolder:
     def shared(self) -> Path:
         """The weights of a folder that was written to be shared, which is no run's."""
         return self.path / "model.safetensors"
+
+    @property
+    def launch(self) -> Path:
+        return self.path / "checkpoints" / ".launch"
 
     @property
     def metrics(self) -> Path:
@@ -216,12 +219,14 @@ def _is_int8(stored: dict[str, Tensor], name: str) -> bool:
 
 
 def copy_checkpoint(source: Path, target: Path) -> None:
-    """Copies a checkpoint; the target is never half of one."""
+    """Copies a checkpoint; the target is never half of one.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     if is_sharded(source):
-        temporary = target.with_name(f".{target.name}.new")
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.copytree(source, temporary)
-        replace(temporary, target)
+        with new_folder(target) as temporary:
+            shutil.copytree(source, temporary, dirs_exist_ok=True)
         return
     with atomic_write(target) as temporary:
         shutil.copyfile(source, temporary)

@@ -36,16 +36,52 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yields an empty folder beside `path`; it takes that place on success and is removed on an error.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.new")
+    try:
+        _remove(temporary)
+        temporary.mkdir(parents=True)
+        yield temporary
+        replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}); choose another place") from error
+    finally:
+        _remove(temporary)
+
+
 def replace(temporary: Path, path: Path) -> None:
-    """Puts a file or folder in the place of another, of either kind; on the way nothing that is half written."""
-    old = path.with_name(f".{path.name}.old")
-    if path.is_dir():  # which no system call replaces at once
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(path, old)
-    elif temporary.is_dir():
-        path.unlink(missing_ok=True)
+    """Puts a file or folder in the place of another, of either kind; on the way nothing that is half written.
+
+    Where a folder goes or comes, a kill at the wrong moment leaves the old one beside its place: see `recover`.
+    """
+    if path.exists() and (path.is_dir() or temporary.is_dir()):  # which no system call replaces at once
+        _remove(_aside(path))
+        os.rename(path, _aside(path))
     os.replace(temporary, path)
-    shutil.rmtree(old, ignore_errors=True)
+    _remove(_aside(path))
+
+
+def recover(path: Path) -> None:
+    """Puts back what `replace` had moved aside when it was killed before it had put anything in its place."""
+    if _aside(path).exists() and not path.exists():
+        os.rename(_aside(path), path)
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.old")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_json(path: str | Path, content: Any) -> None:

@@ -129,6 +129,14 @@ def test_a_set_that_does_not_fit_is_refused_before_anything_is_read(image_tree, 
     )
 
 
+def test_processes_on_one_cpu_share_its_memory(image_tree, monkeypatch):
+    monkeypatch.setattr("os.sysconf", lambda name: 2**15)
+    config = DataConfig(pipeline="device", name="folder", root=image_tree(), image_size=1024)  # 0.1 GiB
+    ImageDataModule(config, 0, "cpu", part=0, parts=4).setup("fit")
+    with pytest.raises(UserError, match=r"take 0\.1 GiB on cpu, where 0\.1 GiB may be used"):
+        ImageDataModule(config, 0, "cpu", part=0, parts=8).setup("fit")
+
+
 @pytest.mark.gpu
 def test_a_gpu_is_never_waited_for():
     config = DataConfig(pipeline="device", augment=AugmentConfig(preset="strong"), mix=MixConfig(1.0, 1.0))

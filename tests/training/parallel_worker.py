@@ -1,9 +1,11 @@
 """Trains as the command does, but in float64: what a sum's order changes then stays far below what a mistake does.
 
-Before the update SIGNAL_AT the process of rank SIGNALLED_RANK gets the signal SIGNAL, where the environment says so.
+Before the update SIGNAL_AT the process of rank SIGNALLED_RANK gets the signal SIGNAL, where the environment says so, or
+cannot write files of more than FILE_BYTES any more.
 """
 
 import os
+import resource
 import sys
 
 import torch
@@ -21,6 +23,7 @@ def main_in_float64() -> int:
 
     def double_model(*arguments) -> nn.Module:
         model = made(*arguments).double()
+        print(f"made on {next(model.parameters()).device.type}", file=sys.stderr)
         model.register_forward_pre_hook(lambda _, inputs: (inputs[0].double(), *inputs[1:]))
         return model
 
@@ -36,7 +39,11 @@ def main_in_float64() -> int:
         is_mine = environment["RANK"] == environment["SIGNALLED_RANK"]
         is_first_start = environment.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
         if self.global_step == int(environment["SIGNAL_AT"]) and is_mine and is_first_start:
-            os.kill(os.getpid(), int(environment["SIGNAL"]))
+            if "SIGNAL" in environment:
+                os.kill(os.getpid(), int(environment["SIGNAL"]))
+            else:
+                limit = int(environment["FILE_BYTES"])
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         return step(self, batch, batch_idx)
 
     Classifier.training_step = failing_step

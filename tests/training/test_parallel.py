@@ -66,6 +66,7 @@ def cut(recipe) -> RunFolder:
     done = launch(recipe, folder, 2, *strategy_options("expert 2"))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("epoch 1/1") == 1  # one process shows progress
+    assert done.stderr.count("made on cpu") == 1  # and one has the whole model on its host
     return RunFolder(folder)
 
 
@@ -229,6 +230,68 @@ def test_a_process_that_dies_ends_the_job_with_a_line_that_says_which(recipe, tm
     assert time.monotonic() - start < 60
     assert done.returncode != 0
     assert "failed (exitcode: -9) local_rank: 1" in done.stderr
+
+
+@pytest.mark.parametrize("rank", ["0", pytest.param("1", marks=pytest.mark.slow)])
+def test_a_full_disk_is_told_in_a_line_and_leaves_the_checkpoint_of_before(recipe, tmp_path, rank):
+    full = {"SIGNAL_AT": "4", "SIGNALLED_RANK": rank, "FILE_BYTES": "20000"}
+    options = (*strategy_options("fsdp"), "--trainer.epochs", "2", "--optim.lr", "1e-5")
+    done = launch(recipe, tmp_path / "run", 2, *options, **full)
+    assert done.returncode != 0
+    assert done.stderr.count("last.ckpt: cannot be written") + done.stderr.count("best.ckpt: cannot be written") == 1
+    assert "Traceback" not in done.stderr.partition("ChildFailedError")[0].partition("elastic")[0]
+    assert read_checkpoint(RunFolder(tmp_path / "run").last)[ENTRY]["epochs_done"] == 1
+    assert not list((tmp_path / "run" / "checkpoints").glob(".*.new"))
+
+
+@pytest.mark.slow
+def test_torchrun_does_not_resume_the_run_of_another_start(recipe, cut, tmp_path):
+    folder = shutil.copytree(cut.path, tmp_path / "run")
+    done = launch(recipe, folder, 2, *strategy_options("expert 2"), restarts=1)
+    assert done.returncode != 0
+    assert "resuming" not in done.stdout and "is finished" not in done.stdout
+    assert done.stderr.count("holds a run already") == 2  # in both attempts
+
+
+@pytest.mark.slow
+def test_a_folder_moved_aside_when_a_process_was_killed_is_found_again(recipe, cut, tmp_path):
+    folder = RunFolder(shutil.copytree(cut.path, tmp_path / "run"))
+    folder.last.rename(folder.last.with_name(".last.ckpt.old"))
+    folder.summary.unlink()
+    done = launch(recipe, folder.path, 2, *strategy_options("expert 2"), "--resume")
+    assert done.returncode == 0, done.stderr
+    assert "starts from the beginning" not in done.stdout
+    assert folder.last.is_dir() and folder.summary.exists()
+
+
+@pytest.fixture(scope="module")
+def alone_with_muon(recipe) -> RunFolder:
+    """One process whose model is cut, so that AdamW trains the dense matrices as in several."""
+    folder = recipe.parent / "muon"
+    done = launch(recipe, folder, 1, *strategy_options("fsdp"), "--optim.name", "muon")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("AdamW trains the matrices that parallel.strategy=fsdp cuts, but whole experts") == 1
+    return RunFolder(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["fsdp", "expert 2"])
+def test_muon_keeps_experts_that_are_whole(recipe, alone_with_muon, tmp_path, strategy):
+    done = launch(recipe, tmp_path / "run", 2, *strategy_options(strategy), "--optim.name", "muon")
+    assert done.returncode == 0, done.stderr
+    ours = RunFolder(tmp_path / "run")
+    assert_same_run(ours, alone_with_muon)
+    states = read_checkpoint(ours.last)["optimizer_states"][0]["state"]
+    by_muon = {name for name, state in states.items() if "momentum_buffer" in state}
+    assert by_muon and all(".experts.fc" in name and name.endswith("weight") for name in by_muon)
+
+
+@pytest.mark.slow
+def test_with_muon_the_strategy_cannot_change(recipe, alone_with_muon):
+    options = ("--optim.name", "muon", "--resume")
+    done = launch(recipe, alone_with_muon.path, 1, *strategy_options("none"), *options)
+    assert done.returncode == 2
+    assert "parallel.strategy (was 'fsdp', now 'none')" in done.stderr
 
 
 @pytest.mark.slow

@@ -9,8 +9,8 @@ from vmoe.cli.common import run
 from vmoe.cli.options import capacity_factor, choose_device, new_parser
 
 _DESCRIPTION = """\
-Measures on this machine: one MoE layer, whole models, or the data pipeline. What is compared runs in one process, in
-shuffled order, round by round; figures are medians.
+Measures on this machine: one MoE layer, whole models, the data pipeline, or several processes. What is compared runs in
+one process where it can, in shuffled order, round by round; figures are medians.
 """
 _LAYER = """\
 Times MoE layers beside timm's dense Mlp on K times as many tokens (equal active FLOPs): the experts with a given
@@ -53,6 +53,23 @@ dotted names; with data.mix the fed training mixes too.
 
 Writes data.json and data.md.
 """
+_SCALING = """\
+Trains V-MoEs (every second MLP, top-1, batch priority in groups of 8 images) on random images by the trainer of
+`vmoe train` in one process and in many, which this command starts: on all GPUs, or on CPUs as a rehearsal on tiny
+models.
+
+  equality    three updates by ddp, fsdp and expert beside one process: weights, losses, gradients, routing
+  speed       images/s as batch and processes grow together (weak) and with the same batch (strong); the share of the
+              exchange between processes, and of it what is hidden; waits of the host; one process with and without
+              a strategy
+  checkpoint  one of many processes that one and many go on with, beside a training that never stopped
+  size        a ViT-L/16 with 32 experts a layer that grows by blocks until memory is full
+
+  vmoe benchmark scaling
+  vmoe benchmark scaling --device cpu --processes 1 2 --memory 1 --parts equality speed
+
+Writes scaling.csv, scaling.json and scaling.md after every result. What fails or lacks memory is a row that says so.
+"""
 _SIZES = {
     "width": "width of a token",
     "hidden": "hidden width of an expert (default: 4 times --width, where that is given)",
@@ -78,6 +95,7 @@ def _benchmark(argv: list[str]) -> int:
 
     from vmoe.bench.timing import DeviceLost
     from vmoe.cli import benchmark_jobs
+    from vmoe.cli.benchmark_scaling import scaling
 
     options.device = choose_device(options.device)
     torch.manual_seed(options.seed)
@@ -87,8 +105,10 @@ def _benchmark(argv: list[str]) -> int:
             benchmark_jobs.layer(options, results)
         elif options.job == "model":
             benchmark_jobs.model(options, results)
-        else:
+        elif options.job == "data":
             benchmark_jobs.data(options, rest, results)
+        else:
+            scaling(options, results)
     except DeviceLost as error:
         line = f"vmoe benchmark: the GPU stopped at {error}; nothing that runs after it in this process would be right"
         print(line, file=sys.stderr)
@@ -99,10 +119,11 @@ def _benchmark(argv: list[str]) -> int:
 def command_line() -> argparse.ArgumentParser:
     """The parser of `vmoe benchmark`; what it does not know may be options of a config, for `data`."""
     parser = new_parser("benchmark", _DESCRIPTION)
-    jobs = parser.add_subparsers(dest="job", metavar="layer|model|data", required=True)
+    jobs = parser.add_subparsers(dest="job", metavar="layer|model|data|scaling", required=True)
     _add_layer(_new_job(jobs, "layer", "one MoE layer beside timm's dense Mlp", _LAYER))
     _add_model(_new_job(jobs, "model", "V-MoEs beside their dense twin", _MODEL))
     _add_data(_new_job(jobs, "data", "the data pipeline of a config beside its model", _DATA))
+    _add_scaling(_new_job(jobs, "scaling", "trainings in one process and in many", _SCALING))
     return parser
 
 
@@ -167,6 +188,20 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     add("--pipelines", nargs="+", choices=pipelines, default=pipelines, help="default: workers device")
     add("--shards", metavar="DIR", help="also the same images as tar shards of this folder (see make-shards)")
     add("--seconds", type=float, default=5.0, help="of counting for each figure (default: %(default)s)")
+
+
+def _add_scaling(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    parts = ("equality", "speed", "checkpoint", "size")
+    add("--parts", nargs="+", choices=parts, default=parts, help="default: equality speed checkpoint size")
+    add("--processes", nargs="+", type=_count, metavar="N", help="default: 1 and all GPUs; on CPUs 1 2")
+    add("--models", nargs="+", metavar="NAME", help="of S/16 and B/16, whose speed is measured (default: both)")
+    add("--experts", nargs="+", type=_count, metavar="E", help="of a layer, in speed (default: 8 32)")
+    add("--batch", type=_count, metavar="B", help="images a process, in speed (default: 128 on a GPU, else 8)")
+    add("--steps", type=_count, help="updates that are timed (default: 12 on a GPU, else 3)")
+    add("--limit", type=_count, default=120, metavar="SECONDS", help="the most for a part (default: %(default)s)")
+    add("--job-limit", type=_count, default=90, metavar="SECONDS", help="and for a training (default: %(default)s)")
+    add("--memory", type=float, metavar="GIB", help="the most for a process in size (default: all; on CPUs 1)")
 
 
 def _count(text: str, least: int = 1) -> int:

@@ -1,9 +1,7 @@
 """`vmoe train`: a config file and dotted options become a checked `TrainConfig`, which is trained."""
 
-import dataclasses
 import difflib
 import itertools
-import os
 import re
 import shlex
 import sys
@@ -73,8 +71,6 @@ def _train(argv: list[str], place: Place) -> int:
         config = parse(argv)
     except UserError as error:
         raise UserError(str(error), everywhere=True) from error
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # torchrun starts a run that failed anew
-        config = dataclasses.replace(config, resume=True)
     console = Console(quiet=not place.is_first)
     if config.parallel.strategy == "auto":
         config = _resolved(config, place, console)

@@ -95,7 +95,9 @@ class ImageDataModule(LightningDataModule):
         )
         self._sides = {"train": self._batch_augmenter.storage_size(self._splits.train.images.side)}
         self._sides |= {"val": self.image_size, "test": self.image_size}
-        check_room([(getattr(self._splits, split), side) for split, side in self._sides.items()], self.device)
+        check_room(
+            [(getattr(self._splits, split), side) for split, side in self._sides.items()], self.device, self.parts
+        )
 
     def train_dataloader(self) -> ImageLoader | ResidentTrainLoader:
         """Shuffled, augmented batches; an incomplete last one is left out."""

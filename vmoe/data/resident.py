@@ -33,18 +33,19 @@ class ResidentImages:
     damaged: dict[int, list[str]]
 
 
-def check_room(parts: Sequence[tuple[ImageSet, int]], device: torch.device) -> None:
+def check_room(parts: Sequence[tuple[ImageSet, int]], device: torch.device, sharers: int = 1) -> None:
     """Refuses splits that would take more than half of the device's free memory (of a CPU's: of all its memory).
 
     Args:
         parts: splits, each with the side at which it would be stored.
         device: where to.
+        sharers: how many processes have them, each for itself; on GPUs of their own, on a CPU in the same memory.
 
     Raises:
         UserError: they would; the line tells both sizes.
     """
     needed = sum(3 * side**2 * len(images) for images, side in parts)
-    room = int(_SHARE * _memory(device))
+    room = int(_SHARE * _memory(device) / (1 if device.type == "cuda" else sharers))
     if needed > room:
         count = sum(len(images) for images, _ in parts)
         raise UserError(

@@ -201,8 +201,6 @@ class TrainConfig:
             raise ValueError("moe.inject_auxiliary_loss=True: must be false here, this trainer adds the loss itself")
         if self.parallel.strategy in ("fsdp", "expert"):
             why = f"with parallel.strategy={self.parallel.strategy}"
-            if self.optim.name == "muon":
-                raise ValueError(f"optim.name=muon: must be adamw {why}, which cuts the matrices")
             if self.trainer.precision == "fp16":
                 raise ValueError(f"trainer.precision=fp16: must be 32 or bf16 {why}")
         is_alone = self.parallel.strategy in ("auto", "none") and self.parallel.draws == "process"

@@ -17,7 +17,7 @@ from vmoe.training.config import OptimConfig
 from vmoe.training.ema import Ema
 from vmoe.training.graph import GraphedStep
 from vmoe.training.guard import Guard
-from vmoe.training.optim import build_optimizer, by_mesh, by_number, learning_rate, parameter_groups
+from vmoe.training.optim import build_optimizer, by_number, learning_rate, optimizer_groups, parameter_groups
 from vmoe.training.processes import Place, total
 from vmoe.training.sample_draws import SampleDraws
 from vmoe.training.sharding import average_gradients, clip_gradients
@@ -74,6 +74,7 @@ class Classifier(LightningModule):
     def configure_model(self) -> None:
         if self._cut is not None and self._whole is None:
             self._whole = self._cut(self.model)
+            self._cut = None  # which may hold a whole model
             if self.ema is not None:
                 self.ema = Ema(self.model, self.ema.decay)
 
@@ -203,7 +204,7 @@ class Classifier(LightningModule):
         return learning_rate(step, self.total_updates, self.warmup_updates, self.optim)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        groups = by_mesh(parameter_groups(self.model, self.optim))
+        groups = optimizer_groups(self.model, self.optim)
         for schedule in checkpoint["lr_schedulers"]:  # the saved run's may have been in other groups
             schedule["base_lrs"] = [group["lr"] for group in groups]
         if self._whole is None:  # else the strategy has loaded the optimiser's state

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from vmoe.training.ema import local
+
 MOMENTUM = 0.95
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _ITERATIONS = 5
@@ -50,7 +52,8 @@ class Muon(torch.optim.Optimizer):
     graph.
 
     Args:
-        groups: Parameter groups, each with params, method, lr and weight_decay. Muon takes (out, in) and (E, out, in).
+        groups: Parameter groups, each with params, method, lr and weight_decay. Muon takes (out, in) and (E, out, in),
+            of the latter also some experts in each process.
         betas: AdamW's decay rates of the gradient's first and second moment.
 
     Raises:
@@ -65,6 +68,16 @@ class Muon(torch.optim.Optimizer):
             for parameter in group["params"]:
                 if parameter.dim() not in (2, 3):
                     raise ValueError(f"Muon takes matrices and stacks of them, not shape {tuple(parameter.shape)}")
+
+    def create_state(self) -> None:
+        """What the first step would create, for a checkpoint to fill."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if group["method"] == "muon":
+                    self._state_of(parameter, "momentum_buffer")
+                else:
+                    self._state_of(parameter, "exp_avg", "exp_avg_sq")
+                    self.state[parameter]["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
@@ -88,15 +101,17 @@ class Muon(torch.optim.Optimizer):
         for group, parameters in groups:
             if not parameters:
                 continue
+            steps = [directions[parameter] for parameter in parameters]
+            parameters = [local(parameter) for parameter in parameters]
             shrink = 1 - group["lr"] * group["weight_decay"]
             if found_inf is not None:
                 shrink = torch.where(found_inf > 0, 1.0, shrink)
             torch._foreach_mul_(parameters, shrink)
-            steps = torch._foreach_mul([directions[parameter] for parameter in parameters], -group["lr"])
+            steps = torch._foreach_mul(steps, -group["lr"])
             torch._foreach_add_(parameters, steps)
 
     def _directions(self, parameters: list[Tensor], found_inf: Tensor | None) -> dict[Tensor, Tensor]:
-        """The step of each parameter for a learning rate of -1, of its shape; zero where steps are blocked."""
+        """The step of each parameter, or of this process's part, for a learning rate of -1; zero where blocked."""
         directions = {}
         parameters = sorted(parameters, key=_matrix_shape)
         for shape, alike in groupby(parameters, key=_matrix_shape):
@@ -107,14 +122,14 @@ class Muon(torch.optim.Optimizer):
             stacked = stacked.to(updates[0].dtype) * (0.2 * math.sqrt(max(shape)))
             if found_inf is not None:
                 stacked = torch.where(found_inf > 0, 0.0, stacked)
-            parts = stacked.split([parameter.shape[:-2].numel() for parameter in alike])
-            directions |= {p: part.view(p.shape) for p, part in zip(alike, parts, strict=True)}
+            parts = stacked.split([update.shape[:-2].numel() for update in updates])
+            directions |= {p: part.view_as(u) for p, part, u in zip(alike, parts, updates, strict=True)}
         return directions
 
     def _move_momenta(self, parameters: list[Tensor], found_inf: Tensor | None) -> list[Tensor]:
         """Moves the momenta towards the gradients, and returns what Nesterov's look ahead makes of them."""
-        gradients = [parameter.grad for parameter in parameters]
-        momenta = [self._state_of(parameter, "momentum_buffer") for parameter in parameters]
+        gradients = [local(parameter.grad) for parameter in parameters]
+        momenta = [local(self._state_of(parameter, "momentum_buffer")) for parameter in parameters]
         moved = torch._foreach_lerp(momenta, gradients, 1 - MOMENTUM)
         updates = torch._foreach_lerp(gradients, moved, MOMENTUM)
         if found_inf is not None:
@@ -137,10 +152,10 @@ class Muon(torch.optim.Optimizer):
         for parameter in parameters:
             self.state[parameter].setdefault("step", torch.zeros((), dtype=torch.float32, device=parameter.device))
         adamw(
-            parameters,
-            [parameter.grad for parameter in parameters],
-            list(means),
-            list(squares),
+            [local(parameter) for parameter in parameters],
+            [local(parameter.grad) for parameter in parameters],
+            [local(mean) for mean in means],
+            [local(square) for square in squares],
             [],
             [self.state[parameter]["step"] for parameter in parameters],
             fused=True,

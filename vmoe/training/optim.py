@@ -22,10 +22,31 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
 
     It is fused, or Muon of ours: a flag on the device can block its update (see `vmoe.training.guard`).
     """
-    groups = by_mesh(parameter_groups(model, config))
+    groups = optimizer_groups(model, config)
     if config.name == "adamw":
         return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
     return Muon(groups, config.betas)
+
+
+def optimizer_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
+    """`parameter_groups` as the optimiser of a model that may be cut has them.
+
+    Matrices of which each process has only rows go to AdamW; stacks of them that are cut between matrices stay Muon's.
+    """
+    groups = []
+    for group in parameter_groups(model, config):
+        rows = [p for p in group["params"] if group["method"] == "muon" and not _holds_whole_matrices(p)]
+        whole = [p for p in group["params"] if all(p is not other for other in rows)]
+        rate = group["lr"] / config.lr * (config.adamw_lr or config.lr)
+        groups += [{**group, "params": whole}] if whole else []
+        groups += [{**group, "params": rows, "method": "adamw", "lr": rate}] if rows else []
+    return by_mesh(groups)
+
+
+def _holds_whole_matrices(parameter: Tensor) -> bool:
+    if not isinstance(parameter, DTensor):
+        return True
+    return parameter.dim() == 3 and all(place.is_shard(0) or place.is_replicate() for place in parameter.placements)
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:

@@ -32,6 +32,15 @@ def cut_of(
     return partial(shard, processes=processes, expert_size=config.expert_size, device_type=device_type)
 
 
+def fallback_of_muon(config: TrainConfig, processes: int) -> str | None:
+    """A line on what Muon leaves to AdamW where matrices are cut over the processes; None where it leaves nothing."""
+    if config.optim.name != "muon" or config.parallel.strategy not in ("fsdp", "expert"):
+        return None
+    is_cut_twice = 1 < config.parallel.expert_size < processes
+    kept = "" if config.moe is None or is_cut_twice else ", but whole experts are Muon's"
+    return f"optim.name=muon: AdamW trains the matrices that parallel.strategy={config.parallel.strategy} cuts{kept}"
+
+
 def check_parts(config: TrainConfig, batch_size: int, count: int) -> None:
     """Refuses batches that `count` processes cannot share without cutting a group of images, and experts likewise.
 

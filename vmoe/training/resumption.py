@@ -1,11 +1,16 @@
 """What a run that is resumed finds: its last checkpoint, if its config is still the same."""
 
+import dataclasses
 import json
+import os
+import socket
 from typing import Any
 
 from vmoe.checkpoints import ENTRY, RunFolder, read_without_tensors
 from vmoe.errors import UserError
+from vmoe.files import atomic_write, recover
 from vmoe.training.config import TrainConfig, from_plain, to_plain
+from vmoe.training.processes import gather
 
 # What may differ when a run is resumed: where things are and how fast they go, but nothing that changes the result.
 FREE_ON_RESUME = (
@@ -20,6 +25,38 @@ FREE_ON_RESUME = (
     "parallel.strategy",
     "parallel.expert_size",
 )
+_WHOLE = {"none", "ddp"}  # strategies that cut no matrix
+
+
+def restarted(config: TrainConfig, folder: RunFolder) -> TrainConfig:
+    """The config of a run that torchrun starts anew because it failed, which goes on from its last checkpoint.
+
+    Not where the folder holds a run of another start of torchrun, which has refused to go on with that one.
+    """
+    if not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+        return config
+    is_ours = gather(folder.launch.is_file() and folder.launch.read_text(encoding="utf-8") == _launch())[0]
+    return dataclasses.replace(config, resume=True) if is_ours else config
+
+
+def mark_launch(folder: RunFolder) -> None:
+    """Notes in a run's folder by which start of torchrun it goes on; the first process calls it."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        with atomic_write(folder.launch) as temporary:
+            temporary.write_text(_launch(), encoding="utf-8")
+
+
+def _launch() -> str:
+    """What all attempts of one start of torchrun have in common, and no other has, for the first process."""
+    number = os.environ["TORCHELASTIC_RUN_ID"]
+    # The same for all starts that are not given one; there torchrun itself tells them apart
+    return f"{os.getppid()} of {socket.gethostname()}" if number == "none" else number
+
+
+def recover_checkpoints(folder: RunFolder) -> None:
+    """Puts back a checkpoint folder that was moved aside when a process was killed; one process calls it."""
+    recover(folder.last)
+    recover(folder.best)
 
 
 def saved_state(folder: RunFolder, config: TrainConfig) -> dict[str, Any] | None:
@@ -43,7 +80,10 @@ def saved_state(folder: RunFolder, config: TrainConfig) -> dict[str, Any] | None
     saved = read_without_tensors(folder.last)
     before = _flat(to_plain(from_plain(TrainConfig, saved[ENTRY]["config"])))
     now = _flat(to_plain(config))
-    changed = [key for key in sorted(before | now) if before.get(key) != now.get(key) and key not in FREE_ON_RESUME]
+    free = FREE_ON_RESUME
+    if config.optim.name == "muon" and not {before["parallel.strategy"], now["parallel.strategy"]} <= _WHOLE:
+        free = tuple(key for key in free if not key.startswith("parallel."))  # which decides what Muon trains
+    changed = [key for key in sorted(before | now) if before.get(key) != now.get(key) and key not in free]
     if changed:
         told = ", ".join(f"{key} (was {before.get(key)!r}, now {now.get(key)!r})" for key in changed)
         raise UserError(

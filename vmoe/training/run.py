@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import yaml
 from lightning import seed_everything
 from lightning.pytorch import Trainer
 from rich.console import Console
+from torch import nn
 
 from vmoe.checkpoints import ENTRY, RunFolder, read_checkpoint, read_without_tensors, trained_weights
 from vmoe.data import ImageDataModule
@@ -21,13 +23,13 @@ from vmoe.training.config import TrainConfig, to_plain
 from vmoe.training.initial import initial_model
 from vmoe.training.journal import Clock, Journal, MetricsTable
 from vmoe.training.module import Classifier
-from vmoe.training.parallel import check_parts, cut_of, strategy_of
-from vmoe.training.processes import Place, connect, disconnect, together
+from vmoe.training.parallel import check_parts, cut_of, fallback_of_muon, strategy_of
+from vmoe.training.processes import Place, connect, disconnect, gather, together
 from vmoe.training.progress import Progress
-from vmoe.training.resumption import read_summary, saved_state
+from vmoe.training.resumption import mark_launch, read_summary, recover_checkpoints, restarted, saved_state
 from vmoe.training.sample_draws import SampleDraws
 from vmoe.training.saving import AtomicCheckpointIO, Saving
-from vmoe.training.sharding import load_weights
+from vmoe.training.sharding import cut_and_start, load_weights
 from vmoe.training.stopping import Interrupted
 
 PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
@@ -70,11 +72,14 @@ def _run(
     config: TrainConfig, command: str, console: Console, device: torch.device, place: Place
 ) -> dict[str, Any] | None:
     folder = RunFolder(Path(config.output_dir))
+    config = restarted(config, folder)
+    together(lambda: recover_checkpoints(folder) if place.is_first and config.resume else None)
     saved = together(lambda: saved_state(folder, config))
     progress = Progress(console)
-    if saved is not None and saved[ENTRY]["finished"] and (result := read_summary(folder)) is not None:
+    result = gather(read_summary(folder))[0] if saved is not None and saved[ENTRY]["finished"] else None
+    if result is not None:
         progress.say(f"{folder.path}: this run is finished, after {saved[ENTRY]['epochs_done']} epochs")
-        return result
+        return result if place.is_first else None
     if config.resume and saved is None:
         progress.say(f"{folder.path}: no checkpoint to resume, so this run starts from the beginning")
     if config.optim.warmup_epochs > config.trainer.epochs:
@@ -82,6 +87,8 @@ def _run(
             f"warning: optim.warmup_epochs={config.optim.warmup_epochs} is longer than "
             f"trainer.epochs={config.trainer.epochs}: the learning rate never reaches optim.lr={config.optim.lr}"
         )
+    if (line := fallback_of_muon(config, place.count)) is not None:
+        progress.say(line)
     data = _data(config, device, place)
     if saved is not None and saved[ENTRY]["class_names"] != data.class_names:
         raise UserError(
@@ -90,10 +97,17 @@ def _run(
         )
     seed_everything(config.seed, verbose=False)
     fresh = dataclasses.replace(config, init_from=None) if saved else config
-    model = together(lambda: initial_model(fresh, list(data.class_names), data.image_size))
+    cut = cut_of(config.parallel, place.count, device.type)
+    model = together(lambda: _initial_model(fresh, data) if cut is None or place.is_first else None)
+    if cut is not None:  # one process of all has the whole model on its host
+        cut = partial(cut_and_start, cut=cut, source=model, device=device)
+        with torch.device("meta"):
+            model = _initial_model(dataclasses.replace(fresh, init_from=None), data)
     cost = summary.Cost.of(model, data.image_size)
     twin = summary.twin_cost(config.model, data.num_classes, data.image_size)
     console.print(summary.cost_table(f"{config.model.name}, {folder.path}", cost, twin))
+    if place.is_first:
+        mark_launch(folder)
     if saved is None and place.is_first:
         with atomic_write(folder.config) as temporary:
             plain = to_plain(config) | {"resume": False}
@@ -104,7 +118,7 @@ def _run(
     draws = SampleDraws(config.seed) if config.parallel.draws == "sample" else None
     if draws is not None:
         draws.install(model)
-    module = Classifier(model, config.optim, *how, draws, cut_of(config.parallel, place.count, device.type))
+    module = Classifier(model, config.optim, *how, draws, cut)
     clock = Clock()
     saving = Saving(folder, _identity(config, data), clock, config.trainer.early_stopping)
     step = saved["global_step"] if saved else 0
@@ -113,8 +127,8 @@ def _run(
         # In place: no name of a weight changes. Static: the smaller last batch of a validation would otherwise make
         # torch compile for any batch size, training included, in many small graphs.
         model.compile(dynamic=False)
-    with _quiet_lightning():
-        trainer = _trainer(config, device, place, [journal, saving])
+    with quiet_lightning():
+        trainer = new_trainer(config, device, place, [journal, saving])
         if saved is not None:
             _say_resumed(progress, folder, saved[ENTRY])
             data.train_sampler.set_epoch(saved[ENTRY]["epochs_done"])
@@ -128,6 +142,10 @@ def _run(
     result = _summary(config, folder, command, trainer, test) | summary.cost_entries(cost, twin)
     write_json(folder.summary, result)
     return result
+
+
+def _initial_model(config: TrainConfig, data: ImageDataModule) -> nn.Module:
+    return initial_model(config, list(data.class_names), data.image_size)
 
 
 def _data(config: TrainConfig, device: torch.device, place: Place) -> ImageDataModule:
@@ -177,7 +195,8 @@ def _identity(config: TrainConfig, data: ImageDataModule) -> dict[str, Any]:
     }
 
 
-def _trainer(config: TrainConfig, device: torch.device, place: Place, callbacks: list[Any]) -> Trainer:
+def new_trainer(config: TrainConfig, device: torch.device, place: Place, callbacks: list[Any]) -> Trainer:
+    """Lightning's Trainer as all runs have it."""
     return Trainer(
         accelerator=device.type,
         devices=place.local_count,
@@ -235,7 +254,7 @@ def _say_resumed(progress: Progress, folder: RunFolder, ours: dict[str, Any]) ->
     progress.say(f"resuming {folder.path} after {ours['epochs_done']} epochs{inside}")
 
 
-class _quiet_lightning(warnings.catch_warnings):
+class quiet_lightning(warnings.catch_warnings):
     """Silences Lightning's hints on hardware, loaders and resumption, all of which are dealt with here."""
 
     def __enter__(self) -> None:

@@ -13,7 +13,7 @@ from vmoe.checkpoints import ENTRY, FORMAT_VERSION, RunFolder, copy_checkpoint, 
 from vmoe.files import atomic_write
 from vmoe.training.journal import Clock
 from vmoe.training.module import Classifier
-from vmoe.training.processes import Flag, Place, gather
+from vmoe.training.processes import Flag, Place, gather, together
 from vmoe.training.randomness import random_states, restore_random_states, seed_process
 from vmoe.training.stopping import Interrupted, SignalWatch
 
@@ -91,8 +91,8 @@ class Saving(Callback):
         self._finished = trainer.should_stop or epochs_done == trainer.max_epochs
         if is_best:  # first, since the last checkpoint tells which epoch is in the best one
             trainer.save_checkpoint(self.folder.best)
-            if Place.of_this().is_first:
-                copy_checkpoint(self.folder.best, self.folder.last)
+            is_first = Place.of_this().is_first
+            together(lambda: copy_checkpoint(self.folder.best, self.folder.last) if is_first else None)
         else:
             self._save_last(trainer, module)
         is_stopping = self._stopping.settle() or self._signals.received is not None

@@ -3,6 +3,7 @@
 Every DTensor here is cut over all processes: a number of a parameter is in one of them only.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from vmoe.errors import UserError
 from vmoe.moe import moe_layers
 from vmoe.moe.parallel import deal_out_experts
 from vmoe.training.ema import local
+from vmoe.training.muon import Muon
 from vmoe.training.optim import by_name
 from vmoe.training.processes import total
 from vmoe.training.sharded_files import load_tensors, save_folder
@@ -103,6 +105,39 @@ def shard(model: nn.Module, processes: int, expert_size: int, device_type: str) 
             fully_shard(module, ignored_params=ignored, **how)
     fully_shard(model, ignored_params=ignored, **how)
     return whole
+
+
+def cut_and_start(
+    model: nn.Module,
+    cut: Callable[[nn.Module], list[nn.Parameter]],
+    source: nn.Module | None,
+    device: torch.device,
+) -> list[nn.Parameter]:
+    """Cuts a model on the meta device, gives each process memory for its parts, and fills them.
+
+    Args:
+        model: The model without memory.
+        cut: Cuts it, such as `shard`.
+        source: The same model with its weights, in the first process.
+        device: Of this process.
+
+    Returns:
+        What `cut` does.
+    """
+    whole = cut(model)
+    model.to_empty(device=device)
+    sources = {} if source is None else _all_tensors(source)
+    for name, target in _all_tensors(model).items():
+        tensor = torch.empty(target.shape, dtype=target.dtype, device=device)
+        if sources:
+            tensor.copy_(sources[name].detach())
+        torch.distributed.broadcast(tensor, 0)
+        fill(target, tensor)
+    return whole
+
+
+def _all_tensors(model: nn.Module) -> dict[str, Tensor]:
+    return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
 def _shard_experts(model: nn.Module, processes: int, expert_size: int, device_type: str) -> set[nn.Parameter]:
@@ -192,7 +227,10 @@ def _restore_groups(module: Any, optimizer: torch.optim.Optimizer, state: dict[s
 
 
 def _create_state(optimizer: torch.optim.Optimizer) -> None:
-    """What AdamW creates in its first step."""
+    """What an optimiser creates in its first step."""
+    if isinstance(optimizer, Muon):
+        optimizer.create_state()
+        return
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}

@@ -1,0 +1,51 @@
+"""Putting files and folders in the place of others: whenever it is killed, one of the two is still there."""
+
+import os
+
+import pytest
+
+from vmoe.files import recover, replace
+
+
+def make(path, kind: str, content: str) -> None:
+    if kind == "folder":
+        path.mkdir()
+        path = path / "part"
+    path.write_text(content)
+
+
+def content_of(path) -> str:
+    return (path / "part" if path.is_dir() else path).read_text()
+
+
+@pytest.mark.parametrize("old", ["file", "folder", None])
+@pytest.mark.parametrize("new", ["file", "folder"])
+def test_the_new_one_is_there_and_nothing_beside_it(tmp_path, old, new):
+    path, temporary = tmp_path / "last.ckpt", tmp_path / "new"
+    if old:
+        make(path, old, "old")
+    make(temporary, new, "new")
+    replace(temporary, path)
+    assert content_of(path) == "new"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+@pytest.mark.parametrize("old", ["file", "folder"])
+@pytest.mark.parametrize("new", ["file", "folder"])
+def test_killed_on_the_way_the_old_one_comes_back(tmp_path, monkeypatch, old, new):
+    path, temporary = tmp_path / "last.ckpt", tmp_path / "new"
+    make(path, old, "old")
+    make(temporary, new, "new")
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        replace(temporary, path)
+    recover(path)
+    assert content_of(path) == "old"
+    monkeypatch.undo()
+    replace(temporary, path)
+    recover(path)
+    assert content_of(path) == "new"

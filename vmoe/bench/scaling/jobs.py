@@ -1,0 +1,213 @@
+"""What is measured: trainings by layout, model, batch and number of processes."""
+
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from vmoe.moe import MoeConfig
+from vmoe.training.config import OptimConfig, ParallelConfig, TrainConfig, TrainerConfig
+
+PARTS = ("equality", "speed", "checkpoint", "size")
+IMAGES_A_GROUP = 8
+CLASSES = 1000
+_PRECISIONS = {"float32": "32", "float64": "32", "bfloat16": "bf16"}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A V-MoE: every second MLP has experts, of which a token takes one.
+
+    Attributes:
+        title: What tables call it.
+        name: Of timm.
+        image_size: Side of the images in pixels.
+        kwargs: timm's arguments.
+    """
+
+    title: str
+    name: str
+    image_size: int
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training to measure.
+
+    Attributes:
+        part: Of `PARTS`.
+        processes: Their number.
+        layout: A strategy of `ParallelConfig`.
+        expert_size: As there.
+        model: The model.
+        experts: E.
+        batch: Images of all processes.
+        dtype: float32, float64, or bfloat16 by autocast.
+        seconds: The most that it may take.
+        memory: GiB that a process may use at most; None for all there is.
+        steps: Updates that are counted.
+        step: Of a checkpoint: "whole" trains without a stop, "save" stops half-way, "resume" goes on from there.
+    """
+
+    part: str
+    processes: int
+    layout: str
+    expert_size: int
+    model: Model
+    experts: int
+    batch: int
+    dtype: str
+    seconds: int = 60
+    memory: float | None = None
+    steps: int = 3
+    step: str = "whole"
+
+    @property
+    def title(self) -> str:
+        """The layout as tables show it."""
+        return f"expert {self.expert_size}" if self.layout == "expert" else self.layout
+
+    @property
+    def key(self) -> str:
+        """A name of its own, for files."""
+        words = [self.part, self.model.title, f"E{self.experts}", f"B{self.batch}", self.dtype, self.title, self.step]
+        return "-".join([*words, f"{self.processes}p"]).replace(" ", "").replace("/", "")
+
+    def moe(self) -> MoeConfig:
+        """The layers as the paper has them: batch priority in groups of 8 images, noise, balance losses."""
+        factors = {"capacity_factor": 1.05, "eval_capacity_factor": 1.05, "batch_priority": True}
+        return MoeConfig(layers="every-2", num_experts=self.experts, top_k=1, group=IMAGES_A_GROUP, **factors)
+
+    def config(self, device_type: str, epochs: int = 1) -> TrainConfig:
+        """The run that a user would start for it."""
+        draws = "process" if self.part in ("speed", "size") else "sample"
+        return TrainConfig(
+            moe=self.moe(),
+            optim=OptimConfig(warmup_epochs=0),
+            trainer=TrainerConfig(epochs=epochs, device=device_type, precision=_PRECISIONS[self.dtype]),
+            parallel=ParallelConfig(strategy=self.layout, expert_size=self.expert_size, draws=draws),
+        )
+
+    def as_row(self) -> dict[str, Any]:
+        """What tells a row of the results from others."""
+        row = {key: value for key, value in asdict(self).items() if key not in ("model", "seconds", "memory", "layout")}
+        return {"key": self.key, "layout": self.title, "model": self.model.title, **row}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of what is measured on a kind of device.
+
+    Attributes:
+        models: Whose speed is measured.
+        experts: E, each with each model.
+        batch: Images a process.
+        dtype: Of speed and size.
+        small: The model that is trained for its results.
+        large: The model that grows by blocks until it does not fit.
+        large_batch: Images a process of that.
+        steps: Updates that are timed.
+    """
+
+    models: tuple[Model, ...]
+    experts: tuple[int, ...]
+    batch: int
+    dtype: str
+    small: Model
+    large: Model
+    large_batch: int
+    steps: int
+
+
+_TINY = {"patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}
+SIZES = {
+    "cuda": Sizes(
+        models=(Model("S/16", "vit_small_patch16_224", 224), Model("B/16", "vit_base_patch16_224", 224)),
+        experts=(8, 32),
+        batch=128,
+        dtype="bfloat16",
+        small=Model("Ti/16, 4 blocks", "vit_tiny_patch16_224", 224, {"depth": 4}),
+        large=Model("L/16", "vit_large_patch16_224", 224),
+        large_batch=16,
+        steps=12,
+    ),
+    "cpu": Sizes(
+        models=(Model("tiny", "vit_tiny_patch16_224", 32, _TINY),),
+        experts=(4,),
+        batch=8,
+        dtype="float32",
+        small=Model("tiny", "vit_tiny_patch16_224", 32, _TINY),
+        large=Model("small", "vit_tiny_patch16_224", 32),
+        large_batch=8,
+        steps=3,
+    ),
+}
+
+
+def jobs_of(parts: list[str], counts: list[int], sizes: Sizes, seconds: int, memory: float | None) -> list[Job]:
+    """All trainings of some parts, in an order in which results come early.
+
+    Args:
+        parts: Of `PARTS`.
+        counts: Numbers of processes, rising; the first is 1.
+        sizes: Of models and batches.
+        seconds: The most that a job may take.
+        memory: GiB that a process may use at most; None for all there is.
+    """
+    makers = {"equality": _equality, "speed": _speed, "checkpoint": _checkpoint, "size": _size}
+    jobs = [job for part in PARTS if part in parts for job in makers[part](counts, sizes)]
+    return [replace(job, seconds=seconds, memory=memory) for job in jobs]
+
+
+def layouts(processes: int) -> list[tuple[str, int]]:
+    """The layouts of so many processes: strategy and expert_size."""
+    if processes == 1:
+        return [("none", 1)]
+    mixed = [("expert", processes // 2)] if processes >= 4 and processes % 2 == 0 else []
+    return [("ddp", 1), ("fsdp", 1), ("expert", processes), *mixed]
+
+
+def _equality(counts: list[int], sizes: Sizes) -> list[Job]:
+    experts, batch = max(8, counts[-1]), 2 * IMAGES_A_GROUP * counts[-1]
+    return [
+        Job("equality", count, *layout, sizes.small, experts, batch, dtype)
+        for dtype in ("float64", "float32", "bfloat16")
+        for count in counts
+        for layout in layouts(count)
+    ]
+
+
+def _speed(counts: list[int], sizes: Sizes) -> list[Job]:
+    jobs = []
+    for model in sizes.models:
+        for experts in sizes.experts:
+            for count in counts:
+                # As many a process (weak scaling) and as many in all (strong scaling) as with the most processes
+                for batch in dict.fromkeys((sizes.batch * count, sizes.batch * counts[-1])):
+                    for strategy, size in layouts(count):
+                        if experts % size == 0:
+                            how = (count, strategy, size, model, experts, batch, sizes.dtype)
+                            jobs.append(Job("speed", *how, steps=sizes.steps))
+    # One process by the strategy of many, beside none: where the host has most to do and where the device has
+    alone = [job for job in jobs if job.processes == 1 and job.batch == sizes.batch]
+    return jobs + [replace(job, layout="expert") for job in (alone[:1] + alone[1:][-1:])]
+
+
+def _checkpoint(counts: list[int], sizes: Sizes) -> list[Job]:
+    most = counts[-1]
+    experts, batch = max(8, most), 2 * IMAGES_A_GROUP * most
+    saving = ("fsdp", 1) if most == 1 else ("expert", most // 2 if most >= 4 and most % 2 == 0 else most)
+    how = (sizes.small, experts, batch, "float64")
+    jobs = [Job("checkpoint", most, *saving, *how, step="save"), Job("checkpoint", 1, "none", 1, *how)]
+    for count in counts:
+        jobs += [Job("checkpoint", count, *layout, *how, step="resume") for layout in layouts(count)]
+    return jobs
+
+
+def _size(counts: list[int], sizes: Sizes) -> list[Job]:
+    jobs = []
+    for count in dict.fromkeys((1, counts[-1])):
+        for strategy, size in layouts(count):
+            if strategy != "ddp":  # whose processes have no more room than one
+                how = (sizes.large, max(32, count), sizes.large_batch * count, sizes.dtype)
+                jobs.append(Job("size", count, strategy, size, *how, steps=2))
+    return jobs
