@@ -33,7 +33,15 @@ def make_routing(rows=2, columns=3, num_experts=4, top_k=2, prefix=1, seed=0, dr
     lost = torch.zeros_like(chosen, dtype=torch.bool)
     for token, rank in dropped:
         lost[0, token, rank] = True
-    return LayerRouting(gates, chosen, weights.masked_fill(lost, 0), lost, (rows, columns), prefix)
+    return LayerRouting(
+        gates,
+        chosen,
+        weights.masked_fill(lost, 0),
+        lost,
+        (rows, columns),
+        prefix,
+        prefix_names=("class token", *(f"register {index}" for index in range(1, 5)))[:prefix],
+    )
 
 
 def make_image(**layers):
@@ -119,7 +127,7 @@ def test_numbers_of_a_layer_by_hand():
     weights, chosen = gates.topk(2)
     dropped = torch.zeros_like(chosen, dtype=torch.bool)
     dropped[0, 2, 1] = dropped[0, 0, 0] = True
-    numbers = describe_layer(LayerRouting(gates, chosen, weights, dropped, (1, 3), 1))
+    numbers = describe_layer(LayerRouting(gates, chosen, weights, dropped, (1, 3), 1, prefix_names=("class token",)))
     assert numbers["grid"] == [1, 3]
     assert numbers["first_choice_share"] == pytest.approx([2 / 3, 1 / 3, 0])
     assert numbers["choice_share"] == pytest.approx([2 / 6, 2 / 6, 2 / 6])

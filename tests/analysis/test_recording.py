@@ -103,6 +103,28 @@ def test_a_compiled_model_is_recorded(in_place):
         assert torch.equal(trace.layers[name].chosen, routing.chosen)
 
 
+@pytest.mark.parametrize(
+    ("name", "arguments", "names"),
+    [
+        ("vit_tiny_patch16_224", {"reg_tokens": 1}, ("class token", "register 1")),
+        (
+            "vit_tiny_patch16_224",
+            {"reg_tokens": 2, "class_token": False, "global_pool": "avg"},
+            ("register 1", "register 2"),
+        ),
+        ("vit_tiny_patch16_224", {"class_token": False, "global_pool": "avg"}, ()),
+        ("deit_tiny_distilled_patch16_224", {}, ("class token", "distillation token")),
+    ],
+)
+def test_tokens_before_the_patches_have_names(name, arguments, names):
+    small = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2}
+    model = vmoe.create_model(name, MoeConfig(), **small, **arguments)
+    with vmoe.record_routing(model) as trace:
+        model(torch.randn(1, 3, 16, 16))
+    routing = trace.layers["blocks.1.mlp"]
+    assert routing.prefix_names == names and routing.num_prefix_tokens == len(names)
+
+
 def test_another_image_size_is_refused_in_one_trace_and_drawn_rightly_alone():
     model = vmoe.create_model(
         "vit_tiny_patch16_224",

@@ -77,6 +77,16 @@ def locate(model: nn.Module, name: str, shape: torch.Size, use_conv: bool, pictu
     return _counted(name, shape[1], picture, declared, [_patch_grid(owner, picture) for _, owner in owners])
 
 
+def prefix_names(model: nn.Module, name: str, count: int) -> tuple[str, ...]:
+    """What the `count` tokens before the patches of an MoE layer are, in timm's order."""
+    owner = next((owner for _, owner in _owners(model, name) if hasattr(owner, "cls_token")), None)
+    tokens = (("cls_token", "class token"), ("dist_token", "distillation token"))
+    names = [text for attribute, text in tokens if getattr(owner, attribute, None) is not None]
+    if owner is None:  # it does not say
+        names = ["class token"]
+    return (*names, *(f"register {number}" for number in range(1, count + 1)))[:count]
+
+
 def _owners(model: nn.Module, name: str) -> list[tuple[str, nn.Module]]:
     """The modules that hold the layer, innermost first, with their names."""
     parts = name.split(".")

@@ -157,7 +157,7 @@ def describe_layer(routing: LayerRouting) -> dict:
                 "gates": routing.gates[0, index][experts].tolist(),
                 "dropped": routing.dropped[0, index].tolist(),
             }
-            for index, name in enumerate(prefix_names(routing))
+            for index, name in enumerate(routing.prefix_names)
         ],
     }
 
@@ -173,13 +173,6 @@ def patch_part(routing: LayerRouting) -> LayerRouting:
         grid=routing.grid,
         num_prefix_tokens=0,
     )
-
-
-def prefix_names(routing: LayerRouting) -> list[str]:
-    """Names of the tokens that are no patches, in timm's order: the class token, then registers."""
-    return ["class token", *(f"register {index}" for index in range(1, routing.num_prefix_tokens))][
-        : routing.num_prefix_tokens
-    ]
 
 
 def drawable(routing: LayerRouting) -> LayerRouting:
@@ -206,5 +199,6 @@ def drawable(routing: LayerRouting) -> LayerRouting:
         row_by_row(dropped),
         routing.grid,
         routing.num_prefix_tokens,
+        prefix_names=routing.prefix_names,
         dispatch=routing.dispatch,  # tells that experts have slots
     )

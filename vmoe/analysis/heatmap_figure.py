@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vmoe.analysis.heatmap import RoutedImage, describe_layer, patch_part, prefix_names
+from vmoe.analysis.heatmap import RoutedImage, describe_layer, patch_part
 from vmoe.analysis.heatmap_maps import (
     blend,
     choice_map,
@@ -210,7 +210,7 @@ def _numbers(page: Page, routing: LayerRouting, rank: int, x: int, y: int, pixel
 
 def _tokens(page: Page, routing: LayerRouting, rank: int, x: int, y: int) -> None:
     """A line for each class and register token: its expert and gate."""
-    for index, name in enumerate(prefix_names(routing)):
+    for index, name in enumerate(routing.prefix_names):
         expert = int(routing.chosen[0, index, rank])
         if expert < 0:
             text = f"{name}: no {'other ' * (rank > 0)}expert takes it"
@@ -223,13 +223,14 @@ def _tokens(page: Page, routing: LayerRouting, rank: int, x: int, y: int) -> Non
 
 def _token_chips(page: Page, routing: LayerRouting, x: int, y: int) -> None:
     """The first choices of class and register tokens in one line."""
-    for index, name in enumerate(prefix_names(routing)):
+    for index, name in enumerate(routing.prefix_names):
         expert = int(routing.chosen[0, index, 0])
         if expert >= 0:
             _chip(page, x, y, expert)
-        if index == 0 or index == routing.num_prefix_tokens - 1:
-            page.text(x + 42, y + 15, name if index == 0 else "registers", SMALL, color=MUTED)
-        x += 130 if index == 0 else 38
+        is_register = name.startswith("register")
+        if not is_register or index == routing.num_prefix_tokens - 1:
+            page.text(x + 42, y + 15, "registers" if is_register else name, SMALL, color=MUTED)
+        x += 38 if is_register else 130
 
 
 def _chip(page: Page, x: float, y: float, expert: int) -> None:

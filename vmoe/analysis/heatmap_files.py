@@ -118,7 +118,6 @@ def _class(checkpoint: Checkpoint, index: int) -> str:
 def _facts(model: nn.Module, image: RoutedImage, layer: str) -> str:
     """What a layer is and how many tokens it routes."""
     rows, columns = image.layers[layer].grid
-    prefix = image.layers[layer].num_prefix_tokens
     moe = dict(vmoe.moe_layers(model))[layer].config
     if moe.router == "soft":
         way = "Soft MoE: each adds to every patch"
@@ -126,5 +125,5 @@ def _facts(model: nn.Module, image: RoutedImage, layer: str) -> str:
         way = "each takes its best patches"
     else:
         way = f"each patch goes to {moe.top_k}"
-    others = (f" and {prefix} class and register tokens" if prefix > 1 else " and the class token") if prefix else ""
+    others = " and the " + ", ".join(names) if (names := image.layers[layer].prefix_names) else ""
     return f"{moe.num_experts} experts, {way} · {rows} x {columns} = {rows * columns} patches{others}"

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vmoe.analysis.grids import Picture, TokenGrid, locate
+from vmoe.analysis.grids import Picture, TokenGrid, locate, prefix_names
 from vmoe.moe import MoeMlp, Routing, SlotRouting, moe_layers
 
 
@@ -36,6 +36,7 @@ class LayerRouting:
         dispatch: (B, N, E, C) weight of each token in each slot.
         combine: (B, N, E, C) weight of each slot in each token's result.
         valid: (B, N) bool, False for padding; None where all tokens are real.
+        prefix_names: What each of the first `num_prefix_tokens` is: "class token", "register 1", ...
     """
 
     gates: Tensor
@@ -48,6 +49,7 @@ class LayerRouting:
     dispatch: Tensor | None = None
     combine: Tensor | None = None
     valid: Tensor | None = None
+    prefix_names: tuple[str, ...] = ()
 
     def on_grid(self, values: Tensor) -> Tensor:
         """Values of the layer's tokens as a map: (B, N, ...) -> (B, rows, columns, ...).
@@ -65,11 +67,12 @@ class LayerRouting:
 
 
 class _Pass(NamedTuple):
-    """What one forward pass of a layer left: its record, the number of images, and where their tokens lie."""
+    """What one forward pass of a layer left: its record, how many images, where their tokens lie and what they are."""
 
     record: Routing | SlotRouting
     images: int
     tokens: TokenGrid
+    prefix_names: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -132,13 +135,14 @@ def _keeper(pending: list[_Pass], pictures: list[Picture], model: nn.Module, nam
         record = layer.records.pop()
         record = type(record)(*(part.detach() if isinstance(part, Tensor) else part for part in record))
         shape = inputs[0].shape
-        pending.append(_Pass(record, shape[0], locate(model, name, shape, layer.use_conv, pictures[-1])))
+        tokens = locate(model, name, shape, layer.use_conv, pictures[-1])
+        pending.append(_Pass(record, shape[0], tokens, prefix_names(model, name, tokens.num_prefix_tokens)))
 
     return keep
 
 
 def _joined(name: str, passes: list[_Pass]) -> LayerRouting:
-    grids = {tokens.size for _, _, tokens in passes}
+    grids = {each.tokens.size for each in passes}
     if len(grids) > 1:
         raise ValueError(f"{name}: the recorded passes had patch grids {sorted(grids)}; record one size at a time")
     tokens = passes[0].tokens
@@ -147,7 +151,7 @@ def _joined(name: str, passes: list[_Pass]) -> LayerRouting:
         order = torch.cat([each.tokens.order for each in passes])
 
     def joined(part: Callable[[Routing | SlotRouting], Tensor]) -> Tensor:
-        return torch.cat([_by_image(record, part(record), images) for record, images, _ in passes])
+        return torch.cat([_by_image(record, part(record), images) for record, images, *_ in passes])
 
     valid = joined(_valid_GS1)[..., 0]
     common = {
@@ -155,6 +159,7 @@ def _joined(name: str, passes: list[_Pass]) -> LayerRouting:
         "num_prefix_tokens": tokens.num_prefix_tokens,
         "order": order,
         "valid": None if valid.all() else valid,
+        "prefix_names": passes[0].prefix_names,
     }
     gates = joined(lambda record: record.gates_GSE)
     if isinstance(passes[0].record, Routing):

@@ -68,6 +68,7 @@ def test_class_and_register_tokens_stand_apart(make_model, make_batches):
     found = explore(make_model(model={"reg_tokens": 2}), make_batches(), options=FEW)
     check(found, 60, ["blocks.1.mlp", "blocks.3.mlp"], 4, [(4, 6)] * 2)
     assert found.report["layers"][0]["prefix"] == 3
+    assert found.report["layers"][0]["prefix_names"] == ["class token", "register 1", "register 2"]
 
 
 def test_windows_and_stages_of_swin(make_swin, make_batches):

@@ -14,7 +14,7 @@ def maps_of(choices, grid, experts=3) -> LayerMaps:
     choices = choices[..., None] if choices.dim() == 2 else choices
     gates = torch.zeros(*choices.shape[:2], experts)
     none = torch.zeros_like(choices[..., 0])
-    return LayerMaps(gates, choices, gates, None, none, none == 0, None, grid, 0)
+    return LayerMaps(gates, choices, gates, None, none, none == 0, None, grid, 0, ())
 
 
 def test_a_mirrored_map_is_mirrored_back():

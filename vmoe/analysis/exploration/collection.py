@@ -34,6 +34,7 @@ class LayerFacts:
     top_k: int | None  # None where experts fill slots
     grid: Grid
     prefix: int
+    prefix_names: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -218,7 +219,9 @@ class _Tally:
             top_k = None if config.fills_slots else config.top_k
             self.layers.append(
                 LayerCollection(
-                    LayerFacts(name, config.router, config.num_experts, top_k, part.grid, part.prefix),
+                    LayerFacts(
+                        name, config.router, config.num_experts, top_k, part.grid, part.prefix, part.prefix_names
+                    ),
                     LayerCounts(part),
                     LayerAssociation(codes, config.num_experts, classes, self._patch_kinds, self._replicates, device),
                 )

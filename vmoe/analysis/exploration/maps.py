@@ -30,6 +30,7 @@ class LayerMaps(NamedTuple):
         dispatch: (B, P + N, E) weight of each token in the expert's slots; None where tokens choose.
         grid: (rows, columns).
         prefix: P.
+        prefix_names: What each of these is.
     """
 
     gates: Tensor
@@ -41,6 +42,7 @@ class LayerMaps(NamedTuple):
     dispatch: Tensor | None
     grid: tuple[int, int]
     prefix: int
+    prefix_names: tuple[str, ...]
 
     @property
     def patch_choices(self) -> Tensor:
@@ -64,6 +66,7 @@ def layer_maps(routing: LayerRouting, router: str) -> LayerMaps:
         "valid": valid,
         "grid": routing.grid,
         "prefix": routing.num_prefix_tokens,
+        "prefix_names": routing.prefix_names,
     }
     if routing.chosen is not None:
         chosen, gates = ordered(routing.chosen), ordered(routing.gates.float())

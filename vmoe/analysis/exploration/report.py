@@ -45,6 +45,7 @@ def layer_report(layer: LayerCollection, images: dict[str, Any], classes: Sequen
         "kind": "tokens" if facts.top_k is not None else "slots",
         "grid": list(facts.grid),
         "prefix": facts.prefix,
+        "prefix_names": list(facts.prefix_names),
         "order": None,  # patches come row by row, whatever order the backbone keeps them in
         "load": load.tolist(),
         "load_cv": coefficient_of_variation(load),

@@ -73,7 +73,8 @@ const layerAxis = shortNames === layerNames ? "layer" : `layer (${layerNames[0].
 /** Too many layers to draw each: an overview as a matrix, and one layer in full. */
 const manyLayers = REPORT.layers.length > 12;
 
-const prefixName = (index) => (index === 0 ? "class token" : `register ${index}`);
+/** What a token before the patches is, by the first layer that has so many. */
+const prefixName = (index) => REPORT.layers.find((layer) => layer.prefix > index).prefix_names[index];
 
 /** On how many images a figure rests: all, those of the "probe_images", or those of the "cause_images". */
 const analysed = (which = "num_images") =>
