@@ -43,5 +43,5 @@ def test_a_run_is_named_after_its_recipe(elsewhere, argv):
 
 
 def test_an_unknown_name_is_told_what_may_be_given(elsewhere):
-    with pytest.raises(UserError, match="--config digist: cannot be read .*the name of a recipe, such as digits"):
+    with pytest.raises(UserError, match=r"--config digist: cannot be read .*a recipe's name, such as digits"):
         parse(["--config", "digist"])

@@ -194,7 +194,7 @@ def _read_yaml(path: str) -> dict[str, Any]:
         content = yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeys)
     except OSError as error:
         raise UserError(
-            f"--config {path}: cannot be read ({error.strerror}); give a YAML file or the name of a recipe, such as digits"
+            f"--config {path}: cannot be read ({error.strerror}); give a YAML file or a recipe's name, such as digits"
         ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path}: is not YAML: {' '.join(str(error).split())}") from error

@@ -43,7 +43,7 @@ _FOR_32_PIXELS = {
 
 def _named_models() -> dict[str, tuple[dict[str, Any], MoeConfig]]:
     """The arguments and the MoE layers of each name."""
-    models = {
+    models: dict[str, tuple[dict[str, Any], MoeConfig]] = {
         "vmoe_vit": ({**_SIZES["small"], "patch_size": 32}, MoeConfig(layers=[])),
         "vmoe_cct": (_CCT, MoeConfig(layers=[])),
     }
@@ -97,7 +97,7 @@ def _build(moe: MoeConfig | Literal[False], pre_logits: int | None = None, **kwa
 
 
 def _insert_pre_logits(model: VisionTransformer, width: int) -> None:
-    placement = {"device": model.norm.weight.device, "dtype": model.norm.weight.dtype}
+    placement: dict[str, Any] = {"device": model.norm.weight.device, "dtype": model.norm.weight.dtype}
     dense = nn.Linear(model.embed_dim, width, **placement)
     model.fc_norm = nn.Sequential(OrderedDict(fc=dense, act=nn.Tanh()))
     if model.num_classes > 0 and width != model.embed_dim:
