@@ -48,4 +48,4 @@ docs: .venv/installed-docs  ## build the documentation as a site into site/; a b
 	$(BIN)/python -m mkdocs build --strict
 
 clean:  ## remove the environment, what was built and the caches; runs stay
-	rm -rf .venv dist site .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
+	rm -rf .venv dist site .cache .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
