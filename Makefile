@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help install demo test test-all test-browser lint format clean
+.PHONY: help install demo test test-all test-browser lint format package docs clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -19,22 +19,36 @@ install: .venv/installed  ## create .venv and install the project with its tools
 demo: .venv/installed  ## train on handwritten digits, evaluate, draw where the experts look (about 3 minutes)
 	$(BIN)/python tools/demo.py
 
+# A process a core, each with one thread: tests are many and small.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
 test: .venv/installed  ## run the tests
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-all: .venv/installed  ## run the slow tests too
-	$(BIN)/python -m pytest -m "not gpu and not browser"
+	$(PYTEST) -m "not gpu and not browser"
 
 test-browser: .venv/installed  ## run the tests that look at pages (need Debian's chromium and chromium-driver)
 	$(BIN)/python -m pytest -m browser tests/browser
 
-lint: .venv/installed  ## check style and format
+lint: .venv/installed  ## check style, format and types
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
 
 format: .venv/installed  ## mend style and format
 	$(BIN)/python -m ruff check --fix .
 	$(BIN)/python -m ruff format .
 
-clean:  ## remove the environment and the caches; runs stay
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis *.egg-info
+package: .venv/installed  ## build the wheel and the source archive into dist/
+	$(BIN)/python -m build --no-isolation
+
+.venv/installed-docs: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	@touch $@
+
+docs: .venv/installed-docs  ## build the documentation as a site into site/; a broken link is an error
+	$(BIN)/python -m mkdocs build --strict
+
+clean:  ## remove the environment, what was built and the caches; runs stay
+	rm -rf .venv dist site .cache .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info

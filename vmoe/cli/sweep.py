@@ -6,6 +6,7 @@ from pathlib import Path
 
 from vmoe.cli.common import run
 from vmoe.cli.options import new_parser
+from vmoe.cli.recipes import find_recipe
 from vmoe.errors import UserError
 
 _DESCRIPTION = """\
@@ -31,7 +32,7 @@ def _sweep(argv: list[str]) -> int:
     # Imported here, so that --help and a mistyped option answer at once.
     from vmoe.training.sweep import Sweep, read_study
 
-    runs = read_study(options.study, options.out, options.arms, options.seeds, common)
+    runs = read_study(Path(find_recipe(options.study)), options.out, options.arms, options.seeds, common)
     if options.list:
         for training in runs:
             print(training.command + ("  # done" if training.is_done else ""))
@@ -53,7 +54,7 @@ def _gpus() -> list[str]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = new_parser("sweep", _DESCRIPTION)
-    parser.add_argument("study", type=Path, metavar="STUDY", help="a YAML file with config, seeds and arms")
+    parser.add_argument("study", metavar="STUDY", help="a YAML file with config, seeds and arms, or the name of one")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the runs go")
     parser.add_argument("--arms", nargs="+", default=[], metavar="ARM", help="only these arms")
     parser.add_argument("--seeds", nargs="+", type=int, default=[], metavar="SEED", help="in place of the file's")

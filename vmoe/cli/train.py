@@ -13,6 +13,7 @@ import yaml
 from rich.console import Console
 
 from vmoe.cli.common import run
+from vmoe.cli.recipes import find_recipe, recipe_names
 from vmoe.errors import UserError
 from vmoe.moe import MoeConfig
 from vmoe.training.config import TrainConfig, from_plain, section_type
@@ -117,11 +118,12 @@ def parse(argv: list[str]) -> TrainConfig:
         SystemExit: after --help or --print_config.
     """
     parser = _Parser(prog="vmoe train", description=DESCRIPTION, exit_on_error=False, formatter_class=_KeepLines)
-    parser.add_argument("--config", action="config", help="YAML file of a recipe, such as configs/digits.yaml.")
+    recipes = ", ".join(name for name in recipe_names() if "/" not in name)
+    parser.add_argument("--config", action="config", help=f"YAML file, or a recipe that comes with vmoe: {recipes}.")
     parser.add_class_arguments(TrainConfig, skip={"resume"})
     parser.add_argument("--resume", action="store_true", help="Go on from the last checkpoint in output_dir.")
     names = option_names(TrainConfig)
-    argv = _as_flags(argv)
+    argv = _with_recipes(_as_flags(argv))
     for path in _config_files(argv):
         _check_keys(_read_yaml(path), TrainConfig, names, path)
     _check_options(argv, names)
@@ -156,6 +158,17 @@ def _as_flags(argv: list[str]) -> list[str]:
     return result
 
 
+def _with_recipes(argv: list[str]) -> list[str]:
+    """Puts the files of recipes in the place of their names after --config."""
+    result: list[str] = []
+    for argument in argv:
+        if argument.startswith("--config="):
+            result.append(f"--config={find_recipe(argument.removeprefix('--config='))}")
+        else:
+            result.append(find_recipe(argument) if result[-1:] == ["--config"] else argument)
+    return result
+
+
 def _config_files(argv: list[str]) -> list[str]:
     joined = [argument.removeprefix("--config=") for argument in argv if argument.startswith("--config=")]
     return joined + [path for option, path in itertools.pairwise(argv) if option == "--config"]
@@ -177,7 +190,7 @@ def _read_yaml(path: str) -> dict[str, Any]:
         content = yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeys)
     except OSError as error:
         raise UserError(
-            f"--config {path}: cannot be read ({error.strerror}); give a YAML file such as configs/digits.yaml"
+            f"--config {path}: cannot be read ({error.strerror}); give a YAML file or a recipe's name, such as digits"
         ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path}: is not YAML: {' '.join(str(error).split())}") from error

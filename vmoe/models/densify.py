@@ -79,23 +79,21 @@ def _dense_mlp(layer: MoeMlp, share_E: Tensor) -> nn.Module:
     experts = layer.experts
     reference = experts.fc2.weight
 
-    def mean(stacked: Tensor | None) -> Tensor | None:
-        if stacked is None:
-            return None
+    def mean(stacked: Tensor) -> Tensor:
         wide_E = (share_E / share_E.sum()).to(stacked.device, torch.float64)
         return torch.einsum("e...,e->...", stacked.detach().double(), wide_E).to(stacked.dtype)
 
     norm = None
     if experts.norm is not None:
-        scale, shift = mean(experts.norm.weight), mean(experts.norm.bias)
-        norm = nn.LayerNorm(reference.shape[-1], elementwise_affine=scale is not None, bias=shift is not None)
-        norm.load_state_dict({key: value for key, value in (("weight", scale), ("bias", shift)) if value is not None})
+        means = {key: mean(stacked) for key, stacked in experts.norm.named_parameters()}
+        norm = nn.LayerNorm(reference.shape[-1], elementwise_affine="weight" in means, bias="bias" in means)
+        norm.load_state_dict(means)
     mlp = layer.dense_form.rebuild(reference.device, reference.dtype).train(layer.training)
     parts = MlpParts(
         fc1=mean(experts.fc1.weight),
-        bias1=mean(experts.fc1.bias),
+        bias1=None if experts.fc1.bias is None else mean(experts.fc1.bias),
         fc2=mean(experts.fc2.weight),
-        bias2=mean(experts.fc2.bias),
+        bias2=None if experts.fc2.bias is None else mean(experts.fc2.bias),
         activation=experts.act,
         norm=norm,
         drop=(0.0, 0.0),

@@ -5,7 +5,7 @@ the MLPs and the tokens each sees. Only what shapes do not tell stands in the ta
 """
 
 import copy
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -112,7 +112,9 @@ def eligible_mlps(model: nn.Module, image_size: int | tuple[int, int] | None = N
 
 def on_meta(model: nn.Module) -> nn.Module:
     """A copy of a model without its values; costs no memory."""
-    memo = {id(parameter): nn.Parameter(parameter.detach().to("meta")) for parameter in model.parameters()}
+    memo: dict[int, Any] = {
+        id(parameter): nn.Parameter(parameter.detach().to("meta")) for parameter in model.parameters()
+    }
     memo |= {id(buffer): buffer.to("meta") for buffer in model.buffers()}
     return copy.deepcopy(model, memo)
 
@@ -181,11 +183,10 @@ def _images(model: nn.Module, image_size: int | tuple[int, int] | None) -> Tenso
     return torch.zeros(_BATCH, channels, *size, dtype=dtype, device="meta")
 
 
-def _own_size(model: nn.Module) -> tuple[int, int] | None:
+def _own_size(model: nn.Module) -> tuple[int, ...] | None:
     if hasattr(model, "tokens_spatial_shape"):  # hiera keeps the patches instead
-        return tuple(
-            count * stride for count, stride in zip(model.tokens_spatial_shape, model.patch_stride, strict=True)
-        )
+        hiera: Any = model
+        return tuple(n * stride for n, stride in zip(hiera.tokens_spatial_shape, hiera.patch_stride, strict=True))
     return _first(model, "img_size", tuple)
 
 

@@ -44,7 +44,7 @@ _FOR_32_PIXELS = {
 
 def _named_models() -> dict[str, tuple[dict[str, Any], MoeConfig]]:
     """The arguments and the MoE layers of each name."""
-    models = {
+    models: dict[str, tuple[dict[str, Any], MoeConfig]] = {
         "vmoe_vit": ({**_SIZES["small"], "patch_size": 32}, MoeConfig(layers=[])),
         "vmoe_cct": (_CCT, MoeConfig(layers=[])),
     }
@@ -81,8 +81,10 @@ def _default_cfg(arguments: dict[str, Any]) -> dict[str, Any]:
 _MODELS = _named_models()
 ON_BACKBONE = "vmoe_on_backbone"
 default_cfgs = generate_default_cfgs(
-    {name: _default_cfg(arguments) for name, (arguments, _) in _MODELS.items()}
-    | {ON_BACKBONE: {**_default_cfg({}), "fixed_input_size": False}}
+    {
+        **{name: _default_cfg(arguments) for name, (arguments, _) in _MODELS.items()},
+        ON_BACKBONE: {**_default_cfg({}), "fixed_input_size": False},
+    }
 )
 
 
@@ -103,7 +105,7 @@ def _build(moe: MoeConfig | dict[str, Any] | Literal[False], pre_logits: int | N
 
 
 def _insert_pre_logits(model: VisionTransformer, width: int) -> None:
-    placement = {"device": model.norm.weight.device, "dtype": model.norm.weight.dtype}
+    placement: dict[str, Any] = {"device": model.norm.weight.device, "dtype": model.norm.weight.dtype}
     dense = nn.Linear(model.embed_dim, width, **placement)
     model.fc_norm = nn.Sequential(OrderedDict(fc=dense, act=nn.Tanh()))
     if model.num_classes > 0 and width != model.embed_dim:

@@ -72,8 +72,9 @@ def sparsify(
     chosen = [places[index] for index in moe.select_layers(len(places))]
     layers = dict(_replace(model, place, moe, init == "upcycle", upcycle_noise) for place in chosen)
     hand_masks_through(model, layers)
-    own = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
-    model.no_weight_decay = NoWeightDecay({*own, *_undecayed(layers)})
+    timm_model: Any = model
+    own = timm_model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
+    timm_model.no_weight_decay = NoWeightDecay({*own, *_undecayed(layers)})
     return model
 
 

@@ -28,7 +28,7 @@ class ConvTokenizer(PatchEmbed):
         if steps < 1 or patch_size != 2**steps:
             raise ValueError(f"patch_size={patch_size}: must be 2, 4, 8, ...: each convolution halves the side")
         super().__init__(patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim, **kwargs)
-        placement = {"device": kwargs.get("device"), "dtype": kwargs.get("dtype")}
+        placement: dict[str, Any] = {"device": kwargs.get("device"), "dtype": kwargs.get("dtype")}
         widths = [in_chans, *[64] * (steps - 1), embed_dim]
         layers: list[nn.Module] = []
         for before, after in itertools.pairwise(widths):
@@ -36,4 +36,4 @@ class ConvTokenizer(PatchEmbed):
             if not convolution.weight.is_meta:
                 nn.init.kaiming_normal_(convolution.weight)
             layers += [convolution, nn.ReLU(), nn.MaxPool2d(3, stride=2, padding=1)]
-        self.proj = nn.Sequential(*layers)
+        self.register_module("proj", nn.Sequential(*layers))

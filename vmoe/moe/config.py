@@ -121,7 +121,7 @@ class MoeConfig:
         self._need("soft_scale", _is_number(self.soft_scale) and self.soft_scale > 0, "> 0")
         self._need("expert_width", _is_number(self.expert_width) and 0 < self.expert_width <= 16, "> 0 and at most 16")
         self._need("expert_dropout", _is_number(self.expert_dropout) and 0 <= self.expert_dropout < 1, "in [0, 1)")
-        is_count = _is_int(self, "group") and self.group >= 1
+        is_count = type(self.group) is int and self.group >= 1
         self._need("group", self.group in ("image", "batch") or is_count, '"image", "batch" or a number of images')
         self._check_combination()
 
@@ -163,12 +163,22 @@ class MoeConfig:
     @property
     def draws_noise(self) -> bool:
         """Whether the router's logits get noise in training."""
-        return self.noise_std > 0
+        return bool(self.noise_std)
+
+    @property
+    def logit_noise(self) -> float:
+        """The noise's standard deviation where it is for each of E experts: noise_std / E."""
+        return (self.noise_std or 0.0) / self.num_experts
+
+    @property
+    def rounding(self) -> tuple[str, int]:
+        """How a capacity becomes whole, for `expert_capacity`."""
+        return self.capacity_rounding or "ceil", self.capacity_multiple_of or 1
 
     @property
     def experts_per_token(self) -> float:
         """How many experts work for a token on average: K, or the slots a token where experts have slots."""
-        return self.capacity_factor if self.fills_slots else self.top_k
+        return self.capacity_factor if self.fills_slots and self.capacity_factor else self.top_k
 
     def hidden_width(self, mlp_width: int) -> int:
         """H, the hidden width of an expert in the place of an MLP of hidden width `mlp_width`."""
@@ -198,7 +208,7 @@ class MoeConfig:
                     f"layers={self.layers}: the model has {count} MLPs, so indices go from 0 to {count - 1}"
                 )
             return sorted(self.layers)
-        kind, n = _PATTERN.fullmatch(self.layers).groups()
+        kind, n = self.layers.split("-")  # as `_check_layers` made sure
         chosen = list(range(int(n) - 1, count, int(n))) if kind == "every" else list(range(1, count, 2))[-int(n) :]
         if not chosen or (kind == "last" and len(chosen) < int(n)):
             raise ValueError(
@@ -221,4 +231,4 @@ def _is_int(config: MoeConfig, name: str) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and value == value and abs(value) != float("inf")
+    return isinstance(value, int | float) and type(value) is not bool and value == value and abs(value) != float("inf")

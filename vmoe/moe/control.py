@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from vmoe.moe.layer import MoeMlp
-from vmoe.moe.routers import SigmoidRouter
+from vmoe.moe.routers import HashRouter, RandomRouter, SigmoidRouter, TokenChoiceRouter
 
 
 def moe_layers(model: nn.Module) -> list[tuple[str, MoeMlp]]:
@@ -75,6 +75,7 @@ def set_top_k(model: nn.Module, top_k: int) -> None:
         if layer.config.fills_slots:
             raise ValueError(f'top_k={top_k}: has no meaning with router="{layer.config.router}"')
     for layer, config in [(layer, dataclasses.replace(layer.config, top_k=top_k)) for layer in layers]:
+        assert isinstance(layer.router, TokenChoiceRouter | HashRouter | RandomRouter)
         layer.config, layer.router.top_k = config, top_k
 
 

@@ -4,7 +4,7 @@ B images, N tokens an image, T = B*N tokens; G groups of S tokens. Consecutive i
 code.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,13 +21,13 @@ class Groups(NamedTuple):
         tokens: N, tokens an image.
     """
 
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple.count, which nothing here calls
     size: int
     last: int
     tokens: int
 
     @classmethod
-    def of(cls, images: int, tokens: int, group: str | int) -> "Groups":
+    def of(cls, images: int, tokens: int, group: Literal["image", "batch"] | int) -> "Groups":
         """Splits `images` x `tokens` tokens by `MoeConfig.group`: "image", "batch" or a number of images."""
         if group == "image":
             return cls(images, tokens, tokens, tokens)

@@ -4,7 +4,7 @@ B images of N tokens, T = B*N tokens of width D; G groups of S tokens; E experts
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -64,10 +64,13 @@ class MoeMlp(nn.Module):
         last_auxiliary_loss: Its weighted auxiliary loss, (); None before it.
         auxiliary_scale: See `vmoe.set_auxiliary_scale`.
         records: Where routing decisions are appended while `vmoe.record_routing` runs; else None.
+        dense_form: What `vmoe.sparsify` replaced; no such attribute in a layer made otherwise.
 
     Raises:
         ValueError: An argument is not allowed.
     """
+
+    dense_form: Any
 
     def __init__(
         self,
@@ -82,8 +85,8 @@ class MoeMlp(nn.Module):
         *,
         moe: MoeConfig,
         tokens: int | None = None,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         hidden_features = moe.hidden_width(hidden_features or in_features)
@@ -91,7 +94,7 @@ class MoeMlp(nn.Module):
         bias = bias if isinstance(bias, tuple) else (bias, bias)
         hidden_drop, output_drop = drop if isinstance(drop, tuple) else (drop, drop)
         hidden_drop = moe.expert_dropout or hidden_drop
-        placement = {"device": device, "dtype": dtype}
+        placement: dict[str, Any] = {"device": device, "dtype": dtype}
 
         self.config = moe
         self.use_conv = use_conv
@@ -102,15 +105,26 @@ class MoeMlp(nn.Module):
             self.router = router(in_features, moe, tokens, **placement)
         else:
             self.router = router(in_features, moe, **placement)
-        shape = (in_features, hidden_features, out_features)
-        how = {"backend": moe.backend, "recompute_activation": moe.recompute_activation}
-        self.experts = Experts(moe.num_experts, *shape, act_layer(), norm_layer, bias, hidden_drop, **how, **placement)
-        self.shared = None
+        self.experts = Experts(
+            moe.num_experts,
+            in_features,
+            hidden_features,
+            out_features,
+            act_layer(),
+            norm_layer,
+            bias,
+            hidden_drop,
+            moe.backend,
+            moe.recompute_activation,
+            **placement,
+        )
+        self.shared: SharedExpert | None = None
         if moe.shared_experts:
             shape = (in_features, moe.shared_experts * hidden_features, out_features)
             self.shared = SharedExpert(*shape, act_layer(), norm_layer, bias, hidden_drop, **placement)
         self.drop2 = nn.Dropout(output_drop)
         self.out_features = out_features
+        self.auxiliary_scale: Tensor | None
         # Not a parameter, and not worth a place in a checkpoint
         self.register_buffer("auxiliary_scale", None, persistent=False)
         self.statistics: Statistics | None = None
@@ -154,7 +168,7 @@ class MoeMlp(nn.Module):
         parts = take_apart(mlp)
         self.experts.fc1.fill(parts.fc1, parts.bias1)
         self.experts.fc2.fill(parts.fc2, parts.bias2)
-        if parts.norm is not None:
+        if parts.norm is not None and self.experts.norm is not None:
             self.experts.norm.fill(parts.norm)
 
     @property
@@ -178,7 +192,8 @@ class MoeMlp(nn.Module):
         routing = self._route(x_TD, groups, valid_GS)
         y_TD = self.experts(x_TD, routing)
         if self.shared is not None:
-            y_TD = y_TD + self._shared_result(x_TD, token_mask)
+            shared_TD = self.shared(x_TD)
+            y_TD = y_TD + (shared_TD if token_mask is None else shared_TD.masked_fill(~token_mask.reshape(-1, 1), 0))
         y_TD = self._account(routing, y_TD)
 
         y = self.drop2(y_TD.view(*x.shape[:-1], self.out_features))
@@ -188,12 +203,11 @@ class MoeMlp(nn.Module):
         tokens = 1
         for extent in x.shape[1:-1]:
             tokens = tokens * extent
-        return Groups.of(x.shape[0], tokens, self.config.group)
+        return Groups.of(x.shape[0], tokens, self.config.group or "image")
 
     def _route(self, x_TD: Tensor, groups: Groups, valid_GS: Tensor | None) -> Routing | SlotRouting:
         """The router's decision, with the choices beyond the experts' capacity dropped."""
         moe = self.config
-        rounding = (moe.capacity_rounding, moe.capacity_multiple_of)
         factor = moe.capacity_factor if self.training else moe.eval_capacity_factor
         if moe.fills_slots:
             return self.router(x_TD, groups, valid_GS, moe.capacity_factor if factor is None else factor)
@@ -204,14 +218,10 @@ class MoeMlp(nn.Module):
             return routing._replace(kept_GSK=is_real)
         capacity, last_capacity = (
             # no expert is chosen by more than all tokens
-            min(size, expert_capacity(size * moe.top_k, moe.num_experts, factor, *rounding))
+            min(size, expert_capacity(size * moe.top_k, moe.num_experts, factor, *moe.rounding))
             for size in (groups.size, groups.last)
         )
         return assign(routing, capacity, last_capacity, moe.batch_priority)
-
-    def _shared_result(self, x_TD: Tensor, token_mask: Tensor | None) -> Tensor:
-        y_TD = self.shared(x_TD)
-        return y_TD if token_mask is None else y_TD.masked_fill(~token_mask.reshape(-1, 1), 0)
 
     def _account(self, routing: Routing | SlotRouting, y_TD: Tensor) -> Tensor:
         """Keeps the auxiliary loss, the statistics and, when asked, the record; changes no value of `y_TD`."""

@@ -4,6 +4,7 @@ G groups of S tokens; E experts; K choices. Every loss is computed a group and r
 real tokens count.
 """
 
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -30,8 +31,8 @@ class Usage(NamedTuple):
 
 def measure(routing: Routing | SlotRouting, moe: MoeConfig, is_noisy: bool) -> tuple[dict[str, Tensor], Usage]:
     """The auxiliary losses (see `auxiliary_losses`) and the usage."""
-    if isinstance(routing, Routing) and _has_kernels(routing, moe):
-        return _measured_by_kernels(routing, moe, is_noisy)
+    if isinstance(routing, Routing) and (kernels := _kernels_for(routing, moe)) is not None:
+        return _measured_by(kernels, routing, moe, is_noisy)
     with torch.no_grad():
         usage = Usage(routing.load_E(), routing.dropped(), routing.entropy())
     return auxiliary_losses(routing, moe, is_noisy), usage
@@ -49,8 +50,8 @@ def auxiliary_losses(routing: Routing | SlotRouting, moe: MoeConfig, is_noisy: b
         return {}
     losses = {"importance": importance_loss(routing.logits_GSE, routing.valid_GS)}
     if is_noisy:
-        scale = moe.noise_std / moe.num_experts
-        losses["load"] = load_loss(routing.logits_GSE, routing.noisy_logits_GSE, moe.top_k, scale, routing.valid_GS)
+        noisy_GSE = routing.noisy_logits_GSE
+        losses["load"] = load_loss(routing.logits_GSE, noisy_GSE, moe.top_k, moe.logit_noise, routing.valid_GS)
     return {**_averaged(losses), **_other_losses(routing, moe)}
 
 
@@ -67,29 +68,31 @@ def _averaged(losses: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: loss_G.sum() / max(loss_G.shape[0], 1) for name, loss_G in losses.items()}
 
 
-def _has_kernels(routing: Routing, moe: MoeConfig) -> bool:
+def _kernels_for(routing: Routing, moe: MoeConfig) -> ModuleType | None:
     # the gates of "hash" and "random" are no softmax of logits
     fused = fused_for(routing.logits_GSE)
     is_softmax = moe.router not in ("hash", "random") and routing.valid_GS is None
-    return fused is not None and is_softmax and fused.takes_logits(routing.logits_GSE)
+    return fused if fused is not None and is_softmax and fused.takes_logits(routing.logits_GSE) else None
 
 
-def _measured_by_kernels(routing: Routing, moe: MoeConfig, is_noisy: bool) -> tuple[dict[str, Tensor], Usage]:
-    importance, load, statistics, _ = fused_for(routing.logits_GSE).balance(
+def _measured_by(
+    fused: ModuleType, routing: Routing, moe: MoeConfig, is_noisy: bool
+) -> tuple[dict[str, Tensor], Usage]:
+    importance, load, statistics, _ = fused.balance(
         routing.logits_GSE,
         routing.noisy_logits_GSE if is_noisy else None,
         routing.chosen_GSK,
         routing.kept_GSK,
-        moe.noise_std / moe.num_experts,
+        moe.logit_noise,
     )
     losses = {"importance": importance, **({"load": load} if is_noisy else {})}
     return {**losses, **_other_losses(routing, moe)}, Usage(statistics[:-2], statistics[-2], statistics[-1])
 
 
-def weighted_sum(losses: dict[str, Tensor], moe: MoeConfig) -> Tensor | float:
-    """The layer's auxiliary loss, a scalar."""
+def weighted_sum(losses: dict[str, Tensor], moe: MoeConfig) -> Tensor:
+    """The layer's auxiliary loss, a scalar; zero on the CPU where it has none."""
     terms = [getattr(moe, f"{name}_loss_weight") * loss for name, loss in losses.items()]
-    return sum(terms[1:], terms[0]) if terms else 0.0
+    return sum(terms[1:], terms[0]) if terms else torch.zeros(())
 
 
 def importance_loss(logits_GSE: Tensor, valid_GS: Tensor | None = None) -> Tensor:

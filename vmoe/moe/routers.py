@@ -38,7 +38,7 @@ class TokenChoiceRouter(nn.Module):
         super().__init__()
         self.top_k = moe.top_k
         self.renormalize = moe.renormalize
-        self.noise_scale = moe.noise_std / moe.num_experts
+        self.noise_scale = moe.logit_noise
         self.draw_noise: Callable[[Tensor], Tensor] | None = None
         self.gate = nn.Linear(dim, moe.num_experts, bias=False, device=device, dtype=dtype)
         # LeCun-normal, as the original's Dense layer: logits of unit variance for normalised tokens
@@ -92,7 +92,9 @@ class SigmoidRouter(TokenChoiceRouter):
     def __init__(self, dim: int, moe: MoeConfig, device=None, dtype=None) -> None:
         super().__init__(dim, moe, device, dtype)
         self.bias_update_rate = moe.bias_update_rate
+        self.bias: Tensor
         self.register_buffer("bias", torch.zeros(moe.num_experts, device=device))
+        self.choices: Tensor
         self.register_buffer("choices", torch.zeros(moe.num_experts, device=device), persistent=False)
 
     def forward(self, x_TD: Tensor, groups: Groups, valid_GS: Tensor | None = None) -> Routing:

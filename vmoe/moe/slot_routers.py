@@ -33,7 +33,7 @@ class ExpertChoiceRouter(nn.Module):
     def __init__(self, dim: int, moe: MoeConfig, device=None, dtype=None) -> None:
         super().__init__()
         self.moe = moe
-        self.noise_scale = moe.noise_std / moe.num_experts
+        self.noise_scale = moe.logit_noise
         self.draw_noise: Callable[[Tensor], Tensor] | None = None
         self.gate = nn.Linear(dim, moe.num_experts, bias=False, device=device, dtype=dtype)
         nn.init.normal_(self.gate.weight, std=1 / math.sqrt(dim))
@@ -74,8 +74,8 @@ class SoftRouter(nn.Module):
 
     def __init__(self, dim: int, moe: MoeConfig, tokens: int, device=None, dtype=None) -> None:
         super().__init__()
-        slots = slots_per_expert(tokens, moe, moe.capacity_factor)
-        self.noise_scale = moe.noise_std
+        slots = slots_per_expert(tokens, moe, moe.experts_per_token)
+        self.noise_scale = moe.noise_std or 0.0
         self.draw_noise: Callable[[Tensor], Tensor] | None = None
         self.mu = nn.Parameter(torch.empty(dim, moe.num_experts, slots, device=device, dtype=dtype))
         self.scale = nn.Parameter(torch.full((), moe.soft_scale, device=device, dtype=dtype))
@@ -114,7 +114,7 @@ def expert_choice(
 
 def slots_per_expert(tokens: int, moe: MoeConfig, capacity_factor: float) -> int:
     """C: the slots that an expert has for an image of so many tokens."""
-    return expert_capacity(tokens, moe.num_experts, capacity_factor, moe.capacity_rounding, moe.capacity_multiple_of)
+    return expert_capacity(tokens, moe.num_experts, capacity_factor, *moe.rounding)
 
 
 def _unit(values: Tensor, dim: int) -> Tensor:

@@ -1,0 +1,64 @@
+"""The wheel, as somebody without the repository gets it."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from vmoe.version import __version__
+
+pytestmark = pytest.mark.slow  # each builds the wheel or runs it in a process of its own
+REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(REPOSITORY)]
+    subprocess.run(command, check=True, capture_output=True)
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory):
+    """Runs `vmoe ...` of the unpacked wheel in an empty folder."""
+    site = tmp_path_factory.mktemp("site")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    job = "import sys; from vmoe.cli.main import main; sys.exit(main())"
+
+    def vmoe(*arguments):
+        return subprocess.run(
+            [sys.executable, "-c", job, *arguments],
+            cwd=tmp_path_factory.mktemp("empty"),
+            env=os.environ | {"PYTHONPATH": str(site)},
+            capture_output=True,
+            text=True,
+        )
+
+    return vmoe
+
+
+def test_wheel_holds_what_is_not_code(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    recipes = {f"vmoe/{path.relative_to(REPOSITORY)}" for path in (REPOSITORY / "configs").rglob("*.yaml")}
+    page = {str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "vmoe/analysis/page/assets").iterdir()}
+    assert recipes and page
+    assert {"vmoe/py.typed", *recipes, *page} <= names
+    assert not [name for name in names if not name.startswith(("vmoe/", f"vmoe-{__version__}.dist-info/"))]
+
+
+def test_installed_wheel_tells_its_version(installed):
+    assert installed("--version").stdout == f"vmoe {__version__}\n"
+
+
+def test_installed_wheel_trains_a_recipe_by_name(installed):
+    size = ["--trainer.epochs", "1", "--data.subset.fraction", "0.1", "--output_dir", "run"]
+    done = installed("train", "--config", "digits", *size)
+    assert done.returncode == 0, done.stderr
+    assert "all in run" in done.stdout
