@@ -163,22 +163,27 @@ class MoeConfig:
     @property
     def draws_noise(self) -> bool:
         """Whether the router's logits get noise in training."""
-        return bool(self.noise_std)
+        return self.logit_noise > 0
 
     @property
     def logit_noise(self) -> float:
         """The noise's standard deviation where it is for each of E experts: noise_std / E."""
-        return (self.noise_std or 0.0) / self.num_experts
+        assert self.noise_std is not None  # like all that stands for a default, filled in at construction
+        return self.noise_std / self.num_experts
 
     @property
     def rounding(self) -> tuple[str, int]:
         """How a capacity becomes whole, for `expert_capacity`."""
-        return self.capacity_rounding or "ceil", self.capacity_multiple_of or 1
+        assert self.capacity_rounding is not None and self.capacity_multiple_of is not None
+        return self.capacity_rounding, self.capacity_multiple_of
 
     @property
     def experts_per_token(self) -> float:
         """How many experts work for a token on average: K, or the slots a token where experts have slots."""
-        return self.capacity_factor if self.fills_slots and self.capacity_factor else self.top_k
+        if not self.fills_slots:
+            return self.top_k
+        assert self.capacity_factor is not None  # as `_check_combination` made sure
+        return self.capacity_factor
 
     def hidden_width(self, mlp_width: int) -> int:
         """H, the hidden width of an expert in the place of an MLP of hidden width `mlp_width`."""
@@ -231,4 +236,4 @@ def _is_int(config: MoeConfig, name: str) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and type(value) is not bool and value == value and abs(value) != float("inf")
+    return isinstance(value, int | float) and type(value) in (int, float) and abs(value) < float("inf")

@@ -36,7 +36,8 @@ class ExpertLinear(nn.Module):
     def fill(self, weight: Tensor, bias: Tensor | None) -> None:
         """Gives every expert the same `weight` (out, in) and `bias` (out,)."""
         self.weight.copy_(weight.expand_as(self.weight))
-        if self.bias is not None and bias is not None:
+        if self.bias is not None:
+            assert bias is not None
             self.bias.copy_(bias.expand_as(self.bias))
 
     def extra_repr(self) -> str:
@@ -202,8 +203,9 @@ def choose_backend(x_TD: Tensor, choices: Choices, mlp: Mlp, name: str = "auto")
     """
     if name != "auto" and x_TD.shape[0]:
         reason = _reason_against(name, x_TD, choices, mlp)
-        named = {"fused": fused_for(x_TD), "cpu": cpu, "padded": padded, "segments": segments}[name]
-        if reason is None and named is not None:
+        if reason is None:
+            named = {"fused": fused_for(x_TD), "cpu": cpu, "padded": padded, "segments": segments}[name]
+            assert named is not None
             return named
         _warn_once(f'backend="{name}": {reason}; another backend is used')
     if x_TD.is_cpu and cpu.takes(mlp):

@@ -168,7 +168,8 @@ class MoeMlp(nn.Module):
         parts = take_apart(mlp)
         self.experts.fc1.fill(parts.fc1, parts.bias1)
         self.experts.fc2.fill(parts.fc2, parts.bias2)
-        if parts.norm is not None and self.experts.norm is not None:
+        if parts.norm is not None:
+            assert self.experts.norm is not None
             self.experts.norm.fill(parts.norm)
 
     @property
@@ -203,7 +204,8 @@ class MoeMlp(nn.Module):
         tokens = 1
         for extent in x.shape[1:-1]:
             tokens = tokens * extent
-        return Groups.of(x.shape[0], tokens, self.config.group or "image")
+        assert self.config.group is not None
+        return Groups.of(x.shape[0], tokens, self.config.group)
 
     def _route(self, x_TD: Tensor, groups: Groups, valid_GS: Tensor | None) -> Routing | SlotRouting:
         """The router's decision, with the choices beyond the experts' capacity dropped."""
