@@ -111,3 +111,9 @@ def test_mistakes_are_one_line(text, options, reason, study, tmp_path, capsys):
     error = capsys.readouterr().err
     assert reason in error and error.count("\n") == 1
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_place_that_cannot_hold_runs_is_told(study, capsys):
+    assert main([str(study), "--out", str(study / "runs")]) == 2
+    error = capsys.readouterr().err
+    assert "--out" in error and "cannot be written" in error and error.count("\n") == 1

@@ -37,6 +37,11 @@ def _sweep(argv: list[str]) -> int:
         for training in runs:
             print(training.command + ("  # done" if training.is_done else ""))
         return 0
+    try:
+        (options.out / "logs").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"--out {options.out}: cannot be written ({reason}); choose another place") from error
     print(f"{len(runs)} runs, {sum(training.is_done for training in runs)} of them done", flush=True)
     failed = Sweep(runs, options.jobs, _gpus(), lambda line: print(line, flush=True)).run()
     if failed:

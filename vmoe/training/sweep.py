@@ -35,6 +35,11 @@ class Training:
         return self.folder.name
 
     @property
+    def log(self) -> Path:
+        """Where what it prints goes; the folder must be there."""
+        return self.folder.parent / "logs" / f"{self.name}.log"
+
+    @property
     def is_done(self) -> bool:
         """Whether it was trained and tested."""
         return (self.folder / "summary.json").exists()
@@ -156,9 +161,7 @@ class Sweep:
         while len(self._working) < self.jobs and (run := next(todo, None)) is not None:
             device = self._freest()
             environment = os.environ | ({} if device is None else {"CUDA_VISIBLE_DEVICES": device})
-            logs = run.folder.parent / "logs"
-            logs.mkdir(parents=True, exist_ok=True)
-            with open(logs / f"{run.name}.log", "ab") as log:
+            with open(run.log, "ab") as log:
                 # A session of its own, so that Ctrl-C in a terminal comes once, from here.
                 process = subprocess.Popen(
                     [sys.executable, "-c", _JOB, *run.arguments],
@@ -183,12 +186,11 @@ class Sweep:
             if process.poll() is None:
                 continue
             del self._working[run]
-            log = run.folder.parent / "logs" / f"{run.name}.log"
             if process.returncode:
                 failed.append(run)
-                self.tell(f"{run.name}: FAILED with exit code {process.returncode}: {last_line(log)}")
+                self.tell(f"{run.name}: FAILED with exit code {process.returncode}: {last_line(run.log)}")
             else:
-                self.tell(f"{run.name}: {last_line(log)}")
+                self.tell(f"{run.name}: {last_line(run.log)}")
         return failed
 
 
