@@ -293,3 +293,11 @@ def _rebuild(config: dict[str, Any], num_classes: int, image_size: int) -> nn.Mo
 def timm_arguments(config: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a run's model, without those that would fetch weights."""
     return {key: value for key, value in config["model"]["kwargs"].items() if key not in _FETCHING_ARGUMENTS}
+
+
+def flatten(plain: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A config of nested dicts as one dict, by dotted name."""
+    flat = {}
+    for key, value in plain.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return flat

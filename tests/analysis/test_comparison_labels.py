@@ -2,7 +2,8 @@
 
 from dataclasses import asdict
 
-from vmoe.analysis.comparison_labels import arm_labels, flatten
+from vmoe.analysis.comparison_labels import arm_labels
+from vmoe.checkpoints import flatten
 from vmoe.moe import MoeConfig
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
-from vmoe.analysis.comparison_labels import arm_labels, flatten
-from vmoe.checkpoints import RunFolder
+from vmoe.analysis.comparison_labels import arm_labels
+from vmoe.checkpoints import RunFolder, flatten
 from vmoe.errors import UserError
 
 _NOT_OF_THE_RECIPE = ("seed", "output_dir", "resume", "data.workers", "trainer.log_every")

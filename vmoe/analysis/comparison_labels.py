@@ -49,14 +49,6 @@ def arm_labels(arms: Sequence[tuple[dict[str, Any], dict[str, Any] | None]]) -> 
     return labels
 
 
-def flatten(plain: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one, by dotted name."""
-    flat = {}
-    for key, value in plain.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
-    return flat
-
-
 def _default_moe(moe: dict[str, Any]) -> dict[str, Any]:
     """What the options of these layers are by default, with their router."""
     try:

@@ -6,7 +6,7 @@ import os
 import socket
 from typing import Any
 
-from vmoe.checkpoints import ENTRY, RunFolder, read_without_tensors
+from vmoe.checkpoints import ENTRY, RunFolder, flatten, read_without_tensors
 from vmoe.errors import UserError
 from vmoe.files import atomic_write, recover
 from vmoe.training.config import TrainConfig, from_plain, to_plain
@@ -78,8 +78,8 @@ def saved_state(folder: RunFolder, config: TrainConfig) -> dict[str, Any] | None
             )
         return None
     saved = read_without_tensors(folder.last)
-    before = _flat(to_plain(from_plain(TrainConfig, saved[ENTRY]["config"])))
-    now = _flat(to_plain(config))
+    before = flatten(to_plain(from_plain(TrainConfig, saved[ENTRY]["config"])))
+    now = flatten(to_plain(config))
     free = FREE_ON_RESUME
     if config.optim.name == "muon" and not {before["parallel.strategy"], now["parallel.strategy"]} <= _WHOLE:
         free = tuple(key for key in free if not key.startswith("parallel."))  # which decides what Muon trains
@@ -98,10 +98,3 @@ def read_summary(folder: RunFolder) -> dict[str, Any] | None:
         return json.loads(folder.summary.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-
-
-def _flat(plain: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in plain.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
-    return flat
