@@ -60,8 +60,7 @@ models.
 
   equality    three updates by ddp, fsdp and expert beside one process: weights, losses, gradients, routing
   speed       images/s as batch and processes grow together (weak) and with the same batch (strong); the share of the
-              exchange between processes, and of it what is hidden; waits of the host; one process with and without
-              a strategy
+              exchange between processes, and of it what is hidden; waits of the host
   checkpoint  one of many processes that one and many go on with, beside a training that never stopped
   size        a ViT-L/16 with 32 experts a layer that grows by blocks until memory is full
 

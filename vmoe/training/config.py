@@ -141,6 +141,8 @@ class TrainerConfig:
 class ParallelConfig:
     """Several processes, started by torchrun. `data.batch_size` is that of all, and learning rates do not change.
 
+    A single process trains as with none, whatever is asked for here.
+
     Args:
         strategy: none, one process. ddp: each process has the whole model and a part of every batch. fsdp: also the
             weights, gradients and the optimiser's state are cut into parts. expert: fsdp, with the experts of a layer

@@ -19,7 +19,7 @@ from vmoe.data import ImageDataModule
 from vmoe.errors import UserError
 from vmoe.files import atomic_write, write_json
 from vmoe.training import summary
-from vmoe.training.config import TrainConfig, to_plain
+from vmoe.training.config import ParallelConfig, TrainConfig, to_plain
 from vmoe.training.initial import initial_model
 from vmoe.training.journal import Clock, Journal, MetricsTable
 from vmoe.training.module import Classifier
@@ -54,6 +54,8 @@ def train(config: TrainConfig, command: str, console: Console) -> dict[str, Any]
     if config.parallel.strategy == "auto":
         raise ValueError("parallel.strategy=auto: must be resolved before (see `vmoe.cli.plan.resolved`)")
     place = Place.of_this()
+    if place.count == 1:  # there is nothing to share: the same code, and no cost, as without a strategy
+        config = dataclasses.replace(config, parallel=ParallelConfig(draws=config.parallel.draws))
     device = _device(config)
     if config.parallel.strategy == "none":
         return _run(config, command, console, device, place)

@@ -187,9 +187,7 @@ def _speed(counts: list[int], sizes: Sizes) -> list[Job]:
                         if experts % size == 0:
                             how = (count, strategy, size, model, experts, batch, sizes.dtype)
                             jobs.append(Job("speed", *how, steps=sizes.steps))
-    # One process by the strategy of many, beside none: where the host has most to do and where the device has
-    alone = [job for job in jobs if job.processes == 1 and job.batch == sizes.batch]
-    return jobs + [replace(job, layout="expert") for job in (alone[:1] + alone[1:][-1:])]
+    return jobs
 
 
 def _checkpoint(counts: list[int], sizes: Sizes) -> list[Job]:

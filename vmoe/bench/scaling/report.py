@@ -48,7 +48,6 @@ TABLES = {
         Column("hidden", "share_hidden", ".0%"),
         Column("idle", "share_idle", ".1%"),
         Column("waits", "waits"),
-        Column("overhead", "overhead", ".1%"),
     ),
     "checkpoint": (
         Column("saved by, resumed by", "layout"),

@@ -15,7 +15,6 @@ import sys
 import threading
 import time
 import traceback
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,6 @@ from vmoe.bench.scaling.size import grow, is_out_of_memory
 from vmoe.bench.timing import release
 from vmoe.training.processes import Place, connect, disconnect, gather
 
-_ROUNDS = 3  # of one process with and without a strategy
 Row = dict[str, Any]
 
 
@@ -147,26 +145,7 @@ def _keep(outcome: Outcome, job: Job, folder: Path) -> Row:
 
 
 def _speed(job: Job, device: torch.device, folder: Path) -> Row:
-    if job.processes == 1 and job.layout != "none":
-        return _overhead(job, device)
     return _row_of(measure_speed(job, device, profiled=job.processes > 1), job)
-
-
-def _overhead(job: Job, device: torch.device) -> Row:
-    """One process by a strategy of many, and by none, in turns."""
-    alone = replace(job, layout="none", expert_size=1)
-    speeds, times = [], []
-    for _ in range(_ROUNDS):
-        times.append(measure_speed(alone, device, profiled=False).step_ms)
-        release(device)
-        speeds.append(measure_speed(job, device, profiled=False))
-        release(device)
-    ratios = [speed.step_ms / time_ms for speed, time_ms in zip(speeds, times, strict=True)]
-    return _row_of(sorted(speeds, key=lambda speed: speed.step_ms)[_ROUNDS // 2], job) | {
-        "alone_step_ms": statistics.median(times),
-        "overhead": statistics.median(ratios) - 1,
-        "overhead_of_rounds": [ratio - 1 for ratio in ratios],
-    }
 
 
 def _row_of(speed: Speed, job: Job) -> Row:
