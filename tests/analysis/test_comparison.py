@@ -152,6 +152,20 @@ def test_a_baseline_is_named_by_its_label_or_by_a_run(make_run):
         sentences(*runs, baseline="densse")
 
 
+def test_where_it_ran_is_not_part_of_the_recipe(make_run):
+    folders = [make_run("a"), make_run("b", seed=1)]
+    config = yaml.safe_load((folders[1] / "config.yaml").read_text())
+    config["data"]["root"] = "/elsewhere"
+    config |= {"trainer": {"device": "cuda", "compile": True}, "parallel": {"strategy": "ddp"}}
+    (folders[1] / "config.yaml").write_text(yaml.safe_dump(config))
+    assert len(group_runs([read_run(folder) for folder in folders])) == 1
+    config["data"]["name"] = "folder"  # which its place alone tells from others
+    for folder, root in zip(folders, ("/one", "/two"), strict=True):
+        config["data"]["root"] = root
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    assert len(group_runs([read_run(folder) for folder in folders])) == 2
+
+
 def test_other_hardware_and_other_data_are_warned_of(make_run):
     here = read_run(make_run("here"))
     assert warnings_for([here, read_run(make_run("again", seed=1))]) == []

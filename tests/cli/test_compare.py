@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import pytest
 import yaml
@@ -12,10 +13,11 @@ from vmoe.cli.compare import main
 
 @pytest.fixture
 def save_summary(tmp_path):
-    def save(name, top1, seed=0, moe=None, device="a CPU"):
+    def save(name, top1, seed=0, moe=None, device="a CPU", fraction=None, model="vit"):
         folder = tmp_path / name
         folder.mkdir()
-        config = {"seed": seed, "data": {"name": "digits"}, "model": {"name": "vit", "kwargs": {}}, "moe": moe}
+        data = {"name": "digits", "subset": {"fraction": fraction}}
+        config = {"seed": seed, "data": data, "model": {"name": model, "kwargs": {}}, "moe": moe}
         summary = {
             "metrics": {"test/top1": top1, "train_clean/top1": 0.995},
             "parameters": {"total": 3_000_000 if moe else 1_000_000, "active": 1_250_000},
@@ -59,6 +61,62 @@ def test_runs_are_put_side_by_side(save_summary, tmp_path, capsys):
         *(f"comparison.{kind}" for kind in ("csv", "json", "md", "png")),
         "runs.csv",
     ]
+
+
+def test_a_comparison_can_be_compared_again_beside_other_runs(save_summary, tmp_path, capsys):
+    first, both = tmp_path / "first", tmp_path / "both"
+    assert main([save_summary("dense", 0.96), "--out", str(first)]) == 0
+    shutil.rmtree(tmp_path / "dense")
+    sparse = save_summary("moe", 0.97, moe={"num_experts": 8})
+    assert main([str(first / "comparison.json"), sparse, "--out", str(both)]) == 0
+    report = json.loads((both / "comparison.json").read_text())
+    assert [(run["run"], run["arm"]) for run in report["runs"]] == [("dense", "dense"), ("moe", "E=8 K=2")]
+    assert report["arms"][1]["difference"] == pytest.approx(0.01)
+    assert report["runs"][0]["curve"] == [[0.0, 0.5]]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"runs": []}', '{"runs": [{"run": "a"}]}', None])
+def test_a_file_that_is_no_comparison_is_refused(tmp_path, capsys, content):
+    path = tmp_path / "other.json"
+    if content is not None:
+        path.write_text(content)
+    assert main([str(path), "--out", str(tmp_path / "out")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "other.json" in line and ("comparison.json" in line or "cannot be read" in line)
+    assert not (tmp_path / "out").exists()
+
+
+def test_gains_are_drawn_over_an_option(save_summary, tmp_path, capsys):
+    moe = {"num_experts": 8}
+    runs = [
+        save_summary(f"{name}{part}_{seed}", top1 + part * gain + 0.001 * seed, seed, layers, fraction=part)
+        for part in (0.5, 1.0)
+        for seed in (0, 1)
+        for name, top1, gain, layers in (("dense", 0.8, 0.1, None), ("moe", 0.8, 0.12, moe))
+    ]
+    out = tmp_path / "out"
+    assert main([*runs, "--against", "data.subset.fraction", "--out", str(out)]) == 0
+    rows = list(csv.DictReader((out / "against.csv").read_text().splitlines()))
+    sparse = [row for row in rows if row["arm"] == "E=8 K=2"]
+    assert [float(row["data.subset.fraction"]) for row in sparse] == [0.5, 1.0]
+    assert [float(row["difference"]) for row in sparse] == pytest.approx([0.01, 0.02])
+    assert [row["paired_seeds"] for row in sparse] == ["2", "2"]
+    assert all(row["difference"] == "" for row in rows if row["arm"] == "dense")
+    Image.open(out / "against.png").verify()
+
+
+@pytest.mark.parametrize("option, reason", [("data.name", "no number there ('digits')"), ("data.nam", "(None)")])
+def test_an_option_without_numbers_cannot_be_drawn_over(save_summary, tmp_path, capsys, option, reason):
+    assert main([save_summary("a", 0.9), "--against", option, "--out", str(tmp_path / "out")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"--against {option}: a has" in line and reason in line
+
+
+def test_runs_that_differ_in_more_than_the_option_are_told(save_summary, tmp_path, capsys):
+    runs = [save_summary("a", 0.9, fraction=0.5), save_summary("b", 0.9, 1, fraction=0.5, model="wide")]
+    assert main([*runs, "--against", "data.subset.fraction", "--out", str(tmp_path / "out")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "a and b have the same layers and data.subset.fraction=0.5, but differ in more" in line
 
 
 def test_arms_are_compared_with_a_named_baseline(save_summary, tmp_path, capsys):

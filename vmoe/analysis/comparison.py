@@ -15,7 +15,12 @@ from vmoe.analysis.comparison_labels import arm_labels
 from vmoe.checkpoints import RunFolder, flatten
 from vmoe.errors import UserError
 
-_NOT_OF_THE_RECIPE = ("seed", "output_dir", "resume", "data.workers", "trainer.log_every")
+_NOT_OF_THE_RECIPE = (
+    *("seed", "output_dir", "resume", "data.workers", "trainer.log_every"),
+    *("parallel.strategy", "parallel.expert_size", "trainer.device", "trainer.compile", "trainer.cuda_graph"),
+)
+_NAMED_BY_ROOT = ("folder", "npz", "webdataset")  # sets that their place tells apart; others are known by name
+_FOREIGN = (KeyError, TypeError, ValueError, AttributeError, yaml.YAMLError, csv.Error)
 
 
 @dataclass(frozen=True)
@@ -38,12 +43,18 @@ class Run:
     @property
     def data(self) -> dict[str, Any]:
         """What decides which images it saw and was tested on."""
-        return {key: self.config["data"].get(key) for key in ("name", "root", "image_size", "subset", "split_seed")}
+        names = ("name", "image_size", "subset", "split_seed", *(["root"] if self._is_named_by_root else []))
+        return {key: self.config["data"].get(key) for key in names}
 
     @property
     def recipe(self) -> dict[str, Any]:
         """Every value of its config that can change the result, by dotted name; without the seed."""
-        return {key: value for key, value in flatten(self.config).items() if key not in _NOT_OF_THE_RECIPE}
+        others = (*_NOT_OF_THE_RECIPE, *([] if self._is_named_by_root else ["data.root"]))
+        return {key: value for key, value in flatten(self.config).items() if key not in others}
+
+    @property
+    def _is_named_by_root(self) -> bool:
+        return self.config["data"].get("name") in _NAMED_BY_ROOT
 
     @property
     def moe(self) -> dict[str, Any] | None:
@@ -111,31 +122,64 @@ def read_run(path: str | Path) -> Run:
     try:
         config = yaml.safe_load(folder.config.read_text(encoding="utf-8"))
         summary = json.loads(folder.summary.read_text(encoding="utf-8"))
-        run = Run(
-            name=folder.path.resolve().name,
-            config=dict(config),
-            top1=float(summary["metrics"]["test/top1"]),
-            train_top1=float(clean) if (clean := summary["metrics"].get("train_clean/top1")) is not None else None,
-            total_parameters=int(summary["parameters"]["total"]),
-            active_parameters=int(summary["parameters"]["active"]),
-            flops=int(summary["flops_per_image"]),
-            images_per_second=float(summary["images_per_second"]),
-            device=str(summary["device"]),
-            seed=int(summary["seed"]),
-            curve=_read_curve(folder.metrics),
-            summary=dict(summary),
-        )
-        for section in ("data", "model"):
-            if not isinstance(run.config.get(section), dict):
-                raise ValueError(f"config.yaml has no {section}")
-        if not math.isfinite(run.top1) or min(run.flops, run.total_parameters, run.images_per_second) <= 0:
-            raise ValueError("summary.json holds impossible numbers")
-    except (KeyError, TypeError, ValueError, AttributeError, yaml.YAMLError, csv.Error) as error:
-        reason = " ".join(str(error).split())[:120]
+        return _checked(folder.path.resolve().name, config, summary, _read_curve(folder.metrics))
+    except _FOREIGN as error:
         raise UserError(
-            f"{path}: not the folder of a finished run of this package ({reason}); train it again"
+            f"{path}: not the folder of a finished run of this package ({_short(error)}); train it again"
         ) from error
+
+
+def read_comparison(path: str | Path) -> list[Run]:
+    """The runs of an earlier comparison, from its comparison.json (see `as_plain`).
+
+    Raises:
+        UserError: the file is missing or no such file.
+    """
+    try:
+        runs = json.loads(Path(path).read_text(encoding="utf-8"))["runs"]
+        if not isinstance(runs, list) or not runs:
+            raise ValueError("it has no runs")
+        return [_checked(str(run["run"]), run["config"], run["summary"], _as_curve(run["curve"])) for run in runs]
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except _FOREIGN as error:
+        raise UserError(f"{path}: not the comparison.json of `vmoe compare` ({_short(error)})") from error
+
+
+def as_plain(run: Run) -> dict[str, Any]:
+    """All of a run that comparison.json keeps, so that it can be compared again without its folder."""
+    return {"run": run.name, "config": run.config, "summary": run.summary, "curve": run.curve}
+
+
+def _checked(name: str, config: Any, summary: Any, curve: list[tuple[float, float]]) -> Run:
+    run = Run(
+        name=name,
+        config=dict(config),
+        top1=float(summary["metrics"]["test/top1"]),
+        train_top1=float(clean) if (clean := summary["metrics"].get("train_clean/top1")) is not None else None,
+        total_parameters=int(summary["parameters"]["total"]),
+        active_parameters=int(summary["parameters"]["active"]),
+        flops=int(summary["flops_per_image"]),
+        images_per_second=float(summary["images_per_second"]),
+        device=str(summary["device"]),
+        seed=int(summary["seed"]),
+        curve=curve,
+        summary=dict(summary),
+    )
+    for section in ("data", "model"):
+        if not isinstance(run.config.get(section), dict):
+            raise ValueError(f"its config has no {section}")
+    if not math.isfinite(run.top1) or min(run.flops, run.total_parameters, run.images_per_second) <= 0:
+        raise ValueError("its summary holds impossible numbers")
     return run
+
+
+def _as_curve(points: Any) -> list[tuple[float, float]]:
+    return [(float(epoch), float(top1)) for epoch, top1 in points]
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:120]
 
 
 def group_runs(runs: Sequence[Run], by_folder: bool = False) -> list[Arm]:

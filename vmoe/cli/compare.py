@@ -18,10 +18,17 @@ total parameters and training images/s, and how it rose. Runs that differ in the
 named by what tells its recipe from the others. Each arm's difference is taken over the seeds it shares with its
 baseline, with a paired 95 % confidence interval: against --baseline, or else its dense twin, or else the first arm.
 
-Writes comparison.csv (a row an arm), runs.csv (a row a run), comparison.md, comparison.json and comparison.png.
+With --against, runs of several values of one option, such as the part of the data, are also drawn over it, each V-MoE
+beside the dense model of the same value.
+
+Writes comparison.csv (a row an arm), runs.csv (a row a run), comparison.md, comparison.json and comparison.png; with
+--against also against.csv and against.png. A comparison.json keeps all that is needed to compare its runs again, beside
+others.
 
   vmoe compare runs/digits runs/digits_dense --out comparison
   vmoe compare runs/study/*_s* --baseline dense --by-folder --out study
+  vmoe compare study/comparison.json runs/mine --out beside
+  vmoe compare runs/data/*_s* --against data.subset.fraction --out data
 """
 
 
@@ -33,14 +40,17 @@ def main(argv: list[str] | None = None) -> int:
 def _compare(argv: list[str]) -> None:
     options = _parser().parse_args(argv)
     # Imported here, so that --help and a mistyped option answer at once.
-    from vmoe.analysis.comparison import group_runs, read_run, warnings_for
+    from vmoe.analysis.comparison import as_plain, group_runs, read_comparison, read_run, warnings_for
+    from vmoe.analysis.comparison_against import against, against_rows, draw_against
     from vmoe.analysis.comparison_figure import draw_comparison
     from vmoe.analysis.comparison_statistics import differences, find_arm, sentence, table_rows
     from vmoe.files import atomic_write, write_json
 
-    folders = list({Path(path).resolve(): path for path in options.runs}.values())
-    runs = [read_run(path) for path in folders]
+    runs = []
+    for path in {Path(path).resolve(): path for path in options.runs}.values():
+        runs += read_comparison(path) if Path(path).suffix == ".json" else [read_run(path)]
     arms = group_runs(runs, options.by_folder)
+    series = against(runs, options.against) if options.against else []
     baseline = None if options.baseline is None else find_arm(arms, options.baseline)
     found = differences(arms, baseline)
     rows, notes, warnings = table_rows(arms, found), [sentence(part) for part in found], warnings_for(runs)
@@ -55,9 +65,14 @@ def _compare(argv: list[str]) -> None:
     _write_table(options.out / "runs.csv", each)
     with atomic_write(options.out / "comparison.md") as temporary:
         temporary.write_text(_markdown(rows, notes + warnings), encoding="utf-8")
-    write_json(options.out / "comparison.json", {"arms": rows, "runs": each, "notes": notes, "warnings": warnings})
+    kept = [{"arm": arm.name, "seed": run.seed, **as_plain(run)} for arm in arms for run in arm.runs]
+    write_json(options.out / "comparison.json", {"arms": rows, "runs": kept, "notes": notes, "warnings": warnings})
     draw_comparison(arms, found, notes + warnings).save(options.out / "comparison.png")
-    print(f"comparison.csv, runs.csv, comparison.md, comparison.json and comparison.png in {options.out}")
+    if series:
+        _write_table(options.out / "against.csv", against_rows(series, options.against))
+        draw_against(series, options.against).save(options.out / "against.png")
+    more = "against.csv, against.png, " if series else ""
+    print(f"{more}comparison.csv, runs.csv, comparison.md, comparison.json and comparison.png in {options.out}")
 
 
 def _write_table(path: Path, rows: list[dict]) -> None:
@@ -71,13 +86,14 @@ def _write_table(path: Path, rows: list[dict]) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = new_parser("compare", _DESCRIPTION)
-    parser.add_argument("runs", metavar="RUN", nargs="+", help="folders of finished runs")
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="folders of finished runs, or a comparison.json")
     parser.add_argument(
         "--baseline", metavar="ARM", help="what all arms are compared with: its name, or a run's folder name"
     )
     parser.add_argument(
         "--by-folder", action="store_true", help="name arms by their folders without _sSEED, as a sweep made them"
     )
+    parser.add_argument("--against", metavar="OPTION", help="an option of the recipe with numbers, by dotted name")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the table and the plots go")
     return parser
 
