@@ -6,6 +6,8 @@ E experts of a layer, of which each of P processes has E / P; T tokens of width 
 expert's tokens stand together, experts in order.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,8 +15,9 @@ from torch.distributed._functional_collectives import all_to_all_single, all_to_
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from vmoe.moe.experts import Experts, compute_dtype
-from vmoe.moe.kernels import composed, padded, rows, segments
+from vmoe.moe.experts import Experts, choose_backend, compute_dtype
+from vmoe.moe.groups import Groups
+from vmoe.moe.kernels import padded, rows, segments
 from vmoe.moe.kernels.interface import Choices, Mlp
 from vmoe.moe.layer import MoeMlp
 from vmoe.moe.routing import Routing, SlotRouting
@@ -81,11 +84,13 @@ class DistributedExperts(Experts):
         """
         processes, own = self.mesh.size(), mlp.weight1.shape[0]
         splits = [x_RD.shape[0] // processes] * processes
-        x_RD = self._exchange(x_RD, splits, splits)
-        # from (process, own expert, place) to (own expert, process, place) and back
-        x_RD = x_RD.unflatten(0, (processes, own, -1)).transpose(0, 1).flatten(0, 2)
-        y_RD = composed.two_layers(x_RD, mlp, None, padded.linear)
-        y_RD = y_RD.unflatten(0, (own, processes, -1)).transpose(0, 1).flatten(0, 2)
+        places = splits[0] // own
+        x_RD = self._exchange(x_RD, splits, splits)  # now by process, own expert, place
+        expert_R = torch.arange(own, device=x_RD.device).repeat_interleave(places).repeat(processes)
+        slots_R1 = torch.arange(places, device=x_RD.device).repeat(processes * own)[:, None]
+        groups = Groups(processes, own * places, own * places, own * places)
+        kept_R1 = torch.ones_like(slots_R1, dtype=torch.bool)
+        y_RD = self._own_experts(x_RD, expert_R, mlp, kept_R1, slots_R1, groups, places)
         return self._exchange(y_RD, splits, splits)
 
     def _uneven(self, x_RD: Tensor, counts_E: Tensor, mlp: Mlp) -> Tensor:
@@ -100,11 +105,16 @@ class DistributedExperts(Experts):
         without_place = x_RD.shape[0] - sum(sent)
         x_RD = self._exchange(x_RD[: sum(sent)], arriving, sent)
         expert_R = torch.arange(own, device=x_RD.device).repeat(processes).repeat_interleave(arriving_PE.flatten())
-        order_R = expert_R.argsort(stable=True)
-        layout = rows.Layout(order_R, order_R, arriving_PE.sum(0).cumsum(0).int())
-        y_RD = composed.two_layers(x_RD[order_R], mlp, layout, segments.linear)
-        y_RD = self._exchange(y_RD[order_R.argsort()], sent, arriving)
+        groups = Groups(1, len(x_RD), len(x_RD), len(x_RD))
+        y_RD = self._own_experts(x_RD, expert_R, mlp, None, None, groups, None)
+        y_RD = self._exchange(y_RD, sent, arriving)
         return F.pad(y_RD, [0, 0, 0, without_place])
+
+    def _own_experts(self, x_RD: Tensor, expert_R: Tensor, mlp: Mlp, *bounds: Any) -> Tensor:
+        """Each row through its expert, by the backend that a layer in one process would take."""
+        weights_R1 = torch.ones(len(x_RD), 1, device=x_RD.device)
+        choices = Choices(expert_R[:, None], weights_R1, *bounds)
+        return choose_backend(x_RD, choices, mlp, self.backend).expert_mlp(x_RD, choices, mlp).to(x_RD.dtype)
 
     def _exchange(self, x_RD: Tensor, arriving: list[int], sent: list[int]) -> Tensor:
         return all_to_all_single_autograd(x_RD.contiguous(), arriving, sent, self.mesh.get_group())
@@ -113,6 +123,7 @@ class DistributedExperts(Experts):
         """This process's experts, as plain tensors."""
         mlp = self._mlp(dtype)
         local = {part: self._local(getattr(mlp, part)) for part in ("weight1", "bias1", "weight2", "bias2")}
+        mlp = mlp._replace(cast=lambda weight: weight.detach().to(dtype), keeps_casts=False)  # parts are new each time
         if mlp.norm is None:
             return mlp._replace(**local)
         weights = {name: self._local(parameter) for name, parameter in mlp.norm.named_parameters()}

@@ -181,7 +181,7 @@ def _stand_ins(gradients: list[Tensor]) -> list[nn.Parameter]:
     """Parameters whose gradients are this process's parts, in the same memory."""
     stand_ins = []
     for gradient in map(local, gradients):
-        stand_in = nn.Parameter(torch.empty_like(gradient))
+        stand_in = nn.Parameter(gradient)  # of the same memory: only its gradient is looked at
         stand_in.grad = gradient
         stand_ins.append(stand_in)
     return stand_ins
