@@ -50,9 +50,7 @@ def _prune(argv: list[str]) -> int:
     own, for_training = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
     options = _parser().parse_args(own)
     if for_training and options.finetune is None:
-        raise UserError(
-            f"-- {for_training[0]}: options of a fine-tuning, of which there is none; add --finetune EPOCHS"
-        )
+        raise UserError(f"{for_training[0]}: is for a fine-tuning, of which there is none; add --finetune EPOCHS")
     if options.out.exists():
         raise UserError(f"--out {options.out}: is there already; give another folder")
     # Imported here, so that --help and a mistyped option answer at once.
