@@ -1,6 +1,7 @@
 """`vmoe prune`: a V-MoE with fewer experts, measured before and after."""
 
 import argparse
+import json
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,15 +77,17 @@ def _prune(argv: list[str]) -> int:
     rows = {"before": _measured(checkpoint, data, device)}
     _write(options.out, checkpoint, groups, use)
     rows["after"] = _measured(load_checkpoint(options.out, device), data, device)
+    report = _report(checkpoint, data, device, groups, use) | {"command": shlex.join(["vmoe", "prune", *argv])}
+    write_json(options.out / "prune.json", report | {"results": rows})
     if config is not None:
         code = trained(lambda: config, ["vmoe", "prune", *argv])
         if code:
             return code
-        rows["fine-tuned"] = _measured(load_checkpoint(config.output_dir, device), data, device)
+        tested = json.loads(RunFolder(Path(config.output_dir)).summary.read_text(encoding="utf-8"))["metrics"]
+        rows["fine-tuned"] = rows["after"] | {"top1": tested["test/top1"], "nll": tested["test/loss"]}
+        write_json(options.out / "prune.json", report | {"results": rows})
     how = f"{'merged' if options.merge else 'kept'} by {options.by}"
     Console().print(_table(rows, f"{checkpoint.path}, {options.keep} experts a layer {how}"))
-    report = _report(checkpoint, data, device, groups, use) | {"command": shlex.join(["vmoe", "prune", *argv])}
-    write_json(options.out / "prune.json", report | {"results": rows})
     print(f"{RunFolder(options.out).shared} and prune.json beside it")
     return 0
 
