@@ -44,6 +44,7 @@ def test_the_result_is_an_ordinary_checkpoint(save_run, tmp_path, capsys, option
     assert sorted(kept) == [0, 1, 2, 3] if "--merge" in options else len(kept) == 2
 
 
+@pytest.mark.slow
 def test_every_tool_opens_it(save_run, tmp_path):
     out = tmp_path / "pruned"
     assert prune([str(save_run(moe=MOE, data=FEW)), "--keep", "1", "--merge", "--out", str(out)]) == 0

@@ -2,6 +2,8 @@
 
 import argparse
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -105,20 +107,27 @@ def _write_start(path: Path, teacher: "Checkpoint", config: "TrainConfig", image
 
     name = teacher.config["model"]["name"]
     if config.model.name != name:
-        raise UserError(f"--config: trains {config.model.name}, but the experts are of {name}; use --start recipe")
+        raise UserError(f"model.name={config.model.name}: the experts are of {name}; use that, or --start recipe")
+    with _refused(teacher):  # before the data are read
+        check_routers(teacher.model)
+        keep = joined_width(teacher.model)
     data = ImageDataModule(config.data, config.seed)
     data.prepare_data()
     data.setup("fit")
-    model = teacher.model
-    try:
-        check_routers(model)
-        keep = joined_width(model)
-        use = measure_use(model, Tracked(data.train_eval_dataloader(most=images), "use of the experts"))
-        groups = {layer: merged_groups(each, keep, "routed-mass") for layer, each in use.items()}
-        moe = regrouped_config(MoeConfig(**teacher.config["moe"]), keep)
-        merged = build_model(name, timm_arguments(teacher.config), moe, len(teacher.class_names), teacher.image_size)
-        merged.load_state_dict(regrouped_weights(model, groups, use))
+    use = measure_use(teacher.model, Tracked(data.train_eval_dataloader(most=images), "use of the experts"))
+    groups = {layer: merged_groups(each, keep, "routed-mass") for layer, each in use.items()}
+    moe = regrouped_config(MoeConfig(**teacher.config["moe"]), keep)
+    merged = build_model(name, timm_arguments(teacher.config), moe, len(teacher.class_names), teacher.image_size)
+    merged.load_state_dict(regrouped_weights(teacher.model, groups, use))
+    with _refused(teacher):
         student = join_experts(merged, groups, use)
+    write_changed(path, teacher.path, student.state_dict(), None)
+
+
+@contextmanager
+def _refused(teacher: "Checkpoint") -> Iterator[None]:
+    """Tells the user why a model has no such start."""
+    try:
+        yield
     except ValueError as error:
         raise UserError(f"{teacher.path} {error}; or start without merging: --start recipe") from error
-    write_changed(path, teacher.path, student.state_dict(), None)
