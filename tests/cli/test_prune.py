@@ -9,6 +9,7 @@ from vmoe import moe_layers
 from vmoe.checkpoints import load_checkpoint
 from vmoe.cli.distill import main as distill
 from vmoe.cli.evaluate import main as evaluate
+from vmoe.cli.explore import main as explore
 from vmoe.cli.export import main as export
 from vmoe.cli.heatmap import main as heatmap
 from vmoe.cli.predict import main as predict
@@ -45,15 +46,17 @@ def test_the_result_is_an_ordinary_checkpoint(save_run, tmp_path, capsys, option
 
 
 @pytest.mark.slow
-def test_every_tool_opens_it(save_run, tmp_path):
+@pytest.mark.parametrize("keep", ["1", "2"])
+def test_every_tool_opens_it(save_run, tmp_path, keep):
     out = tmp_path / "pruned"
-    assert prune([str(save_run(moe=MOE, data=FEW)), "--keep", "1", "--merge", "--out", str(out)]) == 0
+    assert prune([str(save_run(moe=MOE, data=FEW)), "--keep", keep, "--merge", "--out", str(out)]) == 0
     assert export([str(out), "--out", str(tmp_path / "again.safetensors")]) == 0
     assert export([str(out), "--format", "torch-export", "--out", str(tmp_path / "program.pt2")]) == 0
     assert heatmap([str(out), str(PHOTO), "--out", str(tmp_path / "maps")]) == 0
     assert predict([str(out), str(PHOTO)]) == 0
+    assert explore([str(out), "--out", str(tmp_path / "explorer")]) == 0
     recipe = ["--data.name", "digits", "--data.subset.per_class", "4", "--data.batch_size", "20"]
-    moe = ["--moe.layers", "[1,3]", "--moe.num_experts", "1", "--moe.top_k", "1"]
+    moe = ["--moe.layers", "[1,3]", "--moe.num_experts", keep, "--moe.top_k", keep]
     model = ["--model.kwargs", '{"patch_size": 4, "embed_dim": 24, "depth": 4, "num_heads": 3}']
     options = [*recipe, *moe, *model, "--optim.warmup_epochs", "0", "--trainer.epochs", "1"]
     assert train(["--output_dir", str(tmp_path / "run"), "--init_from", str(out), *options]) == 0
