@@ -45,9 +45,9 @@ def densify(
     layers = dict(moe_layers(model))
     _check(layers, how, expert, weights or {})
     for name, layer in layers.items():
-        share_E = _one_hot(expert, layer.num_experts)
-        if how != "expert":
-            share_E = torch.full((layer.num_experts,), 1 / layer.num_experts)
+        share_E = torch.ones(layer.num_experts) / (layer.num_experts if how == "join" else 1)
+        if how == "expert":
+            share_E = _one_hot(expert, layer.num_experts)
         if weights and name in weights:
             share_E = torch.as_tensor(weights[name], dtype=torch.float32)
         _put(model, name, _joined_mlp(layer, share_E) if how == "join" else _dense_mlp(layer, share_E))
