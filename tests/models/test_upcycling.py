@@ -167,6 +167,7 @@ def test_a_copy_of_a_model_can_be_densified():
         ({}, {"weights": {"blocks.1.mlp": [1, 1]}}, "4 numbers"),
         ({}, {"weights": {"blocks.1.mlp": [0, 0, 0, 0]}}, "4 numbers"),
         ({"shared_experts": 1}, {}, "shared experts"),
+        ({}, {"how": "join"}, "4 experts of 96 rows to join; the MLP has 96"),
     ],
 )
 def test_densify_refuses(knobs, arguments, message):

@@ -64,14 +64,21 @@ def load_files(
     return ImageLoader(images, workers=config.workers, batch_size=size), shuffled
 
 
-def _changed_config(checkpoint: "Checkpoint", options: argparse.Namespace) -> "DataConfig":
-    """The run's data config with the options' changes, for the images that this model takes."""
-    from vmoe.data import DataConfig, SubsetConfig
+def data_config(checkpoint: "Checkpoint") -> "DataConfig":
+    """The run's data config, for the images that this model takes."""
+    from vmoe.data import DataConfig
     from vmoe.training.config import from_plain
 
     config = from_plain(DataConfig, checkpoint.config["data"], "data.")
-    changes = {"image_size": checkpoint.image_size, "mean": checkpoint.mean, "std": checkpoint.std}
-    changes["pipeline"] = "workers"  # the same images, of which a job may want only a few
+    return dataclasses.replace(config, image_size=checkpoint.image_size, mean=checkpoint.mean, std=checkpoint.std)
+
+
+def _changed_config(checkpoint: "Checkpoint", options: argparse.Namespace) -> "DataConfig":
+    """The same with the options' changes."""
+    from vmoe.data import SubsetConfig
+
+    config = data_config(checkpoint)
+    changes = {"pipeline": "workers"}  # the same images, of which a job may want only a few
     if options.data is not None and options.data != config.name:
         changes["subset"] = SubsetConfig()  # the run's class names mean nothing in another set
     for field, value in (

@@ -17,6 +17,8 @@ JOBS = {
     "plan": "predict memory and time of a config on many GPUs",
     "predict": "name what is in pictures, with a checkpoint or an exported model",
     "export": "write a checkpoint as a file or program to share: safetensors, ONNX, torch.export, for timm",
+    "prune": "drop or merge experts, and tell what that costs",
+    "distill": "train a dense student of a V-MoE",
     "consolidate": "make one safetensors file of a run's weights, however many processes it had",
     "make-shards": "write a folder of images as tar shards",
     "import_jax": "turn a checkpoint of the original JAX code into ours",

@@ -5,6 +5,7 @@ import itertools
 import re
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -56,9 +57,22 @@ def train_job(argv: list[str]) -> int:
     Raises:
         UserError: a mistake in the options, the config or the data.
     """
+    return trained(lambda: parse(argv), ["vmoe", "train", *argv])
+
+
+def trained(make_config: Callable[[], TrainConfig], command: list[str]) -> int:
+    """Trains the run that `make_config` gives, and prints the result; the job's exit code.
+
+    Args:
+        make_config: Gives the run, or raises a UserError that is the same in all processes.
+        command: The command line, for summary.json.
+
+    Raises:
+        UserError: a mistake in the options, the config or the data.
+    """
     place = Place.of_this()
     try:
-        return _train(argv, place)
+        return _train(make_config, command, place)
     except UserError as error:
         if place.is_first:
             raise
@@ -67,16 +81,16 @@ def train_job(argv: list[str]) -> int:
         raise UserError(f"rank {place.rank} of {place.count}: {error}") from error
 
 
-def _train(argv: list[str], place: Place) -> int:
+def _train(make_config: Callable[[], TrainConfig], command: list[str], place: Place) -> int:
     try:
-        config = parse(argv)
+        config = make_config()
     except UserError as error:
         raise UserError(str(error), everywhere=True) from error
     console = Console(quiet=not place.is_first)
     if config.parallel.strategy == "auto":
         config = _resolved(config, place, console)
     try:
-        result = train(config, shlex.join(["vmoe", "train", *argv]), console)
+        result = train(config, shlex.join(command), console)
     except Interrupted as stop:
         again = f"vmoe train --config {shlex.quote(config.output_dir)}/config.yaml --resume"
         if place.is_first:

@@ -78,7 +78,8 @@ def model_card(checkpoint: Checkpoint, source: str | Path, license: str | None) 
     config, classes = checkpoint.config, checkpoint.class_names
     parameters = count_parameters(checkpoint.model)
     accuracy = _metrics(Path(source)).get("test/top1")
-    config = {**config, "output_dir": None, "init_from": None}
+    config = {key: value for key, value in config.items() if key != "distill"}  # whose teacher is a path
+    config |= {"output_dir": None, "init_from": None}
     config["data"] = {key: value for key, value in config["data"].items() if key != "root"}
     return _TEMPLATE.format(
         license_line=f"license: {license}\n" if license else "",

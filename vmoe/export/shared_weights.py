@@ -3,9 +3,11 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from vmoe.checkpoints import ENTRY, SCALE, find_checkpoint, read_checkpoint, trained_weights
 from vmoe.files import atomic_write
@@ -31,18 +33,44 @@ def write_safetensors(
         UserError: the source is no checkpoint of ours, or `path` cannot be written.
     """
     content = read_checkpoint(find_checkpoint(source))
-    ours = content[ENTRY]
-    config = ours["config"] | {"output_dir": None, "init_from": None}
-    config["data"] = {key: value for key, value in config["data"].items() if key != "root"}
-    kept = ("version", "class_names", "image_size", "mean", "std", "epochs_done")
-    entry = {key: ours[key] for key in kept} | {"config": config, "step": content["global_step"]}
     weights = {}
     for name, value in trained_weights(content).items():
         if int8 and _EXPERT_WEIGHT.search(name):
             weights[name], weights[name + SCALE] = quantise(value)
         elif dtype is None or not value.is_floating_point() or (int8 and ".router." in name):
-            weights[name] = value.contiguous()
+            weights[name] = value
         else:
-            weights[name] = value.to(dtype).contiguous()
+            weights[name] = value.to(dtype)
+    _write(path, weights, _entry(content))
+
+
+def write_changed(path: str | Path, source: str | Path, weights: dict[str, Tensor], moe: dict[str, Any] | None) -> None:
+    """Writes what a checkpoint was turned into as `write_safetensors` writes the checkpoint itself.
+
+    Args:
+        path: Where the file goes.
+        source: The checkpoint it was: a file or a run's folder.
+        weights: The new model's state dict.
+        moe: Its MoE layers as a config's plain types; None for a dense model.
+
+    Raises:
+        UserError: likewise.
+    """
+    entry = _entry(read_checkpoint(find_checkpoint(source)))
+    _write(path, weights, entry | {"config": entry["config"] | {"moe": moe}})
+
+
+def _entry(content: dict[str, Any]) -> dict[str, Any]:
+    """What is needed to use a checkpoint's model, without paths of the machine that trained."""
+    ours = content[ENTRY]
+    config = {key: value for key, value in ours["config"].items() if key != "distill"}
+    config |= {"output_dir": None, "init_from": None}
+    config["data"] = {key: value for key, value in config["data"].items() if key != "root"}
+    kept = ("version", "class_names", "image_size", "mean", "std", "epochs_done")
+    return {key: ours[key] for key in kept} | {"config": config, "step": content["global_step"]}
+
+
+def _write(path: str | Path, weights: dict[str, Tensor], entry: dict[str, Any]) -> None:
+    weights = {name: value.contiguous() for name, value in weights.items()}
     with atomic_write(path) as temporary:
         save_file(weights, temporary, metadata={"format": "pt", ENTRY: json.dumps(entry)})

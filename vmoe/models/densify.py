@@ -3,7 +3,7 @@
 E experts; D width of a token, H hidden width, O width of the result.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from vmoe.models.padding import remove_masks
 from vmoe.models.surgery import NormFirst, NoWeightDecay
 from vmoe.moe import MoeMlp, moe_layers
-from vmoe.moe.mlps import MlpParts, put_together
+from vmoe.moe.mlps import Glu, MlpParts, put_together
 
 
 def densify(
     model: nn.Module,
-    how: Literal["merge", "expert"] = "merge",
+    how: Literal["merge", "expert", "join"] = "merge",
     expert: int = 0,
     weights: Mapping[str, Tensor | Sequence[float]] | None = None,
 ) -> nn.Module:
@@ -28,25 +28,29 @@ def densify(
 
     Args:
         model: A model made by `vmoe.sparsify`.
-        how: "merge": the mean of all experts' weights. "expert": one of them.
+        how: "merge": the mean of all experts' weights. "expert": one of them. "join": all of them side by side in one
+            hidden layer, where they are together as wide as the MLP: the weighted sum of their results.
         expert: Which one, counted from 0.
         weights: For "merge", per layer's name the weight of each expert in the mean, (E,), of any scale; the mass
-            routed to it, say: `trace.layers[name].gates.mean((0, 1))`. Layers that are not named merge evenly.
+            routed to it, say: `trace.layers[name].gates.mean((0, 1))`. Layers that are not named merge evenly. For
+            "join" the factor of each expert's results, 1 / E where the layer is not named.
 
     Returns:
         `model`.
 
     Raises:
         ValueError: A bad argument, or a layer whose function no single MLP has (shared experts, experts of another
-            width).
+            width, norms of each expert to join).
     """
     layers = dict(moe_layers(model))
     _check(layers, how, expert, weights or {})
     for name, layer in layers.items():
-        share_E = torch.ones(layer.num_experts) if how == "merge" else _one_hot(expert, layer.num_experts)
+        share_E = torch.ones(layer.num_experts) / (layer.num_experts if how == "join" else 1)
+        if how == "expert":
+            share_E = _one_hot(expert, layer.num_experts)
         if weights and name in weights:
             share_E = torch.as_tensor(weights[name], dtype=torch.float32)
-        _put(model, name, _dense_mlp(layer, share_E))
+        _put(model, name, _joined_mlp(layer, share_E) if how == "join" else _dense_mlp(layer, share_E))
     remove_masks(model)
     if isinstance(vars(model).get("no_weight_decay"), NoWeightDecay):
         del model.no_weight_decay
@@ -54,10 +58,10 @@ def densify(
 
 
 def _check(layers: dict[str, MoeMlp], how: str, expert: int, weights: Mapping) -> None:
-    if how not in ("merge", "expert"):
-        raise ValueError(f'how={how!r}: must be "merge" or "expert"')
-    if weights and how != "merge":
-        raise ValueError(f'weights are for how="merge", not {how!r}')
+    if how not in ("merge", "expert", "join"):
+        raise ValueError(f'how={how!r}: must be "merge", "expert" or "join"')
+    if weights and how == "expert":
+        raise ValueError(f'weights are for how="merge" and "join", not {how!r}')
     if not weights.keys() <= layers.keys():
         raise ValueError(f"weights name {sorted(weights.keys() - layers.keys())}; the MoE layers are {list(layers)}")
     for name, layer in layers.items():
@@ -65,19 +69,51 @@ def _check(layers: dict[str, MoeMlp], how: str, expert: int, weights: Mapping) -
             raise ValueError(f"expert={expert}: {name} has experts 0 to {layer.num_experts - 1}")
         if layer.shared is not None:
             raise ValueError(f"{name} has shared experts, whose results are added: no MLP of the dense width does that")
-        if layer.config.expert_width != 1:
-            raise ValueError(f"{name} has experts of expert_width={layer.config.expert_width} times the dense width")
         if not hasattr(layer, "dense_form"):
             raise ValueError(f"{name} was not made by vmoe.sparsify, so what it replaced is not known")
+        if how == "join":
+            _check_join(name, layer)
+        elif layer.config.expert_width != 1:
+            raise ValueError(f"{name} has experts of expert_width={layer.config.expert_width} times the dense width")
         if name in weights:
             share_E = torch.as_tensor(weights[name])
             if share_E.shape != (layer.num_experts,) or (share_E < 0).any() or not 0 < share_E.sum() < float("inf"):
                 raise ValueError(f"weights[{name!r}]={share_E.tolist()}: {layer.num_experts} numbers >= 0 are needed")
 
 
+def _check_join(name: str, layer: MoeMlp) -> None:
+    width, dense_width = layer.experts.fc1.weight.shape[1], layer.dense_form.first_width
+    if layer.num_experts * width != dense_width:
+        raise ValueError(f"{name} has {layer.num_experts} experts of {width} rows to join; the MLP has {dense_width}")
+    if layer.experts.norm is not None and layer.num_experts > 1:
+        raise ValueError(f"{name} has a norm in each expert: one MLP has only one, over all hidden units")
+
+
+def _joined_mlp(layer: MoeMlp, factor_E: Tensor) -> nn.Module:
+    """The experts' hidden units side by side, in order; (E, 2H) rows before a gate are its two halves."""
+    experts = layer.experts
+    factor_E = factor_E.to(experts.fc2.weight)
+    halves = 2 if isinstance(experts.act, Glu) else 1
+
+    def side_by_side(rows: Tensor) -> Tensor:
+        return rows.detach().unflatten(1, (halves, -1)).transpose(0, 1).flatten(0, 2)
+
+    norm = None
+    if experts.norm is not None:
+        norm = _dense_norm(experts.norm, experts.fc2.weight.shape[-1], lambda stacked: stacked.detach()[0])
+    weight2_EOH = experts.fc2.weight.detach() * factor_E[:, None, None]
+    return _assembled(
+        layer,
+        side_by_side(experts.fc1.weight),
+        None if experts.fc1.bias is None else side_by_side(experts.fc1.bias),
+        weight2_EOH.transpose(0, 1).flatten(1),
+        None if experts.fc2.bias is None else factor_E @ experts.fc2.bias.detach(),
+        norm,
+    )
+
+
 def _dense_mlp(layer: MoeMlp, share_E: Tensor) -> nn.Module:
     experts = layer.experts
-    reference = experts.fc2.weight
 
     def mean(stacked: Tensor) -> Tensor:
         wide_E = (share_E / share_E.sum()).to(stacked.device, torch.float64)
@@ -85,20 +121,32 @@ def _dense_mlp(layer: MoeMlp, share_E: Tensor) -> nn.Module:
 
     norm = None
     if experts.norm is not None:
-        means = {key: mean(stacked) for key, stacked in experts.norm.named_parameters()}
-        norm = nn.LayerNorm(reference.shape[-1], elementwise_affine="weight" in means, bias="bias" in means)
-        norm.load_state_dict(means)
-    mlp = layer.dense_form.rebuild(reference.device, reference.dtype).train(layer.training)
-    parts = MlpParts(
-        fc1=mean(experts.fc1.weight),
-        bias1=None if experts.fc1.bias is None else mean(experts.fc1.bias),
-        fc2=mean(experts.fc2.weight),
-        bias2=None if experts.fc2.bias is None else mean(experts.fc2.bias),
-        activation=experts.act,
-        norm=norm,
-        drop=(0.0, 0.0),
-        use_conv=layer.use_conv,
+        norm = _dense_norm(experts.norm, experts.fc2.weight.shape[-1], mean)
+    return _assembled(
+        layer,
+        mean(experts.fc1.weight),
+        None if experts.fc1.bias is None else mean(experts.fc1.bias),
+        mean(experts.fc2.weight),
+        None if experts.fc2.bias is None else mean(experts.fc2.bias),
+        norm,
     )
+
+
+def _dense_norm(norm: nn.Module, width: int, one: Callable[[Tensor], Tensor]) -> nn.LayerNorm:
+    """A norm of `width` whose parameters `one` makes of the experts' stacked ones."""
+    parameters = {key: one(stacked) for key, stacked in norm.named_parameters()}
+    dense = nn.LayerNorm(width, elementwise_affine="weight" in parameters, bias="bias" in parameters)
+    dense.load_state_dict(parameters)
+    return dense
+
+
+def _assembled(
+    layer: MoeMlp, fc1: Tensor, bias1: Tensor | None, fc2: Tensor, bias2: Tensor | None, norm: nn.LayerNorm | None
+) -> nn.Module:
+    """An MLP as the layer replaced, with these weights."""
+    reference = layer.experts.fc2.weight
+    mlp = layer.dense_form.rebuild(reference.device, reference.dtype).train(layer.training)
+    parts = MlpParts(fc1, bias1, fc2, bias2, layer.experts.act, norm, drop=(0.0, 0.0), use_conv=layer.use_conv)
     put_together(mlp, parts)
     return mlp
 

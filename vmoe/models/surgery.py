@@ -11,7 +11,7 @@ from torch import nn
 from vmoe.models.families import Place, eligible_mlps, on_meta
 from vmoe.models.padding import hand_masks_through
 from vmoe.moe import MoeConfig, MoeMlp, moe_layers
-from vmoe.moe.mlps import split_leading_norm
+from vmoe.moe.mlps import split_leading_norm, take_apart
 
 
 def create_model(name: str, moe: MoeConfig | Literal[False] | None = None, **timm_kwargs: Any) -> nn.Module:
@@ -103,6 +103,11 @@ class DenseForm:
 
     def __init__(self, mlp: nn.Module) -> None:
         self.mlp = on_meta(mlp)
+
+    @property
+    def first_width(self) -> int:
+        """Rows of its first layer: its hidden width, twice that before a gate."""
+        return take_apart(self.mlp).fc1.shape[0]
 
     def rebuild(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
         """A new MLP of the same kind, with undefined values."""

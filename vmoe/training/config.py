@@ -168,6 +168,28 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True)
+class DistillConfig:
+    """Knowledge distillation: a trained model, the teacher, whose answers the run learns beside the labels.
+
+    Args:
+        teacher: A checkpoint or run's folder, sparse or dense, for the same images and classes; null distils nothing.
+        weight: Share of the loss that is the distance to the teacher's answers; the rest is the labels'.
+        temperature: Both answers are softened by it: logits are divided by it before the softmax.
+    """
+
+    teacher: str | None = None
+    weight: float = 0.5
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, default in (("weight", 0.5), ("temperature", 1.0)):
+            has_effect = self.teacher is not None or getattr(self, name) == default
+            _need(self, name, has_effect, "left out without distill.teacher")
+        _need(self, "weight", 0 < self.weight <= 1, "above 0 and at most 1")
+        _need(self, "temperature", 0 < self.temperature < float("inf"), "above 0")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Train a timm model, dense or with sparse MoE layers, and test its best checkpoint.
 
@@ -184,6 +206,7 @@ class TrainConfig:
         optim: The optimiser.
         trainer: The loop.
         parallel: Several processes.
+        distill: A teacher to learn from.
     """
 
     seed: int = 0
@@ -196,6 +219,7 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
 
     def __post_init__(self) -> None:
         _need(self, "seed", 0 <= self.seed < 2**32, "from 0 to 4294967295")

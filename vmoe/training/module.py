@@ -14,6 +14,7 @@ from vmoe.data import Batch
 from vmoe.data.sharing import NOT_COUNTED
 from vmoe.moe.routers import SigmoidRouter
 from vmoe.training.config import OptimConfig
+from vmoe.training.distillation import Teacher
 from vmoe.training.ema import Ema
 from vmoe.training.graph import GraphedStep
 from vmoe.training.guard import Guard
@@ -40,6 +41,7 @@ class Classifier(LightningModule):
         cuda_graph: Captures the whole step as a CUDA graph; then a batch is an update.
         draws: Draws router noise and dropout by image, once installed in the model; None leaves it to torch.
         cut: Cuts the model into the parts of several processes (see `vmoe.training.sharding.shard`); None leaves it.
+        teacher: A model whose answers are learnt too; None learns the labels alone.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class Classifier(LightningModule):
         cuda_graph: bool = False,
         draws: SampleDraws | None = None,
         cut: Callable[[nn.Module], list[nn.Parameter]] | None = None,
+        teacher: Teacher | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -64,6 +67,7 @@ class Classifier(LightningModule):
         self.routing = RoutingStatistics()
         self.guard = Guard()
         self.draws = draws
+        self.teacher = teacher
         self._cut = cut
         self._whole: list[nn.Parameter] | None = None  # parameters of a cut model that all processes keep
         self.ema = None if ema_decay is None else Ema(model, ema_decay)
@@ -91,7 +95,8 @@ class Classifier(LightningModule):
         logits = self.model(batch.images)
         targets = batch.labels if batch.targets is None else batch.targets
         loss = F.cross_entropy(logits, targets, label_smoothing=self.optim.label_smoothing)
-        total = loss + vmoe.auxiliary_loss(self.model)
+        learnt = loss if self.teacher is None else self.teacher.mixed_into(loss, batch.images, logits)
+        total = learnt + vmoe.auxiliary_loss(self.model)
         self.guard.watch_forward(batch.images, total)
         self.train_sums += _sums(logits, batch.labels, loss)
         self.routing.update(self.model)
@@ -180,7 +185,7 @@ class Classifier(LightningModule):
         self.on_validation_epoch_start()
 
     def train_metrics(self) -> dict[str, float]:
-        """Mean loss (smoothed, without auxiliary losses) and accuracy over the training images of this epoch so far."""
+        """Mean loss by the labels (smoothed, nothing added) and accuracy over the training images of this epoch."""
         loss, top1, _ = _means(total(self.train_sums))
         return {"train/loss": loss, "train/top1": top1}
 
@@ -250,6 +255,8 @@ class Classifier(LightningModule):
         self._step_number = self._step_number.to(self.device)
         if self.ema is not None:
             self.ema.to(self.device)
+        if self.teacher is not None:
+            self.teacher.to(self.device)
         self.routing.to(self.device)
         self.guard.to(self.device)
 

@@ -20,6 +20,7 @@ from vmoe.errors import UserError
 from vmoe.files import atomic_write, write_json
 from vmoe.training import summary
 from vmoe.training.config import ParallelConfig, TrainConfig, to_plain
+from vmoe.training.distillation import load_teacher
 from vmoe.training.initial import initial_model
 from vmoe.training.journal import Clock, Journal, MetricsTable
 from vmoe.training.module import Classifier
@@ -97,6 +98,7 @@ def _run(
             f"data.root={config.data.root}: holds other classes than the run in {folder.path} was trained on",
             everywhere=True,
         )
+    teacher = together(lambda: load_teacher(config.distill, data))
     seed_everything(config.seed, verbose=False)
     fresh = dataclasses.replace(config, init_from=None) if saved else config
     cut = cut_of(config.parallel, place.count, device.type)
@@ -120,7 +122,7 @@ def _run(
     draws = SampleDraws(config.seed) if config.parallel.draws == "sample" else None
     if draws is not None:
         draws.install(model)
-    module = Classifier(model, config.optim, *how, draws, cut)
+    module = Classifier(model, config.optim, *how, draws, cut, teacher)
     clock = Clock()
     saving = Saving(folder, _identity(config, data), clock, config.trainer.early_stopping)
     step = saved["global_step"] if saved else 0

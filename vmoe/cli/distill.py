@@ -1,0 +1,133 @@
+"""`vmoe distill`: a dense student learns from a V-MoE."""
+
+import argparse
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vmoe.cli.common import run
+from vmoe.cli.inputs import Tracked
+from vmoe.cli.options import count, new_parser
+from vmoe.cli.recipes import find_recipe
+from vmoe.errors import UserError
+
+if TYPE_CHECKING:
+    from vmoe.checkpoints import Checkpoint
+    from vmoe.training.config import TrainConfig
+
+_DESCRIPTION = """\
+Trains a dense student of a V-MoE, which is its teacher: the student's loss is the labels' and, by distill.weight, its
+distance to the teacher's answers. It starts from the teacher's experts, merged: of each layer as many groups of alike
+experts as are together as wide as the MLP they replaced, their hidden units aligned, side by side in one MLP.
+
+The recipe is --config's, without its MoE layers, or else the teacher's own, uncompiled. What follows -- goes to the run
+as options of `vmoe train`. DIR is an ordinary run of a dense model; DIR/start.safetensors is what it started from.
+
+  vmoe distill runs/cifar10_small --config cifar10_small_dense --out runs/student -- --distill.weight 0.7
+  vmoe distill runs/cifar10_small --out runs/student -- --trainer.epochs 10 --optim.lr 5e-4
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the job with `argv`; returns its exit code."""
+    return run(_distill, argv)
+
+
+def _distill(argv: list[str]) -> int:
+    own, for_training = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
+    options = _parser().parse_args(own)
+    if options.out.exists():
+        raise UserError(f"--out {options.out}: is there already; give another folder")
+    # Imported here, so that --help and a mistyped option answer at once.
+    from vmoe.checkpoints import load_checkpoint
+    from vmoe.cli.train import trained
+    from vmoe.training.processes import Place
+
+    if Place.of_this().count > 1:
+        raise UserError(
+            "distill: runs in one process; under torchrun use vmoe train --distill.teacher CKPT --moe null, "
+            "with --init_from a start.safetensors of this job"
+        )
+    teacher = load_checkpoint(options.checkpoint)
+    config = _student_config(options, teacher, for_training)
+    if options.start == "merged":
+        start = options.out / "start.safetensors"
+        _write_start(start, teacher, config, options.images)
+        config = dataclasses.replace(config, init_from=str(start))
+    return trained(lambda: config, ["vmoe", "distill", *argv])
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = new_parser("distill", _DESCRIPTION)
+    add = parser.add_argument
+    add("checkpoint", metavar="CKPT", help="the teacher: a checkpoint file, or a run's folder (its best checkpoint)")
+    add("--out", type=Path, required=True, metavar="DIR", help="a new folder for the student's run")
+    add("--config", metavar="FILE", help="the student's recipe (default: the teacher's)")
+    line = "where the student's weights start: the teacher's merged experts, or as the recipe says (default: merged)"
+    add("--start", choices=("merged", "recipe"), default="merged", help=line)
+    line = "training images on which the use of the experts is measured, for merging (default: %(default)s)"
+    add("--images", type=count, default=2000, metavar="N", help=line)
+    return parser
+
+
+def _student_config(options: argparse.Namespace, teacher: "Checkpoint", for_training: list[str]) -> "TrainConfig":
+    from vmoe.cli.follow_up import follow_up
+    from vmoe.cli.inputs import data_config
+    from vmoe.cli.train import parse
+
+    argv = ["--distill.teacher", str(teacher.path), *for_training]
+    if options.config is None:
+        config = follow_up(teacher, data_config(teacher), {"moe": None, "init_from": None}, argv)
+    else:
+        config = parse(["--config", find_recipe(options.config), *argv])
+    return dataclasses.replace(config, output_dir=str(options.out), moe=None)
+
+
+def _write_start(path: Path, teacher: "Checkpoint", config: "TrainConfig", images: int) -> None:
+    """Writes the dense model of the teacher's merged experts.
+
+    Raises:
+        UserError: Its experts do not make one, or the student has another backbone.
+    """
+    from vmoe.checkpoints import build_model, timm_arguments
+    from vmoe.data import ImageDataModule
+    from vmoe.export.pruning import (
+        check_routers,
+        join_experts,
+        joined_width,
+        merged_groups,
+        regrouped_config,
+        regrouped_weights,
+    )
+    from vmoe.export.shared_weights import write_changed
+    from vmoe.export.usage import measure_use
+    from vmoe.moe import MoeConfig
+
+    name = teacher.config["model"]["name"]
+    if config.model.name != name:
+        raise UserError(f"model.name={config.model.name}: the experts are of {name}; use that, or --start recipe")
+    with _refused(teacher):  # before the data are read
+        check_routers(teacher.model)
+        keep = joined_width(teacher.model)
+    data = ImageDataModule(config.data, config.seed)
+    data.prepare_data()
+    data.setup("fit")
+    use = measure_use(teacher.model, Tracked(data.train_eval_dataloader(most=images), "use of the experts"))
+    groups = {layer: merged_groups(each, keep, "routed-mass") for layer, each in use.items()}
+    moe = regrouped_config(MoeConfig(**teacher.config["moe"]), keep)
+    merged = build_model(name, timm_arguments(teacher.config), moe, len(teacher.class_names), teacher.image_size)
+    merged.load_state_dict(regrouped_weights(teacher.model, groups, use))
+    with _refused(teacher):
+        student = join_experts(merged, groups, use)
+    write_changed(path, teacher.path, student.state_dict(), None)
+
+
+@contextmanager
+def _refused(teacher: "Checkpoint") -> Iterator[None]:
+    """Tells the user why a model has no such start."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"{teacher.path} {error}; or start without merging: --start recipe") from error

@@ -1,0 +1,41 @@
+"""Runs that follow from a checkpoint: its own recipe, changed, and the user's options for it."""
+
+import dataclasses
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vmoe.checkpoints import Checkpoint
+from vmoe.cli.train import parse
+from vmoe.data import DataConfig
+from vmoe.training.config import TrainConfig, to_plain
+
+_ALONE = {"compile": False, "cuda_graph": False}  # which take longer to start than a short run lasts
+
+
+def follow_up(checkpoint: Checkpoint, data: DataConfig, changes: dict[str, Any], argv: list[str]) -> TrainConfig:
+    """The config of a run by a checkpoint's recipe, in one process, uncompiled.
+
+    Args:
+        checkpoint: Whose recipe it is.
+        data: Its images.
+        changes: Sections of the recipe that change: `trainer` in part, all others as a whole.
+        argv: Options of `vmoe train`, which come last.
+
+    Raises:
+        UserError: An option is not allowed.
+    """
+    own = checkpoint.config
+    plain = {
+        **{key: value for key, value in own.items() if key not in ("parallel", "distill")},
+        **changes,
+        "resume": False,
+        "data": to_plain(dataclasses.replace(data, pipeline=own["data"].get("pipeline", "workers"))),
+        "trainer": {**own["trainer"], **_ALONE, **changes.get("trainer", {})},
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = Path(folder) / "recipe.yaml"
+        recipe.write_text(yaml.safe_dump(plain), encoding="utf-8")
+        return parse(["--config", str(recipe), *argv])

@@ -1,0 +1,201 @@
+"""`vmoe prune`: a V-MoE with fewer experts, measured before and after."""
+
+import argparse
+import json
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from vmoe.cli.common import run
+from vmoe.cli.inputs import Tracked, load_data
+from vmoe.cli.options import choose_device, count, new_parser
+from vmoe.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from vmoe.checkpoints import Checkpoint
+    from vmoe.data import ImageDataModule
+    from vmoe.export.pruning import Groups
+    from vmoe.export.usage import ExpertUse
+    from vmoe.training.config import TrainConfig
+
+_DESCRIPTION = """\
+Drops experts of a V-MoE until N a layer are left, or merges alike ones into N, and tells what that costs: accuracy on
+the test images before and after, and after a short fine-tuning where that is asked for.
+
+Which experts matter is measured on training images: routed-mass is the combine weight that tokens give an expert,
+activation-norm the length of what it adds to them. With --merge those that matter most are heads of groups, each other
+expert joins the head that the router finds most like it, hidden units are aligned, and weights are averaged by routed
+mass.
+
+Writes DIR/model.safetensors, which every tool opens, and DIR/prune.json. With --finetune, DIR/finetune is an ordinary
+run that starts from it: the checkpoint's own recipe at a tenth of its learning rates, without warm-up, uncompiled. What
+follows -- goes to that run as options of `vmoe train`.
+
+  vmoe prune runs/cifar10 --keep 4 --out runs/cifar10_of4
+  vmoe prune runs/cifar10 --keep 2 --merge --finetune 1 --out runs/cifar10_merged -- --optim.lr 1e-4
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the job with `argv`; returns its exit code."""
+    return run(_prune, argv)
+
+
+def _prune(argv: list[str]) -> int:
+    own, for_training = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
+    options = _parser().parse_args(own)
+    if for_training and options.finetune is None:
+        raise UserError(f"{for_training[0]}: is for a fine-tuning, of which there is none; add --finetune EPOCHS")
+    if options.out.exists():
+        raise UserError(f"--out {options.out}: is there already; give another folder")
+    # Imported here, so that --help and a mistyped option answer at once.
+    from vmoe.checkpoints import RunFolder, load_checkpoint
+    from vmoe.cli.train import trained
+    from vmoe.export.pruning import check_prunable, merged_groups, pruned_groups
+    from vmoe.export.usage import measure_use
+    from vmoe.files import write_json
+
+    device = choose_device(options.device)
+    checkpoint = load_checkpoint(options.checkpoint, device)
+    try:
+        check_prunable(checkpoint.model, options.keep)
+    except ValueError as error:
+        raise UserError(f"--keep {options.keep}: {checkpoint.path} {error}") from error
+    data = load_data(checkpoint, options)
+    config = None if options.finetune is None else _finetuning(options, checkpoint, data, device, for_training)
+
+    batches = Tracked(data.train_eval_dataloader(most=options.images), "use of the experts")
+    use = measure_use(checkpoint.model, batches, device, with_norms=options.by == "activation-norm")
+    choose = merged_groups if options.merge else pruned_groups
+    groups = {name: choose(each, options.keep, options.by) for name, each in use.items()}
+    rows = {"before": _measured(checkpoint, data, device)}
+    _write(options.out, checkpoint, groups, use)
+    rows["after"] = _measured(load_checkpoint(options.out, device), data, device)
+    report = _report(checkpoint, data, device, groups, use) | {"command": shlex.join(["vmoe", "prune", *argv])}
+    write_json(options.out / "prune.json", report | {"results": rows})
+    if config is not None:
+        code = trained(lambda: config, ["vmoe", "prune", *argv])
+        if code:
+            return code
+        tested = json.loads(RunFolder(Path(config.output_dir)).summary.read_text(encoding="utf-8"))["metrics"]
+        rows["fine-tuned"] = rows["after"] | {"top1": tested["test/top1"], "nll": tested["test/loss"]}
+        write_json(options.out / "prune.json", report | {"results": rows})
+    how = f"{'merged' if options.merge else 'kept'} by {options.by}"
+    Console().print(_table(rows, f"{checkpoint.path}, {options.keep} experts a layer {how}"))
+    print(f"{RunFolder(options.out).shared} and prune.json beside it")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = new_parser("prune", _DESCRIPTION)
+    add = parser.add_argument
+    add("checkpoint", metavar="CKPT", help="a checkpoint file, or a run's folder (its best checkpoint)")
+    add("--keep", type=count, required=True, metavar="N", help="experts that each layer keeps, below what it has")
+    add("--out", type=Path, required=True, metavar="DIR", help="a new folder for the result")
+    line = "what makes an expert matter (default: %(default)s)"
+    add("--by", choices=("routed-mass", "activation-norm"), default="routed-mass", help=line)
+    add("--merge", action="store_true", help="merge the others into those kept, instead of dropping them")
+    line = "training images on which the use of the experts is measured (default: %(default)s)"
+    add("--images", type=count, default=2000, metavar="N", help=line)
+    add("--finetune", type=count, metavar="EPOCHS", help="train the result for so many epochs")
+    add("--data", metavar="NAME", help="another set than the run's: digits, cifar10, folder, npz, ...")
+    add("--root", metavar="DIR", help="where the data are, if not where the run had them")
+    add("--batch-size", type=count, metavar="N", help="images a batch in measuring")
+    add("--workers", type=int, metavar="N", help="processes that load images")
+    add("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    return parser
+
+
+def _finetuning(
+    options: argparse.Namespace,
+    checkpoint: "Checkpoint",
+    data: "ImageDataModule",
+    device: "torch.device",
+    for_training: list[str],
+) -> "TrainConfig":
+    """The run that trains the result a little: the checkpoint's recipe, gentler."""
+    from vmoe.checkpoints import RunFolder
+    from vmoe.cli.follow_up import follow_up
+
+    own = checkpoint.config["optim"]
+    rates = {name: own[name] / 10 for name in ("lr", "adamw_lr", "min_lr") if own.get(name) is not None}
+    changes = {
+        "output_dir": str(options.out / "finetune"),
+        "init_from": str(RunFolder(options.out).shared),
+        "moe": _fewer(checkpoint, options.keep),
+        "optim": {**own, **rates, "warmup_epochs": 0.0},
+        "trainer": {"epochs": options.finetune, "device": device.type},
+    }
+    return follow_up(checkpoint, data.config, changes, for_training)
+
+
+def _fewer(checkpoint: "Checkpoint", keep: int) -> dict[str, Any]:
+    """The moe section of the result."""
+    from vmoe.export.pruning import regrouped_config
+    from vmoe.moe import MoeConfig
+    from vmoe.training.config import to_plain
+
+    return to_plain(regrouped_config(MoeConfig(**checkpoint.config["moe"]), keep))
+
+
+def _write(out: Path, checkpoint: "Checkpoint", groups: "dict[str, Groups]", use: "dict[str, ExpertUse]") -> None:
+    from vmoe.checkpoints import RunFolder
+    from vmoe.export.pruning import regrouped_weights
+    from vmoe.export.shared_weights import write_changed
+
+    weights = regrouped_weights(checkpoint.model, groups, use)
+    moe = _fewer(checkpoint, len(next(iter(groups.values()))))
+    write_changed(RunFolder(out).shared, checkpoint.path, weights, moe)
+
+
+def _measured(checkpoint: "Checkpoint", data: "ImageDataModule", device: "torch.device") -> dict[str, Any]:
+    """Accuracy on the test images and parameters of a checkpoint."""
+    from vmoe.analysis.evaluation import evaluate
+    from vmoe.models.cost import count_parameters
+
+    batches = Tracked(data.test_dataloader(), f"test set of {data.config.name}")
+    result = evaluate(checkpoint.model, batches, len(checkpoint.class_names), device)
+    parameters = count_parameters(checkpoint.model)._asdict()
+    return {"images": result.images, "top1": result.top1, "nll": result.nll, "parameters": parameters}
+
+
+def _table(rows: dict[str, dict[str, Any]], title: str) -> Table:
+    table = Table(title=escape(title), title_justify="left")
+    for column in ("", "top-1", "NLL", "parameters", "active"):
+        table.add_column(column, justify="left" if not column else "right")
+    for name, row in rows.items():
+        numbers = (f"{row['parameters'][kind]:,}" for kind in ("total", "active"))
+        table.add_row(name, f"{row['top1']:.2%}", f"{row['nll']:.4f}", *numbers)
+    return table
+
+
+def _report(
+    checkpoint: "Checkpoint",
+    data: "ImageDataModule",
+    device: "torch.device",
+    groups: "dict[str, Groups]",
+    use: "dict[str, ExpertUse]",
+) -> dict[str, Any]:
+    from vmoe.training.summary import device_name, versions
+
+    layers = {
+        name: {
+            "groups": [list(group) for group in groups[name]],
+            "routed_mass": each.mass_E.tolist(),
+            "activation_norm": None if each.norm_E is None else each.norm_E.tolist(),
+        }
+        for name, each in use.items()
+    }
+    return {
+        "checkpoint": str(checkpoint.path),
+        "data": {"name": data.config.name, "root": data.config.root},
+        "layers": layers,
+        "device": device_name(device),
+        "versions": versions(),
+    }

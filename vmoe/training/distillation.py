@@ -1,0 +1,72 @@
+"""Knowledge distillation: a trained teacher's answers as a part of the student's loss.
+
+B images, C classes.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vmoe.checkpoints import load_checkpoint
+from vmoe.data import ImageDataModule
+from vmoe.errors import UserError
+from vmoe.training.config import DistillConfig
+
+
+class Teacher:
+    """A model that never learns. No module, so that it is in no checkpoint, optimiser or average of the weights.
+
+    Args:
+        model: (B, 3, H, W) images -> (B, C) logits.
+        config: The weight of its answers, and their temperature.
+    """
+
+    def __init__(self, model: nn.Module, config: DistillConfig) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.config = config
+
+    def to(self, device: torch.device) -> None:
+        """Moves the model to where the student is."""
+        self.model.to(device)
+
+    def mixed_into(self, loss: Tensor, images: Tensor, logits: Tensor) -> Tensor:
+        """The student's loss with its distance to the teacher (Hinton et al. 2015, https://arxiv.org/abs/1503.02531).
+
+        (1 - weight) * loss + weight * T^2 * KL(teacher || student), both softened by the temperature T. The teacher
+        sees the very images that the student saw, augmented and mixed (Beyer et al. 2022,
+        https://arxiv.org/abs/2106.05237).
+
+        Args:
+            loss: () the student's loss by the labels.
+            images: (B, 3, H, W), the student's.
+            logits: (B, C) the student's.
+        """
+        with torch.no_grad():
+            wanted = self.model(images).float()
+        temperature, weight = self.config.temperature, self.config.weight
+        ours, theirs = ((each.float() / temperature).log_softmax(-1) for each in (logits, wanted))
+        distance = F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
+        return (1 - weight) * loss + weight * temperature**2 * distance
+
+
+def load_teacher(config: DistillConfig, data: ImageDataModule) -> Teacher | None:
+    """The teacher that a run's config names, for its data; None where it names none.
+
+    Raises:
+        UserError: it is no checkpoint, or takes other images or knows other classes than the run.
+    """
+    if config.teacher is None:
+        return None
+    checkpoint = load_checkpoint(config.teacher)
+    for what, theirs, ours, advice in (
+        ("class_names", checkpoint.class_names, list(data.class_names), "give it data of the teacher's classes"),
+        ("image_size", checkpoint.image_size, data.image_size, "give it --data.image_size of the teacher"),
+        ("mean", list(checkpoint.mean), list(data.mean), "give it --data.mean of the teacher"),
+        ("std", list(checkpoint.std), list(data.std), "give it --data.std of the teacher"),
+    ):
+        if theirs != ours:
+            told = (str(value)[:80] for value in (theirs, ours))
+            raise UserError(
+                f"distill.teacher={config.teacher}: its {what} is {' and this run has '.join(told)}; {advice}"
+            )
+    return Teacher(checkpoint.model, config)
