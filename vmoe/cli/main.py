@@ -16,6 +16,7 @@ JOBS = {
     "benchmark": "measure layers, whole models and the data pipeline on this machine",
     "plan": "predict memory and time of a config on many GPUs",
     "predict": "name what is in pictures, with a checkpoint or an exported model",
+    "serve": "answer over HTTP what is in pictures",
     "export": "write a checkpoint as a file or program to share: safetensors, ONNX, torch.export, for timm",
     "consolidate": "make one safetensors file of a run's weights, however many processes it had",
     "make-shards": "write a folder of images as tar shards",
