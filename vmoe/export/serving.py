@@ -17,6 +17,7 @@ import litserve
 import numpy as np
 import torch
 from fastapi import Depends, Header, HTTPException, Request
+from litserve.loops import BatchedLoop
 
 import vmoe
 from vmoe.analysis.heatmap import describe_layer, patch_part, route_image
@@ -39,7 +40,8 @@ class ModelService(litserve.LitAPI):
     """
 
     def __init__(self, path: Path, device: torch.device, max_batch: int) -> None:
-        super().__init__(max_batch_size=max_batch, batch_timeout=BATCH_WAIT)
+        # LitServe's choice of a loop would call `predict` with a lone upload where `max_batch` is 1.
+        super().__init__(max_batch_size=max_batch, batch_timeout=BATCH_WAIT, loop=BatchedLoop())
         self.path, self.runs_on = path, device
         self.predictor: Predictor | None = None
 

@@ -72,7 +72,7 @@ class UploadReader:
         except Exception as error:  # on damaged files Pillow's decoders raise nearly any type
             raise HTTPException(422, "image: its header is damaged; send it again") from error
         if width * height > MAX_PIXELS:
-            raise HTTPException(413, f"image: {width} x {height} pixels are too many; send at most {MAX_PIXELS:,}")
+            raise HTTPException(413, f"image: too many pixels; send at most {MAX_PIXELS:,}")
         try:
             return np.ascontiguousarray(eval_crop(decode_image(BytesIO(content), "image"), self.image_size))
         except UserError as error:
