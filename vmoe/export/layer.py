@@ -109,7 +109,10 @@ class ExportedMoe(nn.Module):
             weights_GSE, is_taken_GSE = self._expert_choice(x_TD, groups, valid_GS)
         else:
             weights_GSE, is_taken_GSE = self._token_choice(self.router(x_TD, groups, valid_GS))
-        weights_TE, is_taken_TE = weights_GSE.flatten(0, 1), is_taken_GSE.flatten(0, 1)
+        return self._by_experts(x_TD, weights_GSE.flatten(0, 1), is_taken_GSE.flatten(0, 1))
+
+    def _by_experts(self, x_TD: Tensor, weights_TE: Tensor, is_taken_TE: Tensor) -> Tensor:
+        """The weighted sum of what each expert makes of the tokens it takes, (T, O)."""
         y_TO = x_TD.new_zeros(x_TD.shape[0], self.out_features)
         for index, expert in enumerate(self.experts):
             (token_R,) = torch.where(is_taken_TE[:, index])
@@ -122,14 +125,15 @@ class ExportedMoe(nn.Module):
         """The combine weights (G, S, E), and which tokens each expert runs on."""
         is_kept_GSK = torch.ones_like(routing.chosen_GSK, dtype=torch.bool)
         if self.config.eval_capacity_factor is not None:
-            is_kept_GSK = slots_in_flow(routing, self.config.batch_priority) < self._capacity(routing.groups.size)
+            is_kept_GSK = slots_in_flow(routing, self.config.batch_priority) < self.capacity(routing.groups.size)
         if routing.valid_GS is not None:
             is_kept_GSK = is_kept_GSK & routing.valid_GS[..., None]
         no_GSE = torch.zeros_like(routing.gates_GSE)
         weights_GSE = no_GSE.scatter(-1, routing.chosen_GSK, routing.weights_GSK)
         return weights_GSE, no_GSE.scatter(-1, routing.chosen_GSK, is_kept_GSK.to(no_GSE.dtype)) > 0
 
-    def _capacity(self, tokens: int) -> int:
+    def capacity(self, tokens: int) -> int:
+        """C, the places of an expert for an image of so many tokens, where the layer has a bound."""
         moe = self.config
         rounding = (moe.capacity_rounding, moe.capacity_multiple_of)
         return min(tokens, expert_capacity(tokens * moe.top_k, moe.num_experts, moe.eval_capacity_factor, *rounding))

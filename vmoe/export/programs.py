@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -206,9 +206,17 @@ def _noise(batch: int, image_size: int) -> Tensor:
     return torch.randn(batch, 3, image_size, image_size, generator=torch.Generator().manual_seed(batch))
 
 
-def _write_onnx(file: Path, program: ExportedProgram, metadata: dict[str, Any]) -> dict[str, Any]:
-    names = {"input_names": ["images"], "output_names": ["logits"]}
-    exported = torch.onnx.export(program, (), dynamo=True, opset_version=OPSET, verbose=False, **names)
+def write_onnx(
+    file: Path,
+    program: ExportedProgram,
+    metadata: dict[str, Any],
+    inputs: Sequence[str] = ("images",),
+    outputs: Sequence[str] = ("logits",),
+) -> dict[str, Any]:
+    """Writes a traced program as ONNX, with `metadata` and the names of its inputs and outputs; tells the opset."""
+    names = {"input_names": inputs, "output_names": outputs}
+    with _quiet():
+        exported = torch.onnx.export(program, (), dynamo=True, opset_version=OPSET, verbose=False, **names)
     exported.model.metadata_props[METADATA] = json.dumps(metadata)
     weights = sum(value.const_value.nbytes for value in exported.model.graph.initializers.values())
     exported.save(file, external_data=weights > LARGEST_PROTOBUF)
@@ -226,7 +234,7 @@ def _write_aoti(file: Path, program: ExportedProgram, metadata: dict[str, Any]) 
     return {}
 
 
-_WRITERS = {"onnx": _write_onnx, "torch-export": _write_torch_export, "aoti": _write_aoti}
+_WRITERS = {"onnx": write_onnx, "torch-export": _write_torch_export, "aoti": _write_aoti}
 
 
 def _versions(format: str) -> dict[str, str]:
