@@ -17,6 +17,7 @@ JOBS = {
     "plan": "predict memory and time of a config on many GPUs",
     "predict": "name what is in pictures, with a checkpoint or an exported model",
     "serve": "answer over HTTP what is in pictures",
+    "demo-page": "write a page that runs a V-MoE in the browser",
     "export": "write a checkpoint as a file or program to share: safetensors, ONNX, torch.export, for timm",
     "consolidate": "make one safetensors file of a run's weights, however many processes it had",
     "make-shards": "write a folder of images as tar shards",

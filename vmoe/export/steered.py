@@ -13,12 +13,13 @@ from vmoe.analysis.recording import LayerRouting, record_routing
 from vmoe.checkpoints import Checkpoint
 from vmoe.errors import UserError
 from vmoe.export.layer import ExportedMoe, exportable_copy, plain_linear, slots_in_flow
-from vmoe.export.programs import describe, write_onnx
+from vmoe.export.programs import TOLERANCE, describe, write_onnx
 from vmoe.moe import MoeMlp, moe_layers
 from vmoe.moe.groups import Groups
 from vmoe.moe.routers import token_choice
 
 ROUTERS = ("token_choice", "cosine")
+INPUTS = ("images", "bias", "capacity_factor")
 OFF = -1e9  # added to the score of an expert that is switched off: its gate is 0
 
 
@@ -40,7 +41,8 @@ class SteeredMoe(ExportedMoe):
         scores_GSE = groups.split(self.router.scores(x_TD)[0] + self.controls["bias_E"])
         routing = token_choice(scores_GSE, scores_GSE, groups, moe.top_k, moe.renormalize, valid_GS)
         places = self.controls["capacity_factor"] * (groups.size * moe.top_k / moe.num_experts)
-        is_kept_GSK = slots_in_flow(routing, moe.batch_priority).to(places.dtype) < places
+        # so much less than a place that rounding adds none
+        is_kept_GSK = slots_in_flow(routing, moe.batch_priority).to(places.dtype) < places - 1e-3
         no_GSE = torch.zeros_like(routing.gates_GSE)
         weights_GSE = no_GSE.scatter(-1, routing.chosen_GSK, routing.weights_GSK)
         is_taken_GSE = no_GSE.scatter(-1, routing.chosen_GSK, is_kept_GSK.to(no_GSE.dtype)) > 0
@@ -49,7 +51,7 @@ class SteeredMoe(ExportedMoe):
 
 
 class SteeredModel(nn.Module):
-    """A model as a function of images, a bias an expert and a capacity factor.
+    """A model as a function of images, a bias an expert and a capacity factor a layer.
 
     Args:
         model: A V-MoE whose tokens choose experts; it is left as it is.
@@ -71,17 +73,17 @@ class SteeredModel(nn.Module):
             self.model.set_submodule(name, SteeredMoe(layer).float().cpu().eval())
         self.names = [name for name, _ in layers]
 
-    def forward(self, images: Tensor, bias_LE: Tensor, capacity_factor: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, images: Tensor, bias_LE: Tensor, capacity_factor_L: Tensor) -> tuple[Tensor, ...]:
         """Logits (B, classes), then gates (B, N, E), chosen (B, N, K) and kept (B, N, K) of each layer.
 
         Args:
             images: (B, 3, size, size), normalised.
             bias_LE: Added to the routers' scores: 0, or `OFF`.
-            capacity_factor: (), above 0; from E / K on nothing is dropped.
+            capacity_factor_L: Above 0; from E / K on nothing is dropped.
         """
         steered = [self.model.get_submodule(name) for name in self.names]
-        for layer, bias_E in zip(steered, bias_LE.unbind(0), strict=True):
-            layer.controls |= {"bias_E": bias_E, "capacity_factor": capacity_factor}
+        for layer, bias_E, factor in zip(steered, bias_LE.unbind(0), capacity_factor_L.unbind(0), strict=True):
+            layer.controls |= {"bias_E": bias_E, "capacity_factor": factor}
         logits = self.model(images)
         told = [part for layer in steered for part in layer.told]
         for layer in steered:
@@ -103,7 +105,7 @@ def write_steered(path: Path, checkpoint: Checkpoint) -> dict[str, Any]:
         steered = SteeredModel(checkpoint.model).eval().requires_grad_(False)
         layers = _layers(checkpoint)
         size, experts = checkpoint.image_size, layers[0]["num_experts"]
-        example = torch.zeros(2, 3, size, size), torch.zeros(len(layers), experts), torch.tensor(1.0)
+        example = torch.zeros(2, 3, size, size), torch.zeros(len(layers), experts), torch.ones(len(layers))
         batch = torch.export.Dim("batch", min=1)
         program = torch.export.export(steered, example, dynamic_shapes=({0: batch}, None, None))
     except (ValueError, RuntimeError) as error:
@@ -111,8 +113,26 @@ def write_steered(path: Path, checkpoint: Checkpoint) -> dict[str, Any]:
         raise UserError(f"{checkpoint.path}: cannot be shown: {reason}") from error
     about = {**describe(checkpoint), "layers": layers, "off": OFF}
     outputs = [f"{part}_{index}" for index in range(len(layers)) for part in ("gates", "chosen", "kept")]
-    write_onnx(path, program, about, ["images", "bias", "capacity_factor"], ["logits", *outputs])
+    write_onnx(path, program, about, list(INPUTS), ["logits", *outputs])
+    _check(path, checkpoint, layers)
     return about
+
+
+@torch.no_grad()
+def _check(path: Path, checkpoint: Checkpoint, layers: list[dict[str, Any]]) -> None:
+    """Compares the program's logits, as the model was trained, with the model's."""
+    import onnxruntime
+
+    size = checkpoint.image_size
+    images = torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(0))
+    settings = torch.zeros(len(layers), layers[0]["num_experts"]), torch.tensor([e["capacity_factor"] for e in layers])
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    fed = {name: value.numpy() for name, value in zip(INPUTS, (images, *settings), strict=True)}
+    expected = checkpoint.model(images)
+    difference = (torch.from_numpy(session.run(["logits"], fed)[0]) - expected).abs().max()
+    worst = float(difference / expected.abs().max().clamp_min(1))
+    if not worst <= TOLERANCE:  # NaN included
+        raise UserError(f"{checkpoint.path}: logits of its program differ by {worst:.2g}; nothing is written")
 
 
 @torch.no_grad()
