@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.wait import WebDriverWait
-from sklearn.datasets import load_sample_image
 
 from vmoe.checkpoints import load_checkpoint
 from vmoe.cli.demo_page import main
 from vmoe.data.images import eval_transform, load_image
+from vmoe.data.photographs import PHOTOGRAPHS, load_photograph
 
 pytestmark = pytest.mark.browser
 SHIPPED = Path(__file__).parents[2] / "assets" / "models" / "cifar10_small.safetensors"
@@ -25,8 +25,8 @@ def pictures(tmp_path_factory):
     """Two photographs and noise as PNG files, of which all programs read the same pixels."""
     folder = tmp_path_factory.mktemp("pictures")
     noise = np.random.default_rng(0).integers(0, 256, (64, 90, 3), dtype=np.uint8)
-    for name, pixels in (("china", load_sample_image("china.jpg")), ("flower", load_sample_image("flower.jpg"))):
-        Image.fromarray(pixels).save(folder / f"{name}.png")
+    for name in PHOTOGRAPHS:
+        Image.fromarray(load_photograph(name)).save(folder / Path(name).with_suffix(".png"))
     Image.fromarray(noise).save(folder / "noise.png")
     return folder
 
@@ -38,7 +38,7 @@ def page(chromium, pictures, tmp_path_factory):
     if shutil.which("npm") is None:
         pytest.fail("needs npm, which fetches onnxruntime-web: apt-get install npm")
     out = tmp_path_factory.mktemp("demo") / "page"
-    assert main([str(SHIPPED), "--out", str(out), "--images", str(pictures / "china.png")]) == 0
+    assert main([str(SHIPPED), "--out", str(out)]) == 0
     return Page(chromium, out / "index.html")
 
 

@@ -14,8 +14,8 @@ see the answer change. MODEL is a checkpoint, a run's folder, a safetensors file
 
 The page holds ONNX Runtime Web, which npm fetches unless --runtime names its package.
 
-  vmoe demo-page assets/models/cifar10_small.safetensors --out demo --images photo.jpg
-  vmoe demo-page runs/mine --out demo --runtime onnxruntime-web-1.30.0.tgz
+  vmoe demo-page assets/models/cifar10_small.safetensors --out demo
+  vmoe demo-page runs/mine --out demo --images photos/ --runtime onnxruntime-web-1.30.0.tgz
 """
 
 
@@ -28,9 +28,15 @@ def _demo_page(argv: list[str]) -> None:
     options = _parser().parse_args(argv)
     # Imported here, so that --help and a mistyped option answer at once.
     from vmoe.analysis.heatmap import find_images
+    from vmoe.data import load_image
+    from vmoe.data.photographs import CREDIT, PHOTOGRAPHS, load_photograph
     from vmoe.export.demo_page import write_demo_page
 
-    write_demo_page(options.out, options.model, find_images(options.images), options.runtime)
+    if options.images:
+        pictures, credit = {path.name: load_image(path) for path in find_images(options.images)}, None
+    else:
+        pictures, credit = {name: load_photograph(name) for name in PHOTOGRAPHS}, CREDIT
+    write_demo_page(options.out, options.model, pictures, options.runtime, credit)
     size = sum(file.stat().st_size for file in options.out.iterdir())
     print(f"{options.out / 'index.html'}: open it in a browser; the folder has {size / 2**20:.1f} MiB")
 
@@ -40,6 +46,6 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("model", metavar="MODEL", type=Path, help="a checkpoint, a folder or a safetensors file")
     add("--out", type=Path, required=True, metavar="DIR", help="the folder to write")
-    add("--images", nargs="+", default=[], metavar="FILE", help="pictures that the page offers, or folders of them")
+    add("--images", nargs="+", metavar="FILE", help="what the page offers (default: two photographs of scikit-learn)")
     add("--runtime", type=Path, metavar="TGZ", help="the npm package onnxruntime-web, as a .tgz or unpacked")
     return parser

@@ -10,18 +10,19 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping
 from importlib.resources import files
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 import vmoe
 from vmoe.analysis.palette import NUM_COLOURS, expert_hex
 from vmoe.checkpoints import Checkpoint, load_checkpoint
-from vmoe.data.images import eval_crop, load_image
+from vmoe.data.images import eval_crop
 from vmoe.errors import UserError
 from vmoe.export.programs import require
 from vmoe.export.steered import write_steered
@@ -40,18 +41,23 @@ _SAMPLE_SIZE = 320  # pixels
 
 
 def write_demo_page(
-    path: str | Path, source: str | Path, pictures: Sequence[str | Path] = (), runtime: str | Path | None = None
+    path: str | Path,
+    source: str | Path,
+    pictures: Mapping[str, np.ndarray],
+    runtime: str | Path | None = None,
+    credit: str | None = None,
 ) -> None:
     """Writes the folder; nothing is written if a part is missing.
 
     Args:
         path: The folder; an empty one, or one that was written before, is replaced.
         source: A checkpoint file or a run's or shared folder of a V-MoE whose tokens choose experts.
-        pictures: Image files that the page offers.
+        pictures: What the page offers, (H, W, 3) uint8 by name.
         runtime: The npm package onnxruntime-web, as a .tgz or unpacked; None fetches it with npm.
+        credit: A line on whose the pictures are.
 
     Raises:
-        UserError: the checkpoint or a picture cannot be read, the model not be shown, the runtime not be found or
+        UserError: the checkpoint cannot be read, the model not be shown, the runtime not be found or
             fetched, a package is missing, or `path` cannot be written.
     """
     path = Path(path)
@@ -61,7 +67,7 @@ def write_demo_page(
         raise UserError(f"--out {path}: exists and is no demo page; choose another place")
     require("onnx")
     checkpoint = load_checkpoint(source)
-    samples = [{"name": Path(picture).name, "content": _sample(picture)} for picture in pictures]
+    samples = [{"name": name, "content": _sample(pixels)} for name, pixels in pictures.items()]
     with new_folder(path) as folder:
         with tempfile.TemporaryDirectory() as scratch:
             parts = _runtime(None if runtime is None else Path(runtime), Path(scratch))
@@ -76,10 +82,10 @@ def write_demo_page(
         (folder / "ort.js").write_bytes(parts["script"])
         _write_script(folder / "runtime.js", "RUNTIME", {key: _packed(parts[key]) for key in ("mjs", "wasm")})
         _write_script(folder / "model.js", "MODEL", model)
-        _write_script(folder / _MARK, "ABOUT", about | _words(checkpoint, about) | {"samples": samples})
+        _write_script(folder / _MARK, "ABOUT", about | _words(checkpoint, about, credit) | {"samples": samples})
 
 
-def _words(checkpoint: Checkpoint, about: dict[str, Any]) -> dict[str, Any]:
+def _words(checkpoint: Checkpoint, about: dict[str, Any], credit: str | None) -> dict[str, Any]:
     first = about["layers"][0]
     order = "by falling gate" if first["batch_priority"] else "in reading order"
     return {
@@ -92,13 +98,14 @@ def _words(checkpoint: Checkpoint, about: dict[str, Any]) -> dict[str, Any]:
         "notes": (
             f"An expert has places for so many choices of an image; they are handed out {order}. Written by vmoe "
             f"{vmoe.__version__}; runs on ONNX Runtime Web {RUNTIME_VERSION} (Microsoft, MIT licence)."
+            + (f" Sample {credit}." if credit else "")
         ),
     }
 
 
-def _sample(path: str | Path) -> str:
+def _sample(pixels: np.ndarray) -> str:
     """A picture's central square as a JPEG in base64."""
-    square = Image.fromarray(eval_crop(load_image(path), _SAMPLE_SIZE))
+    square = Image.fromarray(eval_crop(pixels, _SAMPLE_SIZE))
     content = BytesIO()
     square.save(content, "JPEG", quality=90)
     return base64.b64encode(content.getvalue()).decode("ascii")

@@ -159,12 +159,15 @@ async function openSample(sample) {
 function listen() {
   const drop = byId("drop");
   const take = (files) => files.length && openPicture(files[0], files[0].name);
-  byId("file").addEventListener("change", (event) => take(event.target.files));
+  byId("file").addEventListener("change", (event) => {
+    take([...event.target.files]);
+    event.target.value = ""; // so that the same file can be chosen again
+  });
   for (const name of ["dragover", "dragleave", "drop"]) {
     drop.addEventListener(name, (event) => {
       event.preventDefault();
       drop.classList.toggle("over", name === "dragover");
-      if (name === "drop") take(event.dataTransfer.files);
+      if (name === "drop") take([...event.dataTransfer.files]);
     });
   }
   byId("capacity").addEventListener("input", (event) => {
