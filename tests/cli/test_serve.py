@@ -21,6 +21,7 @@ import pytest
 import torch
 from PIL import Image
 
+from vmoe.cli.benchmark import main as benchmark
 from vmoe.cli.serve import main
 from vmoe.export.predictor import load_predictor
 
@@ -196,6 +197,23 @@ def test_an_answer_does_not_depend_on_its_batch(server):
             for answer in (found, expected)
         )
         assert found == pytest.approx(expected, abs=BOUND)
+
+
+def test_the_load_test(server, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("VMOE_API_KEY", KEY)
+    url = f"http://127.0.0.1:{server.port}"
+    assert benchmark(["serve", "--url", url, "--clients", "1", "4", "--requests", "12", "--out", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "serve.json").read_text())["rows"]
+    assert [(row["clients"], row["answered"], row["lost"]) for row in rows] == [(1, 12, 0), (4, 12, 0), (4, 12, 0)]
+    assert all(0 < row["p50_ms"] <= row["p99_ms"] and row["rate"] > 0 for row in rows)
+    monkeypatch.setenv("VMOE_API_KEY", "another")
+    assert benchmark(["serve", "--url", url, "--clients", "1", "--requests", "3", "--out", str(tmp_path)]) == 0
+    assert json.loads((tmp_path / "serve.json").read_text())["rows"][0]["lost"] == 3
+    capsys.readouterr()
+    for address in ("http://127.0.0.1:1", "nowhere", "http://127.0.0.1:x"):
+        assert benchmark(["serve", "--url", address]) == 2
+        error = capsys.readouterr().err
+        assert f"--url {address}: " in error and error.count("\n") == 1
 
 
 @pytest.mark.slow
