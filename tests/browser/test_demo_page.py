@@ -13,7 +13,7 @@ from selenium.webdriver.support.wait import WebDriverWait
 
 from vmoe.checkpoints import load_checkpoint
 from vmoe.cli.demo_page import main
-from vmoe.data.images import eval_transform, load_image
+from vmoe.data.images import eval_crop, eval_transform, load_image
 from vmoe.data.photographs import PHOTOGRAPHS, load_photograph
 from vmoe.export.demo_page import RUNTIME, RUNTIME_VERSION
 
@@ -26,10 +26,12 @@ BOUND = 1e-3  # of a logit
 def pictures(tmp_path_factory):
     """Two photographs and noise as PNG files, of which all programs read the same pixels."""
     folder = tmp_path_factory.mktemp("pictures")
-    noise = np.random.default_rng(0).integers(0, 256, (64, 90, 3), dtype=np.uint8)
+    generator = np.random.default_rng(0)
+    for side in (20, 64, 101):  # to be enlarged, halved, shrunk
+        noise = generator.integers(0, 256, (side, side + 5, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(folder / f"noise{side}.png")
     for name in PHOTOGRAPHS:
         Image.fromarray(load_photograph(name)).save(folder / Path(name).with_suffix(".png"))
-    Image.fromarray(noise).save(folder / "noise.png")
     return folder
 
 
@@ -100,11 +102,13 @@ class Page:
 
 
 @torch.no_grad()
-def test_logits_are_pythons(page, pictures):
+def test_pixels_and_logits_are_pythons(page, pictures):
     checkpoint = load_checkpoint(SHIPPED)
     transform = eval_transform(checkpoint.image_size, checkpoint.mean, checkpoint.std)
     for path in sorted(pictures.iterdir()):
         page.show(path)
+        pixels = page.js("return Array.from(state.picture.pixels)")
+        assert np.array_equal(np.reshape(pixels, (32, 32, 3)), eval_crop(load_image(path), 32)), path.name
         expected = checkpoint.model(transform(load_image(path))[None])[0].numpy()
         np.testing.assert_allclose(page.logits(), expected, atol=BOUND, err_msg=path.name)
         assert checkpoint.class_names[expected.argmax()] in page.one("#status").text

@@ -26,15 +26,13 @@ function canvasOf(source, left, top, side, size) {
   return canvas;
 }
 
-/** For each new pixel along a side, the old ones and their weights: areas when it shrinks, else linear. */
-function weights(old, size) {
+/** RGBA pixels (old * old * 4) as RGB (size * size * 3). */
+const resize = (rgba, old, size) => (old < size ? enlarge(rgba, old, size) : shrink(rgba, old, size));
+
+/** For each new pixel along a side, the old ones whose areas it covers, and their shares of it. */
+function areas(old, size) {
   const scale = old / size;
   return Array.from({ length: size }, (_, index) => {
-    if (old < size) {
-      const at = Math.min(Math.max((index + 0.5) * scale - 0.5, 0), old - 1);
-      const first = Math.floor(at);
-      return [[first, 1 - (at - first)], [Math.min(first + 1, old - 1), at - first]];
-    }
     const [start, end] = [index * scale, Math.min((index + 1) * scale, old)];
     const parts = [];
     for (let place = Math.floor(start); place < end - 1e-6; place += 1) {
@@ -44,9 +42,9 @@ function weights(old, size) {
   });
 }
 
-/** RGBA pixels (old * old * 4) as RGB (size * size * 3). */
-function resize(rgba, old, size) {
-  const along = weights(old, size);
+/** Averages areas: INTER_AREA. */
+function shrink(rgba, old, size) {
+  const along = areas(old, size);
   const rows = new Float32Array(old * size * 3);
   for (let y = 0; y < old; y += 1) {
     along.forEach((parts, x) => {
@@ -56,13 +54,47 @@ function resize(rgba, old, size) {
     });
   }
   const pixels = new Uint8Array(size * size * 3);
-  const halves = old === 2 * size ? 0 : 1; // OpenCV rounds halves up where it halves, else to even
+  const toEven = old !== 2 * size; // halves; where it halves a picture, OpenCV rounds them up
   along.forEach((parts, y) => {
     for (let at = 0; at < size * 3; at += 1) {
       let sum = 0;
       for (const [place, weight] of parts) sum += weight * rows[place * size * 3 + at];
       const up = Math.floor(sum + 0.5);
-      pixels[y * size * 3 + at] = halves && up - sum === 0.5 && up % 2 ? up - 1 : up;
+      pixels[y * size * 3 + at] = toEven && up - sum === 0.5 && up % 2 ? up - 1 : up;
+    }
+  });
+  return pixels;
+}
+
+/** Between which old pixels each new one lies along a side, and their weights in 2048ths. */
+function between(old, size, atEdge) {
+  const inside = (place) => Math.min(Math.max(place, 0), old - 1);
+  return Array.from({ length: size }, (_, index) => {
+    const at = ((index + 0.5) * old) / size - 0.5;
+    const first = Math.floor(at);
+    const part = first < 0 || first >= old - 1 ? atEdge(at - first) : Math.fround(at - first);
+    return [inside(first), inside(first + 1), Math.round(2048 * Math.fround(1 - part)), Math.round(2048 * part)];
+  });
+}
+
+/** Interpolates in whole numbers: INTER_LINEAR, which drops a few bits of each row. */
+function enlarge(rgba, old, size) {
+  const across = between(old, size, () => 0);
+  const down = between(old, size, Math.fround);
+  const rows = new Int32Array(old * size * 3);
+  for (let y = 0; y < old; y += 1) {
+    across.forEach(([left, right, leftWeight, rightWeight], x) => {
+      for (let c = 0; c < 3; c += 1) {
+        const [first, second] = [rgba[(y * old + left) * 4 + c], rgba[(y * old + right) * 4 + c]];
+        rows[(y * size + x) * 3 + c] = (first * leftWeight + second * rightWeight) >> 4;
+      }
+    });
+  }
+  const pixels = new Uint8Array(size * size * 3);
+  down.forEach(([top, bottom, topWeight, bottomWeight], y) => {
+    for (let at = 0; at < size * 3; at += 1) {
+      const [first, second] = [rows[top * size * 3 + at], rows[bottom * size * 3 + at]];
+      pixels[y * size * 3 + at] = (((first * topWeight) >> 16) + ((second * bottomWeight) >> 16) + 2) >> 2;
     }
   });
   return pixels;
