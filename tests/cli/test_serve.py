@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 
 from vmoe.cli.benchmark import main as benchmark
+from vmoe.cli.export import main as export
 from vmoe.cli.serve import main
 from vmoe.export.predictor import load_predictor
 
@@ -33,13 +34,13 @@ BOUND = 1e-6  # of a probability: as products of matrices of other sizes round
 
 
 class Server:
-    """A server of the shipped model in processes of its own."""
+    """A server in processes of its own."""
 
-    def __init__(self, *options):
+    def __init__(self, *options, model=SHIPPED):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
-        command = [sys.executable, "tools/serve.py", str(SHIPPED), "--port", str(self.port), *options]
+        command = [sys.executable, "tools/serve.py", str(model), "--port", str(self.port), *options]
         environment = os.environ | {"VMOE_API_KEY": KEY, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=pipe, stderr=pipe, text=True)
@@ -236,6 +237,22 @@ def test_none_of_1000_damaged_uploads_is_lost(server):
 
 
 @pytest.mark.slow
+def test_a_program_is_served(tmp_path, predictor):
+    pytest.importorskip("onnxscript")
+    program, content = tmp_path / "model.onnx", encoded(noise(5))
+    assert export([str(SHIPPED), "--format", "onnx", "--out", str(program)]) == 0
+    server = Server(model=program)
+    (status, answer), (refused, told) = server.predict(content, top=10), server.predict(content, routing="true")
+    server.stop()
+    row = predictor.probabilities([np.array(noise(5))])[0]
+    expected = {
+        name: pytest.approx(float(value), abs=1e-4) for name, value in zip(predictor.class_names, row, strict=True)
+    }
+    assert status == 200 and {each["class"]: each["probability"] for each in answer["predictions"]} == expected
+    assert refused == 400 and "a program does not tell its routing" in told["detail"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_it_stops_after_the_last_answer(number):
     server = Server("--max-batch", "1")
@@ -255,11 +272,13 @@ def test_mistakes_are_one_line(save_run, tmp_path, capsys):
     content = torch.load(newer / "checkpoints" / "best.ckpt", weights_only=True)
     content["vmoe"]["version"] += 1
     torch.save(content, newer / "checkpoints" / "best.ckpt")
+    (tmp_path / "damaged.onnx").write_text("no model")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         for arguments, told in (
             ([tmp_path / "nowhere"], "nowhere: no such file"),
+            ([tmp_path / "damaged.onnx"], "cannot be read as an ONNX model"),
             ([newer], "written by a newer vmoe"),
             ([mixes], "makes a prediction depend on the other images of its batch"),
             ([SHIPPED, "--port", "80"], "--port"),
