@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from vmoe.cli.demo_page import main
+from vmoe.export import demo_page
 
 pytest.importorskip("onnxscript")
 MOE = {"num_experts": 3, "top_k": 2, "layers": [1]}
@@ -72,3 +73,9 @@ def test_npm_is_asked_for_where_it_is_missing(save_run, tmp_path, monkeypatch, c
     monkeypatch.setenv("PATH", str(tmp_path))
     assert main([str(save_run(moe=MOE)), "--out", str(tmp_path / "page")]) == 2
     assert "give --runtime its .tgz" in capsys.readouterr().err
+
+
+def test_a_model_that_is_too_large_is_refused(save_run, tmp_path, runtime, monkeypatch, capsys):
+    monkeypatch.setattr(demo_page, "LARGEST_PROGRAM", 2**20 // 8)
+    assert main([str(save_run(moe=MOE)), "--out", str(tmp_path / "page"), "--runtime", str(runtime)]) == 2
+    assert "choose a smaller model" in capsys.readouterr().err and not (tmp_path / "page").exists()

@@ -38,6 +38,7 @@ _RUNTIME_PARTS = {
 _OURS = ("index.html", "page.css", "picture.js", "program.js", "maps.js", "main.js")
 _MARK = "about.js"  # which a folder that may be replaced holds
 _SAMPLE_SIZE = 320  # pixels
+LARGEST_PROGRAM = 300 * 2**20  # bytes; as text, still below the longest string that browsers hold
 
 
 def write_demo_page(
@@ -67,12 +68,13 @@ def write_demo_page(
         raise UserError(f"--out {path}: exists and is no demo page; choose another place")
     require("onnx")
     checkpoint = load_checkpoint(source)
-    samples = [{"name": name, "content": _sample(pixels)} for name, pixels in pictures.items()]
+    samples = [{"name": name, "content": _sample(pixels, checkpoint.image_size)} for name, pixels in pictures.items()]
     with new_folder(path) as folder:
         with tempfile.TemporaryDirectory() as scratch:
             parts = _runtime(None if runtime is None else Path(runtime), Path(scratch))
             program = Path(scratch) / "model.onnx"
             about = write_steered(program, checkpoint)
+            _check_size(program, checkpoint)
             model = _packed(program.read_bytes())
         assets = files("vmoe.export") / "page"
         for name in _OURS:
@@ -83,6 +85,15 @@ def write_demo_page(
         _write_script(folder / "runtime.js", "RUNTIME", {key: _packed(parts[key]) for key in ("mjs", "wasm")})
         _write_script(folder / "model.js", "MODEL", model)
         _write_script(folder / _MARK, "ABOUT", about | _words(checkpoint, about, credit) | {"samples": samples})
+
+
+def _check_size(program: Path, checkpoint: Checkpoint) -> None:
+    size = sum(part.stat().st_size for part in program.parent.glob(f"{program.name}*"))  # weights may lie beside it
+    if size > LARGEST_PROGRAM:
+        raise UserError(
+            f"{checkpoint.path}: {size / 2**20:,.0f} MiB as a program; a page holds {LARGEST_PROGRAM // 2**20}: "
+            "choose a smaller model"
+        )
 
 
 def _words(checkpoint: Checkpoint, about: dict[str, Any], credit: str | None) -> dict[str, Any]:
@@ -103,9 +114,9 @@ def _words(checkpoint: Checkpoint, about: dict[str, Any], credit: str | None) ->
     }
 
 
-def _sample(pixels: np.ndarray) -> str:
+def _sample(pixels: np.ndarray, image_size: int) -> str:
     """A picture's central square as a JPEG in base64."""
-    square = Image.fromarray(eval_crop(pixels, _SAMPLE_SIZE))
+    square = Image.fromarray(eval_crop(pixels, max(_SAMPLE_SIZE, image_size)))
     content = BytesIO()
     square.save(content, "JPEG", quality=90)
     return base64.b64encode(content.getvalue()).decode("ascii")

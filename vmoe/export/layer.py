@@ -26,13 +26,16 @@ from vmoe.moe.slot_routers import slots_per_expert
 MakeLinear = Callable[[Tensor, Tensor | None], nn.Module]
 
 
-def exportable_copy(model: nn.Module, make_linear: MakeLinear | None = None) -> nn.Module:
+def exportable_copy(
+    model: nn.Module, make_linear: MakeLinear | None = None, layer_type: "type[ExportedMoe] | None" = None
+) -> nn.Module:
     """A copy of a model on the CPU, in float32 and evaluation mode, whose MoE layers can be exported.
 
     Args:
         model: Any timm model, sparse or dense; it is left as it is.
         make_linear: Makes an expert's layer from its weight (out, in) and bias (out,) or None; when not given,
             `torch.nn.Linear`.
+        layer_type: What MoE layers become; when not given, `ExportedMoe`.
 
     Raises:
         ValueError: A layer's routing cannot be exported.
@@ -43,7 +46,7 @@ def exportable_copy(model: nn.Module, make_linear: MakeLinear | None = None) -> 
             raise ValueError(f"{name}: {reason}")
     copied = copy.deepcopy(model).cpu().float().eval()
     for name, layer in moe_layers(copied):
-        exported = ExportedMoe(layer, make_linear or plain_linear)
+        exported = (layer_type or ExportedMoe)(layer, make_linear or plain_linear)
         for key, hook in layer._forward_pre_hooks.items():  # token masks of padded images
             exported.register_forward_pre_hook(hook, with_kwargs=key in layer._forward_pre_hooks_with_kwargs)
         copied.set_submodule(name, exported)

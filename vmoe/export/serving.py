@@ -92,10 +92,8 @@ def serve(path: Path, device: torch.device, host: str, port: int, max_batch: int
         UserError: the model cannot be opened or answers by who else is in its batch, the port is taken, or the worker
             cannot start.
     """
-    predictor = load_predictor(path, torch.device("cpu"))
-    _check_independence(predictor, path)
+    reader, about = _opened(path)
     _check_port(host, port)
-    about = {"classes": predictor.class_names, "image_size": predictor.image_size, "vmoe": vmoe.__version__}
     server = litserve.LitServer(
         ModelService(path, device, max_batch),
         accelerator=device.type,
@@ -104,9 +102,7 @@ def serve(path: Path, device: torch.device, host: str, port: int, max_batch: int
         max_payload_size=max_bytes,
         disable_openapi_url=True,
     )
-    server.app.state.uploads = UploadReader(
-        predictor.image_size, len(predictor.class_names), _why_no_routing(predictor)
-    )
+    server.app.state.uploads = reader
     _stop_on_signals()
     try:
         server.run(host=host, port=port, log_level="warning", generate_client_file=False)
@@ -131,10 +127,18 @@ def _stop_on_signals() -> None:
         signal.signal(number, stop)
 
 
-def _check_independence(predictor: Predictor, path: Path) -> None:
-    for name, layer in vmoe.moe_layers(predictor.model) if predictor.model is not None else ():
+def _opened(path: Path) -> tuple[UploadReader, dict[str, Any]]:
+    """What checks a model's uploads, and what there is to tell of it. The model itself is the workers'."""
+    predictor = load_predictor(path, torch.device("cpu"))
+    layers = vmoe.moe_layers(predictor.model) if predictor.model is not None else []
+    for name, layer in layers:
         if reason := why_not_exportable(layer):
             raise UserError(f"{path}: cannot be served: {name}: {reason}")
+    silent = None if layers else "a dense model has no experts"
+    if predictor.model is None:
+        silent = "a program does not tell its routing; serve the checkpoint it was made from"
+    classes, size = predictor.class_names, predictor.image_size
+    return UploadReader(size, len(classes), silent), {"classes": classes, "image_size": size, "vmoe": vmoe.__version__}
 
 
 def _check_port(host: str, port: int) -> None:
@@ -145,12 +149,6 @@ def _check_port(host: str, port: int) -> None:
             probe.bind((host, port))
         except OSError as error:
             raise UserError(f"--port {port}: {error.strerror} on {host}; choose another") from error
-
-
-def _why_no_routing(predictor: Predictor) -> str | None:
-    if predictor.model is None:
-        return "a program does not tell its routing; serve the checkpoint it was made from"
-    return None if vmoe.moe_layers(predictor.model) else "a dense model has no experts"
 
 
 def _routing(predictor: Predictor, pixels: np.ndarray) -> dict[str, Any]:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from vmoe.analysis.recording import LayerRouting, record_routing
 from vmoe.checkpoints import Checkpoint
 from vmoe.errors import UserError
-from vmoe.export.layer import ExportedMoe, exportable_copy, plain_linear, slots_in_flow
-from vmoe.export.programs import TOLERANCE, describe, write_onnx
+from vmoe.export.layer import ExportedMoe, MakeLinear, exportable_copy, plain_linear, slots_in_flow
+from vmoe.export.programs import TOLERANCE, describe, make_attention_plain, quiet, reason_of, write_onnx
 from vmoe.moe import MoeMlp, moe_layers
 from vmoe.moe.groups import Groups
 from vmoe.moe.routers import token_choice
@@ -31,8 +31,8 @@ class SteeredMoe(ExportedMoe):
         told: Of the last call: gates (G, S, E), chosen experts (G, S, K), and which choices found room (G, S, K).
     """
 
-    def __init__(self, layer: MoeMlp) -> None:
-        super().__init__(layer, plain_linear)
+    def __init__(self, layer: MoeMlp, make_linear: MakeLinear) -> None:
+        super().__init__(layer, make_linear)
         self.controls: dict[str, Tensor] = {}
         self.told: list[Tensor] = []
 
@@ -68,9 +68,8 @@ class SteeredModel(nn.Module):
         for name, layer in layers:
             if layer.config.router not in ROUTERS:
                 raise ValueError(f"{name}: its router is {layer.config.router}; the page knows {', '.join(ROUTERS)}")
-        self.model = exportable_copy(model)
-        for name, layer in layers:
-            self.model.set_submodule(name, SteeredMoe(layer).float().cpu().eval())
+        self.model = exportable_copy(model, layer_type=SteeredMoe)
+        make_attention_plain(self.model)
         self.names = [name for name, _ in layers]
 
     def forward(self, images: Tensor, bias_LE: Tensor, capacity_factor_L: Tensor) -> tuple[Tensor, ...]:
@@ -102,18 +101,20 @@ def write_steered(path: Path, checkpoint: Checkpoint) -> dict[str, Any]:
         UserError: the model cannot be exported so.
     """
     try:
-        steered = SteeredModel(checkpoint.model).eval().requires_grad_(False)
+        steered = SteeredModel(checkpoint.model).eval()
         layers = _layers(checkpoint)
         size, experts = checkpoint.image_size, layers[0]["num_experts"]
         example = torch.zeros(2, 3, size, size), torch.zeros(len(layers), experts), torch.ones(len(layers))
         batch = torch.export.Dim("batch", min=1)
-        program = torch.export.export(steered, example, dynamic_shapes=({0: batch}, None, None))
-    except (ValueError, RuntimeError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)[:200]
-        raise UserError(f"{checkpoint.path}: cannot be shown: {reason}") from error
-    about = {**describe(checkpoint), "layers": layers, "off": OFF}
-    outputs = [f"{part}_{index}" for index in range(len(layers)) for part in ("gates", "chosen", "kept")]
-    write_onnx(path, program, about, list(INPUTS), ["logits", *outputs])
+        about = {**describe(checkpoint), "layers": layers, "off": OFF}
+        outputs = [f"{part}_{index}" for index in range(len(layers)) for part in ("gates", "chosen", "kept")]
+        with quiet():
+            program = torch.export.export(steered, example, dynamic_shapes=({0: batch}, None, None))
+            write_onnx(path, program, about, list(INPUTS), ["logits", *outputs])
+    except OSError:
+        raise
+    except Exception as error:  # exporters raise many types
+        raise UserError(f"{checkpoint.path}: cannot be shown: {reason_of(error)}") from error
     _check(path, checkpoint, layers)
     return about
 
