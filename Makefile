@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help install demo test test-all test-browser lint format package docs clean
+.PHONY: help install demo demo-page test test-all test-browser lint format package docs clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -18,6 +18,9 @@ install: .venv/installed  ## create .venv and install the project with its tools
 
 demo: .venv/installed  ## train on handwritten digits, evaluate, draw where the experts look (about 3 minutes)
 	$(BIN)/python tools/demo.py
+
+demo-page: .venv/installed  ## write a page that runs the CIFAR-10 model in the browser, into runs/demo-page/
+	$(BIN)/python tools/demo_page.py assets/models/cifar10_small.safetensors --out runs/demo-page
 
 # A process a core, each with one thread: tests are many and small.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto

@@ -47,7 +47,8 @@ def test_wheel_holds_what_is_not_code(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     recipes = {f"vmoe/{path.relative_to(REPOSITORY)}" for path in (REPOSITORY / "configs").rglob("*.yaml")}
-    page = {str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "vmoe/analysis/page/assets").iterdir()}
+    folders = [REPOSITORY / name for name in ("vmoe/analysis/page/assets", "vmoe/export/page")]
+    page = {str(path.relative_to(REPOSITORY)) for folder in folders for path in folder.iterdir()}
     assert recipes and page
     assert {"vmoe/py.typed", *recipes, *page} <= names
     assert not [name for name in names if not name.startswith(("vmoe/", f"vmoe-{__version__}.dist-info/"))]

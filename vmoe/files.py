@@ -52,7 +52,8 @@ def new_folder(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error}); choose another place") from error
     finally:
-        _remove(temporary)
+        with suppress(OSError):  # such as a parent that is a file: the first error is the one to tell
+            _remove(temporary)
 
 
 def replace(temporary: Path, path: Path) -> None:

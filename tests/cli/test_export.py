@@ -125,7 +125,8 @@ def test_a_folder_for_timm(save_run, tmp_path, moe, capsys):
     (run / "metrics.csv").write_text("epoch,moe/blocks.1/load/0,moe/blocks.1/load/1\n0,0.5,1.5\n")
     for _ in range(2):  # written again, it is replaced
         assert main([str(run), "--format", "hub", "--out", str(out), "--license", "mit"]) == 0
-    assert {file.name for file in out.iterdir()} == {"README.md", "config.json", "model.safetensors"}
+    picture = {"routing.png"} if moe else set()
+    assert {file.name for file in out.iterdir()} == {"README.md", "config.json", "model.safetensors"} | picture
     images = torch.randn(3, 3, 16, 16)
     expected = load_checkpoint(run).model(images)
     model = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
@@ -133,6 +134,7 @@ def test_a_folder_for_timm(save_run, tmp_path, moe, capsys):
     assert timm.create_model(f"local-dir:{out}", pretrained=True, num_classes=3)(images).shape == (3, 3)
     card = (out / "README.md").read_text()
     assert card.startswith("---\ntags:") and "license: mit" in card and "50.00%" in card
+    assert ("](routing.png)" in card) == (moe is not None)
     assert ("3 experts" in card) == (moe is not None) and "| `blocks.1` | 0.50 | 1.50 |" in card
 
 
@@ -164,7 +166,7 @@ def test_the_folder_is_pushed(save_run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
     arguments = [str(save_run(moe=MOE)), "--format", "hub", "--out", str(tmp_path / "shared"), "--push"]
     assert main([*arguments, "me/mine"]) == 0
-    assert calls == [("me/mine", {"README.md", "config.json", "model.safetensors"})]
+    assert calls == [("me/mine", {"README.md", "config.json", "model.safetensors", "routing.png"})]
     assert main([*arguments, "no/body"]) == 2
     assert "401 Unauthorized" in capsys.readouterr().err
     assert hub.WEIGHTS in {file.name for file in (tmp_path / "shared").iterdir()}

@@ -69,6 +69,17 @@ models.
 
 Writes scaling.csv, scaling.json and scaling.md after every result. What fails or lacks memory is a row that says so.
 """
+_SERVE = """\
+Asks a running `vmoe serve` for the classes of a photograph (a JPEG of 640 x 427 pixels), with several numbers of
+clients that each ask again as soon as they are answered, then sends it damaged copies, of which none may get lost. The
+clients run in this process: on the same machine they take processor time from the server. The key, if the server asks
+for one, is read from VMOE_API_KEY.
+
+  vmoe serve assets/models/cifar10_small.safetensors &
+  vmoe benchmark serve --clients 1 8 64
+
+Writes serve.json and serve.md.
+"""
 _SIZES = {
     "width": "width of a token",
     "hidden": "hidden width of an expert (default: 4 times --width, where that is given)",
@@ -95,6 +106,7 @@ def _benchmark(argv: list[str]) -> int:
     from vmoe.bench.timing import DeviceLost
     from vmoe.cli import benchmark_jobs
     from vmoe.cli.benchmark_scaling import scaling
+    from vmoe.cli.benchmark_serve import serve
 
     options.device = choose_device(options.device)
     torch.manual_seed(options.seed)
@@ -106,6 +118,8 @@ def _benchmark(argv: list[str]) -> int:
             benchmark_jobs.model(options, results)
         elif options.job == "data":
             benchmark_jobs.data(options, rest, results)
+        elif options.job == "serve":
+            serve(options, results)
         else:
             scaling(options, results)
     except DeviceLost as error:
@@ -118,10 +132,11 @@ def _benchmark(argv: list[str]) -> int:
 def command_line() -> argparse.ArgumentParser:
     """The parser of `vmoe benchmark`; what it does not know may be options of a config, for `data`."""
     parser = new_parser("benchmark", _DESCRIPTION)
-    jobs = parser.add_subparsers(dest="job", metavar="layer|model|data|scaling", required=True)
+    jobs = parser.add_subparsers(dest="job", metavar="layer|model|data|serve|scaling", required=True)
     _add_layer(_new_job(jobs, "layer", "one MoE layer beside timm's dense Mlp", _LAYER))
     _add_model(_new_job(jobs, "model", "V-MoEs beside their dense twin", _MODEL))
     _add_data(_new_job(jobs, "data", "the data pipeline of a config beside its model", _DATA))
+    _add_serve(_new_job(jobs, "serve", "a running server under load", _SERVE))
     _add_scaling(_new_job(jobs, "scaling", "trainings in one process and in many", _SCALING))
     return parser
 
@@ -187,6 +202,13 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     add("--pipelines", nargs="+", choices=pipelines, default=pipelines, help="default: workers device")
     add("--shards", metavar="DIR", help="also the same images as tar shards of this folder (see make-shards)")
     add("--seconds", type=float, default=5.0, help="of counting for each figure (default: %(default)s)")
+
+
+def _add_serve(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--url", default="http://127.0.0.1:8000", help="of the server (default: %(default)s)")
+    add("--clients", nargs="+", type=_count, default=[1, 8, 64], metavar="N", help="at a time (default: 1 8 64)")
+    add("--requests", type=_count, default=1000, metavar="N", help="for each figure (default: %(default)s)")
 
 
 def _add_scaling(parser: argparse.ArgumentParser) -> None:

@@ -6,12 +6,12 @@ Then the V-MoE for CIFAR-10 that comes with the project draws where its experts 
 from pathlib import Path
 
 from PIL import Image
-from sklearn.datasets import load_sample_image
 
 from vmoe.cli import evaluate, heatmap, train
 from vmoe.cli.common import run
 from vmoe.data.config import DataConfig
 from vmoe.data.datasets import load_splits
+from vmoe.data.photographs import PHOTOGRAPHS, load_photograph
 from vmoe.files import atomic_write
 
 CONFIG = Path("configs/digits.yaml")
@@ -19,8 +19,8 @@ RUN = Path("runs/digits")
 PICTURES = RUN / "pictures"
 HEATMAPS = RUN / "heatmaps"
 SHIPPED = Path("assets/models/cifar10_small.safetensors")
-PHOTOGRAPHS = RUN / "photographs"
-PHOTOGRAPH_MAPS = PHOTOGRAPHS / "maps"
+PHOTOGRAPH_FOLDER = RUN / "photographs"
+PHOTOGRAPH_MAPS = PHOTOGRAPH_FOLDER / "maps"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -63,9 +63,9 @@ def _write_pictures() -> list[str]:
 
 def _write_photographs() -> list[str]:
     paths = []
-    for name in ("china.jpg", "flower.jpg"):
-        path = PHOTOGRAPHS / Path(name).with_suffix(".png")
+    for name in PHOTOGRAPHS:
+        path = PHOTOGRAPH_FOLDER / Path(name).with_suffix(".png")
         with atomic_write(path) as temporary:
-            Image.fromarray(load_sample_image(name)).save(temporary)
+            Image.fromarray(load_photograph(name)).save(temporary)
         paths.append(str(path))
     return paths

@@ -16,6 +16,8 @@ JOBS = {
     "benchmark": "measure layers, whole models and the data pipeline on this machine",
     "plan": "predict memory and time of a config on many GPUs",
     "predict": "name what is in pictures, with a checkpoint or an exported model",
+    "serve": "answer over HTTP what is in pictures",
+    "demo-page": "write a page that runs a V-MoE in the browser",
     "export": "write a checkpoint as a file or program to share: safetensors, ONNX, torch.export, for timm",
     "prune": "drop or merge experts, and tell what that costs",
     "distill": "train a dense student of a V-MoE",

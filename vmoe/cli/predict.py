@@ -68,6 +68,7 @@ def _answer(
 ) -> list[dict[str, Any]]:
     """The answers for those files that are images; the others' errors go to `damaged`."""
     from vmoe.data import load_image
+    from vmoe.export.predictor import most_probable
 
     images, kept = [], []
     for path in paths:
@@ -79,17 +80,12 @@ def _answer(
     if not images:
         return []
     answers = [
-        {"file": str(path), "predictions": _best(row, predictor.class_names, options.top)}
+        {"file": str(path), "predictions": most_probable(row, predictor.class_names, options.top)}
         for path, row in zip(kept, predictor.probabilities(images), strict=True)
     ]
     if options.routing:
         answers[0]["routing"] = _routing(predictor, images[0])
     return answers
-
-
-def _best(probabilities: "np.ndarray", names: list[str], count: int) -> list[dict[str, Any]]:
-    order = (-probabilities).argsort(kind="stable")[:count]
-    return [{"class": names[index], "probability": float(probabilities[index])} for index in order]
 
 
 def _routing(predictor: "Predictor", image: "np.ndarray") -> dict[str, list[float]]:

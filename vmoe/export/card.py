@@ -9,9 +9,14 @@ from typing import Any
 import yaml
 
 import vmoe
+from vmoe.analysis.heatmap import route_image
+from vmoe.analysis.heatmap_figure import PANEL, draw_layer, draw_overview
+from vmoe.analysis.style import Page
 from vmoe.checkpoints import Checkpoint, RunFolder
+from vmoe.data.photographs import CREDIT, PHOTOGRAPHS, load_photograph
 from vmoe.models.cost import count_parameters, flops_per_image
 
+PICTURE = "routing.png"
 _TEMPLATE = """\
 ---
 tags:
@@ -67,6 +72,28 @@ Written by vmoe {version}.
 """
 
 
+_PICTURE = f"""\
+![Which expert takes which patch of a photograph]({PICTURE})
+
+*Which expert takes which patch, layer by layer; {CREDIT}.*
+
+"""
+
+
+def draw_routing(checkpoint: Checkpoint) -> Page:
+    """The card's picture: where a V-MoE sends the patches of a sample photograph."""
+    name = PHOTOGRAPHS[0]
+    prepared = checkpoint.image_size, checkpoint.mean, checkpoint.std
+    image = route_image(checkpoint.model, load_photograph(name), *prepared, PANEL)
+    layers = list(image.layers)
+    predicted = f"predicted: {checkpoint.class_names[image.predicted]} ({image.probabilities.max():.0%})"
+    if len(layers) == 1:
+        title = f"Which expert takes which patch of {name}"
+        return draw_layer(image, layers[0], title, f"{predicted} · {layers[0]}", [CREDIT])
+    title = f"Which expert takes which patch of {name}, layer by layer"
+    return draw_overview(image, layers, title, f"{predicted} · first choices in {len(layers)} MoE layers", [CREDIT])
+
+
 def model_card(checkpoint: Checkpoint, source: str | Path, license: str | None) -> str:
     """README.md of a shared model.
 
@@ -96,7 +123,7 @@ def model_card(checkpoint: Checkpoint, source: str | Path, license: str | None) 
         steps=checkpoint.step,
         seed=config["seed"],
         accuracy="unknown: the run left no summary.json" if accuracy is None else f"{accuracy:.2%} (one run)",
-        routing=_routing(Path(source)),
+        routing=_routing(checkpoint, Path(source)),
         recipe=yaml.safe_dump(config, sort_keys=False),
         license=f"The weights: {license}." if license else "The owner of the weights has not named one.",
         version=vmoe.__version__,
@@ -124,7 +151,14 @@ def _metrics(source: Path) -> dict[str, Any]:
     return {}
 
 
-def _routing(source: Path) -> str:
+def _routing(checkpoint: Checkpoint, source: Path) -> str:
+    """The picture of a V-MoE, and each expert's load in the last epoch where the run wrote it."""
+    parts = [_PICTURE] if vmoe.moe_layers(checkpoint.model) else []
+    parts += _loads(source)
+    return "".join(["## Routing\n\n", *parts]) if parts else ""
+
+
+def _loads(source: Path) -> list[str]:
     """Each expert's load in the last epoch, as a table; nothing where the run did not write it."""
     with suppress(OSError, StopIteration):
         rows = list(csv.DictReader(RunFolder(source).metrics.read_text(encoding="utf-8").splitlines()))
@@ -138,5 +172,5 @@ def _routing(source: Path) -> str:
         experts = max(map(len, loads.values()))
         head = [f"| layer | {' | '.join(f'expert {index}' for index in range(experts))} |", f"|---{'|---' * experts}|"]
         told = "Load of each expert in the last epoch, 1 being its fair share."
-        return "\n".join(["## Routing", "", told, "", *head, *lines, "", ""])
-    return ""
+        return ["\n".join([told, "", *head, *lines, "", ""])]
+    return []

@@ -2,7 +2,7 @@
 `vmoe` is imported.
 
 The folder holds config.json (timm's, with the MoE settings in `model_args`), model.safetensors (which every tool of
-this package opens, too) and README.md, the model card.
+this package opens, too), README.md, the model card, and for a V-MoE routing.png, its picture.
 """
 
 import json
@@ -16,10 +16,11 @@ from torch import nn
 
 from vmoe.checkpoints import Checkpoint, load_checkpoint, timm_arguments
 from vmoe.errors import UserError
-from vmoe.export.card import model_card
+from vmoe.export.card import PICTURE, draw_routing, model_card
 from vmoe.export.shared_weights import write_safetensors
 from vmoe.files import replace
 from vmoe.models.registry import ON_BACKBONE
+from vmoe.moe import moe_layers
 
 WEIGHTS = "model.safetensors"
 
@@ -47,6 +48,8 @@ def write_hub_folder(path: str | Path, source: str | Path, license: str | None =
             write_safetensors(folder / WEIGHTS, source)
             _write_config(folder, checkpoint)
             (folder / "README.md").write_text(model_card(checkpoint, source, license), encoding="utf-8")
+            if moe_layers(checkpoint.model):
+                draw_routing(checkpoint).save(folder / PICTURE)
             for file in folder.iterdir():
                 file.chmod(0o644)  # to be read by anyone
             replace(folder, path)

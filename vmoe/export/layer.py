@@ -26,13 +26,16 @@ from vmoe.moe.slot_routers import slots_per_expert
 MakeLinear = Callable[[Tensor, Tensor | None], nn.Module]
 
 
-def exportable_copy(model: nn.Module, make_linear: MakeLinear | None = None) -> nn.Module:
+def exportable_copy(
+    model: nn.Module, make_linear: MakeLinear | None = None, layer_type: "type[ExportedMoe] | None" = None
+) -> nn.Module:
     """A copy of a model on the CPU, in float32 and evaluation mode, whose MoE layers can be exported.
 
     Args:
         model: Any timm model, sparse or dense; it is left as it is.
         make_linear: Makes an expert's layer from its weight (out, in) and bias (out,) or None; when not given,
             `torch.nn.Linear`.
+        layer_type: What MoE layers become; when not given, `ExportedMoe`.
 
     Raises:
         ValueError: A layer's routing cannot be exported.
@@ -43,7 +46,7 @@ def exportable_copy(model: nn.Module, make_linear: MakeLinear | None = None) -> 
             raise ValueError(f"{name}: {reason}")
     copied = copy.deepcopy(model).cpu().float().eval()
     for name, layer in moe_layers(copied):
-        exported = ExportedMoe(layer, make_linear or plain_linear)
+        exported = (layer_type or ExportedMoe)(layer, make_linear or plain_linear)
         for key, hook in layer._forward_pre_hooks.items():  # token masks of padded images
             exported.register_forward_pre_hook(hook, with_kwargs=key in layer._forward_pre_hooks_with_kwargs)
         copied.set_submodule(name, exported)
@@ -109,7 +112,10 @@ class ExportedMoe(nn.Module):
             weights_GSE, is_taken_GSE = self._expert_choice(x_TD, groups, valid_GS)
         else:
             weights_GSE, is_taken_GSE = self._token_choice(self.router(x_TD, groups, valid_GS))
-        weights_TE, is_taken_TE = weights_GSE.flatten(0, 1), is_taken_GSE.flatten(0, 1)
+        return self._by_experts(x_TD, weights_GSE.flatten(0, 1), is_taken_GSE.flatten(0, 1))
+
+    def _by_experts(self, x_TD: Tensor, weights_TE: Tensor, is_taken_TE: Tensor) -> Tensor:
+        """The weighted sum of what each expert makes of the tokens it takes, (T, O)."""
         y_TO = x_TD.new_zeros(x_TD.shape[0], self.out_features)
         for index, expert in enumerate(self.experts):
             (token_R,) = torch.where(is_taken_TE[:, index])
@@ -122,14 +128,15 @@ class ExportedMoe(nn.Module):
         """The combine weights (G, S, E), and which tokens each expert runs on."""
         is_kept_GSK = torch.ones_like(routing.chosen_GSK, dtype=torch.bool)
         if self.config.eval_capacity_factor is not None:
-            is_kept_GSK = slots_in_flow(routing, self.config.batch_priority) < self._capacity(routing.groups.size)
+            is_kept_GSK = slots_in_flow(routing, self.config.batch_priority) < self.capacity(routing.groups.size)
         if routing.valid_GS is not None:
             is_kept_GSK = is_kept_GSK & routing.valid_GS[..., None]
         no_GSE = torch.zeros_like(routing.gates_GSE)
         weights_GSE = no_GSE.scatter(-1, routing.chosen_GSK, routing.weights_GSK)
         return weights_GSE, no_GSE.scatter(-1, routing.chosen_GSK, is_kept_GSK.to(no_GSE.dtype)) > 0
 
-    def _capacity(self, tokens: int) -> int:
+    def capacity(self, tokens: int) -> int:
+        """C, the places of an expert for an image of so many tokens, where the layer has a bound."""
         moe = self.config
         rounding = (moe.capacity_rounding, moe.capacity_multiple_of)
         return min(tokens, expert_capacity(tokens * moe.top_k, moe.num_experts, moe.eval_capacity_factor, *rounding))

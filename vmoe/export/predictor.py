@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,6 +48,12 @@ class Predictor:
         if not logits.isfinite().all():
             raise UserError("MODEL: gives logits that are not finite; its training probably diverged")
         return logits.softmax(-1).numpy()
+
+
+def most_probable(probabilities: np.ndarray, names: list[str], count: int) -> list[dict[str, Any]]:
+    """The `count` most probable classes of (classes,), best first, as plain types; of equal ones the earlier first."""
+    order = (-probabilities).argsort(kind="stable")[:count]
+    return [{"class": names[index], "probability": float(probabilities[index])} for index in order]
 
 
 def load_predictor(path: str | Path, device: torch.device) -> Predictor:

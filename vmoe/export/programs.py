@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -96,18 +96,18 @@ def convert(
     """
     program = trace(model, image_size, name)
     try:
-        with _quiet():
+        with quiet():
             return _WRITERS[format](file, program, metadata), load_program(file, format)
     except OSError:
         raise
     except Exception as error:  # exporters raise many types
-        if format == "onnx" and _make_attention_plain(model):
+        if format == "onnx" and make_attention_plain(model):
             return convert(file, format, model, image_size, metadata, name)
-        reason = f"{type(model).__name__} cannot be exported as {format}: {_reason(error)}"
+        reason = f"{type(model).__name__} cannot be exported as {format}: {reason_of(error)}"
         raise UserError(f"{name}: {reason}") from error
 
 
-def _make_attention_plain(model: nn.Module) -> bool:
+def make_attention_plain(model: nn.Module) -> bool:
     """Has timm's attentions multiply matrices; whether any did not. ONNX knows fused attention on four axes only."""
     fused = [module for module in model.modules() if getattr(module, "fused_attn", False)]
     for module in fused:
@@ -140,13 +140,13 @@ def trace(model: nn.Module, image_size: int, name: str) -> ExportedProgram:
     """
     images = torch.zeros(2, 3, image_size, image_size)
     try:
-        with _quiet():
+        with quiet():
             return torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
     except Exception as error:  # the tracer raises many types
-        raise UserError(f"{name}: {type(model).__name__} cannot be exported: {_reason(error)}") from error
+        raise UserError(f"{name}: {type(model).__name__} cannot be exported: {reason_of(error)}") from error
 
 
-def _reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
     """The first line of what an error was caused by."""
     while error.__cause__ is not None:
         error = error.__cause__
@@ -206,9 +206,17 @@ def _noise(batch: int, image_size: int) -> Tensor:
     return torch.randn(batch, 3, image_size, image_size, generator=torch.Generator().manual_seed(batch))
 
 
-def _write_onnx(file: Path, program: ExportedProgram, metadata: dict[str, Any]) -> dict[str, Any]:
-    names = {"input_names": ["images"], "output_names": ["logits"]}
-    exported = torch.onnx.export(program, (), dynamo=True, opset_version=OPSET, verbose=False, **names)
+def write_onnx(
+    file: Path,
+    program: ExportedProgram,
+    metadata: dict[str, Any],
+    inputs: Sequence[str] = ("images",),
+    outputs: Sequence[str] = ("logits",),
+) -> dict[str, Any]:
+    """Writes a traced program as ONNX, with `metadata` and the names of its inputs and outputs; tells the opset."""
+    names = {"input_names": inputs, "output_names": outputs}
+    with quiet():
+        exported = torch.onnx.export(program, (), dynamo=True, opset_version=OPSET, verbose=False, **names)
     exported.model.metadata_props[METADATA] = json.dumps(metadata)
     weights = sum(value.const_value.nbytes for value in exported.model.graph.initializers.values())
     exported.save(file, external_data=weights > LARGEST_PROTOBUF)
@@ -226,7 +234,7 @@ def _write_aoti(file: Path, program: ExportedProgram, metadata: dict[str, Any]) 
     return {}
 
 
-_WRITERS = {"onnx": _write_onnx, "torch-export": _write_torch_export, "aoti": _write_aoti}
+_WRITERS = {"onnx": write_onnx, "torch-export": _write_torch_export, "aoti": _write_aoti}
 
 
 def _versions(format: str) -> dict[str, str]:
@@ -250,7 +258,7 @@ def _folder_beside(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without what exporters print about their own internals."""
     with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")

@@ -1,0 +1,134 @@
+"""A running `vmoe serve` under load: many clients that each ask again as soon as they are answered."""
+
+import http.client
+import io
+import os
+import threading
+import time
+from typing import NamedTuple
+from urllib.parse import urlsplit
+
+import numpy as np
+from PIL import Image
+
+from vmoe.bench.report import Column, Row
+from vmoe.data.photographs import PHOTOGRAPHS, load_photograph
+from vmoe.errors import UserError
+
+COLUMNS = (
+    Column("uploads", "uploads"),
+    Column("clients", "clients"),
+    Column("requests", "requests"),
+    Column("answered", "answered"),
+    Column("lost", "lost"),
+    Column("requests/s", "rate", ".1f"),
+    Column("p50 ms", "p50_ms", ".1f"),
+    Column("p99 ms", "p99_ms", ".1f"),
+)
+_BORDER = "vmoe-upload"
+
+
+class Target(NamedTuple):
+    """A server: its host, port and the key that it asks for."""
+
+    host: str
+    port: int
+    key: str
+
+
+def find_target(url: str) -> Target:
+    """The server at `url`, with the key of VMOE_API_KEY.
+
+    Raises:
+        UserError: the address is none, or nobody there is ready.
+    """
+    parts = urlsplit(url)
+    try:
+        target = Target(parts.hostname or "", parts.port or 80, os.environ.get("VMOE_API_KEY", ""))
+        connection = http.client.HTTPConnection(target.host, target.port, timeout=10)
+        connection.request("GET", "/health")
+        status = connection.getresponse().status
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise UserError(f"--url {url}: no server answers there ({error}); start one by vmoe serve") from error
+    if parts.scheme != "http" or status != 200:
+        raise UserError(f"--url {url}: is no http address of a server that is ready; see its /health")
+    return target
+
+
+def photograph() -> bytes:
+    """A JPEG of 640 x 427 pixels."""
+    content = io.BytesIO()
+    Image.fromarray(load_photograph(PHOTOGRAPHS[0])).save(content, "JPEG", quality=90)
+    return content.getvalue()
+
+
+def damaged(content: bytes, count: int, seed: int) -> list[bytes]:
+    """Copies of an image, each cut off at random and with bytes of its rest changed."""
+    random = np.random.default_rng(seed)
+    whole, copies = np.frombuffer(content, np.uint8), []
+    for _ in range(count):
+        copy = whole[: random.integers(1, len(whole))].copy()
+        copy[random.integers(0, len(copy), 10)] ^= random.integers(1, 256, 10, dtype=np.uint8)
+        copies.append(copy.tobytes())
+    return copies
+
+
+def measure(target: Target, uploads: list[bytes], clients: int, expected: range) -> Row:
+    """Sends each upload once, spread over the clients.
+
+    Args:
+        target: The server.
+        uploads: Contents of image files.
+        clients: Who ask at a time, each over a connection of its own.
+        expected: The statuses that count as answered; whatever else there is is lost.
+
+    Returns:
+        Requests, how many were answered and lost, answers a second, and the median and 99th percentile of a request's
+        time in ms.
+    """
+    seconds: list[float] = []
+    statuses: list[int] = []
+    waiting = iter(uploads)
+    lock = threading.Lock()
+
+    def work() -> None:
+        connection = http.client.HTTPConnection(target.host, target.port, timeout=60)
+        while True:
+            with lock:
+                upload = next(waiting, None)
+            if upload is None:
+                return connection.close()
+            start = time.perf_counter()
+            status = _ask(connection, target.key, upload)
+            with lock:
+                seconds.append(time.perf_counter() - start)
+                statuses.append(status)
+
+    threads = [threading.Thread(target=work) for _ in range(clients)]
+    start = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    wall = time.perf_counter() - start
+    answered = sum(status in expected for status in statuses)
+    p50, p99 = np.percentile(seconds, [50, 99]) * 1e3
+    return {
+        "clients": clients, "requests": len(uploads), "answered": answered, "lost": len(uploads) - answered,
+        "rate": answered / wall, "p50_ms": float(p50), "p99_ms": float(p99),
+    }  # fmt: skip
+
+
+def _ask(connection: http.client.HTTPConnection, key: str, upload: bytes) -> int:
+    """The status of an answer; 0 for none."""
+    head = f'--{_BORDER}\r\nContent-Disposition: form-data; name="image"; filename="upload"\r\n\r\n'
+    body = head.encode() + upload + f"\r\n--{_BORDER}--\r\n".encode()
+    headers = {"Content-Type": f"multipart/form-data; boundary={_BORDER}", "X-API-Key": key}
+    try:
+        connection.request("POST", "/predict", body, headers)
+        answer = connection.getresponse()
+        answer.read()
+    except (OSError, http.client.HTTPException):
+        connection.close()  # the next request opens it anew
+        return 0
+    return answer.status

@@ -1,0 +1,51 @@
+"""`vmoe demo-page`: a V-MoE to try in the browser."""
+
+import argparse
+from pathlib import Path
+
+from vmoe.cli.common import run
+from vmoe.cli.options import new_parser
+
+_DESCRIPTION = """\
+Writes a folder whose index.html runs a V-MoE in the browser, from disk or any static host, without a network: drop a
+picture, see the answer and which expert takes which patch, layer by layer; change the capacity, switch experts off, and
+see the answer change. MODEL is a checkpoint, a run's folder, a safetensors file or a folder for timm
+(pip install 'vmoe[export]').
+
+The page holds ONNX Runtime Web, which npm fetches unless --runtime names its package.
+
+  vmoe demo-page assets/models/cifar10_small.safetensors --out demo
+  vmoe demo-page runs/mine --out demo --images photos/ --runtime onnxruntime-web-1.30.0.tgz
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the job with `argv`; returns its exit code."""
+    return run(_demo_page, argv)
+
+
+def _demo_page(argv: list[str]) -> None:
+    options = _parser().parse_args(argv)
+    # Imported here, so that --help and a mistyped option answer at once.
+    from vmoe.analysis.heatmap import find_images
+    from vmoe.data import load_image
+    from vmoe.data.photographs import CREDIT, PHOTOGRAPHS, load_photograph
+    from vmoe.export.demo_page import write_demo_page
+
+    if options.images:
+        pictures, credit = {path.name: load_image(path) for path in find_images(options.images)}, None
+    else:
+        pictures, credit = {name: load_photograph(name) for name in PHOTOGRAPHS}, CREDIT
+    write_demo_page(options.out, options.model, pictures, options.runtime, credit)
+    size = sum(file.stat().st_size for file in options.out.iterdir())
+    print(f"{options.out / 'index.html'}: open it in a browser; the folder has {size / 2**20:.1f} MiB")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = new_parser("demo-page", _DESCRIPTION)
+    add = parser.add_argument
+    add("model", metavar="MODEL", type=Path, help="a checkpoint, a folder or a safetensors file")
+    add("--out", type=Path, required=True, metavar="DIR", help="the folder to write")
+    add("--images", nargs="+", metavar="FILE", help="what the page offers (default: two photographs of scikit-learn)")
+    add("--runtime", type=Path, metavar="TGZ", help="the npm package onnxruntime-web, as a .tgz or unpacked")
+    return parser

@@ -1,0 +1,64 @@
+"""`vmoe serve`: a model that answers over HTTP."""
+
+import argparse
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+from vmoe.cli.common import run
+from vmoe.cli.options import choose_device, count, new_parser
+from vmoe.errors import UserError
+
+_DESCRIPTION = """\
+Answers over HTTP what is in pictures, in batches of the requests that wait (pip install 'vmoe[serve]'). MODEL is what
+`vmoe predict` takes. Only this machine reaches it unless --host says otherwise. Where the environment holds
+VMOE_API_KEY, requests must send it in the header X-API-Key. Ctrl-C or SIGTERM stops it after the last answer.
+
+  vmoe serve assets/models/cifar10_small.safetensors
+  curl -F image=@photo.jpg http://127.0.0.1:8000/predict
+  curl -F image=@photo.jpg -F top=1 -F routing=true http://127.0.0.1:8000/predict
+  curl http://127.0.0.1:8000/health
+
+JSON is taken too, with the image's bytes in base64: {"image": "...", "top": 1, "routing": true}. A bad request is
+answered by {"detail": "..."} with its status.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the job with `argv`; returns its exit code."""
+    return run(_serve, argv)
+
+
+def _serve(argv: list[str]) -> None:
+    options = _parser().parse_args(argv)
+    for package in ("litserve", "multipart"):
+        if importlib.util.find_spec(package) is None:
+            raise UserError("vmoe serve needs litserve and python-multipart: pip install 'vmoe[serve]'")
+    from vmoe.export.serving import KEY_VARIABLE, serve
+
+    if options.host != "127.0.0.1" and not os.environ.get(KEY_VARIABLE):
+        print(f"--host {options.host}: whoever reaches this machine may ask; set {KEY_VARIABLE}", file=sys.stderr)
+    device = choose_device(options.device)
+    max_bytes = options.max_upload * 2**20
+    print(f"http://{options.host}:{options.port}/predict; /health tells when it is ready; Ctrl-C stops it", flush=True)
+    serve(options.model, device, options.host, options.port, options.max_batch, max_bytes)
+
+
+def _port(text: str) -> int:
+    if not (text.isdecimal() and len(text) < 6 and 1024 <= int(text) <= 65535):
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 1024 to 65535")
+    return int(text)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = new_parser("serve", _DESCRIPTION)
+    add = parser.add_argument
+    add("model", metavar="MODEL", type=Path, help="a checkpoint, a folder, a safetensors or ONNX file")
+    hosts = ("127.0.0.1", "0.0.0.0", "::")
+    add("--host", choices=hosts, default=hosts[0], help="where to listen (default: %(default)s, this machine alone)")
+    add("--port", type=_port, default=8000, help="default: %(default)s")
+    add("--max-batch", type=count, default=32, metavar="B", help="images at once (default: %(default)s)")
+    add("--max-upload", type=count, default=10, metavar="MIB", help="of a request (default: %(default)s)")
+    add("--device", default="auto", help="cpu, cuda, ... (default: auto)")
+    return parser

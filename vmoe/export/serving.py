@@ -1,0 +1,162 @@
+"""A model as an HTTP service on LitServe: uploads are checked one by one, answered in batches of those that wait.
+
+Nothing is dropped at evaluation, so an answer does not depend on who else is in its batch; models of which that is not
+true are refused.
+"""
+
+import logging
+import multiprocessing
+import os
+import secrets
+import signal
+import socket
+from pathlib import Path
+from typing import Annotated, Any
+
+import litserve
+import numpy as np
+import torch
+from fastapi import Depends, Header, HTTPException, Request
+from litserve.loops import BatchedLoop
+
+import vmoe
+from vmoe.analysis.heatmap import describe_layer, patch_part, route_image
+from vmoe.errors import UserError
+from vmoe.export.layer import why_not_exportable
+from vmoe.export.predictor import Predictor, load_predictor, most_probable
+from vmoe.export.uploads import Upload, UploadReader, read_upload
+
+KEY_VARIABLE = "VMOE_API_KEY"
+BATCH_WAIT = 0.002  # seconds in which others may join a batch
+
+
+class ModelService(litserve.LitAPI):
+    """Answers uploads by a model, which each worker opens for itself.
+
+    Args:
+        path: What `load_predictor` opens.
+        device: Where the model runs.
+        max_batch: Images at once.
+    """
+
+    def __init__(self, path: Path, device: torch.device, max_batch: int) -> None:
+        # LitServe's choice of a loop would call `predict` with a lone upload where `max_batch` is 1.
+        super().__init__(max_batch_size=max_batch, batch_timeout=BATCH_WAIT, loop=BatchedLoop())
+        self.path, self.runs_on = path, device
+        self.predictor: Predictor | None = None
+
+    def setup(self, device: str) -> None:
+        """Opens the model in a worker, which Ctrl-C in the terminal does not end before its last answer."""
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        self.predictor = load_predictor(self.path, self.runs_on)
+
+    def authorize(self, request: Request, x_api_key: Annotated[str, Header()] = "") -> None:
+        """Refuses who does not send the key that the environment asks for; /health is open."""
+        key = os.environ.get(KEY_VARIABLE, "")
+        if key and request.url.path != "/health" and not secrets.compare_digest(x_api_key.encode(), key.encode()):
+            raise HTTPException(401, "X-API-Key: this header must hold the server's key")
+
+    def decode_request(self, request: Annotated[Upload, Depends(read_upload)]) -> Upload:
+        """Passes on what `read_upload` made of the request, in the process that took it."""
+        return request
+
+    def batch(self, inputs: list[Upload]) -> list[Upload]:
+        """Leaves them as they are: `predict` stacks them."""
+        return inputs
+
+    def predict(self, uploads: list[Upload]) -> list[dict[str, Any]]:
+        """The answers to a batch."""
+        names = self.predictor.class_names
+        rows = self.predictor.probabilities([upload.pixels for upload in uploads])
+        answers = [
+            {"predictions": most_probable(row, names, upload.top)} for upload, row in zip(uploads, rows, strict=True)
+        ]
+        for upload, answer in zip(uploads, answers, strict=True):
+            if upload.routing:
+                answer["routing"] = _routing(self.predictor, upload.pixels)
+        return answers
+
+
+def serve(path: Path, device: torch.device, host: str, port: int, max_batch: int, max_bytes: int) -> None:
+    """Serves a model until the process is told to stop (SIGINT, SIGTERM), which it does after the last answer.
+
+    Args:
+        path: What `load_predictor` opens.
+        device: Where the model runs.
+        host: The address to listen at: "127.0.0.1", "0.0.0.0" or "::".
+        port: 1024 to 65535.
+        max_batch: Images at once, at most.
+        max_bytes: Of a request, at most.
+
+    Raises:
+        UserError: the model cannot be opened or answers by who else is in its batch, the port is taken, or the worker
+            cannot start.
+    """
+    reader, about = _opened(path)
+    _check_port(host, port)
+    server = litserve.LitServer(
+        ModelService(path, device, max_batch),
+        accelerator=device.type,
+        devices=1,
+        model_metadata=about,
+        max_payload_size=max_bytes,
+        disable_openapi_url=True,
+    )
+    server.app.state.uploads = reader
+    _stop_on_signals()
+    try:
+        server.run(host=host, port=port, log_level="warning", generate_client_file=False)
+    except RuntimeError as error:
+        raise UserError(f"{path}: the worker could not open it on {device}; its reason stands above") from error
+    except (EOFError, ConnectionError) as error:  # so LitServe ends when a worker has died
+        raise UserError(f"{path}: the worker on {device} died; had it enough memory?") from error
+    finally:
+        for child in multiprocessing.active_children():  # where it was stopped while it started
+            child.terminate()
+
+
+def _stop_on_signals() -> None:
+    """Has SIGTERM stop LitServe as Ctrl-C does, and the process that takes requests leave without a traceback."""
+    main = os.getpid()
+
+    def stop(*_: Any) -> None:
+        logging.getLogger("litserve").setLevel(logging.CRITICAL)  # its watch of the workers falls over what is gone
+        raise KeyboardInterrupt if os.getpid() == main else SystemExit(0)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+
+
+def _opened(path: Path) -> tuple[UploadReader, dict[str, Any]]:
+    """What checks a model's uploads, and what there is to tell of it. The model itself is the workers'."""
+    predictor = load_predictor(path, torch.device("cpu"))
+    layers = vmoe.moe_layers(predictor.model) if predictor.model is not None else []
+    for name, layer in layers:
+        if reason := why_not_exportable(layer):
+            raise UserError(f"{path}: cannot be served: {name}: {reason}")
+    silent = None if layers else "a dense model has no experts"
+    if predictor.model is None:
+        silent = "a program does not tell its routing; serve the checkpoint it was made from"
+    classes, size = predictor.class_names, predictor.image_size
+    return UploadReader(size, len(classes), silent), {"classes": classes, "image_size": size, "vmoe": vmoe.__version__}
+
+
+def _check_port(host: str, port: int) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise UserError(f"--port {port}: {error.strerror} on {host}; choose another") from error
+
+
+def _routing(predictor: Predictor, pixels: np.ndarray) -> dict[str, Any]:
+    """For each MoE layer: the patch grid, each expert's share of the choices, and the first choice of each patch."""
+    routed = route_image(predictor.model, pixels, predictor.image_size, predictor.mean, predictor.std)
+    answer = {}
+    for name, layer in routed.layers.items():
+        told = describe_layer(layer)
+        first = patch_part(layer).chosen[0, :, 0].reshape(layer.grid).tolist()
+        answer[name] = {"grid": told["grid"], "choice_share": told["choice_share"], "first_choice": first}
+    return answer

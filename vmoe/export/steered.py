@@ -1,0 +1,168 @@
+"""A V-MoE as an ONNX program that tells its routing and lets it be changed: what the demo page runs.
+
+L MoE layers; B images of N tokens; G groups, which are images, of S = N tokens; E experts; K choices a token.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vmoe.analysis.recording import LayerRouting, record_routing
+from vmoe.checkpoints import Checkpoint
+from vmoe.errors import UserError
+from vmoe.export.layer import ExportedMoe, MakeLinear, exportable_copy, plain_linear, slots_in_flow
+from vmoe.export.programs import TOLERANCE, describe, make_attention_plain, quiet, reason_of, write_onnx
+from vmoe.moe import MoeMlp, moe_layers
+from vmoe.moe.groups import Groups
+from vmoe.moe.routers import token_choice
+
+ROUTERS = ("token_choice", "cosine")
+INPUTS = ("images", "bias", "capacity_factor")
+OFF = -1e9  # added to the score of an expert that is switched off: its gate is 0
+
+
+class SteeredMoe(ExportedMoe):
+    """A MoE layer whose experts can be switched off and whose capacity is an argument.
+
+    Attributes:
+        controls: "bias_E", added to the router's scores, and "capacity_factor" (), for the next call.
+        told: Of the last call: gates (G, S, E), chosen experts (G, S, K), and which choices found room (G, S, K).
+    """
+
+    def __init__(self, layer: MoeMlp, make_linear: MakeLinear) -> None:
+        super().__init__(layer, make_linear)
+        self.controls: dict[str, Tensor] = {}
+        self.told: list[Tensor] = []
+
+    def _routed(self, x_TD: Tensor, groups: Groups, valid_GS: Tensor | None) -> Tensor:
+        moe = self.config
+        scores_GSE = groups.split(self.router.scores(x_TD)[0] + self.controls["bias_E"])
+        routing = token_choice(scores_GSE, scores_GSE, groups, moe.top_k, moe.renormalize, valid_GS)
+        places = self.controls["capacity_factor"] * (groups.size * moe.top_k / moe.num_experts)
+        # so much less than a place that rounding adds none
+        is_kept_GSK = slots_in_flow(routing, moe.batch_priority).to(places.dtype) < places - 1e-3
+        no_GSE = torch.zeros_like(routing.gates_GSE)
+        weights_GSE = no_GSE.scatter(-1, routing.chosen_GSK, routing.weights_GSK)
+        is_taken_GSE = no_GSE.scatter(-1, routing.chosen_GSK, is_kept_GSK.to(no_GSE.dtype)) > 0
+        self.told[:] = [routing.gates_GSE, routing.chosen_GSK.to(torch.int32), is_kept_GSK.to(torch.int32)]
+        return self._by_experts(x_TD, weights_GSE.flatten(0, 1), is_taken_GSE.flatten(0, 1))
+
+
+class SteeredModel(nn.Module):
+    """A model as a function of images, a bias an expert and a capacity factor a layer.
+
+    Args:
+        model: A V-MoE whose tokens choose experts; it is left as it is.
+
+    Raises:
+        ValueError: it cannot be exported, or has no such layers.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        layers = moe_layers(model)
+        if not layers:
+            raise ValueError("a dense model without experts; give a V-MoE's checkpoint")
+        for name, layer in layers:
+            if layer.config.router not in ROUTERS:
+                raise ValueError(f"{name}: its router is {layer.config.router}; the page knows {', '.join(ROUTERS)}")
+        self.model = exportable_copy(model, layer_type=SteeredMoe)
+        make_attention_plain(self.model)
+        self.names = [name for name, _ in layers]
+
+    def forward(self, images: Tensor, bias_LE: Tensor, capacity_factor_L: Tensor) -> tuple[Tensor, ...]:
+        """Logits (B, classes), then gates (B, N, E), chosen (B, N, K) and kept (B, N, K) of each layer.
+
+        Args:
+            images: (B, 3, size, size), normalised.
+            bias_LE: Added to the routers' scores: 0, or `OFF`.
+            capacity_factor_L: Above 0; from E / K on nothing is dropped.
+        """
+        steered = [self.model.get_submodule(name) for name in self.names]
+        for layer, bias_E, factor in zip(steered, bias_LE.unbind(0), capacity_factor_L.unbind(0), strict=True):
+            layer.controls |= {"bias_E": bias_E, "capacity_factor": factor}
+        logits = self.model(images)
+        told = [part for layer in steered for part in layer.told]
+        for layer in steered:
+            layer.controls.clear()
+            layer.told.clear()
+        return logits, *told
+
+
+def write_steered(path: Path, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Writes a checkpoint as an ONNX program with the inputs and outputs of `SteeredModel`.
+
+    Returns:
+        What its user must know: `describe`'s, and the layers with their grids, E, K and the capacity factor they have.
+
+    Raises:
+        UserError: the model cannot be exported so.
+    """
+    try:
+        steered = SteeredModel(checkpoint.model).eval()
+        layers = _layers(checkpoint)
+        size, experts = checkpoint.image_size, layers[0]["num_experts"]
+        example = torch.zeros(2, 3, size, size), torch.zeros(len(layers), experts), torch.ones(len(layers))
+        batch = torch.export.Dim("batch", min=1)
+        about = {**describe(checkpoint), "layers": layers, "off": OFF}
+        outputs = [f"{part}_{index}" for index in range(len(layers)) for part in ("gates", "chosen", "kept")]
+        with quiet():
+            program = torch.export.export(steered, example, dynamic_shapes=({0: batch}, None, None))
+            write_onnx(path, program, about, list(INPUTS), ["logits", *outputs])
+    except OSError:
+        raise
+    except Exception as error:  # exporters raise many types
+        raise UserError(f"{checkpoint.path}: cannot be shown: {reason_of(error)}") from error
+    _check(path, checkpoint, layers)
+    return about
+
+
+@torch.no_grad()
+def _check(path: Path, checkpoint: Checkpoint, layers: list[dict[str, Any]]) -> None:
+    """Compares the program's logits, as the model was trained, with the model's."""
+    import onnxruntime
+
+    size = checkpoint.image_size
+    images = torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(0))
+    settings = torch.zeros(len(layers), layers[0]["num_experts"]), torch.tensor([e["capacity_factor"] for e in layers])
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    fed = {name: value.numpy() for name, value in zip(INPUTS, (images, *settings), strict=True)}
+    expected = checkpoint.model(images)
+    difference = (torch.from_numpy(session.run(["logits"], fed)[0]) - expected).abs().max()
+    worst = float(difference / expected.abs().max().clamp_min(1))
+    if not worst <= TOLERANCE:  # NaN included
+        raise UserError(f"{checkpoint.path}: logits of its program differ by {worst:.2g}; nothing is written")
+
+
+@torch.no_grad()
+def _layers(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+    model, size = checkpoint.model, checkpoint.image_size
+    with record_routing(model) as trace:
+        model(torch.zeros(1, 3, size, size))
+    layers = dict(moe_layers(model))
+    return [_layer(name, layers[name], routing) for name, routing in trace.layers.items()]
+
+
+def _layer(name: str, layer: MoeMlp, routing: LayerRouting) -> dict[str, Any]:
+    moe, tokens = layer.config, routing.gates.shape[1]
+    order = routing.on_grid(torch.arange(tokens)[None, :, None])
+    return {
+        "name": name,
+        "grid": list(routing.grid),
+        "tokens": tokens,
+        "patches": order.flatten().tolist(),  # the token of each patch, row by row
+        "num_experts": moe.num_experts,
+        "top_k": moe.top_k,
+        "batch_priority": moe.batch_priority,
+        "capacity_factor": layer_factor(layer, tokens),
+    }
+
+
+def layer_factor(layer: MoeMlp, tokens: int) -> float:
+    """The capacity factor by which a layer has, rounded, the places that it has at evaluation; E / K for no drops."""
+    moe = layer.config
+    if moe.eval_capacity_factor is None:
+        return moe.num_experts / moe.top_k
+    return ExportedMoe(layer, plain_linear).capacity(tokens) * moe.num_experts / (tokens * moe.top_k)

@@ -1,0 +1,116 @@
+"""What a client sends to `vmoe serve`, checked: an image as a form's file or in JSON, and what to tell of it."""
+
+import base64
+import json
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+from anyio import CapacityLimiter, to_thread
+from fastapi import HTTPException, Request
+from PIL import Image
+from starlette.datastructures import UploadFile
+
+from vmoe.data.images import decode_image, eval_crop
+from vmoe.errors import UserError
+
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+MAX_PIXELS = 64_000_000  # 184 MiB of RGB, while it is decoded
+_DECODERS = 4  # images decoded at a time
+_TRUTH = {"true": True, "false": False, "1": True, "0": False}
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A checked request.
+
+    Attributes:
+        pixels: (image_size, image_size, 3) uint8, the picture as the model sees it.
+        top: How many classes to name.
+        routing: Whether to tell which experts the patches go to.
+    """
+
+    pixels: np.ndarray
+    top: int
+    routing: bool
+
+
+class UploadReader:
+    """Reads requests; a bad one is answered here, with a status and a line, and never reaches the model.
+
+    Args:
+        image_size: Side of the model's input in pixels.
+        classes: How many the model knows.
+        why_no_routing: A line for who asks for the routing of a model that has none to tell; None where it has.
+    """
+
+    def __init__(self, image_size: int, classes: int, why_no_routing: str | None) -> None:
+        self.image_size, self.classes, self.why_no_routing = image_size, classes, why_no_routing
+        self._limiter = CapacityLimiter(_DECODERS)
+
+    async def __call__(self, request: Request) -> Upload:
+        """Reads one request.
+
+        Raises:
+            HTTPException: 400 for a malformed request, 413 for an image of too many pixels, 415 for what is no image
+                of `FORMATS`, 422 for a damaged one.
+        """
+        fields, content = await _read(request)
+        top, routing = self._top(fields.get("top", 5)), self._routing(fields.get("routing", False))
+        pixels = await to_thread.run_sync(self._decode, content, limiter=self._limiter)
+        return Upload(pixels, top, routing)
+
+    def _decode(self, content: bytes) -> np.ndarray:
+        try:
+            with Image.open(BytesIO(content), formats=FORMATS) as image:  # reads the header alone
+                width, height = image.size
+        except Image.DecompressionBombError as error:
+            raise HTTPException(413, f"image: too many pixels; send at most {MAX_PIXELS:,}") from error
+        except Image.UnidentifiedImageError as error:
+            raise HTTPException(415, f"image: no image of a known format; send one of {', '.join(FORMATS)}") from error
+        except Exception as error:  # on damaged files Pillow's decoders raise nearly any type
+            raise HTTPException(422, "image: its header is damaged; send it again") from error
+        if width * height > MAX_PIXELS:
+            raise HTTPException(413, f"image: too many pixels; send at most {MAX_PIXELS:,}")
+        try:
+            return np.ascontiguousarray(eval_crop(decode_image(BytesIO(content), "image"), self.image_size))
+        except UserError as error:
+            raise HTTPException(422, str(error)) from error
+
+    def _top(self, value: Any) -> int:
+        text = str(value)
+        if isinstance(value, bool) or not (text.isdecimal() and len(text) < 9 and int(text) > 0):
+            raise HTTPException(400, f"top={text[:20]!r}: must be a whole number above 0")
+        return min(int(text), self.classes)
+
+    def _routing(self, value: Any) -> bool:
+        wanted = _TRUTH.get(str(value).lower())
+        if wanted is None:
+            raise HTTPException(400, f"routing={str(value)[:20]!r}: must be true or false")
+        if wanted and self.why_no_routing is not None:
+            raise HTTPException(400, f"routing: {self.why_no_routing}")
+        return wanted
+
+
+async def read_upload(request: Request) -> Upload:
+    """A request as the `UploadReader` of the app's state reads it: a dependency of FastAPI's."""
+    return await request.app.state.uploads(request)
+
+
+async def _read(request: Request) -> tuple[dict[str, Any], bytes]:
+    """The fields of a request, and the content of its image."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == "multipart/form-data":
+        async with request.form(max_files=1, max_fields=8) as form:
+            image = form.get("image")
+            if not isinstance(image, UploadFile):
+                raise HTTPException(400, "image: missing; send the file as the form's field `image`")
+            return dict(form), await image.read()
+    if kind != "application/json":
+        raise HTTPException(415, f"Content-Type {kind[:40]!r}: must be multipart/form-data or application/json")
+    try:
+        fields = json.loads(await request.body())
+        return fields, base64.b64decode(fields["image"], validate=True)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise HTTPException(400, 'the body must be JSON such as {"image": "its bytes in base64"}') from error
