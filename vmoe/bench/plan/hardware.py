@@ -62,13 +62,13 @@ NETWORKS = {
 }
 GPUS_A_MACHINE = 8
 
-# Shares of the published peaks, from the figures of docs/performance.md (one H200, torch 2.11)
-PRODUCTS = 0.77  # 758 of 989 TFLOP/s, the best rate of a ViT's products
-COPY = 0.78  # 3.75 of 4.8 TB/s
+# Shares of the published peaks, fitted to whole steps on one H100 and one H200 (docs/scaling.md), torch 2.11
+PRODUCTS = 0.79  # 758 and 785 of 989 TFLOP/s, the best rate of a ViT's products
+COPY = 0.84  # 3.01 of 3.35 and 3.75 of 4.8 TB/s
 ATTENTION = 0.042  # of the products' published peak: what ViT-B/16's and S/16's steps take beyond all else
 # Of the rate of a copy
-ELEMENTWISE = 0.85  # kernels between products
-ADAMW = 0.73  # the fused update
+ELEMENTWISE = 0.94  # kernels between products
+ADAMW = 0.67  # the fused update
 UNHIDDEN = 0.5  # share of the products' own memory traffic that adds to their time
 # Not measured: what all-reduce and all-to-all usually reach of a link
 NETWORK = 0.8
