@@ -16,6 +16,7 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 import vmoe
 from vmoe.errors import UserError
 from vmoe.moe import set_eval_capacity_factor, set_top_k
+from vmoe.moe.assignment import CapacityError
 
 CALIBRATION_BINS = 15
 
@@ -158,7 +159,7 @@ def evaluate_sweep(
     restored at the end.
 
     Raises:
-        UserError: the model is dense or its tokens do not choose, a K is not possible, or as `evaluate`.
+        UserError: the model is dense or its tokens do not choose, a K or a capacity is not possible, or as `evaluate`.
     """
     own = experts_per_token(model)
     for option, values in (("--capacity-factor", factors), ("--top-k", top_ks)):
@@ -174,7 +175,9 @@ def evaluate_sweep(
                 for factor in factors or (None,):
                     if factor is not None:
                         set_capacity(model, factor)
-                    yield evaluate(model, loader, num_classes, device)
+                    with named_factor(factor):
+                        result = evaluate(model, loader, num_classes, device)
+                    yield result
     finally:
         if own is not None:
             set_top_k(model, own)
@@ -190,6 +193,19 @@ def _set_top_k(model: nn.Module, top_k: int) -> None:
 def set_capacity(model: nn.Module, factor: float) -> None:
     """Sets the capacity factor of all MoE layers at evaluation; inf drops nothing."""
     set_eval_capacity_factor(model, None if math.isinf(factor) else factor)
+
+
+@contextmanager
+def named_factor(factor: float | None) -> Iterator[None]:
+    """Tells a capacity that leaves no place under the option's name, where the factor is an option's.
+
+    Raises:
+        UserError: it does.
+    """
+    try:
+        yield
+    except CapacityError as error:
+        raise UserError(str(error) if factor is None else f"--capacity-factor {factor}: {error.reason}") from error
 
 
 @contextmanager

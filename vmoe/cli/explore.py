@@ -41,8 +41,10 @@ def _explore(argv: list[str]) -> None:
     from vmoe.analysis.exploration.history import snapshots
     from vmoe.analysis.heatmap import require_experts
     from vmoe.checkpoints import load_checkpoint
+    from vmoe.files import require_writable
     from vmoe.training.summary import device_name, versions
 
+    require_writable(options.out, options.out / "figures", options.out / "data")
     device = choose_device(options.device)
     checkpoint, *others = [load_checkpoint(path, device) for path in options.checkpoints]
     if len(options.checkpoints) > len({each.path.resolve() for each in (checkpoint, *others)}):

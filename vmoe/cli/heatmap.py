@@ -32,8 +32,10 @@ def _heatmap(argv: list[str]) -> None:
     from vmoe.analysis.heatmap import find_images
     from vmoe.analysis.heatmap_files import write_heatmaps
     from vmoe.checkpoints import load_checkpoint
+    from vmoe.files import require_writable
     from vmoe.training.summary import versions
 
+    require_writable(options.out)
     images = find_images(options.images)
     checkpoint = load_checkpoint(options.checkpoint, choose_device(options.device))
     command = shlex.join(["vmoe", "heatmap", *argv])

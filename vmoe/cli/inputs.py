@@ -27,7 +27,7 @@ def load_data(checkpoint: "Checkpoint", options: argparse.Namespace) -> "ImageDa
     """
     from vmoe.data import ImageDataModule
 
-    data = ImageDataModule(_changed_config(checkpoint, options), seed=checkpoint.config["seed"])
+    data = ImageDataModule(_changed_config(checkpoint, options), seed=checkpoint.config.get("seed", 0))
     data.prepare_data()
     data.setup("test")
     if data.num_classes != len(checkpoint.class_names):
@@ -69,7 +69,10 @@ def _changed_config(checkpoint: "Checkpoint", options: argparse.Namespace) -> "D
     from vmoe.data import DataConfig, SubsetConfig
     from vmoe.training.config import from_plain
 
-    config = from_plain(DataConfig, checkpoint.config["data"], "data.")
+    trained_on = checkpoint.config.get("data")
+    if trained_on is None and options.data is None:
+        raise UserError(f"{checkpoint.path}: does not tell what it was trained on; give --data and --root")
+    config = from_plain(DataConfig, trained_on or {"name": options.data}, f"{checkpoint.path}: data.")
     changes = {"image_size": checkpoint.image_size, "mean": checkpoint.mean, "std": checkpoint.std}
     changes["pipeline"] = "workers"  # the same images, of which a job may want only a few
     if options.data is not None and options.data != config.name:
@@ -82,7 +85,10 @@ def _changed_config(checkpoint: "Checkpoint", options: argparse.Namespace) -> "D
     ):
         if value is not None:
             changes[field] = value
-    return dataclasses.replace(config, **changes)
+    try:
+        return dataclasses.replace(config, **changes)
+    except ValueError as error:
+        raise UserError(f"data.{error}") from error
 
 
 class Tracked:

@@ -36,8 +36,9 @@ def _predict(argv: list[str]) -> None:
     from vmoe.analysis.heatmap import find_images
     from vmoe.cli.inputs import Tracked
     from vmoe.export.predictor import load_predictor
-    from vmoe.files import write_json
+    from vmoe.files import require_writable, write_json
 
+    require_writable(*(file.parent for file in (options.csv, options.json) if file is not None))
     files = find_images(options.images)
     predictor = load_predictor(options.model, choose_device(options.device))
     if options.routing and predictor.model is None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from vmoe.checkpoint_entry import check_entry
 from vmoe.checkpoints import ENTRY, SCALE, find_checkpoint, read_checkpoint, trained_weights
 from vmoe.files import atomic_write
 from vmoe.moe.int8 import quantise
@@ -30,10 +31,12 @@ def write_safetensors(
     Raises:
         UserError: the source is no checkpoint of ours, or `path` cannot be written.
     """
-    content = read_checkpoint(find_checkpoint(source))
+    file = find_checkpoint(source)
+    content = read_checkpoint(file)
+    check_entry(content, file)
     ours = content[ENTRY]
     config = ours["config"] | {"output_dir": None, "init_from": None}
-    config["data"] = {key: value for key, value in config["data"].items() if key != "root"}
+    config["data"] = {key: value for key, value in config.get("data", {}).items() if key != "root"}
     kept = ("version", "class_names", "image_size", "mean", "std", "epochs_done")
     entry = {key: ours[key] for key in kept} | {"config": config, "step": content["global_step"]}
     weights = {}

@@ -6,6 +6,7 @@ import os
 import socket
 from typing import Any
 
+from vmoe.checkpoint_entry import check_entry
 from vmoe.checkpoints import ENTRY, RunFolder, flatten, read_without_tensors
 from vmoe.errors import UserError
 from vmoe.files import atomic_write, recover
@@ -78,6 +79,7 @@ def saved_state(folder: RunFolder, config: TrainConfig) -> dict[str, Any] | None
             )
         return None
     saved = read_without_tensors(folder.last)
+    check_entry(saved, folder.last)
     before = flatten(to_plain(from_plain(TrainConfig, saved[ENTRY]["config"])))
     now = flatten(to_plain(config))
     free = FREE_ON_RESUME

@@ -18,6 +18,8 @@ from vmoe.checkpoints import ENTRY, RunFolder, read_checkpoint, read_without_ten
 from vmoe.data import ImageDataModule
 from vmoe.errors import UserError
 from vmoe.files import atomic_write, write_json
+from vmoe.models.cost import check_training_capacity
+from vmoe.moe.assignment import CapacityError
 from vmoe.training import summary
 from vmoe.training.config import TrainConfig, to_plain
 from vmoe.training.initial import initial_model
@@ -103,7 +105,11 @@ def _run(
         cut = partial(cut_and_start, cut=cut, source=model, device=device)
         with torch.device("meta"):
             model = _initial_model(dataclasses.replace(fresh, init_from=None), data)
-    cost = summary.Cost.of(model, data.image_size)
+    try:
+        check_training_capacity(model, config.data.batch_size, data.image_size)
+        cost = summary.Cost.of(model, data.image_size)  # an evaluation of one image, the smallest group
+    except CapacityError as error:
+        raise UserError(f"moe.{error}", everywhere=True) from error
     twin = summary.twin_cost(config.model, data.num_classes, data.image_size)
     console.print(summary.cost_table(f"{config.model.name}, {folder.path}", cost, twin))
     if place.is_first:
