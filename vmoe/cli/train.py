@@ -12,6 +12,7 @@ import jsonargparse
 import yaml
 from rich.console import Console
 
+from vmoe.checkpoints import RunFolder
 from vmoe.cli.common import run
 from vmoe.cli.recipes import find_recipe, recipe_names
 from vmoe.errors import UserError
@@ -79,8 +80,10 @@ def _train(argv: list[str], place: Place) -> int:
         result = train(config, shlex.join(["vmoe", "train", *argv]), console)
     except Interrupted as stop:
         again = f"vmoe train --config {shlex.quote(config.output_dir)}/config.yaml --resume"
+        has_begun = RunFolder(Path(config.output_dir)).config.exists()
         if place.is_first:
-            print(f"vmoe train: {stop}; the run is saved, go on with: {again}", file=sys.stderr)
+            then = f"; the run is saved, go on with: {again}" if has_begun else " before the run began"
+            print(f"vmoe train: {stop}{then}", file=sys.stderr)
         return 128 + stop.signum
     if place.is_first:
         Progress(console).say(_result_line(result, config.output_dir))

@@ -32,7 +32,7 @@ from vmoe.training.resumption import mark_launch, read_summary, recover_checkpoi
 from vmoe.training.sample_draws import SampleDraws
 from vmoe.training.saving import AtomicCheckpointIO, Saving
 from vmoe.training.sharding import cut_and_start, load_weights
-from vmoe.training.stopping import Interrupted
+from vmoe.training.stopping import Interrupted, stopped_at_once
 
 PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
@@ -51,19 +51,21 @@ def train(config: TrainConfig, command: str, console: Console) -> dict[str, Any]
     Raises:
         UserError: the folder holds a run already, the resumed config differs, data or device are missing, or the loss
             became NaN.
-        Interrupted: a signal stopped the run, which is saved.
+        Interrupted: a signal stopped the run; what it had done in training is saved.
     """
     if config.parallel.strategy == "auto":
         raise ValueError("parallel.strategy=auto: must be resolved before (see `vmoe.cli.plan.resolved`)")
     place = Place.of_this()
     device = _device(config)
     if config.parallel.strategy == "none":
-        return _run(config, command, console, device, place)
+        with stopped_at_once():
+            return _run(config, command, console, device, place)
     connect(device.type)
     try:
-        result = _run(config, command, console, device, place)
+        with stopped_at_once():
+            result = _run(config, command, console, device, place)
     except (Interrupted, UserError) as stop:
-        if getattr(stop, "everywhere", True):  # else others may still wait for this process, in vain
+        if stop.everywhere:  # else others may still wait for this process, in vain
             disconnect()
         raise
     disconnect()

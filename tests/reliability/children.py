@@ -1,0 +1,140 @@
+"""Runs of `vmoe train` in forked processes, which are stopped at a moment that is counted in calls of functions.
+
+So every moment can be hit, again and again: in a step, in validation, in the middle of a write.
+"""
+
+import csv
+import json
+import os
+import resource
+import sys
+import traceback
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import yaml
+
+from vmoe.checkpoints import ENTRY, RunFolder, load_checkpoint
+from vmoe.cli.train import main
+
+
+class End(NamedTuple):
+    """How a process ended: its exit code, or minus the signal that killed it; what it said; the calls it made."""
+
+    code: int
+    error: str
+    calls: int
+
+
+def train(arguments: list[str], signum: int | None = None, at: int | None = None, bytes_of_files: int | None = None):
+    """Trains in a process of its own.
+
+    Args:
+        arguments: Of `vmoe train`.
+        signum: The signal it sends itself.
+        at: At which call of a function, Python's own included.
+        bytes_of_files: From the call `at` on, no file can grow larger than that, as on a full disk.
+    """
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            os.close(read)
+            os.dup2(write, 2)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            # pytest's own, which are no longer the process's
+            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+            torch.set_num_threads(1)
+            code = _counted(arguments, signum, at, bytes_of_files)
+        except BaseException:  # a process that was forked must not come back from here
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+    os.close(write)
+    with os.fdopen(read) as pipe:
+        said = pipe.read()
+    status = os.waitpid(child, 0)[1]
+    error, _, calls = said.rpartition("calls: ")
+    return End(os.waitstatus_to_exitcode(status), error or said, int(calls) if calls.strip().isdecimal() else 0)
+
+
+def _counted(arguments: list[str], signum: int | None, at: int | None, bytes_of_files: int | None) -> int:
+    calls = 0
+
+    def count(frame, event, argument):
+        nonlocal calls
+        if event in ("call", "c_call"):
+            calls += 1
+            if calls == at:
+                if signum is not None:
+                    os.kill(os.getpid(), signum)
+                else:
+                    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_of_files, hard))
+
+    sys.setprofile(count)
+    try:
+        code = main(arguments)
+    finally:
+        sys.setprofile(None)
+    print(f"calls: {calls}", file=sys.stderr)
+    return code
+
+
+def rows(folder: RunFolder) -> list[dict[str, str]]:
+    """metrics.csv without the one column that tells of time; every row is whole."""
+    with open(folder.metrics, newline="") as file:
+        found = list(csv.DictReader(file))
+    assert all(None not in row.values() and None not in row for row in found)
+    return [{key: value for key, value in row.items() if key != "train/images_per_second"} for row in found]
+
+
+def assert_readable(folder: RunFolder) -> None:
+    """Whatever there is of a run can be read, by the tools and by anyone."""
+    if folder.config.exists():
+        assert set(yaml.safe_load(folder.config.read_text())) > {"data", "model", "moe"}
+    if folder.metrics.exists():
+        rows(folder)
+    for checkpoint in (folder.last, folder.best):
+        if checkpoint.exists():
+            load_checkpoint(checkpoint)
+    if folder.summary.exists():
+        assert "metrics" in json.loads(folder.summary.read_text())
+
+
+def assert_same_run(ours: RunFolder, expected: RunFolder) -> None:
+    """Metrics, weights, averages and the optimiser's state, bit for bit; and nothing half-written lies about."""
+    assert rows(ours) == rows(expected)
+    one, other = (json.loads(folder.summary.read_text()) for folder in (ours, expected))
+    assert one["metrics"] == other["metrics"] and one["best_epoch"] == other["best_epoch"]
+    for name in ("last", "best"):
+        one, other = (torch.load(getattr(folder, name), weights_only=True) for folder in (ours, expected))
+        for key in ("global_step", "epoch", "state_dict", "optimizer_states"):
+            assert_equal(one[key], other[key], key)
+        for key in ("ema", "best", "epochs_done", "random"):
+            assert_equal(one[ENTRY][key], other[ENTRY][key], key)
+    assert not [path for path in ours.path.rglob(".*") if path.name != ".launch"]
+
+
+def assert_equal(one, other, place: str) -> None:
+    """Nested plain values and tensors, bit for bit."""
+    assert type(one) is type(other), place
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), place
+        for key in one:
+            assert_equal(one[key], other[key], f"{place}.{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), place
+        for number, (each, its) in enumerate(zip(one, other, strict=True)):
+            assert_equal(each, its, f"{place}.{number}")
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), place
+    else:
+        assert one == other, place
+
+
+def run_folder(path: Path) -> RunFolder:
+    return RunFolder(path)
