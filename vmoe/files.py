@@ -1,6 +1,7 @@
 """Writing files so that nobody ever sees half of one."""
 
 import errno
+import glob
 import json
 import os
 import shutil
@@ -88,6 +89,13 @@ def recover(path: Path) -> None:
     """Puts back what `replace` had moved aside when it was killed before it had put anything in its place."""
     if _aside(path).exists() and not path.exists():
         os.rename(_aside(path), path)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Removes what a process that was killed in `atomic_write` left beside a file; nobody may be writing it now."""
+    for file in path.parent.glob(f".{glob.escape(path.stem)}.*{glob.escape(path.suffix)}"):
+        if file.name.removeprefix(f".{path.stem}.").removesuffix(path.suffix).isdecimal():
+            file.unlink(missing_ok=True)
 
 
 def _aside(path: Path) -> Path:

@@ -9,7 +9,6 @@ import os
 import resource
 import sys
 import traceback
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -27,15 +26,33 @@ class End(NamedTuple):
     calls: int
 
 
-def train(arguments: list[str], signum: int | None = None, at: int | None = None, bytes_of_files: int | None = None):
-    """Trains in a process of its own.
+class Attack(NamedTuple):
+    """What happens to a process: a signal, or from then on a full disk.
 
     Args:
-        arguments: Of `vmoe train`.
-        signum: The signal it sends itself.
         at: At which call of a function, Python's own included.
-        bytes_of_files: From the call `at` on, no file can grow larger than that, as on a full disk.
+        signum: The signal that it sends itself; None for the disk.
+        after: Calls are counted from the moment on that this function is entered; None: from the start.
+        entry: Which of its entries that is, counted from 1.
+        bytes_of_files: How large a file can still grow.
     """
+
+    at: int
+    signum: int | None
+    after: str | None = None
+    entry: int = 2
+    bytes_of_files: int = 0
+
+    def happen(self) -> None:
+        if self.signum is not None:
+            os.kill(os.getpid(), self.signum)
+        else:
+            hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.bytes_of_files, hard))
+
+
+def train(arguments: list[str], attack: Attack | None = None) -> End:
+    """Runs `vmoe train` with these arguments in a process of its own."""
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
@@ -47,7 +64,7 @@ def train(arguments: list[str], signum: int | None = None, at: int | None = None
             # pytest's own, which are no longer the process's
             sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
             torch.set_num_threads(1)
-            code = _counted(arguments, signum, at, bytes_of_files)
+            code = _counted(arguments, attack)
         except BaseException:  # a process that was forked must not come back from here
             traceback.print_exc()
         finally:
@@ -61,19 +78,19 @@ def train(arguments: list[str], signum: int | None = None, at: int | None = None
     return End(os.waitstatus_to_exitcode(status), error or said, int(calls) if calls.strip().isdecimal() else 0)
 
 
-def _counted(arguments: list[str], signum: int | None, at: int | None, bytes_of_files: int | None) -> int:
-    calls = 0
+def _counted(arguments: list[str], attack: Attack | None) -> int:
+    calls, entries, start = 0, 0, 0 if attack is None or attack.after is None else None
 
     def count(frame, event, argument):
-        nonlocal calls
-        if event in ("call", "c_call"):
-            calls += 1
-            if calls == at:
-                if signum is not None:
-                    os.kill(os.getpid(), signum)
-                else:
-                    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-                    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_of_files, hard))
+        nonlocal calls, entries, start
+        if event not in ("call", "c_call"):
+            return
+        calls += 1
+        if start is None and event == "call" and frame.f_code.co_name == attack.after:
+            entries += 1
+            start = calls if entries == attack.entry else None
+        if attack is not None and start is not None and calls - start == attack.at:
+            attack.happen()
 
     sys.setprofile(count)
     try:
@@ -135,6 +152,3 @@ def assert_equal(one, other, place: str) -> None:
     else:
         assert one == other, place
 
-
-def run_folder(path: Path) -> RunFolder:
-    return RunFolder(path)

@@ -88,10 +88,11 @@ def _evaluate(argv: list[str]) -> None:
         report["corruptions"] = _corrupt(checkpoint, data, device, options, corruptions)
         console.print(corruption_table(report["corruptions"]))
     write_json(json_file, report)
-    for result in results:
+    drawn = [result for result in results if result.confusion is not None]
+    for result in drawn:
         name = "confusion.png" if len(results) == 1 else f"confusion-{setting(result, results)}.png"
         draw_confusion(result, checkpoint.class_names, f"{what} · {checkpoint.path}").save(out / name)
-    print(f"{json_file} and the confusion matrix in {out}")
+    print(f"{json_file}" + (f" and the confusion matrix in {out}" if drawn else ": too many classes for a matrix"))
 
 
 def _parser() -> argparse.ArgumentParser:
