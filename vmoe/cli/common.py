@@ -8,6 +8,7 @@ from collections.abc import Callable
 from vmoe.cli.main import JOBS
 from vmoe.errors import UserError
 from vmoe.moe.assignment import CapacityError
+from vmoe.text import printable
 
 
 def run(job: Callable[[list[str]], int | None], argv: list[str] | None) -> int:
@@ -36,7 +37,7 @@ def run(job: Callable[[list[str]], int | None], argv: list[str] | None) -> int:
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    print(f"vmoe {name}: error: {' '.join(line.split())}", file=sys.stderr)
+    print(f"vmoe {name}: error: {printable(' '.join(line.split()))}", file=sys.stderr)
     return 2
 
 

@@ -2,11 +2,18 @@
 
 from typing import TYPE_CHECKING
 
-from rich.markup import escape
+from rich import markup
 from rich.table import Table
+
+from vmoe.text import printable
 
 if TYPE_CHECKING:
     from vmoe.analysis.evaluation import Evaluation
+
+
+def escape(text: str) -> str:
+    """Names as they are: no markup, no control characters."""
+    return markup.escape(printable(text))
 
 
 def factor_text(value: float | None) -> str:

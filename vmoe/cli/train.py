@@ -33,6 +33,7 @@ The run's folder gets config.yaml, checkpoints/last.ckpt and best.ckpt, metrics.
 SIGTERM or Ctrl-C finishes the step, saves and exits with 143 or 130; --resume then goes on as if nothing had happened.
 Exit codes: 0 done; 2 a mistake in options, config or data, or a loss that became NaN; 130, 143 stopped, resumable.
 """
+_MOST_VALUES = 100_000  # of a config
 OUTSIDE_CONFIG = ("config", "print_config", "help", "moe.help")
 
 
@@ -195,11 +196,22 @@ def _read_yaml(path: str) -> dict[str, Any]:
         raise UserError(
             f"--config {path}: cannot be read ({error.strerror}); give a YAML file or a recipe's name, such as digits"
         ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"--config {path}: is not YAML: {' '.join(str(error).split())}") from error
+    if not _is_small(content):
+        raise UserError(f"--config {path}: is too large: it must hold at most {_MOST_VALUES} values, aliases counted")
     if not isinstance(content, dict):
         raise UserError(f"--config {path}: must hold keys such as data, model and optim, not {type(content).__name__}")
     return content
+
+
+def _is_small(content: Any) -> bool:
+    """Whether it can be gone through: aliases of aliases, or one in itself, would have no end."""
+    seen, waiting = 0, [content]
+    while waiting and seen <= _MOST_VALUES:
+        value, seen = waiting.pop(), seen + 1
+        waiting += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return not waiting
 
 
 def _check_keys(plain: dict[str, Any], kind: type, names: list[str], path: str, prefix: str = "") -> None:
