@@ -46,7 +46,11 @@ def _fault(content: dict[str, Any], ours: dict[str, Any]) -> str | None:
     if not isinstance(config, dict):
         return "config must be a dict"
     model = config.get("model")
-    if not isinstance(model, dict) or not isinstance(model.get("name"), str) or not isinstance(model.get("kwargs"), dict):
+    if (
+        not isinstance(model, dict)
+        or not isinstance(model.get("name"), str)
+        or not isinstance(model.get("kwargs"), dict)
+    ):
         return "config.model must hold a name and kwargs"
     names, size = ours.get("class_names"), ours.get("image_size")
     facts = {

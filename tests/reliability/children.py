@@ -151,4 +151,3 @@ def assert_equal(one, other, place: str) -> None:
         assert torch.equal(one, other), place
     else:
         assert one == other, place
-

@@ -328,7 +328,8 @@ def page() -> str:
         try:
             sections = [
                 SECTION.format(
-                    job=f" {job}".rstrip(), rows="\n".join(row(each, line_of(answer(job, each)[1], each)) for each in mistakes)
+                    job=f" {job}".rstrip(),
+                    rows="\n".join(row(each, line_of(answer(job, each)[1], each)) for each in mistakes),
                 ).rstrip()
                 for job, mistakes in MISTAKES.items()
             ]

@@ -106,9 +106,20 @@ def test_tar_members_that_leave_their_folder_are_only_names(tmp_path, monkeypatc
                 _add(tar, member.replace(".png", ".cls"), b"0")
     monkeypatch.chdir(tmp_path)
     before = _state(tmp_path)
-    recipe = ["--data.name", "webdataset", "--data.root", str(folder), "--data.image_size", "16", "--data.batch_size", "4"]
+    recipe = [
+        "--data.name",
+        "webdataset",
+        "--data.root",
+        str(folder),
+        "--data.image_size",
+        "16",
+        "--data.batch_size",
+        "4",
+    ]
     small = [f"--model.kwargs.{name}={value}" for name, value in saved_runs.KWARGS.items()]
-    assert main(["train", *recipe, *small, "--trainer.epochs", "1", "--trainer.device", "cpu", "--output_dir", "run"]) == 0
+    assert (
+        main(["train", *recipe, *small, "--trainer.epochs", "1", "--trainer.device", "cpu", "--output_dir", "run"]) == 0
+    )
     added = {path for path in _state(tmp_path) - before if tmp_path / "run" not in path.parents}
     assert added == {tmp_path / "run", *(folder / f"index-{split}.npz" for split in ("train", "val"))}
     assert not Path("/tmp/hacked-by-a-shard.png").exists()

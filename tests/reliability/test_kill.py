@@ -90,7 +90,12 @@ def _by_speed(places: list) -> list:
 
 @pytest.mark.parametrize(("place", "calls"), _by_speed(PLACES))
 def test_killed_where_it_hurts(recipe, unbroken, tmp_path, place, calls):
-    _check(recipe, unbroken[0], RunFolder(tmp_path / "run"), Attack(calls, signal.SIGKILL, place, 1 if place in ONCE else 2))
+    _check(
+        recipe,
+        unbroken[0],
+        RunFolder(tmp_path / "run"),
+        Attack(calls, signal.SIGKILL, place, 1 if place in ONCE else 2),
+    )
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])

@@ -109,9 +109,16 @@ def _largest(shares: list[float]) -> list[tuple[int, float]]:
 def _write_csv(path: Path, answers: list[dict[str, Any]]) -> None:
     from vmoe.files import atomic_write
 
-    with atomic_write(path) as temporary, open(
-        temporary, "w", newline="", encoding="utf-8", errors="surrogateescape"  # names of files that are no UTF-8
-    ) as file:
+    with (
+        atomic_write(path) as temporary,
+        open(
+            temporary,
+            "w",
+            newline="",
+            encoding="utf-8",
+            errors="surrogateescape",  # names of files that are no UTF-8
+        ) as file,
+    ):
         writer = csv.writer(file)
         writer.writerow(["file", "rank", "class", "probability"])
         for answer in answers:

@@ -17,11 +17,12 @@ from vmoe.cli.common import run
 from vmoe.cli.recipes import find_recipe, recipe_names
 from vmoe.errors import UserError
 from vmoe.moe import MoeConfig
-from vmoe.training.config import TrainConfig, from_plain, section_type
+from vmoe.training.config import WRITTEN_BY, TrainConfig, from_plain, section_type
 from vmoe.training.processes import Place
 from vmoe.training.progress import Progress
 from vmoe.training.run import train
 from vmoe.training.stopping import Interrupted
+from vmoe.version import __version__
 
 DESCRIPTION = """
 Trains a timm model, dense or with sparse MoE layers, on images, and tests its best checkpoint.
@@ -121,13 +122,24 @@ def parse(argv: list[str]) -> TrainConfig:
         UserError: an option or key is unknown (with the nearest valid ones), of the wrong type, or out of range.
         SystemExit: after --help or --print_config.
     """
+    argv = _with_recipes(_as_flags(argv))
+    try:
+        return _parsed(argv)
+    except UserError as error:
+        for path in _config_files(argv):
+            if (version := _newer_version(path)) is not None:
+                update = f"written by vmoe {version}, and this is {__version__}: update it"
+                raise UserError(f"{path}: {update} ({error})") from error
+        raise
+
+
+def _parsed(argv: list[str]) -> TrainConfig:
     parser = _Parser(prog="vmoe train", description=DESCRIPTION, exit_on_error=False, formatter_class=_KeepLines)
     recipes = ", ".join(name for name in recipe_names() if "/" not in name)
     parser.add_argument("--config", action="config", help=f"YAML file, or a recipe that comes with vmoe: {recipes}.")
     parser.add_class_arguments(TrainConfig, skip={"resume"})
     parser.add_argument("--resume", action="store_true", help="Go on from the last checkpoint in output_dir.")
     names = option_names(TrainConfig)
-    argv = _with_recipes(_as_flags(argv))
     for path in _config_files(argv):
         _check_keys(_read_yaml(path), TrainConfig, names, path)
     _check_options(argv, names)
@@ -203,6 +215,17 @@ def _read_yaml(path: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"--config {path}: must hold keys such as data, model and optim, not {type(content).__name__}")
     return content
+
+
+def _newer_version(path: str) -> str | None:
+    """The version that a run's config.yaml was written by, if it is newer than this one."""
+    try:
+        first = Path(path).read_text(encoding="utf-8").partition("\n")[0]
+    except (OSError, UnicodeDecodeError):
+        return None
+    version = first.removeprefix(WRITTEN_BY) if first.startswith(WRITTEN_BY) else ""
+    parts, ours = (re.findall(r"\d+", text)[:3] for text in (version, __version__))
+    return version if list(map(int, parts)) > list(map(int, ours)) else None
 
 
 def _is_small(content: Any) -> bool:

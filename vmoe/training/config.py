@@ -10,6 +10,8 @@ from vmoe.data import DataConfig
 from vmoe.errors import UserError
 from vmoe.moe import MoeConfig
 
+WRITTEN_BY = "# vmoe "  # and the version: the first line of a run's config.yaml
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -77,7 +79,9 @@ class OptimConfig:
     def __post_init__(self) -> None:
         _need(self, "name", self.name in ("adamw", "muon"), "adamw or muon")
         _need(self, "lr", 0 < self.lr < float("inf"), "above 0 and finite")
-        _need(self, "adamw_lr", self.adamw_lr is None or 0 < self.adamw_lr < float("inf"), "above 0 and finite, or null")
+        _need(
+            self, "adamw_lr", self.adamw_lr is None or 0 < self.adamw_lr < float("inf"), "above 0 and finite, or null"
+        )
         _need(self, "adamw_lr", self.adamw_lr is None or self.name == "muon", "null with name=adamw, whose rate is lr")
         _need(self, "min_lr", 0 <= self.min_lr <= self.lr, f"between 0 and lr={self.lr}")
         _need(self, "warmup_epochs", 0 <= self.warmup_epochs < float("inf"), ">= 0 and finite")
@@ -88,7 +92,12 @@ class OptimConfig:
         _need(
             self, "betas", len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas), "two numbers in [0, 1)"
         )
-        _need(self, "clip_norm", self.clip_norm is None or 0 < self.clip_norm < float("inf"), "above 0 and finite, or null")
+        _need(
+            self,
+            "clip_norm",
+            self.clip_norm is None or 0 < self.clip_norm < float("inf"),
+            "above 0 and finite, or null",
+        )
         _need(self, "label_smoothing", 0 <= self.label_smoothing < 1, "in [0, 1)")
 
 

@@ -14,6 +14,7 @@ from lightning.pytorch import Trainer
 from rich.console import Console
 from torch import nn
 
+import vmoe
 from vmoe.checkpoints import ENTRY, RunFolder, read_checkpoint, read_without_tensors, trained_weights
 from vmoe.data import ImageDataModule
 from vmoe.errors import UserError
@@ -21,7 +22,7 @@ from vmoe.files import atomic_write, write_json
 from vmoe.models.cost import check_training_capacity
 from vmoe.moe.assignment import CapacityError
 from vmoe.training import summary
-from vmoe.training.config import TrainConfig, to_plain
+from vmoe.training.config import WRITTEN_BY, TrainConfig, to_plain
 from vmoe.training.initial import initial_model
 from vmoe.training.journal import Clock, Journal, MetricsTable
 from vmoe.training.module import Classifier
@@ -119,7 +120,8 @@ def _run(
     if saved is None and place.is_first:
         with atomic_write(folder.config) as temporary:
             plain = to_plain(config) | {"resume": False}
-            temporary.write_text(yaml.safe_dump(plain, sort_keys=False), encoding="utf-8")
+            text = f"{WRITTEN_BY}{vmoe.__version__}\n{yaml.safe_dump(plain, sort_keys=False)}"
+            temporary.write_text(text, encoding="utf-8")
 
     updates = -(-len(data.train_sampler) // config.trainer.accumulate)
     how = (config.trainer.epochs, updates, config.trainer.ema_decay, config.trainer.cuda_graph)
