@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import vmoe
-from vmoe.checkpoint_entry import FORMAT_VERSION, check_entry, checked
+from vmoe.checkpoint_entry import check_entry, checked
 from vmoe.checkpoint_folders import ENTRY, is_sharded, read_folder, read_plain_part
 from vmoe.errors import UserError
 from vmoe.files import atomic_write, new_folder

@@ -2,8 +2,8 @@
 
 
 def printable(text: str) -> str:
-    r"""The text with its control characters as escapes, such as \x1b: no name moves the cursor, hides what stands beside
-    it, or cannot be written.
+    r"""The text with its control characters as escapes, such as \x1b: no name moves the cursor or hides what is beside
+    it, and any can be written.
     """
     return "".join(letter if letter.isprintable() else _escaped(letter) for letter in text)
 

@@ -16,18 +16,18 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # where this is run as a script
 
-from reliability.spoilt import spoil  # noqa: E402
+from reliability.spoilt import spoil
 
-from vmoe.cli.main import main  # noqa: E402
+from vmoe.cli.main import main
 
 PAGE = """# Errors
 
-A mistake in an option, a config, a checkpoint or the data is one line on stderr, `vmoe JOB: error: LINE`, and exit code 2;
-nothing is written. Below are {count} kinds of mistakes with their lines, as the tools print them; `…` stands for words of
-a library, which change with its version. Anything else that ends in a traceback is a bug: please report it.
+A mistake in an option, a config, a checkpoint or the data is one line on stderr, `vmoe JOB: error: LINE`, and exit
+code 2; nothing is written. Below are {count} kinds of mistakes with their lines, as the tools print them; `…` stands for
+words of a library, which change with its version. Whatever ends in a traceback is a bug: please report it.
 
-Exit codes: 0 done; 1 a run of a sweep failed; 2 a mistake; 130 and 143 stopped by Ctrl-C or SIGTERM, `vmoe train` resumable.
-A run in which a process of several is killed ends with torchrun's exit code 1.
+Exit codes: 0 done; 1 a run of a sweep failed; 2 a mistake; 130 and 143 stopped by Ctrl-C or SIGTERM, where `vmoe train`
+can be resumed. A run of several processes of which one is killed ends with torchrun's exit code 1.
 {sections}
 """
 SECTION = """
@@ -40,7 +40,7 @@ SECTION = """
 
 
 class Mistake(NamedTuple):
-    """What is wrong, the arguments after `vmoe JOB` in a folder that `spoil` made, and the words that a library says."""
+    """What is wrong, the arguments after `vmoe JOB` in a folder that `spoil` made, and the words of a library."""
 
     what: str
     arguments: str
@@ -172,7 +172,7 @@ MISTAKES: dict[str, list[Mistake]] = {
         _config("an npz with too few names", "--data.name npz --data.root npz_names.npz"),
         _config("an npz that runs code", "--data.name npz --data.root npz_code.npz", r"(?<=file \().*(?=\);)"),
         _config("a folder without shards", "--data.name webdataset --data.root nothing"),
-        _config("shards that are no tar files", "--data.name webdataset --data.root shards", r"(?<=damaged \().*(?=\))"),
+        _config("shards that are no tar files", "--data.name webdataset --data.root shards", r"(?<=d \().*(?=\))"),
     ],
     "evaluate": [
         *(Mistake(what, f"{name} --out new", _OF_TORCH) for what, name in _OPENED),

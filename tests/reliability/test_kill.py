@@ -1,4 +1,4 @@
-"""A run that is killed at any moment goes on, bit for bit, as if it never had been; its folder is readable meanwhile."""
+"""A run that is killed at any moment goes on, bit for bit, as if it had not been; its folder is always readable."""
 
 import random
 import signal

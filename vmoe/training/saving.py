@@ -85,8 +85,8 @@ class Saving(Callback):
         validation = module.evaluation_metrics("val")
         if not math.isfinite(validation["val/loss"]):
             raise UserError(
-                f"epoch {epochs_done}: val/loss is not finite, the weights have overflowed; lower --optim.lr or warm up "
-                "longer. Checkpoints of before are as they were",
+                f"epoch {epochs_done}: val/loss is not finite, the weights have overflowed; lower --optim.lr or warm "
+                "up longer. Checkpoints of before are as they were",
                 everywhere=True,
             )
         is_best = _rank(validation) > _rank(self.best)
