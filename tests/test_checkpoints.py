@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import save_file
 
 import vmoe
+from vmoe.checkpoint_entry import FORMAT_VERSION
 from vmoe.checkpoints import (
     ENTRY,
-    FORMAT_VERSION,
     RunFolder,
     build_model,
     find_checkpoint,

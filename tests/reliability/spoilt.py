@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from vmoe.checkpoints import ENTRY, FORMAT_VERSION
+from vmoe.checkpoint_entry import FORMAT_VERSION
+from vmoe.checkpoints import ENTRY
 
 MOE = {"num_experts": 4, "top_k": 2}
 RECIPE = """

@@ -9,7 +9,8 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback, Trainer
 
-from vmoe.checkpoints import ENTRY, FORMAT_VERSION, RunFolder, copy_checkpoint, read_checkpoint
+from vmoe.checkpoint_entry import FORMAT_VERSION
+from vmoe.checkpoints import ENTRY, RunFolder, copy_checkpoint, read_checkpoint
 from vmoe.errors import UserError
 from vmoe.files import atomic_write
 from vmoe.training.journal import Clock
