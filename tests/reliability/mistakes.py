@@ -23,8 +23,8 @@ from vmoe.cli.main import main
 PAGE = """# Errors
 
 A mistake in an option, a config, a checkpoint or the data is one line on stderr, `vmoe JOB: error: LINE`, and exit
-code 2; nothing is written. Below are {count} kinds of mistakes with their lines, as the tools print them; `…` stands for words
-of a library, which change with its version. Whatever ends in a traceback is a bug: please report it.
+code 2; nothing is written. Below are {count} kinds of mistakes with their lines, as the tools print them; `…` stands
+for words of a library, which change with its version. Whatever ends in a traceback is a bug: please report it.
 
 Exit codes: 0 done; 1 a run of a sweep failed; 2 a mistake; 130 and 143 stopped by Ctrl-C or SIGTERM, where `vmoe train`
 can be resumed. A run of several processes of which one is killed ends with torchrun's exit code 1.
