@@ -33,7 +33,7 @@ class Mutation(NamedTuple):
 
 
 TESTS = {
-    "layer": ["test_layer", "test_parity", "test_routers", "test_slot_routers", "test_auxiliary_loss"],
+    "layer": ["test_parity", "test_routers", "test_slot_routers", "test_auxiliary_loss", "test_layer"],
     "resume": ["test_resume", "test_training"],
     "training": ["test_training"],
     "cost": ["test_cost"],

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import pytest
-from reliability.mistakes import MISTAKES, answer, line_of, row
+from reliability.errors_page import answer, line_of, row
+from reliability.mistakes import MISTAKES
 from reliability.spoilt import spoil
 
 PAGE = (Path(__file__).parents[2] / "docs" / "errors.md").read_text(encoding="utf-8")
@@ -37,7 +38,7 @@ def test_a_mistake_is_the_documented_line(folder, monkeypatch, job, mistake):
     assert error.startswith(f"vmoe {job}: error: " if job else "vmoe: error: ") and error.count("\n") == 1
     assert _state(folder) == before, "something was written"
     found = row(mistake, line_of(error, mistake))
-    assert found in ROWS, f"now {found}; to renew the page: python tests/reliability/mistakes.py > docs/errors.md"
+    assert found in ROWS, f"now {found}; to renew the page: python tests/reliability/errors_page.py > docs/errors.md"
 
 
 def test_the_page_tells_of_nothing_else():

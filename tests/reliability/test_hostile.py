@@ -55,15 +55,22 @@ def _state(folder: Path) -> set[Path]:
     return set(folder.rglob("*"))
 
 
+TOOLS = [
+    ["predict", "{run}", "{pictures}", "--routing", "--json", "{out}/a.json", "--csv", "{out}/a.csv"],
+    ["evaluate", "{run}", "--out", "{out}"],
+]
+SLOW_TOOLS = [
+    ["heatmap", "{run}", "{pictures}", "--out", "{out}", "--layers", "1"],
+    ["explore", "{run}", "--images", "{pictures}", "--out", "{out}", "--replicates", "20", "--probe-images", "0"],
+]
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["predict", "{run}", "{pictures}", "--routing", "--json", "{out}/a.json", "--csv", "{out}/a.csv"],
-        ["heatmap", "{run}", "{pictures}", "--out", "{out}", "--layers", "1"],
-        ["explore", "{run}", "--images", "{pictures}", "--out", "{out}", "--replicates", "20", "--probe-images", "0"],
-        ["evaluate", "{run}", "--out", "{out}"],
+        *(pytest.param(arguments, id=arguments[0]) for arguments in TOOLS),
+        *(pytest.param(arguments, id=arguments[0], marks=pytest.mark.slow) for arguments in SLOW_TOOLS),
     ],
-    ids=lambda arguments: arguments[0],
 )
 def test_names_that_are_commands(tmp_path, monkeypatch, capsys, run, pictures, arguments):
     monkeypatch.chdir(tmp_path)

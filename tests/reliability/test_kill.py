@@ -83,12 +83,9 @@ PLACES = [
 ONCE = ("_summary", "on_train_end")
 
 
-def _by_speed(places: list) -> list:
-    """The first in every run, the others among the slow ones."""
-    return [places[0], *(pytest.param(*place, marks=pytest.mark.slow) for place in places[1:])]
-
-
-@pytest.mark.parametrize(("place", "calls"), _by_speed(PLACES))
+@pytest.mark.parametrize(
+    ("place", "calls"), [PLACES[0], *(pytest.param(*p, marks=pytest.mark.slow) for p in PLACES[1:])]
+)
 def test_killed_where_it_hurts(recipe, unbroken, tmp_path, place, calls):
     _check(
         recipe,
@@ -116,6 +113,7 @@ FULL = [
 ]
 
 
-@pytest.mark.parametrize(("place", "size"), _by_speed(FULL))
+@pytest.mark.slow
+@pytest.mark.parametrize(("place", "size"), FULL)
 def test_a_disk_that_is_full(recipe, unbroken, tmp_path, place, size):
     _check(recipe, unbroken[0], RunFolder(tmp_path / "run"), Attack(1, None, place, 1 if place in ONCE else 2, size))

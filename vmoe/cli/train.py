@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import jsonargparse
-import yaml
 from rich.console import Console
 
 from vmoe.checkpoints import RunFolder
 from vmoe.cli.common import run
+from vmoe.cli.config_files import newer_version, read_config
 from vmoe.cli.recipes import find_recipe, recipe_names
 from vmoe.errors import UserError
 from vmoe.moe import MoeConfig
-from vmoe.training.config import WRITTEN_BY, TrainConfig, from_plain, section_type
+from vmoe.training.config import TrainConfig, from_plain, section_type
 from vmoe.training.processes import Place
 from vmoe.training.progress import Progress
 from vmoe.training.run import train
@@ -34,7 +34,6 @@ The run's folder gets config.yaml, checkpoints/last.ckpt and best.ckpt, metrics.
 SIGTERM or Ctrl-C finishes the step, saves and exits with 143 or 130; --resume then goes on as if nothing had happened.
 Exit codes: 0 done; 2 a mistake in options, config or data, or a loss that became NaN; 130, 143 stopped, resumable.
 """
-_MOST_VALUES = 100_000  # of a config
 OUTSIDE_CONFIG = ("config", "print_config", "help", "moe.help")
 
 
@@ -127,7 +126,7 @@ def parse(argv: list[str]) -> TrainConfig:
         return _parsed(argv)
     except UserError as error:
         for path in _config_files(argv):
-            if (version := _newer_version(path)) is not None:
+            if (version := newer_version(path)) is not None:
                 update = f"written by vmoe {version}, and this is {__version__}: update it"
                 raise UserError(f"{path}: {update} ({error})") from error
         raise
@@ -141,7 +140,7 @@ def _parsed(argv: list[str]) -> TrainConfig:
     parser.add_argument("--resume", action="store_true", help="Go on from the last checkpoint in output_dir.")
     names = option_names(TrainConfig)
     for path in _config_files(argv):
-        _check_keys(_read_yaml(path), TrainConfig, names, path)
+        _check_keys(read_config(path), TrainConfig, names, path)
     _check_options(argv, names)
     try:
         parsed = parser.parse_args(argv).as_dict()
@@ -188,53 +187,6 @@ def _with_recipes(argv: list[str]) -> list[str]:
 def _config_files(argv: list[str]) -> list[str]:
     joined = [argument.removeprefix("--config=") for argument in argv if argument.startswith("--config=")]
     return joined + [path for option, path in itertools.pairwise(argv) if option == "--config"]
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """Refuses a key that is given twice in one section, of which YAML would keep the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"{key} is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-def _read_yaml(path: str) -> dict[str, Any]:
-    try:
-        content = yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeys)
-    except OSError as error:
-        raise UserError(
-            f"--config {path}: cannot be read ({error.strerror}); give a YAML file or a recipe's name, such as digits"
-        ) from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"--config {path}: is not YAML: {' '.join(str(error).split())}") from error
-    if not _is_small(content):
-        raise UserError(f"--config {path}: is too large: it must hold at most {_MOST_VALUES} values, aliases counted")
-    if not isinstance(content, dict):
-        raise UserError(f"--config {path}: must hold keys such as data, model and optim, not {type(content).__name__}")
-    return content
-
-
-def _newer_version(path: str) -> str | None:
-    """The version that a run's config.yaml was written by, if it is newer than this one."""
-    try:
-        first = Path(path).read_text(encoding="utf-8").partition("\n")[0]
-    except (OSError, UnicodeDecodeError):
-        return None
-    version = first.removeprefix(WRITTEN_BY) if first.startswith(WRITTEN_BY) else ""
-    parts, ours = (re.findall(r"\d+", text)[:3] for text in (version, __version__))
-    return version if list(map(int, parts)) > list(map(int, ours)) else None
-
-
-def _is_small(content: Any) -> bool:
-    """Whether it can be gone through: aliases of aliases, or one in itself, would have no end."""
-    seen, waiting = 0, [content]
-    while waiting and seen <= _MOST_VALUES:
-        value, seen = waiting.pop(), seen + 1
-        waiting += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return not waiting
 
 
 def _check_keys(plain: dict[str, Any], kind: type, names: list[str], path: str, prefix: str = "") -> None:
