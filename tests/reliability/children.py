@@ -5,10 +5,13 @@ So every moment can be hit, again and again: in a step, in validation, in the mi
 
 import csv
 import json
+import multiprocessing
 import os
 import resource
 import sys
+import tempfile
 import traceback
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -16,6 +19,10 @@ import yaml
 
 from vmoe.checkpoints import ENTRY, RunFolder, load_checkpoint
 from vmoe.cli.train import main
+
+# Not from this process, whose autograd may have threads, which a fork cannot have
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["vmoe.cli.train"])
 
 
 class End(NamedTuple):
@@ -53,29 +60,29 @@ class Attack(NamedTuple):
 
 def train(arguments: list[str], attack: Attack | None = None) -> End:
     """Runs `vmoe train` with these arguments in a process of its own."""
-    read, write = os.pipe()
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            os.close(read)
-            os.dup2(write, 2)
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            # pytest's own, which are no longer the process's
-            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-            torch.set_num_threads(1)
-            code = _counted(arguments, attack)
-        except BaseException:  # a process that was forked must not come back from here
-            traceback.print_exc()
-        finally:
-            sys.stderr.flush()
-            os._exit(code)
-    os.close(write)
-    with os.fdopen(read) as pipe:
-        said = pipe.read()
-    status = os.waitpid(child, 0)[1]
-    error, _, calls = said.rpartition("calls: ")
-    return End(os.waitstatus_to_exitcode(status), error or said, int(calls) if calls.strip().isdecimal() else 0)
+    with tempfile.TemporaryDirectory() as folder:
+        said = Path(folder) / "stderr"
+        process = FORKS.Process(target=_child, args=(arguments, attack, str(said)))
+        process.start()
+        process.join()
+        text = said.read_text()
+    error, _, calls = text.rpartition("calls: ")
+    return End(process.exitcode, error or text, int(calls) if calls.strip().isdecimal() else 0)
+
+
+def _child(arguments: list[str], attack: Attack | None, said: str) -> None:
+    code = 1
+    try:
+        os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), 2)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+        torch.set_num_threads(1)
+        code = _counted(arguments, attack)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)  # nothing that Python does at its end counts
 
 
 def _counted(arguments: list[str], attack: Attack | None) -> int:
