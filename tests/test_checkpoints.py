@@ -6,15 +6,16 @@ import pickle
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 import vmoe
+from vmoe.checkpoint_entry import FORMAT_VERSION
 from vmoe.checkpoints import (
     ENTRY,
-    FORMAT_VERSION,
     RunFolder,
     build_model,
     find_checkpoint,
@@ -240,7 +241,7 @@ def test_an_image_size_that_is_no_multiple_of_the_patch_is_refused():
     build_model("vit_tiny_patch16_224", KWARGS | {"dynamic_img_size": True, "dynamic_img_pad": True}, None, 10, 18)
 
 
-def test_a_torchvision_of_another_torch_is_told_on_import(tmp_path):
+def test_a_torchvision_of_another_torch_is_told(tmp_path):
     (tmp_path / "torchvision").mkdir()
     (tmp_path / "torchvision" / "__init__.py").write_text("raise RuntimeError('operator torchvision::nms')")
     paths = os.pathsep.join([str(tmp_path), *sys.path])
@@ -248,3 +249,8 @@ def test_a_torchvision_of_another_torch_is_told_on_import(tmp_path):
         [sys.executable, "-c", "import vmoe"], env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True
     )
     assert answer.stderr.splitlines()[-1].startswith("ImportError: torchvision was built for another torch; install")
+    tool = Path(__file__).parents[1] / "tools" / "predict.py"
+    environment = os.environ | {"PYTHONPATH": paths}
+    answer = subprocess.run([sys.executable, str(tool), "--help"], env=environment, capture_output=True, text=True)
+    assert answer.returncode == 2 and answer.stderr.count("\n") == 1
+    assert answer.stderr.startswith("vmoe: error: torchvision was built for another torch; install")

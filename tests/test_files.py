@@ -4,7 +4,8 @@ import os
 
 import pytest
 
-from vmoe.files import recover, replace
+from vmoe.errors import UserError
+from vmoe.files import recover, remove_leftovers, replace, require_writable
 
 
 def make(path, kind: str, content: str) -> None:
@@ -49,3 +50,20 @@ def test_killed_on_the_way_the_old_one_comes_back(tmp_path, monkeypatch, old, ne
     replace(temporary, path)
     recover(path)
     assert content_of(path) == "new"
+
+
+def test_what_a_killed_write_left_is_removed_and_nothing_else(tmp_path):
+    others = ["last.ckpt", ".last.old.ckpt", ".best.7.ckpt", ".last.7.csv", "last.7.ckpt"]
+    for name in [*others, ".last.7.ckpt", ".last.12345.ckpt"]:
+        (tmp_path / name).write_text("")
+    remove_leftovers(tmp_path / "last.ckpt")
+    assert {path.name for path in tmp_path.iterdir()} == set(others)
+
+
+def test_a_place_that_cannot_be_written_is_told_before_the_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    require_writable(tmp_path, tmp_path / "new" / "deep")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    for path in ("file", "file/deep/er"):
+        with pytest.raises(UserError, match=rf"{path}: cannot be written \(Not a directory\)"):
+            require_writable(tmp_path / "new", tmp_path / path)

@@ -1,13 +1,18 @@
 """Vision Mixture-of-Experts for PyTorch: sparse experts in any timm transformer (Riquelme et al. 2021)."""
 
 import importlib
+import sys
+from pathlib import Path
 
 try:
     importlib.import_module("torchvision")
 except RuntimeError as error:  # such as "operator torchvision::nms does not exist"
-    raise ImportError(
-        "torchvision was built for another torch; install both anew: pip install --upgrade torch torchvision"
-    ) from error
+    _line = "torchvision was built for another torch; install both anew: pip install --upgrade torch torchvision"
+    _program = Path(sys.argv[0] if sys.argv else "").resolve()
+    if _program.stem == "vmoe" or _program.parent == Path(__file__).resolve().parents[1] / "tools":
+        print(f"vmoe: error: {_line}", file=sys.stderr)  # a command, which tells mistakes in a line
+        raise SystemExit(2) from None
+    raise ImportError(_line) from error
 
 from vmoe.analysis.recording import record_routing
 from vmoe.models import create_model, densify, load_jax_checkpoint, sparsify

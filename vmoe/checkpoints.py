@@ -21,13 +21,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import vmoe
+from vmoe.checkpoint_entry import check_entry, checked
 from vmoe.checkpoint_folders import ENTRY, is_sharded, read_folder, read_plain_part
 from vmoe.errors import UserError
 from vmoe.files import atomic_write, new_folder
 from vmoe.moe import MoeConfig
 from vmoe.moe.int8 import dequantise
 
-FORMAT_VERSION = 1
 SCALE = "_scale"  # follows the name of a weight stored as int8 in that of its scales
 _MODEL_PREFIX = "model."
 # Arguments of timm that would fetch or open other files: a checkpoint brings its own weights.
@@ -110,6 +110,7 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Che
     """
     path = find_checkpoint(path)
     content = read_checkpoint(path)
+    check_entry(content, path)
     ours = content[ENTRY]
     try:
         config = ours["config"]
@@ -126,8 +127,10 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Che
             step=int(content["global_step"]),
             path=path,
         )
+    except UserError as error:  # of the model, which cannot be built
+        raise UserError(f"{path}: {error}") from error
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).split())[:200] + (" is missing" if isinstance(error, KeyError) else "")
         raise UserError(f"{path}: its weights and its config do not make a model ({reason}); train it again") from error
 
 
@@ -158,7 +161,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         UserError: the file is missing, truncated, foreign, damaged, or of a newer version.
     """
     path = Path(path)
-    return _checked(read_folder(path) if is_sharded(path) else _read_file(path), path)
+    return checked(read_folder(path) if is_sharded(path) else _read_file(path), path)
 
 
 def read_without_tensors(path: str | Path) -> dict[str, Any]:
@@ -168,18 +171,7 @@ def read_without_tensors(path: str | Path) -> dict[str, Any]:
         UserError: likewise.
     """
     path = Path(path)
-    return _checked(read_plain_part(path) if is_sharded(path) else _read_file(path), path)
-
-
-def _checked(content: Any, path: Path) -> dict[str, Any]:
-    ours = content.get(ENTRY) if isinstance(content, dict) else None
-    if not isinstance(ours, dict) or not isinstance(ours.get("version"), int):
-        raise UserError(f"{path}: not a checkpoint of this package; `vmoe train` writes them")
-    if ours["version"] > FORMAT_VERSION:
-        raise UserError(
-            f"{path}: written by a newer vmoe, in format {ours['version']}; this one knows {FORMAT_VERSION}: update it"
-        )
-    return content
+    return checked(read_plain_part(path) if is_sharded(path) else _read_file(path), path)
 
 
 def _read_file(path: Path) -> Any:
@@ -202,7 +194,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         with safe_open(path, framework="pt") as file:
             ours = json.loads((file.metadata() or {}).get(ENTRY, "null"))
         stored = load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a safetensors file, or damaged ({' '.join(str(error).split())[:100]})") from error
     scales = {name for name in stored if name.endswith(SCALE) and _is_int8(stored, name.removesuffix(SCALE))}
     weights = {

@@ -1,5 +1,7 @@
 """Writing files so that nobody ever sees half of one."""
 
+import errno
+import glob
 import json
 import os
 import shutil
@@ -34,6 +36,22 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # such as a folder that is a file: the first error is the one to tell
             temporary.unlink(missing_ok=True)
+
+
+def require_writable(*paths: str | Path) -> None:
+    """Finds out, before long work, that files could not be written; creates nothing.
+
+    Args:
+        paths: Folders, which need not be there yet.
+
+    Raises:
+        UserError: One could not be created or written to.
+    """
+    for path in map(Path, paths):
+        place = next(place for place in (path, *path.absolute().parents) if place.exists())
+        problem = errno.ENOTDIR if not place.is_dir() else errno.EACCES if not os.access(place, os.W_OK) else None
+        if problem is not None:
+            raise UserError(f"{path}: cannot be written ({os.strerror(problem)}); choose another place")
 
 
 @contextmanager
@@ -72,6 +90,13 @@ def recover(path: Path) -> None:
     """Puts back what `replace` had moved aside when it was killed before it had put anything in its place."""
     if _aside(path).exists() and not path.exists():
         os.rename(_aside(path), path)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Removes what a process that was killed in `atomic_write` left beside a file; nobody may be writing it now."""
+    for file in path.parent.glob(f".{glob.escape(path.stem)}.*{glob.escape(path.suffix)}"):
+        if file.name.removeprefix(f".{path.stem}.").removesuffix(path.suffix).isdecimal():
+            file.unlink(missing_ok=True)
 
 
 def _aside(path: Path) -> Path:

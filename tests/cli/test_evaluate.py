@@ -135,7 +135,7 @@ def test_a_capacity_that_leaves_no_place_is_one_line(save_run, capsys):
     run = str(save_run(moe=MOE | {"capacity_rounding": "round", "group": 1}))
     assert main([run, "--capacity-factor", "0.01"]) == 2
     error = capsys.readouterr().err.strip()  # behind the end of the progress bar
-    assert error.startswith("vmoe evaluate: error: capacity_factor=0.01: ") and "\n" not in error
+    assert error.startswith("vmoe evaluate: error: --capacity-factor 0.01: ") and "\n" not in error
 
 
 def test_an_ensemble_answers_with_the_mean_of_probabilities(save_run, tmp_path, capsys):

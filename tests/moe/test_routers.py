@@ -232,3 +232,17 @@ def test_experts_with_slots_have_no_number_a_token(router):
     layer = MoeMlp(WIDTH, HIDDEN, moe=MoeConfig(num_experts=EXPERTS, router=router), tokens=5)
     with pytest.raises(ValueError, match=f'top_k=2: has no meaning with router="{router}"'):
         vmoe.set_top_k(layer, 2)
+
+
+def test_gates_that_underflow_choose_no_expert_twice():
+    gates = torch.tensor([[[0.0, 1.0, 0.0, 0.0]]])
+    assert top_experts(gates, 3).tolist() == [[[1, 0, 2]]]
+
+
+def test_cosine_routing_looks_at_directions_alone():
+    layer = MoeMlp(WIDTH, HIDDEN, moe=MoeConfig(num_experts=EXPERTS, router="cosine")).eval()
+    expected = layer(tokens())
+    with torch.no_grad():
+        layer.router.gate.weight[2] *= 5
+        layer.router.projection.weight *= 3
+    torch.testing.assert_close(layer(tokens()), expected)

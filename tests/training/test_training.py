@@ -94,6 +94,14 @@ def test_accumulation_equals_a_bigger_batch(run):
         torch.testing.assert_close(_weights(halves)[key], value, rtol=1e-4, atol=1e-5)
 
 
+def test_auxiliary_losses_train_the_router(run):
+    gates = []
+    for name, weight in (("without", "0"), ("with", "100")):
+        _, folder = run("--moe.importance_loss_weight", weight, "--moe.load_loss_weight", "0", name=name)
+        gates.append(_weights(folder)["model.blocks.1.mlp.router.gate.weight"])
+    assert (gates[0] - gates[1]).abs().max() > 1e-3
+
+
 def test_learning_rate_warms_up_and_follows_a_cosine(run):
     options = ("--optim.warmup_epochs", "1", "--trainer.epochs", "3", "--optim.lr", "0.01", "--optim.min_lr", "0.001")
     _, folder = run(*options)

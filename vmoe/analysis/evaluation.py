@@ -16,8 +16,10 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 import vmoe
 from vmoe.errors import UserError
 from vmoe.moe import set_eval_capacity_factor, set_top_k
+from vmoe.moe.assignment import CapacityError
 
 CALIBRATION_BINS = 15
+MOST_CONFUSED = 1000  # classes, up to which the confusion matrix is kept: of 10,000 it would take a gigabyte
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Evaluation:
     nll: float  # mean negative log-likelihood, nats
     ece: float  # expected calibration error, 15 bins
     class_accuracy: list[float | None]  # (C,) top-1 of each class; None for a class without images
-    confusion: list[list[int]]  # (C, C) images by true class (row) and predicted class (column)
+    confusion: list[list[int]] | None  # (C, C) images by true class (row) and predicted one; None over 1,000 classes
     images_per_second: float | None  # without the first batch, loading included; None when there was one batch only
     dropped: float | None  # share of the choices of all MoE layers; None for a dense model
     layers: dict[str, LayerUse]
@@ -51,7 +53,7 @@ class Evaluation:
 
 
 class RunningMetrics:
-    """Classification figures, accumulated on the device batch by batch: O(C^2) memory whatever the set's size.
+    """Classification figures, accumulated on the device batch by batch: memory depends on the classes, not on the set.
 
     The expected calibration error is Guo et al. 2017's (https://arxiv.org/abs/1706.04599, equation 5): bins of equal
     width over the largest probability, (m - 1) / M < p <= m / M.
@@ -59,7 +61,10 @@ class RunningMetrics:
 
     def __init__(self, num_classes: int, device: torch.device | str = "cpu") -> None:
         self.num_classes = num_classes
-        self.confusion = MulticlassConfusionMatrix(num_classes, validate_args=False).to(device)
+        self.confusion = None
+        if num_classes <= MOST_CONFUSED:
+            self.confusion = MulticlassConfusionMatrix(num_classes, validate_args=False).to(device)
+        self.of_class = torch.zeros(2, num_classes, dtype=torch.int64, device=device)  # images, correct
         self.hits_in_five = torch.zeros((), dtype=torch.int64, device=device)
         self.nll = torch.zeros((), dtype=torch.float64, device=device)
         self.bins = torch.zeros(2, CALIBRATION_BINS, dtype=torch.float64, device=device)  # confidence, correct
@@ -68,7 +73,10 @@ class RunningMetrics:
         """Takes in one batch: logits (B, C), labels (B,) int64."""
         log_probabilities = logits.float().log_softmax(-1)
         confidence, predicted = log_probabilities.exp().max(-1)
-        self.confusion.update(predicted, labels)
+        if self.confusion is not None:
+            self.confusion.update(predicted, labels)
+        self.of_class[0].index_add_(0, labels, torch.ones_like(labels))
+        self.of_class[1].index_add_(0, labels, (predicted == labels).to(labels))
         five = logits.topk(min(5, self.num_classes)).indices
         self.hits_in_five += (five == labels[:, None]).any(-1).sum()
         self.nll -= log_probabilities.gather(1, labels[:, None]).sum(dtype=torch.float64)
@@ -83,13 +91,12 @@ class RunningMetrics:
         Raises:
             UserError: no image was seen, or a logit was not finite.
         """
-        confusion = self.confusion.compute().cpu()
-        images = int(confusion.sum())
+        of_class, correct = self.of_class.cpu()
+        images = int(of_class.sum())
         if images == 0:
             raise UserError("data: this split holds no images; choose another split or another data set")
         if not torch.isfinite(self.nll):
             raise UserError("checkpoint: the model gives logits that are not finite; its training probably diverged")
-        of_class, correct = confusion.sum(1), confusion.diag()
         return {
             "images": images,
             "top1": int(correct.sum()) / images,
@@ -97,8 +104,14 @@ class RunningMetrics:
             "nll": float(self.nll) / images,
             "ece": float((self.bins[0] - self.bins[1]).abs().sum()) / images,
             "class_accuracy": [c / n if n else None for c, n in zip(correct.tolist(), of_class.tolist(), strict=True)],
-            "confusion": confusion.tolist(),
+            "confusion": self._matrix(),
         }
+
+    def _matrix(self) -> list[list[int]] | None:
+        if self.confusion is None:
+            return None
+        size = (self.num_classes, self.num_classes)
+        return self.confusion.compute().reshape(size).tolist()  # torchmetrics gives a number for a single class
 
 
 @torch.inference_mode()
@@ -158,7 +171,7 @@ def evaluate_sweep(
     restored at the end.
 
     Raises:
-        UserError: the model is dense or its tokens do not choose, a K is not possible, or as `evaluate`.
+        UserError: the model is dense or its tokens do not choose, a K or a capacity is not possible, or as `evaluate`.
     """
     own = experts_per_token(model)
     for option, values in (("--capacity-factor", factors), ("--top-k", top_ks)):
@@ -174,7 +187,9 @@ def evaluate_sweep(
                 for factor in factors or (None,):
                     if factor is not None:
                         set_capacity(model, factor)
-                    yield evaluate(model, loader, num_classes, device)
+                    with named_factor(factor):
+                        result = evaluate(model, loader, num_classes, device)
+                    yield result
     finally:
         if own is not None:
             set_top_k(model, own)
@@ -190,6 +205,19 @@ def _set_top_k(model: nn.Module, top_k: int) -> None:
 def set_capacity(model: nn.Module, factor: float) -> None:
     """Sets the capacity factor of all MoE layers at evaluation; inf drops nothing."""
     set_eval_capacity_factor(model, None if math.isinf(factor) else factor)
+
+
+@contextmanager
+def named_factor(factor: float | None) -> Iterator[None]:
+    """Tells a capacity that leaves no place under the option's name, where the factor is an option's.
+
+    Raises:
+        UserError: it does.
+    """
+    try:
+        yield
+    except CapacityError as error:
+        raise UserError(str(error) if factor is None else f"--capacity-factor {factor}: {error.reason}") from error
 
 
 @contextmanager

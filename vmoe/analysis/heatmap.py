@@ -119,15 +119,19 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
 
 
 def output_names(paths: Sequence[Path]) -> list[str]:
-    """A name for the figures of each image: its stem, with -2, -3, ... where another image has it in any case."""
+    """A name for the figures of each image: its stem, with -2, -3, ... where another image has it in any case.
+
+    Names are cut to 50 characters, so that what is added to them fits any file system.
+    """
     names: list[str] = []
     taken: set[str] = set()
-    reserved = {path.stem.casefold() for path in paths}
-    for path in paths:
-        name, count = path.stem, 1
+    stems = [path.stem[:50] for path in paths]
+    reserved = {stem.casefold() for stem in stems}
+    for stem in stems:
+        name, count = stem, 1
         while name.casefold() in taken or (count > 1 and name.casefold() in reserved):
             count += 1
-            name = f"{path.stem}-{count}"
+            name = f"{stem}-{count}"
         taken.add(name.casefold())
         names.append(name)
     return names

@@ -7,7 +7,7 @@ import numpy as np
 from torch import nn
 
 import vmoe
-from vmoe.analysis.evaluation import eval_capacity_factor, restored_capacity, set_capacity
+from vmoe.analysis.evaluation import eval_capacity_factor, named_factor, restored_capacity, set_capacity
 from vmoe.analysis.heatmap import (
     RoutedImage,
     describe_layer,
@@ -60,7 +60,7 @@ def write_heatmaps(
     about = [f"checkpoint {checkpoint.path}", f"epoch {checkpoint.epoch}"]
     about += [f"{package} {version}" for package, version in (versions or {}).items()]
     footer = [" · ".join(about), *([f"command: {command}"] if command else [])]
-    with restored_capacity(model):
+    with restored_capacity(model), named_factor(capacity_factor):
         if capacity_factor is not None:
             set_capacity(model, capacity_factor)
         index = {

@@ -11,6 +11,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 
 from vmoe.files import atomic_write
+from vmoe.text import printable
 
 INK = "#1b1f24"
 MUTED = "#667078"
@@ -55,10 +56,10 @@ class Page:
         self.rectangle(x - 0.5, y - 0.5, width + 1, height + 1, edge=RULE)
 
     def text(self, x: float, y: float, text: str, size: float = BODY, **style: object) -> Text:
-        """Writes `text` literally (no mathematics), its baseline at y."""
+        """Writes `text` literally (no mathematics, no control characters), its baseline at y."""
         style = {"color": INK, "va": "baseline", **style}
         return self.figure.text(
-            x / self.width, 1 - y / self.height, text, fontsize=_points(size), parse_math=False, **style
+            x / self.width, 1 - y / self.height, printable(text), fontsize=_points(size), parse_math=False, **style
         )
 
     def rectangle(self, x: float, y: float, width: float, height: float, face: object = "none", edge: object = "none"):

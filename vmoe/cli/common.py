@@ -5,7 +5,10 @@ import sys
 import traceback
 from collections.abc import Callable
 
+from vmoe.cli.main import JOBS
 from vmoe.errors import UserError
+from vmoe.moe.assignment import CapacityError
+from vmoe.text import printable
 
 
 def run(job: Callable[[list[str]], int | None], argv: list[str] | None) -> int:
@@ -18,7 +21,8 @@ def run(job: Callable[[list[str]], int | None], argv: list[str] | None) -> int:
     Returns:
         The exit code: the job's own or 0; 2 for a user's mistake; 130 for Ctrl-C.
     """
-    name = job.__module__.rpartition(".")[2]
+    module = job.__module__.rpartition(".")[2]
+    name = next((name for name in JOBS if name.replace("-", "_") == module), module)
     try:
         return job(sys.argv[1:] if argv is None else argv) or 0
     except UserError as error:
@@ -33,11 +37,11 @@ def run(job: Callable[[list[str]], int | None], argv: list[str] | None) -> int:
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    print(f"vmoe {name}: error: {' '.join(line.split())}", file=sys.stderr)
+    print(f"vmoe {name}: error: {printable(' '.join(line.split()))}", file=sys.stderr)
     return 2
 
 
 def _is_of_config(error: ValueError) -> bool:
     """Whether a config dataclass refuses its values, or a layer its capacity; any other ValueError is a bug of ours."""
-    checks = ("__post_init__", "expert_capacity")
-    return any(frame.name in checks for frame in traceback.extract_tb(error.__traceback__))
+    frames = traceback.extract_tb(error.__traceback__)
+    return isinstance(error, CapacityError) or any(frame.name == "__post_init__" for frame in frames)

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from vmoe.cli.common import run
 from vmoe.cli.options import new_parser
+from vmoe.text import printable
 
 _DESCRIPTION = """\
 Puts finished runs side by side, such as a V-MoE and its dense twin: test accuracy against active FLOPs an image,
@@ -57,9 +58,9 @@ def _compare(argv: list[str]) -> None:
 
     Console().print(_rich_table(rows))
     for note in notes:
-        print(note)
+        print(printable(note))
     for warning in warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+        print(f"warning: {printable(warning)}", file=sys.stderr)
     each = [{"arm": arm.name, **_run_entry(run)} for arm in arms for run in arm.runs]
     _write_table(options.out / "comparison.csv", rows)
     _write_table(options.out / "runs.csv", each)
@@ -158,7 +159,7 @@ def _rich_table(rows: list[dict]) -> Table:
     for column in _COLUMNS:
         table.add_column(column, justify="left" if column == "arm" else "right", overflow="fold")
     for row in rows:
-        table.add_row(*map(escape, _cells(row)))
+        table.add_row(*(escape(printable(cell)) for cell in _cells(row)))
     return table
 
 

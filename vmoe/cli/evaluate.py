@@ -55,11 +55,14 @@ def _evaluate(argv: list[str]) -> None:
         setting,
         summary_table,
     )
-    from vmoe.files import write_json
+    from vmoe.files import require_writable, write_json
 
     corruptions = _chosen_corruptions(options.corruptions)
     device = choose_device(options.device)
     checkpoint = load_checkpoint(options.checkpoint, device)
+    out = options.out or _own_folder(checkpoint.path)
+    json_file = options.json or out / "evaluation.json"
+    require_writable(out, json_file.parent)
     if options.ensemble_with:
         checkpoint = _ensemble(checkpoint, [load_checkpoint(path, device) for path in options.ensemble_with])
     data = load_data(checkpoint, options)
@@ -84,13 +87,12 @@ def _evaluate(argv: list[str]) -> None:
     if corruptions:
         report["corruptions"] = _corrupt(checkpoint, data, device, options, corruptions)
         console.print(corruption_table(report["corruptions"]))
-    out = options.out or _own_folder(checkpoint.path)
-    json_file = options.json or out / "evaluation.json"
     write_json(json_file, report)
-    for result in results:
+    drawn = [result for result in results if result.confusion is not None]
+    for result in drawn:
         name = "confusion.png" if len(results) == 1 else f"confusion-{setting(result, results)}.png"
         draw_confusion(result, checkpoint.class_names, f"{what} · {checkpoint.path}").save(out / name)
-    print(f"{json_file} and the confusion matrix in {out}")
+    print(f"{json_file}" + (f" and the confusion matrix in {out}" if drawn else ": too many classes for a matrix"))
 
 
 def _parser() -> argparse.ArgumentParser:

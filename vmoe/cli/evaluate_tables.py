@@ -2,11 +2,18 @@
 
 from typing import TYPE_CHECKING
 
-from rich.markup import escape
+from rich import markup
 from rich.table import Table
+
+from vmoe.text import printable
 
 if TYPE_CHECKING:
     from vmoe.analysis.evaluation import Evaluation
+
+
+def escape(text: str) -> str:
+    """Names as they are: no markup, no control characters."""
+    return markup.escape(printable(text))
 
 
 def factor_text(value: float | None) -> str:
@@ -63,6 +70,9 @@ def class_table(result: "Evaluation", names: list[str], shown: int = 10) -> Tabl
     for column in ("class", "top-1", "images", "most often taken for"):
         table.add_column(column, justify="right" if column in ("top-1", "images") else "left")
     for accuracy, index in order[:shown]:
+        if result.confusion is None:
+            table.add_row(escape(names[index]), f"{accuracy:.2%}", "-", "-")
+            continue
         row = list(result.confusion[index])
         total, row[index] = sum(row), 0
         other = max(range(len(row)), key=row.__getitem__)

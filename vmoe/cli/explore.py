@@ -10,6 +10,7 @@ from vmoe.cli.common import run
 from vmoe.cli.inputs import Tracked, load_data, load_files
 from vmoe.cli.options import capacity_factor, choose_device, new_parser
 from vmoe.errors import UserError
+from vmoe.text import printable
 
 if TYPE_CHECKING:
     from vmoe.checkpoints import Checkpoint
@@ -41,8 +42,10 @@ def _explore(argv: list[str]) -> None:
     from vmoe.analysis.exploration.history import snapshots
     from vmoe.analysis.heatmap import require_experts
     from vmoe.checkpoints import load_checkpoint
+    from vmoe.files import require_writable
     from vmoe.training.summary import device_name, versions
 
+    require_writable(options.out, options.out / "figures", options.out / "data")
     device = choose_device(options.device)
     checkpoint, *others = [load_checkpoint(path, device) for path in options.checkpoints]
     if len(options.checkpoints) > len({each.path.resolve() for each in (checkpoint, *others)}):
@@ -79,7 +82,7 @@ def _explore(argv: list[str]) -> None:
         track=_tracked,
     )
     for line in exploration.report["findings"]:
-        print(f"- {line}")
+        print(f"- {printable(line)}")
     if options.images is not None:
         print("The images have no labels: accuracy, classes and causes, which need them, are left out.")
     write_exploration(exploration, options.out)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from vmoe.cli.common import run
 from vmoe.cli.options import capacity_factor, choose_device, new_parser
+from vmoe.text import printable
 
 _DESCRIPTION = """\
 For each image and MoE layer, draws a page (PNG): the patches over the picture in the colour of the expert that they
@@ -32,8 +33,10 @@ def _heatmap(argv: list[str]) -> None:
     from vmoe.analysis.heatmap import find_images
     from vmoe.analysis.heatmap_files import write_heatmaps
     from vmoe.checkpoints import load_checkpoint
+    from vmoe.files import require_writable
     from vmoe.training.summary import versions
 
+    require_writable(options.out)
     images = find_images(options.images)
     checkpoint = load_checkpoint(options.checkpoint, choose_device(options.device))
     command = shlex.join(["vmoe", "heatmap", *argv])
@@ -41,7 +44,7 @@ def _heatmap(argv: list[str]) -> None:
         checkpoint, images, options.out, options.layers, options.capacity_factor, command, versions()
     )
     for image in index["images"]:
-        print(f"{image['file']}: {image['prediction']['class']} {image['prediction']['probability']:.1%}")
+        print(printable(f"{image['file']}: {image['prediction']['class']} {image['prediction']['probability']:.1%}"))
     pages = sum(len(image["pages"]) for image in index["images"])
     print(f"{pages} page{'s' * (pages > 1)} and index.json in {options.out}")
 

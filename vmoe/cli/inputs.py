@@ -27,7 +27,7 @@ def load_data(checkpoint: "Checkpoint", options: argparse.Namespace) -> "ImageDa
     """
     from vmoe.data import ImageDataModule
 
-    data = ImageDataModule(_changed_config(checkpoint, options), seed=checkpoint.config["seed"])
+    data = ImageDataModule(_changed_config(checkpoint, options), seed=checkpoint.config.get("seed", 0))
     data.prepare_data()
     data.setup("test")
     if data.num_classes != len(checkpoint.class_names):
@@ -64,12 +64,19 @@ def load_files(
     return ImageLoader(images, workers=config.workers, batch_size=size), shuffled
 
 
-def data_config(checkpoint: "Checkpoint") -> "DataConfig":
-    """The run's data config, for the images that this model takes."""
+def data_config(checkpoint: "Checkpoint", name: str | None = None) -> "DataConfig":
+    """The run's data config, for the images that this model takes; a `name` is needed where it tells of none.
+
+    Raises:
+        UserError: neither tells of data.
+    """
     from vmoe.data import DataConfig
     from vmoe.training.config import from_plain
 
-    config = from_plain(DataConfig, checkpoint.config["data"], "data.")
+    trained_on = checkpoint.config.get("data")
+    if trained_on is None and name is None:
+        raise UserError(f"{checkpoint.path}: does not tell what it was trained on; give --data and --root")
+    config = from_plain(DataConfig, trained_on or {"name": name}, f"{checkpoint.path}: data.")
     return dataclasses.replace(config, image_size=checkpoint.image_size, mean=checkpoint.mean, std=checkpoint.std)
 
 
@@ -77,7 +84,7 @@ def _changed_config(checkpoint: "Checkpoint", options: argparse.Namespace) -> "D
     """The same with the options' changes."""
     from vmoe.data import SubsetConfig
 
-    config = data_config(checkpoint)
+    config = data_config(checkpoint, options.data)
     changes = {"pipeline": "workers"}  # the same images, of which a job may want only a few
     if options.data is not None and options.data != config.name:
         changes["subset"] = SubsetConfig()  # the run's class names mean nothing in another set
@@ -89,7 +96,10 @@ def _changed_config(checkpoint: "Checkpoint", options: argparse.Namespace) -> "D
     ):
         if value is not None:
             changes[field] = value
-    return dataclasses.replace(config, **changes)
+    try:
+        return dataclasses.replace(config, **changes)
+    except ValueError as error:
+        raise UserError(f"data.{error}") from error
 
 
 class Tracked:

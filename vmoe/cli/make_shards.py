@@ -36,7 +36,8 @@ def _make_shards(argv: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the order of the images (default: %(default)s)")
     options = parser.parse_args(argv)
     columns = (TextColumn("{task.description:5}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         tasks = {}
 
         def show(split: str, done: int, total: int) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from vmoe.cli.common import run
 from vmoe.cli.options import choose_device, new_parser
 from vmoe.errors import UserError
+from vmoe.text import printable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,8 +37,9 @@ def _predict(argv: list[str]) -> None:
     from vmoe.analysis.heatmap import find_images
     from vmoe.cli.inputs import Tracked
     from vmoe.export.predictor import load_predictor
-    from vmoe.files import write_json
+    from vmoe.files import require_writable, write_json
 
+    require_writable(*(file.parent for file in (options.csv, options.json) if file is not None))
     files = find_images(options.images)
     predictor = load_predictor(options.model, choose_device(options.device))
     if options.routing and predictor.model is None:
@@ -52,7 +54,7 @@ def _predict(argv: list[str]) -> None:
         raise UserError(damaged[0] if len(damaged) == 1 else f"none of {len(damaged)} files is an image: {damaged[0]}")
     for answer in answers:
         best = ", ".join(f"{each['class']} {each['probability']:.1%}" for each in answer["predictions"])
-        print(f"{answer['file']}: {best}")
+        print(printable(f"{answer['file']}: {best}"))
         for layer, shares in answer.get("routing", {}).items():
             print(f"  {layer}: " + ", ".join(f"expert {index} {share:.0%}" for index, share in _largest(shares)))
     if options.json is not None:
@@ -60,7 +62,7 @@ def _predict(argv: list[str]) -> None:
     if options.csv is not None:
         _write_csv(options.csv, answers)
     if damaged:
-        print(f"{len(damaged)} of {len(files)} files left out:", *damaged, sep="\n  ", file=sys.stderr)
+        print(f"{len(damaged)} of {len(files)} files left out:", *map(printable, damaged), sep="\n  ", file=sys.stderr)
 
 
 def _answer(
@@ -103,7 +105,16 @@ def _largest(shares: list[float]) -> list[tuple[int, float]]:
 def _write_csv(path: Path, answers: list[dict[str, Any]]) -> None:
     from vmoe.files import atomic_write
 
-    with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+    with (
+        atomic_write(path) as temporary,
+        open(
+            temporary,
+            "w",
+            newline="",
+            encoding="utf-8",
+            errors="surrogateescape",  # names of files that are no UTF-8
+        ) as file,
+    ):
         writer = csv.writer(file)
         writer.writerow(["file", "rank", "class", "probability"])
         for answer in answers:

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import jsonargparse
-import yaml
 from rich.console import Console
 
+from vmoe.checkpoints import RunFolder
 from vmoe.cli.common import run
+from vmoe.cli.config_files import newer_version, read_config
 from vmoe.cli.recipes import find_recipe, recipe_names
 from vmoe.errors import UserError
 from vmoe.moe import MoeConfig
@@ -22,6 +23,7 @@ from vmoe.training.processes import Place
 from vmoe.training.progress import Progress
 from vmoe.training.run import train
 from vmoe.training.stopping import Interrupted
+from vmoe.version import __version__
 
 DESCRIPTION = """
 Trains a timm model, dense or with sparse MoE layers, on images, and tests its best checkpoint.
@@ -93,8 +95,10 @@ def _train(make_config: Callable[[], TrainConfig], command: list[str], place: Pl
         result = train(config, shlex.join(command), console)
     except Interrupted as stop:
         again = f"vmoe train --config {shlex.quote(config.output_dir)}/config.yaml --resume"
+        has_begun = RunFolder(Path(config.output_dir)).config.exists()
         if place.is_first:
-            print(f"vmoe train: {stop}; the run is saved, go on with: {again}", file=sys.stderr)
+            then = f"; the run is saved, go on with: {again}" if has_begun else " before the run began"
+            print(f"vmoe train: {stop}{then}", file=sys.stderr)
         return 128 + stop.signum
     if place.is_first:
         Progress(console).say(_result_line(result, config.output_dir))
@@ -131,15 +135,26 @@ def parse(argv: list[str]) -> TrainConfig:
         UserError: an option or key is unknown (with the nearest valid ones), of the wrong type, or out of range.
         SystemExit: after --help or --print_config.
     """
+    argv = _with_recipes(_as_flags(argv))
+    try:
+        return _parsed(argv)
+    except UserError as error:
+        for path in _config_files(argv):
+            if (version := newer_version(path)) is not None:
+                update = f"written by vmoe {version}, and this is {__version__}: update it"
+                raise UserError(f"{path}: {update} ({error})") from error
+        raise
+
+
+def _parsed(argv: list[str]) -> TrainConfig:
     parser = _Parser(prog="vmoe train", description=DESCRIPTION, exit_on_error=False, formatter_class=_KeepLines)
     recipes = ", ".join(name for name in recipe_names() if "/" not in name)
     parser.add_argument("--config", action="config", help=f"YAML file, or a recipe that comes with vmoe: {recipes}.")
     parser.add_class_arguments(TrainConfig, skip={"resume"})
     parser.add_argument("--resume", action="store_true", help="Go on from the last checkpoint in output_dir.")
     names = option_names(TrainConfig)
-    argv = _with_recipes(_as_flags(argv))
     for path in _config_files(argv):
-        _check_keys(_read_yaml(path), TrainConfig, names, path)
+        _check_keys(read_config(path), TrainConfig, names, path)
     _check_options(argv, names)
     try:
         parsed = parser.parse_args(argv).as_dict()
@@ -186,31 +201,6 @@ def _with_recipes(argv: list[str]) -> list[str]:
 def _config_files(argv: list[str]) -> list[str]:
     joined = [argument.removeprefix("--config=") for argument in argv if argument.startswith("--config=")]
     return joined + [path for option, path in itertools.pairwise(argv) if option == "--config"]
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """Refuses a key that is given twice in one section, of which YAML would keep the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"{key} is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-def _read_yaml(path: str) -> dict[str, Any]:
-    try:
-        content = yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeys)
-    except OSError as error:
-        raise UserError(
-            f"--config {path}: cannot be read ({error.strerror}); give a YAML file or a recipe's name, such as digits"
-        ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path}: is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"--config {path}: must hold keys such as data, model and optim, not {type(content).__name__}")
-    return content
 
 
 def _check_keys(plain: dict[str, Any], kind: type, names: list[str], path: str, prefix: str = "") -> None:

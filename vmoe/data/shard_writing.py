@@ -12,6 +12,7 @@ from torchvision.datasets import ImageFolder
 
 from vmoe.data.shards import CLASSES, IMAGE_FORMATS, SPLITS, load_shards
 from vmoe.errors import UserError
+from vmoe.files import require_writable
 
 
 def write_shards(
@@ -43,6 +44,7 @@ def write_shards(
     if "train" not in found or len(found) < 2:
         raise UserError(f"{source}: must hold train/CLASS/IMAGE and val/CLASS/IMAGE (or test)")
     classes = found["train"].classes
+    require_writable(target.parent)
     target.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as temporary:
         folder = Path(temporary) / "shards"

@@ -107,10 +107,11 @@ def model_card(checkpoint: Checkpoint, source: str | Path, license: str | None) 
     accuracy = _metrics(Path(source)).get("test/top1")
     config = {key: value for key, value in config.items() if key != "distill"}  # whose teacher is a path
     config |= {"output_dir": None, "init_from": None}
-    config["data"] = {key: value for key, value in config["data"].items() if key != "root"}
+    config["data"] = {key: value for key, value in config.get("data", {}).items() if key != "root"}
+    data = config["data"].get("name", "images of its own")
     return _TEMPLATE.format(
         license_line=f"license: {license}\n" if license else "",
-        title=f"{config['model']['name']} for {config['data']['name']}",
+        title=f"{config['model']['name']} for {data}",
         what=_what(checkpoint),
         size=checkpoint.image_size,
         classes=f"{len(classes)}: {', '.join(classes[:20])}{', ...' if len(classes) > 20 else ''}",
@@ -118,10 +119,10 @@ def model_card(checkpoint: Checkpoint, source: str | Path, license: str | None) 
         total=parameters.total,
         active=parameters.active,
         flops=flops_per_image(checkpoint.model, checkpoint.image_size),
-        data=config["data"]["name"],
+        data=data,
         epochs=checkpoint.epoch,
         steps=checkpoint.step,
-        seed=config["seed"],
+        seed=config.get("seed", "unknown"),
         accuracy="unknown: the run left no summary.json" if accuracy is None else f"{accuracy:.2%} (one run)",
         routing=_routing(checkpoint, Path(source)),
         recipe=yaml.safe_dump(config, sort_keys=False),

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from vmoe.checkpoint_entry import check_entry
 from vmoe.checkpoints import ENTRY, SCALE, find_checkpoint, read_checkpoint, trained_weights
 from vmoe.files import atomic_write
 from vmoe.moe.int8 import quantise
@@ -32,7 +33,7 @@ def write_safetensors(
     Raises:
         UserError: the source is no checkpoint of ours, or `path` cannot be written.
     """
-    content = read_checkpoint(find_checkpoint(source))
+    content = _read(source)
     weights = {}
     for name, value in trained_weights(content).items():
         if int8 and _EXPERT_WEIGHT.search(name):
@@ -56,8 +57,15 @@ def write_changed(path: str | Path, source: str | Path, weights: dict[str, Tenso
     Raises:
         UserError: likewise.
     """
-    entry = _entry(read_checkpoint(find_checkpoint(source)))
+    entry = _entry(_read(source))
     _write(path, weights, entry | {"config": entry["config"] | {"moe": moe}})
+
+
+def _read(source: str | Path) -> dict[str, Any]:
+    path = find_checkpoint(source)
+    content = read_checkpoint(path)
+    check_entry(content, path)
+    return content
 
 
 def _entry(content: dict[str, Any]) -> dict[str, Any]:
@@ -65,7 +73,7 @@ def _entry(content: dict[str, Any]) -> dict[str, Any]:
     ours = content[ENTRY]
     config = {key: value for key, value in ours["config"].items() if key != "distill"}
     config |= {"output_dir": None, "init_from": None}
-    config["data"] = {key: value for key, value in config["data"].items() if key != "root"}
+    config["data"] = {key: value for key, value in config.get("data", {}).items() if key != "root"}
     kept = ("version", "class_names", "image_size", "mean", "std", "epochs_done")
     return {key: ours[key] for key in kept} | {"config": config, "step": content["global_step"]}
 

@@ -38,20 +38,41 @@ def flops_per_image(model: nn.Module, image_size: int | tuple[int, int], in_chan
         in_chans: Channels.
     """
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    counter = FlopCounterMode(display=False)
+    with counter:
+        _run_on_meta(model, (1, in_chans, *size), training=False)
+    return counter.get_total_flops()
+
+
+def check_training_capacity(model: nn.Module, images: int, image_size: int) -> None:
+    """Refuses, before anything is computed, a capacity factor that leaves experts no place in training.
+
+    Args:
+        model: Any image model; it is left as it is.
+        images: Of a batch.
+        image_size: Pixels, one side of a square.
+
+    Raises:
+        CapacityError: It does.
+    """
+    if any(layer.config.capacity_factor is not None for _, layer in moe_layers(model)):
+        _run_on_meta(model, (images, 3, image_size, image_size), training=True)
+
+
+def _run_on_meta(model: nn.Module, shape: tuple[int, ...], training: bool) -> None:
+    """A forward pass that computes nothing and leaves nothing behind."""
     on_meta = {name: tensor.detach().to("meta") for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
     dtype = next((parameter.dtype for parameter in model.parameters()), torch.float32)
     was_training = model.training
     kept = [(layer, layer.statistics, layer.last_auxiliary_loss) for _, layer in moe_layers(model)]
-    counter = FlopCounterMode(display=False)
     try:
-        model.eval()
-        with counter, torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            functional_call(model, on_meta, torch.zeros(1, in_chans, *size, dtype=dtype, device="meta"))
+        model.train(training)
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            functional_call(model, on_meta, torch.zeros(shape, dtype=dtype, device="meta"))
     finally:
         model.train(was_training)
         for layer, statistics, loss in kept:
             layer.statistics, layer.last_auxiliary_loss = statistics, loss
-    return counter.get_total_flops()
 
 
 @register_flop_formula(torch.ops.vmoe.segment_linear)

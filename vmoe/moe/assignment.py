@@ -13,7 +13,28 @@ from vmoe.moe.kernels import fused_for
 from vmoe.moe.routing import Routing
 
 
-def expert_capacity(choices: int, num_experts: int, factor: float, rounding: str = "ceil", multiple_of: int = 1) -> int:
+class CapacityError(ValueError):
+    """A capacity factor that leaves an expert no place, or more than it can take.
+
+    Args:
+        reason: Why, and what to do.
+        factor: The factor.
+        name: The factor's name in `MoeConfig`.
+    """
+
+    def __init__(self, reason: str, factor: float, name: str) -> None:
+        super().__init__(f"{name}={factor}: {reason}")
+        self.reason = reason
+
+
+def expert_capacity(
+    choices: int,
+    num_experts: int,
+    factor: float,
+    rounding: str = "ceil",
+    multiple_of: int = 1,
+    name: str = "capacity_factor",
+) -> int:
     """C, the places an expert has for a group in which `choices` = S * K choices are made (section 2.3).
 
     Args:
@@ -22,16 +43,19 @@ def expert_capacity(choices: int, num_experts: int, factor: float, rounding: str
         factor: The capacity factor: 1 gives just enough places for a perfectly fair load.
         rounding: "ceil", or "round" (half to even).
         multiple_of: The result is raised to a multiple of this.
+        name: The factor's name in errors.
 
     Raises:
-        ValueError: The experts would have no place at all.
+        CapacityError: The experts would have no place at all.
     """
     exact = choices * factor / num_experts
     capacity = math.ceil(exact) if rounding == "ceil" else round(exact)
     if capacity < 1:
-        raise ValueError(
-            f"capacity_factor={factor}: {choices} choices among {num_experts} experts leave {exact:.3g} places each; "
-            "raise the capacity factor or use fewer experts"
+        raise CapacityError(
+            f"{choices} choices among {num_experts} experts leave {exact:.3g} places each; "
+            "raise the capacity factor or use fewer experts",
+            factor,
+            name,
         )
     return capacity + -capacity % multiple_of
 

@@ -210,7 +210,8 @@ class MoeMlp(nn.Module):
     def _route(self, x_TD: Tensor, groups: Groups, valid_GS: Tensor | None) -> Routing | SlotRouting:
         """The router's decision, with the choices beyond the experts' capacity dropped."""
         moe = self.config
-        factor = moe.capacity_factor if self.training else moe.eval_capacity_factor
+        name = "capacity_factor" if self.training else "eval_capacity_factor"
+        factor = getattr(moe, name)
         if moe.fills_slots:
             return self.router(x_TD, groups, valid_GS, moe.capacity_factor if factor is None else factor)
         routing = self.router(x_TD, groups, valid_GS)
@@ -220,7 +221,7 @@ class MoeMlp(nn.Module):
             return routing._replace(kept_GSK=is_real)
         capacity, last_capacity = (
             # no expert is chosen by more than all tokens
-            min(size, expert_capacity(size * moe.top_k, moe.num_experts, factor, *moe.rounding))
+            min(size, expert_capacity(size * moe.top_k, moe.num_experts, factor, *moe.rounding, name))
             for size in (groups.size, groups.last)
         )
         return assign(routing, capacity, last_capacity, moe.batch_priority)

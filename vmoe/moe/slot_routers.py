@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from vmoe.moe.assignment import expert_capacity
+from vmoe.moe.assignment import CapacityError, expert_capacity
 from vmoe.moe.config import MoeConfig
 from vmoe.moe.groups import Groups
 from vmoe.moe.routing import ExpertChoiceRouting, SoftRouting
@@ -46,9 +46,12 @@ class ExpertChoiceRouter(nn.Module):
             logits_GSE = with_noise(logits_GSE, self.noise_scale, self.draw_noise)
         capacity = slots_per_expert(groups.size, self.moe, capacity_factor)
         if capacity > groups.size:
-            raise ValueError(
-                f"capacity_factor={capacity_factor}: each expert would choose {capacity} of an image's "
-                f"{groups.size} tokens; lower it or capacity_multiple_of"
+            is_own = not self.training and self.moe.eval_capacity_factor is not None
+            raise CapacityError(
+                f"each expert would choose {capacity} of an image's {groups.size} tokens; "
+                "lower it or capacity_multiple_of",
+                capacity_factor,
+                "eval_capacity_factor" if is_own else "capacity_factor",
             )
         return expert_choice(logits_GSE.softmax(-1), groups, capacity, valid_GS)
 

@@ -10,6 +10,8 @@ from vmoe.data import DataConfig
 from vmoe.errors import UserError
 from vmoe.moe import MoeConfig
 
+WRITTEN_BY = "# vmoe "  # and the version: the first line of a run's config.yaml
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -76,19 +78,26 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         _need(self, "name", self.name in ("adamw", "muon"), "adamw or muon")
-        _need(self, "lr", 0 < self.lr < float("inf"), "above 0")
-        _need(self, "adamw_lr", self.adamw_lr is None or 0 < self.adamw_lr < float("inf"), "above 0, or null")
+        _need(self, "lr", 0 < self.lr < float("inf"), "above 0 and finite")
+        _need(
+            self, "adamw_lr", self.adamw_lr is None or 0 < self.adamw_lr < float("inf"), "above 0 and finite, or null"
+        )
         _need(self, "adamw_lr", self.adamw_lr is None or self.name == "muon", "null with name=adamw, whose rate is lr")
         _need(self, "min_lr", 0 <= self.min_lr <= self.lr, f"between 0 and lr={self.lr}")
-        _need(self, "warmup_epochs", 0 <= self.warmup_epochs < float("inf"), ">= 0")
-        _need(self, "weight_decay", 0 <= self.weight_decay < float("inf"), ">= 0")
+        _need(self, "warmup_epochs", 0 <= self.warmup_epochs < float("inf"), ">= 0 and finite")
+        _need(self, "weight_decay", 0 <= self.weight_decay < float("inf"), ">= 0 and finite")
         decay = self.expert_weight_decay
-        _need(self, "expert_weight_decay", decay is None or 0 <= decay < float("inf"), ">= 0, or null")
+        _need(self, "expert_weight_decay", decay is None or 0 <= decay < float("inf"), ">= 0 and finite, or null")
         _need(self, "layer_decay", self.layer_decay is None or 0 < self.layer_decay <= 1, "in (0, 1], or null")
         _need(
             self, "betas", len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas), "two numbers in [0, 1)"
         )
-        _need(self, "clip_norm", self.clip_norm is None or 0 < self.clip_norm < float("inf"), "above 0, or null")
+        _need(
+            self,
+            "clip_norm",
+            self.clip_norm is None or 0 < self.clip_norm < float("inf"),
+            "above 0 and finite, or null",
+        )
         _need(self, "label_smoothing", 0 <= self.label_smoothing < 1, "in [0, 1)")
 
 
@@ -265,6 +274,8 @@ def from_plain(kind: type, plain: dict[str, Any], prefix: str = "") -> Any:
             value = from_plain(section, value, f"{prefix}{name}.")
         elif isinstance(value, list) and _holds_tuple(hints[name]):  # YAML and checkpoints know only lists
             value = tuple(value)
+        if section is None and not _fits(value, hints[name]):
+            raise UserError(f"{prefix}{name}={value!r}: must be {_told(hints[name])}")
         values[name] = value
     try:
         return kind(**values)
@@ -279,6 +290,31 @@ def section_type(hint: Any) -> type | None:
 
 def _choices(hint: Any) -> tuple[Any, ...]:
     return typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a plain value is of a field's type; which of a Literal's words it is, the dataclass checks."""
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return any(_fits(value, choice) for choice in parts)
+    if origin is Literal:
+        return any(type(value) is type(choice) for choice in parts)
+    if origin is list:
+        return isinstance(value, list) and all(_fits(item, parts[0]) for item in value)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_fits(item, parts[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict)
+    if hint is Any:
+        return True
+    return type(value) in ((int, float) if hint is float else (hint,))
+
+
+def _told(hint: Any) -> str:
+    """A field's type as a user knows it."""
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
+    kinds = {Literal: "a word", list: "a list", tuple: "a list of numbers", dict: "keys and values"}
+    return " or ".join(names.get(choice) or kinds[typing.get_origin(choice)] for choice in _choices(hint))
 
 
 def _holds_tuple(hint: Any) -> bool:

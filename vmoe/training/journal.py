@@ -3,6 +3,8 @@
 import csv
 import statistics
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +85,47 @@ class MetricsTable:
         return statistics.median(float(row[column]) for row in self.rows)
 
 
+class Events:
+    """TensorBoard's events. Where they cannot be written, the run says so once and goes on: metrics.csv has them too.
+
+    Args:
+        folder: The run's folder.
+        step: Updates done before this process; events after them, of a run that was stopped, no longer count.
+        say: Is told of the failure.
+    """
+
+    def __init__(self, folder: Path, step: int, say: Callable[[str], None]) -> None:
+        self._folder, self._say = folder, say
+        self._writer: SummaryWriter | None = None
+        with self._told():
+            self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+
+    def write(self, row: dict[str, Any], warnings: list[str]) -> None:
+        """Adds a row of metrics and lines to read, and has them on the disk."""
+        with self._told():
+            if self._writer is None:
+                return
+            for name, value in row.items():
+                if name not in ("epoch", "step"):
+                    self._writer.add_scalar(name, value, row["step"])
+            for line in warnings:
+                self._writer.add_text("warnings", line, row["step"])
+            self._writer.flush()
+
+    def close(self) -> None:
+        with self._told():
+            if self._writer is not None:
+                self._writer.close()
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._writer = None
+            self._say(f"warning: {self._folder}: TensorBoard's events cannot be written ({error.strerror or error})")
+
+
 class Journal(Callback):
     """Writes an epoch's metrics down, shows them, and warns of dead experts and damaged images.
 
@@ -109,7 +152,7 @@ class Journal(Callback):
         columns = [*COLUMNS, *([] if module.ema is None else [RAW_TOP1]), *metric_columns(module.model)]
         if Place.of_this().is_first:
             self.table = MetricsTable(self.folder.metrics, columns, self.step)
-            self.writer = SummaryWriter(str(self.folder.path), purge_step=self.step + 1 if self.step else None)
+            self.events = Events(self.folder.path, self.step, self.progress.say)
         self.clock.start()
         self._start_epoch(trainer, fresh=False)
 
@@ -144,23 +187,18 @@ class Journal(Callback):
         if len(damaged) > self._told_damaged:
             self._told_damaged = len(damaged)
             warnings.append(f"{self._told_damaged} damaged images were replaced: {', '.join(damaged)}")
-        for name, value in row.items():
-            if name not in ("epoch", "step"):
-                self.writer.add_scalar(name, value, row["step"])
-        for line in warnings:
-            self.writer.add_text("warnings", line, row["step"])
-        self.writer.flush()
+        self.events.write(row, warnings)
         self.progress.show_epoch(row, warnings)
 
     def on_train_end(self, trainer: Trainer, module: Classifier) -> None:
         self.progress.stop()
         if self.table is not None:
-            self.writer.close()
+            self.events.close()
 
     def on_exception(self, trainer: Trainer, module: Classifier, exception: BaseException) -> None:
         self.progress.stop()
         if self.table is not None:
-            self.writer.close()
+            self.events.close()
 
     def _start_epoch(self, trainer: Trainer, fresh: bool) -> None:
         self.clock.start_epoch(fresh)

@@ -231,7 +231,8 @@ class Classifier(LightningModule):
     def _after_update(self, optimizer: torch.optim.Optimizer) -> None:
         for _, layer in vmoe.moe_layers(self.model):
             if isinstance(layer.router, SigmoidRouter):
-                layer.router.choices.copy_(total(layer.router.choices))
+                # Of a blocked update nothing may remain: without choices the biases stay as they are
+                layer.router.choices.copy_(total(layer.router.choices) * (1 - optimizer.found_inf))
         vmoe.update_router_biases(self.model)
         if self.ema is not None:
             self.ema.update(optimizer.found_inf)

@@ -4,6 +4,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from vmoe.text import printable
+
 
 class Progress:
     """Shows loss, accuracy and images a second while a run trains.
@@ -39,8 +41,8 @@ class Progress:
             self.say(f"warning: {line}")
 
     def say(self, line: str) -> None:
-        """One line, as it is: never wrapped, nothing in it taken for markup."""
-        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        """One line, as it is: never wrapped, nothing in it taken for markup or a command to the terminal."""
+        self.console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
 
     def stop(self) -> None:
         if self._bar is not None:

@@ -6,9 +6,10 @@ import os
 import socket
 from typing import Any
 
+from vmoe.checkpoint_entry import check_entry
 from vmoe.checkpoints import ENTRY, RunFolder, flatten, read_without_tensors
 from vmoe.errors import UserError
-from vmoe.files import atomic_write, recover
+from vmoe.files import atomic_write, recover, remove_leftovers
 from vmoe.training.config import TrainConfig, from_plain, to_plain
 from vmoe.training.processes import gather
 
@@ -54,9 +55,13 @@ def _launch() -> str:
 
 
 def recover_checkpoints(folder: RunFolder) -> None:
-    """Puts back a checkpoint folder that was moved aside when a process was killed; one process calls it."""
+    """Puts back a checkpoint folder that was moved aside when a process was killed, and removes files that it had not
+    finished; one process calls it.
+    """
     recover(folder.last)
     recover(folder.best)
+    for path in (folder.config, folder.metrics, folder.summary, folder.last, folder.best, folder.launch):
+        remove_leftovers(path)
 
 
 def saved_state(folder: RunFolder, config: TrainConfig) -> dict[str, Any] | None:
@@ -78,6 +83,7 @@ def saved_state(folder: RunFolder, config: TrainConfig) -> dict[str, Any] | None
             )
         return None
     saved = read_without_tensors(folder.last)
+    check_entry(saved, folder.last)
     before = flatten(to_plain(from_plain(TrainConfig, saved[ENTRY]["config"])))
     now = flatten(to_plain(config))
     free = FREE_ON_RESUME

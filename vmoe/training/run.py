@@ -14,12 +14,15 @@ from lightning.pytorch import Trainer
 from rich.console import Console
 from torch import nn
 
+import vmoe
 from vmoe.checkpoints import ENTRY, RunFolder, read_checkpoint, read_without_tensors, trained_weights
 from vmoe.data import ImageDataModule
 from vmoe.errors import UserError
 from vmoe.files import atomic_write, write_json
+from vmoe.models.cost import check_training_capacity
+from vmoe.moe.assignment import CapacityError
 from vmoe.training import summary
-from vmoe.training.config import ParallelConfig, TrainConfig, to_plain
+from vmoe.training.config import WRITTEN_BY, ParallelConfig, TrainConfig, to_plain
 from vmoe.training.distillation import load_teacher
 from vmoe.training.initial import initial_model
 from vmoe.training.journal import Clock, Journal, MetricsTable
@@ -31,7 +34,7 @@ from vmoe.training.resumption import mark_launch, read_summary, recover_checkpoi
 from vmoe.training.sample_draws import SampleDraws
 from vmoe.training.saving import AtomicCheckpointIO, Saving
 from vmoe.training.sharding import cut_and_start, load_weights
-from vmoe.training.stopping import Interrupted
+from vmoe.training.stopping import Interrupted, stopped_at_once
 
 PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
@@ -50,7 +53,7 @@ def train(config: TrainConfig, command: str, console: Console) -> dict[str, Any]
     Raises:
         UserError: the folder holds a run already, the resumed config differs, data or device are missing, or the loss
             became NaN.
-        Interrupted: a signal stopped the run, which is saved.
+        Interrupted: a signal stopped the run; what it had done in training is saved.
     """
     if config.parallel.strategy == "auto":
         raise ValueError("parallel.strategy=auto: must be resolved before (see `vmoe.cli.plan.resolved`)")
@@ -59,12 +62,14 @@ def train(config: TrainConfig, command: str, console: Console) -> dict[str, Any]
         config = dataclasses.replace(config, parallel=ParallelConfig(draws=config.parallel.draws))
     device = _device(config)
     if config.parallel.strategy == "none":
-        return _run(config, command, console, device, place)
+        with stopped_at_once():
+            return _run(config, command, console, device, place)
     connect(device.type)
     try:
-        result = _run(config, command, console, device, place)
+        with stopped_at_once():
+            result = _run(config, command, console, device, place)
     except (Interrupted, UserError) as stop:
-        if getattr(stop, "everywhere", True):  # else others may still wait for this process, in vain
+        if stop.everywhere:  # else others may still wait for this process, in vain
             disconnect()
         raise
     disconnect()
@@ -107,7 +112,11 @@ def _run(
         cut = partial(cut_and_start, cut=cut, source=model, device=device)
         with torch.device("meta"):
             model = _initial_model(dataclasses.replace(fresh, init_from=None), data)
-    cost = summary.Cost.of(model, data.image_size)
+    try:
+        check_training_capacity(model, config.data.batch_size, data.image_size)
+        cost = summary.Cost.of(model, data.image_size)  # an evaluation of one image, the smallest group
+    except CapacityError as error:
+        raise UserError(f"moe.{error}", everywhere=True) from error
     twin = summary.twin_cost(config.model, data.num_classes, data.image_size)
     console.print(summary.cost_table(f"{config.model.name}, {folder.path}", cost, twin))
     if place.is_first:
@@ -115,7 +124,8 @@ def _run(
     if saved is None and place.is_first:
         with atomic_write(folder.config) as temporary:
             plain = to_plain(config) | {"resume": False}
-            temporary.write_text(yaml.safe_dump(plain, sort_keys=False), encoding="utf-8")
+            text = f"{WRITTEN_BY}{vmoe.__version__}\n{yaml.safe_dump(plain, sort_keys=False)}"
+            temporary.write_text(text, encoding="utf-8")
 
     updates = -(-len(data.train_sampler) // config.trainer.accumulate)
     how = (config.trainer.epochs, updates, config.trainer.ema_decay, config.trainer.cuda_graph)

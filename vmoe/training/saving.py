@@ -9,7 +9,9 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback, Trainer
 
-from vmoe.checkpoints import ENTRY, FORMAT_VERSION, RunFolder, copy_checkpoint, read_checkpoint
+from vmoe.checkpoint_entry import FORMAT_VERSION
+from vmoe.checkpoints import ENTRY, RunFolder, copy_checkpoint, read_checkpoint
+from vmoe.errors import UserError
 from vmoe.files import atomic_write
 from vmoe.training.journal import Clock
 from vmoe.training.module import Classifier
@@ -82,6 +84,12 @@ class Saving(Callback):
     def on_train_epoch_end(self, trainer: Trainer, module: Classifier) -> None:
         epochs_done = trainer.current_epoch + 1
         validation = module.evaluation_metrics("val")
+        if not math.isfinite(validation["val/loss"]):
+            raise UserError(
+                f"epoch {epochs_done}: val/loss is not finite, the weights have overflowed; lower --optim.lr or warm "
+                "up longer. Checkpoints of before are as they were",
+                everywhere=True,
+            )
         is_best = _rank(validation) > _rank(self.best)
         if is_best:
             self.best = {"epoch": epochs_done, **validation}

@@ -1,24 +1,51 @@
-"""SIGTERM and Ctrl-C: finish the step, save, and say how to go on."""
+"""SIGTERM and Ctrl-C: in training, finish the step, save, and say how to go on; before and after it, stop at once."""
 
+import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-class Interrupted(Exception):
-    """Training was asked to stop by a signal, and its state is saved.
+class Interrupted(BaseException):
+    """A run was asked to stop by a signal; what it had saved is whole. No Exception: what catches any mistake must not
+    catch this.
 
     Args:
         signum: The signal.
-        step: Updates done.
+        step: Updates done; None outside training.
         epoch: Finished epochs.
     """
 
-    def __init__(self, signum: int, step: int, epoch: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(signum).name} after step {step}, in epoch {epoch + 1}")
+    def __init__(self, signum: int, step: int | None = None, epoch: int = 0) -> None:
+        place = "" if step is None else f" after step {step}, in epoch {epoch + 1}"
+        super().__init__(f"stopped by {signal.Signals(signum).name}{place}")
         self.signum = signum
+        self.everywhere = step is not None  # all processes stop in the same step
+
+
+@contextmanager
+def stopped_at_once() -> Iterator[None]:
+    """A signal raises `Interrupted`, wherever it comes: not Lightning's handlers' exit codes and tracebacks.
+
+    Raises:
+        Interrupted: a signal came.
+    """
+    process = os.getpid()
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        if os.getpid() == process:  # Ctrl-C also comes to workers, which their parent ends
+            raise Interrupted(signum)
+
+    before = {signum: signal.signal(signum, stop) for signum in SIGNALS}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 class SignalWatch:
@@ -38,5 +65,5 @@ class SignalWatch:
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if self.received == signal.SIGINT == signum:
-            raise SystemExit(128 + signum)  # Lightning would make exit code 1 of a KeyboardInterrupt
+            raise Interrupted(signum)
         self.received = signum

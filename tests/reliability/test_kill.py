@@ -1,0 +1,119 @@
+"""A run that is killed at any moment goes on, bit for bit, as if it had not been; its folder is always readable."""
+
+import random
+import signal
+from pathlib import Path
+
+import pytest
+from reliability.children import Attack, assert_readable, assert_same_run, train
+
+from vmoe.checkpoints import RunFolder
+
+# Everything random, or with a state, is on: router noise, dropout, drop path, augmentation, order, Muon, EMA.
+RECIPE = """
+data: {name: digits, batch_size: 40, subset: {per_class: 12}, augment: {preset: strong}}
+model:
+  name: vit_tiny_patch16_224
+  kwargs: {patch_size: 4, embed_dim: 16, depth: 2, num_heads: 2, drop_path_rate: 0.2, proj_drop_rate: 0.1}
+moe: {num_experts: 4, expert_dropout: 0.1}
+optim: {name: muon, adamw_lr: 5.0e-4, warmup_epochs: 1}
+trainer: {epochs: 3, accumulate: 2, device: cpu, log_every: 1, ema_decay: 0.9}
+"""
+SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "int": signal.SIGINT}
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+@pytest.fixture(scope="module")
+def unbroken(recipe) -> tuple[RunFolder, int]:
+    """The run that was never stopped, and the calls it made."""
+    folder = RunFolder(recipe.parent / "unbroken")
+    end = train(["--config", str(recipe), "--output_dir", str(folder.path)])
+    assert end.code == 0, end.error
+    return folder, end.calls
+
+
+def _moments(signum: int, count: int) -> list[float]:
+    draw = random.Random(int(signum))
+    return [(number + draw.random()) / count for number in range(count)]  # one in each stretch
+
+
+def _check(recipe, expected: RunFolder, folder: RunFolder, attack: Attack) -> None:
+    arguments = ["--config", str(recipe), "--output_dir", str(folder.path), "--resume"]
+    end = train(arguments, attack)
+    stopped = {signal.SIGKILL: {-9}, signal.SIGTERM: {143, -15, 0}, signal.SIGINT: {130, 0}, None: {2}}
+    assert end.code in stopped[attack.signum], end.error
+    assert "Traceback" not in end.error, end.error
+    if attack.signum is None:
+        assert end.error.count("\n") == 1 and "cannot be written" in end.error, end.error
+    assert_readable(folder)
+    again = train(arguments)
+    assert again.code == 0, again.error
+    assert_same_run(folder, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("signum", "moment"),
+    [
+        pytest.param(signum, moment, id=f"{name}-{moment:.3f}")
+        for name, signum in SIGNALS.items()
+        for moment in _moments(signum, 30)
+    ],
+)
+def test_stopped_at_any_moment(recipe, unbroken, tmp_path, signum, moment):
+    expected, calls = unbroken
+    _check(recipe, expected, RunFolder(tmp_path / "run"), Attack(int(moment * calls), signum))
+
+
+# The second time that a function is entered, or the first where there is one only, and so many calls later
+PLACES = [
+    ("save_checkpoint", 10),
+    *(("save_checkpoint", calls) for calls in (100, 500, 1500, 3000)),
+    *(("copy_checkpoint", calls) for calls in (5, 30, 60)),
+    *(("append", calls) for calls in (1, 20, 60, 90)),
+    *(("validation_step", calls) for calls in (1, 700)),
+    *(("_summary", calls) for calls in (1, 400)),
+]
+ONCE = ("_summary", "on_train_end")
+
+
+@pytest.mark.parametrize(
+    ("place", "calls"), [PLACES[0], *(pytest.param(*p, marks=pytest.mark.slow) for p in PLACES[1:])]
+)
+def test_killed_where_it_hurts(recipe, unbroken, tmp_path, place, calls):
+    _check(
+        recipe,
+        unbroken[0],
+        RunFolder(tmp_path / "run"),
+        Attack(calls, signal.SIGKILL, place, 1 if place in ONCE else 2),
+    )
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_stopped_while_the_best_checkpoint_is_tested(recipe, unbroken, tmp_path, signum):
+    _check(recipe, unbroken[0], RunFolder(tmp_path / "run"), Attack(10, signum, "test_step"))
+
+
+# From some moment on files cannot grow beyond so many bytes
+FULL = [
+    ("save_checkpoint", 20_000),
+    *(("save_checkpoint", size) for size in (0, 1_000, 150_000)),
+    *(("append", size) for size in (0, 200)),
+    *(("training_step", size) for size in (0, 5_000)),
+    ("flush", 0),
+    ("add_scalar", 0),
+    ("on_train_end", 0),
+    ("_summary", 0),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("place", "size"), FULL)
+def test_a_disk_that_is_full(recipe, unbroken, tmp_path, place, size):
+    _check(recipe, unbroken[0], RunFolder(tmp_path / "run"), Attack(1, None, place, 1 if place in ONCE else 2, size))

@@ -1,0 +1,77 @@
+"""What is ours in a checkpoint, and whether a file's is right: it may be hand-made, damaged, or of another version."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from vmoe.checkpoint_folders import ENTRY
+from vmoe.errors import UserError
+
+# Raised when an older version of this package could not use what a newer one writes; new entries alone do not.
+FORMAT_VERSION = 1
+_LARGEST_IMAGE = 4096  # as in DataConfig
+
+
+def checked(content: Any, path: Path) -> dict[str, Any]:
+    """The content of a checkpoint, if it is ours and of a version that is understood.
+
+    Raises:
+        UserError: it is not.
+    """
+    ours = content.get(ENTRY) if isinstance(content, dict) else None
+    version = ours.get("version") if isinstance(ours, dict) else None
+    if type(version) is not int or version < 1:
+        raise UserError(f"{path}: not a checkpoint of this package; `vmoe train` writes them")
+    if version > FORMAT_VERSION:
+        raise UserError(
+            f"{path}: written by a newer vmoe, in format {version}; this one knows {FORMAT_VERSION}: update it"
+        )
+    return content
+
+
+def check_entry(content: dict[str, Any], path: Path) -> None:
+    """Refuses a checkpoint, already `checked`, that does not tell what tools need to know, in the right types.
+
+    Raises:
+        UserError: it is such a one.
+    """
+    reason = _fault(content, content[ENTRY])
+    if reason is not None:
+        raise UserError(f"{path}: its weights and its config do not make a model ({reason}); train it again")
+
+
+def _fault(content: dict[str, Any], ours: dict[str, Any]) -> str | None:
+    """The first entry that is missing or not what it must be; None where all are right."""
+    config = ours.get("config")
+    if not isinstance(config, dict):
+        return "config must be a dict"
+    model = config.get("model")
+    if (
+        not isinstance(model, dict)
+        or not isinstance(model.get("name"), str)
+        or not isinstance(model.get("kwargs"), dict)
+    ):
+        return "config.model must hold a name and kwargs"
+    names, size = ours.get("class_names"), ours.get("image_size")
+    facts = {
+        "config.moe must be a dict or None": isinstance(config.get("moe"), dict | type(None)),
+        "config.data must be a dict": isinstance(config.get("data", {}), dict),
+        "config.seed must be from 0 to 4294967295": _is_count(config.get("seed", 0), 2**32 - 1),
+        "class_names must be a list of names": isinstance(names, list | tuple) and len(names) > 0,
+        f"image_size must be from 1 to {_LARGEST_IMAGE}": _is_count(size, _LARGEST_IMAGE) and size > 0,
+        "mean must be three numbers": _are_three(ours.get("mean")),
+        "std must be three numbers above 0": _are_three(ours.get("std")) and min(ours["std"]) > 0,
+        "epochs_done must be a whole number": _is_count(ours.get("epochs_done")),
+        "state_dict must hold the weights": isinstance(content.get("state_dict", {}), dict),
+        "global_step must be a whole number": _is_count(content.get("global_step")),
+    }
+    return next((told for told, holds in facts.items() if not holds), None)
+
+
+def _is_count(value: Any, most: float = math.inf) -> bool:
+    return type(value) is int and 0 <= value <= most
+
+
+def _are_three(values: Any) -> bool:
+    is_sequence = isinstance(values, list | tuple) and len(values) == 3
+    return is_sequence and all(type(value) in (int, float) and math.isfinite(value) for value in values)
