@@ -20,7 +20,7 @@ def strategy_of(config: ParallelConfig, processes: int) -> Strategy | str:
     if config.strategy != "ddp":
         return ShardedStrategy(processes)
     # Buffers are kept equal by what updates them; an idle expert's gradient is zero, so that none is ever missing.
-    return DDPStrategy(broadcast_buffers=False)
+    return DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def cut_of(

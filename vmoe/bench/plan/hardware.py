@@ -73,7 +73,7 @@ UNHIDDEN = 0.5  # share of the products' own memory traffic that adds to their t
 # Not measured: what all-reduce and all-to-all usually reach of a link
 NETWORK = 0.8
 LATENCY = 30e-6  # seconds a collective
-GATHERING_CALLS = 30  # operators' worth of time in which the host gathers a block's weights
+GATHERING_CALLS = 60  # operators' worth of time in which the host gathers a block's weights: roughly as on two H100s
 HOST_CALL = 30e-6  # seconds in which the host issues an operator, forward or backward: 0.7 ms for a dense MLP's
 USABLE = 0.94  # share of the memory that tensors can use, beside CUDA's own and what is split too small
 WORKSPACE = 32 * 2**20  # bytes of cuBLAS on Hopper

@@ -140,13 +140,11 @@ def memory_of(sizes: Sizes, layout: Layout, trace: Trace, moments: int, has_aver
     """
     kept = FLOAT * kept_parameters(sizes, layout)
     buffers = workspace
-    if layout.strategy == "ddp":
-        buffers += FLOAT * sizes.whole  # its buckets are copies of the gradients
     if layout.is_cut:
         buffers += _gathered(sizes, layout)
     # Gradients of the step before are there until the forward pass is done, as Lightning orders a step
     forward = max(moment.live for moment in trace.moments if not moment.is_backward) + kept
-    if layout.is_cut:  # a block's gradients are reduced as soon as they are there
+    if layout.strategy != "none":  # gradients move on as soon as they are there: reduced, or into ddp's buckets
         backward = max(m.live - m.gradients for m in trace.moments if m.is_backward) + kept
     else:
         backward = max(moment.live for moment in trace.moments if moment.is_backward)

@@ -197,9 +197,11 @@ def times_of(
     hidden = [part[0] + part[1] if machine.overlaps else 0.0 for part in parts]
     waiting = [max(0.0, net - hides) for net, hides in zip(beside, hidden, strict=True)]
     issuing = traffic.calls * machine.host_call
-    slow_host = sum(
-        max(0.0, part[2] + issuing - part[0] - part[1] - wait) for part, wait in zip(parts, waiting, strict=True)
-    )
+    # A GPU computes while the host issues more; a CPU does one after the other
+    beside_host = [
+        part[0] + part[1] + wait if machine.overlaps else 0.0 for part, wait in zip(parts, waiting, strict=True)
+    ]
+    slow_host = sum(max(0.0, part[2] + issuing - done) for part, done in zip(parts, beside_host, strict=True))
     kept = kept_parameters(sizes, layout)
     floats = _UPDATE_FLOATS - 2 * (2 - workload.moments) + _CLIP_FLOATS + (5 if workload.has_average else 0)
     update = FLOAT * kept * floats / machine.update
