@@ -60,7 +60,7 @@ models.
 
   equality    three updates by ddp, fsdp and expert beside one process: weights, losses, gradients, routing
   speed       images/s as batch and processes grow together (weak) and with the same batch (strong); the share of the
-              exchange between processes, and of it what is hidden; waits of the host
+              exchange between processes, and of it what is hidden; waits of the host; beside the planner's predictions
   checkpoint  one of many processes that one and many go on with, beside a training that never stopped
   size        a ViT-L/16 with 32 experts a layer that grows by blocks until memory is full
 
@@ -219,6 +219,7 @@ def _add_scaling(parser: argparse.ArgumentParser) -> None:
     add("--models", nargs="+", metavar="NAME", help="of S/16 and B/16, whose speed is measured (default: both)")
     add("--experts", nargs="+", type=_count, metavar="E", help="of a layer, in speed (default: 8 32)")
     add("--batch", type=_count, metavar="B", help="images a process, in speed (default: 128 on a GPU, else 8)")
+    add("--compiled", action="store_true", help="compile the models whose speed is measured")
     add("--steps", type=_count, help="updates that are timed (default: 12 on a GPU, else 3)")
     add("--limit", type=_count, default=120, metavar="SECONDS", help="the most for a part (default: %(default)s)")
     add("--job-limit", type=_count, default=90, metavar="SECONDS", help="and for a training (default: %(default)s)")

@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 
+from vmoe.bench.plan.hardware import Machine, gpu_of_this_machine
 from vmoe.bench.report import markdown_table
 from vmoe.bench.scaling.jobs import SIZES, Job, Sizes, jobs_of
 from vmoe.bench.scaling.launch import Launcher
+from vmoe.bench.scaling.predicted import predicted
 from vmoe.bench.scaling.report import TABLES, finished, write_csv
 from vmoe.cli.benchmark_jobs import Results
 from vmoe.errors import UserError
@@ -31,9 +33,16 @@ def _scaling(options: argparse.Namespace, results: Results, scratch: Path) -> No
     settings = {"parts": options.parts, "processes": counts, "sizes": dataclasses.asdict(sizes)}
     tables: list[str] = []
     known: dict[str, dict[str, Any]] = {}
+    machine = Machine.of(gpu_of_this_machine() if options.device.type == "cuda" else "cpu")
+    models = {model.title: model for model in (*sizes.models, sizes.large)}
 
     def report(rows: list[dict[str, Any]]) -> None:
         ended = finished(rows, scratch, known)
+        for row in ended:
+            if row["part"] in ("speed", "size") and "peak_mib" in row and not row["compiled"]:
+                key = f"predicted {row['key']} {row.get('blocks')}"
+                known[key] = known.get(key) or predicted(row, models[row["model"]], machine)
+                row |= known[key]
         tables[:] = _tables(ended)
         write_csv(options.out / "scaling.csv", ended)
         results.write("scaling", getattr(torch, sizes.dtype), settings | {"rows": ended}, tables)
@@ -81,5 +90,10 @@ def _sizes(options: argparse.Namespace) -> Sizes:
     models = tuple(model for model in sizes.models if options.models is None or model.title in options.models)
     if not models:
         raise UserError(f"--models {' '.join(options.models)}: there are {', '.join(m.title for m in sizes.models)}")
-    changes = {"batch": options.batch, "steps": options.steps, "experts": tuple(options.experts or sizes.experts)}
+    changes = {
+        "compiled": options.compiled,
+        "batch": options.batch,
+        "steps": options.steps,
+        "experts": tuple(options.experts or sizes.experts),
+    }
     return dataclasses.replace(sizes, models=models, **{name: value for name, value in changes.items() if value})

@@ -115,6 +115,8 @@ def train(
     if draws is not None:
         draws.install(model)
     cut = cut or cut_of(config.parallel, job.processes, device.type)
+    if config.trainer.compile:
+        model.compile(dynamic=False)
     module = Classifier(model, config.optim, epochs_in_all, len(images), draws=draws, cut=cut)
     with quiet_lightning():
         trainer = new_trainer(config, device, Place.of_this(), [*callbacks, _Forgets()])

@@ -46,6 +46,7 @@ class Job:
         memory: GiB that a process may use at most; None for all there is.
         steps: Updates that are counted.
         step: Of a checkpoint: "whole" trains without a stop, "save" stops half-way, "resume" goes on from there.
+        compiled: Whether the model is compiled.
     """
 
     part: str
@@ -60,6 +61,7 @@ class Job:
     memory: float | None = None
     steps: int = 3
     step: str = "whole"
+    compiled: bool = False
 
     @property
     def title(self) -> str:
@@ -69,7 +71,16 @@ class Job:
     @property
     def key(self) -> str:
         """A name of its own, for files."""
-        words = [self.part, self.model.title, f"E{self.experts}", f"B{self.batch}", self.dtype, self.title, self.step]
+        words = [
+            self.part,
+            *(["compiled"] if self.compiled else []),
+            self.model.title,
+            f"E{self.experts}",
+            f"B{self.batch}",
+            self.dtype,
+            self.title,
+            self.step,
+        ]
         return "-".join([*words, f"{self.processes}p"]).replace(" ", "").replace("/", "")
 
     def moe(self) -> MoeConfig:
@@ -83,7 +94,9 @@ class Job:
         return TrainConfig(
             moe=self.moe(),
             optim=OptimConfig(warmup_epochs=0),
-            trainer=TrainerConfig(epochs=epochs, device=device_type, precision=_PRECISIONS[self.dtype]),
+            trainer=TrainerConfig(
+                epochs=epochs, device=device_type, precision=_PRECISIONS[self.dtype], compile=self.compiled
+            ),
             parallel=ParallelConfig(strategy=self.layout, expert_size=self.expert_size, draws=draws),
         )
 
@@ -106,6 +119,7 @@ class Sizes:
         large: The model that grows by blocks until it does not fit.
         large_batch: Images a process of that.
         steps: Updates that are timed.
+        compiled: Whether models whose speed is measured are compiled.
     """
 
     models: tuple[Model, ...]
@@ -116,6 +130,7 @@ class Sizes:
     large: Model
     large_batch: int
     steps: int
+    compiled: bool = False
 
 
 _TINY = {"patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}
@@ -186,7 +201,7 @@ def _speed(counts: list[int], sizes: Sizes) -> list[Job]:
                     for strategy, size in layouts(count):
                         if experts % size == 0:
                             how = (count, strategy, size, model, experts, batch, sizes.dtype)
-                            jobs.append(Job("speed", *how, steps=sizes.steps))
+                            jobs.append(Job("speed", *how, steps=sizes.steps, compiled=sizes.compiled))
     return jobs
 
 

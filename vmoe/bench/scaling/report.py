@@ -33,6 +33,7 @@ TABLES = {
         Column("model", "model"),
         Column("E", "experts"),
         Column("batch", "batch"),
+        Column("compiled", "compiled"),
         Column("processes", "processes"),
         Column("ms", "step_ms", "#.4g"),
         Column("spread", "spread", ".1%"),
@@ -47,6 +48,10 @@ TABLES = {
         Column("gradients", "share_gradients", ".1%"),
         Column("hidden", "share_hidden", ".0%"),
         Column("idle", "share_idle", ".1%"),
+        Column("ms predicted", "predicted_ms", "#.4g"),
+        Column("ratio", "time_ratio", ".2f"),
+        Column("MiB predicted", "predicted_mib", ",.0f"),
+        Column("ratio", "memory_ratio", ".2f"),
         Column("waits", "waits"),
     ),
     "checkpoint": (
@@ -68,6 +73,10 @@ TABLES = {
         Column("parameters", "parameters", ",.0f"),
         Column("MiB", "peak", ",.0f"),
         Column("ms", "step_ms", "#.4g"),
+        Column("MiB predicted", "predicted_mib", ",.0f"),
+        Column("ratio", "memory_ratio", ".2f"),
+        Column("ms predicted", "predicted_ms", "#.4g"),
+        Column("ratio", "time_ratio", ".2f"),
         Column("", "state"),
     ),
 }
@@ -156,7 +165,7 @@ def _scaling(row: Row, rows: list[Row]) -> Row:
     """Efficiency beside one process: as many images a process (weak), and as many in all (strong)."""
 
     def of(**wanted: Any) -> float | None:
-        same = {"model": row["model"], "experts": row["experts"], **wanted}
+        same = {"model": row["model"], "experts": row["experts"], "compiled": row["compiled"], **wanted}
         found = [one for one in rows if all(one[key] == value for key, value in same.items())]
         return found[0]["images_per_second_a_process"] if found else None
 
