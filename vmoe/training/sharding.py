@@ -172,7 +172,9 @@ def clip_gradients(parameters: list[nn.Parameter], largest_norm: float) -> Tenso
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     cut, whole = ([g for g in gradients if isinstance(g, DTensor) is is_cut] for is_cut in (True, False))
     squared = total(nn.utils.get_total_norm([local(gradient) for gradient in cut]).square())
-    norm = (squared + nn.utils.get_total_norm(whole).square().to(squared.device)).sqrt()
+    if whole:  # of none the norm would lie on the host, and the GPU wait for it
+        squared = squared + nn.utils.get_total_norm(whole).square()
+    norm = squared.sqrt()
     nn.utils.clip_grads_with_norm_(_stand_ins(gradients), largest_norm, norm)
     return norm
 
