@@ -25,11 +25,19 @@ WORKER = Path(__file__).parent / "training" / "parallel_worker.py"
 SECONDS = 120  # at most, so that processes that wait for one another fail a test rather than block all
 
 
-def launch(recipe: Path, folder: Path, processes: int, *options: str, restarts: int = 0, **environment: str):
+def launch(
+    recipe: Path,
+    folder: Path,
+    processes: int,
+    *options: str,
+    restarts: int = 0,
+    script: Path = WORKER,
+    **environment: str,
+):
     """Trains a recipe in so many processes; the finished `torchrun`."""
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes))
     torchrun += ("--max-restarts", str(restarts))
-    command = [sys.executable, *(torchrun if processes > 1 else ()), str(WORKER)]
+    command = [sys.executable, *(torchrun if processes > 1 else ()), str(script)]
     command += ["--config", str(recipe), "--output_dir", str(folder), *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     return subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, env=environment)

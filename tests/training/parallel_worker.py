@@ -2,7 +2,7 @@
 
 Before the update SIGNAL_AT the process of rank SIGNALLED_RANK gets the signal SIGNAL, where the environment says so, or
 cannot write files of more than FILE_BYTES any more. At the update NAN_AT the images are NaN. An update takes
-STEP_SECONDS more; a process's part of a checkpoint folder takes WRITE_SECONDS, and a line tells in which update it came.
+STEP_SECONDS more; a process's part of a checkpoint folder takes WRITE_SECONDS, and a line tells the update it came in.
 """
 
 import os

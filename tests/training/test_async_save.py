@@ -62,8 +62,8 @@ def assert_equal(ours: Path, expected: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["fsdp", "expert 2"])
-def test_a_run_that_saves_so_is_the_run_that_waits(recipe, tmp_path, strategy):
+@pytest.mark.parametrize(("strategy", "at_last"), [("fsdp", ASYNC), ("expert 2", ())])
+def test_a_run_that_saves_so_is_the_run_that_waits(recipe, tmp_path, strategy, at_last):
     waiting, other = RunFolder(tmp_path / "waiting"), RunFolder(tmp_path / "async")
     options = strategy_options(strategy)
     launch(recipe, waiting.path, 2, *options, **KILLED, SIGNAL_AT="16")  # in the second epoch
@@ -77,10 +77,8 @@ def test_a_run_that_saves_so_is_the_run_that_waits(recipe, tmp_path, strategy):
     done = launch(recipe, other.path, 2, *options, *ASYNC, "--resume", **stop, WRITE_SECONDS="2")
     assert done.stderr.count("the run is saved, go on with") == 1, done.stderr
     assert read_checkpoint(other.last)[ENTRY]["batches_done"] == 3
-    done = launch(recipe, other.path, 2, *options, *ASYNC, "--resume", WRITE_SECONDS="0.3")
+    done = launch(recipe, other.path, 2, *options, *at_last, "--resume", WRITE_SECONDS="0.3")
     assert done.returncode == 0, done.stderr
-    for ours, expected in ((other.last, waiting.last), (other.best, waiting.best)):
-        assert_equal(ours, expected)
     assert_same_run(other, waiting)
 
 

@@ -16,6 +16,8 @@ from vmoe.checkpoints import ENTRY, RunFolder, load_checkpoint, read_checkpoint
 from vmoe.cli.consolidate import main as consolidate
 from vmoe.errors import UserError
 
+TRAIN = Path(__file__).parents[2] / "tools" / "train.py"  # in float32, which the compiler is used with
+
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory) -> Path:
@@ -244,3 +246,17 @@ def test_torchrun_starts_a_run_that_died_anew_from_its_last_checkpoint(recipe, t
     assert done.returncode == 0, done.stderr
     assert "resuming" in done.stdout
     assert_same_run(RunFolder(tmp_path / "run"), RunFolder(tmp_path / "alone"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["fsdp", "expert 2"])
+def test_compiled_it_trains_the_same(recipe, tmp_path, strategy):
+    weights = []
+    for compiled in ("false", "true"):
+        folder = tmp_path / compiled
+        options = ("--trainer.compile", compiled, "--parallel.draws", "process", "--moe.noise_std", "0")
+        done = launch(recipe, folder, 2, *strategy_options(strategy), *options, script=TRAIN, TORCH_LOGS="graph_code")
+        assert done.returncode == 0, done.stderr
+        assert ("TRACED GRAPH" in done.stderr) is (compiled == "true")
+        weights.append(read_checkpoint(RunFolder(folder).last)["state_dict"])
+    assert_close(*weights, 1e-5)
