@@ -91,14 +91,15 @@ writer.wait()
 say(f"both: {content(best)} {content(last)}" if Place.of_this().is_first else "")
 
 disk_is_full = True
-writer.write(state(4.0), plain(4), last)
+writer.write(state(4.0), plain(4), best)
+writer.then(partial(copy_checkpoint, best, last))
 while not writer.failed:
     time.sleep(0.01)
 try:
     writer.wait()
 except UserError as error:
     say(f"failed: {error.everywhere} {error}")
-say(f"left: {content(last)} {sorted(path.name for path in last.parent.iterdir())} {writer.failed}")
+say(f"left: {content(best)} {content(last)} {sorted(path.name for path in last.parent.iterdir())} {writer.failed}")
 disk_is_full = False
 writer.write(state(5.0), plain(5), last)
 writer.wait()

@@ -30,8 +30,8 @@ def test_a_folder_written_in_the_background_is_the_one_of_then(tmp_path):
         "written: [1.0, 1.0, 1.0, 1.0, 1] [1.0, 1.0, 1.0, 1.0, 1]",
         "the one before: [2.0, 2.0, 2.0, 2.0, 2]",
         "both: [2.0, 2.0, 2.0, 2.0, 2] [3.0, 3.0, 3.0, 3.0, 3]",
-        f"failed: True {tmp_path}/last.ckpt: cannot be written ([Errno 28] No space left on device); is the disk full?",
-        "left: [3.0, 3.0, 3.0, 3.0, 3] ['best.ckpt', 'last.ckpt'] False",
+        f"failed: True {tmp_path}/best.ckpt: cannot be written ([Errno 28] No space left on device); is the disk full?",
+        "left: [2.0, 2.0, 2.0, 2.0, 2] [3.0, 3.0, 3.0, 3.0, 3] ['best.ckpt', 'last.ckpt'] False",
         "again: [5.0, 5.0, 5.0, 5.0, 5]",
     ]
     assert "Traceback" not in done.stderr
