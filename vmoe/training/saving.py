@@ -120,7 +120,7 @@ class Saving(Callback):
     def on_exception(self, trainer: Trainer, module: Classifier, exception: BaseException) -> None:
         failed = self.writer.leave()
         if failed is not None and Place.of_this().is_first:
-            print(f"vmoe train: {failed}", file=sys.stderr)  # beside what stops the run
+            print(f"vmoe train: error: {failed}", file=sys.stderr)  # beside what stops the run
         self._signals.remove()
 
     def on_save_checkpoint(self, trainer: Trainer, module: Classifier, checkpoint: dict[str, Any]) -> None:
