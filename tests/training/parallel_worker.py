@@ -1,20 +1,26 @@
 """Trains as the command does, but in float64: what a sum's order changes then stays far below what a mistake does.
 
 Before the update SIGNAL_AT the process of rank SIGNALLED_RANK gets the signal SIGNAL, where the environment says so, or
-cannot write files of more than FILE_BYTES any more.
+cannot write files of more than FILE_BYTES any more. At the update NAN_AT the images are NaN. An update takes
+STEP_SECONDS more; a process's part of a checkpoint folder takes WRITE_SECONDS, and a line tells the update it came in.
 """
 
 import os
 import resource
 import sys
+import time
+from pathlib import Path
 
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import nn
 
 from vmoe.cli.train import main
 from vmoe.data import Batch, ImageDataModule
 from vmoe.training import run
 from vmoe.training.module import Classifier
+
+DEFAULTS = {"SIGNAL_AT": "-1", "SIGNALLED_RANK": "0", "RANK": "0", "NAN_AT": "-1", "STEP_SECONDS": "0"}
 
 
 def main_in_float64() -> int:
@@ -32,10 +38,15 @@ def main_in_float64() -> int:
         targets = batch.targets
         return batch._replace(targets=targets.double() if isinstance(targets, torch.Tensor) else None)
 
-    step = Classifier.training_step
+    step, update = Classifier.training_step, -1
 
     def failing_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
-        environment = {"SIGNAL_AT": "-1", "SIGNALLED_RANK": "0", "RANK": "0", **os.environ}
+        nonlocal update
+        update = self.global_step
+        environment = {**DEFAULTS, **os.environ}
+        time.sleep(float(environment["STEP_SECONDS"]))
+        if update == int(environment["NAN_AT"]):
+            batch = batch._replace(images=batch.images * torch.nan)
         is_mine = environment["RANK"] == environment["SIGNALLED_RANK"]
         is_first_start = environment.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
         if self.global_step == int(environment["SIGNAL_AT"]) and is_mine and is_first_start:
@@ -46,6 +57,15 @@ def main_in_float64() -> int:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         return step(self, batch, batch_idx)
 
+    write = dcp.FileSystemWriter.write_data
+
+    def slow_write(self, *arguments):
+        if "WRITE_SECONDS" in os.environ:
+            time.sleep(float(os.environ["WRITE_SECONDS"]))
+            print(f"{Path(self.path).name}: written in update {update}", file=sys.stderr)
+        return write(self, *arguments)
+
+    dcp.FileSystemWriter.write_data = slow_write
     Classifier.training_step = failing_step
     run.initial_model = double_model
     ImageDataModule.on_after_batch_transfer = double_targets

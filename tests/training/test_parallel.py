@@ -1,46 +1,22 @@
 """Several processes: results do not depend on their number, and mistakes and failures are told once."""
 
-import csv
 import json
-import os
 import pickle
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from parallel_runs import TINY, assert_close, assert_same_run, launch, strategy_options, tensors
 from safetensors import safe_open
 
 from vmoe.checkpoints import ENTRY, RunFolder, load_checkpoint, read_checkpoint
 from vmoe.cli.consolidate import main as consolidate
 from vmoe.errors import UserError
-from vmoe.training.config import OptimConfig
-from vmoe.training.optim import by_name, parameter_groups
 
-TINY = """
-data: {name: digits, batch_size: 32, image_size: 8, subset: {per_class: 10}, mix: {mixup_alpha: 0.4, cutmix_alpha: 0.4}}
-model: {name: vit_tiny_patch16_224, kwargs: {patch_size: 4, embed_dim: 16, depth: 2, num_heads: 2}}
-moe: {num_experts: 4, group: 4, batch_priority: true, capacity_multiple_of: 1}
-optim: {warmup_epochs: 0, clip_norm: 0.1, lr: 0.01}
-trainer: {epochs: 1, device: cpu, ema_decay: 0.9}
-parallel: {draws: sample}
-"""
-WORKER = Path(__file__).with_name("parallel_worker.py")
-SECONDS = 120  # at most, so that processes that wait for one another fail a test rather than block all
-
-
-def launch(recipe: Path, folder: Path, processes: int, *options: str, restarts: int = 0, **environment: str):
-    """Trains a recipe in so many processes; the finished `torchrun`."""
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes))
-    torchrun += ("--max-restarts", str(restarts))
-    command = [sys.executable, *(torchrun if processes > 1 else ()), str(WORKER)]
-    command += ["--config", str(recipe), "--output_dir", str(folder), *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, env=environment)
+TRAIN = Path(__file__).parents[2] / "tools" / "train.py"  # in float32, which the compiler is used with
 
 
 @pytest.fixture(scope="module")
@@ -94,50 +70,6 @@ def test_the_number_of_processes_changes_nothing(recipe, alone, tmp_path, proces
     done = launch(recipe, tmp_path / "run", processes, *strategy_options(strategy))
     assert done.returncode == 0, done.stderr
     assert_same_run(RunFolder(tmp_path / "run"), alone)
-
-
-def strategy_options(strategy: str) -> list[str]:
-    name, _, size = strategy.partition(" ")
-    return ["--parallel.strategy", name, *(["--parallel.expert_size", size] if size else [])]
-
-
-def assert_same_run(ours: RunFolder, alone: RunFolder) -> None:
-    """Weights, their average, moments of the clipped gradients within 1e-9; metrics as exactly as they are kept."""
-    one, other = read_checkpoint(alone.last), read_checkpoint(ours.last)
-    assert one["global_step"] == other["global_step"]
-    assert_close(tensors(other["state_dict"]), tensors(one["state_dict"]), 1e-9)
-    assert_close(tensors(other[ENTRY]["ema"]), tensors(one[ENTRY]["ema"]), 1e-9)
-    names = optimizer_names(alone)
-    moments = (by_name(content["optimizer_states"][0], names)["state"] for content in (other, one))
-    assert_close(*map(tensors, moments), 1e-9)
-    for row, expected in zip(rows(ours), rows(alone), strict=True):
-        for name, value in expected.items():
-            if name != "train/images_per_second":
-                assert float(row[name]) == pytest.approx(float(value), rel=1e-6), name
-
-
-def optimizer_names(folder: RunFolder) -> list[str]:
-    model = load_checkpoint(folder.last).model
-    names = {parameter: f"model.{name}" for name, parameter in model.named_parameters()}
-    return [names[parameter] for group in parameter_groups(model, OptimConfig()) for parameter in group["params"]]
-
-
-def assert_close(ours: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> None:
-    assert ours.keys() == expected.keys()
-    for name, value in expected.items():
-        torch.testing.assert_close(ours[name], value, rtol=0, atol=tolerance, msg=lambda text, n=name: f"{n}: {text}")
-
-
-def tensors(value, name: str = "") -> dict[str, torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        return {name: value}
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return {key: part for index, item in items for key, part in tensors(item, f"{name}/{index}").items()}
-
-
-def rows(folder: RunFolder) -> list[dict[str, str]]:
-    with open(folder.metrics, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def test_a_mistake_is_told_once(recipe, tmp_path):
@@ -314,3 +246,17 @@ def test_torchrun_starts_a_run_that_died_anew_from_its_last_checkpoint(recipe, t
     assert done.returncode == 0, done.stderr
     assert "resuming" in done.stdout
     assert_same_run(RunFolder(tmp_path / "run"), RunFolder(tmp_path / "alone"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["fsdp", "expert 2"])
+def test_compiled_it_trains_the_same(recipe, tmp_path, strategy):
+    weights = []
+    for compiled in ("false", "true"):
+        folder = tmp_path / compiled
+        options = ("--trainer.compile", compiled, "--parallel.draws", "process", "--moe.noise_std", "0")
+        done = launch(recipe, folder, 2, *strategy_options(strategy), *options, script=TRAIN, TORCH_LOGS="graph_code")
+        assert done.returncode == 0, done.stderr
+        assert ("TRACED GRAPH" in done.stderr) is (compiled == "true")
+        weights.append(read_checkpoint(RunFolder(folder).last)["state_dict"])
+    assert_close(*weights, 1e-5)

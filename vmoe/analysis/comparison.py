@@ -17,7 +17,8 @@ from vmoe.errors import UserError
 
 _NOT_OF_THE_RECIPE = (
     *("seed", "output_dir", "resume", "data.workers", "trainer.log_every"),
-    *("parallel.strategy", "parallel.expert_size", "trainer.device", "trainer.compile", "trainer.cuda_graph"),
+    *("parallel.strategy", "parallel.expert_size", "parallel.async_save"),
+    *("trainer.device", "trainer.compile", "trainer.cuda_graph"),
 )
 _NAMED_BY_ROOT = ("folder", "npz", "webdataset")  # sets that their place tells apart; others are known by name
 _FOREIGN = (KeyError, TypeError, ValueError, AttributeError, yaml.YAMLError, csv.Error)

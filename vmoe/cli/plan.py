@@ -184,7 +184,12 @@ def _reason(best: Plan, others: list[Plan], machine: Machine) -> str:
 
 
 def _with(config: TrainConfig, layout: Layout) -> TrainConfig:
-    parallel = dataclasses.replace(config.parallel, strategy=layout.strategy, expert_size=layout.expert_size)
+    parallel = dataclasses.replace(
+        config.parallel,
+        strategy=layout.strategy,
+        expert_size=layout.expert_size,
+        async_save=config.parallel.async_save and layout.strategy in ("fsdp", "expert"),
+    )
     return dataclasses.replace(config, parallel=parallel)
 
 

@@ -161,11 +161,14 @@ class ParallelConfig:
             each part is cut further among the groups of so many processes.
         draws: Router noise and dropout: "process", each process draws its own, or "sample", by image, so that results
             do not depend on the number of processes; slower.
+        async_save: With fsdp and expert, training goes on while a checkpoint is written; the host's memory holds a copy
+            of it for so long. A run ends when its last one is written.
     """
 
     strategy: Literal["auto", "none", "ddp", "fsdp", "expert"] = "none"
     expert_size: int = 1
     draws: Literal["process", "sample"] = "process"
+    async_save: bool = False
 
     def __post_init__(self) -> None:
         allowed = ("auto", "none", "ddp", "fsdp", "expert")
@@ -174,6 +177,8 @@ class ParallelConfig:
         only = self.expert_size == 1 or self.strategy == "expert"
         _need(self, "expert_size", only, f"1 with strategy={self.strategy}")
         _need(self, "draws", self.draws in ("process", "sample"), "process or sample")
+        can_save_so = not self.async_save or self.strategy in ("fsdp", "expert")
+        _need(self, "async_save", can_save_so, f"false with strategy={self.strategy}; it is for fsdp and expert")
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,16 @@ from torch import nn
 from vmoe.data.mixing import GROUP
 from vmoe.errors import UserError
 from vmoe.training.config import ParallelConfig, TrainConfig
+from vmoe.training.sharded_files import FolderWriter
 from vmoe.training.sharding import ShardedStrategy, shard
 
 
-def strategy_of(config: ParallelConfig, processes: int) -> Strategy | str:
-    """Lightning's strategy."""
+def strategy_of(config: ParallelConfig, processes: int, writer: FolderWriter) -> Strategy | str:
+    """Lightning's strategy; `writer` writes the checkpoints of a model that is cut."""
     if config.strategy == "none":
         return "auto"
     if config.strategy != "ddp":
-        return ShardedStrategy(processes)
+        return ShardedStrategy(processes, writer)
     # Buffers are kept equal by what updates them; an idle expert's gradient is zero, so that none is ever missing.
     return DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
 

@@ -65,6 +65,11 @@ def connect(device_type: str) -> None:
     dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.count, timeout=_TIMEOUT)
 
 
+def new_host_group() -> dist.ProcessGroup:
+    """One more group of all processes, through gloo, for a thread beside the main one; all must call it."""
+    return dist.new_group(timeout=_TIMEOUT, backend="gloo")
+
+
 def disconnect() -> None:
     """Ends what `connect` began; all must call it."""
     if dist.is_initialized():

@@ -25,7 +25,9 @@ FREE_ON_RESUME = (
     "trainer.log_every",
     "parallel.strategy",
     "parallel.expert_size",
+    "parallel.async_save",
 )
+_CUT = ("parallel.strategy", "parallel.expert_size")
 _WHOLE = {"none", "ddp"}  # strategies that cut no matrix
 
 
@@ -88,7 +90,7 @@ def saved_state(folder: RunFolder, config: TrainConfig) -> dict[str, Any] | None
     now = flatten(to_plain(config))
     free = FREE_ON_RESUME
     if config.optim.name == "muon" and not {before["parallel.strategy"], now["parallel.strategy"]} <= _WHOLE:
-        free = tuple(key for key in free if not key.startswith("parallel."))  # which decides what Muon trains
+        free = tuple(key for key in free if key not in _CUT)  # which decides what Muon trains
     changed = [key for key in sorted(before | now) if before.get(key) != now.get(key) and key not in free]
     if changed:
         told = ", ".join(f"{key} (was {before.get(key)!r}, now {now.get(key)!r})" for key in changed)

@@ -33,6 +33,7 @@ from vmoe.training.progress import Progress
 from vmoe.training.resumption import mark_launch, read_summary, recover_checkpoints, restarted, saved_state
 from vmoe.training.sample_draws import SampleDraws
 from vmoe.training.saving import AtomicCheckpointIO, Saving
+from vmoe.training.sharded_files import FolderWriter
 from vmoe.training.sharding import cut_and_start, load_weights
 from vmoe.training.stopping import Interrupted, stopped_at_once
 
@@ -134,7 +135,8 @@ def _run(
         draws.install(model)
     module = Classifier(model, config.optim, *how, draws, cut, teacher)
     clock = Clock()
-    saving = Saving(folder, _identity(config, data), clock, config.trainer.early_stopping)
+    writer = FolderWriter(config.parallel.async_save)
+    saving = Saving(folder, _identity(config, data), clock, config.trainer.early_stopping, writer)
     step = saved["global_step"] if saved else 0
     journal = Journal(folder, clock, progress, step, config.trainer.log_every)
     if config.trainer.compile:
@@ -142,7 +144,7 @@ def _run(
         # torch compile for any batch size, training included, in many small graphs.
         model.compile(dynamic=False)
     with quiet_lightning():
-        trainer = new_trainer(config, device, place, [journal, saving])
+        trainer = new_trainer(config, device, place, [journal, saving], writer)
         if saved is not None:
             _say_resumed(progress, folder, saved[ENTRY])
             data.train_sampler.set_epoch(saved[ENTRY]["epochs_done"])
@@ -209,13 +211,15 @@ def _identity(config: TrainConfig, data: ImageDataModule) -> dict[str, Any]:
     }
 
 
-def new_trainer(config: TrainConfig, device: torch.device, place: Place, callbacks: list[Any]) -> Trainer:
+def new_trainer(
+    config: TrainConfig, device: torch.device, place: Place, callbacks: list[Any], writer: FolderWriter
+) -> Trainer:
     """Lightning's Trainer as all runs have it."""
     return Trainer(
         accelerator=device.type,
         devices=place.local_count,
         num_nodes=place.count // place.local_count,
-        strategy=strategy_of(config.parallel, place.count),
+        strategy=strategy_of(config.parallel, place.count, writer),
         use_distributed_sampler=False,
         precision=PRECISIONS[config.trainer.precision],
         max_epochs=config.trainer.epochs,

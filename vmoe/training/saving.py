@@ -2,6 +2,8 @@
 
 import math
 import signal
+import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,9 @@ from vmoe.errors import UserError
 from vmoe.files import atomic_write
 from vmoe.training.journal import Clock
 from vmoe.training.module import Classifier
-from vmoe.training.processes import Flag, Place, gather, together
+from vmoe.training.processes import Flag, Place, gather
 from vmoe.training.randomness import random_states, restore_random_states, seed_process
+from vmoe.training.sharded_files import FolderWriter
 from vmoe.training.stopping import Interrupted, SignalWatch
 
 
@@ -45,13 +48,22 @@ class Saving(Callback):
         identity: What a checkpoint tells every tool: config, class_names, image_size, mean and std, of plain types.
         clock: The run's clock, which goes on after a resumption.
         patience: Epochs without a better val/top1 after which to stop; None never stops.
+        writer: What writes the checkpoints of a model that is cut.
     """
 
-    def __init__(self, folder: RunFolder, identity: dict[str, Any], clock: Clock, patience: int | None) -> None:
+    def __init__(
+        self,
+        folder: RunFolder,
+        identity: dict[str, Any],
+        clock: Clock,
+        patience: int | None,
+        writer: FolderWriter,
+    ) -> None:
         self.folder = folder
         self.identity = identity
         self.clock = clock
         self.patience = patience
+        self.writer = writer
         self.best: dict[str, float] = {"epoch": 0, "val/top1": -math.inf, "val/loss": math.inf}
         self._batches_done = 0
         self._finished = False
@@ -76,9 +88,11 @@ class Saving(Callback):
     ) -> None:
         is_last = batch_idx + 1 == trainer.num_training_batches  # its epoch is saved after validation, below
         is_update = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if is_update and not is_last and self._stopping.seen(self._signals.received is not None):
+        is_stopping = self._signals.received is not None or self.writer.failed  # told by the save below
+        if is_update and not is_last and self._stopping.seen(is_stopping):
             self._batches_done = batch_idx + 1
             self._save_last(trainer, module)
+            self.writer.wait()
             raise Interrupted(self._signal(), trainer.global_step, trainer.current_epoch)
 
     def on_train_epoch_end(self, trainer: Trainer, module: Classifier) -> None:
@@ -99,18 +113,22 @@ class Saving(Callback):
         self._finished = trainer.should_stop or epochs_done == trainer.max_epochs
         if is_best:  # first, since the last checkpoint tells which epoch is in the best one
             trainer.save_checkpoint(self.folder.best)
-            is_first = Place.of_this().is_first
-            together(lambda: copy_checkpoint(self.folder.best, self.folder.last) if is_first else None)
+            self.writer.then(partial(copy_checkpoint, self.folder.best, self.folder.last))
         else:
             self._save_last(trainer, module)
         is_stopping = self._stopping.settle() or self._signals.received is not None
         if any(gather(is_stopping)) and not self._finished:
+            self.writer.wait()
             raise Interrupted(self._signal(), trainer.global_step, epochs_done)
 
     def on_train_end(self, trainer: Trainer, module: Classifier) -> None:
+        self.writer.wait()
         self._signals.remove()
 
     def on_exception(self, trainer: Trainer, module: Classifier, exception: BaseException) -> None:
+        failed = self.writer.leave()
+        if failed is not None and Place.of_this().is_first:
+            print(f"vmoe train: error: {failed}", file=sys.stderr)  # beside what stops the run
         self._signals.remove()
 
     def on_save_checkpoint(self, trainer: Trainer, module: Classifier, checkpoint: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ from vmoe.training.ema import local
 from vmoe.training.muon import Muon
 from vmoe.training.optim import by_name
 from vmoe.training.processes import total
-from vmoe.training.sharded_files import load_tensors, save_folder
+from vmoe.training.sharded_files import FolderWriter, load_tensors
 
 
 class ShardedStrategy(ModelParallelStrategy):
@@ -31,10 +31,12 @@ class ShardedStrategy(ModelParallelStrategy):
 
     Args:
         processes: How many there are.
+        writer: Writes the checkpoints.
     """
 
-    def __init__(self, processes: int) -> None:
+    def __init__(self, processes: int, writer: FolderWriter) -> None:
         super().__init__(data_parallel_size=processes, tensor_parallel_size=1)
+        self._writer = writer
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Nothing yet: `save_checkpoint` writes the tensors from where they are."""
@@ -52,7 +54,7 @@ class ShardedStrategy(ModelParallelStrategy):
         checkpoint["optimizer_states"] = [{"param_groups": groups}]
         if module.ema is not None:
             checkpoint[ENTRY]["ema"].pop("weights")
-        save_folder(_tensors(module, optimizer), checkpoint, Path(filepath))
+        self._writer.write(_tensors(module, optimizer), checkpoint, Path(filepath))
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Fills the tensors of this process from a folder or an ordinary file, and returns the rest."""

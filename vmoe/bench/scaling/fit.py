@@ -23,6 +23,7 @@ from vmoe.training.parallel import cut_of
 from vmoe.training.processes import Place, total
 from vmoe.training.run import new_trainer, quiet_lightning
 from vmoe.training.sample_draws import SampleDraws
+from vmoe.training.sharded_files import FolderWriter
 from vmoe.training.summary import peak_memory_mib
 
 WARM_UP = 5  # updates that are not timed; the last of them is watched for waits
@@ -119,7 +120,7 @@ def train(
         model.compile(dynamic=False)
     module = Classifier(model, config.optim, epochs_in_all, len(images), draws=draws, cut=cut)
     with quiet_lightning():
-        trainer = new_trainer(config, device, Place.of_this(), [*callbacks, _Forgets()])
+        trainer = new_trainer(config, device, Place.of_this(), [*callbacks, _Forgets()], FolderWriter())
         trainer.fit(module, images, ckpt_path=resume_from, weights_only=True)
 
 

@@ -1,0 +1,107 @@
+"""Run by torchrun in two processes with a folder: checkpoints written in the background, held back when it matters.
+
+What the first process finds is printed; `test_async_save.py` knows what it should be.
+"""
+
+import sys
+import threading
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from vmoe.checkpoint_folders import read_folder
+from vmoe.checkpoints import copy_checkpoint
+from vmoe.errors import UserError
+from vmoe.training.processes import Place, connect, disconnect, gather, total
+from vmoe.training.sharded_files import FolderWriter
+
+write, may_write = dcp.FileSystemWriter.write_data, threading.Event()
+disk_is_full = False
+
+
+def held_write(self, *arguments):
+    """Waits until it may write."""
+    may_write.wait()
+    if disk_is_full and Place.of_this().rank == 1:
+        raise OSError(28, "No space left on device")
+    return write(self, *arguments)
+
+
+def state(value: float) -> dict[str, Tensor]:
+    """A cut weight, the same one's average and step, and a weight that all have."""
+    cut = distribute_tensor(torch.full((3, 2), value), init_device_mesh("cpu", (2,)), [Shard(0)])
+    whole, step = torch.full((2,), value), torch.tensor(value)
+    return {"weights/a": cut, "weights/b": whole, "optimizer/a/step": step, "ema/a": cut.clone()}
+
+
+def plain(epoch: int) -> dict:
+    """What a checkpoint has beside tensors, or little of it."""
+    return {"vmoe": {"epoch": torch.tensor(epoch), "ema": {}}, "optimizer_states": [{}]}
+
+
+def train(tensors: dict[str, Tensor]) -> None:
+    """Changes them in place, and talks as training does."""
+    for tensor in tensors.values():
+        tensor.add_(1)
+        total(torch.ones(3))
+
+
+def content(path: Path) -> list[float]:
+    """The values of a folder, of which each tensor has one."""
+    found = read_folder(path)
+    step = found["optimizer_states"][0]["state"]["a"]["step"]
+    tensors = [*found["state_dict"].values(), step, found["vmoe"]["ema"]["weights"]["a"], found["vmoe"]["epoch"]]
+    return [value for tensor in tensors for value in tensor.unique().tolist()]
+
+
+def say(line: object) -> None:
+    """Prints what the first process has found, when all have come here."""
+    gather(None)
+    if Place.of_this().is_first:
+        print(line, flush=True)
+    gather(None)
+
+
+best, last = Path(sys.argv[1]) / "best.ckpt", Path(sys.argv[1]) / "last.ckpt"
+dcp.FileSystemWriter.write_data = held_write
+connect("cpu")
+writer = FolderWriter(in_background=True)
+tensors, rest = state(1.0), plain(1)
+writer.write(tensors, rest, best)
+writer.then(partial(copy_checkpoint, best, last))
+train(tensors)
+rest["vmoe"]["epoch"] += 1
+say(f"under way: {best.exists()} {last.exists()} {writer.failed}")
+may_write.set()
+writer.wait()
+say(f"written: {content(best)} {content(last)}" if Place.of_this().is_first else "")
+
+may_write.clear()
+writer.write(tensors, rest, best)
+threading.Timer(0.5, may_write.set).start()
+writer.write(state(3.0), plain(3), last)  # waits for the one before
+say(f"the one before: {content(best)}" if Place.of_this().is_first else "")
+writer.wait()
+say(f"both: {content(best)} {content(last)}" if Place.of_this().is_first else "")
+
+disk_is_full = True
+writer.write(state(4.0), plain(4), best)
+writer.then(partial(copy_checkpoint, best, last))
+while not writer.failed:
+    time.sleep(0.01)
+try:
+    writer.wait()
+except UserError as error:
+    say(f"failed: {error.everywhere} {error}")
+say(f"left: {content(best)} {content(last)} {sorted(path.name for path in last.parent.iterdir())} {writer.failed}")
+disk_is_full = False
+writer.write(state(5.0), plain(5), last)
+writer.wait()
+say(f"again: {content(last)}" if Place.of_this().is_first else "")
+disconnect()
