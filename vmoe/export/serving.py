@@ -28,6 +28,7 @@ from vmoe.export.uploads import Upload, UploadReader, read_upload
 
 KEY_VARIABLE = "VMOE_API_KEY"
 BATCH_WAIT = 0.002  # seconds in which others may join a batch
+MAX_CONNECTIONS = 128  # each of which may hold a request in memory
 
 
 class ModelService(litserve.LitAPI):
@@ -105,7 +106,13 @@ def serve(path: Path, device: torch.device, host: str, port: int, max_batch: int
     server.app.state.uploads = reader
     _stop_on_signals()
     try:
-        server.run(host=host, port=port, log_level="warning", generate_client_file=False)
+        server.run(
+            host=host,
+            port=port,
+            log_level="warning",
+            generate_client_file=False,
+            limit_concurrency=MAX_CONNECTIONS,
+        )
     except RuntimeError as error:
         raise UserError(f"{path}: the worker could not open it on {device}; its reason stands above") from error
     except (EOFError, ConnectionError) as error:  # so LitServe ends when a worker has died
