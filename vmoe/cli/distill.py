@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,7 +42,7 @@ def _distill(argv: list[str]) -> int:
     if options.out.exists():
         raise UserError(f"--out {options.out}: is there already; give another folder")
     # Imported here, so that --help and a mistyped option answer at once.
-    from vmoe.checkpoints import load_checkpoint
+    from vmoe.checkpoints import RunFolder, load_checkpoint
     from vmoe.cli.train import trained
     from vmoe.training.processes import Place
 
@@ -56,7 +57,12 @@ def _distill(argv: list[str]) -> int:
         start = options.out / "start.safetensors"
         _write_start(start, teacher, config, options.images)
         config = dataclasses.replace(config, init_from=str(start))
-    return trained(lambda: config, ["vmoe", "distill", *argv])
+    try:
+        return trained(lambda: config, ["vmoe", "distill", *argv])
+    except UserError:
+        if not RunFolder(options.out).config.exists():  # the run did not begin: nothing is left of it
+            shutil.rmtree(options.out, ignore_errors=True)
+        raise
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vmoe.checkpoints import ENTRY, SCALE, find_checkpoint, read_checkpoint, trained_weights
+from vmoe.export.int8 import require_rounding
 from vmoe.files import atomic_write
 from vmoe.moe.int8 import quantise
 
@@ -30,11 +31,13 @@ def write_safetensors(
         int8: Stores the experts' weights as integers (`vmoe.moe.int8`) and keeps the routers' in float32.
 
     Raises:
-        UserError: the source is no checkpoint of ours, or `path` cannot be written.
+        UserError: the source is no checkpoint of ours, or a dense one with `int8`, or `path` cannot be written.
     """
     content = read_checkpoint(find_checkpoint(source))
-    weights = {}
-    for name, value in trained_weights(content).items():
+    weights, trained = {}, trained_weights(content)
+    if int8:
+        require_rounding(source, any(map(_EXPERT_WEIGHT.search, trained)))
+    for name, value in trained.items():
         if int8 and _EXPERT_WEIGHT.search(name):
             weights[name], weights[name + SCALE] = quantise(value)
         elif dtype is None or not value.is_floating_point() or (int8 and ".router." in name):
