@@ -79,6 +79,7 @@ def test_npm_is_asked_for_where_it_is_missing(save_run, tmp_path, monkeypatch, c
     assert "give --runtime its .tgz" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_model_that_is_too_large_is_refused(save_run, tmp_path, runtime, monkeypatch, capsys):
     monkeypatch.setattr(demo_page, "LARGEST_PROGRAM", 2**20 // 8)
     assert main([str(save_run(moe=MOE)), "--out", str(tmp_path / "page"), "--runtime", str(runtime)]) == 2

@@ -29,7 +29,7 @@ from vmoe.export.predictor import load_predictor
 pytest.importorskip("litserve")
 REPOSITORY = Path(__file__).parents[2]
 SHIPPED = REPOSITORY / "assets" / "models" / "cifar10_small.safetensors"
-KEY = "the key"
+KEY = "the kĕy"
 BOUND = 1e-6  # of a probability: as products of matrices of other sizes round
 
 
@@ -59,7 +59,7 @@ class Server:
         """The status and the body of an answer."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         try:
-            connection.request(method, path, body, {"Content-Type": kind, "X-API-Key": key})
+            connection.request(method, path, body, {"Content-Type": kind, "X-API-Key": key.encode()})
             answer = connection.getresponse()
             return answer.status, answer.read()
         finally:
@@ -193,6 +193,7 @@ def test_the_key_is_asked_for(server):
     for key in ("", "another"):
         status, answer = server.ask("POST", "/predict", b"{}", key=key)
         assert status == 401 and "X-API-Key" in json.loads(answer)["detail"]
+    assert server.ask("POST", "/predict", b"{}", key=KEY)[0] == 400
     assert server.ask("GET", "/info", key="")[0] == 401
     assert server.ask("GET", "/health", key="") == (200, b"ok")
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from vmoe.cli.common import run
 from vmoe.cli.inputs import Tracked
-from vmoe.cli.options import count, new_parser
+from vmoe.cli.options import count, new_parser, split_options
 from vmoe.cli.recipes import find_recipe
 from vmoe.errors import UserError
 
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _distill(argv: list[str]) -> int:
-    own, for_training = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
+    own, for_training = split_options(argv)
     options = _parser().parse_args(own)
     if options.out.exists():
         raise UserError(f"--out {options.out}: is there already; give another folder")

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from vmoe.cli.common import run
 from vmoe.cli.inputs import Tracked, load_data
-from vmoe.cli.options import choose_device, count, new_parser
+from vmoe.cli.options import choose_device, count, new_parser, split_options
 from vmoe.errors import UserError
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _prune(argv: list[str]) -> int:
-    own, for_training = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
+    own, for_training = split_options(argv)
     options = _parser().parse_args(own)
     if for_training and options.finetune is None:
         raise UserError(f"{for_training[0]}: is for a fine-tuning, of which there is none; add --finetune EPOCHS")

@@ -63,14 +63,18 @@ def write_changed(path: str | Path, source: str | Path, weights: dict[str, Tenso
     _write(path, weights, entry | {"config": entry["config"] | {"moe": moe}})
 
 
+def shared_config(config: dict[str, Any]) -> dict[str, Any]:
+    """A run's config without paths of the machine that trained."""
+    kept = {key: value for key, value in config.items() if key != "distill"}  # whose teacher is a path
+    kept["data"] = {key: value for key, value in config["data"].items() if key != "root"}
+    return kept | {"output_dir": None, "init_from": None}
+
+
 def _entry(content: dict[str, Any]) -> dict[str, Any]:
     """What is needed to use a checkpoint's model, without paths of the machine that trained."""
     ours = content[ENTRY]
-    config = {key: value for key, value in ours["config"].items() if key != "distill"}
-    config |= {"output_dir": None, "init_from": None}
-    config["data"] = {key: value for key, value in config["data"].items() if key != "root"}
     kept = ("version", "class_names", "image_size", "mean", "std", "epochs_done")
-    return {key: ours[key] for key in kept} | {"config": config, "step": content["global_step"]}
+    return {key: ours[key] for key in kept} | {"config": shared_config(ours["config"]), "step": content["global_step"]}
 
 
 def _write(path: str | Path, weights: dict[str, Tensor], entry: dict[str, Any]) -> None:
