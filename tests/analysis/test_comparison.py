@@ -1,5 +1,6 @@
 """Comparing runs: seeds are grouped, differences carry their compute and their n, foreign folders are refused."""
 
+import dataclasses
 import json
 
 import pytest
@@ -172,7 +173,10 @@ def test_other_hardware_and_other_data_are_warned_of(make_run):
     (line,) = warnings_for([here, read_run(make_run("gpu", seed=1, device="a GPU"))])
     assert "images/s cannot be compared" in line and "a GPU" in line
     (line,) = warnings_for([here, read_run(make_run("cifar", data="cifar10"))])
-    assert "neither accuracy nor images/s" in line and "cifar10" in line
+    assert "neither accuracy nor images/s" in line and "cifar10" in line and "other data.name)" in line
+    few = dataclasses.replace(here, config=here.config | {"data": here.config["data"] | {"subset": {"fraction": 0.1}}})
+    (line,) = warnings_for([here, few])
+    assert "digits at 16 px; other data.subset)" in line
 
 
 def test_what_else_differs_than_the_moe_layers_is_told(make_run):

@@ -75,7 +75,13 @@ def test_a_comparison_can_be_compared_again_beside_other_runs(save_summary, tmp_
     assert report["runs"][0]["curve"] == [[0.0, 0.5]]
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"runs": []}', '{"runs": [{"run": "a"}]}', None])
+ENDLESS = (
+    '{"runs": [{"run": "a", "config": {}, "curve": [], '
+    '"summary": {"metrics": {"test/top1": 1}, "parameters": {"total": Infinity}}}]}'
+)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"runs": []}', '{"runs": [{"run": "a"}]}', ENDLESS, None])
 def test_a_file_that_is_no_comparison_is_refused(tmp_path, capsys, content):
     path = tmp_path / "other.json"
     if content is not None:

@@ -24,17 +24,21 @@ def runtime(tmp_path):
 
 
 def test_a_folder_that_is_written_again(save_run, tmp_path, runtime):
-    out, picture = tmp_path / "page", tmp_path / "red.png"
-    Image.new("RGB", (20, 40), "red").save(picture)
+    out, pictures = tmp_path / "page", [tmp_path / name / "photo.png" for name in ("red", "blue")]
+    for picture in pictures:  # of one name
+        picture.parent.mkdir()
+        Image.new("RGB", (20, 40), picture.parent.name).save(picture)
     out.mkdir()
     for name in ("about.js", "old.js"):  # what an older version wrote
         (out / name).write_text("")
     run = str(save_run(moe=MOE))
-    assert main([run, "--out", str(out), "--runtime", str(runtime), "--images", str(picture)]) == 0
+    assert main([run, "--out", str(out), "--runtime", str(runtime), "--images", *map(str, pictures)]) == 0
     names = {file.name for file in out.iterdir()}
     assert "old.js" not in names and (out / "ort.js").read_bytes() == PARTS[0].encode()
     about = json.loads((out / "about.js").read_text().removeprefix("globalThis.ABOUT = ").rstrip(";\n"))
-    assert about["class_names"] == list("0123456789") and [sample["name"] for sample in about["samples"]] == ["red.png"]
+    assert about["class_names"] == list("0123456789")
+    assert [sample["name"] for sample in about["samples"]] == ["photo.png"] * 2
+    assert about["samples"][0] != about["samples"][1]
     (layer,) = about["layers"]
     assert layer["grid"] == [4, 4] and layer["patches"] == list(range(1, 17)) and layer["capacity_factor"] == 1.5
     page = (out / "index.html").read_text()
@@ -75,6 +79,7 @@ def test_npm_is_asked_for_where_it_is_missing(save_run, tmp_path, monkeypatch, c
     assert "give --runtime its .tgz" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_model_that_is_too_large_is_refused(save_run, tmp_path, runtime, monkeypatch, capsys):
     monkeypatch.setattr(demo_page, "LARGEST_PROGRAM", 2**20 // 8)
     assert main([str(save_run(moe=MOE)), "--out", str(tmp_path / "page"), "--runtime", str(runtime)]) == 2

@@ -192,3 +192,11 @@ def test_routing_that_depends_on_the_batch_is_refused(save_run, tmp_path, capsys
     run = save_run(moe={**MOE, "eval_capacity_factor": 1.0})
     assert main([str(run), "--format", "torch-export", "--out", str(tmp_path / "model.pt2")]) == 2
     assert "other images of its batch" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("format", ["safetensors", "onnx", "torch-export"])
+def test_a_dense_model_has_no_experts_to_round(save_run, tmp_path, capsys, format):
+    out = tmp_path / {"safetensors": "x.safetensors", "onnx": "x.onnx", "torch-export": "x.pt2"}[format]
+    assert main([str(save_run()), "--format", format, "--quantize", "int8", "--out", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert "a dense model has no experts to round" in error and error.count("\n") == 1 and not out.exists()

@@ -146,11 +146,13 @@ def test_a_student_of_a_recipe_of_its_own(save_run, tmp_path):
         (MOE, ["--config", "nowhere"], "--config nowhere"),
         (MOE, ["--", "--distill.weight", "2"], "distill.weight=2"),
         (MOE, ["--", "--model.name", "vit_small_patch16_224"], "vit_small_patch16_224"),
+        (MOE, ["--", "--data.subset.classes", "[3,5]"], "its class_names is"),
+        (MOE, ["--", "--model.kwargs", '{"patch_size": 4, "embed_dim": 24, "depth": 2}'], "--init_from"),
     ],
 )
 def test_a_students_mistakes_are_one_line_and_leave_nothing(save_run, tmp_path, capsys, moe, options, told):
     out = tmp_path / "student"
-    assert distill([str(save_run(moe=moe)), "--out", str(out), *options]) == 2
+    assert distill([str(save_run(moe=moe)), "--out", str(out), "--images", "20", *options]) == 2
     error = capsys.readouterr().err
     assert told in error and error.count("\n") == 1
     assert not out.exists()

@@ -29,7 +29,7 @@ from vmoe.export.predictor import load_predictor
 pytest.importorskip("litserve")
 REPOSITORY = Path(__file__).parents[2]
 SHIPPED = REPOSITORY / "assets" / "models" / "cifar10_small.safetensors"
-KEY = "the key"
+KEY = "the kĕy"
 BOUND = 1e-6  # of a probability: as products of matrices of other sizes round
 
 
@@ -59,7 +59,7 @@ class Server:
         """The status and the body of an answer."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         try:
-            connection.request(method, path, body, {"Content-Type": kind, "X-API-Key": key})
+            connection.request(method, path, body, {"Content-Type": kind, "X-API-Key": key.encode()})
             answer = connection.getresponse()
             return answer.status, answer.read()
         finally:
@@ -145,6 +145,27 @@ def test_odd_pictures_are_answered_as_by_predict(server, predictor, name):
         np.testing.assert_allclose([each["probability"] for each in answer["predictions"]], row[order], atol=BOUND)
 
 
+def test_a_picture_is_decoded_as_the_format_that_was_checked(server):
+    """Those bytes make Pillow, asked for any format, take the file for a Photo CD of 512 x 768 pixels."""
+    hidden, plain = (
+        encoded(noise(6), "WEBP", icc_profile=bytes(2010) + name + bytes(999)) for name in (b"PCD_", b"....")
+    )
+    assert hidden.index(b"PCD_") == 2048 and Image.open(io.BytesIO(hidden)).format == "PCD"
+    assert server.predict(hidden) == server.predict(plain) and server.predict(plain)[0] == 200
+
+
+def test_connections_are_bounded(server):
+    content = encoded(noise(7))
+    held = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(128)]
+    assert server.ask("POST", "/predict")[0] == 503
+    for connection in held:
+        connection.close()
+    deadline = time.monotonic() + 20
+    while server.ask("GET", "/health")[0] != 200 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert server.predict(content)[0] == 200
+
+
 def test_bad_requests_are_told_why(server):
     good = encoded(noise(1))
     for (status, answer), expected, told in (
@@ -172,6 +193,7 @@ def test_the_key_is_asked_for(server):
     for key in ("", "another"):
         status, answer = server.ask("POST", "/predict", b"{}", key=key)
         assert status == 401 and "X-API-Key" in json.loads(answer)["detail"]
+    assert server.ask("POST", "/predict", b"{}", key=KEY)[0] == 400
     assert server.ask("GET", "/info", key="")[0] == 401
     assert server.ask("GET", "/health", key="") == (200, b"ok")
 
@@ -234,6 +256,20 @@ def test_none_of_1000_damaged_uploads_is_lost(server):
     assert len(answers) == 1000 and {status for status, _ in answers} <= {413, 415, 422}
     assert all(answer["detail"] for _, answer in answers)
     assert server.predict(good)[0] == 200
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads memory from /proc")
+def test_large_pictures_are_decoded_one_at_a_time():
+    server = Server()
+    with ThreadPoolExecutor(4) as clients:
+        answers = list(clients.map(server.predict, [bomb(7992)] * 4))
+    children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
+    status = [Path(f"/proc/{child}/status").read_text() for child in children]
+    peaks = [int(line.split()[1]) / 2**20 for text in status for line in text.splitlines() if line.startswith("VmHWM")]
+    server.stop()
+    assert [status for status, _ in answers] == [200] * 4
+    assert max(peaks) < 1.8, peaks  # GiB; one takes 0.9 besides what the server holds
 
 
 @pytest.mark.slow

@@ -74,6 +74,27 @@ def test_other_classes_get_a_fresh_classifier(runs):
     assert torch.equal(model.blocks[0].attn.qkv.weight, trained.blocks[0].attn.qkv.weight)
 
 
+def test_classes_that_are_only_numbered_keep_the_classifier(runs, tmp_path, capsys):
+    """An npz file without class_names gives numbers, whatever the checkpoint calls its classes."""
+    dense, _, config = runs
+    content = torch.load(dense / "checkpoints" / "best.ckpt", weights_only=True)
+    content["vmoe"]["class_names"] = [f"digit {number}" for number in range(10)]
+    torch.save(content, named := tmp_path / "named.ckpt")
+    trained, said = load_checkpoint(dense).model, []
+    assert torch.equal(start(config, named)(images()), trained(images()))
+    config = dataclasses.replace(config, init_from=str(named), moe=None)
+    for classes, is_kept, told in (
+        (DIGITS, True, "taken by number"),
+        (content["vmoe"]["class_names"], True, None),
+        ([*DIGITS[:9], "ten"], False, "the classifier starts fresh"),
+        (DIGITS[:9], False, "the classifier starts fresh"),
+    ):
+        said.clear()
+        model = initial_model(config, classes, 16, said.append)
+        assert torch.equal(model.head.weight[:9], trained.head.weight[:9]) == is_kept
+        assert said == [] if told is None else told in said[0]
+
+
 def test_transfer_to_other_classes_and_larger_images_keeps_the_experts(runs):
     _, sparse, config = runs
     trained = load_checkpoint(sparse).model

@@ -21,7 +21,7 @@ _NOT_OF_THE_RECIPE = (
     *("trainer.device", "trainer.compile", "trainer.cuda_graph"),
 )
 _NAMED_BY_ROOT = ("folder", "npz", "webdataset")  # sets that their place tells apart; others are known by name
-_FOREIGN = (KeyError, TypeError, ValueError, AttributeError, yaml.YAMLError, csv.Error)
+_FOREIGN = (KeyError, TypeError, ValueError, OverflowError, AttributeError, yaml.YAMLError, csv.Error)
 
 
 @dataclass(frozen=True)
@@ -220,9 +220,11 @@ def warnings_for(runs: Sequence[Run]) -> list[str]:
     devices = sorted({run.device for run in runs})
     if len(devices) > 1:
         lines.append(f"trained on different hardware ({'; '.join(devices)}): images/s cannot be compared")
-    if any(run.data != runs[0].data for run in runs):
+    differing = {f"data.{key}" for run in runs for key, value in run.data.items() if value != runs[0].data.get(key)}
+    if differing:
         names = sorted({f"{run.data['name']} at {run.data['image_size'] or 'its own'} px" for run in runs})
-        lines.append(f"trained on different data ({'; '.join(names)}): neither accuracy nor images/s can be compared")
+        told = f"{'; '.join(names)}; other {', '.join(sorted(differing))}"
+        lines.append(f"trained on different data ({told}): neither accuracy nor images/s can be compared")
     for arm in group_runs(runs):
         if len({run.seed for run in arm.runs}) < arm.n:
             lines.append(f"{arm.name}: several runs of one seed, so its spread says little")

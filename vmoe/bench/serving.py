@@ -123,7 +123,7 @@ def _ask(connection: http.client.HTTPConnection, key: str, upload: bytes) -> int
     """The status of an answer; 0 for none."""
     head = f'--{_BORDER}\r\nContent-Disposition: form-data; name="image"; filename="upload"\r\n\r\n'
     body = head.encode() + upload + f"\r\n--{_BORDER}--\r\n".encode()
-    headers = {"Content-Type": f"multipart/form-data; boundary={_BORDER}", "X-API-Key": key}
+    headers = {"Content-Type": f"multipart/form-data; boundary={_BORDER}", "X-API-Key": key.encode()}
     try:
         connection.request("POST", "/predict", body, headers)
         answer = connection.getresponse()

@@ -33,9 +33,9 @@ def _demo_page(argv: list[str]) -> None:
     from vmoe.export.demo_page import write_demo_page
 
     if options.images:
-        pictures, credit = {path.name: load_image(path) for path in find_images(options.images)}, None
+        pictures, credit = ((path.name, load_image(path)) for path in find_images(options.images)), None
     else:
-        pictures, credit = {name: load_photograph(name) for name in PHOTOGRAPHS}, CREDIT
+        pictures, credit = ((name, load_photograph(name)) for name in PHOTOGRAPHS), CREDIT
     write_demo_page(options.out, options.model, pictures, options.runtime, credit)
     size = sum(file.stat().st_size for file in options.out.iterdir())
     print(f"{options.out / 'index.html'}: open it in a browser; the folder has {size / 2**20:.1f} MiB")

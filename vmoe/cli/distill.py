@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from vmoe.cli.common import run
 from vmoe.cli.inputs import Tracked
-from vmoe.cli.options import count, new_parser
+from vmoe.cli.options import count, new_parser, split_options
 from vmoe.cli.recipes import find_recipe
 from vmoe.errors import UserError
 
@@ -36,12 +37,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _distill(argv: list[str]) -> int:
-    own, for_training = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
+    own, for_training = split_options(argv)
     options = _parser().parse_args(own)
     if options.out.exists():
         raise UserError(f"--out {options.out}: is there already; give another folder")
     # Imported here, so that --help and a mistyped option answer at once.
-    from vmoe.checkpoints import load_checkpoint
+    from vmoe.checkpoints import RunFolder, load_checkpoint
     from vmoe.cli.train import trained
     from vmoe.training.processes import Place
 
@@ -56,7 +57,12 @@ def _distill(argv: list[str]) -> int:
         start = options.out / "start.safetensors"
         _write_start(start, teacher, config, options.images)
         config = dataclasses.replace(config, init_from=str(start))
-    return trained(lambda: config, ["vmoe", "distill", *argv])
+    try:
+        return trained(lambda: config, ["vmoe", "distill", *argv])
+    except UserError:
+        if not RunFolder(options.out).config.exists():  # the run did not begin: nothing is left of it
+            shutil.rmtree(options.out, ignore_errors=True)
+        raise
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -58,3 +58,9 @@ def choose_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: not available here; use cpu or auto") from error
     return device
+
+
+def split_options(argv: list[str]) -> tuple[list[str], list[str]]:
+    """A job's own arguments, and those behind `--`, which are for the training that it starts."""
+    place = argv.index("--") if "--" in argv else len(argv)
+    return argv[:place], argv[place + 1 :]

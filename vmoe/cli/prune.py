@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from vmoe.cli.common import run
 from vmoe.cli.inputs import Tracked, load_data
-from vmoe.cli.options import choose_device, count, new_parser
+from vmoe.cli.options import choose_device, count, new_parser, split_options
 from vmoe.errors import UserError
 
 if TYPE_CHECKING:
@@ -48,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _prune(argv: list[str]) -> int:
-    own, for_training = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
+    own, for_training = split_options(argv)
     options = _parser().parse_args(own)
     if for_training and options.finetune is None:
         raise UserError(f"{for_training[0]}: is for a fine-tuning, of which there is none; add --finetune EPOCHS")
@@ -87,7 +86,8 @@ def _prune(argv: list[str]) -> int:
         rows["fine-tuned"] = rows["after"] | {"top1": tested["test/top1"], "nll": tested["test/loss"]}
         write_json(options.out / "prune.json", report | {"results": rows})
     how = f"{'merged' if options.merge else 'kept'} by {options.by}"
-    Console().print(_table(rows, f"{checkpoint.path}, {options.keep} experts a layer {how}"))
+    print(f"{checkpoint.path}, {options.keep} experts a layer {how}")
+    Console().print(_table(rows))
     print(f"{RunFolder(options.out).shared} and prune.json beside it")
     return 0
 
@@ -165,8 +165,8 @@ def _measured(checkpoint: "Checkpoint", data: "ImageDataModule", device: "torch.
     return {"images": result.images, "top1": result.top1, "nll": result.nll, "parameters": parameters}
 
 
-def _table(rows: dict[str, dict[str, Any]], title: str) -> Table:
-    table = Table(title=escape(title), title_justify="left")
+def _table(rows: dict[str, dict[str, Any]]) -> Table:
+    table = Table()
     for column in ("", "top-1", "NLL", "parameters", "active"):
         table.add_column(column, justify="left" if not column else "right")
     for name, row in rows.items():

@@ -29,11 +29,12 @@ def load_image(path: str | Path) -> np.ndarray:
     return decode_image(path, str(path))
 
 
-def decode_image(source: str | Path | BinaryIO, place: str) -> np.ndarray:
-    """Like `load_image`, for a file or its content; `place` names it in errors."""
+def decode_image(source: str | Path | BinaryIO, place: str, formats: Sequence[str] | None = None) -> np.ndarray:
+    """Like `load_image`, for a file or its content of Pillow's `formats`, or any; `place` names it in errors."""
     try:
-        with Image.open(source) as image:
-            return _to_rgb(ImageOps.exif_transpose(image))
+        with Image.open(source, formats=formats) as image:
+            ImageOps.exif_transpose(image, in_place=True)  # a copy would take as much memory again
+            return _to_rgb(image)
     except FileNotFoundError as error:
         raise UserError(f"{place}: no such image file") from error
     except Exception as error:  # on damaged files Pillow's decoders raise nearly any type
@@ -52,7 +53,7 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
     if image.mode in _MODES_WITH_ALPHA or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return np.array(image.convert("RGB"))
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def eval_crop(image: np.ndarray, image_size: int) -> np.ndarray:

@@ -14,6 +14,7 @@ from vmoe.analysis.heatmap_figure import PANEL, draw_layer, draw_overview
 from vmoe.analysis.style import Page
 from vmoe.checkpoints import Checkpoint, RunFolder
 from vmoe.data.photographs import CREDIT, PHOTOGRAPHS, load_photograph
+from vmoe.export.shared_weights import shared_config
 from vmoe.models.cost import count_parameters, flops_per_image
 
 PICTURE = "routing.png"
@@ -105,10 +106,7 @@ def model_card(checkpoint: Checkpoint, source: str | Path, license: str | None) 
     config, classes = checkpoint.config, checkpoint.class_names
     parameters = count_parameters(checkpoint.model)
     accuracy = _metrics(Path(source)).get("test/top1")
-    config = {key: value for key, value in config.items() if key != "distill"}  # whose teacher is a path
-    config |= {"output_dir": None, "init_from": None}
-    config["data"] = {key: value for key, value in config.get("data", {}).items() if key != "root"}
-    data = config["data"].get("name", "images of its own")
+    data = config.get("data", {}).get("name", "images of its own")
     return _TEMPLATE.format(
         license_line=f"license: {license}\n" if license else "",
         title=f"{config['model']['name']} for {data}",
@@ -125,7 +123,7 @@ def model_card(checkpoint: Checkpoint, source: str | Path, license: str | None) 
         seed=config.get("seed", "unknown"),
         accuracy="unknown: the run left no summary.json" if accuracy is None else f"{accuracy:.2%} (one run)",
         routing=_routing(checkpoint, Path(source)),
-        recipe=yaml.safe_dump(config, sort_keys=False),
+        recipe=yaml.safe_dump(shared_config(config), sort_keys=False),
         license=f"The weights: {license}." if license else "The owner of the weights has not named one.",
         version=vmoe.__version__,
     )

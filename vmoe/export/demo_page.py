@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable
 from importlib.resources import files
 from io import BytesIO
 from pathlib import Path
@@ -44,7 +44,7 @@ LARGEST_PROGRAM = 300 * 2**20  # bytes; as text, still below the longest string 
 def write_demo_page(
     path: str | Path,
     source: str | Path,
-    pictures: Mapping[str, np.ndarray],
+    pictures: Iterable[tuple[str, np.ndarray]],
     runtime: str | Path | None = None,
     credit: str | None = None,
 ) -> None:
@@ -53,7 +53,7 @@ def write_demo_page(
     Args:
         path: The folder; an empty one, or one that was written before, is replaced.
         source: A checkpoint file or a run's or shared folder of a V-MoE whose tokens choose experts.
-        pictures: What the page offers, (H, W, 3) uint8 by name.
+        pictures: What the page offers: names and pictures (H, W, 3) uint8, each of which is read when it is used.
         runtime: The npm package onnxruntime-web, as a .tgz or unpacked; None fetches it with npm.
         credit: A line on whose the pictures are.
 
@@ -68,7 +68,7 @@ def write_demo_page(
         raise UserError(f"--out {path}: exists and is no demo page; choose another place")
     require("onnx")
     checkpoint = load_checkpoint(source)
-    samples = [{"name": name, "content": _sample(pixels, checkpoint.image_size)} for name, pixels in pictures.items()]
+    samples = [{"name": name, "content": _sample(pixels, checkpoint.image_size)} for name, pixels in pictures]
     with new_folder(path) as folder:
         with tempfile.TemporaryDirectory() as scratch:
             parts = _runtime(None if runtime is None else Path(runtime), Path(scratch))

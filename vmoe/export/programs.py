@@ -22,7 +22,7 @@ from torch.export import ExportedProgram
 import vmoe
 from vmoe.checkpoints import Checkpoint, load_checkpoint
 from vmoe.errors import UserError
-from vmoe.export.int8 import Int8Linear
+from vmoe.export.int8 import Int8Linear, require_rounding
 from vmoe.export.layer import exportable_copy
 from vmoe.files import replace
 
@@ -49,12 +49,14 @@ def write_program(path: str | Path, source: str | Path, format: str, int8: bool 
         rounded one with `int8`, by batch size, relative to the largest logit where that is above 1.
 
     Raises:
-        UserError: the checkpoint cannot be read, its model not exported, a package or the compiler is missing, the
-            program's logits differ by more than `TOLERANCE`, or `path` cannot be written.
+        UserError: the checkpoint cannot be read, its model not exported or, being dense, not rounded, a package or the
+            compiler is missing, the program's logits differ by more than `TOLERANCE`, or `path` cannot be written.
     """
     require(format)
     with _folder_beside(Path(path)) as folder:
         checkpoint = load_checkpoint(source)
+        if int8:
+            require_rounding(source, bool(vmoe.moe_layers(checkpoint.model)))
         try:
             model = exportable_copy(checkpoint.model, Int8Linear if int8 else None)
         except ValueError as error:

@@ -28,6 +28,7 @@ from vmoe.export.uploads import Upload, UploadReader, read_upload
 
 KEY_VARIABLE = "VMOE_API_KEY"
 BATCH_WAIT = 0.002  # seconds in which others may join a batch
+MAX_CONNECTIONS = 128  # each of which may hold a request in memory
 
 
 class ModelService(litserve.LitAPI):
@@ -53,7 +54,7 @@ class ModelService(litserve.LitAPI):
     def authorize(self, request: Request, x_api_key: Annotated[str, Header()] = "") -> None:
         """Refuses who does not send the key that the environment asks for; /health is open."""
         key = os.environ.get(KEY_VARIABLE, "")
-        if key and request.url.path != "/health" and not secrets.compare_digest(x_api_key.encode(), key.encode()):
+        if key and request.url.path != "/health" and not _is_key(x_api_key, key):
             raise HTTPException(401, "X-API-Key: this header must hold the server's key")
 
     def decode_request(self, request: Annotated[Upload, Depends(read_upload)]) -> Upload:
@@ -75,6 +76,11 @@ class ModelService(litserve.LitAPI):
             if upload.routing:
                 answer["routing"] = _routing(self.predictor, upload.pixels)
         return answers
+
+
+def _is_key(header: str, key: str) -> bool:
+    """Whether a header, whose bytes come as latin-1, is the key in UTF-8; takes as long for any."""
+    return secrets.compare_digest(header.encode("latin-1"), key.encode())
 
 
 def serve(path: Path, device: torch.device, host: str, port: int, max_batch: int, max_bytes: int) -> None:
@@ -105,7 +111,13 @@ def serve(path: Path, device: torch.device, host: str, port: int, max_batch: int
     server.app.state.uploads = reader
     _stop_on_signals()
     try:
-        server.run(host=host, port=port, log_level="warning", generate_client_file=False)
+        server.run(
+            host=host,
+            port=port,
+            log_level="warning",
+            generate_client_file=False,
+            limit_concurrency=MAX_CONNECTIONS,
+        )
     except RuntimeError as error:
         raise UserError(f"{path}: the worker could not open it on {device}; its reason stands above") from error
     except (EOFError, ConnectionError) as error:  # so LitServe ends when a worker has died

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vmoe.checkpoint_entry import check_entry
 from vmoe.checkpoints import ENTRY, SCALE, find_checkpoint, read_checkpoint, trained_weights
+from vmoe.export.int8 import require_rounding
 from vmoe.files import atomic_write
 from vmoe.moe.int8 import quantise
 
@@ -31,11 +32,13 @@ def write_safetensors(
         int8: Stores the experts' weights as integers (`vmoe.moe.int8`) and keeps the routers' in float32.
 
     Raises:
-        UserError: the source is no checkpoint of ours, or `path` cannot be written.
+        UserError: the source is no checkpoint of ours, or a dense one with `int8`, or `path` cannot be written.
     """
     content = _read(source)
-    weights = {}
-    for name, value in trained_weights(content).items():
+    weights, trained = {}, trained_weights(content)
+    if int8:
+        require_rounding(source, any(map(_EXPERT_WEIGHT.search, trained)))
+    for name, value in trained.items():
         if int8 and _EXPERT_WEIGHT.search(name):
             weights[name], weights[name + SCALE] = quantise(value)
         elif dtype is None or not value.is_floating_point() or (int8 and ".router." in name):
@@ -61,6 +64,13 @@ def write_changed(path: str | Path, source: str | Path, weights: dict[str, Tenso
     _write(path, weights, entry | {"config": entry["config"] | {"moe": moe}})
 
 
+def shared_config(config: dict[str, Any]) -> dict[str, Any]:
+    """A run's config without paths of the machine that trained."""
+    kept = {key: value for key, value in config.items() if key != "distill"}  # whose teacher is a path
+    kept["data"] = {key: value for key, value in config.get("data", {}).items() if key != "root"}
+    return kept | {"output_dir": None, "init_from": None}
+
+
 def _read(source: str | Path) -> dict[str, Any]:
     path = find_checkpoint(source)
     content = read_checkpoint(path)
@@ -71,11 +81,8 @@ def _read(source: str | Path) -> dict[str, Any]:
 def _entry(content: dict[str, Any]) -> dict[str, Any]:
     """What is needed to use a checkpoint's model, without paths of the machine that trained."""
     ours = content[ENTRY]
-    config = {key: value for key, value in ours["config"].items() if key != "distill"}
-    config |= {"output_dir": None, "init_from": None}
-    config["data"] = {key: value for key, value in config.get("data", {}).items() if key != "root"}
     kept = ("version", "class_names", "image_size", "mean", "std", "epochs_done")
-    return {key: ours[key] for key in kept} | {"config": config, "step": content["global_step"]}
+    return {key: ours[key] for key in kept} | {"config": shared_config(ours["config"]), "step": content["global_step"]}
 
 
 def _write(path: str | Path, weights: dict[str, Tensor], entry: dict[str, Any]) -> None:

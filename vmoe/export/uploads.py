@@ -16,8 +16,9 @@ from vmoe.data.images import decode_image, eval_crop
 from vmoe.errors import UserError
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
-MAX_PIXELS = 64_000_000  # 184 MiB of RGB, while it is decoded
+MAX_PIXELS = 64_000_000  # about 1 GiB while it is decoded and turned into RGB
 _DECODERS = 4  # images decoded at a time
+_LARGE = 16_000_000  # pixels; of larger ones a single one is decoded at a time
 _TRUTH = {"true": True, "false": False, "1": True, "0": False}
 
 
@@ -47,7 +48,7 @@ class UploadReader:
 
     def __init__(self, image_size: int, classes: int, why_no_routing: str | None) -> None:
         self.image_size, self.classes, self.why_no_routing = image_size, classes, why_no_routing
-        self._limiter = CapacityLimiter(_DECODERS)
+        self._decoders, self._large_decoder = CapacityLimiter(_DECODERS), CapacityLimiter(1)
 
     async def __call__(self, request: Request) -> Upload:
         """Reads one request.
@@ -58,23 +59,13 @@ class UploadReader:
         """
         fields, content = await _read(request)
         top, routing = self._top(fields.get("top", 5)), self._routing(fields.get("routing", False))
-        pixels = await to_thread.run_sync(self._decode, content, limiter=self._limiter)
-        return Upload(pixels, top, routing)
+        count = await to_thread.run_sync(_count_pixels, content, limiter=self._decoders)
+        decoder = self._large_decoder if count > _LARGE else self._decoders
+        return Upload(await to_thread.run_sync(self._decode, content, limiter=decoder), top, routing)
 
     def _decode(self, content: bytes) -> np.ndarray:
         try:
-            with Image.open(BytesIO(content), formats=FORMATS) as image:  # reads the header alone
-                width, height = image.size
-        except Image.DecompressionBombError as error:
-            raise HTTPException(413, f"image: too many pixels; send at most {MAX_PIXELS:,}") from error
-        except Image.UnidentifiedImageError as error:
-            raise HTTPException(415, f"image: no image of a known format; send one of {', '.join(FORMATS)}") from error
-        except Exception as error:  # on damaged files Pillow's decoders raise nearly any type
-            raise HTTPException(422, "image: its header is damaged; send it again") from error
-        if width * height > MAX_PIXELS:
-            raise HTTPException(413, f"image: too many pixels; send at most {MAX_PIXELS:,}")
-        try:
-            return np.ascontiguousarray(eval_crop(decode_image(BytesIO(content), "image"), self.image_size))
+            return np.ascontiguousarray(eval_crop(decode_image(BytesIO(content), "image", FORMATS), self.image_size))
         except UserError as error:
             raise HTTPException(422, str(error)) from error
 
@@ -91,6 +82,26 @@ class UploadReader:
         if wanted and self.why_no_routing is not None:
             raise HTTPException(400, f"routing: {self.why_no_routing}")
         return wanted
+
+
+def _count_pixels(content: bytes) -> int:
+    """Pixels of an image by its header, which alone is read.
+
+    Raises:
+        HTTPException: there are too many, or there is no image of `FORMATS`.
+    """
+    try:
+        with Image.open(BytesIO(content), formats=FORMATS) as image:
+            count = image.width * image.height
+    except Image.DecompressionBombError:
+        count = MAX_PIXELS + 1
+    except Image.UnidentifiedImageError as error:
+        raise HTTPException(415, f"image: no image of a known format; send one of {', '.join(FORMATS)}") from error
+    except Exception as error:  # on damaged files Pillow's decoders raise nearly any type
+        raise HTTPException(422, "image: its header is damaged; send it again") from error
+    if count > MAX_PIXELS:
+        raise HTTPException(413, f"image: too many pixels; send at most {MAX_PIXELS:,}")
+    return count
 
 
 async def read_upload(request: Request) -> Upload:

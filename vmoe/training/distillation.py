@@ -11,6 +11,7 @@ from vmoe.checkpoints import load_checkpoint
 from vmoe.data import ImageDataModule
 from vmoe.errors import UserError
 from vmoe.training.config import DistillConfig
+from vmoe.training.initial import are_same_classes
 
 
 class Teacher:
@@ -64,7 +65,8 @@ def load_teacher(config: DistillConfig, data: ImageDataModule) -> Teacher | None
         ("mean", list(checkpoint.mean), list(data.mean), "give it --data.mean of the teacher"),
         ("std", list(checkpoint.std), list(data.std), "give it --data.std of the teacher"),
     ):
-        if theirs != ours:
+        is_same = are_same_classes(theirs, ours) if what == "class_names" else theirs == ours
+        if not is_same:
             told = (str(value)[:80] for value in (theirs, ours))
             raise UserError(
                 f"distill.teacher={config.teacher}: its {what} is {' and this run has '.join(told)}; {advice}"

@@ -2,6 +2,7 @@
 dense).
 """
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -14,19 +15,22 @@ from vmoe.moe import MoeConfig, moe_layers
 from vmoe.training.config import TrainConfig
 
 
-def initial_model(config: TrainConfig, class_names: list[str], image_size: int) -> nn.Module:
+def initial_model(
+    config: TrainConfig, class_names: list[str], image_size: int, say: Callable[[str], object] = lambda line: None
+) -> nn.Module:
     """The model of a run, with the weights that `config.init_from` asks for: "pretrained" or a checkpoint of ours.
 
     "pretrained" takes the weights that timm has for the model, which it downloads when they are not there. A dense
     checkpoint is upcycled where the run has MoE layers: every expert starts as the MLP it replaces
     (https://arxiv.org/abs/2212.05055), the router fresh. A sparse one is taken over as it is; its experts are averaged
-    where the run is dense. The classifier starts fresh unless the classes are the checkpoint's. For images of another
-    size timm resamples the position embeddings.
+    where the run is dense. The classifier starts fresh unless the classes are the checkpoint's (`are_same_classes`).
+    For images of another size timm resamples the position embeddings. `say` is told in a line what becomes of the
+    classifier where the names of the classes are not the checkpoint's.
 
     Raises:
         UserError: the model cannot be built, or the checkpoint's weights do not fit it.
     """
-    model = _started(config, class_names, image_size)
+    model = _started(config, class_names, image_size, say)
     rate = config.model.moe_drop_path
     if rate is not None:
         try:
@@ -36,7 +40,12 @@ def initial_model(config: TrainConfig, class_names: list[str], image_size: int) 
     return model
 
 
-def _started(config: TrainConfig, class_names: list[str], image_size: int) -> nn.Module:
+def are_same_classes(theirs: Sequence[str], ours: Sequence[str]) -> bool:
+    """Whether a run's classes are a checkpoint's; those that the data only number, from "0" on, are taken by number."""
+    return list(theirs) == list(ours) or [str(number) for number in range(len(theirs))] == list(ours)
+
+
+def _started(config: TrainConfig, class_names: list[str], image_size: int, say: Callable[[str], object]) -> nn.Module:
     name, kwargs, num_classes = config.model.name, config.model.kwargs, len(class_names)
     if config.init_from is None:
         return build_model(name, kwargs, config.moe, num_classes, image_size)
@@ -45,6 +54,10 @@ def _started(config: TrainConfig, class_names: list[str], image_size: int) -> nn
         return _upcycled(dense, config.moe, image_size)
     start = load_checkpoint(config.init_from)
     _fit_to_images(start, image_size)
+    if start.class_names != class_names:
+        kept = "taken by number, as the data do not name them"
+        fresh = "not this run's: the classifier starts fresh"
+        say(f"{start.path}: its classes are {kept if are_same_classes(start.class_names, class_names) else fresh}")
     if moe_layers(start.model):
         model = build_model(name, kwargs, config.moe, num_classes, image_size)
         if not moe_layers(model):
@@ -81,7 +94,7 @@ def _upcycled(dense: nn.Module, moe: MoeConfig | None, image_size: int) -> nn.Mo
 def _weights(start: Checkpoint, model: nn.Module, class_names: list[str]) -> dict[str, Tensor]:
     """The checkpoint's weights; of the classifier the model's own where the classes are others."""
     weights = start.model.state_dict()
-    if start.class_names != class_names:
+    if not are_same_classes(start.class_names, class_names):
         classifier = tuple(f"{name}." for name in _classifiers(model))
         weights = {name: value for name, value in weights.items() if not name.startswith(classifier)}
         weights |= {name: value for name, value in model.state_dict().items() if name.startswith(classifier)}

@@ -108,11 +108,11 @@ def _run(
     seed_everything(config.seed, verbose=False)
     fresh = dataclasses.replace(config, init_from=None) if saved else config
     cut = cut_of(config.parallel, place.count, device.type)
-    model = together(lambda: _initial_model(fresh, data) if cut is None or place.is_first else None)
+    model = together(lambda: _initial_model(fresh, data, progress) if cut is None or place.is_first else None)
     if cut is not None:  # one process of all has the whole model on its host
         cut = partial(cut_and_start, cut=cut, source=model, device=device)
         with torch.device("meta"):
-            model = _initial_model(dataclasses.replace(fresh, init_from=None), data)
+            model = _initial_model(dataclasses.replace(fresh, init_from=None), data, progress)
     try:
         check_training_capacity(model, config.data.batch_size, data.image_size)
         cost = summary.Cost.of(model, data.image_size)  # an evaluation of one image, the smallest group
@@ -160,8 +160,8 @@ def _run(
     return result
 
 
-def _initial_model(config: TrainConfig, data: ImageDataModule) -> nn.Module:
-    return initial_model(config, list(data.class_names), data.image_size)
+def _initial_model(config: TrainConfig, data: ImageDataModule, progress: Progress) -> nn.Module:
+    return initial_model(config, list(data.class_names), data.image_size, progress.say)
 
 
 def _data(config: TrainConfig, device: torch.device, place: Place) -> ImageDataModule:

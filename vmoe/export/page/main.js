@@ -18,10 +18,11 @@ const state = {
 let running = false;
 let wanted = false;
 
-function asTrained() {
-  state.off = ABOUT.layers.map((layer) => new Array(layer.num_experts).fill(false));
-  state.factors = ABOUT.layers.map((layer) => layer.capacity_factor);
-}
+/** All experts on, and the capacity factors that the layers have. */
+const asTrained = () => ({
+  off: ABOUT.layers.map((layer) => new Array(layer.num_experts).fill(false)),
+  factors: ABOUT.layers.map((layer) => layer.capacity_factor),
+});
 
 function say(text, bad = false) {
   byId("status").textContent = text;
@@ -38,8 +39,8 @@ async function update() {
       wanted = false;
       const { picture, off, factors } = state;
       const images = normalised(picture.pixels);
-      if (!picture.before) picture.before = await runProgram(state.session, images, ...Object.values(defaults()));
-      state.now = await runProgram(state.session, images, off.map((row) => [...row]), [...factors]);
+      if (!picture.before) picture.before = await runProgram(state.session, images, asTrained());
+      state.now = await runProgram(state.session, images, { off, factors });
       state.before = picture.before;
       draw();
     }
@@ -48,13 +49,6 @@ async function update() {
   } finally {
     running = false;
   }
-}
-
-function defaults() {
-  return {
-    off: ABOUT.layers.map((layer) => new Array(layer.num_experts).fill(false)),
-    factors: ABOUT.layers.map((layer) => layer.capacity_factor),
-  };
 }
 
 function draw() {
@@ -179,13 +173,13 @@ function listen() {
     if (state.now) draw();
   });
   byId("reset").addEventListener("click", () => {
-    asTrained();
+    Object.assign(state, asTrained());
     update();
   });
 }
 
 async function start() {
-  asTrained();
+  Object.assign(state, asTrained());
   byId("summary").textContent = ABOUT.summary;
   byId("about").textContent = ABOUT.notes;
   const ranks = Array.from({ length: ABOUT.layers[0].top_k }, (_, rank) => make("option", { value: rank }, `choice ${rank + 1}`));

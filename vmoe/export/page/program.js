@@ -29,7 +29,7 @@ function normalised(pixels) {
 }
 
 /** The model's logits and, of each layer, its gates (N, E), choices (N, K) and which of them found room (N, K). */
-async function runProgram(session, images, off, factors) {
+async function runProgram(session, images, { off, factors }) {
   const experts = ABOUT.layers[0].num_experts;
   const bias = Float32Array.from(off.flat(), (isOff) => (isOff ? ABOUT.off : 0));
   const told = await session.run({
