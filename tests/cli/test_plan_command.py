@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from vmoe.cli.plan import main, resolved
+from vmoe.bench.plan.choice import resolved
+from vmoe.cli.plan import main
 from vmoe.cli.train import parse
 from vmoe.errors import UserError
 from vmoe.training.processes import Place

@@ -107,7 +107,7 @@ def _train(make_config: Callable[[], TrainConfig], command: list[str], place: Pl
 
 def _resolved(config: TrainConfig, place: Place, console: Console) -> TrainConfig:
     """The config with the planner's strategy in the place of auto; says why it is that one."""
-    from vmoe.cli.plan import resolved  # here, since it brings much along
+    from vmoe.bench.plan.choice import resolved  # here, since it brings much along
 
     try:
         config, why = resolved(config, place)

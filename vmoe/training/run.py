@@ -57,7 +57,7 @@ def train(config: TrainConfig, command: str, console: Console) -> dict[str, Any]
         Interrupted: a signal stopped the run; what it had done in training is saved.
     """
     if config.parallel.strategy == "auto":
-        raise ValueError("parallel.strategy=auto: must be resolved before (see `vmoe.cli.plan.resolved`)")
+        raise ValueError("parallel.strategy=auto: must be resolved before (see `vmoe.bench.plan.choice.resolved`)")
     place = Place.of_this()
     if place.count == 1:  # there is nothing to share: the same code, and no cost, as without a strategy
         config = dataclasses.replace(config, parallel=ParallelConfig(draws=config.parallel.draws))

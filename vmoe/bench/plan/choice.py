@@ -1,0 +1,103 @@
+"""The planner for a run's config: its workload, its layouts, and which of them `parallel.strategy: auto` means."""
+
+import dataclasses
+
+import torch
+
+from vmoe.bench.plan.hardware import Machine, gpu_of_this_machine, network_bandwidth
+from vmoe.bench.plan.layouts import Layout
+from vmoe.bench.plan.planner import Plan, Traces, Workload, layouts_for, make_plans
+from vmoe.data.config import DEFAULTS
+from vmoe.errors import UserError
+from vmoe.training.config import TrainConfig
+from vmoe.training.parallel import check_parts
+from vmoe.training.processes import Place
+
+USUAL_NETWORK = "ib-400"
+_CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100, "imagenette": 10, "imagenet": 1000}
+_DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def workload_of(config: TrainConfig, classes: int | None = None) -> Workload:
+    """What the planner needs of a run's config.
+
+    Args:
+        config: The run.
+        classes: Their number, where the data set does not tell; None takes the set's own, or 1000.
+    """
+    data, trainer = config.data, config.trainer
+    own = len(data.subset.classes) if data.subset.classes else _CLASSES.get(data.name, 1000)
+    return Workload(
+        config.model.name,
+        dict(config.model.kwargs),
+        config.moe,
+        classes or own,
+        data.image_size or DEFAULTS[data.name].image_size or 32,
+        data.batch_size,
+        trainer.accumulate,
+        _DTYPES[trainer.precision],
+        data.mix.is_on,
+        moments=1 if config.optim.name == "muon" else 2,  # of the matrices, which are nearly all
+        has_average=trainer.ema_decay is not None,
+    )
+
+
+def plans_of(
+    config: TrainConfig,
+    workload: Workload,
+    processes: int,
+    machine: Machine,
+    network: float,
+    traces: Traces | None = None,
+) -> list[Plan]:
+    """Plans of every layout of so many processes, the best first; see `make_plans`."""
+
+    def refusal(layout: Layout) -> str | None:
+        try:
+            check_parts(_with(config, layout), workload.batch, processes)
+        except (UserError, ValueError) as error:
+            return str(error)
+        return None
+
+    return make_plans(workload, layouts_for(processes, config.moe), machine, network, refusal, traces)
+
+
+def resolved(config: TrainConfig, place: Place) -> tuple[TrainConfig, str | None]:
+    """The config with what `parallel.strategy: auto` means here, and why; None for one process.
+
+    Raises:
+        UserError: no layout is feasible.
+    """
+    if place.count == 1:
+        return _with(config, Layout("none", 1)), None
+    name = "cpu" if config.trainer.device == "cpu" else gpu_of_this_machine()
+    machine = dataclasses.replace(Machine.of(name), count=place.local_count)
+    if name == "cpu":  # whose memory all share
+        machine = dataclasses.replace(machine, memory=machine.memory / place.local_count)
+    plans = plans_of(config, workload_of(config), place.count, machine, network_bandwidth(USUAL_NETWORK))
+    best = plans[0]
+    if best.missing is not None:
+        raise UserError(f"parallel.strategy=auto: no layout of {place.count} processes will do; {best.missing}")
+    return _with(config, best.layout), f"parallel.strategy auto: {_reason(best, plans[1:], machine)}"
+
+
+def _reason(best: Plan, others: list[Plan], machine: Machine) -> str:
+    """One line: what was chosen, and the nearest of what was not."""
+    line = (
+        f"{best.layout}, by prediction {best.times.step * 1e3:,.0f} ms a step and "
+        f"{best.memory.peak / 2**30:.1f} of {machine.memory / 2**30:.1f} GiB"
+    )
+    slower = [f"{plan.layout} {plan.times.step * 1e3:,.0f} ms" for plan in others if plan.missing is None]
+    too_large = [str(plan.layout) for plan in others if plan.missing is not None]
+    rest = [*slower[:2], *([f"not feasible: {', '.join(too_large[:3])}"] if too_large else [])]
+    return line + (f" ({'; '.join(rest)})" if rest else "")
+
+
+def _with(config: TrainConfig, layout: Layout) -> TrainConfig:
+    parallel = dataclasses.replace(
+        config.parallel,
+        strategy=layout.strategy,
+        expert_size=layout.expert_size,
+        async_save=config.parallel.async_save and layout.strategy in ("fsdp", "expert"),
+    )
+    return dataclasses.replace(config, parallel=parallel)
