@@ -9,9 +9,8 @@ import multiprocessing
 import os
 import resource
 import sys
-import tempfile
 import traceback
-from pathlib import Path
+from multiprocessing.connection import Connection
 from typing import NamedTuple
 
 import torch
@@ -60,20 +59,24 @@ class Attack(NamedTuple):
 
 def train(arguments: list[str], attack: Attack | None = None) -> End:
     """Runs `vmoe train` with these arguments in a process of its own."""
-    with tempfile.TemporaryDirectory() as folder:
-        said = Path(folder) / "stderr"
-        process = FORKS.Process(target=_child, args=(arguments, attack, str(said)))
-        process.start()
-        process.join()
-        text = said.read_text()
+    # A pipe: a full disk would take the child's words too
+    told, telling = FORKS.Pipe(duplex=False)
+    process = FORKS.Process(target=_child, args=(arguments, attack, telling))
+    process.start()
+    telling.close()
+    process.join()
+    os.set_blocking(told.fileno(), False)
+    with os.fdopen(os.dup(told.fileno()), errors="replace") as words:
+        text = words.read()
+    told.close()
     error, _, calls = text.rpartition("calls: ")
     return End(process.exitcode, error or text, int(calls) if calls.strip().isdecimal() else 0)
 
 
-def _child(arguments: list[str], attack: Attack | None, said: str) -> None:
+def _child(arguments: list[str], attack: Attack | None, telling: Connection) -> None:
     code = 1
     try:
-        os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), 2)
+        os.dup2(telling.fileno(), 2)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
         torch.set_num_threads(1)

@@ -2,6 +2,7 @@
 
 import csv
 import statistics
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -97,6 +98,7 @@ class Events:
     def __init__(self, folder: Path, step: int, say: Callable[[str], None]) -> None:
         self._folder, self._say = folder, say
         self._writer: SummaryWriter | None = None
+        self._hook, threading.excepthook = threading.excepthook, self._in_thread
         with self._told():
             self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
 
@@ -116,6 +118,13 @@ class Events:
         with self._told():
             if self._writer is not None:
                 self._writer.close()
+        threading.excepthook = self._hook
+
+    def _in_thread(self, failure: threading.ExceptHookArgs) -> None:
+        """TensorBoard writes in a thread; what fails there it raises again here, where it is told in a line."""
+        of_writer = type(failure.thread).__module__.startswith("tensorboard.")
+        if not (of_writer and isinstance(failure.exc_value, OSError)):
+            self._hook(failure)
 
     @contextmanager
     def _told(self) -> Iterator[None]:
