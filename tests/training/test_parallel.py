@@ -208,31 +208,32 @@ def test_a_folder_moved_aside_when_a_process_was_killed_is_found_again(recipe, c
 
 
 @pytest.fixture(scope="module")
-def alone_with_muon(recipe) -> RunFolder:
-    """One process whose model is cut, so that AdamW trains the dense matrices as in several."""
+def cut_with_muon(recipe) -> RunFolder:
+    """Two processes, in which AdamW trains the dense matrices, which are cut."""
     folder = recipe.parent / "muon"
-    done = launch(recipe, folder, 1, *strategy_options("fsdp"), "--optim.name", "muon")
+    done = launch(recipe, folder, 2, *strategy_options("fsdp"), "--optim.name", "muon")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("AdamW trains the matrices that parallel.strategy=fsdp cuts, but whole experts") == 1
     return RunFolder(folder)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["fsdp", "expert 2"])
-def test_muon_keeps_experts_that_are_whole(recipe, alone_with_muon, tmp_path, strategy):
-    done = launch(recipe, tmp_path / "run", 2, *strategy_options(strategy), "--optim.name", "muon")
+@pytest.mark.parametrize(("processes", "strategy"), [(4, "fsdp"), (2, "expert 2")])
+def test_muon_keeps_experts_that_are_whole(recipe, cut_with_muon, tmp_path, processes, strategy):
+    done = launch(recipe, tmp_path / "run", processes, *strategy_options(strategy), "--optim.name", "muon")
     assert done.returncode == 0, done.stderr
     ours = RunFolder(tmp_path / "run")
-    assert_same_run(ours, alone_with_muon)
+    assert_same_run(ours, cut_with_muon)
     states = read_checkpoint(ours.last)["optimizer_states"][0]["state"]
     by_muon = {name for name, state in states.items() if "momentum_buffer" in state}
     assert by_muon and all(".experts.fc" in name and name.endswith("weight") for name in by_muon)
 
 
 @pytest.mark.slow
-def test_with_muon_the_strategy_cannot_change(recipe, alone_with_muon):
+@pytest.mark.parametrize("strategy", ["none", "fsdp"])  # in one process the same
+def test_with_muon_the_strategy_cannot_change(recipe, cut_with_muon, strategy):
     options = ("--optim.name", "muon", "--resume")
-    done = launch(recipe, alone_with_muon.path, 1, *strategy_options("none"), *options)
+    done = launch(recipe, cut_with_muon.path, 1, *strategy_options(strategy), *options)
     assert done.returncode == 2
     assert "parallel.strategy (was 'fsdp', now 'none')" in done.stderr
 
