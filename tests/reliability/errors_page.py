@@ -50,7 +50,7 @@ def answer(job: str, mistake: Mistake) -> tuple[int, str]:
 def line_of(error: str, mistake: Mistake) -> str:
     """The line of docs/errors.md: without the job, and without a library's words."""
     line = error.strip().partition(" error: ")[2]
-    return re.sub(mistake.library, "…", line, count=1)
+    return re.sub(mistake.foreign, "…", line, count=1)
 
 
 def row(mistake: Mistake, line: str) -> str:

@@ -8,15 +8,15 @@ class Mistake(NamedTuple):
 
     what: str
     arguments: str
-    library: str = r"(?!)"
+    foreign: str = r"(?!)"
 
 
-def _config(what: str, options: str, library: str = r"(?!)") -> Mistake:
-    return Mistake(what, f"--config tiny.yaml --output_dir new {options}", library)
+def _config(what: str, options: str, foreign: str = r"(?!)") -> Mistake:
+    return Mistake(what, f"--config tiny.yaml --output_dir new {options}", foreign)
 
 
-def _file(what: str, name: str, library: str = r"(?!)") -> Mistake:
-    return Mistake(what, f"--config {name} --output_dir new", library)
+def _file(what: str, name: str, foreign: str = r"(?!)") -> Mistake:
+    return Mistake(what, f"--config {name} --output_dir new", foreign)
 
 
 # What torch, safetensors or Python find wrong with a file
