@@ -20,6 +20,7 @@ KILLED = {"SIGNAL": str(int(signal.SIGKILL)), "SIGNALLED_RANK": "1"}
 ASYNC = ("--parallel.async_save", "true")
 
 
+@pytest.mark.slow
 def test_a_folder_written_in_the_background_is_the_one_of_then(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
