@@ -11,7 +11,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed._functional_collectives import all_to_all_single, all_to_all_single_autograd
+from torch.distributed._functional_collectives import (
+    AsyncCollectiveTensor,
+    all_to_all_single,
+    all_to_all_single_autograd,
+)
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
@@ -117,7 +121,7 @@ class DistributedExperts(Experts):
         return choose_backend(x_RD, choices, mlp, self.backend).expert_mlp(x_RD, choices, mlp).to(x_RD.dtype)
 
     def _exchange(self, x_RD: Tensor, arriving: list[int], sent: list[int]) -> Tensor:
-        return all_to_all_single_autograd(x_RD.contiguous(), arriving, sent, self.mesh.get_group())
+        return _Arrived.apply(all_to_all_single_autograd(x_RD.contiguous(), arriving, sent, self.mesh.get_group()))
 
     def _local_mlp(self, dtype: torch.dtype) -> Mlp:
         """This process's experts, as plain tensors."""
@@ -133,6 +137,18 @@ class DistributedExperts(Experts):
     def _local(self, parameter: DTensor | None) -> Tensor | None:
         # Tokens of all processes reach an expert, each with the gradient of its own process's mean loss
         return None if parameter is None else _ScaleGradient.apply(parameter.to_local(), 1 / self.mesh.size())
+
+
+class _Arrived(torch.autograd.Function):
+    """What stands for a tensor on its way has no memory of its own, which kernels other than torch's would read."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.wait() if isinstance(x, AsyncCollectiveTensor) else x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return gradient
 
 
 class _ScaleGradient(torch.autograd.Function):

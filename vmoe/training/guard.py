@@ -48,8 +48,8 @@ class Guard:
         norm_fails = ~norm.isfinite()
         if scaler is not None:
             norm_fails = norm_fails & (scaler._scale < _SMALLEST_SCALE)
-        is_bad = largest(norm_fails | ~self._loss_finite)  # of all processes, which so stop at the same step
-        is_bad_input = largest(~self._images_finite)
+        fails = torch.stack([norm_fails | ~self._loss_finite, ~self._images_finite])
+        is_bad, is_bad_input = largest(fails).unbind()  # of all processes, which so stop at the same step
         is_first = is_bad & (self.bad_step < 0)
         self.bad_step.copy_(torch.where(is_first, step, self.bad_step))
         self.bad_input.copy_(torch.where(is_first, is_bad_input, self.bad_input))

@@ -180,7 +180,7 @@ class Stopwatch(Callback):
             self._caught.__exit__(None, None, None)
             self._caught = None
             self._waits = [
-                f"{line.filename}:{line.lineno}" for line in self._lines if "synchroniz" in str(line.message)
+                f"{line.filename}:{line.lineno}" for line in self._lines if _WAITS in str(line.message)
             ]
 
     def on_train_end(self, trainer: Trainer, module: Classifier) -> None:
