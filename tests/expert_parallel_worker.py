@@ -1,14 +1,18 @@
-"""Run by torchrun in two processes: MoE layers with and without expert parallelism on the same images."""
+"""Run by torchrun in two processes: MoE layers with and without expert parallelism on the same images.
+
+With the argument "cuda" on two GPUs, in float32, where the kernels of the backend `fused` serve.
+"""
 
 import copy
+import os
+import sys
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from vmoe.moe import MoeConfig, MoeMlp
-from vmoe.moe import parallel
+from vmoe.moe import MoeConfig, MoeMlp, parallel
 from vmoe.moe.parallel import DistributedExperts, deal_out_experts
 
 LAYERS = {
@@ -22,6 +26,9 @@ LAYERS = {
 }
 
 
+DEVICE = torch.device(*sys.argv[1:] or ["cpu"])
+DTYPE = torch.float64 if DEVICE.type == "cpu" else torch.float32
+TOLERANCE = {} if DEVICE.type == "cpu" else {"rtol": 1e-4, "atol": 1e-5}
 handed: set[type] = set()  # to backends; kernels read the memory, which a stand-in for a tensor does not have
 
 
@@ -40,28 +47,32 @@ def check(name: str, training: bool) -> None:
     options = {"num_experts": 4, "group": 2, "noise_std": 0.0, "capacity_multiple_of": 1, **LAYERS[name]}
     options["group"] = "image" if options.get("router") in ("expert_choice", "soft") else 2
     norm = nn.LayerNorm if name == "norm" else None
-    layer = MoeMlp(8, 16, norm_layer=norm, moe=MoeConfig(**options), tokens=5, dtype=torch.float64).train(training)
+    layer = MoeMlp(8, 16, norm_layer=norm, moe=MoeConfig(**options), tokens=5, dtype=DTYPE, device=DEVICE)
+    layer.train(training)
     mine = copy.deepcopy(layer)
-    mesh = init_device_mesh("cpu", (2,))
+    mesh = init_device_mesh(DEVICE.type, (2,))
     deal_out_experts(mine, mesh)
     assert isinstance(mine.experts, DistributedExperts) and mine.experts.fc1.weight.to_local().shape[0] == 2
     counts = [4, 4] if training else [4, 3]  # evaluation's last batch may be smaller
-    images = torch.randn(sum(counts), 5, 8, dtype=torch.float64)
+    images = torch.randn(sum(counts), 5, 8, dtype=DTYPE, device=DEVICE)
     own = images.split(counts)[dist.get_rank()].clone().requires_grad_()
     images.requires_grad_()
     expected, result = layer(images), mine(own)
-    torch.testing.assert_close(result, expected.split(counts)[dist.get_rank()])
+    torch.testing.assert_close(result, expected.split(counts)[dist.get_rank()], **TOLERANCE)
     expected.square().sum().div(2).backward()  # the mean of the processes' losses
     result.square().sum().backward()
-    torch.testing.assert_close(own.grad, 2 * images.grad.split(counts)[dist.get_rank()])
+    torch.testing.assert_close(own.grad, 2 * images.grad.split(counts)[dist.get_rank()], **TOLERANCE)
     gradients = dict(layer.named_parameters())
     for parameter_name, parameter in mine.experts.named_parameters():
-        torch.testing.assert_close(parameter.grad.full_tensor(), gradients[f"experts.{parameter_name}"].grad)
+        expected = gradients[f"experts.{parameter_name}"].grad
+        torch.testing.assert_close(parameter.grad.full_tensor(), expected, **TOLERANCE)
     if dist.get_rank() == 0:
         print(f"{name}: as in one process")
 
 
-dist.init_process_group("gloo")
+if DEVICE.type == "cuda":
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+dist.init_process_group("gloo" if DEVICE.type == "cpu" else "nccl")
 for layer_name in LAYERS:
     check(layer_name, training=True)
     check(layer_name, training=False)

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from vmoe.moe import MoeConfig, MoeMlp
 from vmoe.moe.parallel import deal_out_experts
@@ -13,10 +14,13 @@ from vmoe.moe.parallel import deal_out_experts
 SCRIPT = Path(__file__).parents[1] / "expert_parallel_worker.py"
 
 
-def test_a_layer_in_two_processes_is_the_layer_in_one():
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SCRIPT)]
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_layer_in_two_processes_is_the_layer_in_one(device):
+    if device == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=90, env=environment)
+    done = subprocess.run([*launch, str(SCRIPT), device], capture_output=True, text=True, timeout=90, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("as in one process") == 14  # seven layers, in training and evaluation
 

@@ -179,9 +179,7 @@ class Stopwatch(Callback):
             torch.cuda.set_sync_debug_mode("default")
             self._caught.__exit__(None, None, None)
             self._caught = None
-            self._waits = [
-                f"{line.filename}:{line.lineno}" for line in self._lines if _WAITS in str(line.message)
-            ]
+            self._waits = [f"{line.filename}:{line.lineno}" for line in self._lines if _WAITS in str(line.message)]
 
     def on_train_end(self, trainer: Trainer, module: Classifier) -> None:
         if len(self._marks) == self.steps:  # no batch began after the last timed one
