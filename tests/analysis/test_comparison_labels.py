@@ -58,6 +58,8 @@ def test_other_options_are_told_where_most_arms_have_another_value():
         "E=8 K=2 lr 0.0005 150 epochs",
     ]
     assert labels((None, {}), (None, {"data.subset.fraction": 0.1})) == ["dense", "dense 0.1 of the data"]
+    name = "data.augment.randaugment_magnitude"
+    assert labels((None, {name: 9}), (None, {name: [0, 30]}))[1] == "dense randaugment magnitude 0,30"
     assert labels((None, {"trainer.epochs": 20}), (None, {})) == ["dense 20 epochs", "dense 40 epochs"]
 
 

@@ -56,8 +56,10 @@ def test_null_is_the_dense_twin_and_an_option_turns_moe_on(recipe):
     assert parse(["--moe.top_k", "1"]).moe == vmoe.MoeConfig(top_k=1)
 
 
-def test_plain_types_and_back(recipe):
-    config = parse(["--config", recipe])
+@pytest.mark.parametrize(("text", "magnitude"), [("null", None), ("9", 9), ("[0, 30]", (0, 30))])
+def test_plain_types_and_back(recipe, text, magnitude):
+    config = parse(["--config", recipe, "--data.augment.randaugment_magnitude", text])
+    assert config.data.augment.randaugment_magnitude == magnitude
     plain = to_plain(config)
     assert from_plain(TrainConfig, yaml.safe_load(yaml.safe_dump(plain))) == config
 

@@ -1,12 +1,15 @@
 """Presets and their determinism."""
 
+import itertools
 import pickle
 import random
 import warnings
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
+from torchvision.transforms import v2
 
 from vmoe.data import AugmentConfig
 from vmoe.data.augment import Augmenter
@@ -35,18 +38,20 @@ def test_any_image_gets_the_image_size(preset, shape, size, rng):
     assert np.array_equal(image, original)
 
 
-@pytest.mark.parametrize("preset", ["light", "strong"])
+@pytest.mark.parametrize(
+    "config", [{"preset": "light"}, {"preset": "strong"}, {"preset": "strong", "randaugment_magnitude": (0, 30)}]
+)
 @pytest.mark.parametrize("size", [32, 96])
-def test_result_is_a_function_of_seed_epoch_and_index(preset, size, image):
+def test_result_is_a_function_of_seed_epoch_and_index(config, size, image):
     keys = [(epoch, index) for epoch in range(3) for index in range(5)]
-    first = augmenter(size, preset=preset)
+    first = augmenter(size, **config)
     forward = {key: first(image, *key) for key in keys}
-    other = pickle.loads(pickle.dumps(augmenter(size, preset=preset)))  # as a spawned worker gets it
+    other = pickle.loads(pickle.dumps(augmenter(size, **config)))  # as a spawned worker gets it
     for key in reversed(keys):
         assert np.array_equal(other(image, *key), forward[key])
     for changed in ((0, 1), (1, 0), (2, 3)):
         assert not np.array_equal(forward[changed], forward[0, 0])
-    seeded = augmenter(size, preset=preset, seed=1)
+    seeded = augmenter(size, seed=1, **config)
     assert any(not np.array_equal(seeded(image, *key), forward[key]) for key in keys)
 
 
@@ -120,6 +125,19 @@ def test_strong_can_be_switched_off_step_by_step(image):
     for name, value in (("randaugment_ops", 2), ("color_jitter", 0.5)):
         make = augmenter(preset="strong", **(off | {name: value}))
         assert sum(not np.array_equal(make(image, 0, index), image) for index in range(20)) > 5
+
+
+@pytest.mark.parametrize(("magnitude", "expected"), [(9, [9]), ([9, 9], [9]), ([3, 7], [3, 4, 5, 6, 7])])
+def test_every_operation_draws_its_own_magnitude(image, monkeypatch, magnitude, expected):
+    seen = []
+    monkeypatch.setattr(v2.RandAugment, "forward", lambda self, image: (seen.append(self.magnitude), image)[1])
+    make = augmenter(preset="strong", randaugment_ops=2, randaugment_magnitude=magnitude)
+    for index in range(1000):
+        make(image, 0, index)
+    pairs = Counter(zip(seen[::2], seen[1::2], strict=True))
+    assert set(pairs) == set(itertools.product(expected, expected))
+    mean = 1000 / len(pairs)
+    assert 0.4 * mean < min(pairs.values()) and max(pairs.values()) < 1.6 * mean
 
 
 @pytest.mark.parametrize(

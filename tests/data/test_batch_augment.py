@@ -10,12 +10,18 @@ from torchvision.transforms import v2
 
 from vmoe.data import AugmentConfig, batch_augment
 from vmoe.data.batch_augment import BatchAugmenter
-from vmoe.data.randaugment import OPERATIONS
+from vmoe.data.randaugment import KINDS, OPERATIONS
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 FILL = [round(255 * value) for value in MEAN]
 CPU = torch.device("cpu")
 OFF = {"crop_padding": 0, "flip": 0.0, "randaugment_ops": 0, "color_jitter": 0.0, "erasing": 0.0}
+CONFIGS = [
+    {"preset": "light"},
+    {"preset": "strong"},
+    {"preset": "strong", "randaugment_magnitude": (0, 30)},
+    {"crop_scale": (0.2, 0.9)},
+]
 
 
 def augmenter(size=32, seed=0, flip=0.5, device=CPU, **config):
@@ -41,7 +47,7 @@ def stored():
     return F.interpolate(coarse, (32, 32), mode="bicubic").clamp(0, 255).round().to(torch.uint8)
 
 
-@pytest.mark.parametrize("config", [{"preset": "light"}, {"preset": "strong"}, {"crop_scale": (0.2, 0.9)}])
+@pytest.mark.parametrize("config", CONFIGS)
 def test_result_is_a_function_of_seed_epoch_and_index(stored, config):
     make = augmenter(**config)
     order = torch.randperm(48, generator=torch.Generator().manual_seed(1))
@@ -116,7 +122,7 @@ def test_crops_by_scale_have_the_area_and_shape_they_should():
 
 
 def known_draws(monkeypatch, **of_place):
-    """All draws are 0.5 but those given by their place."""
+    """All draws are 0.5 but those given by their place, one for all images or one for each."""
 
     def draws(seed, keys, numbers):
         result = torch.full((len(numbers), len(keys)), 0.5)
@@ -127,24 +133,48 @@ def known_draws(monkeypatch, **of_place):
     monkeypatch.setattr(batch_augment, "uniforms", draws)
 
 
-@pytest.mark.parametrize("magnitude", [0, 9, 30])
-@pytest.mark.parametrize("negative", [False, True])
-@pytest.mark.parametrize("name", OPERATIONS)
-def test_randaugment_against_torchvision(stored, monkeypatch, name, magnitude, negative):
-    known_draws(monkeypatch, _13=(OPERATIONS.index(name) + 0.5) / len(OPERATIONS), _14=0.2 if negative else 0.8)
-    config = OFF | {"randaugment_ops": 1, "randaugment_magnitude": magnitude}
-    found = pixels_of(augmenter(preset="strong", **config)(stored, keys_of(range(48))))
+def by_torchvision(images, name, magnitude, negative):
     theirs = v2.RandAugment(1, magnitude, fill=FILL)
     magnitudes, is_signed = theirs._AUGMENTATION_SPACE[name]
     values = magnitudes(31, 32, 32)
     value = 0.0 if values is None else float(values[magnitude]) * (-1 if negative and is_signed else 1)
     fill = {torch.Tensor: [float(level) for level in FILL]}
-    expected = theirs._apply_image_or_video_transform(stored, name, value, "nearest", fill).float()
+    return theirs._apply_image_or_video_transform(images, name, value, "nearest", fill).float()
+
+
+@pytest.mark.parametrize("magnitude", [0, 9, 30, (0, 30), (7, 21)])
+@pytest.mark.parametrize("negative", [False, True])
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_randaugment_against_torchvision(stored, monkeypatch, name, magnitude, negative):
+    low, high = (magnitude, magnitude) if isinstance(magnitude, int) else magnitude
+    count = high - low + 1
+    steps = torch.arange(48) % count  # every magnitude that may be drawn, in one batch
+    known_draws(
+        monkeypatch,
+        _13=(OPERATIONS.index(name) + 0.5) / len(OPERATIONS),
+        _14=0.2 if negative else 0.8,
+        _15=(steps + 0.5) / count,
+    )
+    config = OFF | {"randaugment_ops": 1, "randaugment_magnitude": magnitude}
+    found = pixels_of(augmenter(preset="strong", **config)(stored, keys_of(range(48))))
+    expected = torch.cat(
+        [by_torchvision(image, name, low + step, negative) for image, step in zip(stored.split(1), steps, strict=True)]
+    )
     difference = (found - expected).abs()
     if name in ("ShearX", "ShearY", "Rotate"):  # a source half-way between two pixels may go to either
         assert (difference.amax(1) > 0).float().mean() < 0.01
     else:
         assert difference.max() <= 1 and (difference > 0).float().mean() < 0.1  # rounding down shows 1e-5
+
+
+@pytest.mark.parametrize("size", [32, 80])  # moved by whole pixels, and interpolated
+@pytest.mark.parametrize("magnitude", [0, 9, 30])
+def test_a_range_of_one_magnitude_is_that_magnitude(stored, size, magnitude):
+    one, pair = (
+        augmenter(size, preset="strong", randaugment_magnitude=value)(stored, keys_of(range(48)))
+        for value in (magnitude, [magnitude, magnitude])
+    )
+    assert torch.equal(one, pair)
 
 
 def test_equalising_and_stretching_leave_flat_pictures_alone(monkeypatch):
@@ -181,17 +211,23 @@ def test_motions_are_composed_in_their_order(stored, monkeypatch):
     assert ((found - moved.float()).abs().amax(1) > 0)[..., shift:].float().mean() < 0.01
 
 
-def test_operations_are_drawn_equally_often_with_either_sign(monkeypatch):
+def test_operations_signs_and_magnitudes_are_drawn_equally_often(monkeypatch):
     seen = []
     monkeypatch.setattr(
         batch_augment.randaugment, "colour", lambda images, codes, tables: (seen.append(codes), images)[1]
     )
     blank = torch.zeros(1, 3, 4, 4, dtype=torch.uint8).expand(28_000, -1, -1, -1)
-    augmenter(size=4, preset="strong")(blank, keys_of(range(28_000)))
-    counts = np.array([np.bincount(codes, minlength=28) for codes in seen])
+    augmenter(size=4, preset="strong", randaugment_magnitude=(3, 12))(blank, keys_of(range(28_000)))
+    kinds, magnitudes = [codes % KINDS for codes in seen], [codes // KINDS - 3 for codes in seen]
+    counts = np.array([np.bincount(of_one, minlength=28) for of_one in kinds])
     assert counts.shape == (2, 28) and counts.min() > 850 and counts.max() < 1150
-    pairs = np.bincount(28 * seen[0] + seen[1], minlength=28 * 28)
+    pairs = np.bincount(28 * kinds[0] + kinds[1], minlength=28 * 28)
     assert pairs.min() > 5  # every operation after every other
+    strengths = np.bincount(10 * magnitudes[0] + magnitudes[1], minlength=100)  # each operation draws its own
+    assert len(strengths) == 100 and strengths.min() > 200 and strengths.max() < 360
+    for kind, magnitude in zip(kinds, magnitudes, strict=True):  # and every kind at every magnitude
+        both = np.bincount(10 * kind + magnitude, minlength=280)
+        assert len(both) == 280 and both.min() > 50 and both.max() < 160
 
 
 def test_colour_jitter_against_torchvision(stored, monkeypatch):
@@ -229,7 +265,7 @@ def test_a_parameter_without_effect_is_warned_about():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("config", [{"preset": "light"}, {"preset": "strong"}, {"crop_scale": (0.2, 0.9)}])
+@pytest.mark.parametrize("config", CONFIGS)
 def test_a_gpu_gives_the_same_without_being_waited_for(stored, config):
     expected = augmenter(**config)(stored, keys_of(range(48)))
     make = augmenter(device=torch.device("cuda"), **config)

@@ -25,7 +25,12 @@ from vmoe.data.config import DEFAULTS, nearest
         (AugmentConfig, {"flip": float("nan")}, "flip=nan"),
         (AugmentConfig, {"crop_scale": (0.9, 0.5)}, "crop_scale=.*smallest <= largest"),
         (AugmentConfig, {"crop_scale": (0.5, 1.0), "crop_padding": 4}, "crop_padding=4: cannot be combined"),
-        (AugmentConfig, {"randaugment_magnitude": 31}, "randaugment_magnitude=31: must be from 0 to 30"),
+        (AugmentConfig, {"randaugment_magnitude": 31}, "randaugment_magnitude=31: must be a whole number from 0 to 30"),
+        (AugmentConfig, {"randaugment_magnitude": (9, 8)}, r"randaugment_magnitude=\(9, 8\): .* \[lowest, highest\]"),
+        (AugmentConfig, {"randaugment_magnitude": (0, 31)}, r"randaugment_magnitude=\(0, 31\): .* from 0 to 30"),
+        (AugmentConfig, {"randaugment_magnitude": (-1, 9)}, r"randaugment_magnitude=\(-1, 9\)"),
+        (AugmentConfig, {"randaugment_magnitude": (1, 2, 3)}, r"randaugment_magnitude=\(1, 2, 3\)"),
+        (AugmentConfig, {"randaugment_magnitude": (0.5, 9)}, r"randaugment_magnitude=\(0.5, 9\): .* whole number"),
         (AugmentConfig, {"color_jitter": -0.1}, "color_jitter=-0.1"),
         (AugmentConfig, {"erasing": 2}, "erasing=2"),
         (

@@ -31,7 +31,7 @@ trainer: {epochs: 3, accumulate: 2, device: cpu, log_every: 1, ema_decay: 0.9}
 """
 BATCHES = 5
 ON_DEVICE = ["--data.pipeline", "device", "--data.mix.mixup_alpha", "0.8", "--data.mix.cutmix_alpha", "1"]
-ON_DEVICE += ["--data.mix.until", "0.7"]
+ON_DEVICE += ["--data.mix.until", "0.7", "--data.augment.randaugment_magnitude", "[0, 30]"]
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -90,11 +90,21 @@ def _colour_and_erase(plan: Plan, fill: tuple[int, ...]) -> list[A.BasicTransfor
 
 
 class _RandAugment(A.ImageOnlyTransform):
-    """torchvision's RandAugment as a step of albumentations, which has none. It draws from torch's global generator."""
+    """torchvision's RandAugment as a step of albumentations, which has none. It draws from torch's global generator.
 
-    def __init__(self, operations: int, magnitude: int, fill: tuple[int, ...]) -> None:
+    Args:
+        operations: an image.
+        magnitudes: lowest and highest; between them each operation draws its own.
+        fill: the colour moved in from outside.
+    """
+
+    def __init__(self, operations: int, magnitudes: tuple[int, int], fill: tuple[int, ...]) -> None:
         super().__init__(p=1)
-        self.operations = v2.RandAugment(operations, magnitude, fill=list(fill))
+        low, high = magnitudes
+        choices = [v2.RandAugment(1, magnitude, fill=list(fill)) for magnitude in range(low, high + 1)]
+        # Where there is no choice, none is drawn: that would shift the draws of the operations.
+        operation = v2.RandomChoice(choices) if len(choices) > 1 else choices[0]
+        self.operations = v2.Compose([operation] * operations)
 
     def get_params(self) -> dict[str, Any]:
         return {"torch_seed": self.py_random.getrandbits(63)}

@@ -24,7 +24,7 @@ from vmoe.data.presets import resolve
 
 _ASPECT = (3 / 4, 4 / 3)  # of a crop by scale
 _ERASED_AREA, _ERASED_ASPECT = (0.02, 0.33), (0.3, 3.3)
-# Which draw is for what; RandAugment's come last: a code and a sign for each operation.
+# Which draw is for what; RandAugment's come last: a kind and a sign for each operation, then the magnitudes of all.
 _CROP, _FLIP, _JITTER, _ERASING, _RANDAUGMENT = 0, 4, 5, 8, 13
 
 
@@ -60,8 +60,8 @@ class BatchAugmenter:
         self._std = 255 * torch.tensor(std, device=device).view(3, 1, 1)
         self._fill = self._mean.round()
         self._places = torch.arange(image_size, device=device) + (0.5 - image_size / 2)  # of pixels, from the centre
-        self._tables = randaugment.RandAugmentTables(self.plan.randaugment_magnitude, image_size, device)
-        self._numbers = draw_numbers(_RANDAUGMENT + 2 * self.plan.randaugment_ops, device=device)
+        self._tables = randaugment.RandAugmentTables(image_size, device)
+        self._numbers = draw_numbers(_RANDAUGMENT + 3 * self.plan.randaugment_ops, device=device)
         self._augment = Fused(self._one_by_one)
 
     def storage_size(self, own: int | None) -> int:
@@ -90,10 +90,7 @@ class BatchAugmenter:
         plan = self.plan
         draws = uniforms(self.seed, keys, self._numbers).unbind()
         images = stored[keys[:, 1]].float()
-        codes = [
-            2 * (kind * len(randaugment.OPERATIONS)).long() + (sign < 0.5).long()
-            for kind, sign in zip(draws[_RANDAUGMENT::2], draws[_RANDAUGMENT + 1 :: 2], strict=True)
-        ]
+        codes = self._codes(draws[_RANDAUGMENT:])
         if plan.crop_padding is not None or plan.crop_scale is not None:
             images = self._move(images, draws, codes)
         for code in codes:
@@ -103,6 +100,17 @@ class BatchAugmenter:
         if plan.erasing:
             images = self._erase(images, draws[_ERASING:_RANDAUGMENT])
         return (images - self._mean) / self._std
+
+    def _codes(self, draws: tuple[Tensor, ...]) -> list[Tensor]:
+        """The code of each of RandAugment's operations, (B,) int64 each."""
+        low, high = self.plan.randaugment_magnitude
+        kinds_end = 2 * self.plan.randaugment_ops
+        return [
+            (low + (magnitude * (high - low + 1)).long()) * randaugment.KINDS
+            + 2 * (kind * len(randaugment.OPERATIONS)).long()
+            + (sign < 0.5).long()
+            for kind, sign, magnitude in zip(draws[:kinds_end:2], draws[1:kinds_end:2], draws[kinds_end:], strict=True)
+        ]
 
     def _move(self, images: Tensor, draws: tuple[Tensor, ...], codes: list[Tensor]) -> Tensor:
         """Crops, flips and applies RandAugment's motions by sampling once, at x = a u + b v + x0 and y likewise."""

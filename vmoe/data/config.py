@@ -57,7 +57,10 @@ class AugmentConfig:
             The way of images over 64 pixels, where None means [0.08, 1.0]. Not with crop_padding.
         flip: probability of a horizontal flip. None: 0.5, and 0 for digits.
         randaugment_ops: RandAugment operations an image, 0 for none. None: 2 in "strong".
-        randaugment_magnitude: strength of RandAugment, 0 to 30. None: 9 in "strong".
+        randaugment_magnitude: strength of RandAugment, 0 to 30 as torchvision counts (timm counts to 10: m9 there is
+            about 27 here). Of [lowest, highest] every operation of every image draws a whole number of its own, both
+            ends included; [0, 30] with one operation is TrivialAugment (arXiv 2103.10158) over RandAugment's ranges.
+            None: 9 in "strong".
         color_jitter: largest relative change of brightness, contrast and saturation, 0 to 1. None: 0.2 in "strong".
         erasing: probability of erasing a random rectangle. None: 0.25 in "strong".
     """
@@ -67,7 +70,7 @@ class AugmentConfig:
     crop_scale: tuple[float, float] | None = None
     flip: float | None = None
     randaugment_ops: int | None = None
-    randaugment_magnitude: int | None = None
+    randaugment_magnitude: int | tuple[int, int] | None = None
     color_jitter: float | None = None
     erasing: float | None = None
 
@@ -81,13 +84,9 @@ class AugmentConfig:
                 raise ValueError(
                     f"crop_padding={self.crop_padding}: cannot be combined with crop_scale={self.crop_scale}; keep one"
                 )
-        for name, largest in (
-            ("flip", 1),
-            ("randaugment_ops", 16),
-            ("randaugment_magnitude", 30),
-            ("color_jitter", 1),
-            ("erasing", 1),
-        ):
+        if self.randaugment_magnitude is not None:
+            _check_magnitude(self.randaugment_magnitude)
+        for name, largest in (("flip", 1), ("randaugment_ops", 16), ("color_jitter", 1), ("erasing", 1)):
             if getattr(self, name) is not None:
                 _check_range(name, getattr(self, name), 0, largest)
 
@@ -244,3 +243,11 @@ def _check_range(name: str, value: Any, low: float, high: float | None) -> None:
 def _check_crop_scale(scale: tuple[float, float]) -> None:
     if not (len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1):
         raise ValueError(f"crop_scale={scale}: must be two shares of the area, 0 < smallest <= largest <= 1")
+
+
+def _check_magnitude(magnitude: Any) -> None:
+    ends = magnitude if isinstance(magnitude, list | tuple) else (magnitude, magnitude)
+    if not (len(ends) == 2 and all(isinstance(end, int) for end in ends) and 0 <= ends[0] <= ends[1] <= 30):
+        raise ValueError(
+            f"randaugment_magnitude={magnitude}: must be a whole number from 0 to 30, or two such, [lowest, highest]"
+        )

@@ -30,7 +30,7 @@ class Plan(NamedTuple):
     crop_scale: tuple[float, float] | None  # shares of the area
     flip: float
     randaugment_ops: int
-    randaugment_magnitude: int
+    randaugment_magnitude: tuple[int, int]  # lowest and highest, both included
     color_jitter: float
     erasing: float
 
@@ -55,13 +55,17 @@ def resolve(config: AugmentConfig, image_size: int, flip: float) -> Plan:
                 f"data.augment.{name}={value} has no effect: preset {config.preset!r} does not use it", stacklevel=3
             )
     if config.preset == "none":
-        return Plan(None, None, 0.0, 0, 0, 0.0, 0.0)
+        return Plan(None, None, 0.0, 0, (0, 0), 0.0, 0.0)
     padding, scale = settings["crop_padding"], settings["crop_scale"]
     if scale is None and padding is None:
         padding, scale = (image_size // 8, None) if image_size <= _PAD_UP_TO else (None, _CROP_SCALE)
+    magnitude = settings.get("randaugment_magnitude", 0)
     return Plan(
         padding,
         None if scale is None else tuple(scale),
         flip if settings["flip"] is None else settings["flip"],
-        *(settings.get(name, 0) for name in ("randaugment_ops", "randaugment_magnitude", "color_jitter", "erasing")),
+        settings.get("randaugment_ops", 0),
+        (magnitude, magnitude) if isinstance(magnitude, int) else tuple(magnitude),
+        settings.get("color_jitter", 0.0),
+        settings.get("erasing", 0.0),
     )

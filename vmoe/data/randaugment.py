@@ -1,11 +1,13 @@
 """RandAugment (arXiv 1909.13719) of a batch, every image by operations of its own: torchvision's set and magnitudes.
 
-An operation is a code: twice its place in `OPERATIONS`, plus 1 where its sign is negative. All numbers that belong to a
-code are constants, looked up; so nothing waits for the device and shapes never depend on what was drawn.
+An operation is a code: `KINDS` times its magnitude, plus twice its place in `OPERATIONS`, plus 1 where its sign is
+negative. All numbers that belong to a code are constants, looked up; so nothing waits for the device and shapes never
+depend on what was drawn.
 
 Shapes: B images, S pixels a side. Images are (B, 3, S, S) float32 of whole numbers from 0 to 255.
 """
 
+import itertools
 import math
 
 import torch
@@ -16,28 +18,31 @@ OPERATIONS = (
     *("Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate"),
     *("Brightness", "Color", "Contrast", "Sharpness", "Posterize", "Solarize", "AutoContrast", "Equalize"),
 )
+KINDS = 2 * len(OPERATIONS)  # codes of one magnitude
 _STRONGEST = 30  # magnitudes are counted from 0 to this
 _LEVELS = 256
 
 
 class RandAugmentTables:
-    """The constants of all operations at one magnitude.
+    """The constants of all codes, operations at every magnitude from 0 to 30.
 
     Args:
-        magnitude: 0 to 30.
         image_size: S.
         device: Where images will be.
     """
 
-    def __init__(self, magnitude: int, image_size: int, device: torch.device) -> None:
-        share = magnitude / _STRONGEST
-        motions = [_motion(name, sign, share, image_size) for name in OPERATIONS for sign in (1, -1)]
+    def __init__(self, image_size: int, device: torch.device) -> None:
+        shares = [magnitude / _STRONGEST for magnitude in range(_STRONGEST + 1)]
+        codes = list(itertools.product(shares, OPERATIONS, (1, -1)))
+        motions = [_motion(name, sign, share, image_size) for share, name, sign in codes]
         self.motions = torch.tensor(motions, device=device).T.contiguous()  # (6, codes)
-        self.factors = torch.tensor([1 + 0.9 * share * sign for _ in OPERATIONS for sign in (1, -1)], device=device)
+        self.factors = torch.tensor([1 + 0.9 * share * sign for share, _, sign in codes], device=device)
         self.levels = torch.arange(_LEVELS, dtype=torch.float32, device=device)
-        grain = 2.0 ** round(4 * share)  # 8 bits less so many; Python and torch both round half to even
-        self.posterized = (self.levels / grain).floor() * grain
-        threshold = 255 * float(torch.linspace(1.0, 0.0, _STRONGEST + 1)[magnitude])
+        # 8 bits less so many; Python and torch both round half to even.
+        grain = torch.tensor([2.0 ** round(4 * share) for share in shares], device=device)[:, None]
+        self.posterized = (self.levels / grain).floor() * grain  # (magnitudes, 256), as the next
+        bounds = torch.linspace(1.0, 0.0, _STRONGEST + 1).to(device)  # made on the CPU: the same bits for every device
+        threshold = 255 * bounds[:, None]
         self.solarized = torch.where(self.levels >= threshold, 255 - self.levels, self.levels)
 
     def motion(self, codes: Tensor) -> Tensor:
@@ -54,16 +59,17 @@ def colour(images: Tensor, codes: Tensor, tables: RandAugmentTables) -> Tensor:
     Args:
         images: (B, 3, S, S).
         codes: (B,) int64.
-        tables: Of the magnitude.
+        tables: Of all codes.
 
     Returns:
         (B, 3, S, S), whole numbers again; rounded down as torchvision does.
     """
-    operation = (codes >> 1)[:, None, None]
+    magnitude, kind = codes // KINDS, codes % KINDS
+    operation = (kind >> 1)[:, None, None]
     factor = tables.factors[codes][:, None, None]
     gray = gray_of(images)
     pixels = images.flatten(2).long()
-    table = _level_tables(pixels, gray, operation, factor, tables)
+    table = _level_tables(pixels, gray, operation, factor, magnitude, tables)
     looked_up = table.gather(2, pixels).view_as(images)
     # Colour and sharpness need a pixel's other channels or its neighbours: a table of levels cannot serve them.
     is_colour, is_sharpness = (_is(operation[..., None], name) for name in ("Color", "Sharpness"))
@@ -89,7 +95,9 @@ def blend(images: Tensor, other: Tensor, weight: Tensor) -> Tensor:
     return (images * weight + other * (1 - weight)).clamp(0, _LEVELS - 1)
 
 
-def _level_tables(pixels: Tensor, gray: Tensor, operation: Tensor, factor: Tensor, tables: RandAugmentTables) -> Tensor:
+def _level_tables(
+    pixels: Tensor, gray: Tensor, operation: Tensor, factor: Tensor, magnitude: Tensor, tables: RandAugmentTables
+) -> Tensor:
     """What becomes of each level in each channel, (B, 3, 256)."""
     counts = torch.zeros(*pixels.shape[:2], _LEVELS, dtype=torch.int32, device=pixels.device)
     counts = counts.scatter_add(2, pixels, torch.ones_like(pixels, dtype=torch.int32))
@@ -98,8 +106,8 @@ def _level_tables(pixels: Tensor, gray: Tensor, operation: Tensor, factor: Tenso
     is_contrast = _is(operation, "Contrast")
     weight = torch.where(is_contrast | _is(operation, "Brightness"), factor, 1.0)
     table = blend(tables.levels, torch.where(is_contrast, mean, 0.0), weight).floor()
-    table = torch.where(_is(operation, "Posterize"), tables.posterized, table)
-    table = torch.where(_is(operation, "Solarize"), tables.solarized, table)
+    table = torch.where(_is(operation, "Posterize"), tables.posterized[magnitude][:, None], table)
+    table = torch.where(_is(operation, "Solarize"), tables.solarized[magnitude][:, None], table)
     stretch = _is(operation, "AutoContrast") & (lowest < highest)
     unit = (highest - lowest).float() * (1 / 255)
     stretched = ((tables.levels - lowest) / torch.where(stretch, unit, 1.0)).clamp(0, _LEVELS - 1).floor()
