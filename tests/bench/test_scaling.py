@@ -1,12 +1,17 @@
 """`vmoe benchmark scaling`: what it makes of a profile, of memory, and of processes that fail."""
 
 import csv
+import gc
 import json
+import weakref
 
 import pytest
+import torch
+from lightning.pytorch import Callback
 
 from vmoe.bench.scaling.exchange import shares_of
-from vmoe.bench.scaling.jobs import PARTS, SIZES, jobs_of
+from vmoe.bench.scaling.fit import Images, train
+from vmoe.bench.scaling.jobs import PARTS, SIZES, Job, jobs_of
 from vmoe.bench.scaling.launch import Launcher
 from vmoe.bench.scaling.size import next_size
 from vmoe.cli.benchmark import main
@@ -100,3 +105,20 @@ def test_results_of_two_processes_beside_one(tmp_path, capsys):
     with open(tmp_path / "scaling.csv", newline="") as file:
         assert len(list(csv.DictReader(file))) == len(rows)
     assert "| expert 2 |" in capsys.readouterr().out
+
+
+class _Watches(Callback):
+    def on_fit_start(self, trainer, module):
+        self.model = weakref.ref(module.model)
+
+
+def test_a_cut_model_is_freed_after_its_training():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        device, watch = torch.device("cpu"), _Watches()
+        job = Job("speed", 1, "fsdp", 1, SIZES["cpu"].small, experts=4, batch=8, dtype="float32")
+        train(job, device, Images(job, 2, device, different=False), [watch])
+        gc.collect()
+        assert watch.model() is None
+    finally:
+        torch.distributed.destroy_process_group()

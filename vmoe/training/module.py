@@ -172,6 +172,10 @@ class Classifier(LightningModule):
             group["lr"] = torch.tensor(rate, device=self.device) if is_graphed else rate
             group["capturable"] = is_graphed
 
+    def on_train_end(self) -> None:
+        for _, layer in vmoe.moe_layers(self.model):
+            layer.last_auxiliary_loss = None  # FSDP2's hooks in its graph hold the model: a circle that is never freed
+
     def on_train_epoch_start(self) -> None:
         self.train_sums.zero_()
         self.routing.reset()

@@ -248,12 +248,12 @@ class Saves(Callback):
 class _Forgets(Callback):
     """Lets go of model and optimiser, which the trainer would otherwise move to the host."""
 
-    def on_train_end(self, trainer: Trainer, module: Classifier) -> None:
+    def on_fit_end(self, trainer: Trainer, module: Classifier) -> None:
         module.model = nn.Identity()
         trainer.strategy.optimizers = []
 
     def on_exception(self, trainer: Trainer, module: Classifier, exception: BaseException) -> None:
-        self.on_train_end(trainer, module)
+        self.on_fit_end(trainer, module)
 
 
 def _whole(tensor: Tensor) -> Tensor:
