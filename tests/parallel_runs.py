@@ -44,8 +44,8 @@ def launch(
 
 
 def strategy_options(strategy: str) -> list[str]:
-    name, _, size = strategy.partition(" ")
-    return ["--parallel.strategy", name, *(["--parallel.expert_size", size] if size else [])]
+    options = ("--parallel.strategy", "--parallel.expert_size", "--parallel.dense")
+    return [word for pair in zip(options, strategy.split(), strict=False) for word in pair]
 
 
 def assert_same_run(ours: RunFolder, alone: RunFolder) -> None:

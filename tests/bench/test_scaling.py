@@ -116,7 +116,7 @@ def test_a_cut_model_is_freed_after_its_training():
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         device, watch = torch.device("cpu"), _Watches()
-        job = Job("speed", 1, "fsdp", 1, SIZES["cpu"].small, experts=4, batch=8, dtype="float32")
+        job = Job("speed", 1, "fsdp", 1, "cut", SIZES["cpu"].small, experts=4, batch=8, dtype="float32")
         train(job, device, Images(job, 2, device, different=False), [watch])
         gc.collect()
         assert watch.model() is None

@@ -60,16 +60,26 @@ def test_one_process_trains_the_same_whatever_the_strategy(recipe, alone, tmp_pa
     assert_same_run(ours, alone)
 
 
-SLOW_CASES = [(2, "fsdp"), (4, "ddp"), (4, "fsdp"), (4, "expert 4"), (4, "expert 2")]
+FAST_CASES = [(2, "ddp"), (2, "expert 2 whole")]
+SLOW_CASES = [(2, "fsdp"), *((4, how) for how in ("ddp", "fsdp", "expert 4", "expert 2", "expert 2 whole"))]
 
 
 @pytest.mark.parametrize(
-    ("processes", "strategy"), [(2, "ddp"), *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_CASES)]
+    ("processes", "strategy"), [*FAST_CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_CASES)]
 )
 def test_the_number_of_processes_changes_nothing(recipe, alone, tmp_path, processes, strategy):
     done = launch(recipe, tmp_path / "run", processes, *strategy_options(strategy))
     assert done.returncode == 0, done.stderr
     assert_same_run(RunFolder(tmp_path / "run"), alone)
+
+
+def test_a_scalar_that_all_processes_keep_is_trained_as_in_one(recipe, tmp_path):
+    soft = ("--moe.router", "soft", "--moe.soft_scale", "10", "--moe.group", "image", "--moe.noise_std", "0")
+    soft += ("--moe.batch_priority", "false", "--moe.capacity_factor", "1")
+    for processes, strategy in ((1, "none"), (2, "fsdp")):
+        done = launch(recipe, tmp_path / strategy, processes, *strategy_options(strategy), *soft)
+        assert done.returncode == 0, done.stderr
+    assert_same_run(RunFolder(tmp_path / "fsdp"), RunFolder(tmp_path / "none"))
 
 
 def test_a_mistake_is_told_once(recipe, tmp_path):
@@ -99,6 +109,7 @@ def test_several_processes_need_a_strategy(recipe, tmp_path):
         [(2, "expert 2"), (1, "none")],
         [(1, "none"), (4, "expert 2"), (2, "fsdp")],
         [(2, "ddp"), (4, "fsdp"), (2, "ddp")],
+        [(2, "expert 2 whole"), (4, "expert 2 whole"), (2, "expert 2")],
     ],
     ids=str,
 )
@@ -230,6 +241,16 @@ def test_muon_keeps_experts_that_are_whole(recipe, cut_with_muon, tmp_path, proc
 
 
 @pytest.mark.slow
+def test_muon_has_all_matrices_where_none_is_cut(recipe, tmp_path):
+    for processes, strategy in ((1, "none"), (2, "expert 2 whole")):
+        options = (*strategy_options(strategy), "--optim.name", "muon")
+        done = launch(recipe, tmp_path / strategy, processes, *options)
+        assert done.returncode == 0, done.stderr
+        assert "AdamW" not in done.stdout
+    assert_same_run(RunFolder(tmp_path / strategy), RunFolder(tmp_path / "none"))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["none", "fsdp"])  # in one process the same
 def test_with_muon_the_strategy_cannot_change(recipe, cut_with_muon, strategy):
     options = ("--optim.name", "muon", "--resume")
@@ -250,7 +271,7 @@ def test_torchrun_starts_a_run_that_died_anew_from_its_last_checkpoint(recipe, t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["fsdp", "expert 2"])
+@pytest.mark.parametrize("strategy", ["fsdp", "expert 2", "expert 2 whole"])
 def test_compiled_it_trains_the_same(recipe, tmp_path, strategy):
     weights = []
     for compiled in ("false", "true"):

@@ -17,7 +17,7 @@ from vmoe.errors import UserError
 
 _NOT_OF_THE_RECIPE = (
     *("seed", "output_dir", "resume", "data.workers", "trainer.log_every"),
-    *("parallel.strategy", "parallel.expert_size", "parallel.async_save"),
+    *("parallel.strategy", "parallel.expert_size", "parallel.dense", "parallel.async_save"),
     *("trainer.device", "trainer.compile", "trainer.cuda_graph"),
 )
 _NAMED_BY_ROOT = ("folder", "npz", "webdataset")  # sets that their place tells apart; others are known by name

@@ -154,11 +154,13 @@ class ParallelConfig:
 
     Args:
         strategy: none, one process. ddp: each process has the whole model and a part of every batch. fsdp: also the
-            weights, gradients and the optimiser's state are cut into parts. expert: fsdp, with the experts of a layer
-            on different processes. auto: the one of these, with its expert_size, for which the planner (`vmoe plan`)
-            expects the shortest step.
+            weights, gradients and the optimiser's state are cut into parts. expert: the experts of a layer are on
+            different processes, and tokens travel to them. auto: the one of these, with its expert_size and dense, for
+            which the planner (`vmoe plan`) expects the shortest step.
         expert_size: With strategy=expert, the number of processes among which the experts of a layer are dealt out;
             each part is cut further among the groups of so many processes.
+        dense: With strategy=expert, all but the experts: "cut" as with fsdp, or "whole" in each process as with ddp,
+            which takes more memory and less time.
         draws: Router noise and dropout: "process", each process draws its own, or "sample", by image, so that results
             do not depend on the number of processes; slower.
         async_save: With fsdp and expert, training goes on while a checkpoint is written; the host's memory holds a copy
@@ -167,6 +169,7 @@ class ParallelConfig:
 
     strategy: Literal["auto", "none", "ddp", "fsdp", "expert"] = "none"
     expert_size: int = 1
+    dense: Literal["cut", "whole"] = "cut"
     draws: Literal["process", "sample"] = "process"
     async_save: bool = False
 
@@ -176,6 +179,8 @@ class ParallelConfig:
         _need(self, "expert_size", self.expert_size >= 1, "a whole number >= 1")
         only = self.expert_size == 1 or self.strategy == "expert"
         _need(self, "expert_size", only, f"1 with strategy={self.strategy}")
+        _need(self, "dense", self.dense in ("cut", "whole"), "cut or whole")
+        _need(self, "dense", self.dense == "cut" or self.expert_size > 1, f"cut with expert_size={self.expert_size}")
         _need(self, "draws", self.draws in ("process", "sample"), "process or sample")
         can_save_so = not self.async_save or self.strategy in ("fsdp", "expert")
         _need(self, "async_save", can_save_so, f"false with strategy={self.strategy}; it is for fsdp and expert")

@@ -53,7 +53,7 @@ class Classifier(LightningModule):
         ema_decay: float | None = None,
         cuda_graph: bool = False,
         draws: SampleDraws | None = None,
-        cut: Callable[[nn.Module], list[nn.Parameter]] | None = None,
+        cut: Callable[[nn.Module], None] | None = None,
         teacher: Teacher | None = None,
     ) -> None:
         super().__init__()
@@ -69,16 +69,16 @@ class Classifier(LightningModule):
         self.draws = draws
         self.teacher = teacher
         self._cut = cut
-        self._whole: list[nn.Parameter] | None = None  # parameters of a cut model that all processes keep
+        self._is_cut = False
         self.ema = None if ema_decay is None else Ema(model, ema_decay)
         self.damaged: dict[str, None] = {}
         self._graphed_step = GraphedStep(self._step) if cuda_graph else None
         self._step_number = torch.zeros(())  # of the update, for the graph
 
     def configure_model(self) -> None:
-        if self._cut is not None and self._whole is None:
-            self._whole = self._cut(self.model)
-            self._cut = None  # which may hold a whole model
+        if self._cut is not None:
+            self._cut(self.model)
+            self._cut, self._is_cut = None, True  # what cuts may hold a whole model
             if self.ema is not None:
                 self.ema = Ema(self.model, self.ema.decay)
 
@@ -139,8 +139,8 @@ class Classifier(LightningModule):
     def _clip(self, optimizer: torch.optim.Optimizer) -> Tensor:
         """Clips the gradients; their norm before, ()."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        if self._whole is not None:
-            average_gradients(self._whole)
+        if self._is_cut:
+            average_gradients(parameters)
             return clip_gradients(parameters, self.optim.clip_norm or math.inf)
         return nn.utils.clip_grad_norm_(parameters, self.optim.clip_norm or math.inf)
 
@@ -216,7 +216,7 @@ class Classifier(LightningModule):
         groups = optimizer_groups(self.model, self.optim)
         for schedule in checkpoint["lr_schedulers"]:  # the saved run's may have been in other groups
             schedule["base_lrs"] = [group["lr"] for group in groups]
-        if self._whole is None:  # else the strategy has loaded the optimiser's state
+        if not self._is_cut:  # else the strategy has loaded the optimiser's state
             states = [by_number(state, self.optimizer_names(), groups) for state in checkpoint["optimizer_states"]]
             checkpoint["optimizer_states"] = states
 

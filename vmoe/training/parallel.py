@@ -24,21 +24,24 @@ def strategy_of(config: ParallelConfig, processes: int, writer: FolderWriter) ->
     return DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
-def cut_of(
-    config: ParallelConfig, processes: int, device_type: str
-) -> Callable[[nn.Module], list[nn.Parameter]] | None:
+def cut_of(config: ParallelConfig, processes: int, device_type: str) -> Callable[[nn.Module], None] | None:
     """What cuts a model for the strategy (see `vmoe.training.sharding.shard`); None where it stays whole."""
     if config.strategy not in ("fsdp", "expert"):
         return None
-    return partial(shard, processes=processes, expert_size=config.expert_size, device_type=device_type)
+    is_whole = config.dense == "whole"
+    return partial(
+        shard, processes=processes, expert_size=config.expert_size, dense_is_whole=is_whole, device_type=device_type
+    )
 
 
 def fallback_of_muon(config: TrainConfig, processes: int) -> str | None:
     """A line on what Muon leaves to AdamW where matrices are cut over the processes; None where it leaves nothing."""
     if config.optim.name != "muon" or config.parallel.strategy not in ("fsdp", "expert"):
         return None
-    is_cut_twice = 1 < config.parallel.expert_size < processes
-    kept = "" if config.moe is None or is_cut_twice else ", but whole experts are Muon's"
+    has_whole_experts = config.moe is not None and not 1 < config.parallel.expert_size < processes
+    if config.parallel.dense == "whole":
+        return None if has_whole_experts else "optim.name=muon: AdamW trains the experts, which are cut"
+    kept = ", but whole experts are Muon's" if has_whole_experts else ""
     return f"optim.name=muon: AdamW trains the matrices that parallel.strategy={config.parallel.strategy} cuts{kept}"
 
 

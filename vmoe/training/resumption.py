@@ -25,9 +25,10 @@ FREE_ON_RESUME = (
     "trainer.log_every",
     "parallel.strategy",
     "parallel.expert_size",
+    "parallel.dense",
     "parallel.async_save",
 )
-_CUT = ("parallel.strategy", "parallel.expert_size")
+_CUT = ("parallel.strategy", "parallel.expert_size", "parallel.dense")
 _WHOLE = {"none", "ddp"}  # strategies that cut no matrix
 
 

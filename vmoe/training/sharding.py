@@ -3,7 +3,8 @@
 Every DTensor here is cut over all processes: a number of a parameter is in one of them only.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from vmoe.training.muon import Muon
 from vmoe.training.optim import by_name
 from vmoe.training.processes import total
 from vmoe.training.sharded_files import FolderWriter, load_tensors
+
+_BUCKET = 2**24  # numbers: large enough for the link's bandwidth, small beside a model
 
 
 class ShardedStrategy(ModelParallelStrategy):
@@ -80,41 +83,38 @@ class ShardedStrategy(ModelParallelStrategy):
         return content
 
 
-def shard(model: nn.Module, processes: int, expert_size: int, device_type: str) -> list[nn.Parameter]:
+def shard(model: nn.Module, processes: int, expert_size: int, device_type: str, dense_is_whole: bool = False) -> None:
     """Cuts a model that all processes have into the parts of each.
 
     Args:
-        model: Its parameters become DTensors.
+        model: Its parameters become DTensors, but those that all processes keep.
         processes: How many there are.
         expert_size: Among how many of them the experts of a layer are dealt out; 1 cuts experts like all else.
         device_type: "cuda" or "cpu".
-
-    Returns:
-        Parameters that FSDP2 does not take, which all processes keep.
+        dense_is_whole: Whether all processes keep everything but the experts.
 
     Raises:
         UserError: experts cannot be cut so.
     """
+    dealt_out = _shard_experts(model, processes, expert_size, device_type) if expert_size > 1 else set()
+    if dense_is_whole:
+        return
     data = init_device_mesh(device_type, (processes,))
     # Kept between forward and backward they would hide a change of the weights, such as putting in their average
     how = {"mesh": data, "reshard_after_forward": True}
-    whole = [parameter for parameter in model.parameters() if parameter.dim() == 0]
-    ignored = set(whole)
-    if expert_size > 1:
-        ignored |= _shard_experts(model, processes, expert_size, device_type)
+    ignored = dealt_out.union(p for p in model.parameters() if p.dim() == 0)  # which FSDP2 does not take
     for name, module in model.named_modules():
         if name.split(".")[-2:-1] == ["blocks"]:
             fully_shard(module, ignored_params=ignored, **how)
     fully_shard(model, ignored_params=ignored, **how)
-    return whole
 
 
 def cut_and_start(
     model: nn.Module,
-    cut: Callable[[nn.Module], list[nn.Parameter]],
+    cut: Callable[[nn.Module], None],
     source: nn.Module | None,
     device: torch.device,
-) -> list[nn.Parameter]:
+) -> None:
     """Cuts a model on the meta device, gives each process memory for its parts, and fills them.
 
     Args:
@@ -122,11 +122,8 @@ def cut_and_start(
         cut: Cuts it, such as `shard`.
         source: The same model with its weights, in the first process.
         device: Of this process.
-
-    Returns:
-        What `cut` does.
     """
-    whole = cut(model)
+    cut(model)
     model.to_empty(device=device)
     sources = {} if source is None else _all_tensors(source)
     for name, target in _all_tensors(model).items():
@@ -135,7 +132,6 @@ def cut_and_start(
             tensor.copy_(sources[name].detach())
         torch.distributed.broadcast(tensor, 0)
         fill(target, tensor)
-    return whole
 
 
 def _all_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -163,10 +159,25 @@ def _shard_experts(model: nn.Module, processes: int, expert_size: int, device_ty
 
 
 def average_gradients(parameters: list[nn.Parameter]) -> None:
-    """Makes the gradients of parameters that all processes keep their means over the processes."""
-    for parameter in parameters:
-        if parameter.grad is not None:
-            parameter.grad.copy_(total(parameter.grad) / torch.distributed.get_world_size())
+    """Of a cut model: makes the gradients of what all processes keep their means over the processes."""
+    gradients = [p.grad for p in parameters if not isinstance(p, DTensor) and p.grad is not None]
+    for bucket in _buckets(gradients):
+        together = torch.cat([gradient.flatten() for gradient in bucket])
+        means = (total(together) / torch.distributed.get_world_size()).split([gradient.numel() for gradient in bucket])
+        torch._foreach_copy_(bucket, [mean.view_as(grad) for mean, grad in zip(means, bucket, strict=True)])
+
+
+def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Tensors of one type that travel together, in their order: each bucket as few as reach `_BUCKET` numbers."""
+    for _, alike in groupby(tensors, key=lambda tensor: tensor.dtype):
+        bucket: list[Tensor] = []
+        for tensor in alike:
+            bucket.append(tensor)
+            if sum(map(Tensor.numel, bucket)) >= _BUCKET:
+                yield bucket
+                bucket = []
+        if bucket:
+            yield bucket
 
 
 def clip_gradients(parameters: list[nn.Parameter], largest_norm: float) -> Tensor:

@@ -98,6 +98,7 @@ def _with(config: TrainConfig, layout: Layout) -> TrainConfig:
         config.parallel,
         strategy=layout.strategy,
         expert_size=layout.expert_size,
+        dense=layout.dense,
         async_save=config.parallel.async_save and layout.strategy in ("fsdp", "expert"),
     )
     return dataclasses.replace(config, parallel=parallel)

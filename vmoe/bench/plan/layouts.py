@@ -25,14 +25,18 @@ class Layout(NamedTuple):
         strategy: none, ddp, fsdp or expert, as in `parallel.strategy`.
         processes: n.
         expert_size: P; 1 unless the strategy is expert.
+        dense: "cut" or "whole", as in `parallel.dense`.
     """
 
     strategy: str
     processes: int
     expert_size: int = 1
+    dense: str = "cut"
 
     def __str__(self) -> str:
-        return f"{self.strategy} {self.expert_size}" if self.strategy == "expert" else self.strategy
+        if self.strategy != "expert":
+            return self.strategy
+        return f"expert {self.expert_size}" + (", dense whole" if self.dense == "whole" else "")
 
     @property
     def is_cut(self) -> bool:

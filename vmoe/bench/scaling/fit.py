@@ -92,7 +92,7 @@ def train(
     callbacks: list[Callback],
     *,
     model: nn.Module | None = None,
-    cut: Callable[[nn.Module], list[nn.Parameter]] | None = None,
+    cut: Callable[[nn.Module], None] | None = None,
     epochs: int = 1,
     epochs_in_all: int = 1,
     resume_from: Path | None = None,

@@ -38,6 +38,7 @@ class Job:
         processes: Their number.
         layout: A strategy of `ParallelConfig`.
         expert_size: As there.
+        dense: As there.
         model: The model.
         experts: E.
         batch: Images of all processes.
@@ -53,6 +54,7 @@ class Job:
     processes: int
     layout: str
     expert_size: int
+    dense: str
     model: Model
     experts: int
     batch: int
@@ -66,7 +68,9 @@ class Job:
     @property
     def title(self) -> str:
         """The layout as tables show it."""
-        return f"expert {self.expert_size}" if self.layout == "expert" else self.layout
+        if self.layout != "expert":
+            return self.layout
+        return f"expert {self.expert_size}" + (", dense whole" if self.dense == "whole" else "")
 
     @property
     def key(self) -> str:
@@ -81,7 +85,7 @@ class Job:
             self.title,
             self.step,
         ]
-        return "-".join([*words, f"{self.processes}p"]).replace(" ", "").replace("/", "")
+        return "-".join([*words, f"{self.processes}p"]).translate({ord(sign): None for sign in " ,/"})
 
     def moe(self) -> MoeConfig:
         """The layers as the paper has them: batch priority in groups of 8 images, noise, balance losses."""
@@ -97,7 +101,7 @@ class Job:
             trainer=TrainerConfig(
                 epochs=epochs, device=device_type, precision=_PRECISIONS[self.dtype], compile=self.compiled
             ),
-            parallel=ParallelConfig(strategy=self.layout, expert_size=self.expert_size, draws=draws),
+            parallel=ParallelConfig(self.layout, self.expert_size, self.dense, draws),
         )
 
     def as_row(self) -> dict[str, Any]:
@@ -173,12 +177,13 @@ def jobs_of(parts: list[str], counts: list[int], sizes: Sizes, seconds: int, mem
     return [replace(job, seconds=seconds, memory=memory) for job in jobs]
 
 
-def layouts(processes: int) -> list[tuple[str, int]]:
-    """The layouts of so many processes: strategy and expert_size."""
+def layouts(processes: int) -> list[tuple[str, int, str]]:
+    """The layouts of so many processes: strategy, expert_size and dense."""
     if processes == 1:
-        return [("none", 1)]
-    mixed = [("expert", processes // 2)] if processes >= 4 and processes % 2 == 0 else []
-    return [("ddp", 1), ("fsdp", 1), ("expert", processes), *mixed]
+        return [("none", 1, "cut")]
+    sizes = [processes, *([processes // 2] if processes >= 4 and processes % 2 == 0 else [])]
+    experts = [("expert", size, dense) for size in sizes for dense in ("cut", "whole")]
+    return [("ddp", 1, "cut"), ("fsdp", 1, "cut"), *experts]
 
 
 def _equality(counts: list[int], sizes: Sizes) -> list[Job]:
@@ -198,9 +203,9 @@ def _speed(counts: list[int], sizes: Sizes) -> list[Job]:
             for count in counts:
                 # As many a process (weak scaling) and as many in all (strong scaling) as with the most processes
                 for batch in dict.fromkeys((sizes.batch * count, sizes.batch * counts[-1])):
-                    for strategy, size in layouts(count):
-                        if experts % size == 0:
-                            how = (count, strategy, size, model, experts, batch, sizes.dtype)
+                    for layout in layouts(count):
+                        if experts % layout[1] == 0:
+                            how = (count, *layout, model, experts, batch, sizes.dtype)
                             jobs.append(Job("speed", *how, steps=sizes.steps, compiled=sizes.compiled))
     return jobs
 
@@ -208,9 +213,9 @@ def _speed(counts: list[int], sizes: Sizes) -> list[Job]:
 def _checkpoint(counts: list[int], sizes: Sizes) -> list[Job]:
     most = counts[-1]
     experts, batch = max(8, most), 2 * IMAGES_A_GROUP * most
-    saving = ("fsdp", 1) if most == 1 else ("expert", most // 2 if most >= 4 and most % 2 == 0 else most)
+    saving = ("fsdp", 1, "cut") if most == 1 else ("expert", most // 2 if most >= 4 and most % 2 == 0 else most, "cut")
     how = (sizes.small, experts, batch, "float64")
-    jobs = [Job("checkpoint", most, *saving, *how, step="save"), Job("checkpoint", 1, "none", 1, *how)]
+    jobs = [Job("checkpoint", most, *saving, *how, step="save"), Job("checkpoint", 1, "none", 1, "cut", *how)]
     for count in counts:
         jobs += [Job("checkpoint", count, *layout, *how, step="resume") for layout in layouts(count)]
     return jobs
@@ -219,8 +224,8 @@ def _checkpoint(counts: list[int], sizes: Sizes) -> list[Job]:
 def _size(counts: list[int], sizes: Sizes) -> list[Job]:
     jobs = []
     for count in dict.fromkeys((1, counts[-1])):
-        for strategy, size in layouts(count):
-            if strategy != "ddp":  # whose processes have no more room than one
+        for layout in layouts(count):
+            if layout[0] != "ddp":  # whose processes have no more room than one
                 how = (sizes.large, max(32, count), sizes.large_batch * count, sizes.dtype)
-                jobs.append(Job("size", count, strategy, size, *how, steps=2))
+                jobs.append(Job("size", count, *layout, *how, steps=2))
     return jobs

@@ -21,8 +21,9 @@ def predicted(row: dict[str, Any], model: Model, machine: Machine) -> dict[str, 
         machine: Of each process.
     """
     kwargs = {**model.kwargs, **({"depth": row["blocks"]} if row.get("blocks") else {})}
-    layout = Layout(row["layout"].split()[0], row["processes"], row["expert_size"])
-    moe = Job("speed", row["processes"], layout.strategy, 1, model, row["experts"], row["batch"], row["dtype"]).moe()
+    how = (row["layout"].split()[0], row["expert_size"], row["dense"])
+    layout = Layout(how[0], row["processes"], *how[1:])
+    moe = Job("speed", row["processes"], *how, model, row["experts"], row["batch"], row["dtype"]).moe()
     dtype = getattr(torch, row["dtype"])
     workload = Workload(model.name, kwargs, moe, CLASSES, model.image_size, row["batch"], dtype=dtype)
     (plan,) = make_plans(workload, [layout], machine, NETWORKS["ib-400"].bandwidth)

@@ -85,12 +85,9 @@ def _train_one(job: Job, device: torch.device, pairs: int) -> dict[str, Any]:
     return {"pairs": pairs, "blocks": 2 * pairs, "parameters": parameters, "peak_mib": peaks, "step_ms": speed.step_ms}
 
 
-def _cut_and_start(
-    model: nn.Module, cut: Callable[[nn.Module], list[nn.Parameter]], device: torch.device
-) -> list[nn.Parameter]:
-    whole = cut(model)
+def _cut_and_start(model: nn.Module, cut: Callable[[nn.Module], None], device: torch.device) -> None:
+    cut(model)
     start(model, device)
-    return whole
 
 
 @torch.no_grad()
