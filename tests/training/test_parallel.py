@@ -247,7 +247,9 @@ def test_muon_has_all_matrices_where_none_is_cut(recipe, tmp_path):
         done = launch(recipe, tmp_path / strategy, processes, *options)
         assert done.returncode == 0, done.stderr
         assert "AdamW" not in done.stdout
-    assert_same_run(RunFolder(tmp_path / strategy), RunFolder(tmp_path / "none"))
+    folders = (RunFolder(tmp_path / name) for name in ("expert 2 whole", "none"))
+    ours, alone = (tensors(read_checkpoint(folder.last)["state_dict"]) for folder in folders)
+    assert_close(ours, alone, 1e-9)
 
 
 @pytest.mark.slow

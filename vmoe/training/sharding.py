@@ -27,6 +27,8 @@ from vmoe.training.processes import total
 from vmoe.training.sharded_files import FolderWriter, load_tensors
 
 _BUCKET = 2**24  # numbers: large enough for the link's bandwidth, small beside a model
+# Kept between forward and backward they would hide a change of the weights, such as putting in their average
+_HOW = {"reshard_after_forward": True}
 
 
 class ShardedStrategy(ModelParallelStrategy):
@@ -100,13 +102,11 @@ def shard(model: nn.Module, processes: int, expert_size: int, device_type: str, 
     if dense_is_whole:
         return
     data = init_device_mesh(device_type, (processes,))
-    # Kept between forward and backward they would hide a change of the weights, such as putting in their average
-    how = {"mesh": data, "reshard_after_forward": True}
     ignored = dealt_out.union(p for p in model.parameters() if p.dim() == 0)  # which FSDP2 does not take
     for name, module in model.named_modules():
         if name.split(".")[-2:-1] == ["blocks"]:
-            fully_shard(module, ignored_params=ignored, **how)
-    fully_shard(model, ignored_params=ignored, **how)
+            fully_shard(module, mesh=data, ignored_params=ignored, **_HOW)
+    fully_shard(model, mesh=data, ignored_params=ignored, **_HOW)
 
 
 def cut_and_start(
@@ -154,7 +154,7 @@ def _shard_experts(model: nn.Module, processes: int, expert_size: int, device_ty
                 f"{mesh['part'].size()}; use {processes}",
                 everywhere=True,
             )
-        fully_shard(layer.experts, mesh=mesh["part"], shard_placement_fn=lambda _: Shard(1))
+        fully_shard(layer.experts, mesh=mesh["part"], shard_placement_fn=lambda _: Shard(1), **_HOW)
     return uncut
 
 
