@@ -9,6 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+from torch.distributed._tools.mem_tracker import MemTracker
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from vmoe.bench.plan.hardware import Machine
@@ -17,8 +18,9 @@ from vmoe.bench.plan.planner import Workload, layouts_for, make_plans
 from vmoe.bench.plan.trace import saved_bytes, trace_step
 from vmoe.checkpoints import build_model
 from vmoe.moe import MoeConfig, auxiliary_loss
+from vmoe.training import sharding
 from vmoe.training.ema import local
-from vmoe.training.sharding import shard
+from vmoe.training.sharding import average_gradients, shard
 
 SMALL = {"embed_dim": 64, "depth": 4, "num_heads": 4}
 MOE = MoeConfig(layers="every-2", num_experts=8, top_k=2, group=2, batch_priority=True)
@@ -60,12 +62,12 @@ def test_weights_gradients_and_moments_of_one_process(moe):
     assert memory.optimizer == bytes_of(s[name] for s in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq"))
 
 
-@pytest.mark.parametrize("expert_size", [1, 2, 4])
-def test_weights_of_the_first_of_four_processes(four_processes, expert_size):
+@pytest.mark.parametrize(("expert_size", "dense"), [(1, "cut"), (2, "cut"), (4, "cut"), (2, "whole"), (4, "whole")])
+def test_weights_of_the_first_of_four_processes(four_processes, expert_size, dense):
     model = real_model()
-    shard(model, 4, expert_size, "cpu")
+    shard(model, 4, expert_size, "cpu", dense == "whole")
     strategy = "fsdp" if expert_size == 1 else "expert"
-    memory = plan_of(Layout(strategy, 4, expert_size), workload()).memory
+    memory = plan_of(Layout(strategy, 4, expert_size, dense), workload()).memory
     assert memory.parameters == memory.gradients == bytes_of(model.parameters())
     assert memory.optimizer == 2 * memory.parameters
 
@@ -93,6 +95,29 @@ def test_tokens_on_their_way_by_the_formula():
     assert exchanged - (plain - of_experts) == pytest.approx(of_tokens, rel=0.05)  # capacities are whole numbers
 
 
+def test_dense_gradients_are_averaged_once_an_update_and_not_gathered():
+    layouts = [Layout("expert", 4, 4), Layout("expert", 4, 4, "whole")]
+    dense = sum(parameter.numel() for name, parameter in real_model().named_parameters() if ".experts." not in name)
+    for accumulate in (1, 2):
+        cut, whole = (plan_of(layout, workload(accumulate=accumulate)) for layout in layouts)
+        tokens = cut.sent - accumulate * 3 * 4 * dense * 3 / 4
+        assert whole.sent == pytest.approx(tokens + 2 * 4 * dense * 3 / 4)
+
+
+def test_averaging_is_not_hidden_behind_a_pass():
+    free, slow = (plan_of(Layout("expert", 4, 4, "whole"), workload(), dataclasses.replace(GPU, link=link)).times
+                  for link in (1e30, 1e9))  # fmt: skip
+    sent = plan_of(Layout("expert", 4, 4, "whole"), workload()).sent
+    assert slow.network - free.network == pytest.approx(sent / 1e9)
+
+
+def test_experts_are_gathered_only_where_they_are_cut_further():
+    whole, cut_further = (plan_of(Layout("expert", 4, size, "whole"), workload(batch=128)) for size in (4, 2))
+    layer = 8 * (64 * 256 * 2 + 256 + 64) * 4
+    assert cut_further.memory.buffers - whole.memory.buffers == 5 * layer // 2  # of 2, as they arrive too; a gradient
+    assert cut_further.times.host > whole.times.host
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -105,7 +130,7 @@ def test_tokens_on_their_way_by_the_formula():
 def test_other_kinds_of_layers_are_planned_in_every_layout(changes):
     moe = dataclasses.replace(MOE, **changes, importance_loss_weight=0.0, load_loss_weight=0.0, batch_priority=False)
     plans = make_plans(workload(moe), layouts_for(4, moe), GPU, 50e9)
-    assert len(plans) == 4 and all(plan.missing is None and plan.times.step > 0 for plan in plans)
+    assert len(plans) == 6 and all(plan.missing is None and plan.times.step > 0 for plan in plans)
 
 
 def test_peak_counts_old_gradients_beside_the_forward_pass():
@@ -120,7 +145,8 @@ def test_layouts_best_first_and_the_others_with_what_is_missing():
     tight = dataclasses.replace(GPU, memory=plan_of(Layout("fsdp", 4), workload()).memory.peak + 1)
     plans = make_plans(workload(), layouts_for(4, MOE), tight, 50e9)
     feasible = [plan for plan in plans if plan.missing is None]
-    assert {str(plan.layout) for plan in plans} == {"ddp", "fsdp", "expert 2", "expert 4"}
+    experts = {f"expert {size}{dense}" for size in (2, 4) for dense in ("", ", dense whole")}
+    assert {str(plan.layout) for plan in plans} == {"ddp", "fsdp", *experts}
     assert plans[: len(feasible)] == feasible and str(plans[-1].layout) == "ddp"
     assert "too few" in plans[-1].missing
 
@@ -139,6 +165,38 @@ def test_more_processes_than_the_experts_width_divides_into():
     planned = workload(dataclasses.replace(MOE, num_experts=2), 2 * 384)
     plan = plan_of(Layout("expert", 384, 2), planned)
     assert "cannot be cut into 192 parts" in plan.missing
+
+
+@pytest.mark.parametrize(
+    ("images", "bucket", "accumulate"), [(32, 2**24, 1), (2, 2**24, 1), (2, 2**14, 1), (32, 2**24, 2)]
+)
+def test_memory_with_the_dense_part_whole_is_as_torchs_tracker_sees_it(
+    four_processes, monkeypatch, images, bucket, accumulate
+):
+    monkeypatch.setattr(sharding, "_BUCKET", bucket)  # with few images it is the averaging that needs most
+    with torch.device("meta"):
+        model = real_model()
+    shard(model, 4, 4, "cpu", dense_is_whole=True)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device="cpu")
+        optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
+        inputs, labels = torch.randn(images, 3, 64, 64), torch.zeros(images, dtype=torch.int64)
+        tracker = MemTracker()
+        tracker.track_external(model, optimizer, inputs, labels)
+        with tracker:
+            for _ in range(2):
+                for batch in range(accumulate):
+                    loss = F.cross_entropy(model(inputs), labels) + auxiliary_loss(model)
+                    if batch == 0:
+                        optimizer.zero_grad()
+                    loss.backward()
+                    tracker.reset_mod_stats()
+                average_gradients(list(model.parameters()))
+                optimizer.step()
+        peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+    planned = workload(batch=4 * images, accumulate=accumulate)
+    memory = plan_of(Layout("expert", 4, 4, "whole"), planned, dataclasses.replace(GPU, name="cpu")).memory
+    assert memory.peak == pytest.approx(peak, rel=0.02)
 
 
 def test_fsdp_memory_is_as_torchs_tracker_sees_it(four_processes):

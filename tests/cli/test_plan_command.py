@@ -1,11 +1,13 @@
 """`vmoe plan`, and what `parallel.strategy: auto` makes of a config."""
 
 import csv
+import dataclasses
 import json
 
 import pytest
 
 from vmoe.bench.plan.choice import resolved
+from vmoe.bench.plan.layouts import Layout
 from vmoe.cli.plan import main
 from vmoe.cli.train import parse
 from vmoe.errors import UserError
@@ -57,11 +59,24 @@ def test_measured_beside_predicted(tmp_path):
     assert all(float(row["measured_ms"]) > 0 and float(row["predicted_gib"]) > 0 for row in rows)
 
 
-def test_auto_is_none_in_one_process_and_says_why_in_several():
-    config = parse([*DIGITS, "--parallel.strategy", "auto", "--trainer.device", "cpu"])
+@pytest.mark.parametrize(
+    ("options", "layout"),
+    [([], Layout("expert", 2, 2, "whole")), (["--moe", "null"], Layout("ddp", 2))],
+)
+def test_auto_is_none_in_one_process_and_says_why_in_several(options, layout):
+    config = parse([*DIGITS, *options, "--parallel.strategy", "auto", "--trainer.device", "cpu"])
     assert resolved(config, Place())[0].parallel.strategy == "none"
     chosen, why = resolved(config, Place(0, 2, 0, 2))
-    assert chosen.parallel.strategy == "ddp" and why.count("\n") == 0 and "auto: ddp" in why
+    taken = dict(strategy=layout.strategy, expert_size=layout.expert_size, dense=layout.dense)
+    assert chosen.parallel == dataclasses.replace(config.parallel, **taken)
+    assert why.count("\n") == 0 and f"auto: {layout}, by prediction" in why
+
+
+def test_auto_chooses_the_dense_part_itself(tmp_path, capsys):
+    arguments = ["--parallel.strategy", "auto", "--parallel.dense", "whole", "--out", str(tmp_path)]
+    assert main([*DIGITS, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert "parallel.dense='whole': must be cut with strategy=auto" in error and error.count("\n") == 1
 
 
 def test_auto_without_a_feasible_layout():

@@ -24,7 +24,8 @@ from vmoe.files import atomic_write, write_json
 
 _DESCRIPTION = """\
 Predicts, from a config alone, what each process needs and how long a step takes on many GPUs, for every way to spread
-the model: ddp, fsdp, and expert with each expert_size. Nothing is trained, and no GPU is needed.
+the model: ddp, fsdp, and expert with each expert_size, all but the experts cut or whole. Nothing is trained, and no
+GPU is needed.
 
   vmoe plan --config configs/imagenet_vmoe_s16.yaml --gpus 64 --gpu h100-80g --network ib-400
   vmoe plan --config configs/imagenet_vmoe_s16.yaml --gpus 8 --data.batch_size 1024 --moe.num_experts 32
@@ -94,7 +95,7 @@ def _plan(argv: list[str]) -> int:
         for bandwidth in _BANDWIDTHS:
             again = plans_of(config, workload, options.gpus, machine, bandwidth, traces)
             curves += [plan_row(plan, images) | {"network_bandwidth": bandwidth} for plan in again if plan.memory]
-        curves.sort(key=lambda row: (row["strategy"] == "expert", row["expert_size"], row["strategy"]))
+        curves.sort(key=lambda row: (row["strategy"] == "expert", row["expert_size"], row["strategy"], row["dense"]))
         write_json(options.out / "plan_curves.json", content | {"rows": curves})
         save(draw_curves(curves, title.removesuffix(f", {options.network}")), options.out / "plan_curves.png")
         print(f"plan_curves.json and plan_curves.png in {options.out}")

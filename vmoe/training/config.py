@@ -180,7 +180,8 @@ class ParallelConfig:
         only = self.expert_size == 1 or self.strategy == "expert"
         _need(self, "expert_size", only, f"1 with strategy={self.strategy}")
         _need(self, "dense", self.dense in ("cut", "whole"), "cut or whole")
-        _need(self, "dense", self.dense == "cut" or self.expert_size > 1, f"cut with expert_size={self.expert_size}")
+        where = f"expert_size={self.expert_size}" if self.strategy == "expert" else f"strategy={self.strategy}"
+        _need(self, "dense", self.dense == "cut" or self.expert_size > 1, f"cut with {where}")
         _need(self, "draws", self.draws in ("process", "sample"), "process or sample")
         can_save_so = not self.async_save or self.strategy in ("fsdp", "expert")
         _need(self, "async_save", can_save_so, f"false with strategy={self.strategy}; it is for fsdp and expert")

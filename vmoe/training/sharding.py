@@ -27,8 +27,6 @@ from vmoe.training.processes import total
 from vmoe.training.sharded_files import FolderWriter, load_tensors
 
 _BUCKET = 2**24  # numbers: large enough for the link's bandwidth, small beside a model
-# Kept between forward and backward they would hide a change of the weights, such as putting in their average
-_HOW = {"reshard_after_forward": True}
 
 
 class ShardedStrategy(ModelParallelStrategy):
@@ -99,14 +97,17 @@ def shard(model: nn.Module, processes: int, expert_size: int, device_type: str, 
         UserError: experts cannot be cut so.
     """
     dealt_out = _shard_experts(model, processes, expert_size, device_type) if expert_size > 1 else set()
-    if dense_is_whole:
-        return
+    if dense_is_whole and expert_size == processes:
+        return  # nothing is gathered
     data = init_device_mesh(device_type, (processes,))
+    # Kept between forward and backward they would hide a change of the weights, such as putting in their average
+    how = {"mesh": data, "reshard_after_forward": True}
+    units = [module for name, module in model.named_modules() if name.split(".")[-2:-1] == ["blocks"]]
     ignored = dealt_out.union(p for p in model.parameters() if p.dim() == 0)  # which FSDP2 does not take
-    for name, module in model.named_modules():
-        if name.split(".")[-2:-1] == ["blocks"]:
-            fully_shard(module, mesh=data, ignored_params=ignored, **_HOW)
-    fully_shard(model, mesh=data, ignored_params=ignored, **_HOW)
+    if dense_is_whole:  # experts need a root in common: else each layer's is one, which keeps and does not fetch ahead
+        units, ignored = [], set(model.parameters())
+    for unit in (*units, model):
+        fully_shard(unit, ignored_params=ignored, **how)
 
 
 def cut_and_start(
@@ -154,20 +155,20 @@ def _shard_experts(model: nn.Module, processes: int, expert_size: int, device_ty
                 f"{mesh['part'].size()}; use {processes}",
                 everywhere=True,
             )
-        fully_shard(layer.experts, mesh=mesh["part"], shard_placement_fn=lambda _: Shard(1), **_HOW)
+        fully_shard(layer.experts, mesh=mesh["part"], shard_placement_fn=lambda _: Shard(1))
     return uncut
 
 
 def average_gradients(parameters: list[nn.Parameter]) -> None:
     """Of a cut model: makes the gradients of what all processes keep their means over the processes."""
     gradients = [p.grad for p in parameters if not isinstance(p, DTensor) and p.grad is not None]
-    for bucket in _buckets(gradients):
+    for bucket in buckets(gradients):
         together = torch.cat([gradient.flatten() for gradient in bucket])
         means = (total(together) / torch.distributed.get_world_size()).split([gradient.numel() for gradient in bucket])
         torch._foreach_copy_(bucket, [mean.view_as(grad) for mean, grad in zip(means, bucket, strict=True)])
 
 
-def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+def buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
     """Tensors of one type that travel together, in their order: each bucket as few as reach `_BUCKET` numbers."""
     for _, alike in groupby(tensors, key=lambda tensor: tensor.dtype):
         bucket: list[Tensor] = []

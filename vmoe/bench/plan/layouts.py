@@ -5,6 +5,7 @@ n processes; P of them share a layer's experts (`expert_size`).
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -13,9 +14,11 @@ from torch import nn
 from vmoe.bench.plan.hardware import GATHERING_CALLS, LATENCY, Machine
 from vmoe.bench.plan.trace import Trace
 from vmoe.moe import moe_layers
+from vmoe.training.sharding import buckets
 
 FLOAT = 4  # bytes: weights, gradients and the optimiser's state are float32, and travel so
 _BUFFERED = 2  # blocks whose gathered weights are there at a time: one is computed, the next is fetched
+_AVERAGING_CALLS = 5  # operators a bucket of gradients: put together, copied, summed, divided, put back
 
 
 class Layout(NamedTuple):
@@ -43,6 +46,16 @@ class Layout(NamedTuple):
         """Whether each process keeps only a part of the weights."""
         return self.strategy in ("fsdp", "expert")
 
+    @property
+    def keeps_dense(self) -> bool:
+        """Whether each process of a cut model keeps all but the experts."""
+        return self.dense == "whole"
+
+    @property
+    def parts(self) -> int:
+        """Processes over which an expert is cut."""
+        return self.processes // self.expert_size
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -56,6 +69,7 @@ class Sizes:
         unit_without_experts: The most of a block otherwise.
         expert_layer: The most of one layer's experts.
         unit_count: Blocks that are gathered one by one, and the rest as one more.
+        moe_count: MoE layers.
     """
 
     shapes: tuple[tuple[torch.Size, bool], ...]
@@ -65,10 +79,12 @@ class Sizes:
     unit_without_experts: int
     expert_layer: int
     unit_count: int
+    moe_count: int
 
     @classmethod
     def of(cls, model: nn.Module) -> "Sizes":
-        experts = {id(p): p.numel() for _, layer in moe_layers(model) for p in layer.experts.parameters()}
+        layers = [[(id(p), p.numel()) for p in layer.experts.parameters()] for _, layer in moe_layers(model)]
+        experts = dict(pair for layer in layers for pair in layer)
         units, without = {}, {}
         for name, parameter in model.named_parameters():
             parts = name.split(".")
@@ -83,8 +99,9 @@ class Sizes:
             sum(experts.values()),
             max(units.values()),
             max(without.values()),
-            max((sum(p.numel() for p in layer.experts.parameters()) for _, layer in moe_layers(model)), default=0),
+            max((sum(size for _, size in layer) for layer in layers), default=0),
             len(units),
+            len(layers),
         )
 
 
@@ -116,22 +133,21 @@ class Memory:
 
 def kept_parameters(sizes: Sizes, layout: Layout) -> int:
     """Parameters that the first process keeps, which has the largest part of what does not divide evenly."""
-    if not layout.is_cut:
-        return sizes.whole
-    return sum(_kept(shape, of_expert and layout.expert_size > 1, layout) for shape, of_expert in sizes.shapes)
+    return sum(_kept(shape, of_expert, layout) for shape, of_expert in sizes.shapes)
 
 
-def _kept(shape: torch.Size, is_dealt_out: bool, layout: Layout) -> int:
+def _kept(shape: torch.Size, of_expert: bool, layout: Layout) -> int:
     """Numbers of a parameter: FSDP2 cuts the first axis, of experts that are dealt out the second."""
-    if not shape:
-        return 1
-    if is_dealt_out:
-        parts = layout.processes // layout.expert_size
-        return shape[0] // layout.expert_size * -(-shape[1] // parts) * math.prod(shape[2:])
+    if not shape or not layout.is_cut or (layout.keeps_dense and not of_expert):
+        return math.prod(shape)
+    if of_expert and layout.expert_size > 1:
+        return shape[0] // layout.expert_size * -(-shape[1] // layout.parts) * math.prod(shape[2:])
     return -(-shape[0] // layout.processes) * math.prod(shape[1:])
 
 
-def memory_of(sizes: Sizes, layout: Layout, trace: Trace, moments: int, has_average: bool, workspace: int) -> Memory:
+def memory_of(
+    sizes: Sizes, layout: Layout, trace: Trace, moments: int, has_average: bool, workspace: int, accumulates: bool
+) -> Memory:
     """What a process needs.
 
     Args:
@@ -141,20 +157,34 @@ def memory_of(sizes: Sizes, layout: Layout, trace: Trace, moments: int, has_aver
         moments: Numbers that the optimiser keeps a parameter.
         has_average: Whether an average of the weights is kept.
         workspace: Bytes that libraries take for themselves.
+        accumulates: Whether several batches make an update.
     """
     kept = FLOAT * kept_parameters(sizes, layout)
-    buffers = workspace
-    if layout.is_cut:
-        buffers += _gathered(sizes, layout)
     # Gradients of the step before are there until the forward pass is done, as Lightning orders a step
     forward = max(moment.live for moment in trace.moments if not moment.is_backward) + kept
-    if layout.strategy != "none":  # gradients move on as soon as they are there: reduced, or into ddp's buckets
-        backward = max(m.live - m.gradients for m in trace.moments if m.is_backward) + kept
-    else:
-        backward = max(moment.live for moment in trace.moments if moment.is_backward)
+    grow_in_place = not accumulates and (layout.strategy == "none" or layout.keeps_dense)
+    backward = _backward(sizes, layout, trace, grow_in_place)
     averaging = 2 * kept if has_average else 0  # beside the gradients, the average's difference from the weights
     activations = max(forward, backward, averaging) - kept
-    return Memory(kept, kept, moments * kept, kept if has_average else 0, activations, buffers)
+    buffers = _gathered(sizes, layout) if layout.is_cut else 0
+    if layout.keeps_dense:  # their gradients are averaged when activations and gathered weights are gone
+        buffers = max(buffers, _bucketed(sizes) - activations)
+    return Memory(kept, kept, moments * kept, kept if has_average else 0, activations, workspace + buffers)
+
+
+def _backward(sizes: Sizes, layout: Layout, trace: Trace, grow_in_place: bool) -> int:
+    """Bytes of the backward pass at most.
+
+    Gradients that are reduced as soon as they are there, or lie in ddp's buckets, or are added to those of the batches
+    before, have room of their own all the time; the others come one by one.
+    """
+    passing = [moment for moment in trace.moments if moment.is_backward]
+    if not grow_in_place:
+        return max(moment.live - moment.gradients for moment in passing) + FLOAT * kept_parameters(sizes, layout)
+    if layout.parts == 1:
+        return max(moment.live for moment in passing)
+    experts = sum(_kept(shape, True, layout) for shape, of_expert in sizes.shapes if of_expert)
+    return max(moment.live - moment.of_experts for moment in passing) + FLOAT * experts
 
 
 def _gathered(sizes: Sizes, layout: Layout) -> int:
@@ -162,60 +192,93 @@ def _gathered(sizes: Sizes, layout: Layout) -> int:
     if layout.expert_size == 1:
         block = sizes.unit
     else:
-        is_whole = layout.processes == layout.expert_size  # experts need not be gathered
-        block = sizes.unit_without_experts + (0 if is_whole else sizes.expert_layer // layout.expert_size)
+        of_experts = sizes.expert_layer // layout.expert_size if layout.parts > 1 else 0
+        block = of_experts + (0 if layout.keeps_dense else sizes.unit_without_experts)
     return FLOAT * block * (2 * _BUFFERED + 1)
+
+
+def _bucketed(sizes: Sizes) -> int:
+    """Bytes of `average_gradients` at most: a bucket as put together, summed and divided, and the means before it."""
+    return FLOAT * max(before + 3 * now for before, now in pairwise([0, *_bucket_sizes(sizes)]))
+
+
+def _bucket_sizes(sizes: Sizes) -> list[int]:
+    """Numbers in each bucket in which the gradients of all but the experts are averaged."""
+    dense = [torch.empty(shape, device="meta") for shape, of_expert in sizes.shapes if not of_expert]
+    return [sum(gradient.numel() for gradient in bucket) for bucket in buckets(dense)]
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """What a process sends in a step, and how long that takes.
+    """What a process sends, and how long that takes.
 
     Attributes:
         bytes: Sent.
         forward: Seconds beside the forward pass's work.
         backward: Seconds beside the backward pass's work.
-        between: Seconds in which nothing else can be done: tokens on their way to experts and back.
+        between: Seconds in which nothing else can be done: tokens on their way to experts and back, and gradients that
+            are averaged when the passes are done.
         copied: Bytes read and written because weights and gradients travel in one piece.
-        calls: Operators that the host issues for it in each pass.
+        calls: Operators that the host issues for it, in each pass or after them.
     """
 
-    bytes: float
-    forward: float
-    backward: float
-    between: float
+    bytes: float = 0
+    forward: float = 0
+    backward: float = 0
+    between: float = 0
     copied: float = 0
     calls: int = 0
 
 
 def traffic_of(sizes: Sizes, layout: Layout, trace: Trace, machine: Machine, network: float) -> Traffic:
-    """The exchange of weights, gradients and tokens; `network` is bytes/s between machines, of a GPU."""
+    """Weights, gradients and tokens that travel in the passes; `network` is bytes/s between machines, of a GPU."""
     n, share = layout.processes, layout.expert_size
     if n == 1:
-        return Traffic(0, 0, 0, 0)
+        return Traffic()
     everyone = _ring(n, 1, machine, network)
     if layout.strategy == "ddp":
         sent = 2 * FLOAT * sizes.whole * (n - 1) / n
         return Traffic(sent, 0, sent / everyone + LATENCY * sizes.unit_count, 0, 4 * FLOAT * sizes.whole)
-    gathered = FLOAT * (sizes.whole - sizes.experts if share > 1 else sizes.whole)
-    around = gathered * (n - 1) / n
-    seconds = around / everyone
-    if share > 1:
-        parts = n // share
-        of_experts = FLOAT * sizes.experts / share * (parts - 1) / parts
-        gathered += FLOAT * sizes.experts / share if parts > 1 else 0
+    gathered = around = seconds = 0.0
+    if not layout.keeps_dense:
+        gathered = FLOAT * (sizes.whole - sizes.experts if share > 1 else sizes.whole)
+        around = gathered * (n - 1) / n
+        seconds = around / everyone
+    if share > 1 and layout.parts > 1:
+        of_experts = FLOAT * sizes.experts / share * (layout.parts - 1) / layout.parts
+        gathered += FLOAT * sizes.experts / share
         around += of_experts
-        seconds += of_experts / _ring(parts, share, machine, network)
-    seconds += LATENCY * sizes.unit_count
+        seconds += of_experts / _ring(layout.parts, share, machine, network)
+    units = _units(sizes, layout)
+    seconds += LATENCY * units
     tokens = sum(trace.sent) * (share - 1) / share
-    between = len(trace.sent) * LATENCY if share > 1 else 0
-    if share > 1:
-        inside = min(share, machine.count)
-        beyond = sum(trace.sent) * (share - inside) / share
-        between += max(beyond / network if beyond else 0, sum(trace.sent) * (inside - 1) / share / machine.link)
-    return Traffic(
-        3 * around + tokens, seconds, 2 * seconds, between, 3 * 2 * gathered, GATHERING_CALLS * sizes.unit_count
-    )
+    between = _exchange(trace.sent, share, machine, network) if share > 1 else 0
+    return Traffic(3 * around + tokens, seconds, 2 * seconds, between, 3 * 2 * gathered, GATHERING_CALLS * units)
+
+
+def averaging_of(sizes: Sizes, layout: Layout, machine: Machine, network: float) -> Traffic:
+    """Gradients that `average_gradients` averages once an update, when the passes are done."""
+    if not layout.keeps_dense:
+        return Traffic()
+    dense, count = FLOAT * (sizes.whole - sizes.experts), len(_bucket_sizes(sizes))
+    sent = 2 * dense * (layout.processes - 1) / layout.processes
+    seconds = sent / _ring(layout.processes, 1, machine, network) + LATENCY * count
+    return Traffic(sent, between=seconds, copied=4 * 2 * dense, calls=_AVERAGING_CALLS * count)
+
+
+def _units(sizes: Sizes, layout: Layout) -> int:
+    """Parts of the model that are gathered one by one."""
+    if not layout.keeps_dense:
+        return sizes.unit_count
+    return sizes.moe_count if layout.parts > 1 else 0
+
+
+def _exchange(sent: list[int], share: int, machine: Machine, network: float) -> float:
+    """Seconds of the tokens' way to experts and back, within a machine and beyond it at once."""
+    inside = min(share, machine.count)
+    beyond = sum(sent) * (share - inside) / share
+    within = sum(sent) * (inside - 1) / share / machine.link
+    return len(sent) * LATENCY + max(beyond / network if beyond else 0, within)
 
 
 def _ring(count: int, stride: int, machine: Machine, network: float) -> float:

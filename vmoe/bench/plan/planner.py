@@ -7,7 +7,17 @@ from typing import NamedTuple
 import torch
 
 from vmoe.bench.plan.hardware import UNHIDDEN, WORKSPACE, Machine
-from vmoe.bench.plan.layouts import FLOAT, Layout, Memory, Sizes, Traffic, kept_parameters, memory_of, traffic_of
+from vmoe.bench.plan.layouts import (
+    FLOAT,
+    Layout,
+    Memory,
+    Sizes,
+    Traffic,
+    averaging_of,
+    kept_parameters,
+    memory_of,
+    traffic_of,
+)
 from vmoe.bench.plan.trace import Trace, Work, trace_step
 from vmoe.checkpoints import build_model
 from vmoe.moe import MoeConfig
@@ -108,7 +118,7 @@ def layouts_for(processes: int, moe: MoeConfig | None) -> list[Layout]:
     if moe is not None:
         for size in range(2, processes + 1):
             if processes % size == 0 and moe.num_experts % size == 0:
-                layouts.append(Layout("expert", processes, size))
+                layouts += [Layout("expert", processes, size, dense) for dense in ("cut", "whole")]
     return layouts
 
 
@@ -151,27 +161,29 @@ def make_plans(
     return feasible + others
 
 
-def _rank(plan: Plan, best: float) -> tuple[int, float]:
-    """Among the best, simpler strategies come first."""
-    is_among_best = plan.times.step <= best * (1 + _FEW)
-    return STRATEGIES.index(plan.layout.strategy) if is_among_best else len(STRATEGIES), plan.times.step
+def _rank(plan: Plan, best: float) -> tuple[int, bool, float]:
+    """Among the best, simpler strategies come first, and those that keep less of the model."""
+    if plan.times.step > best * (1 + _FEW):
+        return len(STRATEGIES), False, plan.times.step
+    return STRATEGIES.index(plan.layout.strategy), plan.layout.keeps_dense, plan.times.step
 
 
 def _misfit(sizes: Sizes, layout: Layout) -> str | None:
     """Why experts that are dealt out cannot be cut further; None where they can."""
-    parts = layout.processes // layout.expert_size
     if layout.strategy != "expert":
         return None
-    odd = next((shape[1] for shape, of_expert in sizes.shapes if of_expert and shape[1] % parts), None)
-    return None if odd is None else f"experts of width {odd} cannot be cut into {parts} parts"
+    odd = next((shape[1] for shape, of_expert in sizes.shapes if of_expert and shape[1] % layout.parts), None)
+    return None if odd is None else f"experts of width {odd} cannot be cut into {layout.parts} parts"
 
 
 def _plan(workload: Workload, layout: Layout, sizes: Sizes, trace: Trace, machine: Machine, network: float) -> Plan:
     workspace = 0 if machine.name == "cpu" else WORKSPACE
-    memory = memory_of(sizes, layout, trace, workload.moments, workload.has_average, workspace)
+    how = (workload.moments, workload.has_average, workspace, workload.accumulate > 1)
+    memory = memory_of(sizes, layout, trace, *how)
     traffic = traffic_of(sizes, layout, trace, machine, network)
-    sent = traffic.bytes * (workload.accumulate if layout.is_cut else 1)
-    times = times_of(workload, layout, sizes, trace, machine, traffic)
+    averaging = averaging_of(sizes, layout, machine, network)
+    sent = traffic.bytes * (workload.accumulate if layout.is_cut else 1) + averaging.bytes
+    times = times_of(workload, layout, sizes, trace, machine, traffic, averaging)
     missing = None
     if memory.peak > machine.memory:
         gib = 2**30
@@ -183,12 +195,13 @@ def _plan(workload: Workload, layout: Layout, sizes: Sizes, trace: Trace, machin
 
 
 def times_of(
-    workload: Workload, layout: Layout, sizes: Sizes, trace: Trace, machine: Machine, traffic: Traffic
-) -> Times:
+    workload: Workload, layout: Layout, sizes: Sizes, trace: Trace, machine: Machine, traffic: Traffic,
+    averaging: Traffic,
+) -> Times:  # fmt: skip
     """Seconds of an update.
 
-    Weights and gradients travel while a pass is computed, and count only as far as they take longer; tokens count
-    always.
+    Weights and gradients travel while a pass is computed, and count only as far as they take longer; tokens, and
+    gradients that are averaged after the passes, count always.
     """
     parts = [_pass_times([work for work in trace.work if work.is_backward is back], machine) for back in (False, True)]
     beside = (traffic.forward, traffic.backward)
@@ -202,13 +215,16 @@ def times_of(
         part[0] + part[1] + wait if machine.overlaps else 0.0 for part, wait in zip(parts, waiting, strict=True)
     ]
     slow_host = sum(max(0.0, part[2] + issuing - done) for part, done in zip(parts, beside_host, strict=True))
+    copying = averaging.copied / machine.bandwidth
+    beside_averaging = copying + averaging.between if machine.overlaps else 0.0
+    slow_averaging = max(0.0, averaging.calls * machine.host_call - beside_averaging)
     kept = kept_parameters(sizes, layout)
     floats = _UPDATE_FLOATS - 2 * (2 - workload.moments) + _CLIP_FLOATS + (5 if workload.has_average else 0)
     update = FLOAT * kept * floats / machine.update
     times = workload.accumulate
     exchanges = 1 if layout.strategy == "ddp" else times  # ddp's gradients travel once an update
-    network = exchanges * (sum(waiting) + traffic.between)
-    return Times(times * compute, times * moving + update, network, times * slow_host)
+    network = exchanges * (sum(waiting) + traffic.between) + averaging.between
+    return Times(times * compute, times * moving + copying + update, network, times * slow_host + slow_averaging)
 
 
 def _pass_times(works: list[Work], machine: Machine) -> tuple[float, float, float]:

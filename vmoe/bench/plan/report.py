@@ -77,20 +77,23 @@ def draw_plans(plans: list[Plan], usable: float, title: str) -> Figure:
 
 
 def draw_curves(rows: list[Row], title: str) -> Figure:
-    """Seconds of an update against the network's bandwidth, a line an `expert_size`, and what of it is waiting."""
+    """Seconds of an update against the network's bandwidth, and what of it is waiting.
+
+    A line a layout: of one colour for an `expert_size`, dashed where the dense part is whole.
+    """
     figure = new_figure(10, 4.2, title)
     axes = figure.subplots(1, 2)
-    layouts = list(dict.fromkeys(row["layout"] for row in rows))
-    colours = colormaps["viridis"](linspace(0, 0.9, len(layouts)))
+    layouts = {row["layout"]: row for row in rows}
+    hues = list(dict.fromkeys((row["strategy"], row["expert_size"]) for row in rows))
+    colours = dict(zip(hues, colormaps["viridis"](linspace(0, 0.9, len(hues))), strict=True))
     for place, key, name in zip(axes, ("step_ms", "network"), ("time of an update", "waiting for it"), strict=True):
         dress(place, name, "network, GB/s a GPU in one direction", "ms" if key == "step_ms" else "share of the time")
-        for layout, colour in zip(layouts, colours, strict=True):
-            points = [
-                (row["network_bandwidth"] / 1e9, row[key], row["missing"]) for row in rows if row["layout"] == layout
-            ]
-            dashed = {"linestyle": ":"} if points[0][2] else {}
-            label = f"{layout}, does not fit" if points[0][2] else layout
-            place.plot([x for x, *_ in points], [y for _, y, _ in points], color=colour, label=label, lw=1.6, **dashed)
+        for layout, any_row in layouts.items():
+            points = [(row["network_bandwidth"] / 1e9, row[key]) for row in rows if row["layout"] == layout]
+            style = ":" if any_row["missing"] else "--" if any_row["dense"] == "whole" else "-"
+            label = f"{layout}, does not fit" if any_row["missing"] else layout
+            colour = colours[any_row["strategy"], any_row["expert_size"]]
+            place.plot(*zip(*points, strict=True), color=colour, label=label, lw=1.6, linestyle=style)
         place.set_xscale("log")
         place.xaxis.set_major_formatter("{x:g}")
     axes[0].set_yscale("log")

@@ -51,11 +51,13 @@ class Moment(NamedTuple):
     Attributes:
         live: All of them.
         gradients: Those that are gradients of parameters.
+        of_experts: Of these, those of experts.
         is_backward: Whether it is in the backward pass.
     """
 
     live: int
     gradients: int
+    of_experts: int
     is_backward: bool
 
 
@@ -142,10 +144,11 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self.trace = trace
         self.is_backward = False
-        self._live = self._gradients = 0
+        self._live = self._gradients = self._of_experts = 0
         self._known: set[int] = set()
         self._weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
         self._weights |= {buffer.untyped_storage()._cdata for buffer in model.buffers()}
+        self._experts = {id(p) for _, layer in moe_layers(model) for p in layer.experts.parameters()}
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(self._count_gradient)
@@ -192,14 +195,16 @@ class _Recorder(TorchDispatchMode):
         self._known.add(key)
         weakref.finalize(storage, self._release, key, size).atexit = False
         self._live += size
-        self.trace.moments.append(Moment(self._live, self._gradients, self.is_backward))
+        self.trace.moments.append(Moment(self._live, self._gradients, self._of_experts, self.is_backward))
 
     def _release(self, key: int, size: int) -> None:
         self._known.discard(key)
         self._live -= size
 
     def _count_gradient(self, parameter: Tensor) -> None:
-        self._gradients += parameter.grad.untyped_storage().nbytes()
+        size = parameter.grad.untyped_storage().nbytes()
+        self._gradients += size
+        self._of_experts += size if id(parameter) in self._experts else 0
 
 
 @contextmanager
