@@ -144,6 +144,31 @@ def test_of_several_dense_arms_the_one_of_the_same_recipe_is_the_twin(make_run):
     assert against == ["E=8 K=2 lr 0.01 against dense lr 0.01", "E=8 K=2 lr 0.1 against dense lr 0.1"]
 
 
+def change(folder, **sections):
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    for name, values in sections.items():
+        config[name] = config.get(name, {}) | values
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    return read_run(folder)
+
+
+def test_drop_path_of_the_moe_layers_keeps_the_twin(make_run):
+    first = read_run(make_run("first"))
+    twin = change(make_run("twin"), model={"kwargs": {"global_pool": "avg"}})
+    sparse = change(make_run("sparse", moe={"top_k": 1}), model=twin.config["model"] | {"moe_drop_path": 0.3})
+    arms = group_runs([first, twin, sparse], by_folder=True)
+    (found,) = differences(arms)
+    assert (found.arm.name, found.baseline.name) == ("sparse", "twin")
+    assert sentence(found).endswith("they also differ in model.moe_drop_path")
+
+
+def test_settings_of_distillation_count_with_a_teacher_alone(make_run):
+    before = read_run(make_run("before"))  # of a version without distillation
+    after = change(make_run("after", seed=1), distill={"teacher": None, "weight": 0.5})
+    taught = change(make_run("taught", seed=2), distill={"teacher": "runs/teacher", "weight": 0.5})
+    assert [arm.n for arm in group_runs([before, after, taught])] == [2, 1]
+
+
 def test_a_baseline_is_named_by_its_label_or_by_a_run(make_run):
     runs = [make_run("a"), make_run("b", moe=MOE), make_run("c", moe=MOE | {"top_k": 1})]
     for name in ("E=8 K=1", "c"):
@@ -241,6 +266,14 @@ def test_the_picture_shows_every_arm_where_its_figures_are(make_run):
     assert len(page.figure.axes[4].lines) == 3  # learning curves
     texts = [text.get_text() for text in page.figure.findobj(Text)]
     assert {"1  dense  n=1", "2  E=8 K=2  n=1", "a note"} <= set(texts)
+
+
+def test_arms_that_lie_on_each_other_share_a_line_of_numbers(make_run):
+    runs = [make_run("a", 0.9, lr=0.1), make_run("b", 0.7, lr=0.2), make_run("c", 0.9, lr=0.3)]
+    arms = group_runs([read_run(run) for run in runs])
+    page = draw_comparison(arms, differences(arms), [])
+    for axes in page.figure.axes[:3]:
+        assert [(text.get_text(), text.xy[1]) for text in axes.texts] == [("1 3", 90), ("2", 70)]
 
 
 def test_many_arms_and_notes_stay_on_the_page(make_run):

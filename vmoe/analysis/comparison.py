@@ -51,7 +51,10 @@ class Run:
     def recipe(self) -> dict[str, Any]:
         """Every value of its config that can change the result, by dotted name; without the seed."""
         others = (*_NOT_OF_THE_RECIPE, *([] if self._is_named_by_root else ["data.root"]))
-        return {key: value for key, value in flatten(self.config).items() if key not in others}
+        values = {key: value for key, value in flatten(self.config).items() if key not in others}
+        if values.get("distill.teacher") is None:  # then nothing else of distillation has an effect
+            values = {key: value for key, value in values.items() if not key.startswith("distill.")}
+        return values
 
     @property
     def _is_named_by_root(self) -> bool:
@@ -70,7 +73,11 @@ class Run:
 
     def is_twin_of(self, other: "Run") -> bool:
         """Whether `other` is dense and has the same backbone and data."""
-        return other.is_dense and self.config["model"] == other.config["model"] and self.data == other.data
+        return other.is_dense and self._backbone == other._backbone and self.data == other.data
+
+    @property
+    def _backbone(self) -> dict[str, Any]:
+        return {key: value for key, value in self.config["model"].items() if key != "moe_drop_path"}
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ _PANELS = (
 _MORE_IS_BETTER = ("images_per_second",)
 _WIDTH, _HEIGHT, _GAP = 400, 300, 100
 _ROW = 30  # of the legend
+_NEAR = 14  # pixels between points of which each has room for its number
 
 
 _FRONT = {"color": MUTED, "linewidth": 1, "linestyle": ":", "zorder": 2}
@@ -79,20 +80,36 @@ def _scatter(axes: Axes, arms: Sequence[Arm], field: str) -> None:
             capsize=4,
             zorder=3,
         )
-        place = (arm.mean(field), 100 * arm.mean("top1"))
-        axes.annotate(str(index + 1), place, (7, 5), textcoords="offset points", fontsize=9, color=MUTED, zorder=4)
     axes.set_xscale("log")
     values = [arm.mean(field) for arm in arms]
     front = pareto_front([(arm.mean(field), arm.mean("top1")) for arm in arms], field in _MORE_IS_BETTER)
     axes.plot([values[index] for index in front], [100 * arms[index].mean("top1") for index in front], **_FRONT)
     axes.set_xlim(min(values) / 1.35, max(values) * 1.35)
     axes.margins(y=0.25)
+    _number(axes, [(arm.mean(field), 100 * arm.mean("top1")) for arm in arms])
     ticks = FuncFormatter(lambda value, _: short(value))
     axes.xaxis.set_major_formatter(ticks)
     axes.xaxis.set_minor_formatter(NullFormatter())
     if max(values) / min(values) < 100:  # two powers of ten need not be inside
         axes.minorticks_off()
         axes.set_xticks(apart(values))
+
+
+def _number(axes: Axes, points: Sequence[tuple[float, float]]) -> None:
+    """Writes the arms' numbers, from 1, beside their points; points too near for a number each share one line."""
+    axes.autoscale_view()
+    places = axes.transData.transform(points)
+    groups: list[list[int]] = []
+    for index in sorted(range(len(points)), key=lambda index: -places[index][1]):
+        near = [group for group in groups if max(abs(places[index] - places[group[-1]])) < _NEAR]
+        if near:
+            near[0].append(index)
+        else:
+            groups.append([index])
+    for group in groups:
+        text = " ".join(str(index + 1) for index in sorted(group))
+        place = points[group[0]]
+        axes.annotate(text, place, (7, 5), textcoords="offset points", fontsize=9, color=MUTED, zorder=4)
 
 
 def _draw_differences(axes: Axes, arms: Sequence[Arm], found: Sequence[Difference]) -> None:
