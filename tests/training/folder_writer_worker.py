@@ -11,14 +11,14 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
+from gloo_threads import gloo_threads
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from vmoe.checkpoint_folders import read_folder
 from vmoe.checkpoints import copy_checkpoint
 from vmoe.errors import UserError
-from vmoe.training.processes import Place, connect, disconnect, gather, total
+from vmoe.training.processes import Place, connect, disconnect, gather, new_mesh, total
 from vmoe.training.sharded_files import FolderWriter
 
 write, may_write = dcp.FileSystemWriter.write_data, threading.Event()
@@ -35,7 +35,7 @@ def held_write(self, *arguments):
 
 def state(value: float) -> dict[str, Tensor]:
     """A cut weight, the same one's average and step, and a weight that all have."""
-    cut = distribute_tensor(torch.full((3, 2), value), init_device_mesh("cpu", (2,)), [Shard(0)])
+    cut = distribute_tensor(torch.full((3, 2), value), new_mesh("cpu", (2,)), [Shard(0)])
     whole, step = torch.full((2,), value), torch.tensor(value)
     return {"weights/a": cut, "weights/b": whole, "optimizer/a/step": step, "ema/a": cut.clone()}
 
@@ -105,3 +105,5 @@ writer.write(state(5.0), plain(5), last)
 writer.wait()
 say(f"again: {content(last)}" if Place.of_this().is_first else "")
 disconnect()
+if Place.of_this().is_first:
+    print(f"threads of gloo: {gloo_threads()}")

@@ -3,8 +3,10 @@
 Before the update SIGNAL_AT the process of rank SIGNALLED_RANK gets the signal SIGNAL, where the environment says so, or
 cannot write files of more than FILE_BYTES any more. At the update NAN_AT the images are NaN. An update takes
 STEP_SECONDS more; a process's part of a checkpoint folder takes WRITE_SECONDS, and a line tells the update it came in.
+At its end each process tells how many threads of gloo it has.
 """
 
+import atexit
 import os
 import resource
 import sys
@@ -13,6 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
+from gloo_threads import gloo_threads
 from torch import nn
 
 from vmoe.cli.train import main
@@ -72,4 +75,5 @@ def main_in_float64() -> int:
     return main(sys.argv[1:])
 
 
+atexit.register(lambda: print(f"threads of gloo at the end: {gloo_threads()}", file=sys.stderr))
 raise SystemExit(main_in_float64())

@@ -3,20 +3,24 @@
 With one process every function here returns what it was given.
 """
 
+import gc
 import os
 from collections.abc import Callable
 from datetime import timedelta
+from functools import cache
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
 from vmoe.errors import UserError
 
 T = TypeVar("T")
 _TIMEOUT = timedelta(minutes=10)  # of a process that hangs; one that died is noticed by torchrun in seconds
+_meshes: list[DeviceMesh] = []
 
 
 class Place(NamedTuple):
@@ -65,15 +69,33 @@ def connect(device_type: str) -> None:
     dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.count, timeout=_TIMEOUT)
 
 
-def new_host_group() -> dist.ProcessGroup:
-    """One more group of all processes, through gloo, for a thread beside the main one; all must call it."""
+@cache
+def second_host_group() -> dist.ProcessGroup:
+    """Another group of all processes, through gloo, for the one thread beside the main one; all must call it."""
     return dist.new_group(timeout=_TIMEOUT, backend="gloo")
 
 
+def new_mesh(device_type: str, shape: tuple[int, ...], names: tuple[str, ...] | None = None) -> DeviceMesh:
+    """All processes in an array, of use until `disconnect`; all must call it."""
+    mesh = init_device_mesh(device_type, shape, mesh_dim_names=names)
+    _meshes.append(mesh)
+    return mesh
+
+
 def disconnect() -> None:
-    """Ends what `connect` began; all must call it."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    """Ends what `connect` began, and its threads where nobody holds a group any more; all must call it.
+
+    A thread of gloo frees what it sent after the sender has gone on, and needs the interpreter for it: where that ends
+    meanwhile the process aborts (https://github.com/pytorch/pytorch/issues/190489). Groups wait for their threads.
+    """
+    if not dist.is_initialized():
+        return
+    dist.destroy_process_group()
+    second_host_group.cache_clear()
+    for mesh in _meshes:  # which torch keeps with what it has computed of DTensors
+        getattr(mesh, "_pg_registry", {}).clear()
+    _meshes.clear()
+    gc.collect()  # models and trainers, in cycles
 
 
 def is_alone() -> bool:

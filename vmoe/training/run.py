@@ -5,6 +5,7 @@ import logging
 import warnings
 from functools import partial
 from pathlib import Path
+from traceback import clear_frames
 from typing import Any
 
 import torch
@@ -71,10 +72,18 @@ def train(config: TrainConfig, command: str, console: Console) -> dict[str, Any]
             result = _run(config, command, console, device, place)
     except (Interrupted, UserError) as stop:
         if stop.everywhere:  # else others may still wait for this process, in vain
+            _forget(stop)
             disconnect()
         raise
     disconnect()
     return result
+
+
+def _forget(stop: BaseException | None) -> None:
+    """Frees what the frames that an exception has come through hold: the model, the trainer."""
+    while stop is not None:
+        clear_frames(stop.__traceback__)
+        stop = stop.__context__
 
 
 def _run(

@@ -10,13 +10,12 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
 
 from vmoe.checkpoint_folders import PLAIN_PART, SafeReader
 from vmoe.errors import UserError
 from vmoe.files import new_folder
-from vmoe.training.processes import Place, gather, new_host_group, together
+from vmoe.training.processes import Place, gather, second_host_group, together
 
 
 class FolderWriter:
@@ -31,7 +30,6 @@ class FolderWriter:
 
     def __init__(self, in_background: bool = False) -> None:
         self._thread = ThreadPoolExecutor(1, "checkpoint") if in_background else None
-        self._group: ProcessGroup | None = None
         self._under_way: Future[None] | None = None
 
     def write(self, tensors: dict[str, Tensor], plain: dict[str, Any], path: Path) -> None:
@@ -55,9 +53,8 @@ class FolderWriter:
             if self._thread is None:
                 together(lambda: _finish(lambda: dcp.save(tensors, storage_writer=writer), stack.pop_all(), path))
                 return
-            if self._group is None:  # of its own: what the thread sends must not mix with what training sends
-                self._group = new_host_group()
-            copied = dcp.async_save(tensors, storage_writer=writer, process_group=self._group)
+            own_group = second_host_group()  # what the thread sends must not mix with what training sends
+            copied = dcp.async_save(tensors, storage_writer=writer, process_group=own_group)
             self._under_way = self._thread.submit(_finish, copied.result, stack.pop_all(), path)
 
     def then(self, job: Callable[[], None]) -> None:

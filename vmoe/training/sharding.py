@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
@@ -23,7 +22,7 @@ from vmoe.moe.parallel import deal_out_experts
 from vmoe.training.ema import local
 from vmoe.training.muon import Muon
 from vmoe.training.optim import by_name
-from vmoe.training.processes import total
+from vmoe.training.processes import new_mesh, total
 from vmoe.training.sharded_files import FolderWriter, load_tensors
 
 _BUCKET = 2**24  # numbers: large enough for the link's bandwidth, small beside a model
@@ -40,6 +39,9 @@ class ShardedStrategy(ModelParallelStrategy):
     def __init__(self, processes: int, writer: FolderWriter) -> None:
         super().__init__(data_parallel_size=processes, tensor_parallel_size=1)
         self._writer = writer
+
+    def on_exception(self, exception: BaseException) -> None:
+        self.lightning_module.on_train_end()  # Lightning calls it only where training ends well; it frees the model
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Nothing yet: `save_checkpoint` writes the tensors from where they are."""
@@ -99,7 +101,7 @@ def shard(model: nn.Module, processes: int, expert_size: int, device_type: str, 
     dealt_out = _shard_experts(model, processes, expert_size, device_type) if expert_size > 1 else set()
     if dense_is_whole and expert_size == processes:
         return  # nothing is gathered
-    data = init_device_mesh(device_type, (processes,))
+    data = new_mesh(device_type, (processes,))
     # Kept between forward and backward they would hide a change of the weights, such as putting in their average
     how = {"mesh": data, "reshard_after_forward": True}
     units = [module for name, module in model.named_modules() if name.split(".")[-2:-1] == ["blocks"]]
@@ -141,7 +143,7 @@ def _all_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def _shard_experts(model: nn.Module, processes: int, expert_size: int, device_type: str) -> set[nn.Parameter]:
     """Deals experts out; those parameters of theirs that need not be cut any more."""
-    mesh = init_device_mesh(device_type, (processes // expert_size, expert_size), mesh_dim_names=("part", "expert"))
+    mesh = new_mesh(device_type, (processes // expert_size, expert_size), ("part", "expert"))
     uncut = set()
     for name, layer in moe_layers(model):
         deal_out_experts(layer, mesh["expert"])
