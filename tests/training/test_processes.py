@@ -34,11 +34,11 @@ def of_a_mesh() -> dist.ProcessGroup:
 
 def sent_late(group: dist.ProcessGroup) -> threading.Event:
     """What tells that a thread of gloo has freed a tensor it has sent, long after the sender went on."""
-    for _ in range(100):  # where it had sent it before the next line, the main thread is late, if anyone
-        sent = torch.ones(3)
+    for _ in range(100):  # where it has sent it before `then`, the main thread is the last that has it
+        sent = torch.ones(2**24)  # enough to copy for that to be rare
         sent.slow = Slow()
         is_freed = sent.slow.is_freed
-        work = dist.all_reduce(sent, group=group, async_op=True)
+        work = dist.all_gather([torch.empty_like(sent)], sent, group=group, async_op=True)
         done = work.get_future()
         done.then(lambda _: None if threading.current_thread() is MAIN else time.sleep(0.3))
         done.wait()
