@@ -160,7 +160,7 @@ class ParallelConfig:
         expert_size: With strategy=expert, the number of processes among which the experts of a layer are dealt out;
             each part is cut further among the groups of so many processes.
         dense: With strategy=expert, all but the experts: "cut" as with fsdp, or "whole" in each process as with ddp,
-            which takes more memory and less time.
+            which takes more memory and gathers nothing.
         draws: Router noise and dropout: "process", each process draws its own, or "sample", by image, so that results
             do not depend on the number of processes; slower.
         async_save: With fsdp and expert, training goes on while a checkpoint is written; the host's memory holds a copy

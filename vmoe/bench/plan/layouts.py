@@ -19,6 +19,7 @@ from vmoe.training.sharding import buckets
 FLOAT = 4  # bytes: weights, gradients and the optimiser's state are float32, and travel so
 _BUFFERED = 2  # blocks whose gathered weights are there at a time: one is computed, the next is fetched
 _AVERAGING_CALLS = 5  # operators a bucket of gradients: put together, copied, summed, divided, put back
+_AVERAGING_PASSES = 4  # of these, those that read and write it on the GPU; summing is the network's
 
 
 class Layout(NamedTuple):
@@ -263,7 +264,7 @@ def averaging_of(sizes: Sizes, layout: Layout, machine: Machine, network: float)
     dense, count = FLOAT * (sizes.whole - sizes.experts), len(_bucket_sizes(sizes))
     sent = 2 * dense * (layout.processes - 1) / layout.processes
     seconds = sent / _ring(layout.processes, 1, machine, network) + LATENCY * count
-    return Traffic(sent, between=seconds, copied=4 * 2 * dense, calls=_AVERAGING_CALLS * count)
+    return Traffic(sent, between=seconds, copied=_AVERAGING_PASSES * 2 * dense, calls=_AVERAGING_CALLS * count)
 
 
 def _units(sizes: Sizes, layout: Layout) -> int:

@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from vmoe.bench.plan.layouts import Layout
 from vmoe.moe import MoeConfig
 from vmoe.training.config import OptimConfig, ParallelConfig, TrainConfig, TrainerConfig
 
@@ -68,9 +69,7 @@ class Job:
     @property
     def title(self) -> str:
         """The layout as tables show it."""
-        if self.layout != "expert":
-            return self.layout
-        return f"expert {self.expert_size}" + (", dense whole" if self.dense == "whole" else "")
+        return str(Layout(self.layout, self.processes, self.expert_size, self.dense))
 
     @property
     def key(self) -> str:
