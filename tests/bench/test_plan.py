@@ -18,9 +18,10 @@ from vmoe.bench.plan.planner import Workload, layouts_for, make_plans
 from vmoe.bench.plan.trace import saved_bytes, trace_step
 from vmoe.checkpoints import build_model
 from vmoe.moe import MoeConfig, auxiliary_loss
-from vmoe.training import sharding
+from vmoe.training import averaging
+from vmoe.training.averaging import GradientMeans
 from vmoe.training.ema import local
-from vmoe.training.sharding import average_gradients, shard
+from vmoe.training.sharding import shard
 
 SMALL = {"embed_dim": 64, "depth": 4, "num_heads": 4}
 MOE = MoeConfig(layers="every-2", num_experts=8, top_k=2, group=2, batch_priority=True)
@@ -173,7 +174,7 @@ def test_more_processes_than_the_experts_width_divides_into():
 def test_memory_with_the_dense_part_whole_is_as_torchs_tracker_sees_it(
     four_processes, monkeypatch, images, bucket, accumulate
 ):
-    monkeypatch.setattr(sharding, "_BUCKET", bucket)  # with few images it is the averaging that needs most
+    monkeypatch.setattr(averaging, "BUCKET", bucket)  # with few images it is the averaging that needs most
     with torch.device("meta"):
         model = real_model()
     shard(model, 4, 4, "cpu", dense_is_whole=True)
@@ -183,6 +184,7 @@ def test_memory_with_the_dense_part_whole_is_as_torchs_tracker_sees_it(
         inputs, labels = torch.randn(images, 3, 64, 64), torch.zeros(images, dtype=torch.int64)
         tracker = MemTracker()
         tracker.track_external(model, optimizer, inputs, labels)
+        means = GradientMeans(model.parameters(), accumulate == 1)
         with tracker:
             for _ in range(2):
                 for batch in range(accumulate):
@@ -191,7 +193,7 @@ def test_memory_with_the_dense_part_whole_is_as_torchs_tracker_sees_it(
                         optimizer.zero_grad()
                     loss.backward()
                     tracker.reset_mod_stats()
-                average_gradients(list(model.parameters()))
+                means.finish()
                 optimizer.step()
         peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
     planned = workload(batch=4 * images, accumulate=accumulate)

@@ -122,6 +122,14 @@ def test_print_config_gives_a_config(recipe, capsys, tmp_path):
         (["--trainer.cuda_graph", "true", "--trainer.device", "cpu"], ["trainer.cuda_graph=True", "device=cpu"]),
         (["--trainer.cuda_graph", "true", "--trainer.precision", "fp16"], ["cuda_graph=True", "precision=fp16"]),
         (["--trainer.cuda_graph", "true", "--trainer.accumulate", "2"], ["cuda_graph=True", "accumulate above 1"]),
+        (
+            ["--trainer.cuda_graph", "true", "--trainer.device", "auto", "--parallel.strategy", "fsdp"],
+            ["trainer.cuda_graph=True", "cuts the dense part"],
+        ),
+        (
+            ["--trainer.cuda_graph", "true", "--trainer.device", "auto", "--parallel.draws", "sample"],
+            ["trainer.cuda_graph=True", "parallel.draws=sample"],
+        ),
         (["--moe.expert_width", "0"], ["moe.expert_width=0"]),
         (["--moe.num_experts", "0"], ["moe.num_experts=0"]),
         (["--moe.inject_auxiliary_loss", "true"], ["moe.inject_auxiliary_loss=True"]),

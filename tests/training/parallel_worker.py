@@ -3,6 +3,7 @@
 Before the update SIGNAL_AT the process of rank SIGNALLED_RANK gets the signal SIGNAL, where the environment says so, or
 cannot write files of more than FILE_BYTES any more. At the update NAN_AT the images are NaN. An update takes
 STEP_SECONDS more; a process's part of a checkpoint folder takes WRITE_SECONDS, and a line tells the update it came in.
+With UNCAPTURED the step of `trainer.cuda_graph` runs as it is, on the CPU.
 At its end each process tells how many threads of gloo it has.
 """
 
@@ -20,7 +21,7 @@ from torch import nn
 
 from vmoe.cli.train import main
 from vmoe.data import Batch, ImageDataModule
-from vmoe.training import run
+from vmoe.training import module, run
 from vmoe.training.module import Classifier
 
 DEFAULTS = {"SIGNAL_AT": "-1", "SIGNALLED_RANK": "0", "RANK": "0", "NAN_AT": "-1", "STEP_SECONDS": "0"}
@@ -68,6 +69,9 @@ def main_in_float64() -> int:
             print(f"{Path(self.path).name}: written in update {update}", file=sys.stderr)
         return write(self, *arguments)
 
+    if "UNCAPTURED" in os.environ:
+        module.GraphedStep = lambda captured: captured
+        run._device = lambda config: torch.device("cpu")
     dcp.FileSystemWriter.write_data = slow_write
     Classifier.training_step = failing_step
     run.initial_model = double_model

@@ -73,6 +73,39 @@ def test_the_number_of_processes_changes_nothing(recipe, alone, tmp_path, proces
     assert_same_run(RunFolder(tmp_path / "run"), alone)
 
 
+@pytest.fixture(scope="module")
+def alone_without_noise(recipe) -> RunFolder:
+    """What a captured step can do too: nothing random but by image."""
+    folder = recipe.parent / "alone_without_noise"
+    done = launch(recipe, folder, 1, *WITHOUT_NOISE)
+    assert done.returncode == 0, done.stderr
+    return RunFolder(folder)
+
+
+WITHOUT_NOISE = ("--moe.noise_std", "0", "--parallel.draws", "process")
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "expert 2 whole"])
+def test_the_step_that_processes_capture_is_lightning_s(recipe, alone_without_noise, tmp_path, strategy):
+    """On CPUs there is no graph: the same step runs as it is. Its learning rate is a tensor in float32."""
+    options = (*strategy_options(strategy), *WITHOUT_NOISE, "--trainer.cuda_graph", "true", "--trainer.device", "auto")
+    done = launch(recipe, tmp_path / "run", 2, *options, UNCAPTURED="1")
+    assert done.returncode == 0, done.stderr
+    assert_same_run(RunFolder(tmp_path / "run"), alone_without_noise, tolerance=1e-7)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("strategy", ["ddp", "expert 2 whole"])
+def test_processes_replay_the_step_that_they_captured(recipe, tmp_path, strategy):
+    options = (*WITHOUT_NOISE, "--trainer.device", "cuda", "--trainer.epochs", "3")  # of 3 updates; 6 are replayed
+    done = launch(recipe, tmp_path / "alone", 1, *options)
+    assert done.returncode == 0, done.stderr
+    done = launch(recipe, tmp_path / "run", 2, *options, *strategy_options(strategy), "--trainer.cuda_graph", "true")
+    assert done.returncode == 0, done.stderr
+    assert_same_run(RunFolder(tmp_path / "run"), RunFolder(tmp_path / "alone"), tolerance=1e-6)
+
+
 def test_a_scalar_that_all_processes_keep_is_trained_as_in_one(recipe, tmp_path):
     soft = ("--moe.router", "soft", "--moe.soft_scale", "10", "--moe.group", "image", "--moe.noise_std", "0")
     soft += ("--moe.batch_priority", "false", "--moe.capacity_factor", "1")

@@ -220,6 +220,7 @@ def _add_scaling(parser: argparse.ArgumentParser) -> None:
     add("--experts", nargs="+", type=_count, metavar="E", help="of a layer, in speed (default: 8 32)")
     add("--batch", type=_count, metavar="B", help="images a process, in speed (default: 128 on a GPU, else 8)")
     add("--compiled", action="store_true", help="compile the models whose speed is measured")
+    add("--cuda-graph", action="store_true", help="capture steps, in speed and equality, by layouts that can be")
     add("--steps", type=_count, help="updates that are timed (default: 12 on a GPU, else 3)")
     add("--limit", type=_count, default=120, metavar="SECONDS", help="the most for a part (default: %(default)s)")
     add("--job-limit", type=_count, default=90, metavar="SECONDS", help="and for a training (default: %(default)s)")

@@ -39,7 +39,7 @@ def _scaling(options: argparse.Namespace, results: Results, scratch: Path) -> No
     def report(rows: list[dict[str, Any]]) -> None:
         ended = finished(rows, scratch, known)
         for row in ended:
-            if row["part"] in ("speed", "size") and "peak_mib" in row and not row["compiled"]:
+            if row["part"] in ("speed", "size") and "peak_mib" in row and not (row["compiled"] or row["graphed"]):
                 key = f"predicted {row['key']} {row.get('blocks')}"
                 known[key] = known.get(key) or predicted(row, models[row["model"]], machine)
                 row |= known[key]
@@ -86,12 +86,15 @@ def _counts(options: argparse.Namespace) -> list[int]:
 
 def _sizes(options: argparse.Namespace) -> Sizes:
     """What the device can do in minutes, with the sizes that were given."""
+    if options.cuda_graph and options.device.type != "cuda":
+        raise UserError("--cuda-graph: needs a GPU; leave it out")
     sizes = SIZES[options.device.type]
     models = tuple(model for model in sizes.models if options.models is None or model.title in options.models)
     if not models:
         raise UserError(f"--models {' '.join(options.models)}: there are {', '.join(m.title for m in sizes.models)}")
     changes = {
         "compiled": options.compiled,
+        "graphed": options.cuda_graph,
         "batch": options.batch,
         "steps": options.steps,
         "experts": tuple(options.experts or sizes.experts),

@@ -249,9 +249,11 @@ class TrainConfig:
             why = f"with parallel.strategy={self.parallel.strategy}"
             if self.trainer.precision == "fp16":
                 raise ValueError(f"trainer.precision=fp16: must be 32 or bf16 {why}")
-        is_alone = self.parallel.strategy in ("auto", "none") and self.parallel.draws == "process"
-        if self.trainer.cuda_graph and not is_alone:
-            raise ValueError("trainer.cuda_graph=True: must be false with parallel.strategy or parallel.draws=sample")
+        if self.trainer.cuda_graph:
+            if self.parallel.draws == "sample":
+                raise ValueError("trainer.cuda_graph=True: must be false with parallel.draws=sample")
+            if self.parallel.strategy in ("fsdp", "expert") and self.parallel.dense == "cut":
+                raise ValueError("trainer.cuda_graph=True: must be false where parallel.strategy cuts the dense part")
         if self.trainer.compile and self.parallel.draws == "sample":
             raise ValueError("trainer.compile=True: must be false with parallel.draws=sample")
 

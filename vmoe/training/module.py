@@ -13,15 +13,16 @@ import vmoe
 from vmoe.data import Batch
 from vmoe.data.sharing import NOT_COUNTED
 from vmoe.moe.routers import SigmoidRouter
+from vmoe.training.averaging import GradientMeans
 from vmoe.training.config import OptimConfig
 from vmoe.training.distillation import Teacher
 from vmoe.training.ema import Ema
 from vmoe.training.graph import GraphedStep
 from vmoe.training.guard import Guard
 from vmoe.training.optim import build_optimizer, by_number, learning_rate, optimizer_groups, parameter_groups
-from vmoe.training.processes import Place, total
+from vmoe.training.processes import Place, is_alone, total
 from vmoe.training.sample_draws import SampleDraws
-from vmoe.training.sharding import average_gradients, clip_gradients
+from vmoe.training.sharding import clip_gradients
 from vmoe.training.statistics import RoutingStatistics
 
 RAW_TOP1 = "val/raw_top1"
@@ -70,6 +71,7 @@ class Classifier(LightningModule):
         self.teacher = teacher
         self._cut = cut
         self._is_cut = False
+        self._means: GradientMeans | None = None  # where Lightning's strategy does not average
         self.ema = None if ema_decay is None else Ema(model, ema_decay)
         self.damaged: dict[str, None] = {}
         self._graphed_step = GraphedStep(self._step) if cuda_graph else None
@@ -138,9 +140,10 @@ class Classifier(LightningModule):
 
     def _clip(self, optimizer: torch.optim.Optimizer) -> Tensor:
         """Clips the gradients; their norm before, ()."""
+        if self._means is not None:
+            self._means.finish()
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         if self._is_cut:
-            average_gradients(parameters)
             return clip_gradients(parameters, self.optim.clip_norm or math.inf)
         return nn.utils.clip_grad_norm_(parameters, self.optim.clip_norm or math.inf)
 
@@ -166,6 +169,8 @@ class Classifier(LightningModule):
     def on_train_start(self) -> None:
         self._move_sums()
         is_graphed = self._graphed_step is not None
+        if (self._is_cut or is_graphed) and not is_alone():
+            self._means = GradientMeans(self.model.parameters(), self.trainer.accumulate_grad_batches == 1)
         for group in self.optimizers(use_pl_optimizer=False).param_groups:
             # A graph reads the rate from the device, where the schedule writes it; elsewhere a number serves.
             rate = float(group["lr"])
@@ -175,6 +180,10 @@ class Classifier(LightningModule):
     def on_train_end(self) -> None:
         for _, layer in vmoe.moe_layers(self.model):
             layer.last_auxiliary_loss = None  # FSDP2's hooks in its graph hold the model: a circle that is never freed
+        self._graphed_step = None  # before the processes part: NCCL's communicators wait for graphs that hold them
+        if self._means is not None:
+            self._means.remove()
+            self._means = None
 
     def on_train_epoch_start(self) -> None:
         self.train_sums.zero_()

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 
+import torch
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from torch import nn
 
@@ -14,12 +15,26 @@ from vmoe.training.sharded_files import FolderWriter
 from vmoe.training.sharding import ShardedStrategy, shard
 
 
-def strategy_of(config: ParallelConfig, processes: int, writer: FolderWriter) -> Strategy | str:
+class UnwrappedDataParallel(DDPStrategy):
+    """DDP whose gradients the captured step averages, since it cannot hold the hooks of torch's module."""
+
+    def configure_ddp(self) -> None:
+        """Leaves the module as it is, and starts all processes from the first one's weights."""
+        for tensor in (*self.model.parameters(), *self.model.buffers()):
+            torch.distributed.broadcast(tensor.detach(), 0)
+
+    def on_exception(self, exception: BaseException) -> None:
+        self.lightning_module.on_train_end()  # Lightning calls it only where training ends well; it frees the graph
+
+
+def strategy_of(config: TrainConfig, processes: int, writer: FolderWriter) -> Strategy | str:
     """Lightning's strategy; `writer` writes the checkpoints of a model that is cut."""
-    if config.strategy == "none":
+    if config.parallel.strategy == "none":
         return "auto"
-    if config.strategy != "ddp":
+    if config.parallel.strategy != "ddp":
         return ShardedStrategy(processes, writer)
+    if config.trainer.cuda_graph:
+        return UnwrappedDataParallel()
     # Buffers are kept equal by what updates them; an idle expert's gradient is zero, so that none is ever missing.
     return DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
 
@@ -63,6 +78,10 @@ def check_parts(config: TrainConfig, batch_size: int, count: int) -> None:
         raise UserError(f"parallel.expert_size={size}: must divide moe.num_experts={config.moe.num_experts}")
     if count == 1:
         return
+    if config.trainer.cuda_graph and config.parallel.strategy == "expert" and size != count:
+        raise UserError(
+            f"parallel.expert_size={size}: must be {count}, the number of processes, for trainer.cuda_graph"
+        )
     if config.moe is not None and config.moe.group == "batch":
         raise UserError("moe.group=batch: a batch is shared by several processes; use a number of images, such as 8")
     routed = config.moe.group if config.moe is not None and config.moe.group != "image" else 1

@@ -228,7 +228,7 @@ def new_trainer(
         accelerator=device.type,
         devices=place.local_count,
         num_nodes=place.count // place.local_count,
-        strategy=strategy_of(config.parallel, place.count, writer),
+        strategy=strategy_of(config, place.count, writer),
         use_distributed_sampler=False,
         precision=PRECISIONS[config.trainer.precision],
         max_epochs=config.trainer.epochs,

@@ -3,8 +3,7 @@
 Every DTensor here is cut over all processes: a number of a parameter is in one of them only.
 """
 
-from collections.abc import Callable, Iterator
-from itertools import groupby
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,6 @@ from vmoe.training.muon import Muon
 from vmoe.training.optim import by_name
 from vmoe.training.processes import new_mesh, total
 from vmoe.training.sharded_files import FolderWriter, load_tensors
-
-_BUCKET = 2**24  # numbers: large enough for the link's bandwidth, small beside a model
 
 
 class ShardedStrategy(ModelParallelStrategy):
@@ -161,36 +158,16 @@ def _shard_experts(model: nn.Module, processes: int, expert_size: int, device_ty
     return uncut
 
 
-def average_gradients(parameters: list[nn.Parameter]) -> None:
-    """Of a cut model: makes the gradients of what all processes keep their means over the processes."""
-    gradients = [p.grad for p in parameters if not isinstance(p, DTensor) and p.grad is not None]
-    for bucket in buckets(gradients):
-        together = torch.cat([gradient.flatten() for gradient in bucket])
-        means = (total(together) / torch.distributed.get_world_size()).split([gradient.numel() for gradient in bucket])
-        torch._foreach_copy_(bucket, [mean.view_as(grad) for mean, grad in zip(means, bucket, strict=True)])
-
-
-def buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Tensors of one type that travel together, in their order: each bucket as few as reach `_BUCKET` numbers."""
-    for _, alike in groupby(tensors, key=lambda tensor: tensor.dtype):
-        bucket: list[Tensor] = []
-        for tensor in alike:
-            bucket.append(tensor)
-            if sum(map(Tensor.numel, bucket)) >= _BUCKET:
-                yield bucket
-                bucket = []
-        if bucket:
-            yield bucket
-
-
 def clip_gradients(parameters: list[nn.Parameter], largest_norm: float) -> Tensor:
     """Like torch's clip_grad_norm_, for parameters of different meshes together; their norm before, ()."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     cut, whole = ([g for g in gradients if isinstance(g, DTensor) is is_cut] for is_cut in (True, False))
-    squared = total(nn.utils.get_total_norm([local(gradient) for gradient in cut]).square())
-    if whole:  # of none the norm would lie on the host, and the GPU wait for it
-        squared = squared + nn.utils.get_total_norm(whole).square()
-    norm = squared.sqrt()
+    squares = []  # of none the norm would lie on the host, and the GPU wait for it
+    if cut:
+        squares.append(total(nn.utils.get_total_norm([local(gradient) for gradient in cut]).square()))
+    if whole:
+        squares.append(nn.utils.get_total_norm(whole).square())
+    norm = torch.stack(squares).sum().sqrt()
     nn.utils.clip_grads_with_norm_(_stand_ins(gradients), largest_norm, norm)
     return norm
 

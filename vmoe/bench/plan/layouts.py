@@ -5,7 +5,6 @@ n processes; P of them share a layer's experts (`expert_size`).
 
 import math
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -14,12 +13,12 @@ from torch import nn
 from vmoe.bench.plan.hardware import GATHERING_CALLS, LATENCY, Machine
 from vmoe.bench.plan.trace import Trace
 from vmoe.moe import moe_layers
-from vmoe.training.sharding import buckets
+from vmoe.training.averaging import buckets
 
 FLOAT = 4  # bytes: weights, gradients and the optimiser's state are float32, and travel so
 _BUFFERED = 2  # blocks whose gathered weights are there at a time: one is computed, the next is fetched
-_AVERAGING_CALLS = 5  # operators a bucket of gradients: put together, copied, summed, divided, put back
-_AVERAGING_PASSES = 4  # of these, those that read and write it on the GPU; summing is the network's
+_AVERAGING_CALLS = 3  # operators a bucket of gradients: put together, summed, divided
+_AVERAGING_PASSES = 2  # of these, those that read and write it on the GPU; summing is the network's
 
 
 class Layout(NamedTuple):
@@ -168,8 +167,8 @@ def memory_of(
     averaging = 2 * kept if has_average else 0  # beside the gradients, the average's difference from the weights
     activations = max(forward, backward, averaging) - kept
     buffers = _gathered(sizes, layout) if layout.is_cut else 0
-    if layout.keeps_dense:  # their gradients are averaged when activations and gathered weights are gone
-        buffers = max(buffers, _bucketed(sizes) - activations)
+    if layout.keeps_dense:  # gradients are put together when activations and gathered weights are mostly gone
+        buffers = max(buffers, FLOAT * max(_bucket_sizes(sizes)) - activations)
     return Memory(kept, kept, moments * kept, kept if has_average else 0, activations, workspace + buffers)
 
 
@@ -198,15 +197,10 @@ def _gathered(sizes: Sizes, layout: Layout) -> int:
     return FLOAT * block * (2 * _BUFFERED + 1)
 
 
-def _bucketed(sizes: Sizes) -> int:
-    """Bytes of `average_gradients` at most: a bucket as put together, summed and divided, and the means before it."""
-    return FLOAT * max(before + 3 * now for before, now in pairwise([0, *_bucket_sizes(sizes)]))
-
-
 def _bucket_sizes(sizes: Sizes) -> list[int]:
     """Numbers in each bucket in which the gradients of all but the experts are averaged."""
     dense = [torch.empty(shape, device="meta") for shape, of_expert in sizes.shapes if not of_expert]
-    return [sum(gradient.numel() for gradient in bucket) for bucket in buckets(dense)]
+    return [sum(gradient.numel() for gradient in bucket) for bucket in buckets(dense[::-1])]
 
 
 @dataclass(frozen=True)
@@ -218,7 +212,7 @@ class Traffic:
         forward: Seconds beside the forward pass's work.
         backward: Seconds beside the backward pass's work.
         between: Seconds in which nothing else can be done: tokens on their way to experts and back, and gradients that
-            are averaged when the passes are done.
+            are averaged after several passes.
         copied: Bytes read and written because weights and gradients travel in one piece.
         calls: Operators that the host issues for it, in each pass or after them.
     """
@@ -257,14 +251,15 @@ def traffic_of(sizes: Sizes, layout: Layout, trace: Trace, machine: Machine, net
     return Traffic(3 * around + tokens, seconds, 2 * seconds, between, 3 * 2 * gathered, GATHERING_CALLS * units)
 
 
-def averaging_of(sizes: Sizes, layout: Layout, machine: Machine, network: float) -> Traffic:
-    """Gradients that `average_gradients` averages once an update, when the passes are done."""
+def averaging_of(sizes: Sizes, layout: Layout, machine: Machine, network: float, accumulates: bool) -> Traffic:
+    """Gradients of a whole dense part: beside the backward pass, or after the last where several make an update."""
     if not layout.keeps_dense:
         return Traffic()
     dense, count = FLOAT * (sizes.whole - sizes.experts), len(_bucket_sizes(sizes))
     sent = 2 * dense * (layout.processes - 1) / layout.processes
     seconds = sent / _ring(layout.processes, 1, machine, network) + LATENCY * count
-    return Traffic(sent, between=seconds, copied=_AVERAGING_PASSES * 2 * dense, calls=_AVERAGING_CALLS * count)
+    when = {"between" if accumulates else "backward": seconds}
+    return Traffic(sent, **when, copied=_AVERAGING_PASSES * 2 * dense, calls=_AVERAGING_CALLS * count)
 
 
 def _units(sizes: Sizes, layout: Layout) -> int:

@@ -181,7 +181,7 @@ def _plan(workload: Workload, layout: Layout, sizes: Sizes, trace: Trace, machin
     how = (workload.moments, workload.has_average, workspace, workload.accumulate > 1)
     memory = memory_of(sizes, layout, trace, *how)
     traffic = traffic_of(sizes, layout, trace, machine, network)
-    averaging = averaging_of(sizes, layout, machine, network)
+    averaging = averaging_of(sizes, layout, machine, network, workload.accumulate > 1)
     sent = traffic.bytes * (workload.accumulate if layout.is_cut else 1) + averaging.bytes
     times = times_of(workload, layout, sizes, trace, machine, traffic, averaging)
     missing = None
@@ -201,10 +201,10 @@ def times_of(
     """Seconds of an update.
 
     Weights and gradients travel while a pass is computed, and count only as far as they take longer; tokens, and
-    gradients that are averaged after the passes, count always.
+    gradients that are averaged after several passes, count always.
     """
     parts = [_pass_times([work for work in trace.work if work.is_backward is back], machine) for back in (False, True)]
-    beside = (traffic.forward, traffic.backward)
+    beside = (traffic.forward, traffic.backward + averaging.backward)
     compute = sum(part[0] for part in parts)
     moving = sum(part[1] for part in parts) + traffic.copied / machine.bandwidth
     hidden = [part[0] + part[1] if machine.overlaps else 0.0 for part in parts]

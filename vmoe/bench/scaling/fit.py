@@ -118,7 +118,8 @@ def train(
     cut = cut or cut_of(config.parallel, job.processes, device.type)
     if config.trainer.compile:
         model.compile(dynamic=False)
-    module = Classifier(model, config.optim, epochs_in_all, len(images), draws=draws, cut=cut)
+    graphed = config.trainer.cuda_graph
+    module = Classifier(model, config.optim, epochs_in_all, len(images), cuda_graph=graphed, draws=draws, cut=cut)
     with quiet_lightning():
         trainer = new_trainer(config, device, Place.of_this(), [*callbacks, _Forgets()], FolderWriter())
         trainer.fit(module, images, ckpt_path=resume_from, weights_only=True)

@@ -10,6 +10,7 @@ from vmoe.training.config import OptimConfig, ParallelConfig, TrainConfig, Train
 PARTS = ("equality", "speed", "checkpoint", "size")
 IMAGES_A_GROUP = 8
 CLASSES = 1000
+GRAPHED_STEPS = 6  # of which the first few run as they are
 _PRECISIONS = {"float32": "32", "float64": "32", "bfloat16": "bf16"}
 
 
@@ -49,6 +50,7 @@ class Job:
         steps: Updates that are counted.
         step: Of a checkpoint: "whole" trains without a stop, "save" stops half-way, "resume" goes on from there.
         compiled: Whether the model is compiled.
+        graphed: Whether the step is captured as a CUDA graph.
     """
 
     part: str
@@ -65,6 +67,7 @@ class Job:
     steps: int = 3
     step: str = "whole"
     compiled: bool = False
+    graphed: bool = False
 
     @property
     def title(self) -> str:
@@ -77,6 +80,7 @@ class Job:
         words = [
             self.part,
             *(["compiled"] if self.compiled else []),
+            *(["graphed"] if self.graphed else []),
             self.model.title,
             f"E{self.experts}",
             f"B{self.batch}",
@@ -89,16 +93,22 @@ class Job:
     def moe(self) -> MoeConfig:
         """The layers as the paper has them: batch priority in groups of 8 images, noise, balance losses."""
         factors = {"capacity_factor": 1.05, "eval_capacity_factor": 1.05, "batch_priority": True}
+        if self.graphed and self.part == "equality":
+            factors["noise_std"] = 0.0  # a captured step cannot draw it by image
         return MoeConfig(layers="every-2", num_experts=self.experts, top_k=1, group=IMAGES_A_GROUP, **factors)
 
     def config(self, device_type: str, epochs: int = 1) -> TrainConfig:
         """The run that a user would start for it."""
-        draws = "process" if self.part in ("speed", "size") else "sample"
+        draws = "process" if self.part in ("speed", "size") or self.graphed else "sample"
         return TrainConfig(
             moe=self.moe(),
             optim=OptimConfig(warmup_epochs=0),
             trainer=TrainerConfig(
-                epochs=epochs, device=device_type, precision=_PRECISIONS[self.dtype], compile=self.compiled
+                epochs=epochs,
+                device=device_type,
+                precision=_PRECISIONS[self.dtype],
+                compile=self.compiled,
+                cuda_graph=self.graphed,
             ),
             parallel=ParallelConfig(self.layout, self.expert_size, self.dense, draws),
         )
@@ -123,6 +133,7 @@ class Sizes:
         large_batch: Images a process of that.
         steps: Updates that are timed.
         compiled: Whether models whose speed is measured are compiled.
+        graphed: Whether steps are captured as CUDA graphs, where speed is measured and in equality.
     """
 
     models: tuple[Model, ...]
@@ -134,6 +145,7 @@ class Sizes:
     large_batch: int
     steps: int
     compiled: bool = False
+    graphed: bool = False
 
 
 _TINY = {"patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}
@@ -176,10 +188,12 @@ def jobs_of(parts: list[str], counts: list[int], sizes: Sizes, seconds: int, mem
     return [replace(job, seconds=seconds, memory=memory) for job in jobs]
 
 
-def layouts(processes: int) -> list[tuple[str, int, str]]:
-    """The layouts of so many processes: strategy, expert_size and dense."""
+def layouts(processes: int, graphed: bool = False) -> list[tuple[str, int, str]]:
+    """The layouts of so many processes, or those whose step can be captured: strategy, expert_size and dense."""
     if processes == 1:
         return [("none", 1, "cut")]
+    if graphed:
+        return [("ddp", 1, "cut"), ("expert", processes, "whole")]
     sizes = [processes, *([processes // 2] if processes >= 4 and processes % 2 == 0 else [])]
     experts = [("expert", size, dense) for size in sizes for dense in ("cut", "whole")]
     return [("ddp", 1, "cut"), ("fsdp", 1, "cut"), *experts]
@@ -187,11 +201,12 @@ def layouts(processes: int) -> list[tuple[str, int, str]]:
 
 def _equality(counts: list[int], sizes: Sizes) -> list[Job]:
     experts, batch = max(8, counts[-1]), 2 * IMAGES_A_GROUP * counts[-1]
+    how = {"graphed": True, "steps": GRAPHED_STEPS} if sizes.graphed else {}
     return [
-        Job("equality", count, *layout, sizes.small, experts, batch, dtype)
+        Job("equality", count, *layout, sizes.small, experts, batch, dtype, **how)
         for dtype in ("float64", "float32", "bfloat16")
         for count in counts
-        for layout in layouts(count)
+        for layout in layouts(count, sizes.graphed)
     ]
 
 
@@ -202,10 +217,11 @@ def _speed(counts: list[int], sizes: Sizes) -> list[Job]:
             for count in counts:
                 # As many a process (weak scaling) and as many in all (strong scaling) as with the most processes
                 for batch in dict.fromkeys((sizes.batch * count, sizes.batch * counts[-1])):
-                    for layout in layouts(count):
+                    for layout in layouts(count, sizes.graphed):
                         if experts % layout[1] == 0:
                             how = (count, *layout, model, experts, batch, sizes.dtype)
-                            jobs.append(Job("speed", *how, steps=sizes.steps, compiled=sizes.compiled))
+                            kind = {"compiled": sizes.compiled, "graphed": sizes.graphed}
+                            jobs.append(Job("speed", *how, steps=sizes.steps, **kind))
     return jobs
 
 

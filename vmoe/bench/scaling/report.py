@@ -34,6 +34,7 @@ TABLES = {
         Column("E", "experts"),
         Column("batch", "batch"),
         Column("compiled", "compiled"),
+        Column("graph", "graphed"),
         Column("processes", "processes"),
         Column("ms", "step_ms", "#.4g"),
         Column("spread", "spread", ".1%"),
@@ -165,7 +166,7 @@ def _scaling(row: Row, rows: list[Row]) -> Row:
     """Efficiency beside one process: as many images a process (weak), and as many in all (strong)."""
 
     def of(**wanted: Any) -> float | None:
-        same = {"model": row["model"], "experts": row["experts"], "compiled": row["compiled"], **wanted}
+        same = {name: row[name] for name in ("model", "experts", "compiled", "graphed")} | wanted
         found = [one for one in rows if all(one[key] == value for key, value in same.items())]
         return found[0]["images_per_second_a_process"] if found else None
 
