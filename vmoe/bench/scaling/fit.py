@@ -164,8 +164,9 @@ class Stopwatch(Callback):
             self._mark()
         if self.device.type != "cuda":
             return
-        if batch_idx == self.warm_up - 1:
+        if batch_idx == min(1, self.warm_up - 1):  # a graph takes its memory when it is captured, not in replays
             torch.cuda.reset_peak_memory_stats(self.device)
+        if batch_idx == self.warm_up - 1:
             self._caught = warnings.catch_warnings(record=True)
             self._lines = self._caught.__enter__()
             warnings.simplefilter("always")
