@@ -1,6 +1,7 @@
 """Run by torchrun in two processes: MoE layers with and without expert parallelism on the same images.
 
-With the argument "cuda" on two GPUs, in float32, where the kernels of the backend `fused` serve.
+With the argument "cuda" on two GPUs, in float32, where the kernels of the backend `fused` serve; with "interpreted"
+these on the CPU, by Triton's interpreter.
 """
 
 import copy
@@ -13,6 +14,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from vmoe.moe import MoeConfig, MoeMlp, parallel
+from vmoe.moe.kernels import fused
 from vmoe.moe.parallel import DistributedExperts, deal_out_experts
 
 LAYERS = {
@@ -26,19 +28,24 @@ LAYERS = {
 }
 
 
-DEVICE = torch.device(*sys.argv[1:] or ["cpu"])
-DTYPE = torch.float64 if DEVICE.type == "cpu" else torch.float32
-TOLERANCE = {} if DEVICE.type == "cpu" else {"rtol": 1e-4, "atol": 1e-5}
+(HOW,) = sys.argv[1:]
+DEVICE = torch.device("cuda" if HOW == "cuda" else "cpu")
+DTYPE = torch.float64 if HOW == "cpu" else torch.float32
+TOLERANCE = {} if HOW == "cpu" else {"rtol": 1e-4, "atol": 1e-5}
 handed: set[type] = set()  # to backends; kernels read the memory, which a stand-in for a tensor does not have
 
 
-def choose_backend(x_TD: torch.Tensor, *others):
+def choose_backend(x_TD: torch.Tensor, choices, mlp, *others):
     """The layer's own choice, of whose tokens the type is kept."""
     handed.add(type(x_TD))
-    return own_choice(x_TD, *others)
+    if HOW == "interpreted" and fused.what_it_lacks(mlp) is None and x_TD.shape[0]:
+        return fused
+    return own_choice(x_TD, choices, mlp, *others)
 
 
 own_choice, parallel.choose_backend = parallel.choose_backend, choose_backend
+if HOW == "interpreted":
+    parallel.fused_for = lambda tensor: fused
 
 
 def check(name: str, training: bool) -> None:

@@ -9,18 +9,21 @@ import pytest
 import torch
 
 from vmoe.moe import MoeConfig, MoeMlp
+from vmoe.moe.kernels import fused
 from vmoe.moe.parallel import deal_out_experts
 
 SCRIPT = Path(__file__).parents[1] / "expert_parallel_worker.py"
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_a_layer_in_two_processes_is_the_layer_in_one(device):
-    if device == "cuda" and torch.cuda.device_count() < 2:
+@pytest.mark.parametrize("how", ["cpu", "interpreted", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_layer_in_two_processes_is_the_layer_in_one(how):
+    if how == "cuda" and torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
+    if how == "interpreted" and (fused is None or torch.cuda.is_available()):
+        pytest.skip("needs Triton, and no GPU")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*launch, str(SCRIPT), device], capture_output=True, text=True, timeout=90, env=environment)
+    done = subprocess.run([*launch, str(SCRIPT), how], capture_output=True, text=True, timeout=90, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("as in one process") == 14  # seven layers, in training and evaluation
 

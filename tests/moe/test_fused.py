@@ -11,7 +11,7 @@ from vmoe import MoeConfig
 from vmoe.moe import assignment, losses
 from vmoe.moe.assignment import assign
 from vmoe.moe.groups import Groups
-from vmoe.moe.kernels import segments
+from vmoe.moe.kernels import composed, padded, segments
 from vmoe.moe.kernels.interface import Choices, Mlp
 from vmoe.moe.mlps import Glu
 from vmoe.moe.routers import token_choice
@@ -20,6 +20,7 @@ pytest.importorskip("triton", reason="the fused backend needs Triton")
 
 from vmoe.moe.kernels import fused
 from vmoe.moe.kernels.fused import mlp as fused_mlp
+from vmoe.moe.kernels.fused import shares
 from vmoe.moe.kernels.fused.ranks import expert_rows
 from vmoe.moe.kernels.fused.rows import rows_in_shares
 
@@ -66,13 +67,21 @@ def outputs_and_gradients(
 
 
 def check_against_oracle(
-    x, routing, parameters, cotangent, activation, dtype, parameter_dtype=torch.float32, recompute=False
+    x,
+    routing,
+    parameters,
+    cotangent,
+    activation,
+    dtype,
+    parameter_dtype=torch.float32,
+    recompute=False,
+    backend=fused,
 ):
     exact = outputs_and_gradients(
         segments, x, routing, parameters, cotangent, activation, "cpu", torch.float64, torch.float64
     )
     ours = outputs_and_gradients(
-        fused, x, routing, parameters, cotangent, activation, DEVICE, parameter_dtype, dtype, recompute
+        backend, x, routing, parameters, cotangent, activation, DEVICE, parameter_dtype, dtype, recompute
     )
     for name, value, truth in zip(["y", "x", "weights", "p1", "p2", "p3", "p4"], ours, exact, strict=False):
         error = (value.double().cpu() - truth).norm()
@@ -119,6 +128,50 @@ def test_outputs_and_gradients(
     )
     parameters = random_parameters(num_experts, *widths, bias, generator, isinstance(activation, Glu))
     check_against_oracle(x, routing, parameters, cotangent, activation, dtype, recompute=recompute)
+
+
+class Elsewhere:
+    """Rows leave for experts that know nothing of tokens, and return."""
+
+    @staticmethod
+    def expert_mlp(x_TD, choices, mlp):
+        x_RD, places = fused.dispatch(x_TD, choices, len(mlp.weight1), mlp.dtype)
+        return fused.combine(composed.two_layers(x_RD, mlp, None, padded.linear), choices, places)
+
+
+@settings(
+    max_examples=15 if DEVICE == "cpu" else 80,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    images=st.integers(1, 4),
+    tokens=st.integers(1, 40),
+    group=st.integers(1, 3),
+    num_experts=st.sampled_from([1, 2, 5, 9]),
+    top_k=st.sampled_from([1, 3]),
+    capacity=st.sampled_from([1, 4, 30]),
+    skew=st.sampled_from([0.0, 0.5, 20.0]),
+    widths=st.sampled_from([(8, 16, 8), (72, 136, 40)]),
+    bias=st.booleans(),
+    dtype=st.sampled_from(list(TOLERANCE)),
+)
+def test_rows_of_experts_elsewhere(images, tokens, group, num_experts, top_k, capacity, skew, widths, bias, dtype):
+    top_k = min(top_k, num_experts)
+    generator = torch.Generator().manual_seed(images * 100 + tokens)
+    routing = skewed_routing(images, tokens, group, num_experts, top_k, skew, generator, capacity)
+    x, cotangent = (
+        torch.randn(images * tokens, width, generator=generator, dtype=torch.float64) for width in widths[::2]
+    )
+    parameters = random_parameters(num_experts, *widths, bias, generator)
+    check_against_oracle(x, routing, parameters, cotangent, nn.GELU(), dtype, backend=Elsewhere)
+
+
+def test_rows_are_not_set_aside_in_vain():
+    routing = skewed_routing(4, 100, 4, 2, 1, 0.0, torch.Generator(), capacity=400)
+    choices = Choices(*(part.to(DEVICE) if isinstance(part, torch.Tensor) else part for part in Choices.of(routing)))
+    assert fused.dispatch(torch.zeros(400, 8, device=DEVICE), choices, 2, torch.float32) is None
+    assert fused.dispatch(torch.zeros(400, 8, device=DEVICE), choices._replace(capacity=None), 2, torch.float32) is None
 
 
 @pytest.mark.gpu
@@ -244,6 +297,7 @@ def test_operators_pass_torchs_own_checks():
 
     chosen = torch.tensor([[0, 1], [1, 2], [0, 2], [2, 1], [1, 0]], device=DEVICE)
     rows, starts, counts = expert_rows(chosen, None, 3)
+    _, choice_of_row = shares.scatter(random(5, 8), rows, 512, torch.float32)
     parameters = random(3, 16, 8), random(3, 16), random(3, 8, 16), random(3, 8)
     casts = parameters[0].detach(), parameters[2].detach()
     for operator, arguments in (
@@ -255,6 +309,13 @@ def test_operators_pass_torchs_own_checks():
         ("falling_order", (random(2, 5).detach(),)),
         ("expert_rows", (chosen, chosen > 0, 3)),
         ("rows_in_shares", (chosen, chosen > 0, chosen, 5, 3, 128)),
+        ("scatter", (random(5, 8), rows, 512, torch.float16)),
+        ("gather_sum", (random(512, 8).detach(), rows, torch.float16)),
+        ("combine", (random(512, 8), rows, choice_of_row, chosen, random(5, 2), 4, 128)),
+        (
+            "combine_gradient",
+            (random(5, 8).detach(), random(512, 8).detach(), choice_of_row, random(5, 2).detach(), 4, 128),
+        ),
     ):
         library.opcheck(getattr(torch.ops.vmoe, operator).default, arguments)
     arguments = (

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from vmoe.moe.experts import Experts, choose_backend, compute_dtype
 from vmoe.moe.groups import Groups
-from vmoe.moe.kernels import padded, rows, segments
+from vmoe.moe.kernels import fused_for, padded, rows, segments
 from vmoe.moe.kernels.interface import Choices, Mlp
 from vmoe.moe.layer import MoeMlp
 from vmoe.moe.routing import Routing, SlotRouting
@@ -70,15 +70,24 @@ class DistributedExperts(Experts):
             counts_E = torch.full((num_experts,), x_RD.shape[0] // num_experts, device=x_RD.device)
             return routing.combine(self._uneven(x_RD, counts_E, mlp))
         choices = Choices.of(routing)
-        x_TD = (x_TD if routing.x_TD is None else routing.x_TD).to(dtype)
+        x_TD = x_TD if routing.x_TD is None else routing.x_TD
         num_experts = routing.gates_GSE.shape[-1]
         if self.training and choices.capacity is not None:
-            layout = padded.layout(choices, num_experts)
-            y_RD = self._even(rows.dispatch(x_TD, layout), mlp)
-        else:
-            layout = segments.layout(choices, num_experts)
-            counts_E = layout.ends_E.long().diff(prepend=layout.ends_E.new_zeros(1).long())
-            y_RD = self._uneven(rows.dispatch(x_TD, layout), counts_E, mlp)
+            return self._by_capacity(x_TD, choices, num_experts, mlp)
+        layout = segments.layout(choices, num_experts)
+        counts_E = layout.ends_E.long().diff(prepend=layout.ends_E.new_zeros(1).long())
+        y_RD = self._uneven(rows.dispatch(x_TD.to(dtype), layout), counts_E, mlp)
+        return rows.combine(y_RD, choices.combine_weights_TK(), layout)
+
+    def _by_capacity(self, x_TD: Tensor, choices: Choices, num_experts: int, mlp: Mlp) -> Tensor:
+        fused = fused_for(x_TD)
+        if fused is not None and choose_backend(x_TD, choices, mlp, self.backend) is fused:
+            dispatched = fused.dispatch(x_TD, choices, num_experts, mlp.dtype)
+            if dispatched is not None:
+                x_RD, places = dispatched
+                return fused.combine(self._even(x_RD, mlp), choices, places)
+        layout = padded.layout(choices, num_experts)
+        y_RD = self._even(rows.dispatch(x_TD.to(mlp.dtype), layout), mlp)
         return rows.combine(y_RD, choices.combine_weights_TK(), layout)
 
     def _even(self, x_RD: Tensor, mlp: Mlp) -> Tensor:

@@ -9,9 +9,12 @@ The rows of an expert are a share of its own where a capacity bounds them well (
 as it needs (products by Triton). Everything that imports Triton is in this package.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from vmoe.moe.kernels.fused import shares
 from vmoe.moe.kernels.fused.activations import Form
 from vmoe.moe.kernels.fused.balance import balance
 from vmoe.moe.kernels.fused.mlp import align, fused_experts
@@ -55,8 +58,7 @@ def expert_mlp(x_TD: Tensor, choices: Choices, mlp: Mlp) -> Tensor:
     share = _share(choices, num_experts)
     if share:
         starts_E = counts_E = None
-        size = choices.groups.size
-        row_TK = rows_in_shares(chosen_TK, choices.kept_TK, choices.slots_TK, size, choices.capacity, share)
+        row_TK = _rows_in_shares(choices, share)
     else:
         row_TK, starts_E, counts_E = expert_rows(chosen_TK, choices.kept_TK, num_experts)
     is_training = torch.is_grad_enabled() and any(
@@ -70,6 +72,47 @@ def expert_mlp(x_TD: Tensor, choices: Choices, mlp: Mlp) -> Tensor:
     )[0]  # fmt: skip
 
 
+class Places(NamedTuple):
+    """Where the choices of `dispatch` stand.
+
+    Attributes:
+        row_TK: The row of each choice, -1 for none.
+        choice_R: The choice in each row, -1 for none.
+        num_experts: E.
+        share: Rows of each expert.
+    """
+
+    row_TK: Tensor
+    choice_R: Tensor
+    num_experts: int
+    share: int
+
+
+def dispatch(x_TD: Tensor, choices: Choices, num_experts: int, dtype: torch.dtype) -> tuple[Tensor, Places] | None:
+    """Rows (R, D) of another type, an equal share for each of E experts, with the tokens in them, for `combine`.
+
+    None without a capacity, and where it would set aside too many rows.
+    """
+    share = _share(choices, num_experts)
+    if not share:
+        return None
+    row_TK = _rows_in_shares(choices, share)
+    x_RD, choice_R = shares.scatter(x_TD, row_TK, num_experts * share, dtype)
+    return x_RD, Places(row_TK, choice_R, num_experts, share)
+
+
+def combine(y_RD: Tensor, choices: Choices, places: Places) -> Tensor:
+    """(T, O): the sum over a token's choices of their rows (R, O) times their combine weights."""
+    row_TK, choice_R, *sizes = places
+    chosen_TK, weights_TK = choices.chosen_TK.contiguous(), choices.weights_TK.contiguous()
+    return shares.combine(y_RD.contiguous(), row_TK, choice_R, chosen_TK, weights_TK, *sizes)
+
+
+def _rows_in_shares(choices: Choices, share: int) -> Tensor:
+    how = (choices.groups.size, choices.capacity, share)
+    return rows_in_shares(choices.chosen_TK.contiguous(), choices.kept_TK, choices.slots_TK, *how)
+
+
 def _share(choices: Choices, num_experts: int) -> int:
     """Rows set aside for each expert, or 0 where that would be wasteful."""
     if choices.capacity is None:
@@ -80,7 +123,7 @@ def _share(choices: Choices, num_experts: int) -> int:
 
 
 __all__ = [
-    "MAX_COMPARED", "MAX_EXPERTS", "MAX_SCORES", "MIN_CAPABILITY", "balance", "expert_mlp", "falling_order",
-    "fused_experts", "gates", "ranks", "scores", "scores_and_tokens", "takes_logits", "what_does_not_fit",
-    "what_it_lacks",
+    "MAX_COMPARED", "MAX_EXPERTS", "MAX_SCORES", "MIN_CAPABILITY", "balance", "combine", "dispatch", "expert_mlp",
+    "falling_order", "fused_experts", "gates", "ranks", "scores", "scores_and_tokens", "takes_logits",
+    "what_does_not_fit", "what_it_lacks",
 ]  # fmt: skip
