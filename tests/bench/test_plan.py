@@ -105,11 +105,13 @@ def test_dense_gradients_are_averaged_once_an_update_and_not_gathered():
         assert whole.sent == pytest.approx(tokens + 2 * 4 * dense * 3 / 4)
 
 
-def test_averaging_is_not_hidden_behind_a_pass():
-    free, slow = (plan_of(Layout("expert", 4, 4, "whole"), workload(), dataclasses.replace(GPU, link=link)).times
-                  for link in (1e30, 1e9))  # fmt: skip
-    sent = plan_of(Layout("expert", 4, 4, "whole"), workload()).sent
-    assert slow.network - free.network == pytest.approx(sent / 1e9)
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_averaging_hides_behind_the_backward_pass_of_an_update_s_only_batch(accumulate):
+    layout, planned = Layout("expert", 4, 4, "whole"), workload(batch=4096, accumulate=accumulate)
+    free, slow = (plan_of(layout, planned, dataclasses.replace(GPU, link=link)) for link in (1e30, 1e11))
+    dense = sum(parameter.numel() for name, parameter in real_model().named_parameters() if ".experts." not in name)
+    waited_for = slow.sent - (2 * 4 * dense * 3 / 4 if accumulate == 1 else 0)
+    assert slow.times.network - free.times.network == pytest.approx(waited_for / 1e11)
 
 
 def test_experts_are_gathered_only_where_they_are_cut_further():
@@ -159,7 +161,7 @@ def test_a_slower_network_costs_experts_more():
         {plan.layout.expert_size: plan.times.step for plan in make_plans(workload(many, 256), layouts, GPU, bandwidth)}
         for bandwidth in (50e9, 1e9)
     )
-    assert slow[64] - fast[64] > slow[8] - fast[8] >= 0
+    assert slow[64] - fast[64] > slow[8] - fast[8] >= -1e-12  # sums are rounded
 
 
 def test_more_processes_than_the_experts_width_divides_into():

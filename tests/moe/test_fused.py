@@ -167,13 +167,6 @@ def test_rows_of_experts_elsewhere(images, tokens, group, num_experts, top_k, ca
     check_against_oracle(x, routing, parameters, cotangent, nn.GELU(), dtype, backend=Elsewhere)
 
 
-def test_rows_are_not_set_aside_in_vain():
-    routing = skewed_routing(4, 100, 4, 2, 1, 0.0, torch.Generator(), capacity=400)
-    choices = Choices(*(part.to(DEVICE) if isinstance(part, torch.Tensor) else part for part in Choices.of(routing)))
-    assert fused.dispatch(torch.zeros(400, 8, device=DEVICE), choices, 2, torch.float32) is None
-    assert fused.dispatch(torch.zeros(400, 8, device=DEVICE), choices._replace(capacity=None), 2, torch.float32) is None
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("capacity", [None, 320])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -39,7 +39,7 @@ def _scaling(options: argparse.Namespace, results: Results, scratch: Path) -> No
     def report(rows: list[dict[str, Any]]) -> None:
         ended = finished(rows, scratch, known)
         for row in ended:
-            if row["part"] in ("speed", "size") and "peak_mib" in row and not (row["compiled"] or row["graphed"]):
+            if row["part"] in ("speed", "size") and "peak_mib" in row and not row["compiled"]:
                 key = f"predicted {row['key']} {row.get('blocks')}"
                 known[key] = known.get(key) or predicted(row, models[row["model"]], machine)
                 row |= known[key]

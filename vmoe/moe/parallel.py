@@ -82,10 +82,8 @@ class DistributedExperts(Experts):
     def _by_capacity(self, x_TD: Tensor, choices: Choices, num_experts: int, mlp: Mlp) -> Tensor:
         fused = fused_for(x_TD)
         if fused is not None and choose_backend(x_TD, choices, mlp, self.backend) is fused:
-            dispatched = fused.dispatch(x_TD, choices, num_experts, mlp.dtype)
-            if dispatched is not None:
-                x_RD, places = dispatched
-                return fused.combine(self._even(x_RD, mlp), choices, places)
+            x_RD, places = fused.dispatch(x_TD, choices, num_experts, mlp.dtype)
+            return fused.combine(self._even(x_RD, mlp), choices, places)
         layout = padded.layout(choices, num_experts)
         y_RD = self._even(rows.dispatch(x_TD.to(mlp.dtype), layout), mlp)
         return rows.combine(y_RD, choices.combine_weights_TK(), layout)

@@ -39,6 +39,7 @@ def workload_of(config: TrainConfig, classes: int | None = None) -> Workload:
         data.mix.is_on,
         moments=1 if config.optim.name == "muon" else 2,  # of the matrices, which are nearly all
         has_average=trainer.ema_decay is not None,
+        graphed=trainer.cuda_graph,
     )
 
 

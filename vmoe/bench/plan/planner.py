@@ -44,6 +44,7 @@ class Workload(NamedTuple):
         mixes: Whether targets are shares of all classes.
         moments: Numbers that the optimiser keeps a parameter.
         has_average: Whether an average of the weights is kept.
+        graphed: Whether the step is captured as a CUDA graph, which the host launches as one.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Workload(NamedTuple):
     mixes: bool = False
     moments: int = 2
     has_average: bool = False
+    graphed: bool = False
 
     def model(self) -> torch.nn.Module:
         """It, on the meta device.
@@ -224,7 +226,8 @@ def times_of(
     times = workload.accumulate
     exchanges = 1 if layout.strategy == "ddp" else times  # ddp's gradients travel once an update
     network = exchanges * (sum(waiting) + traffic.between) + averaging.between
-    return Times(times * compute, times * moving + copying + update, network, times * slow_host + slow_averaging)
+    host = 0.0 if workload.graphed else times * slow_host + slow_averaging
+    return Times(times * compute, times * moving + copying + update, network, host)
 
 
 def _pass_times(works: list[Work], machine: Machine) -> tuple[float, float, float]:

@@ -47,7 +47,7 @@ class StandIns(TorchFunctionMode):
             if expert_size is not None:
                 experts.__class__ = _ExchangedExperts
                 experts.mesh = SimpleNamespace(size=lambda: expert_size)
-                experts.send = send
+                experts.send, experts.like_gpu = send, like_gpu
             elif like_gpu:
                 experts.__class__ = _FusedExperts
             experts.charge = charge
@@ -108,10 +108,17 @@ class _FusedExperts(Experts):
         if not _is_fused(mlp):
             backend = segments if choices.capacity is None else padded
             return backend.expert_mlp(x_TD, choices, mlp)
-        casts = [weight.detach().to(dtype) for weight in (mlp.weight1, mlp.weight2)]
-        num_rows = _rows_of(choices, mlp.weight1.shape[0])
-        learned = (mlp.weight1, mlp.bias1, mlp.weight2, mlp.bias2)
-        return _FusedMlp.apply(x_TD, choices.weights_TK, *learned, *casts, mlp, num_rows, self.charge)
+        return _fused(x_TD, choices, mlp, self.charge)
+
+
+def _fused(x_TD: Tensor, choices: Choices, mlp: Mlp, charge: Charge) -> Tensor:
+    casts = [weight.detach().to(mlp.dtype) for weight in (mlp.weight1, mlp.weight2)]
+    num_experts = mlp.weight1.shape[0]
+    num_rows = num_experts * _share(choices, num_experts)
+    if not num_rows:
+        num_rows = _aligned(choices.chosen_TK.numel()) + num_experts * _ROWS_ALIGNMENT
+    learned = (mlp.weight1, mlp.bias1, mlp.weight2, mlp.bias2)
+    return _FusedMlp.apply(x_TD, choices.weights_TK, *learned, *casts, mlp, num_rows, charge)
 
 
 def _is_fused(mlp: Mlp) -> bool:
@@ -120,14 +127,13 @@ def _is_fused(mlp: Mlp) -> bool:
     return isinstance(function, nn.GELU | nn.SiLU) and mlp.norm is None and mlp.dropout == 0
 
 
-def _rows_of(choices: Choices, num_experts: int) -> int:
-    """R: equal shares where a capacity bounds them well, else room for every choice."""
-    chosen = choices.chosen_TK.numel()
-    if choices.capacity is not None:
-        share = _aligned(choices.groups.count * choices.capacity)
-        if num_experts * share <= _MAX_SHARES * chosen + num_experts * _ROWS_ALIGNMENT:
-            return num_experts * share
-    return _aligned(chosen) + num_experts * _ROWS_ALIGNMENT
+def _share(choices: Choices, num_experts: int) -> int:
+    """Rows of each expert where a capacity bounds them well; else 0, and there is room for every choice."""
+    if choices.capacity is None:
+        return 0
+    share = _aligned(choices.groups.count * choices.capacity)
+    is_tight = num_experts * share <= _MAX_SHARES * choices.chosen_TK.numel() + num_experts * _ROWS_ALIGNMENT
+    return share if is_tight else 0
 
 
 def _aligned(count: int) -> int:
@@ -180,6 +186,20 @@ class _ExchangedExperts(DistributedExperts):
     """Experts dealt out among processes; only the network is left out."""
 
     send: Callable[[int], None]
+    like_gpu: bool
+
+    def _by_capacity(self, x_TD: Tensor, choices: Choices, num_experts: int, mlp: Mlp) -> Tensor:
+        if not (self.like_gpu and _is_fused(mlp)):
+            return super()._by_capacity(x_TD, choices, num_experts, mlp)
+        num_rows = num_experts * choices.groups.count * choices.capacity
+        x_RD = _Scatter.apply(x_TD, num_rows, mlp.dtype, self.charge)
+        return _Combine.apply(self._even(x_RD, mlp), choices.weights_TK, self.charge)
+
+    def _own_experts(self, x_RD: Tensor, expert_R: Tensor, mlp: Mlp, *bounds: Any) -> Tensor:
+        if not (self.like_gpu and _is_fused(mlp)):
+            return super()._own_experts(x_RD, expert_R, mlp, *bounds)
+        choices = Choices(expert_R[:, None], torch.ones(len(x_RD), 1), *bounds)
+        return _fused(x_RD, choices, mlp, self.charge)
 
     def _uneven(self, x_RD: Tensor, counts_E: Tensor, mlp: Mlp) -> Tensor:
         # With a fair load: as many rows arrive as leave
@@ -195,6 +215,42 @@ class _ExchangedExperts(DistributedExperts):
 
     def _local(self, parameter: Tensor | None) -> Tensor | None:
         return parameter
+
+
+class _Scatter(torch.autograd.Function):
+    """`vmoe.moe.kernels.fused.shares.scatter`."""
+
+    @staticmethod
+    def forward(ctx, x_TD: Tensor, num_rows: int, dtype: torch.dtype, charge: Charge) -> Tensor:
+        x_RD = x_TD.new_empty(num_rows, x_TD.shape[1], dtype=dtype)
+        ctx.like, ctx.charge = (x_TD.shape, x_TD.dtype), charge
+        charge("other", dtype, 0, _bytes(x_TD) + _bytes(x_RD), 3)
+        return x_RD
+
+    @staticmethod
+    def backward(ctx, grad_RD: Tensor):
+        shape, dtype = ctx.like
+        grad_TD = grad_RD.new_empty(shape, dtype=dtype)
+        ctx.charge("other", dtype, 0, _bytes(grad_RD) + _bytes(grad_TD), 1)
+        return grad_TD, None, None, None
+
+
+class _Combine(torch.autograd.Function):
+    """`vmoe.moe.kernels.fused.shares.combine`."""
+
+    @staticmethod
+    def forward(ctx, y_RD: Tensor, weights_TK: Tensor, charge: Charge) -> Tensor:
+        ctx.save_for_backward(y_RD, weights_TK, y_RD.new_empty(len(y_RD), dtype=torch.int32))
+        ctx.charge = charge
+        y_TD = y_RD.new_empty(len(weights_TK), y_RD.shape[1])
+        charge("other", y_RD.dtype, 0, _bytes(y_RD) + _bytes(y_TD), 1)
+        return y_TD
+
+    @staticmethod
+    def backward(ctx, grad_TD: Tensor):
+        y_RD, weights_TK, _ = ctx.saved_tensors
+        ctx.charge("other", y_RD.dtype, 0, _bytes(grad_TD) + 2 * _bytes(y_RD), 2)
+        return torch.empty_like(y_RD), torch.empty_like(weights_TK), None
 
 
 class _Exchange(torch.autograd.Function):

@@ -25,7 +25,8 @@ def predicted(row: dict[str, Any], model: Model, machine: Machine) -> dict[str, 
     layout = Layout(how[0], row["processes"], *how[1:])
     moe = Job("speed", row["processes"], *how, model, row["experts"], row["batch"], row["dtype"]).moe()
     dtype = getattr(torch, row["dtype"])
-    workload = Workload(model.name, kwargs, moe, CLASSES, model.image_size, row["batch"], dtype=dtype)
+    graphed = row["graphed"]
+    workload = Workload(model.name, kwargs, moe, CLASSES, model.image_size, row["batch"], dtype=dtype, graphed=graphed)
     (plan,) = make_plans(workload, [layout], machine, NETWORKS["ib-400"].bandwidth)
     step_ms = plan.times.step * 1e3
     told = {"predicted_ms": step_ms, "time_ratio": step_ms / row["step_ms"]}

@@ -88,21 +88,16 @@ class Places(NamedTuple):
     share: int
 
 
-def dispatch(x_TD: Tensor, choices: Choices, num_experts: int, dtype: torch.dtype) -> tuple[Tensor, Places] | None:
-    """Rows (R, D) of another type, an equal share for each of E experts, with the tokens in them, for `combine`.
-
-    None without a capacity, and where it would set aside too many rows.
-    """
-    share = _share(choices, num_experts)
-    if not share:
-        return None
+def dispatch(x_TD: Tensor, choices: Choices, num_experts: int, dtype: torch.dtype) -> tuple[Tensor, Places]:
+    """Rows (R, D) of another type, for each of E experts as many as its capacity, with the tokens in them."""
+    share = choices.groups.count * choices.capacity
     row_TK = _rows_in_shares(choices, share)
     x_RD, choice_R = shares.scatter(x_TD, row_TK, num_experts * share, dtype)
     return x_RD, Places(row_TK, choice_R, num_experts, share)
 
 
 def combine(y_RD: Tensor, choices: Choices, places: Places) -> Tensor:
-    """(T, O): the sum over a token's choices of their rows (R, O) times their combine weights."""
+    """(T, O): the sum over a token's choices of their rows (R, O), as `dispatch` laid them out, times their weights."""
     row_TK, choice_R, *sizes = places
     chosen_TK, weights_TK = choices.chosen_TK.contiguous(), choices.weights_TK.contiguous()
     return shares.combine(y_RD.contiguous(), row_TK, choice_R, chosen_TK, weights_TK, *sizes)

@@ -89,10 +89,11 @@ def combine_gradient(
     columns = 128
     num_columns = cdiv(width, columns)
     dots_RP = grad_weights_TK.new_empty(num_rows, num_columns)
-    bias_parts_MD = grad_weights_TK.new_empty(num_rows // STRETCH, width)
-    _combine_gradient[(num_rows // STRETCH, num_columns)](
-        grad_TD, choice_R, weights_TK, y_RD, bias_ED, segments.starts_E, out_RD, dots_RP, bias_parts_MD, width,
-        num_experts, segments.share, K=weights_TK.shape[1], HAS_BIAS=bias_ED is not None,
+    num_stretches = cdiv(num_rows, STRETCH)
+    bias_parts_MD = grad_weights_TK.new_empty(num_stretches, width)
+    _combine_gradient[(num_stretches, num_columns)](
+        grad_TD, choice_R, weights_TK, y_RD, bias_ED, segments.starts_E, out_RD, dots_RP, bias_parts_MD, num_rows,
+        width, num_experts, segments.share, K=weights_TK.shape[1], HAS_BIAS=bias_ED is not None,
         HAS_SHARE=segments.share > 0, STRETCH=STRETCH, ROWS=8, COLUMNS=columns,
         EXPERTS=columns_of(num_experts),
     )  # fmt: skip
@@ -188,7 +189,7 @@ def _combine(
 
 @triton.jit
 def _combine_gradient(
-    grad, choice_of_row, weights, y, bias, starts, out, dots, bias_parts, width, num_experts, share,
+    grad, choice_of_row, weights, y, bias, starts, out, dots, bias_parts, num_rows, width, num_experts, share,
     K: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SHARE: tl.constexpr, STRETCH: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, EXPERTS: tl.constexpr,
 ):  # fmt: skip
@@ -201,7 +202,8 @@ def _combine_gradient(
     total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     for first in range(0, STRETCH, ROWS):
         row = tl.program_id(0) * STRETCH + first + tl.arange(0, ROWS)
-        choice = tl.load(choice_of_row + row)
+        is_row = row < num_rows
+        choice = tl.load(choice_of_row + row, mask=is_row, other=-1)
         is_used = choice >= 0
         weight = tl.load(weights + choice, mask=is_used, other=0.0).to(tl.float32)
         inside = is_used[:, None] & is_column
@@ -209,9 +211,10 @@ def _combine_gradient(
         at_token = (choice // K)[:, None].to(tl.int64) * width + column[None, :]
         value = tl.load(y + at_row, mask=inside, other=0.0).to(tl.float32) + added
         slope = tl.load(grad + at_token, mask=inside, other=0.0).to(tl.float32)
-        tl.store(dots + row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1), tl.sum(slope * value, 1))
+        at_dot = dots + row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+        tl.store(at_dot, tl.sum(slope * value, 1), mask=is_row)
         slope *= weight[:, None]
-        tl.store(out + at_row, slope.to(out.dtype.element_ty), mask=is_column)
+        tl.store(out + at_row, slope.to(out.dtype.element_ty), mask=is_row[:, None] & is_column)
         total += slope
     if HAS_BIAS:
         at = bias_parts + tl.program_id(0).to(tl.int64) * width + column
