@@ -5,17 +5,16 @@ these on the CPU, by Triton's interpreter.
 """
 
 import copy
-import os
 import sys
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 
 from vmoe.moe import MoeConfig, MoeMlp, parallel
 from vmoe.moe.kernels import fused
 from vmoe.moe.parallel import DistributedExperts, deal_out_experts
+from vmoe.training.processes import connect, disconnect, new_mesh
 
 LAYERS = {
     "capacity": {"capacity_factor": 0.6, "batch_priority": True},
@@ -57,8 +56,7 @@ def check(name: str, training: bool) -> None:
     layer = MoeMlp(8, 16, norm_layer=norm, moe=MoeConfig(**options), tokens=5, dtype=DTYPE, device=DEVICE)
     layer.train(training)
     mine = copy.deepcopy(layer)
-    mesh = init_device_mesh(DEVICE.type, (2,))
-    deal_out_experts(mine, mesh)
+    deal_out_experts(mine, new_mesh(DEVICE.type, (2,)))
     assert isinstance(mine.experts, DistributedExperts) and mine.experts.fc1.weight.to_local().shape[0] == 2
     counts = [4, 4] if training else [4, 3]  # evaluation's last batch may be smaller
     images = torch.randn(sum(counts), 5, 8, dtype=DTYPE, device=DEVICE)
@@ -77,11 +75,9 @@ def check(name: str, training: bool) -> None:
         print(f"{name}: as in one process")
 
 
-if DEVICE.type == "cuda":
-    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-dist.init_process_group("gloo" if DEVICE.type == "cpu" else "nccl")
+connect(DEVICE.type)
 for layer_name in LAYERS:
     check(layer_name, training=True)
     check(layer_name, training=False)
 assert handed == {torch.Tensor}, handed
-dist.destroy_process_group()
+disconnect()
