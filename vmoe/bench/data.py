@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from vmoe.bench.report import Column
 from vmoe.data import Batch, ImageDataModule
 from vmoe.moe import auxiliary_loss
+from vmoe.training.graph import GraphedStep
 
 COLUMNS = (
     Column("images", "source"),
@@ -24,7 +25,7 @@ COLUMNS = (
     Column("loader / training", "share_of_model", ".2f"),
     Column("training is bound by", "bound_by"),
 )
-_WARM_UP = 3  # steps that are not counted
+_WARM_UP = 5  # steps that are not counted: a graph is captured in the fourth
 
 
 @dataclass(frozen=True)
@@ -69,21 +70,30 @@ class TrainingStep:
         device: Where to run.
         dtype: Of autocast.
         compiled: The model is compiled, in place.
+        graphed: The step is captured as a CUDA graph.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype, compiled: bool) -> None:
-        self.model, self.device, self.dtype = model.train(), device, dtype
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
+    def __init__(
+        self, model: nn.Module, device: torch.device, dtype: torch.dtype, compiled: bool, graphed: bool
+    ) -> None:
+        self.model, self.device, self.dtype, self.graphed = model.train(), device, dtype, graphed
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True, capturable=graphed)
         if compiled:
             model.compile(dynamic=False)
+        self._run = GraphedStep(self._step) if graphed else self._step
 
     def __call__(self, images: Tensor, targets: Tensor) -> None:
         """One step on (B, 3, H, W) images and (B,) labels or (B, classes) targets."""
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            loss = F.cross_entropy(self.model(images), targets) + auxiliary_loss(self.model)
+        self._run(Batch(images, targets, []))
+
+    def _step(self, batch: Batch) -> Tensor:
+        self.optimizer.zero_grad(set_to_none=True)
+        is_mixed, keeps_casts = self.dtype != torch.float32, not self.graphed  # which a graph must not
+        with torch.autocast(self.device.type, self.dtype, enabled=is_mixed, cache_enabled=keeps_casts):
+            loss = F.cross_entropy(self.model(batch.images), batch.labels) + auxiliary_loss(self.model)
         loss.backward()
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
 
     def rate(self, batches: Iterator[tuple[Tensor, Tensor]], seconds: float, ahead: int = 0) -> float:
         """Images/s of steps on these batches; the first few, and those prepared `ahead`, are not counted."""

@@ -225,7 +225,8 @@ def data(options: argparse.Namespace, overrides: list[str], results: Results) ->
         model = build_model(config.model.name, config.model.kwargs, config.moe, classes, size)
         synthetic = torch.randn(batch, 3, size, size), torch.randint(classes, (batch,))
     dtype = _DTYPES[config.trainer.precision]
-    step = TrainingStep(model, options.device, dtype, config.trainer.compile)
+    graphed = config.trainer.cuda_graph and options.device.type == "cuda"
+    step = TrainingStep(model, options.device, dtype, config.trainer.compile, graphed)
     rows = []
     for module in modules:
         results.say(options.config)(
