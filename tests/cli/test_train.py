@@ -13,7 +13,8 @@ from vmoe.cli.train import main, parse
 from vmoe.data.config import DEFAULTS
 from vmoe.errors import UserError
 from vmoe.models.cost import count_parameters
-from vmoe.training.config import TrainConfig, from_plain, to_plain
+from vmoe.training.config import TrainConfig
+from vmoe.training.plain import from_plain, to_plain
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 

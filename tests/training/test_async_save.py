@@ -13,7 +13,8 @@ from parallel_runs import TINY, assert_close, assert_same_run, launch, strategy_
 
 from vmoe.checkpoints import ENTRY, RunFolder, read_checkpoint
 from vmoe.errors import UserError
-from vmoe.training.config import ParallelConfig, TrainConfig, from_plain
+from vmoe.training.config import ParallelConfig, TrainConfig
+from vmoe.training.plain import from_plain
 
 WORKER = Path(__file__).with_name("folder_writer_worker.py")
 KILLED = {"SIGNAL": str(int(signal.SIGKILL)), "SIGNALLED_RANK": "1"}

@@ -71,7 +71,7 @@ def data_config(checkpoint: "Checkpoint", name: str | None = None) -> "DataConfi
         UserError: neither tells of data.
     """
     from vmoe.data import DataConfig
-    from vmoe.training.config import from_plain
+    from vmoe.training.plain import from_plain
 
     trained_on = checkpoint.config.get("data")
     if trained_on is None and name is None:

@@ -139,7 +139,7 @@ def _fewer(checkpoint: "Checkpoint", keep: int) -> dict[str, Any]:
     """The moe section of the result."""
     from vmoe.export.pruning import regrouped_config
     from vmoe.moe import MoeConfig
-    from vmoe.training.config import to_plain
+    from vmoe.training.plain import to_plain
 
     return to_plain(regrouped_config(MoeConfig(**checkpoint.config["moe"]), keep))
 

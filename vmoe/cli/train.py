@@ -18,7 +18,8 @@ from vmoe.cli.config_files import newer_version, read_config
 from vmoe.cli.recipes import find_recipe, recipe_names
 from vmoe.errors import UserError
 from vmoe.moe import MoeConfig
-from vmoe.training.config import TrainConfig, from_plain, section_type
+from vmoe.training.config import TrainConfig
+from vmoe.training.plain import from_plain, section_type
 from vmoe.training.processes import Place
 from vmoe.training.progress import Progress
 from vmoe.training.run import train

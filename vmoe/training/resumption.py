@@ -10,7 +10,8 @@ from vmoe.checkpoint_entry import check_entry
 from vmoe.checkpoints import ENTRY, RunFolder, flatten, read_without_tensors
 from vmoe.errors import UserError
 from vmoe.files import atomic_write, recover, remove_leftovers
-from vmoe.training.config import TrainConfig, from_plain, to_plain
+from vmoe.training.config import TrainConfig
+from vmoe.training.plain import from_plain, to_plain
 from vmoe.training.processes import gather
 
 # What may differ when a run is resumed: where things are and how fast they go, but nothing that changes the result.

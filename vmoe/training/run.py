@@ -23,12 +23,13 @@ from vmoe.files import atomic_write, write_json
 from vmoe.models.cost import check_training_capacity
 from vmoe.moe.assignment import CapacityError
 from vmoe.training import summary
-from vmoe.training.config import WRITTEN_BY, ParallelConfig, TrainConfig, to_plain
+from vmoe.training.config import WRITTEN_BY, ParallelConfig, TrainConfig
 from vmoe.training.distillation import load_teacher
 from vmoe.training.initial import initial_model
 from vmoe.training.journal import Clock, Journal, MetricsTable
 from vmoe.training.module import Classifier
 from vmoe.training.parallel import check_parts, cut_of, fallback_of_muon, strategy_of
+from vmoe.training.plain import to_plain
 from vmoe.training.processes import Place, connect, disconnect, gather, together
 from vmoe.training.progress import Progress
 from vmoe.training.resumption import mark_launch, read_summary, recover_checkpoints, restarted, saved_state

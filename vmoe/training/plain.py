@@ -1,0 +1,84 @@
+"""Configs as nested dicts, lists, strings, numbers and None, and back, with each value checked by its field's type."""
+
+import dataclasses
+import types
+import typing
+from typing import Any, Literal
+
+from vmoe.errors import UserError
+
+
+def to_plain(value: Any) -> Any:
+    """A config as nested dicts, lists, strings, numbers and None: what YAML, JSON and a checkpoint can hold."""
+    if dataclasses.is_dataclass(value):
+        return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(key): to_plain(item) for key, item in value.items()}
+    return [to_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def from_plain(kind: type, plain: dict[str, Any], prefix: str = "") -> Any:
+    """The dataclass `kind` from nested dicts; what is left out takes its default.
+
+    Raises:
+        UserError: an option is unknown or its value not allowed; the message names it by its dotted name.
+    """
+    hints = typing.get_type_hints(kind)
+    values = {}
+    for name, value in plain.items():
+        if name not in hints:
+            raise UserError(f"{prefix}{name}: no such option in this version")
+        if value is None and type(None) not in _choices(hints[name]):
+            raise UserError(f"{prefix}{name}: must not be null; leave it out for its default")
+        section = section_type(hints[name])
+        if section is not None and value is not None:
+            if not isinstance(value, dict):
+                raise UserError(f"{prefix}{name}={value!r}: must be a section of options")
+            value = from_plain(section, value, f"{prefix}{name}.")
+        elif isinstance(value, list) and _holds_tuple(hints[name]):  # YAML and checkpoints know only lists
+            value = tuple(value)
+        if section is None and not _fits(value, hints[name]):
+            raise UserError(f"{prefix}{name}={value!r}: must be {_told(hints[name])}")
+        values[name] = value
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise UserError(f"{prefix}{error}") from error
+
+
+def section_type(hint: Any) -> type | None:
+    """The config dataclass that a field's type holds, `X` or `X | None`; None for a plain value."""
+    return next((choice for choice in _choices(hint) if dataclasses.is_dataclass(choice)), None)
+
+
+def _choices(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a plain value is of a field's type; which of a Literal's words it is, the dataclass checks."""
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return any(_fits(value, choice) for choice in parts)
+    if origin is Literal:
+        return any(type(value) is type(choice) for choice in parts)
+    if origin is list:
+        return isinstance(value, list) and all(_fits(item, parts[0]) for item in value)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_fits(item, parts[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict)
+    if hint is Any:
+        return True
+    return type(value) in ((int, float) if hint is float else (hint,))
+
+
+def _told(hint: Any) -> str:
+    """A field's type as a user knows it."""
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
+    kinds = {Literal: "a word", list: "a list", tuple: "a list of numbers", dict: "keys and values"}
+    return " or ".join(names.get(choice) or kinds[typing.get_origin(choice)] for choice in _choices(hint))
+
+
+def _holds_tuple(hint: Any) -> bool:
+    return any(typing.get_origin(choice) is tuple for choice in _choices(hint))
