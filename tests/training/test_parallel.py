@@ -15,6 +15,9 @@ from safetensors import safe_open
 from vmoe.checkpoints import ENTRY, RunFolder, load_checkpoint, read_checkpoint
 from vmoe.cli.consolidate import main as consolidate
 from vmoe.errors import UserError
+from vmoe.moe import MoeConfig
+from vmoe.training.config import ParallelConfig, TrainConfig, TrainerConfig
+from vmoe.training.parallel import check_parts
 
 TRAIN = Path(__file__).parents[2] / "tools" / "train.py"  # in float32, which the compiler is used with
 
@@ -127,6 +130,16 @@ def test_experts_that_cannot_be_dealt_out(recipe, tmp_path):
     done = launch(recipe, tmp_path / "run", 2, *strategy_options("expert 3"))
     assert done.returncode != 0
     assert "parallel.expert_size=3: must divide the number of processes, 2" in done.stderr
+
+
+def test_a_captured_step_needs_experts_that_are_cut_no_further():
+    parallel = ParallelConfig("expert", expert_size=2, dense="whole")
+    config = TrainConfig(
+        moe=MoeConfig(num_experts=4, group=8), trainer=TrainerConfig(cuda_graph=True), parallel=parallel
+    )
+    check_parts(config, 32, 2)
+    with pytest.raises(UserError, match="parallel.expert_size=2: must be 4, the number of processes"):
+        check_parts(config, 32, 4)
 
 
 def test_several_processes_need_a_strategy(recipe, tmp_path):

@@ -248,8 +248,10 @@ class TrainConfig:
         if self.trainer.cuda_graph:
             if self.parallel.draws == "sample":
                 raise ValueError("trainer.cuda_graph=True: must be false with parallel.draws=sample")
-            if self.parallel.strategy in ("fsdp", "expert") and self.parallel.dense == "cut":
-                raise ValueError("trainer.cuda_graph=True: must be false where parallel.strategy cuts the dense part")
+            if self.parallel.strategy == "fsdp":
+                raise ValueError("trainer.cuda_graph=True: must be false with parallel.strategy=fsdp")
+            if self.parallel.strategy == "expert" and self.parallel.dense == "cut":
+                raise ValueError("trainer.cuda_graph=True: must be false with parallel.dense=cut; whole goes with it")
         if self.trainer.compile and self.parallel.draws == "sample":
             raise ValueError("trainer.compile=True: must be false with parallel.draws=sample")
 
