@@ -138,7 +138,7 @@ def test_a_captured_step_needs_experts_that_are_cut_no_further():
         moe=MoeConfig(num_experts=4, group=8), trainer=TrainerConfig(cuda_graph=True), parallel=parallel
     )
     check_parts(config, 32, 2)
-    with pytest.raises(UserError, match="parallel.expert_size=2: must be 4, the number of processes"):
+    with pytest.raises(UserError, match=r"parallel\.expert_size=2: must be 4, the number of processes"):
         check_parts(config, 32, 4)
 
 
