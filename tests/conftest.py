@@ -1,8 +1,17 @@
-"""Triton's kernels run on the CPU through its interpreter where there is no GPU."""
+"""Triton's kernels run on the CPU through its interpreter where there is no GPU; a fixture for what they leave out."""
 
 import os
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture
+def uninitialised_memory_holds_nan():
+    """What a kernel reads but nothing wrote shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
