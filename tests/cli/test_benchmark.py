@@ -5,6 +5,7 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -79,6 +80,32 @@ def test_data(tmp_path, capsys):
         assert row["share_of_synthetic"] == pytest.approx(row["training_images_per_second"] / synthetic)
         assert row["share_of_model"] == pytest.approx(row["images_per_second"] / synthetic)
         assert row["bound_by"] == ("the data" if row["share_of_model"] < 1 else "the model")
+
+
+def test_torchvisions_loader_beside_ours(tmp_path, capsys):
+    generator = np.random.default_rng(0)
+    for index in range(16):
+        place = tmp_path / "images" / ("train" if index < 12 else "val") / str(index % 2)
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 256, (20, 24, 3), np.uint8)).save(place / f"{index}.png")
+    config = tmp_path / "small.yaml"
+    config.write_text(
+        f"data: {{name: folder, root: {tmp_path / 'images'}, image_size: 16, batch_size: 4, val_fraction: 0.2,\n"
+        "  augment: {preset: light, crop_scale: [0.5, 1.0]}, mix: {mixup_alpha: 0.8}}\n"
+        "model: {name: vit_tiny_patch16_224, kwargs: {patch_size: 8, embed_dim: 24, depth: 2, num_heads: 3}}\n"
+        "moe: {num_experts: 2}\n"
+    )
+    arguments = ["data", "--device", "cpu", "--config", str(config), "--pipelines", "workers", "--seconds", "0.1"]
+    arguments += ["--out", str(tmp_path), "--workers", "0", "1"]
+    assert main([*arguments, "--torchvision"]) == 0
+    rows = json.loads((tmp_path / "data.json").read_text())["rows"]
+    sources = [(row["source"], row["workers"]) for row in rows]
+    assert sources == [("folder", 0), ("folder", 1), ("torchvision", 0), ("torchvision", 1)]
+    assert all(row["images_per_second"] > 0 and row["training_images_per_second"] > 0 for row in rows)
+    assert main([*arguments, "--torchvision", "--data.augment.preset", "strong"]) == 2
+    assert "--torchvision: crops by scale and flips, and data.augment does otherwise" in capsys.readouterr().err
+    assert main([*arguments, "--torchvision", "--data.name", "digits"]) == 2
+    assert "--torchvision: data.name is digits" in capsys.readouterr().err
 
 
 def test_data_that_do_not_fit_on_the_device_are_measured_with_workers_alone(tmp_path, monkeypatch, capsys):

@@ -50,6 +50,8 @@ dotted names; with data.mix the fed training mixes too.
 
   vmoe benchmark data --config configs/cifar10_vit_tiny.yaml --workers 0 4 8
   vmoe benchmark data --config configs/digits.yaml --pipelines device --data.batch_size 128
+  vmoe benchmark data --config configs/imagenette_vit_tiny.yaml --pipelines workers --workers 8 16 --torchvision \\
+    --data.name folder --data.root ~/data/imagenette --data.augment.preset light
 
 Writes data.json and data.md.
 """
@@ -104,7 +106,7 @@ def _benchmark(argv: list[str]) -> int:
     import torch
 
     from vmoe.bench.timing import DeviceLost
-    from vmoe.cli import benchmark_jobs
+    from vmoe.cli import benchmark_data, benchmark_jobs
     from vmoe.cli.benchmark_scaling import scaling
     from vmoe.cli.benchmark_serve import serve
 
@@ -117,7 +119,7 @@ def _benchmark(argv: list[str]) -> int:
         elif options.job == "model":
             benchmark_jobs.model(options, results)
         elif options.job == "data":
-            benchmark_jobs.data(options, rest, results)
+            benchmark_data.data(options, rest, results)
         elif options.job == "serve":
             serve(options, results)
         else:
@@ -201,6 +203,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     pipelines = ("workers", "device")
     add("--pipelines", nargs="+", choices=pipelines, default=pipelines, help="default: workers device")
     add("--shards", metavar="DIR", help="also the same images as tar shards of this folder (see make-shards)")
+    add("--torchvision", action="store_true", help="also torchvision's own loader of the same folder of images")
     add("--seconds", type=float, default=5.0, help="of counting for each figure (default: %(default)s)")
 
 

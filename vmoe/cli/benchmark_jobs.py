@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import importlib.metadata
-import itertools
 import shlex
 import sys
 import time
@@ -14,8 +13,6 @@ import torch
 
 from vmoe.bench.cases import CASES, Case
 from vmoe.bench.curves import AXES, COLUMNS, benchmark_curves, draw_curves
-from vmoe.bench.data import COLUMNS as DATA_COLUMNS
-from vmoe.bench.data import TrainingStep, endless, loader_rate, ready_batches
 from vmoe.bench.figure import save
 from vmoe.bench.layer import benchmark_layer, layer_jobs, peer_jobs
 from vmoe.bench.model import COLUMNS as MODEL_COLUMNS
@@ -33,7 +30,6 @@ from vmoe.training.summary import device_name, versions
 _FIELDS = {"width": "width", "hidden": "hidden", "experts": "num_experts", "top_k": "top_k", "images": "images",
            "tokens": "tokens", "capacity_factor": "capacity_factor"}  # fmt: skip
 _NUM_CLASSES = 1000
-_DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Results:
@@ -191,67 +187,6 @@ def _moe(options: argparse.Namespace, layers: str, top_k: int) -> MoeConfig:
         eval_capacity_factor=factor,
         batch_priority=factor is not None,
     )
-
-
-def data(options: argparse.Namespace, overrides: list[str], results: Results) -> None:
-    """The data pipelines of a config beside a training of its model on synthetic images."""
-    from vmoe.cli.train import parse
-    from vmoe.data import ImageDataModule
-
-    if not options.seconds > 0:
-        raise UserError(f"--seconds {options.seconds}: must be above 0")
-    config = parse(["--config", options.config, *overrides])
-    plain = dataclasses.replace(config.data, mix=dataclasses.replace(config.data.mix, until=1.0))  # as in most epochs
-    chosen = [("workers", workers) for workers in dict.fromkeys(options.workers)] + [("device", max(options.workers))]
-    chosen = [(pipeline, workers) for pipeline, workers in chosen if pipeline in options.pipelines]
-    modules = []
-    sources = [plain]
-    if options.shards is not None:
-        sources.append(dataclasses.replace(plain, name="webdataset", root=options.shards))
-    for (pipeline, workers), source in itertools.product(chosen, sources):
-        changed = dataclasses.replace(source, pipeline=pipeline, workers=workers)
-        module = ImageDataModule(changed, options.seed, options.device)
-        try:
-            module.prepare_data()
-            module.setup("fit")
-        except UserError as error:
-            if not modules:
-                raise
-            results.say(options.config)(f"left out: {error}")  # the set does not fit on the device
-            continue
-        modules.append(module)
-    classes, size, batch = modules[0].num_classes, modules[0].image_size, config.data.batch_size
-    with options.device:
-        model = build_model(config.model.name, config.model.kwargs, config.moe, classes, size)
-        synthetic = torch.randn(batch, 3, size, size), torch.randint(classes, (batch,))
-    dtype = _DTYPES[config.trainer.precision]
-    graphed = config.trainer.cuda_graph and options.device.type == "cuda"
-    step = TrainingStep(model, options.device, dtype, config.trainer.compile, graphed)
-    rows = []
-    for module in modules:
-        results.say(options.config)(
-            f"{module.config.name}, pipeline {module.config.pipeline}, {module.config.workers} workers"
-        )
-        ahead = 2 * module.config.workers  # what DataLoader prefetches
-        rate = loader_rate(module.train_dataloader, options.seconds, ahead, options.device)
-        on_synthetic = step.rate(endless([synthetic]), options.seconds)
-        batches = ready_batches(module, module.train_dataloader(), options.device)
-        fed = step.rate(batches, options.seconds, ahead)
-        rows.append({
-            "source": module.config.name, "pipeline": module.config.pipeline,
-            "workers": module.config.workers, **dataclasses.asdict(rate),
-            "training_images_per_second": fed, "synthetic_images_per_second": on_synthetic,
-            "share_of_synthetic": fed / on_synthetic, "share_of_model": rate.images_per_second / on_synthetic,
-            "bound_by": "the data" if rate.images_per_second < on_synthetic else "the model",
-        })  # fmt: skip
-    table = (
-        f"## {options.config}: {config.data.name}, {size} pixels, batches of {batch}, {config.model.name}\n\n"
-        + markdown_table(DATA_COLUMNS, rows)
-    )
-    print(table + "\n")
-    settings = {"config": options.config, "batch": batch, "image_size": size, "seconds": options.seconds}
-    results.write("data", dtype, settings | {"rows": rows}, [table])
-    print(f"data.json and data.md in {options.out}")
 
 
 def _dtype(options: argparse.Namespace) -> torch.dtype:

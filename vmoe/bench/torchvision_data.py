@@ -1,0 +1,47 @@
+"""torchvision's own way from a folder of images to batches, to compare ours with."""
+
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import v2
+
+from vmoe.data import ImageDataModule
+from vmoe.data.config import DEFAULTS
+from vmoe.data.presets import resolve
+from vmoe.errors import UserError
+
+
+def torchvision_loader(module: ImageDataModule, workers: int) -> DataLoader:
+    """A DataLoader over torchvision's ImageFolder and transforms that crops and flips as the module's config does.
+
+    Args:
+        module: set up, of a folder of images (`data.name` folder) with the preset light.
+        workers: processes that load.
+
+    Returns:
+        Shuffled batches of all images in the folder's `train`: images, (B, 3, H, W) float32, normalised; labels, (B,).
+
+    Raises:
+        UserError: the config has another kind of set or steps beside a crop by scale and a flip.
+    """
+    config, defaults = module.config, DEFAULTS[module.config.name]
+    if config.name != "folder":
+        raise UserError(f"--torchvision: data.name is {config.name}; it reads a folder of images, --data.name folder")
+    plan = resolve(config.augment, module.image_size, defaults.flip)
+    if plan.crop_scale is None or plan.randaugment_ops or plan.color_jitter or plan.erasing:
+        raise UserError(
+            "--torchvision: crops by scale and flips, and data.augment does otherwise; give --data.augment.preset light"
+        )
+    transform = v2.Compose([
+        v2.RandomResizedCrop(module.image_size, plan.crop_scale),
+        v2.RandomHorizontalFlip(plan.flip),
+        v2.PILToTensor(),
+        v2.ToDtype(torch.float32, scale=True),
+        v2.Normalize(module.mean, module.std),
+    ])  # fmt: skip
+    return DataLoader(
+        ImageFolder(Path(config.root) / "train", transform), config.batch_size, shuffle=True, num_workers=workers,
+        pin_memory=torch.cuda.is_available(), drop_last=True, persistent_workers=workers > 0,
+    )  # fmt: skip

@@ -1,0 +1,130 @@
+"""What `vmoe benchmark data` runs: a config's data pipelines beside its model."""
+
+import argparse
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vmoe.bench.data import COLUMNS, TrainingStep, endless, loader_rate, ready_batches
+from vmoe.bench.report import Row, markdown_table
+from vmoe.bench.torchvision_data import torchvision_loader
+from vmoe.checkpoints import build_model
+from vmoe.cli.benchmark_jobs import Results
+from vmoe.cli.train import parse
+from vmoe.data import DataConfig, ImageDataModule
+from vmoe.errors import UserError
+from vmoe.training.config import TrainConfig
+
+_DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class _Source(NamedTuple):
+    """Where batches come from."""
+
+    name: str
+    pipeline: str
+    workers: int
+    loader: Callable[[], Iterable]  # its batches begin with the images
+    batches: Callable[[], Iterator[tuple[Tensor, Tensor]]]  # on the device, without end: images and targets
+
+
+def data(options: argparse.Namespace, overrides: list[str], results: Results) -> None:
+    """The data pipelines of a config beside a training of its model on synthetic images."""
+    if not options.seconds > 0:
+        raise UserError(f"--seconds {options.seconds}: must be above 0")
+    config = parse(["--config", options.config, *overrides])
+    plain = dataclasses.replace(config.data, mix=dataclasses.replace(config.data.mix, until=1.0))  # as in most epochs
+    say = results.say(options.config)
+    modules = _modules(options, plain, say)
+    sources = [_own(module, options.device) for module in modules]
+    size = modules[0].image_size
+    if options.torchvision:
+        sources += [_torchvision(modules[0], workers, options.device) for workers in dict.fromkeys(options.workers)]
+    step, synthetic = _training(config, modules[0], options.device)
+    rows = []
+    for source in sources:
+        say(f"{source.name}, pipeline {source.pipeline}, {source.workers} workers")
+        rows.append(_measure(source, step, synthetic, options.seconds, options.device))
+    batch = config.data.batch_size
+    table = (
+        f"## {options.config}: {config.data.name}, {size} pixels, batches of {batch}, {config.model.name}\n\n"
+        + markdown_table(COLUMNS, rows)
+    )
+    print(table + "\n")
+    settings = {"config": options.config, "batch": batch, "image_size": size, "seconds": options.seconds}
+    results.write("data", step.dtype, settings | {"rows": rows}, [table])
+    print(f"data.json and data.md in {options.out}")
+
+
+def _modules(options: argparse.Namespace, config: DataConfig, say: Callable[[str], None]) -> list[ImageDataModule]:
+    """The chosen pipelines, each with the config's images and those of the shards; what does not fit is left out."""
+    chosen = [("workers", workers) for workers in dict.fromkeys(options.workers)] + [("device", max(options.workers))]
+    chosen = [(pipeline, workers) for pipeline, workers in chosen if pipeline in options.pipelines]
+    images = [config]
+    if options.shards is not None:
+        images.append(dataclasses.replace(config, name="webdataset", root=options.shards))
+    modules = []
+    for (pipeline, workers), source in itertools.product(chosen, images):
+        changed = dataclasses.replace(source, pipeline=pipeline, workers=workers)
+        module = ImageDataModule(changed, options.seed, options.device)
+        try:
+            module.prepare_data()
+            module.setup("fit")
+        except UserError as error:
+            if not modules:
+                raise
+            say(f"left out: {error}")  # the set does not fit on the device
+            continue
+        modules.append(module)
+    return modules
+
+
+def _own(module: ImageDataModule, device: torch.device) -> _Source:
+    config = module.config
+    return _Source(
+        config.name, config.pipeline, config.workers, module.train_dataloader,
+        lambda: ready_batches(module, module.train_dataloader(), device),
+    )  # fmt: skip
+
+
+def _torchvision(module: ImageDataModule, workers: int, device: torch.device) -> _Source:
+    loader = torchvision_loader(module, workers)
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        for images, labels in endless(loader):
+            yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+
+    return _Source("torchvision", "workers", workers, lambda: loader, batches)
+
+
+def _training(
+    config: TrainConfig, module: ImageDataModule, device: torch.device
+) -> tuple[TrainingStep, tuple[Tensor, Tensor]]:
+    """A step of the config's training, and a batch of synthetic images for it."""
+    size, classes, batch = module.image_size, module.num_classes, config.data.batch_size
+    with device:
+        model = build_model(config.model.name, config.model.kwargs, config.moe, classes, size)
+        synthetic = torch.randn(batch, 3, size, size), torch.randint(classes, (batch,))
+    graphed = config.trainer.cuda_graph and device.type == "cuda"
+    dtype = _DTYPES[config.trainer.precision]
+    return TrainingStep(model, device, dtype, config.trainer.compile, graphed), synthetic
+
+
+def _measure(
+    source: _Source, step: TrainingStep, synthetic: tuple[Tensor, Tensor], seconds: float, device: torch.device
+) -> Row:
+    """Its loader alone, then a training that it feeds beside the same on synthetic images."""
+    ahead = 2 * source.workers  # what DataLoader prefetches
+    rate = loader_rate(source.loader, seconds, ahead, device)
+    on_synthetic = step.rate(endless([synthetic]), seconds)
+    fed = step.rate(source.batches(), seconds, ahead)
+    return {
+        "source": source.name, "pipeline": source.pipeline, "workers": source.workers, **dataclasses.asdict(rate),
+        "training_images_per_second": fed, "synthetic_images_per_second": on_synthetic,
+        "share_of_synthetic": fed / on_synthetic, "share_of_model": rate.images_per_second / on_synthetic,
+        "bound_by": "the data" if rate.images_per_second < on_synthetic else "the model",
+    }  # fmt: skip
