@@ -18,6 +18,7 @@ from vmoe.errors import UserError
 
 _WHEN_NULL = {"data.subset.fraction": 1.0}  # what an option left out means
 _TOP, _WIDTH, _HEIGHT, _GAP, _ROW = 150, 480, 340, 110, 28
+_APART = 0.012  # of the axis's length between models at one value, so that none hides another
 
 
 @dataclass(frozen=True)
@@ -108,23 +109,24 @@ def draw_against(series: Sequence[Series], option: str) -> Page:
     panels = [_axes(page, 0, "Test top-1"), _axes(page, 1, "Training images as they are, top-1")]
     gains = _axes(page, 2, "Gain over the dense model")
     gains.axhline(0, color=MUTED, linewidth=1)
+    values = sorted({point.value for one in series for point in one.points})
     for index, one in enumerate(series):
         style = {"color": expert_hex(index), "linestyle": "--" if one.is_dense else "-", "capsize": 3, "markersize": 7}
         style |= {"fmt": "s" if one.is_dense else "o", "zorder": 3}
+        places = index - (len(series) - 1) / 2
         for axes, field in zip(panels, ("top1", "train_top1"), strict=True):
             told = [point for point in one.points if point.arm.mean(field) is not None]
+            at = [_beside(point.value, values, places) for point in told]
             means = [100 * point.arm.mean(field) for point in told]
-            axes.errorbar(
-                [point.value for point in told], means, [100 * (point.arm.sd(field) or 0) for point in told], **style
-            )
+            axes.errorbar(at, means, [100 * (point.arm.sd(field) or 0) for point in told], **style)
         paired = [point for point in one.points if point.gain is not None]
         reaches = [0 if p.gain.low is None else 100 * (p.gain.high - p.gain.mean) for p in paired]
-        gains.errorbar([p.value for p in paired], [100 * p.gain.mean for p in paired], reaches, **style)
+        at = [_beside(point.value, values, places) for point in paired]
+        gains.errorbar(at, [100 * p.gain.mean for p in paired], reaches, **style)
         place = _TOP + _HEIGHT + 80 + _ROW * index
         page.text(MARGIN + 50, place, "■" if one.is_dense else "●", BODY, color=expert_hex(index))
         counts = sorted({point.arm.n for point in one.points})
         page.text(MARGIN + 75, place, f"{one.name}  n={'-'.join(map(str, counts[:: max(1, len(counts) - 1)]))}", BODY)
-    values = sorted({point.value for one in series for point in one.points})
     for axes, unit in zip((*panels, gains), ("top-1 (%)", "top-1 (%)", "points of test top-1"), strict=True):
         _spread(axes, values)
         label(axes, option, unit)
@@ -138,10 +140,22 @@ def _axes(page: Page, index: int, title: str) -> Axes:
 
 
 def _spread(axes: Axes, values: list[float]) -> None:
-    """A logarithmic axis where values are positive, with a tick at each."""
-    if values[0] > 0:
+    """An axis with a tick at each value."""
+    if _is_logarithmic(values):
         axes.set_xscale("log")
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xticks(values, [short(value) for value in values])
     axes.margins(x=0.1)
+
+
+def _beside(value: float, values: list[float], places: float) -> float:
+    """Where on the axis a value is drawn that is shifted by so many places."""
+    share = _APART * places
+    if _is_logarithmic(values):
+        return value * (values[-1] / values[0]) ** share
+    return value + share * (values[-1] - values[0])
+
+
+def _is_logarithmic(values: list[float]) -> bool:
+    return values[0] > 0
