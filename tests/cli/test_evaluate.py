@@ -63,6 +63,29 @@ def test_frozen_features_are_probed(save_run, capsys):
     assert f"{probes['knn']['top1']:.2%}" in capsys.readouterr().out
 
 
+def test_features_of_a_set_with_other_classes_are_probed_alone(save_run, tmp_path, capsys):
+    generator = np.random.default_rng(0)
+    arrays = {}
+    for split, count in (("train", 90), ("test", 30)):
+        labels = np.arange(count) % 3
+        images = generator.integers(0, 120, (count, 16, 16, 3), np.uint8)
+        images[np.arange(count), ..., labels] += 100  # red, green or blue
+        arrays |= {f"{split}_x": images, f"{split}_y": labels}
+    np.savez(tmp_path / "colours.npz", **arrays)
+    run, out = save_run(moe=MOE), tmp_path / "out"
+    arguments = [str(run), "--data", "npz", "--root", str(tmp_path / "colours.npz"), "--out", str(out)]
+    assert main([*arguments, "--probe", "knn", "few-shot"]) == 0
+    report = json.loads((out / "evaluation.json").read_text())
+    assert report["results"] == [] and [path.name for path in out.iterdir()] == ["evaluation.json"]
+    assert report["probes"]["knn"]["top1"] > 0.8 and report["probes"]["few_shot"]["top1_mean"] > 0.8
+    assert "the classifier knows other classes" in capsys.readouterr().out
+    assert main([*arguments, "--probe", "knn", "--top-k", "1"]) == 2
+    line = "--data: npz has 3 classes, the checkpoint 10; --top-k needs its own classes, leave it out"
+    assert line in capsys.readouterr().err
+    assert main(arguments) == 2
+    assert "npz has 3 classes, the checkpoint 10; evaluate it on a set with its own classes" in capsys.readouterr().err
+
+
 def test_corrupted_images_are_measured(save_run, capsys):
     run = save_run("dense")
     arguments = ["--corruptions", "contrast", "gaussian_noise", "--severities", "5", "1", "--batch-size", "256"]

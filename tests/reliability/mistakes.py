@@ -141,6 +141,7 @@ MISTAKES: dict[str, list[Mistake]] = {
     "evaluate": [
         *(Mistake(what, f"{name} --out new", _OF_TORCH) for what, name in _OPENED),
         Mistake("other classes than the data's", "three --out new"),
+        Mistake("more than features of other classes", "three --probe knn --capacity-factor 1 --out new"),
         Mistake("an option of experts for a dense model", "dense --capacity-factor 1 --out new"),
         Mistake("a capacity that is a word", "run --capacity-factor much --out new"),
         Mistake("a capacity that leaves no place", "rounded --capacity-factor 0.01 --out new"),
@@ -240,6 +241,7 @@ MISTAKES: dict[str, list[Mistake]] = {
         Mistake("an unknown model", "model --device cpu --model vit_none"),
         Mistake("a config that is not there", "data --config lost.yaml"),
         Mistake("no seconds", "data --config tiny.yaml --seconds 0 --out new"),
+        Mistake("torchvision's loader of digits", "data --config tiny.yaml --device cpu --torchvision --out new"),
     ],
     "make-shards": [
         Mistake("a folder that is not there", "lost --out new"),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from vmoe.cli.common import run
-from vmoe.cli.inputs import Tracked, load_data
+from vmoe.cli.inputs import Tracked, classes_differ, load_data
 from vmoe.cli.options import capacity_factor, choose_device, new_parser
 from vmoe.errors import UserError
 
@@ -19,14 +19,15 @@ if TYPE_CHECKING:
 _DESCRIPTION = """\
 Measures a checkpoint: top-1, top-5, negative log-likelihood, calibration error, the accuracy of each class, the
 confusion matrix, images/s (loading included, without the first batch), and what each MoE layer drops and how evenly it
-is loaded. On request also its frozen features (k-NN, linear, few-shot) and corrupted images.
+is loaded. On request also its frozen features (k-NN, linear, few-shot) and corrupted images. Features may be those of a
+set with other classes: then they alone are measured.
 
 Writes evaluation.json and confusion.png (one for each capacity factor and K when several are given) into the run's
 folder, or beside a checkpoint that stands in none; a second evaluation replaces them.
 
   vmoe evaluate runs/digits
   vmoe evaluate runs/digits/checkpoints/last.ckpt --capacity-factor 0.5 1 inf --top-k 1 2 --out sweep
-  vmoe evaluate runs/digits --probe knn linear few-shot --shots 10
+  vmoe evaluate runs/cifar100 --probe few-shot linear --shots 10 --data cifar10
   vmoe evaluate runs/seed0 --ensemble-with runs/seed1 runs/seed2
   vmoe evaluate runs/cifar10 --corruptions --severities 1 3 5
   vmoe evaluate runs/cifar10 --data npz --root cifar10.1.npz --json shifted.json
@@ -65,11 +66,15 @@ def _evaluate(argv: list[str]) -> None:
     require_writable(out, json_file.parent)
     if options.ensemble_with:
         checkpoint = _ensemble(checkpoint, [load_checkpoint(path, device) for path in options.ensemble_with])
-    data = load_data(checkpoint, options)
+    data = load_data(checkpoint, options, any_classes=bool(options.probe))
     loader = data.val_dataloader() if options.split == "val" else data.test_dataloader()
     what = f"{options.split} set of {data.config.name}"
-    sweep = (options.capacity_factor, options.top_k, device)
-    results = list(evaluate_sweep(checkpoint.model, Tracked(loader, what), len(checkpoint.class_names), *sweep))
+    results = []
+    if data.num_classes == len(checkpoint.class_names):
+        sweep = (options.capacity_factor, options.top_k, device)
+        results = list(evaluate_sweep(checkpoint.model, Tracked(loader, what), data.num_classes, *sweep))
+    else:
+        _check_that_only_features_are_asked_for(options, classes_differ(checkpoint, data))
     report = _report(checkpoint, data, options.split, device)
     report |= {
         "ensemble_with": list(map(str, options.ensemble_with)),
@@ -77,10 +82,11 @@ def _evaluate(argv: list[str]) -> None:
     }
 
     console = Console()
-    console.print(summary_table(results, f"{checkpoint.path} · {what}"))
-    if results[0].layers:
-        console.print(layer_table(results))
-    console.print(class_table(results[0], checkpoint.class_names))
+    if results:
+        console.print(summary_table(results, f"{checkpoint.path} · {what}"))
+        if results[0].layers:
+            console.print(layer_table(results))
+        console.print(class_table(results[0], checkpoint.class_names))
     if options.probe:
         report["probes"] = _probe(checkpoint, data, loader, device, options)
         console.print(probe_table(report["probes"]))
@@ -92,7 +98,8 @@ def _evaluate(argv: list[str]) -> None:
     for result in drawn:
         name = "confusion.png" if len(results) == 1 else f"confusion-{setting(result, results)}.png"
         draw_confusion(result, checkpoint.class_names, f"{what} · {checkpoint.path}").save(out / name)
-    print(f"{json_file}" + (f" and the confusion matrix in {out}" if drawn else ": too many classes for a matrix"))
+    without = ": too many classes for a matrix" if results else ": features alone, the classifier knows other classes"
+    print(f"{json_file}" + (f" and the confusion matrix in {out}" if drawn else without))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -158,6 +165,15 @@ def _check_dependent_options(options: argparse.Namespace) -> None:
         raise UserError("--severities: has no effect without --corruptions; add that or leave it out")
 
 
+def _check_that_only_features_are_asked_for(options: argparse.Namespace, difference: str) -> None:
+    asked = {
+        "--capacity-factor": options.capacity_factor, "--top-k": options.top_k, "--corruptions": options.corruptions,
+    }  # fmt: skip
+    for option, value in asked.items():
+        if value is not None:
+            raise UserError(f"{difference}; {option} needs its own classes, leave it out")
+
+
 def _chosen_corruptions(names: list[str] | None) -> list[str]:
     """The corruptions that `--corruptions` names: all when it names none, none when it is left out."""
     if names is None:
@@ -183,7 +199,7 @@ def _probe(checkpoint, data, loader, device, options: argparse.Namespace) -> dic
     """Reads classes off the frozen features, trained on all training images as evaluation sees them."""
     from vmoe.analysis import features
 
-    num_classes = len(checkpoint.class_names)
+    num_classes = data.num_classes
     batches = Tracked(data.train_eval_dataloader(most=None), f"features of the training set of {data.config.name}")
     train = features.extract_features(checkpoint.model, batches, device)
     test = features.extract_features(checkpoint.model, Tracked(loader, f"features of the {options.split} set"), device)

@@ -19,8 +19,13 @@ if TYPE_CHECKING:
     from vmoe.data.loading import ImageLoader
 
 
-def load_data(checkpoint: "Checkpoint", options: argparse.Namespace) -> "ImageDataModule":
+def load_data(checkpoint: "Checkpoint", options: argparse.Namespace, any_classes: bool = False) -> "ImageDataModule":
     """The run's data with the options' changes, prepared for this model: its image size, mean and std.
+
+    Args:
+        checkpoint: the model and what it was trained on.
+        options: of the command line.
+        any_classes: the set may have another number of classes than the model.
 
     Raises:
         UserError: an option's value is not allowed, or the set does not have the model's classes.
@@ -31,10 +36,9 @@ def load_data(checkpoint: "Checkpoint", options: argparse.Namespace) -> "ImageDa
     data.prepare_data()
     data.setup("test")
     if data.num_classes != len(checkpoint.class_names):
-        raise UserError(
-            f"--data: {data.config.name} has {data.num_classes} classes, the checkpoint {len(checkpoint.class_names)}; "
-            "evaluate it on a set with its own classes"
-        )
+        if any_classes:
+            return data
+        raise UserError(f"{classes_differ(checkpoint, data)}; evaluate it on a set with its own classes")
     if data.class_names != checkpoint.class_names:
         pairs = zip(data.class_names, checkpoint.class_names, strict=True)
         here, there = next((here, there) for here, there in pairs if here != there)
@@ -43,6 +47,11 @@ def load_data(checkpoint: "Checkpoint", options: argparse.Namespace) -> "ImageDa
             file=sys.stderr,
         )
     return data
+
+
+def classes_differ(checkpoint: "Checkpoint", data: "ImageDataModule") -> str:
+    """Says how many classes a set and a checkpoint have."""
+    return f"--data: {data.config.name} has {data.num_classes} classes, the checkpoint {len(checkpoint.class_names)}"
 
 
 def load_files(
