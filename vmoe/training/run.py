@@ -1,8 +1,7 @@
 """One run, start to end: data, model, fit, the test of the best checkpoint, summary.json."""
 
 import dataclasses
-import logging
-import warnings
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from traceback import clear_frames
@@ -24,22 +23,23 @@ from vmoe.models.cost import check_training_capacity
 from vmoe.moe.assignment import CapacityError
 from vmoe.training import summary
 from vmoe.training.config import WRITTEN_BY, ParallelConfig, TrainConfig
-from vmoe.training.distillation import load_teacher
+from vmoe.training.distillation import Teacher, load_teacher
 from vmoe.training.initial import initial_model
 from vmoe.training.journal import Clock, Journal, MetricsTable
 from vmoe.training.module import Classifier
-from vmoe.training.parallel import check_parts, cut_of, fallback_of_muon, strategy_of
+from vmoe.training.parallel import check_parts, cut_of, fallback_of_muon
 from vmoe.training.plain import to_plain
 from vmoe.training.processes import Place, connect, disconnect, gather, together
 from vmoe.training.progress import Progress
 from vmoe.training.resumption import mark_launch, read_summary, recover_checkpoints, restarted, saved_state
 from vmoe.training.sample_draws import SampleDraws
-from vmoe.training.saving import AtomicCheckpointIO, Saving
+from vmoe.training.saving import Saving
 from vmoe.training.sharded_files import FolderWriter
 from vmoe.training.sharding import cut_and_start, load_weights
 from vmoe.training.stopping import Interrupted, stopped_at_once
+from vmoe.training.trainer import new_trainer, quiet_lightning
 
-PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
+Cut = Callable[[nn.Module], None]  # the model into the parts of several processes
 
 
 def train(config: TrainConfig, command: str, console: Console) -> dict[str, Any] | None:
@@ -99,15 +99,7 @@ def _run(
     if result is not None:
         progress.say(f"{folder.path}: this run is finished, after {saved[ENTRY]['epochs_done']} epochs")
         return result if place.is_first else None
-    if config.resume and saved is None:
-        progress.say(f"{folder.path}: no checkpoint to resume, so this run starts from the beginning")
-    if config.optim.warmup_epochs > config.trainer.epochs:
-        progress.say(
-            f"warning: optim.warmup_epochs={config.optim.warmup_epochs} is longer than "
-            f"trainer.epochs={config.trainer.epochs}: the learning rate never reaches optim.lr={config.optim.lr}"
-        )
-    if (line := fallback_of_muon(config, place.count)) is not None:
-        progress.say(line)
+    _say_what_may_surprise(config, folder, saved, place, progress)
     data = _data(config, device, place)
     if saved is not None and saved[ENTRY]["class_names"] != data.class_names:
         raise UserError(
@@ -117,42 +109,95 @@ def _run(
     teacher = together(lambda: load_teacher(config.distill, data))
     seed_everything(config.seed, verbose=False)
     fresh = dataclasses.replace(config, init_from=None) if saved else config
+    model, cut = _model(fresh, data, device, place, progress)
+    costs = _costs(config, model, data)
+    console.print(summary.cost_table(f"{config.model.name}, {folder.path}", *costs))
+    if place.is_first:
+        mark_launch(folder)
+        if saved is None:
+            _write_config(folder, config)
+    module = _module(config, model, cut, teacher, data)
+    trainer, test = _fit_and_test(config, module, data, folder, saved, device, place, progress)
+    if not place.is_first:
+        return None
+    result = _summary(config, folder, command, trainer, test) | summary.cost_entries(*costs)
+    write_json(folder.summary, result)
+    return result
+
+
+def _say_what_may_surprise(
+    config: TrainConfig, folder: RunFolder, saved: dict[str, Any] | None, place: Place, progress: Progress
+) -> None:
+    if config.resume and saved is None:
+        progress.say(f"{folder.path}: no checkpoint to resume, so this run starts from the beginning")
+    if config.optim.warmup_epochs > config.trainer.epochs:
+        progress.say(
+            f"warning: optim.warmup_epochs={config.optim.warmup_epochs} is longer than "
+            f"trainer.epochs={config.trainer.epochs}: the learning rate never reaches optim.lr={config.optim.lr}"
+        )
+    if (line := fallback_of_muon(config, place.count)) is not None:
+        progress.say(line)
+
+
+def _model(
+    config: TrainConfig, data: ImageDataModule, device: torch.device, place: Place, progress: Progress
+) -> tuple[nn.Module, Cut | None]:
+    """The model at its start, and what cuts it over the processes, where the strategy does."""
     cut = cut_of(config.parallel, place.count, device.type)
-    model = together(lambda: _initial_model(fresh, data, progress) if cut is None or place.is_first else None)
-    if cut is not None:  # one process of all has the whole model on its host
-        cut = partial(cut_and_start, cut=cut, source=model, device=device)
-        with torch.device("meta"):
-            model = _initial_model(dataclasses.replace(fresh, init_from=None), data, progress)
+    model = together(lambda: _initial_model(config, data, progress) if cut is None or place.is_first else None)
+    if cut is None:
+        return model, None
+    # One process of all has the whole model, on its host.
+    cut = partial(cut_and_start, cut=cut, source=model, device=device)
+    with torch.device("meta"):
+        return _initial_model(dataclasses.replace(config, init_from=None), data, progress), cut
+
+
+def _initial_model(config: TrainConfig, data: ImageDataModule, progress: Progress) -> nn.Module:
+    return initial_model(config, list(data.class_names), data.image_size, progress.say)
+
+
+def _costs(config: TrainConfig, model: nn.Module, data: ImageDataModule) -> tuple[summary.Cost, summary.Cost]:
+    """Of the model and of its dense twin."""
     try:
         check_training_capacity(model, config.data.batch_size, data.image_size)
         cost = summary.Cost.of(model, data.image_size)  # an evaluation of one image, the smallest group
     except CapacityError as error:
         raise UserError(f"moe.{error}", everywhere=True) from error
-    twin = summary.twin_cost(config.model, data.num_classes, data.image_size)
-    console.print(summary.cost_table(f"{config.model.name}, {folder.path}", cost, twin))
-    if place.is_first:
-        mark_launch(folder)
-    if saved is None and place.is_first:
-        with atomic_write(folder.config) as temporary:
-            plain = to_plain(config) | {"resume": False}
-            text = f"{WRITTEN_BY}{vmoe.__version__}\n{yaml.safe_dump(plain, sort_keys=False)}"
-            temporary.write_text(text, encoding="utf-8")
+    return cost, summary.twin_cost(config.model, data.num_classes, data.image_size)
 
+
+def _write_config(folder: RunFolder, config: TrainConfig) -> None:
+    with atomic_write(folder.config) as temporary:
+        plain = to_plain(config) | {"resume": False}
+        text = f"{WRITTEN_BY}{vmoe.__version__}\n{yaml.safe_dump(plain, sort_keys=False)}"
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _module(
+    config: TrainConfig, model: nn.Module, cut: Cut | None, teacher: Teacher | None, data: ImageDataModule
+) -> Classifier:
     updates = -(-len(data.train_sampler) // config.trainer.accumulate)
-    how = (config.trainer.epochs, updates, config.trainer.ema_decay, config.trainer.cuda_graph)
     draws = SampleDraws(config.seed) if config.parallel.draws == "sample" else None
     if draws is not None:
         draws.install(model)
+    how = (config.trainer.epochs, updates, config.trainer.ema_decay, config.trainer.cuda_graph)
     module = Classifier(model, config.optim, *how, draws, cut, teacher)
-    clock = Clock()
-    writer = FolderWriter(config.parallel.async_save)
-    saving = Saving(folder, _identity(config, data), clock, config.trainer.early_stopping, writer)
-    step = saved["global_step"] if saved else 0
-    journal = Journal(folder, clock, progress, step, config.trainer.log_every)
     if config.trainer.compile:
         # In place: no name of a weight changes. Static: the smaller last batch of a validation would otherwise make
         # torch compile for any batch size, training included, in many small graphs.
         model.compile(dynamic=False)
+    return module
+
+
+def _fit_and_test(
+    config: TrainConfig, module: Classifier, data: ImageDataModule, folder: RunFolder, saved: dict[str, Any] | None,
+    device: torch.device, place: Place, progress: Progress,
+) -> tuple[Trainer, dict[str, float]]:  # fmt: skip
+    clock = Clock()
+    writer = FolderWriter(config.parallel.async_save)
+    saving = Saving(folder, _identity(config, data), clock, config.trainer.early_stopping, writer)
+    journal = Journal(folder, clock, progress, saved["global_step"] if saved else 0, config.trainer.log_every)
     with quiet_lightning():
         trainer = new_trainer(config, device, place, [journal, saving], writer)
         if saved is not None:
@@ -162,16 +207,7 @@ def _run(
         if saved is None or not saved[ENTRY]["finished"]:
             resume_from = folder.last if saved else None
             trainer.fit(module, datamodule=data, ckpt_path=resume_from, weights_only=True)
-        test = _test_best(trainer, module, data, folder)
-    if not place.is_first:
-        return None
-    result = _summary(config, folder, command, trainer, test) | summary.cost_entries(cost, twin)
-    write_json(folder.summary, result)
-    return result
-
-
-def _initial_model(config: TrainConfig, data: ImageDataModule, progress: Progress) -> nn.Module:
-    return initial_model(config, list(data.class_names), data.image_size, progress.say)
+        return trainer, _test_best(trainer, module, data, folder)
 
 
 def _data(config: TrainConfig, device: torch.device, place: Place) -> ImageDataModule:
@@ -221,30 +257,6 @@ def _identity(config: TrainConfig, data: ImageDataModule) -> dict[str, Any]:
     }
 
 
-def new_trainer(
-    config: TrainConfig, device: torch.device, place: Place, callbacks: list[Any], writer: FolderWriter
-) -> Trainer:
-    """Lightning's Trainer as all runs have it."""
-    return Trainer(
-        accelerator=device.type,
-        devices=place.local_count,
-        num_nodes=place.count // place.local_count,
-        strategy=strategy_of(config, place.count, writer),
-        use_distributed_sampler=False,
-        precision=PRECISIONS[config.trainer.precision],
-        max_epochs=config.trainer.epochs,
-        accumulate_grad_batches=config.trainer.accumulate,
-        callbacks=callbacks,
-        plugins=[AtomicCheckpointIO()],
-        inference_mode=False,  # so that the test runs the graphs compiled for validation
-        num_sanity_val_steps=0,  # it would draw random numbers that a resumed run does not
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-
-
 def _test_best(trainer: Trainer, module: Classifier, data: ImageDataModule, folder: RunFolder) -> dict[str, float]:
     """The best checkpoint on the test images, and on training images as they are: are they learnt, or only recalled?"""
     load_weights(module.model, trained_weights(read_checkpoint(folder.best)))
@@ -280,12 +292,3 @@ def _summary(
 def _say_resumed(progress: Progress, folder: RunFolder, ours: dict[str, Any]) -> None:
     inside = f" and {ours['batches_done']} batches" if ours["batches_done"] else ""
     progress.say(f"resuming {folder.path} after {ours['epochs_done']} epochs{inside}")
-
-
-class quiet_lightning(warnings.catch_warnings):
-    """Silences Lightning's hints on hardware, loaders and resumption, all of which are dealt with here."""
-
-    def __enter__(self) -> None:
-        super().__enter__()
-        logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-        warnings.filterwarnings("ignore", module="lightning")

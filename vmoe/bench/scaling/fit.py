@@ -21,10 +21,10 @@ from vmoe.data import Batch
 from vmoe.training.module import Classifier
 from vmoe.training.parallel import cut_of
 from vmoe.training.processes import Place, total
-from vmoe.training.run import new_trainer, quiet_lightning
 from vmoe.training.sample_draws import SampleDraws
 from vmoe.training.sharded_files import FolderWriter
 from vmoe.training.summary import peak_memory_mib
+from vmoe.training.trainer import new_trainer, quiet_lightning
 
 WARM_UP = 5  # updates that are not timed; the last of them is watched for waits
 PROFILED = 2

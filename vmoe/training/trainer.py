@@ -1,0 +1,49 @@
+"""Lightning's Trainer as all runs have it."""
+
+import logging
+import warnings
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+
+from vmoe.training.config import TrainConfig
+from vmoe.training.parallel import strategy_of
+from vmoe.training.processes import Place
+from vmoe.training.saving import AtomicCheckpointIO
+from vmoe.training.sharded_files import FolderWriter
+
+_PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
+
+
+def new_trainer(
+    config: TrainConfig, device: torch.device, place: Place, callbacks: list[Any], writer: FolderWriter
+) -> Trainer:
+    """A Trainer that leaves data, checkpoints, logs and progress to this package."""
+    return Trainer(
+        accelerator=device.type,
+        devices=place.local_count,
+        num_nodes=place.count // place.local_count,
+        strategy=strategy_of(config, place.count, writer),
+        use_distributed_sampler=False,
+        precision=_PRECISIONS[config.trainer.precision],
+        max_epochs=config.trainer.epochs,
+        accumulate_grad_batches=config.trainer.accumulate,
+        callbacks=callbacks,
+        plugins=[AtomicCheckpointIO()],
+        inference_mode=False,  # so that the test runs the graphs compiled for validation
+        num_sanity_val_steps=0,  # it would draw random numbers that a resumed run does not
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
+class quiet_lightning(warnings.catch_warnings):
+    """Silences Lightning's hints on hardware, loaders and resumption, all of which are dealt with here."""
+
+    def __enter__(self) -> None:
+        super().__enter__()
+        logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", module="lightning")
