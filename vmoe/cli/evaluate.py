@@ -48,14 +48,7 @@ def _evaluate(argv: list[str]) -> None:
     from vmoe.analysis.confusion import draw_confusion
     from vmoe.analysis.evaluation import evaluate_sweep
     from vmoe.checkpoints import load_checkpoint
-    from vmoe.cli.evaluate_tables import (
-        class_table,
-        corruption_table,
-        layer_table,
-        probe_table,
-        setting,
-        summary_table,
-    )
+    from vmoe.cli.evaluate_tables import corruption_table, probe_table, result_tables, setting
     from vmoe.files import require_writable, write_json
 
     corruptions = _chosen_corruptions(options.corruptions)
@@ -82,14 +75,11 @@ def _evaluate(argv: list[str]) -> None:
     }
 
     console = Console()
-    if results:
-        console.print(summary_table(results, f"{checkpoint.path} · {what}"))
-        if results[0].layers:
-            console.print(layer_table(results))
-        console.print(class_table(results[0], checkpoint.class_names))
+    for table in result_tables(results, f"{checkpoint.path} · {what}", checkpoint.class_names):
+        console.print(table)
     if options.probe:
         report["probes"] = _probe(checkpoint, data, loader, device, options)
-        console.print(probe_table(report["probes"]))
+        console.print(probe_table(report["probes"], what))
     if corruptions:
         report["corruptions"] = _corrupt(checkpoint, data, device, options, corruptions)
         console.print(corruption_table(report["corruptions"]))

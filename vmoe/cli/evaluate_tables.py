@@ -27,6 +27,14 @@ def setting(result: "Evaluation", results: "list[Evaluation]") -> str:
     return f"K{result.top_k}-{factor}" if len({other.top_k for other in results}) > 1 else factor
 
 
+def result_tables(results: "list[Evaluation]", title: str, class_names: list[str]) -> list[Table]:
+    """Figures, experts and classes of passes over a set; none without passes."""
+    if not results:
+        return []
+    experts = [layer_table(results)] if results[0].layers else []
+    return [summary_table(results, title), *experts, class_table(results[0], class_names)]
+
+
 def summary_table(results: "list[Evaluation]", title: str) -> Table:
     """The figures of each pass, a row each."""
     key = "K: experts a token, C: capacity factor" if results[0].layers else None
@@ -81,9 +89,9 @@ def class_table(result: "Evaluation", names: list[str], shown: int = 10) -> Tabl
     return table
 
 
-def probe_table(probes: dict) -> Table:
-    """The probes' accuracies, as evaluation.json holds them."""
-    table = Table(title="frozen features", title_justify="left")
+def probe_table(probes: dict, what: str) -> Table:
+    """The probes' accuracies on a set, as evaluation.json holds them."""
+    table = Table(title=f"frozen features · {escape(what)}", title_justify="left")
     for column in ("probe", "top-1", "how"):
         table.add_column(column, justify="right" if column == "top-1" else "left")
     if "knn" in probes:
