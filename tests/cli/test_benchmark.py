@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vmoe.bench.torchvision_data import torchvision_loader
 from vmoe.cli.benchmark import command_line, main
 from vmoe.cli.main import JOBS
+from vmoe.data import AugmentConfig, DataConfig, ImageDataModule
 
 TINY = ["--device", "cpu", "--width", "16", "--experts", "4", "--images", "2", "--tokens", "5", "--rounds", "2"]
 
@@ -106,6 +108,21 @@ def test_torchvisions_loader_beside_ours(tmp_path, capsys):
     assert "--torchvision: crops by scale and flips, and data.augment does otherwise" in capsys.readouterr().err
     assert main([*arguments, "--torchvision", "--data.name", "digits"]) == 2
     assert "--torchvision: data.name is digits" in capsys.readouterr().err
+
+
+def test_torchvisions_epochs_are_as_long_as_ours(tmp_path):
+    for split in ("train", "val"):
+        (tmp_path / split / "a").mkdir(parents=True)
+        for index in range(10):
+            Image.new("RGB", (16, 16)).save(tmp_path / split / "a" / f"{index}.png")
+    augment = AugmentConfig(preset="light", crop_scale=(0.5, 1.0))
+    config = DataConfig(
+        name="folder", root=str(tmp_path), image_size=16, batch_size=4, repeat=6, val_fraction=0.2, augment=augment
+    )
+    module = ImageDataModule(config, 0)
+    module.setup("fit")
+    assert len(module.train_dataloader()) == 8 * 6 // 4
+    assert len(torchvision_loader(module, 0)) == 10 * 6 // 4  # it has the validation images too
 
 
 def test_data_that_do_not_fit_on_the_device_are_measured_with_workers_alone(tmp_path, monkeypatch, capsys):

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import ConcatDataset, DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
@@ -21,7 +21,8 @@ def torchvision_loader(module: ImageDataModule, workers: int) -> DataLoader:
         workers: processes that load.
 
     Returns:
-        Shuffled batches of all images in the folder's `train`: images, (B, 3, H, W) float32, normalised; labels, (B,).
+        Shuffled batches of all images in the folder's `train`, in epochs of `config.repeat` passes as ours: images,
+        (B, 3, H, W) float32, normalised; labels, (B,).
 
     Raises:
         UserError: the config has another kind of set or steps beside a crop by scale and a flip.
@@ -41,7 +42,8 @@ def torchvision_loader(module: ImageDataModule, workers: int) -> DataLoader:
         v2.ToDtype(torch.float32, scale=True),
         v2.Normalize(module.mean, module.std),
     ])  # fmt: skip
+    images = ImageFolder(Path(config.root) / "train", transform)
     return DataLoader(
-        ImageFolder(Path(config.root) / "train", transform), config.batch_size, shuffle=True, num_workers=workers,
+        ConcatDataset([images] * config.repeat), config.batch_size, shuffle=True, num_workers=workers,
         pin_memory=torch.cuda.is_available(), drop_last=True, persistent_workers=workers > 0,
     )  # fmt: skip

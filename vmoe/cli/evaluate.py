@@ -20,7 +20,7 @@ _DESCRIPTION = """\
 Measures a checkpoint: top-1, top-5, negative log-likelihood, calibration error, the accuracy of each class, the
 confusion matrix, images/s (loading included, without the first batch), and what each MoE layer drops and how evenly it
 is loaded. On request also its frozen features (k-NN, linear, few-shot) and corrupted images. Features may be those of a
-set with other classes: then they alone are measured.
+set with another number of classes: then they alone are measured; give --out, so that the run's own figures stay.
 
 Writes evaluation.json and confusion.png (one for each capacity factor and K when several are given) into the run's
 folder, or beside a checkpoint that stands in none; a second evaluation replaces them.
