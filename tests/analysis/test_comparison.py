@@ -276,6 +276,14 @@ def test_arms_that_lie_on_each_other_share_a_line_of_numbers(make_run):
         assert [(text.get_text(), text.xy[1]) for text in axes.texts] == [("1 3", 90), ("2", 70)]
 
 
+def test_a_crowd_of_arms_says_how_many_it_is(make_run):
+    runs = [make_run(f"r{index}", 0.9, lr=0.1 * index) for index in range(1, 8)] + [make_run("apart", 0.7, lr=0.9)]
+    arms = group_runs([read_run(run) for run in runs])
+    page = draw_comparison(arms, differences(arms), [])
+    for axes in page.figure.axes[:3]:
+        assert [text.get_text() for text in axes.texts] == ["7 arms", "8"]
+
+
 def test_many_arms_and_notes_stay_on_the_page(make_run):
     runs = [make_run(f"r{count}", moe={"num_experts": count}) for count in range(2, 30)]
     arms = group_runs([read_run(run) for run in runs])
@@ -300,3 +308,4 @@ def test_ticks_keep_apart():
     assert apart([14.75, 14.70]) == [14.70]
     assert apart([1.5, 0.45]) == [0.45, 1.5]
     assert apart([1, 2, 3, 4, 5]) == [1, 5]
+    assert apart([3.77, 4.39, 9.48]) == [3.77, 9.48]  # "3.77 M" is wider than that

@@ -20,7 +20,9 @@ _MORE_IS_BETTER = ("images_per_second",)
 _WIDTH, _HEIGHT, _GAP = 400, 300, 100
 _ROW = 30  # of the legend
 _NEAR = 14  # pixels between points of which each has room for its number
-
+_CROWD = 6  # numbers that fit in a line
+_ROOM = 1.35  # between the outer points and the ends of a logarithmic axis
+_LABEL = 0.14  # of the axis that the label of a tick takes
 
 _FRONT = {"color": MUTED, "linewidth": 1, "linestyle": ":", "zorder": 2}
 
@@ -84,7 +86,7 @@ def _scatter(axes: Axes, arms: Sequence[Arm], field: str) -> None:
     values = [arm.mean(field) for arm in arms]
     front = pareto_front([(arm.mean(field), arm.mean("top1")) for arm in arms], field in _MORE_IS_BETTER)
     axes.plot([values[index] for index in front], [100 * arms[index].mean("top1") for index in front], **_FRONT)
-    axes.set_xlim(min(values) / 1.35, max(values) * 1.35)
+    axes.set_xlim(min(values) / _ROOM, max(values) * _ROOM)
     axes.margins(y=0.25)
     _number(axes, [(arm.mean(field), 100 * arm.mean("top1")) for arm in arms])
     ticks = FuncFormatter(lambda value, _: short(value))
@@ -96,7 +98,10 @@ def _scatter(axes: Axes, arms: Sequence[Arm], field: str) -> None:
 
 
 def _number(axes: Axes, points: Sequence[tuple[float, float]]) -> None:
-    """Writes the arms' numbers, from 1, beside their points; points too near for a number each share one line."""
+    """Writes the arms' numbers, from 1, beside their points; points too near for a number each share one line.
+
+    A line of more than `_CROWD` numbers would run over other points, so it says how many there are.
+    """
     axes.autoscale_view()
     places = axes.transData.transform(points)
     groups: list[list[int]] = []
@@ -107,7 +112,8 @@ def _number(axes: Axes, points: Sequence[tuple[float, float]]) -> None:
         else:
             groups.append([index])
     for group in groups:
-        text = " ".join(str(index + 1) for index in sorted(group))
+        numbers = " ".join(str(index + 1) for index in sorted(group))
+        text = numbers if len(group) <= _CROWD else f"{len(group)} arms"
         place = points[group[0]]
         axes.annotate(text, place, (7, 5), textcoords="offset points", fontsize=9, color=MUTED, zorder=4)
 
@@ -158,10 +164,11 @@ def _legend(page: Page, arms: Sequence[Arm], x: int, y: int, height: int) -> Non
 
 
 def apart(values: Sequence[float]) -> list[float]:
-    """At most three of the values, smallest first, none so near another that their labels would overlap."""
+    """At most three of the values, smallest first, none so near another that their labels on the axis would overlap."""
     ticks = [min(values)]
+    width = (max(values) / min(values) * _ROOM**2) ** _LABEL
     for value in sorted(values):
-        if value > 1.15 * ticks[-1]:
+        if value > width * ticks[-1]:
             ticks.append(value)
     return ticks if len(ticks) <= 3 else [ticks[0], ticks[-1]]
 
