@@ -89,7 +89,7 @@ def random_parameters(num_experts, width, hidden, out, bias, generator, gated=Fa
 
 
 @settings(
-    max_examples=25 if DEVICE == "cpu" else 80,
+    max_examples=15 if DEVICE == "cpu" else 80,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
@@ -238,7 +238,7 @@ def test_says_what_it_cannot_take(knobs, lacks, misfit):
     assert (misfit or "None") in str(fused.what_does_not_fit(mlp))
 
 
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(num_experts=st.sampled_from([3, 8]), chunk=st.sampled_from([1, 2**12, 2**14]), recompute=st.booleans())
 def test_parts_of_the_hidden_layer_change_nothing(num_experts, chunk, recompute):
     generator = torch.Generator().manual_seed(0)

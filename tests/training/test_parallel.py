@@ -14,6 +14,7 @@ from safetensors import safe_open
 
 from vmoe.checkpoints import ENTRY, RunFolder, load_checkpoint, read_checkpoint
 from vmoe.cli.consolidate import main as consolidate
+from vmoe.cli.train import main as train
 from vmoe.errors import UserError
 from vmoe.moe import MoeConfig
 from vmoe.training.config import ParallelConfig, TrainConfig, TrainerConfig
@@ -88,7 +89,7 @@ def alone_without_noise(recipe) -> RunFolder:
 WITHOUT_NOISE = ("--moe.noise_std", "0", "--parallel.draws", "process")
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "expert 2 whole"])
+@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "expert 2 whole"])
 def test_the_step_that_processes_capture_is_lightning_s(recipe, alone_without_noise, tmp_path, strategy):
     """On CPUs there is no graph: the same step runs as it is. Its learning rate is a tensor in float32."""
     options = (*strategy_options(strategy), *WITHOUT_NOISE, "--trainer.cuda_graph", "true", "--trainer.device", "auto")
@@ -126,10 +127,12 @@ def test_a_mistake_is_told_once(recipe, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_experts_that_cannot_be_dealt_out(recipe, tmp_path):
-    done = launch(recipe, tmp_path / "run", 2, *strategy_options("expert 3"))
-    assert done.returncode != 0
-    assert "parallel.expert_size=3: must divide the number of processes, 2" in done.stderr
+def test_experts_that_cannot_be_dealt_out():
+    config = TrainConfig(moe=MoeConfig(num_experts=4), parallel=ParallelConfig("expert", expert_size=3))
+    with pytest.raises(UserError, match=r"parallel\.expert_size=3: must divide the number of processes, 2"):
+        check_parts(config, 32, 2)
+    with pytest.raises(UserError, match=r"parallel\.expert_size=3: must divide moe\.num_experts=4"):
+        check_parts(config, 32, 3)
 
 
 def test_a_captured_step_needs_experts_that_are_cut_no_further():
@@ -142,10 +145,15 @@ def test_a_captured_step_needs_experts_that_are_cut_no_further():
         check_parts(config, 32, 4)
 
 
-def test_several_processes_need_a_strategy(recipe, tmp_path):
-    done = launch(recipe, tmp_path / "run", 2)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_several_processes_need_a_strategy(recipe, tmp_path, monkeypatch, capsys, rank):
+    place = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2, "TORCHELASTIC_RUN_ID": "one"}
+    for name, value in place.items():
+        monkeypatch.setenv(name, str(value))
+    assert train(["--config", str(recipe), "--output_dir", str(tmp_path / "run")]) == 2
     line = "--parallel.strategy none: torchrun started 2 processes; use auto, ddp, fsdp or expert"
-    assert done.stderr.count(line) == 1
+    assert capsys.readouterr().err.count(line) == (rank == 0)  # the first process tells it
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
