@@ -20,7 +20,7 @@ _MORE_IS_BETTER = ("images_per_second",)
 _WIDTH, _HEIGHT, _GAP = 400, 300, 100
 _ROW = 30  # of the legend
 _NEAR = 14  # pixels between points of which each has room for its number
-_CROWD = 6  # numbers that fit in a line
+_CROWD = 6  # numbers at most in a line
 _ROOM = 1.35  # between the outer points and the ends of a logarithmic axis
 _LABEL = 0.14  # of the axis that the label of a tick takes
 
@@ -166,7 +166,7 @@ def _legend(page: Page, arms: Sequence[Arm], x: int, y: int, height: int) -> Non
 def apart(values: Sequence[float]) -> list[float]:
     """At most three of the values, smallest first, none so near another that their labels on the axis would overlap."""
     ticks = [min(values)]
-    width = (max(values) / min(values) * _ROOM**2) ** _LABEL
+    width = (max(values) / min(values) * _ROOM**2) ** _LABEL  # of a label, as a factor on the logarithmic axis
     for value in sorted(values):
         if value > width * ticks[-1]:
             ticks.append(value)
