@@ -104,7 +104,8 @@ def test_torchvisions_loader_beside_ours(tmp_path, capsys):
     sources = [(row["source"], row["workers"]) for row in rows]
     assert sources == [("folder", 0), ("folder", 1), ("torchvision", 0), ("torchvision", 1)]
     assert all(row["images_per_second"] > 0 and row["training_images_per_second"] > 0 for row in rows)
-    assert main([*arguments, "--torchvision", "--data.augment.preset", "strong"]) == 2
+    # Said before the folder, which is not there, is looked for.
+    assert main([*arguments, "--torchvision", "--data.augment.preset", "strong", "--data.root", "absent"]) == 2
     assert "--torchvision: crops by scale and flips, and data.augment does otherwise" in capsys.readouterr().err
     assert main([*arguments, "--torchvision", "--data.name", "digits"]) == 2
     assert "--torchvision: data.name is digits" in capsys.readouterr().err

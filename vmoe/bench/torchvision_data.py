@@ -7,10 +7,27 @@ from torch.utils.data import ConcatDataset, DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from vmoe.data import ImageDataModule
+from vmoe.data import DataConfig, ImageDataModule
 from vmoe.data.config import DEFAULTS
-from vmoe.data.presets import resolve
+from vmoe.data.presets import Plan, resolve
 from vmoe.errors import UserError
+
+
+def torchvision_plan(config: DataConfig) -> Plan:
+    """The crops and flips of a config that torchvision's loader can do.
+
+    Raises:
+        UserError: the config has another kind of set than a folder, or steps beside a crop by scale and a flip.
+    """
+    if config.name != "folder":
+        raise UserError(f"--torchvision: data.name is {config.name}; it reads a folder of images, --data.name folder")
+    defaults = DEFAULTS[config.name]
+    plan = resolve(config.augment, config.image_size or defaults.image_size, defaults.flip)
+    if plan.crop_scale is None or plan.randaugment_ops or plan.color_jitter or plan.erasing:
+        raise UserError(
+            "--torchvision: crops by scale and flips, and data.augment does otherwise; give --data.augment.preset light"
+        )
+    return plan
 
 
 def torchvision_loader(module: ImageDataModule, workers: int) -> DataLoader:
@@ -25,16 +42,9 @@ def torchvision_loader(module: ImageDataModule, workers: int) -> DataLoader:
         (B, 3, H, W) float32, normalised; labels, (B,).
 
     Raises:
-        UserError: the config has another kind of set or steps beside a crop by scale and a flip.
+        UserError: as `torchvision_plan`.
     """
-    config, defaults = module.config, DEFAULTS[module.config.name]
-    if config.name != "folder":
-        raise UserError(f"--torchvision: data.name is {config.name}; it reads a folder of images, --data.name folder")
-    plan = resolve(config.augment, module.image_size, defaults.flip)
-    if plan.crop_scale is None or plan.randaugment_ops or plan.color_jitter or plan.erasing:
-        raise UserError(
-            "--torchvision: crops by scale and flips, and data.augment does otherwise; give --data.augment.preset light"
-        )
+    config, plan = module.config, torchvision_plan(module.config)
     transform = v2.Compose([
         v2.RandomResizedCrop(module.image_size, plan.crop_scale),
         v2.RandomHorizontalFlip(plan.flip),

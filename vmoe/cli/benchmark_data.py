@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vmoe.bench.data import COLUMNS, TrainingStep, endless, loader_rate, ready_batches
 from vmoe.bench.report import Row, markdown_table
-from vmoe.bench.torchvision_data import torchvision_loader
+from vmoe.bench.torchvision_data import torchvision_loader, torchvision_plan
 from vmoe.checkpoints import build_model
 from vmoe.cli.benchmark_jobs import Results
 from vmoe.cli.train import parse
@@ -37,6 +37,8 @@ def data(options: argparse.Namespace, overrides: list[str], results: Results) ->
     if not options.seconds > 0:
         raise UserError(f"--seconds {options.seconds}: must be above 0")
     config = parse(["--config", options.config, *overrides])
+    if options.torchvision:
+        torchvision_plan(config.data)  # what it cannot do is said before any image is read
     plain = dataclasses.replace(config.data, mix=dataclasses.replace(config.data.mix, until=1.0))  # as in most epochs
     say = results.say(options.config)
     modules = _modules(options, plain, say)
