@@ -255,7 +255,7 @@ def test_our_trainer_and_a_bare_loop_both_train_a_v_moe(run):
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
     loader, losses, loads = data.train_dataloader(), [], []
-    for epoch in range(12):
+    for epoch in range(20):  # rounding differs between processors: enough that each is well below the limit
         data.train_sampler.set_epoch(epoch)
         for images, labels, *_ in loader:
             optimizer.zero_grad()
