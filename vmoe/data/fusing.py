@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -17,7 +18,10 @@ class Fused:
 
     def __init__(self, function: Callable[..., Tensor | tuple[Tensor, ...]]) -> None:
         self._plain = function
-        self._compiled = torch.compile(function, dynamic=False)
+
+    @cached_property
+    def _compiled(self) -> Callable[..., Tensor | tuple[Tensor, ...]] | None:
+        return torch.compile(self._plain, dynamic=False)  # takes seconds to import the compiler
 
     def __call__(self, first: Tensor, *others: Tensor) -> Tensor | tuple[Tensor, ...]:
         if first.is_cuda and self._compiled is not None:
