@@ -4,6 +4,7 @@ import csv
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,7 @@ def launch(
     restarts: int = 0,
     script: Path = WORKER,
     **environment: str,
-):
+) -> subprocess.CompletedProcess[str]:
     """Trains a recipe in so many processes; the finished `torchrun`."""
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes))
     torchrun += ("--max-restarts", str(restarts))
@@ -41,6 +42,21 @@ def launch(
     command += ["--config", str(recipe), "--output_dir", str(folder), *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     return subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, env=environment)
+
+
+def launch_in_turn(
+    recipe: Path, processes: int, runs: dict[Path, Sequence[str]], **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Trains a recipe with each folder's options, one after the other; the processes, slow to start, do so once."""
+    (first, options), *others = runs.items()
+    then = (
+        word
+        for folder, its in others
+        for word in ("--then", "--config", str(recipe), "--output_dir", str(folder), *its)
+    )
+    done = launch(recipe, first, processes, *options, *then, **environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
 
 
 def strategy_options(strategy: str) -> list[str]:

@@ -4,6 +4,7 @@ Before the update SIGNAL_AT the process of rank SIGNALLED_RANK gets the signal S
 cannot write files of more than FILE_BYTES any more. At the update NAN_AT the images are NaN. An update takes
 STEP_SECONDS more; a process's part of a checkpoint folder takes WRITE_SECONDS, and a line tells the update it came in.
 With UNCAPTURED the step of `trainer.cuda_graph` runs as it is, on the CPU.
+Arguments after `--then` are another run's, which starts when the one before has ended well.
 At its end each process tells how many threads of gloo it has.
 """
 
@@ -18,22 +19,24 @@ import torch
 import torch.distributed.checkpoint as dcp
 from gloo_threads import gloo_threads
 from torch import nn
+from torch.distributed import PrefixStore
 
 from vmoe.cli.train import main
 from vmoe.data import Batch, ImageDataModule
-from vmoe.training import module, run
+from vmoe.training import module, processes, run
+from vmoe.training.config import TrainConfig
 from vmoe.training.module import Classifier
 
 DEFAULTS = {"SIGNAL_AT": "-1", "SIGNALLED_RANK": "0", "RANK": "0", "NAN_AT": "-1", "STEP_SECONDS": "0"}
 
 
-def main_in_float64() -> int:
-    """Runs the command with this process's arguments."""
+def main_in_float64(arguments: list[str]) -> int:
+    """Runs the command with these arguments."""
     made, mixed = run.initial_model, ImageDataModule.on_after_batch_transfer
 
-    def double_model(*arguments) -> nn.Module:
-        model = made(*arguments).double()
-        print(f"made on {next(model.parameters()).device.type}", file=sys.stderr)
+    def double_model(config: TrainConfig, *others) -> nn.Module:
+        model = made(config, *others).double()
+        print(f"{config.output_dir}: made on {next(model.parameters()).device.type}", file=sys.stderr)
         model.register_forward_pre_hook(lambda _, inputs: (inputs[0].double(), *inputs[1:]))
         return model
 
@@ -76,8 +79,40 @@ def main_in_float64() -> int:
     Classifier.training_step = failing_step
     run.initial_model = double_model
     ImageDataModule.on_after_batch_transfer = double_targets
-    return main(sys.argv[1:])
+    return main(arguments)
 
 
-atexit.register(lambda: print(f"threads of gloo at the end: {gloo_threads()}", file=sys.stderr))
-raise SystemExit(main_in_float64())
+def runs_in_turn(arguments: list[str]) -> int:
+    """The last run is this process's own; each before has a fork of it, so that nothing of one is left to the next."""
+    number = 0
+    while "--then" in arguments:
+        end = arguments.index("--then")
+        if not (child := os.fork()):
+            own_place_in_the_store(number)
+            code = main_in_float64(arguments[:end])
+            tell_threads()
+            sys.stdout.flush()
+            os._exit(code)  # seconds sooner than Python, which takes apart all that was imported
+        if code := os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
+            return code
+        arguments, number = arguments[end + 1 :], number + 1
+    return main_in_float64(arguments)
+
+
+def own_place_in_the_store(number: int) -> None:
+    """Torchrun's store keeps the addresses of processes that have ended, which the next run must not find."""
+    found = processes.rendezvous
+
+    def apart(*arguments, **options):
+        for store, *place in found(*arguments, **options):
+            yield PrefixStore(f"run {number}", store), *place
+
+    processes.rendezvous = apart
+
+
+def tell_threads() -> None:
+    print(f"threads of gloo at the end: {gloo_threads()}", file=sys.stderr)
+
+
+atexit.register(tell_threads)
+raise SystemExit(runs_in_turn(sys.argv[1:]))

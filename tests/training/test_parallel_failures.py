@@ -1,0 +1,83 @@
+"""Several processes: mistakes and failures are told once, and a run that died goes on."""
+
+import signal
+import time
+
+import pytest
+from parallel_runs import assert_same_run, launch, strategy_options
+
+from vmoe.checkpoints import ENTRY, RunFolder, read_checkpoint
+from vmoe.cli.train import main as train
+from vmoe.errors import UserError
+from vmoe.moe import MoeConfig
+from vmoe.training.config import ParallelConfig, TrainConfig, TrainerConfig
+from vmoe.training.parallel import check_parts
+
+
+def test_a_mistake_is_told_once(recipe, tmp_path):
+    done = launch(recipe, tmp_path / "run", 2, "--parallel.strategy", "ddp", "--data.batch_size", "40")
+    assert done.returncode != 0
+    assert done.stderr.count("data.batch_size=40: 2 processes must get equally many whole groups") == 1
+    assert "use 32 or 48" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_experts_that_cannot_be_dealt_out():
+    config = TrainConfig(moe=MoeConfig(num_experts=4), parallel=ParallelConfig("expert", expert_size=3))
+    with pytest.raises(UserError, match=r"parallel\.expert_size=3: must divide the number of processes, 2"):
+        check_parts(config, 32, 2)
+    with pytest.raises(UserError, match=r"parallel\.expert_size=3: must divide moe\.num_experts=4"):
+        check_parts(config, 32, 3)
+
+
+def test_a_captured_step_needs_experts_that_are_cut_no_further():
+    parallel = ParallelConfig("expert", expert_size=2, dense="whole")
+    config = TrainConfig(
+        moe=MoeConfig(num_experts=4, group=8), trainer=TrainerConfig(cuda_graph=True), parallel=parallel
+    )
+    check_parts(config, 32, 2)
+    with pytest.raises(UserError, match=r"parallel\.expert_size=2: must be 4, the number of processes"):
+        check_parts(config, 32, 4)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_several_processes_need_a_strategy(recipe, tmp_path, monkeypatch, capsys, rank):
+    place = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2, "TORCHELASTIC_RUN_ID": "one"}
+    for name, value in place.items():
+        monkeypatch.setenv(name, str(value))
+    assert train(["--config", str(recipe), "--output_dir", str(tmp_path / "run")]) == 2
+    line = "--parallel.strategy none: torchrun started 2 processes; use auto, ddp, fsdp or expert"
+    assert capsys.readouterr().err.count(line) == (rank == 0)  # the first process tells it
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_process_that_dies_ends_the_job_with_a_line_that_says_which(recipe, tmp_path):
+    killed = {"SIGNAL": str(int(signal.SIGKILL)), "SIGNAL_AT": "1", "SIGNALLED_RANK": "1"}
+    start = time.monotonic()
+    done = launch(recipe, tmp_path / "run", 2, *strategy_options("expert 2"), **killed)
+    assert time.monotonic() - start < 60
+    assert done.returncode != 0
+    assert "failed (exitcode: -9) local_rank: 1" in done.stderr
+
+
+@pytest.mark.parametrize("rank", ["0", pytest.param("1", marks=pytest.mark.slow)])
+def test_a_full_disk_is_told_in_a_line_and_leaves_the_checkpoint_of_before(recipe, tmp_path, rank):
+    full = {"SIGNAL_AT": "4", "SIGNALLED_RANK": rank, "FILE_BYTES": "20000"}
+    options = (*strategy_options("fsdp"), "--trainer.epochs", "2", "--optim.lr", "1e-5")
+    done = launch(recipe, tmp_path / "run", 2, *options, **full)
+    assert done.returncode != 0
+    assert done.stderr.count("last.ckpt: cannot be written") + done.stderr.count("best.ckpt: cannot be written") == 1
+    assert "Traceback" not in done.stderr.partition("ChildFailedError")[0].partition("elastic")[0]
+    assert read_checkpoint(RunFolder(tmp_path / "run").last)[ENTRY]["epochs_done"] == 1
+    assert not list((tmp_path / "run" / "checkpoints").glob(".*.new"))
+
+
+@pytest.mark.slow
+def test_torchrun_starts_a_run_that_died_anew_from_its_last_checkpoint(recipe, tmp_path):
+    epochs = ("--trainer.epochs", "2")
+    assert launch(recipe, tmp_path / "alone", 1, *epochs).returncode == 0
+    killed = {"SIGNAL": str(int(signal.SIGKILL)), "SIGNAL_AT": "4", "SIGNALLED_RANK": "1"}
+    done = launch(recipe, tmp_path / "run", 2, *epochs, *strategy_options("ddp"), restarts=1, **killed)
+    assert done.returncode == 0, done.stderr
+    assert "resuming" in done.stdout
+    assert_same_run(RunFolder(tmp_path / "run"), RunFolder(tmp_path / "alone"))
