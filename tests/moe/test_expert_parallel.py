@@ -13,19 +13,40 @@ from vmoe.moe.kernels import fused
 from vmoe.moe.parallel import deal_out_experts
 
 SCRIPT = Path(__file__).parents[1] / "expert_parallel_worker.py"
+CAN_INTERPRET = fused is not None and not torch.cuda.is_available()
 
 
-@pytest.mark.parametrize("how", ["cpu", "interpreted", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_a_layer_in_two_processes_is_the_layer_in_one(how):
-    if how == "cuda" and torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs")
-    if how == "interpreted" and (fused is None or torch.cuda.is_available()):
-        pytest.skip("needs Triton, and no GPU")
+def layers_computed(*ways: str) -> str:
+    """What two processes print."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*launch, str(SCRIPT), how], capture_output=True, text=True, timeout=90, env=environment)
+    done = subprocess.run([*launch, str(SCRIPT), *ways], capture_output=True, text=True, timeout=90, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("as in one process") == 14  # seven layers, in training and evaluation
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def on_the_cpu() -> str:
+    """The layers in each way that needs no GPU, by processes that start once."""
+    return layers_computed("cpu", *(["interpreted"] if CAN_INTERPRET else []))
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "cpu",
+        pytest.param("interpreted", marks=pytest.mark.skipif(not CAN_INTERPRET, reason="needs Triton, and no GPU")),
+    ],
+)
+def test_a_layer_in_two_processes_is_the_layer_in_one(on_the_cpu, how):
+    found = [line for line in on_the_cpu.splitlines() if line.endswith("as in one process")]
+    assert sum(line.startswith(f"{how}, ") for line in found) == 14  # seven layers, in training and evaluation
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_layer_on_two_gpus_is_the_layer_on_one():
+    assert layers_computed("cuda").count("as in one process") == 14
 
 
 class _TwoProcesses:
