@@ -23,7 +23,7 @@ trainer: {epochs: 1, device: cpu, ema_decay: 0.9}
 parallel: {draws: sample}
 """
 WORKER = Path(__file__).parent / "training" / "parallel_worker.py"
-SECONDS = 120  # at most, so that processes that wait for one another fail a test rather than block all
+SECONDS = 120  # a run at most, so that processes that wait for one another fail a test rather than block all
 
 
 def launch(
@@ -41,7 +41,8 @@ def launch(
     command = [sys.executable, *(torchrun if processes > 1 else ()), str(script)]
     command += ["--config", str(recipe), "--output_dir", str(folder), *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, env=environment)
+    seconds = SECONDS * (1 + options.count("--then"))
+    return subprocess.run(command, capture_output=True, text=True, timeout=seconds, env=environment)
 
 
 def launch_in_turn(

@@ -20,7 +20,8 @@ def layers_computed(*ways: str) -> str:
     """What two processes print."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*launch, str(SCRIPT), *ways], capture_output=True, text=True, timeout=90, env=environment)
+    launch += [str(SCRIPT), *ways]
+    done = subprocess.run(launch, capture_output=True, text=True, timeout=90 * len(ways), env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

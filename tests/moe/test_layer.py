@@ -15,16 +15,16 @@ from vmoe import MoeConfig, MoeMlp
 WIDTH = 6
 
 
-def layer_of(seed: int = 0, dtype=torch.float64, **knobs) -> MoeMlp:
+def layer_of(seed: int = 0, dtype=torch.float64, widths=(WIDTH, 10), **knobs) -> MoeMlp:
     torch.manual_seed(seed)
-    layer = MoeMlp(WIDTH, 10, moe=MoeConfig(**knobs), dtype=dtype)
+    layer = MoeMlp(*widths, moe=MoeConfig(**knobs), dtype=dtype)
     for parameter in layer.experts.parameters():  # larger than at the start, so that errors show
         nn.init.normal_(parameter, std=0.5)
     return layer
 
 
-def tokens(images: int, count: int, seed: int = 1, dtype=torch.float64) -> torch.Tensor:
-    return torch.randn(images, count, WIDTH, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+def tokens(images: int, count: int, seed: int = 1, dtype=torch.float64, width: int = WIDTH) -> torch.Tensor:
+    return torch.randn(images, count, width, dtype=dtype, generator=torch.Generator().manual_seed(seed))
 
 
 @st.composite
@@ -139,8 +139,8 @@ def test_idle_experts_get_zero_gradients(training):
 @given(knobs(), st.integers(0, 5))
 def test_gradients(options, seed):
     """Analytic gradients against finite differences, where no choice is about to flip."""
-    layer = layer_of(seed, **options).train()
-    x = tokens(2, 3, seed).requires_grad_()
+    layer = layer_of(seed, widths=(3, 4), **options).train()  # narrow: each number is moved to and fro
+    x = tokens(2, 3, seed, width=3).requires_grad_()
     names = [name for name, _ in layer.named_parameters()]
 
     def run(x, *parameters):
