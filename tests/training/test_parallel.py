@@ -17,12 +17,8 @@ from vmoe.errors import UserError
 
 TRAIN = Path(__file__).parents[2] / "tools" / "train.py"  # in float32, which the compiler is used with
 
-WITHOUT_NOISE = (
-    "--moe.noise_std",
-    "0",
-    "--parallel.draws",
-    "process",
-)  # nothing random but by image, for captured steps
+# Nothing random but by image, for captured steps.
+WITHOUT_NOISE = ("--moe.noise_std", "0", "--parallel.draws", "process")
 CAPTURED = (*WITHOUT_NOISE, "--trainer.cuda_graph", "true", "--trainer.device", "auto")
 SOFT = ("--moe.router", "soft", "--moe.soft_scale", "10", "--moe.group", "image", "--moe.noise_std", "0")
 SOFT += ("--moe.batch_priority", "false", "--moe.capacity_factor", "1")
