@@ -23,7 +23,7 @@ trainer: {epochs: 1, device: cpu, ema_decay: 0.9}
 parallel: {draws: sample}
 """
 WORKER = Path(__file__).parent / "training" / "parallel_worker.py"
-SECONDS = 120  # a run at most, so that processes that wait for one another fail a test rather than block all
+SECONDS = 240  # a run at most, so that processes that wait for one another fail a test rather than block all
 
 
 def launch(
