@@ -98,13 +98,13 @@ def test_results_of_two_processes_beside_one(tmp_path, capsys):
     assert main(arguments) == 0
     rows = json.loads((tmp_path / "scaling.json").read_text())["rows"]
     compared = [row for row in rows if "within" in row]
-    assert {row["layout"] for row in compared} == {"ddp", "fsdp", "expert 2", "none"}
+    assert {row["layout"] for row in compared} == {"ddp", "fsdp", "expert 2", "expert 2, dense whole", "none"}
     assert {row["state"] for row in rows} == {"done"}
     assert all(row["within"] for row in compared), compared
     assert all(row["weights"] < 1e-12 for row in compared if row["dtype"] == "float64")
     with open(tmp_path / "scaling.csv", newline="") as file:
         assert len(list(csv.DictReader(file))) == len(rows)
-    assert "| expert 2 |" in capsys.readouterr().out
+    assert "| expert 2, dense whole |" in capsys.readouterr().out
 
 
 class _Watches(Callback):
