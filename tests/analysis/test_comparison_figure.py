@@ -1,5 +1,7 @@
 """The pictures of a comparison show every arm where its figures are, and their labels can be read."""
 
+from itertools import pairwise
+
 import pytest
 from matplotlib.text import Text
 
@@ -60,6 +62,19 @@ def test_models_at_one_value_of_an_option_lie_beside_each_other(make_run):
             assert len(set(at)) == drawn and at == sorted(at)
             assert at == pytest.approx([lr] * drawn, rel=0.1)
         assert list(axes.get_xticks()) == list(rates)
+
+
+def test_numbers_of_small_differences_do_not_run_into_each_other(make_run):
+    runs = [make_run("a", 0.9651), make_run("b", 0.9658, moe={"num_experts": 8}), make_run("c", 0.9639, lr=0.2)]
+    arms = group_runs([read_run(run) for run in runs])
+    page = draw_comparison(arms, differences(arms), [])
+    page.canvas.draw()
+    axes = page.figure.axes[3]
+    low, high = axes.get_xlim()
+    numbers = [tick.label1 for tick in axes.xaxis.get_major_ticks() if low <= tick.get_loc() <= high]
+    boxes = [number.get_window_extent() for number in numbers]
+    assert len(boxes) > 2
+    assert all(following.x0 - box.x1 > 4 for box, following in pairwise(boxes))
 
 
 def test_many_arms_and_notes_stay_on_the_page(make_run):

@@ -127,6 +127,7 @@ def _draw_differences(axes: Axes, arms: Sequence[Arm], found: Sequence[Differenc
         style = {"fmt": "s" if part.arm.first.is_dense else "o", "color": expert_hex(index), "capsize": 3}
         axes.errorbar(100 * part.mean, index, xerr=reach, markersize=7, zorder=3, **style)
     axes.axvline(0, color=MUTED, linewidth=1)
+    axes.xaxis.set_major_locator(MaxNLocator(5))  # numbers such as -0.125 are wide
     axes.set_ylim(len(arms) - 0.4, -0.6)
     axes.set_yticks(range(len(arms)), [str(index + 1) for index in range(len(arms))])
     label(axes, "points of test top-1, with paired 95 % interval", "arm")
