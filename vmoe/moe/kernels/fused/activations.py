@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from vmoe.moe.kernels.fused.functions import value_and_slope
 from vmoe.moe.kernels.fused.segments import Segments, expert_of
-from vmoe.moe.kernels.fused.sizes import cdiv, columns_of
+from vmoe.moe.kernels.fused.sizes import cdiv, columns_of, next_power_of_2
 from vmoe.moe.mlps import Glu
 
 TILE_ROWS = 128  # of a program
-_FORWARD = {"ROWS": 16, "COLUMNS": 128, "num_warps": 8}
-_BACKWARD = {"ROWS": 2, "COLUMNS": 512, "num_warps": 4}
+_FORWARD = {"elements": 2048, "columns": 128, "num_warps": 8}
+_BACKWARD = {"elements": 1024, "columns": 512, "num_warps": 4}
 
 
 class Form(NamedTuple):
@@ -45,9 +45,10 @@ class Form(NamedTuple):
 
 def activate(pre_RF: Tensor, bias_EF: Tensor | None, segments: Segments, form: Form, act_RH: Tensor) -> None:
     """Writes the activation of pre + bias into `act_RH`, which may be `pre_RF` where nothing gates."""
-    _activate[_grid(act_RH, _FORWARD)](
+    tile = _tile(act_RH.shape[1], **_FORWARD)
+    _activate[_grid(act_RH, tile)](
         pre_RF, bias_EF, act_RH, segments.starts_E, segments.num_experts, segments.share, act_RH.shape[1],
-        **_meta(bias_EF, segments, form), **_FORWARD,
+        **_meta(bias_EF, segments, form), **tile,
     )  # fmt: skip
 
 
@@ -59,10 +60,17 @@ def activation_gradient(
 
     `bias_parts_MF` takes parts of the bias's gradient, one every TILE_ROWS rows.
     """
-    _activation_gradient[_grid(grad_act_RH, _BACKWARD)](
+    tile = _tile(grad_act_RH.shape[1], **_BACKWARD)
+    _activation_gradient[_grid(grad_act_RH, tile)](
         grad_act_RH, bias_EF, pre_RF, bias_parts_MF, grad_pre_RF, segments.starts_E, segments.num_experts,
-        segments.share, grad_act_RH.shape[1], **_meta(bias_EF, segments, form), **_BACKWARD,
+        segments.share, grad_act_RH.shape[1], **_meta(bias_EF, segments, form), **tile,
     )  # fmt: skip
+
+
+def _tile(width: int, elements: int, columns: int, num_warps: int) -> dict[str, int]:
+    """Rows and columns of a step; a narrow layer has more rows in the place of columns that it lacks."""
+    columns = min(columns, max(16, next_power_of_2(width)))
+    return {"ROWS": elements // columns, "COLUMNS": columns, "num_warps": num_warps}
 
 
 def _grid(act_RH: Tensor, tile: dict[str, int]) -> tuple[int, int]:
