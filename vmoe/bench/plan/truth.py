@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from vmoe.bench.plan.hardware import Machine
 from vmoe.bench.plan.layouts import Layout
-from vmoe.bench.plan.planner import Plan, Workload, make_plans
+from vmoe.bench.plan.planner import Plan, Traces, Workload, make_plans
 from vmoe.bench.report import Column, Row
 from vmoe.bench.timing import Job, Say, reason_of_failure, release, time_calls
 from vmoe.checkpoints import build_model
@@ -70,7 +70,10 @@ def compare(
         name = f"{case.model}, E={case.experts}, {case.images} images"
         say(f"plans {name}")
         workload = case.workload(image_size, dtype)
-        plan, by_table = (make_plans(workload, [Layout("none", 1)], machine, 1.0)[0] for machine in (measured, table))
+        traces: Traces = {}  # the same by either's rates
+        plan, by_table = (
+            make_plans(workload, [Layout("none", 1)], machine, 1.0, traces=traces)[0] for machine in (measured, table)
+        )
         say(f"runs {name}")
         yield _row(case, plan, by_table, *_measured(workload, device, name))
         release(device)
