@@ -16,7 +16,7 @@ from vmoe.moe.kernels.fused.sizes import cdiv, columns_of, next_power_of_2
 from vmoe.moe.mlps import Glu
 
 TILE_ROWS = 128  # of a program
-_FORWARD = {"elements": 2048, "columns": 128, "num_warps": 8}
+_FORWARD = {"elements": 2048, "columns": 128, "num_warps": 8}  # of a step; columns at most
 _BACKWARD = {"elements": 1024, "columns": 512, "num_warps": 4}
 
 
@@ -68,8 +68,8 @@ def activation_gradient(
 
 
 def _tile(width: int, elements: int, columns: int, num_warps: int) -> dict[str, int]:
-    """Rows and columns of a step; a narrow layer has more rows in the place of columns that it lacks."""
-    columns = min(columns, max(16, next_power_of_2(width)))
+    """Rows and columns of a step, so many elements: more rows where the layer has fewer columns."""
+    columns = min(columns, max(16, next_power_of_2(width)))  # at least 16: no step has more rows than a tile
     return {"ROWS": elements // columns, "COLUMNS": columns, "num_warps": num_warps}
 
 
