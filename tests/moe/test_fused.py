@@ -239,7 +239,7 @@ def test_says_what_it_cannot_take(knobs, lacks, misfit):
 
 
 @settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(num_experts=st.sampled_from([3, 8]), chunk=st.sampled_from([1, 2**12, 2**14]), recompute=st.booleans())
+@given(num_experts=st.sampled_from([3, 4]), chunk=st.sampled_from([1, 2**12, 2**14]), recompute=st.booleans())
 def test_parts_of_the_hidden_layer_change_nothing(num_experts, chunk, recompute):
     generator = torch.Generator().manual_seed(0)
     routing = skewed_routing(4, 20, 2, num_experts, 2, 0.3, generator, 30)

@@ -141,9 +141,8 @@ def test_stopped_twice(recipe, unbroken, tmp_path, monkeypatch):
     _assert_same(RunFolder(tmp_path), unbroken)
 
 
-@pytest.mark.parametrize(
-    "signum", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)], ids=lambda signum: signum.name
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL], ids=lambda signum: signum.name)
 def test_process_stopped_from_outside(recipe, unbroken, tmp_path, signum):
     code = "from vmoe.cli.train import main; raise SystemExit(main())"
     arguments = ["--config", str(recipe), "--output_dir", str(tmp_path)]
