@@ -52,7 +52,7 @@ def test_several_processes_need_a_strategy(recipe, tmp_path, monkeypatch, capsys
 
 def test_a_process_that_dies_ends_the_job_with_a_line_that_says_which(recipe, tmp_path):
     killed = {"SIGNAL": str(int(signal.SIGKILL)), "SIGNAL_AT": "1", "SIGNALLED_RANK": "1"}
-    done = launch(recipe, tmp_path / "run", 2, *strategy_options("expert 2"), **killed)  # which does not wait for ever
+    done = launch(recipe, tmp_path / "run", 2, *strategy_options("expert 2"), **killed)  # has a time limit
     assert done.returncode != 0
     assert "failed (exitcode: -9) local_rank: 1" in done.stderr
 

@@ -70,7 +70,7 @@ def compare(
         name = f"{case.model}, E={case.experts}, {case.images} images"
         say(f"plans {name}")
         workload = case.workload(image_size, dtype)
-        traces: Traces = {}  # there are no rates in them
+        traces: Traces = {}  # hold no rates, so that one serves both plans
         plan, by_table = (
             make_plans(workload, [Layout("none", 1)], machine, 1.0, traces=traces)[0] for machine in (measured, table)
         )
