@@ -1,4 +1,4 @@
-"""Run by torchrun in two processes: MoE layers with and without expert parallelism on the same images.
+"""Run in two processes: MoE layers with and without expert parallelism on the same images.
 
 Each argument is a way to compute them: "cpu" in float64; "cuda" on two GPUs, in float32, where the kernels of the
 backend `fused` serve; "interpreted" with these on the CPU, by Triton's interpreter.

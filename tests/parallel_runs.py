@@ -4,11 +4,11 @@ import csv
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from forks import run_forked
 
 from vmoe.checkpoints import ENTRY, RunFolder, load_checkpoint, read_checkpoint
 from vmoe.training.config import OptimConfig
@@ -41,23 +41,15 @@ def launch(
     command = [sys.executable, *(torchrun if processes > 1 else ()), str(script)]
     command += ["--config", str(recipe), "--output_dir", str(folder), *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    seconds = SECONDS * (1 + options.count("--then"))
-    return subprocess.run(command, capture_output=True, text=True, timeout=seconds, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, env=environment)
 
 
-def launch_in_turn(
-    recipe: Path, processes: int, runs: dict[Path, Sequence[str]], **environment: str
+def train_forked(
+    recipe: Path, folder: Path, processes: int, *options: str, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Trains a recipe with each folder's options, one after the other; the processes, slow to start, do so once."""
-    (first, options), *others = runs.items()
-    then = (
-        word
-        for folder, its in others
-        for word in ("--then", "--config", str(recipe), "--output_dir", str(folder), *its)
-    )
-    done = launch(recipe, first, processes, *options, *then, **environment)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done
+    """As `launch`, without torchrun and its seconds."""
+    arguments = ("--config", str(recipe), "--output_dir", str(folder), *options)
+    return run_forked(WORKER, processes, *arguments, seconds=SECONDS, **environment)
 
 
 def strategy_options(strategy: str) -> list[str]:

@@ -1,12 +1,10 @@
 """Experts on two processes: the layer computes what it does in one, forward and backward, whatever its routing."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from forks import run_forked
 
 from vmoe.moe import MoeConfig, MoeMlp
 from vmoe.moe.kernels import fused
@@ -18,10 +16,7 @@ CAN_INTERPRET = fused is not None and not torch.cuda.is_available()
 
 def layers_computed(*ways: str) -> str:
     """What two processes print."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    launch += [str(SCRIPT), *ways]
-    done = subprocess.run(launch, capture_output=True, text=True, timeout=90 * len(ways), env=environment)
+    done = run_forked(SCRIPT, 2, *ways)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

@@ -5,7 +5,6 @@ So every moment can be hit, again and again: in a step, in validation, in the mi
 
 import csv
 import json
-import multiprocessing
 import os
 import resource
 import sys
@@ -15,13 +14,10 @@ from typing import NamedTuple
 
 import torch
 import yaml
+from forks import FORKS
 
 from vmoe.checkpoints import ENTRY, RunFolder, load_checkpoint
 from vmoe.cli.train import main
-
-# Not from this process, whose autograd may have threads, which a fork cannot have
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["vmoe.cli.train"])
 
 
 class End(NamedTuple):

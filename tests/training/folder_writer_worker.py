@@ -1,4 +1,4 @@
-"""Run by torchrun in two processes with a folder: checkpoints written in the background, held back when it matters.
+"""Run in two processes with a folder: checkpoints written in the background, held back when it matters.
 
 What the first process finds is printed; `test_async_save.py` knows what it should be.
 """

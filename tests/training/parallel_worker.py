@@ -4,11 +4,9 @@ Before the update SIGNAL_AT the process of rank SIGNALLED_RANK gets the signal S
 cannot write files of more than FILE_BYTES any more. At the update NAN_AT the images are NaN. An update takes
 STEP_SECONDS more; a process's part of a checkpoint folder takes WRITE_SECONDS, and a line tells the update it came in.
 With UNCAPTURED the step of `trainer.cuda_graph` runs as it is, on the CPU.
-Arguments after `--then` are another run's, which starts when the one before has ended well.
 At its end each process tells how many threads of gloo it has.
 """
 
-import atexit
 import os
 import resource
 import sys
@@ -19,11 +17,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 from gloo_threads import gloo_threads
 from torch import nn
-from torch.distributed import PrefixStore
 
 from vmoe.cli.train import main
 from vmoe.data import Batch, ImageDataModule
-from vmoe.training import module, processes, run
+from vmoe.training import module, run
 from vmoe.training.config import TrainConfig
 from vmoe.training.module import Classifier
 
@@ -82,37 +79,8 @@ def main_in_float64(arguments: list[str]) -> int:
     return main(arguments)
 
 
-def runs_in_turn(arguments: list[str]) -> int:
-    """The last run is this process's own; each before has a fork of it, so that nothing of one is left to the next."""
-    number = 0
-    while "--then" in arguments:
-        end = arguments.index("--then")
-        if not (child := os.fork()):
-            own_place_in_the_store(number)
-            code = main_in_float64(arguments[:end])
-            tell_threads()
-            sys.stdout.flush()
-            os._exit(code)  # seconds sooner than Python, which takes apart all that was imported
-        if code := os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
-            return code
-        arguments, number = arguments[end + 1 :], number + 1
-    return main_in_float64(arguments)
-
-
-def own_place_in_the_store(number: int) -> None:
-    """Torchrun's store keeps the addresses of processes that have ended, which the next run must not find."""
-    found = processes.rendezvous
-
-    def apart(*arguments, **options):
-        for store, *place in found(*arguments, **options):
-            yield PrefixStore(f"run {number}", store), *place
-
-    processes.rendezvous = apart
-
-
-def tell_threads() -> None:
+try:
+    code = main_in_float64(sys.argv[1:])
+finally:
     print(f"threads of gloo at the end: {gloo_threads()}", file=sys.stderr)
-
-
-atexit.register(tell_threads)
-raise SystemExit(runs_in_turn(sys.argv[1:]))
+raise SystemExit(code)

@@ -1,14 +1,12 @@
 """parallel.async_save: training goes on while a checkpoint is written, and every promise of a checkpoint is kept."""
 
-import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from forks import run_forked
 from parallel_runs import TINY, assert_close, assert_same_run, launch, strategy_options, tensors
 
 from vmoe.checkpoints import ENTRY, RunFolder, read_checkpoint
@@ -23,10 +21,7 @@ NO_THREAD = "threads of gloo at the end: 0"  # of each process: one that is left
 
 
 def test_a_folder_written_in_the_background_is_the_one_of_then(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command += [str(WORKER), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=90, env=environment)
+    done = run_forked(WORKER, 2, str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines() == [
         "under way: False False False",

@@ -3,7 +3,7 @@
 import signal
 
 import pytest
-from parallel_runs import assert_same_run, launch, strategy_options
+from parallel_runs import assert_same_run, launch, strategy_options, train_forked
 
 from vmoe.checkpoints import ENTRY, RunFolder, read_checkpoint
 from vmoe.cli.train import main as train
@@ -14,7 +14,7 @@ from vmoe.training.parallel import check_parts
 
 
 def test_a_mistake_is_told_once(recipe, tmp_path):
-    done = launch(recipe, tmp_path / "run", 2, "--parallel.strategy", "ddp", "--data.batch_size", "40")
+    done = train_forked(recipe, tmp_path / "run", 2, "--parallel.strategy", "ddp", "--data.batch_size", "40")
     assert done.returncode != 0
     assert done.stderr.count("data.batch_size=40: 2 processes must get equally many whole groups") == 1
     assert "use 32 or 48" in done.stderr
