@@ -86,7 +86,7 @@ def test_two_processes_change_nothing(of_two, alone, strategy):
     [(2, "fsdp"), *((4, how) for how in ("ddp", "fsdp", "expert 4", "expert 2", "expert 2 whole"))],
 )
 def test_the_number_of_processes_changes_nothing(recipe, alone, tmp_path, processes, strategy):
-    done = launch(recipe, tmp_path / "run", processes, *strategy_options(strategy))
+    done = train_forked(recipe, tmp_path / "run", processes, *strategy_options(strategy))
     assert done.returncode == 0, done.stderr
     assert_same_run(RunFolder(tmp_path / "run"), alone)
 
@@ -98,7 +98,7 @@ def test_the_step_that_processes_capture_is_lightning_s(of_two, of_one):
 
 @pytest.mark.slow
 def test_the_step_that_processes_capture_with_ddp_is_lightning_s(recipe, of_one, tmp_path):
-    done = launch(recipe, tmp_path / "run", 2, *strategy_options("ddp"), *CAPTURED, UNCAPTURED="1")
+    done = train_forked(recipe, tmp_path / "run", 2, *strategy_options("ddp"), *CAPTURED, UNCAPTURED="1")
     assert done.returncode == 0, done.stderr
     assert_same_run(RunFolder(tmp_path / "run"), of_one["without noise"], tolerance=1e-7)
 
@@ -132,13 +132,13 @@ def test_a_scalar_that_all_processes_keep_is_trained_as_in_one(of_two, of_one):
 )
 def test_a_run_goes_on_with_other_processes_as_if_it_had_never_stopped(recipe, tmp_path, chain):
     longer = ("--data.repeat", "3")  # 9 updates, of which each part of the chain does 2 or more
-    assert launch(recipe, tmp_path / "alone", 1, *longer).returncode == 0
+    assert train_forked(recipe, tmp_path / "alone", 1, *longer).returncode == 0
     for number, (processes, strategy) in enumerate(chain):
         stop = (
             {} if number + 1 == len(chain) else {"SIGNAL": str(int(signal.SIGTERM)), "SIGNAL_AT": str(1 + 4 * number)}
         )
         options = (*longer, *strategy_options(strategy), "--resume")
-        done = launch(recipe, tmp_path / "chain", processes, *options, **stop)
+        done = train_forked(recipe, tmp_path / "chain", processes, *options, **stop)
         assert done.stderr.count("the run is saved, go on with") == bool(stop), done.stderr
     assert done.returncode == 0, done.stderr
     assert_same_run(RunFolder(tmp_path / "chain"), RunFolder(tmp_path / "alone"))
@@ -208,7 +208,7 @@ def test_a_folder_moved_aside_when_a_process_was_killed_is_found_again(recipe, c
     folder = RunFolder(shutil.copytree(cut.path, tmp_path / "run"))
     folder.last.rename(folder.last.with_name(".last.ckpt.old"))
     folder.summary.unlink()
-    done = launch(recipe, folder.path, 2, *strategy_options("expert 2"), "--resume")
+    done = train_forked(recipe, folder.path, 2, *strategy_options("expert 2"), "--resume")
     assert done.returncode == 0, done.stderr
     assert "starts from the beginning" not in done.stdout
     assert folder.last.is_dir() and folder.summary.exists()
@@ -218,7 +218,7 @@ def test_a_folder_moved_aside_when_a_process_was_killed_is_found_again(recipe, c
 def cut_with_muon(recipe) -> RunFolder:
     """Two processes, in which AdamW trains the dense matrices, which are cut."""
     folder = recipe.parent / "muon"
-    done = launch(recipe, folder, 2, *strategy_options("fsdp"), "--optim.name", "muon")
+    done = train_forked(recipe, folder, 2, *strategy_options("fsdp"), "--optim.name", "muon")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("AdamW trains the matrices that parallel.strategy=fsdp cuts, but whole experts") == 1
     return RunFolder(folder)
@@ -227,7 +227,7 @@ def cut_with_muon(recipe) -> RunFolder:
 @pytest.mark.slow
 @pytest.mark.parametrize(("processes", "strategy"), [(4, "fsdp"), (2, "expert 2")])
 def test_muon_keeps_experts_that_are_whole(recipe, cut_with_muon, tmp_path, processes, strategy):
-    done = launch(recipe, tmp_path / "run", processes, *strategy_options(strategy), "--optim.name", "muon")
+    done = train_forked(recipe, tmp_path / "run", processes, *strategy_options(strategy), "--optim.name", "muon")
     assert done.returncode == 0, done.stderr
     ours = RunFolder(tmp_path / "run")
     assert_same_run(ours, cut_with_muon)
@@ -240,7 +240,7 @@ def test_muon_keeps_experts_that_are_whole(recipe, cut_with_muon, tmp_path, proc
 def test_muon_has_all_matrices_where_none_is_cut(recipe, tmp_path):
     for processes, strategy in ((1, "none"), (2, "expert 2 whole")):
         options = (*strategy_options(strategy), "--optim.name", "muon")
-        done = launch(recipe, tmp_path / strategy, processes, *options)
+        done = train_forked(recipe, tmp_path / strategy, processes, *options)
         assert done.returncode == 0, done.stderr
         assert "AdamW" not in done.stdout
     folders = (RunFolder(tmp_path / name) for name in ("expert 2 whole", "none"))
@@ -252,7 +252,7 @@ def test_muon_has_all_matrices_where_none_is_cut(recipe, tmp_path):
 @pytest.mark.parametrize("strategy", ["none", "fsdp"])  # in one process the same
 def test_with_muon_the_strategy_cannot_change(recipe, cut_with_muon, strategy):
     options = ("--optim.name", "muon", "--resume")
-    done = launch(recipe, cut_with_muon.path, 1, *strategy_options(strategy), *options)
+    done = train_forked(recipe, cut_with_muon.path, 1, *strategy_options(strategy), *options)
     assert done.returncode == 2
     assert "parallel.strategy (was 'fsdp', now 'none')" in done.stderr
 
