@@ -29,6 +29,8 @@ ROUTINGS = {
     },
     "shared": {"shared_experts": 1},
 }  # fmt: skip
+# Each takes seconds to export: not those within another, nor the one for benchmarks
+IN_ONNX = [name for name in ROUTINGS if name not in ("K=2", "K=3", "capacity", "balanced")]
 
 
 class Parallel(nn.Module):
@@ -52,7 +54,7 @@ def make_layer(**moe) -> MoeMlp:
 @pytest.fixture(scope="module")
 def layers() -> Parallel:
     torch.manual_seed(0)
-    return Parallel([make_layer(**routing) for routing in ROUTINGS.values()]).eval()
+    return Parallel([make_layer(**ROUTINGS[name]) for name in IN_ONNX]).eval()
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +72,9 @@ def onnx_run(layers, tmp_path_factory):
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ROUTINGS)
-def test_the_copy_computes_the_same(layers, name):
-    layer = layers.layers[list(ROUTINGS).index(name)]
+def test_the_copy_computes_the_same(name):
+    torch.manual_seed(0)
+    layer = make_layer(**ROUTINGS[name])
     x = torch.randn(5, TOKENS, DIM)
     torch.testing.assert_close(exportable_copy(nn.Sequential(layer))(x), layer(x), atol=1e-5, rtol=1e-5)
 
@@ -81,7 +84,7 @@ def test_the_copy_computes_the_same(layers, name):
 def test_onnx_computes_the_same(layers, onnx_run, batch):
     x = torch.randn(batch, TOKENS, DIM)
     found, expected = onnx_run(x), layers(x)
-    for index, name in enumerate(ROUTINGS):
+    for index, name in enumerate(IN_ONNX):
         torch.testing.assert_close(found[:, index], expected[:, index], atol=1e-4, rtol=1e-5, msg=name)
 
 
