@@ -62,19 +62,20 @@ def test_the_list_holds_the_command_of_each_run(study, tmp_path, capsys):
 
 
 def test_runs_are_trained_passed_over_and_told_when_they_fail(study, tmp_path, capfd):
+    study.write_text(study.read_text() + "  wrong: {data.batch_size: 0}\n")
     out = tmp_path / "runs"
-    command = [str(study), "--out", str(out), "--jobs", "2", "--seeds", "0"]
-    assert main(command) == 0
-    assert {path.parent.name for path in out.glob("*/summary.json")} == {"dense_s0", "k1_s0"}
+    command = [str(study), "--out", str(out), "--jobs", "2", "--seeds", "0", "--arms", "k1"]
+    assert main([*command, "wrong"]) == 1
+    assert [path.parent.name for path in out.glob("*/summary.json")] == ["k1_s0"]
     assert yaml.safe_load((out / "k1_s0" / "config.yaml").read_text())["moe"]["top_k"] == 1
     told = capfd.readouterr().out
     assert "2 runs, 0 of them done" in told and "k1_s0: test top-1 " in told
+    assert "wrong_s0: FAILED with exit code 2: vmoe train: error: " in told and "batch_size=0" in told
 
     before = (out / "k1_s0" / "summary.json").stat().st_mtime_ns
-    assert main([*command, "1", "--arms", "k1", "--", "--data.batch_size", "0"]) == 1
+    assert main(command) == 0
     told = capfd.readouterr().out
-    assert "k1_s1: FAILED with exit code 2: vmoe train: error: " in told and "batch_size=0" in told
-    assert "k1_s0" not in told  # done before
+    assert "1 runs, 1 of them done" in told and "k1_s0: " not in told
     assert (out / "k1_s0" / "summary.json").stat().st_mtime_ns == before
 
 
