@@ -9,6 +9,7 @@ import sys
 
 import torch
 import torch.distributed as dist
+from gloo_threads import gloo_threads
 from torch import nn
 
 from vmoe.moe import MoeConfig, MoeMlp, parallel
@@ -84,3 +85,4 @@ for way in sys.argv[1:]:
         check(way, layer_name, training=False)
     assert handed == {torch.Tensor}, handed
 disconnect()
+print(f"threads of gloo: {gloo_threads()}")

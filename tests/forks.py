@@ -1,4 +1,8 @@
-"""Scripts in processes as torchrun starts them, but forked from one that has imported what takes seconds to import."""
+"""Scripts in processes as torchrun starts them, but forked from one that has imported what takes seconds to import.
+
+Unlike torchrun's they share the seed of strings' hashes, do not run Python's own end, do not see variables that are
+read at import, and write to files, which a limit on the size of files would cut.
+"""
 
 import multiprocessing
 import os
@@ -16,33 +20,49 @@ from torch.distributed import TCPStore
 # Not from this process, whose autograd may have threads, which a fork cannot have
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["vmoe.cli.train"])
+SECONDS = 240  # a run at most, so that processes that wait for one another fail a test rather than block all
 PATIENCE = 10  # seconds that processes get to end by themselves after one has failed
 
 
-def run_forked(
-    script: Path, processes: int, *arguments: str, seconds: float = 240, **environment: str
-) -> subprocess.CompletedProcess[str]:
-    """Runs a script in so many processes; its return code is that of the first that failed."""
-    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+def run_forked(script: Path, processes: int, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs a script in so many processes; its return code is that of the first that fails.
+
+    Raises:
+        AssertionError: One did not end by itself.
+    """
     command = [str(script), *arguments]
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False) if processes > 1 else None
+    running: list[multiprocessing.process.BaseProcess] = []
     with TemporaryDirectory() as folder:
-        outputs = [Path(folder, str(rank)) for rank in range(processes)]
-        running = []
-        for rank, output in enumerate(outputs):
-            place = _place(rank, processes, store.port) if processes > 1 else {}
-            running.append(FORKS.Process(target=_run, args=(command, {**environment, **place}, output)))
-            running[-1].start()
-        end = time.monotonic() + seconds
-        while (left := [process for process in running if process.is_alive()]) and time.monotonic() < end:
-            wait([process.sentinel for process in left], end - time.monotonic())
-            if any(process.exitcode for process in running):
-                end = min(end, time.monotonic() + PATIENCE)
-        for process in running:
-            process.kill()
-            process.join()
-        stdout, stderr = ("".join(path.with_suffix(suffix).read_text() for path in outputs) for suffix in (".1", ".2"))
-    code = next((process.exitcode for process in running if process.exitcode), 0)
+        outputs = [[Path(folder, f"{rank}.{name}") for name in ("out", "err")] for rank in range(processes)]
+        try:
+            for rank, paths in enumerate(outputs):
+                for path in paths:
+                    path.touch()
+                place = _place(rank, processes, store.port) if store else {}
+                process = FORKS.Process(target=_run, args=(command, {**os.environ, **environment, **place}, paths))
+                process.start()
+                running.append(process)
+            code = _first_failure(running)
+            left = [rank for rank, process in enumerate(running) if process.is_alive()]
+        finally:
+            for process in running:
+                process.kill()
+                process.join()
+        stdout, stderr = ("".join(path.read_text() for path in paths) for paths in zip(*outputs, strict=True))
+    assert not left, f"ranks {left} did not end by themselves (exit code of the first that failed: {code}): {stderr}"
     return subprocess.CompletedProcess(command, code, stdout, stderr)
+
+
+def _first_failure(running: list[multiprocessing.process.BaseProcess]) -> int:
+    """Waits for all; the exit code of the first that fails, or 0."""
+    code, end = 0, time.monotonic() + SECONDS
+    while left := [process.sentinel for process in running if process.is_alive()]:
+        if not wait(left, max(0, end - time.monotonic())):
+            break
+        if not code and (code := next((process.exitcode for process in running if process.exitcode), 0)):
+            end = time.monotonic() + PATIENCE
+    return code or next((process.exitcode for process in running if process.exitcode), 0)
 
 
 def _place(rank: int, processes: int, port: int) -> dict[str, str]:
@@ -51,16 +71,15 @@ def _place(rank: int, processes: int, port: int) -> dict[str, str]:
         **{name: str(rank) for name in ("RANK", "LOCAL_RANK")},
         **{name: str(processes) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")},
         "MASTER_ADDR": "localhost", "MASTER_PORT": str(port),
-        "TORCHELASTIC_RUN_ID": "forked", "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RUN_ID": f"forked {port}", "TORCHELASTIC_USE_AGENT_STORE": "True",
     }  # fmt: skip
 
 
-def _run(command: list[str], environment: dict[str, str], output: Path) -> None:
-    for number in (1, 2):
-        file = os.open(output.with_suffix(f".{number}"), os.O_WRONLY | os.O_CREAT)
-        os.dup2(file, number)
+def _run(command: list[str], environment: dict[str, str], outputs: list[Path]) -> None:
+    for number, path in enumerate(outputs, 1):
+        os.dup2(os.open(path, os.O_WRONLY), number)
     os.environ |= environment
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # as OMP_NUM_THREADS=1, which was read long ago
     sys.argv = command
     sys.path.insert(0, str(Path(command[0]).parent))
     runpy.run_path(command[0], run_name="__main__")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from forks import run_forked
+from forks import SECONDS, run_forked
 
 from vmoe.checkpoints import ENTRY, RunFolder, load_checkpoint, read_checkpoint
 from vmoe.training.config import OptimConfig
@@ -22,8 +22,7 @@ optim: {warmup_epochs: 0, clip_norm: 0.1, lr: 0.01}
 trainer: {epochs: 1, device: cpu, ema_decay: 0.9}
 parallel: {draws: sample}
 """
-WORKER = Path(__file__).parent / "training" / "parallel_worker.py"
-SECONDS = 240  # a run at most, so that processes that wait for one another fail a test rather than block all
+WORKER = Path(__file__).with_name("parallel_worker.py")
 
 
 def launch(
@@ -47,9 +46,9 @@ def launch(
 def train_forked(
     recipe: Path, folder: Path, processes: int, *options: str, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """As `launch`, without torchrun and its seconds."""
+    """As `launch`, by forks, without torchrun and its seconds."""
     arguments = ("--config", str(recipe), "--output_dir", str(folder), *options)
-    return run_forked(WORKER, processes, *arguments, seconds=SECONDS, **environment)
+    return run_forked(WORKER, processes, *arguments, **environment)
 
 
 def strategy_options(strategy: str) -> list[str]:

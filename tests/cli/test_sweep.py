@@ -73,9 +73,9 @@ def test_runs_are_trained_passed_over_and_told_when_they_fail(study, tmp_path, c
     assert "wrong_s0: FAILED with exit code 2: vmoe train: error: " in told and "batch_size=0" in told
 
     before = (out / "k1_s0" / "summary.json").stat().st_mtime_ns
-    assert main(command) == 0
+    assert main([*command, "wrong"]) == 1
     told = capfd.readouterr().out
-    assert "1 runs, 1 of them done" in told and "k1_s0: " not in told
+    assert "2 runs, 1 of them done" in told and "wrong_s0: FAILED" in told and "k1_s0: " not in told
     assert (out / "k1_s0" / "summary.json").stat().st_mtime_ns == before
 
 

@@ -29,7 +29,7 @@ ROUTINGS = {
     },
     "shared": {"shared_experts": 1},
 }  # fmt: skip
-# Each takes seconds to export: not those within another, nor the one for benchmarks
+# Each takes seconds to export; K=2, K=3 and capacity are parts of others, balanced is for benchmarks only
 IN_ONNX = [name for name in ROUTINGS if name not in ("K=2", "K=3", "capacity", "balanced")]
 
 

@@ -14,7 +14,7 @@ from vmoe.errors import UserError
 from vmoe.training.config import ParallelConfig, TrainConfig
 from vmoe.training.plain import from_plain
 
-WORKER = Path(__file__).with_name("folder_writer_worker.py")
+WORKER = Path(__file__).parents[1] / "folder_writer_worker.py"
 KILLED = {"SIGNAL": str(int(signal.SIGKILL)), "SIGNALLED_RANK": "1"}
 ASYNC = ("--parallel.async_save", "true")
 NO_THREAD = "threads of gloo at the end: 0"  # of each process: one that is left may abort it

@@ -37,12 +37,13 @@ def of_one(recipe) -> dict[str, RunFolder]:
 
 @pytest.fixture(scope="module")
 def of_two(recipe) -> dict[str, RunFolder]:
-    """Runs of two processes, of which one has a step that would be captured on a GPU."""
+    """Runs of two processes, one of them by torchrun itself; one has a step that would be captured on a GPU."""
     runs = {strategy: strategy_options(strategy) for strategy in ("expert 2", "ddp", "expert 2 whole")}
     runs |= {"captured": (*runs["expert 2 whole"], *CAPTURED), "soft": (*strategy_options("fsdp"), *SOFT)}
     folders = {name: RunFolder(recipe.parent / "two" / name) for name in runs}
     for name, options in runs.items():
-        done = train_forked(recipe, folders[name].path, 2, *options, UNCAPTURED="1")
+        train = launch if name == "expert 2" else train_forked
+        done = train(recipe, folders[name].path, 2, *options, UNCAPTURED="1")
         assert done.returncode == 0, done.stderr
         assert done.stderr.count("threads of gloo at the end: 0") == 2  # one that is left may abort its process
         assert done.stdout.count("epoch 1/1") == 1  # one process shows progress

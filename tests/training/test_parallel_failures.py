@@ -15,7 +15,7 @@ from vmoe.training.parallel import check_parts
 
 def test_a_mistake_is_told_once(recipe, tmp_path):
     done = train_forked(recipe, tmp_path / "run", 2, "--parallel.strategy", "ddp", "--data.batch_size", "40")
-    assert done.returncode != 0
+    assert done.returncode == 2
     assert done.stderr.count("data.batch_size=40: 2 processes must get equally many whole groups") == 1
     assert "use 32 or 48" in done.stderr
     assert not (tmp_path / "run").exists()
@@ -50,6 +50,7 @@ def test_several_processes_need_a_strategy(recipe, tmp_path, monkeypatch, capsys
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_ends_the_job_with_a_line_that_says_which(recipe, tmp_path):
     killed = {"SIGNAL": str(int(signal.SIGKILL)), "SIGNAL_AT": "1", "SIGNALLED_RANK": "1"}
     done = launch(recipe, tmp_path / "run", 2, *strategy_options("expert 2"), **killed)  # has a time limit

@@ -33,7 +33,7 @@ def main_in_float64(arguments: list[str]) -> int:
 
     def double_model(config: TrainConfig, *others) -> nn.Module:
         model = made(config, *others).double()
-        print(f"{config.output_dir}: made on {next(model.parameters()).device.type}", file=sys.stderr)
+        print(f"made on {next(model.parameters()).device.type}", file=sys.stderr)
         model.register_forward_pre_hook(lambda _, inputs: (inputs[0].double(), *inputs[1:]))
         return model
 
