@@ -42,7 +42,7 @@ def of_two(recipe) -> dict[str, RunFolder]:
     runs |= {"captured": (*runs["expert 2 whole"], *CAPTURED), "soft": (*strategy_options("fsdp"), *SOFT)}
     folders = {name: RunFolder(recipe.parent / "two" / name) for name in runs}
     for name, options in runs.items():
-        train = launch if name == "expert 2" else train_forked
+        train = launch if name == "expert 2" else train_forked  # its folder is the one that most tests read
         done = train(recipe, folders[name].path, 2, *options, UNCAPTURED="1")
         assert done.returncode == 0, done.stderr
         assert done.stderr.count("threads of gloo at the end: 0") == 2  # one that is left may abort its process
