@@ -13,7 +13,7 @@ from vmoe.cli.compare import main
 
 @pytest.fixture
 def save_summary(tmp_path):
-    def save(name, top1, seed=0, moe=None, device="a CPU", fraction=None, model="vit"):
+    def save(name, top1, seed=0, moe=None, device="a CPU", fraction=None, model="vit", curve="epoch,val/top1\n0,0.5\n"):
         folder = tmp_path / name
         folder.mkdir()
         data = {"name": "digits", "subset": {"fraction": fraction}}
@@ -28,7 +28,7 @@ def save_summary(tmp_path):
         }
         (folder / "config.yaml").write_text(yaml.safe_dump(config))
         (folder / "summary.json").write_text(json.dumps(summary))
-        (folder / "metrics.csv").write_text("epoch,val/top1\n0,0.5\n")
+        (folder / "metrics.csv").write_text(curve)
         return str(folder)
 
     return save
@@ -61,6 +61,17 @@ def test_runs_are_put_side_by_side(save_summary, tmp_path, capsys):
         *(f"comparison.{kind}" for kind in ("csv", "json", "md", "png")),
         "runs.csv",
     ]
+
+
+def test_runs_without_validation_are_compared_too(save_summary, tmp_path, capsys):
+    runs = [save_summary(name, top1, model=name, curve="epoch,lr\n0,0.1\n") for name, top1 in (("a", 0.9), ("b", 0.8))]
+    out = tmp_path / "out"
+    assert main([*runs, save_summary("validated", 0.7), "--by-folder", "--out", str(out)]) == 0
+    assert capsys.readouterr().err == ""
+    assert main([str(out / "comparison.json"), "--by-folder", "--out", str(tmp_path / "again")]) == 0
+    rows = list(csv.DictReader((tmp_path / "again" / "runs.csv").read_text().splitlines()))
+    assert [(row["arm"], row["test_top1"]) for row in rows][:2] == [("a", "0.9"), ("b", "0.8")]
+    Image.open(out / "comparison.png").verify()
 
 
 def test_a_comparison_can_be_compared_again_beside_other_runs(save_summary, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """`vmoe evaluate`: a table, evaluation.json and the confusion matrix; one line for a mistake."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -63,17 +64,33 @@ def test_frozen_features_are_probed(save_run, capsys):
     assert f"{probes['knn']['top1']:.2%}" in capsys.readouterr().out
 
 
-def test_features_of_a_set_with_other_classes_are_probed_alone(save_run, tmp_path, capsys):
+def test_a_model_trained_on_all_images_has_no_validation_split_but_in_another_set(save_run, tmp_path, capsys):
+    run, out = str(save_run(moe=MOE, data={"val_fraction": 0})), str(tmp_path / "out")
+    for options in (["--split", "val"], ["--probe", "linear"]):
+        assert main([run, *options]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and "data.val_fraction=0" in error
+    assert main([run, "--out", out]) == 0
+    assert main([run, "--data", "npz", "--root", _colours(tmp_path), "--probe", "linear", "--out", out]) == 0
+    assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["probes"]["train_images"] == 81  # of 90
+
+
+def _colours(folder: Path) -> str:
+    """A file of images of three classes: red, green and blue."""
     generator = np.random.default_rng(0)
     arrays = {}
     for split, count in (("train", 90), ("test", 30)):
         labels = np.arange(count) % 3
         images = generator.integers(0, 120, (count, 16, 16, 3), np.uint8)
-        images[np.arange(count), ..., labels] += 100  # red, green or blue
+        images[np.arange(count), ..., labels] += 100
         arrays |= {f"{split}_x": images, f"{split}_y": labels}
-    np.savez(tmp_path / "colours.npz", **arrays)
+    np.savez(folder / "colours.npz", **arrays)
+    return str(folder / "colours.npz")
+
+
+def test_features_of_a_set_with_other_classes_are_probed_alone(save_run, tmp_path, capsys):
     run, out = save_run(moe=MOE), tmp_path / "out"
-    arguments = [str(run), "--data", "npz", "--root", str(tmp_path / "colours.npz"), "--out", str(out)]
+    arguments = [str(run), "--data", "npz", "--root", _colours(tmp_path), "--out", str(out)]
     assert main([*arguments, "--probe", "knn", "few-shot"]) == 0
     report = json.loads((out / "evaluation.json").read_text())
     assert report["results"] == [] and [path.name for path in out.iterdir()] == ["evaluation.json"]

@@ -231,6 +231,21 @@ def test_lightning_sets_the_epoch_of_the_sampler(npz, tmp_path, workers):
     assert recorder.seen == expected
 
 
+@pytest.mark.parametrize("pipeline", ["workers", "device"])
+def test_without_validation_images_its_loaders_say_so(pipeline):
+    data = module(val_fraction=0, pipeline=pipeline, batch_size=100)
+    assert not data.has_validation and module().has_validation
+    assert sum(len(batch.labels) for batch in training_batches(data)) == 1400  # of 1,437; with validation 1,200
+    assert len(list(data.test_dataloader())) == 4
+    for loader in (
+        data.val_dataloader,
+        lambda: data.random_dataloader("val", seed=0),
+        lambda: data.corrupted_dataloader("val", "brightness", 1),
+    ):
+        with pytest.raises(UserError, match=r"data\.val_fraction=0: there are no images for validation"):
+            loader()
+
+
 def test_a_random_order_is_a_function_of_the_seed_and_holds_every_image_once():
     def first(seed):
         data = ImageDataModule(DataConfig(eval_batch_size=1000), seed=0)

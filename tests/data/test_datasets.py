@@ -71,6 +71,13 @@ def test_folders_become_splits(image_tree, folders, test, own_val, name):
     assert not set(places(splits.train)) & set(places(splits.val))
 
 
+def test_no_fraction_for_validation_leaves_all_images_to_training(image_tree):
+    splits = load(val_fraction=0)
+    assert splits.val is None and places(splits.test) == places(load().test)
+    assert set(places(splits.train)) == {*places(load().train), *places(load().val)}
+    assert len(load("folder", image_tree(("train", "val", "test")), val_fraction=0).val) == 18  # the folder's own
+
+
 def test_a_class_without_test_images_keeps_its_number(image_tree):
     root = image_tree()
     for file in (root / "val" / "bee").iterdir():

@@ -91,6 +91,7 @@ MISTAKES: dict[str, list[Mistake]] = {
         _config("batches of 0", "--data.batch_size 0"),
         _config("images that patches do not fill", "--data.image_size 18"),
         _config("a share over 1", "--data.val_fraction 2"),
+        _config("early stopping without validation", "--data.val_fraction 0 --trainer.early_stopping 3"),
         _config("two subsets in one", "--data.subset.fraction 0.5"),
         _config("a class that is not there", "--data.subset.classes [cat]"),
         _config("an unknown model", "--model.name vit_tinny"),

@@ -13,7 +13,7 @@ from vmoe.checkpoints import ENTRY, RunFolder, load_checkpoint
 from vmoe.cli.train import main
 from vmoe.data import DataConfig, ImageDataModule
 from vmoe.data.config import AugmentConfig, SubsetConfig
-from vmoe.training.journal import COLUMNS, MetricsTable
+from vmoe.training.journal import TRAIN_COLUMNS, VAL_COLUMNS, MetricsTable
 from vmoe.training.module import Classifier
 from vmoe.training.saving import Saving
 
@@ -49,9 +49,10 @@ def test_a_run_s_folder_holds_what_is_promised(run):
     with open(folder.metrics, newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["epoch"], row["step"]) for row in rows] == [("1", "5"), ("2", "10")]
-    assert list(rows[0])[: len(COLUMNS)] == list(COLUMNS)
     layer = "moe/blocks.1.mlp"
-    assert list(rows[0])[len(COLUMNS) :] == [
+    assert list(rows[0]) == [
+        *TRAIN_COLUMNS,
+        *VAL_COLUMNS,
         *(f"{layer}/load/{e}" for e in range(4)),
         f"{layer}/max_load",
         f"{layer}/dropped",
@@ -127,6 +128,19 @@ def test_early_stopping(run, monkeypatch):
 
 def _names(split: str) -> list[str]:
     return [f"{split}/loss", f"{split}/top1", f"{split}/top5"]
+
+
+def test_without_validation_the_end_of_training_is_tested(run, capsys):
+    code, folder = run("--data.val_fraction", "0", "--trainer.epochs", "2", "--trainer.ema_decay", "0.9")
+    assert code == 0
+    out = capsys.readouterr().out
+    assert "by the checkpoint of epoch 2 (no validation, unaugmented training images" in out and "val " not in out
+    summary = json.loads(folder.summary.read_text())
+    assert summary["best_epoch"] == summary["epochs"] == 2
+    assert {name.partition("/")[0] for name in summary["metrics"]} == {"test", "train_clean"}
+    with open(folder.metrics, newline="") as file:
+        assert not any(name.startswith("val/") for name in next(csv.reader(file)))
+    assert folder.best.read_bytes() == folder.last.read_bytes()
 
 
 @pytest.mark.parametrize("place", ["loss", "gradient", "input"])

@@ -240,4 +240,4 @@ def warnings_for(runs: Sequence[Run]) -> list[str]:
 
 def _read_curve(path: Path) -> list[tuple[float, float]]:
     with open(path, newline="", encoding="utf-8") as file:
-        return [(float(row["epoch"]), float(row["val/top1"])) for row in csv.DictReader(file) if row["val/top1"]]
+        return [(float(row["epoch"]), float(row["val/top1"])) for row in csv.DictReader(file) if row.get("val/top1")]

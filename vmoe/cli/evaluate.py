@@ -60,6 +60,10 @@ def _evaluate(argv: list[str]) -> None:
     if options.ensemble_with:
         checkpoint = _ensemble(checkpoint, [load_checkpoint(path, device) for path in options.ensemble_with])
     data = load_data(checkpoint, options, any_classes=bool(options.probe))
+    if "linear" in options.probe and not data.has_validation:
+        raise UserError(
+            "--probe linear: chooses its penalty on images that data.val_fraction=0 left none of; leave it out"
+        )
     loader = data.val_dataloader() if options.split == "val" else data.test_dataloader()
     what = f"{options.split} set of {data.config.name}"
     results = []

@@ -91,12 +91,13 @@ def data_config(checkpoint: "Checkpoint", name: str | None = None) -> "DataConfi
 
 def _changed_config(checkpoint: "Checkpoint", options: argparse.Namespace) -> "DataConfig":
     """The same with the options' changes."""
-    from vmoe.data import SubsetConfig
+    from vmoe.data import DataConfig, SubsetConfig
 
     config = data_config(checkpoint, options.data)
     changes = {"pipeline": "workers"}  # the same images, of which a job may want only a few
     if options.data is not None and options.data != config.name:
         changes["subset"] = SubsetConfig()  # the run's class names mean nothing in another set
+        changes["val_fraction"] = config.val_fraction or DataConfig.val_fraction  # not all of it was trained on
     for field, value in (
         ("name", options.data),
         ("root", options.root),

@@ -121,10 +121,11 @@ def _resolved(config: TrainConfig, place: Place, console: Console) -> TrainConfi
 
 def _result_line(result: dict[str, Any], folder: str) -> str:
     metrics = result["metrics"]
+    validation = f"val top-1 {metrics['val/top1']:.2%}" if "val/top1" in metrics else "no validation"
     return (
         f"test top-1 {metrics['test/top1']:.2%}, top-5 {metrics['test/top5']:.2%}, loss {metrics['test/loss']:.4f}, "
-        f"by the checkpoint of epoch {result['best_epoch']} (val top-1 {metrics['val/top1']:.2%}, unaugmented training "
-        f"images {metrics['train_clean/top1']:.2%}); "
+        f"by the checkpoint of epoch {result['best_epoch']} ({validation}, unaugmented training images "
+        f"{metrics['train_clean/top1']:.2%}); "
         f"{result['train_seconds']:.0f} s, {result['images_per_second']:,.0f} img/s; all in {folder}"
     )
 

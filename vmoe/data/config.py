@@ -180,7 +180,8 @@ class DataConfig:
         workers: processes that load images beside the main one; results do not depend on their number. With the
             pipeline "device" they only read files, once at the start.
         val_fraction: share of the training images of each class cut off for validation where a set has no validation
-            split of its own (at least one image a class).
+            split of its own (at least one image a class). 0 cuts off none: all are trained on, and the last epoch's
+            checkpoint stands for the best.
         augment: how training images are varied.
         mix: how training images are mixed with each other.
         subset: use only a part of the data.
@@ -219,8 +220,8 @@ class DataConfig:
             _check_range("image_size", self.image_size, 1, 4096)
         if self.eval_batch_size is not None:
             _check_range("eval_batch_size", self.eval_batch_size, 1, 1_000_000)
-        if not 0 < self.val_fraction < 1:
-            raise ValueError(f"val_fraction={self.val_fraction}: must be over 0 and under 1")
+        if not 0 <= self.val_fraction < 1:
+            raise ValueError(f"val_fraction={self.val_fraction}: must be from 0 to under 1")
         if self.mean is not None and not (len(self.mean) == 3 and all(0 <= value <= 1 for value in self.mean)):
             raise ValueError(f"mean={self.mean}: must be three numbers from 0 to 1 (red, green, blue)")
         if self.std is not None and not (len(self.std) == 3 and all(0 < value <= 1 for value in self.std)):

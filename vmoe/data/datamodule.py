@@ -10,6 +10,7 @@ from vmoe.data.augment import Augmenter
 from vmoe.data.batch_augment import BatchAugmenter
 from vmoe.data.config import DEFAULTS, Colour, DataConfig
 from vmoe.data.datasets import download, load_splits
+from vmoe.data.imageset import ImageSet
 from vmoe.data.loading import Batch, CorruptedImages, EvalImages, ImageLoader, TrainImages, UnvariedTrainImages
 from vmoe.data.mixing import make_mixer
 from vmoe.data.resident import ResidentEvalLoader, ResidentImages, ResidentTrainLoader, check_room, make_resident
@@ -43,6 +44,7 @@ class ImageDataModule(LightningDataModule):
         image_size: side of the images in pixels.
         mean: of the channels in [0, 1], as used.
         std: of the channels, as used.
+        has_validation: whether there are images for validation; without them the loaders of "val" raise `UserError`.
         train_sampler: the `EpochBatchSampler` of every training loader.
     """
 
@@ -75,6 +77,7 @@ class ImageDataModule(LightningDataModule):
             return
         config, defaults = self.config, DEFAULTS[self.config.name]
         self._splits = load_splits(config)
+        self.has_validation = self._splits.val is not None
         self.class_names = self._splits.class_names
         self.num_classes = len(self.class_names)
         self.patch_names = self._splits.patch_names
@@ -94,10 +97,9 @@ class ImageDataModule(LightningDataModule):
             config.augment, self.image_size, self.mean, self.std, defaults.flip, self.seed, self.device
         )
         self._sides = {"train": self._batch_augmenter.storage_size(self._splits.train.images.side)}
-        self._sides |= {"val": self.image_size, "test": self.image_size}
-        check_room(
-            [(getattr(self._splits, split), side) for split, side in self._sides.items()], self.device, self.parts
-        )
+        self._sides |= {"val": self.image_size} if self.has_validation else {}
+        self._sides |= {"test": self.image_size}
+        check_room([(self._images(split), side) for split, side in self._sides.items()], self.device, self.parts)
 
     def train_dataloader(self) -> ImageLoader | ResidentTrainLoader:
         """Shuffled, augmented batches; an incomplete last one is left out."""
@@ -131,17 +133,17 @@ class ImageDataModule(LightningDataModule):
 
     def corrupted_dataloader(self, split: str, name: str, severity: int) -> EvalLoader:
         """The "val" or "test" split in order, corrupted (see `vmoe.data.corruptions`), by `config.split_seed` alone."""
-        images, how = getattr(self._splits, split), (name, severity, self.config.split_seed)
+        images, how = self._images(split), (name, severity, self.config.split_seed)
         dataset = CorruptedImages(images, self.image_size, self.mean, self.std, *how)
         return self._in_parts(list(range(len(images))), lambda order: self._image_loader(dataset, order))
 
     def random_dataloader(self, split: str, seed: int) -> EvalLoader:
         """The "val" or "test" split as evaluation sees it, in a random order that is a function of `seed` alone."""
-        order = np.random.default_rng(seed).permutation(len(getattr(self._splits, split)))
+        order = np.random.default_rng(seed).permutation(len(self._images(split)))
         return self._eval_loader(split, order.tolist())
 
     def _eval_loader(self, split: str, order: list[int] | None = None) -> EvalLoader:
-        images = getattr(self._splits, split)
+        images = self._images(split)
         order = list(range(len(images))) if order is None else order
         if self.config.pipeline == "device":
             size, resident = self._eval_batch_size, self._on_device(split)
@@ -167,13 +169,19 @@ class ImageDataModule(LightningDataModule):
         """A split on the device, read when it is first asked for."""
         if split not in self._resident:
             self._resident[split] = make_resident(
-                getattr(self._splits, split),
+                self._images(split),
                 self._sides[split],
                 self.device,
                 self.config.workers,
                 replace_damaged=split == "train",
             )
         return self._resident[split]
+
+    def _images(self, split: str) -> ImageSet:
+        images = getattr(self._splits, split)
+        if images is None:
+            raise UserError("data.val_fraction=0: there are no images for validation; take the test split")
+        return images
 
     def _mixed_passes(self) -> float:
         """The first passes over the training set, as many of which are mixed."""

@@ -36,6 +36,8 @@ _IMAGENETTE_IMAGES = (9469, 3925)  # train, val
 def load_splits(config: DataConfig) -> Splits:
     """Loads the data set, cuts off a validation split where it has none, and keeps the part `config.subset` asks for.
 
+    Where `config.val_fraction` is 0, a set that has no validation split stays without one.
+
     Classes are chosen first, in every split; then the validation split is cut off; then the training set is reduced.
     So the validation split is the same for every fraction of the training set.
 
@@ -49,12 +51,12 @@ def load_splits(config: DataConfig) -> Splits:
         names = [names[index] for index in classes]
         train, test = train.keep_classes(classes), test.keep_classes(classes)
         val = val.keep_classes(classes) if val is not None else None
-    if val is None:
+    if val is None and config.val_fraction:
         remaining, cut = subsets.split(train.labels, config.val_fraction, config.split_seed)
         train, val = train.take(remaining), train.take(cut)
     train = train.take(subsets.choose_training(train.labels, config.subset, names, config.split_seed))
     for name, part in (("training", train), ("validation", val), ("test", test)):
-        if not len(part):
+        if part is not None and not len(part):
             raise UserError(
                 f"data.root={config.root}: no {name} images for the {len(names)} classes; add images to them"
             )

@@ -110,7 +110,7 @@ class ImageSet:
 
 @dataclass(frozen=True)
 class Splits:
-    """A data set; `val` is None where it has no validation split of its own."""
+    """A data set; `val` is None where it has no validation split."""
 
     train: ImageSet
     val: ImageSet | None

@@ -19,10 +19,8 @@ from vmoe.training.processes import Place, gather
 from vmoe.training.progress import Progress
 from vmoe.training.statistics import as_metrics, metric_columns, warnings_of
 
-COLUMNS = (
-    *("epoch", "step", "train/loss", "train/top1", "train/images_per_second", "lr"),
-    *("val/loss", "val/top1", "val/top5"),
-)
+TRAIN_COLUMNS = ("epoch", "step", "train/loss", "train/top1", "train/images_per_second", "lr")
+VAL_COLUMNS = ("val/loss", "val/top1", "val/top5")
 
 
 class Clock:
@@ -158,7 +156,8 @@ class Journal(Callback):
         self._told_damaged = 0
 
     def on_train_start(self, trainer: Trainer, module: Classifier) -> None:
-        columns = [*COLUMNS, *([] if module.ema is None else [RAW_TOP1]), *metric_columns(module.model)]
+        validation = [*VAL_COLUMNS, *([] if module.ema is None else [RAW_TOP1])] if trainer.enable_validation else []
+        columns = [*TRAIN_COLUMNS, *validation, *metric_columns(module.model)]
         if Place.of_this().is_first:
             self.table = MetricsTable(self.folder.metrics, columns, self.step)
             self.events = Events(self.folder.path, self.step, self.progress.say)
@@ -185,7 +184,7 @@ class Journal(Callback):
             "step": trainer.global_step,
             **self._train_metrics(module),
             "lr": module.rate(trainer.global_step - 1),
-            **module.evaluation_metrics("val"),
+            **(module.evaluation_metrics("val") if trainer.enable_validation else {}),
             **as_metrics(routing),
         }
         damaged = dict.fromkeys(place for places in gather(list(module.damaged)) for place in places)

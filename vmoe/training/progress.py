@@ -33,10 +33,12 @@ class Progress:
 
     def show_epoch(self, row: dict[str, float], warnings: list[str]) -> None:
         self.stop()
-        validation = f"val loss {row['val/loss']:.3f}  top-1 {row['val/top1']:7.2%}"
+        line = f"{self._title:>15}  {_train_text(row)}"
+        if "val/loss" in row:
+            line += f"  val loss {row['val/loss']:.3f}  top-1 {row['val/top1']:7.2%}"
         if "val/raw_top1" in row:
-            validation += f" (by EMA; raw {row['val/raw_top1']:.2%})"
-        self.say(f"{self._title:>15}  {_train_text(row)}  {validation}")
+            line += f" (by EMA; raw {row['val/raw_top1']:.2%})"
+        self.say(line)
         for line in warnings:
             self.say(f"warning: {line}")
 

@@ -199,7 +199,7 @@ def _fit_and_test(
     saving = Saving(folder, _identity(config, data), clock, config.trainer.early_stopping, writer)
     journal = Journal(folder, clock, progress, saved["global_step"] if saved else 0, config.trainer.log_every)
     with quiet_lightning():
-        trainer = new_trainer(config, device, place, [journal, saving], writer)
+        trainer = new_trainer(config, device, place, [journal, saving], writer, data.has_validation)
         if saved is not None:
             _say_resumed(progress, folder, saved[ENTRY])
             data.train_sampler.set_epoch(saved[ENTRY]["epochs_done"])
@@ -214,7 +214,8 @@ def _data(config: TrainConfig, device: torch.device, place: Place) -> ImageDataM
     """The images, of which each process gets a part.
 
     Raises:
-        UserError: they are missing or malformed, or batches cannot be shared by so many processes.
+        UserError: they are missing or malformed, batches cannot be shared by so many processes, or there are no images
+            to stop early by.
     """
     data = ImageDataModule(config.data, config.seed, device, place.rank, place.count)
     together(lambda: data.prepare_data() if place.local_rank == 0 else None)  # one process of a machine downloads
@@ -222,6 +223,11 @@ def _data(config: TrainConfig, device: torch.device, place: Place) -> ImageDataM
     def setup() -> None:
         data.setup("fit")
         check_parts(config, data.train_sampler.batch_size, place.count)
+        if config.trainer.early_stopping is not None and not data.has_validation:
+            raise UserError(
+                f"trainer.early_stopping={config.trainer.early_stopping}: waits for a better val/top1, and "
+                "data.val_fraction=0 leaves no images for validation; change one of them"
+            )
 
     together(setup)
     return data

@@ -43,6 +43,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 class Saving(Callback):
     """Saves the last and the best checkpoint, stops early, and stops at a signal after the step under way.
 
+    Without validation the last epoch's checkpoint is the best.
+
     Args:
         folder: The run's folder.
         identity: What a checkpoint tells every tool: config, class_names, image_size, mean and std, of plain types.
@@ -97,14 +99,14 @@ class Saving(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, module: Classifier) -> None:
         epochs_done = trainer.current_epoch + 1
-        validation = module.evaluation_metrics("val")
-        if not math.isfinite(validation["val/loss"]):
+        validation = module.evaluation_metrics("val") if trainer.enable_validation else {}
+        if not math.isfinite(validation.get("val/loss", 0.0)):
             raise UserError(
                 f"epoch {epochs_done}: val/loss is not finite, the weights have overflowed; lower --optim.lr or warm "
                 "up longer. Checkpoints of before are as they were",
                 everywhere=True,
             )
-        is_best = _rank(validation) > _rank(self.best)
+        is_best = not validation or _rank(validation) > _rank(self.best)
         if is_best:
             self.best = {"epoch": epochs_done, **validation}
         self._batches_done = 0
