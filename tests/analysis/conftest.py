@@ -20,6 +20,7 @@ def make_run(tmp_path):
         speed=50.0,
         train=None,
         lr=0.001,
+        validated=True,
     ):
         folder = tmp_path / name
         folder.mkdir()
@@ -32,7 +33,9 @@ def make_run(tmp_path):
             "optim": {"lr": lr},
         }
         summary = {
-            "metrics": {"test/top1": top1} | ({} if train is None else {"train_clean/top1": train}),
+            "metrics": {"test/top1": top1}
+            | ({} if train is None else {"train_clean/top1": train})
+            | ({"val/top1": 0.8} if validated else {}),
             "parameters": {"total": 4000 if moe else 1000, "active": 1200 if moe else 1000},
             "flops_per_image": flops,
             "images_per_second": speed,
@@ -41,7 +44,8 @@ def make_run(tmp_path):
         }
         (folder / "config.yaml").write_text(yaml.safe_dump(config))
         (folder / "summary.json").write_text(json.dumps(summary))
-        (folder / "metrics.csv").write_text("epoch,step,val/top1\n0,10,0.5\n1,20,0.8\n")
+        rows = "epoch,step,val/top1\n0,10,0.5\n1,20,0.8\n" if validated else "epoch,step\n0,10\n1,20\n"
+        (folder / "metrics.csv").write_text(rows)
         return folder
 
     return make

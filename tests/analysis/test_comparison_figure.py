@@ -1,5 +1,6 @@
 """The pictures of a comparison show every arm where its figures are, and their labels can be read."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -30,6 +31,26 @@ def test_the_picture_shows_every_arm_where_its_figures_are(make_run):
     assert len(page.figure.axes[4].lines) == 3  # learning curves
     texts = [text.get_text() for text in page.figure.findobj(Text)]
     assert {"1  dense  n=1", "2  E=8 K=2  n=1", "a note"} <= set(texts)
+
+
+@pytest.mark.parametrize(
+    ("validated", "chosen"),
+    [
+        ([True, True], "best in validation"),
+        ([True, False], "best in validation, without validation of the last epoch"),
+        ([False, False], "of the last epoch"),
+    ],
+)
+def test_the_picture_says_which_checkpoints_were_tested(make_run, validated, chosen):
+    runs = [
+        read_run(make_run(f"r{index}", lr=0.1 * index, validated=is_so)) for index, is_so in enumerate(validated, 1)
+    ]
+    for curves in (True, False):  # which a recorded comparison may have left out
+        arms = group_runs(runs if curves else [replace(run, curve=[]) for run in runs])
+        page = draw_comparison(arms, differences(arms), [])
+        texts = [text.get_text() for text in page.figure.findobj(Text)]
+        assert f"runs: 2, arms: 2 · test accuracy of the checkpoint {chosen}" in texts
+        assert ("Validation top-1 while training" in texts) == (curves and any(validated))
 
 
 def test_arms_that_lie_on_each_other_share_a_line_of_numbers(make_run):

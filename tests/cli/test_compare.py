@@ -13,13 +13,13 @@ from vmoe.cli.compare import main
 
 @pytest.fixture
 def save_summary(tmp_path):
-    def save(name, top1, seed=0, moe=None, device="a CPU", fraction=None, model="vit", curve="epoch,val/top1\n0,0.5\n"):
+    def save(name, top1, seed=0, moe=None, device="a CPU", fraction=None, model="vit", validated=True):
         folder = tmp_path / name
         folder.mkdir()
         data = {"name": "digits", "subset": {"fraction": fraction}}
         config = {"seed": seed, "data": data, "model": {"name": model, "kwargs": {}}, "moe": moe}
         summary = {
-            "metrics": {"test/top1": top1, "train_clean/top1": 0.995},
+            "metrics": {"test/top1": top1, "train_clean/top1": 0.995} | ({"val/top1": 0.5} if validated else {}),
             "parameters": {"total": 3_000_000 if moe else 1_000_000, "active": 1_250_000},
             "flops_per_image": 2_500_000,
             "images_per_second": 123.4,
@@ -28,7 +28,7 @@ def save_summary(tmp_path):
         }
         (folder / "config.yaml").write_text(yaml.safe_dump(config))
         (folder / "summary.json").write_text(json.dumps(summary))
-        (folder / "metrics.csv").write_text(curve)
+        (folder / "metrics.csv").write_text("epoch,val/top1\n0,0.5\n" if validated else "epoch\n0\n")
         return str(folder)
 
     return save
@@ -64,14 +64,15 @@ def test_runs_are_put_side_by_side(save_summary, tmp_path, capsys):
 
 
 def test_runs_without_validation_are_compared_too(save_summary, tmp_path, capsys):
-    runs = [save_summary(name, top1, model=name, curve="epoch,lr\n0,0.1\n") for name, top1 in (("a", 0.9), ("b", 0.8))]
-    out = tmp_path / "out"
-    assert main([*runs, save_summary("validated", 0.7), "--by-folder", "--out", str(out)]) == 0
+    runs = [save_summary("dense", 0.96, validated=False), save_summary("moe", 0.97, moe={"num_experts": 8})]
+    assert main([*runs, "--out", str(tmp_path / "out")]) == 0
+    assert main([str(tmp_path / "out" / "comparison.json"), "--out", str(tmp_path / "again")]) == 0
     assert capsys.readouterr().err == ""
-    assert main([str(out / "comparison.json"), "--by-folder", "--out", str(tmp_path / "again")]) == 0
-    rows = list(csv.DictReader((tmp_path / "again" / "runs.csv").read_text().splitlines()))
-    assert [(row["arm"], row["test_top1"]) for row in rows][:2] == [("a", "0.9"), ("b", "0.8")]
-    Image.open(out / "comparison.png").verify()
+    rows = csv.DictReader((tmp_path / "again" / "runs.csv").read_text().splitlines())
+    assert [(row["run"], row["test_top1"], row["val_top1"]) for row in rows] == [
+        ("dense", "0.96", ""),
+        ("moe", "0.97", "0.5"),
+    ]
 
 
 def test_a_comparison_can_be_compared_again_beside_other_runs(save_summary, tmp_path, capsys):

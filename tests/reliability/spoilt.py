@@ -113,6 +113,7 @@ def _runs(folder: Path) -> None:
     saved_runs.save_run(folder / "run", MOE)
     saved_runs.save_run(folder / "dense")
     saved_runs.save_run(folder / "three", MOE, class_names=("a", "b", "c"))
+    saved_runs.save_run(folder / "unvalidated", MOE, {"val_fraction": 0})
     saved_runs.save_run(folder / "one", MOE, class_names=("cat",))
     saved_runs.save_run(folder / "rounded", MOE | {"capacity_rounding": "round", "group": 1})
     finished = folder / "finished"

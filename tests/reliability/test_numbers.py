@@ -181,9 +181,11 @@ def test_a_blocked_update_moves_no_bias_of_the_sigmoid_router(is_blocked):
 
 
 @pytest.mark.parametrize("ema", [[], ["--trainer.ema_decay", "0.5"]], ids=["", "average"])
-def test_weights_that_overflow_are_never_saved(run, capsys, ema):
-    """One update an epoch, which is finite itself: only validation can tell."""
-    code, folder = run("--data.batch_size", "4000", "--optim.lr", "1e38", "--optim.warmup_epochs", "0", *ema)
+@pytest.mark.parametrize("validation", [[], ["--data.val_fraction", "0"]], ids=["", "without_validation"])
+def test_weights_that_overflow_are_never_saved(run, capsys, ema, validation):
+    """One update an epoch, which is finite itself: only evaluation can tell."""
+    options = ("--data.batch_size", "4000", "--optim.lr", "1e38", "--optim.warmup_epochs", "0")
+    code, folder = run(*options, *ema, *validation)
     error = capsys.readouterr().err
     assert code == 2 and error.count("\n") == 1
     assert "epoch 1" in error and "not finite" in error and "--optim.lr" in error

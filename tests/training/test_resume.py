@@ -106,6 +106,18 @@ def test_stopped_and_resumed_equals_never_stopped(recipe, unbroken, tmp_path, mo
     _assert_same(RunFolder(tmp_path), unbroken)
 
 
+def test_a_run_without_validation_resumes_too(recipe, tmp_path, monkeypatch):
+    unbroken, resumed = RunFolder(tmp_path / "unbroken"), RunFolder(tmp_path / "resumed")
+    arguments = ["--config", str(recipe), "--data.val_fraction", "0", "--output_dir"]
+    assert main([*arguments, str(unbroken.path)]) == 0
+    with monkeypatch.context() as patch:
+        _stop_at(patch, 7)
+        assert main([*arguments, str(resumed.path)]) == 128 + signal.SIGTERM
+    torch.manual_seed(123)
+    assert main(["--config", str(resumed.config), "--resume"]) == 0
+    _assert_same(resumed, unbroken)
+
+
 @pytest.fixture(scope="module")
 def unbroken_on_device(recipe, tmp_path_factory) -> RunFolder:
     folder = tmp_path_factory.mktemp("unbroken_on_device")

@@ -140,7 +140,11 @@ def test_without_validation_the_end_of_training_is_tested(run, capsys):
     assert {name.partition("/")[0] for name in summary["metrics"]} == {"test", "train_clean"}
     with open(folder.metrics, newline="") as file:
         assert not any(name.startswith("val/") for name in next(csv.reader(file)))
-    assert folder.best.read_bytes() == folder.last.read_bytes()
+    best, last = (torch.load(path, weights_only=True) for path in (folder.best, folder.last))
+    assert best[ENTRY]["best"] == {"epoch": 2} and best["global_step"] == last["global_step"] == 10
+    weights = load_checkpoint(folder.path).model.state_dict()
+    for name, average in last[ENTRY]["ema"]["weights"].items():
+        assert torch.equal(weights[name], average) and not torch.equal(average, last["state_dict"][f"model.{name}"])
 
 
 @pytest.mark.parametrize("place", ["loss", "gradient", "input"])

@@ -57,6 +57,11 @@ class Run:
         return values
 
     @property
+    def is_validated(self) -> bool:
+        """Whether images were kept for validation."""
+        return _is_validated(self.summary)
+
+    @property
     def _is_named_by_root(self) -> bool:
         return self.config["data"].get("name") in _NAMED_BY_ROOT
 
@@ -130,7 +135,8 @@ def read_run(path: str | Path) -> Run:
     try:
         config = yaml.safe_load(folder.config.read_text(encoding="utf-8"))
         summary = json.loads(folder.summary.read_text(encoding="utf-8"))
-        return _checked(folder.path.resolve().name, config, summary, _read_curve(folder.metrics))
+        curve = _read_curve(folder.metrics) if _is_validated(summary) else []
+        return _checked(folder.path.resolve().name, config, summary, curve)
     except _FOREIGN as error:
         raise UserError(
             f"{path}: not the folder of a finished run of this package ({_short(error)}); train it again"
@@ -240,4 +246,8 @@ def warnings_for(runs: Sequence[Run]) -> list[str]:
 
 def _read_curve(path: Path) -> list[tuple[float, float]]:
     with open(path, newline="", encoding="utf-8") as file:
-        return [(float(row["epoch"]), float(row["val/top1"])) for row in csv.DictReader(file) if row.get("val/top1")]
+        return [(float(row["epoch"]), float(row["val/top1"])) for row in csv.DictReader(file) if row["val/top1"]]
+
+
+def _is_validated(summary: dict[str, Any]) -> bool:
+    return "val/top1" in summary["metrics"]

@@ -19,7 +19,6 @@ _PANELS = (
 _MORE_IS_BETTER = ("images_per_second",)
 _WIDTH, _HEIGHT, _GAP = 400, 300, 100
 _ROW = 30  # of the legend
-_CHOSEN = {True: "best in validation", False: "of the last epoch"}  # by whether a run has a validation curve
 _NEAR = 14  # pixels between points of which each has room for its number
 _CROWD = 6  # numbers at most in a line
 _ROOM = 1.35  # between the outer points and the ends of a logarithmic axis
@@ -39,20 +38,25 @@ def draw_comparison(arms: Sequence[Arm], found: Sequence[Difference], notes: Seq
     below = _place(5)[1] + max(_HEIGHT + 60, legend)
     page = Page(3 * _WIDTH + 2 * _GAP + 2 * MARGIN + 50, below + 24 * len(lines) + MARGIN)
     counts = f"runs: {sum(arm.n for arm in arms)}, arms: {len(arms)}"
-    is_validated = {bool(run.curve) for arm in arms for run in arm.runs}
-    chosen = " or ".join(_CHOSEN[key] for key in sorted(is_validated, reverse=True))
-    page.heading("Accuracy and what it costs", f"{counts} · test accuracy of the checkpoint {chosen}")
+    page.heading("Accuracy and what it costs", f"{counts} · test accuracy of the checkpoint {_chosen(arms)}")
     for index, (field, title) in enumerate(_PANELS):
         axes = _axes(page, index, f"Test top-1 against {title.split(' (')[0]}")
         _scatter(axes, arms, field)
         label(axes, title, "test top-1 (%)")
     _draw_differences(_axes(page, 3, "Difference to the baseline"), arms, found)
-    if True in is_validated:
+    if any(run.curve for arm in arms for run in arm.runs):
         _draw_curves(_axes(page, 4, "Validation top-1 while training"), arms)
     _legend(page, arms, *_place(5), legend)
     for index, line in enumerate(lines):
         page.text(MARGIN, below + 24 * (index + 1), line, BODY, color=MUTED)
     return page
+
+
+def _chosen(arms: Sequence[Arm]) -> str:
+    is_validated = [run.is_validated for arm in arms for run in arm.runs]
+    if not any(is_validated):
+        return "of the last epoch"
+    return "best in validation" + ("" if all(is_validated) else ", without validation of the last epoch")
 
 
 def _draw_curves(axes: Axes, arms: Sequence[Arm]) -> None:

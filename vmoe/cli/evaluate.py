@@ -62,7 +62,7 @@ def _evaluate(argv: list[str]) -> None:
     data = load_data(checkpoint, options, any_classes=bool(options.probe))
     if "linear" in options.probe and not data.has_validation:
         raise UserError(
-            "--probe linear: chooses its penalty on images that data.val_fraction=0 left none of; leave it out"
+            "--probe linear: chooses its penalty on the val split, and data.val_fraction=0 left none; leave it out"
         )
     loader = data.val_dataloader() if options.split == "val" else data.test_dataloader()
     what = f"{options.split} set of {data.config.name}"

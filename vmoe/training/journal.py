@@ -156,7 +156,8 @@ class Journal(Callback):
         self._told_damaged = 0
 
     def on_train_start(self, trainer: Trainer, module: Classifier) -> None:
-        validation = [*VAL_COLUMNS, *([] if module.ema is None else [RAW_TOP1])] if trainer.enable_validation else []
+        validation = [*VAL_COLUMNS, *([] if module.ema is None else [RAW_TOP1])]
+        validation = validation if trainer.datamodule.has_validation else []
         columns = [*TRAIN_COLUMNS, *validation, *metric_columns(module.model)]
         if Place.of_this().is_first:
             self.table = MetricsTable(self.folder.metrics, columns, self.step)
@@ -184,7 +185,7 @@ class Journal(Callback):
             "step": trainer.global_step,
             **self._train_metrics(module),
             "lr": module.rate(trainer.global_step - 1),
-            **(module.evaluation_metrics("val") if trainer.enable_validation else {}),
+            **module.validation_metrics(),
             **as_metrics(routing),
         }
         damaged = dict.fromkeys(place for places in gather(list(module.damaged)) for place in places)

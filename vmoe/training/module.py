@@ -217,6 +217,10 @@ class Classifier(LightningModule):
             {RAW_TOP1: _means(total(self.raw_sums))[1]} if split == "val" and self.ema is not None else {}
         )
 
+    def validation_metrics(self) -> dict[str, float]:
+        """Those of images kept for validation; none where none are."""
+        return self.evaluation_metrics("val") if self.trainer.datamodule.has_validation else {}
+
     def rate(self, step: int) -> float:
         """The learning rate of update `step`, 0-based."""
         return learning_rate(step, self.total_updates, self.warmup_updates, self.optim)

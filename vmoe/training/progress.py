@@ -33,12 +33,12 @@ class Progress:
 
     def show_epoch(self, row: dict[str, float], warnings: list[str]) -> None:
         self.stop()
-        line = f"{self._title:>15}  {_train_text(row)}"
+        epoch = f"{self._title:>15}  {_train_text(row)}"
         if "val/loss" in row:
-            line += f"  val loss {row['val/loss']:.3f}  top-1 {row['val/top1']:7.2%}"
+            epoch += f"  val loss {row['val/loss']:.3f}  top-1 {row['val/top1']:7.2%}"
         if "val/raw_top1" in row:
-            line += f" (by EMA; raw {row['val/raw_top1']:.2%})"
-        self.say(line)
+            epoch += f" (by EMA; raw {row['val/raw_top1']:.2%})"
+        self.say(epoch)
         for line in warnings:
             self.say(f"warning: {line}")
 

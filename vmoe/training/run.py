@@ -17,6 +17,7 @@ from torch import nn
 import vmoe
 from vmoe.checkpoints import ENTRY, RunFolder, read_checkpoint, read_without_tensors, trained_weights
 from vmoe.data import ImageDataModule
+from vmoe.data.datamodule import EvalLoader
 from vmoe.errors import UserError
 from vmoe.files import atomic_write, write_json
 from vmoe.models.cost import check_training_capacity
@@ -199,7 +200,7 @@ def _fit_and_test(
     saving = Saving(folder, _identity(config, data), clock, config.trainer.early_stopping, writer)
     journal = Journal(folder, clock, progress, saved["global_step"] if saved else 0, config.trainer.log_every)
     with quiet_lightning():
-        trainer = new_trainer(config, device, place, [journal, saving], writer, data.has_validation)
+        trainer = new_trainer(config, device, place, [journal, saving], writer)
         if saved is not None:
             _say_resumed(progress, folder, saved[ENTRY])
             data.train_sampler.set_epoch(saved[ENTRY]["epochs_done"])
@@ -210,6 +211,14 @@ def _fit_and_test(
         return trainer, _test_best(trainer, module, data, folder)
 
 
+class _TrainingData(ImageDataModule):
+    """Without images for validation a batch of training images tells whether the weights have overflowed."""
+
+    def val_dataloader(self) -> EvalLoader:
+        size = self.config.eval_batch_size or self.config.batch_size
+        return super().val_dataloader() if self.has_validation else self.train_eval_dataloader(most=size)
+
+
 def _data(config: TrainConfig, device: torch.device, place: Place) -> ImageDataModule:
     """The images, of which each process gets a part.
 
@@ -217,7 +226,7 @@ def _data(config: TrainConfig, device: torch.device, place: Place) -> ImageDataM
         UserError: they are missing or malformed, batches cannot be shared by so many processes, or there are no images
             to stop early by.
     """
-    data = ImageDataModule(config.data, config.seed, device, place.rank, place.count)
+    data = _TrainingData(config.data, config.seed, device, place.rank, place.count)
     together(lambda: data.prepare_data() if place.local_rank == 0 else None)  # one process of a machine downloads
 
     def setup() -> None:

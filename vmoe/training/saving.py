@@ -99,13 +99,13 @@ class Saving(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, module: Classifier) -> None:
         epochs_done = trainer.current_epoch + 1
-        validation = module.evaluation_metrics("val") if trainer.enable_validation else {}
-        if not math.isfinite(validation.get("val/loss", 0.0)):
+        if not math.isfinite(module.evaluation_metrics("val")["val/loss"]):
             raise UserError(
-                f"epoch {epochs_done}: val/loss is not finite, the weights have overflowed; lower --optim.lr or warm "
-                "up longer. Checkpoints of before are as they were",
+                f"epoch {epochs_done}: the loss in evaluation is not finite, the weights have overflowed; lower "
+                "--optim.lr or warm up longer. Checkpoints of before are as they were",
                 everywhere=True,
             )
+        validation = module.validation_metrics()
         is_best = not validation or _rank(validation) > _rank(self.best)
         if is_best:
             self.best = {"epoch": epochs_done, **validation}

@@ -17,12 +17,7 @@ _PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
 
 def new_trainer(
-    config: TrainConfig,
-    device: torch.device,
-    place: Place,
-    callbacks: list[Any],
-    writer: FolderWriter,
-    has_validation: bool,
+    config: TrainConfig, device: torch.device, place: Place, callbacks: list[Any], writer: FolderWriter
 ) -> Trainer:
     """A Trainer that leaves data, checkpoints, logs and progress to this package."""
     return Trainer(
@@ -34,7 +29,6 @@ def new_trainer(
         precision=_PRECISIONS[config.trainer.precision],
         max_epochs=config.trainer.epochs,
         accumulate_grad_batches=config.trainer.accumulate,
-        limit_val_batches=1.0 if has_validation else 0,
         callbacks=callbacks,
         plugins=[AtomicCheckpointIO()],
         inference_mode=False,  # so that the test runs the graphs compiled for validation
