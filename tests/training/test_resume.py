@@ -108,7 +108,7 @@ def test_stopped_and_resumed_equals_never_stopped(recipe, unbroken, tmp_path, mo
 
 def test_a_run_without_validation_resumes_too(recipe, tmp_path, monkeypatch):
     unbroken, resumed = RunFolder(tmp_path / "unbroken"), RunFolder(tmp_path / "resumed")
-    arguments = ["--config", str(recipe), "--data.val_fraction", "0", "--output_dir"]
+    arguments = ["--config", str(recipe), "--data.val_fraction", "0", "--trainer.epochs", "2", "--output_dir"]
     assert main([*arguments, str(unbroken.path)]) == 0
     with monkeypatch.context() as patch:
         _stop_at(patch, 7)
