@@ -156,9 +156,10 @@ class Journal(Callback):
         self._told_damaged = 0
 
     def on_train_start(self, trainer: Trainer, module: Classifier) -> None:
-        validation = [*VAL_COLUMNS, *([] if module.ema is None else [RAW_TOP1])]
-        validation = validation if trainer.datamodule.has_validation else []
-        columns = [*TRAIN_COLUMNS, *validation, *metric_columns(module.model)]
+        columns = [*TRAIN_COLUMNS]
+        if trainer.datamodule.has_validation:
+            columns += [*VAL_COLUMNS, *([] if module.ema is None else [RAW_TOP1])]
+        columns += metric_columns(module.model)
         if Place.of_this().is_first:
             self.table = MetricsTable(self.folder.metrics, columns, self.step)
             self.events = Events(self.folder.path, self.step, self.progress.say)

@@ -99,6 +99,7 @@ class Saving(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, module: Classifier) -> None:
         epochs_done = trainer.current_epoch + 1
+        # Without validation this is of a batch of training images
         if not math.isfinite(module.evaluation_metrics("val")["val/loss"]):
             raise UserError(
                 f"epoch {epochs_done}: the loss in evaluation is not finite, the weights have overflowed; lower "
