@@ -37,7 +37,7 @@ def test_the_picture_shows_every_arm_where_its_figures_are(make_run):
     ("validated", "chosen"),
     [
         ([True, True], "best in validation"),
-        ([True, False], "best in validation, without validation of the last epoch"),
+        ([True, False], "best in validation, or of the last epoch where there was no validation"),
         ([False, False], "of the last epoch"),
     ],
 )

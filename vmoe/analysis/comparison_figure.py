@@ -56,7 +56,7 @@ def _chosen(arms: Sequence[Arm]) -> str:
     is_validated = [run.is_validated for arm in arms for run in arm.runs]
     if not any(is_validated):
         return "of the last epoch"
-    return "best in validation" + ("" if all(is_validated) else ", without validation of the last epoch")
+    return "best in validation" + ("" if all(is_validated) else ", or of the last epoch where there was no validation")
 
 
 def _draw_curves(axes: Axes, arms: Sequence[Arm]) -> None:
