@@ -1,5 +1,6 @@
 """Triton's kernels run on the CPU through its interpreter where there is no GPU; a fixture for what they leave out."""
 
+import gc
 import os
 
 import pytest
@@ -7,6 +8,11 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported stays: no collection of garbage, which benchmarks ask for often, looks at it again."""
+    gc.freeze()
 
 
 @pytest.fixture

@@ -23,8 +23,8 @@ from vmoe.training.averaging import GradientMeans
 from vmoe.training.ema import local
 from vmoe.training.sharding import shard
 
-SMALL = {"embed_dim": 64, "depth": 4, "num_heads": 4}
-MOE = MoeConfig(layers="every-2", num_experts=8, top_k=2, group=2, batch_priority=True)
+SMALL = {"embed_dim": 64, "depth": 3, "num_heads": 4}
+MOE = MoeConfig(layers=[0, 2], num_experts=8, top_k=2, group=2, batch_priority=True)
 GPU = Machine.of("h100-80g")
 
 

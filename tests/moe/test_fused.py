@@ -89,7 +89,7 @@ def random_parameters(num_experts, width, hidden, out, bias, generator, gated=Fa
 
 
 @settings(
-    max_examples=15 if DEVICE == "cpu" else 80,
+    max_examples=10 if DEVICE == "cpu" else 80,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
@@ -131,7 +131,7 @@ class Elsewhere:
 
 
 @settings(
-    max_examples=15 if DEVICE == "cpu" else 80,
+    max_examples=10 if DEVICE == "cpu" else 80,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )

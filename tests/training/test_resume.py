@@ -92,7 +92,7 @@ def _stop_at(monkeypatch, batch: int) -> None:
     monkeypatch.setattr(Classifier, "training_step", step_and_signal)
 
 
-@pytest.mark.parametrize("batch", [1, 4, 5, 7, 10, 14, 15], ids=lambda batch: f"batch{batch}")
+@pytest.mark.parametrize("batch", [1, 4, 5, 7, 14, 15], ids=lambda batch: f"batch{batch}")
 def test_stopped_and_resumed_equals_never_stopped(recipe, unbroken, tmp_path, monkeypatch, capsys, batch):
     arguments = ["--config", str(recipe), "--output_dir", str(tmp_path)]
     with monkeypatch.context() as patch:

@@ -22,7 +22,6 @@ from vmoe.training.config import TrainConfig
 from vmoe.training.plain import from_plain, section_type
 from vmoe.training.processes import Place
 from vmoe.training.progress import Progress
-from vmoe.training.run import train
 from vmoe.training.stopping import Interrupted
 from vmoe.version import __version__
 
@@ -89,6 +88,8 @@ def _train(make_config: Callable[[], TrainConfig], command: list[str], place: Pl
         config = make_config()
     except UserError as error:
         raise UserError(str(error), everywhere=True) from error
+    from vmoe.training.run import train  # here, since a mistake in an option need not wait for Lightning
+
     console = Console(quiet=not place.is_first)
     if config.parallel.strategy == "auto":
         config = _resolved(config, place, console)
