@@ -1,6 +1,10 @@
 """Batches: the same with any number of workers, after a resume, and whatever else draws random numbers."""
 
+import gc
 import random
+import re
+from contextlib import suppress
+from multiprocessing import active_children
 
 import cv2
 import numpy as np
@@ -178,11 +182,9 @@ def test_a_damaged_image_stops_evaluation_with_one_line(image_tree, workers):
     damaged = root / "val" / "bee" / "3.png"
     damaged.write_bytes(b"damaged")
     data = module("folder", root, workers=workers, image_size=8, batch_size=2)
-    with pytest.raises(UserError) as caught:
+    told = f"{damaged}: cannot be read as an image (no known image format); replace or remove the file"
+    with pytest.raises(UserError, match=rf"\A{re.escape(told)}\Z"):
         list(data.test_dataloader())
-    assert str(caught.value) == (
-        f"{damaged}: cannot be read as an image (no known image format); replace or remove the file"
-    )
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -191,9 +193,26 @@ def test_training_without_one_readable_image_is_an_error(image_tree, workers):
     for file in (root / "train").rglob("*.png"):
         file.write_bytes(b"damaged")
     data = module("folder", root, workers=workers, image_size=8)
-    with pytest.raises(UserError, match="neither this nor any other training image can be read") as caught:
+    with pytest.raises(UserError, match=r"\A.*neither this nor any other training image can be read.*\Z"):  # one line
         training_batches(data)
-    assert "\n" not in str(caught.value)
+
+
+def test_workers_end_when_their_error_has_been_dealt_with(image_tree):
+    """By references alone: where a cycle waits for the garbage collection, PyTorch waits 5 s for each worker."""
+    root = image_tree()
+    for file in (root / "train").rglob("*.png"):
+        file.write_bytes(b"damaged")
+    before = set(active_children())
+    loader = module("folder", root, workers=1, image_size=8).train_dataloader()
+    gc.disable()
+    try:
+        with suppress(UserError):
+            list(loader)
+        assert set(active_children()) > before
+        del loader
+        assert set(active_children()) == before
+    finally:
+        gc.enable()
 
 
 def test_a_seed_out_of_range_is_refused():

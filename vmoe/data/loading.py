@@ -197,7 +197,10 @@ class ImageLoader(DataLoader):
             cv2.setNumThreads(0)
         for batch in super().__iter__():
             if isinstance(batch, UserError):
-                raise batch
+                try:
+                    raise batch
+                finally:
+                    del batch  # else the error holds this frame, which holds the error, and the workers live on
             yield batch
 
 
