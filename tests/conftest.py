@@ -1,4 +1,4 @@
-"""Triton's kernels run on the CPU through its interpreter where there is no GPU; a fixture for what they leave out."""
+"""Triton interprets its kernels where there is no GPU; imports are no garbage; unwritten memory may hold NaN."""
 
 import gc
 import os

@@ -1,5 +1,7 @@
 """`vmoe train`: options and configs, and what a mistake in them is told."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -196,6 +198,14 @@ def test_help_teaches_every_option(capsys):
     ):
         assert part in text
     assert "dense twin" in text
+
+
+@pytest.mark.slow
+def test_mistakes_in_options_and_predictions_do_not_wait_for_lightning():
+    job = "import sys, vmoe.cli.predict, vmoe.export.predictor; from vmoe.cli.train import main; "
+    job += "sys.exit(main(['--optim.lrr', '1']) != 2 or 'lightning' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", job], cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert done.returncode == 0 and "--optim.lrr" in done.stderr
 
 
 def test_the_vmoe_command(capsys):

@@ -122,7 +122,7 @@ def test_refused_with_the_reason(example):
     assert reason in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("example", cases(SUPPORTED[4::8] + REFUSED))  # with no LSTMs, which take seconds
+@pytest.mark.parametrize("example", cases(SUPPORTED[4::8] + REFUSED))  # not Sequencer, whose LSTMs take seconds
 def test_the_page_is_up_to_date(example):
     assert row(example) in PAGE.read_text().splitlines()
 

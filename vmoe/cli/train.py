@@ -22,7 +22,7 @@ from vmoe.training.config import TrainConfig
 from vmoe.training.plain import from_plain, section_type
 from vmoe.training.processes import Place
 from vmoe.training.progress import Progress
-from vmoe.training.stopping import Interrupted
+from vmoe.training.stopping import Interrupted, stopped_at_once
 from vmoe.version import __version__
 
 DESCRIPTION = """
@@ -88,12 +88,12 @@ def _train(make_config: Callable[[], TrainConfig], command: list[str], place: Pl
         config = make_config()
     except UserError as error:
         raise UserError(str(error), everywhere=True) from error
-    from vmoe.training.run import train  # here, since a mistake in an option need not wait for Lightning
-
     console = Console(quiet=not place.is_first)
     if config.parallel.strategy == "auto":
         config = _resolved(config, place, console)
     try:
+        with stopped_at_once():
+            from vmoe.training.run import train  # here, since a mistake in an option need not wait for Lightning
         result = train(config, shlex.join(command), console)
     except Interrupted as stop:
         again = f"vmoe train --config {shlex.quote(config.output_dir)}/config.yaml --resume"

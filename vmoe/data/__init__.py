@@ -9,6 +9,16 @@ from vmoe.data.samplers import EpochBatchSampler
 
 if TYPE_CHECKING:
     from vmoe.data.datamodule import ImageDataModule
+else:  # hidden from type checkers, which would take any name for one of this module's
+
+    def __getattr__(name: str) -> Any:
+        """ImageDataModule when it is asked for: it brings Lightning, seconds of import that no prediction needs."""
+        if name != "ImageDataModule":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from vmoe.data.datamodule import ImageDataModule
+
+        return ImageDataModule
+
 
 __all__ = [
     "AugmentConfig",
@@ -23,12 +33,3 @@ __all__ = [
     "load_image",
     "normalise",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    """ImageDataModule when it is asked for: it brings Lightning, seconds of import that no prediction needs."""
-    if name != "ImageDataModule":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from vmoe.data.datamodule import ImageDataModule
-
-    return ImageDataModule
