@@ -29,6 +29,12 @@ from vmoe.moe import MoeConfig
 from vmoe.moe.int8 import dequantise
 
 SCALE = "_scale"  # follows the name of a weight stored as int8 in that of its scales
+# Options of a run that tell where things are and how fast they go, but change nothing of its result.
+WITHOUT_EFFECT = (
+    *("output_dir", "resume", "data.workers", "trainer.log_every"),
+    *("trainer.device", "trainer.compile", "trainer.cuda_graph"),
+    *("parallel.strategy", "parallel.expert_size", "parallel.dense", "parallel.async_save"),
+)
 _MODEL_PREFIX = "model."
 # Arguments of timm that would fetch or open other files: a checkpoint brings its own weights.
 _FETCHING_ARGUMENTS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}

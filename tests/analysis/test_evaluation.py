@@ -4,6 +4,7 @@ import math
 import time
 
 import pytest
+import timm
 import torch
 from torchmetrics.functional.classification import (
     multiclass_accuracy,
@@ -12,6 +13,7 @@ from torchmetrics.functional.classification import (
 )
 
 import vmoe
+from vmoe.analysis.ensemble import Ensemble
 from vmoe.analysis.evaluation import RunningMetrics, eval_capacity_factor, evaluate, evaluate_sweep
 from vmoe.errors import UserError
 
@@ -115,6 +117,22 @@ def test_dropped_shares_and_loads_are_those_of_the_routing():
     assert result.capacity_factor == 0.5
 
 
+def test_layers_weigh_by_their_choices_where_stages_see_fewer_tokens():
+    torch.manual_seed(0)
+    shape = {"patch_size": 2, "window_size": 4, "embed_dim": 12, "depths": (2, 2), "num_heads": (2, 2)}
+    dense = timm.create_model("swin_tiny_patch4_window7_224", num_classes=10, img_size=16, **shape)
+    model = vmoe.sparsify(dense, vmoe.MoeConfig(num_experts=4, top_k=2, eval_capacity_factor=1.0)).eval()
+    model.layers[1].blocks[1].mlp.router.gate.weight.data.zero_()  # two experts take all of the stage of fewer tokens
+    (batch,) = make_batches(8)
+    result = evaluate(model, [batch], 10)
+    with torch.no_grad(), vmoe.record_routing(model) as trace:
+        model(batch[0])
+    each = [layer.dropped.flatten() for layer in trace.layers.values()]
+    assert len(each[0]) == 4 * len(each[1])  # 8 x 8 and 4 x 4 places
+    assert [use.dropped for use in result.layers.values()] == pytest.approx([float(x.double().mean()) for x in each])
+    assert result.dropped == pytest.approx(float(torch.cat(each).double().mean()), abs=1e-6)
+
+
 def test_capacity_factors_are_swept_and_the_own_one_restored():
     model = make_model(num_experts=4, eval_capacity_factor=2.0)
     results = list(evaluate_sweep(model, make_batches(8, 8), 10, [0.25, 1.0, math.inf]))
@@ -158,6 +176,28 @@ def test_experts_that_choose_have_no_number_a_token():
     with pytest.raises(UserError, match=r"--top-k 2: .*expert_choice"):
         next(evaluate_sweep(model, make_batches(2), 10, None, [2]))
     assert evaluate(model, make_batches(2), 10).top_k is None
+
+
+@pytest.mark.parametrize(
+    ("router", "factor", "reason"),
+    [
+        ("token_choice", 2000.0, "2000: must be > 0 and at most 1000, or inf to drop nothing"),
+        ("soft", 0.5, '0.5: must be inf with router="soft": the slots are part of its parameters'),
+        ("expert_choice", math.inf, 'inf: must be a number with router="expert_choice", whose experts fill slots'),
+    ],
+)
+def test_a_capacity_that_cannot_be_set_is_told_as_the_options(router, factor, reason):
+    model = make_model(num_experts=4, router=router)
+    with pytest.raises(UserError) as told:
+        list(evaluate_sweep(model, make_batches(2), 10, [factor]))
+    assert str(told.value) == f"--capacity-factor {reason}"
+
+
+def test_each_member_of_an_ensemble_gets_its_own_capacity_back():
+    routers = {"token_choice": 0.5, "expert_choice": None, "soft": None}
+    members = [make_model(num_experts=4, router=name, eval_capacity_factor=factor) for name, factor in routers.items()]
+    list(evaluate_sweep(Ensemble(members), make_batches(2), 10))
+    assert [eval_capacity_factor(member) for member in members] == [0.5, None, None]
 
 
 def test_a_dense_model_has_no_capacity():

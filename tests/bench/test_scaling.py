@@ -11,7 +11,7 @@ from lightning.pytorch import Callback
 
 from vmoe.bench.scaling.exchange import shares_of
 from vmoe.bench.scaling.fit import Images, train
-from vmoe.bench.scaling.jobs import PARTS, SIZES, Job, jobs_of
+from vmoe.bench.scaling.jobs import IMAGES_A_GROUP, PARTS, SIZES, Job, jobs_of
 from vmoe.bench.scaling.launch import Launcher
 from vmoe.bench.scaling.size import next_size
 from vmoe.cli.benchmark import main
@@ -58,7 +58,7 @@ def test_a_size_that_failed_early_is_approached_by_halves():
 
 
 @pytest.mark.parametrize("device", SIZES)
-@pytest.mark.parametrize("counts", [[1, 2], [1, 2, 4, 8]])
+@pytest.mark.parametrize("counts", [[1, 2], [1, 2, 4, 8], [1, 3], [1, 2, 6], [1, 3, 4], [1, 48]])
 def test_jobs_are_named_apart(device, counts):
     jobs = jobs_of(list(PARTS), counts, SIZES[device], 60, None)
     assert len({job.key for job in jobs}) == len(jobs)
@@ -66,6 +66,12 @@ def test_jobs_are_named_apart(device, counts):
     assert all(job.experts % job.expert_size == 0 and job.processes % job.expert_size == 0 for job in jobs)
     for job in jobs:
         job.config(device)  # which refuses what cannot be
+        assert job.batch % job.processes == 0
+        if job.part in ("equality", "checkpoint"):
+            assert job.batch % (job.processes * IMAGES_A_GROUP) == 0  # else processes and groups cut it differently
+    for part, least in (("equality", 8), ("checkpoint", 8), ("size", 32)):
+        (experts,) = {job.experts for job in jobs if job.part == part}
+        assert experts >= least and experts % counts[-1] == 0
 
 
 def test_a_job_that_ends_its_process_loses_no_other(tmp_path, monkeypatch):

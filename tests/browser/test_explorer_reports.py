@@ -55,6 +55,21 @@ def test_what_was_not_computed_is_said(chromium, tmp_path):
     assert page.errors() == []
 
 
+def test_a_capacity_that_drops_nothing_stands_behind_the_largest(chromium, tmp_path):
+    report, images = make_report()
+    for row in report["capacity"]:
+        row["factor"] = None if row["factor"] == 0.25 else row["factor"]
+    write_page(report, images, tmp_path / "index.html")
+    page = Page(chromium, tmp_path / "index.html")
+    page.open("Causes")
+    plots = [plot for plot in page.all("#panel-causes svg") if "capacity factor" in plot.text]
+    assert len(plots) == 2
+    for plot in plots:
+        texts = {text.text: text.location["x"] for text in plot.find_elements(By.CSS_SELECTOR, "text")}
+        assert texts["inf"] > texts["0.5"]
+    assert page.errors() == []
+
+
 def test_without_labels_nothing_is_said_of_classes_and_accuracy(chromium, tmp_path):
     report, images = make_report(images=6)
     report = without(report, "accuracy", "class_log_ratio", "ablation", "random_router", "capacity")

@@ -131,6 +131,7 @@ def test_another_set_is_prepared_for_the_model(save_run, tmp_path, capsys):
 def test_mistakes_are_one_line_that_names_them(save_run, tmp_path, capsys):
     run = str(save_run(moe=MOE))
     dense = str(save_run("dense"))
+    soft = str(save_run("soft", moe={"num_experts": 4, "router": "soft"}))
     three = str(save_run("three", moe=MOE, class_names=("a", "b", "c")))
     for arguments, named in (
         ([str(tmp_path / "missing")], "missing"),
@@ -138,9 +139,12 @@ def test_mistakes_are_one_line_that_names_them(save_run, tmp_path, capsys):
         ([dense, "--capacity-factor", "1"], "--capacity-factor"),
         ([run, "--capacity-factor", "much"], "'much'"),
         ([run, "--capacity-factor", "nan"], "'nan'"),
-        ([run, "--data", "digitz"], "digitz"),
+        ([run, "--capacity-factor", "2000"], "error: --capacity-factor 2000: must be > 0 and at most 1000, or inf"),
+        ([soft, "--capacity-factor", "0.5"], 'error: --capacity-factor 0.5: must be inf with router="soft"'),
+        ([run, "--data", "digitz"], "error: --data digitz: must be one of"),
         ([run, "--data", "folder", "--root", str(tmp_path / "nowhere")], "nowhere"),
-        ([run, "--batch-size", "0"], "batch_size=0"),
+        ([run, "--batch-size", "0"], "--batch-size 0: must be from 1 to"),
+        ([run, "--workers", "-1"], "--workers -1: must be from 0 to"),
         ([run, "--split", "train"], "--split"),
         ([run, "--top-k", "0"], "'0'"),
         ([run, "--top-k", "5"], "--top-k 5"),

@@ -59,6 +59,16 @@ def test_a_run_is_explored(save_run, tmp_path, capsys):
     assert report["findings"] and all(f"- {line}\n" in shown for line in report["findings"])
 
 
+def test_an_infinite_capacity_stands_behind_the_others(save_run, tmp_path):
+    run, out = save_run(moe=MOE), tmp_path / "out"
+    few = ["--sample", "4", "--probe-images", "0", "--cause-images", "16", "--replicates", "20"]
+    assert main([str(run), "--out", str(out), *few, "--capacity-factor", "inf", "0.5"]) == 0
+    found = json.loads((out / "data" / "report.json").read_text())["capacity"]
+    assert [part["factor"] for part in found] == [None, None, 0.5, 0.5]
+    assert [part["dropped"] > 0 for part in found] == [False, False, True, True]
+    assert (out / "figures" / "capacity.png").exists()
+
+
 def test_the_same_call_gives_the_same_numbers(save_run, tmp_path):
     run = save_run(moe=MOE)
     reports = []
@@ -161,7 +171,8 @@ def test_mistakes_are_one_line_that_names_them(save_run, tmp_path, capsys):
         ([run, *out, "--cause-images", "-1"], "cause_images=-1"),
         ([run, *out, "--seed", "-1"], "seed=-1"),
         ([run, *out, "--capacity-factor", "0"], "'0'"),
-        ([run, *out, "--data", "digitz"], "digitz"),
+        ([run, *out, "--capacity-factor", "1", "2000"], "--capacity-factor 2000: must be > 0 and at most 1000"),
+        ([run, *out, "--data", "digitz"], "--data digitz: "),
         ([run, *out, "--device", "cuda:77"], "--device cuda:77"),
         ([run, *out, "--split", "train"], "--split"),
         ([run, *out, "--images", str(tmp_path / "none")], "none"),
@@ -169,7 +180,8 @@ def test_mistakes_are_one_line_that_names_them(save_run, tmp_path, capsys):
         ([run, *out, "--images", str(damaged)], "damaged.png"),
         ([run, *out, "--images", str(damaged), "--data", "digits"], "--images"),
         ([run, *out, "--images", str(damaged), "--split", "val"], "--images"),
-        ([run, *out, "--images", str(damaged), "--batch-size", "0"], "eval_batch_size=0"),
+        ([run, *out, "--images", str(damaged), "--batch-size", "0"], "--batch-size 0: "),
+        ([run, *out, "--workers", "-1"], "--workers -1: "),
     ):
         assert main(arguments) == 2, arguments
         error = capsys.readouterr().err

@@ -93,6 +93,7 @@ def test_mistakes_are_one_line_that_names_them(save_run, save_image, tmp_path, c
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"\x89PNG not really")
     dense = str(save_run("dense"))
+    soft = str(save_run("soft", moe={"num_experts": 4, "router": "soft"}))
     for arguments, named in (
         ([run, str(broken), "--out", out], "broken.png"),
         ([run, str(tmp_path / "missing.png"), "--out", out], "missing.png"),
@@ -101,6 +102,8 @@ def test_mistakes_are_one_line_that_names_them(save_run, save_image, tmp_path, c
         ([str(tmp_path / "none.ckpt"), image, "--out", out], "none.ckpt"),
         ([run, image, "--out", out, "--layers", "0"], "--layers 0"),
         ([run, image, "--out", out, "--capacity-factor", "-1"], "--capacity-factor"),
+        ([run, image, "--out", out, "--capacity-factor", "2000"], "error: --capacity-factor 2000: "),
+        ([soft, image, "--out", out, "--capacity-factor", "0.5"], "error: --capacity-factor 0.5: "),
         ([run, image, "--out", out, "--device", "abacus"], "--device abacus"),
         ([run, image, "--out", str(broken)], "broken.png"),
         ([run, image], "--out"),

@@ -72,6 +72,19 @@ def test_class_names(tmp_path):
     assert load_checkpoint(tmp_path / "x.ckpt").class_names[3] == "class 3"
 
 
+def test_without_a_classifier_there_is_no_ckpt_but_the_weights(tmp_path, capsys):
+    params = jax_oracle.random_params(np.random.default_rng(0))
+    write_checkpoint(tmp_path / "x", {name: value for name, value in params.items() if not name.startswith("head/")})
+    before = set(tmp_path.iterdir())
+    assert main([str(tmp_path / "x"), "--out", str(tmp_path / "x.ckpt")]) == 2
+    error = capsys.readouterr().err
+    assert "--out" in error and "vmoe.load_jax_checkpoint" in error and error.count("\n") == 1
+    assert set(tmp_path.iterdir()) == before
+    assert main([str(tmp_path / "x"), "--out", str(tmp_path / "x.safetensors")]) == 0
+    expected = vmoe.load_jax_checkpoint(tmp_path / "x").state_dict()
+    assert safetensors.torch.load_file(tmp_path / "x.safetensors").keys() == expected.keys()
+
+
 @pytest.mark.parametrize(
     ("argv", "word"),
     [

@@ -6,11 +6,14 @@ import json
 
 import pytest
 
-from vmoe.bench.plan.choice import resolved
+from vmoe.bench.plan.choice import resolved, workload_of
 from vmoe.bench.plan.layouts import Layout
 from vmoe.cli.plan import main
 from vmoe.cli.train import parse
+from vmoe.data import DataConfig
+from vmoe.data.datasets import load_splits
 from vmoe.errors import UserError
+from vmoe.training.config import TrainConfig
 from vmoe.training.processes import Place
 
 DIGITS = ["--config", "configs/digits.yaml"]
@@ -26,6 +29,12 @@ def test_plans_in_a_table_a_file_and_a_picture(tmp_path, capsys):
     assert "step ms" in capsys.readouterr().out
     for name in ("plan.png", "plan_curves.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", ["digits", "patchwork"])
+def test_embedded_sets_are_planned_with_their_own_classes(name):
+    data = DataConfig(name=name)
+    assert workload_of(TrainConfig(data=data)).classes == len(load_splits(data).class_names)
 
 
 def test_batches_that_cannot_be_shared_are_told(tmp_path, capsys):

@@ -104,7 +104,10 @@ def test_a_stopped_sweep_saves_its_runs_and_goes_on(study, tmp_path):
         ("config: tiny.yaml\nseeds: 3\narms: {a: {}}", [], "seeds: must be a list"),
         ("config: tiny.yaml\nseeds: [0]\narms: [a]", [], "arms: must be names"),
         ("config: tiny.yaml\nseeds: [0]\narms: {a: {}}", ["--arms", "b"], "--arms b"),
-        ("config: tiny.yaml\nseeds: [0]\narms: {a: {}}", ["--jobs", "0"], "--jobs 0"),
+        ("config: tiny.yaml\nseeds: [0]\narms: {a: {}}", ["--arms", "a", "a"], "--arms: a is given twice"),
+        ("config: tiny.yaml\nseeds: [0]\narms: {a: {}}", ["--seeds", "4", "04"], "--seeds: 4 is given twice"),
+        ("config: tiny.yaml\nseeds: [0, 3, 3]\narms: {a: {}}", [], "study.yaml: seeds: 3 is given twice"),
+        ("config: tiny.yaml\nseeds: [0]\narms: {a: {}}", ["--jobs", "0"], "--jobs: '0' must be"),
         ("{", [], "no readable YAML"),
     ],
 )

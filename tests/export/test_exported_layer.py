@@ -20,7 +20,6 @@ ROUTINGS = {
     "sigmoid": {"router": "sigmoid"},
     "cosine": {"router": "cosine", "renormalize": True},
     "hash": {"router": "hash", "top_k": 2},
-    "balanced": {"router": "balanced"},
     "expert choice": {"router": "expert_choice", "capacity_factor": 1.5},
     "soft": {"router": "soft", "capacity_factor": 1.0},
     "capacity": {"eval_capacity_factor": 0.6, "group": "image", "capacity_multiple_of": 1},
@@ -29,8 +28,8 @@ ROUTINGS = {
     },
     "shared": {"shared_experts": 1},
 }  # fmt: skip
-# Each takes seconds to export; K=2, K=3 and capacity are parts of others, balanced is for benchmarks only
-IN_ONNX = [name for name in ROUTINGS if name not in ("K=2", "K=3", "capacity", "balanced")]
+# Each takes seconds to export; K=2, K=3 and capacity are parts of others
+IN_ONNX = [name for name in ROUTINGS if name not in ("K=2", "K=3", "capacity")]
 
 
 class Parallel(nn.Module):
@@ -151,7 +150,12 @@ def test_rounded_experts_are_close_and_hold_bytes():
 
 
 @pytest.mark.parametrize(
-    ("moe", "told"), [({"router": "random"}, "random"), ({"eval_capacity_factor": 1.0}, "other images of its batch")]
+    ("moe", "told"),
+    [
+        ({"router": "random"}, "random"),
+        ({"router": "balanced"}, "place in the batch"),
+        ({"eval_capacity_factor": 1.0}, "other images of its batch"),
+    ],
 )
 def test_refused_with_the_reason(moe, told):
     with pytest.raises(ValueError, match=told):

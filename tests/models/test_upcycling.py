@@ -80,6 +80,14 @@ def test_logits_stay_the_dense_models(name, top_k):
     torch.testing.assert_close(upcycled(model, top_k=top_k)(pictures()), model(pictures()), rtol=1e-5, atol=1e-5)
 
 
+def test_logits_stay_with_shared_experts_that_still_learn():
+    model = dense()
+    sparse = upcycled(model, shared_experts=1)
+    torch.testing.assert_close(sparse(pictures()), model(pictures()), rtol=1e-5, atol=1e-5)
+    sparse(pictures()).square().sum().backward()
+    assert sparse.blocks[1].mlp.shared.fc2.weight.grad.abs().max() > 0
+
+
 def test_without_renormalised_weights_they_do_not():
     model = dense()
     difference = upcycled(model, renormalize=False)(pictures()) - model(pictures())

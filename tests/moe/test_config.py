@@ -70,6 +70,11 @@ def test_a_bad_value_is_named(field, value):
         MoeConfig(**{field: value})
 
 
+@pytest.mark.parametrize("router", ["expert_choice", "soft"])
+def test_where_experts_have_slots_a_top_k_means_nothing(router):
+    assert MoeConfig(router=router, num_experts=1).num_experts == 1
+
+
 @pytest.mark.parametrize(("factor", "expected"), [(1, 90), (0.5, 48), (0.25, 24), (0.01, 8), (2, 184)])
 def test_an_expert_s_width_is_a_multiple_of_8_unless_it_is_the_mlp_s(factor, expected):
     assert MoeConfig(expert_width=factor).hidden_width(92 if factor == 2 else 90) == expected

@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+import vmoe
 from vmoe import MoeConfig, MoeMlp
+from vmoe.moe.assignment import CapacityError
 from vmoe.moe.experts import Experts
 from vmoe.moe.groups import Groups
 from vmoe.moe.scores import full_precision_linear
@@ -180,6 +182,22 @@ def test_more_slots_than_tokens_is_refused_in_expert_choice():
     layer.config = MoeConfig(router="expert_choice", num_experts=3, capacity_factor=4.0)
     with pytest.raises(ValueError, match=r"capacity_factor=4\.0"):
         layer(tokens(1, 6))
+
+
+def test_a_capacity_that_cannot_be_is_told_under_the_name_that_set_it():
+    def told(factor, training=False, **knobs):
+        layer = layer_of("expert_choice", **knobs).train(training)
+        if factor is not None:
+            vmoe.set_eval_capacity_factor(layer, factor)
+        with pytest.raises(CapacityError) as error:
+            layer(tokens(1, 6))
+        return str(error.value).partition(":")[0]
+
+    assert told(100.0) == "eval_capacity_factor=100.0"  # more places than tokens
+    assert told(0.01) == "eval_capacity_factor=0.01"  # no place
+    assert told(None, eval_capacity_factor=0.01) == "eval_capacity_factor=0.01"
+    small = {"capacity_multiple_of": 64}
+    assert told(None, **small) == told(2.0, training=True, **small) == "capacity_factor=1.0"
 
 
 def test_soft_needs_the_number_of_tokens():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from timm.layers import DropPath
+from timm.layers import DropPath, PatchDropout
 from torch import nn
 
 import vmoe
@@ -69,3 +69,11 @@ def test_dropout_keeps_the_mean_and_drops_its_share():
 def test_what_draws_within_a_kernel_is_refused():
     with pytest.raises(UserError, match=r"parallel.draws=sample: blocks.1.mlp draws in its experts"):
         SampleDraws(0).install(_model(expert_dropout=0.1))
+
+
+@pytest.mark.parametrize("module", [PatchDropout(0.25), nn.Dropout2d(0.1)])
+def test_what_draws_in_a_way_of_its_own_is_refused(module):
+    told = rf"parallel.draws=sample: 1 \({type(module).__name__}\) draws"
+    with pytest.raises(UserError, match=told):
+        SampleDraws(0).install(nn.Sequential(nn.Dropout(0.1), module))
+    SampleDraws(0).install(nn.Sequential(type(module)(0.0)))

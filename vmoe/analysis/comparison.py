@@ -12,14 +12,9 @@ from typing import Any
 import yaml
 
 from vmoe.analysis.comparison_labels import arm_labels
-from vmoe.checkpoints import RunFolder, flatten
+from vmoe.checkpoints import WITHOUT_EFFECT, RunFolder, flatten
 from vmoe.errors import UserError
 
-_NOT_OF_THE_RECIPE = (
-    *("seed", "output_dir", "resume", "data.workers", "trainer.log_every"),
-    *("parallel.strategy", "parallel.expert_size", "parallel.dense", "parallel.async_save"),
-    *("trainer.device", "trainer.compile", "trainer.cuda_graph"),
-)
 _NAMED_BY_ROOT = ("folder", "npz", "webdataset")  # sets that their place tells apart; others are known by name
 _FOREIGN = (KeyError, TypeError, ValueError, OverflowError, AttributeError, yaml.YAMLError, csv.Error)
 
@@ -50,7 +45,7 @@ class Run:
     @property
     def recipe(self) -> dict[str, Any]:
         """Every value of its config that can change the result, by dotted name; without the seed."""
-        others = (*_NOT_OF_THE_RECIPE, *([] if self._is_named_by_root else ["data.root"]))
+        others = ("seed", *WITHOUT_EFFECT, *([] if self._is_named_by_root else ["data.root"]))
         values = {key: value for key, value in flatten(self.config).items() if key not in others}
         if values.get("distill.teacher") is None:  # then nothing else of distillation has an effect
             values = {key: value for key, value in values.items() if not key.startswith("distill.")}

@@ -5,7 +5,7 @@ Axis letters: B images, C classes, E experts.
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
@@ -15,7 +15,7 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 
 import vmoe
 from vmoe.errors import UserError
-from vmoe.moe import set_eval_capacity_factor, set_top_k
+from vmoe.moe import MoeMlp, set_eval_capacity_factor, set_top_k
 from vmoe.moe.assignment import CapacityError
 
 CALIBRATION_BINS = 15
@@ -150,7 +150,7 @@ def evaluate(model: nn.Module, batches: Iterable, num_classes: int, device: torc
         capacity_factor=eval_capacity_factor(model),
         top_k=experts_per_token(model),
         images_per_second=timed / elapsed if timed else None,
-        dropped=_dropped_overall(layers, use),
+        dropped=_dropped_overall(model, images, {name: dropped for name, (dropped, *_) in use.items()}),
         layers={
             name: LayerUse(dropped, [share * len(load) for share in load]) for name, (dropped, *load) in use.items()
         },
@@ -167,32 +167,30 @@ def evaluate_sweep(
 ) -> Iterator[Evaluation]:
     """Measures a model once for each K and each capacity factor (inf: nothing dropped), yielding each as it is done.
 
-    None for either keeps the model's own. A capacity grows with K, as in training. The model's own K and factor are
+    None for either keeps the model's own. A capacity grows with K, as in training. Each layer's own K and factor are
     restored at the end.
 
     Raises:
         UserError: the model is dense or its tokens do not choose, a K or a capacity is not possible, or as `evaluate`.
     """
-    own = experts_per_token(model)
     for option, values in (("--capacity-factor", factors), ("--top-k", top_ks)):
         if values is not None and not dict(vmoe.moe_layers(model)):
             raise UserError(f"{option}: this checkpoint is a dense model, without experts; leave it out")
-    try:
+    with restored_settings(model):
         for top_k in top_ks or ():  # all are tried before the first is measured
             _set_top_k(model, top_k)
-        with restored_capacity(model):
-            for top_k in top_ks or (None,):
-                if top_k is not None:
-                    _set_top_k(model, top_k)
-                for factor in factors or (None,):
-                    if factor is not None:
-                        set_capacity(model, factor)
-                    with named_factor(factor):
-                        result = evaluate(model, loader, num_classes, device)
-                    yield result
-    finally:
-        if own is not None:
-            set_top_k(model, own)
+        for factor in factors or ():
+            set_capacity(model, factor)
+    with restored_settings(model):
+        for top_k in top_ks or (None,):
+            if top_k is not None:
+                _set_top_k(model, top_k)
+            for factor in factors or (None,):
+                if factor is not None:
+                    set_capacity(model, factor)
+                with named_factor(factor):
+                    result = evaluate(model, loader, num_classes, device)
+                yield result
 
 
 def _set_top_k(model: nn.Module, top_k: int) -> None:
@@ -203,8 +201,19 @@ def _set_top_k(model: nn.Module, top_k: int) -> None:
 
 
 def set_capacity(model: nn.Module, factor: float) -> None:
-    """Sets the capacity factor of all MoE layers at evaluation; inf drops nothing."""
-    set_eval_capacity_factor(model, None if math.isinf(factor) else factor)
+    """Sets the capacity factor of all MoE layers at evaluation; inf drops nothing.
+
+    Raises:
+        UserError: It cannot be set, whatever the images; the line names the option.
+    """
+    given = f"--capacity-factor {factor:g}: must be"
+    if math.isinf(factor) and any(layer.config.router == "expert_choice" for _, layer in vmoe.moe_layers(model)):
+        raise UserError(f'{given} a number with router="expert_choice", whose experts fill slots')
+    try:
+        set_eval_capacity_factor(model, None if math.isinf(factor) else factor)
+    except ValueError as error:
+        allowed = str(error).partition(": must be")[2].replace("null", "inf")  # as the option calls it
+        raise UserError(f"{given}{allowed}") from error
 
 
 @contextmanager
@@ -221,13 +230,16 @@ def named_factor(factor: float | None) -> Iterator[None]:
 
 
 @contextmanager
-def restored_capacity(model: nn.Module) -> Iterator[None]:
-    """Whatever evaluation capacity the block sets, the model's own is back after it."""
-    own = eval_capacity_factor(model)
+def restored_settings(model: nn.Module) -> Iterator[None]:
+    """Whatever K and capacity the block sets, each layer's own are back after it."""
+    own = [(layer, layer.config) for _, layer in vmoe.moe_layers(model)]
     try:
         yield
     finally:
-        set_eval_capacity_factor(model, own)
+        for layer, config in own:
+            if not config.fills_slots:
+                set_top_k(layer, config.top_k)
+            layer.config = config
 
 
 def eval_capacity_factor(model: nn.Module) -> float | None:
@@ -241,10 +253,34 @@ def experts_per_token(model: nn.Module) -> int | None:
     return None if config is None or config.fills_slots else config.top_k
 
 
-def _dropped_overall(layers: dict, use: dict[str, list[float]]) -> float | None:
-    """The share over all layers: each weighs by its choices a token, since every layer sees the same tokens."""
-    choices = sum(layer.config.top_k for layer in layers.values())
-    return sum(layers[name].config.top_k * use[name][0] for name in use) / choices if choices else None
+@torch.inference_mode()
+def shares_of_choices(model: nn.Module, images: Tensor) -> dict[str, float]:
+    """Each MoE layer's share of the choices that all make for these images: by its tokens, which stages of a backbone
+    may see fewer of, times K. Where tokens do not choose, by its tokens.
+    """
+    choices: dict[str, int] = {}
+
+    def counter(name: str, layer: MoeMlp) -> Callable[..., None]:
+        def count(router: nn.Module, inputs: tuple, routing: object) -> None:
+            choices[name] = len(inputs[0]) * (1 if layer.config.fills_slots else layer.config.top_k)
+
+        return count
+
+    handles = [layer.router.register_forward_hook(counter(name, layer)) for name, layer in vmoe.moe_layers(model)]
+    try:
+        with torch.compiler.set_stance("force_eager"):  # compiled code calls no hooks
+            model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: own / sum(choices.values()) for name, own in choices.items()}
+
+
+def _dropped_overall(model: nn.Module, images: Tensor, dropped: dict[str, float]) -> float | None:
+    """The share over all layers, each by its choices for a batch of images."""
+    if not any(dropped.values()):  # nothing, so no pass to count choices is needed
+        return 0.0 if dropped else None
+    return sum(share * dropped[name] for name, share in shares_of_choices(model, images).items())
 
 
 def _wait(device: torch.device) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 from torch import nn
 
 import vmoe
-from vmoe.analysis.evaluation import eval_capacity_factor, named_factor, restored_capacity, set_capacity
+from vmoe.analysis.evaluation import eval_capacity_factor, named_factor, restored_settings, set_capacity
 from vmoe.analysis.heatmap import (
     RoutedImage,
     describe_layer,
@@ -50,7 +50,7 @@ def write_heatmaps(
         The content of `index.json`.
 
     Raises:
-        UserError: the model is dense, a layer does not exist, an image cannot be read.
+        UserError: the model is dense, a layer does not exist, an image cannot be read, the capacity cannot be.
     """
     model, out = checkpoint.model, Path(out)
     require_experts(model)
@@ -60,7 +60,7 @@ def write_heatmaps(
     about = [f"checkpoint {checkpoint.path}", f"epoch {checkpoint.epoch}"]
     about += [f"{package} {version}" for package, version in (versions or {}).items()]
     footer = [" · ".join(about), *([f"command: {command}"] if command else [])]
-    with restored_capacity(model), named_factor(capacity_factor):
+    with restored_settings(model), named_factor(capacity_factor):
         if capacity_factor is not None:
             set_capacity(model, capacity_factor)
         index = {

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vmoe.cli.common import run
-from vmoe.cli.options import capacity_factor, choose_device, new_parser
+from vmoe.cli.options import capacity_factor, choose_device, count, new_parser
 
 _DESCRIPTION = """\
 Measures on this machine: one MoE layer, whole models, the data pipeline, or several processes. What is compared runs in
@@ -64,7 +64,8 @@ models.
   speed       images/s as batch and processes grow together (weak) and with the same batch (strong); the share of the
               exchange between processes, and of it what is hidden; waits of the host; beside the planner's predictions
   checkpoint  one of many processes that one and many go on with, beside a training that never stopped
-  size        a ViT-L/16 with 32 experts a layer that grows by blocks until memory is full
+  size        a ViT-L/16 with 32 experts a layer (or the next multiple of the processes) that grows by blocks until
+              memory is full
 
   vmoe benchmark scaling
   vmoe benchmark scaling --device cpu --processes 1 2 --memory 1 --parts equality speed
@@ -161,7 +162,7 @@ def _new_job(jobs: Any, name: str, line: str, description: str) -> argparse.Argu
 def _add_timing(parser: argparse.ArgumentParser, rounds: str) -> None:
     types = ("float32", "bfloat16", "float16")
     parser.add_argument("--dtype", choices=types, help="computed in (default: bfloat16 on a GPU, else float32)")
-    parser.add_argument("--rounds", type=_count, help=f"timings of each job (default: {rounds})")
+    parser.add_argument("--rounds", type=count, help=f"timings of each job (default: {rounds})")
 
 
 def _add_layer(parser: argparse.ArgumentParser) -> None:
@@ -174,7 +175,7 @@ def _add_layer(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--curves", nargs="*", metavar="AXIS", help=line)
     sizes = parser.add_argument_group("other sizes", "change the cases; by default B16, on the CPU S32")
     for name, line in _SIZES.items():
-        sizes.add_argument(f"--{name}", type=_count, metavar="N", help=line)
+        sizes.add_argument(f"--{name}", type=count, metavar="N", help=line)
     sizes.add_argument("--capacity-factor", type=capacity_factor, metavar="F", help="inf drops nothing")
 
 
@@ -183,13 +184,13 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", default="vit_base_patch16_224", metavar="NAME", help="of timm (default: %(default)s)")
     add("--layers", nargs="+", default=["every-2", "last-2"], help="which are MoE (default: every-2 last-2)")
-    add("--top-k", nargs="+", type=_count, default=[1, 2], metavar="K", help="experts a token (default: 1 2)")
-    add("--experts", type=_count, default=32, metavar="E", help="of a layer (default: %(default)s)")
+    add("--top-k", nargs="+", type=count, default=[1, 2], metavar="K", help="experts a token (default: 1 2)")
+    add("--experts", type=count, default=32, metavar="E", help="of a layer (default: %(default)s)")
     add(
         "--capacity-factor", type=capacity_factor, default=1.05, metavar="F", help="default: %(default)s; inf: no drops"
     )
-    add("--batch", type=_count, metavar="B", help="images a step (default: 128 on a GPU, else 8)")
-    add("--image-size", type=_count, metavar="PIXELS", help="side of the images (default: the model's own)")
+    add("--batch", type=count, metavar="B", help="images a step (default: 128 on a GPU, else 8)")
+    add("--image-size", type=count, metavar="PIXELS", help="side of the images (default: the model's own)")
     modes = ("off", "default", "reduce-overhead", "best")
     add("--compile", choices=modes, default="off", help="torch.compile's mode (default: off)")
     passes = ("training", "inference")
@@ -210,35 +211,25 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
 def _add_serve(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--url", default="http://127.0.0.1:8000", help="of the server (default: %(default)s)")
-    add("--clients", nargs="+", type=_count, default=[1, 8, 64], metavar="N", help="at a time (default: 1 8 64)")
-    add("--requests", type=_count, default=1000, metavar="N", help="for each figure (default: %(default)s)")
+    add("--clients", nargs="+", type=count, default=[1, 8, 64], metavar="N", help="at a time (default: 1 8 64)")
+    add("--requests", type=count, default=1000, metavar="N", help="for each figure (default: %(default)s)")
 
 
 def _add_scaling(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     parts = ("equality", "speed", "checkpoint", "size")
     add("--parts", nargs="+", choices=parts, default=parts, help="default: equality speed checkpoint size")
-    add("--processes", nargs="+", type=_count, metavar="N", help="default: 1 and all GPUs; on CPUs 1 2")
+    add("--processes", nargs="+", type=count, metavar="N", help="default: 1 and all GPUs; on CPUs 1 2")
     add("--models", nargs="+", metavar="NAME", help="of S/16 and B/16, whose speed is measured (default: both)")
-    add("--experts", nargs="+", type=_count, metavar="E", help="of a layer, in speed (default: 8 32)")
-    add("--batch", type=_count, metavar="B", help="images a process, in speed (default: 128 on a GPU, else 8)")
+    add("--experts", nargs="+", type=count, metavar="E", help="of a layer, in speed (default: 8 32)")
+    add("--batch", type=count, metavar="B", help="images a process, in speed (default: 128 on a GPU, else 8)")
     add("--compiled", action="store_true", help="compile the models whose speed is measured")
     add("--cuda-graph", action="store_true", help="capture steps, in speed and equality, by layouts that can be")
-    add("--steps", type=_count, help="updates that are timed (default: 12 on a GPU, else 3)")
-    add("--limit", type=_count, default=120, metavar="SECONDS", help="the most for a part (default: %(default)s)")
-    add("--job-limit", type=_count, default=90, metavar="SECONDS", help="and for a training (default: %(default)s)")
+    add("--steps", type=count, help="updates that are timed (default: 12 on a GPU, else 3)")
+    add("--limit", type=count, default=120, metavar="SECONDS", help="the most for a part (default: %(default)s)")
+    add("--job-limit", type=count, default=90, metavar="SECONDS", help="and for a training (default: %(default)s)")
     add("--memory", type=float, metavar="GIB", help="the most for a process in size (default: all; on CPUs 1)")
 
 
-def _count(text: str, least: int = 1) -> int:
-    try:
-        number = int(text)
-    except ValueError:
-        number = least - 1
-    if number < least:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number >= {least}")
-    return number
-
-
 def _workers(text: str) -> int:
-    return _count(text, least=0)
+    return count(text, least=0)

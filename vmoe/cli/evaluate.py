@@ -10,7 +10,7 @@ from rich.console import Console
 
 from vmoe.cli.common import run
 from vmoe.cli.inputs import Tracked, classes_differ, load_data
-from vmoe.cli.options import capacity_factor, choose_device, new_parser
+from vmoe.cli.options import capacity_factor, choose_device, count, new_parser
 from vmoe.errors import UserError
 
 if TYPE_CHECKING:
@@ -106,12 +106,12 @@ def _parser() -> argparse.ArgumentParser:
     line = "measure at each of these; inf drops nothing (default: the checkpoint's own)"
     add("--capacity-factor", nargs="+", type=capacity_factor, metavar="F", help=line)
     line = "measure with each token sent to so many experts (default: the checkpoint's own)"
-    add("--top-k", nargs="+", type=_count, metavar="K", help=line)
+    add("--top-k", nargs="+", type=count, metavar="K", help=line)
     line = "read classes off frozen features: k nearest neighbours, logistic regression, ridge regression on few images"
     add("--probe", nargs="+", choices=_PROBES, default=[], help=line)
-    add("--shots", type=_count, metavar="N", help=f"few-shot: training images a class (default: {_SHOTS})")
+    add("--shots", type=count, metavar="N", help=f"few-shot: training images a class (default: {_SHOTS})")
     line = f"few-shot: how many random choices of them (default: {_SHOT_SEEDS})"
-    add("--shot-seeds", type=_count, metavar="N", help=line)
+    add("--shot-seeds", type=count, metavar="N", help=line)
     line = "measure on corrupted images (ImageNet-C's corruptions; no name takes all)"
     add("--corruptions", nargs="*", metavar="NAME", help=line)
     line = "of the corruptions, 1 to 5 (default: all)"
@@ -124,12 +124,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--json", type=Path, metavar="FILE", help="where the numbers go")
     add("--out", type=Path, metavar="DIR", help="where the pictures go, and the numbers without --json")
     return parser
-
-
-def _count(text: str) -> int:
-    if not (text.isdecimal() and int(text) >= 1):
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number >= 1")
-    return int(text)
 
 
 def _ensemble(first: "Checkpoint", others: "list[Checkpoint]") -> "Checkpoint":

@@ -160,7 +160,7 @@ def _parser() -> argparse.ArgumentParser:
         type=capacity_factor,
         default=[0.25, 0.5, 0.75, 1.0, 1.5, 2.0],
         metavar="F",
-        help="capacity factors to try (default: 0.25 0.5 0.75 1 1.5 2)",
+        help="capacity factors to try; inf drops nothing (default: 0.25 0.5 0.75 1 1.5 2)",
     )
     parser.add_argument(
         "--replicates", type=int, default=100, metavar="N", help="of bootstrap and permutations (default: 100)"

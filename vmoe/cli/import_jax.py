@@ -50,6 +50,11 @@ def _import(argv: list[str]) -> None:
         capacity_multiple_of=options.capacity_multiple_of,
     )
     imported = import_jax_checkpoint(options.prefix, routing, options.img_size)
+    if options.out.suffix == ".ckpt" and not imported.num_classes:
+        raise UserError(
+            f"--out {options.out}: {options.prefix} has no classifier, without which no job opens a .ckpt; "
+            "use vmoe.load_jax_checkpoint, or end in .safetensors for the weights alone"
+        )
     _write(imported, _identity(imported, options.class_names), options.out)
 
     parameters = count_parameters(imported.model)

@@ -99,18 +99,21 @@ def _changed_config(checkpoint: "Checkpoint", options: argparse.Namespace) -> "D
         changes["subset"] = SubsetConfig()  # the run's class names mean nothing in another set
         if "linear" in getattr(options, "probe", ()):  # which chooses its penalty in validation
             changes["val_fraction"] = config.val_fraction or DataConfig.val_fraction
-    for field, value in (
-        ("name", options.data),
-        ("root", options.root),
-        ("eval_batch_size", options.batch_size),
-        ("workers", options.workers),
-    ):
-        if value is not None:
-            changes[field] = value
+    given = {
+        "name": ("--data", options.data),
+        "root": ("--root", options.root),
+        "eval_batch_size": ("--batch-size", options.batch_size),
+        "workers": ("--workers", options.workers),
+    }
+    changes |= {field: value for field, (_, value) in given.items() if value is not None}
     try:
         return dataclasses.replace(config, **changes)
     except ValueError as error:
-        raise UserError(f"data.{error}") from error
+        field = str(error).partition("=")[0]
+        option, value = given.get(field, ("", None))
+        if value is None:  # the run's own
+            raise UserError(f"data.{error}") from error
+        raise UserError(f"{option} {value}{str(error).removeprefix(f'{field}={value!r}')}") from error
 
 
 class Tracked:

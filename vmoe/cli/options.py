@@ -36,12 +36,11 @@ def capacity_factor(text: str) -> float:
     return factor
 
 
-def count(text: str) -> int:
-    """Reads a whole number above 0."""
-    number = int(text) if text.isdecimal() else 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number >= 1")
-    return number
+def count(text: str, least: int = 1) -> int:
+    """Reads a whole number that is at least `least`, 0 or more."""
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number >= {least}")
+    return int(text)
 
 
 def choose_device(name: str) -> torch.device:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vmoe.cli.common import run
-from vmoe.cli.options import choose_device, new_parser
+from vmoe.cli.options import choose_device, count, new_parser
 from vmoe.errors import UserError
 from vmoe.text import printable
 
@@ -122,20 +122,14 @@ def _write_csv(path: Path, answers: list[dict[str, Any]]) -> None:
                 writer.writerow([answer["file"], rank, each["class"], f"{each['probability']:.6f}"])
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number above 0")
-    return int(text)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = new_parser("predict", _DESCRIPTION)
     parser.add_argument("model", metavar="MODEL", type=Path, help="a checkpoint, a folder, a safetensors or ONNX file")
     parser.add_argument("images", metavar="IMAGE_OR_FOLDER", nargs="+", help="image files, or folders of them")
-    parser.add_argument("--top", type=_count, default=5, metavar="N", help="classes an image (default: %(default)s)")
+    parser.add_argument("--top", type=count, default=5, metavar="N", help="classes an image (default: %(default)s)")
     parser.add_argument("--routing", action="store_true", help="tell which experts an image's patches go to")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the answers as a table")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the answers, and the files left out, as JSON")
-    parser.add_argument("--batch-size", type=_count, default=32, metavar="B", help="images at once (default: 32)")
+    parser.add_argument("--batch-size", type=count, default=32, metavar="B", help="images at once (default: 32)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: auto)")
     return parser

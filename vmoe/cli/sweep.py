@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from vmoe.cli.common import run
-from vmoe.cli.options import new_parser
+from vmoe.cli.options import count, new_parser, split_options
 from vmoe.cli.recipes import find_recipe
 from vmoe.errors import UserError
 
@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _sweep(argv: list[str]) -> int:
-    own, common = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
+    own, common = split_options(argv)
     options = _parser().parse_args(own)
     # Imported here, so that --help and a mistyped option answer at once.
     from vmoe.training.sweep import Sweep, read_study
@@ -63,12 +63,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the runs go")
     parser.add_argument("--arms", nargs="+", default=[], metavar="ARM", help="only these arms")
     parser.add_argument("--seeds", nargs="+", type=int, default=[], metavar="SEED", help="in place of the file's")
-    parser.add_argument("--jobs", type=_at_least_1, default=1, metavar="N", help="runs at once, on all GPUs together")
+    parser.add_argument("--jobs", type=count, default=1, metavar="N", help="runs at once, on all GPUs together")
     parser.add_argument("--list", action="store_true", help="only print the command of each run")
     return parser
-
-
-def _at_least_1(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise UserError(f"--jobs {text}: must be a whole number from 1")
-    return int(text)

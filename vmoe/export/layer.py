@@ -58,6 +58,8 @@ def why_not_exportable(layer: MoeMlp) -> str | None:
     moe = layer.config
     if moe.router == "random":
         return 'router="random" draws its experts anew each time, so no file could give the same results'
+    if moe.router == "balanced":
+        return 'router="balanced" is for benchmarks: it chooses experts by an image\'s place in the batch'
     if moe.eval_capacity_factor is not None and not moe.fills_slots and moe.group not in ("image", 1):
         return (
             f"eval_capacity_factor={moe.eval_capacity_factor} with group={moe.group!r} makes a prediction depend on "

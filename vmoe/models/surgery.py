@@ -48,8 +48,8 @@ def sparsify(
         moe: The MoE layers; `moe.layers` chooses among the model's MLPs, counted in forward order. MLPs that mix tokens
             or see only a class token do not count.
         init: "random": fresh experts. "upcycle": every expert starts as the MLP it replaces (Komatsuzaki et al. 2023,
-            https://arxiv.org/abs/2212.05055). With renormalised combine weights and nothing dropped the logits then
-            stay the dense model's.
+            https://arxiv.org/abs/2212.05055), and shared experts start by adding nothing. With renormalised combine
+            weights and nothing dropped the logits then stay the dense model's.
         upcycle_noise: Standard deviation of normal noise that makes upcycled experts differ, relative to that of the
             weights of the same output unit.
         image_size: Pixels of the images the model will see, one side of a square or (rows, columns). Matters for Soft

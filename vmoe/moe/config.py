@@ -108,7 +108,9 @@ class MoeConfig:
         for name, smallest in (("num_experts", 1), ("top_k", 1), ("capacity_multiple_of", 1), ("shared_experts", 0)):
             is_allowed = _is_int(self, name) and getattr(self, name) >= smallest
             self._need(name, is_allowed, f"a whole number >= {smallest}")
-        self._need("top_k", self.top_k <= self.num_experts, f"at most num_experts={self.num_experts}")
+        self._need(
+            "top_k", self.fills_slots or self.top_k <= self.num_experts, f"at most num_experts={self.num_experts}"
+        )
         for name in ("capacity_factor", "eval_capacity_factor"):
             value = getattr(self, name)
             in_range = value is None or (_is_number(value) and 0 < value <= 1000)

@@ -164,13 +164,19 @@ class MoeMlp(nn.Module):
 
     @torch.no_grad()
     def copy_into_experts(self, mlp: nn.Module) -> None:
-        """Makes every expert a copy of the dense MLP it was made from (Komatsuzaki et al. 2023, section 3)."""
+        """Makes every expert a copy of the dense MLP it was made from (Komatsuzaki et al. 2023, section 3).
+
+        Shared experts start by adding nothing: their last layer is zero.
+        """
         parts = take_apart(mlp)
         self.experts.fc1.fill(parts.fc1, parts.bias1)
         self.experts.fc2.fill(parts.fc2, parts.bias2)
         if parts.norm is not None:
             assert self.experts.norm is not None
             self.experts.norm.fill(parts.norm)
+        if self.shared is not None:
+            for parameter in self.shared.fc2.parameters():
+                parameter.zero_()
 
     @property
     def num_experts(self) -> int:
@@ -213,7 +219,9 @@ class MoeMlp(nn.Module):
         name = "capacity_factor" if self.training else "eval_capacity_factor"
         factor = getattr(moe, name)
         if moe.fills_slots:
-            return self.router(x_TD, groups, valid_GS, moe.capacity_factor if factor is None else factor)
+            if factor is None:
+                name, factor = "capacity_factor", moe.capacity_factor
+            return self.router(x_TD, groups, valid_GS, factor, name)
         routing = self.router(x_TD, groups, valid_GS)
         if factor is None or groups.size == 0:
             # nothing is dropped but the choices of padding

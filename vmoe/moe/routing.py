@@ -130,8 +130,8 @@ class SoftRouting(NamedTuple):
     Attributes:
         groups: One group an image.
         valid_GS: Which tokens are real, bool; None when all are.
-        dispatch_GSEC: Weight of each token in each slot; over the tokens they sum to 1.
-        combine_GSEC: Weight of each slot in each token's result; over all slots they sum to 1.
+        dispatch_weights_GSEC: Weight of each token in each slot; over the tokens they sum to 1.
+        combine_weights_GSEC: Weight of each slot in each token's result; over all slots they sum to 1.
     """
 
     groups: Groups

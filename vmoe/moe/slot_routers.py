@@ -39,19 +39,19 @@ class ExpertChoiceRouter(nn.Module):
         nn.init.normal_(self.gate.weight, std=1 / math.sqrt(dim))
 
     def forward(
-        self, x_TD: Tensor, groups: Groups, valid_GS: Tensor | None, capacity_factor: float
+        self, x_TD: Tensor, groups: Groups, valid_GS: Tensor | None, capacity_factor: float, name: str
     ) -> ExpertChoiceRouting:
+        """Routes; `name` is the capacity factor's in errors."""
         logits_GSE = groups.split(full_precision_linear(x_TD, self.gate.weight))
         if self.training:
             logits_GSE = with_noise(logits_GSE, self.noise_scale, self.draw_noise)
-        capacity = slots_per_expert(groups.size, self.moe, capacity_factor)
+        capacity = slots_per_expert(groups.size, self.moe, capacity_factor, name)
         if capacity > groups.size:
-            is_own = not self.training and self.moe.eval_capacity_factor is not None
             raise CapacityError(
                 f"each expert would choose {capacity} of an image's {groups.size} tokens; "
                 "lower it or capacity_multiple_of",
                 capacity_factor,
-                "eval_capacity_factor" if is_own else "capacity_factor",
+                name,
             )
         return expert_choice(logits_GSE.softmax(-1), groups, capacity, valid_GS)
 
@@ -86,7 +86,12 @@ class SoftRouter(nn.Module):
         nn.init.normal_(self.mu, std=1 / math.sqrt(dim))
 
     def forward(
-        self, x_TD: Tensor, groups: Groups, valid_GS: Tensor | None, capacity_factor: float | None = None
+        self,
+        x_TD: Tensor,
+        groups: Groups,
+        valid_GS: Tensor | None,
+        capacity_factor: float | None = None,
+        name: str | None = None,
     ) -> SoftRouting:
         dim, num_experts, slots = self.mu.shape
         dtype = torch.promote_types(x_TD.dtype, torch.float32)
@@ -116,9 +121,9 @@ def expert_choice(
     return ExpertChoiceRouting(groups, valid_GS, gates_GSE, chosen_GEC, weights_GEC)
 
 
-def slots_per_expert(tokens: int, moe: MoeConfig, capacity_factor: float) -> int:
-    """C: the slots that an expert has for an image of so many tokens."""
-    return expert_capacity(tokens, moe.num_experts, capacity_factor, *moe.rounding)
+def slots_per_expert(tokens: int, moe: MoeConfig, capacity_factor: float, name: str = "capacity_factor") -> int:
+    """C: the slots that an expert has for an image of so many tokens; `name` is the factor's in errors."""
+    return expert_capacity(tokens, moe.num_experts, capacity_factor, *moe.rounding, name)
 
 
 def _unit(values: Tensor, dim: int) -> Tensor:

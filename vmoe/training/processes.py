@@ -147,11 +147,6 @@ def gather(value: T) -> list[T]:
     return values
 
 
-def wait_for_all() -> None:
-    """Returns when all processes have come here."""
-    gather(None)
-
-
 def together(job: Callable[[], T]) -> T:
     """What `job` returns, once it has succeeded in all processes.
 

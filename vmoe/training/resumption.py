@@ -7,28 +7,14 @@ import socket
 from typing import Any
 
 from vmoe.checkpoint_entry import check_entry
-from vmoe.checkpoints import ENTRY, RunFolder, flatten, read_without_tensors
+from vmoe.checkpoints import ENTRY, WITHOUT_EFFECT, RunFolder, flatten, read_without_tensors
 from vmoe.errors import UserError
 from vmoe.files import atomic_write, recover, remove_leftovers
 from vmoe.training.config import TrainConfig
 from vmoe.training.plain import from_plain, to_plain
 from vmoe.training.processes import gather
 
-# What may differ when a run is resumed: where things are and how fast they go, but nothing that changes the result.
-FREE_ON_RESUME = (
-    "output_dir",
-    "resume",
-    "data.root",
-    "data.workers",
-    "trainer.device",
-    "trainer.compile",
-    "trainer.cuda_graph",
-    "trainer.log_every",
-    "parallel.strategy",
-    "parallel.expert_size",
-    "parallel.dense",
-    "parallel.async_save",
-)
+_FREE = (*WITHOUT_EFFECT, "data.root")  # what may differ when a run is resumed
 _CUT = ("parallel.strategy", "parallel.expert_size", "parallel.dense")
 _WHOLE = {"none", "ddp"}  # strategies that cut no matrix
 
@@ -90,7 +76,7 @@ def saved_state(folder: RunFolder, config: TrainConfig) -> dict[str, Any] | None
     check_entry(saved, folder.last)
     before = flatten(to_plain(from_plain(TrainConfig, saved[ENTRY]["config"])))
     now = flatten(to_plain(config))
-    free = FREE_ON_RESUME
+    free = _FREE
     if config.optim.name == "muon" and not {before["parallel.strategy"], now["parallel.strategy"]} <= _WHOLE:
         free = tuple(key for key in free if key not in _CUT)  # which decides what Muon trains
     changed = [key for key in sorted(before | now) if before.get(key) != now.get(key) and key not in free]

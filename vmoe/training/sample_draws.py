@@ -15,6 +15,7 @@ from vmoe.errors import UserError
 from vmoe.moe import moe_layers
 
 Draw = Callable[..., Tensor]  # of a shape with values image by image: uniform numbers in [0, 1)
+_RATES = ("p", "prob", "drop_prob")  # by the names of torch's and timm's modules
 _APART = 2**32  # draws of an image for one layer; the first are augmentation's
 
 
@@ -37,7 +38,7 @@ class SampleDraws:
         """Makes a model's routers, dropouts and drop paths draw from here.
 
         Raises:
-            UserError: something in it draws within a kernel, where images are not known.
+            UserError: something in it draws in another way, where images are not known.
         """
         for name, layer in moe_layers(model):
             if layer.config.router == "random" or layer.experts.drop1.p > 0:
@@ -52,6 +53,10 @@ class SampleDraws:
             elif isinstance(module, DropPath) and module.drop_prob > 0:
                 path = SampleDropPath(module.drop_prob, module.scale_by_keep, self._uniform_stream())
                 setattr(model.get_submodule(parent), last, path)
+            elif "Drop" in type(module).__name__ and any(getattr(module, rate, 0) > 0 for rate in _RATES):
+                raise UserError(
+                    f"parallel.draws=sample: {name} ({type(module).__name__}) draws in a way of its own; use process"
+                )
 
     def _uniform_stream(self) -> Draw:
         self._streams += 1

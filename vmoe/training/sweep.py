@@ -72,9 +72,13 @@ def read_study(
         common: further options of `vmoe train`, for all runs.
 
     Raises:
-        UserError: the file is not such a file, or lacks an arm.
+        UserError: the file is not such a file, or lacks an arm, or a run would be there twice.
     """
     study = _read(path)
+    for where, given in (("--arms", arms), ("--seeds", seeds), (f"{path}: seeds", study["seeds"])):
+        twice = [each for each in given if given.count(each) > 1]
+        if twice:  # two processes would train in one folder
+            raise UserError(f"{where}: {twice[0]} is given twice; leave one out")
     unknown = [arm for arm in arms if arm not in study["arms"]]
     if unknown:
         raise UserError(f"--arms {unknown[0]}: {path} has no such arm; it has {', '.join(study['arms'])}")

@@ -1,5 +1,7 @@
 """Interventions do what they say, on the same images, and leave no trace."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ import vmoe
 from vmoe.analysis.exploration.causes import capacity, find_causes, random_routing, without
 from vmoe.analysis.exploration.statistics import paired_change
 from vmoe.analysis.exploration.subject import Subject
+from vmoe.errors import UserError
 
 TOKEN_ROUTERS = ("token_choice", "sigmoid", "cosine")
 
@@ -61,6 +64,26 @@ def _with_infinity(scores):
         return result, tokens
 
     return changed
+
+
+@pytest.mark.parametrize("router", TOKEN_ROUTERS)
+@pytest.mark.parametrize("renormalize", [False, True])
+def test_without_an_expert_all_others_are_chosen_once_where_a_token_takes_all(
+    make_model, make_batches, router, renormalize
+):
+    model = make_model(router, top_k=4, renormalize=renormalize)
+    images = make_batches()[0][0]
+    _, plain = recorded(model, images)
+    with without(model.blocks[1].mlp, 1):
+        _, routing = recorded(model, images)
+    everyone = torch.arange(4).expand(routing.chosen.shape)
+    assert torch.equal(routing.chosen.sort(-1).values, everyone)
+    weights = torch.zeros_like(routing.gates).scatter_add(-1, routing.chosen, routing.combine_weights)
+    assert not weights[..., 1].any()
+    expected = plain.gates.index_fill(-1, torch.tensor(1), 0)
+    if router != "sigmoid" or renormalize:  # as shares of the others'
+        expected = expected / expected.sum(-1, keepdim=True)
+    torch.testing.assert_close(weights, expected)
 
 
 def test_an_expert_that_nobody_chooses_is_not_missed(make_model, make_batches):
@@ -142,5 +165,40 @@ def test_changes_are_paired_on_the_same_images(make_model, make_batches):
 def test_capacities_that_cannot_be_are_left_out(make_model, make_batches):
     found = find_causes(subject_of(make_model("expert_choice")), make_batches(16), [0.01, 1.0, 50.0], seed=0)
     assert [part["factor"] for part in found.capacity] == [1.0]
+    rounded = make_model(capacity_rounding="round", group=1)
+    found = find_causes(subject_of(rounded), make_batches(16), [0.01, 1.0], seed=0)
+    assert {part["factor"] for part in found.capacity} == {1.0}
     one = make_model(num_experts=1, top_k=1)
     assert find_causes(subject_of(one), make_batches(16), [1.0], seed=0).ablation == {}
+
+
+def test_an_infinite_capacity_drops_nothing(make_model, make_batches):
+    model, batches = make_model(eval_capacity_factor=0.3), make_batches(16)
+    found = find_causes(subject_of(model), batches, [0.3, math.inf], seed=0)
+    assert [part["factor"] for part in found.capacity] == [0.3, 0.3, None, None]
+    assert found.capacity[0]["dropped"] > 0.2 and found.capacity[2]["dropped"] == found.capacity[3]["dropped"] == 0
+    assert model.blocks[1].mlp.config.eval_capacity_factor == 0.3
+
+
+@pytest.mark.parametrize(
+    ("router", "factor", "reason"),
+    [
+        ("token_choice", 2000.0, "2000: must be > 0 and at most 1000, or inf to drop nothing"),
+        ("expert_choice", math.inf, "inf: .*expert_choice"),
+    ],
+)
+def test_a_capacity_that_cannot_be_set_is_refused(make_model, make_batches, router, factor, reason):
+    model = make_model(router)
+    with pytest.raises(UserError, match=f"--capacity-factor {reason}"):
+        find_causes(subject_of(model), make_batches(16), [1.0, factor], seed=0)
+    assert model.blocks[1].mlp.config.eval_capacity_factor is None
+
+
+def test_layers_weigh_by_their_choices_where_stages_see_fewer_tokens(make_swin, make_batches):
+    model, batches = make_swin(), make_batches(8, (32, 32), 8)
+    model.layers[1].blocks[1].mlp.router.gate.weight.data.zero_()  # expert 0 takes all of the stage of fewer tokens
+    found = find_causes(subject_of(model), batches, [1.0], seed=0)
+    with capacity(model, 1.0, False), torch.no_grad(), vmoe.record_routing(model) as trace:
+        model(batches[0][0])
+    dropped = torch.cat([layer.dropped.flatten() for layer in trace.layers.values()])
+    assert found.capacity[0]["dropped"] == pytest.approx(float(dropped.double().mean()), abs=1e-6)

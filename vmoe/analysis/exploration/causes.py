@@ -5,6 +5,7 @@ I interventions; n images.
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,9 +16,11 @@ import torch
 from torch import Tensor, nn
 
 import vmoe
+from vmoe.analysis.evaluation import restored_settings, set_capacity, shares_of_choices
 from vmoe.analysis.exploration.statistics import paired_change, wilson
 from vmoe.analysis.exploration.subject import Subject
 from vmoe.moe import MoeMlp, Routing
+from vmoe.moe.assignment import CapacityError
 from vmoe.moe.routers import SigmoidRouter, top_experts, weights_of
 from vmoe.moe.routing import ExpertChoiceRouting, SlotRouting, SoftRouting
 from vmoe.moe.slot_routers import expert_choice
@@ -33,8 +36,8 @@ class Causes:
         images: n.
         ablation: By layer, for each expert: "expert", "change", "low", "high" of the accuracy, and "by_class".
         random_router: By layer: "change", "low", "high".
-        capacity: "factor", "priority", "accuracy", "low", "high", "dropped" of each setting; None where experts fill
-            slots that belong to the parameters (Soft MoE).
+        capacity: "factor" (None: nothing is dropped), "priority", "accuracy", "low", "high", "dropped" of each setting;
+            None where experts fill slots that belong to the parameters (Soft MoE).
     """
 
     images: int
@@ -44,11 +47,11 @@ class Causes:
 
 
 class _Intervention(NamedTuple):
-    """Something done to a model for one forward pass."""
+    """Something done to a model for one forward pass: to a layer, or to the capacity of all."""
 
     layer: str | None
     expert: int | None
-    factor: float | None
+    factor: float | None  # inf drops nothing
     priority: bool | None
     applied: Callable
 
@@ -60,20 +63,26 @@ def find_causes(subject: Subject, batches: Iterable, capacity_factors: Sequence[
     Args:
         subject: The model; it is left as it was.
         batches: Of (images, labels, ...), normalised for the model.
-        capacity_factors: At evaluation.
+        capacity_factors: At evaluation; inf drops nothing. One that leaves experts no place, or more than there are
+            tokens, is left out.
         seed: Of the random routers.
+
+    Raises:
+        UserError: A capacity factor cannot be set.
     """
+    check_capacities(subject.model, capacity_factors)
     interventions = list(_interventions(subject.model, capacity_factors, seed, subject.device))
     right, labels, dropped = [], [], []
     for batch in batches:
         x, y = batch[0].to(subject.device, non_blocking=True), batch[1].to(subject.device, non_blocking=True)
         if not right:
             interventions = [each for each in interventions if _is_possible(subject.model, x, each)]
+            shares = shares_of_choices(subject.model, x)
         rows, drops = [_is_right(subject.model, x, y)], []
         for intervention in interventions:
             with intervention.applied():
                 rows.append(_is_right(subject.model, x, y))
-                drops.append(_dropped(subject.model))
+                drops.append(_dropped(subject.model, shares))
         right.append(torch.stack(rows))
         labels.append(y)
         dropped.append(torch.stack(drops) * len(y))
@@ -93,17 +102,15 @@ def _is_possible(model: nn.Module, x: Tensor, intervention: _Intervention) -> bo
     try:
         with intervention.applied():
             model(x)
-    except ValueError:
+    except CapacityError:
         return False
     return True
 
 
-def _dropped(model: nn.Module) -> Tensor:
-    """Share of all choices that the last pass dropped, over the layers, each by its choices a token."""
-    layers = [layer for _, layer in vmoe.moe_layers(model)]
-    weights = [float(layer.config.top_k) for layer in layers]
-    parts = [weight * layer.statistics.dropped.double() for weight, layer in zip(weights, layers, strict=True)]
-    return torch.stack(parts).sum() / sum(weights)
+def _dropped(model: nn.Module, shares: dict[str, float]) -> Tensor:
+    """Share of all choices that the last pass dropped, over the layers, each by its share of the choices."""
+    parts = [shares[name] * layer.statistics.dropped.double() for name, layer in vmoe.moe_layers(model)]
+    return torch.stack(parts).sum()
 
 
 def _interventions(
@@ -118,14 +125,27 @@ def _interventions(
         yield _Intervention(
             name, None, None, None, lambda layer=layer, generator=generator: random_routing(layer, generator)
         )
+    for setting in _settings(model, capacity_factors):
+        yield _Intervention(None, None, *setting, lambda setting=setting: capacity(model, *setting))
+
+
+def _settings(model: nn.Module, capacity_factors: Sequence[float]) -> list[tuple[float, bool]]:
+    """The capacities to try: factor, and whether batch prioritized."""
     config = vmoe.moe_layers(model)[0][1].config
     if config.router == "soft":
-        return
-    for factor in capacity_factors:
-        for priority in (False,) if config.fills_slots else (False, True):
-            yield _Intervention(
-                None, None, factor, priority, lambda factor=factor, priority=priority: capacity(model, factor, priority)
-            )
+        return []
+    return list(itertools.product(capacity_factors, (False,) if config.fills_slots else (False, True)))
+
+
+def check_capacities(model: nn.Module, capacity_factors: Sequence[float]) -> None:
+    """Tries to set each capacity factor, without a pass.
+
+    Raises:
+        UserError: It cannot be set, whatever the images.
+    """
+    for setting in _settings(model, capacity_factors):
+        with capacity(model, *setting):
+            pass
 
 
 @contextmanager
@@ -148,16 +168,16 @@ def random_routing(layer: MoeMlp, generator: torch.Generator) -> Iterator[None]:
 
 @contextmanager
 def capacity(model: nn.Module, factor: float, batch_priority: bool) -> Iterator[None]:
-    """Inside the block all layers have this capacity factor at evaluation, vanilla or batch prioritized."""
-    layers = [layer for _, layer in vmoe.moe_layers(model)]
-    own = [layer.config for layer in layers]
-    try:
-        for layer in layers:
-            layer.config = dataclasses.replace(layer.config, eval_capacity_factor=factor, batch_priority=batch_priority)
+    """Inside the block all layers have this capacity factor at evaluation, vanilla or batch prioritized.
+
+    Raises:
+        UserError: It cannot be set.
+    """
+    with restored_settings(model):
+        set_capacity(model, factor)
+        for _, layer in vmoe.moe_layers(model):
+            layer.config = dataclasses.replace(layer.config, batch_priority=batch_priority)
         yield
-    finally:
-        for layer, config in zip(layers, own, strict=True):
-            layer.config = config
 
 
 def _rerouted(layer: MoeMlp, change: Callable) -> Iterator[None]:
@@ -184,9 +204,11 @@ def _without(router: nn.Module, routing: Routing | SlotRouting, expert: int) -> 
     logits = routing.logits_GSE.masked_fill(is_expert, -math.inf)
     if isinstance(router, SigmoidRouter):
         gates = routing.gates_GSE.masked_fill(is_expert, 0)
-        ranking = (gates + router.bias).masked_fill(is_expert, -math.inf)
+        ranking = gates + router.bias
     else:
         gates = ranking = logits.softmax(-1)
+    # Last, but before those chosen already, which are at minus infinity: where K = E it is chosen, and weighs 0.
+    ranking = ranking.masked_fill(is_expert, torch.finfo(ranking.dtype).min)
     chosen = top_experts(ranking, routing.chosen_GSK.shape[-1])
     weights = weights_of(gates, chosen, router.renormalize)
     return routing._replace(
@@ -235,6 +257,7 @@ def _told(
             random_router[intervention.layer] = change
         else:
             accuracy = wilson(int(now.sum()), len(labels)).as_dict("accuracy")
-            setting = {"factor": intervention.factor, "priority": intervention.priority}
+            factor = intervention.factor
+            setting = {"factor": None if factor == math.inf else factor, "priority": intervention.priority}
             capacities.append({**setting, **accuracy, "dropped": drop})
     return Causes(len(labels), ablation, random_router, capacities or None)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from vmoe.analysis.exploration.causes import Causes, find_causes
+from vmoe.analysis.exploration.causes import Causes, check_capacities, find_causes
 from vmoe.analysis.exploration.collection import collect, on_device
 from vmoe.analysis.exploration.findings import findings
 from vmoe.analysis.exploration.history import Snapshot, training_loads
@@ -31,7 +31,7 @@ class ExploreOptions:
         probe_images: Images on which consistency, agreement between runs and saturation are measured; 0 for none.
         cause_images: Images on which experts are ablated and capacities tried, which costs a pass for each expert of
             each layer; 0 for none.
-        capacity_factors: Capacity factors to try.
+        capacity_factors: Capacity factors to try; inf drops nothing.
         replicates: Replicates of bootstrap and null.
         seed: Of sample, replicates and random routers.
     """
@@ -99,7 +99,8 @@ def explore(
         track: Wraps batches in a progress bar.
 
     Raises:
-        UserError: The model is dense, there is no image, images differ in size, or a logit is not finite.
+        UserError: The model is dense, there is no image, images differ in size, a logit is not finite, or a capacity
+            factor cannot be set.
     """
     options = options or ExploreOptions()
     subject = _subject(model, class_names, mean, std, name)
@@ -108,6 +109,7 @@ def explore(
             f"{subject.name}: a dense model without experts, so there is no routing to explore; give a V-MoE's "
             "checkpoint first, a dense twin may stand behind it"
         )
+    check_capacities(subject.model, options.capacity_factors)  # before the long passes
     subjects = [_subject(other, class_names, mean, std) for other in others]
     given = {"patch_kinds": len(patch_names or ()), "replicates": options.replicates, "seed": options.seed}
     collection = collect(subject, track(batches, subject.name), sample=options.sample, **given)

@@ -224,20 +224,27 @@ def _capacity(report: Report) -> Page:
     legend = "Each factor leaves the experts that many times their fair share of places; shaded: 95 % intervals."
     page, places = panel_page("Accuracy against capacity", _about(report, "cause_images"), legend, 2, _PLOT, 2, left=50)
     titles = (("accuracy", "Accuracy"), ("dropped", "Dropped choices"))
+    numbers = [part["factor"] for part in report["capacity"] if part["factor"] is not None] or [0.0]
+    beyond = max(numbers) + max(max(numbers) - min(numbers), 1) / 8  # where inf, None in the report, stands
+
+    def place(part: dict) -> float:
+        return beyond if part["factor"] is None else part["factor"]
+
     for (key, title), (x, y) in zip(titles, places, strict=True):
         axes = plot(page, x, y, _PLOT, title)
         for priority, colour, name in ((False, "#b3520c", "vanilla"), (True, ACCENT, "batch prioritized")):
-            parts = sorted(
-                (part for part in report["capacity"] if part["priority"] == priority), key=lambda part: part["factor"]
-            )
+            parts = sorted((part for part in report["capacity"] if part["priority"] == priority), key=place)
             if parts:
-                factors = [part["factor"] for part in parts]
+                factors = [place(part) for part in parts]
                 axes.plot(factors, [part[key] for part in parts], "o-", color=colour, markersize=5, label=name)
                 if key == "accuracy":
                     bounds = [[part[side] for part in parts] for side in ("low", "high")]
                     axes.fill_between(factors, *bounds, color=colour, alpha=0.15, linewidth=0)
         axes.yaxis.set_major_formatter(PercentFormatter(1))
         axes.legend(frameon=False, fontsize=9)
+        if any(part["factor"] is None for part in report["capacity"]):
+            ticks = [tick for tick in axes.get_xticks() if min(numbers) <= tick <= max(numbers)]
+            axes.set_xticks([*ticks, beyond], [*(f"{tick:g}" for tick in ticks), "inf"])
         label(axes, "capacity factor")
     return page
 

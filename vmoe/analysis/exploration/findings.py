@@ -1,5 +1,6 @@
 """Sentences that the numbers of a report support, and no others."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -107,7 +108,8 @@ def _random_router(layers: list[dict[str, Any]]) -> Iterator[str]:
 def _capacity(settings: list[dict[str, Any]] | None) -> Iterator[str]:
     by_factor: dict[float, dict[bool, dict[str, Any]]] = {}
     for setting in settings or ():
-        by_factor.setdefault(setting["factor"], {})[setting["priority"]] = setting
+        factor = math.inf if setting["factor"] is None else setting["factor"]
+        by_factor.setdefault(factor, {})[setting["priority"]] = setting
     for factor, pair in sorted(by_factor.items()):
         if len(pair) == 2 and pair[True]["low"] > pair[False]["high"]:
             yield (

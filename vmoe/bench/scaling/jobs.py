@@ -1,5 +1,6 @@
 """What is measured: trainings by layout, model, batch and number of processes."""
 
+import math
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -188,25 +189,44 @@ def jobs_of(parts: list[str], counts: list[int], sizes: Sizes, seconds: int, mem
     return [replace(job, seconds=seconds, memory=memory) for job in jobs]
 
 
-def layouts(processes: int, graphed: bool = False) -> list[tuple[str, int, str]]:
-    """The layouts of so many processes, or those whose step can be captured: strategy, expert_size and dense."""
+def layouts(processes: int, experts: int, graphed: bool = False) -> list[tuple[str, int, str]]:
+    """The layouts in which so many processes can share so many experts: strategy, expert_size and dense.
+
+    Args:
+        processes: Their number.
+        experts: E.
+        graphed: Only those whose step can be captured.
+    """
     if processes == 1:
         return [("none", 1, "cut")]
     if graphed:
-        return [("ddp", 1, "cut"), ("expert", processes, "whole")]
-    sizes = [processes, *([processes // 2] if processes >= 4 and processes % 2 == 0 else [])]
-    experts = [("expert", size, dense) for size in sizes for dense in ("cut", "whole")]
-    return [("ddp", 1, "cut"), ("fsdp", 1, "cut"), *experts]
+        found = [("ddp", 1, "cut"), ("expert", processes, "whole")]
+    else:
+        sizes = [processes, *([processes // 2] if processes >= 4 and processes % 2 == 0 else [])]
+        of_experts = [("expert", size, dense) for size in sizes for dense in ("cut", "whole")]
+        found = [("ddp", 1, "cut"), ("fsdp", 1, "cut"), *of_experts]
+    return [layout for layout in found if experts % layout[1] == 0]
+
+
+def _multiple(least: int, of: int) -> int:
+    """The smallest multiple of `of` that is at least `least`."""
+    return -(-least // of) * of
+
+
+def _compared(counts: list[int]) -> tuple[int, int]:
+    """Experts that the most processes can share, and images of which each count of processes gets whole groups."""
+    most = counts[-1]
+    return _multiple(8, most), IMAGES_A_GROUP * _multiple(2 * most, math.lcm(*counts))
 
 
 def _equality(counts: list[int], sizes: Sizes) -> list[Job]:
-    experts, batch = max(8, counts[-1]), 2 * IMAGES_A_GROUP * counts[-1]
+    experts, batch = _compared(counts)
     how = {"graphed": True, "steps": GRAPHED_STEPS} if sizes.graphed else {}
     return [
         Job("equality", count, *layout, sizes.small, experts, batch, dtype, **how)
         for dtype in ("float64", "float32", "bfloat16")
         for count in counts
-        for layout in layouts(count, sizes.graphed)
+        for layout in layouts(count, experts, sizes.graphed)
     ]
 
 
@@ -217,30 +237,32 @@ def _speed(counts: list[int], sizes: Sizes) -> list[Job]:
             for count in counts:
                 # As many a process (weak scaling) and as many in all (strong scaling) as with the most processes
                 for batch in dict.fromkeys((sizes.batch * count, sizes.batch * counts[-1])):
-                    for layout in layouts(count, sizes.graphed):
-                        if experts % layout[1] == 0:
-                            how = (count, *layout, model, experts, batch, sizes.dtype)
-                            kind = {"compiled": sizes.compiled, "graphed": sizes.graphed}
-                            jobs.append(Job("speed", *how, steps=sizes.steps, **kind))
+                    if batch % count:  # images would be left over
+                        continue
+                    for layout in layouts(count, experts, sizes.graphed):
+                        how = (count, *layout, model, experts, batch, sizes.dtype)
+                        kind = {"compiled": sizes.compiled, "graphed": sizes.graphed}
+                        jobs.append(Job("speed", *how, steps=sizes.steps, **kind))
     return jobs
 
 
 def _checkpoint(counts: list[int], sizes: Sizes) -> list[Job]:
     most = counts[-1]
-    experts, batch = max(8, most), 2 * IMAGES_A_GROUP * most
+    experts, batch = _compared(counts)
     saving = ("fsdp", 1, "cut") if most == 1 else ("expert", most // 2 if most >= 4 and most % 2 == 0 else most, "cut")
     how = (sizes.small, experts, batch, "float64")
     jobs = [Job("checkpoint", most, *saving, *how, step="save"), Job("checkpoint", 1, "none", 1, "cut", *how)]
     for count in counts:
-        jobs += [Job("checkpoint", count, *layout, *how, step="resume") for layout in layouts(count)]
+        jobs += [Job("checkpoint", count, *layout, *how, step="resume") for layout in layouts(count, experts)]
     return jobs
 
 
 def _size(counts: list[int], sizes: Sizes) -> list[Job]:
     jobs = []
+    experts = _multiple(32, counts[-1])
     for count in dict.fromkeys((1, counts[-1])):
-        for layout in layouts(count):
+        for layout in layouts(count, experts):
             if layout[0] != "ddp":  # whose processes have no more room than one
-                how = (sizes.large, max(32, count), sizes.large_batch * count, sizes.dtype)
+                how = (sizes.large, experts, sizes.large_batch * count, sizes.dtype)
                 jobs.append(Job("size", count, *layout, *how, steps=2))
     return jobs

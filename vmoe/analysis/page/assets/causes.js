@@ -146,12 +146,17 @@ function capacityFigure() {
       rows: rows.filter((row) => row.priority === priority),
     }))
     .filter((each) => each.rows.length);
-  const factors = [...new Set(rows.map((row) => row.factor))].sort((a, b) => a - b);
+  const factors = [...new Set(rows.map((row) => row.factor))].filter(isNumber).sort((a, b) => a - b);
+  // Factor null drops nothing; it stands one step behind the largest.
+  const beyond = factors.length ? Math.log2(factors.at(-1)) + 1 : 0;
+  const place = (row) => (isNumber(row.factor) ? Math.log2(row.factor) : beyond);
+  const nameOf = (factor) => (isNumber(factor) ? `${factor}` : "inf");
+  const ticks = [...factors.map(Math.log2), ...(rows.some((row) => !isNumber(row.factor)) ? [beyond] : [])];
   const x = () => ({
-    low: Math.log2(factors[0]),
-    high: Math.log2(factors.at(-1)),
-    ticks: factors.map(Math.log2),
-    text: (value) => `${Number((2 ** value).toFixed(3))}`,
+    low: ticks[0],
+    high: ticks.at(-1),
+    ticks,
+    text: (value) => (value === beyond ? "inf" : `${Number((2 ** value).toFixed(3))}`),
   });
   const draw = (field, yLabel, width, own) => {
     const plot = frame({
@@ -163,8 +168,8 @@ function capacityFigure() {
       yLabel,
     });
     series.forEach((each, index) => {
-      const sorted = each.rows.toSorted((a, b) => a.factor - b.factor);
-      const across = (row) => plot.across(Math.log2(row.factor));
+      const sorted = each.rows.toSorted((a, b) => place(a) - place(b));
+      const across = (row) => plot.across(place(row));
       line(
         plot,
         sorted.map((row) => [across(row), row[field]]),
@@ -176,7 +181,7 @@ function capacityFigure() {
           across(row),
           field === "accuracy" ? { value: row.accuracy, low: row.low, high: row.high } : { value: row.dropped },
           [
-            `capacity factor ${row.factor}, ${each.name}`,
+            `capacity factor ${nameOf(row.factor)}, ${each.name}`,
             `accuracy ${withInterval({ ...row, value: row.accuracy }, percent)}`,
             `${percent(row.dropped)} of choices dropped`,
           ],
