@@ -29,7 +29,8 @@ from vmoe.moe import MoeConfig
 from vmoe.moe.int8 import dequantise
 
 SCALE = "_scale"  # follows the name of a weight stored as int8 in that of its scales
-# Options of a run that tell where things are and how fast they go, but change nothing of its result.
+# Options of a run that tell where things are and how fast they go, but change nothing of its result. With Muon the
+# layout does: it decides which matrices Muon trains.
 WITHOUT_EFFECT = (
     *("output_dir", "resume", "data.workers", "trainer.log_every"),
     *("trainer.device", "trainer.compile", "trainer.cuda_graph"),

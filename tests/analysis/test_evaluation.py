@@ -182,8 +182,19 @@ def test_experts_that_choose_have_no_number_a_token():
     ("router", "factor", "reason"),
     [
         ("token_choice", 2000.0, "2000: must be > 0 and at most 1000, or inf to drop nothing"),
-        ("soft", 0.5, '0.5: must be inf with router="soft": the slots are part of its parameters'),
-        ("expert_choice", math.inf, 'inf: must be a number with router="expert_choice", whose experts fill slots'),
+        ("token_choice", 1000.0001, "1000.0001: must be > 0 and at most 1000, or inf to drop nothing"),
+        *[
+            ("soft", each, f'{each:g}: must be inf with router="soft": the slots are part of its parameters')
+            for each in (0.5, 2000.0)
+        ],
+        *[
+            (
+                "expert_choice",
+                each,
+                f'{each:g}: must be > 0 and at most 1000 with router="expert_choice", whose experts fill slots',
+            )
+            for each in (2000.0, math.inf)
+        ],
     ],
 )
 def test_a_capacity_that_cannot_be_set_is_told_as_the_options(router, factor, reason):
@@ -193,11 +204,18 @@ def test_a_capacity_that_cannot_be_set_is_told_as_the_options(router, factor, re
     assert str(told.value) == f"--capacity-factor {reason}"
 
 
-def test_each_member_of_an_ensemble_gets_its_own_capacity_back():
-    routers = {"token_choice": 0.5, "expert_choice": None, "soft": None}
-    members = [make_model(num_experts=4, router=name, eval_capacity_factor=factor) for name, factor in routers.items()]
-    list(evaluate_sweep(Ensemble(members), make_batches(2), 10))
-    assert [eval_capacity_factor(member) for member in members] == [0.5, None, None]
+def test_each_member_of_an_ensemble_gets_its_own_settings_back():
+    own = [{"top_k": 1, "eval_capacity_factor": 0.5}, {"top_k": 3}]
+    members = [make_model(num_experts=4, **moe) for moe in own]
+    layers = [layer for member in members for _, layer in vmoe.moe_layers(member)]
+    before = [(layer.config, layer.router.top_k) for layer in layers]
+    assert len(list(evaluate_sweep(Ensemble(members), make_batches(2), 10, [1.0, math.inf], [2, 4]))) == 4
+    assert [(layer.config, layer.router.top_k) for layer in layers] == before
+
+
+def test_members_of_an_ensemble_may_have_different_routers():
+    members = [make_model(num_experts=4, router=router) for router in ("token_choice", "expert_choice", "soft")]
+    assert len(list(evaluate_sweep(Ensemble(members), make_batches(2), 10))) == 1
 
 
 def test_a_dense_model_has_no_capacity():

@@ -74,7 +74,7 @@ def test_expert_choice(name):
         capacity_rounding=dispatcher["capacity_ceil_or_round"],
         capacity_multiple_of=dispatcher["capacity_multiple_of"],
     )
-    capacity = slots_per_expert(run.groups.size, moe, moe.capacity_factor)
+    capacity = slots_per_expert(run.groups.size, moe, moe.capacity_factor, "capacity_factor")
     assert capacity == run.case["capacity"]
     routing = expert_choice(logits.softmax(-1), run.groups, capacity)
     torch.testing.assert_close(routing.gates_GSE, recorded(f"{name}/gates"), **TOLERANCE)

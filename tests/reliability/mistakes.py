@@ -254,6 +254,7 @@ MISTAKES: dict[str, list[Mistake]] = {
         Mistake("a config that is not there", "data --config lost.yaml"),
         Mistake("no seconds", "data --config tiny.yaml --seconds 0 --out new"),
         Mistake("torchvision's loader of digits", "data --config tiny.yaml --device cpu --torchvision --out new"),
+        Mistake("processes that cannot share a batch", "scaling --device cpu --processes 2 3"),
     ],
     "make-shards": [
         Mistake("a folder that is not there", "lost --out new"),

@@ -206,14 +206,18 @@ def set_capacity(model: nn.Module, factor: float) -> None:
     Raises:
         UserError: It cannot be set, whatever the images; the line names the option.
     """
-    given = f"--capacity-factor {factor:g}: must be"
-    if math.isinf(factor) and any(layer.config.router == "expert_choice" for _, layer in vmoe.moe_layers(model)):
-        raise UserError(f'{given} a number with router="expert_choice", whose experts fill slots')
+    routers = {layer.config.router for _, layer in vmoe.moe_layers(model)}
+    allowed = "> 0 and at most 1000, or inf to drop nothing"
+    if "soft" in routers:
+        allowed = 'inf with router="soft": the slots are part of its parameters'
+    elif "expert_choice" in routers:
+        allowed = '> 0 and at most 1000 with router="expert_choice", whose experts fill slots'
     try:
+        if math.isinf(factor) and "expert_choice" in routers:
+            raise ValueError(allowed)  # null is training's there
         set_eval_capacity_factor(model, None if math.isinf(factor) else factor)
     except ValueError as error:
-        allowed = str(error).partition(": must be")[2].replace("null", "inf")  # as the option calls it
-        raise UserError(f"{given}{allowed}") from error
+        raise UserError(f"--capacity-factor {factor:.15g}: must be {allowed}") from error
 
 
 @contextmanager
@@ -231,7 +235,7 @@ def named_factor(factor: float | None) -> Iterator[None]:
 
 @contextmanager
 def restored_settings(model: nn.Module) -> Iterator[None]:
-    """Whatever K and capacity the block sets, each layer's own are back after it."""
+    """Whatever K, capacity and priority the block sets, each layer's own are back after it."""
     own = [(layer, layer.config) for _, layer in vmoe.moe_layers(model)]
     try:
         yield

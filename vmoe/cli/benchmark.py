@@ -219,9 +219,21 @@ def _add_scaling(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     parts = ("equality", "speed", "checkpoint", "size")
     add("--parts", nargs="+", choices=parts, default=parts, help="default: equality speed checkpoint size")
-    add("--processes", nargs="+", type=count, metavar="N", help="default: 1 and all GPUs; on CPUs 1 2")
+    add(
+        "--processes",
+        nargs="+",
+        type=count,
+        metavar="N",
+        help="divisors of the most; default: 1 and all GPUs; on CPUs 1 2",
+    )
     add("--models", nargs="+", metavar="NAME", help="of S/16 and B/16, whose speed is measured (default: both)")
-    add("--experts", nargs="+", type=count, metavar="E", help="of a layer, in speed (default: 8 32)")
+    add(
+        "--experts",
+        nargs="+",
+        type=count,
+        metavar="E",
+        help="of a layer, in speed; dealt out where they can be (default: 8 32)",
+    )
     add("--batch", type=count, metavar="B", help="images a process, in speed (default: 128 on a GPU, else 8)")
     add("--compiled", action="store_true", help="compile the models whose speed is measured")
     add("--cuda-graph", action="store_true", help="capture steps, in speed and equality, by layouts that can be")

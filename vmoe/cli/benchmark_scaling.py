@@ -81,6 +81,9 @@ def _counts(options: argparse.Namespace) -> list[int]:
     counts = sorted({1, *(options.processes or [most])})
     if is_gpu and counts[-1] > most:
         raise UserError(f"--processes {counts[-1]}: there are {most} GPUs here")
+    for count in counts:
+        if counts[-1] % count:
+            raise UserError(f"--processes {count}: must divide the most, {counts[-1]}: all share batches of its size")
     return counts
 
 

@@ -1,7 +1,9 @@
 """`vmoe explore`: sees, measures and tests what the experts of a V-MoE do."""
 
 import argparse
+import math
 import shlex
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -39,6 +41,7 @@ def _explore(argv: list[str]) -> None:
     options = _parser().parse_args(argv)
     # Imported here, so that --help and a mistyped option answer at once.
     from vmoe.analysis.exploration import ExploreOptions, Subject, explore, write_exploration
+    from vmoe.analysis.exploration.causes import check_capacities
     from vmoe.analysis.exploration.history import snapshots
     from vmoe.analysis.heatmap import require_experts
     from vmoe.checkpoints import load_checkpoint
@@ -53,11 +56,12 @@ def _explore(argv: list[str]) -> None:
     require_experts(checkpoint.model)
     _check_classes(checkpoint, others)
     names = _names(options.checkpoints)
+    check_capacities(checkpoint.model, options.capacity_factor or ())
     given = ExploreOptions(
         sample=options.sample,
         probe_images=options.probe_images,
         cause_images=options.cause_images,
-        capacity_factors=options.capacity_factor,
+        capacity_factors=options.capacity_factor or ExploreOptions.capacity_factors,
         replicates=options.replicates,
         seed=options.seed,
     )
@@ -85,6 +89,11 @@ def _explore(argv: list[str]) -> None:
         print(f"- {printable(line)}")
     if options.images is not None:
         print("The images have no labels: accuracy, classes and causes, which need them, are left out.")
+    measured = [setting["factor"] or math.inf for setting in exploration.report["capacity"] or ()]
+    for factor in options.capacity_factor or ():
+        if measured and factor not in measured:
+            why = "it leaves experts no place, or more than there are tokens"
+            print(f"warning: --capacity-factor {factor:.15g}: left out, as {why}", file=sys.stderr)
     write_exploration(exploration, options.out)
     print(f"index.html, figures/ and data/ in {options.out}")
 
@@ -158,7 +167,6 @@ def _parser() -> argparse.ArgumentParser:
         "--capacity-factor",
         nargs="+",
         type=capacity_factor,
-        default=[0.25, 0.5, 0.75, 1.0, 1.5, 2.0],
         metavar="F",
         help="capacity factors to try; inf drops nothing (default: 0.25 0.5 0.75 1 1.5 2)",
     )

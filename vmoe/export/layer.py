@@ -140,15 +140,15 @@ class ExportedMoe(nn.Module):
     def capacity(self, tokens: int) -> int:
         """C, the places of an expert for an image of so many tokens, where the layer has a bound."""
         moe = self.config
-        rounding = (moe.capacity_rounding, moe.capacity_multiple_of)
-        return min(tokens, expert_capacity(tokens * moe.top_k, moe.num_experts, moe.eval_capacity_factor, *rounding))
+        choices, name = tokens * moe.top_k, "eval_capacity_factor"
+        return min(tokens, expert_capacity(choices, moe.num_experts, moe.eval_capacity_factor, *moe.rounding, name))
 
     def _expert_choice(self, x_TD: Tensor, groups: Groups, valid_GS: Tensor | None) -> tuple[Tensor, Tensor]:
         """Likewise where each expert takes the C tokens with its largest gates; of equal gates, the earlier token."""
         moe = self.config
         gates_GSE = groups.split(full_precision_linear(x_TD, self.router.gate.weight)).softmax(-1)
-        factor = moe.capacity_factor if moe.eval_capacity_factor is None else moe.eval_capacity_factor
-        capacity = slots_per_expert(groups.size, moe, factor)
+        name = "capacity_factor" if moe.eval_capacity_factor is None else "eval_capacity_factor"
+        capacity = slots_per_expert(groups.size, moe, getattr(moe, name), name)
         ranked_GSE = gates_GSE if valid_GS is None else gates_GSE.masked_fill(~valid_GS[..., None], -1.0)
         least_G1E = ranked_GSE.topk(capacity, dim=1).values[:, -1:]
         is_larger_GSE, is_equal_GSE = ranked_GSE > least_G1E, ranked_GSE == least_G1E

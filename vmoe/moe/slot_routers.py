@@ -77,7 +77,7 @@ class SoftRouter(nn.Module):
 
     def __init__(self, dim: int, moe: MoeConfig, tokens: int, device=None, dtype=None) -> None:
         super().__init__()
-        slots = slots_per_expert(tokens, moe, moe.experts_per_token)
+        slots = slots_per_expert(tokens, moe, moe.experts_per_token, "capacity_factor")
         assert moe.noise_std is not None
         self.noise_scale = moe.noise_std
         self.draw_noise: Callable[[Tensor], Tensor] | None = None
@@ -121,7 +121,7 @@ def expert_choice(
     return ExpertChoiceRouting(groups, valid_GS, gates_GSE, chosen_GEC, weights_GEC)
 
 
-def slots_per_expert(tokens: int, moe: MoeConfig, capacity_factor: float, name: str = "capacity_factor") -> int:
+def slots_per_expert(tokens: int, moe: MoeConfig, capacity_factor: float, name: str) -> int:
     """C: the slots that an expert has for an image of so many tokens; `name` is the factor's in errors."""
     return expert_capacity(tokens, moe.num_experts, capacity_factor, *moe.rounding, name)
 

@@ -21,7 +21,7 @@ def initial_model(
     """The model of a run, with the weights that `config.init_from` asks for: "pretrained" or a checkpoint of ours.
 
     "pretrained" takes the weights that timm has for the model, which it downloads when they are not there. A dense
-    checkpoint is upcycled where the run has MoE layers: every expert starts as the MLP it replaces
+    checkpoint is upcycled where the run has MoE layers: every routed expert starts as the MLP it replaces
     (https://arxiv.org/abs/2212.05055), the router fresh. A sparse one is taken over as it is; its experts are averaged
     where the run is dense. The classifier starts fresh unless the classes are the checkpoint's (`are_same_classes`).
     For images of another size timm resamples the position embeddings. `say` is told in a line what becomes of the

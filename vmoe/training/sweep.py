@@ -75,7 +75,8 @@ def read_study(
         UserError: the file is not such a file, or lacks an arm, or a run would be there twice.
     """
     study = _read(path)
-    for where, given in (("--arms", arms), ("--seeds", seeds), (f"{path}: seeds", study["seeds"])):
+    of_seeds = ("--seeds", seeds) if seeds else (f"{path}: seeds", study["seeds"])
+    for where, given in (("--arms", arms), of_seeds):
         twice = [each for each in given if given.count(each) > 1]
         if twice:  # two processes would train in one folder
             raise UserError(f"{where}: {twice[0]} is given twice; leave one out")

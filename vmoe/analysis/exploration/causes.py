@@ -70,7 +70,6 @@ def find_causes(subject: Subject, batches: Iterable, capacity_factors: Sequence[
     Raises:
         UserError: A capacity factor cannot be set.
     """
-    check_capacities(subject.model, capacity_factors)
     interventions = list(_interventions(subject.model, capacity_factors, seed, subject.device))
     right, labels, dropped = [], [], []
     for batch in batches:
@@ -143,14 +142,16 @@ def check_capacities(model: nn.Module, capacity_factors: Sequence[float]) -> Non
     Raises:
         UserError: It cannot be set, whatever the images.
     """
-    for setting in _settings(model, capacity_factors):
-        with capacity(model, *setting):
-            pass
+    with restored_settings(model):
+        for factor in capacity_factors:
+            set_capacity(model, factor)
 
 
 @contextmanager
 def without(layer: MoeMlp, expert: int) -> Iterator[None]:
     """Inside the block the layer routes on without an expert: its score is minus infinity, the next best is chosen.
+
+    Where tokens go to all experts there is none, and the expert's weight is 0.
 
     Where experts fill slots, the others' shares of each token are scaled up to what they would be without it.
     """

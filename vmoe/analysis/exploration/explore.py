@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from vmoe.analysis.exploration.causes import Causes, check_capacities, find_causes
+from vmoe.analysis.exploration.causes import Causes, find_causes
 from vmoe.analysis.exploration.collection import collect, on_device
 from vmoe.analysis.exploration.findings import findings
 from vmoe.analysis.exploration.history import Snapshot, training_loads
@@ -109,7 +109,6 @@ def explore(
             f"{subject.name}: a dense model without experts, so there is no routing to explore; give a V-MoE's "
             "checkpoint first, a dense twin may stand behind it"
         )
-    check_capacities(subject.model, options.capacity_factors)  # before the long passes
     subjects = [_subject(other, class_names, mean, std) for other in others]
     given = {"patch_kinds": len(patch_names or ()), "replicates": options.replicates, "seed": options.seed}
     collection = collect(subject, track(batches, subject.name), sample=options.sample, **given)

@@ -1,6 +1,5 @@
 """What is measured: trainings by layout, model, batch and number of processes."""
 
-import math
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -179,7 +178,7 @@ def jobs_of(parts: list[str], counts: list[int], sizes: Sizes, seconds: int, mem
 
     Args:
         parts: Of `PARTS`.
-        counts: Numbers of processes, rising; the first is 1.
+        counts: Numbers of processes, rising; the first is 1, and each divides the last.
         sizes: Of models and batches.
         seconds: The most that a job may take.
         memory: GiB that a process may use at most; None for all there is.
@@ -214,9 +213,9 @@ def _multiple(least: int, of: int) -> int:
 
 
 def _compared(counts: list[int]) -> tuple[int, int]:
-    """Experts that the most processes can share, and images of which each count of processes gets whole groups."""
+    """Experts and images that each count of processes can share, images in whole groups."""
     most = counts[-1]
-    return _multiple(8, most), IMAGES_A_GROUP * _multiple(2 * most, math.lcm(*counts))
+    return _multiple(8, most), 2 * IMAGES_A_GROUP * most
 
 
 def _equality(counts: list[int], sizes: Sizes) -> list[Job]:
@@ -237,8 +236,6 @@ def _speed(counts: list[int], sizes: Sizes) -> list[Job]:
             for count in counts:
                 # As many a process (weak scaling) and as many in all (strong scaling) as with the most processes
                 for batch in dict.fromkeys((sizes.batch * count, sizes.batch * counts[-1])):
-                    if batch % count:  # images would be left over
-                        continue
                     for layout in layouts(count, experts, sizes.graphed):
                         how = (count, *layout, model, experts, batch, sizes.dtype)
                         kind = {"compiled": sizes.compiled, "graphed": sizes.graphed}
