@@ -59,24 +59,18 @@ def test_a_run_is_explored(save_run, tmp_path, capsys):
     assert report["findings"] and all(f"- {line}\n" in shown for line in report["findings"])
 
 
-def test_a_capacity_that_leaves_no_place_is_left_out_with_a_warning(save_run, tmp_path, capsys):
-    run, out = save_run(moe={**MOE, "router": "expert_choice"}), tmp_path / "out"
-    few = ["--sample", "4", "--probe-images", "0", "--cause-images", "16", "--replicates", "20"]
-    assert main([str(run), "--out", str(out), *few, "--capacity-factor", "50", "1"]) == 0
-    assert "warning: --capacity-factor 50: left out, as it leaves experts no place" in capsys.readouterr().err
-    assert [part["factor"] for part in json.loads((out / "data" / "report.json").read_text())["capacity"]] == [1.0]
-
-
 def test_soft_moe_has_no_capacity_to_try(save_run, tmp_path, capsys):
     run = save_run(moe={"num_experts": 4, "router": "soft"})
     assert main([str(run), "--out", str(tmp_path / "out"), "--capacity-factor", "0.5"]) == 2
     assert "--capacity-factor 0.5: must be inf with router=" in capsys.readouterr().err
 
 
-def test_an_infinite_capacity_stands_behind_the_others(save_run, tmp_path):
-    run, out = save_run(moe=MOE), tmp_path / "out"
+def test_capacities_without_bound_and_without_places(save_run, tmp_path, capsys):
+    rounded = {**MOE, "capacity_rounding": "round", "capacity_multiple_of": 1}
+    run, out = save_run(moe=rounded), tmp_path / "out"
     few = ["--sample", "4", "--probe-images", "0", "--cause-images", "16", "--replicates", "20"]
-    assert main([str(run), "--out", str(out), *few, "--capacity-factor", "inf", "0.5"]) == 0
+    assert main([str(run), "--out", str(out), *few, "--capacity-factor", "inf", "0.001", "0.5"]) == 0
+    assert "warning: --capacity-factor 0.001: left out, as it leaves experts no place" in capsys.readouterr().err
     found = json.loads((out / "data" / "report.json").read_text())["capacity"]
     assert [part["factor"] for part in found] == [None, None, 0.5, 0.5]
     assert [part["dropped"] > 0 for part in found] == [False, False, True, True]
