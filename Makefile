@@ -16,7 +16,7 @@ help:  ## show this list
 
 install: .venv/installed  ## create .venv and install the project with its tools for developers
 
-demo: .venv/installed  ## train on handwritten digits, evaluate, draw where the experts look (about 3 minutes)
+demo: .venv/installed  ## train on handwritten digits, evaluate, draw where the experts look (2 to 5 minutes)
 	$(BIN)/python tools/demo.py
 
 demo-page: .venv/installed  ## write a page that runs the CIFAR-10 model in the browser, into runs/demo-page/
