@@ -59,6 +59,13 @@ def test_a_run_is_explored(save_run, tmp_path, capsys):
     assert report["findings"] and all(f"- {line}\n" in shown for line in report["findings"])
 
 
+def test_a_capacity_left_out_is_told_also_where_it_was_the_only_one(save_run, tmp_path, capsys):
+    run = save_run(moe={**MOE, "capacity_rounding": "round", "capacity_multiple_of": 1})
+    few = ["--sample", "1", "--probe-images", "0", "--cause-images", "4", "--replicates", "20"]
+    assert main([str(run), "--out", str(tmp_path / "out"), *few, "--capacity-factor", "0.001"]) == 0
+    assert "warning: --capacity-factor 0.001: left out" in capsys.readouterr().err
+
+
 def test_soft_moe_has_no_capacity_to_try(save_run, tmp_path, capsys):
     run = save_run(moe={"num_experts": 4, "router": "soft"})
     assert main([str(run), "--out", str(tmp_path / "out"), "--capacity-factor", "0.5"]) == 2

@@ -89,9 +89,10 @@ def _explore(argv: list[str]) -> None:
         print(f"- {printable(line)}")
     if options.images is not None:
         print("The images have no labels: accuracy, classes and causes, which need them, are left out.")
+    given_factors = options.capacity_factor if exploration.report["provenance"]["cause_images"] else None
     measured = [setting["factor"] or math.inf for setting in exploration.report["capacity"] or ()]
-    for factor in options.capacity_factor or ():
-        if measured and factor not in measured:
+    for factor in given_factors or ():
+        if factor not in measured:
             why = "it leaves experts no place, or more than there are tokens"
             print(f"warning: --capacity-factor {factor:.15g}: left out, as {why}", file=sys.stderr)
     write_exploration(exploration, options.out)
