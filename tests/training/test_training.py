@@ -95,6 +95,17 @@ def test_accumulation_equals_a_bigger_batch(run):
         torch.testing.assert_close(_weights(halves)[key], value, rtol=1e-4, atol=1e-5)
 
 
+def test_the_last_update_of_an_epoch_is_the_mean_of_the_batches_it_has(run):
+    """Five batches make one update of an epoch; that up to eight could does not make it smaller."""
+    states = []
+    for accumulate in ("5", "8"):
+        code, folder = run("--trainer.accumulate", accumulate, "--optim.clip_norm", "null", name=accumulate)
+        assert code == 0
+        states.append(torch.load(folder.last, weights_only=True)["optimizer_states"][0]["state"])
+    for ours, expected in zip(*(state.values() for state in reversed(states)), strict=True):
+        torch.testing.assert_close(ours["exp_avg"], expected["exp_avg"], rtol=1e-5, atol=0)
+
+
 def test_auxiliary_losses_train_the_router(run):
     gates = []
     for name, weight in (("without", "0"), ("with", "100")):

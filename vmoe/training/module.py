@@ -87,9 +87,16 @@ class Classifier(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         self.damaged.update(dict.fromkeys(batch.damaged))
         if self._graphed_step is None:
-            return self._loss(batch)
+            return self._loss(batch) * self._share(batch_idx)
         self._step_number.fill_(self.global_step)
         return self._graphed_step(batch)
+
+    def _share(self, batch_idx: int) -> float:
+        """What makes an update the mean over its batches: Lightning divides by `accumulate` also where an epoch's last
+        update has fewer.
+        """
+        most, batches = self.trainer.accumulate_grad_batches, self.trainer.num_training_batches
+        return most / min(most, batches - batch_idx // most * most)
 
     def _loss(self, batch: Batch) -> Tensor:
         if self.draws is not None:
