@@ -68,6 +68,14 @@ def test_upcycled_it_computes_the_same(case):
         assert rows == columns and routing.on_grid(routing.gates).shape == (2, rows, columns, 3)
 
 
+def test_it_runs_in_bfloat16(case):
+    """As in the validation of a run in bf16."""
+    images = pictures(case.example)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        got, expected = logits(case.sparse(images)).float(), logits(case.dense(images)).float()
+    assert (got - expected).norm() < 0.2 * expected.norm()
+
+
 def test_it_comes_back(case):
     back = vmoe.densify(copy.deepcopy(case.sparse))
     assert str(back) == str(case.dense) and type(back) is type(case.dense)

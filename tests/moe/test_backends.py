@@ -16,6 +16,7 @@ from vmoe.moe.experts import Experts
 from vmoe.moe.groups import Groups
 from vmoe.moe.kernels import cpu, padded, segments
 from vmoe.moe.kernels.interface import Choices
+from vmoe.moe.mlps import Glu
 from vmoe.moe.routers import token_choice
 
 
@@ -170,6 +171,34 @@ def test_named_backends_agree_and_say_when_another_serves(backend, capacity_fact
         cannot = name == "fused" or (name == "padded" and capacity_factor is None)
         assert [str(warning.message).startswith(f'backend="{name}"') for warning in caught] == [True] * cannot
     torch.testing.assert_close(*results)
+
+
+class StarRelu(nn.Module):
+    """An activation with parameters, which stay float32 under autocast and so does what they touch (MetaFormer's)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.bias = nn.Parameter(torch.ones(1)), nn.Parameter(torch.zeros(1))
+
+    def forward(self, x):
+        return self.scale * x.relu().square() + self.bias
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("make_activation", [StarRelu, lambda: Glu(StarRelu(), True)])
+@pytest.mark.parametrize("backend", ["segments", "padded"])
+def test_activations_with_parameters_under_autocast(backend, make_activation, dtype):
+    torch.manual_seed(0)
+    moe = MoeConfig(num_experts=2, noise_std=0.0, backend=backend)
+    layer, x = vmoe.MoeMlp(8, 16, act_layer=make_activation, moe=moe), torch.randn(2, 9, 8)
+    learned = list(layer.experts.parameters())
+    exact_y = layer(x)
+    exact = torch.autograd.grad(exact_y.sum(), learned)
+    with torch.autocast("cpu", dtype):
+        y = layer(x)
+    assert y.dtype == dtype
+    for gradient, truth in zip(torch.autograd.grad(y.float().sum(), learned), exact, strict=True):
+        assert gradient.dtype == torch.float32 and (gradient - truth).norm() <= 0.03 * truth.norm() + 1e-6
 
 
 def test_experts_on_the_cpu_repeat_bit_for_bit_and_keep_their_memory_apart():

@@ -21,7 +21,8 @@ def two_layers(x_RD: Tensor, mlp: Mlp, layout: rows.Layout | None, linear: Linea
     """(R, D) -> (R, O); without a layout each expert has an equal share of the rows."""
     dtype, num_experts = mlp.dtype, mlp.weight1.shape[0]
     bias1_EH, bias2_EO = (None if bias is None else bias.to(dtype) for bias in (mlp.bias1, mlp.bias2))
-    hidden_RH = mlp.activation(linear(x_RD, mlp.weight1.to(dtype), bias1_EH, layout))
+    # an activation with parameters of its own gives back their type under autocast
+    hidden_RH = mlp.activation(linear(x_RD, mlp.weight1.to(dtype), bias1_EH, layout)).to(dtype)
     hidden_RH = F.dropout(hidden_RH, mlp.dropout) if mlp.dropout > 0 else hidden_RH
     if mlp.norm is not None:
         expert_R = rows.expert_of_row(layout, hidden_RH.shape[0], num_experts, hidden_RH.device)
