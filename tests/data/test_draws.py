@@ -23,7 +23,8 @@ def by_whole_numbers(seed, epoch, index, draw):
         x = (x ^ x >> 27) * 0x94D049BB133111EB % WORD
         return x ^ x >> 31
 
-    state = scramble((epoch * STEP + seed * STEP + 1) % WORD)
+    state = scramble((epoch * STEP + 1) % WORD)
+    state = scramble((state + seed * STEP) % WORD)
     state = scramble((state + index * STEP) % WORD)
     return (scramble((state + (draw + 1) * STEP) % WORD) >> 40) / 2**24
 
@@ -57,3 +58,17 @@ def test_numbers_are_uniform_and_neighbours_tell_nothing_of_each_other():
     pairs = [*numbers, others[0], np.roll(numbers[0], 1), np.roll(numbers[0], 200)]  # next draw, seed, index, epoch
     correlation = np.corrcoef(pairs) - np.eye(len(pairs))
     assert abs(correlation).max() < 5 / np.sqrt(40_000)
+
+
+def test_seeds_and_epochs_have_numbers_of_their_own():
+    # 6 seeds x 6 epochs of 4,000 images: every pair of (seed, epoch) is uncorrelated, also where the sums are equal.
+    images = torch.arange(4_000)
+    rows = [
+        uniforms(seed, keys_of(torch.full_like(images, epoch), images), draw_numbers(1))[0].double().numpy()
+        for seed in range(6)
+        for epoch in range(6)
+    ]
+    correlation = np.corrcoef(rows) - np.eye(len(rows))
+    assert abs(correlation).max() < 5 / np.sqrt(4_000)
+    for row in rows:
+        assert stats.kstest(row, "uniform").pvalue > 1e-4

@@ -12,6 +12,7 @@ from vmoe.checkpoint_entry import FORMAT_VERSION
 from vmoe.checkpoints import ENTRY, RunFolder, load_checkpoint, read_checkpoint
 from vmoe.cli.evaluate import main as evaluate
 from vmoe.cli.train import main as train
+from vmoe.data.draws import DRAWS_VERSION
 
 VERSIONS = sorted(path.name for path in RELEASED.iterdir())
 
@@ -32,9 +33,12 @@ def test_checkpoints_give_the_same_logits(version, file):
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_runs_go_on_and_are_evaluated(version, tmp_path, monkeypatch):
+def test_runs_go_on_and_are_evaluated(version, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(shutil.copytree(RELEASED / version, tmp_path / "copy"))
+    draws = read_checkpoint(RunFolder(tmp_path / "copy" / "run").last)[ENTRY].get("draws", 1)
     assert train(["--config", "run/config.yaml", "--resume"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert ("drew other random numbers for the same seed" in said) == (draws != DRAWS_VERSION)
     assert read_checkpoint(RunFolder(tmp_path / "copy" / "run").last)[ENTRY]["epochs_done"] == 2
     assert evaluate(["run"]) == 0
 

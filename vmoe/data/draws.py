@@ -1,6 +1,6 @@
 """Random numbers without a state: a hash of (seed, epoch, index, draw), computed in integers where its keys are.
 
-The hash is splitmix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014), one round a
+The hash is splitmix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014), one round per
 key; 64-bit products wrap around on CPUs and GPUs alike, so that both give the same numbers.
 """
 
@@ -17,6 +17,9 @@ def _signed(value: int) -> int:
 _STEP = _signed(0x9E3779B97F4A7C15)
 _FACTORS = _signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB)
 _BITS = 24  # of a number: what a float32 holds exactly
+
+# Kept in checkpoints. It rises when the same keys give other numbers: then a resumed run says that its draws change.
+DRAWS_VERSION = 2
 
 
 def draw_numbers(count: int, first: int = 0, device: torch.device | str = "cpu") -> Tensor:
@@ -39,7 +42,9 @@ def uniforms(seed: int, keys: Tensor, numbers: Tensor) -> Tensor:
         (count, B) float32, uniform in [0, 1), a function of (seed, epoch, index, number) alone.
     """
     epochs, indices = keys.unbind(1)
-    state = _scramble(epochs * _STEP + _signed(seed * _STEP + 1))
+    # A round for each key: a sum of two keys would give epoch 1 of seed 0 the numbers of epoch 0 of seed 1.
+    state = _scramble(epochs * _STEP + 1)
+    state = _scramble(state + _signed(seed * _STEP))
     state = _scramble(state + indices * _STEP)
     bits = _scramble(state + numbers)
     return _shift(bits, 64 - _BITS).float() * 2.0**-_BITS

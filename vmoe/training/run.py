@@ -18,6 +18,7 @@ import vmoe
 from vmoe.checkpoints import ENTRY, RunFolder, read_checkpoint, read_without_tensors, trained_weights
 from vmoe.data import ImageDataModule
 from vmoe.data.datamodule import EvalLoader
+from vmoe.data.draws import DRAWS_VERSION
 from vmoe.errors import UserError
 from vmoe.files import atomic_write, write_json
 from vmoe.models.cost import check_training_capacity
@@ -307,3 +308,8 @@ def _summary(
 def _say_resumed(progress: Progress, folder: RunFolder, ours: dict[str, Any]) -> None:
     inside = f" and {ours['batches_done']} batches" if ours["batches_done"] else ""
     progress.say(f"resuming {folder.path} after {ours['epochs_done']} epochs{inside}")
+    if ours.get("draws", 1) != DRAWS_VERSION:
+        progress.say(
+            f"warning: {folder.path} was started by a version of vmoe that drew other random numbers for the same seed: "
+            "from here on its augmentation and mixing differ from those of an unbroken run"
+        )

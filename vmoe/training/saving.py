@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, Trainer
 
 from vmoe.checkpoint_entry import FORMAT_VERSION
 from vmoe.checkpoints import ENTRY, RunFolder, copy_checkpoint, read_checkpoint
+from vmoe.data.draws import DRAWS_VERSION
 from vmoe.errors import UserError
 from vmoe.files import atomic_write
 from vmoe.training.journal import Clock
@@ -138,6 +139,7 @@ class Saving(Callback):
         states = gather(random_states())
         checkpoint[ENTRY] = {
             "version": FORMAT_VERSION,
+            "draws": DRAWS_VERSION,
             **self.identity,
             "epochs_done": trainer.current_epoch + (self._batches_done == 0),
             "batches_done": self._batches_done,
