@@ -310,6 +310,6 @@ def _say_resumed(progress: Progress, folder: RunFolder, ours: dict[str, Any]) ->
     progress.say(f"resuming {folder.path} after {ours['epochs_done']} epochs{inside}")
     if ours.get("draws", 1) != DRAWS_VERSION:
         progress.say(
-            f"warning: {folder.path} was started by a version of vmoe that drew other random numbers for the same seed: "
-            "from here on its augmentation and mixing differ from those of an unbroken run"
+            f"warning: {folder.path} was started by a version of vmoe that drew other random numbers for the same "
+            "seed: from here on its augmentation and mixing differ from those of an unbroken run"
         )
