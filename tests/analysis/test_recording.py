@@ -1,11 +1,16 @@
 """`record_routing` sees what was routed and changes nothing."""
 
+import gc
+
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 
 import vmoe
 from vmoe import MoeConfig
+from vmoe.models.cost import flops_per_image
 
 
 def model_of(**knobs) -> nn.Module:
@@ -182,3 +187,81 @@ def test_slots_are_recorded_as_dispatch_and_combine(router):
     hidden = torch.einsum("ebcd,ehd->ebch", mixed, experts.fc1.weight) + experts.fc1.bias[:, None, None]
     result = torch.einsum("ebch,edh->ebcd", experts.act(hidden), experts.fc2.weight) + experts.fc2.bias[:, None, None]
     torch.testing.assert_close(torch.einsum("bnec,ebcd->bnd", routing.combine, result), y)
+
+
+def test_blocks_within_each_other_each_hold_the_passes_inside_them():
+    model = model_of(eval_capacity_factor=None)
+    with vmoe.record_routing(model) as outer:
+        model(images(2))
+        with vmoe.record_routing(model) as inner:
+            model(images(3))
+        model(images(1))
+    for name in outer.layers:
+        assert inner.layers[name].gates.shape[0] == 3
+        assert torch.equal(outer.layers[name].gates[2:5], inner.layers[name].gates)
+        assert outer.layers[name].gates.shape[0] == 6
+    assert torch.equal(model(images(1)), model(images(1)))
+
+
+def test_a_pass_that_failed_leaves_the_next_one_right():
+    model = model_of(eval_capacity_factor=None)
+    handle = model.blocks[2].register_forward_pre_hook(lambda *_: 1 / 0)
+    with vmoe.record_routing(model) as trace:
+        with pytest.raises(ZeroDivisionError):
+            model(images(4))
+        handle.remove()
+        model(images(3))
+    assert [len(routing.gates) for routing in trace.layers.values()] == [3, 3]
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_recomputation_in_the_backward_pass_is_no_pass(use_reentrant):
+    model = model_of(inject_auxiliary_loss=True).train()
+    with vmoe.record_routing(model) as trace:
+        checkpoint(model, images(3).requires_grad_(), use_reentrant=use_reentrant).sum().backward()
+        model(images(2))
+    assert [len(routing.gates) for routing in trace.layers.values()] == [5, 5]
+
+
+def test_a_count_of_operations_is_no_pass():
+    model = model_of(eval_capacity_factor=None)
+    with vmoe.record_routing(model) as trace:
+        model(images(3))
+        flops = flops_per_image(model, (16, 24))
+        with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+            model(fake.from_tensor(images(2)))
+        model(images(1))
+    assert flops == flops_per_image(model, (16, 24))
+    routing = trace.layers["blocks.3.mlp"]
+    assert len(routing.gates) == 4 and routing.gates.device.type == "cpu"
+
+
+def test_a_trace_joins_its_layers_once_and_grows_with_later_passes():
+    model = model_of(eval_capacity_factor=None)
+    with vmoe.record_routing(model) as trace:
+        model(images(2))
+        before = trace.layers
+        assert trace.layers["blocks.1.mlp"] is before["blocks.1.mlp"]
+        model(images(3))
+    assert [len(routing.gates) for routing in trace.layers.values()] == [5, 5]
+    assert trace.layers["blocks.1.mlp"] is trace.layers["blocks.1.mlp"]
+    assert torch.equal(trace.layers["blocks.1.mlp"].gates[:2], before["blocks.1.mlp"].gates)
+
+
+@pytest.mark.parametrize("router", ["token_choice", "expert_choice"])
+def test_a_trace_keeps_no_tokens_and_no_scores(router):
+    """One gate, and for each choice an expert, a weight and two flags: what a map is drawn from."""
+    model = model_of(eval_capacity_factor=1.0, capacity_factor=1.0, router=router, group="image")
+    tokens, width, experts, choices = 5 * 25, 24, 4, 2
+    gc.collect()
+    before = float_storages()
+    with torch.no_grad(), vmoe.record_routing(model):
+        model(images())
+        floats = sum(size for place, size in float_storages().items() if place not in before) // 4
+    assert floats <= 100 + len(vmoe.moe_layers(model)) * tokens * (experts + choices) < tokens * width
+
+
+def float_storages() -> dict[int, int]:
+    """The bytes of everything that a float tensor holds, by its place."""
+    storages = [t.untyped_storage() for t in gc.get_objects() if type(t) is torch.Tensor and t.is_floating_point()]
+    return {storage.data_ptr(): storage.nbytes() for storage in storages}

@@ -84,6 +84,15 @@ def layer_of(router: str, **knobs) -> MoeMlp:
     return MoeMlp(WIDTH, HIDDEN, moe=moe, tokens=5).train()
 
 
+def decisions(layer: MoeMlp, *inputs: torch.Tensor) -> list:
+    """How the layer routes each of the inputs."""
+    seen = []
+    layer.recorders = (lambda routing, shape: seen.append(routing),)
+    for x in inputs:
+        layer(x)
+    return seen
+
+
 def test_biases_balance_the_load_without_a_loss():
     layer = layer_of("sigmoid", bias_update_rate=0.02, importance_loss_weight=0.0, capacity_factor=None)
     with torch.no_grad():
@@ -112,9 +121,7 @@ def test_sigmoid_weights_leave_the_bias_out():
     layer = layer_of("sigmoid").eval()
     with torch.no_grad():
         layer.router.bias[3] = 10.0
-    layer.records = []
-    layer(tokens())
-    (routing,) = layer.records
+    (routing,) = decisions(layer, tokens())
     assert (routing.chosen_GSK[..., 0] == 3).all()
     torch.testing.assert_close(routing.weights_GSK, routing.gates_GSE.gather(-1, routing.chosen_GSK))
 
@@ -130,10 +137,10 @@ def test_cosine_scores_ignore_length():
 
 def test_hash_depends_on_the_position_alone():
     layer = layer_of("hash").eval()
-    layer.records = []
-    layer(tokens(3, 40))
-    layer(tokens(2, 40))
-    first, second = (record.groups.merge(record.chosen_GSK).view(-1, 40, 2) for record in layer.records)
+    first, second = (
+        routing.groups.merge(routing.chosen_GSK).view(-1, 40, 2)
+        for routing in decisions(layer, tokens(3, 40), tokens(2, 40))
+    )
     assert (first == first[:1]).all() and torch.equal(first[:2], second)
     assert (first[..., 0] != first[..., 1]).all()
     assert len(first[0, :, 0].unique()) == EXPERTS
@@ -141,10 +148,7 @@ def test_hash_depends_on_the_position_alone():
 
 def test_random_draws_distinct_experts_anew():
     layer = layer_of("random").eval()
-    layer.records = []
-    layer(tokens())
-    layer(tokens())
-    first, second = (record.chosen_GSK for record in layer.records)
+    first, second = (routing.chosen_GSK for routing in decisions(layer, tokens(), tokens()))
     assert not torch.equal(first, second)
     assert (first[..., 0] != first[..., 1]).all()
 

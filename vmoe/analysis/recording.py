@@ -4,13 +4,15 @@ B images of N tokens, of which the first `num_prefix_tokens` are no patches; E e
 expert has for an image.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from vmoe.analysis.grids import Picture, TokenGrid, locate, prefix_names
 from vmoe.moe import MoeMlp, Routing, SlotRouting, moe_layers
@@ -67,19 +69,31 @@ class LayerRouting:
 
 
 class _Pass(NamedTuple):
-    """What one forward pass of a layer left: its record, how many images, where their tokens lie and what they are."""
+    """What is kept of one forward pass of a layer: what a map is drawn from, and neither tokens nor scores.
 
-    record: Routing | SlotRouting
-    images: int
+    Attributes:
+        gates: (B, N, E).
+        valid: (B, N); None where all tokens are real.
+        choices: `chosen`, `combine_weights` and `dropped` as in `LayerRouting`; None where experts have slots.
+        slots: The decision of experts that have slots; else None.
+        tokens: Where the tokens lie.
+        prefix_names: What those before the patches are.
+    """
+
+    gates: Tensor
+    valid: Tensor | None
+    choices: tuple[Tensor, Tensor, Tensor] | None
+    slots: SlotRouting | None
     tokens: TokenGrid
     prefix_names: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class RoutingTrace:
-    """The routing of all MoE layers, by the layer's name; filled when the `record_routing` block ends or is read."""
+    """The routing of all MoE layers, by the layer's name; filled while the `record_routing` block runs."""
 
-    _pending: dict[str, list[_Pass]] = field(default_factory=dict)
+    _passes: dict[str, list[_Pass]] = field(default_factory=dict)
+    _joined: dict[str, tuple[int, LayerRouting]] = field(default_factory=dict, repr=False)
 
     @property
     def layers(self) -> dict[str, LayerRouting]:
@@ -88,14 +102,23 @@ class RoutingTrace:
         Raises:
             ValueError: The passes recorded had images of different sizes.
         """
-        return {name: _joined(name, passes) for name, passes in self._pending.items() if passes}
+        return {name: self._layer(name, passes) for name, passes in self._passes.items() if passes}
+
+    def _layer(self, name: str, passes: list[_Pass]) -> LayerRouting:
+        count, joined = self._joined.get(name, (0, None))
+        if joined is None or count < len(passes):
+            joined = _joined(name, passes)
+            self._joined[name] = len(passes), joined
+        return joined
 
 
 @contextmanager
 def record_routing(model: nn.Module) -> Iterator[RoutingTrace]:
     """Records every routing decision of the forward passes inside the block. Results stay the same.
 
-    A compiled model runs uncompiled inside the block.
+    A compiled model runs uncompiled inside the block. Blocks may stand within each other: each trace holds the passes
+    inside its own. What activation checkpointing computes again in the backward pass, and passes of meta or fake
+    tensors, which hold no decisions, are not recorded.
 
     Example:
         with record_routing(model) as trace:
@@ -108,79 +131,111 @@ def record_routing(model: nn.Module) -> Iterator[RoutingTrace]:
     layers = moe_layers(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no MoE layer to record; it is a dense model")
-    model = getattr(model, "_orig_mod", model)
-    trace = RoutingTrace({name: [] for name, _ in layers})
-    pictures = [Picture()]
+    recorder = _Recorder(getattr(model, "_orig_mod", model), dict(layers))
+    recorders = {name: partial(recorder.keep, name) for name, _ in layers}
     handles = [
-        model.register_forward_pre_hook(
-            lambda _, inputs, named: pictures.append(Picture.of(inputs, named)), with_kwargs=True
-        ),
-        model.register_forward_hook(lambda *_: pictures.append(Picture())),
+        recorder.model.register_forward_pre_hook(recorder.begin, with_kwargs=True),
+        recorder.model.register_forward_hook(recorder.succeed),
+        recorder.model.register_forward_hook(recorder.end, always_call=True),
     ]
     for name, layer in layers:
-        handles.append(layer.register_forward_hook(_keeper(trace._pending[name], pictures, model, name)))
-        layer.records = []
+        layer.recorders = (*layer.recorders, recorders[name])
     try:
         with torch.compiler.set_stance("force_eager"):
-            yield trace
+            yield recorder.trace
     finally:
         for handle in handles:
             handle.remove()
-        for _, layer in layers:
-            layer.records = None
+        for name, layer in layers:
+            layer.recorders = tuple(each for each in layer.recorders if each is not recorders[name])
 
 
-def _keeper(pending: list[_Pass], pictures: list[Picture], model: nn.Module, name: str) -> Callable:
-    def keep(layer: MoeMlp, inputs: tuple, output: Tensor) -> None:
-        record = layer.records.pop()
+class _Recorder:
+    """Fills a trace, pass by pass."""
+
+    def __init__(self, model: nn.Module, layers: dict[str, MoeMlp]) -> None:
+        self.model = model
+        self.trace = RoutingTrace({name: [] for name in layers})
+        self._layers = layers
+        self._picture = Picture()
+        self._before: dict[str, int] | None = None  # passes of each layer before one that has not succeeded
+
+    def begin(self, model: nn.Module, inputs: tuple, named: dict) -> None:
+        """Hook before the model's forward pass."""
+        self._picture = Picture.of(inputs, named)
+        self._before = {name: len(passes) for name, passes in self.trace._passes.items()}
+
+    def succeed(self, model: nn.Module, inputs: tuple, output: object) -> None:
+        """Hook after one that did not fail."""
+        self._before = None
+
+    def end(self, model: nn.Module, inputs: tuple, output: object) -> None:
+        """Hook after each: forgets what a pass that failed had recorded in its first layers."""
+        self._picture = Picture()
+        if self._before is not None:
+            for name, count in self._before.items():
+                del self.trace._passes[name][count:]
+            self.trace._joined.clear()
+            self._before = None
+
+    def keep(self, name: str, record: Routing | SlotRouting, shape: torch.Size) -> None:
+        """Hook in a layer: keeps its decision on an input of this shape."""
+        if _is_backward() or record.gates_GSE.is_meta or isinstance(record.gates_GSE, FakeTensor):
+            return
+        tokens = locate(self.model, name, shape, self._layers[name].use_conv, self._picture)
         record = type(record)(*(part.detach() if isinstance(part, Tensor) else part for part in record))
-        shape = inputs[0].shape
-        tokens = locate(model, name, shape, layer.use_conv, pictures[-1])
-        pending.append(_Pass(record, shape[0], tokens, prefix_names(model, name, tokens.num_prefix_tokens)))
+        names = prefix_names(self.model, name, tokens.num_prefix_tokens)
+        self.trace._passes[name].append(_pass(record, shape[0], tokens, names))
 
-    return keep
+
+def _is_backward() -> bool:
+    """Whether autograd runs a backward pass in this thread; checkpointing itself asks so."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def _pass(record: Routing | SlotRouting, images: int, tokens: TokenGrid, names: tuple[str, ...]) -> _Pass:
+    def by_image(values: Tensor) -> Tensor:  # (G, S, ...) -> (B, N, ...)
+        flat = record.groups.merge(values)
+        return flat.reshape(images, -1, *flat.shape[1:])
+
+    valid = None if record.valid_GS is None else by_image(record.valid_GS)
+    gates = by_image(record.gates_GSE)
+    if not isinstance(record, Routing):
+        return _Pass(gates, valid, None, record, tokens, names)
+    chosen, weights = by_image(record.chosen_GSK), by_image(record.combine_weights_GSK())
+    dropped = torch.zeros_like(chosen, dtype=torch.bool) if record.kept_GSK is None else ~by_image(record.kept_GSK)
+    return _Pass(gates, valid, (chosen, weights, dropped), None, tokens, names)
 
 
 def _joined(name: str, passes: list[_Pass]) -> LayerRouting:
     grids = {each.tokens.size for each in passes}
     if len(grids) > 1:
         raise ValueError(f"{name}: the recorded passes had patch grids {sorted(grids)}; record one size at a time")
-    tokens = passes[0].tokens
-    order = tokens.order
+    first = passes[0]
+    order = first.tokens.order
     if order is not None and order.dim() == 2:
         order = torch.cat([each.tokens.order for each in passes])
-
-    def joined(part: Callable[[Routing | SlotRouting], Tensor]) -> Tensor:
-        return torch.cat([_by_image(record, part(record), images) for record, images, *_ in passes])
-
-    valid = joined(_valid_GS1)[..., 0]
+    valid = None
+    if any(each.valid is not None for each in passes):
+        valid = torch.cat([_valid(each) for each in passes])
     common = {
-        "grid": tokens.size,
-        "num_prefix_tokens": tokens.num_prefix_tokens,
+        "grid": first.tokens.size,
+        "num_prefix_tokens": first.tokens.num_prefix_tokens,
         "order": order,
-        "valid": None if valid.all() else valid,
-        "prefix_names": passes[0].prefix_names,
+        "valid": None if valid is None or valid.all() else valid,
+        "prefix_names": first.prefix_names,
     }
-    gates = joined(lambda record: record.gates_GSE)
-    if isinstance(passes[0].record, Routing):
-        weights = joined(lambda record: record.combine_weights_GSK())
-        return LayerRouting(gates, joined(lambda record: record.chosen_GSK), weights, joined(_dropped_GSK), **common)
-    dispatch, combine = joined(lambda record: record.dispatch_GSEC()), joined(lambda record: record.combine_GSEC())
+    gates = torch.cat([each.gates for each in passes])
+    if first.slots is None:
+        chosen, weights, dropped = map(torch.cat, zip(*(each.choices for each in passes), strict=True))
+        return LayerRouting(gates, chosen, weights, dropped, **common)
+    # One group an image, so that G = B
+    dispatch, combine = (
+        torch.cat([part(each.slots) for each in passes])
+        for part in (lambda slots: slots.dispatch_GSEC(), lambda slots: slots.combine_GSEC())
+    )
     return LayerRouting(gates, None, None, None, dispatch=dispatch, combine=combine, **common)
 
 
-def _by_image(record: Routing | SlotRouting, values: Tensor, images: int) -> Tensor:
-    """(G, S, ...) -> (B, N, ...)."""
-    flat = record.groups.merge(values)
-    return flat.reshape(images, -1, *flat.shape[1:])
-
-
-def _dropped_GSK(routing: Routing) -> Tensor:
-    if routing.kept_GSK is None:
-        return torch.zeros_like(routing.chosen_GSK, dtype=torch.bool)
-    return ~routing.kept_GSK
-
-
-def _valid_GS1(record: Routing | SlotRouting) -> Tensor:
-    gates = record.gates_GSE[..., :1]
-    return torch.ones_like(gates, dtype=torch.bool) if record.valid_GS is None else record.valid_GS[..., None]
+def _valid(each: _Pass) -> Tensor:
+    return torch.ones_like(each.gates[..., 0], dtype=torch.bool) if each.valid is None else each.valid

@@ -63,7 +63,7 @@ class MoeMlp(nn.Module):
         statistics: `Statistics` of the last forward pass; None before it.
         last_auxiliary_loss: Its weighted auxiliary loss, (); None before it.
         auxiliary_scale: See `vmoe.set_auxiliary_scale`.
-        records: Where routing decisions are appended while `vmoe.record_routing` runs; else None.
+        recorders: Called with each routing decision and the input's shape; `vmoe.record_routing` puts its own here.
         dense_form: What `vmoe.sparsify` replaced; no such attribute in a layer made otherwise.
 
     Raises:
@@ -129,7 +129,7 @@ class MoeMlp(nn.Module):
         self.register_buffer("auxiliary_scale", None, persistent=False)
         self.statistics: Statistics | None = None
         self.last_auxiliary_loss: Tensor | None = None
-        self.records: list[Routing | SlotRouting] | None = None
+        self.recorders: tuple[Callable[[Routing | SlotRouting, torch.Size], None], ...] = ()
         if moe.experts_start == "equal":
             self._make_experts_equal()
 
@@ -190,6 +190,7 @@ class MoeMlp(nn.Module):
             x: (B, ..., in_features), or (B, in_features, rows, columns) with `use_conv`.
             token_mask: (B, ...) bool, False for padding, which takes no capacity, carries no loss and gives zeros.
         """
+        shape = x.shape
         if self.use_conv:
             x = x.movedim(1, -1)
         x_TD = x.reshape(-1, x.shape[-1])
@@ -197,6 +198,8 @@ class MoeMlp(nn.Module):
         valid_GS = groups.valid(None if token_mask is None else token_mask.reshape(-1), x.device)
 
         routing = self._route(x_TD, groups, valid_GS)
+        for record in self.recorders:
+            record(routing, shape)
         y_TD = self.experts(x_TD, routing)
         if self.shared is not None:
             shared_TD = self.shared(x_TD)
@@ -235,15 +238,13 @@ class MoeMlp(nn.Module):
         return assign(routing, capacity, last_capacity, moe.batch_priority)
 
     def _account(self, routing: Routing | SlotRouting, y_TD: Tensor) -> Tensor:
-        """Keeps the auxiliary loss, the statistics and, when asked, the record; changes no value of `y_TD`."""
+        """Keeps the auxiliary loss and the statistics; changes no value of `y_TD`."""
         is_noisy = self.training and self.config.draws_noise
         each, usage = losses.measure(routing, self.config, is_noisy)
         zero = routing.gates_GSE.new_zeros(())
         loss = losses.weighted_sum(each, self.config) if each else zero
         self.last_auxiliary_loss = loss
         self.statistics = Statistics(*usage, each.get("importance", zero).detach(), each.get("load", zero).detach())
-        if self.records is not None:
-            self.records.append(routing)
         if self.config.inject_auxiliary_loss and self.training:
             y_TD = losses.inject_gradient(y_TD, loss, self._checked_scale(y_TD))
         return y_TD
@@ -270,4 +271,4 @@ class MoeMlp(nn.Module):
 
     def __getstate__(self) -> dict:
         # What a forward pass left behind belongs to its graph: it can be neither copied nor saved.
-        return {**self.__dict__, "statistics": None, "last_auxiliary_loss": None, "records": None}
+        return {**self.__dict__, "statistics": None, "last_auxiliary_loss": None, "recorders": ()}
