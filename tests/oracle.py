@@ -11,7 +11,7 @@ from vmoe.moe import MoeMlp
 
 def oracle_layer(layer: MoeMlp, x: torch.Tensor, noise: torch.Tensor | None = None) -> np.ndarray:
     """What `layer` should give for tokens x (B, N, D), reading its weights; `noise` (B*N, E) is added to the logits."""
-    moe = layer.config
+    moe = layer.config.resolved()
     images, tokens, width = x.shape
     x_TD = x.detach().double().numpy().reshape(-1, width)
     logits_TE = x_TD @ layer.router.gate.weight.detach().double().numpy().T

@@ -83,3 +83,15 @@ def test_an_expert_s_width_is_a_multiple_of_8_unless_it_is_the_mlp_s(factor, exp
 def test_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         MoeConfig().top_k = 1
+
+
+def test_another_router_brings_its_own_defaults():
+    slots = MoeConfig(router="expert_choice")
+    assert slots.group is None and slots.noise_std is None
+    assert slots.resolved().group == "image" and slots.resolved().noise_std == 1.0
+    assert dataclasses.replace(slots, router="token_choice") == MoeConfig()
+    sigmoid = dataclasses.replace(MoeConfig(), router="sigmoid")
+    assert sigmoid.resolved().noise_std == 0.0
+    again = dataclasses.replace(sigmoid, router="token_choice").resolved()
+    assert (again.noise_std, again.group, again.capacity_rounding, again.capacity_multiple_of) == (1.0, 8, "ceil", 4)
+    assert again.resolved() == again

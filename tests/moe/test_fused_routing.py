@@ -89,7 +89,7 @@ def test_gates_and_balance_equal_the_formulas(groups, size, num_experts, top_k, 
     noisy = (ours + noise.to(DEVICE)).view(groups, size, -1)
     chosen_GSK = chosen.view(groups, size, -1)
     importance, load, statistics, _ = fused.balance(
-        ours.view(groups, size, -1), noisy, chosen_GSK, kept.to(DEVICE), moe.noise_std / num_experts
+        ours.view(groups, size, -1), noisy, chosen_GSK, kept.to(DEVICE), moe.logit_noise
     )
     objective = (weights * cotangent_TK.to(DEVICE)).sum() + 3 * importance + 2 * load
     (gradient,) = torch.autograd.grad(objective + (gates * cotangent_TE.to(DEVICE)).sum(), ours)

@@ -108,7 +108,7 @@ def test_soft(name, monkeypatch):
     with torch.no_grad():
         router.mu.copy_(recorded(f"{name}/mu"))
         router.scale.copy_(recorded(f"{name}/scale"))
-    if moe.noise_std:
+    if moe.noise:
         draws = recorded(f"{name}/noise_unit_normal")
         monkeypatch.setattr(torch, "randn_like", lambda like: draws.reshape(like.shape))
     routing = router(run.x.flatten(0, 1), run.groups, None)

@@ -15,7 +15,7 @@ import torch
 
 from vmoe.checkpoints import ENTRY, RunFolder
 from vmoe.cli.evaluate import main as evaluate
-from vmoe.cli.train import main
+from vmoe.cli.train import main, parse
 from vmoe.training.module import Classifier
 
 # Everything random, or with a state, is on: router noise, dropout, drop path, augmentation, order, Muon, EMA.
@@ -200,6 +200,17 @@ def test_a_config_that_changes_the_result_is_refused_on_resume(recipe, unbroken,
     assert "optim.lr (was 0.001, now 0.5)" in error
     assert "trainer.epochs (was 3, now 9)" in error
     assert main([*arguments, "--data.workers", "1", "--trainer.log_every", "7"]) == 0
+
+
+def test_a_run_s_config_keeps_what_was_left_open(recipe, unbroken, tmp_path):
+    """Another router then takes its own defaults; what the run's own took is said beside."""
+    text = unbroken.config.read_text()
+    assert "\n  group: null  # 8\n" in text and "\n  noise_std: null  # 1.0\n" in text
+    config = parse(["--config", str(unbroken.config), "--moe.router", "expert_choice"])
+    assert config.moe.resolved().group == "image"
+    older = tmp_path / "older.yaml"  # versions before wrote the defaults down
+    older.write_text(text.replace("group: null", "group: 8").replace("noise_std: null", "noise_std: 1.0"))
+    assert main(["--config", str(older), "--output_dir", str(unbroken.path), "--resume"]) == 0
 
 
 def test_resume_without_a_run_starts_one_and_says_so(recipe, tmp_path, capsys):

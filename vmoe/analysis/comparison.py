@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from vmoe.analysis.comparison_labels import arm_labels
+from vmoe.analysis.comparison_labels import arm_labels, with_router_defaults
 from vmoe.checkpoints import WITHOUT_EFFECT, RunFolder, flatten
 from vmoe.errors import UserError
 
@@ -46,7 +46,7 @@ class Run:
     def recipe(self) -> dict[str, Any]:
         """Every value of its config that can change the result, by dotted name; without the seed."""
         others = ("seed", *WITHOUT_EFFECT, *([] if self._is_named_by_root else ["data.root"]))
-        values = {key: value for key, value in flatten(self.config).items() if key not in others}
+        values = {key: value for key, value in flatten(self._resolved).items() if key not in others}
         if values.get("distill.teacher") is None:  # then nothing else of distillation has an effect
             values = {key: value for key, value in values.items() if not key.startswith("distill.")}
         return values
@@ -63,8 +63,14 @@ class Run:
     @property
     def moe(self) -> dict[str, Any] | None:
         """The config of its MoE layers; None for a dense model."""
-        moe = self.config.get("moe")
+        moe = self._resolved.get("moe")
         return None if not moe or moe.get("layers") == [] else moe
+
+    @property
+    def _resolved(self) -> dict[str, Any]:
+        """Its config with what null stands for in `moe`."""
+        moe = self.config.get("moe")
+        return self.config if not moe else self.config | {"moe": with_router_defaults(moe)}
 
     @property
     def is_dense(self) -> bool:

@@ -5,6 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from vmoe.moe import MoeConfig
+from vmoe.moe.config import DECIDED_BY_ROUTER
 
 _ROUTERS = {
     "token_choice": "",
@@ -37,7 +38,7 @@ def arm_labels(arms: Sequence[tuple[dict[str, Any], dict[str, Any] | None]]) -> 
     Args:
         arms: for each its recipe by dotted name, and its `moe` section, None for a dense model.
     """
-    moes = [None if moe is None else _default_moe(moe) | moe for _, moe in arms]
+    moes = [None if moe is None else _default_moe(moe) | with_router_defaults(moe) for _, moe in arms]
     sparse = [moe for moe in moes if moe is not None]
     others = [{key: value for key, value in recipe.items() if key.partition(".")[0] != "moe"} for recipe, _ in arms]
     varied = _varied(others)
@@ -49,10 +50,17 @@ def arm_labels(arms: Sequence[tuple[dict[str, Any], dict[str, Any] | None]]) -> 
     return labels
 
 
+def with_router_defaults(moe: dict[str, Any]) -> dict[str, Any]:
+    """A `moe` section with what its router decides in the place of None; older runs wrote that down themselves."""
+    defaults = _default_moe(moe)
+    open_fields = [name for name in DECIDED_BY_ROUTER if moe.get(name) is None and name in defaults]
+    return moe | {name: defaults[name] for name in open_fields}
+
+
 def _default_moe(moe: dict[str, Any]) -> dict[str, Any]:
     """What the options of these layers are by default, with their router."""
     try:
-        return asdict(MoeConfig(router=moe.get("router", "token_choice")))
+        return asdict(MoeConfig(router=moe.get("router", "token_choice")).resolved())
     except ValueError:  # a router of another version
         return {}
 

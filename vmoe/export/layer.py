@@ -60,10 +60,10 @@ def why_not_exportable(layer: MoeMlp) -> str | None:
         return 'router="random" draws its experts anew each time, so no file could give the same results'
     if moe.router == "balanced":
         return 'router="balanced" is for benchmarks: it chooses experts by an image\'s place in the batch'
-    if moe.eval_capacity_factor is not None and not moe.fills_slots and moe.group not in ("image", 1):
+    if moe.eval_capacity_factor is not None and not moe.fills_slots and moe.routing_group not in ("image", 1):
         return (
-            f"eval_capacity_factor={moe.eval_capacity_factor} with group={moe.group!r} makes a prediction depend on "
-            'the other images of its batch; use eval_capacity_factor=None or group="image"'
+            f"eval_capacity_factor={moe.eval_capacity_factor} with group={moe.routing_group!r} makes a prediction "
+            'depend on the other images of its batch; use eval_capacity_factor=None or group="image"'
         )
     return None
 

@@ -171,8 +171,7 @@ def _check_slots(architecture: Architecture, moe: MoeConfig, factor: float | Non
     """Whether a capacity factor that was given is the one the tensors were made with."""
     if factor is None:
         return
-    rule = (moe.capacity_rounding, moe.capacity_multiple_of)
-    slots = expert_capacity(architecture.tokens, architecture.num_experts, factor, *rule)
+    slots = expert_capacity(architecture.tokens, architecture.num_experts, factor, *moe.rounding)
     if slots != architecture.slots:
         raise UserError(
             f"capacity_factor={factor}: gives {slots} slots an expert, but {architecture.prefix} has "
@@ -181,8 +180,7 @@ def _check_slots(architecture: Architecture, moe: MoeConfig, factor: float | Non
 
 
 def _check_expert_choice(moe: MoeConfig, tokens: int) -> None:
-    rule = (moe.capacity_rounding, moe.capacity_multiple_of)
-    capacity = expert_capacity(tokens, moe.num_experts, moe.capacity_factor, *rule)
+    capacity = expert_capacity(tokens, moe.num_experts, moe.capacity_factor, *moe.rounding)
     if capacity > tokens:
         raise UserError(
             f"capacity_factor={moe.capacity_factor}: each expert would choose {capacity} of an image's {tokens} "

@@ -1,17 +1,22 @@
 """Every knob of an MoE layer, under its name in the paper (Riquelme et al. 2021, https://arxiv.org/abs/2106.05974)."""
 
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 ROUTER_NAMES = ("token_choice", "sigmoid", "cosine", "expert_choice", "soft", "hash", "random", "balanced")
 BACKEND_NAMES = ("auto", "fused", "cpu", "padded", "segments")
+# Fields whose None stands for a value that the router decides
+DECIDED_BY_ROUTER = ("capacity_rounding", "capacity_multiple_of", "group", "noise_std")
 _PATTERN = re.compile(r"(every|last)-([1-9][0-9]*)")
 
 
 @dataclass(frozen=True)
 class MoeConfig:
     """What an MoE layer computes and which layers of a model are MoE layers. Valid once constructed.
+
+    A field that is None stays None, so that `dataclasses.replace` with another router takes that router's defaults;
+    `resolved` gives the values that it stands for.
 
     Args:
         layers: Which MLPs become MoE layers, counted 0-based in forward order: "every-n" takes n-1, 2n-1, ...
@@ -99,14 +104,12 @@ class MoeConfig:
     def __post_init__(self) -> None:
         _check_layers(self.layers)
         self._need_choice("router", ROUTER_NAMES)
-        for name, default in self._defaults_of_router().items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, default)
-        self._need_choice("capacity_rounding", ("ceil", "round"))
+        self._need_choice("capacity_rounding", ("ceil", "round"), or_null=True)
         self._need_choice("experts_start", ("different", "equal"))
         self._need_choice("backend", BACKEND_NAMES)
         for name, smallest in (("num_experts", 1), ("top_k", 1), ("capacity_multiple_of", 1), ("shared_experts", 0)):
-            is_allowed = _is_int(self, name) and getattr(self, name) >= smallest
+            may_be_null = name in DECIDED_BY_ROUTER and getattr(self, name) is None
+            is_allowed = may_be_null or (_is_int(self, name) and getattr(self, name) >= smallest)
             self._need(name, is_allowed, f"a whole number >= {smallest}")
         self._need(
             "top_k", self.fills_slots or self.top_k <= self.num_experts, f"at most num_experts={self.num_experts}"
@@ -116,31 +119,36 @@ class MoeConfig:
             in_range = value is None or (_is_number(value) and 0 < value <= 1000)
             self._need(name, in_range, "> 0 and at most 1000, or null to drop nothing")
         for field in fields(self):
-            if field.name in ("noise_std", "bias_update_rate") or field.name.endswith("_loss_weight"):
+            if field.name == "bias_update_rate" or field.name.endswith("_loss_weight"):
                 self._need(field.name, _is_number(getattr(self, field.name)) and getattr(self, field.name) >= 0, ">= 0")
             elif field.type is bool:
                 self._need(field.name, isinstance(getattr(self, field.name), bool), "true or false")
         self._need("soft_scale", _is_number(self.soft_scale) and self.soft_scale > 0, "> 0")
         self._need("expert_width", _is_number(self.expert_width) and 0 < self.expert_width <= 16, "> 0 and at most 16")
         self._need("expert_dropout", _is_number(self.expert_dropout) and 0 <= self.expert_dropout < 1, "in [0, 1)")
+        noise = self.noise_std
+        self._need("noise_std", noise is None or (_is_number(noise) and noise >= 0), ">= 0")
         is_count = type(self.group) is int and self.group >= 1
-        self._need("group", self.group in ("image", "batch") or is_count, '"image", "batch" or a number of images')
+        is_group = self.group in ("image", "batch", None) or is_count
+        self._need("group", is_group, '"image", "batch" or a number of images')
         self._check_combination()
 
-    def _defaults_of_router(self) -> dict[str, object]:
-        """What null stands for."""
-        return {
-            "capacity_rounding": "round" if self.fills_slots else "ceil",
-            "capacity_multiple_of": 1 if self.fills_slots else 4,
-            "group": "image" if self.fills_slots else 8,
-            "noise_std": 1.0 if self.draws_noise_by_default else 0.0,
-        }
+    def resolved(self) -> "MoeConfig":
+        """The same layers, with the values that None stands for written out."""
+        rounding, multiple = self.rounding
+        return replace(
+            self,
+            capacity_rounding=rounding,
+            capacity_multiple_of=multiple,
+            group=self.routing_group,
+            noise_std=self.noise,
+        )
 
     def _check_combination(self) -> None:
         """Refuses options that the router cannot follow."""
         router = f'with router="{self.router}"'
         if self.fills_slots:
-            self._need("group", self.group in ("image", 1), f'"image" {router}: it never looks at other images')
+            self._need("group", self.routing_group in ("image", 1), f'"image" {router}: it never looks at other images')
             self._need("capacity_factor", self.capacity_factor is not None, f"a number {router}: it sets the slots")
             self._need("batch_priority", not self.batch_priority, f"false {router}: experts choose by gate anyway")
             self._need("renormalize", not self.renormalize, f"false {router}")
@@ -148,7 +156,7 @@ class MoeConfig:
             fits = self.eval_capacity_factor in (None, self.capacity_factor)
             self._need("eval_capacity_factor", fits, f"null {router}: the slots are part of its parameters")
         elif not self.draws_noise_by_default:
-            self._need("noise_std", self.noise_std == 0, f"0 {router}")
+            self._need("noise_std", self.noise == 0, f"0 {router}")
         if self.router in ("sigmoid", "hash", "random"):
             self._need("z_loss_weight", self.z_loss_weight == 0, f"0 {router}: it has no softmax logits")
 
@@ -158,9 +166,23 @@ class MoeConfig:
         return self.router in ("expert_choice", "soft")
 
     @property
+    def routing_group(self) -> Literal["image", "batch"] | int:
+        """Within what tokens compete: `group`, or the router's own."""
+        if self.group is not None:
+            return self.group
+        return "image" if self.fills_slots else 8
+
+    @property
     def draws_noise_by_default(self) -> bool:
         """Whether the paper of the router adds noise to its logits."""
         return self.router in ("token_choice", "cosine", "expert_choice")
+
+    @property
+    def noise(self) -> float:
+        """`noise_std`, or the router's own."""
+        if self.noise_std is not None:
+            return self.noise_std
+        return 1.0 if self.draws_noise_by_default else 0.0
 
     @property
     def draws_noise(self) -> bool:
@@ -170,14 +192,13 @@ class MoeConfig:
     @property
     def logit_noise(self) -> float:
         """The noise's standard deviation where it is for each of E experts: noise_std / E."""
-        assert self.noise_std is not None  # like all that stands for a default, filled in at construction
-        return self.noise_std / self.num_experts
+        return self.noise / self.num_experts
 
     @property
-    def rounding(self) -> tuple[str, int]:
+    def rounding(self) -> tuple[Literal["ceil", "round"], int]:
         """How a capacity becomes whole, for `expert_capacity`."""
-        assert self.capacity_rounding is not None and self.capacity_multiple_of is not None
-        return self.capacity_rounding, self.capacity_multiple_of
+        own: Literal["ceil", "round"] = "round" if self.fills_slots else "ceil"
+        return self.capacity_rounding or own, self.capacity_multiple_of or (1 if self.fills_slots else 4)
 
     @property
     def experts_per_token(self) -> float:
@@ -197,8 +218,9 @@ class MoeConfig:
         if not holds:
             raise ValueError(f"{name}={getattr(self, name)!r}: must be {allowed}")
 
-    def _need_choice(self, name: str, allowed: tuple[str, ...]) -> None:
-        self._need(name, getattr(self, name) in allowed, " or ".join(f'"{choice}"' for choice in allowed))
+    def _need_choice(self, name: str, allowed: tuple[str, ...], or_null: bool = False) -> None:
+        holds = getattr(self, name) in allowed or (or_null and getattr(self, name) is None)
+        self._need(name, holds, " or ".join(f'"{choice}"' for choice in allowed))
 
     def select_layers(self, count: int) -> list[int]:
         """Which of `count` MLPs, in forward order, become MoE layers.

@@ -213,8 +213,7 @@ class MoeMlp(nn.Module):
         tokens = 1
         for extent in x.shape[1:-1]:
             tokens = tokens * extent
-        assert self.config.group is not None
-        return Groups.of(x.shape[0], tokens, self.config.group)
+        return Groups.of(x.shape[0], tokens, self.config.routing_group)
 
     def _route(self, x_TD: Tensor, groups: Groups, valid_GS: Tensor | None) -> Routing | SlotRouting:
         """The router's decision, with the choices beyond the experts' capacity dropped."""

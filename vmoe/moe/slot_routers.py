@@ -78,8 +78,7 @@ class SoftRouter(nn.Module):
     def __init__(self, dim: int, moe: MoeConfig, tokens: int, device=None, dtype=None) -> None:
         super().__init__()
         slots = slots_per_expert(tokens, moe, moe.experts_per_token, "capacity_factor")
-        assert moe.noise_std is not None
-        self.noise_scale = moe.noise_std
+        self.noise_scale = moe.noise
         self.draw_noise: Callable[[Tensor], Tensor] | None = None
         self.mu = nn.Parameter(torch.empty(dim, moe.num_experts, slots, device=device, dtype=dtype))
         self.scale = nn.Parameter(torch.full((), moe.soft_scale, device=device, dtype=dtype))

@@ -1,6 +1,6 @@
 """What a training run is made of: every option of a recipe, typed, documented and checked."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from vmoe.data import DataConfig
@@ -236,6 +236,10 @@ class TrainConfig:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
+
+    def resolved(self) -> "TrainConfig":
+        """The same run, with what the router decides where `moe` leaves it open."""
+        return self if self.moe is None else replace(self, moe=self.moe.resolved())
 
     def __post_init__(self) -> None:
         _need(self, "seed", 0 <= self.seed < 2**32, "from 0 to 4294967295")

@@ -82,9 +82,9 @@ def check_parts(config: TrainConfig, batch_size: int, count: int) -> None:
         raise UserError(
             f"parallel.expert_size={size}: must be {count}, the number of processes, for trainer.cuda_graph"
         )
-    if config.moe is not None and config.moe.group == "batch":
+    if config.moe is not None and config.moe.routing_group == "batch":
         raise UserError("moe.group=batch: a batch is shared by several processes; use a number of images, such as 8")
-    routed = config.moe.group if config.moe is not None and config.moe.group != "image" else 1
+    routed = config.moe.routing_group if config.moe is not None and config.moe.routing_group != "image" else 1
     unit = count * math.lcm(routed, GROUP if config.data.mix.is_on else 1)
     if batch_size % unit:
         near = " or ".join(str(size) for size in (batch_size // unit * unit, -(-batch_size // unit) * unit) if size)

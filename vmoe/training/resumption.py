@@ -74,8 +74,8 @@ def saved_state(folder: RunFolder, config: TrainConfig) -> dict[str, Any] | None
         return None
     saved = read_without_tensors(folder.last)
     check_entry(saved, folder.last)
-    before = flatten(to_plain(from_plain(TrainConfig, saved[ENTRY]["config"])))
-    now = flatten(to_plain(config))
+    before = flatten(to_plain(from_plain(TrainConfig, saved[ENTRY]["config"]).resolved()))
+    now = flatten(to_plain(config.resolved()))
     free = _FREE
     if config.optim.name == "muon" and not {before["parallel.strategy"], now["parallel.strategy"]} <= _WHOLE:
         free = tuple(key for key in free if key not in _CUT)  # which decides what Muon trains

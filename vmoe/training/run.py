@@ -1,6 +1,7 @@
 """One run, start to end: data, model, fit, the test of the best checkpoint, summary.json."""
 
 import dataclasses
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from vmoe.data.draws import DRAWS_VERSION
 from vmoe.errors import UserError
 from vmoe.files import atomic_write, write_json
 from vmoe.models.cost import check_training_capacity
+from vmoe.moe import MoeConfig
 from vmoe.moe.assignment import CapacityError
 from vmoe.training import summary
 from vmoe.training.config import WRITTEN_BY, ParallelConfig, TrainConfig
@@ -173,7 +175,19 @@ def _write_config(folder: RunFolder, config: TrainConfig) -> None:
     with atomic_write(folder.config) as temporary:
         plain = to_plain(config) | {"resume": False}
         text = f"{WRITTEN_BY}{vmoe.__version__}\n{yaml.safe_dump(plain, sort_keys=False)}"
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text if config.moe is None else _with_defaults(text, config.moe), encoding="utf-8")
+
+
+def _with_defaults(text: str, moe: MoeConfig) -> str:
+    """A config's YAML, with what the router decides beside each null of `moe`, which stays null."""
+    resolved = to_plain(moe.resolved())
+    before, heading, after = text.partition("\nmoe:\n")
+
+    def line(match: re.Match[str]) -> str:
+        value = resolved.get(match[1])
+        return match[0] if value is None else f"{match[0]}  # {value}"
+
+    return before + heading + re.sub(r"^  (\w+): null$", line, after, flags=re.MULTILINE)
 
 
 def _module(

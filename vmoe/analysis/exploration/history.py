@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import torch
 
 from vmoe.analysis.exploration.subject import Subject
-from vmoe.checkpoints import RunFolder, load_checkpoint
+from vmoe.checkpoints import Checkpoint, RunFolder, load_checkpoint
 from vmoe.errors import UserError
+from vmoe.moe import MoeConfig
 
 
 class Snapshot(NamedTuple):
@@ -62,9 +63,15 @@ def snapshots(checkpoint: Path, device: torch.device) -> list[Snapshot]:
     last = load_checkpoint(checkpoint, device)
     for path in sorted(folder.last.parent.glob("*.ckpt")):
         each = load_checkpoint(path, device)
-        is_same = (each.class_names, each.config["moe"]) == (last.class_names, last.config["moe"])
+        is_same = each.class_names == last.class_names and _layers(each) == _layers(last)
         if is_same and each.epoch < last.epoch:
             found.setdefault(each.epoch, Snapshot(each.epoch, Subject.of(each, path.name)))
     if not found:
         return []
     return [*(found[epoch] for epoch in sorted(found)), Snapshot(last.epoch, Subject.of(last, checkpoint.name))]
+
+
+def _layers(checkpoint: Checkpoint) -> MoeConfig | None:
+    """What its MoE layers are, whether their config was written with or without the router's defaults."""
+    moe = checkpoint.config["moe"]
+    return None if moe is None else MoeConfig(**moe).resolved()
