@@ -172,6 +172,14 @@ def test_capacities_that_cannot_be_are_left_out(make_model, make_batches):
     assert find_causes(subject_of(one), make_batches(16), [1.0], seed=0).ablation == {}
 
 
+def test_a_capacity_that_only_the_smaller_last_batch_cannot_have_is_left_out(make_model, make_batches):
+    model = make_model(capacity_rounding="round", group="batch")
+    found = find_causes(subject_of(model), make_batches(17), [0.01, 1.0], seed=0)
+    assert len(make_batches(17)[-1][0]) == 1 and found.images == 17
+    assert {part["factor"] for part in found.capacity} == {1.0}
+    assert list(found.ablation) == ["blocks.1.mlp", "blocks.3.mlp"]
+
+
 def test_an_infinite_capacity_drops_nothing(make_model, make_batches):
     model, batches = make_model(eval_capacity_factor=0.3), make_batches(16)
     found = find_causes(subject_of(model), batches, [0.3, math.inf], seed=0)

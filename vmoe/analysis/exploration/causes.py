@@ -8,7 +8,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -64,46 +64,39 @@ def find_causes(subject: Subject, batches: Iterable, capacity_factors: Sequence[
         subject: The model; it is left as it was.
         batches: Of (images, labels, ...), normalised for the model.
         capacity_factors: At evaluation; inf drops nothing. One that leaves experts no place, or more than there are
-            tokens, is left out.
+            tokens, is left out, also where only a smaller last batch cannot have it.
         seed: Of the random routers.
 
     Raises:
         UserError: A capacity factor cannot be set.
     """
     interventions = list(_interventions(subject.model, capacity_factors, seed, subject.device))
-    right, labels, dropped = [], [], []
+    right: list[list[Tensor]] = [[] for _ in interventions]
+    dropped: list[list[Tensor]] = [[] for _ in interventions]
+    base, labels, shares = [], [], None
     for batch in batches:
         x, y = batch[0].to(subject.device, non_blocking=True), batch[1].to(subject.device, non_blocking=True)
-        if not right:
-            interventions = [each for each in interventions if _is_possible(subject.model, x, each)]
-            shares = shares_of_choices(subject.model, x)
-        rows, drops = [_is_right(subject.model, x, y)], []
-        for intervention in interventions:
-            with intervention.applied():
-                rows.append(_is_right(subject.model, x, y))
-                drops.append(_dropped(subject.model, shares))
-        right.append(torch.stack(rows))
         labels.append(y)
-        dropped.append(torch.stack(drops) * len(y))
-    right, labels = torch.cat(right, 1).cpu(), torch.cat(labels).cpu()
-    dropped = (torch.stack(dropped).sum(0) / len(labels)).tolist()
-    return _told(interventions, right, labels, dropped, len(subject.class_names))
+        base.append(_is_right(subject.model, x, y))
+        shares = shares or shares_of_choices(subject.model, x)
+        for place, intervention in enumerate(interventions):
+            if len(right[place]) + 1 < len(labels):  # an earlier batch could not have it
+                continue
+            with suppress(CapacityError), intervention.applied():
+                right[place].append(_is_right(subject.model, x, y))
+                dropped[place].append(_dropped(subject.model, shares) * len(y))
+    possible = [place for place, rows in enumerate(right) if len(rows) == len(labels)]
+    return _told(
+        [interventions[place] for place in possible],
+        torch.stack([torch.cat(rows) for rows in (base, *(right[place] for place in possible))]).cpu(),
+        torch.cat(labels).cpu(),
+        [float(torch.stack(dropped[place]).sum()) / sum(map(len, labels)) for place in possible],
+        len(subject.class_names),
+    )
 
 
 def _is_right(model: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
     return model(x).argmax(-1) == labels
-
-
-def _is_possible(model: nn.Module, x: Tensor, intervention: _Intervention) -> bool:
-    """Whether a capacity leaves the experts a place, and no more places than there are tokens."""
-    if intervention.factor is None:
-        return True
-    try:
-        with intervention.applied():
-            model(x)
-    except CapacityError:
-        return False
-    return True
 
 
 def _dropped(model: nn.Module, shares: dict[str, float]) -> Tensor:
