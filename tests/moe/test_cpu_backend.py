@@ -119,6 +119,25 @@ def test_lower_precision(dtype, parameter_dtype, tolerance, keep_casts):
         assert (value.double() - truth).norm() <= tolerance * truth.norm()
 
 
+@pytest.mark.parametrize("backend", ["cpu", "segments"])
+def test_casts_that_inference_kept_serve_training(backend):
+    torch.manual_seed(0)
+    layer, x = vmoe.MoeMlp(8, 16, moe=MoeConfig(num_experts=2, noise_std=0.0, backend=backend)), torch.randn(2, 9, 8)
+
+    def gradients():
+        with torch.autocast("cpu", torch.bfloat16):
+            y = layer(x)
+        return torch.autograd.grad(y.float().sum(), list(layer.experts.parameters()))
+
+    expected = gradients()
+    layer.experts.keep_casts()
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        layer(x)
+    assert all(map(torch.equal, gradients(), expected))
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        copy.deepcopy(layer)(x)  # whose weights count no versions
+
+
 def test_bitwise_repeatable_whatever_lies_in_memory():
     arguments = example(tokens=500, widths=(32, 64, 24))
     first = run(cpu.expert_mlp, *arguments, torch.float32)

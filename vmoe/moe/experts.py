@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from vmoe.moe.kernels import composed, cpu, fused_for, padded, segments
 from vmoe.moe.kernels.interface import Choices, Mlp
 from vmoe.moe.kernels.memory import shared_memory
+from vmoe.moe.kernels.operators import is_traced
 from vmoe.moe.mlps import Glu
 from vmoe.moe.routing import Routing, SlotRouting
 
@@ -145,12 +146,16 @@ class Experts(nn.Module):
 
     def _cast(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """The weight in another type, without gradient; kept while it does not change, where that was asked for."""
-        if weight.dtype == dtype or self._casts is None or torch.compiler.is_compiling() or _is_capturing(weight):
+        if self._casts is None or weight.dtype == dtype or is_traced():
+            return weight.detach().to(dtype)
+        if _is_capturing(weight) or weight.is_inference():  # such weights count no changes
             return weight.detach().to(dtype)
         state = (weight._version, weight.data_ptr(), dtype)
         kept = self._casts.get(id(weight))
         if kept is None or kept.weight is not weight or kept.state != state:
-            kept = self._casts[id(weight)] = _KeptCast(weight, state, weight.detach().to(dtype))
+            with torch.inference_mode(False):  # training too may take what an evaluation kept
+                cast = weight.detach().to(dtype)
+            kept = self._casts[id(weight)] = _KeptCast(weight, state, cast)
         return kept.cast
 
     def keep_casts(self, keep: bool = True) -> None:
