@@ -10,7 +10,6 @@ from vmoe.analysis.heatmap import (
     RoutedImage,
     describe_layer,
     drawable,
-    find_images,
     output_names,
     route_image,
     select_layers,
@@ -220,16 +219,6 @@ def test_names_do_not_collide(tmp_path):
     names = output_names(paths)
     assert names[0] == "cat" and names[4] == "dog"
     assert len({name.casefold() for name in names}) == 5
-
-
-def test_a_folder_stands_for_its_images(tmp_path):
-    for name in ("b.PNG", "a.jpg", "notes.txt"):
-        (tmp_path / name).touch()
-    assert [path.name for path in find_images([tmp_path])] == ["a.jpg", "b.PNG"]
-    (tmp_path / "empty").mkdir()
-    for path in (tmp_path / "empty", tmp_path / "missing.png"):
-        with pytest.raises(UserError, match=path.name):
-            find_images([path])
 
 
 @pytest.mark.parametrize("router", ["expert_choice", "soft"])

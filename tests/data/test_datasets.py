@@ -99,7 +99,7 @@ def test_missing_and_wrong_folders_in_one_line(image_tree, tmp_path):
     with pytest.raises(UserError, match="class folder 'dog' is not in"):
         load("folder", root)
     (root / "train" / "empty").mkdir()
-    with pytest.raises(UserError, match="no valid file for the classes empty"):
+    with pytest.raises(UserError, match="class folder 'empty' holds no picture"):
         load("folder", root)
 
 

@@ -1,6 +1,7 @@
 """A folder of files that are wrong in every way that comes to mind, beside some that are right."""
 
 import json
+import os
 import pickle
 import shutil
 import struct
@@ -161,6 +162,7 @@ def _images(folder: Path) -> None:
     (folder / "text.jpg").write_text("not a photo")
     (folder / "empty.png").write_bytes(b"")
     photo.convert("F").save(folder / "float.tif")
+    os.mkfifo(folder / "pipe.png")
     # A header that promises more pixels than Pillow accepts
     content = bytearray((folder / "photo.png").read_bytes())
     content[16:24] = struct.pack(">II", 60_000, 60_000)
@@ -181,6 +183,9 @@ def _data(folder: Path) -> None:
             for number in range(6):
                 shutil.copy(folder / "photo.png", folder / tree / place / f"{number}.png")
     (folder / "tree" / "train" / "empty").mkdir()
+    (folder / "linked").mkdir()
+    shutil.copytree(folder / "tree" / "val", folder / "linked" / "train")
+    (folder / "linked" / "val").symlink_to("train")
     shutil.copy(folder / "cut.png", folder / "damaged_val" / "val" / "cat" / "2.png")
     (folder / "class_folders" / "train").mkdir(parents=True)
     shutil.copy(folder / "photo.png", folder / "class_folders" / "train" / "a.png")

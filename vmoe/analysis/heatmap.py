@@ -3,7 +3,7 @@
 R x C patches of an image, E experts, K choices a token.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +15,6 @@ import vmoe
 from vmoe.analysis.recording import LayerRouting
 from vmoe.data import eval_crop, eval_transform
 from vmoe.errors import UserError
-
-IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
 
 @dataclass(frozen=True)
@@ -96,26 +94,6 @@ def select_layers(model: nn.Module, wanted: Sequence[str] | None) -> list[str]:
         if not any(layer == name or layer in name.split(".") for name in names):
             raise UserError(f"--layers {layer}: no such MoE layer; this model has {', '.join(names)}")
     return [name for name in names if name in chosen]
-
-
-def find_images(paths: Iterable[str | Path]) -> list[Path]:
-    """The image files that `paths` name; a folder stands for the image files directly in it, by name.
-
-    Raises:
-        UserError: a path does not exist, or a folder holds no image.
-    """
-    found: list[Path] = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            inside = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
-            if not inside:
-                raise UserError(f"{path}: this folder holds no image file; give images, or a folder that does")
-            found += inside
-        elif path.exists():
-            found.append(path)
-        else:
-            raise UserError(f"{path}: no such image file")
-    return found
 
 
 def output_names(paths: Sequence[Path]) -> list[str]:

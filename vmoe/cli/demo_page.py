@@ -27,13 +27,13 @@ def main(argv: list[str] | None = None) -> int:
 def _demo_page(argv: list[str]) -> None:
     options = _parser().parse_args(argv)
     # Imported here, so that --help and a mistyped option answer at once.
-    from vmoe.analysis.heatmap import find_images
+    from vmoe.cli.inputs import find_files
     from vmoe.data import load_image
     from vmoe.data.photographs import CREDIT, PHOTOGRAPHS, load_photograph
     from vmoe.export.demo_page import write_demo_page
 
     if options.images:
-        pictures, credit = ((path.name, load_image(path)) for path in find_images(options.images)), None
+        pictures, credit = ((path.name, load_image(path)) for path in find_files(options.images)), None
     else:
         pictures, credit = ((name, load_photograph(name)) for name in PHOTOGRAPHS), CREDIT
     write_demo_page(options.out, options.model, pictures, options.runtime, credit)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from vmoe.cli.common import run
-from vmoe.cli.inputs import Tracked, load_data, load_files
+from vmoe.cli.inputs import Tracked, find_files, load_data, load_files
 from vmoe.cli.options import capacity_factor, choose_device, new_parser
 from vmoe.errors import UserError
 from vmoe.text import printable
@@ -110,8 +110,6 @@ class _Pictures(NamedTuple):
 
 def _pictures(checkpoint: "Checkpoint", options: argparse.Namespace) -> _Pictures:
     """A split of a data set, or image files without labels, in random order."""
-    from vmoe.analysis.heatmap import find_images
-
     if options.images is None:
         split = options.split or "test"
         data = load_data(checkpoint, options)
@@ -119,7 +117,7 @@ def _pictures(checkpoint: "Checkpoint", options: argparse.Namespace) -> _Picture
         return _Pictures(data.random_dataloader(split, options.seed), data.patch_names, None, told)
     if {options.data, options.root, options.split} != {None}:
         raise UserError("--images: takes the place of a data set; leave out --data, --root and --split")
-    paths = find_images(options.images)
+    paths = find_files(options.images)
     batches, paths = load_files(checkpoint, paths, options)
     told = options.images[0] if len(options.images) == 1 else f"{len(paths)} image files"
     return _Pictures(batches, None, [path.name for path in paths], {"data": told, "root": None, "split": None})

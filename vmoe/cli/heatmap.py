@@ -30,14 +30,14 @@ def main(argv: list[str] | None = None) -> int:
 def _heatmap(argv: list[str]) -> None:
     options = _parser().parse_args(argv)
     # Imported here, so that --help and a mistyped option answer at once.
-    from vmoe.analysis.heatmap import find_images
     from vmoe.analysis.heatmap_files import write_heatmaps
     from vmoe.checkpoints import load_checkpoint
+    from vmoe.cli.inputs import find_files
     from vmoe.files import require_writable
     from vmoe.training.summary import versions
 
     require_writable(options.out)
-    images = find_images(options.images)
+    images = find_files(options.images)
     checkpoint = load_checkpoint(options.checkpoint, choose_device(options.device))
     command = shlex.join(["vmoe", "heatmap", *argv])
     index = write_heatmaps(

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import track
 
 from vmoe.errors import UserError
+from vmoe.text import printable
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -35,6 +36,8 @@ def load_data(checkpoint: "Checkpoint", options: argparse.Namespace, any_classes
     data = ImageDataModule(_changed_config(checkpoint, options), seed=checkpoint.config.get("seed", 0))
     data.prepare_data()
     data.setup("test")
+    for line in data.notes:
+        print(printable(line), file=sys.stderr)
     if data.num_classes != len(checkpoint.class_names):
         if any_classes:
             return data
@@ -52,6 +55,21 @@ def load_data(checkpoint: "Checkpoint", options: argparse.Namespace, any_classes
 def classes_differ(checkpoint: "Checkpoint", data: "ImageDataModule") -> str:
     """Says how many classes a set and a checkpoint have."""
     return f"--data: {data.config.name} has {data.num_classes} classes, the checkpoint {len(checkpoint.class_names)}"
+
+
+def find_files(paths: "Sequence[str]") -> "list[Path]":
+    """The image files that a job is given, by name or by folder; what is passed over in folders is said on stderr.
+
+    Raises:
+        UserError: a path does not exist or is no regular file, or a folder holds no picture.
+    """
+    from vmoe.data.image_files import PassedOver, find_images
+
+    passed_over = PassedOver()
+    files = find_images(paths, passed_over)
+    if passed_over:
+        print(printable(f"passed over: {passed_over}"), file=sys.stderr)
+    return files
 
 
 def load_files(

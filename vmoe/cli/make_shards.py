@@ -1,5 +1,6 @@
 """`vmoe make-shards`: a folder of images becomes tar shards that webdataset and `data.name: webdataset` read."""
 
+import sys
 from pathlib import Path
 
 from rich.console import Console
@@ -8,6 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from vmoe.cli.common import run
 from vmoe.cli.options import count, new_parser
 from vmoe.data.shard_writing import write_shards
+from vmoe.text import printable
 
 _DESCRIPTION = """\
 Writes the images of class folders, FOLDER/train/CLASS/IMAGE and val or test likewise, as tar shards in a new folder:
@@ -46,6 +48,10 @@ def _make_shards(argv: list[str]) -> int:
             bar.update(tasks[split], completed=done)
 
         limits = (options.images, options.megabytes)
-        shards = write_shards(options.folder, options.out, *limits, options.seed, show)
+        shards = write_shards(options.folder, options.out, *limits, options.seed, show, _say)
     print(f"{', '.join(f'{count} shards of {split}' for split, count in shards.items())} in {options.out}")
     return 0
+
+
+def _say(line: str) -> None:
+    print(printable(line), file=sys.stderr)

@@ -34,13 +34,12 @@ def main(argv: list[str] | None = None) -> int:
 def _predict(argv: list[str]) -> None:
     options = _parser().parse_args(argv)
     # Imported here, so that --help and a mistyped option answer at once.
-    from vmoe.analysis.heatmap import find_images
-    from vmoe.cli.inputs import Tracked
+    from vmoe.cli.inputs import Tracked, find_files
     from vmoe.export.predictor import load_predictor
     from vmoe.files import require_writable, write_json
 
     require_writable(*(file.parent for file in (options.csv, options.json) if file is not None))
-    files = find_images(options.images)
+    files = find_files(options.images)
     predictor = load_predictor(options.model, choose_device(options.device))
     if options.routing and predictor.model is None:
         raise UserError("--routing: a program does not tell its routing; give the checkpoint it was made from")

@@ -41,6 +41,7 @@ class ImageDataModule(LightningDataModule):
         num_classes: number of classes.
         class_names: their names, in the order of the labels.
         patch_names: names of what patches show, where that is known; else None.
+        notes: lines to say about the set, such as what was passed over in its folders.
         image_size: side of the images in pixels.
         mean: of the channels in [0, 1], as used.
         std: of the channels, as used.
@@ -81,6 +82,7 @@ class ImageDataModule(LightningDataModule):
         self.class_names = self._splits.class_names
         self.num_classes = len(self.class_names)
         self.patch_names = self._splits.patch_names
+        self.notes = list(self._splits.notes)
         self.image_size: int = config.image_size or defaults.image_size or self._splits.image_size
         self.mean: Colour = tuple(config.mean or defaults.mean)
         self.std: Colour = tuple(config.std or defaults.std)

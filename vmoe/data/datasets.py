@@ -19,10 +19,11 @@ from pathlib import Path
 
 import numpy as np
 from sklearn.datasets import load_digits
-from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder, Imagenette
+from torchvision.datasets import CIFAR10, CIFAR100, Imagenette
 
 from vmoe.data import subsets
 from vmoe.data.config import DEFAULTS, DataConfig
+from vmoe.data.folders import read_class_folders
 from vmoe.data.imageset import ArrayImages, FileImages, ImageSet, Splits
 from vmoe.data.npz import load_npz
 from vmoe.data.patchwork import load_patchwork
@@ -60,7 +61,7 @@ def load_splits(config: DataConfig) -> Splits:
             raise UserError(
                 f"data.root={config.root}: no {name} images for the {len(names)} classes; add images to them"
             )
-    return Splits(train, val, test, names, splits.image_size, splits.patch_names)
+    return Splits(train, val, test, names, splits.image_size, splits.patch_names, splits.notes)
 
 
 def download(config: DataConfig) -> None:
@@ -96,7 +97,8 @@ def _imagenette(config: DataConfig) -> Splits:
     verified = _fetch(
         f"imagenette ({name})", config.root, lambda: Imagenette(config.root, "train", variant, download=True)
     )
-    train, val = (_image_folder(Path(config.root) / name / part, allow_empty=True).samples for part in ("train", "val"))
+    folders = read_class_folders({split: Path(config.root) / name / split for split in ("train", "val")})
+    train, val = folders.samples["train"], folders.samples["val"]
     # torchvision takes any folder of that name for complete, also one whose unpacking was interrupted.
     if (len(train), len(val)) != _IMAGENETTE_IMAGES:
         raise UserError(
@@ -127,29 +129,12 @@ def _folder(config: DataConfig) -> Splits:
             f"data.root={root}: {config.name!r} needs train/CLASS/IMAGE and val/CLASS/IMAGE (or test) in this folder, "
             f"which {state}; give the right folder as data.root"
         )
-    train = _image_folder(root / "train", allow_empty=False)
-    others = {name: _image_folder(root / name, allow_empty=True) for name in found[1:]}
-    sets = {name: _files(_renumbered(part, train)) for name, part in others.items()}
-    if len(sets) == 2:
-        return Splits(_files(train.samples), sets["val"], sets["test"], train.classes)
-    return Splits(_files(train.samples), None, next(iter(sets.values())), train.classes)
-
-
-def _image_folder(path: Path, allow_empty: bool) -> ImageFolder:
-    try:
-        return ImageFolder(path, allow_empty=allow_empty)
-    except OSError as error:
-        raise UserError(
-            f"{path}: {' '.join(str(error).split())} Put each class's images in a folder of its own"
-        ) from error
-
-
-def _renumbered(part: ImageFolder, train: ImageFolder) -> list[tuple[str, int]]:
-    """The samples of `part`, labelled as in training, whose class folders may be more."""
-    unknown = [name for name in part.classes if name not in train.class_to_idx]
-    if unknown:
-        raise UserError(f"{part.root}: class folder {unknown[0]!r} is not in {train.root}; add or remove it")
-    return [(path, train.class_to_idx[part.classes[label]]) for path, label in part.samples]
+    folders = read_class_folders({split: root / split for split in found})
+    sets = {split: _files(samples) for split, samples in folders.samples.items()}
+    notes = [f"{root}: passed over: {folders.passed_over}"] if folders.passed_over else []
+    train, *others = sets.values()
+    val = sets["val"] if len(others) == 2 else None
+    return Splits(train, val, others[-1], folders.classes, notes=notes)
 
 
 def _files(samples: list[tuple[str, int]]) -> ImageSet:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from vmoe.data.image_files import require_regular
 from vmoe.errors import UserError
 
 _MODES_WITH_ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
@@ -24,8 +25,9 @@ def load_image(path: str | Path) -> np.ndarray:
         (H, W, 3) uint8 array of its own memory.
 
     Raises:
-        UserError: the file is missing, damaged or no image; the line names it.
+        UserError: the file is missing, damaged, no image or no regular file; the line names it.
     """
+    require_regular(path)
     return decode_image(path, str(path))
 
 

@@ -118,3 +118,4 @@ class Splits:
     class_names: list[str]
     image_size: int | None = None  # the arrays' own, where the set has no fixed default
     patch_names: list[str] | None = None  # of what patches show, where that is known
+    notes: Sequence[str] = ()  # lines to say about the set, such as what was passed over

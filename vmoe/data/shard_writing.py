@@ -8,15 +8,21 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-from torchvision.datasets import ImageFolder
 
-from vmoe.data.shards import CLASSES, IMAGE_FORMATS, SPLITS, load_shards
+from vmoe.data.folders import read_class_folders
+from vmoe.data.shards import CLASSES, SPLITS, load_shards
 from vmoe.errors import UserError
 from vmoe.files import require_writable
 
 
 def write_shards(
-    source: Path, target: Path, images: int, megabytes: float, seed: int, show: Callable[[str, int, int], None]
+    source: Path,
+    target: Path,
+    images: int,
+    megabytes: float,
+    seed: int,
+    show: Callable[[str, int, int], None],
+    say: Callable[[str], object],
 ) -> dict[str, int]:
     """Copies ROOT/train/CLASS/IMAGE, and val and test likewise, into shards; files' bytes stay as they are.
 
@@ -27,6 +33,7 @@ def write_shards(
         megabytes: The most of a shard, likewise.
         seed: Of the order in which images are written.
         show: Told the split, how many images of it are written, and how many there are.
+        say: Given a line about what is passed over, where there is any.
 
     Returns:
         Shards of each split.
@@ -40,42 +47,28 @@ def write_shards(
         raise UserError("make-shards: needs the package webdataset; pip install 'vmoe[webdataset]'") from error
     if target.exists():
         raise UserError(f"--out {target}: exists already; remove it or name another folder")
-    found = {split: _folder(source / split) for split in SPLITS if (source / split).is_dir()}
+    found = {split: source / split for split in SPLITS if (source / split).is_dir()}
     if "train" not in found or len(found) < 2:
         raise UserError(f"{source}: must hold train/CLASS/IMAGE and val/CLASS/IMAGE (or test)")
-    classes = found["train"].classes
     require_writable(target.parent)
+    folders = read_class_folders(found)
+    if folders.passed_over:
+        say(f"{source}: passed over: {folders.passed_over}")
     target.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as temporary:
         folder = Path(temporary) / "shards"
         folder.mkdir()
-        for split, part in found.items():
-            samples = _samples(part, classes)
+        for split, samples in folders.samples.items():
             order = np.random.default_rng(seed).permutation(len(samples))
             limits = {"maxcount": images, "maxsize": megabytes * 1e6, "verbose": 0}
             with ShardWriter(str(folder / f"{split}-%06d.tar"), **limits) as writer:
                 for done, index in enumerate(order, 1):
-                    path, label = samples[index]
+                    path, label = Path(samples[index][0]), samples[index][1]
                     form = path.suffix[1:].lower()
                     writer.write({"__key__": f"{index:09d}", form: path.read_bytes(), "cls": str(label).encode()})
                     show(split, done, len(samples))
-        (folder / CLASSES).write_text(json.dumps(classes, ensure_ascii=False), encoding="utf-8")
+        (folder / CLASSES).write_text(json.dumps(folders.classes, ensure_ascii=False), encoding="utf-8")
         load_shards(folder)  # writes the index, and finds what cannot be read back
         shutil.copymode(target.parent, folder)
         os.replace(folder, target)
     return {split: len(list(target.glob(f"{split}-*.tar"))) for split in found}
-
-
-def _folder(path: Path) -> ImageFolder:
-    try:
-        return ImageFolder(path, allow_empty=True, is_valid_file=lambda name: name.lower().endswith(IMAGE_FORMATS))
-    except OSError as error:
-        raise UserError(f"{path}: {' '.join(str(error).split())}") from error
-
-
-def _samples(part: ImageFolder, classes: list[str]) -> list[tuple[Path, int]]:
-    """Files with the labels that training gives them."""
-    unknown = sorted(set(part.classes) - set(classes))
-    if unknown:
-        raise UserError(f"{part.root}: class folder {unknown[0]!r} is not in train; add or remove it")
-    return [(Path(path), classes.index(part.classes[label])) for path, label in part.samples]

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from vmoe.data.image_files import SUFFIXES
 from vmoe.data.images import decode_image
 from vmoe.data.imageset import ImageSet, Splits
 from vmoe.errors import UserError
@@ -23,7 +24,6 @@ from vmoe.files import atomic_write
 
 CLASSES = "classes.json"
 SPLITS = ("train", "val", "test")
-IMAGE_FORMATS = ("jpg", "jpeg", "png", "webp", "bmp", "ppm", "tif", "tiff")
 
 
 @dataclass(frozen=True)
@@ -129,9 +129,9 @@ def _samples(path: Path) -> list[tuple[int, int, str, int]]:
             for member in tar:
                 folder, _, base = member.name.rpartition("/")
                 key, _, form = base.partition(".")  # webdataset's rule: the key ends at the first dot of the name
-                if not member.isfile():
+                if not member.isfile() or base.startswith("."):
                     continue
-                if form.lower() in IMAGE_FORMATS:
+                if f".{form.lower()}" in SUFFIXES:
                     images[f"{folder}/{key}"] = (member.offset_data, member.size, member.name)
                 elif form.lower() == "cls":
                     labels[f"{folder}/{key}"] = _label(path, member.name, tar.extractfile(member).read())

@@ -12,10 +12,10 @@ from fastapi import HTTPException, Request
 from PIL import Image
 from starlette.datastructures import UploadFile
 
+from vmoe.data.image_files import FORMATS
 from vmoe.data.images import decode_image, eval_crop
 from vmoe.errors import UserError
 
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 MAX_PIXELS = 64_000_000  # about 1 GiB while it is decoded and turned into RGB
 _DECODERS = 4  # images decoded at a time
 _LARGE = 16_000_000  # pixels; of larger ones a single one is decoded at a time
@@ -65,7 +65,9 @@ class UploadReader:
 
     def _decode(self, content: bytes) -> np.ndarray:
         try:
-            return np.ascontiguousarray(eval_crop(decode_image(BytesIO(content), "image", FORMATS), self.image_size))
+            return np.ascontiguousarray(
+                eval_crop(decode_image(BytesIO(content), "image", tuple(FORMATS)), self.image_size)
+            )
         except UserError as error:
             raise HTTPException(422, str(error)) from error
 
@@ -91,7 +93,7 @@ def _count_pixels(content: bytes) -> int:
         HTTPException: there are too many, or there is no image of `FORMATS`.
     """
     try:
-        with Image.open(BytesIO(content), formats=FORMATS) as image:
+        with Image.open(BytesIO(content), formats=tuple(FORMATS)) as image:
             count = image.width * image.height
     except Image.DecompressionBombError:
         count = MAX_PIXELS + 1

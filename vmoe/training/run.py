@@ -105,6 +105,8 @@ def _run(
         return result if place.is_first else None
     _say_what_may_surprise(config, folder, saved, place, progress)
     data = _data(config, device, place)
+    for line in data.notes:
+        progress.say(line)
     if saved is not None and saved[ENTRY]["class_names"] != data.class_names:
         raise UserError(
             f"data.root={config.data.root}: holds other classes than the run in {folder.path} was trained on",

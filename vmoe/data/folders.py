@@ -1,0 +1,62 @@
+"""Class folders: SPLIT/CLASS/IMAGE, read the same way by training and by make-shards."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from vmoe.data.image_files import PassedOver, find_pictures, list_class_folders
+from vmoe.errors import UserError
+
+
+@dataclass(frozen=True)
+class ClassFolders:
+    """The pictures of some splits, labelled by the class folders of training."""
+
+    classes: list[str]
+    samples: dict[str, list[tuple[str, int]]]  # of each split its files and their labels
+    passed_over: PassedOver
+
+
+def read_class_folders(splits: Mapping[str, Path]) -> ClassFolders:
+    """Reads SPLIT/CLASS/IMAGE of every split, each real file once; pictures may lie in folders of a class folder.
+
+    Args:
+        splits: the folder of each split. The class folders of "train", or of the first split without it, are the
+            classes; another split may lack some of them.
+
+    Raises:
+        UserError: a split is a link to another, has no class folders or one that training does not know, or a class
+            has no training picture.
+    """
+    passed_over = PassedOver()
+    names = {split: list_class_folders(folder, passed_over) for split, folder in splits.items()}
+    asked = [(split, name) for split, found in names.items() for name in found]
+    pictures = dict(
+        zip(asked, find_pictures([splits[split] / name for split, name in asked], passed_over), strict=True)
+    )
+    _refuse_the_same_folder(splits)
+    main = "train" if "train" in splits else next(iter(splits))
+    classes = [name for name in names[main] if pictures[main, name] is not None]
+    if not classes:
+        raise UserError(f"{splits[main]}: has no class folders; put each class's images in a folder of its own")
+    for name in classes:
+        if not pictures[main, name]:
+            left = f" (passed over: {passed_over})" if passed_over else ""
+            raise UserError(f"{splits[main]}: class folder {name!r} holds no picture{left}; add some, or remove it")
+    number = {name: label for label, name in enumerate(classes)}
+    samples: dict[str, list[tuple[str, int]]] = {split: [] for split in splits}
+    for (split, name), files in pictures.items():
+        if files is None:
+            continue
+        if name not in number:
+            raise UserError(f"{splits[split]}: class folder {name!r} is not in {splits[main]}; add or remove it")
+        samples[split] += [(file, number[name]) for file in files]
+    return ClassFolders(classes, samples, passed_over)
+
+
+def _refuse_the_same_folder(splits: Mapping[str, Path]) -> None:
+    taken: dict[Path, Path] = {}
+    for folder in splits.values():
+        first = taken.setdefault(folder.resolve(), folder)
+        if first is not folder:
+            raise UserError(f"{folder}: is the same folder as {first}, by a link; give each split images of its own")

@@ -1,0 +1,240 @@
+"""Which files are pictures, for every room: one list of formats, and what a walk through folders passes over."""
+
+import os
+import stat
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from vmoe.errors import UserError
+
+# Pillow's name of a format -> the endings of its files
+FORMATS: dict[str, tuple[str, ...]] = {
+    "AVIF": (".avif",),
+    "BMP": (".bmp",),
+    "GIF": (".gif",),
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
+    "PNG": (".png",),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
+    "TIFF": (".tif", ".tiff"),
+    "WEBP": (".webp",),
+}
+SUFFIXES = frozenset(suffix for suffixes in FORMATS.values() for suffix in suffixes)
+# Folders that archivers, network drives and file systems put beside the pictures
+SYSTEM_FOLDERS = frozenset(
+    {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
+)
+# Reason -> how it reads for one and for many
+_REASONS = {
+    "format": ("file of another format", "files of other formats"),
+    "hidden": ("name that begins with a dot", "names that begin with a dot"),
+    "system": ("folder of the system's own", "folders of the system's own"),
+    "link": ("link to what is there already", "links to what is there already"),
+    "special": (
+        "name that is no regular file (a pipe, a socket, a device or a broken link)",
+        "names that are no regular files (pipes, sockets, devices, broken links)",
+    ),
+    "outside": ("picture outside the class folders", "pictures outside the class folders"),
+}
+_NAMED_SUFFIXES = 4  # of other formats, in a line
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a file of this name (without its folder) is taken for a picture: by its ending, and unless hidden."""
+    return not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES
+
+
+class PassedOver:
+    """What was left out of some folders, counted by reason."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self._suffixes: Counter[str] = Counter()
+
+    def add(self, reason: str, name: str = "") -> None:
+        """Counts one more for a reason, a key of `_REASONS`; of a file of another format also its ending."""
+        self.counts[reason] += 1
+        if reason == "format":
+            self._suffixes[os.path.splitext(name)[1].lower() or "no ending"] += 1
+
+    def update(self, other: "PassedOver") -> None:
+        """Adds what another has counted."""
+        self.counts += other.counts
+        self._suffixes += other._suffixes
+
+    def __bool__(self) -> bool:
+        return bool(self.counts)
+
+    def __str__(self) -> str:
+        """Such as "2 files of other formats (.heic, .txt) and 1 name that begins with a dot"; "" for nothing."""
+        parts = []
+        for reason, (one, many) in _REASONS.items():
+            if count := self.counts[reason]:
+                parts.append(f"{count} {one if count == 1 else many}")
+                if reason == "format":
+                    common = [suffix for suffix, _ in self._suffixes.most_common(_NAMED_SUFFIXES)]
+                    more = ", ..." if len(self._suffixes) > len(common) else ""
+                    parts[-1] += f" ({', '.join(common)}{more})"
+        return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
+
+
+def list_class_folders(folder: str | Path, passed_over: PassedOver) -> list[str]:
+    """The names of the folders directly in `folder`, sorted; hidden ones and the system's own are passed over."""
+    names = []
+    for entry in _entries(folder):
+        if not _is_passed_over(entry.name, passed_over):
+            if entry.is_dir():
+                names.append(entry.name)
+            elif is_image_name(entry.name):
+                passed_over.add("outside")
+    return names
+
+
+def find_pictures(folders: Sequence[str | Path], passed_over: PassedOver) -> list[list[str] | None]:
+    """The picture files of some folders and of all folders in them, sorted by folder and name.
+
+    Each real file and each real folder is taken once, in all of `folders` together: where a link leads to one that is
+    there already, or to a folder that holds one of `folders`, the link is passed over.
+
+    Args:
+        folders: where to look, each for itself; none lies in another.
+        passed_over: counts what is left out.
+
+    Returns:
+        For each folder its files; None where the folder itself is a link to what is there already.
+
+    Raises:
+        UserError: a folder cannot be read.
+    """
+    walk = _Walk([os.fspath(folder) for folder in folders], passed_over)
+    return walk.found()
+
+
+class _Walk:
+    """Goes through folders: first through all that are real, then through the links to folders elsewhere."""
+
+    def __init__(self, folders: list[str], passed_over: PassedOver) -> None:
+        self.folders, self.passed_over = folders, passed_over
+        self.files: list[list[tuple[str, str]] | None] = [[] for _ in folders]  # (folder, name)
+        self.file_links: list[tuple[int, str, str]] = []  # index in `folders`, folder, name
+        self.folder_links: list[tuple[int, str]] = []
+        self.real_folders: dict[str, str] = {}  # folder as it was reached -> its real path
+        # Whatever holds one of the folders counts as gone through: a link to it would be a loop.
+        self.seen = {os.fspath(above) for folder in folders for above in Path(os.path.realpath(folder)).parents}
+
+    def found(self) -> list[list[str] | None]:
+        for index in sorted(range(len(self.folders)), key=lambda each: os.path.islink(self.folders[each])):
+            real = os.path.realpath(self.folders[index])
+            if real in self.seen:
+                self.passed_over.add("link")
+                self.files[index] = None
+            self.seen.add(real)
+        for index, folder in enumerate(self.folders):
+            if self.files[index] is not None:
+                self._enter(index, folder, os.path.realpath(folder))
+        for index, folder in self.folder_links:  # which grows on the way
+            real = os.path.realpath(folder)
+            if real in self.seen:
+                self.passed_over.add("link")
+            else:
+                self._enter(index, folder, real)
+        self._take_file_links()
+        return [None if files is None else [os.path.join(*file) for file in sorted(files)] for files in self.files]
+
+    def _enter(self, index: int, folder: str, real: str) -> None:
+        waiting = [(folder, real)]
+        while waiting:
+            folder, real = waiting.pop()
+            self.seen.add(real)
+            self.real_folders[folder] = real
+            for entry in _entries(folder):
+                if _is_passed_over(entry.name, self.passed_over):
+                    continue
+                if entry.is_dir(follow_symlinks=False):
+                    inside = os.path.join(real, entry.name)
+                    if inside in self.seen:  # a link has led here
+                        self.passed_over.add("link")
+                    else:
+                        waiting.append((entry.path, inside))
+                elif entry.is_dir():
+                    self.folder_links.append((index, entry.path))
+                elif not entry.is_file():
+                    self.passed_over.add("special")
+                elif not is_image_name(entry.name):
+                    self.passed_over.add("format", entry.name)
+                elif entry.is_symlink():
+                    self.file_links.append((index, folder, entry.name))
+                else:
+                    self.files[index].append((folder, entry.name))
+
+    def _take_file_links(self) -> None:
+        if not self.file_links:  # as nearly always: no set of a million paths is made
+            return
+        taken = {
+            os.path.join(self.real_folders[folder], name)
+            for files in self.files
+            if files is not None
+            for folder, name in files
+        }
+        for index, folder, name in self.file_links:
+            real = os.path.realpath(os.path.join(folder, name))
+            if real in taken:
+                self.passed_over.add("link")
+            else:
+                taken.add(real)
+                self.files[index].append((folder, name))
+
+
+def find_images(paths: Iterable[str | Path], passed_over: PassedOver) -> list[Path]:
+    """The image files that `paths` name; `passed_over` counts what is left out in folders.
+
+    A folder stands for the pictures in it and in all folders in it; a file that is named is taken whatever its ending.
+
+    Raises:
+        UserError: a path does not exist or is no regular file, or a folder holds no picture.
+    """
+    found: list[Path] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            here = PassedOver()
+            (inside,) = find_pictures([path], here)
+            if not inside:
+                left = f" (passed over: {here})" if here else ""
+                raise UserError(f"{path}: this folder holds no image file{left}; give images, or a folder that does")
+            found += map(Path, inside)
+            passed_over.update(here)
+        elif not os.path.lexists(path):
+            raise UserError(f"{path}: no such image file")
+        else:
+            require_regular(path)
+            found.append(path)
+    return found
+
+
+def require_regular(path: str | Path) -> None:
+    """Refuses what is no regular file and no folder: reading a pipe, a socket or a device may never end.
+
+    Raises:
+        UserError: it is one of these; what is not there is left to whoever opens it.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise UserError(f"{path}: is no regular file but a pipe, a socket or a device; give a file")
+
+
+def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read ({error.strerror or error})") from error
+
+
+def _is_passed_over(name: str, passed_over: PassedOver) -> bool:
+    reason = "hidden" if name.startswith(".") else "system" if name in SYSTEM_FOLDERS else None
+    if reason is not None:
+        passed_over.add(reason)
+    return reason is not None
