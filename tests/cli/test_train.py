@@ -24,7 +24,9 @@ CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 @pytest.fixture
 def recipe(tmp_path) -> str:
     path = tmp_path / "some_name.yaml"
-    path.write_text("seed: 3\noptim: {lr: 0.01}\nmoe: {num_experts: 4}\nmodel: {kwargs: {depth: 2}}\n")
+    path.write_text(
+        "seed: 3\ndata: {name: digits}\noptim: {lr: 0.01}\nmoe: {num_experts: 4}\nmodel: {kwargs: {depth: 2}}\n"
+    )
     return str(path)
 
 
@@ -55,8 +57,8 @@ def test_the_command_line_wins_over_the_file(recipe):
 
 def test_null_is_the_dense_twin_and_an_option_turns_moe_on(recipe):
     assert parse(["--config", recipe, "--moe", "null"]).moe is None
-    assert parse([]).moe is None
-    assert parse(["--moe.top_k", "1"]).moe == vmoe.MoeConfig(top_k=1)
+    assert parse(["--data.name", "digits"]).moe is None
+    assert parse(["--data.name", "digits", "--moe.top_k", "1"]).moe == vmoe.MoeConfig(top_k=1)
 
 
 @pytest.mark.parametrize(("text", "magnitude"), [("null", None), ("9", 9), ("[0, 30]", (0, 30))])
@@ -69,9 +71,10 @@ def test_plain_types_and_back(recipe, text, magnitude):
 
 def test_precision_32_needs_no_quotes(tmp_path):
     path = tmp_path / "recipe.yaml"
-    path.write_text("trainer: {precision: 32}")
+    path.write_text("data: {name: digits}\ntrainer: {precision: 32}")
     assert parse(["--config", str(path)]).trainer.precision == "32"
-    assert parse(["--trainer.precision", "32"]) == parse(["--output_dir", "runs/default"])
+    digits = ["--data.name", "digits"]
+    assert parse([*digits, "--trainer.precision", "32"]) == parse([*digits, "--output_dir", "runs/default"])
 
 
 def test_print_config_gives_a_config(recipe, capsys, tmp_path):

@@ -16,6 +16,7 @@ from vmoe.checkpoints import RunFolder
 from vmoe.cli.common import run
 from vmoe.cli.config_files import newer_version, read_config
 from vmoe.cli.recipes import find_recipe, recipe_names
+from vmoe.data.config import EMBEDDED_SETS, NAMED_SETS, DataConfig
 from vmoe.errors import UserError
 from vmoe.moe import MoeConfig
 from vmoe.training.config import TrainConfig
@@ -154,6 +155,7 @@ def _parsed(argv: list[str]) -> TrainConfig:
     recipes = ", ".join(name for name in recipe_names() if "/" not in name)
     parser.add_argument("--config", action="config", help=f"YAML file, or a recipe that comes with vmoe: {recipes}.")
     parser.add_class_arguments(TrainConfig, skip={"resume"})
+    parser.set_defaults({"data.name": None})  # the images must be chosen
     parser.add_argument("--resume", action="store_true", help="Go on from the last checkpoint in output_dir.")
     names = option_names(TrainConfig)
     for path in _config_files(argv):
@@ -166,7 +168,33 @@ def _parsed(argv: list[str]) -> TrainConfig:
     files = parsed.pop("config") or []
     if parsed["output_dir"] is None:
         parsed["output_dir"] = f"runs/{Path(str(files[-1])).stem if files else 'default'}"
-    return from_plain(TrainConfig, parsed)
+    return _with_chosen_data(parsed)
+
+
+def _with_chosen_data(parsed: dict[str, Any]) -> TrainConfig:
+    """The config of what was parsed, whose images must have been chosen.
+
+    Raises:
+        UserError: they were not, or an option is not allowed.
+    """
+    data = parsed["data"]
+    is_chosen = not isinstance(data, dict) or data.get("name") is not None
+    config = from_plain(TrainConfig, parsed if is_chosen else {**parsed, "data": {**data, "name": DataConfig.name}})
+    root, default_root = config.data.root, DataConfig.root
+    if not is_chosen:
+        folders = "--data.name folder (class folders), webdataset (tar shards) or npz"
+        if root != default_root:
+            raise UserError(f"--data.root {root}: must be given with what it holds: {folders}")
+        raise UserError(
+            f"--data.name: must be given, as the images to train on: {folders}, each with --data.root, or one of "
+            f"{', '.join(NAMED_SETS)}; or give a recipe, such as --config digits"
+        )
+    if config.data.name in EMBEDDED_SETS and root != default_root:
+        raise UserError(
+            f"--data.root {root}: is not read by data.name={config.data.name}, whose images come with vmoe; give "
+            "--data.name folder, webdataset or npz too, or leave it out"
+        )
+    return config
 
 
 def option_names(kind: type, prefix: str = "") -> list[str]:

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, get_args
 
 SetName = Literal["digits", "patchwork", "cifar10", "cifar100", "imagenette", "imagenet", "folder", "webdataset", "npz"]
+EMBEDDED_SETS = ("digits", "patchwork")  # which come with this package
+NAMED_SETS = (*EMBEDDED_SETS, "cifar10", "cifar100", "imagenette", "imagenet")  # the others are a user's own
 Preset = Literal["none", "light", "strong"]
 Pipeline = Literal["workers", "device"]
 Colour = tuple[float, float, float]

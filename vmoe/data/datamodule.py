@@ -103,6 +103,10 @@ class ImageDataModule(LightningDataModule):
         self._sides |= {"test": self.image_size}
         check_room([(self._images(split), side) for split, side in self._sides.items()], self.device, self.parts)
 
+    def images_of_classes(self, split: str) -> list[int]:
+        """How many images of each class "train", "val" or "test" has, after `setup`."""
+        return np.bincount(self._images(split).labels, minlength=self.num_classes).tolist()
+
     def train_dataloader(self) -> ImageLoader | ResidentTrainLoader:
         """Shuffled, augmented batches; an incomplete last one is left out."""
         if self.config.pipeline == "device":

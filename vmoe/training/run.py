@@ -105,7 +105,7 @@ def _run(
         return result if place.is_first else None
     _say_what_may_surprise(config, folder, saved, place, progress)
     data = _data(config, device, place)
-    for line in data.notes:
+    for line in (*summary.data_lines(config.data, data), *data.notes):
         progress.say(line)
     if saved is not None and saved[ENTRY]["class_names"] != data.class_names:
         raise UserError(
@@ -116,6 +116,7 @@ def _run(
     seed_everything(config.seed, verbose=False)
     fresh = dataclasses.replace(config, init_from=None) if saved else config
     model, cut = _model(fresh, data, device, place, progress)
+    progress.say(summary.model_line(config.model, model))
     costs = _costs(config, model, data)
     console.print(summary.cost_table(f"{config.model.name}, {folder.path}", *costs))
     if place.is_first:

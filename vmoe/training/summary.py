@@ -3,6 +3,7 @@
 import platform
 import resource
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +16,12 @@ from torch import nn
 
 import vmoe
 from vmoe.checkpoints import build_model
+from vmoe.data import ImageDataModule
+from vmoe.data.config import EMBEDDED_SETS, DataConfig
 from vmoe.models.cost import Parameters, count_parameters, flops_per_image
 from vmoe.training.config import ModelConfig
+
+_CLASSES_NAMED = 12  # at most, with their numbers of images
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,43 @@ def cost_table(title: str, cost: Cost, twin: Cost) -> Table:
     ):
         table.add_row(name, _short(ours), _short(dense), f"{ours / dense:.2f}")
     return table
+
+
+def data_lines(config: DataConfig, data: ImageDataModule) -> list[str]:
+    """What a run trains on: the set, its place, the images of each split and class."""
+    place = "" if config.name in EMBEDDED_SETS else f" in {config.root}"
+    classes, size = _counted(data.num_classes, "class", "classes"), data.image_size
+    lines = [f"images: {config.name}{place}, {classes}, {size} x {size} pixels"]
+    for split, title in (("train", "training"), ("val", "validation"), ("test", "test")):
+        if split == "val" and not data.has_validation:
+            lines.append(f"  {title}: none")
+            continue
+        counts = data.images_of_classes(split)
+        lines.append(f"  {title}: {_counted(sum(counts), 'image')}, {_by_class(data.class_names, counts)}")
+    return lines
+
+
+def model_line(config: ModelConfig, model: nn.Module) -> str:
+    """What a run trains: the model and its experts."""
+    layers = vmoe.moe_layers(model)
+    if not layers:
+        return f"model: {config.name}, dense"
+    moe, chosen = layers[0][1].config, ", ".join(name for name, _ in layers)
+    experts = f"{_counted(moe.num_experts, 'expert')} with router={moe.router} in each of"
+    return f"model: {config.name}, {experts} {_counted(len(layers), 'MoE layer')} ({chosen})"
+
+
+def _by_class(names: Sequence[str], counts: Sequence[int]) -> str:
+    """How many images each class has: class by class where they differ and are few."""
+    if min(counts) == max(counts):
+        return f"{min(counts):,} per class"
+    if len(names) <= _CLASSES_NAMED:
+        return ", ".join(f"{count:,} of {name}" for name, count in zip(names, counts, strict=True))
+    return f"{min(counts):,} to {max(counts):,} per class"
+
+
+def _counted(count: int, one: str, many: str | None = None) -> str:
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
 
 
 def versions() -> dict[str, str]:
