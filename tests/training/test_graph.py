@@ -81,16 +81,16 @@ def test_the_step_that_is_captured_is_lightning_s(run, monkeypatch, optimiser):
 
     monkeypatch.setattr(module_file, "GraphedStep", Eager)
     monkeypatch.setattr(run_file, "_device", lambda config: torch.device("cpu"))
+    monkeypatch.setattr(run_file, "_for_cpu", lambda config, progress: config)
     code, ours = run("ours", "--trainer.cuda_graph", "true", "--optim.name", optimiser)
     assert code == 0
     _assert_same_run(ours, theirs, tolerance=1e-5)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="says that there is no GPU")
-def test_without_a_gpu_it_is_refused_in_one_line(run, capsys):
-    code, folder = run("run", "--trainer.cuda_graph", "true")
-    assert code == 2 and not folder.path.exists()
-    assert "--trainer.cuda_graph true: needs a GPU" in capsys.readouterr().err
+def test_on_a_cpu_it_is_turned_off_with_a_line(run, capsys):
+    code, folder = run("run", "--trainer.device", "cpu", "--trainer.cuda_graph", "true", "--trainer.epochs", "1")
+    assert code == 0 and folder.summary.exists()
+    assert capsys.readouterr().out.count("trainer.cuda_graph: turned off") == 1
 
 
 @pytest.mark.gpu

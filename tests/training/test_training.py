@@ -82,6 +82,12 @@ def test_a_run_first_prints_what_it_trains_on(run, capsys):
     ]
 
 
+def test_images_of_very_many_tokens_are_warned_about_on_a_cpu(run, capsys):
+    code, _ = run("--data.image_size", "132", name="tiny.yaml/run")
+    assert code == 2  # before the first step, which would take long: the folder is a file
+    assert "warning: at 132 pixels an image has 1,089 tokens" in capsys.readouterr().out
+
+
 def test_the_checkpoint_gives_the_model_back(run):
     _, folder = run()
     checkpoint = load_checkpoint(folder.path)

@@ -12,6 +12,11 @@ def recipe_names() -> list[str]:
     return sorted(path.relative_to(FOLDER).with_suffix("").as_posix() for path in FOLDER.rglob("*.yaml"))
 
 
+def is_recipe(path: str) -> bool:
+    """Whether a file is one of them."""
+    return FOLDER.resolve() in Path(path).resolve().parents
+
+
 def find_recipe(given: str) -> str:
     """The file that a user means: the path as given or, where there is no such file, the recipe of that name.
 

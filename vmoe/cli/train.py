@@ -15,8 +15,8 @@ from rich.console import Console
 from vmoe.checkpoints import RunFolder
 from vmoe.cli.common import run
 from vmoe.cli.config_files import newer_version, read_config
-from vmoe.cli.recipes import find_recipe, recipe_names
-from vmoe.data.config import EMBEDDED_SETS, NAMED_SETS, DataConfig
+from vmoe.cli.recipes import find_recipe, is_recipe, recipe_names
+from vmoe.data.config import DEFAULTS, EMBEDDED_SETS, NAMED_SETS, DataConfig
 from vmoe.errors import UserError
 from vmoe.moe import MoeConfig
 from vmoe.training.config import TrainConfig
@@ -168,7 +168,9 @@ def _parsed(argv: list[str]) -> TrainConfig:
     files = parsed.pop("config") or []
     if parsed["output_dir"] is None:
         parsed["output_dir"] = f"runs/{Path(str(files[-1])).stem if files else 'default'}"
-    return _with_chosen_data(parsed)
+    config = _with_chosen_data(parsed)
+    _check_image_size(config, [str(file) for file in files], argv)
+    return config
 
 
 def _with_chosen_data(parsed: dict[str, Any]) -> TrainConfig:
@@ -195,6 +197,32 @@ def _with_chosen_data(parsed: dict[str, Any]) -> TrainConfig:
             "--data.name folder, webdataset or npz too, or leave it out"
         )
     return config
+
+
+def _check_image_size(config: TrainConfig, files: list[str], argv: list[str]) -> None:
+    """Refuses a recipe of ours with another data set where nobody has said the side of its images.
+
+    The side and the patches of a recipe go with its set: 224 pixels and patches of 4 make 3,136 tokens.
+
+    Raises:
+        UserError: it is so.
+    """
+    sections = [read_config(file).get("data") or {} for file in files]
+    name, usual = config.data.name, DEFAULTS[config.data.name].image_size
+    for number, (file, data) in enumerate(zip(files, sections, strict=True)):
+        own = data.get("name", name)
+        is_said = any("image_size" in later for later in sections[number + 1 :])
+        is_said |= any(argument.partition("=")[0] == "--data.image_size" for argument in argv)
+        if is_said or own == name or not is_recipe(file):
+            continue
+        side = data.get("image_size") or DEFAULTS[own].image_size
+        now = config.data.image_size or usual
+        if now is not None and not now == side == usual:
+            other = "" if usual is None else f", or {usual} as {name} has it, with --model.kwargs.patch_size to match"
+            raise UserError(
+                f"--data.name {name}: the recipe {Path(file).stem} is made for {own} at {side} pixels; give "
+                f"--data.image_size too: {side} as the recipe{other}"
+            )
 
 
 def option_names(kind: type, prefix: str = "") -> list[str]:

@@ -108,7 +108,7 @@ class TrainerConfig:
         accumulate: Batches whose gradients are averaged into one update.
         compile: Compile the model with torch.compile.
         cuda_graph: Capture the whole step, update included, as one CUDA graph, which saves the host's time: for small
-            models. Needs a GPU.
+            models. Turned off on a CPU.
         ema_decay: Decay an update of an average of the weights (EMA), by which checkpoints are validated, chosen,
             tested and used; in the first updates t at most (1 + t) / (10 + t). null keeps none.
         early_stopping: Stop after this many epochs without a better val/top1 (or an equal one with a lower val/loss);
@@ -133,9 +133,7 @@ class TrainerConfig:
         _need(self, "precision", self.precision in ("32", "bf16", "fp16"), "32, bf16 or fp16")
         _need(self, "precision", (self.device, self.precision) != ("cpu", "fp16"), "32 or bf16 with device=cpu")
         _need(self, "accumulate", self.accumulate >= 1, "a whole number >= 1")
-        for name, value in (("device", "cpu"), ("precision", "fp16")):
-            clashes = self.cuda_graph and getattr(self, name) == value
-            _need(self, "cuda_graph", not clashes, f"false with {name}={value}")
+        _need(self, "cuda_graph", not self.cuda_graph or self.precision != "fp16", "false with precision=fp16")
         _need(self, "cuda_graph", not self.cuda_graph or self.accumulate == 1, "false with accumulate above 1")
         _need(self, "ema_decay", self.ema_decay is None or 0 < self.ema_decay < 1, "in (0, 1), or null")
         _need(self, "early_stopping", self.early_stopping is None or self.early_stopping >= 1, ">= 1, or null")

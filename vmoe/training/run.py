@@ -43,6 +43,7 @@ from vmoe.training.sharding import cut_and_start, load_weights
 from vmoe.training.stopping import Interrupted, stopped_at_once
 from vmoe.training.trainer import new_trainer, quiet_lightning
 
+_MOST_TOKENS = 1024  # of an image, without a warning on a CPU
 Cut = Callable[[nn.Module], None]  # the model into the parts of several processes
 
 
@@ -68,6 +69,8 @@ def train(config: TrainConfig, command: str, console: Console) -> dict[str, Any]
     if place.count == 1:  # there is nothing to share: the same code, and no cost, as without a strategy
         config = dataclasses.replace(config, parallel=ParallelConfig(draws=config.parallel.draws))
     device = _device(config)
+    if device.type == "cpu":
+        config = _for_cpu(config, Progress(console))
     if config.parallel.strategy == "none":
         with stopped_at_once():
             return _run(config, command, console, device, place)
@@ -117,6 +120,8 @@ def _run(
     fresh = dataclasses.replace(config, init_from=None) if saved else config
     model, cut = _model(fresh, data, device, place, progress)
     progress.say(summary.model_line(config.model, model))
+    if device.type == "cpu" and (line := _many_tokens(model, data.image_size)) is not None:
+        progress.say(line)
     costs = _costs(config, model, data)
     console.print(summary.cost_table(f"{config.model.name}, {folder.path}", *costs))
     if place.is_first:
@@ -144,6 +149,17 @@ def _say_what_may_surprise(
         )
     if (line := fallback_of_muon(config, place.count)) is not None:
         progress.say(line)
+
+
+def _many_tokens(model: nn.Module, image_size: int) -> str | None:
+    """A warning where the images and the patches make a model too slow for a CPU; None where they do not."""
+    tokens = getattr(getattr(model, "patch_embed", None), "num_patches", 0)
+    if tokens <= _MOST_TOKENS:
+        return None
+    return (
+        f"warning: at {image_size} pixels an image has {tokens:,} tokens, which is slow on a CPU; "
+        "lower data.image_size, or raise model.kwargs.patch_size"
+    )
 
 
 def _model(
@@ -275,9 +291,15 @@ def _device(config: TrainConfig) -> torch.device:
         device = torch.device("cuda", place.local_rank) if place.count > 1 else torch.device("cuda")
     if device.type == "cpu" and config.trainer.precision == "fp16":
         raise UserError("--trainer.precision fp16: needs a GPU, and there is none here; use bf16 or 32")
-    if device.type == "cpu" and config.trainer.cuda_graph:
-        raise UserError("--trainer.cuda_graph true: needs a GPU, and there is none here; leave it out")
     return device
+
+
+def _for_cpu(config: TrainConfig, progress: Progress) -> TrainConfig:
+    """The run without what needs a GPU and changes nothing of its result, so that a recipe for GPUs trains anywhere."""
+    if not config.trainer.cuda_graph:
+        return config
+    progress.say("trainer.cuda_graph: turned off, since it needs a GPU and this run is on a CPU")
+    return dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, cuda_graph=False))
 
 
 def _identity(config: TrainConfig, data: ImageDataModule) -> dict[str, Any]:
