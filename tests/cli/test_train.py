@@ -78,7 +78,7 @@ def test_a_recipe_s_size_goes_with_its_set(recipe, options, sides):
     if sides is None:
         assert parse(argv).data.name == options[1]
         return
-    with pytest.raises(UserError, match="give --data.image_size too") as error:
+    with pytest.raises(UserError, match=r"give --data\.image_size too") as error:
         parse(argv)
     assert all(side in str(error.value) for side in sides)
 
