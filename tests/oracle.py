@@ -9,8 +9,13 @@ from torch import nn
 from vmoe.moe import MoeMlp
 
 
-def oracle_layer(layer: MoeMlp, x: torch.Tensor, noise: torch.Tensor | None = None) -> np.ndarray:
-    """What `layer` should give for tokens x (B, N, D), reading its weights; `noise` (B*N, E) is added to the logits."""
+def oracle_layer(
+    layer: MoeMlp, x: torch.Tensor, noise: torch.Tensor | None = None, token_mask: torch.Tensor | None = None
+) -> np.ndarray:
+    """What `layer` should give for tokens x (B, N, D), reading its weights; `noise` (B*N, E) is added to the logits.
+
+    `token_mask` (B, N) is False for padding, which the oracle leaves out of its group before it looks at anything else.
+    """
     moe = layer.config.resolved()
     images, tokens, width = x.shape
     x_TD = x.detach().double().numpy().reshape(-1, width)
@@ -25,6 +30,8 @@ def oracle_layer(layer: MoeMlp, x: torch.Tensor, noise: torch.Tensor | None = No
     result = np.zeros((len(x_TD), layer.out_features))
     for first in range(0, images, per_group):
         group = range(first * tokens, min(first + per_group, images) * tokens)
+        if token_mask is not None:
+            group = [token for token in group if token_mask.flatten()[token]]
         for token, k in oracle_kept(group, gates_TE, choices, moe, layer.training):
             expert = choices[token][k]
             weight = gates_TE[token, expert]

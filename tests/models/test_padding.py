@@ -5,9 +5,11 @@ import copy
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 
 import vmoe
 from vmoe import MoeConfig
+from vmoe.export.layer import exportable_copy
 from vmoe.models.padding import real_tokens
 
 GRIDS = [(2, 3), (4, 2), (1, 1)]
@@ -15,8 +17,9 @@ TOKENS = 8
 
 
 def model_of(name: str = "naflexvit_base_patch16_gap", **knobs):
+    """A model without LayerScale's 1e-5, which would hide what its MLPs do."""
     torch.manual_seed(0)
-    dense = timm.create_model(name, embed_dim=24, depth=2, num_heads=2, num_classes=3).eval()
+    dense = timm.create_model(name, embed_dim=24, depth=2, num_heads=2, num_classes=3, init_values=1.0).eval()
     moe = MoeConfig(layers="every-1", **{"num_experts": 3, "group": "batch", **knobs})
     return dense, vmoe.sparsify(copy.deepcopy(dense), moe, init="upcycle")
 
@@ -48,13 +51,43 @@ def real_tokens_of(model) -> int:
     return int(batch()["patch_valid"].sum()) + len(GRIDS) * model.num_prefix_tokens
 
 
-def test_padding_takes_no_capacity():
-    _, sparse = model_of(num_experts=1, top_k=1, capacity_multiple_of=1)
-    share = real_tokens_of(sparse) / (len(GRIDS) * (TOKENS + sparse.num_prefix_tokens))
-    vmoe.set_eval_capacity_factor(sparse, share)
+def test_capacity_is_counted_from_the_real_tokens():
+    _, sparse = model_of(num_experts=1, top_k=1, capacity_multiple_of=1, eval_capacity_factor=0.5)
     with torch.no_grad():
         sparse(batch())
-    assert share < 1 and sparse.blocks[1].mlp.statistics.dropped == 0
+    real = real_tokens_of(sparse)
+    assert sparse.blocks[1].mlp.statistics.dropped == pytest.approx((real // 2) / real)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "routing",
+    [
+        {"eval_capacity_factor": 0.6, "capacity_multiple_of": 1, "group": "image"},
+        {"eval_capacity_factor": 0.6, "capacity_multiple_of": 1, "group": "image", "batch_priority": True},
+        {"router": "sigmoid", "eval_capacity_factor": 0.6, "group": "image"},
+        {"router": "expert_choice", "group": "image", "capacity_factor": 1.5},
+        {"router": "soft", "group": "image"},
+    ],
+    ids=str,
+)
+def test_predictions_do_not_depend_on_the_padded_length(routing):
+    """Neither the model's nor those of its exported form."""
+    _, sparse = model_of(**routing)
+    for layer in sparse.modules():
+        if isinstance(layer, vmoe.MoeMlp):  # experts that differ, and that one sees
+            for parameter in layer.experts.parameters():
+                torch.nn.init.normal_(parameter, std=0.3)
+    sparse.double()
+    short = {key: value.double() if value.is_floating_point() else value for key, value in batch().items()}
+    long = {key: F.pad(value, [0, 0] * (value.dim() - 2) + [0, 24]) for key, value in short.items()}
+    expected = sparse(short)
+    assert expected.std() > 0.01
+    torch.testing.assert_close(sparse(long), expected)
+    exported = exportable_copy(sparse)
+    for padded in (short, long):
+        in_float = {key: value.float() if value.is_floating_point() else value for key, value in padded.items()}
+        torch.testing.assert_close(exported(in_float).double(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_pictures_have_no_padding_and_no_mask_stays_behind():

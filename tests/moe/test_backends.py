@@ -11,7 +11,7 @@ from torch import library, nn
 import vmoe
 from vmoe import MoeConfig
 from vmoe.moe import experts as experts_module
-from vmoe.moe.assignment import assign
+from vmoe.moe.assignment import Capacity, assign
 from vmoe.moe.experts import Experts
 from vmoe.moe.groups import Groups
 from vmoe.moe.kernels import cpu, padded, segments
@@ -48,7 +48,7 @@ def test_backends_equal_one_another(images, tokens, group, num_experts, top_k, c
         x_, logits_ = x.clone().requires_grad_(), logits.clone().requires_grad_()
         valid_GS = groups.valid(None, x.device)
         split = groups.split(logits_)
-        routing = assign(token_choice(split, split, groups, top_k, valid_GS=valid_GS), capacity, capacity)
+        routing = assign(token_choice(split, split, groups, top_k, valid_GS=valid_GS), Capacity(capacity))
         y = backend.expert_mlp(x_, Choices.of(routing), experts._mlp(torch.float64))
         gradients = torch.autograd.grad((y * cotangent).sum(), [x_, logits_, *experts.parameters()])
         results.append([y, *gradients])

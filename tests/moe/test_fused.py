@@ -8,7 +8,7 @@ from torch import library, nn
 
 import vmoe
 from vmoe import MoeConfig
-from vmoe.moe.assignment import assign
+from vmoe.moe.assignment import Capacity, assign
 from vmoe.moe.groups import Groups
 from vmoe.moe.kernels import composed, padded, segments
 from vmoe.moe.kernels.interface import Choices, Mlp
@@ -38,7 +38,7 @@ def skewed_routing(images, tokens, group, num_experts, top_k, skew, generator, c
     logits = (logits * 4).round() / 4 - skew * torch.arange(num_experts)
     split = groups.split(logits)
     routing = token_choice(split, split, groups, top_k, valid_GS=groups.valid(None, logits.device))
-    return routing if capacity is None else assign(routing, capacity, capacity, priority)
+    return routing if capacity is None else assign(routing, Capacity(capacity), priority)
 
 
 def outputs_and_gradients(

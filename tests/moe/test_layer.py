@@ -53,6 +53,17 @@ def test_equals_the_oracle(options, images, count, training, seed):
     torch.testing.assert_close(layer(x), torch.from_numpy(oracle_layer(layer, x)), rtol=1e-9, atol=1e-11)
 
 
+@settings(max_examples=80, deadline=None)
+@given(knobs(), st.integers(1, 5), st.integers(1, 7), st.booleans(), st.data())
+def test_equals_the_oracle_with_padding_anywhere(options, images, count, training, data):
+    """Capacity is counted from a group's real tokens, also where an image or a whole group has none."""
+    real = data.draw(st.lists(st.booleans(), min_size=images * count, max_size=images * count))
+    layer, x = layer_of(**options).train(training), tokens(images, count)
+    mask = torch.tensor(real).view(images, count)
+    expected = torch.from_numpy(oracle_layer(layer, x, token_mask=mask))
+    torch.testing.assert_close(layer(x, mask), expected, rtol=1e-9, atol=1e-11)
+
+
 def test_noise_is_added_to_the_logits_in_training_only():
     layer = layer_of(num_experts=4, top_k=2, noise_std=2.0, capacity_factor=None).train()
     x = tokens(3, 5)
@@ -171,7 +182,6 @@ def test_an_empty_batch():
 @given(knobs(), st.integers(0, 9))
 def test_padding_takes_no_place_and_carries_no_loss(options, seed):
     """A batch with padding behind each image's tokens gives what the batch without it gives."""
-    options["capacity_factor"] = options["eval_capacity_factor"] = None
     options["importance_loss_weight"] = options["gshard_loss_weight"] = options["z_loss_weight"] = 1.0
     layer = layer_of(seed, **options).train()
     x = tokens(4, 5, seed)
@@ -186,7 +196,7 @@ def test_padding_takes_no_place_and_carries_no_loss(options, seed):
 
 
 def test_padding_leaves_the_places_to_real_tokens():
-    layer = layer_of(num_experts=1, top_k=1, noise_std=0, capacity_factor=0.5, capacity_multiple_of=1, group=1).train()
+    layer = layer_of(num_experts=1, top_k=1, noise_std=0, capacity_factor=1.0, capacity_multiple_of=1, group=1).train()
     mask = torch.tensor([[False, False, True, True]])
     y = layer(tokens(1, 4), mask)
     assert (y[0, 2:] != 0).all() and (y[0, :2] == 0).all()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vmoe.moe import MoeConfig, losses
-from vmoe.moe.assignment import assign, expert_capacity
+from vmoe.moe.assignment import Capacity, assign, expert_capacity
 from vmoe.moe.experts import Experts
 from vmoe.moe.groups import Groups
 from vmoe.moe.routers import token_choice
@@ -72,7 +72,7 @@ class Case:
             size * self.moe.top_k, self.moe.num_experts, dispatcher["capacity_factor"], "ceil", 4
         )
         routing = token_choice(logits, noisy, groups, self.moe.top_k)
-        self.routing = assign(routing, capacity, capacity, dispatcher["batch_priority"])
+        self.routing = assign(routing, Capacity(capacity), dispatcher["batch_priority"])
 
         self.experts = Experts(self.moe.num_experts, width, out_width, out_width, torch.nn.Tanh(), bias=(True, False))
         with torch.no_grad():  # the second layer is the identity: recorded experts have one layer
@@ -119,7 +119,7 @@ def test_ties(name):
     chosen = expert_and_slot[..., 0].view(16, -1)
     gates = torch.zeros(16, 4).scatter(1, chosen, weights.view(16, -1))
     routing = Routing(Groups(1, 16, 16, 16), None, gates[None], gates[None], gates[None], chosen[None], weights[None])
-    routing = assign(routing, case["capacity"], case["capacity"], case["batch_priority"])
+    routing = assign(routing, Capacity(case["capacity"]), case["batch_priority"])
     assert torch.equal(routing.slots_GSK[0], expert_and_slot[..., 1].view(16, -1))
     assert torch.equal(slot_masks(routing, 4)[0], recorded(f"{name}/einsum_dispatch_weights").bool())
 

@@ -10,11 +10,11 @@ from torch import nn
 
 import vmoe
 from vmoe import MoeConfig, MoeMlp
-from vmoe.moe.assignment import CapacityError
+from vmoe.moe.assignment import Capacity, CapacityError
 from vmoe.moe.experts import Experts
 from vmoe.moe.groups import Groups
 from vmoe.moe.scores import full_precision_linear
-from vmoe.moe.slot_routers import SoftRouter, expert_choice, slots_per_expert
+from vmoe.moe.slot_routers import SoftRouter, expert_choice
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 RECORDED = np.load(FIXTURES / "vmoe_jax_routers.npz")
@@ -74,8 +74,8 @@ def test_expert_choice(name):
         capacity_rounding=dispatcher["capacity_ceil_or_round"],
         capacity_multiple_of=dispatcher["capacity_multiple_of"],
     )
-    capacity = slots_per_expert(run.groups.size, moe, moe.capacity_factor, "capacity_factor")
-    assert capacity == run.case["capacity"]
+    capacity = Capacity.of(run.groups, None, moe, moe.capacity_factor, "capacity_factor")
+    assert capacity.most == run.case["capacity"]
     routing = expert_choice(logits.softmax(-1), run.groups, capacity)
     torch.testing.assert_close(routing.gates_GSE, recorded(f"{name}/gates"), **TOLERANCE)
     assert torch.equal(routing.dispatch_GSEC().bool(), recorded(f"{name}/dispatch_weights").bool())
@@ -88,7 +88,7 @@ def test_expert_choice(name):
 
 def test_expert_choice_serves_the_earlier_of_equal_tokens():
     gates = torch.tensor([[[0.5, 0.5], [0.5, 0.5], [0.75, 0.25], [0.25, 0.75]]])
-    routing = expert_choice(gates, Groups(1, 4, 4, 4), capacity=2)
+    routing = expert_choice(gates, Groups(1, 4, 4, 4), Capacity(2))
     assert routing.chosen_GEC.tolist() == [[[2, 0], [3, 0]]]
     assert routing.dropped() == 0.25  # token 1
 
@@ -156,17 +156,44 @@ def test_gradients(router):
     assert torch.autograd.gradcheck(run, (tokens(2, 6).requires_grad_(), *layer.parameters()), atol=1e-6)
 
 
+@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("router", ["expert_choice", "soft"])
-def test_padding_is_in_no_slot(router):
-    layer = layer_of(router, tokens=6).eval()
-    x = tokens(2, 6)
-    mask = torch.tensor([[True] * 4 + [False] * 2] * 2)
-    y = layer(x, mask)
-    other = x.clone()
-    other[:, 4:] = 7.0
-    torch.testing.assert_close(layer(other, mask)[:, :4], y[:, :4])
-    if router == "soft":
-        assert (y[:, 4:] == 0).all()
+def test_padding_changes_nothing(router, training):
+    """Images of 6, 4, 2 and no tokens, filled up with others: each gives what it gives alone, forward and backward."""
+    layer = layer_of(router, tokens=6, noise_std=0.0).train(training)
+    sizes, padded = (6, 4, 2, 0), tokens(4, 16).requires_grad_()
+    mask = torch.arange(16).expand(4, 16) < torch.tensor(sizes)[:, None]
+    y = layer(padded, mask)
+    used = layer.statistics
+    assert torch.equal(y[~mask], torch.zeros_like(y[~mask]))
+    alone = [layer(image[None, :size]) for image, size in zip(padded, sizes, strict=True) if size]
+    torch.testing.assert_close(y[mask], torch.cat([part[0] for part in alone]))
+    learned = [padded, *layer.parameters()]
+    gradients = torch.autograd.grad(y.square().sum(), learned)
+    torch.testing.assert_close(gradients, torch.autograd.grad(sum(part.square().sum() for part in alone), learned))
+    assert all(part.isfinite().all() for part in used)
+
+
+@pytest.mark.parametrize("router", ["expert_choice", "soft"])
+def test_a_batch_of_padding_alone_is_zero_and_drops_nothing(router):
+    layer = layer_of(router, tokens=6).train()
+    x = tokens(2, 6).requires_grad_()
+    y = layer(x, torch.zeros(2, 6, dtype=torch.bool))
+    gradients = torch.autograd.grad(y.sum(), [x, *layer.parameters()])
+    assert (y == 0).all() and all((gradient == 0).all() for gradient in gradients)
+    assert layer.statistics.dropped == 0 and layer.statistics.load.isfinite().all()
+
+
+def test_slots_that_an_image_cannot_fill_are_empty():
+    """A record of expert choice shows no padding in a slot, and no token beyond the capacity of the real ones."""
+    gates = torch.rand(2, 6, 3).softmax(-1)
+    mask = torch.tensor([[True] * 6, [True, False, True, False, False, True]])
+    moe = MoeConfig(router="expert_choice", num_experts=3, capacity_factor=1.0)
+    groups = Groups(2, 6, 6, 6)
+    capacity = Capacity.of(groups, mask, moe, 1.0, "capacity_factor")
+    dispatch = expert_choice(gates, groups, capacity, mask).dispatch_GSEC()
+    assert dispatch.sum((1, 3)).tolist() == [[2.0] * 3, [1.0] * 3]  # tokens / experts
+    assert (dispatch.sum((2, 3))[~mask] == 0).all()
 
 
 def test_expert_choice_at_evaluation_takes_trainings_capacity_unless_told():

@@ -30,7 +30,7 @@ class LayerRouting:
             result.
         chosen: (B, N, K) the experts, best first.
         combine_weights: (B, N, K), zero where dropped.
-        dropped: (B, N, K) bool, whether the expert was full.
+        dropped: (B, N, K) bool, whether the expert was full; False for padding.
         grid: (rows, columns) of the patches; N = num_prefix_tokens + rows * columns but for padding.
         num_prefix_tokens: Class and register tokens, which come first.
         order: Place of each patch token on the grid, counted row by row: (rows * columns,) int64, or one row an image,
@@ -204,6 +204,8 @@ def _pass(record: Routing | SlotRouting, images: int, tokens: TokenGrid, names: 
         return _Pass(gates, valid, None, record, tokens, names)
     chosen, weights = by_image(record.chosen_GSK), by_image(record.combine_weights_GSK())
     dropped = torch.zeros_like(chosen, dtype=torch.bool) if record.kept_GSK is None else ~by_image(record.kept_GSK)
+    if valid is not None:  # padding takes no slot, so that none was missing
+        dropped &= valid[..., None]
     return _Pass(gates, valid, (chosen, weights, dropped), None, tokens, names)
 
 

@@ -16,12 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vmoe.moe import MoeMlp, moe_layers
-from vmoe.moe.assignment import expert_capacity
+from vmoe.moe.assignment import Capacity
 from vmoe.moe.experts import Experts
 from vmoe.moe.groups import Groups
 from vmoe.moe.routing import Routing
 from vmoe.moe.scores import full_precision_linear
-from vmoe.moe.slot_routers import slots_per_expert
 
 MakeLinear = Callable[[Tensor, Tensor | None], nn.Module]
 
@@ -130,29 +129,34 @@ class ExportedMoe(nn.Module):
         """The combine weights (G, S, E), and which tokens each expert runs on."""
         is_kept_GSK = torch.ones_like(routing.chosen_GSK, dtype=torch.bool)
         if self.config.eval_capacity_factor is not None:
-            is_kept_GSK = slots_in_flow(routing, self.config.batch_priority) < self.capacity(routing.groups.size)
+            most, each_G = self.capacity(routing.groups, routing.valid_GS)
+            bound = most if each_G is None else each_G[:, None, None]
+            is_kept_GSK = slots_in_flow(routing, self.config.batch_priority) < bound
         if routing.valid_GS is not None:
             is_kept_GSK = is_kept_GSK & routing.valid_GS[..., None]
         no_GSE = torch.zeros_like(routing.gates_GSE)
         weights_GSE = no_GSE.scatter(-1, routing.chosen_GSK, routing.weights_GSK)
         return weights_GSE, no_GSE.scatter(-1, routing.chosen_GSK, is_kept_GSK.to(no_GSE.dtype)) > 0
 
-    def capacity(self, tokens: int) -> int:
-        """C, the places of an expert for an image of so many tokens, where the layer has a bound."""
-        moe = self.config
-        choices, name = tokens * moe.top_k, "eval_capacity_factor"
-        return min(tokens, expert_capacity(choices, moe.num_experts, moe.eval_capacity_factor, *moe.rounding, name))
+    def capacity(self, groups: Groups, valid_GS: Tensor | None) -> Capacity:
+        """C of each image, where the layer has a bound."""
+        moe, name = self.config, "eval_capacity_factor"
+        if moe.eval_capacity_factor is None:
+            name = "capacity_factor"
+        return Capacity.of(groups, valid_GS, moe, getattr(moe, name), name)
 
     def _expert_choice(self, x_TD: Tensor, groups: Groups, valid_GS: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Likewise where each expert takes the C tokens with its largest gates; of equal gates, the earlier token."""
-        moe = self.config
+        """The same where each expert takes the C tokens with its largest gates; of equal gates, the earlier token."""
         gates_GSE = groups.split(full_precision_linear(x_TD, self.router.gate.weight)).softmax(-1)
-        name = "capacity_factor" if moe.eval_capacity_factor is None else "eval_capacity_factor"
-        capacity = slots_per_expert(groups.size, moe, getattr(moe, name), name)
+        most, each_G = self.capacity(groups, valid_GS)
         ranked_GSE = gates_GSE if valid_GS is None else gates_GSE.masked_fill(~valid_GS[..., None], -1.0)
-        least_G1E = ranked_GSE.topk(capacity, dim=1).values[:, -1:]
+        best_GCE = ranked_GSE.topk(most, dim=1).values
+        taken_G11 = most if each_G is None else each_G[:, None, None]
+        least_G1E = best_GCE[:, -1:]
+        if each_G is not None:  # the last that an expert takes; of padding alone it takes none, whatever this is
+            least_G1E = best_GCE.gather(1, (taken_G11 - 1).clamp_min(0).expand(-1, 1, best_GCE.shape[-1]))
         is_larger_GSE, is_equal_GSE = ranked_GSE > least_G1E, ranked_GSE == least_G1E
-        left_G1E = capacity - is_larger_GSE.sum(1, keepdim=True)
+        left_G1E = taken_G11 - is_larger_GSE.sum(1, keepdim=True)
         is_taken_GSE = is_larger_GSE | (is_equal_GSE & (is_equal_GSE.long().cumsum(1) <= left_G1E))
         return gates_GSE, is_taken_GSE if valid_GS is None else is_taken_GSE & valid_GS[..., None]
 

@@ -165,4 +165,5 @@ def layer_factor(layer: MoeMlp, tokens: int) -> float:
     moe = layer.config
     if moe.eval_capacity_factor is None:
         return moe.num_experts / moe.top_k
-    return ExportedMoe(layer, plain_linear).capacity(tokens) * moe.num_experts / (tokens * moe.top_k)
+    groups = Groups(1, tokens, tokens, tokens)
+    return ExportedMoe(layer, plain_linear).capacity(groups, None).most * moe.num_experts / (tokens * moe.top_k)

@@ -1,13 +1,15 @@
 """Assignment: which of the tokens that chose an expert it has room for.
 
-T tokens in G groups of S tokens; E experts; K choices a token; C capacity, the places an expert has for a group.
+T tokens in G groups of S tokens; E experts; K choices a token; C capacity, the slots of an expert in a group.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from vmoe.moe.config import MoeConfig
 from vmoe.moe.groups import Groups
 from vmoe.moe.kernels import fused_for
 from vmoe.moe.routing import Routing
@@ -60,7 +62,57 @@ def expert_capacity(
     return capacity + -capacity % multiple_of
 
 
-def assign(routing: Routing, capacity: int, last_capacity: int, batch_priority: bool = False) -> Routing:
+class Capacity(NamedTuple):
+    """C, the slots of an expert in a group.
+
+    Attributes:
+        most: C of a full group without padding. Buffers are made for so many.
+        each_G: C of each group, by its real tokens, (G,) int64; None where it is `most` in all groups.
+    """
+
+    most: int
+    each_G: Tensor | None = None
+
+    @classmethod
+    def of(cls, groups: Groups, valid_GS: Tensor | None, moe: MoeConfig, factor: float, name: str) -> "Capacity":
+        """The capacity by `expert_capacity`, and at most the group's tokens: no expert takes a token twice.
+
+        Padding does not count, so that a prediction does not depend on the length that an image is padded to. Real
+        tokens leave each expert one slot at least: their number lies on the device, so that no error can name it.
+
+        Args:
+            groups: How the tokens are grouped.
+            valid_GS: Which tokens are real; None when all are.
+            moe: The layer's configuration.
+            factor: The capacity factor.
+            name: The factor's name in errors.
+
+        Raises:
+            CapacityError: The experts would have no slot at all, or choose more tokens than an image has.
+        """
+        choices = 1 if moe.fills_slots else moe.top_k
+        of_full, _ = (  # both, so that an incomplete group without slots is an error too
+            expert_capacity(size * choices, moe.num_experts, factor, *moe.rounding, name)
+            for size in (groups.size, groups.last)
+        )
+        if moe.fills_slots and of_full > groups.size:
+            raise CapacityError(
+                f"each expert would choose {of_full} of an image's {groups.size} tokens; "
+                "lower it or capacity_multiple_of",
+                factor,
+                name,
+            )
+        most = min(groups.size, of_full)
+        if valid_GS is None:
+            return cls(most)
+        rounding, multiple_of = moe.rounding
+        real_G = valid_GS.sum(1)
+        exact_G = (real_G * choices).double() * factor / moe.num_experts  # as in `expert_capacity`, bit for bit
+        each_G = (exact_G.ceil() if rounding == "ceil" else exact_G.round()).long().clamp_min(1)
+        return cls(most, torch.minimum(each_G + -each_G % multiple_of, real_G))
+
+
+def assign(routing: Routing, capacity: Capacity, batch_priority: bool = False) -> Routing:
     """Hands out each expert's places, group by group: every token's first choice, then every second choice, ...
 
     Within a choice the tokens come in their order in the group or, with Batch Prioritized Routing (section 4.1), by
@@ -68,8 +120,7 @@ def assign(routing: Routing, capacity: int, last_capacity: int, batch_priority: 
 
     Args:
         routing: The router's decision.
-        capacity: C of a full group.
-        last_capacity: C of the last group, which may be incomplete.
+        capacity: C.
         batch_priority: Order tokens by their gate.
 
     Returns:
@@ -83,10 +134,10 @@ def assign(routing: Routing, capacity: int, last_capacity: int, batch_priority: 
     fused = fused_for(chosen_GSK)
     rank = rank_in_flow if fused is None or num_experts > fused.MAX_EXPERTS else fused.ranks
     slots_GSK = rank(chosen_GSK, order_GS, num_experts)
-    kept_GSK = slots_GSK < _capacities(routing.groups, capacity, last_capacity, slots_GSK.device)
+    kept_GSK = slots_GSK < (capacity.most if capacity.each_G is None else capacity.each_G[:, None, None])
     if valid_GS is not None:
         kept_GSK = kept_GSK & valid_GS[..., None]
-    return routing._replace(kept_GSK=kept_GSK, slots_GSK=slots_GSK, capacity=capacity)
+    return routing._replace(kept_GSK=kept_GSK, slots_GSK=slots_GSK, capacity=capacity.most)
 
 
 def priority_order(routing: Routing) -> Tensor:
@@ -119,11 +170,3 @@ def rank_among_equals(values_GN: Tensor) -> Tensor:
     first_GN = torch.searchsorted(ordered_GN, ordered_GN)
     rank_GN = torch.arange(values_GN.shape[1], device=values_GN.device) - first_GN
     return torch.empty_like(rank_GN).scatter(1, order_GN, rank_GN)
-
-
-def _capacities(groups: Groups, capacity: int, last_capacity: int, device: torch.device) -> Tensor | int:
-    if last_capacity == capacity:
-        return capacity
-    capacities = torch.full((groups.count, 1, 1), capacity, device=device)
-    capacities[-1] = last_capacity
-    return capacities

@@ -31,7 +31,8 @@ class MoeConfig:
             forced fair load, for benchmarks.
         capacity_factor: C in the paper: an expert takes at most capacity_factor * K * tokens / E tokens of a routing
             group in training (section 2.3); null drops nothing. For "expert_choice" and "soft", the slots an expert
-            has: capacity_factor * tokens / E an image.
+            has: capacity_factor * tokens / E an image. Padding is not counted among the tokens; only the slots of
+            "soft" are as many in every image.
         eval_capacity_factor: The same at evaluation; null drops nothing, so that a prediction does not depend on the
             rest of the batch. For "expert_choice" and "soft", null is training's.
         capacity_rounding: How a fractional capacity becomes whole: "ceil" or "round" (half to even). null is the

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vmoe.moe import losses
-from vmoe.moe.assignment import assign, expert_capacity
+from vmoe.moe.assignment import Capacity, assign
 from vmoe.moe.config import MoeConfig
 from vmoe.moe.experts import Experts, SharedExpert
 from vmoe.moe.groups import Groups
@@ -229,12 +229,7 @@ class MoeMlp(nn.Module):
             # nothing is dropped but the choices of padding
             is_real = None if valid_GS is None else valid_GS[..., None].expand_as(routing.chosen_GSK)
             return routing._replace(kept_GSK=is_real)
-        capacity, last_capacity = (
-            # no expert is chosen by more than all tokens
-            min(size, expert_capacity(size * moe.top_k, moe.num_experts, factor, *moe.rounding, name))
-            for size in (groups.size, groups.last)
-        )
-        return assign(routing, capacity, last_capacity, moe.batch_priority)
+        return assign(routing, Capacity.of(groups, valid_GS, moe, factor, name), moe.batch_priority)
 
     def _account(self, routing: Routing | SlotRouting, y_TD: Tensor) -> Tensor:
         """Keeps the auxiliary loss and the statistics; changes no value of `y_TD`."""

@@ -54,8 +54,10 @@ class Routing(NamedTuple):
 
     def dropped(self) -> Tensor:
         """Share of the choices that found their expert full, ()."""
-        choices = self._real_GS1().sum().clamp_min(1) * self.chosen_GSK.shape[-1]
-        return choices.new_zeros(()) if self.kept_GSK is None else 1 - self.kept_GSK.sum() / choices
+        choices = self._real_GS1().sum() * self.chosen_GSK.shape[-1]
+        if self.kept_GSK is None:
+            return choices.new_zeros(())
+        return (choices - self.kept_GSK.sum()) / choices.clamp_min(1)
 
     def entropy(self) -> Tensor:
         """Mean entropy of the tokens' normalised gates in nats, ()."""
@@ -67,14 +69,15 @@ class Routing(NamedTuple):
 
 
 class ExpertChoiceRouting(NamedTuple):
-    """Experts that chose tokens; every place is taken.
+    """Experts that chose tokens; every slot is taken, but where padding leaves too few tokens.
 
     Attributes:
         groups: One group an image.
         valid_GS: Which tokens are real, bool; None when all are.
         gates_GSE: softmax over the experts.
         chosen_GEC: The tokens of each expert, as their places in the group, best first.
-        weights_GEC: Their combine weights; zero for padding.
+        weights_GEC: Their combine weights; zero where no token is taken.
+        kept_G1C: In which slots tokens are taken, bool; None for all. With padding a group has fewer than others.
     """
 
     groups: Groups
@@ -82,6 +85,7 @@ class ExpertChoiceRouting(NamedTuple):
     gates_GSE: Tensor
     chosen_GEC: Tensor
     weights_GEC: Tensor
+    kept_G1C: Tensor | None = None
 
     def dispatch(self, x_TD: Tensor) -> Tensor:
         """(E*G*C, D): the tokens of each expert, experts first."""
@@ -102,21 +106,27 @@ class ExpertChoiceRouting(NamedTuple):
         """Share of the tokens that no expert chose, ()."""
         real_GS = _real(self.valid_GS, self.gates_GSE)[..., 0]
         flat_GN = self.chosen_GEC.flatten(1)
-        is_chosen_GS = torch.zeros_like(real_GS).scatter(1, flat_GN, 1.0)
-        return 1 - (is_chosen_GS * real_GS).sum() / real_GS.sum().clamp_min(1)
+        taken_GN = self._kept_GEC().flatten(1).to(real_GS.dtype)
+        is_chosen_GS = torch.zeros_like(real_GS).scatter_reduce(1, flat_GN, taken_GN, "amax")
+        return (real_GS - is_chosen_GS).sum() / real_GS.sum().clamp_min(1)
 
     def entropy(self) -> Tensor:
         """Mean entropy of the tokens' gates in nats, ()."""
         return _mean_entropy(self.gates_GSE, _real(self.valid_GS, self.gates_GSE))
 
     def dispatch_GSEC(self) -> Tensor:
-        """One-hot: which token stands in which place of which expert."""
+        """One-hot: which token stands in which slot of which expert; zeros for a slot without a token."""
         one_hot_GECS = torch.nn.functional.one_hot(self.chosen_GEC, self.gates_GSE.shape[1])
-        return one_hot_GECS.permute(0, 3, 1, 2).to(self.gates_GSE.dtype)
+        return (one_hot_GECS * self._kept_GEC()[..., None]).permute(0, 3, 1, 2).to(self.gates_GSE.dtype)
 
     def combine_GSEC(self) -> Tensor:
         """The weight of each place in each token's result."""
         return self.dispatch_GSEC() * self.weights_GEC[:, None]
+
+    def _kept_GEC(self) -> Tensor:
+        if self.kept_G1C is None:
+            return torch.ones_like(self.chosen_GEC, dtype=torch.bool)
+        return self.kept_G1C.expand_as(self.chosen_GEC)
 
     def _token_R(self) -> Tensor:
         num_groups, size, _ = self.gates_GSE.shape
@@ -130,7 +140,8 @@ class SoftRouting(NamedTuple):
     Attributes:
         groups: One group an image.
         valid_GS: Which tokens are real, bool; None when all are.
-        dispatch_weights_GSEC: Weight of each token in each slot; over the tokens they sum to 1.
+        dispatch_weights_GSEC: Weight of each token in each slot; over the tokens they sum to 1, or to 0 in an image of
+            padding alone.
         combine_weights_GSEC: Weight of each slot in each token's result; over all slots they sum to 1.
     """
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from vmoe.moe.assignment import CapacityError, expert_capacity
+from vmoe.moe.assignment import Capacity, expert_capacity
 from vmoe.moe.config import MoeConfig
 from vmoe.moe.groups import Groups
 from vmoe.moe.routing import ExpertChoiceRouting, SoftRouting
@@ -45,14 +45,7 @@ class ExpertChoiceRouter(nn.Module):
         logits_GSE = groups.split(full_precision_linear(x_TD, self.gate.weight))
         if self.training:
             logits_GSE = with_noise(logits_GSE, self.noise_scale, self.draw_noise)
-        capacity = slots_per_expert(groups.size, self.moe, capacity_factor, name)
-        if capacity > groups.size:
-            raise CapacityError(
-                f"each expert would choose {capacity} of an image's {groups.size} tokens; "
-                "lower it or capacity_multiple_of",
-                capacity_factor,
-                name,
-            )
+        capacity = Capacity.of(groups, valid_GS, self.moe, capacity_factor, name)
         return expert_choice(logits_GSE.softmax(-1), groups, capacity, valid_GS)
 
 
@@ -77,8 +70,14 @@ class SoftRouter(nn.Module):
 
     def __init__(self, dim: int, moe: MoeConfig, tokens: int, device=None, dtype=None) -> None:
         super().__init__()
+<<<<<<< HEAD
         slots = slots_per_expert(tokens, moe, moe.experts_per_token, "capacity_factor")
         self.noise_scale = moe.noise
+=======
+        assert moe.capacity_factor is not None and moe.noise_std is not None
+        slots = expert_capacity(tokens, moe.num_experts, moe.capacity_factor, *moe.rounding)
+        self.noise_scale = moe.noise_std
+>>>>>>> 9240fe4 (Capacity is counted from a group's real tokens; Soft MoE survives an image of padding alone)
         self.draw_noise: Callable[[Tensor], Tensor] | None = None
         self.mu = nn.Parameter(torch.empty(dim, moe.num_experts, slots, device=device, dtype=dtype))
         self.scale = nn.Parameter(torch.full((), moe.soft_scale, device=device, dtype=dtype))
@@ -101,28 +100,29 @@ class SoftRouter(nn.Module):
         logits_GSN = groups.split(logits_TN)
         combine_GSN = logits_GSN.softmax(-1)
         if valid_GS is not None:  # padding is in no slot and gets nothing
-            logits_GSN = logits_GSN.masked_fill(~valid_GS[..., None], -math.inf)
+            # not -inf: an image of padding alone would have NaN for its weights, and for every gradient
+            logits_GSN = logits_GSN.masked_fill(~valid_GS[..., None], torch.finfo(logits_GSN.dtype).min)
             combine_GSN = combine_GSN * valid_GS[..., None]
+        dispatch_GSN = logits_GSN.softmax(1)
+        if valid_GS is not None:
+            dispatch_GSN = dispatch_GSN * valid_GS[..., None]
         shape = (groups.count, groups.size, num_experts, slots)
-        return SoftRouting(groups, valid_GS, logits_GSN.softmax(1).view(shape), combine_GSN.view(shape))
+        return SoftRouting(groups, valid_GS, dispatch_GSN.view(shape), combine_GSN.view(shape))
 
 
 def expert_choice(
-    gates_GSE: Tensor, groups: Groups, capacity: int, valid_GS: Tensor | None = None
+    gates_GSE: Tensor, groups: Groups, capacity: Capacity, valid_GS: Tensor | None = None
 ) -> ExpertChoiceRouting:
-    """Each expert takes the `capacity` tokens with its largest gates; of equal gates, the earlier token."""
+    """Each expert takes the C tokens with its largest gates; of equal gates, the earlier token."""
     gates_GES = gates_GSE.transpose(1, 2)
     ranked_GES = gates_GES.detach() if valid_GS is None else gates_GES.detach().masked_fill(~valid_GS[:, None], -1.0)
-    chosen_GEC = ranked_GES.argsort(dim=-1, descending=True, stable=True)[..., :capacity]
+    chosen_GEC = ranked_GES.argsort(dim=-1, descending=True, stable=True)[..., : capacity.most]
     weights_GEC = gates_GES.gather(-1, chosen_GEC)
-    if valid_GS is not None:
-        weights_GEC = weights_GEC * valid_GS[:, None].expand_as(gates_GES).gather(-1, chosen_GEC)
-    return ExpertChoiceRouting(groups, valid_GS, gates_GSE, chosen_GEC, weights_GEC)
-
-
-def slots_per_expert(tokens: int, moe: MoeConfig, capacity_factor: float, name: str) -> int:
-    """C: the slots that an expert has for an image of so many tokens; `name` is the factor's in errors."""
-    return expert_capacity(tokens, moe.num_experts, capacity_factor, *moe.rounding, name)
+    kept_G1C = None
+    if capacity.each_G is not None:  # C is at most the group's real tokens, which are ranked first
+        kept_G1C = (torch.arange(capacity.most, device=gates_GSE.device) < capacity.each_G[:, None])[:, None]
+        weights_GEC = weights_GEC * kept_G1C
+    return ExpertChoiceRouting(groups, valid_GS, gates_GSE, chosen_GEC, weights_GEC, kept_G1C)
 
 
 def _unit(values: Tensor, dim: int) -> Tensor:

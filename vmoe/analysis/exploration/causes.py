@@ -20,7 +20,7 @@ from vmoe.analysis.evaluation import restored_settings, set_capacity, shares_of_
 from vmoe.analysis.exploration.statistics import paired_change, wilson
 from vmoe.analysis.exploration.subject import Subject
 from vmoe.moe import MoeMlp, Routing
-from vmoe.moe.assignment import CapacityError
+from vmoe.moe.assignment import Capacity, CapacityError
 from vmoe.moe.routers import SigmoidRouter, top_experts, weights_of
 from vmoe.moe.routing import ExpertChoiceRouting, SlotRouting, SoftRouting
 from vmoe.moe.slot_routers import expert_choice
@@ -194,7 +194,7 @@ def _without(router: nn.Module, routing: Routing | SlotRouting, expert: int) -> 
     if isinstance(routing, ExpertChoiceRouting):
         left = routing.gates_GSE.masked_fill(is_expert, 0)
         left = left / left.sum(-1, keepdim=True).clamp_min(torch.finfo(left.dtype).tiny)
-        return expert_choice(left, routing.groups, routing.chosen_GEC.shape[-1], routing.valid_GS)
+        return _experts_choose(left, routing)
     logits = routing.logits_GSE.masked_fill(is_expert, -math.inf)
     if isinstance(router, SigmoidRouter):
         gates = routing.gates_GSE.masked_fill(is_expert, 0)
@@ -222,10 +222,16 @@ def _shuffled(routing: Routing | SlotRouting, generator: torch.Generator) -> Rou
     order = _orders(routing.gates_GSE, generator)  # expert e's gates go to expert order[e]
     gates = torch.empty_like(routing.gates_GSE).scatter(-1, order, routing.gates_GSE)
     if isinstance(routing, ExpertChoiceRouting):
-        return expert_choice(gates, routing.groups, routing.chosen_GEC.shape[-1], routing.valid_GS)
+        return _experts_choose(gates, routing)
     logits = torch.empty_like(routing.logits_GSE).scatter(-1, order, routing.logits_GSE)
     chosen = order.gather(-1, routing.chosen_GSK)
     return routing._replace(logits_GSE=logits, noisy_logits_GSE=logits, gates_GSE=gates, chosen_GSK=chosen)
+
+
+def _experts_choose(gates: Tensor, routing: ExpertChoiceRouting) -> ExpertChoiceRouting:
+    """Expert choice by other gates, with the capacity of `routing`."""
+    slots = None if routing.kept_G1C is None else routing.kept_G1C.sum((1, 2))
+    return expert_choice(gates, routing.groups, Capacity(routing.chosen_GEC.shape[-1], slots), routing.valid_GS)
 
 
 def _orders(like: Tensor, generator: torch.Generator) -> Tensor:
