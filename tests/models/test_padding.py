@@ -114,6 +114,16 @@ def test_recorded_on_the_grid_of_each_image():
         assert drawn[image, rows:].eq(0).all() and drawn[image, :, columns:].eq(0).all()
 
 
+def test_padding_is_recorded_as_no_dropped_choice():
+    _, sparse = model_of(eval_capacity_factor=0.5, capacity_multiple_of=1)
+    with torch.no_grad(), vmoe.record_routing(sparse) as trace:
+        sparse(batch())
+    for name, routing in trace.layers.items():
+        assert routing.dropped.any() and not routing.dropped[~routing.valid].any()
+        real = routing.valid.sum() * routing.dropped.shape[-1]
+        torch.testing.assert_close(sparse.get_submodule(name).statistics.dropped, routing.dropped.sum() / real)
+
+
 def test_copies_have_masks_of_their_own():
     _, sparse = model_of()
     twin = copy.deepcopy(sparse)

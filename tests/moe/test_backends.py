@@ -30,9 +30,10 @@ from vmoe.moe.routers import token_choice
     st.integers(1, 6),  # capacity
     st.floats(0, 6),  # skew of the router towards expert 0
     st.booleans(),  # biases
+    st.booleans(),  # padding, with a capacity of each group
 )
-def test_backends_equal_one_another(images, tokens, group, num_experts, top_k, capacity, skew, bias):
-    """Outputs and all gradients, with drops, idle experts and incomplete groups."""
+def test_backends_equal_one_another(images, tokens, group, num_experts, top_k, capacity, skew, bias, padded_images):
+    """Outputs and all gradients, with drops, idle experts, incomplete groups and padding."""
     top_k = min(top_k, num_experts)
     generator = torch.Generator().manual_seed(images * 7 + tokens)
     groups = Groups.of(images, tokens, group)
@@ -43,12 +44,16 @@ def test_backends_equal_one_another(images, tokens, group, num_experts, top_k, c
     logits = torch.randn(images * tokens, num_experts, dtype=torch.float64, generator=generator)
     logits[:, 0] += skew
     cotangent = torch.randn(images * tokens, 3, dtype=torch.float64, generator=generator)
+    mask, bound = None, Capacity(capacity)
+    if padded_images:
+        mask = torch.rand(images * tokens, generator=generator) < 0.7
+        bound = Capacity(capacity, torch.randint(capacity + 1, (groups.count,), generator=generator))
     results = []
     for backend in (padded, segments, cpu):
         x_, logits_ = x.clone().requires_grad_(), logits.clone().requires_grad_()
-        valid_GS = groups.valid(None, x.device)
+        valid_GS = groups.valid(mask, x.device)
         split = groups.split(logits_)
-        routing = assign(token_choice(split, split, groups, top_k, valid_GS=valid_GS), Capacity(capacity))
+        routing = assign(token_choice(split, split, groups, top_k, valid_GS=valid_GS), bound)
         y = backend.expert_mlp(x_, Choices.of(routing), experts._mlp(torch.float64))
         gradients = torch.autograd.grad((y * cotangent).sum(), [x_, logits_, *experts.parameters()])
         results.append([y, *gradients])

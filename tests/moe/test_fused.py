@@ -31,14 +31,22 @@ ACTIVATIONS = [
 ]  # fmt: skip
 
 
-def skewed_routing(images, tokens, group, num_experts, top_k, skew, generator, capacity=None, priority=False):
-    """Random logits with ties; experts beyond the first ones stay idle as the skew grows."""
+def skewed_routing(images, tokens, group, num_experts, top_k, skew, generator, capacity=None, priority=False, padding=False):
+    """Random logits with ties; experts beyond the first ones stay idle as the skew grows.
+
+    With `padding` a third of the tokens is no token, and each group has a capacity of its own.
+    """
     groups = Groups.of(images, tokens, group)
     logits = torch.randn(images * tokens, num_experts, generator=generator, dtype=torch.float64)
     logits = (logits * 4).round() / 4 - skew * torch.arange(num_experts)
     split = groups.split(logits)
-    routing = token_choice(split, split, groups, top_k, valid_GS=groups.valid(None, logits.device))
-    return routing if capacity is None else assign(routing, Capacity(capacity), priority)
+    mask = torch.rand(images * tokens, generator=generator) < 0.67 if padding else None
+    valid_GS = groups.valid(mask, logits.device)
+    routing = token_choice(split, split, groups, top_k, valid_GS=valid_GS)
+    if capacity is None:
+        return routing if valid_GS is None else routing._replace(kept_GSK=valid_GS[..., None].expand(-1, -1, top_k))
+    each_G = torch.randint(capacity + 1, (groups.count,), generator=generator) if padding else None
+    return assign(routing, Capacity(capacity, each_G), priority)
 
 
 def outputs_and_gradients(
@@ -106,14 +114,16 @@ def random_parameters(num_experts, width, hidden, out, bias, generator, gated=Fa
     bias=st.booleans(),
     activation=st.sampled_from(ACTIVATIONS),
     recompute=st.booleans(),
+    padding=st.booleans(),
     dtype=st.sampled_from(list(TOLERANCE)),
 )
 def test_outputs_and_gradients(
-    images, tokens, group, num_experts, top_k, capacity, priority, skew, widths, bias, activation, recompute, dtype
-):
+    images, tokens, group, num_experts, top_k, capacity, priority, skew, widths, bias, activation, recompute,
+    padding, dtype,
+):  # fmt: skip
     top_k = min(top_k, num_experts)
     generator = torch.Generator().manual_seed(images * 100 + tokens)
-    routing = skewed_routing(images, tokens, group, num_experts, top_k, skew, generator, capacity, priority)
+    routing = skewed_routing(images, tokens, group, num_experts, top_k, skew, generator, capacity, priority, padding)
     x, cotangent = (
         torch.randn(images * tokens, width, generator=generator, dtype=torch.float64) for width in widths[::2]
     )

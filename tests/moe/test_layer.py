@@ -53,7 +53,7 @@ def test_equals_the_oracle(options, images, count, training, seed):
     torch.testing.assert_close(layer(x), torch.from_numpy(oracle_layer(layer, x)), rtol=1e-9, atol=1e-11)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(knobs(), st.integers(1, 5), st.integers(1, 7), st.booleans(), st.data())
 def test_equals_the_oracle_with_padding_anywhere(options, images, count, training, data):
     """Capacity is counted from a group's real tokens, also where an image or a whole group has none."""

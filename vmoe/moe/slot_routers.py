@@ -70,14 +70,8 @@ class SoftRouter(nn.Module):
 
     def __init__(self, dim: int, moe: MoeConfig, tokens: int, device=None, dtype=None) -> None:
         super().__init__()
-<<<<<<< HEAD
-        slots = slots_per_expert(tokens, moe, moe.experts_per_token, "capacity_factor")
+        slots = expert_capacity(tokens, moe.num_experts, moe.experts_per_token, *moe.rounding)
         self.noise_scale = moe.noise
-=======
-        assert moe.capacity_factor is not None and moe.noise_std is not None
-        slots = expert_capacity(tokens, moe.num_experts, moe.capacity_factor, *moe.rounding)
-        self.noise_scale = moe.noise_std
->>>>>>> 9240fe4 (Capacity is counted from a group's real tokens; Soft MoE survives an image of padding alone)
         self.draw_noise: Callable[[Tensor], Tensor] | None = None
         self.mu = nn.Parameter(torch.empty(dim, moe.num_experts, slots, device=device, dtype=dtype))
         self.scale = nn.Parameter(torch.full((), moe.soft_scale, device=device, dtype=dtype))
