@@ -31,7 +31,9 @@ ACTIVATIONS = [
 ]  # fmt: skip
 
 
-def skewed_routing(images, tokens, group, num_experts, top_k, skew, generator, capacity=None, priority=False, padding=False):
+def skewed_routing(
+    images, tokens, group, num_experts, top_k, skew, generator, capacity=None, priority=False, padding=False
+):
     """Random logits with ties; experts beyond the first ones stay idle as the skew grows.
 
     With `padding` a third of the tokens is no token, and each group has a capacity of its own.
