@@ -245,12 +245,13 @@ def test_a_torchvision_of_another_torch_is_told(tmp_path):
     (tmp_path / "torchvision").mkdir()
     (tmp_path / "torchvision" / "__init__.py").write_text("raise RuntimeError('operator torchvision::nms')")
     paths = os.pathsep.join([str(tmp_path), *sys.path])
-    answer = subprocess.run(
-        [sys.executable, "-c", "import vmoe"], env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True
-    )
-    assert answer.stderr.splitlines()[-1].startswith("ImportError: torchvision was built for another torch; install")
-    tool = Path(__file__).parents[1] / "tools" / "predict.py"
     environment = os.environ | {"PYTHONPATH": paths}
-    answer = subprocess.run([sys.executable, str(tool), "--help"], env=environment, capture_output=True, text=True)
-    assert answer.returncode == 2 and answer.stderr.count("\n") == 1
-    assert answer.stderr.startswith("vmoe: error: torchvision was built for another torch; install")
+    library = [sys.executable, "-c", "from vmoe import create_model"]
+    answer = subprocess.run(library, env=environment, capture_output=True, text=True)
+    assert answer.stderr.splitlines()[-1].startswith("ImportError: torchvision was built for another torch; install")
+    root = Path(__file__).parents[1]
+    model = root / "assets" / "models" / "cifar10_small.safetensors"
+    tool = [sys.executable, str(root / "tools" / "export.py"), str(model), "--out", str(tmp_path / "new.safetensors")]
+    answer = subprocess.run(tool, env=environment, capture_output=True, text=True)
+    assert answer.returncode == 2 and answer.stderr.count("\n") == 1, answer.stderr
+    assert answer.stderr.startswith("vmoe export: error: torchvision was built for another torch; install")

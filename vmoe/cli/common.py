@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from vmoe.cli.main import JOBS
 from vmoe.errors import UserError
-from vmoe.moe.assignment import CapacityError
+from vmoe.imports import TORCHVISION_IS_BROKEN, breaks_torchvision
 from vmoe.text import printable
 
 
@@ -31,6 +31,10 @@ def run(job: Callable[[list[str]], int | None], argv: list[str] | None) -> int:
         if not _is_of_config(error):
             raise
         line = str(error)
+    except (ImportError, RuntimeError) as error:
+        if not breaks_torchvision(error):
+            raise
+        line = TORCHVISION_IS_BROKEN
     except KeyboardInterrupt:
         print(f"vmoe {name}: interrupted", file=sys.stderr)
         return 130
@@ -44,4 +48,8 @@ def run(job: Callable[[list[str]], int | None], argv: list[str] | None) -> int:
 def _is_of_config(error: ValueError) -> bool:
     """Whether a config dataclass refuses its values, or a layer its capacity; any other ValueError is a bug of ours."""
     frames = traceback.extract_tb(error.__traceback__)
-    return isinstance(error, CapacityError) or any(frame.name == "__post_init__" for frame in frames)
+    if any(frame.name == "__post_init__" for frame in frames):
+        return True
+    from vmoe.moe.assignment import CapacityError  # here, since it brings torch along
+
+    return isinstance(error, CapacityError)

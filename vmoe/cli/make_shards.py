@@ -8,7 +8,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from vmoe.cli.common import run
 from vmoe.cli.options import count, new_parser
-from vmoe.data.shard_writing import write_shards
 from vmoe.text import printable
 
 _DESCRIPTION = """\
@@ -37,6 +36,8 @@ def _make_shards(argv: list[str]) -> int:
     parser.add_argument("--megabytes", type=count, default=1000, metavar="N", help=line)
     parser.add_argument("--seed", type=int, default=0, help="of the order of the images (default: %(default)s)")
     options = parser.parse_args(argv)
+    from vmoe.data.shard_writing import write_shards  # here, so that --help and a mistyped option answer at once
+
     columns = (TextColumn("{task.description:5}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:

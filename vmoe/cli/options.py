@@ -2,10 +2,12 @@
 
 import argparse
 import math
-
-import torch
+from typing import TYPE_CHECKING
 
 from vmoe.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 
 class _Parser(argparse.ArgumentParser):
@@ -43,12 +45,14 @@ def count(text: str, least: int = 1) -> int:
     return int(text)
 
 
-def choose_device(name: str) -> torch.device:
+def choose_device(name: str) -> "torch.device":
     """The device that `--device` names; "auto" is a GPU where there is one.
 
     Raises:
         UserError: torch knows no such device, or it is not there.
     """
+    import torch  # here, since --help and a mistyped option need not wait for it
+
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

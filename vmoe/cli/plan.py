@@ -7,20 +7,17 @@ import shlex
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from vmoe.bench.figure import save
-from vmoe.bench.plan.choice import USUAL_NETWORK, plans_of, workload_of
-from vmoe.bench.plan.hardware import GPUS, NETWORKS, Machine, gpu_of_this_machine, network_bandwidth
-from vmoe.bench.plan.planner import Traces
-from vmoe.bench.plan.report import COLUMNS, draw_curves, draw_plans, plan_row
-from vmoe.bench.report import Row, markdown_table
+from vmoe.bench.plan.hardware import GPUS, NETWORKS, USUAL_NETWORK, Machine, gpu_of_this_machine, network_bandwidth
 from vmoe.cli.common import run
 from vmoe.cli.options import choose_device, count, new_parser
 from vmoe.errors import UserError
 from vmoe.files import atomic_write, write_json
+
+if TYPE_CHECKING:
+    from vmoe.bench.plan.planner import Traces
+    from vmoe.bench.report import Row
 
 _DESCRIPTION = """\
 Predicts, from a config alone, what each process needs and how long a step takes on many GPUs, for every way to spread
@@ -58,6 +55,11 @@ def _plan(argv: list[str]) -> int:
         return _measure(options, argv)
     if options.config is None:
         raise UserError("--config: give a recipe, such as configs/digits.yaml, or --measure")
+    # Imported here, so that --help and a mistyped option answer at once.
+    from vmoe.bench.figure import save
+    from vmoe.bench.plan.choice import plans_of, workload_of
+    from vmoe.bench.plan.report import COLUMNS, draw_curves, draw_plans, plan_row
+    from vmoe.bench.report import markdown_table
     from vmoe.cli.train import parse
 
     config = parse(["--config", options.config, *rest])
@@ -103,8 +105,11 @@ def _plan(argv: list[str]) -> int:
 
 
 def _measure(options: argparse.Namespace, argv: list[str]) -> int:
+    import torch
+
     from vmoe.bench.plan import truth
     from vmoe.bench.plan.probes import measure_machine
+    from vmoe.bench.report import markdown_table
     from vmoe.training.summary import device_name, versions
 
     start = time.monotonic()
@@ -120,8 +125,8 @@ def _measure(options: argparse.Namespace, argv: list[str]) -> int:
     cases = [
         truth.Case(model, experts, images)
         for model in options.models or truth.MODELS
-        for experts in options.experts
-        for images in options.images
+        for experts in options.experts or truth.EXPERTS
+        for images in options.images or truth.BATCHES
     ]
     header = {
         "command": shlex.join(["vmoe", "plan", *argv]),
@@ -154,7 +159,7 @@ def _rates(table: Machine, measured: Machine) -> str:
     return "\n".join(f"| {line} |" for line in lines)
 
 
-def _write_csv(path: Path, rows: list[Row]) -> None:
+def _write_csv(path: Path, rows: "list[Row]") -> None:
     columns: dict[str, Any] = dict.fromkeys(key for row in rows for key in row)
     with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(columns))
@@ -180,16 +185,14 @@ def command_line() -> argparse.ArgumentParser:
     add("--classes", type=count, metavar="N", help=line)
     out = Path("runs/plan")
     add("--out", type=Path, default=out, metavar="DIR", help="where results go (default: %(default)s)")
-    from vmoe.bench.plan import truth
-
     group = parser.add_argument_group("measuring")
     add = group.add_argument
     add("--measure", action="store_true", help="compare predictions with the GPU here")
     add("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     add("--models", nargs="+", metavar="NAME", help="of timm (default: ViT-S/16, B/16 and L/16)")
     line = "of a layer, 0 for dense (default: 0 8 32)"
-    add("--experts", nargs="+", type=int, default=list(truth.EXPERTS), metavar="E", help=line)
+    add("--experts", nargs="+", type=int, metavar="E", help=line)
     line = "of a step (default: 64 256)"
-    add("--images", nargs="+", type=count, default=list(truth.BATCHES), metavar="B", help=line)
+    add("--images", nargs="+", type=count, metavar="B", help=line)
     add("--image-size", type=count, default=224, metavar="PIXELS", help="side (default: %(default)s)")
     return parser

@@ -12,7 +12,6 @@ from typing import Any, get_type_hints
 import jsonargparse
 from rich.console import Console
 
-from vmoe.checkpoints import RunFolder
 from vmoe.cli.common import run
 from vmoe.cli.config_files import newer_version, read_config
 from vmoe.cli.recipes import find_recipe, is_recipe, recipe_names
@@ -20,8 +19,8 @@ from vmoe.data.config import DEFAULTS, EMBEDDED_SETS, NAMED_SETS, DataConfig
 from vmoe.errors import UserError
 from vmoe.moe import MoeConfig
 from vmoe.training.config import TrainConfig
+from vmoe.training.place import Place
 from vmoe.training.plain import from_plain, section_type
-from vmoe.training.processes import Place
 from vmoe.training.progress import Progress
 from vmoe.training.stopping import Interrupted, stopped_at_once
 from vmoe.version import __version__
@@ -98,6 +97,8 @@ def _train(make_config: Callable[[], TrainConfig], command: list[str], place: Pl
         result = train(config, shlex.join(command), console)
     except Interrupted as stop:
         again = f"vmoe train --config {shlex.quote(config.output_dir)}/config.yaml --resume"
+        from vmoe.checkpoints import RunFolder
+
         has_begun = RunFolder(Path(config.output_dir)).config.exists()
         if place.is_first:
             then = f"; the run is saved, go on with: {again}" if has_begun else " before the run began"

@@ -1,24 +1,26 @@
 """Images in: data sets, subsets, augmentation, batches."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from vmoe.data.config import AugmentConfig, DataConfig, MixConfig, SubsetConfig
-from vmoe.data.images import eval_crop, eval_transform, load_image, normalise
-from vmoe.data.loading import Batch
-from vmoe.data.samplers import EpochBatchSampler
+from vmoe.imports import names_on_demand
 
 if TYPE_CHECKING:
+    from vmoe.data.config import AugmentConfig, DataConfig, MixConfig, SubsetConfig
     from vmoe.data.datamodule import ImageDataModule
-else:  # hidden from type checkers, which would take any name for one of this module's
-
-    def __getattr__(name: str) -> Any:
-        """ImageDataModule when it is asked for: it brings Lightning, seconds of import that no prediction needs."""
-        if name != "ImageDataModule":
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        from vmoe.data.datamodule import ImageDataModule
-
-        return ImageDataModule
-
+    from vmoe.data.images import eval_crop, eval_transform, load_image, normalise
+    from vmoe.data.loading import Batch
+    from vmoe.data.samplers import EpochBatchSampler
+else:  # a config can be read without torch, an image without Lightning and albumentations
+    __getattr__ = names_on_demand(
+        __name__,
+        {
+            "vmoe.data.config": ["AugmentConfig", "DataConfig", "MixConfig", "SubsetConfig"],
+            "vmoe.data.datamodule": ["ImageDataModule"],
+            "vmoe.data.images": ["eval_crop", "eval_transform", "load_image", "normalise"],
+            "vmoe.data.loading": ["Batch"],
+            "vmoe.data.samplers": ["EpochBatchSampler"],
+        },
+    )
 
 __all__ = [
     "AugmentConfig",

@@ -18,7 +18,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from sklearn.datasets import load_digits
 from torchvision.datasets import CIFAR10, CIFAR100, Imagenette
 
 from vmoe.data import subsets
@@ -71,6 +70,8 @@ def download(config: DataConfig) -> None:
 
 
 def _digits(_: DataConfig) -> Splits:
+    from sklearn.datasets import load_digits  # here, since it brings SciPy along
+
     digits = load_digits()
     pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)  # 17 levels of gray
     everything = ImageSet.all_of(ArrayImages(pixels[..., None], "digits"), digits.target)

@@ -1,16 +1,35 @@
 """The MoE layer, to be read in the order route (routers) -> assign (assignment) -> experts -> combine (layer)."""
 
-from vmoe.moe.config import MoeConfig
-from vmoe.moe.control import (
-    auxiliary_loss,
-    moe_layers,
-    set_auxiliary_scale,
-    set_eval_capacity_factor,
-    set_top_k,
-    update_router_biases,
-)
-from vmoe.moe.layer import MoeMlp, Statistics
-from vmoe.moe.routing import ExpertChoiceRouting, Routing, SlotRouting, SoftRouting
+from typing import TYPE_CHECKING
+
+from vmoe.imports import names_on_demand
+
+if TYPE_CHECKING:
+    from vmoe.moe.config import MoeConfig
+    from vmoe.moe.control import (
+        auxiliary_loss,
+        moe_layers,
+        set_auxiliary_scale,
+        set_eval_capacity_factor,
+        set_top_k,
+        update_router_biases,
+    )
+    from vmoe.moe.layer import MoeMlp, Statistics
+    from vmoe.moe.routing import ExpertChoiceRouting, Routing, SlotRouting, SoftRouting
+else:  # a config can be read without torch
+    _CONTROL = (
+        "auxiliary_loss", "moe_layers", "set_auxiliary_scale", "set_eval_capacity_factor", "set_top_k",
+        "update_router_biases",
+    )  # fmt: skip
+    __getattr__ = names_on_demand(
+        __name__,
+        {
+            "vmoe.moe.config": ["MoeConfig"],
+            "vmoe.moe.control": _CONTROL,
+            "vmoe.moe.layer": ["MoeMlp", "Statistics"],
+            "vmoe.moe.routing": ["ExpertChoiceRouting", "Routing", "SlotRouting", "SoftRouting"],
+        },
+    )
 
 __all__ = [
     "ExpertChoiceRouting",

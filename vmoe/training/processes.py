@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable
 from datetime import timedelta
 from functools import cache
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,37 +17,11 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
 from vmoe.errors import UserError
+from vmoe.training.place import Place
 
 T = TypeVar("T")
 _TIMEOUT = timedelta(minutes=10)  # of a process that hangs; one that died is noticed by torchrun in seconds
 _meshes: list[DeviceMesh] = []
-
-
-class Place(NamedTuple):
-    """Where a process stands.
-
-    Attributes:
-        rank: Its number among all processes.
-        count: Processes in all.
-        local_rank: Its number on its machine.
-        local_count: Processes on its machine.
-    """
-
-    rank: int = 0
-    count: int = 1
-    local_rank: int = 0
-    local_count: int = 1
-
-    @classmethod
-    def of_this(cls) -> "Place":
-        """As torchrun tells it in the environment; one process alone where it did not start this one."""
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-        return cls(*(int(os.environ[name]) for name in names)) if "TORCHELASTIC_RUN_ID" in os.environ else cls()
-
-    @property
-    def is_first(self) -> bool:
-        """Whether this process writes files and shows progress."""
-        return self.rank == 0
 
 
 def connect(device_type: str) -> None:

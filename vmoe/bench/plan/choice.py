@@ -4,7 +4,7 @@ import dataclasses
 
 import torch
 
-from vmoe.bench.plan.hardware import Machine, gpu_of_this_machine, network_bandwidth
+from vmoe.bench.plan.hardware import USUAL_NETWORK, Machine, gpu_of_this_machine, network_bandwidth
 from vmoe.bench.plan.layouts import Layout
 from vmoe.bench.plan.planner import Plan, Traces, Workload, layouts_for, make_plans
 from vmoe.data.config import DEFAULTS
@@ -14,7 +14,6 @@ from vmoe.training.config import TrainConfig
 from vmoe.training.parallel import check_parts
 from vmoe.training.processes import Place
 
-USUAL_NETWORK = "ib-400"
 _CLASSES = {"digits": 10, "patchwork": len(OBJECTS), "cifar10": 10, "cifar100": 100, "imagenette": 10, "imagenet": 1000}
 _DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

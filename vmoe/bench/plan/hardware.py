@@ -7,8 +7,6 @@ import os
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
-
 from vmoe.errors import UserError
 
 
@@ -60,6 +58,7 @@ NETWORKS = {
     "ib-100": Network(12.5e9, "InfiniBand EDR, an adapter of 100 Gbit/s a GPU"),
     "eth-100": Network(12.5e9 / 8, "Ethernet, one adapter of 100 Gbit/s for 8 GPUs"),
 }
+USUAL_NETWORK = "ib-400"
 GPUS_A_MACHINE = 8
 
 # Shares of the published peaks, fitted to whole steps on one H100 and one H200 (docs/scaling.md), torch 2.11
@@ -143,6 +142,8 @@ def network_bandwidth(name: str) -> float:
 
 def gpu_of_this_machine() -> str:
     """The entry of the table that is most like the GPU here; "cpu" where there is none."""
+    import torch  # here, since the names of GPUs and networks need none
+
     if not torch.cuda.is_available():
         return "cpu"
     properties = torch.cuda.get_device_properties(0)
