@@ -28,11 +28,12 @@ def test_each_cell_has_the_shade_of_its_share(num_classes):
     confusion = np.eye(num_classes, dtype=int) * 8
     confusion[3, 7] = 2
     page = draw_confusion(make_evaluation(confusion), [f"class {index}" for index in range(num_classes)], "test")
-    box, pixels = page.figure.axes[0].get_window_extent(), page.pixels()
-    cell = box.width / num_classes
+    cells, pixels = page.figure.images[0], page.pixels()
+    side = cells.get_size()[0]
+    cell, top = side / num_classes, page.height - cells.oy - side
 
     def shade(row, column):
-        return pixels[int(page.height - box.y1 + (row + 0.4) * cell), int(box.x0 + (column + 0.4) * cell)]
+        return pixels[int(top + (row + 0.4) * cell), int(cells.ox + (column + 0.4) * cell)]
 
     for (row, column), share in {(0, 0): 1.0, (3, 3): 0.8, (3, 7): 0.2, (7, 3): 0.0}.items():
         assert shade(row, column) == pytest.approx(255 * np.array(SHADES(share**0.5)[:3]), abs=1.5)

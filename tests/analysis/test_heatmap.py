@@ -143,14 +143,14 @@ def test_a_page_shows_the_maps_pixel_by_pixel():
     image = make_image(layer=make_routing(4, 4))
     page = draw_layer(image, "layer", "title", "subtitle")
     pixels = page.pixels()
-    box = page.figure.axes[1].get_window_extent()  # 0 is the picture, 1 the first choice
-    side = round(box.width)
+    shown = page.figure.images[1]  # 0 is the picture, 1 the first choice
+    side = shown.get_size()[0]
+    left, top = shown.ox, page.height - shown.oy - side
     background = pale(np.repeat(np.repeat(image.detail, side // 16, 0), side // 16, 1) / 255)
     expected = choice_map(background, image.layers["layer"], 0)
     for row, column in np.ndindex(4, 4):
         y, x = int((row + 0.5) * side / 4), int((column + 0.5) * side / 4)
-        shown = pixels[round(page.height - box.y1) + y, round(box.x0) + x]
-        assert shown == pytest.approx(255 * expected[y, x], abs=1)
+        assert pixels[top + y, left + x] == pytest.approx(255 * expected[y, x], abs=1)
 
 
 def test_a_page_names_experts_tokens_and_drops():

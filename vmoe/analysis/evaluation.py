@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
-from torchmetrics.classification import MulticlassConfusionMatrix
 
 import vmoe
 from vmoe.errors import UserError
@@ -60,6 +59,9 @@ class RunningMetrics:
     """
 
     def __init__(self, num_classes: int, device: torch.device | str = "cpu") -> None:
+        # Imported here: it takes seconds, and who draws or explores evaluates nothing
+        from torchmetrics.classification import MulticlassConfusionMatrix
+
         self.num_classes = num_classes
         self.confusion = None
         if num_classes <= MOST_CONFUSED:
