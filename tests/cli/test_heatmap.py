@@ -1,6 +1,8 @@
 """`vmoe heatmap`: pages and an index for images of any kind; one line for a mistake."""
 
 import json
+import re
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -59,14 +61,14 @@ def test_images_of_any_size_and_mode(save_run, save_image, tmp_path, capsys):
             Image.open(out / page).verify()
     pages = {page for image in index["images"] for page in image["pages"]}
     assert len(pages) == 8
-    assert {path.name for path in out.iterdir()} == pages | {"index.json"}
+    assert {path.name for path in out.iterdir()} == pages | {"index.html", "index.json"}
     assert "rgb.png: " in capsys.readouterr().out
 
 
 def test_a_folder_all_layers_and_a_capacity(save_run, save_image, tmp_path):
     save_image("photos/a/cat.png"), save_image("photos/a/dog.png"), save_image("photos/b/cat.png")
     arguments = [str(save_run(moe=MOE)), str(tmp_path / "photos/a"), str(tmp_path / "photos/b/cat.png")]
-    arguments += ["--out", str(tmp_path / "out"), "--capacity-factor", "0.5"]
+    arguments += ["--out", str(tmp_path / "out"), "--capacity-factor", "0.5", "--layers", "all"]
     assert main(arguments) == 0
     index = json.loads((tmp_path / "out/index.json").read_text())
     assert [image["pages"] for image in index["images"]] == [
@@ -75,6 +77,22 @@ def test_a_folder_all_layers_and_a_capacity(save_run, save_image, tmp_path):
     ]
     assert index["capacity_factor"] == 0.5
     assert index["images"][0]["layers"]["blocks.3.mlp"]["dropped_share"] > 0.2
+
+
+def test_one_figure_an_image_and_a_page_that_shows_them(save_run, save_image, tmp_path, capsys):
+    save_image("photos/<b> & 'c'.png"), save_image("photos/100%.png")
+    out = tmp_path / "out"
+    assert main([str(save_run(moe=MOE)), str(tmp_path / "photos"), "--out", str(out)]) == 0
+    index = json.loads((out / "index.json").read_text())
+    figures = [image["pages"] for image in index["images"]]
+    assert figures == [["100%-overview.png"], ["<b> & 'c'-overview.png"]]
+    assert list(index["images"][0]["layers"]) == ["blocks.1.mlp", "blocks.3.mlp"]
+    page = (out / "index.html").read_text()
+    shown = [unquote(source) for source in re.findall(r"<img [^>]*src='([^']*)'", page)]
+    assert shown == ["100%-overview.png", "<b> & 'c'-overview.png"] and all((out / name).is_file() for name in shown)
+    assert "<b>" not in page and "&lt;b&gt; &amp; &#x27;c&#x27;.png" in page
+    assert f"predicted: {index['images'][0]['prediction']['class']} " in page
+    assert "index.html, 2 figures and index.json" in capsys.readouterr().out
 
 
 def test_a_diverged_checkpoint_is_told_before_a_page_is_written(save_run, save_image, tmp_path, capsys):

@@ -83,11 +83,13 @@ def require_experts(model: nn.Module) -> None:
 def select_layers(model: nn.Module, wanted: Sequence[str] | None) -> list[str]:
     """The names of the MoE layers that `wanted` asks for, by name ("blocks.1.mlp") or number of the block ("1").
 
+    None and "all" ask for all of them.
+
     Raises:
         UserError: one of them is no MoE layer of the model.
     """
     names = [name for name, _ in vmoe.moe_layers(model)]
-    if not wanted:
+    if not wanted or "all" in wanted:
         return names
     chosen = {name for layer in wanted for name in names if layer == name or layer in name.split(".")}
     for layer in wanted:

@@ -1,6 +1,6 @@
-"""Writes the routing maps of many images: pages as PNG, their numbers as index.json."""
+"""Writes the routing maps of many images: figures as PNG, a page that shows them, their numbers as index.json."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +17,10 @@ from vmoe.analysis.heatmap import (
     select_layers,
 )
 from vmoe.analysis.heatmap_figure import PANEL, draw_layer, draw_overview
+from vmoe.analysis.heatmap_page import heatmap_page
 from vmoe.checkpoints import Checkpoint
 from vmoe.data import load_image
-from vmoe.files import write_json
+from vmoe.files import atomic_write, write_json
 
 _TOLD_CLASSES = 5
 
@@ -32,19 +33,25 @@ def write_heatmaps(
     capacity_factor: float | None = None,
     command: str | None = None,
     versions: dict[str, str] | None = None,
+    track: Callable[[Iterable, str], Iterable] = lambda images, description: images,
 ) -> dict:
-    """Writes, for each image, NAME-LAYER.png a layer and NAME-overview.png where there are several; then index.json.
+    """Writes one figure per image, NAME-overview.png, which sets its MoE layers side by side.
 
-    NAME is the image file's stem, numbered where several images share it. Files of the same names are replaced.
+    index.html shows all figures, and index.json holds the numbers.
+
+    Where `layers` are asked for, each has a figure of its own, NAME-LAYER.png, and only these stand in the overview.
+    One layer needs no overview. NAME is the image file's stem, numbered where several images share it. Files of the
+    same names are replaced.
 
     Args:
         checkpoint: a V-MoE.
         images: image files.
         out: the folder, created when missing.
-        layers: MoE layers by name or number of the block; None for all.
+        layers: MoE layers that have figures of their own, by name or number of the block; "all" for all.
         capacity_factor: of the routing; inf drops nothing, None keeps the checkpoint's own.
         command: told at the foot of the pages and in the index.
-        versions: of packages, by name; likewise.
+        versions: of packages, by name; told there too.
+        track: wraps the images in a progress bar.
 
     Returns:
         The content of `index.json`.
@@ -54,7 +61,8 @@ def write_heatmaps(
     """
     model, out = checkpoint.model, Path(out)
     require_experts(model)
-    layers = select_layers(model, layers)
+    shown = select_layers(model, layers)
+    own_figures = shown if layers or len(shown) == 1 else []
     for path in images:
         load_image(path)  # a damaged file is told before any page is written
     about = [f"checkpoint {checkpoint.path}", f"epoch {checkpoint.epoch}"]
@@ -71,22 +79,30 @@ def write_heatmaps(
             "image_size": checkpoint.image_size,
             "capacity_factor": eval_capacity_factor(model),
             "images": [
-                _write_image(checkpoint, path, name, layers, out, footer)
-                for path, name in zip(images, output_names(images), strict=True)
+                _write_image(checkpoint, path, name, shown, own_figures, out, footer)
+                for path, name in track(list(zip(images, output_names(images), strict=True)), "drawing")
             ],
         }
     write_json(out / "index.json", index)
+    with atomic_write(out / "index.html") as temporary:
+        temporary.write_text(heatmap_page(index), encoding="utf-8")
     return index
 
 
 def _write_image(
-    checkpoint: Checkpoint, path: Path, name: str, layers: list[str], out: Path, footer: list[str]
+    checkpoint: Checkpoint,
+    path: Path,
+    name: str,
+    layers: list[str],
+    own_figures: list[str],
+    out: Path,
+    footer: list[str],
 ) -> dict:
     pixels = load_image(path)
     image = route_image(checkpoint.model, pixels, checkpoint.image_size, checkpoint.mean, checkpoint.std, PANEL)
     predicted = f"{_class(checkpoint, image.predicted)} ({image.probabilities.max():.0%})"
     pages = []
-    for layer in layers:
+    for layer in own_figures:
         pages.append(f"{name}-{layer}.png")
         title = f"Which expert takes which patch of {path.name}"
         facts = f"predicted: {predicted} · {layer}: {_facts(checkpoint.model, image, layer)}"

@@ -54,7 +54,7 @@ class Page:
         height, width = pixels.shape[:2]
         # Not on axes of its own, which would take longer than all else on a page
         levels = (pixels.clip(0, 1) * 255).round().astype(np.uint8)
-        self.figure.figimage(levels, round(x), self.height - round(y) - height, origin="upper")
+        self.figure.figimage(levels, x, self.height - y - height, origin="upper")
         self.rectangle(x - 0.5, y - 0.5, width + 1, height + 1, edge=RULE)
 
     def text(self, x: float, y: float, text: str, size: float = BODY, **style: object) -> Text:

@@ -1,7 +1,4 @@
-"""The demonstration behind `make demo`: train, evaluate and draw, on data that come with scikit-learn.
-
-Then the V-MoE for CIFAR-10 that comes with the project draws where its experts look on scikit-learn's two photographs.
-"""
+"""The demonstration behind `make demo`: train, evaluate and draw, on data that come with scikit-learn."""
 
 from pathlib import Path
 
@@ -11,16 +8,12 @@ from vmoe.cli import evaluate, heatmap, train
 from vmoe.cli.common import run
 from vmoe.data.config import DataConfig
 from vmoe.data.datasets import load_splits
-from vmoe.data.photographs import PHOTOGRAPHS, load_photograph
 from vmoe.files import atomic_write
 
 CONFIG = Path("configs/digits.yaml")
 RUN = Path("runs/digits")
 PICTURES = RUN / "pictures"
 HEATMAPS = RUN / "heatmaps"
-SHIPPED = Path("assets/models/cifar10_small.safetensors")
-PHOTOGRAPH_FOLDER = RUN / "photographs"
-PHOTOGRAPH_MAPS = PHOTOGRAPH_FOLDER / "maps"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,7 +26,6 @@ def _demo(_: list[str]) -> int:
         ("Training", lambda: train.main(["--config", str(CONFIG), "--output_dir", str(RUN), "--resume"])),
         ("Evaluating", lambda: evaluate.main([str(RUN)])),
         ("Drawing", lambda: heatmap.main([str(RUN), *_write_pictures(), "--out", str(HEATMAPS)])),
-        ("Photographs", lambda: heatmap.main([str(SHIPPED), *_write_photographs(), "--out", str(PHOTOGRAPH_MAPS)])),
     ]
     for name, step in steps:
         print(f"\n== {name}", flush=True)
@@ -42,8 +34,7 @@ def _demo(_: list[str]) -> int:
     print(
         f"\nThe run, its metrics and its checkpoints: {RUN}"
         f"\nAccuracy and calibration:                 {RUN / 'evaluation.json'}"
-        f"\nWhich expert takes which patch:           {HEATMAPS}"
-        f"\nThe same on photographs, by {SHIPPED.name}: {PHOTOGRAPH_MAPS}"
+        f"\nWhich expert takes which patch:           {HEATMAPS / 'index.html'}"
     )
     return 0
 
@@ -57,15 +48,5 @@ def _write_pictures() -> list[str]:
         path = PICTURES / f"{digit}.png"
         with atomic_write(path) as temporary:
             Image.fromarray(test.read(index)).save(temporary)
-        paths.append(str(path))
-    return paths
-
-
-def _write_photographs() -> list[str]:
-    paths = []
-    for name in PHOTOGRAPHS:
-        path = PHOTOGRAPH_FOLDER / Path(name).with_suffix(".png")
-        with atomic_write(path) as temporary:
-            Image.fromarray(load_photograph(name)).save(temporary)
         paths.append(str(path))
     return paths

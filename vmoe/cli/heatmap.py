@@ -9,15 +9,16 @@ from vmoe.cli.options import capacity_factor, choose_device, new_parser
 from vmoe.text import printable
 
 _DESCRIPTION = """\
-For each image and MoE layer, draws a page (PNG): the patches over the picture in the colour of the expert that they
-go to first and second (opacity = gate), those that were dropped, the entropy of their gates, and a map of each expert's
-gate; class and register tokens stand apart. An overview sets the layers of an image side by side. index.json holds the
-numbers behind the pages.
+Draws one figure (PNG) per image: the picture, and beside it for each MoE layer the patches in the colour of the expert
+that they go to first (opacity = gate); class and register tokens stand apart. index.html shows all figures, and
+index.json holds the numbers behind them. With --layers each of these layers also has a figure of its own: first and
+second choices, what was dropped, the entropy of the gates, and a map of each expert's gate.
 
 Images are prepared as in evaluation (the central square, resized); each is routed alone, so what is dropped under a
 capacity factor does not depend on the other images.
 
   vmoe heatmap runs/digits photo.jpg more_photos/ --out heatmaps
+  vmoe heatmap runs/digits photo.jpg --out heatmaps --layers all
   vmoe heatmap runs/digits photo.jpg --out heatmaps --layers 3 --capacity-factor 0.5
 """
 
@@ -32,7 +33,7 @@ def _heatmap(argv: list[str]) -> None:
     # Imported here, so that --help and a mistyped option answer at once.
     from vmoe.analysis.heatmap_files import write_heatmaps
     from vmoe.checkpoints import load_checkpoint
-    from vmoe.cli.inputs import find_files
+    from vmoe.cli.inputs import Tracked, find_files
     from vmoe.files import require_writable
     from vmoe.training.summary import versions
 
@@ -41,24 +42,24 @@ def _heatmap(argv: list[str]) -> None:
     checkpoint = load_checkpoint(options.checkpoint, choose_device(options.device))
     command = shlex.join(["vmoe", "heatmap", *argv])
     index = write_heatmaps(
-        checkpoint, images, options.out, options.layers, options.capacity_factor, command, versions()
+        checkpoint, images, options.out, options.layers, options.capacity_factor, command, versions(), Tracked
     )
     for image in index["images"]:
         print(printable(f"{image['file']}: {image['prediction']['class']} {image['prediction']['probability']:.1%}"))
-    pages = sum(len(image["pages"]) for image in index["images"])
-    print(f"{pages} page{'s' * (pages > 1)} and index.json in {options.out}")
+    figures = sum(len(image["pages"]) for image in index["images"])
+    print(f"index.html, {figures} figure{'s' * (figures > 1)} and index.json in {options.out}")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = new_parser("heatmap", _DESCRIPTION)
     parser.add_argument("checkpoint", metavar="CKPT", help="a .ckpt file, or a run's folder (its best checkpoint)")
     parser.add_argument("images", metavar="IMAGE", nargs="+", help="image files of any size and mode, or their folders")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the pages go")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the figures go")
     parser.add_argument(
         "--layers",
         nargs="+",
         metavar="LAYER",
-        help="only these MoE layers, by block (3) or name (blocks.3.mlp)",
+        help="draw only these MoE layers, each with a figure of its own: by block (3), name (blocks.3.mlp), or all",
     )
     parser.add_argument(
         "--capacity-factor",

@@ -1,0 +1,73 @@
+"""The page of a folder of routing maps: every image with what the model said of it and its figures."""
+
+import os
+from collections.abc import Sequence
+from html import escape
+from typing import Any
+from urllib.parse import quote
+
+from vmoe.text import printable
+
+_STYLE = """\
+:root { color-scheme: light; }
+body { margin: 0 auto; max-width: 1360px; padding: 24px; background: #fff; color: #1b1f24;
+  font: 16px/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.6rem; line-height: 1.2; margin: 0 0 8px; }
+h2 { font-size: 1.1rem; margin: 0; overflow-wrap: anywhere; }
+p { margin: 4px 0; color: #667078; overflow-wrap: anywhere; }
+a { color: #1879c1; }
+section { margin-top: 32px; padding-top: 16px; border-top: 1px solid #d5dade; }
+img { display: block; width: 100%; height: auto; margin-top: 12px; border: 1px solid #d5dade; }
+nav { margin-top: 16px; columns: 9em; }
+nav a { display: block; overflow-wrap: anywhere; }
+"""
+
+
+def heatmap_page(index: dict[str, Any]) -> str:
+    """HTML that shows the figures of `index`, what `write_heatmaps` gives back; they lie beside it."""
+    images = index["images"]
+    count = f"{len(images)} image{'s' * (len(images) > 1)}"
+    about = [f"checkpoint {index['checkpoint']}", f"epoch {index['epoch']}", f"images of {index['image_size']} pixels"]
+    if index["capacity_factor"] is not None:
+        about.append(f"capacity factor {index['capacity_factor']:g}")
+    parts = [
+        "<!doctype html>",
+        '<html lang="en"><head><meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<title>Routing maps of {count}</title><style>\n{_STYLE}</style></head><body>",
+        f"<h1>Which expert takes which patch, in {count}</h1>",
+        f"<p>{_text(' · '.join(about))}</p>",
+        "<p>Each figure opens in full size. The numbers behind them: <a href='index.json'>index.json</a></p>",
+    ]
+    if len(images) > 1:
+        links = [f"<a href='#{number}'>{_text(_name(image))}</a>" for number, image in enumerate(images)]
+        parts += ["<nav>", *links, "</nav>"]
+    for number, image in enumerate(images):
+        parts += _section(number, image)
+    return "\n".join([*parts, "</body></html>", ""])
+
+
+def _section(number: int, image: dict[str, Any]) -> Sequence[str]:
+    told = ", ".join(f"{each['class']} {each['probability']:.1%}" for each in image["most_probable"])
+    figures = [
+        f"<a href='{_link(page)}'><img loading='lazy' src='{_link(page)}' alt='{_text(page)}'></a>"
+        for page in image["pages"]
+    ]
+    return [
+        f"<section id='{number}'><h2>{_text(_name(image))}</h2>",
+        f"<p>predicted: {_text(told)}</p>",
+        *figures,
+        "</section>",
+    ]
+
+
+def _name(image: dict[str, Any]) -> str:
+    return os.path.basename(image["file"])
+
+
+def _text(text: str) -> str:
+    return escape(printable(text))
+
+
+def _link(page: str) -> str:
+    return quote(os.fsencode(page))
