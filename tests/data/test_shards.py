@@ -64,7 +64,7 @@ def test_order_is_of_seed_and_epoch_whatever_workers_and_processes(shards):
     assert seen(module_of(shards[1], shards_at_once=2, workers=2).train_dataloader()) == whole
     parts = [seen(module_of(shards[1], shards_at_once=2, part=part, parts=2).train_dataloader()) for part in (0, 1)]
     assert [(a + b, c + d) for (a, c), (b, d) in zip(*parts, strict=True)] == whole
-    assert len(whole) == 3  # of 15 images, 3 being for validation
+    assert len(whole) == 4  # of 18 images
 
 
 def test_goes_on_at_a_sample(shards):

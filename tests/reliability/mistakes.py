@@ -129,7 +129,7 @@ MISTAKES: dict[str, list[Mistake]] = {
         _file("NaN in a config", "nan.yaml"),
         _config("a data folder that is not there", "--data.name folder --data.root lost"),
         _config("no train folder", "--data.name folder --data.root without_train"),
-        _config("no val or test folder", "--data.name folder --data.root without_val"),
+        _config("no folder of a name for validation or test", "--data.name folder --data.root without_val"),
         _config("images without class folders", "--data.name folder --data.root class_folders"),
         _config("a class folder without images", "--data.name folder --data.root tree"),
         _config("a split that is a link to another", "--data.name folder --data.root linked"),

@@ -174,7 +174,7 @@ def _data(folder: Path) -> None:
     for tree, places in {
         "tree": ("train/cat", "train/dog", "val/cat", "val/dog"),
         "without_train": ("val/cat",),
-        "without_val": ("train/cat",),
+        "without_val": ("train/cat", "valdiation/cat"),
         "other_class": ("train/cat", "val/cat", "val/mouse"),
         "damaged_val": ("train/cat", "val/cat"),
     }.items():

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 
@@ -313,3 +314,16 @@ def test_our_trainer_and_a_bare_loop_both_train_a_v_moe(run):
             loads.append(vmoe.moe_layers(model)[0][1].statistics.load)
     assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
     assert 4 * torch.stack(loads[-10:]).mean(0).max() < 1.5
+
+
+def test_a_folder_of_classes_alone_is_split_and_few_images_for_validation_are_warned_of(run, tmp_path, capsys):
+    for name in ("cat", "dog"):
+        (tmp_path / "pets" / name).mkdir(parents=True)
+        for number in range(20):
+            Image.new("RGB", (16, 16), (number, 99, 0)).save(tmp_path / "pets" / name / f"{number}.png")
+    options = ("--data.name", "folder", "--data.root", str(tmp_path / "pets"), "--data.subset.per_class", "10")
+    code, folder = run(*options, "--data.image_size", "16")
+    assert code == 0 and folder.summary.exists()
+    lines = " ".join(capsys.readouterr().out.split())
+    assert f"{tmp_path / 'pets'}: has no split of its own: 20% of each class are cut off for the test" in lines
+    assert "warning: 4 images for validation are too few to choose an epoch by: one of them is 25.0% of top-1" in lines

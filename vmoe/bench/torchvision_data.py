@@ -9,6 +9,7 @@ from torchvision.transforms import v2
 
 from vmoe.data import DataConfig, ImageDataModule
 from vmoe.data.config import DEFAULTS
+from vmoe.data.folders import find_split_folders
 from vmoe.data.presets import Plan, resolve
 from vmoe.errors import UserError
 
@@ -38,8 +39,8 @@ def torchvision_loader(module: ImageDataModule, workers: int) -> DataLoader:
         workers: processes that load.
 
     Returns:
-        Shuffled batches of all images in the folder's `train`, in epochs of `config.repeat` passes as ours: images,
-        (B, 3, H, W) float32, normalised; labels, (B,).
+        Shuffled batches of all images in the folder's `train` (without splits: of all images), in epochs of
+        `config.repeat` passes as ours: images, (B, 3, H, W) float32, normalised; labels, (B,).
 
     Raises:
         UserError: as `torchvision_plan`.
@@ -52,7 +53,8 @@ def torchvision_loader(module: ImageDataModule, workers: int) -> DataLoader:
         v2.ToDtype(torch.float32, scale=True),
         v2.Normalize(module.mean, module.std),
     ])  # fmt: skip
-    images = ImageFolder(Path(config.root) / "train", transform)
+    root = Path(config.root)
+    images = ImageFolder(find_split_folders(root).get("train", root), transform)
     return DataLoader(
         ConcatDataset([images] * config.repeat), config.batch_size, shuffle=True, num_workers=workers,
         pin_memory=torch.cuda.is_available(), drop_last=True, persistent_workers=workers > 0,

@@ -166,7 +166,8 @@ class DataConfig:
 
     Args:
         name: "digits" (embedded), "patchwork" (generated, with known patches), "cifar10", "cifar100", "imagenette"
-            (downloaded when missing), "imagenet" or "folder" (class folders in ROOT/train and ROOT/val or ROOT/test),
+            (downloaded when missing), "imagenet" or "folder" (class folders in ROOT/train, ROOT/val and ROOT/test, or
+            in ROOT alone, which is then split),
             "webdataset" (tar shards, train-*.tar and so on, as tools/make_shards.py writes them) or "npz" (arrays in
             one file, see root).
         root: folder that holds the data, or for "npz" the file with train_x, train_y, test_x, test_y.

@@ -99,8 +99,9 @@ class ImageDataModule(LightningDataModule):
             config.augment, self.image_size, self.mean, self.std, defaults.flip, self.seed, self.device
         )
         self._sides = {"train": self._batch_augmenter.storage_size(self._splits.train.images.side)}
-        self._sides |= {"val": self.image_size} if self.has_validation else {}
         self._sides |= {"test": self.image_size}
+        if self.has_validation and self._splits.val is not self._splits.test:
+            self._sides |= {"val": self.image_size}
         check_room([(self._images(split), side) for split, side in self._sides.items()], self.device, self.parts)
 
     def images_of_classes(self, split: str) -> list[int]:
@@ -172,7 +173,9 @@ class ImageDataModule(LightningDataModule):
         return self.config.eval_batch_size or self.config.batch_size
 
     def _on_device(self, split: str) -> ResidentImages:
-        """A split on the device, read when it is first asked for."""
+        """A split on the device, read when it is first asked for; once where validation and test are the same."""
+        if self._images(split) is self._splits.test:
+            split = "test"
         if split not in self._resident:
             self._resident[split] = make_resident(
                 self._images(split),

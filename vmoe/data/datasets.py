@@ -5,9 +5,11 @@
 | digits | 80 % of the 1,797 images, a fixed stratified choice | cut from training | the other 20 % |
 | patchwork | 6,000 generated images, always the same | cut from training | 2,000 |
 | cifar10, cifar100 | 50,000 | cut from training | 10,000 |
-| imagenette, imagenet, folder with train and val | train | cut from training | val (as ImageNet results are reported) |
-| folder with train and test | train | cut from training | test |
-| folder with train, val and test | train | val | test |
+| imagenette, imagenet with train and val | train | cut from training | val (as ImageNet results are reported) |
+| folder with train and val | train | val | val too, which a note says |
+| folder or imagenet with train and test | train | cut from training | test |
+| folder or imagenet with train, val and test | train | val | test |
+| folder with train alone, or of classes alone | what remains | cut from training | 20 %, stratified, by split_seed |
 | webdataset | train-*.tar | as folder | as folder |
 | npz | train_x, train_y | val_x, val_y where given, else cut from training | test_x, test_y |
 """
@@ -22,8 +24,9 @@ from torchvision.datasets import CIFAR10, CIFAR100, Imagenette
 
 from vmoe.data import subsets
 from vmoe.data.config import DEFAULTS, DataConfig
-from vmoe.data.folders import read_class_folders
-from vmoe.data.imageset import ArrayImages, FileImages, ImageSet, Splits
+from vmoe.data.folders import find_split_folders, read_class_folders, split_of
+from vmoe.data.image_files import PassedOver, list_class_folders
+from vmoe.data.imageset import ArrayImages, FileImages, ImageSet, Splits, given_splits
 from vmoe.data.npz import load_npz
 from vmoe.data.patchwork import load_patchwork
 from vmoe.data.shards import load_shards
@@ -31,6 +34,7 @@ from vmoe.errors import UserError
 
 _DOWNLOADED = ("cifar10", "cifar100", "imagenette")
 _IMAGENETTE_IMAGES = (9469, 3925)  # train, val
+_TEST_FRACTION = 0.2  # of a set without any split
 
 
 def load_splits(config: DataConfig) -> Splits:
@@ -49,8 +53,9 @@ def load_splits(config: DataConfig) -> Splits:
     if config.subset.classes is not None:
         classes = subsets.find_classes(config.subset.classes, names)
         names = [names[index] for index in classes]
+        is_tested = val is test
         train, test = train.keep_classes(classes), test.keep_classes(classes)
-        val = val.keep_classes(classes) if val is not None else None
+        val = test if is_tested else val.keep_classes(classes) if val is not None else None
     if val is None and config.val_fraction:
         remaining, cut = subsets.split(train.labels, config.val_fraction, config.split_seed)
         train, val = train.take(remaining), train.take(cut)
@@ -123,19 +128,39 @@ def _fetch(what: str, root: str, make: Callable[[], CIFAR10 | Imagenette]) -> CI
 
 def _folder(config: DataConfig) -> Splits:
     root = Path(config.root)
-    found = [name for name in ("train", "val", "test") if (root / name).is_dir()]
-    if "train" not in found or len(found) < 2:
-        state = f"has {' and '.join(found) or 'none'} of them" if root.is_dir() else "does not exist"
+    needs = f"data.root={root}: {config.name!r} needs train/CLASS/IMAGE and val/CLASS/IMAGE (or test) in this folder"
+    if not root.is_dir():
+        raise UserError(f"{needs}, or CLASS/IMAGE alone, but it does not exist; give the right folder as data.root")
+    found = find_split_folders(root)
+    if found and "train" not in found:
+        raise UserError(f"{needs}, which has {' and '.join(found)} of them; give the right folder as data.root")
+    others = [name for name in list_class_folders(root, PassedOver()) if root / name not in found.values()]
+    unclear = [name for name in others if split_of(name) is None and list_class_folders(root / name, PassedOver())]
+    if len(found) == 1 and unclear:
         raise UserError(
-            f"data.root={root}: {config.name!r} needs train/CLASS/IMAGE and val/CLASS/IMAGE (or test) in this folder, "
-            f"which {state}; give the right folder as data.root"
+            f"{needs}; it has train and {unclear[0]}, which is no split's name: rename it, or move it away to have a "
+            "part of train tested on"
         )
-    folders = read_class_folders({split: root / split for split in found})
-    sets = {split: _files(samples) for split, samples in folders.samples.items()}
+    if not found and len(others) == 1:
+        raise UserError(f"{needs}, or several folders CLASS/IMAGE, but it has {others[0]} alone; give the right folder")
+    folders = read_class_folders(found or {"train": root})
     notes = [f"{root}: passed over: {folders.passed_over}"] if folders.passed_over else []
-    train, *others = sets.values()
-    val = sets["val"] if len(others) == 2 else None
-    return Splits(train, val, others[-1], folders.classes, notes=notes)
+    notes += [f"{root / name}: passed over: it has no class folders" for name in others if found]
+    sets = {split: _files(samples) for split, samples in folders.samples.items()}
+    if len(sets) == 1:
+        return _cut_test(sets["train"], folders.classes, notes, config)
+    if config.name == "imagenet" and "test" not in sets:  # its results are those on val, which then chooses nothing
+        sets["test"] = sets.pop("val")
+    return given_splits(sets, folders.classes, notes, root)
+
+
+def _cut_test(everything: ImageSet, classes: list[str], notes: list[str], config: DataConfig) -> Splits:
+    """A set without any split: its test images are cut off here, those of validation by `load_splits`."""
+    train, test = subsets.split(everything.labels, _TEST_FRACTION, config.split_seed)
+    validation = f", {config.val_fraction:.0%} of what remains for validation" if config.val_fraction else ""
+    line = f"{config.root}: has no split of its own: {_TEST_FRACTION:.0%} of each class are cut off for the test"
+    notes = [*notes, f"{line}{validation} (by data.split_seed={config.split_seed})"]
+    return Splits(everything.take(train), None, everything.take(test), classes, notes=notes)
 
 
 def _files(samples: list[tuple[str, int]]) -> ImageSet:

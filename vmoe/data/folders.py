@@ -1,4 +1,4 @@
-"""Class folders: SPLIT/CLASS/IMAGE, read the same way by training and by make-shards."""
+"""Class folders: SPLIT/CLASS/IMAGE or CLASS/IMAGE, read the same way by training and by make-shards."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,6 +6,9 @@ from pathlib import Path
 
 from vmoe.data.image_files import PassedOver, find_pictures, list_class_folders
 from vmoe.errors import UserError
+
+# Split -> the names that its folder may have, in any case
+SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 
 
 @dataclass(frozen=True)
@@ -60,3 +63,36 @@ def _refuse_the_same_folder(splits: Mapping[str, Path]) -> None:
         first = taken.setdefault(folder.resolve(), folder)
         if first is not folder:
             raise UserError(f"{folder}: is the same folder as {first}, by a link; give each split images of its own")
+
+
+def split_of(name: str) -> str | None:
+    """The split that a name such as "Train" or "validation" stands for: "train", "val" or "test"; None for others."""
+    return next((split for split, names in SPLIT_NAMES.items() if name.lower() in names), None)
+
+
+def find_split_folders(root: Path) -> dict[str, Path]:
+    """The folder of each split in ROOT, in the order train, val, test; none where ROOT holds the classes themselves.
+
+    A folder without class folders in it is no split: a class may be called "train", and a test folder may hold pictures
+    without labels.
+
+    Raises:
+        UserError: a split has two folders, or ROOT holds the folder that has the splits.
+    """
+    folders = list_class_folders(root, PassedOver())
+    inside = {name: list_class_folders(root / name, PassedOver()) for name in folders}
+    found: dict[str, Path] = {}
+    for name in folders:
+        split = split_of(name)
+        if split is not None and inside[name]:
+            if split in found:
+                raise UserError(f"data.root={root}: has {found[split].name} and {name} for one split; remove one")
+            found[split] = root / name
+    if not found:
+        if folders and all(map(split_of, folders)):
+            named = " and ".join(folders)
+            raise UserError(f"data.root={root}: no class folders in {named}; put each class's images in one of its own")
+        for name in folders:
+            if {"train"} < {split_of(deeper) for deeper in inside[name]}:
+                raise UserError(f"data.root={root}: the splits are in its folder {name}; give data.root={root / name}")
+    return {split: found[split] for split in SPLIT_NAMES if split in found}

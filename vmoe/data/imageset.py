@@ -1,7 +1,8 @@
 """What a data set is made of: stores of images, and labelled views of them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -110,7 +111,7 @@ class ImageSet:
 
 @dataclass(frozen=True)
 class Splits:
-    """A data set; `val` is None where it has no validation split."""
+    """A data set; `val` is None where it has no validation split, and `test` itself where one split is both."""
 
     train: ImageSet
     val: ImageSet | None
@@ -119,3 +120,20 @@ class Splits:
     image_size: int | None = None  # the arrays' own, where the set has no fixed default
     patch_names: list[str] | None = None  # of what patches show, where that is known
     notes: Sequence[str] = ()  # lines to say about the set, such as what was passed over
+
+
+def given_splits(sets: Mapping[str, ImageSet], class_names: list[str], notes: Sequence[str], root: Path) -> Splits:
+    """A data set of its own splits, "train" with "val" or "test" or both. Without "test", "val" serves for both.
+
+    Args:
+        sets: the splits.
+        class_names: of the labels.
+        notes: lines to say about the set.
+        root: where it is, for the notes.
+    """
+    if "test" not in sets:
+        line = (
+            f"{root}: has no test split: val, which chooses the best epoch, is tested too, so its result is a little "
+        )
+        notes = [*notes, f"{line}too good; a test split would be fair"]
+    return Splits(sets["train"], sets.get("val"), sets.get("test", sets.get("val")), class_names, notes=notes)

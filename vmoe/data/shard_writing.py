@@ -9,8 +9,8 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from vmoe.data.folders import read_class_folders
-from vmoe.data.shards import CLASSES, SPLITS, load_shards
+from vmoe.data.folders import find_split_folders, read_class_folders
+from vmoe.data.shards import CLASSES, load_shards
 from vmoe.errors import UserError
 from vmoe.files import require_writable
 
@@ -47,7 +47,7 @@ def write_shards(
         raise UserError("make-shards: needs the package webdataset; pip install 'vmoe[webdataset]'") from error
     if target.exists():
         raise UserError(f"--out {target}: exists already; remove it or name another folder")
-    found = {split: source / split for split in SPLITS if (source / split).is_dir()}
+    found = find_split_folders(source) if source.is_dir() else {}
     if "train" not in found or len(found) < 2:
         raise UserError(f"{source}: must hold train/CLASS/IMAGE and val/CLASS/IMAGE (or test)")
     require_writable(target.parent)

@@ -18,7 +18,7 @@ import numpy as np
 
 from vmoe.data.image_files import SUFFIXES
 from vmoe.data.images import decode_image
-from vmoe.data.imageset import ImageSet, Splits
+from vmoe.data.imageset import ImageSet, Splits, given_splits
 from vmoe.errors import UserError
 from vmoe.files import atomic_write
 
@@ -68,8 +68,7 @@ def load_shards(root: str | Path) -> Splits:
         )
     sets = {split: _image_set(root, split, paths) for split, paths in found.items() if paths}
     names = _class_names(root, 1 + max(int(part.labels.max(initial=0)) for part in sets.values()))
-    test = sets.get("test", sets.get("val"))
-    return Splits(sets["train"], sets["val"] if len(sets) == 3 else None, test, names)
+    return given_splits(sets, names, (), root)
 
 
 def _class_names(root: Path, count: int) -> list[str]:

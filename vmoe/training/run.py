@@ -45,6 +45,7 @@ from vmoe.training.trainer import new_trainer, quiet_lightning
 
 _MOST_TOKENS = 1024  # of an image, without a warning on a CPU
 Cut = Callable[[nn.Module], None]  # the model into the parts of several processes
+_FEW_TO_CHOOSE_BY = 100  # images of validation, fewer than which are warned of
 
 
 def train(config: TrainConfig, command: str, console: Console) -> dict[str, Any] | None:
@@ -110,6 +111,11 @@ def _run(
     data = _data(config, device, place)
     for line in (*summary.data_lines(config.data, data), *data.notes):
         progress.say(line)
+    if data.has_validation and (count := sum(data.images_of_classes("val"))) < _FEW_TO_CHOOSE_BY:
+        progress.say(
+            f"warning: {count} images for validation are too few to choose an epoch by: one of them is {1 / count:.1%} "
+            "of top-1; give validation more images (where they are cut from training, by data.val_fraction)"
+        )
     if saved is not None and saved[ENTRY]["class_names"] != data.class_names:
         raise UserError(
             f"data.root={config.data.root}: holds other classes than the run in {folder.path} was trained on",
