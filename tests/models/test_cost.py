@@ -1,5 +1,6 @@
 """Parameters and FLOPs against closed formulas."""
 
+import pytest
 import torch
 
 import vmoe
@@ -39,6 +40,15 @@ def test_sparse_flops_count_k_experts_whatever_their_number():
     for num_experts, top_k in ((4, 1), (4, 2), (16, 2)):
         sparse = model(MoeConfig(num_experts=num_experts, top_k=top_k))
         assert flops_per_image(sparse, SIDE) == vit_flops([1, top_k, 1, top_k], num_experts, 2)
+
+
+@pytest.mark.parametrize("backend", ["auto", "padded", "segments"])
+@pytest.mark.parametrize(("factor", "most"), [(0.1, 1), (0.5, 5), (3.0, 100)])
+def test_choices_that_find_no_slot_are_not_counted_whatever_the_backend(backend, factor, most):
+    """An expert has `most` slots for the 17 tokens of an image, of which 34 choices are made."""
+    moe = MoeConfig(num_experts=4, eval_capacity_factor=factor, capacity_multiple_of=1, backend=backend)
+    mlps = min(4 * most, 2 * TOKENS) / TOKENS
+    assert flops_per_image(model(moe), SIDE) == pytest.approx(vit_flops([1, mlps, 1, mlps], 4, 2))
 
 
 def test_shared_experts_are_counted():

@@ -10,6 +10,7 @@ from torch import nn
 
 import vmoe
 from vmoe import MoeConfig
+from vmoe.models.surgery import set_moe_drop_path
 
 SMALL = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 4, "num_heads": 2, "num_classes": 5}
 FAMILIES = [
@@ -78,6 +79,17 @@ def test_device_type_and_mode_are_kept():
     with torch.device("meta"):
         on_meta = vmoe.create_model(FAMILIES[0], MoeConfig(), **SMALL)
     assert all(parameter.is_meta for parameter in on_meta.parameters())
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vitamin_small_224"])  # the second's MLPs have their own norm
+def test_no_part_leaves_the_mode_of_a_model_in_evaluation(name):
+    small = SMALL if name == FAMILIES[0] else {"num_classes": 5}
+    with torch.device("meta"):
+        model = vmoe.sparsify(timm.create_model(name, **small).eval(), MoeConfig(num_experts=2))
+    set_moe_drop_path(model, 0.5)
+    assert not any(module.training for module in model.modules())
+    set_moe_drop_path(model.train(), 0.25)
+    assert all(module.training for module in model.modules())
 
 
 def test_weight_decay_groups():

@@ -66,6 +66,23 @@ def test_balance_losses_grow_with_skew(skew, more):
         assert loss(logits(skew + more)) > loss(logits(skew)) - 1e-12
 
 
+def test_gshard_loss_of_the_sigmoid_router_is_that_of_each_gate_s_share():
+    """Perfectly balanced it is 1 whatever the gates, so that it cannot fall by pushing all of them to zero."""
+    none = {f"{name}_loss_weight": 0.0 for name in ("importance", "load", "z")}
+    layer = layer_of(router="sigmoid", gshard_loss_weight=1.0, **none)
+    with torch.no_grad():
+        layer.router.gate.weight.copy_(torch.eye(4, 6))
+    for score in (3.0, -3.0):  # gates of 0.95 and 0.05
+        x = torch.full((1, 4, 6), score, dtype=torch.float64)
+        x[0, :, :4] += 1e-3 * torch.eye(4)  # each token has another first choice
+        x.requires_grad_()
+        layer(x)
+        loss = vmoe.auxiliary_loss(layer)
+        assert loss.item() == pytest.approx(1, abs=1e-3)
+        (gradient,) = torch.autograd.grad(loss, x)
+        assert gradient.sum(-1).abs().max() < 1e-6  # no pull on all gates of a token together
+
+
 def test_weighted_sum_over_layers():
     model = nn.Sequential(layer_of(noise_std=0.0), layer_of(noise_std=0.0, gshard_loss_weight=1.0))
     model(tokens())

@@ -117,6 +117,19 @@ def test_a_bias_moves_by_its_rate_towards_a_fair_load():
     assert torch.equal(layer.router.bias, 0.25 * (1 / EXPERTS - load).sign())
 
 
+@pytest.mark.parametrize("convert", [lambda layer: layer.to(torch.bfloat16), nn.Module.half], ids=["to", "half"])
+def test_a_bias_goes_on_moving_in_a_model_of_half_precision(convert):
+    layer = convert(nn.Sequential(layer_of("sigmoid", num_experts=2, bias_update_rate=0.001)))[0]
+    assert layer.experts.fc1.weight.dtype.itemsize == 2
+    layer.router.bias.fill_(0.5)  # next to which bfloat16 has no number nearer than 0.002
+    for _ in range(3):
+        layer.router.choices.copy_(torch.tensor([0.75, 0.25]))
+        vmoe.update_router_biases(layer)
+    torch.testing.assert_close(layer.router.bias, torch.tensor([0.497, 0.503]))
+    layer.double()
+    assert layer.router.bias.dtype == torch.float64
+
+
 def test_sigmoid_weights_leave_the_bias_out():
     layer = layer_of("sigmoid").eval()
     with torch.no_grad():

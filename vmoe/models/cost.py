@@ -30,7 +30,9 @@ def count_parameters(model: nn.Module) -> Parameters:
 def flops_per_image(model: nn.Module, image_size: int | tuple[int, int], in_chans: int = 3) -> int:
     """Floating-point operations of one image's forward pass; a multiply-add counts 2, padding nothing.
 
-    Matrix products and convolutions are counted, as is usual. Nothing is computed: the pass runs on the meta device.
+    Matrix products and convolutions are counted, as is usual, whatever the backend. With a capacity at evaluation, the
+    experts are counted as if they filled their slots: how many choices they drop besides depends on the image. Nothing
+    is computed: the pass runs on the meta device.
 
     Args:
         model: Any image model; it is left as it is.

@@ -91,7 +91,7 @@ def set_moe_drop_path(model: nn.Module, rate: float) -> None:
         block = model.get_submodule(".".join(path))
         if not hasattr(block, "drop_path2"):
             raise ValueError(f"{type(block).__name__} has no drop path for its MLP alone")
-        block.drop_path2 = DropPath(rate)
+        block.drop_path2 = DropPath(rate).train(block.training)
 
 
 class NormFirst(nn.Sequential):
@@ -135,7 +135,8 @@ def _replace(model: nn.Module, place: Place, moe: MoeConfig, upcycle: bool, nois
     if norm is None:
         model.set_submodule(place.name, layer)
         return place.name, layer
-    model.set_submodule(place.name, NormFirst(OrderedDict({norm: getattr(place.mlp, norm), "moe": layer})))
+    both = NormFirst(OrderedDict({norm: getattr(place.mlp, norm), "moe": layer}))
+    model.set_submodule(place.name, both.train(place.mlp.training))
     return f"{place.name}.moe", layer
 
 

@@ -204,8 +204,10 @@ def choose_backend(x_TD: Tensor, choices: Choices, mlp: Mlp, name: str = "auto")
     """The backend of that name, or another with one warning where it cannot serve.
 
     "auto": `fused` on a GPU and `cpu` on a CPU wherever they can; else `padded` on a GPU where there is a capacity;
-    else `segments`.
+    else `segments`. On the meta device `segments`, which counts no row that only another backend's layout needs.
     """
+    if x_TD.is_meta:
+        return segments
     if name != "auto" and x_TD.shape[0]:
         reason = _reason_against(name, x_TD, choices, mlp)
         if reason is None:

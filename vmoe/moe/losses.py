@@ -58,7 +58,10 @@ def auxiliary_losses(routing: Routing | SlotRouting, moe: MoeConfig, is_noisy: b
 def _other_losses(routing: Routing, moe: MoeConfig) -> dict[str, Tensor]:
     losses = {}
     if moe.gshard_loss_weight > 0:
-        losses["gshard"] = gshard_loss(routing.gates_GSE, routing.valid_GS)
+        # sigmoid gates do not sum to 1: of them each one's share counts, as in DeepSeek-V3, equation 18, or the loss would
+        # fall as all of a token's gates do
+        gates_GSE = routing.logits_GSE.softmax(-1) if moe.router == "sigmoid" else routing.gates_GSE
+        losses["gshard"] = gshard_loss(gates_GSE, routing.valid_GS)
     if moe.z_loss_weight > 0:
         losses["z"] = z_loss(routing.logits_GSE, routing.valid_GS)
     return _averaged(losses)
@@ -114,7 +117,10 @@ def load_loss(
 
 
 def gshard_loss(gates_GSE: Tensor, valid_GS: Tensor | None = None) -> Tensor:
-    """E times the sum over experts of (mean gate x share of first choices) (GShard, algorithm 1)."""
+    """E times the sum over experts of (mean gate x share of first choices) (GShard, algorithm 1).
+
+    A token's gates sum to 1.
+    """
     num_experts = gates_GSE.shape[-1]
     first_GSE = torch.nn.functional.one_hot(gates_GSE.argmax(-1), num_experts).to(gates_GSE.dtype)
     mean_gate_GE = _masked_mean(gates_GSE, valid_GS)

@@ -6,6 +6,7 @@ whatever the autocast: half-precision routers are what makes sparse models diver
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -86,16 +87,18 @@ class SigmoidRouter(TokenChoiceRouter):
     section 2.1.2; Wang et al. 2024, https://arxiv.org/abs/2408.15664, algorithm 1).
 
     A bias an expert decides with the gates who is chosen, but not with which weight. After each update of the weights,
-    `vmoe.update_router_biases` raises it for experts under their fair load and lowers it for those above.
+    `vmoe.update_router_biases` raises it for experts under their fair load and lowers it for those above. The bias
+    stays in float32 in a model of half precision, whose numbers lie further apart than a step.
     """
 
     def __init__(self, dim: int, moe: MoeConfig, device=None, dtype=None) -> None:
         super().__init__(dim, moe, device, dtype)
         self.bias_update_rate = moe.bias_update_rate
         self.bias: Tensor
-        self.register_buffer("bias", torch.zeros(moe.num_experts, device=device))
+        placement: dict[str, Any] = {"device": device, "dtype": torch.float32}
+        self.register_buffer("bias", torch.zeros(moe.num_experts, **placement))
         self.choices: Tensor
-        self.register_buffer("choices", torch.zeros(moe.num_experts, device=device), persistent=False)
+        self.register_buffer("choices", torch.zeros(moe.num_experts, **placement), persistent=False)
 
     def forward(self, x_TD: Tensor, groups: Groups, valid_GS: Tensor | None = None) -> Routing:
         scores_TE, x_TD = self.scores(x_TD)
@@ -110,6 +113,16 @@ class SigmoidRouter(TokenChoiceRouter):
             with torch.no_grad():
                 self.choices += routing.load_E()
         return routing
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SigmoidRouter":
+        """What `to`, `half` and their like go through."""
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            after = self._buffers[name]
+            if torch.promote_types(after.dtype, torch.float32) != after.dtype:
+                self._buffers[name] = buffer.to(after.device)
+        return self
 
     @torch.no_grad()
     def update_bias(self) -> None:

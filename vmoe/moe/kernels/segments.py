@@ -16,7 +16,11 @@ from vmoe.moe.kernels.rows import Layout
 
 def expert_mlp(x_TD: Tensor, choices: Choices, mlp: Mlp) -> Tensor:
     """(T, D) -> (T, O), see `kernels`."""
-    return composed.expert_mlp(x_TD, choices, mlp, layout(choices, mlp.weight1.shape[0]), linear)
+    num_experts = mlp.weight1.shape[0]
+    rows = layout(choices, num_experts)
+    if choices.capacity is not None:  # no row for choices that must be dropped: they stand behind all others
+        rows = rows._replace(choice_R=rows.choice_R[: num_experts * choices.groups.count * choices.capacity])
+    return composed.expert_mlp(x_TD, choices, mlp, rows, linear)
 
 
 def layout(choices: Choices, num_experts: int) -> Layout:
