@@ -58,8 +58,8 @@ def auxiliary_losses(routing: Routing | SlotRouting, moe: MoeConfig, is_noisy: b
 def _other_losses(routing: Routing, moe: MoeConfig) -> dict[str, Tensor]:
     losses = {}
     if moe.gshard_loss_weight > 0:
-        # sigmoid gates do not sum to 1: of them each one's share counts, as in DeepSeek-V3, equation 18, or the loss would
-        # fall as all of a token's gates do
+        # Sigmoid gates do not sum to 1. Their shares do (DeepSeek-V3, equation 18): of the gates themselves, the loss
+        # would fall as all of them do
         gates_GSE = routing.logits_GSE.softmax(-1) if moe.router == "sigmoid" else routing.gates_GSE
         losses["gshard"] = gshard_loss(gates_GSE, routing.valid_GS)
     if moe.z_loss_weight > 0:
