@@ -116,12 +116,12 @@ class SigmoidRouter(TokenChoiceRouter):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SigmoidRouter":
         """What `to`, `half` and their like go through."""
-        before = dict(self._buffers)
+        before = {"bias": self.bias, "choices": self.choices}
         super()._apply(fn, recurse)
         for name, buffer in before.items():
-            after = self._buffers[name]
+            after = getattr(self, name)
             if torch.promote_types(after.dtype, torch.float32) != after.dtype:
-                self._buffers[name] = buffer.to(after.device)
+                setattr(self, name, buffer.to(after.device))
         return self
 
     @torch.no_grad()
