@@ -53,12 +53,31 @@ def test_the_picture_says_which_checkpoints_were_tested(make_run, validated, cho
         assert ("Validation top-1 while training" in texts) == (curves and any(validated))
 
 
+def test_a_few_arms_have_their_names_beside_their_points(make_run):
+    names = ["dense", "E=8 K=2", "E=2 K=2", "E=16 K=2"]
+    experts = (None, {"num_experts": 8}, {"num_experts": 2}, {"num_experts": 16})
+    tops = (0.9, 0.93, 0.93, 0.9305)  # of which three lie on each other
+    runs = [make_run(f"r{index}", top1, moe=moe) for index, (top1, moe) in enumerate(zip(tops, experts, strict=True))]
+    arms = group_runs([read_run(run) for run in runs])
+    page = draw_comparison(arms, differences(arms), [])
+    page.canvas.draw()
+    renderer = page.canvas.get_renderer()
+    for axes in page.figure.axes[:3]:
+        assert sorted(text.get_text() for text in axes.texts) == sorted(names)
+        boxes = [text.get_window_extent(renderer) for text in axes.texts]
+        assert not any(box.count_overlaps(boxes[:index]) for index, box in enumerate(boxes))
+        markers = axes.transData.transform([(line.get_xdata()[0], line.get_ydata()[0]) for line in axes.lines[:4]])
+        assert not any(box.contains(*place) for box in boxes for place in markers)
+        assert all(box.x0 > 0 and box.x1 < page.width for box in boxes)
+    assert [tick.get_text() for tick in page.figure.axes[3].get_yticklabels()] == names
+
+
 def test_arms_that_lie_on_each_other_share_a_line_of_numbers(make_run):
-    runs = [make_run("a", 0.9, lr=0.1), make_run("b", 0.7, lr=0.2), make_run("c", 0.9, lr=0.3)]
+    runs = [make_run(f"r{index}", 0.9 if index % 2 else 0.7, lr=0.1 * index) for index in range(1, 8)]
     arms = group_runs([read_run(run) for run in runs])
     page = draw_comparison(arms, differences(arms), [])
     for axes in page.figure.axes[:3]:
-        assert [(text.get_text(), text.xy[1]) for text in axes.texts] == [("1 3", 90), ("2", 70)]
+        assert [(text.get_text(), text.xy[1]) for text in axes.texts] == [("1 3 5 7", 90), ("2 4 6", 70)]
 
 
 def test_a_crowd_of_arms_says_how_many_it_is(make_run):

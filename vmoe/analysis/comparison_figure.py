@@ -5,11 +5,12 @@ from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.transforms import Bbox
 
 from vmoe.analysis.comparison import Arm
 from vmoe.analysis.comparison_statistics import Difference
 from vmoe.analysis.palette import expert_hex
-from vmoe.analysis.style import BODY, MARGIN, MUTED, SMALL, Page, label, plain_axes
+from vmoe.analysis.style import BODY, INK, MARGIN, MUTED, SMALL, Page, label, plain_axes, points_of, text_width
 
 _PANELS = (
     ("flops", "active FLOPs an image (a multiply-add is 2)"),
@@ -21,6 +22,9 @@ _WIDTH, _HEIGHT, _GAP = 400, 300, 100
 _ROW = 30  # of the legend
 _NEAR = 14  # pixels between points of which each has room for its number
 _CROWD = 6  # numbers at most in a line
+_NAMED = 6  # arms up to which points have names; more have numbers
+_NAMES = 160  # pixels of the names beside the differences
+_SIDES = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (1, -1), (-1, 1), (-1, -1))  # of a point, where its name may stand
 _ROOM = 1.35  # between the outer points and the ends of a logarithmic axis
 _LABEL = 0.14  # of the axis that the label of a tick takes
 
@@ -30,8 +34,8 @@ _FRONT = {"color": MUTED, "linewidth": 1, "linestyle": ":", "zorder": 2}
 def draw_comparison(arms: Sequence[Arm], found: Sequence[Difference], notes: Sequence[str]) -> Page:
     """Test accuracy against FLOPs, speed and parameters, with the Pareto front; differences; validation by epoch.
 
-    An arm keeps its colour and number; V-MoEs are round, dense models square; bars are one standard deviation over
-    seeds; `notes` stand below.
+    An arm keeps its colour, and its number where there is no room for its name. V-MoEs are round, dense models square.
+    Bars are one standard deviation over seeds; `notes` stand below.
     """
     legend = _ROW * len(arms) + 60
     lines = [line for note in notes for line in textwrap.wrap(note, 185)]
@@ -43,7 +47,7 @@ def draw_comparison(arms: Sequence[Arm], found: Sequence[Difference], notes: Seq
         axes = _axes(page, index, f"Test top-1 against {title.split(' (')[0]}")
         _scatter(axes, arms, field)
         label(axes, title, "test top-1 (%)")
-    _draw_differences(_axes(page, 3, "Difference to the baseline"), arms, found)
+    _draw_differences(page, arms, found)
     if any(run.curve for arm in arms for run in arm.runs):
         _draw_curves(_axes(page, 4, "Validation top-1 while training"), arms)
     _legend(page, arms, *_place(5), legend)
@@ -74,10 +78,11 @@ def _place(index: int) -> tuple[int, int]:
     return MARGIN + 50 + index % 3 * (_WIDTH + _GAP), MARGIN + 116 + index // 3 * (_HEIGHT + 110)
 
 
-def _axes(page: Page, index: int, title: str) -> Axes:
+def _axes(page: Page, index: int, title: str, names: float = 0) -> Axes:
+    """Axes at their place on the page; `names` pixels at their left are left to wide labels."""
     x, y = _place(index)
     page.text(x, y - 16, title, BODY, weight="bold")
-    return plain_axes(page.axes(x, y, _WIDTH, _HEIGHT))
+    return plain_axes(page.axes(x + names, y, _WIDTH - names, _HEIGHT))
 
 
 def _scatter(axes: Axes, arms: Sequence[Arm], field: str) -> None:
@@ -99,7 +104,9 @@ def _scatter(axes: Axes, arms: Sequence[Arm], field: str) -> None:
     axes.plot([values[index] for index in front], [100 * arms[index].mean("top1") for index in front], **_FRONT)
     axes.set_xlim(min(values) / _ROOM, max(values) * _ROOM)
     axes.margins(y=0.25)
-    _number(axes, [(arm.mean(field), 100 * arm.mean("top1")) for arm in arms])
+    points = [(arm.mean(field), 100 * arm.mean("top1")) for arm in arms]
+    unnamed = _name(axes, arms, points) if len(arms) <= _NAMED else range(len(arms))
+    _number(axes, points, unnamed)
     ticks = FuncFormatter(lambda value, _: short(value))
     axes.xaxis.set_major_formatter(ticks)
     axes.xaxis.set_minor_formatter(NullFormatter())
@@ -108,15 +115,49 @@ def _scatter(axes: Axes, arms: Sequence[Arm], field: str) -> None:
         axes.set_xticks(apart(values))
 
 
-def _number(axes: Axes, points: Sequence[tuple[float, float]]) -> None:
-    """Writes the arms' numbers, from 1, beside their points; points too near for a number each share one line.
+def _name(axes: Axes, arms: Sequence[Arm], points: Sequence[tuple[float, float]]) -> list[int]:
+    """Writes the arms' names beside their points, where they hide neither a point nor another name.
+
+    Returns:
+        The arms that found no room.
+    """
+    axes.autoscale_view()
+    inside = axes.get_window_extent()
+    markers = [Bbox.from_bounds(x - 8, y - 8, 16, 16) for x, y in axes.transData.transform(points)]
+    taken, left = list(markers), []
+    for index, arm in enumerate(arms):
+        width = text_width(arm.name, SMALL)
+        boxes = [_beside(markers[index], width, *side) for side in _SIDES]
+        free = [
+            box
+            for box in boxes
+            if inside.x0 < box.x0 and box.x1 < inside.x1 + _GAP / 2 and not box.count_overlaps(taken)
+        ]
+        if not free:
+            left.append(index)
+            continue
+        taken.append(free[0])
+        place = axes.transAxes.inverted().transform(free[0].min)
+        axes.text(*place, arm.name, transform=axes.transAxes, fontsize=points_of(SMALL), color=INK, zorder=4)
+    return left
+
+
+def _beside(marker: Bbox, width: float, right: int, up: int) -> Bbox:
+    """A line of text at the side of a point: `right` and `up` are -1, 0 or 1."""
+    x = {-1: marker.x0 - width - 2, 0: (marker.x0 + marker.x1 - width) / 2, 1: marker.x1 + 2}[right]
+    y = {-1: marker.y0 - SMALL - 2, 0: (marker.y0 + marker.y1 - SMALL) / 2 + 2, 1: marker.y1 + 2}[up]
+    return Bbox.from_bounds(x, y, width, SMALL)
+
+
+def _number(axes: Axes, points: Sequence[tuple[float, float]], arms: Sequence[int]) -> None:
+    """Writes these arms' numbers, from 1, beside their points; points too near for a number each share one line.
 
     A line of more than `_CROWD` numbers would run over other points, so it says how many there are.
     """
     axes.autoscale_view()
     places = axes.transData.transform(points)
     groups: list[list[int]] = []
-    for index in sorted(range(len(points)), key=lambda index: -places[index][1]):
+    for index in sorted(arms, key=lambda index: -places[index][1]):
         near = [group for group in groups if max(abs(places[index] - places[group[-1]])) < _NEAR]
         if near:
             near[0].append(index)
@@ -129,8 +170,12 @@ def _number(axes: Axes, points: Sequence[tuple[float, float]]) -> None:
         axes.annotate(text, place, (7, 5), textcoords="offset points", fontsize=9, color=MUTED, zorder=4)
 
 
-def _draw_differences(axes: Axes, arms: Sequence[Arm], found: Sequence[Difference]) -> None:
+def _draw_differences(page: Page, arms: Sequence[Arm], found: Sequence[Difference]) -> None:
     """The difference of each arm that has a baseline, with its interval where there is one; the first arm on top."""
+    names = [page.fit(arm.name, SMALL, _NAMES) for arm in arms]
+    if len(arms) > _HEIGHT / _ROW:  # no room for a name each
+        names = [str(index + 1) for index in range(len(arms))]
+    axes = _axes(page, 3, "Difference to the baseline", max(0, max(text_width(name, SMALL) for name in names) - 40))
     number = {arm.name: index for index, arm in enumerate(arms)}
     for part in found:
         index = number[part.arm.name]
@@ -140,8 +185,8 @@ def _draw_differences(axes: Axes, arms: Sequence[Arm], found: Sequence[Differenc
     axes.axvline(0, color=MUTED, linewidth=1)
     axes.xaxis.set_major_locator(MaxNLocator(5))  # numbers such as -0.125 are wide
     axes.set_ylim(len(arms) - 0.4, -0.6)
-    axes.set_yticks(range(len(arms)), [str(index + 1) for index in range(len(arms))])
-    label(axes, "points of test top-1, with paired 95 % interval", "arm")
+    axes.set_yticks(range(len(arms)), names)
+    label(axes, "points of test top-1, with paired 95 % interval")
 
 
 def pareto_front(points: Sequence[tuple[float, float]], more_is_better: bool = False) -> list[int]:

@@ -3,15 +3,22 @@
 import numpy as np
 
 from vmoe.analysis.evaluation import Evaluation
-from vmoe.analysis.style import BODY, INK, MARGIN, MUTED, PAPER, RULE, SHADES, SMALL, Page
+from vmoe.analysis.style import BODY, INK, MARGIN, MUTED, PAPER, RULE, SHADES, SMALL, Page, text_width
 
 _NAMED = 200  # classes up to which each row has its name
+_BARS = 190  # pixels of the bars with their numbers
 
 
-def draw_confusion(evaluation: Evaluation, class_names: list[str], title: str) -> Page:
+def draw_confusion(evaluation: Evaluation, class_names: list[str], data: str, model: str) -> Page:
     """Rows are true classes, columns predictions; at the right the accuracy of each class.
 
     The shade is the share of the row, at a square root's scale so that rare confusions show.
+
+    Args:
+        evaluation: What was measured, with its confusion matrix.
+        class_names: Of all classes.
+        data: What the model was measured on, for the title.
+        model: Which one it is, such as its path.
     """
     counts = np.array(evaluation.confusion)
     num_classes = len(counts)
@@ -21,20 +28,23 @@ def draw_confusion(evaluation: Evaluation, class_names: list[str], title: str) -
     side = cell * num_classes
     size = min(BODY, cell - 2)  # of the names
     names = [_shorten(name) for name in class_names] if num_classes <= _NAMED else [""] * num_classes
-    probe = Page(10, 10)
-    longest = max(probe.text_width(name, size) for name in names) if any(names) else 60
-    left, top, bars = MARGIN + int(longest) + 30, MARGIN + 90, 170
-    page = Page(max(left + side + 24 + bars + MARGIN, 760), top + side + int(longest) + 130)
+    longest = int(max(text_width(name, size) for name in names)) if any(names) else 60
+    is_upright = longest <= cell - 6
+    left, top = MARGIN + longest + 30, MARGIN + 116
+    right, bottom = left + side + 24, top + side
+    below = max(30 if is_upright or not any(names) else longest + 10, 62)  # names of the columns, and the legend
+    page = Page(max(right + _BARS + MARGIN, 760), bottom + below + MARGIN)
     page.heading(
-        title,
+        f"Confusion on the {data}",
         f"{evaluation.images:,} images · top-1 {evaluation.top1:.2%} · rows: true class, columns: predicted class",
     )
+    page.text(MARGIN, MARGIN + 74, page.fit(model, BODY, page.width - 2 * MARGIN, keep="end"), color=MUTED)
     page.picture(left, top, _cells(shares, cell))
-    _names(page, names, left, top, cell, size)
+    _names(page, names, left, top, cell, size, is_upright)
     if cell >= 32:
         _numbers(page, counts, shares, left, top, cell)
-    _bars(page, evaluation, left + side + 24, top, cell, bars - 60)
-    _legend(page, left, page.height - MARGIN - 20)
+    _bars(page, evaluation, right, top, cell, _BARS - 60)
+    _legend(page, right, bottom + 8)
     return page
 
 
@@ -50,12 +60,12 @@ def _cells(shares: np.ndarray, cell: int) -> np.ndarray:
     return pixels
 
 
-def _names(page: Page, names: list[str], left: int, top: int, cell: int, size: float) -> None:
+def _names(page: Page, names: list[str], left: int, top: int, cell: int, size: float, is_upright: bool) -> None:
     bottom = top + cell * len(names)
     for index, name in enumerate(names):
         middle = (index + 0.5) * cell
         page.text(left - 10, top + middle, name, size, ha="right", va="center_baseline")
-        page.text(left + middle, bottom + 10, name, size, ha="center", va="top", rotation=90)
+        page.text(left + middle, bottom + 10, name, size, ha="center", va="top", rotation=0 if is_upright else 90)
     if not any(names):
         for index in range(0, len(names), 100):
             page.text(left - 10, top + index * cell, str(index), SMALL, ha="right", va="top", color=MUTED)
@@ -84,10 +94,11 @@ def _bars(page: Page, evaluation: Evaluation, left: int, top: int, cell: int, wi
 
 
 def _legend(page: Page, left: int, y: int) -> None:
-    ramp = np.repeat(SHADES(np.linspace(0, 1, 180))[None, :, :3], 12, 0)
+    ramp = np.repeat(SHADES(np.linspace(0, 1, 150))[None, :, :3], 12, 0)
     page.picture(left, y, ramp)
-    for share in (0, 0.1, 0.5, 1):
-        x = left + 180 * share**0.5
+    for share in (0, 0.05, 0.3, 1):
+        x = left + 150 * share**0.5
         page.rectangle(x, y + 13, 1, 4, face=RULE)
-        page.text(x, y + 30, f"{share:.0%}", SMALL, ha="center", color=MUTED)
-    page.text(left + 204, y + 11, "of the images of the true class", SMALL, color=MUTED)
+        align = {0: "left", 1: "right"}.get(share, "center")
+        page.text(x, y + 30, f"{share:.0%}", SMALL, ha=align, color=MUTED)
+    page.text(left, y + 50, "share of the true class", SMALL, color=MUTED)

@@ -2,6 +2,7 @@
 
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -31,7 +32,8 @@ MARGIN = 40
 _DPI = 100
 
 
-def _points(pixels: float) -> float:
+def points_of(pixels: float) -> float:
+    """The size of a type in points, in which Matplotlib measures it."""
     return pixels * 72 / _DPI
 
 
@@ -61,13 +63,13 @@ class Page:
         """Writes `text` literally (no mathematics, no control characters), its baseline at y."""
         style = {"color": INK, "va": "baseline", **style}
         return self.figure.text(
-            x / self.width, 1 - y / self.height, printable(text), fontsize=_points(size), parse_math=False, **style
+            x / self.width, 1 - y / self.height, printable(text), fontsize=points_of(size), parse_math=False, **style
         )
 
     def rectangle(self, x: float, y: float, width: float, height: float, face: object = "none", edge: object = "none"):
         """A filled or outlined rectangle."""
         box = (x / self.width, 1 - (y + height) / self.height), width / self.width, height / self.height
-        self.figure.add_artist(Rectangle(*box, facecolor=face, edgecolor=edge, linewidth=_points(1)))
+        self.figure.add_artist(Rectangle(*box, facecolor=face, edgecolor=edge, linewidth=points_of(1)))
 
     def heading(self, title: str, subtitle: str) -> None:
         """The page's title and the line below it, at its head."""
@@ -76,20 +78,22 @@ class Page:
         )
         self.text(MARGIN, MARGIN + 50, self.fit(subtitle, BODY, self.width - 2 * MARGIN), color=MUTED)
 
-    def text_width(self, text: str, size: float = BODY, **style: object) -> float:
-        """How many pixels wide `text` comes out."""
-        return _text_width(text, size, **style)
-
-    def fit(self, text: str, size: float, width: float, **style: object) -> str:
-        """`text`, or as much of it as `width` pixels hold, ending in an ellipsis."""
-        if self.text_width(text, size, **style) <= width:
+    def fit(
+        self, text: str, size: float, width: float, keep: Literal["start", "end"] = "start", **style: object
+    ) -> str:
+        """`text`, or as much of its start or end as `width` pixels hold, with an ellipsis for the rest."""
+        if text_width(text, size, **style) <= width:
             return text
+
+        def shortened(letters: int) -> str:
+            return text[:letters].rstrip() + "…" if keep == "start" else "…" + text[len(text) - letters :].lstrip()
+
         held, over = 0, len(text)  # letters that fit with the ellipsis, and that do not
         while over - held > 1:
             middle = (held + over) // 2
-            fits = self.text_width(text[:middle] + "…", size, **style) <= width
+            fits = text_width(shortened(middle), size, **style) <= width
             held, over = (middle, over) if fits else (held, middle)
-        return text[:held].rstrip() + "…"
+        return shortened(held)
 
     def pixels(self) -> np.ndarray:
         """The page as it is drawn: (height, width, 3) uint8."""
@@ -104,7 +108,8 @@ class Page:
 
 
 @lru_cache(4096)
-def _text_width(text: str, size: float, **style: object) -> float:
+def text_width(text: str, size: float = BODY, **style: object) -> float:
+    """How many pixels wide a line of text comes out on a page."""
     page = Page(10, 10)
     return page.text(0, 0, text, size, **style).get_window_extent(page.canvas.get_renderer()).width
 
@@ -114,7 +119,7 @@ def wrapped(text: str, size: float, width: float) -> list[str]:
     lines: list[str] = []
     for word in text.split():
         longer = f"{lines[-1]} {word}" if lines else word
-        if lines and _text_width(longer, size) <= width:
+        if lines and text_width(longer, size) <= width:
             lines[-1] = longer
         else:
             lines.append(word)
@@ -127,14 +132,14 @@ def plain_axes(axes: Axes, size: float = SMALL) -> Axes:
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):
         axes.spines[side].set_color(MUTED)
-        axes.spines[side].set_linewidth(_points(1))
-    axes.tick_params(labelsize=_points(size), colors=MUTED, labelcolor=INK, width=_points(1), length=4)
-    axes.grid(color=RULE, linewidth=_points(1))
+        axes.spines[side].set_linewidth(points_of(1))
+    axes.tick_params(labelsize=points_of(size), colors=MUTED, labelcolor=INK, width=points_of(1), length=4)
+    axes.grid(color=RULE, linewidth=points_of(1))
     axes.set_axisbelow(True)
     return axes
 
 
 def label(axes: Axes, x: str = "", y: str = "", size: float = SMALL) -> None:
     """Names the axes of a plot."""
-    axes.set_xlabel(x, fontsize=_points(size), color=INK)
-    axes.set_ylabel(y, fontsize=_points(size), color=INK)
+    axes.set_xlabel(x, fontsize=points_of(size), color=INK)
+    axes.set_ylabel(y, fontsize=points_of(size), color=INK)

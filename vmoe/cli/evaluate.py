@@ -91,7 +91,7 @@ def _evaluate(argv: list[str]) -> None:
     drawn = [result for result in results if result.confusion is not None]
     for result in drawn:
         name = "confusion.png" if len(results) == 1 else f"confusion-{setting(result, results)}.png"
-        draw_confusion(result, checkpoint.class_names, f"{what} · {checkpoint.path}").save(out / name)
+        draw_confusion(result, checkpoint.class_names, what, str(checkpoint.path)).save(out / name)
     without = ": too many classes for a matrix" if results else ": features alone, the classifier knows other classes"
     print(f"{json_file}" + (f" and the confusion matrix in {out}" if drawn else without))
 
