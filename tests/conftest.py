@@ -1,7 +1,9 @@
-"""Triton interprets its kernels where there is no GPU; imports are no garbage; unwritten memory may hold NaN."""
+"""What all tests stand on: one thread, interpreted Triton without a GPU, imports that are no garbage, unwritten NaN."""
 
 import gc
 import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch reads it
 
 import pytest
 import torch

@@ -59,5 +59,6 @@ def write() -> None:
 
 
 if __name__ == "__main__":
+    os.environ["OMP_NUM_THREADS"] = "1"  # else the job chooses
     torch.set_num_threads(1)
     write()

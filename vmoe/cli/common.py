@@ -6,6 +6,7 @@ import traceback
 from collections.abc import Callable
 
 from vmoe.cli.main import JOBS
+from vmoe.cli.threads import let_threads_sleep
 from vmoe.errors import UserError
 from vmoe.imports import TORCHVISION_IS_BROKEN, breaks_torchvision
 from vmoe.text import printable
@@ -21,6 +22,7 @@ def run(job: Callable[[list[str]], int | None], argv: list[str] | None) -> int:
     Returns:
         The exit code: the job's own or 0; 2 for a user's mistake; 130 for Ctrl-C.
     """
+    let_threads_sleep()
     module = job.__module__.rpartition(".")[2]
     name = next((name for name in JOBS if name.replace("-", "_") == module), module)
     try:

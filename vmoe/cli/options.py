@@ -4,6 +4,7 @@ import argparse
 import math
 from typing import TYPE_CHECKING
 
+from vmoe.cli.threads import choose_threads
 from vmoe.errors import UserError
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def choose_device(name: str) -> "torch.device":
     """
     import torch  # here, since --help and a mistyped option need not wait for it
 
+    choose_threads()
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

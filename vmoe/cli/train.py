@@ -15,6 +15,7 @@ from rich.console import Console
 from vmoe.cli.common import run
 from vmoe.cli.config_files import newer_version, read_config
 from vmoe.cli.recipes import find_recipe, is_recipe, recipe_names
+from vmoe.cli.threads import choose_threads
 from vmoe.data.config import DEFAULTS, EMBEDDED_SETS, NAMED_SETS, DataConfig
 from vmoe.errors import UserError
 from vmoe.moe import MoeConfig
@@ -94,6 +95,8 @@ def _train(make_config: Callable[[], TrainConfig], command: list[str], place: Pl
     try:
         with stopped_at_once():
             from vmoe.training.run import train  # here, since a mistake in an option need not wait for Lightning
+        busy = config.data.workers if config.data.pipeline == "workers" else 0  # else they only read, at the start
+        Progress(console).say(choose_threads(busy, place.local_count))
         result = train(config, shlex.join(command), console)
     except Interrupted as stop:
         again = f"vmoe train --config {shlex.quote(config.output_dir)}/config.yaml --resume"

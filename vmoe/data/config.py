@@ -180,8 +180,9 @@ class DataConfig:
         eval_batch_size: images a step in validation and test. None: batch_size.
         pipeline: "workers" reads and augments images on the CPU, batch by batch; "device" keeps the whole set as bytes
             on the device that trains and augments there, for sets that fit.
-        workers: processes that load images beside the main one; results do not depend on their number. With the
-            pipeline "device" they only read files, once at the start.
+        workers: processes that load images beside the main one. Batches do not depend on their number; a training on
+            the CPU leaves them a core each, and fewer threads round otherwise. With the pipeline "device" they only
+            read files, once at the start.
         val_fraction: share of the training images of each class cut off for validation where a set has no validation
             split of its own (at least one image a class). 0 cuts off none: all are trained on, and the last epoch's
             checkpoint stands for the best.
