@@ -64,6 +64,14 @@ def test_two_experts_of_half_the_width_cost_the_dense_mlp():
     assert count_parameters(sparse).active == dense.total + 2 * (router + second_output_bias)
 
 
+def test_an_activation_that_experts_share_is_always_active():
+    sparse = vmoe.create_model(
+        "vit_tiny_patch16_224", MoeConfig(num_experts=4, top_k=1), **SMALL, act_layer=torch.nn.PReLU
+    )
+    dense = count_parameters(vmoe.create_model("vit_tiny_patch16_224", **SMALL, act_layer=torch.nn.PReLU))
+    assert count_parameters(sparse).active == dense.total + 2 * WIDTH * 4  # the routers
+
+
 def test_counting_leaves_the_model_as_it_is():
     sparse = model(MoeConfig()).train()
     before = {name: value.clone() for name, value in sparse.state_dict().items()}

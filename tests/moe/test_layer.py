@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import oracle_layer
+from timm.layers import Mlp
 from torch import nn
 
 import vmoe
@@ -231,6 +232,17 @@ def test_equal_and_different_starts():
     different = MoeMlp(WIDTH, 10, moe=MoeConfig()).experts.fc1.weight
     assert (equal == equal[:1]).all() and equal.std() > 0
     assert (different[0] != different[1]).any()
+
+
+def test_experts_start_equal_with_an_activation_that_was_learned():
+    """What all experts share is no expert's: it stays as it is."""
+    slopes = torch.linspace(0.1, 0.9, 10)
+    mlp = Mlp(WIDTH, 10, act_layer=lambda: nn.PReLU(10))
+    with torch.no_grad():
+        mlp.act.weight.copy_(slopes)
+    layer = MoeMlp.from_mlp(mlp, MoeConfig(num_experts=3, experts_start="equal"))
+    assert torch.equal(layer.experts.act.weight, slopes)
+    assert torch.equal(layer.experts.fc1.weight[2], layer.experts.fc1.weight[0])
 
 
 def test_expert_dropout_acts_inside_the_hidden_layer():

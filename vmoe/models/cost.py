@@ -22,7 +22,7 @@ def count_parameters(model: nn.Module) -> Parameters:
     total = sum(parameter.numel() for parameter in model.parameters())
     idle = 0
     for _, layer in moe_layers(model):
-        of_experts = sum(parameter.numel() for parameter in layer.experts.parameters())
+        of_experts = sum(parameter.numel() for parameter in layer.experts.stacked_parameters())
         idle += round(of_experts * (1 - min(1, layer.config.experts_per_token / layer.num_experts)))
     return Parameters(total, total - idle)
 

@@ -126,6 +126,14 @@ class Experts(nn.Module):
         self._casts: dict[int, _KeptCast] | None = None
         self._memory = shared_memory()  # which is kept while there are experts
 
+    def stacked(self) -> list[ExpertLinear | ExpertNorm]:
+        """The modules of which each expert has its own part, stacked. A learned activation is shared by all."""
+        return [self.fc1, *([] if self.norm is None else [self.norm]), self.fc2]
+
+    def stacked_parameters(self) -> list[nn.Parameter]:
+        """Those that have an axis of experts, the first."""
+        return [parameter for module in self.stacked() for parameter in module.parameters()]
+
     def forward(self, x_TD: Tensor, routing: Routing | SlotRouting) -> Tensor:
         """(T, D) -> (T, out). Runs in autocast's type where autocast is on."""
         dtype = compute_dtype(x_TD)

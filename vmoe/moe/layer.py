@@ -260,7 +260,7 @@ class MoeMlp(nn.Module):
 
     def _make_experts_equal(self) -> None:
         with torch.no_grad():
-            for parameter in self.experts.parameters():
+            for parameter in self.experts.stacked_parameters():
                 parameter.copy_(parameter[:1].expand_as(parameter))
 
     def __getstate__(self) -> dict:

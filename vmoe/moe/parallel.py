@@ -30,7 +30,8 @@ from vmoe.moe.routing import Routing, SlotRouting
 def deal_out_experts(layer: MoeMlp, mesh: DeviceMesh) -> None:
     """Leaves each process of `mesh` its share of a layer's experts, in order of rank; all hold the same layer before.
 
-    Gradients of experts are means over the processes, as those of parameters that all of them have.
+    Gradients of experts are means over the processes. A learned activation, which all experts share, stays whole: its
+    gradients remain to be averaged over the processes, as those of all other parameters that they have in common.
 
     Args:
         layer: Its expert parameters become DTensors, sharded by expert.
@@ -45,7 +46,7 @@ def deal_out_experts(layer: MoeMlp, mesh: DeviceMesh) -> None:
         raise ValueError(
             f"num_experts={layer.num_experts}: cannot be dealt out to {mesh.size()} processes; use a multiple of it"
         )
-    for module in layer.experts.modules():
+    for module in layer.experts.stacked():
         for name, parameter in list(module.named_parameters(recurse=False)):
             own = distribute_tensor(parameter.data, mesh, [Shard(0)], src_data_rank=None)
             setattr(module, name, nn.Parameter(own, requires_grad=parameter.requires_grad))

@@ -144,7 +144,7 @@ def _shard_experts(model: nn.Module, processes: int, expert_size: int, device_ty
     uncut = set()
     for name, layer in moe_layers(model):
         deal_out_experts(layer, mesh["expert"])
-        parameters = list(layer.experts.parameters())
+        parameters = layer.experts.stacked_parameters()
         if processes == expert_size:
             uncut.update(parameters)
             continue
@@ -154,7 +154,9 @@ def _shard_experts(model: nn.Module, processes: int, expert_size: int, device_ty
                 f"{mesh['part'].size()}; use {processes}",
                 everywhere=True,
             )
-        fully_shard(layer.experts, mesh=mesh["part"], shard_placement_fn=lambda _: Shard(1))
+        shared = set(layer.experts.parameters()).difference(parameters)  # whole in all: an activation's
+        how = {"mesh": mesh["part"], "shard_placement_fn": lambda _: Shard(1)}
+        fully_shard(layer.experts, ignored_params=shared, **how)
     return uncut
 
 

@@ -83,7 +83,7 @@ class Sizes:
 
     @classmethod
     def of(cls, model: nn.Module) -> "Sizes":
-        layers = [[(id(p), p.numel()) for p in layer.experts.parameters()] for _, layer in moe_layers(model)]
+        layers = [[(id(p), p.numel()) for p in layer.experts.stacked_parameters()] for _, layer in moe_layers(model)]
         experts = dict(pair for layer in layers for pair in layer)
         units, without = {}, {}
         for name, parameter in model.named_parameters():

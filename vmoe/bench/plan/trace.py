@@ -148,7 +148,7 @@ class _Recorder(TorchDispatchMode):
         self._known: set[int] = set()
         self._weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
         self._weights |= {buffer.untyped_storage()._cdata for buffer in model.buffers()}
-        self._experts = {id(p) for _, layer in moe_layers(model) for p in layer.experts.parameters()}
+        self._experts = {id(p) for _, layer in moe_layers(model) for p in layer.experts.stacked_parameters()}
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(self._count_gradient)
