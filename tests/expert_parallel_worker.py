@@ -58,7 +58,9 @@ def check(how: str, name: str, training: bool) -> None:
     options["group"] = "image" if options.get("router") in ("expert_choice", "soft") else 2
     norm = nn.LayerNorm if name == "norm" else None
     activation = StarReLU if name.startswith("learned") else nn.GELU
-    layer = MoeMlp(8, 16, act_layer=activation, norm_layer=norm, moe=MoeConfig(**options), tokens=5, dtype=dtype, device=device)
+    layer = MoeMlp(
+        8, 16, act_layer=activation, norm_layer=norm, moe=MoeConfig(**options), tokens=5, dtype=dtype, device=device
+    )
     layer.train(training)
     mine = copy.deepcopy(layer)
     deal_out_experts(mine, new_mesh(device.type, (2,)))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from parallel_runs import assert_close, assert_same_run, launch, strategy_options, tensors, train_forked
+from parallel_runs import TINY, assert_close, assert_same_run, launch, strategy_options, tensors, train_forked
 from safetensors import safe_open
 
 from vmoe.checkpoints import RunFolder, load_checkpoint, read_checkpoint
@@ -90,6 +90,18 @@ def test_the_number_of_processes_changes_nothing(recipe, alone, tmp_path, proces
     done = train_forked(recipe, tmp_path / "run", processes, *strategy_options(strategy))
     assert done.returncode == 0, done.stderr
     assert_same_run(RunFolder(tmp_path / "run"), alone)
+
+
+@pytest.mark.slow
+def test_experts_in_processes_share_a_learned_activation(tmp_path):
+    """Experts are spread over two of four processes, and their weights once more over the others."""
+    recipe = tmp_path / "learned.yaml"
+    recipe.write_text(TINY.replace("num_heads: 2}", "num_heads: 2, act_layer: prelu}"))
+    runs = {"one": (1, ()), "four": (4, strategy_options("expert 2"))}
+    for name, (processes, options) in runs.items():
+        done = train_forked(recipe, tmp_path / name, processes, *options)
+        assert done.returncode == 0, done.stderr
+    assert_same_run(RunFolder(tmp_path / "four"), RunFolder(tmp_path / "one"))
 
 
 def test_the_step_that_processes_capture_is_lightning_s(of_two, of_one):
