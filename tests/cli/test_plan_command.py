@@ -7,7 +7,9 @@ import json
 import pytest
 
 from vmoe.bench.plan.choice import resolved, workload_of
-from vmoe.bench.plan.layouts import Layout
+from vmoe.bench.plan.layouts import Layout, Memory
+from vmoe.bench.plan.planner import Plan, Times
+from vmoe.bench.plan.report import draw_plans
 from vmoe.cli.plan import main
 from vmoe.cli.train import parse
 from vmoe.data import DataConfig
@@ -29,6 +31,18 @@ def test_plans_in_a_table_a_file_and_a_picture(tmp_path, capsys):
     assert "step ms" in capsys.readouterr().out
     for name in ("plan.png", "plan_curves.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("scale", [1, 10_000])
+def test_bars_of_memory_are_seen_for_small_models_too(scale):
+    memory = Memory(*(scale * size * 2**20 for size in (3, 3, 6, 0, 5, 1)))
+    plan = Plan(Layout("none", 1), memory, Times(1e-3, 1e-3, 0, 0), 0, None)
+    axes = draw_plans([plan], 70 * 2**30, "a plan").axes[0]
+    reach = max(bar.get_x() + bar.get_width() for bar in axes.patches)
+    assert reach > 0.5 * axes.get_xlim()[1]
+    assert axes.get_xlabel() == ("MiB" if scale == 1 else "GiB")
+    assert [text.get_text() for text in axes.texts] == ([] if scale == 1 else [" usable"])
+    assert ("usable: 70.0 GiB" in axes.get_title("left")) == (scale == 1)
 
 
 @pytest.mark.parametrize("name", ["digits", "patchwork"])

@@ -3,7 +3,7 @@
 E experts; C classes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from vmoe.analysis.exploration.panels import (
     shades,
 )
 from vmoe.analysis.palette import expert_hex
-from vmoe.analysis.style import ACCENT, BODY, MUTED, RULE, SMALL, Page, label
+from vmoe.analysis.style import ACCENT, BODY, MUTED, RULE, SMALL, Page, label, text_width
 
 Report = dict[str, Any]
 _PLOT = (360, 240)
@@ -139,17 +139,21 @@ def _ratio_matrix(report: Report, layer: Report, ratio: Report, names: list[str]
     return page
 
 
+def _matrix_size(side: int, titles: Iterable[str]) -> tuple[float, int]:
+    """Of panels with a square matrix each and room for their titles."""
+    return max(side, *(text_width(title, BODY, weight="bold") + 1 for title in titles)), side
+
+
 def _coactivation(report: Report) -> Page:
     layers = [layer for layer in report["layers"] if layer["top_k"] != 1]
     experts = max(layer["num_experts"] for layer in layers)
     cell = int(np.clip(320 // experts, 5, 40))
     legend = "How often two experts take the same token over what chance gives: blue more, orange less (log scale)."
-    page, places = panel_page(
-        "Experts that work together", _about(report), legend, len(layers), (experts * cell,) * 2, 4, left=40
-    )
+    size = _matrix_size(experts * cell, [layer["name"] for layer in layers])
+    page, places = panel_page("Experts that work together", _about(report), legend, len(layers), size, 4, left=40)
     for layer, (x, y) in zip(layers, places, strict=True):
         ratio = np.array([[np.nan if value is None else value for value in row] for row in layer["coactivation"]])
-        panel_title(page, x, y, layer["name"], experts * cell)
+        panel_title(page, x, y, layer["name"], size[0])
         logs = np.where(np.isnan(ratio), np.nan, np.log2(np.clip(ratio, 0.125, 8)))
         matrix(page, x, y, (cell, cell), ratio, diverging(logs, 3), form=".1f")
     return page
@@ -160,14 +164,13 @@ def _flows(report: Report) -> Page:
     experts = max(layer["num_experts"] for layer in layers)
     cell = int(np.clip(320 // experts, 5, 40))
     legend = "Rows: expert of a patch in a layer; columns: in the next one; the shade is the share of the row."
-    page, places = panel_page(
-        "From layer to layer", _about(report), legend, len(flows), (experts * cell,) * 2, 4, left=40
-    )
-    for flow, (x, y) in zip(flows, places, strict=True):
+    titles = [f"{layers[flow['from']]['name']} → {layers[flow['to']]['name']}" for flow in flows]
+    size = _matrix_size(experts * cell, titles)
+    page, places = panel_page("From layer to layer", _about(report), legend, len(flows), size, 4, left=40)
+    for flow, title, (x, y) in zip(flows, titles, places, strict=True):
         shares = np.array(flow["matrix"])
         shares = shares / np.maximum(shares.sum(1, keepdims=True), 1e-12)
-        title = f"{layers[flow['from']]['name']} → {layers[flow['to']]['name']}"
-        panel_title(page, x, y, title, experts * cell)
+        panel_title(page, x, y, title, size[0])
         matrix(page, x, y, (cell, cell), shares, shades(shares, 1), form=".0%")
     return page
 

@@ -10,10 +10,11 @@ import cv2
 import numpy as np
 
 from vmoe.analysis.palette import expert_colours, expert_hex
-from vmoe.analysis.style import BODY, HEADING, MARGIN, MUTED, SMALL, Page
+from vmoe.analysis.style import BODY, HEADING, LINE, MARGIN, MUTED, SMALL, Page, text_width
 
 _CROP, _GAP, _SHOWN = 72, 6, 8  # pixels of a crop and between crops, and crops of a kind
 _MAP, _IMAGES, _LAYERS = 140, 8, 12
+_TOP = 162  # of the maps, below two lines of a layer's name
 
 
 def draw_galleries(report: dict[str, Any], images: dict[str, Any]) -> Iterator[tuple[str, Page]]:
@@ -76,18 +77,30 @@ def _maps(report: dict[str, Any], images: dict[str, Any]) -> Page:
     layers = list(zip(report["layers"], images["layers"], strict=True))[:_LAYERS]
     count = min(_IMAGES, len(images["label"]))
     step = _MAP + 16
-    page = Page(max(MARGIN * 2 + step * (1 + len(layers)), 760), 150 + (step + 24) * count + MARGIN)
+    width = max(step * (1 + len(layers)), 680)
+    page = Page(width + 2 * MARGIN, _TOP + (step + 24) * count + MARGIN)
     page.heading("Which expert takes which patch", "first choices in the experts' colours, the surer the stronger")
     for column, (layer, _) in enumerate(layers):
-        page.text(MARGIN + step * (1 + column), 130, page.fit(layer["name"], BODY, _MAP, weight="bold"), weight="bold")
+        for line, text in enumerate(reversed(_name_lines(layer["name"]))):
+            left = MARGIN + step * (1 + column)
+            page.text(left, _TOP - 18 - LINE * line, page.fit(text, BODY, _MAP, weight="bold"), weight="bold")
     for row in range(count):
-        y = 150 + (step + 24) * row
+        y = _TOP + (step + 24) * row
         pixels = images["pixels"][row]
         page.picture(MARGIN, y, cv2.resize(pixels, (_MAP, _MAP), interpolation=cv2.INTER_AREA) / 255)
-        page.text(MARGIN, y + _MAP + 20, page.fit(_caption(report, images, row), SMALL, _MAP), SMALL, color=MUTED)
+        page.text(MARGIN, y + _MAP + 20, page.fit(_caption(report, images, row), SMALL, width), SMALL, color=MUTED)
         for column, (layer, maps) in enumerate(layers):
             page.picture(MARGIN + step * (1 + column), y, _overlay(pixels, layer, maps, row))
     return page
+
+
+def _name_lines(name: str) -> list[str]:
+    """A layer's name in one line or, where that is wider than a map, in two."""
+    parts = name.split(".")
+    half = len(parts) // 2
+    if half == 0 or text_width(name, BODY, weight="bold") <= _MAP:
+        return [name]
+    return [".".join(parts[:half]) + ".", ".".join(parts[half:])]
 
 
 def _caption(report: dict[str, Any], images: dict[str, Any], row: int) -> str:

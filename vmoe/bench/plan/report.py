@@ -12,7 +12,7 @@ from vmoe.bench.figure import INK, MUTED, dress, new_figure
 from vmoe.bench.plan.planner import Plan
 from vmoe.bench.report import Column, Row
 
-GIB = 2**30
+GIB, MIB = 2**30, 2**20
 _PARTS = {
     "parameters": "#1879c1",
     "gradients": "#6fb1e0",
@@ -23,6 +23,7 @@ _PARTS = {
 }
 _SHARES = {"compute": "#3a8f5c", "memory": "#6fb1e0", "network": "#e07b00", "host": "#9aa3aa"}
 _SHOWN = 14  # layouts a picture
+_NEAR = 0.1  # of the usable memory: up to here its line would make the bars too short
 
 COLUMNS = (
     Column("layout", "layout"),
@@ -55,14 +56,18 @@ def draw_plans(plans: list[Plan], usable: float, title: str) -> Figure:
     figure = new_figure(10, 1.6 + 0.34 * len(plans), title)
     memory, time = figure.subplots(1, 2, sharey=True)
     names = [str(plan.layout) for plan in plans]
-    dress(memory, "memory of a process", "GiB", "")
+    largest = max(plan.memory.peak for plan in plans)
+    unit, size_of = ("GiB", GIB) if largest >= GIB else ("MiB", MIB)
+    is_near = largest > _NEAR * usable  # else the bars of a small model would be too short to be seen
+    dress(memory, "memory of a process" + ("" if is_near else f" (usable: {usable / GIB:,.1f} GiB)"), unit, "")
     dress(time, "time of an update", "ms", "")
-    _stack(memory, [{part: size / GIB for part, size in asdict(plan.memory).items()} for plan in plans], _PARTS)
+    _stack(memory, [{part: size / size_of for part, size in asdict(plan.memory).items()} for plan in plans], _PARTS)
     _stack(time, [{share: s * 1e3 for share, s in asdict(plan.times).items()} for plan in plans], _SHARES)
-    memory.axvline(usable / GIB, color=INK, linewidth=1, linestyle="--")
+    if is_near:
+        memory.axvline(usable / size_of, color=INK, linewidth=1, linestyle="--")
+        memory.text(usable / size_of, -0.95, " usable", fontsize=7, color=INK, va="top")
     memory.set_yticks(range(len(plans)), names)
     memory.set_ylim(len(plans) - 0.4, -1.0)
-    memory.text(usable / GIB, -0.95, " usable", fontsize=7, color=INK, va="top")
     for place, plan in enumerate(plans):
         if plan.missing is not None:
             memory.get_yticklabels()[place].set_color(MUTED)
