@@ -44,16 +44,21 @@ class Server:
         environment = os.environ | {"VMOE_API_KEY": KEY, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=pipe, stderr=pipe, text=True)
-        deadline = time.monotonic() + 100
-        while self.process.poll() is None and time.monotonic() < deadline:
+        # However busy the machine is: the line comes, or the process ends.
+        if not any(line.startswith("ready") for line in self.process.stdout):
+            pytest.fail(f"did not start: {self.process.communicate()}")
+        self.wait_for_health()
+
+    def wait_for_health(self):
+        """Until it answers, which is at once, or has ended."""
+        while self.process.poll() is None:
             try:
                 if self.ask("GET", "/health", key="")[0] == 200:
                     return
             except OSError:
                 pass
-            time.sleep(0.1)
-        self.stop()
-        pytest.fail(f"did not start: {self.process.communicate()}")
+            time.sleep(0.02)
+        pytest.fail(f"ended: {self.process.communicate()}")
 
     def ask(self, method, path, body=b"", kind="application/json", key=KEY):
         """The status and the body of an answer."""
@@ -160,9 +165,7 @@ def test_connections_are_bounded(server):
     assert server.ask("POST", "/predict")[0] == 503
     for connection in held:
         connection.close()
-    deadline = time.monotonic() + 20
-    while server.ask("GET", "/health")[0] != 200 and time.monotonic() < deadline:
-        time.sleep(0.1)
+    server.wait_for_health()
     assert server.predict(content)[0] == 200
 
 
@@ -304,18 +307,11 @@ def test_it_stops_after_the_last_answer(number):
 def test_mistakes_are_one_line(save_run, tmp_path, capsys):
     moe = {"num_experts": 3, "layers": [1]}
     mixes = save_run("mixes", moe | {"eval_capacity_factor": 1.0, "group": "batch"})
-    newer = save_run("newer", moe)
-    content = torch.load(newer / "checkpoints" / "best.ckpt", weights_only=True)
-    content["vmoe"]["version"] += 1
-    torch.save(content, newer / "checkpoints" / "best.ckpt")
-    (tmp_path / "damaged.onnx").write_text("no model")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         for arguments, told in (
             ([tmp_path / "nowhere"], "nowhere: no such file"),
-            ([tmp_path / "damaged.onnx"], "cannot be read as an ONNX model"),
-            ([newer], "written by a newer vmoe"),
             ([mixes], "makes a prediction depend on the other images of its batch"),
             ([SHIPPED, "--port", "80"], "--port"),
             ([SHIPPED, "--port", taken.getsockname()[1]], "Address already in use"),

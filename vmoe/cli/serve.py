@@ -4,6 +4,7 @@ import argparse
 import importlib.util
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 from vmoe.cli.common import run
@@ -39,10 +40,18 @@ def _serve(argv: list[str]) -> None:
 
     if options.host != "127.0.0.1" and not os.environ.get(KEY_VARIABLE):
         print(f"--host {options.host}: whoever reaches this machine may ask; set {KEY_VARIABLE}", file=sys.stderr)
-    device = choose_device(options.device)
     max_bytes = options.max_upload * 2**20
-    print(f"http://{options.host}:{options.port}/predict; /health tells when it is ready; Ctrl-C stops it", flush=True)
-    serve(options.model, device, options.host, options.port, options.max_batch, max_bytes)
+    address = f"http://{f'[{options.host}]' if ':' in options.host else options.host}:{options.port}"
+    print(f"opens {options.model}; Ctrl-C stops the server", flush=True)
+    serve(
+        options.model,
+        partial(choose_device, options.device),
+        options.host,
+        options.port,
+        options.max_batch,
+        max_bytes,
+        when_ready=lambda: print(f"ready: {address}/predict", flush=True),
+    )
 
 
 def _port(text: str) -> int:

@@ -2,15 +2,17 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import cv2
 import numpy as np
-import torch
 from PIL import Image, ImageOps
 
 from vmoe.data.image_files import require_regular
 from vmoe.errors import UserError
+
+if TYPE_CHECKING:  # the process of `vmoe serve` that decodes uploads does without torch
+    import torch
 
 _MODES_WITH_ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
 
@@ -85,7 +87,7 @@ def resize_filter(old: int, new: int) -> int:
     return cv2.INTER_AREA if old > new else cv2.INTER_LINEAR
 
 
-def normalise(images: Sequence[np.ndarray], mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+def normalise(images: Sequence[np.ndarray], mean: Sequence[float], std: Sequence[float]) -> "torch.Tensor":
     """Stacks images and normalises them by channel: (pixel / 255 - mean) / std.
 
     Args:
@@ -96,6 +98,8 @@ def normalise(images: Sequence[np.ndarray], mean: Sequence[float], std: Sequence
     Returns:
         (B, 3, H, W) float32, contiguous. A value does not depend on the other images of the batch.
     """
+    import torch
+
     pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
     batch = torch.empty(pixels.shape, dtype=torch.float32).copy_(pixels)
     batch.sub_(255 * torch.tensor(mean).view(3, 1, 1))
@@ -104,14 +108,14 @@ def normalise(images: Sequence[np.ndarray], mean: Sequence[float], std: Sequence
 
 def eval_transform(
     image_size: int, mean: Sequence[float], std: Sequence[float]
-) -> Callable[[np.ndarray], torch.Tensor]:
+) -> "Callable[[np.ndarray], torch.Tensor]":
     """What evaluation does to an image: `eval_crop`, then `normalise`.
 
     Returns:
         A function from (H, W, 3) uint8 to (3, image_size, image_size) float32.
     """
 
-    def transform(image: np.ndarray) -> torch.Tensor:
+    def transform(image: np.ndarray) -> "torch.Tensor":
         return normalise([eval_crop(image, image_size)], mean, std)[0]
 
     return transform

@@ -10,21 +10,24 @@ import os
 import secrets
 import signal
 import socket
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import litserve
-import numpy as np
-import torch
 from fastapi import Depends, Header, HTTPException, Request
 from litserve.loops import BatchedLoop
 
-import vmoe
-from vmoe.analysis.heatmap import describe_layer, patch_part, route_image
 from vmoe.errors import UserError
-from vmoe.export.layer import why_not_exportable
-from vmoe.export.predictor import Predictor, load_predictor, most_probable
 from vmoe.export.uploads import Upload, UploadReader, read_upload
+from vmoe.version import __version__
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from vmoe.export.predictor import Predictor
 
 KEY_VARIABLE = "VMOE_API_KEY"
 BATCH_WAIT = 0.002  # seconds in which others may join a batch
@@ -32,24 +35,36 @@ MAX_CONNECTIONS = 128  # each of which may hold a request in memory
 
 
 class ModelService(litserve.LitAPI):
-    """Answers uploads by a model, which each worker opens for itself.
+    """Answers uploads by a model, which the worker opens. Only the worker imports torch, which takes seconds.
 
     Args:
         path: What `load_predictor` opens.
-        device: Where the model runs.
+        device: Tells the worker where the model runs.
         max_batch: Images at once.
+
+    Attributes:
+        told: What the worker says when it has opened the model: what there is to know of it, or the line of a mistake.
     """
 
-    def __init__(self, path: Path, device: torch.device, max_batch: int) -> None:
+    def __init__(self, path: Path, device: Callable[[], "torch.device"], max_batch: int) -> None:
         # LitServe's choice of a loop would call `predict` with a lone upload where `max_batch` is 1.
         super().__init__(max_batch_size=max_batch, batch_timeout=BATCH_WAIT, loop=BatchedLoop())
         self.path, self.runs_on = path, device
+        self.told = multiprocessing.get_context("spawn").SimpleQueue()
         self.predictor: Predictor | None = None
 
     def setup(self, device: str) -> None:
         """Opens the model in a worker, which Ctrl-C in the terminal does not end before its last answer."""
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        self.predictor = load_predictor(self.path, self.runs_on)
+        from vmoe.export.predictor import load_predictor
+
+        try:
+            self.predictor = load_predictor(self.path, self.runs_on())
+            self.told.put(_describe(self.path, self.predictor))
+        except UserError as error:
+            self.told.put(str(error))
+            logging.getLogger("litserve").setLevel(logging.CRITICAL)  # which would print a traceback
+            raise
 
     def authorize(self, request: Request, x_api_key: Annotated[str, Header()] = "") -> None:
         """Refuses who does not send the key that the environment asks for; /health is open."""
@@ -67,6 +82,8 @@ class ModelService(litserve.LitAPI):
 
     def predict(self, uploads: list[Upload]) -> list[dict[str, Any]]:
         """The answers to a batch."""
+        from vmoe.export.predictor import most_probable
+
         names = self.predictor.class_names
         rows = self.predictor.probabilities([upload.pixels for upload in uploads])
         answers = [
@@ -78,37 +95,73 @@ class ModelService(litserve.LitAPI):
         return answers
 
 
+class _Server(litserve.LitServer):
+    """LitServe, which takes requests once the worker has told it of the model."""
+
+    def __init__(self, service: ModelService, when_ready: Callable[[], None], **options: Any) -> None:
+        super().__init__(service, **options)
+        self._when_ready = when_ready
+
+    def verify_worker_status(self) -> None:
+        """Waits for the worker to have opened the model.
+
+        Raises:
+            UserError: it could not, or died.
+        """
+        service = self.lit_api
+        while service.told.empty():
+            if not any(worker.is_alive() for worker in self.inference_workers) and service.told.empty():
+                raise UserError(f"{service.path}: the worker ended while it opened it; its reason stands above")
+            time.sleep(0.02)
+        about = service.told.get()
+        if isinstance(about, str):
+            raise UserError(about)
+        super().verify_worker_status()
+        self.model_metadata = {key: about[key] for key in ("classes", "image_size")} | {"vmoe": __version__}
+        self.app.state.uploads = UploadReader(about["image_size"], len(about["classes"]), about["why_no_routing"])
+        self._when_ready()
+
+
 def _is_key(header: str, key: str) -> bool:
     """Whether a header, whose bytes come as latin-1, is the key in UTF-8; takes as long for any."""
     return secrets.compare_digest(header.encode("latin-1"), key.encode())
 
 
-def serve(path: Path, device: torch.device, host: str, port: int, max_batch: int, max_bytes: int) -> None:
+def serve(
+    path: Path,
+    device: Callable[[], "torch.device"],
+    host: str,
+    port: int,
+    max_batch: int,
+    max_bytes: int,
+    when_ready: Callable[[], None] = lambda: None,
+) -> None:
     """Serves a model until the process is told to stop (SIGINT, SIGTERM), which it does after the last answer.
 
     Args:
         path: What `load_predictor` opens.
-        device: Where the model runs.
+        device: Tells the worker, to which it is pickled, where the model runs. Only the worker imports torch.
         host: The address to listen at: "127.0.0.1", "0.0.0.0" or "::".
         port: 1024 to 65535.
         max_batch: Images at once, at most.
         max_bytes: Of a request, at most.
+        when_ready: Called when the model is open: requests are answered from then on.
 
     Raises:
         UserError: the model cannot be opened or answers by who else is in its batch, the port is taken, or the worker
-            cannot start.
+            died.
     """
-    reader, about = _opened(path)
+    if not path.exists():
+        raise UserError(f"{path}: no such file; give a checkpoint, a run's folder or an ONNX file")
     _check_port(host, port)
-    server = litserve.LitServer(
+    server = _Server(
         ModelService(path, device, max_batch),
-        accelerator=device.type,
+        when_ready,
+        accelerator="cpu",  # LitServe's name for the worker, which chooses its device itself
         devices=1,
-        model_metadata=about,
         max_payload_size=max_bytes,
         disable_openapi_url=True,
     )
-    server.app.state.uploads = reader
     _stop_on_signals()
     try:
         server.run(
@@ -118,10 +171,8 @@ def serve(path: Path, device: torch.device, host: str, port: int, max_batch: int
             generate_client_file=False,
             limit_concurrency=MAX_CONNECTIONS,
         )
-    except RuntimeError as error:
-        raise UserError(f"{path}: the worker could not open it on {device}; its reason stands above") from error
     except (EOFError, ConnectionError) as error:  # so LitServe ends when a worker has died
-        raise UserError(f"{path}: the worker on {device} died; had it enough memory?") from error
+        raise UserError(f"{path}: the worker died; had it enough memory?") from error
     finally:
         for child in multiprocessing.active_children():  # where it was stopped while it started
             child.terminate()
@@ -139,18 +190,23 @@ def _stop_on_signals() -> None:
         signal.signal(number, stop)
 
 
-def _opened(path: Path) -> tuple[UploadReader, dict[str, Any]]:
-    """What checks a model's uploads, and what there is to tell of it. The model itself is the workers'."""
-    predictor = load_predictor(path, torch.device("cpu"))
-    layers = vmoe.moe_layers(predictor.model) if predictor.model is not None else []
+def _describe(path: Path, predictor: "Predictor") -> dict[str, Any]:
+    """What those who take requests need to know of a model: `classes`, `image_size`, `why_no_routing`.
+
+    Raises:
+        UserError: an answer would depend on the other images of its batch.
+    """
+    from vmoe.export.layer import why_not_exportable
+    from vmoe.moe import moe_layers
+
+    layers = moe_layers(predictor.model) if predictor.model is not None else []
     for name, layer in layers:
         if reason := why_not_exportable(layer):
             raise UserError(f"{path}: cannot be served: {name}: {reason}")
     silent = None if layers else "a dense model has no experts"
     if predictor.model is None:
         silent = "a program does not tell its routing; serve the checkpoint it was made from"
-    classes, size = predictor.class_names, predictor.image_size
-    return UploadReader(size, len(classes), silent), {"classes": classes, "image_size": size, "vmoe": vmoe.__version__}
+    return {"classes": predictor.class_names, "image_size": predictor.image_size, "why_no_routing": silent}
 
 
 def _check_port(host: str, port: int) -> None:
@@ -163,8 +219,10 @@ def _check_port(host: str, port: int) -> None:
             raise UserError(f"--port {port}: {error.strerror} on {host}; choose another") from error
 
 
-def _routing(predictor: Predictor, pixels: np.ndarray) -> dict[str, Any]:
+def _routing(predictor: "Predictor", pixels: "np.ndarray") -> dict[str, Any]:
     """For each MoE layer: the patch grid, each expert's share of the choices, and the first choice of each patch."""
+    from vmoe.analysis.heatmap import describe_layer, patch_part, route_image
+
     routed = route_image(predictor.model, pixels, predictor.image_size, predictor.mean, predictor.std)
     answer = {}
     for name, layer in routed.layers.items():
