@@ -254,8 +254,9 @@ def build_model(
         reason = " ".join(str(error).split())
         if isinstance(error, KeyError) or not reason:
             reason = f"{type(error).__name__} {reason}".strip()
-        with_moe = "" if moe is None else " and this moe"
-        raise UserError(f"model.name={name}: cannot be built with model.kwargs={kwargs}{with_moe}: {reason}") from error
+        with_these = [f"model.kwargs={kwargs}"] * bool(kwargs) + ["this moe"] * (moe is not None)
+        how = f" with {' and '.join(with_these)}" if with_these else ""
+        raise UserError(f"model.name={name}: cannot be built{how}: {reason}") from error
     _check_patches(model, image_size)
     return model
 

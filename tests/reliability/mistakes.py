@@ -159,6 +159,8 @@ MISTAKES: dict[str, list[Mistake]] = {
         Mistake("more choices than experts", "run --top-k 5 --out new"),
         Mistake("an unknown data set", "run --data digitz --out new"),
         Mistake("a data folder that is not there", "run --data folder --root lost --out new"),
+        Mistake("a set of arrays that is not there", "run --data npz --root lost --out new"),
+        Mistake("shards that are not there", "run --data webdataset --root nothing --out new"),
         Mistake("no images a batch", "run --batch-size 0 --out new"),
         Mistake("a number of processes below 0", "run --workers -1 --out new"),
         Mistake("a split that is none", "run --split train --out new", r"\(choose.*\)"),
@@ -193,6 +195,7 @@ MISTAKES: dict[str, list[Mistake]] = {
         Mistake("an output folder that is a file", "run photo.png --out tiny.yaml"),
     ],
     "explore": [
+        Mistake("a data folder that is not there", "run --data folder --root lost --out new"),
         Mistake("a dense model", "dense --out new"),
         Mistake("the same checkpoint twice", "run run --out new"),
         Mistake("checkpoints of other classes", "run three --out new"),
@@ -214,6 +217,18 @@ MISTAKES: dict[str, list[Mistake]] = {
         Mistake("the routing of a dense model", "dense photo.png --routing"),
         Mistake("weights that are NaN", "nan.ckpt photo.png"),
         Mistake("a result in a place that is a file", "run photo.png --csv tiny.yaml/x.csv"),
+    ],
+    "prune": [
+        Mistake("a data folder that is not there", "run --keep 2 --data folder --root lost --out new"),
+        Mistake("more experts than there are", "run --keep 4 --out new"),
+        Mistake("a dense model", "dense --keep 1 --out new"),
+        Mistake("a place that is taken", "run --keep 2 --out run"),
+        Mistake("options of a fine-tuning that is not asked for", "run --keep 2 --out new -- --optim.lr 1"),
+    ],
+    "distill": [
+        Mistake("a place that is taken", "run --out run"),
+        Mistake("a checkpoint that is not there", "lost --out new"),
+        Mistake("an unknown option of the training", "run --out new -- --optim.lrr 1"),
     ],
     "export": [
         Mistake("a checkpoint that is not there", "lost.ckpt --out new.safetensors"),

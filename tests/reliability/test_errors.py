@@ -1,11 +1,21 @@
-"""Every mistake of the table is one line and exit code 2, writes nothing, and is in docs/errors.md as it is printed."""
+"""Every mistake of the table is one line and exit code 2, names only options that the command has, writes nothing, and
+is in docs/errors.md as it is printed.
+"""
 
+import contextlib
+import io
+import re
+from functools import cache
 from pathlib import Path
 
 import pytest
 from reliability.errors_page import answer, line_of, row
-from reliability.mistakes import MISTAKES
+from reliability.mistakes import MISTAKES, Mistake
 from reliability.spoilt import spoil
+
+from vmoe.cli.main import main
+from vmoe.cli.train import option_names
+from vmoe.training.config import TrainConfig
 
 PAGE = (Path(__file__).parents[2] / "docs" / "errors.md").read_text(encoding="utf-8")
 ROWS = [line for line in PAGE.splitlines() if line.startswith("| ") and not line.startswith("| mistake |")]
@@ -37,8 +47,37 @@ def test_a_mistake_is_the_documented_line(folder, monkeypatch, job, mistake):
     assert code == 2, error
     assert error.startswith(f"vmoe {job}: error: " if job else "vmoe: error: ") and error.count("\n") == 1
     assert _state(folder) == before, "something was written"
+    assert_names_what_is_there(job, mistake, line_of(error, mistake))
     found = row(mistake, line_of(error, mistake))
     assert found in ROWS, f"now {found}; to renew the page: python tests/reliability/errors_page.py > docs/errors.md"
+
+
+def assert_names_what_is_there(job: str, mistake: Mistake, line: str) -> None:
+    """A line names no option, key or word that its own command does not take; `vmoe JOB ...` is of another one."""
+    arguments = mistake.arguments.split()
+    sub_job = arguments[:1] if job == "benchmark" and "layers" not in arguments else []
+    text = help_of(job, *sub_job)
+    options = set(re.findall(r"--[a-z][\w-]*", text))
+    takes_keys = job in ("train", "plan", "distill") or sub_job == ["data"]
+    if takes_keys:
+        options |= {f"--{name}" for name in (*option_names(TrainConfig), "config", "print_config", "resume")}
+    elsewhere = re.sub(r"`[^`]*`|'[^']*'|\.NAME\b", "", line)
+    unknown = [option for option in re.findall(r"--[a-z][\w.-]*\w", elsewhere) if option not in options]
+    assert not [option for option in unknown if option not in arguments], line
+    if not takes_keys and not line.startswith(tuple(f"{argument}:" for argument in arguments)):
+        keys = re.sub(r"the run's \S+", "", elsewhere)
+        assert not re.search(r"\b(data|model|moe|optim|trainer|parallel)\.[a-z_]+", keys), line
+        plain = re.match(r"(\w+)=", line)
+        assert not (plain and f"--{plain[1].replace('_', '-')}" in options), line
+    if word := re.match(r"([A-Z]+): ", line):
+        assert word[1] in text, line
+
+
+@cache
+def help_of(job: str, *sub_job: str) -> str:
+    with contextlib.redirect_stdout(io.StringIO()) as told, contextlib.suppress(SystemExit):
+        main([*([job] if job else []), *sub_job, "--help"])
+    return told.getvalue()
 
 
 def test_the_page_tells_of_nothing_else():

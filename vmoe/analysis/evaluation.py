@@ -98,7 +98,7 @@ class RunningMetrics:
         if images == 0:
             raise UserError("data: this split holds no images; choose another split or another data set")
         if not torch.isfinite(self.nll):
-            raise UserError("checkpoint: the model gives logits that are not finite; its training probably diverged")
+            raise UserError("CKPT: the model gives logits that are not finite; its training probably diverged")
         return {
             "images": images,
             "top1": int(correct.sum()) / images,

@@ -54,7 +54,7 @@ def extract_features(model: nn.Module, batches: Iterable, device: torch.device |
         raise UserError("data: this split holds no images; choose another split or another data set")
     result = Features(torch.cat(vectors), torch.cat(labels))
     if not torch.isfinite(result.vectors).all():
-        raise UserError("checkpoint: the model gives features that are not finite; its training probably diverged")
+        raise UserError("CKPT: the model gives features that are not finite; its training probably diverged")
     return result
 
 

@@ -22,6 +22,7 @@ from vmoe.bench.roofline import COLUMNS as FLOOR_COLUMNS
 from vmoe.bench.roofline import draw_roofline, layer_floors, stage_floors
 from vmoe.bench.timing import Measurement, Say, copy_bandwidth, reason_of_failure, release
 from vmoe.checkpoints import build_model
+from vmoe.cli.common import in_options
 from vmoe.errors import UserError
 from vmoe.files import atomic_write, write_json
 from vmoe.moe import MoeConfig
@@ -153,7 +154,11 @@ def model(options: argparse.Namespace, results: Results) -> None:
             variants[f"{layers} K={top_k}"] = _moe(options, layers, top_k)
     with torch.device("meta"):  # says what does not fit before anything is measured
         for moe in variants.values():
-            build_model(options.model, {}, moe, _NUM_CLASSES, image_size)
+            try:
+                build_model(options.model, {}, moe, _NUM_CLASSES, image_size)
+            except UserError as error:
+                names = {"model.name": "--model", "data.image_size": "--image-size"}
+                raise UserError(in_options(str(error), names)) from error
 
     def maker(moe: MoeConfig | None):
         def make() -> torch.nn.Module:

@@ -1,9 +1,10 @@
 """What all jobs of the command line share: a user's mistake is one line and exit code 2, never a traceback."""
 
 import os
+import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from vmoe.cli.main import JOBS
 from vmoe.cli.threads import let_threads_sleep
@@ -12,12 +13,15 @@ from vmoe.imports import TORCHVISION_IS_BROKEN, breaks_torchvision
 from vmoe.text import printable
 
 
-def run(job: Callable[[list[str]], int | None], argv: list[str] | None) -> int:
+def run(
+    job: Callable[[list[str]], int | None], argv: list[str] | None, options: Mapping[str, str] | None = None
+) -> int:
     """Calls a job and turns a user's mistake into "vmoe JOB: error: LINE" on stderr.
 
     Args:
         job: A function of the module that is named as the job, given the arguments.
         argv: The arguments; None takes those of the process.
+        options: What this job calls that which rooms below the command line name otherwise; see `in_options`.
 
     Returns:
         The exit code: the job's own or 0; 2 for a user's mistake; 130 for Ctrl-C.
@@ -43,8 +47,25 @@ def run(job: Callable[[list[str]], int | None], argv: list[str] | None) -> int:
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    print(f"vmoe {name}: error: {printable(' '.join(line.split()))}", file=sys.stderr)
+    line = in_options(" ".join(line.split()), options or {})
+    print(f"vmoe {name}: error: {printable(line)}", file=sys.stderr)
     return 2
+
+
+def in_options(line: str, options: Mapping[str, str]) -> str:
+    """A mistake's line for a command whose options have other names than a config's keys or Python's arguments.
+
+    Args:
+        line: Such as "data.root=x: does not exist; give the right folder as data.root".
+        options: Such as {"data.root": "--root"}. With any, what else there is of `data.` is said to be the run's.
+    """
+    for key, option in options.items():
+        name = rf"(?<![\w.-]){re.escape(key)}"
+        line = re.sub(rf"{name}='([^']*)'", rf"{option} \1", line)
+        line = re.sub(f"{name}=", f"{option} ", line)
+        if "." in key or key.isupper():  # a plain word means an argument only with its value
+            line = re.sub(rf"{name}\b(?!\.\w)", option, line)
+    return re.sub(r"(?<![\w.-])data\.(?=[a-z])", "the run's data.", line) if options else line
 
 
 def _is_of_config(error: ValueError) -> bool:

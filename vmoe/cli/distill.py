@@ -48,8 +48,8 @@ def _distill(argv: list[str]) -> int:
 
     if Place.of_this().count > 1:
         raise UserError(
-            "distill: runs in one process; under torchrun use vmoe train --distill.teacher CKPT --moe null, "
-            "with --init_from a start.safetensors of this job"
+            "runs in one process; under torchrun use `vmoe train --distill.teacher CKPT --moe null --init_from FILE` "
+            "with a start.safetensors of this job"
         )
     teacher = load_checkpoint(options.checkpoint)
     config = _student_config(options, teacher, for_training)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from vmoe.cli.common import run
-from vmoe.cli.inputs import Tracked, classes_differ, load_data
+from vmoe.cli.inputs import DATA_OPTIONS, Tracked, classes_differ, load_data
 from vmoe.cli.options import capacity_factor, choose_device, count, new_parser
 from vmoe.errors import UserError
 
@@ -38,7 +38,7 @@ _SHOTS, _SHOT_SEEDS = 10, 5
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the job with `argv`; returns its exit code."""
-    return run(_evaluate, argv)
+    return run(_evaluate, argv, DATA_OPTIONS)
 
 
 def _evaluate(argv: list[str]) -> None:
@@ -62,7 +62,7 @@ def _evaluate(argv: list[str]) -> None:
     data = load_data(checkpoint, options, any_classes=bool(options.probe))
     if "linear" in options.probe and not data.has_validation:
         raise UserError(
-            "--probe linear: chooses its penalty on the val split, and data.val_fraction=0 left none; leave it out"
+            "--probe linear: chooses its penalty on the val split, which data.val_fraction=0 left empty; leave it out"
         )
     loader = data.val_dataloader() if options.split == "val" else data.test_dataloader()
     what = f"{options.split} set of {data.config.name}"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from vmoe.cli.common import run
-from vmoe.cli.inputs import Tracked, find_files, load_data, load_files
+from vmoe.cli.inputs import DATA_OPTIONS, Tracked, find_files, load_data, load_files
 from vmoe.cli.options import capacity_factor, choose_device, new_parser
 from vmoe.errors import UserError
 from vmoe.text import printable
@@ -31,10 +31,12 @@ Writes index.html (one page that opens from disk), figures/*.png and data/ (repo
   vmoe explore runs/cifar10 --out explorer --images photos/
 """
 
+_OPTIONS = DATA_OPTIONS | {name: f"--{name}" for name in ("sample", "replicates", "seed")}
+
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the job with `argv`; returns its exit code."""
-    return run(_explore, argv)
+    return run(_explore, argv, _OPTIONS)
 
 
 def _explore(argv: list[str]) -> None:

@@ -25,10 +25,19 @@ timm.models.load_checkpoint, and the same description in its metadata.
 """
 _MEAN = _STD = [0.5, 0.5, 0.5]  # the original's value_range(-1, 1)
 
+_OPTIONS = {
+    "img_size": "--img-size",
+    "router": "--router",
+    "capacity_factor": "--capacity-factor",
+    "top_k": "--top-k",
+    "group": "--group-images",
+    "capacity_multiple_of": "--capacity-multiple-of",
+}
+
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the job with `argv`; returns its exit code."""
-    return run(_import, argv)
+    return run(_import, argv, _OPTIONS)
 
 
 def _import(argv: list[str]) -> None:

@@ -19,6 +19,14 @@ if TYPE_CHECKING:
     from vmoe.data import DataConfig, ImageDataModule
     from vmoe.data.loading import ImageLoader
 
+# What jobs that measure a checkpoint call what `vmoe train` names by section
+DATA_OPTIONS = {
+    "data.name": "--data",
+    "data.root": "--root",
+    "data.eval_batch_size": "--batch-size",
+    "data.workers": "--workers",
+}
+
 
 def load_data(checkpoint: "Checkpoint", options: argparse.Namespace, any_classes: bool = False) -> "ImageDataModule":
     """The run's data with the options' changes, prepared for this model: its image size, mean and std.
@@ -118,20 +126,16 @@ def _changed_config(checkpoint: "Checkpoint", options: argparse.Namespace) -> "D
         if "linear" in getattr(options, "probe", ()):  # which chooses its penalty in validation
             changes["val_fraction"] = config.val_fraction or DataConfig.val_fraction
     given = {
-        "name": ("--data", options.data),
-        "root": ("--root", options.root),
-        "eval_batch_size": ("--batch-size", options.batch_size),
-        "workers": ("--workers", options.workers),
+        "name": options.data,
+        "root": options.root,
+        "eval_batch_size": options.batch_size,
+        "workers": options.workers,
     }
-    changes |= {field: value for field, (_, value) in given.items() if value is not None}
+    changes |= {field: value for field, value in given.items() if value is not None}
     try:
         return dataclasses.replace(config, **changes)
     except ValueError as error:
-        field = str(error).partition("=")[0]
-        option, value = given.get(field, ("", None))
-        if value is None:  # the run's own
-            raise UserError(f"data.{error}") from error
-        raise UserError(f"{option} {value}{str(error).removeprefix(f'{field}={value!r}')}") from error
+        raise UserError(f"data.{error}") from error
 
 
 class Tracked:

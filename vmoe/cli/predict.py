@@ -28,7 +28,7 @@ an ONNX file. Files that cannot be read as images are listed at the end.
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the job with `argv`; returns its exit code."""
-    return run(_predict, argv)
+    return run(_predict, argv, {"CKPT": "MODEL"})
 
 
 def _predict(argv: list[str]) -> None:

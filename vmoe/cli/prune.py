@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vmoe.cli.common import run
-from vmoe.cli.inputs import Tracked, load_data
+from vmoe.cli.inputs import DATA_OPTIONS, Tracked, load_data
 from vmoe.cli.options import choose_device, count, new_parser, split_options
 from vmoe.errors import UserError
 
@@ -43,7 +43,7 @@ follows -- goes to that run as options of `vmoe train`.
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the job with `argv`; returns its exit code."""
-    return run(_prune, argv)
+    return run(_prune, argv, DATA_OPTIONS)
 
 
 def _prune(argv: list[str]) -> int:

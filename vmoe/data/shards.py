@@ -64,7 +64,7 @@ def load_shards(root: str | Path) -> Splits:
     if not found["train"] or not (found["val"] or found["test"]):
         raise UserError(
             f"data.root={root}: webdataset needs train-*.tar and val-*.tar (or test-*.tar) in this folder; "
-            "give the right folder, or make shards with tools/make_shards.py"
+            "give the right folder, or make shards by `vmoe make-shards`"
         )
     sets = {split: _image_set(root, split, paths) for split, paths in found.items() if paths}
     names = _class_names(root, 1 + max(int(part.labels.max(initial=0)) for part in sets.values()))

@@ -108,7 +108,7 @@ def collect(
     if images == 0:
         raise UserError("data: this split holds no images; choose another split or another data set")
     if not finite:
-        raise UserError("checkpoint: the model gives logits that are not finite; its training probably diverged")
+        raise UserError("CKPT: the model gives logits that are not finite; its training probably diverged")
     tally.finish()
     kept = tally.sample.stacked() if tally.layers else None
     return Collection(images, None if labels is None else int(correct), tally.layers, tally.flows, kept)
