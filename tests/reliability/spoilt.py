@@ -176,7 +176,7 @@ def _data(folder: Path) -> None:
         "without_train": ("val/cat",),
         "without_val": ("train/cat", "valdiation/cat"),
         "other_class": ("train/cat", "val/cat", "val/mouse"),
-        "damaged_val": ("train/cat", "val/cat"),
+        "damaged_val": ("train/cat", "val/cat", "test/cat"),
     }.items():
         for place in places:
             (folder / tree / place).mkdir(parents=True)
@@ -186,7 +186,8 @@ def _data(folder: Path) -> None:
     (folder / "linked").mkdir()
     shutil.copytree(folder / "tree" / "val", folder / "linked" / "train")
     (folder / "linked" / "val").symlink_to("train")
-    shutil.copy(folder / "cut.png", folder / "damaged_val" / "val" / "cat" / "2.png")
+    for split in ("val", "test"):
+        shutil.copy(folder / "cut.png", folder / "damaged_val" / split / "cat" / "2.png")
     (folder / "class_folders" / "train").mkdir(parents=True)
     shutil.copy(folder / "photo.png", folder / "class_folders" / "train" / "a.png")
     (folder / "class_folders" / "val").mkdir()

@@ -63,7 +63,7 @@ def assert_names_what_is_there(job: str, mistake: Mistake, line: str) -> None:
         options |= {f"--{name}" for name in (*option_names(TrainConfig), "config", "print_config", "resume")}
     elsewhere = re.sub(r"`[^`]*`|'[^']*'|\.NAME\b", "", line)
     unknown = [option for option in re.findall(r"--[a-z][\w.-]*\w", elsewhere) if option not in options]
-    assert not [option for option in unknown if option not in arguments], line
+    assert not [name for name in unknown if name not in arguments and not name.startswith("--model.kwargs.")], line
     if not takes_keys and not line.startswith(tuple(f"{argument}:" for argument in arguments)):
         keys = re.sub(r"the run's \S+", "", elsewhere)
         assert not re.search(r"\b(data|model|moe|optim|trainer|parallel)\.[a-z_]+", keys), line
