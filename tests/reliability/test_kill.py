@@ -44,7 +44,7 @@ def _moments(signum: int, count: int) -> list[float]:
 
 
 def _check(recipe, expected: RunFolder, folder: RunFolder, attack: Attack) -> None:
-    arguments = ["--config", str(recipe), "--output_dir", str(folder.path), "--resume"]
+    arguments = ["--config", str(recipe), "--output_dir", str(folder.path), "--resume", "auto"]
     end = train(arguments, attack)
     stopped = {signal.SIGKILL: {-9}, signal.SIGTERM: {143, -15, 0}, signal.SIGINT: {130, 0}, None: {2}}
     assert end.code in stopped[attack.signum], end.error

@@ -17,6 +17,7 @@ from vmoe.checkpoints import ENTRY, RunFolder
 from vmoe.cli.evaluate import main as evaluate
 from vmoe.cli.train import main, parse
 from vmoe.training.module import Classifier
+from vmoe.training.optim import learning_rate
 
 # Everything random, or with a state, is on: router noise, dropout, drop path, augmentation, order, Muon, EMA.
 # 3 epochs of 5 batches, 3 updates each.
@@ -144,7 +145,7 @@ def test_a_run_with_its_data_on_the_device_is_evaluated_to_the_same_figures(unbr
 
 
 def test_stopped_twice(recipe, unbroken, tmp_path, monkeypatch):
-    arguments = ["--config", str(recipe), "--output_dir", str(tmp_path), "--resume"]
+    arguments = ["--config", str(recipe), "--output_dir", str(tmp_path), "--resume", "auto"]
     for batch in (2, 2, 4):
         with monkeypatch.context() as patch:
             _stop_at(patch, batch)
@@ -195,10 +196,10 @@ def test_an_existing_run_is_not_overwritten(recipe, unbroken, capsys):
 
 def test_a_config_that_changes_the_result_is_refused_on_resume(recipe, unbroken, capsys):
     arguments = ["--config", str(recipe), "--output_dir", str(unbroken.path), "--resume"]
-    assert main([*arguments, "--optim.lr", "0.5", "--trainer.epochs", "9"]) == 2
+    assert main([*arguments, "--optim.lr", "0.5", "--trainer.epochs", "2"]) == 2
     error = capsys.readouterr().err
     assert "optim.lr (was 0.001, now 0.5)" in error
-    assert "trainer.epochs (was 3, now 9)" in error
+    assert "trainer.epochs (was 3, now 2)" in error
     assert main([*arguments, "--data.workers", "1", "--trainer.log_every", "7"]) == 0
 
 
@@ -213,10 +214,86 @@ def test_a_run_s_config_keeps_what_was_left_open(recipe, unbroken, tmp_path):
     assert main(["--config", str(older), "--output_dir", str(unbroken.path), "--resume"]) == 0
 
 
-def test_resume_without_a_run_starts_one_and_says_so(recipe, tmp_path, capsys):
-    assert main(["--config", str(recipe), "--output_dir", str(tmp_path), "--resume", "--trainer.epochs", "1"]) == 0
-    assert RunFolder(tmp_path).summary.exists()
+def test_a_run_of_another_config_is_named_with_the_command_that_goes_on(recipe, unbroken, capsys):
+    arguments = ["--config", str(recipe), "--output_dir", str(unbroken.path), "--resume", "--optim.betas", "[0.1,0.2]"]
+    arguments += [
+        "--optim.lr",
+        "0.5",
+        "--optim.min_lr",
+        "0.2",
+        "--optim.adamw_lr",
+        "0.3",
+        "--seed",
+        "4",
+        "--moe",
+        "null",
+    ]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert f"to go on with its own: vmoe train --resume --output_dir {unbroken.path}" in error
+    assert " more;" in error and error.count("(was ") == 4
+
+
+def test_the_run_s_own_config_is_taken(recipe, unbroken, tmp_path, monkeypatch, capsys):
+    """By its folder alone, wherever that was moved, and from any working folder."""
+    changed = ["--optim.lr", "0.002", "--output_dir", str(tmp_path / "first")]
+    with monkeypatch.context() as patch:
+        _stop_at(patch, 7)
+        assert main(["--config", str(recipe), *changed]) == 128 + signal.SIGTERM
+    shutil.move(tmp_path / "first", tmp_path / "moved")
+    monkeypatch.chdir(tmp_path / "moved")
+    config = parse(["--resume", "--output_dir", str(tmp_path / "moved")])
+    assert (config.optim.lr, config.output_dir) == (0.002, str(tmp_path / "moved"))
+    assert parse(["--config", "config.yaml", "--resume"]).output_dir == "."
+    assert main(["--config", "config.yaml", "--resume"]) == 0
+    assert not (tmp_path / "first").exists()
+    assert RunFolder(tmp_path / "moved").summary.exists()
+    assert main(["--config", "config.yaml"]) == 2
+    assert "holds a run already" in capsys.readouterr().err
+
+
+def test_resume_needs_a_run_unless_it_is_auto(recipe, tmp_path, capsys):
+    arguments = ["--config", str(recipe), "--trainer.epochs", "1", "--output_dir", str(tmp_path / "run"), "--resume"]
+    for given in (arguments, ["--resume", "--output_dir", str(tmp_path / "run")], [*arguments, "true"]):
+        assert main(given) == 2
+        assert f"there is no run in {tmp_path / 'run'}" in capsys.readouterr().err
+    assert main(["--resume"]) == 2
+    assert "give the run's folder as --output_dir" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    assert main([*arguments, "auto"]) == 0
+    assert RunFolder(tmp_path / "run").summary.exists()
     assert "no checkpoint to resume" in capsys.readouterr().out
+    assert main(arguments) == 0
+
+
+@pytest.mark.parametrize("resume", [[], ["--resume", "auto"]], ids=["new", "auto"])
+def test_a_config_that_a_user_wrote_stays(recipe, tmp_path, capsys, resume):
+    own = tmp_path / "config.yaml"
+    own.write_text("# mine, with care\n" + RECIPE)
+    assert main(["--config", str(own), "--output_dir", str(tmp_path), *resume]) == 2
+    assert "holds a config.yaml that is no run's" in capsys.readouterr().err
+    assert own.read_text() == "# mine, with care\n" + RECIPE
+
+
+def test_a_finished_run_goes_on_with_more_epochs(recipe, unbroken, tmp_path, monkeypatch, capsys):
+    """By the learning rates of the longer run; its config says so from then on."""
+    folder = RunFolder(Path(shutil.copytree(unbroken.path, tmp_path / "run")))
+    folder.config.write_text(folder.config.read_text().replace("trainer:\n", "trainer:\n  # as long as it takes\n"))
+    with monkeypatch.context() as patch:
+        _stop_at(patch, 2)
+        longer = ["--resume", "--output_dir", str(folder.path), "--trainer.epochs", "5"]
+        assert main(longer) == 128 + signal.SIGTERM
+    assert "goes on to 5 epochs in place of 3" in capsys.readouterr().out
+    assert "# as long as it takes" in folder.config.read_text()
+    assert main(["--resume", "--output_dir", str(folder.path)]) == 0
+    assert json.loads(folder.summary.read_text())["epochs"] == 5
+    rates = [float(row["lr"]) for row in _rows(folder)]
+    config = parse(["--config", str(folder.config)])
+    assert rates[2] == pytest.approx(1e-5, abs=1e-4) and rates[2] < rates[3] > rates[4]
+    for step, rate in ((11, rates[3]), (14, rates[4])):
+        assert rate == learning_rate(step, 5 * 3, 3, config.optim)
+    assert main(["--resume", "--output_dir", str(folder.path), "--trainer.epochs", "4"]) == 2
+    assert "trainer.epochs (was 5, now 4)" in capsys.readouterr().err
 
 
 def test_a_finished_run_without_its_last_checkpoint_is_not_overwritten(recipe, unbroken, tmp_path, capsys):

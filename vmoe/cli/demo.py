@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _demo(_: list[str]) -> int:
     steps = [
-        ("Training", lambda: train.main(["--config", str(CONFIG), "--output_dir", str(RUN), "--resume"])),
+        ("Training", lambda: train.main(["--config", str(CONFIG), "--output_dir", str(RUN), "--resume", "auto"])),
         ("Evaluating", lambda: evaluate.main([str(RUN)])),
         ("Drawing", lambda: heatmap.main([str(RUN), *_write_pictures(), "--out", str(HEATMAPS)])),
     ]

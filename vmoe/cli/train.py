@@ -7,7 +7,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import jsonargparse
 from rich.console import Console
@@ -19,7 +19,7 @@ from vmoe.cli.threads import choose_threads
 from vmoe.data.config import DEFAULTS, EMBEDDED_SETS, NAMED_SETS, DataConfig
 from vmoe.errors import UserError
 from vmoe.moe import MoeConfig
-from vmoe.training.config import TrainConfig
+from vmoe.training.config import TrainConfig, is_config_of_run
 from vmoe.training.place import Place
 from vmoe.training.plain import from_plain, section_type
 from vmoe.training.progress import Progress
@@ -99,12 +99,16 @@ def _train(make_config: Callable[[], TrainConfig], command: list[str], place: Pl
         Progress(console).say(choose_threads(busy, place.local_count))
         result = train(config, shlex.join(command), console)
     except Interrupted as stop:
-        again = f"vmoe train --config {shlex.quote(config.output_dir)}/config.yaml --resume"
         from vmoe.checkpoints import RunFolder
+        from vmoe.training.resumption import resuming_command
 
-        has_begun = RunFolder(Path(config.output_dir)).config.exists()
+        folder = RunFolder(Path(config.output_dir))
         if place.is_first:
-            then = f"; the run is saved, go on with: {again}" if has_begun else " before the run began"
+            then = (
+                f"; the run is saved, go on with: {resuming_command(folder)}"
+                if folder.config.exists()
+                else " before the run began"
+            )
             print(f"vmoe train: {stop}{then}", file=sys.stderr)
         return 128 + stop.signum
     if place.is_first:
@@ -143,7 +147,7 @@ def parse(argv: list[str]) -> TrainConfig:
         UserError: an option or key is unknown (with the nearest valid ones), of the wrong type, or out of range.
         SystemExit: after --help or --print_config.
     """
-    argv = _with_recipes(_as_flags(argv))
+    argv = _with_run(_with_recipes(argv))
     try:
         return _parsed(argv)
     except UserError as error:
@@ -160,7 +164,8 @@ def _parsed(argv: list[str]) -> TrainConfig:
     parser.add_argument("--config", action="config", help=f"YAML file, or a recipe that comes with vmoe: {recipes}.")
     parser.add_class_arguments(TrainConfig, skip={"resume"})
     parser.set_defaults({"data.name": None})  # the images must be chosen
-    parser.add_argument("--resume", action="store_true", help="Go on from the last checkpoint in output_dir.")
+    line = "Go on with the run in output_dir, by its own config; auto begins a run where there is none."
+    parser.add_argument("--resume", nargs="?", const=True, default=False, type=bool | Literal["auto"], help=line)
     names = option_names(TrainConfig)
     for path in _config_files(argv):
         _check_keys(read_config(path), TrainConfig, names, path)
@@ -238,16 +243,35 @@ def option_names(kind: type, prefix: str = "") -> list[str]:
     return names
 
 
-def _as_flags(argv: list[str]) -> list[str]:
-    """Accepts `--resume true` beside `--resume`."""
-    result = []
-    for argument in argv:
-        if result[-1:] == ["--resume"] and argument in ("true", "false"):
-            if argument == "false":
-                result.pop()
-        else:
-            result.append(argument)
-    return result
+def _with_run(argv: list[str]) -> list[str]:
+    """Lets a run's own config mean that run: `--resume` takes it, and where it lies is the run's folder.
+
+    Raises:
+        UserError: a run is to be resumed, and there is none.
+    """
+    folder, files = _last_value(argv, "--output_dir"), _config_files(argv)
+    resume = _last_value(argv, "--resume", without="true") or "false"
+    if not files and resume != "false":
+        if folder is None:
+            raise UserError("--resume: give the run's folder as --output_dir, or its config.yaml as --config")
+        if is_config_of_run(Path(folder) / "config.yaml"):
+            return ["--config", str(Path(folder) / "config.yaml"), *argv]
+        if resume == "true":
+            raise UserError(f"--resume: there is no run in {folder}; give a run's folder as --output_dir")
+    if folder is None and files and is_config_of_run(Path(files[-1])):
+        return [*argv, "--output_dir", str(Path(files[-1]).parent)]
+    return argv
+
+
+def _last_value(argv: list[str], option: str, without: str | None = None) -> str | None:
+    """What an option was given last, or `without` where it was given without a value; None where it was not given."""
+    found = None
+    for argument, following in itertools.zip_longest(argv, argv[1:], fillvalue="--"):
+        if argument.startswith(f"{option}="):
+            found = argument.removeprefix(f"{option}=")
+        elif argument == option:
+            found = without if without is not None and following.startswith("--") else following
+    return found
 
 
 def _with_recipes(argv: list[str]) -> list[str]:

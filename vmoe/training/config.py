@@ -1,12 +1,25 @@
 """What a training run is made of: every option of a recipe, typed, documented and checked."""
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from vmoe.data import DataConfig
 from vmoe.moe import MoeConfig
 
 WRITTEN_BY = "# vmoe "  # and the version: the first line of a run's config.yaml
+
+
+def is_config_of_run(path: Path) -> bool:
+    """Whether a config.yaml is that of the run in whose folder it lies, rather than one that a user wrote."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            is_ours = file.readline().startswith(WRITTEN_BY)
+    except (OSError, UnicodeDecodeError):
+        return False
+    # Older versions did not write that line
+    beside = ("checkpoints", "metrics.csv", "summary.json")
+    return path.name == "config.yaml" and (is_ours or any((path.parent / name).exists() for name in beside))
 
 
 @dataclass(frozen=True)
@@ -210,7 +223,8 @@ class TrainConfig:
     Args:
         seed: Seed of everything random: weights, order, augmentation, router noise, dropout.
         output_dir: The run's folder; by default runs/ and the name of the config file.
-        resume: Go on with the run in output_dir from its last checkpoint, as if it had never stopped.
+        resume: Go on with the run in output_dir from its last checkpoint, as if it had never stopped; "auto" begins one
+            where there is none.
         init_from: Where a new run's weights start: a checkpoint or run's folder, or "pretrained" for timm's own weights
             of the model. Dense ones are upcycled where this run has MoE layers; the classifier starts fresh where the
             classes differ.
@@ -225,7 +239,7 @@ class TrainConfig:
 
     seed: int = 0
     output_dir: str | None = None
-    resume: bool = False
+    resume: bool | Literal["auto"] = False
     init_from: str | None = None
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -240,6 +254,7 @@ class TrainConfig:
         return self if self.moe is None else replace(self, moe=self.moe.resolved())
 
     def __post_init__(self) -> None:
+        _need(self, "resume", self.resume in (False, True, "auto"), "true, false or auto")
         _need(self, "seed", 0 <= self.seed < 2**32, "from 0 to 4294967295")
         if self.moe is not None and self.moe.inject_auxiliary_loss:
             raise ValueError("moe.inject_auxiliary_loss=True: must be false here, this trainer adds the loss itself")

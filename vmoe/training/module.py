@@ -178,9 +178,12 @@ class Classifier(LightningModule):
         is_graphed = self._graphed_step is not None
         if (self._is_cut or is_graphed) and not is_alone():
             self._means = GradientMeans(self.model.parameters(), self.trainer.accumulate_grad_batches == 1)
-        for group in self.optimizers(use_pl_optimizer=False).param_groups:
+        schedule = self.lr_schedulers()
+        groups = self.optimizers(use_pl_optimizer=False).param_groups
+        for group, highest in zip(groups, schedule.base_lrs, strict=True):
+            # By this run's schedule: a resumed one may have had fewer epochs.
+            rate = highest * (self.rate(schedule.last_epoch) / self.optim.lr)
             # A graph reads the rate from the device, where the schedule writes it; elsewhere a number serves.
-            rate = float(group["lr"])
             group["lr"] = torch.tensor(rate, device=self.device) if is_graphed else rate
             group["capturable"] = is_graphed
 

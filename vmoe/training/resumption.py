@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import os
+import re
+import shlex
 import socket
 from typing import Any
 
@@ -10,10 +12,12 @@ from vmoe.checkpoint_entry import check_entry
 from vmoe.checkpoints import ENTRY, WITHOUT_EFFECT, RunFolder, flatten, read_without_tensors
 from vmoe.errors import UserError
 from vmoe.files import atomic_write, recover, remove_leftovers
-from vmoe.training.config import TrainConfig
+from vmoe.training.config import TrainConfig, is_config_of_run
 from vmoe.training.plain import from_plain, to_plain
 from vmoe.training.processes import gather
 
+_EPOCHS = "trainer.epochs"
+_MOST_TOLD = 4  # differences of configs in one line
 _FREE = (*WITHOUT_EFFECT, "data.root")  # what may differ when a run is resumed
 _CUT = ("parallel.strategy", "parallel.expert_size", "parallel.dense")
 _WHOLE = {"none", "ddp"}  # strategies that cut no matrix
@@ -27,7 +31,7 @@ def restarted(config: TrainConfig, folder: RunFolder) -> TrainConfig:
     if not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
         return config
     is_ours = gather(folder.launch.is_file() and folder.launch.read_text(encoding="utf-8") == _launch())[0]
-    return dataclasses.replace(config, resume=True) if is_ours else config
+    return dataclasses.replace(config, resume="auto") if is_ours else config
 
 
 def mark_launch(folder: RunFolder) -> None:
@@ -57,14 +61,28 @@ def recover_checkpoints(folder: RunFolder) -> None:
 def saved_state(folder: RunFolder, config: TrainConfig) -> dict[str, Any] | None:
     """The last checkpoint of a run to resume; None to start from the beginning.
 
+    A run may have more epochs than before: then it is not finished.
+
     Raises:
-        UserError: there is a run and no --resume, or the run to resume had another config.
+        UserError: there is a run and no --resume, or no run to resume, or it had another config.
     """
-    if not config.resume:
-        if folder.config.exists() or folder.last.exists() or folder.metrics.exists():
-            raise UserError(
-                f"--output_dir {folder.path}: holds a run already; give another folder, or --resume to go on with it"
-            )
+    is_users = folder.config.exists() and not is_config_of_run(folder.config)
+    holds_run = folder.last.exists() or folder.metrics.exists() or (folder.config.exists() and not is_users)
+    if holds_run and not config.resume:
+        raise UserError(
+            f"--output_dir {folder.path}: holds a run already; give another folder, or --resume to go on with it"
+        )
+    if config.resume is True and not holds_run:
+        raise UserError(
+            f"--resume: there is no run in {folder.path}; give a run's folder as --output_dir, or --resume auto, which "
+            "begins one where there is none"
+        )
+    if is_users and not folder.last.exists():
+        raise UserError(
+            f"--output_dir {folder.path}: holds a config.yaml that is no run's, in whose place a run would write its "
+            "own; give another folder"
+        )
+    if not holds_run:
         return None
     if not folder.last.exists():
         if folder.summary.exists():
@@ -79,13 +97,32 @@ def saved_state(folder: RunFolder, config: TrainConfig) -> dict[str, Any] | None
     free = _FREE
     if config.optim.name == "muon" and not {before["parallel.strategy"], now["parallel.strategy"]} <= _WHOLE:
         free = tuple(key for key in free if key not in _CUT)  # which decides what Muon trains
+    if now[_EPOCHS] > before[_EPOCHS]:
+        free = (*free, _EPOCHS)
+        saved[ENTRY]["finished"] = False
     changed = [key for key in sorted(before | now) if before.get(key) != now.get(key) and key not in free]
     if changed:
-        told = ", ".join(f"{key} (was {before.get(key)!r}, now {now.get(key)!r})" for key in changed)
+        told = [f"{key} (was {before.get(key)!r}, now {now.get(key)!r})" for key in changed[:_MOST_TOLD]]
+        told += [f"{len(changed) - _MOST_TOLD} more"] if len(changed) > _MOST_TOLD else []
         raise UserError(
-            f"--resume: the run in {folder.path} had another config: {told}; keep it, or start a run in another folder"
+            f"--resume: the run in {folder.path} had another config: {', '.join(told)}; to go on with its own: "
+            f"{resuming_command(folder)}; or give another --output_dir"
         )
     return saved
+
+
+def resuming_command(folder: RunFolder) -> str:
+    """The command line that goes on with a run."""
+    return f"vmoe train --resume --output_dir {shlex.quote(str(folder.path))}"
+
+
+def note_epochs(folder: RunFolder, epochs: int) -> None:
+    """Writes the number of epochs of a run that has more than before into its config.yaml, whose other lines stay."""
+    text = folder.config.read_text(encoding="utf-8") if folder.config.is_file() else ""
+    longer = re.sub(r"(^trainer:\n(?:[ #].*\n)*?  epochs: )\d+", rf"\g<1>{epochs}", text, flags=re.MULTILINE)
+    if longer != text:
+        with atomic_write(folder.config) as temporary:
+            temporary.write_text(longer, encoding="utf-8")
 
 
 def read_summary(folder: RunFolder) -> dict[str, Any] | None:

@@ -35,7 +35,7 @@ from vmoe.training.parallel import check_parts, cut_of, fallback_of_muon
 from vmoe.training.plain import to_plain
 from vmoe.training.processes import Place, connect, disconnect, gather, together
 from vmoe.training.progress import Progress
-from vmoe.training.resumption import mark_launch, read_summary, recover_checkpoints, restarted, saved_state
+from vmoe.training.resumption import mark_launch, note_epochs, read_summary, recover_checkpoints, restarted, saved_state
 from vmoe.training.sample_draws import SampleDraws
 from vmoe.training.saving import Saving
 from vmoe.training.sharded_files import FolderWriter
@@ -134,6 +134,8 @@ def _run(
         mark_launch(folder)
         if saved is None:
             _write_config(folder, config)
+        else:
+            note_epochs(folder, config.trainer.epochs)
     module = _module(config, model, cut, teacher, data)
     trainer, test = _fit_and_test(config, module, data, folder, saved, device, place, progress)
     if not place.is_first:
@@ -148,6 +150,8 @@ def _say_what_may_surprise(
 ) -> None:
     if config.resume and saved is None:
         progress.say(f"{folder.path}: no checkpoint to resume, so this run starts from the beginning")
+    if saved is not None and config.trainer.epochs > (before := saved[ENTRY]["config"]["trainer"]["epochs"]):
+        progress.say(f"the run goes on to {config.trainer.epochs} epochs in place of {before}, by their learning rates")
     if config.optim.warmup_epochs > config.trainer.epochs:
         progress.say(
             f"warning: optim.warmup_epochs={config.optim.warmup_epochs} is longer than "

@@ -47,7 +47,7 @@ class Training:
     @property
     def arguments(self) -> list[str]:
         """What follows `vmoe`: a new run, or going on with one that was stopped."""
-        resume = ["--resume"] if self.folder.exists() else []
+        resume = ["--resume", "auto"] if self.folder.exists() else []
         return ["train", *self.options, "--output_dir", str(self.folder), *resume]
 
     @property
