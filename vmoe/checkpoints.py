@@ -32,7 +32,7 @@ SCALE = "_scale"  # follows the name of a weight stored as int8 in that of its s
 # Options of a run that tell where things are and how fast they go, but change nothing of its result. With Muon the
 # layout does: it decides which matrices Muon trains.
 WITHOUT_EFFECT = (
-    *("output_dir", "resume", "data.workers", "trainer.log_every"),
+    *("output_dir", "resume", "data.workers", "data.check", "trainer.log_every"),
     *("trainer.device", "trainer.compile", "trainer.cuda_graph"),
     *("parallel.strategy", "parallel.expert_size", "parallel.dense", "parallel.async_save"),
 )

@@ -83,6 +83,58 @@ def test_a_run_first_prints_what_it_trains_on(run, capsys):
     ]
 
 
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder of 12 pictures for training, 4 for validation and 4 for test; the options that train on it."""
+    for number in range(20):
+        split = "train" if number < 12 else "val" if number < 16 else "test"
+        path = tmp_path / "pictures" / split / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (12 * number, 0, 0)).save(path)
+    root = tmp_path / "pictures"
+    where = ("--data.name", "folder", "--data.root", str(root), "--data.image_size", "16")
+    return root, (*where, "--data.subset.per_class", "null", "--data.batch_size", "4")
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_a_damaged_image_of_evaluation_is_found_before_the_run(run, pictures, capsys, split):
+    root, options = pictures
+    damaged = sorted((root / split).rglob("*.png"))
+    for path in damaged[:2]:
+        path.write_bytes(b"no picture")
+    code, folder = run(*options)
+    assert code == 2 and not folder.path.exists()
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"{damaged[0]}: cannot be read" in error and str(damaged[1]) in error
+    assert "the same of 1 other" in error
+
+
+def test_damaged_images_of_training_are_named_before_the_run(run, pictures, capsys):
+    root, options = pictures
+    first = min((root / "train").rglob("*.png"))
+    first.write_bytes(b"no picture")
+    assert run(*options)[0] == 0
+    out = capsys.readouterr().out
+    assert f"all 20 image files were opened, of which 1 of training cannot be read and are replaced: {first}" in out
+
+
+def test_what_the_training_gave_is_written_where_the_test_fails(run, pictures, capsys):
+    root, options = pictures
+    damaged = min((root / "test").rglob("*.png"))
+    content = damaged.read_bytes()
+    damaged.write_bytes(b"no picture")
+    code, folder = run(*options, "--data.check", "false")
+    assert code == 2
+    printed = capsys.readouterr()
+    assert "data.check: the 20 image files are not opened before the run\n" in printed.out
+    assert str(damaged) in printed.err and f"vmoe train --resume --output_dir {folder.path}" in printed.err
+    summary = json.loads(folder.summary.read_text())
+    assert summary["epochs"] == 1 and "val/top1" in summary["metrics"] and "test/top1" not in summary["metrics"]
+    damaged.write_bytes(content)
+    assert main(["--resume", "--output_dir", str(folder.path)]) == 0
+    assert "test/top1" in json.loads(folder.summary.read_text())["metrics"]
+
+
 def test_images_of_very_many_tokens_are_warned_about_on_a_cpu(run, capsys):
     code, _ = run("--data.image_size", "132", name="tiny.yaml/run")
     assert code == 2  # before the first step, which would take long: the folder is a file

@@ -183,6 +183,8 @@ class DataConfig:
         workers: processes that load images beside the main one. Batches do not depend on their number; a training on
             the CPU leaves them a core each, and fewer threads round otherwise. With the pipeline "device" they only
             read files, once at the start.
+        check: whether every image of every split is opened before the run, so that a damaged one of validation or test
+            is found then. None: where that is little work beside the run; a line says where it is not done.
         val_fraction: share of the training images of each class cut off for validation where a set has no validation
             split of its own (at least one image a class). 0 cuts off none: all are trained on, and the last epoch's
             checkpoint stands for the best.
@@ -204,6 +206,7 @@ class DataConfig:
     eval_batch_size: int | None = None
     pipeline: Pipeline = "workers"
     workers: int = 0
+    check: bool | None = None
     val_fraction: float = 0.1
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     mix: MixConfig = field(default_factory=MixConfig)

@@ -8,6 +8,7 @@ from lightning.pytorch import LightningDataModule
 
 from vmoe.data.augment import Augmenter
 from vmoe.data.batch_augment import BatchAugmenter
+from vmoe.data.checking import damaged_images
 from vmoe.data.config import DEFAULTS, Colour, DataConfig
 from vmoe.data.datasets import download, load_splits
 from vmoe.data.imageset import ImageSet
@@ -107,6 +108,25 @@ class ImageDataModule(LightningDataModule):
     def images_of_classes(self, split: str) -> list[int]:
         """How many images of each class "train", "val" or "test" has, after `setup`."""
         return np.bincount(self._images(split).labels, minlength=self.num_classes).tolist()
+
+    @property
+    def files(self) -> int:
+        """How many images of all splits are read one by one, rather than held in memory."""
+        return sum(len(images) for images in self._splits_of_files().values())
+
+    def damaged_files(self, threads: int) -> dict[str, list[str]]:
+        """Opens every image that is read one by one: for each split a line on each that cannot be read.
+
+        Of several processes each opens a part.
+        """
+        splits = self._splits_of_files().items()
+        return {name: damaged_images(images, threads, self.part, self.parts) for name, images in splits}
+
+    def _splits_of_files(self) -> dict[str, ImageSet]:
+        splits = {name: getattr(self._splits, name) for name in ("train", "val", "test")}
+        if splits["val"] is splits["test"]:
+            del splits["val"]
+        return {name: images for name, images in splits.items() if images is not None and images.images.side is None}
 
     def train_dataloader(self) -> ImageLoader | ResidentTrainLoader:
         """Shuffled, augmented batches; an incomplete last one is left out."""

@@ -125,6 +125,11 @@ def note_epochs(folder: RunFolder, epochs: int) -> None:
             temporary.write_text(longer, encoding="utf-8")
 
 
+def is_tested(summary: dict[str, Any]) -> bool:
+    """Whether a summary is that of a run whose best checkpoint was tested, after its training."""
+    return "test/top1" in summary.get("metrics", {})
+
+
 def read_summary(folder: RunFolder) -> dict[str, Any] | None:
     """The content of summary.json; None where it is missing or damaged."""
     try:

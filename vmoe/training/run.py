@@ -18,6 +18,7 @@ from torch import nn
 import vmoe
 from vmoe.checkpoints import ENTRY, RunFolder, read_checkpoint, read_without_tensors, trained_weights
 from vmoe.data import ImageDataModule
+from vmoe.data.checking import is_worth_checking, refusal
 from vmoe.data.datamodule import EvalLoader
 from vmoe.data.draws import DRAWS_VERSION
 from vmoe.errors import UserError
@@ -35,7 +36,16 @@ from vmoe.training.parallel import check_parts, cut_of, fallback_of_muon
 from vmoe.training.plain import to_plain
 from vmoe.training.processes import Place, connect, disconnect, gather, together
 from vmoe.training.progress import Progress
-from vmoe.training.resumption import mark_launch, note_epochs, read_summary, recover_checkpoints, restarted, saved_state
+from vmoe.training.resumption import (
+    is_tested,
+    mark_launch,
+    note_epochs,
+    read_summary,
+    recover_checkpoints,
+    restarted,
+    resuming_command,
+    saved_state,
+)
 from vmoe.training.sample_draws import SampleDraws
 from vmoe.training.saving import Saving
 from vmoe.training.sharded_files import FolderWriter
@@ -104,7 +114,7 @@ def _run(
     saved = together(lambda: saved_state(folder, config))
     progress = Progress(console)
     result = gather(read_summary(folder))[0] if saved is not None and saved[ENTRY]["finished"] else None
-    if result is not None:
+    if result is not None and is_tested(result):
         progress.say(f"{folder.path}: this run is finished, after {saved[ENTRY]['epochs_done']} epochs")
         return result if place.is_first else None
     _say_what_may_surprise(config, folder, saved, place, progress)
@@ -121,6 +131,8 @@ def _run(
             f"data.root={config.data.root}: holds other classes than the run in {folder.path} was trained on",
             everywhere=True,
         )
+    if saved is None or config.data.check:
+        _check_files(config, data, progress)
     teacher = together(lambda: load_teacher(config.distill, data))
     seed_everything(config.seed, verbose=False)
     fresh = dataclasses.replace(config, init_from=None) if saved else config
@@ -137,11 +149,22 @@ def _run(
         else:
             note_epochs(folder, config.trainer.epochs)
     module = _module(config, model, cut, teacher, data)
-    trainer, test = _fit_and_test(config, module, data, folder, saved, device, place, progress)
-    if not place.is_first:
-        return None
-    result = _summary(config, folder, command, trainer, test) | summary.cost_entries(*costs)
-    write_json(folder.summary, result)
+    trainer = _fit(config, module, data, folder, saved, device, place, progress)
+    test, untested = {}, None
+    try:
+        with quiet_lightning():
+            test = _test_best(trainer, module, data, folder)
+    except Exception as error:  # what the training gave is written down in any case
+        untested = error
+    result = None
+    if place.is_first:
+        result = _summary(config, folder, command, trainer, test) | summary.cost_entries(*costs)
+        write_json(folder.summary, result)
+    if isinstance(untested, UserError):
+        again = f"the run is trained but not tested; then test it by: {resuming_command(folder)}"
+        raise UserError(f"{untested}; {again}", everywhere=untested.everywhere) from untested
+    if untested is not None:
+        raise untested
     return result
 
 
@@ -235,10 +258,10 @@ def _module(
     return module
 
 
-def _fit_and_test(
+def _fit(
     config: TrainConfig, module: Classifier, data: ImageDataModule, folder: RunFolder, saved: dict[str, Any] | None,
     device: torch.device, place: Place, progress: Progress,
-) -> tuple[Trainer, dict[str, float]]:  # fmt: skip
+) -> Trainer:  # fmt: skip
     clock = Clock()
     writer = FolderWriter(config.parallel.async_save)
     saving = Saving(folder, _identity(config, data), clock, config.trainer.early_stopping, writer)
@@ -252,7 +275,7 @@ def _fit_and_test(
         if saved is None or not saved[ENTRY]["finished"]:
             resume_from = folder.last if saved else None
             trainer.fit(module, datamodule=data, ckpt_path=resume_from, weights_only=True)
-        return trainer, _test_best(trainer, module, data, folder)
+        return trainer
 
 
 class _TrainingData(ImageDataModule):
@@ -284,6 +307,30 @@ def _data(config: TrainConfig, device: torch.device, place: Place) -> ImageDataM
 
     together(setup)
     return data
+
+
+def _check_files(config: TrainConfig, data: ImageDataModule, progress: Progress) -> None:
+    """Opens all images where that is little work beside the run, and says where it is not done.
+
+    Raises:
+        UserError: an image of validation or test cannot be read; one of training is replaced by the next.
+    """
+    passes = config.trainer.epochs * config.data.repeat
+    is_wanted = is_worth_checking(data.files, passes) if config.data.check is None else config.data.check
+    if not data.files:
+        return
+    if not is_wanted:
+        advice = "" if config.data.check is False else "; --data.check true opens them"
+        progress.say(f"data.check: the {data.files:,} image files are not opened before the run{advice}")
+        return
+    threads = config.data.workers or torch.get_num_threads()
+    by_process = gather(data.damaged_files(threads))
+    damaged = {split: [line for each in by_process for line in each[split]] for split in by_process[0]}
+    if refused := [line for split in ("val", "test") for line in damaged.get(split, [])]:
+        raise UserError(refusal(refused), everywhere=True)
+    count = len(damaged["train"])
+    beside = f", of which {count} of training cannot be read and are replaced: {damaged['train'][0]}" if count else ""
+    progress.say(f"data.check: all {data.files:,} image files were opened{beside}")
 
 
 def _device(config: TrainConfig) -> torch.device:

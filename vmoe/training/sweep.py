@@ -42,7 +42,11 @@ class Training:
     @property
     def is_done(self) -> bool:
         """Whether it was trained and tested."""
-        return (self.folder / "summary.json").exists()
+        try:
+            summary = json.loads((self.folder / "summary.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        return "test/top1" in summary["metrics"]
 
     @property
     def arguments(self) -> list[str]:

@@ -1,0 +1,53 @@
+"""Opens the images of a set before a long run: what cannot be read is found then, not after the training."""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from vmoe.data.imageset import ImageSet
+from vmoe.errors import UserError
+
+_FEW = 1_000  # images that are opened in seconds
+_MANY = 200_000
+_LONG = 5  # times that a run reads each training image: then opening all once takes less than a fifth of its reading
+
+
+def is_worth_checking(count: int, passes: int) -> bool:
+    """Whether opening `count` images is little work beside a run that reads the training images `passes` times."""
+    return count <= _FEW or (count <= _MANY and passes >= _LONG)
+
+
+def damaged_images(images: ImageSet, threads: int, part: int = 0, parts: int = 1) -> list[str]:
+    """Decodes every image of a split, or every `parts`-th from `part` on.
+
+    Args:
+        images: the split.
+        threads: how many at once; decoders let other threads run.
+        part: which images, of as many processes as share the work.
+        parts: how many processes.
+
+    Returns:
+        For each image that cannot be read a line, which names it.
+    """
+    pool = ThreadPoolExecutor(threads)
+    try:
+        found = list(pool.map(lambda index: _fault(images, index), range(part, len(images), parts)))
+    finally:
+        pool.shutdown(cancel_futures=True)  # where a signal interrupts it
+    return [line for line in found if line is not None]
+
+
+def refusal(lines: Sequence[str]) -> str:
+    """One line on images of validation and test that cannot be read, of which each has a line."""
+    first, others = lines[0], [line.partition(": ")[0] for line in lines[1:]]
+    if not others:
+        return first
+    more = ", ..." if len(others) > 5 else ""
+    return f"{first}; the same of {len(others)} other images of validation and test: {', '.join(others[:5])}{more}"
+
+
+def _fault(images: ImageSet, index: int) -> str | None:
+    try:
+        images.read(index)
+    except UserError as error:
+        return str(error)
+    return None
