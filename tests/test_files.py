@@ -5,7 +5,7 @@ import os
 import pytest
 
 from vmoe.errors import UserError
-from vmoe.files import recover, remove_leftovers, replace, require_writable
+from vmoe.files import atomic_write, recover, remove_leftovers, replace, require_writable
 
 
 def make(path, kind: str, content: str) -> None:
@@ -50,6 +50,19 @@ def test_killed_on_the_way_the_old_one_comes_back(tmp_path, monkeypatch, old, ne
     replace(temporary, path)
     recover(path)
     assert content_of(path) == "new"
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027])
+def test_a_file_may_be_read_as_any_new_file(tmp_path, mask):
+    """Also where a library makes it for its owner alone, as safetensors does."""
+    before = os.umask(mask)
+    try:
+        with atomic_write(tmp_path / "weights") as temporary:
+            temporary.unlink()
+            os.close(os.open(temporary, os.O_CREAT | os.O_WRONLY, 0o600))
+    finally:
+        os.umask(before)
+    assert (tmp_path / "weights").stat().st_mode & 0o777 == 0o666 & ~mask
 
 
 def test_what_a_killed_write_left_is_removed_and_nothing_else(tmp_path):

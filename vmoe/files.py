@@ -27,7 +27,10 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
+        temporary.chmod(mode)  # as any new file has it: safetensors makes files that nobody else may read
         with open(temporary, "rb+") as written:
             os.fsync(written.fileno())
         replace(temporary, path)

@@ -13,6 +13,7 @@ from vmoe.checkpoints import load_checkpoint
 from vmoe.cli.evaluate import main as evaluate
 from vmoe.cli.export import main
 from vmoe.export import hub, programs
+from vmoe.export.card import model_card
 
 SHIPPED = Path(__file__).parents[2] / "assets" / "models" / "cifar10_small.safetensors"
 MOE = {"num_experts": 3, "top_k": 2, "layers": [1]}
@@ -138,6 +139,31 @@ def test_a_folder_for_timm(save_run, tmp_path, moe, capsys):
     assert ("3 experts" in card) == (moe is not None) and "| `blocks.1` | 0.50 | 1.50 |" in card
 
 
+def test_what_others_add_to_a_folder_stays(save_run, tmp_path, capsys):
+    run, out = save_run(moe=MOE), tmp_path / "shared"
+    arguments = [str(run), "--format", "hub", "--out", str(out)]
+    assert main(arguments) == 0
+    assert main([*arguments, "--license", "mit"]) == 0  # nobody has touched the card
+    card = out / "README.md"
+    assert "license: mit" in card.read_text() and "for you to complete" in capsys.readouterr().out
+    card.write_text(card.read_text().replace("## Limits", "## Limits\n\nIt was never shown a cat."))
+    (out / "examples").mkdir()
+    (out / "examples" / "cat.txt").write_text("a cat")
+    (out / "config.json").unlink()
+    assert main(arguments) == 0
+    assert "It was never shown a cat." in card.read_text() and "license: mit" in card.read_text()
+    assert "stays" in capsys.readouterr().out
+    assert (out / "examples" / "cat.txt").read_text() == "a cat" and (out / "config.json").is_file()
+
+
+def test_a_card_names_the_classes_of_a_nameless_set_and_whose_picture_it_shows(save_run):
+    run = save_run("photos", MOE, {"name": "folder", "root": "/home/me/flowers"}, ("daisy", "rose", "tulip", "iris"))
+    card = model_card(load_checkpoint(run), run, None)
+    assert "\n# vit_tiny_patch16_224 for 4 classes: daisy, rose, tulip, ...\n" in card
+    assert "| trained on | a folder of images, 1 epoch, 1 update, seed 0 |" in card and "/home/me" not in card
+    assert "photograph by danielbuechele (Flickr)" in card and "vultilion" not in card
+
+
 def test_a_folder_of_others_is_not_replaced(save_run, tmp_path, capsys):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
@@ -151,6 +177,9 @@ def test_the_folder_is_pushed(save_run, tmp_path, monkeypatch, capsys):
     pytest.importorskip("huggingface_hub")
     calls = []
 
+    class NoConnection(Exception):
+        """As the library below the hub's has one, which is no OSError."""
+
     class Api:
         def __init__(self, **_):
             pass
@@ -158,6 +187,8 @@ def test_the_folder_is_pushed(save_run, tmp_path, monkeypatch, capsys):
         def create_repo(self, name, exist_ok):
             if name == "no/body":
                 raise OSError("401 Unauthorized")
+            if name == "no/network":
+                raise NoConnection("[Errno -2] Name or service not known")
             return SimpleNamespace(repo_id=name)
 
         def upload_folder(self, repo_id, folder_path, commit_message):
@@ -167,8 +198,10 @@ def test_the_folder_is_pushed(save_run, tmp_path, monkeypatch, capsys):
     arguments = [str(save_run(moe=MOE)), "--format", "hub", "--out", str(tmp_path / "shared"), "--push"]
     assert main([*arguments, "me/mine"]) == 0
     assert calls == [("me/mine", {"README.md", "config.json", "model.safetensors", "routing.png"})]
-    assert main([*arguments, "no/body"]) == 2
-    assert "401 Unauthorized" in capsys.readouterr().err
+    for name, told in (("no/body", "401 Unauthorized"), ("no/network", "Name or service not known")):
+        assert main([*arguments, name]) == 2
+        error = capsys.readouterr().err
+        assert told in error and f"hf upload {name}" in error and error.count("\n") == 1
     assert hub.WEIGHTS in {file.name for file in (tmp_path / "shared").iterdir()}
 
 

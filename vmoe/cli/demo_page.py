@@ -29,14 +29,14 @@ def _demo_page(argv: list[str]) -> None:
     # Imported here, so that --help and a mistyped option answer at once.
     from vmoe.cli.inputs import find_files
     from vmoe.data import load_image
-    from vmoe.data.photographs import CREDIT, PHOTOGRAPHS, load_photograph
+    from vmoe.data.photographs import PHOTOGRAPHS, credit, load_photograph
     from vmoe.export.demo_page import write_demo_page
 
     if options.images:
-        pictures, credit = ((path.name, load_image(path)) for path in find_files(options.images)), None
+        pictures, authors = ((path.name, load_image(path)) for path in find_files(options.images)), None
     else:
-        pictures, credit = ((name, load_photograph(name)) for name in PHOTOGRAPHS), CREDIT
-    write_demo_page(options.out, options.model, pictures, options.runtime, credit)
+        pictures, authors = ((name, load_photograph(name)) for name in PHOTOGRAPHS), credit()
+    write_demo_page(options.out, options.model, pictures, options.runtime, authors)
     size = sum(file.stat().st_size for file in options.out.iterdir())
     print(f"{options.out / 'index.html'}: open it in a browser; the folder has {size / 2**20:.1f} MiB")
 

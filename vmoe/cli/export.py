@@ -88,8 +88,10 @@ def _write_folder(options: argparse.Namespace) -> None:
 
     if options.quantize is not None:
         raise UserError(f"--quantize {options.quantize}: timm cannot read it from a folder; use another --format")
-    write_hub_folder(options.out, options.checkpoint, options.license)
-    print(f"{options.out}: a folder for timm; what its README.md says of the model is for you to complete")
+    if write_hub_folder(options.out, options.checkpoint, options.license):
+        print(f"{options.out}: a folder for timm; what its README.md says of the model is for you to complete")
+    else:
+        print(f"{options.out}: a folder for timm; its README.md was completed and stays, remove it for a new one")
     if options.push is not None:
         print(f"pushed: {push(options.out, options.push)}")
 

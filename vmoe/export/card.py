@@ -1,6 +1,7 @@
 """The model card of a shared model, made from its checkpoint and what its run wrote down."""
 
 import csv
+import hashlib
 import json
 from contextlib import suppress
 from pathlib import Path
@@ -13,11 +14,13 @@ from vmoe.analysis.heatmap import route_image
 from vmoe.analysis.heatmap_figure import PANEL, draw_layer, draw_overview
 from vmoe.analysis.style import Page
 from vmoe.checkpoints import Checkpoint, RunFolder
-from vmoe.data.photographs import CREDIT, PHOTOGRAPHS, load_photograph
+from vmoe.data.photographs import PHOTOGRAPHS, credit, load_photograph
 from vmoe.export.shared_weights import shared_config
 from vmoe.models.cost import count_parameters, flops_per_image
 
 PICTURE = "routing.png"
+_SHOWN = PHOTOGRAPHS[0]
+_NAMELESS = {"folder": "a folder of images", "npz": "arrays of images", "webdataset": "tar shards of images"}
 _TEMPLATE = """\
 ---
 tags:
@@ -39,7 +42,7 @@ pipeline_tag: image-classification
 | classes | {classes} |
 | parameters | {total:,} in all, {active:,} active for one token |
 | FLOPs an image | {flops:,} (a multiply-add counts 2) |
-| trained on | `{data}`, {epochs} epochs, {steps} updates, seed {seed} |
+| trained on | {data}, {epochs}, {steps}, seed {seed} |
 | test top-1 | {accuracy} |
 
 ## Load it
@@ -73,26 +76,29 @@ Written by vmoe {version}.
 """
 
 
+# Ends the card, and tells whether somebody has completed it: then it is not written again
+_MARK = "\n<!-- as vmoe wrote it: "
 _PICTURE = f"""\
 ![Which expert takes which patch of a photograph]({PICTURE})
 
-*Which expert takes which patch, layer by layer; {CREDIT}.*
+*Which expert takes which patch, layer by layer; {credit([_SHOWN])}.*
 
 """
 
 
 def draw_routing(checkpoint: Checkpoint) -> Page:
     """The card's picture: where a V-MoE sends the patches of a sample photograph."""
-    name = PHOTOGRAPHS[0]
     prepared = checkpoint.image_size, checkpoint.mean, checkpoint.std
-    image = route_image(checkpoint.model, load_photograph(name), *prepared, PANEL)
+    image = route_image(checkpoint.model, load_photograph(_SHOWN), *prepared, PANEL)
     layers = list(image.layers)
     predicted = f"predicted: {checkpoint.class_names[image.predicted]} ({image.probabilities.max():.0%})"
     if len(layers) == 1:
-        title = f"Which expert takes which patch of {name}"
-        return draw_layer(image, layers[0], title, f"{predicted} · {layers[0]}", [CREDIT])
-    title = f"Which expert takes which patch of {name}, layer by layer"
-    return draw_overview(image, layers, title, f"{predicted} · first choices in {len(layers)} MoE layers", [CREDIT])
+        title = f"Which expert takes which patch of {_SHOWN}"
+        return draw_layer(image, layers[0], title, f"{predicted} · {layers[0]}", [credit([_SHOWN])])
+    title = f"Which expert takes which patch of {_SHOWN}, layer by layer"
+    return draw_overview(
+        image, layers, title, f"{predicted} · first choices in {len(layers)} MoE layers", [credit([_SHOWN])]
+    )
 
 
 def model_card(checkpoint: Checkpoint, source: str | Path, license: str | None) -> str:
@@ -107,9 +113,9 @@ def model_card(checkpoint: Checkpoint, source: str | Path, license: str | None) 
     parameters = count_parameters(checkpoint.model)
     accuracy = _metrics(Path(source)).get("test/top1")
     data = config.get("data", {}).get("name", "images of its own")
-    return _TEMPLATE.format(
+    card = _TEMPLATE.format(
         license_line=f"license: {license}\n" if license else "",
-        title=f"{config['model']['name']} for {data}",
+        title=f"{config['model']['name']} for {_classes(classes) if data in _NAMELESS else data}",
         what=_what(checkpoint),
         size=checkpoint.image_size,
         classes=f"{len(classes)}: {', '.join(classes[:20])}{', ...' if len(classes) > 20 else ''}",
@@ -117,9 +123,9 @@ def model_card(checkpoint: Checkpoint, source: str | Path, license: str | None) 
         total=parameters.total,
         active=parameters.active,
         flops=flops_per_image(checkpoint.model, checkpoint.image_size),
-        data=data,
-        epochs=checkpoint.epoch,
-        steps=checkpoint.step,
+        data=_NAMELESS.get(data, f"`{data}`"),
+        epochs=_counted(checkpoint.epoch, "epoch"),
+        steps=_counted(checkpoint.step, "update"),
         seed=config.get("seed", "unknown"),
         accuracy="unknown: the run left no summary.json" if accuracy is None else f"{accuracy:.2%} (one run)",
         routing=_routing(checkpoint, Path(source)),
@@ -127,6 +133,26 @@ def model_card(checkpoint: Checkpoint, source: str | Path, license: str | None) 
         license=f"The weights: {license}." if license else "The owner of the weights has not named one.",
         version=vmoe.__version__,
     )
+    return card + _MARK + _mark(card)
+
+
+def is_untouched(card: str) -> bool:
+    """Whether a README.md is as `model_card` wrote it: nobody has completed it since."""
+    text, found, mark = card.rpartition(_MARK)
+    return bool(found) and mark == _mark(text)
+
+
+def _mark(text: str) -> str:
+    return f"{hashlib.sha256(text.encode()).hexdigest()[:16]} -->\n"
+
+
+def _classes(names: list[str]) -> str:
+    """Such as "5 classes: daisy, rose, tulip, ..."."""
+    return f"{len(names)} classes: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+
+
+def _counted(count: int, unit: str) -> str:
+    return f"{count:,} {unit}{'s' * (count != 1)}"
 
 
 def _what(checkpoint: Checkpoint) -> str:

@@ -6,6 +6,8 @@ this package opens, too), README.md, the model card, and for a V-MoE routing.png
 """
 
 import json
+import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -16,22 +18,26 @@ from torch import nn
 
 from vmoe.checkpoints import Checkpoint, load_checkpoint, timm_arguments
 from vmoe.errors import UserError
-from vmoe.export.card import PICTURE, draw_routing, model_card
+from vmoe.export.card import PICTURE, draw_routing, is_untouched, model_card
 from vmoe.export.shared_weights import write_safetensors
 from vmoe.files import replace
 from vmoe.models.registry import ON_BACKBONE
 from vmoe.moe import moe_layers
 
-WEIGHTS = "model.safetensors"
+WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 
 
-def write_hub_folder(path: str | Path, source: str | Path, license: str | None = None) -> None:
+def write_hub_folder(path: str | Path, source: str | Path, license: str | None = None) -> bool:
     """Writes the folder, and checks that timm makes a model of it with the same logits; nothing is written if not.
 
     Args:
-        path: The folder; an empty one, or one that was written before, is replaced.
+        path: The folder. Of one that was written before, what is not this function's stays: other files, and a
+            README.md that somebody has completed.
         source: A checkpoint file or a run's folder, whose summary.json then goes into the card.
         license: The weights' licence, by its name at the hub, such as "apache-2.0".
+
+    Returns:
+        Whether README.md is a new one.
 
     Raises:
         UserError: the checkpoint cannot be read, timm cannot build its model, or `path` cannot be written.
@@ -47,14 +53,40 @@ def write_hub_folder(path: str | Path, source: str | Path, license: str | None =
             folder.mkdir()
             write_safetensors(folder / WEIGHTS, source)
             _write_config(folder, checkpoint)
-            (folder / "README.md").write_text(model_card(checkpoint, source, license), encoding="utf-8")
+            is_new = _is_free(path / CARD)
+            if is_new:
+                (folder / CARD).write_text(model_card(checkpoint, source, license), encoding="utf-8")
             if moe_layers(checkpoint.model):
                 draw_routing(checkpoint).save(folder / PICTURE)
-            for file in folder.iterdir():
-                file.chmod(0o644)  # to be read by anyone
+            _keep_others(path, folder, {WEIGHTS, CONFIG, PICTURE, *([CARD] if is_new else [])})
             replace(folder, path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error}); choose another place") from error
+    return is_new
+
+
+def _is_free(card: Path) -> bool:
+    """Whether a card may be written there: there is none, or nobody has changed it."""
+    return not card.exists() or is_untouched(card.read_text(encoding="utf-8", errors="replace"))
+
+
+def _keep_others(old: Path, new: Path, ours: set[str]) -> None:
+    """Puts what the old folder has beside `ours` in the new one, such as a licence or a repository's `.git`."""
+    for entry in old.iterdir() if old.is_dir() else ():
+        if entry.name in ours:
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.copytree(entry, new / entry.name, symlinks=True, copy_function=_link)
+        else:
+            _link(entry, new / entry.name)
+
+
+def _link(source: str | Path, target: str | Path) -> None:
+    """A second name for a file, or a copy where the file system has no such names."""
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(source, target, follow_symlinks=False)
 
 
 def push(path: str | Path, name: str) -> str:
@@ -75,9 +107,11 @@ def push(path: str | Path, name: str) -> str:
     try:
         repository = api.create_repo(name, exist_ok=True)
         api.upload_folder(repo_id=repository.repo_id, folder_path=str(path), commit_message="Add the model")
-    except (OSError, ValueError) as error:  # the hub's refusals are OSErrors, its checks of names ValueErrors
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"--push {name}: refused ({reason}); the folder {path} is complete") from error
+    except Exception as error:  # a refusal, a wrong name or no network: each library below raises its own types
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(
+            f"--push {name}: failed ({reason}); the folder {path} is complete, push it by: hf upload {name} {path}"
+        ) from error
     return str(repository)
 
 
@@ -87,7 +121,7 @@ def _write_config(folder: Path, checkpoint: Checkpoint) -> None:
     for size in ({"img_size": checkpoint.image_size}, {}):
         config["model_args"] = {**_model_args(checkpoint), **size}
         config["pretrained_cfg"]["fixed_input_size"] = bool(size)
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         try:
             model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
         except TypeError as error:
