@@ -1,5 +1,8 @@
 """Auxiliary losses: their values, their way to the parameters, and their injection into foreign training loops."""
 
+import copy
+import importlib
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import vmoe
 from vmoe import MoeConfig, MoeMlp
+from vmoe.models.cost import flops_per_image
 from vmoe.moe import losses
 
 ALL_LOSSES = {
@@ -89,6 +93,80 @@ def test_weighted_sum_over_layers():
     parts = [layer.last_auxiliary_loss for layer in model]
     assert parts[0] != parts[1]
     torch.testing.assert_close(vmoe.auxiliary_loss(model), parts[0] + parts[1])
+
+
+def deep_model() -> nn.Module:
+    """Four blocks, each with an MoE layer."""
+    torch.manual_seed(0)
+    moe = MoeConfig(layers="every-1", num_experts=4, noise_std=0.0, importance_loss_weight=1.0)
+    small = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 4, "num_heads": 2, "num_classes": 3}
+    return vmoe.create_model("vit_tiny_patch16_224", moe, **small).train()
+
+
+def loss_of(model: nn.Module, *blocks: int) -> torch.Tensor:
+    return sum(model.blocks[block].mlp.last_auxiliary_loss for block in blocks)
+
+
+@pytest.mark.parametrize("compiled", ["nothing", "the model", "some blocks"])
+def test_layers_that_the_last_pass_did_not_run_do_not_count(compiled):
+    model, images = deep_model(), torch.randn(2, 2, 3, 16, 16)
+    graphs = []
+
+    def keep_graph(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    torch.compiler.reset()
+    for module in {"nothing": [], "the model": [model], "some blocks": model.blocks[:3]}[compiled]:
+        module.compile(backend=keep_graph, fullgraph=True)
+    for _ in range(3):
+        model(images[0])
+    assert len(graphs) == (compiled != "nothing")  # one for all blocks, and for every pass
+    for _ in range(2):
+        model(images[0])
+        torch.testing.assert_close(vmoe.auxiliary_loss(model), loss_of(model, 0, 1, 2, 3))
+        model.forward_intermediates(images[1], indices=[1], stop_early=True)
+        torch.testing.assert_close(vmoe.auxiliary_loss(model), loss_of(model, 0, 1))
+        model(images[1])
+        model.blocks[3](model.blocks[2](torch.randn(2, 5, 24)))
+        torch.testing.assert_close(vmoe.auxiliary_loss(model), loss_of(model, 2, 3))
+    twin = copy.deepcopy(model)
+    with pytest.raises(RuntimeError, match="call the model first"):
+        vmoe.auxiliary_loss(twin)
+    twin.forward_intermediates(images[0], indices=[0], stop_early=True)
+    torch.testing.assert_close(vmoe.auxiliary_loss(twin), loss_of(twin, 0))
+
+
+def test_a_pass_that_checkpointing_repeats_is_the_same_pass():
+    model = deep_model()
+    model.set_grad_checkpointing()
+    model(torch.randn(2, 3, 16, 16))
+    before = vmoe.auxiliary_loss(model)
+    before.backward()
+    torch.testing.assert_close(vmoe.auxiliary_loss(model), before)
+
+
+def test_counting_flops_is_no_pass():
+    model = deep_model()
+    model(torch.randn(2, 3, 16, 16))
+    model.forward_intermediates(torch.randn(2, 3, 16, 16), indices=[1], stop_early=True)
+    before = vmoe.auxiliary_loss(model)
+    flops_per_image(model, 16)
+    assert torch.equal(vmoe.auxiliary_loss(model), before)
+
+
+def test_after_data_parallel_nothing_old_is_returned(monkeypatch):
+    """Its copies keep their losses; those of an earlier pass of the model itself are gone."""
+    replicate = importlib.import_module("torch.nn.parallel.replicate")
+    monkeypatch.setattr(replicate, "_broadcast_coalesced_reshape", lambda tensors, *_, **__: [tensors, tensors])
+    model = deep_model()
+    model(torch.randn(2, 3, 16, 16))
+    for copied in replicate.replicate(model, [0, 1]):
+        copied(torch.randn(2, 3, 16, 16))
+    with pytest.raises(RuntimeError, match="DistributedDataParallel"):
+        vmoe.auxiliary_loss(model)
+    model(torch.randn(2, 3, 16, 16))
+    torch.testing.assert_close(vmoe.auxiliary_loss(model), loss_of(model, 0, 1, 2, 3))
 
 
 def test_a_dense_model_has_none_and_an_unused_one_says_so():

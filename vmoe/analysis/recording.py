@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from vmoe.analysis.grids import Picture, TokenGrid, locate, prefix_names
 from vmoe.moe import MoeMlp, Routing, SlotRouting, moe_layers
+from vmoe.moe.passes import is_backward
 
 
 @dataclass(frozen=True)
@@ -180,17 +181,12 @@ class _Recorder:
 
     def keep(self, name: str, record: Routing | SlotRouting, shape: torch.Size) -> None:
         """Hook in a layer: keeps its decision on an input of this shape."""
-        if _is_backward() or record.gates_GSE.is_meta or isinstance(record.gates_GSE, FakeTensor):
+        if is_backward() or record.gates_GSE.is_meta or isinstance(record.gates_GSE, FakeTensor):
             return
         tokens = locate(self.model, name, shape, self._layers[name].use_conv, self._picture)
         record = type(record)(*(part.detach() if isinstance(part, Tensor) else part for part in record))
         names = prefix_names(self.model, name, tokens.num_prefix_tokens)
         self.trace._passes[name].append(_pass(record, shape[0], tokens, names))
-
-
-def _is_backward() -> bool:
-    """Whether autograd runs a backward pass in this thread; checkpointing itself asks so."""
-    return torch._C._current_graph_task_id() != -1
 
 
 def _pass(record: Routing | SlotRouting, images: int, tokens: TokenGrid, names: tuple[str, ...]) -> _Pass:

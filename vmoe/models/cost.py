@@ -66,15 +66,15 @@ def _run_on_meta(model: nn.Module, shape: tuple[int, ...], training: bool) -> No
     on_meta = {name: tensor.detach().to("meta") for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
     dtype = next((parameter.dtype for parameter in model.parameters()), torch.float32)
     was_training = model.training
-    kept = [(layer, layer.statistics, layer.last_auxiliary_loss) for _, layer in moe_layers(model)]
+    kept = [(layer, layer.statistics, layer.last_auxiliary_loss, layer.mark.ran) for _, layer in moe_layers(model)]
     try:
         model.train(training)
         with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.compiler.set_stance("force_eager"):
             functional_call(model, on_meta, torch.zeros(shape, dtype=dtype, device="meta"))
     finally:
         model.train(was_training)
-        for layer, statistics, loss in kept:
-            layer.statistics, layer.last_auxiliary_loss = statistics, loss
+        for layer, *left in kept:
+            layer.statistics, layer.last_auxiliary_loss, layer.mark.ran = left
 
 
 @register_flop_formula(torch.ops.vmoe.segment_linear)

@@ -12,6 +12,7 @@ from vmoe.models.families import Place, eligible_mlps, on_meta
 from vmoe.models.padding import hand_masks_through
 from vmoe.moe import MoeConfig, MoeMlp, moe_layers
 from vmoe.moe.mlps import split_leading_norm, take_apart
+from vmoe.moe.passes import put_in_order
 
 
 def create_model(name: str, moe: MoeConfig | Literal[False] | None = None, **timm_kwargs: Any) -> nn.Module:
@@ -71,6 +72,7 @@ def sparsify(
     places = eligible_mlps(model, image_size)
     chosen = [places[index] for index in moe.select_layers(len(places))]
     layers = dict(_replace(model, place, moe, init == "upcycle", upcycle_noise) for place in chosen)
+    put_in_order(list(layers.values()))
     hand_masks_through(model, layers)
     timm_model: Any = model
     own = timm_model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()

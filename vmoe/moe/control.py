@@ -19,23 +19,32 @@ def moe_layers(model: nn.Module) -> list[tuple[str, MoeMlp]]:
 def auxiliary_loss(model: nn.Module) -> Tensor:
     """The weighted auxiliary losses of the last forward pass, summed over the MoE layers: add it to the task's loss.
 
+    Layers that the pass did not run do not count, as where timm's `forward_intermediates` stops early. That is known of
+    layers that `vmoe.sparsify` made; those of a model made otherwise count with the last pass that ran them.
+
     Returns:
         A scalar through which gradients flow; zero for a dense model.
 
     Raises:
-        RuntimeError: There was no forward pass, or its graph is gone (reentrant activation checkpointing).
+        RuntimeError: There was no forward pass, or `nn.DataParallel` ran it in copies of the model, or its graph is gone
+            (reentrant activation checkpointing).
     """
-    total = None
-    for name, layer in moe_layers(model):
+    total, layers = None, moe_layers(model)
+    for name, layer in layers:
         loss = layer.last_auxiliary_loss
-        if loss is None:
-            raise RuntimeError(f"{name}: no auxiliary loss yet; call the model first")
+        if loss is None or not layer.mark.ran:
+            continue
         if torch.is_grad_enabled() and layer.expects_gradient() and not loss.requires_grad:
             raise RuntimeError(
                 f"{name}: the auxiliary loss has lost its graph, as under reentrant activation checkpointing; "
                 "use MoeConfig(inject_auxiliary_loss=True), which needs no auxiliary_loss()"
             )
         total = loss if total is None else total + loss.to(total.device)
+    if layers and total is None:
+        raise RuntimeError(
+            f"{layers[0][0]}: no auxiliary loss yet; call the model first (nn.DataParallel runs copies of it, which keep "
+            "their losses: use DistributedDataParallel)"
+        )
     if total is None:
         parameter = next(model.parameters(), None)
         return torch.zeros((), device=None if parameter is None else parameter.device)

@@ -15,6 +15,7 @@ from vmoe.moe.config import MoeConfig
 from vmoe.moe.experts import Experts, SharedExpert
 from vmoe.moe.groups import Groups
 from vmoe.moe.mlps import take_apart
+from vmoe.moe.passes import Mark
 from vmoe.moe.routers import ROUTERS, SoftRouter
 from vmoe.moe.routing import Routing, SlotRouting
 
@@ -129,6 +130,7 @@ class MoeMlp(nn.Module):
         self.register_buffer("auxiliary_scale", None, persistent=False)
         self.statistics: Statistics | None = None
         self.last_auxiliary_loss: Tensor | None = None
+        self.mark = Mark()
         self.recorders: tuple[Callable[[Routing | SlotRouting, torch.Size], None], ...] = ()
         if moe.experts_start == "equal":
             self._make_experts_equal()
@@ -238,6 +240,7 @@ class MoeMlp(nn.Module):
         zero = routing.gates_GSE.new_zeros(())
         loss = losses.weighted_sum(each, self.config) if each else zero
         self.last_auxiliary_loss = loss
+        self.mark.set()
         self.statistics = Statistics(*usage, each.get("importance", zero).detach(), each.get("load", zero).detach())
         if self.config.inject_auxiliary_loss and self.training:
             y_TD = losses.inject_gradient(y_TD, loss, self._checked_scale(y_TD))
@@ -262,6 +265,13 @@ class MoeMlp(nn.Module):
         with torch.no_grad():
             for parameter in self.experts.stacked_parameters():
                 parameter.copy_(parameter[:1].expand_as(parameter))
+
+    def _replicate_for_data_parallel(self) -> "MoeMlp":
+        """A copy for another device; what it leaves behind never reaches this layer, so that nothing old may stay."""
+        self.last_auxiliary_loss = self.statistics = None
+        replica = super()._replicate_for_data_parallel()
+        replica.mark = Mark()
+        return replica
 
     def __getstate__(self) -> dict:
         # What a forward pass left behind belongs to its graph: it can be neither copied nor saved.
