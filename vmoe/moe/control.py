@@ -42,8 +42,8 @@ def auxiliary_loss(model: nn.Module) -> Tensor:
         total = loss if total is None else total + loss.to(total.device)
     if layers and total is None:
         raise RuntimeError(
-            f"{layers[0][0]}: no auxiliary loss yet; call the model first (nn.DataParallel runs copies of it, which keep "
-            "their losses: use DistributedDataParallel)"
+            f"{layers[0][0]}: no auxiliary loss yet; call the model first (nn.DataParallel runs copies of it, which "
+            "keep their losses: use DistributedDataParallel)"
         )
     if total is None:
         parameter = next(model.parameters(), None)

@@ -10,7 +10,8 @@ class Mark:
     """Whether a layer ran in the last forward pass of its model, and the marks of the layers around it.
 
     Where layers are compiled they only write to marks, and all to as many: a guard on values or numbers would compile
-    the same block of a model anew in each of its places.
+    the same block of a model anew in each of its places. So a compiled layer does not notice that those before it were
+    skipped, only one that is not compiled does; that those after it were is noticed in any case.
 
     Attributes:
         ran: Whether it did.
