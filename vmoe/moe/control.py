@@ -26,8 +26,8 @@ def auxiliary_loss(model: nn.Module) -> Tensor:
         A scalar through which gradients flow; zero for a dense model.
 
     Raises:
-        RuntimeError: There was no forward pass, or `nn.DataParallel` ran it in copies of the model, or its graph is gone
-            (reentrant activation checkpointing).
+        RuntimeError: There was no forward pass, or `nn.DataParallel` ran it in copies of the model, or its graph is
+            gone (reentrant activation checkpointing).
     """
     total, layers = None, moe_layers(model)
     for name, layer in layers:
