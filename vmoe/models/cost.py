@@ -73,8 +73,8 @@ def _run_on_meta(model: nn.Module, shape: tuple[int, ...], training: bool) -> No
             functional_call(model, on_meta, torch.zeros(shape, dtype=dtype, device="meta"))
     finally:
         model.train(was_training)
-        for layer, *left in kept:
-            layer.statistics, layer.last_auxiliary_loss, layer.mark.ran = left
+        for layer, statistics, loss, ran in kept:
+            layer.statistics, layer.last_auxiliary_loss, layer.mark.ran = statistics, loss, ran
 
 
 @register_flop_formula(torch.ops.vmoe.segment_linear)
