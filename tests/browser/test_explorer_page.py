@@ -234,6 +234,18 @@ def test_all_findings_can_be_asked_for(page, written):
     assert len(page.all("#findings li")) == 4
 
 
+def test_on_a_phone_the_tabs_are_on_the_first_screen(chromium, tmp_path):
+    report, images = make_report()
+    report["findings"] = [f"{index}: {'what the experts of a layer do, ' * 6}" for index in range(9)]
+    write_page(report, images, tmp_path / "index.html")
+    page = Page(chromium, tmp_path / "index.html", 390)
+    assert page.js("return document.getElementById('tabs').getBoundingClientRect().bottom") < 560
+    assert len(page.all("#findings li")) == 1
+    page.one("#more-findings").click()
+    assert [each.text for each in page.all("#findings li")] == [text.strip() for text in report["findings"]]
+    assert page.errors() == []
+
+
 @pytest.mark.parametrize("width", [390, 1280, 2560])
 def test_no_width_makes_the_page_scroll_sideways(chromium, written, width):
     page = Page(chromium, written[0], width)

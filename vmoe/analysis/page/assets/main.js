@@ -27,15 +27,17 @@ function drawHead() {
   drawFindings(false);
 }
 
-const FIRST_FINDINGS = 4;
+const isPhone = matchMedia("(max-width: 600px)"); // where four findings would fill the screen before the tabs
+isPhone.addEventListener("change", () => drawFindings(false));
 
 /** The findings; the first ones until all are asked for. */
 function drawFindings(all) {
   const findings = REPORT.findings?.length ? REPORT.findings : ["No finding stands out from these numbers."];
-  const more = findings.length > FIRST_FINDINGS;
+  const first = isPhone.matches ? 1 : 4;
+  const more = findings.length > first;
   const list = document.getElementById("findings");
   list.replaceChildren(
-    ...findings.slice(0, all ? undefined : FIRST_FINDINGS).map((finding) => make("li", {}, finding)),
+    ...findings.slice(0, all ? undefined : first).map((finding) => make("li", {}, finding)),
   );
   const button = document.getElementById("more-findings");
   button.hidden = !more;
