@@ -103,6 +103,25 @@ def test_whole_model_compiles_without_graph_break(training):
     assert model.blocks[1].mlp.statistics.load.sum() == pytest.approx(1)
 
 
+def test_a_fractional_capacity_compiles_with_dynamic_shapes():
+    moe = MoeConfig(num_experts=4, capacity_factor=1.05, noise_std=0.0, backend="padded")
+    layer = vmoe.MoeMlp(8, 16, moe=moe)
+    torch.compiler.reset()
+    compiled = torch.compile(layer, dynamic=True, fullgraph=True, backend="eager")
+    for images, tokens in ((4, 9), (5, 6)):
+        x = torch.randn(images, tokens, 8, requires_grad=True)
+        gradients = [torch.autograd.grad(y.square().sum(), x)[0] for y in (layer(x), compiled(x))]
+        torch.testing.assert_close(*gradients)
+
+
+def test_compiling_too_says_that_another_backend_serves():
+    layer = vmoe.MoeMlp(8, 16, moe=MoeConfig(num_experts=4, capacity_factor=None, noise_std=0.0, backend="padded"))
+    torch.compiler.reset()
+    experts_module._warn.cache_clear()
+    with pytest.warns(UserWarning, match="it needs a capacity; another backend is used"):
+        torch.compile(layer, fullgraph=True, backend="eager")(torch.randn(2, 9, 8))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("knobs", [{}, {"inject_auxiliary_loss": True}, {"capacity_factor": None}], ids=str)
 def test_inductor_agrees(knobs):
@@ -168,7 +187,7 @@ def test_named_backends_agree_and_say_when_another_serves(backend, capacity_fact
         moe = MoeConfig(num_experts=4, capacity_factor=capacity_factor, noise_std=0.0, backend=name)
         torch.manual_seed(1)
         layer = vmoe.MoeMlp(16, 32, moe=moe)
-        experts_module._warn_once.cache_clear()
+        experts_module._warn.cache_clear()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             results.append(layer(x))

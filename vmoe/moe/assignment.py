@@ -50,6 +50,8 @@ def expert_capacity(
     Raises:
         CapacityError: The experts would have no place at all.
     """
+    # torch.compile(dynamic=True) makes a symbol of each float it reads, on which no shape may depend; text is constant
+    factor = float(f"{factor}")
     exact = choices * factor / num_experts
     capacity = math.ceil(exact) if rounding == "ceil" else round(exact)
     if capacity < 1:

@@ -249,9 +249,14 @@ def _reason_against(name: str, x_TD: Tensor, choices: Choices, mlp: Mlp) -> str 
     return "it needs a capacity" if name == "padded" and choices.capacity is None else None
 
 
-@cache
+@torch.compiler.assume_constant_result  # so that compiling warns too, once
 def _warn_once(message: str) -> None:
-    warnings.warn(message, stacklevel=2)
+    _warn(message)
+
+
+@cache
+def _warn(message: str) -> None:
+    warnings.warn(message, stacklevel=3)
 
 
 def _is_capturing(tensor: Tensor) -> bool:
