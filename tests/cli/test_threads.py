@@ -25,12 +25,12 @@ def threads(monkeypatch):
 @pytest.mark.parametrize(
     ("quota", "workers", "processes", "expected", "told"),
     [
-        (None, 0, 1, 6, "6 threads by 6 cores"),
-        (None, 2, 1, 4, "4 threads by 6 cores, 2 workers"),
-        (None, 12, 1, 1, "1 thread by 6 cores, 12 workers"),
-        (None, 0, 2, 3, "3 threads by 6 cores, 2 processes"),
-        (2.5, 0, 1, 2, "2 threads by 6 cores, a quota of 2.5"),
-        (0.5, 0, 1, 1, "1 thread by 6 cores, a quota of 0.5"),
+        (None, 0, 1, 6, "6, by 6 cores"),
+        (None, 2, 1, 4, "4, by 6 cores, 2 workers"),
+        (None, 12, 1, 1, "1, by 6 cores, 12 workers"),
+        (None, 0, 2, 3, "3, by 6 cores, 2 processes"),
+        (2.5, 0, 1, 2, "2, by 6 cores, a quota of 2.5"),
+        (0.5, 0, 1, 1, "1, by 6 cores, a quota of 0.5"),
     ],
 )
 def test_threads_are_the_cores_that_are_left(threads, quota, workers, processes, expected, told):
@@ -42,7 +42,7 @@ def test_threads_are_the_cores_that_are_left(threads, quota, workers, processes,
 def test_a_user_s_own_number_stays(threads):
     torch.set_num_threads(3)
     threads.setenv("OMP_NUM_THREADS", "3")
-    assert choose_threads() == "3 threads by OMP_NUM_THREADS"
+    assert choose_threads() == "3, by OMP_NUM_THREADS"
     assert torch.get_num_threads() == 3
 
 

@@ -73,8 +73,9 @@ def test_a_run_s_folder_holds_what_is_promised(run):
 
 def test_a_run_first_prints_what_it_trains_on(run, capsys):
     run("--data.subset.classes", "[3, 7]", "--data.subset.per_class", "21")
-    lines = capsys.readouterr().out.splitlines()[:5]
-    assert lines == [
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("threads: ") and lines[1].startswith("device: cpu, by trainer.device=cpu; ")
+    assert lines[2:7] == [
         "images: digits, 2 classes, 16 x 16 pixels",
         "  training: 42 images, 21 per class",
         "  validation: 29 images, 15 of 3, 14 of 7",

@@ -30,7 +30,7 @@ def choose_threads(workers: int = 0, processes: int = 1) -> str:
     import torch  # here, since --help and a mistyped option need not wait for it
 
     if "OMP_NUM_THREADS" in os.environ:
-        return f"{_counted(torch.get_num_threads(), 'thread')} by OMP_NUM_THREADS"
+        return f"{torch.get_num_threads()}, by OMP_NUM_THREADS"
     cores, quota = _cores(), cpu_quota()
     usable = cores if quota is None else min(cores, max(1, math.floor(quota)))
     threads = max(1, usable // processes - workers)
@@ -41,7 +41,7 @@ def choose_threads(workers: int = 0, processes: int = 1) -> str:
         *([_counted(processes, "process", "processes")] if processes > 1 else []),
         *([_counted(workers, "worker")] if workers else []),
     ]
-    return f"{_counted(threads, 'thread')} by {', '.join(reasons)}"
+    return f"{threads}, by {', '.join(reasons)}"
 
 
 def cpu_quota(folder: Path = _GROUPS, own: Path = Path("/proc/self/cgroup")) -> float | None:

@@ -96,7 +96,7 @@ def _train(make_config: Callable[[], TrainConfig], command: list[str], place: Pl
         with stopped_at_once():
             from vmoe.training.run import train  # here, since a mistake in an option need not wait for Lightning
         busy = config.data.workers if config.data.pipeline == "workers" else 0  # else they only read, at the start
-        Progress(console).say(choose_threads(busy, place.local_count))
+        Progress(console).say(f"threads: {choose_threads(busy, place.local_count)}")
         result = train(config, shlex.join(command), console)
     except Interrupted as stop:
         from vmoe.checkpoints import RunFolder

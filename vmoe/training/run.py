@@ -80,6 +80,7 @@ def train(config: TrainConfig, command: str, console: Console) -> dict[str, Any]
     if place.count == 1:  # there is nothing to share: the same code, and no cost, as without a strategy
         config = dataclasses.replace(config, parallel=ParallelConfig(draws=config.parallel.draws))
     device = _device(config)
+    Progress(console).say(summary.device_line(device, config.trainer.device))
     if device.type == "cpu":
         config = _for_cpu(config, Progress(console))
     if config.parallel.strategy == "none":

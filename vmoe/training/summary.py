@@ -113,6 +113,19 @@ def device_name(device: torch.device) -> str:
     return f"{device.type} {platform.machine()}, {torch.get_num_threads()} threads"
 
 
+def device_line(device: torch.device, wanted: str) -> str:
+    """Where a run trains, and why there; `wanted` is `trainer.device`."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda":
+        number = f", GPU {device.index or 0} of {gpus}" if gpus > 1 else ""
+        return f"device: {torch.cuda.get_device_name(device)}{number}, by trainer.device={wanted}"
+    if gpus:
+        other = f"--trainer.device cuda trains on the {torch.cuda.get_device_name()} that is here"
+        return f"device: cpu, by trainer.device={wanted}; {other}"
+    reason = "there is no usable GPU" if torch.version.cuda else "this torch is built without CUDA"
+    return f"device: cpu, by trainer.device={wanted}; {reason}"
+
+
 def peak_memory_mib(device: torch.device) -> float:
     """The most memory used so far: of the GPU when it trains, else of the process."""
     if device.type == "cuda":
