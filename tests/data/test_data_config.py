@@ -72,7 +72,7 @@ def test_command_line_reads_every_setting_and_its_help():
 def test_default_values_of_every_set_are_valid():
     for name, defaults in DEFAULTS.items():
         config = DataConfig(name=name, image_size=defaults.image_size, mean=defaults.mean, std=defaults.std)
-        assert AugmentConfig(flip=defaults.flip).flip == (0.0 if config.name == "digits" else 0.5)
+        assert AugmentConfig(flip=defaults.flip).flip == (0.0 if config.name in ("digits", "fractals") else 0.5)
 
 
 def test_nearest_names_ignore_case():

@@ -66,11 +66,17 @@ def _assert_same_run(ours: RunFolder, theirs: RunFolder, tolerance: float) -> No
             assert float(row[column]) == pytest.approx(float(expected[column]), rel=tolerance), column
 
 
-@pytest.mark.parametrize("optimiser", ["adamw", "muon"])
-def test_the_step_that_is_captured_is_lightning_s(run, monkeypatch, optimiser):
+IMAGES_IN_STEP = ("--data.pipeline", "device", "--data.augment.preset", "light", "--data.mix.mixup_alpha", "0.2")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [(), ("--optim.name", "muon"), IMAGES_IN_STEP],
+    ids=["adamw", "muon", "images made in the step"],
+)
+def test_the_step_that_is_captured_is_lightning_s(run, monkeypatch, options):
     """On the CPU there is no graph: the same step runs eagerly in its place, and must give the same numbers."""
-    options = ("--trainer.device", "cpu", "--optim.name", optimiser)
-    _, theirs = run("lightning", *options)
+    _, theirs = run("lightning", "--trainer.device", "cpu", *options)
 
     class Eager(GraphedStep):
         def __init__(self, step):
@@ -82,7 +88,7 @@ def test_the_step_that_is_captured_is_lightning_s(run, monkeypatch, optimiser):
     monkeypatch.setattr(module_file, "GraphedStep", Eager)
     monkeypatch.setattr(run_file, "_device", lambda config: torch.device("cpu"))
     monkeypatch.setattr(run_file, "_for_cpu", lambda config, progress: config)
-    code, ours = run("ours", "--trainer.cuda_graph", "true", "--optim.name", optimiser)
+    code, ours = run("ours", "--trainer.cuda_graph", "true", *options)
     assert code == 0
     _assert_same_run(ours, theirs, tolerance=1e-5)
 
@@ -100,12 +106,13 @@ def test_on_a_cpu_it_is_turned_off_with_a_line(run, capsys):
         ((), 1e-2),
         (("--optim.name", "muon"), 1e-2),
         (("--moe", "null"), 1e-2),
+        (IMAGES_IN_STEP, 1e-2),
         (("--moe.router", "soft", "--moe.capacity_factor", "1"), 1e-2),
         (("--moe.router", "sigmoid", "--moe.shared_experts", "1"), 1e-2),
         (("--trainer.precision", "bf16"), 3e-2),
         (("--trainer.precision", "bf16", "--trainer.compile", "true", "--optim.name", "muon"), 3e-2),
     ],
-    ids=["adamw", "muon", "dense", "soft", "sigmoid", "bf16", "compiled"],
+    ids=["adamw", "muon", "dense", "images made in the step", "soft", "sigmoid", "bf16", "compiled"],
 )
 def test_a_graph_gives_the_numbers_of_eager_steps(run, options, tolerance):
     """Other random numbers, in dropout or the router, would move the weights by several times the tolerance."""

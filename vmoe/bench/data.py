@@ -62,8 +62,14 @@ def loader_rate(make_loader: Callable[[], Iterable], seconds: float, ahead: int,
     return LoaderRate(first, *_rate(lambda: len(next(batches)[0]), seconds, device))
 
 
+def _as_it_is(batch: Batch) -> Batch:
+    return batch
+
+
 class TrainingStep:
     """Forward pass under autocast, loss with the balance losses, backward pass, update by fused AdamW.
+
+    A batch that has only its keys gets its images first, within the step, as in `vmoe train`.
 
     Args:
         model: On `device`. Its weights stay as they are: the learning rate is 0.
@@ -81,27 +87,39 @@ class TrainingStep:
         if compiled:
             model.compile(dynamic=False)
         self._run = GraphedStep(self._step) if graphed else self._step
-
-    def __call__(self, images: Tensor, targets: Tensor) -> None:
-        """One step on (B, 3, H, W) images and (B,) labels or (B, classes) targets."""
-        self._run(Batch(images, targets, []))
+        self._made = _as_it_is
 
     def _step(self, batch: Batch) -> Tensor:
+        with torch.no_grad():
+            batch = self._made(batch)
         self.optimizer.zero_grad(set_to_none=True)
         is_mixed, keeps_casts = self.dtype != torch.float32, not self.graphed  # which a graph must not
         with torch.autocast(self.device.type, self.dtype, enabled=is_mixed, cache_enabled=keeps_casts):
-            loss = F.cross_entropy(self.model(batch.images), batch.labels) + auxiliary_loss(self.model)
+            targets = batch.labels if batch.targets is None else batch.targets
+            loss = F.cross_entropy(self.model(batch.images), targets) + auxiliary_loss(self.model)
         loss.backward()
         self.optimizer.step()
         return loss.detach()
 
-    def rate(self, batches: Iterator[tuple[Tensor, Tensor]], seconds: float, ahead: int = 0) -> float:
-        """Images/s of steps on these batches; the first few, and those prepared `ahead`, are not counted."""
+    def rate(
+        self, batches: Iterator[Batch], seconds: float, ahead: int = 0, made: Callable[[Batch], Batch] = _as_it_is
+    ) -> float:
+        """Images/s of steps on these batches; the first few, and those prepared `ahead`, are not counted.
+
+        Args:
+            batches: On the device, without end.
+            seconds: How long to count.
+            ahead: Batches that may have been prepared.
+            made: Makes the images of a batch that has only its keys, within the step.
+        """
+        self._made = made
+        if self.graphed:
+            self._run.forget()
 
         def step() -> int:
-            images, targets = next(batches)
-            self(images, targets)
-            return len(images)
+            batch = next(batches)
+            self._run(batch)
+            return len(batch.labels)
 
         for _ in range(_WARM_UP + ahead):
             step()
@@ -114,15 +132,12 @@ def endless(batches: Iterable) -> Iterator:
         yield from batches
 
 
-def ready_batches(
-    module: ImageDataModule, loader: Iterable[Batch], device: torch.device
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images on the device and their targets without end, as a trainer makes them of a loader's batches."""
+def ready_batches(module: ImageDataModule, loader: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    """Batches on the device without end, as a trainer makes them of a loader's batches."""
     for batch in endless(loader):
         tensors = {name: value for name, value in batch._asdict().items() if isinstance(value, Tensor)}
         moved = {name: value.to(device, non_blocking=True) for name, value in tensors.items()}
-        batch = module.on_after_batch_transfer(batch._replace(**moved), 0)
-        yield batch.images, batch.labels if batch.targets is None else batch.targets
+        yield module.on_after_batch_transfer(batch._replace(**moved), 0)
 
 
 def _rate(step: Callable[[], int], seconds: float, device: torch.device) -> tuple[float, int]:

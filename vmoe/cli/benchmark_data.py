@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from vmoe.bench.data import COLUMNS, TrainingStep, endless, loader_rate, ready_batches
 from vmoe.bench.report import Row, markdown_table
@@ -15,7 +14,7 @@ from vmoe.bench.torchvision_data import torchvision_loader, torchvision_plan
 from vmoe.checkpoints import build_model
 from vmoe.cli.benchmark_jobs import Results
 from vmoe.cli.train import parse
-from vmoe.data import DataConfig, ImageDataModule
+from vmoe.data import Batch, DataConfig, ImageDataModule
 from vmoe.errors import UserError
 from vmoe.training.config import TrainConfig
 
@@ -29,7 +28,8 @@ class _Source(NamedTuple):
     pipeline: str
     workers: int
     loader: Callable[[], Iterable]  # its batches begin with the images
-    batches: Callable[[], Iterator[tuple[Tensor, Tensor]]]  # on the device, without end: images and targets
+    batches: Callable[[], Iterator[Batch]]  # on the device, without end
+    made: Callable[[Batch], Batch]  # a batch with its images, where a step that is captured makes them
 
 
 def data(options: argparse.Namespace, overrides: list[str], results: Results) -> None:
@@ -41,12 +41,13 @@ def data(options: argparse.Namespace, overrides: list[str], results: Results) ->
         torchvision_plan(config.data)  # what it cannot do is said before any image is read
     plain = dataclasses.replace(config.data, mix=dataclasses.replace(config.data.mix, until=1.0))  # as in most epochs
     say = results.say(options.config)
-    modules = _modules(options, plain, say)
+    graphed = config.trainer.cuda_graph and options.device.type == "cuda"
+    modules = _modules(options, plain, graphed, say)
     sources = [_own(module, options.device) for module in modules]
     size = modules[0].image_size
     if options.torchvision:
         sources += [_torchvision(modules[0], workers, options.device) for workers in dict.fromkeys(options.workers)]
-    step, synthetic = _training(config, modules[0], options.device)
+    step, synthetic = _training(config, modules[0], options.device, graphed)
     rows = []
     for source in sources:
         say(f"{source.name}, pipeline {source.pipeline}, {source.workers} workers")
@@ -62,7 +63,9 @@ def data(options: argparse.Namespace, overrides: list[str], results: Results) ->
     print(f"data.json and data.md in {options.out}")
 
 
-def _modules(options: argparse.Namespace, config: DataConfig, say: Callable[[str], None]) -> list[ImageDataModule]:
+def _modules(
+    options: argparse.Namespace, config: DataConfig, graphed: bool, say: Callable[[str], None]
+) -> list[ImageDataModule]:
     """The chosen pipelines, each with the config's images and those of the shards; what does not fit is left out."""
     chosen = [("workers", workers) for workers in dict.fromkeys(options.workers)] + [("device", max(options.workers))]
     chosen = [(pipeline, workers) for pipeline, workers in chosen if pipeline in options.pipelines]
@@ -72,7 +75,7 @@ def _modules(options: argparse.Namespace, config: DataConfig, say: Callable[[str
     modules = []
     for (pipeline, workers), source in itertools.product(chosen, images):
         changed = dataclasses.replace(source, pipeline=pipeline, workers=workers)
-        module = ImageDataModule(changed, options.seed, options.device)
+        module = ImageDataModule(changed, options.seed, options.device, in_step=graphed)
         try:
             module.prepare_data()
             module.setup("fit")
@@ -88,42 +91,44 @@ def _modules(options: argparse.Namespace, config: DataConfig, say: Callable[[str
 def _own(module: ImageDataModule, device: torch.device) -> _Source:
     config = module.config
     return _Source(
-        config.name, config.pipeline, config.workers, module.train_dataloader,
-        lambda: ready_batches(module, module.train_dataloader(), device),
+        config.name, config.pipeline, config.workers, lambda: _complete(module),
+        lambda: ready_batches(module, module.train_dataloader(), device), module.made,
     )  # fmt: skip
+
+
+def _complete(module: ImageDataModule) -> Iterator[Batch]:
+    """Training batches without end, with their images."""
+    return map(module.made, endless(module.train_dataloader()))
 
 
 def _torchvision(module: ImageDataModule, workers: int, device: torch.device) -> _Source:
     loader = torchvision_loader(module, workers)
 
-    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+    def batches() -> Iterator[Batch]:
         for images, labels in endless(loader):
-            yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+            yield Batch(images.to(device, non_blocking=True), labels.to(device, non_blocking=True), [])
 
-    return _Source("torchvision", "workers", workers, lambda: loader, batches)
+    return _Source("torchvision", "workers", workers, lambda: loader, batches, module.made)
 
 
 def _training(
-    config: TrainConfig, module: ImageDataModule, device: torch.device
-) -> tuple[TrainingStep, tuple[Tensor, Tensor]]:
+    config: TrainConfig, module: ImageDataModule, device: torch.device, graphed: bool
+) -> tuple[TrainingStep, Batch]:
     """A step of the config's training, and a batch of synthetic images for it."""
     size, classes, batch = module.image_size, module.num_classes, config.data.batch_size
     with device:
         model = build_model(config.model.name, config.model.kwargs, config.moe, classes, size)
-        synthetic = torch.randn(batch, 3, size, size), torch.randint(classes, (batch,))
-    graphed = config.trainer.cuda_graph and device.type == "cuda"
+        synthetic = Batch(torch.randn(batch, 3, size, size), torch.randint(classes, (batch,)), [])
     dtype = _DTYPES[config.trainer.precision]
     return TrainingStep(model, device, dtype, config.trainer.compile, graphed), synthetic
 
 
-def _measure(
-    source: _Source, step: TrainingStep, synthetic: tuple[Tensor, Tensor], seconds: float, device: torch.device
-) -> Row:
+def _measure(source: _Source, step: TrainingStep, synthetic: Batch, seconds: float, device: torch.device) -> Row:
     """Its loader alone, then a training that it feeds beside the same on synthetic images."""
     ahead = 2 * source.workers  # what DataLoader prefetches
     rate = loader_rate(source.loader, seconds, ahead, device)
     on_synthetic = step.rate(endless([synthetic]), seconds)
-    fed = step.rate(source.batches(), seconds, ahead)
+    fed = step.rate(source.batches(), seconds, ahead, source.made)
     return {
         "source": source.name, "pipeline": source.pipeline, "workers": source.workers, **dataclasses.asdict(rate),
         "training_images_per_second": fed, "synthetic_images_per_second": on_synthetic,

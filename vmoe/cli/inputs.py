@@ -123,6 +123,7 @@ def _changed_config(checkpoint: "Checkpoint", options: argparse.Namespace) -> "D
     changes = {"pipeline": "workers"}  # the same images, of which a job may want only a few
     if options.data is not None and options.data != config.name:
         changes["subset"] = SubsetConfig()  # the run's class names mean nothing in another set
+        changes["images"] = None  # which only fractals have
         if "linear" in getattr(options, "probe", ()):  # which chooses its penalty in validation
             changes["val_fraction"] = config.val_fraction or DataConfig.val_fraction
     given = {

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from vmoe.imports import names_on_demand
 
 if TYPE_CHECKING:
-    from vmoe.data.config import AugmentConfig, DataConfig, MixConfig, SubsetConfig
+    from vmoe.data.config import AugmentConfig, DataConfig, FractalConfig, MixConfig, SubsetConfig
     from vmoe.data.datamodule import ImageDataModule
     from vmoe.data.images import eval_crop, eval_transform, load_image, normalise
     from vmoe.data.loading import Batch
@@ -14,7 +14,7 @@ else:  # a config can be read without torch, an image without Lightning and albu
     __getattr__ = names_on_demand(
         __name__,
         {
-            "vmoe.data.config": ["AugmentConfig", "DataConfig", "MixConfig", "SubsetConfig"],
+            "vmoe.data.config": ["AugmentConfig", "DataConfig", "FractalConfig", "MixConfig", "SubsetConfig"],
             "vmoe.data.datamodule": ["ImageDataModule"],
             "vmoe.data.images": ["eval_crop", "eval_transform", "load_image", "normalise"],
             "vmoe.data.loading": ["Batch"],
@@ -27,6 +27,7 @@ __all__ = [
     "Batch",
     "DataConfig",
     "EpochBatchSampler",
+    "FractalConfig",
     "ImageDataModule",
     "MixConfig",
     "SubsetConfig",

@@ -74,22 +74,23 @@ class BatchAugmenter:
             return self.image_size
         return min(round(self.image_size * 8 / 7), own or math.inf)
 
-    def __call__(self, stored: Tensor, keys: Tensor) -> Tensor:
+    def __call__(self, stored: Tensor, keys: Tensor, places: Tensor | None = None) -> Tensor:
         """The batch of these keys.
 
         Args:
             stored: (n, 3, Q, Q) uint8.
             keys: (B, 2) int64, epoch and index of each image.
+            places: (B,) int64, of the images in `stored`; None: their indices.
 
         Returns:
             (B, 3, S, S) float32, normalised.
         """
-        return self._augment(stored, keys)
+        return self._augment(stored, keys, keys[:, 1] if places is None else places)
 
-    def _one_by_one(self, stored: Tensor, keys: Tensor) -> Tensor:
+    def _one_by_one(self, stored: Tensor, keys: Tensor, places: Tensor) -> Tensor:
         plan = self.plan
         draws = uniforms(self.seed, keys, self._numbers).unbind()
-        images = stored[keys[:, 1]].float()
+        images = stored[places].float()
         codes = self._codes(draws[_RANDAUGMENT:])
         if plan.crop_padding is not None or plan.crop_scale is not None:
             images = self._move(images, draws, codes)

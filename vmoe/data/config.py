@@ -5,8 +5,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, get_args
 
-SetName = Literal["digits", "patchwork", "cifar10", "cifar100", "imagenette", "imagenet", "folder", "webdataset", "npz"]
-EMBEDDED_SETS = ("digits", "patchwork")  # which come with this package
+SetName = Literal[
+    "digits", "patchwork", "fractals", "cifar10", "cifar100", "imagenette", "imagenet", "folder", "webdataset", "npz"
+]
+EMBEDDED_SETS = ("digits", "patchwork", "fractals")  # which come with this package
 NAMED_SETS = (*EMBEDDED_SETS, "cifar10", "cifar100", "imagenette", "imagenet")  # the others are a user's own
 Preset = Literal["none", "light", "strong"]
 Pipeline = Literal["workers", "device"]
@@ -26,6 +28,7 @@ _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DEFAULTS: dict[str, SetDefaults] = {
     "digits": SetDefaults(16, (0.305,) * 3, (0.376,) * 3, flip=0.0),  # a mirrored digit is another sign
     "patchwork": SetDefaults(48, (0.5,) * 3, (0.3,) * 3, flip=0.5),
+    "fractals": SetDefaults(32, (0.08,) * 3, (0.17,) * 3, flip=0.0),  # a mirrored fractal may be another class
     "cifar10": SetDefaults(32, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), flip=0.5),
     "cifar100": SetDefaults(32, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), flip=0.5),
     "imagenette": SetDefaults(224, _IMAGENET_MEAN, _IMAGENET_STD, flip=0.5),
@@ -161,20 +164,53 @@ class SubsetConfig:
 
 
 @dataclass(frozen=True)
+class FractalConfig:
+    """The generated set "fractals": its classes, its size, and how strongly pictures of a class vary.
+
+    Every picture draws each variation evenly between the two ends that are given here; 0 leaves it out.
+
+    Args:
+        classes: number of classes; a class of a number is the same in every run.
+        epoch_images: training images of an epoch (times data.repeat), however many different ones data.images allows.
+            Validation has an eighth as many, the test set a quarter.
+        shape: largest relative change of each entry of a map's matrix, 0 to 0.5.
+        shift: largest change of each map's translation, as a share of half the picture's side, 0 to 0.5.
+        rotation: largest angle by which a picture is turned, in degrees to either side, 0 to 180.
+        colour: largest change of each channel of a map's colour, as a share of the whole range, 0 to 1.
+    """
+
+    classes: int = 4096
+    epoch_images: int = 65_536
+    shape: float = 0.2
+    shift: float = 0.15
+    rotation: float = 23.0
+    colour: float = 0.4
+
+    def __post_init__(self) -> None:
+        _check_range("classes", self.classes, 2, 65_536)
+        _check_range("epoch_images", self.epoch_images, 8, 10_000_000)
+        for name, largest in (("shape", 0.5), ("shift", 0.5), ("rotation", 180), ("colour", 1)):
+            _check_range(name, getattr(self, name), 0, largest)
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Which images, how they are split, resized, varied and batched.
 
     Args:
-        name: "digits" (embedded), "patchwork" (generated, with known patches), "cifar10", "cifar100", "imagenette"
-            (downloaded when missing), "imagenet" or "folder" (class folders in ROOT/train, ROOT/val and ROOT/test, or
-            in ROOT alone, which is then split),
+        name: "digits" (embedded), "patchwork" (generated, with known patches), "fractals" (generated without end, see
+            fractals), "cifar10", "cifar100", "imagenette" (downloaded when missing), "imagenet" or "folder" (class
+            folders in ROOT/train, ROOT/val and ROOT/test, or in ROOT alone, which is then split),
             "webdataset" (tar shards, train-*.tar and so on, as tools/make_shards.py writes them) or "npz" (arrays in
             one file, see root).
         root: folder that holds the data, or for "npz" the file with train_x, train_y, test_x, test_y.
         image_size: side in pixels of the square images given to the model. None: the data set's own.
         batch_size: training images a step.
         repeat: passes over the training images that make one epoch; above 1, a small set is validated and saved less
-            often.
+            often. With "fractals" an epoch has fractals.epoch_images so many times.
+        images: with "fractals", how many different training images there are: they come again and again, while the
+            number of steps stays. None: without end, none comes twice.
+        fractals: with "fractals", its classes and how strongly pictures vary.
         shards_at_once: with "webdataset", from how many shards at a time training images are drawn; fewer read more
             locally, more shuffle better.
         eval_batch_size: images a step in validation and test. None: batch_size.
@@ -202,6 +238,8 @@ class DataConfig:
     image_size: int | None = None
     batch_size: int = 128
     repeat: int = 1
+    images: int | None = None
+    fractals: FractalConfig = field(default_factory=FractalConfig)
     shards_at_once: int = 16
     eval_batch_size: int | None = None
     pipeline: Pipeline = "workers"
@@ -225,6 +263,9 @@ class DataConfig:
         _check_range("split_seed", self.split_seed, 0, 2**32 - 1)
         if self.image_size is not None:
             _check_range("image_size", self.image_size, 1, 4096)
+        if self.images is not None:
+            _check_range("images", self.images, 1, 10_000_000)
+        self._check_fractals()
         if self.eval_batch_size is not None:
             _check_range("eval_batch_size", self.eval_batch_size, 1, 1_000_000)
         if not 0 <= self.val_fraction < 1:
@@ -233,6 +274,25 @@ class DataConfig:
             raise ValueError(f"mean={self.mean}: must be three numbers from 0 to 1 (red, green, blue)")
         if self.std is not None and not (len(self.std) == 3 and all(0 < value <= 1 for value in self.std)):
             raise ValueError(f"std={self.std}: must be three numbers over 0 and up to 1 (red, green, blue)")
+
+    def _check_fractals(self) -> None:
+        if self.name != "fractals":
+            if self.images is not None:
+                raise ValueError(
+                    f"images={self.images}: is for data.name=fractals; data.subset makes other sets smaller"
+                )
+            return
+        if self.images is not None and self.images < self.fractals.classes:
+            raise ValueError(
+                f"images={self.images}: leaves classes without images; give at least as many as data.fractals."
+                f"classes={self.fractals.classes}, or fewer classes"
+            )
+        if self.subset != SubsetConfig():
+            raise ValueError(
+                "subset: is not for data.name=fractals; data.images and data.fractals.classes say how much there is"
+            )
+        if self.image_size is not None:
+            _check_range("image_size", self.image_size, 8, 512)
 
 
 def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -1,6 +1,7 @@
 """The data room's front door: a LightningDataModule made from a DataConfig."""
 
 from collections.abc import Callable
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -14,7 +15,15 @@ from vmoe.data.datasets import download, load_splits
 from vmoe.data.imageset import ImageSet
 from vmoe.data.loading import Batch, CorruptedImages, EvalImages, ImageLoader, TrainImages, UnvariedTrainImages
 from vmoe.data.mixing import make_mixer
-from vmoe.data.resident import ResidentEvalLoader, ResidentImages, ResidentTrainLoader, check_room, make_resident
+from vmoe.data.resident import (
+    MadeImages,
+    ResidentEvalLoader,
+    ResidentImages,
+    ResidentTrainLoader,
+    check_room,
+    is_made,
+    make_resident,
+)  # fmt: skip
 from vmoe.data.samplers import EpochBatchSampler
 from vmoe.data.shards import ShardedImages
 from vmoe.data.sharing import FilledLoader, part_of_batches
@@ -37,6 +46,8 @@ class ImageDataModule(LightningDataModule):
         part: which of `parts` this process is given: of every training batch a contiguous part, of the batches of
             validation and test every `parts`-th.
         parts: how many processes share the data; `config.batch_size` is that of all.
+        in_step: with the pipeline "device", training batches come with their keys alone, and `made` makes their images:
+            for a step that is captured as a CUDA graph, which then holds this too.
 
     Attributes (after `setup`):
         num_classes: number of classes.
@@ -46,12 +57,19 @@ class ImageDataModule(LightningDataModule):
         image_size: side of the images in pixels.
         mean: of the channels in [0, 1], as used.
         std: of the channels, as used.
+        is_endless: whether every pass over the training set has new images.
         has_validation: whether there are images for validation; without them the loaders of "val" raise `UserError`.
         train_sampler: the `EpochBatchSampler` of every training loader.
     """
 
     def __init__(
-        self, config: DataConfig, seed: int, device: torch.device | str = "cpu", part: int = 0, parts: int = 1
+        self,
+        config: DataConfig,
+        seed: int,
+        device: torch.device | str = "cpu",
+        part: int = 0,
+        parts: int = 1,
+        in_step: bool = False,
     ) -> None:
         super().__init__()
         if not 0 <= seed < 2**32:
@@ -60,6 +78,7 @@ class ImageDataModule(LightningDataModule):
         self.seed = seed
         self.device = torch.device(device)
         self.part, self.parts = part, parts
+        self.in_step = in_step
         self._splits = None
         self._resident: dict[str, ResidentImages] = {}
 
@@ -80,6 +99,7 @@ class ImageDataModule(LightningDataModule):
         config, defaults = self.config, DEFAULTS[self.config.name]
         self._splits = load_splits(config)
         self.has_validation = self._splits.val is not None
+        self.is_endless = self._splits.train.pass_step > 0
         self.class_names = self._splits.class_names
         self.num_classes = len(self.class_names)
         self.patch_names = self._splits.patch_names
@@ -90,7 +110,7 @@ class ImageDataModule(LightningDataModule):
         sizes = (len(self._splits.train), config.batch_size, self.seed, config.repeat)
         train = self._splits.train
         blocks = train.images.shards[train.positions] if isinstance(train.images, ShardedImages) else None
-        how = (self.part, self.parts, blocks, config.shards_at_once)
+        how = (self.part, self.parts, blocks, config.shards_at_once, self._splits.epoch_images)
         self.train_sampler = EpochBatchSampler(*sizes, *how)
         self._mixer = make_mixer(config.mix, self.num_classes, self.seed, self.device)
         if config.pipeline == "workers":
@@ -103,7 +123,8 @@ class ImageDataModule(LightningDataModule):
         self._sides |= {"test": self.image_size}
         if self.has_validation and self._splits.val is not self._splits.test:
             self._sides |= {"val": self.image_size}
-        check_room([(self._images(split), side) for split, side in self._sides.items()], self.device, self.parts)
+        kept = [split for split in self._sides if split != "train" or not is_made(train)]
+        check_room([(self._images(split), self._sides[split]) for split in kept], self.device, self.parts)
 
     def images_of_classes(self, split: str) -> list[int]:
         """How many images of each class "train", "val" or "test" has, after `setup`."""
@@ -131,12 +152,27 @@ class ImageDataModule(LightningDataModule):
     def train_dataloader(self) -> ImageLoader | ResidentTrainLoader:
         """Shuffled, augmented batches; an incomplete last one is left out."""
         if self.config.pipeline == "device":
-            return ResidentTrainLoader(self._on_device("train"), self._batch_augmenter, self.train_sampler)
+            return self._device_loader
         dataset = TrainImages(self._splits.train, self._augmenter, self.mean, self.std)
         return ImageLoader(dataset, workers=self.config.workers, batch_sampler=self.train_sampler)
 
+    @cached_property
+    def _device_loader(self) -> ResidentTrainLoader:
+        train = self._splits.train
+        images = MadeImages(train, self.device) if is_made(train) else self._on_device("train")
+        return ResidentTrainLoader(images, self._batch_augmenter, self.train_sampler, self.in_step)
+
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Mixes a training batch that is on the device, if the config says so."""
+        return batch if batch.images is None else self._mixed(batch)
+
+    def made(self, batch: Batch) -> Batch:
+        """A training batch with its images, mixed: where `in_step` left them out they are made now, on the device."""
+        if batch.images is not None:
+            return batch
+        return self._mixed(batch._replace(images=self._device_loader.images_of(batch.keys)))
+
+    def _mixed(self, batch: Batch) -> Batch:
         if self._mixer is None or batch.keys is None:
             return batch
         images, targets = self._mixer(batch.images, batch.labels, batch.keys, self._mixed_passes())
@@ -154,9 +190,13 @@ class ImageDataModule(LightningDataModule):
         """Training images as evaluation sees them: a sample of at most `most`, by `config.split_seed` alone; with None
         all of them.
         """
-        dataset = UnvariedTrainImages(self._splits.train, self.image_size, self.mean, self.std)
-        sample = np.random.default_rng(self.config.split_seed).permutation(len(dataset))[:most]
-        return self._in_parts(np.sort(sample).tolist(), lambda order: self._image_loader(dataset, order))
+        train = self._splits.train
+        dataset = UnvariedTrainImages(train, self.image_size, self.mean, self.std)
+        sample = np.sort(np.random.default_rng(self.config.split_seed).permutation(len(dataset))[:most])
+        if self.config.pipeline == "device" and is_made(train):  # one at a time would take long
+            resident = self._made_resident(train.take(sample), "train")
+            return self._in_parts(list(range(len(sample))), lambda own: self._resident_loader(resident, own))
+        return self._in_parts(sample.tolist(), lambda order: self._image_loader(dataset, order))
 
     def corrupted_dataloader(self, split: str, name: str, severity: int) -> EvalLoader:
         """The "val" or "test" split in order, corrupted (see `vmoe.data.corruptions`), by `config.split_seed` alone."""
@@ -173,10 +213,13 @@ class ImageDataModule(LightningDataModule):
         images = self._images(split)
         order = list(range(len(images))) if order is None else order
         if self.config.pipeline == "device":
-            size, resident = self._eval_batch_size, self._on_device(split)
-            return self._in_parts(order, lambda own: ResidentEvalLoader(resident, size, self.mean, self.std, own))
+            resident = self._on_device(split)
+            return self._in_parts(order, lambda own: self._resident_loader(resident, own))
         dataset = EvalImages(images, self.image_size, self.mean, self.std)
         return self._in_parts(order, lambda own: self._image_loader(dataset, own))
+
+    def _resident_loader(self, images: ResidentImages, order: list[int]) -> ResidentEvalLoader:
+        return ResidentEvalLoader(images, self._eval_batch_size, self.mean, self.std, order)
 
     def _image_loader(self, dataset: EvalImages, order: list[int]) -> ImageLoader:
         return ImageLoader(dataset, workers=self.config.workers, batch_size=self._eval_batch_size, sampler=order)
@@ -197,14 +240,12 @@ class ImageDataModule(LightningDataModule):
         if self._images(split) is self._splits.test:
             split = "test"
         if split not in self._resident:
-            self._resident[split] = make_resident(
-                self._images(split),
-                self._sides[split],
-                self.device,
-                self.config.workers,
-                replace_damaged=split == "train",
-            )
+            self._resident[split] = self._made_resident(self._images(split), split)
         return self._resident[split]
+
+    def _made_resident(self, images: ImageSet, split: str) -> ResidentImages:
+        where = (self._sides[split], self.device, self.config.workers)
+        return make_resident(images, *where, replace_damaged=split == "train")
 
     def _images(self, split: str) -> ImageSet:
         images = getattr(self._splits, split)
@@ -219,4 +260,4 @@ class ImageDataModule(LightningDataModule):
             return float("inf")
         if self.trainer is None or not self.trainer.max_epochs or self.trainer.max_epochs < 0:
             raise UserError(f"data.mix.until={until}: needs a trainer that knows its number of epochs; leave it at 1")
-        return until * self.trainer.max_epochs * self.config.repeat
+        return until * self.trainer.max_epochs * (self.train_sampler.epoch_images / self.train_sampler.length)

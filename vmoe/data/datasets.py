@@ -4,6 +4,7 @@
 |---|---|---|---|
 | digits | 80 % of the 1,797 images, a fixed stratified choice | cut from training | the other 20 % |
 | patchwork | 6,000 generated images, always the same | cut from training | 2,000 |
+| fractals | `data.images` different ones, or without end | others, always the same | others, always the same |
 | cifar10, cifar100 | 50,000 | cut from training | 10,000 |
 | imagenette, imagenet with train and val | train | cut from training | val (as ImageNet results are reported) |
 | folder with train and val | train | val | val too, which a note says |
@@ -25,6 +26,7 @@ from torchvision.datasets import CIFAR10, CIFAR100, Imagenette
 from vmoe.data import subsets
 from vmoe.data.config import DEFAULTS, DataConfig
 from vmoe.data.folders import find_split_folders, read_class_folders, split_of
+from vmoe.data.fractals import load_fractals
 from vmoe.data.image_files import PassedOver, list_class_folders
 from vmoe.data.imageset import ArrayImages, FileImages, ImageSet, Splits, given_splits
 from vmoe.data.npz import load_npz
@@ -65,7 +67,9 @@ def load_splits(config: DataConfig) -> Splits:
             raise UserError(
                 f"data.root={config.root}: no {name} images for the {len(names)} classes; add images to them"
             )
-    return Splits(train, val, test, names, splits.image_size, splits.patch_names, splits.notes)
+    return Splits(
+        train, val, test, names, splits.image_size, splits.patch_names, splits.notes, epoch_images=splits.epoch_images
+    )
 
 
 def download(config: DataConfig) -> None:
@@ -170,6 +174,7 @@ def _files(samples: list[tuple[str, int]]) -> ImageSet:
 _LOADERS: dict[str, Callable[[DataConfig], Splits]] = {
     "digits": _digits,
     "patchwork": lambda _: load_patchwork(),
+    "fractals": load_fractals,
     "cifar10": lambda config: _cifar(CIFAR10, config),
     "cifar100": lambda config: _cifar(CIFAR100, config),
     "imagenette": _imagenette,

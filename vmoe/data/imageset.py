@@ -1,7 +1,7 @@
 """What a data set is made of: stores of images, and labelled views of them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -72,11 +72,16 @@ class FileImages:
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Labelled images of one split: `positions` (n,) in a store, and their `labels` (n,)."""
+    """Labelled images of one split: `positions` (n,) in a store, and their `labels` (n,).
+
+    Where images never repeat, each pass over the split has other ones of the same labels: in every pass their positions
+    are `pass_step` farther on.
+    """
 
     images: Images
     positions: np.ndarray
     labels: np.ndarray
+    pass_step: int = 0
 
     @classmethod
     def all_of(cls, images: Images, labels: Sequence[int] | np.ndarray) -> "ImageSet":
@@ -86,9 +91,9 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def read(self, index: int) -> np.ndarray:
-        """Image `index` of this split, (H, W, 3) uint8."""
-        return self.images.read(self.positions[index])
+    def read(self, index: int, number_of_pass: int = 0) -> np.ndarray:
+        """Image `index` of this split, (H, W, 3) uint8, in this pass over it."""
+        return self.images.read(self.positions[index] + number_of_pass * self.pass_step)
 
     def place(self, index: int) -> str:
         """Where image `index` of this split is."""
@@ -100,13 +105,13 @@ class ImageSet:
 
     def take(self, indices: np.ndarray) -> "ImageSet":
         """The images at `indices`, in that order."""
-        return ImageSet(self.images, self.positions[indices], self.labels[indices])
+        return replace(self, positions=self.positions[indices], labels=self.labels[indices])
 
     def keep_classes(self, classes: Sequence[int]) -> "ImageSet":
         """The images of these classes, which become 0, 1, ... in the order given."""
         kept = self.take(np.flatnonzero(np.isin(self.labels, classes)))
         number = {label: new for new, label in enumerate(classes)}
-        return ImageSet(kept.images, kept.positions, np.array([number[label] for label in kept.labels], dtype=np.int64))
+        return replace(kept, labels=np.array([number[label] for label in kept.labels], dtype=np.int64))
 
 
 @dataclass(frozen=True)
@@ -120,6 +125,7 @@ class Splits:
     image_size: int | None = None  # the arrays' own, where the set has no fixed default
     patch_names: list[str] | None = None  # of what patches show, where that is known
     notes: Sequence[str] = ()  # lines to say about the set, such as what was passed over
+    epoch_images: int | None = None  # of an epoch, where that is not all of `train`
 
 
 def given_splits(sets: Mapping[str, ImageSet], class_names: list[str], notes: Sequence[str], root: Path) -> Splits:

@@ -21,7 +21,7 @@ from vmoe.errors import UserError
 class Batch(NamedTuple):
     """Images ready for the model, on the CPU or on the device that trains."""
 
-    images: torch.Tensor  # (B, 3, H, W) float32, normalised
+    images: torch.Tensor | None  # (B, 3, H, W) float32, normalised; None where `ImageDataModule.made` makes them
     labels: torch.Tensor | None  # (B,) int64; None where nobody labelled the images
     damaged: list[str]  # training images that could not be read and were replaced by the next one
     patch_labels: torch.Tensor | None = None  # (B, rows, columns) int64, what each patch shows, where that is known
@@ -49,20 +49,21 @@ class TrainImages(Dataset):
         """The batch of these keys. A damaged image is replaced by the next readable one of the set."""
         pictures, labels, damaged = [], [], []
         for epoch, index in keys:
-            image, index = read_or_next(self.images, index, damaged)
+            image, index = read_or_next(self.images, index, damaged, epoch)
             pictures.append(self.augmenter(image, epoch, index))
             labels.append(self.images.labels[index])
         images = normalise(pictures, self.mean, self.std)
         return Batch(images, torch.from_numpy(np.array(labels)), damaged, keys=torch.from_numpy(np.array(keys)))
 
 
-def read_or_next(images: ImageSet, index: int, damaged: list[str]) -> tuple[np.ndarray, int]:
+def read_or_next(images: ImageSet, index: int, damaged: list[str], number_of_pass: int = 0) -> tuple[np.ndarray, int]:
     """Image `index`, (H, W, 3) uint8, or the next that can be read, and its index.
 
     Args:
         images: the training split.
         index: of the image.
         damaged: gets the places of those that cannot be read.
+        number_of_pass: over the training set.
 
     Raises:
         UserError: not one image can be read.
@@ -70,7 +71,7 @@ def read_or_next(images: ImageSet, index: int, damaged: list[str]) -> tuple[np.n
     for step in range(len(images)):
         candidate = (index + step) % len(images)
         try:
-            return images.read(candidate), candidate
+            return images.read(candidate, number_of_pass), candidate
         except UserError:
             damaged.append(images.place(candidate))
     raise UserError(f"{images.place(index)}: neither this nor any other training image can be read")

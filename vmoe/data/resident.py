@@ -1,4 +1,4 @@
-"""The device pipeline: whole splits as bytes on the device that trains, and loaders of batches made there."""
+"""The device pipeline: whole splits as bytes on the device that trains, or made there; and loaders of their batches."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 
 from vmoe.data.batch_augment import BatchAugmenter
 from vmoe.data.config import Colour
+from vmoe.data.fractals import FractalImages
 from vmoe.data.images import eval_crop
 from vmoe.data.imageset import ImageSet
 from vmoe.data.loading import Batch, ImageLoader, patch_labels_of, read_or_next
@@ -31,6 +32,41 @@ class ResidentImages:
     labels: Tensor
     patch_labels: Tensor | None
     damaged: dict[int, list[str]]
+
+    def stored(self, keys: Tensor) -> tuple[Tensor, Tensor | None]:
+        """All stored images; those of the keys are at their indices."""
+        return self.pixels, None
+
+
+class MadeImages:
+    """Training images that are made batch by batch, in place of `ResidentImages`.
+
+    Args:
+        images: the split, of fractals.
+        device: where to.
+
+    Attributes:
+        labels: (n,) int64.
+        damaged: empty, as in `ResidentImages`.
+    """
+
+    def __init__(self, images: ImageSet, device: torch.device) -> None:
+        self.damaged: dict[int, list[str]] = {}
+        self._make = images.images.on(device, fused=True)
+        self._pass_step = images.pass_step
+        self._positions = torch.from_numpy(images.positions).to(device)
+        self.labels = torch.from_numpy(images.labels).to(device)
+
+    def stored(self, keys: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The images of the keys (B, 2), (B, 3, Q, Q) uint8, and their places there, (B,) int64."""
+        passes, indices = keys.unbind(1)
+        images = self._make(self._positions[indices] + passes * self._pass_step)
+        return images, torch.arange(len(keys), device=keys.device)
+
+
+def is_made(images: ImageSet) -> bool:
+    """Whether images are made rather than read: they need no room, and no file is damaged."""
+    return isinstance(images.images, FractalImages)
 
 
 def check_room(parts: Sequence[tuple[ImageSet, int]], device: torch.device, sharers: int = 1) -> None:
@@ -75,6 +111,9 @@ def make_resident(
     Raises:
         UserError: an image cannot be read, or with `replace_damaged` none can.
     """
+    if is_made(images):
+        made, positions = images.images.on(device), torch.from_numpy(images.positions).to(device)
+        return ResidentImages(made.in_turn(positions), torch.from_numpy(images.labels).to(device), None, {})
     pixels = torch.empty(len(images), 3, side, side, dtype=torch.uint8, device=device)
     sources: list[int] = []
     damaged: dict[int, list[str]] = {}
@@ -128,10 +167,17 @@ class ResidentTrainLoader:
         images: the training split.
         augmenter: varies and normalises a batch by its keys.
         batch_sampler: gives the keys; Lightning tells it the epoch.
+        in_step: batches have no images yet; who trains makes them, by `images_of`.
     """
 
-    def __init__(self, images: ResidentImages, augmenter: BatchAugmenter, batch_sampler: EpochBatchSampler) -> None:
-        self.images, self.augmenter, self.batch_sampler = images, augmenter, batch_sampler
+    def __init__(
+        self,
+        images: ResidentImages | MadeImages,
+        augmenter: BatchAugmenter,
+        batch_sampler: EpochBatchSampler,
+        in_step: bool = False,
+    ) -> None:
+        self.images, self.augmenter, self.batch_sampler, self.in_step = images, augmenter, batch_sampler, in_step
 
     def __len__(self) -> int:
         return len(self.batch_sampler)
@@ -145,8 +191,13 @@ class ResidentTrainLoader:
             if known.labels.is_cuda:
                 on_host = on_host.pin_memory()  # otherwise the copy would wait for the device
             on_device = on_host.to(known.labels.device, non_blocking=True)
-            images = self.augmenter(known.pixels, on_device)
+            images = None if self.in_step else self.images_of(on_device)
             yield Batch(images, known.labels[on_device[:, 1]], damaged, keys=on_device)
+
+    def images_of(self, keys: Tensor) -> Tensor:
+        """The augmented images of the keys (B, 2), (B, 3, S, S) float32."""
+        stored, places = self.images.stored(keys)
+        return self.augmenter(stored, keys, places)
 
 
 class ResidentEvalLoader:

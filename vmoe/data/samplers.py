@@ -25,8 +25,11 @@ class EpochBatchSampler(Sampler[list[Key]]):
         blocks: the block of each image, such as its shard; then a pass takes a few blocks at a time, in a random order,
             and shuffles their images together. None shuffles all images together.
         blocks_at_once: how many.
+        epoch_images: images of an epoch, times `repeat`, where that is not all: an epoch goes on in the pass where the
+            one before it ended. None: `length`.
 
     Attributes:
+        epoch_images: images of an epoch, repeats included.
         start_batch: set before an epoch to begin with this batch, as if the earlier ones had been given already.
             Holds once, for the next iteration. `len` does not change.
     """
@@ -41,10 +44,12 @@ class EpochBatchSampler(Sampler[list[Key]]):
         parts: int = 1,
         blocks: np.ndarray | None = None,
         blocks_at_once: int = 1,
+        epoch_images: int | None = None,
     ) -> None:
         self.length = length
-        self.repeat = repeat
-        self.batch_size = min(batch_size, length)
+        of_a_repeat = length if epoch_images is None else epoch_images
+        self.epoch_images = of_a_repeat * repeat
+        self.batch_size = min(batch_size, of_a_repeat)
         self.seed = seed
         self.part, self.parts = part, parts
         self.blocks, self.blocks_at_once = blocks, blocks_at_once
@@ -61,7 +66,7 @@ class EpochBatchSampler(Sampler[list[Key]]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.length * self.repeat // self.batch_size
+        return self.epoch_images // self.batch_size
 
     def __iter__(self) -> Iterator[list[Key]]:
         for keys in self.arrays():
@@ -69,13 +74,14 @@ class EpochBatchSampler(Sampler[list[Key]]):
 
     def arrays(self) -> Iterator[np.ndarray]:
         """The same iteration with the keys as one (B, 2) int64 array: making 512 tuples takes a third of a ms."""
-        passes, first = range(self.epoch * self.repeat, (self.epoch + 1) * self.repeat), self.start_batch
+        skipped, first = self.epoch * self.epoch_images, self.start_batch
         self.start_batch = 0
+        passes = range(skipped // self.length, -(-(skipped + self.epoch_images) // self.length))
         orders = [self._order(np.random.default_rng([self.seed, number])) for number in passes]
         keys = np.stack([np.repeat(passes, self.length), np.concatenate(orders)], axis=1)
+        size = self.batch_size // self.parts
         for batch in range(first, len(self)):
-            size = self.batch_size // self.parts
-            start = batch * self.batch_size + self.part * size
+            start = skipped % self.length + batch * self.batch_size + self.part * size
             yield keys[start : start + size]
 
     def _order(self, rng: np.random.Generator) -> np.ndarray:

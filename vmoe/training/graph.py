@@ -23,11 +23,15 @@ class GraphedStep:
 
     def __init__(self, step: Callable[[Batch], Tensor]) -> None:
         self._step = step
+        # One stream for eager steps and captures: autograd accumulates a gradient on the stream that saw it first.
+        self._stream = torch.cuda.Stream()
+        self.forget()
+
+    def forget(self) -> None:
+        """Drops all graphs: from now on the step may do something else."""
         self._steps_done: dict[tuple, int] = {}
         self._batches: dict[tuple, Batch] = {}
         self._captured: dict[tuple, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        # One stream for eager steps and captures: autograd accumulates a gradient on the stream that saw it first.
-        self._stream = torch.cuda.Stream()
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, batch: Batch) -> Tensor:

@@ -294,7 +294,7 @@ def _data(config: TrainConfig, device: torch.device, place: Place) -> ImageDataM
         UserError: they are missing or malformed, batches cannot be shared by so many processes, or there are no images
             to stop early by.
     """
-    data = _TrainingData(config.data, config.seed, device, place.rank, place.count)
+    data = _TrainingData(config.data, config.seed, device, place.rank, place.count, config.trainer.cuda_graph)
     together(lambda: data.prepare_data() if place.local_rank == 0 else None)  # one process of a machine downloads
 
     def setup() -> None:

@@ -68,7 +68,10 @@ def data_lines(config: DataConfig, data: ImageDataModule) -> list[str]:
             lines.append(f"  {title}: none")
             continue
         counts = data.images_of_classes(split)
-        lines.append(f"  {title}: {_counted(sum(counts), 'image')}, {_by_class(data.class_names, counts)}")
+        images = _counted(sum(counts), "image")
+        if split == "train" and data.is_endless:
+            images = f"without end, each pass {images} that are new"
+        lines.append(f"  {title}: {images}, {_by_class(data.class_names, counts)}")
     return lines
 
 

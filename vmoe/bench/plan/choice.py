@@ -27,6 +27,7 @@ def workload_of(config: TrainConfig, classes: int | None = None) -> Workload:
     """
     data, trainer = config.data, config.trainer
     own = len(data.subset.classes) if data.subset.classes else _CLASSES.get(data.name, 1000)
+    own = data.fractals.classes if data.name == "fractals" else own
     return Workload(
         config.model.name,
         dict(config.model.kwargs),

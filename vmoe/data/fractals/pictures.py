@@ -1,0 +1,204 @@
+"""Pictures of fractals in batches: the chaos game with many chains of points at once, all in whole numbers.
+
+A picture varies its class: every map's matrix, translation and colour, and then the whole picture is turned. Chains of
+points follow the maps, chosen by chance; where they go after some steps is counted by pixel and by map. A pixel's
+colour is the mean of its points' maps. Its brightness is the logarithm of their number, as a share of the fullest
+pixel's.
+
+Whole numbers make the same bytes on every device and in any batch. In every step the chains share the maps by their
+probabilities exactly: the chances of the chains are spread evenly, always in the same way, and shifted by a draw of the
+picture's own (a Cranley-Patterson rotation).
+
+Shapes: B pictures, S pixels a side, M maps of a system, P chains, T steps.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vmoe.data.config import FractalConfig
+from vmoe.data.draws import draw_numbers, uniforms
+from vmoe.data.fractals.systems import (
+    CHOICE_ONE,
+    CLASS_STREAM,
+    FARTHEST,
+    MAPS,
+    MATRIX_BITS,
+    MATRIX_ONE,
+    PLACE_ONE,
+    draw_systems,
+)  # fmt: skip
+from vmoe.data.fusing import Fused
+
+try:
+    from vmoe.data.fractals import kernel
+except ModuleNotFoundError as error:
+    if error.name.split(".")[0] != "triton":
+        raise
+    kernel = None
+
+WARM_UP = 12  # steps from the middle of the picture to the attractor, which are not counted
+_POINTS = 4  # that are counted, for each pixel of a picture on average
+_TURNS = 4096  # angles of a full turn
+_LOG_ONE = 1 << 12
+_VARIED = 9 * MAPS + 1  # draws of a picture before the steps' shifts: matrices, translations, colours, the turn
+
+
+class Varied(NamedTuple):
+    """What tells a picture from others, for B pictures, int32 as in `Systems`."""
+
+    maps: Tensor  # (B, M, 6)
+    thresholds: Tensor  # (B, M - 1)
+    colours: Tensor  # (B, M, 3)
+    turns: Tensor  # (B, 2): cosine and sine, in MATRIX_ONE
+    shifts: Tensor  # (B, T): of the chances in each step, in CHOICE_ONE
+
+
+class PictureMaker:
+    """Makes pictures from their classes and numbers: a function of (seed, stream, class, number) alone.
+
+    The device is never waited for. On a GPU a kernel follows the chains.
+
+    Args:
+        config: the classes and how strongly pictures vary.
+        size: S.
+        seed: not negative.
+        stream: tells the pictures of a split from another's.
+        device: where pictures are made.
+        fused: on a GPU the rest is compiled, for batches of one size that are made again and again.
+    """
+
+    def __init__(
+        self, config: FractalConfig, size: int, seed: int, stream: int, device: torch.device, fused: bool = False
+    ) -> None:
+        self.config, self.size, self.seed, self.stream = config, size, seed, stream
+        self._systems = [part.to(device) for part in draw_systems(config.classes)]
+        self._chances = spread_chances(size).to(device)
+        self._numbers = draw_numbers(_VARIED + len(self._chances), device=device)
+        turns = [2 * math.pi * turn / _TURNS for turn in range(_TURNS)]
+        self._directions = _table([[math.cos(turn), math.sin(turn)] for turn in turns], MATRIX_ONE).to(device)
+        points = self._chances.shape[1] * (len(self._chances) - WARM_UP)
+        self._logarithms = _table([math.log2(1 + count) for count in range(points + 1)], _LOG_ONE).to(device)
+        self._vary, self._paint = (
+            (Fused(self._varied), Fused(self._painted)) if fused else (self._varied, self._painted)
+        )
+
+    def __call__(self, labels: Tensor, numbers: Tensor) -> Tensor:
+        """Pictures (B, 3, S, S) uint8.
+
+        Args:
+            labels: (B,) int64, their classes.
+            numbers: (B,) int64, not negative, which tell pictures of a class apart.
+        """
+        varied = Varied(*self._vary(labels, numbers))
+        return self._paint(self.counts(varied), varied.colours)
+
+    def counts(self, varied: Varied) -> Tensor:
+        """How many points fall into each pixel by each map, (B, M, S, S) int32."""
+        if varied.maps.is_cuda and kernel is not None:
+            return kernel.count_points(varied, self._chances, WARM_UP, self.size)
+        return count_points(varied, self._chances, WARM_UP, self.size)
+
+    def _varied(self, labels: Tensor, numbers: Tensor) -> tuple[Tensor, ...]:
+        maps, thresholds, colours = (part[labels] for part in self._systems)
+        keys = torch.stack([torch.full_like(numbers, self.stream), numbers], dim=1)
+        draws = uniforms(self.seed, keys, self._numbers).T
+        of_matrices, of_places, of_colours, of_turn, of_shifts = draws.split(
+            [4 * MAPS, 2 * MAPS, 3 * MAPS, 1, draws.shape[1] - _VARIED], dim=1
+        )
+        matrices, places = maps.split([4, 2], dim=2)
+        factors = MATRIX_ONE + _around(of_matrices, self.config.shape * MATRIX_ONE)
+        matrices = matrices * factors.view(matrices.shape) >> MATRIX_BITS
+        places = places + _around(of_places, self.config.shift * PLACE_ONE).view(places.shape)
+        colours = colours + _around(of_colours, self.config.colour * 255).view(colours.shape)
+        turn = _around(of_turn[:, 0], self.config.rotation / 360 * _TURNS) & (_TURNS - 1)
+        shifts = (of_shifts * CHOICE_ONE).int()
+        return torch.cat([matrices, places], dim=2), thresholds, colours.clamp(0, 255), self._directions[turn], shifts
+
+    def _painted(self, counts: Tensor, colours: Tensor) -> Tensor:
+        points = counts.sum(dim=1, dtype=torch.int32)
+        fullest = points.amax(dim=(1, 2), keepdim=True)
+        brightness = self._logarithms[points] * 255 // self._logarithms[fullest]
+        sums = (counts[:, :, None] * colours[..., None, None]).sum(dim=1, dtype=torch.int32)
+        means = sums // points.clamp(min=1)[:, None]
+        return (means * brightness[:, None] // 255).to(torch.uint8)
+
+
+def count_points(varied: Varied, chances: Tensor, warm_up: int, size: int) -> Tensor:
+    """How many points fall into each pixel by each map; what the kernel is checked against.
+
+    Args:
+        varied: the pictures' systems.
+        chances: (T, P) int32 in `CHOICE_ONE`.
+        warm_up: steps whose points are not counted.
+        size: S.
+
+    Returns:
+        (B, M, S, S) int32. The points fill the picture from edge to edge in one direction, and in the other they are
+        in its middle.
+    """
+    pictures, chains = len(varied.maps), chances.shape[1]
+    shifted = chances[:, None] + varied.shifts.T[:, :, None] & CHOICE_ONE - 1
+    maps = torch.zeros_like(shifted)  # which one, (T, B, P)
+    for threshold in varied.thresholds.T:
+        maps += shifted >= threshold[:, None]
+    of_maps = varied.maps.reshape(-1, 6).T.contiguous()  # (6, B * M)
+    first = MAPS * torch.arange(pictures, device=of_maps.device)[:, None]
+    place = torch.zeros(2, pictures, chains, dtype=torch.int32, device=of_maps.device)  # x and y
+    counted = torch.empty(len(chances) - warm_up, *place.shape, dtype=torch.int32, device=of_maps.device)
+    for step, which in enumerate(maps):
+        parameters = of_maps[:, first + which]
+        place = _applied(parameters[:4:2], parameters[1:4:2], *place) + parameters[4:]
+        place = place.clamp(-FARTHEST, FARTHEST)
+        if step >= warm_up:
+            counted[step - warm_up] = place
+    cos, sin = varied.turns.T[:, :, None]
+    x, y = counted.unbind(dim=1)  # (T counted, B, P) each
+    columns, rows = _pixels(_applied(cos, -sin, x, y), _applied(sin, cos, x, y), size)
+    pixels = (maps[warm_up:] * size + rows) * size + columns
+    pixels = pixels.transpose(0, 1).reshape(pictures, -1)
+    counts = torch.zeros(pictures, MAPS * size * size, dtype=torch.int32, device=of_maps.device)
+    counts.scatter_add_(1, pixels.long(), torch.ones_like(pixels))  # of whole numbers, in any order
+    return counts.view(pictures, MAPS, size, size)
+
+
+def _applied(a: Tensor, b: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """One row of a matrix times a place, rounded."""
+    return a * x + b * y + MATRIX_ONE // 2 >> MATRIX_BITS
+
+
+def _pixels(across: Tensor, down: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Columns and rows of the pixels in which places (T, B, P) lie."""
+    ends = [(part.amin(dim=(0, 2)), part.amax(dim=(0, 2))) for part in (across, down)]
+    extent = torch.maximum(*(high - low for low, high in ends))
+    starts = (low - (extent - (high - low)) // 2 for low, high in ends)
+    columns, rows = (
+        (part - start[:, None]) * size // (extent[:, None] + 1)
+        for part, start in zip((across, down), starts, strict=True)
+    )
+    return columns, rows
+
+
+def spread_chances(size: int) -> Tensor:
+    """The chances of P chains in T steps, (T, P) int32 in `CHOICE_ONE`, for pictures of `size` pixels a side.
+
+    In a step each chain is alone in one of P equal parts of the range, which one is drawn.
+    """
+    chains = 1 << max(6, (8 * size - 1).bit_length())
+    steps = WARM_UP + max(1, -(-_POINTS * size * size // chains))
+    keys = torch.stack([torch.full((steps,), CLASS_STREAM), torch.arange(steps)], dim=1)
+    parts, inside = uniforms(1, keys, draw_numbers(2 * chains)).T.split(chains, dim=1)
+    width = CHOICE_ONE // chains
+    return (parts.argsort(dim=1, stable=True) * width + (inside * width).long()).int().contiguous()
+
+
+def _around(draws: Tensor, most: float) -> Tensor:
+    """Whole numbers from -most to most, each as likely, from draws in [0, 1)."""
+    most = round(most)
+    return (draws * (2 * most + 1)).int() - most
+
+
+def _table(values: list, one: int) -> Tensor:
+    return (torch.tensor(values, dtype=torch.float64) * one).round().int()
