@@ -75,13 +75,15 @@ def test_a_run_first_prints_what_it_trains_on(run, capsys):
     run("--data.subset.classes", "[3, 7]", "--data.subset.per_class", "21")
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("threads: ") and lines[1].startswith("device: cpu, by trainer.device=cpu; ")
-    assert lines[2:7] == [
+    assert lines[2:6] == [
         "images: digits, 2 classes, 16 x 16 pixels",
         "  training: 42 images, 21 per class",
         "  validation: 29 images, 15 of 3, 14 of 7",
         "  test: 73 images, 37 of 3, 36 of 7",
-        "model: vit_tiny_patch16_224, 4 experts with router=token_choice in each of 1 MoE layer (blocks.1.mlp)",
     ]
+    assert (
+        "model: vit_tiny_patch16_224, 4 experts with router=token_choice in each of 1 MoE layer (blocks.1.mlp)" in lines
+    )
 
 
 @pytest.fixture
