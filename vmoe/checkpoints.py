@@ -147,7 +147,7 @@ def find_checkpoint(path: str | Path) -> Path:
     Raises:
         UserError: there is none.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_dir() or is_sharded(path):
         if not path.exists():
             raise UserError(f"{path}: no such file; give a .ckpt or .safetensors file or a run's folder")

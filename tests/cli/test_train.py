@@ -10,6 +10,7 @@ import yaml
 
 import vmoe
 from vmoe.checkpoints import build_model
+from vmoe.cli.common import run
 from vmoe.cli.main import main as vmoe_main
 from vmoe.cli.train import main, parse
 from vmoe.data.config import DEFAULTS
@@ -89,6 +90,24 @@ def test_plain_types_and_back(recipe, text, magnitude):
     assert config.data.augment.randaugment_magnitude == magnitude
     plain = to_plain(config)
     assert from_plain(TrainConfig, yaml.safe_load(yaml.safe_dump(plain))) == config
+
+
+def test_a_tilde_is_the_home_folder_in_every_path(tmp_path, monkeypatch):
+    """In arguments, where a shell leaves it, and in configs."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    written = tmp_path / "mine.yaml"
+    written.write_text(
+        "data: {name: folder, root: ~/pictures}\noutput_dir: ~/run\ninit_from: ~/start.ckpt\n"
+        "distill: {teacher: ~/teacher}\nmodel: {kwargs: {checkpoint_path: ~/w.pth}}\n"
+    )
+    config = parse(["--config", str(written)])
+    paths = (config.data.root, config.output_dir, config.init_from, config.distill.teacher)
+    assert paths == tuple(str(tmp_path / name) for name in ("pictures", "run", "start.ckpt", "teacher"))
+    assert config.model.kwargs == {"checkpoint_path": str(tmp_path / "w.pth")}
+    got = []
+    arguments = ["~/a.png", "--out=~/b", "--config", "~", "a~b", "--x=1"]
+    assert run(lambda argv: got.extend(argv), arguments) == 0
+    assert got == [str(tmp_path / "a.png"), f"--out={tmp_path}/b", "--config", str(tmp_path), "a~b", "--x=1"]
 
 
 def test_precision_32_needs_no_quotes(tmp_path):

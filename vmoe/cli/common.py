@@ -30,7 +30,7 @@ def run(
     module = job.__module__.rpartition(".")[2]
     name = next((name for name in JOBS if name.replace("-", "_") == module), module)
     try:
-        return job(sys.argv[1:] if argv is None else argv) or 0
+        return job([_with_home(each) for each in (sys.argv[1:] if argv is None else argv)]) or 0
     except UserError as error:
         line = str(error)
     except ValueError as error:
@@ -50,6 +50,12 @@ def run(
     line = in_options(" ".join(line.split()), options or {})
     print(f"vmoe {name}: error: {printable(line)}", file=sys.stderr)
     return 2
+
+
+def _with_home(argument: str) -> str:
+    """An argument with the home folder for a leading ~, which a shell leaves in `--out=~/x` and in quotes."""
+    option, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+    return f"{option}{equals}{os.path.expanduser(value)}"
 
 
 def in_options(line: str, options: Mapping[str, str]) -> str:

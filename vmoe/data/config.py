@@ -1,6 +1,7 @@
 """Every setting of the data room, checked when it is made."""
 
 import difflib
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, get_args
@@ -254,6 +255,7 @@ class DataConfig:
     split_seed: int = 0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "root", os.path.expanduser(self.root))
         _check_choice("name", self.name, get_args(SetName))
         _check_choice("pipeline", self.pipeline, get_args(Pipeline))
         _check_range("batch_size", self.batch_size, 1, 1_000_000)

@@ -1,5 +1,6 @@
 """What a training run is made of: every option of a recipe, typed, documented and checked."""
 
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -39,6 +40,8 @@ class ModelConfig:
     moe_drop_path: float | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(path := self.kwargs.get("checkpoint_path"), str):
+            object.__setattr__(self, "kwargs", self.kwargs | {"checkpoint_path": os.path.expanduser(path)})
         rate = self.moe_drop_path
         _need(self, "moe_drop_path", rate is None or 0 <= rate < 1, "in [0, 1), or null")
         for key, source in (
@@ -209,6 +212,7 @@ class DistillConfig:
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
+        _expand_home(self, "teacher")
         for name, default in (("weight", 0.5), ("temperature", 1.0)):
             has_effect = self.teacher is not None or getattr(self, name) == default
             _need(self, name, has_effect, "left out without distill.teacher")
@@ -254,6 +258,8 @@ class TrainConfig:
         return self if self.moe is None else replace(self, moe=self.moe.resolved())
 
     def __post_init__(self) -> None:
+        for name in ("output_dir", "init_from"):
+            _expand_home(self, name)
         _need(self, "resume", self.resume in (False, True, "auto"), "true, false or auto")
         _need(self, "seed", 0 <= self.seed < 2**32, "from 0 to 4294967295")
         if self.moe is not None and self.moe.inject_auxiliary_loss:
@@ -271,6 +277,12 @@ class TrainConfig:
                 raise ValueError("trainer.cuda_graph=True: must be false with parallel.dense=cut; whole goes with it")
         if self.trainer.compile and self.parallel.draws == "sample":
             raise ValueError("trainer.compile=True: must be false with parallel.draws=sample")
+
+
+def _expand_home(config: Any, name: str) -> None:
+    """Puts the home folder in the place of a leading ~ of a path, which YAML leaves."""
+    path = getattr(config, name)
+    object.__setattr__(config, name, path if path is None else os.path.expanduser(path))
 
 
 def _need(config: Any, name: str, holds: bool, allowed: str) -> None:

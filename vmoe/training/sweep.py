@@ -87,7 +87,7 @@ def read_study(
     unknown = [arm for arm in arms if arm not in study["arms"]]
     if unknown:
         raise UserError(f"--arms {unknown[0]}: {path} has no such arm; it has {', '.join(study['arms'])}")
-    config = Path(os.path.normpath(path.parent / study["config"]))
+    config = Path(os.path.normpath(path.parent / os.path.expanduser(study["config"])))
     if not config.is_file():
         raise UserError(f"{path}: config: {config} is not there")
     return [
