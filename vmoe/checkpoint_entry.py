@@ -61,6 +61,7 @@ def _fault(content: dict[str, Any], ours: dict[str, Any]) -> str | None:
         f"image_size must be from 1 to {_LARGEST_IMAGE}": _is_count(size, _LARGEST_IMAGE) and size > 0,
         "mean must be three numbers": _are_three(ours.get("mean")),
         "std must be three numbers above 0": _are_three(ours.get("std")) and min(ours["std"]) > 0,
+        "bit_depth must be from 1 to 32 or None": _is_depth(ours.get("bit_depth")),
         "epochs_done must be a whole number": _is_count(ours.get("epochs_done")),
         "state_dict must hold the weights": isinstance(content.get("state_dict", {}), dict),
         "global_step must be a whole number": _is_count(content.get("global_step")),
@@ -70,6 +71,10 @@ def _fault(content: dict[str, Any], ours: dict[str, Any]) -> str | None:
 
 def _is_count(value: Any, most: float = math.inf) -> bool:
     return type(value) is int and 0 <= value <= most
+
+
+def _is_depth(value: Any) -> bool:
+    return value is None or (_is_count(value, 32) and value > 0)
 
 
 def _are_three(values: Any) -> bool:

@@ -91,6 +91,8 @@ class Checkpoint:
         epoch: Number of finished epochs.
         step: Number of updates.
         path: The file it was read from.
+        bit_depth: How many bits the values of its training files with more than 8 bits per channel use (see
+            `vmoe.data.load_image`); None where it met no such file.
     """
 
     model: nn.Module
@@ -102,6 +104,7 @@ class Checkpoint:
     epoch: int
     step: int
     path: Path
+    bit_depth: int | None = None
 
 
 def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
@@ -133,6 +136,7 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Che
             epoch=int(ours["epochs_done"]),
             step=int(content["global_step"]),
             path=path,
+            bit_depth=ours.get("bit_depth"),
         )
     except UserError as error:  # of the model, which cannot be built
         raise UserError(f"{path}: {error}") from error

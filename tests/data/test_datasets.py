@@ -74,9 +74,8 @@ def test_folders_become_splits(image_tree, name, folders, val, test):
     cut = val == "train"
     assert (len(splits.train), len(splits.val), len(splits.test)) == ((9, 9, 18) if cut else (18, 18, 18))
     assert not set(places(splits.train)) & set(places(splits.val))
-    assert ["val, which chooses the best epoch, is tested too" in note for note in splits.notes] == [True] * (
-        val == test
-    )
+    is_said = any("val, which chooses the best epoch, is tested too" in note for note in splits.notes)
+    assert is_said == (val == test)
 
 
 @pytest.mark.parametrize("inside", [".", "train"])
@@ -95,10 +94,8 @@ def test_classes_without_a_split_are_split(image_tree, inside):
     assert len(set().union(*map(places, parts))) == sum(map(len, parts)) == 60 - (inside == "train")
     assert places(load("folder", root, val_fraction=0.25, split_seed=3).test) == places(splits.test)
     assert places(load("folder", root, val_fraction=0.25, split_seed=4).test) != places(splits.test)
-    assert (
-        f"{root}: has no split of its own: 20% of each class are cut off for the test, 25% of what remains"
-        in splits.notes[-1]
-    )
+    line = f"{root}: has no split of its own: 20% of each class are cut off for the test, 25% of what remains"
+    assert any(note.startswith(line) for note in splits.notes)
 
 
 def test_what_is_neither_splits_nor_classes_is_refused(image_tree):

@@ -192,7 +192,7 @@ MISTAKES: dict[str, list[Mistake]] = {
         Mistake("an empty file", "run empty.png --out new"),
         Mistake("an image that was cut off", "run cut.png --out new", r"(?<=image \().*(?=\);)"),
         Mistake("an image of too many pixels", "run bomb.png --out new", r"(?<=image \().*(?=\);)"),
-        Mistake("an image of floating-point pixels", "run float.tif --out new"),
+        Mistake("an image of fractions below 0", "run float.tif --out new"),
         Mistake("a dense model", "dense photo.png --out new"),
         Mistake("a layer that is not there", "run photo.png --layers 0 --out new"),
         Mistake("a capacity below 0", "run photo.png --capacity-factor -1 --out new"),

@@ -161,7 +161,7 @@ def _images(folder: Path) -> None:
     (folder / "cut.png").write_bytes((folder / "photo.png").read_bytes()[:2000])
     (folder / "text.jpg").write_text("not a photo")
     (folder / "empty.png").write_bytes(b"")
-    photo.convert("F").save(folder / "float.tif")
+    Image.fromarray(np.asarray(photo.convert("F")) - 300).save(folder / "float.tif")
     os.mkfifo(folder / "pipe.png")
     # A header that promises more pixels than Pillow accepts
     content = bytearray((folder / "photo.png").read_bytes())

@@ -64,7 +64,7 @@ def write_heatmaps(
     shown = select_layers(model, layers)
     own_figures = shown if layers or len(shown) == 1 else []
     for path in images:
-        load_image(path)  # a damaged file is told before any page is written
+        load_image(path, checkpoint.bit_depth)  # a damaged file is told before any page is written
     about = [f"checkpoint {checkpoint.path}", f"epoch {checkpoint.epoch}"]
     about += [f"{package} {version}" for package, version in (versions or {}).items()]
     footer = [" · ".join(about), *([f"command: {command}"] if command else [])]
@@ -98,7 +98,7 @@ def _write_image(
     out: Path,
     footer: list[str],
 ) -> dict:
-    pixels = load_image(path)
+    pixels = load_image(path, checkpoint.bit_depth)
     image = route_image(checkpoint.model, pixels, checkpoint.image_size, checkpoint.mean, checkpoint.std, PANEL)
     predicted = f"{_class(checkpoint, image.predicted)} ({image.probabilities.max():.0%})"
     pages = []

@@ -27,13 +27,15 @@ def main(argv: list[str] | None = None) -> int:
 def _demo_page(argv: list[str]) -> None:
     options = _parser().parse_args(argv)
     # Imported here, so that --help and a mistyped option answer at once.
-    from vmoe.cli.inputs import find_files
+    from vmoe.cli.inputs import depth_of, find_files
     from vmoe.data import load_image
     from vmoe.data.photographs import PHOTOGRAPHS, credit, load_photograph
     from vmoe.export.demo_page import write_demo_page
 
     if options.images:
-        pictures, authors = ((path.name, load_image(path)) for path in find_files(options.images)), None
+        files = find_files(options.images)
+        depth = depth_of(None, files)
+        pictures, authors = ((path.name, load_image(path, depth)) for path in files), None
     else:
         pictures, authors = ((name, load_photograph(name)) for name in PHOTOGRAPHS), credit()
     write_demo_page(options.out, options.model, pictures, options.runtime, authors)

@@ -1,6 +1,7 @@
 """`vmoe heatmap`: draws which expert each patch of an image goes to."""
 
 import argparse
+import dataclasses
 import shlex
 from pathlib import Path
 
@@ -33,13 +34,14 @@ def _heatmap(argv: list[str]) -> None:
     # Imported here, so that --help and a mistyped option answer at once.
     from vmoe.analysis.heatmap_files import write_heatmaps
     from vmoe.checkpoints import load_checkpoint
-    from vmoe.cli.inputs import Tracked, find_files
+    from vmoe.cli.inputs import Tracked, depth_of, find_files
     from vmoe.files import require_writable
     from vmoe.training.summary import versions
 
     require_writable(options.out)
     images = find_files(options.images)
     checkpoint = load_checkpoint(options.checkpoint, choose_device(options.device))
+    checkpoint = dataclasses.replace(checkpoint, bit_depth=depth_of(checkpoint.bit_depth, images))
     command = shlex.join(["vmoe", "heatmap", *argv])
     index = write_heatmaps(
         checkpoint, images, options.out, options.layers, options.capacity_factor, command, versions(), Tracked

@@ -80,6 +80,17 @@ def find_files(paths: "Sequence[str]") -> "list[Path]":
     return files
 
 
+def depth_of(known: int | None, files: "Sequence[Path]") -> int | None:
+    """The bits of files with more than 8 per channel: a model's own, else as measured, which is said on stderr."""
+    from vmoe.data.bit_depth import depth_lines, depth_of_files
+
+    if known is not None or (measured := depth_of_files(files)) is None:
+        return known
+    for line in depth_lines("images", None, measured, None):
+        print(line, file=sys.stderr)
+    return measured.bits
+
+
 def load_files(
     checkpoint: "Checkpoint", paths: "Sequence[Path]", options: argparse.Namespace
 ) -> "tuple[ImageLoader, list[Path]]":
@@ -94,7 +105,8 @@ def load_files(
 
     config = _changed_config(checkpoint, options)
     shuffled = [paths[place] for place in np.random.default_rng(options.seed).permutation(len(paths))]
-    images = UnlabelledImages(shuffled, config.image_size, config.mean, config.std)
+    depth = depth_of(checkpoint.bit_depth, paths)
+    images = UnlabelledImages(shuffled, config.image_size, config.mean, config.std, depth)
     size = config.eval_batch_size or config.batch_size
     return ImageLoader(images, workers=config.workers, batch_size=size), shuffled
 
@@ -124,6 +136,7 @@ def _changed_config(checkpoint: "Checkpoint", options: argparse.Namespace) -> "D
     if options.data is not None and options.data != config.name:
         changes["subset"] = SubsetConfig()  # the run's class names mean nothing in another set
         changes["images"] = None  # which only fractals have
+        changes["bit_depth"] = None
         if "linear" in getattr(options, "probe", ()):  # which chooses its penalty in validation
             changes["val_fraction"] = config.val_fraction or DataConfig.val_fraction
     given = {

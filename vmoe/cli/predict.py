@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import dataclasses
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
 def _predict(argv: list[str]) -> None:
     options = _parser().parse_args(argv)
     # Imported here, so that --help and a mistyped option answer at once.
-    from vmoe.cli.inputs import Tracked, find_files
+    from vmoe.cli.inputs import Tracked, depth_of, find_files
     from vmoe.export.predictor import load_predictor
     from vmoe.files import require_writable, write_json
 
@@ -43,6 +44,7 @@ def _predict(argv: list[str]) -> None:
     predictor = load_predictor(options.model, choose_device(options.device))
     if options.routing and predictor.model is None:
         raise UserError("--routing: a program does not tell its routing; give the checkpoint it was made from")
+    predictor = dataclasses.replace(predictor, bit_depth=depth_of(predictor.bit_depth, files))
     batch = 1 if options.routing else options.batch_size
     answers: list[dict[str, Any]] = []
     damaged: list[str] = []
@@ -74,7 +76,7 @@ def _answer(
     images, kept = [], []
     for path in paths:
         try:
-            images.append(load_image(path))
+            images.append(load_image(path, predictor.bit_depth))
             kept.append(path)
         except UserError as error:
             damaged.append(str(error))

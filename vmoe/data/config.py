@@ -206,6 +206,9 @@ class DataConfig:
             one file, see root).
         root: folder that holds the data, or for "npz" the file with train_x, train_y, test_x, test_y.
         image_size: side in pixels of the square images given to the model. None: the data set's own.
+        bit_depth: how many bits the values of image files with more than 8 bits per channel use, such as 12 of 16,
+            where the files do not say it themselves: white is 2**bit_depth - 1; 1 for fractions from 0 to 1. None:
+            measured on a sample of the training images.
         batch_size: training images a step.
         repeat: passes over the training images that make one epoch; above 1, a small set is validated and saved less
             often. With "fractals" an epoch has fractals.epoch_images so many times.
@@ -237,6 +240,7 @@ class DataConfig:
     name: SetName = "digits"
     root: str = "data"
     image_size: int | None = None
+    bit_depth: int | None = None
     batch_size: int = 128
     repeat: int = 1
     images: int | None = None
@@ -265,6 +269,8 @@ class DataConfig:
         _check_range("split_seed", self.split_seed, 0, 2**32 - 1)
         if self.image_size is not None:
             _check_range("image_size", self.image_size, 1, 4096)
+        if self.bit_depth is not None:
+            _check_range("bit_depth", self.bit_depth, 1, 32)
         if self.images is not None:
             _check_range("images", self.images, 1, 10_000_000)
         self._check_fractals()

@@ -55,6 +55,7 @@ class ImageDataModule(LightningDataModule):
         patch_names: names of what patches show, where that is known; else None.
         notes: lines to say about the set, such as what was passed over in its folders.
         image_size: side of the images in pixels.
+        bit_depth: of files with more than 8 bits per channel, as given or measured; None where none was found.
         mean: of the channels in [0, 1], as used.
         std: of the channels, as used.
         is_endless: whether every pass over the training set has new images.
@@ -105,6 +106,7 @@ class ImageDataModule(LightningDataModule):
         self.patch_names = self._splits.patch_names
         self.notes = list(self._splits.notes)
         self.image_size: int = config.image_size or defaults.image_size or self._splits.image_size
+        self.bit_depth = self._splits.bit_depth
         self.mean: Colour = tuple(config.mean or defaults.mean)
         self.std: Colour = tuple(config.std or defaults.std)
         sizes = (len(self._splits.train), config.batch_size, self.seed, config.repeat)

@@ -15,6 +15,7 @@
 | npz | train_x, train_y | val_x, val_y where given, else cut from training | test_x, test_y |
 """
 
+import dataclasses
 import http.client
 import tarfile
 from collections.abc import Callable
@@ -24,6 +25,7 @@ import numpy as np
 from torchvision.datasets import CIFAR10, CIFAR100, Imagenette
 
 from vmoe.data import subsets
+from vmoe.data.bit_depth import brightest_level, depth_lines, measure_bit_depth
 from vmoe.data.config import DEFAULTS, DataConfig
 from vmoe.data.folders import find_split_folders, read_class_folders, split_of
 from vmoe.data.fractals import load_fractals
@@ -31,11 +33,12 @@ from vmoe.data.image_files import PassedOver, list_class_folders
 from vmoe.data.imageset import ArrayImages, FileImages, ImageSet, Splits, given_splits
 from vmoe.data.npz import load_npz
 from vmoe.data.patchwork import load_patchwork
-from vmoe.data.shards import load_shards
+from vmoe.data.shards import ShardedImages, load_shards
 from vmoe.errors import UserError
 
 _DOWNLOADED = ("cifar10", "cifar100", "imagenette")
 _IMAGENETTE_IMAGES = (9469, 3925)  # train, val
+_OF_THE_USER = ("imagenet", "folder", "webdataset", "npz")  # of which it is not known how their values are scaled
 _TEST_FRACTION = 0.2  # of a set without any split
 
 
@@ -67,9 +70,27 @@ def load_splits(config: DataConfig) -> Splits:
             raise UserError(
                 f"data.root={config.root}: no {name} images for the {len(names)} classes; add images to them"
             )
-    return Splits(
-        train, val, test, names, splits.image_size, splits.patch_names, splits.notes, epoch_images=splits.epoch_images
-    )
+    chosen = dataclasses.replace(splits, train=train, val=val, test=test, class_names=names)
+    return _with_bit_depth(chosen, config) if config.name in _OF_THE_USER else chosen
+
+
+def _with_bit_depth(splits: Splits, config: DataConfig) -> Splits:
+    """The same images, their deep files read by the depth that is given or measured, and what there is to say of it."""
+    depth, measured = config.bit_depth, None
+    if isinstance(splits.train.images, FileImages | ShardedImages):
+        measured = measure_bit_depth(splits.train.images, splits.train.positions)
+        if depth is None and measured is not None:
+            depth = measured.bits
+
+        def deep(part: ImageSet | None) -> ImageSet | None:
+            return part and dataclasses.replace(part, images=dataclasses.replace(part.images, bit_depth=depth))
+
+        val, test = deep(splits.val), deep(splits.test)
+        splits = dataclasses.replace(
+            splits, train=deep(splits.train), val=test if splits.val is splits.test else val, test=test, bit_depth=depth
+        )
+    lines = depth_lines(config.root, config.bit_depth, measured, brightest_level(splits.train))
+    return dataclasses.replace(splits, notes=[*splits.notes, *lines])
 
 
 def download(config: DataConfig) -> None:

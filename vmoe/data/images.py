@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageOps
 
+from vmoe.data.deep_images import ALL_OF_16, deep_image, over_white, raw_mode
 from vmoe.data.image_files import require_regular
 from vmoe.errors import UserError
 
@@ -15,32 +16,50 @@ if TYPE_CHECKING:  # the process of `vmoe serve` that decodes uploads does witho
     import torch
 
 _MODES_WITH_ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
+_SPREAD = {"L;2": 85, "L;4": 17}  # gray of 2 and 4 bits: levels of 8 bits per level
 
 
-def load_image(path: str | Path) -> np.ndarray:
+def load_image(path: str | Path, bit_depth: int | None = None) -> np.ndarray:
     """Reads an image file as RGB, upright by its EXIF orientation.
 
-    Any mode Pillow knows: grayscale, palette, CMYK, 16-bit grayscale (scaled to 8 bits). Transparent pixels are shown
-    over white; of an animation the first frame is read.
+    Any mode Pillow knows: grayscale, palette, CMYK, more than 8 bits (scaled to 8). Transparent pixels are shown over
+    white; of an animation the first frame is read.
+
+    Args:
+        path: of the file.
+        bit_depth: how many bits the values of a file with more than 8 bits per channel use, where the file itself does
+            not say so: white is 2**bit_depth - 1. None: all that the file stores.
 
     Returns:
         (H, W, 3) uint8 array of its own memory.
 
     Raises:
-        UserError: the file is missing, damaged, no image or no regular file; the line names it.
+        UserError: the file is missing, damaged, no image or no regular file, or holds fractions and neither it nor
+            `bit_depth` says which is white; the line names it.
     """
     require_regular(path)
-    return decode_image(path, str(path))
+    try:
+        # Not by Pillow, which maps a file it opens itself, and turns an uncompressed gray TIFF wrongly then.
+        with open(path, "rb") as file:
+            return decode_image(file, str(path), bit_depth=bit_depth)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such image file") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}); replace or remove the file") from error
 
 
-def decode_image(source: str | Path | BinaryIO, place: str, formats: Sequence[str] | None = None) -> np.ndarray:
-    """Like `load_image`, for a file or its content of Pillow's `formats`, or any; `place` names it in errors."""
+def decode_image(
+    source: BinaryIO, place: str, formats: Sequence[str] | None = None, bit_depth: int | None = None
+) -> np.ndarray:
+    """Like `load_image`, for a file's content, of Pillow's `formats`, or any; `place` names it in errors."""
     try:
         with Image.open(source, formats=formats) as image:
+            deep = deep_image(image, source)
+            if deep is not None and not (deep.pillow_does_it and deep.range(bit_depth) == ALL_OF_16):
+                return deep.to_rgb(bit_depth)
+            stored = raw_mode(image)
             ImageOps.exif_transpose(image, in_place=True)  # a copy would take as much memory again
-            return _to_rgb(image)
-    except FileNotFoundError as error:
-        raise UserError(f"{place}: no such image file") from error
+            return _to_rgb(image, stored)
     except Exception as error:  # on damaged files Pillow's decoders raise nearly any type
         reason = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, Image.UnidentifiedImageError):
@@ -48,15 +67,12 @@ def decode_image(source: str | Path | BinaryIO, place: str, formats: Sequence[st
         raise UserError(f"{place}: cannot be read as an image ({reason}); replace or remove the file") from error
 
 
-def _to_rgb(image: Image.Image) -> np.ndarray:
-    if image.mode.startswith("I"):  # 16-bit grayscale: 257 * 255 = 65535
-        gray = (np.clip(np.asarray(image, dtype=np.int64), 0, 65535) // 257).astype(np.uint8)
-        return np.repeat(gray[:, :, None], 3, axis=2)
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no fixed range; save it with 8 or 16 bits")
+def _to_rgb(image: Image.Image, stored: str) -> np.ndarray:
     if image.mode in _MODES_WITH_ALPHA or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        if stored in _SPREAD and isinstance(image.info.get("transparency"), int):
+            # Pillow spreads the levels over 8 bits, but not the level that is transparent.
+            image.info["transparency"] *= _SPREAD[stored]
+        image = over_white(image.convert("RGBA"))
     return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 

@@ -3,10 +3,11 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 import numpy as np
 
+from vmoe.data.image_files import require_regular
 from vmoe.data.images import load_image
 
 
@@ -52,12 +53,18 @@ class ArrayImages:
 
 @dataclass(frozen=True)
 class FileImages:
-    """Images in files."""
+    """Images in files, and how many bits the values of their deep ones use (see `load_image`)."""
 
     paths: list[str]
+    bit_depth: int | None = None
 
     def read(self, position: int) -> np.ndarray:
-        return load_image(self.paths[position])
+        return load_image(self.paths[position], self.bit_depth)
+
+    def open(self, position: int) -> BinaryIO:
+        """The file of an image."""
+        require_regular(self.paths[position])
+        return open(self.paths[position], "rb")
 
     def place(self, position: int) -> str:
         return self.paths[position]
@@ -124,6 +131,7 @@ class Splits:
     class_names: list[str]
     image_size: int | None = None  # the arrays' own, where the set has no fixed default
     patch_names: list[str] | None = None  # of what patches show, where that is known
+    bit_depth: int | None = None  # of deep files, as given or as measured
     notes: Sequence[str] = ()  # lines to say about the set, such as what was passed over
     epoch_images: int | None = None  # of an epoch, where that is not all of `train`
 

@@ -155,17 +155,26 @@ class UnlabelledImages(Dataset):
         image_size: side in pixels.
         mean: of the channels.
         std: of the channels.
+        bit_depth: of files with more than 8 bits per channel, as in `load_image`.
     """
 
-    def __init__(self, paths: Sequence[str | Path], image_size: int, mean: Colour, std: Colour) -> None:
+    def __init__(
+        self,
+        paths: Sequence[str | Path],
+        image_size: int,
+        mean: Colour,
+        std: Colour,
+        bit_depth: int | None = None,
+    ) -> None:
         self.paths, self.image_size, self.mean, self.std = paths, image_size, mean, std
+        self.bit_depth = bit_depth
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitems__(self, indices: list[int]) -> Batch:
         """The batch of these images; its labels are None."""
-        pictures = [eval_crop(load_image(self.paths[index]), self.image_size) for index in indices]
+        pictures = [eval_crop(load_image(self.paths[index], self.bit_depth), self.image_size) for index in indices]
         return Batch(normalise(pictures, self.mean, self.std), None, [])
 
 

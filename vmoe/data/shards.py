@@ -13,6 +13,7 @@ import tarfile
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -28,19 +29,26 @@ SPLITS = ("train", "val", "test")
 
 @dataclass(frozen=True)
 class ShardedImages:
-    """Images in tar files: of each (n,) its shard, where its bytes begin, how many they are, and its name."""
+    """Images in tar files: of each (n,) its shard, where its bytes begin, how many they are, and its name.
+
+    `bit_depth` is as in `load_image`.
+    """
 
     paths: list[str]
     shards: np.ndarray
     offsets: np.ndarray
     sizes: np.ndarray
     names: np.ndarray
+    bit_depth: int | None = None
 
     def read(self, position: int) -> np.ndarray:
+        return decode_image(self.open(position), self.place(position), bit_depth=self.bit_depth)
+
+    def open(self, position: int) -> BinaryIO:
+        """The bytes of an image."""
         with open(self.paths[self.shards[position]], "rb") as file:
             file.seek(self.offsets[position])
-            data = file.read(int(self.sizes[position]))
-        return decode_image(io.BytesIO(data), self.place(position))
+            return io.BytesIO(file.read(int(self.sizes[position])))
 
     def place(self, position: int) -> str:
         return f"{self.paths[self.shards[position]]}/{self.names[position].decode()}"

@@ -27,6 +27,8 @@ class Predictor:
         mean: Of the channels.
         std: Of the channels.
         model: The model in PyTorch; None for a program.
+        bit_depth: Of the training files with more than 8 bits per channel (see `vmoe.data.load_image`); None where
+            there were none.
     """
 
     logits: Callable[[Tensor], Tensor]
@@ -35,6 +37,7 @@ class Predictor:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     model: nn.Module | None = None
+    bit_depth: int | None = None
 
     @torch.no_grad()
     def probabilities(self, images: list[np.ndarray]) -> np.ndarray:
@@ -70,7 +73,9 @@ def load_predictor(path: str | Path, device: torch.device) -> Predictor:
         return _load_onnx(Path(path))
     checkpoint = load_checkpoint(path, device)
     prepared = (checkpoint.class_names, checkpoint.image_size, checkpoint.mean, checkpoint.std)
-    return Predictor(lambda images: checkpoint.model(images.to(device)), *prepared, checkpoint.model)
+    return Predictor(
+        lambda images: checkpoint.model(images.to(device)), *prepared, checkpoint.model, checkpoint.bit_depth
+    )
 
 
 def _load_onnx(path: Path) -> Predictor:
@@ -90,7 +95,8 @@ def _load_onnx(path: Path) -> Predictor:
     try:
         told = json.loads(text)
         version, names = int(told["version"]), [str(name) for name in told["class_names"]]
-        predictor = Predictor(run, names, int(told["image_size"]), tuple(told["mean"]), tuple(told["std"]))
+        prepared = int(told["image_size"]), tuple(told["mean"]), tuple(told["std"])
+        predictor = Predictor(run, names, *prepared, bit_depth=told.get("bit_depth"))
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: its metadata is damaged; write it anew by `vmoe export --format onnx`") from error
     if version > 1:

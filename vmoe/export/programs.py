@@ -165,6 +165,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "image_size": checkpoint.image_size,
         "mean": list(checkpoint.mean),
         "std": list(checkpoint.std),
+        "bit_depth": checkpoint.bit_depth,
         "preprocessing": "central square of the RGB image, resized to image_size; (pixel / 255 - mean) / std",
     }
 

@@ -118,7 +118,8 @@ class _Server(litserve.LitServer):
             raise UserError(about)
         super().verify_worker_status()
         self.model_metadata = {key: about[key] for key in ("classes", "image_size")} | {"vmoe": __version__}
-        self.app.state.uploads = UploadReader(about["image_size"], len(about["classes"]), about["why_no_routing"])
+        prepared = about["image_size"], len(about["classes"]), about["bit_depth"]
+        self.app.state.uploads = UploadReader(*prepared, about["why_no_routing"])
         self._when_ready()
 
 
@@ -191,7 +192,7 @@ def _stop_on_signals() -> None:
 
 
 def _describe(path: Path, predictor: "Predictor") -> dict[str, Any]:
-    """What those who take requests need to know of a model: `classes`, `image_size`, `why_no_routing`.
+    """What those who take requests need to know of a model: `classes`, `image_size`, `bit_depth`, `why_no_routing`.
 
     Raises:
         UserError: an answer would depend on the other images of its batch.
@@ -206,7 +207,8 @@ def _describe(path: Path, predictor: "Predictor") -> dict[str, Any]:
     silent = None if layers else "a dense model has no experts"
     if predictor.model is None:
         silent = "a program does not tell its routing; serve the checkpoint it was made from"
-    return {"classes": predictor.class_names, "image_size": predictor.image_size, "why_no_routing": silent}
+    described = {"classes": predictor.class_names, "image_size": predictor.image_size}
+    return described | {"bit_depth": predictor.bit_depth, "why_no_routing": silent}
 
 
 def _check_port(host: str, port: int) -> None:

@@ -82,7 +82,11 @@ def _entry(content: dict[str, Any]) -> dict[str, Any]:
     """What is needed to use a checkpoint's model, without paths of the machine that trained."""
     ours = content[ENTRY]
     kept = ("version", "class_names", "image_size", "mean", "std", "epochs_done")
-    return {key: ours[key] for key in kept} | {"config": shared_config(ours["config"]), "step": content["global_step"]}
+    return (
+        {"bit_depth": ours.get("bit_depth")}
+        | {key: ours[key] for key in kept}
+        | {"config": shared_config(ours["config"]), "step": content["global_step"]}
+    )
 
 
 def _write(path: str | Path, weights: dict[str, Tensor], entry: dict[str, Any]) -> None:

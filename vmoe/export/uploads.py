@@ -43,11 +43,13 @@ class UploadReader:
     Args:
         image_size: Side of the model's input in pixels.
         classes: How many the model knows.
+        bit_depth: Of images with more than 8 bits per channel that do not say it themselves, as in `load_image`.
         why_no_routing: A line for who asks for the routing of a model that has none to tell; None where it has.
     """
 
-    def __init__(self, image_size: int, classes: int, why_no_routing: str | None) -> None:
+    def __init__(self, image_size: int, classes: int, bit_depth: int | None, why_no_routing: str | None) -> None:
         self.image_size, self.classes, self.why_no_routing = image_size, classes, why_no_routing
+        self.bit_depth = bit_depth
         self._decoders, self._large_decoder = CapacityLimiter(_DECODERS), CapacityLimiter(1)
 
     async def __call__(self, request: Request) -> Upload:
@@ -66,7 +68,7 @@ class UploadReader:
     def _decode(self, content: bytes) -> np.ndarray:
         try:
             return np.ascontiguousarray(
-                eval_crop(decode_image(BytesIO(content), "image", tuple(FORMATS)), self.image_size)
+                eval_crop(decode_image(BytesIO(content), "image", tuple(FORMATS), self.bit_depth), self.image_size)
             )
         except UserError as error:
             raise HTTPException(422, str(error)) from error

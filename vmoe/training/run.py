@@ -367,6 +367,7 @@ def _identity(config: TrainConfig, data: ImageDataModule) -> dict[str, Any]:
         "image_size": data.image_size,
         "mean": list(data.mean),
         "std": list(data.std),
+        "bit_depth": data.bit_depth,
     }
 
 

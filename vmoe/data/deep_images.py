@@ -1,0 +1,166 @@
+"""Images with more than 8 bits per channel, or with fractions: which value is white, and what they are in 8 bits.
+
+A camera of 12 bits writes files of 16 whose brightest value is 4095. Few files say so; PNG has no word for it.
+"""
+
+import struct
+from dataclasses import dataclass
+from typing import BinaryIO
+
+import cv2
+import numpy as np
+from PIL import Image, ImageOps
+
+ALL_OF_16 = (0, 65535)
+_ORIENTATION = 274  # in EXIF
+# TIFF's tags
+_BITS, _LARGEST, _SMALLEST_OF_ANY_TYPE, _LARGEST_OF_ANY_TYPE = 258, 281, 340, 341
+
+
+@dataclass(frozen=True)
+class DeepImage:
+    """An image file with deep values: `image` as Pillow opened it, not loaded, and `source`, where it came from."""
+
+    image: Image.Image
+    source: BinaryIO
+
+    @property
+    def is_gray(self) -> bool:
+        return self.image.mode[0] in "IF"
+
+    @property
+    def has_fractions(self) -> bool:
+        return self.image.mode == "F"
+
+    @property
+    def pillow_does_it(self) -> bool:
+        """Whether Pillow gives it in 8 bits as it should, white being 65535: colours without a transparent one."""
+        return not self.is_gray and "transparency" not in self.image.info
+
+    @property
+    def own_range(self) -> tuple[float, float] | None:
+        """The values of black and white by the file's own word; None where it has none."""
+        image = self.image
+        if image.format == "PPM" and image.mode == "I":  # which Pillow has scaled by the file's largest value
+            return ALL_OF_16
+        if image.format != "TIFF":
+            return None
+        tags = image.tag_v2
+        low, high = (_first(tags.get(tag)) for tag in (_SMALLEST_OF_ANY_TYPE, _LARGEST_OF_ANY_TYPE))
+        if self.has_fractions:
+            return (low or 0, high) if high is not None and high > (low or 0) else None
+        bits = _first(tags.get(_BITS)) or 16
+        if 8 < bits < 16:
+            return 0, 2**bits - 1
+        # Many programs write the brightest value of this very image there, which says nothing of the others.
+        largest = {2**bits - 1 for bits in range(9, 17)}
+        return next(((0, value) for value in (_first(tags.get(_LARGEST)), high) if value in largest), None)
+
+    def range(self, bit_depth: int | None) -> tuple[float, float]:
+        """The values of black and white: the file's own, else by `bit_depth`, else all that 16 bits hold.
+
+        Raises:
+            ValueError: the file holds fractions, and neither says which is white.
+        """
+        if (own := self.own_range) is not None:
+            return own
+        if bit_depth is not None:
+            return 0, 2**bit_depth - 1
+        if self.has_fractions:
+            raise ValueError("fractions without a known range; save it with 8 or 16 bits")
+        return ALL_OF_16
+
+    def values(self) -> np.ndarray:
+        """(H, W) of gray, else (H, W, 3 or 4) of red, green, blue and opacity, as the file stores them.
+
+        Raises:
+            ValueError: they cannot be decoded.
+        """
+        if self.is_gray:
+            self.image.load()  # which turns a TIFF upright
+            return np.nan_to_num(np.asarray(self.image))
+        self.source.seek(0)
+        content = self.source.read()
+        if self.image.format == "TIFF":
+            content = _as_upright(content)
+        pixels = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
+        if pixels is None or pixels.ndim != 3 or pixels.dtype != np.uint16:
+            raise ValueError("its colours of 16 bits cannot be decoded")
+        return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB if pixels.shape[2] == 3 else cv2.COLOR_BGRA2RGBA)
+
+    def to_rgb(self, bit_depth: int | None) -> np.ndarray:
+        """(H, W, 3) uint8, upright, with what is transparent over white.
+
+        Raises:
+            ValueError: as `range` and `values`.
+        """
+        low, high = self.range(bit_depth)
+        orientation = None if self.is_gray else self.image.getexif().get(_ORIENTATION)
+        values = self.values()
+        if self.is_gray:  # after loading, since Pillow turns TIFFs by itself then
+            orientation = self.image.getexif().get(_ORIENTATION)
+        colours = values[..., None] if self.is_gray else values[..., :3]
+        if not self.has_fractions:
+            colours = colours.astype(np.int64)
+        seen = (np.clip(colours, low, high) - low) * 255 // (high - low)
+        pixels = np.broadcast_to(seen.astype(np.uint8), (*values.shape[:2], 3))
+        opacity = self._opacity(values, high)
+        if opacity is not None:
+            pixels = np.dstack([pixels, opacity])
+        image = Image.fromarray(np.ascontiguousarray(pixels))
+        if opacity is not None:
+            image = over_white(image)
+        if orientation is not None:
+            image.getexif()[_ORIENTATION] = orientation
+            ImageOps.exif_transpose(image, in_place=True)
+        return np.array(image)
+
+    def _opacity(self, values: np.ndarray, high: float) -> np.ndarray | None:
+        """(H, W) uint8; None where all is opaque."""
+        transparent = self.image.info.get("transparency")
+        if isinstance(transparent, int | tuple):
+            is_seen = values != transparent if self.is_gray else (values[..., :3] != transparent).any(-1)
+            return np.where(is_seen, 255, 0).astype(np.uint8)
+        if self.is_gray or values.shape[2] == 3:
+            return None
+        opacity = values[..., 3].astype(np.int64)
+        opaque = high if opacity.max(initial=0) <= high else ALL_OF_16[1]
+        return (opacity * 255 // int(opaque)).astype(np.uint8)
+
+
+def deep_image(image: Image.Image, source: BinaryIO) -> DeepImage | None:
+    """An image that was opened, not yet loaded, as a deep one; None where it has 8 bits or fewer."""
+    is_deep = image.mode[0] in "IF" or (image.mode in ("RGB", "RGBA", "LA") and ";16" in raw_mode(image))
+    return DeepImage(image, source) if is_deep else None
+
+
+def raw_mode(image: Image.Image) -> str:
+    """How the file of an image that is not yet loaded stores its pixels, in Pillow's words; "" where unknown."""
+    if not image.tile:
+        return ""
+    how = image.tile[0][3]
+    first = how if isinstance(how, str) else how[0] if isinstance(how, tuple) and how else ""
+    return first if isinstance(first, str) else ""
+
+
+def over_white(image: Image.Image) -> Image.Image:
+    """An image with opacity (RGBA) over white."""
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def _as_upright(content: bytes) -> bytes:
+    """A TIFF whose first image has no orientation: OpenCV's versions turn some of them and fail with others."""
+    order = "<" if content[:2] == b"II" else ">"
+    (start,) = struct.unpack_from(f"{order}I", content, 4)
+    (count,) = struct.unpack_from(f"{order}H", content, start)
+    changed = bytearray(content)
+    for place in range(start + 2, start + 2 + 12 * count, 12):
+        if struct.unpack_from(f"{order}H", content, place) == (_ORIENTATION,):
+            struct.pack_into(f"{order}H", changed, place + 8, 1)
+    return bytes(changed)
+
+
+def _first(value: object) -> float | None:
+    """A tag's number, the first where it has one per channel."""
+    first = value[0] if isinstance(value, tuple) and value else value
+    return float(first) if isinstance(first, int | float) or hasattr(first, "__float__") else None
