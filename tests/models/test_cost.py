@@ -5,7 +5,7 @@ import torch
 
 import vmoe
 from vmoe import MoeConfig
-from vmoe.models.cost import count_parameters, flops_per_image
+from vmoe.models.cost import check_training_capacity, count_parameters, flops_per_image
 
 WIDTH, DEPTH, HEADS, CLASSES, PATCH, SIDE = 24, 4, 2, 5, 4, 16
 TOKENS = (SIDE // PATCH) ** 2 + 1
@@ -78,6 +78,20 @@ def test_counting_leaves_the_model_as_it_is():
     flops_per_image(sparse, SIDE)
     assert sparse.training and sparse.blocks[1].mlp.statistics is None
     assert all(torch.equal(value, before[name]) for name, value in sparse.state_dict().items())
+
+
+def test_counting_keeps_the_mode_of_every_module_and_runs_no_hook():
+    """Such as a frozen BatchNorm's, whose statistics would start to move."""
+    sparse = model(MoeConfig(num_experts=2)).train()
+    sparse.blocks[0].eval()
+    sparse.blocks[3].drop_path2.eval()
+    modes = {name: module.training for name, module in sparse.named_modules()}
+    seen = []
+    sparse.blocks[0].register_forward_hook(lambda *_: seen.append("hook"))
+    flops_per_image(sparse, SIDE)
+    check_training_capacity(sparse, 4, SIDE)
+    assert {name: module.training for name, module in sparse.named_modules()} == modes
+    assert not seen
 
 
 def test_parameters():

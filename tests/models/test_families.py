@@ -1,6 +1,7 @@
 """Every family of timm whose blocks hold MLPs becomes a V-MoE, and comes back."""
 
 import copy
+import threading
 from pathlib import Path
 from typing import NamedTuple
 
@@ -169,6 +170,35 @@ def test_the_survey_leaves_the_model_as_it_is():
     survey(model)
     assert model.training and not model.blocks[0].mlp._forward_pre_hooks
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["tiny_vit_5m_224", "efficientformer_l1"])
+def test_sparsify_after_a_pass_with_gradients(name):
+    """These keep biases of their attention that have a graph, and so cannot be deep-copied."""
+    example = next(example for example in SUPPORTED if example.name == name)
+    model = example.make_small().eval()
+    model(pictures(example, 1))
+    assert vmoe.moe_layers(vmoe.sparsify(model, EVERY, image_size=example.pixels))
+
+
+def test_nobodys_hooks_run_in_sparsify():
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2)
+    seen = []
+    model.blocks[0].register_forward_hook(Watcher(seen).see)
+    vmoe.sparsify(model, EVERY)
+    assert not seen
+    model(torch.randn(1, 3, 32, 32))
+    assert len(seen) == 1
+
+
+class Watcher:
+    """The owner of a hook, which cannot be copied."""
+
+    def __init__(self, seen: list) -> None:
+        self.seen, self.lock = seen, threading.Lock()
+
+    def see(self, module: nn.Module, inputs: tuple, output: Tensor) -> None:
+        self.seen.append(module)
 
 
 def test_shared_mlps_are_left_alone():

@@ -4,9 +4,10 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
+from vmoe.models.families import on_meta
+from vmoe.models.padding import hand_masks_through
 from vmoe.moe import moe_layers
 
 
@@ -62,19 +63,12 @@ def check_training_capacity(model: nn.Module, images: int, image_size: int) -> N
 
 
 def _run_on_meta(model: nn.Module, shape: tuple[int, ...], training: bool) -> None:
-    """A forward pass that computes nothing and leaves nothing behind."""
-    on_meta = {name: tensor.detach().to("meta") for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
-    dtype = next((parameter.dtype for parameter in model.parameters()), torch.float32)
-    was_training = model.training
-    kept = [(layer, layer.statistics, layer.last_auxiliary_loss, layer.mark.ran) for _, layer in moe_layers(model)]
-    try:
-        model.train(training)
-        with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            functional_call(model, on_meta, torch.zeros(shape, dtype=dtype, device="meta"))
-    finally:
-        model.train(was_training)
-        for layer, statistics, loss, ran in kept:
-            layer.statistics, layer.last_auxiliary_loss, layer.mark.ran = statistics, loss, ran
+    """A forward pass of a copy that computes nothing: it leaves no trace in the model, and no hook of it runs."""
+    twin = on_meta(getattr(model, "_orig_mod", model)).train(training)
+    hand_masks_through(twin, dict(moe_layers(twin)))  # by hooks of our own
+    dtype = next((parameter.dtype for parameter in twin.parameters()), torch.float32)
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        twin(torch.zeros(shape, dtype=dtype, device="meta"))
 
 
 @register_flop_formula(torch.ops.vmoe.segment_linear)

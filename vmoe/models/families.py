@@ -5,6 +5,7 @@ the MLPs and the tokens each sees. Only what shapes do not tell stands in the ta
 """
 
 import copy
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -111,12 +112,41 @@ def eligible_mlps(model: nn.Module, image_size: int | tuple[int, int] | None = N
 
 
 def on_meta(model: nn.Module) -> nn.Module:
-    """A copy of a model without its values; costs no memory."""
-    memo: dict[int, Any] = {
-        id(parameter): nn.Parameter(parameter.detach().to("meta")) for parameter in model.parameters()
-    }
-    memo |= {id(buffer): buffer.to("meta") for buffer in model.buffers()}
+    """A copy of a model without its values, which costs no memory, and without its hooks, which are not to see it.
+
+    Tensors that a module keeps beside its parameters and buffers, such as biases cached in a forward pass, go with it.
+    """
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        own = vars(module)
+        memo |= {id(tensor): _without_values(tensor) for tensor in _tensors_in(own)}
+        memo |= {id(own[name]): type(own[name])() for name in _HOOKS}
     return copy.deepcopy(model, memo)
+
+
+_HOOKS = [
+    name
+    for name in vars(nn.Module())
+    if name.startswith(("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"))
+]
+
+
+def _without_values(tensor: Tensor) -> Tensor:
+    empty = tensor.detach().to("meta")
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(empty, requires_grad=empty.is_floating_point() or empty.is_complex())
+    return empty
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for each in value.values():
+            yield from _tensors_in(each)
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from _tensors_in(each)
 
 
 def _static_reason(model: nn.Module, name: str) -> str | None:
