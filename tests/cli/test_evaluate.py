@@ -27,7 +27,7 @@ def test_a_run_is_measured_on_its_own_test_set(save_run, capsys):
     assert [sum(layer["load"]) for layer in result["layers"].values()] == pytest.approx([4, 4], abs=1e-4)
     assert Image.open(run / "confusion.png").size[0] >= 760
     shown = capsys.readouterr().out
-    assert f"{result['top1']:.2%}" in shown and "blocks.3.mlp" in shown
+    assert f"{result['top1']:.2%}" in shown and "blocks.3.mlp" in shown and "top-5" in shown
 
 
 def test_capacity_factors_and_places_of_the_results(save_run, tmp_path):
@@ -84,6 +84,14 @@ def _colours(folder: Path) -> str:
         arrays |= {f"{split}_x": images, f"{split}_y": labels}
     np.savez(folder / "colours.npz", **arrays)
     return str(folder / "colours.npz")
+
+
+def test_top_5_is_shown_only_where_there_are_more_classes(save_run, tmp_path, capsys):
+    data = {"name": "npz", "root": _colours(tmp_path)}
+    run = save_run(moe=MOE, data=data, class_names=("0", "1", "2"))
+    assert main([str(run)]) == 0
+    shown = capsys.readouterr().out
+    assert "top-1" in shown and "top-5" not in shown and "top-3" not in shown
 
 
 def test_features_of_a_set_with_other_classes_are_probed_alone(save_run, tmp_path, capsys):

@@ -30,6 +30,7 @@ pytest.importorskip("litserve")
 REPOSITORY = Path(__file__).parents[2]
 SHIPPED = REPOSITORY / "assets" / "models" / "cifar10_small.safetensors"
 KEY = "the kĕy"
+ORIGIN = "https://example.org"
 BOUND = 1e-6  # of a probability: as products of matrices of other sizes round
 
 
@@ -62,11 +63,16 @@ class Server:
 
     def ask(self, method, path, body=b"", kind="application/json", key=KEY):
         """The status and the body of an answer."""
+        answer, content = self.exchange(method, path, body, {"Content-Type": kind, "X-API-Key": key.encode()})
+        return answer.status, content
+
+    def exchange(self, method, path, body=b"", headers=None):
+        """An answer and its body."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         try:
-            connection.request(method, path, body, {"Content-Type": kind, "X-API-Key": key.encode()})
+            connection.request(method, path, body, headers or {})
             answer = connection.getresponse()
-            return answer.status, answer.read()
+            return answer, answer.read()
         finally:
             connection.close()
 
@@ -90,7 +96,7 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server():
-    server = Server("--max-upload", "1")
+    server = Server("--max-upload", "1", "--cors", ORIGIN)
     yield server
     server.stop()
 
@@ -131,6 +137,8 @@ def odd_pictures() -> dict[str, bytes]:
         "CMYK": encoded(Image.new("CMYK", (40, 50)), "JPEG"),
         "animated": encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]),
         "photograph": encoded(noise(0), "WEBP"),
+        "PGM": encoded(noise(0).convert("L"), "PPM"),
+        "AVIF": encoded(noise(0), "AVIF"),
     }
 
 
@@ -199,6 +207,51 @@ def test_the_key_is_asked_for(server):
     assert server.ask("POST", "/predict", b"{}", key=KEY)[0] == 400
     assert server.ask("GET", "/info", key="")[0] == 401
     assert server.ask("GET", "/health", key="") == (200, b"ok")
+
+
+def test_the_server_describes_itself(server):
+    status, page = server.ask("GET", "/docs", key="")
+    assert status == 200 and b"openapi.json" in page
+    status, answer = server.ask("GET", "/openapi.json", key="")
+    described = json.loads(answer)
+    asked = described["paths"]["/predict"]["post"]["requestBody"]["content"]
+    assert status == 200 and set(asked) == {"multipart/form-data", "application/json"}
+    for content in asked.values():
+        assert set(content["schema"]["properties"]) == {"image", "top", "routing"}
+    answers = described["paths"]["/predict"]["post"]["responses"]
+    assert set(answers) == {"200", "400", "401", "413", "415", "422", "503"}
+    schema = answers["200"]["content"]["application/json"]["schema"]
+    _, found = server.predict(encoded(noise(8)), top=1, routing="true")
+    assert set(found) == set(schema["properties"])
+    assert set(found["predictions"][0]) == set(schema["properties"]["predictions"]["items"]["properties"])
+    layer = schema["properties"]["routing"]["additionalProperties"]["properties"]
+    assert all(set(told) == set(layer) for told in found["routing"].values())
+
+
+def test_load_balancers_and_browsers_may_ask(server):
+    for path in ("/", "/health", "/info", "/docs"):
+        answer, content = server.exchange("HEAD", path, headers={"X-API-Key": KEY.encode()})
+        assert answer.status == 200 and content == b"", path
+    assert server.exchange("HEAD", "/health")[0].status == 200
+    preflight = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "x-api-key"}
+    for origin, allowed in ((ORIGIN, ORIGIN), ("https://elsewhere.org", None)):
+        answer, _ = server.exchange("OPTIONS", "/predict", headers={"Origin": origin} | preflight)
+        assert answer.getheader("Access-Control-Allow-Origin") == allowed
+        answer, _ = server.exchange("POST", "/predict", b"{}", {"Origin": origin, "X-API-Key": KEY.encode()})
+        assert answer.status == 415 and answer.getheader("Access-Control-Allow-Origin") == allowed
+
+
+def test_a_data_url_is_an_image(server):
+    content = encoded(noise(9))
+    plain = base64.b64encode(content).decode()
+    expected = server.predict_json({"image": plain})
+    assert expected[0] == 200
+    for head in ("data:image/png;base64,", "data:;base64,", "DATA:image/png;charset=x;BASE64,"):
+        assert server.predict_json({"image": head + plain}) == expected
+    assert server.predict_json({"image": "data:image/png;base64," + plain.replace("+", "%2B")}) == expected
+    for wrong in ("data:text/plain,hello", "data:image/png;base64", f"image/png;base64,{plain}", 7):
+        status, answer = server.predict_json({"image": wrong})
+        assert status == 400 and "data URL" in answer["detail"]
 
 
 def test_routing_is_told(server, predictor):
@@ -317,6 +370,7 @@ def test_mistakes_are_one_line(save_run, tmp_path, capsys):
             ([SHIPPED, "--port", taken.getsockname()[1]], "Address already in use"),
             ([SHIPPED, "--host", "example.org"], "--host"),
             ([SHIPPED, "--max-upload", "0"], "--max-upload"),
+            ([SHIPPED, "--cors", "example.org/page"], "--cors"),
         ):
             assert main(list(map(str, arguments))) == 2
             error = capsys.readouterr().err

@@ -1,5 +1,7 @@
 """`vmoe train`: options and configs, and what a mistake in them is told."""
 
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +14,7 @@ import vmoe
 from vmoe.checkpoints import build_model
 from vmoe.cli.common import run
 from vmoe.cli.main import main as vmoe_main
-from vmoe.cli.train import main, parse
+from vmoe.cli.train import main, option_names, parse
 from vmoe.data.config import DEFAULTS
 from vmoe.errors import UserError
 from vmoe.models.cost import count_parameters
@@ -227,9 +229,26 @@ def test_mistakes_in_a_file(tmp_path, text, told):
     assert told in str(error.value)
 
 
-def test_help_teaches_every_option(capsys):
+def test_help_is_short_with_examples(capsys):
     with pytest.raises(SystemExit) as end:
         main(["--help"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    assert len(text.splitlines()) < 70 and max(map(len, text.splitlines())) <= 120
+    examples = [line.strip() for line in text.splitlines() if line.startswith("  vmoe train ")]
+    assert len(examples) >= 5
+    for example in examples:
+        arguments = shlex.split(example, comments=True)[2:]
+        if "--resume" not in arguments and "--print_config" not in arguments:
+            parse(arguments)
+    for option in re.findall(r"--([a-z][\w.]*)", text.partition("The main ones:")[2].partition("--help-all")[0]):
+        assert option in option_names(TrainConfig) or option.startswith("model.kwargs."), option
+    assert "(default: 0.001)" in text and "--help-all" in text
+
+
+def test_help_all_teaches_every_option(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--help-all"])
     assert end.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     for part in (

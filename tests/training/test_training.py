@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 
 import pytest
 import torch
@@ -73,7 +74,9 @@ def test_a_run_s_folder_holds_what_is_promised(run):
 
 def test_a_run_first_prints_what_it_trains_on(run, capsys):
     run("--data.subset.classes", "[3, 7]", "--data.subset.per_class", "21")
-    lines = capsys.readouterr().out.splitlines()
+    out = capsys.readouterr().out
+    lines = out.splitlines()
+    assert "test top-1" in out and "top-5" not in out  # which two classes cannot miss
     assert lines[0].startswith("threads: ") and lines[1].startswith("device: cpu, by trainer.device=cpu; ")
     assert lines[2:6] == [
         "images: digits, 2 classes, 16 x 16 pixels",
@@ -220,6 +223,7 @@ def test_without_validation_the_end_of_training_is_tested(run, capsys):
     assert code == 0
     out = capsys.readouterr().out
     assert "by the checkpoint of epoch 2 (no validation, unaugmented training images" in out and "val " not in out
+    assert re.search(r"test top-1 [\d.]+%, top-5 [\d.]+%, loss", out)
     summary = json.loads(folder.summary.read_text())
     assert summary["best_epoch"] == summary["epochs"] == 2
     assert {name.partition("/")[0] for name in summary["metrics"]} == {"test", "train_clean"}

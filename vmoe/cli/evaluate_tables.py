@@ -39,15 +39,16 @@ def summary_table(results: "list[Evaluation]", title: str) -> Table:
     """The figures of each pass, a row each."""
     key = "K: experts a token, C: capacity factor" if results[0].layers else None
     table = Table(title=escape(title), title_justify="left", caption=key, caption_justify="left")
-    five = f"top-{min(5, len(results[0].class_accuracy))}"
-    for column in ("K", "C", "images", "top-1", five, "NLL", "ECE", "dropped", "images/s"):
+    five = ["top-5"] if len(results[0].class_accuracy) > 5 else []  # of five classes it would always be 100 %
+    for column in ("K", "C", "images", "top-1", *five, "NLL", "ECE", "dropped", "images/s"):
         table.add_column(column, justify="right")
     for result in results:
         table.add_row(
             "-" if result.top_k is None else str(result.top_k),
             factor_text(result.capacity_factor) if result.layers else "dense",
             f"{result.images:,}",
-            *(f"{share:.2%}" for share in (result.top1, result.top5)),
+            f"{result.top1:.2%}",
+            *(f"{result.top5:.2%}" for _ in five),
             f"{result.nll:.4f}",
             f"{result.ece:.4f}",
             "-" if result.dropped is None else f"{result.dropped:.2%}",

@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import os
+import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -21,8 +22,10 @@ VMOE_API_KEY, requests must send it in the header X-API-Key. Ctrl-C or SIGTERM s
   curl -F image=@photo.jpg -F top=1 -F routing=true http://127.0.0.1:8000/predict
   curl http://127.0.0.1:8000/health
 
-JSON is taken too, with the image's bytes in base64: {"image": "...", "top": 1, "routing": true}. A bad request is
-answered by {"detail": "..."} with its status.
+/docs is a page that describes and tries all of it, /openapi.json the description alone.
+
+JSON is taken too, with the image's bytes in base64, or a data URL: {"image": "...", "top": 1, "routing": true}. A bad
+request is answered by {"detail": "..."} with its status.
 """
 
 
@@ -50,7 +53,8 @@ def _serve(argv: list[str]) -> None:
         options.port,
         options.max_batch,
         max_bytes,
-        when_ready=lambda: print(f"ready: {address}/predict", flush=True),
+        options.cors,
+        when_ready=lambda: print(f"ready: {address}/predict, described at {address}/docs", flush=True),
     )
 
 
@@ -58,6 +62,12 @@ def _port(text: str) -> int:
     if not (text.isdecimal() and len(text) < 6 and 1024 <= int(text) <= 65535):
         raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 1024 to 65535")
     return int(text)
+
+
+def _origin(text: str) -> str:
+    if text != "*" and not re.fullmatch(r"https?://[^/\s]+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} must be as https://example.org, without a path, or *")
+    return text
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -69,5 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--port", type=_port, default=8000, help="default: %(default)s")
     add("--max-batch", type=count, default=32, metavar="B", help="images at once (default: %(default)s)")
     add("--max-upload", type=count, default=10, metavar="MIB", help="of a request (default: %(default)s)")
+    line = "origins whose pages may ask in a browser (CORS), such as https://example.org; * for all (default: none)"
+    add("--cors", nargs="+", type=_origin, default=[], metavar="ORIGIN", help=line)
     add("--device", default="auto", help="cpu, cuda, ... (default: auto)")
     return parser

@@ -16,6 +16,7 @@ from vmoe.cli.common import run
 from vmoe.cli.config_files import newer_version, read_config
 from vmoe.cli.recipes import find_recipe, is_recipe, recipe_names
 from vmoe.cli.threads import choose_threads
+from vmoe.cli.train_help import short_help
 from vmoe.data.config import DEFAULTS, EMBEDDED_SETS, NAMED_SETS, DataConfig
 from vmoe.errors import UserError
 from vmoe.moe import MoeConfig
@@ -31,22 +32,24 @@ Trains a timm model, dense or with sparse MoE layers, on images, and tests its b
 
 Every value of a config can be given here by its dotted name: --optim.lr 1e-3, --moe.num_experts 16, --moe.layers [3,5],
 --model.kwargs.drop_path_rate 0.1; --moe null trains the dense twin. --print_config shows what comes out.
-
-The run's folder gets config.yaml, checkpoints/last.ckpt and best.ckpt, metrics.csv, TensorBoard events, summary.json.
-SIGTERM or Ctrl-C finishes the step, saves and exits with 143 or 130; --resume then goes on as if nothing had happened.
-Exit codes: 0 done; 2 a mistake in options, config or data, or a loss that became NaN; 130, 143 stopped, resumable.
 """
-OUTSIDE_CONFIG = ("config", "print_config", "help", "moe.help")
+OUTSIDE_CONFIG = ("config", "print_config", "help", "help-all", "moe.help")
 
 
 class _Parser(jsonargparse.ArgumentParser):
-    """Also shows the options of `moe`, which jsonargparse hides because they are optional."""
+    """Its help is short; `format_all` also has the options of `moe`, which jsonargparse hides, being optional."""
 
     def format_help(self) -> str:
+        return short_help([*self._actions, *self._moe()._actions])
+
+    def format_all(self) -> str:
+        _, heading, options = self._moe().format_help().partition("What an MoE layer computes")
+        return f"{super().format_help()}\n{heading}{options}"
+
+    def _moe(self) -> jsonargparse.ArgumentParser:
         moe = jsonargparse.ArgumentParser(prog=self.prog)
         moe.add_class_arguments(MoeConfig, "moe")
-        _, heading, options = moe.format_help().partition("What an MoE layer computes")
-        return f"{super().format_help()}\n{heading}{options}"
+        return moe
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -132,8 +135,10 @@ def _resolved(config: TrainConfig, place: Place, console: Console) -> TrainConfi
 def _result_line(result: dict[str, Any], folder: str) -> str:
     metrics = result["metrics"]
     validation = f"val top-1 {metrics['val/top1']:.2%}" if "val/top1" in metrics else "no validation"
+    # Of five classes it would always be 100 %; how many there are, a run's older summary does not tell.
+    five = f", top-5 {metrics['test/top5']:.2%}" if result.get("classes", 6) > 5 else ""
     return (
-        f"test top-1 {metrics['test/top1']:.2%}, top-5 {metrics['test/top5']:.2%}, loss {metrics['test/loss']:.4f}, "
+        f"test top-1 {metrics['test/top1']:.2%}{five}, loss {metrics['test/loss']:.4f}, "
         f"by the checkpoint of epoch {result['best_epoch']} ({validation}, unaugmented training images "
         f"{metrics['train_clean/top1']:.2%}); "
         f"{result['train_seconds']:.0f} s, {result['images_per_second']:,.0f} img/s; all in {folder}"
@@ -145,7 +150,7 @@ def parse(argv: list[str]) -> TrainConfig:
 
     Raises:
         UserError: an option or key is unknown (with the nearest valid ones), of the wrong type, or out of range.
-        SystemExit: after --help or --print_config.
+        SystemExit: after --help, --help-all or --print_config.
     """
     argv = _with_run(_with_recipes(argv))
     try:
@@ -166,6 +171,9 @@ def _parsed(argv: list[str]) -> TrainConfig:
     parser.set_defaults({"data.name": None})  # the images must be chosen
     line = "Go on with the run in output_dir, by its own config; auto begins a run where there is none."
     parser.add_argument("--resume", nargs="?", const=True, default=False, type=bool | Literal["auto"], help=line)
+    if "--help-all" in argv:
+        print(parser.format_all())
+        raise SystemExit(0)
     names = option_names(TrainConfig)
     for path in _config_files(argv):
         _check_keys(read_config(path), TrainConfig, names, path)
@@ -317,7 +325,7 @@ def _nearest(name: str, names: list[str]) -> str:
     close = difflib.get_close_matches(name, close or names, n=3, cutoff=0 if close else 0.75)
     if close:
         return f"did you mean {' or '.join(close)}?"
-    return f"the sections are {', '.join(known for known in names if '.' not in known)}; see --help"
+    return f"the sections are {', '.join(known for known in names if '.' not in known)}; see --help-all"
 
 
 def _explain(message: str) -> str:

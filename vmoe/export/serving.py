@@ -11,15 +11,17 @@ import secrets
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import litserve
 from fastapi import Depends, Header, HTTPException, Request
 from litserve.loops import BatchedLoop
+from starlette.middleware.cors import CORSMiddleware
 
 from vmoe.errors import UserError
+from vmoe.export.api_description import describe_api
 from vmoe.export.uploads import Upload, UploadReader, read_upload
 from vmoe.version import __version__
 
@@ -120,6 +122,8 @@ class _Server(litserve.LitServer):
         self.model_metadata = {key: about[key] for key in ("classes", "image_size")} | {"vmoe": __version__}
         prepared = about["image_size"], len(about["classes"]), about["bit_depth"]
         self.app.state.uploads = UploadReader(*prepared, about["why_no_routing"])
+        described = describe_api(about["classes"], about["image_size"], self.max_payload_size)
+        self.app.openapi = lambda: described
         self._when_ready()
 
 
@@ -135,6 +139,7 @@ def serve(
     port: int,
     max_batch: int,
     max_bytes: int,
+    origins: Sequence[str] = (),
     when_ready: Callable[[], None] = lambda: None,
 ) -> None:
     """Serves a model until the process is told to stop (SIGINT, SIGTERM), which it does after the last answer.
@@ -146,6 +151,7 @@ def serve(
         port: 1024 to 65535.
         max_batch: Images at once, at most.
         max_bytes: Of a request, at most.
+        origins: Pages from there may ask in a browser (CORS), such as "https://example.org"; "*" for all.
         when_ready: Called when the model is open: requests are answered from then on.
 
     Raises:
@@ -161,8 +167,13 @@ def serve(
         accelerator="cpu",  # LitServe's name for the worker, which chooses its device itself
         devices=1,
         max_payload_size=max_bytes,
-        disable_openapi_url=True,
     )
+    for route in server.app.routes:
+        if "GET" in (methods := getattr(route, "methods", None) or ()):
+            methods.add("HEAD")  # by which load balancers ask for /health
+    if origins:
+        headers = ["Content-Type", "X-API-Key"]
+        server.app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=headers)
     _stop_on_signals()
     try:
         server.run(

@@ -5,6 +5,7 @@ import json
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 from anyio import CapacityLimiter, to_thread
@@ -126,6 +127,17 @@ async def _read(request: Request) -> tuple[dict[str, Any], bytes]:
         raise HTTPException(415, f"Content-Type {kind[:40]!r}: must be multipart/form-data or application/json")
     try:
         fields = json.loads(await request.body())
-        return fields, base64.b64decode(fields["image"], validate=True)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise HTTPException(400, 'the body must be JSON such as {"image": "its bytes in base64"}') from error
+        return fields, _decoded(fields["image"])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        line = 'the body must be JSON such as {"image": "its bytes in base64, or a data URL of them"}'
+        raise HTTPException(400, line) from error
+
+
+def _decoded(text: str) -> bytes:
+    """The bytes of an image in base64, alone or in a data URL, as browsers make them: data:image/png;base64,..."""
+    head, found, rest = text.partition(",")
+    if found and head.lower().startswith("data:"):
+        if not head.lower().endswith(";base64"):
+            raise ValueError("a data URL of text")
+        text = unquote(rest)
+    return base64.b64decode(text, validate=True)

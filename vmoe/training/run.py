@@ -391,6 +391,7 @@ def _summary(
     return {
         "metrics": {**test, **{name: value for name, value in best.items() if name != "epoch"}},
         "best_epoch": best["epoch"],
+        "classes": len(last["class_names"]),
         "epochs": last["epochs_done"],
         "images_per_second": table.median("train/images_per_second"),
         "train_seconds": last["clock"]["total"],

@@ -1,0 +1,79 @@
+"""What `vmoe train --help` prints: examples and the options that most runs need; `--help-all` prints all of them."""
+
+import argparse
+import textwrap
+from collections.abc import Iterable
+
+from vmoe.cli.recipes import recipe_names
+
+_SHORT = """\
+usage: vmoe train [--config RECIPE] [--SECTION.NAME VALUE ...]
+
+Trains a timm model, dense or with sparse MoE layers, on images, and tests its best checkpoint.
+
+  vmoe train --config digits                                    # a V-MoE on digits, in minutes on a CPU
+  vmoe train --config digits --moe null --output_dir runs/dense # its dense twin
+  vmoe train --config digits --moe.num_experts 16 --optim.lr 5e-4 --seed 1 --output_dir runs/more
+  vmoe train --data.name folder --data.root photos --init_from pretrained --moe.layers last-2
+  vmoe train --config cifar10_vit_tiny --print_config           # what comes out, without training
+  vmoe train --resume --output_dir runs/digits                  # goes on with a run that was stopped
+  torchrun --nproc-per-node 8 tools/train.py --config imagenet_vmoe_s16 --data.root imagenet
+
+RECIPE is a YAML file or a recipe that comes with vmoe:
+{recipes}
+
+Every value of a config is an option by its dotted name. The main ones:
+
+{options}
+
+--help-all explains all {count}; --print_config shows what they come to.
+
+The run's folder gets config.yaml, checkpoints/last.ckpt and best.ckpt, metrics.csv, TensorBoard events, summary.json.
+SIGTERM or Ctrl-C finishes the step, saves and exits with 143 or 130; --resume then goes on as if nothing had happened.
+Exit codes: 0 done; 2 a mistake in options, config or data, or a loss that became NaN; 130, 143 stopped, resumable.
+"""
+# Option -> its value and what it does
+MAIN = {
+    "output_dir": ("DIR", "the run's folder; runs/RECIPE where none is given"),
+    "init_from": ("WHAT", "start from a checkpoint, a run's folder, or timm's weights: pretrained"),
+    "seed": ("N", "of everything random"),
+    "data.name": ("SET", "digits, cifar10, cifar100, imagenette, imagenet, folder, webdataset, npz, patchwork"),
+    "data.root": ("DIR", "its images: class folders in DIR/train and DIR/val, or in DIR alone"),
+    "data.image_size": ("PIXELS", "side of the images that the model sees"),
+    "data.batch_size": ("B", "images of a step"),
+    "data.workers": ("N", "processes that load images"),
+    "data.augment.preset": ("NAME", "none, light or strong"),
+    "model.name": ("NAME", "a timm model"),
+    "model.kwargs.NAME": ("VALUE", "an argument of that model, such as --model.kwargs.drop_path_rate 0.1"),
+    "moe": ("null", "a dense model; any option of moe makes some layers sparse"),
+    "moe.layers": ("WHICH", "which MLPs become MoE layers: every-2, last-2, [3,5]"),
+    "moe.num_experts": ("E", "experts of a layer"),
+    "moe.top_k": ("K", "experts of a token"),
+    "moe.router": ("NAME", "token_choice, expert_choice, soft, sigmoid, ..."),
+    "moe.capacity_factor": ("F", "slots of the experts, 1 being enough for a perfectly even load"),
+    "optim.lr": ("RATE", "highest learning rate"),
+    "trainer.epochs": ("N", "times over the training images"),
+    "trainer.precision": ("32|bf16|fp16", "what is computed in"),
+    "trainer.device": ("auto|cpu|cuda", "where"),
+    "trainer.compile": ("true|false", "compile the model"),
+    "parallel.strategy": ("NAME", "how processes share the work: auto, none, ddp, fsdp, expert"),
+}
+_COLUMN, _WIDTH = 38, 118
+
+
+def short_help(actions: Iterable[argparse.Action]) -> str:
+    """The page; `actions` are all options, those of `moe` too, from which it takes defaults."""
+    by_name = {action.dest: action for action in actions if action.help is not argparse.SUPPRESS}
+    recipes = ", ".join(name for name in recipe_names() if "/" not in name)
+    return _SHORT.format(
+        recipes=textwrap.fill(recipes, _WIDTH, initial_indent="  ", subsequent_indent="  "),
+        options="\n".join(_line(name, *text, by_name[name.removesuffix(".NAME")]) for name, text in MAIN.items()),
+        count=len(by_name),
+    )
+
+
+def _line(name: str, value: str, text: str, action: argparse.Action) -> str:
+    default = ""
+    if isinstance(action.default, str | int | float) and action.default != argparse.SUPPRESS:
+        default = f" (default: {str(action.default).lower() if isinstance(action.default, bool) else action.default})"
+    return f"  --{name} {value}".ljust(_COLUMN) + text + default

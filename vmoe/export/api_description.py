@@ -1,0 +1,121 @@
+"""What `vmoe serve` says of itself at /openapi.json, of which /docs makes a page."""
+
+from typing import Any
+
+from vmoe.data.image_files import FORMATS
+from vmoe.version import __version__
+
+_STATUS = {
+    "400": "A malformed request.",
+    "401": "No key in the header X-API-Key, or a wrong one.",
+    "413": "More bytes or pixels than the server takes.",
+    "415": "No image of a known format, or another content type.",
+    "422": "A damaged image.",
+    "503": "Too many connections at a time.",
+}
+_FAILED = {"type": "object", "required": ["detail"], "properties": {"detail": {"type": "string"}}}
+_OPTIONS = {
+    "top": {"type": "integer", "minimum": 1, "default": 5, "description": "How many classes to name."},
+    "routing": {
+        "type": "boolean",
+        "default": False,
+        "description": "Tell which experts the patches go to; not for dense models and programs.",
+    },
+}
+
+
+def describe_api(classes: list[str], image_size: int, max_bytes: int) -> dict[str, Any]:
+    """An OpenAPI document.
+
+    Args:
+        classes: Of the model.
+        image_size: Side of its images in pixels.
+        max_bytes: Of a request.
+    """
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "vmoe serve",
+            "version": __version__,
+            "description": f"Names which of {len(classes):,} classes a picture shows, of any size: its central square is "
+            f"resized to {image_size} x {image_size} pixels.",
+        },
+        "paths": {
+            "/predict": {"post": _predict(classes, max_bytes)},
+            "/health": {
+                "get": {
+                    "summary": "Whether the model is ready",
+                    "security": [],
+                    "responses": {
+                        "200": {"description": "Ready.", "content": {"text/plain": {"example": "ok"}}},
+                        "503": {"description": "Not ready."},
+                    },
+                }
+            },
+            "/info": {
+                "get": {
+                    "summary": "The model's classes and image size, and the server's settings",
+                    "responses": {"200": _json("Both.", {"type": "object"}), "401": _failure("401")},
+                }
+            },
+        },
+        "components": {"securitySchemes": {"key": {"type": "apiKey", "in": "header", "name": "X-API-Key"}}},
+        "security": [{"key": []}, {}],  # the key is asked for where the server has one
+    }
+
+
+def _predict(classes: list[str], max_bytes: int) -> dict[str, Any]:
+    file = {"type": "string", "format": "binary", "description": f"One of {', '.join(FORMATS)}."}
+    text = {"type": "string", "description": "The file's bytes in base64, or a data URL of them."}
+    return {
+        "summary": "The most probable classes of a picture",
+        "description": f"A request has at most {max_bytes:,} bytes.",
+        "requestBody": {
+            "required": True,
+            "content": {
+                "multipart/form-data": {"schema": _fields(file)},
+                "application/json": {"schema": _fields(text)},
+            },
+        },
+        "responses": {
+            "200": _json("The answer, best class first.", _answer(classes)),
+            **{status: _failure(status) for status in _STATUS},
+        },
+    }
+
+
+def _fields(image: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "object", "required": ["image"], "properties": {"image": image, **_OPTIONS}}
+
+
+def _answer(classes: list[str]) -> dict[str, Any]:
+    whole = {"type": "array", "items": {"type": "integer"}}
+    layer = {
+        "grid": whole | {"description": "Rows and columns of patches."},
+        "choice_share": {
+            "type": "array",
+            "items": {"type": "number"},
+            "description": "Of each expert, among the choices of all patches.",
+        },
+        "first_choice": {"type": "array", "items": whole, "description": "Of each patch: the expert it goes to first."},
+    }
+    one = {"class": {"type": "string", "examples": classes[:3]}, "probability": {"type": "number"}}
+    routing = {
+        "type": "object",
+        "description": "Only where it was asked for: of each MoE layer, by its name.",
+        "additionalProperties": {"type": "object", "properties": layer},
+    }
+    predictions = {"type": "array", "items": {"type": "object", "required": [*one], "properties": one}}
+    return {
+        "type": "object",
+        "required": ["predictions"],
+        "properties": {"predictions": predictions, "routing": routing},
+    }
+
+
+def _json(description: str, schema: dict[str, Any]) -> dict[str, Any]:
+    return {"description": description, "content": {"application/json": {"schema": schema}}}
+
+
+def _failure(status: str) -> dict[str, Any]:
+    return _json(_STATUS[status], _FAILED)
