@@ -37,7 +37,7 @@ MAIN = {
     "output_dir": ("DIR", "the run's folder; runs/RECIPE where none is given"),
     "init_from": ("WHAT", "start from a checkpoint, a run's folder, or timm's weights: pretrained"),
     "seed": ("N", "of everything random"),
-    "data.name": ("SET", "digits, cifar10, cifar100, imagenette, imagenet, folder, webdataset, npz, patchwork"),
+    "data.name": ("SET", "digits, patchwork, cifar10, cifar100, imagenette, imagenet, folder, npz, webdataset"),
     "data.root": ("DIR", "its images: class folders in DIR/train and DIR/val, or in DIR alone"),
     "data.image_size": ("PIXELS", "side of the images that the model sees"),
     "data.batch_size": ("B", "images of a step"),
@@ -58,7 +58,7 @@ MAIN = {
     "trainer.compile": ("true|false", "compile the model"),
     "parallel.strategy": ("NAME", "how processes share the work: auto, none, ddp, fsdp, expert"),
 }
-_COLUMN, _WIDTH = 38, 118
+_COLUMN, _WIDTH = 36, 110
 
 
 def short_help(actions: Iterable[argparse.Action]) -> str:

@@ -37,8 +37,8 @@ def describe_api(classes: list[str], image_size: int, max_bytes: int) -> dict[st
         "info": {
             "title": "vmoe serve",
             "version": __version__,
-            "description": f"Names which of {len(classes):,} classes a picture shows, of any size: its central square is "
-            f"resized to {image_size} x {image_size} pixels.",
+            "description": f"Names which of {len(classes):,} classes a picture shows. It has any size: its central "
+            f"square is resized to {image_size} x {image_size} pixels.",
         },
         "paths": {
             "/predict": {"post": _predict(classes, max_bytes)},
