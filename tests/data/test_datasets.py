@@ -171,6 +171,18 @@ def test_npz_with_a_validation_split(npz):
     assert len(splits.train) == 60 and len(splits.val) == 6
 
 
+def test_labels_from_1_and_with_gaps_are_said(npz):
+    notes = load("npz", npz(train_y=np.arange(60) % 3 + 1, test_y=np.arange(15) % 3 + 1)).notes
+    assert any(
+        "no training image has class 0: labels begin at 1, and classes are numbered from 0" in note for note in notes
+    )
+    with pytest.raises(UserError, match="class_names has 3 names, but labels go up to 3; number the labels from 0"):
+        load("npz", npz(train_y=np.arange(60) % 3 + 1, test_y=np.arange(15) % 3 + 1, class_names=["a", "b", "c"]))
+    notes = load("npz", npz(train_y=np.arange(60) % 3 * 2)).notes
+    assert any("no training image has class 1, 3; number labels from 0" in note for note in notes)
+    assert not any("no training image" in note for note in load("npz", npz()).notes)
+
+
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [

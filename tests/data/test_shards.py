@@ -111,6 +111,10 @@ def test_another_shard_is_seen_without_a_new_index(shards):
         ({"1.png": b"x"}, "sample 1 has no label"),
         ({"1.cls": b"0"}, "sample 1 has no image"),
         ({"1.png": b"x", "1.cls": b"ant"}, "1.cls: holds 'ant'"),
+        ({"1.png": b"x", "1.json": b'{"label": "ant"}'}, "1.json: holds 'ant'"),
+        ({"1.png": b"x", "1.json": b'{"label": true}'}, "1.json: holds 'True'"),
+        ({"1.png": b"x", "1.json": b'{"caption": "an ant"}'}, "1.json: has no label or cls or target"),
+        ({"1.png": b"x", "1.json": b"[1"}, "1.json: is not JSON"),
     ],
 )
 def test_malformed_shards_are_named(tmp_path, members, line):
@@ -128,7 +132,29 @@ def test_a_truncated_shard_is_named(shards):
 
 
 def test_no_shards(tmp_path, capsys):
-    with pytest.raises(UserError, match="make_shards"):
+    with pytest.raises(UserError, match="make-shards"):
         load_shards(tmp_path)
     assert main([str(tmp_path), "--out", str(tmp_path / "out")]) == 2
     assert "must hold train" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("train", "val"),
+    [
+        ("imagenet1k-train-0000.tar", "imagenet1k-validation-00.tar"),
+        ("train_0000.tar", "val_0000.tar"),
+        ("Train0000.tar", "valid0000.tar"),
+        ("train-00000-of-00001.tar", "test-00000-of-00001.tar"),
+        ("pretrain-test-train-0.tar", "train-test-0.tar"),
+    ],
+)
+def test_shards_as_published_sets_name_them(tmp_path, train, val):
+    for number, name in enumerate((train, val)):
+        members = {f"{i}.jpg": b"x" for i in range(4 - number)}
+        members |= {f"{i}.json": b'{"label": %d, "text": "a"}' % (i % 2) for i in range(4 - number)}
+        add(tmp_path / name, members | {"0.cls": b"1", "0.txt": b"a caption", "._1.jpg": b"of a Mac"})
+    add(tmp_path / "extra-0.tar", {"a": b""})
+    splits = load_shards(tmp_path)
+    assert splits.train.labels.tolist() == [1, 1, 0, 1]  # .cls before .json
+    assert splits.test.labels.tolist() == [1, 1, 0]
+    assert f"{tmp_path}: passed over: 1 tar file of no split, such as extra-0.tar" in splits.notes

@@ -71,11 +71,11 @@ def load_splits(config: DataConfig) -> Splits:
                 f"data.root={config.root}: no {name} images for the {len(names)} classes; add images to them"
             )
     chosen = dataclasses.replace(splits, train=train, val=val, test=test, class_names=names)
-    return _with_bit_depth(chosen, config) if config.name in _OF_THE_USER else chosen
+    return _looked_at(chosen, config) if config.name in _OF_THE_USER else chosen
 
 
-def _with_bit_depth(splits: Splits, config: DataConfig) -> Splits:
-    """The same images, their deep files read by the depth that is given or measured, and what there is to say of it."""
+def _looked_at(splits: Splits, config: DataConfig) -> Splits:
+    """The same images, their deep files read by the depth that is given or measured, and what looks wrong with them."""
     depth, measured = config.bit_depth, None
     if isinstance(splits.train.images, FileImages | ShardedImages):
         measured = measure_bit_depth(splits.train.images, splits.train.positions)
@@ -89,8 +89,20 @@ def _with_bit_depth(splits: Splits, config: DataConfig) -> Splits:
         splits = dataclasses.replace(
             splits, train=deep(splits.train), val=test if splits.val is splits.test else val, test=test, bit_depth=depth
         )
-    lines = depth_lines(config.root, config.bit_depth, measured, brightest_level(splits.train))
+    lines = _empty_class_lines(config.root, splits)
+    lines += depth_lines(config.root, config.bit_depth, measured, brightest_level(splits.train))
     return dataclasses.replace(splits, notes=[*splits.notes, *lines])
+
+
+def _empty_class_lines(root: str, splits: Splits) -> list[str]:
+    """Says which classes no training image has."""
+    counts = np.bincount(splits.train.labels, minlength=len(splits.class_names))
+    empty = [splits.class_names[label] for label in np.flatnonzero(counts == 0)]
+    if not empty:
+        return []
+    named = ", ".join(empty[:5]) + (", ..." if len(empty) > 5 else "")
+    reason = ": labels begin at 1, and classes are numbered from 0" if counts[0] == 0 and len(empty) == 1 else ""
+    return [f"warning: {root}: no training image has class {named}{reason}; number labels from 0, without gaps"]
 
 
 def download(config: DataConfig) -> None:

@@ -33,7 +33,9 @@ def load_npz(root: str) -> Splits:
         )
     names = [str(name) for name in arrays.get("class_names", range(number))]
     if len(names) < number:
-        raise UserError(f"{root}: class_names has {len(names)} names, but labels go up to {number - 1}; name all")
+        starts = min(int(part.labels.min()) for part in sets.values())
+        fix = "number the labels from 0" if starts == 1 and len(names) == number - 1 else "name all"
+        raise UserError(f"{root}: class_names has {len(names)} names, but labels go up to {number - 1}; {fix}")
     return Splits(sets["train"], sets.get("val"), sets["test"], names, min(arrays["train_x"].shape[1:3]))
 
 

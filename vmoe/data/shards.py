@@ -1,7 +1,8 @@
 """Images in webdataset's tar shards: which there are and where, so that any of them can be read by itself.
 
-A folder holds train-000000.tar, train-000001.tar, ..., and so on for val and test. A sample is an image and its label,
-KEY.jpg (or another format) and KEY.cls, side by side in a shard. classes.json, a list of names, is optional.
+A folder holds train-000000.tar, train-000001.tar, ..., and so on for val and test; names as published sets have them
+serve too, such as imagenet1k-validation-00.tar. A sample is an image and its label, KEY.jpg (or another format) and
+KEY.cls (or KEY.json with a "label"), side by side in a shard. classes.json, a list of names, is optional.
 
 The place of every image is found once, by reading the shards' headers, and kept beside them in index-SPLIT.npz. Since
 images are read by their places and not in the order of the file, order and resumption are as with any other set.
@@ -9,6 +10,7 @@ images are read by their places and not in the order of the file, order and resu
 
 import io
 import json
+import re
 import tarfile
 import warnings
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from vmoe.data.folders import SPLIT_NAMES, split_of
 from vmoe.data.image_files import SUFFIXES
 from vmoe.data.images import decode_image
 from vmoe.data.imageset import ImageSet, Splits, given_splits
@@ -24,7 +27,7 @@ from vmoe.errors import UserError
 from vmoe.files import atomic_write
 
 CLASSES = "classes.json"
-SPLITS = ("train", "val", "test")
+LABEL_KEYS = ("label", "cls", "target")  # of a .json, the first that is there
 
 
 @dataclass(frozen=True)
@@ -68,15 +71,34 @@ def load_shards(root: str | Path) -> Splits:
         UserError: the folder has no shards of training or of any other images, or one is damaged.
     """
     root = Path(root)
-    found = {split: sorted(root.glob(f"{split}-*.tar")) for split in SPLITS}
-    if not found["train"] or not (found["val"] or found["test"]):
+    found, others = _find_shards(root)
+    if "train" not in found or len(found) == 1:
+        beside = f", which has {', '.join(others[:3])} besides" if others else ""
         raise UserError(
-            f"data.root={root}: webdataset needs train-*.tar and val-*.tar (or test-*.tar) in this folder; "
+            f"data.root={root}: webdataset needs train-*.tar and val-*.tar (or test-*.tar) in this folder{beside}; "
             "give the right folder, or make shards by `vmoe make-shards`"
         )
-    sets = {split: _image_set(root, split, paths) for split, paths in found.items() if paths}
+    sets = {split: _image_set(root, split, paths) for split, paths in found.items()}
     names = _class_names(root, 1 + max(int(part.labels.max(initial=0)) for part in sets.values()))
-    return given_splits(sets, names, (), root)
+    tars = f"{len(others)} tar files" if len(others) > 1 else "1 tar file"
+    notes = [f"{root}: passed over: {tars} of no split, such as {others[0]}"] if others else []
+    return given_splits(sets, names, notes, root)
+
+
+def _find_shards(root: Path) -> tuple[dict[str, list[Path]], list[str]]:
+    """The shards of each split, and the names of tar files that tell of none."""
+    found: dict[str, list[Path]] = {}
+    others = []
+    for path in sorted(root.glob("*.tar")):
+        words = [word.rstrip("0123456789") for word in re.split(r"[-_.]", path.stem)]
+        splits = [split for word in words if (split := split_of(word)) is not None]
+        if not path.is_file() or path.name.startswith("."):
+            continue
+        if splits:
+            found.setdefault(splits[-1], []).append(path)
+        else:
+            others.append(path.name)
+    return {split: found[split] for split in SPLIT_NAMES if split in found}, others
 
 
 def _class_names(root: Path, count: int) -> list[str]:
@@ -131,6 +153,7 @@ def _samples(path: Path) -> list[tuple[int, int, str, int]]:
     """(offset, size, name, label) of every image of a shard."""
     images: dict[str, tuple[int, int, str]] = {}
     labels: dict[str, int] = {}
+    descriptions: dict[str, tarfile.TarInfo] = {}
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
@@ -142,13 +165,31 @@ def _samples(path: Path) -> list[tuple[int, int, str, int]]:
                     images[f"{folder}/{key}"] = (member.offset_data, member.size, member.name)
                 elif form.lower() == "cls":
                     labels[f"{folder}/{key}"] = _label(path, member.name, tar.extractfile(member).read())
+                elif form.lower() == "json":
+                    descriptions[f"{folder}/{key}"] = member
+            for key in images.keys() & descriptions.keys() - labels.keys():
+                member = descriptions[key]
+                labels[key] = _label_in_json(path, member.name, tar.extractfile(member).read())
     except (tarfile.TarError, OSError, EOFError) as error:
         raise UserError(f"{path}: is damaged ({' '.join(str(error).split())}); make or fetch it again") from error
     alone = next((key for key in {**images, **labels} if key not in images or key not in labels), None)
     if alone is not None:
-        missing = "no image" if alone not in images else "no label (.cls)"
+        missing = "no image" if alone not in images else "no label (.cls or .json)"
         raise UserError(f"{path}: sample {alone.lstrip('/')} has {missing}; make or fetch the shard again")
     return [(*image, labels[key]) for key, image in images.items()]
+
+
+def _label_in_json(path: Path, name: str, content: bytes) -> int:
+    try:
+        described = json.loads(content)
+    except ValueError as error:
+        raise UserError(f"{path}/{name}: is not JSON; make or fetch the shard again") from error
+    label = next((described[key] for key in LABEL_KEYS if key in described), None) if type(described) is dict else None
+    if type(label) is int and label >= 0:
+        return label
+    if label is None:
+        raise UserError(f"{path}/{name}: has no {' or '.join(LABEL_KEYS)}, and there is no .cls; label the sample")
+    return _label(path, name, str(label).encode())
 
 
 def _label(path: Path, name: str, content: bytes) -> int:
