@@ -52,6 +52,11 @@ def _fault(content: dict[str, Any], ours: dict[str, Any]) -> str | None:
         or not isinstance(model.get("kwargs"), dict)
     ):
         return "config.model must hold a name and kwargs"
+    built = ours.get("architecture", {})
+    if not isinstance(built, dict) or not isinstance(built.get("name", ""), str):
+        return "architecture must be a dict with a name"
+    if not isinstance(built.get("kwargs", {}), dict):
+        return "architecture.kwargs must be a dict"
     names, size = ours.get("class_names"), ours.get("image_size")
     facts = {
         "config.moe must be a dict or None": isinstance(config.get("moe"), dict | type(None)),

@@ -25,6 +25,7 @@ from vmoe.checkpoint_entry import check_entry, checked
 from vmoe.checkpoint_folders import ENTRY, is_sharded, read_folder, read_plain_part
 from vmoe.errors import UserError
 from vmoe.files import atomic_write, new_folder
+from vmoe.models.sources import with_source
 from vmoe.moe import MoeConfig
 from vmoe.moe.int8 import dequantise
 
@@ -83,7 +84,8 @@ class Checkpoint:
 
     Args:
         model: The model with its trained weights, their average (EMA) where the run kept one, in evaluation mode.
-        config: The run's whole config as plain types: seed, output_dir, data, model, moe, optim, trainer.
+        config: The run's whole config as plain types: seed, output_dir, data, model, moe, optim, trainer. Of a model
+            that a folder or a hub described, `model` has timm's own name and all arguments.
         class_names: Name of each class, in the order of the logits.
         image_size: Side of the square images it was trained on, in pixels.
         mean: Mean of each channel that images are normalised with, for pixels in [0, 1].
@@ -123,7 +125,7 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Che
     check_entry(content, path)
     ours = content[ENTRY]
     try:
-        config = ours["config"]
+        config = rebuilding_config(ours)
         model = _rebuild(config, len(ours["class_names"]), ours["image_size"])
         model.load_state_dict(trained_weights(content))
         return Checkpoint(
@@ -253,7 +255,7 @@ def build_model(
         UserError: timm has no such model, it does not take these arguments, or `moe` does not fit it.
     """
     try:
-        model = _create(name, moe or False, num_classes, image_size, kwargs)
+        model = _create(with_source(name), moe or False, num_classes, image_size, kwargs)
     except Exception as error:  # for arguments that it cannot use, timm raises any type
         reason = " ".join(str(error).split())
         if isinstance(error, KeyError) or not reason:
@@ -287,11 +289,18 @@ def _check_patches(model: nn.Module, image_size: int) -> None:
 
 
 def _rebuild(config: dict[str, Any], num_classes: int, image_size: int) -> nn.Module:
-    name = config["model"]["name"]
+    name = with_source(config["model"]["name"])
     if not timm.is_model(name):  # names such as hf-hub:... would fetch a model
         raise ValueError(f"unknown model {name!r}")
     moe = None if config["moe"] is None else MoeConfig(**config["moe"])
     return build_model(name, timm_arguments(config), moe, num_classes, image_size)
+
+
+def rebuilding_config(ours: dict[str, Any]) -> dict[str, Any]:
+    """The config of a checkpoint's run, given its entry of ours, with the model's name and arguments as timm has them,
+    without the folder or hub that the run may have named.
+    """
+    return ours["config"] | {"model": ours["config"]["model"] | ours.get("architecture", {})}
 
 
 def timm_arguments(config: dict[str, Any]) -> dict[str, Any]:

@@ -3,8 +3,10 @@
 import csv
 import json
 import re
+import shutil
 
 import pytest
+import timm
 import torch
 from PIL import Image
 from torch._dynamo.testing import CompileCounter
@@ -12,6 +14,7 @@ from torch.nn import functional as F
 
 import vmoe
 from vmoe.checkpoints import ENTRY, RunFolder, load_checkpoint
+from vmoe.cli.export import main as export
 from vmoe.cli.train import main
 from vmoe.data import DataConfig, ImageDataModule
 from vmoe.data.config import AugmentConfig, SubsetConfig
@@ -162,6 +165,30 @@ def test_the_checkpoint_gives_the_model_back(run):
         hits = [(checkpoint.model(batch.images).argmax(1) == batch.labels).float() for batch in data.test_dataloader()]
     top1 = json.loads(folder.summary.read_text())["metrics"]["test/top1"]
     assert torch.cat(hits).mean().item() == pytest.approx(top1)
+
+
+def test_a_checkpoint_rebuilds_a_model_that_a_folder_described(run, tmp_path, capsys):
+    """Also when the folder is gone, and the weights that the run started from."""
+    source = tmp_path / "described"
+    source.mkdir()
+    described = {"architecture": "vit_tiny_patch16_224", "num_classes": 7}
+    arguments = {"patch_size": 4, "embed_dim": 32, "depth": 3, "num_heads": 2, "img_size": 64, "num_classes": 7}
+    (source / "config.json").write_text(json.dumps({**described, "model_args": arguments, "pretrained_cfg": {}}))
+    start = tmp_path / "start.pth"
+    kwargs = {"patch_size": 4, "embed_dim": 32, "depth": 3, "num_heads": 2}
+    torch.save(timm.create_model("vit_tiny_patch16_224", num_classes=10, img_size=16, **kwargs).state_dict(), start)
+    given = ("--model.name", f"local-dir:{source}", "--model.kwargs", json.dumps({"checkpoint_path": str(start)}))
+    code, folder = run(*given, "--moe", "null")
+    assert code == 0, capsys.readouterr().err
+    shutil.rmtree(source)
+    start.unlink()
+    opened = load_checkpoint(folder.path)
+    assert len(opened.model.blocks) == 3 and opened.config["model"]["name"] == "vit_tiny_patch16_224"
+    shared = tmp_path / "shared.safetensors"
+    assert export([str(folder.path), "--out", str(shared)]) == 0
+    assert len(load_checkpoint(shared).model.blocks) == 3
+    assert main(["--resume", "--output_dir", str(folder.path), "--trainer.epochs", "2"]) == 0
+    assert load_checkpoint(folder.last).epoch == 2
 
 
 def test_accumulation_equals_a_bigger_batch(run):

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vmoe.checkpoint_entry import check_entry
-from vmoe.checkpoints import ENTRY, SCALE, find_checkpoint, read_checkpoint, trained_weights
+from vmoe.checkpoints import ENTRY, SCALE, find_checkpoint, read_checkpoint, rebuilding_config, trained_weights
 from vmoe.export.int8 import require_rounding
 from vmoe.files import atomic_write
 from vmoe.moe.int8 import quantise
@@ -85,7 +85,7 @@ def _entry(content: dict[str, Any]) -> dict[str, Any]:
     return (
         {"bit_depth": ours.get("bit_depth")}
         | {key: ours[key] for key in kept}
-        | {"config": shared_config(ours["config"]), "step": content["global_step"]}
+        | {"config": shared_config(rebuilding_config(ours)), "step": content["global_step"]}
     )
 
 

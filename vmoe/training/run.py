@@ -16,7 +16,15 @@ from rich.console import Console
 from torch import nn
 
 import vmoe
-from vmoe.checkpoints import ENTRY, RunFolder, read_checkpoint, read_without_tensors, trained_weights
+from vmoe.checkpoints import (
+    ENTRY,
+    RunFolder,
+    read_checkpoint,
+    read_without_tensors,
+    rebuilding_config,
+    timm_arguments,
+    trained_weights,
+)
 from vmoe.data import ImageDataModule
 from vmoe.data.checking import is_worth_checking, refusal
 from vmoe.data.datamodule import EvalLoader
@@ -24,10 +32,11 @@ from vmoe.data.draws import DRAWS_VERSION
 from vmoe.errors import UserError
 from vmoe.files import atomic_write, write_json
 from vmoe.models.cost import check_training_capacity
+from vmoe.models.sources import architecture_of
 from vmoe.moe import MoeConfig
 from vmoe.moe.assignment import CapacityError
 from vmoe.training import summary
-from vmoe.training.config import WRITTEN_BY, ParallelConfig, TrainConfig
+from vmoe.training.config import WRITTEN_BY, ModelConfig, ParallelConfig, TrainConfig
 from vmoe.training.distillation import Teacher, load_teacher
 from vmoe.training.initial import initial_model
 from vmoe.training.journal import Clock, Journal, MetricsTable
@@ -136,12 +145,13 @@ def _run(
         _check_files(config, data, progress)
     teacher = together(lambda: load_teacher(config.distill, data))
     seed_everything(config.seed, verbose=False)
-    fresh = dataclasses.replace(config, init_from=None) if saved else config
+    built = together(lambda: _built_model(config, saved))
+    fresh = dataclasses.replace(config, init_from=None, model=built) if saved else config
     model, cut = _model(fresh, data, device, place, progress)
     progress.say(summary.model_line(config.model, model))
     if device.type == "cpu" and (line := _many_tokens(model, data.image_size)) is not None:
         progress.say(line)
-    costs = _costs(config, model, data)
+    costs = _costs(dataclasses.replace(config, model=built), model, data)
     console.print(summary.cost_table(f"{config.model.name}, {folder.path}", *costs))
     if place.is_first:
         mark_launch(folder)
@@ -150,7 +160,8 @@ def _run(
         else:
             note_epochs(folder, config.trainer.epochs)
     module = _module(config, model, cut, teacher, data)
-    trainer = _fit(config, module, data, folder, saved, device, place, progress)
+    identity = _identity(config, built, data)
+    trainer = _fit(config, module, data, folder, identity, saved, device, place, progress)
     test, untested = {}, None
     try:
         with quiet_lightning():
@@ -183,6 +194,20 @@ def _say_what_may_surprise(
         )
     if (line := fallback_of_muon(config, place.count)) is not None:
         progress.say(line)
+
+
+def _built_model(config: TrainConfig, saved: dict[str, Any] | None) -> ModelConfig:
+    """The model by timm's own name and all arguments: what rebuilds it where a folder or hub that it came from is gone.
+
+    Raises:
+        UserError: they cannot be read.
+    """
+    if saved is None:
+        name, kwargs = architecture_of(config.model.name, config.model.kwargs)
+        plain = {"model": {"name": name, "kwargs": kwargs}}
+    else:
+        plain = rebuilding_config(saved[ENTRY])
+    return dataclasses.replace(config.model, name=plain["model"]["name"], kwargs=timm_arguments(plain))
 
 
 def _many_tokens(model: nn.Module, image_size: int) -> str | None:
@@ -260,12 +285,12 @@ def _module(
 
 
 def _fit(
-    config: TrainConfig, module: Classifier, data: ImageDataModule, folder: RunFolder, saved: dict[str, Any] | None,
-    device: torch.device, place: Place, progress: Progress,
+    config: TrainConfig, module: Classifier, data: ImageDataModule, folder: RunFolder, identity: dict[str, Any],
+    saved: dict[str, Any] | None, device: torch.device, place: Place, progress: Progress,
 ) -> Trainer:  # fmt: skip
     clock = Clock()
     writer = FolderWriter(config.parallel.async_save)
-    saving = Saving(folder, _identity(config, data), clock, config.trainer.early_stopping, writer)
+    saving = Saving(folder, identity, clock, config.trainer.early_stopping, writer)
     journal = Journal(folder, clock, progress, saved["global_step"] if saved else 0, config.trainer.log_every)
     with quiet_lightning():
         trainer = new_trainer(config, device, place, [journal, saving], writer)
@@ -360,9 +385,11 @@ def _for_cpu(config: TrainConfig, progress: Progress) -> TrainConfig:
     return dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, cuda_graph=False))
 
 
-def _identity(config: TrainConfig, data: ImageDataModule) -> dict[str, Any]:
+def _identity(config: TrainConfig, built: ModelConfig, data: ImageDataModule) -> dict[str, Any]:
+    is_described = built.name != config.model.name  # by a folder or hub, which may be gone when it is opened
     return {
         "config": to_plain(config) | {"resume": False},
+        **({"architecture": {"name": built.name, "kwargs": to_plain(built.kwargs)}} if is_described else {}),
         "class_names": list(data.class_names),
         "image_size": data.image_size,
         "mean": list(data.mean),

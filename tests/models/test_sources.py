@@ -1,0 +1,42 @@
+"""Models that a folder or a hub describes, by timm's own names."""
+
+import json
+
+import pytest
+
+from vmoe.errors import UserError
+from vmoe.models.sources import architecture_of, with_source
+
+
+def test_names_of_the_hub_s_timm():
+    assert with_source("timm/vit_tiny_patch16_224.augreg_in21k") == "vit_tiny_patch16_224.augreg_in21k"
+    assert with_source("timm/of_another_version") == "hf-hub:timm/of_another_version"
+    assert with_source("vit_tiny_patch16_224") == "vit_tiny_patch16_224"
+    assert architecture_of("timm/vit_tiny_patch16_224", {"depth": 2}) == ("vit_tiny_patch16_224", {"depth": 2})
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"architecture": "vit_tiny_patch16_224", "input_size": [3, 9, 9]}, ("vit_tiny_patch16_224", {"depth": 2})),
+        (
+            {"architecture": "vit_tiny_patch16_224", "model_args": {"depth": 3, "num_heads": 2, "img_size": 32}},
+            ("vit_tiny_patch16_224", {"depth": 2, "num_heads": 2}),
+        ),
+        (
+            {"architecture": "vmoe_on_backbone", "model_args": {"backbone": "vit_tiny_patch16_224", "moe": {}}},
+            ("vit_tiny_patch16_224", {"depth": 2}),
+        ),
+    ],
+)
+def test_a_folder_s_architecture_and_arguments(tmp_path, config, expected):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert architecture_of(f"local-dir:{tmp_path}", {"depth": 2}) == expected
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", "{}", '{"architecture": "hf-hub:a/b"}', '{"architecture": 3}'])
+def test_a_folder_without_a_model_is_one_line(tmp_path, content):
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError, match=r"model\.name=local-dir:"):
+        architecture_of(f"local-dir:{tmp_path}", {})
