@@ -2,9 +2,11 @@
 is in docs/errors.md as it is printed.
 """
 
+import ast
 import contextlib
 import io
 import re
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -13,7 +15,8 @@ from reliability.errors_page import answer, line_of, row
 from reliability.mistakes import MISTAKES, Mistake
 from reliability.spoilt import spoil
 
-from vmoe.cli.main import main
+import vmoe
+from vmoe.cli.main import JOBS, main
 from vmoe.cli.train import option_names
 from vmoe.training.config import TrainConfig
 
@@ -82,3 +85,27 @@ def help_of(job: str, *sub_job: str) -> str:
 
 def test_the_page_tells_of_nothing_else():
     assert len(ROWS) == sum(map(len, MISTAKES.values())) >= 80
+
+
+def _messages(file: Path) -> Iterator[str]:
+    """The texts of the errors that a file raises, with their literal parts only."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("UserError", "ArgumentTypeError"):
+            for part in ast.walk(node):
+                if isinstance(part, ast.Constant) and isinstance(part.value, str):
+                    yield re.sub(r"`[^`]*`", "", part.value)
+
+
+def test_no_message_names_an_option_that_no_command_has():
+    """A job's own file names its own options; other rooms, whose callers vary, an option of some job."""
+    package = Path(vmoe.__file__).parent
+    of_training = {f"--{name}" for name in (*option_names(TrainConfig), "config", "resume")}
+    options = {job: set(re.findall(r"--[a-z][\w-]*", help_of(job))) | of_training for job in JOBS}
+    for sub_job in ("layer", "model", "data", "serve", "scaling"):
+        options["benchmark"] |= set(re.findall(r"--[a-z][\w-]*", help_of("benchmark", sub_job)))
+    every = set().union(*options.values())
+    for file in package.rglob("*.py"):
+        known = options.get(file.stem.replace("_", "-"), every) if file.parent.name == "cli" else every
+        for message in _messages(file):
+            found = re.findall(r"(?<![\w-])--[a-z][\w.-]*\w", message)
+            assert not [option for option in found if option not in known], (file, message)
