@@ -1,5 +1,6 @@
 """Presets and their determinism."""
 
+import io
 import itertools
 import pickle
 import random
@@ -53,6 +54,30 @@ def test_result_is_a_function_of_seed_epoch_and_index(config, size, image):
         assert not np.array_equal(forward[changed], forward[0, 0])
     seeded = augmenter(size, seed=1, **config)
     assert any(not np.array_equal(seeded(image, *key), forward[key]) for key in keys)
+
+
+class _OldPickler(pickle.Pickler):
+    """Writes generators as NumPy below 2 does: their bit generator is copied, whoever else holds it."""
+
+    def reducer_override(self, obj):
+        if isinstance(obj, np.random.Generator):
+            return _old_generator, (type(obj.bit_generator), obj.bit_generator.state)
+        return NotImplemented
+
+
+def _old_generator(kind, state):
+    bits = kind()
+    bits.state = state
+    return np.random.Generator(bits)
+
+
+@pytest.mark.parametrize("preset", ["light", "strong"])
+def test_a_spawned_worker_draws_the_same_also_with_numpy_below_2(preset, image):
+    first, content = augmenter(preset=preset), io.BytesIO()
+    _OldPickler(content).dump(first)
+    other = pickle.loads(content.getvalue())
+    for key in [(3, 1), (0, 0), (0, 4), (0, 0)]:
+        assert np.array_equal(other(image, *key), first(image, *key))
 
 
 def test_global_random_state_is_untouched(image):

@@ -39,12 +39,20 @@ class Augmenter:
         self._crops_by_scale = plan.crop_scale is not None
         steps = _crop_and_flip(plan, image_size) + _colour_and_erase(plan, tuple(round(255 * value) for value in mean))
         self._steps = A.Compose(steps, is_check_shapes=False) if steps else None
-        # One pair of generators, re-seeded for each sample: making new ones costs more than the augmentation itself.
+        self._share_generators()
+
+    def _share_generators(self) -> None:
+        """Makes the pair of generators that is re-seeded for each sample: new ones cost more than the augmentation."""
         self._random = random.Random()
-        self._bits = np.random.Philox(key=seed)
+        self._bits = np.random.Philox(key=self.seed)
         self._bits_state = self._bits.state
         if self._steps is not None:
             self._steps.set_random_state(np.random.Generator(self._bits), self._random)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """As a spawned worker gets it: NumPy below 2 has given the steps' generator a copy of the bits."""
+        self.__dict__.update(state)
+        self._share_generators()
 
     def __call__(self, image: np.ndarray, epoch: int, index: int) -> np.ndarray:
         """Varies one image.
