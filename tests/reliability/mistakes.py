@@ -216,6 +216,9 @@ MISTAKES: dict[str, list[Mistake]] = {
         Mistake("an output folder that is a file", "run --out tiny.yaml --images photo.png"),
     ],
     "predict": [
+        Mistake("an address for a file", "run https://example.org/cat.png"),
+        Mistake("standard input for a file", "run -"),
+        Mistake("a pattern that matches no file", "run 'lost*.png'"),
         Mistake("a model that is not there", "lost.onnx photo.png"),
         Mistake("an ONNX file that is a text", "text.onnx photo.png"),
         Mistake("an image that is not there", "run lost.png"),

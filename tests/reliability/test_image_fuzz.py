@@ -1,6 +1,7 @@
 """Image files cut off, with flipped bits, of every mode and orientation: a picture, or one line that names the file."""
 
 import io
+import json
 import random
 import struct
 import zlib
@@ -153,13 +154,49 @@ def test_predict_answers_for_those_that_can_be_read(tmp_path, damaged_folder, ca
 
 
 @pytest.mark.parametrize("tool", ["heatmap", "explore"])
-def test_pictures_that_cannot_be_read_stop_other_tools(tmp_path, damaged_folder, capsys, tool):
-    run = str(saved_runs.save_run(tmp_path / "run", {"num_experts": 4}))
-    images = [str(damaged_folder)] if tool == "heatmap" else ["--images", str(damaged_folder)]
-    assert main([tool, run, *images, "--out", str(tmp_path / "out")]) == 2
+def test_heatmap_and_explore_leave_out_what_predict_leaves_out(tmp_path, damaged_folder, capsys, tool):
+    run, out = str(saved_runs.save_run(tmp_path / "run", {"num_experts": 4})), tmp_path / "out"
+    readable = sum(map(check, damaged_folder.iterdir()))
+    capsys.readouterr()
+    images = [str(damaged_folder), "--layers", "3"]
+    if tool == "explore":
+        images = ["--images", str(damaged_folder), "--replicates", "20"]
+    assert main([tool, run, *images, "--out", str(out)]) == 0
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "cannot be read as an image" in error
+    assert f"{12 - readable} of 12 files left out" in error
+    assert error.count("cannot be read as an image") == 12 - readable
+    if tool == "heatmap":
+        index = json.loads((out / "index.json").read_text())
+        assert len(index["images"]) == readable and len(index["damaged"]) == 12 - readable
+        assert index["damaged"][0].split(": ")[0] in (out / "index.html").read_text()
+    else:
+        report = json.loads((out / "data" / "report.json").read_text())
+        assert report["provenance"]["num_images"] == readable
+
+
+@pytest.mark.parametrize("tool", ["predict", "heatmap", "explore"])
+def test_what_can_be_given_as_a_picture(tmp_path, capsys, tool):
+    run = str(saved_runs.save_run(tmp_path / "run", {"num_experts": 4}))
+    (tmp_path / "a 1.png").write_bytes(encoded("PNG"))
+    (tmp_path / "a 2.png").write_bytes(b"no picture")
+    out = [] if tool == "predict" else ["--out", str(tmp_path / "out")]
+
+    def told(given):
+        images = ["--images", given, "--replicates", "20"] if tool == "explore" else [given]
+        code = main([tool, run, *images, *out])
+        return code, capsys.readouterr().err
+
+    for given, words in {
+        "https://example.org/cat.png": "https://example.org/cat.png: addresses are not fetched; download",
+        "-": "-: pictures are not read from standard input",
+        str(tmp_path / "b*.png"): "b*.png: no file matches this pattern",
+        str(tmp_path / "a 2.png"): "a 2.png: cannot be read as an image",
+    }.items():
+        code, error = told(given)
+        assert code == 2 and error.count("\n") == 1 and words in error
     assert not (tmp_path / "out").exists()
+    code, error = told(str(tmp_path / "a*.png"))
+    assert code == 0 and "1 of 2 files left out:" in error
 
 
 @pytest.mark.parametrize("split", ["train", "val"])

@@ -20,6 +20,8 @@ from vmoe.analysis.heatmap_figure import PANEL, draw_layer, draw_overview
 from vmoe.analysis.heatmap_page import heatmap_page
 from vmoe.checkpoints import Checkpoint
 from vmoe.data import load_image
+from vmoe.data.image_files import none_readable
+from vmoe.errors import UserError
 from vmoe.files import atomic_write, write_json
 
 _TOLD_CLASSES = 5
@@ -54,23 +56,31 @@ def write_heatmaps(
         track: wraps the images in a progress bar.
 
     Returns:
-        The content of `index.json`.
+        The content of `index.json`; `damaged` has a line on each file that could not be read.
 
     Raises:
-        UserError: the model is dense, a layer does not exist, an image cannot be read, the capacity cannot be.
+        UserError: the model is dense, a layer does not exist, no image can be read, the capacity cannot be.
     """
     model, out = checkpoint.model, Path(out)
     require_experts(model)
     shown = select_layers(model, layers)
     own_figures = shown if layers or len(shown) == 1 else []
-    for path in images:
-        load_image(path, checkpoint.bit_depth)  # a damaged file is told before any page is written
     about = [f"checkpoint {checkpoint.path}", f"epoch {checkpoint.epoch}"]
     about += [f"{package} {version}" for package, version in (versions or {}).items()]
     footer = [" · ".join(about), *([f"command: {command}"] if command else [])]
     with restored_settings(model), named_factor(capacity_factor):
         if capacity_factor is not None:
             set_capacity(model, capacity_factor)
+        drawn, damaged = [], []
+        for path, name in track(list(zip(images, output_names(images), strict=True)), "drawing"):
+            try:
+                pixels = load_image(path, checkpoint.bit_depth)
+            except UserError as error:
+                damaged.append(str(error))
+            else:
+                drawn.append(_write_image(checkpoint, path, pixels, name, shown, own_figures, out, footer))
+        if not drawn:
+            raise none_readable(damaged)
         index = {
             "checkpoint": str(checkpoint.path),
             "epoch": checkpoint.epoch,
@@ -78,10 +88,8 @@ def write_heatmaps(
             "command": command,
             "image_size": checkpoint.image_size,
             "capacity_factor": eval_capacity_factor(model),
-            "images": [
-                _write_image(checkpoint, path, name, shown, own_figures, out, footer)
-                for path, name in track(list(zip(images, output_names(images), strict=True)), "drawing")
-            ],
+            "images": drawn,
+            "damaged": damaged,
         }
     write_json(out / "index.json", index)
     with atomic_write(out / "index.html") as temporary:
@@ -92,13 +100,13 @@ def write_heatmaps(
 def _write_image(
     checkpoint: Checkpoint,
     path: Path,
+    pixels: np.ndarray,
     name: str,
     layers: list[str],
     own_figures: list[str],
     out: Path,
     footer: list[str],
 ) -> dict:
-    pixels = load_image(path, checkpoint.bit_depth)
     image = route_image(checkpoint.model, pixels, checkpoint.image_size, checkpoint.mean, checkpoint.std, PANEL)
     predicted = f"{_class(checkpoint, image.predicted)} ({image.probabilities.max():.0%})"
     pages = []

@@ -44,6 +44,10 @@ def heatmap_page(index: dict[str, Any]) -> str:
         parts += ["<nav>", *links, "</nav>"]
     for number, image in enumerate(images):
         parts += _section(number, image)
+    if index["damaged"]:
+        parts.append("<section><h2>Left out</h2>")
+        parts += [f"<p>{_text(line)}</p>" for line in index["damaged"]]
+        parts.append("</section>")
     return "\n".join([*parts, "</body></html>", ""])
 
 

@@ -31,7 +31,8 @@ Writes index.html (one page that opens from disk), figures/*.png and data/ (repo
   vmoe explore runs/cifar10 --out explorer --images photos/
 """
 
-_OPTIONS = DATA_OPTIONS | {name: f"--{name}" for name in ("sample", "replicates", "seed")}
+_ARGUMENTS = ("sample", "probe_images", "cause_images", "replicates", "seed")  # of ExploreOptions
+_OPTIONS = DATA_OPTIONS | {name: f"--{name.replace('_', '-')}" for name in _ARGUMENTS}
 
 
 def main(argv: list[str] | None = None) -> int:

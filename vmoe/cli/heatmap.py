@@ -16,7 +16,7 @@ index.json holds the numbers behind them. With --layers each of these layers als
 second choices, what was dropped, the entropy of the gates, and a map of each expert's gate.
 
 Images are prepared as in evaluation (the central square, resized); each is routed alone, so what is dropped under a
-capacity factor does not depend on the other images.
+capacity factor does not depend on the other images. Files that cannot be read as images are listed at the end.
 
   vmoe heatmap runs/digits photo.jpg more_photos/ --out heatmaps
   vmoe heatmap runs/digits photo.jpg --out heatmaps --layers all
@@ -34,7 +34,7 @@ def _heatmap(argv: list[str]) -> None:
     # Imported here, so that --help and a mistyped option answer at once.
     from vmoe.analysis.heatmap_files import write_heatmaps
     from vmoe.checkpoints import load_checkpoint
-    from vmoe.cli.inputs import Tracked, depth_of, find_files
+    from vmoe.cli.inputs import Tracked, depth_of, find_files, say_left_out
     from vmoe.files import require_writable
     from vmoe.training.summary import versions
 
@@ -49,6 +49,7 @@ def _heatmap(argv: list[str]) -> None:
     for image in index["images"]:
         print(printable(f"{image['file']}: {image['prediction']['class']} {image['prediction']['probability']:.1%}"))
     figures = sum(len(image["pages"]) for image in index["images"])
+    say_left_out(index["damaged"], len(images))
     print(f"index.html, {figures} figure{'s' * (figures > 1)} and index.json in {options.out}")
 
 

@@ -91,19 +91,35 @@ def depth_of(known: int | None, files: "Sequence[Path]") -> int | None:
     return measured.bits
 
 
+def say_left_out(lines: "Sequence[str]", count: int) -> None:
+    """Says on stderr which of `count` image files could not be read; each of these has a line."""
+    if lines:
+        print(f"{len(lines)} of {count} files left out:", *map(printable, lines), sep="\n  ", file=sys.stderr)
+
+
 def load_files(
     checkpoint: "Checkpoint", paths: "Sequence[Path]", options: argparse.Namespace
 ) -> "tuple[ImageLoader, list[Path]]":
     """Batches of image files without labels, prepared as in evaluation, in a random order, and the files in that order.
 
+    All files are opened first; those that cannot be read are left out, and said on stderr.
+
     Raises:
-        UserError: an option's value is not allowed.
+        UserError: an option's value is not allowed, or not one file can be read.
     """
     import numpy as np
+    import torch
 
+    from vmoe.data.checking import readable_files
+    from vmoe.data.image_files import none_readable
     from vmoe.data.loading import ImageLoader, UnlabelledImages
 
     config = _changed_config(checkpoint, options)
+    count = len(paths)
+    paths, damaged = readable_files(paths, config.workers or torch.get_num_threads())
+    if not paths:
+        raise none_readable(damaged)
+    say_left_out(damaged, count)
     shuffled = [paths[place] for place in np.random.default_rng(options.seed).permutation(len(paths))]
     depth = depth_of(checkpoint.bit_depth, paths)
     images = UnlabelledImages(shuffled, config.image_size, config.mean, config.std, depth)

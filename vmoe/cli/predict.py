@@ -3,7 +3,6 @@
 import argparse
 import csv
 import dataclasses
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +34,8 @@ def main(argv: list[str] | None = None) -> int:
 def _predict(argv: list[str]) -> None:
     options = _parser().parse_args(argv)
     # Imported here, so that --help and a mistyped option answer at once.
-    from vmoe.cli.inputs import Tracked, depth_of, find_files
+    from vmoe.cli.inputs import Tracked, depth_of, find_files, say_left_out
+    from vmoe.data.image_files import none_readable
     from vmoe.export.predictor import load_predictor
     from vmoe.files import require_writable, write_json
 
@@ -52,7 +52,7 @@ def _predict(argv: list[str]) -> None:
     for paths in Tracked(batches, "predicting"):
         answers += _answer(predictor, paths, options, damaged)
     if not answers:
-        raise UserError(damaged[0] if len(damaged) == 1 else f"none of {len(damaged)} files is an image: {damaged[0]}")
+        raise none_readable(damaged)
     for answer in answers:
         best = ", ".join(f"{each['class']} {each['probability']:.1%}" for each in answer["predictions"])
         print(printable(f"{answer['file']}: {best}"))
@@ -62,8 +62,7 @@ def _predict(argv: list[str]) -> None:
         write_json(options.json, {"model": str(options.model), "images": answers, "damaged": damaged})
     if options.csv is not None:
         _write_csv(options.csv, answers)
-    if damaged:
-        print(f"{len(damaged)} of {len(files)} files left out:", *map(printable, damaged), sep="\n  ", file=sys.stderr)
+    say_left_out(damaged, len(files))
 
 
 def _answer(

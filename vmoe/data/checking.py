@@ -1,8 +1,10 @@
 """Opens the images of a set before a long run: what cannot be read is found then, not after the training."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+from vmoe.data.images import load_image
 from vmoe.data.imageset import ImageSet
 from vmoe.errors import UserError
 
@@ -28,12 +30,27 @@ def damaged_images(images: ImageSet, threads: int, part: int = 0, parts: int = 1
     Returns:
         For each image that cannot be read a line, which names it.
     """
-    pool = ThreadPoolExecutor(threads)
-    try:
-        found = list(pool.map(lambda index: _fault(images, index), range(part, len(images), parts)))
-    finally:
-        pool.shutdown(cancel_futures=True)  # where a signal interrupts it
-    return [line for line in found if line is not None]
+    lines = _in_threads(lambda index: _fault(images, index), range(part, len(images), parts), threads)
+    return [line for line in lines if line is not None]
+
+
+def readable_files(paths: Sequence[Path], threads: int) -> tuple[list[Path], list[str]]:
+    """Decodes image files, `threads` at once.
+
+    Returns:
+        Those that can be read, and for each other one a line, which names it.
+    """
+
+    def fault(path: Path) -> str | None:
+        try:
+            load_image(path)
+        except UserError as error:
+            return str(error)
+        return None
+
+    lines = _in_threads(fault, paths, threads)
+    readable = [path for path, line in zip(paths, lines, strict=True) if line is None]
+    return readable, [line for line in lines if line is not None]
 
 
 def refusal(lines: Sequence[str]) -> str:
@@ -43,6 +60,14 @@ def refusal(lines: Sequence[str]) -> str:
         return first
     more = ", ..." if len(others) > 5 else ""
     return f"{first}; the same of {len(others)} other images of validation and test: {', '.join(others[:5])}{more}"
+
+
+def _in_threads(function: Callable, values: Iterable, threads: int) -> list:
+    pool = ThreadPoolExecutor(threads)
+    try:
+        return list(pool.map(function, values))
+    finally:
+        pool.shutdown(cancel_futures=True)  # where a signal interrupts it
 
 
 def _fault(images: ImageSet, index: int) -> str | None:

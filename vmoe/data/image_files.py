@@ -1,5 +1,6 @@
 """Which files are pictures, for every room: one list of formats, and what a walk through folders passes over."""
 
+import glob
 import os
 import stat
 from collections import Counter
@@ -189,12 +190,14 @@ def find_images(paths: Iterable[str | Path], passed_over: PassedOver) -> list[Pa
     """The image files that `paths` name; `passed_over` counts what is left out in folders.
 
     A folder stands for the pictures in it and in all folders in it; a file that is named is taken whatever its ending.
+    A pattern that no shell has expanded stands for what it matches.
 
     Raises:
-        UserError: a path does not exist or is no regular file, or a folder holds no picture.
+        UserError: a path does not exist or is no regular file, a folder holds no picture, a pattern matches nothing, or
+            it is no path but an address or "-".
     """
     found: list[Path] = []
-    for path in map(Path, paths):
+    for path in (path for given in paths for path in _expanded(os.fspath(given))):
         if path.is_dir():
             here = PassedOver()
             (inside,) = find_pictures([path], here)
@@ -209,6 +212,25 @@ def find_images(paths: Iterable[str | Path], passed_over: PassedOver) -> list[Pa
             require_regular(path)
             found.append(path)
     return found
+
+
+def none_readable(lines: Sequence[str]) -> UserError:
+    """The error where not one file could be read as an image; each has a line in `lines`."""
+    return UserError(lines[0] if len(lines) == 1 else f"none of {len(lines)} files is an image: {lines[0]}")
+
+
+def _expanded(given: str) -> list[Path]:
+    """The paths that a word of the command line stands for."""
+    if given == "-":
+        raise UserError("-: pictures are not read from standard input; write the picture to a file and give that")
+    if "://" in given:
+        raise UserError(f"{given}: addresses are not fetched; download the picture and give the file")
+    if os.path.lexists(given) or not glob.has_magic(given):
+        return [Path(given)]
+    matches = sorted(glob.glob(given, recursive=True))
+    if not matches:
+        raise UserError(f"{given}: no file matches this pattern")
+    return [Path(match) for match in matches]
 
 
 def require_regular(path: str | Path) -> None:
