@@ -140,10 +140,14 @@ class ExportedMoe(nn.Module):
 
     def capacity(self, groups: Groups, valid_GS: Tensor | None) -> Capacity:
         """C of each image, where the layer has a bound."""
-        moe, name = self.config, "eval_capacity_factor"
-        if moe.eval_capacity_factor is None:
-            name = "capacity_factor"
-        return Capacity.of(groups, valid_GS, moe, getattr(moe, name), name)
+        name = "capacity_factor" if self.config.eval_capacity_factor is None else "eval_capacity_factor"
+        factor = getattr(self.config, name)
+        whole = Capacity.of(groups, None, self.config, factor, name)
+        if valid_GS is None:
+            return whole
+        # By a table, since an ONNX program would round in float32 what the layer rounds in float64
+        table = torch.tensor([Capacity.of_real(tokens, self.config, factor) for tokens in range(groups.size + 1)])
+        return whole._replace(each_G=table[valid_GS.sum(1)])
 
     def _expert_choice(self, x_TD: Tensor, groups: Groups, valid_GS: Tensor | None) -> tuple[Tensor, Tensor]:
         """The same where each expert takes the C tokens with its largest gates; of equal gates, the earlier token."""

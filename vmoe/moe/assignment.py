@@ -113,6 +113,16 @@ class Capacity(NamedTuple):
         each_G = (exact_G.ceil() if rounding == "ceil" else exact_G.round()).long().clamp_min(1)
         return cls(most, torch.minimum(each_G + -each_G % multiple_of, real_G))
 
+    @staticmethod
+    def of_real(tokens: int, moe: MoeConfig, factor: float) -> int:
+        """What `each_G` holds for a group of so many real tokens."""
+        choices = tokens * (1 if moe.fills_slots else moe.top_k)
+        try:
+            capacity = expert_capacity(choices, moe.num_experts, factor, *moe.rounding)
+        except CapacityError:
+            capacity = moe.rounding[1]
+        return min(tokens, capacity)
+
 
 def assign(routing: Routing, capacity: Capacity, batch_priority: bool = False) -> Routing:
     """Hands out each expert's places, group by group: every token's first choice, then every second choice, ...

@@ -229,7 +229,7 @@ def test_without_labels_what_needs_none_stays_the_same(make_model, make_batches,
 
 def test_naflex_models_are_explored_on_images_of_one_size(make_batches):
     torch.manual_seed(0)
-    shape = {"embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 5}
+    shape = {"embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 5, "init_values": 1.0}  # experts that are seen
     model = timm.create_model("naflexvit_base_patch16_gap", **shape)
     model = vmoe.sparsify(model, MoeConfig(layers="every-1", num_experts=4)).eval()
     found = explore(model, make_batches(20, size=(64, 48)), options=FEW)
