@@ -89,9 +89,14 @@ def replace(temporary: Path, path: Path) -> None:
     _remove(_aside(path))
 
 
+def is_aside(path: Path) -> bool:
+    """Whether `recover` would put something back."""
+    return _aside(path).exists() and not path.exists()
+
+
 def recover(path: Path) -> None:
     """Puts back what `replace` had moved aside when it was killed before it had put anything in its place."""
-    if _aside(path).exists() and not path.exists():
+    if is_aside(path):
         os.rename(_aside(path), path)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from vmoe.checkpoint_entry import check_entry
 from vmoe.checkpoints import ENTRY, WITHOUT_EFFECT, RunFolder, flatten, read_without_tensors
 from vmoe.errors import UserError
-from vmoe.files import atomic_write, recover, remove_leftovers
+from vmoe.files import atomic_write, is_aside, recover, remove_leftovers
 from vmoe.training.config import TrainConfig, is_config_of_run
 from vmoe.training.plain import from_plain, to_plain
 from vmoe.training.processes import gather
@@ -58,16 +58,15 @@ def recover_checkpoints(folder: RunFolder) -> None:
         remove_leftovers(path)
 
 
-def saved_state(folder: RunFolder, config: TrainConfig) -> dict[str, Any] | None:
-    """The last checkpoint of a run to resume; None to start from the beginning.
-
-    A run may have more epochs than before: then it is not finished.
+def check_folder(folder: RunFolder, config: TrainConfig) -> None:
+    """Whether a run can begin, or go on, in a folder; writes nothing.
 
     Raises:
-        UserError: there is a run and no --resume, or no run to resume, or it had another config.
+        UserError: there is a run and no --resume, or no run to resume.
     """
     is_users = folder.config.exists() and not is_config_of_run(folder.config)
-    holds_run = folder.last.exists() or folder.metrics.exists() or (folder.config.exists() and not is_users)
+    has_last = folder.last.exists() or is_aside(folder.last)
+    holds_run = has_last or folder.metrics.exists() or (folder.config.exists() and not is_users)
     if holds_run and not config.resume:
         raise UserError(
             f"--output_dir {folder.path}: holds a run already; give another folder, or --resume to go on with it"
@@ -77,18 +76,26 @@ def saved_state(folder: RunFolder, config: TrainConfig) -> dict[str, Any] | None
             f"--resume: there is no run in {folder.path}; give a run's folder as --output_dir, or --resume auto, which "
             "begins one where there is none"
         )
-    if is_users and not folder.last.exists():
+    if is_users and not has_last:
         raise UserError(
             f"--output_dir {folder.path}: holds a config.yaml that is no run's, in whose place a run would write its "
             "own; give another folder"
         )
-    if not holds_run:
-        return None
-    if not folder.last.exists():
-        if folder.summary.exists():
-            raise UserError(
-                f"--resume: the finished run in {folder.path} has lost its last.ckpt; give another --output_dir"
-            )
+    if holds_run and not has_last and folder.summary.exists():
+        raise UserError(
+            f"--resume: the finished run in {folder.path} has lost its last.ckpt; give another --output_dir"
+        )
+
+
+def saved_state(folder: RunFolder, config: TrainConfig) -> dict[str, Any] | None:
+    """The last checkpoint of a run to resume, whose folder `check_folder` lets pass; None to start from the beginning.
+
+    A run may have more epochs than before: then it is not finished.
+
+    Raises:
+        UserError: the run had another config.
+    """
+    if not config.resume or not folder.last.exists():
         return None
     saved = read_without_tensors(folder.last)
     check_entry(saved, folder.last)

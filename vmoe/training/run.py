@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from traceback import clear_frames
@@ -40,12 +41,14 @@ from vmoe.training.config import WRITTEN_BY, ModelConfig, ParallelConfig, TrainC
 from vmoe.training.distillation import Teacher, load_teacher
 from vmoe.training.initial import initial_model
 from vmoe.training.journal import Clock, Journal, MetricsTable
+from vmoe.training.lock import locked
 from vmoe.training.module import Classifier
 from vmoe.training.parallel import check_parts, cut_of, fallback_of_muon
 from vmoe.training.plain import to_plain
 from vmoe.training.processes import Place, connect, disconnect, gather, together
 from vmoe.training.progress import Progress
 from vmoe.training.resumption import (
+    check_folder,
     is_tested,
     mark_launch,
     note_epochs,
@@ -120,6 +123,18 @@ def _run(
 ) -> dict[str, Any] | None:
     folder = RunFolder(Path(config.output_dir))
     config = restarted(config, folder)
+    together(lambda: check_folder(folder, config))
+    with ExitStack() as held:
+        progress = Progress(console)
+        together(lambda: held.enter_context(locked(folder.path, progress.say)) if place.is_first else None)
+        together(lambda: check_folder(folder, config))  # another process may have been faster
+        return _run_in(folder, config, command, console, device, place)
+
+
+def _run_in(
+    folder: RunFolder, config: TrainConfig, command: str, console: Console, device: torch.device, place: Place
+) -> dict[str, Any] | None:
+    """Trains or resumes the run of a folder that is this process's alone."""
     together(lambda: recover_checkpoints(folder) if place.is_first and config.resume else None)
     saved = together(lambda: saved_state(folder, config))
     progress = Progress(console)

@@ -1,0 +1,195 @@
+"""A run's folder belongs to one process at a time: a lock that names it, and knows when it is gone."""
+
+import fcntl
+import json
+import os
+import shlex
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from vmoe.errors import UserError
+
+LOCK = ".lock"
+BEAT = 20.0  # seconds between two signs of life
+PATIENCE = 100.0  # seconds to wait for one of a process elsewhere; caches of network file systems take up to 60
+
+
+@contextmanager
+def locked(folder: Path, say: Callable[[str], object]) -> Iterator[None]:
+    """Keeps other processes out of a run's folder, which is created when missing and removed again when left empty.
+
+    A lock of a process that has ended is taken over: on this machine it is looked up; elsewhere a process that is there
+    touches its lock, which is waited for.
+
+    Args:
+        folder: The folder.
+        say: Is told where this waits.
+
+    Raises:
+        UserError: another process has the folder, which the line names, or it cannot be written.
+    """
+    new = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
+    path = folder / LOCK
+    own = json.dumps(_identity())
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _acquire(path, own, say)
+    except OSError as error:
+        _remove_empty(new)
+        raise UserError(f"{folder}: cannot be written ({error.strerror or error}); choose another place") from error
+    ended = threading.Event()
+    beating = threading.Thread(target=_beat, args=(path, ended), name="lock", daemon=True)
+    beating.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        beating.join()
+        with suppress(OSError):
+            if path.read_text(encoding="utf-8") == own:
+                path.unlink()
+        _remove_empty(new)
+
+
+def _acquire(path: Path, own: str, say: Callable[[str], object]) -> None:
+    """Writes the lock, unless a living process has it.
+
+    Raises:
+        UserError: one has.
+    """
+    gone: str | None = None  # of a process elsewhere that gave no sign of life
+    while True:
+        with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+", encoding="utf-8") as file:
+            with suppress(OSError):  # where the file system knows no locks: then two may take over at the same moment
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if not _is_at(path, file.fileno()):
+                continue
+            found = file.read()
+            holder = _parsed(found)
+            is_alive = False if not found or found == gone else None if holder is None else _is_alive(holder)
+            if is_alive:
+                raise UserError(_refusal(path, holder))
+            if is_alive is False:
+                try:
+                    file.seek(0)
+                    file.truncate()
+                    file.write(own)
+                    file.flush()
+                except OSError:
+                    path.unlink(missing_ok=True)
+                    raise
+                return
+        who = "an unreadable lock" if holder is None else f"process {holder['pid']} on {holder['host']}"
+        say(f"{path}: is held by {who}; waits {PATIENCE:.0f} s for a sign of life of it")
+        if _shows_life(path, found):
+            raise UserError(_refusal(path, holder))
+        gone = found
+
+
+def _shows_life(path: Path, content: str) -> bool:
+    """Whether the lock's holder touches it, waited for."""
+    before, end = _touched(path), time.monotonic() + PATIENCE
+    while time.monotonic() < end:
+        time.sleep(min(1.0, PATIENCE / 10))
+        with suppress(OSError):
+            if path.read_text(encoding="utf-8") != content:
+                return False  # another has it now, or nobody
+        if _touched(path) != before:
+            return True
+    return False
+
+
+def _touched(path: Path) -> int | None:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return None
+
+
+def _beat(path: Path, ended: threading.Event) -> None:
+    while not ended.wait(BEAT):
+        with suppress(OSError):
+            os.utime(path)
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    """Whether an open file is still the one at its place: its holder may have removed it meanwhile."""
+    try:
+        there = path.stat()
+    except OSError:
+        return False
+    own = os.fstat(descriptor)
+    return (there.st_dev, there.st_ino) == (own.st_dev, own.st_ino)
+
+
+def _refusal(path: Path, holder: dict[str, Any] | None) -> str:
+    if holder is None:
+        return f"{path}: is touched by a process that it does not name; give another --output_dir, or remove the file"
+    return (
+        f"--output_dir {path.parent}: process {holder['pid']} on {holder['host']} trains there since {holder['since']} "
+        f"({holder['command']}); wait for it or stop it, or give another folder"
+    )
+
+
+def _identity() -> dict[str, Any]:
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "machine": _machine(),
+        "started": _started(os.getpid()),
+        "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "command": shlex.join(sys.argv)[:200],
+    }
+
+
+def _parsed(text: str) -> dict[str, Any] | None:
+    try:
+        holder = json.loads(text)
+    except ValueError:
+        return None
+    return holder if isinstance(holder, dict) and _identity().keys() <= holder.keys() else None
+
+
+def _is_alive(holder: dict[str, Any]) -> bool | None:
+    """Whether a process is there; None where that cannot be seen from here."""
+    if (holder["host"], holder["machine"]) != (socket.gethostname(), _machine()):
+        return None
+    try:
+        os.kill(holder["pid"], 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        pass
+    return holder["started"] == _started(holder["pid"])  # else its number went to another process
+
+
+def _machine() -> str:
+    """What tells this machine since its start, and this container's processes, from others of the same name."""
+    parts = []
+    with suppress(OSError):
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip())
+    with suppress(OSError):
+        parts.append(os.readlink("/proc/self/ns/pid"))
+    return " ".join(parts)
+
+
+def _started(pid: int) -> str | None:
+    """When a process began, in the system's own count; None where that is not known."""
+    try:
+        words = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        return words[19]
+    except (OSError, IndexError):
+        return None
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    """Removes folders, the innermost first, as far as they hold nothing."""
+    with suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
