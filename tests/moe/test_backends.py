@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import library, nn
+from torch.func import functional_call, grad, jacrev, vmap
 
 import vmoe
 from vmoe import MoeConfig
@@ -72,6 +73,7 @@ def test_segment_linear_passes_torchs_own_checks(bias):
     )
     library.opcheck(segments.segment_linear, arguments)
     torch.autograd.gradcheck(segments.segment_linear, arguments)
+    torch.autograd.gradgradcheck(segments.segment_linear, arguments)
 
 
 def small_model(**knobs) -> nn.Module:
@@ -103,6 +105,7 @@ def test_whole_model_compiles_without_graph_break(training):
     assert model.blocks[1].mlp.statistics.load.sum() == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_a_fractional_capacity_compiles_with_dynamic_shapes():
     moe = MoeConfig(num_experts=4, capacity_factor=1.05, noise_std=0.0, backend="padded")
     layer = vmoe.MoeMlp(8, 16, moe=moe)
@@ -120,6 +123,37 @@ def test_compiling_too_says_that_another_backend_serves():
     experts_module._warn.cache_clear()
     with pytest.warns(UserWarning, match="it needs a capacity; another backend is used"):
         torch.compile(layer, fullgraph=True, backend="eager")(torch.randn(2, 9, 8))
+
+
+@pytest.fixture(params=["auto", "padded", "segments"])
+def loss_of(request):
+    """A layer's parameters, and its loss as a function of them and of images' tokens (B, N, D)."""
+    torch.manual_seed(0)
+    moe = MoeConfig(num_experts=3, noise_std=0.0, capacity_factor=0.8, backend=request.param)
+    layer = vmoe.MoeMlp(3, 4, moe=moe, dtype=torch.float64)
+    parameters = {name: torch.randn_like(value) for name, value in layer.named_parameters()}
+    return parameters, lambda parameters, x: functional_call(layer, parameters, (x,)).square().sum()
+
+
+def test_gradients_of_each_image_by_torch_func(loss_of):
+    parameters, loss = loss_of
+    x = torch.randn(3, 5, 3, dtype=torch.float64)
+    by_image = vmap(grad(loss), in_dims=(None, 0))(parameters, x[:, None])
+    for image in range(3):
+        learned = {name: value.clone().requires_grad_() for name, value in parameters.items()}
+        one = x[image : image + 1]
+        expected = torch.autograd.grad(loss(learned, one), list(learned.values()))
+        torch.testing.assert_close([by_image[name][image] for name in parameters], list(expected))
+        torch.testing.assert_close(list(grad(loss)(parameters, one).values()), list(expected))
+
+
+def test_second_derivatives_by_autograd_and_torch_func(loss_of):
+    parameters, loss = loss_of
+    x = torch.randn(1, 4, 3, dtype=torch.float64, requires_grad=True)
+    torch.autograd.gradgradcheck(lambda x: loss(parameters, x), x)
+    by_autograd = torch.autograd.functional.hessian(lambda x: loss(parameters, x), x)
+    by_func = jacrev(jacrev(loss, argnums=1), argnums=1)(parameters, x.detach())
+    torch.testing.assert_close(by_func, by_autograd)
 
 
 @pytest.mark.slow

@@ -232,6 +232,13 @@ def test_operators_pass_torchs_own_checks():
     library.opcheck(torch.ops.vmoe.fused_experts.default, arguments, test_utils=checks)
 
 
+def test_second_derivatives_are_refused():
+    x, weight = (torch.randn(6, 8, device=DEVICE, requires_grad=True) for _ in range(2))
+    (slope,) = torch.autograd.grad(fused.scores(x, weight).square().sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivatives; compute them on the CPU"):
+        slope.square().sum().backward()
+
+
 @pytest.mark.parametrize(
     ("knobs", "lacks", "misfit"),
     [

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vmoe.moe.kernels import composed, cpu, fused_for, padded, segments
 from vmoe.moe.kernels.interface import Choices, Mlp
 from vmoe.moe.kernels.memory import shared_memory
-from vmoe.moe.kernels.operators import is_traced
+from vmoe.moe.kernels.operators import is_traced, is_transformed
 from vmoe.moe.mlps import Glu
 from vmoe.moe.routing import Routing, SlotRouting
 
@@ -212,7 +212,8 @@ def choose_backend(x_TD: Tensor, choices: Choices, mlp: Mlp, name: str = "auto")
     """The backend of that name, or another with one warning where it cannot serve.
 
     "auto": `fused` on a GPU and `cpu` on a CPU wherever they can; else `padded` on a GPU where there is a capacity;
-    else `segments`. On the meta device `segments`, which counts no row that only another backend's layout needs.
+    else `segments`. On the meta device `segments`, which counts no row that only another backend's layout needs. Where
+    torch.func transforms what is computed, neither `fused` nor `cpu`.
     """
     if x_TD.is_meta:
         return segments
@@ -223,7 +224,7 @@ def choose_backend(x_TD: Tensor, choices: Choices, mlp: Mlp, name: str = "auto")
             assert named is not None
             return named
         _warn_once(f'backend="{name}": {reason}; another backend is used')
-    if x_TD.is_cpu and cpu.takes(mlp):
+    if x_TD.is_cpu and cpu.takes(mlp) and not is_transformed():
         return cpu
     if not x_TD.is_cuda or x_TD.shape[0] == 0:
         return segments
@@ -238,6 +239,8 @@ def choose_backend(x_TD: Tensor, choices: Choices, mlp: Mlp, name: str = "auto")
 
 def _reason_against(name: str, x_TD: Tensor, choices: Choices, mlp: Mlp) -> str | None:
     """Why a backend cannot serve; None when it can."""
+    if name in ("fused", "cpu") and is_transformed():
+        return "torch.func cannot transform it"
     if name == "fused":
         fused = fused_for(x_TD)
         if fused is None:

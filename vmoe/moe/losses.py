@@ -158,6 +158,8 @@ def inject_gradient(y: Tensor, loss: Tensor, scale: Tensor) -> Tensor:
 
 
 class _InjectGradient(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(y: Tensor, loss: Tensor, scale: Tensor) -> Tensor:
         return y.view_as(y)

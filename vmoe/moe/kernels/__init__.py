@@ -14,6 +14,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from vmoe.moe.kernels.operators import is_transformed
+
 try:
     from vmoe.moe.kernels import fused
 except ModuleNotFoundError as error:
@@ -23,7 +25,10 @@ except ModuleNotFoundError as error:
 
 
 def fused_for(tensor: Tensor) -> ModuleType | None:
-    """The package `kernels.fused`, where there is Triton and the tensor lies on an NVIDIA GPU it serves; else None."""
-    if fused is None or not tensor.is_cuda or not tensor.numel() or torch.version.hip is not None:
+    """The package `kernels.fused`, where there is Triton and the tensor lies on an NVIDIA GPU it serves; else None.
+
+    None too where torch.func transforms what is computed.
+    """
+    if fused is None or not tensor.is_cuda or not tensor.numel() or torch.version.hip is not None or is_transformed():
         return None
     return fused if torch.cuda.get_device_properties(tensor.device).major >= fused.MIN_CAPABILITY else None

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vmoe.moe.kernels import segments
+from vmoe.moe.kernels import composed, rows, segments
 from vmoe.moe.kernels.interface import Choices, Mlp
 from vmoe.moe.kernels.memory import shared_memory
 from vmoe.moe.kernels.operators import operator
@@ -161,19 +161,40 @@ def _fake_gradient(grad_TO, weights_TK, weight1, bias1, weight2, bias2, cast1, c
 
 
 def _save(ctx, inputs, output) -> None:
-    x_TD, *tensors, _, tanh, _ = inputs
+    *tensors, _, tanh, _ = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, *output[1:])
-    ctx.x_dtype, ctx.tanh = x_TD.dtype, tanh
+    ctx.tanh = tanh
 
 
 def _backward(ctx, grad_TO: Tensor | None, *_):
     if grad_TO is None:
         return (None,) * 14
     needed = list(ctx.needs_input_grad[:6])
-    grads = cpu_experts_backward(grad_TO, *ctx.saved_tensors, ctx.x_dtype, ctx.tanh, needed)
+    x_TD, *saved = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        grads = _differentiable_gradient(grad_TO, x_TD, saved, ctx.tanh, needed)
+    else:
+        grads = cpu_experts_backward(grad_TO, *saved, x_TD.dtype, ctx.tanh, needed)
     return *(grad if is_needed else None for grad, is_needed in zip(grads, needed, strict=True)), *(None,) * 8
+
+
+def _differentiable_gradient(
+    grad_TO: Tensor, x_TD: Tensor, saved: list[Tensor], tanh: bool, needed: list[bool]
+) -> list[Tensor | None]:
+    """What `cpu_experts_backward` computes, with a graph (create_graph=True): by the backend `segments`, once more."""
+    weights_TK, *parameters, _, _, row_TK, choice_R, ends_E, x_RD, _, _ = saved
+    # aliases: the weights may depend on the tokens, which are no part of this gradient
+    learned = [each if each is None else each.view_as(each) for each in (x_TD, weights_TK, *parameters)]
+    x_TD, weights_TK, *parameters = learned
+    layout, dtype = rows.Layout(row_TK, choice_R, ends_E), x_RD.dtype
+    mlp = Mlp(*parameters, nn.GELU(_approximation(tanh)), None, 0.0, dtype, lambda weight: weight.detach().to(dtype))
+    hidden_RO = composed.two_layers(rows.dispatch(x_TD.to(dtype), layout), mlp, layout, segments.linear)
+    y_TO = rows.combine(hidden_RO, weights_TK, layout)
+    chosen = [each for each, is_needed in zip(learned, needed, strict=True) if is_needed]
+    found = iter(torch.autograd.grad(y_TO, chosen, grad_TO, create_graph=True))
+    return [next(found) if is_needed else None for is_needed in needed]
 
 
 cpu_experts_backward = operator("cpu_experts_backward", _gradient, _fake_gradient)

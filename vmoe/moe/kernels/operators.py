@@ -27,6 +27,7 @@ def operator(
     registered.register_fake(_packed(fake))
     traced = getattr(torch.ops.vmoe, name).default
     if backward is None:
+        registered.register_autograd(_refusal(name))
         direct = _without_gradient(forward, traced)
     else:
         registered.register_autograd(backward, setup_context=save)
@@ -42,11 +43,12 @@ def operator(
 
 def is_traced() -> bool:
     """Whether a compiler, an exporter, torch.func or a mode such as FakeTensorMode watches what is called."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-    )
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or is_transformed()
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func (grad, vjp, vmap, ...) is at work, which operators with a gradient refuse."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def _packed(function: Callable) -> Callable:
@@ -57,6 +59,16 @@ def _packed(function: Callable) -> Callable:
         return function(*(each.contiguous() if isinstance(each, Tensor) else each for each in arguments))
 
     return call
+
+
+def _refusal(name: str) -> Callable:
+    def refuse(ctx, *grads):
+        raise NotImplementedError(
+            f"vmoe::{name} has no derivative of its own, so fused kernels give no second derivatives; "
+            "compute them on the CPU, or with torch.func, for which other kernels serve"
+        )
+
+    return refuse
 
 
 def _without_gradient(forward: Callable, traced: Callable) -> Callable:

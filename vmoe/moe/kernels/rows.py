@@ -44,6 +44,8 @@ def expert_of_row(layout: Layout | None, num_rows: int, num_experts: int, device
 
 
 class _Dispatch(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(x_TD: Tensor, row_TK: Tensor, choice_R: Tensor) -> Tensor:
         return x_TD.index_select(0, choice_R.clamp(max=row_TK.numel() - 1) // row_TK.shape[1])
@@ -60,6 +62,8 @@ class _Dispatch(torch.autograd.Function):
 
 
 class _Combine(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(y_RD: Tensor, weights_TK: Tensor, row_TK: Tensor, choice_R: Tensor) -> Tensor:
         return (_rows_of_choices(y_RD, row_TK) * weights_TK[..., None]).sum(1)

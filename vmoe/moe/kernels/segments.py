@@ -11,6 +11,7 @@ from torch import Tensor, library
 
 from vmoe.moe.kernels import composed
 from vmoe.moe.kernels.interface import Choices, Mlp
+from vmoe.moe.kernels.operators import is_transformed
 from vmoe.moe.kernels.rows import Layout
 
 
@@ -37,7 +38,8 @@ def layout(choices: Choices, num_experts: int) -> Layout:
 
 def linear(x_RD: Tensor, weight_EOD: Tensor, bias_EO: Tensor | None, layout: Layout) -> Tensor:
     """Each expert's rows times its weights; zeros behind the last expert's rows."""
-    return segment_linear(x_RD, weight_EOD, bias_EO, layout.ends_E)
+    product = _SegmentLinear.apply if is_transformed() else segment_linear
+    return product(x_RD, weight_EOD, bias_EO, layout.ends_E)
 
 
 @library.custom_op("vmoe::segment_linear", mutates_args=())
@@ -113,7 +115,7 @@ def _(grad_RO, x_RD, weight_EOD, ends_E, has_bias):
     return torch.empty_like(x_RD), torch.empty_like(weight_EOD), grad_bias_EO
 
 
-def _save_for_backward(ctx, inputs, output) -> None:
+def _save(ctx, inputs, output) -> None:
     x_RD, weight_EOD, bias_EO, ends_E = inputs
     ctx.save_for_backward(x_RD, weight_EOD, ends_E)
     ctx.has_bias = bias_EO is not None
@@ -121,11 +123,70 @@ def _save_for_backward(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad_RO: Tensor):
     x_RD, weight_EOD, ends_E = ctx.saved_tensors
-    grads = torch.ops.vmoe.segment_linear_backward(grad_RO, x_RD, weight_EOD, ends_E, ctx.has_bias)
-    return grads[0], grads[1], grads[2] if ctx.has_bias else None, None
+    gradient = _SegmentGradient.apply if is_transformed() else segment_linear_backward
+    grad_RD, grad_weight_EOD, grad_bias_EO = gradient(grad_RO, x_RD, weight_EOD, ends_E, ctx.has_bias)
+    return grad_RD, grad_weight_EOD, grad_bias_EO if ctx.has_bias else None, None
 
 
-segment_linear.register_autograd(_backward, setup_context=_save_for_backward)
+def _save_of_gradient(ctx, inputs, output) -> None:
+    *tensors, ctx.has_bias = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward_of_gradient(ctx, to_x_RD: Tensor, to_weight_EOD: Tensor, to_bias_EO: Tensor):
+    """The gradients are products too, so the same two operators differentiate them, as often as one likes."""
+    grad_RO, x_RD, weight_EOD, ends_E = ctx.saved_tensors
+    transformed = is_transformed()
+    product = _SegmentLinear.apply if transformed else segment_linear
+    gradient = _SegmentGradient.apply if transformed else segment_linear_backward
+    by_weight_RO = product(to_x_RD, weight_EOD, to_bias_EO if ctx.has_bias else None, ends_E)
+    second_RD = product(grad_RO, to_weight_EOD.transpose(1, 2), None, ends_E)
+    _, second_EOD, _ = gradient(grad_RO, to_x_RD, weight_EOD, ends_E, False)
+    return by_weight_RO + product(x_RD, to_weight_EOD, None, ends_E), second_RD, second_EOD, None, None
+
+
+segment_linear.register_autograd(_backward, setup_context=_save)
+segment_linear_backward.register_autograd(_backward_of_gradient, setup_context=_save_of_gradient)
+
+
+class _SegmentLinear(torch.autograd.Function):
+    """`segment_linear` for torch.func, which differentiates no custom operator."""
+
+    setup_context = staticmethod(_save)
+    backward = staticmethod(_backward)
+
+    @staticmethod
+    def forward(*arguments) -> Tensor:
+        return segment_linear(*arguments)
+
+    @staticmethod
+    def vmap(info, in_dims, *arguments):
+        results = [_SegmentLinear.apply(*each) for each in _samples(info, in_dims, arguments)]
+        return torch.stack(results), 0
+
+
+class _SegmentGradient(torch.autograd.Function):
+    """`segment_linear_backward` for torch.func."""
+
+    setup_context = staticmethod(_save_of_gradient)
+    backward = staticmethod(_backward_of_gradient)
+
+    @staticmethod
+    def forward(*arguments) -> tuple[Tensor, Tensor, Tensor]:
+        return segment_linear_backward(*arguments)
+
+    @staticmethod
+    def vmap(info, in_dims, *arguments):
+        results = [_SegmentGradient.apply(*each) for each in _samples(info, in_dims, arguments)]
+        return tuple(map(torch.stack, zip(*results, strict=True))), (0, 0, 0)
+
+
+def _samples(info, in_dims: tuple, arguments: tuple) -> list[list]:
+    """The arguments of each sample that vmap goes over."""
+    pairs = list(zip(arguments, in_dims, strict=True))
+    return [
+        [each if dim is None else each.select(dim, sample) for each, dim in pairs] for sample in range(info.batch_size)
+    ]
 
 
 def _has_grouped_product(x_RD: Tensor, weight_EOD: Tensor) -> bool:
