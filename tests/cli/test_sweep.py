@@ -61,6 +61,20 @@ def test_the_list_holds_the_command_of_each_run(study, tmp_path, capsys):
     assert not out.exists()
 
 
+def test_names_in_a_study_are_taken_as_they_are_written(study, tmp_path, capsys):
+    arms = (
+        "  no: {data.subset.classes: [00014, yes], moe: null}\n  010:\n    data.root: 1e3\n    moe.layers:\n    - 1\n"
+    )
+    study.write_text(f"config: tiny.yaml\nseeds: [0]\narms:\n{arms}  bare:\n")
+    assert vmoe_main(["sweep", str(study), "--out", "o", "--list"]) == 0
+    start = f"vmoe train --config {tmp_path / 'tiny.yaml'}"
+    assert capsys.readouterr().out.splitlines() == [
+        f"{start} --data.subset.classes '[00014, yes]' --moe null --seed 0 --output_dir o/no_s0",
+        f"{start} --data.root 1e3 --moe.layers '[1]' --seed 0 --output_dir o/010_s0",
+        f"{start} --seed 0 --output_dir o/bare_s0",
+    ]
+
+
 def test_runs_are_trained_passed_over_and_told_when_they_fail(study, tmp_path, capfd):
     study.write_text(study.read_text() + "  wrong: {data.batch_size: 0}\n")
     out = tmp_path / "runs"

@@ -49,6 +49,61 @@ def test_every_config_opens_with_its_command(path):
     assert f"python tools/train.py --config configs/{path.name}" in path.read_text().partition("data:")[0]
 
 
+NAMES = [
+    "00014",
+    "010",
+    "08",
+    "yes",
+    "no",
+    "on",
+    "null",
+    "~",
+    "1e3",
+    "1.10",
+    "2026-01-01",
+    "1:30",
+    "0x10",
+    "1_000",
+    "true",
+]
+
+
+def test_names_are_taken_as_they_are_written(tmp_path):
+    """By YAML, 00014 is twelve, no is false, and 2026-01-01 a date."""
+    path = tmp_path / "names.yaml"
+    flow, block = f"[{', '.join(NAMES)}]", "".join(f"\n    - {name}" for name in NAMES)
+    for written in (flow, block):
+        path.write_text(f"data:\n  name: folder\n  root: 010\n  subset:\n    classes: {written}\noutput_dir: 2026\n")
+        config = parse(["--config", str(path)])
+        assert (config.data.subset.classes, config.data.root, config.output_dir) == (NAMES, "010", "2026")
+    for options in (
+        ["--data.subset.classes", flow],
+        [f"--data.subset.classes={flow}"],
+        ["--data.subset", f"{{classes: {flow}}}"],
+        ["--data.subset.classes", f"[{', '.join(NAMES[:-1])}]", "--data.subset.classes+", NAMES[-1]],
+    ):
+        config = parse(["--data.name", "folder", "--data.root", "010", "--init_from", "010", *options])
+        assert (config.data.subset.classes, config.data.root, config.init_from) == (NAMES, "010", "010")
+    written_down = yaml.safe_dump(to_plain(config))
+    path.write_text(written_down)
+    assert parse(["--config", str(path)]).data.subset.classes == NAMES
+
+
+def test_numbers_stay_numbers(tmp_path):
+    path = tmp_path / "numbers.yaml"
+    path.write_text(
+        "data: {name: digits, batch_size: 010}\noptim: {lr: 1e-3, min_lr: 1.0e-6, clip_norm: null, betas: [0.9, 0.99]}"
+        "\nmodel: {kwargs: {depth: 012}}\nmoe: {layers: [01]}\ntrainer: {compile: no, precision: 32}\ninit_from: ~\n"
+    )
+    config = parse(["--config", str(path)])
+    assert (config.data.batch_size, config.model.kwargs["depth"], config.moe.layers) == (10, 12, [1])
+    assert (config.optim.lr, config.optim.min_lr, config.optim.clip_norm) == (1e-3, 1e-6, None)
+    assert (config.optim.betas, config.trainer.compile, config.init_from) == ((0.9, 0.99), False, None)
+    options = ["--data.batch_size", "010", "--moe.layers", "[010,3]", "--optim.lr", "1e-3"]
+    config = parse(["--data.name", "digits", *options])
+    assert (config.data.batch_size, config.moe.layers, config.optim.lr) == (10, [10, 3], 1e-3)
+
+
 def test_the_command_line_wins_over_the_file(recipe):
     config = parse(
         ["--config", recipe, "--optim.lr", "0.5", "--moe.layers", "[0,1]", "--model.kwargs.drop_path_rate", "0.2"]

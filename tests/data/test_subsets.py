@@ -68,6 +68,8 @@ def test_too_many_a_class_names_the_short_one():
 def test_classes_by_name_and_index_in_the_order_given():
     assert find_classes(["cow", 0, "1"], ["ant", "bee", "cow"]) == [2, 0, 1]
     assert find_classes(["3", 1], ["1", "3"]) == [1, 0]  # a name wins over an index
+    with pytest.raises(UserError, match="no class '01' in this data set"):
+        find_classes(["01"], ["ant", "bee", "cow"])
 
 
 @pytest.mark.parametrize(

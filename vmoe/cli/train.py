@@ -7,13 +7,13 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import jsonargparse
 from rich.console import Console
 
 from vmoe.cli.common import run
-from vmoe.cli.config_files import newer_version, read_config
+from vmoe.cli.config_files import as_written, as_yaml, newer_version, read_config
 from vmoe.cli.recipes import find_recipe, is_recipe, recipe_names
 from vmoe.cli.threads import choose_threads
 from vmoe.cli.train_help import short_help
@@ -22,7 +22,7 @@ from vmoe.errors import UserError
 from vmoe.moe import MoeConfig
 from vmoe.training.config import TrainConfig, is_config_of_run
 from vmoe.training.place import Place
-from vmoe.training.plain import from_plain, section_type
+from vmoe.training.plain import choices, from_plain, section_type
 from vmoe.training.progress import Progress
 from vmoe.training.stopping import Interrupted, stopped_at_once
 from vmoe.version import __version__
@@ -175,18 +175,19 @@ def _parsed(argv: list[str]) -> TrainConfig:
         print(parser.format_all())
         raise SystemExit(0)
     names = option_names(TrainConfig)
-    for path in _config_files(argv):
+    files = _config_files(argv)
+    for path in files:
         _check_keys(read_config(path), TrainConfig, names, path)
     _check_options(argv, names)
     try:
-        parsed = parser.parse_args(argv).as_dict()
+        parsed = parser.parse_args(_as_written(argv)).as_dict()
     except jsonargparse.ArgumentError as error:
         raise UserError(_explain(str(error))) from error
-    files = parsed.pop("config") or []
+    del parsed["config"]
     if parsed["output_dir"] is None:
-        parsed["output_dir"] = f"runs/{Path(str(files[-1])).stem if files else 'default'}"
+        parsed["output_dir"] = f"runs/{Path(files[-1]).stem if files else 'default'}"
     config = _with_chosen_data(parsed)
-    _check_image_size(config, [str(file) for file in files], argv)
+    _check_image_size(config, files, argv)
     return config
 
 
@@ -244,11 +245,17 @@ def _check_image_size(config: TrainConfig, files: list[str], argv: list[str]) ->
 
 def option_names(kind: type, prefix: str = "") -> list[str]:
     """The dotted names of all options of a config dataclass, sections included."""
-    names = []
+    return list(option_types(kind, prefix))
+
+
+def option_types(kind: type, prefix: str = "") -> dict[str, Any]:
+    """The types of all options of a config dataclass, sections included, by dotted name."""
+    found = {}
     for name, hint in get_type_hints(kind).items():
-        section = section_type(hint)
-        names += [prefix + name, *(option_names(section, f"{prefix}{name}.") if section else [])]
-    return names
+        found[prefix + name] = hint
+        if section := section_type(hint):
+            found |= option_types(section, f"{prefix}{name}.")
+    return found
 
 
 def _with_run(argv: list[str]) -> list[str]:
@@ -294,8 +301,41 @@ def _with_recipes(argv: list[str]) -> list[str]:
 
 
 def _config_files(argv: list[str]) -> list[str]:
-    joined = [argument.removeprefix("--config=") for argument in argv if argument.startswith("--config=")]
-    return joined + [path for option, path in itertools.pairwise(argv) if option == "--config"]
+    """The config files, in their order."""
+    return [value for name, value in _pairs(argv) if name == "config" and value is not None]
+
+
+def _as_written(argv: list[str]) -> list[str]:
+    """The command line with the files' content in the place of their names, and with texts in quotes within lists."""
+    hints = option_types(TrainConfig)
+    result = []
+    for name, value in _pairs(argv):
+        if name is None:
+            result.append(value)
+        elif name == "config" and value is not None:
+            result.append(f"--config={as_yaml(read_config(value))}")
+        elif value is None or name == "resume":
+            result += [f"--{name}"] if value is None else [f"--{name}={value}"]
+        else:
+            hint = hints.get(name.removesuffix("+"), Any)
+            if name.endswith("+"):  # one more item of a list
+                hint = next((get_args(kind)[0] for kind in choices(hint) if get_origin(kind) is list), Any)
+            result.append(f"--{name}={as_written(value, hint)}")
+    return result
+
+
+def _pairs(argv: list[str]) -> list[tuple[str | None, str | None]]:
+    """Options with their values, None for one that has none; None and what it is for a stray word."""
+    pairs: list[tuple[str | None, str | None]] = []
+    for argument in argv:
+        if argument.startswith("--"):
+            name, equals, value = argument[2:].partition("=")
+            pairs.append((name, value if equals else None))
+        elif pairs and pairs[-1][0] is not None and pairs[-1][1] is None:
+            pairs[-1] = (pairs[-1][0], argument)
+        else:
+            pairs.append((None, argument))
+    return pairs
 
 
 def _check_keys(plain: dict[str, Any], kind: type, names: list[str], path: str, prefix: str = "") -> None:

@@ -160,8 +160,10 @@ class SubsetConfig:
                 raise ValueError(
                     f"per_class={self.per_class}: cannot be combined with fraction={self.fraction}; keep one"
                 )
-        if self.classes is not None and not self.classes:
-            raise ValueError("classes=[]: must name at least one class, or be null for all of them")
+        if self.classes is not None:
+            if not self.classes:
+                raise ValueError("classes=[]: must name at least one class, or be null for all of them")
+            object.__setattr__(self, "classes", [str(name) for name in self.classes])
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ def find_classes(wanted: Sequence[str | int], class_names: Sequence[str]) -> lis
     for item in wanted:
         if str(item) in by_name:
             index = by_name[str(item)]
-        elif str(item).isdecimal() and int(item) < len(class_names):
+        elif str(item) in map(str, range(len(class_names))):  # so 010 is no index
             index = int(item)
         else:
             hint = nearest(str(item), class_names) or f"the {len(class_names)} classes are {_some(class_names)}"

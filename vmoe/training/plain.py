@@ -28,7 +28,7 @@ def from_plain(kind: type, plain: dict[str, Any], prefix: str = "") -> Any:
     for name, value in plain.items():
         if name not in hints:
             raise UserError(f"{prefix}{name}: no such option in this version")
-        if value is None and type(None) not in _choices(hints[name]):
+        if value is None and type(None) not in choices(hints[name]):
             raise UserError(f"{prefix}{name}: must not be null; leave it out for its default")
         section = section_type(hints[name])
         if section is not None and value is not None:
@@ -48,10 +48,11 @@ def from_plain(kind: type, plain: dict[str, Any], prefix: str = "") -> Any:
 
 def section_type(hint: Any) -> type | None:
     """The config dataclass that a field's type holds, `X` or `X | None`; None for a plain value."""
-    return next((choice for choice in _choices(hint) if dataclasses.is_dataclass(choice)), None)
+    return next((choice for choice in choices(hint) if dataclasses.is_dataclass(choice)), None)
 
 
-def _choices(hint: Any) -> tuple[Any, ...]:
+def choices(hint: Any) -> tuple[Any, ...]:
+    """The types of a union, or the type itself."""
     return typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
 
 
@@ -77,8 +78,8 @@ def _told(hint: Any) -> str:
     """A field's type as a user knows it."""
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
     kinds = {Literal: "a word", list: "a list", tuple: "a list of numbers", dict: "keys and values"}
-    return " or ".join(names.get(choice) or kinds[typing.get_origin(choice)] for choice in _choices(hint))
+    return " or ".join(names.get(choice) or kinds[typing.get_origin(choice)] for choice in choices(hint))
 
 
 def _holds_tuple(hint: Any) -> bool:
-    return any(typing.get_origin(choice) is tuple for choice in _choices(hint))
+    return any(typing.get_origin(choice) is tuple for choice in choices(hint))

@@ -95,7 +95,7 @@ def read_study(
             arm,
             seed,
             folder / f"{arm}_s{seed}",
-            ("--config", str(config), *_as_options(study["arms"][arm] or {}), "--seed", str(seed), *common),
+            ("--config", str(config), *study["arms"][arm], "--seed", str(seed), *common),
         )
         for seed, arm in itertools.product(seeds or study["seeds"], arms or study["arms"])
     ]
@@ -103,7 +103,9 @@ def read_study(
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        study = yaml.safe_load(path.read_text(encoding="utf-8"))
+        loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
+        node = loader.get_single_node()
+        study = None if node is None else loader.construct_document(node)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{path}: no readable YAML file: {error}") from error
     if not isinstance(study, dict) or set(study) != {"config", "seeds", "arms"}:
@@ -117,12 +119,36 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: arms: must be names, each with options by dotted name")
     if not isinstance(seeds, list) or not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds):
         raise UserError(f"{path}: seeds: must be a list of whole numbers from 0")
-    return study
+    written = {key.value: value for key, value in node.value}
+    return study | {"config": written["config"].value, "arms": _arms(loader, written["arms"])}
 
 
-def _as_options(options: dict[str, Any]) -> list[str]:
-    pairs = [(f"--{name}", value if isinstance(value, str) else json.dumps(value)) for name, value in options.items()]
-    return list(itertools.chain.from_iterable(pairs))
+def _arms(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[str, list[str]]:
+    """Of each arm the options for the command line, names and values as they are written: an arm may be called no."""
+    arms = {}
+    for name, options in node.value:
+        arms[name.value] = []
+        if isinstance(options, yaml.MappingNode):
+            loader.flatten_mapping(options)
+            values = {key.value: _text(value) for key, value in options.value}  # of a key that is there twice the last
+            arms[name.value] = [text for key, value in values.items() for text in (f"--{key}", value)]
+    return arms
+
+
+def _text(node: yaml.Node) -> str:
+    if isinstance(node, yaml.ScalarNode):
+        return node.value or ("null" if node.tag.endswith(":null") else "")
+    return yaml.serialize(_flow(node), Dumper=yaml.SafeDumper, width=float("inf")).strip()
+
+
+def _flow(node: yaml.Node) -> yaml.Node:
+    """The same in one line of brackets."""
+    if isinstance(node, yaml.CollectionNode):
+        node.flow_style = True
+        for value in node.value:
+            for each in value if isinstance(value, tuple) else (value,):
+                _flow(each)
+    return node
 
 
 @dataclass
