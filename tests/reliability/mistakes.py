@@ -287,6 +287,13 @@ MISTAKES: dict[str, list[Mistake]] = {
         Mistake("torchvision's loader of digits", "data --config tiny.yaml --device cpu --torchvision --out new"),
         Mistake("processes that cannot share a batch", "scaling --device cpu --processes 2 3"),
     ],
+    "data": [
+        Mistake("no images chosen", "show"),
+        Mistake("no rows", "show --config tiny.yaml --classes 0"),
+        Mistake("a sheet of another format", "show --config tiny.yaml --out sheet.gif"),
+        Mistake("a place that is a file", "show --config tiny.yaml --out tiny.yaml/sheet.png"),
+        Mistake("an unknown option of the data", "show --config tiny.yaml --data.image 3"),
+    ],
     "make-shards": [
         Mistake("a folder that is not there", "lost --out new"),
         Mistake("no train folder", "without_train --out new"),

@@ -14,6 +14,7 @@ JOBS = {
     "sweep": "train the arms and seeds of a study, several side by side",
     "compare": "put runs side by side: accuracy against cost",
     "benchmark": "measure layers, whole models and the data pipeline on this machine",
+    "data": "see the images that a model is trained on",
     "plan": "predict memory and time of a config on many GPUs",
     "predict": "name what is in pictures, with a checkpoint or an exported model",
     "serve": "answer over HTTP what is in pictures",

@@ -13,7 +13,15 @@ from vmoe.data.checking import damaged_images
 from vmoe.data.config import DEFAULTS, Colour, DataConfig
 from vmoe.data.datasets import download, load_splits
 from vmoe.data.imageset import ImageSet
-from vmoe.data.loading import Batch, CorruptedImages, EvalImages, ImageLoader, TrainImages, UnvariedTrainImages
+from vmoe.data.loading import (
+    Batch,
+    CorruptedImages,
+    EvalImages,
+    ImageLoader,
+    TrainImages,
+    UnvariedTrainImages,
+    read_or_next,
+)
 from vmoe.data.mixing import make_mixer
 from vmoe.data.resident import (
     MadeImages,
@@ -131,6 +139,20 @@ class ImageDataModule(LightningDataModule):
     def images_of_classes(self, split: str) -> list[int]:
         """How many images of each class "train", "val" or "test" has, after `setup`."""
         return np.bincount(self._images(split).labels, minlength=self.num_classes).tolist()
+
+    def training_pictures(self, label: int, most: int) -> list[np.ndarray]:
+        """Training images of a class as the first epoch varies them, by the pipeline "workers".
+
+        Args:
+            label: of the class.
+            most: how many; a random choice by the seed alone.
+
+        Returns:
+            (S, S, 3) uint8 each.
+        """
+        train = self._splits.train
+        chosen = np.random.default_rng([self.seed, label]).permutation(np.flatnonzero(train.labels == label))[:most]
+        return [self._augmenter(read_or_next(train, index, [])[0], 0, index) for index in chosen.tolist()]
 
     @property
     def files(self) -> int:
