@@ -9,9 +9,9 @@ import torch
 class Mark:
     """Whether a layer ran in the last forward pass of its model, and the marks of the layers around it.
 
-    Where layers are compiled they only write to marks, and all to as many: a guard on values or numbers would compile
-    the same block of a model anew in each of its places. So a compiled layer does not notice that those before it were
-    skipped, only one that is not compiled does; that those after it were is noticed in any case.
+    In compiled code layers only write to marks, and all layers to as many of them: a guard on their values or numbers
+    would compile the same block once more for each of its places. A compiled layer therefore does not notice that
+    earlier layers were skipped. That later layers were skipped is always noticed.
 
     Attributes:
         ran: Whether it did.
