@@ -15,6 +15,15 @@ from vmoe.cli.evaluate import main
 MOE = {"num_experts": 4, "top_k": 2}
 
 
+def test_a_run_on_fractals_is_measured_on_its_own_test_set_and_on_another_set(save_run):
+    data = {"name": "fractals", "images": 60, "fractals": {"classes": 10, "epoch_images": 80}}
+    run = save_run(moe=MOE, data=data)
+    for options, name, images in (([], "fractals", 20), (["--data", "digits"], "digits", 359)):
+        assert main([str(run), *options]) == 0
+        report = json.loads((run / "evaluation.json").read_text())
+        assert report["data"]["name"] == name and report["results"][0]["images"] == images
+
+
 def test_a_run_is_measured_on_its_own_test_set(save_run, capsys):
     run = save_run(moe=MOE)
     assert main([str(run)]) == 0

@@ -168,11 +168,12 @@ def test_the_kernel_counts_as_the_plain_code_does():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("size", [16, 32, 40, 224])
-def test_a_gpu_makes_the_same_bytes(size):
+def test_a_gpu_makes_the_same_bytes(size, fused):
     config, labels, numbers = FractalConfig(), torch.arange(64) * 60, 5_000_000_000 + torch.arange(64)
     device = torch.device("cuda")
-    on_gpu = maker(config, size, device=device)(labels.to(device), numbers.to(device))
+    on_gpu = PictureMaker(config, size, 0, 1, device, fused)(labels.to(device), numbers.to(device))
     assert torch.equal(on_gpu.cpu(), maker(config, size)(labels, numbers))
 
 

@@ -90,8 +90,7 @@ class TrainingStep:
         self._made = _as_it_is
 
     def _step(self, batch: Batch) -> Tensor:
-        with torch.no_grad():
-            batch = self._made(batch)
+        batch = self._made(batch)
         self.optimizer.zero_grad(set_to_none=True)
         is_mixed, keeps_casts = self.dtype != torch.float32, not self.graphed  # which a graph must not
         with torch.autocast(self.device.type, self.dtype, enabled=is_mixed, cache_enabled=keeps_casts):

@@ -31,7 +31,7 @@ from vmoe.data.resident import (
     check_room,
     is_made,
     make_resident,
-)  # fmt: skip
+)
 from vmoe.data.samplers import EpochBatchSampler
 from vmoe.data.shards import ShardedImages
 from vmoe.data.sharing import FilledLoader, part_of_batches
@@ -190,6 +190,7 @@ class ImageDataModule(LightningDataModule):
         """Mixes a training batch that is on the device, if the config says so."""
         return batch if batch.images is None else self._mixed(batch)
 
+    @torch.no_grad()
     def made(self, batch: Batch) -> Batch:
         """A training batch with its images, mixed: where `in_step` left them out they are made now, on the device."""
         if batch.images is not None:

@@ -118,7 +118,7 @@ class Classifier(LightningModule):
         optimizer.zero_grad()
         kind = self.device.type
         is_mixed, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
-        with torch.autocast(kind, enabled=False), torch.no_grad():
+        with torch.autocast(kind, enabled=False):
             batch = self.trainer.datamodule.made(batch)
         with torch.autocast(kind, dtype, enabled=is_mixed, cache_enabled=False):  # a graph must not keep casts
             loss = self._loss(batch)

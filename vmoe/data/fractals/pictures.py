@@ -29,7 +29,7 @@ from vmoe.data.fractals.systems import (
     MATRIX_ONE,
     PLACE_ONE,
     draw_systems,
-)  # fmt: skip
+)
 from vmoe.data.fusing import Fused
 
 try:
