@@ -15,8 +15,8 @@ from gloo_threads import gloo_threads
 from torch import Tensor
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from vmoe.checkpoint_folders import read_folder
 from vmoe.checkpoints import copy_checkpoint
+from vmoe.checkpoints.sharded import read_folder
 from vmoe.errors import UserError
 from vmoe.training.processes import Place, connect, disconnect, gather, new_mesh, total
 from vmoe.training.sharded_files import FolderWriter

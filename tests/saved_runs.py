@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 import vmoe
-from vmoe.checkpoint_entry import FORMAT_VERSION
 from vmoe.checkpoints import ENTRY
+from vmoe.checkpoints.entry import FORMAT_VERSION
 
 KWARGS = {"patch_size": 4, "embed_dim": 24, "depth": 4, "num_heads": 3}
 DIGITS = tuple("0123456789")

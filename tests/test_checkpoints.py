@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import save_file
 
 import vmoe
-from vmoe.checkpoint_entry import FORMAT_VERSION
 from vmoe.checkpoints import (
     ENTRY,
     RunFolder,
@@ -21,6 +20,7 @@ from vmoe.checkpoints import (
     find_checkpoint,
     load_checkpoint,
 )
+from vmoe.checkpoints.entry import FORMAT_VERSION
 from vmoe.errors import UserError
 from vmoe.export.shared_weights import write_safetensors
 from vmoe.moe import MoeConfig

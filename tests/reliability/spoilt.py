@@ -17,8 +17,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from vmoe.checkpoint_entry import FORMAT_VERSION
 from vmoe.checkpoints import ENTRY
+from vmoe.checkpoints.entry import FORMAT_VERSION
 
 MOE = {"num_experts": 4, "top_k": 2}
 RECIPE = """

@@ -8,8 +8,8 @@ import torch
 from old_files import RELEASED, images
 
 import vmoe
-from vmoe.checkpoint_entry import FORMAT_VERSION
 from vmoe.checkpoints import ENTRY, RunFolder, load_checkpoint, read_checkpoint
+from vmoe.checkpoints.entry import FORMAT_VERSION
 from vmoe.cli.evaluate import main as evaluate
 from vmoe.cli.train import main as train
 from vmoe.data.draws import DRAWS_VERSION

@@ -99,7 +99,7 @@ def _identity(imported: "ImportedModel", names_file: Path | None) -> dict[str, A
     Raises:
         UserError: the images are not square, or the class names do not fit.
     """
-    from vmoe.checkpoint_entry import FORMAT_VERSION
+    from vmoe.checkpoints.entry import FORMAT_VERSION
     from vmoe.models.jax_import import MODEL_NAME
 
     rows, columns = imported.image_size

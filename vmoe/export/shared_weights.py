@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vmoe.checkpoint_entry import check_entry
 from vmoe.checkpoints import ENTRY, SCALE, find_checkpoint, read_checkpoint, rebuilding_config, trained_weights
+from vmoe.checkpoints.entry import check_entry
 from vmoe.export.int8 import require_rounding
 from vmoe.files import atomic_write
 from vmoe.moe.int8 import quantise

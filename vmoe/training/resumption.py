@@ -8,8 +8,8 @@ import shlex
 import socket
 from typing import Any
 
-from vmoe.checkpoint_entry import check_entry
 from vmoe.checkpoints import ENTRY, WITHOUT_EFFECT, RunFolder, flatten, read_without_tensors
+from vmoe.checkpoints.entry import check_entry
 from vmoe.errors import UserError
 from vmoe.files import atomic_write, is_aside, recover, remove_leftovers
 from vmoe.training.config import TrainConfig, is_config_of_run

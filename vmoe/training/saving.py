@@ -11,8 +11,8 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback, Trainer
 
-from vmoe.checkpoint_entry import FORMAT_VERSION
 from vmoe.checkpoints import ENTRY, RunFolder, copy_checkpoint, read_checkpoint
+from vmoe.checkpoints.entry import FORMAT_VERSION
 from vmoe.data.draws import DRAWS_VERSION
 from vmoe.errors import UserError
 from vmoe.files import atomic_write

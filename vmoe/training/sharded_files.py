@@ -12,7 +12,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from vmoe.checkpoint_folders import PLAIN_PART, SafeReader
+from vmoe.checkpoints.sharded import PLAIN_PART, SafeReader
 from vmoe.errors import UserError
 from vmoe.files import new_folder
 from vmoe.training.processes import Place, gather, second_host_group, together

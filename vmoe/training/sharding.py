@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from vmoe.checkpoint_folders import TENSORS_OF, is_sharded, read_plain_part
 from vmoe.checkpoints import ENTRY, read_checkpoint
+from vmoe.checkpoints.sharded import TENSORS_OF, is_sharded, read_plain_part
 from vmoe.errors import UserError
 from vmoe.moe import moe_layers
 from vmoe.moe.parallel import deal_out_experts

@@ -15,8 +15,8 @@ from torch.distributed.tensor import DTensor
 
 from vmoe.bench.scaling.exchange import Profile, Shares
 from vmoe.bench.scaling.jobs import CLASSES, Job
-from vmoe.checkpoint_entry import FORMAT_VERSION
 from vmoe.checkpoints import ENTRY, build_model
+from vmoe.checkpoints.entry import FORMAT_VERSION
 from vmoe.data import Batch
 from vmoe.training.module import Classifier
 from vmoe.training.parallel import cut_of

@@ -4,9 +4,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from vmoe.checkpoint_folders import ENTRY
 from vmoe.errors import UserError
 
+ENTRY = "vmoe"  # what is ours in a checkpoint
 # Raised when an older version of this package could not use what a newer one writes; new entries alone do not.
 FORMAT_VERSION = 1
 _LARGEST_IMAGE = 4096  # as in DataConfig

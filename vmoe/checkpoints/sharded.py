@@ -12,9 +12,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from vmoe.checkpoints.entry import ENTRY
 from vmoe.errors import UserError
 
-ENTRY = "vmoe"  # what is ours in a checkpoint
 PLAIN_PART = "plain.pt"
 # What the names of the folder's tensors begin with, by where an ordinary checkpoint has them.
 TENSORS_OF = {"state_dict": "weights/", "optimizer_states": "optimizer/", "ema": "ema/"}

@@ -20,11 +20,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-import vmoe
-from vmoe.checkpoint_entry import check_entry, checked
-from vmoe.checkpoint_folders import ENTRY, is_sharded, read_folder, read_plain_part
+from vmoe.checkpoints.entry import ENTRY, check_entry, checked
+from vmoe.checkpoints.sharded import is_sharded, read_folder, read_plain_part
 from vmoe.errors import UserError
 from vmoe.files import atomic_write, new_folder
+from vmoe.models import create_model
 from vmoe.models.sources import with_source
 from vmoe.moe import MoeConfig
 from vmoe.moe.int8 import dequantise
@@ -269,11 +269,11 @@ def build_model(
 
 def _create(name: str, moe: MoeConfig | bool, num_classes: int, image_size: int, kwargs: dict[str, Any]) -> nn.Module:
     try:
-        return vmoe.create_model(name, moe, num_classes=num_classes, img_size=image_size, **kwargs)
+        return create_model(name, moe, num_classes=num_classes, img_size=image_size, **kwargs)
     except TypeError as error:
         if "img_size" not in str(error):
             raise
-        return vmoe.create_model(name, moe, num_classes=num_classes, **kwargs)
+        return create_model(name, moe, num_classes=num_classes, **kwargs)
 
 
 def _check_patches(model: nn.Module, image_size: int) -> None:

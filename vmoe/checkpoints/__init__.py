@@ -1,0 +1,42 @@
+"""What a run's folder and a checkpoint are: the one room that knows the format and opens, checks and rebuilds them.
+
+`entry` is what is ours in a file, `sharded` a folder of shards, `loading` a file's content and its model.
+"""
+
+from vmoe.checkpoints.entry import ENTRY, FORMAT_VERSION, check_entry
+from vmoe.checkpoints.loading import (
+    SCALE,
+    WITHOUT_EFFECT,
+    Checkpoint,
+    RunFolder,
+    build_model,
+    copy_checkpoint,
+    find_checkpoint,
+    flatten,
+    load_checkpoint,
+    read_checkpoint,
+    read_without_tensors,
+    rebuilding_config,
+    timm_arguments,
+    trained_weights,
+)
+
+__all__ = [
+    "ENTRY",
+    "FORMAT_VERSION",
+    "SCALE",
+    "WITHOUT_EFFECT",
+    "Checkpoint",
+    "RunFolder",
+    "build_model",
+    "check_entry",
+    "copy_checkpoint",
+    "find_checkpoint",
+    "flatten",
+    "load_checkpoint",
+    "read_checkpoint",
+    "read_without_tensors",
+    "rebuilding_config",
+    "timm_arguments",
+    "trained_weights",
+]
