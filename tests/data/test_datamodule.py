@@ -3,6 +3,8 @@
 import gc
 import random
 import re
+import subprocess
+import sys
 from contextlib import suppress
 from multiprocessing import active_children
 
@@ -54,6 +56,35 @@ def test_config_overrides_the_defaults_of_the_set():
     assert batch.images.shape == (7, 3, 24, 24) and batch.images.min() == 0 and batch.images.max() <= 1
     (only,) = training_batches(data)  # a set smaller than a batch gives one smaller batch
     assert len(only.labels) == 1293
+
+
+def test_batches_come_through_pipes_where_shared_memory_is_full(monkeypatch):
+    def full(tensor):
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+    expected = training_batches(module())
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "share_memory_", full)
+        with pytest.warns(UserWarning, match="--shm-size") as told:
+            found = training_batches(module(workers=2))
+    assert_equal(found, expected)
+    assert type(found[0]) is type(expected[0]) and torch.equal(found[0].keys, expected[0].keys)
+    assert len(told) == 1
+
+
+@pytest.mark.slow
+def test_a_container_s_small_shared_memory():
+    """Batches of 100 MB in the 64 MiB that Docker gives, where such a file system may be mounted."""
+    code = "from vmoe.data import DataConfig, ImageDataModule\n"
+    code += "data = ImageDataModule(DataConfig(image_size=256, workers=2), 0)\n"
+    code += "data.setup()\nprint(sum(len(batch.labels) for batch in data.train_dataloader()))"
+    mounted = 'mount -t tmpfs -o size=64m none /dev/shm && exec "$0" -c "$1"'
+    if subprocess.run(["unshare", "-m", "mount", "-t", "tmpfs", "none", "/dev/shm"], capture_output=True).returncode:
+        pytest.skip("no file system may be mounted here")
+    command = ["unshare", "-m", "sh", "-c", mounted, sys.executable, code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout) == (0, "1280\n"), done.stderr
+    assert "--shm-size" in done.stderr
 
 
 @pytest.mark.parametrize("preset", ["light", "strong"])

@@ -2,8 +2,11 @@
 
 import csv
 import json
+import os
 import re
 import shutil
+import signal
+from multiprocessing import active_children
 
 import pytest
 import timm
@@ -18,6 +21,7 @@ from vmoe.cli.export import main as export
 from vmoe.cli.train import main
 from vmoe.data import DataConfig, ImageDataModule
 from vmoe.data.config import AugmentConfig, SubsetConfig
+from vmoe.data.loading import TrainImages
 from vmoe.training.journal import TRAIN_COLUMNS, VAL_COLUMNS, MetricsTable
 from vmoe.training.module import Classifier
 from vmoe.training.saving import Saving
@@ -340,6 +344,18 @@ def test_damaged_images_are_counted_and_named(run, monkeypatch, capsys):
     )
     run()
     assert "2 damaged images were replaced: a/b.png, c.png" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("signum", "advice"), [(signal.SIGKILL, "most likely memory ran out"), (signal.SIGBUS, "--shm-size 1g")]
+)
+def test_the_death_of_a_loader_s_worker_ends_the_run_with_a_line(run, monkeypatch, capsys, signum, advice):
+    monkeypatch.setattr(TrainImages, "__getitems__", lambda self, keys: os.kill(os.getpid(), signum))
+    code, _ = run("--data.workers", "1")
+    assert code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "data.workers: a process that loads images ended by the signal" in error and advice in error
+    assert not active_children()
 
 
 def test_a_full_disk_leaves_the_old_checkpoint(run, monkeypatch, capsys):

@@ -38,9 +38,10 @@ def run(
             raise
         line = str(error)
     except (ImportError, RuntimeError) as error:
-        if not breaks_torchvision(error):
+        known = TORCHVISION_IS_BROKEN if breaks_torchvision(error) else _of_machine(error)
+        if known is None:
             raise
-        line = TORCHVISION_IS_BROKEN
+        line = known
     except KeyboardInterrupt:
         print(f"vmoe {name}: interrupted", file=sys.stderr)
         return 130
@@ -50,6 +51,20 @@ def run(
     line = in_options(" ".join(line.split()), options or {})
     print(f"vmoe {name}: error: {printable(line)}", file=sys.stderr)
     return 2
+
+
+def _of_machine(error: Exception) -> str | None:
+    """A line on what this machine failed in; None where it is something else."""
+    text = str(error)
+    if text.startswith("DataLoader worker"):  # its cause, if not itself, names the signal
+        end = f"{text} {error.__cause__}".partition("signal: ")[2].partition(".")[0]
+        advice = {
+            "Killed": "most likely memory ran out: give fewer data.workers or a smaller data.batch_size",
+            "Bus error": "shared memory ran out: start a container with --shm-size 1g, or give fewer data.workers",
+        }
+        why = advice.get(end, "with data.workers=0 the main process shows why")
+        return f"data.workers: a process that loads images ended{f' by the signal {end}' * bool(end)}; {why}"
+    return None
 
 
 def _with_home(argument: str) -> str:

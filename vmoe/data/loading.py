@@ -1,5 +1,6 @@
 """From splits to batches: what the worker processes run, and the loader around them."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -7,7 +8,8 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from vmoe.data.augment import Augmenter
 from vmoe.data.config import Colour
@@ -16,6 +18,11 @@ from vmoe.data.datasets import ImageSet
 from vmoe.data.images import eval_crop, load_image, normalise
 from vmoe.data.samplers import Key
 from vmoe.errors import UserError
+
+_SMALL_SHARED_MEMORY = (
+    "shared memory (/dev/shm) is full, so batches come from the workers through pipes, which is slower; "
+    "start a container with --shm-size 1g"
+)
 
 
 class Batch(NamedTuple):
@@ -182,7 +189,8 @@ class ImageLoader(DataLoader):
     """A DataLoader of whole batches that raises a worker's UserError as it was.
 
     PyTorch would raise it with the worker's traceback for a message. Iterating starts with the first batch asked for,
-    when the sampler knows its epoch, and not with `iter()`. No global random state is drawn from.
+    when the sampler knows its epoch, and not with `iter()`. No global random state is drawn from. Where shared memory
+    is full, as a container's 64 MiB soon are, batches come through a pipe, with a warning: PyTorch would wait for ever.
 
     Args:
         dataset: whose `__getitems__` gives a batch.
@@ -205,7 +213,13 @@ class ImageLoader(DataLoader):
         if self.num_workers:
             # A forked worker would wait for ever for OpenCV's threads, which stay behind in this process.
             cv2.setNumThreads(0)
+        is_warned = False
         for batch in super().__iter__():
+            if isinstance(batch, _ThroughPipe):
+                if not is_warned:
+                    warnings.warn(_SMALL_SHARED_MEMORY, stacklevel=1)  # the caller is Lightning, whose are hidden
+                    is_warned = True
+                batch = batch.taken(self.pin_memory)
             if isinstance(batch, UserError):
                 try:
                     raise batch
@@ -214,8 +228,28 @@ class ImageLoader(DataLoader):
             yield batch
 
 
+class _ThroughPipe:
+    """A batch of a worker whose tensors are arrays, which need no shared memory.
+
+    Args:
+        batch: A tuple, some of whose items are tensors.
+    """
+
+    def __init__(self, batch: tuple) -> None:
+        self._type, self._items = type(batch), [each.numpy() if isinstance(each, Tensor) else each for each in batch]
+
+    def taken(self, pinned: bool) -> tuple:
+        """The batch, in pinned memory if it must be."""
+        items = [torch.from_numpy(each) if isinstance(each, np.ndarray) else each for each in self._items]
+        items = [each.pin_memory() if pinned and isinstance(each, Tensor) else each for each in items]
+        return self._type(*items) if issubclass(self._type, Batch) else self._type(items)
+
+
 class _ErrorsAsValues(Dataset):
-    """Hands a UserError over to the main process as a value: there `ImageLoader` raises it."""
+    """What a worker hands over to the main process, where `ImageLoader` takes it: batches, and a UserError as a value.
+
+    Tensors are put into shared memory here: where that fails later, the batch is lost in a thread of the worker.
+    """
 
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset
@@ -223,12 +257,20 @@ class _ErrorsAsValues(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitems__(self, keys: list) -> Batch | UserError:
+    def __getitems__(self, keys: list) -> tuple | UserError | _ThroughPipe:
         try:
-            return self.dataset.__getitems__(keys)
+            batch = self.dataset.__getitems__(keys)
         except UserError as error:
             return UserError(str(error))
+        if get_worker_info() is not None:
+            try:
+                for each in batch:
+                    if isinstance(each, Tensor):
+                        each.share_memory_()
+            except RuntimeError:  # what torch makes of a full /dev/shm
+                return _ThroughPipe(batch)
+        return batch
 
 
-def _as_it_is(batch: Batch | UserError) -> Batch | UserError:
+def _as_it_is(batch: Any) -> Any:
     return batch
