@@ -4,6 +4,7 @@ import errno
 import glob
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -25,20 +26,60 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    with writing(path), folder_for(path):
+        try:
+            temporary.touch()
+            mode = temporary.stat().st_mode
+            yield temporary
+            temporary.chmod(mode)  # as any new file has it: safetensors makes files that nobody else may read
+            with open(temporary, "rb+") as written:
+                os.fsync(written.fileno())
+            replace(temporary, path)
+        finally:
+            with suppress(OSError):  # the first error is the one to tell
+                temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Has a file or folder that cannot be written end in one line, whichever library writes.
+
+    Raises:
+        UserError: the file system refuses, for example because the disk is full.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = why_not_written(error)
+        if reason is None:
+            raise
+        raise UserError(f"{path}: cannot be written ({reason}); choose another place") from error
+
+
+def why_not_written(error: Exception) -> str | None:
+    """What the file system refused, such as "No space left on device"; None where an error is of another kind."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    text = str(error)
+    if type(error).__name__ == "SafetensorError" and (found := re.search(r"\(os error (\d+)\)", text)):
+        return os.strerror(int(found[1]))
+    if isinstance(error, RuntimeError) and re.search("inline_container|PytorchStreamWriter", text):  # torch's zip files
+        return (isinstance(error.__context__, OSError) and error.__context__.strerror) or "the file system failed"
+    return None
+
+
+@contextmanager
+def folder_for(path: Path) -> Iterator[None]:
+    """Makes the folder that `path` lies in; on an error, what it has made goes again."""
+    made = [parent for parent in path.parents if not parent.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        yield temporary
-        temporary.chmod(mode)  # as any new file has it: safetensors makes files that nobody else may read
-        with open(temporary, "rb+") as written:
-            os.fsync(written.fileno())
-        replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error}); choose another place") from error
-    finally:
-        with suppress(OSError):  # such as a folder that is a file: the first error is the one to tell
-            temporary.unlink(missing_ok=True)
+        yield
+    except BaseException:
+        for parent in made:
+            with suppress(OSError):  # such as a folder in which others have written meanwhile
+                parent.rmdir()
+        raise
 
 
 def require_writable(*paths: str | Path) -> None:
@@ -65,16 +106,17 @@ def new_folder(path: Path) -> Iterator[Path]:
         UserError: it cannot be written.
     """
     temporary = path.with_name(f".{path.name}.new")
-    try:
-        _remove(temporary)
-        temporary.mkdir(parents=True)
-        yield temporary
-        replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error}); choose another place") from error
-    finally:
-        with suppress(OSError):  # such as a parent that is a file: the first error is the one to tell
+    with writing(path), folder_for(path):
+        try:
             _remove(temporary)
+            temporary.mkdir()
+            yield temporary
+            replace(temporary, path)
+        except UserError as error:  # of a file in it
+            raise UserError(str(error).replace(str(temporary), str(path)), error.everywhere) from error
+        finally:
+            with suppress(OSError):  # the first error is the one to tell
+                _remove(temporary)
 
 
 def replace(temporary: Path, path: Path) -> None:

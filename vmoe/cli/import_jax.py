@@ -152,4 +152,5 @@ def _write(imported: "ImportedModel", identity: dict[str, Any], path: Path) -> N
             save_file(weights, temporary, metadata={"format": "pt", ENTRY: json.dumps(identity)})
         else:
             prefixed = {f"model.{name}": value for name, value in weights.items()}
-            torch.save({"state_dict": prefixed, ENTRY: identity, "global_step": 0}, temporary)
+            with open(temporary, "wb") as file:
+                torch.save({"state_dict": prefixed, ENTRY: identity, "global_step": 0}, file)

@@ -58,7 +58,7 @@ def _prune(argv: list[str]) -> int:
     from vmoe.cli.train import trained
     from vmoe.export.pruning import check_prunable, merged_groups, pruned_groups
     from vmoe.export.usage import measure_use
-    from vmoe.files import write_json
+    from vmoe.files import new_folder, write_json
 
     device = choose_device(options.device)
     checkpoint = load_checkpoint(options.checkpoint, device)
@@ -74,10 +74,11 @@ def _prune(argv: list[str]) -> int:
     choose = merged_groups if options.merge else pruned_groups
     groups = {name: choose(each, options.keep, options.by) for name, each in use.items()}
     rows = {"before": _measured(checkpoint, data, device)}
-    _write(options.out, checkpoint, groups, use)
-    rows["after"] = _measured(load_checkpoint(options.out, device), data, device)
-    report = _report(checkpoint, data, device, groups, use) | {"command": shlex.join(["vmoe", "prune", *argv])}
-    write_json(options.out / "prune.json", report | {"results": rows})
+    with new_folder(options.out) as folder:
+        _write(folder, checkpoint, groups, use)
+        rows["after"] = _measured(load_checkpoint(folder, device), data, device)
+        report = _report(checkpoint, data, device, groups, use) | {"command": shlex.join(["vmoe", "prune", *argv])}
+        write_json(folder / "prune.json", report | {"results": rows})
     if config is not None:
         code = trained(lambda: config, ["vmoe", "prune", *argv])
         if code:

@@ -1,18 +1,15 @@
 """Writing webdataset's tar shards from class folders."""
 
 import json
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 
 from vmoe.data.folders import find_split_folders, read_class_folders
 from vmoe.data.shards import CLASSES, load_shards
 from vmoe.errors import UserError
-from vmoe.files import require_writable
+from vmoe.files import new_folder, require_writable
 
 
 def write_shards(
@@ -54,10 +51,7 @@ def write_shards(
     folders = read_class_folders(found)
     if folders.passed_over:
         say(f"{source}: passed over: {folders.passed_over}")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as temporary:
-        folder = Path(temporary) / "shards"
-        folder.mkdir()
+    with new_folder(target) as folder:
         for split, samples in folders.samples.items():
             order = np.random.default_rng(seed).permutation(len(samples))
             limits = {"maxcount": images, "maxsize": megabytes * 1e6, "verbose": 0}
@@ -65,10 +59,15 @@ def write_shards(
                 for done, index in enumerate(order, 1):
                     path, label = Path(samples[index][0]), samples[index][1]
                     form = path.suffix[1:].lower()
-                    writer.write({"__key__": f"{index:09d}", form: path.read_bytes(), "cls": str(label).encode()})
+                    writer.write({"__key__": f"{index:09d}", form: _read(path), "cls": str(label).encode()})
                     show(split, done, len(samples))
         (folder / CLASSES).write_text(json.dumps(folders.classes, ensure_ascii=False), encoding="utf-8")
         load_shards(folder)  # writes the index, and finds what cannot be read back
-        shutil.copymode(target.parent, folder)
-        os.replace(folder, target)
     return {split: len(list(target.glob(f"{split}-*.tar"))) for split in found}
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}); repair or remove it") from error

@@ -8,7 +8,6 @@ this package opens, too), README.md, the model card, and for a V-MoE routing.png
 import json
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from vmoe.checkpoints import Checkpoint, load_checkpoint, timm_arguments
 from vmoe.errors import UserError
 from vmoe.export.card import PICTURE, draw_routing, is_untouched, model_card
 from vmoe.export.shared_weights import write_safetensors
-from vmoe.files import replace
+from vmoe.files import new_folder
 from vmoe.models.registry import ON_BACKBONE
 from vmoe.moe import moe_layers
 
@@ -46,22 +45,15 @@ def write_hub_folder(path: str | Path, source: str | Path, license: str | None =
     checkpoint = load_checkpoint(source)
     if path.exists() and not (path.is_dir() and (not any(path.iterdir()) or (path / WEIGHTS).is_file())):
         raise UserError(f"--out {path}: exists and is no folder of a model; choose another place")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as parent:
-            folder = Path(parent) / path.name
-            folder.mkdir()
-            write_safetensors(folder / WEIGHTS, source)
-            _write_config(folder, checkpoint)
-            is_new = _is_free(path / CARD)
-            if is_new:
-                (folder / CARD).write_text(model_card(checkpoint, source, license), encoding="utf-8")
-            if moe_layers(checkpoint.model):
-                draw_routing(checkpoint).save(folder / PICTURE)
-            _keep_others(path, folder, {WEIGHTS, CONFIG, PICTURE, *([CARD] if is_new else [])})
-            replace(folder, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error}); choose another place") from error
+    with new_folder(path) as folder:
+        write_safetensors(folder / WEIGHTS, source)
+        _write_config(folder, checkpoint)
+        is_new = _is_free(path / CARD)
+        if is_new:
+            (folder / CARD).write_text(model_card(checkpoint, source, license), encoding="utf-8")
+        if moe_layers(checkpoint.model):
+            draw_routing(checkpoint).save(folder / PICTURE)
+        _keep_others(path, folder, {WEIGHTS, CONFIG, PICTURE, *([CARD] if is_new else [])})
     return is_new
 
 

@@ -24,7 +24,7 @@ from vmoe.checkpoints import Checkpoint, load_checkpoint
 from vmoe.errors import UserError
 from vmoe.export.int8 import Int8Linear, require_rounding
 from vmoe.export.layer import exportable_copy
-from vmoe.files import replace
+from vmoe.files import folder_for, replace, writing
 
 SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2", "aoti": ".pt2"}
 BATCHES = (1, 3, 8, 33)
@@ -227,13 +227,17 @@ def write_onnx(
 
 
 def _write_torch_export(file: Path, program: ExportedProgram, metadata: dict[str, Any]) -> dict[str, Any]:
-    torch.export.save(program, file, extra_files={METADATA: json.dumps(metadata)})
+    content = io.BytesIO()  # since torch's own writer of files aborts the process when the disk is full
+    torch.export.save(program, content, extra_files={METADATA: json.dumps(metadata)})
+    file.write_bytes(content.getbuffer())
     return {}
 
 
 def _write_aoti(file: Path, program: ExportedProgram, metadata: dict[str, Any]) -> dict[str, Any]:
     configs = {"aot_inductor.metadata": {METADATA: json.dumps(metadata)}}
-    torch._inductor.aoti_compile_and_package(program, package_path=str(file), inductor_configs=configs)
+    content = io.BytesIO()  # likewise
+    torch._inductor.aoti_compile_and_package(program, package_path=content, inductor_configs=configs)
+    file.write_bytes(content.getbuffer())
     return {}
 
 
@@ -252,12 +256,9 @@ def _folder_beside(path: Path) -> Iterator[Path]:
     Raises:
         UserError: the place cannot be written.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-            yield Path(folder)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error}); choose another place") from error
+    scratch = f".{path.name}."
+    with writing(path), folder_for(path), tempfile.TemporaryDirectory(prefix=scratch, dir=path.parent) as folder:
+        yield Path(folder)
 
 
 @contextmanager

@@ -35,10 +35,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         with atomic_write(path) as temporary, open(temporary, "wb") as file:
-            try:
-                torch.save(checkpoint, file)
-            except RuntimeError as error:  # what torch makes of a failed write
-                raise OSError(f"the file system failed: {' '.join(str(error).split())[:100]}") from error
+            torch.save(checkpoint, file)
 
 
 class Saving(Callback):

@@ -1,0 +1,68 @@
+"""A disk that is full ends every writer in one line, with exit code 2, and leaves nothing under the result's name."""
+
+import resource
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import saved_runs
+from PIL import Image
+
+from vmoe.cli.main import main
+
+MOE = {"num_experts": 3, "layers": [1, 3]}
+JAX = Path(__file__).parents[1] / "fixtures" / "vmoe_jax_token" / "vmoe_tiny_token"
+ROOM = 40_000  # bytes, by which files can grow: less than any of the weights and shards
+
+
+@contextmanager
+def small_files():
+    """No file of this process grows larger: Python ignores the signal, so writes fail as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (ROOM, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("sources")
+    saved_runs.save_run(folder / "run", MOE)
+    noise = np.random.default_rng(0)
+    for place in ("train/a", "train/b", "val/a"):
+        (folder / "tree" / place).mkdir(parents=True)
+        Image.fromarray(noise.integers(0, 256, (150, 150, 3), dtype=np.uint8)).save(folder / "tree" / place / "1.png")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "export {run} --out {new}.safetensors",
+        "export {run} --out {new} --format hub",
+        "export {run} --out {new}.pt2 --format torch-export",
+        pytest.param("export {run} --out {new}.onnx --format onnx", marks=pytest.mark.slow),
+        "consolidate {run} --out {new}.safetensors",
+        "prune {run} --keep 2 --images 64 --out {new}",
+        "distill {run} --out {new} -- --trainer.epochs 1",
+        "make-shards {tree} --out {new}",
+        "import_jax {jax} --out {new}.ckpt",
+        "import_jax {jax} --out {new}.safetensors",
+    ],
+)
+def test_a_full_disk_is_one_line_and_leaves_nothing(sources, tmp_path, capsys, arguments):
+    if "onnx" in arguments:
+        pytest.importorskip("onnxscript")
+    new = tmp_path / "inner" / "new"
+    places = {"run": sources / "run", "tree": sources / "tree", "new": new, "jax": JAX}
+    words = arguments.format(**places).split()
+    with small_files():
+        assert main(words) == 2
+    error = capsys.readouterr().err
+    result = next(word for word in words if word.startswith(str(new)))
+    assert error.count("\n") == 1, error
+    assert error.startswith(f"vmoe {words[0]}: error: {result}") and "cannot be written (File too large)" in error
+    assert list(tmp_path.rglob("*")) == []
