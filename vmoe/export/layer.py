@@ -20,7 +20,7 @@ from vmoe.moe.assignment import Capacity
 from vmoe.moe.experts import Experts
 from vmoe.moe.groups import Groups
 from vmoe.moe.routing import Routing
-from vmoe.moe.scores import full_precision_linear
+from vmoe.moe.scores import scores
 
 MakeLinear = Callable[[Tensor, Tensor | None], nn.Module]
 
@@ -151,7 +151,7 @@ class ExportedMoe(nn.Module):
 
     def _expert_choice(self, x_TD: Tensor, groups: Groups, valid_GS: Tensor | None) -> tuple[Tensor, Tensor]:
         """The same where each expert takes the C tokens with its largest gates; of equal gates, the earlier token."""
-        gates_GSE = groups.split(full_precision_linear(x_TD, self.router.gate.weight)).softmax(-1)
+        gates_GSE = groups.split(scores(x_TD, self.router.gate)).softmax(-1)
         most, each_G = self.capacity(groups, valid_GS)
         ranked_GSE = gates_GSE if valid_GS is None else gates_GSE.masked_fill(~valid_GS[..., None], -1.0)
         best_GCE = ranked_GSE.topk(most, dim=1).values
@@ -170,14 +170,15 @@ class _Expert(nn.Module):
 
     def __init__(self, experts: Experts, index: int, make_linear: MakeLinear) -> None:
         super().__init__()
+        layers = experts.layers()
         self.fc1, self.fc2 = (
-            make_linear(layer.weight.detach()[index], None if layer.bias is None else layer.bias.detach()[index])
-            for layer in (experts.fc1, experts.fc2)
+            make_linear(weight.detach()[index], None if bias is None else bias.detach()[index])
+            for weight, bias in layers
         )
         self.act = experts.act
         self.norm = nn.Identity()
         if experts.norm is not None:
-            self.norm = nn.LayerNorm(experts.fc2.weight.shape[-1], experts.norm.eps)
+            self.norm = nn.LayerNorm(layers[1][0].shape[-1], experts.norm.eps)
             for own, stacked in ((self.norm.weight, experts.norm.weight), (self.norm.bias, experts.norm.bias)):
                 own.data.copy_(stacked.detach()[index]) if stacked is not None else None
 

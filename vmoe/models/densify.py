@@ -82,7 +82,8 @@ def _check(layers: dict[str, MoeMlp], how: str, expert: int, weights: Mapping) -
 
 
 def _check_join(name: str, layer: MoeMlp) -> None:
-    width, dense_width = layer.experts.fc1.weight.shape[1], layer.dense_form.first_width
+    (weight1, _), _ = layer.experts.layers()
+    width, dense_width = weight1.shape[1], layer.dense_form.first_width
     if layer.num_experts * width != dense_width:
         raise ValueError(f"{name} has {layer.num_experts} experts of {width} rows to join; the MLP has {dense_width}")
     if layer.experts.norm is not None and layer.num_experts > 1:
@@ -92,7 +93,8 @@ def _check_join(name: str, layer: MoeMlp) -> None:
 def _joined_mlp(layer: MoeMlp, factor_E: Tensor) -> nn.Module:
     """The experts' hidden units side by side, in order; (E, 2H) rows before a gate are its two halves."""
     experts = layer.experts
-    factor_E = factor_E.to(experts.fc2.weight)
+    (weight1, bias1), (weight2, bias2) = experts.layers()
+    factor_E = factor_E.to(weight2)
     halves = 2 if isinstance(experts.act, Glu) else 1
 
     def side_by_side(rows: Tensor) -> Tensor:
@@ -100,14 +102,14 @@ def _joined_mlp(layer: MoeMlp, factor_E: Tensor) -> nn.Module:
 
     norm = None
     if experts.norm is not None:
-        norm = _dense_norm(experts.norm, experts.fc2.weight.shape[-1], lambda stacked: stacked.detach()[0])
-    weight2_EOH = experts.fc2.weight.detach() * factor_E[:, None, None]
+        norm = _dense_norm(experts.norm, weight2.shape[-1], lambda stacked: stacked.detach()[0])
+    weight2_EOH = weight2.detach() * factor_E[:, None, None]
     return _assembled(
         layer,
-        side_by_side(experts.fc1.weight),
-        None if experts.fc1.bias is None else side_by_side(experts.fc1.bias),
+        side_by_side(weight1),
+        None if bias1 is None else side_by_side(bias1),
         weight2_EOH.transpose(0, 1).flatten(1),
-        None if experts.fc2.bias is None else factor_E @ experts.fc2.bias.detach(),
+        None if bias2 is None else factor_E @ bias2.detach(),
         norm,
     )
 
@@ -119,15 +121,14 @@ def _dense_mlp(layer: MoeMlp, share_E: Tensor) -> nn.Module:
         wide_E = (share_E / share_E.sum()).to(stacked.device, torch.float64)
         return torch.einsum("e...,e->...", stacked.detach().double(), wide_E).to(stacked.dtype)
 
-    norm = None
-    if experts.norm is not None:
-        norm = _dense_norm(experts.norm, experts.fc2.weight.shape[-1], mean)
+    (weight1, bias1), (weight2, bias2) = experts.layers()
+    norm = None if experts.norm is None else _dense_norm(experts.norm, weight2.shape[-1], mean)
     return _assembled(
         layer,
-        mean(experts.fc1.weight),
-        None if experts.fc1.bias is None else mean(experts.fc1.bias),
-        mean(experts.fc2.weight),
-        None if experts.fc2.bias is None else mean(experts.fc2.bias),
+        mean(weight1),
+        None if bias1 is None else mean(bias1),
+        mean(weight2),
+        None if bias2 is None else mean(bias2),
         norm,
     )
 
@@ -144,8 +145,7 @@ def _assembled(
     layer: MoeMlp, fc1: Tensor, bias1: Tensor | None, fc2: Tensor, bias2: Tensor | None, norm: nn.LayerNorm | None
 ) -> nn.Module:
     """An MLP as the layer replaced, with these weights."""
-    reference = layer.experts.fc2.weight
-    mlp = layer.dense_form.rebuild(reference.device, reference.dtype).train(layer.training)
+    mlp = layer.dense_form.rebuild(fc2.device, fc2.dtype).train(layer.training)
     parts = MlpParts(fc1, bias1, fc2, bias2, layer.experts.act, norm, drop=(0.0, 0.0), use_conv=layer.use_conv)
     put_together(mlp, parts)
     return mlp

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vmoe.moe.attached import is_bare
 from vmoe.moe.kernels import composed, cpu, fused_for, padded, segments
 from vmoe.moe.kernels.interface import Choices, Mlp
 from vmoe.moe.kernels.memory import shared_memory
@@ -33,6 +34,14 @@ class ExpertLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features, **placement))
         self.bias = nn.Parameter(torch.empty(num_experts, out_features, **placement)) if bias else None
         _start(self)
+
+    def forward(self, x: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """The weight and the bias. A call, so that hooks, parametrizations and adapters can change them.
+
+        Args:
+            x: What they will be used for; some adapters expect an input.
+        """
+        return self.weight, self.bias
 
     def fill(self, weight: Tensor, bias: Tensor | None) -> None:
         """Gives every expert the same `weight` (out, in) and `bias` (out,)."""
@@ -137,15 +146,27 @@ class Experts(nn.Module):
     def forward(self, x_TD: Tensor, routing: Routing | SlotRouting) -> Tensor:
         """(T, D) -> (T, out). Runs in autocast's type where autocast is on."""
         dtype = compute_dtype(x_TD)
-        mlp = self._mlp(dtype)
+        mlp = self._mlp(dtype, x_TD)
         if isinstance(routing, Routing):
             choices = Choices.of(routing)
             x_TD = x_TD if routing.x_TD is None else routing.x_TD
             return choose_backend(x_TD, choices, mlp, self.backend).expert_mlp(x_TD, choices, mlp)
         return routing.combine(composed.two_layers(routing.dispatch(x_TD.to(dtype)), mlp, None, padded.linear))
 
-    def _mlp(self, dtype: torch.dtype) -> Mlp:
-        (weight1, bias1), (weight2, bias2) = ((layer.weight, layer.bias) for layer in (self.fc1, self.fc2))
+    def layers(self, x_TD: Tensor | None = None) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
+        """Weight (E, out, in) and bias (E, out) or None of both layers, with what is attached to them (`ExpertLinear`).
+
+        Args:
+            x_TD: What they will be used for.
+        """
+        first, second = (
+            (layer.weight, layer.bias) if is_bare(layer, ExpertLinear) else layer(x_TD)
+            for layer in (self.fc1, self.fc2)
+        )
+        return first, second
+
+    def _mlp(self, dtype: torch.dtype, x_TD: Tensor | None = None) -> Mlp:
+        (weight1, bias1), (weight2, bias2) = self.layers(x_TD)
         dropout = self.drop1.p if self.training else 0.0
         cast = partial(self._cast, dtype=dtype)
         keeps_casts = self._casts is not None
@@ -156,7 +177,8 @@ class Experts(nn.Module):
         """The weight in another type, without gradient; kept while it does not change, where that was asked for."""
         if self._casts is None or weight.dtype == dtype or is_traced():
             return weight.detach().to(dtype)
-        if _is_capturing(weight) or weight.is_inference():  # such weights count no changes
+        # others than parameters are made anew in each pass, and those made in inference mode count no changes
+        if not isinstance(weight, nn.Parameter) or weight.is_inference() or _is_capturing(weight):
             return weight.detach().to(dtype)
         state = (weight._version, weight.data_ptr(), dtype)
         kept = self._casts.get(id(weight))

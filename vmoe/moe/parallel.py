@@ -62,7 +62,7 @@ class DistributedExperts(Experts):
     def forward(self, x_TD: Tensor, routing: Routing | SlotRouting) -> Tensor:
         """(T, D) -> (T, out). All processes of the mesh must call it."""
         dtype = compute_dtype(x_TD)
-        mlp = self._local_mlp(dtype)
+        mlp = self._local_mlp(dtype, x_TD)
         if not isinstance(routing, Routing):
             x_RD = routing.dispatch(x_TD.to(dtype))
             if self.training:
@@ -131,9 +131,9 @@ class DistributedExperts(Experts):
     def _exchange(self, x_RD: Tensor, arriving: list[int], sent: list[int]) -> Tensor:
         return _Arrived.apply(all_to_all_single_autograd(x_RD.contiguous(), arriving, sent, self.mesh.get_group()))
 
-    def _local_mlp(self, dtype: torch.dtype) -> Mlp:
+    def _local_mlp(self, dtype: torch.dtype, x_TD: Tensor) -> Mlp:
         """This process's experts, as plain tensors."""
-        mlp = self._mlp(dtype)
+        mlp = self._mlp(dtype, x_TD)
         local = {part: self._local(getattr(mlp, part)) for part in ("weight1", "bias1", "weight2", "bias2")}
         mlp = mlp._replace(cast=lambda weight: weight.detach().to(dtype), keeps_casts=False)  # parts are new each time
         if mlp.norm is None:

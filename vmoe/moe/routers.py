@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vmoe.moe.attached import is_bare
 from vmoe.moe.config import MoeConfig
 from vmoe.moe.groups import Groups
 from vmoe.moe.kernels import fused_for
 from vmoe.moe.routing import Routing
-from vmoe.moe.scores import full_precision_linear, scores_and_tokens, with_noise
+from vmoe.moe.scores import Gate, full_precision_linear, scores, scores_and_tokens, with_noise
 from vmoe.moe.slot_routers import ExpertChoiceRouter, SoftRouter
 
 
@@ -41,7 +42,7 @@ class TokenChoiceRouter(nn.Module):
         self.renormalize = moe.renormalize
         self.noise_scale = moe.logit_noise
         self.draw_noise: Callable[[Tensor], Tensor] | None = None
-        self.gate = nn.Linear(dim, moe.num_experts, bias=False, device=device, dtype=dtype)
+        self.gate = Gate(dim, moe.num_experts, bias=False, device=device, dtype=dtype)
         # LeCun-normal, as the original's Dense layer: logits of unit variance for normalised tokens
         nn.init.normal_(self.gate.weight, std=1 / math.sqrt(dim))
 
@@ -55,7 +56,7 @@ class TokenChoiceRouter(nn.Module):
 
     def scores(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """The logits (T, E), before noise, and the tokens for the experts."""
-        return scores_and_tokens(x_TD, self.gate.weight)
+        return scores_and_tokens(x_TD, self.gate)
 
 
 class CosineRouter(TokenChoiceRouter):
@@ -69,17 +70,23 @@ class CosineRouter(TokenChoiceRouter):
     def __init__(self, dim: int, moe: MoeConfig, device=None, dtype=None) -> None:
         super().__init__(dim, moe, device, dtype)
         width = min(dim, self.MAX_DIM)
-        self.projection = nn.Linear(dim, width, bias=False, device=device, dtype=dtype)
-        self.gate = nn.Linear(width, moe.num_experts, bias=False, device=device, dtype=dtype)
+        self.projection = Gate(dim, width, bias=False, device=device, dtype=dtype)
+        self.gate = Gate(width, moe.num_experts, bias=False, device=device, dtype=dtype)
         self.temperature = nn.Parameter(torch.full((), 0.5, device=device, dtype=dtype))
         nn.init.normal_(self.projection.weight, std=1 / math.sqrt(dim))
         nn.init.normal_(self.gate.weight, std=1 / math.sqrt(width))
 
     def scores(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        projected_TP = F.normalize(full_precision_linear(x_TD, self.projection.weight), dim=-1)
-        embeddings_EP = F.normalize(self.gate.weight.to(projected_TP.dtype), dim=-1)
+        projected_TP = F.normalize(scores(x_TD, self.projection), dim=-1)
+        embeddings_EP = F.normalize(self._embeddings(projected_TP), dim=-1)
         temperature = self.temperature.clamp_min(self.SMALLEST_TEMPERATURE)
         return full_precision_linear(projected_TP, embeddings_EP) / temperature, x_TD
+
+    def _embeddings(self, like: Tensor) -> Tensor:
+        """(E, P); with what is attached to the gate, what it makes of the unit vectors."""
+        if is_bare(self.gate, Gate):
+            return self.gate.weight.to(like.dtype)
+        return scores(torch.eye(like.shape[-1], dtype=like.dtype, device=like.device), self.gate).t()
 
 
 class SigmoidRouter(TokenChoiceRouter):

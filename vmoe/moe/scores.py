@@ -4,8 +4,9 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from vmoe.moe.attached import is_bare
 from vmoe.moe.kernels import fused_for
 
 
@@ -15,19 +16,38 @@ def full_precision_linear(x: Tensor, weight: Tensor) -> Tensor:
     fused = fused_for(x)
     if fused is not None and x.dim() == 2 and dtype == torch.float32 and weight.shape[0] <= fused.MAX_SCORES:
         return fused.scores(x, weight)
-    with torch.autocast(x.device.type if x.device.type != "meta" else "cpu", enabled=False):
+    with torch.autocast(_device_type(x), enabled=False):
         return F.linear(x.to(dtype), weight.to(dtype))
 
 
-def scores_and_tokens(x_TD: Tensor, weight_ED: Tensor) -> tuple[Tensor, Tensor]:
-    """`full_precision_linear`, and x for its other uses, whose gradient may then meet this one's at no cost."""
+class Gate(nn.Linear):
+    """A router's linear layer without bias, in float32 or wider."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return full_precision_linear(x, self.weight)
+
+
+def scores(x: Tensor, gate: Gate) -> Tensor:
+    """The gate of x, in float32 or wider together with what is attached to it."""
+    with torch.autocast(_device_type(x), enabled=False):
+        return gate(x if is_bare(gate, Gate) else x.to(torch.promote_types(x.dtype, torch.float32)))
+
+
+def scores_and_tokens(x_TD: Tensor, gate: Gate) -> tuple[Tensor, Tensor]:
+    """The gate of x, and x for its other uses, whose gradient may then meet this one's at no cost."""
     fused = fused_for(x_TD)
-    dtype = torch.promote_types(x_TD.dtype, weight_ED.dtype)
-    if fused is not None and dtype != torch.float64 and weight_ED.shape[0] <= fused.MAX_SCORES:
-        return fused.scores_and_tokens(x_TD, weight_ED)
-    return full_precision_linear(x_TD, weight_ED), x_TD
+    if fused is not None and is_bare(gate, Gate):
+        dtype = torch.promote_types(x_TD.dtype, gate.weight.dtype)
+        if dtype != torch.float64 and gate.weight.shape[0] <= fused.MAX_SCORES:
+            return fused.scores_and_tokens(x_TD, gate.weight)
+    return scores(x_TD, gate), x_TD
 
 
 def with_noise(logits: Tensor, scale: float, draw: Callable[[Tensor], Tensor] | None) -> Tensor:
     """Logits plus normal noise of standard deviation `scale`, by `draw` or torch; the same tensor where it is 0."""
     return torch.add(logits, (draw or torch.randn_like)(logits), alpha=scale) if scale > 0 else logits
+
+
+def _device_type(x: Tensor) -> str:
+    """Whose autocast is meant."""
+    return x.device.type if x.device.type != "meta" else "cpu"

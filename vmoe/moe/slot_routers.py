@@ -13,7 +13,7 @@ from vmoe.moe.assignment import Capacity, expert_capacity
 from vmoe.moe.config import MoeConfig
 from vmoe.moe.groups import Groups
 from vmoe.moe.routing import ExpertChoiceRouting, SoftRouting
-from vmoe.moe.scores import full_precision_linear, with_noise
+from vmoe.moe.scores import Gate, full_precision_linear, scores, with_noise
 
 
 class ExpertChoiceRouter(nn.Module):
@@ -35,14 +35,14 @@ class ExpertChoiceRouter(nn.Module):
         self.moe = moe
         self.noise_scale = moe.logit_noise
         self.draw_noise: Callable[[Tensor], Tensor] | None = None
-        self.gate = nn.Linear(dim, moe.num_experts, bias=False, device=device, dtype=dtype)
+        self.gate = Gate(dim, moe.num_experts, bias=False, device=device, dtype=dtype)
         nn.init.normal_(self.gate.weight, std=1 / math.sqrt(dim))
 
     def forward(
         self, x_TD: Tensor, groups: Groups, valid_GS: Tensor | None, capacity_factor: float, name: str
     ) -> ExpertChoiceRouting:
         """Routes; `name` is the capacity factor's in errors."""
-        logits_GSE = groups.split(full_precision_linear(x_TD, self.gate.weight))
+        logits_GSE = groups.split(scores(x_TD, self.gate))
         if self.training:
             logits_GSE = with_noise(logits_GSE, self.noise_scale, self.draw_noise)
         capacity = Capacity.of(groups, valid_GS, self.moe, capacity_factor, name)

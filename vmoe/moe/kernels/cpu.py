@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vmoe.moe.attached import is_bare
 from vmoe.moe.kernels import composed, rows, segments
 from vmoe.moe.kernels.interface import Choices, Mlp
 from vmoe.moe.kernels.memory import shared_memory
@@ -24,7 +25,7 @@ aten = torch.ops.aten
 
 def takes(mlp: Mlp) -> bool:
     """Whether the experts have nothing but two layers and GELU."""
-    return isinstance(mlp.activation, nn.GELU) and mlp.norm is None and mlp.dropout == 0
+    return is_bare(mlp.activation, nn.GELU) and mlp.norm is None and mlp.dropout == 0
 
 
 def expert_mlp(x_TD: Tensor, choices: Choices, mlp: Mlp) -> Tensor:

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
+from vmoe.moe.attached import is_bare
 from vmoe.moe.kernels.fused.functions import value_and_slope
 from vmoe.moe.kernels.fused.segments import Segments, expert_of
 from vmoe.moe.kernels.fused.sizes import cdiv, columns_of, next_power_of_2
@@ -35,12 +36,12 @@ class Form(NamedTuple):
     @classmethod
     def of(cls, activation: nn.Module) -> "Form | None":
         """The form of a module; None where the kernels do not compute it."""
-        if isinstance(activation, Glu):
+        if is_bare(activation, Glu):
             form = cls.of(activation.act)
             return form and form._replace(gate="first" if activation.gate_first else "last")
-        if isinstance(activation, nn.GELU):
+        if is_bare(activation, nn.GELU):
             return cls("gelu_tanh" if activation.approximate == "tanh" else "gelu", "")
-        return cls("silu", "") if isinstance(activation, nn.SiLU) else None
+        return cls("silu", "") if is_bare(activation, nn.SiLU) else None
 
 
 def activate(pre_RF: Tensor, bias_EF: Tensor | None, segments: Segments, form: Form, act_RH: Tensor) -> None:

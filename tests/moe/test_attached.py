@@ -1,0 +1,131 @@
+"""What others attach to experts and routers has its effect: pruning, parametrizations, adapters, hooks."""
+
+import copy
+import weakref
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
+
+import vmoe
+from vmoe import MoeConfig
+
+
+def tokens() -> Tensor:
+    return torch.randn(2, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+class Adapter(nn.Module):
+    """As PEFT's LoRA of a parameter: adds to the weight while the wrapped module is called with an input."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+        self.delta = nn.Parameter(torch.randn_like(base.weight))
+
+    def forward(self, x: Tensor, *inputs) -> Tensor:
+        parametrize.register_parametrization(self.base, "weight", Plus(self.delta))
+        try:
+            return self.base(x, *inputs)
+        finally:
+            parametrize.remove_parametrizations(self.base, "weight", leave_parametrized=False)
+
+
+class Plus(nn.Module):
+    def __init__(self, delta: Tensor) -> None:
+        super().__init__()
+        self.delta = [delta]  # no parameter of this module
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + self.delta[0]
+
+
+PLACES = [
+    ("experts.fc1", {"backend": "auto"}),
+    ("experts.fc2", {"backend": "padded"}),
+    ("experts.fc1", {"router": "soft"}),
+    ("router.gate", {}),
+    ("router.gate", {"router": "cosine"}),
+    ("router.projection", {"router": "cosine"}),
+    ("router.gate", {"router": "expert_choice"}),
+    ("router.gate", {"router": "sigmoid"}),
+]
+
+
+def at_place(place: str, knobs: dict) -> tuple[vmoe.MoeMlp, nn.Module]:
+    torch.manual_seed(0)
+    knobs = {"num_experts": 3, "noise_std": 0.0, "capacity_factor": 1.0, **knobs}
+    more = {"tokens": 5} if knobs.get("router") == "soft" else {}
+    layer = vmoe.MoeMlp(6, 8, moe=MoeConfig(**knobs), dtype=torch.float64, **more).eval()
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    return layer, layer.get_submodule(place)
+
+
+@pytest.mark.parametrize(("place", "knobs"), PLACES, ids=str)
+def test_pruning_follows_the_weights(place, knobs):
+    """A hook prunes anew before each pass, since training has changed the weights."""
+    layer, module = at_place(place, knobs)
+    prune.random_unstructured(module, "weight", 0.5)
+    with torch.no_grad():
+        module.weight_orig.mul_(1.5)
+    y = layer(tokens())
+    y.square().sum().backward()
+    assert (module.weight_orig.grad[module.weight_mask == 0] == 0).all() and module.weight_orig.grad.any()
+    plain, same = at_place(place, knobs)
+    with torch.no_grad():
+        same.weight.copy_(module.weight_orig * module.weight_mask)
+    torch.testing.assert_close(y, plain(tokens()))
+
+
+@pytest.mark.parametrize(("place", "knobs"), PLACES, ids=str)
+def test_adapters_and_parametrizations(place, knobs):
+    layer, module = at_place(place, knobs)
+    adapter = Adapter(module)
+    expected, parametrized = at_place(place, knobs)
+    parametrize.register_parametrization(parametrized, "weight", Plus(adapter.delta))
+    plain, same = at_place(place, knobs)
+    with torch.no_grad():
+        same.weight.add_(adapter.delta)
+    layer.set_submodule(place, adapter)
+    y = layer(tokens())
+    torch.testing.assert_close(y, plain(tokens()))
+    torch.testing.assert_close(y, expected(tokens()))
+    y.square().sum().backward()
+    assert adapter.delta.grad.any()
+    if "router" in place:
+        with torch.autocast("cpu", torch.bfloat16):  # scores stay in full precision
+            torch.testing.assert_close(layer(tokens()), y)
+
+
+def test_adapters_are_merged_into_what_is_made_of_the_model():
+    model = vmoe.create_model(
+        "vit_tiny_patch16_224", MoeConfig(num_experts=2, layers="last-1", renormalize=True), img_size=32, depth=2
+    ).eval()
+    layer = model.blocks[1].mlp
+    layer.experts.set_submodule("fc1", Adapter(layer.experts.fc1))
+    dense = vmoe.densify(copy.deepcopy(model), how="expert", expert=1)
+    torch.testing.assert_close(dense.blocks[1].mlp.fc1.weight, layer.experts.layers()[0][0][1])
+
+
+@pytest.mark.parametrize("place", ["experts.fc1", "experts.act", "experts", "router.gate", "router"])
+def test_forward_hooks_run(place):
+    layer, module = at_place(place, {})
+    seen = []
+    expected = layer(tokens())
+    module.register_forward_hook(lambda *_: seen.append(place))
+    torch.testing.assert_close(layer(tokens()), expected)
+    assert seen
+
+
+def test_kept_casts_keep_no_weights_of_passes_before():
+    layer, module = at_place("experts.fc1", {})
+    layer.float()
+    prune.random_unstructured(module, "weight", 0.5)
+    layer.experts.keep_casts()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        layer(tokens().float())
+        pruned = weakref.ref(module.weight)
+        layer(tokens().float())
+    assert pruned() is None
