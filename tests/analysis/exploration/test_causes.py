@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import vmoe
-from vmoe.analysis.exploration.causes import capacity, find_causes, random_routing, without
+from vmoe.analysis.exploration.causes import _Trials, capacity, find_causes, random_routing, without
 from vmoe.analysis.exploration.statistics import paired_change
 from vmoe.analysis.exploration.subject import Subject
 from vmoe.errors import UserError
@@ -210,3 +210,68 @@ def test_layers_weigh_by_their_choices_where_stages_see_fewer_tokens(make_swin, 
         model(batches[0][0])
     dropped = torch.cat([layer.dropped.flatten() for layer in trace.layers.values()])
     assert found.capacity[0]["dropped"] == pytest.approx(float(dropped.double().mean()), abs=1e-6)
+
+
+def counts_of(modules):
+    """How often each module computes something from here on."""
+    counts = {}
+    for name, module in modules.items():
+        module.register_forward_hook(lambda *_, name=name: counts.update({name: counts.get(name, 0) + 1}))
+    return counts
+
+
+def in_full(patched):
+    """From here on every pass computes everything."""
+    patched.setattr(_Trials, "_differs", lambda *_: True)
+
+
+@pytest.mark.parametrize("router", [*TOKEN_ROUTERS, "expert_choice", "soft"])
+def test_what_stands_before_the_changed_layer_is_computed_once(make_model, make_batches, router, monkeypatch):
+    model, batches = make_model(router), make_batches(16)
+    with monkeypatch.context() as patched:
+        in_full(patched)
+        expected = find_causes(subject_of(model), batches, [0.5, 1.0], seed=0)
+    counts = counts_of({"first": model.blocks[0].attn, "third": model.blocks[2].attn, "last": model.blocks[3].attn})
+    assert find_causes(subject_of(model), batches, [0.5, 1.0], seed=0) == expected
+    assert counts["first"] == 2  # a pass without an intervention, and one that counts choices
+    assert counts["third"] == counts["last"] - 6  # four experts, the random router, and a pass to see that it is right
+    assert all("forward" not in module.__dict__ for module in model.modules())
+
+
+class Unusual(torch.nn.Module):
+    """Changes in place what a module gave, and goes past modules."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.body, self.same = body, torch.nn.Identity()
+
+    def forward(self, images):
+        x = self.body.patch_embed(images)
+        before = x
+        x = self.same(x)
+        x += 1  # also of `before`
+        x = torch.cat([self.body.cls_token.expand(len(x), -1, -1), x], 1) + self.body.pos_embed
+        outputs = []
+        for block in self.body.blocks:
+            x = block(x)
+            outputs.append(x)
+        return self.body.head(self.body.norm(x + 0.5 * outputs[0] + 0.1 * before.square().mean(1, keepdim=True))[:, 0])
+
+
+def test_a_model_that_does_not_come_out_the_same_again_is_run_in_full(make_model, make_batches, monkeypatch):
+    model, batches = Unusual(make_model()).eval(), make_batches(16)
+    counts = counts_of({"first": model.body.blocks[0].attn})
+    found = find_causes(subject_of(model), batches, [0.5, 1.0], seed=0)
+    assert counts["first"] > 14
+    in_full(monkeypatch)
+    assert find_causes(subject_of(model), batches, [0.5, 1.0], seed=0) == found
+
+
+def test_outputs_of_blocks_that_a_loop_keeps_are_given_again(make_model, make_batches, monkeypatch):
+    model, batches = Unusual(make_model()).eval(), make_batches(16)
+    model.same = torch.nn.Softplus()  # gives a tensor of its own
+    counts = counts_of({"first": model.body.blocks[0].attn})
+    found = find_causes(subject_of(model), batches, [0.5, 1.0], seed=0)
+    assert counts["first"] < 10
+    in_full(monkeypatch)
+    assert find_causes(subject_of(model), batches, [0.5, 1.0], seed=0) == found

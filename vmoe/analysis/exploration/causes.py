@@ -8,8 +8,9 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from operator import length_hint
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 import vmoe
 from vmoe.analysis.evaluation import restored_settings, set_capacity, shares_of_choices
+from vmoe.analysis.exploration.replay import Prefix
 from vmoe.analysis.exploration.statistics import paired_change, wilson
 from vmoe.analysis.exploration.subject import Subject
 from vmoe.moe import MoeMlp, Routing
@@ -57,7 +59,13 @@ class _Intervention(NamedTuple):
 
 
 @torch.inference_mode()
-def find_causes(subject: Subject, batches: Iterable, capacity_factors: Sequence[float], seed: int) -> Causes:
+def find_causes(
+    subject: Subject,
+    batches: Iterable,
+    capacity_factors: Sequence[float],
+    seed: int,
+    track: Callable[[Iterable, str], Iterable] = lambda trials, description: trials,
+) -> Causes:
     """Tries every intervention on the same images.
 
     Args:
@@ -66,37 +74,97 @@ def find_causes(subject: Subject, batches: Iterable, capacity_factors: Sequence[
         capacity_factors: At evaluation; inf drops nothing. One that leaves experts no place, or more than there are
             tokens, is left out, also where only a smaller last batch cannot have it.
         seed: Of the random routers.
+        track: Wraps the passes in a progress bar.
 
     Raises:
         UserError: A capacity factor cannot be set.
     """
-    interventions = list(_interventions(subject.model, capacity_factors, seed, subject.device))
+    model = subject.model
+    interventions = list(_interventions(model, capacity_factors, seed, subject.device))
     right: list[list[Tensor]] = [[] for _ in interventions]
     dropped: list[list[Tensor]] = [[] for _ in interventions]
-    base, labels, shares = [], [], None
-    for batch in batches:
-        x, y = batch[0].to(subject.device, non_blocking=True), batch[1].to(subject.device, non_blocking=True)
-        labels.append(y)
-        base.append(_is_right(subject.model, x, y))
-        shares = shares or shares_of_choices(subject.model, x)
-        for place, intervention in enumerate(interventions):
-            if len(right[place]) + 1 < len(labels):  # an earlier batch could not have it
-                continue
-            with suppress(CapacityError), intervention.applied():
-                right[place].append(_is_right(subject.model, x, y))
-                dropped[place].append(_dropped(subject.model, shares) * len(y))
+    base, labels = [], []
+    trials = _Trials(subject, batches, interventions)
+    for trial in track(trials, "causes"):
+        if trial.place is None:
+            labels.append(trial.labels)
+            base.append(trial.logits.argmax(-1) == trial.labels)
+        elif len(right[trial.place]) + 1 == len(labels):  # else an earlier batch could not have it
+            intervention = interventions[trial.place]
+            with suppress(CapacityError), trial.reused(), intervention.applied():
+                right[trial.place].append(model(trial.images).argmax(-1) == trial.labels)
+                if intervention.factor is not None:
+                    dropped[trial.place].append(_dropped(model, trials.shares) * len(trial.labels))
     possible = [place for place, rows in enumerate(right) if len(rows) == len(labels)]
     return _told(
         [interventions[place] for place in possible],
         torch.stack([torch.cat(rows) for rows in (base, *(right[place] for place in possible))]).cpu(),
         torch.cat(labels).cpu(),
-        [float(torch.stack(dropped[place]).sum()) / sum(map(len, labels)) for place in possible],
+        [float(sum(dropped[place])) / sum(map(len, labels)) for place in possible],
         len(subject.class_names),
     )
 
 
-def _is_right(model: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
-    return model(x).argmax(-1) == labels
+class _Trial(NamedTuple):
+    """A pass over a batch: without an intervention, where `place` is None and `logits` are its result, or with one."""
+
+    images: Tensor
+    labels: Tensor
+    place: int | None
+    logits: Tensor | None
+    reused: Callable  # inside this block a pass computes nothing before the layer that it changes first
+
+
+class _Trials:
+    """All passes, batch by batch: one without an intervention, then one with each."""
+
+    def __init__(self, subject: Subject, batches: Iterable, interventions: Sequence[_Intervention]) -> None:
+        self._subject, self._batches, self._interventions = subject, batches, interventions
+        self.shares: dict[str, float] = {}  # of each layer in the choices, in forward order; known after the first pass
+        self._differing: set[str] = set()  # layers before which something does not come out the same again
+
+    def __length_hint__(self) -> int:
+        return length_hint(self._batches) * (1 + len(self._interventions))
+
+    def __iter__(self) -> Iterator[_Trial]:
+        model, device = self._subject.model, self._subject.device
+        for batch in self._batches:
+            x, y = batch[0].to(device, non_blocking=True), batch[1].to(device, non_blocking=True)
+            self.shares = self.shares or shares_of_choices(model, x)
+            places = self._places_by_layer()
+            prefixes = {name: Prefix(model, name) for name in places if name not in self._differing}
+            first, *others = [*places, ""]
+            with _recorded(prefixes.get(first)):
+                logits = model(x)
+            yield _Trial(x, y, None, logits, nullcontext)
+            for name, following in zip(places, others, strict=True):
+                prefix, after = prefixes.pop(name, None), prefixes.get(following)
+                if prefix is not None and self._differs(prefix, after, x, logits):
+                    self._differing.add(name)
+                    prefix = None
+                if prefix is None and after is not None:
+                    with after.recorded():
+                        model(x)
+                for place in places[name]:
+                    yield _Trial(x, y, place, None, nullcontext if prefix is None else prefix.replayed)
+
+    def _places_by_layer(self) -> dict[str, list[int]]:
+        """The interventions by the first layer that they change, in forward order."""
+        places: dict[str, list[int]] = {name: [] for name in self.shares}
+        first = next(iter(places))
+        for place, intervention in enumerate(self._interventions):
+            places[intervention.layer or first].append(place)
+        return places
+
+    def _differs(self, prefix: Prefix, after: Prefix | None, x: Tensor, logits: Tensor) -> bool:
+        """Whether a replay gives other logits; on the way what is before a later layer is recorded."""
+        with prefix.replayed(), _recorded(after):
+            again = self._subject.model(x)
+        return not torch.allclose(again, logits, rtol=1e-4, atol=1e-4 * float(logits.abs().max()))
+
+
+def _recorded(prefix: Prefix | None) -> AbstractContextManager:
+    return nullcontext() if prefix is None else prefix.recorded()
 
 
 def _dropped(model: nn.Module, shares: dict[str, float]) -> Tensor:

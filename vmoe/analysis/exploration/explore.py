@@ -122,8 +122,8 @@ def explore(
         probes = probe(subject, some, subjects, [snapshot.subject for snapshot in snapshots], options.seed)
     cause_images = options.cause_images if collection.correct is not None else 0
     if cause_images:
-        some = track(FirstImages(batches, cause_images), "causes")
-        causes = find_causes(subject, some, options.capacity_factors, options.seed)
+        some = FirstImages(batches, cause_images)
+        causes = find_causes(subject, some, options.capacity_factors, options.seed, track)
     report = {
         "title": f"What the experts of {subject.name} do",
         "provenance": {
