@@ -4,6 +4,7 @@ import io
 import json
 import os
 import struct
+import sys
 import tarfile
 import zipfile
 from pathlib import Path
@@ -17,6 +18,7 @@ from PIL import Image
 from vmoe.checkpoints import ENTRY, load_checkpoint
 from vmoe.cli.main import main
 from vmoe.errors import UserError
+from vmoe.text import printable
 
 MOE = {"num_experts": 4, "top_k": 2}
 CLEAR = "\x1b[2J\x1b[31m"
@@ -84,6 +86,28 @@ def test_names_that_are_commands(tmp_path, monkeypatch, capsys, run, pictures, a
     assert added and all(path == out or out in path.parents for path in added)
     for page in out.glob("*.html"):
         assert SCRIPT not in page.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_terminal_that_is_not_utf_8(tmp_path, monkeypatch, run, encoding):
+    """The job ends as elsewhere; what the terminal lacks is a question mark."""
+    picture, meant = tmp_path / "café ✓.png", b"caf\xe9 ?.png" if encoding == "latin-1" else b"caf? ?.png"
+    Image.new("RGB", (16, 16)).save(picture)
+    shown = {name: io.TextIOWrapper(io.BytesIO(), encoding=encoding) for name in ("stdout", "stderr")}
+    for name, stream in shown.items():
+        monkeypatch.setattr(sys, name, stream)
+    assert main(["predict", str(run), str(picture)]) == 0
+    assert main(["evaluate", str(run), "--out", str(tmp_path / "out")]) == 0
+    assert main(["predict", "✓", str(picture)]) == 2 and main(["✓"]) == 2
+    out, error = (stream.flush() or stream.buffer.getvalue() for stream in shown.values())
+    assert meant in out and b"top-1" in out
+    assert b"vmoe predict: error: ?: no such file" in error and b"'?' is no job" in error
+
+
+def test_a_name_that_the_locale_made_unreadable_is_shown_as_it_is_meant():
+    """As Python has it in a C locale without UTF-8; only names in other bytes stay escaped."""
+    unreadable = "café".encode().decode("ascii", "surrogateescape")
+    assert printable(f"{unreadable} \udcff") == "café \\udcff" and printable("\ud800") == "\\ud800"
 
 
 def test_an_error_s_line_is_one_line_whatever_the_name(tmp_path, capsys, run):

@@ -23,6 +23,7 @@ from vmoe.data import load_image
 from vmoe.data.image_files import none_readable
 from vmoe.errors import UserError
 from vmoe.files import atomic_write, write_json
+from vmoe.text import readable
 
 _TOLD_CLASSES = 5
 
@@ -126,7 +127,7 @@ def _write_image(
         {"class": _class(checkpoint, i), "index": int(i), "probability": float(image.probabilities[i])} for i in best
     ]
     return {
-        "file": str(path),
+        "file": readable(str(path)),
         "size": list(pixels.shape[1::-1]),
         "prediction": told[0],
         "most_probable": told,

@@ -10,7 +10,7 @@ from vmoe.cli.main import JOBS
 from vmoe.cli.threads import let_threads_sleep
 from vmoe.errors import UserError
 from vmoe.imports import TORCHVISION_IS_BROKEN, breaks_torchvision
-from vmoe.text import printable
+from vmoe.text import printable, replace_what_cannot_be_shown
 
 
 def run(
@@ -27,6 +27,7 @@ def run(
         The exit code: the job's own or 0; 2 for a user's mistake; 130 for Ctrl-C.
     """
     let_threads_sleep()
+    replace_what_cannot_be_shown()
     module = job.__module__.rpartition(".")[2]
     name = next((name for name in JOBS if name.replace("-", "_") == module), module)
     try:

@@ -4,6 +4,7 @@ import difflib
 import importlib
 import sys
 
+from vmoe.text import replace_what_cannot_be_shown
 from vmoe.version import __version__
 
 JOBS = {
@@ -30,6 +31,7 @@ JOBS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one job and returns its exit code; 2 when there is no such job."""
+    replace_what_cannot_be_shown()
     argv = sys.argv[1:] if argv is None else argv
     job = argv[0] if argv else "--help"
     if job in JOBS:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from vmoe.cli.common import run
 from vmoe.cli.options import choose_device, count, new_parser
 from vmoe.errors import UserError
-from vmoe.text import printable
+from vmoe.text import printable, readable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -82,7 +82,7 @@ def _answer(
     if not images:
         return []
     answers = [
-        {"file": str(path), "predictions": most_probable(row, predictor.class_names, options.top)}
+        {"file": readable(str(path)), "predictions": most_probable(row, predictor.class_names, options.top)}
         for path, row in zip(kept, predictor.probabilities(images), strict=True)
     ]
     if options.routing:
