@@ -156,3 +156,19 @@ def test_convolutions_make_the_tokens_of_vmoe_cct():
     assert model(x).shape == (2, 5)
     with pytest.raises(ValueError, match="patch_size=6: must be 2, 4, 8"):
         timm.create_model("vmoe_cct", patch_size=6)
+
+
+def test_timms_features_by_fx_take_moe_layers_as_nodes():
+    arguments = {"features_only": True, "out_indices": (1, 3)}
+    by_getter, by_fx = small(**arguments).eval(), small(**arguments, feature_cls="fx").eval()
+    images = torch.randn(2, 3, 32, 32)
+    for grid, tokens in zip(by_getter(images), by_fx(images), strict=True):
+        torch.testing.assert_close(tokens[:, 1:].mT.reshape(grid.shape), grid)  # without the class token
+    sum(tokens.square().sum() for tokens in by_fx.train()(images)).backward()
+    assert all(layer.experts.fc1.weight.grad.any() for _, layer in vmoe.moe_layers(by_fx))
+
+
+def test_scripting_is_refused_in_a_line():
+    with pytest.raises(RuntimeError, match="MoE layers are made of; use torch.compile or torch.export") as error:
+        torch.jit.script(small())
+    assert "\n" not in str(error.value)

@@ -6,6 +6,7 @@ from typing import Any, Literal
 import timm
 import torch
 from timm.layers import DropPath
+from timm.models import register_notrace_module
 from torch import nn
 
 from vmoe.models.families import Place, eligible_mlps, on_meta
@@ -13,6 +14,8 @@ from vmoe.models.padding import hand_masks_through
 from vmoe.moe import MoeConfig, MoeMlp, moe_layers
 from vmoe.moe.mlps import split_leading_norm, take_apart
 from vmoe.moe.passes import put_in_order
+
+register_notrace_module(MoeMlp)  # timm's feature extractors by torch.fx take it as one node
 
 
 def create_model(name: str, moe: MoeConfig | Literal[False] | None = None, **timm_kwargs: Any) -> nn.Module:

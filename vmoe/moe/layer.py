@@ -273,6 +273,12 @@ class MoeMlp(nn.Module):
         replica.mark = Mark()
         return replica
 
+    def __prepare_scriptable__(self) -> "MoeMlp":
+        raise RuntimeError(
+            "torch.jit.script does not know what MoE layers are made of; use torch.compile or torch.export, or a file "
+            "of `vmoe export`"
+        )
+
     def __getstate__(self) -> dict:
         # What a forward pass left behind belongs to its graph: it can be neither copied nor saved.
         return {**self.__dict__, "statistics": None, "last_auxiliary_loss": None, "recorders": ()}
