@@ -24,6 +24,7 @@ from vmoe.checkpoints.entry import ENTRY, check_entry, checked
 from vmoe.checkpoints.sharded import is_sharded, read_folder, read_plain_part
 from vmoe.errors import UserError
 from vmoe.files import atomic_write, new_folder
+from vmoe.memory import is_out_of_memory
 from vmoe.models import create_model
 from vmoe.models.sources import with_source
 from vmoe.moe import MoeConfig
@@ -143,6 +144,8 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Che
     except UserError as error:  # of the model, which cannot be built
         raise UserError(f"{path}: {error}") from error
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         reason = " ".join(str(error).split())[:200] + (" is missing" if isinstance(error, KeyError) else "")
         raise UserError(f"{path}: its weights and its config do not make a model ({reason}); train it again") from error
 

@@ -10,6 +10,7 @@ from vmoe.cli.main import JOBS
 from vmoe.cli.threads import let_threads_sleep
 from vmoe.errors import UserError
 from vmoe.imports import TORCHVISION_IS_BROKEN, breaks_torchvision
+from vmoe.memory import is_out_of_memory, memory_line
 from vmoe.text import printable, replace_what_cannot_be_shown
 
 
@@ -38,7 +39,7 @@ def run(
         if not _is_of_config(error):
             raise
         line = str(error)
-    except (ImportError, RuntimeError) as error:
+    except (ImportError, RuntimeError, MemoryError) as error:
         known = TORCHVISION_IS_BROKEN if breaks_torchvision(error) else _of_machine(error)
         if known is None:
             raise
@@ -56,6 +57,8 @@ def run(
 
 def _of_machine(error: Exception) -> str | None:
     """A line on what this machine failed in; None where it is something else."""
+    if is_out_of_memory(error):
+        return memory_line(error, "give smaller batches, another device or a smaller model")
     text = str(error)
     if text.startswith("DataLoader worker"):  # its cause, if not itself, names the signal
         end = f"{text} {error.__cause__}".partition("signal: ")[2].partition(".")[0]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from vmoe.cli.common import run
-from vmoe.cli.inputs import DATA_OPTIONS, Tracked, classes_differ, load_data
+from vmoe.cli.inputs import DATA_OPTIONS, Tracked, classes_differ, halving_batches, load_data
 from vmoe.cli.options import capacity_factor, choose_device, count, new_parser
 from vmoe.errors import UserError
 
@@ -44,6 +44,10 @@ def main(argv: list[str] | None = None) -> int:
 def _evaluate(argv: list[str]) -> None:
     options = _parser().parse_args(argv)
     _check_dependent_options(options)
+    halving_batches(lambda: _measure(options), options)
+
+
+def _measure(options: argparse.Namespace) -> None:
     # Imported here, so that --help and a mistyped option answer at once.
     from vmoe.analysis.confusion import draw_confusion
     from vmoe.analysis.evaluation import evaluate_sweep

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from vmoe.cli.common import run
-from vmoe.cli.inputs import DATA_OPTIONS, Tracked, find_files, load_data, load_files
+from vmoe.cli.inputs import DATA_OPTIONS, Tracked, find_files, halving_batches, load_data, load_files
 from vmoe.cli.options import capacity_factor, choose_device, new_parser
 from vmoe.errors import UserError
 from vmoe.text import printable
@@ -42,6 +42,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def _explore(argv: list[str]) -> None:
     options = _parser().parse_args(argv)
+    halving_batches(lambda: _explored(options, argv), options)
+
+
+def _explored(options: argparse.Namespace, argv: list[str]) -> None:
     # Imported here, so that --help and a mistyped option answer at once.
     from vmoe.analysis.exploration import ExploreOptions, Subject, explore, write_exploration
     from vmoe.analysis.exploration.causes import check_capacities

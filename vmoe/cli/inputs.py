@@ -2,23 +2,28 @@
 
 import argparse
 import dataclasses
+import math
 import sys
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 from rich.console import Console
 from rich.progress import track
 
 from vmoe.errors import UserError
+from vmoe.memory import free_memory, is_out_of_memory, memory_line
 from vmoe.text import printable
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from torch import nn
+
     from vmoe.checkpoints import Checkpoint
     from vmoe.data import DataConfig, ImageDataModule
     from vmoe.data.loading import ImageLoader
 
+T = TypeVar("T")
 # What jobs that measure a checkpoint call what `vmoe train` names by section
 DATA_OPTIONS = {
     "data.name": "--data",
@@ -63,6 +68,49 @@ def load_data(checkpoint: "Checkpoint", options: argparse.Namespace, any_classes
 def classes_differ(checkpoint: "Checkpoint", data: "ImageDataModule") -> str:
     """Says how many classes a set and a checkpoint have."""
     return f"--data: {data.config.name} has {data.num_classes} classes, the checkpoint {len(checkpoint.class_names)}"
+
+
+def halving_batches(job: Callable[[], T], options: argparse.Namespace) -> T:
+    """What a job returns; where it runs out of memory, it begins again with half as many images a batch.
+
+    Args:
+        job: Reads `options.batch_size`, and calls `note_batches` once it knows its batches.
+        options: Of the command line.
+
+    Raises:
+        UserError: batches cannot be smaller.
+    """
+    options.batch_unit = None
+    while True:
+        try:
+            return job()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            unit = options.batch_unit
+            half = None if unit is None else options.batch_size // 2 // unit * unit
+            if not half:
+                advice = "give a smaller --batch-size, another --device or a smaller model"
+                raise UserError(memory_line(error, advice)) from error
+            line = memory_line(error, f"begins again with batches of {half} images in place of {options.batch_size}")
+        print(line, file=sys.stderr)  # outside of the block above, whose error holds what filled the memory
+        options.batch_size = half
+        free_memory()
+
+
+def note_batches(options: argparse.Namespace, size: int, model: "nn.Module | None") -> None:
+    """Tells `halving_batches` how many images a batch has, and of what that must be a multiple.
+
+    Tokens that compete for capacity do so in groups of images, which must stay what they are.
+    """
+    import vmoe
+
+    options.batch_size, options.batch_unit = size, 1
+    for _, layer in vmoe.moe_layers(model) if model is not None else ():
+        group = layer.config.routing_group
+        if layer.config.eval_capacity_factor is None or layer.config.fills_slots or group == "image":
+            continue
+        options.batch_unit = size if group == "batch" else math.lcm(options.batch_unit, group)
 
 
 def find_files(paths: "Sequence[str]") -> "list[Path]":
@@ -163,9 +211,11 @@ def _changed_config(checkpoint: "Checkpoint", options: argparse.Namespace) -> "D
     }
     changes |= {field: value for field, value in given.items() if value is not None}
     try:
-        return dataclasses.replace(config, **changes)
+        changed = dataclasses.replace(config, **changes)
     except ValueError as error:
         raise UserError(f"data.{error}") from error
+    note_batches(options, changed.eval_batch_size or changed.batch_size, checkpoint.model)
+    return changed
 
 
 class Tracked:

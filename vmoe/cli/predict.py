@@ -32,9 +32,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _predict(argv: list[str]) -> None:
+    from vmoe.cli.inputs import halving_batches
+
     options = _parser().parse_args(argv)
+    halving_batches(lambda: _predicted(options), options)
+
+
+def _predicted(options: argparse.Namespace) -> None:
     # Imported here, so that --help and a mistyped option answer at once.
-    from vmoe.cli.inputs import Tracked, depth_of, find_files, say_left_out
+    from vmoe.cli.inputs import Tracked, depth_of, find_files, note_batches, say_left_out
     from vmoe.data.image_files import none_readable
     from vmoe.export.predictor import load_predictor
     from vmoe.files import require_writable, write_json
@@ -46,6 +52,7 @@ def _predict(argv: list[str]) -> None:
         raise UserError("--routing: a program does not tell its routing; give the checkpoint it was made from")
     predictor = dataclasses.replace(predictor, bit_depth=depth_of(predictor.bit_depth, files))
     batch = 1 if options.routing else options.batch_size
+    note_batches(options, batch, predictor.model)
     answers: list[dict[str, Any]] = []
     damaged: list[str] = []
     batches = [files[start : start + batch] for start in range(0, len(files), batch)]

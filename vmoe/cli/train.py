@@ -19,6 +19,7 @@ from vmoe.cli.threads import choose_threads
 from vmoe.cli.train_help import short_help
 from vmoe.data.config import DEFAULTS, EMBEDDED_SETS, NAMED_SETS, DataConfig
 from vmoe.errors import UserError
+from vmoe.memory import is_out_of_memory, memory_line
 from vmoe.moe import MoeConfig
 from vmoe.training.config import TrainConfig, is_config_of_run
 from vmoe.training.place import Place
@@ -114,9 +115,25 @@ def _train(make_config: Callable[[], TrainConfig], command: list[str], place: Pl
             )
             print(f"vmoe train: {stop}{then}", file=sys.stderr)
         return 128 + stop.signum
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(memory_line(error, _smaller(config))) from error
     if place.is_first:
         Progress(console).say(_result_line(result, config.output_dir))
     return 0
+
+
+def _smaller(config: TrainConfig) -> str:
+    """How a run takes less memory."""
+    batch, accumulate = config.data.batch_size, config.trainer.accumulate
+    ways = [
+        f"lower data.batch_size={batch} and raise trainer.accumulate={accumulate} as much, which changes no update",
+        *(["set moe.recompute_activation"] if config.moe is not None and not config.moe.recompute_activation else []),
+        *(["take trainer.precision=bf16"] if config.trainer.precision == "32" else []),
+        "or take several GPUs (parallel.strategy)",
+    ]
+    return ", ".join(ways)
 
 
 def _resolved(config: TrainConfig, place: Place, console: Console) -> TrainConfig:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from vmoe.data import Batch
 from vmoe.errors import UserError
+from vmoe.memory import is_out_of_memory
 
 WARM_UP_STEPS = 3  # eager ones: they compile, choose algorithms and create the optimiser's state
 
@@ -75,6 +76,8 @@ class GraphedStep:
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 loss = self._step(batch)
         except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"trainer.cuda_graph: the step of this model cannot be captured ({reason})") from error
         return graph, loss

@@ -1,0 +1,38 @@
+"""Running out of memory: what that is, and what it is said to be."""
+
+import gc
+import re
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a GPU, or the machine, had no memory left."""
+    text = str(error)
+    of_gpu = type(error).__name__ == "OutOfMemoryError" or "CUDA error: out of memory" in text
+    return of_gpu or "CUBLAS_STATUS_ALLOC_FAILED" in text or _is_of_host(error)
+
+
+def memory_line(error: BaseException, advice: str) -> str:
+    """One line on an error that `is_out_of_memory`: what there was, who holds the rest, and what to do."""
+    if _is_of_host(error):
+        return f"out of memory; {advice}"
+    text = " ".join(str(error).split())
+    facts = []
+    if found := re.search(r"GPU (\d+) has a total capacity of ([\d.]+ \w+) of which ([\d.]+ \w+) is free", text):
+        facts.append(f"GPU {found[1]} has {found[2]}, of which {found[3]} is free")
+    if found := re.search(r"this process has ([\d.]+ \w+) memory in use", text):
+        facts.append(f"this process holds {found[1]}")
+    facts += [f"process {pid} holds {size}" for pid, size in re.findall(r"Process (\d+) has ([\d.]+ \w+) memory", text)]
+    return f"out of GPU memory{': ' * bool(facts)}{', '.join(facts)}; {advice}"
+
+
+def _is_of_host(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
+
+
+def free_memory() -> None:
+    """Gives back what nothing holds any more."""
+    import torch  # here, since --help and a mistyped option need not wait for it
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
