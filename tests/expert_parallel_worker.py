@@ -60,7 +60,7 @@ def check(how: str, name: str, training: bool) -> None:
     activation = StarReLU if name.startswith("learned") else nn.GELU
     layer = MoeMlp(
         8, 16, act_layer=activation, norm_layer=norm, moe=MoeConfig(**options), tokens=5, dtype=dtype, device=device
-    )
+    ).to(device)  # as in timm, an activation is made without a device
     layer.train(training)
     mine = copy.deepcopy(layer)
     deal_out_experts(mine, new_mesh(device.type, (2,)))
