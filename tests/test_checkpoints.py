@@ -19,10 +19,10 @@ from vmoe.checkpoints import (
     build_model,
     find_checkpoint,
     load_checkpoint,
+    write_safetensors,
 )
 from vmoe.checkpoints.entry import FORMAT_VERSION
 from vmoe.errors import UserError
-from vmoe.export.shared_weights import write_safetensors
 from vmoe.moe import MoeConfig
 
 KWARGS = {"patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}

@@ -1,6 +1,7 @@
 """What a run's folder and a checkpoint are: the one room that knows the format and opens, checks and rebuilds them.
 
-`entry` is what is ours in a file, `sharded` a folder of shards, `loading` a file's content and its model.
+`entry` is what is ours in a file, `sharded` a folder of shards, `loading` a file's content and its model; `writing`
+makes files, and `shared` those that leave the machine.
 """
 
 from vmoe.checkpoints.entry import ENTRY, FORMAT_VERSION, check_entry
@@ -20,6 +21,8 @@ from vmoe.checkpoints.loading import (
     timm_arguments,
     trained_weights,
 )
+from vmoe.checkpoints.shared import require_rounding, shared_config, write_changed, write_safetensors
+from vmoe.checkpoints.writing import new_entry, write_content, write_weights
 
 __all__ = [
     "ENTRY",
@@ -34,9 +37,16 @@ __all__ = [
     "find_checkpoint",
     "flatten",
     "load_checkpoint",
+    "new_entry",
     "read_checkpoint",
     "read_without_tensors",
     "rebuilding_config",
+    "require_rounding",
+    "shared_config",
     "timm_arguments",
     "trained_weights",
+    "write_changed",
+    "write_content",
+    "write_safetensors",
+    "write_weights",
 ]

@@ -7,6 +7,7 @@ from typing import Any
 from vmoe.errors import UserError
 
 ENTRY = "vmoe"  # what is ours in a checkpoint
+MODEL_PREFIX = "model."  # comes before the name of a weight in a .ckpt file, where Lightning's module holds the model
 # Raised when an older version of this package could not use what a newer one writes; new entries alone do not.
 FORMAT_VERSION = 1
 _LARGEST_IMAGE = 4096  # as in DataConfig

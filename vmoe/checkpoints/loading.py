@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from vmoe.checkpoints.entry import ENTRY, check_entry, checked
+from vmoe.checkpoints.entry import ENTRY, MODEL_PREFIX, check_entry, checked
 from vmoe.checkpoints.sharded import is_sharded, read_folder, read_plain_part
 from vmoe.errors import UserError
 from vmoe.files import atomic_write, new_folder
@@ -38,7 +38,6 @@ WITHOUT_EFFECT = (
     *("trainer.device", "trainer.compile", "trainer.cuda_graph"),
     *("parallel.strategy", "parallel.expert_size", "parallel.dense", "parallel.async_save"),
 )
-_MODEL_PREFIX = "model."
 # Arguments of timm that would fetch or open other files: a checkpoint brings its own weights.
 _FETCHING_ARGUMENTS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
 
@@ -214,7 +213,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not a safetensors file, or damaged ({' '.join(str(error).split())[:100]})") from error
     scales = {name for name in stored if name.endswith(SCALE) and _is_int8(stored, name.removesuffix(SCALE))}
     weights = {
-        _MODEL_PREFIX + name: dequantise(value, stored[name + SCALE]) if name + SCALE in scales else value
+        MODEL_PREFIX + name: dequantise(value, stored[name + SCALE]) if name + SCALE in scales else value
         for name, value in stored.items()
         if name not in scales
     }
@@ -242,7 +241,7 @@ def copy_checkpoint(source: Path, target: Path) -> None:
 
 def trained_weights(content: dict[str, Any]) -> dict[str, Tensor]:
     """The state dict of a checkpoint's model: with the average of the weights (EMA) where the run kept one."""
-    weights = {key.removeprefix(_MODEL_PREFIX): value for key, value in content["state_dict"].items()}
+    weights = {key.removeprefix(MODEL_PREFIX): value for key, value in content["state_dict"].items()}
     ema = content[ENTRY].get("ema")
     return weights if ema is None else weights | ema["weights"]
 

@@ -3,6 +3,7 @@
 The tensors are in the format of torch.distributed.checkpoint (DCP), all else in one file of plain types.
 """
 
+import os
 import pickle
 import warnings
 from pathlib import Path
@@ -81,6 +82,17 @@ def read_plain_part(path: Path) -> dict[str, Any]:
         return torch.load(path / PLAIN_PART, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file makes the unpickler fail in any way it can
         raise UserError(f"{path / PLAIN_PART}: is missing or damaged; copy the folder again") from error
+
+
+def write_plain_part(folder: Path, plain: dict[str, Any]) -> None:
+    """Writes what a folder holds beside its tensors; on the disk when this returns.
+
+    Raises:
+        OSError, RuntimeError: it cannot be written.
+    """
+    with open(folder / PLAIN_PART, "wb") as file:
+        torch.save(plain, file)
+        os.fsync(file.fileno())
 
 
 def read_folder(path: Path) -> dict[str, Any]:

@@ -25,7 +25,7 @@ def _consolidate(argv: list[str]) -> None:
     if options.out.suffix != ".safetensors":
         raise UserError(f"--out {options.out}: must end in .safetensors")
     # Imported here, so that --help and a mistyped option answer at once.
-    from vmoe.export.shared_weights import write_safetensors
+    from vmoe.checkpoints import write_safetensors
 
     write_safetensors(options.out, options.run)
     print(f"{options.out}: {options.out.stat().st_size / 2**20:.2f} MiB of weights")

@@ -97,7 +97,7 @@ def _write_start(path: Path, teacher: "Checkpoint", config: "TrainConfig", image
     Raises:
         UserError: Its experts do not make one, or the student has another backbone.
     """
-    from vmoe.checkpoints import build_model, timm_arguments
+    from vmoe.checkpoints import build_model, timm_arguments, write_changed
     from vmoe.data import ImageDataModule
     from vmoe.export.pruning import (
         check_routers,
@@ -107,7 +107,6 @@ def _write_start(path: Path, teacher: "Checkpoint", config: "TrainConfig", image
         regrouped_config,
         regrouped_weights,
     )
-    from vmoe.export.shared_weights import write_changed
     from vmoe.export.usage import measure_use
     from vmoe.moe import MoeConfig
 

@@ -58,7 +58,7 @@ def _write_weights(options: argparse.Namespace) -> None:
     # Imported here, so that --help and a mistyped option answer at once.
     import torch
 
-    from vmoe.export.shared_weights import write_safetensors
+    from vmoe.checkpoints import write_safetensors
 
     dtype = options.dtype or "float32"
     write_safetensors(options.out, options.checkpoint, getattr(torch, dtype), int8=options.quantize == "int8")

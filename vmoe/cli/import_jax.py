@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +44,7 @@ def _import(argv: list[str]) -> None:
     if options.out.suffix not in (".ckpt", ".safetensors"):
         raise UserError(f"--out {options.out}: must end in .ckpt or .safetensors")
     # Imported here, so that --help and a mistyped option answer at once.
+    from vmoe.checkpoints import write_weights
     from vmoe.models.cost import count_parameters
     from vmoe.models.jax_import import RoutingOptions, import_jax_checkpoint
 
@@ -64,7 +64,8 @@ def _import(argv: list[str]) -> None:
             f"--out {options.out}: {options.prefix} has no classifier, without which no job opens a .ckpt; "
             "use vmoe.load_jax_checkpoint, or end in .safetensors for the weights alone"
         )
-    _write(imported, _identity(imported, options.class_names), options.out)
+    entry = _entry(imported, options.class_names)
+    write_weights(options.out, imported.model.state_dict(), entry)
 
     parameters = count_parameters(imported.model)
     experts = "dense" if imported.moe is None else f"{imported.moe.num_experts} experts in blocks {imported.moe.layers}"
@@ -93,13 +94,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _identity(imported: "ImportedModel", names_file: Path | None) -> dict[str, Any]:
+def _entry(imported: "ImportedModel", names_file: Path | None) -> dict[str, Any]:
     """What a checkpoint tells every tool, of plain types.
 
     Raises:
         UserError: the images are not square, or the class names do not fit.
     """
-    from vmoe.checkpoints.entry import FORMAT_VERSION
+    from vmoe.checkpoints import new_entry
     from vmoe.models.jax_import import MODEL_NAME
 
     rows, columns = imported.image_size
@@ -107,24 +108,18 @@ def _identity(imported: "ImportedModel", names_file: Path | None) -> dict[str, A
         raise UserError(f"images of {rows}x{columns}: a checkpoint is for square ones; use vmoe.load_jax_checkpoint")
     moe = None if imported.moe is None else dataclasses.asdict(imported.moe)
     data = {"name": "imagenet", "image_size": rows, "mean": _MEAN, "std": _STD}
-    return {
-        "version": FORMAT_VERSION,
-        "config": {
-            "seed": 0,
-            "output_dir": None,
-            "resume": False,
-            "data": data,
-            "model": {"name": MODEL_NAME, "kwargs": imported.kwargs},
-            "moe": moe,
-            "optim": {},
-            "trainer": {},
-        },
-        "class_names": _class_names(imported.num_classes, names_file),
-        "image_size": rows,
-        "mean": _MEAN,
-        "std": _STD,
-        "epochs_done": 0,
+    config = {
+        "seed": 0,
+        "output_dir": None,
+        "resume": False,
+        "data": data,
+        "model": {"name": MODEL_NAME, "kwargs": imported.kwargs},
+        "moe": moe,
+        "optim": {},
+        "trainer": {},
     }
+    names = _class_names(imported.num_classes, names_file)
+    return new_entry(config=config, class_names=names, image_size=rows, mean=_MEAN, std=_STD, epochs_done=0)
 
 
 def _class_names(num_classes: int, names_file: Path | None) -> list[str]:
@@ -137,20 +132,3 @@ def _class_names(num_classes: int, names_file: Path | None) -> list[str]:
     if len(names) != num_classes:
         raise UserError(f"--class-names {names_file}: has {len(names)} lines, the checkpoint {num_classes} classes")
     return names
-
-
-def _write(imported: "ImportedModel", identity: dict[str, Any], path: Path) -> None:
-    import torch
-    from safetensors.torch import save_file
-
-    from vmoe.checkpoints import ENTRY
-    from vmoe.files import atomic_write
-
-    weights = imported.model.state_dict()
-    with atomic_write(path) as temporary:
-        if path.suffix == ".safetensors":
-            save_file(weights, temporary, metadata={"format": "pt", ENTRY: json.dumps(identity)})
-        else:
-            prefixed = {f"model.{name}": value for name, value in weights.items()}
-            with open(temporary, "wb") as file:
-                torch.save({"state_dict": prefixed, ENTRY: identity, "global_step": 0}, file)

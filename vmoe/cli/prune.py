@@ -146,9 +146,8 @@ def _fewer(checkpoint: "Checkpoint", keep: int) -> dict[str, Any]:
 
 
 def _write(out: Path, checkpoint: "Checkpoint", groups: "dict[str, Groups]", use: "dict[str, ExpertUse]") -> None:
-    from vmoe.checkpoints import RunFolder
+    from vmoe.checkpoints import RunFolder, write_changed
     from vmoe.export.pruning import regrouped_weights
-    from vmoe.export.shared_weights import write_changed
 
     weights = regrouped_weights(checkpoint.model, groups, use)
     moe = _fewer(checkpoint, len(next(iter(groups.values()))))

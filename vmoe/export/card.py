@@ -13,9 +13,8 @@ import vmoe
 from vmoe.analysis.heatmap import route_image
 from vmoe.analysis.heatmap_figure import PANEL, draw_layer, draw_overview
 from vmoe.analysis.style import Page
-from vmoe.checkpoints import Checkpoint, RunFolder
+from vmoe.checkpoints import Checkpoint, RunFolder, shared_config
 from vmoe.data.photographs import PHOTOGRAPHS, credit, load_photograph
-from vmoe.export.shared_weights import shared_config
 from vmoe.models.cost import count_parameters, flops_per_image
 
 PICTURE = "routing.png"

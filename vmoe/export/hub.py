@@ -15,10 +15,9 @@ import timm
 import torch
 from torch import nn
 
-from vmoe.checkpoints import Checkpoint, load_checkpoint, timm_arguments
+from vmoe.checkpoints import Checkpoint, load_checkpoint, timm_arguments, write_safetensors
 from vmoe.errors import UserError
 from vmoe.export.card import PICTURE, draw_routing, is_untouched, model_card
-from vmoe.export.shared_weights import write_safetensors
 from vmoe.files import new_folder
 from vmoe.models.registry import ON_BACKBONE
 from vmoe.moe import moe_layers

@@ -3,18 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vmoe.errors import UserError
 from vmoe.moe.int8 import dequantise, quantise
-
-
-def require_rounding(path: object, has_experts: bool) -> None:
-    """Refuses to round the experts of a dense model.
-
-    Raises:
-        UserError: there are none.
-    """
-    if not has_experts:
-        raise UserError(f"--quantize int8: {path}: a dense model has no experts to round; leave the option out")
 
 
 class Int8Linear(nn.Module):

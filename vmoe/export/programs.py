@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 import vmoe
-from vmoe.checkpoints import Checkpoint, load_checkpoint
+from vmoe.checkpoints import Checkpoint, load_checkpoint, require_rounding
 from vmoe.errors import UserError
-from vmoe.export.int8 import Int8Linear, require_rounding
+from vmoe.export.int8 import Int8Linear
 from vmoe.export.layer import exportable_copy
 from vmoe.files import folder_for, replace, writing
 

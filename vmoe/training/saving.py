@@ -7,15 +7,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback, Trainer
 
-from vmoe.checkpoints import ENTRY, RunFolder, copy_checkpoint, read_checkpoint
-from vmoe.checkpoints.entry import FORMAT_VERSION
+from vmoe.checkpoints import ENTRY, RunFolder, copy_checkpoint, new_entry, read_checkpoint, write_content
 from vmoe.data.draws import DRAWS_VERSION
 from vmoe.errors import UserError
-from vmoe.files import atomic_write
 from vmoe.training.journal import Clock
 from vmoe.training.module import Classifier
 from vmoe.training.processes import Flag, Place, gather
@@ -34,8 +31,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return read_checkpoint(path)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        with atomic_write(path) as temporary, open(temporary, "wb") as file:
-            torch.save(checkpoint, file)
+        write_content(path, checkpoint)
 
 
 class Saving(Callback):
@@ -134,20 +130,19 @@ class Saving(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, module: Classifier, checkpoint: dict[str, Any]) -> None:
         states = gather(random_states())
-        checkpoint[ENTRY] = {
-            "version": FORMAT_VERSION,
-            "draws": DRAWS_VERSION,
+        checkpoint[ENTRY] = new_entry(
+            draws=DRAWS_VERSION,
             **self.identity,
-            "epochs_done": trainer.current_epoch + (self._batches_done == 0),
-            "batches_done": self._batches_done,
-            "finished": self._finished,
-            "best": self.best,
-            "clock": self.clock.state(),
-            "random": states[0],
-            "random_of_others": states[1:],  # of the other processes, by rank
-            "running": module.running_state(),
-            "ema": None if module.ema is None else module.ema.state(),
-        }
+            epochs_done=trainer.current_epoch + (self._batches_done == 0),
+            batches_done=self._batches_done,
+            finished=self._finished,
+            best=self.best,
+            clock=self.clock.state(),
+            random=states[0],
+            random_of_others=states[1:],  # of the other processes, by rank
+            running=module.running_state(),
+            ema=None if module.ema is None else module.ema.state(),
+        )
 
     def on_load_checkpoint(self, trainer: Trainer, module: Classifier, checkpoint: dict[str, Any]) -> None:
         ours = checkpoint[ENTRY]

@@ -1,18 +1,16 @@
 """Checkpoint folders: each process writes its parts of the tensors, through torch.distributed.checkpoint."""
 
-import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from vmoe.checkpoints.sharded import PLAIN_PART, SafeReader
+from vmoe.checkpoints.sharded import SafeReader, write_plain_part
 from vmoe.errors import UserError
 from vmoe.files import new_folder
 from vmoe.training.processes import Place, gather, second_host_group, together
@@ -49,7 +47,7 @@ class FolderWriter:
             own = together(lambda: stack.enter_context(new_folder(path)) if is_first else None)
             folder = gather(own)[0]
             writer = dcp.FileSystemWriter(folder)
-            together(lambda: _write_plain(plain, folder / PLAIN_PART, path) if is_first else None)
+            together(lambda: _write_plain(plain, folder, path) if is_first else None)
             if self._thread is None:
                 together(lambda: _finish(lambda: dcp.save(tensors, storage_writer=writer), stack.pop_all(), path))
                 return
@@ -106,11 +104,9 @@ def _follow(before: Future[None], job: Callable[[], None]) -> None:
     job()
 
 
-def _write_plain(plain: dict[str, Any], file: Path, path: Path) -> None:
+def _write_plain(plain: dict[str, Any], folder: Path, path: Path) -> None:
     try:
-        with open(file, "wb") as opened:
-            torch.save(plain, opened)
-            os.fsync(opened.fileno())
+        write_plain_part(folder, plain)
     except (OSError, RuntimeError) as error:  # what torch makes of a failed write
         raise UserError(_line(path, error)) from error
 

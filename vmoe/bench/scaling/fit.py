@@ -15,8 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from vmoe.bench.scaling.exchange import Profile, Shares
 from vmoe.bench.scaling.jobs import CLASSES, Job
-from vmoe.checkpoints import ENTRY, build_model
-from vmoe.checkpoints.entry import FORMAT_VERSION
+from vmoe.checkpoints import ENTRY, build_model, new_entry
 from vmoe.data import Batch
 from vmoe.training.module import Classifier
 from vmoe.training.parallel import cut_of
@@ -244,7 +243,7 @@ class Saves(Callback):
         trainer.save_checkpoint(self.path)
 
     def on_save_checkpoint(self, trainer: Trainer, module: Classifier, checkpoint: dict[str, Any]) -> None:
-        checkpoint[ENTRY] = {"version": FORMAT_VERSION, "ema": None}
+        checkpoint[ENTRY] = new_entry(ema=None)
 
 
 class _Forgets(Callback):

@@ -1,18 +1,16 @@
 """Trained weights as one file to share."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from vmoe.checkpoints import ENTRY, SCALE, find_checkpoint, read_checkpoint, rebuilding_config, trained_weights
-from vmoe.checkpoints.entry import check_entry
-from vmoe.export.int8 import require_rounding
-from vmoe.files import atomic_write
+from vmoe.checkpoints.entry import ENTRY, check_entry
+from vmoe.checkpoints.loading import SCALE, find_checkpoint, read_checkpoint, rebuilding_config, trained_weights
+from vmoe.checkpoints.writing import new_entry, write_weights
+from vmoe.errors import UserError
 from vmoe.moe.int8 import quantise
 
 _EXPERT_WEIGHT = re.compile(r"\.experts\.fc[12]\.weight$")
@@ -45,7 +43,7 @@ def write_safetensors(
             weights[name] = value
         else:
             weights[name] = value.to(dtype)
-    _write(path, weights, _entry(content))
+    write_weights(path, weights, _entry(content))
 
 
 def write_changed(path: str | Path, source: str | Path, weights: dict[str, Tensor], moe: dict[str, Any] | None) -> None:
@@ -61,7 +59,17 @@ def write_changed(path: str | Path, source: str | Path, weights: dict[str, Tenso
         UserError: likewise.
     """
     entry = _entry(_read(source))
-    _write(path, weights, entry | {"config": entry["config"] | {"moe": moe}})
+    write_weights(path, weights, entry | {"config": entry["config"] | {"moe": moe}})
+
+
+def require_rounding(path: object, has_experts: bool) -> None:
+    """Refuses to round the experts of a dense model.
+
+    Raises:
+        UserError: there are none.
+    """
+    if not has_experts:
+        raise UserError(f"--quantize int8: {path}: a dense model has no experts to round; leave the option out")
 
 
 def shared_config(config: dict[str, Any]) -> dict[str, Any]:
@@ -81,15 +89,6 @@ def _read(source: str | Path) -> dict[str, Any]:
 def _entry(content: dict[str, Any]) -> dict[str, Any]:
     """What is needed to use a checkpoint's model, without paths of the machine that trained."""
     ours = content[ENTRY]
-    kept = ("version", "class_names", "image_size", "mean", "std", "epochs_done")
-    return (
-        {"bit_depth": ours.get("bit_depth")}
-        | {key: ours[key] for key in kept}
-        | {"config": shared_config(rebuilding_config(ours)), "step": content["global_step"]}
-    )
-
-
-def _write(path: str | Path, weights: dict[str, Tensor], entry: dict[str, Any]) -> None:
-    weights = {name: value.contiguous() for name, value in weights.items()}
-    with atomic_write(path) as temporary:
-        save_file(weights, temporary, metadata={"format": "pt", ENTRY: json.dumps(entry)})
+    kept = {key: ours[key] for key in ("class_names", "image_size", "mean", "std", "epochs_done")}
+    config = shared_config(rebuilding_config(ours))
+    return new_entry(**kept, bit_depth=ours.get("bit_depth"), config=config, step=content["global_step"])
