@@ -91,10 +91,10 @@ def test_without_a_classifier_there_is_no_ckpt_but_the_weights(tmp_path, capsys)
         (["/no/such/prefix", "--out", "x.ckpt"], "/no/such/prefix.index: no such file"),
         ([str(TOKEN), "--out", "x.npz"], "--out x.npz"),
         ([str(TOKEN)], "--out"),
-        ([str(TOKEN), "--out", "x.ckpt", "--top-k", "9"], "top_k=9"),
+        ([str(TOKEN), "--out", "x.ckpt", "--top-k", "9"], "--top-k 9"),
         ([str(TOKEN), "--out", "x.ckpt", "--capacity-factor", "-1"], "--capacity-factor"),
-        ([str(TOKEN), "--out", "x.ckpt", "--router", "soft"], "router='soft'"),
-        ([str(TOKEN), "--out", "x.ckpt", "--img-size", "31"], "img_size=31"),
+        ([str(TOKEN), "--out", "x.ckpt", "--router", "soft"], "--router soft"),
+        ([str(TOKEN), "--out", "x.ckpt", "--img-size", "31"], "--img-size 31"),
         ([str(TOKEN), "--out", "x.ckpt", "--class-names", __file__], "--class-names"),
     ],
 )
