@@ -115,7 +115,7 @@ def test_features_of_a_set_with_other_classes_are_probed_alone(save_run, tmp_pat
     line = "--data: npz has 3 classes, the checkpoint 10; --top-k needs its own classes, leave it out"
     assert line in capsys.readouterr().err
     assert main(arguments) == 2
-    assert "npz has 3 classes, the checkpoint 10; evaluate it on a set with its own classes" in capsys.readouterr().err
+    assert "npz has 3 classes, the checkpoint 10, which does not know 0, 1, 2; give" in capsys.readouterr().err
 
 
 def test_corrupted_images_are_measured(save_run, capsys):

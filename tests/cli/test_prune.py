@@ -146,7 +146,7 @@ def test_a_student_of_a_recipe_of_its_own(save_run, tmp_path):
         (MOE, ["--config", "nowhere"], "--config nowhere"),
         (MOE, ["--", "--distill.weight", "2"], "distill.weight=2"),
         (MOE, ["--", "--model.name", "vit_small_patch16_224"], "vit_small_patch16_224"),
-        (MOE, ["--", "--data.subset.classes", "[3,5]"], "its class_names is"),
+        (MOE, ["--", "--data.name", "patchwork"], "its class_names is"),
         (MOE, ["--", "--model.kwargs", '{"patch_size": 4, "embed_dim": 24, "depth": 2}'], "--init_from"),
     ],
 )

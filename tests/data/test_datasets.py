@@ -143,7 +143,7 @@ def test_missing_and_wrong_folders_in_one_line(image_tree, tmp_path):
         with pytest.raises(UserError) as caught:
             load("folder", path)
         messages[name] = str(caught.value)
-    assert "train/CLASS/IMAGE" in messages["no train"] and "has val of them" in messages["no train"]
+    assert "train/CLASS/IMAGE" in messages["no train"] and "this folder has only others" in messages["no train"]
     assert f"data.root={tmp_path / 'nowhere'}" in messages["nowhere"] and "does not exist" in messages["nowhere"]
     shutil.copytree(root / "val", root / "train")
     (root / "val" / "dog").mkdir(parents=True)

@@ -66,6 +66,21 @@ def test_a_sparse_checkpoint_becomes_dense_by_averaging_experts(runs):
     torch.testing.assert_close(model.blocks[1].mlp.fc2.weight, mean)
 
 
+@pytest.mark.parametrize("moe", [None, SPARSE])
+def test_the_classifier_is_taken_class_by_class_by_name(runs, moe):
+    dense, sparse, config = runs
+    run, order = (dense, DIGITS[::-1]) if moe is None else (sparse, ["7", "1", "3"])
+    lines = []
+    begun = initial_model(dataclasses.replace(config, init_from=str(run), moe=moe), order, 16, lines.append).eval()
+    expected = load_checkpoint(run).model(images())[:, [int(name) for name in order]]
+    torch.testing.assert_close(begun(images()), expected)
+    assert lines[0].endswith(
+        "in another order: the classifier is taken by name"
+        if moe is None
+        else "knows this run's 3 classes among its 10: their part of the classifier is taken"
+    )
+
+
 def test_other_classes_get_a_fresh_classifier(runs):
     dense, _, config = runs
     model = start(config, dense, class_names=["odd", "even"])

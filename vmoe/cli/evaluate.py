@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from vmoe.cli.common import run
-from vmoe.cli.inputs import DATA_OPTIONS, Tracked, classes_differ, halving_batches, load_data
+from vmoe.cli.inputs import (
+    DATA_OPTIONS,
+    Tracked,
+    add_classes_option,
+    classes_differ,
+    halving_batches,
+    load_data,
+    matched,
+)
 from vmoe.cli.options import capacity_factor, choose_device, count, new_parser
 from vmoe.errors import UserError
 
@@ -52,6 +60,7 @@ def _measure(options: argparse.Namespace) -> None:
     from vmoe.analysis.confusion import draw_confusion
     from vmoe.analysis.evaluation import evaluate_sweep
     from vmoe.checkpoints import load_checkpoint
+    from vmoe.classes import known_outputs
     from vmoe.cli.evaluate_tables import corruption_table, probe_table, result_tables, setting
     from vmoe.files import require_writable, write_json
 
@@ -63,7 +72,12 @@ def _measure(options: argparse.Namespace) -> None:
     require_writable(out, json_file.parent)
     if options.ensemble_with:
         checkpoint = _ensemble(checkpoint, [load_checkpoint(path, device) for path in options.ensemble_with])
-    data = load_data(checkpoint, options, any_classes=bool(options.probe))
+    data = load_data(checkpoint, options)
+    own_classes = True
+    if options.probe and options.classes == "by-name":  # features may be those of other classes
+        own_classes = known_outputs(checkpoint.class_names, data.class_names) is not None
+    if own_classes:
+        checkpoint = matched(checkpoint, data, options.classes)
     if "linear" in options.probe and not data.has_validation:
         raise UserError(
             "--probe linear: chooses its penalty on the val split, which data.val_fraction=0 left empty; leave it out"
@@ -71,9 +85,9 @@ def _measure(options: argparse.Namespace) -> None:
     loader = data.val_dataloader() if options.split == "val" else data.test_dataloader()
     what = f"{options.split} set of {data.config.name}"
     results = []
-    if data.num_classes == len(checkpoint.class_names):
+    if own_classes:
         sweep = (options.capacity_factor, options.top_k, device)
-        results = list(evaluate_sweep(checkpoint.model, Tracked(loader, what), data.num_classes, *sweep))
+        results = list(evaluate_sweep(checkpoint.model, Tracked(loader, what), len(checkpoint.class_names), *sweep))
     else:
         _check_that_only_features_are_asked_for(options, classes_differ(checkpoint, data))
     report = _report(checkpoint, data, options.split, device)
@@ -122,6 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--severities", nargs="+", type=int, choices=range(1, 6), metavar="S", help=line)
     add("--data", metavar="NAME", help="another set than the run's: digits, cifar10, folder, npz, ...")
     add("--root", metavar="DIR", help="where the data are, if not where the run had them")
+    add_classes_option(parser)
     add("--batch-size", type=int, metavar="N", help="images a batch")
     add("--workers", type=int, metavar="N", help="processes that load images")
     add("--device", default="auto", help="auto, cpu or cuda (default: auto)")
@@ -137,12 +152,18 @@ def _ensemble(first: "Checkpoint", others: "list[Checkpoint]") -> "Checkpoint":
         UserError: they do not take the same images or know the same classes.
     """
     from vmoe.analysis.ensemble import Ensemble
+    from vmoe.classes import same_outputs, with_outputs
 
+    members = [first.model]
     for other in others:
-        for name in ("class_names", "image_size", "mean", "std"):
+        for name in ("image_size", "mean", "std"):
             if getattr(other, name) != getattr(first, name):
                 raise UserError(f"--ensemble-with {other.path}: has other {name.replace('_', ' ')} than {first.path}")
-    return dataclasses.replace(first, model=Ensemble([first.model, *(other.model for other in others)]).eval())
+        outputs = same_outputs(other.class_names, first.class_names)
+        if outputs is None:
+            raise UserError(f"--ensemble-with {other.path}: has other class names than {first.path}")
+        members.append(with_outputs(other.model, outputs))
+    return dataclasses.replace(first, model=Ensemble(members).eval())
 
 
 def _check_dependent_options(options: argparse.Namespace) -> None:

@@ -1,6 +1,7 @@
 """`vmoe explore`: sees, measures and tests what the experts of a V-MoE do."""
 
 import argparse
+import dataclasses
 import math
 import shlex
 import sys
@@ -9,13 +10,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from vmoe.cli.common import run
-from vmoe.cli.inputs import DATA_OPTIONS, Tracked, find_files, halving_batches, load_data, load_files
+from vmoe.cli.inputs import (
+    DATA_OPTIONS,
+    Tracked,
+    add_classes_option,
+    find_files,
+    halving_batches,
+    load_data,
+    load_files,
+    matched,
+)
 from vmoe.cli.options import capacity_factor, choose_device, new_parser
 from vmoe.errors import UserError
 from vmoe.text import printable
 
 if TYPE_CHECKING:
     from vmoe.checkpoints import Checkpoint
+    from vmoe.data import ImageDataModule
 
 _DESCRIPTION = """\
 Runs a V-MoE over a data set and shows what its experts do: which patches they take, how evenly they are loaded, whether
@@ -61,7 +72,6 @@ def _explored(options: argparse.Namespace, argv: list[str]) -> None:
     if len(options.checkpoints) > len({each.path.resolve() for each in (checkpoint, *others)}):
         raise UserError("CKPT: the same checkpoint is given twice; name each once")
     require_experts(checkpoint.model)
-    _check_classes(checkpoint, others)
     names = _names(options.checkpoints)
     check_capacities(checkpoint.model, options.capacity_factor or ())
     given = ExploreOptions(
@@ -73,8 +83,9 @@ def _explored(options: argparse.Namespace, argv: list[str]) -> None:
         seed=options.seed,
     )
     pictures = _pictures(checkpoint, options)
+    subject, *others = _with_classes([checkpoint, *others], pictures.data, options.classes)
     exploration = explore(
-        checkpoint,
+        subject,
         pictures.batches,
         name=names[0],
         others=[Subject.of(other, name) for other, name in zip(others, names[1:], strict=True)],
@@ -110,6 +121,7 @@ class _Pictures(NamedTuple):
     """Batches to go through and what is known of them."""
 
     batches: Iterable
+    data: "ImageDataModule | None"  # None of files without labels
     patch_names: list[str] | None
     image_names: list[str] | None
     provenance: dict[str, str | None]
@@ -121,13 +133,13 @@ def _pictures(checkpoint: "Checkpoint", options: argparse.Namespace) -> _Picture
         split = options.split or "test"
         data = load_data(checkpoint, options)
         told = {"data": data.config.name, "root": data.config.root, "split": split}
-        return _Pictures(data.random_dataloader(split, options.seed), data.patch_names, None, told)
+        return _Pictures(data.random_dataloader(split, options.seed), data, data.patch_names, None, told)
     if {options.data, options.root, options.split} != {None}:
         raise UserError("--images: takes the place of a data set; leave out --data, --root and --split")
     paths = find_files(options.images)
     batches, paths = load_files(checkpoint, paths, options)
     told = options.images[0] if len(options.images) == 1 else f"{len(paths)} image files"
-    return _Pictures(batches, None, [path.name for path in paths], {"data": told, "root": None, "split": None})
+    return _Pictures(batches, None, None, [path.name for path in paths], {"data": told, "root": None, "split": None})
 
 
 def _tracked(batches: Iterable, description: str) -> Iterable:
@@ -180,19 +192,37 @@ def _parser() -> argparse.ArgumentParser:
         "--replicates", type=int, default=100, metavar="N", help="of bootstrap and permutations (default: 100)"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of order, sample and replicates (default: 0)")
+    add_classes_option(parser)
     parser.add_argument("--batch-size", type=int, metavar="N", help="images a batch")
     parser.add_argument("--workers", type=int, metavar="N", help="processes that load images")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     return parser
 
 
-def _check_classes(checkpoint: "Checkpoint", others: "list[Checkpoint]") -> None:
+def _with_classes(checkpoints: "list[Checkpoint]", data: "ImageDataModule | None", classes: str) -> "list[Checkpoint]":
+    """The checkpoints with the outputs of the set's classes, or without a set of the first one's.
+
+    Raises:
+        UserError: one does not know such a class.
+    """
+    from vmoe.classes import same_outputs, with_outputs
+
+    first, *others = checkpoints
+    if data is not None:
+        first = matched(first, data, classes)
+    result = [first]
     for other in others:
-        if len(other.class_names) != len(checkpoint.class_names):
+        outputs = same_outputs(other.class_names, first.class_names)
+        if outputs is None and classes == "by-number" and len(other.class_names) == len(first.class_names):
+            outputs = list(range(len(other.class_names)))
+        if outputs is None:
             raise UserError(
-                f"{other.path}: knows {len(other.class_names)} classes, {checkpoint.path} "
-                f"{len(checkpoint.class_names)}; compare checkpoints of the same classes"
+                f"{other.path}: knows {len(other.class_names)} classes, {first.path} {len(first.class_names)}, and not "
+                "all of these by name; compare checkpoints of the same classes"
             )
+        model = with_outputs(other.model, outputs)
+        result.append(dataclasses.replace(other, model=model, class_names=first.class_names))
+    return result
 
 
 def _names(paths: list[str]) -> list[str]:

@@ -33,16 +33,15 @@ DATA_OPTIONS = {
 }
 
 
-def load_data(checkpoint: "Checkpoint", options: argparse.Namespace, any_classes: bool = False) -> "ImageDataModule":
+def load_data(checkpoint: "Checkpoint", options: argparse.Namespace) -> "ImageDataModule":
     """The run's data with the options' changes, prepared for this model: its image size, mean and std.
 
     Args:
         checkpoint: the model and what it was trained on.
-        options: of the command line.
-        any_classes: the set may have another number of classes than the model.
+        options: of the command line; with --classes known, only the classes that the model knows.
 
     Raises:
-        UserError: an option's value is not allowed, or the set does not have the model's classes.
+        UserError: an option's value is not allowed, or the set is missing or malformed.
     """
     from vmoe.data import ImageDataModule
 
@@ -51,18 +50,90 @@ def load_data(checkpoint: "Checkpoint", options: argparse.Namespace, any_classes
     data.setup("test")
     for line in data.notes:
         print(printable(line), file=sys.stderr)
-    if data.num_classes != len(checkpoint.class_names):
-        if any_classes:
-            return data
-        raise UserError(f"{classes_differ(checkpoint, data)}; evaluate it on a set with its own classes")
-    if data.class_names != checkpoint.class_names:
-        pairs = zip(data.class_names, checkpoint.class_names, strict=True)
-        here, there = next((here, there) for here, there in pairs if here != there)
-        print(
-            f"warning: class names differ from the checkpoint's ({here!r} for {there!r}); taken by number",
-            file=sys.stderr,
-        )
+    if options.classes == "known":
+        data = _with_known_classes(checkpoint, data)
     return data
+
+
+def matched(checkpoint: "Checkpoint", data: "ImageDataModule", classes: str, say: bool = True) -> "Checkpoint":
+    """The checkpoint with the set's classes for its own: its outputs by name, in the set's order and only those.
+
+    Args:
+        checkpoint: a model.
+        data: what it is measured on.
+        classes: "by-name"; "known", the same; or "by-number", where the set's names mean nothing.
+        say: whether a line on stderr tells how they are matched, where they are not the same.
+
+    Raises:
+        UserError: the model does not know a class of the set.
+    """
+    from vmoe.classes import find_outputs, only_numbers, with_outputs
+
+    theirs, ours = checkpoint.class_names, list(data.class_names)
+    if theirs == ours:
+        return checkpoint
+    if classes == "by-number" and len(ours) > len(theirs):
+        raise UserError(f"--classes by-number: {classes_differ(checkpoint, data)}; leave some out")
+    if classes == "by-number" or (only_numbers(ours) and len(ours) == len(theirs)):
+        line, result = f"taken by number, such as {printable(ours[0])} for {printable(theirs[0])}", checkpoint
+    else:
+        outputs = find_outputs(theirs, ours)
+        if unknown := _unknown(outputs, ours):
+            raise UserError(
+                f"{classes_differ(checkpoint, data)}, which does not know {_some(unknown)}; give --classes known to "
+                "leave their images out, or --classes by-number if only the names differ"
+            )
+        line = (
+            f"matched by name: the set has {len(ours)} of the checkpoint's {len(theirs)}, and only these are predicted"
+        )
+        if len(ours) == len(theirs):
+            line = "matched by name: the set has them in another order than the checkpoint"
+        result = dataclasses.replace(checkpoint, model=with_outputs(checkpoint.model, outputs), class_names=ours)
+    if say:
+        print(f"classes: {line}", file=sys.stderr)
+    return result
+
+
+def _with_known_classes(checkpoint: "Checkpoint", data: "ImageDataModule") -> "ImageDataModule":
+    """The same data without the classes that the checkpoint does not know; a line counts them."""
+    from vmoe.classes import find_outputs
+    from vmoe.data import ImageDataModule
+
+    outputs = find_outputs(checkpoint.class_names, data.class_names)
+    unknown = _unknown(outputs, data.class_names)
+    if not unknown:
+        return data
+    if len(unknown) == len(outputs):
+        raise UserError(f"{classes_differ(checkpoint, data)}, and none of these is the checkpoint's")
+    known = [name for name, output in zip(data.class_names, outputs, strict=True) if output is not None]
+    left = sum(count for count, output in zip(data.images_of_classes("test"), outputs, strict=True) if output is None)
+    print(
+        f"classes: left out {_some(unknown)}, which the checkpoint does not know, with {left} test images",
+        file=sys.stderr,
+    )
+    config = dataclasses.replace(data.config, subset=dataclasses.replace(data.config.subset, classes=known))
+    data = ImageDataModule(config, seed=data.seed)
+    data.setup("test")
+    return data
+
+
+def _unknown(outputs: "Sequence[int | None]", names: "Sequence[str]") -> list[str]:
+    return [name for name, output in zip(names, outputs, strict=True) if output is None]
+
+
+def _some(names: "Sequence[str]") -> str:
+    return printable(", ".join(names[:5]) + (", ..." if len(names) > 5 else ""))
+
+
+def add_classes_option(parser: argparse.ArgumentParser) -> None:
+    """`--classes`: how a set's classes are found among a checkpoint's."""
+    parser.add_argument(
+        "--classes",
+        choices=("by-name", "by-number", "known"),
+        default="by-name",
+        help="find the set's classes among the checkpoint's by name, whatever their order and number; known leaves out "
+        "images of classes that it does not know; by-number ignores the names (default: by-name)",
+    )
 
 
 def classes_differ(checkpoint: "Checkpoint", data: "ImageDataModule") -> str:

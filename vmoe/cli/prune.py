@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vmoe.cli.common import run
-from vmoe.cli.inputs import DATA_OPTIONS, Tracked, load_data
+from vmoe.cli.inputs import DATA_OPTIONS, Tracked, add_classes_option, load_data, matched
 from vmoe.cli.options import choose_device, count, new_parser, split_options
 from vmoe.errors import UserError
 
@@ -67,16 +67,18 @@ def _prune(argv: list[str]) -> int:
     except ValueError as error:
         raise UserError(f"--keep {options.keep}: {checkpoint.path} {error}") from error
     data = load_data(checkpoint, options)
+    before = matched(checkpoint, data, options.classes)
     config = None if options.finetune is None else _finetuning(options, checkpoint, data, device, for_training)
 
     batches = Tracked(data.train_eval_dataloader(most=options.images), "use of the experts")
     use = measure_use(checkpoint.model, batches, device, with_norms=options.by == "activation-norm")
     choose = merged_groups if options.merge else pruned_groups
     groups = {name: choose(each, options.keep, options.by) for name, each in use.items()}
-    rows = {"before": _measured(checkpoint, data, device)}
+    rows = {"before": _measured(before, data, device)}
     with new_folder(options.out) as folder:
         _write(folder, checkpoint, groups, use)
-        rows["after"] = _measured(load_checkpoint(folder, device), data, device)
+        after = matched(load_checkpoint(folder, device), data, options.classes, say=False)
+        rows["after"] = _measured(after, data, device)
         report = _report(checkpoint, data, device, groups, use) | {"command": shlex.join(["vmoe", "prune", *argv])}
         write_json(folder / "prune.json", report | {"results": rows})
     if config is not None:
@@ -107,6 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--finetune", type=count, metavar="EPOCHS", help="train the result for so many epochs")
     add("--data", metavar="NAME", help="another set than the run's: digits, cifar10, folder, npz, ...")
     add("--root", metavar="DIR", help="where the data are, if not where the run had them")
+    add_classes_option(parser)
     add("--batch-size", type=count, metavar="N", help="images a batch in measuring")
     add("--workers", type=int, metavar="N", help="processes that load images")
     add("--device", default="auto", help="auto, cpu or cuda (default: auto)")

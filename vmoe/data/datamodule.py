@@ -97,7 +97,7 @@ class ImageDataModule(LightningDataModule):
             download(self.config)
 
     def setup(self, stage: str | None = None) -> None:
-        """Loads all splits, once, whatever the stage.
+        """Loads all splits, once, whatever the stage; with "test" and "validate" there need be no training images.
 
         Raises:
             UserError: data are missing or malformed, the subset cannot be made, or the set does not fit on the device;
@@ -106,7 +106,7 @@ class ImageDataModule(LightningDataModule):
         if self._splits is not None:
             return
         config, defaults = self.config, DEFAULTS[self.config.name]
-        self._splits = load_splits(config)
+        self._splits = load_splits(config, for_training=stage not in ("test", "validate"))
         self.has_validation = self._splits.val is not None
         self.is_endless = self._splits.train.pass_step > 0
         self.class_names = self._splits.class_names
@@ -216,6 +216,8 @@ class ImageDataModule(LightningDataModule):
         all of them.
         """
         train = self._splits.train
+        if not len(train):
+            raise UserError(f"data.root={self.config.root}: there are no training images, which this needs")
         dataset = UnvariedTrainImages(train, self.image_size, self.mean, self.std)
         sample = np.sort(np.random.default_rng(self.config.split_seed).permutation(len(dataset))[:most])
         if self.config.pipeline == "device" and is_made(train):  # one at a time would take long

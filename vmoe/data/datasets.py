@@ -42,7 +42,7 @@ _OF_THE_USER = ("imagenet", "folder", "webdataset", "npz")  # of which it is not
 _TEST_FRACTION = 0.2  # of a set without any split
 
 
-def load_splits(config: DataConfig) -> Splits:
+def load_splits(config: DataConfig, for_training: bool = True) -> Splits:
     """Loads the data set, cuts off a validation split where it has none, and keeps the part `config.subset` asks for.
 
     Where `config.val_fraction` is 0, a set that has no validation split stays without one.
@@ -50,10 +50,19 @@ def load_splits(config: DataConfig) -> Splits:
     Classes are chosen first, in every split; then the validation split is cut off; then the training set is reduced.
     So the validation split is the same for every fraction of the training set.
 
+    Args:
+        config: which set, and how it is split.
+        for_training: whether there must be training images; without, a folder or shards of a test split alone will do.
+
     Raises:
         UserError: the data are missing, incomplete or malformed; the line says what to do.
     """
     splits = _LOADERS[config.name](config)
+    if for_training and not len(splits.train):
+        raise UserError(
+            f"data.root={config.root}: {config.name!r} needs training images, train/CLASS/IMAGE (or train-*.tar); this "
+            "folder has only others; give the right folder as data.root"
+        )
     train, val, test, names = splits.train, splits.val, splits.test, splits.class_names
     if config.subset.classes is not None:
         classes = subsets.find_classes(config.subset.classes, names)
@@ -61,11 +70,13 @@ def load_splits(config: DataConfig) -> Splits:
         is_tested = val is test
         train, test = train.keep_classes(classes), test.keep_classes(classes)
         val = test if is_tested else val.keep_classes(classes) if val is not None else None
-    if val is None and config.val_fraction:
+    if val is None and config.val_fraction and len(train):
         remaining, cut = subsets.split(train.labels, config.val_fraction, config.split_seed)
         train, val = train.take(remaining), train.take(cut)
-    train = train.take(subsets.choose_training(train.labels, config.subset, names, config.split_seed))
-    for name, part in (("training", train), ("validation", val), ("test", test)):
+    if len(splits.train):
+        train = train.take(subsets.choose_training(train.labels, config.subset, names, config.split_seed))
+    needed = {"training": train if for_training else None, "validation": val, "test": test}
+    for name, part in needed.items():
         if part is not None and not len(part):
             raise UserError(
                 f"data.root={config.root}: no {name} images for the {len(names)} classes; add images to them"
@@ -77,8 +88,9 @@ def load_splits(config: DataConfig) -> Splits:
 def _looked_at(splits: Splits, config: DataConfig) -> Splits:
     """The same images, their deep files read by the depth that is given or measured, and what looks wrong with them."""
     depth, measured = config.bit_depth, None
-    if isinstance(splits.train.images, FileImages | ShardedImages):
-        measured = measure_bit_depth(splits.train.images, splits.train.positions)
+    measurable = splits.train if len(splits.train) else splits.test
+    if isinstance(measurable.images, FileImages | ShardedImages):
+        measured = measure_bit_depth(measurable.images, measurable.positions)
         if depth is None and measured is not None:
             depth = measured.bits
 
@@ -89,8 +101,8 @@ def _looked_at(splits: Splits, config: DataConfig) -> Splits:
         splits = dataclasses.replace(
             splits, train=deep(splits.train), val=test if splits.val is splits.test else val, test=test, bit_depth=depth
         )
-    lines = _empty_class_lines(config.root, splits)
-    lines += depth_lines(config.root, config.bit_depth, measured, brightest_level(splits.train))
+    lines = _empty_class_lines(config.root, splits) if len(splits.train) else []
+    lines += depth_lines(config.root, config.bit_depth, measured, brightest_level(measurable))
     return dataclasses.replace(splits, notes=[*splits.notes, *lines])
 
 
@@ -169,11 +181,9 @@ def _folder(config: DataConfig) -> Splits:
     if not root.is_dir():
         raise UserError(f"{needs}, or CLASS/IMAGE alone, but it does not exist; give the right folder as data.root")
     found = find_split_folders(root)
-    if found and "train" not in found:
-        raise UserError(f"{needs}, which has {' and '.join(found)} of them; give the right folder as data.root")
     others = [name for name in list_class_folders(root, PassedOver()) if root / name not in found.values()]
     unclear = [name for name in others if split_of(name) is None and list_class_folders(root / name, PassedOver())]
-    if len(found) == 1 and unclear:
+    if list(found) == ["train"] and unclear:
         raise UserError(
             f"{needs}; it has train and {unclear[0]}, which is no split's name: rename it, or move it away to have a "
             "part of train tested on"
@@ -184,9 +194,11 @@ def _folder(config: DataConfig) -> Splits:
     notes = [f"{root}: passed over: {folders.passed_over}"] if folders.passed_over else []
     notes += [f"{root / name}: passed over: it has no class folders" for name in others if found]
     sets = {split: _files(samples) for split, samples in folders.samples.items()}
-    if len(sets) == 1:
+    if list(sets) == ["train"]:
         return _cut_test(sets["train"], folders.classes, notes, config)
-    if config.name == "imagenet" and "test" not in sets:  # its results are those on val, which then chooses nothing
+    if (
+        config.name == "imagenet" and "test" not in sets and "train" in sets
+    ):  # its results are those on val, which then chooses nothing
         sets["test"] = sets.pop("val")
     return given_splits(sets, folders.classes, notes, root)
 

@@ -137,7 +137,7 @@ class Splits:
 
 
 def given_splits(sets: Mapping[str, ImageSet], class_names: list[str], notes: Sequence[str], root: Path) -> Splits:
-    """A data set of its own splits, "train" with "val" or "test" or both. Without "test", "val" serves for both.
+    """A data set of its own splits. Without "test", "val" serves for both; without "train" there are no such images.
 
     Args:
         sets: the splits.
@@ -145,9 +145,11 @@ def given_splits(sets: Mapping[str, ImageSet], class_names: list[str], notes: Se
         notes: lines to say about the set.
         root: where it is, for the notes.
     """
-    if "test" not in sets:
+    if "test" not in sets and "train" in sets:
         line = (
             f"{root}: has no test split: val, which chooses the best epoch, is tested too, so its result is a little "
         )
         notes = [*notes, f"{line}too good; a test split would be fair"]
-    return Splits(sets["train"], sets.get("val"), sets.get("test", sets.get("val")), class_names, notes=notes)
+    test = sets.get("test", sets.get("val"))
+    none = test.take(np.empty(0, dtype=np.int64))
+    return Splits(sets.get("train", none), sets.get("val"), test, class_names, notes=notes)

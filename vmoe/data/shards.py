@@ -72,7 +72,7 @@ def load_shards(root: str | Path) -> Splits:
     """
     root = Path(root)
     found, others = _find_shards(root)
-    if "train" not in found or len(found) == 1:
+    if not found or list(found) == ["train"]:
         beside = f", which has {', '.join(others[:3])} besides" if others else ""
         raise UserError(
             f"data.root={root}: webdataset needs train-*.tar and val-*.tar (or test-*.tar) in this folder{beside}; "

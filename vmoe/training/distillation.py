@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vmoe.checkpoints import load_checkpoint
+from vmoe.classes import known_outputs, with_outputs
 from vmoe.data import ImageDataModule
 from vmoe.errors import UserError
 from vmoe.training.config import DistillConfig
-from vmoe.training.initial import are_same_classes
 
 
 class Teacher:
@@ -59,16 +59,21 @@ def load_teacher(config: DistillConfig, data: ImageDataModule) -> Teacher | None
     if config.teacher is None:
         return None
     checkpoint = load_checkpoint(config.teacher)
-    for what, theirs, ours, advice in (
-        ("class_names", checkpoint.class_names, list(data.class_names), "give it data of the teacher's classes"),
-        ("image_size", checkpoint.image_size, data.image_size, "give it --data.image_size of the teacher"),
-        ("mean", list(checkpoint.mean), list(data.mean), "give it --data.mean of the teacher"),
-        ("std", list(checkpoint.std), list(data.std), "give it --data.std of the teacher"),
+    outputs = known_outputs(checkpoint.class_names, data.class_names)
+    if outputs is None:
+        theirs, ours = (", ".join(names)[:80] for names in (checkpoint.class_names, data.class_names))
+        raise UserError(
+            f"distill.teacher={config.teacher}: its class_names is {theirs} and this run has {ours}; give "
+            "it data of the teacher's classes"
+        )
+    for what, theirs, ours in (
+        ("image_size", checkpoint.image_size, data.image_size),
+        ("mean", list(checkpoint.mean), list(data.mean)),
+        ("std", list(checkpoint.std), list(data.std)),
     ):
-        is_same = are_same_classes(theirs, ours) if what == "class_names" else theirs == ours
-        if not is_same:
-            told = (str(value)[:80] for value in (theirs, ours))
+        if theirs != ours:
             raise UserError(
-                f"distill.teacher={config.teacher}: its {what} is {' and this run has '.join(told)}; {advice}"
+                f"distill.teacher={config.teacher}: its {what} is {theirs} and this run has {ours}; give it "
+                f"--data.{what} of the teacher"
             )
-    return Teacher(checkpoint.model, config)
+    return Teacher(with_outputs(checkpoint.model, outputs), config)

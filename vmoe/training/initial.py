@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from vmoe.checkpoints import Checkpoint, build_model, load_checkpoint
+from vmoe.classes import known_outputs, only_numbers
 from vmoe.errors import UserError
 from vmoe.models import densify, sparsify
 from vmoe.models.surgery import set_moe_drop_path
@@ -23,7 +24,8 @@ def initial_model(
     "pretrained" takes the weights that timm has for the model, which it downloads when they are not there. A dense
     checkpoint is upcycled where the run has MoE layers: every routed expert starts as the MLP it replaces
     (https://arxiv.org/abs/2212.05055), the router fresh. A sparse one is taken over as it is; its experts are averaged
-    where the run is dense. The classifier starts fresh unless the classes are the checkpoint's (`are_same_classes`).
+    where the run is dense. The classifier is the checkpoint's, class by class by name, and fresh where it does not know
+    one (`known_outputs`).
     For images of another size timm resamples the position embeddings. `say` is told in a line what becomes of the
     classifier where the names of the classes are not the checkpoint's.
 
@@ -40,9 +42,15 @@ def initial_model(
     return model
 
 
-def are_same_classes(theirs: Sequence[str], ours: Sequence[str]) -> bool:
-    """Whether a run's classes are a checkpoint's; those that the data only number, from "0" on, are taken by number."""
-    return list(theirs) == list(ours) or [str(number) for number in range(len(theirs))] == list(ours)
+def _classifier_line(theirs: Sequence[str], ours: Sequence[str]) -> str:
+    """What becomes of a checkpoint's classifier in a run of other class names."""
+    if known_outputs(theirs, ours) is None:
+        return "its classes are not this run's: the classifier starts fresh"
+    if only_numbers(ours):
+        return "its classes are taken by number, as the data do not name them"
+    if len(theirs) == len(ours):
+        return "its classes are this run's in another order: the classifier is taken by name"
+    return f"knows this run's {len(ours)} classes among its {len(theirs)}: their part of the classifier is taken"
 
 
 def _started(config: TrainConfig, class_names: list[str], image_size: int, say: Callable[[str], object]) -> nn.Module:
@@ -55,9 +63,7 @@ def _started(config: TrainConfig, class_names: list[str], image_size: int, say: 
     start = load_checkpoint(config.init_from)
     _fit_to_images(start, image_size)
     if start.class_names != class_names:
-        kept = "taken by number, as the data do not name them"
-        fresh = "not this run's: the classifier starts fresh"
-        say(f"{start.path}: its classes are {kept if are_same_classes(start.class_names, class_names) else fresh}")
+        say(f"{start.path}: {_classifier_line(start.class_names, class_names)}")
     if moe_layers(start.model):
         model = build_model(name, kwargs, config.moe, num_classes, image_size)
         if not moe_layers(model):
@@ -92,12 +98,15 @@ def _upcycled(dense: nn.Module, moe: MoeConfig | None, image_size: int) -> nn.Mo
 
 
 def _weights(start: Checkpoint, model: nn.Module, class_names: list[str]) -> dict[str, Tensor]:
-    """The checkpoint's weights; of the classifier the model's own where the classes are others."""
+    """The checkpoint's weights; of the classifier those of the run's classes, or the model's own if one is unknown."""
     weights = start.model.state_dict()
-    if not are_same_classes(start.class_names, class_names):
-        classifier = tuple(f"{name}." for name in _classifiers(model))
+    classifier = tuple(f"{name}." for name in _classifiers(model))
+    outputs = known_outputs(start.class_names, class_names)
+    if outputs is None:
         weights = {name: value for name, value in weights.items() if not name.startswith(classifier)}
         weights |= {name: value for name, value in model.state_dict().items() if name.startswith(classifier)}
+    elif outputs != list(range(len(start.class_names))):
+        weights |= {name: value[outputs] for name, value in weights.items() if name.startswith(classifier)}
     return weights
 
 

@@ -1,0 +1,64 @@
+"""Classes by name: which outputs of a model are the classes of a set, whatever their order and number."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+def only_numbers(names: Sequence[str]) -> bool:
+    """Whether classes have no names: they are "0", "1", ..."""
+    return list(names) == [str(number) for number in range(len(names))]
+
+
+def find_outputs(theirs: Sequence[str], ours: Sequence[str]) -> list[int | None]:
+    """The output of a model for each class of a set, by name.
+
+    Numbers from 0 on are no names: a set that only numbers its classes is taken by number where the model has as many,
+    and is unknown else. Of a name that several classes have, the first is the set's first.
+
+    Args:
+        theirs: (C,) the model's classes, in the order of its outputs.
+        ours: the set's classes.
+
+    Returns:
+        For each of `ours` an index below C, or None where the model does not know it.
+    """
+    if list(theirs) == list(ours) or (only_numbers(ours) and len(ours) == len(theirs)):
+        return list(range(len(theirs)))
+    if only_numbers(ours):
+        return [None] * len(ours)
+    places: dict[str, list[int]] = defaultdict(list)
+    for index, name in enumerate(theirs):
+        places[name].append(index)
+    return [places[name].pop(0) if places[name] else None for name in ours]
+
+
+def known_outputs(theirs: Sequence[str], ours: Sequence[str]) -> list[int] | None:
+    """`find_outputs` where the model knows all classes of the set; else None."""
+    outputs = find_outputs(theirs, ours)
+    return None if None in outputs else [index for index in outputs if index is not None]
+
+
+def same_outputs(theirs: Sequence[str], ours: Sequence[str]) -> list[int] | None:
+    """`known_outputs` between two models: one that only numbers its classes is no match for one that names them."""
+    return None if only_numbers(theirs) != only_numbers(ours) else known_outputs(theirs, ours)
+
+
+def with_outputs(model: nn.Module, outputs: Sequence[int]) -> nn.Module:
+    """The same model, which gives only these of its logits, in this order: (B, C) becomes (B, len(outputs)).
+
+    Its weights and their names stay as they are.
+    """
+    if list(outputs) == list(range(getattr(model, "num_classes", -1))):
+        return model
+    on_device: dict[torch.device, Tensor] = {}
+
+    def select(module: nn.Module, arguments: tuple, logits: Tensor) -> Tensor:
+        if logits.device not in on_device:  # so that it is copied once
+            on_device[logits.device] = torch.tensor(outputs, device=logits.device)
+        return logits[:, on_device[logits.device]]
+
+    model.register_forward_hook(select)
+    return model
