@@ -139,7 +139,7 @@ def by_torchvision(images, name, magnitude, negative):
     values = magnitudes(31, 32, 32)
     value = 0.0 if values is None else float(values[magnitude]) * (-1 if negative and is_signed else 1)
     fill = {torch.Tensor: [float(level) for level in FILL]}
-    return theirs._apply_image_or_video_transform(images, name, value, "nearest", fill).float()
+    return theirs._apply_image_or_video_transform(images, name, value, theirs.interpolation, fill).float()
 
 
 @pytest.mark.parametrize("magnitude", [0, 9, 30, (0, 30), (7, 21)])

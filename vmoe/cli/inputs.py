@@ -297,5 +297,6 @@ class Tracked:
 
     def __iter__(self):
         console = Console(stderr=True)
-        hidden = not console.is_terminal
-        return iter(track(self._batches, self._description, console=console, transient=True, disable=hidden))
+        if not console.is_terminal:  # a hidden bar of rich 13 would end with an empty line
+            return iter(self._batches)
+        return iter(track(self._batches, self._description, console=console, transient=True))

@@ -1,5 +1,6 @@
 """`vmoe make-shards`: a folder of images becomes tar shards that webdataset and `data.name: webdataset` read."""
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -40,7 +41,8 @@ def _make_shards(argv: list[str]) -> int:
 
     columns = (TextColumn("{task.description:5}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+    bar = Progress(*columns, console=console)
+    with bar if console.is_terminal else contextlib.nullcontext():
         tasks = {}
 
         def show(split: str, done: int, total: int) -> None:

@@ -50,8 +50,9 @@ def expert_capacity(
     Raises:
         CapacityError: The experts would have no place at all.
     """
-    # torch.compile(dynamic=True) makes a symbol of each float it reads, on which no shape may depend; text is constant
-    factor = float(f"{factor}")
+    # torch.compile(dynamic=True) makes a symbol of each float it reads, on which no shape may depend; what a set holds
+    # is constant to it, in torch 2.11 too
+    factor = {factor}.pop()
     exact = choices * factor / num_experts
     capacity = math.ceil(exact) if rounding == "ceil" else round(exact)
     if capacity < 1:
