@@ -23,7 +23,7 @@ from vmoe.memory import is_out_of_memory, memory_line
 from vmoe.moe import MoeConfig
 from vmoe.training.config import TrainConfig, is_config_of_run
 from vmoe.training.place import Place
-from vmoe.training.plain import choices, from_plain, section_type
+from vmoe.training.plain import choices, describe, from_plain, section_type
 from vmoe.training.progress import Progress
 from vmoe.training.stopping import Interrupted, stopped_at_once
 from vmoe.version import __version__
@@ -199,7 +199,7 @@ def _parsed(argv: list[str]) -> TrainConfig:
     try:
         parsed = parser.parse_args(_as_written(argv)).as_dict()
     except jsonargparse.ArgumentError as error:
-        raise UserError(_explain(str(error))) from error
+        raise UserError(_explain(str(error), argv)) from error
     del parsed["config"]
     if parsed["output_dir"] is None:
         parsed["output_dir"] = f"runs/{Path(files[-1]).stem if files else 'default'}"
@@ -367,6 +367,9 @@ def _check_keys(plain: dict[str, Any], kind: type, names: list[str], path: str, 
 
 
 def _check_options(argv: list[str], names: list[str]) -> None:
+    for option, word in _pairs(argv):
+        if option is None and word is not None and word != "-h":
+            raise UserError(f"{word}: belongs to no option; give options as --NAME VALUE")
     for argument in argv:
         if not argument.startswith("--"):
             continue
@@ -385,39 +388,33 @@ def _nearest(name: str, names: list[str]) -> str:
     return f"the sections are {', '.join(known for known in names if '.' not in known)}; see --help-all"
 
 
-def _explain(message: str) -> str:
-    """Jsonargparse's message of several lines as one line that names the option, the allowed types and the value."""
-    lines = [line.strip(" -") for line in message.splitlines() if line.strip()]
-    keys = [line.split('"')[1] for line in lines if line.startswith("Parser key")]
-    expected = [
-        line.removeprefix("Expected a ").partition(". Got value: ") for line in lines if line.startswith("Expected a")
-    ]
-    if keys and any("Unable to load config" in line for line in lines):
-        return f"--{keys[0]}: must be a section of options; give one of them by name, such as --{keys[0]}.NAME VALUE"
-    if not keys or not expected:
-        return " ".join(lines)
-    # A section's alternative is null, but its options' are not.
-    kinds = [_plain_type(kind) for kind, _, _ in expected[: -1 if len(keys) > 1 else None]]
-    given = next((line for line in reversed(lines) if line.startswith("Given value: ")), "").removeprefix(
-        "Given value: "
-    )
-    nested = re.fullmatch(r"NestedArg\(key='.*', val='(.*)'\)", given)
-    value = next((value for _, _, value in expected if value), nested.group(1) if nested else given)
-    return f"--{'.'.join(keys)} {value}: must be {' or '.join(dict.fromkeys(kinds))}"
+def _explain(message: str, argv: list[str]) -> str:
+    """One line for what jsonargparse refuses: the option, its value, and what is allowed by the option's type.
+
+    Jsonargparse's own words depend on its version; of its message, only the option's name is taken.
+    """
+    keys = re.findall(r'Parser key "([^"]+)"', message)  # a section's, then its option's
+    hints = option_types(TrainConfig)
+    name = ".".join(keys) if ".".join(keys) in hints else "".join(keys[:1])
+    if name not in hints:
+        return " ".join(message.split())
+    values = _given(name, argv)
+    given = [value for value in values if str(value) in message] or values  # of several, the one that was refused
+    line = f"--{name}{f' {given[0]}' if given else ''}: must be {describe(hints[name])}"
+    if section_type(hints[name]) is None:
+        return line
+    return f"{line}; give one of its options by name, such as --{name}.NAME VALUE"
 
 
-def _plain_type(kind: str) -> str:
-    if kind.startswith("dot import path"):
-        return "a section of options"
-    kind = kind.removeprefix("typing.Literal").removeprefix("<class '").removesuffix("'>").strip("[]")
-    names = {
-        "int": "a whole number",
-        "float": "a number",
-        "bool": "true or false",
-        "NoneType": "null",
-        "dict": "keys and values",
-    }
-    return names.get(kind, kind.replace("'", "").replace(", ", " or "))
+def _given(name: str, argv: list[str]) -> list[Any]:
+    """The values that an option has on the command line and in the config files."""
+    values: list[Any] = [value for option, value in _pairs(argv) if option == name and value is not None]
+    for path in _config_files(argv):
+        value: Any = read_config(path)
+        for key in name.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        values.append(value)
+    return [value for value in values if value is not None]
 
 
 class _KeepLines(jsonargparse.DefaultHelpFormatter):

@@ -38,7 +38,7 @@ def from_plain(kind: type, plain: dict[str, Any], prefix: str = "") -> Any:
         elif isinstance(value, list) and _holds_tuple(hints[name]):  # YAML and checkpoints know only lists
             value = tuple(value)
         if section is None and not _fits(value, hints[name]):
-            raise UserError(f"{prefix}{name}={value!r}: must be {_told(hints[name])}")
+            raise UserError(f"{prefix}{name}={value!r}: must be {describe(hints[name])}")
         values[name] = value
     try:
         return kind(**values)
@@ -74,11 +74,20 @@ def _fits(value: Any, hint: Any) -> bool:
     return type(value) in ((int, float) if hint is float else (hint,))
 
 
-def _told(hint: Any) -> str:
-    """A field's type as a user knows it."""
+def describe(hint: Any) -> str:
+    """A field's type as a user knows it: the words of a Literal, or what kind of value it is."""
+    return " or ".join(_describe_one(choice) for choice in choices(hint))
+
+
+def _describe_one(hint: Any) -> str:
+    if typing.get_origin(hint) is Literal:
+        return " or ".join(str(word) for word in typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        return f"a list of {len(typing.get_args(hint))} numbers"
+    if dataclasses.is_dataclass(hint):
+        return "a section of options"
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
-    kinds = {Literal: "a word", list: "a list", tuple: "a list of numbers", dict: "keys and values"}
-    return " or ".join(names.get(choice) or kinds[typing.get_origin(choice)] for choice in choices(hint))
+    return (names | {list: "a list", dict: "keys and values"})[typing.get_origin(hint) or hint]
 
 
 def _holds_tuple(hint: Any) -> bool:
