@@ -10,10 +10,11 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import uuid
 import zlib
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,7 @@ class Server:
         environment = os.environ | {"VMOE_API_KEY": KEY, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=pipe, stderr=pipe, text=True)
+        self.sent = threading.Semaphore(0)  # requests
         # However busy the machine is: the line comes, or the process ends.
         if not any(line.startswith("ready") for line in self.process.stdout):
             pytest.fail(f"did not start: {self.process.communicate()}")
@@ -71,6 +73,7 @@ class Server:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         try:
             connection.request(method, path, body, headers or {})
+            self.sent.release()
             answer = connection.getresponse()
             return answer, answer.read()
         finally:
@@ -91,7 +94,7 @@ class Server:
 
     def stop(self, number=signal.SIGTERM):
         self.process.send_signal(number)
-        return self.process.wait(60)
+        return self.process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -349,9 +352,12 @@ def test_a_program_is_served(tmp_path, predictor):
 def test_it_stops_after_the_last_answer(number):
     server = Server("--max-batch", "1")
     content = encoded(noise(4))
+    server.sent = threading.Semaphore(0)  # counts from here
     with ThreadPoolExecutor(8) as clients:
         answers = [clients.submit(server.predict, content, routing="true") for _ in range(8)]
-        time.sleep(0.15)  # so that they have arrived
+        for _ in answers:
+            server.sent.acquire()
+        wait(answers, return_when=FIRST_COMPLETED)  # so the others have arrived, too
         code = server.stop(number)
     assert [answer.result()[0] for answer in answers] == [200] * 8
     assert code == 0 and server.process.stderr.read() == ""
