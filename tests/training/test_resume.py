@@ -269,7 +269,7 @@ def test_a_config_that_a_user_wrote_stays(recipe, tmp_path, capsys, resume):
     own = tmp_path / "config.yaml"
     own.write_text("# mine, with care\n" + RECIPE)
     assert main(["--config", str(own), "--output_dir", str(tmp_path), *resume]) == 2
-    assert "holds a config.yaml that is no run's" in capsys.readouterr().err
+    assert "holds a config.yaml that no run wrote" in capsys.readouterr().err
     assert own.read_text() == "# mine, with care\n" + RECIPE
 
 

@@ -209,7 +209,7 @@ def _parsed(argv: list[str]) -> TrainConfig:
 
 
 def _with_chosen_data(parsed: dict[str, Any]) -> TrainConfig:
-    """The config of what was parsed, whose images must have been chosen.
+    """The config of what was parsed. The user must have chosen the images.
 
     Raises:
         UserError: they were not, or an option is not allowed.
@@ -228,7 +228,7 @@ def _with_chosen_data(parsed: dict[str, Any]) -> TrainConfig:
         )
     if config.data.name in EMBEDDED_SETS and root != default_root:
         raise UserError(
-            f"--data.root {root}: is not read by data.name={config.data.name}, whose images come with vmoe; give "
+            f"--data.root {root}: is not read by data.name={config.data.name}: its images come with vmoe; give "
             "--data.name folder, webdataset or npz too, or leave it out"
         )
     return config

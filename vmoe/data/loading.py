@@ -217,7 +217,7 @@ class ImageLoader(DataLoader):
         for batch in super().__iter__():
             if isinstance(batch, _ThroughPipe):
                 if not is_warned:
-                    warnings.warn(_SMALL_SHARED_MEMORY, stacklevel=1)  # the caller is Lightning, whose are hidden
+                    warnings.warn(_SMALL_SHARED_MEMORY, stacklevel=1)  # those of the caller, Lightning, are hidden
                     is_warned = True
                 batch = batch.taken(self.pin_memory)
             if isinstance(batch, UserError):
@@ -229,10 +229,10 @@ class ImageLoader(DataLoader):
 
 
 class _ThroughPipe:
-    """A batch of a worker whose tensors are arrays, which need no shared memory.
+    """A batch of a worker with arrays in place of tensors: they need no shared memory.
 
     Args:
-        batch: A tuple, some of whose items are tensors.
+        batch: A tuple; some of its items are tensors.
     """
 
     def __init__(self, batch: tuple) -> None:

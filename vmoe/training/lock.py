@@ -29,7 +29,7 @@ def locked(folder: Path, say: Callable[[str], object]) -> Iterator[None]:
 
     Args:
         folder: The folder.
-        say: Is told where this waits.
+        say: Gets a line where this waits.
 
     Raises:
         UserError: another process has the folder, which the line names, or it cannot be written.

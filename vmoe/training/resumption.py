@@ -78,8 +78,8 @@ def check_folder(folder: RunFolder, config: TrainConfig) -> None:
         )
     if is_users and not has_last:
         raise UserError(
-            f"--output_dir {folder.path}: holds a config.yaml that is no run's, in whose place a run would write its "
-            "own; give another folder"
+            f"--output_dir {folder.path}: holds a config.yaml that no run wrote; this run would replace it by its "
+            "own: give another folder"
         )
     if holds_run and not has_last and folder.summary.exists():
         raise UserError(
@@ -88,7 +88,7 @@ def check_folder(folder: RunFolder, config: TrainConfig) -> None:
 
 
 def saved_state(folder: RunFolder, config: TrainConfig) -> dict[str, Any] | None:
-    """The last checkpoint of a run to resume, whose folder `check_folder` lets pass; None to start from the beginning.
+    """The last checkpoint of a run to resume, after `check_folder`; None to start from the beginning.
 
     A run may have more epochs than before: then it is not finished.
 
@@ -109,10 +109,10 @@ def saved_state(folder: RunFolder, config: TrainConfig) -> dict[str, Any] | None
         saved[ENTRY]["finished"] = False
     changed = [key for key in sorted(before | now) if before.get(key) != now.get(key) and key not in free]
     if changed:
-        told = [f"{key} (was {before.get(key)!r}, now {now.get(key)!r})" for key in changed[:_MOST_TOLD]]
-        told += [f"{len(changed) - _MOST_TOLD} more"] if len(changed) > _MOST_TOLD else []
+        named = [f"{key} (was {before.get(key)!r}, now {now.get(key)!r})" for key in changed[:_MOST_TOLD]]
+        named += [f"{len(changed) - _MOST_TOLD} more"] if len(changed) > _MOST_TOLD else []
         raise UserError(
-            f"--resume: the run in {folder.path} had another config: {', '.join(told)}; to go on with its own: "
+            f"--resume: the run in {folder.path} had another config: {', '.join(named)}; to go on with its own: "
             f"{resuming_command(folder)}; or give another --output_dir"
         )
     return saved
@@ -124,7 +124,7 @@ def resuming_command(folder: RunFolder) -> str:
 
 
 def note_epochs(folder: RunFolder, epochs: int) -> None:
-    """Writes the number of epochs of a run that has more than before into its config.yaml, whose other lines stay."""
+    """Writes the number of epochs of a run that has more than before into its config.yaml; the other lines stay."""
     text = folder.config.read_text(encoding="utf-8") if folder.config.is_file() else ""
     longer = re.sub(r"(^trainer:\n(?:[ #].*\n)*?  epochs: )\d+", rf"\g<1>{epochs}", text, flags=re.MULTILINE)
     if longer != text:
@@ -133,7 +133,7 @@ def note_epochs(folder: RunFolder, epochs: int) -> None:
 
 
 def is_tested(summary: dict[str, Any]) -> bool:
-    """Whether a summary is that of a run whose best checkpoint was tested, after its training."""
+    """Whether the run was also tested after its training."""
     return "test/top1" in summary.get("metrics", {})
 
 
