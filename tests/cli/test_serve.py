@@ -227,6 +227,8 @@ def test_the_server_describes_itself(server):
     _, found = server.predict(encoded(noise(8)), top=1, routing="true")
     assert set(found) == set(schema["properties"])
     assert set(found["predictions"][0]) == set(schema["properties"]["predictions"]["items"]["properties"])
+    told = json.loads(server.ask("GET", "/info")[1])
+    assert len(told["model"]["classes"]) == 10 and told["server"]["devices"] == ["cpu"]
     layer = schema["properties"]["routing"]["additionalProperties"]["properties"]
     assert all(set(told) == set(layer) for told in found["routing"].values())
 

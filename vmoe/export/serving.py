@@ -61,8 +61,9 @@ class ModelService(litserve.LitAPI):
         from vmoe.export.predictor import load_predictor
 
         try:
-            self.predictor = load_predictor(self.path, self.runs_on())
-            self.told.put(_describe(self.path, self.predictor))
+            where = self.runs_on()
+            self.predictor = load_predictor(self.path, where)
+            self.told.put(_describe(self.path, self.predictor) | {"device": str(where)})
         except UserError as error:
             self.told.put(str(error))
             logging.getLogger("litserve").setLevel(logging.CRITICAL)  # which would print a traceback
@@ -122,6 +123,7 @@ class _Server(litserve.LitServer):
         self.model_metadata = {key: about[key] for key in ("classes", "image_size")} | {"vmoe": __version__}
         prepared = about["image_size"], len(about["classes"]), about["bit_depth"]
         self.app.state.uploads = UploadReader(*prepared, about["why_no_routing"])
+        self.devices = [about["device"]]  # as /info has it
         described = describe_api(about["classes"], about["image_size"], self.max_payload_size)
         self.app.openapi = lambda: described
         self._when_ready()
