@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import vmoe
-from vmoe.export.layer import why_not_exportable
 from vmoe.export.steered import OFF, SteeredModel, layer_factor
+from vmoe.moe.exportable import why_not_exportable
 
 MOE = {"num_experts": 4, "top_k": 2, "layers": "every-2", "group": "image", "capacity_multiple_of": 1}
 
@@ -94,6 +94,6 @@ def test_a_capacity_of_the_batch_is_refused():
     model = make_model()
     for _, layer in vmoe.moe_layers(model):
         layer.config = dataclasses.replace(layer.config, eval_capacity_factor=1.0, group="batch")
-    assert why_not_exportable(layer)
+    assert why_not_exportable(layer.config)
     with pytest.raises(ValueError, match="depend on the other images"):
         SteeredModel(model)

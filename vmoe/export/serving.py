@@ -210,12 +210,12 @@ def _describe(path: Path, predictor: "Predictor") -> dict[str, Any]:
     Raises:
         UserError: an answer would depend on the other images of its batch.
     """
-    from vmoe.export.layer import why_not_exportable
     from vmoe.moe import moe_layers
+    from vmoe.moe.exportable import why_not_exportable
 
     layers = moe_layers(predictor.model) if predictor.model is not None else []
     for name, layer in layers:
-        if reason := why_not_exportable(layer):
+        if reason := why_not_exportable(layer.config):
             raise UserError(f"{path}: cannot be served: {name}: {reason}")
     silent = None if layers else "a dense model has no experts"
     if predictor.model is None:

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from vmoe.analysis.recording import LayerRouting, record_routing
 from vmoe.checkpoints import Checkpoint
 from vmoe.errors import UserError
-from vmoe.export.layer import ExportedMoe, MakeLinear, exportable_copy, plain_linear, slots_in_flow
+from vmoe.export.layer import ExportedMoe, MakeLinear, exportable_copy, plain_linear
 from vmoe.export.programs import TOLERANCE, describe, make_attention_plain, quiet, reason_of, write_onnx
 from vmoe.moe import MoeMlp, moe_layers
+from vmoe.moe.exportable import slots_in_flow
 from vmoe.moe.groups import Groups
 from vmoe.moe.routers import token_choice
 

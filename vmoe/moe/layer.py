@@ -13,6 +13,7 @@ from vmoe.moe import losses
 from vmoe.moe.assignment import Capacity, assign
 from vmoe.moe.config import MoeConfig
 from vmoe.moe.experts import Experts, SharedExpert
+from vmoe.moe.exportable import LayerForm, why_not_exportable
 from vmoe.moe.groups import Groups
 from vmoe.moe.mlps import take_apart
 from vmoe.moe.passes import Mark
@@ -192,6 +193,8 @@ class MoeMlp(nn.Module):
             x: (B, ..., in_features), or (B, in_features, rows, columns) with `use_conv`.
             token_mask: (B, ...) bool, False for padding, which takes no capacity, carries no loss and gives zeros.
         """
+        if torch.jit.is_tracing() or (torch.compiler.is_exporting() and not self.training):
+            return self._exported(x, token_mask)
         shape = x.shape
         if self.use_conv:
             x = x.movedim(1, -1)
@@ -210,6 +213,15 @@ class MoeMlp(nn.Module):
 
         y = self.drop2(y_TD.view(*x.shape[:-1], self.out_features))
         return y.movedim(-1, 1) if self.use_conv else y
+
+    def _exported(self, x: Tensor, token_mask: Tensor | None) -> Tensor:
+        """The same in operators that torch.export, torch.onnx.export and torch.jit.trace know, for any batch."""
+        if self.training:
+            raise RuntimeError("MoE layers are traced in evaluation mode only; call model.eval() first")
+        reason = why_not_exportable(self.config)
+        if reason is not None:
+            raise ValueError(f"a MoE layer cannot be exported: {reason}")
+        return LayerForm(self).forward(x, token_mask)
 
     def _groups(self, x: Tensor) -> Groups:
         tokens = 1
