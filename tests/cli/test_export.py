@@ -139,6 +139,19 @@ def test_a_folder_for_timm(save_run, tmp_path, moe, capsys):
     assert ("3 experts" in card) == (moe is not None) and "| `blocks.1` | 0.50 | 1.50 |" in card
 
 
+def test_timm_takes_a_folder_at_another_size_and_for_its_features(save_run, tmp_path):
+    run, out, images = save_run(moe=MOE), tmp_path / "shared", torch.randn(2, 3, 32, 32)
+    assert main([str(run), "--format", "hub", "--out", str(out)]) == 0
+    expected = load_checkpoint(run).model
+    expected.set_input_size(img_size=32)
+    arguments = {"model_name": f"local-dir:{out}", "pretrained": True, "img_size": 32}
+    torch.testing.assert_close(timm.create_model(**arguments).eval()(images), expected(images))
+    for chosen, indices in (({"out_indices": (0, 2)}, (0, 2)), ({}, 3)):
+        features = timm.create_model(**arguments, features_only=True, **chosen).eval()(images)
+        theirs = expected.forward_intermediates(images, indices=indices, intermediates_only=True)
+        assert len(features) == len(theirs) and all(map(torch.equal, features, theirs))
+
+
 def test_what_others_add_to_a_folder_stays(save_run, tmp_path, capsys):
     run, out = save_run(moe=MOE), tmp_path / "shared"
     arguments = [str(run), "--format", "hub", "--out", str(out)]

@@ -168,6 +168,17 @@ def test_timms_features_by_fx_take_moe_layers_as_nodes():
     assert all(layer.experts.fc1.weight.grad.any() for _, layer in vmoe.moe_layers(by_fx))
 
 
+@pytest.mark.parametrize("name", ["convnext_atto", "hiera_tiny_224"])
+def test_features_of_any_backbone_are_as_timm_gives_them(name):
+    small = {"convnext_atto": {"dims": (8, 12, 16, 24)}, "hiera_tiny_224": {"embed_dim": 16, "num_heads": 1}}[name]
+    on_backbone = {"backbone": name, "moe": {"num_experts": 2}, **small}
+    dense = timm.create_model(name, features_only=True, device="meta", **small)
+    sparse = timm.create_model("vmoe_on_backbone", features_only=True, device="meta", **on_backbone)
+    images = torch.empty(1, 3, 224, 224, device="meta")
+    assert [part.shape for part in sparse(images)] == [part.shape for part in dense(images)]
+    assert sparse.feature_info.channels() == dense.feature_info.channels()
+
+
 def test_scripting_is_refused_in_a_line():
     with pytest.raises(RuntimeError, match="MoE layers are made of; use torch") as error:
         torch.jit.script(small())

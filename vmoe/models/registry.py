@@ -5,10 +5,12 @@ every classifier. `vmoe_vit` has no MoE layers of its own; with arguments it tak
 small images: CCT-7/3x1 (https://arxiv.org/abs/2104.05704) with mean pooling in place of its sequence pooling.
 """
 
+import sys
 from collections import OrderedDict
 from typing import Any, Literal
 
 import timm
+import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import nn
@@ -80,6 +82,7 @@ def _default_cfg(arguments: dict[str, Any]) -> dict[str, Any]:
 
 _MODELS = _named_models()
 ON_BACKBONE = "vmoe_on_backbone"
+_BACKBONE = "vit_tiny_patch16_224"
 default_cfgs = generate_default_cfgs(
     {
         **{name: _default_cfg(arguments) for name, (arguments, _) in _MODELS.items()},
@@ -133,12 +136,37 @@ def vmoe_on_backbone(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """MoE layers on any model of timm: `backbone` is its name, `moe` a dict of `MoeConfig`'s fields, the rest is its
     own arguments. So a folder with a config.json can describe every V-MoE.
     """
-    return build_model_with_cfg(_build_on_backbone, ON_BACKBONE, pretrained, **kwargs)
+    features = _features_of(**kwargs) if kwargs.get("features_only") else {}
+    return build_model_with_cfg(
+        _build_on_backbone, ON_BACKBONE, pretrained, pretrained_filter_fn=_fitted, feature_cfg=features, **kwargs
+    )
 
 
-def _build_on_backbone(
-    backbone: str = "vit_tiny_patch16_224", moe: dict[str, Any] | None = None, **kwargs: Any
-) -> nn.Module:
+def _features_of(moe: object = None, backbone: str = _BACKBONE, **kwargs: Any) -> dict[str, Any]:
+    """How timm takes features of the backbone, for `build_model_with_cfg`; `moe` does not matter."""
+    arguments = {name: value for name, value in kwargs.items() if not name.startswith("pretrained")}
+    with torch.device("meta"):
+        features: Any = timm.create_model(backbone, **arguments)
+        stages = {name for name, _ in timm.create_model(backbone).named_children()}
+    found = {
+        "feature_cls": type(features),
+        "out_indices": list(features.feature_info.out_indices),
+        "output_fmt": getattr(features, "output_fmt", "NCHW"),
+    }
+    is_list = "model" not in features  # of the backbone's parts, in place of the backbone
+    return found | ({"flatten_sequential": True} if is_list and not {*features} <= stages else {})
+
+
+def _fitted(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+    """Weights for a model of another image size: what timm's code of the backbone makes of them, if there is any."""
+    own = model.state_dict()
+    if all(name in own and own[name].shape == value.shape for name, value in state_dict.items()):
+        return state_dict
+    resize = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    return state_dict if resize is None else resize(state_dict, model)
+
+
+def _build_on_backbone(backbone: str = _BACKBONE, moe: dict[str, Any] | None = None, **kwargs: Any) -> nn.Module:
     if not timm.is_model(backbone):  # names such as hf-hub:... would fetch a model
         raise ValueError(f"backbone={backbone!r}: timm knows no such model")
     return create_model(backbone, MoeConfig(**(moe or {})), **kwargs)
