@@ -66,7 +66,8 @@ def test_what_is_no_picture_is_counted_and_said(tmp_path, capsys):
     note = splits.notes[0]
     assert note == (
         f"{root}: passed over: 4 files of other formats (.heic, no ending, .txt), 6 names that begin with a dot, "
-        "4 folders of the system's own, 2 names that are no regular files (pipes, sockets, devices, broken links) "
+        "4 folders of the system's own (@eaDir, __MACOSX), 2 names that are no regular files (pipes, sockets, "
+        "devices, broken links) "
         "and 1 picture outside the class folders"
     )
     assert main(["make-shards", str(root), "--out", str(tmp_path / "shards")]) == 0

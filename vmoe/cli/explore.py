@@ -162,7 +162,7 @@ def _parser() -> argparse.ArgumentParser:
         "--images",
         nargs="+",
         metavar="IMAGE",
-        help="in place of a data set: image files, or their folders, without labels",
+        help="in place of a data set: image files without labels, or folders, which are searched to their depth",
     )
     parser.add_argument(
         "--sample", type=int, default=300, metavar="N", help="images whose maps the page shows (default: 300)"

@@ -56,7 +56,7 @@ def _heatmap(argv: list[str]) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = new_parser("heatmap", _DESCRIPTION)
     parser.add_argument("checkpoint", metavar="CKPT", help="a .ckpt file, or a run's folder (its best checkpoint)")
-    parser.add_argument("images", metavar="IMAGE", nargs="+", help="image files of any size and mode, or their folders")
+    parser.add_argument("images", metavar="IMAGE", nargs="+", help="image files of any size and mode, or folders")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the figures go")
     parser.add_argument(
         "--layers",

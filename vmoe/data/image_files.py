@@ -37,7 +37,7 @@ _REASONS = {
     ),
     "outside": ("picture outside the class folders", "pictures outside the class folders"),
 }
-_NAMED_SUFFIXES = 4  # of other formats, in a line
+_NAMED = 4  # endings or system's folders, in a line
 
 
 def is_image_name(name: str) -> bool:
@@ -50,18 +50,19 @@ class PassedOver:
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
-        self._suffixes: Counter[str] = Counter()
+        self._named: dict[str, Counter[str]] = {"format": Counter(), "system": Counter()}
 
     def add(self, reason: str, name: str = "") -> None:
-        """Counts one more for a reason, a key of `_REASONS`; of a file of another format also its ending."""
+        """Counts one more for a reason, a key of `_REASONS`, and the ending of a file of another format."""
         self.counts[reason] += 1
-        if reason == "format":
-            self._suffixes[os.path.splitext(name)[1].lower() or "no ending"] += 1
+        if reason in self._named:
+            self._named[reason][name if reason == "system" else os.path.splitext(name)[1].lower() or "no ending"] += 1
 
     def update(self, other: "PassedOver") -> None:
         """Adds what another has counted."""
         self.counts += other.counts
-        self._suffixes += other._suffixes
+        for reason, names in self._named.items():
+            names.update(other._named[reason])
 
     def __bool__(self) -> bool:
         return bool(self.counts)
@@ -72,10 +73,9 @@ class PassedOver:
         for reason, (one, many) in _REASONS.items():
             if count := self.counts[reason]:
                 parts.append(f"{count} {one if count == 1 else many}")
-                if reason == "format":
-                    common = [suffix for suffix, _ in self._suffixes.most_common(_NAMED_SUFFIXES)]
-                    more = ", ..." if len(self._suffixes) > len(common) else ""
-                    parts[-1] += f" ({', '.join(common)}{more})"
+                if names := self._named.get(reason):
+                    common = [name for name, _ in names.most_common(_NAMED)]
+                    parts[-1] += f" ({', '.join(common)}{', ...' if len(names) > len(common) else ''})"
         return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
 
 
@@ -258,5 +258,5 @@ def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
 def _is_passed_over(name: str, passed_over: PassedOver) -> bool:
     reason = "hidden" if name.startswith(".") else "system" if name in SYSTEM_FOLDERS else None
     if reason is not None:
-        passed_over.add(reason)
+        passed_over.add(reason, name)
     return reason is not None
