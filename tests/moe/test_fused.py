@@ -1,5 +1,8 @@
 """The fused backend against a float64 oracle: on a GPU, else through Triton's interpreter."""
 
+import importlib
+import inspect
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -329,3 +332,63 @@ def test_compiled_layer_agrees():
             y = forward(x)
         results.append([y, *torch.autograd.grad(y.float().square().sum(), [x, *layer.experts.parameters()])])
     torch.testing.assert_close(results[1], results[0], rtol=2e-2, atol=2e-2)
+
+
+ROOMS = ("activations", "balance", "products", "ranks", "router", "rows", "token_scores")
+
+
+def kernels():
+    """Every Triton kernel of the backend, by room and name."""
+    rooms = [importlib.import_module(f"{fused.__name__}.{room}") for room in ROOMS]
+    named = {f"{room.__name__}.{name}": value for room in rooms for name, value in vars(room).items()}
+    return {name: each for name, each in named.items() if isinstance(getattr(each, "pre_run_hooks", None), list)}
+
+
+def variants(kernel, found):
+    """Keeps in `found` what Triton compiles a variant for: arguments' types, constants, and which integers are even."""
+    names = list(inspect.signature(kernel.fn).parameters)
+    constants = {name for name, kind in inspect.get_annotations(kernel.fn).items() if "constexpr" in str(kind)}
+    free = {parameter.name for parameter in getattr(kernel, "params", ()) if parameter.do_not_specialize}
+    free |= set(getattr(kernel, "kwargs", {}).get("do_not_specialize") or ())
+
+    def kind(name, value):
+        if isinstance(value, torch.Tensor):
+            return value.dtype
+        if name in constants or value is None or not isinstance(value, int):
+            return value if name in constants or value is None else type(value)
+        return None if name in free else (value == 1, value % 16 == 0)
+
+    def hook(*args, **named):
+        given = dict(zip(names, args, strict=False)) | named
+        found.add(tuple((name, kind(name, value)) for name, value in given.items() if name in names))
+
+    return hook
+
+
+def test_batches_of_another_size_compile_nothing_again():
+    found = {name: set() for name in kernels()}
+    for name, kernel in kernels().items():
+        kernel.add_pre_run_hook(variants(kernel, found[name]))
+    seen = []
+    try:
+        for images in (4, 3):
+            generator = torch.Generator().manual_seed(0)
+            parameters = random_parameters(4, 16, 16, 16, True, generator)
+            x, weight = torch.randn(images * 4, 16, device=DEVICE), torch.randn(4, 16, device=DEVICE)
+            for capacity in (None, 3):
+                routing = skewed_routing(images, 4, 1, 4, 2, 0.0, generator, capacity, priority=True)
+                outputs_and_gradients(
+                    fused, x, routing, parameters, torch.ones_like(x), nn.GELU(), DEVICE, torch.float32, torch.float32
+                )
+            logits, tokens = fused.scores_and_tokens(x.requires_grad_(), weight.requires_grad_())
+            _, chosen, weights = fused.gates(logits, 2, False)
+            split = [each.view(images, 4, -1) for each in (logits, logits, chosen)]
+            importance, load, *_ = fused.balance(*split, torch.ones_like(split[2], dtype=torch.bool), 0.1)
+            (weights.sum() + importance + load + tokens.sum()).backward()
+            fused.ranks(split[2], None, 4)
+            seen.append({name: set(each) for name, each in found.items()})
+    finally:
+        for kernel in kernels().values():
+            kernel.pre_run_hooks.pop()
+    assert sum(map(bool, seen[0].values())) > 15
+    assert seen[0] == seen[1]

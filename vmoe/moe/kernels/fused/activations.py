@@ -90,7 +90,7 @@ def _load(at, inside):
     return tl.load(at, mask=inside, other=0.0).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["share"])
 def _activate(
     pre, bias, act, starts, num_experts, share, width, HAS_BIAS: tl.constexpr, FUNCTION: tl.constexpr,
     GATE: tl.constexpr, HAS_SHARE: tl.constexpr, TILE: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr,
@@ -116,7 +116,7 @@ def _activate(
         tl.store(act + row * width + column, value.to(act.dtype.element_ty), mask=is_column)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["share"])
 def _activation_gradient(
     grad, bias, pre, bias_parts, grad_pre, starts, num_experts, share, width, HAS_BIAS: tl.constexpr,
     FUNCTION: tl.constexpr, GATE: tl.constexpr, HAS_SHARE: tl.constexpr, TILE: tl.constexpr, EXPERTS: tl.constexpr,

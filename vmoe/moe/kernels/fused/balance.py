@@ -124,7 +124,7 @@ def _chance(logits, routed_by, last, expert, noise_scale):
     return (logits - threshold[:, None]) / noise_scale
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size"])
 def _block_sums(
     logits, noisy_logits, chosen, kept, parts, counts, size, num_experts, noise_scale, K: tl.constexpr,
     IS_NOISY: tl.constexpr, HAS_KEPT: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -156,7 +156,7 @@ def _block_sums(
     tl.store(counts + block * 2 + 1, entropy)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks", "size"])
 def _group_sums(
     parts, counts, sums, losses, statistics, num_blocks, size, num_experts, K: tl.constexpr, IS_NOISY: tl.constexpr,
     HAS_KEPT: tl.constexpr, COLUMNS: tl.constexpr,
@@ -198,7 +198,7 @@ def _squared_variation(value, is_expert, num_experts):
     return variance / square, tl.where(is_expert, slope, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size"])
 def _balance_backward(
     grad_importance, grad_load, logits, noisy_logits, chosen, sums, grad_logits, grad_noisy_logits, size, num_experts,
     noise_scale, K: tl.constexpr, IS_NOISY: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,

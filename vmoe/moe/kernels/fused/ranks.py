@@ -104,7 +104,7 @@ def _flow(
     return at, inside, tl.load(chosen + at, mask=wanted, other=-1).to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["SIZE"])
 def _histogram(
     chosen, kept, order, before, SIZE, TOP_K: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
     ORDERED: tl.constexpr, HAS_KEPT: tl.constexpr,
@@ -116,7 +116,7 @@ def _histogram(
     tl.store(before + block * COLUMNS + column, tl.sum(one_hot, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks"])
 def _scan(before, totals, num_blocks, COLUMNS: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr):
     """Replaces each block's counts by the sum of those before it."""
     group = tl.program_id(1).to(tl.int64)
@@ -132,7 +132,7 @@ def _scan(before, totals, num_blocks, COLUMNS: tl.constexpr, PART: tl.constexpr,
     tl.store(totals + group * COLUMNS + column, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["SIZE"])
 def _place(
     chosen, kept, order, before, totals, out, starts, counts, num_experts,
     SIZE, TOP_K: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, ORDERED: tl.constexpr,

@@ -83,7 +83,7 @@ def _backward_of_gates(ctx, grad_gates_TE, _, grad_weights_TK):
 gates = operator("gates", _gates_of, _fake_gates, _save_gates, _backward_of_gates)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _gates(
     logits, gates, chosen, weights, num_tokens, num_experts, K: tl.constexpr, RENORMALIZE: tl.constexpr,
     TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -119,7 +119,7 @@ def _largest(values, expert, num_experts):
     return best, expert[None, :] == best[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _gates_backward(
     grad_gates, grad_weights, gates, chosen, weights, out, num_tokens, num_experts, K: tl.constexpr,
     RENORMALIZE: tl.constexpr, HAS_GATES: tl.constexpr, HAS_WEIGHTS: tl.constexpr, TOKENS: tl.constexpr,

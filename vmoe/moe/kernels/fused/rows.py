@@ -122,7 +122,7 @@ def tile_sums(parts_MD: Tensor, segments: Segments, tile_rows: int, out_ED: Tens
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_choices", "choices_of_group", "capacity", "share"])
 def _place_in_shares(chosen, kept, slots, row, num_choices, choices_of_group, capacity, share, BLOCK: tl.constexpr):
     choice = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = choice < num_choices
@@ -133,7 +133,7 @@ def _place_in_shares(chosen, kept, slots, row, num_choices, choices_of_group, ca
     tl.store(row + choice, tl.where(is_kept, to, -1), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _scatter(
     x, row, out, choice_of_row, num_tokens, width, K: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr
 ):
@@ -152,7 +152,7 @@ def _scatter(
         tl.store(choice_of_row + to, token * K + k, mask=to >= 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _zero_free(choice_of_row, out, num_rows, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     is_free = (row < num_rows) & (tl.load(choice_of_row + row, mask=row < num_rows, other=0) < 0)
@@ -164,7 +164,7 @@ def _zero_free(choice_of_row, out, num_rows, width, ROWS: tl.constexpr, COLUMNS:
             tl.store(at, zeros, mask=is_free[:, None] & (column < width)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _combine(
     y, row, chosen, weights, bias, out, num_tokens, width,
     HAS_BIAS: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -187,7 +187,7 @@ def _combine(
     tl.store(at, total.to(out.dtype.element_ty), mask=is_token[:, None] & is_column[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "share"])
 def _combine_gradient(
     grad, choice_of_row, weights, y, bias, starts, out, dots, bias_parts, num_rows, width, num_experts, share,
     K: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SHARE: tl.constexpr, STRETCH: tl.constexpr, ROWS: tl.constexpr,
@@ -221,7 +221,7 @@ def _combine_gradient(
         tl.store(at, tl.sum(total, 0), mask=column < width)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _sum_dots(dots, choice_of_row, out, num_rows, num_parts, ROWS: tl.constexpr, PARTS: tl.constexpr):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     part = tl.arange(0, PARTS)
@@ -231,7 +231,7 @@ def _sum_dots(dots, choice_of_row, out, num_rows, num_parts, ROWS: tl.constexpr,
     tl.store(out + choice, tl.sum(value, 1), mask=choice >= 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _gather_sum(grad, row, out, num_tokens, width, K: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr):
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -246,7 +246,7 @@ def _gather_sum(grad, row, out, num_tokens, width, K: tl.constexpr, TOKENS: tl.c
     tl.store(at, total.to(out.dtype.element_ty), mask=is_token[:, None] & is_column[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["share"])
 def _tile_sums(
     parts, starts, counts, out, width, share, HAS_SHARE: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,

@@ -92,7 +92,7 @@ class _ScoresAndTokens(torch.autograd.Function):
         return scores_backward(grad_TE, *ctx.saved_tensors, grad_TD)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _scores(
     x, weight, out, num_tokens, width, num_experts, TOKENS: tl.constexpr, DEPTH: tl.constexpr, COLUMNS: tl.constexpr
 ):
@@ -111,7 +111,7 @@ def _scores(
     tl.store(at, total, mask=(token < num_tokens)[:, None] & (expert < num_experts)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _scores_grad_x(
     grad, weight, other, out, num_tokens, width, num_experts, HAS_OTHER: tl.constexpr, TOKENS: tl.constexpr,
     WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
@@ -132,7 +132,7 @@ def _scores_grad_x(
     tl.store(out + at, result.to(out.dtype.element_ty), mask=is_token[:, None] & is_column[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "share"])
 def _scores_grad_weight(
     grad, x, parts, num_tokens, width, num_experts, share,
     TOKENS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
