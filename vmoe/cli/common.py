@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Callable, Mapping
 
 from vmoe.cli.main import JOBS
+from vmoe.cli.progress import begin_job
 from vmoe.cli.threads import let_threads_sleep
 from vmoe.errors import UserError
 from vmoe.imports import TORCHVISION_IS_BROKEN, breaks_torchvision
@@ -28,6 +29,7 @@ def run(
         The exit code: the job's own or 0; 2 for a user's mistake; 130 for Ctrl-C.
     """
     let_threads_sleep()
+    begin_job()
     replace_what_cannot_be_shown()
     module = job.__module__.rpartition(".")[2]
     name = next((name for name in JOBS if name.replace("-", "_") == module), module)

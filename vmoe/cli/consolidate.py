@@ -5,6 +5,7 @@ from pathlib import Path
 
 from vmoe.cli.common import run
 from vmoe.cli.options import new_parser
+from vmoe.cli.progress import working
 from vmoe.errors import UserError
 
 _DESCRIPTION = """\
@@ -27,7 +28,8 @@ def _consolidate(argv: list[str]) -> None:
     # Imported here, so that --help and a mistyped option answer at once.
     from vmoe.checkpoints import write_safetensors
 
-    write_safetensors(options.out, options.run)
+    with working("consolidating"):
+        write_safetensors(options.out, options.run)
     print(f"{options.out}: {options.out.stat().st_size / 2**20:.2f} MiB of weights")
 
 

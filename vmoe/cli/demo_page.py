@@ -5,6 +5,7 @@ from pathlib import Path
 
 from vmoe.cli.common import run
 from vmoe.cli.options import new_parser
+from vmoe.cli.progress import working
 
 _DESCRIPTION = """\
 Writes a folder whose index.html runs a V-MoE in the browser, from disk or any static host, without a network: drop a
@@ -38,7 +39,8 @@ def _demo_page(argv: list[str]) -> None:
         pictures, authors = ((path.name, load_image(path, depth)) for path in files), None
     else:
         pictures, authors = ((name, load_photograph(name)) for name in PHOTOGRAPHS), credit()
-    write_demo_page(options.out, options.model, pictures, options.runtime, authors)
+    with working("writing the page"):
+        write_demo_page(options.out, options.model, pictures, options.runtime, authors)
     size = sum(file.stat().st_size for file in options.out.iterdir())
     print(f"{options.out / 'index.html'}: open it in a browser; the folder has {size / 2**20:.1f} MiB")
 

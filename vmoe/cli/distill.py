@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vmoe.cli.common import run
-from vmoe.cli.inputs import Tracked
 from vmoe.cli.options import count, new_parser, split_options
+from vmoe.cli.progress import Tracked
 from vmoe.cli.recipes import find_recipe
 from vmoe.errors import UserError
 

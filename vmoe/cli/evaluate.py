@@ -11,7 +11,6 @@ from rich.console import Console
 from vmoe.cli.common import run
 from vmoe.cli.inputs import (
     DATA_OPTIONS,
-    Tracked,
     add_classes_option,
     classes_differ,
     halving_batches,
@@ -19,6 +18,7 @@ from vmoe.cli.inputs import (
     matched,
 )
 from vmoe.cli.options import capacity_factor, choose_device, count, new_parser
+from vmoe.cli.progress import Tracked, working
 from vmoe.errors import UserError
 
 if TYPE_CHECKING:
@@ -100,7 +100,8 @@ def _measure(options: argparse.Namespace) -> None:
     for table in result_tables(results, f"{checkpoint.path} · {what}", checkpoint.class_names):
         console.print(table)
     if options.probe:
-        report["probes"] = _probe(checkpoint, data, loader, device, options)
+        with working("probing the features"):
+            report["probes"] = _probe(checkpoint, data, loader, device, options)
         console.print(probe_table(report["probes"], what))
     if corruptions:
         report["corruptions"] = _corrupt(checkpoint, data, device, options, corruptions)

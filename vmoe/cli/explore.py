@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, NamedTuple
 from vmoe.cli.common import run
 from vmoe.cli.inputs import (
     DATA_OPTIONS,
-    Tracked,
     add_classes_option,
     find_files,
     halving_batches,
@@ -21,6 +20,7 @@ from vmoe.cli.inputs import (
     matched,
 )
 from vmoe.cli.options import capacity_factor, choose_device, new_parser
+from vmoe.cli.progress import Tracked, working
 from vmoe.errors import UserError
 from vmoe.text import printable
 
@@ -84,25 +84,26 @@ def _explored(options: argparse.Namespace, argv: list[str]) -> None:
     )
     pictures = _pictures(checkpoint, options)
     subject, *others = _with_classes([checkpoint, *others], pictures.data, options.classes)
-    exploration = explore(
-        subject,
-        pictures.batches,
-        name=names[0],
-        others=[Subject.of(other, name) for other, name in zip(others, names[1:], strict=True)],
-        snapshots=snapshots(checkpoint.path, device),
-        patch_names=pictures.patch_names,
-        image_names=pictures.image_names,
-        provenance={
-            "checkpoint": str(checkpoint.path),
-            "epoch": checkpoint.epoch,
-            **pictures.provenance,
-            "device": device_name(device),
-            "versions": versions(),
-            "command": shlex.join(["vmoe", "explore", *argv]),
-        },
-        options=given,
-        track=_tracked,
-    )
+    with working("exploring"):
+        exploration = explore(
+            subject,
+            pictures.batches,
+            name=names[0],
+            others=[Subject.of(other, name) for other, name in zip(others, names[1:], strict=True)],
+            snapshots=snapshots(checkpoint.path, device),
+            patch_names=pictures.patch_names,
+            image_names=pictures.image_names,
+            provenance={
+                "checkpoint": str(checkpoint.path),
+                "epoch": checkpoint.epoch,
+                **pictures.provenance,
+                "device": device_name(device),
+                "versions": versions(),
+                "command": shlex.join(["vmoe", "explore", *argv]),
+            },
+            options=given,
+            track=Tracked,
+        )
     for line in exploration.report["findings"]:
         print(f"- {printable(line)}")
     if options.images is not None:
@@ -113,7 +114,8 @@ def _explored(options: argparse.Namespace, argv: list[str]) -> None:
         if factor not in measured:
             why = "it leaves experts no place, or more than there are tokens"
             print(f"warning: --capacity-factor {factor:.15g}: left out, as {why}", file=sys.stderr)
-    write_exploration(exploration, options.out)
+    with working("drawing the figures"):
+        write_exploration(exploration, options.out)
     print(f"index.html, figures/ and data/ in {options.out}")
 
 
@@ -140,10 +142,6 @@ def _pictures(checkpoint: "Checkpoint", options: argparse.Namespace) -> _Picture
     batches, paths = load_files(checkpoint, paths, options)
     told = options.images[0] if len(options.images) == 1 else f"{len(paths)} image files"
     return _Pictures(batches, None, None, [path.name for path in paths], {"data": told, "root": None, "split": None})
-
-
-def _tracked(batches: Iterable, description: str) -> Iterable:
-    return Tracked(batches, description)
 
 
 def _parser() -> argparse.ArgumentParser:

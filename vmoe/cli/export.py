@@ -7,6 +7,7 @@ from pathlib import Path
 
 from vmoe.cli.common import run
 from vmoe.cli.options import new_parser
+from vmoe.cli.progress import working
 from vmoe.errors import UserError
 
 _DESCRIPTION = """\
@@ -44,14 +45,11 @@ def _export(argv: list[str]) -> None:
     for name in ("push", "license"):
         if getattr(options, name) is not None and options.format != "hub":
             raise UserError(f"--{name} {getattr(options, name)}: goes with --format hub only")
-    if options.format == "safetensors":
-        _write_weights(options)
-    elif options.dtype is not None:
+    if options.format != "safetensors" and options.dtype is not None:
         raise UserError(f"--dtype {options.dtype}: only safetensors are stored in other types than float32")
-    elif options.format == "hub":
-        _write_folder(options)
-    else:
-        _write_program(options)
+    writers = {"safetensors": _write_weights, "hub": _write_folder}
+    with working(f"exporting to {options.format}"):
+        writers.get(options.format, _write_program)(options)
 
 
 def _write_weights(options: argparse.Namespace) -> None:

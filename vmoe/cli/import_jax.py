@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from vmoe.cli.common import run
 from vmoe.cli.options import capacity_factor, new_parser
+from vmoe.cli.progress import working
 from vmoe.errors import UserError
 
 if TYPE_CHECKING:
@@ -58,7 +59,8 @@ def _import(argv: list[str]) -> None:
         capacity_rounding=options.capacity_rounding,
         capacity_multiple_of=options.capacity_multiple_of,
     )
-    imported = import_jax_checkpoint(options.prefix, routing, options.img_size)
+    with working("importing"):
+        imported = import_jax_checkpoint(options.prefix, routing, options.img_size)
     if options.out.suffix == ".ckpt" and not imported.num_classes:
         raise UserError(
             f"--out {options.out}: {options.prefix} has no classifier, without which no job opens a .ckpt; "

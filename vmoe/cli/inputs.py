@@ -1,14 +1,11 @@
-"""What jobs over many images share: the run's data as the options change it, or image files; and a progress bar."""
+"""What jobs over many images share: the run's data as the options change it, or image files."""
 
 import argparse
 import dataclasses
 import math
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
-
-from rich.console import Console
-from rich.progress import track
 
 from vmoe.errors import UserError
 from vmoe.memory import free_memory, is_out_of_memory, memory_line
@@ -287,16 +284,3 @@ def _changed_config(checkpoint: "Checkpoint", options: argparse.Namespace) -> "D
         raise UserError(f"data.{error}") from error
     note_batches(options, changed.eval_batch_size or changed.batch_size, checkpoint.model)
     return changed
-
-
-class Tracked:
-    """Batches with a progress bar on stderr, where that is a terminal, each time they are gone through."""
-
-    def __init__(self, batches: Iterable, description: str) -> None:
-        self._batches, self._description = batches, description
-
-    def __iter__(self):
-        console = Console(stderr=True)
-        if not console.is_terminal:  # a hidden bar of rich 13 would end with an empty line
-            return iter(self._batches)
-        return iter(track(self._batches, self._description, console=console, transient=True))

@@ -9,6 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from vmoe.cli.common import run
 from vmoe.cli.options import count, new_parser
+from vmoe.cli.progress import working
 from vmoe.text import printable
 
 _DESCRIPTION = """\
@@ -44,14 +45,18 @@ def _make_shards(argv: list[str]) -> int:
     bar = Progress(*columns, console=console)
     with bar if console.is_terminal else contextlib.nullcontext():
         tasks = {}
+        said = "making shards"
 
         def show(split: str, done: int, total: int) -> None:
+            nonlocal said
+            said = f"{split}: {done:,} of {total:,} images"
             if split not in tasks:
                 tasks[split] = bar.add_task(split, total=total)
             bar.update(tasks[split], completed=done)
 
         limits = (options.images, options.megabytes)
-        shards = write_shards(options.folder, options.out, *limits, options.seed, show, _say)
+        with working(lambda: said):
+            shards = write_shards(options.folder, options.out, *limits, options.seed, show, _say)
     print(f"{', '.join(f'{count} shards of {split}' for split, count in shards.items())} in {options.out}")
     return 0
 

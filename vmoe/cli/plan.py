@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from vmoe.bench.plan.hardware import GPUS, NETWORKS, USUAL_NETWORK, Machine, gpu_of_this_machine, network_bandwidth
 from vmoe.cli.common import run
 from vmoe.cli.options import choose_device, count, new_parser
+from vmoe.cli.progress import working
 from vmoe.errors import UserError
 from vmoe.files import atomic_write, write_json
 
@@ -66,7 +67,8 @@ def _plan(argv: list[str]) -> int:
     machine, network = Machine.of(options.gpu), network_bandwidth(options.network)
     workload = workload_of(config, options.classes)
     traces: Traces = {}
-    plans = plans_of(config, workload, options.gpus, machine, network, traces)
+    with working("planning"):
+        plans = plans_of(config, workload, options.gpus, machine, network, traces)
     images = workload.batch * workload.accumulate
     rows = [plan_row(plan, images) for plan in plans]
     place = f"{options.gpus} x {options.gpu}, {options.network}"

@@ -40,7 +40,8 @@ def _predict(argv: list[str]) -> None:
 
 def _predicted(options: argparse.Namespace) -> None:
     # Imported here, so that --help and a mistyped option answer at once.
-    from vmoe.cli.inputs import Tracked, depth_of, find_files, note_batches, say_left_out
+    from vmoe.cli.inputs import depth_of, find_files, note_batches, say_left_out
+    from vmoe.cli.progress import Tracked
     from vmoe.data.image_files import none_readable
     from vmoe.export.predictor import load_predictor
     from vmoe.files import require_writable, write_json

@@ -10,8 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from vmoe.cli.common import run
-from vmoe.cli.inputs import DATA_OPTIONS, Tracked, add_classes_option, load_data, matched
+from vmoe.cli.inputs import DATA_OPTIONS, add_classes_option, load_data, matched
 from vmoe.cli.options import choose_device, count, new_parser, split_options
+from vmoe.cli.progress import Tracked
 from vmoe.errors import UserError
 
 if TYPE_CHECKING:

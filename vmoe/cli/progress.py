@@ -1,0 +1,93 @@
+"""What jobs show on stderr while they work: a bar in a terminal, else a line every 10 seconds."""
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from operator import length_hint
+
+from vmoe.text import printable
+
+EVERY = 10.0  # seconds
+
+
+class Tracked:
+    """Batches, or other steps of a job, with the job's progress each time they are gone through."""
+
+    def __init__(self, steps: Iterable, description: str) -> None:
+        self._steps, self._description = steps, description
+
+    def __iter__(self) -> Iterator:
+        # Imported here, so that jobs that show none begin at once
+        from rich.console import Console
+        from rich.progress import track
+
+        console = Console(stderr=True)
+        if console.is_terminal:
+            return iter(track(self._steps, self._description, console=console, transient=True))
+        return self._with_lines()
+
+    def _with_lines(self) -> Iterator:
+        total, done = length_hint(self._steps), 0
+        of = f" of {total:,}" if total else ""
+        with working(lambda: f"{self._description}: {done:,}{of}"):
+            for step in self._steps:
+                yield step
+                done += 1
+
+
+def begin_job() -> None:
+    """A job begins: its first line comes in 10 seconds, whatever ran before it in this process."""
+    _lines.restart()
+
+
+@contextmanager
+def working(description: str | Callable[[], str]) -> Iterator[None]:
+    """Says every 10 seconds what the job is at, also where one step takes long; of blocks in each other the inner one.
+
+    Args:
+        description: What it does, such as "exporting", or a function that says how far it is.
+    """
+    said = description if callable(description) else lambda: description
+    _lines.begin(said)
+    try:
+        yield
+    finally:
+        _lines.end(said)
+
+
+class _Lines:
+    """A thread that writes lines while there is something to say."""
+
+    def __init__(self) -> None:
+        self._said: list[tuple[Callable[[], str], float]] = []  # and since when
+        self._last = self._ended = -EVERY  # when there was a line, and when there was nothing more to say
+        self._over = threading.Event()
+
+    def restart(self) -> None:
+        self._last = time.monotonic()
+
+    def begin(self, said: Callable[[], str]) -> None:
+        now = time.monotonic()
+        self._said.append((said, now))
+        if len(self._said) == 1 and not sys.stderr.isatty():  # a terminal has bars, which lines would break
+            if now - self._ended >= EVERY / 10:  # else many short steps would never say a thing
+                self._last = now
+            self._over = threading.Event()
+            threading.Thread(target=self._write, args=(self._over,), daemon=True).start()
+
+    def end(self, said: Callable[[], str]) -> None:
+        self._said = [(each, since) for each, since in self._said if each is not said]
+        if not self._said:
+            self._ended = time.monotonic()
+            self._over.set()
+
+    def _write(self, over: threading.Event) -> None:
+        while not over.wait(max(0.0, self._last + EVERY - time.monotonic())):
+            self._last = time.monotonic()
+            for said, since in self._said[-1:]:
+                print(printable(f"{said()}, {self._last - since:.0f} s"), file=sys.stderr, flush=True)
+
+
+_lines = _Lines()
