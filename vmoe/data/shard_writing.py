@@ -27,9 +27,9 @@ def write_shards(
         source: ROOT.
         target: The new folder; it appears once it is complete.
         images: The most of a shard.
-        megabytes: The most of a shard, likewise.
+        megabytes: The most of a shard.
         seed: Of the order in which images are written.
-        show: Told the split, how many images of it are written, and how many there are.
+        show: Given the split, how many images of it are written, and how many there are.
         say: Given a line about what is passed over, where there is any.
 
     Returns:
