@@ -116,6 +116,42 @@ def test_what_is_neither_splits_nor_classes_is_refused(image_tree):
         load("folder", root)
 
 
+@pytest.mark.parametrize("name", ["folder", "imagenet"])
+def test_a_split_without_class_folders_is_refused(image_tree, name):
+    root = image_tree(("train", "val"))
+    for picture in list((root / "val").rglob("*.png")):
+        picture.rename(root / "val" / f"{picture.parent.name}_{picture.name}")
+    for folder in ("ant", "bee", "cow"):
+        (root / "val" / folder).rmdir()
+    with pytest.raises(UserError, match="val holds pictures without class folders; put each class's pictures in"):
+        load(name, root)
+    (root / "val").rename(root / "test")  # which nobody has labelled
+    assert f"{root / 'test'}: passed over: it has no class folders" in load(name, root).notes
+    for empty in ("val", "test"):
+        shutil.rmtree(root / "test")
+        (root / empty).mkdir()
+        with pytest.raises(UserError, match=f"{empty} holds no class folders; fill it, or remove it"):
+            load(name, root)
+        (root / empty).rename(root / "test")
+
+
+def test_what_is_beside_the_splits_is_passed_over_for_its_name(image_tree):
+    root = image_tree(("train", "val", "other"))
+    assert f"{root / 'other'}: passed over: its name is no split's" in load("folder", root).notes
+
+
+@pytest.mark.parametrize("name", ["train", "test"])
+def test_a_class_with_folders_and_the_name_of_a_split_is_refused(image_tree, name):
+    root = image_tree(("x",), classes=("car", name)) / "x"
+    (root / name / "deeper").mkdir()
+    for picture in list((root / name).glob("*.png")):
+        picture.rename(root / name / "deeper" / picture.name)
+    with pytest.raises(
+        UserError, match=r"rename (train if it is a class|folders of classes that have a split.s name)$"
+    ):
+        load("folder", root)
+
+
 def test_a_class_may_be_called_train(image_tree):
     root = image_tree(("x",), classes=("car", "train")) / "x"
     assert load("folder", root).class_names == ["car", "train"]
@@ -143,7 +179,7 @@ def test_missing_and_wrong_folders_in_one_line(image_tree, tmp_path):
         with pytest.raises(UserError) as caught:
             load("folder", path)
         messages[name] = str(caught.value)
-    assert "train/CLASS/IMAGE" in messages["no train"] and "this folder has only others" in messages["no train"]
+    assert "train/CLASS/IMAGE" in messages["no train"] and "has only those of other splits" in messages["no train"]
     assert f"data.root={tmp_path / 'nowhere'}" in messages["nowhere"] and "does not exist" in messages["nowhere"]
     shutil.copytree(root / "val", root / "train")
     (root / "val" / "dog").mkdir(parents=True)

@@ -137,6 +137,7 @@ MISTAKES: dict[str, list[Mistake]] = {
         _config("a data folder that is not there", "--data.name folder --data.root lost"),
         _config("no train folder", "--data.name folder --data.root without_train"),
         _config("no folder of a name for validation or test", "--data.name folder --data.root without_val"),
+        _config("a folder for validation without class folders", "--data.name folder --data.root flat_val"),
         _config("images without class folders", "--data.name folder --data.root class_folders"),
         _config("a class folder without images", "--data.name folder --data.root tree"),
         _config("a split that is a link to another", "--data.name folder --data.root linked"),

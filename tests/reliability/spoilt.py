@@ -174,6 +174,7 @@ def _data(folder: Path) -> None:
     for tree, places in {
         "tree": ("train/cat", "train/dog", "val/cat", "val/dog"),
         "without_train": ("val/cat",),
+        "flat_val": ("train/cat", "train/dog", "val"),
         "without_val": ("train/cat", "valdiation/cat"),
         "other_class": ("train/cat", "val/cat", "val/mouse"),
         "damaged_val": ("train/cat", "val/cat", "test/cat"),

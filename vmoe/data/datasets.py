@@ -27,7 +27,7 @@ from torchvision.datasets import CIFAR10, CIFAR100, Imagenette
 from vmoe.data import subsets
 from vmoe.data.bit_depth import brightest_level, depth_lines, measure_bit_depth
 from vmoe.data.config import DEFAULTS, DataConfig
-from vmoe.data.folders import find_split_folders, read_class_folders, split_of
+from vmoe.data.folders import find_split_folders, has_pictures, read_class_folders, split_of
 from vmoe.data.fractals import load_fractals
 from vmoe.data.image_files import PassedOver, list_class_folders
 from vmoe.data.imageset import ArrayImages, FileImages, ImageSet, Splits, given_splits
@@ -59,9 +59,12 @@ def load_splits(config: DataConfig, for_training: bool = True) -> Splits:
     """
     splits = _LOADERS[config.name](config)
     if for_training and not len(splits.train):
+        form, advice = "train/CLASS/IMAGE", ", or rename folders of classes that have a split's name"
+        if config.name == "webdataset":
+            form, advice = "train-*.tar", ""
         raise UserError(
-            f"data.root={config.root}: {config.name!r} needs training images, train/CLASS/IMAGE (or train-*.tar); this "
-            "folder has only others; give the right folder as data.root"
+            f"data.root={config.root}: {config.name!r} needs training images, {form}, but has only those of other "
+            f"splits; give the right folder{advice}"
         )
     train, val, test, names = splits.train, splits.val, splits.test, splits.class_names
     if config.subset.classes is not None:
@@ -182,17 +185,20 @@ def _folder(config: DataConfig) -> Splits:
         raise UserError(f"{needs}, or CLASS/IMAGE alone, but it does not exist; give the right folder as data.root")
     found = find_split_folders(root)
     others = [name for name in list_class_folders(root, PassedOver()) if root / name not in found.values()]
-    unclear = [name for name in others if split_of(name) is None and list_class_folders(root / name, PassedOver())]
+    strange = [name for name in others if split_of(name) is None]
+    unclear = [name for name in strange if list_class_folders(root / name, PassedOver()) or has_pictures(root / name)]
     if list(found) == ["train"] and unclear:
         raise UserError(
-            f"{needs}; it has train and {unclear[0]}, which is no split's name: rename it, or move it away to have a "
-            "part of train tested on"
+            f"{needs}; it has train and {unclear[0]}, which is no split's name: rename it, move it away to have a part "
+            "of train tested on, or rename train if it is a class"
         )
     if not found and len(others) == 1:
         raise UserError(f"{needs}, or several folders CLASS/IMAGE, but it has {others[0]} alone; give the right folder")
     folders = read_class_folders(found or {"train": root})
     notes = [f"{root}: passed over: {folders.passed_over}"] if folders.passed_over else []
-    notes += [f"{root / name}: passed over: it has no class folders" for name in others if found]
+    for name in others if found else ():
+        reason = "its name is no split's" if name in strange else "it has no class folders"
+        notes.append(f"{root / name}: passed over: {reason}")
     sets = {split: _files(samples) for split, samples in folders.samples.items()}
     if list(sets) == ["train"]:
         return _cut_test(sets["train"], folders.classes, notes, config)

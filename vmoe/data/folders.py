@@ -1,6 +1,6 @@
 """Class folders: SPLIT/CLASS/IMAGE or CLASS/IMAGE, read the same way by training and by make-shards."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,6 +65,25 @@ def _refuse_the_same_folder(splits: Mapping[str, Path]) -> None:
             raise UserError(f"{folder}: is the same folder as {first}, by a link; give each split images of its own")
 
 
+def _refuse_without_classes(root: Path, names: Sequence[str]) -> None:
+    """Refuses folders of splits, all without class folders: ImageNet's val unpacks so. Pictures in test may do."""
+    for name in names:
+        if not has_pictures(root / name):
+            raise UserError(f"data.root={root}: {name} holds no class folders; fill it, or remove it")
+        if split_of(name) != "test":
+            raise UserError(
+                f"data.root={root}: {name} holds pictures without class folders; put each class's pictures in a folder "
+                "of its own"
+            )
+
+
+def has_pictures(folder: Path) -> bool:
+    """Whether pictures lie directly in a folder."""
+    passed_over = PassedOver()
+    list_class_folders(folder, passed_over)
+    return passed_over.counts["outside"] > 0
+
+
 def split_of(name: str) -> str | None:
     """The split that a name such as "Train" or "validation" stands for: "train", "val" or "test"; None for others."""
     return next((split for split, names in SPLIT_NAMES.items() if name.lower() in names), None)
@@ -73,11 +92,12 @@ def split_of(name: str) -> str | None:
 def find_split_folders(root: Path) -> dict[str, Path]:
     """The folder of each split in ROOT, in the order train, val, test; none where ROOT holds the classes themselves.
 
-    A folder without class folders in it is no split: a class may be called "train", and a test folder may hold pictures
-    without labels.
+    Where no folder has class folders in it, none is a split: a class may be called "train". A test folder may hold
+    pictures without labels, beside other splits; it is no split then.
 
     Raises:
-        UserError: a split has two folders, or ROOT holds the folder that has the splits.
+        UserError: a split has two folders or, beside another split, no class folders; or ROOT holds the folder that has
+            the splits.
     """
     folders = list_class_folders(root, PassedOver())
     inside = {name: list_class_folders(root / name, PassedOver()) for name in folders}
@@ -95,4 +115,6 @@ def find_split_folders(root: Path) -> dict[str, Path]:
         for name in folders:
             if {"train"} < {split_of(deeper) for deeper in inside[name]}:
                 raise UserError(f"data.root={root}: the splits are in its folder {name}; give data.root={root / name}")
+    else:
+        _refuse_without_classes(root, [name for name in folders if split_of(name) is not None and not inside[name]])
     return {split: found[split] for split in SPLIT_NAMES if split in found}
