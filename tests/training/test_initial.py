@@ -1,5 +1,6 @@
 """`--init_from`: upcycling, going on, going back to dense, and what does not fit."""
 
+import argparse
 import dataclasses
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 
+import vmoe
 from vmoe import MoeConfig
 from vmoe.checkpoints import load_checkpoint
 from vmoe.cli.train import main, parse
@@ -79,6 +81,69 @@ def test_the_classifier_is_taken_class_by_class_by_name(runs, moe):
         if moe is None
         else "knows this run's 3 classes among its 10: their part of the classifier is taken"
     )
+
+
+@pytest.fixture(scope="module")
+def dense_weights(runs):
+    return load_checkpoint(runs[0]).model.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("name", "wrap"),
+    [
+        ("plain.pth", lambda weights: weights),
+        ("last.pth.tar", lambda weights: {"state_dict": {name: 0 * value for name, value in weights.items()},
+                                          "state_dict_ema": weights, "args": argparse.Namespace(lr=0.1), "epoch": 3}),
+        ("wrapped.pt", lambda weights: {"model": {f"module._orig_mod.{name}": weights[name] for name in weights}}),
+        ("hub.safetensors", None),
+    ],
+)  # fmt: skip
+def test_files_of_timm_are_upcycled(runs, dense_weights, tmp_path, name, wrap):
+    dense, _, config = runs
+    file, lines = tmp_path / name, []
+    save_file(dense_weights, file) if wrap is None else torch.save(wrap(dense_weights), file)
+    config = dataclasses.replace(config, init_from=str(file), moe=SPARSE)
+    upcycled = initial_model(config, DIGITS, 16, lines.append).eval()
+    assert vmoe.moe_layers(upcycled)
+    torch.testing.assert_close(upcycled(images()), load_checkpoint(dense).model(images()), rtol=1e-5, atol=1e-5)
+    assert lines == [f"{file}: its 10 classes are taken by number, as it does not name them"]
+
+
+def test_a_file_of_timm_for_other_classes_and_another_size(runs, dense_weights, tmp_path):
+    _, _, config = runs
+    torch.save(dense_weights, file := tmp_path / "plain.pth")
+    lines, config = [], dataclasses.replace(config, init_from=str(file), moe=None)
+    model = initial_model(config, ["odd", "even"], 32, lines.append)
+    assert model.head.weight.shape == (2, 32) and lines[0].endswith("this run's starts fresh")
+    expected = resample_abs_pos_embed(dense_weights["pos_embed"], (8, 8), num_prefix_tokens=1)
+    torch.testing.assert_close(model.pos_embed, expected)
+    assert torch.equal(model.blocks[1].mlp.fc1.weight, dense_weights["blocks.1.mlp.fc1.weight"])
+
+
+def test_a_sparse_model_that_another_loop_saved_is_taken_as_it_is(runs, tmp_path):
+    _, sparse, config = runs
+    expected = load_checkpoint(sparse).model
+    torch.save({"state_dict": expected.state_dict()}, file := tmp_path / "foreign.pth.tar")
+    assert torch.equal(start(config, file, SPARSE)(images()), expected(images()))
+
+
+@pytest.mark.parametrize("content", [{"state_dict": {"layer.weight": torch.ones(2)}}, {"weights": 3}])
+def test_files_that_are_no_weights_of_the_model(runs, tmp_path, content):
+    torch.save(content, file := tmp_path / "other.pth")
+    with pytest.raises(UserError, match=r"other\.pth: ") as error:
+        start(runs[2], file, SPARSE)
+    assert "\n" not in str(error.value)
+
+
+def test_a_model_created_with_weights_is_upcycled(runs, dense_weights, tmp_path):
+    save_file(dense_weights, file := tmp_path / "dense.safetensors")
+    arguments = {"checkpoint_path": str(file), "num_classes": 10, "img_size": 16, **runs[2].model.kwargs}
+    model = vmoe.create_model("vit_tiny_patch16_224", SPARSE, **arguments)
+    weight = model.blocks[1].mlp.experts.fc1.weight
+    assert torch.equal(weight, dense_weights["blocks.1.mlp.fc1.weight"].expand_as(weight))
+    narrow = dataclasses.replace(SPARSE, expert_width=0.5)
+    with pytest.warns(UserWarning, match="expert_width=0.5: the experts start at random"):
+        vmoe.create_model("vit_tiny_patch16_224", narrow, **arguments)
 
 
 def test_other_classes_get_a_fresh_classifier(runs):

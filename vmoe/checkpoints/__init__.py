@@ -1,10 +1,11 @@
 """What a run's folder and a checkpoint are: the one room that knows the format and opens, checks and rebuilds them.
 
-`entry` is what is ours in a file, `sharded` a folder of shards, `loading` a file's content and its model; `writing`
-makes files, and `shared` those that leave the machine.
+`entry` is what is ours in a file, `sharded` a folder of shards, `loading` a file's content and its model, `foreign`
+weights of others; `writing` makes files, and `shared` those that leave the machine.
 """
 
 from vmoe.checkpoints.entry import ENTRY, FORMAT_VERSION, check_entry
+from vmoe.checkpoints.foreign import read_foreign_weights
 from vmoe.checkpoints.loading import (
     SCALE,
     WITHOUT_EFFECT,
@@ -39,6 +40,7 @@ __all__ = [
     "load_checkpoint",
     "new_entry",
     "read_checkpoint",
+    "read_foreign_weights",
     "read_without_tensors",
     "rebuilding_config",
     "require_rounding",

@@ -35,7 +35,10 @@ Exit codes: 0 done; 2 a mistake in options, config or data, or a loss that becam
 # Option -> its value and what it does
 MAIN = {
     "output_dir": ("DIR", "the run's folder; runs/RECIPE where none is given"),
-    "init_from": ("WHAT", "start from a checkpoint, a run's folder, or timm's weights: pretrained"),
+    "init_from": (
+        "WHAT",
+        "start from a checkpoint, a run's folder, a file of timm's, or timm's own weights: pretrained",
+    ),
     "seed": ("N", "of everything random"),
     "data.name": ("SET", "digits, patchwork, cifar10, cifar100, imagenette, imagenet, folder, npz, webdataset"),
     "data.root": ("DIR", "its images: class folders in DIR/train and DIR/val, or in DIR alone"),

@@ -138,7 +138,7 @@ def vmoe_on_backbone(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """
     features = _features_of(**kwargs) if kwargs.get("features_only") else {}
     return build_model_with_cfg(
-        _build_on_backbone, ON_BACKBONE, pretrained, pretrained_filter_fn=_fitted, feature_cfg=features, **kwargs
+        _build_on_backbone, ON_BACKBONE, pretrained, pretrained_filter_fn=fitted_weights, feature_cfg=features, **kwargs
     )
 
 
@@ -157,7 +157,7 @@ def _features_of(moe: object = None, backbone: str = _BACKBONE, **kwargs: Any) -
     return found | ({"flatten_sequential": True} if is_list and not {*features} <= stages else {})
 
 
-def _fitted(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+def fitted_weights(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
     """Weights for a model of another image size: what timm's code of the backbone makes of them, if there is any."""
     own = model.state_dict()
     if all(name in own and own[name].shape == value.shape for name, value in state_dict.items()):

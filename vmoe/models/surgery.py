@@ -1,5 +1,6 @@
 """Turning a timm transformer into a V-MoE: some of its MLPs are replaced by MoE layers of the same shape."""
 
+import warnings
 from collections import OrderedDict
 from typing import Any, Literal
 
@@ -25,7 +26,8 @@ def create_model(name: str, moe: MoeConfig | Literal[False] | None = None, **tim
         name: A model name of timm.
         moe: The MoE layers; None gives the dense twin, built by the same code and from the same random numbers. A name
             "vmoe_..." has MoE layers of its own: None keeps them, False gives the dense twin.
-        **timm_kwargs: For `timm.create_model`: num_classes, img_size, patch_size, pretrained, drop_path_rate, ...
+        **timm_kwargs: For `timm.create_model`: num_classes, img_size, patch_size, pretrained, drop_path_rate, ... With
+            weights (`pretrained=True`, `checkpoint_path`) the dense model that they are for is upcycled.
 
     Raises:
         RuntimeError: timm knows no such model.
@@ -34,7 +36,15 @@ def create_model(name: str, moe: MoeConfig | Literal[False] | None = None, **tim
     if name.startswith("vmoe_"):
         return timm.create_model(name, moe=moe, **timm_kwargs)
     model = timm.create_model(name, **timm_kwargs)
-    return sparsify(model, moe) if moe else model
+    if not moe:
+        return model
+    has_weights = timm_kwargs.get("pretrained") or timm_kwargs.get("checkpoint_path")
+    if has_weights and moe.expert_width != 1:
+        warnings.warn(
+            f"expert_width={moe.expert_width}: the experts start at random, not from the weights", stacklevel=2
+        )
+        has_weights = False
+    return sparsify(model, moe, init="upcycle" if has_weights else "random")
 
 
 def sparsify(

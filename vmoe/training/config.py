@@ -229,9 +229,9 @@ class TrainConfig:
         output_dir: The run's folder; by default runs/ and the name of the config file.
         resume: Go on with the run in output_dir from its last checkpoint, as if it had never stopped; "auto" begins one
             where there is none.
-        init_from: Where a new run's weights start: a checkpoint or run's folder, or "pretrained" for timm's own weights
-            of the model. Dense ones are upcycled where this run has MoE layers; the classifier starts fresh where the
-            classes differ.
+        init_from: Where a new run's weights start: a checkpoint or run's folder, a file of weights that timm wrote, or
+            "pretrained" for timm's own weights of the model. Dense ones are upcycled where this run has MoE layers; the
+            classifier starts fresh where the classes differ.
         data: The images.
         model: The backbone.
         moe: The MoE layers; null trains the dense twin.

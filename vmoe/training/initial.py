@@ -7,10 +7,11 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from vmoe.checkpoints import Checkpoint, build_model, load_checkpoint
+from vmoe.checkpoints import Checkpoint, build_model, load_checkpoint, read_foreign_weights, timm_arguments
 from vmoe.classes import known_outputs, only_numbers
 from vmoe.errors import UserError
 from vmoe.models import densify, sparsify
+from vmoe.models.registry import fitted_weights
 from vmoe.models.surgery import set_moe_drop_path
 from vmoe.moe import MoeConfig, moe_layers
 from vmoe.training.config import TrainConfig
@@ -19,7 +20,8 @@ from vmoe.training.config import TrainConfig
 def initial_model(
     config: TrainConfig, class_names: list[str], image_size: int, say: Callable[[str], object] = lambda line: None
 ) -> nn.Module:
-    """The model of a run, with the weights that `config.init_from` asks for: "pretrained" or a checkpoint of ours.
+    """The model of a run, with the weights that `config.init_from` asks for: "pretrained", a checkpoint of ours or a
+    file of timm's.
 
     "pretrained" takes the weights that timm has for the model, which it downloads when they are not there. A dense
     checkpoint is upcycled where the run has MoE layers: every routed expert starts as the MLP it replaces
@@ -60,6 +62,9 @@ def _started(config: TrainConfig, class_names: list[str], image_size: int, say: 
     if config.init_from == "pretrained":
         dense = build_model(name, {**kwargs, "pretrained": True}, None, num_classes, image_size)
         return _upcycled(dense, config.moe, image_size)
+    foreign = read_foreign_weights(config.init_from)
+    if foreign is not None:
+        return _from_foreign(config, foreign, num_classes, image_size, say)
     start = load_checkpoint(config.init_from)
     _fit_to_images(start, image_size)
     if start.class_names != class_names:
@@ -73,6 +78,31 @@ def _started(config: TrainConfig, class_names: list[str], image_size: int, say: 
     model = build_model(name, kwargs, None, num_classes, image_size)
     _load(model, _weights(start, model, class_names), start.path)
     return _upcycled(model, config.moe, image_size)
+
+
+def _from_foreign(
+    config: TrainConfig, weights: dict[str, Tensor], num_classes: int, image_size: int, say: Callable[[str], object]
+) -> nn.Module:
+    """The model with the weights of a file of timm's, dense or of these MoE layers."""
+    path = Path(str(config.init_from))
+    is_sparse = any(".experts." in name for name in weights)
+    moe = config.moe if is_sparse else None
+    arguments = timm_arguments({"model": {"kwargs": config.model.kwargs}})
+    model = build_model(config.model.name, arguments, moe, num_classes, image_size)
+    own = model.state_dict()
+    try:
+        weights = fitted_weights(weights, model)
+    except Exception as error:  # timm's code for weights of other origins may raise any type
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"--init_from {path}: are no weights for {config.model.name} ({reason})") from error
+    classifier = [name for name in own if name.startswith(tuple(f"{each}." for each in _classifiers(model)))]
+    if all(name in weights and weights[name].shape == own[name].shape for name in classifier):
+        say(f"{path}: its {num_classes} classes are taken by number, as it does not name them")
+    else:
+        say(f"{path}: its classifier is for other classes: this run's starts fresh")
+        weights = {**weights, **{name: own[name] for name in classifier}}
+    _load(model, weights, path)
+    return model if is_sparse else _upcycled(model, config.moe, image_size)
 
 
 def _fit_to_images(start: Checkpoint, image_size: int) -> None:
