@@ -388,7 +388,7 @@ def test_metrics_table_is_cut_to_the_resumed_step(tmp_path):
 
 def test_our_trainer_and_a_bare_loop_both_train_a_v_moe(run):
     """The bare loop knows nothing of MoE: the layers inject the gradients of their losses."""
-    code, folder = run("--trainer.epochs", "12", "--data.subset.per_class", "40", "--optim.lr", "2e-3")
+    code, folder = run("--trainer.epochs", "20", "--data.subset.per_class", "40", "--optim.lr", "2e-3")
     assert code == 0
     rows = MetricsTable(folder.metrics, [], step=10**6).rows
     assert float(rows[-1]["train/loss"]) < 0.8 * float(rows[0]["train/loss"])

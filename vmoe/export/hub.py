@@ -109,12 +109,13 @@ def push(path: str | Path, name: str) -> str:
 def _write_config(folder: Path, checkpoint: Checkpoint) -> None:
     """config.json, with the image size among the arguments where the architecture takes it."""
     config = _config(checkpoint)
+    weights = {"source": "", "file": str(folder / WEIGHTS)}  # before 1.0.26, timm unpickles a folder's weights
     for size in ({"img_size": checkpoint.image_size}, {}):
         config["model_args"] = {**_model_args(checkpoint), **size}
         config["pretrained_cfg"]["fixed_input_size"] = bool(size)
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         try:
-            model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+            model = timm.create_model(f"local-dir:{folder}", pretrained=True, pretrained_cfg_overlay=weights).eval()
         except TypeError as error:
             if "img_size" in str(error) and size:
                 continue

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
-from vmoe.models.families import on_meta
+from vmoe.models.families import on_meta, run_on_meta
 from vmoe.models.padding import hand_masks_through
 from vmoe.moe import moe_layers
 
@@ -67,8 +67,7 @@ def _run_on_meta(model: nn.Module, shape: tuple[int, ...], training: bool) -> No
     twin = on_meta(getattr(model, "_orig_mod", model)).train(training)
     hand_masks_through(twin, dict(moe_layers(twin)))  # by hooks of our own
     dtype = next((parameter.dtype for parameter in twin.parameters()), torch.float32)
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        twin(torch.zeros(shape, dtype=dtype, device="meta"))
+    run_on_meta(twin, torch.zeros(shape, dtype=dtype, device="meta"))
 
 
 @register_flop_formula(torch.ops.vmoe.segment_linear)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from vmoe.moe import MoeMlp
 from vmoe.moe.mlps import LAYOUTS, class_key, split_leading_norm, take_apart
@@ -124,6 +125,24 @@ def on_meta(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
+def run_on_meta(model: nn.Module, images: Tensor) -> None:
+    """A forward pass of a model on the meta device, which computes nothing and draws nothing."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.compiler.set_stance("force_eager"), _WholeImages():
+        model(images)
+
+
+class _WholeImages(TorchFunctionMode):
+    """Answers "is any of it true?" by no on the meta device, which has no values.
+
+    timm's gemma4_vit asks so whether an image is padded (timm 1.0.27 to 1.0.29); whole images are not.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is Tensor.any and len(args) == 1 and not kwargs and args[0].is_meta:
+            return torch.zeros((), dtype=torch.bool, device="cpu")
+        return func(*args, **(kwargs or {}))
+
+
 _HOOKS = [
     name
     for name in vars(nn.Module())
@@ -179,8 +198,7 @@ def _watch(model: nn.Module, names: list[str], image_size) -> list[tuple[str, to
         )
     images = _images(model, image_size)
     try:
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            twin(images)
+        run_on_meta(twin, images)
     except Exception as error:  # whatever a model's own code raises
         size, reason = tuple(images.shape[1:]), " ".join(str(error).split())
         raise ValueError(
