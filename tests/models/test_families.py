@@ -29,7 +29,9 @@ def cases(examples: list[Example]) -> list:
 
 def cases_on_meta(examples: list[Example]) -> list:
     """The cases of models that are made on the meta device."""
-    reads_values = pytest.mark.skipif(TIMM < (1, 0, 30), reason="timm before 1.0.30 reads values while it makes this model")
+    reads_values = pytest.mark.skipif(
+        TIMM < (1, 0, 30), reason="timm before 1.0.30 reads values while it makes this model"
+    )
     return [
         pytest.param(example, id=example.name, marks=[reads_values] if example.family == "gemma4_vit" else [])
         for example in examples
