@@ -37,7 +37,7 @@ MAIN = {
     "output_dir": ("DIR", "the run's folder; runs/RECIPE where none is given"),
     "init_from": (
         "WHAT",
-        "start from a checkpoint, a run's folder, a file of timm, or timm's weights: pretrained",
+        "start from a checkpoint, a run, a file of timm, or timm's weights: pretrained",
     ),
     "seed": ("N", "of everything random"),
     "data.name": ("SET", "digits, patchwork, cifar10, cifar100, imagenette, imagenet, folder, npz, webdataset"),
