@@ -1,10 +1,10 @@
 """The one exception that stands for a user's mistake."""
 
 
-class UserError(Exception):
+class UserError(ValueError):
     """A mistake the user can mend: one line that names the option or file, what is wrong and what to do.
 
-    The command line prints it without a traceback and exits with code 2.
+    In Python it is a `ValueError`. The command line prints it without a traceback and exits with code 2.
 
     Args:
         line: The line.

@@ -185,6 +185,8 @@ def _read_entry(packed: object, where: str) -> _Entry:
             raise ValueError(f"shape {entry.shape}")
         if len(entry.shards) != len(bounds) or not _covers(bounds, entry.shape):
             raise ValueError(f"its chunks do not make up the shape {entry.shape}")
+    except UserError:
+        raise
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{where} is described wrongly ({error}); is the file damaged?") from error
     if entry.dtype not in _DTYPES:
@@ -264,6 +266,8 @@ def _scan(path: Path) -> dict[tuple[int, Bounds], _Stored]:
                 raise ValueError("more follows its end")
     except EOFError as error:
         raise UserError(f"{path}: cut off, {size} bytes are not all of it; fetch it again") from error
+    except UserError:
+        raise
     except (ValueError, TypeError) as error:
         raise UserError(f"{path}: not a data file of a V-MoE checkpoint ({error}); fetch it again") from error
     if not is_marked:

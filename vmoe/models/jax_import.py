@@ -163,6 +163,8 @@ def _moe_config(architecture: Architecture, options: RoutingOptions, image_size:
         if router == "expert_choice":
             _check_expert_choice(moe, architecture.tokens_of(image_size))
         return moe
+    except UserError:
+        raise
     except ValueError as error:
         raise UserError(f"{prefix}: {error}") from error
 

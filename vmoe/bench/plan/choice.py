@@ -57,7 +57,7 @@ def plans_of(
     def refusal(layout: Layout) -> str | None:
         try:
             check_parts(_with(config, layout), workload.batch, processes)
-        except (UserError, ValueError) as error:
+        except ValueError as error:
             return str(error)
         return None
 
