@@ -7,6 +7,8 @@ from vmoe.version import __version__
 
 if TYPE_CHECKING:
     from vmoe.analysis.recording import record_routing
+    from vmoe.checkpoints import TrainedModel, load, save
+    from vmoe.data import prepare_image
     from vmoe.models import create_model, densify, load_jax_checkpoint, sparsify
     from vmoe.moe import (
         MoeConfig,
@@ -27,6 +29,8 @@ else:  # hidden from type checkers, which would take any name for one of this pa
         __name__,
         {
             "vmoe.analysis.recording": ["record_routing"],
+            "vmoe.checkpoints": ["TrainedModel", "load", "save"],
+            "vmoe.data": ["prepare_image"],
             "vmoe.models": ["create_model", "densify", "load_jax_checkpoint", "sparsify"],
             "vmoe.moe": ["MoeConfig", "MoeMlp", *_CONTROL],
         },
@@ -36,13 +40,17 @@ else:  # hidden from type checkers, which would take any name for one of this pa
 __all__ = [
     "MoeConfig",
     "MoeMlp",
+    "TrainedModel",
     "__version__",
     "auxiliary_loss",
     "create_model",
     "densify",
+    "load",
     "load_jax_checkpoint",
     "moe_layers",
+    "prepare_image",
     "record_routing",
+    "save",
     "set_auxiliary_scale",
     "set_eval_capacity_factor",
     "set_top_k",

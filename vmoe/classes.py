@@ -1,6 +1,7 @@
 """Classes by name: which outputs of a model are the classes of a set, whatever their order and number."""
 
-from collections import defaultdict
+import copy
+from collections import OrderedDict, defaultdict
 from collections.abc import Sequence
 
 import torch
@@ -47,9 +48,9 @@ def same_outputs(theirs: Sequence[str], ours: Sequence[str]) -> list[int] | None
 
 
 def with_outputs(model: nn.Module, outputs: Sequence[int]) -> nn.Module:
-    """The same model, which gives only these of its logits, in this order: (B, C) becomes (B, len(outputs)).
+    """A view of a model that gives only these of its logits, in this order: (B, C) becomes (B, len(outputs)).
 
-    Its weights and their names stay as they are.
+    Both share their layers and weights, by the same names. The model itself goes on giving all of its logits.
     """
     if list(outputs) == list(range(getattr(model, "num_classes", -1))):
         return model
@@ -60,5 +61,8 @@ def with_outputs(model: nn.Module, outputs: Sequence[int]) -> nn.Module:
             on_device[logits.device] = torch.tensor(outputs, device=logits.device)
         return logits[:, on_device[logits.device]]
 
-    model.register_forward_hook(select)
-    return model
+    view = copy.copy(model)
+    view._forward_hooks = OrderedDict(model._forward_hooks)
+    view._compiled_call_impl = None  # which is the model's, without this hook
+    view.register_forward_hook(select)
+    return view

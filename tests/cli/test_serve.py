@@ -150,7 +150,7 @@ def test_odd_pictures_are_answered_as_by_predict(server, predictor, name):
     from vmoe.data.images import decode_image
 
     content = odd_pictures()[name]
-    row = predictor.probabilities([decode_image(io.BytesIO(content), name)])[0]
+    row = predictor.predict(decode_image(io.BytesIO(content), name)).probabilities[0]
     for status, answer in (
         server.predict(content, top=3),
         server.predict_json({"image": base64.b64encode(content).decode(), "top": 3}),
@@ -341,7 +341,7 @@ def test_a_program_is_served(tmp_path, predictor):
     server = Server(model=program)
     (status, answer), (refused, told) = server.predict(content, top=10), server.predict(content, routing="true")
     server.stop()
-    row = predictor.probabilities([np.array(noise(5))])[0]
+    row = predictor.predict(np.array(noise(5))).probabilities[0]
     expected = {
         name: pytest.approx(float(value), abs=1e-4) for name, value in zip(predictor.class_names, row, strict=True)
     }

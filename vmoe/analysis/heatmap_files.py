@@ -18,7 +18,7 @@ from vmoe.analysis.heatmap import (
 )
 from vmoe.analysis.heatmap_figure import PANEL, draw_layer, draw_overview
 from vmoe.analysis.heatmap_page import heatmap_page
-from vmoe.checkpoints import Checkpoint
+from vmoe.checkpoints import TrainedModel
 from vmoe.data import load_image
 from vmoe.data.image_files import none_readable
 from vmoe.errors import UserError
@@ -29,7 +29,7 @@ _TOLD_CLASSES = 5
 
 
 def write_heatmaps(
-    checkpoint: Checkpoint,
+    checkpoint: TrainedModel,
     images: Sequence[Path],
     out: str | Path,
     layers: Sequence[str] | None = None,
@@ -99,7 +99,7 @@ def write_heatmaps(
 
 
 def _write_image(
-    checkpoint: Checkpoint,
+    checkpoint: TrainedModel,
     path: Path,
     pixels: np.ndarray,
     name: str,
@@ -136,7 +136,7 @@ def _write_image(
     }
 
 
-def _class(checkpoint: Checkpoint, index: int) -> str:
+def _class(checkpoint: TrainedModel, index: int) -> str:
     return checkpoint.class_names[int(index)]
 
 

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from vmoe.checkpoints.entry import ENTRY, MODEL_PREFIX, check_entry, checked
 from vmoe.checkpoints.sharded import is_sharded, read_folder, read_plain_part
+from vmoe.checkpoints.trained import TrainedModel, as_trained
 from vmoe.errors import UserError
 from vmoe.files import atomic_write, new_folder
-from vmoe.memory import is_out_of_memory
 from vmoe.models import create_model
 from vmoe.models.sources import with_source
 from vmoe.moe import MoeConfig
@@ -78,44 +78,19 @@ class RunFolder:
         return self.path / "summary.json"
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """A trained model and what is needed to use it.
+def load(path: str | Path, device: str | torch.device = "cpu") -> TrainedModel:
+    """Opens a trained model: rebuilds it and fills it with its weights, their average (EMA) where the run kept one.
+
+    Nothing that a file says is run; only models that timm or this package names are built.
 
     Args:
-        model: The model with its trained weights, their average (EMA) where the run kept one, in evaluation mode.
-        config: The run's whole config as plain types: seed, output_dir, data, model, moe, optim, trainer. Of a model
-            that a folder or a hub described, `model` has timm's own name and all arguments.
-        class_names: Name of each class, in the order of the logits.
-        image_size: Side of the square images it was trained on, in pixels.
-        mean: Mean of each channel that images are normalised with, for pixels in [0, 1].
-        std: Standard deviation, likewise.
-        epoch: Number of finished epochs.
-        step: Number of updates.
-        path: The file it was read from.
-        bit_depth: How many bits the values of its training files with more than 8 bits per channel use (see
-            `vmoe.data.load_image`); None where it met no such file.
-    """
-
-    model: nn.Module
-    config: dict[str, Any]
-    class_names: list[str]
-    image_size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    epoch: int
-    step: int
-    path: Path
-    bit_depth: int | None = None
-
-
-def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
-    """Rebuilds the model of a checkpoint; nothing a file says is run, only models that timm or this package names.
-
-    Args:
-        path: A .ckpt or .safetensors file, or a run's folder: then its best checkpoint, or its last while there is no
-            best.
+        path: A run's folder, of which the best checkpoint is taken, or the last while there is no best; a .ckpt or
+            .safetensors file; or a folder that `vmoe export --format hub` wrote.
         device: Where the model goes.
+
+    Returns:
+        timm's model, in evaluation mode, which also has `class_names`, `image_size`, `mean`, `std`, `config` and
+        `predict`: see `TrainedModel`.
 
     Raises:
         UserError: the file is missing, truncated, foreign, damaged, or of a newer version.
@@ -128,8 +103,8 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Che
         config = rebuilding_config(ours)
         model = _rebuild(config, len(ours["class_names"]), ours["image_size"])
         model.load_state_dict(trained_weights(content))
-        return Checkpoint(
-            model=model.to(device).eval(),
+        return as_trained(
+            model.to(device).eval(),
             config=config,
             class_names=[str(name) for name in ours["class_names"]],
             image_size=int(ours["image_size"]),
@@ -143,10 +118,11 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Che
     except UserError as error:  # of the model, which cannot be built
         raise UserError(f"{path}: {error}") from error
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        if is_out_of_memory(error):
-            raise
         reason = " ".join(str(error).split())[:200] + (" is missing" if isinstance(error, KeyError) else "")
         raise UserError(f"{path}: its weights and its config do not make a model ({reason}); train it again") from error
+
+
+load_checkpoint = load  # its name before `vmoe.load`
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -155,6 +131,9 @@ def find_checkpoint(path: str | Path) -> Path:
     Raises:
         UserError: there is none.
     """
+    if str(path).startswith("hf-hub:"):
+        name = str(path).removeprefix("hf-hub:")
+        raise UserError(f"{path}: fetch it first: hf download {name} --local-dir DIR; then give that folder")
     path = Path(path).expanduser()
     if not path.is_dir() or is_sharded(path):
         if not path.exists():

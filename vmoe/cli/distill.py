@@ -15,7 +15,7 @@ from vmoe.cli.recipes import find_recipe
 from vmoe.errors import UserError
 
 if TYPE_CHECKING:
-    from vmoe.checkpoints import Checkpoint
+    from vmoe.checkpoints import TrainedModel
     from vmoe.training.config import TrainConfig
 
 _DESCRIPTION = """\
@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _student_config(options: argparse.Namespace, teacher: "Checkpoint", for_training: list[str]) -> "TrainConfig":
+def _student_config(options: argparse.Namespace, teacher: "TrainedModel", for_training: list[str]) -> "TrainConfig":
     from vmoe.cli.follow_up import follow_up
     from vmoe.cli.inputs import data_config
     from vmoe.cli.train import parse
@@ -91,7 +91,7 @@ def _student_config(options: argparse.Namespace, teacher: "Checkpoint", for_trai
     return dataclasses.replace(config, output_dir=str(options.out), moe=None)
 
 
-def _write_start(path: Path, teacher: "Checkpoint", config: "TrainConfig", images: int) -> None:
+def _write_start(path: Path, teacher: "TrainedModel", config: "TrainConfig", images: int) -> None:
     """Writes the dense model of the teacher's merged experts.
 
     Raises:
@@ -130,7 +130,7 @@ def _write_start(path: Path, teacher: "Checkpoint", config: "TrainConfig", image
 
 
 @contextmanager
-def _refused(teacher: "Checkpoint") -> Iterator[None]:
+def _refused(teacher: "TrainedModel") -> Iterator[None]:
     """Tells the user why a model has no such start."""
     try:
         yield

@@ -1,7 +1,6 @@
 """`vmoe evaluate`: measures a checkpoint on a data set."""
 
 import argparse
-import dataclasses
 import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +21,7 @@ from vmoe.cli.progress import Tracked, working
 from vmoe.errors import UserError
 
 if TYPE_CHECKING:
-    from vmoe.checkpoints import Checkpoint
+    from vmoe.checkpoints import TrainedModel
 
 _DESCRIPTION = """\
 Measures a checkpoint: top-1, top-5, negative log-likelihood, calibration error, the accuracy of each class, the
@@ -146,7 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _ensemble(first: "Checkpoint", others: "list[Checkpoint]") -> "Checkpoint":
+def _ensemble(first: "TrainedModel", others: "list[TrainedModel]") -> "TrainedModel":
     """The first checkpoint with the models of all of them in place of its own.
 
     Raises:
@@ -164,7 +163,7 @@ def _ensemble(first: "Checkpoint", others: "list[Checkpoint]") -> "Checkpoint":
         if outputs is None:
             raise UserError(f"--ensemble-with {other.path}: has other class names than {first.path}")
         members.append(with_outputs(other.model, outputs))
-    return dataclasses.replace(first, model=Ensemble(members).eval())
+    return first.with_facts_for(Ensemble(members).eval())
 
 
 def _check_dependent_options(options: argparse.Namespace) -> None:

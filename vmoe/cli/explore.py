@@ -1,7 +1,6 @@
 """`vmoe explore`: sees, measures and tests what the experts of a V-MoE do."""
 
 import argparse
-import dataclasses
 import math
 import shlex
 import sys
@@ -25,7 +24,7 @@ from vmoe.errors import UserError
 from vmoe.text import printable
 
 if TYPE_CHECKING:
-    from vmoe.checkpoints import Checkpoint
+    from vmoe.checkpoints import TrainedModel
     from vmoe.data import ImageDataModule
 
 _DESCRIPTION = """\
@@ -129,7 +128,7 @@ class _Pictures(NamedTuple):
     provenance: dict[str, str | None]
 
 
-def _pictures(checkpoint: "Checkpoint", options: argparse.Namespace) -> _Pictures:
+def _pictures(checkpoint: "TrainedModel", options: argparse.Namespace) -> _Pictures:
     """A split of a data set, or image files without labels, in random order."""
     if options.images is None:
         split = options.split or "test"
@@ -197,7 +196,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _with_classes(checkpoints: "list[Checkpoint]", data: "ImageDataModule | None", classes: str) -> "list[Checkpoint]":
+def _with_classes(
+    checkpoints: "list[TrainedModel]", data: "ImageDataModule | None", classes: str
+) -> "list[TrainedModel]":
     """The checkpoints with the outputs of the set's classes, or without a set of the first one's.
 
     Raises:
@@ -219,7 +220,7 @@ def _with_classes(checkpoints: "list[Checkpoint]", data: "ImageDataModule | None
                 "all of these by name; compare checkpoints of the same classes"
             )
         model = with_outputs(other.model, outputs)
-        result.append(dataclasses.replace(other, model=model, class_names=first.class_names))
+        result.append(other.with_facts_for(model, class_names=first.class_names))
     return result
 
 

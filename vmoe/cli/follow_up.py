@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from vmoe.checkpoints import Checkpoint
+from vmoe.checkpoints import TrainedModel
 from vmoe.cli.train import parse
 from vmoe.data import DataConfig
 from vmoe.training.config import TrainConfig
@@ -16,7 +16,7 @@ from vmoe.training.plain import to_plain
 _ALONE = {"compile": False, "cuda_graph": False}  # which take longer to start than a short run lasts
 
 
-def follow_up(checkpoint: Checkpoint, data: DataConfig, changes: dict[str, Any], argv: list[str]) -> TrainConfig:
+def follow_up(checkpoint: TrainedModel, data: DataConfig, changes: dict[str, Any], argv: list[str]) -> TrainConfig:
     """The config of a run by a checkpoint's recipe, in one process, uncompiled.
 
     Args:

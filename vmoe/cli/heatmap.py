@@ -1,7 +1,6 @@
 """`vmoe heatmap`: draws which expert each patch of an image goes to."""
 
 import argparse
-import dataclasses
 import shlex
 from pathlib import Path
 
@@ -42,7 +41,7 @@ def _heatmap(argv: list[str]) -> None:
     require_writable(options.out)
     images = find_files(options.images)
     checkpoint = load_checkpoint(options.checkpoint, choose_device(options.device))
-    checkpoint = dataclasses.replace(checkpoint, bit_depth=depth_of(checkpoint.bit_depth, images))
+    checkpoint.bit_depth = depth_of(checkpoint.bit_depth, images)
     command = shlex.join(["vmoe", "heatmap", *argv])
     index = write_heatmaps(
         checkpoint, images, options.out, options.layers, options.capacity_factor, command, versions(), Tracked

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from vmoe.checkpoints import Checkpoint
+    from vmoe.checkpoints import TrainedModel
     from vmoe.data import DataConfig, ImageDataModule
     from vmoe.data.loading import ImageLoader
 
@@ -30,7 +30,7 @@ DATA_OPTIONS = {
 }
 
 
-def load_data(checkpoint: "Checkpoint", options: argparse.Namespace) -> "ImageDataModule":
+def load_data(checkpoint: "TrainedModel", options: argparse.Namespace) -> "ImageDataModule":
     """The run's data with the options' changes, prepared for this model: its image size, mean and std.
 
     Args:
@@ -52,7 +52,7 @@ def load_data(checkpoint: "Checkpoint", options: argparse.Namespace) -> "ImageDa
     return data
 
 
-def matched(checkpoint: "Checkpoint", data: "ImageDataModule", classes: str, say: bool = True) -> "Checkpoint":
+def matched(checkpoint: "TrainedModel", data: "ImageDataModule", classes: str, say: bool = True) -> "TrainedModel":
     """The checkpoint with the set's classes for its own: its outputs by name, in the set's order and only those.
 
     Args:
@@ -85,13 +85,13 @@ def matched(checkpoint: "Checkpoint", data: "ImageDataModule", classes: str, say
         )
         if len(ours) == len(theirs):
             line = "matched by name: the set has them in another order than the checkpoint"
-        result = dataclasses.replace(checkpoint, model=with_outputs(checkpoint.model, outputs), class_names=ours)
+        result = checkpoint.with_facts_for(with_outputs(checkpoint, outputs), class_names=ours)
     if say:
         print(f"classes: {line}", file=sys.stderr)
     return result
 
 
-def _with_known_classes(checkpoint: "Checkpoint", data: "ImageDataModule") -> "ImageDataModule":
+def _with_known_classes(checkpoint: "TrainedModel", data: "ImageDataModule") -> "ImageDataModule":
     """The same data without the classes that the checkpoint does not know; a line counts them."""
     from vmoe.classes import find_outputs
     from vmoe.data import ImageDataModule
@@ -133,7 +133,7 @@ def add_classes_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def classes_differ(checkpoint: "Checkpoint", data: "ImageDataModule") -> str:
+def classes_differ(checkpoint: "TrainedModel", data: "ImageDataModule") -> str:
     """Says how many classes a set and a checkpoint have."""
     return f"--data: {data.config.name} has {data.num_classes} classes, the checkpoint {len(checkpoint.class_names)}"
 
@@ -214,7 +214,7 @@ def say_left_out(lines: "Sequence[str]", count: int) -> None:
 
 
 def load_files(
-    checkpoint: "Checkpoint", paths: "Sequence[Path]", options: argparse.Namespace
+    checkpoint: "TrainedModel", paths: "Sequence[Path]", options: argparse.Namespace
 ) -> "tuple[ImageLoader, list[Path]]":
     """Batches of image files without labels, prepared as in evaluation, in a random order, and the files in that order.
 
@@ -243,7 +243,7 @@ def load_files(
     return ImageLoader(images, workers=config.workers, batch_size=size), shuffled
 
 
-def data_config(checkpoint: "Checkpoint", name: str | None = None) -> "DataConfig":
+def data_config(checkpoint: "TrainedModel", name: str | None = None) -> "DataConfig":
     """The run's data config, for the images that this model takes; a `name` is needed where it tells of none.
 
     Raises:
@@ -259,7 +259,7 @@ def data_config(checkpoint: "Checkpoint", name: str | None = None) -> "DataConfi
     return dataclasses.replace(config, image_size=checkpoint.image_size, mean=checkpoint.mean, std=checkpoint.std)
 
 
-def _changed_config(checkpoint: "Checkpoint", options: argparse.Namespace) -> "DataConfig":
+def _changed_config(checkpoint: "TrainedModel", options: argparse.Namespace) -> "DataConfig":
     """The same with the options' changes."""
     from vmoe.data import DataConfig, SubsetConfig
 

@@ -2,7 +2,7 @@
 
 import argparse
 import csv
-import dataclasses
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +12,7 @@ from vmoe.errors import UserError
 from vmoe.text import printable, readable
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    from vmoe.export.predictor import Predictor
+    from vmoe.checkpoints import TrainedModel
 
 _DESCRIPTION = """\
 Names the most probable classes of pictures of any size and mode, prepared as in evaluation (the central square,
@@ -40,69 +38,49 @@ def _predict(argv: list[str]) -> None:
 
 def _predicted(options: argparse.Namespace) -> None:
     # Imported here, so that --help and a mistyped option answer at once.
-    from vmoe.cli.inputs import depth_of, find_files, note_batches, say_left_out
+    from vmoe.cli.inputs import note_batches, say_left_out
     from vmoe.cli.progress import Tracked
     from vmoe.data.image_files import none_readable
-    from vmoe.export.predictor import load_predictor
+    from vmoe.export.predictor import Program, load_predictor
     from vmoe.files import require_writable, write_json
 
     require_writable(*(file.parent for file in (options.csv, options.json) if file is not None))
-    files = find_files(options.images)
-    predictor = load_predictor(options.model, choose_device(options.device))
-    if options.routing and predictor.model is None:
+    model = load_predictor(options.model, choose_device(options.device))
+    if options.routing and isinstance(model, Program):
         raise UserError("--routing: a program does not tell its routing; give the checkpoint it was made from")
-    predictor = dataclasses.replace(predictor, bit_depth=depth_of(predictor.bit_depth, files))
     batch = 1 if options.routing else options.batch_size
-    note_batches(options, batch, predictor.model)
-    answers: list[dict[str, Any]] = []
-    damaged: list[str] = []
-    batches = [files[start : start + batch] for start in range(0, len(files), batch)]
-    for paths in Tracked(batches, "predicting"):
-        answers += _answer(predictor, paths, options, damaged)
-    if not answers:
-        raise none_readable(damaged)
+    note_batches(options, batch, model)
+    found = model.predict(options.images, batch_size=batch, skip_damaged=True, progress=Tracked)
+    for line in found.notes:
+        print(printable(line), file=sys.stderr)
+    if not len(found):
+        raise none_readable(found.left_out)
+    answers = [
+        {"file": readable(str(file)), "predictions": predictions}
+        for file, predictions in zip(found.pictures, found.top(options.top), strict=True)
+    ]
+    if options.routing:
+        for file, answer in zip(found.pictures, answers, strict=True):
+            answer["routing"] = _routing(model, file, found.bit_depth)
     for answer in answers:
         best = ", ".join(f"{each['class']} {each['probability']:.1%}" for each in answer["predictions"])
         print(printable(f"{answer['file']}: {best}"))
         for layer, shares in answer.get("routing", {}).items():
             print(f"  {layer}: " + ", ".join(f"expert {index} {share:.0%}" for index, share in _largest(shares)))
     if options.json is not None:
-        write_json(options.json, {"model": str(options.model), "images": answers, "damaged": damaged})
+        write_json(options.json, {"model": str(options.model), "images": answers, "damaged": found.left_out})
     if options.csv is not None:
         _write_csv(options.csv, answers)
-    say_left_out(damaged, len(files))
+    say_left_out(found.left_out, len(found) + len(found.left_out))
 
 
-def _answer(
-    predictor: "Predictor", paths: list[Path], options: argparse.Namespace, damaged: list[str]
-) -> list[dict[str, Any]]:
-    """The answers for those files that are images; the others' errors go to `damaged`."""
-    from vmoe.data import load_image
-    from vmoe.export.predictor import most_probable
-
-    images, kept = [], []
-    for path in paths:
-        try:
-            images.append(load_image(path, predictor.bit_depth))
-            kept.append(path)
-        except UserError as error:
-            damaged.append(str(error))
-    if not images:
-        return []
-    answers = [
-        {"file": readable(str(path)), "predictions": most_probable(row, predictor.class_names, options.top)}
-        for path, row in zip(kept, predictor.probabilities(images), strict=True)
-    ]
-    if options.routing:
-        answers[0]["routing"] = _routing(predictor, images[0])
-    return answers
-
-
-def _routing(predictor: "Predictor", image: "np.ndarray") -> dict[str, list[float]]:
+def _routing(model: "TrainedModel", file: Path, bit_depth: int | None) -> dict[str, list[float]]:
     """For each MoE layer, the share of the choices of an image's patches that went to each expert."""
     from vmoe.analysis.heatmap import describe_layer, route_image
+    from vmoe.data import load_image
 
-    routed = route_image(predictor.model, image, predictor.image_size, predictor.mean, predictor.std)
+    image = load_image(file, bit_depth)
+    routed = route_image(model, image, model.image_size, model.mean, model.std)
     return {name: describe_layer(layer)["choice_share"] for name, layer in routed.layers.items()}
 
 

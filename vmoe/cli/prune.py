@@ -18,7 +18,7 @@ from vmoe.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-    from vmoe.checkpoints import Checkpoint
+    from vmoe.checkpoints import TrainedModel
     from vmoe.data import ImageDataModule
     from vmoe.export.pruning import Groups
     from vmoe.export.usage import ExpertUse
@@ -119,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _finetuning(
     options: argparse.Namespace,
-    checkpoint: "Checkpoint",
+    checkpoint: "TrainedModel",
     data: "ImageDataModule",
     device: "torch.device",
     for_training: list[str],
@@ -140,7 +140,7 @@ def _finetuning(
     return follow_up(checkpoint, data.config, changes, for_training)
 
 
-def _fewer(checkpoint: "Checkpoint", keep: int) -> dict[str, Any]:
+def _fewer(checkpoint: "TrainedModel", keep: int) -> dict[str, Any]:
     """The moe section of the result."""
     from vmoe.export.pruning import regrouped_config
     from vmoe.moe import MoeConfig
@@ -149,7 +149,7 @@ def _fewer(checkpoint: "Checkpoint", keep: int) -> dict[str, Any]:
     return to_plain(regrouped_config(MoeConfig(**checkpoint.config["moe"]), keep))
 
 
-def _write(out: Path, checkpoint: "Checkpoint", groups: "dict[str, Groups]", use: "dict[str, ExpertUse]") -> None:
+def _write(out: Path, checkpoint: "TrainedModel", groups: "dict[str, Groups]", use: "dict[str, ExpertUse]") -> None:
     from vmoe.checkpoints import RunFolder, write_changed
     from vmoe.export.pruning import regrouped_weights
 
@@ -158,7 +158,7 @@ def _write(out: Path, checkpoint: "Checkpoint", groups: "dict[str, Groups]", use
     write_changed(RunFolder(out).shared, checkpoint.path, weights, moe)
 
 
-def _measured(checkpoint: "Checkpoint", data: "ImageDataModule", device: "torch.device") -> dict[str, Any]:
+def _measured(checkpoint: "TrainedModel", data: "ImageDataModule", device: "torch.device") -> dict[str, Any]:
     """Accuracy on the test images and parameters of a checkpoint."""
     from vmoe.analysis.evaluation import evaluate
     from vmoe.models.cost import count_parameters
@@ -180,7 +180,7 @@ def _table(rows: dict[str, dict[str, Any]]) -> Table:
 
 
 def _report(
-    checkpoint: "Checkpoint",
+    checkpoint: "TrainedModel",
     data: "ImageDataModule",
     device: "torch.device",
     groups: "dict[str, Groups]",

@@ -7,7 +7,7 @@ from vmoe.imports import names_on_demand
 if TYPE_CHECKING:
     from vmoe.data.config import AugmentConfig, DataConfig, FractalConfig, MixConfig, SubsetConfig
     from vmoe.data.datamodule import ImageDataModule
-    from vmoe.data.images import eval_crop, eval_transform, load_image, normalise
+    from vmoe.data.images import eval_crop, eval_transform, load_image, normalise, prepare_image
     from vmoe.data.loading import Batch
     from vmoe.data.samplers import EpochBatchSampler
 else:  # a config can be read without torch, an image without Lightning and albumentations
@@ -16,7 +16,7 @@ else:  # a config can be read without torch, an image without Lightning and albu
         {
             "vmoe.data.config": ["AugmentConfig", "DataConfig", "FractalConfig", "MixConfig", "SubsetConfig"],
             "vmoe.data.datamodule": ["ImageDataModule"],
-            "vmoe.data.images": ["eval_crop", "eval_transform", "load_image", "normalise"],
+            "vmoe.data.images": ["eval_crop", "eval_transform", "load_image", "normalise", "prepare_image"],
             "vmoe.data.loading": ["Batch"],
             "vmoe.data.samplers": ["EpochBatchSampler"],
         },
@@ -35,4 +35,5 @@ __all__ = [
     "eval_transform",
     "load_image",
     "normalise",
+    "prepare_image",
 ]

@@ -1,5 +1,7 @@
 """One image: read from a file, cropped as evaluation does, turned into a normalised tensor."""
 
+import io
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -65,6 +67,74 @@ def decode_image(
         if isinstance(error, Image.UnidentifiedImageError):
             reason = "no known image format"
         raise UserError(f"{place}: cannot be read as an image ({reason}); replace or remove the file") from error
+
+
+def to_pixels(picture: "str | Path | Image.Image | np.ndarray", bit_depth: int | None = None) -> np.ndarray:
+    """A picture of any kind as RGB.
+
+    Args:
+        picture: the path of an image file, as `load_image` reads it; an image of Pillow, of any mode; or an array
+            (height, width, 3), or (height, width) for gray, uint8.
+        bit_depth: as for `load_image`.
+
+    Returns:
+        (height, width, 3) uint8.
+
+    Raises:
+        UserError: the picture is of no such kind, or it cannot be read.
+    """
+    if isinstance(picture, Image.Image):
+        if picture.mode[0] in "IF":  # more than 8 bits: as a file of such values is read
+            content = io.BytesIO()
+            picture.save(content, "TIFF")
+            return decode_image(content, "this image", bit_depth=bit_depth)
+        upright = ImageOps.exif_transpose(picture)
+        return _to_rgb(upright, "")
+    if isinstance(picture, np.ndarray):
+        is_gray = picture.ndim == 2
+        if picture.dtype != np.uint8 or not (is_gray or (picture.ndim == 3 and picture.shape[2] == 3)):
+            raise UserError(
+                f"an array of {picture.dtype} of shape {picture.shape}: must be uint8 of (height, width, 3), or of "
+                "(height, width) for gray"
+            )
+        if 0 in picture.shape:
+            raise UserError(f"an array of shape {picture.shape}: holds no pixel")
+        return np.repeat(picture[..., None], 3, 2) if is_gray else picture
+    if isinstance(picture, str | os.PathLike):
+        return load_image(picture, bit_depth)
+    raise UserError(
+        f"{type(picture).__name__}: is no picture; give a path, an image of Pillow or an array (height, width, 3) uint8"
+    )
+
+
+def prepare_image(
+    picture: "str | Path | Image.Image | np.ndarray",
+    image_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    bit_depth: int | None = None,
+) -> "torch.Tensor":
+    """Prepares a picture for a model, as evaluation, `predict` and every tool do it.
+
+    The picture becomes upright RGB, its central square is resized to the image size (area averages down, bilinear up),
+    and each channel is normalised: (pixel / 255 - mean) / std.
+
+    Args:
+        picture: the path of an image file, an image of Pillow, or an array (height, width, 3), or (height, width) for
+            gray, uint8.
+        image_size: side of the square in pixels, such as `model.image_size`.
+        mean: of the three channels, in [0, 1], such as `model.mean`.
+        std: of the three channels, in [0, 1], such as `model.std`.
+        bit_depth: how many bits the values of a picture with more than 8 bits per channel use, where its file does not
+            say so: white is 2**bit_depth - 1. None: all that is stored.
+
+    Returns:
+        (3, image_size, image_size) float32.
+
+    Raises:
+        UserError: the picture is of no such kind, or it cannot be read.
+    """
+    return normalise([eval_crop(to_pixels(picture, bit_depth), image_size)], mean, std)[0]
 
 
 def _to_rgb(image: Image.Image, stored: str) -> np.ndarray:

@@ -13,7 +13,7 @@ import vmoe
 from vmoe.analysis.heatmap import route_image
 from vmoe.analysis.heatmap_figure import PANEL, draw_layer, draw_overview
 from vmoe.analysis.style import Page
-from vmoe.checkpoints import Checkpoint, RunFolder, shared_config
+from vmoe.checkpoints import RunFolder, TrainedModel, shared_config
 from vmoe.data.photographs import PHOTOGRAPHS, credit, load_photograph
 from vmoe.models.cost import count_parameters, flops_per_image
 
@@ -85,7 +85,7 @@ _PICTURE = f"""\
 """
 
 
-def draw_routing(checkpoint: Checkpoint) -> Page:
+def draw_routing(checkpoint: TrainedModel) -> Page:
     """The card's picture: where a V-MoE sends the patches of a sample photograph."""
     prepared = checkpoint.image_size, checkpoint.mean, checkpoint.std
     image = route_image(checkpoint.model, load_photograph(_SHOWN), *prepared, PANEL)
@@ -100,7 +100,7 @@ def draw_routing(checkpoint: Checkpoint) -> Page:
     )
 
 
-def model_card(checkpoint: Checkpoint, source: str | Path, license: str | None) -> str:
+def model_card(checkpoint: TrainedModel, source: str | Path, license: str | None) -> str:
     """README.md of a shared model.
 
     Args:
@@ -154,7 +154,7 @@ def _counted(count: int, unit: str) -> str:
     return f"{count:,} {unit}{'s' * (count != 1)}"
 
 
-def _what(checkpoint: Checkpoint) -> str:
+def _what(checkpoint: TrainedModel) -> str:
     layers = vmoe.moe_layers(checkpoint.model)
     if not layers:
         return f"A dense `{checkpoint.config['model']['name']}` of timm, the twin of a V-MoE, for classifying images."
@@ -175,7 +175,7 @@ def _metrics(source: Path) -> dict[str, Any]:
     return {}
 
 
-def _routing(checkpoint: Checkpoint, source: Path) -> str:
+def _routing(checkpoint: TrainedModel, source: Path) -> str:
     """The picture of a V-MoE, and each expert's load in the last epoch where the run wrote it."""
     parts = [_PICTURE] if vmoe.moe_layers(checkpoint.model) else []
     parts += _loads(source)

@@ -21,7 +21,7 @@ from PIL import Image
 
 import vmoe
 from vmoe.analysis.palette import NUM_COLOURS, expert_hex
-from vmoe.checkpoints import Checkpoint, load_checkpoint
+from vmoe.checkpoints import TrainedModel, load_checkpoint
 from vmoe.data.images import eval_crop
 from vmoe.errors import UserError
 from vmoe.export.programs import require
@@ -87,7 +87,7 @@ def write_demo_page(
         _write_script(folder / _MARK, "ABOUT", about | _words(checkpoint, about, credit) | {"samples": samples})
 
 
-def _check_size(program: Path, checkpoint: Checkpoint) -> None:
+def _check_size(program: Path, checkpoint: TrainedModel) -> None:
     size = sum(part.stat().st_size for part in program.parent.glob(f"{program.name}*"))  # weights may lie beside it
     if size > LARGEST_PROGRAM:
         raise UserError(
@@ -96,7 +96,7 @@ def _check_size(program: Path, checkpoint: Checkpoint) -> None:
         )
 
 
-def _words(checkpoint: Checkpoint, about: dict[str, Any], credit: str | None) -> dict[str, Any]:
+def _words(checkpoint: TrainedModel, about: dict[str, Any], credit: str | None) -> dict[str, Any]:
     first = about["layers"][0]
     order = "by falling gate" if first["batch_priority"] else "in reading order"
     return {

@@ -15,7 +15,7 @@ import timm
 import torch
 from torch import nn
 
-from vmoe.checkpoints import Checkpoint, load_checkpoint, timm_arguments, write_safetensors
+from vmoe.checkpoints import TrainedModel, load_checkpoint, timm_arguments, write_safetensors
 from vmoe.errors import UserError
 from vmoe.export.card import PICTURE, draw_routing, is_untouched, model_card
 from vmoe.files import new_folder
@@ -106,7 +106,7 @@ def push(path: str | Path, name: str) -> str:
     return str(repository)
 
 
-def _write_config(folder: Path, checkpoint: Checkpoint) -> None:
+def _write_config(folder: Path, checkpoint: TrainedModel) -> None:
     """config.json, with the image size among the arguments where the architecture takes it."""
     config = _config(checkpoint)
     weights = {"source": "", "file": str(folder / WEIGHTS)}  # before 1.0.26, timm unpickles a folder's weights
@@ -125,14 +125,14 @@ def _write_config(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 @torch.no_grad()
-def _check(model: nn.Module, checkpoint: Checkpoint) -> None:
+def _check(model: nn.Module, checkpoint: TrainedModel) -> None:
     """Compares a model's logits, bit for bit, with the checkpoint's, or tells that they differ."""
     images = torch.randn(2, 3, checkpoint.image_size, checkpoint.image_size)
     if not torch.equal(model(images), checkpoint.model.cpu()(images)):
         raise UserError(f"{checkpoint.path}: timm makes another model of it; its model.kwargs cannot be shared so")
 
 
-def _config(checkpoint: Checkpoint) -> dict[str, Any]:
+def _config(checkpoint: TrainedModel) -> dict[str, Any]:
     model, classes = checkpoint.model, len(checkpoint.class_names)
     size = (3, checkpoint.image_size, checkpoint.image_size)
     known = getattr(model, "pretrained_cfg", {})
@@ -155,13 +155,13 @@ def _config(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _architecture(checkpoint: Checkpoint) -> str:
+def _architecture(checkpoint: TrainedModel) -> str:
     """A name that timm knows: the model's own where that says all, else ours for MoE layers on any backbone."""
     name = checkpoint.config["model"]["name"]
     return name if checkpoint.config["moe"] is None or name.startswith("vmoe_") else ON_BACKBONE
 
 
-def _model_args(checkpoint: Checkpoint) -> dict[str, Any]:
+def _model_args(checkpoint: TrainedModel) -> dict[str, Any]:
     name, moe = checkpoint.config["model"]["name"], checkpoint.config["moe"]
     arguments = {**timm_arguments(checkpoint.config), "num_classes": len(checkpoint.class_names)}
     if name.startswith("vmoe_"):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 import vmoe
-from vmoe.checkpoints import Checkpoint, load_checkpoint, require_rounding
+from vmoe.checkpoints import TrainedModel, load_checkpoint, require_rounding
 from vmoe.errors import UserError
 from vmoe.export.int8 import Int8Linear
 from vmoe.export.layer import exportable_copy
@@ -156,7 +156,7 @@ def reason_of(error: BaseException) -> str:
     return next((line[:200] for line in lines if line), type(error).__name__)
 
 
-def describe(checkpoint: Checkpoint) -> dict[str, Any]:
+def describe(checkpoint: TrainedModel) -> dict[str, Any]:
     """What a program's user must know: how images are prepared and what the logits mean."""
     return {
         "version": 1,

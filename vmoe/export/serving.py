@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from vmoe.export.predictor import Predictor
+    from vmoe.checkpoints import TrainedModel
 
 KEY_VARIABLE = "VMOE_API_KEY"
 BATCH_WAIT = 0.002  # seconds in which others may join a batch
@@ -53,7 +53,7 @@ class ModelService(litserve.LitAPI):
         super().__init__(max_batch_size=max_batch, batch_timeout=BATCH_WAIT, loop=BatchedLoop())
         self.path, self.runs_on = path, device
         self.told = multiprocessing.get_context("spawn").SimpleQueue()
-        self.predictor: Predictor | None = None
+        self.model: TrainedModel | None = None
 
     def setup(self, device: str) -> None:
         """Opens the model in a worker, which Ctrl-C in the terminal does not end before its last answer."""
@@ -62,8 +62,8 @@ class ModelService(litserve.LitAPI):
 
         try:
             where = self.runs_on()
-            self.predictor = load_predictor(self.path, where)
-            self.told.put(_describe(self.path, self.predictor) | {"device": str(where)})
+            self.model = load_predictor(self.path, where)
+            self.told.put(_describe(self.path, self.model) | {"device": str(where)})
         except UserError as error:
             self.told.put(str(error))
             logging.getLogger("litserve").setLevel(logging.CRITICAL)  # which would print a traceback
@@ -85,16 +85,17 @@ class ModelService(litserve.LitAPI):
 
     def predict(self, uploads: list[Upload]) -> list[dict[str, Any]]:
         """The answers to a batch."""
-        from vmoe.export.predictor import most_probable
+        from vmoe.checkpoints.prediction import most_probable
 
-        names = self.predictor.class_names
-        rows = self.predictor.probabilities([upload.pixels for upload in uploads])
+        names = self.model.class_names
+        pixels = [upload.pixels for upload in uploads]
+        rows = self.model.predict(pixels, batch_size=len(pixels), progress=False).probabilities
         answers = [
             {"predictions": most_probable(row, names, upload.top)} for upload, row in zip(uploads, rows, strict=True)
         ]
         for upload, answer in zip(uploads, answers, strict=True):
             if upload.routing:
-                answer["routing"] = _routing(self.predictor, upload.pixels)
+                answer["routing"] = _routing(self.model, upload.pixels)
         return answers
 
 
@@ -204,24 +205,25 @@ def _stop_on_signals() -> None:
         signal.signal(number, stop)
 
 
-def _describe(path: Path, predictor: "Predictor") -> dict[str, Any]:
+def _describe(path: Path, model: "TrainedModel") -> dict[str, Any]:
     """What those who take requests need to know of a model: `classes`, `image_size`, `bit_depth`, `why_no_routing`.
 
     Raises:
         UserError: an answer would depend on the other images of its batch.
     """
+    from vmoe.export.predictor import Program
     from vmoe.moe import moe_layers
     from vmoe.moe.exportable import why_not_exportable
 
-    layers = moe_layers(predictor.model) if predictor.model is not None else []
+    layers = moe_layers(model)
     for name, layer in layers:
         if reason := why_not_exportable(layer.config):
             raise UserError(f"{path}: cannot be served: {name}: {reason}")
     silent = None if layers else "a dense model has no experts"
-    if predictor.model is None:
+    if isinstance(model, Program):
         silent = "a program does not tell its routing; serve the checkpoint it was made from"
-    described = {"classes": predictor.class_names, "image_size": predictor.image_size}
-    return described | {"bit_depth": predictor.bit_depth, "why_no_routing": silent}
+    described = {"classes": model.class_names, "image_size": model.image_size}
+    return described | {"bit_depth": model.bit_depth, "why_no_routing": silent}
 
 
 def _check_port(host: str, port: int) -> None:
@@ -234,11 +236,11 @@ def _check_port(host: str, port: int) -> None:
             raise UserError(f"--port {port}: {error.strerror} on {host}; choose another") from error
 
 
-def _routing(predictor: "Predictor", pixels: "np.ndarray") -> dict[str, Any]:
+def _routing(model: "TrainedModel", pixels: "np.ndarray") -> dict[str, Any]:
     """For each MoE layer: the patch grid, each expert's share of the choices, and the first choice of each patch."""
     from vmoe.analysis.heatmap import describe_layer, patch_part, route_image
 
-    routed = route_image(predictor.model, pixels, predictor.image_size, predictor.mean, predictor.std)
+    routed = route_image(model, pixels, model.image_size, model.mean, model.std)
     answer = {}
     for name, layer in routed.layers.items():
         told = describe_layer(layer)

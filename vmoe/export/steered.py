@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vmoe.analysis.recording import LayerRouting, record_routing
-from vmoe.checkpoints import Checkpoint
+from vmoe.checkpoints import TrainedModel
 from vmoe.errors import UserError
 from vmoe.export.layer import ExportedMoe, MakeLinear, exportable_copy, plain_linear
 from vmoe.export.programs import TOLERANCE, describe, make_attention_plain, quiet, reason_of, write_onnx
@@ -92,7 +92,7 @@ class SteeredModel(nn.Module):
         return logits, *told
 
 
-def write_steered(path: Path, checkpoint: Checkpoint) -> dict[str, Any]:
+def write_steered(path: Path, checkpoint: TrainedModel) -> dict[str, Any]:
     """Writes a checkpoint as an ONNX program with the inputs and outputs of `SteeredModel`.
 
     Returns:
@@ -121,7 +121,7 @@ def write_steered(path: Path, checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _check(path: Path, checkpoint: Checkpoint, layers: list[dict[str, Any]]) -> None:
+def _check(path: Path, checkpoint: TrainedModel, layers: list[dict[str, Any]]) -> None:
     """Compares the program's logits, as the model was trained, with the model's."""
     import onnxruntime
 
@@ -138,7 +138,7 @@ def _check(path: Path, checkpoint: Checkpoint, layers: list[dict[str, Any]]) -> 
 
 
 @torch.no_grad()
-def _layers(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+def _layers(checkpoint: TrainedModel) -> list[dict[str, Any]]:
     model, size = checkpoint.model, checkpoint.image_size
     with record_routing(model) as trace:
         model(torch.zeros(1, 3, size, size))

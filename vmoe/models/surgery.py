@@ -19,6 +19,9 @@ from vmoe.moe.passes import put_in_order
 register_notrace_module(MoeMlp)  # timm's feature extractors by torch.fx take it as one node
 
 
+CREATED_WITH = "created_with"  # what a model remembers of its creation, so that a file can tell it
+
+
 def create_model(name: str, moe: MoeConfig | Literal[False] | None = None, **timm_kwargs: Any) -> nn.Module:
     """Creates a timm model and makes it a V-MoE.
 
@@ -34,14 +37,20 @@ def create_model(name: str, moe: MoeConfig | Literal[False] | None = None, **tim
         ValueError: The model's family or the chosen layers do not go with MoE layers.
     """
     if name.startswith("vmoe_"):
-        return timm.create_model(name, moe=moe, **timm_kwargs)
-    model = timm.create_model(name, **timm_kwargs)
-    if not moe:
-        return model
+        model = timm.create_model(name, moe=moe, **timm_kwargs)
+    else:
+        model = timm.create_model(name, **timm_kwargs)
+        model = _with_moe(model, moe, timm_kwargs) if moe else model
+    setattr(model, CREATED_WITH, {"name": name, "kwargs": timm_kwargs})
+    return model
+
+
+def _with_moe(model: nn.Module, moe: MoeConfig, timm_kwargs: dict[str, Any]) -> nn.Module:
+    """A model that timm has created, with MoE layers that start from its weights where it was created with any."""
     has_weights = timm_kwargs.get("pretrained") or timm_kwargs.get("checkpoint_path")
     if has_weights and moe.expert_width != 1:
         warnings.warn(
-            f"expert_width={moe.expert_width}: the experts start at random, not from the weights", stacklevel=2
+            f"expert_width={moe.expert_width}: the experts start at random, not from the weights", stacklevel=3
         )
         has_weights = False
     return sparsify(model, moe, init="upcycle" if has_weights else "random")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from vmoe.checkpoints import Checkpoint, build_model, load_checkpoint, read_foreign_weights, timm_arguments
+from vmoe.checkpoints import TrainedModel, build_model, load_checkpoint, read_foreign_weights, timm_arguments
 from vmoe.classes import known_outputs, only_numbers
 from vmoe.errors import UserError
 from vmoe.models import densify, sparsify
@@ -105,13 +105,13 @@ def _from_foreign(
     return model if is_sparse else _upcycled(model, config.moe, image_size)
 
 
-def _fit_to_images(start: Checkpoint, image_size: int) -> None:
+def _fit_to_images(start: TrainedModel, image_size: int) -> None:
     """Resamples the position embeddings; a model that timm cannot resize is left, and `_load` tells what misfits."""
     if start.image_size != image_size and hasattr(start.model, "set_input_size"):
         start.model.set_input_size(img_size=(image_size, image_size))
 
 
-def _average_experts(start: Checkpoint) -> None:
+def _average_experts(start: TrainedModel) -> None:
     try:
         densify(start.model)
     except ValueError as error:
@@ -127,7 +127,7 @@ def _upcycled(dense: nn.Module, moe: MoeConfig | None, image_size: int) -> nn.Mo
         raise UserError(f"moe.{error}") from error
 
 
-def _weights(start: Checkpoint, model: nn.Module, class_names: list[str]) -> dict[str, Tensor]:
+def _weights(start: TrainedModel, model: nn.Module, class_names: list[str]) -> dict[str, Tensor]:
     """The checkpoint's weights; of the classifier those of the run's classes, or the model's own if one is unknown."""
     weights = start.model.state_dict()
     classifier = tuple(f"{name}." for name in _classifiers(model))

@@ -16,7 +16,7 @@ from vmoe.analysis.exploration.history import Snapshot, training_loads
 from vmoe.analysis.exploration.probes import Probes, probe
 from vmoe.analysis.exploration.report import accuracy_report, flows_report, layer_report, rounded, run_report
 from vmoe.analysis.exploration.subject import Colour, Subject
-from vmoe.checkpoints import Checkpoint
+from vmoe.checkpoints import TrainedModel
 from vmoe.errors import UserError
 
 Track = Callable[[Iterable, str], Iterable]
@@ -64,11 +64,11 @@ class Exploration:
 
 
 def explore(
-    model: nn.Module | Checkpoint | Subject,
+    model: nn.Module | TrainedModel | Subject,
     batches: Iterable,
     *,
     name: str | None = None,
-    others: Sequence[Checkpoint | Subject] = (),
+    others: Sequence[TrainedModel | Subject] = (),
     snapshots: Sequence[Snapshot] = (),
     class_names: Sequence[str] | None = None,
     patch_names: Sequence[str] | None = None,
@@ -144,7 +144,7 @@ def explore(
         ],
         "flows": flows_report(collection),
         "capacity": None if causes is None else causes.capacity,
-        "training": training_loads(model.path) if isinstance(model, Checkpoint) else None,
+        "training": training_loads(model.path) if isinstance(model, TrainedModel) else None,
         "runs": runs,
         **_probed(probes, subjects, snapshots),
     }
@@ -190,7 +190,7 @@ class _Adapted:
 
 
 def _subject(
-    model: nn.Module | Checkpoint | Subject,
+    model: nn.Module | TrainedModel | Subject,
     class_names: Sequence[str] | None,
     mean: Colour,
     std: Colour,
@@ -198,7 +198,7 @@ def _subject(
 ) -> Subject:
     if isinstance(model, Subject):
         return model
-    if isinstance(model, Checkpoint):
+    if isinstance(model, TrainedModel):
         return Subject.of(model, name or str(model.path))
     names = class_names or [str(index) for index in range(model.num_classes)]
     return Subject(name or type(model).__name__, model.eval(), list(names), mean, std)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from vmoe.analysis.exploration.subject import Subject
-from vmoe.checkpoints import Checkpoint, RunFolder, load_checkpoint
+from vmoe.checkpoints import RunFolder, TrainedModel, load_checkpoint
 from vmoe.errors import UserError
 from vmoe.moe import MoeConfig
 
@@ -71,7 +71,7 @@ def snapshots(checkpoint: Path, device: torch.device) -> list[Snapshot]:
     return [*(found[epoch] for epoch in sorted(found)), Snapshot(last.epoch, Subject.of(last, checkpoint.name))]
 
 
-def _layers(checkpoint: Checkpoint) -> MoeConfig | None:
+def _layers(checkpoint: TrainedModel) -> MoeConfig | None:
     """What its MoE layers are, whether their config was written with or without the router's defaults."""
     moe = checkpoint.config["moe"]
     return None if moe is None else MoeConfig(**moe).resolved()

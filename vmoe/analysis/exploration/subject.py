@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vmoe
-from vmoe.checkpoints import Checkpoint
+from vmoe.checkpoints import TrainedModel
 
 Colour = tuple[float, float, float]
 
@@ -34,7 +34,7 @@ class Subject:
     image_size: int | None = None
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, name: str) -> "Subject":
+    def of(cls, checkpoint: TrainedModel, name: str) -> "Subject":
         """A checkpoint's model."""
         part = checkpoint
         return cls(name, part.model.eval(), part.class_names, part.mean, part.std, part.image_size)

@@ -1,0 +1,141 @@
+"""From pictures of any kind to the classes that a trained model finds in them."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vmoe.checkpoints.trained import TrainedModel
+from vmoe.data.bit_depth import depth_lines, depth_of_files
+from vmoe.data.image_files import PassedOver, find_images
+from vmoe.data.images import prepare_image
+from vmoe.errors import UserError
+from vmoe.progress import Progress, shown
+
+Picture = str | PathLike[str] | Image.Image | np.ndarray
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a model finds in N pictures, in their order: `labels, probabilities = model.predict(pictures)`.
+
+    Attributes:
+        labels: (N) The name of each picture's most probable class.
+        probabilities: (N, classes) float32.
+        pictures: (N) What each is of: the path of a file, or the place of an image or array in what was given.
+        class_names: In the order of the columns of `probabilities`.
+        left_out: A line for each picture that could not be read, with `skip_damaged`.
+        notes: Lines to say, such as what was passed over in folders.
+        bit_depth: By which files with more than 8 bits per channel were read; None where there were none.
+    """
+
+    labels: list[str]
+    probabilities: np.ndarray
+    pictures: list[Path | int]
+    class_names: list[str]
+    left_out: list[str]
+    notes: list[str]
+    bit_depth: int | None
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.labels, self.probabilities))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def top(self, count: int = 5) -> list[list[dict[str, Any]]]:
+        """For each picture its `count` most probable classes, best first, as {"class": ..., "probability": ...}."""
+        return [most_probable(row, self.class_names, count) for row in self.probabilities]
+
+
+def most_probable(probabilities: np.ndarray, names: list[str], count: int) -> list[dict[str, Any]]:
+    """The `count` most probable classes of (classes,), best first, as plain types; of equal ones the earlier first."""
+    order = (-probabilities).argsort(kind="stable")[:count]
+    return [{"class": names[index], "probability": float(probabilities[index])} for index in order]
+
+
+def predict(
+    model: TrainedModel,
+    pictures: Picture | Iterable[Picture],
+    batch_size: int,
+    bit_depth: int | None,
+    skip_damaged: bool,
+    progress: Progress,
+) -> Predictions:
+    """See `TrainedModel.predict`."""
+    if type(batch_size) is not int or batch_size < 1:
+        raise UserError(f"batch_size={batch_size!r}: must be a whole number from 1")
+    notes: list[str] = []
+    items = _items(pictures, notes)
+    if bit_depth is None:
+        bit_depth = model.bit_depth or _measured([item for _, item in items if isinstance(item, Path)], notes)
+    kept: list[Path | int] = []
+    left_out: list[str] = []
+    rows = [np.empty((0, len(model.class_names)), np.float32)]
+    batches = [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
+    for batch in shown(batches, "predicting", progress):
+        prepared = []
+        for place, item in batch:
+            try:
+                prepared.append(prepare_image(item, model.image_size, model.mean, model.std, bit_depth))
+            except UserError as error:
+                line = str(error) if isinstance(item, Path) else f"pictures[{place}]: {error}"
+                if not skip_damaged:
+                    raise UserError(line) from error
+                left_out.append(line)
+                continue
+            kept.append(item if isinstance(item, Path) else place)
+        if prepared:
+            rows.append(probabilities(model, torch.stack(prepared)))
+    table = np.concatenate(rows)
+    labels = [model.class_names[index] for index in table.argmax(-1).tolist()]
+    return Predictions(labels, table, kept, model.class_names, left_out, notes, bit_depth)
+
+
+@torch.inference_mode()
+def probabilities(model: TrainedModel, images: Tensor) -> np.ndarray:
+    """(B, classes) float32 for prepared images (B, 3, image_size, image_size), in evaluation mode.
+
+    Raises:
+        UserError: a logit is not finite.
+    """
+    training = [module for module in model.modules() if module.training]
+    dtype = next((each.dtype for each in model.parameters()), torch.float32)
+    try:
+        logits = model.eval()(images.to(model.device, dtype)).float().cpu()
+    finally:
+        for module in training:
+            module.training = True
+    if not logits.isfinite().all():
+        raise UserError(f"{model.path}: gives logits that are not finite; its training probably diverged")
+    return logits.softmax(-1).numpy()
+
+
+def _items(pictures: Picture | Iterable[Picture], notes: list[str]) -> list[tuple[int, Picture]]:
+    """Each picture, with its place in what was given; a folder's pictures all have the folder's."""
+    if isinstance(pictures, str | PathLike | Image.Image) or (isinstance(pictures, np.ndarray) and pictures.ndim < 4):
+        pictures = [pictures]
+    passed_over = PassedOver()
+    items: list[tuple[int, Picture]] = []
+    for place, picture in enumerate(pictures):
+        if isinstance(picture, str | PathLike):
+            items += [(place, path) for path in find_images([fspath(picture)], passed_over)]
+        else:
+            items.append((place, picture))
+    if passed_over:
+        notes.append(f"passed over: {passed_over}")
+    return items
+
+
+def _measured(files: Sequence[Path], notes: list[str]) -> int | None:
+    measured = depth_of_files(files) if files else None
+    if measured is None:
+        return None
+    notes += depth_lines("images", None, measured, None)
+    return measured.bits

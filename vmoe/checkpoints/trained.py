@@ -1,0 +1,114 @@
+"""A trained model that knows its classes and how its images are prepared: what `vmoe.load` returns."""
+
+import functools
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from vmoe.checkpoints.prediction import Picture, Predictions
+    from vmoe.progress import Progress
+
+_FACTS = ("config", "class_names", "image_size", "mean", "std", "epoch", "step", "path", "bit_depth")
+
+
+class TrainedModel(nn.Module):
+    """A trained model: timm's own model, which also knows its classes and how its images are prepared.
+
+    It is the very model that timm builds, in evaluation mode: `model(images)` gives logits (B, classes) for prepared
+    images (B, 3, image_size, image_size), and its layers, its `state_dict()` and timm's methods have their usual names.
+
+    Attributes:
+        config: The run's whole config as plain types: seed, output_dir, data, model, moe, optim, trainer. Of a model
+            that a folder or a hub described, `model` has timm's own name and all arguments.
+        class_names: Name of each class, in the order of the logits.
+        image_size: Side of the square images it was trained on, in pixels.
+        mean: Mean of each channel that images are normalised with, for pixels in [0, 1].
+        std: Standard deviation of each channel, for the same.
+        epoch: Number of finished epochs.
+        step: Number of updates.
+        path: The file it was read from.
+        bit_depth: How many bits the values of its training files with more than 8 bits per channel use (see
+            `vmoe.prepare_image`); None where it met no such file.
+    """
+
+    config: dict[str, Any]
+    class_names: list[str]
+    image_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    epoch: int
+    step: int
+    path: Path
+    bit_depth: int | None
+
+    @property
+    def model(self) -> "TrainedModel":
+        """The model itself, under the name by which the record that was returned before held it."""
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where its parameters are."""
+        return next((each.device for each in self.parameters()), torch.device("cpu"))
+
+    def predict(
+        self,
+        pictures: "Picture | Iterable[Picture]",
+        *,
+        batch_size: int = 32,
+        bit_depth: int | None = None,
+        skip_damaged: bool = False,
+        progress: "Progress" = True,
+    ) -> "Predictions":
+        """Names what is in pictures of any size, each prepared by `vmoe.prepare_image`.
+
+        Args:
+            pictures: Paths of image files, folders (all pictures in them), images of Pillow, and arrays (height, width,
+                3) or (height, width) uint8, in any mixture; or one of these alone.
+            batch_size: Images at once.
+            bit_depth: Of files with more than 8 bits per channel. None: the model's own, else measured on these files.
+            skip_damaged: Leaves out what cannot be read as an image, in place of an error; `left_out` names it.
+            progress: Shows a progress bar on stderr where that is a terminal; or a function that makes of the batches and
+                a description what is gone through, such as `rich.progress.track`.
+
+        Raises:
+            UserError: A path does not exist, a folder holds no picture, a picture cannot be read, an argument is of no
+                such kind, or a logit is not finite.
+        """
+        from vmoe.checkpoints.prediction import predict
+
+        return predict(self, pictures, batch_size, bit_depth, skip_damaged, progress)
+
+    def with_facts_for(self, other: nn.Module, **changes: Any) -> "TrainedModel":
+        """Another model for the same images, which is told what this one knows, with some attributes changed."""
+        return as_trained(other, **({name: getattr(self, name) for name in _FACTS} | changes))
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        state = super().__reduce_ex__(2)[2]
+        return _blank, (type(self).__mro__[2],), state
+
+
+def as_trained(model: nn.Module, **facts: Any) -> TrainedModel:
+    """Makes a model, in place, one that knows what `TrainedModel` has as attributes; `facts` holds all of these."""
+    if not isinstance(model, TrainedModel):
+        model.__class__ = _class_for(type(model))
+    for name in _FACTS:
+        setattr(model, name, facts[name])
+    assert isinstance(model, TrainedModel)
+    return model
+
+
+@functools.cache
+def _class_for(kind: type[nn.Module]) -> type[TrainedModel]:
+    """A class of the same name that is both: so no name of a layer or of a weight changes, as it would in a wrapper."""
+    return type(kind.__name__, (TrainedModel, kind), {"__module__": kind.__module__, "__doc__": TrainedModel.__doc__})
+
+
+def _blank(kind: type[nn.Module]) -> TrainedModel:
+    """What a copy or an unpickled model starts from."""
+    own = _class_for(kind)
+    return own.__new__(own)
