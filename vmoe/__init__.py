@@ -6,6 +6,7 @@ from vmoe.imports import names_on_demand, register_with_timm
 from vmoe.version import __version__
 
 if TYPE_CHECKING:
+    from vmoe.analysis.evaluate import evaluate
     from vmoe.analysis.recording import record_routing
     from vmoe.checkpoints import TrainedModel, load, save
     from vmoe.data import prepare_image
@@ -28,6 +29,7 @@ else:  # hidden from type checkers, which would take any name for one of this pa
     __getattr__ = names_on_demand(
         __name__,
         {
+            "vmoe.analysis.evaluate": ["evaluate"],
             "vmoe.analysis.recording": ["record_routing"],
             "vmoe.checkpoints": ["TrainedModel", "load", "save"],
             "vmoe.data": ["prepare_image"],
@@ -45,6 +47,7 @@ __all__ = [
     "auxiliary_loss",
     "create_model",
     "densify",
+    "evaluate",
     "load",
     "load_jax_checkpoint",
     "moe_layers",

@@ -14,7 +14,7 @@ from torchmetrics.functional.classification import (
 
 import vmoe
 from vmoe.analysis.ensemble import Ensemble
-from vmoe.analysis.evaluation import RunningMetrics, eval_capacity_factor, evaluate, evaluate_sweep
+from vmoe.analysis.evaluation import RunningMetrics, eval_capacity_factor, evaluate_sweep, measure_batches
 from vmoe.errors import UserError
 
 SHAPE = {"num_classes": 10, "img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 4, "num_heads": 3}
@@ -94,12 +94,12 @@ def test_logits_that_are_not_finite_are_refused(bad):
 
 def test_a_set_without_images_is_refused():
     with pytest.raises(UserError, match="no images"):
-        evaluate(make_model(), [], 10)
+        measure_batches(make_model(), [], 10)
 
 
 def test_dropped_shares_and_loads_are_those_of_the_routing():
     model, batches = make_model(num_experts=4, eval_capacity_factor=0.5).eval(), make_batches(8, 8, 3)
-    result = evaluate(model, batches, 10)
+    result = measure_batches(model, batches, 10)
     dropped, chosen = [], []
     for images, *_ in batches:
         with vmoe.record_routing(model) as trace:
@@ -124,7 +124,7 @@ def test_layers_weigh_by_their_choices_where_stages_see_fewer_tokens():
     model = vmoe.sparsify(dense, vmoe.MoeConfig(num_experts=4, top_k=2, eval_capacity_factor=1.0)).eval()
     model.layers[1].blocks[1].mlp.router.gate.weight.data.zero_()  # two experts take all of the stage of fewer tokens
     (batch,) = make_batches(8)
-    result = evaluate(model, [batch], 10)
+    result = measure_batches(model, [batch], 10)
     with torch.no_grad(), vmoe.record_routing(model) as trace:
         model(batch[0])
     each = [layer.dropped.flatten() for layer in trace.layers.values()]
@@ -143,7 +143,7 @@ def test_capacity_factors_are_swept_and_the_own_one_restored():
 
 def test_experts_a_token_are_swept_and_the_own_number_restored():
     model, batches = make_model(num_experts=4, top_k=2), make_batches(8, 8)
-    own = evaluate(model, batches, 10)
+    own = measure_batches(model, batches, 10)
     results = list(evaluate_sweep(model, batches, 10, [1.0, math.inf], [1, 2, 4]))
     assert [(result.top_k, result.capacity_factor) for result in results] == [
         (top_k, factor) for top_k in (1, 2, 4) for factor in (1.0, None)
@@ -166,16 +166,16 @@ def test_a_capacity_grows_with_the_experts_a_token():
 @pytest.mark.parametrize("top_ks", [[9], [2, 9]])
 def test_more_experts_a_token_than_there_are_is_refused_before_anything_is_measured(top_ks):
     model = make_model(num_experts=4, top_k=1)
-    with pytest.raises(UserError, match=r"--top-k 9: top_k=9: must be at most num_experts=4"):
+    with pytest.raises(UserError, match=r"^top_k=9: must be at most num_experts=4"):
         next(evaluate_sweep(model, make_batches(2), 10, None, top_ks))
-    assert evaluate(model, make_batches(2), 10).top_k == 1
+    assert measure_batches(model, make_batches(2), 10).top_k == 1
 
 
 def test_experts_that_choose_have_no_number_a_token():
     model = make_model(num_experts=4, router="expert_choice")
-    with pytest.raises(UserError, match=r"--top-k 2: .*expert_choice"):
+    with pytest.raises(UserError, match=r"^top_k=2: .*expert_choice"):
         next(evaluate_sweep(model, make_batches(2), 10, None, [2]))
-    assert evaluate(model, make_batches(2), 10).top_k is None
+    assert measure_batches(model, make_batches(2), 10).top_k is None
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,7 @@ def test_a_capacity_that_cannot_be_set_is_told_as_the_options(router, factor, re
     model = make_model(num_experts=4, router=router)
     with pytest.raises(UserError) as told:
         list(evaluate_sweep(model, make_batches(2), 10, [factor]))
-    assert str(told.value) == f"--capacity-factor {reason}"
+    assert str(told.value) == f"capacity_factor={reason}"
 
 
 def test_each_member_of_an_ensemble_gets_its_own_settings_back():
@@ -219,11 +219,11 @@ def test_members_of_an_ensemble_may_have_different_routers():
 
 
 def test_a_dense_model_has_no_capacity():
-    with pytest.raises(UserError, match="--capacity-factor"):
+    with pytest.raises(UserError, match="capacity_factor=1: this"):
         list(evaluate_sweep(make_model(), make_batches(2), 10, [1.0]))
-    with pytest.raises(UserError, match="--top-k"):
+    with pytest.raises(UserError, match="top_k=1: this"):
         list(evaluate_sweep(make_model(), make_batches(2), 10, None, [1]))
-    result = evaluate(make_model(), make_batches(2), 10)
+    result = measure_batches(make_model(), make_batches(2), 10)
     assert (result.dropped, result.layers, result.capacity_factor) == (None, {}, None)
 
 
@@ -234,6 +234,6 @@ def test_images_per_second_leave_out_the_first_batch():
             yield batch
 
     model = make_model()
-    evaluate(model, make_batches(4), 10)  # warm
-    assert evaluate(model, slow_start(), 10).images_per_second > 8 / 1.0
-    assert evaluate(model, make_batches(4), 10).images_per_second is None
+    measure_batches(model, make_batches(4), 10)  # warm
+    assert measure_batches(model, slow_start(), 10).images_per_second > 8 / 1.0
+    assert measure_batches(model, make_batches(4), 10).images_per_second is None

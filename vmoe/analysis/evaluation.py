@@ -117,7 +117,9 @@ class RunningMetrics:
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, batches: Iterable, num_classes: int, device: torch.device | str = "cpu") -> Evaluation:
+def measure_batches(
+    model: nn.Module, batches: Iterable, num_classes: int, device: torch.device | str = "cpu"
+) -> Evaluation:
     """Measures a model on batches of (images (B, 3, H, W), labels (B,), ...), with the capacity it is set to.
 
     The model is put in evaluation mode and on the device, and stays so.
@@ -173,11 +175,14 @@ def evaluate_sweep(
     restored at the end.
 
     Raises:
-        UserError: the model is dense or its tokens do not choose, a K or a capacity is not possible, or as `evaluate`.
+        UserError: the model is dense or its tokens do not choose, a K or a capacity is not possible, or as in
+            `measure_batches`.
     """
-    for option, values in (("--capacity-factor", factors), ("--top-k", top_ks)):
-        if values is not None and not dict(vmoe.moe_layers(model)):
-            raise UserError(f"{option}: this checkpoint is a dense model, without experts; leave it out")
+    for option, values in (("capacity_factor", factors), ("top_k", top_ks)):
+        if values and not dict(vmoe.moe_layers(model)):
+            raise UserError(
+                f"{option}={values[0]:.15g}: this checkpoint is a dense model, without experts; leave it out"
+            )
     with restored_settings(model):
         for top_k in top_ks or ():  # all are tried before the first is measured
             _set_top_k(model, top_k)
@@ -191,7 +196,7 @@ def evaluate_sweep(
                 if factor is not None:
                     set_capacity(model, factor)
                 with named_factor(factor):
-                    result = evaluate(model, loader, num_classes, device)
+                    result = measure_batches(model, loader, num_classes, device)
                 yield result
 
 
@@ -199,14 +204,14 @@ def _set_top_k(model: nn.Module, top_k: int) -> None:
     try:
         set_top_k(model, top_k)
     except ValueError as error:
-        raise UserError(f"--top-k {top_k}: {error}") from error
+        raise UserError(str(error)) from error
 
 
 def set_capacity(model: nn.Module, factor: float) -> None:
     """Sets the capacity factor of all MoE layers at evaluation; inf drops nothing.
 
     Raises:
-        UserError: It cannot be set, whatever the images; the line names the option.
+        UserError: It cannot be set, whatever the images; the line names the argument.
     """
     routers = {layer.config.router for _, layer in vmoe.moe_layers(model)}
     allowed = "> 0 and at most 1000, or inf to drop nothing"
@@ -219,12 +224,12 @@ def set_capacity(model: nn.Module, factor: float) -> None:
             raise ValueError(allowed)  # null is training's there
         set_eval_capacity_factor(model, None if math.isinf(factor) else factor)
     except ValueError as error:
-        raise UserError(f"--capacity-factor {factor:.15g}: must be {allowed}") from error
+        raise UserError(f"capacity_factor={factor:.15g}: must be {allowed}") from error
 
 
 @contextmanager
 def named_factor(factor: float | None) -> Iterator[None]:
-    """Tells a capacity that leaves no place under the option's name, where the factor is an option's.
+    """Names a capacity that leaves no slot as the argument it is, where the factor is an argument.
 
     Raises:
         UserError: it does.
@@ -232,7 +237,7 @@ def named_factor(factor: float | None) -> Iterator[None]:
     try:
         yield
     except CapacityError as error:
-        raise UserError(str(error) if factor is None else f"--capacity-factor {factor}: {error.reason}") from error
+        raise UserError(str(error) if factor is None else f"capacity_factor={factor}: {error.reason}") from error
 
 
 @contextmanager

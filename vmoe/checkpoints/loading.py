@@ -273,7 +273,10 @@ def _rebuild(config: dict[str, Any], num_classes: int, image_size: int) -> nn.Mo
     name = with_source(config["model"]["name"])
     if not timm.is_model(name):  # names such as hf-hub:... would fetch a model
         raise ValueError(f"unknown model {name!r}")
-    moe = None if config["moe"] is None else MoeConfig(**config["moe"])
+    try:
+        moe = None if config["moe"] is None else MoeConfig(**config["moe"])
+    except ValueError as error:
+        raise ValueError(f"moe.{error}") from error
     return build_model(name, timm_arguments(config), moe, num_classes, image_size)
 
 

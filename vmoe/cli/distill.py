@@ -79,13 +79,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _student_config(options: argparse.Namespace, teacher: "TrainedModel", for_training: list[str]) -> "TrainConfig":
+    from vmoe.analysis.evaluate import trained_on
     from vmoe.cli.follow_up import follow_up
-    from vmoe.cli.inputs import data_config
     from vmoe.cli.train import parse
 
     argv = ["--distill.teacher", str(teacher.path), *for_training]
     if options.config is None:
-        config = follow_up(teacher, data_config(teacher), {"moe": None, "init_from": None}, argv)
+        config = follow_up(teacher, trained_on(teacher), {"moe": None, "init_from": None}, argv)
     else:
         config = parse(["--config", find_recipe(options.config), *argv])
     return dataclasses.replace(config, output_dir=str(options.out), moe=None)

@@ -11,7 +11,6 @@ from vmoe.cli.common import run
 from vmoe.cli.inputs import (
     DATA_OPTIONS,
     add_classes_option,
-    classes_differ,
     halving_batches,
     load_data,
     matched,
@@ -39,13 +38,14 @@ folder, or beside a checkpoint that stands in none; a second evaluation replaces
   vmoe evaluate runs/cifar10 --corruptions --severities 1 3 5
   vmoe evaluate runs/cifar10 --data npz --root cifar10.1.npz --json shifted.json
 """
+_OPTIONS = DATA_OPTIONS | {"capacity_factor": "--capacity-factor", "top_k": "--top-k"}
 _PROBES = ("knn", "linear", "few-shot")
 _SHOTS, _SHOT_SEEDS = 10, 5
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the job with `argv`; returns its exit code."""
-    return run(_evaluate, argv, DATA_OPTIONS)
+    return run(_evaluate, argv, _OPTIONS)
 
 
 def _evaluate(argv: list[str]) -> None:
@@ -57,7 +57,7 @@ def _evaluate(argv: list[str]) -> None:
 def _measure(options: argparse.Namespace) -> None:
     # Imported here, so that --help and a mistyped option answer at once.
     from vmoe.analysis.confusion import draw_confusion
-    from vmoe.analysis.evaluation import evaluate_sweep
+    from vmoe.analysis.evaluate import classes_differ, measure_split
     from vmoe.checkpoints import load_checkpoint
     from vmoe.classes import known_outputs
     from vmoe.cli.evaluate_tables import corruption_table, probe_table, result_tables, setting
@@ -86,7 +86,7 @@ def _measure(options: argparse.Namespace) -> None:
     results = []
     if own_classes:
         sweep = (options.capacity_factor, options.top_k, device)
-        results = list(evaluate_sweep(checkpoint.model, Tracked(loader, what), len(checkpoint.class_names), *sweep))
+        results = measure_split(checkpoint, data, options.split, *sweep, Tracked)
     else:
         _check_that_only_features_are_asked_for(options, classes_differ(checkpoint, data))
     report = _report(checkpoint, data, options.split, device)
@@ -242,7 +242,7 @@ def _probe(checkpoint, data, loader, device, options: argparse.Namespace) -> dic
 
 def _corrupt(checkpoint, data, device, options: argparse.Namespace, names: list[str]) -> dict:
     """Top-1 for each corruption and severity, the checkpoint's own K and capacity, and their mean."""
-    from vmoe.analysis.evaluation import evaluate
+    from vmoe.analysis.evaluation import measure_batches
     from vmoe.data.corruptions import SEVERITIES
 
     severities = sorted(set(options.severities or SEVERITIES))
@@ -251,7 +251,7 @@ def _corrupt(checkpoint, data, device, options: argparse.Namespace, names: list[
         for severity in severities:
             loader = data.corrupted_dataloader(options.split, name, severity)
             batches = Tracked(loader, f"{name}, severity {severity}")
-            result = evaluate(checkpoint.model, batches, len(checkpoint.class_names), device)
+            result = measure_batches(checkpoint.model, batches, len(checkpoint.class_names), device)
             top1[name][str(severity)] = result.top1
     mean = statistics.fmean(value for of_name in top1.values() for value in of_name.values())
     return {"seed": data.config.split_seed, "severities": severities, "top1": top1, "mean_top1": mean}

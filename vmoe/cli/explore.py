@@ -42,7 +42,8 @@ Writes index.html (one page that opens from disk), figures/*.png and data/ (repo
 """
 
 _ARGUMENTS = ("sample", "probe_images", "cause_images", "replicates", "seed")  # of ExploreOptions
-_OPTIONS = DATA_OPTIONS | {name: f"--{name.replace('_', '-')}" for name in _ARGUMENTS}
+_NAMED = (*_ARGUMENTS, "capacity_factor")
+_OPTIONS = DATA_OPTIONS | {name: f"--{name.replace('_', '-')}" for name in _NAMED}
 
 
 def main(argv: list[str] | None = None) -> int:

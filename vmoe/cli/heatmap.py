@@ -25,7 +25,7 @@ capacity factor does not depend on the other images. Files that cannot be read a
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the job with `argv`; returns its exit code."""
-    return run(_heatmap, argv)
+    return run(_heatmap, argv, {"capacity_factor": "--capacity-factor"})
 
 
 def _heatmap(argv: list[str]) -> None:

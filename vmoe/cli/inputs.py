@@ -1,7 +1,6 @@
 """What jobs over many images share: the run's data as the options change it, or image files."""
 
 import argparse
-import dataclasses
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -27,6 +26,7 @@ DATA_OPTIONS = {
     "data.root": "--root",
     "data.eval_batch_size": "--batch-size",
     "data.workers": "--workers",
+    "classes": "--classes",
 }
 
 
@@ -40,86 +40,32 @@ def load_data(checkpoint: "TrainedModel", options: argparse.Namespace) -> "Image
     Raises:
         UserError: an option's value is not allowed, or the set is missing or malformed.
     """
-    from vmoe.data import ImageDataModule
+    from vmoe.analysis.evaluate import open_data
 
-    data = ImageDataModule(_changed_config(checkpoint, options), seed=checkpoint.config.get("seed", 0))
-    data.prepare_data()
-    data.setup("test")
-    for line in data.notes:
+    data, lines = open_data(checkpoint, _changed_config(checkpoint, options), options.classes)
+    for line in lines:
         print(printable(line), file=sys.stderr)
-    if options.classes == "known":
-        data = _with_known_classes(checkpoint, data)
     return data
 
 
 def matched(checkpoint: "TrainedModel", data: "ImageDataModule", classes: str, say: bool = True) -> "TrainedModel":
-    """The checkpoint with the set's classes for its own: its outputs by name, in the set's order and only those.
+    """The checkpoint with the set's classes for its own (see `match_classes`).
 
     Args:
         checkpoint: a model.
         data: what it is measured on.
-        classes: "by-name"; "known", the same; or "by-number", where the set's names mean nothing.
+        classes: as `--classes` has it.
         say: whether a line on stderr tells how they are matched, where they are not the same.
 
     Raises:
         UserError: the model does not know a class of the set.
     """
-    from vmoe.classes import find_outputs, only_numbers, with_outputs
+    from vmoe.analysis.evaluate import match_classes
 
-    theirs, ours = checkpoint.class_names, list(data.class_names)
-    if theirs == ours:
-        return checkpoint
-    if classes == "by-number" and len(ours) > len(theirs):
-        raise UserError(f"--classes by-number: {classes_differ(checkpoint, data)}; leave some out")
-    if classes == "by-number" or (only_numbers(ours) and len(ours) == len(theirs)):
-        line, result = f"taken by number, such as {printable(ours[0])} for {printable(theirs[0])}", checkpoint
-    else:
-        outputs = find_outputs(theirs, ours)
-        if unknown := _unknown(outputs, ours):
-            raise UserError(
-                f"{classes_differ(checkpoint, data)}, which does not know {_some(unknown)}; give --classes known to "
-                "leave their images out, or --classes by-number if only the names differ"
-            )
-        line = (
-            f"matched by name: the set has {len(ours)} of the checkpoint's {len(theirs)}, and only these are predicted"
-        )
-        if len(ours) == len(theirs):
-            line = "matched by name: the set has them in another order than the checkpoint"
-        result = checkpoint.with_facts_for(with_outputs(checkpoint, outputs), class_names=ours)
-    if say:
-        print(f"classes: {line}", file=sys.stderr)
+    result, line = match_classes(checkpoint, data, classes)
+    if line is not None and say:
+        print(printable(line), file=sys.stderr)
     return result
-
-
-def _with_known_classes(checkpoint: "TrainedModel", data: "ImageDataModule") -> "ImageDataModule":
-    """The same data without the classes that the checkpoint does not know; a line counts them."""
-    from vmoe.classes import find_outputs
-    from vmoe.data import ImageDataModule
-
-    outputs = find_outputs(checkpoint.class_names, data.class_names)
-    unknown = _unknown(outputs, data.class_names)
-    if not unknown:
-        return data
-    if len(unknown) == len(outputs):
-        raise UserError(f"{classes_differ(checkpoint, data)}, and none of these is the checkpoint's")
-    known = [name for name, output in zip(data.class_names, outputs, strict=True) if output is not None]
-    left = sum(count for count, output in zip(data.images_of_classes("test"), outputs, strict=True) if output is None)
-    print(
-        f"classes: left out {_some(unknown)}, which the checkpoint does not know, with {left} test images",
-        file=sys.stderr,
-    )
-    config = dataclasses.replace(data.config, subset=dataclasses.replace(data.config.subset, classes=known))
-    data = ImageDataModule(config, seed=data.seed)
-    data.setup("test")
-    return data
-
-
-def _unknown(outputs: "Sequence[int | None]", names: "Sequence[str]") -> list[str]:
-    return [name for name, output in zip(names, outputs, strict=True) if output is None]
-
-
-def _some(names: "Sequence[str]") -> str:
-    return printable(", ".join(names[:5]) + (", ..." if len(names) > 5 else ""))
 
 
 def add_classes_option(parser: argparse.ArgumentParser) -> None:
@@ -131,11 +77,6 @@ def add_classes_option(parser: argparse.ArgumentParser) -> None:
         help="find the set's classes among the checkpoint's by name, whatever their order and number; known leaves out "
         "images of classes that it does not know; by-number ignores the names (default: by-name)",
     )
-
-
-def classes_differ(checkpoint: "TrainedModel", data: "ImageDataModule") -> str:
-    """Says how many classes a set and a checkpoint have."""
-    return f"--data: {data.config.name} has {data.num_classes} classes, the checkpoint {len(checkpoint.class_names)}"
 
 
 def halving_batches(job: Callable[[], T], options: argparse.Namespace) -> T:
@@ -243,44 +184,17 @@ def load_files(
     return ImageLoader(images, workers=config.workers, batch_size=size), shuffled
 
 
-def data_config(checkpoint: "TrainedModel", name: str | None = None) -> "DataConfig":
-    """The run's data config, for the images that this model takes; a `name` is needed where it tells of none.
-
-    Raises:
-        UserError: neither tells of data.
-    """
-    from vmoe.data import DataConfig
-    from vmoe.training.plain import from_plain
-
-    trained_on = checkpoint.config.get("data")
-    if trained_on is None and name is None:
-        raise UserError(f"{checkpoint.path}: does not tell what it was trained on; give --data and --root")
-    config = from_plain(DataConfig, trained_on or {"name": name}, f"{checkpoint.path}: data.")
-    return dataclasses.replace(config, image_size=checkpoint.image_size, mean=checkpoint.mean, std=checkpoint.std)
-
-
 def _changed_config(checkpoint: "TrainedModel", options: argparse.Namespace) -> "DataConfig":
-    """The same with the options' changes."""
-    from vmoe.data import DataConfig, SubsetConfig
+    """The data of a checkpoint with the options' changes."""
+    from vmoe.analysis.evaluate import data_for, trained_on
+    from vmoe.data import DataConfig
 
-    config = data_config(checkpoint, options.data)
-    changes = {"pipeline": "workers"}  # the same images, of which a job may want only a few
-    if options.data is not None and options.data != config.name:
-        changes["subset"] = SubsetConfig()  # the run's class names mean nothing in another set
-        changes["images"] = None  # which only fractals have
-        changes["bit_depth"] = None
-        if "linear" in getattr(options, "probe", ()):  # which chooses its penalty in validation
-            changes["val_fraction"] = config.val_fraction or DataConfig.val_fraction
-    given = {
-        "name": options.data,
-        "root": options.root,
-        "eval_batch_size": options.batch_size,
-        "workers": options.workers,
-    }
-    changes |= {field: value for field, value in given.items() if value is not None}
-    try:
-        changed = dataclasses.replace(config, **changes)
-    except ValueError as error:
-        raise UserError(f"data.{error}") from error
-    note_batches(options, changed.eval_batch_size or changed.batch_size, checkpoint.model)
+    changes = {"eval_batch_size": options.batch_size, "workers": options.workers}
+    chooses_in_validation = "linear" in getattr(options, "probe", ())
+    if options.data is not None and chooses_in_validation:
+        own = trained_on(checkpoint, options.data)
+        if own.name != options.data:
+            changes["val_fraction"] = own.val_fraction or DataConfig.val_fraction
+    changed = data_for(checkpoint, options.data, options.root, **changes)
+    note_batches(options, changed.eval_batch_size or changed.batch_size, checkpoint)
     return changed

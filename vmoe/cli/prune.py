@@ -160,11 +160,11 @@ def _write(out: Path, checkpoint: "TrainedModel", groups: "dict[str, Groups]", u
 
 def _measured(checkpoint: "TrainedModel", data: "ImageDataModule", device: "torch.device") -> dict[str, Any]:
     """Accuracy on the test images and parameters of a checkpoint."""
-    from vmoe.analysis.evaluation import evaluate
+    from vmoe.analysis.evaluation import measure_batches
     from vmoe.models.cost import count_parameters
 
     batches = Tracked(data.test_dataloader(), f"test set of {data.config.name}")
-    result = evaluate(checkpoint.model, batches, len(checkpoint.class_names), device)
+    result = measure_batches(checkpoint.model, batches, len(checkpoint.class_names), device)
     parameters = count_parameters(checkpoint.model)._asdict()
     return {"images": result.images, "top1": result.top1, "nll": result.nll, "parameters": parameters}
 

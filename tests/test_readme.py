@@ -1,0 +1,37 @@
+"""What README shows, run as it stands there."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import vmoe
+
+REPOSITORY = Path(__file__).parents[1]
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+@pytest.fixture
+def pictures(tmp_path, monkeypatch):
+    """The working folder of the snippet: the repository's assets and a few pictures."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "assets").symlink_to(REPOSITORY / "assets")
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8))
+    image.save("photo.jpg")
+    for folder in ("holiday", *(f"photos/{split}/{name}" for split in ("train", "test") for name in CLASSES)):
+        Path(folder).mkdir(parents=True)
+        image.save(Path(folder) / "a.png")
+        image.save(Path(folder) / "b.png")
+    return tmp_path
+
+
+def test_a_trained_model_is_used_as_readme_shows(pictures):
+    blocks = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    (snippet,) = [block for block in blocks if "vmoe.load(" in block]
+    names = {"vmoe": vmoe}
+    exec(snippet, names)
+    assert len(names["labels"]) == 3 and names["probabilities"].shape == (3, 10)
+    assert tuple(names["model"].class_names) == CLASSES
+    assert vmoe.load("mine.safetensors").class_names == list(CLASSES)
