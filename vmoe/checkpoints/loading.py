@@ -133,7 +133,7 @@ def find_checkpoint(path: str | Path) -> Path:
     """
     if str(path).startswith("hf-hub:"):
         name = str(path).removeprefix("hf-hub:")
-        raise UserError(f"{path}: fetch it first: hf download {name} --local-dir DIR; then give that folder")
+        raise UserError(f"{path}: fetch it first, by `hf download {name}`, and give the folder that this prints")
     path = Path(path).expanduser()
     if not path.is_dir() or is_sharded(path):
         if not path.exists():
