@@ -49,8 +49,8 @@ def evaluate(
         top_k: Experts per token, for this measurement. None: the model's own.
         batch_size: Images per batch. None: as the run had it.
         workers: Processes that load images. None: as the run had it.
-        progress: Shows a progress bar on stderr where that is a terminal. A function of the batches and a description shows
-            progress its own way.
+        progress: Shows a progress bar on stderr where that is a terminal. A function of the batches and a description
+            shows progress its own way.
 
     Returns:
         Plain types, as in `results` of evaluation.json: `images`, `top1`, `top5`, `nll`, `ece`, `class_accuracy`,

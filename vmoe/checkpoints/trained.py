@@ -72,8 +72,8 @@ class TrainedModel(nn.Module):
             batch_size: Images at once.
             bit_depth: Of files with more than 8 bits per channel. None: the model's own, else measured on these files.
             skip_damaged: Leaves out what cannot be read as an image, in place of an error; `left_out` names it.
-            progress: Shows a progress bar on stderr where that is a terminal. A function of the batches and a description
-                shows progress its own way, such as `rich.progress.track`.
+            progress: Shows a progress bar on stderr where that is a terminal. A function of the batches and a
+                description shows progress its own way, such as `rich.progress.track`.
 
         Raises:
             UserError: A path does not exist, a folder holds no picture, a picture cannot be read, an argument is of no
