@@ -125,21 +125,21 @@ def replace(temporary: Path, path: Path) -> None:
     Where a folder goes or comes, a kill at the wrong moment leaves the old one beside its place: see `recover`.
     """
     if path.exists() and (path.is_dir() or temporary.is_dir()):  # which no system call replaces at once
-        _remove(_aside(path))
-        os.rename(path, _aside(path))
+        _remove(aside(path))
+        os.rename(path, aside(path))
     os.replace(temporary, path)
-    _remove(_aside(path))
+    _remove(aside(path))
 
 
 def is_aside(path: Path) -> bool:
     """Whether `recover` would put something back."""
-    return _aside(path).exists() and not path.exists()
+    return aside(path).exists() and not path.exists()
 
 
 def recover(path: Path) -> None:
     """Puts back what `replace` had moved aside when it was killed before it had put anything in its place."""
     if is_aside(path):
-        os.rename(_aside(path), path)
+        os.rename(aside(path), path)
 
 
 def remove_leftovers(path: Path) -> None:
@@ -149,7 +149,8 @@ def remove_leftovers(path: Path) -> None:
             file.unlink(missing_ok=True)
 
 
-def _aside(path: Path) -> Path:
+def aside(path: Path) -> Path:
+    """Where `replace` keeps what was at `path` until the new one is there."""
     return path.with_name(f".{path.name}.old")
 
 

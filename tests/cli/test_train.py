@@ -5,6 +5,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from vmoe.checkpoints import build_model
 from vmoe.cli.common import run
 from vmoe.cli.main import main as vmoe_main
 from vmoe.cli.train import main, option_names, parse
-from vmoe.data.config import DEFAULTS
+from vmoe.data.config import DEFAULTS, SetName
 from vmoe.errors import UserError
 from vmoe.models.cost import count_parameters
 from vmoe.training.config import TrainConfig
@@ -184,6 +185,60 @@ def test_print_config_gives_a_config(recipe, capsys, tmp_path):
     assert parse(["--config", str(again), "--output_dir", "x"]) == parse(["--config", recipe, "--output_dir", "x"])
 
 
+@pytest.fixture
+def moved(tmp_path) -> Path:
+    """The folder of a run that was begun as runs/n1, with an older version's config.yaml."""
+    folder = tmp_path / "moved"
+    (folder / "checkpoints").mkdir(parents=True)
+    written = {"seed": 5, "output_dir": "runs/n1", "resume": False, "data": {"name": "digits"}}
+    (folder / "config.yaml").write_text(f"# vmoe 0.1.0\n{yaml.safe_dump(written)}")
+    return folder
+
+
+def test_a_run_s_config_says_neither_where_nor_whether_it_goes_on(moved):
+    """In any order of the options."""
+    config, folder = ["--config", str(moved / "config.yaml")], ["--output_dir", "runs/o1"]
+    for argv, expected in (
+        ([*config], (str(moved), False)),
+        ([*config, "--resume"], (str(moved), True)),
+        (["--resume", *config], (str(moved), True)),
+        (["--resume=auto", *config], (str(moved), "auto")),
+        ([*folder, *config], ("runs/o1", False)),
+        ([*config, *folder], ("runs/o1", False)),
+        (["--resume", *folder, *config], ("runs/o1", True)),
+        (["--resume", "--output_dir", str(moved)], (str(moved), True)),
+    ):
+        parsed = parse(argv)
+        assert (parsed.seed, parsed.output_dir, parsed.resume) == (5, *expected), argv
+
+
+def test_the_command_line_s_resume_wins_over_a_recipe_s(recipe):
+    Path(recipe).write_text(f"{Path(recipe).read_text()}resume: auto\n")
+    assert parse(["--config", recipe]).resume == "auto"
+    for argv in (["--resume", "no", "--config", recipe], ["--config", recipe, "--resume", "no"]):
+        assert parse(argv).resume is False
+
+
+def test_of_two_configs_the_later_one_s_folder_is_taken(recipe, moved):
+    Path(recipe).write_text(f"{Path(recipe).read_text()}output_dir: elsewhere\n")
+    own = str(moved / "config.yaml")
+    assert parse(["--config", own, "--config", recipe]).output_dir == "elsewhere"
+    assert parse(["--config", recipe, "--config", own]).output_dir == str(moved)
+
+
+@pytest.mark.parametrize("resume", [["--resume"], ["--resume", "True"], ["--resume=yes"], ["--resume", "on"]])
+def test_every_way_to_say_yes_to_resume_needs_a_run(tmp_path, resume):
+    with pytest.raises(UserError, match=r"--resume: there is no run in .*lost"):
+        parse([*resume, "--output_dir", str(tmp_path / "lost")])
+
+
+def test_a_run_s_folder_alone_is_told_of_resume(moved):
+    with pytest.raises(UserError, match=r"--output_dir .*moved: holds a run already; .* --resume to go on with it"):
+        parse(["--output_dir", str(moved)])
+    with pytest.raises(UserError, match=r"--data.name: must be given"):
+        parse(["--output_dir", str(moved / "new")])
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [
@@ -201,7 +256,8 @@ def test_print_config_gives_a_config(recipe, capsys, tmp_path):
         (["--trainer.precision", "16"], ["trainer.precision='16': must be 32, bf16 or fp16"]),
         (["--model.kwargs", "3"], ["--model.kwargs 3: must be keys and values"]),
         (["--moe.layers", "{a: 1}"], ["--moe.layers {a: 1}: must be a text or a list"]),
-        (["--data.subset.classes", "3"], ["--data.subset.classes 3: must be a list or null"]),
+        (["--data.subset.classes", "00014"], ["classes 00014: must be a list, such as [00014], or null"]),
+        (["--data.subset.classes", "{a: b}"], ["--data.subset.classes {a: b}: must be a list or null"]),
         (["--optim.betas", "[1]"], ["--optim.betas [1]: must be a list of 2 numbers"]),
         (["--optim.lr"], ["--optim.lr"]),
         (["--config", "missing.yaml"], ["missing.yaml", "No such file"]),
@@ -270,6 +326,7 @@ def test_mistakes_are_one_line_and_exit_code_2(recipe, tmp_path, capsys, options
             "unknown key data.augment.flipp; did you mean data.augment.flip?",
         ),
         ("optim: {lr: hello}", "--optim.lr hello: must be a number"),
+        ("data: {subset: {classes: 00014}}", "classes 00014: must be a list, such as [00014], or null"),
         ("optim: 3", "optim=3: must be a section of options"),
         ("optim: {lr: 1, lr: 2}", "lr is given twice"),
         ("data: null", "data: must not be null"),
@@ -300,6 +357,9 @@ def test_help_is_short_with_examples(capsys):
             parse(arguments)
     for option in re.findall(r"--([a-z][\w.]*)", text.partition("The main ones:")[2].partition("--help-all")[0]):
         assert option in option_names(TrainConfig) or option.startswith("model.kwargs."), option
+    assert set(get_args(SetName)) <= set(
+        re.findall(r"\w+", text.partition("--data.name SET")[2].partition("(default")[0])
+    )
     assert "(default: 0.001)" in text and "--help-all" in text
 
 

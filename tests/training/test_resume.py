@@ -250,6 +250,25 @@ def test_the_run_s_own_config_is_taken(recipe, unbroken, tmp_path, monkeypatch, 
     assert "holds a run already" in capsys.readouterr().err
 
 
+def test_a_run_that_has_lost_its_config_goes_on_by_its_checkpoint(recipe, unbroken, tmp_path, monkeypatch, capsys):
+    folder = RunFolder(tmp_path / "run")
+    with monkeypatch.context() as patch:
+        _stop_at(patch, 7)
+        assert main(["--config", str(recipe), "--output_dir", str(folder.path)]) == 128 + signal.SIGTERM
+    written = folder.config.read_text()
+    folder.config.unlink()
+    assert main(["--output_dir", str(folder.path)]) == 2
+    assert "holds a run already" in capsys.readouterr().err
+    assert main(["--resume", "--output_dir", str(folder.path)]) == 0
+    _assert_same(folder, unbroken)
+    assert folder.config.read_text() == written
+    folder.config.unlink()
+    folder.last.unlink()
+    assert main(["--resume", "--output_dir", str(folder.path)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "has neither a config.yaml nor a last checkpoint" in error
+
+
 def test_resume_needs_a_run_unless_it_is_auto(recipe, tmp_path, capsys):
     arguments = ["--config", str(recipe), "--trainer.epochs", "1", "--output_dir", str(tmp_path / "run"), "--resume"]
     for given in (arguments, ["--resume", "--output_dir", str(tmp_path / "run")], [*arguments, "true"]):

@@ -131,7 +131,9 @@ def _typed(loader: _Loader, node: yaml.Node, content: Any, hint: Any) -> Any:
     kinds = choices(hint)
     if isinstance(node, yaml.ScalarNode):
         is_null = content is None and type(None) in kinds
-        return node.value if str in kinds and not is_null else content
+        # Also where a list of texts is wanted: that it is none is said of the value as it was written
+        words = [*kinds, *(part for kind in kinds if typing.get_origin(kind) is list for part in _items(kind))]
+        return node.value if str in words and not is_null else content
     if isinstance(node, yaml.SequenceNode) and isinstance(content, list):
         items = next((typing.get_args(kind)[0] for kind in kinds if typing.get_origin(kind) in (list, tuple)), Any)
         return [_typed(loader, *each, items) for each in zip(node.value, content, strict=True)]
@@ -141,6 +143,11 @@ def _typed(loader: _Loader, node: yaml.Node, content: Any, hint: Any) -> Any:
         nodes = {loader.construct_object(key, deep=True): value for key, value in node.value}
         return {key: _typed(loader, nodes[key], value, hints.get(key, Any)) for key, value in content.items()}
     return content
+
+
+def _items(kind: Any) -> tuple[Any, ...]:
+    """The types of a list's items."""
+    return choices(typing.get_args(kind)[0])
 
 
 def _is_small(content: Any) -> bool:

@@ -1,15 +1,16 @@
 """`vmoe train`: a config file and dotted options become a checked `TrainConfig`, which is trained."""
 
 import difflib
-import itertools
 import re
 import shlex
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import jsonargparse
+import yaml
 from rich.console import Console
 
 from vmoe.cli.common import run
@@ -169,18 +170,117 @@ def parse(argv: list[str]) -> TrainConfig:
         UserError: an option or key is unknown (with the nearest valid ones), of the wrong type, or out of range.
         SystemExit: after --help, --help-all or --print_config.
     """
-    argv = _with_run(_with_recipes(argv))
+    given = _read(argv)
     try:
-        return _parsed(argv)
+        return _parsed(given)
     except UserError as error:
-        for path in _config_files(argv):
+        for path, _ in _files(given):
             if (version := newer_version(path)) is not None:
                 update = f"written by vmoe {version}, and this is {__version__}: update it"
                 raise UserError(f"{path}: {update} ({error})") from error
         raise
 
 
-def _parsed(argv: list[str]) -> TrainConfig:
+class _Given(NamedTuple):
+    """An option of the command line, as all that follows reads it."""
+
+    name: str  # without its dashes
+    value: str | None = None  # as it was written; None where the option has none. Of a config its file
+    content: dict[str, Any] | None = None  # of a config
+
+    @property
+    def written(self) -> str:
+        """The same for jsonargparse: a file's content, and texts in quotes within lists."""
+        if self.content is not None:
+            return f"--config={as_yaml(self.content)}"
+        if self.value is None or self.name == "resume":
+            return f"--{self.name}" if self.value is None else f"--{self.name}={self.value}"
+        hint = option_types(TrainConfig).get(self.name.removesuffix("+"), Any)
+        if self.name.endswith("+"):  # one more item of a list
+            hint = next((get_args(kind)[0] for kind in choices(hint) if get_origin(kind) is list), Any)
+        return f"--{self.name}={as_written(self.value, hint)}"
+
+
+def _read(argv: list[str]) -> list[_Given]:
+    """The options of a command line, with the content of its config files; that of the run to go on with comes first.
+
+    Raises:
+        UserError: a word belongs to no option, a file cannot be read, or a run is to be resumed and there is none.
+    """
+    pairs: list[tuple[str, str | None]] = []
+    for argument in argv:
+        if argument.startswith("--") or argument == "-h":
+            name, equals, value = argument.removeprefix("--").partition("=")
+            pairs.append(("help" if argument == "-h" else name, value if equals else None))
+        elif pairs and pairs[-1][1] is None:
+            pairs[-1] = (pairs[-1][0], argument)
+        else:
+            raise UserError(f"{argument}: belongs to no option; give options as --NAME VALUE")
+    last = dict(pairs)
+    given = []
+    for name, value in pairs:
+        if name == "config" and value is not None:
+            path = find_recipe(value)
+            given.append(_config(path, read_config(path), has_folder="output_dir" in last))
+        else:
+            given.append(_Given(name, _as_bool(value) if name == "resume" and value is not None else value))
+    given.sort(key=lambda each: each.name == "resume")  # which a config that comes later does not take back
+    if "resume" in last and given[-1].value != "false" and not _files(given):
+        given[:0] = _config_of_run(last.get("output_dir"), begins=given[-1].value == "auto")
+    return given
+
+
+def _as_bool(value: str) -> str:
+    """What was given for an option that is true, false or a word, with one way to write true and false."""
+    try:
+        content = yaml.safe_load(value)
+    except yaml.YAMLError:
+        return value  # for jsonargparse to refuse
+    return str(content).lower() if isinstance(content, bool) else value
+
+
+def _config(path: str, content: dict[str, Any], has_folder: bool) -> _Given:
+    """A config file. A run's own means the run in whose folder it lies, wherever that was moved."""
+    if is_config_of_run(Path(path)):
+        content = {key: value for key, value in content.items() if key not in ("output_dir", "resume")}
+        content |= {} if has_folder else {"output_dir": str(Path(path).parent)}
+    return _Given("config", path, content)
+
+
+def _config_of_run(folder: str | None, begins: bool) -> list[_Given]:
+    """The config of the run that is resumed without a config: its config.yaml, or what its last checkpoint holds.
+
+    Args:
+        folder: The run's folder; None where it was not given.
+        begins: Whether a run begins where there is none.
+
+    Raises:
+        UserError: there is no run.
+    """
+    if folder is None:
+        raise UserError("--resume: give the run's folder as --output_dir, or its config.yaml as --config")
+    path = Path(folder) / "config.yaml"
+    if is_config_of_run(path):
+        return [_config(str(path), read_config(str(path)), has_folder=True)]
+    from vmoe.training.resumption import last_config  # here, since it brings torch along
+
+    content = last_config(Path(folder))
+    if content is not None:
+        return [_Given("config", str(path), content)]
+    if begins:
+        return []
+    raise UserError(
+        f"--resume: there is no run in {folder}, which has neither a config.yaml nor a last checkpoint; give a run's "
+        "folder as --output_dir"
+    )
+
+
+def _files(given: list[_Given]) -> list[tuple[str, dict[str, Any]]]:
+    """The config files and their content, in their order."""
+    return [(each.value, each.content) for each in given if each.value is not None and each.content is not None]
+
+
+def _parsed(given: list[_Given]) -> TrainConfig:
     parser = _Parser(prog="vmoe train", description=DESCRIPTION, exit_on_error=False, formatter_class=_KeepLines)
     recipes = ", ".join(name for name in recipe_names() if "/" not in name)
     parser.add_argument("--config", action="config", help=f"YAML file, or a recipe that comes with vmoe: {recipes}.")
@@ -188,23 +288,23 @@ def _parsed(argv: list[str]) -> TrainConfig:
     parser.set_defaults({"data.name": None})  # the images must be chosen
     line = "Go on with the run in output_dir, by its own config; auto begins a run where there is none."
     parser.add_argument("--resume", nargs="?", const=True, default=False, type=bool | Literal["auto"], help=line)
-    if "--help-all" in argv:
+    if any(each.name == "help-all" for each in given):
         print(parser.format_all())
         raise SystemExit(0)
     names = option_names(TrainConfig)
-    files = _config_files(argv)
-    for path in files:
-        _check_keys(read_config(path), TrainConfig, names, path)
-    _check_options(argv, names)
+    for path, content in _files(given):
+        _check_keys(content, TrainConfig, names, path)
+    _check_names(given, names)
     try:
-        parsed = parser.parse_args(_as_written(argv)).as_dict()
+        parsed = parser.parse_args([each.written for each in given]).as_dict()
     except jsonargparse.ArgumentError as error:
-        raise UserError(_explain(str(error), argv)) from error
+        raise UserError(_explain(str(error), given)) from error
     del parsed["config"]
-    if parsed["output_dir"] is None:
-        parsed["output_dir"] = f"runs/{Path(files[-1]).stem if files else 'default'}"
     config = _with_chosen_data(parsed)
-    _check_image_size(config, files, argv)
+    _check_image_size(config, given)
+    if config.output_dir is None:
+        files = _files(given)
+        return replace(config, output_dir=f"runs/{Path(files[-1][0]).stem if files else 'default'}")
     return config
 
 
@@ -212,13 +312,17 @@ def _with_chosen_data(parsed: dict[str, Any]) -> TrainConfig:
     """The config of what was parsed. The user must have chosen the images.
 
     Raises:
-        UserError: they were not, or an option is not allowed.
+        UserError: they were not, which may be since --resume was forgotten, or an option is not allowed.
     """
     data = parsed["data"]
     is_chosen = not isinstance(data, dict) or data.get("name") is not None
     config = from_plain(TrainConfig, parsed if is_chosen else {**parsed, "data": {**data, "name": DataConfig.name}})
     root, default_root = config.data.root, DataConfig.root
     if not is_chosen:
+        if config.output_dir is not None:
+            from vmoe.training.resumption import refuse_run  # here, since it brings torch along
+
+            refuse_run(Path(config.output_dir))
         folders = "--data.name folder (class folders), webdataset (tar shards) or npz"
         if root != default_root:
             raise UserError(f"--data.root {root}: must be given with what it holds: {folders}")
@@ -234,7 +338,7 @@ def _with_chosen_data(parsed: dict[str, Any]) -> TrainConfig:
     return config
 
 
-def _check_image_size(config: TrainConfig, files: list[str], argv: list[str]) -> None:
+def _check_image_size(config: TrainConfig, given: list[_Given]) -> None:
     """Refuses a recipe of ours with another data set where nobody has said the side of its images.
 
     The side and the patches of a recipe go with its set: 224 pixels and patches of 4 make 3,136 tokens.
@@ -242,12 +346,13 @@ def _check_image_size(config: TrainConfig, files: list[str], argv: list[str]) ->
     Raises:
         UserError: it is so.
     """
-    sections = [read_config(file).get("data") or {} for file in files]
+    files = [file for file, _ in _files(given)]
+    sections = [content.get("data") or {} for _, content in _files(given)]
     name, usual = config.data.name, DEFAULTS[config.data.name].image_size
     for number, (file, data) in enumerate(zip(files, sections, strict=True)):
         own = data.get("name", name)
         is_said = any("image_size" in later for later in sections[number + 1 :])
-        is_said |= any(argument.partition("=")[0] == "--data.image_size" for argument in argv)
+        is_said |= any(each.name == "data.image_size" for each in given)
         if is_said or own == name or not is_recipe(file):
             continue
         side = data.get("image_size") or DEFAULTS[own].image_size
@@ -275,86 +380,6 @@ def option_types(kind: type, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _with_run(argv: list[str]) -> list[str]:
-    """Lets a run's own config mean that run: `--resume` takes it, and where it lies is the run's folder.
-
-    Raises:
-        UserError: a run is to be resumed, and there is none.
-    """
-    folder, files = _last_value(argv, "--output_dir"), _config_files(argv)
-    resume = _last_value(argv, "--resume", without="true") or "false"
-    if not files and resume != "false":
-        if folder is None:
-            raise UserError("--resume: give the run's folder as --output_dir, or its config.yaml as --config")
-        if is_config_of_run(Path(folder) / "config.yaml"):
-            return ["--config", str(Path(folder) / "config.yaml"), *argv]
-        if resume == "true":
-            raise UserError(f"--resume: there is no run in {folder}; give a run's folder as --output_dir")
-    if folder is None and files and is_config_of_run(Path(files[-1])):
-        return [*argv, "--output_dir", str(Path(files[-1]).parent)]
-    return argv
-
-
-def _last_value(argv: list[str], option: str, without: str | None = None) -> str | None:
-    """What an option was given last, or `without` where it was given without a value; None where it was not given."""
-    found = None
-    for argument, following in itertools.zip_longest(argv, argv[1:], fillvalue="--"):
-        if argument.startswith(f"{option}="):
-            found = argument.removeprefix(f"{option}=")
-        elif argument == option:
-            found = without if without is not None and following.startswith("--") else following
-    return found
-
-
-def _with_recipes(argv: list[str]) -> list[str]:
-    """Puts the files of recipes in the place of their names after --config."""
-    result: list[str] = []
-    for argument in argv:
-        if argument.startswith("--config="):
-            result.append(f"--config={find_recipe(argument.removeprefix('--config='))}")
-        else:
-            result.append(find_recipe(argument) if result[-1:] == ["--config"] else argument)
-    return result
-
-
-def _config_files(argv: list[str]) -> list[str]:
-    """The config files, in their order."""
-    return [value for name, value in _pairs(argv) if name == "config" and value is not None]
-
-
-def _as_written(argv: list[str]) -> list[str]:
-    """The command line with the files' content in the place of their names, and with texts in quotes within lists."""
-    hints = option_types(TrainConfig)
-    result = []
-    for name, value in _pairs(argv):
-        if name is None:
-            result.append(value)
-        elif name == "config" and value is not None:
-            result.append(f"--config={as_yaml(read_config(value))}")
-        elif value is None or name == "resume":
-            result += [f"--{name}"] if value is None else [f"--{name}={value}"]
-        else:
-            hint = hints.get(name.removesuffix("+"), Any)
-            if name.endswith("+"):  # one more item of a list
-                hint = next((get_args(kind)[0] for kind in choices(hint) if get_origin(kind) is list), Any)
-            result.append(f"--{name}={as_written(value, hint)}")
-    return result
-
-
-def _pairs(argv: list[str]) -> list[tuple[str | None, str | None]]:
-    """Options with their values, None for one that has none; None and what it is for a stray word."""
-    pairs: list[tuple[str | None, str | None]] = []
-    for argument in argv:
-        if argument.startswith("--"):
-            name, equals, value = argument[2:].partition("=")
-            pairs.append((name, value if equals else None))
-        elif pairs and pairs[-1][0] is not None and pairs[-1][1] is None:
-            pairs[-1] = (pairs[-1][0], argument)
-        else:
-            pairs.append((None, argument))
-    return pairs
-
-
 def _check_keys(plain: dict[str, Any], kind: type, names: list[str], path: str, prefix: str = "") -> None:
     hints = get_type_hints(kind)
     for key, value in plain.items():
@@ -366,14 +391,9 @@ def _check_keys(plain: dict[str, Any], kind: type, names: list[str], path: str, 
             _check_keys(value, section, names, path, f"{dotted}.")
 
 
-def _check_options(argv: list[str], names: list[str]) -> None:
-    for option, word in _pairs(argv):
-        if option is None and word is not None and word != "-h":
-            raise UserError(f"{word}: belongs to no option; give options as --NAME VALUE")
-    for argument in argv:
-        if not argument.startswith("--"):
-            continue
-        name = argument[2:].partition("=")[0].removesuffix("+")
+def _check_names(given: list[_Given], names: list[str]) -> None:
+    for each in given:
+        name = each.name.removesuffix("+")
         if name not in names and name not in OUTSIDE_CONFIG and not name.startswith("model.kwargs."):
             raise UserError(f"--{name}: no such option; {_nearest(name, [*names, 'config', 'print_config'])}")
 
@@ -388,7 +408,7 @@ def _nearest(name: str, names: list[str]) -> str:
     return f"the sections are {', '.join(known for known in names if '.' not in known)}; see --help-all"
 
 
-def _explain(message: str, argv: list[str]) -> str:
+def _explain(message: str, given: list[_Given]) -> str:
     """One line for what jsonargparse refuses: the option, its value, and what is allowed by the option's type.
 
     Jsonargparse's own words depend on its version; of its message, only the option's name is taken.
@@ -398,19 +418,22 @@ def _explain(message: str, argv: list[str]) -> str:
     name = ".".join(keys) if ".".join(keys) in hints else "".join(keys[:1])
     if name not in hints:
         return " ".join(message.split())
-    values = _given(name, argv)
-    given = [value for value in values if str(value) in message] or values  # of several, the one that was refused
-    line = f"--{name}{f' {given[0]}' if given else ''}: must be {describe(hints[name])}"
+    values = _values(name, given)
+    refused = [value for value in values if str(value) in message] or values  # of several, the one that was refused
+    allowed = describe(hints[name])
+    if refused and not str(refused[0]).startswith(("[", "{")):
+        allowed = re.sub(r"^a list(?= or |$)", f"a list, such as [{refused[0]}],", allowed).removesuffix(",")
+    line = f"--{name}{f' {refused[0]}' if refused else ''}: must be {allowed}"
     if section_type(hints[name]) is None:
         return line
     return f"{line}; give one of its options by name, such as --{name}.NAME VALUE"
 
 
-def _given(name: str, argv: list[str]) -> list[Any]:
+def _values(name: str, given: list[_Given]) -> list[Any]:
     """The values that an option has on the command line and in the config files."""
-    values: list[Any] = [value for option, value in _pairs(argv) if option == name and value is not None]
-    for path in _config_files(argv):
-        value: Any = read_config(path)
+    values: list[Any] = [each.value for each in given if each.name == name]
+    for _, content in _files(given):
+        value: Any = content
         for key in name.split("."):
             value = value.get(key) if isinstance(value, dict) else None
         values.append(value)

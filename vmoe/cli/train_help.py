@@ -3,8 +3,10 @@
 import argparse
 import textwrap
 from collections.abc import Iterable
+from typing import get_args
 
 from vmoe.cli.recipes import recipe_names
+from vmoe.data.config import SetName
 
 _SHORT = """\
 usage: vmoe train [--config RECIPE] [--SECTION.NAME VALUE ...]
@@ -40,7 +42,7 @@ MAIN = {
         "start from a checkpoint, a run, a file of timm, or timm's weights: pretrained",
     ),
     "seed": ("N", "of everything random"),
-    "data.name": ("SET", "digits, patchwork, cifar10, cifar100, imagenette, imagenet, folder, npz, webdataset"),
+    "data.name": ("SET", ", ".join(get_args(SetName))),
     "data.root": ("DIR", "its images: class folders in DIR/train and DIR/val, or in DIR alone"),
     "data.image_size": ("PIXELS", "side of the images that the model sees"),
     "data.batch_size": ("B", "images of a step"),
@@ -61,7 +63,7 @@ MAIN = {
     "trainer.compile": ("true|false", "compile the model"),
     "parallel.strategy": ("NAME", "how processes share the work: auto, none, ddp, fsdp, expert"),
 }
-_COLUMN, _WIDTH = 36, 110
+_COLUMN, _WIDTH = 36, 120
 
 
 def short_help(actions: Iterable[argparse.Action]) -> str:
@@ -79,4 +81,5 @@ def _line(name: str, value: str, text: str, action: argparse.Action) -> str:
     default = ""
     if isinstance(action.default, str | int | float) and action.default != argparse.SUPPRESS:
         default = f" (default: {str(action.default).lower() if isinstance(action.default, bool) else action.default})"
-    return f"  --{name} {value}".ljust(_COLUMN) + text + default
+    start, indent = f"  --{name} {value}".ljust(_COLUMN), " " * _COLUMN
+    return textwrap.fill(text + default, _WIDTH, initial_indent=start, subsequent_indent=indent)

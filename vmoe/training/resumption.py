@@ -6,12 +6,13 @@ import os
 import re
 import shlex
 import socket
+from pathlib import Path
 from typing import Any
 
 from vmoe.checkpoints import ENTRY, WITHOUT_EFFECT, RunFolder, flatten, read_without_tensors
 from vmoe.checkpoints.entry import check_entry
 from vmoe.errors import UserError
-from vmoe.files import atomic_write, is_aside, recover, remove_leftovers
+from vmoe.files import aside, atomic_write, is_aside, recover, remove_leftovers
 from vmoe.training.config import TrainConfig, is_config_of_run
 from vmoe.training.plain import from_plain, to_plain
 from vmoe.training.processes import gather
@@ -64,13 +65,10 @@ def check_folder(folder: RunFolder, config: TrainConfig) -> None:
     Raises:
         UserError: there is a run and no --resume, or no run to resume.
     """
+    if not config.resume:
+        refuse_run(folder.path)
+    holds_run, has_last = _holds_run(folder), _has_last(folder)
     is_users = folder.config.exists() and not is_config_of_run(folder.config)
-    has_last = folder.last.exists() or is_aside(folder.last)
-    holds_run = has_last or folder.metrics.exists() or (folder.config.exists() and not is_users)
-    if holds_run and not config.resume:
-        raise UserError(
-            f"--output_dir {folder.path}: holds a run already; give another folder, or --resume to go on with it"
-        )
     if config.resume is True and not holds_run:
         raise UserError(
             f"--resume: there is no run in {folder.path}; give a run's folder as --output_dir, or --resume auto, which "
@@ -85,6 +83,39 @@ def check_folder(folder: RunFolder, config: TrainConfig) -> None:
         raise UserError(
             f"--resume: the finished run in {folder.path} has lost its last.ckpt; give another --output_dir"
         )
+
+
+def refuse_run(path: Path) -> None:
+    """Refuses a folder that holds a run already, for a new one.
+
+    Raises:
+        UserError: it does.
+    """
+    if _holds_run(RunFolder(path)):
+        raise UserError(f"--output_dir {path}: holds a run already; give another folder, or --resume to go on with it")
+
+
+def last_config(path: Path) -> dict[str, Any] | None:
+    """The config that a run's last checkpoint holds, without `output_dir` and `resume`; None where there is no run.
+
+    Raises:
+        UserError: the checkpoint cannot be read.
+    """
+    folder = RunFolder(path)
+    if not _has_last(folder):
+        return None
+    last = folder.last if folder.last.exists() else aside(folder.last)
+    saved = read_without_tensors(last)
+    check_entry(saved, last)
+    return {key: value for key, value in saved[ENTRY]["config"].items() if key not in ("output_dir", "resume")}
+
+
+def _has_last(folder: RunFolder) -> bool:
+    return folder.last.exists() or is_aside(folder.last)
+
+
+def _holds_run(folder: RunFolder) -> bool:
+    return _has_last(folder) or folder.metrics.exists() or is_config_of_run(folder.config)
 
 
 def saved_state(folder: RunFolder, config: TrainConfig) -> dict[str, Any] | None:

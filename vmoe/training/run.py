@@ -170,7 +170,7 @@ def _run_in(
     console.print(summary.cost_table(f"{config.model.name}, {folder.path}", *costs))
     if place.is_first:
         mark_launch(folder)
-        if saved is None:
+        if saved is None or not folder.config.exists():
             _write_config(folder, config)
         else:
             note_epochs(folder, config.trainer.epochs)
@@ -266,7 +266,7 @@ def _costs(config: TrainConfig, model: nn.Module, data: ImageDataModule) -> tupl
 
 def _write_config(folder: RunFolder, config: TrainConfig) -> None:
     with atomic_write(folder.config) as temporary:
-        plain = to_plain(config) | {"resume": False}
+        plain = {key: value for key, value in to_plain(config).items() if key != "resume"}
         text = f"{WRITTEN_BY}{vmoe.__version__}\n{yaml.safe_dump(plain, sort_keys=False)}"
         temporary.write_text(text if config.moe is None else _with_defaults(text, config.moe), encoding="utf-8")
 
