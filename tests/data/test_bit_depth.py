@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 from vmoe.checkpoints import ENTRY, load_checkpoint
 from vmoe.cli.main import main
 from vmoe.data import DataConfig, ImageDataModule, load_image
-from vmoe.data.images import decode_image
+from vmoe.data.images import decode_image, eval_crop
 from vmoe.errors import UserError
 
 RAMP = np.tile(np.linspace(0, 1, 60), (40, 1))
@@ -207,3 +207,75 @@ def test_predictions_read_files_as_training_did(microscope, tmp_path, capsys):
     saved_runs.save_run(tmp_path / "other", {"num_experts": 4}, class_names=("a", "b"))
     assert main(["predict", str(tmp_path / "other"), str(microscope / "val")]) == 0
     assert "white is 4095" in capsys.readouterr().err
+
+
+def write(path, values):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(values).save(path)
+
+
+def test_values_of_other_splits_that_are_cut_off_are_warned_of(microscope):
+    write(microscope / "val" / "a" / "0.png", levels(16))
+    notes = module_of(microscope).notes
+    line = f"warning: data.bit_depth=12: val of {microscope} has values up to 65535, and all above 4095 is white"
+    assert sum(note.startswith(line) for note in notes) == 1
+    assert not any("warning: data.bit_depth" in note for note in module_of(microscope, bit_depth=16).notes)
+
+
+def test_values_below_0_are_warned_of(tmp_path):
+    for name in ("a", "b"):
+        for number in range(10):
+            write(tmp_path / "set" / name / f"{number}.tif", (RAMP * 3999).astype(np.int32) - 1000)
+    assert any(
+        "has values down to -1000, and all below 0 is black" in note for note in module_of(tmp_path / "set").notes
+    )
+
+
+def test_a_few_outliers_do_not_hide_the_depth_of_the_others(microscope):
+    write(microscope / "train" / "a" / "0.png", levels(14))
+    notes = module_of(microscope).notes
+    assert any("white is 16383 (data.bit_depth=14); 9 of 10 files have no values above 4095" in note for note in notes)
+
+
+def save_run(folder, bit_depth):
+    content = saved_runs.content({"num_experts": 4}, {"name": "folder", "val_fraction": 0}, class_names=("a", "b"))
+    content[ENTRY]["bit_depth"] = bit_depth
+    (folder / "checkpoints").mkdir(parents=True)
+    torch.save(content, folder / "checkpoints" / "best.ckpt")
+    return folder
+
+
+def test_explore_takes_fractions(tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    for number in range(4):
+        (tmp_path / "images" / f"{number}.tif").write_bytes(tiff((RAMP * (number + 1) / 4).astype("<f4")))
+    run = save_run(tmp_path / "run", 1)
+    options = ["--images", str(tmp_path / "images"), "--out", str(tmp_path / "out")]
+    code = main(["explore", str(run), *options])
+    said = capsys.readouterr().err
+    assert code == 0 and "left out" not in said, said
+
+
+def test_evaluate_keeps_the_depth_of_the_checkpoint(microscope, tmp_path, capsys):
+    for picture in (microscope / "val").rglob("*.png"):  # of values that 8 bits hold, which would be measured
+        write(picture, levels(8))
+    options = ["--root", str(microscope), "--out", str(tmp_path / "out")]
+    run = save_run(tmp_path / "run", 12)
+    (microscope / "train").rename(tmp_path / "train")
+    assert main(["evaluate", str(run), *options]) == 0
+    assert "the brightest level of a sample of images is 15 of 255" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("bit_depth", [None, 12, 10])
+@pytest.mark.parametrize("name", ["colour.png", "gray.png", "fractions.tif"])
+def test_an_upload_is_read_as_by_predict(tmp_path, bit_depth, name):
+    pytest.importorskip("fastapi")
+    from vmoe.cli.inputs import depth_of
+    from vmoe.export.uploads import UploadReader
+
+    cv2.imwrite(str(tmp_path / "colour.png"), np.dstack([levels(12)] * 3))
+    write(tmp_path / "gray.png", levels(12))
+    (tmp_path / "fractions.tif").write_bytes(tiff((RAMP * 255).astype("<f4")))
+    path = tmp_path / name
+    expected = eval_crop(load_image(path, depth_of(bit_depth, [path])), 16)
+    assert np.array_equal(UploadReader(16, 2, bit_depth, None)._decode(path.read_bytes()), expected)

@@ -204,6 +204,8 @@ def data_for(
         if name is not None and name != config.name:
             # The run's class names mean nothing in another set, and only fractals have `images`
             changes = {"name": name, "subset": SubsetConfig(), "images": None, "bit_depth": None} | changes
+        elif model.bit_depth is not None:  # by which it was trained: to measure it on other images would change them
+            changes = {"bit_depth": model.bit_depth} | changes
     if root is not None:
         changes["root"] = str(root)
     fixed = {"image_size": model.image_size, "mean": model.mean, "std": model.std}

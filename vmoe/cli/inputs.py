@@ -173,12 +173,12 @@ def load_files(
 
     config = _changed_config(checkpoint, options)
     count = len(paths)
-    paths, damaged = readable_files(paths, config.workers or torch.get_num_threads())
+    depth = depth_of(checkpoint.bit_depth, paths)
+    paths, damaged = readable_files(paths, config.workers or torch.get_num_threads(), depth)
     if not paths:
         raise none_readable(damaged)
     say_left_out(damaged, count)
     shuffled = [paths[place] for place in np.random.default_rng(options.seed).permutation(len(paths))]
-    depth = depth_of(checkpoint.bit_depth, paths)
     images = UnlabelledImages(shuffled, config.image_size, config.mean, config.std, depth)
     size = config.eval_batch_size or config.batch_size
     return ImageLoader(images, workers=config.workers, batch_size=size), shuffled

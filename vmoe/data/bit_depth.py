@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -22,45 +22,79 @@ _DIM = 64  # of 255
 
 
 class Measured(NamedTuple):
-    """The largest value of some deep files, which do not say it themselves, and the bits that hold it."""
+    """The values of some deep files, which do not say their range themselves."""
 
+    smallest: float
     largest: float
-    bits: int
+    bits: int  # that hold the largest
+    most_bits: int  # that are enough for 9 of 10 files
+
+
+class _FileValues(NamedTuple):
+    smallest: float
+    largest: float
+    has_fractions: bool
 
 
 def measure_bit_depth(images: FileImages | ShardedImages, positions: Sequence[int]) -> Measured | None:
     """The bits that the deep files among some images use, on an evenly spread sample.
 
     Returns:
-        None where the sample has no deep file, or only files that say their range themselves or that hold values below
-        0. Bits are 1 for fractions up to 1, else 8, 10, 12, 14, 16, or as many as the largest value needs.
+        None where the sample has no deep file, or only files that say their range themselves, or fractions below 0.
+        Bits are 1 for fractions up to 1, else 8, 10, 12, 14, 16, or as many as the largest value needs.
     """
     candidates = [
         each for each in _spread(positions, _LOOKED_FOR) if images.place(each).lower().endswith(_DEEP_SUFFIXES)
     ]
-    largest, has_fractions, decoded = -math.inf, False, 0
+    found: list[_FileValues] = []
     for position in _spread(candidates, _OPENED):
-        if decoded == _DECODED:
+        if len(found) == _DECODED:
             break
         try:
-            with images.open(position) as file, Image.open(file) as image:
-                deep = deep_image(image, file)
-                if deep is None or deep.own_range is not None:
-                    continue
-                has_fractions |= deep.has_fractions
-                values = deep.values()
+            with images.open(position) as file:
+                values = _file_values(file)
         except Exception:  # damaged, which is told where it is used
             continue
-        if has_fractions and values.min() < 0:
-            return None
-        decoded += 1
-        largest = max(largest, float(values[..., :3].max() if values.ndim == 3 else values.max()))
-    return Measured(largest, _bits(largest, has_fractions)) if decoded else None
+        if values is not None:
+            found.append(values)
+    return _measured(found)
 
 
 def depth_of_files(paths: Sequence[str | Path]) -> Measured | None:
     """`measure_bit_depth` of image files."""
     return measure_bit_depth(FileImages([str(path) for path in paths]), range(len(paths)))
+
+
+def depth_of_content(content: BinaryIO) -> int | None:
+    """The bits of one image file by itself, as `measure_bit_depth` finds them; None also where it is damaged."""
+    try:
+        values = _file_values(content)
+    except Exception:  # on damaged files Pillow's decoders raise nearly any type
+        return None
+    measured = None if values is None else _measured([values])
+    return None if measured is None else measured.bits
+
+
+def _file_values(file: BinaryIO) -> _FileValues | None:
+    """The values of a deep file that does not say its range itself; None for others."""
+    with Image.open(file, formats=tuple(FORMATS)) as image:
+        deep = deep_image(image, file)
+        if deep is None or deep.own_range is not None:
+            return None
+        has_fractions, values = deep.has_fractions, deep.values()
+    colours = values[..., :3] if values.ndim == 3 else values
+    return _FileValues(float(colours.min()), float(colours.max()), has_fractions)
+
+
+def _measured(found: Sequence[_FileValues]) -> Measured | None:
+    if not found:
+        return None
+    has_fractions = any(each.has_fractions for each in found)
+    smallest, largest = min(each.smallest for each in found), max(each.largest for each in found)
+    if has_fractions and smallest < 0:
+        return None
+    most = sorted(each.largest for each in found)[math.ceil(0.9 * len(found)) - 1]
+    return Measured(smallest, largest, _bits(largest, has_fractions), _bits(most, has_fractions))
 
 
 def brightest_level(images: ImageSet) -> int | None:
@@ -77,18 +111,41 @@ def brightest_level(images: ImageSet) -> int | None:
 def depth_lines(root: str, given: int | None, measured: Measured | None, brightest: int | None) -> list[str]:
     """What there is to say about a set's depth: what was measured, and whether it looks wrongly scaled."""
     lines = []
-    if measured is not None and given is None and measured.bits != 16:
-        white = f"white is {2**measured.bits - 1} (data.bit_depth={measured.bits})"
-        lines.append(f"{root}: files of more than 8 bits, with values up to {measured.largest:g}: {white}")
-    if measured is not None and given is not None and measured.largest > 2**given - 1:
-        lines.append(
-            f"warning: data.bit_depth={given}: {root} has values up to {measured.largest:g}, and all above "
-            f"{2**given - 1} is white; leave it out to have it measured"
-        )
+    needed = None  # bits of nearly all files, where a few have larger values
+    if measured is not None and given is None:
+        if measured.most_bits < measured.bits:
+            needed = measured.most_bits
+        if measured.bits != 16 or needed is not None:
+            white = f"white is {2**measured.bits - 1} (data.bit_depth={measured.bits})"
+            if needed is not None:
+                white += (
+                    f"; 9 of 10 files have no values above {2**needed - 1}: give data.bit_depth={needed} if the others "
+                    "are outliers"
+                )
+            lines.append(f"{root}: files of more than 8 bits, with values up to {measured.largest:g}: {white}")
+    if measured is not None:
+        lines += clipped_lines(root, measured.bits if given is None else given, measured)
     if brightest is not None and brightest < _DIM:
         lines.append(
             f"warning: {root}: the brightest level of a sample of images is {brightest} of 255, so they look wrongly "
-            "scaled; give data.bit_depth for files of more than 8 bits, or spread the levels of others over 0 to 255"
+            f"scaled; give data.bit_depth{'' if needed is None else f'={needed}'} for files of more than 8 bits, or "
+            "spread the levels of others over 0 to 255"
+        )
+    return lines
+
+
+def clipped_lines(place: str, depth: int, measured: Measured) -> list[str]:
+    """Warns of values that become black or white where files of this depth are read; `place` has them."""
+    lines = []
+    if measured.bits > depth and measured.largest > 2**depth - 1:
+        lines.append(
+            f"warning: data.bit_depth={depth}: {place} has values up to {measured.largest:g}, and all above "
+            f"{2**depth - 1} is white; train with data.bit_depth={measured.bits} to see them"
+        )
+    if measured.smallest < 0:
+        lines.append(
+            f"warning: {place}: has values down to {measured.smallest:g}, and all below 0 is black; save the files "
+            "with values from 0 on"
         )
     return lines
 

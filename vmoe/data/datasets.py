@@ -25,7 +25,7 @@ import numpy as np
 from torchvision.datasets import CIFAR10, CIFAR100, Imagenette
 
 from vmoe.data import subsets
-from vmoe.data.bit_depth import brightest_level, depth_lines, measure_bit_depth
+from vmoe.data.bit_depth import brightest_level, clipped_lines, depth_lines, measure_bit_depth
 from vmoe.data.config import DEFAULTS, DataConfig
 from vmoe.data.folders import find_split_folders, has_pictures, read_class_folders, split_of
 from vmoe.data.fractals import load_fractals
@@ -105,7 +105,13 @@ def _looked_at(splits: Splits, config: DataConfig) -> Splits:
             splits, train=deep(splits.train), val=test if splits.val is splits.test else val, test=test, bit_depth=depth
         )
     lines = _empty_class_lines(config.root, splits) if len(splits.train) else []
-    lines += depth_lines(config.root, config.bit_depth, measured, brightest_level(measurable))
+    seen = splits.train if len(splits.train) else splits.test  # with that depth
+    lines += depth_lines(config.root, config.bit_depth, measured, brightest_level(seen))
+    parts = {"val": splits.val, "test": splits.test} if len(splits.train) and depth is not None else {}
+    for name, part in parts.items():
+        if part is not None and not (name == "test" and part is splits.val):
+            found = measure_bit_depth(part.images, part.positions)
+            lines += clipped_lines(f"{name} of {config.root}", depth, found) if found is not None else []
     return dataclasses.replace(splits, notes=[*splits.notes, *lines])
 
 

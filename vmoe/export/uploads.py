@@ -13,6 +13,7 @@ from fastapi import HTTPException, Request
 from PIL import Image
 from starlette.datastructures import UploadFile
 
+from vmoe.data.bit_depth import depth_of_content
 from vmoe.data.image_files import FORMATS
 from vmoe.data.images import decode_image, eval_crop
 from vmoe.errors import UserError
@@ -45,6 +46,7 @@ class UploadReader:
         image_size: Side of the model's input in pixels.
         classes: How many the model knows.
         bit_depth: Of images with more than 8 bits per channel that do not say it themselves, as in `load_image`.
+            None: it is measured on each such image by itself.
         why_no_routing: A line for who asks for the routing of a model that has none to tell; None where it has.
     """
 
@@ -67,10 +69,12 @@ class UploadReader:
         return Upload(await to_thread.run_sync(self._decode, content, limiter=decoder), top, routing)
 
     def _decode(self, content: bytes) -> np.ndarray:
+        bit_depth = self.bit_depth
+        if bit_depth is None:  # as `vmoe predict` does for a model that knows of none
+            bit_depth = depth_of_content(BytesIO(content))
         try:
-            return np.ascontiguousarray(
-                eval_crop(decode_image(BytesIO(content), "image", tuple(FORMATS), self.bit_depth), self.image_size)
-            )
+            image = decode_image(BytesIO(content), "image", tuple(FORMATS), bit_depth)
+            return np.ascontiguousarray(eval_crop(image, self.image_size))
         except UserError as error:
             raise HTTPException(422, str(error)) from error
 
