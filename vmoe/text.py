@@ -1,4 +1,4 @@
-"""Text from outside, such as names of files and classes, on its way to a terminal, a picture or a table."""
+"""Text on its way to a terminal, a picture or a table: names from outside, such as those of files, and numbers."""
 
 import sys
 
@@ -23,6 +23,17 @@ def replace_what_cannot_be_shown() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # no stand-in
             stream.reconfigure(errors="replace")
+
+
+def counted(count: int, one: str, many: str | None = None) -> str:
+    """Such as "1 epoch" and "1,200 epochs".
+
+    Args:
+        count: How many.
+        one: The word for one.
+        many: The word for several; by default with an s.
+    """
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
 
 
 def _escaped(letter: str) -> str:

@@ -29,7 +29,7 @@ RUN += ["--data.subset.per_class", "4", "--trainer.epochs", "1", "--trainer.devi
 def holder(tmp_path):
     """A process that holds the folder until it is ended."""
     code = "import sys, time; from pathlib import Path; from vmoe.training.lock import locked\n"
-    code += "with locked(Path(sys.argv[1]), print): print('held', flush=True); time.sleep(600)"
+    code += "with locked(Path(sys.argv[1]), print, 'vmoe train --seed 3'): print('held', flush=True); time.sleep(600)"
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "held\n"
     yield process
@@ -43,6 +43,7 @@ def test_the_second_process_is_refused_and_a_dead_one_s_lock_is_taken_over(tmp_p
     assert main([*RUN, "--output_dir", str(folder)]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and f"process {holder.pid} on {os.uname().nodename} trains there since" in error
+    assert "(vmoe train --seed 3)" in error
     assert (folder / LOCK).read_text() == before
     holder.kill()  # leaves its lock
     holder.wait()
@@ -52,19 +53,19 @@ def test_the_second_process_is_refused_and_a_dead_one_s_lock_is_taken_over(tmp_p
 
 
 def test_a_process_of_the_same_number_is_another(tmp_path):
-    with locked(tmp_path, print):
+    with locked(tmp_path, print, "vmoe train"):
         content = json.loads((tmp_path / LOCK).read_text())
-        with pytest.raises(UserError, match=f"process {os.getpid()} "), locked(tmp_path, print):
+        with pytest.raises(UserError, match=f"process {os.getpid()} "), locked(tmp_path, print, "vmoe train"):
             pass
     (tmp_path / LOCK).write_text(json.dumps(content | {"started": "1"}))
-    with locked(tmp_path, print):
+    with locked(tmp_path, print, "vmoe train"):
         assert json.loads((tmp_path / LOCK).read_text())["started"] == content["started"]
 
 
 @pytest.mark.parametrize("is_there", [True, False])
 def test_a_process_elsewhere_is_known_by_its_signs_of_life(tmp_path, monkeypatch, is_there):
     monkeypatch.setattr(lock, "PATIENCE", 0.4)
-    with locked(tmp_path, print):
+    with locked(tmp_path, print, "vmoe train"):
         content = json.loads((tmp_path / LOCK).read_text())
     (tmp_path / LOCK).write_text(json.dumps(content | {"host": "elsewhere"}))
     ended = threading.Event()
@@ -74,10 +75,13 @@ def test_a_process_elsewhere_is_known_by_its_signs_of_life(tmp_path, monkeypatch
     told = []
     try:
         if is_there:
-            with pytest.raises(UserError, match="on elsewhere trains there"), locked(tmp_path, told.append):
+            with (
+                pytest.raises(UserError, match="on elsewhere trains there"),
+                locked(tmp_path, told.append, "vmoe train"),
+            ):
                 pass
         else:
-            with locked(tmp_path, told.append):
+            with locked(tmp_path, told.append, "vmoe train"):
                 assert json.loads((tmp_path / LOCK).read_text())["host"] == content["host"]
     finally:
         ended.set()
@@ -85,7 +89,7 @@ def test_a_process_elsewhere_is_known_by_its_signs_of_life(tmp_path, monkeypatch
 
 
 def test_of_many_that_take_over_one_does(tmp_path):
-    with locked(tmp_path, print):
+    with locked(tmp_path, print, "vmoe train"):
         content = json.loads((tmp_path / LOCK).read_text())
     (tmp_path / LOCK).write_text(json.dumps(content | {"started": "1"}))
     begun, results = threading.Barrier(8), []
@@ -93,7 +97,7 @@ def test_of_many_that_take_over_one_does(tmp_path):
     def take():
         begun.wait()
         try:
-            with locked(tmp_path, print):
+            with locked(tmp_path, print, "vmoe train"):
                 while len(results) < 7:  # until the others are refused
                     time.sleep(0.01)
                 results.append(True)

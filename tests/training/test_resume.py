@@ -260,6 +260,7 @@ def test_a_run_that_has_lost_its_config_goes_on_by_its_checkpoint(recipe, unbrok
     assert main(["--output_dir", str(folder.path)]) == 2
     assert "holds a run already" in capsys.readouterr().err
     assert main(["--resume", "--output_dir", str(folder.path)]) == 0
+    assert "after 1 epoch and 2 batches" in " ".join(capsys.readouterr().out.split())
     _assert_same(folder, unbroken)
     assert folder.config.read_text() == written
     folder.config.unlink()

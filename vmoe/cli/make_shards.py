@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from vmoe.cli.common import run
 from vmoe.cli.options import count, new_parser
 from vmoe.cli.progress import working
-from vmoe.text import printable
+from vmoe.text import counted, printable
 
 _DESCRIPTION = """\
 Writes the images of class folders, FOLDER/train/CLASS/IMAGE and val or test likewise, as tar shards in a new folder:
@@ -57,7 +57,8 @@ def _make_shards(argv: list[str]) -> int:
         limits = (options.images, options.megabytes)
         with working(lambda: said):
             shards = write_shards(options.folder, options.out, *limits, options.seed, show, _say)
-    print(f"{', '.join(f'{count} shards of {split}' for split, count in shards.items())} in {options.out}")
+    written = ", ".join(f"{counted(number, 'shard')} of {split}" for split, number in shards.items())
+    print(f"{written} in {options.out}")
     return 0
 
 

@@ -8,6 +8,7 @@ from vmoe.cli.common import run
 from vmoe.cli.options import count, new_parser, split_options
 from vmoe.cli.recipes import find_recipe
 from vmoe.errors import UserError
+from vmoe.text import counted
 
 _DESCRIPTION = """\
 Trains all arms and seeds of a study's file, several side by side, each by `vmoe train` in its own process and its
@@ -42,10 +43,10 @@ def _sweep(argv: list[str]) -> int:
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"--out {options.out}: cannot be written ({reason}); choose another place") from error
-    print(f"{len(runs)} runs, {sum(training.is_done for training in runs)} of them done", flush=True)
+    print(f"{counted(len(runs), 'run')}, {sum(training.is_done for training in runs)} of them done", flush=True)
     failed = Sweep(runs, options.jobs, _gpus(), lambda line: print(line, flush=True)).run()
     if failed:
-        print(f"{len(failed)} of {len(runs)} runs failed: {', '.join(training.name for training in failed)}")
+        print(f"{len(failed)} of {counted(len(runs), 'run')} failed: {', '.join(training.name for training in failed)}")
     return 1 if failed else 0
 
 

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from vmoe.text import counted
+
 _GROUPS = Path("/sys/fs/cgroup")
 
 
@@ -36,10 +38,10 @@ def choose_threads(workers: int = 0, processes: int = 1) -> str:
     threads = max(1, usable // processes - workers)
     torch.set_num_threads(threads)
     reasons = [
-        _counted(cores, "core"),
+        counted(cores, "core"),
         *([] if quota is None else [f"a quota of {quota:g}"]),
-        *([_counted(processes, "process", "processes")] if processes > 1 else []),
-        *([_counted(workers, "worker")] if workers else []),
+        *([counted(processes, "process", "processes")] if processes > 1 else []),
+        *([counted(workers, "worker")] if workers else []),
     ]
     return f"{threads}, by {', '.join(reasons)}"
 
@@ -90,7 +92,3 @@ def _cores() -> int:
     if sys.platform == "linux":
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def _counted(count: int, one: str, many: str | None = None) -> str:
-    return f"{count} {one if count == 1 else many or one + 's'}"

@@ -16,6 +16,7 @@ from vmoe.analysis.style import Page
 from vmoe.checkpoints import RunFolder, TrainedModel, shared_config
 from vmoe.data.photographs import PHOTOGRAPHS, credit, load_photograph
 from vmoe.models.cost import count_parameters, flops_per_image
+from vmoe.text import counted
 
 PICTURE = "routing.png"
 _SHOWN = PHOTOGRAPHS[0]
@@ -123,8 +124,8 @@ def model_card(checkpoint: TrainedModel, source: str | Path, license: str | None
         active=parameters.active,
         flops=flops_per_image(checkpoint.model, checkpoint.image_size),
         data=_NAMELESS.get(data, f"`{data}`"),
-        epochs=_counted(checkpoint.epoch, "epoch"),
-        steps=_counted(checkpoint.step, "update"),
+        epochs=counted(checkpoint.epoch, "epoch"),
+        steps=counted(checkpoint.step, "update"),
         seed=config.get("seed", "unknown"),
         accuracy="unknown: the run left no summary.json" if accuracy is None else f"{accuracy:.2%} (one run)",
         routing=_routing(checkpoint, Path(source)),
@@ -148,10 +149,6 @@ def _mark(text: str) -> str:
 def _classes(names: list[str]) -> str:
     """Such as "5 classes: daisy, rose, tulip, ..."."""
     return f"{len(names)} classes: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
-
-
-def _counted(count: int, unit: str) -> str:
-    return f"{count:,} {unit}{'s' * (count != 1)}"
 
 
 def _what(checkpoint: TrainedModel) -> str:

@@ -3,9 +3,7 @@
 import fcntl
 import json
 import os
-import shlex
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +19,7 @@ PATIENCE = 100.0  # seconds to wait for one of a process elsewhere; caches of ne
 
 
 @contextmanager
-def locked(folder: Path, say: Callable[[str], object]) -> Iterator[None]:
+def locked(folder: Path, say: Callable[[str], object], command: str) -> Iterator[None]:
     """Keeps other processes out of a run's folder, which is created when missing and removed again when left empty.
 
     A lock of a process that has ended is taken over: on this machine it is looked up; elsewhere a process that is there
@@ -30,13 +28,14 @@ def locked(folder: Path, say: Callable[[str], object]) -> Iterator[None]:
     Args:
         folder: The folder.
         say: Gets a line where this waits.
+        command: The command line that another process is shown.
 
     Raises:
         UserError: another process has the folder, which the line names, or it cannot be written.
     """
     new = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
     path = folder / LOCK
-    own = json.dumps(_identity())
+    own = json.dumps(_identity(command))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _acquire(path, own, say)
@@ -137,14 +136,14 @@ def _refusal(path: Path, holder: dict[str, Any] | None) -> str:
     )
 
 
-def _identity() -> dict[str, Any]:
+def _identity(command: str) -> dict[str, Any]:
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "machine": _machine(),
         "started": _started(os.getpid()),
         "since": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "command": shlex.join(sys.argv)[:200],
+        "command": command[:200],
     }
 
 
@@ -153,7 +152,7 @@ def _parsed(text: str) -> dict[str, Any] | None:
         holder = json.loads(text)
     except ValueError:
         return None
-    return holder if isinstance(holder, dict) and _identity().keys() <= holder.keys() else None
+    return holder if isinstance(holder, dict) and _identity("").keys() <= holder.keys() else None
 
 
 def _is_alive(holder: dict[str, Any]) -> bool | None:

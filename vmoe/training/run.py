@@ -36,6 +36,7 @@ from vmoe.models.cost import check_training_capacity
 from vmoe.models.sources import architecture_of
 from vmoe.moe import MoeConfig
 from vmoe.moe.assignment import CapacityError
+from vmoe.text import counted
 from vmoe.training import summary
 from vmoe.training.config import WRITTEN_BY, ModelConfig, ParallelConfig, TrainConfig
 from vmoe.training.distillation import Teacher, load_teacher
@@ -126,7 +127,7 @@ def _run(
     together(lambda: check_folder(folder, config))
     with ExitStack() as held:
         progress = Progress(console)
-        together(lambda: held.enter_context(locked(folder.path, progress.say)) if place.is_first else None)
+        together(lambda: held.enter_context(locked(folder.path, progress.say, command)) if place.is_first else None)
         together(lambda: check_folder(folder, config))  # another process may have been faster
         return _run_in(folder, config, command, console, device, place)
 
@@ -140,7 +141,7 @@ def _run_in(
     progress = Progress(console)
     result = gather(read_summary(folder))[0] if saved is not None and saved[ENTRY]["finished"] else None
     if result is not None and is_tested(result):
-        progress.say(f"{folder.path}: this run is finished, after {saved[ENTRY]['epochs_done']} epochs")
+        progress.say(f"{folder.path}: this run is finished, after {counted(saved[ENTRY]['epochs_done'], 'epoch')}")
         return result if place.is_first else None
     _say_what_may_surprise(config, folder, saved, place, progress)
     data = _data(config, device, place)
@@ -447,8 +448,8 @@ def _summary(
 
 
 def _say_resumed(progress: Progress, folder: RunFolder, ours: dict[str, Any]) -> None:
-    inside = f" and {ours['batches_done']} batches" if ours["batches_done"] else ""
-    progress.say(f"resuming {folder.path} after {ours['epochs_done']} epochs{inside}")
+    inside = f" and {counted(ours['batches_done'], 'batch', 'batches')}" if ours["batches_done"] else ""
+    progress.say(f"resuming {folder.path} after {counted(ours['epochs_done'], 'epoch')}{inside}")
     if ours.get("draws", 1) != DRAWS_VERSION:
         progress.say(
             f"warning: {folder.path} was started by a version of vmoe that drew other random numbers for the same "

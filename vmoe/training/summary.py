@@ -19,6 +19,7 @@ from vmoe.checkpoints import build_model
 from vmoe.data import ImageDataModule
 from vmoe.data.config import EMBEDDED_SETS, DataConfig
 from vmoe.models.cost import Parameters, count_parameters, flops_per_image
+from vmoe.text import counted
 from vmoe.training.config import ModelConfig
 
 _CLASSES_NAMED = 12  # at most, with their numbers of images
@@ -61,14 +62,14 @@ def cost_table(title: str, cost: Cost, twin: Cost) -> Table:
 def data_lines(config: DataConfig, data: ImageDataModule) -> list[str]:
     """What a run trains on: the set, its place, the images of each split and class."""
     place = "" if config.name in EMBEDDED_SETS else f" in {config.root}"
-    classes, size = _counted(data.num_classes, "class", "classes"), data.image_size
+    classes, size = counted(data.num_classes, "class", "classes"), data.image_size
     lines = [f"images: {config.name}{place}, {classes}, {size} x {size} pixels"]
     for split, title in (("train", "training"), ("val", "validation"), ("test", "test")):
         if split == "val" and not data.has_validation:
             lines.append(f"  {title}: none")
             continue
         counts = data.images_of_classes(split)
-        images = _counted(sum(counts), "image")
+        images = counted(sum(counts), "image")
         if split == "train" and data.is_endless:
             images = f"without end, each pass {images} that are new"
         lines.append(f"  {title}: {images}, {_by_class(data.class_names, counts)}")
@@ -81,8 +82,8 @@ def model_line(config: ModelConfig, model: nn.Module) -> str:
     if not layers:
         return f"model: {config.name}, dense"
     moe, chosen = layers[0][1].config, ", ".join(name for name, _ in layers)
-    experts = f"{_counted(moe.num_experts, 'expert')} with router={moe.router} in each of"
-    return f"model: {config.name}, {experts} {_counted(len(layers), 'MoE layer')} ({chosen})"
+    experts = f"{counted(moe.num_experts, 'expert')} with router={moe.router} in each of"
+    return f"model: {config.name}, {experts} {counted(len(layers), 'MoE layer')} ({chosen})"
 
 
 def _by_class(names: Sequence[str], counts: Sequence[int]) -> str:
@@ -92,10 +93,6 @@ def _by_class(names: Sequence[str], counts: Sequence[int]) -> str:
     if len(names) <= _CLASSES_NAMED:
         return ", ".join(f"{count:,} of {name}" for name, count in zip(names, counts, strict=True))
     return f"{min(counts):,} to {max(counts):,} per class"
-
-
-def _counted(count: int, one: str, many: str | None = None) -> str:
-    return f"{count:,} {one if count == 1 else many or one + 's'}"
 
 
 def versions() -> dict[str, str]:
