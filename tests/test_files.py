@@ -80,3 +80,17 @@ def test_a_place_that_cannot_be_written_is_told_before_the_work(tmp_path):
     for path in ("file", "file/deep/er"):
         with pytest.raises(UserError, match=rf"{path}: cannot be written \(Not a directory\)"):
             require_writable(tmp_path / "new", tmp_path / path)
+
+
+def test_a_file_that_is_read_meanwhile_is_named_itself(tmp_path):
+    for lost in (tmp_path / "lost.txt", tmp_path / "elsewhere" / "lost.txt"):
+        with (
+            pytest.raises(UserError, match=r"lost\.txt: cannot be opened \(No such file"),
+            atomic_write(tmp_path / "o"),
+        ):
+            lost.read_text()
+    with (
+        pytest.raises(UserError, match=r"o\.tar: cannot be written \(No such f"),
+        atomic_write(tmp_path / "o.tar") as new,
+    ):
+        raise FileNotFoundError(2, "No such file or directory", str(new))

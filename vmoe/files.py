@@ -53,7 +53,24 @@ def writing(path: str | Path) -> Iterator[None]:
         reason = why_not_written(error)
         if reason is None:
             raise
+        if (other := _other_file(error, Path(path))) is not None:
+            raise UserError(f"{other}: cannot be opened ({reason})") from error
         raise UserError(f"{path}: cannot be written ({reason}); choose another place") from error
+
+
+def _other_file(error: Exception, path: Path) -> str | None:
+    """The file of an error that is about another, such as one to be read; None where it is about writing `path`."""
+    name = getattr(error, "filename", None)
+    if not isinstance(name, str):
+        return None
+    file, target = Path(name).absolute(), path.absolute()
+    if file == target.parent or file in target.parents:
+        return None
+    if file.is_relative_to(target.parent):
+        beside = file.relative_to(target.parent).parts[0]
+        if beside == target.name or beside.startswith(f".{target.stem}"):  # what is written before it is put there
+            return None
+    return name
 
 
 def why_not_written(error: Exception) -> str | None:

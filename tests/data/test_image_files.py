@@ -162,3 +162,9 @@ def test_a_folder_of_pictures_is_the_same_to_every_job(tmp_path, capsys):
             "file (a pipe, a socket, a device or a broken link)\n"
         )
     )
+
+
+def test_a_broken_link_that_is_named_is_refused(tmp_path):
+    (tmp_path / "broken.png").symlink_to("lost.png")
+    with pytest.raises(UserError, match=r"broken\.png: is a broken link"):
+        find_images([tmp_path / "broken.png"], PassedOver())

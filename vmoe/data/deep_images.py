@@ -1,6 +1,7 @@
 """Images with more than 8 bits per channel, or with fractions: which value is white, and what they are in 8 bits.
 
-A camera of 12 bits writes files of 16 whose brightest value is 4095. Few files say so; PNG has no word for it.
+A camera of 12 bits writes files of 16 whose brightest value is 4095. Few files say so. PNG's sBIT does not: it tells
+how many bits mattered before the values were spread over all 16.
 """
 
 import struct

@@ -206,8 +206,11 @@ def find_images(paths: Iterable[str | Path], passed_over: PassedOver) -> list[Pa
                 raise UserError(f"{path}: this folder holds no image file{left}; give images, or a folder that does")
             found += map(Path, inside)
             passed_over.update(here)
-        elif not os.path.lexists(path):
-            raise UserError(f"{path}: no such image file")
+        elif not os.path.exists(path):
+            why = (
+                "is a broken link; give the file that it should lead to" if path.is_symlink() else "no such image file"
+            )
+            raise UserError(f"{path}: {why}")
         else:
             require_regular(path)
             found.append(path)

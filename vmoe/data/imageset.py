@@ -146,10 +146,7 @@ def given_splits(sets: Mapping[str, ImageSet], class_names: list[str], notes: Se
         root: where it is, for the notes.
     """
     if "test" not in sets and "train" in sets:
-        line = (
-            f"{root}: has no test split: val, which chooses the best epoch, is tested too, so its result is a little "
-        )
-        notes = [*notes, f"{line}too good; a test split would be fair"]
+        notes = [*notes, f"{root}: has no test split: val is tested too, which makes the result a little too good"]
     test = sets.get("test", sets.get("val"))
     none = test.take(np.empty(0, dtype=np.int64))
     return Splits(sets.get("train", none), sets.get("val"), test, class_names, notes=notes)
