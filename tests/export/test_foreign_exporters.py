@@ -50,6 +50,19 @@ def test_torch_export(knobs):
     check(program.module(), model)
 
 
+@pytest.mark.parametrize("router", ["token_choice", "expert_choice", "soft", "sigmoid", "cosine", "hash"])
+@pytest.mark.parametrize("by", ["tracing", pytest.param("export", marks=pytest.mark.slow)])
+def test_under_autocast(by, router):
+    torch.manual_seed(0)
+    layer = vmoe.MoeMlp(8, 16, moe=MoeConfig(num_experts=3, router=router), tokens=9).eval()
+    x = torch.randn(2, 9, 8)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        program = torch.jit.trace(layer, x) if by == "tracing" else torch.export.export(layer, (x,)).module()
+        y, expected = program(x), layer(x)
+    torch.testing.assert_close(y, expected, rtol=0.05, atol=1e-4)
+    assert y.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("knobs", CASES[:2], ids=str)
 @pytest.mark.parametrize("by", ["tracing", pytest.param("export", marks=pytest.mark.slow)])
 def test_onnx(by, knobs, tmp_path):

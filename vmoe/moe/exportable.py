@@ -87,7 +87,7 @@ class ExportableForm(ABC):
 
     def _by_experts(self, x_TD: Tensor, weights_TE: Tensor, is_taken_TE: Tensor) -> Tensor:
         """The weighted sum of what each expert makes of the tokens it takes, (T, O)."""
-        y_TO = x_TD.new_zeros(x_TD.shape[0], self.out_features)
+        y_TO = x_TD.new_zeros(x_TD.shape[0], self.out_features, dtype=compute_dtype(x_TD))
         for index in range(self.config.num_experts):
             (token_R,) = torch.where(is_taken_TE[:, index])
             y_RO = self.one_expert(index, x_TD.index_select(0, token_R))

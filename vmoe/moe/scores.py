@@ -16,8 +16,9 @@ def full_precision_linear(x: Tensor, weight: Tensor) -> Tensor:
     fused = fused_for(x)
     if fused is not None and x.dim() == 2 and dtype == torch.float32 and weight.shape[0] <= fused.MAX_SCORES:
         return fused.scores(x, weight)
+    wide = _wide_enough(x, dtype)
     with torch.autocast(_device_type(x), enabled=False):
-        return F.linear(x.to(dtype), weight.to(dtype))
+        return F.linear(x.to(wide), weight.to(wide)).to(dtype)
 
 
 class Gate(nn.Linear):
@@ -29,8 +30,12 @@ class Gate(nn.Linear):
 
 def scores(x: Tensor, gate: Gate) -> Tensor:
     """The gate of x, in float32 or wider together with what is attached to it."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    wide = _wide_enough(x, dtype)
     with torch.autocast(_device_type(x), enabled=False):
-        return gate(x if is_bare(gate, Gate) else x.to(torch.promote_types(x.dtype, torch.float32)))
+        if wide != dtype:
+            return gate(x.to(wide)).to(dtype)
+        return gate(x if is_bare(gate, Gate) else x.to(dtype))
 
 
 def scores_and_tokens(x_TD: Tensor, gate: Gate) -> tuple[Tensor, Tensor]:
@@ -51,3 +56,9 @@ def with_noise(logits: Tensor, scale: float, draw: Callable[[Tensor], Tensor] | 
 def _device_type(x: Tensor) -> str:
     """Whose autocast is meant."""
     return x.device.type if x.device.type != "meta" else "cpu"
+
+
+def _wide_enough(x: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """float64 where torch.jit traces under autocast: the traced program would narrow float32 again, but not float64."""
+    is_narrowed = torch.jit.is_tracing() and torch.is_autocast_enabled(_device_type(x))
+    return torch.float64 if is_narrowed else dtype
