@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help install demo demo-page test test-all test-browser lint format package docs clean
+.PHONY: help install demo demo-page test test-all test-lowest test-browser lint format package docs clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -23,13 +23,25 @@ demo-page: .venv/installed  ## write a page that runs the CIFAR-10 model in the 
 	$(BIN)/python tools/demo_page.py assets/models/cifar10_small.safetensors --out runs/demo-page
 
 # A process a core, each with one thread: tests are many and small.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 test: .venv/installed  ## run the tests
 	$(PYTEST)
 
 test-all: .venv/installed  ## run the slow tests too
 	$(PYTEST) -m "not gpu and not browser"
+
+LOWEST := .venv-lowest
+$(LOWEST)/installed: pyproject.toml tests/lowest.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in [(3, 10), (3, 11)])' \
+	  || { echo "The lowest versions come for Python 3.10 and 3.11; choose one with: make PYTHON=python3.11 test-lowest"; exit 2; }
+	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]' --constraint tests/lowest.txt
+	@touch $@
+
+test-lowest: BIN := $(LOWEST)/bin
+test-lowest: $(LOWEST)/installed  ## run the tests with the oldest versions that the project supports
+	$(PYTEST)
 
 test-browser: .venv/installed  ## run the tests that look at pages (need Debian's chromium and chromium-driver)
 	$(BIN)/python -m pytest -m browser tests/browser
@@ -54,4 +66,4 @@ docs: .venv/installed-docs  ## build the documentation as a site into site/; a b
 	$(BIN)/python -m mkdocs build --strict
 
 clean:  ## remove the environment, what was built and the caches; runs stay
-	rm -rf .venv dist site .cache .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
+	rm -rf .venv .venv-lowest dist site .cache .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info

@@ -1,4 +1,4 @@
-"""The wheel, as somebody without the repository gets it."""
+"""The wheel, as somebody without the repository gets it, and the oldest versions that it promises to work with."""
 
 import os
 import subprocess
@@ -7,10 +7,12 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 from vmoe.version import __version__
 
-pytestmark = pytest.mark.slow  # each builds the wheel or runs it in a process of its own
+slow = pytest.mark.slow  # builds the wheel or runs it in a process of its own
 REPOSITORY = Path(__file__).parents[1]
 
 
@@ -43,6 +45,7 @@ def installed(wheel, tmp_path_factory):
     return vmoe
 
 
+@slow
 def test_wheel_holds_what_is_not_code(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
@@ -54,12 +57,29 @@ def test_wheel_holds_what_is_not_code(wheel):
     assert not [name for name in names if not name.startswith(("vmoe/", f"vmoe-{__version__}.dist-info/"))]
 
 
+@slow
 def test_installed_wheel_tells_its_version(installed):
     assert installed("--version").stdout == f"vmoe {__version__}\n"
 
 
+@slow
 def test_installed_wheel_trains_a_recipe_by_name(installed):
     size = ["--trainer.epochs", "1", "--data.subset.fraction", "0.1", "--output_dir", "run"]
     done = installed("train", "--config", "digits", *size)
     assert done.returncode == 0, done.stderr
     assert "all in run" in done.stdout
+
+
+def test_lowest_versions_are_those_that_are_promised():
+    """`make test-lowest` installs them: each is the lower bound of pyproject.toml."""
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 cannot read pyproject.toml")
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    promised = [*project["dependencies"], *extras["export"], *extras["serve"], *extras["webdataset"]]
+    lines = (REPOSITORY / "tests" / "lowest.txt").read_text().splitlines()
+    lowest = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert lowest.keys() == {Requirement(line).name for line in promised}
+    for line in promised:
+        (bound,) = Requirement(line).specifier
+        least, installed = Version(bound.version).release, Version(lowest[Requirement(line).name]).release
+        assert bound.operator == ">=" and installed[: len(least)] == least and not any(installed[len(least) : 3]), line

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
+from torch.utils.data._utils import signal_handling
 
 import vmoe
 from vmoe.checkpoints import ENTRY, RunFolder, load_checkpoint
@@ -307,7 +308,7 @@ def test_dead_and_dominant_experts_are_told(run, monkeypatch, capsys):
             torch.nn.init.zeros_(layer.router.gate.weight)
         return model
 
-    monkeypatch.setattr(vmoe, "create_model", without_preference)
+    monkeypatch.setattr("vmoe.checkpoints.loading.create_model", without_preference)
     _, folder = run(
         "--moe.noise_std",
         "0",
@@ -351,6 +352,8 @@ def test_damaged_images_are_counted_and_named(run, monkeypatch, capsys):
 )
 def test_the_death_of_a_loader_s_worker_ends_the_run_with_a_line(run, monkeypatch, capsys, signum, advice):
     monkeypatch.setattr(TrainImages, "__getitems__", lambda self, keys: os.kill(os.getpid(), signum))
+    # an earlier run of this process: after it Lightning took back the handler of SIGCHLD, which torch sets once
+    monkeypatch.setattr(signal_handling, "_SIGCHLD_handler_set", False)
     code, _ = run("--data.workers", "1")
     assert code == 2
     error = capsys.readouterr().err.splitlines()[-1]
