@@ -168,9 +168,13 @@ def test_timms_features_by_fx_take_moe_layers_as_nodes():
     assert all(layer.experts.fc1.weight.grad.any() for _, layer in vmoe.moe_layers(by_fx))
 
 
-@pytest.mark.parametrize("name", ["convnext_atto", "hiera_tiny_224"])
-def test_features_of_any_backbone_are_as_timm_gives_them(name):
-    small = {"convnext_atto": {"dims": (8, 12, 16, 24)}, "hiera_tiny_224": {"embed_dim": 16, "num_heads": 1}}[name]
+@pytest.mark.parametrize(
+    ("name", "chosen"), [("convnext_atto", {}), ("convnext_atto", {"feature_cls": "fx"}), ("hiera_tiny_224", {})]
+)
+def test_features_of_any_backbone_are_as_timm_gives_them(name, chosen):
+    small = {"convnext_atto": {"dims": (8, 12, 16, 24)}, "hiera_tiny_224": {"embed_dim": 16, "num_heads": 1}}[
+        name
+    ] | chosen
     on_backbone = {"backbone": name, "moe": {"num_experts": 2}, **small}
     dense = timm.create_model(name, features_only=True, device="meta", **small)
     sparse = timm.create_model("vmoe_on_backbone", features_only=True, device="meta", **on_backbone)

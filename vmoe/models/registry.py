@@ -153,7 +153,8 @@ def _features_of(moe: object = None, backbone: str = _BACKBONE, **kwargs: Any) -
         "out_indices": list(features.feature_info.out_indices),
         "output_fmt": getattr(features, "output_fmt", "NCHW"),
     }
-    is_list = "model" not in features  # of the backbone's parts, in place of the backbone
+    # of the backbone's parts, in place of the backbone
+    is_list = isinstance(features, nn.ModuleDict) and "model" not in features
     return found | ({"flatten_sequential": True} if is_list and not {*features} <= stages else {})
 
 
