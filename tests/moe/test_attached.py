@@ -6,10 +6,13 @@ import weakref
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
 from torch.nn.utils import parametrize, prune
 
 import vmoe
 from vmoe import MoeConfig
+from vmoe.export.layer import exportable_copy
+from vmoe.moe.parallel import deal_out_experts
 
 
 def tokens() -> Tensor:
@@ -129,3 +132,97 @@ def test_kept_casts_keep_no_weights_of_passes_before():
         pruned = weakref.ref(module.weight)
         layer(tokens().float())
     assert pruned() is None
+
+
+def normed_layer(**knobs) -> vmoe.MoeMlp:
+    torch.manual_seed(0)
+    layer = vmoe.MoeMlp(6, 8, norm_layer=nn.LayerNorm, moe=MoeConfig(num_experts=3, noise_std=0.0, **knobs)).eval()
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    return layer
+
+
+def prune_and_train(module: nn.Module, layer: nn.Module, x: Tensor) -> None:
+    """Leaves a weight with a graph of its own, and an original that has changed since."""
+    prune.random_unstructured(module, "weight", 0.5)
+    layer(x).sum().backward()
+    with torch.no_grad():
+        module.weight_orig.mul_(1.5)
+
+
+@pytest.mark.parametrize("place", ["experts.fc1", "experts.norm"])
+def test_a_pruned_layer_is_exported_as_it_stands_after_training(place):
+    layer, x = normed_layer(), tokens().float()
+    prune_and_train(layer.get_submodule(place), layer, x)
+    exported = exportable_copy(nn.Sequential(layer))
+    torch.testing.assert_close(exported(x), layer(x))
+
+
+def test_a_pruned_norm_is_densified():
+    model = vmoe.create_model(
+        "vit_tiny_patch16_224", MoeConfig(num_experts=2, layers="last-1"), img_size=32, depth=2, scale_mlp_norm=True
+    )
+    norm = model.blocks[1].mlp.experts.norm
+    prune_and_train(norm, model, torch.randn(1, 3, 32, 32))
+    dense = vmoe.densify(model.eval(), how="expert", expert=1)
+    expected = (norm.weight_orig * norm.weight_mask)[1]
+    torch.testing.assert_close(dense.blocks[1].mlp.norm.weight, expected)
+
+
+def test_hooks_of_a_layer_go_with_its_export_and_those_it_would_leave_out_are_refused():
+    layer, x = normed_layer(router="expert_choice"), tokens().float()
+    layer.register_forward_hook(lambda module, inputs, y: 2 * y)
+    torch.testing.assert_close(exportable_copy(nn.Sequential(layer))(x), layer(x))
+    for part in (layer.experts, layer.router):
+        handle = part.register_forward_hook(lambda *_: None)
+        for export in (lambda: exportable_copy(nn.Sequential(layer)), lambda: torch.jit.trace(layer, x)):
+            with pytest.raises(ValueError, match=r"forward hooks on its .* would be left out; remove them first"):
+                export()
+        handle.remove()
+
+
+class LowRank(nn.Module):
+    """As LoRA by a parametrization, with parameters of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Parameter(torch.randn(1, 6)), nn.Parameter(torch.randn(8, 1))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + self.up @ self.down
+
+
+def test_parameters_of_what_is_attached_have_no_axis_of_experts():
+    layer = normed_layer()
+    own = layer.experts.stacked_parameters()
+    parametrize.register_parametrization(layer.experts.fc1, "weight", LowRank())
+    assert {id(p) for p in layer.experts.stacked_parameters()} == {id(p) for p in own}
+
+
+def test_experts_with_something_attached_are_not_dealt_out():
+    class ThreeProcesses:
+        def size(self) -> int:
+            return 3
+
+    layer = normed_layer()
+    prune.random_unstructured(layer.experts.fc1, "weight", 0.5)
+    with pytest.raises(ValueError, match="pruning, parametrizations, adapters or hooks cannot be dealt out") as error:
+        deal_out_experts(layer, ThreeProcesses())
+    assert "\n" not in str(error.value)
+
+
+def test_torch_func_in_training_leaves_nothing_behind():
+    layer, x = normed_layer(router="sigmoid").train(), tokens().float()
+    parameters = {name: parameter.detach() for name, parameter in layer.named_parameters()}
+
+    def loss(parameters: dict, x: Tensor) -> Tensor:
+        return functional_call(layer, parameters, (x,)).square().sum() + vmoe.auxiliary_loss(layer)
+
+    by_image = vmap(grad(loss), in_dims=(None, 0))(parameters, x[:, None])
+    torch.testing.assert_close(
+        [value.sum(0) for value in by_image.values()],
+        [sum(pair) for pair in zip(*(grad(loss)(parameters, one[None]).values() for one in x), strict=True)],
+    )
+    assert layer.statistics is None and not layer.router.choices.any()
+    with pytest.raises(RuntimeError, match="no auxiliary loss yet"):
+        vmoe.auxiliary_loss(layer)

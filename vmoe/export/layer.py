@@ -1,13 +1,13 @@
 """Copies of models whose MoE layers can be exported, each expert a module of its own."""
 
-import copy
 from collections.abc import Callable
 
 from torch import Tensor, nn
 
 from vmoe.moe import MoeMlp, moe_layers
+from vmoe.moe.attached import copy_with_attached
 from vmoe.moe.experts import Experts
-from vmoe.moe.exportable import ExportableForm, why_not_exportable
+from vmoe.moe.exportable import ExportableForm, why_layer_not_exportable
 
 MakeLinear = Callable[[Tensor, Tensor | None], nn.Module]
 
@@ -24,17 +24,23 @@ def exportable_copy(
         layer_type: What MoE layers become; when not given, `ExportedMoe`.
 
     Raises:
-        ValueError: A layer's routing cannot be exported.
+        ValueError: A layer's routing cannot be exported, or the form would pass over what is attached to it.
     """
     for name, layer in moe_layers(model):
-        reason = why_not_exportable(layer.config)
+        reason = why_layer_not_exportable(layer)
         if reason is not None:
             raise ValueError(f"{name}: {reason}")
-    copied = copy.deepcopy(model).cpu().float().eval()
+    copied = copy_with_attached(model).cpu().float().eval()
     for name, layer in moe_layers(copied):
         exported = (layer_type or ExportedMoe)(layer, make_linear or plain_linear)
         for key, hook in layer._forward_pre_hooks.items():  # token masks of padded images
             exported.register_forward_pre_hook(hook, with_kwargs=key in layer._forward_pre_hooks_with_kwargs)
+        for key, hook in layer._forward_hooks.items():
+            exported.register_forward_hook(
+                hook,
+                with_kwargs=key in layer._forward_hooks_with_kwargs,
+                always_call=key in layer._forward_hooks_always_called,
+            )
         copied.set_submodule(name, exported)
     return copied.requires_grad_(False)
 
@@ -58,7 +64,11 @@ class ExportedMoe(ExportableForm, nn.Module):
         super().__init__()
         self.config, self.use_conv, self.out_features = layer.config, layer.use_conv, layer.out_features
         self.router, self.shared = layer.router, layer.shared
-        self.experts = nn.ModuleList(_Expert(layer.experts, expert, make_linear) for expert in range(layer.num_experts))
+        layers, norm = layer.experts.layers(), layer.experts.norm
+        parts = (layers, norm and norm())
+        self.experts = nn.ModuleList(
+            _Expert(layer.experts, *parts, expert, make_linear) for expert in range(layer.num_experts)
+        )
 
     def one_expert(self, index: int, x_RD: Tensor) -> Tensor:
         return self.experts[index](x_RD)
@@ -67,18 +77,19 @@ class ExportedMoe(ExportableForm, nn.Module):
 class _Expert(nn.Module):
     """One expert as an MLP of its own: (R, D) -> (R, O), of as many rows as the data say."""
 
-    def __init__(self, experts: Experts, index: int, make_linear: MakeLinear) -> None:
+    def __init__(
+        self, experts: Experts, layers: tuple, norm: tuple | None, index: int, make_linear: MakeLinear
+    ) -> None:
         super().__init__()
-        layers = experts.layers()
         self.fc1, self.fc2 = (
             make_linear(weight.detach()[index], None if bias is None else bias.detach()[index])
             for weight, bias in layers
         )
         self.act = experts.act
         self.norm = nn.Identity()
-        if experts.norm is not None:
+        if experts.norm is not None and norm is not None:
             self.norm = nn.LayerNorm(layers[1][0].shape[-1], experts.norm.eps)
-            for own, stacked in ((self.norm.weight, experts.norm.weight), (self.norm.bias, experts.norm.bias)):
+            for own, stacked in zip((self.norm.weight, self.norm.bias), norm, strict=True):
                 own.data.copy_(stacked.detach()[index]) if stacked is not None else None
 
     def forward(self, x_RD: Tensor) -> Tensor:

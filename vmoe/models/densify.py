@@ -135,7 +135,8 @@ def _dense_mlp(layer: MoeMlp, share_E: Tensor) -> nn.Module:
 
 def _dense_norm(norm: nn.Module, width: int, one: Callable[[Tensor], Tensor]) -> nn.LayerNorm:
     """A norm of `width` whose parameters `one` makes of the experts' stacked ones."""
-    parameters = {key: one(stacked) for key, stacked in norm.named_parameters()}
+    stacked_parts = zip(("weight", "bias"), norm(), strict=True)
+    parameters = {key: one(stacked) for key, stacked in stacked_parts if stacked is not None}
     dense = nn.LayerNorm(width, elementwise_affine="weight" in parameters, bias="bias" in parameters)
     dense.load_state_dict(parameters)
     return dense

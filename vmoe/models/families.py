@@ -5,7 +5,6 @@ the MLPs and the tokens each sees. Only what shapes do not tell stands in the ta
 """
 
 import copy
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from vmoe.moe import MoeMlp
+from vmoe.moe.attached import tensors_in
 from vmoe.moe.mlps import LAYOUTS, class_key, split_leading_norm, take_apart
 
 _BATCH_NORM = "MLPs with batch norms, which experts do not have"
@@ -120,7 +120,7 @@ def on_meta(model: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {}
     for module in model.modules():
         own = vars(module)
-        memo |= {id(tensor): _without_values(tensor) for tensor in _tensors_in(own)}
+        memo |= {id(tensor): _without_values(tensor) for tensor in tensors_in(own)}
         memo |= {id(own[name]): type(own[name])() for name in _HOOKS}
     return copy.deepcopy(model, memo)
 
@@ -155,17 +155,6 @@ def _without_values(tensor: Tensor) -> Tensor:
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(empty, requires_grad=empty.is_floating_point() or empty.is_complex())
     return empty
-
-
-def _tensors_in(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for each in value.values():
-            yield from _tensors_in(each)
-    elif isinstance(value, list | tuple):
-        for each in value:
-            yield from _tensors_in(each)
 
 
 def _static_reason(model: nn.Module, name: str) -> str | None:

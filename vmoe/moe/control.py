@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vmoe.moe.kernels.operators import is_transformed
 from vmoe.moe.layer import MoeMlp
 from vmoe.moe.routers import SigmoidRouter
 
@@ -19,8 +20,9 @@ def moe_layers(model: nn.Module) -> list[tuple[str, MoeMlp]]:
 def auxiliary_loss(model: nn.Module) -> Tensor:
     """The weighted auxiliary losses of the last forward pass, summed over the MoE layers: add it to the task's loss.
 
-    Layers that the pass did not run do not count, as where timm's `forward_intermediates` stops early. That is known of
-    layers that `vmoe.sparsify` made; those of a model made otherwise count with the last pass that ran them.
+    Layers behind those that the pass ran do not count, as where timm's `forward_intermediates` stops early. That is
+    known of layers that `vmoe.sparsify` made; those of a model made otherwise count with the last pass that ran them. A
+    layer before those that the pass ran may count too, with an older loss.
 
     Returns:
         A scalar through which gradients flow; zero for a dense model.
@@ -32,7 +34,7 @@ def auxiliary_loss(model: nn.Module) -> Tensor:
     total, layers = None, moe_layers(model)
     for name, layer in layers:
         loss = layer.last_auxiliary_loss
-        if loss is None or not layer.mark.ran:
+        if loss is None or not layer.mark.ran or _has_escaped(loss):
             continue
         if torch.is_grad_enabled() and layer.expects_gradient() and not loss.requires_grad:
             raise RuntimeError(
@@ -43,12 +45,19 @@ def auxiliary_loss(model: nn.Module) -> Tensor:
     if layers and total is None:
         raise RuntimeError(
             f"{layers[0][0]}: no auxiliary loss yet; call the model first (nn.DataParallel runs copies of it, which "
-            "keep their losses: use DistributedDataParallel)"
+            "keep their losses: use DistributedDataParallel; after torch.func, call this inside of the transform)"
         )
     if total is None:
         parameter = next(model.parameters(), None)
         return torch.zeros((), device=None if parameter is None else parameter.device)
     return total
+
+
+def _has_escaped(loss: Tensor) -> bool:
+    """Whether a transform of torch.func left it behind: it has no value outside."""
+    if torch.compiler.is_compiling() or is_transformed():
+        return False
+    return torch._C._functorch.is_functorch_wrapped_tensor(loss)
 
 
 def set_auxiliary_scale(model: nn.Module, scale: float | Tensor) -> None:

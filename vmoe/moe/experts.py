@@ -8,11 +8,12 @@ import warnings
 from collections.abc import Callable
 from functools import cache, partial
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from vmoe.moe.attached import is_bare
 from vmoe.moe.kernels import composed, cpu, fused_for, padded, segments
@@ -75,11 +76,18 @@ class ExpertNorm(nn.Module):
             if own is not None:
                 own.copy_(dense.expand_as(own))
 
-    def forward(self, x_RH: Tensor, expert_R: Tensor) -> Tensor:
+    def forward(self, x_RH: Tensor | None = None, expert_R: Tensor | int | None = None) -> Any:
+        """The norm of each row by its expert; without rows the weight and the bias, as of `ExpertLinear`."""
+        if x_RH is None:
+            return self.weight, self.bias
         x_RH = F.layer_norm(x_RH, x_RH.shape[-1:], eps=self.eps)
         if self.weight is not None:
             x_RH = x_RH * self.weight.to(x_RH.dtype)[expert_R]
         return x_RH if self.bias is None else x_RH + self.bias.to(x_RH.dtype)[expert_R]
+
+
+# Parametrizations hold the module's own parameters too; the modules that they call may have others, of any shape
+_STACKED = (ExpertLinear, ExpertNorm, ParametrizationList)
 
 
 class _KeptCast(NamedTuple):
@@ -141,7 +149,8 @@ class Experts(nn.Module):
 
     def stacked_parameters(self) -> list[nn.Parameter]:
         """Those that have an axis of experts, the first."""
-        return [parameter for module in self.stacked() for parameter in module.parameters()]
+        parts = [part for module in self.stacked() for part in module.modules() if isinstance(part, _STACKED)]
+        return [parameter for part in parts for parameter in part.parameters(recurse=False)]
 
     def forward(self, x_TD: Tensor, routing: Routing | SlotRouting) -> Tensor:
         """(T, D) -> (T, out). Runs in autocast's type where autocast is on."""

@@ -37,6 +37,15 @@ def why_not_exportable(moe: MoeConfig) -> str | None:
     return None
 
 
+def why_layer_not_exportable(layer: Any) -> str | None:
+    """The same of a `MoeMlp`, and of hooks on parts of it that its exportable form does not call."""
+    for name in ("experts", "router") if layer.config.router == "expert_choice" else ("experts",):
+        part = getattr(layer, name)
+        if part._forward_hooks or part._forward_pre_hooks:
+            return f"forward hooks on its {name} would be left out; remove them first"
+    return why_not_exportable(layer.config)
+
+
 class ExportableForm(ABC):
     """What a `MoeMlp` computes at evaluation, image by image: (B, ..., D) -> (B, ..., O).
 
@@ -140,12 +149,14 @@ class LayerForm(ExportableForm):
 
     Args:
         layer: A `MoeMlp`.
+        x: Its input.
     """
 
-    def __init__(self, layer: Any) -> None:
+    def __init__(self, layer: Any, x: Tensor) -> None:
         self.config, self.use_conv, self.out_features = layer.config, layer.use_conv, layer.out_features
         self.router, self.shared = layer.router, layer.shared
         self.experts: Experts = layer.experts
+        self.layers = self.experts.layers(x)
 
     def one_expert(self, index: int, x_RD: Tensor) -> Tensor:
         experts, dtype = self.experts, compute_dtype(x_RD)
@@ -154,7 +165,7 @@ class LayerForm(ExportableForm):
             bias_O = None if bias_EO is None else bias_EO[index].to(dtype)
             return F.linear(x.to(dtype), weight_EOD[index].to(dtype), bias_O)
 
-        first, second = experts.layers(x_RD)
+        first, second = self.layers
         hidden_RH = experts.act(linear(x_RD, *first))
         return linear(hidden_RH if experts.norm is None else experts.norm(hidden_RH, index), *second)
 

@@ -13,8 +13,9 @@ from vmoe.moe import losses
 from vmoe.moe.assignment import Capacity, assign
 from vmoe.moe.config import MoeConfig
 from vmoe.moe.experts import Experts, SharedExpert
-from vmoe.moe.exportable import LayerForm, why_not_exportable
+from vmoe.moe.exportable import LayerForm, why_layer_not_exportable
 from vmoe.moe.groups import Groups
+from vmoe.moe.kernels.operators import is_transformed
 from vmoe.moe.mlps import take_apart
 from vmoe.moe.passes import Mark
 from vmoe.moe.routers import ROUTERS, SoftRouter
@@ -62,7 +63,7 @@ class MoeMlp(nn.Module):
 
     Attributes:
         config: The configuration.
-        statistics: `Statistics` of the last forward pass; None before it.
+        statistics: `Statistics` of the last forward pass; None before it, and after one that torch.func transformed.
         last_auxiliary_loss: Its weighted auxiliary loss, (); None before it.
         auxiliary_scale: See `vmoe.set_auxiliary_scale`.
         recorders: Called with each routing decision and the input's shape; `vmoe.record_routing` puts its own here.
@@ -218,10 +219,10 @@ class MoeMlp(nn.Module):
         """The same in operators that torch.export, torch.onnx.export and torch.jit.trace know, for any batch."""
         if self.training:
             raise RuntimeError("MoE layers are traced in evaluation mode only; call model.eval() first")
-        reason = why_not_exportable(self.config)
+        reason = why_layer_not_exportable(self)
         if reason is not None:
-            raise ValueError(f"a MoE layer cannot be exported: {reason}")
-        return LayerForm(self).forward(x, token_mask)
+            raise ValueError(f"an MoE layer cannot be exported: {reason}")
+        return LayerForm(self, x).forward(x, token_mask)
 
     def _groups(self, x: Tensor) -> Groups:
         tokens = 1
@@ -253,7 +254,8 @@ class MoeMlp(nn.Module):
         loss = losses.weighted_sum(each, self.config) if each else zero
         self.last_auxiliary_loss = loss
         self.mark.set()
-        self.statistics = Statistics(*usage, each.get("importance", zero).detach(), each.get("load", zero).detach())
+        usage = (*usage, each.get("importance", zero).detach(), each.get("load", zero).detach())
+        self.statistics = None if is_transformed() else Statistics(*usage)
         if self.config.inject_auxiliary_loss and self.training:
             y_TD = losses.inject_gradient(y_TD, loss, self._checked_scale(y_TD))
         return y_TD

@@ -19,7 +19,8 @@ from torch.distributed._functional_collectives import (
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from vmoe.moe.experts import Experts, choose_backend, compute_dtype
+from vmoe.moe.attached import is_bare
+from vmoe.moe.experts import ExpertLinear, ExpertNorm, Experts, choose_backend, compute_dtype
 from vmoe.moe.groups import Groups
 from vmoe.moe.kernels import fused_for, padded, rows, segments
 from vmoe.moe.kernels.interface import Choices, Mlp
@@ -38,13 +39,18 @@ def deal_out_experts(layer: MoeMlp, mesh: DeviceMesh) -> None:
         mesh: One dimension of P processes; with one nothing changes.
 
     Raises:
-        ValueError: E is no multiple of P.
+        ValueError: E is no multiple of P, or something is attached to the experts, such as pruning or an adapter.
     """
     if mesh.size() == 1:
         return
     if layer.num_experts % mesh.size():
         raise ValueError(
             f"num_experts={layer.num_experts}: cannot be dealt out to {mesh.size()} processes; use a multiple of it"
+        )
+    if not all(is_bare(module, ExpertLinear) or is_bare(module, ExpertNorm) for module in layer.experts.stacked()):
+        raise ValueError(
+            "experts with pruning, parametrizations, adapters or hooks cannot be dealt out to processes; remove them "
+            "(prune.remove, parametrize.remove_parametrizations) or use another strategy than expert parallelism"
         )
     for module in layer.experts.stacked():
         for name, parameter in list(module.named_parameters(recurse=False)):

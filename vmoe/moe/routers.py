@@ -16,6 +16,7 @@ from vmoe.moe.attached import is_bare
 from vmoe.moe.config import MoeConfig
 from vmoe.moe.groups import Groups
 from vmoe.moe.kernels import fused_for
+from vmoe.moe.kernels.operators import is_transformed
 from vmoe.moe.routing import Routing
 from vmoe.moe.scores import Gate, full_precision_linear, scores, scores_and_tokens, with_noise
 from vmoe.moe.slot_routers import ExpertChoiceRouter, SoftRouter
@@ -116,7 +117,7 @@ class SigmoidRouter(TokenChoiceRouter):
         logits_GSE = F.logsigmoid(scores_GSE)
         weights_GSK = weights_of(gates_GSE, chosen_GSK, self.renormalize)
         routing = Routing(groups, valid_GS, logits_GSE, logits_GSE, gates_GSE, chosen_GSK, weights_GSK, x_TD=x_TD)
-        if self.training:
+        if self.training and not is_transformed():  # torch.func lets nothing outside be changed
             with torch.no_grad():
                 self.choices += routing.load_E()
         return routing
