@@ -65,9 +65,9 @@ class ExportedMoe(ExportableForm, nn.Module):
         self.config, self.use_conv, self.out_features = layer.config, layer.use_conv, layer.out_features
         self.router, self.shared = layer.router, layer.shared
         layers, norm = layer.experts.layers(), layer.experts.norm
-        parts = (layers, norm and norm())
+        norm_parts = None if norm is None else norm()
         self.experts = nn.ModuleList(
-            _Expert(layer.experts, *parts, expert, make_linear) for expert in range(layer.num_experts)
+            _Expert(layer.experts, layers, norm_parts, expert, make_linear) for expert in range(layer.num_experts)
         )
 
     def one_expert(self, index: int, x_RD: Tensor) -> Tensor:
@@ -86,11 +86,11 @@ class _Expert(nn.Module):
             for weight, bias in layers
         )
         self.act = experts.act
-        self.norm = nn.Identity()
+        self.norm: nn.Module = nn.Identity()
         if experts.norm is not None and norm is not None:
-            self.norm = nn.LayerNorm(layers[1][0].shape[-1], experts.norm.eps)
-            for own, stacked in zip((self.norm.weight, self.norm.bias), norm, strict=True):
-                own.data.copy_(stacked.detach()[index]) if stacked is not None else None
+            self.norm = own = nn.LayerNorm(layers[1][0].shape[-1], experts.norm.eps)
+            for parameter, stacked in zip((own.weight, own.bias), norm, strict=True):
+                parameter.data.copy_(stacked.detach()[index]) if stacked is not None else None
 
     def forward(self, x_RD: Tensor) -> Tensor:
         return self.fc2(self.norm(self.act(self.fc1(x_RD))))

@@ -254,8 +254,8 @@ class MoeMlp(nn.Module):
         loss = losses.weighted_sum(each, self.config) if each else zero
         self.last_auxiliary_loss = loss
         self.mark.set()
-        usage = (*usage, each.get("importance", zero).detach(), each.get("load", zero).detach())
-        self.statistics = None if is_transformed() else Statistics(*usage)
+        unweighted = each.get("importance", zero).detach(), each.get("load", zero).detach()
+        self.statistics = None if is_transformed() else Statistics(*usage, *unweighted)
         if self.config.inject_auxiliary_loss and self.training:
             y_TD = losses.inject_gradient(y_TD, loss, self._checked_scale(y_TD))
         return y_TD
