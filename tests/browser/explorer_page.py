@@ -1,8 +1,11 @@
 """The explorer's page as its browser tests see it: opened from disk, pointed at, read."""
 
-from selenium.webdriver.common.action_chains import ActionChains
-from selenium.webdriver.common.by import By
-from selenium.webdriver.support.wait import WebDriverWait
+import pytest
+
+_webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
+ActionChains = _webdriver.ActionChains
+By = pytest.importorskip("selenium.webdriver.common.by", reason="needs selenium").By
+WebDriverWait = pytest.importorskip("selenium.webdriver.support.wait", reason="needs selenium").WebDriverWait
 
 TABS = ("Images", "Experts", "Load", "Specialisation", "Structure", "Causes", "Compare")
 

@@ -8,8 +8,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from selenium.webdriver.common.by import By
-from selenium.webdriver.support.wait import WebDriverWait
 
 from vmoe.checkpoints import load_checkpoint
 from vmoe.cli.demo_page import main
@@ -17,6 +15,8 @@ from vmoe.data.images import eval_crop, eval_transform, load_image
 from vmoe.data.photographs import PHOTOGRAPHS, load_photograph
 from vmoe.export.demo_page import RUNTIME, RUNTIME_VERSION
 
+By = pytest.importorskip("selenium.webdriver.common.by", reason="needs selenium").By
+WebDriverWait = pytest.importorskip("selenium.webdriver.support.wait", reason="needs selenium").WebDriverWait
 pytestmark = pytest.mark.browser
 SHIPPED = Path(__file__).parents[2] / "assets" / "models" / "cifar10_small.safetensors"
 BOUND = 1e-3  # of a logit
