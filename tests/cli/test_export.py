@@ -234,7 +234,8 @@ def test_nothing_is_left_of_what_differs_or_cannot_be_written(save_run, tmp_path
     for out in (tmp_path / "out" / "model.pt2", tmp_path / "file" / "model.pt2"):
         monkeypatch.setattr(programs, "TOLERANCE", -1.0 if out.parent.name == "out" else 1e-4)
         assert main([str(run), "--format", "torch-export", "--out", str(out)]) == 2
-        assert capsys.readouterr().err.count("\n") == 1
+        *progress, error = capsys.readouterr().err.splitlines()  # a slow machine hears every 10 s what goes on
+        assert "error:" in error and not any("error:" in line for line in progress)
     assert not (tmp_path / "out").exists()
 
 

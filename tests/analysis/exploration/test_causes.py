@@ -197,7 +197,7 @@ def test_an_infinite_capacity_drops_nothing(make_model, make_batches):
 )
 def test_a_capacity_that_cannot_be_set_is_refused(make_model, make_batches, router, factor, reason):
     model = make_model(router)
-    with pytest.raises(UserError, match=f"--capacity-factor {reason}"):
+    with pytest.raises(UserError, match=f"capacity_factor={reason}"):
         find_causes(subject_of(model), make_batches(16), [1.0, factor], seed=0)
     assert model.blocks[1].mlp.config.eval_capacity_factor is None
 
