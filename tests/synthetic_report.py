@@ -11,7 +11,7 @@ STRENGTHS = {"class": 0.02, "position": 0.2, "colour": 0.05, "brightness": 0.0, 
 def make_report(
     layers=3, experts=6, classes=5, grid=(6, 6), top_k=2, prefix=1, images=40, size=48, seed=0, kind="tokens"
 ):
-    """(report, images) in the form that `vmoe.analysis.page.write_page` takes; expert 2 of the first layer is dead."""
+    """(report, images) in the form that `vmoe.explain.page.write_page` takes; expert 2 of the first layer is dead."""
     rng = np.random.default_rng(seed)
     names = [f"class {index}" if classes > 10 else NAMES[index] for index in range(classes)]
     labels = rng.integers(classes, size=images)

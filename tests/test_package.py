@@ -50,7 +50,7 @@ def test_wheel_holds_what_is_not_code(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     recipes = {f"vmoe/{path.relative_to(REPOSITORY)}" for path in (REPOSITORY / "configs").rglob("*.yaml")}
-    folders = [REPOSITORY / name for name in ("vmoe/analysis/page/assets", "vmoe/export/page")]
+    folders = [REPOSITORY / name for name in ("vmoe/explain/page/assets", "vmoe/serve/page")]
     page = {str(path.relative_to(REPOSITORY)) for folder in folders for path in folder.iterdir()}
     assert recipes and page
     assert {"vmoe/py.typed", *recipes, *page} <= names

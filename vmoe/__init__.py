@@ -6,10 +6,9 @@ from vmoe.imports import names_on_demand, register_with_timm
 from vmoe.version import __version__
 
 if TYPE_CHECKING:
-    from vmoe.analysis.evaluate import evaluate
-    from vmoe.analysis.recording import record_routing
     from vmoe.checkpoints import TrainedModel, load, save
     from vmoe.data import prepare_image
+    from vmoe.evaluation.evaluate import evaluate
     from vmoe.models import create_model, densify, load_jax_checkpoint, sparsify
     from vmoe.moe import (
         MoeConfig,
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
         set_top_k,
         update_router_biases,
     )
+    from vmoe.routing.recording import record_routing
 else:  # hidden from type checkers, which would take any name for one of this package's
     _CONTROL = (
         "auxiliary_loss", "moe_layers", "set_auxiliary_scale", "set_eval_capacity_factor", "set_top_k",
@@ -29,14 +29,14 @@ else:  # hidden from type checkers, which would take any name for one of this pa
     __getattr__ = names_on_demand(
         __name__,
         {
-            "vmoe.analysis.evaluate": ["evaluate"],
-            "vmoe.analysis.recording": ["record_routing"],
+            "vmoe.evaluation.evaluate": ["evaluate"],
+            "vmoe.routing.recording": ["record_routing"],
             "vmoe.checkpoints": ["TrainedModel", "load", "save"],
             "vmoe.data": ["prepare_image"],
             "vmoe.models": ["create_model", "densify", "load_jax_checkpoint", "sparsify"],
             "vmoe.moe": ["MoeConfig", "MoeMlp", *_CONTROL],
         },
-        inner=["analysis", "models", "moe"],
+        inner=["evaluation", "models", "moe", "routing"],
     )
 
 __all__ = [

@@ -13,7 +13,7 @@ from vmoe.checkpoints import load_checkpoint
 from vmoe.cli.demo_page import main
 from vmoe.data.images import eval_crop, eval_transform, load_image
 from vmoe.data.photographs import PHOTOGRAPHS, load_photograph
-from vmoe.export.demo_page import RUNTIME, RUNTIME_VERSION
+from vmoe.serve.demo_page import RUNTIME, RUNTIME_VERSION
 
 By = pytest.importorskip("selenium.webdriver.common.by", reason="needs selenium").By
 WebDriverWait = pytest.importorskip("selenium.webdriver.support.wait", reason="needs selenium").WebDriverWait

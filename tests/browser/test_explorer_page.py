@@ -8,7 +8,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from synthetic_report import make_report
 
-from vmoe.analysis.page import write_page
+from vmoe.explain.page import write_page
 
 pytestmark = pytest.mark.browser
 

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from vmoe.cli.demo_page import main
-from vmoe.export import demo_page
+from vmoe.serve import demo_page
 
 pytest.importorskip("onnxscript")
 MOE = {"num_experts": 3, "top_k": 2, "layers": [1]}

@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from vmoe.analysis.ensemble import Ensemble
 from vmoe.checkpoints import load_checkpoint
 from vmoe.cli.evaluate import main
+from vmoe.evaluation.ensemble import Ensemble
 
 MOE = {"num_experts": 4, "top_k": 2}
 

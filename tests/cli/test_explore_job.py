@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from vmoe.analysis.exploration import read_images
 from vmoe.checkpoints import ENTRY
 from vmoe.cli.explore import main
+from vmoe.explain.explorer import read_images
 
 MOE = {"num_experts": 4, "top_k": 2}
 FEW = ["--sample", "8", "--probe-images", "30", "--cause-images", "30", "--capacity-factor", "0.5", "1"]

@@ -271,7 +271,7 @@ def test_evaluate_keeps_the_depth_of_the_checkpoint(microscope, tmp_path, capsys
 def test_an_upload_is_read_as_by_predict(tmp_path, bit_depth, name):
     pytest.importorskip("fastapi")
     from vmoe.cli.inputs import depth_of
-    from vmoe.export.uploads import UploadReader
+    from vmoe.serve.uploads import UploadReader
 
     cv2.imwrite(str(tmp_path / "colour.png"), np.dstack([levels(12)] * 3))
     write(tmp_path / "gray.png", levels(12))

@@ -41,10 +41,10 @@ def main(argv: list[str] | None = None) -> int:
 def _compare(argv: list[str]) -> None:
     options = _parser().parse_args(argv)
     # Imported here, so that --help and a mistyped option answer at once.
-    from vmoe.analysis.comparison import as_plain, group_runs, read_comparison, read_run, warnings_for
-    from vmoe.analysis.comparison_against import against, against_rows, draw_against
-    from vmoe.analysis.comparison_figure import draw_comparison
-    from vmoe.analysis.comparison_statistics import differences, find_arm, sentence, table_rows
+    from vmoe.evaluation.compare.against import against, against_rows, draw_against
+    from vmoe.evaluation.compare.figure import draw_comparison
+    from vmoe.evaluation.compare.intervals import differences, find_arm, sentence, table_rows
+    from vmoe.evaluation.compare.runs import as_plain, group_runs, read_comparison, read_run, warnings_for
     from vmoe.files import atomic_write, write_json
 
     runs = []
@@ -127,7 +127,7 @@ def _run_entry(run) -> dict:
 
 
 def _cells(row: dict) -> list[str]:
-    from vmoe.analysis.comparison_figure import short
+    from vmoe.evaluation.compare.figure import short
 
     costs = (
         row["flops_per_image"],

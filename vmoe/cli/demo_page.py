@@ -31,7 +31,7 @@ def _demo_page(argv: list[str]) -> None:
     from vmoe.cli.inputs import depth_of, find_files
     from vmoe.data import load_image
     from vmoe.data.photographs import PHOTOGRAPHS, credit, load_photograph
-    from vmoe.export.demo_page import write_demo_page
+    from vmoe.serve.demo_page import write_demo_page
 
     if options.images:
         files = find_files(options.images)

@@ -79,9 +79,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _student_config(options: argparse.Namespace, teacher: "TrainedModel", for_training: list[str]) -> "TrainConfig":
-    from vmoe.analysis.evaluate import trained_on
     from vmoe.cli.follow_up import follow_up
     from vmoe.cli.train import parse
+    from vmoe.evaluation.evaluate import trained_on
 
     argv = ["--distill.teacher", str(teacher.path), *for_training]
     if options.config is None:
@@ -98,8 +98,7 @@ def _write_start(path: Path, teacher: "TrainedModel", config: "TrainConfig", ima
         UserError: Its experts do not make one, or the student has another backbone.
     """
     from vmoe.checkpoints import build_model, timm_arguments, write_changed
-    from vmoe.data import ImageDataModule
-    from vmoe.export.pruning import (
+    from vmoe.compress.pruning import (
         check_routers,
         join_experts,
         joined_width,
@@ -107,7 +106,8 @@ def _write_start(path: Path, teacher: "TrainedModel", config: "TrainConfig", ima
         regrouped_config,
         regrouped_weights,
     )
-    from vmoe.export.usage import measure_use
+    from vmoe.compress.usage import measure_use
+    from vmoe.data import ImageDataModule
     from vmoe.moe import MoeConfig
 
     name = teacher.config["model"]["name"]

@@ -56,11 +56,11 @@ def _evaluate(argv: list[str]) -> None:
 
 def _measure(options: argparse.Namespace) -> None:
     # Imported here, so that --help and a mistyped option answer at once.
-    from vmoe.analysis.confusion import draw_confusion
-    from vmoe.analysis.evaluate import classes_differ, measure_split
     from vmoe.checkpoints import load_checkpoint
     from vmoe.classes import known_outputs
     from vmoe.cli.evaluate_tables import corruption_table, probe_table, result_tables, setting
+    from vmoe.evaluation.confusion import draw_confusion
+    from vmoe.evaluation.evaluate import classes_differ, measure_split
     from vmoe.files import require_writable, write_json
 
     corruptions = _chosen_corruptions(options.corruptions)
@@ -151,8 +151,8 @@ def _ensemble(first: "TrainedModel", others: "list[TrainedModel]") -> "TrainedMo
     Raises:
         UserError: they do not take the same images or know the same classes.
     """
-    from vmoe.analysis.ensemble import Ensemble
     from vmoe.classes import same_outputs, with_outputs
+    from vmoe.evaluation.ensemble import Ensemble
 
     members = [first.model]
     for other in others:
@@ -210,7 +210,7 @@ def _own_folder(path: Path) -> Path:
 
 def _probe(checkpoint, data, loader, device, options: argparse.Namespace) -> dict:
     """Reads classes off the frozen features, trained on all training images as evaluation sees them."""
-    from vmoe.analysis import features
+    from vmoe.evaluation import features
 
     num_classes = data.num_classes
     batches = Tracked(data.train_eval_dataloader(most=None), f"features of the training set of {data.config.name}")
@@ -242,8 +242,8 @@ def _probe(checkpoint, data, loader, device, options: argparse.Namespace) -> dic
 
 def _corrupt(checkpoint, data, device, options: argparse.Namespace, names: list[str]) -> dict:
     """Top-1 for each corruption and severity, the checkpoint's own K and capacity, and their mean."""
-    from vmoe.analysis.evaluation import measure_batches
     from vmoe.data.corruptions import SEVERITIES
+    from vmoe.evaluation.engine import measure_batches
 
     severities = sorted(set(options.severities or SEVERITIES))
     top1 = {name: {} for name in names}

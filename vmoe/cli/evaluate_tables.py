@@ -8,7 +8,7 @@ from rich.table import Table
 from vmoe.text import printable
 
 if TYPE_CHECKING:
-    from vmoe.analysis.evaluation import Evaluation
+    from vmoe.evaluation.engine import Evaluation
 
 
 def escape(text: str) -> str:

@@ -58,11 +58,11 @@ def _explore(argv: list[str]) -> None:
 
 def _explored(options: argparse.Namespace, argv: list[str]) -> None:
     # Imported here, so that --help and a mistyped option answer at once.
-    from vmoe.analysis.exploration import ExploreOptions, Subject, explore, write_exploration
-    from vmoe.analysis.exploration.causes import check_capacities
-    from vmoe.analysis.exploration.history import snapshots
-    from vmoe.analysis.heatmap import require_experts
     from vmoe.checkpoints import load_checkpoint
+    from vmoe.explain.explorer import ExploreOptions, Subject, explore, write_exploration
+    from vmoe.explain.explorer.causes import check_capacities
+    from vmoe.explain.explorer.history import snapshots
+    from vmoe.explain.heatmap.routed import require_experts
     from vmoe.files import require_writable
     from vmoe.training.summary import device_name, versions
 

@@ -31,10 +31,10 @@ def main(argv: list[str] | None = None) -> int:
 def _heatmap(argv: list[str]) -> None:
     options = _parser().parse_args(argv)
     # Imported here, so that --help and a mistyped option answer at once.
-    from vmoe.analysis.heatmap_files import write_heatmaps
     from vmoe.checkpoints import load_checkpoint
     from vmoe.cli.inputs import depth_of, find_files, say_left_out
     from vmoe.cli.progress import Tracked
+    from vmoe.explain.heatmap.files import write_heatmaps
     from vmoe.files import require_writable
     from vmoe.training.summary import versions
 

@@ -40,7 +40,7 @@ def load_data(checkpoint: "TrainedModel", options: argparse.Namespace) -> "Image
     Raises:
         UserError: an option's value is not allowed, or the set is missing or malformed.
     """
-    from vmoe.analysis.evaluate import open_data
+    from vmoe.evaluation.evaluate import open_data
 
     data, lines = open_data(checkpoint, _changed_config(checkpoint, options), options.classes)
     for line in lines:
@@ -60,7 +60,7 @@ def matched(checkpoint: "TrainedModel", data: "ImageDataModule", classes: str, s
     Raises:
         UserError: the model does not know a class of the set.
     """
-    from vmoe.analysis.evaluate import match_classes
+    from vmoe.evaluation.evaluate import match_classes
 
     result, line = match_classes(checkpoint, data, classes)
     if line is not None and say:
@@ -186,8 +186,8 @@ def load_files(
 
 def _changed_config(checkpoint: "TrainedModel", options: argparse.Namespace) -> "DataConfig":
     """The data of a checkpoint with the options' changes."""
-    from vmoe.analysis.evaluate import data_for, trained_on
     from vmoe.data import DataConfig
+    from vmoe.evaluation.evaluate import data_for, trained_on
 
     changes = {"eval_batch_size": options.batch_size, "workers": options.workers}
     chooses_in_validation = "linear" in getattr(options, "probe", ())

@@ -76,8 +76,8 @@ def _predicted(options: argparse.Namespace) -> None:
 
 def _routing(model: "TrainedModel", file: Path, bit_depth: int | None) -> dict[str, list[float]]:
     """For each MoE layer, the share of the choices of an image's patches that went to each expert."""
-    from vmoe.analysis.heatmap import describe_layer, route_image
     from vmoe.data import load_image
+    from vmoe.explain.heatmap.routed import describe_layer, route_image
 
     image = load_image(file, bit_depth)
     routed = route_image(model, image, model.image_size, model.mean, model.std)

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     import torch
 
     from vmoe.checkpoints import TrainedModel
+    from vmoe.compress.pruning import Groups
+    from vmoe.compress.usage import ExpertUse
     from vmoe.data import ImageDataModule
-    from vmoe.export.pruning import Groups
-    from vmoe.export.usage import ExpertUse
     from vmoe.training.config import TrainConfig
 
 _DESCRIPTION = """\
@@ -57,8 +57,8 @@ def _prune(argv: list[str]) -> int:
     # Imported here, so that --help and a mistyped option answer at once.
     from vmoe.checkpoints import RunFolder, load_checkpoint
     from vmoe.cli.train import trained
-    from vmoe.export.pruning import check_prunable, merged_groups, pruned_groups
-    from vmoe.export.usage import measure_use
+    from vmoe.compress.pruning import check_prunable, merged_groups, pruned_groups
+    from vmoe.compress.usage import measure_use
     from vmoe.files import new_folder, write_json
 
     device = choose_device(options.device)
@@ -142,7 +142,7 @@ def _finetuning(
 
 def _fewer(checkpoint: "TrainedModel", keep: int) -> dict[str, Any]:
     """The moe section of the result."""
-    from vmoe.export.pruning import regrouped_config
+    from vmoe.compress.pruning import regrouped_config
     from vmoe.moe import MoeConfig
     from vmoe.training.plain import to_plain
 
@@ -151,7 +151,7 @@ def _fewer(checkpoint: "TrainedModel", keep: int) -> dict[str, Any]:
 
 def _write(out: Path, checkpoint: "TrainedModel", groups: "dict[str, Groups]", use: "dict[str, ExpertUse]") -> None:
     from vmoe.checkpoints import RunFolder, write_changed
-    from vmoe.export.pruning import regrouped_weights
+    from vmoe.compress.pruning import regrouped_weights
 
     weights = regrouped_weights(checkpoint.model, groups, use)
     moe = _fewer(checkpoint, len(next(iter(groups.values()))))
@@ -160,7 +160,7 @@ def _write(out: Path, checkpoint: "TrainedModel", groups: "dict[str, Groups]", u
 
 def _measured(checkpoint: "TrainedModel", data: "ImageDataModule", device: "torch.device") -> dict[str, Any]:
     """Accuracy on the test images and parameters of a checkpoint."""
-    from vmoe.analysis.evaluation import measure_batches
+    from vmoe.evaluation.engine import measure_batches
     from vmoe.models.cost import count_parameters
 
     batches = Tracked(data.test_dataloader(), f"test set of {data.config.name}")

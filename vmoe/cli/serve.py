@@ -39,7 +39,7 @@ def _serve(argv: list[str]) -> None:
     for package in ("litserve", "multipart"):
         if importlib.util.find_spec(package) is None:
             raise UserError("vmoe serve needs litserve and python-multipart: pip install 'vmoe[serve]'")
-    from vmoe.export.serving import KEY_VARIABLE, serve
+    from vmoe.serve.server import KEY_VARIABLE, serve
 
     if options.host != "127.0.0.1" and not os.environ.get(KEY_VARIABLE):
         print(f"--host {options.host}: whoever reaches this machine may ask; set {KEY_VARIABLE}", file=sys.stderr)

@@ -1,1 +1,1 @@
-"""What a trained model is turned into for others to use."""
+"""What a trained model is written as for others: programs, weights, folders for the hub."""

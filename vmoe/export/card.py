@@ -10,11 +10,11 @@ from typing import Any
 import yaml
 
 import vmoe
-from vmoe.analysis.heatmap import route_image
-from vmoe.analysis.heatmap_figure import PANEL, draw_layer, draw_overview
-from vmoe.analysis.style import Page
 from vmoe.checkpoints import RunFolder, TrainedModel, shared_config
 from vmoe.data.photographs import PHOTOGRAPHS, credit, load_photograph
+from vmoe.explain.heatmap.figure import PANEL, draw_layer, draw_overview
+from vmoe.explain.heatmap.routed import route_image
+from vmoe.figures.style import Page
 from vmoe.models.cost import count_parameters, flops_per_image
 from vmoe.text import counted
 

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vmoe.analysis.recording import LayerRouting, record_routing
 from vmoe.checkpoints import TrainedModel
 from vmoe.errors import UserError
 from vmoe.export.layer import ExportedMoe, MakeLinear, exportable_copy, plain_linear
@@ -18,6 +17,7 @@ from vmoe.moe import MoeMlp, moe_layers
 from vmoe.moe.exportable import slots_in_flow
 from vmoe.moe.groups import Groups
 from vmoe.moe.routers import token_choice
+from vmoe.routing.recording import LayerRouting, record_routing
 
 ROUTERS = ("token_choice", "cosine")
 INPUTS = ("images", "bias", "capacity_factor")

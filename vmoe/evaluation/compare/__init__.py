@@ -1,0 +1,1 @@
+"""Runs beside each other: arms of a study, their intervals and their figure."""

@@ -1,0 +1,155 @@
+"""What a study's arms differ by: paired by seed, with an interval, beside what they cost."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from scipy.stats import t as student
+
+from vmoe.data.config import nearest
+from vmoe.errors import UserError
+from vmoe.evaluation.compare.runs import Arm, Run
+
+EQUAL_COMPUTE = 0.05  # FLOPs an image that differ by no more than this count as equal
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Test accuracy of an arm less that of its baseline, as fractions."""
+
+    arm: Arm
+    baseline: Arm
+    mean: float  # over the seeds in common; of the arms' means where there is none
+    low: float | None  # 95 % confidence interval of the mean; None with fewer than two seeds in common
+    high: float | None
+    pairs: int  # how many seeds in common
+
+
+def difference(arm: Arm, baseline: Arm) -> Difference:
+    """Pairs runs of the same seed, which share initial weights and data order as far as their models allow; the
+    interval is Student's t for paired samples.
+    """
+    ours, theirs = arm.top1_by_seed(), baseline.top1_by_seed()
+    pairs = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+    if not pairs:
+        return Difference(arm, baseline, arm.mean("top1") - baseline.mean("top1"), None, None, 0)
+    mean = statistics.fmean(pairs)
+    if len(pairs) == 1:
+        return Difference(arm, baseline, mean, None, None, 1)
+    reach = student.ppf((1 + CONFIDENCE) / 2, len(pairs) - 1) * statistics.stdev(pairs) / math.sqrt(len(pairs))
+    return Difference(arm, baseline, mean, float(mean - reach), float(mean + reach), len(pairs))
+
+
+def differences(arms: Sequence[Arm], baseline: Arm | None = None) -> list[Difference]:
+    """Each arm against the baseline. Without one, against its dense twin (same backbone and data; of several the one
+    whose recipe is nearest), and arms that neither have a twin nor are one against the first dense arm, or the first.
+    """
+    if baseline is not None:
+        return [difference(arm, baseline) for arm in arms if arm is not baseline]
+    twins = [_twin(arm, arms) for arm in arms]
+    first = next((arm for arm in arms if arm.first.is_dense), arms[0])
+    others = [twin or first for twin in twins]
+    return [
+        difference(arm, other)
+        for arm, other in zip(arms, others, strict=True)
+        if arm is not first and not any(arm is twin for twin in twins)
+    ]
+
+
+def find_arm(arms: Sequence[Arm], name: str) -> Arm:
+    """The arm that `--baseline` names by its label or by the folder of one of its runs.
+
+    Raises:
+        UserError: there is none.
+    """
+    for arm in arms:
+        if name == arm.name or name in (run.name for run in arm.runs):
+            return arm
+    names = [arm.name for arm in arms]
+    hint = nearest(name, names) or f"they are {', '.join(map(repr, names))}"
+    raise UserError(f"--baseline {name}: no arm and no run is called so; {hint}")
+
+
+def sentence(found: Difference) -> str:
+    """The difference in words: its interval or why it has none, whether compute is equal, what else differs."""
+    arm, base = found.arm, found.baseline
+    flops = arm.first.flops / base.first.flops
+    equal = abs(math.log(flops)) <= math.log1p(EQUAL_COMPUTE)
+    parameters = arm.first.total_parameters / base.first.total_parameters
+    return (
+        f"{arm.name} against {base.name}: {100 * found.mean:+.2f} points of test top-1, {_evidence(found)}, at "
+        f"{'equal' if equal else 'unequal'} compute "
+        f"({flops:.2f}x the FLOPs an image, {parameters:.2f}x the parameters)"
+        f"{_other_differences(arm.first, base.first)}"
+    )
+
+
+def table_rows(arms: Sequence[Arm], found: Sequence[Difference]) -> list[dict[str, Any]]:
+    """The comparison as one plain row an arm; accuracies and differences are fractions."""
+    against = {part.arm.name: part for part in found}
+    return [
+        {
+            "name": arm.name,
+            "kind": "dense" if arm.first.is_dense else "V-MoE",
+            "n": arm.n,
+            "seeds": " ".join(str(run.seed) for run in arm.runs),
+            "runs": " ".join(run.name for run in arm.runs),
+            "test_top1_mean": arm.mean("top1"),
+            "test_top1_sd": arm.sd("top1"),
+            "train_clean_top1_mean": arm.mean("train_top1"),
+            "train_clean_top1_sd": arm.sd("train_top1"),
+            **_difference_cells(against.get(arm.name)),
+            "flops_per_image": arm.first.flops,
+            "active_parameters": arm.first.active_parameters,
+            "total_parameters": arm.first.total_parameters,
+            "train_images_per_second_mean": arm.mean("images_per_second"),
+            "data": arm.first.data["name"],
+            "device": "; ".join(sorted({run.device for run in arm.runs})),
+        }
+        for arm in arms
+    ]
+
+
+def _difference_cells(found: Difference | None) -> dict[str, Any]:
+    if found is None:
+        return dict.fromkeys(("baseline", "difference", "difference_low", "difference_high", "paired_seeds"))
+    return {
+        "baseline": found.baseline.name,
+        "difference": found.mean,
+        "difference_low": found.low,
+        "difference_high": found.high,
+        "paired_seeds": found.pairs,
+    }
+
+
+def _twin(arm: Arm, arms: Sequence[Arm]) -> Arm | None:
+    """The dense arm of the same backbone and data whose recipe is nearest; None for a dense arm."""
+    if arm.first.is_dense:
+        return None
+    twins = [other for other in arms if arm.first.is_twin_of(other.first)]
+    return min(twins, key=lambda twin: len(_unequal(arm.first.recipe, twin.first.recipe)), default=None)
+
+
+def _evidence(found: Difference) -> str:
+    if found.pairs >= 2:
+        return f"95 % interval {100 * found.low:+.2f} to {100 * found.high:+.2f} (paired, n={found.pairs})"
+    if found.pairs == 1:
+        return "n=1: one seed says nothing of the spread, no significance is claimed"
+    return f"no seed in common (n={found.arm.n} and n={found.baseline.n}): no interval, no significance is claimed"
+
+
+def _other_differences(ours: Run, theirs: Run) -> str:
+    """What else than the MoE layers the difference may come from; "" when nothing."""
+    names = _unequal(ours.recipe, theirs.recipe)
+    if not names:
+        return ""
+    but = "they differ in" if ours.moe == theirs.moe else "not the MoE layers alone, they also differ in"
+    return f"; {but} {', '.join(names)}"
+
+
+def _unequal(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    names = [key for key in sorted(ours | theirs) if ours.get(key) != theirs.get(key)]
+    return [name for name in names if name != "moe" and not name.startswith("moe.")]

@@ -1,0 +1,254 @@
+"""Runs beside each other: reads their folders and groups the seeds of one recipe into arms of a study."""
+
+import csv
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vmoe.checkpoints import WITHOUT_EFFECT, RunFolder, flatten
+from vmoe.errors import UserError
+from vmoe.evaluation.compare.labels import arm_labels, with_router_defaults
+
+_NAMED_BY_ROOT = ("folder", "npz", "webdataset")  # sets that their place tells apart; others are known by name
+_FOREIGN = (KeyError, TypeError, ValueError, OverflowError, AttributeError, yaml.YAMLError, csv.Error)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run's folder says of it."""
+
+    name: str
+    config: dict[str, Any]
+    top1: float  # on the test set, a fraction
+    train_top1: float | None  # on training images as they are; None where the summary does not tell
+    total_parameters: int
+    active_parameters: int
+    flops: int  # an image
+    images_per_second: float  # in training
+    device: str
+    seed: int
+    curve: list[tuple[float, float]]  # (epoch, val/top1)
+    summary: dict[str, Any]  # all of its summary.json
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """What decides which images it saw and was tested on."""
+        names = ("name", "image_size", "subset", "split_seed", *(["root"] if self._is_named_by_root else []))
+        return {key: self.config["data"].get(key) for key in names}
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """Every value of its config that can change the result, by dotted name; without the seed."""
+        others = ("seed", *WITHOUT_EFFECT, *([] if self._is_named_by_root else ["data.root"]))
+        values = {key: value for key, value in flatten(self._resolved).items() if key not in others}
+        if values.get("distill.teacher") is None:  # then nothing else of distillation has an effect
+            values = {key: value for key, value in values.items() if not key.startswith("distill.")}
+        return values
+
+    @property
+    def is_validated(self) -> bool:
+        """Whether images were kept for validation."""
+        return _is_validated(self.summary)
+
+    @property
+    def _is_named_by_root(self) -> bool:
+        return self.config["data"].get("name") in _NAMED_BY_ROOT
+
+    @property
+    def moe(self) -> dict[str, Any] | None:
+        """The config of its MoE layers; None for a dense model."""
+        moe = self._resolved.get("moe")
+        return None if not moe or moe.get("layers") == [] else moe
+
+    @property
+    def _resolved(self) -> dict[str, Any]:
+        """Its config with what null stands for in `moe`."""
+        moe = self.config.get("moe")
+        return self.config if not moe else self.config | {"moe": with_router_defaults(moe)}
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether it has no MoE layers."""
+        return self.moe is None
+
+    def is_twin_of(self, other: "Run") -> bool:
+        """Whether `other` is dense and has the same backbone and data."""
+        return other.is_dense and self._backbone == other._backbone and self.data == other.data
+
+    @property
+    def _backbone(self) -> dict[str, Any]:
+        return {key: value for key, value in self.config["model"].items() if key != "moe_drop_path"}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """Runs of one recipe that differ in their seed only."""
+
+    name: str  # what tells it from the other arms, such as "E=8 K=2 width 0.5"
+    runs: list[Run]
+
+    @property
+    def first(self) -> Run:
+        """A run of it; all have the same config, so the same parameters and FLOPs."""
+        return self.runs[0]
+
+    @property
+    def n(self) -> int:
+        """How many runs."""
+        return len(self.runs)
+
+    def mean(self, field: str) -> float | None:
+        """The mean of a figure over the runs; None where a run does not tell it."""
+        values = [getattr(run, field) for run in self.runs]
+        return None if None in values else statistics.fmean(values)
+
+    def sd(self, field: str) -> float | None:
+        """Its standard deviation over the runs (n - 1 below); None for one run, or as `mean`."""
+        values = [getattr(run, field) for run in self.runs]
+        return None if None in values or self.n == 1 else statistics.stdev(values)
+
+    def top1_by_seed(self) -> dict[int, float]:
+        """Test accuracy by seed: the mean where several runs have one seed."""
+        by_seed: dict[int, list[float]] = {}
+        for run in self.runs:
+            by_seed.setdefault(run.seed, []).append(run.top1)
+        return {seed: statistics.fmean(values) for seed, values in by_seed.items()}
+
+
+def read_run(path: str | Path) -> Run:
+    """Reads a run's config.yaml, summary.json and metrics.csv.
+
+    Raises:
+        UserError: a file is missing, unreadable, or not of a finished run.
+    """
+    folder = RunFolder(Path(path))
+    if not folder.path.is_dir():
+        raise UserError(f"{path}: no such run folder; give the output_dir of a finished run")
+    for file in (folder.config, folder.summary, folder.metrics):
+        if not file.is_file():
+            raise UserError(f"{path}: holds no {file.name}; give the folder of a run that was trained to its end")
+    try:
+        config = yaml.safe_load(folder.config.read_text(encoding="utf-8"))
+        summary = json.loads(folder.summary.read_text(encoding="utf-8"))
+        curve = _read_curve(folder.metrics) if _is_validated(summary) else []
+        return _checked(folder.path.resolve().name, config, summary, curve)
+    except _FOREIGN as error:
+        raise UserError(
+            f"{path}: not the folder of a finished run of this package ({_short(error)}); train it again"
+        ) from error
+
+
+def read_comparison(path: str | Path) -> list[Run]:
+    """The runs of an earlier comparison, from its comparison.json (see `as_plain`).
+
+    Raises:
+        UserError: the file is missing or no such file.
+    """
+    try:
+        runs = json.loads(Path(path).read_text(encoding="utf-8"))["runs"]
+        if not isinstance(runs, list) or not runs:
+            raise ValueError("it has no runs")
+        return [_checked(str(run["run"]), run["config"], run["summary"], _as_curve(run["curve"])) for run in runs]
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except _FOREIGN as error:
+        raise UserError(f"{path}: not the comparison.json of `vmoe compare` ({_short(error)})") from error
+
+
+def as_plain(run: Run) -> dict[str, Any]:
+    """All of a run that comparison.json keeps, so that it can be compared again without its folder."""
+    return {"run": run.name, "config": run.config, "summary": run.summary, "curve": run.curve}
+
+
+def _checked(name: str, config: Any, summary: Any, curve: list[tuple[float, float]]) -> Run:
+    run = Run(
+        name=name,
+        config=dict(config),
+        top1=float(summary["metrics"]["test/top1"]),
+        train_top1=float(clean) if (clean := summary["metrics"].get("train_clean/top1")) is not None else None,
+        total_parameters=int(summary["parameters"]["total"]),
+        active_parameters=int(summary["parameters"]["active"]),
+        flops=int(summary["flops_per_image"]),
+        images_per_second=float(summary["images_per_second"]),
+        device=str(summary["device"]),
+        seed=int(summary["seed"]),
+        curve=curve,
+        summary=dict(summary),
+    )
+    for section in ("data", "model"):
+        if not isinstance(run.config.get(section), dict):
+            raise ValueError(f"its config has no {section}")
+    if not math.isfinite(run.top1) or min(run.flops, run.total_parameters, run.images_per_second) <= 0:
+        raise ValueError("its summary holds impossible numbers")
+    return run
+
+
+def _as_curve(points: Any) -> list[tuple[float, float]]:
+    return [(float(epoch), float(top1)) for epoch, top1 in points]
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:120]
+
+
+def group_runs(runs: Sequence[Run], by_folder: bool = False) -> list[Arm]:
+    """The arms: runs whose configs differ only in seed and folder, in the order of their first appearance.
+
+    Args:
+        runs: the runs.
+        by_folder: name arms by their folders, without the _sSEED of a sweep, instead of by what tells recipes apart.
+
+    Raises:
+        UserError: the folders of an arm have several names, or two arms one.
+    """
+    recipes: dict[str, list[Run]] = {}
+    for run in runs:
+        recipes.setdefault(json.dumps(run.recipe, sort_keys=True, default=str), []).append(run)
+    if by_folder:
+        names = _folder_names(list(recipes.values()))
+    else:
+        names = arm_labels([(members[0].recipe, members[0].moe) for members in recipes.values()])
+    return [Arm(name, members) for name, members in zip(names, recipes.values(), strict=True)]
+
+
+def _folder_names(arms: list[list[Run]]) -> list[str]:
+    found: dict[str, list[Run]] = {}
+    for members in arms:
+        for name in dict.fromkeys(run.name.removesuffix(f"_s{run.seed}") for run in members):
+            if found.setdefault(name, members) is not members:
+                raise UserError(f"--by-folder: runs named {name} differ in more than their seed; leave the option out")
+    if len(found) > len(arms):
+        raise UserError(f"--by-folder: {' and '.join(found)} have the same recipe; leave the option out")
+    return list(found)
+
+
+def warnings_for(runs: Sequence[Run]) -> list[str]:
+    """What keeps these runs from being compared, a line each."""
+    lines = []
+    devices = sorted({run.device for run in runs})
+    if len(devices) > 1:
+        lines.append(f"trained on different hardware ({'; '.join(devices)}): images/s cannot be compared")
+    differing = {f"data.{key}" for run in runs for key, value in run.data.items() if value != runs[0].data.get(key)}
+    if differing:
+        names = sorted({f"{run.data['name']} at {run.data['image_size'] or 'its own'} px" for run in runs})
+        told = f"{'; '.join(names)}; other {', '.join(sorted(differing))}"
+        lines.append(f"trained on different data ({told}): neither accuracy nor images/s can be compared")
+    for arm in group_runs(runs):
+        if len({run.seed for run in arm.runs}) < arm.n:
+            lines.append(f"{arm.name}: several runs of one seed, so its spread says little")
+    return lines
+
+
+def _read_curve(path: Path) -> list[tuple[float, float]]:
+    with open(path, newline="", encoding="utf-8") as file:
+        return [(float(row["epoch"]), float(row["val/top1"])) for row in csv.DictReader(file) if row["val/top1"]]
+
+
+def _is_validated(summary: dict[str, Any]) -> bool:
+    return "val/top1" in summary["metrics"]

@@ -1,0 +1,245 @@
+"""Measuring a trained model on a data set: what `vmoe evaluate` does, in Python."""
+
+import dataclasses
+import warnings
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+
+from vmoe.checkpoints import TrainedModel
+from vmoe.classes import find_outputs, only_numbers, with_outputs
+from vmoe.data import DataConfig, ImageDataModule, SubsetConfig
+from vmoe.data.config import SetName
+from vmoe.errors import UserError
+from vmoe.evaluation.engine import Evaluation, evaluate_sweep
+from vmoe.progress import Progress, shown
+from vmoe.training.plain import from_plain
+
+_WARNING = "warning: "
+_MATCHES = ("by-name", "known", "by-number")
+
+
+def evaluate(
+    model: TrainedModel,
+    data: str | PathLike[str] | DataConfig | None = None,
+    *,
+    root: str | PathLike[str] | None = None,
+    split: Literal["test", "val"] = "test",
+    classes: Literal["by-name", "known", "by-number"] = "by-name",
+    capacity_factor: float | None = None,
+    top_k: int | None = None,
+    batch_size: int | None = None,
+    workers: int | None = None,
+    progress: Progress = True,
+) -> dict[str, Any]:
+    """Measures a model where it is, on a data set that is prepared for it: with its image size, mean and std.
+
+    Args:
+        model: Made by `vmoe.load`.
+        data: The name of a data set, such as "cifar10"; a folder of class folders or of tar shards, or an .npz file; or
+            a `DataConfig`. None: the set that the model was trained on.
+        root: Where the data are. None: where the model's run had them.
+        split: Which part.
+        classes: How the set's classes are found among the model's: "by-name", whatever their order and number; "known"
+            also leaves out images of classes that the model does not know; "by-number" ignores the names.
+        capacity_factor: Of the MoE layers, for this measurement; inf drops nothing. None: the model's own.
+        top_k: Experts per token, for this measurement. None: the model's own.
+        batch_size: Images per batch. None: as the run had it.
+        workers: Processes that load images. None: as the run had it.
+        progress: Shows a progress bar on stderr where that is a terminal. A function of the batches and a description
+            shows progress its own way.
+
+    Returns:
+        Plain types, as in `results` of evaluation.json: `images`, `top1`, `top5`, `nll`, `ece`, `class_accuracy`,
+        `confusion`, `images_per_second`, `capacity_factor`, `top_k`, `dropped`, and by name `layers` with what each MoE
+        layer dropped and the load of its experts. Accuracies and shares are fractions.
+
+    Raises:
+        UserError: The data are missing or have a class that the model does not know, an argument's value is not
+            allowed, the model is dense or its tokens do not choose, or a logit is not finite.
+    """
+    if not isinstance(model, TrainedModel):
+        raise UserError(
+            f"model: a {type(model).__name__} does not know its classes and how its images are prepared; vmoe.save "
+            "writes a file with both, of which vmoe.load makes a model that does"
+        )
+    for name, value, allowed in (("split", split, ("test", "val")), ("classes", classes, _MATCHES)):
+        if value not in allowed:
+            raise UserError(f"{name}={value!r}: must be one of {', '.join(allowed)}")
+    if data is None and model.config.get("data") is None:
+        raise UserError(f"data: is missing; {model.path} does not tell what the model was trained on")
+    opened, lines = open_data(model, data_for(model, data, root, eval_batch_size=batch_size, workers=workers), classes)
+    measured, line = match_classes(model, opened, classes)
+    for warned in [each.removeprefix(_WARNING) for each in lines if each.startswith(_WARNING)] + [line] * bool(line):
+        warnings.warn(warned, stacklevel=2)
+    factors, top_ks = (None if value is None else [value] for value in (capacity_factor, top_k))
+    training = [module for module in model.modules() if module.training]
+    try:
+        (result,) = measure_split(measured, opened, split, factors, top_ks, model.device, progress)
+    finally:
+        for module in training:
+            module.training = True
+    return result.as_dict()
+
+
+def measure_split(
+    model: TrainedModel,
+    data: ImageDataModule,
+    split: str,
+    factors: list[float] | None,
+    top_ks: list[int] | None,
+    device: torch.device,
+    progress: Progress = True,
+) -> list[Evaluation]:
+    """Measures a model by `match_classes` on the "val" or "test" split, once for each K and each capacity factor: see
+    `evaluate_sweep`.
+    """
+    loader = data.val_dataloader() if split == "val" else data.test_dataloader()
+    batches = shown(loader, f"{split} set of {data.config.name}", progress)
+    return list(evaluate_sweep(model, batches, len(model.class_names), factors, top_ks, device))
+
+
+def open_data(model: TrainedModel, config: DataConfig, classes: str = "by-name") -> tuple[ImageDataModule, list[str]]:
+    """A set, ready to be read, and lines to say of it; with `classes` "known" only the classes that a model knows.
+
+    Raises:
+        UserError: the data are missing or malformed, or the model knows none of their classes.
+    """
+    data = ImageDataModule(config, seed=model.config.get("seed", 0))
+    data.prepare_data()
+    data.setup("test")
+    lines = list(data.notes)
+    if classes != "known":
+        return data, lines
+    outputs = find_outputs(model.class_names, data.class_names)
+    unknown = _unknown(outputs, data.class_names)
+    if not unknown:
+        return data, lines
+    if len(unknown) == len(outputs):
+        raise UserError(f"{classes_differ(model, data)}, and none of these is the checkpoint's")
+    known = [name for name, output in zip(data.class_names, outputs, strict=True) if output is not None]
+    left = sum(count for count, output in zip(data.images_of_classes("test"), outputs, strict=True) if output is None)
+    lines.append(f"classes: left out {_some(unknown)}, which the checkpoint does not know, with {left} test images")
+    config = dataclasses.replace(data.config, subset=dataclasses.replace(data.config.subset, classes=known))
+    data = ImageDataModule(config, seed=data.seed)
+    data.setup("test")
+    return data, lines
+
+
+def match_classes(model: TrainedModel, data: ImageDataModule, classes: str) -> tuple[TrainedModel, str | None]:
+    """A view of the model with the set's classes for its own: its outputs by name, in the set's order and only those.
+
+    Args:
+        model: The model.
+        data: What it is measured on.
+        classes: "by-name"; "known", the same; or "by-number", where the set's names mean nothing.
+
+    Returns:
+        The view, or the model itself where the classes are the same; and a line on how they are matched where they are
+        not.
+
+    Raises:
+        UserError: the model does not know a class of the set.
+    """
+    theirs, ours = model.class_names, list(data.class_names)
+    if theirs == ours:
+        return model, None
+    if classes == "by-number" and len(ours) > len(theirs):
+        raise UserError(f"classes='by-number': {classes_differ(model, data)}; leave some out")
+    if classes == "by-number" or (only_numbers(ours) and len(ours) == len(theirs)):
+        return model, f"classes: taken by number, such as {ours[0]} for {theirs[0]}"
+    outputs = find_outputs(theirs, ours)
+    if unknown := _unknown(outputs, ours):
+        raise UserError(
+            f"{classes_differ(model, data)}, which does not know {_some(unknown)}; give classes='known' to leave their "
+            "images out, or classes='by-number' if only the names differ"
+        )
+    line = f"matched by name: the set has {len(ours)} of the checkpoint's {len(theirs)}, and only these are predicted"
+    if len(ours) == len(theirs):
+        line = "matched by name: the set has them in another order than the checkpoint"
+    view = model.with_facts_for(with_outputs(model, [each for each in outputs if each is not None]), class_names=ours)
+    return view, f"classes: {line}"
+
+
+def classes_differ(model: TrainedModel, data: ImageDataModule) -> str:
+    """Says how many classes a set and a model have."""
+    return f"data.name: {data.config.name} has {data.num_classes} classes, the checkpoint {len(model.class_names)}"
+
+
+def _unknown(outputs: Sequence[int | None], names: Sequence[str]) -> list[str]:
+    return [name for name, output in zip(names, outputs, strict=True) if output is None]
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+
+
+def data_for(
+    model: TrainedModel,
+    data: str | PathLike[str] | DataConfig | None = None,
+    root: str | PathLike[str] | None = None,
+    **changes: Any,
+) -> DataConfig:
+    """The config of a set for the images that a model takes.
+
+    Args:
+        model: The model.
+        data: As for `evaluate`.
+        root: As for `evaluate`.
+        **changes: Other fields of the config; None leaves one as it is.
+
+    Raises:
+        UserError: neither the model nor `data` tells of a set, or a value is not allowed.
+    """
+    changes = {name: value for name, value in changes.items() if value is not None}
+    if isinstance(data, DataConfig):
+        config = data
+    else:
+        name, found = _named(data)
+        root = found if root is None else root
+        config = trained_on(model, name)
+        if name is not None and name != config.name:
+            # The run's class names mean nothing in another set, and only fractals have `images`
+            changes = {"name": name, "subset": SubsetConfig(), "images": None, "bit_depth": None} | changes
+        elif model.bit_depth is not None:  # by which it was trained: to measure it on other images would change them
+            changes = {"bit_depth": model.bit_depth} | changes
+    if root is not None:
+        changes["root"] = str(root)
+    fixed = {"image_size": model.image_size, "mean": model.mean, "std": model.std}
+    try:
+        return dataclasses.replace(config, pipeline="workers", **fixed, **changes)
+    except ValueError as error:
+        raise UserError(f"data.{error}") from error
+
+
+def trained_on(model: TrainedModel, name: str | None = None) -> DataConfig:
+    """The config of the set that a model was trained on; a `name` is needed where it does not tell of one.
+
+    Raises:
+        UserError: neither tells of data.
+    """
+    config = model.config.get("data")
+    if config is None and name is None:
+        raise UserError(f"{model.path}: does not tell what it was trained on; give data.name and data.root")
+    plain = config or {"name": name}
+    return dataclasses.replace(
+        from_plain(DataConfig, plain, f"{model.path}: data."),
+        image_size=model.image_size,
+        mean=model.mean,
+        std=model.std,
+    )
+
+
+def _named(data: str | PathLike[str] | None) -> tuple[str | None, Path | None]:
+    """The kind of a set, and its root where `data` is a path; a set's name comes before a path."""
+    if data is None or data in get_args(SetName):
+        return data, None
+    path = Path(data).expanduser()
+    if path.suffix == ".npz":
+        return "npz", path
+    if path.is_dir():
+        return ("webdataset" if any(path.glob("*.tar")) else "folder"), path
+    return str(data), None

@@ -1,0 +1,248 @@
+"""Do an expert's patches have something in common? Tables of expert by feature, beside what sampling and chance make.
+
+Images, not patches, are what is sampled: patches of an image resemble one another. So intervals come from weighting
+whole images anew, and nulls pair the routing of one image with the content of another. Both are done while the images
+stream by: each replicate is a table of its own, and no image is kept.
+
+B images; N places of a layer's grid; K choices a patch; E experts; F values of a feature; R replicates.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vmoe.explain.explorer.features import COLOUR_NAMES, LEVELS, Levels, PatchFeatures, colour_bins
+from vmoe.explain.explorer.statistics import Z95, normalised_mutual_information
+
+FINEST_POSITION = 16  # rows or columns of positions told apart
+_PACKED = {"colour": len(COLOUR_NAMES), "brightness": LEVELS, "edges": LEVELS}
+_INDICES_AT_ONCE = 4_000_000
+
+
+class Specialisation(NamedTuple):
+    """How much the expert of a patch tells of one of its features.
+
+    Attributes:
+        nmi: Normalised mutual information of expert and feature over all choices.
+        low: Of its 95 % interval, from the standard deviation over bootstrap replicates.
+        high: Likewise.
+        null_mean: What chance gives.
+        null_high: What chance stays below in 95 % of the permutations.
+        p: Share of the permutations, this routing counted among them, with at least this information.
+        beats_null: Whether the whole interval lies above `null_high`.
+    """
+
+    nmi: float
+    low: float
+    high: float
+    null_mean: float
+    null_high: float
+    p: float
+    beats_null: bool
+
+
+class GridCodes:
+    """The features of every place of one grid as small integers."""
+
+    def __init__(self, grid: tuple[int, int]) -> None:
+        self.grid = grid
+        self._brightness, self._edges = Levels(), Levels()
+
+    def encode(self, features: PatchFeatures) -> Tensor:
+        """Colour, brightness and edge strength of each place in one number: (B, N) int32."""
+        colour = colour_bins(features.colour)
+        packed = (colour * LEVELS + self._brightness(features.brightness)) * LEVELS + self._edges(features.edges)
+        return packed.int()
+
+    def positions(self, device: torch.device) -> tuple[Tensor, int]:
+        """The bin of each place (rows, columns) int32, neighbours sharing one on fine grids, and how many there are."""
+        bins = [min(extent, FINEST_POSITION) for extent in self.grid]
+        row, column = (
+            torch.arange(extent, device=device) * count // extent for extent, count in zip(self.grid, bins, strict=True)
+        )
+        return (row[:, None] * bins[1] + column).int(), bins[0] * bins[1]
+
+
+class Draws(NamedTuple):
+    """The replicates' random numbers for B images.
+
+    Attributes:
+        weights: (R, B) how often each image counts in a bootstrap replicate: Poisson(1), which needs no knowledge of
+            the number of images (Chamandy et al. 2012, https://research.google/pubs/pub43157/).
+        partners: (R, B) the image whose content is paired with each image's routing: permutations.
+        shifts: (R, B, 2) by how many rows and columns a map is moved round, in [0, 1) of the grid.
+        flips: (R, B) bool, whether it is mirrored too.
+    """
+
+    weights: Tensor
+    partners: Tensor
+    shifts: Tensor
+    flips: Tensor
+
+    @classmethod
+    def of(cls, replicates: int, images: int, generator: torch.Generator) -> "Draws":
+        """Draws them on the generator's device."""
+        options = {"generator": generator, "device": generator.device}
+        weights = torch.poisson(torch.ones(replicates, images, device=generator.device), generator=generator)
+        partners = torch.rand(replicates, images, **options).argsort(1)
+        shifts = torch.rand(replicates, images, 2, **options)
+        return cls(weights, partners, shifts, torch.rand(replicates, images, **options) < 0.5)
+
+
+class Tables:
+    """Choices by feature and expert: as they are, in bootstrap replicates, and under the null.
+
+    Attributes:
+        value: (F, E) float64.
+        bootstrap: (R, F, E) float32.
+        null: (R, F, E) float32.
+    """
+
+    def __init__(self, values: int, experts: int, replicates: int, device: torch.device) -> None:
+        self.value = torch.zeros(values, experts, dtype=torch.float64, device=device)
+        self.bootstrap = torch.zeros(replicates, values, experts, device=device)
+        self.null = torch.zeros_like(self.bootstrap)
+
+    def specialisation(self) -> Specialisation:
+        """What the tables say."""
+        nmi = float(normalised_mutual_information(self.value))
+        spread = float(normalised_mutual_information(self.bootstrap).std())
+        null = normalised_mutual_information(self.null).cpu()
+        low, high = max(0.0, nmi - Z95 * spread), min(1.0, nmi + Z95 * spread)
+        null_high = float(null.quantile(0.95))
+        p = (1 + int((null >= nmi - 1e-12).sum())) / (1 + len(null))
+        return Specialisation(nmi, low, high, float(null.mean()), null_high, p, low > null_high)
+
+
+class LayerAssociation:
+    """The tables of one layer, block of images by block.
+
+    Args:
+        grid: Of the layer.
+        experts: E.
+        classes: Number of classes; 0 where images have no labels.
+        patch_kinds: Number of known patch labels; 0 where patches have none.
+        replicates: R.
+        device: Where the counting is done.
+    """
+
+    def __init__(
+        self, grid: GridCodes, experts: int, classes: int, patch_kinds: int, replicates: int, device: torch.device
+    ) -> None:
+        self.grid, self.experts = grid, experts
+        self.position, positions = grid.positions(device)
+        sizes = {"class": classes, "position": positions, **_PACKED, "patch label": patch_kinds}
+        self.tables = {name: Tables(size, experts, replicates, device) for name, size in sizes.items() if size}
+
+    def update(self, choices: Tensor, labels: Tensor | None, codes: Tensor, known: Tensor | None, draws: Draws) -> None:
+        """Counts a block of images.
+
+        Args:
+            choices: (B, N, K) experts, -1 for none.
+            labels: (B,) classes; None where images have no labels.
+            codes: (B, N) from `GridCodes.encode`.
+            known: (B, N) what each patch is known to show; None where patches have no labels.
+            draws: For B images.
+        """
+        # one place more than experts, for choices that do not count
+        choices = torch.where(choices < 0, self.experts, choices).int()
+        if labels is not None:
+            self._count_classes(choices, labels, draws)
+        shape = tuple(_PACKED.values())
+        for axis, (name, feature) in enumerate(zip(_PACKED, _unpack(codes, shape), strict=True)):
+            self._count_bootstrap(name, feature, choices, draws)
+            others = [1 + other for other in range(len(shape)) if other != axis]
+            if axis == 0:
+                packed = self._null_counts(codes, _size(shape), choices, draws).unflatten(1, shape)
+            self.tables[name].null += packed.sum(others)
+        self._count_bootstrap("position", self.position.flatten().expand(len(choices), -1), choices, draws)
+        self.tables["position"].null += self._shifted_counts(choices, draws)
+        if known is not None:
+            self._count_bootstrap("patch label", known, choices, draws)
+            self.tables["patch label"].null += self._null_counts(
+                known, len(self.tables["patch label"].value), choices, draws
+            )
+
+    def _count_classes(self, choices: Tensor, labels: Tensor, draws: Draws) -> None:
+        """A class belongs to a whole image, so each replicate adds up whole images' loads."""
+        tables = self.tables["class"]
+        replicates, classes, _ = tables.null.shape
+        nothing = torch.zeros_like(choices[..., 0])
+        loads_BE = self._by_image(nothing, 1, choices)[:, 0]
+        tables.value.index_add_(0, labels, loads_BE.double())
+        weighted = draws.weights.t()[..., None] * loads_BE[:, None]  # (B, R, E)
+        tables.bootstrap += (
+            torch.zeros(classes, replicates, self.experts, device=labels.device)
+            .index_add_(0, labels, weighted)
+            .transpose(0, 1)
+        )
+        first = torch.arange(replicates, device=labels.device)[:, None] * classes
+        rows = loads_BE.expand(replicates, -1, -1).flatten(0, 1)
+        tables.null.view(-1, self.experts).index_add_(0, (first + labels[draws.partners]).flatten(), rows)
+
+    def _count_bootstrap(self, name: str, feature: Tensor, choices: Tensor, draws: Draws) -> None:
+        tables = self.tables[name]
+        by_image = self._by_image(feature, len(tables.value), choices)
+        tables.value += by_image.sum(0, dtype=torch.float64)
+        tables.bootstrap += (draws.weights @ by_image.flatten(1)).view_as(tables.bootstrap)
+
+    def _by_image(self, feature: Tensor, values: int, choices: Tensor) -> Tensor:
+        """Each image's own table, (B, F, E)."""
+        return self._histogram(feature[None].transpose(0, 1), values, choices[:, None])
+
+    def _null_counts(self, feature: Tensor, values: int, choices: Tensor, draws: Draws) -> Tensor:
+        """Tables (R, F, E) of the routing of each image with the feature's map of its partner.
+
+        Position stays paired with position: what a router that knows nothing but the position shares with the feature
+        is chance too.
+        """
+        parts = [
+            self._histogram(feature[partners], values, choices[None])
+            for partners in draws.partners.split(self._at_once(choices))
+        ]
+        return torch.cat(parts)
+
+    def _shifted_counts(self, choices: Tensor, draws: Draws) -> Tensor:
+        """Tables (R, F, E) of the routing with positions that are moved round the grid, anew for each image.
+
+        A torus shift keeps neighbours neighbours (Lotwick & Silverman 1982), so that smooth maps meet smooth maps.
+        """
+        rows, columns = self.grid.grid
+        extent = torch.tensor([rows, columns], device=choices.device)
+        row, column = torch.arange(rows, device=choices.device), torch.arange(columns, device=choices.device)
+        parts = []
+        step = self._at_once(choices)
+        for shifts, flips in zip(draws.shifts.split(step), draws.flips.split(step), strict=True):
+            moved = (shifts * extent).long()
+            ys = (row + moved[..., :1]) % rows
+            xs = (torch.where(flips[..., None], columns - 1 - column, column) + moved[..., 1:]) % columns
+            position = self.position[ys[..., :, None], xs[..., None, :]].flatten(2)
+            parts.append(self._histogram(position, len(self.tables["position"].value), choices[None]))
+        return torch.cat(parts)
+
+    def _histogram(self, feature: Tensor, values: int, choices: Tensor) -> Tensor:
+        """Counts for each first index: feature (R, B, N) and choices (1 or R, B, N, K) -> (R, F, E) float."""
+        slots = values * (self.experts + 1)
+        first = torch.arange(len(feature), device=feature.device, dtype=torch.int32)[:, None, None] * slots
+        index = (first + feature * (self.experts + 1))[..., None] + choices
+        counts = torch.bincount(index.flatten(), minlength=len(feature) * slots)
+        return counts.view(len(feature), values, self.experts + 1)[..., : self.experts].float()
+
+    def _at_once(self, choices: Tensor) -> int:
+        """How many replicates to count in one go."""
+        return max(1, _INDICES_AT_ONCE // max(1, choices.numel()))
+
+
+def _unpack(codes: Tensor, shape: Sequence[int]) -> list[Tensor]:
+    """The numbers that were packed into one, first to last."""
+    parts = []
+    for size in reversed(shape):
+        parts.append(codes % size)
+        codes = codes // size
+    return parts[::-1]
+
+
+def _size(shape: Sequence[int]) -> int:
+    return int(torch.Size(shape).numel())

@@ -1,0 +1,331 @@
+"""What depends on the experts: accuracy without one of them, with random routing, and at other capacities.
+
+All are tried on the same images, batch by batch, so that changes are paired. B images; E experts; C classes;
+I interventions; n images.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from operator import length_hint
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import vmoe
+from vmoe.evaluation.engine import restored_settings, set_capacity, shares_of_choices
+from vmoe.explain.explorer.replay import Prefix
+from vmoe.explain.explorer.statistics import paired_change, wilson
+from vmoe.explain.explorer.subject import Subject
+from vmoe.moe import MoeMlp, Routing
+from vmoe.moe.assignment import Capacity, CapacityError
+from vmoe.moe.routers import SigmoidRouter, top_experts, weights_of
+from vmoe.moe.routing import ExpertChoiceRouting, SlotRouting, SoftRouting
+from vmoe.moe.slot_routers import expert_choice
+
+_NO_CHOICE = ("hash", "random", "balanced")  # routers that follow no scores: there is no next best expert
+
+
+@dataclass(frozen=True)
+class Causes:
+    """What the interventions did, in the report's form.
+
+    Attributes:
+        images: n.
+        ablation: By layer, for each expert: "expert", "change", "low", "high" of the accuracy, and "by_class".
+        random_router: By layer: "change", "low", "high".
+        capacity: "factor" (None: nothing is dropped), "priority", "accuracy", "low", "high", "dropped" of each setting;
+            None where experts fill slots that belong to the parameters (Soft MoE).
+    """
+
+    images: int
+    ablation: dict[str, list[dict[str, Any]]]
+    random_router: dict[str, dict[str, float]]
+    capacity: list[dict[str, Any]] | None
+
+
+class _Intervention(NamedTuple):
+    """Something done to a model for one forward pass: to a layer, or to the capacity of all."""
+
+    layer: str | None
+    expert: int | None
+    factor: float | None  # inf drops nothing
+    priority: bool | None
+    applied: Callable
+
+
+@torch.inference_mode()
+def find_causes(
+    subject: Subject,
+    batches: Iterable,
+    capacity_factors: Sequence[float],
+    seed: int,
+    track: Callable[[Iterable, str], Iterable] = lambda trials, description: trials,
+) -> Causes:
+    """Tries every intervention on the same images.
+
+    Args:
+        subject: The model; it is left as it was.
+        batches: Of (images, labels, ...), normalised for the model.
+        capacity_factors: At evaluation; inf drops nothing. One that leaves experts no place, or more than there are
+            tokens, is left out, also where only a smaller last batch cannot have it.
+        seed: Of the random routers.
+        track: Wraps the passes in a progress bar.
+
+    Raises:
+        UserError: A capacity factor cannot be set.
+    """
+    model = subject.model
+    interventions = list(_interventions(model, capacity_factors, seed, subject.device))
+    right: list[list[Tensor]] = [[] for _ in interventions]
+    dropped: list[list[Tensor]] = [[] for _ in interventions]
+    base, labels = [], []
+    trials = _Trials(subject, batches, interventions)
+    for trial in track(trials, "causes"):
+        if trial.place is None:
+            labels.append(trial.labels)
+            base.append(trial.logits.argmax(-1) == trial.labels)
+        elif len(right[trial.place]) + 1 == len(labels):  # else an earlier batch could not have it
+            intervention = interventions[trial.place]
+            with suppress(CapacityError), trial.reused(), intervention.applied():
+                right[trial.place].append(model(trial.images).argmax(-1) == trial.labels)
+                if intervention.factor is not None:
+                    dropped[trial.place].append(_dropped(model, trials.shares) * len(trial.labels))
+    possible = [place for place, rows in enumerate(right) if len(rows) == len(labels)]
+    return _told(
+        [interventions[place] for place in possible],
+        torch.stack([torch.cat(rows) for rows in (base, *(right[place] for place in possible))]).cpu(),
+        torch.cat(labels).cpu(),
+        [float(sum(dropped[place])) / sum(map(len, labels)) for place in possible],
+        len(subject.class_names),
+    )
+
+
+class _Trial(NamedTuple):
+    """A pass over a batch: without an intervention, where `place` is None and `logits` are its result, or with one."""
+
+    images: Tensor
+    labels: Tensor
+    place: int | None
+    logits: Tensor | None
+    reused: Callable  # inside this block a pass computes nothing before the layer that it changes first
+
+
+class _Trials:
+    """All passes, batch by batch: one without an intervention, then one with each."""
+
+    def __init__(self, subject: Subject, batches: Iterable, interventions: Sequence[_Intervention]) -> None:
+        self._subject, self._batches, self._interventions = subject, batches, interventions
+        self.shares: dict[str, float] = {}  # of each layer in the choices, in forward order; known after the first pass
+        self._differing: set[str] = set()  # layers before which something does not come out the same again
+
+    def __length_hint__(self) -> int:
+        return length_hint(self._batches) * (1 + len(self._interventions))
+
+    def __iter__(self) -> Iterator[_Trial]:
+        model, device = self._subject.model, self._subject.device
+        for batch in self._batches:
+            x, y = batch[0].to(device, non_blocking=True), batch[1].to(device, non_blocking=True)
+            self.shares = self.shares or shares_of_choices(model, x)
+            places = self._places_by_layer()
+            prefixes = {name: Prefix(model, name) for name in places if name not in self._differing}
+            first, *others = [*places, ""]
+            with _recorded(prefixes.get(first)):
+                logits = model(x)
+            yield _Trial(x, y, None, logits, nullcontext)
+            for name, following in zip(places, others, strict=True):
+                prefix, after = prefixes.pop(name, None), prefixes.get(following)
+                if prefix is not None and self._differs(prefix, after, x, logits):
+                    self._differing.add(name)
+                    prefix = None
+                if prefix is None and after is not None:
+                    with after.recorded():
+                        model(x)
+                for place in places[name]:
+                    yield _Trial(x, y, place, None, nullcontext if prefix is None else prefix.replayed)
+
+    def _places_by_layer(self) -> dict[str, list[int]]:
+        """The interventions by the first layer that they change, in forward order."""
+        places: dict[str, list[int]] = {name: [] for name in self.shares}
+        first = next(iter(places))
+        for place, intervention in enumerate(self._interventions):
+            places[intervention.layer or first].append(place)
+        return places
+
+    def _differs(self, prefix: Prefix, after: Prefix | None, x: Tensor, logits: Tensor) -> bool:
+        """Whether a replay gives other logits; on the way what is before a later layer is recorded."""
+        with prefix.replayed(), _recorded(after):
+            again = self._subject.model(x)
+        return not torch.allclose(again, logits, rtol=1e-4, atol=1e-4 * float(logits.abs().max()))
+
+
+def _recorded(prefix: Prefix | None) -> AbstractContextManager:
+    return nullcontext() if prefix is None else prefix.recorded()
+
+
+def _dropped(model: nn.Module, shares: dict[str, float]) -> Tensor:
+    """Share of all choices that the last pass dropped, over the layers, each by its share of the choices."""
+    parts = [shares[name] * layer.statistics.dropped.double() for name, layer in vmoe.moe_layers(model)]
+    return torch.stack(parts).sum()
+
+
+def _interventions(
+    model: nn.Module, capacity_factors: Sequence[float], seed: int, device: torch.device
+) -> Iterator[_Intervention]:
+    for name, layer in vmoe.moe_layers(model):
+        experts = layer.num_experts
+        if layer.config.router not in _NO_CHOICE and experts > 1:
+            for expert in range(experts):
+                yield _Intervention(name, expert, None, None, lambda layer=layer, expert=expert: without(layer, expert))
+        generator = torch.Generator(device).manual_seed(seed)
+        yield _Intervention(
+            name, None, None, None, lambda layer=layer, generator=generator: random_routing(layer, generator)
+        )
+    for setting in _settings(model, capacity_factors):
+        yield _Intervention(None, None, *setting, lambda setting=setting: capacity(model, *setting))
+
+
+def _settings(model: nn.Module, capacity_factors: Sequence[float]) -> list[tuple[float, bool]]:
+    """The capacities to try: factor, and whether batch prioritized."""
+    config = vmoe.moe_layers(model)[0][1].config
+    if config.router == "soft":
+        return []
+    return list(itertools.product(capacity_factors, (False,) if config.fills_slots else (False, True)))
+
+
+def check_capacities(model: nn.Module, capacity_factors: Sequence[float]) -> None:
+    """Tries to set each capacity factor, without a pass.
+
+    Raises:
+        UserError: It cannot be set, whatever the images.
+    """
+    with restored_settings(model):
+        for factor in capacity_factors:
+            set_capacity(model, factor)
+
+
+@contextmanager
+def without(layer: MoeMlp, expert: int) -> Iterator[None]:
+    """Inside the block the layer routes on without an expert: its score is minus infinity, the next best is chosen.
+
+    Where tokens go to all experts there is none, and the expert's weight is 0.
+
+    Where experts fill slots, the others' shares of each token are scaled up to what they would be without it.
+    """
+    yield from _rerouted(layer, lambda router, routing: _without(router, routing, expert))
+
+
+@contextmanager
+def random_routing(layer: MoeMlp, generator: torch.Generator) -> Iterator[None]:
+    """Inside the block each token's gates are dealt out to random experts, so that only who gets what changes.
+
+    The gates keep their sizes: as sure a choice, of a random expert. For Soft MoE tokens also enter slots at random.
+    """
+    yield from _rerouted(layer, lambda _, routing: _shuffled(routing, generator))
+
+
+@contextmanager
+def capacity(model: nn.Module, factor: float, batch_priority: bool) -> Iterator[None]:
+    """Inside the block all layers have this capacity factor at evaluation, vanilla or batch prioritized.
+
+    Raises:
+        UserError: It cannot be set.
+    """
+    with restored_settings(model):
+        set_capacity(model, factor)
+        for _, layer in vmoe.moe_layers(model):
+            layer.config = dataclasses.replace(layer.config, batch_priority=batch_priority)
+        yield
+
+
+def _rerouted(layer: MoeMlp, change: Callable) -> Iterator[None]:
+    """The router's decision is replaced before places are handed out."""
+    handle = layer.router.register_forward_hook(lambda router, _, routing: change(router, routing))
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        handle.remove()
+
+
+def _without(router: nn.Module, routing: Routing | SlotRouting, expert: int) -> Routing | SlotRouting:
+    if isinstance(routing, SoftRouting):
+        left = routing.combine_weights_GSEC.clone()
+        left[:, :, expert] = 0
+        left = left / left.sum((2, 3), keepdim=True).clamp_min(torch.finfo(left.dtype).tiny)
+        return routing._replace(combine_weights_GSEC=left)
+    is_expert = torch.arange(routing.gates_GSE.shape[-1], device=routing.gates_GSE.device) == expert
+    if isinstance(routing, ExpertChoiceRouting):
+        left = routing.gates_GSE.masked_fill(is_expert, 0)
+        left = left / left.sum(-1, keepdim=True).clamp_min(torch.finfo(left.dtype).tiny)
+        return _experts_choose(left, routing)
+    logits = routing.logits_GSE.masked_fill(is_expert, -math.inf)
+    if isinstance(router, SigmoidRouter):
+        gates = routing.gates_GSE.masked_fill(is_expert, 0)
+        ranking = gates + router.bias
+    else:
+        gates = ranking = logits.softmax(-1)
+    # Last, but before those chosen already, which are at minus infinity: where K = E it is chosen, and weighs 0.
+    ranking = ranking.masked_fill(is_expert, torch.finfo(ranking.dtype).min)
+    chosen = top_experts(ranking, routing.chosen_GSK.shape[-1])
+    weights = weights_of(gates, chosen, router.renormalize)
+    return routing._replace(
+        logits_GSE=logits, noisy_logits_GSE=logits, gates_GSE=gates, chosen_GSK=chosen, weights_GSK=weights
+    )
+
+
+def _shuffled(routing: Routing | SlotRouting, generator: torch.Generator) -> Routing | SlotRouting:
+    if isinstance(routing, SoftRouting):
+        dispatch, combine = routing.dispatch_weights_GSEC, routing.combine_weights_GSEC
+        order = _orders(dispatch.movedim(1, -1), generator).movedim(-1, 1)
+        flat = combine.flatten(2)
+        return routing._replace(
+            dispatch_weights_GSEC=dispatch.gather(1, order),
+            combine_weights_GSEC=flat.gather(-1, _orders(flat, generator)).view_as(combine),
+        )
+    order = _orders(routing.gates_GSE, generator)  # expert e's gates go to expert order[e]
+    gates = torch.empty_like(routing.gates_GSE).scatter(-1, order, routing.gates_GSE)
+    if isinstance(routing, ExpertChoiceRouting):
+        return _experts_choose(gates, routing)
+    logits = torch.empty_like(routing.logits_GSE).scatter(-1, order, routing.logits_GSE)
+    chosen = order.gather(-1, routing.chosen_GSK)
+    return routing._replace(logits_GSE=logits, noisy_logits_GSE=logits, gates_GSE=gates, chosen_GSK=chosen)
+
+
+def _experts_choose(gates: Tensor, routing: ExpertChoiceRouting) -> ExpertChoiceRouting:
+    """Expert choice by other gates, with the capacity of `routing`."""
+    slots = None if routing.kept_G1C is None else routing.kept_G1C.sum((1, 2))
+    return expert_choice(gates, routing.groups, Capacity(routing.chosen_GEC.shape[-1], slots), routing.valid_GS)
+
+
+def _orders(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Random permutations along the last axis."""
+    return torch.rand(like.shape, generator=generator, device=like.device).argsort(-1)
+
+
+def _told(
+    interventions: Sequence[_Intervention], right: Tensor, labels: Tensor, dropped: Sequence[float], num_classes: int
+) -> Causes:
+    """The report's form of who was right (1 + I, n), the first row without an intervention."""
+    base, changed = right[0], right[1:]
+    ablation: dict[str, list[dict[str, Any]]] = {}
+    random_router, capacities = {}, []
+    of_class = torch.bincount(labels, minlength=num_classes).clamp_min(1)
+    for intervention, now, drop in zip(interventions, changed, dropped, strict=True):
+        change = paired_change(int((now & ~base).sum()), int((base & ~now).sum()), len(labels)).as_dict("change")
+        if intervention.expert is not None:
+            difference = torch.bincount(labels, (now.double() - base.double()), num_classes) / of_class
+            entry = {"expert": intervention.expert, **change, "by_class": difference.tolist()}
+            ablation.setdefault(intervention.layer, []).append(entry)
+        elif intervention.layer is not None:
+            random_router[intervention.layer] = change
+        else:
+            accuracy = wilson(int(now.sum()), len(labels)).as_dict("accuracy")
+            factor = intervention.factor
+            setting = {"factor": None if factor == math.inf else factor, "priority": intervention.priority}
+            capacities.append({**setting, **accuracy, "dropped": drop})
+    return Causes(len(labels), ablation, random_router, capacities or None)

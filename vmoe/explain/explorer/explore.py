@@ -1,0 +1,229 @@
+"""The explorer in Python: `explore(model, batches)` runs every analysis and gives numbers, sample and page."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from operator import length_hint
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from vmoe.checkpoints import TrainedModel
+from vmoe.errors import UserError
+from vmoe.explain.explorer.causes import Causes, find_causes
+from vmoe.explain.explorer.collection import collect, on_device
+from vmoe.explain.explorer.findings import findings
+from vmoe.explain.explorer.history import Snapshot, training_loads
+from vmoe.explain.explorer.probes import Probes, probe
+from vmoe.explain.explorer.report import accuracy_report, flows_report, layer_report, rounded, run_report
+from vmoe.explain.explorer.subject import Colour, Subject
+
+Track = Callable[[Iterable, str], Iterable]
+
+
+@dataclass(frozen=True)
+class ExploreOptions:
+    """How much to do.
+
+    Args:
+        sample: Images whose maps the page shows.
+        probe_images: Images on which consistency, agreement between runs and saturation are measured; 0 for none.
+        cause_images: Images on which experts are ablated and capacities tried, which costs a pass for each expert of
+            each layer; 0 for none.
+        capacity_factors: Capacity factors to try; inf drops nothing.
+        replicates: Replicates of bootstrap and null.
+        seed: Of sample, replicates and random routers.
+    """
+
+    sample: int = 300
+    probe_images: int = 1000
+    cause_images: int = 1000
+    capacity_factors: Sequence[float] = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
+    replicates: int = 100
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        least = {"sample": 1, "probe_images": 0, "cause_images": 0, "replicates": 20, "seed": 0}
+        for name, smallest in least.items():
+            if getattr(self, name) < smallest:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least {smallest}")
+
+
+@dataclass(frozen=True)
+class Exploration:
+    """What the explorer found.
+
+    Attributes:
+        report: Every number, as plain types.
+        images: The sampled images and their maps, as NumPy arrays.
+    """
+
+    report: dict[str, Any] = field(repr=False)
+    images: dict[str, Any] = field(repr=False)
+
+
+def explore(
+    model: nn.Module | TrainedModel | Subject,
+    batches: Iterable,
+    *,
+    name: str | None = None,
+    others: Sequence[TrainedModel | Subject] = (),
+    snapshots: Sequence[Snapshot] = (),
+    class_names: Sequence[str] | None = None,
+    patch_names: Sequence[str] | None = None,
+    image_names: Sequence[str] | None = None,
+    mean: Colour = (0.5, 0.5, 0.5),
+    std: Colour = (0.5, 0.5, 0.5),
+    provenance: dict[str, Any] | None = None,
+    options: ExploreOptions | None = None,
+    track: Track = lambda batches, description: batches,
+) -> Exploration:
+    """Explores what the experts of a V-MoE do.
+
+    Args:
+        model: A model with MoE layers, a checkpoint of one, or a `Subject`.
+        batches: Of (images (B, 3, H, W), labels (B,) or None, ...), to be gone through several times, each time the
+            same, and in random order: the first images serve for the costlier analyses, and nulls pair images of a
+            block. Where all labels are None, what needs them is left out: accuracy, classes, causes.
+        name: What the report calls it; by default a checkpoint's path, or the model's class.
+        others: Runs to compare with, which see the same images; dense ones too.
+        snapshots: Earlier checkpoints of the same run.
+        class_names: For a bare model: the names of its classes.
+        patch_names: Names of the batches' `patch_labels`, where they have these.
+        image_names: Of all images, in the order of the batches; by default they are called by their number.
+        mean: For a bare model: how images are normalised for it, to know their colours.
+        std: Likewise.
+        provenance: Told in the report: "checkpoint", "data", "split", "command", "versions".
+        options: How much to do.
+        track: Wraps batches in a progress bar.
+
+    Raises:
+        UserError: The model is dense, there is no image, images differ in size, a logit is not finite, or a capacity
+            factor cannot be set.
+    """
+    options = options or ExploreOptions()
+    subject = _subject(model, class_names, mean, std, name)
+    if subject.is_dense:
+        raise UserError(
+            f"{subject.name}: a dense model without experts, so there is no routing to explore; give a V-MoE's "
+            "checkpoint first, a dense twin may stand behind it"
+        )
+    subjects = [_subject(other, class_names, mean, std) for other in others]
+    given = {"patch_kinds": len(patch_names or ()), "replicates": options.replicates, "seed": options.seed}
+    collection = collect(subject, track(batches, subject.name), sample=options.sample, **given)
+    runs = [run_report(subject.name, collection)]
+    for other in subjects:
+        seen = _Adapted(track(batches, other.name), subject, other)
+        runs.append(run_report(other.name, collect(other, seen, sample=1, **given)))
+    probes = causes = None
+    if options.probe_images:
+        some = track(FirstImages(batches, options.probe_images), "consistency")
+        probes = probe(subject, some, subjects, [snapshot.subject for snapshot in snapshots], options.seed)
+    cause_images = options.cause_images if collection.correct is not None else 0
+    if cause_images:
+        some = FirstImages(batches, cause_images)
+        causes = find_causes(subject, some, options.capacity_factors, options.seed, track)
+    report = {
+        "title": f"What the experts of {subject.name} do",
+        "provenance": {
+            "seed": options.seed,
+            "num_images": collection.images,
+            "probe_images": min(options.probe_images, collection.images),
+            "cause_images": min(cause_images, collection.images),
+            "replicates": options.replicates,
+            **(provenance or {}),
+        },
+        "classes": list(subject.class_names),
+        "patch_names": None if patch_names is None else list(patch_names),
+        "accuracy": accuracy_report(collection),
+        "is_dense": False,
+        "layers": [
+            layer_report(layer, images, subject.class_names, options.seed)
+            for layer, images in zip(collection.layers, collection.sample["layers"], strict=True)
+        ],
+        "flows": flows_report(collection),
+        "capacity": None if causes is None else causes.capacity,
+        "training": training_loads(model.path) if isinstance(model, TrainedModel) else None,
+        "runs": runs,
+        **_probed(probes, subjects, snapshots),
+    }
+    for layer in report["layers"]:
+        _add(layer, probes, causes)
+    report["findings"] = findings(report)
+    images = collection.sample
+    if image_names is not None:
+        images = {**images, "name": np.array([image_names[number] for number in images["number"]])}
+    return Exploration(rounded(report), images)
+
+
+class FirstImages:
+    """The first `count` images of batches, each time they are gone through."""
+
+    def __init__(self, batches: Iterable, count: int) -> None:
+        self._batches, self._count = batches, count
+
+    def __length_hint__(self) -> int:
+        """How many batches to expect, for a progress bar; 0 where that is not known."""
+        size = getattr(self._batches, "batch_size", None)
+        return min(-(-self._count // size), length_hint(self._batches)) if size else 0
+
+    def __iter__(self) -> Iterator[Sequence]:
+        left = self._count
+        for batch in self._batches:
+            yield tuple(part[:left] if isinstance(part, torch.Tensor) else part for part in batch)
+            left -= len(batch[0])
+            if left <= 0:
+                return
+
+
+class _Adapted:
+    """The same batches as another model sees them."""
+
+    def __init__(self, batches: Iterable, subject: Subject, other: Subject) -> None:
+        self._batches, self._subject, self._other = batches, subject, other
+
+    def __iter__(self) -> Iterator[Sequence]:
+        for batch in self._batches:
+            images = self._subject.as_seen_by(self._other, on_device(batch, self._subject.device))
+            yield batch._replace(images=images) if hasattr(batch, "_replace") else (images, *batch[1:])
+
+
+def _subject(
+    model: nn.Module | TrainedModel | Subject,
+    class_names: Sequence[str] | None,
+    mean: Colour,
+    std: Colour,
+    name: str | None = None,
+) -> Subject:
+    if isinstance(model, Subject):
+        return model
+    if isinstance(model, TrainedModel):
+        return Subject.of(model, name or str(model.path))
+    names = class_names or [str(index) for index in range(model.num_classes)]
+    return Subject(name or type(model).__name__, model.eval(), list(names), mean, std)
+
+
+def _probed(probes: Probes | None, others: Sequence[Subject], snapshots: Sequence[Snapshot]) -> dict[str, Any]:
+    """The report's entries on other runs and earlier checkpoints."""
+    agreement = saturation = None
+    if probes is not None and any(probes.agreement):
+        pairs = zip(others, probes.agreement, strict=True)
+        agreement = [{"run": other.name, "layers": layers} for other, layers in pairs if layers]
+    if probes is not None and snapshots:
+        names = list(probes.consistency)
+        saturation = {
+            "epochs": [snapshot.epoch for snapshot in snapshots],
+            "layers": {name: [part[name] for part in probes.saturation] for name in names},
+        }
+    return {"agreement": agreement, "saturation": saturation}
+
+
+def _add(layer: dict[str, Any], probes: Probes | None, causes: Causes | None) -> None:
+    """Puts what probes and causes found of a layer into its report."""
+    name = layer["name"]
+    if probes is not None:
+        layer["consistency"] = probes.consistency[name]
+    if causes is not None:
+        layer["ablation"] = causes.ablation.get(name)
+        layer["random_router"] = causes.random_router.get(name)

@@ -1,0 +1,123 @@
+"""Figures with pictures in them: what each expert takes, and maps of some images through the layers.
+
+n sampled images of S x S pixels; N places of a layer's grid.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import cv2
+import numpy as np
+
+from vmoe.figures.palette import expert_colours, expert_hex
+from vmoe.figures.style import BODY, HEADING, LINE, MARGIN, MUTED, SMALL, Page, text_width
+
+_CROP, _GAP, _SHOWN = 72, 6, 8  # pixels of a crop and between crops, and crops of a kind
+_MAP, _IMAGES, _LAYERS = 140, 8, 12
+_TOP = 162  # of the maps, below two lines of a layer's name
+
+
+def draw_galleries(report: dict[str, Any], images: dict[str, Any]) -> Iterator[tuple[str, Page]]:
+    """A page of galleries for each layer, and one of maps, by file name without suffix."""
+    for index, layer in enumerate(report["layers"]):
+        yield f"experts-{index}", _experts(layer, images)
+    yield "maps", _maps(report, images)
+
+
+def _experts(layer: dict[str, Any], images: dict[str, Any]) -> Page:
+    """For each expert the patches with its largest gates and random ones of its own, each in its surroundings."""
+    row, half = _CROP + 40, _SHOWN * (_CROP + _GAP)
+    left = MARGIN + 110
+    page = Page(left + 2 * half + 40 + MARGIN, 150 + row * layer["num_experts"] + MARGIN)
+    page.heading(f"What experts take: {layer['name']}", "each framed patch in its surroundings, of the sampled images")
+    for x, text in ((left, "largest gates, one an image"), (left + half + 30, "at random")):
+        page.text(x, 130, text, BODY, weight="bold")
+    for index, expert in enumerate(layer["experts"]):
+        y = 150 + row * index
+        page.rectangle(MARGIN, y, 10, _CROP, face=expert_hex(index))
+        page.text(MARGIN + 22, y + 30, str(index), HEADING, weight="bold")
+        page.text(MARGIN + 22, y + 54, f"load {layer['load'][index]:.2f}", SMALL, color=MUTED)
+        if expert["dead"]:
+            page.text(left, y + 40, "dead: it takes no patch", BODY, color=MUTED)
+        for x, told in ((left, expert["top"]), (left + half + 30, expert["random"])):
+            if told:
+                page.picture(x, y, _strip(told[:_SHOWN], images["pixels"], layer["grid"]))
+            for place, patch in enumerate(told[:_SHOWN]):
+                page.text(x + place * (_CROP + _GAP), y + _CROP + 18, f"{patch['gate']:.2f}", SMALL, color=MUTED)
+    return page
+
+
+def _strip(told: list[dict[str, Any]], pixels: np.ndarray, grid: list[int]) -> np.ndarray:
+    """The crops side by side, as one picture: an axis each would take minutes where there are many experts."""
+    gap = np.ones((_CROP, _GAP, 3))
+    crops = [part for patch in told for part in (_crop(pixels[patch["image"]], patch["patch"], grid), gap)]
+    return np.concatenate(crops[:-1], 1)
+
+
+def _crop(pixels: np.ndarray, patch: int, grid: list[int]) -> np.ndarray:
+    """The patch framed, with a patch around it on each side: (crop, crop, 3) in [0, 1]."""
+    rows, columns = grid
+    height, width = pixels.shape[0] / rows, pixels.shape[1] / columns
+    row, column = divmod(patch, columns)
+    centre = (column + 0.5) * width, (row + 0.5) * height
+    scale = _CROP / (3 * max(height, width))
+    matrix = np.array([[scale, 0, _CROP / 2 - scale * centre[0]], [0, scale, _CROP / 2 - scale * centre[1]]])
+    crop = cv2.warpAffine(
+        pixels, matrix, (_CROP, _CROP), flags=cv2.INTER_NEAREST, borderMode=cv2.BORDER_CONSTANT, borderValue=(238,) * 3
+    )
+    reach = round(scale * width / 2) + 2, round(scale * height / 2) + 2
+    corners = (_CROP // 2 - reach[0], _CROP // 2 - reach[1]), (_CROP // 2 + reach[0], _CROP // 2 + reach[1])
+    cv2.rectangle(crop, *corners, (255, 255, 255), 3)
+    cv2.rectangle(crop, *corners, (0, 0, 0), 1)
+    return crop / 255
+
+
+def _maps(report: dict[str, Any], images: dict[str, Any]) -> Page:
+    """Some images and the first choice of each patch in the first layers, opacity by gate."""
+    layers = list(zip(report["layers"], images["layers"], strict=True))[:_LAYERS]
+    count = min(_IMAGES, len(images["label"]))
+    step = _MAP + 16
+    width = max(step * (1 + len(layers)), 680)
+    page = Page(width + 2 * MARGIN, _TOP + (step + 24) * count + MARGIN)
+    page.heading("Which expert takes which patch", "first choices in the experts' colours, the surer the stronger")
+    for column, (layer, _) in enumerate(layers):
+        for line, text in enumerate(reversed(_name_lines(layer["name"]))):
+            left = MARGIN + step * (1 + column)
+            page.text(left, _TOP - 18 - LINE * line, page.fit(text, BODY, _MAP, weight="bold"), weight="bold")
+    for row in range(count):
+        y = _TOP + (step + 24) * row
+        pixels = images["pixels"][row]
+        page.picture(MARGIN, y, cv2.resize(pixels, (_MAP, _MAP), interpolation=cv2.INTER_AREA) / 255)
+        page.text(MARGIN, y + _MAP + 20, page.fit(_caption(report, images, row), SMALL, width), SMALL, color=MUTED)
+        for column, (layer, maps) in enumerate(layers):
+            page.picture(MARGIN + step * (1 + column), y, _overlay(pixels, layer, maps, row))
+    return page
+
+
+def _name_lines(name: str) -> list[str]:
+    """A layer's name in one line or, where that is wider than a map, in two."""
+    parts = name.split(".")
+    half = len(parts) // 2
+    if half == 0 or text_width(name, BODY, weight="bold") <= _MAP:
+        return [name]
+    return [".".join(parts[:half]) + ".", ".".join(parts[half:])]
+
+
+def _caption(report: dict[str, Any], images: dict[str, Any], row: int) -> str:
+    """An image's class and what it was taken for; where it has no label, its name."""
+    label, predicted = images["label"][row], images["predicted"][row]
+    if label < 0:
+        return str(images["name"][row]) if "name" in images else f"image {images['number'][row]}"
+    told = report["classes"][label]
+    return told if label == predicted else f"{told}, taken for {report['classes'][predicted]}"
+
+
+def _overlay(pixels: np.ndarray, layer: dict[str, Any], maps: dict[str, Any], image: int) -> np.ndarray:
+    grey = cv2.resize(pixels, (_MAP, _MAP), interpolation=cv2.INTER_AREA).mean(-1, keepdims=True) / 255
+    first = maps["chosen"][image, layer["prefix"] :, 0].astype(int)
+    gates = maps["gates"][image, layer["prefix"] :].astype(float)
+    sure = np.where(first >= 0, np.take_along_axis(gates, first.clip(0)[:, None], 1)[:, 0], 0)
+    colour = expert_colours(layer["num_experts"])[first.clip(0)]
+    painted = np.concatenate([colour, (0.25 + 0.6 * sure * (first >= 0))[:, None] * (first >= 0)[:, None]], 1)
+    painted = cv2.resize(painted.reshape(*layer["grid"], 4), (_MAP, _MAP), interpolation=cv2.INTER_NEAREST)
+    return np.clip(painted[..., :3] * painted[..., 3:] + (0.5 + 0.5 * grey) * (1 - painted[..., 3:]), 0, 1)

@@ -1,0 +1,77 @@
+"""What a run's folder tells of the past: the experts' loads in every epoch, and earlier checkpoints."""
+
+import csv
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from vmoe.checkpoints import RunFolder, TrainedModel, load_checkpoint
+from vmoe.errors import UserError
+from vmoe.explain.explorer.subject import Subject
+from vmoe.moe import MoeConfig
+
+
+class Snapshot(NamedTuple):
+    """The model after some epochs of its run."""
+
+    epoch: int
+    subject: Subject
+
+
+def run_folder(checkpoint: Path) -> RunFolder | None:
+    """The run's folder that a checkpoint file stands in, if it does."""
+    folder = RunFolder(checkpoint.parent.parent)
+    return folder if checkpoint.parent == folder.last.parent else None
+
+
+def training_loads(checkpoint: Path) -> dict[str, Any] | None:
+    """Each expert's load relative to the fair share after every epoch, from the run's metrics.csv; None without one.
+
+    Raises:
+        UserError: The file is there but is not what training writes.
+    """
+    folder = run_folder(checkpoint)
+    if folder is None or not folder.metrics.is_file():
+        return None
+    try:
+        with open(folder.metrics, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        columns: dict[str, list[str]] = {}
+        for column in rows[0] if rows else ():
+            if column.startswith("moe/") and "/load/" in column:
+                columns.setdefault(column[len("moe/") :].partition("/load/")[0], []).append(column)
+        steps = [int(row["step"]) for row in rows]
+        layers = {
+            name: {"load": [[float(row[column]) for column in wanted] for row in rows]}
+            for name, wanted in columns.items()
+        }
+    except (KeyError, TypeError, ValueError, UnicodeDecodeError) as error:
+        raise UserError(f"{folder.metrics}: is not a table that training wrote ({error}); move it away") from error
+    return {"steps": steps, "layers": layers} if layers else None
+
+
+def snapshots(checkpoint: Path, device: torch.device) -> list[Snapshot]:
+    """The run's checkpoints by epoch, each epoch once, the given one last; none where it is the only one.
+
+    Later ones than the given are left out.
+    """
+    folder = run_folder(checkpoint)
+    if folder is None:
+        return []
+    found: dict[int, Snapshot] = {}
+    last = load_checkpoint(checkpoint, device)
+    for path in sorted(folder.last.parent.glob("*.ckpt")):
+        each = load_checkpoint(path, device)
+        is_same = each.class_names == last.class_names and _layers(each) == _layers(last)
+        if is_same and each.epoch < last.epoch:
+            found.setdefault(each.epoch, Snapshot(each.epoch, Subject.of(each, path.name)))
+    if not found:
+        return []
+    return [*(found[epoch] for epoch in sorted(found)), Snapshot(last.epoch, Subject.of(last, checkpoint.name))]
+
+
+def _layers(checkpoint: TrainedModel) -> MoeConfig | None:
+    """What its MoE layers are, whether their config was written with or without the router's defaults."""
+    moe = checkpoint.config["moe"]
+    return None if moe is None else MoeConfig(**moe).resolved()

@@ -1,0 +1,83 @@
+"""One layer's routing of a batch as maps: patches row by row on the layer's grid, whatever the router and the backbone.
+
+B images of P prefix tokens and N = rows * columns places; E experts; K choices a token.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vmoe.routing.recording import LayerRouting
+
+
+class LayerMaps(NamedTuple):
+    """The routing of B images; prefix tokens come first, then the grid's places row by row.
+
+    Where experts have slots (expert choice, Soft MoE) a token's choice is the expert with the largest combine weight,
+    and its gates are its combine weights by expert.
+
+    Attributes:
+        gates: (B, P + N, E) float.
+        choices: (B, P + N, K) int64, the experts, best first and before drops; -1 where there is none: padding, and
+            tokens that no expert took.
+        taken: (B, P + N, E) float, what each expert takes of a token: 1 for a choice, 1 for a token in an expert's
+            slots (expert choice), the combine weight (Soft MoE).
+        dropped: (B, P + N, K) bool, choices that found their expert full or tokens that no expert took; None for Soft
+            MoE.
+        entropy: (B, P + N) of the gates, nats.
+        valid: (B, P + N) bool, False for padding.
+        dispatch: (B, P + N, E) weight of each token in the expert's slots; None where tokens choose.
+        grid: (rows, columns).
+        prefix: P.
+        prefix_names: What each of these is.
+    """
+
+    gates: Tensor
+    choices: Tensor
+    taken: Tensor
+    dropped: Tensor | None
+    entropy: Tensor
+    valid: Tensor
+    dispatch: Tensor | None
+    grid: tuple[int, int]
+    prefix: int
+    prefix_names: tuple[str, ...]
+
+    @property
+    def patch_choices(self) -> Tensor:
+        """The choices of the patches alone, (B, N, K)."""
+        return self.choices[:, self.prefix :]
+
+
+def layer_maps(routing: LayerRouting, router: str) -> LayerMaps:
+    """The maps of a recorded layer whose `MoeConfig.router` is `router`."""
+
+    def ordered(values: Tensor) -> Tensor:
+        prefix = values[:, : routing.num_prefix_tokens]
+        return torch.cat([prefix, routing.on_grid(values).flatten(1, 2)], 1)
+
+    real = torch.ones_like(routing.gates[..., 0], dtype=torch.bool) if routing.valid is None else routing.valid
+    valid = ordered(real)
+    shares = routing.gates.float()
+    shares = shares / shares.sum(-1, keepdim=True).clamp_min(torch.finfo(shares.dtype).tiny)
+    common = {
+        "entropy": ordered(torch.special.entr(shares).sum(-1)),
+        "valid": valid,
+        "grid": routing.grid,
+        "prefix": routing.num_prefix_tokens,
+        "prefix_names": routing.prefix_names,
+    }
+    if routing.chosen is not None:
+        chosen, gates = ordered(routing.chosen), ordered(routing.gates.float())
+        taken = torch.zeros_like(gates).scatter(-1, chosen, 1.0) * valid[..., None]
+        dropped = ordered(routing.dropped) & valid[..., None]
+        return LayerMaps(gates, chosen.masked_fill(~valid[..., None], -1), taken, dropped, dispatch=None, **common)
+    weights = ordered(routing.combine.float().sum(-1)) * valid[..., None]
+    dispatch = ordered(routing.dispatch.float().sum(-1)) * valid[..., None]
+    best, choices = weights.max(-1, keepdim=True)
+    choices = choices.masked_fill(best == 0, -1)
+    if router == "soft":
+        return LayerMaps(weights, choices, weights, None, dispatch=dispatch, **common)
+    dropped = (choices == -1) & valid[..., None]
+    return LayerMaps(weights, choices, (dispatch > 0).float(), dropped, dispatch=dispatch, **common)

@@ -1,0 +1,185 @@
+"""Does routing stay the same: for a mirrored or moved image, in another run, earlier in training?
+
+All compare the first choices of the same patches. B images; N places of a layer's grid; E experts; R replicates.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vmoe.explain.explorer.collection import on_device, routed
+from vmoe.explain.explorer.maps import LayerMaps
+from vmoe.explain.explorer.statistics import matched_agreement, mean_interval
+from vmoe.explain.explorer.subject import Subject
+
+SHIFT_SHARE = 64  # an image is moved by this part of its side, at least by a pixel
+NULL_PERMUTATIONS = 20  # an image batch
+
+
+def flipped(images: Tensor) -> Tensor:
+    """Mirrors images left to right."""
+    return images.flip(-1)
+
+
+def moved(images: Tensor) -> Tensor:
+    """Moves images right by 1/64 of their width, at least one pixel; the left edge is repeated."""
+    step = max(1, round(images.shape[-1] / SHIFT_SHARE))
+    return F.pad(images, (step, 0, 0, 0), mode="replicate")[..., : images.shape[-1]]
+
+
+@dataclass
+class Consistency:
+    """Share of an image's patches whose first choice stays when the image is changed, against chance.
+
+    Patches are compared where they show the same: a mirrored image's map is mirrored back, a moved image's is taken as
+    it is. Chance is the agreement of two independent draws from the experts' shares, sum of p_e^2.
+    """
+
+    shares: dict[str, list[np.ndarray]] = field(default_factory=lambda: {"flip": [], "shift": []})
+    first: Tensor | None = None  # (E,) first choices
+
+    def update(self, plain: LayerMaps, mirrored: LayerMaps, shifted: LayerMaps) -> None:
+        """Adds a batch."""
+        here, there = _first(plain), _first(mirrored).unflatten(1, plain.grid).flip(-1).flatten(1)
+        for name, other in (("flip", there), ("shift", _first(shifted))):
+            seen = (here >= 0) & (other >= 0)
+            same = ((here == other) & seen).sum(1) / seen.sum(1).clamp_min(1)
+            self.shares[name].append(same.cpu().numpy())
+        counts = torch.bincount(here[here >= 0], minlength=plain.gates.shape[-1])
+        self.first = counts if self.first is None else self.first + counts
+
+    def result(self) -> dict[str, dict[str, float]]:
+        """For "flip" and "shift": value, low, high and chance."""
+        share = (self.first / self.first.sum().clamp_min(1)).double()
+        chance = float(share.square().sum())
+        return {
+            name: {**mean_interval(np.concatenate(parts)).as_dict(), "chance": chance}
+            for name, parts in self.shares.items()
+        }
+
+
+@dataclass
+class Agreement:
+    """Whether two routers cut the patches alike, whatever their experts' numbers.
+
+    The share of patches on which they agree once experts are paired one to one as well as can be. The null pairs the
+    routing of one image by the first with that of another by the second, place by place.
+    """
+
+    table: np.ndarray | None = None  # (E, E')
+    null: np.ndarray | None = None  # (R, E, E')
+
+    def update(self, one: LayerMaps, other: LayerMaps, generator: torch.Generator) -> None:
+        """Adds a batch."""
+        first, second = _first(one), _first(other)
+        orders = [torch.randperm(len(first), generator=generator).to(first.device) for _ in range(NULL_PERMUTATIONS)]
+        table = _joint(one, first, other, second)
+        null = np.stack([_joint(one, first, other, second[order]) for order in orders])
+        self.table = table if self.table is None else self.table + table
+        self.null = null if self.null is None else self.null + null
+
+    def result(self) -> dict[str, float]:
+        """Value, null_mean and null_high (95 %)."""
+        null = np.array([matched_agreement(table) for table in self.null])
+        return {
+            "value": matched_agreement(self.table),
+            "null_mean": float(null.mean()),
+            "null_high": float(np.quantile(null, 0.95)),
+        }
+
+
+@dataclass
+class Saturation:
+    """How far routing is decided: share of a token's choices that the last checkpoint makes too (router saturation,
+    Muennighoff et al. 2024, https://arxiv.org/abs/2409.02060, section 4.1.1).
+    """
+
+    same: int = 0
+    choices: int = 0
+
+    def update(self, early: LayerMaps, last: LayerMaps) -> None:
+        """Adds a batch."""
+        here, there = early.patch_choices, last.patch_choices
+        seen = there >= 0
+        self.same += int(((there[..., None] == here[..., None, :]).any(-1) & seen).sum())
+        self.choices += int(seen.sum())
+
+    def result(self) -> float:
+        return self.same / max(self.choices, 1)
+
+
+def _first(maps: LayerMaps) -> Tensor:
+    return maps.patch_choices[..., 0]
+
+
+def _joint(one: LayerMaps, first: Tensor, other: LayerMaps, second: Tensor) -> np.ndarray:
+    """Patches by first choice in one and in the other."""
+    experts = one.gates.shape[-1], other.gates.shape[-1]
+    index = (first * experts[1] + second)[(first >= 0) & (second >= 0)]
+    return torch.bincount(index, minlength=math.prod(experts)).view(experts).cpu().numpy()
+
+
+@dataclass(frozen=True)
+class Probes:
+    """What `probe` found, in the report's form.
+
+    Attributes:
+        consistency: By layer.
+        agreement: Of each other run, by layer that both have with the same grid.
+        saturation: Of each earlier checkpoint, by layer.
+    """
+
+    consistency: dict[str, dict[str, dict[str, float]]]
+    agreement: list[dict[str, dict[str, float]]]
+    saturation: list[dict[str, float]]
+
+
+@torch.inference_mode()
+def probe(
+    subject: Subject,
+    batches: Iterable,
+    others: Sequence[Subject] = (),
+    snapshots: Sequence[Subject] = (),
+    seed: int = 0,
+) -> Probes:
+    """Routes the same images several times and compares.
+
+    Args:
+        subject: The model.
+        batches: Of (images, labels, ...), normalised for the model.
+        others: Runs to compare experts with.
+        snapshots: The same run, earlier.
+        seed: Of the null's permutations.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    consistency: dict[str, Consistency] = {}
+    agreement: list[dict[str, Agreement]] = [{} for _ in others]
+    saturation: list[dict[str, Saturation]] = [{} for _ in snapshots]
+    for batch in batches:
+        x = on_device(batch, subject.device)
+        plain = _maps(subject, x)
+        mirrored, shifted = _maps(subject, x, flipped), _maps(subject, x, moved)
+        for name, maps in plain.items():
+            consistency.setdefault(name, Consistency()).update(maps, mirrored[name], shifted[name])
+        for found, other in zip(agreement, others, strict=True):
+            for name, maps in _maps(other, subject.as_seen_by(other, x)).items():
+                if name in plain and maps.grid == plain[name].grid:
+                    found.setdefault(name, Agreement()).update(plain[name], maps, generator)
+        for found, early in zip(saturation, snapshots, strict=True):
+            for name, maps in _maps(early, x).items():
+                found.setdefault(name, Saturation()).update(maps, plain[name])
+    return Probes(_results(consistency), list(map(_results, agreement)), list(map(_results, saturation)))
+
+
+def _maps(subject: Subject, x: Tensor, change: Callable[[Tensor], Tensor] = lambda x: x) -> dict[str, LayerMaps]:
+    return routed(subject.model, change(x))[1]
+
+
+def _results(parts: dict[str, Any]) -> dict[str, Any]:
+    return {name: part.result() for name, part in parts.items()}

@@ -1,0 +1,1 @@
+"""Heatmaps: where each patch of an image goes, as figures, a page and numbers."""

@@ -1,0 +1,188 @@
+"""Where each patch of an image goes: routes images through a V-MoE and writes a figure a layer and an index of numbers.
+
+R x C patches of an image, E experts, K choices a token.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import vmoe
+from vmoe.data import eval_crop, eval_transform
+from vmoe.errors import UserError
+from vmoe.routing.recording import LayerRouting
+
+
+@dataclass(frozen=True)
+class RoutedImage:
+    """An image, what the model said of it, and how its tokens were routed."""
+
+    model_input: np.ndarray  # (S, S, 3) uint8, the picture that the model saw
+    detail: np.ndarray  # (S', S', 3) uint8, the same part of the image in finer resolution, S' >= S
+    probabilities: np.ndarray  # (classes,) float
+    layers: dict[str, LayerRouting]  # of this one image, B = 1, as `drawable` makes them
+
+    @property
+    def predicted(self) -> int:
+        """The most probable class."""
+        return int(self.probabilities.argmax())
+
+
+@torch.no_grad()
+def route_image(
+    model: nn.Module,
+    image: np.ndarray,
+    image_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    detail_size: int = 400,
+) -> RoutedImage:
+    """Runs one image through the model, prepared as in evaluation. It is alone in its batch and routing group.
+
+    Args:
+        model: a V-MoE in evaluation mode.
+        image: (H, W, 3) uint8 of any size.
+        image_size: side of the model's input in pixels.
+        mean: of the channels, as in training.
+        std: of the channels, as in training.
+        detail_size: largest side of the finer picture to draw over.
+
+    Raises:
+        UserError: the model is dense, or a logit is not finite.
+    """
+    require_experts(model)
+    device = next(model.parameters()).device
+    pixels = eval_transform(image_size, mean, std)(image)[None].to(device)
+    with vmoe.record_routing(model) as trace:
+        logits = model(pixels)
+    if not logits.isfinite().all():
+        raise UserError("CKPT: the model gives logits that are not finite; its training probably diverged")
+    finer = max(image_size, min(detail_size, *image.shape[:2]))
+    return RoutedImage(
+        model_input=eval_crop(image, image_size),
+        detail=eval_crop(image, finer),
+        probabilities=logits[0].float().softmax(-1).cpu().numpy(),
+        layers={name: drawable(routing) for name, routing in trace.layers.items()},
+    )
+
+
+def require_experts(model: nn.Module) -> None:
+    """Refuses a dense model, which routes nothing.
+
+    Raises:
+        UserError: the model has no MoE layer.
+    """
+    if not vmoe.moe_layers(model):
+        raise UserError("CKPT: a dense model without experts, which routes nothing; give a V-MoE's checkpoint")
+
+
+def select_layers(model: nn.Module, wanted: Sequence[str] | None) -> list[str]:
+    """The names of the MoE layers that `wanted` asks for, by name ("blocks.1.mlp") or number of the block ("1").
+
+    None and "all" ask for all of them.
+
+    Raises:
+        UserError: one of them is no MoE layer of the model.
+    """
+    names = [name for name, _ in vmoe.moe_layers(model)]
+    if not wanted or "all" in wanted:
+        return names
+    chosen = {name for layer in wanted for name in names if layer == name or layer in name.split(".")}
+    for layer in wanted:
+        if not any(layer == name or layer in name.split(".") for name in names):
+            raise UserError(f"--layers {layer}: no such MoE layer; this model has {', '.join(names)}")
+    return [name for name in names if name in chosen]
+
+
+def output_names(paths: Sequence[Path]) -> list[str]:
+    """A name for the figures of each image: its stem, with -2, -3, ... where another image has it in any case.
+
+    Names are cut to 50 characters, so that what is added to them fits any file system.
+    """
+    names: list[str] = []
+    taken: set[str] = set()
+    stems = [path.stem[:50] for path in paths]
+    reserved = {stem.casefold() for stem in stems}
+    for stem in stems:
+        name, count = stem, 1
+        while name.casefold() in taken or (count > 1 and name.casefold() in reserved):
+            count += 1
+            name = f"{stem}-{count}"
+        taken.add(name.casefold())
+        names.append(name)
+    return names
+
+
+def describe_layer(routing: LayerRouting) -> dict:
+    """The numbers behind a layer's figure, as plain types. Shares are of this image's patches, prefix tokens apart."""
+    patches = patch_part(routing)
+    chosen, gates = patches.chosen[0], patches.gates[0]
+    num_experts, top_k = gates.shape[-1], chosen.shape[-1]
+    first, any_choice = (
+        torch.bincount(part[part >= 0], minlength=num_experts).double() for part in (chosen[:, 0], chosen.flatten())
+    )
+    return {
+        "grid": list(routing.grid),
+        "num_experts": num_experts,
+        "top_k": top_k,
+        "first_choice_share": (first / len(chosen)).tolist(),
+        "choice_share": (any_choice / any_choice.sum().clamp_min(1)).tolist(),
+        "mean_gate": gates.double().mean(0).tolist(),
+        "dropped_choices": int(patches.dropped.sum()),
+        "dropped_share": float(patches.dropped.double().mean()),
+        "prefix_tokens": [
+            {
+                "token": name,
+                "experts": (experts := routing.chosen[0, index][routing.chosen[0, index] >= 0]).tolist(),
+                "gates": routing.gates[0, index][experts].tolist(),
+                "dropped": routing.dropped[0, index].tolist(),
+            }
+            for index, name in enumerate(routing.prefix_names)
+        ],
+    }
+
+
+def patch_part(routing: LayerRouting) -> LayerRouting:
+    """The same routing without its class and register tokens: N = rows * columns."""
+    start = routing.num_prefix_tokens
+    return LayerRouting(
+        gates=routing.gates[:, start:],
+        chosen=routing.chosen[:, start:],
+        combine_weights=routing.combine_weights[:, start:],
+        dropped=routing.dropped[:, start:],
+        grid=routing.grid,
+        num_prefix_tokens=0,
+    )
+
+
+def drawable(routing: LayerRouting) -> LayerRouting:
+    """The same routing on the CPU with its patches row by row, and with choices also where experts have slots.
+
+    There a token's choices are the two experts that contribute most to its result, -1 where fewer do, its gates their
+    shares of it; a token that no expert took counts as dropped, once.
+    """
+    gates, chosen, weights, dropped = routing.gates, routing.chosen, routing.combine_weights, routing.dropped
+    if routing.combine is not None:
+        gates = routing.combine.sum(-1)
+        weights, chosen = gates.topk(min(2, gates.shape[-1]))
+        chosen = chosen.masked_fill(weights == 0, -1)
+        dropped = weights[..., :1] == 0
+
+    def row_by_row(values: Tensor) -> Tensor:
+        prefix = values[:, : routing.num_prefix_tokens]
+        return torch.cat([prefix, routing.on_grid(values).flatten(1, 2)], 1).cpu()
+
+    return LayerRouting(
+        row_by_row(gates.float()),
+        row_by_row(chosen),
+        row_by_row(weights.float()),
+        row_by_row(dropped),
+        routing.grid,
+        routing.num_prefix_tokens,
+        prefix_names=routing.prefix_names,
+        dispatch=routing.dispatch,  # tells that experts have slots
+    )

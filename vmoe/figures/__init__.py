@@ -1,0 +1,1 @@
+"""What all drawn figures share: the colours of experts, and pages of text and pictures."""

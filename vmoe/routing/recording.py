@@ -1,0 +1,239 @@
+"""Recording of routing decisions, so that anyone can draw who goes where.
+
+B images of N tokens, of which the first `num_prefix_tokens` are no patches; E experts; K choices a token; C slots an
+expert has for an image.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from vmoe.moe import MoeMlp, Routing, SlotRouting, moe_layers
+from vmoe.moe.passes import is_backward
+from vmoe.routing.grids import Picture, TokenGrid, locate, prefix_names
+
+
+@dataclass(frozen=True)
+class LayerRouting:
+    """How one MoE layer routed the tokens of B images; detached tensors on the layer's device.
+
+    Where tokens choose experts, `chosen`, `combine_weights` and `dropped` say what became of each choice. Where experts
+    have slots (expert choice, Soft MoE) these are None, and `dispatch` and `combine` hold the whole mapping.
+
+    Attributes:
+        gates: (B, N, E) softmax of the router's scores, float32 or wider; for Soft MoE each expert's share of a token's
+            result.
+        chosen: (B, N, K) the experts, best first.
+        combine_weights: (B, N, K), zero where dropped.
+        dropped: (B, N, K) bool, whether the expert was full; False for padding.
+        grid: (rows, columns) of the patches; N = num_prefix_tokens + rows * columns but for padding.
+        num_prefix_tokens: Class and register tokens, which come first.
+        order: Place of each patch token on the grid, counted row by row: (rows * columns,) int64, or one row an image,
+            -1 for padding; None where they come row by row. `on_grid` takes it into account.
+        dispatch: (B, N, E, C) weight of each token in each slot.
+        combine: (B, N, E, C) weight of each slot in each token's result.
+        valid: (B, N) bool, False for padding; None where all tokens are real.
+        prefix_names: What each of the first `num_prefix_tokens` is: "class token", "register 1", ...
+    """
+
+    gates: Tensor
+    chosen: Tensor | None
+    combine_weights: Tensor | None
+    dropped: Tensor | None
+    grid: tuple[int, int]
+    num_prefix_tokens: int
+    order: Tensor | None = None
+    dispatch: Tensor | None = None
+    combine: Tensor | None = None
+    valid: Tensor | None = None
+    prefix_names: tuple[str, ...] = ()
+
+    def on_grid(self, values: Tensor) -> Tensor:
+        """Values of the layer's tokens as a map: (B, N, ...) -> (B, rows, columns, ...).
+
+        Zero where an image has no patch.
+        """
+        patches = values[:, self.num_prefix_tokens :]
+        if self.order is None:
+            return patches.unflatten(1, self.grid)
+        images, places = values.shape[0], self.grid[0] * self.grid[1]
+        order = self.order.to(values.device).expand(images, -1)
+        padded = values.new_zeros(images, places + 1, *values.shape[2:])
+        padded[torch.arange(images, device=values.device)[:, None], order.where(order >= 0, places)] = patches
+        return padded[:, :places].unflatten(1, self.grid)
+
+
+class _Pass(NamedTuple):
+    """What is kept of one forward pass of a layer: what a map is drawn from, and neither tokens nor scores.
+
+    Attributes:
+        gates: (B, N, E).
+        valid: (B, N); None where all tokens are real.
+        choices: `chosen`, `combine_weights` and `dropped` as in `LayerRouting`; None where experts have slots.
+        slots: The decision of experts that have slots; else None.
+        tokens: Where the tokens lie.
+        prefix_names: What those before the patches are.
+    """
+
+    gates: Tensor
+    valid: Tensor | None
+    choices: tuple[Tensor, Tensor, Tensor] | None
+    slots: SlotRouting | None
+    tokens: TokenGrid
+    prefix_names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class RoutingTrace:
+    """The routing of all MoE layers, by the layer's name; filled while the `record_routing` block runs."""
+
+    _passes: dict[str, list[_Pass]] = field(default_factory=dict)
+    _joined: dict[str, tuple[int, LayerRouting]] = field(default_factory=dict, repr=False)
+
+    @property
+    def layers(self) -> dict[str, LayerRouting]:
+        """Each layer's routing; several forward passes stand one behind the other along B.
+
+        Raises:
+            ValueError: The passes recorded had images of different sizes.
+        """
+        return {name: self._layer(name, passes) for name, passes in self._passes.items() if passes}
+
+    def _layer(self, name: str, passes: list[_Pass]) -> LayerRouting:
+        count, joined = self._joined.get(name, (0, None))
+        if joined is None or count < len(passes):
+            joined = _joined(name, passes)
+            self._joined[name] = len(passes), joined
+        return joined
+
+
+@contextmanager
+def record_routing(model: nn.Module) -> Iterator[RoutingTrace]:
+    """Records every routing decision of the forward passes inside the block. Results stay the same.
+
+    A compiled model runs uncompiled inside the block. Blocks may stand within each other: each trace holds the passes
+    inside its own. What activation checkpointing computes again in the backward pass, and passes of meta or fake
+    tensors, which hold no decisions, are not recorded.
+
+    Example:
+        with record_routing(model) as trace:
+            model(images)
+        trace.layers["blocks.1.mlp"].chosen
+
+    Raises:
+        ValueError: The model has no MoE layer; or, in a forward pass, a layer's tokens make no grid.
+    """
+    layers = moe_layers(model)
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no MoE layer to record; it is a dense model")
+    recorder = _Recorder(getattr(model, "_orig_mod", model), dict(layers))
+    recorders = {name: partial(recorder.keep, name) for name, _ in layers}
+    handles = [
+        recorder.model.register_forward_pre_hook(recorder.begin, with_kwargs=True),
+        recorder.model.register_forward_hook(recorder.succeed),
+        recorder.model.register_forward_hook(recorder.end, always_call=True),
+    ]
+    for name, layer in layers:
+        layer.recorders = (*layer.recorders, recorders[name])
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield recorder.trace
+    finally:
+        for handle in handles:
+            handle.remove()
+        for name, layer in layers:
+            layer.recorders = tuple(each for each in layer.recorders if each is not recorders[name])
+
+
+class _Recorder:
+    """Fills a trace, pass by pass."""
+
+    def __init__(self, model: nn.Module, layers: dict[str, MoeMlp]) -> None:
+        self.model = model
+        self.trace = RoutingTrace({name: [] for name in layers})
+        self._layers = layers
+        self._picture = Picture()
+        self._before: dict[str, int] | None = None  # passes of each layer before one that has not succeeded
+
+    def begin(self, model: nn.Module, inputs: tuple, named: dict) -> None:
+        """Hook before the model's forward pass."""
+        self._picture = Picture.of(inputs, named)
+        self._before = {name: len(passes) for name, passes in self.trace._passes.items()}
+
+    def succeed(self, model: nn.Module, inputs: tuple, output: object) -> None:
+        """Hook after one that did not fail."""
+        self._before = None
+
+    def end(self, model: nn.Module, inputs: tuple, output: object) -> None:
+        """Hook after each: forgets what a pass that failed had recorded in its first layers."""
+        self._picture = Picture()
+        if self._before is not None:
+            for name, count in self._before.items():
+                del self.trace._passes[name][count:]
+            self.trace._joined.clear()
+            self._before = None
+
+    def keep(self, name: str, record: Routing | SlotRouting, shape: torch.Size) -> None:
+        """Hook in a layer: keeps its decision on an input of this shape."""
+        if is_backward() or record.gates_GSE.is_meta or isinstance(record.gates_GSE, FakeTensor):
+            return
+        tokens = locate(self.model, name, shape, self._layers[name].use_conv, self._picture)
+        record = type(record)(*(part.detach() if isinstance(part, Tensor) else part for part in record))
+        names = prefix_names(self.model, name, tokens.num_prefix_tokens)
+        self.trace._passes[name].append(_pass(record, shape[0], tokens, names))
+
+
+def _pass(record: Routing | SlotRouting, images: int, tokens: TokenGrid, names: tuple[str, ...]) -> _Pass:
+    def by_image(values: Tensor) -> Tensor:  # (G, S, ...) -> (B, N, ...)
+        flat = record.groups.merge(values)
+        return flat.reshape(images, -1, *flat.shape[1:])
+
+    valid = None if record.valid_GS is None else by_image(record.valid_GS)
+    gates = by_image(record.gates_GSE)
+    if not isinstance(record, Routing):
+        return _Pass(gates, valid, None, record, tokens, names)
+    chosen, weights = by_image(record.chosen_GSK), by_image(record.combine_weights_GSK())
+    dropped = torch.zeros_like(chosen, dtype=torch.bool) if record.kept_GSK is None else ~by_image(record.kept_GSK)
+    if valid is not None:  # padding takes no slot, so that none was missing
+        dropped &= valid[..., None]
+    return _Pass(gates, valid, (chosen, weights, dropped), None, tokens, names)
+
+
+def _joined(name: str, passes: list[_Pass]) -> LayerRouting:
+    grids = {each.tokens.size for each in passes}
+    if len(grids) > 1:
+        raise ValueError(f"{name}: the recorded passes had patch grids {sorted(grids)}; record one size at a time")
+    first = passes[0]
+    order = first.tokens.order
+    if order is not None and order.dim() == 2:
+        order = torch.cat([each.tokens.order for each in passes])
+    valid = None
+    if any(each.valid is not None for each in passes):
+        valid = torch.cat([_valid(each) for each in passes])
+    common = {
+        "grid": first.tokens.size,
+        "num_prefix_tokens": first.tokens.num_prefix_tokens,
+        "order": order,
+        "valid": None if valid is None or valid.all() else valid,
+        "prefix_names": first.prefix_names,
+    }
+    gates = torch.cat([each.gates for each in passes])
+    if first.slots is None:
+        chosen, weights, dropped = map(torch.cat, zip(*(each.choices for each in passes), strict=True))
+        return LayerRouting(gates, chosen, weights, dropped, **common)
+    # One group an image, so that G = B
+    dispatch, combine = (
+        torch.cat([part(each.slots) for each in passes])
+        for part in (lambda slots: slots.dispatch_GSEC(), lambda slots: slots.combine_GSEC())
+    )
+    return LayerRouting(gates, None, None, None, dispatch=dispatch, combine=combine, **common)
+
+
+def _valid(each: _Pass) -> Tensor:
+    return torch.ones_like(each.gates[..., 0], dtype=torch.bool) if each.valid is None else each.valid

@@ -1,0 +1,158 @@
+"""A V-MoE as a page that runs it in the browser: a folder that opens from disk or any static host, without a network.
+
+The program goes into the page as text, and so do ONNX Runtime Web's parts, since a page from disk may fetch nothing.
+"""
+
+import base64
+import gzip
+import json
+import shutil
+import subprocess
+import tarfile
+import tempfile
+from collections.abc import Iterable
+from importlib.resources import files
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+import vmoe
+from vmoe.checkpoints import TrainedModel, load_checkpoint
+from vmoe.data.images import eval_crop
+from vmoe.errors import UserError
+from vmoe.export.programs import require
+from vmoe.export.steered import write_steered
+from vmoe.figures.palette import NUM_COLOURS, expert_hex
+from vmoe.files import new_folder
+
+RUNTIME = "onnxruntime-web"
+RUNTIME_VERSION = "1.30.0"
+_RUNTIME_PARTS = {
+    "script": "ort.wasm.min.js",
+    "mjs": "ort-wasm-simd-threaded.mjs",
+    "wasm": "ort-wasm-simd-threaded.wasm",
+}
+_OURS = ("index.html", "page.css", "picture.js", "program.js", "maps.js", "main.js")
+_MARK = "about.js"  # which a folder that may be replaced holds
+_SAMPLE_SIZE = 320  # pixels
+LARGEST_PROGRAM = 300 * 2**20  # bytes; as text, still below the longest string that browsers hold
+
+
+def write_demo_page(
+    path: str | Path,
+    source: str | Path,
+    pictures: Iterable[tuple[str, np.ndarray]],
+    runtime: str | Path | None = None,
+    credit: str | None = None,
+) -> None:
+    """Writes the folder; nothing is written if a part is missing.
+
+    Args:
+        path: The folder; an empty one, or one that was written before, is replaced.
+        source: A checkpoint file or a run's or shared folder of a V-MoE whose tokens choose experts.
+        pictures: What the page offers: names and pictures (H, W, 3) uint8, each of which is read when it is used.
+        runtime: The npm package onnxruntime-web, as a .tgz or unpacked; None fetches it with npm.
+        credit: A line on whose the pictures are.
+
+    Raises:
+        UserError: the checkpoint cannot be read, the model not be shown, the runtime not be found or
+            fetched, a package is missing, or `path` cannot be written.
+    """
+    path = Path(path)
+    if Path(source).suffix == ".onnx":
+        raise UserError(f"{source}: a program does not tell its routing; give the checkpoint it was made from")
+    if path.exists() and not (path.is_dir() and (not any(path.iterdir()) or (path / _MARK).is_file())):
+        raise UserError(f"--out {path}: exists and is no demo page; choose another place")
+    require("onnx")
+    checkpoint = load_checkpoint(source)
+    samples = [{"name": name, "content": _sample(pixels, checkpoint.image_size)} for name, pixels in pictures]
+    with new_folder(path) as folder:
+        with tempfile.TemporaryDirectory() as scratch:
+            parts = _runtime(None if runtime is None else Path(runtime), Path(scratch))
+            program = Path(scratch) / "model.onnx"
+            about = write_steered(program, checkpoint)
+            _check_size(program, checkpoint)
+            model = _packed(program.read_bytes())
+        assets = files("vmoe.export") / "page"
+        for name in _OURS:
+            (folder / name).write_bytes((assets / name).read_bytes())
+        elements = files("vmoe.explain.page") / "assets" / "elements.js"
+        (folder / elements.name).write_bytes(elements.read_bytes())
+        (folder / "ort.js").write_bytes(parts["script"])
+        _write_script(folder / "runtime.js", "RUNTIME", {key: _packed(parts[key]) for key in ("mjs", "wasm")})
+        _write_script(folder / "model.js", "MODEL", model)
+        _write_script(folder / _MARK, "ABOUT", about | _words(checkpoint, about, credit) | {"samples": samples})
+
+
+def _check_size(program: Path, checkpoint: TrainedModel) -> None:
+    size = sum(part.stat().st_size for part in program.parent.glob(f"{program.name}*"))  # weights may lie beside it
+    if size > LARGEST_PROGRAM:
+        raise UserError(
+            f"{checkpoint.path}: {size / 2**20:,.0f} MiB as a program; a page holds {LARGEST_PROGRAM // 2**20}: "
+            "choose a smaller model"
+        )
+
+
+def _words(checkpoint: TrainedModel, about: dict[str, Any], credit: str | None) -> dict[str, Any]:
+    first = about["layers"][0]
+    order = "by falling gate" if first["batch_priority"] else "in reading order"
+    return {
+        "palette": [expert_hex(expert) for expert in range(NUM_COLOURS)],
+        "summary": (
+            f"{about['model']} for {checkpoint.config['data']['name']}: {about['image_size']} x {about['image_size']} "
+            f"pixels, {len(about['class_names'])} classes; {len(about['layers'])} layers with {first['num_experts']} "
+            f"experts, {first['top_k']} for each patch. It names every picture as one of its classes."
+        ),
+        "notes": (
+            f"An expert has places for so many choices of an image; they are handed out {order}. Written by vmoe "
+            f"{vmoe.__version__}; runs on ONNX Runtime Web {RUNTIME_VERSION} (Microsoft, MIT licence)."
+            + (f" Sample {credit}." if credit else "")
+        ),
+    }
+
+
+def _sample(pixels: np.ndarray, image_size: int) -> str:
+    """A picture's central square as a JPEG in base64."""
+    square = Image.fromarray(eval_crop(pixels, max(_SAMPLE_SIZE, image_size)))
+    content = BytesIO()
+    square.save(content, "JPEG", quality=90)
+    return base64.b64encode(content.getvalue()).decode("ascii")
+
+
+def _packed(content: bytes) -> str:
+    return base64.b64encode(gzip.compress(content, mtime=0)).decode("ascii")
+
+
+def _write_script(path: Path, name: str, value: Any) -> None:
+    """A script that holds a value; ASCII alone, so that no reader of it can err about the encoding."""
+    path.write_text(f"globalThis.{name} = {json.dumps(value, allow_nan=False)};\n", encoding="ascii")
+
+
+def _runtime(given: Path | None, scratch: Path) -> dict[str, bytes]:
+    """The parts of ONNX Runtime Web that the page needs."""
+    place = given or _fetch(scratch)
+    try:
+        if place.is_dir():
+            return {key: (place / "dist" / name).read_bytes() for key, name in _RUNTIME_PARTS.items()}
+        with tarfile.open(place) as archive:
+            members = {key: archive.extractfile(f"package/dist/{name}") for key, name in _RUNTIME_PARTS.items()}
+            return {key: member.read() for key, member in members.items()}
+    except (OSError, KeyError, AttributeError, tarfile.TarError, EOFError) as error:
+        raise UserError(
+            f"--runtime {place}: is not the npm package {RUNTIME}; get it by: npm pack {RUNTIME}@{RUNTIME_VERSION}"
+        ) from error
+
+
+def _fetch(scratch: Path) -> Path:
+    npm, wanted = shutil.which("npm"), f"{RUNTIME}@{RUNTIME_VERSION}"
+    if npm is None:
+        raise UserError(f"npm, which fetches {wanted}, is not here; install it, or give --runtime its .tgz")
+    done = subprocess.run([npm, "pack", wanted, "--silent"], cwd=scratch, capture_output=True, text=True)
+    found = next(scratch.glob("*.tgz"), None)
+    if done.returncode or found is None:
+        reason = " ".join((done.stderr or done.stdout).split())[:150]
+        raise UserError(f"npm pack {wanted}: failed ({reason}); is there a network? Else give --runtime its .tgz")
+    return found

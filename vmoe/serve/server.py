@@ -1,0 +1,249 @@
+"""A model as an HTTP service on LitServe: uploads are checked one by one, answered in batches of those that wait.
+
+Nothing is dropped at evaluation, so an answer does not depend on who else is in its batch; models of which that is not
+true are refused.
+"""
+
+import logging
+import multiprocessing
+import os
+import secrets
+import signal
+import socket
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import litserve
+from fastapi import Depends, Header, HTTPException, Request
+from litserve.loops import BatchedLoop
+from starlette.middleware.cors import CORSMiddleware
+
+from vmoe.errors import UserError
+from vmoe.serve.api_description import describe_api
+from vmoe.serve.uploads import Upload, UploadReader, read_upload
+from vmoe.version import __version__
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from vmoe.checkpoints import TrainedModel
+
+KEY_VARIABLE = "VMOE_API_KEY"
+BATCH_WAIT = 0.002  # seconds in which others may join a batch
+MAX_CONNECTIONS = 128  # each of which may hold a request in memory
+
+
+class ModelService(litserve.LitAPI):
+    """Answers uploads by a model, which the worker opens. Only the worker imports torch, which takes seconds.
+
+    Args:
+        path: What `load_predictor` opens.
+        device: Tells the worker where the model runs.
+        max_batch: Images at once.
+
+    Attributes:
+        told: What the worker says when it has opened the model: what there is to know of it, or the line of a mistake.
+    """
+
+    def __init__(self, path: Path, device: Callable[[], "torch.device"], max_batch: int) -> None:
+        # LitServe's choice of a loop would call `predict` with a lone upload where `max_batch` is 1.
+        super().__init__(max_batch_size=max_batch, batch_timeout=BATCH_WAIT, loop=BatchedLoop())
+        self.path, self.runs_on = path, device
+        self.told = multiprocessing.get_context("spawn").SimpleQueue()
+        self.model: TrainedModel | None = None
+
+    def setup(self, device: str) -> None:
+        """Opens the model in a worker, which Ctrl-C in the terminal does not end before its last answer."""
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        from vmoe.export.predictor import load_predictor
+
+        try:
+            where = self.runs_on()
+            self.model = load_predictor(self.path, where)
+            self.told.put(_describe(self.path, self.model) | {"device": str(where)})
+        except UserError as error:
+            self.told.put(str(error))
+            logging.getLogger("litserve").setLevel(logging.CRITICAL)  # which would print a traceback
+            raise
+
+    def authorize(self, request: Request, x_api_key: Annotated[str, Header()] = "") -> None:
+        """Refuses who does not send the key that the environment asks for; /health is open."""
+        key = os.environ.get(KEY_VARIABLE, "")
+        if key and request.url.path != "/health" and not _is_key(x_api_key, key):
+            raise HTTPException(401, "X-API-Key: this header must hold the server's key")
+
+    def decode_request(self, request: Annotated[Upload, Depends(read_upload)]) -> Upload:
+        """Passes on what `read_upload` made of the request, in the process that took it."""
+        return request
+
+    def batch(self, inputs: list[Upload]) -> list[Upload]:
+        """Leaves them as they are: `predict` stacks them."""
+        return inputs
+
+    def predict(self, uploads: list[Upload]) -> list[dict[str, Any]]:
+        """The answers to a batch."""
+        from vmoe.checkpoints.prediction import most_probable
+
+        names = self.model.class_names
+        pixels = [upload.pixels for upload in uploads]
+        rows = self.model.predict(pixels, batch_size=len(pixels), progress=False).probabilities
+        answers = [
+            {"predictions": most_probable(row, names, upload.top)} for upload, row in zip(uploads, rows, strict=True)
+        ]
+        for upload, answer in zip(uploads, answers, strict=True):
+            if upload.routing:
+                answer["routing"] = _routing(self.model, upload.pixels)
+        return answers
+
+
+class _Server(litserve.LitServer):
+    """LitServe, which takes requests once the worker has told it of the model."""
+
+    def __init__(self, service: ModelService, when_ready: Callable[[], None], **options: Any) -> None:
+        super().__init__(service, **options)
+        self._when_ready = when_ready
+
+    def verify_worker_status(self) -> None:
+        """Waits for the worker to have opened the model.
+
+        Raises:
+            UserError: it could not, or died.
+        """
+        service = self.lit_api
+        while service.told.empty():
+            if not any(worker.is_alive() for worker in self.inference_workers) and service.told.empty():
+                raise UserError(f"{service.path}: the worker ended while it opened it; its reason stands above")
+            time.sleep(0.02)
+        about = service.told.get()
+        if isinstance(about, str):
+            raise UserError(about)
+        super().verify_worker_status()
+        self.model_metadata = {key: about[key] for key in ("classes", "image_size")} | {"vmoe": __version__}
+        prepared = about["image_size"], len(about["classes"]), about["bit_depth"]
+        self.app.state.uploads = UploadReader(*prepared, about["why_no_routing"])
+        self.devices = [about["device"]]  # as /info has it
+        described = describe_api(about["classes"], about["image_size"], self.max_payload_size)
+        self.app.openapi = lambda: described
+        self._when_ready()
+
+
+def _is_key(header: str, key: str) -> bool:
+    """Whether a header, whose bytes come as latin-1, is the key in UTF-8; takes as long for any."""
+    return secrets.compare_digest(header.encode("latin-1"), key.encode())
+
+
+def serve(
+    path: Path,
+    device: Callable[[], "torch.device"],
+    host: str,
+    port: int,
+    max_batch: int,
+    max_bytes: int,
+    origins: Sequence[str] = (),
+    when_ready: Callable[[], None] = lambda: None,
+) -> None:
+    """Serves a model until the process is told to stop (SIGINT, SIGTERM), which it does after the last answer.
+
+    Args:
+        path: What `load_predictor` opens.
+        device: Tells the worker, to which it is pickled, where the model runs. Only the worker imports torch.
+        host: The address to listen at: "127.0.0.1", "0.0.0.0" or "::".
+        port: 1024 to 65535.
+        max_batch: Images at once, at most.
+        max_bytes: Of a request, at most.
+        origins: Pages from there may ask in a browser (CORS), such as "https://example.org"; "*" for all.
+        when_ready: Called when the model is open: requests are answered from then on.
+
+    Raises:
+        UserError: the model cannot be opened or answers by who else is in its batch, the port is taken, or the worker
+            died.
+    """
+    if not path.exists():
+        raise UserError(f"{path}: no such file; give a checkpoint, a run's folder or an ONNX file")
+    _check_port(host, port)
+    server = _Server(
+        ModelService(path, device, max_batch),
+        when_ready,
+        accelerator="cpu",  # LitServe's name for the worker, which chooses its device itself
+        devices=1,
+        max_payload_size=max_bytes,
+    )
+    for route in server.app.routes:
+        if "GET" in (methods := getattr(route, "methods", None) or ()):
+            methods.add("HEAD")  # by which load balancers ask for /health
+    if origins:
+        headers = ["Content-Type", "X-API-Key"]
+        server.app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=headers)
+    _stop_on_signals()
+    try:
+        server.run(
+            host=host,
+            port=port,
+            log_level="warning",
+            generate_client_file=False,
+            limit_concurrency=MAX_CONNECTIONS,
+        )
+    except (EOFError, ConnectionError) as error:  # so LitServe ends when a worker has died
+        raise UserError(f"{path}: the worker died; had it enough memory?") from error
+    finally:
+        for child in multiprocessing.active_children():  # where it was stopped while it started
+            child.terminate()
+
+
+def _stop_on_signals() -> None:
+    """Has SIGTERM stop LitServe as Ctrl-C does, and the process that takes requests leave without a traceback."""
+    main = os.getpid()
+
+    def stop(*_: Any) -> None:
+        logging.getLogger("litserve").setLevel(logging.CRITICAL)  # its watch of the workers falls over what is gone
+        raise KeyboardInterrupt if os.getpid() == main else SystemExit(0)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+
+
+def _describe(path: Path, model: "TrainedModel") -> dict[str, Any]:
+    """What those who take requests need to know of a model: `classes`, `image_size`, `bit_depth`, `why_no_routing`.
+
+    Raises:
+        UserError: an answer would depend on the other images of its batch.
+    """
+    from vmoe.export.predictor import Program
+    from vmoe.moe import moe_layers
+    from vmoe.moe.exportable import why_not_exportable
+
+    layers = moe_layers(model)
+    for name, layer in layers:
+        if reason := why_not_exportable(layer.config):
+            raise UserError(f"{path}: cannot be served: {name}: {reason}")
+    silent = None if layers else "a dense model has no experts"
+    if isinstance(model, Program):
+        silent = "a program does not tell its routing; serve the checkpoint it was made from"
+    described = {"classes": model.class_names, "image_size": model.image_size}
+    return described | {"bit_depth": model.bit_depth, "why_no_routing": silent}
+
+
+def _check_port(host: str, port: int) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise UserError(f"--port {port}: {error.strerror} on {host}; choose another") from error
+
+
+def _routing(model: "TrainedModel", pixels: "np.ndarray") -> dict[str, Any]:
+    """For each MoE layer: the patch grid, each expert's share of the choices, and the first choice of each patch."""
+    from vmoe.explain.heatmap.routed import describe_layer, patch_part, route_image
+
+    routed = route_image(model, pixels, model.image_size, model.mean, model.std)
+    answer = {}
+    for name, layer in routed.layers.items():
+        told = describe_layer(layer)
+        first = patch_part(layer).chosen[0, :, 0].reshape(layer.grid).tolist()
+        answer[name] = {"grid": told["grid"], "choice_share": told["choice_share"], "first_choice": first}
+    return answer
