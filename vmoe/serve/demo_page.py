@@ -76,7 +76,7 @@ def write_demo_page(
             about = write_steered(program, checkpoint)
             _check_size(program, checkpoint)
             model = _packed(program.read_bytes())
-        assets = files("vmoe.export") / "page"
+        assets = files("vmoe.serve") / "page"
         for name in _OURS:
             (folder / name).write_bytes((assets / name).read_bytes())
         elements = files("vmoe.explain.page") / "assets" / "elements.js"
