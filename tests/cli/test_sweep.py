@@ -13,8 +13,8 @@ import yaml
 
 from vmoe.cli.main import main as vmoe_main
 from vmoe.cli.sweep import main
+from vmoe.config_values import from_plain
 from vmoe.training.config import TrainConfig
-from vmoe.training.plain import from_plain
 from vmoe.training.sweep import read_study
 
 STUDIES = sorted((Path(__file__).parents[2] / "configs" / "studies").glob("*.yaml"))

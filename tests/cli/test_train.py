@@ -16,11 +16,11 @@ from vmoe.checkpoints import build_model
 from vmoe.cli.common import run
 from vmoe.cli.main import main as vmoe_main
 from vmoe.cli.train import main, option_names, parse
+from vmoe.config_values import from_plain, to_plain
 from vmoe.data.config import DEFAULTS, SetName
 from vmoe.errors import UserError
 from vmoe.models.cost import count_parameters
 from vmoe.training.config import TrainConfig
-from vmoe.training.plain import from_plain, to_plain
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 

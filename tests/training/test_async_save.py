@@ -10,9 +10,9 @@ from forks import run_forked
 from parallel_runs import TINY, assert_close, assert_same_run, launch, strategy_options, tensors
 
 from vmoe.checkpoints import ENTRY, RunFolder, read_checkpoint
+from vmoe.config_values import from_plain
 from vmoe.errors import UserError
 from vmoe.training.config import ParallelConfig, TrainConfig
-from vmoe.training.plain import from_plain
 
 WORKER = Path(__file__).parents[1] / "folder_writer_worker.py"
 KILLED = {"SIGNAL": str(int(signal.SIGKILL)), "SIGNALLED_RANK": "1"}

@@ -11,9 +11,9 @@ from typing import Any
 
 import yaml
 
+from vmoe.config_values import choices, section_type
 from vmoe.errors import UserError
 from vmoe.training.config import WRITTEN_BY, TrainConfig
-from vmoe.training.plain import choices, section_type
 from vmoe.version import __version__
 
 _MOST_VALUES = 100_000  # of a config

@@ -9,9 +9,9 @@ import yaml
 
 from vmoe.checkpoints import TrainedModel
 from vmoe.cli.train import parse
+from vmoe.config_values import to_plain
 from vmoe.data import DataConfig
 from vmoe.training.config import TrainConfig
-from vmoe.training.plain import to_plain
 
 _ALONE = {"compile": False, "cuda_graph": False}  # which take longer to start than a short run lasts
 

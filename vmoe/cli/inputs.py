@@ -112,10 +112,10 @@ def note_batches(options: argparse.Namespace, size: int, model: "nn.Module | Non
 
     Tokens that compete for capacity do so in groups of images, which must stay what they are.
     """
-    import vmoe
+    from vmoe.moe import moe_layers
 
     options.batch_size, options.batch_unit = size, 1
-    for _, layer in vmoe.moe_layers(model) if model is not None else ():
+    for _, layer in moe_layers(model) if model is not None else ():
         group = layer.config.routing_group
         if layer.config.eval_capacity_factor is None or layer.config.fills_slots or group == "image":
             continue

@@ -143,8 +143,8 @@ def _finetuning(
 def _fewer(checkpoint: "TrainedModel", keep: int) -> dict[str, Any]:
     """The moe section of the result."""
     from vmoe.compress.pruning import regrouped_config
+    from vmoe.config_values import to_plain
     from vmoe.moe import MoeConfig
-    from vmoe.training.plain import to_plain
 
     return to_plain(regrouped_config(MoeConfig(**checkpoint.config["moe"]), keep))
 

@@ -18,13 +18,13 @@ from vmoe.cli.config_files import as_written, as_yaml, newer_version, read_confi
 from vmoe.cli.recipes import find_recipe, is_recipe, recipe_names
 from vmoe.cli.threads import choose_threads
 from vmoe.cli.train_help import short_help
+from vmoe.config_values import choices, describe, from_plain, section_type
 from vmoe.data.config import DEFAULTS, EMBEDDED_SETS, NAMED_SETS, DataConfig
 from vmoe.errors import UserError
 from vmoe.memory import is_out_of_memory, memory_line
 from vmoe.moe import MoeConfig
 from vmoe.training.config import TrainConfig, is_config_of_run
 from vmoe.training.place import Place
-from vmoe.training.plain import choices, describe, from_plain, section_type
 from vmoe.training.progress import Progress
 from vmoe.training.stopping import Interrupted, stopped_at_once
 from vmoe.version import __version__

@@ -12,9 +12,8 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
-import vmoe
 from vmoe.errors import UserError
-from vmoe.moe import MoeMlp, set_eval_capacity_factor, set_top_k
+from vmoe.moe import MoeMlp, moe_layers, set_eval_capacity_factor, set_top_k
 from vmoe.moe.assignment import CapacityError
 
 CALIBRATION_BINS = 15
@@ -129,7 +128,7 @@ def measure_batches(
     """
     device = torch.device(device)
     model = model.to(device).eval()
-    layers = dict(vmoe.moe_layers(model))
+    layers = dict(moe_layers(model))
     metrics = RunningMetrics(num_classes, device)
     sums = {
         name: torch.zeros(1 + layer.num_experts, dtype=torch.float64, device=device) for name, layer in layers.items()
@@ -179,7 +178,7 @@ def evaluate_sweep(
             `measure_batches`.
     """
     for option, values in (("capacity_factor", factors), ("top_k", top_ks)):
-        if values and not dict(vmoe.moe_layers(model)):
+        if values and not dict(moe_layers(model)):
             raise UserError(
                 f"{option}={values[0]:.15g}: this checkpoint is a dense model, without experts; leave it out"
             )
@@ -213,7 +212,7 @@ def set_capacity(model: nn.Module, factor: float) -> None:
     Raises:
         UserError: It cannot be set, whatever the images; the line names the argument.
     """
-    routers = {layer.config.router for _, layer in vmoe.moe_layers(model)}
+    routers = {layer.config.router for _, layer in moe_layers(model)}
     allowed = "> 0 and at most 1000, or inf to drop nothing"
     if "soft" in routers:
         allowed = 'inf with router="soft": the slots are part of its parameters'
@@ -243,7 +242,7 @@ def named_factor(factor: float | None) -> Iterator[None]:
 @contextmanager
 def restored_settings(model: nn.Module) -> Iterator[None]:
     """Whatever K, capacity and priority the block sets, each layer's own are back after it."""
-    own = [(layer, layer.config) for _, layer in vmoe.moe_layers(model)]
+    own = [(layer, layer.config) for _, layer in moe_layers(model)]
     try:
         yield
     finally:
@@ -255,12 +254,12 @@ def restored_settings(model: nn.Module) -> Iterator[None]:
 
 def eval_capacity_factor(model: nn.Module) -> float | None:
     """The capacity factor that the model's MoE layers use at evaluation; None: nothing dropped, or no MoE layer."""
-    return next((layer.config.eval_capacity_factor for _, layer in vmoe.moe_layers(model)), None)
+    return next((layer.config.eval_capacity_factor for _, layer in moe_layers(model)), None)
 
 
 def experts_per_token(model: nn.Module) -> int | None:
     """K of the model's MoE layers; None where tokens do not choose experts, or there is no MoE layer."""
-    config = next((layer.config for _, layer in vmoe.moe_layers(model)), None)
+    config = next((layer.config for _, layer in moe_layers(model)), None)
     return None if config is None or config.fills_slots else config.top_k
 
 
@@ -277,7 +276,7 @@ def shares_of_choices(model: nn.Module, images: Tensor) -> dict[str, float]:
 
         return count
 
-    handles = [layer.router.register_forward_hook(counter(name, layer)) for name, layer in vmoe.moe_layers(model)]
+    handles = [layer.router.register_forward_hook(counter(name, layer)) for name, layer in moe_layers(model)]
     try:
         with torch.compiler.set_stance("force_eager"):  # compiled code calls no hooks
             model(images)

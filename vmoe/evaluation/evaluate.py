@@ -11,12 +11,12 @@ import torch
 
 from vmoe.checkpoints import TrainedModel
 from vmoe.classes import find_outputs, only_numbers, with_outputs
+from vmoe.config_values import from_plain
 from vmoe.data import DataConfig, ImageDataModule, SubsetConfig
 from vmoe.data.config import SetName
 from vmoe.errors import UserError
 from vmoe.evaluation.engine import Evaluation, evaluate_sweep
 from vmoe.progress import Progress, shown
-from vmoe.training.plain import from_plain
 
 _WARNING = "warning: "
 _MATCHES = ("by-name", "known", "by-number")

@@ -9,14 +9,15 @@ from typing import Any
 
 import yaml
 
-import vmoe
 from vmoe.checkpoints import RunFolder, TrainedModel, shared_config
 from vmoe.data.photographs import PHOTOGRAPHS, credit, load_photograph
 from vmoe.explain.heatmap.figure import PANEL, draw_layer, draw_overview
 from vmoe.explain.heatmap.routed import route_image
 from vmoe.figures.style import Page
 from vmoe.models.cost import count_parameters, flops_per_image
+from vmoe.moe import moe_layers
 from vmoe.text import counted
+from vmoe.version import __version__
 
 PICTURE = "routing.png"
 _SHOWN = PHOTOGRAPHS[0]
@@ -131,7 +132,7 @@ def model_card(checkpoint: TrainedModel, source: str | Path, license: str | None
         routing=_routing(checkpoint, Path(source)),
         recipe=yaml.safe_dump(shared_config(config), sort_keys=False),
         license=f"The weights: {license}." if license else "The owner of the weights has not named one.",
-        version=vmoe.__version__,
+        version=__version__,
     )
     return card + _MARK + _mark(card)
 
@@ -152,7 +153,7 @@ def _classes(names: list[str]) -> str:
 
 
 def _what(checkpoint: TrainedModel) -> str:
-    layers = vmoe.moe_layers(checkpoint.model)
+    layers = moe_layers(checkpoint.model)
     if not layers:
         return f"A dense `{checkpoint.config['model']['name']}` of timm, the twin of a V-MoE, for classifying images."
     moe = layers[0][1].config
@@ -174,7 +175,7 @@ def _metrics(source: Path) -> dict[str, Any]:
 
 def _routing(checkpoint: TrainedModel, source: Path) -> str:
     """The picture of a V-MoE, and each expert's load in the last epoch where the run wrote it."""
-    parts = [_PICTURE] if vmoe.moe_layers(checkpoint.model) else []
+    parts = [_PICTURE] if moe_layers(checkpoint.model) else []
     parts += _loads(source)
     return "".join(["## Routing\n\n", *parts]) if parts else ""
 

@@ -19,12 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-import vmoe
 from vmoe.checkpoints import TrainedModel, load_checkpoint, require_rounding
 from vmoe.errors import UserError
 from vmoe.export.int8 import Int8Linear
 from vmoe.export.layer import exportable_copy
 from vmoe.files import folder_for, replace, writing
+from vmoe.moe import moe_layers
+from vmoe.version import __version__
 
 SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2", "aoti": ".pt2"}
 BATCHES = (1, 3, 8, 33)
@@ -56,7 +57,7 @@ def write_program(path: str | Path, source: str | Path, format: str, int8: bool 
     with _folder_beside(Path(path)) as folder:
         checkpoint = load_checkpoint(source)
         if int8:
-            require_rounding(source, bool(vmoe.moe_layers(checkpoint.model)))
+            require_rounding(source, bool(moe_layers(checkpoint.model)))
         try:
             model = exportable_copy(checkpoint.model, Int8Linear if int8 else None)
         except ValueError as error:
@@ -74,7 +75,7 @@ def write_program(path: str | Path, source: str | Path, format: str, int8: bool 
     report["parity"] = {"tolerance": TOLERANCE, "by_batch": differences}
     if int8:
         report["int8"] = rounding_error(checkpoint.model, model, checkpoint.image_size)
-    return report | {"versions": {"vmoe": vmoe.__version__, "torch": torch.__version__, **_versions(format)}}
+    return report | {"versions": {"vmoe": __version__, "torch": torch.__version__, **_versions(format)}}
 
 
 def convert(

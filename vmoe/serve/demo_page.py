@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-import vmoe
 from vmoe.checkpoints import TrainedModel, load_checkpoint
 from vmoe.data.images import eval_crop
 from vmoe.errors import UserError
@@ -27,6 +26,7 @@ from vmoe.export.programs import require
 from vmoe.export.steered import write_steered
 from vmoe.figures.palette import NUM_COLOURS, expert_hex
 from vmoe.files import new_folder
+from vmoe.version import __version__
 
 RUNTIME = "onnxruntime-web"
 RUNTIME_VERSION = "1.30.0"
@@ -108,7 +108,7 @@ def _words(checkpoint: TrainedModel, about: dict[str, Any], credit: str | None) 
         ),
         "notes": (
             f"An expert has places for so many choices of an image; they are handed out {order}. Written by vmoe "
-            f"{vmoe.__version__}; runs on ONNX Runtime Web {RUNTIME_VERSION} (Microsoft, MIT licence)."
+            f"{__version__}; runs on ONNX Runtime Web {RUNTIME_VERSION} (Microsoft, MIT licence)."
             + (f" Sample {credit}." if credit else "")
         ),
     }

@@ -11,10 +11,10 @@ from typing import Any
 
 from vmoe.checkpoints import ENTRY, WITHOUT_EFFECT, RunFolder, flatten, read_without_tensors
 from vmoe.checkpoints.entry import check_entry
+from vmoe.config_values import from_plain, to_plain
 from vmoe.errors import UserError
 from vmoe.files import aside, atomic_write, is_aside, recover, remove_leftovers
 from vmoe.training.config import TrainConfig, is_config_of_run
-from vmoe.training.plain import from_plain, to_plain
 from vmoe.training.processes import gather
 
 _EPOCHS = "trainer.epochs"

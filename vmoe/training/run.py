@@ -26,6 +26,7 @@ from vmoe.checkpoints import (
     timm_arguments,
     trained_weights,
 )
+from vmoe.config_values import to_plain
 from vmoe.data import ImageDataModule
 from vmoe.data.checking import is_worth_checking, refusal
 from vmoe.data.datamodule import EvalLoader
@@ -45,7 +46,6 @@ from vmoe.training.journal import Clock, Journal, MetricsTable
 from vmoe.training.lock import locked
 from vmoe.training.module import Classifier
 from vmoe.training.parallel import check_parts, cut_of, fallback_of_muon
-from vmoe.training.plain import to_plain
 from vmoe.training.processes import Place, connect, disconnect, gather, together
 from vmoe.training.progress import Progress
 from vmoe.training.resumption import (

@@ -16,12 +16,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-import vmoe
 from vmoe.evaluation.engine import restored_settings, set_capacity, shares_of_choices
 from vmoe.explain.explorer.replay import Prefix
 from vmoe.explain.explorer.statistics import paired_change, wilson
 from vmoe.explain.explorer.subject import Subject
-from vmoe.moe import MoeMlp, Routing
+from vmoe.moe import MoeMlp, Routing, moe_layers
 from vmoe.moe.assignment import Capacity, CapacityError
 from vmoe.moe.routers import SigmoidRouter, top_experts, weights_of
 from vmoe.moe.routing import ExpertChoiceRouting, SlotRouting, SoftRouting
@@ -169,14 +168,14 @@ def _recorded(prefix: Prefix | None) -> AbstractContextManager:
 
 def _dropped(model: nn.Module, shares: dict[str, float]) -> Tensor:
     """Share of all choices that the last pass dropped, over the layers, each by its share of the choices."""
-    parts = [shares[name] * layer.statistics.dropped.double() for name, layer in vmoe.moe_layers(model)]
+    parts = [shares[name] * layer.statistics.dropped.double() for name, layer in moe_layers(model)]
     return torch.stack(parts).sum()
 
 
 def _interventions(
     model: nn.Module, capacity_factors: Sequence[float], seed: int, device: torch.device
 ) -> Iterator[_Intervention]:
-    for name, layer in vmoe.moe_layers(model):
+    for name, layer in moe_layers(model):
         experts = layer.num_experts
         if layer.config.router not in _NO_CHOICE and experts > 1:
             for expert in range(experts):
@@ -191,7 +190,7 @@ def _interventions(
 
 def _settings(model: nn.Module, capacity_factors: Sequence[float]) -> list[tuple[float, bool]]:
     """The capacities to try: factor, and whether batch prioritized."""
-    config = vmoe.moe_layers(model)[0][1].config
+    config = moe_layers(model)[0][1].config
     if config.router == "soft":
         return []
     return list(itertools.product(capacity_factors, (False,) if config.fills_slots else (False, True)))
@@ -237,7 +236,7 @@ def capacity(model: nn.Module, factor: float, batch_priority: bool) -> Iterator[
     """
     with restored_settings(model):
         set_capacity(model, factor)
-        for _, layer in vmoe.moe_layers(model):
+        for _, layer in moe_layers(model):
             layer.config = dataclasses.replace(layer.config, batch_priority=batch_priority)
         yield
 

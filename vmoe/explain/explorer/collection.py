@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import vmoe
 from vmoe.errors import UserError
 from vmoe.explain.explorer.association import Draws, GridCodes, LayerAssociation
 from vmoe.explain.explorer.counts import Flow, LayerCounts, resized
@@ -19,6 +18,8 @@ from vmoe.explain.explorer.features import PatchFeatures, patch_features
 from vmoe.explain.explorer.maps import LayerMaps, layer_maps
 from vmoe.explain.explorer.sample import ImageSample
 from vmoe.explain.explorer.subject import Subject
+from vmoe.moe import moe_layers
+from vmoe.routing import record_routing
 
 Grid = tuple[int, int]
 BLOCK = 256  # images within which permutations are drawn
@@ -131,10 +132,10 @@ def on_device(batch: Sequence, device: torch.device) -> Tensor:
 
 def routed(model: nn.Module, images: Tensor) -> tuple[Tensor, dict[str, LayerMaps]]:
     """The logits of a batch and each MoE layer's maps, in forward order; a dense model has none."""
-    layers = dict(vmoe.moe_layers(model))
+    layers = dict(moe_layers(model))
     if not layers:
         return model(images), {}
-    with vmoe.record_routing(model) as trace:
+    with record_routing(model) as trace:
         logits = model(images)
     return logits, {name: layer_maps(part, layers[name].config.router) for name, part in trace.layers.items()}
 
@@ -150,7 +151,7 @@ class _Tally:
         sample: ImageSample,
         seed: int,
     ) -> None:
-        self._configs = {name: layer.config for name, layer in vmoe.moe_layers(subject.model)}
+        self._configs = {name: layer.config for name, layer in moe_layers(subject.model)}
         self._num_classes, self._patch_kinds = len(subject.class_names), patch_kinds
         self._replicates = replicates
         self._generator = torch.Generator(subject.device).manual_seed(seed)

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import vmoe
 from vmoe.checkpoints import TrainedModel
+from vmoe.moe import moe_layers
 
 Colour = tuple[float, float, float]
 
@@ -45,7 +45,7 @@ class Subject:
 
     @property
     def is_dense(self) -> bool:
-        return not vmoe.moe_layers(self.model)
+        return not moe_layers(self.model)
 
     def pixels(self, images: Tensor) -> Tensor:
         """Undoes the normalisation: (B, 3, H, W) as the model sees them -> the same in [0, 1]."""

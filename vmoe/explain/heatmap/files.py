@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
-import vmoe
 from vmoe.checkpoints import TrainedModel
 from vmoe.data import load_image
 from vmoe.data.image_files import none_readable
@@ -23,6 +22,7 @@ from vmoe.explain.heatmap.routed import (
     select_layers,
 )
 from vmoe.files import atomic_write, write_json
+from vmoe.moe import moe_layers
 from vmoe.text import readable
 
 _TOLD_CLASSES = 5
@@ -143,7 +143,7 @@ def _class(checkpoint: TrainedModel, index: int) -> str:
 def _facts(model: nn.Module, image: RoutedImage, layer: str) -> str:
     """What a layer is and how many tokens it routes."""
     rows, columns = image.layers[layer].grid
-    moe = dict(vmoe.moe_layers(model))[layer].config
+    moe = dict(moe_layers(model))[layer].config
     if moe.router == "soft":
         way = "Soft MoE: each adds to every patch"
     elif moe.router == "expert_choice":

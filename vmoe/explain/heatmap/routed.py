@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-import vmoe
 from vmoe.data import eval_crop, eval_transform
 from vmoe.errors import UserError
+from vmoe.moe import moe_layers
+from vmoe.routing import record_routing
 from vmoe.routing.recording import LayerRouting
 
 
@@ -57,7 +58,7 @@ def route_image(
     require_experts(model)
     device = next(model.parameters()).device
     pixels = eval_transform(image_size, mean, std)(image)[None].to(device)
-    with vmoe.record_routing(model) as trace:
+    with record_routing(model) as trace:
         logits = model(pixels)
     if not logits.isfinite().all():
         raise UserError("CKPT: the model gives logits that are not finite; its training probably diverged")
@@ -76,7 +77,7 @@ def require_experts(model: nn.Module) -> None:
     Raises:
         UserError: the model has no MoE layer.
     """
-    if not vmoe.moe_layers(model):
+    if not moe_layers(model):
         raise UserError("CKPT: a dense model without experts, which routes nothing; give a V-MoE's checkpoint")
 
 
@@ -88,7 +89,7 @@ def select_layers(model: nn.Module, wanted: Sequence[str] | None) -> list[str]:
     Raises:
         UserError: one of them is no MoE layer of the model.
     """
-    names = [name for name, _ in vmoe.moe_layers(model)]
+    names = [name for name, _ in moe_layers(model)]
     if not wanted or "all" in wanted:
         return names
     chosen = {name for layer in wanted for name in names if layer == name or layer in name.split(".")}
