@@ -8,9 +8,11 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from vmoe.errors import UserError
 from vmoe.moe import MoeMlp, moe_layers, set_eval_capacity_factor, set_top_k
@@ -50,6 +52,51 @@ class Evaluation:
         return asdict(self)
 
 
+class Means(NamedTuple):
+    """Means over images: what training logs per epoch, and a part of what evaluation reports."""
+
+    loss: float  # cross-entropy, nats
+    top1: float
+    top5: float  # top-C where there are fewer than 5 classes
+
+
+def sums_on(device: torch.device | str) -> Tensor:
+    """(4,) zeros on a device, to which `batch_sums` are added."""
+    # Doubles keep sums over a million images exact to the digits shown; Apple's GPUs have none.
+    dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
+    return torch.zeros(4, dtype=dtype, device=device)
+
+
+def likeliest_classes(logits: Tensor) -> Tensor:
+    """(B, 5) the likeliest classes for logits (B, C), the likeliest first; (B, C) where there are fewer than 5."""
+    return logits.detach().topk(min(5, logits.shape[1]), dim=1).indices
+
+
+def batch_sums(likeliest: Tensor, labels: Tensor, loss: Tensor) -> Tensor:
+    """Sums over a batch: loss, right answers, right answers among the five likeliest, images.
+
+    The host does not wait for the device, so that a training step may call this inside a CUDA graph.
+
+    Args:
+        likeliest: (B, 5), by `likeliest_classes`.
+        labels: (B,) int64.
+        loss: () mean over the batch.
+
+    Returns:
+        (4,) float32.
+    """
+    hits = likeliest == labels[:, None]
+    loss = loss.detach().float()
+    images = torch.full_like(loss, len(labels))
+    return torch.stack([loss * images, hits[:, 0].sum().to(loss), hits.sum().to(loss), images])
+
+
+def means_of(sums: Tensor) -> Means:
+    """The means of (4,) sums of `batch_sums` over any batches; not a number where there was no image."""
+    *totals, images = sums.tolist()
+    return Means(*(total / images if images else math.nan for total in totals))
+
+
 class RunningMetrics:
     """Classification figures, accumulated on the device batch by batch: memory depends on the classes, not on the set.
 
@@ -66,25 +113,23 @@ class RunningMetrics:
         if num_classes <= MOST_CONFUSED:
             self.confusion = MulticlassConfusionMatrix(num_classes, validate_args=False).to(device)
         self.of_class = torch.zeros(2, num_classes, dtype=torch.int64, device=device)  # images, correct
-        self.hits_in_five = torch.zeros((), dtype=torch.int64, device=device)
-        self.nll = torch.zeros((), dtype=torch.float64, device=device)
-        self.bins = torch.zeros(2, CALIBRATION_BINS, dtype=torch.float64, device=device)  # confidence, correct
+        self.sums = sums_on(device)
+        self.bins = torch.zeros(2, CALIBRATION_BINS, dtype=self.sums.dtype, device=device)  # confidence, correct
 
     def update(self, logits: Tensor, labels: Tensor) -> None:
         """Takes in one batch: logits (B, C), labels (B,) int64."""
-        log_probabilities = logits.float().log_softmax(-1)
-        confidence, predicted = log_probabilities.exp().max(-1)
+        logits = logits.float()
+        likeliest = likeliest_classes(logits)
+        predicted, confidence = likeliest[:, 0], logits.softmax(-1).amax(-1)
+        self.sums += batch_sums(likeliest, labels, F.cross_entropy(logits, labels))
         if self.confusion is not None:
             self.confusion.update(predicted, labels)
         self.of_class[0].index_add_(0, labels, torch.ones_like(labels))
         self.of_class[1].index_add_(0, labels, (predicted == labels).to(labels))
-        five = logits.topk(min(5, self.num_classes)).indices
-        self.hits_in_five += (five == labels[:, None]).any(-1).sum()
-        self.nll -= log_probabilities.gather(1, labels[:, None]).sum(dtype=torch.float64)
         # Clamped above for a confidence that is not a number; compute() then refuses the whole set.
         bin_index = (confidence * CALIBRATION_BINS).ceil().nan_to_num().long().sub(1).clamp(0, CALIBRATION_BINS - 1)
-        self.bins[0].index_add_(0, bin_index, confidence.double())
-        self.bins[1].index_add_(0, bin_index, (predicted == labels).double())
+        self.bins[0].index_add_(0, bin_index, confidence.to(self.bins))
+        self.bins[1].index_add_(0, bin_index, (predicted == labels).to(self.bins))
 
     def compute(self) -> dict:
         """The figures so far, under the names of `Evaluation`'s fields.
@@ -96,13 +141,14 @@ class RunningMetrics:
         images = int(of_class.sum())
         if images == 0:
             raise UserError("data: this split holds no images; choose another split or another data set")
-        if not torch.isfinite(self.nll):
+        means = means_of(self.sums)
+        if not math.isfinite(means.loss):
             raise UserError("CKPT: the model gives logits that are not finite; its training probably diverged")
         return {
             "images": images,
-            "top1": int(correct.sum()) / images,
-            "top5": int(self.hits_in_five) / images,
-            "nll": float(self.nll) / images,
+            "top1": means.top1,
+            "top5": means.top5,
+            "nll": means.loss,
             "ece": float((self.bins[0] - self.bins[1]).abs().sum()) / images,
             "class_accuracy": [c / n if n else None for c, n in zip(correct.tolist(), of_class.tolist(), strict=True)],
             "confusion": self._matrix(),
@@ -131,7 +177,8 @@ def measure_batches(
     layers = dict(moe_layers(model))
     metrics = RunningMetrics(num_classes, device)
     sums = {
-        name: torch.zeros(1 + layer.num_experts, dtype=torch.float64, device=device) for name, layer in layers.items()
+        name: torch.zeros(1 + layer.num_experts, dtype=metrics.sums.dtype, device=device)
+        for name, layer in layers.items()
     }
     started, first_batch = None, 0
     for images, labels, *_ in batches:
@@ -139,7 +186,7 @@ def measure_batches(
         metrics.update(model(images), labels)
         for name, layer in layers.items():
             used = torch.cat([layer.statistics.dropped.reshape(1), layer.statistics.load])
-            sums[name] += len(labels) * used.double()
+            sums[name] += len(labels) * used.to(metrics.sums)
         if started is None:
             _wait(device)
             started, first_batch = time.perf_counter(), len(labels)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 import vmoe
 from vmoe.data import Batch
 from vmoe.data.sharing import NOT_COUNTED
+from vmoe.evaluation.engine import batch_sums, likeliest_classes, means_of
 from vmoe.moe.routers import SigmoidRouter
 from vmoe.training.averaging import GradientMeans
 from vmoe.training.config import OptimConfig
@@ -107,7 +108,7 @@ class Classifier(LightningModule):
         learnt = loss if self.teacher is None else self.teacher.mixed_into(loss, batch.images, logits)
         total = learnt + vmoe.auxiliary_loss(self.model)
         self.guard.watch_forward(batch.images, total)
-        self.train_sums += _sums(logits, batch.labels, loss)
+        self.train_sums += batch_sums(likeliest_classes(logits), batch.labels, loss)
         self.routing.update(self.model)
         return total
 
@@ -172,7 +173,7 @@ class Classifier(LightningModule):
         logits = self.model(batch.images)
         is_counted = batch.labels != NOT_COUNTED
         labels = batch.labels.clamp(min=0)
-        sums = _sums(logits, labels, F.cross_entropy(logits, labels))
+        sums = batch_sums(likeliest_classes(logits), labels, F.cross_entropy(logits, labels))
         return sums * is_counted[0]  # of a batch all images are, or none
 
     def on_train_start(self) -> None:
@@ -211,8 +212,8 @@ class Classifier(LightningModule):
 
     def train_metrics(self) -> dict[str, float]:
         """Mean loss by the labels (smoothed, nothing added) and accuracy over the training images of this epoch."""
-        loss, top1, _ = _means(total(self.train_sums))
-        return {"train/loss": loss, "train/top1": top1}
+        means = means_of(total(self.train_sums))
+        return {"train/loss": means.loss, "train/top1": means.top1}
 
     def train_images(self) -> int:
         """Training images of this epoch so far, of all processes."""
@@ -224,9 +225,9 @@ class Classifier(LightningModule):
         Where validation is by the average of the weights, the accuracy of the weights themselves is beside it.
         """
         names = (f"{split}/loss", f"{split}/top1", f"{split}/top5")
-        metrics = dict(zip(names, _means(total(self.evaluation_sums)), strict=True))
+        metrics = dict(zip(names, means_of(total(self.evaluation_sums)), strict=True))
         return metrics | (
-            {RAW_TOP1: _means(total(self.raw_sums))[1]} if split == "val" and self.ema is not None else {}
+            {RAW_TOP1: means_of(total(self.raw_sums)).top1} if split == "val" and self.ema is not None else {}
         )
 
     def validation_metrics(self) -> dict[str, float]:
@@ -289,17 +290,3 @@ class Classifier(LightningModule):
             self.teacher.to(self.device)
         self.routing.to(self.device)
         self.guard.to(self.device)
-
-
-def _sums(logits: Tensor, labels: Tensor, loss: Tensor) -> Tensor:
-    """Sums over a batch: loss, right answers, right answers among the five likeliest, images. (4,) on the device."""
-    likeliest = logits.detach().topk(min(5, logits.shape[1]), dim=1).indices
-    hits = likeliest == labels[:, None]
-    loss = loss.detach().float()
-    images = torch.full_like(loss, len(labels))
-    return torch.stack([loss * images, hits[:, 0].sum().to(loss), hits.sum().to(loss), images])
-
-
-def _means(sums: Tensor) -> list[float]:
-    *totals, images = sums.tolist()
-    return [total / images if images else math.nan for total in totals]
