@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 
+import vmoe
 from vmoe.checkpoints import load_checkpoint
 from vmoe.cli.evaluate import main as evaluate
 from vmoe.cli.export import main
@@ -143,13 +144,16 @@ def test_a_folder_for_timm(save_run, tmp_path, moe, capsys):
     assert ("3 experts" in card) == (moe is not None) and "| `blocks.1` | 0.50 | 1.50 |" in card
 
 
-def test_timm_takes_a_folder_at_another_size_and_for_its_features(save_run, tmp_path):
-    run, out, images = save_run(moe=MOE), tmp_path / "shared", torch.randn(2, 3, 32, 32)
+@pytest.mark.parametrize("moe", [MOE, {"router": "soft", "num_experts": 3, "layers": [1]}])
+def test_timm_takes_a_folder_at_another_size_and_for_its_features(save_run, tmp_path, moe):
+    run, out, images = save_run(moe=moe), tmp_path / "shared", torch.randn(2, 3, 32, 32)
     assert main([str(run), "--format", "hub", "--out", str(out)]) == 0
     expected = load_checkpoint(run).model
     expected.set_input_size(img_size=32)
     arguments = {"model_name": f"local-dir:{out}", "pretrained": True, "img_size": 32}
-    torch.testing.assert_close(timm.create_model(**arguments).eval()(images), expected(images))
+    taken = timm.create_model(**arguments).eval()
+    torch.testing.assert_close(taken(images), expected(images))
+    vmoe.save(taken, tmp_path / "again.safetensors", [*"abcdefghij"])  # its config tells the slots that it has
     for chosen, indices in (({"out_indices": (0, 2)}, (0, 2)), ({}, 3)):
         features = timm.create_model(**arguments, features_only=True, **chosen).eval()(images)
         theirs = expected.forward_intermediates(images, indices=indices, intermediates_only=True)

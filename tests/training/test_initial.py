@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -118,6 +119,73 @@ def test_a_file_of_timm_for_other_classes_and_another_size(runs, dense_weights, 
     expected = resample_abs_pos_embed(dense_weights["pos_embed"], (8, 8), num_prefix_tokens=1)
     torch.testing.assert_close(model.pos_embed, expected)
     assert torch.equal(model.blocks[1].mlp.fc1.weight, dense_weights["blocks.1.mlp.fc1.weight"])
+
+
+def original_arrays(weights):
+    """A ViT's weights by the names and shapes of the original's .npz files."""
+    arrays = {
+        "cls": weights["cls_token"],
+        "embedding/kernel": weights["patch_embed.proj.weight"].permute(2, 3, 1, 0),
+        "embedding/bias": weights["patch_embed.proj.bias"],
+        "Transformer/posembed_input/pos_embedding": weights["pos_embed"],
+        "Transformer/encoder_norm/scale": weights["norm.weight"],
+        "Transformer/encoder_norm/bias": weights["norm.bias"],
+        "head/kernel": weights["head.weight"].T,
+        "head/bias": weights["head.bias"],
+    }
+    for block in range(2):
+        part = {name.removeprefix(f"blocks.{block}."): value for name, value in weights.items()}
+        ours = f"Transformer/encoderblock_{block}/"
+        for theirs, norm in (("LayerNorm_0", "norm1"), ("LayerNorm_2", "norm2")):
+            arrays |= {f"{ours}{theirs}/scale": part[f"{norm}.weight"], f"{ours}{theirs}/bias": part[f"{norm}.bias"]}
+        attention = f"{ours}MultiHeadDotProductAttention_1/"
+        kernels, biases = part["attn.qkv.weight"].chunk(3), part["attn.qkv.bias"].chunk(3)
+        for name, kernel, bias in zip(("query", "key", "value"), kernels, biases, strict=True):
+            arrays |= {
+                f"{attention}{name}/kernel": kernel.T.reshape(32, 2, 16),
+                f"{attention}{name}/bias": bias.view(2, 16),
+            }
+        arrays[f"{attention}out/kernel"] = part["attn.proj.weight"].T.reshape(2, 16, 32)
+        arrays[f"{attention}out/bias"] = part["attn.proj.bias"]
+        for index in range(2):
+            dense = f"{ours}MlpBlock_3/Dense_{index}/"
+            arrays |= {
+                f"{dense}kernel": part[f"mlp.fc{index + 1}.weight"].T,
+                f"{dense}bias": part[f"mlp.fc{index + 1}.bias"],
+            }
+    return {name: value.numpy() for name, value in arrays.items()}
+
+
+def test_an_npz_file_of_the_original_is_upcycled(runs, dense_weights, tmp_path):
+    dense, _, config = runs
+    np.savez(file := tmp_path / "augreg.npz", **original_arrays(dense_weights))
+    lines, config = [], dataclasses.replace(config, init_from=str(file), moe=SPARSE)
+    upcycled = initial_model(config, DIGITS, 16, lines.append).eval()
+    assert vmoe.moe_layers(upcycled)
+    torch.testing.assert_close(upcycled(images()), load_checkpoint(dense).model(images()), rtol=1e-5, atol=1e-5)
+    other = initial_model(dataclasses.replace(config, moe=None), ["odd", "even"], 32, lines.append)
+    expected = resample_abs_pos_embed(
+        dense_weights["pos_embed"], (8, 8), num_prefix_tokens=1, interpolation="bilinear", antialias=False
+    )
+    torch.testing.assert_close(other.pos_embed, expected)
+    assert "taken by number" in lines[0] and lines[1].endswith("this run's starts fresh")
+
+
+def test_npz_files_that_do_not_fit_are_one_line(runs, dense_weights, tmp_path):
+    _, _, config = runs
+    arrays = original_arrays(dense_weights)
+    np.savez(deeper := tmp_path / "deeper.npz", **arrays, **{"Transformer/encoderblock_2/x": np.zeros(1)})
+    np.savez(images_of := tmp_path / "images.npz", train_x=np.zeros((2, 4, 4, 3)))
+    (damaged := tmp_path / "damaged.npz").write_bytes(deeper.read_bytes()[:1000])
+    swin = dataclasses.replace(config.model, name="test_efficientnet", kwargs={})
+    for file, model, line in (
+        (deeper, config.model, "has 3 blocks, and the model has 2"),
+        (images_of, config.model, "has 0 blocks"),
+        (damaged, config.model, "is no .npz file"),
+        (deeper, swin, "timm reads no .npz file for a"),
+    ):
+        with pytest.raises(UserError, match=f"^--init_from .*{line}"):
+            start(dataclasses.replace(config, model=model), file)
 
 
 def test_a_sparse_model_that_another_loop_saved_is_taken_as_it_is(runs, tmp_path):

@@ -7,17 +7,18 @@ small images: CCT-7/3x1 (https://arxiv.org/abs/2104.05704) with mean pooling in 
 
 import sys
 from collections import OrderedDict
+from dataclasses import replace
 from typing import Any, Literal
 
 import timm
 import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from vmoe.models.surgery import create_model, sparsify
 from vmoe.models.tokenizer import ConvTokenizer
-from vmoe.moe import MoeConfig
+from vmoe.moe import MoeConfig, moe_layers
 
 # The paper's sizes (Riquelme et al. 2021, appendix B). Its S has 8 layers of width 512, not timm's 12 of 384.
 _SIZES = {
@@ -122,7 +123,7 @@ def _register(name: str, arguments: dict[str, Any], moe: MoeConfig) -> None:
             _build,
             name,
             pretrained,
-            pretrained_filter_fn=checkpoint_filter_fn,
+            pretrained_filter_fn=_with_the_file_s_slots,
             feature_cfg={"out_indices": 3, "feature_cls": "getter"},
             **{"moe": moe, **arguments, **kwargs},
         )
@@ -138,7 +139,12 @@ def vmoe_on_backbone(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """
     features = _features_of(**kwargs) if kwargs.get("features_only") else {}
     return build_model_with_cfg(
-        _build_on_backbone, ON_BACKBONE, pretrained, pretrained_filter_fn=fitted_weights, feature_cfg=features, **kwargs
+        _build_on_backbone,
+        ON_BACKBONE,
+        pretrained,
+        pretrained_filter_fn=_with_the_file_s_slots,
+        feature_cfg=features,
+        **kwargs,
     )
 
 
@@ -165,6 +171,23 @@ def fitted_weights(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dic
         return state_dict
     resize = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     return state_dict if resize is None else resize(state_dict, model)
+
+
+def _with_the_file_s_slots(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+    """Weights as `fitted_weights` gives them, and gives Soft MoE layers the slots that the file has.
+
+    timm builds the model for its `img_size`, and so with another number of slots than a file for another size has. The
+    slots are trained parameters that cannot be resampled. Images with more or fewer tokens are mixed into the same
+    slots, as after timm's `set_input_size`.
+    """
+    for name, layer in moe_layers(model):
+        mu = state_dict.get(f"{name}.router.mu")
+        if layer.config.router != "soft" or mu is None or mu.shape == layer.router.mu.shape:
+            continue
+        factor = layer.config.capacity_factor * mu.shape[-1] / layer.router.mu.shape[-1]
+        layer.config = replace(layer.config, capacity_factor=factor)
+        layer.router.mu = nn.Parameter(layer.router.mu.new_empty((*layer.router.mu.shape[:2], mu.shape[-1])))
+    return fitted_weights(state_dict, model)
 
 
 def _build_on_backbone(backbone: str = _BACKBONE, moe: dict[str, Any] | None = None, **kwargs: Any) -> nn.Module:

@@ -11,6 +11,7 @@ from vmoe.checkpoints import TrainedModel, build_model, load_checkpoint, read_fo
 from vmoe.classes import known_outputs, only_numbers
 from vmoe.errors import UserError
 from vmoe.models import densify, sparsify
+from vmoe.models.npz_weights import load_npz_weights
 from vmoe.models.registry import fitted_weights
 from vmoe.models.surgery import set_moe_drop_path
 from vmoe.moe import MoeConfig, moe_layers
@@ -20,8 +21,8 @@ from vmoe.training.config import TrainConfig
 def initial_model(
     config: TrainConfig, class_names: list[str], image_size: int, say: Callable[[str], object] = lambda line: None
 ) -> nn.Module:
-    """The model of a run, with the weights that `config.init_from` asks for: "pretrained", a checkpoint of ours or a
-    file of timm's.
+    """The model of a run, with the weights that `config.init_from` asks for: "pretrained", a checkpoint of ours, a
+    file of timm's or one of the original's .npz files.
 
     "pretrained" takes the weights that timm has for the model, which it downloads when they are not there. A dense
     checkpoint is upcycled where the run has MoE layers: every routed expert starts as the MLP it replaces
@@ -62,7 +63,10 @@ def _started(config: TrainConfig, class_names: list[str], image_size: int, say: 
     if config.init_from == "pretrained":
         dense = build_model(name, {**kwargs, "pretrained": True}, None, num_classes, image_size)
         return _upcycled(dense, config.moe, image_size)
-    foreign = read_foreign_weights(config.init_from)
+    path = Path(config.init_from).expanduser()
+    if path.suffix == ".npz" and path.is_file():
+        return _from_npz(config, path, num_classes, image_size, say)
+    foreign = read_foreign_weights(path)
     if foreign is not None:
         return _from_foreign(config, foreign, num_classes, image_size, say)
     start = load_checkpoint(config.init_from)
@@ -96,13 +100,33 @@ def _from_foreign(
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"--init_from {path}: are no weights for {config.model.name} ({reason})") from error
     classifier = [name for name in own if name.startswith(tuple(f"{each}." for each in _classifiers(model)))]
-    if all(name in weights and weights[name].shape == own[name].shape for name in classifier):
-        say(f"{path}: its {num_classes} classes are taken by number, as it does not name them")
-    else:
-        say(f"{path}: its classifier is for other classes: this run's starts fresh")
+    is_taken = all(name in weights and weights[name].shape == own[name].shape for name in classifier)
+    say(_nameless_classifier_line(path, is_taken, num_classes))
+    if not is_taken:
         weights = {**weights, **{name: own[name] for name in classifier}}
     _load(model, weights, path)
     return model if is_sparse else _upcycled(model, config.moe, image_size)
+
+
+def _from_npz(
+    config: TrainConfig, path: Path, num_classes: int, image_size: int, say: Callable[[str], object]
+) -> nn.Module:
+    """The model with the weights of one of the original's .npz files, which are dense."""
+    arguments = timm_arguments({"model": {"kwargs": config.model.kwargs}})
+    model = build_model(config.model.name, arguments, None, num_classes, image_size)
+    try:
+        is_taken = load_npz_weights(model, path)
+    except ValueError as error:
+        raise UserError(f"--init_from {path}: {error}; give the model.name that these weights are for") from error
+    say(_nameless_classifier_line(path, is_taken, num_classes))
+    return _upcycled(model, config.moe, image_size)
+
+
+def _nameless_classifier_line(path: Path, is_taken: bool, num_classes: int) -> str:
+    """What becomes of the classifier of a file that does not name its classes."""
+    if is_taken:
+        return f"{path}: its {num_classes} classes are taken by number, as it does not name them"
+    return f"{path}: its classifier is for other classes: this run's starts fresh"
 
 
 def _fit_to_images(start: TrainedModel, image_size: int) -> None:
