@@ -8,14 +8,14 @@ from timm.layers import Mlp
 from torch.utils.flop_counter import FlopCounterMode
 
 from vmoe.bench import peers
-from vmoe.bench.cases import CASES, Case, given_routing
-from vmoe.bench.curves import benchmark_curves, draw_curves, points
+from vmoe.bench.cases import CASES, LayerCase, given_routing
+from vmoe.bench.curves import benchmark_curves, draw_cost_curves, points
 from vmoe.bench.layer import benchmark_layer, layer_jobs
 from vmoe.bench.report import LAYER_COLUMNS, layer_rows, markdown_table
-from vmoe.bench.timing import DeviceLost, Measurement, copy_bandwidth, matmul_peak, measure, reason_of_failure
+from vmoe.bench.timing import DeviceLost, Measurement, copy_bandwidth, matmul_peak, reason_of_failure, time_jobs
 
 CPU = torch.device("cpu")
-SMALL = Case(width=16, hidden=24, num_experts=4, top_k=2, images=3, tokens=5)
+SMALL = LayerCase(width=16, hidden=24, num_experts=4, top_k=2, images=3, tokens=5)
 
 
 def test_flops_are_those_of_the_dense_twin():
@@ -85,7 +85,7 @@ def test_a_failing_job_is_a_row_with_its_reason():
             raise RuntimeError("gave | up")
 
     jobs = {"dense": lambda: torch.ones(8) @ torch.ones(8), "bad": lambda: 1 / 0, "late": fails_late}
-    results = measure(jobs, CPU, rounds=3, calls=1)
+    results = time_jobs(jobs, CPU, rounds=3, calls=1)
     assert len(results["dense"].times) == 3 and results["dense"].error is None
     assert results["bad"].error == "ZeroDivisionError: division by zero"
     assert results["late"].error == "RuntimeError: gave | up"
@@ -127,7 +127,7 @@ def test_curves_are_relative_to_dense():
     for row in rows:
         assert row["tokens"] == 15 and "error" not in row
         assert row["layer_ratio"] == pytest.approx(row["layer_ms"] / row["dense_ms"])
-    figure = draw_curves(rows, "title")
+    figure = draw_cost_curves(rows, "title")
     assert [axes.get_xlabel() for axes in figure.axes] == ["choices a token", "capacity factor"]
     assert len(figure.axes[1].lines[1].get_xdata()) == 8
 

@@ -13,7 +13,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from vmoe.bench.plan.hardware import Machine
-from vmoe.bench.plan.layouts import Layout
+from vmoe.bench.plan.layouts import MeshLayout
 from vmoe.bench.plan.planner import Workload, layouts_for, make_plans
 from vmoe.bench.plan.trace import saved_bytes, trace_step
 from vmoe.checkpoints import build_model
@@ -32,7 +32,7 @@ def workload(moe: MoeConfig | None = MOE, batch: int = 8, **changes) -> Workload
     return Workload("vit_tiny_patch16_224", SMALL, moe, 10, 64, batch, **({"dtype": torch.float32} | changes))
 
 
-def plan_of(layout: Layout, planned: Workload, machine: Machine = GPU):
+def plan_of(layout: MeshLayout, planned: Workload, machine: Machine = GPU):
     return make_plans(planned, [layout], machine, 50e9)[0]
 
 
@@ -57,7 +57,7 @@ def test_weights_gradients_and_moments_of_one_process(moe):
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     (F.cross_entropy(model(torch.randn(2, 3, 64, 64)), torch.zeros(2).long()) + auxiliary_loss(model)).backward()
     optimizer.step()
-    memory = plan_of(Layout("none", 1), workload(moe)).memory
+    memory = plan_of(MeshLayout("none", 1), workload(moe)).memory
     assert memory.parameters == bytes_of(model.parameters())
     assert memory.gradients == bytes_of(parameter.grad for parameter in model.parameters())
     assert memory.optimizer == bytes_of(s[name] for s in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq"))
@@ -68,7 +68,7 @@ def test_weights_of_the_first_of_four_processes(four_processes, expert_size, den
     model = real_model()
     shard(model, 4, expert_size, "cpu", dense == "whole")
     strategy = "fsdp" if expert_size == 1 else "expert"
-    memory = plan_of(Layout(strategy, 4, expert_size, dense), workload()).memory
+    memory = plan_of(MeshLayout(strategy, 4, expert_size, dense), workload()).memory
     assert memory.parameters == memory.gradients == bytes_of(model.parameters())
     assert memory.optimizer == 2 * memory.parameters
 
@@ -88,7 +88,9 @@ def test_activations_are_what_autograd_keeps(moe, dtype):
 
 def test_tokens_on_their_way_by_the_formula():
     moe = dataclasses.replace(MOE, capacity_multiple_of=1)
-    plain, exchanged = (plan_of(layout, workload(moe)).sent for layout in (Layout("fsdp", 4), Layout("expert", 4, 4)))
+    plain, exchanged = (
+        plan_of(layout, workload(moe)).sent for layout in (MeshLayout("fsdp", 4), MeshLayout("expert", 4, 4))
+    )
     tokens, width, layers = 2 * 17, 64, 2  # of a process
     of_tokens = layers * 4 * moe.top_k * moe.capacity_factor * tokens * width * 4 * 3 / 4
     experts = layers * 8 * (64 * 256 * 2 + 256 + 64)
@@ -97,7 +99,7 @@ def test_tokens_on_their_way_by_the_formula():
 
 
 def test_dense_gradients_are_averaged_once_an_update_and_not_gathered():
-    layouts = [Layout("expert", 4, 4), Layout("expert", 4, 4, "whole")]
+    layouts = [MeshLayout("expert", 4, 4), MeshLayout("expert", 4, 4, "whole")]
     dense = sum(parameter.numel() for name, parameter in real_model().named_parameters() if ".experts." not in name)
     for accumulate in (1, 2):
         cut, whole = (plan_of(layout, workload(accumulate=accumulate)) for layout in layouts)
@@ -107,7 +109,7 @@ def test_dense_gradients_are_averaged_once_an_update_and_not_gathered():
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_averaging_hides_behind_the_backward_pass_of_an_update_s_only_batch(accumulate):
-    layout, planned = Layout("expert", 4, 4, "whole"), workload(batch=4096, accumulate=accumulate)
+    layout, planned = MeshLayout("expert", 4, 4, "whole"), workload(batch=4096, accumulate=accumulate)
     free, slow = (plan_of(layout, planned, dataclasses.replace(GPU, link=link)) for link in (1e30, 1e11))
     dense = sum(parameter.numel() for name, parameter in real_model().named_parameters() if ".experts." not in name)
     waited_for = slow.sent - (2 * 4 * dense * 3 / 4 if accumulate == 1 else 0)
@@ -115,7 +117,7 @@ def test_averaging_hides_behind_the_backward_pass_of_an_update_s_only_batch(accu
 
 
 def test_experts_are_gathered_only_where_they_are_cut_further():
-    whole, cut_further = (plan_of(Layout("expert", 4, size, "whole"), workload(batch=128)) for size in (4, 2))
+    whole, cut_further = (plan_of(MeshLayout("expert", 4, size, "whole"), workload(batch=128)) for size in (4, 2))
     layer = 8 * (64 * 256 * 2 + 256 + 64) * 4
     assert cut_further.memory.buffers - whole.memory.buffers == 5 * layer // 2  # of 2, as they arrive too; a gradient
     assert cut_further.times.host > whole.times.host
@@ -137,7 +139,7 @@ def test_other_kinds_of_layers_are_planned_in_every_layout(changes):
 
 
 def test_peak_counts_old_gradients_beside_the_forward_pass():
-    memory = plan_of(Layout("none", 1), workload()).memory
+    memory = plan_of(MeshLayout("none", 1), workload()).memory
     with torch.device("meta"):
         trace = trace_step(real_model(), 8, 64, torch.float32)
     forward = max(moment.live for moment in trace.moments if not moment.is_backward)
@@ -145,7 +147,7 @@ def test_peak_counts_old_gradients_beside_the_forward_pass():
 
 
 def test_layouts_best_first_and_the_others_with_what_is_missing():
-    tight = dataclasses.replace(GPU, memory=plan_of(Layout("fsdp", 4), workload()).memory.peak + 1)
+    tight = dataclasses.replace(GPU, memory=plan_of(MeshLayout("fsdp", 4), workload()).memory.peak + 1)
     plans = make_plans(workload(), layouts_for(4, MOE), tight, 50e9)
     feasible = [plan for plan in plans if plan.missing is None]
     experts = {f"expert {size}{dense}" for size in (2, 4) for dense in ("", ", dense whole")}
@@ -155,7 +157,7 @@ def test_layouts_best_first_and_the_others_with_what_is_missing():
 
 
 def test_a_slower_network_costs_experts_more():
-    layouts = [Layout("expert", 64, 8), Layout("expert", 64, 64)]
+    layouts = [MeshLayout("expert", 64, 8), MeshLayout("expert", 64, 64)]
     many = dataclasses.replace(MOE, num_experts=64)
     fast, slow = (
         {plan.layout.expert_size: plan.times.step for plan in make_plans(workload(many, 256), layouts, GPU, bandwidth)}
@@ -166,7 +168,7 @@ def test_a_slower_network_costs_experts_more():
 
 def test_more_processes_than_the_experts_width_divides_into():
     planned = workload(dataclasses.replace(MOE, num_experts=2), 2 * 384)
-    plan = plan_of(Layout("expert", 384, 2), planned)
+    plan = plan_of(MeshLayout("expert", 384, 2), planned)
     assert "cannot be cut into 192 parts" in plan.missing
 
 
@@ -199,7 +201,7 @@ def test_memory_with_the_dense_part_whole_is_as_torchs_tracker_sees_it(
                 optimizer.step()
         peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
     planned = workload(batch=4 * images, accumulate=accumulate)
-    memory = plan_of(Layout("expert", 4, 4, "whole"), planned, dataclasses.replace(GPU, name="cpu")).memory
+    memory = plan_of(MeshLayout("expert", 4, 4, "whole"), planned, dataclasses.replace(GPU, name="cpu")).memory
     assert memory.peak == pytest.approx(peak, rel=0.02)
 
 
@@ -222,7 +224,7 @@ def test_fsdp_memory_is_as_torchs_tracker_sees_it(four_processes):
                 if number == 0:
                     tracker.reset_mod_stats()
         peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
-    memory = plan_of(Layout("fsdp", 4), workload(None, batch=128), dataclasses.replace(GPU, name="cpu")).memory
+    memory = plan_of(MeshLayout("fsdp", 4), workload(None, batch=128), dataclasses.replace(GPU, name="cpu")).memory
     seen = {kind.name: size for kind, size in peak.items() if isinstance(kind, Enum)}
     assert memory.parameters == seen["SHARDED_PARAM"]
     assert memory.optimizer == seen["OPT"] - 4 * len(optimizer.state)  # the steps' numbers

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 import vmoe
-from vmoe.bench.cases import Case
+from vmoe.bench.cases import LayerCase
 from vmoe.bench.roofline import KERNELS, draw_roofline, layer_floors, layer_work, stage_of, stage_work
 from vmoe.bench.timing import Measurement
 
-CASE = Case(width=2, hidden=5, num_experts=3, top_k=2, images=1, tokens=7)  # T=7, R=14
+CASE = LayerCase(width=2, hidden=5, num_experts=3, top_k=2, images=1, tokens=7)  # T=7, R=14
 
 
 def test_work_of_a_layer():

@@ -11,7 +11,7 @@ from lightning.pytorch import Callback
 
 from vmoe.bench.scaling.exchange import shares_of
 from vmoe.bench.scaling.fit import Images, train
-from vmoe.bench.scaling.jobs import IMAGES_A_GROUP, PARTS, SIZES, Job, jobs_of
+from vmoe.bench.scaling.jobs import IMAGES_PER_GROUP, PARTS, SIZES, Job, jobs_of
 from vmoe.bench.scaling.launch import Launcher
 from vmoe.bench.scaling.size import next_size
 from vmoe.cli.benchmark import main
@@ -68,7 +68,7 @@ def test_jobs_are_named_apart(device, counts):
         job.config(device)  # which refuses what cannot be
         assert job.batch % job.processes == 0
         if job.part in ("equality", "checkpoint"):
-            assert job.batch % (job.processes * IMAGES_A_GROUP) == 0  # else processes and groups cut it differently
+            assert job.batch % (job.processes * IMAGES_PER_GROUP) == 0  # else processes and groups cut it differently
     for part, least in (("equality", 8), ("checkpoint", 8), ("size", 32)):
         (experts,) = {job.experts for job in jobs if job.part == part}
         assert experts >= least and experts % counts[-1] == 0

@@ -7,8 +7,8 @@ import json
 import pytest
 
 from vmoe.bench.plan.choice import resolved, workload_of
-from vmoe.bench.plan.layouts import Layout, Memory
-from vmoe.bench.plan.planner import Plan, Times
+from vmoe.bench.plan.layouts import MeshLayout, StepMemory
+from vmoe.bench.plan.planner import LayoutPlan, Times
 from vmoe.bench.plan.report import draw_plans
 from vmoe.cli.plan import main
 from vmoe.cli.train import parse
@@ -35,8 +35,8 @@ def test_plans_in_a_table_a_file_and_a_picture(tmp_path, capsys):
 
 @pytest.mark.parametrize("scale", [1, 10_000])
 def test_bars_of_memory_are_seen_for_small_models_too(scale):
-    memory = Memory(*(scale * size * 2**20 for size in (3, 3, 6, 0, 5, 1)))
-    plan = Plan(Layout("none", 1), memory, Times(1e-3, 1e-3, 0, 0), 0, None)
+    memory = StepMemory(*(scale * size * 2**20 for size in (3, 3, 6, 0, 5, 1)))
+    plan = LayoutPlan(MeshLayout("none", 1), memory, Times(1e-3, 1e-3, 0, 0), 0, None)
     axes = draw_plans([plan], 70 * 2**30, "a plan").axes[0]
     reach = max(bar.get_x() + bar.get_width() for bar in axes.patches)
     assert reach > 0.5 * axes.get_xlim()[1]
@@ -84,7 +84,7 @@ def test_measured_beside_predicted(tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "layout"),
-    [([], Layout("expert", 2, 2, "whole")), (["--moe", "null"], Layout("ddp", 2))],
+    [([], MeshLayout("expert", 2, 2, "whole")), (["--moe", "null"], MeshLayout("ddp", 2))],
 )
 def test_auto_is_none_in_one_process_and_says_why_in_several(options, layout):
     config = parse([*DIGITS, *options, "--parallel.strategy", "auto", "--trainer.device", "cpu"])

@@ -11,11 +11,11 @@ from vmoe.moe import MoeConfig, Routing
 from vmoe.moe.assignment import rank_in_flow
 from vmoe.moe.groups import Groups
 
-IMAGES_A_GROUP = 8
+IMAGES_PER_GROUP = 8
 
 
 @dataclass(frozen=True)
-class Case:
+class LayerCase:
     """Sizes of a layer and its input.
 
     Attributes:
@@ -68,23 +68,23 @@ class Case:
             "capacity_factor": self.capacity_factor,
             "eval_capacity_factor": self.capacity_factor,
             "batch_priority": self.capacity_factor is not None,
-            "group": IMAGES_A_GROUP,
+            "group": IMAGES_PER_GROUP,
         }
         return MoeConfig(**(options | changes))
 
 
 CASES = {
-    "S16": Case(384, 1536, 32, 2, 256, 197),
-    "B16": Case(768, 3072, 32, 2, 256, 197),
-    "L16": Case(1024, 4096, 32, 2, 128, 197),
-    "Ti-k1": Case(192, 768, 8, 1, 64, 65),
-    "Ti-k2": Case(192, 768, 8, 2, 64, 65),
-    "S32": Case(384, 1536, 32, 2, 32, 50),
-    "S32-b128": Case(384, 1536, 32, 2, 128, 50),
+    "S16": LayerCase(384, 1536, 32, 2, 256, 197),
+    "B16": LayerCase(768, 3072, 32, 2, 256, 197),
+    "L16": LayerCase(1024, 4096, 32, 2, 128, 197),
+    "Ti-k1": LayerCase(192, 768, 8, 1, 64, 65),
+    "Ti-k2": LayerCase(192, 768, 8, 2, 64, 65),
+    "S32": LayerCase(384, 1536, 32, 2, 32, 50),
+    "S32-b128": LayerCase(384, 1536, 32, 2, 128, 50),
 }
 
 
-def given_routing(case: Case, device: torch.device, dropless: bool = False) -> Routing:
+def given_routing(case: LayerCase, device: torch.device, dropless: bool = False) -> Routing:
     """Every token to K distinct experts drawn at random, all experts equally often, all choices within the capacity.
 
     Args:

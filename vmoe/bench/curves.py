@@ -9,20 +9,20 @@ from collections.abc import Iterator
 import torch
 from matplotlib.figure import Figure
 
-from vmoe.bench.cases import Case
+from vmoe.bench.cases import LayerCase
 from vmoe.bench.figure import INK, SERIES, dress, new_figure
-from vmoe.bench.layer import CALLS_ON_GPU, layer_jobs
+from vmoe.bench.layer import LAYER_CALLS_ON_GPU, layer_jobs
 from vmoe.bench.report import Column, Row
-from vmoe.bench.timing import Measurement, Say, measure, reason_of_failure, release
+from vmoe.bench.timing import Measurement, Say, reason_of_failure, release, time_jobs
 
-JOBS = ("dense", "experts", "layer")
+CURVE_JOBS = ("dense", "experts", "layer")
 AXES = {
     "experts": ("experts (K=1)", (1, 2, 4, 8, 16, 32, 64, 128, 256)),
     "tokens": ("tokens", (1_000, 3_000, 10_000, 30_000, 100_000, 200_000)),
     "top-k": ("choices a token", (1, 2, 4, 8)),
     "capacity": ("capacity factor", (0.5, 0.75, 1.0, 1.05, 1.25, 1.5, 2.0, None)),
 }
-COLUMNS = (
+CURVE_COLUMNS = (
     Column("axis", "axis"),
     Column("value", "value"),
     Column("tokens", "tokens", ","),
@@ -34,7 +34,7 @@ COLUMNS = (
 )
 
 
-def points(axis: str, base: Case) -> Iterator[tuple[float | None, Case]]:
+def points(axis: str, base: LayerCase) -> Iterator[tuple[float | None, LayerCase]]:
     """The values of an axis and the sizes there; those that `base` cannot take are left out."""
     for value in AXES[axis][1]:
         if axis == "experts":  # K=1, so that a single expert is possible
@@ -48,7 +48,7 @@ def points(axis: str, base: Case) -> Iterator[tuple[float | None, Case]]:
 
 
 def benchmark_curves(
-    base: Case, axes: list[str], device: torch.device, dtype: torch.dtype, rounds: int, say: Say | None = None
+    base: LayerCase, axes: list[str], device: torch.device, dtype: torch.dtype, rounds: int, say: Say | None = None
 ) -> list[Row]:
     """Times dense, experts and layer along the axes, forward and backward.
 
@@ -72,26 +72,26 @@ def benchmark_curves(
             if say is not None:
                 say(f"{axis} {'unbounded' if value is None else value}")
             rows.append({"axis": axis, "value": "none" if value is None else value, "tokens": case.num_tokens})
-            rows[-1] |= _row(_measure(case, device, dtype, rounds))
+            rows[-1] |= _point_row(_time_point(case, device, dtype, rounds))
     return rows
 
 
-def _measure(case: Case, device: torch.device, dtype: torch.dtype, rounds: int) -> dict[str, Measurement]:
+def _time_point(case: LayerCase, device: torch.device, dtype: torch.dtype, rounds: int) -> dict[str, Measurement]:
     makers, jobs, results = layer_jobs(case, device, dtype), {}, {}
-    for name in JOBS:
+    for name in CURVE_JOBS:
         try:
             jobs[name] = makers[name]()
         except Exception as error:  # such as a lack of memory, which must not end the curve
             results[name] = Measurement(error=reason_of_failure(name, error, device))
-    results |= measure(jobs, device, rounds, CALLS_ON_GPU if device.type == "cuda" else 1)
+    results |= time_jobs(jobs, device, rounds, LAYER_CALLS_ON_GPU if device.type == "cuda" else 1)
     jobs.clear()
     release(device)
     return results
 
 
-def _row(results: dict[str, Measurement]) -> Row:
+def _point_row(results: dict[str, Measurement]) -> Row:
     row = {}
-    for name in JOBS:
+    for name in CURVE_JOBS:
         if results[name].error is not None:
             row.setdefault("error", f"{name}: {results[name].error}")
             continue
@@ -102,7 +102,7 @@ def _row(results: dict[str, Measurement]) -> Row:
     return row
 
 
-def draw_curves(rows: list[Row], title: str) -> Figure:
+def draw_cost_curves(rows: list[Row], title: str) -> Figure:
     """A panel an axis: the time of experts and layer, divided by the dense layer's."""
     axes_shown = list(dict.fromkeys(row["axis"] for row in rows))
     figure = new_figure(3.1 * len(axes_shown) + 0.6, 3.1, title)

@@ -13,7 +13,7 @@ from vmoe.data import Batch, ImageDataModule
 from vmoe.moe import auxiliary_loss
 from vmoe.training.graph import GraphedStep
 
-COLUMNS = (
+DATA_COLUMNS = (
     Column("images", "source"),
     Column("pipeline", "pipeline"),
     Column("workers", "workers"),
@@ -55,14 +55,14 @@ def loader_rate(make_loader: Callable[[], Iterable], seconds: float, ahead: int,
     start = time.perf_counter()
     batches = endless(make_loader())
     next(batches)
-    _wait(device)
+    _synchronise(device)
     first = time.perf_counter() - start
     for _ in range(ahead):
         next(batches)
     return LoaderRate(first, *_rate(lambda: len(next(batches)[0]), seconds, device))
 
 
-def _as_it_is(batch: Batch) -> Batch:
+def _unchanged(batch: Batch) -> Batch:
     return batch
 
 
@@ -87,7 +87,7 @@ class TrainingStep:
         if compiled:
             model.compile(dynamic=False)
         self._run = GraphedStep(self._step) if graphed else self._step
-        self._made = _as_it_is
+        self._made = _unchanged
 
     def _step(self, batch: Batch) -> Tensor:
         batch = self._made(batch)
@@ -101,7 +101,7 @@ class TrainingStep:
         return loss.detach()
 
     def rate(
-        self, batches: Iterator[Batch], seconds: float, ahead: int = 0, made: Callable[[Batch], Batch] = _as_it_is
+        self, batches: Iterator[Batch], seconds: float, ahead: int = 0, made: Callable[[Batch], Batch] = _unchanged
     ) -> float:
         """Images/s of steps on these batches; the first few, and those prepared `ahead`, are not counted.
 
@@ -141,14 +141,14 @@ def ready_batches(module: ImageDataModule, loader: Iterable[Batch], device: torc
 
 def _rate(step: Callable[[], int], seconds: float, device: torch.device) -> tuple[float, int]:
     """Images/s of steps that tell how many images they had, and these images."""
-    _wait(device)
+    _synchronise(device)
     images, start = 0, time.perf_counter()
     while not images or time.perf_counter() - start < seconds:
         images += step()
-    _wait(device)  # for what was only handed over
+    _synchronise(device)  # for what was only handed over
     return images / (time.perf_counter() - start), images
 
 
-def _wait(device: torch.device) -> None:
+def _synchronise(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -34,7 +34,7 @@ def dress(axes: Axes, title: str, x: str, y: str) -> Axes:
     return axes
 
 
-def save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
     """Writes a PNG, atomically."""
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png")

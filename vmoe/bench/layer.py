@@ -13,17 +13,17 @@ from torch import Tensor, nn
 from torch._dynamo import config as dynamo_config
 
 from vmoe.bench import peers
-from vmoe.bench.cases import Case, given_routing
-from vmoe.bench.timing import Job, Measurement, Say, matmul_peak, measure, reason_of_failure, release
+from vmoe.bench.cases import LayerCase, given_routing
+from vmoe.bench.timing import Measurement, Say, TimedJob, matmul_peak, reason_of_failure, release, time_jobs
 from vmoe.moe import MoeConfig, MoeMlp
 from vmoe.moe.experts import Experts
 
-CALLS_ON_GPU = 4  # between two readings of the clock
+LAYER_CALLS_ON_GPU = 4  # between two readings of the clock
 SQUARE_ON_GPU, SQUARE = 8192, 2048  # a product that any device is good at
 
 
 def benchmark_layer(
-    case: Case,
+    case: LayerCase,
     device: torch.device,
     dtype: torch.dtype,
     rounds: int,
@@ -65,7 +65,7 @@ def benchmark_layer(
         except Exception as error:  # one variant that cannot be built must not end the others
             failed[name] = Measurement(error=reason_of_failure(name, error, device))
     with dynamo_config.patch(fail_on_recompile_limit_hit=True):  # else it would quietly not be compiled
-        measured = measure(jobs, device, rounds, CALLS_ON_GPU if device.type == "cuda" else 1, say)
+        measured = time_jobs(jobs, device, rounds, LAYER_CALLS_ON_GPU if device.type == "cuda" else 1, say)
     for name, result in measured.items():
         if "CUDA graph" in name:
             result.peak_mib = None  # taken when it was captured, not when it is replayed
@@ -75,29 +75,29 @@ def benchmark_layer(
     return {name: results[name] for name in makers}, peak
 
 
-def layer_jobs(case: Case, device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], Job]]:
+def layer_jobs(case: LayerCase, device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], TimedJob]]:
     """Makers of the jobs, by name; "X inference" is compared with "dense inference", all others with "dense"."""
     config = case.moe()
     place = (case, device, dtype)
     jobs = {
-        "dense": lambda: _dense(*place),
-        "dense, compiled": lambda: _dense(*place, compiled=True),
-        "experts": lambda: _experts(*place),
-        "experts, casts kept": lambda: _experts(*place, keep_casts=True),
-        "experts, recomputed": lambda: _experts(*place, recompute=True),
-        "experts, dropless": lambda: _experts(*place, dropless=True),
-        "layer": lambda: _layer(*place, config),
-        "layer, casts kept": lambda: _layer(*place, config, keep_casts=True),
-        "layer, no noise, no priority": lambda: _layer(*place, _plain(config)),
-        "layer, dropless": lambda: _layer(*place, case.moe(capacity_factor=None, batch_priority=False)),
-        "layer, compiled": lambda: _layer(*place, config, compiled=True),
-        "dense inference": lambda: _dense(*place, inference=True),
-        "experts inference": lambda: _experts(*place, inference=True),
-        "layer inference": lambda: _layer(*place, config, inference=True),
+        "dense": lambda: _dense_job(*place),
+        "dense, compiled": lambda: _dense_job(*place, compiled=True),
+        "experts": lambda: _experts_job(*place),
+        "experts, casts kept": lambda: _experts_job(*place, keep_casts=True),
+        "experts, recomputed": lambda: _experts_job(*place, recompute=True),
+        "experts, dropless": lambda: _experts_job(*place, dropless=True),
+        "layer": lambda: _layer_job(*place, config),
+        "layer, casts kept": lambda: _layer_job(*place, config, keep_casts=True),
+        "layer, no noise, no priority": lambda: _layer_job(*place, _plain(config)),
+        "layer, dropless": lambda: _layer_job(*place, case.moe(capacity_factor=None, batch_priority=False)),
+        "layer, compiled": lambda: _layer_job(*place, config, compiled=True),
+        "dense inference": lambda: _dense_job(*place, inference=True),
+        "experts inference": lambda: _experts_job(*place, inference=True),
+        "layer inference": lambda: _layer_job(*place, config, inference=True),
     }
     if device.type == "cuda":
-        jobs["dense, CUDA graph"] = lambda: _Replay(_dense(*place), device)
-        jobs["layer, CUDA graph"] = lambda: _Replay(_layer(*place, config), device)
+        jobs["dense, CUDA graph"] = lambda: _Replay(_dense_job(*place), device)
+        jobs["layer, CUDA graph"] = lambda: _Replay(_layer_job(*place, config), device)
     else:
         del jobs["experts, recomputed"]  # only the GPU's kernels do
     if dtype == torch.float32:
@@ -106,53 +106,53 @@ def layer_jobs(case: Case, device: torch.device, dtype: torch.dtype) -> dict[str
     return jobs
 
 
-def peer_jobs(case: Case, device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], Job]]:
+def peer_jobs(case: LayerCase, device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], TimedJob]]:
     """Makers of other implementations of the experts with a given routing, each checked against float64 when made."""
 
-    def make(peer: type[nn.Module]) -> Job:
+    def make(peer: type[nn.Module]) -> TimedJob:
         peers.check(peer, case, device, dtype)
-        return _given(peer(case, device), case, device, dtype)
+        return _given_routing_job(peer(case, device), case, device, dtype)
 
     return {f"peer: {name}": lambda peer=peer: make(peer) for name, peer in peers.PEERS.items()}
 
 
-def _dense(case: Case, device: torch.device, dtype: torch.dtype, inference=False, compiled=False) -> Job:
+def _dense_job(case: LayerCase, device: torch.device, dtype: torch.dtype, inference=False, compiled=False) -> TimedJob:
     mlp = Mlp(case.width, case.hidden).to(device)
     if compiled:
         mlp.compile(dynamic=False)
     x_TD = torch.randn(case.num_tokens * case.top_k, case.width, device=device)
-    return _job(mlp, x_TD, (), dtype, inference)
+    return _pass_over(mlp, x_TD, (), dtype, inference)
 
 
-def _experts(
-    case: Case, device: torch.device, dtype: torch.dtype, *, keep_casts=False, recompute=False, dropless=False,
+def _experts_job(
+    case: LayerCase, device: torch.device, dtype: torch.dtype, *, keep_casts=False, recompute=False, dropless=False,
     inference=False,
-) -> Job:  # fmt: skip
+) -> TimedJob:  # fmt: skip
     sizes = (case.num_experts, case.width, case.hidden, case.width)
     experts = Experts(*sizes, nn.GELU(), recompute_activation=recompute, device=device)
     if keep_casts:
         experts.keep_casts()
-    return _given(experts, case, device, dtype, dropless, inference)
+    return _given_routing_job(experts, case, device, dtype, dropless, inference)
 
 
-def _given(module: nn.Module, case: Case, device, dtype, dropless=False, inference=False) -> Job:
+def _given_routing_job(module: nn.Module, case: LayerCase, device, dtype, dropless=False, inference=False) -> TimedJob:
     routing = given_routing(case, device, dropless)
     if not inference:
         routing.weights_GSK.requires_grad_()
-    return _job(module, torch.randn(case.num_tokens, case.width, device=device), (routing,), dtype, inference)
+    return _pass_over(module, torch.randn(case.num_tokens, case.width, device=device), (routing,), dtype, inference)
 
 
-def _layer(
-    case: Case, device: torch.device, dtype: torch.dtype, config: MoeConfig, *, keep_casts=False, inference=False,
+def _layer_job(
+    case: LayerCase, device: torch.device, dtype: torch.dtype, config: MoeConfig, *, keep_casts=False, inference=False,
     compiled=False,
-) -> Job:  # fmt: skip
+) -> TimedJob:  # fmt: skip
     layer = MoeMlp(case.width, case.hidden, moe=config, device=device)
     if keep_casts:
         layer.experts.keep_casts()
     if compiled:
         layer.compile(dynamic=False)
     x = torch.randn(case.images, case.tokens, case.width, device=device)
-    return _job(layer, x, (), dtype, inference)
+    return _pass_over(layer, x, (), dtype, inference)
 
 
 def _plain(config: MoeConfig) -> MoeConfig:
@@ -161,7 +161,7 @@ def _plain(config: MoeConfig) -> MoeConfig:
     )
 
 
-def _job(module: nn.Module, x: Tensor, others: tuple, dtype: torch.dtype, inference: bool) -> Job:
+def _pass_over(module: nn.Module, x: Tensor, others: tuple, dtype: torch.dtype, inference: bool) -> TimedJob:
     """A forward and backward pass, or a forward pass alone in eval mode with the weights in `dtype`."""
     if inference:
         module.to(dtype).eval()
@@ -193,7 +193,7 @@ def _job(module: nn.Module, x: Tensor, others: tuple, dtype: torch.dtype, infere
 class _Replay:
     """A step captured in a CUDA graph; holds the step as well, whose module and tensors the graph reads and writes."""
 
-    def __init__(self, step: Job, device: torch.device) -> None:
+    def __init__(self, step: TimedJob, device: torch.device) -> None:
         self.step = step
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from torch._dynamo import config as dynamo_config
 
 from vmoe.bench.report import Column, Row, measurement_row
-from vmoe.bench.timing import Job, Measurement, Say, measure, reason_of_failure, release, time_calls
+from vmoe.bench.timing import Measurement, Say, TimedJob, reason_of_failure, release, time_calls, time_jobs
 from vmoe.models.cost import count_parameters, flops_per_image
 from vmoe.moe import auxiliary_loss
 
 MODES = ("off", "default", "reduce-overhead")
 PASSES = ("training", "inference")
-CALLS_ON_GPU = 2  # between two readings of the clock
-COLUMNS = (
+MODEL_CALLS_ON_GPU = 2  # between two readings of the clock
+MODEL_COLUMNS = (
     Column("", "model"),
     Column("pass", "pass"),
     Column("compile", "compile"),
@@ -94,10 +94,13 @@ def benchmark_models(
         jobs = {}
         for name, model in models.items():
             for mode in modes:
-                jobs[f"{name}, {of_pass}, compile {mode}"] = (name, mode), _job(of_pass, model, mode, images, dtype)
+                jobs[f"{name}, {of_pass}, compile {mode}"] = (
+                    (name, mode),
+                    _pass_job(of_pass, model, mode, images, dtype),
+                )
         with dynamo_config.patch(_MANY_GRAPHS):
-            calls = CALLS_ON_GPU if device.type == "cuda" else 1
-            results = measure({title: job for title, (_, job) in jobs.items()}, device, rounds, calls, say)
+            calls = MODEL_CALLS_ON_GPU if device.type == "cuda" else 1
+            results = time_jobs({title: job for title, (_, job) in jobs.items()}, device, rounds, calls, say)
         of_mode = {key: results[title] for title, (key, _) in jobs.items()}
         for row in _pass_rows(of_mode, batch):
             rows.append(row | {"pass": of_pass} | costs[row["model"]] | updates.get(row["model"], {}))
@@ -124,7 +127,7 @@ def _pass_rows(results: dict[tuple[str, str], Measurement], batch: int) -> list[
     return rows
 
 
-def _job(of_pass: str, model: nn.Module, mode: str, images: Tensor, dtype: torch.dtype) -> Job:
+def _pass_job(of_pass: str, model: nn.Module, mode: str, images: Tensor, dtype: torch.dtype) -> TimedJob:
     """A step of a pass. Jobs of inference change the model: they are made when no training is left."""
     if of_pass == "inference":
         model.to(dtype).eval()
@@ -132,10 +135,10 @@ def _job(of_pass: str, model: nn.Module, mode: str, images: Tensor, dtype: torch
     else:
         model.train()
     call = model if mode == "off" else torch.compile(model, mode=mode, dynamic=False)
-    return _inference(call, images) if of_pass == "inference" else _training_step(call, images, dtype)
+    return _inference(call, images) if of_pass == "inference" else _timed_training_step(call, images, dtype)
 
 
-def _training_step(model: nn.Module, images: Tensor, dtype: torch.dtype) -> Job:
+def _timed_training_step(model: nn.Module, images: Tensor, dtype: torch.dtype) -> TimedJob:
     parameters = list(model.parameters())
     device = images.device
     labels = None
@@ -155,7 +158,7 @@ def _training_step(model: nn.Module, images: Tensor, dtype: torch.dtype) -> Job:
     return step
 
 
-def _inference(model: nn.Module, images: Tensor) -> Job:
+def _inference(model: nn.Module, images: Tensor) -> TimedJob:
     @torch.inference_mode()
     def infer():
         torch.compiler.cudagraph_mark_step_begin()

@@ -14,20 +14,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vmoe.bench.cases import IMAGES_A_GROUP, Case, given_routing
+from vmoe.bench.cases import IMAGES_PER_GROUP, LayerCase, given_routing
 from vmoe.moe import Routing
 
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
-_NAMES = ("weight1", "bias1", "weight2", "bias2")
+_PARAMETERS = ("weight1", "bias1", "weight2", "bias2")
 
 
 class _Stacked(nn.Module):
     """Experts with stacked float32 parameters, computed in autocast's type."""
 
-    def __init__(self, case: Case, device: torch.device) -> None:
+    def __init__(self, case: LayerCase, device: torch.device) -> None:
         super().__init__()
         self.case = case
-        for name, value in _start(case, device).items():
+        for name, value in _initial_parameters(case, device).items():
             setattr(self, name, nn.Parameter(value))
 
     def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
@@ -35,7 +35,7 @@ class _Stacked(nn.Module):
         dtype = torch.get_autocast_dtype(x_TD.device.type) if _is_autocast(x_TD) else x_TD.dtype
         chosen_TK, weights_TK = routing.chosen_GSK[0], routing.weights_GSK[0]
         return self.compute(
-            x_TD.to(dtype), chosen_TK, weights_TK.to(dtype), [getattr(self, n).to(dtype) for n in _NAMES]
+            x_TD.to(dtype), chosen_TK, weights_TK.to(dtype), [getattr(self, n).to(dtype) for n in _PARAMETERS]
         )
 
     def compute(self, x_TD: Tensor, chosen_TK: Tensor, weights_TK: Tensor, parameters: list[Tensor]) -> Tensor:
@@ -45,9 +45,9 @@ class _Stacked(nn.Module):
 class Loop(nn.Module):
     """A linear layer pair an expert, its tokens found with `where` and added with `index_add_`."""
 
-    def __init__(self, case: Case, device: torch.device) -> None:
+    def __init__(self, case: LayerCase, device: torch.device) -> None:
         super().__init__()
-        for name, value in _start(case, device).items():
+        for name, value in _initial_parameters(case, device).items():
             setattr(self, name, nn.ParameterList(value.clone() for value in value.unbind()))
 
     def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
@@ -72,7 +72,7 @@ class PaddedBmm(_Stacked):
         (num_tokens, top_k), num_experts = chosen_TK.shape, self.case.num_experts
         capacity = math.ceil((self.case.capacity_factor or 1.0) * num_tokens * top_k / num_experts)
         with torch.no_grad():
-            place_TK = chosen_TK * capacity + _ranks(chosen_TK, num_experts)
+            place_TK = chosen_TK * capacity + _slot_of_choice(chosen_TK, num_experts)
             token_R = torch.arange(num_tokens, device=x_TD.device)[:, None].expand(-1, top_k).reshape(-1)
             source = torch.full((num_experts * capacity,), num_tokens, device=x_TD.device)
             source.scatter_(0, place_TK.reshape(-1), token_R)
@@ -102,11 +102,11 @@ class OneHotEinsum(_Stacked):
 
     def compute(self, x_TD, chosen_TK, weights_TK, parameters):
         num_experts, (num_tokens, width) = self.case.num_experts, x_TD.shape
-        size = self.case.tokens * math.gcd(IMAGES_A_GROUP, num_tokens // self.case.tokens)
+        size = self.case.tokens * math.gcd(IMAGES_PER_GROUP, num_tokens // self.case.tokens)
         mean = size * chosen_TK.shape[1] / num_experts
         capacity = min(size, math.ceil(mean + 6 * math.sqrt(mean)))  # six standard deviations: nothing is dropped
         with torch.no_grad():
-            rank_TK = torch.cat([_ranks(group, num_experts) for group in chosen_TK.split(size)])
+            rank_TK = torch.cat([_slot_of_choice(group, num_experts) for group in chosen_TK.split(size)])
             place_TK = chosen_TK * capacity + rank_TK
             dispatch = x_TD.new_zeros(num_tokens, num_experts * capacity).scatter_(1, place_TK, 1.0)
         dispatch = dispatch.view(-1, size, num_experts, capacity)
@@ -141,18 +141,18 @@ PEERS = {
 }
 
 
-def check(peer: type[nn.Module], case: Case, device: torch.device, dtype: torch.dtype) -> float:
+def check(peer: type[nn.Module], case: LayerCase, device: torch.device, dtype: torch.dtype) -> float:
     """The largest error of a peer's result and gradients on at most 8 images, relative to float64.
 
     Raises:
         ArithmeticError: It is above what rounding explains.
     """
-    case = dataclasses.replace(case, images=min(case.images, IMAGES_A_GROUP))
+    case = dataclasses.replace(case, images=min(case.images, IMAGES_PER_GROUP))
     module = peer(case, device)
     routing = given_routing(case, device)
     x_TD = torch.randn(case.num_tokens, case.width, device=device)
     cotangent = torch.randn_like(x_TD)
-    exact = [_whole(getattr(module, name)).detach().double().requires_grad_() for name in _NAMES]
+    exact = [_stacked(getattr(module, name)).detach().double().requires_grad_() for name in _PARAMETERS]
     leaves = [x_TD.double().requires_grad_(), routing.weights_GSK.double().requires_grad_()]
     y_TD = _in_float64(leaves[0], routing.chosen_GSK[0], leaves[1][0], exact)
     expected = [y_TD, *torch.autograd.grad(y_TD, [*leaves, *exact], cotangent.double())]
@@ -162,7 +162,7 @@ def check(peer: type[nn.Module], case: Case, device: torch.device, dtype: torch.
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         y_TD = module(x_TD, routing)
     y_TD.backward(cotangent.to(y_TD.dtype))
-    grads = [_whole(getattr(module, name), of_gradient=True) for name in _NAMES]
+    grads = [_stacked(getattr(module, name), of_gradient=True) for name in _PARAMETERS]
     found = [y_TD, x_TD.grad, routing.weights_GSK.grad, *grads]
     error = max(((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, expected, strict=True))
     if not error <= TOLERANCES[dtype]:
@@ -179,16 +179,16 @@ def _in_float64(x_TD: Tensor, chosen_TK: Tensor, weights_TK: Tensor, parameters:
     return y_TD
 
 
-def _start(case: Case, device: torch.device) -> dict[str, Tensor]:
+def _initial_parameters(case: LayerCase, device: torch.device) -> dict[str, Tensor]:
     shape = case.num_experts, case.hidden, case.width
     weights = torch.randn(2, *shape, device=device) * 0.02
     biases = (torch.randn(case.num_experts, width, device=device) * 0.1 for width in (case.hidden, case.width))
     return dict(
-        zip(_NAMES, (weights[0], next(biases), weights[1].transpose(1, 2).contiguous(), next(biases)), strict=True)
+        zip(_PARAMETERS, (weights[0], next(biases), weights[1].transpose(1, 2).contiguous(), next(biases)), strict=True)
     )
 
 
-def _whole(parameter: nn.Parameter | nn.ParameterList, of_gradient: bool = False) -> Tensor:
+def _stacked(parameter: nn.Parameter | nn.ParameterList, of_gradient: bool = False) -> Tensor:
     if isinstance(parameter, nn.ParameterList):
         return torch.stack([one.grad if of_gradient else one for one in parameter])
     return parameter.grad if of_gradient else parameter
@@ -198,7 +198,7 @@ def _is_autocast(x: Tensor) -> bool:
     return torch.is_autocast_enabled(x.device.type)
 
 
-def _ranks(chosen_TK: Tensor, num_experts: int) -> Tensor:
+def _slot_of_choice(chosen_TK: Tensor, num_experts: int) -> Tensor:
     """How many choices of the same expert come before each one, every token's first choice first, (T, K)."""
     flow = chosen_TK.t().reshape(-1)
     is_expert = flow[None] == torch.arange(num_experts, device=flow.device)[:, None]

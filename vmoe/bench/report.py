@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from vmoe.bench.cases import Case
+from vmoe.bench.cases import LayerCase
 from vmoe.bench.layer import baseline_of
 from vmoe.bench.timing import Measurement
 
@@ -54,7 +54,7 @@ def measurement_row(result: Measurement, base: Measurement | None) -> Row:
     }
 
 
-def layer_rows(results: dict[str, Measurement], case: Case, peak: float) -> list[Row]:
+def layer_rows(results: dict[str, Measurement], case: LayerCase, peak: float) -> list[Row]:
     """A row a job: its time beside its dense job's, and the share of `peak` (FLOP/s) that its active FLOPs reach."""
     rows = []
     for name, result in results.items():

@@ -13,13 +13,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from vmoe.bench.cases import Case
+from vmoe.bench.cases import LayerCase
 from vmoe.bench.figure import INK, MUTED, SERIES, dress, new_figure
 from vmoe.bench.layer import layer_jobs
 from vmoe.bench.report import Column, Row
 from vmoe.bench.timing import Measurement
 
-COLUMNS = (
+FLOOR_COLUMNS = (
     Column("", "name"),
     Column("ms", "ms", "#.4g"),
     Column("floor ms", "floor_ms", "#.4g"),
@@ -47,26 +47,26 @@ _PROFILED_STEPS = 5
 
 
 @dataclass(frozen=True)
-class Work:
+class LeastWork:
     """What must be done: floating-point operations, and bytes read and written."""
 
     flops: float
     bytes: float
 
 
-def layer_work(case: Case, name: str, dtype: torch.dtype) -> Work:
+def layer_work(case: LayerCase, name: str, dtype: torch.dtype) -> LeastWork:
     """Of one of `LAYERS`; the router's is not counted."""
     size = dtype.itemsize
     is_dense = name.startswith("dense")
     tokens = case.num_tokens * (case.top_k if is_dense else 1) * case.width
     weights = 2 * case.width * case.hidden * (1 if is_dense else case.num_experts)
     if name.endswith("inference"):
-        return Work(case.forward_flops, size * (2 * tokens + weights))
+        return LeastWork(case.forward_flops, size * (2 * tokens + weights))
     # float32: input, weights and the gradients of both; in the low type: the result and its gradient
-    return Work(case.flops, 2 * 4 * (tokens + weights) + 2 * size * tokens)
+    return LeastWork(case.flops, 2 * 4 * (tokens + weights) + 2 * size * tokens)
 
 
-def stage_work(case: Case, dtype: torch.dtype) -> dict[str, Work]:
+def stage_work(case: LayerCase, dtype: torch.dtype) -> dict[str, LeastWork]:
     """Of the stages of the fused experts' forward and backward pass with a given routing, by name."""
     size = dtype.itemsize
     tokens, rows = case.num_tokens * case.width, case.num_tokens * case.top_k * case.width
@@ -74,19 +74,19 @@ def stage_work(case: Case, dtype: torch.dtype) -> dict[str, Work]:
     weights = 2 * case.num_experts * case.width * case.hidden
     return {
         # two products forward, two for the rows' and two for the weights' gradients, which are float32
-        PRODUCTS: Work(case.flops, size * (6 * (rows + hidden) + 2 * weights) + 4 * weights),
-        CASTS: Work(0, (4 + size) * weights),
-        "dispatch": Work(0, 4 * tokens + size * rows),
-        "GELU": Work(0, size * 2 * hidden),
-        "combine": Work(0, size * (rows + tokens)),
-        "combine, gradient": Work(0, size * (tokens + 2 * rows)),
-        "GELU, gradient": Work(0, size * 3 * hidden),
-        "dispatch, gradient": Work(0, size * rows + 4 * tokens),
+        PRODUCTS: LeastWork(case.flops, size * (6 * (rows + hidden) + 2 * weights) + 4 * weights),
+        CASTS: LeastWork(0, (4 + size) * weights),
+        "dispatch": LeastWork(0, 4 * tokens + size * rows),
+        "GELU": LeastWork(0, size * 2 * hidden),
+        "combine": LeastWork(0, size * (rows + tokens)),
+        "combine, gradient": LeastWork(0, size * (tokens + 2 * rows)),
+        "GELU, gradient": LeastWork(0, size * 3 * hidden),
+        "dispatch, gradient": LeastWork(0, size * rows + 4 * tokens),
     }
 
 
 def layer_floors(
-    results: dict[str, Measurement], case: Case, dtype: torch.dtype, peak: float, bandwidth: float
+    results: dict[str, Measurement], case: LayerCase, dtype: torch.dtype, peak: float, bandwidth: float
 ) -> list[Row]:
     """The layers that were measured.
 
@@ -98,13 +98,13 @@ def layer_floors(
         bandwidth: Of a copy in bytes/s.
     """
     return [
-        _row(name, results[name].median, layer_work(case, name, dtype), peak, bandwidth)
+        _floor_row(name, results[name].median, layer_work(case, name, dtype), peak, bandwidth)
         for name in LAYERS
         if name in results and results[name].error is None
     ]
 
 
-def stage_floors(case: Case, device: torch.device, dtype: torch.dtype, peak: float, bandwidth: float) -> list[Row]:
+def stage_floors(case: LayerCase, device: torch.device, dtype: torch.dtype, peak: float, bandwidth: float) -> list[Row]:
     """The stages of a forward and backward pass of the fused experts on a GPU, by the profiler's kernel times.
 
     Empty where other kernels than the fused ones ran.
@@ -117,7 +117,7 @@ def stage_floors(case: Case, device: torch.device, dtype: torch.dtype, peak: flo
         return []
     work = stage_work(case, dtype)
     order = sorted(stages, key=lambda stage: (stage == REST, -stages[stage]))
-    rows = [_row(stage, stages[stage], work.get(stage), peak, bandwidth) | {"stage": True} for stage in order]
+    rows = [_floor_row(stage, stages[stage], work.get(stage), peak, bandwidth) | {"stage": True} for stage in order]
     return [*rows, _sum_row(rows)]
 
 
@@ -150,7 +150,7 @@ def _sum_row(stages: list[Row]) -> Row:
     return {"name": "all stages", "ms": time_ms, "floor_ms": floor_ms, "over_floor": time_ms / floor_ms, "stage": True}
 
 
-def _row(name: str, time_ms: float, work: Work | None, peak: float, bandwidth: float) -> Row:
+def _floor_row(name: str, time_ms: float, work: LeastWork | None, peak: float, bandwidth: float) -> Row:
     row = {"name": name, "ms": time_ms}
     if work is None:
         return row

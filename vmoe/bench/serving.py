@@ -15,7 +15,7 @@ from vmoe.bench.report import Column, Row
 from vmoe.data.photographs import PHOTOGRAPHS, load_photograph
 from vmoe.errors import UserError
 
-COLUMNS = (
+SERVING_COLUMNS = (
     Column("uploads", "uploads"),
     Column("clients", "clients"),
     Column("requests", "requests"),
@@ -73,7 +73,7 @@ def damaged(content: bytes, count: int, seed: int) -> list[bytes]:
     return copies
 
 
-def measure(target: Target, uploads: list[bytes], clients: int, expected: range) -> Row:
+def measure_server(target: Target, uploads: list[bytes], clients: int, expected: range) -> Row:
     """Sends each upload once, spread over the clients.
 
     Args:

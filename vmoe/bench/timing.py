@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-Job = Callable[[], object]
+TimedJob = Callable[[], object]
 Say = Callable[[str], None]
 
 
@@ -50,8 +50,8 @@ class Measurement:
         return (high - low) / 2 / self.median
 
 
-def measure(
-    jobs: dict[str, Job], device: torch.device, rounds: int, calls: int, say: Say | None = None
+def time_jobs(
+    jobs: dict[str, TimedJob], device: torch.device, rounds: int, calls: int, say: Say | None = None
 ) -> dict[str, Measurement]:
     """Warms up every job, looks at its memory and waits, then times all in a shuffled order, round by round.
 
@@ -109,7 +109,7 @@ def release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def time_calls(job: Job, device: torch.device, calls: int) -> float:
+def time_calls(job: TimedJob, device: torch.device, calls: int) -> float:
     """Milliseconds a call."""
     if device.type != "cuda":
         start = time.perf_counter()
@@ -156,7 +156,7 @@ def copy_bandwidth(device: torch.device) -> float:
     return 2 * size / statistics.median(time_calls(copy, device, calls) for _ in range(7)) * 1e3
 
 
-def _first_look(name: str, job: Job, device: torch.device) -> Measurement:
+def _first_look(name: str, job: TimedJob, device: torch.device) -> Measurement:
     result = Measurement()
     try:
         for _ in range(3):
@@ -170,7 +170,7 @@ def _first_look(name: str, job: Job, device: torch.device) -> Measurement:
     return result
 
 
-def _peak_mib(job: Job, device: torch.device) -> float:
+def _peak_mib(job: TimedJob, device: torch.device) -> float:
     gc.collect()
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
@@ -180,7 +180,7 @@ def _peak_mib(job: Job, device: torch.device) -> float:
     return (torch.cuda.max_memory_allocated(device) - before) / 2**20
 
 
-def _issue_ms(job: Job, device: torch.device) -> float:
+def _issue_ms(job: TimedJob, device: torch.device) -> float:
     torch.cuda.synchronize(device)
     start = time.perf_counter()
     job()
@@ -189,7 +189,7 @@ def _issue_ms(job: Job, device: torch.device) -> float:
     return (issued - start) * 1e3
 
 
-def _synchronizes(job: Job) -> bool:
+def _synchronizes(job: TimedJob) -> bool:
     torch.cuda.set_sync_debug_mode("error")
     try:
         job()

@@ -83,7 +83,7 @@ for one, is read from VMOE_API_KEY.
 
 Writes serve.json and serve.md.
 """
-_SIZES = {
+_SIZE_OPTIONS = {
     "width": "width of a token",
     "hidden": "hidden width of an expert (default: 4 times --width, where that is given)",
     "experts": "number of experts",
@@ -174,7 +174,7 @@ def _add_layer(parser: argparse.ArgumentParser) -> None:
     line = "instead: along experts, tokens, top-k, capacity (all when none is named)"
     parser.add_argument("--curves", nargs="*", metavar="AXIS", help=line)
     sizes = parser.add_argument_group("other sizes", "change the cases; by default B16, on the CPU S32")
-    for name, line in _SIZES.items():
+    for name, line in _SIZE_OPTIONS.items():
         sizes.add_argument(f"--{name}", type=count, metavar="N", help=line)
     sizes.add_argument("--capacity-factor", type=capacity_factor, metavar="F", help="inf drops nothing")
 

@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 import torch
 
-from vmoe.bench.data import COLUMNS, TrainingStep, endless, loader_rate, ready_batches
+from vmoe.bench.data import DATA_COLUMNS, TrainingStep, endless, loader_rate, ready_batches
+from vmoe.bench.plan.choice import AUTOCAST_DTYPES
 from vmoe.bench.report import Row, markdown_table
 from vmoe.bench.torchvision_data import torchvision_loader, torchvision_plan
 from vmoe.checkpoints import build_model
@@ -17,8 +18,6 @@ from vmoe.cli.train import parse
 from vmoe.data import Batch, DataConfig, ImageDataModule
 from vmoe.errors import UserError
 from vmoe.training.config import TrainConfig
-
-_DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class _Source(NamedTuple):
@@ -43,19 +42,19 @@ def data(options: argparse.Namespace, overrides: list[str], results: Results) ->
     say = results.say(options.config)
     graphed = config.trainer.cuda_graph and options.device.type == "cuda"
     modules = _modules(options, plain, graphed, say)
-    sources = [_own(module, options.device) for module in modules]
+    sources = [_own_pipeline(module, options.device) for module in modules]
     size = modules[0].image_size
     if options.torchvision:
         sources += [_torchvision(modules[0], workers, options.device) for workers in dict.fromkeys(options.workers)]
-    step, synthetic = _training(config, modules[0], options.device, graphed)
+    step, synthetic = _config_training(config, modules[0], options.device, graphed)
     rows = []
     for source in sources:
         say(f"{source.name}, pipeline {source.pipeline}, {source.workers} workers")
-        rows.append(_measure(source, step, synthetic, options.seconds, options.device))
+        rows.append(_rate_of_source(source, step, synthetic, options.seconds, options.device))
     batch = config.data.batch_size
     table = (
         f"## {options.config}: {config.data.name}, {size} pixels, batches of {batch}, {config.model.name}\n\n"
-        + markdown_table(COLUMNS, rows)
+        + markdown_table(DATA_COLUMNS, rows)
     )
     print(table + "\n")
     settings = {"config": options.config, "batch": batch, "image_size": size, "seconds": options.seconds}
@@ -88,7 +87,7 @@ def _modules(
     return modules
 
 
-def _own(module: ImageDataModule, device: torch.device) -> _Source:
+def _own_pipeline(module: ImageDataModule, device: torch.device) -> _Source:
     config = module.config
     return _Source(
         config.name, config.pipeline, config.workers, lambda: _complete(module),
@@ -111,7 +110,7 @@ def _torchvision(module: ImageDataModule, workers: int, device: torch.device) ->
     return _Source("torchvision", "workers", workers, lambda: loader, batches, module.made)
 
 
-def _training(
+def _config_training(
     config: TrainConfig, module: ImageDataModule, device: torch.device, graphed: bool
 ) -> tuple[TrainingStep, Batch]:
     """A step of the config's training, and a batch of synthetic images for it."""
@@ -119,11 +118,11 @@ def _training(
     with device:
         model = build_model(config.model.name, config.model.kwargs, config.moe, classes, size)
         synthetic = Batch(torch.randn(batch, 3, size, size), torch.randint(classes, (batch,)), [])
-    dtype = _DTYPES[config.trainer.precision]
+    dtype = AUTOCAST_DTYPES[config.trainer.precision]
     return TrainingStep(model, device, dtype, config.trainer.compile, graphed), synthetic
 
 
-def _measure(source: _Source, step: TrainingStep, synthetic: Batch, seconds: float, device: torch.device) -> Row:
+def _rate_of_source(source: _Source, step: TrainingStep, synthetic: Batch, seconds: float, device: torch.device) -> Row:
     """Its loader alone, then a training that it feeds beside the same on synthetic images."""
     ahead = 2 * source.workers  # what DataLoader prefetches
     rate = loader_rate(source.loader, seconds, ahead, device)

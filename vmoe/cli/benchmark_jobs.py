@@ -11,15 +11,13 @@ from typing import Any
 import timm
 import torch
 
-from vmoe.bench.cases import CASES, Case
-from vmoe.bench.curves import AXES, COLUMNS, benchmark_curves, draw_curves
-from vmoe.bench.figure import save
+from vmoe.bench.cases import CASES, LayerCase
+from vmoe.bench.curves import AXES, CURVE_COLUMNS, benchmark_curves, draw_cost_curves
+from vmoe.bench.figure import save_figure
 from vmoe.bench.layer import benchmark_layer, layer_jobs, peer_jobs
-from vmoe.bench.model import COLUMNS as MODEL_COLUMNS
-from vmoe.bench.model import MODES, benchmark_models
+from vmoe.bench.model import MODEL_COLUMNS, MODES, benchmark_models
 from vmoe.bench.report import LAYER_COLUMNS, Row, layer_rows, markdown_table
-from vmoe.bench.roofline import COLUMNS as FLOOR_COLUMNS
-from vmoe.bench.roofline import draw_roofline, layer_floors, stage_floors
+from vmoe.bench.roofline import FLOOR_COLUMNS, draw_roofline, layer_floors, stage_floors
 from vmoe.bench.timing import Measurement, Say, copy_bandwidth, reason_of_failure, release
 from vmoe.checkpoints import build_model
 from vmoe.cli.common import in_options
@@ -66,8 +64,8 @@ class Results:
 
 def layer(options: argparse.Namespace, results: Results) -> None:
     """One MoE layer beside the dense Mlp; a table a case, written after each."""
-    dtype = _dtype(options)
-    cases = _cases(options)
+    dtype = _dtype_of_options(options)
+    cases = _cases_of_options(options)
     if options.curves is not None:
         _curves(options, cases, dtype, results)
         return
@@ -81,7 +79,7 @@ def layer(options: argparse.Namespace, results: Results) -> None:
         sizes = dataclasses.asdict(case) | {"flops": case.flops}
         entries.append({"case": name} | sizes | {"matmul_peak": peak, "rows": rows})
         tables.append(
-            f"## {name}: {_sizes(case)}\n\n"
+            f"## {name}: {_case_sizes(case)}\n\n"
             f"Matrix product peak {peak / 1e12:.3g} TFLOP/s, at which the active FLOPs take "
             f"{case.flops / peak * 1e3:.3g} ms (forward {case.forward_flops / peak * 1e3:.3g} ms).\n\n"
             + markdown_table(LAYER_COLUMNS, rows)
@@ -93,14 +91,14 @@ def layer(options: argparse.Namespace, results: Results) -> None:
         entries[-1] |= {"copy_bandwidth": bandwidth, "floors": floors}
         tables.append(f"Copy bandwidth {bandwidth / 1e9:,.4g} GB/s.\n\n{markdown_table(FLOOR_COLUMNS, floors)}")
         print(tables[-1] + "\n", flush=True)
-        title = f"{name}: {_sizes(case)} · {results.header['device']}, {str(dtype).removeprefix('torch.')}"
+        title = f"{name}: {_case_sizes(case)} · {results.header['device']}, {str(dtype).removeprefix('torch.')}"
         picture = "roofline.png" if len(cases) == 1 else f"roofline-{name.partition(' ')[0]}.png"
-        save(draw_roofline(floors, peak, bandwidth, title), options.out / picture)
+        save_figure(draw_roofline(floors, peak, bandwidth, title), options.out / picture)
         results.write("layer", dtype, {"cases": entries}, tables)
     print(f"layer.json, layer.md and the rooflines in {options.out}")
 
 
-def _check_jobs(options: argparse.Namespace, case: Case, dtype: torch.dtype) -> None:
+def _check_jobs(options: argparse.Namespace, case: LayerCase, dtype: torch.dtype) -> None:
     names = list(layer_jobs(case, options.device, dtype))
     names += list(peer_jobs(case, options.device, dtype)) if options.peers else []
     for wanted in options.jobs or []:
@@ -109,7 +107,7 @@ def _check_jobs(options: argparse.Namespace, case: Case, dtype: torch.dtype) -> 
 
 
 def _floors(
-    options: argparse.Namespace, case: Case, dtype: torch.dtype, measured: dict[str, Measurement], peak: float,
+    options: argparse.Namespace, case: LayerCase, dtype: torch.dtype, measured: dict[str, Measurement], peak: float,
     bandwidth: float, say: Say,
 ) -> list[Row]:  # fmt: skip
     """The layers and, on a GPU, the stages of the experts beside what the device allows."""
@@ -124,8 +122,8 @@ def _floors(
     return rows
 
 
-def _curves(options: argparse.Namespace, cases: dict[str, Case], dtype: torch.dtype, results: Results) -> None:
-    axes = _split(options.curves) or list(AXES)
+def _curves(options: argparse.Namespace, cases: dict[str, LayerCase], dtype: torch.dtype, results: Results) -> None:
+    axes = _names_given(options.curves) or list(AXES)
     for axis in axes:
         if axis not in AXES:
             raise UserError(f"--curves {axis}: no such axis; there are {', '.join(AXES)}")
@@ -133,25 +131,25 @@ def _curves(options: argparse.Namespace, cases: dict[str, Case], dtype: torch.dt
         raise UserError(f"--cases {' '.join(cases)}: --curves goes with one case")
     name, case = next(iter(cases.items()))
     rows = benchmark_curves(case, axes, options.device, dtype, options.rounds or 7, results.say(name))
-    title = f"{name}: {_sizes(case)}"
-    table = f"## {title}\n\n{markdown_table(COLUMNS, rows)}"
+    title = f"{name}: {_case_sizes(case)}"
+    table = f"## {title}\n\n{markdown_table(CURVE_COLUMNS, rows)}"
     print(table + "\n")
     results.write("layer_curves", dtype, {"case": name, **dataclasses.asdict(case), "rows": rows}, [table])
     place = f"{results.header['device']}, {str(dtype).removeprefix('torch.')}"
-    save(draw_curves(rows, f"{title} · {place}"), options.out / "layer_curves.png")
+    save_figure(draw_cost_curves(rows, f"{title} · {place}"), options.out / "layer_curves.png")
     print(f"layer_curves.json, layer_curves.md and layer_curves.png in {options.out}")
 
 
 def model(options: argparse.Namespace, results: Results) -> None:
     """Whole models beside their dense twin."""
-    dtype, device = _dtype(options), options.device
+    dtype, device = _dtype_of_options(options), options.device
     own = timm.get_pretrained_cfg(options.model)
     image_size = options.image_size or (own.input_size[-1] if own is not None else 224)
     batch = options.batch or (128 if device.type == "cuda" else 8)
     variants = {"dense": None}
-    for layers in _split(options.layers):
+    for layers in _names_given(options.layers):
         for top_k in options.top_k:
-            variants[f"{layers} K={top_k}"] = _moe(options, layers, top_k)
+            variants[f"{layers} K={top_k}"] = _moe_of_options(options, layers, top_k)
     with torch.device("meta"):  # says what does not fit before anything is measured
         for moe in variants.values():
             try:
@@ -182,7 +180,7 @@ def model(options: argparse.Namespace, results: Results) -> None:
     print(f"model.json and model.md in {options.out}")
 
 
-def _moe(options: argparse.Namespace, layers: str, top_k: int) -> MoeConfig:
+def _moe_of_options(options: argparse.Namespace, layers: str, top_k: int) -> MoeConfig:
     factor = None if options.capacity_factor == float("inf") else options.capacity_factor
     return MoeConfig(
         layers=layers,
@@ -194,11 +192,11 @@ def _moe(options: argparse.Namespace, layers: str, top_k: int) -> MoeConfig:
     )
 
 
-def _dtype(options: argparse.Namespace) -> torch.dtype:
+def _dtype_of_options(options: argparse.Namespace) -> torch.dtype:
     return getattr(torch, options.dtype or ("bfloat16" if options.device.type == "cuda" else "float32"))
 
 
-def _cases(options: argparse.Namespace) -> dict[str, Case]:
+def _cases_of_options(options: argparse.Namespace) -> dict[str, LayerCase]:
     """The chosen cases with the sizes that were given."""
     changes = {field: getattr(options, name) for name, field in _FIELDS.items() if getattr(options, name) is not None}
     if "width" in changes:
@@ -212,7 +210,7 @@ def _cases(options: argparse.Namespace) -> dict[str, Case]:
         usual = ["B16"] if on_gpu else ["S32"]
     else:
         usual = ["S16", "B16", "L16"] if on_gpu else ["Ti-k1", "Ti-k2", "S32"]
-    names = _split(options.cases) or usual
+    names = _names_given(options.cases) or usual
     for name in names:
         if name not in CASES:
             raise UserError(f"--cases {name}: no such case; there are {', '.join(CASES)}")
@@ -223,12 +221,12 @@ def _cases(options: argparse.Namespace) -> dict[str, Case]:
     return {f"{name} changed" if changes else name: case for name, case in chosen.items()}
 
 
-def _split(words: list[str] | None) -> list[str]:
+def _names_given(words: list[str] | None) -> list[str]:
     """Names that were given apart or with commas, each once."""
     return list(dict.fromkeys(part for word in words or [] for part in word.split(",") if part))
 
 
-def _sizes(case: Case) -> str:
+def _case_sizes(case: LayerCase) -> str:
     bound = "none" if case.capacity_factor is None else f"{case.capacity_factor:g}"
     return (
         f"width {case.width}, hidden {case.hidden}, E={case.num_experts}, K={case.top_k}, "

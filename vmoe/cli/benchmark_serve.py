@@ -5,23 +5,23 @@ import argparse
 import torch
 
 from vmoe.bench.report import markdown_table
-from vmoe.bench.serving import COLUMNS, damaged, find_target, measure, photograph
+from vmoe.bench.serving import SERVING_COLUMNS, damaged, find_target, measure_server, photograph
 from vmoe.cli.benchmark_jobs import Results
 
 
 def serve(options: argparse.Namespace, results: Results) -> None:
     """A running server under load, and what it does with damaged uploads."""
     target, picture = find_target(options.url), photograph()
-    measure(target, [picture] * 20, 1, range(200, 201))  # warms it
+    measure_server(target, [picture] * 20, 1, range(200, 201))  # warms it
     rows = []
     for clients in options.clients:
         results.say(options.url)(f"{clients} clients")
-        row = measure(target, [picture] * options.requests, clients, range(200, 201))
+        row = measure_server(target, [picture] * options.requests, clients, range(200, 201))
         rows.append({"uploads": "a photograph"} | row)
     broken = damaged(picture, options.requests, options.seed)
     # a copy that lost little may still be read as an image
-    rows.append({"uploads": "damaged"} | measure(target, broken, options.clients[-1], range(200, 500)))
-    table = markdown_table(COLUMNS, rows)
+    rows.append({"uploads": "damaged"} | measure_server(target, broken, options.clients[-1], range(200, 500)))
+    table = markdown_table(SERVING_COLUMNS, rows)
     print(table)
     results.write("serve", torch.float32, {"url": options.url, "rows": rows}, [table])
     print(f"\nserve.json and serve.md in {options.out}")

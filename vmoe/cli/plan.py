@@ -45,21 +45,21 @@ _BANDWIDTHS = [2**step * 1e9 for step in range(8)]  # of curves, bytes/s of a GP
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the job with `argv`; returns its exit code."""
-    return run(_plan, argv)
+    return run(_plan_job, argv)
 
 
-def _plan(argv: list[str]) -> int:
+def _plan_job(argv: list[str]) -> int:
     options, rest = command_line().parse_known_args(argv)
     if options.measure:
         if rest:
             raise UserError(f"{rest[0]}: no such option with --measure; see `vmoe plan --help`")
-        return _measure(options, argv)
+        return _measure_plans(options, argv)
     if options.config is None:
         raise UserError("--config: give a recipe, such as configs/digits.yaml, or --measure")
     # Imported here, so that --help and a mistyped option answer at once.
-    from vmoe.bench.figure import save
+    from vmoe.bench.figure import save_figure
     from vmoe.bench.plan.choice import plans_of, workload_of
-    from vmoe.bench.plan.report import COLUMNS, draw_curves, draw_plans, plan_row
+    from vmoe.bench.plan.report import PLAN_COLUMNS, draw_network_curves, draw_plans, plan_row
     from vmoe.bench.report import markdown_table
     from vmoe.cli.train import parse
 
@@ -74,7 +74,7 @@ def _plan(argv: list[str]) -> int:
     place = f"{options.gpus} x {options.gpu}, {options.network}"
     experts = "dense" if workload.moe is None else f"E={workload.moe.num_experts}"
     title = f"{options.config}: {workload.name}, {experts}, {images} images an update, {place}"
-    table = f"## {title}\n\n{markdown_table(COLUMNS, rows)}"
+    table = f"## {title}\n\n{markdown_table(PLAN_COLUMNS, rows)}"
     print(table + "\n")
     if not any(plan.missing is None for plan in plans):
         print("no layout is feasible: more GPUs, a smaller data.batch_size or larger memory would help\n")
@@ -92,7 +92,7 @@ def _plan(argv: list[str]) -> int:
     _write_text(options.out / "plan.md", table)
     drawn = [plan for plan in plans if plan.memory is not None]
     if drawn:
-        save(draw_plans(drawn, machine.memory, title), options.out / "plan.png")
+        save_figure(draw_plans(drawn, machine.memory, title), options.out / "plan.png")
     print(f"plan.json, plan.md{' and plan.png' if drawn else ''} in {options.out}")
     if options.curves:
         curves = []
@@ -101,12 +101,14 @@ def _plan(argv: list[str]) -> int:
             curves += [plan_row(plan, images) | {"network_bandwidth": bandwidth} for plan in again if plan.memory]
         curves.sort(key=lambda row: (row["strategy"] == "expert", row["expert_size"], row["strategy"], row["dense"]))
         write_json(options.out / "plan_curves.json", content | {"rows": curves})
-        save(draw_curves(curves, title.removesuffix(f", {options.network}")), options.out / "plan_curves.png")
+        save_figure(
+            draw_network_curves(curves, title.removesuffix(f", {options.network}")), options.out / "plan_curves.png"
+        )
         print(f"plan_curves.json and plan_curves.png in {options.out}")
     return 0
 
 
-def _measure(options: argparse.Namespace, argv: list[str]) -> int:
+def _measure_plans(options: argparse.Namespace, argv: list[str]) -> int:
     import torch
 
     from vmoe.bench.plan import truth
@@ -125,10 +127,10 @@ def _measure(options: argparse.Namespace, argv: list[str]) -> int:
     say("measures the rates")
     measured = measure_machine(table, device)
     cases = [
-        truth.Case(model, experts, images)
-        for model in options.models or truth.MODELS
-        for experts in options.experts or truth.EXPERTS
-        for images in options.images or truth.BATCHES
+        truth.PlannedCase(model, experts, images)
+        for model in options.models or truth.MEASURED_MODELS
+        for experts in options.experts or truth.MEASURED_EXPERTS
+        for images in options.images or truth.MEASURED_BATCHES
     ]
     header = {
         "command": shlex.join(["vmoe", "plan", *argv]),
@@ -139,11 +141,11 @@ def _measure(options: argparse.Namespace, argv: list[str]) -> int:
     }
     dtype = torch.bfloat16 if on_gpu else torch.float32
     rows = []
-    for row in truth.compare(cases, options.image_size, table, measured, device, dtype, say):
+    for row in truth.measured_beside_predicted(cases, options.image_size, table, measured, device, dtype, say):
         rows.append(row)
         write_json(options.out / "measured.json", header | {"rows": rows})  # kept, should the GPU stop
     _write_csv(options.out / "measured.csv", rows)
-    text = f"{header['device']}\n\n{markdown_table(truth.COLUMNS, rows)}\n\n{_rates(table, measured)}"
+    text = f"{header['device']}\n\n{markdown_table(truth.MEASURED_COLUMNS, rows)}\n\n{_rates(table, measured)}"
     print(text + "\n")
     _write_text(options.out / "measured.md", f"`{header['command']}`\n\n{text}")
     print(f"measured.csv, measured.json and measured.md in {options.out}; {time.monotonic() - start:.0f} s")

@@ -5,8 +5,8 @@ import dataclasses
 import torch
 
 from vmoe.bench.plan.hardware import USUAL_NETWORK, Machine, gpu_of_this_machine, network_bandwidth
-from vmoe.bench.plan.layouts import Layout
-from vmoe.bench.plan.planner import Plan, Traces, Workload, layouts_for, make_plans
+from vmoe.bench.plan.layouts import MeshLayout
+from vmoe.bench.plan.planner import LayoutPlan, Traces, Workload, layouts_for, make_plans
 from vmoe.data.config import DEFAULTS
 from vmoe.data.patchwork import OBJECTS
 from vmoe.errors import UserError
@@ -14,8 +14,15 @@ from vmoe.training.config import TrainConfig
 from vmoe.training.parallel import check_parts
 from vmoe.training.processes import Place
 
-_CLASSES = {"digits": 10, "patchwork": len(OBJECTS), "cifar10": 10, "cifar100": 100, "imagenette": 10, "imagenet": 1000}
-_DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_CLASSES_OF_SETS = {
+    "digits": 10,
+    "patchwork": len(OBJECTS),
+    "cifar10": 10,
+    "cifar100": 100,
+    "imagenette": 10,
+    "imagenet": 1000,
+}
+AUTOCAST_DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def workload_of(config: TrainConfig, classes: int | None = None) -> Workload:
@@ -26,7 +33,7 @@ def workload_of(config: TrainConfig, classes: int | None = None) -> Workload:
         classes: Their number, where the data set does not tell; None takes the set's own, or 1000.
     """
     data, trainer = config.data, config.trainer
-    own = len(data.subset.classes) if data.subset.classes else _CLASSES.get(data.name, 1000)
+    own = len(data.subset.classes) if data.subset.classes else _CLASSES_OF_SETS.get(data.name, 1000)
     own = data.fractals.classes if data.name == "fractals" else own
     return Workload(
         config.model.name,
@@ -36,7 +43,7 @@ def workload_of(config: TrainConfig, classes: int | None = None) -> Workload:
         data.image_size or DEFAULTS[data.name].image_size or 32,
         data.batch_size,
         trainer.accumulate,
-        _DTYPES[trainer.precision],
+        AUTOCAST_DTYPES[trainer.precision],
         data.mix.is_on,
         moments=1 if config.optim.name == "muon" else 2,  # of the matrices, which are nearly all
         has_average=trainer.ema_decay is not None,
@@ -51,12 +58,12 @@ def plans_of(
     machine: Machine,
     network: float,
     traces: Traces | None = None,
-) -> list[Plan]:
+) -> list[LayoutPlan]:
     """Plans of every layout of so many processes, the best first; see `make_plans`."""
 
-    def refusal(layout: Layout) -> str | None:
+    def refusal(layout: MeshLayout) -> str | None:
         try:
-            check_parts(_with(config, layout), workload.batch, processes)
+            check_parts(_with_layout(config, layout), workload.batch, processes)
         except ValueError as error:
             return str(error)
         return None
@@ -71,7 +78,7 @@ def resolved(config: TrainConfig, place: Place) -> tuple[TrainConfig, str | None
         UserError: no layout is feasible.
     """
     if place.count == 1:
-        return _with(config, Layout("none", 1)), None
+        return _with_layout(config, MeshLayout("none", 1)), None
     name = "cpu" if config.trainer.device == "cpu" else gpu_of_this_machine()
     machine = dataclasses.replace(Machine.of(name), count=place.local_count)
     if name == "cpu":  # whose memory all share
@@ -80,10 +87,10 @@ def resolved(config: TrainConfig, place: Place) -> tuple[TrainConfig, str | None
     best = plans[0]
     if best.missing is not None:
         raise UserError(f"parallel.strategy=auto: no layout of {place.count} processes will do; {best.missing}")
-    return _with(config, best.layout), f"parallel.strategy auto: {_reason(best, plans[1:], machine)}"
+    return _with_layout(config, best.layout), f"parallel.strategy auto: {_why_chosen(best, plans[1:], machine)}"
 
 
-def _reason(best: Plan, others: list[Plan], machine: Machine) -> str:
+def _why_chosen(best: LayoutPlan, others: list[LayoutPlan], machine: Machine) -> str:
     """One line: what was chosen, and the nearest of what was not."""
     line = (
         f"{best.layout}, by prediction {best.times.step * 1e3:,.0f} ms a step and "
@@ -95,7 +102,7 @@ def _reason(best: Plan, others: list[Plan], machine: Machine) -> str:
     return line + (f" ({'; '.join(rest)})" if rest else "")
 
 
-def _with(config: TrainConfig, layout: Layout) -> TrainConfig:
+def _with_layout(config: TrainConfig, layout: MeshLayout) -> TrainConfig:
     parallel = dataclasses.replace(
         config.parallel,
         strategy=layout.strategy,

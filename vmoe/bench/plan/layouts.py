@@ -21,7 +21,7 @@ _AVERAGING_CALLS = 3  # operators a bucket of gradients: put together, summed, d
 _AVERAGING_PASSES = 2  # of these, those that read and write it on the GPU; summing is the network's
 
 
-class Layout(NamedTuple):
+class MeshLayout(NamedTuple):
     """How to spread.
 
     Attributes:
@@ -58,7 +58,7 @@ class Layout(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Sizes:
+class ParameterCounts:
     """Numbers of parameters.
 
     Attributes:
@@ -82,7 +82,7 @@ class Sizes:
     moe_count: int
 
     @classmethod
-    def of(cls, model: nn.Module) -> "Sizes":
+    def of(cls, model: nn.Module) -> "ParameterCounts":
         layers = [[(id(p), p.numel()) for p in layer.experts.stacked_parameters()] for _, layer in moe_layers(model)]
         experts = dict(pair for layer in layers for pair in layer)
         units, without = {}, {}
@@ -106,7 +106,7 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class Memory:
+class StepMemory:
     """Bytes of a process at the moment when it needs most.
 
     Attributes:
@@ -131,12 +131,12 @@ class Memory:
         return sum(vars(self).values())
 
 
-def kept_parameters(sizes: Sizes, layout: Layout) -> int:
+def kept_parameters(sizes: ParameterCounts, layout: MeshLayout) -> int:
     """Parameters that the first process keeps, which has the largest part of what does not divide evenly."""
     return sum(_kept(shape, of_expert, layout) for shape, of_expert in sizes.shapes)
 
 
-def _kept(shape: torch.Size, of_expert: bool, layout: Layout) -> int:
+def _kept(shape: torch.Size, of_expert: bool, layout: MeshLayout) -> int:
     """Numbers of a parameter: FSDP2 cuts the first axis, of experts that are dealt out the second."""
     if not shape or not layout.is_cut or (layout.keeps_dense and not of_expert):
         return math.prod(shape)
@@ -146,8 +146,14 @@ def _kept(shape: torch.Size, of_expert: bool, layout: Layout) -> int:
 
 
 def memory_of(
-    sizes: Sizes, layout: Layout, trace: Trace, moments: int, has_average: bool, workspace: int, accumulates: bool
-) -> Memory:
+    sizes: ParameterCounts,
+    layout: MeshLayout,
+    trace: Trace,
+    moments: int,
+    has_average: bool,
+    workspace: int,
+    accumulates: bool,
+) -> StepMemory:
     """What a process needs.
 
     Args:
@@ -163,16 +169,16 @@ def memory_of(
     # Gradients of the step before are there until the forward pass is done, as Lightning orders a step
     forward = max(moment.live for moment in trace.moments if not moment.is_backward) + kept
     grow_in_place = not accumulates and (layout.strategy == "none" or layout.keeps_dense)
-    backward = _backward(sizes, layout, trace, grow_in_place)
+    backward = _backward_bytes(sizes, layout, trace, grow_in_place)
     averaging = 2 * kept if has_average else 0  # beside the gradients, the average's difference from the weights
     activations = max(forward, backward, averaging) - kept
     buffers = _gathered(sizes, layout) if layout.is_cut else 0
     if layout.keeps_dense:  # gradients are put together when activations and gathered weights are mostly gone
         buffers = max(buffers, FLOAT * max(_bucket_sizes(sizes)) - activations)
-    return Memory(kept, kept, moments * kept, kept if has_average else 0, activations, workspace + buffers)
+    return StepMemory(kept, kept, moments * kept, kept if has_average else 0, activations, workspace + buffers)
 
 
-def _backward(sizes: Sizes, layout: Layout, trace: Trace, grow_in_place: bool) -> int:
+def _backward_bytes(sizes: ParameterCounts, layout: MeshLayout, trace: Trace, grow_in_place: bool) -> int:
     """Bytes of the backward pass at most.
 
     Gradients that are reduced as soon as they are there, or lie in ddp's buckets, or are added to those of the batches
@@ -187,7 +193,7 @@ def _backward(sizes: Sizes, layout: Layout, trace: Trace, grow_in_place: bool) -
     return max(moment.live - moment.of_experts for moment in passing) + FLOAT * experts
 
 
-def _gathered(sizes: Sizes, layout: Layout) -> int:
+def _gathered(sizes: ParameterCounts, layout: MeshLayout) -> int:
     """Bytes of whole weights at a time, as they arrive and in place, and of a block's gradients before they leave."""
     if layout.expert_size == 1:
         block = sizes.unit
@@ -197,7 +203,7 @@ def _gathered(sizes: Sizes, layout: Layout) -> int:
     return FLOAT * block * (2 * _BUFFERED + 1)
 
 
-def _bucket_sizes(sizes: Sizes) -> list[int]:
+def _bucket_sizes(sizes: ParameterCounts) -> list[int]:
     """Numbers in each bucket in which the gradients of all but the experts are averaged."""
     dense = [torch.empty(shape, device="meta") for shape, of_expert in sizes.shapes if not of_expert]
     return [sum(gradient.numel() for gradient in bucket) for bucket in buckets(dense[::-1])]
@@ -225,7 +231,7 @@ class Traffic:
     calls: int = 0
 
 
-def traffic_of(sizes: Sizes, layout: Layout, trace: Trace, machine: Machine, network: float) -> Traffic:
+def traffic_of(sizes: ParameterCounts, layout: MeshLayout, trace: Trace, machine: Machine, network: float) -> Traffic:
     """Weights, gradients and tokens that travel in the passes; `network` is bytes/s between machines, of a GPU."""
     n, share = layout.processes, layout.expert_size
     if n == 1:
@@ -244,14 +250,16 @@ def traffic_of(sizes: Sizes, layout: Layout, trace: Trace, machine: Machine, net
         gathered += FLOAT * sizes.experts / share
         around += of_experts
         seconds += of_experts / _ring(layout.parts, share, machine, network)
-    units = _units(sizes, layout)
+    units = _gathered_units(sizes, layout)
     seconds += LATENCY * units
     tokens = sum(trace.sent) * (share - 1) / share
     between = _exchange(trace.sent, share, machine, network) if share > 1 else 0
     return Traffic(3 * around + tokens, seconds, 2 * seconds, between, 3 * 2 * gathered, GATHERING_CALLS * units)
 
 
-def averaging_of(sizes: Sizes, layout: Layout, machine: Machine, network: float, accumulates: bool) -> Traffic:
+def averaging_of(
+    sizes: ParameterCounts, layout: MeshLayout, machine: Machine, network: float, accumulates: bool
+) -> Traffic:
     """Gradients of a whole dense part: beside the backward pass, or after the last where several make an update."""
     if not layout.keeps_dense:
         return Traffic()
@@ -262,7 +270,7 @@ def averaging_of(sizes: Sizes, layout: Layout, machine: Machine, network: float,
     return Traffic(sent, **when, copied=_AVERAGING_PASSES * 2 * dense, calls=_AVERAGING_CALLS * count)
 
 
-def _units(sizes: Sizes, layout: Layout) -> int:
+def _gathered_units(sizes: ParameterCounts, layout: MeshLayout) -> int:
     """Parts of the model that are gathered one by one."""
     if not layout.keeps_dense:
         return sizes.unit_count

@@ -9,16 +9,16 @@ import torch
 from vmoe.bench.plan.hardware import UNHIDDEN, WORKSPACE, Machine
 from vmoe.bench.plan.layouts import (
     FLOAT,
-    Layout,
-    Memory,
-    Sizes,
+    MeshLayout,
+    ParameterCounts,
+    StepMemory,
     Traffic,
     averaging_of,
     kept_parameters,
     memory_of,
     traffic_of,
 )
-from vmoe.bench.plan.trace import Trace, Work, trace_step
+from vmoe.bench.plan.trace import OperatorWork, Trace, trace_step
 from vmoe.checkpoints import build_model
 from vmoe.moe import MoeConfig
 
@@ -26,7 +26,7 @@ Traces = dict[tuple[int, int | None], Trace]  # by images of a process and exper
 STRATEGIES = ("none", "ddp", "fsdp", "expert")  # from simple to complicated
 _UPDATE_FLOATS = 7  # of a parameter: weight, gradient and moments read, weight and moments written
 _CLIP_FLOATS = 3  # the gradient read for the norm, then scaled
-_FEW = 0.1  # steps that differ by less are equal, as exactly as this plans: then the simpler layout is better
+_EQUALLY_FAST = 0.1  # steps that differ by less are equal, as exactly as this plans: then the simpler layout is better
 
 
 class Workload(NamedTuple):
@@ -94,7 +94,7 @@ class Times:
 
 
 @dataclass(frozen=True)
-class Plan:
+class LayoutPlan:
     """A layout and what it means for each process.
 
     Attributes:
@@ -105,33 +105,33 @@ class Plan:
         missing: Why it is not feasible; None where it is.
     """
 
-    layout: Layout
-    memory: Memory | None
+    layout: MeshLayout
+    memory: StepMemory | None
     times: Times | None
     sent: float
     missing: str | None
 
 
-def layouts_for(processes: int, moe: MoeConfig | None) -> list[Layout]:
+def layouts_for(processes: int, moe: MoeConfig | None) -> list[MeshLayout]:
     """Every layout of so many processes; `expert_size` divides their number and that of the experts."""
     if processes == 1:
-        return [Layout("none", 1)]
-    layouts = [Layout("ddp", processes), Layout("fsdp", processes)]
+        return [MeshLayout("none", 1)]
+    layouts = [MeshLayout("ddp", processes), MeshLayout("fsdp", processes)]
     if moe is not None:
         for size in range(2, processes + 1):
             if processes % size == 0 and moe.num_experts % size == 0:
-                layouts += [Layout("expert", processes, size, dense) for dense in ("cut", "whole")]
+                layouts += [MeshLayout("expert", processes, size, dense) for dense in ("cut", "whole")]
     return layouts
 
 
 def make_plans(
     workload: Workload,
-    layouts: list[Layout],
+    layouts: list[MeshLayout],
     machine: Machine,
     network: float,
-    refusal: Callable[[Layout], str | None] = lambda layout: None,
+    refusal: Callable[[MeshLayout], str | None] = lambda layout: None,
     traces: Traces | None = None,
-) -> list[Plan]:
+) -> list[LayoutPlan]:
     """Plans of all layouts: feasible ones by falling speed, of equally fast ones the simplest first; then the others.
 
     Args:
@@ -143,34 +143,34 @@ def make_plans(
         traces: Of this workload, from an earlier call; gets those that are missing.
     """
     plans, traces = [], {} if traces is None else traces
-    sizes = Sizes.of(workload.model())
+    sizes = ParameterCounts.of(workload.model())
     for layout in layouts:
         reason = refusal(layout) or _misfit(sizes, layout)
         if reason is not None:
-            plans.append(Plan(layout, None, None, 0, reason))
+            plans.append(LayoutPlan(layout, None, None, 0, reason))
             continue
         images, exchanged = workload.batch // layout.processes, layout.expert_size if layout.expert_size > 1 else None
         if (images, exchanged) not in traces:
             targets = workload.classes if workload.mixes else None
             step = (images, workload.image_size, workload.dtype, targets, exchanged, machine.name != "cpu")
             traces[images, exchanged] = trace_step(workload.model(), *step)
-        plans.append(_plan(workload, layout, sizes, traces[images, exchanged], machine, network))
+        plans.append(_plan_layout(workload, layout, sizes, traces[images, exchanged], machine, network))
     feasible = [plan for plan in plans if plan.missing is None]
     best = min((plan.times.step for plan in feasible), default=0)
-    feasible.sort(key=lambda plan: _rank(plan, best))
+    feasible.sort(key=lambda plan: _order(plan, best))
     others = [plan for plan in plans if plan.missing is not None]
     others.sort(key=lambda plan: (plan.memory is None, plan.memory.peak if plan.memory else 0))
     return feasible + others
 
 
-def _rank(plan: Plan, best: float) -> tuple[int, bool, float]:
+def _order(plan: LayoutPlan, best: float) -> tuple[int, bool, float]:
     """Among the best, simpler strategies come first, and those that keep less of the model."""
-    if plan.times.step > best * (1 + _FEW):
+    if plan.times.step > best * (1 + _EQUALLY_FAST):
         return len(STRATEGIES), False, plan.times.step
     return STRATEGIES.index(plan.layout.strategy), plan.layout.keeps_dense, plan.times.step
 
 
-def _misfit(sizes: Sizes, layout: Layout) -> str | None:
+def _misfit(sizes: ParameterCounts, layout: MeshLayout) -> str | None:
     """Why experts that are dealt out cannot be cut further; None where they can."""
     if layout.strategy != "expert":
         return None
@@ -178,7 +178,9 @@ def _misfit(sizes: Sizes, layout: Layout) -> str | None:
     return None if odd is None else f"experts of width {odd} cannot be cut into {layout.parts} parts"
 
 
-def _plan(workload: Workload, layout: Layout, sizes: Sizes, trace: Trace, machine: Machine, network: float) -> Plan:
+def _plan_layout(
+    workload: Workload, layout: MeshLayout, sizes: ParameterCounts, trace: Trace, machine: Machine, network: float
+) -> LayoutPlan:
     workspace = 0 if machine.name == "cpu" else WORKSPACE
     how = (workload.moments, workload.has_average, workspace, workload.accumulate > 1)
     memory = memory_of(sizes, layout, trace, *how)
@@ -193,11 +195,11 @@ def _plan(workload: Workload, layout: Layout, sizes: Sizes, trace: Trace, machin
             f"memory: needs {memory.peak / gib:.1f} of {machine.memory / gib:.1f} GiB, "
             f"{(memory.peak - machine.memory) / gib:.1f} too few"
         )
-    return Plan(layout, memory, times, sent, missing)
+    return LayoutPlan(layout, memory, times, sent, missing)
 
 
 def times_of(
-    workload: Workload, layout: Layout, sizes: Sizes, trace: Trace, machine: Machine, traffic: Traffic,
+    workload: Workload, layout: MeshLayout, sizes: ParameterCounts, trace: Trace, machine: Machine, traffic: Traffic,
     averaging: Traffic,
 ) -> Times:  # fmt: skip
     """Seconds of an update.
@@ -230,7 +232,7 @@ def times_of(
     return Times(times * compute, times * moving + copying + update, network, host)
 
 
-def _pass_times(works: list[Work], machine: Machine) -> tuple[float, float, float]:
+def _pass_times(works: list[OperatorWork], machine: Machine) -> tuple[float, float, float]:
     """Seconds of computing, of moving data, and of the host."""
     compute = moving = calls = 0.0
     for work in works:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from vmoe.bench.plan.hardware import Machine
 from vmoe.bench.plan.trace import trace_loss, trace_step
-from vmoe.bench.timing import Job, copy_bandwidth, matmul_peak, release, time_calls
+from vmoe.bench.timing import TimedJob, copy_bandwidth, matmul_peak, release, time_calls
 from vmoe.checkpoints import build_model
 
 _TOKENS = (256, 197, 768)  # images, tokens and width of a ViT-B/16
@@ -37,7 +37,7 @@ def measure_machine(machine: Machine, device: torch.device) -> Machine:
     return dataclasses.replace(machine, **rates, is_measured=True)
 
 
-def _seconds(job: Job, device: torch.device) -> float:
+def _seconds(job: TimedJob, device: torch.device) -> float:
     for _ in range(2):
         job()
     return statistics.median(time_calls(job, device, 3) for _ in range(5)) / 1e3

@@ -9,7 +9,7 @@ from matplotlib.ticker import PercentFormatter
 from numpy import linspace
 
 from vmoe.bench.figure import INK, MUTED, dress, new_figure
-from vmoe.bench.plan.planner import Plan
+from vmoe.bench.plan.planner import LayoutPlan
 from vmoe.bench.report import Column, Row
 
 GIB, MIB = 2**30, 2**20
@@ -22,10 +22,10 @@ _PARTS = {
     "buffers": "#9aa3aa",
 }
 _SHARES = {"compute": "#3a8f5c", "memory": "#6fb1e0", "network": "#e07b00", "host": "#9aa3aa"}
-_SHOWN = 14  # layouts a picture
-_NEAR = 0.1  # of the usable memory: up to here its line would make the bars too short
+_LAYOUTS_DRAWN = 14  # layouts a picture
+_NEAR_USABLE = 0.1  # of the usable memory: up to here its line would make the bars too short
 
-COLUMNS = (
+PLAN_COLUMNS = (
     Column("layout", "layout"),
     Column("step ms", "step_ms", ",.1f"),
     Column("images/s", "images_per_second", ",.0f"),
@@ -37,7 +37,7 @@ COLUMNS = (
 )
 
 
-def plan_row(plan: Plan, images: int) -> Row:
+def plan_row(plan: LayoutPlan, images: int) -> Row:
     """A plan as an entry of a table and of JSON; `images` are those of an update, of all processes."""
     row: dict[str, Any] = {"layout": str(plan.layout), **plan.layout._asdict(), "missing": plan.missing}
     if plan.times is not None:
@@ -50,15 +50,15 @@ def plan_row(plan: Plan, images: int) -> Row:
     return row
 
 
-def draw_plans(plans: list[Plan], usable: float, title: str) -> Figure:
+def draw_plans(plans: list[LayoutPlan], usable: float, title: str) -> Figure:
     """Two stacked bars a layout: a process's memory beside what can be used of it, and the time of an update."""
-    plans = [plan for plan in plans if plan.memory is not None][:_SHOWN]
+    plans = [plan for plan in plans if plan.memory is not None][:_LAYOUTS_DRAWN]
     figure = new_figure(10, 1.6 + 0.34 * len(plans), title)
     memory, time = figure.subplots(1, 2, sharey=True)
     names = [str(plan.layout) for plan in plans]
     largest = max(plan.memory.peak for plan in plans)
     unit, size_of = ("GiB", GIB) if largest >= GIB else ("MiB", MIB)
-    is_near = largest > _NEAR * usable  # else the bars of a small model would be too short to be seen
+    is_near = largest > _NEAR_USABLE * usable  # else the bars of a small model would be too short to be seen
     dress(memory, "memory of a process" + ("" if is_near else f" (usable: {usable / GIB:,.1f} GiB)"), unit, "")
     dress(time, "time of an update", "ms", "")
     _stack(memory, [{part: size / size_of for part, size in asdict(plan.memory).items()} for plan in plans], _PARTS)
@@ -81,7 +81,7 @@ def draw_plans(plans: list[Plan], usable: float, title: str) -> Figure:
     return figure
 
 
-def draw_curves(rows: list[Row], title: str) -> Figure:
+def draw_network_curves(rows: list[Row], title: str) -> Figure:
     """Seconds of an update against the network's bandwidth, and what of it is waiting.
 
     A line a layout: of one colour for an `expert_size`, dashed where the dense part is whole.

@@ -25,7 +25,7 @@ _ALIGNMENT = 512  # bytes: torch's allocator rounds up to it
 _ALLOCATIONS = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "detach")
 
 
-class Work(NamedTuple):
+class OperatorWork(NamedTuple):
     """What one operator does.
 
     Attributes:
@@ -72,7 +72,7 @@ class Trace:
         sent: Bytes of each exchange of tokens between processes, in both passes, as if all of them left this one.
     """
 
-    work: list[Work] = field(default_factory=list)
+    work: list[OperatorWork] = field(default_factory=list)
     moments: list[Moment] = field(default_factory=list)
     saved: int = 0
     sent: list[int] = field(default_factory=list)
@@ -114,7 +114,7 @@ def trace_loss(
     with FakeTensorMode(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         _make_fake(model, expert_size)
         model.train()
-        recorder = _Recorder(trace, model)
+        recorder = _StepRecorder(trace, model)
         with StandIns(model, recorder.charge, trace.sent.append, expert_size, like_gpu), recorder:
             with recorder.saving():
                 value = loss()
@@ -137,7 +137,7 @@ def _make_fake(model: nn.Module, expert_size: int | None) -> None:
             module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
-class _Recorder(TorchDispatchMode):
+class _StepRecorder(TorchDispatchMode):
     """Notes every operator's work and every storage's life."""
 
     def __init__(self, trace: Trace, model: nn.Module) -> None:
@@ -155,7 +155,7 @@ class _Recorder(TorchDispatchMode):
 
     def charge(self, kind: str, dtype: torch.dtype, flops: float, moved: float, calls: int = 1) -> None:
         """Adds the work of an operator that is stood in for."""
-        self.trace.work.append(Work(kind, dtype, flops, moved, calls, self.is_backward))
+        self.trace.work.append(OperatorWork(kind, dtype, flops, moved, calls, self.is_backward))
 
     @contextmanager
     def saving(self) -> Iterator[None]:
@@ -183,7 +183,7 @@ class _Recorder(TorchDispatchMode):
         flops = 0
         if packet in flop_registry:
             flops = flop_registry[packet](*args, **kwargs, out_val=result)
-        moved = sum(map(_touched, taken)) + sum(map(_touched, given))
+        moved = sum(map(_bytes_touched, taken)) + sum(map(_bytes_touched, given))
         self.charge("products" if flops else "other", given[0].dtype, flops, moved)
 
     def _note_storage(self, tensor: Tensor) -> None:
@@ -229,7 +229,7 @@ def saved_bytes(weights: set[int]) -> Iterator[Callable[[], int]]:
         yield lambda: sum(sizes.values())
 
 
-def _touched(tensor: Tensor) -> int:
+def _bytes_touched(tensor: Tensor) -> int:
     """Bytes of a tensor's own elements, those of broadcast axes once."""
     count = 1
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):

@@ -8,17 +8,17 @@ import torch
 import torch.nn.functional as F
 
 from vmoe.bench.plan.hardware import Machine
-from vmoe.bench.plan.layouts import Layout
-from vmoe.bench.plan.planner import Plan, Traces, Workload, make_plans
+from vmoe.bench.plan.layouts import MeshLayout
+from vmoe.bench.plan.planner import LayoutPlan, Traces, Workload, make_plans
 from vmoe.bench.report import Column, Row
-from vmoe.bench.timing import Job, Say, reason_of_failure, release, time_calls
+from vmoe.bench.timing import Say, TimedJob, reason_of_failure, release, time_calls
 from vmoe.checkpoints import build_model
 from vmoe.moe import MoeConfig, auxiliary_loss
 
-MODELS = ("vit_small_patch16_224", "vit_base_patch16_224", "vit_large_patch16_224")
-EXPERTS = (0, 8, 32)
-BATCHES = (64, 256)
-COLUMNS = (
+MEASURED_MODELS = ("vit_small_patch16_224", "vit_base_patch16_224", "vit_large_patch16_224")
+MEASURED_EXPERTS = (0, 8, 32)
+MEASURED_BATCHES = (64, 256)
+MEASURED_COLUMNS = (
     Column("model", "model"),
     Column("experts", "experts"),
     Column("images", "images"),
@@ -36,7 +36,7 @@ COLUMNS = (
 )
 
 
-class Case(NamedTuple):
+class PlannedCase(NamedTuple):
     """A model and a batch."""
 
     model: str
@@ -51,8 +51,8 @@ class Case(NamedTuple):
         return Workload(self.model, {}, moe, 1000, image_size, self.images, dtype=dtype)
 
 
-def compare(
-    cases: Iterable[Case], image_size: int, table: Machine, measured: Machine, device: torch.device,
+def measured_beside_predicted(
+    cases: Iterable[PlannedCase], image_size: int, table: Machine, measured: Machine, device: torch.device,
     dtype: torch.dtype, say: Say,
 ) -> Iterable[Row]:  # fmt: skip
     """A row for each case.
@@ -72,49 +72,50 @@ def compare(
         workload = case.workload(image_size, dtype)
         traces: Traces = {}  # hold no rates, so that one serves both plans
         plan, by_table = (
-            make_plans(workload, [Layout("none", 1)], machine, 1.0, traces=traces)[0] for machine in (measured, table)
+            make_plans(workload, [MeshLayout("none", 1)], machine, 1.0, traces=traces)[0]
+            for machine in (measured, table)
         )
         say(f"runs {name}")
-        yield _row(case, plan, by_table, *_measured(workload, device, name))
+        yield _case_row(case, plan, by_table, _measured_step(workload, device, name))
         release(device)
 
 
-def _row(case: Case, plan: Plan, by_table: Plan, gib: float | None, ms: float | None, error: str | None) -> Row:
+def _case_row(case: PlannedCase, plan: LayoutPlan, by_table: LayoutPlan, measured: Row) -> Row:
     predicted, step, table = plan.memory.peak / 2**30, plan.times.step * 1e3, by_table.times.step * 1e3
-    row = case._asdict() | {
+    gib, ms = measured["measured_gib"], measured["measured_ms"]
+    shares = {share: getattr(plan.times, share) / plan.times.step for share in ("compute", "memory", "host")}
+    return case._asdict() | {
         "predicted_gib": predicted,
         "predicted_ms": step,
         "table_ms": table,
-        "measured_gib": gib,
-        "measured_ms": ms,
+        **measured,
         "memory_ratio": predicted / gib if gib else None,
         "time_ratio": step / ms if ms else None,
         "table_ratio": table / ms if ms else None,
         "planned_not_to_fit": plan.missing is not None,
+        **shares,
     }
-    row |= {share: getattr(plan.times, share) / plan.times.step for share in ("compute", "memory", "host")}
-    return row if error is None else row | {"error": error}
 
 
-def _measured(workload: Workload, device: torch.device, name: str) -> tuple[float | None, float | None, str | None]:
-    """GiB at most, ms a step, and why there are none."""
+def _measured_step(workload: Workload, device: torch.device, name: str) -> Row:
+    """`measured_gib` (the peak, None off CUDA) and `measured_ms` of a step; with `error` where it cannot run."""
     release(device)
     on_gpu = device.type == "cuda"
     before = torch.cuda.memory_allocated(device) if on_gpu else 0
     try:
-        step = _training_step(workload, device)
+        step = _trainer_step(workload, device)
         for _ in range(2):
             step()
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(device)
         ms = statistics.median(time_calls(step, device, 2) for _ in range(4))
         gib = (torch.cuda.max_memory_allocated(device) - before) / 2**30 if on_gpu else None
-        return gib, ms, None
-    except Exception as error:  # such as a lack of memory: the other cases go on
-        return None, None, reason_of_failure(name, error, device)
+        return {"measured_gib": gib, "measured_ms": ms}
+    except Exception as error:  # such as a lack of memory, after which the other cases still run
+        return {"measured_gib": None, "measured_ms": None, "error": reason_of_failure(name, error, device)}
 
 
-def _training_step(workload: Workload, device: torch.device) -> Job:
+def _trainer_step(workload: Workload, device: torch.device) -> TimedJob:
     """A step as the trainer orders it: the old gradients go after the forward pass."""
     with device:
         model = build_model(workload.name, workload.kwargs, workload.moe, workload.classes, workload.image_size)

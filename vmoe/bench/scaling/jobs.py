@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from vmoe.bench.plan.layouts import Layout
+from vmoe.bench.plan.layouts import MeshLayout
 from vmoe.moe import MoeConfig
 from vmoe.training.config import OptimConfig, ParallelConfig, TrainConfig, TrainerConfig
 
@@ -72,7 +72,7 @@ class Job:
     @property
     def title(self) -> str:
         """The layout as tables show it."""
-        return str(Layout(self.layout, self.processes, self.expert_size, self.dense))
+        return str(MeshLayout(self.layout, self.processes, self.expert_size, self.dense))
 
     @property
     def key(self) -> str:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from vmoe.bench.plan.hardware import NETWORKS, Machine
-from vmoe.bench.plan.layouts import Layout
+from vmoe.bench.plan.layouts import MeshLayout
 from vmoe.bench.plan.planner import Workload, make_plans
 from vmoe.bench.scaling.jobs import CLASSES, Job, Model
 
@@ -22,7 +22,7 @@ def predicted(row: dict[str, Any], model: Model, machine: Machine) -> dict[str, 
     """
     kwargs = {**model.kwargs, **({"depth": row["blocks"]} if row.get("blocks") else {})}
     how = (row["layout"].split()[0], row["expert_size"], row["dense"])
-    layout = Layout(how[0], row["processes"], *how[1:])
+    layout = MeshLayout(how[0], row["processes"], *how[1:])
     moe = Job("speed", row["processes"], *how, model, row["experts"], row["batch"], row["dtype"]).moe()
     dtype = getattr(torch, row["dtype"])
     graphed = row["graphed"]
