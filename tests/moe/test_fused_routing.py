@@ -41,7 +41,7 @@ def test_ranks_and_order_equal_the_sorts(groups, size, num_experts, top_k, skew,
     order = order if ordered else None
     ranks = fused.ranks(chosen.to(DEVICE), None if order is None else order.to(DEVICE), num_experts).cpu()
     is_real = chosen < num_experts
-    assert torch.equal(ranks[is_real], assignment.rank_in_flow(chosen, order, num_experts)[is_real])
+    assert torch.equal(ranks[is_real], assignment.rank_in_order(chosen, order, num_experts)[is_real])
 
 
 def test_falling_order_of_nan_is_still_an_order():

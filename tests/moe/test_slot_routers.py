@@ -10,11 +10,11 @@ from torch import nn
 
 import vmoe
 from vmoe import MoeConfig, MoeMlp
-from vmoe.moe.assignment import Capacity, CapacityError
+from vmoe.moe.assignment import Capacity, CapacityError, expert_choice
 from vmoe.moe.experts import Experts
 from vmoe.moe.groups import Groups
 from vmoe.moe.scores import full_precision_linear
-from vmoe.moe.slot_routers import SoftRouter, expert_choice
+from vmoe.moe.slot_routers import SoftRouter
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 RECORDED = np.load(FIXTURES / "vmoe_jax_routers.npz")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from vmoe.moe import MoeConfig, Routing
-from vmoe.moe.assignment import rank_in_flow
+from vmoe.moe.assignment import Capacity, assign, expert_capacity
 from vmoe.moe.groups import Groups
 
 IMAGES_PER_GROUP = 8
@@ -100,6 +100,5 @@ def given_routing(case: LayerCase, device: torch.device, dropless: bool = False)
     routing = Routing(groups, None, gates_GSE, gates_GSE, gates_GSE, chosen_GSK, weights_GSK)
     if dropless or case.capacity_factor is None:
         return routing
-    capacity = int(case.capacity_factor * case.num_tokens * case.top_k / case.num_experts) + 1
-    slots_GSK = rank_in_flow(chosen_GSK, None, case.num_experts)
-    return routing._replace(kept_GSK=slots_GSK < capacity, slots_GSK=slots_GSK, capacity=capacity)
+    choices = case.num_tokens * case.top_k
+    return assign(routing, Capacity(expert_capacity(choices, case.num_experts, case.capacity_factor)))

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from vmoe.checkpoints import TrainedModel
 from vmoe.errors import UserError
-from vmoe.export.layer import ExportedMoe, MakeLinear, exportable_copy, plain_linear
+from vmoe.export.layer import ExportedMoe, MakeLinear, exportable_copy
 from vmoe.export.programs import TOLERANCE, describe, make_attention_plain, quiet, reason_of, write_onnx
 from vmoe.moe import MoeMlp, moe_layers
-from vmoe.moe.exportable import slots_in_flow
+from vmoe.moe.assignment import Capacity, assign, rank_by_counting
 from vmoe.moe.groups import Groups
 from vmoe.moe.routers import token_choice
 from vmoe.routing.recording import LayerRouting, record_routing
@@ -41,14 +41,10 @@ class SteeredMoe(ExportedMoe):
         moe = self.config
         scores_GSE = groups.split(self.router.scores(x_TD)[0] + self.controls["bias_E"])
         routing = token_choice(scores_GSE, scores_GSE, groups, moe.top_k, moe.renormalize, valid_GS)
-        places = self.controls["capacity_factor"] * (groups.size * moe.top_k / moe.num_experts)
-        # so much less than a place that rounding adds none
-        is_kept_GSK = slots_in_flow(routing, moe.batch_priority).to(places.dtype) < places - 1e-3
-        no_GSE = torch.zeros_like(routing.gates_GSE)
-        weights_GSE = no_GSE.scatter(-1, routing.chosen_GSK, routing.weights_GSK)
-        is_taken_GSE = no_GSE.scatter(-1, routing.chosen_GSK, is_kept_GSK.to(no_GSE.dtype)) > 0
-        self.told[:] = [routing.gates_GSE, routing.chosen_GSK.to(torch.int32), is_kept_GSK.to(torch.int32)]
-        return self._by_experts(x_TD, weights_GSE.flatten(0, 1), is_taken_GSE.flatten(0, 1))
+        capacity = Capacity.by_tensor(groups, moe, self.controls["capacity_factor"])
+        routing = assign(routing, capacity, moe.batch_priority, rank_by_counting)
+        self.told[:] = [routing.gates_GSE, routing.chosen_GSK.to(torch.int32), routing.kept_GSK.to(torch.int32)]
+        return self._by_choices(x_TD, routing)
 
 
 class SteeredModel(nn.Module):
@@ -162,9 +158,8 @@ def _layer(name: str, layer: MoeMlp, routing: LayerRouting) -> dict[str, Any]:
 
 
 def layer_factor(layer: MoeMlp, tokens: int) -> float:
-    """The capacity factor by which a layer has, rounded, the places that it has at evaluation; E / K for no drops."""
+    """The capacity factor by which a layer has, rounded, the slots that it has at evaluation; E / K for no drops."""
     moe = layer.config
-    if moe.eval_capacity_factor is None:
-        return moe.num_experts / moe.top_k
-    groups = Groups(1, tokens, tokens, tokens)
-    return ExportedMoe(layer, plain_linear).capacity(groups, None).most * moe.num_experts / (tokens * moe.top_k)
+    capacity = Capacity.of_pass(Groups(1, tokens, tokens, tokens), None, moe, is_training=False)
+    slots_per_token = 1 if capacity is None else capacity.most / tokens
+    return slots_per_token * moe.num_experts / moe.top_k

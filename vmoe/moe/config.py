@@ -195,6 +195,16 @@ class MoeConfig:
         """The noise's standard deviation where it is for each of E experts: noise_std / E."""
         return self.noise / self.num_experts
 
+    def capacity_factor_of_pass(self, is_training: bool) -> tuple[str, float | None]:
+        """Name and value of the capacity factor in a training or an evaluation pass; None drops nothing.
+
+        Where experts have slots, training's serves at evaluation too if evaluation has none.
+        """
+        name = "capacity_factor" if is_training else "eval_capacity_factor"
+        if self.fills_slots and self.eval_capacity_factor is None:
+            name = "capacity_factor"
+        return name, getattr(self, name)
+
     @property
     def rounding(self) -> tuple[Literal["ceil", "round"], int]:
         """How a capacity becomes whole, for `expert_capacity`."""

@@ -5,7 +5,7 @@ Their number is read from the data in the exported program itself, so no expert 
 visit it, and none computes for tokens that are not its own.
 
 B images of N tokens, T = B*N tokens of width D; S = N tokens of a group, which is an image; E experts; K choices a
-token; C places an expert has for an image.
+token; C slots an expert has for an image. Who gets a slot is decided in `assignment`, by its forms for exporters.
 """
 
 from abc import ABC, abstractmethod
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vmoe.moe.assignment import Capacity
+from vmoe.moe.assignment import Capacity, assign, rank_by_counting, taken_by_threshold
 from vmoe.moe.config import MoeConfig
 from vmoe.moe.experts import Experts, compute_dtype
 from vmoe.moe.groups import Groups
@@ -88,10 +88,22 @@ class ExportableForm(ABC):
             slots_END = routing.dispatch(x_TD).view(self.config.num_experts, -1, x_TD.shape[-1])
             results = [self.one_expert(index, slots_ND) for index, slots_ND in enumerate(slots_END.unbind(0))]
             return routing.combine(torch.cat(results))
+        capacity = Capacity.of_pass(groups, valid_GS, self.config, is_training=False, exportable=True)
         if self.config.router == "expert_choice":
-            weights_GSE, is_taken_GSE = self._expert_choice(x_TD, groups, valid_GS)
-        else:
-            weights_GSE, is_taken_GSE = self._token_choice(self.router(x_TD, groups, valid_GS))
+            gates_GSE = groups.split(scores(x_TD, self.router.gate)).softmax(-1)
+            assert capacity is not None  # experts that choose have slots
+            is_taken_GSE = taken_by_threshold(gates_GSE, capacity, valid_GS)
+            return self._by_experts(x_TD, gates_GSE.flatten(0, 1), is_taken_GSE.flatten(0, 1))
+        routing = assign(self.router(x_TD, groups, valid_GS), capacity, self.config.batch_priority, rank_by_counting)
+        return self._by_choices(x_TD, routing)
+
+    def _by_choices(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        """The weighted sum of what the chosen experts with a free slot make of each token, (T, O)."""
+        chosen_GSK, kept_GSK = routing.chosen_GSK, routing.kept_GSK
+        is_kept_GSK = torch.ones_like(chosen_GSK, dtype=torch.bool) if kept_GSK is None else kept_GSK
+        no_GSE = torch.zeros_like(routing.gates_GSE)
+        weights_GSE = no_GSE.scatter(-1, chosen_GSK, routing.weights_GSK)
+        is_taken_GSE = no_GSE.scatter(-1, chosen_GSK, is_kept_GSK.to(no_GSE.dtype)) > 0
         return self._by_experts(x_TD, weights_GSE.flatten(0, 1), is_taken_GSE.flatten(0, 1))
 
     def _by_experts(self, x_TD: Tensor, weights_TE: Tensor, is_taken_TE: Tensor) -> Tensor:
@@ -103,45 +115,6 @@ class ExportableForm(ABC):
             weight_R1 = weights_TE[:, index].index_select(0, token_R)[:, None]
             y_TO = y_TO.index_add(0, token_R, y_RO * weight_R1.to(y_RO.dtype))
         return y_TO
-
-    def _token_choice(self, routing: Routing) -> tuple[Tensor, Tensor]:
-        """The combine weights (G, S, E), and which tokens each expert runs on."""
-        is_kept_GSK = torch.ones_like(routing.chosen_GSK, dtype=torch.bool)
-        if self.config.eval_capacity_factor is not None:
-            most, each_G = self.capacity(routing.groups, routing.valid_GS)
-            bound = most if each_G is None else each_G[:, None, None]
-            is_kept_GSK = slots_in_flow(routing, self.config.batch_priority) < bound
-        if routing.valid_GS is not None:
-            is_kept_GSK = is_kept_GSK & routing.valid_GS[..., None]
-        no_GSE = torch.zeros_like(routing.gates_GSE)
-        weights_GSE = no_GSE.scatter(-1, routing.chosen_GSK, routing.weights_GSK)
-        return weights_GSE, no_GSE.scatter(-1, routing.chosen_GSK, is_kept_GSK.to(no_GSE.dtype)) > 0
-
-    def capacity(self, groups: Groups, valid_GS: Tensor | None) -> Capacity:
-        """C of each image, where the layer has a bound."""
-        name = "capacity_factor" if self.config.eval_capacity_factor is None else "eval_capacity_factor"
-        factor = getattr(self.config, name)
-        whole = Capacity.of(groups, None, self.config, factor, name)
-        if valid_GS is None:
-            return whole
-        # By a table, since an ONNX program would round in float32 what the layer rounds in float64
-        table = torch.tensor([Capacity.of_real(tokens, self.config, factor) for tokens in range(groups.size + 1)])
-        return whole._replace(each_G=table.to(valid_GS.device)[valid_GS.sum(1)])
-
-    def _expert_choice(self, x_TD: Tensor, groups: Groups, valid_GS: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The same where each expert takes the C tokens with its largest gates; of equal gates, the earlier token."""
-        gates_GSE = groups.split(scores(x_TD, self.router.gate)).softmax(-1)
-        most, each_G = self.capacity(groups, valid_GS)
-        ranked_GSE = gates_GSE if valid_GS is None else gates_GSE.masked_fill(~valid_GS[..., None], -1.0)
-        best_GCE = ranked_GSE.topk(most, dim=1).values
-        taken_G11 = most if each_G is None else each_G[:, None, None]
-        least_G1E = best_GCE[:, -1:]
-        if each_G is not None:  # the last that an expert takes; of padding alone it takes none, whatever this is
-            least_G1E = best_GCE.gather(1, (each_G[:, None, None] - 1).clamp_min(0).expand(-1, 1, best_GCE.shape[-1]))
-        is_larger_GSE, is_equal_GSE = ranked_GSE > least_G1E, ranked_GSE == least_G1E
-        left_G1E = taken_G11 - is_larger_GSE.sum(1, keepdim=True)
-        is_taken_GSE = is_larger_GSE | (is_equal_GSE & (is_equal_GSE.long().cumsum(1) <= left_G1E))
-        return gates_GSE, is_taken_GSE if valid_GS is None else is_taken_GSE & valid_GS[..., None]
 
 
 class LayerForm(ExportableForm):
@@ -168,37 +141,3 @@ class LayerForm(ExportableForm):
         first, second = self.layers
         hidden_RH = experts.act(linear(x_RD, *first))
         return linear(hidden_RH if experts.norm is None else experts.norm(hidden_RH, index), *second)
-
-
-def slots_in_flow(routing: Routing, batch_priority: bool) -> Tensor:
-    """`assignment.rank_in_flow` without sorting, (G, S, K): the place of each choice among those of its expert."""
-    chosen_GSK, num_experts = routing.chosen_GSK, routing.gates_GSE.shape[-1]
-    if routing.valid_GS is not None:  # padding takes no place: a row of zeros below
-        chosen_GSK = torch.where(routing.valid_GS[..., None], chosen_GSK, num_experts)
-    one_hot_GSKE = F.one_hot(chosen_GSK, num_experts + 1)[..., :num_experts]
-    place_GS = _places_by_gate(routing) if batch_priority else None
-    if place_GS is not None:
-        index_S = torch.arange(place_GS.shape[1], device=place_GS.device)
-        order_GS = torch.zeros_like(place_GS).scatter(1, place_GS, index_S.expand_as(place_GS))
-        one_hot_GSKE = _pick(one_hot_GSKE, order_GS)
-    flow_GNE = one_hot_GSKE.transpose(1, 2).flatten(1, 2)
-    rank_GN = ((flow_GNE.cumsum(1) - 1) * flow_GNE).sum(-1)
-    rank_GSK = rank_GN.view(-1, chosen_GSK.shape[2], chosen_GSK.shape[1]).transpose(1, 2)
-    return rank_GSK if place_GS is None else _pick(rank_GSK, place_GS)
-
-
-def _places_by_gate(routing: Routing) -> Tensor:
-    """The place of each token of a group (G, S) by falling top-1 gate; of equal ones, the earlier first."""
-    best_GS = routing.gates_GSE.amax(-1)
-    if routing.valid_GS is not None:
-        best_GS = best_GS.masked_fill(~routing.valid_GS, -1.0)
-    index_S = torch.arange(best_GS.shape[1], device=best_GS.device)
-    is_before_GSS = best_GS[:, None, :] > best_GS[:, :, None]
-    is_tied_before_GSS = (best_GS[:, None, :] == best_GS[:, :, None]) & (index_S[None, :] < index_S[:, None])
-    return (is_before_GSS | is_tied_before_GSS).sum(-1)
-
-
-def _pick(values_GSX: Tensor, index_GS: Tensor) -> Tensor:
-    """Row `index_GS` of each group's rows."""
-    shape = (*index_GS.shape, *(1 for _ in values_GSX.shape[2:]))
-    return values_GSX.gather(1, index_GS.view(shape).expand_as(values_GSX))

@@ -233,18 +233,10 @@ class MoeMlp(nn.Module):
     def _route(self, x_TD: Tensor, groups: Groups, valid_GS: Tensor | None) -> Routing | SlotRouting:
         """The router's decision, with the choices beyond the experts' capacity dropped."""
         moe = self.config
-        name = "capacity_factor" if self.training else "eval_capacity_factor"
-        factor = getattr(moe, name)
+        capacity = Capacity.of_pass(groups, valid_GS, moe, self.training)
         if moe.fills_slots:
-            if factor is None:
-                name, factor = "capacity_factor", moe.capacity_factor
-            return self.router(x_TD, groups, valid_GS, factor, name)
-        routing = self.router(x_TD, groups, valid_GS)
-        if factor is None or groups.size == 0:
-            # nothing is dropped but the choices of padding
-            is_real = None if valid_GS is None else valid_GS[..., None].expand_as(routing.chosen_GSK)
-            return routing._replace(kept_GSK=is_real)
-        return assign(routing, Capacity.of(groups, valid_GS, moe, factor, name), moe.batch_priority)
+            return self.router(x_TD, groups, valid_GS, capacity)
+        return assign(self.router(x_TD, groups, valid_GS), capacity, moe.batch_priority)
 
     def _account(self, routing: Routing | SlotRouting, y_TD: Tensor) -> Tensor:
         """Keeps the auxiliary loss and the statistics; changes no value of `y_TD`."""

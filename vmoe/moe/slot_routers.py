@@ -1,4 +1,4 @@
-"""Routers that fill a fixed number of slots an expert, image by image: expert choice and Soft MoE.
+"""Routers that fill a fixed number of slots per expert, image by image: expert choice and Soft MoE.
 
 T tokens of width D, in G groups (images) of S tokens; E experts of C slots a group.
 """
@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from vmoe.moe.assignment import Capacity, expert_capacity
+from vmoe.moe.assignment import Capacity, expert_capacity, expert_choice
 from vmoe.moe.config import MoeConfig
 from vmoe.moe.groups import Groups
 from vmoe.moe.routing import ExpertChoiceRouting, SoftRouting
@@ -32,20 +32,15 @@ class ExpertChoiceRouter(nn.Module):
 
     def __init__(self, dim: int, moe: MoeConfig, device=None, dtype=None) -> None:
         super().__init__()
-        self.moe = moe
         self.noise_scale = moe.logit_noise
         self.draw_noise: Callable[[Tensor], Tensor] | None = None
         self.gate = Gate(dim, moe.num_experts, bias=False, device=device, dtype=dtype)
         nn.init.normal_(self.gate.weight, std=1 / math.sqrt(dim))
 
-    def forward(
-        self, x_TD: Tensor, groups: Groups, valid_GS: Tensor | None, capacity_factor: float, name: str
-    ) -> ExpertChoiceRouting:
-        """Routes; `name` is the capacity factor's in errors."""
+    def forward(self, x_TD: Tensor, groups: Groups, valid_GS: Tensor | None, capacity: Capacity) -> ExpertChoiceRouting:
         logits_GSE = groups.split(scores(x_TD, self.gate))
         if self.training:
             logits_GSE = with_noise(logits_GSE, self.noise_scale, self.draw_noise)
-        capacity = Capacity.of(groups, valid_GS, self.moe, capacity_factor, name)
         return expert_choice(logits_GSE.softmax(-1), groups, capacity, valid_GS)
 
 
@@ -78,12 +73,7 @@ class SoftRouter(nn.Module):
         nn.init.normal_(self.mu, std=1 / math.sqrt(dim))
 
     def forward(
-        self,
-        x_TD: Tensor,
-        groups: Groups,
-        valid_GS: Tensor | None,
-        capacity_factor: float | None = None,
-        name: str | None = None,
+        self, x_TD: Tensor, groups: Groups, valid_GS: Tensor | None = None, capacity: None = None
     ) -> SoftRouting:
         dim, num_experts, slots = self.mu.shape
         dtype = torch.promote_types(x_TD.dtype, torch.float32)
@@ -102,21 +92,6 @@ class SoftRouter(nn.Module):
             dispatch_GSN = dispatch_GSN * valid_GS[..., None]
         shape = (groups.count, groups.size, num_experts, slots)
         return SoftRouting(groups, valid_GS, dispatch_GSN.view(shape), combine_GSN.view(shape))
-
-
-def expert_choice(
-    gates_GSE: Tensor, groups: Groups, capacity: Capacity, valid_GS: Tensor | None = None
-) -> ExpertChoiceRouting:
-    """Each expert takes the C tokens with its largest gates; of equal gates, the earlier token."""
-    gates_GES = gates_GSE.transpose(1, 2)
-    ranked_GES = gates_GES.detach() if valid_GS is None else gates_GES.detach().masked_fill(~valid_GS[:, None], -1.0)
-    chosen_GEC = ranked_GES.argsort(dim=-1, descending=True, stable=True)[..., : capacity.most]
-    weights_GEC = gates_GES.gather(-1, chosen_GEC)
-    kept_G1C = None
-    if capacity.each_G is not None:  # C is at most the group's real tokens, which are ranked first
-        kept_G1C = (torch.arange(capacity.most, device=gates_GSE.device) < capacity.each_G[:, None])[:, None]
-        weights_GEC = weights_GEC * kept_G1C
-    return ExpertChoiceRouting(groups, valid_GS, gates_GSE, chosen_GEC, weights_GEC, kept_G1C)
 
 
 def _unit(values: Tensor, dim: int) -> Tensor:

@@ -21,10 +21,9 @@ from vmoe.explain.explorer.replay import Prefix
 from vmoe.explain.explorer.statistics import paired_change, wilson
 from vmoe.explain.explorer.subject import Subject
 from vmoe.moe import MoeMlp, Routing, moe_layers
-from vmoe.moe.assignment import Capacity, CapacityError
+from vmoe.moe.assignment import Capacity, CapacityError, expert_choice
 from vmoe.moe.routers import SigmoidRouter, top_experts, weights_of
 from vmoe.moe.routing import ExpertChoiceRouting, SlotRouting, SoftRouting
-from vmoe.moe.slot_routers import expert_choice
 
 _NO_CHOICE = ("hash", "random", "balanced")  # routers that follow no scores: there is no next best expert
 
