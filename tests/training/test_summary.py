@@ -9,7 +9,13 @@ from vmoe.training.summary import device_line
 @pytest.mark.parametrize(
     ("device", "wanted", "gpus", "expected"),
     [
-        ("cpu", "cpu", 1, "device: cpu, by trainer.device=cpu; --trainer.device cuda trains on the H200 that is here"),
+        (
+            "cpu",
+            "cpu",
+            1,
+            "device: cpu, by trainer.device=cpu, which repeats runs that were measured on a CPU; "
+            "--trainer.device auto trains on the H200 that is here",
+        ),
         ("cpu", "auto", 0, "device: cpu, by trainer.device=auto; there is no usable GPU"),
         ("cuda", "auto", 1, "device: H200, by trainer.device=auto"),
         ("cuda:1", "cuda", 2, "device: H200, GPU 1 of 2, by trainer.device=cuda"),

@@ -120,8 +120,9 @@ def device_line(device: torch.device, wanted: str) -> str:
         number = f", GPU {device.index or 0} of {gpus}" if gpus > 1 else ""
         return f"device: {torch.cuda.get_device_name(device)}{number}, by trainer.device={wanted}"
     if gpus:
-        other = f"--trainer.device cuda trains on the {torch.cuda.get_device_name()} that is here"
-        return f"device: cpu, by trainer.device={wanted}; {other}"
+        why = "which repeats runs that were measured on a CPU"
+        other = f"--trainer.device auto trains on the {torch.cuda.get_device_name()} that is here"
+        return f"device: cpu, by trainer.device={wanted}, {why}; {other}"
     reason = "there is no usable GPU" if torch.version.cuda else "this torch is built without CUDA"
     return f"device: cpu, by trainer.device={wanted}; {reason}"
 
