@@ -57,18 +57,16 @@ Writes data.json and data.md.
 """
 _SCALING = """\
 Trains V-MoEs (every second MLP, top-1, batch priority in groups of 8 images) on random images by the trainer of
-`vmoe train` in one process and in many, which this command starts: on all GPUs, or on CPUs as a rehearsal on tiny
-models.
+`vmoe train`, in one process and in many. The command starts the processes: on all GPUs, or on CPUs as a rehearsal on
+tiny models. Layouts: ddp (data parallel), fsdp (sharded) and expert (expert parallel).
 
-  equality    three updates by ddp, fsdp and expert beside one process: weights, losses, gradients, routing
-  speed       images/s as batch and processes grow together (weak) and with the same batch (strong); the share of the
-              exchange between processes, and of it what is hidden; waits of the host; beside the planner's predictions
-  checkpoint  one of many processes that one and many go on with, beside a training that never stopped
-  size        a ViT-L/16 with 32 experts a layer (or the next multiple of the processes) that grows by blocks until
-              memory is full
+  equality    three updates beside one process: weights, losses and gradients
+  speed       images/s as batch and processes grow together (weak) and with the same batch (strong), and memory; both
+              beside the planner's predictions
+  checkpoint  how long a save takes and how large it is; a training that resumes from it, beside one that never stopped
 
   vmoe benchmark scaling
-  vmoe benchmark scaling --device cpu --processes 1 2 --memory 1 --parts equality speed
+  vmoe benchmark scaling --device cpu --processes 1 2 --parts equality speed
 
 Writes scaling.csv, scaling.json and scaling.md after every result. What fails or lacks memory is a row that says so.
 """
@@ -217,8 +215,8 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
 
 def _add_scaling(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    parts = ("equality", "speed", "checkpoint", "size")
-    add("--parts", nargs="+", choices=parts, default=parts, help="default: equality speed checkpoint size")
+    parts = ("equality", "speed", "checkpoint")
+    add("--parts", nargs="+", choices=parts, default=parts, help="default: equality speed checkpoint")
     add(
         "--processes",
         nargs="+",
@@ -232,15 +230,14 @@ def _add_scaling(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         type=count,
         metavar="E",
-        help="of a layer, in speed; dealt out where they can be (default: 8 32)",
+        help="of a layer, in speed (default: 8 32)",
     )
-    add("--batch", type=count, metavar="B", help="images a process, in speed (default: 128 on a GPU, else 8)")
+    add("--batch", type=count, metavar="B", help="images per process, in speed (default: 128 on a GPU, else 8)")
     add("--compiled", action="store_true", help="compile the models whose speed is measured")
     add("--cuda-graph", action="store_true", help="capture steps, in speed and equality, by layouts that can be")
     add("--steps", type=count, help="updates that are timed (default: 12 on a GPU, else 3)")
     add("--limit", type=count, default=120, metavar="SECONDS", help="the most for a part (default: %(default)s)")
     add("--job-limit", type=count, default=90, metavar="SECONDS", help="and for a training (default: %(default)s)")
-    add("--memory", type=float, metavar="GIB", help="the most for a process in size (default: all; on CPUs 1)")
 
 
 def _workers(text: str) -> int:

@@ -1,4 +1,5 @@
-"""What several processes do to a training: to its results, its speed and the size of the model that fits.
+"""What several processes do to a training: to its results, its speed and its checkpoints.
 
-One command starts worker processes, as torchrun would; each trains by the trainer that runs have, on synthetic images.
+`jobs` says which trainings are measured, `worker` is the script that torchrun starts, `launch` starts it and reads its
+rows, and `report` compares the rows in tables.
 """

@@ -1,180 +1,113 @@
-"""The rows of all jobs as tables: what is compared with what."""
+"""What rows say beside one another: equal results, scaling, and the planner's predictions."""
 
-import csv
-import io
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from vmoe.bench.report import Column
-from vmoe.files import atomic_write
+from vmoe.bench.plan.hardware import NETWORKS, Machine
+from vmoe.bench.plan.planner import Workload, make_plans
+from vmoe.bench.report import Column, Row
+from vmoe.bench.scaling.jobs import NUM_CLASSES, ScalingJob
 
-Row = dict[str, Any]
-# Largest difference from one process that is no mistake, in weights and in losses. In float32 and less AdamW makes of a
-# gradient that is zero but for rounding, such as that of a key's bias, a step of up to its rate (1e-3) either way.
+# Largest difference from one process that is no mistake, in weights and in losses. In float32 and bfloat16 a gradient
+# can be zero except for rounding, such as that of a key's bias: AdamW makes of it a step of up to its rate (1e-3).
 BOUNDS = {"float64": (1e-9, 1e-9), "float32": (1e-5, 1e-5), "bfloat16": (6.1e-3, 1e-2)}
-TABLES = {
-    "equality": (
-        Column("layout", "layout"),
-        Column("processes", "processes"),
-        Column("type", "dtype"),
-        Column("weights", "weights", ".1e"),
-        Column("beyond the bound", "weights_beyond", ".2%"),
-        Column("losses", "loss", ".1e"),
-        Column("gradients", "gradients", ".1e"),
-        Column("routing", "routing", ".1e"),
-        Column("bound", "bound", ".0e"),
-        Column("within", "within"),
-    ),
+_LAYOUT = (Column("layout", "layout"), Column("processes", "processes"))
+_DIFFERENCES = (
+    Column("weights", "weights", ".1e"),
+    Column("beyond the bound", "weights_beyond", ".2%"),
+    Column("losses", "loss", ".1e"),
+    Column("gradients", "gradients", ".1e"),
+    Column("bound", "bound", ".0e"),
+    Column("within", "within"),
+)
+SCALING_TABLES = {
+    "equality": (*_LAYOUT, Column("type", "dtype"), *_DIFFERENCES),
     "speed": (
-        Column("layout", "layout"),
+        *_LAYOUT,
         Column("model", "model"),
         Column("E", "experts"),
         Column("batch", "batch"),
-        Column("compiled", "compiled"),
-        Column("graph", "graphed"),
-        Column("processes", "processes"),
         Column("ms", "step_ms", "#.4g"),
         Column("spread", "spread", ".1%"),
-        Column("img/s a process", "images_per_second_a_process", ",.0f"),
+        Column("img/s per process", "images_per_second_per_process", ",.0f"),
         Column("weak", "weak", ".1%"),
         Column("strong", "strong", ".1%"),
         Column("beside ddp", "beside_ddp", ".3f"),
-        Column("MiB", "peak", ",.0f"),
-        Column("exchange", "share_exchange", ".1%"),
-        Column("tokens", "share_tokens", ".1%"),
-        Column("weights", "share_weights", ".1%"),
-        Column("gradients", "share_gradients", ".1%"),
-        Column("hidden", "share_hidden", ".0%"),
-        Column("idle", "share_idle", ".1%"),
+        Column("MiB", "peak_mib", ",.0f"),
         Column("ms predicted", "predicted_ms", "#.4g"),
         Column("ratio", "time_ratio", ".2f"),
         Column("MiB predicted", "predicted_mib", ",.0f"),
         Column("ratio", "memory_ratio", ".2f"),
-        Column("waits", "waits"),
     ),
     "checkpoint": (
-        Column("saved by, resumed by", "layout"),
-        Column("processes", "processes"),
-        Column("step", "step"),
-        Column("weights", "weights", ".1e"),
-        Column("losses", "loss", ".1e"),
-        Column("gradients", "gradients", ".1e"),
-        Column("bound", "bound", ".0e"),
-        Column("within", "within"),
-    ),
-    "size": (
-        Column("layout", "layout"),
-        Column("processes", "processes"),
-        Column("E", "experts"),
-        Column("batch", "batch"),
-        Column("blocks", "blocks"),
-        Column("parameters", "parameters", ",.0f"),
-        Column("MiB", "peak", ",.0f"),
-        Column("ms", "step_ms", "#.4g"),
-        Column("MiB predicted", "predicted_mib", ",.0f"),
-        Column("ratio", "memory_ratio", ".2f"),
-        Column("ms predicted", "predicted_ms", "#.4g"),
-        Column("ratio", "time_ratio", ".2f"),
-        Column("", "state"),
+        *_LAYOUT,
+        Column("s to save", "save_seconds", ".2f"),
+        Column("MiB", "checkpoint_mib", ",.1f"),
+        *_DIFFERENCES,
     ),
 }
 
 
-def finished(rows: list[Row], folder: Path, known: dict[str, Row]) -> list[Row]:
-    """The rows of jobs that came to an end, with what compares them to others.
+def differences(result: dict[str, Any], one: dict[str, Any], dtype: str) -> Row:
+    """How far a training's results are from those of one process.
 
     Args:
-        rows: As the workers wrote them.
-        folder: Where the workers left weights.
-        known: Gets what these told, by the keys of jobs, and is asked first.
+        result: `losses`, and `weights` and first `moments` of the gradients by a parameter's name.
+        one: The same of one process; the losses of a resumed training are compared with its last ones.
+        dtype: Type of both.
     """
-    ended = []
-    for row in rows:
-        is_told = row["state"] == "started" or (row["part"] == "size" and row["state"] == "done")
-        same = [one for one in ended if one["key"] == row["key"] and one.get("pairs") == row.get("pairs")]
-        if not is_told and not any(one["state"] == row["state"] for one in same):  # as another rank has said it
-            ended.append(row)
-    for row in ended:
-        if row.get("pairs"):
-            row["blocks"] = 2 * row["pairs"]
-        if "peak_mib" in row:
-            row["peak"] = max(row["peak_mib"])
-        if row["state"] == "done" and row["part"] in ("equality", "checkpoint"):
-            known[row["key"]] = known.get(row["key"]) or _differences(row, ended, folder)
-            row |= known[row["key"]]
-    speeds = [row for row in ended if row["part"] == "speed" and row["state"] == "done"]
-    for row in speeds:
-        row |= _scaling(row, speeds)
-    return ended
-
-
-def write_csv(path: Path, rows: list[Row]) -> None:
-    """All rows under all the names that they have, atomically."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, names, lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({key: " ".join(map(str, v)) if isinstance(v, list) else v for key, v in row.items()})
-    with atomic_write(path) as temporary:
-        temporary.write_text(text.getvalue(), encoding="utf-8")
-
-
-def _differences(row: Row, rows: list[Row], folder: Path) -> Row:
-    """How far a training's results are from those of one process."""
-    alike = [
-        other for other in rows
-        if other["part"] == row["part"] and other["state"] == "done" and other["dtype"] == row["dtype"]
-        and other["processes"] == 1 and other["step"] == "whole"
-    ]  # fmt: skip
-    paths = [folder / f"{one['key']}.pt" for one in (*alike[:1], row)]
-    if not alike or alike[0] is row or not all(path.exists() for path in paths):
-        return {}
-    one, ours = (torch.load(path, weights_only=True) for path in paths)
-    bound, loss_bound = BOUNDS[row["dtype"]]
-    weights = {name: (ours["weights"][name] - value).abs() for name, value in one["weights"].items()}
-    count = len(ours["losses"])
-    loss = max(abs(a - b) for a, b in zip(ours["losses"], one["losses"][-count:], strict=True))
-    worst = max(float(difference.max()) for difference in weights.values())
+    bound, loss_bound = BOUNDS[dtype]
+    weights, moments = (
+        {name: (result[kind][name] - value).abs() for name, value in one[kind].items()}
+        for kind in ("weights", "moments")
+    )
+    losses = zip(result["losses"], one["losses"][-len(result["losses"]) :], strict=True)
+    worst, loss = _largest(weights), max(abs(ours - other) for ours, other in losses)
     beyond = sum(int((difference > bound).sum()) for difference in weights.values())
     return {
         "weights": worst,
         "weights_beyond": beyond / sum(difference.numel() for difference in weights.values()),
         "loss": loss,
-        "gradients": _largest_relative(ours["moments"], one["moments"]),
-        "routing": max(
-            abs(load - other)
-            for name, loads in one["routing"].items()
-            for load, other in zip(loads, ours["routing"][name], strict=True)
-        ),
+        "gradients": _largest(moments) / _largest(one["moments"]),
         "bound": bound,
         "loss_bound": loss_bound,
         "within": worst <= bound and loss <= loss_bound,
-    }  # fmt: skip
+    }
 
 
-def _largest_relative(ours: dict[str, Tensor], one: dict[str, Tensor]) -> float:
-    """The largest difference as a share of the largest value."""
-    largest = max(float(value.abs().max()) for value in one.values())
-    return max(float((ours[name] - value).abs().max()) for name, value in one.items()) / largest
+def _largest(tensors: dict[str, torch.Tensor]) -> float:
+    return max(float(tensor.abs().max()) for tensor in tensors.values())
 
 
-def _scaling(row: Row, rows: list[Row]) -> Row:
-    """Efficiency beside one process: as many images a process (weak), and as many in all (strong)."""
+def add_scaling(rows: list[Row]) -> None:
+    """Gives rows of speed their efficiency beside one process: with as many images each (weak) and in all (strong)."""
+    names = ("model", "experts", "layout", "processes", "batch")
+    rates = {
+        tuple(row[name] for name in names): row["images_per_second_per_process"] for row in rows if "step_ms" in row
+    }
+    for row in rows:
+        if "step_ms" not in row or row["processes"] == 1:
+            continue
+        others = {
+            "weak": ("none", 1, row["batch"] // row["processes"]),
+            "strong": ("none", 1, row["batch"]),
+            "beside_ddp": ("ddp", row["processes"], row["batch"]),
+        }
+        for name, other in others.items():
+            if rate := rates.get((row["model"], row["experts"], *other)):
+                row[name] = row["images_per_second_per_process"] / rate
 
-    def of(**wanted: Any) -> float | None:
-        same = {name: row[name] for name in ("model", "experts", "compiled", "graphed")} | wanted
-        found = [one for one in rows if all(one[key] == value for key, value in same.items())]
-        return found[0]["images_per_second_a_process"] if found else None
 
-    ours, result = row["images_per_second_a_process"], {}
-    if row["processes"] > 1:
-        weak = of(processes=1, layout="none", batch=row["batch"] // row["processes"])
-        strong = of(processes=1, layout="none", batch=row["batch"])
-        ddp = of(processes=row["processes"], layout="ddp", batch=row["batch"])
-        pairs = {"weak": weak, "strong": strong, "beside_ddp": ddp}
-        result = {name: ours / other for name, other in pairs.items() if other}
-    return result
+def predicted(job: ScalingJob, row: Row, machine: Machine) -> Row:
+    """The planner's peak memory and time of a step, and their ratios to what was measured."""
+    workload = Workload(
+        job.model.name, job.model.kwargs, job.moe(), NUM_CLASSES, job.model.image_size, job.batch,
+        dtype=getattr(torch, job.dtype), graphed=job.graphed,
+    )  # fmt: skip
+    (plan,) = make_plans(workload, [job.layout], machine, NETWORKS["ib-400"].bandwidth)
+    step_ms, memory = plan.times.step * 1e3, plan.memory.peak / 2**20
+    result = {"predicted_ms": step_ms, "time_ratio": step_ms / row["step_ms"]}
+    if machine.name == "cpu":  # where a process's memory is that of Python and libraries too
+        return result
+    return result | {"predicted_mib": memory, "memory_ratio": memory / row["peak_mib"]}

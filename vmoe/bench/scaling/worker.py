@@ -1,183 +1,243 @@
-"""One process of a measurement, started by `launch`: does the jobs of a list one by one and writes rows as they come.
+"""One process of a measurement, as torchrun starts it: does the jobs of a file and prints a row, as JSON, for each.
 
-    python -m vmoe.bench.scaling.worker PLAN.json ROWS.jsonl
+    torchrun --nproc-per-node 2 -m vmoe.bench.scaling.worker JOBS.pickle
 
-A row tells what became of a job: `state` is "started", "done", "failed", "no room" or "no time". What fails in one of
-several processes ends them all, since the others may wait for it: the launcher goes on with the jobs that are left.
+A process that fails prints a row that says so and ends. torchrun then ends the others, which may wait for it.
 """
 
-import faulthandler
 import json
 import os
-import resource
+import pickle
 import statistics
 import sys
-import threading
 import time
 import traceback
-from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import Callback, Trainer
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader
 
-from vmoe.bench.scaling.fit import Images, Outcome, Saves, Speed, measure_speed, train
-from vmoe.bench.scaling.jobs import Job, Model
-from vmoe.bench.scaling.size import grow, is_out_of_memory
+from vmoe.bench.report import Row
+from vmoe.bench.scaling.jobs import NUM_CLASSES, ScalingJob
+from vmoe.bench.scaling.report import differences
 from vmoe.bench.timing import release
-from vmoe.training.processes import Place, connect, disconnect, gather
+from vmoe.checkpoints import ENTRY, build_model, new_entry
+from vmoe.data import Batch
+from vmoe.memory import is_out_of_memory
+from vmoe.training.module import Classifier
+from vmoe.training.parallel import cut_of
+from vmoe.training.processes import Place, connect, disconnect, gather, total
+from vmoe.training.sample_draws import SampleDraws
+from vmoe.training.sharded_files import FolderWriter
+from vmoe.training.summary import peak_memory_mib
+from vmoe.training.trainer import new_trainer, quiet_lightning
 
-Row = dict[str, Any]
-
-
-class Rows:
-    """The file that all processes append to; a line is written at once."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def write(self, job: Job, state: str, **content: Any) -> None:
-        line = json.dumps(job.as_row() | {"state": state} | content) + "\n"
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.write(line)
+_UNTIMED = 5  # updates before the timed ones: kernels are compiled, and a graph is captured in the fourth
 
 
-def main(plan: Path, rows: Path) -> None:
-    """Does the jobs of a plan."""
-    plan = json.loads(plan.read_text(encoding="utf-8"))
-    jobs = [Job(**{**job, "model": Model(**job["model"])}) for job in plan["jobs"]]
-    place, device = Place.of_this(), torch.device(plan["device"])
+def main(path: Path) -> None:
+    """Does the jobs of a file that `launch` wrote."""
+    device, scratch, jobs = pickle.loads(path.read_bytes())
     if device.type == "cuda":
-        device = torch.device("cuda", place.local_rank)
+        device = torch.device("cuda", Place.of_this().local_rank)
         torch.cuda.set_device(device)
-    # A product in float32 is one, whatever the number of processes
+    # TF32 would round float32 products differently as the number of processes changes their sizes
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    faulthandler.dump_traceback_later(plan["start_seconds"], exit=True)
-    ended = Path(plan["ended"])
-    if place.count > 1:
-        threading.Thread(target=_end_with, args=(ended,), daemon=True).start()
     connect(device.type)
-    gather(None)
-    left = dict(plan["seconds_left"])
     for job in jobs:
-        if min(gather(left[job.part])) <= 0:
-            _write_once(Rows(rows), job, "no time")
-            continue
-        started = time.monotonic()
-        faulthandler.dump_traceback_later(job.seconds, exit=True)  # also out of a collective that never ends
-        _do(job, device, plan, Rows(rows))
-        left[job.part] -= time.monotonic() - started
-    faulthandler.cancel_dump_traceback_later()
+        start = time.monotonic()
+        try:
+            row = {"state": "done"} | (_speed_row if job.part == "speed" else _compared_row)(job, device, scratch)
+        except Exception as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+            row = {"state": "no room" if is_out_of_memory(error) else "failed", "error": reason}
+            traceback.print_exc()
+        if Place.of_this().is_first or "error" in row:
+            print(json.dumps(row | {"seconds": time.monotonic() - start}), flush=True)
+        if "error" in row:
+            os._exit(1)  # an ordinary exit would wait for the other processes, which wait for this one
+        release(device)
     disconnect()
 
 
-def _end_with(ended: Path) -> None:
-    """Ends this process when another has failed, for which it may wait in vain, deaf to signals."""
-    while not ended.exists():
-        time.sleep(0.5)
-    time.sleep(1.0)  # for what it may have to say itself
-    os._exit(1)
-
-
-def _do(job: Job, device: torch.device, plan: dict[str, Any], rows: Rows) -> None:
-    write = partial(_write_once, rows, job)
-    write("started")
-    start = time.monotonic()
-    try:
-        _limit_memory(job.memory if job.part == "size" else None, device)
-        if job.part == "size":
-            known = plan["sizes"].get(job.key, {})
-            fitted = {int(pairs): peak for pairs, peak in known.get("fitted", {}).items()}
-            for row in grow(job, device, fitted, known.get("failed")):
-                write("fits", **row)
-                faulthandler.dump_traceback_later(job.seconds, exit=True)  # as for a job of its own
-            content = {}
-        else:
-            content = _MEASURES[job.part](job, device, Path(plan["folder"]))
-    except Exception as error:  # whatever stops one job must not lose the others
-        state = "no room" if is_out_of_memory(error) else "failed"
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
-        where = {"pairs": getattr(error, "pairs", None), "rank": Place.of_this().rank}
-        traceback.print_exc()
-        ended = Path(plan["ended"])
-        if not ended.exists():  # else another failed first, and this is what came of it
-            ended.touch()
-            rows.write(job, state, error=reason, seconds=time.monotonic() - start, **where)
-        if job.processes > 1:
-            sys.stderr.flush()
-            os._exit(1)
-        ended.unlink()
-        traceback.clear_frames(error.__traceback__)
+def _compared_row(job: ScalingJob, device: torch.device, scratch: Path) -> Row:
+    """How far the results are from those of one process; in the part "checkpoint", half of the training is resumed."""
+    result, save = TrainingResult(), TimedSave(scratch / f"{job.layout} {job.layout.processes}.ckpt")
+    if job.part == "equality":
+        train_on_noise(job, device, job.steps, [result])
+    elif job.layout.processes == 1:
+        train_on_noise(job, device, job.steps, [result, save], epochs=2)
     else:
-        write("done", seconds=time.monotonic() - start, **content)
-    release(device)
-
-
-def _write_once(rows: Rows, job: Job, state: str, **content: Any) -> None:
-    if Place.of_this().is_first:
-        rows.write(job, state, **content)
-
-
-def _results(job: Job, device: torch.device, folder: Path) -> Row:
-    """Three updates, of which weights, losses and the rest go to a file."""
-    outcome = Outcome()
-    train(job, device, Images(job, job.steps, device, different=True), [outcome])
-    return _keep(outcome, job, folder)
-
-
-def _checkpoint(job: Job, device: torch.device, folder: Path) -> Row:
-    """Two epochs of three updates without a stop, or the first to a checkpoint, or the second from there."""
-    images = Images(job, job.steps, device, different=True)
-    place = folder / "checkpoint.ckpt"
-    if job.step == "save":
-        train(job, device, images, [Saves(place)], epochs_in_all=2)
+        train_on_noise(job, device, job.steps, [save])
+        train_on_noise(job, device, job.steps, [result], epochs=2, resume_from=save.path)
+    row = {"losses": result.losses} | save.row
+    reference = scratch / f"{job.part} {job.dtype}.pt"
+    if not Place.of_this().is_first:
         return {}
-    outcome = Outcome()
-    resume_from = place if job.step == "resume" else None
-    train(job, device, images, [outcome], epochs=2, epochs_in_all=2, resume_from=resume_from)
-    return _keep(outcome, job, folder)
-
-
-def _keep(outcome: Outcome, job: Job, folder: Path) -> Row:
-    if Place.of_this().is_first:
-        torch.save(outcome.content, folder / f"{job.key}.pt")
-    return {"losses": outcome.losses}
-
-
-def _speed(job: Job, device: torch.device, folder: Path) -> Row:
-    return _row_of(measure_speed(job, device, profiled=job.processes > 1), job)
-
-
-def _row_of(speed: Speed, job: Job) -> Row:
-    """Of the slowest process; memory of each."""
-    every = gather(speed)
-    slowest = max(every, key=lambda one: one.step_ms)
-    row = {
-        "step_ms": slowest.step_ms,
-        "spread": slowest.spread,
-        "images_per_second": job.batch / slowest.step_ms * 1e3,
-        "images_per_second_a_process": job.batch / slowest.step_ms * 1e3 / job.processes,
-        "peak_mib": [one.peak_mib for one in every],
-    }
-    if slowest.waits is not None:
-        row |= {"waits": max(len(one.waits) for one in every), "waits_at": sorted({w for o in every for w in o.waits})}
-    shares = [one.shares for one in every if one.shares is not None]
-    for name in shares[0]._fields if shares else ():
-        row[f"share_{name}"] = statistics.mean(getattr(one, name) for one in shares)
+    if job.layout.processes == 1:
+        torch.save(result.content, reference)
+    elif reference.exists():
+        row |= differences(result.content, torch.load(reference), job.dtype)
     return row
 
 
-def _limit_memory(gib: float | None, device: torch.device) -> None:
-    if gib is None:
-        return
-    if device.type == "cuda":
-        whole = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / whole), device)
-    else:
-        resource.setrlimit(resource.RLIMIT_DATA, (int(gib * 2**30), resource.RLIM_INFINITY))
+def _speed_row(job: ScalingJob, device: torch.device, scratch: Path) -> Row:
+    """The times of the slowest process, and the largest memory."""
+    watch = Stopwatch(device)
+    train_on_noise(job, device, _UNTIMED + job.steps, [watch])
+    every = gather((watch.times(), peak_memory_mib(device)))
+    slowest = max((times for times, _ in every), key=statistics.median)
+    step_ms = statistics.median(slowest)
+    low, _, high = statistics.quantiles(slowest, n=4, method="inclusive")
+    return {
+        "step_ms": step_ms,
+        "spread": (high - low) / 2 / step_ms,
+        "images_per_second": job.batch / step_ms * 1e3,
+        "images_per_second_per_process": job.batch / step_ms * 1e3 / job.layout.processes,
+        "peak_mib": max(peak for _, peak in every),
+    }
 
 
-_MEASURES = {"equality": _results, "speed": _speed, "checkpoint": _checkpoint}
+def train_on_noise(
+    job: ScalingJob, device: torch.device, steps: int, callbacks: list[Callback], epochs: int = 1,
+    resume_from: Path | None = None,
+) -> None:  # fmt: skip
+    """Trains on random images by the trainer of `vmoe train`; the callbacks keep what is measured.
+
+    Args:
+        job: The training.
+        device: Device of this process.
+        steps: Updates per epoch.
+        callbacks: Callbacks of the trainer.
+        epochs: Epochs after which it stops. The learning rate of the part "checkpoint" is planned for two.
+        resume_from: A checkpoint to go on from.
+    """
+    config = job.config(device.type, epochs)
+    torch.manual_seed(0)
+    # Small models are made on the CPU, so that they start alike on every device
+    with torch.device(device if job.part == "speed" else "cpu"):
+        model = build_model(job.model.name, job.model.kwargs, job.moe(), NUM_CLASSES, job.model.image_size)
+    if job.dtype == "float64":
+        model.double()
+    draws = SampleDraws(0) if config.parallel.draws == "sample" else None
+    if draws is not None:
+        draws.install(model)
+    if job.compiled:
+        model.compile(dynamic=False)
+    cut = cut_of(config.parallel, job.layout.processes, device.type)
+    planned = 2 if job.part == "checkpoint" else epochs
+    module = Classifier(model, config.optim, planned, steps, cuda_graph=job.graphed, draws=draws, cut=cut)
+    batches = [_random_batch(job, number, device) for number in range(1 if job.part == "speed" else steps)]
+    loader = DataLoader(batches * (steps // len(batches)), batch_size=None, collate_fn=lambda batch: batch)
+    with quiet_lightning():
+        trainer = new_trainer(config, device, Place.of_this(), [*callbacks, ReleaseModel()], FolderWriter())
+        trainer.fit(module, loader, ckpt_path=resume_from, weights_only=True)
+
+
+def _random_batch(job: ScalingJob, number: int, device: torch.device) -> Batch:
+    """This process's images of a batch: each by a seed of its own, so that they are the same for any processes."""
+    place, side = Place.of_this(), job.model.image_size
+    own = job.batch // place.count
+    images, labels, keys = [], [], []
+    for index in range(place.rank * own, place.rank * own + own):
+        draw = torch.Generator().manual_seed(number * job.batch + index)
+        images.append(torch.randn(3, side, side, generator=draw))
+        labels.append(torch.randint(NUM_CLASSES, (), generator=draw))
+        keys.append(torch.tensor([number, index]))
+    dtype = torch.float64 if job.dtype == "float64" else torch.float32
+    return Batch(
+        torch.stack(images).to(device, dtype), torch.stack(labels).to(device), [], keys=torch.stack(keys).to(device)
+    )
+
+
+class ReleaseModel(Callback):
+    """Lets go of model and optimiser at the end, which the trainer would otherwise move to the host."""
+
+    def on_fit_end(self, trainer: Trainer, module: Classifier) -> None:
+        module.model = nn.Identity()
+        trainer.strategy.optimizers = []
+
+
+class TrainingResult(Callback):
+    """Losses, weights and the first moments of the gradients, of all processes."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.content: dict[str, Any] = {}
+
+    def on_train_batch_end(self, trainer: Trainer, module: Classifier, outputs: Any, *_: Any) -> None:
+        self.losses.append(float(total(outputs["loss"].detach().double()) / Place.of_this().count))
+
+    def on_train_end(self, trainer: Trainer, module: Classifier) -> None:
+        states, parameters = trainer.optimizers[0].state, dict(module.model.named_parameters())
+        self.content = {
+            "losses": self.losses,
+            "weights": {name: _on_host(parameter) for name, parameter in parameters.items()},
+            "moments": {name: _on_host(states[parameter]["exp_avg"]) for name, parameter in parameters.items()},
+        }
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    """A copy on the host, gathered where it is sharded; all processes must call it."""
+    tensor = tensor.detach()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu().clone()
+
+
+class TimedSave(Callback):
+    """Saves a checkpoint at the end of each epoch, and keeps how long that took and how large it is."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.row: Row = {}
+
+    def on_train_epoch_end(self, trainer: Trainer, module: Classifier) -> None:
+        gather(None)  # waits for the other processes
+        start = time.perf_counter()
+        trainer.save_checkpoint(self.path)
+        gather(None)
+        files = [self.path, *self.path.rglob("*")]
+        size = sum(file.stat().st_size for file in files if file.is_file())
+        self.row = {"save_seconds": time.perf_counter() - start, "checkpoint_mib": size / 2**20}
+
+    def on_save_checkpoint(self, trainer: Trainer, module: Classifier, checkpoint: dict[str, Any]) -> None:
+        checkpoint[ENTRY] = new_entry(ema=None)
+
+
+class Stopwatch(Callback):
+    """Marks the time at the beginning of each update and at the end of the last."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._marks: list[Any] = []
+
+    def on_train_batch_start(self, trainer: Trainer, module: Classifier, batch: Batch, batch_idx: int) -> None:
+        if self.device.type == "cuda" and batch_idx == 1:  # before a graph takes its memory, which replays do not
+            torch.cuda.reset_peak_memory_stats(self.device)
+        self._mark()
+
+    def on_train_end(self, trainer: Trainer, module: Classifier) -> None:
+        self._mark()
+
+    def _mark(self) -> None:
+        if self.device.type == "cuda":
+            self._marks.append(torch.cuda.Event(enable_timing=True))
+            self._marks[-1].record()
+        else:
+            self._marks.append(time.perf_counter())
+
+    def times(self) -> list[float]:
+        """Milliseconds of each update after the untimed ones."""
+        pairs = pairwise(self._marks[_UNTIMED:])
+        if self.device.type != "cuda":
+            return [(end - start) * 1e3 for start, end in pairs]
+        torch.cuda.synchronize(self.device)
+        return [start.elapsed_time(end) for start, end in pairs]
+
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]))
