@@ -13,7 +13,7 @@ import vmoe
 from vmoe.checkpoints import load_checkpoint
 from vmoe.cli.evaluate import main as evaluate
 from vmoe.cli.export import main
-from vmoe.export import hub, programs
+from vmoe.export import programs
 from vmoe.export.card import model_card
 
 TIMM_READS_FOLDERS = tuple(map(int, timm.__version__.split(".")[:3])) >= (1, 0, 26)
@@ -223,7 +223,7 @@ def test_the_folder_is_pushed(save_run, tmp_path, monkeypatch, capsys):
         assert main([*arguments, name]) == 2
         error = capsys.readouterr().err
         assert told in error and f"hf upload {name}" in error and error.count("\n") == 1
-    assert hub.WEIGHTS in {file.name for file in (tmp_path / "shared").iterdir()}
+    assert "model.safetensors" in {file.name for file in (tmp_path / "shared").iterdir()}
 
 
 def test_a_missing_package_is_named(save_run, tmp_path, monkeypatch, capsys):

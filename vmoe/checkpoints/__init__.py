@@ -1,44 +1,74 @@
 """What a run's folder and a checkpoint are: the one room that knows the format and opens, checks and rebuilds them.
 
-`entry` is what is ours in a file and `sharded` a folder of shards. `loading` reads both and makes a `trained` model, by
-which `prediction` answers; `foreign` reads weights of others. `writing` makes files: `shared` those that leave the
-machine, `own` those of anybody's loop.
+`entry` is what is ours in a file, `sharded` is a folder of shards, `program` is
+what exported programs tell, and `run_folder` names the files beside. `loading` reads files and makes a `trained` model,
+by which `prediction` answers. `building` makes models, and `foreign` reads weights of others. `writing` makes files:
+`shared` makes those that leave the machine, `own` those of a training loop that is not ours.
 """
 
-from vmoe.checkpoints.entry import ENTRY, FORMAT_VERSION, check_entry
-from vmoe.checkpoints.foreign import read_foreign_weights
-from vmoe.checkpoints.loading import (
-    SCALE,
-    WITHOUT_EFFECT,
-    RunFolder,
-    build_model,
-    copy_checkpoint,
-    find_checkpoint,
-    flatten,
-    load,
-    load_checkpoint,
-    read_checkpoint,
-    read_without_tensors,
-    rebuilding_config,
-    timm_arguments,
-    trained_weights,
-)
-from vmoe.checkpoints.own import save
-from vmoe.checkpoints.shared import require_rounding, shared_config, write_changed, write_safetensors
-from vmoe.checkpoints.trained import TrainedModel, as_trained
-from vmoe.checkpoints.writing import new_entry, write_content, write_weights
+from typing import TYPE_CHECKING
+
+from vmoe.imports import names_on_demand
+
+if TYPE_CHECKING:
+    from vmoe.checkpoints.building import build_model, timm_arguments
+    from vmoe.checkpoints.entry import (
+        ENTRY,
+        FORMAT_VERSION,
+        ModelFacts,
+        check_entry,
+        facts_of,
+        new_entry,
+        rebuilding_config,
+    )
+    from vmoe.checkpoints.foreign import read_foreign_weights
+    from vmoe.checkpoints.loading import (
+        copy_checkpoint,
+        find_checkpoint,
+        load,
+        load_checkpoint,
+        read_checkpoint,
+        read_without_tensors,
+        trained_weights,
+    )
+    from vmoe.checkpoints.own import save
+    from vmoe.checkpoints.run_folder import WITHOUT_EFFECT, RunFolder, flatten
+    from vmoe.checkpoints.shared import require_rounding, shared_config, write_changed, write_safetensors
+    from vmoe.checkpoints.trained import TrainedModel, as_trained
+    from vmoe.checkpoints.writing import write_content, write_weights
+else:  # a run's folder can be read without torch
+    __getattr__ = names_on_demand(
+        __name__,
+        {
+            "vmoe.checkpoints.building": ["build_model", "timm_arguments"],
+            "vmoe.checkpoints.entry": [
+                *("ENTRY", "FORMAT_VERSION", "ModelFacts", "check_entry", "facts_of", "new_entry", "rebuilding_config")
+            ],
+            "vmoe.checkpoints.foreign": ["read_foreign_weights"],
+            "vmoe.checkpoints.loading": [
+                *("copy_checkpoint", "find_checkpoint", "load", "load_checkpoint", "read_checkpoint"),
+                *("read_without_tensors", "trained_weights"),
+            ],
+            "vmoe.checkpoints.own": ["save"],
+            "vmoe.checkpoints.run_folder": ["WITHOUT_EFFECT", "RunFolder", "flatten"],
+            "vmoe.checkpoints.shared": ["require_rounding", "shared_config", "write_changed", "write_safetensors"],
+            "vmoe.checkpoints.trained": ["TrainedModel", "as_trained"],
+            "vmoe.checkpoints.writing": ["write_content", "write_weights"],
+        },
+    )
 
 __all__ = [
     "ENTRY",
     "FORMAT_VERSION",
-    "SCALE",
     "WITHOUT_EFFECT",
+    "ModelFacts",
     "RunFolder",
     "TrainedModel",
     "as_trained",
     "build_model",
     "check_entry",
     "copy_checkpoint",
+    "facts_of",
     "find_checkpoint",
     "flatten",
     "load",

@@ -1,6 +1,8 @@
 """What is ours in a checkpoint, and whether a file's is right: it may be hand-made, damaged, or of another version."""
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,64 @@ MODEL_PREFIX = "model."  # comes before the name of a weight in a .ckpt file, wh
 # Raised when an older version of this package could not use what a newer one writes; new entries alone do not.
 FORMAT_VERSION = 1
 _LARGEST_IMAGE = 4096  # as in DataConfig
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What every tool must know of a model besides its weights, of plain types; every file of a model holds it."""
+
+    config: dict[str, Any]  # the run's whole config: seed, output_dir, data, model, moe, optim, trainer
+    class_names: Sequence[str]  # in the order of the logits
+    image_size: int  # side of the square images, pixels
+    mean: Sequence[float]  # of each channel, for pixels in [0, 1]
+    std: Sequence[float]
+    bit_depth: int | None = None  # of training files with more than 8 bits per channel; None where there were none
+    # Name and kwargs that timm builds the model by, where config.model names a folder or hub, which may be gone
+    architecture: dict[str, Any] | None = None
+
+    def by_architecture(self) -> "ModelFacts":
+        """The same, with timm's own name and arguments in `config.model`, by which the model can be built anywhere."""
+        built = self.config["model"] | (self.architecture or {})
+        return replace(self, config=self.config | {"model": built}, architecture=None)
+
+
+def new_entry(**facts: Any) -> dict[str, Any]:
+    """What is ours in a checkpoint that is written now: the format's version, and `facts` of plain types."""
+    return {"version": FORMAT_VERSION, **facts}
+
+
+def rebuilding_config(ours: dict[str, Any]) -> dict[str, Any]:
+    """The config of a checkpoint's run, given its entry of ours, with timm's own name and arguments of the model."""
+    return ours["config"] | {"model": ours["config"]["model"] | ours.get("architecture", {})}
+
+
+def entry_for(facts: ModelFacts, epochs_done: int = 0, step: int | None = None) -> dict[str, Any]:
+    """What is ours in a checkpoint that is written now.
+
+    Args:
+        facts: Of the model.
+        epochs_done: Epochs that it was trained for.
+        step: Updates that it was trained for, in a file where Lightning does not write them.
+    """
+    entry = {"version": FORMAT_VERSION, **vars(facts), "epochs_done": epochs_done}
+    if facts.architecture is None:
+        del entry["architecture"]
+    lists = {name: list(entry[name]) for name in ("class_names", "mean", "std")}
+    return entry | lists | ({} if step is None else {"step": step})
+
+
+def facts_of(content: dict[str, Any]) -> ModelFacts:
+    """What a checkpoint, by `check_entry`, tells of its model."""
+    ours = content[ENTRY]
+    return ModelFacts(
+        config=ours["config"],
+        class_names=[str(name) for name in ours["class_names"]],
+        image_size=ours["image_size"],
+        mean=tuple(ours["mean"]),
+        std=tuple(ours["std"]),
+        bit_depth=ours.get("bit_depth"),
+        architecture=ours.get("architecture"),
+    )
 
 
 def checked(content: Any, path: Path) -> dict[str, Any]:
@@ -31,10 +91,10 @@ def checked(content: Any, path: Path) -> dict[str, Any]:
 
 
 def check_entry(content: dict[str, Any], path: Path) -> None:
-    """Refuses a checkpoint, already `checked`, that does not tell what tools need to know, in the right types.
+    """Refuses a checkpoint, already `checked`, unless it tells what tools need to know, in the right types.
 
     Raises:
-        UserError: it is such a one.
+        UserError: it does not.
     """
     reason = _fault(content, content[ENTRY])
     if reason is not None:

@@ -1,4 +1,4 @@
-"""What a run's folder and a checkpoint are: the one place that opens, checks and rebuilds them for every tool.
+"""Reading a checkpoint, and the model it holds, for every tool.
 
 A checkpoint is the file Lightning writes, with one entry of ours, `vmoe`, of plain types: the format's version, the
 run's whole config, the class names, image size, mean and std, the average of the weights where the run keeps one, and
@@ -7,10 +7,8 @@ metadata and without what training needs.
 """
 
 import json
-import math
 import shutil
 import zipfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,62 +18,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from vmoe.checkpoints.entry import ENTRY, MODEL_PREFIX, check_entry, checked
+from vmoe.checkpoints.building import build_model, timm_arguments
+from vmoe.checkpoints.entry import ENTRY, MODEL_PREFIX, ModelFacts, check_entry, checked, facts_of
+from vmoe.checkpoints.run_folder import RunFolder
 from vmoe.checkpoints.sharded import is_sharded, read_folder, read_plain_part
 from vmoe.checkpoints.trained import TrainedModel, as_trained
 from vmoe.errors import UserError
 from vmoe.files import atomic_write, new_folder
-from vmoe.models import create_model
 from vmoe.models.sources import with_source
 from vmoe.moe import MoeConfig
 from vmoe.moe.int8 import dequantise
 
 SCALE = "_scale"  # follows the name of a weight stored as int8 in that of its scales
-# Options of a run that tell where things are and how fast they go, but change nothing of its result. With Muon the
-# layout does: it decides which matrices Muon trains.
-WITHOUT_EFFECT = (
-    *("output_dir", "resume", "data.workers", "data.check", "trainer.log_every"),
-    *("trainer.device", "trainer.compile", "trainer.cuda_graph"),
-    *("parallel.strategy", "parallel.expert_size", "parallel.dense", "parallel.async_save"),
-)
-# Arguments of timm that would fetch or open other files: a checkpoint brings its own weights.
-_FETCHING_ARGUMENTS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
-
-
-@dataclass(frozen=True)
-class RunFolder:
-    """The files of a run, by what they are."""
-
-    path: Path
-
-    @property
-    def config(self) -> Path:
-        return self.path / "config.yaml"
-
-    @property
-    def last(self) -> Path:
-        return self.path / "checkpoints" / "last.ckpt"
-
-    @property
-    def best(self) -> Path:
-        return self.path / "checkpoints" / "best.ckpt"
-
-    @property
-    def shared(self) -> Path:
-        """The weights of a folder that was written to be shared, which is no run's."""
-        return self.path / "model.safetensors"
-
-    @property
-    def launch(self) -> Path:
-        return self.path / "checkpoints" / ".launch"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.csv"
-
-    @property
-    def summary(self) -> Path:
-        return self.path / "summary.json"
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> TrainedModel:
@@ -98,22 +52,16 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> TrainedModel:
     path = find_checkpoint(path)
     content = read_checkpoint(path)
     check_entry(content, path)
-    ours = content[ENTRY]
+    facts = facts_of(content).by_architecture()
     try:
-        config = rebuilding_config(ours)
-        model = _rebuild(config, len(ours["class_names"]), ours["image_size"])
+        model = _rebuild(facts)
         model.load_state_dict(trained_weights(content))
         return as_trained(
             model.to(device).eval(),
-            config=config,
-            class_names=[str(name) for name in ours["class_names"]],
-            image_size=int(ours["image_size"]),
-            mean=tuple(ours["mean"]),
-            std=tuple(ours["std"]),
-            epoch=int(ours["epochs_done"]),
-            step=int(content["global_step"]),
+            facts,
+            epoch=content[ENTRY]["epochs_done"],
+            step=content["global_step"],
             path=path,
-            bit_depth=ours.get("bit_depth"),
         )
     except UserError as error:  # of the model, which cannot be built
         raise UserError(f"{path}: {error}") from error
@@ -159,10 +107,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def read_without_tensors(path: str | Path) -> dict[str, Any]:
-    """Like `read_checkpoint`, without a model's tensors where they need not be read, in a folder.
+    """As `read_checkpoint` does, but leaves a model's tensors unread where it can: in a folder of shards.
 
     Raises:
-        UserError: likewise.
+        UserError: as there.
     """
     path = Path(path)
     return checked(read_plain_part(path) if is_sharded(path) else _read_file(path), path)
@@ -225,76 +173,12 @@ def trained_weights(content: dict[str, Any]) -> dict[str, Tensor]:
     return weights if ema is None else weights | ema["weights"]
 
 
-def build_model(
-    name: str, kwargs: dict[str, Any], moe: MoeConfig | None, num_classes: int, image_size: int
-) -> nn.Module:
-    """The model of a recipe for a data set: what training starts from and a checkpoint's weights are loaded into.
-
-    Without `moe` it is dense, whatever its name. Models that take images of any size are not told one.
-
-    Raises:
-        UserError: timm has no such model, it does not take these arguments, or `moe` does not fit it.
-    """
-    try:
-        model = _create(with_source(name), moe or False, num_classes, image_size, kwargs)
-    except Exception as error:  # for arguments that it cannot use, timm raises any type
-        reason = " ".join(str(error).split())
-        if isinstance(error, KeyError) or not reason:
-            reason = f"{type(error).__name__} {reason}".strip()
-        with_these = [f"model.kwargs={kwargs}"] * bool(kwargs) + ["this moe"] * (moe is not None)
-        how = f" with {' and '.join(with_these)}" if with_these else ""
-        raise UserError(f"model.name={name}: cannot be built{how}: {reason}") from error
-    _check_patches(model, image_size)
-    return model
-
-
-def _create(name: str, moe: MoeConfig | bool, num_classes: int, image_size: int, kwargs: dict[str, Any]) -> nn.Module:
-    try:
-        return create_model(name, moe, num_classes=num_classes, img_size=image_size, **kwargs)
-    except TypeError as error:
-        if "img_size" not in str(error):
-            raise
-        return create_model(name, moe, num_classes=num_classes, **kwargs)
-
-
-def _check_patches(model: nn.Module, image_size: int) -> None:
-    """Refuses images of which the patches would leave out, without a word, the last rows and columns."""
-    embed = getattr(model, "patch_embed", None)
-    sides = getattr(embed, "patch_size", None)
-    if sides is None or getattr(embed, "dynamic_img_pad", False):
-        return
-    side = math.lcm(*sides) if isinstance(sides, tuple) else sides
-    if image_size % side:
-        near = " or ".join(str(size) for size in (image_size // side * side, (image_size // side + 1) * side) if size)
-        raise UserError(f"data.image_size={image_size}: is no multiple of the patch size {side}; use {near}")
-
-
-def _rebuild(config: dict[str, Any], num_classes: int, image_size: int) -> nn.Module:
-    name = with_source(config["model"]["name"])
+def _rebuild(facts: ModelFacts) -> nn.Module:
+    config, name = facts.config, with_source(facts.config["model"]["name"])
     if not timm.is_model(name):  # names such as hf-hub:... would fetch a model
         raise ValueError(f"unknown model {name!r}")
     try:
         moe = None if config["moe"] is None else MoeConfig(**config["moe"])
     except ValueError as error:
         raise ValueError(f"moe.{error}") from error
-    return build_model(name, timm_arguments(config), moe, num_classes, image_size)
-
-
-def rebuilding_config(ours: dict[str, Any]) -> dict[str, Any]:
-    """The config of a checkpoint's run, given its entry of ours, with the model's name and arguments as timm has them,
-    without the folder or hub that the run may have named.
-    """
-    return ours["config"] | {"model": ours["config"]["model"] | ours.get("architecture", {})}
-
-
-def timm_arguments(config: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a run's model, without those that would fetch weights."""
-    return {key: value for key, value in config["model"]["kwargs"].items() if key not in _FETCHING_ARGUMENTS}
-
-
-def flatten(plain: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A config of nested dicts as one dict, by dotted name."""
-    flat = {}
-    for key, value in plain.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
-    return flat
+    return build_model(name, timm_arguments(config), moe, len(facts.class_names), facts.image_size)

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from vmoe.checkpoints.loading import build_model
+from vmoe.checkpoints.building import build_model
+from vmoe.checkpoints.entry import ModelFacts
 from vmoe.checkpoints.shared import shared_config
 from vmoe.checkpoints.trained import TrainedModel
-from vmoe.checkpoints.writing import new_entry, write_weights
+from vmoe.checkpoints.writing import write_weights
 from vmoe.errors import UserError
 from vmoe.models.surgery import CREATED_WITH
 from vmoe.moe import moe_layers
@@ -78,11 +79,9 @@ def save(
     if known is not None:
         config |= shared_config(known.config)
     config |= {"model": built, "moe": None if moe is None else dataclasses.asdict(moe)}
-    done = {"epochs_done": 0, "step": 0, "bit_depth": None}
-    if known is not None:
-        done = {"epochs_done": known.epoch, "step": known.step, "bit_depth": known.bit_depth}
-    entry = new_entry(config=config, class_names=names, image_size=size, mean=mean, std=std, **done)
-    write_weights(path, own.state_dict(), entry)
+    facts = ModelFacts(config, names, size, mean, std, None if known is None else known.bit_depth)
+    done = (0, 0) if known is None else (known.epoch, known.step)
+    write_weights(path, own.state_dict(), facts, *done)
 
 
 def _plain_copy(model: nn.Module) -> nn.Module:

@@ -1,15 +1,16 @@
 """Trained weights as one file to share."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vmoe.checkpoints.entry import ENTRY, check_entry
-from vmoe.checkpoints.loading import SCALE, find_checkpoint, read_checkpoint, rebuilding_config, trained_weights
-from vmoe.checkpoints.writing import new_entry, write_weights
+from vmoe.checkpoints.entry import ENTRY, check_entry, facts_of
+from vmoe.checkpoints.loading import SCALE, find_checkpoint, read_checkpoint, trained_weights
+from vmoe.checkpoints.writing import write_weights
 from vmoe.errors import UserError
 from vmoe.moe.int8 import quantise
 
@@ -43,7 +44,7 @@ def write_safetensors(
             weights[name] = value
         else:
             weights[name] = value.to(dtype)
-    write_weights(path, weights, _entry(content))
+    _write(path, weights, content)
 
 
 def write_changed(path: str | Path, source: str | Path, weights: dict[str, Tensor], moe: dict[str, Any] | None) -> None:
@@ -56,10 +57,9 @@ def write_changed(path: str | Path, source: str | Path, weights: dict[str, Tenso
         moe: Its MoE layers as a config's plain types; None for a dense model.
 
     Raises:
-        UserError: likewise.
+        UserError: as there.
     """
-    entry = _entry(_read(source))
-    write_weights(path, weights, entry | {"config": entry["config"] | {"moe": moe}})
+    _write(path, weights, _read(source), {"moe": moe})
 
 
 def require_rounding(path: object, has_experts: bool) -> None:
@@ -86,9 +86,17 @@ def _read(source: str | Path) -> dict[str, Any]:
     return content
 
 
-def _entry(content: dict[str, Any]) -> dict[str, Any]:
-    """What is needed to use a checkpoint's model, without paths of the machine that trained."""
-    ours = content[ENTRY]
-    kept = {key: ours[key] for key in ("class_names", "image_size", "mean", "std", "epochs_done")}
-    config = shared_config(rebuilding_config(ours))
-    return new_entry(**kept, bit_depth=ours.get("bit_depth"), config=config, step=content["global_step"])
+def _write(
+    path: str | Path, weights: dict[str, Tensor], content: dict[str, Any], changes: dict[str, Any] | None = None
+) -> None:
+    """Writes weights with what a checkpoint tells of its model, without paths of the machine that trained.
+
+    Args:
+        path: Where the file goes.
+        weights: The model's state dict.
+        content: The checkpoint.
+        changes: Sections of its config that are others for these weights.
+    """
+    facts = facts_of(content).by_architecture()
+    facts = replace(facts, config=shared_config(facts.config) | (changes or {}))
+    write_weights(path, weights, facts, content[ENTRY]["epochs_done"], content["global_step"])

@@ -2,17 +2,20 @@
 
 import functools
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from vmoe.checkpoints.entry import ModelFacts
+
 if TYPE_CHECKING:
     from vmoe.checkpoints.prediction import Picture, Predictions
     from vmoe.progress import Progress
 
-_FACTS = ("config", "class_names", "image_size", "mean", "std", "epoch", "step", "path", "bit_depth")
+_KNOWN = ("config", "class_names", "image_size", "mean", "std", "bit_depth", "epoch", "step", "path")
 
 
 class TrainedModel(nn.Module):
@@ -83,21 +86,42 @@ class TrainedModel(nn.Module):
 
         return predict(self, pictures, batch_size, bit_depth, skip_damaged, progress)
 
-    def with_facts_for(self, other: nn.Module, **changes: Any) -> "TrainedModel":
-        """Another model for the same images, which is told what this one knows, with some attributes changed."""
-        return as_trained(other, **({name: getattr(self, name) for name in _FACTS} | changes))
+    @property
+    def facts(self) -> ModelFacts:
+        """What a file must tell of this model."""
+        return ModelFacts(self.config, self.class_names, self.image_size, self.mean, self.std, self.bit_depth)
+
+    def with_facts_for(self, other: nn.Module, class_names: list[str] | None = None) -> "TrainedModel":
+        """Makes another model, in place, know what this one knows.
+
+        Args:
+            other: A model for the same images.
+            class_names: The names of its classes; None: this one's.
+        """
+        names = self.class_names if class_names is None else class_names
+        facts = replace(self.facts, class_names=names)
+        return as_trained(other, facts, epoch=self.epoch, step=self.step, path=self.path)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         state = super().__reduce_ex__(2)[2]
         return _blank, (type(self).__mro__[2],), state
 
 
-def as_trained(model: nn.Module, **facts: Any) -> TrainedModel:
-    """Makes a model, in place, one that knows what `TrainedModel` has as attributes; `facts` holds all of these."""
+def as_trained(model: nn.Module, facts: ModelFacts, *, epoch: int, step: int, path: Path) -> TrainedModel:
+    """Makes a model, in place, a `TrainedModel`.
+
+    Args:
+        model: Any model of images (B, 3, image_size, image_size) to logits (B, classes).
+        facts: Of the model.
+        epoch: Number of finished epochs.
+        step: Number of updates.
+        path: The file that it comes from.
+    """
     if not isinstance(model, TrainedModel):
         model.__class__ = _class_for(type(model))
-    for name in _FACTS:
-        setattr(model, name, facts[name])
+    known = vars(facts) | {"class_names": list(facts.class_names), "epoch": epoch, "step": step, "path": path}
+    for name in _KNOWN:
+        setattr(model, name, known[name])
     assert isinstance(model, TrainedModel)
     return model
 

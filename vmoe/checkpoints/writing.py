@@ -8,13 +8,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vmoe.checkpoints.entry import ENTRY, FORMAT_VERSION, MODEL_PREFIX
+from vmoe.checkpoints.entry import ENTRY, MODEL_PREFIX, ModelFacts, entry_for
 from vmoe.files import atomic_write
-
-
-def new_entry(**facts: Any) -> dict[str, Any]:
-    """What is ours in a checkpoint that is written now: the format's version, and `facts` of plain types."""
-    return {"version": FORMAT_VERSION, **facts}
 
 
 def write_content(path: str | Path, content: dict[str, Any]) -> None:
@@ -27,20 +22,25 @@ def write_content(path: str | Path, content: dict[str, Any]) -> None:
         torch.save(content, file)
 
 
-def write_weights(path: str | Path, weights: dict[str, Tensor], entry: dict[str, Any]) -> None:
+def write_weights(
+    path: str | Path, weights: dict[str, Tensor], facts: ModelFacts, epochs_done: int = 0, step: int = 0
+) -> None:
     """Writes a model that every tool opens, atomically: a .safetensors file, or with any other suffix a .ckpt file.
 
     Args:
         path: Where the file goes.
         weights: The model's state dict.
-        entry: Made by `new_entry`.
+        facts: Of the model.
+        epochs_done: Epochs that it was trained for.
+        step: Updates that it was trained for.
 
     Raises:
         UserError: it cannot be written; what was there before stays.
     """
+    entry = entry_for(facts, epochs_done, step)
     if Path(path).suffix != ".safetensors":
         prefixed = {MODEL_PREFIX + name: value for name, value in weights.items()}
-        write_content(path, {"state_dict": prefixed, ENTRY: entry, "global_step": entry.get("step", 0)})
+        write_content(path, {"state_dict": prefixed, ENTRY: entry, "global_step": step})
         return
     weights = {name: value.contiguous() for name, value in weights.items()}
     with atomic_write(path) as temporary:

@@ -1,4 +1,4 @@
-"""Config files: YAML that is read with care, and the version that a run's was written by.
+"""Config files: YAML that is read with care.
 
 What is a text by its option's type (a class, a path) is taken as it is written. YAML alone reads a class 00014 as 12,
 and one that is called no as false.
@@ -13,8 +13,7 @@ import yaml
 
 from vmoe.config_values import choices, section_type
 from vmoe.errors import UserError
-from vmoe.training.config import WRITTEN_BY, TrainConfig
-from vmoe.version import __version__
+from vmoe.training.config import TrainConfig
 
 _MOST_VALUES = 100_000  # of a config
 _DECIMAL = re.compile(r"[-+]?[0-9]+")
@@ -77,17 +76,6 @@ def as_written(text: str, hint: Any) -> str:
     except (yaml.YAMLError, RecursionError, ValueError, _TooLarge):
         return text  # for jsonargparse to refuse
     return as_yaml(content) if isinstance(content, list | dict) else text
-
-
-def newer_version(path: str) -> str | None:
-    """The version that a run's config.yaml was written by, if it is newer than this one."""
-    try:
-        first = Path(path).read_text(encoding="utf-8").partition("\n")[0]
-    except (OSError, UnicodeDecodeError):
-        return None
-    version = first.removeprefix(WRITTEN_BY) if first.startswith(WRITTEN_BY) else ""
-    parts, ours = (re.findall(r"\d+", text)[:3] for text in (version, __version__))
-    return version if list(map(int, parts)) > list(map(int, ours)) else None
 
 
 class _TooLarge(Exception):

@@ -205,7 +205,10 @@ def _chosen_corruptions(names: list[str] | None) -> list[str]:
 
 def _own_folder(path: Path) -> Path:
     """The run's folder of a checkpoint, or the folder it stands in."""
-    return path.parent.parent if path.parent.name == "checkpoints" else path.parent
+    from vmoe.checkpoints.run_folder import RunFolder
+
+    folder = RunFolder.around(path)
+    return path.parent if folder is None else folder.path
 
 
 def _probe(checkpoint, data, loader, device, options: argparse.Namespace) -> dict:

@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vmoe.cli.common import run
 from vmoe.cli.options import capacity_factor, new_parser
@@ -11,6 +11,7 @@ from vmoe.cli.progress import working
 from vmoe.errors import UserError
 
 if TYPE_CHECKING:
+    from vmoe.checkpoints import ModelFacts
     from vmoe.models.jax_import import ImportedModel
 
 _DESCRIPTION = """\
@@ -66,8 +67,7 @@ def _import(argv: list[str]) -> None:
             f"--out {options.out}: {options.prefix} has no classifier, without which no job opens a .ckpt; "
             "use vmoe.load_jax_checkpoint, or end in .safetensors for the weights alone"
         )
-    entry = _entry(imported, options.class_names)
-    write_weights(options.out, imported.model.state_dict(), entry)
+    write_weights(options.out, imported.model.state_dict(), _facts(imported, options.class_names))
 
     parameters = count_parameters(imported.model)
     experts = "dense" if imported.moe is None else f"{imported.moe.num_experts} experts in blocks {imported.moe.layers}"
@@ -96,13 +96,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _entry(imported: "ImportedModel", names_file: Path | None) -> dict[str, Any]:
+def _facts(imported: "ImportedModel", names_file: Path | None) -> "ModelFacts":
     """What a checkpoint tells every tool, of plain types.
 
     Raises:
         UserError: the images are not square, or the class names do not fit.
     """
-    from vmoe.checkpoints import new_entry
+    from vmoe.checkpoints import ModelFacts
     from vmoe.models.jax_import import MODEL_NAME
 
     rows, columns = imported.image_size
@@ -121,7 +121,7 @@ def _entry(imported: "ImportedModel", names_file: Path | None) -> dict[str, Any]
         "trainer": {},
     }
     names = _class_names(imported.num_classes, names_file)
-    return new_entry(config=config, class_names=names, image_size=rows, mean=_MEAN, std=_STD, epochs_done=0)
+    return ModelFacts(config, names, rows, _MEAN, _STD)
 
 
 def _class_names(num_classes: int, names_file: Path | None) -> list[str]:

@@ -1,7 +1,6 @@
 """`vmoe prune`: a V-MoE with fewer experts, measured before and after."""
 
 import argparse
-import json
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,6 +55,7 @@ def _prune(argv: list[str]) -> int:
         raise UserError(f"--out {options.out}: is there already; give another folder")
     # Imported here, so that --help and a mistyped option answer at once.
     from vmoe.checkpoints import RunFolder, load_checkpoint
+    from vmoe.checkpoints.run_folder import metrics_of
     from vmoe.cli.train import trained
     from vmoe.compress.pruning import check_prunable, merged_groups, pruned_groups
     from vmoe.compress.usage import measure_use
@@ -86,7 +86,7 @@ def _prune(argv: list[str]) -> int:
         code = trained(lambda: config, ["vmoe", "prune", *argv])
         if code:
             return code
-        tested = json.loads(RunFolder(Path(config.output_dir)).summary.read_text(encoding="utf-8"))["metrics"]
+        tested = metrics_of(RunFolder(Path(config.output_dir)).read_summary())
         rows["fine-tuned"] = rows["after"] | {"top1": tested["test/top1"], "nll": tested["test/loss"]}
         write_json(options.out / "prune.json", report | {"results": rows})
     how = f"{'merged' if options.merge else 'kept'} by {options.by}"

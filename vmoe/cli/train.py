@@ -13,8 +13,9 @@ import jsonargparse
 import yaml
 from rich.console import Console
 
+from vmoe.checkpoints.run_folder import RunFolder, is_config_of_run, newer_version
 from vmoe.cli.common import run
-from vmoe.cli.config_files import as_written, as_yaml, newer_version, read_config
+from vmoe.cli.config_files import as_written, as_yaml, read_config
 from vmoe.cli.recipes import find_recipe, is_recipe, recipe_names
 from vmoe.cli.threads import choose_threads
 from vmoe.cli.train_help import short_help
@@ -23,7 +24,7 @@ from vmoe.data.config import DEFAULTS, EMBEDDED_SETS, NAMED_SETS, DataConfig
 from vmoe.errors import UserError
 from vmoe.memory import is_out_of_memory, memory_line
 from vmoe.moe import MoeConfig
-from vmoe.training.config import TrainConfig, is_config_of_run
+from vmoe.training.config import TrainConfig
 from vmoe.training.place import Place
 from vmoe.training.progress import Progress
 from vmoe.training.stopping import Interrupted, stopped_at_once
@@ -104,7 +105,6 @@ def _train(make_config: Callable[[], TrainConfig], command: list[str], place: Pl
         Progress(console).say(f"threads: {choose_threads(busy, place.local_count)}")
         result = train(config, shlex.join(command), console)
     except Interrupted as stop:
-        from vmoe.checkpoints import RunFolder
         from vmoe.training.resumption import resuming_command
 
         folder = RunFolder(Path(config.output_dir))
@@ -259,7 +259,7 @@ def _config_of_run(folder: str | None, begins: bool) -> list[_Given]:
     """
     if folder is None:
         raise UserError("--resume: give the run's folder as --output_dir, or its config.yaml as --config")
-    path = Path(folder) / "config.yaml"
+    path = RunFolder(Path(folder)).config
     if is_config_of_run(path):
         return [_config(str(path), read_config(str(path)), has_folder=True)]
     from vmoe.training.resumption import last_config  # here, since it brings torch along

@@ -1,15 +1,13 @@
 """The model card of a shared model, made from its checkpoint and what its run wrote down."""
 
-import csv
 import hashlib
-import json
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from vmoe.checkpoints import RunFolder, TrainedModel, shared_config
+from vmoe.checkpoints.run_folder import loads_in, metrics_of
 from vmoe.data.photographs import PHOTOGRAPHS, credit, load_photograph
 from vmoe.explain.heatmap.figure import PANEL, draw_layer, draw_overview
 from vmoe.explain.heatmap.routed import route_image
@@ -112,7 +110,7 @@ def model_card(checkpoint: TrainedModel, source: str | Path, license: str | None
     """
     config, classes = checkpoint.config, checkpoint.class_names
     parameters = count_parameters(checkpoint.model)
-    accuracy = _metrics(Path(source)).get("test/top1")
+    accuracy = metrics_of(RunFolder(Path(source)).read_summary()).get("test/top1")
     data = config.get("data", {}).get("name", "images of its own")
     card = _TEMPLATE.format(
         license_line=f"license: {license}\n" if license else "",
@@ -167,12 +165,6 @@ def _what(checkpoint: TrainedModel) -> str:
     )
 
 
-def _metrics(source: Path) -> dict[str, Any]:
-    with suppress(OSError, ValueError, AttributeError):
-        return json.loads(RunFolder(source).summary.read_text(encoding="utf-8")).get("metrics", {})
-    return {}
-
-
 def _routing(checkpoint: TrainedModel, source: Path) -> str:
     """The picture of a V-MoE, and each expert's load in the last epoch where the run wrote it."""
     parts = [_PICTURE] if moe_layers(checkpoint.model) else []
@@ -183,14 +175,8 @@ def _routing(checkpoint: TrainedModel, source: Path) -> str:
 def _loads(source: Path) -> list[str]:
     """Each expert's load in the last epoch, as a table; nothing where the run did not write it."""
     with suppress(OSError, StopIteration):
-        rows = list(csv.DictReader(RunFolder(source).metrics.read_text(encoding="utf-8").splitlines()))
-        last = next(row for row in reversed(rows) if any("/load/" in key and value for key, value in row.items()))
-        loads: dict[str, list[str]] = {}
-        for key, value in last.items():
-            block, found, _ = key.partition("/load/")
-            if found and value:
-                loads.setdefault(block, []).append(f"{float(value):.2f}")
-        lines = [f"| `{block.removeprefix('moe/')}` | {' | '.join(values)} |" for block, values in loads.items()]
+        loads = next(filter(None, map(loads_in, reversed(RunFolder(source).read_metrics()))))
+        lines = [f"| `{block}` | {' | '.join(f'{load:.2f}' for load in each)} |" for block, each in loads.items()]
         experts = max(map(len, loads.values()))
         head = [f"| layer | {' | '.join(f'expert {index}' for index in range(experts))} |", f"|---{'|---' * experts}|"]
         told = "Load of each expert in the last epoch, 1 being its fair share."

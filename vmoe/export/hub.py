@@ -15,14 +15,14 @@ import timm
 import torch
 from torch import nn
 
-from vmoe.checkpoints import TrainedModel, load_checkpoint, timm_arguments, write_safetensors
+from vmoe.checkpoints import RunFolder, TrainedModel, load_checkpoint, timm_arguments, write_safetensors
 from vmoe.errors import UserError
 from vmoe.export.card import PICTURE, draw_routing, is_untouched, model_card
 from vmoe.files import new_folder
 from vmoe.models.registry import ON_BACKBONE
 from vmoe.moe import moe_layers
 
-WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+CONFIG, CARD = "config.json", "README.md"
 
 
 def write_hub_folder(path: str | Path, source: str | Path, license: str | None = None) -> bool:
@@ -42,17 +42,18 @@ def write_hub_folder(path: str | Path, source: str | Path, license: str | None =
     """
     path = Path(path)
     checkpoint = load_checkpoint(source)
-    if path.exists() and not (path.is_dir() and (not any(path.iterdir()) or (path / WEIGHTS).is_file())):
+    if path.exists() and not (path.is_dir() and (not any(path.iterdir()) or RunFolder(path).shared.is_file())):
         raise UserError(f"--out {path}: exists and is no folder of a model; choose another place")
     with new_folder(path) as folder:
-        write_safetensors(folder / WEIGHTS, source)
+        weights = RunFolder(folder).shared
+        write_safetensors(weights, source)
         _write_config(folder, checkpoint)
         is_new = _is_free(path / CARD)
         if is_new:
             (folder / CARD).write_text(model_card(checkpoint, source, license), encoding="utf-8")
         if moe_layers(checkpoint.model):
             draw_routing(checkpoint).save(folder / PICTURE)
-        _keep_others(path, folder, {WEIGHTS, CONFIG, PICTURE, *([CARD] if is_new else [])})
+        _keep_others(path, folder, {weights.name, CONFIG, PICTURE, *([CARD] if is_new else [])})
     return is_new
 
 
@@ -109,7 +110,7 @@ def push(path: str | Path, name: str) -> str:
 def _write_config(folder: Path, checkpoint: TrainedModel) -> None:
     """config.json, with the image size among the arguments where the architecture takes it."""
     config = _config(checkpoint)
-    weights = {"source": "", "file": str(folder / WEIGHTS)}  # before 1.0.26, timm unpickles a folder's weights
+    weights = {"source": "", "file": str(RunFolder(folder).shared)}  # before 1.0.26, timm unpickles a folder's weights
     for size in ({"img_size": checkpoint.image_size}, {}):
         config["model_args"] = {**_model_args(checkpoint), **size}
         config["pretrained_cfg"]["fixed_input_size"] = bool(size)

@@ -1,14 +1,14 @@
 """Any trained model, in whatever form it was shared, as one that predicts."""
 
-import json
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from vmoe.checkpoints import TrainedModel, as_trained, load
+from vmoe.checkpoints.program import METADATA, facts_of_program
 from vmoe.errors import UserError
-from vmoe.export.programs import METADATA, Run, load_program, require
+from vmoe.export.programs import Run, load_program, require
 
 
 class Program(nn.Module):
@@ -54,23 +54,4 @@ def _load_onnx(path: Path) -> TrainedModel:
     text = next((entry.value for entry in properties if entry.key == METADATA), None)
     if text is None:
         raise UserError(f"{path}: an ONNX model without our metadata; write it by `vmoe export --format onnx`")
-    try:
-        told = json.loads(text)
-        version = int(told["version"])
-        model = as_trained(
-            Program(run).eval(),
-            config={},
-            class_names=[str(name) for name in told["class_names"]],
-            image_size=int(told["image_size"]),
-            mean=tuple(told["mean"]),
-            std=tuple(told["std"]),
-            epoch=0,
-            step=0,
-            path=path,
-            bit_depth=told.get("bit_depth"),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: its metadata is damaged; write it anew by `vmoe export --format onnx`") from error
-    if version > 1:
-        raise UserError(f"{path}: written by a newer vmoe, in format {version}; this one knows 1: update it")
-    return model
+    return as_trained(Program(run).eval(), facts_of_program(text, path), epoch=0, step=0, path=path)

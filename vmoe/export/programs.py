@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from vmoe.checkpoints import TrainedModel, load_checkpoint, require_rounding
+from vmoe.checkpoints import load_checkpoint, require_rounding
+from vmoe.checkpoints.program import METADATA, program_metadata
 from vmoe.errors import UserError
 from vmoe.export.int8 import Int8Linear
 from vmoe.export.layer import exportable_copy
@@ -32,7 +33,6 @@ BATCHES = (1, 3, 8, 33)
 TOLERANCE = 1e-4
 OPSET = 20  # the first with Gelu
 LARGEST_PROTOBUF = 2**31 - 2**20  # a file of protobuf holds less than 2 GiB; larger weights lie beside it
-METADATA = "vmoe"
 Run = Callable[[Tensor], Tensor]
 
 
@@ -63,7 +63,9 @@ def write_program(path: str | Path, source: str | Path, format: str, int8: bool 
         except ValueError as error:
             raise UserError(f"{source}: cannot be exported: {error}") from error
         file = folder / Path(path).name
-        notes, run = convert(file, format, model, checkpoint.image_size, describe(checkpoint), str(source))
+        notes, run = convert(
+            file, format, model, checkpoint.image_size, program_metadata(checkpoint.facts), str(source)
+        )
         differences = compare(run, model if int8 else checkpoint.model, checkpoint.image_size)
         worst = max(differences.values())
         if not worst <= TOLERANCE:  # NaN included
@@ -88,7 +90,7 @@ def convert(
         format: A key of `SUFFIXES`.
         model: The copy.
         image_size: In pixels.
-        metadata: What `describe` tells.
+        metadata: By `program_metadata`.
         name: What the line of an error begins with.
 
     Returns:
@@ -155,20 +157,6 @@ def reason_of(error: BaseException) -> str:
         error = error.__cause__
     lines = (line.strip() for line in str(error).splitlines())
     return next((line[:200] for line in lines if line), type(error).__name__)
-
-
-def describe(checkpoint: TrainedModel) -> dict[str, Any]:
-    """What a program's user must know: how images are prepared and what the logits mean."""
-    return {
-        "version": 1,
-        "model": checkpoint.config["model"]["name"],
-        "class_names": checkpoint.class_names,
-        "image_size": checkpoint.image_size,
-        "mean": list(checkpoint.mean),
-        "std": list(checkpoint.std),
-        "bit_depth": checkpoint.bit_depth,
-        "preprocessing": "central square of the RGB image, resized to image_size; (pixel / 255 - mean) / std",
-    }
 
 
 def load_program(path: str | Path, format: str) -> Run:

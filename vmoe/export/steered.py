@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from vmoe.checkpoints import TrainedModel
+from vmoe.checkpoints.program import program_metadata
 from vmoe.errors import UserError
 from vmoe.export.layer import ExportedMoe, MakeLinear, exportable_copy
-from vmoe.export.programs import TOLERANCE, describe, make_attention_plain, quiet, reason_of, write_onnx
+from vmoe.export.programs import TOLERANCE, make_attention_plain, quiet, reason_of, write_onnx
 from vmoe.moe import MoeMlp, moe_layers
 from vmoe.moe.assignment import Capacity, assign, rank_by_counting
 from vmoe.moe.groups import Groups
@@ -92,7 +93,7 @@ def write_steered(path: Path, checkpoint: TrainedModel) -> dict[str, Any]:
     """Writes a checkpoint as an ONNX program with the inputs and outputs of `SteeredModel`.
 
     Returns:
-        What its user must know: `describe`'s, and the layers with their grids, E, K and the capacity factor they have.
+        What its user must know: `program_metadata`, and the layers with their grids, E, K and capacity factor.
 
     Raises:
         UserError: the model cannot be exported so.
@@ -103,7 +104,7 @@ def write_steered(path: Path, checkpoint: TrainedModel) -> dict[str, Any]:
         size, experts = checkpoint.image_size, layers[0]["num_experts"]
         example = torch.zeros(2, 3, size, size), torch.zeros(len(layers), experts), torch.ones(len(layers))
         batch = torch.export.Dim("batch", min=1)
-        about = {**describe(checkpoint), "layers": layers, "off": OFF}
+        about = {**program_metadata(checkpoint.facts), "layers": layers, "off": OFF}
         outputs = [f"{part}_{index}" for index in range(len(layers)) for part in ("gates", "chosen", "kept")]
         with quiet():
             program = torch.export.export(steered, example, dynamic_shapes=({0: batch}, None, None))

@@ -2,25 +2,10 @@
 
 import os
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal
 
 from vmoe.data import DataConfig
 from vmoe.moe import MoeConfig
-
-WRITTEN_BY = "# vmoe "  # and the version: the first line of a run's config.yaml
-
-
-def is_config_of_run(path: Path) -> bool:
-    """Whether a config.yaml is that of the run in whose folder it lies, rather than one that a user wrote."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            is_ours = file.readline().startswith(WRITTEN_BY)
-    except (OSError, UnicodeDecodeError):
-        return False
-    # Older versions did not write that line
-    beside = ("checkpoints", "metrics.csv", "summary.json")
-    return path.name == "config.yaml" and (is_ours or any((path.parent / name).exists() for name in beside))
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,7 @@
 """What a run that is resumed finds: its last checkpoint, if its config is still the same."""
 
 import dataclasses
-import json
 import os
-import re
 import shlex
 import socket
 from pathlib import Path
@@ -11,10 +9,11 @@ from typing import Any
 
 from vmoe.checkpoints import ENTRY, WITHOUT_EFFECT, RunFolder, flatten, read_without_tensors
 from vmoe.checkpoints.entry import check_entry
+from vmoe.checkpoints.run_folder import is_config_of_run
 from vmoe.config_values import from_plain, to_plain
 from vmoe.errors import UserError
 from vmoe.files import aside, atomic_write, is_aside, recover, remove_leftovers
-from vmoe.training.config import TrainConfig, is_config_of_run
+from vmoe.training.config import TrainConfig
 from vmoe.training.processes import gather
 
 _EPOCHS = "trainer.epochs"
@@ -152,25 +151,3 @@ def saved_state(folder: RunFolder, config: TrainConfig) -> dict[str, Any] | None
 def resuming_command(folder: RunFolder) -> str:
     """The command line that goes on with a run."""
     return f"vmoe train --resume --output_dir {shlex.quote(str(folder.path))}"
-
-
-def note_epochs(folder: RunFolder, epochs: int) -> None:
-    """Writes the number of epochs of a run that has more than before into its config.yaml; the other lines stay."""
-    text = folder.config.read_text(encoding="utf-8") if folder.config.is_file() else ""
-    longer = re.sub(r"(^trainer:\n(?:[ #].*\n)*?  epochs: )\d+", rf"\g<1>{epochs}", text, flags=re.MULTILINE)
-    if longer != text:
-        with atomic_write(folder.config) as temporary:
-            temporary.write_text(longer, encoding="utf-8")
-
-
-def is_tested(summary: dict[str, Any]) -> bool:
-    """Whether the run was also tested after its training."""
-    return "test/top1" in summary.get("metrics", {})
-
-
-def read_summary(folder: RunFolder) -> dict[str, Any] | None:
-    """The content of summary.json; None where it is missing or damaged."""
-    try:
-        return json.loads(folder.summary.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None

@@ -10,13 +10,11 @@ from traceback import clear_frames
 from typing import Any
 
 import torch
-import yaml
 from lightning import seed_everything
 from lightning.pytorch import Trainer
 from rich.console import Console
 from torch import nn
 
-import vmoe
 from vmoe.checkpoints import (
     ENTRY,
     RunFolder,
@@ -26,6 +24,7 @@ from vmoe.checkpoints import (
     timm_arguments,
     trained_weights,
 )
+from vmoe.checkpoints.run_folder import config_text, is_tested, note_epochs
 from vmoe.config_values import to_plain
 from vmoe.data import ImageDataModule
 from vmoe.data.checking import is_worth_checking, refusal
@@ -39,7 +38,7 @@ from vmoe.moe import MoeConfig
 from vmoe.moe.assignment import CapacityError
 from vmoe.text import counted
 from vmoe.training import summary
-from vmoe.training.config import WRITTEN_BY, ModelConfig, ParallelConfig, TrainConfig
+from vmoe.training.config import ModelConfig, ParallelConfig, TrainConfig
 from vmoe.training.distillation import Teacher, load_teacher
 from vmoe.training.initial import initial_model
 from vmoe.training.journal import Clock, Journal, MetricsTable
@@ -50,10 +49,7 @@ from vmoe.training.processes import Place, connect, disconnect, gather, together
 from vmoe.training.progress import Progress
 from vmoe.training.resumption import (
     check_folder,
-    is_tested,
     mark_launch,
-    note_epochs,
-    read_summary,
     recover_checkpoints,
     restarted,
     resuming_command,
@@ -139,7 +135,7 @@ def _run_in(
     together(lambda: recover_checkpoints(folder) if place.is_first and config.resume else None)
     saved = together(lambda: saved_state(folder, config))
     progress = Progress(console)
-    result = gather(read_summary(folder))[0] if saved is not None and saved[ENTRY]["finished"] else None
+    result = gather(folder.read_summary())[0] if saved is not None and saved[ENTRY]["finished"] else None
     if result is not None and is_tested(result):
         progress.say(f"{folder.path}: this run is finished, after {counted(saved[ENTRY]['epochs_done'], 'epoch')}")
         return result if place.is_first else None
@@ -268,7 +264,7 @@ def _costs(config: TrainConfig, model: nn.Module, data: ImageDataModule) -> tupl
 def _write_config(folder: RunFolder, config: TrainConfig) -> None:
     with atomic_write(folder.config) as temporary:
         plain = {key: value for key, value in to_plain(config).items() if key != "resume"}
-        text = f"{WRITTEN_BY}{vmoe.__version__}\n{yaml.safe_dump(plain, sort_keys=False)}"
+        text = config_text(plain)
         temporary.write_text(text if config.moe is None else _with_defaults(text, config.moe), encoding="utf-8")
 
 

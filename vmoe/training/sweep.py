@@ -1,7 +1,6 @@
 """A study: arms of one recipe, several seeds each, trained side by side, each run in a process of its own."""
 
 import itertools
-import json
 import os
 import shlex
 import signal
@@ -15,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from vmoe.checkpoints.run_folder import RunFolder, is_tested
 from vmoe.errors import UserError
 
 _SECONDS_BETWEEN_LOOKS = 0.2
@@ -42,11 +42,7 @@ class Training:
     @property
     def is_done(self) -> bool:
         """Whether it was trained and tested."""
-        try:
-            summary = json.loads((self.folder / "summary.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return False
-        return "test/top1" in summary["metrics"]
+        return is_tested(RunFolder(self.folder).read_summary())
 
     @property
     def arguments(self) -> list[str]:

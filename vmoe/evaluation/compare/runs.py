@@ -134,9 +134,9 @@ def read_run(path: str | Path) -> Run:
         if not file.is_file():
             raise UserError(f"{path}: holds no {file.name}; give the folder of a run that was trained to its end")
     try:
-        config = yaml.safe_load(folder.config.read_text(encoding="utf-8"))
+        config = folder.read_config()
         summary = json.loads(folder.summary.read_text(encoding="utf-8"))
-        curve = _read_curve(folder.metrics) if _is_validated(summary) else []
+        curve = _read_curve(folder) if _is_validated(summary) else []
         return _checked(folder.path.resolve().name, config, summary, curve)
     except _FOREIGN as error:
         raise UserError(
@@ -245,9 +245,8 @@ def warnings_for(runs: Sequence[Run]) -> list[str]:
     return lines
 
 
-def _read_curve(path: Path) -> list[tuple[float, float]]:
-    with open(path, newline="", encoding="utf-8") as file:
-        return [(float(row["epoch"]), float(row["val/top1"])) for row in csv.DictReader(file) if row["val/top1"]]
+def _read_curve(folder: RunFolder) -> list[tuple[float, float]]:
+    return [(float(row["epoch"]), float(row["val/top1"])) for row in folder.read_metrics() if row["val/top1"]]
 
 
 def _is_validated(summary: dict[str, Any]) -> bool:

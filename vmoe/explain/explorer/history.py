@@ -1,12 +1,12 @@
 """What a run's folder tells of the past: the experts' loads in every epoch, and earlier checkpoints."""
 
-import csv
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from vmoe.checkpoints import RunFolder, TrainedModel, load_checkpoint
+from vmoe.checkpoints.run_folder import loads_in
 from vmoe.errors import UserError
 from vmoe.explain.explorer.subject import Subject
 from vmoe.moe import MoeConfig
@@ -19,33 +19,21 @@ class Snapshot(NamedTuple):
     subject: Subject
 
 
-def run_folder(checkpoint: Path) -> RunFolder | None:
-    """The run's folder that a checkpoint file stands in, if it does."""
-    folder = RunFolder(checkpoint.parent.parent)
-    return folder if checkpoint.parent == folder.last.parent else None
-
-
 def training_loads(checkpoint: Path) -> dict[str, Any] | None:
     """Each expert's load relative to the fair share after every epoch, from the run's metrics.csv; None without one.
 
     Raises:
         UserError: The file is there but is not what training writes.
     """
-    folder = run_folder(checkpoint)
+    folder = RunFolder.around(checkpoint)
     if folder is None or not folder.metrics.is_file():
         return None
     try:
-        with open(folder.metrics, newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-        columns: dict[str, list[str]] = {}
-        for column in rows[0] if rows else ():
-            if column.startswith("moe/") and "/load/" in column:
-                columns.setdefault(column[len("moe/") :].partition("/load/")[0], []).append(column)
-        steps = [int(row["step"]) for row in rows]
-        layers = {
-            name: {"load": [[float(row[column]) for column in wanted] for row in rows]}
-            for name, wanted in columns.items()
-        }
+        rows = folder.read_metrics()
+        steps, loads = [int(row["step"]) for row in rows], [loads_in(row) for row in rows]
+        layers = {name: {"load": [each[name] for each in loads]} for name in (loads[0] if loads else ())}
+        if any(len(row) != len(layer["load"][0]) for layer in layers.values() for row in layer["load"]):
+            raise ValueError("it lacks the load of an expert")
     except (KeyError, TypeError, ValueError, UnicodeDecodeError) as error:
         raise UserError(f"{folder.metrics}: is not a table that training wrote ({error}); move it away") from error
     return {"steps": steps, "layers": layers} if layers else None
@@ -56,7 +44,7 @@ def snapshots(checkpoint: Path, device: torch.device) -> list[Snapshot]:
 
     Later ones than the given are left out.
     """
-    folder = run_folder(checkpoint)
+    folder = RunFolder.around(checkpoint)
     if folder is None:
         return []
     found: dict[int, Snapshot] = {}

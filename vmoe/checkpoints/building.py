@@ -1,0 +1,63 @@
+"""Models by the names and arguments that a config or a checkpoint gives them."""
+
+import math
+from typing import Any
+
+from torch import nn
+
+from vmoe.errors import UserError
+from vmoe.models import create_model
+from vmoe.models.sources import with_source
+from vmoe.moe import MoeConfig
+
+# Arguments of timm that would fetch or open other files: a checkpoint brings its own weights.
+_FETCHING_ARGUMENTS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
+
+
+def build_model(
+    name: str, kwargs: dict[str, Any], moe: MoeConfig | None, num_classes: int, image_size: int
+) -> nn.Module:
+    """The model of a recipe for a data set: what training starts from and a checkpoint's weights are loaded into.
+
+    Without `moe` it is dense, whatever its name. Models that take images of any size are not told one.
+
+    Raises:
+        UserError: timm has no such model, it does not take these arguments, or `moe` does not fit it.
+    """
+    try:
+        model = _create(with_source(name), moe or False, num_classes, image_size, kwargs)
+    except Exception as error:  # for arguments that it cannot use, timm raises any type
+        reason = " ".join(str(error).split())
+        if isinstance(error, KeyError) or not reason:
+            reason = f"{type(error).__name__} {reason}".strip()
+        with_these = [f"model.kwargs={kwargs}"] * bool(kwargs) + ["this moe"] * (moe is not None)
+        how = f" with {' and '.join(with_these)}" if with_these else ""
+        raise UserError(f"model.name={name}: cannot be built{how}: {reason}") from error
+    _check_patches(model, image_size)
+    return model
+
+
+def _create(name: str, moe: MoeConfig | bool, num_classes: int, image_size: int, kwargs: dict[str, Any]) -> nn.Module:
+    try:
+        return create_model(name, moe, num_classes=num_classes, img_size=image_size, **kwargs)
+    except TypeError as error:
+        if "img_size" not in str(error):
+            raise
+        return create_model(name, moe, num_classes=num_classes, **kwargs)
+
+
+def _check_patches(model: nn.Module, image_size: int) -> None:
+    """Refuses images of which the patches would leave out, without a word, the last rows and columns."""
+    embed = getattr(model, "patch_embed", None)
+    sides = getattr(embed, "patch_size", None)
+    if sides is None or getattr(embed, "dynamic_img_pad", False):
+        return
+    side = math.lcm(*sides) if isinstance(sides, tuple) else sides
+    if image_size % side:
+        near = " or ".join(str(size) for size in (image_size // side * side, (image_size // side + 1) * side) if size)
+        raise UserError(f"data.image_size={image_size}: is no multiple of the patch size {side}; use {near}")
+
+
+def timm_arguments(config: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a run's model, without those that would fetch weights."""
+    return {key: value for key, value in config["model"]["kwargs"].items() if key not in _FETCHING_ARGUMENTS}
