@@ -17,7 +17,13 @@ def save_summary(tmp_path):
         folder = tmp_path / name
         folder.mkdir()
         data = {"name": "digits", "subset": {"fraction": fraction}}
-        config = {"seed": seed, "data": data, "model": {"name": model, "kwargs": {}}, "moe": moe}
+        config = {
+            "seed": seed,
+            "data": data,
+            "model": {"name": model, "kwargs": {}},
+            "moe": moe,
+            "trainer": {"epochs": 1},
+        }
         summary = {
             "metrics": {"test/top1": top1, "train_clean/top1": 0.995} | ({"val/top1": 0.5} if validated else {}),
             "parameters": {"total": 3_000_000 if moe else 1_000_000, "active": 1_250_000},
@@ -102,6 +108,16 @@ def test_a_file_that_is_no_comparison_is_refused(tmp_path, capsys, content):
     (line,) = capsys.readouterr().err.splitlines()
     assert "other.json" in line and ("comparison.json" in line or "cannot be read" in line)
     assert not (tmp_path / "out").exists()
+
+
+def test_gains_are_drawn_over_how_well_the_twin_fits(save_summary, tmp_path, capsys):
+    runs, out = [save_summary("dense", 0.8), save_summary("moe", 0.83, moe={"num_experts": 8})], tmp_path / "out"
+    assert main([*runs, "--gains", "--out", str(out)]) == 0
+    (row,) = csv.DictReader((out / "gains.csv").read_text().splitlines())
+    assert float(row["gain"]) == pytest.approx(0.03) and float(row["twin_train_top1"]) == 0.995
+    Image.open(out / "gains.png").verify()
+    assert main([runs[0], "--gains", "--out", str(tmp_path / "none")]) == 2
+    assert "--gains: no V-MoE" in capsys.readouterr().err and not (tmp_path / "none").exists()
 
 
 def test_gains_are_drawn_over_an_option(save_summary, tmp_path, capsys):

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from vmoe.cli.common import run
 from vmoe.cli.options import new_parser
+from vmoe.errors import UserError
 from vmoe.text import printable
 
 _DESCRIPTION = """\
@@ -22,14 +23,18 @@ baseline, with a paired 95 % confidence interval: against --baseline, or else it
 With --against, runs of several values of one option, such as the part of the data, are also drawn over it, each V-MoE
 beside the dense model of the same value.
 
+With --gains, each V-MoE is also drawn against its dense twin of the same recipe, over how well that twin fits its
+training images.
+
 Writes comparison.csv (a row an arm), runs.csv (a row a run), comparison.md, comparison.json and comparison.png; with
---against also against.csv and against.png. A comparison.json keeps all that is needed to compare its runs again, beside
-others.
+--against also against.csv and against.png, with --gains also gains.csv and gains.png.
+A comparison.json keeps all that is needed to compare its runs again, beside others.
 
   vmoe compare runs/digits runs/digits_dense --out comparison
   vmoe compare runs/study/*_s* --baseline dense --by-folder --out study
   vmoe compare study/comparison.json runs/mine --out beside
   vmoe compare runs/data/*_s* --against data.subset.fraction --out data
+  vmoe compare assets/results/*.json --gains --out gains
 """
 
 
@@ -43,6 +48,7 @@ def _compare(argv: list[str]) -> None:
     # Imported here, so that --help and a mistyped option answer at once.
     from vmoe.evaluation.compare.against import against, against_rows, draw_against
     from vmoe.evaluation.compare.figure import draw_comparison
+    from vmoe.evaluation.compare.gains import draw_gains, gain_rows, gains
     from vmoe.evaluation.compare.intervals import differences, find_arm, sentence, table_rows
     from vmoe.evaluation.compare.runs import as_plain, group_runs, read_comparison, read_run, warnings_for
     from vmoe.files import atomic_write, write_json
@@ -52,6 +58,11 @@ def _compare(argv: list[str]) -> None:
         runs += read_comparison(path) if Path(path).suffix == ".json" else [read_run(path)]
     arms = group_runs(runs, options.by_folder)
     series = against(runs, options.against) if options.against else []
+    pairs = gains(runs) if options.gains else []
+    if options.gains and not pairs:
+        raise UserError(
+            "--gains: no V-MoE here has a dense twin of its recipe with accuracy on training images; add its run"
+        )
     baseline = None if options.baseline is None else find_arm(arms, options.baseline)
     found = differences(arms, baseline)
     rows, notes, warnings = table_rows(arms, found), [sentence(part) for part in found], warnings_for(runs)
@@ -72,7 +83,10 @@ def _compare(argv: list[str]) -> None:
     if series:
         _write_table(options.out / "against.csv", against_rows(series, options.against))
         draw_against(series, options.against).save(options.out / "against.png")
-    more = "against.csv, against.png, " if series else ""
+    if pairs:
+        _write_table(options.out / "gains.csv", gain_rows(pairs))
+        draw_gains(pairs).save(options.out / "gains.png")
+    more = ("against.csv, against.png, " if series else "") + ("gains.csv, gains.png, " if pairs else "")
     print(f"{more}comparison.csv, runs.csv, comparison.md, comparison.json and comparison.png in {options.out}")
 
 
@@ -95,6 +109,9 @@ def _parser() -> argparse.ArgumentParser:
         "--by-folder", action="store_true", help="name arms by their folders without _sSEED, as a sweep made them"
     )
     parser.add_argument("--against", metavar="OPTION", help="an option of the recipe with numbers, by dotted name")
+    parser.add_argument(
+        "--gains", action="store_true", help="draw where experts pay: every V-MoE against its dense twin"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the table and the plots go")
     return parser
 

@@ -21,6 +21,7 @@ def make_run(tmp_path):
         train=None,
         lr=0.001,
         validated=True,
+        epochs=20,
     ):
         folder = tmp_path / name
         folder.mkdir()
@@ -31,6 +32,7 @@ def make_run(tmp_path):
             "model": {"name": model, "kwargs": {}},
             "moe": moe,
             "optim": {"lr": lr},
+            "trainer": {"epochs": epochs},
         }
         summary = {
             "metrics": {"test/top1": top1}

@@ -1,0 +1,48 @@
+"""Where experts pay: which runs are pairs, and what a pair says."""
+
+import pytest
+
+from vmoe.evaluation.compare.gains import draw_gains, gain_rows, gains
+from vmoe.evaluation.compare.runs import read_run
+
+MOE = {"layers": "every-2", "num_experts": 8, "top_k": 2, "router": "token_choice"}
+
+
+@pytest.fixture
+def runs(make_run):
+    seeds = [
+        read_run(make_run(f"{name}_s{seed}", top1 + seed / 100, seed, moe, flops, train=0.7 + seed / 10))
+        for name, top1, moe, flops in (("dense", 0.5, None, 100), ("k2", 0.53, MOE, 101))
+        for seed in (0, 1)
+    ]
+    soft = read_run(make_run("soft_s0", 0.54, moe=MOE | {"router": "soft"}, flops=110, train=0.9))
+    return [*seeds, soft]
+
+
+def test_a_pair_is_a_v_moe_and_the_dense_runs_of_its_recipe(runs):
+    k2, soft = gains(runs)
+    assert (k2.kind, soft.kind) == ("K=2 or more", "Soft MoE")
+    assert k2.fit == soft.fit == pytest.approx(0.75)  # of the twin, over its seeds
+    assert k2.difference.mean == pytest.approx(0.03) and k2.difference.pairs == 2 and k2.difference.low is not None
+    assert soft.difference.mean == pytest.approx(0.04) and soft.difference.low is None
+    assert (k2.flops_ratio, soft.flops_ratio, k2.epochs) == (pytest.approx(1.01), pytest.approx(1.1), 20)
+
+
+def test_a_run_that_two_comparisons_hold_counts_once(runs):
+    assert [gain.difference.arm.n for gain in gains([*runs, *runs])] == [2, 1]
+
+
+def test_without_a_twin_of_the_same_recipe_there_is_no_pair(make_run, runs):
+    other = read_run(make_run("other_s0", moe=MOE, lr=0.1, train=0.9))
+    unmeasured = [read_run(make_run(name, moe=moe, lr=0.2)) for name, moe in (("a_s0", None), ("b_s0", MOE))]
+    assert len(gains([*runs, other, *unmeasured])) == 2
+
+
+def test_every_pair_is_a_row_and_a_point(runs):
+    found = gains(runs)
+    rows = gain_rows(found)
+    assert [(row["arm"], row["paired_seeds"]) for row in rows] == [("k2", 2), ("soft", 1)]
+    (axes,) = draw_gains(found).figure.axes
+    places = [container.lines[0].get_xydata()[0] for container in axes.containers]
+    assert sorted(gain for _, gain in places) == pytest.approx([3, 4])
+    assert [place for place, _ in places] == pytest.approx([75, 75], abs=0.5)  # beside each other

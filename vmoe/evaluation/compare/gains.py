@@ -1,0 +1,157 @@
+"""Where experts pay: each V-MoE's gain over its dense twin, against how well that twin fits its training images."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from vmoe.evaluation.compare.intervals import EQUAL_COMPUTE, Difference, difference
+from vmoe.evaluation.compare.runs import Arm, Run
+from vmoe.figures.palette import expert_hex
+from vmoe.figures.style import BODY, MARGIN, MUTED, PAPER, SMALL, Page, label, plain_axes
+from vmoe.moe import MoeConfig
+
+_WIDTH, _HEIGHT, _TOP, _ROW = 820, 420, 110, 24
+_KINDS = {  # each with its colour, all dark enough on white
+    "K=1": expert_hex(0),
+    "K=2 or more": expert_hex(9),
+    "Soft MoE": expert_hex(14),
+    "another learned router": expert_hex(12),
+    "not learned (random, hash)": MUTED,
+}
+_CONTROLS = ("random", "hash")
+_FEW_EPOCHS = 10  # in which an expert sees few tokens
+_APART = 0.35  # points of the axis between pairs of one twin, so that none hides another
+
+
+@dataclass(frozen=True)
+class Gain:
+    """A V-MoE and its dense twin: two arms of one recipe, which differ in their MoE layers alone.
+
+    Attributes:
+        difference: Test accuracy of the V-MoE less that of the twin, paired by seed.
+        fit: The twin's accuracy on its own training images, as they are.
+        flops_ratio: FLOPs per image of the V-MoE over those of the twin.
+    """
+
+    difference: Difference
+    fit: float
+    flops_ratio: float
+
+    @property
+    def kind(self) -> str:
+        """One of `_KINDS`, by the router and the choices of a token."""
+        moe = asdict(MoeConfig()) | self.difference.arm.first.moe
+        if moe["router"] == "token_choice":
+            return "K=1" if moe["top_k"] == 1 else "K=2 or more"
+        if moe["router"] == "soft":
+            return "Soft MoE"
+        return "not learned (random, hash)" if moe["router"] in _CONTROLS else "another learned router"
+
+    @property
+    def epochs(self) -> float:
+        """How often both models saw each training image."""
+        config = self.difference.arm.first.config
+        return config["trainer"]["epochs"] * config["data"].get("repeat", 1)
+
+
+def gains(runs: Sequence[Run]) -> list[Gain]:
+    """Pairs each V-MoE with the dense runs of the same recipe, of all studies that the runs come from.
+
+    V-MoEs without such a twin are left out, and so are twins whose accuracy on training images was not measured.
+    """
+    once = {json.dumps([run.config, run.summary], sort_keys=True): run for run in runs}
+    recipes: dict[str, dict[str, list[Run]]] = {}
+    for run in once.values():
+        arms = recipes.setdefault(_recipe_of_both(run), {})
+        arms.setdefault(json.dumps(run.moe, sort_keys=True), []).append(run)
+    found = []
+    for arms in recipes.values():
+        dense = [members for members in arms.values() if members[0].is_dense]
+        twin = Arm("dense", dense[0]) if dense else None
+        fit = twin and twin.mean("train_top1")
+        if twin is None or fit is None:
+            continue
+        for members in arms.values():
+            if not members[0].is_dense:
+                arm = Arm(members[0].name.removesuffix(f"_s{members[0].seed}"), members)
+                found.append(Gain(difference(arm, twin), fit, arm.first.flops / twin.first.flops))
+    return sorted(found, key=lambda gain: gain.fit)
+
+
+def _recipe_of_both(run: Run) -> str:
+    """All of a recipe that a V-MoE and its dense twin have in common."""
+    of_experts = ("moe", "model.moe_drop_path")
+    both = {key: value for key, value in run.recipe.items() if key not in of_experts and not key.startswith("moe.")}
+    return json.dumps(both, sort_keys=True, default=str)
+
+
+def gain_rows(found: Sequence[Gain]) -> list[dict[str, Any]]:
+    """A plain row per pair; accuracies and gains are fractions."""
+    return [
+        {
+            "arm": gain.difference.arm.name,
+            "kind": gain.kind,
+            "data": gain.difference.arm.first.data["name"],
+            "twin_train_top1": gain.fit,
+            "epochs": gain.epochs,
+            "twin_test_top1": gain.difference.baseline.mean("top1"),
+            "gain": gain.difference.mean,
+            "gain_low": gain.difference.low,
+            "gain_high": gain.difference.high,
+            "paired_seeds": gain.difference.pairs,
+            "flops_ratio": gain.flops_ratio,
+        }
+        for gain in found
+    ]
+
+
+def draw_gains(found: Sequence[Gain]) -> Page:
+    """Every pair as a point: how well the dense twin fits its training images, and what experts add to it."""
+    kinds = [kind for kind in _KINDS if any(gain.kind == kind for gain in found)]
+    page = Page(_WIDTH + 2 * MARGIN + 60, _TOP + _HEIGHT + 80 + _ROW * max(len(kinds), 4))
+    page.heading(
+        "Where experts pay", f"{len(found)} V-MoEs, each against its dense twin of the same recipe, data and seeds"
+    )
+    axes = plain_axes(page.axes(MARGIN + 50, _TOP, _WIDTH, _HEIGHT), SMALL)
+    axes.axhline(0, color=MUTED, linewidth=1.5)
+    for twin in {gain.fit: None for gain in found}:
+        pairs = sorted((gain for gain in found if gain.fit == twin), key=lambda gain: list(_KINDS).index(gain.kind))
+        for index, gain in enumerate(pairs):
+            place = 100 * twin + _APART * (index - (len(pairs) - 1) / 2)
+            axes.errorbar(place, 100 * gain.difference.mean, _reach(gain), **_style(gain))
+    label(axes, "dense twin on its own training images, top-1 (%)", "gain over the dense twin (points of test top-1)")
+    y = _TOP + _HEIGHT + 80
+    for index, kind in enumerate(kinds):
+        page.text(MARGIN + 50, y + _ROW * index, "●", BODY, color=_KINDS[kind])
+        page.text(MARGIN + 75, y + _ROW * index, kind, BODY)
+    for index, (mark, line) in enumerate(
+        (
+            ("●", "two seeds or more; the bar is the paired 95 % interval"),
+            ("○", "one seed, so no interval"),
+            ("■", f"uses more than {EQUAL_COMPUTE:.0%} more FLOPs per image than its twin"),
+            ("▼", f"trained for {_FEW_EPOCHS} epochs or fewer"),
+        )
+    ):
+        page.text(MARGIN + 380, y + _ROW * index, mark, BODY, color=MUTED)
+        page.text(MARGIN + 405, y + _ROW * index, line, BODY)
+    return page
+
+
+def _reach(gain: Gain) -> float | None:
+    """Half of the interval, in points; None without one."""
+    return None if gain.difference.low is None else 100 * (gain.difference.high - gain.difference.mean)
+
+
+def _style(gain: Gain) -> dict[str, Any]:
+    marker = "v" if gain.epochs <= _FEW_EPOCHS else "s" if gain.flops_ratio > 1 + EQUAL_COMPUTE else "o"
+    colour = _KINDS[gain.kind]
+    return {
+        "fmt": marker,
+        "color": colour,
+        "markerfacecolor": PAPER if gain.difference.low is None else colour,
+        "markersize": 6,
+        "capsize": 2,
+        "linewidth": 1,
+        "zorder": 3,
+    }
