@@ -27,11 +27,22 @@ def pictures(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_a_trained_model_is_used_as_readme_shows(pictures):
+def run_block(word):
+    """Runs README's only Python block that holds a word, and gives the names that it defined."""
     blocks = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    (snippet,) = [block for block in blocks if "vmoe.load(" in block]
-    names = {"vmoe": vmoe}
-    exec(snippet, names)
+    (block,) = [block for block in blocks if word in block]
+    names = {}
+    exec(block, names)
+    return names
+
+
+def test_a_trained_model_is_used_as_readme_shows(pictures):
+    names = run_block("vmoe.load(")
     assert len(names["labels"]) == 3 and names["probabilities"].shape == (3, 10)
     assert tuple(names["model"].class_names) == CLASSES
-    assert vmoe.load("mine.safetensors").class_names == list(CLASSES)
+    assert (pictures / "heatmaps" / "photo-overview.png").exists() and (pictures / "heatmaps" / "index.html").exists()
+
+
+def test_a_timm_model_becomes_sparse_as_readme_shows():
+    names = run_block("vmoe.auxiliary_loss(")
+    assert names["loss"].isfinite() and names["trace"].layers["blocks.1.mlp"].chosen.shape == (2, 197, 2)

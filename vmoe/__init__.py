@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from vmoe.checkpoints import TrainedModel, load, save
     from vmoe.data import prepare_image
     from vmoe.evaluation.evaluate import evaluate
+    from vmoe.explain.heatmap.files import write_heatmaps
     from vmoe.models import create_model, densify, load_jax_checkpoint, sparsify
     from vmoe.moe import (
         MoeConfig,
@@ -30,6 +31,7 @@ else:  # hidden from type checkers, which would take any name for one of this pa
         __name__,
         {
             "vmoe.evaluation.evaluate": ["evaluate"],
+            "vmoe.explain.heatmap.files": ["write_heatmaps"],
             "vmoe.routing.recording": ["record_routing"],
             "vmoe.checkpoints": ["TrainedModel", "load", "save"],
             "vmoe.data": ["prepare_image"],
@@ -59,6 +61,7 @@ __all__ = [
     "set_top_k",
     "sparsify",
     "update_router_biases",
+    "write_heatmaps",
 ]
 
 register_with_timm()

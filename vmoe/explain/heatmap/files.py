@@ -30,7 +30,7 @@ _TOLD_CLASSES = 5
 
 def write_heatmaps(
     checkpoint: TrainedModel,
-    images: Sequence[Path],
+    images: Sequence[str | Path],
     out: str | Path,
     layers: Sequence[str] | None = None,
     capacity_factor: float | None = None,
@@ -62,7 +62,7 @@ def write_heatmaps(
     Raises:
         UserError: the model is dense, a layer does not exist, no image can be read, the capacity cannot be.
     """
-    model, out = checkpoint.model, Path(out)
+    model, out, images = checkpoint.model, Path(out), [Path(image) for image in images]
     require_experts(model)
     shown = select_layers(model, layers)
     own_figures = shown if layers or len(shown) == 1 else []
