@@ -7,8 +7,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import vmoe
-
 REPOSITORY = Path(__file__).parents[1]
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
