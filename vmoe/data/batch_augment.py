@@ -114,46 +114,51 @@ class BatchAugmenter:
         ]
 
     def _move(self, images: Tensor, draws: tuple[Tensor, ...], codes: list[Tensor]) -> Tensor:
-        """Crops, flips and applies RandAugment's motions by sampling once, at x = a u + b v + x0 and y likewise."""
-        size, stored_size = self.image_size, images.shape[3]
-        scale_x, scale_y, shift_x, shift_y = self._window(draws[_CROP:_FLIP], stored_size)
-        scale_x = torch.where(draws[_FLIP] < self.plan.flip, -scale_x, scale_x)
-        x = self._places.expand(len(images), size, size)
-        y = self._places[:, None].expand(len(images), size, size)
+        """Crops, flips and applies RandAugment's motions by sampling once."""
+        size = self.image_size
+        rows, columns = torch.meshgrid(self._places, self._places, indexing="ij")
+        points = torch.stack([columns, rows], dim=2).expand(len(images), size, size, 2)
         if codes:
-            a, b, x0, c, d, y0 = _composed([self._tables.motion(code)[:, :, None, None] for code in codes])
-            x, y = a * x + b * y + x0, c * x + d * y + y0
-            is_inside = torch.maximum(x.abs(), y.abs()) < size / 2
-        unit = 2 / stored_size  # grid_sample counts from -1 to 1
-        grid = torch.stack(
-            [
-                x * (scale_x * unit)[:, None, None] + (shift_x * unit)[:, None, None],
-                y * (scale_y * unit)[:, None, None] + (shift_y * unit)[:, None, None],
-            ],
-            dim=3,
-        )
+            points = _moved(points, _composed([self._tables.motions[code] for code in codes]))
+            is_inside = points.abs().amax(dim=3) < size / 2
+        grid = _moved(points, self._window(draws, images.shape[3]))
         if self.plan.crop_padding is not None:  # whole pixels, and black around the picture
             images = F.grid_sample(images, grid, mode="nearest", padding_mode="zeros", align_corners=False)
         else:
             images = F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False).round()
         return torch.where(is_inside[:, None], images, self._fill) if codes else images
 
-    def _window(self, draws: tuple[Tensor, ...], stored_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The crop: stored pixels a pixel of the result in x and y, and how far its centre is from the picture's."""
+    def _window(self, draws: tuple[Tensor, ...], stored_size: int) -> Tensor:
+        """The crop and the flip, (B, 3, 3): from a point of the result to the same in the stored image.
+
+        Points of the result are in pixels from the centre; those of the stored image go from -1 to 1, as
+        `grid_sample` takes them.
+        """
+        place = draws[_CROP:_FLIP]
         if self.plan.crop_padding is not None:
             padding = self.plan.crop_padding
-            shifts = [(draw * (2 * padding + 1)).floor() - padding for draw in draws[:2]]
-            return torch.ones_like(shifts[0]), torch.ones_like(shifts[0]), *shifts
-        low, high = self.plan.crop_scale
-        area = low + (high - low) * draws[0]
-        # Wider than the area allows would not fit: width / S = sqrt(area * aspect) <= 1, height likewise.
-        most = (-area.log()).clamp(max=math.log(_ASPECT[1]))
-        aspect = ((2 * draws[1] - 1) * most).exp()
-        width, height = (stored_size * share.sqrt() for share in (area * aspect, area / aspect))
-        shift_x, shift_y = (
-            (stored_size - side) * (draw - 0.5) for side, draw in zip((width, height), draws[2:], strict=True)
+            shift_x, shift_y = ((draw * (2 * padding + 1)).floor() - padding for draw in place[:2])
+            scale_x = scale_y = torch.ones_like(shift_x)
+        else:
+            low, high = self.plan.crop_scale
+            area = low + (high - low) * place[0]
+            # A crop that is wider than its area allows would not fit: width / S = sqrt(area * aspect) must be at most
+            # 1, and the height the same way.
+            most = (-area.log()).clamp(max=math.log(_ASPECT[1]))
+            aspect = ((2 * place[1] - 1) * most).exp()
+            width, height = (stored_size * share.sqrt() for share in (area * aspect, area / aspect))
+            shift_x, shift_y = (
+                (stored_size - side) * (draw - 0.5) for side, draw in zip((width, height), place[2:], strict=True)
+            )
+            scale_x, scale_y = width / self.image_size, height / self.image_size
+        scale_x = torch.where(draws[_FLIP] < self.plan.flip, -scale_x, scale_x)
+        unit, zero = 2 / stored_size, torch.zeros_like(scale_x)
+        rows = (
+            (scale_x * unit, zero, shift_x * unit),
+            (zero, scale_y * unit, shift_y * unit),
+            (zero, zero, zero + 1),
         )
-        return width / self.image_size, height / self.image_size, shift_x, shift_y
+        return torch.stack([torch.stack(row, dim=1) for row in rows], dim=1)
 
     def _jitter(self, images: Tensor, draws: tuple[Tensor, ...]) -> Tensor:
         brightness, contrast, saturation = (
@@ -180,12 +185,19 @@ class BatchAugmenter:
         return torch.where(is_erased[:, None], self._fill, images)
 
 
-def _composed(motions: list[Tensor]) -> tuple[Tensor, ...]:
-    """From a pixel of the result through the inverse of the last motion back to the first's origin."""
-    a, b, x, c, d, y = motions[-1]
-    for e, f, u, g, h, v in reversed(motions[:-1]):
-        a, b, x, c, d, y = (
-            *(e * a + f * c, e * b + f * d, e * x + f * y + u),
-            *(g * a + h * c, g * b + h * d, g * x + h * y + v),
-        )
-    return a, b, x, c, d, y
+def _composed(motions: list[Tensor]) -> Tensor:
+    """The inverse motions (B, 3, 3) of one operation after another as one, from a result's point to the first's origin.
+
+    The last operation is undone first. A product of `@` might be rounded to TF32, which moves points by a pixel.
+    """
+    product = motions[-1]
+    for motion in reversed(motions[:-1]):
+        product = (motion[:, :, :, None] * product[:, None]).sum(dim=2)
+    return product
+
+
+def _moved(points: Tensor, motion: Tensor) -> Tensor:
+    """Points (B, S, S, 2), x and y, after motions (B, 3, 3)."""
+    x, y = points.unbind(dim=3)
+    first, second, _ = motion[:, :, :, None, None].unbind(dim=1)  # rows, (B, 3, 1, 1)
+    return torch.stack([row[:, 0] * x + row[:, 1] * y + row[:, 2] for row in (first, second)], dim=3)

@@ -35,7 +35,9 @@ class RandAugmentTables:
         shares = [magnitude / _STRONGEST for magnitude in range(_STRONGEST + 1)]
         codes = list(itertools.product(shares, OPERATIONS, (1, -1)))
         motions = [_motion(name, sign, share, image_size) for share, name, sign in codes]
-        self.motions = torch.tensor(motions, device=device).T.contiguous()  # (6, codes)
+        # Of each code: from a pixel of the result to where it comes from, in pixels from the centre, x to the right and
+        # y down; the identity for operations on colours.
+        self.motions = torch.tensor(motions, device=device)  # (codes, 3, 3)
         self.factors = torch.tensor([1 + 0.9 * share * sign for share, _, sign in codes], device=device)
         self.levels = torch.arange(_LEVELS, dtype=torch.float32, device=device)
         # 8 bits less so many; Python and torch both round half to even.
@@ -44,13 +46,6 @@ class RandAugmentTables:
         bounds = torch.linspace(1.0, 0.0, _STRONGEST + 1).to(device)  # made on the CPU: the same bits for every device
         threshold = 255 * bounds[:, None]
         self.solarized = torch.where(self.levels >= threshold, 255 - self.levels, self.levels)
-
-    def motion(self, codes: Tensor) -> Tensor:
-        """From a pixel of the result to where it comes from: a, b, x, c, d, y of [[a, b], [c, d]] p + [x, y], (6, B).
-
-        Points are in pixels from the centre, x to the right and y down. Identity for operations on colours.
-        """
-        return self.motions[:, codes]
 
 
 def colour(images: Tensor, codes: Tensor, tables: RandAugmentTables) -> Tensor:
@@ -134,15 +129,23 @@ def _is(operation: Tensor, name: str) -> Tensor:
     return operation == OPERATIONS.index(name)
 
 
-def _motion(name: str, sign: int, share: float, size: int) -> tuple[float, float, float, float, float, float]:
-    """The inverse of one geometric operation. Shears keep the upper left corner in place, as torchvision's do."""
+def _motion(name: str, sign: int, share: float, size: int) -> list[list[float]]:
+    """The inverse of one geometric operation, as a 3x3 matrix for points (x, y, 1).
+
+    Shears keep the upper left corner in place, as torchvision's do.
+    """
     shear = sign * 0.3 * share
     shift = float(sign * int(150 / 331 * size * share))
     angle = sign * math.radians(30 * share)
-    return {
-        "ShearX": (1.0, shear, shear * size / 2, 0.0, 1.0, 0.0),
-        "ShearY": (1.0, 0.0, 0.0, shear, 1.0, shear * size / 2),
-        "TranslateX": (1.0, 0.0, -shift, 0.0, 1.0, 0.0),
-        "TranslateY": (1.0, 0.0, 0.0, 0.0, 1.0, -shift),
-        "Rotate": (math.cos(angle), -math.sin(angle), 0.0, math.sin(angle), math.cos(angle), 0.0),
-    }.get(name, (1.0, 0.0, 0.0, 0.0, 1.0, 0.0))
+    matrix = [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
+    if name == "ShearX":
+        matrix[0] = [1.0, shear, shear * size / 2]
+    elif name == "ShearY":
+        matrix[1] = [shear, 1.0, shear * size / 2]
+    elif name == "TranslateX":
+        matrix[0] = [1.0, 0.0, -shift]
+    elif name == "TranslateY":
+        matrix[1] = [0.0, 1.0, -shift]
+    elif name == "Rotate":
+        matrix[:2] = [[math.cos(angle), -math.sin(angle), 0.0], [math.sin(angle), math.cos(angle), 0.0]]
+    return matrix
