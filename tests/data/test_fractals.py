@@ -8,7 +8,7 @@ import torch
 
 from vmoe.data import AugmentConfig, DataConfig, FractalConfig, ImageDataModule, MixConfig, SubsetConfig
 from vmoe.data.fractals import pictures
-from vmoe.data.fractals.pictures import WARM_UP, PictureMaker, Varied, count_points, spread_chances
+from vmoe.data.fractals.pictures import UNCOUNTED_STEPS, PictureMaker, Varied, count_points, spread_chances
 from vmoe.data.fractals.systems import CHOICE_ONE, FARTHEST, MATRIX_ONE, PLACE_ONE, draw_systems
 
 CPU = torch.device("cpu")
@@ -84,12 +84,12 @@ def test_the_points_of_a_known_system_fall_where_they_should():
         maps.int(), thresholds.int(), torch.zeros(1, 4, 3).int(), torch.tensor([[MATRIX_ONE, 0]]).int(),
         torch.zeros(1, len(chances)).int(),
     )  # fmt: skip
-    counts = count_points(system, chances, WARM_UP, 8)[0]
-    assert counts.sum() == chances[WARM_UP:].numel() and (counts.sum((1, 2)) == counts.sum() / 4).all()
+    counts = count_points(system, chances, UNCOUNTED_STEPS, 8)[0]
+    assert counts.sum() == chances[UNCOUNTED_STEPS:].numel() and (counts.sum((1, 2)) == counts.sum() / 4).all()
     corners = [counts[0, :4, :4], counts[1, :4, 4:], counts[2, 4:, :4], counts[3, 4:, 4:]]
     assert sum(corner.sum() for corner in corners) == counts.sum()  # of each map only in its own
     quarter_turn = system._replace(turns=torch.tensor([[0, MATRIX_ONE]]).int())  # from across to down
-    turned = count_points(quarter_turn, chances, WARM_UP, 8)[0]
+    turned = count_points(quarter_turn, chances, UNCOUNTED_STEPS, 8)[0]
     assert turned[1, 4:, 4:].sum() == counts[1].sum() and turned[2, :4, :4].sum() == counts[2].sum()
 
 
@@ -137,7 +137,7 @@ def counted_one_by_one(system, chances, size):
                 a, b, c, d, e, f = maps[which]
                 x, y = rounded(a * x + b * y) + e, rounded(c * x + d * y) + f
                 x, y = (max(-FARTHEST, min(FARTHEST, value)) for value in (x, y))
-                if step >= WARM_UP:
+                if step >= UNCOUNTED_STEPS:
                     points.append((which, rounded(cos * x - sin * y), rounded(sin * x + cos * y)))
         ends = [(min(point[axis] for point in points), max(point[axis] for point in points)) for axis in (1, 2)]
         extent = max(high - low for low, high in ends)
@@ -155,7 +155,7 @@ def test_points_are_counted_as_defined_and_nothing_overflows():
     strongest = FractalConfig(classes=20, shape=0.5, shift=0.5, rotation=180.0, colour=1.0)
     chances = spread_chances(8)
     for system in (varied(2, 8), varied(6, 8, strongest)):
-        assert torch.equal(count_points(system, chances, WARM_UP, 8), counted_one_by_one(system, chances, 8))
+        assert torch.equal(count_points(system, chances, UNCOUNTED_STEPS, 8), counted_one_by_one(system, chances, 8))
     assert 2 * 1.5 * MATRIX_ONE * FARTHEST + MATRIX_ONE < 2**31  # no entry exceeds 1.5, and two are summed
 
 
@@ -163,8 +163,8 @@ def test_points_are_counted_as_defined_and_nothing_overflows():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the whole maker is checked")
 def test_the_kernel_counts_as_the_plain_code_does():
     system, chances = varied(2, 8), spread_chances(8)
-    found = pictures.kernel.count_points(system, chances, WARM_UP, 8)
-    assert torch.equal(found, count_points(system, chances, WARM_UP, 8))
+    found = pictures.kernel.count_points_on_gpu(system, chances, UNCOUNTED_STEPS, 8)
+    assert torch.equal(found, count_points(system, chances, UNCOUNTED_STEPS, 8))
 
 
 @pytest.mark.gpu

@@ -12,7 +12,7 @@ from PIL import Image
 from vmoe.cli.main import main
 from vmoe.data import DataConfig, load_image
 from vmoe.data.datasets import load_splits
-from vmoe.data.image_files import FORMATS, SUFFIXES, PassedOver, find_images, find_pictures
+from vmoe.data.image_files import FORMATS, IMAGE_SUFFIXES, PassedOver, find_images, find_pictures
 from vmoe.errors import UserError
 
 
@@ -39,12 +39,14 @@ def load(root):
 def test_every_format_of_the_list_is_read_by_every_room(tmp_path, capsys):
     pytest.importorskip("webdataset")
     root = tree(tmp_path / "set")
-    for suffix in sorted(SUFFIXES):
+    for suffix in sorted(IMAGE_SUFFIXES):
         picture(root / "train" / "ant" / f"x{suffix.upper()}")
-    assert len(load(root).train) == 4 + len(SUFFIXES) == len(find_images([root / "train"], PassedOver()))
+    assert len(load(root).train) == 4 + len(IMAGE_SUFFIXES) == len(find_images([root / "train"], PassedOver()))
     assert main(["make-shards", str(root), "--out", str(tmp_path / "shards")]) == 0
     with tarfile.open(tmp_path / "shards" / "train-000000.tar") as tar:
-        assert {name.partition(".")[2] for name in tar.getnames()} == {"cls"} | {suffix[1:] for suffix in SUFFIXES}
+        assert {name.partition(".")[2] for name in tar.getnames()} == {"cls"} | {
+            suffix[1:] for suffix in IMAGE_SUFFIXES
+        }
     shards = load_splits(DataConfig(name="webdataset", root=str(tmp_path / "shards"), val_fraction=0))
     assert all(shards.train.read(index).shape == (8, 8, 3) for index in range(len(shards.train)))
     assert "passed over" not in capsys.readouterr().err

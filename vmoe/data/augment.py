@@ -16,7 +16,7 @@ from torchvision.transforms import v2
 
 from vmoe.data.config import AugmentConfig, Colour
 from vmoe.data.images import eval_crop
-from vmoe.data.presets import Plan, resolve
+from vmoe.data.presets import AugmentSteps, resolve
 
 
 class Augmenter:
@@ -75,7 +75,7 @@ class Augmenter:
         return self._steps(image=image)["image"]
 
 
-def _crop_and_flip(plan: Plan, image_size: int) -> list[A.BasicTransform]:
+def _crop_and_flip(plan: AugmentSteps, image_size: int) -> list[A.BasicTransform]:
     size = (image_size, image_size)
     steps: list[A.BasicTransform] = []
     if plan.crop_scale is not None:
@@ -85,7 +85,7 @@ def _crop_and_flip(plan: Plan, image_size: int) -> list[A.BasicTransform]:
     return [*steps, A.HorizontalFlip(p=plan.flip)] if plan.flip else steps
 
 
-def _colour_and_erase(plan: Plan, fill: tuple[int, ...]) -> list[A.BasicTransform]:
+def _colour_and_erase(plan: AugmentSteps, fill: tuple[int, ...]) -> list[A.BasicTransform]:
     steps: list[A.BasicTransform] = []
     if plan.randaugment_ops:
         steps.append(_RandAugment(plan.randaugment_ops, plan.randaugment_magnitude, fill))

@@ -165,8 +165,8 @@ class BatchAugmenter:
             (1 + self.plan.color_jitter * (2 * draw - 1))[:, None, None, None] for draw in draws
         )
         images = (images * brightness).clamp(0, 255)
-        images = randaugment.blend(images, randaugment.mean_of(randaugment.gray_of(images)), contrast)
-        return randaugment.blend(images, randaugment.gray_of(images), saturation).round()
+        images = randaugment.blend_levels(images, randaugment.mean_of(randaugment.gray_of(images)), contrast)
+        return randaugment.blend_levels(images, randaugment.gray_of(images), saturation).round()
 
     def _erase(self, images: Tensor, draws: tuple[Tensor, ...]) -> Tensor:
         size = self.image_size

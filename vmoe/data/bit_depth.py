@@ -44,10 +44,10 @@ def measure_bit_depth(images: FileImages | ShardedImages, positions: Sequence[in
         Bits are 1 for fractions up to 1, else 8, 10, 12, 14, 16, or as many as the largest value needs.
     """
     candidates = [
-        each for each in _spread(positions, _LOOKED_FOR) if images.place(each).lower().endswith(_DEEP_SUFFIXES)
+        each for each in _evenly_spread(positions, _LOOKED_FOR) if images.place(each).lower().endswith(_DEEP_SUFFIXES)
     ]
     found: list[_FileValues] = []
-    for position in _spread(candidates, _OPENED):
+    for position in _evenly_spread(candidates, _OPENED):
         if len(found) == _DECODED:
             break
         try:
@@ -57,7 +57,7 @@ def measure_bit_depth(images: FileImages | ShardedImages, positions: Sequence[in
             continue
         if values is not None:
             found.append(values)
-    return _measured(found)
+    return _measured_of_files(found)
 
 
 def depth_of_files(paths: Sequence[str | Path]) -> Measured | None:
@@ -71,7 +71,7 @@ def depth_of_content(content: BinaryIO) -> int | None:
         values = _file_values(content)
     except Exception:  # on damaged files Pillow's decoders raise nearly any type
         return None
-    measured = None if values is None else _measured([values])
+    measured = None if values is None else _measured_of_files([values])
     return None if measured is None else measured.bits
 
 
@@ -86,7 +86,7 @@ def _file_values(file: BinaryIO) -> _FileValues | None:
     return _FileValues(float(colours.min()), float(colours.max()), has_fractions)
 
 
-def _measured(found: Sequence[_FileValues]) -> Measured | None:
+def _measured_of_files(found: Sequence[_FileValues]) -> Measured | None:
     if not found:
         return None
     has_fractions = any(each.has_fractions for each in found)
@@ -100,7 +100,7 @@ def _measured(found: Sequence[_FileValues]) -> Measured | None:
 def brightest_level(images: ImageSet) -> int | None:
     """The brightest level, 0 to 255, of an evenly spread sample; None where no image can be read."""
     levels = []
-    for index in _spread(range(len(images)), _SEEN):
+    for index in _evenly_spread(range(len(images)), _SEEN):
         try:
             levels.append(int(images.read(index).max()))
         except UserError:  # damaged, which is told where it is used
@@ -150,7 +150,7 @@ def clipped_lines(place: str, depth: int, measured: Measured) -> list[str]:
     return lines
 
 
-def _spread(items: Sequence[int], most: int) -> list[int]:
+def _evenly_spread(items: Sequence[int], most: int) -> list[int]:
     """At most so many of the items, evenly spread."""
     if len(items) <= most:
         return list(items)

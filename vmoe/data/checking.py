@@ -8,14 +8,14 @@ from vmoe.data.images import load_image
 from vmoe.data.imageset import ImageSet
 from vmoe.errors import UserError
 
-_FEW = 1_000  # images that are opened in seconds
+_OPENED_IN_SECONDS = 1_000  # images that are opened in seconds
 _MANY = 200_000
 _LONG = 5  # times that a run reads each training image: then opening all once takes less than a fifth of its reading
 
 
 def is_worth_checking(count: int, passes: int) -> bool:
     """Whether opening `count` images is little work beside a run that reads the training images `passes` times."""
-    return count <= _FEW or (count <= _MANY and passes >= _LONG)
+    return count <= _OPENED_IN_SECONDS or (count <= _MANY and passes >= _LONG)
 
 
 def damaged_images(images: ImageSet, threads: int, part: int = 0, parts: int = 1) -> list[str]:
@@ -30,7 +30,7 @@ def damaged_images(images: ImageSet, threads: int, part: int = 0, parts: int = 1
     Returns:
         For each image that cannot be read a line, which names it.
     """
-    lines = _in_threads(lambda index: _fault(images, index), range(part, len(images), parts), threads)
+    lines = _in_threads(lambda index: _reading_fault(images, index), range(part, len(images), parts), threads)
     return [line for line in lines if line is not None]
 
 
@@ -70,7 +70,7 @@ def _in_threads(function: Callable, values: Iterable, threads: int) -> list:
         pool.shutdown(cancel_futures=True)  # where a signal interrupts it
 
 
-def _fault(images: ImageSet, index: int) -> str | None:
+def _reading_fault(images: ImageSet, index: int) -> str | None:
     try:
         images.read(index)
     except UserError as error:

@@ -145,8 +145,8 @@ def _digits(_: DataConfig) -> Splits:
 
 def _cifar(kind: type[CIFAR10], config: DataConfig) -> Splits:
     what = f"{config.name} ({kind.base_folder})"
-    train = _fetch(what, config.root, lambda: kind(config.root, train=True, download=True))
-    test = _fetch(what, config.root, lambda: kind(config.root, train=False, download=True))
+    train = _torchvision_set(what, config.root, lambda: kind(config.root, train=True, download=True))
+    test = _torchvision_set(what, config.root, lambda: kind(config.root, train=False, download=True))
     sets = [
         ImageSet.all_of(ArrayImages(np.ascontiguousarray(part.data), f"{config.name} {name}"), part.targets)
         for part, name in ((train, "train"), (test, "test"))
@@ -158,7 +158,7 @@ def _imagenette(config: DataConfig) -> Splits:
     size = config.image_size or DEFAULTS["imagenette"].image_size
     variant = "160px" if size <= 160 else "320px" if size <= 320 else "full"
     name = {"160px": "imagenette2-160", "320px": "imagenette2-320", "full": "imagenette2"}[variant]
-    verified = _fetch(
+    verified = _torchvision_set(
         f"imagenette ({name})", config.root, lambda: Imagenette(config.root, "train", variant, download=True)
     )
     folders = read_class_folders({split: Path(config.root) / name / split for split in ("train", "val")})
@@ -169,10 +169,10 @@ def _imagenette(config: DataConfig) -> Splits:
             f"data.root={config.root}: {name} is incomplete, {len(train)} + {len(val)} images of "
             f"{_IMAGENETTE_IMAGES[0]} + {_IMAGENETTE_IMAGES[1]}; remove that folder and run again"
         )
-    return Splits(_files(train), None, _files(val), [names[0] for names in verified.classes])
+    return Splits(_file_set(train), None, _file_set(val), [names[0] for names in verified.classes])
 
 
-def _fetch(what: str, root: str, make: Callable[[], CIFAR10 | Imagenette]) -> CIFAR10 | Imagenette:
+def _torchvision_set(what: str, root: str, make: Callable[[], CIFAR10 | Imagenette]) -> CIFAR10 | Imagenette:
     """Makes a torchvision set, which downloads and verifies it; one line when that fails."""
     try:
         return make()
@@ -205,7 +205,7 @@ def _folder(config: DataConfig) -> Splits:
     for name in others if found else ():
         reason = "its name is no split's" if name in strange else "it has no class folders"
         notes.append(f"{root / name}: passed over: {reason}")
-    sets = {split: _files(samples) for split, samples in folders.samples.items()}
+    sets = {split: _file_set(samples) for split, samples in folders.samples.items()}
     if list(sets) == ["train"]:
         return _cut_test(sets["train"], folders.classes, notes, config)
     if (
@@ -224,7 +224,7 @@ def _cut_test(everything: ImageSet, classes: list[str], notes: list[str], config
     return Splits(everything.take(train), None, everything.take(test), classes, notes=notes)
 
 
-def _files(samples: list[tuple[str, int]]) -> ImageSet:
+def _file_set(samples: list[tuple[str, int]]) -> ImageSet:
     return ImageSet.all_of(FileImages([path for path, _ in samples]), [label for _, label in samples])
 
 

@@ -47,15 +47,15 @@ class DeepImage:
         if image.format != "TIFF":
             return None
         tags = image.tag_v2
-        low, high = (_first(tags.get(tag)) for tag in (_SMALLEST_OF_ANY_TYPE, _LARGEST_OF_ANY_TYPE))
+        low, high = (_tag_number(tags.get(tag)) for tag in (_SMALLEST_OF_ANY_TYPE, _LARGEST_OF_ANY_TYPE))
         if self.has_fractions:
             return (low or 0, high) if high is not None and high > (low or 0) else None
-        bits = _first(tags.get(_BITS)) or 16
+        bits = _tag_number(tags.get(_BITS)) or 16
         if 8 < bits < 16:
             return 0, 2**bits - 1
         # Many programs write the brightest value of this very image there, which says nothing of the others.
         largest = {2**bits - 1 for bits in range(9, 17)}
-        return next(((0, value) for value in (_first(tags.get(_LARGEST)), high) if value in largest), None)
+        return next(((0, value) for value in (_tag_number(tags.get(_LARGEST)), high) if value in largest), None)
 
     def range(self, bit_depth: int | None) -> tuple[float, float]:
         """The values of black and white: the file's own, else by `bit_depth`, else all that 16 bits hold.
@@ -161,7 +161,7 @@ def _as_upright(content: bytes) -> bytes:
     return bytes(changed)
 
 
-def _first(value: object) -> float | None:
+def _tag_number(value: object) -> float | None:
     """A tag's number, the first where it has one per channel."""
     first = value[0] if isinstance(value, tuple) and value else value
     return float(first) if isinstance(first, int | float) or hasattr(first, "__float__") else None

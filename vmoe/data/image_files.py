@@ -20,7 +20,7 @@ FORMATS: dict[str, tuple[str, ...]] = {
     "TIFF": (".tif", ".tiff"),
     "WEBP": (".webp",),
 }
-SUFFIXES = frozenset(suffix for suffixes in FORMATS.values() for suffix in suffixes)
+IMAGE_SUFFIXES = frozenset(suffix for suffixes in FORMATS.values() for suffix in suffixes)
 # Folders that archivers, network drives and file systems put beside the pictures
 SYSTEM_FOLDERS = frozenset(
     {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
@@ -37,12 +37,12 @@ _REASONS = {
     ),
     "outside": ("picture outside the class folders", "pictures outside the class folders"),
 }
-_NAMED = 4  # endings or system's folders, in a line
+_MOST_NAMED = 4  # endings or system's folders, in a line
 
 
 def is_image_name(name: str) -> bool:
     """Whether a file of this name (without its folder) is taken for a picture: by its ending, and unless hidden."""
-    return not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES
+    return not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
 
 
 class PassedOver:
@@ -74,7 +74,7 @@ class PassedOver:
             if count := self.counts[reason]:
                 parts.append(f"{count} {one if count == 1 else many}")
                 if names := self._named.get(reason):
-                    common = [name for name, _ in names.most_common(_NAMED)]
+                    common = [name for name, _ in names.most_common(_MOST_NAMED)]
                     parts[-1] += f" ({', '.join(common)}{', ...' if len(names) > len(common) else ''})"
         return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
 

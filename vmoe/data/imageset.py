@@ -11,7 +11,7 @@ from vmoe.data.image_files import require_regular
 from vmoe.data.images import load_image
 
 
-class Images(Protocol):
+class ImageStore(Protocol):
     """A store of images that are read one at a time."""
 
     def read(self, position: int) -> np.ndarray:
@@ -85,13 +85,13 @@ class ImageSet:
     are `pass_step` farther on.
     """
 
-    images: Images
+    images: ImageStore
     positions: np.ndarray
     labels: np.ndarray
     pass_step: int = 0
 
     @classmethod
-    def all_of(cls, images: Images, labels: Sequence[int] | np.ndarray) -> "ImageSet":
+    def all_of(cls, images: ImageStore, labels: Sequence[int] | np.ndarray) -> "ImageSet":
         labels = np.asarray(labels, dtype=np.int64)
         return cls(images, np.arange(len(labels)), labels)
 

@@ -203,7 +203,7 @@ class ImageLoader(DataLoader):
             _ErrorsAsValues(dataset),
             num_workers=workers,
             persistent_workers=workers > 0,
-            collate_fn=_as_it_is,
+            collate_fn=_uncollated,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),
             **options,
@@ -272,5 +272,5 @@ class _ErrorsAsValues(Dataset):
         return batch
 
 
-def _as_it_is(batch: Any) -> Any:
+def _uncollated(batch: Any) -> Any:
     return batch

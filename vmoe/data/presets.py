@@ -23,7 +23,7 @@ _PAD_UP_TO = 64  # pixels; larger images are cropped by scale
 _CROP_SCALE = (0.08, 1.0)
 
 
-class Plan(NamedTuple):
+class AugmentSteps(NamedTuple):
     """Every step of the augmentation in its order; a value of None or 0 leaves the step out."""
 
     crop_padding: int | None  # pixels a side
@@ -35,7 +35,7 @@ class Plan(NamedTuple):
     erasing: float
 
 
-def resolve(config: AugmentConfig, image_size: int, flip: float) -> Plan:
+def resolve(config: AugmentConfig, image_size: int, flip: float) -> AugmentSteps:
     """The steps that a config means.
 
     Args:
@@ -55,12 +55,12 @@ def resolve(config: AugmentConfig, image_size: int, flip: float) -> Plan:
                 f"data.augment.{name}={value} has no effect: preset {config.preset!r} does not use it", stacklevel=3
             )
     if config.preset == "none":
-        return Plan(None, None, 0.0, 0, (0, 0), 0.0, 0.0)
+        return AugmentSteps(None, None, 0.0, 0, (0, 0), 0.0, 0.0)
     padding, scale = settings["crop_padding"], settings["crop_scale"]
     if scale is None and padding is None:
         padding, scale = (image_size // 8, None) if image_size <= _PAD_UP_TO else (None, _CROP_SCALE)
     magnitude = settings.get("randaugment_magnitude", 0)
-    return Plan(
+    return AugmentSteps(
         padding,
         None if scale is None else tuple(scale),
         flip if settings["flip"] is None else settings["flip"],

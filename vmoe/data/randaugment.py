@@ -70,7 +70,7 @@ def colour(images: Tensor, codes: Tensor, tables: RandAugmentTables) -> Tensor:
     is_colour, is_sharpness = (_is(operation[..., None], name) for name in ("Color", "Sharpness"))
     other = torch.where(is_colour, gray, _blurred(images))
     weight = torch.where(is_colour | is_sharpness, factor[..., None], 1.0)
-    return blend(looked_up, other, weight).floor()
+    return blend_levels(looked_up, other, weight).floor()
 
 
 def gray_of(images: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ def mean_of(gray: Tensor) -> Tensor:
     return (total / (gray.shape[2] * gray.shape[3])).float()
 
 
-def blend(images: Tensor, other: Tensor, weight: Tensor) -> Tensor:
+def blend_levels(images: Tensor, other: Tensor, weight: Tensor) -> Tensor:
     """`weight` of the images and the rest of the other, which may go beyond both, within 0 to 255."""
     return (images * weight + other * (1 - weight)).clamp(0, _LEVELS - 1)
 
@@ -100,7 +100,7 @@ def _level_tables(
     mean = mean_of(gray)[..., 0]
     is_contrast = _is(operation, "Contrast")
     weight = torch.where(is_contrast | _is(operation, "Brightness"), factor, 1.0)
-    table = blend(tables.levels, torch.where(is_contrast, mean, 0.0), weight).floor()
+    table = blend_levels(tables.levels, torch.where(is_contrast, mean, 0.0), weight).floor()
     table = torch.where(_is(operation, "Posterize"), tables.posterized[magnitude][:, None], table)
     table = torch.where(_is(operation, "Solarize"), tables.solarized[magnitude][:, None], table)
     stretch = _is(operation, "AutoContrast") & (lowest < highest)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from vmoe.data.folders import find_split_folders, read_class_folders
-from vmoe.data.shards import CLASSES, load_shards
+from vmoe.data.shards import CLASSES_FILE, load_shards
 from vmoe.errors import UserError
 from vmoe.files import new_folder, require_writable
 
@@ -59,14 +59,14 @@ def write_shards(
                 for done, index in enumerate(order, 1):
                     path, label = Path(samples[index][0]), samples[index][1]
                     form = path.suffix[1:].lower()
-                    writer.write({"__key__": f"{index:09d}", form: _read(path), "cls": str(label).encode()})
+                    writer.write({"__key__": f"{index:09d}", form: _file_bytes(path), "cls": str(label).encode()})
                     show(split, done, len(samples))
-        (folder / CLASSES).write_text(json.dumps(folders.classes, ensure_ascii=False), encoding="utf-8")
+        (folder / CLASSES_FILE).write_text(json.dumps(folders.classes, ensure_ascii=False), encoding="utf-8")
         load_shards(folder)  # writes the index, and finds what cannot be read back
     return {split: len(list(target.glob(f"{split}-*.tar"))) for split in found}
 
 
-def _read(path: Path) -> bytes:
+def _file_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:

@@ -20,13 +20,13 @@ from typing import BinaryIO
 import numpy as np
 
 from vmoe.data.folders import SPLIT_NAMES, split_of
-from vmoe.data.image_files import SUFFIXES
+from vmoe.data.image_files import IMAGE_SUFFIXES
 from vmoe.data.images import decode_image
 from vmoe.data.imageset import ImageSet, Splits, given_splits
 from vmoe.errors import UserError
 from vmoe.files import atomic_write
 
-CLASSES = "classes.json"
+CLASSES_FILE = "classes.json"
 LABEL_KEYS = ("label", "cls", "target")  # of a .json, the first that is there
 
 
@@ -79,7 +79,7 @@ def load_shards(root: str | Path) -> Splits:
             "give the right folder, or make shards by `vmoe make-shards`"
         )
     sets = {split: _image_set(root, split, paths) for split, paths in found.items()}
-    names = _class_names(root, 1 + max(int(part.labels.max(initial=0)) for part in sets.values()))
+    names = _read_class_names(root, 1 + max(int(part.labels.max(initial=0)) for part in sets.values()))
     tars = f"{len(others)} tar files" if len(others) > 1 else "1 tar file"
     notes = [f"{root}: passed over: {tars} of no split, such as {others[0]}"] if others else []
     return given_splits(sets, names, notes, root)
@@ -101,8 +101,8 @@ def _find_shards(root: Path) -> tuple[dict[str, list[Path]], list[str]]:
     return {split: found[split] for split in SPLIT_NAMES if split in found}, others
 
 
-def _class_names(root: Path, count: int) -> list[str]:
-    path = root / CLASSES
+def _read_class_names(root: Path, count: int) -> list[str]:
+    path = root / CLASSES_FILE
     if not path.exists():
         return [str(label) for label in range(count)]
     try:
@@ -118,9 +118,9 @@ def _image_set(root: Path, split: str, paths: list[Path]) -> ImageSet:
     """All images of a split, by the index that is there or a new one."""
     stamp = np.array([f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in paths])
     index = root / f"index-{split}.npz"
-    columns = _read_index(index, stamp)
+    columns = _read_kept_index(index, stamp)
     if columns is None:
-        columns = _scan(paths)
+        columns = _scan_headers(paths)
         try:
             with atomic_write(index) as temporary, open(temporary, "wb") as file:
                 np.savez(file, stamp=stamp, **columns)
@@ -130,7 +130,7 @@ def _image_set(root: Path, split: str, paths: list[Path]) -> ImageSet:
     return ImageSet.all_of(ShardedImages([str(path) for path in paths], **columns), labels)
 
 
-def _read_index(path: Path, stamp: np.ndarray) -> dict[str, np.ndarray] | None:
+def _read_kept_index(path: Path, stamp: np.ndarray) -> dict[str, np.ndarray] | None:
     """What was written for these very shards; None where it was not, or for others."""
     try:
         with np.load(path) as content:
@@ -140,8 +140,8 @@ def _read_index(path: Path, stamp: np.ndarray) -> dict[str, np.ndarray] | None:
     return columns if np.array_equal(columns.pop("stamp", None), stamp) else None
 
 
-def _scan(paths: list[Path]) -> dict[str, np.ndarray]:
-    rows = [(number, *row) for number, path in enumerate(paths) for row in _samples(path)]
+def _scan_headers(paths: list[Path]) -> dict[str, np.ndarray]:
+    rows = [(number, *row) for number, path in enumerate(paths) for row in _samples_in(path)]
     shards, offsets, sizes, names, labels = zip(*rows, strict=True) if rows else ((),) * 5
     numbers = {"shards": shards, "offsets": offsets, "sizes": sizes, "labels": labels}
     return {name: np.array(column, dtype=np.int64) for name, column in numbers.items()} | {
@@ -149,7 +149,7 @@ def _scan(paths: list[Path]) -> dict[str, np.ndarray]:
     }
 
 
-def _samples(path: Path) -> list[tuple[int, int, str, int]]:
+def _samples_in(path: Path) -> list[tuple[int, int, str, int]]:
     """(offset, size, name, label) of every image of a shard."""
     images: dict[str, tuple[int, int, str]] = {}
     labels: dict[str, int] = {}
@@ -161,7 +161,7 @@ def _samples(path: Path) -> list[tuple[int, int, str, int]]:
                 key, _, form = base.partition(".")  # webdataset's rule: the key ends at the first dot of the name
                 if not member.isfile() or base.startswith("."):
                     continue
-                if f".{form.lower()}" in SUFFIXES:
+                if f".{form.lower()}" in IMAGE_SUFFIXES:
                     images[f"{folder}/{key}"] = (member.offset_data, member.size, member.name)
                 elif form.lower() == "cls":
                     labels[f"{folder}/{key}"] = _label(path, member.name, tar.extractfile(member).read())

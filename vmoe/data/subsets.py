@@ -43,7 +43,7 @@ def split(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, n
     Returns:
         Ascending positions of what remains and of what is cut off.
     """
-    cut = pick(labels, lambda _, size: min(_share(fraction, size), size - 1), seed)
+    cut = pick(labels, lambda _, size: min(_rounded_share(fraction, size), size - 1), seed)
     return np.setdiff1d(np.arange(len(labels)), cut), cut
 
 
@@ -65,7 +65,7 @@ def choose_training(labels: np.ndarray, config: SubsetConfig, class_names: Seque
         return pick(labels, lambda _, __: wanted, seed)
     if config.fraction is not None:
         fraction = config.fraction
-        return pick(labels, lambda _, size: _share(fraction, size), seed)
+        return pick(labels, lambda _, size: _rounded_share(fraction, size), seed)
     return np.arange(len(labels))
 
 
@@ -83,7 +83,7 @@ def find_classes(wanted: Sequence[str | int], class_names: Sequence[str]) -> lis
         elif str(item) in map(str, range(len(class_names))):  # so 010 is no index
             index = int(item)
         else:
-            hint = nearest(str(item), class_names) or f"the {len(class_names)} classes are {_some(class_names)}"
+            hint = nearest(str(item), class_names) or f"the {len(class_names)} classes are {_first_names(class_names)}"
             raise UserError(f"data.subset.classes: no class {item!r} in this data set; {hint}")
         if index in found:
             raise UserError(f"data.subset.classes: class {class_names[index]!r} is given twice; name it once")
@@ -91,10 +91,10 @@ def find_classes(wanted: Sequence[str | int], class_names: Sequence[str]) -> lis
     return found
 
 
-def _share(fraction: float, size: int) -> int:
+def _rounded_share(fraction: float, size: int) -> int:
     """`fraction` of `size` rounded half up, at least 1."""
     return max(1, int(fraction * size + 0.5))
 
 
-def _some(names: Sequence[str]) -> str:
+def _first_names(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

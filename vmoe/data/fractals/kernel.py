@@ -12,13 +12,13 @@ from torch import Tensor
 from vmoe.data.fractals.systems import FARTHEST, MATRIX_BITS
 
 
-def count_points(varied, chances: Tensor, warm_up: int, size: int) -> Tensor:
+def count_points_on_gpu(varied, chances: Tensor, warm_up: int, size: int) -> Tensor:
     """See `pictures.count_points`."""
     pictures, maps, _ = varied.maps.shape
     steps, chains = chances.shape
     counts = torch.zeros(pictures, maps, size, size, dtype=torch.int32, device=chances.device)
     with torch.cuda.device_of(chances):
-        _count[(pictures,)](
+        _count_points_kernel[(pictures,)](
             *(part.contiguous() for part in (varied.maps, varied.thresholds, varied.turns, varied.shifts, chances)),
             counts, STEPS=steps, WARM_UP=warm_up, SIZE=size, CHAINS=chains, MAPS=maps, BITS=MATRIX_BITS,
             FARTHEST=FARTHEST, num_warps=min(8, max(4, chains // 128)),
@@ -27,7 +27,7 @@ def count_points(varied, chances: Tensor, warm_up: int, size: int) -> Tensor:
 
 
 @triton.jit
-def _count(
+def _count_points_kernel(
     maps_ptr, thresholds_ptr, turns_ptr, shifts_ptr, chances_ptr, counts_ptr, STEPS: tl.constexpr,
     WARM_UP: tl.constexpr, SIZE: tl.constexpr, CHAINS: tl.constexpr, MAPS: tl.constexpr, BITS: tl.constexpr,
     FARTHEST: tl.constexpr,
@@ -52,8 +52,8 @@ def _count(
             x, y, step, chains, maps_ptr, thresholds_ptr, shifts_ptr, chances_ptr, CHAINS, MAPS, BITS, FARTHEST
         )
         if step >= WARM_UP:
-            across = _applied(cos, -sin, x, y, BITS)
-            down = _applied(sin, cos, x, y, BITS)
+            across = _product_row(cos, -sin, x, y, BITS)
+            down = _product_row(sin, cos, x, y, BITS)
             left = tl.minimum(left, across)
             right = tl.maximum(right, across)
             top = tl.minimum(top, down)
@@ -73,8 +73,8 @@ def _count(
             x, y, step, chains, maps_ptr, thresholds_ptr, shifts_ptr, chances_ptr, CHAINS, MAPS, BITS, FARTHEST
         )
         if step >= WARM_UP:
-            column = (_applied(cos, -sin, x, y, BITS) - first_column) * SIZE // (extent + 1)
-            row = (_applied(sin, cos, x, y, BITS) - first_row) * SIZE // (extent + 1)
+            column = (_product_row(cos, -sin, x, y, BITS) - first_column) * SIZE // (extent + 1)
+            row = (_product_row(sin, cos, x, y, BITS) - first_row) * SIZE // (extent + 1)
             tl.atomic_add(counts_ptr + (chosen * SIZE + row) * SIZE + column, 1, sem="relaxed")
 
 
@@ -88,13 +88,13 @@ def _advanced(
     for which in tl.static_range(MAPS - 1):
         chosen += (chance >= tl.load(thresholds_ptr + which)).to(tl.int32)
     parameters = maps_ptr + chosen * 6
-    next_x = _applied(tl.load(parameters), tl.load(parameters + 1), x, y, BITS) + tl.load(parameters + 4)
-    next_y = _applied(tl.load(parameters + 2), tl.load(parameters + 3), x, y, BITS) + tl.load(parameters + 5)
+    next_x = _product_row(tl.load(parameters), tl.load(parameters + 1), x, y, BITS) + tl.load(parameters + 4)
+    next_y = _product_row(tl.load(parameters + 2), tl.load(parameters + 3), x, y, BITS) + tl.load(parameters + 5)
     next_x = tl.minimum(tl.maximum(next_x, -FARTHEST), FARTHEST)
     next_y = tl.minimum(tl.maximum(next_y, -FARTHEST), FARTHEST)
     return next_x, next_y, chosen
 
 
 @triton.jit
-def _applied(a, b, x, y, BITS: tl.constexpr):
+def _product_row(a, b, x, y, BITS: tl.constexpr):
     return (a * x + b * y + (1 << (BITS - 1))) >> BITS

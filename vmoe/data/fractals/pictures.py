@@ -29,6 +29,7 @@ from vmoe.data.fractals.systems import (
     MATRIX_ONE,
     PLACE_ONE,
     draw_systems,
+    in_units,
 )
 from vmoe.data.fusing import Fused
 
@@ -39,7 +40,7 @@ except ModuleNotFoundError as error:
         raise
     kernel = None
 
-WARM_UP = 12  # steps from the middle of the picture to the attractor, which are not counted
+UNCOUNTED_STEPS = 12  # steps from the middle of the picture to the attractor, which are not counted
 _POINTS = 4  # that are counted, for each pixel of a picture on average
 _TURNS = 4096  # angles of a full turn
 _LOG_ONE = 1 << 12
@@ -78,9 +79,9 @@ class PictureMaker:
         self._chances = spread_chances(size).to(device)
         self._numbers = draw_numbers(_VARIED + len(self._chances), device=device)
         turns = [2 * math.pi * turn / _TURNS for turn in range(_TURNS)]
-        self._directions = _table([[math.cos(turn), math.sin(turn)] for turn in turns], MATRIX_ONE).to(device)
-        points = self._chances.shape[1] * (len(self._chances) - WARM_UP)
-        self._logarithms = _table([math.log2(1 + count) for count in range(points + 1)], _LOG_ONE).to(device)
+        self._directions = _whole_numbers([[math.cos(turn), math.sin(turn)] for turn in turns], MATRIX_ONE).to(device)
+        points = self._chances.shape[1] * (len(self._chances) - UNCOUNTED_STEPS)
+        self._logarithms = _whole_numbers([math.log2(1 + count) for count in range(points + 1)], _LOG_ONE).to(device)
         self._vary, self._paint = (
             (Fused(self._varied), Fused(self._painted)) if fused else (self._varied, self._painted)
         )
@@ -98,8 +99,8 @@ class PictureMaker:
     def counts(self, varied: Varied) -> Tensor:
         """How many points fall into each pixel by each map, (B, M, S, S) int32."""
         if varied.maps.is_cuda and kernel is not None:
-            return kernel.count_points(varied, self._chances, WARM_UP, self.size)
-        return count_points(varied, self._chances, WARM_UP, self.size)
+            return kernel.count_points_on_gpu(varied, self._chances, UNCOUNTED_STEPS, self.size)
+        return count_points(varied, self._chances, UNCOUNTED_STEPS, self.size)
 
     def _varied(self, labels: Tensor, numbers: Tensor) -> tuple[Tensor, ...]:
         maps, thresholds, colours = (part[labels] for part in self._systems)
@@ -150,13 +151,13 @@ def count_points(varied: Varied, chances: Tensor, warm_up: int, size: int) -> Te
     counted = torch.empty(len(chances) - warm_up, *place.shape, dtype=torch.int32, device=of_maps.device)
     for step, which in enumerate(maps):
         parameters = of_maps[:, first + which]
-        place = _applied(parameters[:4:2], parameters[1:4:2], *place) + parameters[4:]
+        place = _rounded_row(parameters[:4:2], parameters[1:4:2], *place) + parameters[4:]
         place = place.clamp(-FARTHEST, FARTHEST)
         if step >= warm_up:
             counted[step - warm_up] = place
     cos, sin = varied.turns.T[:, :, None]
     x, y = counted.unbind(dim=1)  # (T counted, B, P) each
-    columns, rows = _pixels(_applied(cos, -sin, x, y), _applied(sin, cos, x, y), size)
+    columns, rows = _pixels(_rounded_row(cos, -sin, x, y), _rounded_row(sin, cos, x, y), size)
     pixels = (maps[warm_up:] * size + rows) * size + columns
     pixels = pixels.transpose(0, 1).reshape(pictures, -1)
     counts = torch.zeros(pictures, MAPS * size * size, dtype=torch.int32, device=of_maps.device)
@@ -164,7 +165,7 @@ def count_points(varied: Varied, chances: Tensor, warm_up: int, size: int) -> Te
     return counts.view(pictures, MAPS, size, size)
 
 
-def _applied(a: Tensor, b: Tensor, x: Tensor, y: Tensor) -> Tensor:
+def _rounded_row(a: Tensor, b: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """One row of a matrix times a place, rounded."""
     return a * x + b * y + MATRIX_ONE // 2 >> MATRIX_BITS
 
@@ -187,7 +188,7 @@ def spread_chances(size: int) -> Tensor:
     In a step each chain is alone in one of P equal parts of the range, which one is drawn.
     """
     chains = 1 << max(6, (8 * size - 1).bit_length())
-    steps = WARM_UP + max(1, -(-_POINTS * size * size // chains))
+    steps = UNCOUNTED_STEPS + max(1, -(-_POINTS * size * size // chains))
     keys = torch.stack([torch.full((steps,), CLASS_STREAM), torch.arange(steps)], dim=1)
     parts, inside = uniforms(1, keys, draw_numbers(2 * chains)).T.split(chains, dim=1)
     width = CHOICE_ONE // chains
@@ -200,5 +201,5 @@ def _around(draws: Tensor, most: float) -> Tensor:
     return (draws * (2 * most + 1)).int() - most
 
 
-def _table(values: list, one: int) -> Tensor:
-    return (torch.tensor(values, dtype=torch.float64) * one).round().int()
+def _whole_numbers(values: list, one: int) -> Tensor:
+    return in_units(torch.tensor(values, dtype=torch.float64), one)

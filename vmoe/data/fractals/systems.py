@@ -54,14 +54,14 @@ def draw_systems(classes: int) -> Systems:
     draws = uniforms(0, keys, draw_numbers(values + MAPS * (_SHAPE_DRAWS + 3))).T.double()
     of_values, of_shapes, of_colours = draws.split([values, MAPS * _SHAPE_DRAWS, MAPS * 3], dim=1)
     singular = _singular_values(of_values.reshape(classes, _CANDIDATES, MAPS, 2))
-    matrices, translations = _affine(singular, of_shapes.reshape(classes, MAPS, _SHAPE_DRAWS))
+    matrices, translations = _affine_maps(singular, of_shapes.reshape(classes, MAPS, _SHAPE_DRAWS))
     translations = _into_square(matrices, translations)
     areas = singular.prod(dim=2).clamp(min=_LEAST_SHARE)
     thresholds = (areas / areas.sum(dim=1, keepdim=True)).cumsum(dim=1)[:, :-1]
     colours = _DARKEST + of_colours.reshape(classes, MAPS, 3) * (256 - _DARKEST)
     return Systems(
-        torch.cat([_whole(matrices.flatten(2), MATRIX_ONE), _whole(translations, PLACE_ONE)], dim=2),
-        _whole(thresholds, CHOICE_ONE),
+        torch.cat([in_units(matrices.flatten(2), MATRIX_ONE), in_units(translations, PLACE_ONE)], dim=2),
+        in_units(thresholds, CHOICE_ONE),
         colours.int(),
     )
 
@@ -77,7 +77,7 @@ def _singular_values(draws: Tensor) -> Tensor:
     return candidates[torch.arange(len(candidates)), order.argmin(dim=1)]
 
 
-def _affine(singular: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
+def _affine_maps(singular: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
     """Matrices (C, M, 2, 2): a rotation, the singular values, another rotation, signs; and translations (C, M, 2)."""
     first, second = (_rotation(2 * math.pi * draws[..., which]) for which in (0, 1))
     signs = torch.where(draws[..., 2:4] < 0.5, -1.0, 1.0).double()
@@ -95,17 +95,18 @@ def _into_square(matrices: Tensor, translations: Tensor) -> Tensor:
     points = torch.zeros(len(matrices), _CHAINS, 2, dtype=matrices.dtype)
     low, high = torch.full_like(points[:, :1], math.inf), torch.full_like(points[:, :1], -math.inf)
     for step, chosen in enumerate((choices * MAPS).long()):
-        points = _applied(matrices[:, chosen], points) + translations[:, chosen]
+        points = _transformed(matrices[:, chosen], points) + translations[:, chosen]
         if step >= _WARM_UP:
             low = torch.minimum(low, points.amin(dim=1, keepdim=True))
             high = torch.maximum(high, points.amax(dim=1, keepdim=True))
     middle, half = (low + high) / 2, (high - low).amax(dim=2, keepdim=True) / 2
-    return (_applied(matrices, middle) + translations - middle) / half
+    return (_transformed(matrices, middle) + translations - middle) / half
 
 
-def _applied(matrices: Tensor, points: Tensor) -> Tensor:
+def _transformed(matrices: Tensor, points: Tensor) -> Tensor:
     return (matrices * points[..., None, :]).sum(dim=-1)
 
 
-def _whole(values: Tensor, one: int) -> Tensor:
+def in_units(values: Tensor, one: int) -> Tensor:
+    """Numbers as the nearest whole numbers of `one`ths, int32."""
     return (values * one).round().int()
