@@ -1,4 +1,4 @@
-"""What keeps `import vmoe` quick: packages whose names are imported when they are first used, and timm last.
+"""What keeps `import vmoe` quick: names of packages are imported when they are first used, and timm last.
 
 torch and timm take seconds to import, which neither `vmoe JOB --help` nor a mistyped option needs.
 """

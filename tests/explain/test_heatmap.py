@@ -9,7 +9,7 @@ import vmoe
 from vmoe.data import eval_transform
 from vmoe.errors import UserError
 from vmoe.explain.heatmap.figure import draw_layer, draw_overview
-from vmoe.explain.heatmap.maps import blend, choice_map, dropped_map, entropies, entropy_map, gate_map, pale
+from vmoe.explain.heatmap.maps import choice_map, dropped_map, entropies, entropy_map, gate_map, overlaid, pale
 from vmoe.explain.heatmap.routed import (
     RoutedImage,
     describe_layer,
@@ -54,7 +54,7 @@ def shown_texts(page):
 
 def test_blend_is_opacity_times_colour_plus_the_rest_of_the_background():
     background = np.full((4, 4, 3), 0.5)
-    pixels = blend(background, np.array([[RED, BLUE]]), np.array([[0.25, 1.0]]))
+    pixels = overlaid(background, np.array([[RED, BLUE]]), np.array([[0.25, 1.0]]))
     assert np.allclose(pixels[:, :2], [0.25 + 0.375, 0.375, 0.375])
     assert np.allclose(pixels[:, 2:], BLUE)
 

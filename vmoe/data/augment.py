@@ -22,10 +22,10 @@ from vmoe.data.presets import AugmentSteps, resolve
 class Augmenter:
     """Varies training images; the result is a pure function of (image, seed, epoch, index).
 
-    No global random state is read or changed, so the number of workers and what else draws random numbers is no matter.
+    No global random state is read or changed: neither the number of workers nor other random draws change a result.
 
     Args:
-        config: preset and its parameters. A parameter that the preset does not use is warned about.
+        config: preset and its parameters. A warning names a parameter that the preset does not use.
         image_size: side of the results in pixels.
         mean: of the channels, in [0, 1]: the colour that fills what is cut out or moved in from outside.
         flip: probability of a horizontal flip where the config leaves it to the data set.
@@ -110,7 +110,7 @@ class _RandAugment(A.ImageOnlyTransform):
         super().__init__(p=1)
         low, high = magnitudes
         choices = [v2.RandAugment(1, magnitude, fill=list(fill)) for magnitude in range(low, high + 1)]
-        # Where there is no choice, none is drawn: that would shift the draws of the operations.
+        # With one magnitude RandomChoice would still draw, which would shift the draws of the operations.
         operation = v2.RandomChoice(choices) if len(choices) > 1 else choices[0]
         self.operations = v2.Compose([operation] * operations)
 

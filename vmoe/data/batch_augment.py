@@ -7,7 +7,7 @@ The presets of `Augmenter`, with these differences from it:
   picture the next may bring back, and motions come before operations on colours, which also change the filling;
 - the colour jitter changes brightness, contrast, saturation in this order, and rounds once, at its end.
 
-Shapes: B images, S pixels a side of a result, Q pixels a side of a stored image, n stored images.
+Shapes: B images, S pixels per side of a result, Q pixels per side of a stored image, n stored images.
 """
 
 import math
@@ -31,10 +31,10 @@ _CROP, _FLIP, _JITTER, _ERASING, _RANDAUGMENT = 0, 4, 5, 8, 13
 class BatchAugmenter:
     """Varies and normalises training images; a result is a function of (stored image, seed, epoch, index) alone.
 
-    The device is never waited for. On a GPU the whole is compiled into few kernels.
+    The host never synchronises with the device. On a GPU the whole is compiled into few kernels.
 
     Args:
-        config: preset and its parameters. A parameter that the preset does not use is warned about.
+        config: preset and its parameters. A warning names a parameter that the preset does not use.
         image_size: S.
         mean: of the channels, in [0, 1]; also what fills what is erased or moved in from outside.
         std: of the channels, in [0, 1].

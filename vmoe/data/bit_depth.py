@@ -1,4 +1,4 @@
-"""How many bits the values of a set's deep files use: measured once, on a sample, where nobody says it."""
+"""How many bits the values of a set's deep files use: measured once, on a sample, where neither file nor user says."""
 
 import math
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from vmoe.errors import UserError
 _DEEP_SUFFIXES = tuple(suffix for form in ("PNG", "PPM", "TIFF") for suffix in FORMATS[form])
 _LOOKED_FOR, _OPENED, _DECODED = 1000, 200, 64  # images at most
 _USUAL = (8, 10, 12, 14, 16)
-_SEEN = 32  # images whose brightest level is looked at
+_SEEN = 32  # images at most, for the brightest level
 _DIM = 64  # of 255
 
 
@@ -53,7 +53,7 @@ def measure_bit_depth(images: FileImages | ShardedImages, positions: Sequence[in
         try:
             with images.open(position) as file:
                 values = _file_values(file)
-        except Exception:  # damaged, which is told where it is used
+        except Exception:  # a damaged file: whoever uses it reports it
             continue
         if values is not None:
             found.append(values)
@@ -103,13 +103,13 @@ def brightest_level(images: ImageSet) -> int | None:
     for index in _evenly_spread(range(len(images)), _SEEN):
         try:
             levels.append(int(images.read(index).max()))
-        except UserError:  # damaged, which is told where it is used
+        except UserError:  # a damaged file: whoever uses it reports it
             continue
     return max(levels, default=None)
 
 
 def depth_lines(root: str, given: int | None, measured: Measured | None, brightest: int | None) -> list[str]:
-    """What there is to say about a set's depth: what was measured, and whether it looks wrongly scaled."""
+    """The notes about a set's depth: what was measured, and whether the images look wrongly scaled."""
     lines = []
     needed = None  # bits of nearly all files, where a few have larger values
     if measured is not None and given is None:

@@ -54,7 +54,7 @@ def readable_files(paths: Sequence[Path], threads: int, bit_depth: int | None = 
 
 
 def refusal(lines: Sequence[str]) -> str:
-    """One line on images of validation and test that cannot be read, of which each has a line."""
+    """One line on images of validation and test that cannot be read, made of a line for each of them."""
     first, others = lines[0], [line.partition(": ")[0] for line in lines[1:]]
     if not others:
         return first

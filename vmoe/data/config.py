@@ -52,7 +52,7 @@ def nearest(word: str, names: Iterable[str]) -> str:
 class AugmentConfig:
     """How training images are varied; evaluation images never are.
 
-    A value of None is the preset's own. A value that the preset does not use is warned about.
+    None takes the preset's own value. A value that the preset does not use has no effect, which a warning says.
 
     Args:
         preset: "none" resizes only; "light" crops and flips; "strong" adds RandAugment, colour jitter and
@@ -62,7 +62,7 @@ class AugmentConfig:
         crop_scale: crop a random rectangle with a share of the area between these two, and resize it to the image size.
             The way of images over 64 pixels, where None means [0.08, 1.0]. Not with crop_padding.
         flip: probability of a horizontal flip. None: 0.5, and 0 for digits.
-        randaugment_ops: RandAugment operations an image, 0 for none. None: 2 in "strong".
+        randaugment_ops: RandAugment operations per image, 0 for none. None: 2 in "strong".
         randaugment_magnitude: strength of RandAugment, 0 to 30 as torchvision counts (timm counts to 10: m9 there is
             about 27 here). Of [lowest, highest] every operation of every image draws a whole number of its own, both
             ends included; [0, 30] with one operation is TrivialAugment (arXiv 2103.10158) over RandAugment's ranges.
@@ -106,7 +106,7 @@ class MixConfig:
 
     Args:
         mixup_alpha: mixup blends two images by a share drawn from Beta(alpha, alpha); 0 never does.
-        cutmix_alpha: CutMix pastes a rectangle whose share of the area is drawn from Beta(alpha, alpha); 0 never does.
+        cutmix_alpha: CutMix pastes a rectangle; its share of the area is drawn from Beta(alpha, alpha). 0 never does.
         prob: probability that an image is mixed at all.
         switch_prob: probability of CutMix rather than mixup where both are on.
         until: share of the epochs after which nothing is mixed any more; 1 mixes to the end.
@@ -139,10 +139,10 @@ class MixConfig:
 class SubsetConfig:
     """A deterministic, stratified part of a data set.
 
-    A smaller fraction (or number a class) of one set is contained in every larger one.
+    A smaller fraction (or number per class) of one set is contained in every larger one.
 
     Args:
-        fraction: share of the training images of each class, over 0 and up to 1; at least one image a class is kept.
+        fraction: share of the training images of each class, over 0 and up to 1; at least one image per class is kept.
         per_class: number of training images of each class. Not with fraction.
         classes: names (or indices) of the classes to keep in every split; labels are renumbered in this order.
     """
@@ -211,7 +211,7 @@ class DataConfig:
         bit_depth: how many bits the values of image files with more than 8 bits per channel use, such as 12 of 16,
             where the files do not say it themselves: white is 2**bit_depth - 1; 1 for fractions from 0 to 1. None:
             measured on a sample of the training images.
-        batch_size: training images a step.
+        batch_size: training images per step.
         repeat: passes over the training images that make one epoch; above 1, a small set is validated and saved less
             often. With "fractals" an epoch has fractals.epoch_images so many times.
         images: with "fractals", how many different training images there are: they come again and again, while the
@@ -219,7 +219,7 @@ class DataConfig:
         fractals: with "fractals", its classes and how strongly pictures vary.
         shards_at_once: with "webdataset", from how many shards at a time training images are drawn; fewer read more
             locally, more shuffle better.
-        eval_batch_size: images a step in validation and test. None: batch_size.
+        eval_batch_size: images per step in validation and test. None: batch_size.
         pipeline: "workers" reads and augments images on the CPU, batch by batch; "device" keeps the whole set as bytes
             on the device that trains and augments there, for sets that fit.
         workers: processes that load images beside the main one. Batches do not depend on their number; a training on
@@ -228,7 +228,7 @@ class DataConfig:
         check: whether every image of every split is opened before the run, so that a damaged one of validation or test
             is found then. None: where that is little work beside the run; a line says where it is not done.
         val_fraction: share of the training images of each class cut off for validation where a set has no validation
-            split of its own (at least one image a class). 0 cuts off none: all are trained on, and the last epoch's
+            split of its own (at least one image per class). 0 cuts off none: all are trained on, and the last epoch's
             checkpoint stands for the best.
         augment: how training images are varied.
         mix: how training images are mixed with each other.

@@ -96,7 +96,7 @@ def _glass_blur(image: np.ndarray, level: tuple[float, int, int], rng: np.random
 
 def _motion_blur(image: np.ndarray, level: tuple[float, float], rng: np.random.Generator) -> np.ndarray:
     """`level`: radius and sigma."""
-    return _moved(image, *level, rng.uniform(-45, 45))
+    return _motion_blurred(image, *level, rng.uniform(-45, 45))
 
 
 def _zoom_blur(image: np.ndarray, level: tuple[float, float], rng: np.random.Generator) -> np.ndarray:
@@ -112,7 +112,7 @@ def _snow(image: np.ndarray, level: tuple[float, ...], rng: np.random.Generator)
     mean, deviation, size, threshold, radius, sigma, kept = level
     flakes = _zoomed(rng.normal(mean, deviation, image.shape[:2]).astype(np.float32), size)
     flakes = np.clip(np.where(flakes < threshold, 0, flakes), 0, 1).astype(np.float32)
-    flakes = _moved(flakes, radius, sigma, rng.uniform(-135, -45))[..., None]
+    flakes = _motion_blurred(flakes, radius, sigma, rng.uniform(-135, -45))[..., None]
     gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[..., None]
     return kept * image + (1 - kept) * np.maximum(image, 1.5 * gray + 0.5) + flakes + np.rot90(flakes, 2)
 
@@ -189,7 +189,7 @@ def _zoomed(image: np.ndarray, factor: float) -> np.ndarray:
     return image[trim : trim + side, trim : trim + side]
 
 
-def _moved(image: np.ndarray, radius: float, sigma: float, degrees: float) -> np.ndarray:
+def _motion_blurred(image: np.ndarray, radius: float, sigma: float, degrees: float) -> np.ndarray:
     """ImageMagick's motion blur: half a Gaussian along a line from each pixel."""
     reach = 2 * math.ceil(radius)
     angle = math.radians(degrees)

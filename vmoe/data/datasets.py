@@ -38,7 +38,7 @@ from vmoe.errors import UserError
 
 _DOWNLOADED = ("cifar10", "cifar100", "imagenette")
 _IMAGENETTE_IMAGES = (9469, 3925)  # train, val
-_OF_THE_USER = ("imagenet", "folder", "webdataset", "npz")  # of which it is not known how their values are scaled
+_OF_THE_USER = ("imagenet", "folder", "webdataset", "npz")  # nobody knows beforehand how their values are scaled
 _TEST_FRACTION = 0.2  # of a set without any split
 
 
@@ -89,7 +89,7 @@ def load_splits(config: DataConfig, for_training: bool = True) -> Splits:
 
 
 def _looked_at(splits: Splits, config: DataConfig) -> Splits:
-    """The same images, their deep files read by the depth that is given or measured, and what looks wrong with them."""
+    """The same splits with the depth of their files, given or measured, and with notes on what looks wrong."""
     depth, measured = config.bit_depth, None
     measurable = splits.train if len(splits.train) else splits.test
     if isinstance(measurable.images, FileImages | ShardedImages):
@@ -116,7 +116,7 @@ def _looked_at(splits: Splits, config: DataConfig) -> Splits:
 
 
 def _empty_class_lines(root: str, splits: Splits) -> list[str]:
-    """Says which classes no training image has."""
+    """A warning that names the classes without a training image; none where each class has one."""
     counts = np.bincount(splits.train.labels, minlength=len(splits.class_names))
     empty = [splits.class_names[label] for label in np.flatnonzero(counts == 0)]
     if not empty:
@@ -127,7 +127,7 @@ def _empty_class_lines(root: str, splits: Splits) -> list[str]:
 
 
 def download(config: DataConfig) -> None:
-    """Fetches a set that torchvision downloads, unless it is there already; finds out where images are in shards."""
+    """Downloads a set that torchvision offers, unless it is there already; reads where images lie in tar shards."""
     if config.name in _DOWNLOADED or config.name == "webdataset":
         _LOADERS[config.name](config)
 
@@ -163,7 +163,7 @@ def _imagenette(config: DataConfig) -> Splits:
     )
     folders = read_class_folders({split: Path(config.root) / name / split for split in ("train", "val")})
     train, val = folders.samples["train"], folders.samples["val"]
-    # torchvision takes any folder of that name for complete, also one whose unpacking was interrupted.
+    # torchvision takes any folder of that name for complete, even if its unpacking was interrupted.
     if (len(train), len(val)) != _IMAGENETTE_IMAGES:
         raise UserError(
             f"data.root={config.root}: {name} is incomplete, {len(train)} + {len(val)} images of "
@@ -173,7 +173,11 @@ def _imagenette(config: DataConfig) -> Splits:
 
 
 def _torchvision_set(what: str, root: str, make: Callable[[], CIFAR10 | Imagenette]) -> CIFAR10 | Imagenette:
-    """Makes a torchvision set, which downloads and verifies it; one line when that fails."""
+    """A set of torchvision, which downloads and verifies it.
+
+    Raises:
+        UserError: That fails; the line says what to do.
+    """
     try:
         return make()
     except (OSError, RuntimeError, EOFError, http.client.HTTPException, tarfile.TarError) as error:
@@ -208,10 +212,8 @@ def _folder(config: DataConfig) -> Splits:
     sets = {split: _file_set(samples) for split, samples in folders.samples.items()}
     if list(sets) == ["train"]:
         return _cut_test(sets["train"], folders.classes, notes, config)
-    if (
-        config.name == "imagenet" and "test" not in sets and "train" in sets
-    ):  # its results are those on val, which then chooses nothing
-        sets["test"] = sets.pop("val")
+    if config.name == "imagenet" and "test" not in sets and "train" in sets:
+        sets["test"] = sets.pop("val")  # ImageNet's results are those on val, so val must not choose the checkpoint
     return given_splits(sets, folders.classes, notes, root)
 
 

@@ -1,7 +1,7 @@
 """Images with more than 8 bits per channel, or with fractions: which value is white, and what they are in 8 bits.
 
-A camera of 12 bits writes files of 16 whose brightest value is 4095. Few files say so. PNG's sBIT does not: it tells
-how many bits mattered before the values were spread over all 16.
+A camera of 12 bits writes files of 16 bits with 4095 as their brightest value. Few files say so. PNG's sBIT does not:
+it gives how many bits mattered before the values were spread over all 16.
 """
 
 import struct
@@ -150,7 +150,7 @@ def over_white(image: Image.Image) -> Image.Image:
 
 
 def _as_upright(content: bytes) -> bytes:
-    """A TIFF whose first image has no orientation: OpenCV's versions turn some of them and fail with others."""
+    """A TIFF without the orientation of its first image: OpenCV's versions turn some TIFFs and fail with others."""
     order = "<" if content[:2] == b"II" else ">"
     (start,) = struct.unpack_from(f"{order}I", content, 4)
     (count,) = struct.unpack_from(f"{order}H", content, start)

@@ -10,10 +10,10 @@ from torch._dynamo.exc import TorchDynamoException
 
 
 class Fused:
-    """Calls a function of tensors: compiled by torch.compile on a GPU, as it is elsewhere or where compiling fails.
+    """Calls a function of tensors: compiled by torch.compile on a GPU; uncompiled elsewhere, and where compiling fails.
 
     Args:
-        function: Its first argument is a tensor. Its shapes are static: each new one is compiled anew.
+        function: Its first argument is a tensor. Shapes are static: each new shape is compiled again.
     """
 
     def __init__(self, function: Callable[..., Tensor | tuple[Tensor, ...]]) -> None:

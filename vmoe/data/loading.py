@@ -193,7 +193,7 @@ class ImageLoader(DataLoader):
     is full, as a container's 64 MiB soon are, batches come through a pipe, with a warning: PyTorch would wait for ever.
 
     Args:
-        dataset: whose `__getitems__` gives a batch.
+        dataset: its `__getitems__` gives a batch.
         workers: number of processes.
         **options: DataLoader's.
     """
@@ -273,4 +273,4 @@ class _ErrorsAsValues(Dataset):
 
 
 def _uncollated(batch: Any) -> Any:
-    return batch
+    return batch  # the dataset has made a batch of it already

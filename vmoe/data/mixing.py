@@ -1,10 +1,10 @@
 """Mixup and CutMix on the device, every image by a share of its own.
 
-torchvision's v2.MixUp and v2.CutMix compute the same, but draw one share a batch from the global generator and pair
+torchvision's v2.MixUp and v2.CutMix compute the same, but draw one share per batch from the global generator and pair
 images across the whole batch: results would change with the number of processes and after a resume. Here the share is
 a function of (seed, epoch, index), and partners are in one group of consecutive images, which no process splits.
 
-Shapes: B images, S pixels a side, C classes.
+Shapes: B images, S pixels per side, C classes.
 """
 
 import warnings
@@ -24,7 +24,7 @@ _QUANTILES = 4096
 
 
 def make_mixer(config: MixConfig, classes: int, seed: int, device: torch.device) -> "Mixer | None":
-    """The mixer of a config; None where both alphas are 0. Settings without effect are warned about."""
+    """The mixer of a config; None where both alphas are 0. It warns of settings that have no effect."""
     if not config.is_on and config != MixConfig():
         warnings.warn("data.mix has no effect: mixup_alpha and cutmix_alpha are both 0", stacklevel=2)
     elif config.is_on and not config.has_both and config.switch_prob != MixConfig.switch_prob:

@@ -51,7 +51,9 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
             return {name: arrays[name] for name in arrays.files}
     except Exception as error:  # a damaged header makes NumPy fail in any way it can
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"{path}: cannot be read as an .npz file ({reason}); write it anew with numpy.savez") from error
+        raise UserError(
+            f"{path}: cannot be read as an .npz file ({reason}); write it again with numpy.savez"
+        ) from error
 
 
 def _npz_set(root: str, arrays: dict[str, np.ndarray], name: str) -> ImageSet:

@@ -1,4 +1,4 @@
-"""Patchwork: generated images whose every patch is known, to test whether experts align with what patches show.
+"""Patchwork: generated images of known patches, to test whether experts align with what patches show.
 
 An image of 48 pixels is a grid of 6 x 6 patches. Three regions have a texture each, in two random colours; on seven of
 the patches stands an object in random colours instead: four times the one that names the image's class, and three
@@ -88,7 +88,7 @@ def _colour_pairs(random: np.random.Generator, count: int, pairs: int) -> np.nda
 
 @lru_cache(maxsize=1)
 def _templates() -> np.ndarray:
-    """How much of each pixel the second colour covers: (kinds, jitters, 8, 8); "noise" is drawn anew each time."""
+    """How much of each pixel the second colour covers: (kinds, jitters, 8, 8); "noise" is drawn per patch."""
     y, x = np.mgrid[:PATCH_SIZE, :PATCH_SIZE]
     v, u = y - 3.5, x - 3.5
     radius = np.hypot(u, v)

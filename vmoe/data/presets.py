@@ -1,4 +1,4 @@
-"""What an augmentation config comes to: the values of its preset, whichever pipeline applies them."""
+"""The augmentation steps that a config means: its preset's values, the same for both pipelines."""
 
 import warnings
 from typing import Any, NamedTuple
@@ -26,7 +26,7 @@ _CROP_SCALE = (0.08, 1.0)
 class AugmentSteps(NamedTuple):
     """Every step of the augmentation in its order; a value of None or 0 leaves the step out."""
 
-    crop_padding: int | None  # pixels a side
+    crop_padding: int | None  # pixels per side
     crop_scale: tuple[float, float] | None  # shares of the area
     flip: float
     randaugment_ops: int
@@ -39,7 +39,7 @@ def resolve(config: AugmentConfig, image_size: int, flip: float) -> AugmentSteps
     """The steps that a config means.
 
     Args:
-        config: preset and its parameters. A parameter that the preset does not use is warned about.
+        config: preset and its parameters. A warning names a parameter that the preset does not use.
         image_size: side of the results in pixels.
         flip: probability of a horizontal flip where the config leaves it to the data set.
     """

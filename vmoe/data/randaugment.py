@@ -1,10 +1,10 @@
 """RandAugment (arXiv 1909.13719) of a batch, every image by operations of its own: torchvision's set and magnitudes.
 
 An operation is a code: `KINDS` times its magnitude, plus twice its place in `OPERATIONS`, plus 1 where its sign is
-negative. All numbers that belong to a code are constants, looked up; so nothing waits for the device and shapes never
-depend on what was drawn.
+negative. All numbers that belong to a code are constants in tables. So the host never synchronises with the device, and
+shapes never depend on what was drawn.
 
-Shapes: B images, S pixels a side. Images are (B, 3, S, S) float32 of whole numbers from 0 to 255.
+Shapes: B images, S pixels per side. Images are (B, 3, S, S) float32 of whole numbers from 0 to 255.
 """
 
 import itertools
@@ -40,7 +40,7 @@ class RandAugmentTables:
         self.motions = torch.tensor(motions, device=device)  # (codes, 3, 3)
         self.factors = torch.tensor([1 + 0.9 * share * sign for share, _, sign in codes], device=device)
         self.levels = torch.arange(_LEVELS, dtype=torch.float32, device=device)
-        # 8 bits less so many; Python and torch both round half to even.
+        # Posterize keeps 8 bits less this many. Python and torch both round half to even.
         grain = torch.tensor([2.0 ** round(4 * share) for share in shares], device=device)[:, None]
         self.posterized = (self.levels / grain).floor() * grain  # (magnitudes, 256), as the next
         bounds = torch.linspace(1.0, 0.0, _STRONGEST + 1).to(device)  # made on the CPU: the same bits for every device

@@ -23,9 +23,13 @@ _SHARE = 0.5  # of the memory, at most
 
 @dataclass(frozen=True)
 class ResidentImages:
-    """A split on the device: (n, 3, Q, Q) uint8 `pixels`, (n,) int64 `labels`, `patch_labels` where they are known.
+    """A split on the device.
 
-    `damaged` has the places of images that cannot be read, by the index at which the next one stands in for them.
+    Attributes:
+        pixels: (n, 3, Q, Q) uint8.
+        labels: (n,) int64.
+        patch_labels: (n, rows, columns) what each patch shows; None where that is not known.
+        damaged: the places of images that cannot be read, by the index at which the next image replaces them.
     """
 
     pixels: Tensor
@@ -78,7 +82,7 @@ def check_room(parts: Sequence[tuple[ImageSet, int]], device: torch.device, shar
         sharers: how many processes have them, each for itself; on GPUs of their own, on a CPU in the same memory.
 
     Raises:
-        UserError: they would; the line tells both sizes.
+        UserError: they would; the line gives both sizes.
     """
     needed = sum(3 * side**2 * len(images) for images, side in parts)
     room = int(_SHARE * _memory(device) / (1 if device.type == "cuda" else sharers))
@@ -166,8 +170,8 @@ class ResidentTrainLoader:
     Args:
         images: the training split.
         augmenter: varies and normalises a batch by its keys.
-        batch_sampler: gives the keys; Lightning tells it the epoch.
-        in_step: batches have no images yet; who trains makes them, by `images_of`.
+        batch_sampler: gives the keys; Lightning sets its epoch.
+        in_step: batches have no images yet; the training step makes them by `images_of`.
     """
 
     def __init__(
@@ -205,7 +209,7 @@ class ResidentEvalLoader:
 
     Args:
         images: a validation or test split, stored at the image size.
-        batch_size: images a batch; the last may have fewer.
+        batch_size: images per batch; the last may have fewer.
         mean: of the channels.
         std: of the channels.
         order: indices of the images; None: the split's own order.

@@ -5,11 +5,11 @@ from collections.abc import Iterator
 import numpy as np
 from torch.utils.data import Sampler
 
-Key = tuple[int, int]  # (pass over the set, index of the image)
+Key = tuple[int, int]  # (pass over the set, index of the image); an epoch is `repeat` passes
 
 
 class EpochBatchSampler(Sampler[list[Key]]):
-    """Batches of a new permutation in each pass over the set, as keys that tell a worker the pass too.
+    """Batches of a new permutation in each pass over the set, as keys (pass, index): a worker knows the pass too.
 
     An incomplete last batch is left out; a set smaller than one batch gives one smaller batch.
     The epoch and `start_batch` are read when the first batch is asked for, not when the iterator is made: Lightning
@@ -17,14 +17,14 @@ class EpochBatchSampler(Sampler[list[Key]]):
 
     Args:
         length: number of images.
-        batch_size: images a batch.
+        batch_size: images per batch.
         seed: not negative.
         repeat: passes in an epoch, one after the other.
         part: which of `parts` equal, contiguous parts of each batch to give.
         parts: how many processes share a batch.
         blocks: the block of each image, such as its shard; then a pass takes a few blocks at a time, in a random order,
             and shuffles their images together. None shuffles all images together.
-        blocks_at_once: how many.
+        blocks_at_once: how many blocks at a time.
         epoch_images: images of an epoch, times `repeat`, where that is not all: an epoch goes on in the pass where the
             one before it ended. None: `length`.
 
@@ -85,7 +85,7 @@ class EpochBatchSampler(Sampler[list[Key]]):
             yield keys[start : start + size]
 
     def _order(self, rng: np.random.Generator) -> np.ndarray:
-        """Of a pass: all images (n,)."""
+        """The order of all images in one pass, (n,)."""
         if self.blocks is None:
             return rng.permutation(self.length)
         names, number_of_block = np.unique(self.blocks, return_inverse=True)

@@ -21,19 +21,19 @@ def write_shards(
     show: Callable[[str, int, int], None],
     say: Callable[[str], object],
 ) -> dict[str, int]:
-    """Copies ROOT/train/CLASS/IMAGE, and val and test likewise, into shards; files' bytes stay as they are.
+    """Copies ROOT/train/CLASS/IMAGE into tar shards, and val and test the same way; the files' bytes stay as they are.
 
     Args:
         source: ROOT.
         target: The new folder; it appears once it is complete.
-        images: The most of a shard.
-        megabytes: The most of a shard.
+        images: The most images of a shard.
+        megabytes: The most megabytes of a shard.
         seed: Of the order in which images are written.
-        show: Given the split, how many images of it are written, and how many there are.
-        say: Given a line about what is passed over, where there is any.
+        show: Called with the split, how many images of it are written, and how many there are.
+        say: Called with a line about files that are passed over, where there are any.
 
     Returns:
-        Shards of each split.
+        The number of shards of each split.
 
     Raises:
         UserError: the source has no such folders, the target exists, or the package is missing.

@@ -110,7 +110,7 @@ def _read_class_names(root: Path, count: int) -> list[str]:
     except ValueError as error:
         raise UserError(f"{path}: is not JSON; write a list of the classes' names, or remove it") from error
     if not isinstance(names, list) or len(names) < count:
-        raise UserError(f"{path}: must be a list of at least {count} names, one a label; mend or remove it")
+        raise UserError(f"{path}: must be a list of at least {count} names, one per label; mend or remove it")
     return [str(name) for name in names]
 
 

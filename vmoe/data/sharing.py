@@ -22,7 +22,7 @@ def part_of_batches(order: list[int], batch_size: int, part: int, parts: int) ->
 
 
 class FilledLoader:
-    """A loader whose batches after the first `counted` ones have the label `NOT_COUNTED`.
+    """A loader that gives all batches after the first `counted` ones the label `NOT_COUNTED`.
 
     Args:
         loader: gives batches.

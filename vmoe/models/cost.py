@@ -1,4 +1,4 @@
-"""What a model costs: parameters, in all and active for one token, and floating-point operations an image."""
+"""What a model costs: parameters, in all and active for one token, and floating-point operations per image."""
 
 from typing import NamedTuple
 
@@ -48,11 +48,11 @@ def flops_per_image(model: nn.Module, image_size: int | tuple[int, int], in_chan
 
 
 def check_training_capacity(model: nn.Module, images: int, image_size: int) -> None:
-    """Refuses, before anything is computed, a capacity factor that leaves experts no place in training.
+    """Refuses, before anything is computed, a capacity factor that leaves experts no slot in training.
 
     Args:
         model: Any image model; it is left as it is.
-        images: Of a batch.
+        images: Images per batch.
         image_size: Pixels, one side of a square.
 
     Raises:

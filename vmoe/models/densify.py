@@ -39,11 +39,11 @@ def densify(
         `model`.
 
     Raises:
-        ValueError: A bad argument, or a layer whose function no single MLP has (shared experts, experts of another
-            width, norms of each expert to join).
+        ValueError: A bad argument, or a layer that no single MLP can replace (shared experts, experts of another width,
+            norms of each expert to join).
     """
     layers = dict(moe_layers(model))
-    _check(layers, how, expert, weights or {})
+    _check_arguments(layers, how, expert, weights or {})
     for name, layer in layers.items():
         share_E = torch.ones(layer.num_experts) / (layer.num_experts if how == "join" else 1)
         if how == "expert":
@@ -57,7 +57,7 @@ def densify(
     return model
 
 
-def _check(layers: dict[str, MoeMlp], how: str, expert: int, weights: Mapping) -> None:
+def _check_arguments(layers: dict[str, MoeMlp], how: str, expert: int, weights: Mapping) -> None:
     if how not in ("merge", "expert", "join"):
         raise ValueError(f'how={how!r}: must be "merge", "expert" or "join"')
     if weights and how == "expert":
@@ -68,7 +68,9 @@ def _check(layers: dict[str, MoeMlp], how: str, expert: int, weights: Mapping) -
         if not 0 <= expert < layer.num_experts:
             raise ValueError(f"expert={expert}: {name} has experts 0 to {layer.num_experts - 1}")
         if layer.shared is not None:
-            raise ValueError(f"{name} has shared experts, whose results are added: no MLP of the dense width does that")
+            raise ValueError(
+                f"{name} has shared experts; their results are added, which no MLP of the dense width does"
+            )
         if not hasattr(layer, "dense_form"):
             raise ValueError(f"{name} was not made by vmoe.sparsify, so what it replaced is not known")
         if how == "join":
@@ -134,7 +136,7 @@ def _dense_mlp(layer: MoeMlp, share_E: Tensor) -> nn.Module:
 
 
 def _dense_norm(norm: nn.Module, width: int, one: Callable[[Tensor], Tensor]) -> nn.LayerNorm:
-    """A norm of `width` whose parameters `one` makes of the experts' stacked ones."""
+    """A norm of `width`; `one` makes each of its parameters of the experts' stacked ones."""
     stacked_parts = zip(("weight", "bias"), norm(), strict=True)
     parameters = {key: one(stacked) for key, stacked in stacked_parts if stacked is not None}
     dense = nn.LayerNorm(width, elementwise_affine="weight" in parameters, bias="bias" in parameters)

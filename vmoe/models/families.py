@@ -35,7 +35,7 @@ REFUSALS = {
     "gemma4_vit.Gemma4GatedMlp": "MLPs that clamp values; create it with use_clipped_linears=False",
     "visformer.SpatialMlp": "MLPs that mix tokens (3x3 convolution)",
 }
-# Blocks whose MLP does not work on an image's tokens, by the file of timm and the class.
+# Blocks with an MLP that does not work on an image's tokens, by the file of timm and the class.
 OTHER_BLOCKS = {
     "cait.LayerScaleBlockClassAttn": _CLASS_TOKEN,
     "xcit.ClassAttentionBlock": _CLASS_TOKEN,
@@ -45,7 +45,7 @@ OTHER_BLOCKS = {
 }
 
 
-class Place(NamedTuple):
+class EligibleMlp(NamedTuple):
     """An MLP that can become an MoE layer.
 
     Attributes:
@@ -63,11 +63,11 @@ class Survey(NamedTuple):
     """What a model has.
 
     Attributes:
-        places: In the order of the forward pass.
+        eligible: Those that can become MoE layers, in the order of the forward pass.
         left_out: The other MLPs, by name, with the reason.
     """
 
-    places: list[Place]
+    eligible: list[EligibleMlp]
     left_out: dict[str, str]
 
 
@@ -87,29 +87,29 @@ def survey(model: nn.Module, image_size: int | tuple[int, int] | None = None) ->
     left_out = {name: reason for name in mlps if (reason := _static_reason(model, name))}
     candidates = [name for name in mlps if name not in left_out]
     calls = _watch(model, candidates, image_size) if candidates else []
-    places = []
+    eligible = []
     for name in dict.fromkeys(name for name, _ in calls):
         shapes = [shape for called, shape in calls if called == name]
-        reason = _reason(shapes)
+        reason = _shape_reason(shapes)
         if reason:
             left_out[name] = reason
         else:
-            places.append(Place(name, mlps[name], _tokens(mlps[name], shapes[0])))
-    return Survey(places, left_out)
+            eligible.append(EligibleMlp(name, mlps[name], _tokens_seen(mlps[name], shapes[0])))
+    return Survey(eligible, left_out)
 
 
-def eligible_mlps(model: nn.Module, image_size: int | tuple[int, int] | None = None) -> list[Place]:
+def eligible_mlps(model: nn.Module, image_size: int | tuple[int, int] | None = None) -> list[EligibleMlp]:
     """The MLPs of a model that can become MoE layers, in forward order.
 
     Raises:
         ValueError: There is none; the message says why.
     """
-    places, left_out = survey(model, image_size)
-    if not places:
+    eligible, left_out = survey(model, image_size)
+    if not eligible:
         reasons = list(dict.fromkeys(left_out.values())) or ["no MLPs that work on one token at a time"]
         family = type(model).__module__.rpartition(".")[2]
         raise ValueError(f"{type(model).__name__} ({family}) cannot have MoE layers: it has {'; '.join(reasons)}")
-    return places
+    return eligible
 
 
 def on_meta(model: nn.Module) -> nn.Module:
@@ -196,14 +196,14 @@ def _watch(model: nn.Module, names: list[str], image_size) -> list[tuple[str, to
     return calls
 
 
-def _reason(shapes: list[torch.Size]) -> str | None:
+def _shape_reason(shapes: list[torch.Size]) -> str | None:
     """Why an MLP that saw these shapes cannot be replaced."""
     if any(len(shape) < 3 or shape[0] != _BATCH for shape in shapes):
         return "MLPs that do not see the tokens of whole images"
     return "MLPs that are shared by several places" if len(shapes) > 1 else None
 
 
-def _tokens(mlp: nn.Module, shape: torch.Size) -> int:
+def _tokens_seen(mlp: nn.Module, shape: torch.Size) -> int:
     width = shape[1] if take_apart(split_leading_norm(mlp)[1]).use_conv else shape[-1]
     return shape[1:].numel() // width
 
@@ -215,7 +215,7 @@ def _images(model: nn.Module, image_size: int | tuple[int, int] | None) -> Tenso
     size = image_size or _own_size(model) or configured
     size = (size, size) if isinstance(size, int) else tuple(size)[-2:]
     stem = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
-    channels = _first(model, "in_chans", int) or (channels if stem is None else stem.in_channels)
+    channels = _first_attribute(model, "in_chans", int) or (channels if stem is None else stem.in_channels)
     dtype = next((parameter.dtype for parameter in model.parameters()), torch.float32)
     return torch.zeros(_BATCH, channels, *size, dtype=dtype, device="meta")
 
@@ -224,10 +224,10 @@ def _own_size(model: nn.Module) -> tuple[int, ...] | None:
     if hasattr(model, "tokens_spatial_shape"):  # hiera keeps the patches instead
         hiera: Any = model
         return tuple(n * stride for n, stride in zip(hiera.tokens_spatial_shape, hiera.patch_stride, strict=True))
-    return _first(model, "img_size", tuple)
+    return _first_attribute(model, "img_size", tuple)
 
 
-def _first(model: nn.Module, attribute: str, kind: type):
+def _first_attribute(model: nn.Module, attribute: str, kind: type):
     """The first value of this kind that a module of the model has under this name."""
     values = (getattr(module, attribute, None) for module in model.modules())
     return next((value for value in values if isinstance(value, kind)), None)

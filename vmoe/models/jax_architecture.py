@@ -1,6 +1,6 @@
 """What the tensors of an original V-MoE checkpoint tell of its architecture.
 
-D width; E experts; P slots of an expert for an image; N tokens an image.
+D width; E experts; P slots of an expert for an image; N tokens per image.
 """
 
 import math
@@ -87,7 +87,7 @@ class Architecture:
             members = self._leaf(f"{router}/dense/kernel").shape[1]
             raise UserError(
                 f"{self.prefix}: an ensemble of {members} V-MoEs (E3, as the `eee_*` checkpoints), which routes each "
-                "image once a member; only single models can be imported"
+                "image once per member; only single models can be imported"
             )
         return self._shape(f"{router}/dense/kernel", 2)[1], None
 

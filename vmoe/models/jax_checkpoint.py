@@ -19,9 +19,9 @@ from vmoe.errors import UserError
 from vmoe.models.msgpack_headers import Headers
 
 VERSION = "20220622"
-_MARK = "__msgpack_array_chunk_a87ca2__"
+_CHUNK_MARK = "__msgpack_array_chunk_a87ca2__"
 _SLICE_ND, _INDEX_INFO = 6, 8  # the format's msgpack extension types
-_DTYPES = {"float32": "<f4", "float64": "<f8", "float16": "<f2", "bfloat16": "<u2"}
+_STORED_DTYPES = {"float32": "<f4", "float64": "<f8", "float16": "<f2", "bfloat16": "<u2"}
 _WINDOW = 2**20  # bytes copied at a time
 _MAX_INDEX = 2**26  # bytes; a checkpoint of thousands of chunks has an index of some hundred kB
 _MAX_CHUNKS = 2**16  # of a tensor; a bound on what msgpack allocates before it has seen the entries
@@ -80,7 +80,7 @@ def open_checkpoint(prefix: str | Path) -> dict[str, Leaf]:
     wrapped = isinstance(tree.get("params"), dict) and "embedding" not in tree
     root = "params/" if wrapped else ""
     data = [Path(f"{prefix}.data-{number:05d}-of-{shard_count:05d}") for number in range(shard_count)]
-    stored = [_scan(path) for path in data]
+    stored = [_scan_data_file(path) for path in data]
 
     leaves = {}
     # A leaf's number in the data files is its position when keys are sorted as strings at every level
@@ -110,7 +110,7 @@ def read_into(leaves: dict[str, Leaf], targets: dict[str, np.ndarray]) -> None:
         try:
             with open(path, "rb") as file:
                 for chunk, dtype, part in parts:
-                    _fill(part, _Values(file, chunk.ranges, dtype))
+                    _copy_values(part, _Values(file, chunk.ranges, dtype))
         except (OSError, EOFError) as error:
             raise UserError(f"{path}: cannot be read ({error}); fetch it again") from error
 
@@ -122,7 +122,7 @@ class _Values:
         self._file, self._ranges, self._dtype = file, list(ranges), dtype
 
     def take(self, count: int) -> np.ndarray:
-        raw = bytearray(count * np.dtype(_DTYPES[self._dtype]).itemsize)
+        raw = bytearray(count * np.dtype(_STORED_DTYPES[self._dtype]).itemsize)
         view = memoryview(raw)
         while view:
             offset, length = self._ranges.pop(0)
@@ -133,27 +133,27 @@ class _Values:
             if here < length:
                 self._ranges.insert(0, (offset + here, length - here))
             view = view[here:]
-        values = np.frombuffer(raw, _DTYPES[self._dtype])
+        values = np.frombuffer(raw, _STORED_DTYPES[self._dtype])
         # bfloat16 is the upper half of a float32
         return (values.astype("<u4") << 16).view("<f4") if self._dtype == "bfloat16" else values
 
 
-def _fill(part: np.ndarray, values: _Values) -> None:
+def _copy_values(part: np.ndarray, values: _Values) -> None:
     """Writes the next numbers into `part` in C order, in pieces of at most the window where the last axis allows it."""
     if part.nbytes <= _WINDOW or part.ndim <= 1:
         part[...] = values.take(part.size).reshape(part.shape)
         return
     rows = max(1, _WINDOW * len(part) // part.nbytes)
     for start in range(0, len(part), rows):
-        _fill(part[start] if rows == 1 else part[start : start + rows], values)
+        _copy_values(part[start] if rows == 1 else part[start : start + rows], values)
 
 
 def _read_index(path: Path) -> tuple[int, dict]:
     """The number of data files and the tree of packed entries."""
-    size = _size(path)
+    size = _file_size(path)
     if size > _MAX_INDEX:
         raise UserError(f"{path}: {size} bytes is too large for the index of a checkpoint; is it another file?")
-    content = _unpack(path.read_bytes(), str(path), raw=False, max_array_len=0)
+    content = _unpack_msgpack(path.read_bytes(), str(path), raw=False, max_array_len=0)
     if not isinstance(content, dict) or not isinstance(content.get("index"), dict):
         raise UserError(f"{path}: not the index of a V-MoE checkpoint; give the prefix of its files")
     if content.get("version") != VERSION:
@@ -177,9 +177,9 @@ def _read_entry(packed: object, where: str) -> _Entry:
     if not isinstance(packed, msgpack.ExtType) or packed.code != _INDEX_INFO:
         raise UserError(f"{where} is no description of a tensor; is the file damaged?")
     try:
-        shaped, slices, shards = _unpack(packed.data, where)
-        shape, dtype, _, _ = _unpack(shaped, where)
-        bounds = tuple(_bounds(_unpack(slice_nd, where), where) for slice_nd in slices)
+        shaped, slices, shards = _unpack_msgpack(packed.data, where)
+        shape, dtype, _, _ = _unpack_msgpack(shaped, where)
+        bounds = tuple(_bounds(_unpack_msgpack(slice_nd, where), where) for slice_nd in slices)
         entry = _Entry(tuple(shape), dtype.decode(), bounds, tuple(shards))
         if not all(type(extent) is int and extent > 0 for extent in entry.shape):
             raise ValueError(f"shape {entry.shape}")
@@ -189,15 +189,15 @@ def _read_entry(packed: object, where: str) -> _Entry:
         raise
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{where} is described wrongly ({error}); is the file damaged?") from error
-    if entry.dtype not in _DTYPES:
-        raise UserError(f"{where} has dtype {entry.dtype}; a parameter can be one of {', '.join(_DTYPES)}")
+    if entry.dtype not in _STORED_DTYPES:
+        raise UserError(f"{where} has dtype {entry.dtype}; a parameter can be one of {', '.join(_STORED_DTYPES)}")
     return entry
 
 
 def _bounds(packed_slices: list, where: str) -> Bounds:
     bounds = []
     for packed in packed_slices:
-        start, stop, step = _unpack(packed, where)
+        start, stop, step = _unpack_msgpack(packed, where)
         if step not in (None, 1) or type(start) is not int or type(stop) is not int or not 0 <= start < stop:
             raise ValueError(f"slice {start}:{stop}:{step}")
         bounds.append((start, stop))
@@ -222,7 +222,7 @@ def _find_chunks(
     entry: _Entry, number: int, name: str, data: list[Path], stored: list[dict[tuple[int, Bounds], _Stored]]
 ) -> Leaf:
     """Finds the chunks of a leaf in the data files."""
-    itemsize = np.dtype(_DTYPES[entry.dtype]).itemsize
+    itemsize = np.dtype(_STORED_DTYPES[entry.dtype]).itemsize
     chunks = []
     for bounds, shard in zip(entry.bounds, entry.shards, strict=True):
         if type(shard) is not int or not 0 <= shard < len(data):
@@ -243,23 +243,23 @@ def _show(bounds: Bounds) -> str:
     return ", ".join(f"{start}:{stop}" for start, stop in bounds)
 
 
-def _scan(path: Path) -> dict[tuple[int, Bounds], _Stored]:
+def _scan_data_file(path: Path) -> dict[tuple[int, Bounds], _Stored]:
     """Where each chunk of a data file lies, by the leaf's number and the chunk's bounds."""
-    size = _size(path)
+    size = _file_size(path)
     chunks, is_marked = {}, False
     try:
         with open(path, "rb") as file:
             headers = Headers(file, size)
             for _ in range(headers.expect("map")):
                 key = headers.text()
-                if key == _MARK:
+                if key == _CHUNK_MARK:
                     is_marked = headers.expect("bool") == 1
                     continue
                 for _ in range(headers.expect("array")):
                     if headers.expect("array") != 2:
                         raise ValueError("a chunk is a pair")
                     arrays = [headers.ndarray() for _ in range(headers.expect("array"))]
-                    bounds = _bounds(_unpack(headers.extension(_SLICE_ND), str(path)), str(path))
+                    bounds = _bounds(_unpack_msgpack(headers.extension(_SLICE_ND), str(path)), str(path))
                     dtypes = frozenset(dtype for dtype, _ in arrays)
                     chunks[int(key), bounds] = _Stored(dtypes, tuple(where for _, where in arrays))
             if file.tell() != size:
@@ -275,14 +275,14 @@ def _scan(path: Path) -> dict[tuple[int, Bounds], _Stored]:
     return chunks
 
 
-def _unpack(packed: bytes, where: str, raw: bool = True, max_array_len: int = _MAX_CHUNKS):
+def _unpack_msgpack(packed: bytes, where: str, raw: bool = True, max_array_len: int = _MAX_CHUNKS):
     try:
         return msgpack.unpackb(packed, raw=raw, strict_map_key=not raw, max_array_len=max_array_len)
     except (ValueError, TypeError, msgpack.UnpackException) as error:
         raise UserError(f"{where}: cut off or not msgpack ({error or type(error).__name__}); fetch it again") from error
 
 
-def _size(path: Path) -> int:
+def _file_size(path: Path) -> int:
     try:
         if not path.is_file():
             raise UserError(f"{path}: no such file; give the prefix of a checkpoint's files and fetch all of them")

@@ -1,6 +1,6 @@
 """Checkpoints of the original V-MoE code as timm models.
 
-D width; H heads of width D/H; E experts; K choices a token; P slots of an expert for an image; N tokens an image.
+D width; H heads of width D/H; E experts; K choices per token; P slots of an expert for an image; N tokens per image.
 """
 
 import math
@@ -75,12 +75,12 @@ def load_jax_checkpoint(
     Args:
         prefix: The files' common path: PREFIX.index and PREFIX.data-nnnnn-of-NNNNN.
         router: How the model routes. Soft MoE is known by its parameters, so that the default serves it too.
-        top_k: K, experts a token. Without meaning for expert choice and Soft MoE.
+        top_k: K, experts per token. Without meaning for expert choice and Soft MoE.
         capacity_factor: In training and evaluation alike; None drops nothing. Expert choice needs it; that of Soft MoE
             is in the tensors and one given here is only compared.
         batch_priority: Full experts drop the tokens with the smallest gates.
-        group_images: Images whose tokens compete for capacity. Without effect for expert choice and Soft MoE, which
-            never look at other images.
+        group_images: Images of a group: their tokens compete for capacity. No effect for expert choice and Soft MoE,
+            which never look at other images.
         capacity_rounding: "ceil" or "round"; None is the original's: "ceil", for expert choice and Soft MoE "round".
         capacity_multiple_of: None is the original's: 4, for expert choice and Soft MoE 1.
         img_size: Pixels, one side of a square or (rows, columns); None keeps the checkpoint's. The position embedding
@@ -122,7 +122,7 @@ def import_jax_checkpoint(
         raise UserError(f"{prefix}: its tensors describe no model ({error})") from error
     _check_leaves(prefix, leaves, _views(model, architecture), resized=image_size != architecture.image_size(None))
     model = model.to_empty(device="cpu").eval()
-    _fill(model, leaves, architecture)
+    _fill_model(model, leaves, architecture)
     return ImportedModel(model, kwargs, moe, image_size, architecture.num_classes)
 
 
@@ -139,7 +139,7 @@ def _moe_config(architecture: Architecture, options: RoutingOptions, image_size:
         raise UserError(f"router={router!r}: the tensors of {prefix} are those of {kind}")
     if router == "expert_choice" and factor is None:
         raise UserError(
-            "capacity_factor: must be given with router='expert_choice', whose experts take that many tokens"
+            "capacity_factor: must be given with router='expert_choice': it says how many tokens an expert takes"
         )
     try:
         common = {
@@ -176,7 +176,7 @@ def _check_slots(architecture: Architecture, moe: MoeConfig, factor: float | Non
     slots = expert_capacity(architecture.tokens, architecture.num_experts, factor, *moe.rounding)
     if slots != architecture.slots:
         raise UserError(
-            f"capacity_factor={factor}: gives {slots} slots an expert, but {architecture.prefix} has "
+            f"capacity_factor={factor}: gives {slots} slots per expert, but {architecture.prefix} has "
             f"{architecture.slots}; leave it out"
         )
 
@@ -193,27 +193,27 @@ def _check_expert_choice(moe: MoeConfig, tokens: int) -> None:
 def _views(model: nn.Module, architecture: Architecture) -> dict[str, Tensor]:
     """The model's parameters by their names in the checkpoint, as views in the checkpoint's layout."""
     views = {
-        **_affine("embedding", model.patch_embed.proj, (2, 3, 1, 0)),
+        **_affine_views("embedding", model.patch_embed.proj, (2, 3, 1, 0)),
         POSITIONS: model.pos_embed,
-        **_affine("Encoder/encoder_norm", model.norm),
+        **_affine_views("Encoder/encoder_norm", model.norm),
     }
     if architecture.has_class_token:
         views["cls"] = model.cls_token
     if architecture.pre_logits is not None:
-        views |= _affine("pre_logits", model.fc_norm.fc, (1, 0))
+        views |= _affine_views("pre_logits", model.fc_norm.fc, (1, 0))
     if architecture.num_classes:
-        views |= _affine("head", model.head, (1, 0))
+        views |= _affine_views("head", model.head, (1, 0))
     for i, block in enumerate(model.blocks):
         name = architecture.block(i)
-        views |= _affine(f"{name}/LayerNorm_0", block.norm1) | _affine(f"{name}/LayerNorm_1", block.norm2)
-        views |= _attention(f"{name}/SelfAttention", block.attn)
+        views |= _affine_views(f"{name}/LayerNorm_0", block.norm1) | _affine_views(f"{name}/LayerNorm_1", block.norm2)
+        views |= _attention_views(f"{name}/SelfAttention", block.attn)
         if i not in architecture.moe_blocks:
-            views |= _affine(f"{name}/Mlp/Dense_0", block.mlp.fc1, (1, 0))
-            views |= _affine(f"{name}/Mlp/Dense_1", block.mlp.fc2, (1, 0))
+            views |= _affine_views(f"{name}/Mlp/Dense_0", block.mlp.fc1, (1, 0))
+            views |= _affine_views(f"{name}/Mlp/Dense_1", block.mlp.fc2, (1, 0))
             continue
         experts, router = block.mlp.experts, block.mlp.router
-        views |= _affine(f"{name}/Moe/Mlp/Dense_0", experts.fc1, (0, 2, 1))
-        views |= _affine(f"{name}/Moe/Mlp/Dense_1", experts.fc2, (0, 2, 1))
+        views |= _affine_views(f"{name}/Moe/Mlp/Dense_0", experts.fc1, (0, 2, 1))
+        views |= _affine_views(f"{name}/Moe/Mlp/Dense_1", experts.fc2, (0, 2, 1))
         if architecture.slots is None:
             views[f"{name}/Moe/Router/dense/kernel"] = router.gate.weight.t()
         else:
@@ -221,14 +221,14 @@ def _views(model: nn.Module, architecture: Architecture) -> dict[str, Tensor]:
     return {name: view.detach() for name, view in views.items()}
 
 
-def _affine(name: str, module: nn.Module, axes: tuple[int, ...] | None = None) -> dict[str, Tensor]:
-    """A norm's scale, or a kernel whose axes are those of the weight in the order `axes`; and the bias."""
+def _affine_views(name: str, module: nn.Module, axes: tuple[int, ...] | None = None) -> dict[str, Tensor]:
+    """A norm's scale, or a kernel with the axes of the weight in the order `axes`; and the bias."""
     if axes is None:
         return {f"{name}/scale": module.weight, f"{name}/bias": module.bias}
     return {f"{name}/kernel": module.weight.permute(axes), f"{name}/bias": module.bias}
 
 
-def _attention(name: str, attention: nn.Module) -> dict[str, Tensor]:
+def _attention_views(name: str, attention: nn.Module) -> dict[str, Tensor]:
     """Of query, key and value timm has one matrix (3D, D), the original one each (D, H, D/H)."""
     heads, width = attention.num_heads, attention.proj.weight.shape[0]
     weights = attention.qkv.weight.view(3, heads, -1, width).permute(0, 3, 1, 2)
@@ -256,7 +256,7 @@ def _check_leaves(prefix: str | Path, leaves: dict[str, Leaf], views: dict[str, 
         raise UserError(f"{prefix}: holds {unknown[0]}, which this model does not have; it is of a kind not supported")
 
 
-def _fill(model: nn.Module, leaves: dict[str, Leaf], architecture: Architecture) -> None:
+def _fill_model(model: nn.Module, leaves: dict[str, Leaf], architecture: Architecture) -> None:
     """Reads the values into the model, the position embedding at the model's resolution."""
     views = _views(model, architecture)
     positions = torch.empty(leaves[POSITIONS].shape)

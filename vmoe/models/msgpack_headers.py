@@ -5,7 +5,7 @@ from typing import BinaryIO
 
 NDARRAY, NUMPY_SCALAR = 1, 3  # Flax's extension types for arrays
 
-_SHORT = (  # mask and bits of a first byte that holds its length or value itself, and its kind
+_SHORT_HEADERS = (  # mask and bits of a first byte that holds its length or value itself, and its kind
     (0x80, 0x00, "int"),
     (0xF0, 0x80, "map"),
     (0xF0, 0x90, "array"),
@@ -40,7 +40,7 @@ class Headers:
     def expect(self, kind: str) -> int:
         """Takes a header and returns its length, or the value of an int or bool."""
         first = self._take(1)[0]
-        for mask, bits, short in _SHORT:
+        for mask, bits, short in _SHORT_HEADERS:
             if first & mask == bits:
                 found, value = short, first & ~mask & 0xFF
                 break

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vmoe.moe import MoeMlp
 from vmoe.moe.mlps import class_key
 
-# The families, by their files in timm, whose attention masks tell nothing but padding.
+# The families, by their files in timm, where attention masks mean padding and nothing else.
 PADDED_FAMILIES = ("naflexvit.", "gemma4_vit.")
 
 
@@ -38,7 +38,7 @@ class TokenMask:
 
 
 def hand_masks_through(model: nn.Module, layers: dict[str, MoeMlp]) -> None:
-    """Gives the MoE layers of a model whose images may be padded their token masks; others are left as they are."""
+    """Gives MoE layers their token masks, in models that take padded images; other models are left as they are."""
     padded = [name for name, module in model.named_modules() if class_key(module).startswith(PADDED_FAMILIES)]
     for name, layer in layers.items():
         if any(name.startswith(f"{owner}." if owner else "") for owner in padded):

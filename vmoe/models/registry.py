@@ -21,7 +21,7 @@ from vmoe.models.tokenizer import ConvTokenizer
 from vmoe.moe import MoeConfig, moe_layers
 
 # The paper's sizes (Riquelme et al. 2021, appendix B). Its S has 8 layers of width 512, not timm's 12 of 384.
-_SIZES = {
+_PAPER_SIZES = {
     "small": {"embed_dim": 512, "depth": 8, "num_heads": 8},
     "base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
     "large": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
@@ -41,14 +41,14 @@ _CCT = {
 }
 _FOR_32_PIXELS = {
     "vmoe_tiny_patch4_32": {"embed_dim": 192, "depth": 6, "num_heads": 3, "patch_size": 4},
-    "vmoe_small_patch4_32": {**_SIZES["small"], "patch_size": 4},
+    "vmoe_small_patch4_32": {**_PAPER_SIZES["small"], "patch_size": 4},
 }
 
 
 def _named_models() -> dict[str, tuple[dict[str, Any], MoeConfig]]:
     """The arguments and the MoE layers of each name."""
     models: dict[str, tuple[dict[str, Any], MoeConfig]] = {
-        "vmoe_vit": ({**_SIZES["small"], "patch_size": 32}, MoeConfig(layers=[])),
+        "vmoe_vit": ({**_PAPER_SIZES["small"], "patch_size": 32}, MoeConfig(layers=[])),
         "vmoe_cct": (_CCT, MoeConfig(layers=[])),
     }
     for size, patch_size in _FAMILY:
@@ -56,7 +56,7 @@ def _named_models() -> dict[str, tuple[dict[str, Any], MoeConfig]]:
             for num_experts in (8, 32):
                 name = f"vmoe_{size}_patch{patch_size}_{layers}_e{num_experts}"
                 moe = MoeConfig(layers=layers.replace("2", "-2"), num_experts=num_experts)
-                models[name] = ({**_SIZES[size], "patch_size": patch_size}, moe)
+                models[name] = ({**_PAPER_SIZES[size], "patch_size": patch_size}, moe)
     for name, arguments in _FOR_32_PIXELS.items():
         models[name] = ({**arguments, "img_size": 32}, MoeConfig(layers="last-2"))
     return models

@@ -10,7 +10,7 @@ from timm.layers import DropPath
 from timm.models import register_notrace_module
 from torch import nn
 
-from vmoe.models.families import Place, eligible_mlps, on_meta
+from vmoe.models.families import EligibleMlp, eligible_mlps, on_meta
 from vmoe.models.padding import hand_masks_through
 from vmoe.moe import MoeConfig, MoeMlp, moe_layers
 from vmoe.moe.mlps import split_leading_norm, take_apart
@@ -67,7 +67,7 @@ def sparsify(
     """Replaces MLPs of a timm model by MoE layers, in place. Device, type and training mode are kept.
 
     Args:
-        model: A timm model whose blocks hold MLPs that work on one token at a time.
+        model: A timm model; its blocks hold MLPs that work on one token at a time.
         moe: The MoE layers; `moe.layers` chooses among the model's MLPs, counted in forward order. MLPs that mix tokens
             or see only a class token do not count.
         init: "random": fresh experts. "upcycle": every expert starts as the MLP it replaces (Komatsuzaki et al. 2023,
@@ -76,7 +76,7 @@ def sparsify(
         upcycle_noise: Standard deviation of normal noise that makes upcycled experts differ, relative to that of the
             weights of the same output unit.
         image_size: Pixels of the images the model will see, one side of a square or (rows, columns). Matters for Soft
-            MoE, whose slots are made for a number of tokens; when not given, what the model was made for.
+            MoE: its slots are made for a number of tokens. When not given, the size that the model was made for.
 
     Returns:
         `model`.
@@ -91,9 +91,9 @@ def sparsify(
         raise ValueError(f'upcycle_noise={upcycle_noise!r}: must be >= 0, and 0 unless init="upcycle"')
     if init == "upcycle" and moe.expert_width != 1:
         raise ValueError(f"expert_width={moe.expert_width!r}: must be 1 to upcycle, where experts start as whole MLPs")
-    places = eligible_mlps(model, image_size)
-    chosen = [places[index] for index in moe.select_layers(len(places))]
-    layers = dict(_replace(model, place, moe, init == "upcycle", upcycle_noise) for place in chosen)
+    eligible = eligible_mlps(model, image_size)
+    chosen = [eligible[index] for index in moe.select_layers(len(eligible))]
+    layers = dict(_replace(model, mlp, moe, init == "upcycle", upcycle_noise) for mlp in chosen)
     put_in_order(list(layers.values()))
     hand_masks_through(model, layers)
     timm_model: Any = model
@@ -148,20 +148,20 @@ class NoWeightDecay:
         return set(self.names)
 
 
-def _replace(model: nn.Module, place: Place, moe: MoeConfig, upcycle: bool, noise: float) -> tuple[str, MoeMlp]:
+def _replace(model: nn.Module, old: EligibleMlp, moe: MoeConfig, upcycle: bool, noise: float) -> tuple[str, MoeMlp]:
     """Puts an MoE layer in the place of an MLP; returns its name and itself."""
-    norm, body = split_leading_norm(place.mlp)
-    layer = MoeMlp.from_mlp(body, moe, tokens=place.tokens)
+    norm, body = split_leading_norm(old.mlp)
+    layer = MoeMlp.from_mlp(body, moe, tokens=old.tokens)
     if upcycle:
         layer.copy_into_experts(body)
         _add_noise(layer, noise)
     layer.dense_form = DenseForm(body)
     if norm is None:
-        model.set_submodule(place.name, layer)
-        return place.name, layer
-    both = NormFirst(OrderedDict({norm: getattr(place.mlp, norm), "moe": layer}))
-    model.set_submodule(place.name, both.train(place.mlp.training))
-    return f"{place.name}.moe", layer
+        model.set_submodule(old.name, layer)
+        return old.name, layer
+    both = NormFirst(OrderedDict({norm: getattr(old.mlp, norm), "moe": layer}))
+    model.set_submodule(old.name, both.train(old.mlp.training))
+    return f"{old.name}.moe", layer
 
 
 @torch.no_grad()

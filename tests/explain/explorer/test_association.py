@@ -7,7 +7,7 @@ import torch
 from vmoe.data.patchwork import GRID, OBJECTS, PATCH_NAMES, make_patchwork
 from vmoe.explain.explorer.association import Draws, GridCodes, LayerAssociation
 from vmoe.explain.explorer.features import COLOUR_NAMES, Levels, colour_bins, patch_features
-from vmoe.explain.explorer.statistics import normalised_mutual_information
+from vmoe.explain.explorer.measures import normalised_mutual_information
 
 IMAGES = 240
 PLACES = GRID * GRID

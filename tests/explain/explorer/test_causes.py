@@ -9,7 +9,7 @@ import torch
 import vmoe
 from vmoe.errors import UserError
 from vmoe.explain.explorer.causes import _Trials, capacity, find_causes, random_routing, without
-from vmoe.explain.explorer.statistics import paired_change
+from vmoe.explain.explorer.measures import paired_change
 from vmoe.explain.explorer.subject import Subject
 
 TOKEN_ROUTERS = ("token_choice", "sigmoid", "cosine")

@@ -9,7 +9,7 @@ Whole numbers make the same bytes on every device and in any batch. In every ste
 probabilities exactly: the chances of the chains are spread evenly, always in the same way, and shifted by a draw of the
 picture's own (a Cranley-Patterson rotation).
 
-Shapes: B pictures, S pixels a side, M maps of a system, P chains, T steps.
+Shapes: B pictures, S pixels per side, M maps of a system, P chains, T steps.
 """
 
 import math
@@ -60,7 +60,7 @@ class Varied(NamedTuple):
 class PictureMaker:
     """Makes pictures from their classes and numbers: a function of (seed, stream, class, number) alone.
 
-    The device is never waited for. On a GPU a kernel follows the chains.
+    The host never synchronises with the device. On a GPU a kernel follows the chains.
 
     Args:
         config: the classes and how strongly pictures vary.
@@ -133,7 +133,7 @@ def count_points(varied: Varied, chances: Tensor, warm_up: int, size: int) -> Te
     Args:
         varied: the pictures' systems.
         chances: (T, P) int32 in `CHOICE_ONE`.
-        warm_up: steps whose points are not counted.
+        warm_up: the number of first steps; their points are not counted.
         size: S.
 
     Returns:
@@ -166,7 +166,7 @@ def count_points(varied: Varied, chances: Tensor, warm_up: int, size: int) -> Te
 
 
 def _rounded_row(a: Tensor, b: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """One row of a matrix times a place, rounded."""
+    """One row of a matrix times a point, rounded."""
     return a * x + b * y + MATRIX_ONE // 2 >> MATRIX_BITS
 
 
@@ -183,7 +183,7 @@ def _pixels(across: Tensor, down: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 
 def spread_chances(size: int) -> Tensor:
-    """The chances of P chains in T steps, (T, P) int32 in `CHOICE_ONE`, for pictures of `size` pixels a side.
+    """The chances of P chains in T steps, (T, P) int32 in `CHOICE_ONE`, for pictures of `size` pixels per side.
 
     In a step each chain is alone in one of P equal parts of the range, which one is drawn.
     """

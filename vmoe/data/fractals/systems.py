@@ -18,7 +18,7 @@ from vmoe.data.draws import draw_numbers, uniforms
 
 MAPS = 4  # M
 MATRIX_BITS = 14
-MATRIX_ONE = 1 << MATRIX_BITS  # the number 1 in a matrix, whose entries are whole numbers
+MATRIX_ONE = 1 << MATRIX_BITS  # the number 1 in a matrix: its entries are whole numbers
 PLACE_ONE = 1 << 12  # the same in a place: half the side of the square around the attractor
 FARTHEST = 4 * PLACE_ONE - 1  # a place goes no farther; so no product exceeds 31 bits
 CHOICE_ONE = 1 << 16  # the same in a probability

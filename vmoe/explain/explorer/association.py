@@ -4,9 +4,10 @@ Images, not patches, are what is sampled: patches of an image resemble one anoth
 whole images anew, and nulls pair the routing of one image with the content of another. Both are done while the images
 stream by: each replicate is a table of its own, and no image is kept.
 
-B images; N places of a layer's grid; K choices a patch; E experts; F values of a feature; R replicates.
+B images; N places of a layer's grid; K choices per patch; E experts; F values of a feature; R replicates.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vmoe.explain.explorer.features import COLOUR_NAMES, LEVELS, Levels, PatchFeatures, colour_bins
-from vmoe.explain.explorer.statistics import Z95, normalised_mutual_information
+from vmoe.explain.explorer.measures import Z95, normalised_mutual_information
 
 FINEST_POSITION = 16  # rows or columns of positions told apart
 _PACKED = {"colour": len(COLOUR_NAMES), "brightness": LEVELS, "edges": LEVELS}
@@ -151,11 +152,11 @@ class LayerAssociation:
         if labels is not None:
             self._count_classes(choices, labels, draws)
         shape = tuple(_PACKED.values())
-        for axis, (name, feature) in enumerate(zip(_PACKED, _unpack(codes, shape), strict=True)):
+        for axis, (name, feature) in enumerate(zip(_PACKED, _unpacked_codes(codes, shape), strict=True)):
             self._count_bootstrap(name, feature, choices, draws)
             others = [1 + other for other in range(len(shape)) if other != axis]
             if axis == 0:
-                packed = self._null_counts(codes, _size(shape), choices, draws).unflatten(1, shape)
+                packed = self._null_counts(codes, math.prod(shape), choices, draws).unflatten(1, shape)
             self.tables[name].null += packed.sum(others)
         self._count_bootstrap("position", self.position.flatten().expand(len(choices), -1), choices, draws)
         self.tables["position"].null += self._shifted_counts(choices, draws)
@@ -235,14 +236,10 @@ class LayerAssociation:
         return max(1, _INDICES_AT_ONCE // max(1, choices.numel()))
 
 
-def _unpack(codes: Tensor, shape: Sequence[int]) -> list[Tensor]:
+def _unpacked_codes(codes: Tensor, shape: Sequence[int]) -> list[Tensor]:
     """The numbers that were packed into one, first to last."""
     parts = []
     for size in reversed(shape):
         parts.append(codes % size)
         codes = codes // size
     return parts[::-1]
-
-
-def _size(shape: Sequence[int]) -> int:
-    return int(torch.Size(shape).numel())

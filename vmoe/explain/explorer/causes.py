@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from vmoe.evaluation.engine import restored_settings, set_capacity, shares_of_choices
+from vmoe.explain.explorer.measures import paired_change, wilson
 from vmoe.explain.explorer.replay import Prefix
-from vmoe.explain.explorer.statistics import paired_change, wilson
 from vmoe.explain.explorer.subject import Subject
 from vmoe.moe import MoeMlp, Routing, moe_layers
 from vmoe.moe.assignment import Capacity, CapacityError, expert_choice
@@ -94,7 +94,7 @@ def find_causes(
                 if intervention.factor is not None:
                     dropped[trial.place].append(_dropped(model, trials.shares) * len(trial.labels))
     possible = [place for place, rows in enumerate(right) if len(rows) == len(labels)]
-    return _told(
+    return _as_causes(
         [interventions[place] for place in possible],
         torch.stack([torch.cat(rows) for rows in (base, *(right[place] for place in possible))]).cpu(),
         torch.cat(labels).cpu(),
@@ -305,7 +305,7 @@ def _orders(like: Tensor, generator: torch.Generator) -> Tensor:
     return torch.rand(like.shape, generator=generator, device=like.device).argsort(-1)
 
 
-def _told(
+def _as_causes(
     interventions: Sequence[_Intervention], right: Tensor, labels: Tensor, dropped: Sequence[float], num_classes: int
 ) -> Causes:
     """The report's form of who was right (1 + I, n), the first row without an intervention."""

@@ -1,6 +1,6 @@
 """One pass over the images: everything the explorer counts, in memory that does not grow with their number.
 
-B images; E experts; K choices a token.
+B images; E experts; K choices per token.
 """
 
 from collections.abc import Iterable, Sequence

@@ -1,6 +1,6 @@
 """What is simply counted while the images stream by: loads, drops, co-activation, maps, colours, flows.
 
-B images; P prefix tokens and N places of a layer's grid; E experts; K choices a token.
+B images; P prefix tokens and N places of a layer's grid; E experts; K choices per token.
 """
 
 import torch

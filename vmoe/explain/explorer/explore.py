@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from vmoe.checkpoints import TrainedModel
+from vmoe.data.config import Colour
 from vmoe.errors import UserError
 from vmoe.explain.explorer.causes import Causes, find_causes
 from vmoe.explain.explorer.collection import collect, on_device
@@ -17,7 +18,7 @@ from vmoe.explain.explorer.findings import findings
 from vmoe.explain.explorer.history import Snapshot, training_loads
 from vmoe.explain.explorer.probes import Probes, probe
 from vmoe.explain.explorer.report import accuracy_report, flows_report, layer_report, rounded, run_report
-from vmoe.explain.explorer.subject import Colour, Subject
+from vmoe.explain.explorer.subject import Subject
 
 Track = Callable[[Iterable, str], Iterable]
 

@@ -30,34 +30,34 @@ _LARGEST_RATIO = np.log(16)  # the darkest shade
 
 def draw_figures(report: Report) -> Iterator[tuple[str, Page]]:
     """Every figure that the report has numbers for, by file name without suffix."""
-    yield "load", _load(report)
-    yield "specialisation", _specialisation(report)
+    yield "load", _load_figure(report)
+    yield "specialisation", _specialisation_figure(report)
     for index, layer in enumerate(report["layers"]):
         if layer["class_log_ratio"] is not None:
-            yield f"classes-{index}", _ratio_matrix(report, layer, layer["class_log_ratio"], report["classes"], "class")
+            yield f"classes-{index}", _ratio_figure(report, layer, layer["class_log_ratio"], report["classes"], "class")
         if layer["patch_label_log_ratio"] is not None:
             names, known = report["patch_names"], layer["patch_label_log_ratio"]
-            yield f"patch-labels-{index}", _ratio_matrix(report, layer, known, names, "patch label")
+            yield f"patch-labels-{index}", _ratio_figure(report, layer, known, names, "patch label")
     if any(layer["top_k"] != 1 for layer in report["layers"]):
-        yield "coactivation", _coactivation(report)
+        yield "coactivation", _coactivation_figure(report)
     if report["flows"]:
-        yield "flows", _flows(report)
-    yield "experts-per-image", _experts_per_image(report)
+        yield "flows", _flows_figure(report)
+    yield "experts-per-image", _experts_per_image_figure(report)
     if report["layers"][0]["consistency"] is not None:
-        yield "consistency", _consistency(report)
+        yield "consistency", _consistency_figure(report)
     if any(layer["ablation"] for layer in report["layers"]):
-        yield "ablation", _ablation(report)
+        yield "ablation", _ablation_figure(report)
     if report["capacity"]:
-        yield "capacity", _capacity(report)
+        yield "capacity", _capacity_figure(report)
     if report["training"] is not None:
-        yield "training-load", _training(report)
+        yield "training-load", _training_figure(report)
     if report["saturation"] is not None:
-        yield "saturation", _saturation(report)
+        yield "saturation", _saturation_figure(report)
     if len(report["runs"]) > 1:
-        yield "runs", _runs(report)
+        yield "runs", _runs_figure(report)
 
 
-def _about(report: Report, count: str = "num_images") -> str:
+def _subtitle(report: Report, count: str = "num_images") -> str:
     """Where the numbers come from, for a subtitle; `count` names the number of images in the provenance."""
     told = report["provenance"]
     where = " of ".join(str(told[key]) for key in ("split", "data") if told.get(key))
@@ -66,18 +66,18 @@ def _about(report: Report, count: str = "num_images") -> str:
     return " · ".join(part for part in parts if part)
 
 
-def _names(report: Report) -> list[str]:
+def _layer_names(report: Report) -> list[str]:
     return [layer["name"] for layer in report["layers"]]
 
 
-def _load(report: Report) -> Page:
+def _load_figure(report: Report) -> Page:
     layers = report["layers"]
     experts = max(layer["num_experts"] for layer in layers)
     cell = int(np.clip(900 // experts, 14, 64))
     title = "Load of the experts"
     legend = "Each cell is an expert's share of the choices over the fair share: 1 is fair, 0 is dead."
     size = (experts * cell + 330, len(layers) * 30)
-    page, places = panel_page(title, _about(report), legend, 1, size, 1, left=180)
+    page, places = panel_page(title, _subtitle(report), legend, 1, size, 1, left=180)
     x, y = next(places)
     for column, text in enumerate(("variation", "largest", "dropped")):
         page.text(x + experts * cell + 90 + 100 * column, y - 12, text, SMALL, color=MUTED, ha="right")
@@ -92,14 +92,14 @@ def _load(report: Report) -> Page:
     return page
 
 
-def _specialisation(report: Report) -> Page:
+def _specialisation_figure(report: Report) -> Page:
     layers = report["layers"]
     features = list(layers[0]["specialisation"])
     legend = (
         "Normalised mutual information of expert and feature with 95 % intervals over images; below the grey lie 95 % "
         "of the permutations; hollow: chance not beaten."
     )
-    page, places = panel_page("What experts specialise in", _about(report), legend, len(features), _PLOT, 3, left=40)
+    page, places = panel_page("What experts specialise in", _subtitle(report), legend, len(features), _PLOT, 3, left=40)
     for feature, (x, y) in zip(features, places, strict=True):
         parts = [layer["specialisation"][feature] for layer in layers]
         axes = plot(page, x, y, _PLOT, f"Expert and {feature}")
@@ -108,12 +108,12 @@ def _specialisation(report: Report) -> Page:
         for step, part in zip(steps, parts, strict=True):
             interval(axes, step, part, ACCENT, filled=part["beats_null"], key="nmi")
         axes.set_ylim(0, 1.15 * max(max(part["high"], part["null_high"]) for part in parts) + 1e-6)
-        layer_ticks(axes, _names(report))
+        layer_ticks(axes, _layer_names(report))
         label(axes, "MoE layer", "NMI")
     return page
 
 
-def _ratio_matrix(report: Report, layer: Report, ratio: Report, names: list[str], what: str) -> Page:
+def _ratio_figure(report: Report, layer: Report, ratio: Report, names: list[str], what: str) -> Page:
     values = np.array(ratio["matrix"])[:, ratio["order"]]
     experts, columns = values.shape
     cell = int(np.clip(1200 // columns, 1, 40)), int(np.clip(480 // experts, 10, 32))
@@ -128,7 +128,7 @@ def _ratio_matrix(report: Report, layer: Report, ratio: Report, names: list[str]
     )
     size = (columns * cell[0], experts * cell[1] + (160 if shown else 30))
     page, places = panel_page(
-        f"Experts and {what}: {layer['name']}", f"{_about(report)} · {verdict}", legend, 1, size, 1, left=40
+        f"Experts and {what}: {layer['name']}", f"{_subtitle(report)} · {verdict}", legend, 1, size, 1, left=40
     )
     x, y = next(places)
     largest = float(np.clip(np.abs(values).max(), 0.25, _LARGEST_RATIO))
@@ -144,13 +144,13 @@ def _matrix_size(side: int, titles: Iterable[str]) -> tuple[float, int]:
     return max(side, *(text_width(title, BODY, weight="bold") + 1 for title in titles)), side
 
 
-def _coactivation(report: Report) -> Page:
+def _coactivation_figure(report: Report) -> Page:
     layers = [layer for layer in report["layers"] if layer["top_k"] != 1]
     experts = max(layer["num_experts"] for layer in layers)
     cell = int(np.clip(320 // experts, 5, 40))
     legend = "How often two experts take the same token over what chance gives: blue more, orange less (log scale)."
     size = _matrix_size(experts * cell, [layer["name"] for layer in layers])
-    page, places = panel_page("Experts that work together", _about(report), legend, len(layers), size, 4, left=40)
+    page, places = panel_page("Experts that work together", _subtitle(report), legend, len(layers), size, 4, left=40)
     for layer, (x, y) in zip(layers, places, strict=True):
         ratio = np.array([[np.nan if value is None else value for value in row] for row in layer["coactivation"]])
         panel_title(page, x, y, layer["name"], size[0])
@@ -159,14 +159,14 @@ def _coactivation(report: Report) -> Page:
     return page
 
 
-def _flows(report: Report) -> Page:
+def _flows_figure(report: Report) -> Page:
     flows, layers = report["flows"], report["layers"]
     experts = max(layer["num_experts"] for layer in layers)
     cell = int(np.clip(320 // experts, 5, 40))
     legend = "Rows: expert of a patch in a layer; columns: in the next one; the shade is the share of the row."
     titles = [f"{layers[flow['from']]['name']} → {layers[flow['to']]['name']}" for flow in flows]
     size = _matrix_size(experts * cell, titles)
-    page, places = panel_page("From layer to layer", _about(report), legend, len(flows), size, 4, left=40)
+    page, places = panel_page("From layer to layer", _subtitle(report), legend, len(flows), size, 4, left=40)
     for flow, title, (x, y) in zip(flows, titles, places, strict=True):
         shares = np.array(flow["matrix"])
         shares = shares / np.maximum(shares.sum(1, keepdims=True), 1e-12)
@@ -175,10 +175,10 @@ def _flows(report: Report) -> Page:
     return page
 
 
-def _experts_per_image(report: Report) -> Page:
+def _experts_per_image_figure(report: Report) -> Page:
     layers = report["layers"]
     legend = "How many different experts the patches of an image choose."
-    page, places = panel_page("Experts an image uses", _about(report), legend, len(layers), _PLOT, 3, left=40)
+    page, places = panel_page("Experts an image uses", _subtitle(report), legend, len(layers), _PLOT, 3, left=40)
     for layer, (x, y) in zip(layers, places, strict=True):
         used = layer["experts_per_image"]
         axes = plot(page, x, y, _PLOT, f"{layer['name']}: {used['mean']:.1f} on average")
@@ -188,9 +188,9 @@ def _experts_per_image(report: Report) -> Page:
     return page
 
 
-def _consistency(report: Report) -> Page:
+def _consistency_figure(report: Report) -> Page:
     legend = "Share of the patches that keep their first expert, 95 % intervals over images; grey: agreement by chance."
-    page, places = panel_page("Does routing stay?", _about(report, "probe_images"), legend, 2, _PLOT, 2, left=40)
+    page, places = panel_page("Does routing stay?", _subtitle(report, "probe_images"), legend, 2, _PLOT, 2, left=40)
     titles = {"flip": "The image mirrored", "shift": "The image moved by 1/64 of its side"}
     for (name, title), (x, y) in zip(titles.items(), places, strict=True):
         axes = plot(page, x, y, _PLOT, title)
@@ -200,16 +200,16 @@ def _consistency(report: Report) -> Page:
             interval(axes, step, part, ACCENT)
         axes.set_ylim(0, 1)
         axes.yaxis.set_major_formatter(PercentFormatter(1))
-        layer_ticks(axes, _names(report))
+        layer_ticks(axes, _layer_names(report))
         label(axes, "MoE layer", "patches")
     return page
 
 
-def _ablation(report: Report) -> Page:
+def _ablation_figure(report: Report) -> Page:
     layers = [layer for layer in report["layers"] if layer["ablation"]]
     legend = "Accuracy lost without an expert (the next best is chosen), paired 95 % intervals; dashed: random routing."
     page, places = panel_page(
-        "What depends on an expert", _about(report, "cause_images"), legend, len(layers), _PLOT, 3, left=50
+        "What depends on an expert", _subtitle(report, "cause_images"), legend, len(layers), _PLOT, 3, left=50
     )
     for layer, (x, y) in zip(layers, places, strict=True):
         axes = plot(page, x, y, _PLOT, layer["name"])
@@ -223,9 +223,11 @@ def _ablation(report: Report) -> Page:
     return page
 
 
-def _capacity(report: Report) -> Page:
+def _capacity_figure(report: Report) -> Page:
     legend = "Each factor leaves the experts that many times their fair share of places; shaded: 95 % intervals."
-    page, places = panel_page("Accuracy against capacity", _about(report, "cause_images"), legend, 2, _PLOT, 2, left=50)
+    page, places = panel_page(
+        "Accuracy against capacity", _subtitle(report, "cause_images"), legend, 2, _PLOT, 2, left=50
+    )
     titles = (("accuracy", "Accuracy"), ("dropped", "Dropped choices"))
     numbers = [part["factor"] for part in report["capacity"] if part["factor"] is not None] or [0.0]
     beyond = max(numbers) + max(max(numbers) - min(numbers), 1) / 8  # where inf, None in the report, stands
@@ -252,7 +254,7 @@ def _capacity(report: Report) -> Page:
     return page
 
 
-def _training(report: Report) -> Page:
+def _training_figure(report: Report) -> Page:
     training = report["training"]
     steps = training["steps"]
     experts = max(len(part["load"][0]) for part in training["layers"].values())
@@ -270,10 +272,12 @@ def _training(report: Report) -> Page:
     return page
 
 
-def _saturation(report: Report) -> Page:
+def _saturation_figure(report: Report) -> Page:
     saturation = report["saturation"]
     legend = "Share of the choices of the last checkpoint that an earlier one makes too."
-    page, places = panel_page("When routing settles", _about(report, "probe_images"), legend, 1, (560, 300), 1, left=50)
+    page, places = panel_page(
+        "When routing settles", _subtitle(report, "probe_images"), legend, 1, (560, 300), 1, left=50
+    )
     axes = plot(page, *next(places), (560, 300), "Router saturation")
     for index, (name, values) in enumerate(saturation["layers"].items()):
         axes.plot(saturation["epochs"], values, "o-", color=expert_hex(index), label=name, markersize=5)
@@ -284,7 +288,7 @@ def _saturation(report: Report) -> Page:
     return page
 
 
-def _runs(report: Report) -> Page:
+def _runs_figure(report: Report) -> Page:
     runs, features = report["runs"], list(report["layers"][0]["specialisation"])
     legend = "The largest NMI of any layer, with 95 % intervals; dense models have no experts."
     panels = []
@@ -292,7 +296,7 @@ def _runs(report: Report) -> Page:
         legend = f"Accuracy and {legend[0].lower()}{legend[1:]}"
         panels.append(("Accuracy", [run["accuracy"] for run in runs], "value"))
     count = len(panels) + len(features)
-    page, places = panel_page("Runs beside each other", _about(report), legend, count, _PLOT, 3, left=50)
+    page, places = panel_page("Runs beside each other", _subtitle(report), legend, count, _PLOT, 3, left=50)
     for feature in features:
         best = [
             max((layer["nmi"][feature] for layer in run["layers"]), key=lambda part: part["nmi"], default=None)

@@ -10,17 +10,17 @@ def findings(report: dict[str, Any]) -> list[str]:
     leaves out zero.
     """
     return [
-        *_specialisation(report["layers"]),
-        *_load(report["layers"]),
-        *_ablation(report),
-        *_random_router(report["layers"]),
-        *_capacity(report["capacity"]),
-        *_agreement(report["agreement"]),
-        *_runs(report["runs"]),
+        *_specialisation_findings(report["layers"]),
+        *_load_findings(report["layers"]),
+        *_ablation_findings(report),
+        *_random_router_findings(report["layers"]),
+        *_capacity_findings(report["capacity"]),
+        *_agreement_findings(report["agreement"]),
+        *_runs_findings(report["runs"]),
     ]
 
 
-def _specialisation(layers: list[dict[str, Any]]) -> Iterator[str]:
+def _specialisation_findings(layers: list[dict[str, Any]]) -> Iterator[str]:
     links, chance = [], []
     for feature in layers[0]["specialisation"]:
         parts = [(layer["specialisation"][feature], layer["name"]) for layer in layers]
@@ -61,7 +61,7 @@ def _spoken(feature: str) -> str:
     )
 
 
-def _load(layers: list[dict[str, Any]]) -> Iterator[str]:
+def _load_findings(layers: list[dict[str, Any]]) -> Iterator[str]:
     dead = [(layer["name"], sum(expert["dead"] for expert in layer["experts"])) for layer in layers]
     if any(count for _, count in dead):
         yield (
@@ -77,7 +77,7 @@ def _load(layers: list[dict[str, Any]]) -> Iterator[str]:
         )
 
 
-def _ablation(report: dict[str, Any]) -> Iterator[str]:
+def _ablation_findings(report: dict[str, Any]) -> Iterator[str]:
     tried = [(layer, part) for layer in report["layers"] for part in layer["ablation"] or ()]
     if not tried:
         return
@@ -94,7 +94,7 @@ def _ablation(report: dict[str, Any]) -> Iterator[str]:
     )
 
 
-def _random_router(layers: list[dict[str, Any]]) -> Iterator[str]:
+def _random_router_findings(layers: list[dict[str, Any]]) -> Iterator[str]:
     tried = [(layer["name"], layer["random_router"]) for layer in layers if layer["random_router"] is not None]
     if not tried:
         return
@@ -105,7 +105,7 @@ def _random_router(layers: list[dict[str, Any]]) -> Iterator[str]:
         yield "Random routing in a single layer does not lower accuracy measurably: no interval lies below zero."
 
 
-def _capacity(settings: list[dict[str, Any]] | None) -> Iterator[str]:
+def _capacity_findings(settings: list[dict[str, Any]] | None) -> Iterator[str]:
     by_factor: dict[float, dict[bool, dict[str, Any]]] = {}
     for setting in settings or ():
         factor = math.inf if setting["factor"] is None else setting["factor"]
@@ -119,7 +119,7 @@ def _capacity(settings: list[dict[str, Any]] | None) -> Iterator[str]:
             return
 
 
-def _agreement(runs: list[dict[str, Any]] | None) -> Iterator[str]:
+def _agreement_findings(runs: list[dict[str, Any]] | None) -> Iterator[str]:
     for run in runs or ():
         for name, part in run["layers"].items():
             verdict = "more than" if part["value"] > part["null_high"] else "no more than"
@@ -129,7 +129,7 @@ def _agreement(runs: list[dict[str, Any]] | None) -> Iterator[str]:
             )
 
 
-def _runs(runs: list[dict[str, Any]]) -> Iterator[str]:
+def _runs_findings(runs: list[dict[str, Any]]) -> Iterator[str]:
     first = runs[0]
     for run in runs[1:] if first["accuracy"] else ():
         here, there = first["accuracy"], run["accuracy"]

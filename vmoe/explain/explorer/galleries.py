@@ -20,17 +20,17 @@ _TOP = 162  # of the maps, below two lines of a layer's name
 def draw_galleries(report: dict[str, Any], images: dict[str, Any]) -> Iterator[tuple[str, Page]]:
     """A page of galleries for each layer, and one of maps, by file name without suffix."""
     for index, layer in enumerate(report["layers"]):
-        yield f"experts-{index}", _experts(layer, images)
-    yield "maps", _maps(report, images)
+        yield f"experts-{index}", _expert_page(layer, images)
+    yield "maps", _maps_page(report, images)
 
 
-def _experts(layer: dict[str, Any], images: dict[str, Any]) -> Page:
+def _expert_page(layer: dict[str, Any], images: dict[str, Any]) -> Page:
     """For each expert the patches with its largest gates and random ones of its own, each in its surroundings."""
     row, half = _CROP + 40, _SHOWN * (_CROP + _GAP)
     left = MARGIN + 110
     page = Page(left + 2 * half + 40 + MARGIN, 150 + row * layer["num_experts"] + MARGIN)
     page.heading(f"What experts take: {layer['name']}", "each framed patch in its surroundings, of the sampled images")
-    for x, text in ((left, "largest gates, one an image"), (left + half + 30, "at random")):
+    for x, text in ((left, "largest gates, one per image"), (left + half + 30, "at random")):
         page.text(x, 130, text, BODY, weight="bold")
     for index, expert in enumerate(layer["experts"]):
         y = 150 + row * index
@@ -72,7 +72,7 @@ def _crop(pixels: np.ndarray, patch: int, grid: list[int]) -> np.ndarray:
     return crop / 255
 
 
-def _maps(report: dict[str, Any], images: dict[str, Any]) -> Page:
+def _maps_page(report: dict[str, Any], images: dict[str, Any]) -> Page:
     """Some images and the first choice of each patch in the first layers, opacity by gate."""
     layers = list(zip(report["layers"], images["layers"], strict=True))[:_LAYERS]
     count = min(_IMAGES, len(images["label"]))

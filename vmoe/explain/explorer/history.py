@@ -51,7 +51,7 @@ def snapshots(checkpoint: Path, device: torch.device) -> list[Snapshot]:
     last = load_checkpoint(checkpoint, device)
     for path in sorted(folder.last.parent.glob("*.ckpt")):
         each = load_checkpoint(path, device)
-        is_same = each.class_names == last.class_names and _layers(each) == _layers(last)
+        is_same = each.class_names == last.class_names and _moe_of(each) == _moe_of(last)
         if is_same and each.epoch < last.epoch:
             found.setdefault(each.epoch, Snapshot(each.epoch, Subject.of(each, path.name)))
     if not found:
@@ -59,7 +59,7 @@ def snapshots(checkpoint: Path, device: torch.device) -> list[Snapshot]:
     return [*(found[epoch] for epoch in sorted(found)), Snapshot(last.epoch, Subject.of(last, checkpoint.name))]
 
 
-def _layers(checkpoint: TrainedModel) -> MoeConfig | None:
+def _moe_of(checkpoint: TrainedModel) -> MoeConfig | None:
     """What its MoE layers are, whether their config was written with or without the router's defaults."""
     moe = checkpoint.config["moe"]
     return None if moe is None else MoeConfig(**moe).resolved()

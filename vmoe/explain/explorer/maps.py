@@ -1,6 +1,6 @@
 """One layer's routing of a batch as maps: patches row by row on the layer's grid, whatever the router and the backbone.
 
-B images of P prefix tokens and N = rows * columns places; E experts; K choices a token.
+B images of P prefix tokens and N = rows * columns places; E experts; K choices per token.
 """
 
 from typing import NamedTuple

@@ -9,9 +9,9 @@ from matplotlib.axes import Axes
 from vmoe.figures.palette import expert_hex, ink_on
 from vmoe.figures.style import BODY, DIVERGING, MARGIN, MUTED, PAPER, SHADES, SMALL, Page, plain_axes
 
-_HEAD = 110  # pixels of the page's title
-_TITLE = 34  # of a panel's
-_LETTER = 8.2  # width of a letter of the body's size, at most on average
+_HEAD_HEIGHT = 110  # pixels of the page's title
+_TITLE_HEIGHT = 34  # of a panel's
+_LETTER_WIDTH = 8.2  # width of a letter of the body's size, at most on average
 
 
 def panel_page(
@@ -30,15 +30,16 @@ def panel_page(
     """
     columns = max(1, min(columns, count))
     rows = -(-count // columns)
-    width, height = size[0] + left + 60, size[1] + _TITLE + 66
+    width, height = size[0] + left + 60, size[1] + _TITLE_HEIGHT + 66
     wide = max(columns * width + 2 * MARGIN - 20, 760)
-    lines = textwrap.wrap(legend, int((wide - 2 * MARGIN) / _LETTER))
-    page = Page(wide, _HEAD + rows * height + 24 * len(lines) + MARGIN)
+    lines = textwrap.wrap(legend, int((wide - 2 * MARGIN) / _LETTER_WIDTH))
+    page = Page(wide, _HEAD_HEIGHT + rows * height + 24 * len(lines) + MARGIN)
     page.heading(title, subtitle)
     for index, line in enumerate(reversed(lines)):
         page.text(MARGIN, page.height - MARGIN + 6 - 24 * index, line, BODY, color=MUTED)
     places = (
-        (MARGIN + left + index % columns * width, _HEAD + _TITLE + index // columns * height) for index in range(count)
+        (MARGIN + left + index % columns * width, _HEAD_HEIGHT + _TITLE_HEIGHT + index // columns * height)
+        for index in range(count)
     )
     return page, places
 
@@ -74,7 +75,7 @@ def matrix(
     pixels = np.repeat(np.repeat(colours, height, 0), width, 1)
     page.picture(x, y, pixels)
     for row in range(rows if row_experts else 0):
-        _chip(page, x - 10, y + row * height, row, height)
+        _expert_mark(page, x - 10, y + row * height, row, height)
     size = min(SMALL, height - 2, width - 2)
     for column in range(columns):
         middle = x + (column + 0.5) * width
@@ -95,7 +96,7 @@ def _signless_zero(number: str) -> str:
     return number if any(digit in number for digit in "123456789") else number.lstrip("-")
 
 
-def _chip(page: Page, right: float, top: float, expert: int, height: float) -> None:
+def _expert_mark(page: Page, right: float, top: float, expert: int, height: float) -> None:
     page.rectangle(right - 6, top, 6, height, face=expert_hex(expert))
     if height >= 9:
         page.text(right - 12, top + height / 2, str(expert), min(SMALL, height - 1), ha="right", va="center_baseline")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vmoe.explain.explorer.collection import on_device, routed
 from vmoe.explain.explorer.maps import LayerMaps
-from vmoe.explain.explorer.statistics import matched_agreement, mean_interval
+from vmoe.explain.explorer.measures import matched_agreement, mean_interval
 from vmoe.explain.explorer.subject import Subject
 
 SHIFT_SHARE = 64  # an image is moved by this part of its side, at least by a pixel
@@ -46,8 +46,8 @@ class Consistency:
 
     def update(self, plain: LayerMaps, mirrored: LayerMaps, shifted: LayerMaps) -> None:
         """Adds a batch."""
-        here, there = _first(plain), _first(mirrored).unflatten(1, plain.grid).flip(-1).flatten(1)
-        for name, other in (("flip", there), ("shift", _first(shifted))):
+        here, there = _first_choices(plain), _first_choices(mirrored).unflatten(1, plain.grid).flip(-1).flatten(1)
+        for name, other in (("flip", there), ("shift", _first_choices(shifted))):
             seen = (here >= 0) & (other >= 0)
             same = ((here == other) & seen).sum(1) / seen.sum(1).clamp_min(1)
             self.shares[name].append(same.cpu().numpy())
@@ -77,7 +77,7 @@ class Agreement:
 
     def update(self, one: LayerMaps, other: LayerMaps, generator: torch.Generator) -> None:
         """Adds a batch."""
-        first, second = _first(one), _first(other)
+        first, second = _first_choices(one), _first_choices(other)
         orders = [torch.randperm(len(first), generator=generator).to(first.device) for _ in range(NULL_PERMUTATIONS)]
         table = _joint(one, first, other, second)
         null = np.stack([_joint(one, first, other, second[order]) for order in orders])
@@ -114,7 +114,7 @@ class Saturation:
         return self.same / max(self.choices, 1)
 
 
-def _first(maps: LayerMaps) -> Tensor:
+def _first_choices(maps: LayerMaps) -> Tensor:
     return maps.patch_choices[..., 0]
 
 
@@ -163,23 +163,25 @@ def probe(
     saturation: list[dict[str, Saturation]] = [{} for _ in snapshots]
     for batch in batches:
         x = on_device(batch, subject.device)
-        plain = _maps(subject, x)
-        mirrored, shifted = _maps(subject, x, flipped), _maps(subject, x, moved)
+        plain = _routed_maps(subject, x)
+        mirrored, shifted = _routed_maps(subject, x, flipped), _routed_maps(subject, x, moved)
         for name, maps in plain.items():
             consistency.setdefault(name, Consistency()).update(maps, mirrored[name], shifted[name])
         for found, other in zip(agreement, others, strict=True):
-            for name, maps in _maps(other, subject.as_seen_by(other, x)).items():
+            for name, maps in _routed_maps(other, subject.as_seen_by(other, x)).items():
                 if name in plain and maps.grid == plain[name].grid:
                     found.setdefault(name, Agreement()).update(plain[name], maps, generator)
         for found, early in zip(saturation, snapshots, strict=True):
-            for name, maps in _maps(early, x).items():
+            for name, maps in _routed_maps(early, x).items():
                 found.setdefault(name, Saturation()).update(maps, plain[name])
-    return Probes(_results(consistency), list(map(_results, agreement)), list(map(_results, saturation)))
+    return Probes(
+        _layer_results(consistency), list(map(_layer_results, agreement)), list(map(_layer_results, saturation))
+    )
 
 
-def _maps(subject: Subject, x: Tensor, change: Callable[[Tensor], Tensor] = lambda x: x) -> dict[str, LayerMaps]:
+def _routed_maps(subject: Subject, x: Tensor, change: Callable[[Tensor], Tensor] = lambda x: x) -> dict[str, LayerMaps]:
     return routed(subject.model, change(x))[1]
 
 
-def _results(parts: dict[str, Any]) -> dict[str, Any]:
+def _layer_results(parts: dict[str, Any]) -> dict[str, Any]:
     return {name: part.result() for name, part in parts.items()}

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from vmoe.explain.explorer.collection import Collection, LayerCollection
-from vmoe.explain.explorer.statistics import (
+from vmoe.explain.explorer.measures import (
     class_log_ratio,
     clustered_order,
     coactivation,
@@ -62,7 +62,7 @@ def layer_report(layer: LayerCollection, images: dict[str, Any], classes: Sequen
             "mean": float((used * np.arange(len(used))).sum() / used.sum()),
             "histogram": used.astype(int).tolist(),
         },
-        "experts": _experts(layer, images, _favourites(layer, of_class, classes), seed),
+        "experts": _expert_reports(layer, images, _favourites(layer, of_class, classes), seed),
         "consistency": None,
         "ablation": None,
         "random_router": None,
@@ -82,7 +82,7 @@ def _preferences(layer: LayerCollection, feature: str) -> dict[str, Any] | None:
     return {"matrix": ratio.tolist(), "order": clustered_order(ratio)}
 
 
-def _experts(
+def _expert_reports(
     layer: LayerCollection, images: dict[str, Any], favourites: list[list[dict[str, Any]]], seed: int
 ) -> list[dict[str, Any]]:
     facts, counts = layer.facts, layer.counts
@@ -96,7 +96,7 @@ def _experts(
         experts.append(
             {
                 "dead": is_dead,
-                **_gallery(images, expert, facts.prefix, seed),
+                **_patches_of_expert(images, expert, facts.prefix, seed),
                 "classes": [] if is_dead else favourites[expert],
                 "position": (position[:, expert] * places / total).reshape(facts.grid).tolist(),
                 "colour": None if is_dead else (255 * colour[expert] / total).round().clip(0, 255).astype(int).tolist(),
@@ -119,8 +119,8 @@ def _favourites(
     return favourites
 
 
-def _gallery(images: dict[str, Any], expert: int, prefix: int, seed: int) -> dict[str, list[dict[str, Any]]]:
-    """Patches of the sampled images that an expert takes: its largest gates, one an image, and random ones."""
+def _patches_of_expert(images: dict[str, Any], expert: int, prefix: int, seed: int) -> dict[str, list[dict[str, Any]]]:
+    """Patches of the sampled images that an expert takes: its largest gates, one per image, and random ones."""
     gates = images["gates"][:, prefix:, expert].astype(np.float32)
     takes = (images["chosen"][:, prefix:] == expert).any(-1)
     image, patch = np.nonzero(takes)

@@ -8,9 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vmoe.checkpoints import TrainedModel
+from vmoe.data.config import Colour
 from vmoe.moe import moe_layers
-
-Colour = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -21,8 +20,8 @@ class Subject:
         name: What the report calls it.
         model: The model.
         class_names: Names of its classes.
-        mean: Of the channels of images in [0, 1], as they are normalised for it.
-        std: Likewise.
+        mean: Mean of the channels in [0, 1], by which images are normalised for it.
+        std: Standard deviation of the channels, by which images are normalised for it.
         image_size: Side of its images in pixels; None where it takes what it is given.
     """
 

@@ -7,14 +7,14 @@ from typing import NamedTuple
 import numpy as np
 
 from vmoe.explain.heatmap.maps import (
-    blend,
     choice_map,
-    choices,
+    choices_of_rank,
     dropped_map,
     entropies,
     entropy_map,
     gate_map,
     largest_gate,
+    overlaid,
     pale,
     panel_size,
     scaled,
@@ -26,9 +26,9 @@ from vmoe.routing.recording import LayerRouting
 
 PANEL = 400  # side of a large panel in pixels, about: patches are whole pixels
 GAP = 24
-_EXPERTS_A_ROW = 8
+_EXPERTS_PER_ROW = 8
 _INSET_BELOW = 128  # model inputs smaller than this are shown as an inset where the photo is finer
-_HEAD = MARGIN + 108  # pixels from the upper edge to the first panels' titles
+_HEAD_END = MARGIN + 108  # pixels from the upper edge to the first panels' titles
 _BOUNDS = "Lines in the full colour bound the patches of one expert, its number in the corner, where there is room."
 
 
@@ -58,20 +58,20 @@ def draw_layer(image: RoutedImage, layer: str, title: str, subtitle: str, footer
     inner = max(columns * (width + GAP), 3 * (PANEL + GAP)) - GAP
     captions = [wrapped(panel.caption, SMALL, width) for panel in panels]
     step = height + 64 + LINE * max(map(len, captions))
-    gates = _HEAD + step * -(-len(panels) // columns) + 30 * prefix
-    picture = scaled(image.detail, panel_size(routing.grid, (inner + GAP) // _EXPERTS_A_ROW - GAP))
-    below = gates + 56 + -(-num_experts // _EXPERTS_A_ROW) * (picture.shape[0] + 46)
+    gates = _HEAD_END + step * -(-len(panels) // columns) + 30 * prefix
+    picture = scaled(image.detail, panel_size(routing.grid, (inner + GAP) // _EXPERTS_PER_ROW - GAP))
+    below = gates + 56 + -(-num_experts // _EXPERTS_PER_ROW) * (picture.shape[0] + 46)
     page = Page(inner + 2 * MARGIN, below + _legend_height(num_experts) + _footer_height(footer))
     page.heading(title, subtitle)
     for index, (panel, caption) in enumerate(zip(panels, captions, strict=True)):
-        x, y = MARGIN + index % columns * (width + GAP), _HEAD + index // columns * step
+        x, y = MARGIN + index % columns * (width + GAP), _HEAD_END + index // columns * step
         y += 30 * prefix * (index >= columns)  # choices, and tokens below them, stand in the first row
-        _place(page, x, y, panel, caption)
+        _draw_panel(page, x, y, panel, caption)
         if panel.rank is not None:
-            _numbers(page, routing, panel.rank, x, y, panel.pixels)
-            _tokens(page, routing, panel.rank, x, y + height + 22 + LINE * len(caption))
+            _region_numbers(page, routing, panel.rank, x, y, panel.pixels)
+            _prefix_choices(page, routing, panel.rank, x, y + height + 22 + LINE * len(caption))
     _expert_maps(page, routing, picture, gates, inner)
-    _legend(page, below, num_experts, f"{largest_gate(routing):.2f}", "the largest gate in this layer and image")
+    _legend_row(page, below, num_experts, f"{largest_gate(routing):.2f}", "the largest gate in this layer and image")
     _footer(page, footer)
     return page
 
@@ -90,24 +90,24 @@ def draw_overview(
     inner = max(columns * (width + GAP), 3 * (PANEL + GAP)) - GAP
     num_experts = max(image.layers[layer].gates.shape[-1] for layer in layers)
     step = height + 56 + 34 * any(image.layers[layer].num_prefix_tokens for layer in layers)
-    chips = _HEAD - 12 + rows * step
+    chips = _HEAD_END - 12 + rows * step
     below = chips + 20 + 30 * math.ceil(num_experts / 16)
     page = Page(inner + 2 * MARGIN, below + _legend_height(num_experts) + _footer_height(footer))
     page.heading(title, subtitle)
-    _place(page, MARGIN, _HEAD, _Panel("Picture", _with_inset(scaled(image.detail, sizes[0]), image), ""))
+    _draw_panel(page, MARGIN, _HEAD_END, _Panel("Picture", _with_inset(scaled(image.detail, sizes[0]), image), ""))
     for index, (layer, size) in enumerate(zip(layers, sizes, strict=True), start=1):
-        x, y = MARGIN + index % columns * (width + GAP), _HEAD + index // columns * step
+        x, y = MARGIN + index % columns * (width + GAP), _HEAD_END + index // columns * step
         routing = image.layers[layer]
         pixels = choice_map(pale(scaled(image.detail, size)), routing, 0)
-        used = len(np.unique(choices(routing, 0)[choices(routing, 0) >= 0]))
+        used = len(np.unique(choices_of_rank(routing, 0)[choices_of_rank(routing, 0) >= 0]))
         note = f"{used} of {routing.gates.shape[-1]} experts"
-        _place(page, x, y, _Panel(page.fit(layer, HEADING, size[1] - 120, weight="bold"), pixels, "", note))
-        _numbers(page, routing, 0, x, y, pixels)
+        _draw_panel(page, x, y, _Panel(page.fit(layer, HEADING, size[1] - 120, weight="bold"), pixels, "", note))
+        _region_numbers(page, routing, 0, x, y, pixels)
         _token_chips(page, routing, x, y + size[0] + 10)
     page.text(MARGIN, chips + 17, "Expert", BODY, color=MUTED)
     for expert in range(num_experts):
-        _chip(page, MARGIN + 80 + expert % 16 * 68, chips + 30 * (expert // 16), expert)
-    _legend(page, below, num_experts, "largest", "each layer's largest gate on this image")
+        _number_chip(page, MARGIN + 80 + expert % 16 * 68, chips + 30 * (expert // 16), expert)
+    _legend_row(page, below, num_experts, "largest", "each layer's largest gate on this image")
     _footer(page, footer)
     return page
 
@@ -145,7 +145,7 @@ def _panels(image: RoutedImage, routing: LayerRouting) -> list[_Panel]:
     return panels
 
 
-def _place(page: Page, x: int, y: int, panel: _Panel, caption: Sequence[str] = ()) -> None:
+def _draw_panel(page: Page, x: int, y: int, panel: _Panel, caption: Sequence[str] = ()) -> None:
     height, width = panel.pixels.shape[:2]
     page.text(x, y - 12, panel.title, HEADING, weight="bold")
     page.text(x + width, y - 12, panel.note, SMALL, color=MUTED, ha="right")
@@ -163,11 +163,11 @@ def _expert_maps(page: Page, routing: LayerRouting, picture: np.ndarray, y: int,
         f"choices. Percent: its share of the choices of the {patches} patches."
     )
     page.text(MARGIN, y + 22, page.fit(legend, SMALL, width), SMALL, color=MUTED)
-    step = (width - picture.shape[1]) / (_EXPERTS_A_ROW - 1)
+    step = (width - picture.shape[1]) / (_EXPERTS_PER_ROW - 1)
     for expert, share in enumerate(describe_layer(routing)["choice_share"]):
-        left = round(MARGIN + expert % _EXPERTS_A_ROW * step)
-        top = y + 32 + expert // _EXPERTS_A_ROW * (picture.shape[0] + 46)
-        _chip(page, left, top + 8, expert)
+        left = round(MARGIN + expert % _EXPERTS_PER_ROW * step)
+        top = y + 32 + expert // _EXPERTS_PER_ROW * (picture.shape[0] + 46)
+        _number_chip(page, left, top + 8, expert)
         page.text(left + picture.shape[1], top + 23, f"{share:.0%}", SMALL, ha="right", color=MUTED)
         page.picture(left, top + 32, gate_map(pale(picture), routing, expert))
 
@@ -190,13 +190,13 @@ def _with_inset(picture: np.ndarray, image: RoutedImage) -> np.ndarray:
     return picture
 
 
-def _numbers(page: Page, routing: LayerRouting, rank: int, x: int, y: int, pixels: np.ndarray) -> None:
+def _region_numbers(page: Page, routing: LayerRouting, rank: int, x: int, y: int, pixels: np.ndarray) -> None:
     """The expert's number in the upper left patch of each region of one expert."""
     rows, columns = routing.grid
     height, width = pixels.shape[0] // rows, pixels.shape[1] // columns
     if min(height, width) < 18:
         return
-    chosen = choices(routing, rank)
+    chosen = choices_of_rank(routing, rank)
     starts = chosen >= 0
     starts[1:] &= chosen[1:] != chosen[:-1]
     starts[:, 1:] &= chosen[:, 1:] != chosen[:, :-1]
@@ -208,14 +208,14 @@ def _numbers(page: Page, routing: LayerRouting, rank: int, x: int, y: int, pixel
         page.text(x + left, y + top, str(chosen[row, column]), size, color=ink, va="top", weight="bold")
 
 
-def _tokens(page: Page, routing: LayerRouting, rank: int, x: int, y: int) -> None:
+def _prefix_choices(page: Page, routing: LayerRouting, rank: int, x: int, y: int) -> None:
     """A line for each class and register token: its expert and gate."""
     for index, name in enumerate(routing.prefix_names):
         expert = int(routing.chosen[0, index, rank])
         if expert < 0:
             text = f"{name}: no {'other ' * (rank > 0)}expert takes it"
         else:
-            _chip(page, x, y + 30 * index, expert)
+            _number_chip(page, x, y + 30 * index, expert)
             text = f"{name}, gate {routing.gates[0, index, expert]:.2f}"
             text += ", dropped" if routing.dispatch is None and routing.dropped[0, index, rank] else ""
         page.text(x + 44, y + 16 + 30 * index, text, SMALL, color=MUTED)
@@ -226,14 +226,14 @@ def _token_chips(page: Page, routing: LayerRouting, x: int, y: int) -> None:
     for index, name in enumerate(routing.prefix_names):
         expert = int(routing.chosen[0, index, 0])
         if expert >= 0:
-            _chip(page, x, y, expert)
+            _number_chip(page, x, y, expert)
         is_register = name.startswith("register")
         if not is_register or index == routing.num_prefix_tokens - 1:
             page.text(x + 42, y + 15, "registers" if is_register else name, SMALL, color=MUTED)
         x += 38 if is_register else 130
 
 
-def _chip(page: Page, x: float, y: float, expert: int) -> None:
+def _number_chip(page: Page, x: float, y: float, expert: int) -> None:
     """A small box in an expert's colour with its number."""
     page.rectangle(x, y, 34, 21, face=expert_hex(expert))
     ink = ink_on(expert_colours(expert + 1)[expert])
@@ -244,11 +244,13 @@ def _legend_height(num_experts: int) -> int:
     return 70 + LINE * (num_experts > NUM_COLOURS)
 
 
-def _legend(page: Page, y: int, num_experts: int, most: str, opaque: str) -> None:
+def _legend_row(page: Page, y: int, num_experts: int, most: str, opaque: str) -> None:
     """What colour and opacity mean, beside a scale in the colours of some experts."""
     steps = np.linspace(0, 1, 200)[None]
     shown = min(3, num_experts)
-    strips = [blend(np.full((7, 200, 3), 0.85), expert_colours(shown)[e], np.repeat(steps, 7, 0)) for e in range(shown)]
+    strips = [
+        overlaid(np.full((7, 200, 3), 0.85), expert_colours(shown)[e], np.repeat(steps, 7, 0)) for e in range(shown)
+    ]
     page.picture(MARGIN, y, np.concatenate(strips))
     page.text(MARGIN, y + 38, "gate 0", SMALL, color=MUTED)
     page.text(MARGIN + 200, y + 38, most, SMALL, color=MUTED, ha="right")

@@ -25,7 +25,7 @@ from vmoe.files import atomic_write, write_json
 from vmoe.moe import moe_layers
 from vmoe.text import readable
 
-_TOLD_CLASSES = 5
+_NAMED_CLASSES = 5
 
 
 def write_heatmaps(
@@ -122,7 +122,7 @@ def _write_image(
         facts = f"predicted: {predicted} · first choices in {len(layers)} MoE layers · {layers[0]}: "
         facts += _facts(checkpoint.model, image, layers[0])
         draw_overview(image, layers, title, facts, footer).save(out / pages[-1])
-    best = np.argsort(-image.probabilities, kind="stable")[:_TOLD_CLASSES]
+    best = np.argsort(-image.probabilities, kind="stable")[:_NAMED_CLASSES]
     told = [
         {"class": _class(checkpoint, i), "index": int(i), "probability": float(image.probabilities[i])} for i in best
     ]

@@ -1,7 +1,7 @@
 """Routing maps of one image as pixels: choices, the gate of an expert, what was dropped, how undecided the router is.
 
-R x C patches of an image, E experts, K choices a token. Pictures are (H, W, 3) in [0, 1], with H and W multiples of the
-numbers of rows and columns.
+R x C patches of an image, E experts, K choices per token. Pictures are (H, W, 3) in [0, 1]; H and W are
+multiples of the numbers of rows and columns.
 """
 
 import math
@@ -19,7 +19,7 @@ _OUTLINED_FROM = 8  # pixels of a patch's side
 _DROPPED = np.array([0.1, 0.1, 0.12])
 
 
-def blend(background: np.ndarray, colours: np.ndarray, opacity: np.ndarray) -> np.ndarray:
+def overlaid(background: np.ndarray, colours: np.ndarray, opacity: np.ndarray) -> np.ndarray:
     """Lays one colour a patch over a picture.
 
     Args:
@@ -48,7 +48,7 @@ def largest_gate(routing: LayerRouting) -> float:
     return max(float(patch_part(routing).gates.max()), 1e-12)
 
 
-def choices(routing: LayerRouting, rank: int) -> np.ndarray:
+def choices_of_rank(routing: LayerRouting, rank: int) -> np.ndarray:
     """The expert of a rank (0: first choice) of each patch, (rows, columns); -1 where no expert took it."""
     return patch_part(routing).chosen[0, :, rank].reshape(routing.grid).numpy()
 
@@ -57,12 +57,12 @@ def choice_map(background: np.ndarray, routing: LayerRouting, rank: int) -> np.n
     """The patches in the colours of their experts of a rank, and a line in the full colour where a neighbour has
     another expert. Opacity is the gate over the largest one.
     """
-    chosen = choices(routing, rank)
+    chosen = choices_of_rank(routing, rank)
     patches = patch_part(routing)
     gates = patches.gates[0].gather(1, patches.chosen[0, :, rank : rank + 1].clamp_min(0)).reshape(routing.grid).numpy()
     colours = expert_colours(patches.gates.shape[-1])[chosen]
     opacity = np.where(chosen >= 0, gates / largest_gate(routing), 0)
-    return _outline(blend(background, colours, opacity), chosen, colours, chosen >= 0)
+    return _outline(overlaid(background, colours, opacity), chosen, colours, chosen >= 0)
 
 
 def gate_map(background: np.ndarray, routing: LayerRouting, expert: int) -> np.ndarray:
@@ -71,14 +71,14 @@ def gate_map(background: np.ndarray, routing: LayerRouting, expert: int) -> np.n
     gates = patches.gates[0, :, expert].reshape(routing.grid).numpy()
     colour = expert_colours(expert + 1)[expert]
     taken = (patches.chosen[0] == expert).any(-1).reshape(routing.grid).numpy()
-    pixels = blend(background, colour, gates / largest_gate(routing))
+    pixels = overlaid(background, colour, gates / largest_gate(routing))
     return _outline(pixels, taken, np.broadcast_to(colour, (*taken.shape, 3)), taken)
 
 
 def dropped_map(background: np.ndarray, routing: LayerRouting) -> np.ndarray:
     """The patches darkened by the share of their choices that was dropped."""
     share = patch_part(routing).dropped[0].float().mean(-1).reshape(routing.grid).numpy()
-    return blend(background, _DROPPED, 0.9 * share)
+    return overlaid(background, _DROPPED, 0.9 * share)
 
 
 def entropies(routing: LayerRouting) -> np.ndarray:
@@ -92,7 +92,7 @@ def entropies(routing: LayerRouting) -> np.ndarray:
 def entropy_map(background: np.ndarray, routing: LayerRouting) -> np.ndarray:
     """The patches in shades by the entropy of their gates."""
     entropy = entropies(routing)
-    return blend(background, SHADES(entropy)[..., :3], np.full_like(entropy, 0.7))
+    return overlaid(background, SHADES(entropy)[..., :3], np.full_like(entropy, 0.7))
 
 
 def panel_size(grid: tuple[int, int], side: int) -> tuple[int, int]:

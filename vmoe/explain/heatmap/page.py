@@ -36,17 +36,17 @@ def heatmap_page(index: dict[str, Any]) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>Routing maps of {count}</title><style>\n{_STYLE}</style></head><body>",
         f"<h1>Which expert takes which patch, in {count}</h1>",
-        f"<p>{_text(' · '.join(about))}</p>",
+        f"<p>{_escaped_text(' · '.join(about))}</p>",
         "<p>Each figure opens in full size. The numbers behind them: <a href='index.json'>index.json</a></p>",
     ]
     if len(images) > 1:
-        links = [f"<a href='#{number}'>{_text(_name(image))}</a>" for number, image in enumerate(images)]
+        links = [f"<a href='#{number}'>{_escaped_text(_image_name(image))}</a>" for number, image in enumerate(images)]
         parts += ["<nav>", *links, "</nav>"]
     for number, image in enumerate(images):
         parts += _section(number, image)
     if index["damaged"]:
         parts.append("<section><h2>Left out</h2>")
-        parts += [f"<p>{_text(line)}</p>" for line in index["damaged"]]
+        parts += [f"<p>{_escaped_text(line)}</p>" for line in index["damaged"]]
         parts.append("</section>")
     return "\n".join([*parts, "</body></html>", ""])
 
@@ -54,24 +54,24 @@ def heatmap_page(index: dict[str, Any]) -> str:
 def _section(number: int, image: dict[str, Any]) -> Sequence[str]:
     told = ", ".join(f"{each['class']} {each['probability']:.1%}" for each in image["most_probable"])
     figures = [
-        f"<a href='{_link(page)}'><img loading='lazy' src='{_link(page)}' alt='{_text(page)}'></a>"
+        f"<a href='{_page_link(page)}'><img loading='lazy' src='{_page_link(page)}' alt='{_escaped_text(page)}'></a>"
         for page in image["pages"]
     ]
     return [
-        f"<section id='{number}'><h2>{_text(_name(image))}</h2>",
-        f"<p>predicted: {_text(told)}</p>",
+        f"<section id='{number}'><h2>{_escaped_text(_image_name(image))}</h2>",
+        f"<p>predicted: {_escaped_text(told)}</p>",
         *figures,
         "</section>",
     ]
 
 
-def _name(image: dict[str, Any]) -> str:
+def _image_name(image: dict[str, Any]) -> str:
     return os.path.basename(image["file"])
 
 
-def _text(text: str) -> str:
+def _escaped_text(text: str) -> str:
     return escape(printable(text))
 
 
-def _link(page: str) -> str:
+def _page_link(page: str) -> str:
     return quote(os.fsencode(page))

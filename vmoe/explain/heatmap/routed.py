@@ -1,6 +1,6 @@
 """Where each patch of an image goes: routes images through a V-MoE and writes a figure a layer and an index of numbers.
 
-R x C patches of an image, E experts, K choices a token.
+R x C patches of an image, E experts, K choices per token.
 """
 
 from collections.abc import Sequence

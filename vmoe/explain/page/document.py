@@ -45,7 +45,7 @@ def write_page(report: dict[str, Any], images: dict[str, Any], path: str | Path)
     Raises:
         UserError: The file cannot be written.
     """
-    numbers = _numbers(report)
+    numbers = _report_json(report)
     pictures = tile(np.asarray(images["pixels"], dtype=np.uint8), int(_PICTURES_PART * PAGE_CHARACTERS))
     budget = PAGE_CHARACTERS - len(numbers) - sum(map(len, pictures["sheets"])) - _CODE_CHARACTERS
     count = len(images["label"])
@@ -66,8 +66,8 @@ def write_page(report: dict[str, Any], images: dict[str, Any], path: str | Path)
             for layer, maps, top in zip(report["layers"], images["layers"], tops, strict=True)
         ],
     }
-    palette = _json([expert_hex(expert) for expert in range(NUM_COLOURS)])
-    text = _assemble(str(report["title"]), {"report": numbers, "sample": _json(sample), "palette": palette})
+    palette = _inline_json([expert_hex(expert) for expert in range(NUM_COLOURS)])
+    text = _assemble(str(report["title"]), {"report": numbers, "sample": _inline_json(sample), "palette": palette})
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="replace")  # a file's name may be no valid text
 
@@ -77,13 +77,13 @@ def _labels(values: Any) -> list[int | None]:
     return [int(value) if value is not None and value >= 0 else None for value in values]
 
 
-def _numbers(report: dict) -> str:
+def _report_json(report: dict) -> str:
     """The report as JSON, without the tables by class if they alone would fill the page."""
     layers = [_columns(layer) for layer in report["layers"]]
     for left_out in range(len(_CLASS_TABLES) + 1):
         names = _CLASS_TABLES[:left_out]
         kept = [{key: value for key, value in layer.items() if key not in names} for layer in layers]
-        text = _json(compact({**report, "layers": kept, "left_out": names}))
+        text = _inline_json(compact({**report, "layers": kept, "left_out": names}))
         if len(text) <= _NUMBERS_PART * PAGE_CHARACTERS:
             break
     return text
@@ -93,8 +93,8 @@ def _columns(layer: dict) -> dict:
     """A layer with what each expert holds put into columns, which pack well."""
     experts, ablation = layer["experts"], layer["ablation"]
     columns = {
-        "top": _gallery([expert["top"] for expert in experts]),
-        "random": _gallery([expert["random"] for expert in experts]),
+        "top": _packed_gallery([expert["top"] for expert in experts]),
+        "random": _packed_gallery([expert["random"] for expert in experts]),
         "position": [expert["position"] for expert in experts],
     }
     rest = [{key: value for key, value in expert.items() if key not in columns} for expert in experts]
@@ -106,7 +106,7 @@ def _columns(layer: dict) -> dict:
     return layer
 
 
-def _gallery(patches: list[list[dict]]) -> dict[str, Any]:
+def _packed_gallery(patches: list[list[dict]]) -> dict[str, Any]:
     """Patches of each expert as three (E, longest) tables."""
     longest = max(map(len, patches), default=0)
     image = np.full((len(patches), longest), _NO_PATCH)
@@ -118,7 +118,7 @@ def _gallery(patches: list[list[dict]]) -> dict[str, Any]:
     return {"image": pack_integers(image, 16), "patch": pack_integers(patch, 16), "gate": pack(gate)}
 
 
-def _json(value: Any) -> str:
+def _inline_json(value: Any) -> str:
     """JSON that can stand in a script element: nothing in it can end the element or begin a comment."""
     text = json.dumps(value, allow_nan=False, separators=(",", ":"), ensure_ascii=True)
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")

@@ -72,15 +72,15 @@ def pack_layer(layer: dict, maps: dict, top: int, count: int) -> dict[str, Any]:
         dropped = dropped & valid[..., None]
     return {
         "chosen": 0 if chosen is None else chosen.shape[-1],
-        "weights": _largest(gates, chosen, top),
-        "dispatch": None if dispatch is None else _largest(dispatch, None, top),
+        "weights": _largest_gates(gates, chosen, top),
+        "dispatch": None if dispatch is None else _largest_gates(dispatch, None, top),
         # Bit k: choice k was dropped. More than 8 choices do not fit; the first 8 are kept.
         "dropped": pack_integers(np.packbits(dropped[..., :8], axis=-1, bitorder="little")[..., 0], 8),
         "entropy": pack(raster(maps["entropy"]), 8),
     }
 
 
-def _largest(gates: np.ndarray, chosen: np.ndarray | None, top: int) -> dict[str, Any]:
+def _largest_gates(gates: np.ndarray, chosen: np.ndarray | None, top: int) -> dict[str, Any]:
     """The choices of each token, then its other experts by gate: (n, N, top) experts and their gates."""
     gates = gates.astype(np.float32)
     rank = gates.copy()

@@ -38,9 +38,9 @@ def compact(value: Any) -> Any:
     if isinstance(value, dict):
         return {str(key): compact(part) for key, part in value.items()}
     if isinstance(value, list | tuple | np.ndarray):
-        table = _table(value)
+        table = _number_table(value)
         if table is not None and table.size >= _PACK_FROM:
-            return _packed(table)
+            return _packed_table(table)
         return [compact(part) for part in value]
     if isinstance(value, bool | np.bool_):
         return bool(value)
@@ -51,14 +51,14 @@ def compact(value: Any) -> Any:
     return value
 
 
-def _packed(table: np.ndarray) -> Any:
+def _packed_table(table: np.ndarray) -> Any:
     if np.array_equal(table, np.rint(table)):  # indices and counts have to stay exact
         exact = table.min() >= 0 and table.max() < 2**16
         return pack_integers(table, 16) if exact else table.astype(int).tolist()
     return pack(table, 8 if table.size >= _EIGHT_BITS_FROM else 16)
 
 
-def _table(value: Any) -> np.ndarray | None:
+def _number_table(value: Any) -> np.ndarray | None:
     """The numbers of a rectangular (nested) list, with nan for None; None if it holds anything else."""
     probe = value
     while isinstance(probe, list | tuple | np.ndarray) and len(probe):

@@ -8,7 +8,16 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-_SIDES = (None, 192, 160, 128, 96, 64, 48, 32)  # pixels of the longer side to try, largest first; None: as they are
+_SIDES_TO_TRY = (
+    None,
+    192,
+    160,
+    128,
+    96,
+    64,
+    48,
+    32,
+)  # pixels of the longer side to try, largest first; None: as they are
 _SHEET = 2048  # pixels of a sheet's side at most, which every browser can decode
 _LOSSLESS_UP_TO = 64  # pixels of the longer side: below, compression would blur what a patch shows
 
@@ -23,7 +32,7 @@ def tile(pixels: np.ndarray, budget: int) -> dict[str, Any]:
     Returns:
         "sheets" (data URIs), "columns" and "rows" of a sheet, "width" and "height" of a tile in pixels.
     """
-    for side in _SIDES:
+    for side in _SIDES_TO_TRY:
         sheets = _sheets(_resized(pixels, side))
         if sum(map(len, sheets["sheets"])) <= budget:
             break

@@ -7,7 +7,7 @@ import pytest
 import torch
 from sklearn.metrics import normalized_mutual_info_score
 
-from vmoe.explain.explorer.statistics import (
+from vmoe.explain.explorer.measures import (
     class_log_ratio,
     clustered_order,
     coactivation,
