@@ -11,7 +11,7 @@ colours over the four kinds of vision, as the tests measure it:
                16   0.064         6.8
                32   0.063         5.4
 
-Two flat colours beside each other are told apart from a CIEDE2000 of about 2, from memory or in a legend from about 10:
+Two flat colours beside each other look different from a CIEDE2000 of about 2, from memory or in a legend from about 10:
 beyond 12 experts colour alone does not name an expert, so figures also print its number. Beyond 32 the colours repeat.
 """
 

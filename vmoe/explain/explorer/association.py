@@ -1,7 +1,7 @@
 """Do an expert's patches have something in common? Tables of expert by feature, beside what sampling and chance make.
 
 Images, not patches, are what is sampled: patches of an image resemble one another. So intervals come from weighting
-whole images anew, and nulls pair the routing of one image with the content of another. Both are done while the images
+whole images again, and nulls pair the routing of one image with the content of another. Both are done while the images
 stream by: each replicate is a table of its own, and no image is kept.
 
 B images; N places of a layer's grid; K choices per patch; E experts; F values of a feature; R replicates.
@@ -17,7 +17,7 @@ from torch import Tensor
 from vmoe.explain.explorer.features import COLOUR_NAMES, LEVELS, Levels, PatchFeatures, colour_bins
 from vmoe.explain.explorer.measures import Z95, normalised_mutual_information
 
-FINEST_POSITION = 16  # rows or columns of positions told apart
+FINEST_POSITION = 16  # rows or columns of positions that are kept apart
 _PACKED = {"colour": len(COLOUR_NAMES), "brightness": LEVELS, "edges": LEVELS}
 _INDICES_AT_ONCE = 4_000_000
 
@@ -27,8 +27,8 @@ class Specialisation(NamedTuple):
 
     Attributes:
         nmi: Normalised mutual information of expert and feature over all choices.
-        low: Of its 95 % interval, from the standard deviation over bootstrap replicates.
-        high: Likewise.
+        low: Lower end of its 95 % interval, from the standard deviation over bootstrap replicates.
+        high: Upper end.
         null_mean: What chance gives.
         null_high: What chance stays below in 95 % of the permutations.
         p: Share of the permutations, this routing counted among them, with at least this information.
@@ -72,7 +72,7 @@ class Draws(NamedTuple):
     Attributes:
         weights: (R, B) how often each image counts in a bootstrap replicate: Poisson(1), which needs no knowledge of
             the number of images (Chamandy et al. 2012, https://research.google/pubs/pub43157/).
-        partners: (R, B) the image whose content is paired with each image's routing: permutations.
+        partners: (R, B) for each image's routing the image that gives the content: permutations.
         shifts: (R, B, 2) by how many rows and columns a map is moved round, in [0, 1) of the grid.
         flips: (R, B) bool, whether it is mirrored too.
     """
@@ -206,7 +206,7 @@ class LayerAssociation:
         return torch.cat(parts)
 
     def _shifted_counts(self, choices: Tensor, draws: Draws) -> Tensor:
-        """Tables (R, F, E) of the routing with positions that are moved round the grid, anew for each image.
+        """Tables (R, F, E) of the routing with positions that are moved round the grid, differently for each image.
 
         A torus shift keeps neighbours neighbours (Lotwick & Silverman 1982), so that smooth maps meet smooth maps.
         """

@@ -27,7 +27,7 @@ BLOCK = 256  # images within which permutations are drawn
 
 @dataclass(frozen=True)
 class LayerFacts:
-    """What a layer is."""
+    """The facts about a layer that do not depend on images."""
 
     name: str
     router: str
@@ -213,7 +213,7 @@ class _Tally:
                 )
 
     def _begin(self, maps: dict[str, LayerMaps], classes: int) -> None:
-        """Makes the tables, whose sizes the first batch tells."""
+        """Makes the tables; the first batch gives their sizes."""
         for name, part in maps.items():
             config, device = self._configs[name], part.gates.device
             codes = self._grids.setdefault(part.grid, GridCodes(part.grid))

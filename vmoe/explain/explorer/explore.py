@@ -94,8 +94,8 @@ def explore(
         patch_names: Names of the batches' `patch_labels`, where they have these.
         image_names: Of all images, in the order of the batches; by default they are called by their number.
         mean: For a bare model: how images are normalised for it, to know their colours.
-        std: Likewise.
-        provenance: Told in the report: "checkpoint", "data", "split", "command", "versions".
+        std: Standard deviation of the channels, given with `mean`.
+        provenance: Facts that the report shows: "checkpoint", "data", "split", "command", "versions".
         options: How much to do.
         track: Wraps batches in a progress bar.
 

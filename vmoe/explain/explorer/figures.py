@@ -59,9 +59,9 @@ def draw_figures(report: Report) -> Iterator[tuple[str, Page]]:
 
 def _subtitle(report: Report, count: str = "num_images") -> str:
     """Where the numbers come from, for a subtitle; `count` names the number of images in the provenance."""
-    told = report["provenance"]
-    where = " of ".join(str(told[key]) for key in ("split", "data") if told.get(key))
-    images = f"{told[count]:,} images" + ("" if report["accuracy"] else " without labels")
+    known = report["provenance"]
+    where = " of ".join(str(known[key]) for key in ("split", "data") if known.get(key))
+    images = f"{known[count]:,} images" + ("" if report["accuracy"] else " without labels")
     parts = (images, where, report["runs"][0]["name"])
     return " · ".join(part for part in parts if part)
 
@@ -75,7 +75,10 @@ def _load_figure(report: Report) -> Page:
     experts = max(layer["num_experts"] for layer in layers)
     cell = int(np.clip(900 // experts, 14, 64))
     title = "Load of the experts"
-    legend = "Each cell is an expert's share of the choices over the fair share: 1 is fair, 0 is dead."
+    legend = (
+        "Each cell is an expert's share of the choices over the fair share: 1 is fair, 0 is dead. Variation: the "
+        "standard deviation of the loads over their mean."
+    )
     size = (experts * cell + 330, len(layers) * 30)
     page, places = panel_page(title, _subtitle(report), legend, 1, size, 1, left=180)
     x, y = next(places)
@@ -96,8 +99,9 @@ def _specialisation_figure(report: Report) -> Page:
     layers = report["layers"]
     features = list(layers[0]["specialisation"])
     legend = (
-        "Normalised mutual information of expert and feature with 95 % intervals over images; below the grey lie 95 % "
-        "of the permutations; hollow: chance not beaten."
+        "Normalised mutual information (NMI) of expert and feature with 95 % intervals over images: 0, the expert says "
+        "nothing about it; 1, it says all. 95 % of the permutations (chance) lie in the grey; hollow: no more than "
+        "chance."
     )
     page, places = panel_page("What experts specialise in", _subtitle(report), legend, len(features), _PLOT, 3, left=40)
     for feature, (x, y) in zip(features, places, strict=True):
@@ -224,7 +228,7 @@ def _ablation_figure(report: Report) -> Page:
 
 
 def _capacity_figure(report: Report) -> Page:
-    legend = "Each factor leaves the experts that many times their fair share of places; shaded: 95 % intervals."
+    legend = "Each factor leaves the experts that many times their fair share of slots; shaded: 95 % intervals."
     page, places = panel_page(
         "Accuracy against capacity", _subtitle(report, "cause_images"), legend, 2, _PLOT, 2, left=50
     )
@@ -274,7 +278,7 @@ def _training_figure(report: Report) -> Page:
 
 def _saturation_figure(report: Report) -> Page:
     saturation = report["saturation"]
-    legend = "Share of the choices of the last checkpoint that an earlier one makes too."
+    legend = "Share of the choices of the last checkpoint that an earlier checkpoint makes too."
     page, places = panel_page(
         "When routing settles", _subtitle(report, "probe_images"), legend, 1, (560, 300), 1, left=50
     )
@@ -290,7 +294,10 @@ def _saturation_figure(report: Report) -> Page:
 
 def _runs_figure(report: Report) -> Page:
     runs, features = report["runs"], list(report["layers"][0]["specialisation"])
-    legend = "The largest NMI of any layer, with 95 % intervals; dense models have no experts."
+    legend = (
+        "The largest NMI (normalised mutual information, 0 to 1) of any layer, with 95 % intervals; dense models have "
+        "no experts."
+    )
     panels = []
     if report["accuracy"]:
         legend = f"Accuracy and {legend[0].lower()}{legend[1:]}"

@@ -30,14 +30,16 @@ def _specialisation_findings(layers: list[dict[str, Any]]) -> Iterator[str]:
             links.append((best, name, feature, len(beating)))
         else:
             chance.append(feature)
+    measure = "NMI (normalised mutual information: 0 none, 1 all)"  # explained where it stands first
     for best, name, feature, count in sorted(links, key=lambda link: -link[0]["nmi"]):
         where = "in every layer" if count == len(layers) else f"in {count} of {len(layers)} layers"
         if len(layers) == 1:
             where = "in its only MoE layer"
         yield (
-            f"Experts go {_strength(best)} with the {_spoken(feature)}, beyond chance {where}: most in {name}, NMI "
-            f"{best['nmi']:.3f} ({best['low']:.3f} to {best['high']:.3f}; chance {best['null_mean']:.3f})."
+            f"Experts go {_strength(best)} with the {_spoken(feature)}, beyond chance {where}: most in {name}, "
+            f"{measure} {best['nmi']:.3f} ({best['low']:.3f} to {best['high']:.3f}; chance {best['null_mean']:.3f})."
         )
+        measure = "NMI"
     if chance:
         yield f"No layer's experts go with the {' or the '.join(map(_spoken, chance))} more than chance has it."
     first, last = (layer["specialisation"].get("class") for layer in (layers[0], layers[-1]))
@@ -73,7 +75,7 @@ def _load_findings(layers: list[dict[str, Any]]) -> Iterator[str]:
     if fullest["kind"] == "tokens":
         yield (
             f"The fullest expert is in {fullest['name']}, with {fullest['max_load']:.2f} times the fair load "
-            f"(coefficient of variation there {fullest['load_cv']:.2f})."
+            f"(coefficient of variation of the load there {fullest['load_cv']:.2f}; 0 is equal load)."
         )
 
 

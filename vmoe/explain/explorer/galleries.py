@@ -39,18 +39,18 @@ def _expert_page(layer: dict[str, Any], images: dict[str, Any]) -> Page:
         page.text(MARGIN + 22, y + 54, f"load {layer['load'][index]:.2f}", SMALL, color=MUTED)
         if expert["dead"]:
             page.text(left, y + 40, "dead: it takes no patch", BODY, color=MUTED)
-        for x, told in ((left, expert["top"]), (left + half + 30, expert["random"])):
-            if told:
-                page.picture(x, y, _strip(told[:_SHOWN], images["pixels"], layer["grid"]))
-            for place, patch in enumerate(told[:_SHOWN]):
+        for x, patches in ((left, expert["top"]), (left + half + 30, expert["random"])):
+            if patches:
+                page.picture(x, y, _strip(patches[:_SHOWN], images["pixels"], layer["grid"]))
+            for place, patch in enumerate(patches[:_SHOWN]):
                 page.text(x + place * (_CROP + _GAP), y + _CROP + 18, f"{patch['gate']:.2f}", SMALL, color=MUTED)
     return page
 
 
-def _strip(told: list[dict[str, Any]], pixels: np.ndarray, grid: list[int]) -> np.ndarray:
+def _strip(patches: list[dict[str, Any]], pixels: np.ndarray, grid: list[int]) -> np.ndarray:
     """The crops side by side, as one picture: an axis each would take minutes where there are many experts."""
     gap = np.ones((_CROP, _GAP, 3))
-    crops = [part for patch in told for part in (_crop(pixels[patch["image"]], patch["patch"], grid), gap)]
+    crops = [part for patch in patches for part in (_crop(pixels[patch["image"]], patch["patch"], grid), gap)]
     return np.concatenate(crops[:-1], 1)
 
 
@@ -108,8 +108,8 @@ def _caption(report: dict[str, Any], images: dict[str, Any], row: int) -> str:
     label, predicted = images["label"][row], images["predicted"][row]
     if label < 0:
         return str(images["name"][row]) if "name" in images else f"image {images['number'][row]}"
-    told = report["classes"][label]
-    return told if label == predicted else f"{told}, taken for {report['classes'][predicted]}"
+    name = report["classes"][label]
+    return name if label == predicted else f"{name}, taken for {report['classes'][predicted]}"
 
 
 def _overlay(pixels: np.ndarray, layer: dict[str, Any], maps: dict[str, Any], image: int) -> np.ndarray:

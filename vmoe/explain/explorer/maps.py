@@ -51,7 +51,7 @@ class LayerMaps(NamedTuple):
 
 
 def layer_maps(routing: LayerRouting, router: str) -> LayerMaps:
-    """The maps of a recorded layer whose `MoeConfig.router` is `router`."""
+    """The maps of a recorded layer; `router` is its `MoeConfig.router`."""
 
     def ordered(values: Tensor) -> Tensor:
         prefix = values[:, : routing.num_prefix_tokens]

@@ -35,7 +35,7 @@ def moved(images: Tensor) -> Tensor:
 
 @dataclass
 class Consistency:
-    """Share of an image's patches whose first choice stays when the image is changed, against chance.
+    """Share of an image's patches that keep their first choice when the image is changed, against chance.
 
     Patches are compared where they show the same: a mirrored image's map is mirrored back, a moved image's is taken as
     it is. Chance is the agreement of two independent draws from the experts' shares, sum of p_e^2.
@@ -66,7 +66,7 @@ class Consistency:
 
 @dataclass
 class Agreement:
-    """Whether two routers cut the patches alike, whatever their experts' numbers.
+    """Whether two routers divide the patches in the same way, whatever their experts' numbers.
 
     The share of patches on which they agree once experts are paired one to one as well as can be. The null pairs the
     routing of one image by the first with that of another by the second, place by place.

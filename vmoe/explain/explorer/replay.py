@@ -68,7 +68,7 @@ class Prefix:
 
     @contextmanager
     def replayed(self) -> Iterator[None]:
-        """Inside the block one pass, over the same batch, computes nothing anew before the layer."""
+        """Inside the block one pass, over the same batch, computes nothing again before the layer."""
         own = {module: module.__dict__.get("forward") for module in self._given}
         for module, given in self._given.items():
             module.forward = _giver(module.forward, given)

@@ -24,7 +24,7 @@ TOP_CLASSES = 5
 
 
 def layer_report(layer: LayerCollection, images: dict[str, Any], classes: Sequence[str], seed: int) -> dict[str, Any]:
-    """What is told of one layer.
+    """The report of one layer.
 
     Args:
         layer: What was counted.
@@ -130,12 +130,12 @@ def _patches_of_expert(images: dict[str, Any], expert: int, prefix: int, seed: i
     largest = ranked.max(1)
     top = [number for number in np.argsort(-largest, kind="stable")[:GALLERY] if largest[number] >= 0]
 
-    def told(number: int, place: int) -> dict[str, Any]:
+    def described(number: int, place: int) -> dict[str, Any]:
         return {"image": int(number), "patch": int(place), "gate": float(gates[number, place])}
 
     return {
-        "top": [told(number, best[number]) for number in top],
-        "random": [told(image[index], patch[index]) for index in sorted(random)],
+        "top": [described(number, best[number]) for number in top],
+        "random": [described(image[index], patch[index]) for index in sorted(random)],
     }
 
 

@@ -53,8 +53,8 @@ class ImageSample:
         Returns:
             "pixels" (n, S, S, 3) uint8; "label" (n,) int64, -1 where there is none; "predicted" (n,) int64;
             "confidence" (n,) float32; "number" (n,) the place in the stream; "layers", for each: "gates"
-            (n, P + N, E) float16, "dispatch" likewise or None, "chosen" (n, P + N, K) int16, "dropped" likewise bool
-            or None, "entropy" (n, P + N) float16, "valid" likewise bool.
+            (n, P + N, E) float16, "dispatch" the same or None, "chosen" (n, P + N, K) int16, "dropped"
+            (n, P + N, K) bool or None, "entropy" (n, P + N) float16, "valid" (n, P + N) bool.
         """
         records = [(number, record) for _, number, record in sorted(self._kept, key=lambda entry: entry[1])]
         images = {

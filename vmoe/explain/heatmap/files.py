@@ -52,8 +52,8 @@ def write_heatmaps(
         out: the folder, created when missing.
         layers: MoE layers that have figures of their own, by name or number of the block; "all" for all.
         capacity_factor: of the routing; inf drops nothing, None keeps the checkpoint's own.
-        command: told at the foot of the pages and in the index.
-        versions: of packages, by name; told there too.
+        command: shown at the foot of the pages and in the index.
+        versions: of packages, by name; shown there too.
         track: wraps the images in a progress bar.
 
     Returns:
@@ -123,14 +123,14 @@ def _write_image(
         facts += _facts(checkpoint.model, image, layers[0])
         draw_overview(image, layers, title, facts, footer).save(out / pages[-1])
     best = np.argsort(-image.probabilities, kind="stable")[:_NAMED_CLASSES]
-    told = [
+    classes = [
         {"class": _class(checkpoint, i), "index": int(i), "probability": float(image.probabilities[i])} for i in best
     ]
     return {
         "file": readable(str(path)),
         "size": list(pixels.shape[1::-1]),
-        "prediction": told[0],
-        "most_probable": told,
+        "prediction": classes[0],
+        "most_probable": classes,
         "pages": pages,
         "layers": {layer: describe_layer(image.layers[layer]) for layer in layers},
     }

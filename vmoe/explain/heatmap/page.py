@@ -52,14 +52,14 @@ def heatmap_page(index: dict[str, Any]) -> str:
 
 
 def _section(number: int, image: dict[str, Any]) -> Sequence[str]:
-    told = ", ".join(f"{each['class']} {each['probability']:.1%}" for each in image["most_probable"])
+    classes = ", ".join(f"{each['class']} {each['probability']:.1%}" for each in image["most_probable"])
     figures = [
         f"<a href='{_page_link(page)}'><img loading='lazy' src='{_page_link(page)}' alt='{_escaped_text(page)}'></a>"
         for page in image["pages"]
     ]
     return [
         f"<section id='{number}'><h2>{_escaped_text(_image_name(image))}</h2>",
-        f"<p>predicted: {_escaped_text(told)}</p>",
+        f"<p>predicted: {_escaped_text(classes)}</p>",
         *figures,
         "</section>",
     ]

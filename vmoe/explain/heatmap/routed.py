@@ -1,4 +1,4 @@
-"""Where each patch of an image goes: routes images through a V-MoE and writes a figure a layer and an index of numbers.
+"""Where each patch of an image goes: routes images through a V-MoE, draws a figure per layer and writes an index.
 
 R x C patches of an image, E experts, K choices per token.
 """

@@ -40,7 +40,7 @@ function runTable(runs) {
 const accuracyText = (accuracy) =>
   isNumber(accuracy) ? percent(accuracy) : accuracy ? withInterval(accuracy, percent) : "–";
 
-/** One number by layer, a series a run; layers are matched by name, else by their place. */
+/** One number by layer, one series per run; layers are matched by name, else by their place. */
 function compared(runs, value) {
   return runs
     .map((run) => ({
@@ -83,13 +83,13 @@ function compareView() {
     make("h2", {}, "Runs beside each other"),
     figure(
       `${runs.length} runs`,
-      `${isLabelled ? "Top-1 accuracy on the same images with its 95 % interval" : "All on the same images"}. ${analysed()}.`,
+      `${isLabelled ? "Top-1 accuracy on the same images with its 95 % interval" : "All on the same images"}. Load CV, the coefficient of variation, is the standard deviation of the experts' loads over their mean: 0 means equal loads. ${analysed()}.`,
       runTable(runs),
     ),
     plots.length > 0 &&
       figure(
         "Layer by layer",
-        `Balance and links of experts of each run; a pale mark does not beat its null. ${analysed()}.`,
+        `Balance and links of experts of each run. NMI, the normalised mutual information, is 0 where an expert says nothing about a property and 1 where it says all. A pale mark does not beat its null, the NMI of shuffled routing. ${analysed()}.`,
         sideBySide(
           plots,
           330,

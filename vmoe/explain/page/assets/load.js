@@ -49,7 +49,7 @@ function loadOverview() {
   const values = REPORT.layers.map((layer) => range(most).map((expert) => layer.load[expert] ?? null));
   return figure(
     "Load of every expert in every layer",
-    `A row a layer, a column an expert: blank is the fair share, blue above, orange below, darkest orange dead. ${analysed()}.`,
+    `One row per layer, one column per expert: blank is the fair share, blue above, orange below, darkest orange dead. ${analysed()}.`,
     matrix({
       values,
       colour: loadColour,
@@ -113,7 +113,7 @@ function loadByLayer() {
   );
 }
 
-/** Load of every expert over training: a row an expert, a column a logged step. */
+/** Load of every expert over training: one row per expert, one column per logged step. */
 function trainingStrip(name, width) {
   const steps = table(REPORT.training.steps);
   const load = table(REPORT.training.layers[name].load);
@@ -149,7 +149,7 @@ function loadOverTraining() {
     return missing("Load over training", "The checkpoint's folder holds no metrics.csv with the load of its experts.");
   return figure(
     "Load over training",
-    "A row an expert, time to the right: blank is the fair share, blue above, orange below, darkest orange dead.",
+    "One row per expert, time to the right: blank is the fair share, blue above, orange below, darkest orange dead.",
     sideBySide(names, 420, (name, width) => trainingStrip(name, width), 800),
     loadBar(),
   );
@@ -157,7 +157,7 @@ function loadOverTraining() {
 
 function loadView() {
   if (!REPORT.layers.length) return [missing("Load", "A dense model has no experts to share the work.")];
-  const legend = `An expert's share of all choices over its fair share 1/E. The line is fair; an expert at 0 is dead. ${analysed()}.`;
+  const legend = `An expert's share of all choices over its fair share 1/E. The line is fair; an expert at 0 is dead. CV, the coefficient of variation, is the standard deviation of the loads over their mean: 0 means equal loads. ${analysed()}.`;
   const training = live(loadOverTraining);
   const one = live(() => [
     manyLayers &&

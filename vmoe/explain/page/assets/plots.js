@@ -7,7 +7,7 @@ function span(values, from = 0, least = 0.01) {
   return { low, high: Math.max(low + least, ...finite) };
 }
 
-/** A range as an axis with round ticks, which enclose it but for a small overhang. Labels give `scale` times the value. */
+/** A range as an axis with round ticks, which enclose it apart from a small overhang. Labels give `scale` times the value. */
 function axis({ low, high, scale = 1 }, wanted) {
   const inside = niceTicks(low, high, wanted);
   const step = inside.length > 1 ? inside[1] - inside[0] : high - low;

@@ -88,7 +88,7 @@ function nmiKeys() {
       shape("rect", { width: 22, height: 14, fill: "var(--band)" }),
       shape("line", { class: "axis", x1: 0, x2: 22, y1: 6, y2: 6 }),
     ),
-    "null: permuted routing, up to its 95 % point, its mean as a line",
+    "null: shuffled routing, up to its 95 % point; the line is its mean",
   );
   return make("div", { class: "keys" }, key(0, "beats its null"), key(3, "does not"), band);
 }
@@ -123,7 +123,7 @@ function preferenceMatrix(layer, ratios, property, many, nameOf) {
   const link = layer.specialisation?.[property];
   const warning =
     !link?.beats_null &&
-    `In this layer the link of expert and ${property} does not beat its null: differences between cells are what routing at random would also show.`;
+    `In this layer the link of expert and ${property} does not beat its null (shuffled routing): random routing would show such differences between cells too.`;
   return figure(
     `Which ${many} the experts of ${layer.name} take`,
     `ln [P(${property} | expert) / P(${property})]: 0 is no preference, blue more often, orange less often than among all patches; similar ${many} stand beside each other. ${analysed()}, ${count(patchesOf(layer))} patches.`,
@@ -163,7 +163,7 @@ function specialisationView() {
     names.length
       ? figure(
           "What an expert says about a patch, against chance",
-          `Normalised mutual information of a patch's expert with ${isLabelled ? "its image's class and with " : ""}the patch's own properties; lines are bootstrap 95 % intervals. Only a point above the grey band is a link. Each plot has its own scale. ${analysed()}.`,
+          `Normalised mutual information (NMI) of a patch's expert with ${isLabelled ? "its image's class and with " : ""}the patch's own properties: 0 means that the expert says nothing about the property, 1 that it says all. The null is the NMI of routing that is shuffled between images, which is what chance gives. Lines are bootstrap 95 % intervals. Only a point above the grey band is a link. Each plot has its own scale. ${analysed()}.`,
           nmiKeys(),
           sideBySide(names, 330, (property, width) => nmiPlot(property, width), 560),
         )

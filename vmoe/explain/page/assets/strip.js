@@ -4,7 +4,7 @@ const THUMBNAIL = 48;
 
 const isRight = (image) => SAMPLE.label[image] !== null && SAMPLE.label[image] === SAMPLE.predicted[image];
 
-/** The images of the list: those whose routing the page holds and that pass the filter. */
+/** The images of the list: the page holds their routing, and they pass the filter. */
 function listedImages() {
   const pass =
     { all: () => true, right: isRight, wrong: (image) => SAMPLE.label[image] !== null && !isRight(image) }[

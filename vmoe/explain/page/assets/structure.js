@@ -52,7 +52,7 @@ function expertsPerImage() {
     height: 230,
     x: { labels: range(shares.length) },
     y: { ...span(shares), scale: 100 },
-    xLabel: `experts of ${layer.name} an image uses`,
+    xLabel: `experts of ${layer.name} that an image uses`,
     yLabel: "% of images",
   });
   shares.forEach((share, many) =>
@@ -82,7 +82,7 @@ function consistencyFigure(width) {
   }));
   return subfigure(
     title,
-    `Share of patches whose first choice stays the same once the change is undone; vertical lines are 95 % intervals, short grey lines chance. ${analysed("probe_images")}.`,
+    `Share of patches that keep their first choice once the change is undone; vertical lines are 95 % intervals, short grey lines chance. ${analysed("probe_images")}.`,
     keys(series.map((each) => each.name)),
     byLayer(series, { width, height: 220, yLabel: "% of patches", format: percent, upTo: 1, scale: 100, mean: title }),
   );
@@ -120,7 +120,7 @@ function saturationFigure(width) {
   });
   return subfigure(
     title,
-    `Share of patches whose first choice is already that of the last checkpoint. ${analysed("probe_images")}.`,
+    `Share of patches that already have the first choice of the last checkpoint. ${analysed("probe_images")}.`,
     names.length < 7 && keys(names),
     finish(plot, title),
   );
@@ -175,7 +175,7 @@ function agreementFigure(width) {
       make(
         "p",
         { class: "legend" },
-        `Share of patches whose first choice is the matched expert of the other run (optimal matching). Grey band: permuted routing up to its 95 % point. ${analysed("probe_images")}.`,
+        `Share of patches that go to matched experts in both runs; experts are matched one to one, as well as can be. Grey band: the null, which is shuffled routing, up to its 95 % point. ${analysed("probe_images")}.`,
       ),
       finish(plot, title),
     );
