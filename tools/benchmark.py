@@ -1,5 +1,5 @@
 """Measure layers, models, data and several processes here: `python tools/benchmark.py layer`; --help tells more."""
 
-from vmoe.cli.benchmark import main
+from vmoe.cli.main import run_job
 
-raise SystemExit(main())
+raise SystemExit(run_job("benchmark"))

@@ -1,5 +1,5 @@
 """Put runs side by side: `python tools/compare.py RUN_A RUN_B --out DIR`; --help tells more."""
 
-from vmoe.cli.compare import main
+from vmoe.cli.main import run_job
 
-raise SystemExit(main())
+raise SystemExit(run_job("compare"))

@@ -1,5 +1,5 @@
 """Train a dense student of a V-MoE: `python tools/distill.py CKPT --out DIR`; --help tells more."""
 
-from vmoe.cli.distill import main
+from vmoe.cli.main import run_job
 
-raise SystemExit(main())
+raise SystemExit(run_job("distill"))

@@ -1,5 +1,5 @@
 """Measure a checkpoint: `python tools/evaluate.py CKPT`; --help tells more."""
 
-from vmoe.cli.evaluate import main
+from vmoe.cli.main import run_job
 
-raise SystemExit(main())
+raise SystemExit(run_job("evaluate"))

@@ -1,5 +1,5 @@
 """Write a checkpoint as a file to share: `python tools/export.py CKPT --out FILE`; --help tells more."""
 
-from vmoe.cli.export import main
+from vmoe.cli.main import run_job
 
-raise SystemExit(main())
+raise SystemExit(run_job("export"))

@@ -1,5 +1,5 @@
 """Draw where each patch of an image goes: `python tools/heatmap.py CKPT IMAGE... --out DIR`; --help tells more."""
 
-from vmoe.cli.heatmap import main
+from vmoe.cli.main import run_job
 
-raise SystemExit(main())
+raise SystemExit(run_job("heatmap"))

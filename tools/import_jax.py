@@ -1,5 +1,5 @@
 """Import a checkpoint of the original JAX code: `python tools/import_jax.py PREFIX --out FILE`; --help tells more."""
 
-from vmoe.cli.import_jax import main
+from vmoe.cli.main import run_job
 
-raise SystemExit(main())
+raise SystemExit(run_job("import_jax"))

@@ -1,5 +1,5 @@
 """Tar shards from a folder of images: `python tools/make_shards.py FOLDER --out DIR`; --help tells more."""
 
-from vmoe.cli.make_shards import main
+from vmoe.cli.main import run_job
 
-raise SystemExit(main())
+raise SystemExit(run_job("make-shards"))

@@ -1,5 +1,5 @@
 """Memory and time of a config on many GPUs: `python tools/plan.py --config X.yaml --gpus 64`; --help tells more."""
 
-from vmoe.cli.plan import main
+from vmoe.cli.main import run_job
 
-raise SystemExit(main())
+raise SystemExit(run_job("plan"))

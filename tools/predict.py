@@ -1,5 +1,5 @@
 """Name what is in pictures: `python tools/predict.py MODEL IMAGE_OR_FOLDER...`; --help tells more."""
 
-from vmoe.cli.predict import main
+from vmoe.cli.main import run_job
 
-raise SystemExit(main())
+raise SystemExit(run_job("predict"))

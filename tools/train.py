@@ -1,5 +1,5 @@
 """Train a model from a config: `python tools/train.py --config configs/digits.yaml`; --help tells more."""
 
-from vmoe.cli.train import main
+from vmoe.cli.main import run_job
 
-raise SystemExit(main())
+raise SystemExit(run_job("train"))

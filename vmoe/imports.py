@@ -11,6 +11,8 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+from vmoe.extras import missing_extra
+
 TORCHVISION_IS_BROKEN = (
     "torchvision was built for another torch; install both again: pip install --upgrade torch torchvision"
 )
@@ -21,6 +23,8 @@ def names_on_demand(
     package: str, modules: Mapping[str, Sequence[str]], inner: Sequence[str] = ()
 ) -> Callable[[str], Any]:
     """A package's `__getattr__`, which imports a name at its first use.
+
+    The function raises a `MissingExtraError` where a name needs an extra that is not installed.
 
     Args:
         package: The package.
@@ -34,7 +38,10 @@ def names_on_demand(
             return importlib.import_module(f"{package}.{name}")
         if name not in module_of:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        value = getattr(importlib.import_module(module_of[name]), name)
+        try:
+            value = getattr(importlib.import_module(module_of[name]), name)
+        except ModuleNotFoundError as error:
+            raise missing_extra(error.name) or error from None
         setattr(sys.modules[package], name, value)
         return value
 

@@ -20,9 +20,6 @@ class _WithBar:
         self._steps, self._description = steps, description
 
     def __iter__(self) -> Iterator[Any]:
-        from rich.console import Console
-        from rich.progress import track
+        from tqdm import tqdm  # here, since most of what imports this module shows no bar
 
-        console = Console(stderr=True)
-        hidden = not console.is_terminal
-        return iter(track(self._steps, self._description, console=console, transient=True, disable=hidden))
+        return iter(tqdm(self._steps, desc=self._description, leave=False, disable=None))  # None: unless in a terminal

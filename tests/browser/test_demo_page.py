@@ -12,7 +12,7 @@ from PIL import Image
 from vmoe.checkpoints import load_checkpoint
 from vmoe.cli.demo_page import main
 from vmoe.data.images import eval_crop, eval_transform, load_image
-from vmoe.data.photographs import PHOTOGRAPHS, load_photograph
+from vmoe.data.samples import PHOTOGRAPHS, load_photograph
 from vmoe.serve.demo_page import RUNTIME, RUNTIME_VERSION
 
 By = pytest.importorskip("selenium.webdriver.common.by", reason="needs selenium").By

@@ -1,7 +1,6 @@
 """`vmoe export`."""
 
 import json
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -224,12 +223,6 @@ def test_the_folder_is_pushed(save_run, tmp_path, monkeypatch, capsys):
         error = capsys.readouterr().err
         assert told in error and f"hf upload {name}" in error and error.count("\n") == 1
     assert "model.safetensors" in {file.name for file in (tmp_path / "shared").iterdir()}
-
-
-def test_a_missing_package_is_named(save_run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "onnxscript", None)
-    assert main([str(save_run(moe=MOE)), "--format", "onnx", "--out", str(tmp_path / "model.onnx")]) == 2
-    assert "pip install 'vmoe[export]'" in capsys.readouterr().err
 
 
 def test_nothing_is_left_of_what_differs_or_cannot_be_written(save_run, tmp_path, monkeypatch, capsys):

@@ -2,7 +2,6 @@
 
 import base64
 import http.client
-import importlib.util
 import io
 import json
 import os
@@ -383,10 +382,3 @@ def test_mistakes_are_one_line(save_run, tmp_path, capsys):
             assert main(list(map(str, arguments))) == 2
             error = capsys.readouterr().err
             assert told in error and error.count("\n") == 1
-
-
-def test_a_missing_package_is_named(monkeypatch, capsys):
-    found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "litserve" else found(name))
-    assert main([str(SHIPPED)]) == 2
-    assert "pip install 'vmoe[serve]'" in capsys.readouterr().err

@@ -3,10 +3,10 @@
 import cv2
 import numpy as np
 import pytest
-from sklearn.datasets import load_sample_image
 
 from vmoe.data import DataConfig, ImageDataModule
 from vmoe.data.corruptions import CORRUPTIONS, SEVERITIES, corrupt
+from vmoe.data.samples import load_photograph
 
 # Where the tables make images no less like the original in pixels: elastic shifts get shorter but finer, glass is now
 # blurred and now shuffled, and ImageNet-C's fog gets lighter with its grain.
@@ -17,7 +17,7 @@ MONOTONE = [(name, side) for name in CORRUPTIONS for side in (32, 224) if (name,
 @pytest.fixture(scope="module")
 def images():
     """A photograph at CIFAR's and at ImageNet's size, by its side."""
-    picture = load_sample_image("china.jpg")[:427, 100:527]
+    picture = load_photograph("china.jpg")[:427, 100:527]
     return {side: cv2.resize(picture, (side, side), interpolation=cv2.INTER_AREA) for side in (32, 224)}
 
 

@@ -1,15 +1,16 @@
 """Where images and labels come from, and which split is what."""
 
+import hashlib
 import pickle
 import shutil
 
 import numpy as np
 import pytest
 import torchvision
-from sklearn.datasets import load_digits
 
 from vmoe.data import DataConfig, SubsetConfig
 from vmoe.data.datasets import load_splits
+from vmoe.data.samples import load_digits
 from vmoe.errors import UserError
 
 
@@ -25,11 +26,20 @@ def test_digits_splits_are_disjoint_stratified_and_complete():
     splits = load()
     parts = [splits.train, splits.val, splits.test]
     assert len(set().union(*map(places, parts))) == sum(map(len, parts)) == 1797
-    sizes = np.bincount(load_digits().target)
+    sizes = np.bincount(load_digits()[1])
     assert np.bincount(splits.test.labels).tolist() == [int(0.2 * size + 0.5) for size in sizes]
     images = [splits.train.read(index) for index in range(20)]
     assert all(image.shape == (8, 8, 3) and image.dtype == np.uint8 for image in images)
     assert max(image.max() for image in images) == 255
+
+
+def test_digits_are_those_that_results_were_recorded_with():
+    images, labels = load_digits()
+    content = hashlib.sha256(images.tobytes() + labels.astype(np.uint8).tobytes()).hexdigest()
+    assert content == "87ff0c9e40dc7e2c0e34e7257799c2e3f3aec1a016363bb11cad869ec428a826"  # of scikit-learn's
+    test = load().test
+    pixels = b"".join(test.read(index).tobytes() for index in range(len(test)))
+    assert hashlib.sha256(pixels + test.labels.tobytes()).hexdigest()[:16] == "a4564cc608774eef"
 
 
 def test_split_seed_moves_the_validation_but_never_the_test_images():

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from vmoe.bench.report import Column, Row
-from vmoe.data.photographs import PHOTOGRAPHS, load_photograph
+from vmoe.data.samples import PHOTOGRAPHS, load_photograph
 from vmoe.errors import UserError
 
 SERVING_COLUMNS = (

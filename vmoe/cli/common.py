@@ -10,6 +10,7 @@ from vmoe.cli.main import JOBS
 from vmoe.cli.progress import begin_job
 from vmoe.cli.threads import let_threads_sleep
 from vmoe.errors import UserError
+from vmoe.extras import missing_extra
 from vmoe.imports import TORCHVISION_IS_BROKEN, breaks_torchvision
 from vmoe.memory import is_out_of_memory, memory_line
 from vmoe.text import printable, replace_what_cannot_be_shown
@@ -42,10 +43,12 @@ def run(
             raise
         line = str(error)
     except (ImportError, RuntimeError, MemoryError) as error:
-        known = TORCHVISION_IS_BROKEN if breaks_torchvision(error) else _of_machine(error)
+        known: str | Exception | None = TORCHVISION_IS_BROKEN if breaks_torchvision(error) else _of_machine(error)
+        if known is None and isinstance(error, ModuleNotFoundError):
+            known = missing_extra(error.name)
         if known is None:
             raise
-        line = known
+        line = str(known)
     except KeyboardInterrupt:
         print(f"vmoe {name}: interrupted", file=sys.stderr)
         return 130

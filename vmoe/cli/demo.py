@@ -1,4 +1,4 @@
-"""The demonstration behind `make demo`: train, evaluate and draw, on data that come with scikit-learn."""
+"""The demonstration behind `make demo`: train, evaluate and draw, on data that come with the package."""
 
 from pathlib import Path
 

@@ -30,7 +30,7 @@ def _demo_page(argv: list[str]) -> None:
     # Imported here, so that --help and a mistyped option answer at once.
     from vmoe.cli.inputs import depth_of, find_files
     from vmoe.data import load_image
-    from vmoe.data.photographs import PHOTOGRAPHS, credit, load_photograph
+    from vmoe.data.samples import PHOTOGRAPHS, credit, load_photograph
     from vmoe.serve.demo_page import write_demo_page
 
     if options.images:
@@ -50,6 +50,6 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("model", metavar="MODEL", type=Path, help="a checkpoint, a folder or a safetensors file")
     add("--out", type=Path, required=True, metavar="DIR", help="the folder to write")
-    add("--images", nargs="+", metavar="FILE", help="what the page offers (default: two photographs of scikit-learn)")
+    add("--images", nargs="+", metavar="FILE", help="what the page offers (default: the package's two photographs)")
     add("--runtime", type=Path, metavar="TGZ", help="the npm package onnxruntime-web, as a .tgz or unpacked")
     return parser

@@ -18,9 +18,11 @@ from vmoe.cli.inputs import (
 from vmoe.cli.options import capacity_factor, choose_device, count, new_parser
 from vmoe.cli.progress import Tracked, working
 from vmoe.errors import UserError
+from vmoe.extras import MissingExtraError, require_extras
 
 if TYPE_CHECKING:
     from vmoe.checkpoints import TrainedModel
+    from vmoe.evaluation.engine import Evaluation
 
 _DESCRIPTION = """\
 Measures a checkpoint: top-1, top-5, negative log-likelihood, calibration error, the accuracy of each class, the
@@ -59,7 +61,6 @@ def _measure(options: argparse.Namespace) -> None:
     from vmoe.checkpoints import load_checkpoint
     from vmoe.classes import known_outputs
     from vmoe.cli.evaluate_tables import corruption_table, probe_table, result_tables, setting
-    from vmoe.evaluation.confusion import draw_confusion
     from vmoe.evaluation.evaluate import classes_differ, measure_split
     from vmoe.files import require_writable, write_json
 
@@ -106,12 +107,26 @@ def _measure(options: argparse.Namespace) -> None:
         report["corruptions"] = _corrupt(checkpoint, data, device, options, corruptions)
         console.print(corruption_table(report["corruptions"]))
     write_json(json_file, report)
-    drawn = [result for result in results if result.confusion is not None]
-    for result in drawn:
-        name = "confusion.png" if len(results) == 1 else f"confusion-{setting(result, results)}.png"
+    if drawn := [result for result in results if result.confusion is not None]:
+        names = [f"confusion-{setting(each, results)}.png" if len(results) > 1 else "confusion.png" for each in drawn]
+        written = _draw(dict(zip(names, drawn, strict=True)), checkpoint, what, out)
+    else:
+        why = "too many classes for a matrix" if results else "features alone, the classifier knows other classes"
+        written = f": {why}"
+    print(f"{json_file}{written}")
+
+
+def _draw(drawn: "dict[str, Evaluation]", checkpoint: "TrainedModel", what: str, out: Path) -> str:
+    """Draws confusion matrices, by the names of their files; returns what to print behind the JSON file's name."""
+    try:
+        require_extras("analysis")
+    except MissingExtraError as error:
+        return f"; the confusion matrix is not drawn: {error}"
+    from vmoe.evaluation.confusion import draw_confusion
+
+    for name, result in drawn.items():
         draw_confusion(result, checkpoint.class_names, what, str(checkpoint.path)).save(out / name)
-    without = ": too many classes for a matrix" if results else ": features alone, the classifier knows other classes"
-    print(f"{json_file}" + (f" and the confusion matrix in {out}" if drawn else without))
+    return f" and the confusion matrix in {out}"
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -4,6 +4,8 @@ import difflib
 import importlib
 import sys
 
+from vmoe.errors import UserError
+from vmoe.extras import missing_extra, require_extras
 from vmoe.text import replace_what_cannot_be_shown
 from vmoe.version import __version__
 
@@ -27,6 +29,24 @@ JOBS = {
     "make-shards": "write a folder of images as tar shards",
     "import_jax": "turn a checkpoint of the original JAX code into ours",
 }
+# The extras that a job cannot do without. Some options of others need one too, and check it themselves.
+EXTRAS_OF_JOBS = {
+    "train": ("train",),
+    "evaluate": ("train",),
+    "heatmap": ("analysis",),
+    "explore": ("train", "analysis"),
+    "sweep": ("train", "analysis"),
+    "compare": ("train", "analysis"),
+    "benchmark": ("train", "analysis"),
+    "data": ("train", "analysis"),
+    "plan": ("train", "analysis"),
+    "serve": ("serve",),
+    "demo-page": ("export",),
+    "prune": ("train",),
+    "distill": ("train",),
+    "make-shards": ("train", "webdataset"),
+    "import_jax": ("jax",),
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -35,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     job = argv[0] if argv else "--help"
     if job in JOBS:
-        return importlib.import_module(f"vmoe.cli.{job.replace('-', '_')}").main(argv[1:])
+        return run_job(job, argv[1:])
     if job in ("-h", "--help"):
         print(_help())
         return 0
@@ -46,6 +66,27 @@ def main(argv: list[str] | None = None) -> int:
     hint = f"did you mean {near[0]}?" if near else f"the jobs are {', '.join(JOBS)}"
     print(f"vmoe: error: {job!r} is no job; {hint}", file=sys.stderr)
     return 2
+
+
+def run_job(job: str, argv: list[str] | None = None) -> int:
+    """Runs one of `JOBS`; returns its exit code, which is 2 when an extra that it needs is not installed.
+
+    Args:
+        job: Its name.
+        argv: Its arguments; None takes those of the process.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        if not {"-h", "--help"} & set(argv):
+            require_extras(*EXTRAS_OF_JOBS.get(job, ()))
+        module = importlib.import_module(f"vmoe.cli.{job.replace('-', '_')}")
+    except (UserError, ModuleNotFoundError) as error:
+        line = missing_extra(error.name) if isinstance(error, ModuleNotFoundError) else error
+        if line is None:
+            raise
+        print(f"vmoe {job}: error: {line}", file=sys.stderr)
+        return 2
+    return module.main(argv)
 
 
 def _help() -> str:

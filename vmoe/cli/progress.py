@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from operator import length_hint
 
+from vmoe.progress import shown
 from vmoe.text import printable
 
 EVERY = 10.0  # seconds
@@ -19,14 +20,7 @@ class Tracked:
         self._steps, self._description = steps, description
 
     def __iter__(self) -> Iterator:
-        # Imported here, so that jobs that show none begin at once
-        from rich.console import Console
-        from rich.progress import track
-
-        console = Console(stderr=True)
-        if console.is_terminal:
-            return iter(track(self._steps, self._description, console=console, transient=True))
-        return self._with_lines()
+        return iter(shown(self._steps, self._description, True)) if sys.stderr.isatty() else self._with_lines()
 
     def _with_lines(self) -> Iterator:
         total, done = length_hint(self._steps), 0

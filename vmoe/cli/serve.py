@@ -1,7 +1,6 @@
 """`vmoe serve`: a model that answers over HTTP."""
 
 import argparse
-import importlib.util
 import os
 import re
 import sys
@@ -10,7 +9,6 @@ from pathlib import Path
 
 from vmoe.cli.common import run
 from vmoe.cli.options import choose_device, count, new_parser
-from vmoe.errors import UserError
 
 _DESCRIPTION = """\
 Answers over HTTP what is in pictures, in batches of the requests that wait (pip install 'vmoe[serve]'). MODEL is what
@@ -36,9 +34,6 @@ def main(argv: list[str] | None = None) -> int:
 
 def _serve(argv: list[str]) -> None:
     options = _parser().parse_args(argv)
-    for package in ("litserve", "multipart"):
-        if importlib.util.find_spec(package) is None:
-            raise UserError("vmoe serve needs litserve and python-multipart: pip install 'vmoe[serve]'")
     from vmoe.serve.server import KEY_VARIABLE, serve
 
     if options.host != "127.0.0.1" and not os.environ.get(KEY_VARIABLE):

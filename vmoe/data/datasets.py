@@ -33,6 +33,7 @@ from vmoe.data.image_files import PassedOver, list_class_folders
 from vmoe.data.imageset import ArrayImages, FileImages, ImageSet, Splits, given_splits
 from vmoe.data.npz import load_npz
 from vmoe.data.patchwork import load_patchwork
+from vmoe.data.samples import load_digits
 from vmoe.data.shards import ShardedImages, load_shards
 from vmoe.errors import UserError
 
@@ -133,11 +134,9 @@ def download(config: DataConfig) -> None:
 
 
 def _digits(_: DataConfig) -> Splits:
-    from sklearn.datasets import load_digits  # here, since it brings SciPy along
-
-    digits = load_digits()
-    pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)  # 17 levels of gray
-    everything = ImageSet.all_of(ArrayImages(pixels[..., None], "digits"), digits.target)
+    images, labels = load_digits()
+    pixels = np.round(images * (255 / 16)).astype(np.uint8)  # 17 levels of gray
+    everything = ImageSet.all_of(ArrayImages(pixels[..., None], "digits"), labels)
     # Always the same test images, whatever the config: results of all runs can be compared.
     train, test = subsets.split(everything.labels, 0.2, seed=0)
     return Splits(everything.take(train), None, everything.take(test), [str(digit) for digit in range(10)])

@@ -8,9 +8,10 @@ import struct
 from dataclasses import dataclass
 from typing import BinaryIO
 
-import cv2
 import numpy as np
 from PIL import Image, ImageOps
+
+from vmoe.extras import require_module
 
 ALL_OF_16 = (0, 65535)
 _ORIENTATION = 274  # in EXIF
@@ -76,10 +77,14 @@ class DeepImage:
 
         Raises:
             ValueError: they cannot be decoded.
+            MissingExtraError: they are colours, and OpenCV is not installed.
         """
         if self.is_gray:
             self.image.load()  # which turns a TIFF upright
             return np.nan_to_num(np.asarray(self.image))
+        require_module("cv2")
+        import cv2  # here, since Pillow alone reads all other pictures
+
         self.source.seek(0)
         content = self.source.read()
         if self.image.format == "TIFF":

@@ -6,13 +6,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-import cv2
 import numpy as np
 from PIL import Image, ImageOps
 
 from vmoe.data.deep_images import ALL_OF_16, deep_image, over_white, raw_mode
 from vmoe.data.image_files import require_regular
+from vmoe.data.resizing import resize_square
 from vmoe.errors import UserError
+from vmoe.extras import MissingExtraError
 
 if TYPE_CHECKING:  # the process of `vmoe serve` that decodes uploads does without torch
     import torch
@@ -62,6 +63,8 @@ def decode_image(
             stored = raw_mode(image)
             ImageOps.exif_transpose(image, in_place=True)  # a copy would take as much memory again
             return _to_rgb(image, stored)
+    except MissingExtraError as error:
+        raise MissingExtraError(f"{place}: {error}") from error
     except Exception as error:  # on damaged files Pillow's decoders raise nearly any type
         reason = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, Image.UnidentifiedImageError):
@@ -162,15 +165,7 @@ def eval_crop(image: np.ndarray, image_size: int) -> np.ndarray:
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
     square = image[top : top + side, left : left + side]
-    if side == image_size:
-        return square
-    # Averaging areas avoids aliasing when shrinking; enlarging it would give blocks.
-    return cv2.resize(square, (image_size, image_size), interpolation=resize_filter(side, image_size))
-
-
-def resize_filter(old: int, new: int) -> int:
-    """OpenCV's interpolation for a change of size from `old` to `new` pixels: area averages down, bilinear up."""
-    return cv2.INTER_AREA if old > new else cv2.INTER_LINEAR
+    return square if side == image_size else resize_square(square, image_size)
 
 
 def normalise(images: Sequence[np.ndarray], mean: Sequence[float], std: Sequence[float]) -> "torch.Tensor":

@@ -9,6 +9,7 @@ import numpy as np
 from vmoe.data.folders import find_split_folders, read_class_folders
 from vmoe.data.shards import CLASSES_FILE, load_shards
 from vmoe.errors import UserError
+from vmoe.extras import require_extras
 from vmoe.files import new_folder, require_writable
 
 
@@ -38,10 +39,9 @@ def write_shards(
     Raises:
         UserError: the source has no such folders, the target exists, or the package is missing.
     """
-    try:
-        from webdataset import ShardWriter
-    except ModuleNotFoundError as error:
-        raise UserError("make-shards: needs the package webdataset; pip install 'vmoe[webdataset]'") from error
+    require_extras("webdataset")
+    from webdataset import ShardWriter
+
     if target.exists():
         raise UserError(f"--out {target}: exists already; remove it or name another folder")
     found = find_split_folders(source) if source.is_dir() else {}

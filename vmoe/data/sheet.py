@@ -1,10 +1,8 @@
 """A sheet of training images, as a picture: a row for each class."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
-from matplotlib import get_data_path
 from PIL import Image, ImageDraw, ImageFont
 
 from vmoe.text import printable
@@ -20,7 +18,7 @@ def draw_sheet(title: str, rows: Sequence[tuple[str, Sequence[np.ndarray]]]) -> 
         title: A line above.
         rows: Names of classes, and images of them, (S, S, 3) uint8, of one size all over the sheet.
     """
-    font = ImageFont.truetype(Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", _FONT)
+    font = ImageFont.load_default(_FONT)
     side = next(len(image) for _, images in rows for image in images)
     cell = side * -(-_SMALLEST // side)
     names = [printable(name) for name, _ in rows]

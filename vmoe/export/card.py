@@ -8,7 +8,7 @@ import yaml
 
 from vmoe.checkpoints import RunFolder, TrainedModel, shared_config
 from vmoe.checkpoints.run_folder import loads_in, metrics_of
-from vmoe.data.photographs import PHOTOGRAPHS, credit, load_photograph
+from vmoe.data.samples import PHOTOGRAPHS, credit, load_photograph
 from vmoe.explain.heatmap.figure import PANEL, draw_layer, draw_overview
 from vmoe.explain.heatmap.routed import route_image
 from vmoe.figures.style import Page

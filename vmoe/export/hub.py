@@ -89,12 +89,10 @@ def push(path: str | Path, name: str) -> str:
         name: USER/NAME of the repository, which is made when there is none.
 
     Raises:
-        UserError: huggingface_hub is missing, or the hub refuses.
+        UserError: The hub refuses.
     """
-    try:
-        from huggingface_hub import HfApi
-    except ImportError as error:
-        raise UserError("--push needs huggingface_hub: pip install huggingface_hub") from error
+    from huggingface_hub import HfApi  # here, since it takes a second, and most folders stay here
+
     api = HfApi(library_name="vmoe")
     try:
         repository = api.create_repo(name, exist_ok=True)

@@ -24,6 +24,7 @@ from vmoe.checkpoints.program import METADATA, program_metadata
 from vmoe.errors import UserError
 from vmoe.export.int8 import Int8Linear
 from vmoe.export.layer import exportable_copy
+from vmoe.extras import require_extras
 from vmoe.files import folder_for, replace, writing
 from vmoe.moe import moe_layers
 from vmoe.version import __version__
@@ -127,11 +128,7 @@ def require(format: str) -> None:
         UserError: with the command that installs them.
     """
     if format == "onnx":
-        for package in ("onnx", "onnxscript", "onnxruntime"):
-            try:
-                importlib.import_module(package)
-            except ImportError as error:
-                raise UserError(f"ONNX needs {package}: pip install 'vmoe[export]'") from error
+        require_extras("export")
     compiler = os.environ.get("CXX", "g++")
     if format == "aoti" and shutil.which(compiler) is None:
         raise UserError(f"--format aoti: needs the C++ compiler {compiler}, which is not here; install it, or set CXX")

@@ -1,8 +1,15 @@
 """timm models with MoE layers, and what they cost."""
 
+from typing import TYPE_CHECKING
+
+from vmoe.imports import names_on_demand
 from vmoe.models import registry  # registers the named models in timm
 from vmoe.models.densify import densify
-from vmoe.models.jax_import import load_jax_checkpoint
 from vmoe.models.surgery import create_model, sparsify
+
+if TYPE_CHECKING:
+    from vmoe.models.jax_import import load_jax_checkpoint
+else:  # it needs msgpack, which the extra `jax` brings
+    __getattr__ = names_on_demand(__name__, {"vmoe.models.jax_import": ["load_jax_checkpoint"]})
 
 __all__ = ["create_model", "densify", "load_jax_checkpoint", "registry", "sparsify"]

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
-from torch.utils.tensorboard import SummaryWriter
 
 from vmoe.checkpoints import RunFolder
+from vmoe.errors import UserError
+from vmoe.extras import require_module
 from vmoe.files import atomic_write
 from vmoe.training.module import RAW_TOP1, Classifier
 from vmoe.training.processes import Place, gather
@@ -95,9 +96,12 @@ class Events:
 
     def __init__(self, folder: Path, step: int, say: Callable[[str], None]) -> None:
         self._folder, self._say = folder, say
-        self._writer: SummaryWriter | None = None
+        self._writer: Any = None  # a SummaryWriter
         self._hook, threading.excepthook = threading.excepthook, self._in_thread
         with self._told():
+            require_module("tensorboard")
+            from torch.utils.tensorboard import SummaryWriter  # here, since a run goes on without it
+
             self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
 
     def write(self, row: dict[str, Any], warnings: list[str]) -> None:
@@ -131,6 +135,8 @@ class Events:
         except OSError as error:
             self._writer = None
             self._say(f"warning: {self._folder}: TensorBoard's events cannot be written ({error.strerror or error})")
+        except UserError as error:
+            self._say(f"TensorBoard's events are not written: {error}")
 
 
 class Journal(Callback):

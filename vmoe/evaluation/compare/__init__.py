@@ -1,1 +1,5 @@
 """Runs beside each other: arms of a study, their intervals and their figure."""
+
+from vmoe.extras import require_extras
+
+require_extras("analysis")

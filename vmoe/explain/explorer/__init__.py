@@ -1,4 +1,9 @@
 """The routing explorer: what the experts of a V-MoE do, measured over a data set."""
+# ruff: noqa: E402 - what is imported here needs the extras
+
+from vmoe.extras import require_extras
+
+require_extras("train", "analysis")
 
 from vmoe.explain.explorer.explore import Exploration, ExploreOptions, explore
 from vmoe.explain.explorer.files import read_images, write_exploration

@@ -6,9 +6,9 @@ multiples of the numbers of rows and columns.
 
 import math
 
-import cv2
 import numpy as np
 import torch
+from PIL import Image
 
 from vmoe.explain.heatmap.routed import patch_part
 from vmoe.figures.palette import expert_colours
@@ -102,11 +102,8 @@ def panel_size(grid: tuple[int, int], side: int) -> tuple[int, int]:
 
 def scaled(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """A picture (H, W, 3) uint8 as floats at another size (height, width); small ones keep their pixels visible."""
-    if min(picture.shape[:2]) <= 64:
-        method = cv2.INTER_NEAREST
-    else:
-        method = cv2.INTER_AREA if picture.shape[0] > size[0] else cv2.INTER_CUBIC
-    return cv2.resize(picture, size[::-1], interpolation=method).astype(float) / 255.0
+    method = Image.Resampling.NEAREST if min(picture.shape[:2]) <= 64 else Image.Resampling.BICUBIC
+    return np.asarray(Image.fromarray(picture).resize(size[::-1], method)) / 255.0
 
 
 def _enlarge(patches: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -1,0 +1,62 @@
+"""The extras of this package: which packages each one brings, and the one line that says how to install a missing one.
+
+`pip install vmoe` brings what layers, models, records of routing, loading and prediction need. A job or a room that
+needs more calls `require_extras` before it imports anything.
+"""
+
+import importlib.util
+
+from vmoe.errors import UserError
+
+# The modules that are imported, by the extra of pyproject.toml that brings them. A module may stand in several.
+EXTRAS = {
+    "train": ("lightning", "torchmetrics", "albumentations", "cv2", "jsonargparse", "rich", "scipy"),
+    "analysis": ("matplotlib", "scipy"),
+    "jax": ("msgpack",),
+    "loggers": ("tensorboard", "wandb", "mlflow"),
+    "export": ("onnx", "onnxscript", "onnxruntime"),
+    "serve": ("litserve", "multipart"),
+    "webdataset": ("webdataset",),
+}
+
+
+class MissingExtraError(UserError, ImportError):
+    """A package is not installed that an extra brings; the line has the command that installs it."""
+
+
+def require_extras(*extras: str) -> None:
+    """Checks that the packages of these extras are installed, without importing them.
+
+    Raises:
+        MissingExtraError: Some are not.
+    """
+    missing = {module: extra for extra in extras for module in EXTRAS[extra] if not _is_installed(module)}
+    if missing:
+        raise MissingExtraError(_line(list(missing), sorted(set(missing.values()))))
+
+
+def require_module(module: str) -> None:
+    """Checks that one package of an extra is installed, where the others of this extra are not needed.
+
+    Raises:
+        MissingExtraError: It is not.
+    """
+    if not _is_installed(module):
+        raise missing_extra(module) or ModuleNotFoundError(f"No module named {module!r}", name=module)
+
+
+def missing_extra(module: str | None) -> MissingExtraError | None:
+    """The error that says which extra brings a module that was not found; None where no extra does."""
+    package = (module or "").partition(".")[0]
+    extra = next((extra for extra, modules in EXTRAS.items() if package in modules), None)
+    return None if extra is None else MissingExtraError(_line([package], [extra]))
+
+
+def _is_installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+def _line(modules: list[str], extras: list[str]) -> str:
+    listed = ", ".join(modules[:-1]) + " and " * (len(modules) > 1) + modules[-1]
+    verb = "is" if len(modules) == 1 else "are"
+    return f"this needs {listed}, which {verb} not installed: pip install 'vmoe[{','.join(extras)}]'"
