@@ -1,6 +1,7 @@
 """Text on its way to a terminal, a picture or a table: names from outside, such as those of files, and numbers."""
 
 import sys
+from collections.abc import Sequence
 
 
 def printable(text: str) -> str:
@@ -34,6 +35,11 @@ def counted(count: int, one: str, many: str | None = None) -> str:
         many: The word for several; by default with an s.
     """
     return f"{count:,} {one if count == 1 else many or one + 's'}"
+
+
+def named(names: Sequence[str], most: int = 5) -> str:
+    """The names in a line, such as "a, b, c"; of more than `most` the first ones, and ", ..."."""
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
 def _escaped(letter: str) -> str:

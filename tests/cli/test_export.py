@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import timm
 import torch
+from huggingface_hub import ModelCard
 
 import vmoe
 from vmoe.checkpoints import load_checkpoint
@@ -138,7 +139,11 @@ def test_a_folder_for_timm(save_run, tmp_path, moe, capsys):
     model = timm.create_model(f"local-dir:{out}", pretrained=True, pretrained_cfg_overlay=overlay, num_classes=3)
     assert model(images).shape == (3, 3)
     card = (out / "README.md").read_text()
-    assert card.startswith("---\ntags:") and "license: mit" in card and "50.00%" in card
+    assert "50.00%" in card
+    facts = ModelCard(card).data  # as the hub reads it
+    (result,) = facts.eval_results
+    assert (facts.license, facts.pipeline_tag, facts.library_name) == ("mit", "image-classification", "timm")
+    assert (result.metric_value, result.dataset_split, result.metric_type) == (0.5, "test", "accuracy")
     assert ("](routing.png)" in card) == (moe is not None)
     assert ("3 experts" in card) == (moe is not None) and "| `blocks.1` | 0.50 | 1.50 |" in card
 

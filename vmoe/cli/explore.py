@@ -21,7 +21,7 @@ from vmoe.cli.inputs import (
 from vmoe.cli.options import capacity_factor, choose_device, new_parser
 from vmoe.cli.progress import Tracked, working
 from vmoe.errors import UserError
-from vmoe.text import printable
+from vmoe.text import counted, printable
 
 if TYPE_CHECKING:
     from vmoe.checkpoints import TrainedModel
@@ -217,7 +217,8 @@ def _with_classes(
             outputs = list(range(len(other.class_names)))
         if outputs is None:
             raise UserError(
-                f"{other.path}: knows {len(other.class_names)} classes, {first.path} {len(first.class_names)}, and not "
+                f"{other.path}: knows {counted(len(other.class_names), 'class', 'classes')}, {first.path} "
+                f"{len(first.class_names)}, and not "
                 "all of these by name; compare checkpoints of the same classes"
             )
         model = with_outputs(other.model, outputs)

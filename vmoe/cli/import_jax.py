@@ -9,6 +9,7 @@ from vmoe.cli.common import run
 from vmoe.cli.options import capacity_factor, new_parser
 from vmoe.cli.progress import working
 from vmoe.errors import UserError
+from vmoe.text import counted
 
 if TYPE_CHECKING:
     from vmoe.checkpoints import ModelFacts
@@ -70,11 +71,12 @@ def _import(argv: list[str]) -> None:
     write_weights(options.out, imported.model.state_dict(), _facts(imported, options.class_names))
 
     parameters = count_parameters(imported.model)
-    experts = "dense" if imported.moe is None else f"{imported.moe.num_experts} experts in blocks {imported.moe.layers}"
+    moe = imported.moe
+    experts = "dense" if moe is None else f"{counted(moe.num_experts, 'expert')} in blocks {moe.layers}"
     rows, columns = imported.image_size
     print(
         f"{options.out}: {experts}, {parameters.total / 1e6:,.1f} M parameters, {parameters.active / 1e6:,.1f} M "
-        f"active, images of {rows}x{columns}, {imported.num_classes} classes"
+        f"active, images of {rows}x{columns}, {counted(imported.num_classes, 'class', 'classes')}"
     )
 
 
@@ -132,5 +134,8 @@ def _class_names(num_classes: int, names_file: Path | None) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--class-names {names_file}: cannot be read ({error}); give a text file") from error
     if len(names) != num_classes:
-        raise UserError(f"--class-names {names_file}: has {len(names)} lines, the checkpoint {num_classes} classes")
+        raise UserError(
+            f"--class-names {names_file}: has {counted(len(names), 'line')}, the checkpoint "
+            f"{counted(num_classes, 'class', 'classes')}"
+        )
     return names

@@ -13,6 +13,7 @@ from vmoe.cli.inputs import DATA_OPTIONS, add_classes_option, load_data, matched
 from vmoe.cli.options import choose_device, count, new_parser, split_options
 from vmoe.cli.progress import Tracked
 from vmoe.errors import UserError
+from vmoe.text import counted
 
 if TYPE_CHECKING:
     import torch
@@ -90,7 +91,7 @@ def _prune(argv: list[str]) -> int:
         rows["fine-tuned"] = rows["after"] | {"top1": tested["test/top1"], "nll": tested["test/loss"]}
         write_json(options.out / "prune.json", report | {"results": rows})
     how = f"{'merged' if options.merge else 'kept'} by {options.by}"
-    print(f"{checkpoint.path}, {options.keep} experts a layer {how}")
+    print(f"{checkpoint.path}, {counted(options.keep, 'expert')} per layer {how}")
     Console().print(_table(rows))
     print(f"{RunFolder(options.out).shared} and prune.json beside it")
     return 0

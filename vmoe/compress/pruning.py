@@ -19,6 +19,7 @@ from vmoe.compress.alignment import best_order, expert_weights, has_gate, reorde
 from vmoe.compress.usage import SCORES, ExpertUse
 from vmoe.models import densify
 from vmoe.moe import MoeConfig, MoeMlp, moe_layers
+from vmoe.text import counted
 
 Groups = Sequence[Sequence[int]]  # of each new expert, the old ones that it is made of, the head first
 _ROUTER_ROWS = ("gate.weight", "bias")  # of a router, what has a leading axis of experts
@@ -125,8 +126,8 @@ def joined_width(model: nn.Module) -> int:
         count = dense_width // width
         if dense_width % width or count > layer.num_experts:
             raise ValueError(
-                f"has in {name} {layer.num_experts} experts of expert_width={layer.config.expert_width}, of which no "
-                "number is as wide as the dense MLP"
+                f"has in {name} {counted(layer.num_experts, 'expert')} of expert_width={layer.config.expert_width}, of "
+                "which no number is as wide as the dense MLP"
             )
         found.add(count)
     if len(found) > 1:

@@ -85,7 +85,10 @@ def load_splits(config: DataConfig, for_training: bool = True) -> Splits:
             raise UserError(
                 f"data.root={config.root}: no {name} images for the {len(names)} classes; add images to them"
             )
-    chosen = dataclasses.replace(splits, train=train, val=val, test=test, class_names=names)
+    notes = list(splits.notes)
+    if for_training and test is val:
+        notes.append(f"{config.root}: has no test split: val is tested too, which makes the result a little too good")
+    chosen = dataclasses.replace(splits, train=train, val=val, test=test, class_names=names, notes=notes)
     return _looked_at(chosen, config) if config.name in _OF_THE_USER else chosen
 
 
@@ -213,7 +216,7 @@ def _folder(config: DataConfig) -> Splits:
         return _cut_test(sets["train"], folders.classes, notes, config)
     if config.name == "imagenet" and "test" not in sets and "train" in sets:
         sets["test"] = sets.pop("val")  # ImageNet's results are those on val, so val must not choose the checkpoint
-    return given_splits(sets, folders.classes, notes, root)
+    return given_splits(sets, folders.classes, notes)
 
 
 def _cut_test(everything: ImageSet, classes: list[str], notes: list[str], config: DataConfig) -> Splits:

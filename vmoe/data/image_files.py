@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from vmoe.errors import UserError
+from vmoe.text import counted
 
 # Pillow's name of a format -> the endings of its files
 FORMATS: dict[str, tuple[str, ...]] = {
@@ -25,19 +26,16 @@ IMAGE_SUFFIXES = frozenset(suffix for suffixes in FORMATS.values() for suffix in
 SYSTEM_FOLDERS = frozenset(
     {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
 )
-# Reason -> how it reads for one and for many
+# Reason -> the words for one and for many
 _REASONS = {
     "format": ("file of another format", "files of other formats"),
     "hidden": ("name that begins with a dot", "names that begin with a dot"),
     "system": ("folder of the system's own", "folders of the system's own"),
     "link": ("link to what is there already", "links to what is there already"),
-    "special": (
-        "name that is no regular file (a pipe, a socket, a device or a broken link)",
-        "names that are no regular files (pipes, sockets, devices, broken links)",
-    ),
+    "special": ("pipe, socket, device or broken link", "pipes, sockets, devices or broken links"),
     "outside": ("picture outside the class folders", "pictures outside the class folders"),
 }
-_MOST_NAMED = 4  # endings or system's folders, in a line
+_MOST_ENDINGS = 4  # in a line
 
 
 def is_image_name(name: str) -> bool:
@@ -50,32 +48,38 @@ class PassedOver:
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
-        self._named: dict[str, Counter[str]] = {"format": Counter(), "system": Counter()}
+        self._endings: Counter[str] = Counter()  # of the files of other formats
+        self._first: dict[str, str] = {}  # the first path for each reason
 
-    def add(self, reason: str, name: str = "") -> None:
-        """Counts one more for a reason, a key of `_REASONS`, and the ending of a file of another format."""
+    def add(self, reason: str, path: str) -> None:
+        """Counts one more for a reason, a key of `_REASONS`."""
         self.counts[reason] += 1
-        if reason in self._named:
-            self._named[reason][name if reason == "system" else os.path.splitext(name)[1].lower() or "no ending"] += 1
+        self._first.setdefault(reason, path)
+        if reason == "format":
+            self._endings[os.path.splitext(path)[1].lower() or "no ending"] += 1
 
     def update(self, other: "PassedOver") -> None:
         """Adds what another has counted."""
         self.counts += other.counts
-        for reason, names in self._named.items():
-            names.update(other._named[reason])
+        self._endings += other._endings
+        self._first = other._first | self._first
 
     def __bool__(self) -> bool:
         return bool(self.counts)
 
     def __str__(self) -> str:
-        """Such as "2 files of other formats (.heic, .txt) and 1 name that begins with a dot"; "" for nothing."""
+        """Such as "2 files of other formats (.heic, .txt; the first is a/b.heic) and 1 name that begins with a dot
+        (a/.x.png)"; "" for nothing.
+        """
         parts = []
-        for reason, (one, many) in _REASONS.items():
+        for reason, words in _REASONS.items():
             if count := self.counts[reason]:
-                parts.append(f"{count} {one if count == 1 else many}")
-                if names := self._named.get(reason):
-                    common = [name for name, _ in names.most_common(_MOST_NAMED)]
-                    parts[-1] += f" ({', '.join(common)}{', ...' if len(names) > len(common) else ''})"
+                first = self._first[reason]
+                details = [first if count == 1 else f"the first is {first}"]
+                if reason == "format":
+                    common = [ending for ending, _ in self._endings.most_common(_MOST_ENDINGS)]
+                    details.insert(0, ", ".join(common) + ", ..." * (len(self._endings) > len(common)))
+                parts.append(f"{counted(count, *words)} ({'; '.join(details)})")
         return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
 
 
@@ -83,11 +87,11 @@ def list_class_folders(folder: str | Path, passed_over: PassedOver) -> list[str]
     """The names of the folders directly in `folder`, sorted; hidden ones and the system's own are passed over."""
     names = []
     for entry in _entries(folder):
-        if not _is_passed_over(entry.name, passed_over):
+        if not _is_passed_over(entry, passed_over):
             if entry.is_dir():
                 names.append(entry.name)
             elif is_image_name(entry.name):
-                passed_over.add("outside")
+                passed_over.add("outside", entry.path)
     return names
 
 
@@ -127,7 +131,7 @@ class _Walk:
         for index in sorted(range(len(self.folders)), key=lambda each: os.path.islink(self.folders[each])):
             real = os.path.realpath(self.folders[index])
             if real in self.seen:
-                self.passed_over.add("link")
+                self.passed_over.add("link", self.folders[index])
                 self.files[index] = None
             self.seen.add(real)
         for index, folder in enumerate(self.folders):
@@ -136,7 +140,7 @@ class _Walk:
         for index, folder in self.folder_links:  # which grows on the way
             real = os.path.realpath(folder)
             if real in self.seen:
-                self.passed_over.add("link")
+                self.passed_over.add("link", folder)
             else:
                 self._enter(index, folder, real)
         self._take_file_links()
@@ -149,20 +153,20 @@ class _Walk:
             self.seen.add(real)
             self.real_folders[folder] = real
             for entry in _entries(folder):
-                if _is_passed_over(entry.name, self.passed_over):
+                if _is_passed_over(entry, self.passed_over):
                     continue
                 if entry.is_dir(follow_symlinks=False):
                     inside = os.path.join(real, entry.name)
                     if inside in self.seen:  # a link has led here
-                        self.passed_over.add("link")
+                        self.passed_over.add("link", entry.path)
                     else:
                         waiting.append((entry.path, inside))
                 elif entry.is_dir():
                     self.folder_links.append((index, entry.path))
                 elif not entry.is_file():
-                    self.passed_over.add("special")
+                    self.passed_over.add("special", entry.path)
                 elif not is_image_name(entry.name):
-                    self.passed_over.add("format", entry.name)
+                    self.passed_over.add("format", entry.path)
                 elif entry.is_symlink():
                     self.file_links.append((index, folder, entry.name))
                 else:
@@ -180,7 +184,7 @@ class _Walk:
         for index, folder, name in self.file_links:
             real = os.path.realpath(os.path.join(folder, name))
             if real in taken:
-                self.passed_over.add("link")
+                self.passed_over.add("link", os.path.join(folder, name))
             else:
                 taken.add(real)
                 self.files[index].append((folder, name))
@@ -258,8 +262,8 @@ def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
         raise UserError(f"{folder}: cannot be read ({error.strerror or error})") from error
 
 
-def _is_passed_over(name: str, passed_over: PassedOver) -> bool:
-    reason = "hidden" if name.startswith(".") else "system" if name in SYSTEM_FOLDERS else None
+def _is_passed_over(entry: os.DirEntry[str], passed_over: PassedOver) -> bool:
+    reason = "hidden" if entry.name.startswith(".") else "system" if entry.name in SYSTEM_FOLDERS else None
     if reason is not None:
-        passed_over.add(reason, name)
+        passed_over.add(reason, entry.path)
     return reason is not None

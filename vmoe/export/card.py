@@ -18,18 +18,13 @@ from vmoe.text import counted
 from vmoe.version import __version__
 
 PICTURE = "routing.png"
+_TASK = "image-classification"
 _SHOWN = PHOTOGRAPHS[0]
 _NAMELESS = {"folder": "a folder of images", "npz": "arrays of images", "webdataset": "tar shards of images"}
 _TEMPLATE = """\
 ---
-tags:
-- image-classification
-- timm
-- vmoe
-- mixture-of-experts
-library_name: timm
-pipeline_tag: image-classification
-{license_line}---
+{front_matter}
+---
 
 # {title}
 
@@ -68,8 +63,8 @@ The run's whole config:
 
 ## Limits
 
-The model names every picture as one of its {count} classes, also one that shows none of them. What it does with
-pictures unlike those it was trained on, or how fairly it treats them, was not measured.
+The model names every picture as one of its classes ({count} in all), also one that shows none of them. What it does
+with pictures unlike those it was trained on, or how fairly it treats them, was not measured.
 
 Written by vmoe {version}.
 """
@@ -112,9 +107,10 @@ def model_card(checkpoint: TrainedModel, source: str | Path, license: str | None
     parameters = count_parameters(checkpoint.model)
     accuracy = metrics_of(RunFolder(Path(source)).read_summary()).get("test/top1")
     data = config.get("data", {}).get("name", "images of its own")
+    title = f"{config['model']['name']} for {_classes(classes) if data in _NAMELESS else data}"
     card = _TEMPLATE.format(
-        license_line=f"license: {license}\n" if license else "",
-        title=f"{config['model']['name']} for {_classes(classes) if data in _NAMELESS else data}",
+        front_matter=_front_matter(title, data, accuracy, license),
+        title=title,
         what=_what(checkpoint),
         size=checkpoint.image_size,
         classes=f"{len(classes)}: {', '.join(classes[:20])}{', ...' if len(classes) > 20 else ''}",
@@ -135,6 +131,35 @@ def model_card(checkpoint: TrainedModel, source: str | Path, license: str | None
     return card + _MARK + _mark(card)
 
 
+def _front_matter(title: str, data: str, accuracy: float | None, license: str | None) -> str:
+    """What the hub reads of a card: its tags, and the test accuracy as a model-index, where it is known."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    results = None
+    if accuracy is not None:
+        set_of = _NAMELESS.get(data, data)
+        results = [
+            EvalResult(
+                task_type=_TASK,
+                dataset_type=data,
+                dataset_name=set_of,
+                dataset_split="test",
+                metric_type="accuracy",
+                metric_name="top-1 accuracy",
+                metric_value=accuracy,
+            )
+        ]
+    facts = ModelCardData(
+        tags=[_TASK, "timm", "vmoe", "mixture-of-experts"],
+        library_name="timm",
+        pipeline_tag=_TASK,
+        license=license,
+        model_name=None if accuracy is None else title,
+        eval_results=results,
+    )
+    return facts.to_yaml()
+
+
 def is_untouched(card: str) -> bool:
     """Whether a README.md is as `model_card` wrote it: nobody has completed it since."""
     text, found, mark = card.rpartition(_MARK)
@@ -147,7 +172,7 @@ def _mark(text: str) -> str:
 
 def _classes(names: list[str]) -> str:
     """Such as "5 classes: daisy, rose, tulip, ..."."""
-    return f"{len(names)} classes: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+    return f"{counted(len(names), 'class', 'classes')}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
 
 
 def _what(checkpoint: TrainedModel) -> str:
@@ -157,10 +182,11 @@ def _what(checkpoint: TrainedModel) -> str:
     moe = layers[0][1].config
     chooses = "whose slots mix tokens" if moe.router == "soft" else f"routed by {moe.router.replace('_', ' ')}"
     per_token = "" if moe.fills_slots else f", {moe.top_k} for each token"
+    experts = counted(moe.num_experts, "expert")
     places = ", ".join(f"`{name}`" for name, _ in layers)
     return (
         f"A vision mixture of experts (V-MoE, https://arxiv.org/abs/2106.05974) for classifying images: "
-        f"`{checkpoint.config['model']['name']}` of timm with {moe.num_experts} experts{per_token}, {chooses}, "
+        f"`{checkpoint.config['model']['name']}` of timm with {experts}{per_token}, {chooses}, "
         f"in the place of the MLPs {places}."
     )
 

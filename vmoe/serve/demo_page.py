@@ -26,6 +26,7 @@ from vmoe.export.programs import require
 from vmoe.export.steered import write_steered
 from vmoe.figures.palette import NUM_COLOURS, expert_hex
 from vmoe.files import new_folder
+from vmoe.text import counted
 from vmoe.version import __version__
 
 RUNTIME = "onnxruntime-web"
@@ -103,8 +104,9 @@ def _words(checkpoint: TrainedModel, about: dict[str, Any], credit: str | None) 
         "palette": [expert_hex(expert) for expert in range(NUM_COLOURS)],
         "summary": (
             f"{about['model']} for {checkpoint.config['data']['name']}: {about['image_size']} x {about['image_size']} "
-            f"pixels, {len(about['class_names'])} classes; {len(about['layers'])} layers with {first['num_experts']} "
-            f"experts, {first['top_k']} for each patch. It names every picture as one of its classes."
+            f"pixels, {counted(len(about['class_names']), 'class', 'classes')}; "
+            f"{counted(len(about['layers']), 'layer')} with {counted(first['num_experts'], 'expert')}, "
+            f"{first['top_k']} for each patch. It names every picture as one of its classes."
         ),
         "notes": (
             f"An expert has places for so many choices of an image; they are handed out {order}. Written by vmoe "

@@ -2,11 +2,12 @@
 
 import math
 import statistics
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from scipy.stats import t as student
+from scipy.stats import ttest_rel
 
 from vmoe.data.config import nearest
 from vmoe.errors import UserError
@@ -33,14 +34,17 @@ def difference(arm: Arm, baseline: Arm) -> Difference:
     interval is Student's t for paired samples.
     """
     ours, theirs = arm.top1_by_seed(), baseline.top1_by_seed()
-    pairs = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
-    if not pairs:
+    seeds = [seed for seed in ours if seed in theirs]
+    if not seeds:
         return Difference(arm, baseline, arm.mean("top1") - baseline.mean("top1"), None, None, 0)
-    mean = statistics.fmean(pairs)
-    if len(pairs) == 1:
+    mean = statistics.fmean(ours[seed] - theirs[seed] for seed in seeds)
+    if len(seeds) == 1:
         return Difference(arm, baseline, mean, None, None, 1)
-    reach = student.ppf((1 + CONFIDENCE) / 2, len(pairs) - 1) * statistics.stdev(pairs) / math.sqrt(len(pairs))
-    return Difference(arm, baseline, mean, float(mean - reach), float(mean + reach), len(pairs))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # where all differences are equal: the interval is a point
+        test = ttest_rel([ours[seed] for seed in seeds], [theirs[seed] for seed in seeds])
+        low, high = test.confidence_interval(CONFIDENCE)
+    return Difference(arm, baseline, mean, float(low), float(high), len(seeds))
 
 
 def differences(arms: Sequence[Arm], baseline: Arm | None = None) -> list[Difference]:

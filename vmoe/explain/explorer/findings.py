@@ -4,6 +4,8 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from vmoe.text import counted
+
 
 def findings(report: dict[str, Any]) -> list[str]:
     """What the numbers say. Specialisation is claimed only where its null is beaten, a change only where its interval
@@ -85,7 +87,7 @@ def _ablation_findings(report: dict[str, Any]) -> Iterator[str]:
         return
     needed = [(layer, part) for layer, part in tried if part["high"] < 0]
     if not needed:
-        yield f"None of the {len(tried)} experts is missed when left out alone: no interval lies below zero."
+        yield f"Of {counted(len(tried), 'expert')} none is missed when left out alone: no interval lies below zero."
         return
     layer, worst = min(needed, key=lambda pair: pair[1]["change"])
     index = min(range(len(worst["by_class"])), key=worst["by_class"].__getitem__)

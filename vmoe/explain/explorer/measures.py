@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.optimize import linear_sum_assignment
+from scipy.stats import binomtest
 from torch import Tensor
 
 Z95 = 1.959963984540054
@@ -114,19 +115,17 @@ def coactivation(together: np.ndarray, tokens: float, top_k: int | None) -> np.n
     return np.where(never | np.eye(experts, dtype=bool), math.nan, ratio)
 
 
-def wilson(successes: float, trials: int) -> Interval:
+def wilson(successes: int, trials: int) -> Interval:
     """A share with its interval (Wilson 1927)."""
-    share = successes / trials
-    centre = (share + Z95**2 / (2 * trials)) / (1 + Z95**2 / trials)
-    half = Z95 / (1 + Z95**2 / trials) * math.sqrt(share * (1 - share) / trials + Z95**2 / (4 * trials**2))
-    return Interval(share, max(0.0, centre - half), min(1.0, centre + half))
+    low, high = binomtest(int(successes), trials).proportion_ci(method="wilson")
+    return Interval(successes / trials, float(low), float(high))
 
 
 def paired_change(gained: int, lost: int, trials: int) -> Interval:
     """Change of accuracy on the same images, of which `gained` became right and `lost` wrong.
 
     The interval is Agresti & Min's (2005, https://doi.org/10.1002/sim.1781): Wald's with half an image added to each of
-    the four cells, so that it keeps its width when no prediction changed.
+    the four cells, so that it keeps its width when no prediction changed. SciPy has no interval for paired shares.
     """
     n = trials + 2
     up, down = (gained + 0.5) / n, (lost + 0.5) / n

@@ -23,7 +23,7 @@ from vmoe.explain.heatmap.routed import (
 )
 from vmoe.files import atomic_write, write_json
 from vmoe.moe import moe_layers
-from vmoe.text import readable
+from vmoe.text import counted, readable
 
 _NAMED_CLASSES = 5
 
@@ -151,4 +151,4 @@ def _facts(model: nn.Module, image: RoutedImage, layer: str) -> str:
     else:
         way = f"each patch goes to {moe.top_k}"
     others = " and the " + ", ".join(names) if (names := image.layers[layer].prefix_names) else ""
-    return f"{moe.num_experts} experts, {way} · {rows} x {columns} = {rows * columns} patches{others}"
+    return f"{counted(moe.num_experts, 'expert')}, {way} · {rows} x {columns} = {rows * columns} patches{others}"
