@@ -137,7 +137,7 @@ def test_where_it_ran_is_not_part_of_the_recipe(make_run):
     folders = [make_run("a"), make_run("b", seed=1)]
     config = yaml.safe_load((folders[1] / "config.yaml").read_text())
     config["data"]["root"] = "/elsewhere"
-    config |= {"trainer": {"device": "cuda", "compile": True}, "parallel": {"strategy": "ddp"}}
+    config |= {"trainer": config["trainer"] | {"device": "cuda", "compile": True}, "parallel": {"strategy": "ddp"}}
     (folders[1] / "config.yaml").write_text(yaml.safe_dump(config))
     assert len(group_runs([read_run(folder) for folder in folders])) == 1
     config["data"]["name"] = "folder"  # which its place alone tells from others
