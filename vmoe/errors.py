@@ -8,7 +8,7 @@ class UserError(ValueError):
 
     Args:
         line: The line.
-        everywhere: Whether all processes of a run stop by this error, of which one tells it.
+        everywhere: Whether all processes of a run stop by this error; one of them reports it.
     """
 
     def __init__(self, line: str, everywhere: bool = False) -> None:

@@ -36,7 +36,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
                 os.fsync(written.fileno())
             replace(temporary, path)
         finally:
-            with suppress(OSError):  # the first error is the one to tell
+            with suppress(OSError):  # the first error is the one to report
                 temporary.unlink(missing_ok=True)
 
 
@@ -132,7 +132,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         except UserError as error:  # of a file in it
             raise UserError(str(error).replace(str(temporary), str(path)), error.everywhere) from error
         finally:
-            with suppress(OSError):  # the first error is the one to tell
+            with suppress(OSError):  # the first error is the one to report
                 _remove(temporary)
 
 

@@ -22,7 +22,7 @@ def readable(name: str) -> str:
 def replace_what_cannot_be_shown() -> None:
     """Has the terminal show "?" for characters that its encoding lacks, instead of ending the job."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # no stand-in
+        if hasattr(stream, "reconfigure"):  # not a replacement, such as a notebook's
             stream.reconfigure(errors="replace")
 
 

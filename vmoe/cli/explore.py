@@ -59,7 +59,7 @@ def _explore(argv: list[str]) -> None:
 def _explored(options: argparse.Namespace, argv: list[str]) -> None:
     # Imported here, so that --help and a mistyped option answer at once.
     from vmoe.checkpoints import load_checkpoint
-    from vmoe.explain.explorer import ExploreOptions, Subject, explore, write_exploration
+    from vmoe.explain.explorer import DataFacts, ExploreOptions, Subject, explore, write_exploration
     from vmoe.explain.explorer.causes import check_capacities
     from vmoe.explain.explorer.history import snapshots
     from vmoe.explain.heatmap.routed import require_experts
@@ -84,6 +84,14 @@ def _explored(options: argparse.Namespace, argv: list[str]) -> None:
     )
     pictures = _pictures(checkpoint, options)
     subject, *others = _with_classes([checkpoint, *others], pictures.data, options.classes)
+    provenance = {
+        "checkpoint": str(checkpoint.path),
+        "epoch": checkpoint.epoch,
+        **pictures.provenance,
+        "device": device_name(device),
+        "versions": versions(),
+        "command": shlex.join(["vmoe", "explore", *argv]),
+    }
     with working("exploring"):
         exploration = explore(
             subject,
@@ -91,16 +99,7 @@ def _explored(options: argparse.Namespace, argv: list[str]) -> None:
             name=names[0],
             others=[Subject.of(other, name) for other, name in zip(others, names[1:], strict=True)],
             snapshots=snapshots(checkpoint.path, device),
-            patch_names=pictures.patch_names,
-            image_names=pictures.image_names,
-            provenance={
-                "checkpoint": str(checkpoint.path),
-                "epoch": checkpoint.epoch,
-                **pictures.provenance,
-                "device": device_name(device),
-                "versions": versions(),
-                "command": shlex.join(["vmoe", "explore", *argv]),
-            },
+            data=DataFacts(pictures.patch_names, pictures.image_names, provenance),
             options=given,
             track=Tracked,
         )

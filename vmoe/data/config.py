@@ -227,9 +227,9 @@ class DataConfig:
             read files, once at the start.
         check: whether every image of every split is opened before the run, so that a damaged one of validation or test
             is found then. None: where that is little work beside the run; a line says where it is not done.
-        val_fraction: share of the training images of each class cut off for validation where a set has no validation
-            split of its own (at least one image per class). 0 cuts off none: all are trained on, and the last epoch's
-            checkpoint stands for the best.
+        val_fraction: share of the training images of each class that is set aside for validation where a set has no
+            validation split of its own (at least one image per class). 0 sets aside none: all are trained on, and the
+            last epoch's checkpoint stands for the best.
         augment: how training images are varied.
         mix: how training images are mixed with each other.
         subset: use only a part of the data.

@@ -32,7 +32,7 @@ from vmoe.data.resident import (
     is_made,
     make_resident,
 )
-from vmoe.data.samplers import EpochBatchSampler
+from vmoe.data.samplers import Blocks, EpochBatchSampler
 from vmoe.data.shards import ShardedImages
 from vmoe.data.sharing import FilledLoader, part_of_batches
 from vmoe.errors import UserError
@@ -117,11 +117,19 @@ class ImageDataModule(LightningDataModule):
         self.bit_depth = self._splits.bit_depth
         self.mean: Colour = tuple(config.mean or defaults.mean)
         self.std: Colour = tuple(config.std or defaults.std)
-        sizes = (len(self._splits.train), config.batch_size, self.seed, config.repeat)
-        train = self._splits.train
-        blocks = train.images.shards[train.positions] if isinstance(train.images, ShardedImages) else None
-        how = (self.part, self.parts, blocks, config.shards_at_once, self._splits.epoch_images)
-        self.train_sampler = EpochBatchSampler(*sizes, *how)
+        train, blocks = self._splits.train, None
+        if isinstance(train.images, ShardedImages):
+            blocks = Blocks(train.images.shards[train.positions], config.shards_at_once)
+        self.train_sampler = EpochBatchSampler(
+            len(train),
+            config.batch_size,
+            self.seed,
+            repeat=config.repeat,
+            part=self.part,
+            parts=self.parts,
+            blocks=blocks,
+            epoch_images=self._splits.epoch_images,
+        )
         self._mixer = make_mixer(config.mix, self.num_classes, self.seed, self.device)
         if config.pipeline == "workers":
             self._augmenter = Augmenter(config.augment, self.image_size, self.mean, defaults.flip, self.seed)

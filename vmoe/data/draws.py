@@ -23,7 +23,7 @@ DRAWS_VERSION = 2
 
 
 def draw_numbers(count: int, first: int = 0, device: torch.device | str = "cpu") -> Tensor:
-    """What tells draws `first`, `first` + 1, ... apart, (count, 1) int64, for `uniforms`.
+    """The numbers of draws `first`, `first` + 1, ... in the hash, (count, 1) int64, for `uniforms`.
 
     Not to be made in compiled code: a compiler would fold these products into an index, which overflows.
     """

@@ -2,7 +2,7 @@
 
 An image of 48 pixels is a grid of 6 x 6 patches. Three regions have a texture each, in two random colours; on seven of
 the patches stands an object in random colours instead: four times the one that names the image's class, and three
-others. So neither a texture nor a colour tells the class, nor does a single patch.
+others. So neither a texture nor a colour shows the class, nor does a single patch.
 
 Axis letters: n images, R and C rows and columns of patches.
 """

@@ -1,11 +1,24 @@
 """The order of training: a function of seed and epoch alone."""
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 from torch.utils.data import Sampler
 
 Key = tuple[int, int]  # (pass over the set, index of the image); an epoch is `repeat` passes
+
+
+class Blocks(NamedTuple):
+    """Images in blocks, such as tar shards, which are read together.
+
+    Attributes:
+        of_images: (n,) the block of each image.
+        at_once: From how many blocks at a time images are drawn.
+    """
+
+    of_images: np.ndarray
+    at_once: int
 
 
 class EpochBatchSampler(Sampler[list[Key]]):
@@ -22,9 +35,8 @@ class EpochBatchSampler(Sampler[list[Key]]):
         repeat: passes in an epoch, one after the other.
         part: which of `parts` equal, contiguous parts of each batch to give.
         parts: how many processes share a batch.
-        blocks: the block of each image, such as its shard; then a pass takes a few blocks at a time, in a random order,
-            and shuffles their images together. None shuffles all images together.
-        blocks_at_once: how many blocks at a time.
+        blocks: the images' blocks; then a pass takes a few blocks at a time, in a random order, and shuffles their
+            images together. None shuffles all images together.
         epoch_images: images of an epoch, times `repeat`, where that is not all: an epoch goes on in the pass where the
             one before it ended. None: `length`.
 
@@ -42,8 +54,7 @@ class EpochBatchSampler(Sampler[list[Key]]):
         repeat: int = 1,
         part: int = 0,
         parts: int = 1,
-        blocks: np.ndarray | None = None,
-        blocks_at_once: int = 1,
+        blocks: Blocks | None = None,
         epoch_images: int | None = None,
     ) -> None:
         self.length = length
@@ -52,7 +63,7 @@ class EpochBatchSampler(Sampler[list[Key]]):
         self.batch_size = min(batch_size, of_a_repeat)
         self.seed = seed
         self.part, self.parts = part, parts
-        self.blocks, self.blocks_at_once = blocks, blocks_at_once
+        self.blocks = blocks
         self.epoch = 0
         self.start_batch = 0
 
@@ -88,7 +99,7 @@ class EpochBatchSampler(Sampler[list[Key]]):
         """The order of all images in one pass, (n,)."""
         if self.blocks is None:
             return rng.permutation(self.length)
-        names, number_of_block = np.unique(self.blocks, return_inverse=True)
-        turn_of_image = rng.permutation(len(names))[number_of_block] // self.blocks_at_once
+        names, number_of_block = np.unique(self.blocks.of_images, return_inverse=True)
+        turn_of_image = rng.permutation(len(names))[number_of_block] // self.blocks.at_once
         shuffled = rng.permutation(self.length)
         return shuffled[np.argsort(turn_of_image[shuffled], kind="stable")]

@@ -86,7 +86,7 @@ def load_shards(root: str | Path) -> Splits:
 
 
 def _find_shards(root: Path) -> tuple[dict[str, list[Path]], list[str]]:
-    """The shards of each split, and the names of tar files that tell of none."""
+    """The shards of each split, and the names of tar files that belong to none."""
     found: dict[str, list[Path]] = {}
     others = []
     for path in sorted(root.glob("*.tar")):

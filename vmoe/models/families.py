@@ -1,7 +1,7 @@
 """Where the MLPs of timm's model families are, which of them can become MoE layers, and why the others cannot.
 
-Nothing is written down model by model: a forward pass on the meta device, which computes nothing, tells the order of
-the MLPs and the tokens each sees. Only what shapes do not tell stands in the tables below.
+Nothing is written down model by model: a forward pass on the meta device, which computes nothing, shows the order of
+the MLPs and the tokens that each sees. Only what shapes do not show stands in the tables below.
 """
 
 import copy

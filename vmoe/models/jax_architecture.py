@@ -1,4 +1,4 @@
-"""What the tensors of an original V-MoE checkpoint tell of its architecture.
+"""The architecture of an original V-MoE checkpoint, read from its tensors.
 
 D width; E experts; P slots of an expert for an image; N tokens per image.
 """
@@ -16,7 +16,7 @@ _MOE_PARTS = ("Moe/Router/dense/kernel", "Moe/Router/mu", "Moe/Mlp/Dense_0/kerne
 
 
 class Architecture:
-    """What the tensors tell.
+    """The architecture that the tensors have.
 
     Raises:
         UserError: one that is needed is missing, or they describe a model of another kind.

@@ -2,7 +2,7 @@
 
 A checkpoint PREFIX is PREFIX.index, which describes the tensors, and PREFIX.data-nnnnn-of-NNNNN with their values, cut
 into chunks: an expert tensor is split along its experts. Every file is one msgpack object. The data files are never
-unpacked as a whole: they are first walked header by header, which tells where each chunk lies and whether a file is
+unpacked as a whole: they are first walked header by header, which finds where each chunk lies and whether a file is
 what it should be; the values are then copied to where they belong in small pieces.
 """
 

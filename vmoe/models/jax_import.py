@@ -24,7 +24,7 @@ MODEL_NAME = "vmoe_vit"
 
 @dataclass(frozen=True)
 class RoutingOptions:
-    """What the tensors cannot tell; see `load_jax_checkpoint`."""
+    """What the tensors do not show; see `load_jax_checkpoint`."""
 
     router: str = "token_choice"
     top_k: int = 2

@@ -19,7 +19,7 @@ from vmoe.moe.passes import put_in_order
 register_notrace_module(MoeMlp)  # timm's feature extractors by torch.fx take it as one node
 
 
-CREATED_WITH = "created_with"  # what a model remembers of its creation, so that a file can tell it
+CREATED_WITH = "created_with"  # what a model keeps of its creation, so that `vmoe.save` can write it
 
 
 def create_model(name: str, moe: MoeConfig | Literal[False] | None = None, **timm_kwargs: Any) -> nn.Module:

@@ -14,7 +14,7 @@ from vmoe import MoeConfig, MoeMlp
 from vmoe.data.loading import Batch
 from vmoe.data.patchwork import OBJECTS, PATCH_NAMES, make_patchwork
 from vmoe.errors import UserError
-from vmoe.explain.explorer import ExploreOptions, Subject, explore
+from vmoe.explain.explorer import DataFacts, ExploreOptions, Subject, explore
 from vmoe.explain.explorer.collection import collect
 from vmoe.moe.routers import _forced
 
@@ -152,7 +152,7 @@ def test_planted_specialists_are_found_in_a_model_and_random_routers_are_not(rou
     parts = [torch.from_numpy(labels).split(100), torch.from_numpy(patches).split(100)]
     batches = [Batch(x, y, [], known) for x, y, known in zip(images.split(100), *parts, strict=True)]
     subject = Subject("planted", Planted(router), OBJECTS, (0.0,) * 3, (1.0,) * 3)
-    found = explore(subject, batches, patch_names=PATCH_NAMES, options=replace(COUNT_ONLY, replicates=50)).report
+    found = explore(subject, batches, data=DataFacts(PATCH_NAMES), options=replace(COUNT_ONLY, replicates=50)).report
     (layer,) = found["layers"]
     label = layer["specialisation"]["patch label"]
     if is_planted:
@@ -170,8 +170,9 @@ def test_other_runs_stand_beside_it(make_model, make_batches):
         Subject("stranger", make_model(seed=1, num_experts=3), list("abcde"), **half),
         Subject("dense", make_model(dense=True), list("abcde"), **half),
     ]
-    found = explore(make_model(), make_batches(), others=others, class_names=list("abcde"), options=FEW).report
-    assert [run["name"] for run in found["runs"]] == ["VisionTransformer", "stranger", "dense"]
+    subject = Subject("sparse", make_model(), list("abcde"), **half)
+    found = explore(subject, make_batches(), others=others, options=FEW).report
+    assert [run["name"] for run in found["runs"]] == ["sparse", "stranger", "dense"]
     assert [run["is_dense"] for run in found["runs"]] == [False, False, True]
     assert found["runs"][2]["layers"] == [] and len(found["runs"][1]["layers"]) == 2
     assert [part["run"] for part in found["agreement"]] == ["stranger"]
@@ -198,7 +199,7 @@ def test_a_router_agrees_with_itself_renumbered(make_model, make_batches):
         for parameter in layer.experts.parameters():
             parameter.data = parameter.data[permuted]
     other = Subject("twin", twin, list("abcde"), (0.5,) * 3, (0.5,) * 3)
-    found = explore(model, make_batches(), others=[other], class_names=list("abcde"), options=FEW).report
+    found = explore(replace(other, name="one", model=model), make_batches(), others=[other], options=FEW).report
     for part in found["agreement"][0]["layers"].values():
         assert part["value"] == pytest.approx(1) and part["null_high"] < 0.9
 
@@ -209,7 +210,7 @@ def test_without_labels_what_needs_none_stays_the_same(make_model, make_batches,
     bare = [(images, None) for images, _ in batches]
     other = Subject("other", make_model(seed=1), list("abcde"), (0.5,) * 3, (0.5,) * 3)
     names = [f"photo {number}.jpg" for number in range(count)]
-    found = explore(model, bare, others=[other], image_names=names, options=FEW)
+    found = explore(model, bare, others=[other], data=DataFacts(image_names=names), options=FEW)
     labelled = explore(model, batches, others=[other], options=FEW).report
     report, images = found.report, found.images
     assert json.loads(json.dumps(report, allow_nan=False)) == report

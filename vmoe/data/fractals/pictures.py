@@ -48,7 +48,7 @@ _VARIED = 9 * MAPS + 1  # draws of a picture before the steps' shifts: matrices,
 
 
 class Varied(NamedTuple):
-    """What tells a picture from others, for B pictures, int32 as in `Systems`."""
+    """How each of B pictures varies its class, int32 as in `Systems`."""
 
     maps: Tensor  # (B, M, 6)
     thresholds: Tensor  # (B, M - 1)
@@ -66,7 +66,7 @@ class PictureMaker:
         config: the classes and how strongly pictures vary.
         size: S.
         seed: not negative.
-        stream: tells the pictures of a split from another's.
+        stream: a number of the split, so that splits have different pictures.
         device: where pictures are made.
         fused: on a GPU the rest is compiled, for batches of one size that are made again and again.
     """
@@ -91,7 +91,7 @@ class PictureMaker:
 
         Args:
             labels: (B,) int64, their classes.
-            numbers: (B,) int64, not negative, which tell pictures of a class apart.
+            numbers: (B,) int64, not negative; each number gives another picture of a class.
         """
         varied = Varied(*self._vary(labels, numbers))
         return self._paint(self.counts(varied), varied.colours)

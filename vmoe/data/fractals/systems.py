@@ -1,7 +1,7 @@
 """The classes: iterated function systems (IFS) of four affine maps, each map with a probability and a colour.
 
 Parameters are drawn as in Anderson and Farrell, "Improving fractal pre-training" (2022, arXiv 2110.03091): the singular
-values s1 >= s2 of all maps such that the sum of s1 + 2 s2, which tells how much of the plane the attractor fills, lies
+values s1 >= s2 of all maps such that the sum of s1 + 2 s2, a measure of how much of the plane the attractor fills, lies
 in a narrow range. A class is a function of its number alone: there are the same ones in every run.
 
 Shapes: C classes, M maps of a system.
@@ -27,7 +27,7 @@ _FILLING = ((5 + MAPS) / 2, (6 + MAPS) / 2)  # of the sum of s1 + 2 s2
 _CANDIDATES = 32  # of singular values, among which the first in that range is taken
 _LEAST_SHARE = 0.05  # of the area, for the probability of a map that shrinks it to less
 _DARKEST = 48  # of a colour's channels
-_CHAINS, _STEPS, _WARM_UP = 32, 48, 12  # of the points that tell where an attractor lies
+_CHAINS, _STEPS, _WARM_UP = 32, 48, 12  # of the points that find where an attractor lies
 _SHAPE_DRAWS = 6  # of a map, after the singular values: two angles, two signs, a translation
 
 

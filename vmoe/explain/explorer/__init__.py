@@ -5,8 +5,8 @@ from vmoe.extras import require_extras
 
 require_extras("train", "analysis")
 
-from vmoe.explain.explorer.explore import Exploration, ExploreOptions, explore
+from vmoe.explain.explorer.explore import DataFacts, Exploration, ExploreOptions, explore
 from vmoe.explain.explorer.files import read_images, write_exploration
 from vmoe.explain.explorer.subject import Subject
 
-__all__ = ["Exploration", "ExploreOptions", "Subject", "explore", "read_images", "write_exploration"]
+__all__ = ["DataFacts", "Exploration", "ExploreOptions", "Subject", "explore", "read_images", "write_exploration"]

@@ -23,7 +23,7 @@ _INDICES_AT_ONCE = 4_000_000
 
 
 class Specialisation(NamedTuple):
-    """How much the expert of a patch tells of one of its features.
+    """How much the expert of a patch says about one of its features.
 
     Attributes:
         nmi: Normalised mutual information of expert and feature over all choices.

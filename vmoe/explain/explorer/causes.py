@@ -69,7 +69,7 @@ def find_causes(
     Args:
         subject: The model; it is left as it was.
         batches: Of (images, labels, ...), normalised for the model.
-        capacity_factors: At evaluation; inf drops nothing. One that leaves experts no place, or more than there are
+        capacity_factors: At evaluation; inf drops nothing. One that leaves experts no slot, or more than there are
             tokens, is left out, also where only a smaller last batch cannot have it.
         seed: Of the random routers.
         track: Wraps the passes in a progress bar.
@@ -219,7 +219,7 @@ def without(layer: MoeMlp, expert: int) -> Iterator[None]:
 
 @contextmanager
 def random_routing(layer: MoeMlp, generator: torch.Generator) -> Iterator[None]:
-    """Inside the block each token's gates are dealt out to random experts, so that only who gets what changes.
+    """Inside the block each token's gates go to random experts, so that only who gets what changes.
 
     The gates keep their sizes: as sure a choice, of a random expert. For Soft MoE tokens also enter slots at random.
     """

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from vmoe.checkpoints import TrainedModel
-from vmoe.data.config import Colour
 from vmoe.errors import UserError
 from vmoe.explain.explorer.causes import Causes, find_causes
 from vmoe.explain.explorer.collection import collect, on_device
@@ -28,7 +27,7 @@ class ExploreOptions:
     """How much to do.
 
     Args:
-        sample: Images whose maps the page shows.
+        sample: Images that the page shows with their maps.
         probe_images: Images on which consistency, agreement between runs and saturation are measured; 0 for none.
         cause_images: Images on which experts are ablated and capacities tried, which costs a pass for each expert of
             each layer; 0 for none.
@@ -52,6 +51,21 @@ class ExploreOptions:
 
 
 @dataclass(frozen=True)
+class DataFacts:
+    """What is known of the images beside what the batches hold.
+
+    Args:
+        patch_names: Names of the batches' `patch_labels`, where they have these.
+        image_names: Of all images, in the order of the batches; None: images are called by their number.
+        provenance: Facts that the report shows: "checkpoint", "data", "split", "command", "versions".
+    """
+
+    patch_names: Sequence[str] | None = None
+    image_names: Sequence[str] | None = None
+    provenance: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
 class Exploration:
     """What the explorer found.
 
@@ -71,31 +85,22 @@ def explore(
     name: str | None = None,
     others: Sequence[TrainedModel | Subject] = (),
     snapshots: Sequence[Snapshot] = (),
-    class_names: Sequence[str] | None = None,
-    patch_names: Sequence[str] | None = None,
-    image_names: Sequence[str] | None = None,
-    mean: Colour = (0.5, 0.5, 0.5),
-    std: Colour = (0.5, 0.5, 0.5),
-    provenance: dict[str, Any] | None = None,
+    data: DataFacts | None = None,
     options: ExploreOptions | None = None,
     track: Track = lambda batches, description: batches,
 ) -> Exploration:
     """Explores what the experts of a V-MoE do.
 
     Args:
-        model: A model with MoE layers, a checkpoint of one, or a `Subject`.
+        model: A model with MoE layers, a checkpoint of one, or a `Subject`, which says how images are normalised for a
+            model and what its classes are called. Of a bare model classes are numbers, and mean and std 0.5.
         batches: Of (images (B, 3, H, W), labels (B,) or None, ...), to be gone through several times, each time the
             same, and in random order: the first images serve for the costlier analyses, and nulls pair images of a
             block. Where all labels are None, what needs them is left out: accuracy, classes, causes.
         name: What the report calls it; by default a checkpoint's path, or the model's class.
         others: Runs to compare with, which see the same images; dense ones too.
         snapshots: Earlier checkpoints of the same run.
-        class_names: For a bare model: the names of its classes.
-        patch_names: Names of the batches' `patch_labels`, where they have these.
-        image_names: Of all images, in the order of the batches; by default they are called by their number.
-        mean: For a bare model: how images are normalised for it, to know their colours.
-        std: Standard deviation of the channels, given with `mean`.
-        provenance: Facts that the report shows: "checkpoint", "data", "split", "command", "versions".
+        data: What is known of the images.
         options: How much to do.
         track: Wraps batches in a progress bar.
 
@@ -103,15 +108,15 @@ def explore(
         UserError: The model is dense, there is no image, images differ in size, a logit is not finite, or a capacity
             factor cannot be set.
     """
-    options = options or ExploreOptions()
-    subject = _subject(model, class_names, mean, std, name)
+    options, data = options or ExploreOptions(), data or DataFacts()
+    subject = _subject(model, name)
     if subject.is_dense:
         raise UserError(
             f"{subject.name}: a dense model without experts, so there is no routing to explore; give a V-MoE's "
             "checkpoint first, a dense twin may stand behind it"
         )
-    subjects = [_subject(other, class_names, mean, std) for other in others]
-    given = {"patch_kinds": len(patch_names or ()), "replicates": options.replicates, "seed": options.seed}
+    subjects = [_subject(other) for other in others]
+    given = {"patch_kinds": len(data.patch_names or ()), "replicates": options.replicates, "seed": options.seed}
     collection = collect(subject, track(batches, subject.name), sample=options.sample, **given)
     runs = [run_report(subject.name, collection)]
     for other in subjects:
@@ -133,10 +138,10 @@ def explore(
             "probe_images": min(options.probe_images, collection.images),
             "cause_images": min(cause_images, collection.images),
             "replicates": options.replicates,
-            **(provenance or {}),
+            **(data.provenance or {}),
         },
         "classes": list(subject.class_names),
-        "patch_names": None if patch_names is None else list(patch_names),
+        "patch_names": None if data.patch_names is None else list(data.patch_names),
         "accuracy": accuracy_report(collection),
         "is_dense": False,
         "layers": [
@@ -153,8 +158,8 @@ def explore(
         _add(layer, probes, causes)
     report["findings"] = findings(report)
     images = collection.sample
-    if image_names is not None:
-        images = {**images, "name": np.array([image_names[number] for number in images["number"]])}
+    if data.image_names is not None:
+        images = {**images, "name": np.array([data.image_names[number] for number in images["number"]])}
     return Exploration(rounded(report), images)
 
 
@@ -190,19 +195,13 @@ class _Adapted:
             yield batch._replace(images=images) if hasattr(batch, "_replace") else (images, *batch[1:])
 
 
-def _subject(
-    model: nn.Module | TrainedModel | Subject,
-    class_names: Sequence[str] | None,
-    mean: Colour,
-    std: Colour,
-    name: str | None = None,
-) -> Subject:
+def _subject(model: nn.Module | TrainedModel | Subject, name: str | None = None) -> Subject:
     if isinstance(model, Subject):
         return model
     if isinstance(model, TrainedModel):
         return Subject.of(model, name or str(model.path))
-    names = class_names or [str(index) for index in range(model.num_classes)]
-    return Subject(name or type(model).__name__, model.eval(), list(names), mean, std)
+    names = [str(index) for index in range(model.num_classes)]
+    return Subject(name or type(model).__name__, model.eval(), names, (0.5,) * 3, (0.5,) * 3)
 
 
 def _probed(probes: Probes | None, others: Sequence[Subject], snapshots: Sequence[Snapshot]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a patch shows, as far as pixels tell: its colour, brightness and edge strength, in a few bins each.
+"""What the pixels of a patch show: its colour, brightness and edge strength, in a few bins each.
 
 B images of H x W pixels; N = rows * columns places of a layer's grid.
 """

@@ -87,7 +87,7 @@ def _load_figure(report: Report) -> Page:
     for index, layer in enumerate(layers):
         top, load = y + index * 30, np.array([layer["load"]])
         page.text(x - 16, top + 14, page.fit(layer["name"], BODY, 170), BODY, ha="right", va="center_baseline")
-        matrix(page, x, top, (cell, 22), load, shades(load, 2), row_experts=False, form=".2f")
+        matrix(page, (x, top), (cell, 22), load, shades(load, 2), row_experts=False, form=".2f")
         dropped = "-" if layer["dropped"] is None else f"{layer['dropped']:.1%}"
         for column, text in enumerate((f"{layer['load_cv']:.2f}", f"{layer['max_load']:.2f}", dropped)):
             right = x + experts * cell + 90 + 100 * column
@@ -136,7 +136,7 @@ def _ratio_figure(report: Report, layer: Report, ratio: Report, names: list[str]
     )
     x, y = next(places)
     largest = float(np.clip(np.abs(values).max(), 0.25, _LARGEST_RATIO))
-    matrix(page, x, y, cell, values, diverging(values, largest), column_names=shown or [""] * columns, form=".1f")
+    matrix(page, (x, y), cell, values, diverging(values, largest), column_names=shown or [""] * columns, form=".1f")
     bottom = y + experts * cell[1] + (150 if shown else 20)
     texts = [f"1/{np.exp(largest):.2g}", "as often as all", f"{np.exp(largest):.2g} times"]
     ramp(page, x + 20, bottom, diverging(np.linspace(-largest, largest, 120), largest), texts)
@@ -159,7 +159,7 @@ def _coactivation_figure(report: Report) -> Page:
         ratio = np.array([[np.nan if value is None else value for value in row] for row in layer["coactivation"]])
         panel_title(page, x, y, layer["name"], size[0])
         logs = np.where(np.isnan(ratio), np.nan, np.log2(np.clip(ratio, 0.125, 8)))
-        matrix(page, x, y, (cell, cell), ratio, diverging(logs, 3), form=".1f")
+        matrix(page, (x, y), (cell, cell), ratio, diverging(logs, 3), form=".1f")
     return page
 
 
@@ -175,7 +175,7 @@ def _flows_figure(report: Report) -> Page:
         shares = np.array(flow["matrix"])
         shares = shares / np.maximum(shares.sum(1, keepdims=True), 1e-12)
         panel_title(page, x, y, title, size[0])
-        matrix(page, x, y, (cell, cell), shares, shades(shares, 1), form=".0%")
+        matrix(page, (x, y), (cell, cell), shares, shades(shares, 1), form=".0%")
     return page
 
 
@@ -272,7 +272,7 @@ def _training_figure(report: Report) -> Page:
     for (name, part), (x, y) in zip(training["layers"].items(), places, strict=True):
         panel_title(page, x, y, name, size[0])
         load = np.array(part["load"]).T
-        matrix(page, x, y, (width, height), load, shades(load, 2), column_names=[""] * len(steps))
+        matrix(page, (x, y), (width, height), load, shades(load, 2), column_names=[""] * len(steps))
     return page
 
 

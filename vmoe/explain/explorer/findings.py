@@ -47,7 +47,7 @@ def _specialisation_findings(layers: list[dict[str, Any]]) -> Iterator[str]:
     first, last = (layer["specialisation"].get("class") for layer in (layers[0], layers[-1]))
     if first and len(layers) > 1 and last["beats_null"] and last["low"] > first["high"]:
         yield (
-            f"Deeper experts tell more of the class: NMI {first['nmi']:.3f} in {layers[0]['name']}, "
+            f"Deeper experts say more about the class: NMI {first['nmi']:.3f} in {layers[0]['name']}, "
             f"{last['nmi']:.3f} in {layers[-1]['name']}."
         )
 

@@ -1,4 +1,4 @@
-"""What a run's folder tells of the past: the experts' loads in every epoch, and earlier checkpoints."""
+"""What a run's folder keeps of the past: the experts' loads in every epoch, and earlier checkpoints."""
 
 from pathlib import Path
 from typing import Any, NamedTuple

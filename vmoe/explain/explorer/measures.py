@@ -29,7 +29,7 @@ class Interval(NamedTuple):
 
 
 def normalised_mutual_information(table: Tensor) -> Tensor:
-    """How much knowing one of two variables tells of the other: 0 nothing, 1 all.
+    """How much one of two variables says about the other: 0 nothing, 1 all.
 
     I(X; Y) / ((H(X) + H(Y)) / 2) of the joint distribution that a table of counts makes (Strehl & Ghosh 2002, with the
     arithmetic mean as in Vinh et al. 2010, https://jmlr.org/papers/v11/vinh10a.html, table 2); 0 where a variable is

@@ -57,8 +57,7 @@ def plot(page: Page, x: float, y: float, size: tuple[float, float], title: str) 
 
 def matrix(
     page: Page,
-    x: float,
-    y: float,
+    corner: tuple[float, float],
     cell: tuple[int, int],
     values: np.ndarray,
     colours: np.ndarray,
@@ -66,11 +65,20 @@ def matrix(
     column_names: Sequence[str] | None = None,
     form: str | None = None,
 ) -> None:
-    """A matrix as coloured cells: values and colours (rows, columns[, 3]); rows are experts with their colours.
+    """A matrix as coloured cells, with numbers in cells that have room for them.
 
-    Numbers stand in cells that have room. Columns without names are experts.
+    Args:
+        page: Where it is drawn.
+        corner: The upper left corner, x and y in pixels.
+        cell: Width and height of a cell in pixels.
+        values: (rows, columns) numbers.
+        colours: (rows, columns, 3) of the cells.
+        row_experts: Whether rows are experts, which are marked by their colours.
+        column_names: None: columns are experts.
+        form: How numbers are written, such as ".2f"; None writes none.
     """
     rows, columns = values.shape
+    x, y = corner
     width, height = cell
     pixels = np.repeat(np.repeat(colours, height, 0), width, 1)
     page.picture(x, y, pixels)

@@ -259,7 +259,7 @@ def _legend_row(page: Page, y: int, num_experts: int, most: str, opaque: str) ->
         f"Opacity is the gate: invisible at 0, full at {opaque}.",
     ]
     if num_experts > NUM_COLOURS:
-        lines.append(f"Colours repeat after {NUM_COLOURS} experts: the numbers tell them apart.")
+        lines.append(f"Colours repeat after {NUM_COLOURS} experts: the numbers distinguish them.")
     for index, line in enumerate(lines):
         page.text(MARGIN + 230, y + 14 + (LINE + 3) * index, line, BODY, color=MUTED)
 

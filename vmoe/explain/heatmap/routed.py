@@ -185,5 +185,5 @@ def drawable(routing: LayerRouting) -> LayerRouting:
         routing.grid,
         routing.num_prefix_tokens,
         prefix_names=routing.prefix_names,
-        dispatch=routing.dispatch,  # tells that experts have slots
+        dispatch=routing.dispatch,  # marks that experts have slots
     )

@@ -148,7 +148,7 @@ function whisker(plot, x, point, into = plot.svg) {
   );
 }
 
-/** The mark of a series: its form and shade tell series apart, colours are the experts'. */
+/** The mark of a series: series differ by form and shade, since colours are the experts'. */
 const FORMS = [
   { form: "circle", fill: "var(--ink)", dash: "" },
   { form: "square", fill: "var(--paper)", dash: "7 4" },

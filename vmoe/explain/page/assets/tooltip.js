@@ -44,5 +44,5 @@ function arrow(key) {
   );
 }
 
-// Not on "scroll": the arrow keys scroll too, to what they tell.
+// Not on "scroll": the arrow keys scroll too, to what they show.
 for (const moved of ["wheel", "touchmove"]) window.addEventListener(moved, hideTip, { passive: true });
