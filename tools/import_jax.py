@@ -2,4 +2,4 @@
 
 from vmoe.cli.main import run_job
 
-raise SystemExit(run_job("import_jax"))
+raise SystemExit(run_job("import-jax"))

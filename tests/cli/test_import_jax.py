@@ -1,4 +1,4 @@
-"""`vmoe import_jax`: what it writes opens, gives the same logits, and a mistake leaves nothing behind."""
+"""`vmoe import-jax`: what it writes opens, gives the same logits, and a mistake leaves nothing behind."""
 
 import json
 from pathlib import Path
@@ -102,5 +102,5 @@ def test_a_mistake_is_one_line_and_nothing_is_written(argv, word, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     assert main(argv) == 2
     error = capsys.readouterr().err
-    assert error.startswith("vmoe import_jax: error: ") and error.count("\n") == 1 and word in error
+    assert error.startswith("vmoe import-jax: error: ") and error.count("\n") == 1 and word in error
     assert list(tmp_path.iterdir()) == []

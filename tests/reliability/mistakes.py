@@ -306,7 +306,7 @@ MISTAKES: dict[str, list[Mistake]] = {
         Mistake("a place that is a file", "tree --out tiny.yaml/new"),
         Mistake("no images a shard", "tree --out new --images 0"),
     ],
-    "import_jax": [
+    "import-jax": [
         Mistake("a checkpoint that is not there", "lost --out new.ckpt"),
         Mistake("a name of another format", "jax --out new.npz"),
         Mistake("more choices than experts", "jax --out new.ckpt --top-k 9"),

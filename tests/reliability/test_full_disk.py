@@ -49,8 +49,8 @@ def sources(tmp_path_factory) -> Path:
         "prune {run} --keep 2 --images 64 --out {new}",
         "distill {run} --out {new} -- --trainer.epochs 1",
         "make-shards {tree} --out {new}",
-        "import_jax {jax} --out {new}.ckpt",
-        "import_jax {jax} --out {new}.safetensors",
+        "import-jax {jax} --out {new}.ckpt",
+        "import-jax {jax} --out {new}.safetensors",
     ],
 )
 def test_a_full_disk_is_one_line_and_leaves_nothing(sources, tmp_path, capsys, arguments):

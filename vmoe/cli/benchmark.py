@@ -1,4 +1,7 @@
-"""`vmoe benchmark`: how long MoE layers, whole models and the data take here."""
+"""\
+Measures on this machine: one MoE layer, whole models, the data pipeline, or several processes. What is compared runs in
+one process where it can, in shuffled order, round by round; figures are medians.
+"""
 
 import argparse
 import sys
@@ -8,10 +11,6 @@ from typing import Any
 from vmoe.cli.common import run
 from vmoe.cli.options import capacity_factor, choose_device, count, new_parser
 
-_DESCRIPTION = """\
-Measures on this machine: one MoE layer, whole models, the data pipeline, or several processes. What is compared runs in
-one process where it can, in shuffled order, round by round; figures are medians.
-"""
 _LAYER = """\
 Times MoE layers beside timm's dense Mlp on K times as many tokens (equal active FLOPs): the experts with a given
 routing, and the whole layer with router, noise, balance losses and batch priority in groups of 8 images. A call is a
@@ -132,7 +131,7 @@ def _benchmark(argv: list[str]) -> int:
 
 def command_line() -> argparse.ArgumentParser:
     """The parser of `vmoe benchmark`; what it does not know may be options of a config, for `data`."""
-    parser = new_parser("benchmark", _DESCRIPTION)
+    parser = new_parser("benchmark", __doc__)
     jobs = parser.add_subparsers(dest="job", metavar="layer|model|data|serve|scaling", required=True)
     _add_layer(_new_job(jobs, "layer", "one MoE layer beside timm's dense Mlp", _LAYER))
     _add_model(_new_job(jobs, "model", "V-MoEs beside their dense twin", _MODEL))

@@ -1,4 +1,25 @@
-"""`vmoe compare`: puts runs side by side."""
+"""\
+Puts finished runs side by side, such as a V-MoE and its dense twin: test accuracy against active FLOPs an image,
+total parameters and training images/s, and how it rose. Runs that differ in their seed only are one arm (mean, sd, n),
+named by what tells its recipe from the others. Each arm's difference is taken over the seeds it shares with its
+baseline, with a paired 95 % confidence interval: against --baseline, or else its dense twin, or else the first arm.
+
+With --against, runs of several values of one option, such as the part of the data, are also drawn over it, each V-MoE
+beside the dense model of the same value.
+
+With --gains, each V-MoE is also drawn against its dense twin of the same recipe, over how well that twin fits its
+training images.
+
+Writes comparison.csv (one row per arm), runs.csv (one row per run), comparison.md, comparison.json and comparison.png;
+with --against also against.csv and against.png, with --gains also gains.csv and gains.png.
+A comparison.json keeps all that is needed to compare its runs again, beside others.
+
+  vmoe compare runs/digits runs/digits_dense --out comparison
+  vmoe compare runs/study/*_s* --baseline dense --by-folder --out study
+  vmoe compare study/comparison.json runs/mine --out beside
+  vmoe compare runs/data/*_s* --against data.subset.fraction --out data
+  vmoe compare assets/results/*.json --gains --out gains
+"""
 
 import argparse
 import csv
@@ -14,29 +35,6 @@ from vmoe.cli.options import new_parser
 from vmoe.errors import UserError
 from vmoe.text import printable
 
-_DESCRIPTION = """\
-Puts finished runs side by side, such as a V-MoE and its dense twin: test accuracy against active FLOPs an image,
-total parameters and training images/s, and how it rose. Runs that differ in their seed only are one arm (mean, sd, n),
-named by what tells its recipe from the others. Each arm's difference is taken over the seeds it shares with its
-baseline, with a paired 95 % confidence interval: against --baseline, or else its dense twin, or else the first arm.
-
-With --against, runs of several values of one option, such as the part of the data, are also drawn over it, each V-MoE
-beside the dense model of the same value.
-
-With --gains, each V-MoE is also drawn against its dense twin of the same recipe, over how well that twin fits its
-training images.
-
-Writes comparison.csv (a row an arm), runs.csv (a row a run), comparison.md, comparison.json and comparison.png; with
---against also against.csv and against.png, with --gains also gains.csv and gains.png.
-A comparison.json keeps all that is needed to compare its runs again, beside others.
-
-  vmoe compare runs/digits runs/digits_dense --out comparison
-  vmoe compare runs/study/*_s* --baseline dense --by-folder --out study
-  vmoe compare study/comparison.json runs/mine --out beside
-  vmoe compare runs/data/*_s* --against data.subset.fraction --out data
-  vmoe compare assets/results/*.json --gains --out gains
-"""
-
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the job with `argv`; returns its exit code."""
@@ -44,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _compare(argv: list[str]) -> None:
-    options = _parser().parse_args(argv)
+    options = _compare_parser().parse_args(argv)
     # Imported here, so that --help and a mistyped option answer at once.
     from vmoe.evaluation.compare.against import against, against_rows, draw_against
     from vmoe.evaluation.compare.figure import draw_comparison
@@ -99,8 +97,8 @@ def _write_table(path: Path, rows: list[dict]) -> None:
         table.writerows(rows)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = new_parser("compare", _DESCRIPTION)
+def _compare_parser() -> argparse.ArgumentParser:
+    parser = new_parser("compare", __doc__)
     parser.add_argument("runs", metavar="RUN", nargs="+", help="folders of finished runs, or a comparison.json")
     parser.add_argument(
         "--baseline", metavar="ARM", help="what all arms are compared with: its name, or a run's folder name"

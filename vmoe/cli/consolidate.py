@@ -1,4 +1,9 @@
-"""`vmoe consolidate`: the weights of a run, of one process or many, as one safetensors file."""
+"""\
+Writes the trained weights of a run, their average (EMA) where it keeps one, to one safetensors file, however many
+processes trained it: what `vmoe export` writes, in the type that the weights have.
+
+  vmoe consolidate runs/large --out large.safetensors
+"""
 
 import argparse
 from pathlib import Path
@@ -8,13 +13,6 @@ from vmoe.cli.options import new_parser
 from vmoe.cli.progress import working
 from vmoe.errors import UserError
 
-_DESCRIPTION = """\
-Writes the trained weights of a run, their average (EMA) where it keeps one, to one safetensors file, however many
-processes trained it: what `vmoe export` writes, in the type that the weights have.
-
-  vmoe consolidate runs/large --out large.safetensors
-"""
-
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the job with `argv`; returns its exit code."""
@@ -22,7 +20,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _consolidate(argv: list[str]) -> None:
-    options = _parser().parse_args(argv)
+    options = _consolidate_parser().parse_args(argv)
     if options.out.suffix != ".safetensors":
         raise UserError(f"--out {options.out}: must end in .safetensors")
     # Imported here, so that --help and a mistyped option answer at once.
@@ -33,8 +31,8 @@ def _consolidate(argv: list[str]) -> None:
     print(f"{options.out}: {options.out.stat().st_size / 2**20:.2f} MiB of weights")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = new_parser("consolidate", _DESCRIPTION)
+def _consolidate_parser() -> argparse.ArgumentParser:
+    parser = new_parser("consolidate", __doc__)
     parser.add_argument("run", metavar="RUN", help="a run's folder (its best checkpoint), or a checkpoint of any kind")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="what to write, a .safetensors file")
     return parser

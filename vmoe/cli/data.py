@@ -1,18 +1,16 @@
-"""`vmoe data`: what a model is trained on, as a picture."""
+"""\
+show  writes a sheet of training images as a PNG, a row for each class. Images are varied as in the first epoch, but not
+mixed with each other. Options of `vmoe train` can follow by their dotted names.
+
+vmoe data show --config fractals
+vmoe data show --config cifar10_small --data.augment.preset strong --out strong.png
+vmoe data show --data.name folder --data.root photos --classes 4 --images 12
+"""
 
 from pathlib import Path
 
 from vmoe.cli.common import run
 from vmoe.cli.options import count, new_parser
-
-_DESCRIPTION = """\
-show  writes a sheet of training images as a PNG, a row for each class. Images are varied as in the first epoch, but not
-      mixed with each other. Options of `vmoe train` can follow by their dotted names.
-
-  vmoe data show --config fractals
-  vmoe data show --config cifar10_small --data.augment.preset strong --out strong.png
-  vmoe data show --data.name folder --data.root photos --classes 4 --images 12
-"""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -21,7 +19,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _data(argv: list[str]) -> int:
-    parser = new_parser("data", _DESCRIPTION)
+    parser = new_parser("data", __doc__)
     add = parser.add_argument
     add("job", choices=("show",), help="what to do")
     add("--classes", type=count, default=10, metavar="N", help="the most rows; more classes are thinned out evenly")

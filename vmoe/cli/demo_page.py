@@ -1,13 +1,4 @@
-"""`vmoe demo-page`: a V-MoE to try in the browser."""
-
-import argparse
-from pathlib import Path
-
-from vmoe.cli.common import run
-from vmoe.cli.options import new_parser
-from vmoe.cli.progress import working
-
-_DESCRIPTION = """\
+"""\
 Writes a folder whose index.html runs a V-MoE in the browser, from disk or any static host, without a network: drop a
 picture, see the answer and which expert takes which patch, layer by layer; change the capacity, switch experts off, and
 see the answer change. MODEL is a checkpoint, a run's folder, a safetensors file or a folder for timm
@@ -19,6 +10,13 @@ The page holds ONNX Runtime Web, which npm fetches unless --runtime names its pa
   vmoe demo-page runs/mine --out demo --images photos/ --runtime onnxruntime-web-1.30.0.tgz
 """
 
+import argparse
+from pathlib import Path
+
+from vmoe.cli.common import run
+from vmoe.cli.options import new_parser
+from vmoe.cli.progress import working
+
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the job with `argv`; returns its exit code."""
@@ -26,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _demo_page(argv: list[str]) -> None:
-    options = _parser().parse_args(argv)
+    options = _demo_page_parser().parse_args(argv)
     # Imported here, so that --help and a mistyped option answer at once.
     from vmoe.cli.inputs import depth_of, find_files
     from vmoe.data import load_image
@@ -45,8 +43,8 @@ def _demo_page(argv: list[str]) -> None:
     print(f"{options.out / 'index.html'}: open it in a browser; the folder has {size / 2**20:.1f} MiB")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = new_parser("demo-page", _DESCRIPTION)
+def _demo_page_parser() -> argparse.ArgumentParser:
+    parser = new_parser("demo-page", __doc__)
     add = parser.add_argument
     add("model", metavar="MODEL", type=Path, help="a checkpoint, a folder or a safetensors file")
     add("--out", type=Path, required=True, metavar="DIR", help="the folder to write")

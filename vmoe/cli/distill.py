@@ -1,4 +1,14 @@
-"""`vmoe distill`: a dense student learns from a V-MoE."""
+"""\
+Trains a dense student of a V-MoE, which is its teacher: the student's loss is the labels' and, by distill.weight, its
+distance to the teacher's answers. It starts from the teacher's experts, merged: of each layer as many groups of alike
+experts as are together as wide as the MLP they replaced, their hidden units aligned, side by side in one MLP.
+
+The recipe is --config's, without its MoE layers, or else the teacher's own, uncompiled. What follows -- goes to the run
+as options of `vmoe train`. DIR is an ordinary run of a dense model; DIR/start.safetensors is what it started from.
+
+  vmoe distill runs/cifar10_small --config cifar10_small_dense --out runs/student -- --distill.weight 0.7
+  vmoe distill runs/cifar10_small --out runs/student -- --trainer.epochs 10 --optim.lr 5e-4
+"""
 
 import argparse
 import dataclasses
@@ -18,18 +28,6 @@ if TYPE_CHECKING:
     from vmoe.checkpoints import TrainedModel
     from vmoe.training.config import TrainConfig
 
-_DESCRIPTION = """\
-Trains a dense student of a V-MoE, which is its teacher: the student's loss is the labels' and, by distill.weight, its
-distance to the teacher's answers. It starts from the teacher's experts, merged: of each layer as many groups of alike
-experts as are together as wide as the MLP they replaced, their hidden units aligned, side by side in one MLP.
-
-The recipe is --config's, without its MoE layers, or else the teacher's own, uncompiled. What follows -- goes to the run
-as options of `vmoe train`. DIR is an ordinary run of a dense model; DIR/start.safetensors is what it started from.
-
-  vmoe distill runs/cifar10_small --config cifar10_small_dense --out runs/student -- --distill.weight 0.7
-  vmoe distill runs/cifar10_small --out runs/student -- --trainer.epochs 10 --optim.lr 5e-4
-"""
-
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the job with `argv`; returns its exit code."""
@@ -38,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _distill(argv: list[str]) -> int:
     own, for_training = split_options(argv)
-    options = _parser().parse_args(own)
+    options = _distill_parser().parse_args(own)
     if options.out.exists():
         raise UserError(f"--out {options.out}: is there already; give another folder")
     # Imported here, so that --help and a mistyped option answer at once.
@@ -65,8 +63,8 @@ def _distill(argv: list[str]) -> int:
         raise
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = new_parser("distill", _DESCRIPTION)
+def _distill_parser() -> argparse.ArgumentParser:
+    parser = new_parser("distill", __doc__)
     add = parser.add_argument
     add("checkpoint", metavar="CKPT", help="the teacher: a checkpoint file, or a run's folder (its best checkpoint)")
     add("--out", type=Path, required=True, metavar="DIR", help="a new folder for the student's run")

@@ -1,4 +1,19 @@
-"""`vmoe evaluate`: measures a checkpoint on a data set."""
+"""\
+Measures a checkpoint: top-1, top-5, negative log-likelihood, calibration error, the accuracy of each class, the
+confusion matrix, images/s (loading included, without the first batch), and what each MoE layer drops and how evenly it
+is loaded. On request also its frozen features (k-NN, linear, few-shot) and corrupted images. Features may be those of a
+set with another number of classes: then they alone are measured; give --out, so that the run's own figures stay.
+
+Writes evaluation.json and confusion.png (one for each capacity factor and K when several are given) into the run's
+folder, or beside a checkpoint that stands in none; a second evaluation replaces them.
+
+  vmoe evaluate runs/digits
+  vmoe evaluate runs/digits/checkpoints/last.ckpt --capacity-factor 0.5 1 inf --top-k 1 2 --out sweep
+  vmoe evaluate runs/cifar100 --probe few-shot linear --shots 10 --data cifar10
+  vmoe evaluate runs/seed0 --ensemble-with runs/seed1 runs/seed2
+  vmoe evaluate runs/cifar10 --corruptions --severities 1 3 5
+  vmoe evaluate runs/cifar10 --data npz --root cifar10.1.npz --json shifted.json
+"""
 
 import argparse
 import statistics
@@ -24,34 +39,17 @@ if TYPE_CHECKING:
     from vmoe.checkpoints import TrainedModel
     from vmoe.evaluation.engine import Evaluation
 
-_DESCRIPTION = """\
-Measures a checkpoint: top-1, top-5, negative log-likelihood, calibration error, the accuracy of each class, the
-confusion matrix, images/s (loading included, without the first batch), and what each MoE layer drops and how evenly it
-is loaded. On request also its frozen features (k-NN, linear, few-shot) and corrupted images. Features may be those of a
-set with another number of classes: then they alone are measured; give --out, so that the run's own figures stay.
-
-Writes evaluation.json and confusion.png (one for each capacity factor and K when several are given) into the run's
-folder, or beside a checkpoint that stands in none; a second evaluation replaces them.
-
-  vmoe evaluate runs/digits
-  vmoe evaluate runs/digits/checkpoints/last.ckpt --capacity-factor 0.5 1 inf --top-k 1 2 --out sweep
-  vmoe evaluate runs/cifar100 --probe few-shot linear --shots 10 --data cifar10
-  vmoe evaluate runs/seed0 --ensemble-with runs/seed1 runs/seed2
-  vmoe evaluate runs/cifar10 --corruptions --severities 1 3 5
-  vmoe evaluate runs/cifar10 --data npz --root cifar10.1.npz --json shifted.json
-"""
-_OPTIONS = DATA_OPTIONS | {"capacity_factor": "--capacity-factor", "top_k": "--top-k"}
 _PROBES = ("knn", "linear", "few-shot")
 _SHOTS, _SHOT_SEEDS = 10, 5
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the job with `argv`; returns its exit code."""
-    return run(_evaluate, argv, _OPTIONS)
+    return run(_evaluate, argv, DATA_OPTIONS | {"capacity_factor": "--capacity-factor", "top_k": "--top-k"})
 
 
 def _evaluate(argv: list[str]) -> None:
-    options = _parser().parse_args(argv)
+    options = _evaluate_parser().parse_args(argv)
     _check_dependent_options(options)
     halving_batches(lambda: _measure(options), options)
 
@@ -129,8 +127,8 @@ def _draw(drawn: "dict[str, Evaluation]", checkpoint: "TrainedModel", what: str,
     return f" and the confusion matrix in {out}"
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = new_parser("evaluate", _DESCRIPTION)
+def _evaluate_parser() -> argparse.ArgumentParser:
+    parser = new_parser("evaluate", __doc__)
     add = parser.add_argument
     add("checkpoint", metavar="CKPT", help="a .ckpt file, or a run's folder (its best checkpoint)")
     line = "measure the ensemble of CKPT and these: the mean of their class probabilities"
@@ -152,7 +150,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--data", metavar="NAME", help="another set than the run's: digits, cifar10, folder, npz, ...")
     add("--root", metavar="DIR", help="where the data are, if not where the run had them")
     add_classes_option(parser)
-    add("--batch-size", type=int, metavar="N", help="images a batch")
+    add("--batch-size", type=int, metavar="N", help="images per batch")
     add("--workers", type=int, metavar="N", help="processes that load images")
     add("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     add("--json", type=Path, metavar="FILE", help="where the numbers go")

@@ -37,7 +37,7 @@ def result_tables(results: "list[Evaluation]", title: str, class_names: list[str
 
 def summary_table(results: "list[Evaluation]", title: str) -> Table:
     """The figures of each pass, a row each."""
-    key = "K: experts a token, C: capacity factor" if results[0].layers else None
+    key = "K: experts per token, C: capacity factor" if results[0].layers else None
     table = Table(title=escape(title), title_justify="left", caption=key, caption_justify="left")
     five = ["top-5"] if len(results[0].class_accuracy) > 5 else []  # of five classes it would always be 100 %
     for column in ("K", "C", "images", "top-1", *five, "NLL", "ECE", "dropped", "images/s"):

@@ -1,4 +1,16 @@
-"""`vmoe explore`: sees, measures and tests what the experts of a V-MoE do."""
+"""\
+Runs a V-MoE over a data set and shows what its experts do: which patches they take, how evenly they are loaded, whether
+they specialise in classes, positions, colours or edges more than chance would have it, how layers follow one another,
+and what the model loses without an expert, with random routing and at other capacities. Further checkpoints, also a
+dense twin, are put beside the first. Images without labels serve too: accuracy, classes and causes are left out then.
+
+Writes index.html (one page that opens from disk), figures/*.png and data/ (report.json, images.npz: every number).
+
+  vmoe explore runs/patchwork --out runs/patchwork/explorer
+  vmoe explore runs/seed0 runs/seed1 runs/dense --out explorer --sample 200
+  vmoe explore runs/cifar10 --out explorer --data npz --root cifar10.npz --cause-images 0
+  vmoe explore runs/cifar10 --out explorer --images photos/
+"""
 
 import argparse
 import math
@@ -27,19 +39,6 @@ if TYPE_CHECKING:
     from vmoe.checkpoints import TrainedModel
     from vmoe.data import ImageDataModule
 
-_DESCRIPTION = """\
-Runs a V-MoE over a data set and shows what its experts do: which patches they take, how evenly they are loaded, whether
-they specialise in classes, positions, colours or edges more than chance would have it, how layers follow one another,
-and what the model loses without an expert, with random routing and at other capacities. Further checkpoints, also a
-dense twin, are put beside the first. Images without labels serve too: accuracy, classes and causes are left out then.
-
-Writes index.html (one page that opens from disk), figures/*.png and data/ (report.json, images.npz: every number).
-
-  vmoe explore runs/patchwork --out runs/patchwork/explorer
-  vmoe explore runs/seed0 runs/seed1 runs/dense --out explorer --sample 200
-  vmoe explore runs/cifar10 --out explorer --data npz --root cifar10.npz --cause-images 0
-  vmoe explore runs/cifar10 --out explorer --images photos/
-"""
 
 _ARGUMENTS = ("sample", "probe_images", "cause_images", "replicates", "seed")  # of ExploreOptions
 _NAMED = (*_ARGUMENTS, "capacity_factor")
@@ -52,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _explore(argv: list[str]) -> None:
-    options = _parser().parse_args(argv)
+    options = _explore_parser().parse_args(argv)
     halving_batches(lambda: _explored(options, argv), options)
 
 
@@ -143,8 +142,8 @@ def _pictures(checkpoint: "TrainedModel", options: argparse.Namespace) -> _Pictu
     return _Pictures(batches, None, None, [path.name for path in paths], {"data": told, "root": None, "split": None})
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = new_parser("explore", _DESCRIPTION)
+def _explore_parser() -> argparse.ArgumentParser:
+    parser = new_parser("explore", __doc__)
     parser.add_argument(
         "checkpoints",
         nargs="+",
@@ -190,7 +189,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of order, sample and replicates (default: 0)")
     add_classes_option(parser)
-    parser.add_argument("--batch-size", type=int, metavar="N", help="images a batch")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="images per batch")
     parser.add_argument("--workers", type=int, metavar="N", help="processes that load images")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     return parser

@@ -1,16 +1,4 @@
-"""`vmoe export`: a checkpoint as a file to share."""
-
-import argparse
-import contextlib
-import json
-from pathlib import Path
-
-from vmoe.cli.common import run
-from vmoe.cli.options import new_parser
-from vmoe.cli.progress import working
-from vmoe.errors import UserError
-
-_DESCRIPTION = """\
+"""\
 Writes the trained weights of a checkpoint (their average, where the run kept one) for others to use.
 
   safetensors   weights that every tool opens as it opens a checkpoint: with config, class names, image size and
@@ -27,6 +15,17 @@ beside them tells by how much they differ.
   vmoe export runs/cifar10_small --out cifar10_small.safetensors --dtype bfloat16
   vmoe export runs/cifar10_small --format onnx --out cifar10_small.onnx --quantize int8
 """
+
+import argparse
+import contextlib
+import json
+from pathlib import Path
+
+from vmoe.cli.common import run
+from vmoe.cli.options import new_parser
+from vmoe.cli.progress import working
+from vmoe.errors import UserError
+
 _SUFFIXES = {"safetensors": ".safetensors", "onnx": ".onnx", "torch-export": ".pt2", "aoti": ".pt2", "hub": ""}
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -37,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _export(argv: list[str]) -> None:
-    options = _parser().parse_args(argv)
+    options = _export_parser().parse_args(argv)
     suffix = _SUFFIXES[options.format]
     if options.out.suffix != suffix:
         wanted = f"end in {suffix}" if suffix else "be a folder, without a suffix,"
@@ -98,8 +97,8 @@ def _size(count: int) -> str:
     return f"{count / 2**20:.2f} MiB"
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = new_parser("export", _DESCRIPTION)
+def _export_parser() -> argparse.ArgumentParser:
+    parser = new_parser("export", __doc__)
     parser.add_argument("checkpoint", metavar="CKPT", help="a checkpoint file, or a run's folder (its best checkpoint)")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="what to write")
     parser.add_argument("--format", choices=_SUFFIXES, default="safetensors", help="default: %(default)s")

@@ -1,14 +1,4 @@
-"""`vmoe heatmap`: draws which expert each patch of an image goes to."""
-
-import argparse
-import shlex
-from pathlib import Path
-
-from vmoe.cli.common import run
-from vmoe.cli.options import capacity_factor, choose_device, new_parser
-from vmoe.text import printable
-
-_DESCRIPTION = """\
+"""\
 Draws one figure (PNG) per image: the picture, and beside it for each MoE layer the patches in the colour of the expert
 that they go to first (opacity = gate); class and register tokens stand apart. index.html shows all figures, and
 index.json holds the numbers behind them. With --layers each of these layers also has a figure of its own: first and
@@ -22,6 +12,14 @@ capacity factor does not depend on the other images. Files that cannot be read a
   vmoe heatmap runs/digits photo.jpg --out heatmaps --layers 3 --capacity-factor 0.5
 """
 
+import argparse
+import shlex
+from pathlib import Path
+
+from vmoe.cli.common import run
+from vmoe.cli.options import capacity_factor, choose_device, new_parser
+from vmoe.text import printable
+
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the job with `argv`; returns its exit code."""
@@ -29,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _heatmap(argv: list[str]) -> None:
-    options = _parser().parse_args(argv)
+    options = _heatmap_parser().parse_args(argv)
     # Imported here, so that --help and a mistyped option answer at once.
     from vmoe.checkpoints import load_checkpoint
     from vmoe.cli.inputs import depth_of, find_files, say_left_out
@@ -53,8 +51,8 @@ def _heatmap(argv: list[str]) -> None:
     print(f"index.html, {figures} figure{'s' * (figures > 1)} and index.json in {options.out}")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = new_parser("heatmap", _DESCRIPTION)
+def _heatmap_parser() -> argparse.ArgumentParser:
+    parser = new_parser("heatmap", __doc__)
     parser.add_argument("checkpoint", metavar="CKPT", help="a .ckpt file, or a run's folder (its best checkpoint)")
     parser.add_argument("images", metavar="IMAGE", nargs="+", help="image files of any size and mode, or folders")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the figures go")

@@ -1,4 +1,13 @@
-"""`vmoe import_jax`: turns a checkpoint of the original JAX code into one of this package."""
+"""\
+Turns a checkpoint of google-research/vmoe (PREFIX.index and PREFIX.data-nnnnn-of-NNNNN) into one that the other jobs
+open. The architecture is read from the tensors; how the model routes is not in them, so give what its config says.
+
+A .ckpt opens with `vmoe evaluate`, `vmoe heatmap` and so on. A .safetensors holds the weights for
+timm.models.load_checkpoint, and the same description in its metadata.
+
+  vmoe import-jax vmoe_s32_last2_ilsvrc2012_randaug_light1 --out s32.ckpt
+  vmoe import-jax vmoe_b16_imagenet21k_randaug_strong_ft_ilsvrc2012 --capacity-factor 1.5 --out b16.safetensors
+"""
 
 import argparse
 import dataclasses
@@ -15,19 +24,9 @@ if TYPE_CHECKING:
     from vmoe.checkpoints import ModelFacts
     from vmoe.models.jax_import import ImportedModel
 
-_DESCRIPTION = """\
-Turns a checkpoint of google-research/vmoe (PREFIX.index and PREFIX.data-nnnnn-of-NNNNN) into one that the other jobs
-open. The architecture is read from the tensors; how the model routes is not in them, so give what its config says.
-
-A .ckpt opens with `vmoe evaluate`, `vmoe heatmap` and so on. A .safetensors holds the weights for
-timm.models.load_checkpoint, and the same description in its metadata.
-
-  vmoe import_jax vmoe_s32_last2_ilsvrc2012_randaug_light1 --out s32.ckpt
-  vmoe import_jax vmoe_b16_imagenet21k_randaug_strong_ft_ilsvrc2012 --capacity-factor 1.5 --out b16.safetensors
-"""
 _MEAN = _STD = [0.5, 0.5, 0.5]  # the original's value_range(-1, 1)
 
-_OPTIONS = {
+_OPTION_OF = {  # argument of Python -> option here
     "img_size": "--img-size",
     "router": "--router",
     "capacity_factor": "--capacity-factor",
@@ -39,11 +38,11 @@ _OPTIONS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the job with `argv`; returns its exit code."""
-    return run(_import, argv, _OPTIONS)
+    return run(_import, argv, _OPTION_OF)
 
 
 def _import(argv: list[str]) -> None:
-    options = _parser().parse_args(argv)
+    options = _import_jax_parser().parse_args(argv)
     if options.out.suffix not in (".ckpt", ".safetensors"):
         raise UserError(f"--out {options.out}: must end in .ckpt or .safetensors")
     # Imported here, so that --help and a mistyped option answer at once.
@@ -80,17 +79,19 @@ def _import(argv: list[str]) -> None:
     )
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = new_parser("import_jax", _DESCRIPTION)
+def _import_jax_parser() -> argparse.ArgumentParser:
+    parser = new_parser("import-jax", __doc__)
     parser.add_argument("prefix", metavar="PREFIX", help="common path of the files, without .index")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="what to write: .ckpt or .safetensors")
     parser.add_argument("--router", choices=("token_choice", "expert_choice", "soft"), default="token_choice")
-    parser.add_argument("--top-k", type=int, default=2, metavar="K", help="experts a token (default: 2)")
+    parser.add_argument("--top-k", type=int, default=2, metavar="K", help="experts per token (default: 2)")
     parser.add_argument(
         "--capacity-factor", type=capacity_factor, metavar="F", help="at evaluation (default: inf, drops nothing)"
     )
     parser.add_argument("--batch-priority", action="store_true", help="full experts drop the smallest gates")
-    parser.add_argument("--group-images", type=int, default=8, metavar="N", help="images a routing group (default: 8)")
+    parser.add_argument(
+        "--group-images", type=int, default=8, metavar="N", help="images per routing group (default: 8)"
+    )
     parser.add_argument("--capacity-rounding", choices=("ceil", "round"), help="default: the original's for the router")
     parser.add_argument("--capacity-multiple-of", type=int, metavar="N", help="default: the original's for the router")
     parser.add_argument("--img-size", type=int, metavar="PIXELS", help="resize the position embedding for such images")

@@ -80,7 +80,7 @@ def add_classes_option(parser: argparse.ArgumentParser) -> None:
 
 
 def halving_batches(job: Callable[[], T], options: argparse.Namespace) -> T:
-    """What a job returns; where it runs out of memory, it begins again with half as many images a batch.
+    """What a job returns; where it runs out of memory, it begins again with half as many images per batch.
 
     Args:
         job: Reads `options.batch_size`, and calls `note_batches` once it knows its batches.
@@ -108,7 +108,7 @@ def halving_batches(job: Callable[[], T], options: argparse.Namespace) -> T:
 
 
 def note_batches(options: argparse.Namespace, size: int, model: "nn.Module | None") -> None:
-    """Tells `halving_batches` how many images a batch has, and of what that must be a multiple.
+    """Tells `halving_batches` how many images a batch holds, and of what that must be a multiple.
 
     Tokens that compete for capacity do so in groups of images, which must stay what they are.
     """

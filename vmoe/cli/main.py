@@ -27,7 +27,7 @@ JOBS = {
     "distill": "train a dense student of a V-MoE",
     "consolidate": "make one safetensors file of a run's weights, however many processes it had",
     "make-shards": "write a folder of images as tar shards",
-    "import_jax": "turn a checkpoint of the original JAX code into ours",
+    "import-jax": "turn a checkpoint of the original JAX code into ours",
 }
 # The extras that a job cannot do without. Some options of others need one too, and check it themselves.
 EXTRAS_OF_JOBS = {
@@ -45,7 +45,7 @@ EXTRAS_OF_JOBS = {
     "prune": ("train",),
     "distill": ("train",),
     "make-shards": ("train", "webdataset"),
-    "import_jax": ("jax",),
+    "import-jax": ("jax",),
 }
 
 
@@ -54,6 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     replace_what_cannot_be_shown()
     argv = sys.argv[1:] if argv is None else argv
     job = argv[0] if argv else "--help"
+    job = "import-jax" if job == "import_jax" else job  # its name in version 0.1.0
     if job in JOBS:
         return run_job(job, argv[1:])
     if job in ("-h", "--help"):

@@ -1,4 +1,11 @@
-"""`vmoe make-shards`: a folder of images becomes tar shards that webdataset and `data.name: webdataset` read."""
+"""\
+Writes the images of class folders, FOLDER/train/CLASS/IMAGE and the same in val or test, as tar shards in a new folder:
+few large files instead of millions of small ones. The images' bytes stay as they are. Needs `pip install
+'vmoe[webdataset]'`; training on shards does not.
+
+  vmoe make-shards imagenet --out imagenet-shards
+  vmoe train --config configs/imagenet_vmoe_s16.yaml --data.name webdataset --data.root imagenet-shards
+"""
 
 import contextlib
 import sys
@@ -12,15 +19,6 @@ from vmoe.cli.options import count, new_parser
 from vmoe.cli.progress import working
 from vmoe.text import counted, printable
 
-_DESCRIPTION = """\
-Writes the images of class folders, FOLDER/train/CLASS/IMAGE and val or test likewise, as tar shards in a new folder:
-few large files instead of millions of small ones. The images' bytes stay as they are. Needs `pip install
-'vmoe[webdataset]'`; training on shards does not.
-
-  vmoe make-shards imagenet --out imagenet-shards
-  vmoe train --config configs/imagenet_vmoe_s16.yaml --data.name webdataset --data.root imagenet-shards
-"""
-
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the job with `argv`; returns its exit code."""
@@ -28,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _make_shards(argv: list[str]) -> int:
-    parser = new_parser("make-shards", _DESCRIPTION)
+    parser = new_parser("make-shards", __doc__)
     parser.add_argument("folder", type=Path, help="with train, and val or test")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the new folder")
     parser.add_argument(

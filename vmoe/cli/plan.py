@@ -1,4 +1,23 @@
-"""`vmoe plan`: what a run would need and take on hardware that is not here."""
+"""\
+Predicts, from a config alone, what each process needs and how long a step takes on many GPUs, for every way to spread
+the model: ddp, fsdp, and expert with each expert_size, all but the experts cut or whole. Nothing is trained, and no
+GPU is needed.
+
+  vmoe plan --config configs/imagenet_vmoe_s16.yaml --gpus 64 --gpu h100-80g --network ib-400
+  vmoe plan --config configs/imagenet_vmoe_s16.yaml --gpus 8 --data.batch_size 1024 --moe.num_experts 32
+
+Options of the config can follow by their dotted names. Layouts come best first, those that are not feasible last, with
+what is missing. Shares of the time: compute (products, attention), memory (all else, the update included), network
+(what no computing hides), host (by which the host is slower than the GPU). GB sent: by one process in one update.
+
+--measure instead runs models on the GPU here and compares peak memory and time of a step with the predictions, by the
+table's rates and by the GPU's own, measured first.
+
+  vmoe plan --measure
+
+Writes plan.json, plan.md and plan.png, with --curves plan_curves.json and plan_curves.png; or measured.csv,
+measured.json and measured.md.
+"""
 
 import argparse
 import csv
@@ -20,26 +39,6 @@ if TYPE_CHECKING:
     from vmoe.bench.plan.planner import Traces
     from vmoe.bench.report import Row
 
-_DESCRIPTION = """\
-Predicts, from a config alone, what each process needs and how long a step takes on many GPUs, for every way to spread
-the model: ddp, fsdp, and expert with each expert_size, all but the experts cut or whole. Nothing is trained, and no
-GPU is needed.
-
-  vmoe plan --config configs/imagenet_vmoe_s16.yaml --gpus 64 --gpu h100-80g --network ib-400
-  vmoe plan --config configs/imagenet_vmoe_s16.yaml --gpus 8 --data.batch_size 1024 --moe.num_experts 32
-
-Options of the config can follow by their dotted names. Layouts come best first, those that are not feasible last, with
-what is missing. Shares of the time: compute (products, attention), memory (all else, the update included), network
-(what no computing hides), host (by which the host is slower than the GPU). GB sent: by one process in one update.
-
---measure instead runs models on the GPU here and compares peak memory and time of a step with the predictions, by the
-table's rates and by the GPU's own, measured first.
-
-  vmoe plan --measure
-
-Writes plan.json, plan.md and plan.png, with --curves plan_curves.json and plan_curves.png; or measured.csv,
-measured.json and measured.md.
-"""
 _BANDWIDTHS = [2**step * 1e9 for step in range(8)]  # of curves, bytes/s of a GPU
 
 
@@ -178,7 +177,7 @@ def _write_text(path: Path, text: str) -> None:
 
 def command_line() -> argparse.ArgumentParser:
     """The parser of `vmoe plan`; what it does not know may be options of the config."""
-    parser = new_parser("plan", _DESCRIPTION)
+    parser = new_parser("plan", __doc__)
     add = parser.add_argument
     add("--config", metavar="YAML", help="a recipe, such as configs/digits.yaml")
     add("--gpus", type=count, default=8, metavar="N", help="processes, one a GPU (default: %(default)s)")

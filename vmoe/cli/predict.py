@@ -1,4 +1,11 @@
-"""`vmoe predict`: names what is in pictures."""
+"""\
+Names the most probable classes of pictures of any size and mode, prepared as in evaluation (the central square,
+resized). MODEL is a checkpoint, a run's folder, a safetensors file, a folder written by `vmoe export --format hub`, or
+an ONNX file. Files that cannot be read as images are listed at the end.
+
+  vmoe predict assets/models/cifar10_small.safetensors photo.jpg holiday/ --csv answers.csv
+  vmoe predict cifar10_small.onnx photo.jpg --top 1
+"""
 
 import argparse
 import csv
@@ -14,15 +21,6 @@ from vmoe.text import printable, readable
 if TYPE_CHECKING:
     from vmoe.checkpoints import TrainedModel
 
-_DESCRIPTION = """\
-Names the most probable classes of pictures of any size and mode, prepared as in evaluation (the central square,
-resized). MODEL is a checkpoint, a run's folder, a safetensors file, a folder written by `vmoe export --format hub`, or
-an ONNX file. Files that cannot be read as images are listed at the end.
-
-  vmoe predict assets/models/cifar10_small.safetensors photo.jpg holiday/ --csv answers.csv
-  vmoe predict cifar10_small.onnx photo.jpg --top 1
-"""
-
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the job with `argv`; returns its exit code."""
@@ -32,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
 def _predict(argv: list[str]) -> None:
     from vmoe.cli.inputs import halving_batches
 
-    options = _parser().parse_args(argv)
+    options = _predict_parser().parse_args(argv)
     halving_batches(lambda: _predicted(options), options)
 
 
@@ -108,8 +106,8 @@ def _write_csv(path: Path, answers: list[dict[str, Any]]) -> None:
                 writer.writerow([answer["file"], rank, each["class"], f"{each['probability']:.6f}"])
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = new_parser("predict", _DESCRIPTION)
+def _predict_parser() -> argparse.ArgumentParser:
+    parser = new_parser("predict", __doc__)
     parser.add_argument("model", metavar="MODEL", type=Path, help="a checkpoint, a folder, a safetensors or ONNX file")
     parser.add_argument("images", metavar="IMAGE_OR_FOLDER", nargs="+", help="image files, or folders of them")
     parser.add_argument("--top", type=count, default=5, metavar="N", help="classes an image (default: %(default)s)")

@@ -1,4 +1,19 @@
-"""`vmoe prune`: a V-MoE with fewer experts, measured before and after."""
+"""\
+Drops experts of a V-MoE until N per layer are left, or merges alike ones into N, and tells what that costs: accuracy on
+the test images before and after, and after a short fine-tuning where that is asked for.
+
+Which experts matter is measured on training images: routed-mass is the combine weight that tokens give an expert,
+activation-norm the length of what it adds to them. With --merge those that matter most are heads of groups, each other
+expert joins the head that the router finds most like it, hidden units are aligned, and weights are averaged by routed
+mass.
+
+Writes DIR/model.safetensors, which every tool opens, and DIR/prune.json. With --finetune, DIR/finetune is an ordinary
+run that starts from it: the checkpoint's own recipe at a tenth of its learning rates, without warm-up, uncompiled. What
+follows -- goes to that run as options of `vmoe train`.
+
+  vmoe prune runs/cifar10 --keep 4 --out runs/cifar10_of4
+  vmoe prune runs/cifar10 --keep 2 --merge --finetune 1 --out runs/cifar10_merged -- --optim.lr 1e-4
+"""
 
 import argparse
 import shlex
@@ -24,23 +39,6 @@ if TYPE_CHECKING:
     from vmoe.data import ImageDataModule
     from vmoe.training.config import TrainConfig
 
-_DESCRIPTION = """\
-Drops experts of a V-MoE until N a layer are left, or merges alike ones into N, and tells what that costs: accuracy on
-the test images before and after, and after a short fine-tuning where that is asked for.
-
-Which experts matter is measured on training images: routed-mass is the combine weight that tokens give an expert,
-activation-norm the length of what it adds to them. With --merge those that matter most are heads of groups, each other
-expert joins the head that the router finds most like it, hidden units are aligned, and weights are averaged by routed
-mass.
-
-Writes DIR/model.safetensors, which every tool opens, and DIR/prune.json. With --finetune, DIR/finetune is an ordinary
-run that starts from it: the checkpoint's own recipe at a tenth of its learning rates, without warm-up, uncompiled. What
-follows -- goes to that run as options of `vmoe train`.
-
-  vmoe prune runs/cifar10 --keep 4 --out runs/cifar10_of4
-  vmoe prune runs/cifar10 --keep 2 --merge --finetune 1 --out runs/cifar10_merged -- --optim.lr 1e-4
-"""
-
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the job with `argv`; returns its exit code."""
@@ -49,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _prune(argv: list[str]) -> int:
     own, for_training = split_options(argv)
-    options = _parser().parse_args(own)
+    options = _prune_parser().parse_args(own)
     if for_training and options.finetune is None:
         raise UserError(f"{for_training[0]}: is for a fine-tuning, of which there is none; add --finetune EPOCHS")
     if options.out.exists():
@@ -97,8 +95,8 @@ def _prune(argv: list[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = new_parser("prune", _DESCRIPTION)
+def _prune_parser() -> argparse.ArgumentParser:
+    parser = new_parser("prune", __doc__)
     add = parser.add_argument
     add("checkpoint", metavar="CKPT", help="a checkpoint file, or a run's folder (its best checkpoint)")
     add("--keep", type=count, required=True, metavar="N", help="experts that each layer keeps, below what it has")
@@ -112,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--data", metavar="NAME", help="another set than the run's: digits, cifar10, folder, npz, ...")
     add("--root", metavar="DIR", help="where the data are, if not where the run had them")
     add_classes_option(parser)
-    add("--batch-size", type=count, metavar="N", help="images a batch in measuring")
+    add("--batch-size", type=count, metavar="N", help="images per batch in measuring")
     add("--workers", type=int, metavar="N", help="processes that load images")
     add("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     return parser

@@ -1,16 +1,4 @@
-"""`vmoe serve`: a model that answers over HTTP."""
-
-import argparse
-import os
-import re
-import sys
-from functools import partial
-from pathlib import Path
-
-from vmoe.cli.common import run
-from vmoe.cli.options import choose_device, count, new_parser
-
-_DESCRIPTION = """\
+"""\
 Answers over HTTP what is in pictures, in batches of the requests that wait (pip install 'vmoe[serve]'). MODEL is what
 `vmoe predict` takes. Only this machine reaches it unless --host says otherwise. Where the environment holds
 VMOE_API_KEY, requests must send it in the header X-API-Key. Ctrl-C or SIGTERM stops it after the last answer.
@@ -26,6 +14,16 @@ JSON is taken too, with the image's bytes in base64, or a data URL: {"image": ".
 request is answered by {"detail": "..."} with its status.
 """
 
+import argparse
+import os
+import re
+import sys
+from functools import partial
+from pathlib import Path
+
+from vmoe.cli.common import run
+from vmoe.cli.options import choose_device, count, new_parser
+
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the job with `argv`; returns its exit code."""
@@ -33,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _serve(argv: list[str]) -> None:
-    options = _parser().parse_args(argv)
+    options = _serve_parser().parse_args(argv)
     from vmoe.serve.server import KEY_VARIABLE, serve
 
     if options.host != "127.0.0.1" and not os.environ.get(KEY_VARIABLE):
@@ -65,8 +63,8 @@ def _origin(text: str) -> str:
     return text
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = new_parser("serve", _DESCRIPTION)
+def _serve_parser() -> argparse.ArgumentParser:
+    parser = new_parser("serve", __doc__)
     add = parser.add_argument
     add("model", metavar="MODEL", type=Path, help="a checkpoint, a folder, a safetensors or ONNX file")
     hosts = ("127.0.0.1", "0.0.0.0", "::")

@@ -1,4 +1,13 @@
-"""`vmoe sweep`: trains the arms and seeds of a study."""
+"""\
+Trains all arms and seeds of a study's file, several side by side, each by `vmoe train` in its own process and its
+folder OUT/ARM_sSEED; small models leave a GPU idle otherwise. Runs that are done are passed over, stopped ones gone on
+with, so that the same command can be given again. Over several GPUs they are dealt out evenly. What follows -- goes to
+each run.
+
+  vmoe sweep configs/studies/cifar100.yaml --out runs/study --jobs 7
+  vmoe sweep configs/studies/cifar100.yaml --out runs/study --arms dense soft_10 --seeds 3 4 -- --data.root ~/data
+  vmoe compare runs/study/*_s* --baseline dense --out study
+"""
 
 import argparse
 import os
@@ -10,17 +19,6 @@ from vmoe.cli.recipes import find_recipe
 from vmoe.errors import UserError
 from vmoe.text import counted
 
-_DESCRIPTION = """\
-Trains all arms and seeds of a study's file, several side by side, each by `vmoe train` in its own process and its
-folder OUT/ARM_sSEED; small models leave a GPU idle otherwise. Runs that are done are passed over, stopped ones gone on
-with, so that the same command can be given again. Over several GPUs they are dealt out evenly. What follows -- goes to
-each run.
-
-  vmoe sweep configs/studies/cifar100.yaml --out runs/study --jobs 7
-  vmoe sweep configs/studies/cifar100.yaml --out runs/study --arms dense soft_10 --seeds 3 4 -- --data.root ~/data
-  vmoe compare runs/study/*_s* --baseline dense --out study
-"""
-
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the job with `argv`; returns its exit code, 1 when a run failed."""
@@ -29,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _sweep(argv: list[str]) -> int:
     own, common = split_options(argv)
-    options = _parser().parse_args(own)
+    options = _sweep_parser().parse_args(own)
     # Imported here, so that --help and a mistyped option answer at once.
     from vmoe.training.sweep import Sweep, read_study
 
@@ -58,8 +56,8 @@ def _gpus() -> list[str]:
     return [str(index) for index in range(torch.cuda.device_count())] if given is None else given.split(",")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = new_parser("sweep", _DESCRIPTION)
+def _sweep_parser() -> argparse.ArgumentParser:
+    parser = new_parser("sweep", __doc__)
     parser.add_argument("study", metavar="STUDY", help="a YAML file with config, seeds and arms, or the name of one")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the runs go")
     parser.add_argument("--arms", nargs="+", default=[], metavar="ARM", help="only these arms")
