@@ -170,7 +170,7 @@ def test_mistakes_are_one_line_that_names_them(arguments, named, tmp_path, monke
 def test_documented_commands_are_understood():
     assert "benchmark" in JOBS
     text = (Path(__file__).parents[2] / "docs" / "performance.md").read_text(encoding="utf-8")
-    commands = re.findall(r"^python tools/benchmark\.py (.*?)(?:\s+#.*)?$", text, re.MULTILINE)
+    commands = re.findall(r"^vmoe benchmark (.*?)(?:\s+#.*)?$", text, re.MULTILINE)
     assert len(commands) >= 5
     for command in commands:
         _, rest = command_line().parse_known_args(shlex.split(command))

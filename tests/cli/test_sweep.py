@@ -47,7 +47,7 @@ def test_every_study_holds_valid_recipes(path, tmp_path):
         configs[arm] = repr(from_plain(TrainConfig, plain))
     assert len(set(configs.values())) == len(configs)  # no arm is another's copy
     assert len(read_study(path, tmp_path)) == len(configs) * len(study["seeds"])
-    assert f"python tools/sweep.py configs/studies/{path.name}" in path.read_text().partition("config:")[0]
+    assert f"vmoe sweep configs/studies/{path.name}" in path.read_text().partition("config:")[0]
 
 
 def test_the_list_holds_the_command_of_each_run(study, tmp_path, capsys):

@@ -47,7 +47,7 @@ def test_every_config_parses_and_builds_its_model(path):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_opens_with_its_command(path):
-    assert f"python tools/train.py --config configs/{path.name}" in path.read_text().partition("data:")[0]
+    assert f"vmoe train --config configs/{path.name}" in path.read_text().partition("data:")[0]
 
 
 NAMES = [

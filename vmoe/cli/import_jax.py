@@ -89,9 +89,8 @@ def _import_jax_parser() -> argparse.ArgumentParser:
         "--capacity-factor", type=capacity_factor, metavar="F", help="at evaluation (default: inf, drops nothing)"
     )
     parser.add_argument("--batch-priority", action="store_true", help="full experts drop the smallest gates")
-    parser.add_argument(
-        "--group-images", type=int, default=8, metavar="N", help="images per routing group (default: 8)"
-    )
+    line = "images per routing group (default: %(default)s)"
+    parser.add_argument("--group-images", type=int, default=8, metavar="N", help=line)
     parser.add_argument("--capacity-rounding", choices=("ceil", "round"), help="default: the original's for the router")
     parser.add_argument("--capacity-multiple-of", type=int, metavar="N", help="default: the original's for the router")
     parser.add_argument("--img-size", type=int, metavar="PIXELS", help="resize the position embedding for such images")

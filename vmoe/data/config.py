@@ -204,7 +204,7 @@ class DataConfig:
         name: "digits" (embedded), "patchwork" (generated, with known patches), "fractals" (generated without end, see
             fractals), "cifar10", "cifar100", "imagenette" (downloaded when missing), "imagenet" or "folder" (class
             folders in ROOT/train, ROOT/val and ROOT/test, or in ROOT alone, which is then split),
-            "webdataset" (tar shards, train-*.tar and so on, as tools/make_shards.py writes them) or "npz" (arrays in
+            "webdataset" (tar shards, train-*.tar and so on, as vmoe make-shards writes them) or "npz" (arrays in
             one file, see root).
         root: folder that holds the data, or for "npz" the file with train_x, train_y, test_x, test_y.
         image_size: side in pixels of the square images given to the model. None: the data set's own.
