@@ -115,6 +115,7 @@ MISTAKES: dict[str, list[Mistake]] = {
         _config("a parallel strategy that is none", "--parallel.strategy all"),
         _config("a folder that is a file", "--output_dir tiny.yaml/run"),
         _config("a checkpoint to start from that is not there", "--init_from lost.ckpt"),
+        _config("images to start from", "--init_from npz_few.npz"),
         _config("a folder that holds a run", "--output_dir finished"),
         _config("a finished run without its checkpoint", "--output_dir finished --resume"),
         Mistake("a folder that holds a run, and nothing else", "--output_dir finished"),

@@ -180,9 +180,9 @@ def test_npz_files_that_do_not_fit_are_one_line(runs, dense_weights, tmp_path):
     swin = dataclasses.replace(config.model, name="test_efficientnet", kwargs={})
     for file, model, line in (
         (deeper, config.model, "has 3 blocks, and the model has 2"),
-        (images_of, config.model, "has 0 blocks"),
+        (images_of, config.model, "holds no weights of a Vision Transformer"),
         (damaged, config.model, "is no .npz file"),
-        (deeper, swin, "timm reads no .npz file for a"),
+        (deeper, swin, "timm takes .npz files for Vision Transformers and MLP-Mixers, not for a"),
     ):
         with pytest.raises(UserError, match=f"^--init_from .*{line}"):
             start(dataclasses.replace(config, model=model), file)

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import nn
 
+_ADVICE = "give the model.name that its weights are for"
+
 
 def load_npz_weights(model: nn.Module, path: Path) -> bool:
     """Fills a dense model of timm, in place, with the weights of an .npz file. timm's own code of the model reads it.
@@ -21,8 +23,10 @@ def load_npz_weights(model: nn.Module, path: Path) -> bool:
         ValueError: timm has no code that reads such files for this model, or the file does not fit it.
     """
     timm_model: Any = model
-    if not hasattr(model, "load_pretrained"):
-        raise ValueError(f"timm reads no .npz file for a {type(model).__name__}; Vision Transformers take them")
+    if not (hasattr(model, "load_pretrained") and hasattr(model, "blocks")):  # BiT's ResNets have no blocks
+        raise ValueError(
+            f"timm takes .npz files for Vision Transformers and MLP-Mixers, not for a {type(model).__name__}; {_ADVICE}"
+        )
     _check_depth(timm_model, path)
     head = timm_model.get_classifier()
     before = [value.clone() for value in head.parameters()]
@@ -30,7 +34,7 @@ def load_npz_weights(model: nn.Module, path: Path) -> bool:
         timm_model.load_pretrained(str(path))
     except Exception as error:  # a file of something else fails in any way it can
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise ValueError(f"its weights do not fit the model ({reason})") from error
+        raise ValueError(f"its weights do not fit the model ({reason}); {_ADVICE}") from error
     return any(not torch.equal(old, new) for old, new in zip(before, head.parameters(), strict=True))
 
 
@@ -41,8 +45,10 @@ def _check_depth(model: Any, path: Path) -> None:
             names = list(arrays)
             stacked = [arrays[name].shape[0] for name in names if "/encoderblock/LayerNorm_0/scale" in name]
     except Exception as error:  # NumPy raises any type for a damaged file
-        raise ValueError("is no .npz file, or is cut short") from error
+        raise ValueError("is no .npz file, or is cut short; fetch it again") from error
     blocks = {found.group(1) for name in names if (found := re.search(r"(?:encoderblock|MixerBlock)_(\d+)/", name))}
     depth = max([len(blocks), *stacked])
+    if depth == 0:
+        raise ValueError("holds no weights of a Vision Transformer or an MLP-Mixer; give a file of weights")
     if depth != len(model.blocks):
-        raise ValueError(f"has {depth} blocks, and the model has {len(model.blocks)}")
+        raise ValueError(f"has {depth} blocks, and the model has {len(model.blocks)}; {_ADVICE}")

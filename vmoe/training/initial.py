@@ -117,7 +117,7 @@ def _from_npz(
     try:
         is_taken = load_npz_weights(model, path)
     except ValueError as error:
-        raise UserError(f"--init_from {path}: {error}; give the model.name that these weights are for") from error
+        raise UserError(f"--init_from {path}: {error}") from error
     say(_nameless_classifier_line(path, is_taken, num_classes))
     return _upcycled(model, config.moe, image_size)
 

@@ -114,13 +114,13 @@ def _write_image(
     for layer in own_figures:
         pages.append(f"{name}-{layer}.png")
         title = f"Which expert takes which patch of {path.name}"
-        facts = f"predicted: {predicted} · {layer}: {_facts(checkpoint.model, image, layer)}"
+        facts = f"predicted: {predicted} · {layer}: {_layer_line(checkpoint.model, image, layer)}"
         draw_layer(image, layer, title, facts, footer).save(out / pages[-1])
     if len(layers) > 1:
         pages.append(f"{name}-overview.png")
         title = f"Which expert takes which patch of {path.name}, layer by layer"
         facts = f"predicted: {predicted} · first choices in {len(layers)} MoE layers · {layers[0]}: "
-        facts += _facts(checkpoint.model, image, layers[0])
+        facts += _layer_line(checkpoint.model, image, layers[0])
         draw_overview(image, layers, title, facts, footer).save(out / pages[-1])
     best = np.argsort(-image.probabilities, kind="stable")[:_NAMED_CLASSES]
     classes = [
@@ -140,7 +140,7 @@ def _class(checkpoint: TrainedModel, index: int) -> str:
     return checkpoint.class_names[int(index)]
 
 
-def _facts(model: nn.Module, image: RoutedImage, layer: str) -> str:
+def _layer_line(model: nn.Module, image: RoutedImage, layer: str) -> str:
     """What a layer is and how many tokens it routes."""
     rows, columns = image.layers[layer].grid
     moe = dict(moe_layers(model))[layer].config
