@@ -15,7 +15,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from vmoe.moe import MoeConfig, MoeMlp, parallel
-from vmoe.moe.kernels import fused
+from vmoe.moe import layer as layer_module
+from vmoe.moe.kernels import Kernels
+from vmoe.moe.kernels.experts import fused, requirements
 from vmoe.moe.parallel import DistributedExperts, deal_out_experts
 from vmoe.training.processes import connect, disconnect, new_mesh
 
@@ -31,21 +33,18 @@ LAYERS = {
     "learned activation without capacity": {"capacity_factor": None},
 }
 
+INTERPRETED = Kernels(None, fused)  # whatever the device
+
 handed: set[type] = set()  # to backends; kernels read the memory, which a stand-in for a tensor does not have
-own_choice, own_kernels = parallel.choose_backend, parallel.fused_for
+own_choice, own_kernels = parallel.choose_backend, layer_module.kernels_for
 
 
-def choose_backend(x_TD: torch.Tensor, choices, mlp, *others):
+def choose_backend(x_TD: torch.Tensor, choices, mlp, name, kernels):
     """The layer's own choice, of whose tokens the type is kept."""
     handed.add(type(x_TD))
-    if parallel.fused_for is interpreted and fused.what_it_lacks(mlp) is None and x_TD.shape[0]:
-        return fused
-    return own_choice(x_TD, choices, mlp, *others)
-
-
-def interpreted(tensor: torch.Tensor):
-    """The kernels, whatever the device."""
-    return fused
+    if kernels is INTERPRETED:
+        return fused if requirements.what_it_lacks(mlp) is None and x_TD.shape[0] else own_choice(x_TD, choices, mlp)
+    return own_choice(x_TD, choices, mlp, name, kernels)
 
 
 def check(how: str, name: str, training: bool) -> None:
@@ -92,7 +91,7 @@ def check(how: str, name: str, training: bool) -> None:
 parallel.choose_backend = choose_backend
 for way in sys.argv[1:]:
     handed.clear()
-    parallel.fused_for = interpreted if way == "interpreted" else own_kernels
+    layer_module.kernels_for = (lambda tensor: INTERPRETED) if way == "interpreted" else own_kernels
     connect("cuda" if way == "cuda" else "cpu")
     for layer_name in LAYERS:
         check(way, layer_name, training=True)

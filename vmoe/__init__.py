@@ -23,10 +23,8 @@ if TYPE_CHECKING:
     )
     from vmoe.routing.recording import record_routing
 else:  # hidden from type checkers, which would take any name for one of this package's
-    _CONTROL = (
-        "auxiliary_loss", "moe_layers", "set_auxiliary_scale", "set_eval_capacity_factor", "set_top_k",
-        "update_router_biases",
-    )  # fmt: skip
+    from vmoe.moe import CONTROL_NAMES
+
     __getattr__ = names_on_demand(
         __name__,
         {
@@ -36,7 +34,7 @@ else:  # hidden from type checkers, which would take any name for one of this pa
             "vmoe.checkpoints": ["TrainedModel", "load", "save"],
             "vmoe.data": ["prepare_image"],
             "vmoe.models": ["create_model", "densify", "load_jax_checkpoint", "sparsify"],
-            "vmoe.moe": ["MoeConfig", "MoeMlp", *_CONTROL],
+            "vmoe.moe": ["MoeConfig", "MoeMlp", *CONTROL_NAMES],
         },
         inner=["evaluation", "models", "moe", "routing"],
     )

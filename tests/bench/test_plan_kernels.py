@@ -8,9 +8,13 @@ from torch import nn
 
 from vmoe.bench.plan.trace import saved_bytes, trace_loss
 from vmoe.moe import MoeConfig, MoeMlp, parallel
+from vmoe.moe import layer as layer_module
+from vmoe.moe.kernels import Kernels
 from vmoe.moe.parallel import DistributedExperts
 
-fused = pytest.importorskip("vmoe.moe.kernels.fused", reason="the fused backend needs Triton", exc_type=ImportError)
+fused = pytest.importorskip(
+    "vmoe.moe.kernels.experts.fused", reason="the fused backend needs Triton", exc_type=ImportError
+)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOKENS, WIDTH, IMAGES = 24, 32, 16
 
@@ -40,7 +44,7 @@ def test_activations_of_experts_dealt_out_are_what_autograd_keeps(monkeypatch):
     experts.__class__ = _Alone
     weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     with saved_bytes(weights) as saved, monkeypatch.context() as patch:
-        patch.setattr(parallel, "fused_for", lambda tensor: fused)
+        patch.setattr(layer_module, "kernels_for", lambda tensor: Kernels(None, fused))
         patch.setattr(parallel, "choose_backend", lambda *_: fused)
         result = model(torch.randn(IMAGES, TOKENS, WIDTH, device=DEVICE))
     assert result.isfinite().all()

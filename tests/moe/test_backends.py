@@ -13,9 +13,9 @@ import vmoe
 from vmoe import MoeConfig
 from vmoe.moe import experts as experts_module
 from vmoe.moe.assignment import Capacity, assign
-from vmoe.moe.experts import Experts
+from vmoe.moe.experts import Experts, ExpertSpec
 from vmoe.moe.groups import Groups
-from vmoe.moe.kernels import cpu, padded, segments
+from vmoe.moe.kernels.experts import cpu, padded, segments
 from vmoe.moe.kernels.interface import Choices
 from vmoe.moe.mlps import Glu
 from vmoe.moe.routers import token_choice
@@ -38,7 +38,7 @@ def test_backends_equal_one_another(images, tokens, group, num_experts, top_k, c
     top_k = min(top_k, num_experts)
     generator = torch.Generator().manual_seed(images * 7 + tokens)
     groups = Groups.of(images, tokens, group)
-    experts = Experts(num_experts, 4, 6, 3, nn.GELU(), bias=(bias, bias), dtype=torch.float64)
+    experts = Experts(num_experts, ExpertSpec(4, 6, 3, nn.GELU(), bias=(bias, bias)), dtype=torch.float64)
     for parameter in experts.parameters():
         nn.init.normal_(parameter, generator=generator)
     x = torch.randn(images * tokens, 4, dtype=torch.float64, generator=generator)

@@ -14,9 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 import vmoe
 from vmoe import MoeConfig
-from vmoe.moe.experts import Experts, choose_backend
+from vmoe.moe.experts import Experts, ExpertSpec, choose_backend
 from vmoe.moe.groups import Groups
-from vmoe.moe.kernels import cpu, memory, segments
+from vmoe.moe.kernels.experts import cpu, memory, segments
 from vmoe.moe.kernels.interface import Choices
 from vmoe.moe.mlps import Glu
 
@@ -36,7 +36,7 @@ def random_choices(tokens, num_experts, top_k, skew, drop_rate, generator, dtype
 
 
 def random_experts(num_experts, widths, bias, generator, approximate="none", dtype=torch.float64):
-    experts = Experts(num_experts, *widths, nn.GELU(approximate), bias=bias, dtype=torch.float64)
+    experts = Experts(num_experts, ExpertSpec(*widths, nn.GELU(approximate), bias=bias), dtype=torch.float64)
     for parameter in experts.parameters():
         nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5, generator=generator)
     return experts.to(dtype)
@@ -220,7 +220,7 @@ def test_deterministic_mode_and_an_empty_batch():
 @pytest.mark.parametrize("bias", [True, False])
 def test_operator_passes_torchs_own_checks(bias):
     x, choices, experts, _ = example(tokens=6, dtype=torch.float64)
-    layout = segments.layout(choices, 4)
+    layout = segments.segment_layout(choices, 4)
     mlp = experts._mlp(torch.float64)
     biases = (mlp.bias1, mlp.bias2) if bias else (None, None)
     parameters = mlp.weight1, biases[0], mlp.weight2, biases[1]
@@ -245,13 +245,13 @@ def test_compilation_gives_the_same(capacity_factor):
         ({"activation": nn.ReLU()}, segments),
         ({"activation": Glu(nn.GELU(), True)}, segments),
         ({"activation": nn.GELU(), "norm_layer": nn.LayerNorm}, segments),
-        ({"activation": nn.GELU(), "hidden_dropout": 0.5}, segments),
-        ({"activation": nn.GELU(), "device": "meta"}, segments),
+        ({"activation": nn.GELU(), "dropout": 0.5}, segments),
     ],
 )
-def test_choice_of_the_backend(knobs, backend):
-    experts = Experts(4, 8, 16, 8, **knobs)
-    x = torch.empty(3, 8, device=knobs.get("device"))
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_choice_of_the_backend(knobs, backend, device):
+    experts = Experts(4, ExpertSpec(8, 16, 8, **knobs), device=device)
+    x, backend = torch.empty(3, 8, device=device), segments if device == "meta" else backend
     choices = random_choices(3, 4, 2, 0, 0, torch.Generator())
     assert choose_backend(x, choices, experts._mlp(torch.float32)) is backend
 
@@ -279,7 +279,7 @@ def test_memory_that_nobody_wants_is_given_back(monkeypatch):
 
 def test_memory_goes_with_the_last_experts(monkeypatch):
     monkeypatch.setattr(memory, "_alive", weakref.WeakValueDictionary())
-    experts = Experts(2, 4, 8, 4, nn.GELU())
+    experts = Experts(2, ExpertSpec(4, 8, 4, nn.GELU()))
     copied = copy.deepcopy(experts)
     assert copied._memory is experts._memory is memory.shared_memory()
     held = weakref.ref(experts._memory)

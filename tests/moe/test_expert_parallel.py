@@ -7,11 +7,11 @@ import torch
 from forks import run_forked
 
 from vmoe.moe import MoeConfig, MoeMlp
-from vmoe.moe.kernels import fused
+from vmoe.moe.kernels import TRITON
 from vmoe.moe.parallel import deal_out_experts
 
 SCRIPT = Path(__file__).parents[1] / "expert_parallel_worker.py"
-CAN_INTERPRET = fused is not None and not torch.cuda.is_available()
+CAN_INTERPRET = TRITON.experts is not None and not torch.cuda.is_available()
 
 
 def layers_computed(*ways: str) -> str:

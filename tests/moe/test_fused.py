@@ -13,17 +13,18 @@ import vmoe
 from vmoe import MoeConfig
 from vmoe.moe.assignment import Capacity, assign
 from vmoe.moe.groups import Groups
-from vmoe.moe.kernels import composed, padded, segments
+from vmoe.moe.kernels.experts import composed, padded, requirements, segments
 from vmoe.moe.kernels.interface import Choices, Mlp
 from vmoe.moe.mlps import Glu
 from vmoe.moe.routers import token_choice
 
 pytest.importorskip("triton", reason="the fused backend needs Triton")
 
-from vmoe.moe.kernels import fused
-from vmoe.moe.kernels.fused import mlp as fused_mlp
-from vmoe.moe.kernels.fused import shares
-from vmoe.moe.kernels.fused.ranks import expert_rows
+from vmoe.moe.kernels import routing as routing_kernels
+from vmoe.moe.kernels.counting import expert_rows
+from vmoe.moe.kernels.experts import fused
+from vmoe.moe.kernels.experts.fused import mlp as fused_mlp
+from vmoe.moe.kernels.experts.fused import shares
 
 pytestmark = pytest.mark.usefixtures("uninitialised_memory_holds_nan")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -141,8 +142,9 @@ class Elsewhere:
 
     @staticmethod
     def expert_mlp(x_TD, choices, mlp):
-        x_RD, places = fused.dispatch(x_TD, choices, len(mlp.weight1), mlp.dtype)
-        return fused.combine(composed.two_layers(x_RD, mlp, None, padded.linear), choices, places)
+        x_RD, share_rows = fused.dispatch_by_capacity(x_TD, choices, len(mlp.weight1), mlp.dtype)
+        y_RD = composed.two_layers(x_RD, mlp, None, padded.padded_linear)
+        return fused.combine_by_capacity(y_RD, choices, share_rows)
 
 
 @settings(
@@ -194,7 +196,7 @@ def test_operators_pass_torchs_own_checks():
 
     chosen = torch.tensor([[0, 1], [1, 2], [0, 2], [2, 1], [1, 0]], device=DEVICE)
     rows, starts, counts = expert_rows(chosen, None, 3)
-    _, choice_of_row = shares.scatter(random(5, 8), rows, 512, torch.float32)
+    _, choice_of_row = shares.scatter_shares(random(5, 8), rows, 512, torch.float32)
     parameters = random(3, 16, 8), random(3, 16), random(3, 8, 16), random(3, 8)
     casts = parameters[0].detach(), parameters[2].detach()
     for operator, arguments in (
@@ -237,7 +239,7 @@ def test_operators_pass_torchs_own_checks():
 
 def test_second_derivatives_are_refused():
     x, weight = (torch.randn(6, 8, device=DEVICE, requires_grad=True) for _ in range(2))
-    (slope,) = torch.autograd.grad(fused.scores(x, weight).square().sum(), x, create_graph=True)
+    (slope,) = torch.autograd.grad(routing_kernels.scores(x, weight).square().sum(), x, create_graph=True)
     with pytest.raises(NotImplementedError, match="no second derivatives; compute them on the CPU"):
         slope.square().sum().backward()
 
@@ -256,8 +258,8 @@ def test_second_derivatives_are_refused():
 def test_says_what_it_cannot_take(knobs, lacks, misfit):
     layer = vmoe.MoeMlp(16, **{"hidden_features": 32, **knobs}, moe=MoeConfig())
     mlp = layer.experts._mlp(torch.bfloat16)
-    assert (lacks or "None") in str(fused.what_it_lacks(mlp))
-    assert (misfit or "None") in str(fused.what_does_not_fit(mlp))
+    assert (lacks or "None") in str(requirements.what_it_lacks(mlp))
+    assert (misfit or "None") in str(requirements.what_does_not_fit(mlp))
 
 
 @settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -334,12 +336,15 @@ def test_compiled_layer_agrees():
     torch.testing.assert_close(results[1], results[0], rtol=2e-2, atol=2e-2)
 
 
-ROOMS = ("activations", "balance", "products", "ranks", "router", "rows", "token_scores")
+ROOMS = (
+    "counting", "experts.fused.activations", "experts.fused.products", "experts.fused.row_kernels", "routing.balance",
+    "routing.gates", "routing.order", "routing.scores",
+)  # fmt: skip
 
 
 def kernels():
     """Every Triton kernel of the backend, by room and name."""
-    rooms = [importlib.import_module(f"{fused.__name__}.{room}") for room in ROOMS]
+    rooms = [importlib.import_module(f"vmoe.moe.kernels.{room}") for room in ROOMS]
     named = {f"{room.__name__}.{name}": value for room in rooms for name, value in vars(room).items()}
     return {name: each for name, each in named.items() if isinstance(getattr(each, "pre_run_hooks", None), list)}
 
@@ -380,12 +385,12 @@ def test_batches_of_another_size_compile_nothing_again():
                 outputs_and_gradients(
                     fused, x, routing, parameters, torch.ones_like(x), nn.GELU(), DEVICE, torch.float32, torch.float32
                 )
-            logits, tokens = fused.scores_and_tokens(x.requires_grad_(), weight.requires_grad_())
-            _, chosen, weights = fused.gates(logits, 2, False)
+            logits, tokens = routing_kernels.scores_and_tokens(x.requires_grad_(), weight.requires_grad_())
+            _, chosen, weights = routing_kernels.gates(logits, 2, False)
             split = [each.view(images, 4, -1) for each in (logits, logits, chosen)]
-            importance, load, *_ = fused.balance(*split, torch.ones_like(split[2], dtype=torch.bool), 0.1)
+            importance, load, *_ = routing_kernels.balance(*split, torch.ones_like(split[2], dtype=torch.bool), 0.1)
             (weights.sum() + importance + load + tokens.sum()).backward()
-            fused.ranks(split[2], None, 4)
+            routing_kernels.ranks(split[2], None, 4)
             seen.append({name: set(each) for name, each in found.items()})
     finally:
         for kernel in kernels().values():

@@ -12,9 +12,9 @@ from vmoe.moe.routers import token_choice
 
 pytest.importorskip("triton", reason="the fused backend needs Triton")
 
-from vmoe.moe.kernels import fused
-from vmoe.moe.kernels.fused.ranks import expert_rows
-from vmoe.moe.kernels.fused.rows import rows_in_shares
+from vmoe.moe.kernels import routing as kernels
+from vmoe.moe.kernels.counting import expert_rows
+from vmoe.moe.kernels.experts.fused.row_kernels import rows_in_shares
 
 pytestmark = pytest.mark.usefixtures("uninitialised_memory_holds_nan")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -37,16 +37,16 @@ def test_ranks_and_order_equal_the_sorts(groups, size, num_experts, top_k, skew,
     chosen[:, size // 2 :: 3] = num_experts  # padding
     best = (torch.rand(groups, size, generator=generator) * 8).round()
     order = best.argsort(dim=1, descending=True, stable=True)
-    assert torch.equal(fused.falling_order(best.to(DEVICE)).cpu(), order)
+    assert torch.equal(kernels.descending_order(best.to(DEVICE)).cpu(), order)
     order = order if ordered else None
-    ranks = fused.ranks(chosen.to(DEVICE), None if order is None else order.to(DEVICE), num_experts).cpu()
+    ranks = kernels.ranks(chosen.to(DEVICE), None if order is None else order.to(DEVICE), num_experts).cpu()
     is_real = chosen < num_experts
     assert torch.equal(ranks[is_real], assignment.rank_in_order(chosen, order, num_experts)[is_real])
 
 
-def test_falling_order_of_nan_is_still_an_order():
+def test_descending_order_of_nan_is_still_an_order():
     values = torch.tensor([[1.0, float("nan"), 3.0, float("inf"), float("nan"), -float("inf")]], device=DEVICE)
-    assert fused.falling_order(values).sort().values.tolist() == [[0, 1, 2, 3, 4, 5]]
+    assert kernels.descending_order(values).sort().values.tolist() == [[0, 1, 2, 3, 4, 5]]
 
 
 def test_rows_stand_together_and_start_at_multiples_of_128():
@@ -79,16 +79,16 @@ def test_gates_and_balance_equal_the_formulas(groups, size, num_experts, top_k, 
     logits.requires_grad_()
     clean, noisy = split.split(logits), split.split(logits + noise)
     routing = token_choice(clean, noisy, split, top_k, renormalize)._replace(kept_GSK=kept)
-    each, usage = losses.measure(routing, moe, is_noisy=True)
+    each, usage = losses.losses_and_usage(routing, moe, is_noisy=True)
     objective = (split.merge(routing.weights_GSK) * cotangent_TK).sum() + 3 * each["importance"] + 2 * each["load"]
     objective = objective + (split.merge(routing.gates_GSE) * cotangent_TE).sum()
     (expected,) = torch.autograd.grad(objective, logits)
 
     ours = logits.detach().to(DEVICE).requires_grad_()
-    gates, chosen, weights = fused.gates(ours + noise.to(DEVICE), top_k, renormalize)
+    gates, chosen, weights = kernels.gates(ours + noise.to(DEVICE), top_k, renormalize)
     noisy = (ours + noise.to(DEVICE)).view(groups, size, -1)
     chosen_GSK = chosen.view(groups, size, -1)
-    importance, load, statistics, _ = fused.balance(
+    importance, load, statistics, _ = kernels.balance(
         ours.view(groups, size, -1), noisy, chosen_GSK, kept.to(DEVICE), moe.logit_noise
     )
     objective = (weights * cotangent_TK.to(DEVICE)).sum() + 3 * importance + 2 * load
@@ -111,12 +111,12 @@ def test_scores_and_their_gradients(num_experts):
     expected = [exact[0] @ exact[1].t()]
     expected += torch.autograd.grad((expected[0] * cotangent).sum(), exact)
     ours = [x.to(DEVICE).requires_grad_(), weight.to(DEVICE).requires_grad_()]
-    values = [fused.scores(*ours)]
+    values = [kernels.scores(*ours)]
     values += torch.autograd.grad((values[0] * cotangent.to(DEVICE)).sum(), ours)
     for value, truth in zip(values, expected, strict=True):
         assert (value.double().cpu() - truth).norm() < 2e-6 * truth.norm()
 
-    logits, tokens = fused.scores_and_tokens(*ours)
+    logits, tokens = kernels.scores_and_tokens(*ours)
     grads = torch.autograd.grad((logits * cotangent.to(DEVICE)).sum() + (3 * tokens).sum(), ours)
     for value, truth in zip(grads, (expected[1] + 3, expected[2]), strict=True):
         assert (value.double().cpu() - truth).norm() < 2e-6 * truth.norm()

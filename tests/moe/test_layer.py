@@ -207,7 +207,7 @@ def test_router_stays_in_float32_under_autocast():
     layer = layer_of(dtype=torch.float32, num_experts=4)
     with torch.autocast("cpu", torch.bfloat16):
         y = layer.eval()(tokens(2, 3, dtype=torch.float32))
-        routing = layer.router(tokens(2, 3, dtype=torch.float32).view(6, -1), layer._groups(y))
+        routing, _ = layer.router(tokens(2, 3, dtype=torch.float32).view(6, -1), layer._groups(y))
     assert y.dtype == torch.bfloat16
     assert routing.gates_GSE.dtype == torch.float32
 

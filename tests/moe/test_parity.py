@@ -9,7 +9,7 @@ import torch
 
 from vmoe.moe import MoeConfig, losses
 from vmoe.moe.assignment import Capacity, assign, expert_capacity
-from vmoe.moe.experts import Experts
+from vmoe.moe.experts import Experts, ExpertSpec
 from vmoe.moe.groups import Groups
 from vmoe.moe.routers import token_choice
 from vmoe.moe.routing import Routing
@@ -74,7 +74,9 @@ class Case:
         routing = token_choice(logits, noisy, groups, self.moe.top_k)
         self.routing = assign(routing, Capacity(capacity), dispatcher["batch_priority"])
 
-        self.experts = Experts(self.moe.num_experts, width, out_width, out_width, torch.nn.Tanh(), bias=(True, False))
+        self.experts = Experts(
+            self.moe.num_experts, ExpertSpec(width, out_width, out_width, torch.nn.Tanh(), bias=(True, False))
+        )
         with torch.no_grad():  # the second layer is the identity: recorded experts have one layer
             self.experts.fc1.weight.copy_(recorded(f"{shared}/expert_A").transpose(1, 2))
             self.experts.fc1.bias.copy_(recorded(f"{shared}/expert_b"))

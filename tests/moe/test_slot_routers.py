@@ -11,7 +11,7 @@ from torch import nn
 import vmoe
 from vmoe import MoeConfig, MoeMlp
 from vmoe.moe.assignment import Capacity, CapacityError, expert_choice
-from vmoe.moe.experts import Experts
+from vmoe.moe.experts import Experts, ExpertSpec
 from vmoe.moe.groups import Groups
 from vmoe.moe.scores import full_precision_linear
 from vmoe.moe.slot_routers import SoftRouter
@@ -39,7 +39,7 @@ class Case:
         self.cotangent = recorded(f"{shared}/cotangent")
         width, out_width = self.x.shape[-1], self.cotangent.shape[-1]
         num_experts = self.case["num_experts"]
-        self.experts = Experts(num_experts, width, out_width, out_width, nn.Tanh(), bias=(True, False))
+        self.experts = Experts(num_experts, ExpertSpec(width, out_width, out_width, nn.Tanh(), bias=(True, False)))
         with torch.no_grad():
             self.experts.fc1.weight.copy_(recorded(f"{shared}/expert_A").transpose(1, 2))
             self.experts.fc1.bias.copy_(recorded(f"{shared}/expert_b"))
@@ -111,7 +111,7 @@ def test_soft(name, monkeypatch):
     if moe.noise:
         draws = recorded(f"{name}/noise_unit_normal")
         monkeypatch.setattr(torch, "randn_like", lambda like: draws.reshape(like.shape))
-    routing = router(run.x.flatten(0, 1), run.groups, None)
+    routing, _ = router(run.x.flatten(0, 1), run.groups, None)
     for part, values in (("dispatch", routing.dispatch_GSEC()), ("combine", routing.combine_GSEC())):
         if f"{name}/{part}_weights" in RECORDED.files:
             torch.testing.assert_close(values, recorded(f"{name}/{part}_weights"), **TOLERANCE)

@@ -16,7 +16,7 @@ from vmoe.bench import peers
 from vmoe.bench.cases import LayerCase, given_routing
 from vmoe.bench.timing import Measurement, Say, TimedJob, matmul_peak, reason_of_failure, release, time_jobs
 from vmoe.moe import MoeConfig, MoeMlp
-from vmoe.moe.experts import Experts
+from vmoe.moe.experts import Experts, ExpertSpec
 
 LAYER_CALLS_ON_GPU = 4  # between two readings of the clock
 SQUARE_ON_GPU, SQUARE = 8192, 2048  # a product that any device is good at
@@ -128,8 +128,8 @@ def _experts_job(
     case: LayerCase, device: torch.device, dtype: torch.dtype, *, keep_casts=False, recompute=False, dropless=False,
     inference=False,
 ) -> TimedJob:  # fmt: skip
-    sizes = (case.num_experts, case.width, case.hidden, case.width)
-    experts = Experts(*sizes, nn.GELU(), recompute_activation=recompute, device=device)
+    spec = ExpertSpec(case.width, case.hidden, case.width, nn.GELU())
+    experts = Experts(case.num_experts, spec, recompute_activation=recompute, device=device)
     if keep_casts:
         experts.keep_casts()
     return _given_routing_job(experts, case, device, dtype, dropless, inference)

@@ -318,7 +318,7 @@ def shares_of_choices(model: nn.Module, images: Tensor) -> dict[str, float]:
     choices: dict[str, int] = {}
 
     def counter(name: str, layer: MoeMlp) -> Callable[..., None]:
-        def count(router: nn.Module, inputs: tuple, routing: object) -> None:
+        def count(router: nn.Module, inputs: tuple, output: object) -> None:
             choices[name] = len(inputs[0]) * (1 if layer.config.fills_slots else layer.config.top_k)
 
         return count

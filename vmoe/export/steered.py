@@ -15,12 +15,12 @@ from vmoe.errors import UserError
 from vmoe.export.layer import ExportedMoe, MakeLinear, exportable_copy
 from vmoe.export.programs import TOLERANCE, make_attention_plain, quiet, reason_of, write_onnx
 from vmoe.moe import MoeMlp, moe_layers
-from vmoe.moe.assignment import Capacity, assign, rank_by_counting
+from vmoe.moe.assignment import Capacity, assign
 from vmoe.moe.groups import Groups
 from vmoe.moe.routers import token_choice
 from vmoe.routing.recording import LayerRouting, record_routing
 
-ROUTERS = ("token_choice", "cosine")
+STEERABLE_ROUTERS = ("token_choice", "cosine")
 INPUTS = ("images", "bias", "capacity_factor")
 OFF = -1e9  # added to the score of an expert that is switched off: its gate is 0
 
@@ -43,7 +43,7 @@ class SteeredMoe(ExportedMoe):
         scores_GSE = groups.split(self.router.scores(x_TD)[0] + self.controls["bias_E"])
         routing = token_choice(scores_GSE, scores_GSE, groups, moe.top_k, moe.renormalize, valid_GS)
         capacity = Capacity.by_tensor(groups, moe, self.controls["capacity_factor"])
-        routing = assign(routing, capacity, moe.batch_priority, rank_by_counting)
+        routing = assign(routing, capacity, moe.batch_priority, exportable=True)
         self.told[:] = [routing.gates_GSE, routing.chosen_GSK.to(torch.int32), routing.kept_GSK.to(torch.int32)]
         return self._by_choices(x_TD, routing)
 
@@ -64,8 +64,10 @@ class SteeredModel(nn.Module):
         if not layers:
             raise ValueError("a dense model without experts; give a V-MoE's checkpoint")
         for name, layer in layers:
-            if layer.config.router not in ROUTERS:
-                raise ValueError(f"{name}: its router is {layer.config.router}; the page knows {', '.join(ROUTERS)}")
+            if layer.config.router not in STEERABLE_ROUTERS:
+                raise ValueError(
+                    f"{name}: its router is {layer.config.router}; the page knows {', '.join(STEERABLE_ROUTERS)}"
+                )
         self.model = exportable_copy(model, layer_type=SteeredMoe)
         make_attention_plain(self.model)
         self.names = [name for name, _ in layers]

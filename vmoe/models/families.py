@@ -13,11 +13,11 @@ from torch.overrides import TorchFunctionMode
 
 from vmoe.moe import MoeMlp
 from vmoe.moe.attached import tensors_in
-from vmoe.moe.mlps import LAYOUTS, class_key, split_leading_norm, take_apart
+from vmoe.moe.mlps import PART_NAMES, class_key, split_leading_norm, take_apart
 
 _BATCH_NORM = "MLPs with batch norms, which experts do not have"
 _CLASS_TOKEN = "MLPs that see only a class token"
-# Why MLPs cannot, by the file of timm and the class; those that `LAYOUTS` knows too sometimes can.
+# Why MLPs cannot, by the file of timm and the class; those that `PART_NAMES` knows too sometimes can.
 REFUSALS = {
     "mlp.GlobalResponseNormMlp": "MLPs that mix tokens (global response norm)",
     "mlp.GatedMlp": "MLPs that mix tokens (spatial gate)",
@@ -83,7 +83,7 @@ def survey(model: nn.Module, image_size: int | tuple[int, int] | None = None) ->
     """
     if any(isinstance(module, MoeMlp) for module in model.modules()):
         raise ValueError(f"{type(model).__name__} has MoE layers already; sparsify a dense model")
-    mlps = {name: module for name, module in model.named_modules() if class_key(module) in {**LAYOUTS, **REFUSALS}}
+    mlps = {name: module for name, module in model.named_modules() if class_key(module) in {**PART_NAMES, **REFUSALS}}
     left_out = {name: reason for name in mlps if (reason := _static_reason(model, name))}
     candidates = [name for name in mlps if name not in left_out]
     calls = _watch(model, candidates, image_size) if candidates else []
@@ -165,7 +165,7 @@ def _static_reason(model: nn.Module, name: str) -> str | None:
     if name.endswith("mlp_tokens"):
         return "MLPs that mix tokens"
     reason = REFUSALS.get(class_key(mlp))
-    if reason and class_key(mlp) not in LAYOUTS:
+    if reason and class_key(mlp) not in PART_NAMES:
         return reason
     try:
         take_apart(split_leading_norm(mlp)[1])

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from vmoe.moe.layer import MoeMlp, Statistics
     from vmoe.moe.routing import ExpertChoiceRouting, Routing, SlotRouting, SoftRouting
 else:  # a config can be read without torch
-    _CONTROL = (
+    CONTROL_NAMES = (
         "auxiliary_loss", "moe_layers", "set_auxiliary_scale", "set_eval_capacity_factor", "set_top_k",
         "update_router_biases",
     )  # fmt: skip
@@ -25,7 +25,7 @@ else:  # a config can be read without torch
         __name__,
         {
             "vmoe.moe.config": ["MoeConfig"],
-            "vmoe.moe.control": _CONTROL,
+            "vmoe.moe.control": CONTROL_NAMES,
             "vmoe.moe.layer": ["MoeMlp", "Statistics"],
             "vmoe.moe.routing": ["ExpertChoiceRouting", "Routing", "SlotRouting", "SoftRouting"],
         },

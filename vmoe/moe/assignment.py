@@ -9,7 +9,7 @@ flow of a group is the order in which its choices ask for slots.
 """
 
 import math
-from collections.abc import Callable
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -18,10 +18,9 @@ from torch import Tensor
 
 from vmoe.moe.config import MoeConfig
 from vmoe.moe.groups import Groups
-from vmoe.moe.kernels import fused_for
+from vmoe.moe.kernels import PLAIN, Kernels
+from vmoe.moe.kernels.sizes import MAX_COMPARED, MAX_EXPERTS
 from vmoe.moe.routing import ExpertChoiceRouting, Routing
-
-Rank = Callable[[Tensor, Tensor | None, int], Tensor]  # see `rank_by_sorting`
 
 
 class CapacityError(ValueError):
@@ -173,7 +172,11 @@ class Capacity(NamedTuple):
 
 
 def assign(
-    routing: Routing, capacity: Capacity | None, batch_priority: bool = False, rank: Rank | None = None
+    routing: Routing,
+    capacity: Capacity | None,
+    batch_priority: bool = False,
+    kernels: Kernels = PLAIN,
+    exportable: bool = False,
 ) -> Routing:
     """Hands out each expert's slots, group by group: every token's first choice, then every second choice, ...
 
@@ -184,7 +187,8 @@ def assign(
         routing: The router's decision.
         capacity: C; None where nothing is dropped but the choices of padding.
         batch_priority: Order tokens by their gate.
-        rank: How ranks are computed, for all of which the result is the same; when not given, the fastest way here.
+        kernels: Which compute it.
+        exportable: Uses only operators that every exporter knows. The result is the same.
 
     Returns:
         The routing with `kept_GSK`, `slots_GSK` and `capacity` filled in, as far as there is a capacity.
@@ -197,7 +201,12 @@ def assign(
     if is_real_GSK is not None:  # no expert: padding takes no slot
         chosen_GSK = torch.where(is_real_GSK, chosen_GSK, num_experts)
     priority_GS = priority(routing) if batch_priority else None
-    slots_GSK = (rank or _rank)(chosen_GSK, priority_GS, num_experts)
+    if exportable:
+        slots_GSK = rank_by_counting(chosen_GSK, priority_GS, num_experts)
+    elif kernels.routing is not None:
+        slots_GSK = _rank_by_kernels(kernels.routing, chosen_GSK, priority_GS, num_experts)
+    else:
+        slots_GSK = rank_by_sorting(chosen_GSK, priority_GS, num_experts)
     kept_GSK = slots_GSK < (capacity.most if capacity.each_G is None else capacity.each_G[:, None, None])
     if is_real_GSK is not None:
         kept_GSK = kept_GSK & is_real_GSK
@@ -210,17 +219,6 @@ def priority(routing: Routing) -> Tensor:
     return best_GS if routing.valid_GS is None else best_GS.masked_fill(~routing.valid_GS, -1.0)
 
 
-def _rank(chosen_GSK: Tensor, priority_GS: Tensor | None, num_experts: int) -> Tensor:
-    fused = fused_for(chosen_GSK)
-    if fused is None:
-        return rank_by_sorting(chosen_GSK, priority_GS, num_experts)
-    order_GS = None
-    if priority_GS is not None:
-        is_short = priority_GS.shape[1] <= fused.MAX_COMPARED
-        order_GS = fused.falling_order(priority_GS) if is_short else descending_order(priority_GS)
-    return (fused.ranks if num_experts <= fused.MAX_EXPERTS else rank_in_order)(chosen_GSK, order_GS, num_experts)
-
-
 def rank_by_sorting(chosen_GSK: Tensor, priority_GS: Tensor | None, num_experts: int) -> Tensor:
     """How many choices of the same expert come before each one (G, S, K): all first choices, then all second ones, ...
 
@@ -230,11 +228,11 @@ def rank_by_sorting(chosen_GSK: Tensor, priority_GS: Tensor | None, num_experts:
             where all come in that order.
         num_experts: E.
     """
-    order_GS = None if priority_GS is None else descending_order(priority_GS)
+    order_GS = None if priority_GS is None else sorted_order(priority_GS)
     return rank_in_order(chosen_GSK, order_GS, num_experts)
 
 
-def descending_order(priority_GS: Tensor) -> Tensor:
+def sorted_order(priority_GS: Tensor) -> Tensor:
     """The tokens of each group (G, S) by descending priority, equals in their old order."""
     return priority_GS.argsort(dim=1, descending=True, stable=True)
 
@@ -258,6 +256,17 @@ def rank_among_equals(values_GN: Tensor) -> Tensor:
     return torch.empty_like(rank_GN).scatter(1, order_GN, rank_GN)
 
 
+def _rank_by_kernels(
+    routing_kernels: ModuleType, chosen_GSK: Tensor, priority_GS: Tensor | None, num_experts: int
+) -> Tensor:
+    """`rank_by_sorting` by Triton's kernels, as far as their limits go."""
+    order_GS = None
+    if priority_GS is not None:
+        by_kernel = priority_GS.shape[1] <= MAX_COMPARED
+        order_GS = (routing_kernels.descending_order if by_kernel else sorted_order)(priority_GS)
+    return (routing_kernels.ranks if num_experts <= MAX_EXPERTS else rank_in_order)(chosen_GSK, order_GS, num_experts)
+
+
 def rank_by_counting(chosen_GSK: Tensor, priority_GS: Tensor | None, num_experts: int) -> Tensor:
     """`rank_by_sorting` in operators that every exporter knows: no sort, which ONNX does not promise to be stable."""
     one_hot_GSKE = F.one_hot(chosen_GSK, num_experts + 1)[..., :num_experts]  # no expert is a row of zeros
@@ -273,7 +282,7 @@ def rank_by_counting(chosen_GSK: Tensor, priority_GS: Tensor | None, num_experts
 
 
 def _place_by_counting(priority_GS: Tensor) -> Tensor:
-    """Where each token stands in `descending_order`, (G, S)."""
+    """Where each token stands in `sorted_order`, (G, S)."""
     index_S = torch.arange(priority_GS.shape[1], device=priority_GS.device)
     is_before_GSS = priority_GS[:, None, :] > priority_GS[:, :, None]
     is_tied_before_GSS = (priority_GS[:, None, :] == priority_GS[:, :, None]) & (index_S[None, :] < index_S[:, None])

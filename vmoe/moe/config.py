@@ -67,8 +67,8 @@ class MoeConfig:
         backend: What computes the experts: "fused" (Triton's kernels and library products, NVIDIA GPUs), "cpu",
             "padded" (batched products, needs a capacity), "segments" (any device, any experts) or "auto", the fastest
             that can. Where the named one cannot serve, another does, with a warning.
-        recompute_activation: The "fused" backend computes the experts' activations anew in the backward pass instead of
-            keeping them: less memory, a little slower.
+        recompute_activation: The "fused" backend computes the experts' activations once more in the backward pass
+            instead of keeping them: less memory, a little slower.
 
     Raises:
         ValueError: A field's value is not allowed; the message names the field, its value and what is allowed.

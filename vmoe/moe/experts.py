@@ -1,6 +1,6 @@
 """Experts: MLPs of one shape with stacked weights, and the choice of a backend that computes them.
 
-T tokens of width D; H hidden width of an expert; E experts; K choices a token; R rows of the buffer that experts
+T tokens of width D; H hidden width of an expert; E experts; K choices per token; R rows of the buffer that experts
 compute.
 """
 
@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from vmoe.moe.attached import is_bare
-from vmoe.moe.kernels import composed, cpu, fused_for, padded, segments
+from vmoe.moe.kernels import PLAIN, Kernels, kernels_for
+from vmoe.moe.kernels.experts import composed, cpu, padded, requirements, segments
+from vmoe.moe.kernels.experts.memory import shared_memory
 from vmoe.moe.kernels.interface import Choices, Mlp
-from vmoe.moe.kernels.memory import shared_memory
 from vmoe.moe.kernels.operators import is_traced, is_transformed
 from vmoe.moe.mlps import Glu
 from vmoe.moe.routing import Routing, SlotRouting
@@ -86,6 +87,33 @@ class ExpertNorm(nn.Module):
         return x_RH if self.bias is None else x_RH + self.bias.to(x_RH.dtype)[expert_R]
 
 
+class ExpertSpec(NamedTuple):
+    """The MLP that every expert is.
+
+    Attributes:
+        in_features: D.
+        hidden_features: H.
+        out_features: Width of the results.
+        activation: Between the two layers. Before a `Glu` the first layer is twice as wide.
+        norm_layer: Makes the LayerNorm behind the activation, or None.
+        bias: Whether the first and the second layer have biases.
+        dropout: Dropout rate behind the activation.
+    """
+
+    in_features: int
+    hidden_features: int
+    out_features: int
+    activation: nn.Module
+    norm_layer: Callable[[int], nn.Module] | None = None
+    bias: tuple[bool, bool] = (True, True)
+    dropout: float = 0.0
+
+    @property
+    def first_width(self) -> int:
+        """Width of the first layer's results."""
+        return self.hidden_features * (2 if isinstance(self.activation, Glu) else 1)
+
+
 # Parametrizations hold the module's own parameters too; the modules that they call may have others, of any shape
 _STACKED = (ExpertLinear, ExpertNorm, ParametrizationList)
 
@@ -101,15 +129,9 @@ class Experts(nn.Module):
 
     Args:
         num_experts: E.
-        in_features: D.
-        hidden_features: H.
-        out_features: Width of the results.
-        activation: Between the two layers. Before a `Glu` the first layer is twice as wide.
-        norm_layer: Makes the LayerNorm behind the activation, or None.
-        bias: Whether the first and the second layer have biases.
-        hidden_dropout: Dropout rate behind the activation.
-        backend: See `MoeConfig`, like `recompute_activation`.
-        recompute_activation: Computes the activations anew in the backward pass.
+        spec: What each of them is.
+        backend: See `MoeConfig`, as for `recompute_activation`.
+        recompute_activation: Computes the activations once more in the backward pass.
         device: Where the parameters are created.
         dtype: Their type.
     """
@@ -117,13 +139,7 @@ class Experts(nn.Module):
     def __init__(
         self,
         num_experts: int,
-        in_features: int,
-        hidden_features: int,
-        out_features: int,
-        activation: nn.Module,
-        norm_layer: Callable[[int], nn.Module] | None = None,
-        bias: tuple[bool, bool] = (True, True),
-        hidden_dropout: float = 0.0,
+        spec: ExpertSpec,
         backend: str = "auto",
         recompute_activation: bool = False,
         device=None,
@@ -131,14 +147,13 @@ class Experts(nn.Module):
     ) -> None:
         super().__init__()
         placement = {"device": device, "dtype": dtype}
-        first_width = hidden_features * (2 if isinstance(activation, Glu) else 1)
-        self.fc1 = ExpertLinear(num_experts, in_features, first_width, bias[0], **placement)
-        self.act = activation
-        self.drop1 = nn.Dropout(hidden_dropout)
+        self.fc1 = ExpertLinear(num_experts, spec.in_features, spec.first_width, spec.bias[0], **placement)
+        self.act = spec.activation
+        self.drop1 = nn.Dropout(spec.dropout)
         self.norm = None
-        if norm_layer is not None:
-            self.norm = ExpertNorm(num_experts, norm_layer(hidden_features), **placement)
-        self.fc2 = ExpertLinear(num_experts, hidden_features, out_features, bias[1], **placement)
+        if spec.norm_layer is not None:
+            self.norm = ExpertNorm(num_experts, spec.norm_layer(spec.hidden_features), **placement)
+        self.fc2 = ExpertLinear(num_experts, spec.hidden_features, spec.out_features, spec.bias[1], **placement)
         self.backend, self.recompute_activation = backend, recompute_activation
         self._casts: dict[int, _KeptCast] | None = None
         self._memory = shared_memory()  # which is kept while there are experts
@@ -152,15 +167,22 @@ class Experts(nn.Module):
         parts = [part for module in self.stacked() for part in module.modules() if isinstance(part, _STACKED)]
         return [parameter for part in parts for parameter in part.parameters(recurse=False)]
 
-    def forward(self, x_TD: Tensor, routing: Routing | SlotRouting) -> Tensor:
-        """(T, D) -> (T, out). Runs in autocast's type where autocast is on."""
+    def forward(self, x_TD: Tensor, routing: Routing | SlotRouting, kernels: Kernels | None = None) -> Tensor:
+        """(T, D) -> (T, out). Runs in autocast's type where autocast is on.
+
+        Args:
+            x_TD: The tokens.
+            routing: Which experts take them.
+            kernels: As the layer chose them; when not given, chosen here.
+        """
         dtype = compute_dtype(x_TD)
         mlp = self._mlp(dtype, x_TD)
         if isinstance(routing, Routing):
             choices = Choices.of(routing)
-            x_TD = x_TD if routing.x_TD is None else routing.x_TD
-            return choose_backend(x_TD, choices, mlp, self.backend).expert_mlp(x_TD, choices, mlp)
-        return routing.combine(composed.two_layers(routing.dispatch(x_TD.to(dtype)), mlp, None, padded.linear))
+            kernels = kernels_for(x_TD) if kernels is None else kernels
+            return choose_backend(x_TD, choices, mlp, self.backend, kernels).expert_mlp(x_TD, choices, mlp)
+        slots_RD = routing.dispatch(x_TD.to(dtype))
+        return routing.combine(composed.two_layers(slots_RD, mlp, None, padded.padded_linear))
 
     def layers(self, x_TD: Tensor | None = None) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
         """Weight (E, out, in) and bias (E, out) or None of both layers, with what is attached to them (`ExpertLinear`).
@@ -186,7 +208,7 @@ class Experts(nn.Module):
         """The weight in another type, without gradient; kept while it does not change, where that was asked for."""
         if self._casts is None or weight.dtype == dtype or is_traced():
             return weight.detach().to(dtype)
-        # others than parameters are made anew in each pass, and those made in inference mode count no changes
+        # others than parameters are made once more in each pass, and those made in inference mode count no changes
         if not isinstance(weight, nn.Parameter) or weight.is_inference() or _is_capturing(weight):
             return weight.detach().to(dtype)
         state = (weight._version, weight.data_ptr(), dtype)
@@ -200,8 +222,8 @@ class Experts(nn.Module):
     def keep_casts(self, keep: bool = True) -> None:
         """Keeps the weights' copies in autocast's type between forward passes, until an update changes the weights.
 
-        Saves a pass over the weights for all but the first of the micro-steps of an update, for their memory in that
-        type. Changes that autograd cannot see, through `.data` or in a CUDA graph, would be missed: then call it anew.
+        Saves a pass over the weights in each micro-step of an update after the first, for their memory in that type.
+        It misses changes that autograd cannot see, through `.data` or in a CUDA graph: then call this again.
         """
         self._casts = {} if keep else None
 
@@ -210,28 +232,18 @@ class Experts(nn.Module):
 
 
 class SharedExpert(nn.Module):
-    """The experts that take every token, as one MLP of their joint width."""
+    """The experts that take every token, as one MLP of their joint width, which `spec` has as its hidden width."""
 
-    def __init__(
-        self,
-        in_features: int,
-        hidden_features: int,
-        out_features: int,
-        activation: nn.Module,
-        norm_layer: Callable[[int], nn.Module] | None = None,
-        bias: tuple[bool, bool] = (True, True),
-        hidden_dropout: float = 0.0,
-        device=None,
-        dtype=None,
-    ) -> None:
+    def __init__(self, spec: ExpertSpec, device=None, dtype=None) -> None:
         super().__init__()
         placement = {"device": device, "dtype": dtype}
-        first_width = hidden_features * (2 if isinstance(activation, Glu) else 1)
-        self.fc1 = nn.Linear(in_features, first_width, bias[0], **placement)
-        self.act = activation
-        self.drop1 = nn.Dropout(hidden_dropout)
-        self.norm = nn.Identity() if norm_layer is None else norm_layer(hidden_features).to(device, dtype)
-        self.fc2 = nn.Linear(hidden_features, out_features, bias[1], **placement)
+        self.fc1 = nn.Linear(spec.in_features, spec.first_width, spec.bias[0], **placement)
+        self.act = spec.activation
+        self.drop1 = nn.Dropout(spec.dropout)
+        self.norm = nn.Identity()
+        if spec.norm_layer is not None:
+            self.norm = spec.norm_layer(spec.hidden_features).to(device, dtype)
+        self.fc2 = nn.Linear(spec.hidden_features, spec.out_features, spec.bias[1], **placement)
         _start(self.fc1)
         _start(self.fc2)
 
@@ -239,7 +251,9 @@ class SharedExpert(nn.Module):
         return self.fc2(self.norm(self.drop1(self.act(self.fc1(x)))))
 
 
-def choose_backend(x_TD: Tensor, choices: Choices, mlp: Mlp, name: str = "auto") -> ModuleType:
+def choose_backend(
+    x_TD: Tensor, choices: Choices, mlp: Mlp, name: str = "auto", kernels: Kernels = PLAIN
+) -> ModuleType:
     """The backend of that name, or another with one warning where it cannot serve.
 
     "auto": `fused` on a GPU and `cpu` on a CPU wherever they can; else `padded` on a GPU where there is a capacity;
@@ -249,9 +263,9 @@ def choose_backend(x_TD: Tensor, choices: Choices, mlp: Mlp, name: str = "auto")
     if x_TD.is_meta:
         return segments
     if name != "auto" and x_TD.shape[0]:
-        reason = _reason_against(name, x_TD, choices, mlp)
+        reason = _reason_against(name, x_TD, choices, mlp, kernels)
         if reason is None:
-            named = {"fused": fused_for(x_TD), "cpu": cpu, "padded": padded, "segments": segments}[name]
+            named = {"fused": kernels.experts, "cpu": cpu, "padded": padded, "segments": segments}[name]
             assert named is not None
             return named
         _warn_once(f'backend="{name}": {reason}; another backend is used')
@@ -259,24 +273,22 @@ def choose_backend(x_TD: Tensor, choices: Choices, mlp: Mlp, name: str = "auto")
         return cpu
     if not x_TD.is_cuda or x_TD.shape[0] == 0:
         return segments
-    fused = fused_for(x_TD)
-    if fused is not None and fused.what_it_lacks(mlp) is None:
-        misfit = fused.what_does_not_fit(mlp)
+    if kernels.experts is not None and requirements.what_it_lacks(mlp) is None:
+        misfit = requirements.what_does_not_fit(mlp)
         if misfit is None:
-            return fused
+            return kernels.experts
         _warn_once(f"experts with {misfit}: too odd for the fused kernels, so slower ones are used")
     return segments if choices.capacity is None else padded
 
 
-def _reason_against(name: str, x_TD: Tensor, choices: Choices, mlp: Mlp) -> str | None:
+def _reason_against(name: str, x_TD: Tensor, choices: Choices, mlp: Mlp, kernels: Kernels) -> str | None:
     """Why a backend cannot serve; None when it can."""
     if name in ("fused", "cpu") and is_transformed():
         return "torch.func cannot transform it"
     if name == "fused":
-        fused = fused_for(x_TD)
-        if fused is None:
+        if kernels.experts is None:
             return "it needs an NVIDIA GPU and Triton"
-        lacking = fused.what_it_lacks(mlp) or fused.what_does_not_fit(mlp)
+        lacking = requirements.what_it_lacks(mlp) or requirements.what_does_not_fit(mlp)
         return lacking and f"it does not take {lacking}"
     if name == "cpu":
         return None if x_TD.is_cpu and cpu.takes(mlp) else "it computes two layers with GELU between them, on a CPU"

@@ -15,18 +15,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vmoe.moe.assignment import Capacity, assign, rank_by_counting, taken_by_threshold
+from vmoe.moe.assignment import Capacity, assign, taken_by_threshold
 from vmoe.moe.config import MoeConfig
 from vmoe.moe.experts import Experts, compute_dtype
 from vmoe.moe.groups import Groups
 from vmoe.moe.routing import Routing
-from vmoe.moe.scores import scores
+from vmoe.moe.scores import gate_scores
 
 
 def why_not_exportable(moe: MoeConfig) -> str | None:
     """Why no file could compute what such a layer computes at evaluation, in half a line; None when one can."""
     if moe.router == "random":
-        return 'router="random" draws its experts anew each time, so no file could give the same results'
+        return 'router="random" draws its experts each time, so no file could give the same results'
     if moe.router == "balanced":
         return 'router="balanced" is for benchmarks: it chooses experts by an image\'s place in the batch'
     if moe.eval_capacity_factor is not None and not moe.fills_slots and moe.routing_group not in ("image", 1):
@@ -84,18 +84,18 @@ class ExportableForm(ABC):
 
     def _routed(self, x_TD: Tensor, groups: Groups, valid_GS: Tensor | None) -> Tensor:
         if self.config.router == "soft":
-            routing = self.router(x_TD, groups, valid_GS)
+            routing, _ = self.router(x_TD, groups, valid_GS)
             slots_END = routing.dispatch(x_TD).view(self.config.num_experts, -1, x_TD.shape[-1])
             results = [self.one_expert(index, slots_ND) for index, slots_ND in enumerate(slots_END.unbind(0))]
             return routing.combine(torch.cat(results))
         capacity = Capacity.of_pass(groups, valid_GS, self.config, is_training=False, exportable=True)
         if self.config.router == "expert_choice":
-            gates_GSE = groups.split(scores(x_TD, self.router.gate)).softmax(-1)
+            gates_GSE = groups.split(gate_scores(x_TD, self.router.gate)).softmax(-1)
             assert capacity is not None  # experts that choose have slots
             is_taken_GSE = taken_by_threshold(gates_GSE, capacity, valid_GS)
             return self._by_experts(x_TD, gates_GSE.flatten(0, 1), is_taken_GSE.flatten(0, 1))
-        routing = assign(self.router(x_TD, groups, valid_GS), capacity, self.config.batch_priority, rank_by_counting)
-        return self._by_choices(x_TD, routing)
+        routing, _ = self.router(x_TD, groups, valid_GS)
+        return self._by_choices(x_TD, assign(routing, capacity, self.config.batch_priority, exportable=True))
 
     def _by_choices(self, x_TD: Tensor, routing: Routing) -> Tensor:
         """The weighted sum of what the chosen experts with a free slot make of each token, (T, O)."""

@@ -1,6 +1,6 @@
 """The MoE layer: route, assign, run the experts, combine.
 
-B images of N tokens, T = B*N tokens of width D; G groups of S tokens; E experts; K choices a token; C capacity.
+B images of N tokens, T = B*N tokens of width D; G groups of S tokens; E experts; K choices per token; C capacity.
 """
 
 from collections.abc import Callable
@@ -12,14 +12,15 @@ from torch import Tensor, nn
 from vmoe.moe import losses
 from vmoe.moe.assignment import Capacity, assign
 from vmoe.moe.config import MoeConfig
-from vmoe.moe.experts import Experts, SharedExpert
+from vmoe.moe.experts import Experts, ExpertSpec, SharedExpert
 from vmoe.moe.exportable import LayerForm, why_layer_not_exportable
 from vmoe.moe.groups import Groups
+from vmoe.moe.kernels import Kernels, kernels_for
 from vmoe.moe.kernels.operators import is_transformed
 from vmoe.moe.mlps import take_apart
 from vmoe.moe.passes import Mark
 from vmoe.moe.routers import ROUTERS, SoftRouter
-from vmoe.moe.routing import Routing, SlotRouting
+from vmoe.moe.routing import Routed, Routing, SlotRouting
 
 
 class Statistics(NamedTuple):
@@ -48,7 +49,7 @@ class MoeMlp(nn.Module):
 
     Args:
         in_features: D.
-        hidden_features: Hidden width of the MLP whose place the layer takes, `in_features` when not given. An expert's
+        hidden_features: Hidden width of the MLP that the layer replaces, `in_features` when not given. An expert's
             is H, `moe.expert_width` times that.
         out_features: `in_features` when not given.
         act_layer: Makes the activation of the hidden layer; a `Glu` takes a first layer twice as wide.
@@ -57,7 +58,7 @@ class MoeMlp(nn.Module):
         drop: Dropout rates of the hidden layer and of the output.
         use_conv: Tokens come channels first, (B, in_features, rows, columns), as for timm's convolutional MLPs.
         moe: The configuration; its `layers` is not used here.
-        tokens: N, tokens an image; Soft MoE makes its slots for that many and needs it.
+        tokens: N, tokens per image; Soft MoE makes its slots for that many and needs it.
         device: Where the parameters are created.
         dtype: Their type.
 
@@ -108,27 +109,16 @@ class MoeMlp(nn.Module):
             self.router = router(in_features, moe, tokens, **placement)
         else:
             self.router = router(in_features, moe, **placement)
-        self.experts = Experts(
-            moe.num_experts,
-            in_features,
-            hidden_features,
-            out_features,
-            act_layer(),
-            norm_layer,
-            bias,
-            hidden_drop,
-            moe.backend,
-            moe.recompute_activation,
-            **placement,
-        )
+        spec = ExpertSpec(in_features, hidden_features, out_features, act_layer(), norm_layer, bias, hidden_drop)
+        self.experts = Experts(moe.num_experts, spec, moe.backend, moe.recompute_activation, **placement)
         self.shared: SharedExpert | None = None
         if moe.shared_experts:
-            shape = (in_features, moe.shared_experts * hidden_features, out_features)
-            self.shared = SharedExpert(*shape, act_layer(), norm_layer, bias, hidden_drop, **placement)
+            joint_width = moe.shared_experts * hidden_features
+            self.shared = SharedExpert(spec._replace(hidden_features=joint_width, activation=act_layer()), **placement)
         self.drop2 = nn.Dropout(output_drop)
         self.out_features = out_features
         self.auxiliary_scale: Tensor | None
-        # Not a parameter, and not worth a place in a checkpoint
+        # no parameter, and the training loop sets it: it belongs to no checkpoint
         self.register_buffer("auxiliary_scale", None, persistent=False)
         self.statistics: Statistics | None = None
         self.last_auxiliary_loss: Tensor | None = None
@@ -144,7 +134,7 @@ class MoeMlp(nn.Module):
         Args:
             mlp: timm's `Mlp`, `GluMlp`, `SwiGLU` or one with the same names for its parts.
             moe: The configuration.
-            tokens: N, tokens an image, for Soft MoE.
+            tokens: N, tokens per image, for Soft MoE.
 
         Raises:
             ValueError: The MLP mixes tokens, or has a part that experts do not have.
@@ -203,14 +193,15 @@ class MoeMlp(nn.Module):
         groups = self._groups(x)
         valid_GS = groups.valid(None if token_mask is None else token_mask.reshape(-1), x.device)
 
-        routing = self._route(x_TD, groups, valid_GS)
+        kernels = kernels_for(x_TD)
+        routing, routed_TD = self._route(x_TD, groups, valid_GS, kernels)
         for record in self.recorders:
             record(routing, shape)
-        y_TD = self.experts(x_TD, routing)
+        y_TD = self.experts(routed_TD, routing, kernels)  # dispatch, the expert MLPs, combine
         if self.shared is not None:
             shared_TD = self.shared(x_TD)
             y_TD = y_TD + (shared_TD if token_mask is None else shared_TD.masked_fill(~token_mask.reshape(-1, 1), 0))
-        y_TD = self._account(routing, y_TD)
+        y_TD = self._account(routing, y_TD, kernels)
 
         y = self.drop2(y_TD.view(*x.shape[:-1], self.out_features))
         return y.movedim(-1, 1) if self.use_conv else y
@@ -230,18 +221,19 @@ class MoeMlp(nn.Module):
             tokens = tokens * extent
         return Groups.of(x.shape[0], tokens, self.config.routing_group)
 
-    def _route(self, x_TD: Tensor, groups: Groups, valid_GS: Tensor | None) -> Routing | SlotRouting:
-        """The router's decision, with the choices beyond the experts' capacity dropped."""
+    def _route(self, x_TD: Tensor, groups: Groups, valid_GS: Tensor | None, kernels: Kernels) -> Routed:
+        """Route and assign: the router's decision, with the choices that find no slot dropped, and the tokens."""
         moe = self.config
         capacity = Capacity.of_pass(groups, valid_GS, moe, self.training)
         if moe.fills_slots:
-            return self.router(x_TD, groups, valid_GS, capacity)
-        return assign(self.router(x_TD, groups, valid_GS), capacity, moe.batch_priority)
+            return self.router(x_TD, groups, valid_GS, capacity, kernels)
+        routed = self.router(x_TD, groups, valid_GS, kernels)
+        return routed._replace(routing=assign(routed.routing, capacity, moe.batch_priority, kernels))
 
-    def _account(self, routing: Routing | SlotRouting, y_TD: Tensor) -> Tensor:
+    def _account(self, routing: Routing | SlotRouting, y_TD: Tensor, kernels: Kernels) -> Tensor:
         """Keeps the auxiliary loss and the statistics; changes no value of `y_TD`."""
         is_noisy = self.training and self.config.draws_noise
-        each, usage = losses.measure(routing, self.config, is_noisy)
+        each, usage = losses.losses_and_usage(routing, self.config, is_noisy, kernels)
         zero = routing.gates_GSE.new_zeros(())
         loss = losses.weighted_sum(each, self.config) if each else zero
         self.last_auxiliary_loss = loss

@@ -1,6 +1,6 @@
 """Auxiliary losses that keep all experts in use (Riquelme et al. 2021, appendix A.2, and others).
 
-G groups of S tokens; E experts; K choices. Every loss is computed a group and returned as (G,). With `valid_GS` only
+G groups of S tokens; E experts; K choices. Every loss is computed per group and returned as (G,). With `valid_GS` only
 real tokens count.
 """
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vmoe.moe.config import MoeConfig
-from vmoe.moe.kernels import fused_for
+from vmoe.moe.kernels import PLAIN, Kernels
 from vmoe.moe.routing import Routing, SlotRouting
 
 
@@ -29,10 +29,12 @@ class Usage(NamedTuple):
     entropy: Tensor
 
 
-def measure(routing: Routing | SlotRouting, moe: MoeConfig, is_noisy: bool) -> tuple[dict[str, Tensor], Usage]:
+def losses_and_usage(
+    routing: Routing | SlotRouting, moe: MoeConfig, is_noisy: bool, kernels: Kernels = PLAIN
+) -> tuple[dict[str, Tensor], Usage]:
     """The auxiliary losses (see `auxiliary_losses`) and the usage."""
-    if isinstance(routing, Routing) and (kernels := _kernels_for(routing, moe)) is not None:
-        return _measured_by(kernels, routing, moe, is_noisy)
+    if kernels.routing is not None and isinstance(routing, Routing) and _fits_kernels(kernels.routing, routing, moe):
+        return _by_kernels(kernels.routing, routing, moe, is_noisy)
     with torch.no_grad():
         usage = Usage(routing.load_E(), routing.dropped(), routing.entropy())
     return auxiliary_losses(routing, moe, is_noisy), usage
@@ -71,17 +73,16 @@ def _averaged(losses: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: loss_G.sum() / max(loss_G.shape[0], 1) for name, loss_G in losses.items()}
 
 
-def _kernels_for(routing: Routing, moe: MoeConfig) -> ModuleType | None:
-    # the gates of "hash" and "random" are no softmax of logits
-    fused = fused_for(routing.logits_GSE)
+def _fits_kernels(routing_kernels: ModuleType, routing: Routing, moe: MoeConfig) -> bool:
+    # the gates of "hash" and "random" are no softmax of logits, and the kernel knows no padding
     is_softmax = moe.router not in ("hash", "random") and routing.valid_GS is None
-    return fused if fused is not None and is_softmax and fused.takes_logits(routing.logits_GSE) else None
+    return is_softmax and routing_kernels.takes_logits(routing.logits_GSE)
 
 
-def _measured_by(
-    fused: ModuleType, routing: Routing, moe: MoeConfig, is_noisy: bool
+def _by_kernels(
+    routing_kernels: ModuleType, routing: Routing, moe: MoeConfig, is_noisy: bool
 ) -> tuple[dict[str, Tensor], Usage]:
-    importance, load, statistics, _ = fused.balance(
+    importance, load, statistics, _ = routing_kernels.balance(
         routing.logits_GSE,
         routing.noisy_logits_GSE if is_noisy else None,
         routing.chosen_GSK,
@@ -89,7 +90,8 @@ def _measured_by(
         moe.logit_noise,
     )
     losses = {"importance": importance, **({"load": load} if is_noisy else {})}
-    return {**losses, **_other_losses(routing, moe)}, Usage(statistics[:-2], statistics[-2], statistics[-1])
+    load_E, dropped, entropy = statistics[:-2], statistics[-2], statistics[-1]
+    return {**losses, **_other_losses(routing, moe)}, Usage(load_E, dropped, entropy)
 
 
 def weighted_sum(losses: dict[str, Tensor], moe: MoeConfig) -> Tensor:
@@ -109,7 +111,7 @@ def load_loss(
     """Squared coefficient of variation of the experts' expected load (equations 8 to 10).
 
     The load of an expert is the mean over tokens of the probability that it is among the top K when its noise is drawn
-    anew and the others' is kept. `noise_scale` is the noise's standard deviation.
+    once more and the others' is kept. `noise_scale` is the noise's standard deviation.
     """
     threshold_GS1 = noisy_logits_GSE.topk(top_k, dim=-1).values[..., -1:]
     chosen_probability_GSE = torch.special.ndtr((logits_GSE - threshold_GS1) / noise_scale)

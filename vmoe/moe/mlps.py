@@ -29,7 +29,7 @@ class Glu(nn.Module):
         return self.act(first) * second if self.gate_first else first * self.act(second)
 
 
-class Layout(NamedTuple):
+class PartNames(NamedTuple):
     """Under which names a class of MLPs keeps its parts.
 
     Attributes:
@@ -37,7 +37,7 @@ class Layout(NamedTuple):
         last: The second layer.
         act: The activation.
         norm: The norm behind the activation, if the class can have one.
-        leading_norm: The norm of the tokens, before the first layer, likewise.
+        leading_norm: The norm of the tokens before the first layer, if the class can have one.
         drops: The dropouts of the hidden layer and of the output.
         is_gated: Whether the activation of one half multiplies the other.
     """
@@ -51,20 +51,20 @@ class Layout(NamedTuple):
     is_gated: bool = False
 
 
-_CONV_MLP = Layout(norm=None, drops=("drop", None))
+_CONV_MLP = PartNames(norm=None, drops=("drop", None))
 # By the file of timm and the class. All work on one token at a time unless they have parts that are not named here.
-LAYOUTS = {
-    "mlp.Mlp": Layout(),
-    "mlp.GluMlp": Layout(is_gated=True),
-    "mlp.SwiGLU": Layout(first=("fc1_g", "fc1_x"), is_gated=True),
-    "mlp.GatedMlp": Layout(),
+PART_NAMES = {
+    "mlp.Mlp": PartNames(),
+    "mlp.GluMlp": PartNames(is_gated=True),
+    "mlp.SwiGLU": PartNames(first=("fc1_g", "fc1_x"), is_gated=True),
+    "mlp.GatedMlp": PartNames(),
     "mlp.ConvMlp": _CONV_MLP,
     "inception_next.ConvMlp": _CONV_MLP,
-    "vitamin.GeGluMlp": Layout(first=("w0", "w1"), last="w2", norm=None, leading_norm="norm", is_gated=True),
-    "tiny_vit.NormMlp": Layout(norm=None, leading_norm="norm"),
-    "swiftformer.Mlp": Layout(norm=None, leading_norm="norm1", drops=("drop", "drop")),
-    "visformer.SpatialMlp": Layout(("conv1",), "conv3", "act1", norm=None, drops=("drop1", "drop3")),
-    "gemma4_vit.Gemma4GatedMlp": Layout(
+    "vitamin.GeGluMlp": PartNames(first=("w0", "w1"), last="w2", norm=None, leading_norm="norm", is_gated=True),
+    "tiny_vit.NormMlp": PartNames(norm=None, leading_norm="norm"),
+    "swiftformer.Mlp": PartNames(norm=None, leading_norm="norm1", drops=("drop", "drop")),
+    "visformer.SpatialMlp": PartNames(("conv1",), "conv3", "act1", norm=None, drops=("drop1", "drop3")),
+    "gemma4_vit.Gemma4GatedMlp": PartNames(
         first=("gate_proj.linear", "up_proj.linear"),
         last="down_proj.linear",
         norm=None,
@@ -107,29 +107,29 @@ class MlpParts(NamedTuple):
 
 
 def class_key(module: nn.Module) -> str:
-    """The name of a module's class in `LAYOUTS`: its file and class."""
+    """The name of a module's class in `PART_NAMES`: its file and class."""
     return f"{type(module).__module__.rpartition('.')[2]}.{type(module).__name__}"
 
 
 def take_apart(mlp: nn.Module) -> MlpParts:
-    """Reads an MLP of a class in `LAYOUTS`, or of another with timm's names for its parts.
+    """Reads an MLP of a class in `PART_NAMES`, or of another with timm's names for its parts.
 
     Raises:
         ValueError: Its layers are no 1x1 convolutions, or it has a part that experts do not have.
     """
-    layout = _layout_of(mlp)
-    _check(mlp, layout)
-    firsts, last = [_part(mlp, name) for name in layout.first], _part(mlp, layout.last)
-    norm = _part(mlp, layout.norm)
+    names = _names_of(mlp)
+    _check_parts(mlp, names)
+    firsts, last = [_part(mlp, name) for name in names.first], _part(mlp, names.last)
+    norm = _part(mlp, names.norm)
     biases = [layer.bias for layer in firsts]
     return MlpParts(
         fc1=torch.cat([layer.weight.detach().flatten(1) for layer in firsts]),
         bias1=None if biases[0] is None else torch.cat([bias.detach() for bias in biases]),
         fc2=last.weight.detach().flatten(1),
         bias2=None if last.bias is None else last.bias.detach(),
-        activation=_activation(mlp, layout),
+        activation=_activation(mlp, names),
         norm=norm if isinstance(norm, nn.LayerNorm) else None,
-        drop=tuple(getattr(_part(mlp, name), "p", 0.0) for name in layout.drops),
+        drop=tuple(getattr(_part(mlp, name), "p", 0.0) for name in names.drops),
         use_conv=isinstance(last, nn.Conv2d),
     )
 
@@ -140,8 +140,8 @@ def put_together(mlp: nn.Module, parts: MlpParts) -> None:
 
     The norm and the activation are written where they have parameters.
     """
-    layout = _layout_of(mlp)
-    firsts, last = [_part(mlp, name) for name in layout.first], _part(mlp, layout.last)
+    names = _names_of(mlp)
+    firsts, last = [_part(mlp, name) for name in names.first], _part(mlp, names.last)
     rows = [layer.weight.shape[0] for layer in firsts]
     for layer, weight in zip(firsts, parts.fc1.split(rows), strict=True):
         layer.weight.copy_(weight.view_as(layer.weight))
@@ -152,9 +152,9 @@ def put_together(mlp: nn.Module, parts: MlpParts) -> None:
     if parts.bias2 is not None:
         last.bias.copy_(parts.bias2)
     if parts.norm is not None:
-        _part(mlp, layout.norm).load_state_dict(parts.norm.state_dict())
-    activation = parts.activation.act if layout.is_gated else parts.activation
-    _part(mlp, layout.act).load_state_dict(activation.state_dict())
+        _part(mlp, names.norm).load_state_dict(parts.norm.state_dict())
+    activation = parts.activation.act if names.is_gated else parts.activation
+    _part(mlp, names.act).load_state_dict(activation.state_dict())
 
 
 def split_leading_norm(mlp: nn.Module) -> tuple[str | None, nn.Module]:
@@ -163,7 +163,7 @@ def split_leading_norm(mlp: nn.Module) -> tuple[str | None, nn.Module]:
     Returns:
         The norm's name in `mlp`, None when there is none; and the MLP without it, which shares all other parts.
     """
-    name = _layout_of(mlp).leading_norm
+    name = _names_of(mlp).leading_norm
     if name is None or isinstance(_part(mlp, name), nn.Identity):
         return None, mlp
     body = copy.copy(mlp)
@@ -171,10 +171,10 @@ def split_leading_norm(mlp: nn.Module) -> tuple[str | None, nn.Module]:
     return name, body
 
 
-def _layout_of(mlp: nn.Module) -> Layout:
-    known = LAYOUTS.get(class_key(mlp))
+def _names_of(mlp: nn.Module) -> PartNames:
+    known = PART_NAMES.get(class_key(mlp))
     if known is None:
-        known = LAYOUTS["mlp.SwiGLU" if hasattr(mlp, "fc1_g") else "mlp.GluMlp" if _is_glu(mlp) else "mlp.Mlp"]
+        known = PART_NAMES["mlp.SwiGLU" if hasattr(mlp, "fc1_g") else "mlp.GluMlp" if _is_glu(mlp) else "mlp.Mlp"]
     return known
 
 
@@ -182,27 +182,25 @@ def _is_glu(mlp: nn.Module) -> bool:
     return hasattr(mlp, "gate_last")
 
 
-def _check(mlp: nn.Module, layout: Layout) -> None:
+def _check_parts(mlp: nn.Module, names: PartNames) -> None:
     name = type(mlp).__name__
-    norm = _part(mlp, layout.norm)
+    norm = _part(mlp, names.norm)
     if not isinstance(norm, nn.Identity | nn.LayerNorm | None):
         raise ValueError(f"{name}: experts can have a LayerNorm between their layers, not {type(norm).__name__}")
-    named = {
-        part.partition(".")[0] for part in (*layout.first, layout.last, layout.act, layout.norm, *layout.drops) if part
-    }
+    named = {part.partition(".")[0] for part in (*names.first, names.last, names.act, names.norm, *names.drops) if part}
     for part, module in mlp.named_children():
         if part not in named and not isinstance(module, nn.Identity):
             raise ValueError(f"{name}: experts have no {part} ({type(module).__name__})")
     if next(mlp.buffers(), None) is not None:
         raise ValueError(f"{name}: experts have no {next(mlp.named_buffers())[0]}")
-    for layer in (_part(mlp, part) for part in (*layout.first, layout.last)):
+    for layer in (_part(mlp, part) for part in (*names.first, names.last)):
         if layer.weight[0, 0].numel() != 1:
             raise ValueError(f"{name}: its convolutions see {tuple(layer.kernel_size)} pixels, so they mix tokens")
 
 
-def _activation(mlp: nn.Module, layout: Layout) -> nn.Module:
-    activation = _part(mlp, layout.act)
-    return Glu(activation, gate_first=not getattr(mlp, "gate_last", False)) if layout.is_gated else activation
+def _activation(mlp: nn.Module, names: PartNames) -> nn.Module:
+    activation = _part(mlp, names.act)
+    return Glu(activation, gate_first=not getattr(mlp, "gate_last", False)) if names.is_gated else activation
 
 
 def _part(mlp: nn.Module, name: str | None) -> nn.Module | Tensor | None:

@@ -6,8 +6,6 @@ E experts of a layer, of which each of P processes has E / P; T tokens of width 
 expert's tokens stand together, experts in order.
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,7 +20,8 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from vmoe.moe.attached import is_bare
 from vmoe.moe.experts import ExpertLinear, ExpertNorm, Experts, choose_backend, compute_dtype
 from vmoe.moe.groups import Groups
-from vmoe.moe.kernels import fused_for, padded, rows, segments
+from vmoe.moe.kernels import Kernels, kernels_for
+from vmoe.moe.kernels.experts import padded, rows, segments
 from vmoe.moe.kernels.interface import Choices, Mlp
 from vmoe.moe.layer import MoeMlp
 from vmoe.moe.routing import Routing, SlotRouting
@@ -65,74 +64,84 @@ class DistributedExperts(Experts):
 
     mesh: DeviceMesh
 
-    def forward(self, x_TD: Tensor, routing: Routing | SlotRouting) -> Tensor:
+    def forward(self, x_TD: Tensor, routing: Routing | SlotRouting, kernels: Kernels | None = None) -> Tensor:
         """(T, D) -> (T, out). All processes of the mesh must call it."""
         dtype = compute_dtype(x_TD)
+        kernels = kernels_for(x_TD) if kernels is None else kernels
         mlp = self._local_mlp(dtype, x_TD)
         if not isinstance(routing, Routing):
             x_RD = routing.dispatch(x_TD.to(dtype))
             if self.training:
-                return routing.combine(self._even(x_RD, mlp))
+                return routing.combine(self._even(x_RD, mlp, kernels))
             num_experts = self.mesh.size() * mlp.weight1.shape[0]
             counts_E = torch.full((num_experts,), x_RD.shape[0] // num_experts, device=x_RD.device)
-            return routing.combine(self._uneven(x_RD, counts_E, mlp))
+            return routing.combine(self._uneven(x_RD, counts_E, mlp, kernels))
         choices = Choices.of(routing)
-        x_TD = x_TD if routing.x_TD is None else routing.x_TD
         num_experts = routing.gates_GSE.shape[-1]
         if self.training and choices.capacity is not None:
-            return self._by_capacity(x_TD, choices, num_experts, mlp)
-        layout = segments.layout(choices, num_experts)
+            return self._by_capacity(x_TD, choices, num_experts, mlp, kernels)
+        layout = segments.segment_layout(choices, num_experts)
         counts_E = layout.ends_E.long().diff(prepend=layout.ends_E.new_zeros(1).long())
-        y_RD = self._uneven(rows.dispatch(x_TD.to(dtype), layout), counts_E, mlp)
+        y_RD = self._uneven(rows.dispatch(x_TD.to(dtype), layout), counts_E, mlp, kernels)
         return rows.combine(y_RD, choices.combine_weights_TK(), layout)
 
-    def _by_capacity(self, x_TD: Tensor, choices: Choices, num_experts: int, mlp: Mlp) -> Tensor:
-        fused = fused_for(x_TD)
-        if fused is not None and choose_backend(x_TD, choices, mlp, self.backend) is fused:
-            x_RD, places = fused.dispatch(x_TD, choices, num_experts, mlp.dtype)
-            return fused.combine(self._even(x_RD, mlp), choices, places)
-        layout = padded.layout(choices, num_experts)
-        y_RD = self._even(rows.dispatch(x_TD.to(mlp.dtype), layout), mlp)
+    def _by_capacity(self, x_TD: Tensor, choices: Choices, num_experts: int, mlp: Mlp, kernels: Kernels) -> Tensor:
+        fused = kernels.experts
+        if fused is not None and choose_backend(x_TD, choices, mlp, self.backend, kernels) is fused:
+            x_RD, share_rows = fused.dispatch_by_capacity(x_TD, choices, num_experts, mlp.dtype)
+            return fused.combine_by_capacity(self._even(x_RD, mlp, kernels), choices, share_rows)
+        layout = padded.padded_layout(choices, num_experts)
+        y_RD = self._even(rows.dispatch(x_TD.to(mlp.dtype), layout), mlp, kernels)
         return rows.combine(y_RD, choices.combine_weights_TK(), layout)
 
-    def _even(self, x_RD: Tensor, mlp: Mlp) -> Tensor:
+    def _even(self, x_RD: Tensor, mlp: Mlp, kernels: Kernels) -> Tensor:
         """(R, D) -> (R, O) where each expert has an equal share of the rows, as large in all processes.
 
-        Sizes are known beforehand: the host never waits.
+        Sizes are known beforehand: the host never synchronises.
         """
         processes, own = self.mesh.size(), mlp.weight1.shape[0]
         splits = [x_RD.shape[0] // processes] * processes
-        places = splits[0] // own
-        x_RD = self._exchange(x_RD, splits, splits)  # now by process, own expert, place
-        expert_R = torch.arange(own, device=x_RD.device).repeat_interleave(places).repeat(processes)
-        slots_R1 = torch.arange(places, device=x_RD.device).repeat(processes * own)[:, None]
-        groups = Groups(processes, own * places, own * places, own * places)
-        kept_R1 = torch.ones_like(slots_R1, dtype=torch.bool)
-        y_RD = self._own_experts(x_RD, expert_R, mlp, kept_R1, slots_R1, groups, places)
+        slots = splits[0] // own
+        x_RD = self._exchange(x_RD, splits, splits)  # now by process, own expert, slot
+        choices = Choices(
+            chosen_TK=torch.arange(own, device=x_RD.device).repeat_interleave(slots).repeat(processes)[:, None],
+            weights_TK=torch.ones(len(x_RD), 1, device=x_RD.device),
+            kept_TK=torch.ones(len(x_RD), 1, dtype=torch.bool, device=x_RD.device),
+            slots_TK=torch.arange(slots, device=x_RD.device).repeat(processes * own)[:, None],
+            groups=Groups(processes, own * slots, own * slots, own * slots),
+            capacity=slots,
+        )
+        y_RD = self._own_experts(x_RD, choices, mlp, kernels)
         return self._exchange(y_RD, splits, splits)
 
-    def _uneven(self, x_RD: Tensor, counts_E: Tensor, mlp: Mlp) -> Tensor:
+    def _uneven(self, x_RD: Tensor, counts_E: Tensor, mlp: Mlp, kernels: Kernels) -> Tensor:
         """(R, D) -> (R, O) where expert e has `counts_E[e]` rows; zeros for rows behind them.
 
-        The processes tell each other the counts, for which the host waits once.
+        The processes send each other the counts, for which the host synchronises once.
         """
         processes, own = self.mesh.size(), mlp.weight1.shape[0]
         even = [own] * processes
         arriving_PE = all_to_all_single(counts_E, even, even, self.mesh.get_group()).view(processes, own)
         sent, arriving = torch.stack([counts_E.view(processes, own).sum(1), arriving_PE.sum(1)]).tolist()
-        without_place = x_RD.shape[0] - sum(sent)
+        without_expert = x_RD.shape[0] - sum(sent)
         x_RD = self._exchange(x_RD[: sum(sent)], arriving, sent)
         expert_R = torch.arange(own, device=x_RD.device).repeat(processes).repeat_interleave(arriving_PE.flatten())
-        groups = Groups(1, len(x_RD), len(x_RD), len(x_RD))
-        y_RD = self._own_experts(x_RD, expert_R, mlp, None, None, groups, None)
+        choices = Choices(
+            chosen_TK=expert_R[:, None],
+            weights_TK=torch.ones(len(x_RD), 1, device=x_RD.device),
+            kept_TK=None,
+            slots_TK=None,
+            groups=Groups(1, len(x_RD), len(x_RD), len(x_RD)),
+            capacity=None,
+        )
+        y_RD = self._own_experts(x_RD, choices, mlp, kernels)
         y_RD = self._exchange(y_RD, sent, arriving)
-        return F.pad(y_RD, [0, 0, 0, without_place])
+        return F.pad(y_RD, [0, 0, 0, without_expert])
 
-    def _own_experts(self, x_RD: Tensor, expert_R: Tensor, mlp: Mlp, *bounds: Any) -> Tensor:
+    def _own_experts(self, x_RD: Tensor, choices: Choices, mlp: Mlp, kernels: Kernels) -> Tensor:
         """Each row through its expert, by the backend that a layer in one process would take."""
-        weights_R1 = torch.ones(len(x_RD), 1, device=x_RD.device)
-        choices = Choices(expert_R[:, None], weights_R1, *bounds)
-        return choose_backend(x_RD, choices, mlp, self.backend).expert_mlp(x_RD, choices, mlp).to(x_RD.dtype)
+        backend = choose_backend(x_RD, choices, mlp, self.backend, kernels)
+        return backend.expert_mlp(x_RD, choices, mlp).to(x_RD.dtype)
 
     def _exchange(self, x_RD: Tensor, arriving: list[int], sent: list[int]) -> Tensor:
         return _Arrived.apply(all_to_all_single_autograd(x_RD.contiguous(), arriving, sent, self.mesh.get_group()))

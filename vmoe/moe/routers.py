@@ -1,7 +1,7 @@
 """Routers by which tokens choose experts, and the table of all routers.
 
-T tokens of width D, in G groups of S tokens; E experts; K choices a token. All scores are computed in float32 or wider,
-whatever the autocast: half-precision routers are what makes sparse models diverge.
+T tokens of width D, in G groups of S tokens; E experts; K choices per token. All scores are computed in float32 or
+wider, whatever the autocast: half-precision routers are what makes sparse models diverge.
 """
 
 import math
@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from vmoe.moe.attached import is_bare
 from vmoe.moe.config import MoeConfig
 from vmoe.moe.groups import Groups
-from vmoe.moe.kernels import fused_for
+from vmoe.moe.kernels import PLAIN, Kernels
 from vmoe.moe.kernels.operators import is_transformed
-from vmoe.moe.routing import Routing
-from vmoe.moe.scores import Gate, full_precision_linear, scores, scores_and_tokens, with_noise
+from vmoe.moe.routing import Routed, Routing
+from vmoe.moe.scores import Gate, full_precision_linear, gate_scores, scores_with_tokens, with_noise
 from vmoe.moe.slot_routers import ExpertChoiceRouter, SoftRouter
 
 
@@ -47,17 +47,17 @@ class TokenChoiceRouter(nn.Module):
         # LeCun-normal, as the original's Dense layer: logits of unit variance for normalised tokens
         nn.init.normal_(self.gate.weight, std=1 / math.sqrt(dim))
 
-    def forward(self, x_TD: Tensor, groups: Groups, valid_GS: Tensor | None = None) -> Routing:
-        logits_TE, x_TD = self.scores(x_TD)
+    def forward(self, x_TD: Tensor, groups: Groups, valid_GS: Tensor | None = None, kernels: Kernels = PLAIN) -> Routed:
+        logits_TE, x_TD = self.scores(x_TD, kernels)
         noisy_TE = with_noise(logits_TE, self.noise_scale, self.draw_noise) if self.training else logits_TE
         logits_GSE = groups.split(logits_TE)
         noisy_GSE = logits_GSE if noisy_TE is logits_TE else groups.split(noisy_TE)
-        routing = token_choice(logits_GSE, noisy_GSE, groups, self.top_k, self.renormalize, valid_GS)
-        return routing._replace(x_TD=x_TD)
+        routing = token_choice(logits_GSE, noisy_GSE, groups, self.top_k, self.renormalize, valid_GS, kernels)
+        return Routed(routing, x_TD)
 
-    def scores(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """The logits (T, E), before noise, and the tokens for the experts."""
-        return scores_and_tokens(x_TD, self.gate)
+    def scores(self, x_TD: Tensor, kernels: Kernels = PLAIN) -> tuple[Tensor, Tensor]:
+        """The logits (T, E), before noise, and the tokens for the experts (see `Routed`)."""
+        return scores_with_tokens(x_TD, self.gate, kernels)
 
 
 class CosineRouter(TokenChoiceRouter):
@@ -77,26 +77,26 @@ class CosineRouter(TokenChoiceRouter):
         nn.init.normal_(self.projection.weight, std=1 / math.sqrt(dim))
         nn.init.normal_(self.gate.weight, std=1 / math.sqrt(width))
 
-    def scores(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        projected_TP = F.normalize(scores(x_TD, self.projection), dim=-1)
+    def scores(self, x_TD: Tensor, kernels: Kernels = PLAIN) -> tuple[Tensor, Tensor]:
+        projected_TP = F.normalize(gate_scores(x_TD, self.projection, kernels), dim=-1)
         embeddings_EP = F.normalize(self._embeddings(projected_TP), dim=-1)
         temperature = self.temperature.clamp_min(self.SMALLEST_TEMPERATURE)
-        return full_precision_linear(projected_TP, embeddings_EP) / temperature, x_TD
+        return full_precision_linear(projected_TP, embeddings_EP, kernels) / temperature, x_TD
 
     def _embeddings(self, like: Tensor) -> Tensor:
         """(E, P); with what is attached to the gate, what it makes of the unit vectors."""
         if is_bare(self.gate, Gate):
             return self.gate.weight.to(like.dtype)
-        return scores(torch.eye(like.shape[-1], dtype=like.dtype, device=like.device), self.gate).t()
+        return gate_scores(torch.eye(like.shape[-1], dtype=like.dtype, device=like.device), self.gate).t()
 
 
 class SigmoidRouter(TokenChoiceRouter):
     """Token choice by sigmoid gates, balanced without an auxiliary loss (DeepSeek-V3, https://arxiv.org/abs/2412.19437,
     section 2.1.2; Wang et al. 2024, https://arxiv.org/abs/2408.15664, algorithm 1).
 
-    A bias an expert decides with the gates who is chosen, but not with which weight. After each update of the weights,
-    `vmoe.update_router_biases` raises it for experts under their fair load and lowers it for those above. The bias
-    stays in float32 in a model of half precision, whose numbers lie further apart than a step.
+    A bias of each expert decides with the gates who is chosen, but not with which weight. After each update of the
+    weights, `vmoe.update_router_biases` raises it for experts under their fair load and lowers it for those above. The
+    bias stays in float32 in a model of half precision, which has no numbers as close together as its steps.
     """
 
     def __init__(self, dim: int, moe: MoeConfig, device=None, dtype=None) -> None:
@@ -108,19 +108,19 @@ class SigmoidRouter(TokenChoiceRouter):
         self.choices: Tensor
         self.register_buffer("choices", torch.zeros(moe.num_experts, **placement), persistent=False)
 
-    def forward(self, x_TD: Tensor, groups: Groups, valid_GS: Tensor | None = None) -> Routing:
-        scores_TE, x_TD = self.scores(x_TD)
+    def forward(self, x_TD: Tensor, groups: Groups, valid_GS: Tensor | None = None, kernels: Kernels = PLAIN) -> Routed:
+        scores_TE, x_TD = self.scores(x_TD, kernels)
         scores_GSE = groups.split(scores_TE)
         gates_GSE = scores_GSE.sigmoid()
         chosen_GSK = top_experts(gates_GSE + self.bias, self.top_k)
         # of these logits the softmax is each gate's share of the token's gates
         logits_GSE = F.logsigmoid(scores_GSE)
         weights_GSK = weights_of(gates_GSE, chosen_GSK, self.renormalize)
-        routing = Routing(groups, valid_GS, logits_GSE, logits_GSE, gates_GSE, chosen_GSK, weights_GSK, x_TD=x_TD)
+        routing = Routing(groups, valid_GS, logits_GSE, logits_GSE, gates_GSE, chosen_GSK, weights_GSK)
         if self.training and not is_transformed():  # torch.func lets nothing outside be changed
             with torch.no_grad():
                 self.choices += routing.load_E()
-        return routing
+        return Routed(routing, x_TD)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SigmoidRouter":
         """What `to`, `half` and their like go through."""
@@ -148,16 +148,16 @@ class HashRouter(nn.Module):
         super().__init__()
         self.top_k, self.num_experts = moe.top_k, moe.num_experts
 
-    def forward(self, x_TD: Tensor, groups: Groups, valid_GS: Tensor | None = None) -> Routing:
+    def forward(self, x_TD: Tensor, groups: Groups, valid_GS: Tensor | None = None, kernels: Kernels = PLAIN) -> Routed:
         position_T1 = (torch.arange(x_TD.shape[0], device=x_TD.device) % max(groups.tokens, 1))[:, None]
         # Knuth's multiplicative hash of 16 bits: compiled code counts positions in int32, where products must fit
         hashed_T1 = (position_T1 * 40503 >> 7) % self.num_experts
         chosen_TK = (hashed_T1 + torch.arange(self.top_k, device=x_TD.device)) % self.num_experts
-        return _forced(groups, valid_GS, chosen_TK, self.num_experts, _score_dtype(x_TD))
+        return Routed(_forced(groups, valid_GS, chosen_TK, self.num_experts, _score_dtype(x_TD)), x_TD)
 
 
 class RandomRouter(nn.Module):
-    """A control that learns nothing: the experts of a token are drawn anew each time, also at evaluation. Each choice
+    """A control that learns nothing: the experts of a token are drawn each time, also at evaluation. Each choice
     weighs 1 / K.
     """
 
@@ -165,10 +165,10 @@ class RandomRouter(nn.Module):
         super().__init__()
         self.top_k, self.num_experts = moe.top_k, moe.num_experts
 
-    def forward(self, x_TD: Tensor, groups: Groups, valid_GS: Tensor | None = None) -> Routing:
+    def forward(self, x_TD: Tensor, groups: Groups, valid_GS: Tensor | None = None, kernels: Kernels = PLAIN) -> Routed:
         draws_TE = torch.rand(x_TD.shape[0], self.num_experts, device=x_TD.device)
         chosen_TK = draws_TE.topk(self.top_k, dim=-1).indices
-        return _forced(groups, valid_GS, chosen_TK, self.num_experts, _score_dtype(x_TD))
+        return Routed(_forced(groups, valid_GS, chosen_TK, self.num_experts, _score_dtype(x_TD)), x_TD)
 
 
 class BalancedRouter(TokenChoiceRouter):
@@ -176,14 +176,15 @@ class BalancedRouter(TokenChoiceRouter):
     choice's, so that the work is too.
     """
 
-    def forward(self, x_TD: Tensor, groups: Groups, valid_GS: Tensor | None = None) -> Routing:
-        logits_TE, x_TD = self.scores(x_TD)
+    def forward(self, x_TD: Tensor, groups: Groups, valid_GS: Tensor | None = None, kernels: Kernels = PLAIN) -> Routed:
+        logits_TE, x_TD = self.scores(x_TD, kernels)
         logits_GSE, num_experts = groups.split(logits_TE), logits_TE.shape[-1]
         choices_TK = torch.arange(x_TD.shape[0] * self.top_k, device=x_TD.device).view(-1, self.top_k)
         chosen_GSK = groups.split(choices_TK % num_experts)
         gates_GSE = logits_GSE.softmax(-1)
         weights_GSK = weights_of(gates_GSE, chosen_GSK, self.renormalize)
-        return Routing(groups, valid_GS, logits_GSE, logits_GSE, gates_GSE, chosen_GSK, weights_GSK, x_TD=x_TD)
+        routing = Routing(groups, valid_GS, logits_GSE, logits_GSE, gates_GSE, chosen_GSK, weights_GSK)
+        return Routed(routing, x_TD)
 
 
 ROUTERS = {
@@ -205,11 +206,11 @@ def token_choice(
     top_k: int,
     renormalize: bool = False,
     valid_GS: Tensor | None = None,
+    kernels: Kernels = PLAIN,
 ) -> Routing:
     """Top-K of the softmax of the noisy logits. Of equal gates, the lower expert is chosen first."""
-    fused = fused_for(noisy_logits_GSE)
-    if fused is not None and fused.takes_logits(noisy_logits_GSE):
-        flat = fused.gates(noisy_logits_GSE.flatten(0, 1), top_k, renormalize)
+    if kernels.routing is not None and kernels.routing.takes_logits(noisy_logits_GSE):
+        flat = kernels.routing.gates(noisy_logits_GSE.flatten(0, 1), top_k, renormalize)
         gates_GSE, chosen_GSK, weights_GSK = (part.view(*noisy_logits_GSE.shape[:2], -1) for part in flat)
     else:
         gates_GSE = noisy_logits_GSE.softmax(-1)

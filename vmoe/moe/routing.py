@@ -1,6 +1,6 @@
 """Records of a routing decision, which pass between router, experts, losses and analysis.
 
-T tokens of width D, in G groups of S tokens; E experts; K choices a token; C places an expert has for a group.
+T tokens of width D, in G groups of S tokens; E experts; K choices per token; C slots an expert has for a group.
 """
 
 from typing import NamedTuple
@@ -23,10 +23,8 @@ class Routing(NamedTuple):
         chosen_GSK: The experts of each token, best first, int64.
         weights_GSK: The combine weight of each choice, before drops.
         kept_GSK: Which choices found room, bool; None when no choice can be dropped.
-        slots_GSK: The place of each choice among those its expert takes from the group; None when `kept_GSK` is.
-        capacity: C, the places an expert has for a group; None for no bound.
-        x_TD: The tokens as the router hands them to the experts, so that both gradients meet in one pass over memory;
-            None for those that it was given.
+        slots_GSK: The slot of each choice among those its expert takes from the group; None when there is no bound.
+        capacity: C, the slots an expert has for a group; None for no bound.
     """
 
     groups: Groups
@@ -39,7 +37,6 @@ class Routing(NamedTuple):
     kept_GSK: Tensor | None = None
     slots_GSK: Tensor | None = None
     capacity: int | None = None
-    x_TD: Tensor | None = None
 
     def combine_weights_GSK(self) -> Tensor:
         """The combine weights, zero where the choice was dropped."""
@@ -69,13 +66,13 @@ class Routing(NamedTuple):
 
 
 class ExpertChoiceRouting(NamedTuple):
-    """Experts that chose tokens; every slot is taken, but where padding leaves too few tokens.
+    """Experts that chose tokens; every slot is taken, except where padding leaves too few tokens.
 
     Attributes:
-        groups: One group an image.
+        groups: One group per image.
         valid_GS: Which tokens are real, bool; None when all are.
         gates_GSE: softmax over the experts.
-        chosen_GEC: The tokens of each expert, as their places in the group, best first.
+        chosen_GEC: The tokens of each expert, by their index in the group, best first.
         weights_GEC: Their combine weights; zero where no token is taken.
         kept_G1C: In which slots tokens are taken, bool; None for all. With padding a group has fewer than others.
     """
@@ -120,7 +117,7 @@ class ExpertChoiceRouting(NamedTuple):
         return (one_hot_GECS * self._kept_GEC()[..., None]).permute(0, 3, 1, 2).to(self.gates_GSE.dtype)
 
     def combine_GSEC(self) -> Tensor:
-        """The weight of each place in each token's result."""
+        """The weight of each slot in each token's result."""
         return self.dispatch_GSEC() * self.weights_GEC[:, None]
 
     def _kept_GEC(self) -> Tensor:
@@ -138,7 +135,7 @@ class SoftRouting(NamedTuple):
     """Slots that are mixtures of tokens, and tokens that get mixtures of the slots' results.
 
     Attributes:
-        groups: One group an image.
+        groups: One group per image.
         valid_GS: Which tokens are real, bool; None when all are.
         dispatch_weights_GSEC: Weight of each token in each slot; over the tokens they sum to 1, or to 0 in an image of
             padding alone.
@@ -176,7 +173,7 @@ class SoftRouting(NamedTuple):
         return mass_E / mass_E.sum().clamp_min(torch.finfo(mass_E.dtype).tiny)
 
     def dropped(self) -> Tensor:
-        """Nothing is."""
+        """Nothing is dropped: ()."""
         return self.combine_weights_GSEC.new_zeros(())
 
     def entropy(self) -> Tensor:
@@ -199,6 +196,19 @@ class SoftRouting(NamedTuple):
 
 
 SlotRouting = ExpertChoiceRouting | SoftRouting
+
+
+class Routed(NamedTuple):
+    """What a router gives.
+
+    Attributes:
+        routing: Its decision.
+        x_TD: The tokens it was given, for the experts. A kernel may hand them on as a tensor of its own, so that the
+            gradients of both uses meet in one pass over memory.
+    """
+
+    routing: Routing | SlotRouting
+    x_TD: Tensor
 
 
 def _real(valid_GS: Tensor | None, like_GSE: Tensor) -> Tensor:

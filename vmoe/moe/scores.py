@@ -7,15 +7,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vmoe.moe.attached import is_bare
-from vmoe.moe.kernels import fused_for
+from vmoe.moe.kernels import PLAIN, Kernels, kernels_for
+from vmoe.moe.kernels.sizes import MAX_SCORES
 
 
-def full_precision_linear(x: Tensor, weight: Tensor) -> Tensor:
+def full_precision_linear(x: Tensor, weight: Tensor, kernels: Kernels = PLAIN) -> Tensor:
     """X @ weight.T in float32, or in float64 when either is, also under autocast."""
     dtype = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
-    fused = fused_for(x)
-    if fused is not None and x.dim() == 2 and dtype == torch.float32 and weight.shape[0] <= fused.MAX_SCORES:
-        return fused.scores(x, weight)
+    routing = kernels.routing
+    if routing is not None and x.dim() == 2 and dtype == torch.float32 and weight.shape[0] <= MAX_SCORES:
+        return routing.scores(x, weight)
     wide = _wide_enough(x, dtype)
     with torch.autocast(_device_type(x), enabled=False):
         return F.linear(x.to(wide), weight.to(wide)).to(dtype)
@@ -25,11 +26,14 @@ class Gate(nn.Linear):
     """A router's linear layer without bias, in float32 or wider."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return full_precision_linear(x, self.weight)
+        # what is attached to it (hooks, adapters) calls it, and knows nothing of kernels
+        return full_precision_linear(x, self.weight, kernels_for(x))
 
 
-def scores(x: Tensor, gate: Gate) -> Tensor:
+def gate_scores(x: Tensor, gate: Gate, kernels: Kernels = PLAIN) -> Tensor:
     """The gate of x, in float32 or wider together with what is attached to it."""
+    if kernels.routing is not None and is_bare(gate, Gate):
+        return full_precision_linear(x, gate.weight, kernels)
     dtype = torch.promote_types(x.dtype, torch.float32)
     wide = _wide_enough(x, dtype)
     with torch.autocast(_device_type(x), enabled=False):
@@ -38,14 +42,13 @@ def scores(x: Tensor, gate: Gate) -> Tensor:
         return gate(x if is_bare(gate, Gate) else x.to(dtype))
 
 
-def scores_and_tokens(x_TD: Tensor, gate: Gate) -> tuple[Tensor, Tensor]:
-    """The gate of x, and x for its other uses, whose gradient may then meet this one's at no cost."""
-    fused = fused_for(x_TD)
-    if fused is not None and is_bare(gate, Gate):
+def scores_with_tokens(x_TD: Tensor, gate: Gate, kernels: Kernels = PLAIN) -> tuple[Tensor, Tensor]:
+    """The gate of x, and x for its other uses: a kernel then adds up both gradients of x in one pass over memory."""
+    if kernels.routing is not None and is_bare(gate, Gate):
         dtype = torch.promote_types(x_TD.dtype, gate.weight.dtype)
-        if dtype != torch.float64 and gate.weight.shape[0] <= fused.MAX_SCORES:
-            return fused.scores_and_tokens(x_TD, gate.weight)
-    return scores(x_TD, gate), x_TD
+        if dtype != torch.float64 and gate.weight.shape[0] <= MAX_SCORES:
+            return kernels.routing.scores_and_tokens(x_TD, gate.weight)
+    return gate_scores(x_TD, gate, kernels), x_TD
 
 
 def with_noise(logits: Tensor, scale: float, draw: Callable[[Tensor], Tensor] | None) -> Tensor:

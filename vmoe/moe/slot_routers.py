@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from vmoe.moe.assignment import Capacity, expert_capacity, expert_choice
 from vmoe.moe.config import MoeConfig
 from vmoe.moe.groups import Groups
-from vmoe.moe.routing import ExpertChoiceRouting, SoftRouting
-from vmoe.moe.scores import Gate, full_precision_linear, scores, with_noise
+from vmoe.moe.kernels import PLAIN, Kernels
+from vmoe.moe.routing import Routed, SoftRouting
+from vmoe.moe.scores import Gate, full_precision_linear, gate_scores, with_noise
 
 
 class ExpertChoiceRouter(nn.Module):
@@ -37,24 +38,26 @@ class ExpertChoiceRouter(nn.Module):
         self.gate = Gate(dim, moe.num_experts, bias=False, device=device, dtype=dtype)
         nn.init.normal_(self.gate.weight, std=1 / math.sqrt(dim))
 
-    def forward(self, x_TD: Tensor, groups: Groups, valid_GS: Tensor | None, capacity: Capacity) -> ExpertChoiceRouting:
-        logits_GSE = groups.split(scores(x_TD, self.gate))
+    def forward(
+        self, x_TD: Tensor, groups: Groups, valid_GS: Tensor | None, capacity: Capacity, kernels: Kernels = PLAIN
+    ) -> Routed:
+        logits_GSE = groups.split(gate_scores(x_TD, self.gate, kernels))
         if self.training:
             logits_GSE = with_noise(logits_GSE, self.noise_scale, self.draw_noise)
-        return expert_choice(logits_GSE.softmax(-1), groups, capacity, valid_GS)
+        return Routed(expert_choice(logits_GSE.softmax(-1), groups, capacity, valid_GS), x_TD)
 
 
 class SoftRouter(nn.Module):
     """Soft MoE: every slot is a weighted mean of an image's tokens (Puigcerver et al. 2024,
     https://arxiv.org/abs/2308.00951, algorithms 1 and 2).
 
-    The number of slots, P = C an expert, belongs to the parameters and so to the number of tokens an image they were
+    The number of slots, P = C per expert, belongs to the parameters and so to the number of tokens per image they were
     made for; images with more or fewer tokens are mixed into the same slots.
 
     Args:
         dim: D, width of a token.
         moe: The layer's configuration. `soft_scale` is where the learned scale of the cosine logits starts.
-        tokens: S, tokens an image.
+        tokens: S, tokens per image.
         device: Where the parameters are created.
         dtype: Their type.
 
@@ -73,12 +76,17 @@ class SoftRouter(nn.Module):
         nn.init.normal_(self.mu, std=1 / math.sqrt(dim))
 
     def forward(
-        self, x_TD: Tensor, groups: Groups, valid_GS: Tensor | None = None, capacity: None = None
-    ) -> SoftRouting:
+        self,
+        x_TD: Tensor,
+        groups: Groups,
+        valid_GS: Tensor | None = None,
+        capacity: None = None,  # the slots are parameters
+        kernels: Kernels = PLAIN,
+    ) -> Routed:
         dim, num_experts, slots = self.mu.shape
         dtype = torch.promote_types(x_TD.dtype, torch.float32)
         mu_DN = self.scale.to(dtype) * _unit(self.mu.to(dtype), 0).reshape(dim, num_experts * slots)
-        logits_TN = full_precision_linear(_unit(x_TD.to(dtype), -1), mu_DN.t())
+        logits_TN = full_precision_linear(_unit(x_TD.to(dtype), -1), mu_DN.t(), kernels)
         if self.training:
             logits_TN = with_noise(logits_TN, self.noise_scale, self.draw_noise)
         logits_GSN = groups.split(logits_TN)
@@ -91,7 +99,7 @@ class SoftRouter(nn.Module):
         if valid_GS is not None:
             dispatch_GSN = dispatch_GSN * valid_GS[..., None]
         shape = (groups.count, groups.size, num_experts, slots)
-        return SoftRouting(groups, valid_GS, dispatch_GSN.view(shape), combine_GSN.view(shape))
+        return Routed(SoftRouting(groups, valid_GS, dispatch_GSN.view(shape), combine_GSN.view(shape)), x_TD)
 
 
 def _unit(values: Tensor, dim: int) -> Tensor:

@@ -1,6 +1,6 @@
 """Recording of routing decisions, so that anyone can draw who goes where.
 
-B images of N tokens, of which the first `num_prefix_tokens` are no patches; E experts; K choices a token; C slots an
+B images of N tokens, of which the first `num_prefix_tokens` are no patches; E experts; K choices per token; C slots an
 expert has for an image.
 """
 
@@ -32,9 +32,9 @@ class LayerRouting:
         chosen: (B, N, K) the experts, best first.
         combine_weights: (B, N, K), zero where dropped.
         dropped: (B, N, K) bool, whether the expert was full; False for padding.
-        grid: (rows, columns) of the patches; N = num_prefix_tokens + rows * columns but for padding.
+        grid: (rows, columns) of the patches; N = num_prefix_tokens + rows * columns, and padding beyond.
         num_prefix_tokens: Class and register tokens, which come first.
-        order: Place of each patch token on the grid, counted row by row: (rows * columns,) int64, or one row an image,
+        order: Position of each patch token on the grid, row by row: (rows * columns,) int64, or one row per image,
             -1 for padding; None where they come row by row. `on_grid` takes it into account.
         dispatch: (B, N, E, C) weight of each token in each slot.
         combine: (B, N, E, C) weight of each slot in each token's result.
@@ -69,14 +69,14 @@ class LayerRouting:
         return padded[:, :places].unflatten(1, self.grid)
 
 
-class _Pass(NamedTuple):
-    """What is kept of one forward pass of a layer: what a map is drawn from, and neither tokens nor scores.
+class _Passes(NamedTuple):
+    """What is kept of a layer's forward passes, one or several: what a map is drawn from, neither tokens nor scores.
 
     Attributes:
         gates: (B, N, E).
         valid: (B, N); None where all tokens are real.
         choices: `chosen`, `combine_weights` and `dropped` as in `LayerRouting`; None where experts have slots.
-        slots: The decision of experts that have slots; else None.
+        slots: The decisions of experts that have slots, one per pass; else empty.
         tokens: Where the tokens lie.
         prefix_names: What those before the patches are.
     """
@@ -84,7 +84,7 @@ class _Pass(NamedTuple):
     gates: Tensor
     valid: Tensor | None
     choices: tuple[Tensor, Tensor, Tensor] | None
-    slots: SlotRouting | None
+    slots: tuple[SlotRouting, ...]
     tokens: TokenGrid
     prefix_names: tuple[str, ...]
 
@@ -93,8 +93,8 @@ class _Pass(NamedTuple):
 class RoutingTrace:
     """The routing of all MoE layers, by the layer's name; filled while the `record_routing` block runs."""
 
-    _passes: dict[str, list[_Pass]] = field(default_factory=dict)
-    _joined: dict[str, tuple[int, LayerRouting]] = field(default_factory=dict, repr=False)
+    _passes: dict[str, list[_Passes]] = field(default_factory=dict)
+    _read: dict[str, tuple[_Passes, LayerRouting]] = field(default_factory=dict, repr=False)
 
     @property
     def layers(self) -> dict[str, LayerRouting]:
@@ -105,12 +105,14 @@ class RoutingTrace:
         """
         return {name: self._layer(name, passes) for name, passes in self._passes.items() if passes}
 
-    def _layer(self, name: str, passes: list[_Pass]) -> LayerRouting:
-        count, joined = self._joined.get(name, (0, None))
-        if joined is None or count < len(passes):
-            joined = _joined(name, passes)
-            self._joined[name] = len(passes), joined
-        return joined
+    def _layer(self, name: str, passes: list[_Passes]) -> LayerRouting:
+        if len(passes) > 1:
+            passes[:] = [_joined(name, passes)]  # in the place of its parts, so that memory holds them once
+        joined, layer = self._read.get(name, (None, None))
+        if layer is None or joined is not passes[0]:
+            layer = _layer_routing(passes[0])
+            self._read[name] = passes[0], layer
+        return layer
 
 
 @contextmanager
@@ -159,12 +161,12 @@ class _Recorder:
         self.trace = RoutingTrace({name: [] for name in layers})
         self._layers = layers
         self._picture = Picture()
-        self._before: dict[str, int] | None = None  # passes of each layer before one that has not succeeded
+        self._before: dict[str, list[_Passes]] | None = None  # of each layer, while a pass has not succeeded
 
     def begin(self, model: nn.Module, inputs: tuple, named: dict) -> None:
         """Hook before the model's forward pass."""
         self._picture = Picture.of(inputs, named)
-        self._before = {name: len(passes) for name, passes in self.trace._passes.items()}
+        self._before = {name: list(passes) for name, passes in self.trace._passes.items()}
 
     def succeed(self, model: nn.Module, inputs: tuple, output: object) -> None:
         """Hook after one that did not fail."""
@@ -174,9 +176,8 @@ class _Recorder:
         """Hook after each: forgets what a pass that failed had recorded in its first layers."""
         self._picture = Picture()
         if self._before is not None:
-            for name, count in self._before.items():
-                del self.trace._passes[name][count:]
-            self.trace._joined.clear()
+            for name, passes in self._before.items():
+                self.trace._passes[name][:] = passes
             self._before = None
 
     def keep(self, name: str, record: Routing | SlotRouting, shape: torch.Size) -> None:
@@ -186,10 +187,10 @@ class _Recorder:
         tokens = locate(self.model, name, shape, self._layers[name].use_conv, self._picture)
         record = type(record)(*(part.detach() if isinstance(part, Tensor) else part for part in record))
         names = prefix_names(self.model, name, tokens.num_prefix_tokens)
-        self.trace._passes[name].append(_pass(record, shape[0], tokens, names))
+        self.trace._passes[name].append(_one_pass(record, shape[0], tokens, names))
 
 
-def _pass(record: Routing | SlotRouting, images: int, tokens: TokenGrid, names: tuple[str, ...]) -> _Pass:
+def _one_pass(record: Routing | SlotRouting, images: int, tokens: TokenGrid, names: tuple[str, ...]) -> _Passes:
     def by_image(values: Tensor) -> Tensor:  # (G, S, ...) -> (B, N, ...)
         flat = record.groups.merge(values)
         return flat.reshape(images, -1, *flat.shape[1:])
@@ -197,43 +198,47 @@ def _pass(record: Routing | SlotRouting, images: int, tokens: TokenGrid, names: 
     valid = None if record.valid_GS is None else by_image(record.valid_GS)
     gates = by_image(record.gates_GSE)
     if not isinstance(record, Routing):
-        return _Pass(gates, valid, None, record, tokens, names)
+        return _Passes(gates, valid, None, (record,), tokens, names)
     chosen, weights = by_image(record.chosen_GSK), by_image(record.combine_weights_GSK())
     dropped = torch.zeros_like(chosen, dtype=torch.bool) if record.kept_GSK is None else ~by_image(record.kept_GSK)
     if valid is not None:  # padding takes no slot, so that none was missing
         dropped &= valid[..., None]
-    return _Pass(gates, valid, (chosen, weights, dropped), None, tokens, names)
+    return _Passes(gates, valid, (chosen, weights, dropped), (), tokens, names)
 
 
-def _joined(name: str, passes: list[_Pass]) -> LayerRouting:
+def _joined(name: str, passes: list[_Passes]) -> _Passes:
+    """Several passes, one behind the other along B."""
     grids = {each.tokens.size for each in passes}
     if len(grids) > 1:
         raise ValueError(f"{name}: the recorded passes had patch grids {sorted(grids)}; record one size at a time")
     first = passes[0]
-    order = first.tokens.order
-    if order is not None and order.dim() == 2:
-        order = torch.cat([each.tokens.order for each in passes])
-    valid = None
+    tokens, valid, choices = first.tokens, None, None
+    if tokens.order is not None and tokens.order.dim() == 2:
+        tokens = tokens._replace(order=torch.cat([each.tokens.order for each in passes]))
     if any(each.valid is not None for each in passes):
         valid = torch.cat([_valid(each) for each in passes])
+    if first.choices is not None:
+        choices = tuple(map(torch.cat, zip(*(each.choices for each in passes), strict=True)))
+    slots = tuple(slot for each in passes for slot in each.slots)
+    return _Passes(torch.cat([each.gates for each in passes]), valid, choices, slots, tokens, first.prefix_names)
+
+
+def _layer_routing(passes: _Passes) -> LayerRouting:
+    tokens, valid = passes.tokens, passes.valid
     common = {
-        "grid": first.tokens.size,
-        "num_prefix_tokens": first.tokens.num_prefix_tokens,
-        "order": order,
+        "grid": tokens.size,
+        "num_prefix_tokens": tokens.num_prefix_tokens,
+        "order": tokens.order,
         "valid": None if valid is None or valid.all() else valid,
-        "prefix_names": first.prefix_names,
+        "prefix_names": passes.prefix_names,
     }
-    gates = torch.cat([each.gates for each in passes])
-    if first.slots is None:
-        chosen, weights, dropped = map(torch.cat, zip(*(each.choices for each in passes), strict=True))
-        return LayerRouting(gates, chosen, weights, dropped, **common)
-    # One group an image, so that G = B
-    dispatch, combine = (
-        torch.cat([part(each.slots) for each in passes])
-        for part in (lambda slots: slots.dispatch_GSEC(), lambda slots: slots.combine_GSEC())
-    )
-    return LayerRouting(gates, None, None, None, dispatch=dispatch, combine=combine, **common)
+    if passes.choices is not None:
+        return LayerRouting(passes.gates, *passes.choices, **common)
+    # One group per image, so that G = B
+    dispatch = torch.cat([slots.dispatch_GSEC() for slots in passes.slots])
+    combine = torch.cat([slots.combine_GSEC() for slots in passes.slots])
+    return LayerRouting(passes.gates, None, None, None, dispatch=dispatch, combine=combine, **common)
 
 
-def _valid(each: _Pass) -> Tensor:
+def _valid(each: _Passes) -> Tensor:
     return torch.ones_like(each.gates[..., 0], dtype=torch.bool) if each.valid is None else each.valid

@@ -15,15 +15,15 @@ from torch.overrides import TorchFunctionMode
 
 from vmoe.moe import moe_layers
 from vmoe.moe.experts import Experts, compute_dtype
-from vmoe.moe.kernels import composed, padded, rows, segments
+from vmoe.moe.kernels import Kernels
+from vmoe.moe.kernels.experts import composed, padded, requirements, rows, segments
 from vmoe.moe.kernels.interface import Choices, Mlp
+from vmoe.moe.kernels.sizes import rows_of_buffer, rows_of_share
 from vmoe.moe.mlps import Glu
 from vmoe.moe.parallel import DistributedExperts
 from vmoe.moe.routing import Routing, SlotRouting
 
 Charge = Callable[..., None]  # (kind, dtype, flops, bytes, calls)
-_ROWS_ALIGNMENT = 128  # of the fused kernels (`vmoe.moe.kernels.fused.ranks.ALIGNMENT`, which needs Triton)
-_MAX_SHARES = 1.15  # `vmoe.moe.kernels.fused.MAX_SHARES`
 
 
 class StandIns(TorchFunctionMode):
@@ -98,11 +98,11 @@ class _FlashAttention(torch.autograd.Function):
 
 
 class _FusedExperts(Experts):
-    """Experts as `vmoe.moe.kernels.fused` computes them."""
+    """Experts as `vmoe.moe.kernels.experts.fused` computes them."""
 
-    def forward(self, x_TD: Tensor, routing: Routing | SlotRouting) -> Tensor:
+    def forward(self, x_TD: Tensor, routing: Routing | SlotRouting, kernels: Kernels | None = None) -> Tensor:
         if not isinstance(routing, Routing):
-            return super().forward(x_TD, routing)
+            return super().forward(x_TD, routing, kernels)
         dtype = compute_dtype(x_TD)
         mlp, choices = self._mlp(dtype), Choices.of(routing)
         if not _is_fused(mlp):
@@ -114,34 +114,20 @@ class _FusedExperts(Experts):
 def _fused(x_TD: Tensor, choices: Choices, mlp: Mlp, charge: Charge) -> Tensor:
     casts = [weight.detach().to(mlp.dtype) for weight in (mlp.weight1, mlp.weight2)]
     num_experts = mlp.weight1.shape[0]
-    num_rows = num_experts * _share(choices, num_experts)
-    if not num_rows:
-        num_rows = _aligned(choices.chosen_TK.numel()) + num_experts * _ROWS_ALIGNMENT
+    num_choices = choices.chosen_TK.numel()
+    num_rows = rows_of_buffer(
+        num_choices, num_experts, rows_of_share(choices.slots_of_expert, num_choices, num_experts)
+    )
     learned = (mlp.weight1, mlp.bias1, mlp.weight2, mlp.bias2)
     return _FusedMlp.apply(x_TD, choices.weights_TK, *learned, *casts, mlp, num_rows, charge)
 
 
 def _is_fused(mlp: Mlp) -> bool:
-    """As `vmoe.moe.kernels.fused.what_it_lacks`, which needs Triton."""
-    function = mlp.activation.act if isinstance(mlp.activation, Glu) else mlp.activation
-    return isinstance(function, nn.GELU | nn.SiLU) and mlp.norm is None and mlp.dropout == 0
-
-
-def _share(choices: Choices, num_experts: int) -> int:
-    """Rows of each expert where a capacity bounds them well; else 0, and there is room for every choice."""
-    if choices.capacity is None:
-        return 0
-    share = _aligned(choices.groups.count * choices.capacity)
-    is_tight = num_experts * share <= _MAX_SHARES * choices.chosen_TK.numel() + num_experts * _ROWS_ALIGNMENT
-    return share if is_tight else 0
-
-
-def _aligned(count: int) -> int:
-    return -(-count // _ROWS_ALIGNMENT) * _ROWS_ALIGNMENT
+    return requirements.what_it_lacks(mlp) is None and requirements.what_does_not_fit(mlp) is None
 
 
 class _FusedMlp(torch.autograd.Function):
-    """Dispatch, both layers and combine; memory as in `vmoe.moe.kernels.fused.mlp`."""
+    """Dispatch, both layers and combine; memory as in `vmoe.moe.kernels.experts.fused.mlp`."""
 
     @staticmethod
     def forward(ctx, x_TD, weights_TK, weight1, bias1, weight2, bias2, cast1, cast2, mlp: Mlp, num_rows: int, charge):
@@ -188,26 +174,25 @@ class _ExchangedExperts(DistributedExperts):
     send: Callable[[int], None]
     like_gpu: bool
 
-    def _by_capacity(self, x_TD: Tensor, choices: Choices, num_experts: int, mlp: Mlp) -> Tensor:
+    def _by_capacity(self, x_TD: Tensor, choices: Choices, num_experts: int, mlp: Mlp, kernels: Kernels) -> Tensor:
         if not (self.like_gpu and _is_fused(mlp)):
-            return super()._by_capacity(x_TD, choices, num_experts, mlp)
+            return super()._by_capacity(x_TD, choices, num_experts, mlp, kernels)
         num_rows = num_experts * choices.groups.count * choices.capacity
         x_RD = _Scatter.apply(x_TD, num_rows, mlp.dtype, self.charge)
-        return _Combine.apply(self._even(x_RD, mlp), choices.weights_TK, self.charge)
+        return _CombineShares.apply(self._even(x_RD, mlp, kernels), choices.weights_TK, self.charge)
 
-    def _own_experts(self, x_RD: Tensor, expert_R: Tensor, mlp: Mlp, *bounds: Any) -> Tensor:
+    def _own_experts(self, x_RD: Tensor, choices: Choices, mlp: Mlp, kernels: Kernels) -> Tensor:
         if not (self.like_gpu and _is_fused(mlp)):
-            return super()._own_experts(x_RD, expert_R, mlp, *bounds)
-        choices = Choices(expert_R[:, None], torch.ones(len(x_RD), 1), *bounds)
+            return super()._own_experts(x_RD, choices, mlp, kernels)
         return _fused(x_RD, choices, mlp, self.charge)
 
-    def _uneven(self, x_RD: Tensor, counts_E: Tensor, mlp: Mlp) -> Tensor:
+    def _uneven(self, x_RD: Tensor, counts_E: Tensor, mlp: Mlp, kernels: Kernels) -> Tensor:
         # With a fair load: as many rows arrive as leave
         x_RD = self._exchange(x_RD, [], [])
         own = mlp.weight1.shape[0]
         order_R = torch.arange(x_RD.shape[0])
-        layout = rows.Layout(order_R, order_R, torch.arange(1, own + 1, dtype=torch.int32) * (x_RD.shape[0] // own))
-        y_RD = composed.two_layers(x_RD[order_R], mlp, layout, segments.linear)
+        layout = rows.RowLayout(order_R, order_R, torch.arange(1, own + 1, dtype=torch.int32) * (x_RD.shape[0] // own))
+        y_RD = composed.two_layers(x_RD[order_R], mlp, layout, segments.linear_of_layout)
         return self._exchange(y_RD[order_R], [], [])
 
     def _exchange(self, x_RD: Tensor, arriving: list[int], sent: list[int]) -> Tensor:
@@ -218,7 +203,7 @@ class _ExchangedExperts(DistributedExperts):
 
 
 class _Scatter(torch.autograd.Function):
-    """`vmoe.moe.kernels.fused.shares.scatter`."""
+    """`vmoe.moe.kernels.experts.fused.shares.scatter_shares`."""
 
     @staticmethod
     def forward(ctx, x_TD: Tensor, num_rows: int, dtype: torch.dtype, charge: Charge) -> Tensor:
@@ -235,8 +220,8 @@ class _Scatter(torch.autograd.Function):
         return grad_TD, None, None, None
 
 
-class _Combine(torch.autograd.Function):
-    """`vmoe.moe.kernels.fused.shares.combine`."""
+class _CombineShares(torch.autograd.Function):
+    """`vmoe.moe.kernels.experts.fused.shares.combine_shares`."""
 
     @staticmethod
     def forward(ctx, y_RD: Tensor, weights_TK: Tensor, charge: Charge) -> Tensor:

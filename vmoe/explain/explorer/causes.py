@@ -241,8 +241,10 @@ def capacity(model: nn.Module, factor: float, batch_priority: bool) -> Iterator[
 
 
 def _rerouted(layer: MoeMlp, change: Callable) -> Iterator[None]:
-    """The router's decision is replaced before places are handed out."""
-    handle = layer.router.register_forward_hook(lambda router, _, routing: change(router, routing))
+    """The router's decision is replaced before slots are handed out."""
+    handle = layer.router.register_forward_hook(
+        lambda router, _, routed: routed._replace(routing=change(router, routed.routing))
+    )
     try:
         with torch.compiler.set_stance("force_eager"):
             yield

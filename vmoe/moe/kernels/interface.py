@@ -17,9 +17,9 @@ class Choices(NamedTuple):
         chosen_TK: The experts.
         weights_TK: The combine weights, before drops.
         kept_TK: Which choices count; None for all.
-        slots_TK: The place of each choice in its group and expert; None without a capacity.
+        slots_TK: The slot of each choice in its group and expert; None without a capacity.
         groups: How the tokens are grouped.
-        capacity: C, the places an expert has for a group; None for no bound.
+        capacity: C, the slots an expert has for a group; None for no bound.
     """
 
     chosen_TK: Tensor
@@ -37,6 +37,11 @@ class Choices(NamedTuple):
         return cls(
             merge(routing.chosen_GSK), merge(routing.weights_GSK), kept_TK, slots_TK, routing.groups, routing.capacity
         )
+
+    @property
+    def slots_of_expert(self) -> int | None:
+        """G * C, the choices that an expert takes at most; None for no bound."""
+        return None if self.capacity is None else self.groups.count * self.capacity
 
     def combine_weights_TK(self) -> Tensor:
         """The combine weights, zero where the choice does not count."""
@@ -57,7 +62,8 @@ class Mlp(NamedTuple):
         dtype: The type that is computed in.
         cast: Gives one of the weights in that type, without gradient.
         keeps_casts: Whether it keeps what it gave.
-        recompute: Whether activations are rather computed anew in the backward pass than kept, where a backend can.
+        recompute: Whether activations are computed once more in the backward pass, rather than kept, where a backend
+            can.
     """
 
     weight1: Tensor
@@ -71,3 +77,8 @@ class Mlp(NamedTuple):
     cast: Callable[[Tensor], Tensor]
     keeps_casts: bool = False
     recompute: bool = False
+
+    def is_learned(self, *others: Tensor) -> bool:
+        """Whether the weights, the biases or other tensors want a gradient."""
+        learned = (*others, self.weight1, self.bias1, self.weight2, self.bias2)
+        return any(tensor is not None and tensor.requires_grad for tensor in learned)

@@ -1,10 +1,13 @@
 """Operators with a gradient of their own, cheap to call from eager code and one node of a compiled graph.
 
-A custom operator of PyTorch costs the host tens of microseconds a call, which on small layers is more than its
+A custom operator of PyTorch costs the host tens of microseconds per call, which on small layers is more than its
 kernels take. So it serves tracing, and eager code calls the same functions through a plain `torch.autograd.Function`.
 """
 
 import functools
+import inspect
+import typing
+from collections import namedtuple
 from collections.abc import Callable
 
 import torch
@@ -16,20 +19,28 @@ def operator(
 ) -> Callable:
     """Registers `forward` as the custom operator vmoe::`name` and returns what calls it.
 
+    An operator's schema is a flat list of arguments. A `forward` that has many takes one record instead, a NamedTuple
+    class that its only parameter is annotated with: then `fake` takes the record too, and the caller gives it unpacked.
+
     Args:
         name: Of the operator.
         forward: Computes it from tensors and plain values; its annotations are the operator's schema.
         fake: Makes empty results of the right shapes.
-        save: setup_context(ctx, inputs, output) of the gradient; None without one.
-        backward: backward(ctx, *grads) of the gradient.
+        save: save(ctx, inputs, output) before a backward pass; `inputs` has the arguments by name. None without one.
+        backward: backward(ctx, *grads) gives the arguments' gradients by name, and none for those that have none.
     """
-    registered = library.custom_op(f"vmoe::{name}", _packed(forward), mutates_args=())
-    registered.register_fake(_packed(fake))
+    record = _record_of(forward)
+    if record is not None:
+        forward, fake = _flat(forward, record), _flat(fake, record)
+    registered = library.custom_op(f"vmoe::{name}", _of_contiguous(forward), mutates_args=())
+    registered.register_fake(_of_contiguous(fake))
     traced = getattr(torch.ops.vmoe, name).default
-    if backward is None:
-        registered.register_autograd(_refusal(name))
+    if save is None or backward is None:
+        registered.register_autograd(_refuse_second_derivative(name))
         direct = _without_gradient(forward, traced)
     else:
+        names = tuple(inspect.signature(forward).parameters)
+        save, backward = _by_name(save, record or namedtuple(name, names)), _in_order(backward, names)
         registered.register_autograd(backward, setup_context=save)
         direct = _function(name, forward, save, backward)
 
@@ -51,8 +62,43 @@ def is_transformed() -> bool:
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
-def _packed(function: Callable) -> Callable:
-    """`function` of contiguous tensors, so that results like them lie in memory as traced code was told they would."""
+def _record_of(forward: Callable) -> type | None:
+    """The NamedTuple class that holds all arguments; None where they are parameters of their own."""
+    kinds = [parameter.annotation for parameter in inspect.signature(forward).parameters.values()]
+    return kinds[0] if len(kinds) == 1 and hasattr(kinds[0], "_fields") else None
+
+
+def _flat(function: Callable, record: type) -> Callable:
+    """`function` of the record's fields."""
+
+    def call(*arguments):
+        return function(record(*arguments))
+
+    parameters = [
+        inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=kind)
+        for name, kind in typing.get_type_hints(record).items()
+    ]
+    call.__signature__ = inspect.signature(function).replace(parameters=parameters)
+    return call
+
+
+def _by_name(save: Callable, record: type) -> Callable:
+    def save_record(ctx, inputs, output):
+        save(ctx, record(*inputs), output)
+
+    return save_record
+
+
+def _in_order(backward: Callable, names: tuple[str, ...]) -> Callable:
+    def gradients(ctx, *grads):
+        found = backward(ctx, *grads)
+        return tuple(map(found.get, names))
+
+    return gradients
+
+
+def _of_contiguous(function: Callable) -> Callable:
+    """`function` of contiguous tensors, so that results like them lie in memory as traced code expects."""
 
     @functools.wraps(function)
     def call(*arguments):
@@ -61,7 +107,7 @@ def _packed(function: Callable) -> Callable:
     return call
 
 
-def _refusal(name: str) -> Callable:
+def _refuse_second_derivative(name: str) -> Callable:
     def refuse(ctx, *grads):
         raise NotImplementedError(
             f"vmoe::{name} has no derivative of its own, so fused kernels give no second derivatives; "
@@ -73,7 +119,7 @@ def _refusal(name: str) -> Callable:
 
 def _without_gradient(forward: Callable, traced: Callable) -> Callable:
     def direct(*arguments):
-        # whose results, once differentiated, are an error that says so
+        # once differentiated, the results of the traced operator are an error that says why
         is_learned = any(isinstance(argument, Tensor) and argument.requires_grad for argument in arguments)
         return traced(*arguments) if is_learned else forward(*arguments)
 

@@ -13,9 +13,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from vmoe.moe.kernels.fused.ranks import ALIGNMENT
-from vmoe.moe.kernels.fused.segments import Segments
-from vmoe.moe.kernels.fused.sizes import cdiv, columns_of
+from vmoe.moe.kernels.experts.fused.owners import RowOwners
+from vmoe.moe.kernels.sizes import ALIGNMENT, cdiv, columns_of
 
 
 class Tile(NamedTuple):
@@ -46,41 +45,41 @@ ROW_TILES = {2: Tile(ALIGNMENT, 128, 64, 4, 3, 2, 4), 4: Tile(ALIGNMENT, 64, 32,
 WEIGHT_TILES = {2: Tile(128, 128, 64, 8, 3), 4: Tile(64, 64, 32, 4, 3)}
 
 
-def product(x_RD: Tensor, weight: Tensor, segments: Segments, out_RN: Tensor, transposed: bool) -> None:
+def product(x_RD: Tensor, weight: Tensor, owners: RowOwners, out_RN: Tensor, transposed: bool) -> None:
     """Rows times weights: x @ weight.T with weight (E, N, D) if `transposed`, else x @ weight with weight (E, D, N)."""
-    if segments.share:
-        x_ESD = x_RD.view(segments.num_experts, segments.share, -1)
+    if owners.share:
+        x_ESD = x_RD.view(owners.num_experts, owners.share, -1)
         factor = weight.transpose(1, 2) if transposed else weight
-        torch.bmm(x_ESD, factor, out=out_RN.view(segments.num_experts, segments.share, -1))
+        torch.bmm(x_ESD, factor, out=out_RN.view(owners.num_experts, owners.share, -1))
         return
     tile = ROW_TILES[x_RD.dtype.itemsize]
     num_rows, depth = x_RD.shape
     width = out_RN.shape[1]
     num_columns = cdiv(width, tile.columns)
     weight_block = [tile.columns, tile.depth] if transposed else [tile.depth, tile.columns]
-    _rows_by_weights[_grid(tile, num_rows, num_columns, x_RD.device)](
+    _rows_by_weights[_product_grid(tile, num_rows, num_columns, x_RD.device)](
         _blocks(x_RD, [tile.rows, tile.depth]), _blocks(weight.flatten(0, 1), weight_block),
-        _blocks(out_RN, [tile.rows, tile.columns // tile.parts]), segments.starts_E, segments.counts_E,
-        segments.num_experts, depth, width, num_columns, TRANSPOSED=transposed, ROWS=tile.rows, COLUMNS=tile.columns,
+        _blocks(out_RN, [tile.rows, tile.columns // tile.parts]), owners.starts_E, owners.counts_E,
+        owners.num_experts, depth, width, num_columns, TRANSPOSED=transposed, ROWS=tile.rows, COLUMNS=tile.columns,
         DEPTH=tile.depth, PARTS=tile.parts, PRECISION=_precision(x_RD.dtype),
-        EXPERTS=columns_of(segments.num_experts), FLATTEN=tile.programs > 0, num_warps=tile.warps,
+        EXPERTS=columns_of(owners.num_experts), FLATTEN=tile.programs > 0, num_warps=tile.warps,
         num_stages=tile.stages,
     )  # fmt: skip
 
 
-def weight_gradient(left_RM: Tensor, right_RN: Tensor, segments: Segments, out_EMN: Tensor) -> None:
+def weight_gradient(left_RM: Tensor, right_RN: Tensor, owners: RowOwners, out_EMN: Tensor) -> None:
     """left.T @ right over each expert's rows; free rows must hold zeros in one and no NaN in the other."""
     num_experts, height, width = out_EMN.shape
-    if segments.share:
-        left_EMS = left_RM.view(num_experts, segments.share, height).transpose(1, 2)
-        _bmm_into(out_EMN, left_EMS, right_RN.view(num_experts, segments.share, width))
+    if owners.share:
+        left_EMS = left_RM.view(num_experts, owners.share, height).transpose(1, 2)
+        _bmm_into(out_EMN, left_EMS, right_RN.view(num_experts, owners.share, width))
         return
     tile = WEIGHT_TILES[left_RM.dtype.itemsize]
     num_columns = cdiv(width, tile.columns)
     grid = (cdiv(height, tile.rows) * num_columns, num_experts)
     _weight_gradient[grid](
         _blocks(left_RM, [tile.depth, tile.rows]), _blocks(right_RN, [tile.depth, tile.columns]), out_EMN,
-        segments.starts_E, segments.counts_E, height, width, num_columns, ROWS=tile.rows, COLUMNS=tile.columns,
+        owners.starts_E, owners.counts_E, height, width, num_columns, ROWS=tile.rows, COLUMNS=tile.columns,
         DEPTH=tile.depth, PRECISION=_precision(left_RM.dtype), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
@@ -94,7 +93,7 @@ def _bmm_into(out: Tensor, left: Tensor, right: Tensor) -> None:
         out.copy_(torch.bmm(left, right))
 
 
-def _grid(tile: Tile, num_rows: int, num_columns: int, device: torch.device) -> tuple[int]:
+def _product_grid(tile: Tile, num_rows: int, num_columns: int, device: torch.device) -> tuple[int]:
     num_tiles = num_rows // tile.rows * num_columns
     return (min(num_tiles, tile.programs * _multiprocessors(device)) if tile.programs else num_tiles,)
 
@@ -123,7 +122,7 @@ def _tiles_of_experts(starts, counts, num_experts, ROWS: tl.constexpr, EXPERTS: 
 
 
 @triton.jit
-def _place(index, each, start_of, tiles_of, end_of, num_tiles, num_columns, ROWS: tl.constexpr, GROUP: tl.constexpr):
+def _tile_at(index, each, start_of, tiles_of, end_of, num_tiles, num_columns, ROWS: tl.constexpr, GROUP: tl.constexpr):
     """(expert, first row, tile of columns) of a tile: GROUP tiles of rows go through all columns together, for L2."""
     first = index // (GROUP * num_columns) * GROUP
     height = tl.minimum(num_tiles - first, GROUP)
@@ -158,7 +157,7 @@ def _rows_by_weights(
     each, start_of, tiles_of, end_of = _tiles_of_experts(starts, counts, num_experts, ROWS, EXPERTS)
     num_tiles = tl.sum(tiles_of)
     for index in tl.range(tl.program_id(0), num_tiles * num_columns, tl.num_programs(0), flatten=FLATTEN):
-        expert, row, column_tile = _place(index, each, start_of, tiles_of, end_of, num_tiles, num_columns, ROWS, 8)
+        expert, row, column_tile = _tile_at(index, each, start_of, tiles_of, end_of, num_tiles, num_columns, ROWS, 8)
         column = column_tile * COLUMNS
         total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
         for k in tl.range(0, depth, DEPTH):

@@ -1,7 +1,7 @@
 """Balance losses and statistics of a routing decision in three small kernels.
 
-G groups of S tokens; E experts; K choices a token. Each block of a group's tokens leaves its sums, which are then added
-group by group, without atomic addition.
+G groups of S tokens; E experts; K choices per token. Each block of a group's tokens leaves its sums, which are then
+added group by group, without atomic addition.
 """
 
 import torch
@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vmoe.moe.kernels.fused.router import softmax
-from vmoe.moe.kernels.fused.sizes import cdiv, columns_of, tokens_of_block
 from vmoe.moe.kernels.operators import operator
+from vmoe.moe.kernels.routing.gates import softmax
+from vmoe.moe.kernels.sizes import cdiv, columns_of, tokens_of_block
 
 # what is kept of each expert's column: summed gates, summed chances to be chosen, number of choices
 _SUMS = 3
@@ -92,18 +92,23 @@ def _fake_balance_gradient(grad_importance, grad_load, logits_GSE, noisy_logits_
 balance_backward = operator("balance_backward", _balance_gradient, _fake_balance_gradient)
 
 
-def _save(ctx, inputs, output) -> None:
-    logits_GSE, noisy_logits_GSE, chosen_GSK, _, ctx.noise_scale = inputs
-    ctx.mark_non_differentiable(*output[2:])
-    ctx.save_for_backward(logits_GSE, noisy_logits_GSE, chosen_GSK, output[3])
+def _save_balance(ctx, inputs, output) -> None:
+    _, _, statistics, sums_G2E = output
+    ctx.mark_non_differentiable(statistics, sums_G2E)
+    ctx.save_for_backward(inputs.logits_GSE, inputs.noisy_logits_GSE, inputs.chosen_GSK, sums_G2E)
+    ctx.noise_scale = inputs.noise_scale
 
 
-def _backward(ctx, grad_importance: Tensor, grad_load: Tensor, *_):
-    grad, grad_noisy = balance_backward(grad_importance, grad_load, *ctx.saved_tensors, ctx.noise_scale)
-    return grad, None if ctx.saved_tensors[1] is None else grad_noisy, None, None, None
+def _backward_of_balance(ctx, grad_importance: Tensor, grad_load: Tensor, *_) -> dict[str, Tensor | None]:
+    logits_GSE, noisy_logits_GSE, chosen_GSK, sums_G2E = ctx.saved_tensors
+    grad_GSE, grad_noisy_GSE = balance_backward(
+        grad_importance, grad_load, logits_GSE, noisy_logits_GSE, chosen_GSK, sums_G2E, ctx.noise_scale
+    )
+    is_noisy = noisy_logits_GSE is not None
+    return {"logits_GSE": grad_GSE, "noisy_logits_GSE": grad_noisy_GSE if is_noisy else None}
 
 
-balance = operator("balance", _balance, _fake_balance, _save, _backward)
+balance = operator("balance", _balance, _fake_balance, _save_balance, _backward_of_balance)
 
 
 @triton.jit

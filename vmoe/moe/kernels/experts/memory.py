@@ -1,4 +1,4 @@
-"""Memory on the CPU for what every step makes anew: kept when it becomes free, and taken again.
+"""Memory on the CPU for what every step makes: kept when it becomes free, and taken again.
 
 The system fills each page that a process touches for the first time, and the C library gives large buffers back as
 soon as they are freed: for experts with few tokens that costs as much as a matrix product. Hence blocks of huge pages,

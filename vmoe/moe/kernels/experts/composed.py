@@ -5,19 +5,21 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor
 
-from vmoe.moe.kernels import rows
+from vmoe.moe.kernels.experts import rows
 from vmoe.moe.kernels.interface import Choices, Mlp
 
-Linear = Callable[[Tensor, Tensor, Tensor | None, rows.Layout | None], Tensor]
+Linear = Callable[[Tensor, Tensor, Tensor | None, rows.RowLayout | None], Tensor]
 
 
-def expert_mlp(x_TD: Tensor, choices: Choices, mlp: Mlp, layout: rows.Layout, linear: Linear) -> Tensor:
+def dispatch_compute_combine(
+    x_TD: Tensor, choices: Choices, mlp: Mlp, layout: rows.RowLayout, linear: Linear
+) -> Tensor:
     """(T, D) -> (T, O) with rows laid out by `layout` and multiplied by `linear`."""
     x_RD = rows.dispatch(x_TD.to(mlp.dtype), layout)
     return rows.combine(two_layers(x_RD, mlp, layout, linear), choices.combine_weights_TK(), layout)
 
 
-def two_layers(x_RD: Tensor, mlp: Mlp, layout: rows.Layout | None, linear: Linear) -> Tensor:
+def two_layers(x_RD: Tensor, mlp: Mlp, layout: rows.RowLayout | None, linear: Linear) -> Tensor:
     """(R, D) -> (R, O); without a layout each expert has an equal share of the rows."""
     dtype, num_experts = mlp.dtype, mlp.weight1.shape[0]
     bias1_EH, bias2_EO = (None if bias is None else bias.to(dtype) for bias in (mlp.bias1, mlp.bias2))

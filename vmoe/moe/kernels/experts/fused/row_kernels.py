@@ -1,6 +1,6 @@
 """Moving tokens into the experts' rows and back, in both directions; each kernel writes every value once.
 
-T tokens of width D with K choices, R rows. row_TK is -1 where a choice has no row; choice_R is the choice t*K + k in a
+T tokens of width D with K choices; R rows. row_TK is -1 where a choice has no row; choice_R is the choice t*K + k in a
 row, -1 where the row is free. A free row holds zeros, so that no product needs to know of it.
 """
 
@@ -9,15 +9,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vmoe.moe.kernels.fused.segments import Segments, expert_of
-from vmoe.moe.kernels.fused.sizes import cdiv, columns_of, next_power_of_2
+from vmoe.moe.kernels.experts.fused.owners import RowOwners, expert_of
 from vmoe.moe.kernels.operators import operator
+from vmoe.moe.kernels.sizes import STRETCH, cdiv, columns_of, next_power_of_2
 
 TOKENS, COLUMNS = 4, 256  # of a program's tile
-STRETCH = 64  # rows of an expert that a program of `combine_gradient` walks through
 
 
-def _rows_in_shares(
+def _rows_of_choices_in_shares(
     chosen_TK: Tensor, kept_TK: Tensor, slots_TK: Tensor, group_size: int, capacity: int, share: int
 ) -> Tensor:
     """The row of each choice (T, K) int32, where every expert has C slots for each group: e * share + g * C + slot."""
@@ -32,11 +31,11 @@ def _rows_in_shares(
 
 
 rows_in_shares = operator(
-    "rows_in_shares", _rows_in_shares, lambda chosen_TK, *_: torch.empty_like(chosen_TK, dtype=torch.int32)
+    "rows_in_shares", _rows_of_choices_in_shares, lambda chosen_TK, *_: torch.empty_like(chosen_TK, dtype=torch.int32)
 )
 
 
-def scatter(x_TD: Tensor, row_TK: Tensor, out_RD: Tensor) -> Tensor:
+def write_rows(x_TD: Tensor, row_TK: Tensor, out_RD: Tensor) -> Tensor:
     """Writes each token into its rows and zeros into the free ones.
 
     Returns:
@@ -52,10 +51,10 @@ def scatter(x_TD: Tensor, row_TK: Tensor, out_RD: Tensor) -> Tensor:
     return choice_R
 
 
-def combine(
+def write_combined(
     y_RD: Tensor, row_TK: Tensor, chosen_TK: Tensor, weights_TK: Tensor, bias_ED: Tensor | None, out_TD: Tensor
 ) -> None:
-    """The sum of each token's rows, with their experts' biases, times the combine weights."""
+    """Writes the sum of each token's rows, with their experts' biases, times the combine weights."""
     num_tokens, top_k = row_TK.shape
     grid = (cdiv(num_tokens, TOKENS), cdiv(y_RD.shape[1], COLUMNS))
     _combine[grid](
@@ -64,11 +63,11 @@ def combine(
     )  # fmt: skip
 
 
-def combine_gradient(
-    grad_TD: Tensor, choice_R: Tensor, weights_TK: Tensor, y_RD: Tensor, bias_ED: Tensor | None, segments: Segments,
+def write_combine_gradient(
+    grad_TD: Tensor, choice_R: Tensor, weights_TK: Tensor, y_RD: Tensor, bias_ED: Tensor | None, owners: RowOwners,
     out_RD: Tensor, grad_bias_ED: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """Writes the gradients of `combine`'s rows, zeros in free ones, and of its bias.
+    """Writes the gradients of the rows of `write_combined`, zeros in free ones, and of its bias.
 
     Args:
         grad_TD: The gradient of its result.
@@ -76,7 +75,7 @@ def combine_gradient(
         weights_TK: The combine weights.
         y_RD: Its rows.
         bias_ED: Its bias.
-        segments: Whose rows they are.
+        owners: Which expert owns which rows.
         out_RD: Takes the rows' gradients.
         grad_bias_ED: Takes the bias's; None without one.
 
@@ -84,7 +83,7 @@ def combine_gradient(
         The gradient of the combine weights (T, K), float32.
     """
     num_rows, width = y_RD.shape
-    num_experts = segments.num_experts
+    num_experts = owners.num_experts
     grad_weights_TK = torch.zeros(weights_TK.shape, dtype=torch.float32, device=y_RD.device)
     columns = 128
     num_columns = cdiv(width, columns)
@@ -92,33 +91,33 @@ def combine_gradient(
     num_stretches = cdiv(num_rows, STRETCH)
     bias_parts_MD = grad_weights_TK.new_empty(num_stretches, width)
     _combine_gradient[(num_stretches, num_columns)](
-        grad_TD, choice_R, weights_TK, y_RD, bias_ED, segments.starts_E, out_RD, dots_RP, bias_parts_MD, num_rows,
-        width, num_experts, segments.share, K=weights_TK.shape[1], HAS_BIAS=bias_ED is not None,
-        HAS_SHARE=segments.share > 0, STRETCH=STRETCH, ROWS=8, COLUMNS=columns,
+        grad_TD, choice_R, weights_TK, y_RD, bias_ED, owners.starts_E, out_RD, dots_RP, bias_parts_MD, num_rows,
+        width, num_experts, owners.share, K=weights_TK.shape[1], HAS_BIAS=bias_ED is not None,
+        HAS_SHARE=owners.share > 0, STRETCH=STRETCH, ROWS=8, COLUMNS=columns,
         EXPERTS=columns_of(num_experts),
     )  # fmt: skip
     _sum_dots[(cdiv(num_rows, 256),)](
         dots_RP, choice_R, grad_weights_TK, num_rows, num_columns, ROWS=256, PARTS=next_power_of_2(num_columns)
     )
     if bias_ED is not None:
-        tile_sums(bias_parts_MD, segments, STRETCH, grad_bias_ED)
+        write_expert_sums(bias_parts_MD, owners, STRETCH, grad_bias_ED)
     return grad_weights_TK
 
 
-def gather_sum(grad_RD: Tensor, row_TK: Tensor, out_TD: Tensor) -> None:
-    """The sum of each token's rows."""
+def write_token_sums(grad_RD: Tensor, row_TK: Tensor, out_TD: Tensor) -> None:
+    """Writes the sum of each token's rows."""
     num_tokens, top_k = row_TK.shape
     grid = (cdiv(num_tokens, TOKENS), cdiv(grad_RD.shape[1], COLUMNS))
     _gather_sum[grid](grad_RD, row_TK, out_TD, num_tokens, grad_RD.shape[1], K=top_k, TOKENS=TOKENS, COLUMNS=COLUMNS)
 
 
-def tile_sums(parts_MD: Tensor, segments: Segments, tile_rows: int, out_ED: Tensor) -> None:
-    """The sum over an expert's tiles of what each left in its row of `parts_MD`."""
+def write_expert_sums(parts_MD: Tensor, owners: RowOwners, tile_rows: int, out_ED: Tensor) -> None:
+    """Writes the sum over an expert's tiles of what each left in its row of `parts_MD`."""
     num_experts, width = out_ED.shape
     columns = 64
     _tile_sums[(num_experts, cdiv(width, columns))](
-        parts_MD, segments.starts_E, segments.counts_E, out_ED, width, segments.share,
-        HAS_SHARE=segments.share > 0, TILE=tile_rows, ROWS=32, COLUMNS=columns,
+        parts_MD, owners.starts_E, owners.counts_E, out_ED, width, owners.share,
+        HAS_SHARE=owners.share > 0, TILE=tile_rows, ROWS=32, COLUMNS=columns,
     )  # fmt: skip
 
 

@@ -1,60 +1,33 @@
 """Bias and activation, and their gradient, beside the products of the library.
 
-The activation is computed anew in the backward pass. R rows in tiles of one expert each; H the width behind the
+The activation is computed once more in the backward pass. R rows in tiles of one expert each; H the width behind the
 activation, F the width before it: H, or 2H where one half gates the other.
 """
 
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
-from torch import Tensor, nn
+from torch import Tensor
 
-from vmoe.moe.attached import is_bare
-from vmoe.moe.kernels.fused.functions import value_and_slope
-from vmoe.moe.kernels.fused.segments import Segments, expert_of
-from vmoe.moe.kernels.fused.sizes import cdiv, columns_of, next_power_of_2
-from vmoe.moe.mlps import Glu
+from vmoe.moe.kernels.experts.fused.functions import value_and_slope
+from vmoe.moe.kernels.experts.fused.owners import RowOwners, expert_of
+from vmoe.moe.kernels.experts.requirements import Form
+from vmoe.moe.kernels.sizes import TILE_ROWS, cdiv, columns_of, next_power_of_2
 
-TILE_ROWS = 128  # of a program
 _FORWARD = {"elements": 2048, "columns": 128, "num_warps": 8}  # of a step; columns at most
 _BACKWARD = {"elements": 1024, "columns": 512, "num_warps": 4}
 
 
-class Form(NamedTuple):
-    """What is computed between the layers.
-
-    Attributes:
-        function: "gelu", "gelu_tanh" or "silu".
-        gate: Which half of its input goes through the function and multiplies the other: "first" or "last"; "" where
-            all of it goes through the function.
-    """
-
-    function: str
-    gate: str
-
-    @classmethod
-    def of(cls, activation: nn.Module) -> "Form | None":
-        """The form of a module; None where the kernels do not compute it."""
-        if is_bare(activation, Glu):
-            form = cls.of(activation.act)
-            return form and form._replace(gate="first" if activation.gate_first else "last")
-        if is_bare(activation, nn.GELU):
-            return cls("gelu_tanh" if activation.approximate == "tanh" else "gelu", "")
-        return cls("silu", "") if is_bare(activation, nn.SiLU) else None
-
-
-def activate(pre_RF: Tensor, bias_EF: Tensor | None, segments: Segments, form: Form, act_RH: Tensor) -> None:
+def activate(pre_RF: Tensor, bias_EF: Tensor | None, owners: RowOwners, form: Form, act_RH: Tensor) -> None:
     """Writes the activation of pre + bias into `act_RH`, which may be `pre_RF` where nothing gates."""
     tile = _tile(act_RH.shape[1], **_FORWARD)
-    _activate[_grid(act_RH, tile)](
-        pre_RF, bias_EF, act_RH, segments.starts_E, segments.num_experts, segments.share, act_RH.shape[1],
-        **_meta(bias_EF, segments, form), **tile,
+    _activate[_activation_grid(act_RH, tile)](
+        pre_RF, bias_EF, act_RH, owners.starts_E, owners.num_experts, owners.share, act_RH.shape[1],
+        **_meta(bias_EF, owners, form), **tile,
     )  # fmt: skip
 
 
 def activation_gradient(
-    grad_act_RH: Tensor, bias_EF: Tensor | None, pre_RF: Tensor, segments: Segments, form: Form,
+    grad_act_RH: Tensor, bias_EF: Tensor | None, pre_RF: Tensor, owners: RowOwners, form: Form,
     bias_parts_MF: Tensor, grad_pre_RF: Tensor,
 ) -> None:  # fmt: skip
     """Writes the gradient of pre into `grad_pre_RF`, which may be `grad_act_RH` where nothing gates.
@@ -62,9 +35,9 @@ def activation_gradient(
     `bias_parts_MF` takes parts of the bias's gradient, one every TILE_ROWS rows.
     """
     tile = _tile(grad_act_RH.shape[1], **_BACKWARD)
-    _activation_gradient[_grid(grad_act_RH, tile)](
-        grad_act_RH, bias_EF, pre_RF, bias_parts_MF, grad_pre_RF, segments.starts_E, segments.num_experts,
-        segments.share, grad_act_RH.shape[1], **_meta(bias_EF, segments, form), **tile,
+    _activation_gradient[_activation_grid(grad_act_RH, tile)](
+        grad_act_RH, bias_EF, pre_RF, bias_parts_MF, grad_pre_RF, owners.starts_E, owners.num_experts,
+        owners.share, grad_act_RH.shape[1], **_meta(bias_EF, owners, form), **tile,
     )  # fmt: skip
 
 
@@ -74,19 +47,19 @@ def _tile(width: int, elements: int, columns: int, num_warps: int) -> dict[str, 
     return {"ROWS": elements // columns, "COLUMNS": columns, "num_warps": num_warps}
 
 
-def _grid(act_RH: Tensor, tile: dict[str, int]) -> tuple[int, int]:
+def _activation_grid(act_RH: Tensor, tile: dict[str, int]) -> tuple[int, int]:
     return act_RH.shape[0] // TILE_ROWS, cdiv(act_RH.shape[1], tile["COLUMNS"])
 
 
-def _meta(bias_EF: Tensor | None, segments: Segments, form: Form) -> dict[str, object]:
+def _meta(bias_EF: Tensor | None, owners: RowOwners, form: Form) -> dict[str, object]:
     return {
         "HAS_BIAS": bias_EF is not None, "FUNCTION": form.function, "GATE": form.gate,
-        "HAS_SHARE": segments.share > 0, "TILE": TILE_ROWS, "EXPERTS": columns_of(segments.num_experts),
+        "HAS_SHARE": owners.share > 0, "TILE": TILE_ROWS, "EXPERTS": columns_of(owners.num_experts),
     }  # fmt: skip
 
 
 @triton.jit
-def _load(at, inside):
+def _load_float(at, inside):
     return tl.load(at, mask=inside, other=0.0).to(tl.float32)
 
 
@@ -104,15 +77,15 @@ def _activate(
     added_other = added
     if HAS_BIAS:
         expert = expert_of(tl.program_id(0) * TILE, starts, num_experts, share, HAS_SHARE, EXPERTS)
-        added = _load(bias + expert * wide + gate_at + column, is_column)
+        added = _load_float(bias + expert * wide + gate_at + column, is_column)
         if GATE != "":
-            added_other = _load(bias + expert * wide + (width - gate_at) + column, is_column)
+            added_other = _load_float(bias + expert * wide + (width - gate_at) + column, is_column)
     for step in range(0, TILE, ROWS):
         row = (tl.program_id(0) * TILE + step + tl.arange(0, ROWS))[:, None].to(tl.int64)
         at = pre + row * wide + column
-        value, _ = value_and_slope(_load(at + gate_at, is_column) + added, FUNCTION)
+        value, _ = value_and_slope(_load_float(at + gate_at, is_column) + added, FUNCTION)
         if GATE != "":
-            value *= _load(at + (width - gate_at), is_column) + added_other
+            value *= _load_float(at + (width - gate_at), is_column) + added_other
         tl.store(act + row * width + column, value.to(act.dtype.element_ty), mask=is_column)
 
 
@@ -130,20 +103,20 @@ def _activation_gradient(
     added_other = added
     if HAS_BIAS:
         expert = expert_of(tl.program_id(0) * TILE, starts, num_experts, share, HAS_SHARE, EXPERTS)
-        added = _load(bias + expert * wide + gate_at + column, is_column)
+        added = _load_float(bias + expert * wide + gate_at + column, is_column)
         if GATE != "":
-            added_other = _load(bias + expert * wide + (width - gate_at) + column, is_column)
+            added_other = _load_float(bias + expert * wide + (width - gate_at) + column, is_column)
     total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     total_other = total
     for step in range(0, TILE, ROWS):
         row = (tl.program_id(0) * TILE + step + tl.arange(0, ROWS))[:, None].to(tl.int64)
         at = row * wide + column
-        value, slope = value_and_slope(_load(pre + at + gate_at, is_column) + added, FUNCTION)
-        grad_value = _load(grad + row * width + column, is_column)
+        value, slope = value_and_slope(_load_float(pre + at + gate_at, is_column) + added, FUNCTION)
+        grad_value = _load_float(grad + row * width + column, is_column)
         if GATE != "":
             other_at = at + (width - gate_at)
             grad_other = grad_value * value
-            grad_value *= _load(pre + other_at, is_column) + added_other
+            grad_value *= _load_float(pre + other_at, is_column) + added_other
             tl.store(grad_pre + other_at, grad_other.to(grad_pre.dtype.element_ty), mask=is_column)
             total_other += grad_other
         grad_value *= slope

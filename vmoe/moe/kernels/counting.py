@@ -1,19 +1,21 @@
 """Counting sort of choices by expert, without a host synchronisation and with no atomic addition.
 
-G groups of S tokens with K choices; E experts; N = S*K choices of a group in the order of the flow: every token's first
-choice, then every second choice, and so on. Counted in blocks of the flow: a histogram a block, a scan over the blocks,
-and the place within the block.
+Routing takes the ranks, by which choices get their slots; the experts take the rows of a buffer.
+
+G groups of S tokens with K choices; E experts; N = S*K choices of a group in the order of the flow: every token's
+first choice, then every second choice, and so on. They are counted in blocks of the flow: a histogram per block, a scan
+over the blocks, and the count within the block.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from vmoe.moe.kernels.fused.sizes import cdiv, columns_of
 from vmoe.moe.kernels.operators import operator
-
-ALIGNMENT = 128  # an expert's rows start at a multiple of this, so that no tile of a product holds two experts
+from vmoe.moe.kernels.sizes import ALIGNMENT, cdiv, choices_of_block, columns_of
 
 
 def _ranks(chosen_GSK: Tensor, order_GS: Tensor | None, num_experts: int) -> Tensor:
@@ -30,7 +32,8 @@ def _ranks(chosen_GSK: Tensor, order_GS: Tensor | None, num_experts: int) -> Ten
     num_groups, size, top_k = chosen_GSK.shape
     rank_GSK = torch.empty_like(chosen_GSK, dtype=torch.int64)
     if rank_GSK.numel():
-        _count(chosen_GSK.contiguous(), None, order_GS, rank_GSK, num_groups, size, top_k, num_experts, None)
+        flow = _Flow(num_groups, size, top_k, num_experts)
+        _count_flow(chosen_GSK.contiguous(), None, order_GS, flow, rank_GSK, None)
     return rank_GSK
 
 
@@ -53,8 +56,8 @@ def _expert_rows(chosen_TK: Tensor, kept_TK: Tensor | None, num_experts: int) ->
     starts_E = torch.empty(num_experts, dtype=torch.int32, device=chosen_TK.device)
     counts_E = torch.empty_like(starts_E)
     kept_TK = kept_TK if kept_TK is None else kept_TK.contiguous()
-    layout = starts_E, counts_E
-    _count(chosen_TK.contiguous(), kept_TK, None, row_TK, 1, chosen_TK.numel(), 1, num_experts, layout)
+    flow = _Flow(1, chosen_TK.numel(), 1, num_experts)
+    _count_flow(chosen_TK.contiguous(), kept_TK, None, flow, row_TK, (starts_E, counts_E))
     return row_TK, starts_E, counts_E
 
 
@@ -66,28 +69,40 @@ def _fake_expert_rows(chosen_TK, kept_TK, num_experts):
 expert_rows = operator("expert_rows", _expert_rows, _fake_expert_rows)
 
 
-def _count(chosen, kept, order, out, num_groups, size, top_k, num_experts, layout) -> None:
-    columns = columns_of(num_experts)
-    block = max(32, min(256, 8192 // columns))
-    num_blocks = cdiv(size * top_k, block)
-    before = torch.empty(num_groups, num_blocks, columns, dtype=torch.int32, device=chosen.device)
-    totals = torch.empty(num_groups, columns, dtype=torch.int32, device=chosen.device)
-    starts_E, counts_E = (None, None) if layout is None else layout
-    flow = {"SIZE": size, "TOP_K": top_k, "COLUMNS": columns, "BLOCK": block, "ORDERED": order is not None}
-    flow["HAS_KEPT"] = kept is not None
+class _Flow(NamedTuple):
+    """The sizes G, S, K and E of what is counted."""
+
+    num_groups: int
+    size: int
+    top_k: int
+    num_experts: int
+
+
+def _count_flow(
+    chosen: Tensor, kept: Tensor | None, order: Tensor | None, flow: _Flow, out: Tensor,
+    starts_and_counts: tuple[Tensor, Tensor] | None,
+) -> None:  # fmt: skip
+    """Writes ranks into `out` or, where the experts' first rows and numbers of rows are wanted too, rows."""
+    columns, block = columns_of(flow.num_experts), choices_of_block(flow.num_experts)
+    num_blocks = cdiv(flow.size * flow.top_k, block)
+    before = torch.empty(flow.num_groups, num_blocks, columns, dtype=torch.int32, device=chosen.device)
+    totals = torch.empty(flow.num_groups, columns, dtype=torch.int32, device=chosen.device)
+    starts_E, counts_E = starts_and_counts or (None, None)
+    meta = {"SIZE": flow.size, "TOP_K": flow.top_k, "COLUMNS": columns, "BLOCK": block}
+    meta |= {"ORDERED": order is not None, "HAS_KEPT": kept is not None}
     with torch.cuda.device_of(chosen):
-        grid = (num_blocks, num_groups)
-        _histogram[grid](chosen, kept, order, before, **flow)
+        grid = (num_blocks, flow.num_groups)
+        _histogram[grid](chosen, kept, order, before, **meta)
         scan_columns = min(columns, 32)
-        _scan[(columns // scan_columns, num_groups)](before, totals, num_blocks, columns, scan_columns, 64)
-        _place[grid](
-            chosen, kept, order, before, totals, out, starts_E, counts_E, num_experts,
-            AS_ROWS=layout is not None, ALIGN=ALIGNMENT, **flow,
+        _scan_blocks[(columns // scan_columns, flow.num_groups)](before, totals, num_blocks, columns, scan_columns, 64)
+        _rank_in_flow[grid](
+            chosen, kept, order, before, totals, out, starts_E, counts_E, flow.num_experts,
+            AS_ROWS=starts_and_counts is not None, ALIGN=ALIGNMENT, **meta,
         )  # fmt: skip
 
 
 @triton.jit
-def _flow(
+def _choices_of_program(
     chosen, kept, order, SIZE, TOP_K: tl.constexpr, BLOCK: tl.constexpr, ORDERED: tl.constexpr, HAS_KEPT: tl.constexpr
 ):
     """Where the choices of this program's block of the flow stand in the (G, S, K) tensor, and their experts."""
@@ -109,7 +124,7 @@ def _histogram(
     chosen, kept, order, before, SIZE, TOP_K: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
     ORDERED: tl.constexpr, HAS_KEPT: tl.constexpr,
 ):  # fmt: skip
-    _, _, expert = _flow(chosen, kept, order, SIZE, TOP_K, BLOCK, ORDERED, HAS_KEPT)
+    _, _, expert = _choices_of_program(chosen, kept, order, SIZE, TOP_K, BLOCK, ORDERED, HAS_KEPT)
     column = tl.arange(0, COLUMNS)
     one_hot = (expert[:, None] == column[None, :]).to(tl.int32)
     block = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
@@ -117,7 +132,7 @@ def _histogram(
 
 
 @triton.jit(do_not_specialize=["num_blocks"])
-def _scan(before, totals, num_blocks, COLUMNS: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr):
+def _scan_blocks(before, totals, num_blocks, COLUMNS: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr):
     """Replaces each block's counts by the sum of those before it."""
     group = tl.program_id(1).to(tl.int64)
     column = tl.program_id(0) * PART + tl.arange(0, PART)
@@ -133,12 +148,12 @@ def _scan(before, totals, num_blocks, COLUMNS: tl.constexpr, PART: tl.constexpr,
 
 
 @triton.jit(do_not_specialize=["SIZE"])
-def _place(
+def _rank_in_flow(
     chosen, kept, order, before, totals, out, starts, counts, num_experts,
     SIZE, TOP_K: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, ORDERED: tl.constexpr,
     HAS_KEPT: tl.constexpr, AS_ROWS: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    at, inside, expert = _flow(chosen, kept, order, SIZE, TOP_K, BLOCK, ORDERED, HAS_KEPT)
+    at, inside, expert = _choices_of_program(chosen, kept, order, SIZE, TOP_K, BLOCK, ORDERED, HAS_KEPT)
     column = tl.arange(0, COLUMNS)
     block = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     one_hot = (expert[:, None] == column[None, :]).to(tl.int32)
@@ -155,47 +170,3 @@ def _place(
         tl.store(out + at, tl.where(has_row, tl.sum(one_hot * place, 1), -1), mask=inside)
     else:
         tl.store(out + at, tl.sum(one_hot * place, 1).to(tl.int64), mask=inside)
-
-
-def _falling_places(values_GS: Tensor) -> Tensor:
-    """The places of each row's values from the largest to the smallest, equals in their old order, (G, S) int64.
-
-    A place is the number of values that come before, counted by comparing all with all: for rows of a few thousand
-    values that is faster than a sort.
-    """
-    num_groups, size = values_GS.shape
-    order_GS = torch.empty(num_groups, size, dtype=torch.int64, device=values_GS.device)
-    if order_GS.numel():
-        with torch.cuda.device_of(values_GS):
-            _falling_order[(cdiv(size, 32), num_groups)](values_GS.contiguous(), order_GS, size, 32)
-    return order_GS
-
-
-falling_order = operator(
-    "falling_order", _falling_places, lambda values_GS: torch.empty_like(values_GS, dtype=torch.int64)
-)
-
-
-@triton.jit
-def _falling_order(values, order, size, BLOCK: tl.constexpr):
-    values += tl.program_id(1).to(tl.int64) * size
-    own = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    value = _nan_first(tl.load(values + own, mask=own < size, other=0.0))[:, None]
-    before = tl.zeros((BLOCK, BLOCK), dtype=tl.int32)
-    for first in range(0, tl.program_id(0) * BLOCK, BLOCK):  # of those before, equals come first too
-        others = _nan_first(tl.load(values + first + tl.arange(0, BLOCK)))[None, :]
-        before += (others >= value).to(tl.int32)
-    others = _nan_first(tl.load(values + own, mask=own < size, other=-float("inf")))[None, :]
-    before += ((others > value) | ((others == value) & (own[None, :] < own[:, None]))).to(tl.int32)
-    for first in range((tl.program_id(0) + 1) * BLOCK, size, BLOCK):
-        other = first + tl.arange(0, BLOCK)
-        others = _nan_first(tl.load(values + other, mask=other < size, other=-float("inf")))[None, :]
-        before += (others > value).to(tl.int32)
-    place = tl.sum(before, 1)
-    tl.store(order + tl.program_id(1).to(tl.int64) * size + place, own.to(tl.int64), mask=own < size)
-
-
-@triton.jit
-def _nan_first(value):
-    # what cannot be compared must still get a place of its own
-    return tl.where(value != value, float("inf"), value)

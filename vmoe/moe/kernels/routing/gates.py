@@ -1,6 +1,6 @@
 """Gates and choices of token choice.
 
-T tokens; E experts; K choices a token. All in float32.
+T tokens; E experts; K choices per token. All in float32.
 """
 
 import torch
@@ -8,14 +8,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vmoe.moe.kernels.fused.sizes import cdiv, columns_of, tokens_of_block
 from vmoe.moe.kernels.operators import operator
-
-MAX_EXPERTS = 256
+from vmoe.moe.kernels.sizes import MAX_EXPERTS, cdiv, columns_of, tokens_of_block
 
 
 def takes_logits(logits: Tensor) -> bool:
-    """Whether these kernels take logits of (..., E)."""
+    """Whether the kernels of gates and balance take logits of (..., E)."""
     return logits.dtype == torch.float32 and logits.shape[-1] <= MAX_EXPERTS
 
 
@@ -70,14 +68,15 @@ def _save_gates(ctx, inputs, output) -> None:
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output)
-    ctx.renormalize = inputs[2]
+    ctx.renormalize = inputs.renormalize
 
 
 def _backward_of_gates(ctx, grad_gates_TE, _, grad_weights_TK):
     if grad_gates_TE is None and grad_weights_TK is None:
-        return None, None, None
-    arguments = (grad_gates_TE, grad_weights_TK, *ctx.saved_tensors, ctx.renormalize)
-    return gates_backward(*arguments), None, None
+        return {}
+    gates_TE, chosen_TK, weights_TK = ctx.saved_tensors
+    grad_TE = gates_backward(grad_gates_TE, grad_weights_TK, gates_TE, chosen_TK, weights_TK, ctx.renormalize)
+    return {"logits_TE": grad_TE}
 
 
 gates = operator("gates", _gates_of, _fake_gates, _save_gates, _backward_of_gates)
@@ -100,19 +99,19 @@ def _gates(
         total = tl.zeros((TOKENS,), dtype=tl.float32)
         remaining = tl.where(inside, gate, -1.0)
         for _ in tl.static_range(K):
-            best, is_best = _largest(remaining, expert, num_experts)
+            best, is_best = _largest_column(remaining, expert, num_experts)
             total += tl.sum(tl.where(is_best, gate, 0.0), 1)
             remaining = tl.where(is_best, -2.0, remaining)
     remaining = tl.where(inside, gate, -1.0)
     for k in tl.static_range(K):
-        best, is_best = _largest(remaining, expert, num_experts)
+        best, is_best = _largest_column(remaining, expert, num_experts)
         remaining = tl.where(is_best, -2.0, remaining)
         tl.store(chosen + token * K + k, best.to(tl.int64), mask=is_token)
         tl.store(weights + token * K + k, tl.sum(tl.where(is_best, gate, 0.0), 1) / total, mask=is_token)
 
 
 @triton.jit
-def _largest(values, expert, num_experts):
+def _largest_column(values, expert, num_experts):
     """Each token's expert of the largest value, the lowest of equals, and where that is."""
     # a NaN is larger than nothing: the bound keeps the index an expert's
     best = tl.minimum(tl.argmax(values, 1, tie_break_left=True), num_experts - 1)

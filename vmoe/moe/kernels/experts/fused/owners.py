@@ -1,4 +1,4 @@
-"""Whose rows are whose, for kernels that work on tiles of one expert each."""
+"""Which expert owns which rows, for kernels that work on tiles of one expert each."""
 
 from typing import NamedTuple
 
@@ -7,8 +7,8 @@ import triton.language as tl
 from torch import Tensor
 
 
-class Segments(NamedTuple):
-    """Which rows are whose: a share of equal size for each expert, or as many as it needs from a start of its own.
+class RowOwners(NamedTuple):
+    """Which expert owns which rows: a share of equal size, or as many as it needs from a start of its own.
 
     Attributes:
         num_experts: E.

@@ -9,22 +9,23 @@ synchronisation).
 import torch
 from torch import Tensor, library
 
-from vmoe.moe.kernels import composed
+from vmoe.moe.kernels.experts import composed
+from vmoe.moe.kernels.experts.rows import RowLayout
 from vmoe.moe.kernels.interface import Choices, Mlp
 from vmoe.moe.kernels.operators import is_transformed
-from vmoe.moe.kernels.rows import Layout
 
 
 def expert_mlp(x_TD: Tensor, choices: Choices, mlp: Mlp) -> Tensor:
     """(T, D) -> (T, O), see `kernels`."""
     num_experts = mlp.weight1.shape[0]
-    rows = layout(choices, num_experts)
+    layout = segment_layout(choices, num_experts)
     if choices.capacity is not None:  # no row for choices that must be dropped: they stand behind all others
-        rows = rows._replace(choice_R=rows.choice_R[: num_experts * choices.groups.count * choices.capacity])
-    return composed.expert_mlp(x_TD, choices, mlp, rows, linear)
+        most = num_experts * choices.groups.count * choices.capacity
+        layout = layout._replace(choice_R=layout.choice_R[:most])
+    return composed.dispatch_compute_combine(x_TD, choices, mlp, layout, linear_of_layout)
 
 
-def layout(choices: Choices, num_experts: int) -> Layout:
+def segment_layout(choices: Choices, num_experts: int) -> RowLayout:
     """Rows sorted by expert, in the order of the tokens; dropped choices stand behind the last expert's."""
     chosen_TK, kept_TK = choices.chosen_TK, choices.kept_TK
     expert_TK = chosen_TK if kept_TK is None else torch.where(kept_TK, chosen_TK, num_experts)
@@ -33,10 +34,10 @@ def layout(choices: Choices, num_experts: int) -> Layout:
     ends_E = torch.searchsorted(ordered_R, experts_E, right=True, out_int32=True)
     rows_R = torch.arange(choice_R.shape[0], device=chosen_TK.device)
     row_TK = torch.empty_like(choice_R).scatter(0, choice_R, rows_R).view_as(chosen_TK)
-    return Layout(row_TK, choice_R, ends_E)
+    return RowLayout(row_TK, choice_R, ends_E)
 
 
-def linear(x_RD: Tensor, weight_EOD: Tensor, bias_EO: Tensor | None, layout: Layout) -> Tensor:
+def linear_of_layout(x_RD: Tensor, weight_EOD: Tensor, bias_EO: Tensor | None, layout: RowLayout) -> Tensor:
     """Each expert's rows times its weights; zeros behind the last expert's rows."""
     product = _SegmentLinear.apply if is_transformed() else segment_linear
     return product(x_RD, weight_EOD, bias_EO, layout.ends_E)
@@ -50,7 +51,7 @@ def segment_linear(x_RD: Tensor, weight_EOD: Tensor, bias_EO: Tensor | None, end
         x_RD: Rows sorted by expert, (R, D).
         weight_EOD: (E, O, D).
         bias_EO: (E, O) or None.
-        ends_E: Where each expert's rows end, (E,) int32, rising.
+        ends_E: Where each expert's rows end, (E,) int32, in ascending order.
 
     Returns:
         (R, O).
@@ -75,7 +76,7 @@ def segment_linear(x_RD: Tensor, weight_EOD: Tensor, bias_EO: Tensor | None, end
 
 
 @segment_linear.register_fake
-def _(x_RD, weight_EOD, bias_EO, ends_E):
+def _fake_segment_linear(x_RD, weight_EOD, bias_EO, ends_E):
     return x_RD.new_empty(x_RD.shape[0], weight_EOD.shape[1])
 
 
@@ -110,25 +111,25 @@ def segment_linear_backward(
 
 
 @segment_linear_backward.register_fake
-def _(grad_RO, x_RD, weight_EOD, ends_E, has_bias):
+def _fake_segment_linear_backward(grad_RO, x_RD, weight_EOD, ends_E, has_bias):
     grad_bias_EO = grad_RO.new_empty(weight_EOD.shape[:2] if has_bias else (0,))
     return torch.empty_like(x_RD), torch.empty_like(weight_EOD), grad_bias_EO
 
 
-def _save(ctx, inputs, output) -> None:
+def _save_product(ctx, inputs, output) -> None:
     x_RD, weight_EOD, bias_EO, ends_E = inputs
     ctx.save_for_backward(x_RD, weight_EOD, ends_E)
     ctx.has_bias = bias_EO is not None
 
 
-def _backward(ctx, grad_RO: Tensor):
+def _backward_of_product(ctx, grad_RO: Tensor):
     x_RD, weight_EOD, ends_E = ctx.saved_tensors
     gradient = _SegmentGradient.apply if is_transformed() else segment_linear_backward
     grad_RD, grad_weight_EOD, grad_bias_EO = gradient(grad_RO, x_RD, weight_EOD, ends_E, ctx.has_bias)
     return grad_RD, grad_weight_EOD, grad_bias_EO if ctx.has_bias else None, None
 
 
-def _save_of_gradient(ctx, inputs, output) -> None:
+def _save_gradient(ctx, inputs, output) -> None:
     *tensors, ctx.has_bias = inputs
     ctx.save_for_backward(*tensors)
 
@@ -145,15 +146,15 @@ def _backward_of_gradient(ctx, to_x_RD: Tensor, to_weight_EOD: Tensor, to_bias_E
     return by_weight_RO + product(x_RD, to_weight_EOD, None, ends_E), second_RD, second_EOD, None, None
 
 
-segment_linear.register_autograd(_backward, setup_context=_save)
-segment_linear_backward.register_autograd(_backward_of_gradient, setup_context=_save_of_gradient)
+segment_linear.register_autograd(_backward_of_product, setup_context=_save_product)
+segment_linear_backward.register_autograd(_backward_of_gradient, setup_context=_save_gradient)
 
 
 class _SegmentLinear(torch.autograd.Function):
     """`segment_linear` for torch.func, which differentiates no custom operator."""
 
-    setup_context = staticmethod(_save)
-    backward = staticmethod(_backward)
+    setup_context = staticmethod(_save_product)
+    backward = staticmethod(_backward_of_product)
 
     @staticmethod
     def forward(*arguments) -> Tensor:
@@ -161,14 +162,14 @@ class _SegmentLinear(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, *arguments):
-        results = [_SegmentLinear.apply(*each) for each in _samples(info, in_dims, arguments)]
+        results = [_SegmentLinear.apply(*each) for each in _samples_of_vmap(info, in_dims, arguments)]
         return torch.stack(results), 0
 
 
 class _SegmentGradient(torch.autograd.Function):
     """`segment_linear_backward` for torch.func."""
 
-    setup_context = staticmethod(_save_of_gradient)
+    setup_context = staticmethod(_save_gradient)
     backward = staticmethod(_backward_of_gradient)
 
     @staticmethod
@@ -177,11 +178,11 @@ class _SegmentGradient(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, *arguments):
-        results = [_SegmentGradient.apply(*each) for each in _samples(info, in_dims, arguments)]
+        results = [_SegmentGradient.apply(*each) for each in _samples_of_vmap(info, in_dims, arguments)]
         return tuple(map(torch.stack, zip(*results, strict=True))), (0, 0, 0)
 
 
-def _samples(info, in_dims: tuple, arguments: tuple) -> list[list]:
+def _samples_of_vmap(info, in_dims: tuple, arguments: tuple) -> list[list]:
     """The arguments of each sample that vmap goes over."""
     pairs = list(zip(arguments, in_dims, strict=True))
     return [

@@ -8,11 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vmoe.moe.kernels.fused.sizes import cdiv, columns_of
 from vmoe.moe.kernels.operators import is_traced, operator
-
-MAX_SCORES = 64  # of a token; a library product is good at more
-_SPLITS = 64  # of the tokens, whose parts of the weights' gradient are then summed
+from vmoe.moe.kernels.sizes import SCORE_SPLITS, cdiv, columns_of
 
 
 def _scores_of(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
@@ -40,7 +37,7 @@ def _scores_gradient(
     other_grad_TD = None if other_grad_TD is None else other_grad_TD.contiguous()
     (num_tokens, width), num_experts = x_TD.shape, weight_ED.shape[0]
     grad_TD = torch.empty_like(x_TD)
-    parts = torch.empty(_SPLITS, num_experts, width, dtype=torch.float32, device=x_TD.device)
+    parts = torch.empty(SCORE_SPLITS, num_experts, width, dtype=torch.float32, device=x_TD.device)
     columns = columns_of(num_experts)
     with torch.cuda.device_of(x_TD):
         if grad_TD.numel():
@@ -48,8 +45,8 @@ def _scores_gradient(
                 grad_TE, weight_ED, other_grad_TD, grad_TD, num_tokens, width, num_experts, other_grad_TD is not None,
                 32, 64, columns,
             )  # fmt: skip
-        _scores_grad_weight[(_SPLITS, cdiv(width, 128))](
-            grad_TE, x_TD, parts, num_tokens, width, num_experts, cdiv(num_tokens, _SPLITS), 32, 128, columns
+        _scores_grad_weight[(SCORE_SPLITS, cdiv(width, 128))](
+            grad_TE, x_TD, parts, num_tokens, width, num_experts, cdiv(num_tokens, SCORE_SPLITS), 32, 128, columns
         )
     return grad_TD, parts.sum(0).to(weight_ED.dtype)
 
@@ -59,12 +56,20 @@ scores_backward = operator(
     _scores_gradient,
     lambda _, x_TD, weight_ED, __: (torch.empty_like(x_TD), torch.empty_like(weight_ED)),
 )
+
+
+def _backward_of_scores(ctx, grad_TE: Tensor) -> dict[str, Tensor]:
+    x_TD, weight_ED = ctx.saved_tensors
+    grad_TD, grad_ED = scores_backward(grad_TE, x_TD, weight_ED, None)
+    return {"x_TD": grad_TD, "weight_ED": grad_ED}
+
+
 scores = operator(
     "scores",
     _scores_of,
     _fake_scores,
-    lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
-    lambda ctx, grad_TE: scores_backward(grad_TE, *ctx.saved_tensors, None),
+    lambda ctx, inputs, output: ctx.save_for_backward(inputs.x_TD, inputs.weight_ED),
+    _backward_of_scores,
 )
 
 

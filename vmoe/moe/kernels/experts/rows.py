@@ -1,6 +1,6 @@
 """Moving tokens into the rows that experts compute, and back.
 
-T tokens of width D; K choices a token, choice t*K + k being the k-th of token t; R rows of a buffer in which each
+T tokens of width D; K choices per token, choice t*K + k being the k-th of token t; R rows of a buffer in which each
 expert's tokens stand together. Both directions gather: neither a forward nor a backward pass adds atomically, so that
 results are repeatable bit for bit.
 """
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 
-class Layout(NamedTuple):
+class RowLayout(NamedTuple):
     """Where each choice stands in the buffer.
 
     Attributes:
@@ -25,17 +25,17 @@ class Layout(NamedTuple):
     ends_E: Tensor | None = None
 
 
-def dispatch(x_TD: Tensor, layout: Layout) -> Tensor:
+def dispatch(x_TD: Tensor, layout: RowLayout) -> Tensor:
     """The buffer (R, D) with each choice's token in its row. A row without a choice holds something finite."""
-    return _Dispatch.apply(x_TD, layout.row_TK, layout.choice_R)
+    return _DispatchRows.apply(x_TD, layout.row_TK, layout.choice_R)
 
 
-def combine(y_RD: Tensor, weights_TK: Tensor, layout: Layout) -> Tensor:
+def combine(y_RD: Tensor, weights_TK: Tensor, layout: RowLayout) -> Tensor:
     """(T, D): the sum of each token's rows times their weights; a dropped choice adds nothing."""
-    return _Combine.apply(y_RD, weights_TK.to(y_RD.dtype), layout.row_TK, layout.choice_R)
+    return _CombineRows.apply(y_RD, weights_TK.to(y_RD.dtype), layout.row_TK, layout.choice_R)
 
 
-def expert_of_row(layout: Layout | None, num_rows: int, num_experts: int, device: torch.device) -> Tensor:
+def expert_of_row(layout: RowLayout | None, num_rows: int, num_experts: int, device: torch.device) -> Tensor:
     """The expert of each row, (R,); rows behind the last expert's count as its own."""
     rows_R = torch.arange(num_rows, device=device)
     if layout is None or layout.ends_E is None:
@@ -43,7 +43,7 @@ def expert_of_row(layout: Layout | None, num_rows: int, num_experts: int, device
     return torch.searchsorted(layout.ends_E.long(), rows_R, right=True).clamp(max=num_experts - 1)
 
 
-class _Dispatch(torch.autograd.Function):
+class _DispatchRows(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
@@ -61,7 +61,7 @@ class _Dispatch(torch.autograd.Function):
         return _rows_of_choices(grad_RD, row_TK).sum(1), None, None
 
 
-class _Combine(torch.autograd.Function):
+class _CombineRows(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod

@@ -1,0 +1,353 @@
+"""Backend `cpu`: the whole expert MLP on the CPU, one expert after the other on its stretch of sorted rows.
+
+What an expert's products, activation and their gradients pass on stays in cache; gradients of weights are computed
+where they end up; what lasts longer lies in memory that is taken again in the next step (`memory`). Nothing is added
+in an order that changes, so results are repeatable bit for bit.
+
+T tokens of width D with K choices; E experts of hidden width H; O width of the results; R = T*K rows, sorted by expert,
+those without an expert behind.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vmoe.moe.attached import is_bare
+from vmoe.moe.kernels.experts import composed, rows, segments
+from vmoe.moe.kernels.experts.memory import shared_memory
+from vmoe.moe.kernels.interface import Choices, Mlp
+from vmoe.moe.kernels.operators import operator
+
+aten = torch.ops.aten
+
+
+def takes(mlp: Mlp) -> bool:
+    """Whether the experts have nothing but two layers and GELU."""
+    return is_bare(mlp.activation, nn.GELU) and mlp.norm is None and mlp.dropout == 0
+
+
+def expert_mlp(x_TD: Tensor, choices: Choices, mlp: Mlp) -> Tensor:
+    """(T, D) -> (T, O), see `kernels.experts`."""
+    layout = segments.segment_layout(choices, mlp.weight1.shape[0])
+    inputs = CpuInputs(
+        x_TD=x_TD,
+        weights_TK=choices.weights_TK,
+        weight1_EHD=mlp.weight1,
+        bias1_EH=mlp.bias1,
+        weight2_EOH=mlp.weight2,
+        bias2_EO=mlp.bias2,
+        cast1_EHD=mlp.cast(mlp.weight1) if mlp.keeps_casts else None,
+        cast2_EOH=mlp.cast(mlp.weight2) if mlp.keeps_casts else None,
+        row_TK=layout.row_TK,
+        choice_R=layout.choice_R,
+        ends_E=layout.ends_E,
+        dtype=mlp.dtype,
+        tanh=mlp.activation.approximate == "tanh",
+        is_training=torch.is_grad_enabled() and mlp.is_learned(x_TD, choices.weights_TK),
+    )
+    y_TO, *_ = cpu_experts(*inputs)
+    return y_TO
+
+
+class CpuInputs(NamedTuple):
+    """What the forward pass takes.
+
+    Attributes:
+        x_TD: Tokens.
+        weights_TK: Combine weights; those of dropped choices do not count.
+        weight1_EHD: First layer, of any type; the same holds for `weight2_EOH`.
+        bias1_EH: Bias or None.
+        weight2_EOH: Second layer.
+        bias2_EO: Bias or None.
+        cast1_EHD: The first layer's weights in the type that is computed in, if there is a copy; else None.
+        cast2_EOH: The second layer's.
+        row_TK: See `rows.RowLayout`, as for `choice_R` and `ends_E`.
+        choice_R: Sorted by expert.
+        ends_E: Where each expert's rows end.
+        dtype: The type that is computed in.
+        tanh: Which GELU.
+        is_training: Whether to keep what the backward pass needs.
+    """
+
+    x_TD: Tensor
+    weights_TK: Tensor
+    weight1_EHD: Tensor
+    bias1_EH: Tensor | None
+    weight2_EOH: Tensor
+    bias2_EO: Tensor | None
+    cast1_EHD: Tensor | None
+    cast2_EOH: Tensor | None
+    row_TK: Tensor
+    choice_R: Tensor
+    ends_E: Tensor
+    dtype: torch.dtype
+    tanh: bool
+    is_training: bool
+
+
+class CpuGradientInputs(NamedTuple):
+    """What the backward pass takes: the result's gradient, and of `CpuInputs` and the forward pass what it kept.
+
+    `x_dtype` is the tokens' type; `needed` says of the first six inputs which want a gradient.
+    """
+
+    grad_TO: Tensor
+    weights_TK: Tensor
+    weight1_EHD: Tensor
+    bias1_EH: Tensor | None
+    weight2_EOH: Tensor
+    bias2_EO: Tensor | None
+    cast1_EHD: Tensor | None
+    cast2_EOH: Tensor | None
+    row_TK: Tensor
+    choice_R: Tensor
+    ends_E: Tensor
+    x_RD: Tensor
+    pre_RH: Tensor
+    y_RO: Tensor
+    x_dtype: torch.dtype
+    tanh: bool
+    needed: list[bool]
+
+
+def _forward_on_cpu(inputs: CpuInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Dispatch, both layers and combine.
+
+    Returns:
+        The result (T, O) and, for the backward pass, empty unless `is_training`: the tokens' rows (R, D), the first
+        layer's results (R, H) and the second's (R, O).
+    """
+    new, dtype = shared_memory().take, inputs.dtype
+    width_H, width_D = inputs.weight1_EHD.shape[1:]
+    num_rows, width_O = inputs.choice_R.shape[0], inputs.weight2_EOH.shape[1]
+    counts, most = _rows_of_experts(inputs.ends_E)
+    kept_rows = num_rows if inputs.is_training else most
+    x_TD = inputs.x_TD.to(dtype)
+    x_RD, pre_RH = new(kept_rows, width_D, dtype=dtype), new(kept_rows, width_H, dtype=dtype)
+    act_RH, y_RO = new(most, width_H, dtype=dtype), new(num_rows, width_O, dtype=dtype)
+    weight1, weight2 = (
+        _WeightsOfExpert(inputs.weight1_EHD, inputs.cast1_EHD, dtype),
+        _WeightsOfExpert(inputs.weight2_EOH, inputs.cast2_EOH, dtype),
+    )
+    biases1, biases2 = (
+        _biases_of_experts(inputs.bias1_EH, counts, dtype),
+        _biases_of_experts(inputs.bias2_EO, counts, dtype),
+    )
+    # without a backward pass all experts use the same rows of these
+    each_x, each_pre = (
+        _split_by_expert(rows, counts) if inputs.is_training else [rows[:count] for count in counts]
+        for rows in (x_RD, pre_RH)
+    )
+    token_R = inputs.choice_R.div(inputs.row_TK.shape[1], rounding_mode="floor")
+    each = zip(counts, _split_by_expert(token_R, counts), each_x, each_pre, _split_by_expert(y_RO, counts), strict=True)
+    for expert, (count, token, x, pre, y) in enumerate(each):
+        if count:
+            act = act_RH[:count]
+            torch.index_select(x_TD, 0, token, out=x)
+            _write_linear(x, weight1.of(expert), biases1[expert], pre)
+            aten.gelu.out(pre, approximate=_approximation(inputs.tanh), out=act)
+            _write_linear(act, weight2.of(expert), biases2[expert], y)
+    y_TO = _sum_of_rows(y_RO, inputs.row_TK, sum(counts), inputs.weights_TK.to(dtype))
+    if inputs.is_training:
+        return y_TO, x_RD, pre_RH, y_RO
+    return y_TO, *(y_TO.new_empty(0, width) for width in (width_D, width_H, width_O))
+
+
+def _fake_on_cpu(inputs: CpuInputs) -> tuple[Tensor, ...]:
+    _, width_H, width_D = inputs.weight1_EHD.shape
+    width_O = inputs.weight2_EOH.shape[1]
+    num_rows = inputs.choice_R.shape[0] if inputs.is_training else 0
+    y_TO = inputs.x_TD.new_empty(inputs.x_TD.shape[0], width_O, dtype=inputs.dtype)
+    return y_TO, *(y_TO.new_empty(num_rows, width) for width in (width_D, width_H, width_O))
+
+
+def _gradient_on_cpu(inputs: CpuGradientInputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, the combine weights, weight1, bias1, weight2 and bias2; empty where not `needed`."""
+    new, dtype = shared_memory().take, inputs.x_RD.dtype
+    needs_x, needs_weights, *needs_parameters = inputs.needed
+    counts, most = _rows_of_experts(inputs.ends_E)
+    grad_TO = inputs.grad_TO.to(dtype)
+    weight_R1 = inputs.weights_TK.reshape(-1).index_select(0, inputs.choice_R).to(dtype)[:, None]
+    weight1, weight2 = (
+        _WeightsOfExpert(inputs.weight1_EHD, inputs.cast1_EHD, dtype),
+        _WeightsOfExpert(inputs.weight2_EOH, inputs.cast2_EOH, dtype),
+    )
+    parameters = zip(
+        (inputs.weight1_EHD, inputs.bias1_EH, inputs.weight2_EOH, inputs.bias2_EO), needs_parameters, strict=True
+    )
+    grads = [_GradientByExpert(parameter, is_needed, dtype, counts) for parameter, is_needed in parameters]
+    grad_weight1, grad_bias1, grad_weight2, grad_bias2 = grads
+    needs_hidden = needs_x or grad_weight1.is_needed or grad_bias1.is_needed
+    grad_weight_R = weight_R1.new_zeros(inputs.choice_R.shape)
+    grad_RD = new(*inputs.x_RD.shape, dtype=dtype)
+    some_RO, some_RH, more_RH = (
+        new(most, like.shape[1], dtype=dtype) for like in (inputs.y_RO, inputs.pre_RH, inputs.pre_RH)
+    )
+    token_R = inputs.choice_R.div(inputs.row_TK.shape[1], rounding_mode="floor")
+    in_rows = (token_R, weight_R1, grad_weight_R, inputs.x_RD, inputs.pre_RH, inputs.y_RO, grad_RD)
+    each = zip(counts, *(_split_by_expert(rows, counts) for rows in in_rows), strict=True)
+    for expert, (count, token, weight, grad_weight, x, pre, y, grad_x) in enumerate(each):
+        if not count:
+            continue
+        grad_y, grad_pre, act = (some[:count] for some in (some_RO, some_RH, more_RH))
+        torch.index_select(grad_TO, 0, token, out=grad_y)
+        if needs_weights:
+            torch.sum(grad_y * y, 1, out=grad_weight)
+        grad_y.mul_(weight)
+        if grad_weight2.is_needed:
+            aten.gelu.out(pre, approximate=_approximation(inputs.tanh), out=act)
+            grad_weight2.write_product(expert, grad_y, act)
+        grad_bias2.write_sum(expert, grad_y)
+        if needs_hidden:
+            torch.mm(grad_y, weight2.of(expert), out=grad_pre)
+            aten.gelu_backward.grad_input(grad_pre, pre, approximate=_approximation(inputs.tanh), grad_input=grad_pre)
+            grad_weight1.write_product(expert, grad_pre, x)
+            grad_bias1.write_sum(expert, grad_pre)
+        if needs_x:
+            torch.mm(grad_pre, weight1.of(expert), out=grad_x)
+    grad_x_TD = _sum_of_rows(grad_RD, inputs.row_TK, sum(counts)) if needs_x else inputs.x_RD.new_empty(0)
+    grad_weights_TK = grad_weight_R.index_select(0, inputs.row_TK.reshape(-1)).view_as(inputs.row_TK)
+    return grad_x_TD.to(inputs.x_dtype), grad_weights_TK.to(inputs.weights_TK.dtype), *(grad.value for grad in grads)
+
+
+def _fake_gradient_on_cpu(inputs: CpuGradientInputs) -> tuple[Tensor, ...]:
+    new, width_D = inputs.x_RD.new_empty, inputs.x_RD.shape[1]
+    needs_x, _, *needs_parameters = inputs.needed
+    parameters = (inputs.weight1_EHD, inputs.bias1_EH, inputs.weight2_EOH, inputs.bias2_EO)
+    return (
+        new((inputs.row_TK.shape[0], width_D) if needs_x else (0,), dtype=inputs.x_dtype),
+        torch.empty_like(inputs.weights_TK),
+        *(
+            new(0) if like is None or not is_needed else torch.empty_like(like)
+            for like, is_needed in zip(parameters, needs_parameters, strict=True)
+        ),
+    )
+
+
+def _save_on_cpu(ctx, inputs: CpuInputs, output: tuple[Tensor, ...]) -> None:
+    _, *kept = output
+    ctx.mark_non_differentiable(*kept)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(
+        inputs.x_TD, inputs.weights_TK, inputs.weight1_EHD, inputs.bias1_EH, inputs.weight2_EOH, inputs.bias2_EO,
+        inputs.cast1_EHD, inputs.cast2_EOH, inputs.row_TK, inputs.choice_R, inputs.ends_E, *kept,
+    )  # fmt: skip
+    ctx.tanh = inputs.tanh
+
+
+def _backward_on_cpu(ctx, grad_TO: Tensor | None, *_) -> dict[str, Tensor]:
+    if grad_TO is None:
+        return {}
+    learned = ("x_TD", "weights_TK", "weight1_EHD", "bias1_EH", "weight2_EOH", "bias2_EO")  # the first of `CpuInputs`
+    needed = list(ctx.needs_input_grad[: len(learned)])
+    x_TD, *saved = ctx.saved_tensors
+    inputs = CpuGradientInputs(grad_TO, *saved, x_TD.dtype, ctx.tanh, needed)
+    is_differentiable = torch.is_grad_enabled()
+    grads = _differentiable_gradient(x_TD, inputs) if is_differentiable else cpu_experts_backward(*inputs)
+    return {name: grad for name, grad, is_needed in zip(learned, grads, needed, strict=True) if is_needed}
+
+
+def _differentiable_gradient(x_TD: Tensor, inputs: CpuGradientInputs) -> list[Tensor | None]:
+    """What `cpu_experts_backward` computes, with a graph (create_graph=True): by the backend `segments`, once more."""
+    learned = [
+        x_TD, inputs.weights_TK, inputs.weight1_EHD, inputs.bias1_EH, inputs.weight2_EOH, inputs.bias2_EO
+    ]  # fmt: skip
+    # aliases: the weights may depend on the tokens, which are no part of this gradient
+    learned = [each if each is None else each.view_as(each) for each in learned]
+    x_TD, weights_TK, *parameters = learned
+    layout, dtype = rows.RowLayout(inputs.row_TK, inputs.choice_R, inputs.ends_E), inputs.x_RD.dtype
+    activation = nn.GELU(_approximation(inputs.tanh))
+    mlp = Mlp(*parameters, activation, None, 0.0, dtype, lambda weight: weight.detach().to(dtype))
+    hidden_RO = composed.two_layers(rows.dispatch(x_TD.to(dtype), layout), mlp, layout, segments.linear_of_layout)
+    y_TO = rows.combine(hidden_RO, weights_TK, layout)
+    chosen = [each for each, is_needed in zip(learned, inputs.needed, strict=True) if is_needed]
+    found = iter(torch.autograd.grad(y_TO, chosen, inputs.grad_TO, create_graph=True))
+    return [next(found) if is_needed else None for is_needed in inputs.needed]
+
+
+cpu_experts_backward = operator("cpu_experts_backward", _gradient_on_cpu, _fake_gradient_on_cpu)
+cpu_experts = operator("cpu_experts", _forward_on_cpu, _fake_on_cpu, _save_on_cpu, _backward_on_cpu)
+
+
+class _WeightsOfExpert:
+    """The weights of one expert at a time in the type that is computed in."""
+
+    def __init__(self, weight_EOD: Tensor, cast_EOD: Tensor | None, dtype: torch.dtype) -> None:
+        weight_EOD = weight_EOD if cast_EOD is None else cast_EOD
+        self._each = weight_EOD.unbind(0)
+        self._cast = None if weight_EOD.dtype == dtype else torch.empty(weight_EOD.shape[1:], dtype=dtype)
+
+    def of(self, expert: int) -> Tensor:
+        """(O, D), to be used before the next expert's are asked for."""
+        weight = self._each[expert]
+        return weight if self._cast is None else self._cast.copy_(weight)
+
+
+class _GradientByExpert:
+    """The gradient of a parameter, written for one expert at a time; empty where it is not needed."""
+
+    def __init__(self, parameter: Tensor | None, is_needed: bool, dtype: torch.dtype, counts: list[int]) -> None:
+        self.is_needed = is_needed and parameter is not None
+        if not self.is_needed:
+            self.value = torch.empty(0, dtype=dtype)
+            return
+        self.value = shared_memory().take(*parameter.shape, dtype=parameter.dtype)
+        self._each = self.value.unbind(0)
+        self._rounded = None if parameter.dtype == dtype else torch.empty(parameter.shape[1:], dtype=dtype)
+        for expert, count in enumerate(counts):
+            if not count:
+                self._each[expert].zero_()
+
+    def write_product(self, expert: int, grad_RO: Tensor, x_RD: Tensor) -> None:
+        """The gradient (O, D) of weights from that of their results and what they multiplied."""
+        if not self.is_needed:
+            return
+        if self._rounded is None:
+            torch.mm(grad_RO.t(), x_RD, out=self._each[expert])
+        else:
+            self._each[expert].copy_(torch.mm(grad_RO.t(), x_RD, out=self._rounded))
+
+    def write_sum(self, expert: int, grad_RO: Tensor) -> None:
+        """The gradient (O,) of a bias."""
+        if self.is_needed:
+            torch.sum(grad_RO, 0, dtype=self.value.dtype, out=self._each[expert])
+
+
+def _rows_of_experts(ends_E: Tensor) -> tuple[list[int], int]:
+    """How many rows each expert has, and the most that one has."""
+    counts = [end - start for start, end in pairwise([0, *ends_E.tolist()])]
+    return counts, max(counts)
+
+
+def _split_by_expert(rows_R: Tensor, counts: list[int]) -> tuple[Tensor, ...]:
+    """Each expert's rows; those behind the last expert's are left out."""
+    return rows_R[: sum(counts)].split(counts)
+
+
+def _biases_of_experts(bias_EO: Tensor | None, counts: list[int], dtype: torch.dtype) -> Sequence[Tensor | None]:
+    return [None] * len(counts) if bias_EO is None else bias_EO.to(dtype).unbind(0)
+
+
+def _write_linear(x_RD: Tensor, weight_OD: Tensor, bias_O: Tensor | None, y_RO: Tensor) -> None:
+    if bias_O is None:
+        torch.mm(x_RD, weight_OD.t(), out=y_RO)
+    else:
+        torch.addmm(bias_O, x_RD, weight_OD.t(), out=y_RO)
+
+
+def _sum_of_rows(y_RO: Tensor, row_TK: Tensor, num_used: int, weights_TK: Tensor | None = None) -> Tensor:
+    """(T, O): the sum of each token's rows, times their weights; rows from `num_used` on count nothing."""
+    if num_used < y_RO.shape[0]:
+        y_RO[num_used] = 0
+        row_TK = row_TK.clamp(max=num_used)
+    if row_TK.numel() == 0:
+        return y_RO.new_zeros(row_TK.shape[0], y_RO.shape[1])
+    return F.embedding_bag(row_TK, y_RO, mode="sum", per_sample_weights=weights_TK)
+
+
+def _approximation(tanh: bool) -> str:
+    return "tanh" if tanh else "none"

@@ -1,0 +1,56 @@
+"""Backend `fused`: the whole expert MLP in Triton kernels and library products, for CUDA.
+
+Forward: scatter the tokens into the experts' rows, first layer, bias and activation, second layer, combine. Backward:
+the gradients of the combined rows, of their weights and of the second bias in one pass; through the second layer;
+through the activation, with the first bias's gradient; both weights' gradients in the parameters' own type. No host
+synchronisation, no atomic addition, static shapes: repeatable bit for bit and capturable in a CUDA graph.
+
+The rows of an expert are a share of its own where a capacity bounds them well (products by the library), else as many
+as it needs (products by Triton).
+"""
+
+import torch
+from torch import Tensor
+
+from vmoe.moe.kernels.counting import expert_rows
+from vmoe.moe.kernels.experts.fused.mlp import ExpertInputs, fused_experts
+from vmoe.moe.kernels.experts.fused.shares import combine_by_capacity, dispatch_by_capacity, rows_of_choices
+from vmoe.moe.kernels.experts.requirements import Form
+from vmoe.moe.kernels.interface import Choices, Mlp
+from vmoe.moe.kernels.sizes import rows_of_share
+
+
+def expert_mlp(x_TD: Tensor, choices: Choices, mlp: Mlp) -> Tensor:
+    """(T, D) -> (T, O), see `kernels.experts`."""
+    chosen_TK, num_experts = choices.chosen_TK.contiguous(), mlp.weight1.shape[0]
+    share = rows_of_share(choices.slots_of_expert, chosen_TK.numel(), num_experts)
+    if share:
+        starts_E = counts_E = None
+        row_TK = rows_of_choices(choices, share)
+    else:
+        row_TK, starts_E, counts_E = expert_rows(chosen_TK, choices.kept_TK, num_experts)
+    form = Form.of(mlp.activation)
+    inputs = ExpertInputs(
+        x_TD=x_TD.contiguous(),
+        row_TK=row_TK,
+        chosen_TK=chosen_TK,
+        weights_TK=choices.weights_TK.contiguous(),
+        starts_E=starts_E,
+        counts_E=counts_E,
+        weight1_EFD=mlp.weight1,
+        bias1_EF=mlp.bias1,
+        weight2_EOH=mlp.weight2,
+        bias2_EO=mlp.bias2,
+        cast1_EFD=mlp.cast(mlp.weight1),
+        cast2_EOH=mlp.cast(mlp.weight2),
+        share=share,
+        function=form.function,
+        gate=form.gate,
+        is_training=torch.is_grad_enabled() and mlp.is_learned(x_TD, choices.weights_TK),
+        recompute=mlp.recompute,
+    )
+    y_TO, *_ = fused_experts(*inputs)
+    return y_TO
+
+
+__all__ = ["combine_by_capacity", "dispatch_by_capacity", "expert_mlp"]

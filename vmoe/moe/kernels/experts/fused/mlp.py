@@ -1,0 +1,234 @@
+"""The experts' MLP, forward and backward, as one operator each.
+
+T tokens of width D with K choices; E experts of hidden width H, before the activation F (2H with a gate); R rows of the
+buffer that experts compute.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vmoe.moe.kernels.experts.fused import activations, products, row_kernels
+from vmoe.moe.kernels.experts.fused.owners import RowOwners
+from vmoe.moe.kernels.experts.requirements import Form
+from vmoe.moe.kernels.operators import operator
+from vmoe.moe.kernels.sizes import CHUNK_BYTES, TILE_ROWS, cdiv, rows_of_buffer
+
+
+class ExpertInputs(NamedTuple):
+    """What the forward pass takes.
+
+    Attributes:
+        x_TD: Tokens, of any floating type.
+        row_TK: The row of each choice, -1 for none.
+        chosen_TK: The expert of each choice.
+        weights_TK: Its combine weight.
+        starts_E: See `RowOwners`, as for `counts_E` and `share`.
+        counts_E: Number of each expert's rows.
+        weight1_EFD: The parameter, for which only the gradient is computed; the same holds for `weight2_EOH`.
+        bias1_EF: Bias or None.
+        weight2_EOH: The parameter.
+        bias2_EO: Bias or None.
+        cast1_EFD: The first layer's weights in the type that is computed in; no gradient flows to them.
+        cast2_EOH: The second layer's.
+        share: Rows per expert.
+        function: See `Form`, as for `gate`.
+        gate: Which half of the first layer's results gates the other.
+        is_training: Whether to keep what the backward pass needs.
+        recompute: Whether the activations are not kept, but computed once more there.
+    """
+
+    x_TD: Tensor
+    row_TK: Tensor
+    chosen_TK: Tensor
+    weights_TK: Tensor
+    starts_E: Tensor | None
+    counts_E: Tensor | None
+    weight1_EFD: Tensor
+    bias1_EF: Tensor | None
+    weight2_EOH: Tensor
+    bias2_EO: Tensor | None
+    cast1_EFD: Tensor
+    cast2_EOH: Tensor
+    share: int
+    function: str
+    gate: str
+    is_training: bool
+    recompute: bool
+
+
+class ExpertGradientInputs(NamedTuple):
+    """What the backward pass takes: the result's gradient, and of `ExpertInputs` and the forward pass what it kept."""
+
+    grad_TO: Tensor
+    x_TD: Tensor
+    row_TK: Tensor
+    weights_TK: Tensor
+    starts_E: Tensor | None
+    counts_E: Tensor | None
+    weight1_EFD: Tensor
+    bias1_EF: Tensor | None
+    weight2_EOH: Tensor
+    bias2_EO: Tensor | None
+    cast1_EFD: Tensor
+    cast2_EOH: Tensor
+    choice_R: Tensor
+    x_RD: Tensor
+    pre_RF: Tensor
+    act_RH: Tensor
+    y_RO: Tensor
+    share: int
+    function: str
+    gate: str
+    recompute: bool
+
+
+def _forward_of_experts(inputs: ExpertInputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Dispatch, both layers and combine.
+
+    Returns:
+        The result (T, O) and, for the backward pass, empty unless `is_training`: the choice in each row (R,), the
+        tokens' rows (R, D), the first layer's results (R, F) without bias, the activations (R, H) unless `recompute`,
+        the second layer's results (R, O) without bias.
+    """
+    x_TD, row_TK = inputs.x_TD, inputs.row_TK
+    cast1_EFD, cast2_EOH = inputs.cast1_EFD.contiguous(), inputs.cast2_EOH.contiguous()
+    num_experts, width_F, width_D = cast1_EFD.shape
+    width_O, width_H = cast2_EOH.shape[1:]
+    owners = RowOwners(num_experts, inputs.share, inputs.starts_E, inputs.counts_E)
+    num_rows = rows_of_buffer(row_TK.numel(), num_experts, inputs.share)
+    with torch.cuda.device_of(x_TD):
+        x_RD = cast1_EFD.new_empty(num_rows, width_D)
+        choice_R = row_kernels.write_rows(x_TD, row_TK, x_RD)
+        pre_RF = cast1_EFD.new_empty(num_rows, width_F)
+        products.product(x_RD, cast1_EFD, owners, pre_RF, transposed=True)
+        # where nothing needs it later, the activation takes the place of what it is computed from
+        act_RH = cast1_EFD.new_empty(num_rows, width_H) if inputs.is_training or inputs.gate else pre_RF
+        activations.activate(pre_RF, inputs.bias1_EF, owners, Form(inputs.function, inputs.gate), act_RH)
+        y_RO = cast1_EFD.new_empty(num_rows, width_O)
+        products.product(act_RH, cast2_EOH, owners, y_RO, transposed=True)
+        y_TO = cast1_EFD.new_empty(x_TD.shape[0], width_O)
+        row_kernels.write_combined(y_RO, row_TK, inputs.chosen_TK, inputs.weights_TK, inputs.bias2_EO, y_TO)
+    if inputs.is_training:
+        kept_act_RH = act_RH.new_empty(0, width_H) if inputs.recompute else act_RH
+        return y_TO, choice_R, x_RD, pre_RF, kept_act_RH, y_RO
+    return y_TO, choice_R.new_empty(0), *(y_TO.new_empty(0, width) for width in (width_D, width_F, width_H, width_O))
+
+
+def _fake_experts(inputs: ExpertInputs) -> tuple[Tensor, ...]:
+    num_experts, width_F, width_D = inputs.cast1_EFD.shape
+    width_O, width_H = inputs.cast2_EOH.shape[1:]
+    num_rows = 0
+    if inputs.is_training:
+        num_rows = rows_of_buffer(inputs.row_TK.numel(), num_experts, inputs.share)
+    new = inputs.cast1_EFD.new_empty
+    y_TO = new(inputs.x_TD.shape[0], width_O)
+    choice_R = inputs.x_TD.new_empty(num_rows, dtype=torch.int32)
+    x_RD, pre_RF, y_RO = (new(num_rows, width) for width in (width_D, width_F, width_O))
+    return y_TO, choice_R, x_RD, pre_RF, new(0 if inputs.recompute else num_rows, width_H), y_RO
+
+
+def _gradient_of_experts(
+    inputs: ExpertGradientInputs,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, the combine weights, weight1, bias1, weight2 and bias2 (those of no bias are empty)."""
+    x_RD, pre_RF, y_RO = inputs.x_RD, inputs.pre_RF, inputs.y_RO
+    cast1_EFD, cast2_EOH = inputs.cast1_EFD.contiguous(), inputs.cast2_EOH.contiguous()
+    num_experts = cast1_EFD.shape[0]
+    num_rows, width_F = pre_RF.shape
+    form, width_H = Form(inputs.function, inputs.gate), cast2_EOH.shape[2]
+    owners = RowOwners(num_experts, inputs.share, inputs.starts_E, inputs.counts_E)
+    grad_weight1, grad_weight2 = torch.empty_like(inputs.weight1_EFD), torch.empty_like(inputs.weight2_EOH)
+    grad_bias1, grad_bias2 = (
+        inputs.x_TD.new_empty(0) if like is None else torch.empty_like(like)
+        for like in (inputs.bias1_EF, inputs.bias2_EO)
+    )
+    with torch.cuda.device_of(inputs.x_TD):
+        grad_RO = torch.empty_like(y_RO)
+        grad_weights_TK = row_kernels.write_combine_gradient(
+            inputs.grad_TO.contiguous(),
+            inputs.choice_R,
+            inputs.weights_TK,
+            y_RO,
+            inputs.bias2_EO,
+            owners,
+            grad_RO,
+            grad_bias2,
+        )
+        # x's gradients may take the place of the rows' that have served
+        grad_RD = grad_RO if x_RD.shape == y_RO.shape else torch.empty_like(x_RD)
+        parts = grad_weights_TK.new_empty(num_rows // TILE_ROWS, width_F)
+        chunks = _chunks(owners, pre_RF, inputs.recompute)
+        hidden_RH = pre_RF.new_empty(chunks[0][1].stop, width_H)  # the first is the largest
+        grad_pre_RF = pre_RF.new_empty(chunks[0][1].stop, width_F) if inputs.gate else hidden_RH
+        for experts, part, part_owners in chunks:
+            hidden, grad_pre = (buffer[: part.stop - part.start] for buffer in (hidden_RH, grad_pre_RF))
+            bias = None if inputs.bias1_EF is None else inputs.bias1_EF[experts]
+            if inputs.recompute:
+                activations.activate(pre_RF[part], bias, part_owners, form, hidden)
+            act = hidden if inputs.recompute else inputs.act_RH
+            products.weight_gradient(grad_RO[part], act, part_owners, grad_weight2[experts])
+            products.product(grad_RO[part], cast2_EOH[experts], part_owners, hidden, transposed=False)
+            tiles = slice(part.start // TILE_ROWS, part.stop // TILE_ROWS)
+            activations.activation_gradient(hidden, bias, pre_RF[part], part_owners, form, parts[tiles], grad_pre)
+            products.weight_gradient(grad_pre, x_RD[part], part_owners, grad_weight1[experts])
+            products.product(grad_pre, cast1_EFD[experts], part_owners, grad_RD[part], transposed=False)
+        if inputs.bias1_EF is not None:
+            row_kernels.write_expert_sums(parts, owners, TILE_ROWS, grad_bias1)
+        del hidden_RH, grad_pre_RF, hidden, grad_pre, act  # before x's gradient takes memory
+        grad_x_TD = torch.empty_like(inputs.x_TD)
+        row_kernels.write_token_sums(grad_RD, inputs.row_TK, grad_x_TD)
+    return grad_x_TD, grad_weights_TK.to(inputs.weights_TK.dtype), grad_weight1, grad_bias1, grad_weight2, grad_bias2
+
+
+def _fake_gradient_of_experts(inputs: ExpertGradientInputs) -> tuple[Tensor, ...]:
+    x_TD = inputs.x_TD
+    each = (
+        x_TD, inputs.weights_TK, inputs.weight1_EFD, inputs.bias1_EF, inputs.weight2_EOH, inputs.bias2_EO
+    )  # fmt: skip
+    return tuple(x_TD.new_empty(0) if like is None else torch.empty_like(like) for like in each)
+
+
+def _chunks(owners: RowOwners, pre_RF: Tensor, recompute: bool) -> list[tuple[slice, slice, RowOwners]]:
+    """(experts, their rows, who owns these): all, or parts where memory is to be saved and experts have shares."""
+    num_experts, share = owners.num_experts, owners.share
+    if not (recompute and share):
+        return [(slice(0, num_experts), slice(0, pre_RF.shape[0]), owners)]
+    count = cdiv(pre_RF.numel() * pre_RF.element_size(), CHUNK_BYTES)
+    step = cdiv(num_experts, count)
+    bounds = [(first, min(first + step, num_experts)) for first in range(0, num_experts, step)]
+    return [
+        (slice(first, last), slice(first * share, last * share), owners._replace(num_experts=last - first))
+        for first, last in bounds
+    ]
+
+
+def _save_experts(ctx, inputs: ExpertInputs, output: tuple[Tensor, ...]) -> None:
+    _, *kept = output
+    ctx.mark_non_differentiable(*kept)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(
+        inputs.x_TD, inputs.row_TK, inputs.weights_TK, inputs.starts_E, inputs.counts_E, inputs.weight1_EFD,
+        inputs.bias1_EF, inputs.weight2_EOH, inputs.bias2_EO, inputs.cast1_EFD, inputs.cast2_EOH, *kept,
+    )  # fmt: skip
+    ctx.options = inputs.share, inputs.function, inputs.gate, inputs.recompute
+
+
+def _backward_of_experts(ctx, grad_TO: Tensor | None, *_) -> dict[str, Tensor | None]:
+    if grad_TO is None:
+        return {}
+    inputs = ExpertGradientInputs(grad_TO, *ctx.saved_tensors, *ctx.options)
+    grad_x, grad_weights, grad_weight1, grad_bias1, grad_weight2, grad_bias2 = fused_experts_backward(*inputs)
+    return {
+        "x_TD": grad_x,
+        "weights_TK": grad_weights,
+        "weight1_EFD": grad_weight1,
+        "bias1_EF": None if inputs.bias1_EF is None else grad_bias1,
+        "weight2_EOH": grad_weight2,
+        "bias2_EO": None if inputs.bias2_EO is None else grad_bias2,
+    }
+
+
+fused_experts_backward = operator("fused_experts_backward", _gradient_of_experts, _fake_gradient_of_experts)
+fused_experts = operator("fused_experts", _forward_of_experts, _fake_experts, _save_experts, _backward_of_experts)

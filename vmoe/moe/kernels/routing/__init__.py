@@ -1,0 +1,13 @@
+"""Triton's kernels of routing: scores, gates and choices, ranks and order, balance losses and statistics.
+
+Each computes what a formula in `vmoe.moe` does: `scores`, `routers`, `assignment` or `losses`. Everything here imports
+Triton.
+"""
+
+from vmoe.moe.kernels.counting import ranks
+from vmoe.moe.kernels.routing.balance import balance
+from vmoe.moe.kernels.routing.gates import gates, takes_logits
+from vmoe.moe.kernels.routing.order import descending_order
+from vmoe.moe.kernels.routing.scores import scores, scores_and_tokens
+
+__all__ = ["balance", "descending_order", "gates", "ranks", "scores", "scores_and_tokens", "takes_logits"]
