@@ -74,7 +74,7 @@ def test_an_expert_that_is_off_is_chosen_by_none(images):
     assert not (told[1] == 2).any() and not (told[4] == 0).any() and (told[1] == 0).any()
     for (_, layer), bias_E in zip(vmoe.moe_layers(model), bias, strict=True):
         scores = layer.router.scores
-        layer.router.scores = lambda x, s=scores, b=bias_E: (s(x)[0] + b, x)
+        layer.router.scores = lambda x, _kernels, s=scores, b=bias_E: (s(x)[0] + b, x)
     torch.testing.assert_close(logits, model(images))
 
 
