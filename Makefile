@@ -7,16 +7,21 @@ BIN := .venv/bin
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
-.venv/installed: pyproject.toml
+.venv/installed .venv/installed-demo: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
 	  || { echo "Python >= 3.10 is needed; choose one with: make PYTHON=/path/to/python3"; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRAS)]'
 	@touch $@
+
+.venv/installed: EXTRAS := dev
+.venv/installed-demo: EXTRAS := train,analysis
+# What developers have is enough for the demonstration.
+FOR_DEMO := $(if $(wildcard .venv/installed),.venv/installed,.venv/installed-demo)
 
 install: .venv/installed  ## create .venv and install the project with its tools for developers
 
-demo: .venv/installed  ## train on handwritten digits, evaluate, draw where the experts look (2 to 5 minutes)
+demo: $(FOR_DEMO)  ## see a trained model's routing, then train on handwritten digits and draw it (2 to 5 minutes)
 	$(BIN)/python tools/demo.py
 
 demo-page: .venv/installed  ## write a page that runs the CIFAR-10 model in the browser, into runs/demo-page/

@@ -1,5 +1,7 @@
-"""The demonstration behind `make demo`: train, evaluate and draw, on data that come with the package."""
+"""The demonstration behind `make demo`: a trained model's routing on photographs, then a training of its own."""
 
+import os
+import time
 from pathlib import Path
 
 from PIL import Image
@@ -8,10 +10,13 @@ from vmoe.cli import evaluate, heatmap, train
 from vmoe.cli.common import run
 from vmoe.data.config import DataConfig
 from vmoe.data.datasets import load_splits
+from vmoe.data.samples import PHOTOGRAPHS, credit, photograph_path
 from vmoe.files import atomic_write
 
+MODEL = Path("assets/models/cifar10_small.safetensors")
 CONFIG = Path("configs/digits.yaml")
 RUN = Path("runs/digits")
+PHOTOGRAPH_MAPS = Path("runs/photographs")
 PICTURES = RUN / "pictures"
 HEATMAPS = RUN / "heatmaps"
 
@@ -22,16 +27,29 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _demo(_: list[str]) -> int:
-    steps = [
-        ("Training", lambda: train.main(["--config", str(CONFIG), "--output_dir", str(RUN), "--resume", "auto"])),
-        ("Evaluating", lambda: evaluate.main([str(RUN)])),
-        ("Drawing", lambda: heatmap.main([str(RUN), *_write_pictures(), "--out", str(HEATMAPS)])),
-    ]
-    for name, step in steps:
+    begun = time.monotonic()
+    photographs = [os.path.relpath(photograph_path(name)) for name in PHOTOGRAPHS]
+    steps = {
+        "A V-MoE that was trained on CIFAR-10 looks at two photographs": lambda: heatmap.main(
+            [str(MODEL), *photographs, "--out", str(PHOTOGRAPH_MAPS)]
+        ),
+        "Training a V-MoE on handwritten digits": lambda: train.main(
+            ["--config", str(CONFIG), "--output_dir", str(RUN), "--resume", "auto"]
+        ),
+        "Evaluating it": lambda: evaluate.main([str(RUN)]),
+        "Drawing which expert takes which patch": lambda: heatmap.main(
+            [str(RUN), *_write_pictures(), "--out", str(HEATMAPS)]
+        ),
+    }
+    for number, (name, step) in enumerate(steps.items()):
         print(f"\n== {name}", flush=True)
         if code := step():
             return code
+        if number == 0:
+            page, seconds = PHOTOGRAPH_MAPS / "index.html", time.monotonic() - begun
+            print(f"There is something to look at after {seconds:.0f} s: {page} ({credit()})", flush=True)
     print(
+        f"\nThe photographs:                          {PHOTOGRAPH_MAPS / 'index.html'}"
         f"\nThe run, its metrics and its checkpoints: {RUN}"
         f"\nAccuracy and calibration:                 {RUN / 'evaluation.json'}"
         f"\nWhich expert takes which patch:           {HEATMAPS / 'index.html'}"

@@ -46,6 +46,7 @@ EXTRAS_OF_JOBS = {
     "distill": ("train",),
     "make-shards": ("train", "webdataset"),
     "import-jax": ("jax",),
+    "demo": ("train", "analysis"),  # which `make demo` runs
 }
 
 
@@ -70,7 +71,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_job(job: str, argv: list[str] | None = None) -> int:
-    """Runs one of `JOBS`; returns its exit code, which is 2 when an extra that it needs is not installed.
+    """Runs one of `JOBS`, or the demonstration; returns its exit code.
+
+    It is 2 when an extra that the job needs is not installed.
 
     Args:
         job: Its name.
