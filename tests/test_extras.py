@@ -65,16 +65,21 @@ print(json.dumps({"probabilities": probabilities, "lines": lines, "predicted": s
 """
 
 
+def with_distributions(names, program, *arguments):
+    """What a program prints where only the core and these distributions can be imported."""
+    command = [sys.executable, "tests/support/core_only.py", names, program, *map(str, arguments)]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 @pytest.fixture(scope="module")
 def in_core(tmp_path_factory):
     """What the programs above print where only what `pip install vmoe` brings can be imported."""
     picture = tmp_path_factory.mktemp("pictures") / "red.png"
     Image.new("RGB", (50, 40), "red").save(picture)
-    command = [sys.executable, "tests/support/core_only.py", USED + PREDICTED + REFUSED, str(MODEL), str(picture)]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, env=environment)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return json.loads(with_distributions("", USED + PREDICTED + REFUSED, MODEL, picture))
 
 
 def test_layers_models_and_prediction_need_the_core_alone(in_core):
@@ -139,6 +144,29 @@ def test_pyproject_has_what_the_extras_import():
         brought = {Requirement(line).name for line in project["optional-dependencies"][extra]}
         for module in modules:
             assert module not in owners or brought & {*owners[module]}, f"{extra} does not bring {module}"
+
+
+def brought_by(extra):
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 cannot read pyproject.toml")
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    return " ".join(Requirement(line).name for line in project["optional-dependencies"][extra])
+
+
+@pytest.mark.slow
+def test_each_extra_is_enough_for_its_jobs(tmp_path):
+    program = "from vmoe.cli.main import main; raise SystemExit(main(sys.argv[1:]))"
+    program = f"import sys; {program}"
+    maps = REPOSITORY / "vmoe" / "data" / "samples" / "china.jpg", "--out", tmp_path / "maps"
+    drawn = with_distributions(
+        brought_by("analysis"), program, "heatmap", MODEL, photograph, "--out", tmp_path / "maps"
+    )
+    assert "index.html, 1 figure" in drawn
+    size = ["--trainer.epochs", "1", "--data.subset.fraction", "0.1", "--output_dir", tmp_path / "run"]
+    train = brought_by("train") + " docstring-parser typeshed-client"  # of jsonargparse[signatures]
+    trained = with_distributions(train, program, "train", "--config", "digits", *size)
+    assert "TensorBoard's events are not written: this needs tensorboard" in trained
+    evaluated = with_distributions(train, program, "evaluate", tmp_path / "run")
+    assert "the confusion matrix is not drawn: this needs matplotlib" in evaluated
 
 
 @pytest.mark.slow  # downloads torch: minutes

@@ -1,6 +1,6 @@
 """A Python in which only what `pip install vmoe` brings can be imported, whatever else is installed.
 
-`python tests/support/core_only.py PROGRAM ARGUMENT...` runs a program's text in it.
+`python tests/support/core_only.py "DISTRIBUTION ..." PROGRAM ARGUMENT...` runs a program's text in it, with some more.
 """
 
 import importlib.metadata
@@ -68,6 +68,6 @@ def _plain(name: str) -> str:
 
 
 if __name__ == "__main__":
-    hide_all_but(*CORE)
-    del sys.argv[0]
+    hide_all_but(*CORE, *sys.argv[1].split())
+    del sys.argv[:2]
     exec(sys.argv[0], {"__name__": "__main__"})  # in a process of its own

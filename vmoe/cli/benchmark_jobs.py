@@ -24,7 +24,8 @@ from vmoe.cli.common import in_options
 from vmoe.errors import UserError
 from vmoe.files import atomic_write, write_json
 from vmoe.moe import MoeConfig
-from vmoe.training.summary import device_name, versions
+from vmoe.training.summary import device_name
+from vmoe.version import versions
 
 _FIELDS = {"width": "width", "hidden": "hidden", "experts": "num_experts", "top_k": "top_k", "images": "images",
            "tokens": "tokens", "capacity_factor": "capacity_factor"}  # fmt: skip

@@ -274,7 +274,8 @@ def _corrupt(checkpoint, data, device, options: argparse.Namespace, names: list[
 
 
 def _report(checkpoint, data, split: str, device) -> dict:
-    from vmoe.training.summary import device_name, versions
+    from vmoe.training.summary import device_name
+    from vmoe.version import versions
 
     return {
         "checkpoint": str(checkpoint.path),

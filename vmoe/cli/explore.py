@@ -63,7 +63,8 @@ def _explored(options: argparse.Namespace, argv: list[str]) -> None:
     from vmoe.explain.explorer.history import snapshots
     from vmoe.explain.heatmap.routed import require_experts
     from vmoe.files import require_writable
-    from vmoe.training.summary import device_name, versions
+    from vmoe.training.summary import device_name
+    from vmoe.version import versions
 
     require_writable(options.out, options.out / "figures", options.out / "data")
     device = choose_device(options.device)

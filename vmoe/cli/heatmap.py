@@ -34,7 +34,7 @@ def _heatmap(argv: list[str]) -> None:
     from vmoe.cli.progress import Tracked
     from vmoe.explain.heatmap.files import write_heatmaps
     from vmoe.files import require_writable
-    from vmoe.training.summary import versions
+    from vmoe.version import versions
 
     require_writable(options.out)
     images = find_files(options.images)

@@ -185,7 +185,8 @@ def _report(
     groups: "dict[str, Groups]",
     use: "dict[str, ExpertUse]",
 ) -> dict[str, Any]:
-    from vmoe.training.summary import device_name, versions
+    from vmoe.training.summary import device_name
+    from vmoe.version import versions
 
     layers = {
         name: {

@@ -61,6 +61,7 @@ from vmoe.training.sharded_files import FolderWriter
 from vmoe.training.sharding import cut_and_start, load_weights
 from vmoe.training.stopping import Interrupted, stopped_at_once
 from vmoe.training.trainer import new_trainer, quiet_lightning
+from vmoe.version import versions
 
 _MOST_TOKENS = 1024  # of an image, without a warning on a CPU
 Cut = Callable[[nn.Module], None]  # the model into the parts of several processes
@@ -438,7 +439,7 @@ def _summary(
         "device": summary.device_name(trainer.strategy.root_device),
         "precision": config.trainer.precision,
         "seed": config.seed,
-        "versions": summary.versions(),
+        "versions": versions(),
         "command": command,
     }
 

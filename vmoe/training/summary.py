@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import lightning
-import timm
 import torch
 from rich.markup import escape
 from rich.table import Table
@@ -93,17 +91,6 @@ def _by_class(names: Sequence[str], counts: Sequence[int]) -> str:
     if len(names) <= _CLASSES_NAMED:
         return ", ".join(f"{count:,} of {name}" for name, count in zip(names, counts, strict=True))
     return f"{min(counts):,} to {max(counts):,} per class"
-
-
-def versions() -> dict[str, str]:
-    """The versions that decide a result."""
-    return {
-        "vmoe": vmoe.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "lightning": lightning.__version__,
-        "timm": timm.__version__,
-    }
 
 
 def device_name(device: torch.device) -> str:
