@@ -115,7 +115,7 @@ def test_a_package_is_looked_for_by_its_extra(monkeypatch):
 
 
 def test_jobs_need_extras_that_there_are():
-    assert EXTRAS_OF_JOBS.keys() <= JOBS.keys() | {"demo"}
+    assert EXTRAS_OF_JOBS.keys() <= {*JOBS, "demo"}
     assert {extra for extras in EXTRAS_OF_JOBS.values() for extra in extras} <= EXTRAS.keys()
 
 
@@ -154,12 +154,9 @@ def brought_by(extra):
 
 @pytest.mark.slow
 def test_each_extra_is_enough_for_its_jobs(tmp_path):
-    program = "from vmoe.cli.main import main; raise SystemExit(main(sys.argv[1:]))"
-    program = f"import sys; {program}"
+    program = "import sys; from vmoe.cli.main import main; raise SystemExit(main(sys.argv[1:]))"
     maps = REPOSITORY / "vmoe" / "data" / "samples" / "china.jpg", "--out", tmp_path / "maps"
-    drawn = with_distributions(
-        brought_by("analysis"), program, "heatmap", MODEL, photograph, "--out", tmp_path / "maps"
-    )
+    drawn = with_distributions(brought_by("analysis"), program, "heatmap", MODEL, *maps)
     assert "index.html, 1 figure" in drawn
     size = ["--trainer.epochs", "1", "--data.subset.fraction", "0.1", "--output_dir", tmp_path / "run"]
     train = brought_by("train") + " docstring-parser typeshed-client"  # of jsonargparse[signatures]

@@ -25,6 +25,7 @@ from vmoe.cli.common import run
 from vmoe.cli.options import new_parser
 from vmoe.cli.progress import working
 from vmoe.errors import UserError
+from vmoe.extras import require_extras
 
 _SUFFIXES = {"safetensors": ".safetensors", "onnx": ".onnx", "torch-export": ".pt2", "aoti": ".pt2", "hub": ""}
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -46,6 +47,7 @@ def _export(argv: list[str]) -> None:
             raise UserError(f"--{name} {getattr(options, name)}: goes with --format hub only")
     if options.format != "safetensors" and options.dtype is not None:
         raise UserError(f"--dtype {options.dtype}: only safetensors are stored in other types than float32")
+    require_extras(*{"onnx": ("export",), "hub": ("analysis",)}.get(options.format, ()))
     writers = {"safetensors": _write_weights, "hub": _write_folder}
     with working(f"exporting to {options.format}"):
         writers.get(options.format, _write_program)(options)
