@@ -10,11 +10,11 @@ from torchvision.transforms import v2
 from vmoe.data import DataConfig, ImageDataModule
 from vmoe.data.config import DEFAULTS
 from vmoe.data.folders import find_split_folders
-from vmoe.data.presets import Plan, resolve
+from vmoe.data.presets import AugmentSteps, resolve
 from vmoe.errors import UserError
 
 
-def torchvision_plan(config: DataConfig) -> Plan:
+def torchvision_plan(config: DataConfig) -> AugmentSteps:
     """The crops and flips of a config that torchvision's loader can do.
 
     Raises:

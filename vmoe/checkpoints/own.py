@@ -74,7 +74,7 @@ def save(
     layers = moe_layers(own)
     moe = layers[0][1].config if layers else None
     again = build_model(built["name"], built["kwargs"], moe, len(names), size).eval()
-    _compare(own, again, size, names, built)
+    _require_same_logits(own, again, size, names, built)
     config = {"seed": 0, "output_dir": None, "optim": {}, "trainer": {}}
     if known is not None:
         config |= shared_config(known.config)
@@ -133,7 +133,9 @@ def _architecture(model: nn.Module, name: str | None, kwargs: dict[str, Any] | N
 
 
 @torch.no_grad()
-def _compare(model: nn.Module, again: nn.Module, size: int, names: list[str], built: dict[str, Any]) -> None:
+def _require_same_logits(
+    model: nn.Module, again: nn.Module, size: int, names: list[str], built: dict[str, Any]
+) -> None:
     """Fills the model that was built again, and compares its logits on random images with the model's, bit for bit.
 
     Raises:

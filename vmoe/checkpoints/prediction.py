@@ -72,9 +72,9 @@ def predict(
     if type(batch_size) is not int or batch_size < 1:
         raise UserError(f"batch_size={batch_size!r}: must be a whole number from 1")
     notes: list[str] = []
-    items = _items(pictures, notes)
+    items = _numbered_pictures(pictures, notes)
     if bit_depth is None:
-        bit_depth = model.bit_depth or _measured([item for _, item in items if isinstance(item, Path)], notes)
+        bit_depth = model.bit_depth or _measured_depth([item for _, item in items if isinstance(item, Path)], notes)
     kept: list[Path | int] = []
     left_out: list[str] = []
     rows = [np.empty((0, len(model.class_names)), np.float32)]
@@ -117,7 +117,7 @@ def probabilities(model: TrainedModel, images: Tensor) -> np.ndarray:
     return logits.softmax(-1).numpy()
 
 
-def _items(pictures: Picture | Iterable[Picture], notes: list[str]) -> list[tuple[int, Picture]]:
+def _numbered_pictures(pictures: Picture | Iterable[Picture], notes: list[str]) -> list[tuple[int, Picture]]:
     """Each picture, with its place in what was given; a folder's pictures all have the folder's."""
     if isinstance(pictures, str | PathLike | Image.Image) or (isinstance(pictures, np.ndarray) and pictures.ndim < 4):
         pictures = [pictures]
@@ -133,7 +133,7 @@ def _items(pictures: Picture | Iterable[Picture], notes: list[str]) -> list[tupl
     return items
 
 
-def _measured(files: Sequence[Path], notes: list[str]) -> int | None:
+def _measured_depth(files: Sequence[Path], notes: list[str]) -> int | None:
     measured = depth_of_files(files) if files else None
     if measured is None:
         return None

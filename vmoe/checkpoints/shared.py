@@ -33,7 +33,7 @@ def write_safetensors(
     Raises:
         UserError: the source is no checkpoint of ours, or a dense one with `int8`, or `path` cannot be written.
     """
-    content = _read(source)
+    content = _checked_content(source)
     weights, trained = {}, trained_weights(content)
     if int8:
         require_rounding(source, any(map(_EXPERT_WEIGHT.search, trained)))
@@ -44,7 +44,7 @@ def write_safetensors(
             weights[name] = value
         else:
             weights[name] = value.to(dtype)
-    _write(path, weights, content)
+    _write_shared(path, weights, content)
 
 
 def write_changed(path: str | Path, source: str | Path, weights: dict[str, Tensor], moe: dict[str, Any] | None) -> None:
@@ -59,7 +59,7 @@ def write_changed(path: str | Path, source: str | Path, weights: dict[str, Tenso
     Raises:
         UserError: as there.
     """
-    _write(path, weights, _read(source), {"moe": moe})
+    _write_shared(path, weights, _checked_content(source), {"moe": moe})
 
 
 def require_rounding(path: object, has_experts: bool) -> None:
@@ -79,14 +79,14 @@ def shared_config(config: dict[str, Any]) -> dict[str, Any]:
     return kept | {"output_dir": None, "init_from": None}
 
 
-def _read(source: str | Path) -> dict[str, Any]:
+def _checked_content(source: str | Path) -> dict[str, Any]:
     path = find_checkpoint(source)
     content = read_checkpoint(path)
     check_entry(content, path)
     return content
 
 
-def _write(
+def _write_shared(
     path: str | Path, weights: dict[str, Tensor], content: dict[str, Any], changes: dict[str, Any] | None = None
 ) -> None:
     """Writes weights with what a checkpoint tells of its model, without paths of the machine that trained.

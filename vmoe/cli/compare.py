@@ -38,10 +38,10 @@ from vmoe.text import printable
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the job with `argv`; returns its exit code."""
-    return run(_compare, argv)
+    return run(_compare_runs, argv)
 
 
-def _compare(argv: list[str]) -> None:
+def _compare_runs(argv: list[str]) -> None:
     options = _compare_parser().parse_args(argv)
     # Imported here, so that --help and a mistyped option answer at once.
     from vmoe.evaluation.compare.against import against, against_rows, draw_against
@@ -141,7 +141,7 @@ def _run_entry(run) -> dict:
     }
 
 
-def _cells(row: dict) -> list[str]:
+def _table_cells(row: dict) -> list[str]:
     from vmoe.evaluation.compare.figure import short
 
     costs = (
@@ -150,11 +150,11 @@ def _cells(row: dict) -> list[str]:
         row["total_parameters"],
         row["train_images_per_second_mean"],
     )
-    accuracies = (_percent(row["test_top1_mean"], row["test_top1_sd"]), _percent(row["train_clean_top1_mean"]))
+    accuracies = (_mean_and_sd(row["test_top1_mean"], row["test_top1_sd"]), _mean_and_sd(row["train_clean_top1_mean"]))
     return [row["name"], str(row["n"]), *accuracies, _difference(row), *map(short, costs)]
 
 
-def _percent(mean: float | None, sd: float | None = None) -> str:
+def _mean_and_sd(mean: float | None, sd: float | None = None) -> str:
     if mean is None:
         return "-"
     return f"{100 * mean:.2f}" + ("" if sd is None else f" ± {100 * sd:.2f}")
@@ -174,11 +174,11 @@ def _rich_table(rows: list[dict]) -> Table:
     for column in _COLUMNS:
         table.add_column(column, justify="left" if column == "arm" else "right", overflow="fold")
     for row in rows:
-        table.add_row(*(escape(printable(cell)) for cell in _cells(row)))
+        table.add_row(*(escape(printable(cell)) for cell in _table_cells(row)))
     return table
 
 
 def _markdown(rows: list[dict], notes: list[str]) -> str:
-    lines = [_COLUMNS, ["---"] + ["---:"] * (len(_COLUMNS) - 1), *map(_cells, rows)]
+    lines = [_COLUMNS, ["---"] + ["---:"] * (len(_COLUMNS) - 1), *map(_table_cells, rows)]
     table = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
     return "\n".join([*table, "", _KEY[0].upper() + _KEY[1:] + ".", *(f"- {note}" for note in notes), ""])

@@ -120,7 +120,7 @@ def _typed(loader: _Loader, node: yaml.Node, content: Any, hint: Any) -> Any:
     if isinstance(node, yaml.ScalarNode):
         is_null = content is None and type(None) in kinds
         # Also where a list of texts is wanted: that it is none is said of the value as it was written
-        words = [*kinds, *(part for kind in kinds if typing.get_origin(kind) is list for part in _items(kind))]
+        words = [*kinds, *(part for kind in kinds if typing.get_origin(kind) is list for part in _item_types(kind))]
         return node.value if str in words and not is_null else content
     if isinstance(node, yaml.SequenceNode) and isinstance(content, list):
         items = next((typing.get_args(kind)[0] for kind in kinds if typing.get_origin(kind) in (list, tuple)), Any)
@@ -133,7 +133,7 @@ def _typed(loader: _Loader, node: yaml.Node, content: Any, hint: Any) -> Any:
     return content
 
 
-def _items(kind: Any) -> tuple[Any, ...]:
+def _item_types(kind: Any) -> tuple[Any, ...]:
     """The types of a list's items."""
     return choices(typing.get_args(kind)[0])
 

@@ -41,13 +41,13 @@ if TYPE_CHECKING:
 
 
 _ARGUMENTS = ("sample", "probe_images", "cause_images", "replicates", "seed")  # of ExploreOptions
-_NAMED = (*_ARGUMENTS, "capacity_factor")
-_OPTIONS = DATA_OPTIONS | {name: f"--{name.replace('_', '-')}" for name in _NAMED}
+_OWN_OPTIONS = (*_ARGUMENTS, "capacity_factor")
+_OPTION_OF = DATA_OPTIONS | {name: f"--{name.replace('_', '-')}" for name in _OWN_OPTIONS}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the job with `argv`; returns its exit code."""
-    return run(_explore, argv, _OPTIONS)
+    return run(_explore, argv, _OPTION_OF)
 
 
 def _explore(argv: list[str]) -> None:
@@ -72,7 +72,7 @@ def _explored(options: argparse.Namespace, argv: list[str]) -> None:
     if len(options.checkpoints) > len({each.path.resolve() for each in (checkpoint, *others)}):
         raise UserError("CKPT: the same checkpoint is given twice; name each once")
     require_experts(checkpoint.model)
-    names = _names(options.checkpoints)
+    names = _distinct_names(options.checkpoints)
     check_capacities(checkpoint.model, options.capacity_factor or ())
     given = ExploreOptions(
         sample=options.sample,
@@ -225,7 +225,7 @@ def _with_classes(
     return result
 
 
-def _names(paths: list[str]) -> list[str]:
+def _distinct_names(paths: list[str]) -> list[str]:
     """The shortest ends of the paths that tell them apart."""
     parts = [Path(path).resolve().parts for path in paths]
     for length in range(1, max(map(len, parts)) + 1):

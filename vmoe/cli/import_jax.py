@@ -67,7 +67,7 @@ def _import(argv: list[str]) -> None:
             f"--out {options.out}: {options.prefix} has no classifier, without which no job opens a .ckpt; "
             "use vmoe.load_jax_checkpoint, or end in .safetensors for the weights alone"
         )
-    write_weights(options.out, imported.model.state_dict(), _facts(imported, options.class_names))
+    write_weights(options.out, imported.model.state_dict(), _imported_facts(imported, options.class_names))
 
     parameters = count_parameters(imported.model)
     moe = imported.moe
@@ -98,7 +98,7 @@ def _import_jax_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _facts(imported: "ImportedModel", names_file: Path | None) -> "ModelFacts":
+def _imported_facts(imported: "ImportedModel", names_file: Path | None) -> "ModelFacts":
     """What a checkpoint tells every tool, of plain types.
 
     Raises:

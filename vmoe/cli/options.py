@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import torch
 
 
-class _Parser(argparse.ArgumentParser):
+class _UserParser(argparse.ArgumentParser):
     """Reports a wrong command line as any other mistake of the user: one line, exit code 2."""
 
     def error(self, message: str) -> None:
@@ -20,7 +20,7 @@ class _Parser(argparse.ArgumentParser):
 
 def new_parser(job: str, description: str) -> argparse.ArgumentParser:
     """A parser for `vmoe JOB` whose errors are `UserError`s and whose options cannot be abbreviated."""
-    return _Parser(
+    return _UserParser(
         prog=f"vmoe {job}",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -144,7 +144,7 @@ def _measure_plans(options: argparse.Namespace, argv: list[str]) -> int:
     for row in truth.measured_beside_predicted(cases, options.image_size, table, measured, device, dtype, say):
         rows.append(row)
         write_json(options.out / "measured.json", header | {"rows": rows})  # kept, should the GPU stop
-    _write_csv(options.out / "measured.csv", rows)
+    _write_plans(options.out / "measured.csv", rows)
     text = f"{header['device']}\n\n{markdown_table(truth.MEASURED_COLUMNS, rows)}\n\n{_rates(table, measured)}"
     print(text + "\n")
     _write_text(options.out / "measured.md", f"`{header['command']}`\n\n{text}")
@@ -163,7 +163,7 @@ def _rates(table: Machine, measured: Machine) -> str:
     return "\n".join(f"| {line} |" for line in lines)
 
 
-def _write_csv(path: Path, rows: "list[Row]") -> None:
+def _write_plans(path: Path, rows: "list[Row]") -> None:
     columns: dict[str, Any] = dict.fromkeys(key for row in rows for key in row)
     with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(columns))

@@ -59,20 +59,20 @@ def _predicted(options: argparse.Namespace) -> None:
     ]
     if options.routing:
         for file, answer in zip(found.pictures, answers, strict=True):
-            answer["routing"] = _routing(model, file, found.bit_depth)
+            answer["routing"] = _shares_of_experts(model, file, found.bit_depth)
     for answer in answers:
         best = ", ".join(f"{each['class']} {each['probability']:.1%}" for each in answer["predictions"])
         print(printable(f"{answer['file']}: {best}"))
         for layer, shares in answer.get("routing", {}).items():
-            print(f"  {layer}: " + ", ".join(f"expert {index} {share:.0%}" for index, share in _largest(shares)))
+            print(f"  {layer}: " + ", ".join(f"expert {index} {share:.0%}" for index, share in _four_largest(shares)))
     if options.json is not None:
         write_json(options.json, {"model": str(options.model), "images": answers, "damaged": found.left_out})
     if options.csv is not None:
-        _write_csv(options.csv, answers)
+        _write_answers(options.csv, answers)
     say_left_out(found.left_out, len(found) + len(found.left_out))
 
 
-def _routing(model: "TrainedModel", file: Path, bit_depth: int | None) -> dict[str, list[float]]:
+def _shares_of_experts(model: "TrainedModel", file: Path, bit_depth: int | None) -> dict[str, list[float]]:
     """For each MoE layer, the share of the choices of an image's patches that went to each expert."""
     from vmoe.data import load_image
     from vmoe.explain.heatmap.routed import describe_layer, route_image
@@ -82,11 +82,11 @@ def _routing(model: "TrainedModel", file: Path, bit_depth: int | None) -> dict[s
     return {name: describe_layer(layer)["choice_share"] for name, layer in routed.layers.items()}
 
 
-def _largest(shares: list[float]) -> list[tuple[int, float]]:
+def _four_largest(shares: list[float]) -> list[tuple[int, float]]:
     return sorted(((index, share) for index, share in enumerate(shares) if share), key=lambda each: -each[1])[:4]
 
 
-def _write_csv(path: Path, answers: list[dict[str, Any]]) -> None:
+def _write_answers(path: Path, answers: list[dict[str, Any]]) -> None:
     from vmoe.files import atomic_write
 
     with (

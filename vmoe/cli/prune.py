@@ -74,12 +74,14 @@ def _prune(argv: list[str]) -> int:
     use = measure_use(checkpoint.model, batches, device, with_norms=options.by == "activation-norm")
     choose = merged_groups if options.merge else pruned_groups
     groups = {name: choose(each, options.keep, options.by) for name, each in use.items()}
-    rows = {"before": _measured(before, data, device)}
+    rows = {"before": _accuracy_of(before, data, device)}
     with new_folder(options.out) as folder:
-        _write(folder, checkpoint, groups, use)
+        _write_result(folder, checkpoint, groups, use)
         after = matched(load_checkpoint(folder, device), data, options.classes, say=False)
-        rows["after"] = _measured(after, data, device)
-        report = _report(checkpoint, data, device, groups, use) | {"command": shlex.join(["vmoe", "prune", *argv])}
+        rows["after"] = _accuracy_of(after, data, device)
+        report = _prune_report(checkpoint, data, device, groups, use) | {
+            "command": shlex.join(["vmoe", "prune", *argv])
+        }
         write_json(folder / "prune.json", report | {"results": rows})
     if config is not None:
         code = trained(lambda: config, ["vmoe", "prune", *argv])
@@ -148,7 +150,9 @@ def _fewer(checkpoint: "TrainedModel", keep: int) -> dict[str, Any]:
     return to_plain(regrouped_config(MoeConfig(**checkpoint.config["moe"]), keep))
 
 
-def _write(out: Path, checkpoint: "TrainedModel", groups: "dict[str, Groups]", use: "dict[str, ExpertUse]") -> None:
+def _write_result(
+    out: Path, checkpoint: "TrainedModel", groups: "dict[str, Groups]", use: "dict[str, ExpertUse]"
+) -> None:
     from vmoe.checkpoints import RunFolder, write_changed
     from vmoe.compress.pruning import regrouped_weights
 
@@ -157,7 +161,7 @@ def _write(out: Path, checkpoint: "TrainedModel", groups: "dict[str, Groups]", u
     write_changed(RunFolder(out).shared, checkpoint.path, weights, moe)
 
 
-def _measured(checkpoint: "TrainedModel", data: "ImageDataModule", device: "torch.device") -> dict[str, Any]:
+def _accuracy_of(checkpoint: "TrainedModel", data: "ImageDataModule", device: "torch.device") -> dict[str, Any]:
     """Accuracy on the test images and parameters of a checkpoint."""
     from vmoe.evaluation.engine import measure_batches
     from vmoe.models.cost import count_parameters
@@ -178,7 +182,7 @@ def _table(rows: dict[str, dict[str, Any]]) -> Table:
     return table
 
 
-def _report(
+def _prune_report(
     checkpoint: "TrainedModel",
     data: "ImageDataModule",
     device: "torch.device",

@@ -5,7 +5,7 @@ import numpy as np
 from vmoe.evaluation.engine import Evaluation
 from vmoe.figures.style import BODY, INK, MARGIN, MUTED, PAPER, RULE, SHADES, SMALL, Page, text_width
 
-_NAMED = 200  # classes up to which each row has its name
+_MOST_NAMED_ROWS = 200  # classes up to which each row has its name
 _BARS = 190  # pixels of the bars with their numbers
 
 
@@ -24,10 +24,10 @@ def draw_confusion(evaluation: Evaluation, class_names: list[str], data: str, mo
     num_classes = len(counts)
     totals = counts.sum(1, keepdims=True)
     shares = counts / np.maximum(totals, 1)
-    cell = int(np.clip(640 // num_classes, 14, 64)) if num_classes <= _NAMED else max(1, 1400 // num_classes)
+    cell = int(np.clip(640 // num_classes, 14, 64)) if num_classes <= _MOST_NAMED_ROWS else max(1, 1400 // num_classes)
     side = cell * num_classes
     size = min(BODY, cell - 2)  # of the names
-    names = [_shorten(name) for name in class_names] if num_classes <= _NAMED else [""] * num_classes
+    names = [_shorten(name) for name in class_names] if num_classes <= _MOST_NAMED_ROWS else [""] * num_classes
     longest = int(max(text_width(name, size) for name in names)) if any(names) else 60
     is_upright = longest <= cell - 6
     left, top = MARGIN + longest + 30, MARGIN + 116
@@ -39,12 +39,12 @@ def draw_confusion(evaluation: Evaluation, class_names: list[str], data: str, mo
         f"{evaluation.images:,} images · top-1 {evaluation.top1:.2%} · rows: true class, columns: predicted class",
     )
     page.text(MARGIN, MARGIN + 74, page.fit(model, BODY, page.width - 2 * MARGIN, keep="end"), color=MUTED)
-    page.picture(left, top, _cells(shares, cell))
-    _names(page, names, left, top, cell, size, is_upright)
+    page.picture(left, top, _matrix_pixels(shares, cell))
+    _write_names(page, names, left, top, cell, size, is_upright)
     if cell >= 32:
         _numbers(page, counts, shares, left, top, cell)
     _bars(page, evaluation, right, top, cell, _BARS - 60)
-    _legend(page, right, bottom + 8)
+    _draw_scale(page, right, bottom + 8)
     return page
 
 
@@ -52,7 +52,7 @@ def _shorten(name: str, longest: int = 22) -> str:
     return name if len(name) <= longest else name[: longest - 1].rstrip() + "…"
 
 
-def _cells(shares: np.ndarray, cell: int) -> np.ndarray:
+def _matrix_pixels(shares: np.ndarray, cell: int) -> np.ndarray:
     pixels = np.repeat(np.repeat(SHADES(np.sqrt(shares))[..., :3], cell, 0), cell, 1)
     if cell >= 6:  # hairlines between the cells
         pixels[cell - 1 :: cell] *= 0.96
@@ -60,7 +60,7 @@ def _cells(shares: np.ndarray, cell: int) -> np.ndarray:
     return pixels
 
 
-def _names(page: Page, names: list[str], left: int, top: int, cell: int, size: float, is_upright: bool) -> None:
+def _write_names(page: Page, names: list[str], left: int, top: int, cell: int, size: float, is_upright: bool) -> None:
     bottom = top + cell * len(names)
     for index, name in enumerate(names):
         middle = (index + 0.5) * cell
@@ -93,7 +93,7 @@ def _bars(page: Page, evaluation: Evaluation, left: int, top: int, cell: int, wi
             page.text(left + width + 6, y + height / 2, text, size, va="center_baseline", color=MUTED)
 
 
-def _legend(page: Page, left: int, y: int) -> None:
+def _draw_scale(page: Page, left: int, y: int) -> None:
     ramp = np.repeat(SHADES(np.linspace(0, 1, 150))[None, :, :3], 12, 0)
     page.picture(left, y, ramp)
     for share in (0, 0.05, 0.3, 1):

@@ -198,7 +198,7 @@ def data_for(
     if isinstance(data, DataConfig):
         config = data
     else:
-        name, found = _named(data)
+        name, found = _name_and_root(data)
         root = found if root is None else root
         config = trained_on(model, name)
         if name is not None and name != config.name:
@@ -233,7 +233,7 @@ def trained_on(model: TrainedModel, name: str | None = None) -> DataConfig:
     )
 
 
-def _named(data: str | PathLike[str] | None) -> tuple[str | None, Path | None]:
+def _name_and_root(data: str | PathLike[str] | None) -> tuple[str | None, Path | None]:
     """The kind of a set, and its root where `data` is a path; a set's name comes before a path."""
     if data is None or data in get_args(SetName):
         return data, None

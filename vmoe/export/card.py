@@ -71,7 +71,7 @@ Written by vmoe {version}.
 
 
 # Ends the card, and tells whether somebody has completed it: then it is not written again
-_MARK = "\n<!-- as vmoe wrote it: "
+_END_MARK = "\n<!-- as vmoe wrote it: "
 _PICTURE = f"""\
 ![Which expert takes which patch of a photograph]({PICTURE})
 
@@ -123,12 +123,12 @@ def model_card(checkpoint: TrainedModel, source: str | Path, license: str | None
         steps=counted(checkpoint.step, "update"),
         seed=config.get("seed", "unknown"),
         accuracy="unknown: the run left no summary.json" if accuracy is None else f"{accuracy:.2%} (one run)",
-        routing=_routing(checkpoint, Path(source)),
+        routing=_routing_section(checkpoint, Path(source)),
         recipe=yaml.safe_dump(shared_config(config), sort_keys=False),
         license=f"The weights: {license}." if license else "The owner of the weights has not named one.",
         version=__version__,
     )
-    return card + _MARK + _mark(card)
+    return card + _END_MARK + _mark(card)
 
 
 def _front_matter(title: str, data: str, accuracy: float | None, license: str | None) -> str:
@@ -162,7 +162,7 @@ def _front_matter(title: str, data: str, accuracy: float | None, license: str | 
 
 def is_untouched(card: str) -> bool:
     """Whether a README.md is as `model_card` wrote it: nobody has completed it since."""
-    text, found, mark = card.rpartition(_MARK)
+    text, found, mark = card.rpartition(_END_MARK)
     return bool(found) and mark == _mark(text)
 
 
@@ -191,7 +191,7 @@ def _what(checkpoint: TrainedModel) -> str:
     )
 
 
-def _routing(checkpoint: TrainedModel, source: Path) -> str:
+def _routing_section(checkpoint: TrainedModel, source: Path) -> str:
     """The picture of a V-MoE, and each expert's load in the last epoch where the run wrote it."""
     parts = [_PICTURE] if moe_layers(checkpoint.model) else []
     parts += _loads(source)

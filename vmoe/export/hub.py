@@ -47,7 +47,7 @@ def write_hub_folder(path: str | Path, source: str | Path, license: str | None =
     with new_folder(path) as folder:
         weights = RunFolder(folder).shared
         write_safetensors(weights, source)
-        _write_config(folder, checkpoint)
+        _write_hub_config(folder, checkpoint)
         is_new = _is_free(path / CARD)
         if is_new:
             (folder / CARD).write_text(model_card(checkpoint, source, license), encoding="utf-8")
@@ -105,9 +105,9 @@ def push(path: str | Path, name: str) -> str:
     return str(repository)
 
 
-def _write_config(folder: Path, checkpoint: TrainedModel) -> None:
+def _write_hub_config(folder: Path, checkpoint: TrainedModel) -> None:
     """config.json, with the image size among the arguments where the architecture takes it."""
-    config = _config(checkpoint)
+    config = _hub_config(checkpoint)
     weights = {"source": "", "file": str(RunFolder(folder).shared)}  # before 1.0.26, timm unpickles a folder's weights
     for size in ({"img_size": checkpoint.image_size}, {}):
         config["model_args"] = {**_model_args(checkpoint), **size}
@@ -119,24 +119,24 @@ def _write_config(folder: Path, checkpoint: TrainedModel) -> None:
             if "img_size" in str(error) and size:
                 continue
             raise
-        _check(model, checkpoint)
+        _require_timm_agrees(model, checkpoint)
         return
 
 
 @torch.no_grad()
-def _check(model: nn.Module, checkpoint: TrainedModel) -> None:
+def _require_timm_agrees(model: nn.Module, checkpoint: TrainedModel) -> None:
     """Compares a model's logits, bit for bit, with the checkpoint's, or tells that they differ."""
     images = torch.randn(2, 3, checkpoint.image_size, checkpoint.image_size)
     if not torch.equal(model(images), checkpoint.model.cpu()(images)):
         raise UserError(f"{checkpoint.path}: timm makes another model of it; its model.kwargs cannot be shared so")
 
 
-def _config(checkpoint: TrainedModel) -> dict[str, Any]:
+def _hub_config(checkpoint: TrainedModel) -> dict[str, Any]:
     model, classes = checkpoint.model, len(checkpoint.class_names)
     size = (3, checkpoint.image_size, checkpoint.image_size)
     known = getattr(model, "pretrained_cfg", {})
     return {
-        "architecture": _architecture(checkpoint),
+        "architecture": _timm_name(checkpoint),
         "num_classes": classes,
         "num_features": model.num_features,
         "label_names": checkpoint.class_names,
@@ -154,7 +154,7 @@ def _config(checkpoint: TrainedModel) -> dict[str, Any]:
     }
 
 
-def _architecture(checkpoint: TrainedModel) -> str:
+def _timm_name(checkpoint: TrainedModel) -> str:
     """A name that timm knows: the model's own where that says all, else ours for MoE layers on any backbone."""
     name = checkpoint.config["model"]["name"]
     return name if checkpoint.config["moe"] is None or name.startswith("vmoe_") else ON_BACKBONE

@@ -115,12 +115,12 @@ def write_steered(path: Path, checkpoint: TrainedModel) -> dict[str, Any]:
         raise
     except Exception as error:  # exporters raise many types
         raise UserError(f"{checkpoint.path}: cannot be shown: {reason_of(error)}") from error
-    _check(path, checkpoint, layers)
+    _compare_logits(path, checkpoint, layers)
     return about
 
 
 @torch.no_grad()
-def _check(path: Path, checkpoint: TrainedModel, layers: list[dict[str, Any]]) -> None:
+def _compare_logits(path: Path, checkpoint: TrainedModel, layers: list[dict[str, Any]]) -> None:
     """Compares the program's logits, as the model was trained, with the model's."""
     import onnxruntime
 

@@ -37,7 +37,7 @@ _RUNTIME_PARTS = {
     "wasm": "ort-wasm-simd-threaded.wasm",
 }
 _OURS = ("index.html", "page.css", "picture.js", "program.js", "maps.js", "main.js")
-_MARK = "about.js"  # which a folder that may be replaced holds
+_MARK_FILE = "about.js"  # which a folder that may be replaced holds
 _SAMPLE_SIZE = 320  # pixels
 LARGEST_PROGRAM = 300 * 2**20  # bytes; as text, still below the longest string that browsers hold
 
@@ -65,7 +65,7 @@ def write_demo_page(
     path = Path(path)
     if Path(source).suffix == ".onnx":
         raise UserError(f"{source}: a program does not tell its routing; give the checkpoint it was made from")
-    if path.exists() and not (path.is_dir() and (not any(path.iterdir()) or (path / _MARK).is_file())):
+    if path.exists() and not (path.is_dir() and (not any(path.iterdir()) or (path / _MARK_FILE).is_file())):
         raise UserError(f"--out {path}: exists and is no demo page; choose another place")
     require("onnx")
     checkpoint = load_checkpoint(source)
@@ -85,7 +85,9 @@ def write_demo_page(
         (folder / "ort.js").write_bytes(parts["script"])
         _write_script(folder / "runtime.js", "RUNTIME", {key: _packed(parts[key]) for key in ("mjs", "wasm")})
         _write_script(folder / "model.js", "MODEL", model)
-        _write_script(folder / _MARK, "ABOUT", about | _words(checkpoint, about, credit) | {"samples": samples})
+        _write_script(
+            folder / _MARK_FILE, "ABOUT", about | _page_words(checkpoint, about, credit) | {"samples": samples}
+        )
 
 
 def _check_size(program: Path, checkpoint: TrainedModel) -> None:
@@ -97,7 +99,7 @@ def _check_size(program: Path, checkpoint: TrainedModel) -> None:
         )
 
 
-def _words(checkpoint: TrainedModel, about: dict[str, Any], credit: str | None) -> dict[str, Any]:
+def _page_words(checkpoint: TrainedModel, about: dict[str, Any], credit: str | None) -> dict[str, Any]:
     first = about["layers"][0]
     order = "by falling gate" if first["batch_priority"] else "in reading order"
     return {

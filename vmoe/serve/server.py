@@ -95,7 +95,7 @@ class ModelService(litserve.LitAPI):
         ]
         for upload, answer in zip(uploads, answers, strict=True):
             if upload.routing:
-                answer["routing"] = _routing(self.model, upload.pixels)
+                answer["routing"] = _routing_answer(self.model, upload.pixels)
         return answers
 
 
@@ -236,7 +236,7 @@ def _check_port(host: str, port: int) -> None:
             raise UserError(f"--port {port}: {error.strerror} on {host}; choose another") from error
 
 
-def _routing(model: "TrainedModel", pixels: "np.ndarray") -> dict[str, Any]:
+def _routing_answer(model: "TrainedModel", pixels: "np.ndarray") -> dict[str, Any]:
     """For each MoE layer: the patch grid, each expert's share of the choices, and the first choice of each patch."""
     from vmoe.explain.heatmap.routed import describe_layer, patch_part, route_image
 

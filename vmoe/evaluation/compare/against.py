@@ -18,7 +18,7 @@ from vmoe.figures.style import BODY, MARGIN, MUTED, SMALL, Page, label, plain_ax
 
 _WHEN_NULL = {"data.subset.fraction": 1.0}  # what an option left out means
 _TOP, _WIDTH, _HEIGHT, _GAP, _ROW = 150, 480, 340, 110, 28
-_APART = 0.012  # of the axis's length between models at one value, so that none hides another
+_SHARE_APART = 0.012  # of the axis's length between models at one value, so that none hides another
 
 
 @dataclass(frozen=True)
@@ -106,8 +106,8 @@ def draw_against(series: Sequence[Series], option: str) -> Page:
     page.heading(
         f"Accuracy against {option}", f"runs: {count} · bars: sd over seeds, of gains the paired 95 % interval"
     )
-    panels = [_axes(page, 0, "Test top-1"), _axes(page, 1, "Training images as they are, top-1")]
-    gains = _axes(page, 2, "Gain over the dense model")
+    panels = [_titled_axes(page, 0, "Test top-1"), _titled_axes(page, 1, "Training images as they are, top-1")]
+    gains = _titled_axes(page, 2, "Gain over the dense model")
     gains.axhline(0, color=MUTED, linewidth=1)
     values = sorted({point.value for one in series for point in one.points})
     for index, one in enumerate(series):
@@ -116,12 +116,12 @@ def draw_against(series: Sequence[Series], option: str) -> Page:
         places = index - (len(series) - 1) / 2
         for axes, field in zip(panels, ("top1", "train_top1"), strict=True):
             told = [point for point in one.points if point.arm.mean(field) is not None]
-            at = [_beside(point.value, values, places) for point in told]
+            at = [_shifted(point.value, values, places) for point in told]
             means = [100 * point.arm.mean(field) for point in told]
             axes.errorbar(at, means, [100 * (point.arm.sd(field) or 0) for point in told], **style)
         paired = [point for point in one.points if point.gain is not None]
         reaches = [0 if p.gain.low is None else 100 * (p.gain.high - p.gain.mean) for p in paired]
-        at = [_beside(point.value, values, places) for point in paired]
+        at = [_shifted(point.value, values, places) for point in paired]
         gains.errorbar(at, [100 * p.gain.mean for p in paired], reaches, **style)
         place = _TOP + _HEIGHT + 80 + _ROW * index
         page.text(MARGIN + 50, place, "■" if one.is_dense else "●", BODY, color=expert_hex(index))
@@ -133,7 +133,7 @@ def draw_against(series: Sequence[Series], option: str) -> Page:
     return page
 
 
-def _axes(page: Page, index: int, title: str) -> Axes:
+def _titled_axes(page: Page, index: int, title: str) -> Axes:
     x = MARGIN + 50 + index * (_WIDTH + _GAP)
     page.text(x, _TOP - 16, title, BODY, weight="bold")
     return plain_axes(page.axes(x, _TOP, _WIDTH - 20, _HEIGHT), SMALL)
@@ -149,9 +149,9 @@ def _spread(axes: Axes, values: list[float]) -> None:
     axes.margins(x=0.1)
 
 
-def _beside(value: float, values: list[float], places: float) -> float:
+def _shifted(value: float, values: list[float], places: float) -> float:
     """Where on the axis a value is drawn that is shifted by so many places."""
-    share = _APART * places
+    share = _SHARE_APART * places
     if _is_logarithmic(values):
         return value * (values[-1] / values[0]) ** share
     return value + share * (values[-1] - values[0])

@@ -22,7 +22,7 @@ _WIDTH, _HEIGHT, _GAP = 400, 300, 100
 _ROW = 30  # of the legend
 _NEAR = 14  # pixels between points of which each has room for its number
 _CROWD = 6  # numbers at most in a line
-_NAMED = 6  # arms up to which points have names; more have numbers
+_MOST_NAMED_POINTS = 6  # arms up to which points have names; more have numbers
 _NAMES = 160  # pixels of the names beside the differences
 _SIDES = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (1, -1), (-1, 1), (-1, -1))  # of a point, where its name may stand
 _ROOM = 1.35  # between the outer points and the ends of a logarithmic axis
@@ -39,18 +39,18 @@ def draw_comparison(arms: Sequence[Arm], found: Sequence[Difference], notes: Seq
     """
     legend = _ROW * len(arms) + 60
     lines = [line for note in notes for line in textwrap.wrap(note, 185)]
-    below = _place(5)[1] + max(_HEIGHT + 60, legend)
+    below = _panel_corner(5)[1] + max(_HEIGHT + 60, legend)
     page = Page(3 * _WIDTH + 2 * _GAP + 2 * MARGIN + 50, below + 24 * len(lines) + MARGIN)
     counts = f"runs: {sum(arm.n for arm in arms)}, arms: {len(arms)}"
     page.heading("Accuracy and what it costs", f"{counts} · test accuracy of the checkpoint {_chosen(arms)}")
     for index, (field, title) in enumerate(_PANELS):
-        axes = _axes(page, index, f"Test top-1 against {title.split(' (')[0]}")
-        _scatter(axes, arms, field)
+        axes = _panel(page, index, f"Test top-1 against {title.split(' (')[0]}")
+        _draw_points(axes, arms, field)
         label(axes, title, "test top-1 (%)")
     _draw_differences(page, arms, found)
     if any(run.curve for arm in arms for run in arm.runs):
-        _draw_curves(_axes(page, 4, "Validation top-1 while training"), arms)
-    _legend(page, arms, *_place(5), legend)
+        _draw_curves(_panel(page, 4, "Validation top-1 while training"), arms)
+    _list_arms(page, arms, *_panel_corner(5), legend)
     for index, line in enumerate(lines):
         page.text(MARGIN, below + 24 * (index + 1), line, BODY, color=MUTED)
     return page
@@ -68,24 +68,24 @@ def _draw_curves(axes: Axes, arms: Sequence[Arm]) -> None:
         for run in arm.runs:
             if run.curve:
                 axes.plot(
-                    *_percent(run.curve), color=expert_hex(index), linewidth=1.6, linestyle=_line(arm), alpha=0.85
+                    *_in_percent(run.curve), color=expert_hex(index), linewidth=1.6, linestyle=_dash_of(arm), alpha=0.85
                 )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     label(axes, "epoch", "val top-1 (%)")
 
 
-def _place(index: int) -> tuple[int, int]:
+def _panel_corner(index: int) -> tuple[int, int]:
     return MARGIN + 50 + index % 3 * (_WIDTH + _GAP), MARGIN + 116 + index // 3 * (_HEIGHT + 110)
 
 
-def _axes(page: Page, index: int, title: str, names: float = 0) -> Axes:
+def _panel(page: Page, index: int, title: str, names: float = 0) -> Axes:
     """Axes at their place on the page; `names` pixels at their left are left to wide labels."""
-    x, y = _place(index)
+    x, y = _panel_corner(index)
     page.text(x, y - 16, title, BODY, weight="bold")
     return plain_axes(page.axes(x + names, y, _WIDTH - names, _HEIGHT))
 
 
-def _scatter(axes: Axes, arms: Sequence[Arm], field: str) -> None:
+def _draw_points(axes: Axes, arms: Sequence[Arm], field: str) -> None:
     for index, arm in enumerate(arms):
         sd = arm.sd("top1")
         axes.errorbar(
@@ -105,7 +105,7 @@ def _scatter(axes: Axes, arms: Sequence[Arm], field: str) -> None:
     axes.set_xlim(min(values) / _ROOM, max(values) * _ROOM)
     axes.margins(y=0.25)
     points = [(arm.mean(field), 100 * arm.mean("top1")) for arm in arms]
-    unnamed = _name(axes, arms, points) if len(arms) <= _NAMED else range(len(arms))
+    unnamed = _name(axes, arms, points) if len(arms) <= _MOST_NAMED_POINTS else range(len(arms))
     _number(axes, points, unnamed)
     ticks = FuncFormatter(lambda value, _: short(value))
     axes.xaxis.set_major_formatter(ticks)
@@ -127,7 +127,7 @@ def _name(axes: Axes, arms: Sequence[Arm], points: Sequence[tuple[float, float]]
     taken, left = list(markers), []
     for index, arm in enumerate(arms):
         width = text_width(arm.name, SMALL)
-        boxes = [_beside(markers[index], width, *side) for side in _SIDES]
+        boxes = [_name_box(markers[index], width, *side) for side in _SIDES]
         free = [
             box
             for box in boxes
@@ -142,7 +142,7 @@ def _name(axes: Axes, arms: Sequence[Arm], points: Sequence[tuple[float, float]]
     return left
 
 
-def _beside(marker: Bbox, width: float, right: int, up: int) -> Bbox:
+def _name_box(marker: Bbox, width: float, right: int, up: int) -> Bbox:
     """A line of text at the side of a point: `right` and `up` are -1, 0 or 1."""
     x = {-1: marker.x0 - width - 2, 0: (marker.x0 + marker.x1 - width) / 2, 1: marker.x1 + 2}[right]
     y = {-1: marker.y0 - SMALL - 2, 0: (marker.y0 + marker.y1 - SMALL) / 2 + 2, 1: marker.y1 + 2}[up]
@@ -175,7 +175,7 @@ def _draw_differences(page: Page, arms: Sequence[Arm], found: Sequence[Differenc
     names = [page.fit(arm.name, SMALL, _NAMES) for arm in arms]
     if len(arms) > _HEIGHT / _ROW:  # no room for a name each
         names = [str(index + 1) for index in range(len(arms))]
-    axes = _axes(page, 3, "Difference to the baseline", max(0, max(text_width(name, SMALL) for name in names) - 40))
+    axes = _panel(page, 3, "Difference to the baseline", max(0, max(text_width(name, SMALL) for name in names) - 40))
     number = {arm.name: index for index, arm in enumerate(arms)}
     for part in found:
         index = number[part.arm.name]
@@ -204,7 +204,7 @@ def pareto_front(points: Sequence[tuple[float, float]], more_is_better: bool = F
     return front
 
 
-def _legend(page: Page, arms: Sequence[Arm], x: int, y: int, height: int) -> None:
+def _list_arms(page: Page, arms: Sequence[Arm], x: int, y: int, height: int) -> None:
     page.text(x, y - 16, "Arms", BODY, weight="bold")
     key = page.axes(x, y, 30, height)
     key.set_axis_off()
@@ -212,7 +212,7 @@ def _legend(page: Page, arms: Sequence[Arm], x: int, y: int, height: int) -> Non
     key.set_ylim(height, 0)
     for index, arm in enumerate(arms):
         marker = "s" if arm.first.is_dense else "o"
-        key.plot([0, 1], [14 + _ROW * index] * 2, color=expert_hex(index), linewidth=1.6, linestyle=_line(arm))
+        key.plot([0, 1], [14 + _ROW * index] * 2, color=expert_hex(index), linewidth=1.6, linestyle=_dash_of(arm))
         key.plot([0.5], [14 + _ROW * index], marker, color=expert_hex(index), markersize=8)
         name = page.fit(f"{index + 1}  {arm.name}", BODY, _WIDTH - 90)
         page.text(x + 40, y + 19 + _ROW * index, f"{name}  n={arm.n}", BODY)
@@ -230,11 +230,11 @@ def apart(values: Sequence[float]) -> list[float]:
     return ticks if len(ticks) <= 3 else [ticks[0], ticks[-1]]
 
 
-def _line(arm: Arm) -> str:
+def _dash_of(arm: Arm) -> str:
     return "--" if arm.first.is_dense else "-"
 
 
-def _percent(curve: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+def _in_percent(curve: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
     return [epoch for epoch, _ in curve], [100 * value for _, value in curve]
 
 

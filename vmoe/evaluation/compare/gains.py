@@ -21,7 +21,7 @@ _KINDS = {  # each with its colour, all dark enough on white
 }
 _CONTROLS = ("random", "hash")
 _FEW_EPOCHS = 10  # in which an expert sees few tokens
-_APART = 0.35  # points of the axis between pairs of one twin, so that none hides another
+_POINTS_APART = 0.35  # points of the axis between pairs of one twin, so that none hides another
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def draw_gains(found: Sequence[Gain]) -> Page:
     for twin in {gain.fit: None for gain in found}:
         pairs = sorted((gain for gain in found if gain.fit == twin), key=lambda gain: list(_KINDS).index(gain.kind))
         for index, gain in enumerate(pairs):
-            place = 100 * twin + _APART * (index - (len(pairs) - 1) / 2)
+            place = 100 * twin + _POINTS_APART * (index - (len(pairs) - 1) / 2)
             axes.errorbar(place, 100 * gain.difference.mean, _reach(gain), **_style(gain))
     label(axes, "dense twin on its own training images, top-1 (%)", "gain over the dense twin (points of test top-1)")
     y = _TOP + _HEIGHT + 80

@@ -45,7 +45,9 @@ def arm_labels(arms: Sequence[tuple[dict[str, Any], dict[str, Any] | None]]) -> 
     labels: list[str] = []
     for moe, other in zip(moes, others, strict=True):
         parts = ["dense"] if moe is None else _moe_parts(moe, sparse)
-        parts += [_words(key, other[key], varied) for key in varied if other.get(key) and _is_rare(key, other, others)]
+        parts += [
+            _option_text(key, other[key], varied) for key in varied if other.get(key) and _is_rare(key, other, others)
+        ]
         labels.append(_unlike(" ".join(filter(None, parts)), labels))
     return labels
 
@@ -74,7 +76,7 @@ def _moe_parts(moe: dict[str, Any], sparse: list[dict[str, Any]]) -> list[str]:
     for name in _varied(sparse):
         told = name not in ("router", "num_experts", "top_k") and name in moe
         if told and moe[name] != default.get(name):
-            parts.append(_words(f"moe.{name}", moe[name], ()))
+            parts.append(_option_text(f"moe.{name}", moe[name], ()))
     return parts
 
 
@@ -89,7 +91,7 @@ def _is_rare(key: str, section: dict[str, Any], sections: Sequence[dict[str, Any
     return 2 * sum(other.get(key) == section[key] for other in sections) <= len(sections)
 
 
-def _words(key: str, value: Any, varied: Sequence[str]) -> str:
+def _option_text(key: str, value: Any, varied: Sequence[str]) -> str:
     """An option and its value; as much of its dotted name as tells it from the other varied ones."""
     *_, parent, name = ("", *key.split("."))
     if sum(other.rpartition(".")[2] == name for other in varied) > 1:
@@ -99,13 +101,13 @@ def _words(key: str, value: Any, varied: Sequence[str]) -> str:
         return f"no {name}"
     if value is True:
         return name
-    text = ",".join(map(_text, value)) if isinstance(value, list | tuple) else _text(value)
+    text = ",".join(map(_value_text, value)) if isinstance(value, list | tuple) else _value_text(value)
     if key == "moe.layers" and not isinstance(value, str):
         return f"layers {text}"
     return _WORDS.get(key, f"{name} {{}}").format(text)
 
 
-def _text(value: Any) -> str:
+def _value_text(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

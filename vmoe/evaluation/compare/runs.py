@@ -140,7 +140,7 @@ def read_run(path: str | Path) -> Run:
         return _checked(folder.path.resolve().name, config, summary, curve)
     except _FOREIGN as error:
         raise UserError(
-            f"{path}: not the folder of a finished run of this package ({_short(error)}); train it again"
+            f"{path}: not the folder of a finished run of this package ({_first_words(error)}); train it again"
         ) from error
 
 
@@ -158,7 +158,7 @@ def read_comparison(path: str | Path) -> list[Run]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
     except _FOREIGN as error:
-        raise UserError(f"{path}: not the comparison.json of `vmoe compare` ({_short(error)})") from error
+        raise UserError(f"{path}: not the comparison.json of `vmoe compare` ({_first_words(error)})") from error
 
 
 def as_plain(run: Run) -> dict[str, Any]:
@@ -193,7 +193,7 @@ def _as_curve(points: Any) -> list[tuple[float, float]]:
     return [(float(epoch), float(top1)) for epoch, top1 in points]
 
 
-def _short(error: Exception) -> str:
+def _first_words(error: Exception) -> str:
     return " ".join(str(error).split())[:120]
 
 
