@@ -35,10 +35,11 @@ class Augmenter:
     def __init__(self, config: AugmentConfig, image_size: int, mean: Colour, flip: float, seed: int) -> None:
         self.image_size = image_size
         self.seed = seed
-        plan = resolve(config, image_size, flip)
-        self._crops_by_scale = plan.crop_scale is not None
-        steps = _crop_and_flip(plan, image_size) + _colour_and_erase(plan, tuple(round(255 * value) for value in mean))
-        self._steps = A.Compose(steps, is_check_shapes=False) if steps else None
+        steps = resolve(config, image_size, flip)
+        self._crops_by_scale = steps.crop_scale is not None
+        fill = tuple(round(255 * value) for value in mean)
+        transforms = _crop_and_flip(steps, image_size) + _colour_and_erase(steps, fill)
+        self._transform = A.Compose(transforms, is_check_shapes=False) if transforms else None
         self._share_generators()
 
     def _share_generators(self) -> None:
@@ -46,11 +47,11 @@ class Augmenter:
         self._random = random.Random()
         self._bits = np.random.Philox(key=self.seed)
         self._bits_state = self._bits.state
-        if self._steps is not None:
-            self._steps.set_random_state(np.random.Generator(self._bits), self._random)
+        if self._transform is not None:
+            self._transform.set_random_state(np.random.Generator(self._bits), self._random)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """As a spawned worker gets it: NumPy below 2 has given the steps' generator a copy of the bits."""
+        """As a spawned worker gets it: NumPy below 2 has given the transforms' generator a copy of the bits."""
         self.__dict__.update(state)
         self._share_generators()
 
@@ -67,34 +68,34 @@ class Augmenter:
         """
         if not self._crops_by_scale:
             image = eval_crop(image, self.image_size)
-        if self._steps is None:
+        if self._transform is None:
             return image
         self._random.seed(self.seed << 128 | epoch << 64 | index)
         self._bits_state["state"]["counter"][:] = (0, 0, epoch, index)  # the first two count the draws of a sample
         self._bits.state = self._bits_state
-        return self._steps(image=image)["image"]
+        return self._transform(image=image)["image"]
 
 
-def _crop_and_flip(plan: AugmentSteps, image_size: int) -> list[A.BasicTransform]:
+def _crop_and_flip(steps: AugmentSteps, image_size: int) -> list[A.BasicTransform]:
     size = (image_size, image_size)
-    steps: list[A.BasicTransform] = []
-    if plan.crop_scale is not None:
-        steps = [A.RandomResizedCrop(size=size, scale=plan.crop_scale, area_for_downscale="image")]
-    elif plan.crop_padding is not None:
-        steps = [A.Pad(padding=plan.crop_padding), A.RandomCrop(*size)]
-    return [*steps, A.HorizontalFlip(p=plan.flip)] if plan.flip else steps
+    transforms: list[A.BasicTransform] = []
+    if steps.crop_scale is not None:
+        transforms = [A.RandomResizedCrop(size=size, scale=steps.crop_scale, area_for_downscale="image")]
+    elif steps.crop_padding is not None:
+        transforms = [A.Pad(padding=steps.crop_padding), A.RandomCrop(*size)]
+    return [*transforms, A.HorizontalFlip(p=steps.flip)] if steps.flip else transforms
 
 
-def _colour_and_erase(plan: AugmentSteps, fill: tuple[int, ...]) -> list[A.BasicTransform]:
-    steps: list[A.BasicTransform] = []
-    if plan.randaugment_ops:
-        steps.append(_RandAugment(plan.randaugment_ops, plan.randaugment_magnitude, fill))
-    if plan.color_jitter:
-        change = (1 - plan.color_jitter, 1 + plan.color_jitter)
-        steps.append(A.ColorJitter(brightness=change, contrast=change, saturation=change, hue=(0, 0), p=1))
-    if plan.erasing:
-        steps.append(A.Erasing(p=plan.erasing, fill=fill))
-    return steps
+def _colour_and_erase(steps: AugmentSteps, fill: tuple[int, ...]) -> list[A.BasicTransform]:
+    transforms: list[A.BasicTransform] = []
+    if steps.randaugment_ops:
+        transforms.append(_RandAugment(steps.randaugment_ops, steps.randaugment_magnitude, fill))
+    if steps.color_jitter:
+        change = (1 - steps.color_jitter, 1 + steps.color_jitter)
+        transforms.append(A.ColorJitter(brightness=change, contrast=change, saturation=change, hue=(0, 0), p=1))
+    if steps.erasing:
+        transforms.append(A.Erasing(p=steps.erasing, fill=fill))
+    return transforms
 
 
 class _RandAugment(A.ImageOnlyTransform):

@@ -53,7 +53,7 @@ class BatchAugmenter:
         seed: int,
         device: torch.device,
     ) -> None:
-        self.plan = resolve(config, image_size, flip)
+        self.steps = resolve(config, image_size, flip)
         self.image_size = image_size
         self.seed = seed
         self._mean = 255 * torch.tensor(mean, device=device).view(3, 1, 1)
@@ -61,7 +61,7 @@ class BatchAugmenter:
         self._fill = self._mean.round()
         self._places = torch.arange(image_size, device=device) + (0.5 - image_size / 2)  # of pixels, from the centre
         self._tables = randaugment.RandAugmentTables(image_size, device)
-        self._numbers = draw_numbers(_RANDAUGMENT + 3 * self.plan.randaugment_ops, device=device)
+        self._numbers = draw_numbers(_RANDAUGMENT + 3 * self.steps.randaugment_ops, device=device)
         self._augment = Fused(self._one_by_one)
 
     def storage_size(self, own: int | None) -> int:
@@ -70,7 +70,7 @@ class BatchAugmenter:
         Args:
             own: the shorter side of all images, where they have the same.
         """
-        if self.plan.crop_scale is None:
+        if self.steps.crop_scale is None:
             return self.image_size
         return min(round(self.image_size * 8 / 7), own or math.inf)
 
@@ -88,24 +88,24 @@ class BatchAugmenter:
         return self._augment(stored, keys, keys[:, 1] if places is None else places)
 
     def _one_by_one(self, stored: Tensor, keys: Tensor, places: Tensor) -> Tensor:
-        plan = self.plan
+        steps = self.steps
         draws = uniforms(self.seed, keys, self._numbers).unbind()
         images = stored[places].float()
         codes = self._codes(draws[_RANDAUGMENT:])
-        if plan.crop_padding is not None or plan.crop_scale is not None:
+        if steps.crop_padding is not None or steps.crop_scale is not None:
             images = self._move(images, draws, codes)
         for code in codes:
             images = randaugment.colour(images, code, self._tables)
-        if plan.color_jitter:
+        if steps.color_jitter:
             images = self._jitter(images, draws[_JITTER:_ERASING])
-        if plan.erasing:
+        if steps.erasing:
             images = self._erase(images, draws[_ERASING:_RANDAUGMENT])
         return (images - self._mean) / self._std
 
     def _codes(self, draws: tuple[Tensor, ...]) -> list[Tensor]:
         """The code of each of RandAugment's operations, (B,) int64 each."""
-        low, high = self.plan.randaugment_magnitude
-        kinds_end = 2 * self.plan.randaugment_ops
+        low, high = self.steps.randaugment_magnitude
+        kinds_end = 2 * self.steps.randaugment_ops
         return [
             (low + (magnitude * (high - low + 1)).long()) * randaugment.KINDS
             + 2 * (kind * len(randaugment.OPERATIONS)).long()
@@ -122,7 +122,7 @@ class BatchAugmenter:
             points = _moved(points, _composed([self._tables.motions[code] for code in codes]))
             is_inside = points.abs().amax(dim=3) < size / 2
         grid = _moved(points, self._window(draws, images.shape[3]))
-        if self.plan.crop_padding is not None:  # whole pixels, and black around the picture
+        if self.steps.crop_padding is not None:  # whole pixels, and black around the picture
             images = F.grid_sample(images, grid, mode="nearest", padding_mode="zeros", align_corners=False)
         else:
             images = F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False).round()
@@ -135,12 +135,12 @@ class BatchAugmenter:
         `grid_sample` takes them.
         """
         place = draws[_CROP:_FLIP]
-        if self.plan.crop_padding is not None:
-            padding = self.plan.crop_padding
+        if self.steps.crop_padding is not None:
+            padding = self.steps.crop_padding
             shift_x, shift_y = ((draw * (2 * padding + 1)).floor() - padding for draw in place[:2])
             scale_x = scale_y = torch.ones_like(shift_x)
         else:
-            low, high = self.plan.crop_scale
+            low, high = self.steps.crop_scale
             area = low + (high - low) * place[0]
             # A crop that is wider than its area allows would not fit: width / S = sqrt(area * aspect) must be at most
             # 1, and the height the same way.
@@ -151,7 +151,7 @@ class BatchAugmenter:
                 (stored_size - side) * (draw - 0.5) for side, draw in zip((width, height), place[2:], strict=True)
             )
             scale_x, scale_y = width / self.image_size, height / self.image_size
-        scale_x = torch.where(draws[_FLIP] < self.plan.flip, -scale_x, scale_x)
+        scale_x = torch.where(draws[_FLIP] < self.steps.flip, -scale_x, scale_x)
         unit, zero = 2 / stored_size, torch.zeros_like(scale_x)
         rows = (
             (scale_x * unit, zero, shift_x * unit),
@@ -162,7 +162,7 @@ class BatchAugmenter:
 
     def _jitter(self, images: Tensor, draws: tuple[Tensor, ...]) -> Tensor:
         brightness, contrast, saturation = (
-            (1 + self.plan.color_jitter * (2 * draw - 1))[:, None, None, None] for draw in draws
+            (1 + self.steps.color_jitter * (2 * draw - 1))[:, None, None, None] for draw in draws
         )
         images = (images * brightness).clamp(0, 255)
         images = randaugment.blend_levels(images, randaugment.mean_of(randaugment.gray_of(images)), contrast)
@@ -181,7 +181,7 @@ class BatchAugmenter:
             start = (draw * (size - side + 1)).floor()[:, None]
             inside.append((place >= start) & (place < start + side[:, None]))
         columns, rows = inside
-        is_erased = columns[:, None, :] & rows[:, :, None] & (draws[0] < self.plan.erasing)[:, None, None]
+        is_erased = columns[:, None, :] & rows[:, :, None] & (draws[0] < self.steps.erasing)[:, None, None]
         return torch.where(is_erased[:, None], self._fill, images)
 
 

@@ -24,15 +24,25 @@ _CROP_SCALE = (0.08, 1.0)
 
 
 class AugmentSteps(NamedTuple):
-    """Every step of the augmentation in its order; a value of None or 0 leaves the step out."""
+    """Every step of the augmentation in its order; a value of None or 0 leaves the step out.
 
-    crop_padding: int | None  # pixels per side
-    crop_scale: tuple[float, float] | None  # shares of the area
-    flip: float
-    randaugment_ops: int
-    randaugment_magnitude: tuple[int, int]  # lowest and highest, both included
-    color_jitter: float
-    erasing: float
+    Attributes:
+        crop_padding: Pixels per side by which images are padded before a random crop.
+        crop_scale: Smallest and largest share of the area, for a crop by scale.
+        flip: Probability of a horizontal flip.
+        randaugment_ops: RandAugment's operations per image.
+        randaugment_magnitude: The lowest and the highest, both included.
+        color_jitter: Largest relative change of brightness, contrast and saturation.
+        erasing: Probability of erasing a rectangle.
+    """
+
+    crop_padding: int | None = None
+    crop_scale: tuple[float, float] | None = None
+    flip: float = 0.0
+    randaugment_ops: int = 0
+    randaugment_magnitude: tuple[int, int] = (0, 0)
+    color_jitter: float = 0.0
+    erasing: float = 0.0
 
 
 def resolve(config: AugmentConfig, image_size: int, flip: float) -> AugmentSteps:
@@ -55,17 +65,17 @@ def resolve(config: AugmentConfig, image_size: int, flip: float) -> AugmentSteps
                 f"data.augment.{name}={value} has no effect: preset {config.preset!r} does not use it", stacklevel=3
             )
     if config.preset == "none":
-        return AugmentSteps(None, None, 0.0, 0, (0, 0), 0.0, 0.0)
+        return AugmentSteps()
     padding, scale = settings["crop_padding"], settings["crop_scale"]
     if scale is None and padding is None:
         padding, scale = (image_size // 8, None) if image_size <= _PAD_UP_TO else (None, _CROP_SCALE)
     magnitude = settings.get("randaugment_magnitude", 0)
     return AugmentSteps(
-        padding,
-        None if scale is None else tuple(scale),
-        flip if settings["flip"] is None else settings["flip"],
-        settings.get("randaugment_ops", 0),
-        (magnitude, magnitude) if isinstance(magnitude, int) else tuple(magnitude),
-        settings.get("color_jitter", 0.0),
-        settings.get("erasing", 0.0),
+        crop_padding=padding,
+        crop_scale=None if scale is None else tuple(scale),
+        flip=flip if settings["flip"] is None else settings["flip"],
+        randaugment_ops=settings.get("randaugment_ops", 0),
+        randaugment_magnitude=(magnitude, magnitude) if isinstance(magnitude, int) else tuple(magnitude),
+        color_jitter=settings.get("color_jitter", 0.0),
+        erasing=settings.get("erasing", 0.0),
     )
