@@ -16,7 +16,7 @@ import vmoe
 from vmoe.checkpoints import RunFolder, load_checkpoint
 from vmoe.cli.export import main as export
 from vmoe.cli.train import main as train
-from vmoe.training.module import Classifier
+from vmoe.training.classifier import Classifier
 
 RELEASED = Path(__file__).parent / "fixtures" / "released"
 RECIPE = """

@@ -20,9 +20,9 @@ from torch import nn
 
 from vmoe.cli.train import main
 from vmoe.data import Batch, ImageDataModule
-from vmoe.training import module, run
+from vmoe.training import classifier, run
+from vmoe.training.classifier import Classifier
 from vmoe.training.config import TrainConfig
-from vmoe.training.module import Classifier
 
 DEFAULTS = {"SIGNAL_AT": "-1", "SIGNALLED_RANK": "0", "RANK": "0", "NAN_AT": "-1", "STEP_SECONDS": "0"}
 
@@ -70,7 +70,7 @@ def main_in_float64(arguments: list[str]) -> int:
         return write(self, *arguments)
 
     if "UNCAPTURED" in os.environ:
-        module.GraphedStep = lambda captured: captured
+        classifier.GraphedStep = lambda captured: captured
         run._device = lambda config: torch.device("cpu")
     dcp.FileSystemWriter.write_data = slow_write
     Classifier.training_step = failing_step

@@ -7,7 +7,7 @@ from vmoe.version import __version__
 
 if TYPE_CHECKING:
     from vmoe.checkpoints import TrainedModel, load, save
-    from vmoe.data import prepare_image
+    from vmoe.data import ImageDataModule, prepare_image
     from vmoe.evaluation.evaluate import evaluate
     from vmoe.explain.heatmap.files import write_heatmaps
     from vmoe.models import create_model, densify, load_jax_checkpoint, sparsify
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
         update_router_biases,
     )
     from vmoe.routing.recording import record_routing
+    from vmoe.training.callbacks import Ema, ExactResume, NanGuard, RoutingMonitor
+    from vmoe.training.classifier import Classifier
 else:  # hidden from type checkers, which would take any name for one of this package's
     from vmoe.moe import CONTROL_NAMES
 
@@ -32,7 +34,9 @@ else:  # hidden from type checkers, which would take any name for one of this pa
             "vmoe.explain.heatmap.files": ["write_heatmaps"],
             "vmoe.routing.recording": ["record_routing"],
             "vmoe.checkpoints": ["TrainedModel", "load", "save"],
-            "vmoe.data": ["prepare_image"],
+            "vmoe.data": ["ImageDataModule", "prepare_image"],
+            "vmoe.training.callbacks": ["Ema", "ExactResume", "NanGuard", "RoutingMonitor"],
+            "vmoe.training.classifier": ["Classifier"],
             "vmoe.models": ["create_model", "densify", "load_jax_checkpoint", "sparsify"],
             "vmoe.moe": ["MoeConfig", "MoeMlp", *CONTROL_NAMES],
         },
@@ -40,8 +44,14 @@ else:  # hidden from type checkers, which would take any name for one of this pa
     )
 
 __all__ = [
+    "Classifier",
+    "Ema",
+    "ExactResume",
+    "ImageDataModule",
     "MoeConfig",
     "MoeMlp",
+    "NanGuard",
+    "RoutingMonitor",
     "TrainedModel",
     "__version__",
     "auxiliary_loss",

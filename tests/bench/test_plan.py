@@ -20,7 +20,7 @@ from vmoe.checkpoints import build_model
 from vmoe.moe import MoeConfig, auxiliary_loss
 from vmoe.training import averaging
 from vmoe.training.averaging import GradientMeans
-from vmoe.training.ema import local
+from vmoe.training.processes import local
 from vmoe.training.sharding import shard
 
 SMALL = {"embed_dim": 64, "depth": 3, "num_heads": 4}

@@ -10,9 +10,9 @@ from torch import nn
 from vmoe.checkpoints import RunFolder, load_checkpoint
 from vmoe.cli.train import main
 from vmoe.data import DataConfig, ImageDataModule, SubsetConfig
-from vmoe.training.config import DistillConfig, OptimConfig
+from vmoe.training.classifier import Classifier
+from vmoe.training.config import DistillConfig
 from vmoe.training.distillation import Teacher, load_teacher
-from vmoe.training.module import Classifier
 
 RECIPE = """
 data: {name: digits, batch_size: 40, subset: {per_class: 20}, mix: {mixup_alpha: 0.8}}
@@ -60,9 +60,8 @@ def test_the_loss_is_hintons(weight, temperature):
 
 def test_the_teacher_is_in_no_checkpoint_and_stays_as_it_is(runs):
     _, teacher, student = runs
-    module = Classifier(
-        nn.Linear(2, 2), OptimConfig(), 1, 1, teacher=Teacher(nn.Linear(2, 2), DistillConfig("teacher"))
-    )
+    module = Classifier(nn.Linear(2, 2))
+    module.teacher = Teacher(nn.Linear(2, 2), DistillConfig("teacher"))
     assert {name for name, _ in module.named_parameters()} == {"model.weight", "model.bias"}
     assert weights_of(student).keys() == {f"model.{name}" for name in load_checkpoint(student).model.state_dict()}
     assert RunFolder(student).last.stat().st_size < RunFolder(teacher).last.stat().st_size

@@ -10,8 +10,8 @@ from vmoe.checkpoints import ENTRY, RunFolder, load_checkpoint
 from vmoe.cli.train import main
 from vmoe.data import DataConfig, ImageDataModule
 from vmoe.data.config import SubsetConfig
-from vmoe.training.ema import Ema
-from vmoe.training.module import Classifier
+from vmoe.training.average import WeightAverage
+from vmoe.training.classifier import Classifier
 
 TINY = """
 data: {name: digits, batch_size: 40, subset: {per_class: 20}, augment: {preset: none}}
@@ -34,7 +34,7 @@ def run(tmp_path_factory) -> RunFolder:
 def test_the_decay_warms_up():
     model = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.zeros_(model.weight)
-    ema, expected = Ema(model, 0.25), 0.0
+    ema, expected = WeightAverage(model, 0.25), 0.0
     for update, decay in enumerate((1 / 10, 2 / 11, 3 / 12, 0.25, 0.25)):
         torch.nn.init.constant_(model.weight, update + 1)
         ema.update(None)
@@ -44,7 +44,7 @@ def test_the_decay_warms_up():
 
 def test_a_blocked_update_never_enters():
     model = torch.nn.Linear(2, 2)
-    ema = Ema(model, 0.9)
+    ema = WeightAverage(model, 0.9)
     torch.nn.init.ones_(model.weight)
     ema.update(torch.tensor(0.0))
     before = {name: weight.clone() for name, weight in ema.weights.items()}
@@ -56,7 +56,7 @@ def test_a_blocked_update_never_enters():
 
 def test_it_stands_in_for_the_weights_and_gives_them_back():
     model = torch.nn.Linear(2, 2)
-    ema = Ema(model, 0.9)
+    ema = WeightAverage(model, 0.9)
     average = ema.weights["weight"].clone()
     torch.nn.init.ones_(model.weight)
     with ema.applied():
@@ -92,7 +92,7 @@ def test_a_nan_stops_the_run_with_a_finite_average(run, tmp_path, monkeypatch):
     step = Classifier.training_step
 
     def poisoned(self, batch, batch_idx):
-        seen[:] = [self.ema]
+        seen[:] = [self.average]
         return step(self, batch, batch_idx) * (float("nan") if self.global_step == 3 else 1)
 
     monkeypatch.setattr(Classifier, "training_step", poisoned)

@@ -16,7 +16,7 @@ import torch
 from vmoe.checkpoints import ENTRY, RunFolder
 from vmoe.cli.evaluate import main as evaluate
 from vmoe.cli.train import main, parse
-from vmoe.training.module import Classifier
+from vmoe.training.classifier import Classifier
 from vmoe.training.optim import learning_rate
 
 # Everything random, or with a state, is on: router noise, dropout, drop path, augmentation, order, Muon, EMA.

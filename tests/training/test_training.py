@@ -23,9 +23,9 @@ from vmoe.cli.train import main
 from vmoe.data import DataConfig, ImageDataModule
 from vmoe.data.config import AugmentConfig, SubsetConfig
 from vmoe.data.loading import TrainImages
-from vmoe.training.journal import TRAIN_COLUMNS, VAL_COLUMNS, MetricsTable
-from vmoe.training.module import Classifier
-from vmoe.training.saving import Saving
+from vmoe.training.callbacks.journal import TRAIN_COLUMNS, VAL_COLUMNS, MetricsTable
+from vmoe.training.callbacks.run_checkpoints import RunCheckpoints
+from vmoe.training.classifier import Classifier
 
 TINY = """
 data: {name: digits, batch_size: 40, subset: {per_class: 20}, augment: {preset: none}}
@@ -287,7 +287,7 @@ def test_nan_stops_before_the_update_and_keeps_the_last_checkpoint(run, monkeypa
 
     seen = []
     monkeypatch.setattr(Classifier, "training_step", poisoned)
-    monkeypatch.setattr(Saving, "on_exception", watch)
+    monkeypatch.setattr(RunCheckpoints, "on_exception", watch)
     code, folder = run("--trainer.epochs", "2")
     assert code == 2
     error = capsys.readouterr().err

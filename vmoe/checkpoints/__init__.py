@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         FORMAT_VERSION,
         ModelFacts,
         check_entry,
+        entry_for,
         facts_of,
         new_entry,
         rebuilding_config,
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
         read_without_tensors,
         trained_weights,
     )
-    from vmoe.checkpoints.own import save
+    from vmoe.checkpoints.own import describe, save
     from vmoe.checkpoints.run_folder import WITHOUT_EFFECT, RunFolder, flatten
     from vmoe.checkpoints.shared import require_rounding, shared_config, write_changed, write_safetensors
     from vmoe.checkpoints.trained import TrainedModel, as_trained
@@ -42,14 +43,15 @@ else:  # a run's folder can be read without torch
         {
             "vmoe.checkpoints.building": ["build_model", "timm_arguments"],
             "vmoe.checkpoints.entry": [
-                *("ENTRY", "FORMAT_VERSION", "ModelFacts", "check_entry", "facts_of", "new_entry", "rebuilding_config")
+                *("ENTRY", "FORMAT_VERSION", "ModelFacts", "check_entry", "entry_for", "facts_of"),
+                *("new_entry", "rebuilding_config"),
             ],
             "vmoe.checkpoints.foreign": ["read_foreign_weights"],
             "vmoe.checkpoints.loading": [
                 *("copy_checkpoint", "find_checkpoint", "load", "load_checkpoint", "read_checkpoint"),
                 *("read_without_tensors", "trained_weights"),
             ],
-            "vmoe.checkpoints.own": ["save"],
+            "vmoe.checkpoints.own": ["describe", "save"],
             "vmoe.checkpoints.run_folder": ["WITHOUT_EFFECT", "RunFolder", "flatten"],
             "vmoe.checkpoints.shared": ["require_rounding", "shared_config", "write_changed", "write_safetensors"],
             "vmoe.checkpoints.trained": ["TrainedModel", "as_trained"],
@@ -68,6 +70,8 @@ __all__ = [
     "build_model",
     "check_entry",
     "copy_checkpoint",
+    "describe",
+    "entry_for",
     "facts_of",
     "find_checkpoint",
     "flatten",

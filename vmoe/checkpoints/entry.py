@@ -13,6 +13,10 @@ MODEL_PREFIX = "model."  # comes before the name of a weight in a .ckpt file, wh
 # Raised when an older version of this package could not use what a newer one writes; new entries alone do not.
 FORMAT_VERSION = 1
 _LARGEST_IMAGE = 4096  # as in DataConfig
+_WEIGHTS_ALONE = (
+    "holds weights, but not what model they are of; fill the model by vmoe.Classifier.load_from_checkpoint(path, "
+    "model=...) or load_state_dict, then vmoe.save(model, ...) writes what every tool opens"
+)
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,8 @@ def checked(content: Any, path: Path) -> dict[str, Any]:
     """
     ours = content.get(ENTRY) if isinstance(content, dict) else None
     version = ours.get("version") if isinstance(ours, dict) else None
+    if ours is None and _are_weights_alone(content):
+        raise UserError(f"{path}: {_WEIGHTS_ALONE}")
     if type(version) is not int or version < 1:
         raise UserError(f"{path}: not a checkpoint of this package; `vmoe train` writes them")
     if version > FORMAT_VERSION:
@@ -90,12 +96,22 @@ def checked(content: Any, path: Path) -> dict[str, Any]:
     return content
 
 
+def _are_weights_alone(content: Any) -> bool:
+    """Whether what was read is a state dict, or holds one, as other trainers write it."""
+    if not isinstance(content, dict):
+        return False
+    held = next((content[key] for key in ("state_dict", "model") if isinstance(content.get(key), dict)), content)
+    return len(held) > 0 and all(hasattr(value, "is_floating_point") for value in held.values())  # tensors
+
+
 def check_entry(content: dict[str, Any], path: Path) -> None:
     """Refuses a checkpoint, already `checked`, unless it tells what tools need to know, in the right types.
 
     Raises:
         UserError: it does not.
     """
+    if "config" not in content[ENTRY]:
+        raise UserError(f"{path}: {_WEIGHTS_ALONE}")
     reason = _fault(content, content[ENTRY])
     if reason is not None:
         raise UserError(f"{path}: its weights and its config do not make a model ({reason}); train it again")

@@ -57,6 +57,31 @@ def save(
     if Path(path).suffix not in (".safetensors", ".ckpt"):
         raise UserError(f"path={path}: must end in .safetensors or .ckpt")
     model = getattr(model, "_orig_mod", model)  # of torch.compile(model)
+    facts = describe(model, class_names, image_size=image_size, mean=mean, std=std, name=name, kwargs=kwargs)
+    done = (model.epoch, model.step) if isinstance(model, TrainedModel) else (0, 0)
+    write_weights(path, _plain_copy(model).state_dict(), facts, *done)
+
+
+def describe(
+    model: nn.Module,
+    class_names: Sequence[str] | None = None,
+    *,
+    image_size: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    name: str | None = None,
+    kwargs: dict[str, Any] | None = None,
+) -> ModelFacts:
+    """What a file has to tell of a model, so that the model is built again from it.
+
+    It is built again here, and its logits are compared with the model's. No random number is drawn.
+
+    Args:
+        model: As in `save`; the other arguments are the same, too.
+
+    Raises:
+        UserError: An argument is missing or does not fit the model, or the model cannot be built again.
+    """
     own = _plain_copy(model)
     known = model if isinstance(model, TrainedModel) else None
     if class_names is None:
@@ -73,15 +98,14 @@ def save(
     built = _architecture(model, name, kwargs)
     layers = moe_layers(own)
     moe = layers[0][1].config if layers else None
-    again = build_model(built["name"], built["kwargs"], moe, len(names), size).eval()
+    with torch.random.fork_rng(devices=[]):  # of a training that goes on
+        again = build_model(built["name"], built["kwargs"], moe, len(names), size).eval()
     _require_same_logits(own, again, size, names, built)
     config = {"seed": 0, "output_dir": None, "optim": {}, "trainer": {}}
     if known is not None:
         config |= shared_config(known.config)
     config |= {"model": built, "moe": None if moe is None else dataclasses.asdict(moe)}
-    facts = ModelFacts(config, names, size, mean, std, None if known is None else known.bit_depth)
-    done = (0, 0) if known is None else (known.epoch, known.step)
-    write_weights(path, own.state_dict(), facts, *done)
+    return ModelFacts(config, names, size, mean, std, None if known is None else known.bit_depth)
 
 
 def _plain_copy(model: nn.Module) -> nn.Module:

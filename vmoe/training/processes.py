@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
+from torch.distributed.tensor import DTensor
 
 from vmoe.errors import UserError
 from vmoe.training.place import Place
@@ -110,6 +111,11 @@ class Flag:
         work.wait()
         self._pending = None
         return bool(flag)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's shard of a tensor, in the same memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def gather(value: T) -> list[T]:

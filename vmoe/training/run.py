@@ -17,6 +17,7 @@ from torch import nn
 
 from vmoe.checkpoints import (
     ENTRY,
+    ModelFacts,
     RunFolder,
     read_checkpoint,
     read_without_tensors,
@@ -38,12 +39,14 @@ from vmoe.moe import MoeConfig
 from vmoe.moe.assignment import CapacityError
 from vmoe.text import counted
 from vmoe.training import summary
+from vmoe.training.callbacks import Ema, ExactResume, NanGuard, RoutingMonitor
+from vmoe.training.callbacks.journal import Clock, Journal, MetricsTable
+from vmoe.training.callbacks.run_checkpoints import RunCheckpoints
+from vmoe.training.classifier import Classifier
 from vmoe.training.config import ModelConfig, ParallelConfig, TrainConfig
 from vmoe.training.distillation import Teacher, load_teacher
 from vmoe.training.initial import initial_model
-from vmoe.training.journal import Clock, Journal, MetricsTable
 from vmoe.training.lock import locked
-from vmoe.training.module import Classifier
 from vmoe.training.parallel import check_parts, cut_of, fallback_of_muon
 from vmoe.training.processes import Place, connect, disconnect, gather, together
 from vmoe.training.progress import Progress
@@ -56,7 +59,6 @@ from vmoe.training.resumption import (
     saved_state,
 )
 from vmoe.training.sample_draws import SampleDraws
-from vmoe.training.saving import Saving
 from vmoe.training.sharded_files import FolderWriter
 from vmoe.training.sharding import cut_and_start, load_weights
 from vmoe.training.stopping import Interrupted, stopped_at_once
@@ -172,9 +174,8 @@ def _run_in(
             _write_config(folder, config)
         else:
             note_epochs(folder, config.trainer.epochs)
-    module = _module(config, model, cut, teacher, data)
-    identity = _identity(config, built, data)
-    trainer = _fit(config, module, data, folder, identity, saved, device, place, progress)
+    module = _module(config, model, cut, teacher, _facts(config, built, data))
+    trainer = _fit(config, module, data, folder, saved, device, place, progress)
     test, untested = {}, None
     try:
         with quiet_lightning():
@@ -282,14 +283,15 @@ def _with_defaults(text: str, moe: MoeConfig) -> str:
 
 
 def _module(
-    config: TrainConfig, model: nn.Module, cut: Cut | None, teacher: Teacher | None, data: ImageDataModule
+    config: TrainConfig, model: nn.Module, cut: Cut | None, teacher: Teacher | None, facts: ModelFacts
 ) -> Classifier:
-    updates = -(-len(data.train_sampler) // config.trainer.accumulate)
     draws = SampleDraws(config.seed) if config.parallel.draws == "sample" else None
     if draws is not None:
         draws.install(model)
-    how = (config.trainer.epochs, updates, config.trainer.ema_decay, config.trainer.cuda_graph)
-    module = Classifier(model, config.optim, *how, draws, cut, teacher)
+    module = Classifier(model, **to_plain(config.optim))
+    module.facts, module.draws, module.shard, module.teacher = facts, draws, cut, teacher
+    if config.trainer.cuda_graph:
+        module.capture_steps()
     if config.trainer.compile:
         # In place: no name of a weight changes. Static: the smaller last batch of a validation would otherwise make
         # torch compile for any batch size, training included, in many small graphs.
@@ -298,19 +300,24 @@ def _module(
 
 
 def _fit(
-    config: TrainConfig, module: Classifier, data: ImageDataModule, folder: RunFolder, identity: dict[str, Any],
+    config: TrainConfig, module: Classifier, data: ImageDataModule, folder: RunFolder,
     saved: dict[str, Any] | None, device: torch.device, place: Place, progress: Progress,
 ) -> Trainer:  # fmt: skip
-    clock = Clock()
-    writer = FolderWriter(config.parallel.async_save)
-    saving = Saving(folder, identity, clock, config.trainer.early_stopping, writer)
-    journal = Journal(folder, clock, progress, saved["global_step"] if saved else 0, config.trainer.log_every)
+    clock, writer = Clock(), FolderWriter(config.parallel.async_save)
+    every, steps_done = config.trainer.log_every, saved["global_step"] if saved else 0
+    monitor = RoutingMonitor(images=0, warn=False)
+    callbacks = [
+        NanGuard(every),
+        monitor,
+        *([] if config.trainer.ema_decay is None else [Ema(config.trainer.ema_decay)]),
+        ExactResume(config.seed),
+        Journal(folder, clock, progress, monitor, steps_done, every),
+        RunCheckpoints(folder, clock, config.trainer.early_stopping, writer),
+    ]
     with quiet_lightning():
-        trainer = new_trainer(config, device, place, [journal, saving], writer)
+        trainer = new_trainer(config, device, place, callbacks, writer)
         if saved is not None:
             _say_resumed(progress, folder, saved[ENTRY])
-            data.train_sampler.set_epoch(saved[ENTRY]["epochs_done"])
-            data.train_sampler.start_batch = saved[ENTRY]["batches_done"]
         if saved is None or not saved[ENTRY]["finished"]:
             resume_from = folder.last if saved else None
             trainer.fit(module, datamodule=data, ckpt_path=resume_from, weights_only=True)
@@ -398,22 +405,23 @@ def _for_cpu(config: TrainConfig, progress: Progress) -> TrainConfig:
     return dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, cuda_graph=False))
 
 
-def _identity(config: TrainConfig, built: ModelConfig, data: ImageDataModule) -> dict[str, Any]:
+def _facts(config: TrainConfig, built: ModelConfig, data: ImageDataModule) -> ModelFacts:
     is_described = built.name != config.model.name  # by a folder or hub, which may be gone when it is opened
-    return {
-        "config": to_plain(config) | {"resume": False},
-        **({"architecture": {"name": built.name, "kwargs": to_plain(built.kwargs)}} if is_described else {}),
-        "class_names": list(data.class_names),
-        "image_size": data.image_size,
-        "mean": list(data.mean),
-        "std": list(data.std),
-        "bit_depth": data.bit_depth,
-    }
+    return ModelFacts(
+        config=to_plain(config) | {"resume": False},
+        class_names=data.class_names,
+        image_size=data.image_size,
+        mean=data.mean,
+        std=data.std,
+        bit_depth=data.bit_depth,
+        architecture={"name": built.name, "kwargs": to_plain(built.kwargs)} if is_described else None,
+    )
 
 
 def _test_best(trainer: Trainer, module: Classifier, data: ImageDataModule, folder: RunFolder) -> dict[str, float]:
     """The best checkpoint on the test images, and on training images as they are: are they learnt, or only recalled?"""
     load_weights(module.model, trained_weights(read_checkpoint(folder.best)))
+    module.average = None  # which is of the last update
     metrics = {}
     for split, loader in (("test", data.test_dataloader()), ("train_clean", data.train_eval_dataloader())):
         trainer.test(module, loader, verbose=False)

@@ -18,10 +18,9 @@ from vmoe.checkpoints.sharded import TENSORS_OF, is_sharded, read_plain_part
 from vmoe.errors import UserError
 from vmoe.moe import moe_layers
 from vmoe.moe.parallel import deal_out_experts
-from vmoe.training.ema import local
 from vmoe.training.muon import Muon
 from vmoe.training.optim import by_name
-from vmoe.training.processes import new_mesh, total
+from vmoe.training.processes import local, new_mesh, total
 from vmoe.training.sharded_files import FolderWriter, load_tensors
 
 
@@ -54,7 +53,7 @@ class ShardedStrategy(ModelParallelStrategy):
         names = {parameter: name for name, parameter in module.named_parameters()}
         groups = [{**group, "params": [names[p] for p in group["params"]]} for group in optimizer.param_groups]
         checkpoint["optimizer_states"] = [{"param_groups": groups}]
-        if module.ema is not None:
+        if module.average is not None:
             checkpoint[ENTRY]["ema"].pop("weights")
         self._writer.write(_tensors(module, optimizer), checkpoint, Path(filepath))
 
@@ -204,8 +203,8 @@ def _tensors(module: Any, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]
     result = {f"{TENSORS_OF['state_dict']}{name}": value for name, value in module.state_dict().items()}
     names = {parameter: name for name, parameter in module.named_parameters()}
     result |= _named({names[parameter]: state for parameter, state in optimizer.state.items()})
-    if module.ema is not None:
-        result |= {f"{TENSORS_OF['ema']}{name}": value for name, value in module.ema.weights.items()}
+    if module.average is not None:
+        result |= {f"{TENSORS_OF['ema']}{name}": value for name, value in module.average.weights.items()}
     return result
 
 

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 
+from vmoe.training.callbacks.run_checkpoints import AtomicCheckpointIO
 from vmoe.training.config import TrainConfig
 from vmoe.training.parallel import strategy_of
 from vmoe.training.processes import Place
-from vmoe.training.saving import AtomicCheckpointIO
 from vmoe.training.sharded_files import FolderWriter
 
 _PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}

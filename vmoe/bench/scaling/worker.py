@@ -27,9 +27,11 @@ from vmoe.bench.scaling.jobs import NUM_CLASSES, ScalingJob
 from vmoe.bench.scaling.report import differences
 from vmoe.bench.timing import release
 from vmoe.checkpoints import ENTRY, build_model, new_entry
+from vmoe.config_values import to_plain
 from vmoe.data import Batch
 from vmoe.memory import is_out_of_memory
-from vmoe.training.module import Classifier
+from vmoe.training.callbacks import NanGuard
+from vmoe.training.classifier import Classifier
 from vmoe.training.parallel import cut_of
 from vmoe.training.processes import Place, connect, disconnect, gather, total
 from vmoe.training.sample_draws import SampleDraws
@@ -131,12 +133,24 @@ def train_on_noise(
         model.compile(dynamic=False)
     cut = cut_of(config.parallel, job.layout.processes, device.type)
     planned = 2 if job.part == "checkpoint" else epochs
-    module = Classifier(model, config.optim, planned, steps, cuda_graph=job.graphed, draws=draws, cut=cut)
+    module = PlannedClassifier(model, **to_plain(config.optim))
+    module.updates, module.draws, module.shard = planned * steps, draws, cut
+    if job.graphed:
+        module.capture_steps()
     batches = [_random_batch(job, number, device) for number in range(1 if job.part == "speed" else steps)]
     loader = DataLoader(batches * (steps // len(batches)), batch_size=None, collate_fn=lambda batch: batch)
     with quiet_lightning():
-        trainer = new_trainer(config, device, Place.of_this(), [*callbacks, ReleaseModel()], FolderWriter())
+        trainer = new_trainer(config, device, Place.of_this(), [NanGuard(), *callbacks, ReleaseModel()], FolderWriter())
         trainer.fit(module, loader, ckpt_path=resume_from, weights_only=True)
+
+
+class PlannedClassifier(Classifier):
+    """Plans its learning rate for a number of updates that its Trainer may not reach."""
+
+    updates = 0
+
+    def planned_updates(self) -> int:
+        return self.updates
 
 
 def _random_batch(job: ScalingJob, number: int, device: torch.device) -> Batch:

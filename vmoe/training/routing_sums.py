@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import vmoe
+from vmoe.moe import moe_layers
 from vmoe.training.processes import Place, total
 
 DEAD_LOAD = 0.01
@@ -16,7 +16,7 @@ TAKEN_OVER_SHARE = 0.5
 TAKEN_OVER_LOAD = 4.0
 
 
-class RoutingStatistics:
+class RoutingSums:
     """Per MoE layer, the mean over an epoch's steps of each expert's load, the dropped share and the gate entropy."""
 
     def __init__(self) -> None:
@@ -24,7 +24,7 @@ class RoutingStatistics:
 
     def update(self, model: nn.Module) -> None:
         """Adds the statistics of the model's last forward."""
-        for name, layer in vmoe.moe_layers(model):
+        for name, layer in moe_layers(model):
             s = layer.statistics
             scalars = [s.dropped, s.entropy, torch.ones_like(s.entropy)]
             row = torch.cat([s.load.float(), torch.stack([scalar.float() for scalar in scalars])])
@@ -64,7 +64,7 @@ class RoutingStatistics:
 def metric_columns(model: nn.Module) -> list[str]:
     """The names of the metrics that `as_metrics` gives for a model's MoE layers."""
     columns = []
-    for name, layer in vmoe.moe_layers(model):
+    for name, layer in moe_layers(model):
         columns += [f"moe/{name}/load/{expert}" for expert in range(layer.num_experts)]
         columns += [f"moe/{name}/max_load", f"moe/{name}/dropped", f"moe/{name}/entropy"]
     return columns
@@ -79,11 +79,16 @@ def as_metrics(means: dict[str, tuple[list[float], float, float]]) -> dict[str, 
     return metrics
 
 
+def dead_experts(loads: list[float]) -> list[int]:
+    """Which experts of a layer are dead, by their relative loads (E,)."""
+    return [expert for expert, load in enumerate(loads) if load < DEAD_LOAD]
+
+
 def warnings_of(means: dict[str, tuple[list[float], float, float]]) -> list[str]:
     """A line for each layer in which experts are dead or one has taken over; none for balanced routing."""
     lines = []
     for name, (loads, _, _) in means.items():
-        dead = [expert for expert, load in enumerate(loads) if load < DEAD_LOAD]
+        dead = dead_experts(loads)
         largest = max(range(len(loads)), key=loads.__getitem__)
         share = loads[largest] / len(loads)
         if dead:

@@ -15,10 +15,11 @@ from vmoe.checkpoints import RunFolder
 from vmoe.errors import UserError
 from vmoe.extras import require_module
 from vmoe.files import atomic_write
-from vmoe.training.module import RAW_TOP1, Classifier
+from vmoe.training.callbacks.routing_monitor import RoutingMonitor
+from vmoe.training.classifier import RAW_TOP1, Classifier
 from vmoe.training.processes import Place, gather
 from vmoe.training.progress import Progress
-from vmoe.training.statistics import as_metrics, metric_columns, warnings_of
+from vmoe.training.routing_sums import as_metrics, metric_columns, warnings_of
 
 TRAIN_COLUMNS = ("epoch", "step", "train/loss", "train/top1", "train/images_per_second", "lr")
 VAL_COLUMNS = ("val/loss", "val/top1", "val/top5")
@@ -148,11 +149,15 @@ class Journal(Callback):
         folder: The run's folder.
         clock: The run's clock.
         progress: The terminal.
+        monitor: What reads the routers' sums, before this callback.
         step: Updates done before this process: 0, or those of the checkpoint that is resumed.
         log_every: Steps between two looks at the device.
     """
 
-    def __init__(self, folder: RunFolder, clock: Clock, progress: Progress, step: int, log_every: int) -> None:
+    def __init__(
+        self, folder: RunFolder, clock: Clock, progress: Progress, monitor: RoutingMonitor, step: int, log_every: int
+    ) -> None:
+        self.monitor = monitor
         self.folder = folder
         self.clock = clock
         self.progress = progress
@@ -164,7 +169,7 @@ class Journal(Callback):
     def on_train_start(self, trainer: Trainer, module: Classifier) -> None:
         columns = [*TRAIN_COLUMNS]
         if trainer.datamodule.has_validation:
-            columns += [*VAL_COLUMNS, *([] if module.ema is None else [RAW_TOP1])]
+            columns += [*VAL_COLUMNS, *([] if module.average is None else [RAW_TOP1])]
         columns += metric_columns(module.model)
         if Place.of_this().is_first:
             self.table = MetricsTable(self.folder.metrics, columns, self.step)
@@ -180,26 +185,24 @@ class Journal(Callback):
     ) -> None:
         is_last = batch_idx + 1 == trainer.num_training_batches
         if is_last or (batch_idx + 1) % self.log_every == 0:
-            module.guard.raise_if_bad(fp16=trainer.precision == "16-mixed")
             self.progress.show_steps(batch_idx + 1, self._train_metrics(module))
         if is_last:
             self.clock.stop_epoch()
 
     def on_train_epoch_end(self, trainer: Trainer, module: Classifier) -> None:
-        routing = module.routing.means()
         row = {
             "epoch": trainer.current_epoch + 1,
             "step": trainer.global_step,
             **self._train_metrics(module),
             "lr": module.rate(trainer.global_step - 1),
             **module.validation_metrics(),
-            **as_metrics(routing),
+            **as_metrics(self.monitor.means),
         }
         damaged = dict.fromkeys(place for places in gather(list(module.damaged)) for place in places)
         if self.table is None:
             return
         self.table.append(row)
-        warnings = warnings_of(routing)
+        warnings = warnings_of(self.monitor.means)
         if len(damaged) > self._told_damaged:
             self._told_damaged = len(damaged)
             warnings.append(f"{self._told_damaged} damaged images were replaced: {', '.join(damaged)}")

@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+
+from vmoe.training.processes import local
 
 
-class Ema:
+class WeightAverage:
     """The average of the weights after each update: average = decay * average + (1 - decay) * weights.
 
     The decay warms up as (1 + t) / (10 + t) over the updates t, so that the start is soon forgotten. timm's and torch's
@@ -73,8 +74,3 @@ class Ema:
     def _pairs(self) -> tuple[list[Tensor], list[Tensor]]:
         """The averages and the parameters, of a cut model this process's parts, in the same order."""
         return [local(weight) for weight in self.weights.values()], [local(self._parameters[n]) for n in self.weights]
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor, in the same memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

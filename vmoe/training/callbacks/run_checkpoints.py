@@ -1,4 +1,4 @@
-"""The callback that writes last.ckpt and best.ckpt, so that a resumed run is the run that never stopped."""
+"""The callback that writes a run's last.ckpt and best.ckpt."""
 
 import math
 import signal
@@ -10,13 +10,11 @@ from typing import Any
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback, Trainer
 
-from vmoe.checkpoints import ENTRY, RunFolder, copy_checkpoint, new_entry, read_checkpoint, write_content
-from vmoe.data.draws import DRAWS_VERSION
+from vmoe.checkpoints import ENTRY, RunFolder, copy_checkpoint, read_checkpoint, write_content
 from vmoe.errors import UserError
-from vmoe.training.journal import Clock
-from vmoe.training.module import Classifier
+from vmoe.training.callbacks.journal import Clock
+from vmoe.training.classifier import Classifier
 from vmoe.training.processes import Flag, Place, gather
-from vmoe.training.randomness import random_states, restore_random_states, seed_process
 from vmoe.training.sharded_files import FolderWriter
 from vmoe.training.stopping import Interrupted, SignalWatch
 
@@ -34,14 +32,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         write_content(path, checkpoint)
 
 
-class Saving(Callback):
+class RunCheckpoints(Callback):
     """Saves the last and the best checkpoint, stops early, and stops at a signal after the step under way.
 
     Without validation the last epoch's checkpoint is the best.
 
     Args:
         folder: The run's folder.
-        identity: What a checkpoint tells every tool: config, class_names, image_size, mean and std, of plain types.
         clock: The run's clock, which goes on after a resumption.
         patience: Epochs without a better val/top1 after which to stop; None never stops.
         writer: What writes the checkpoints of a model that is cut.
@@ -50,34 +47,22 @@ class Saving(Callback):
     def __init__(
         self,
         folder: RunFolder,
-        identity: dict[str, Any],
         clock: Clock,
         patience: int | None,
         writer: FolderWriter,
     ) -> None:
         self.folder = folder
-        self.identity = identity
         self.clock = clock
         self.patience = patience
         self.writer = writer
         self.best: dict[str, float] = {"epoch": 0, "val/top1": -math.inf, "val/loss": math.inf}
         self._batches_done = 0
         self._finished = False
-        self._states_to_restore: dict[str, Any] | None = None
-        self._seed = [identity["config"]["seed"]]
         self._signals = SignalWatch()
         self._stopping = Flag()
 
     def on_train_start(self, trainer: Trainer, module: Classifier) -> None:
         self._signals.install()  # after Lightning's own, which would stop between two batches of one update
-        # Also one process that goes on with a run of several, whose first numbers it would repeat.
-        if self._states_to_restore is None and (Place.of_this().count > 1 or len(self._seed) > 1):
-            seed_process([*self._seed, Place.of_this().rank])
-
-    def on_train_batch_start(self, trainer: Trainer, module: Classifier, batch: Any, batch_idx: int) -> None:
-        if self._states_to_restore is not None:
-            restore_random_states(self._states_to_restore)
-            self._states_to_restore = None
 
     def on_train_batch_end(
         self, trainer: Trainer, module: Classifier, outputs: Any, batch: Any, batch_idx: int
@@ -129,36 +114,19 @@ class Saving(Callback):
         self._signals.remove()
 
     def on_save_checkpoint(self, trainer: Trainer, module: Classifier, checkpoint: dict[str, Any]) -> None:
-        states = gather(random_states())
-        checkpoint[ENTRY] = new_entry(
-            draws=DRAWS_VERSION,
-            **self.identity,
+        checkpoint.setdefault(ENTRY, {}).update(
             epochs_done=trainer.current_epoch + (self._batches_done == 0),
-            batches_done=self._batches_done,
             finished=self._finished,
             best=self.best,
             clock=self.clock.state(),
-            random=states[0],
-            random_of_others=states[1:],  # of the other processes, by rank
-            running=module.running_state(),
-            ema=None if module.ema is None else module.ema.state(),
         )
 
     def on_load_checkpoint(self, trainer: Trainer, module: Classifier, checkpoint: dict[str, Any]) -> None:
         ours = checkpoint[ENTRY]
         self.best = ours["best"]
         self.clock.load_state(ours["clock"])
-        module.load_running_state(ours["running"])
-        if module.ema is not None:
-            module.ema.load_state(ours["ema"])
-        states, place = [ours["random"], *ours.get("random_of_others", [])], Place.of_this()
-        if len(states) == place.count:
-            self._states_to_restore = states[place.rank]
-        else:  # on another number of processes each goes on by random numbers of its own
-            self._seed = [*self._seed, checkpoint["global_step"]]
 
     def _save_last(self, trainer: Trainer, module: Classifier) -> None:
-        module.guard.raise_if_bad()
         trainer.save_checkpoint(self.folder.last)
 
     def _signal(self) -> int:

@@ -1,0 +1,204 @@
+"""`vmoe.Classifier` and the callbacks in a Trainer that knows nothing of vmoe."""
+
+import warnings
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import vmoe
+from vmoe.cli.predict import main as predict
+from vmoe.data import DataConfig
+from vmoe.data.config import SubsetConfig
+from vmoe.errors import UserError
+
+SMALL = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
+MOE = vmoe.MoeConfig(num_experts=4)
+QUIET = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
+
+
+def new_model(num_classes: int = 3, **others) -> nn.Module:
+    return vmoe.create_model("vit_tiny_patch16_224", MOE, num_classes=num_classes, **SMALL, **others)
+
+
+def trainer(folder, callbacks=(), logger=False, **options) -> L.Trainer:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return L.Trainer(
+            default_root_dir=folder, callbacks=list(callbacks), logger=logger, **{"max_epochs": 2, **QUIET, **options}
+        )
+
+
+@pytest.fixture
+def loader() -> DataLoader:
+    """Three batches of tensors of three classes."""
+    draw = torch.Generator().manual_seed(0)
+    labels = torch.arange(24) % 3
+    images = torch.randn(24, 3, 16, 16, generator=draw) + 2 * labels[:, None, None, None]
+    return DataLoader(TensorDataset(images, labels), batch_size=8)
+
+
+@pytest.fixture
+def trained(loader, tmp_path):
+    """A Classifier after two epochs with the usual callbacks, its Trainer, and the path of the best checkpoint."""
+    best = ModelCheckpoint(monitor="val/top1", mode="max", dirpath=tmp_path / "checkpoints")
+    callbacks = [best, EarlyStopping("val/loss"), LearningRateMonitor(), vmoe.RoutingMonitor(images=0), vmoe.NanGuard()]
+    run = trainer(tmp_path, callbacks, CSVLogger(tmp_path / "logs"), log_every_n_steps=2)
+    task = vmoe.Classifier(new_model(), lr=1e-2, weight_decay=0.1, class_names=["a", "b", "c"])
+    run.fit(task, loader, loader)
+    return task, run, best.best_model_path
+
+
+def test_it_logs_what_lightning_s_callbacks_and_loggers_read(trained):
+    _, run, path = trained
+    seen = run.callback_metrics
+    names = {f"{split}/{name}" for split in ("train", "val") for name in ("loss", "top1")}
+    layer = "moe/blocks.1.mlp"
+    names |= {"val/top5", "train/loss_step", f"{layer}/load/3", f"{layer}/dropped", f"{layer}/entropy", f"{layer}/dead"}
+    assert names <= seen.keys() and path
+    assert sum(seen[f"{layer}/load/{expert}"].item() for expert in range(4)) == pytest.approx(4, abs=1e-5)
+    folder = Path(run.logger.log_dir)
+    text = (folder / "metrics.csv").read_text()
+    assert "val/top1" in text and "lr-AdamW" in text and "train/loss_step" in text
+    hparams = (folder / "hparams.yaml").read_text()
+    assert "weight_decay: 0.1" in hparams and "num_experts: 4" in hparams
+
+
+def test_its_checkpoint_is_opened_by_itself_by_load_and_by_the_command_line(trained, loader, tmp_path, capsys):
+    task, run, path = trained
+    again = vmoe.Classifier.load_from_checkpoint(path)
+    assert again.optim.weight_decay == 0.1 and again.hparams.lr == 1e-2
+    model = vmoe.load(path)
+    assert model.class_names == ["a", "b", "c"] and model.epoch == 2 and model.mean == (0.5, 0.5, 0.5)
+    images = next(iter(loader))[0]
+    with torch.no_grad():
+        expected = model(images)
+        assert torch.equal(again.eval()(images), expected)
+    (rows,) = trainer(tmp_path).predict(again, DataLoader(images, batch_size=8))
+    torch.testing.assert_close(rows, expected.softmax(-1))
+    assert run.test(task, loader, verbose=False)[0].keys() == {"test/loss", "test/top1", "test/top5"}
+    Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
+    assert predict([path, str(tmp_path / "a.png")]) == 0 and "a.png" in capsys.readouterr().out
+
+
+def test_weights_alone_are_loaded_into_a_given_model(tmp_path):
+    path = tmp_path / "weights.pt"
+    weights = new_model().state_dict()
+    torch.save(weights, path)
+    with pytest.raises(UserError, match=r"weights\.pt.*load_from_checkpoint\(path, model="):
+        vmoe.Classifier.load_from_checkpoint(path)
+    task = vmoe.Classifier.load_from_checkpoint(path, model=new_model(), lr=1e-4)
+    assert task.optim.lr == 1e-4
+    assert all(torch.equal(value, weights[name]) for name, value in task.model.state_dict().items())
+    with pytest.raises(UserError, match="do not fit this model"):
+        vmoe.Classifier.load_from_checkpoint(path, model=new_model(num_classes=5))
+
+
+def test_a_model_that_cannot_be_described_still_trains_and_says_so(loader, tmp_path):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 3))
+    run = trainer(tmp_path, max_epochs=1)
+    with pytest.warns(UserWarning, match="holds weights alone"):
+        run.fit(vmoe.Classifier(model), loader)
+        run.save_checkpoint(tmp_path / "a.ckpt")
+    assert vmoe.Classifier.load_from_checkpoint(tmp_path / "a.ckpt", model=model).model is model
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ({"model": "vit_tiny"}, "model='vit_tiny': must be a model"),
+        ({"lr": "fast"}, "lr='fast': must be a number"),
+        ({"lr": -1.0}, "lr=-1.0: must be above 0"),
+        ({"momentum": 0.9}, "momentum: no such option"),
+    ],
+)
+def test_wrong_arguments_are_one_line(arguments, line):
+    with pytest.raises(UserError, match=line):
+        vmoe.Classifier(**{"model": nn.Linear(1, 1), **arguments})
+
+
+def test_the_average_is_validated_saved_and_tested(loader, tmp_path):
+    ema = vmoe.Ema(0.9)
+    run = trainer(tmp_path, [ema, vmoe.NanGuard()], accumulate_grad_batches=2)
+    task = vmoe.Classifier(new_model(), lr=1e-2)
+    run.fit(task, loader, loader)
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    assert "val/raw_top1" in run.callback_metrics
+    average = task.average.weights
+    assert all(torch.equal(value, average[name]) for name, value in vmoe.load(tmp_path / "a.ckpt").named_parameters())
+    before = {name: value.clone() for name, value in task.model.named_parameters()}
+    validated = run.callback_metrics["val/loss"]
+    assert run.test(task, loader, verbose=False)[0]["test/loss"] == pytest.approx(validated.item(), rel=1e-6)
+    assert all(torch.equal(value, before[name]) for name, value in task.model.named_parameters())
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_guard_keeps_the_weights_of_another_s_module(loader, tmp_path, fused):
+    class Foreign(L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 3))
+
+        def training_step(self, batch, batch_idx):
+            loss = nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+            return loss * (float("nan") if self.global_step == 2 else 1)
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters(), fused=fused)
+
+    module = Foreign()
+    with pytest.raises(UserError, match="step 3: the loss or its gradient became NaN"):
+        trainer(tmp_path, [vmoe.NanGuard(), vmoe.Ema(0.9)]).fit(module, loader)
+    assert all(parameter.isfinite().all() for parameter in module.parameters())
+
+
+def test_a_resumed_training_is_the_one_that_never_stopped(tmp_path):
+    """In the middle of an epoch, with the augmentation, mixing and router noise of an ordinary run."""
+    config = DataConfig(batch_size=20, image_size=16, subset=SubsetConfig(per_class=8))
+
+    class Stops(L.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step == 6:
+                trainer.save_checkpoint(tmp_path / "stopped.ckpt")
+                raise KeyboardInterrupt
+
+    def fit(*callbacks, path=None):
+        torch.manual_seed(0 if path is None else 1)
+        run, task = trainer(tmp_path, [vmoe.ExactResume(), *callbacks]), vmoe.Classifier(new_model(10), lr=1e-2)
+        try:
+            run.fit(task, datamodule=vmoe.ImageDataModule(config), ckpt_path=path)
+        except SystemExit:  # Lightning's answer to an interrupt
+            assert callbacks
+        return task, run
+
+    whole, run = fit()
+    fit(Stops())
+    resumed, again = fit(path=tmp_path / "stopped.ckpt")
+    assert run.global_step == again.global_step == 8
+    expected = whole.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in resumed.state_dict().items())
+    assert torch.equal(run.callback_metrics["train/loss"], again.callback_metrics["train/loss"])
+
+
+def test_routing_pictures_colour_patches_and_reach_a_logger(loader, tmp_path):
+    from vmoe.training.callbacks.routing_monitor import routing_pictures
+
+    images = next(iter(loader))[0][:2]
+    ((name, pictures),) = routing_pictures(new_model(), images).items()
+    assert name == "blocks.1.mlp" and len(pictures) == 2 and pictures[0].shape == (96, 96, 3)
+
+    class Keeps(CSVLogger):
+        def log_image(self, key, images, step):
+            kept.append((key, len(images)))
+
+    kept = []
+    trainer(tmp_path, [vmoe.RoutingMonitor(images=3)], Keeps(tmp_path)).fit(
+        vmoe.Classifier(new_model()), loader, loader
+    )
+    assert kept == [("routing/blocks.1.mlp", 3)] * 2

@@ -1,0 +1,83 @@
+"""What makes a resumed training the training that never stopped."""
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from vmoe.checkpoints import ENTRY
+from vmoe.data.draws import DRAWS_VERSION
+from vmoe.training.classifier import Classifier
+from vmoe.training.processes import Place, gather
+from vmoe.training.randomness import random_states, restore_random_states, seed_process
+
+
+class ExactResume(Callback):
+    """A training resumed from a checkpoint goes on bit for bit as if it had not stopped; for any Trainer.
+
+    Checkpoints get what Lightning leaves out: the state of every random generator of every rank, the number of batches
+    of the epoch that are done, and a Classifier's sums of the epoch. Lightning alone repeats random numbers, and in the
+    middle of an epoch it begins again with the first batch.
+
+    The place in the data is restored for `vmoe.ImageDataModule`; of other data only a checkpoint at the end of an epoch
+    resumes exactly. A checkpoint between two batches of one update does not, since gradients are not saved.
+
+    Args:
+        seed: Of the run; with it each of several ranks begins with random numbers of its own. None leaves them as
+            they are.
+    """
+
+    def __init__(self, seed: int | None = None) -> None:
+        self._seed = [] if seed is None else [seed]
+        self._batches_done = 0
+        self._states_to_restore: dict[str, Any] | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Also one process that goes on with a run of several, whose first numbers it would repeat.
+        if self._states_to_restore is None and self._seed and (Place.of_this().count > 1 or len(self._seed) > 1):
+            seed_process([*self._seed, Place.of_this().rank])
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._states_to_restore is not None:
+            restore_random_states(self._states_to_restore)
+            self._states_to_restore = None
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        is_last = batch_idx + 1 == trainer.num_training_batches
+        self._batches_done = 0 if is_last else batch_idx + 1
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        states = gather(random_states())
+        checkpoint.setdefault(ENTRY, {}).update(
+            draws=DRAWS_VERSION,
+            batches_done=self._batches_done,
+            random=states[0],
+            random_of_others=states[1:],  # of the other ranks, in their order
+            running=pl_module.running_state() if isinstance(pl_module, Classifier) else {},
+        )
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        ours = checkpoint.get(ENTRY, {})
+        if "random" not in ours:
+            rank_zero_warn("ExactResume: the checkpoint was written without it, so random numbers do not go on")
+            return
+        if isinstance(pl_module, Classifier):
+            pl_module.load_running_state(ours["running"])
+        sampler = getattr(trainer.datamodule, "train_sampler", None)
+        if sampler is not None:
+            sampler.set_epoch(ours["epochs_done"])
+            sampler.start_batch = ours["batches_done"]
+        elif ours["batches_done"]:
+            rank_zero_warn(
+                "ExactResume: the data are not vmoe.ImageDataModule's: the epoch begins again with its first batches"
+            )
+        states, place = [ours["random"], *ours.get("random_of_others", [])], Place.of_this()
+        if len(states) == place.count:
+            self._states_to_restore = states[place.rank]
+        else:  # on another number of ranks each goes on by random numbers of its own
+            self._seed = [*self._seed, checkpoint["global_step"]]

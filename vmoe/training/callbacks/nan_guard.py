@@ -1,0 +1,65 @@
+"""The guard against NaN and inf as a callback."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
+
+from vmoe.errors import UserError
+from vmoe.training.classifier import Classifier
+from vmoe.training.guard import Guard
+
+
+class NanGuard(Callback):
+    """Stops a training at a loss or gradient of NaN or inf, with the weights of before; for any Trainer.
+
+    The update is blocked on the device at once. The host reads the flag only every `every` steps, so that no step
+    synchronises with the GPU, and before a checkpoint is written. An optimiser that cannot be blocked on the device
+    (which is not fused) is watched at every step.
+
+    Args:
+        every: Batches from one reading of the flag to the next.
+
+    Raises:
+        UserError: `every` is below 1.
+    """
+
+    def __init__(self, every: int = 50) -> None:
+        if every < 1:
+            raise UserError(f"every={every!r}: must be a whole number >= 1")
+        self.every = every
+        self.guard = Guard()
+        self._watches_step = False  # whether the LightningModule hands loss and gradients to the guard itself
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit" and isinstance(pl_module, Classifier):
+            pl_module.guard = self.guard
+            self._watches_step = True
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.guard.to(pl_module.device)
+        for optimizer in trainer.optimizers:
+            optimizer.register_step_pre_hook(lambda optimizer, *_: self.guard.block(optimizer))
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        if not self._watches_step:
+            gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            scaler = getattr(trainer.precision_plugin, "scaler", None)
+            self.guard.check_update(optimizer, nn.utils.get_total_norm(gradients), trainer.global_step, scaler)
+        if not getattr(optimizer, "_step_supports_amp_scaling", False):  # torch's word for an update that obeys a flag
+            self._read(trainer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx + 1 == trainer.num_training_batches or (batch_idx + 1) % self.every == 0:
+            self._read(trainer)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._read(trainer)
+
+    def _read(self, trainer: Trainer) -> None:
+        self.guard.raise_if_bad(fp16=trainer.precision == "16-mixed")

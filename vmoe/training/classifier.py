@@ -1,0 +1,536 @@
+"""The LightningModule: one step of training, one of evaluation, and the sums that become an epoch's metrics.
+
+B images, C classes.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vmoe.checkpoints import (
+    ENTRY,
+    ModelFacts,
+    TrainedModel,
+    describe,
+    entry_for,
+    load,
+    new_entry,
+    read_checkpoint,
+    read_foreign_weights,
+    trained_weights,
+)
+from vmoe.config_values import from_plain, to_plain
+from vmoe.data import Batch, ImageDataModule
+from vmoe.data.sharing import NOT_COUNTED
+from vmoe.errors import UserError
+from vmoe.evaluation.engine import batch_sums, likeliest_classes, means_of
+from vmoe.moe import auxiliary_loss, moe_layers, update_router_biases
+from vmoe.moe.routers import SigmoidRouter
+from vmoe.training.average import WeightAverage
+from vmoe.training.averaging import GradientMeans
+from vmoe.training.config import OptimConfig
+from vmoe.training.distillation import Teacher
+from vmoe.training.graph import GraphedStep
+from vmoe.training.guard import Guard
+from vmoe.training.optim import build_optimizer, by_number, learning_rate, optimizer_groups, parameter_groups
+from vmoe.training.processes import Place, is_alone, total
+from vmoe.training.routing_sums import RoutingSums
+from vmoe.training.sample_draws import SampleDraws
+from vmoe.training.sharding import clip_gradients
+
+RAW_TOP1 = "val/raw_top1"
+_MOST_WARMUP_EPOCHS = OptimConfig.warmup_epochs
+
+
+class Classifier(LightningModule):
+    """An ordinary LightningModule that trains an image classifier, and adds the auxiliary losses of its MoE layers.
+
+    It works in any `lightning.Trainer`. Batches are `(images (B, 3, H, W), labels (B,))`, where labels may be shares of
+    the classes (B, C), or the `Batch` of `vmoe.ImageDataModule`. It logs `train/loss` and `train/top1` per epoch (and
+    with `_step` behind the name every `log_every_n_steps`), and `val/` and `test/` with `loss`, `top1` and `top5`.
+
+    Its checkpoints hold what rebuilds the model. So `vmoe.load` and every job of the command line open them.
+
+    Metrics are sums on the device that the host reads only when they are logged: a step never synchronises with the
+    GPU.
+
+    Args:
+        model: (B, 3, H, W) float32 images -> (B, C) logits, by `vmoe.create_model`, `vmoe.sparsify`, `vmoe.load` or
+            timm; may be dense. A model in evaluation mode is put in training mode.
+        lr: The highest learning rate.
+        class_names: Name of each class, in the order of the logits. None: those of the Trainer's datamodule where it
+            has `class_names`, else a loaded model's, else "0", "1", ...
+        mean: Mean of each channel that images are normalised with. None: found as `class_names` are, else timm's for
+            this model.
+        std: Standard deviation of each channel. None: as for `mean`.
+        **optim: Any other option of `vmoe.training.config.OptimConfig`: `weight_decay`, `warmup_epochs`, `name`
+            ("adamw" or "muon"), `label_smoothing`, ... Without `warmup_epochs` a quarter of the epochs warms up, at
+            most 5.
+
+    Raises:
+        UserError: `model` is no model, or an option is unknown or its value is not allowed.
+
+    Attributes:
+        model: The model.
+        optim: The `OptimConfig`.
+        guard: What `vmoe.NanGuard` watches the step with.
+        average: The average of the weights that `vmoe.Ema` keeps.
+        routing: The sums that `vmoe.RoutingMonitor` reads.
+        teacher: A model whose answers are learnt too.
+        draws: Draws router noise and dropout per image, once it is installed in the model.
+        shard: Cuts the model into shards of several ranks (see `vmoe.training.sharding.shard`).
+        facts: What checkpoints tell of the run, where it is not this class that finds it out (see `describe`).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        lr: float = OptimConfig.lr,
+        class_names: Sequence[str] | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        **optim: Any,
+    ) -> None:
+        super().__init__()
+        if not isinstance(model, nn.Module):
+            raise UserError(f"model={model!r}: must be a model, such as vmoe.create_model and vmoe.load return")
+        self.model = model if model.training else model.train()  # as `vmoe.load` returns it, and Lightning leaves it
+        if isinstance(lr, int | float):
+            optim.setdefault("min_lr", min(OptimConfig.min_lr, lr))
+        self.optim: OptimConfig = from_plain(OptimConfig, {"lr": lr, **optim})
+        self.class_names = None if class_names is None else [str(name) for name in class_names]
+        self.mean, self.std = mean, std
+        self.guard: Guard | None = None
+        self.average: WeightAverage | None = None
+        self.routing: RoutingSums | None = None
+        self.teacher: Teacher | None = None
+        self.draws: SampleDraws | None = None
+        self.shard: Callable[[nn.Module], None] | None = None
+        self.facts: ModelFacts | None = None
+        self.train_sums = torch.zeros(4)
+        self.evaluation_sums = torch.zeros(4)
+        self.raw_sums = torch.zeros(4)  # of the weights themselves where validation is by their average
+        self.damaged: dict[str, None] = {}
+        self._chooses_warmup = "warmup_epochs" not in optim
+        self._logged_sums = torch.zeros(4)
+        self._is_sharded = False
+        self._is_undescribed = False  # no file can tell how the model is built
+        self._gradient_means: GradientMeans | None = None  # where Lightning's strategy does not average
+        self._graphed_step: GraphedStep | None = None
+        self._step_number = torch.zeros(())  # of the update, for the graph
+        options = to_plain(self.optim) | ({"warmup_epochs": None} if self._chooses_warmup else {})
+        self.save_hyperparameters({**options, **_plain_description(model)})
+
+    # One step of training, from top to bottom
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        batch = as_batch(batch)
+        self.damaged.update(dict.fromkeys(batch.damaged))
+        if self._graphed_step is None:
+            return self._loss(batch) * self._share(batch_idx)
+        self._step_number.fill_(self.global_step)
+        return self._graphed_step(batch)
+
+    def _loss(self, batch: Batch) -> Tensor:
+        """The loss of a batch, (); adds it to the sums."""
+        if self.draws is not None:
+            self.draws.keys = batch.keys
+        logits = self.model(batch.images)
+        targets = batch.labels if batch.targets is None else batch.targets
+        loss = F.cross_entropy(logits, targets, label_smoothing=self.optim.label_smoothing)
+        learnt = loss if self.teacher is None else self.teacher.mixed_into(loss, batch.images, logits)
+        total_loss = learnt + auxiliary_loss(self.model)
+        if self.guard is not None:
+            self.guard.watch_forward(batch.images, total_loss)
+        self.train_sums += batch_sums(likeliest_classes(logits), batch.labels, loss)
+        if self.routing is not None:
+            self.routing.update(self.model)
+        return total_loss
+
+    def _share(self, batch_idx: int) -> float:
+        """What makes an update the mean over its batches: Lightning divides by `accumulate` also where an epoch's last
+        update has fewer.
+        """
+        most, batches = self.trainer.accumulate_grad_batches, self.trainer.num_training_batches
+        return 1.0 if math.isinf(batches) else most / min(most, batches - batch_idx // most * most)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips the gradients, and lets the guard block the update if they, or the loss, are not finite.
+
+        The Trainer's `gradient_clip_val` comes before `clip_norm`.
+        """
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is not None:  # Lightning leaves this to fused optimisers, which would do it after the clipping
+            scaler.unscale_(optimizer)
+        if gradient_clip_val is not None and gradient_clip_algorithm == "value":
+            norm = self._clip(optimizer, math.inf)
+            nn.utils.clip_grad_value_(
+                [p for group in optimizer.param_groups for p in group["params"]], gradient_clip_val
+            )
+        else:
+            norm = self._clip(optimizer, gradient_clip_val or self.optim.clip_norm or math.inf)
+        if self.guard is not None:
+            self.guard.check_update(optimizer, norm, self.global_step, scaler)
+
+    def _clip(self, optimizer: torch.optim.Optimizer, largest_norm: float) -> Tensor:
+        """Clips the gradients; their norm before, ()."""
+        if self._gradient_means is not None:
+            self._gradient_means.finish()
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if self._is_sharded:
+            return clip_gradients(parameters, largest_norm)
+        return nn.utils.clip_grad_norm_(parameters, largest_norm)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer = build_optimizer(self.model, self.optim)
+        optimizer.register_step_post_hook(lambda optimizer, *_: self._after_update(optimizer))
+        self._plan_rates()
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.rate(step) / self.optim.lr)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _after_update(self, optimizer: torch.optim.Optimizer) -> None:
+        found_inf = getattr(optimizer, "found_inf", None)  # () 1 where the update was blocked
+        for _, layer in moe_layers(self.model):
+            if isinstance(layer.router, SigmoidRouter):
+                # Of a blocked update nothing may remain: without choices the biases stay as they are
+                counts = 1 if found_inf is None else 1 - found_inf
+                layer.router.choices.copy_(total(layer.router.choices) * counts)
+        update_router_biases(self.model)
+        if self.average is not None:
+            self.average.update(found_inf)
+
+    # The learning rate
+
+    def planned_updates(self) -> int | float:
+        """Updates of the optimiser that the learning rate is planned for; inf where the Trainer knows no end."""
+        return self.trainer.estimated_stepping_batches
+
+    def _plan_rates(self) -> None:
+        if self._trainer is None:  # a loop of one's own: the rate stays
+            self._total_updates, self._warmup_updates = math.inf, 0
+            return
+        trainer = self.trainer
+        self._total_updates = self.planned_updates()
+        if self._total_updates < 0:  # an endless loader
+            self._total_updates = math.inf
+        if math.isinf(batches := trainer.num_training_batches):
+            self._warmup_updates = 0
+            return
+        if self._chooses_warmup:
+            epochs = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else math.inf
+            self.optim = replace(self.optim, warmup_epochs=min(_MOST_WARMUP_EPOCHS, epochs / 4))
+        updates_per_epoch = math.ceil(batches / trainer.accumulate_grad_batches)
+        self._warmup_updates = math.ceil(self.optim.warmup_epochs * updates_per_epoch)
+
+    def rate(self, step: int) -> float:
+        """The learning rate of update `step`, 0-based."""
+        return learning_rate(step, self._total_updates, self._warmup_updates, self.optim)
+
+    # The same step as a CUDA graph
+
+    def capture_steps(self) -> None:
+        """Captures the whole step as a CUDA graph; then a batch is an update."""
+        self._graphed_step = GraphedStep(self._whole_step)
+
+    def _whole_step(self, batch: Batch) -> Tensor:
+        """All that Lightning would do with a batch, up to the update, without the host: the part that is captured."""
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        vars(optimizer).pop("found_inf", None)  # of the last step, whose memory the graph must not read
+        optimizer.zero_grad()
+        kind = self.device.type
+        is_mixed, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+        with torch.autocast(kind, enabled=False):
+            batch = self.trainer.datamodule.made(batch)
+        with torch.autocast(kind, dtype, enabled=is_mixed, cache_enabled=False):  # a graph must not keep casts
+            loss = self._loss(batch)
+        with torch.autocast(kind, enabled=False):
+            loss.backward()
+            norm = self._clip(optimizer, self.optim.clip_norm or math.inf)
+            if self.guard is not None:
+                self.guard.check_update(optimizer, norm, self._step_number)
+            optimizer.step()
+        return loss.detach()
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        if self._graphed_step is None:
+            super().backward(loss, *args, **kwargs)
+
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
+    ) -> None:
+        if self._graphed_step is None:
+            super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        else:
+            optimizer_closure()  # calls training_step, which has done the update
+
+    # Evaluation and prediction
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) images -> (B, C) logits."""
+        return self.model(images)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        batch = as_batch(batch)
+        if self.average is None:
+            self.evaluation_sums += self._evaluated(batch)
+            return
+        self.raw_sums += self._evaluated(batch)
+        with self.average.applied():
+            self.evaluation_sums += self._evaluated(batch)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """By the model's weights as they are."""
+        self.evaluation_sums += self._evaluated(as_batch(batch))
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """(B, C) float32 probabilities, for a batch with or without labels."""
+        images = batch if isinstance(batch, Tensor) else as_batch(batch).images
+        return self.model(images).float().softmax(-1)
+
+    def _evaluated(self, batch: Batch) -> Tensor:
+        logits = self.model(batch.images)
+        is_counted = batch.labels != NOT_COUNTED
+        labels = batch.labels.clamp(min=0)
+        sums = batch_sums(likeliest_classes(logits), labels, F.cross_entropy(logits, labels))
+        return sums * is_counted[0]  # of a batch all images are, or none
+
+    # Metrics
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        trainer = self.trainer
+        is_update = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        is_shown = bool(trainer.loggers) or trainer.progress_bar_callback is not None
+        if is_shown and is_update and trainer.log_every_n_steps and self.global_step % trainer.log_every_n_steps == 0:
+            means = means_of(total(self.train_sums - self._logged_sums))
+            self._logged_sums = self.train_sums.clone()
+            self.log_dict({"train/loss_step": means.loss, "train/top1_step": means.top1}, prog_bar=True)
+
+    def on_train_epoch_end(self) -> None:
+        self._log_epoch(self.train_metrics())
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_epoch(self.evaluation_metrics("val"))
+
+    def on_test_epoch_end(self) -> None:
+        self._log_epoch(self.evaluation_metrics("test"))
+
+    def _log_epoch(self, metrics: dict[str, float]) -> None:
+        """Logs the means over all ranks, which are the same in each."""
+        self.log_dict(metrics, prog_bar=True, sync_dist=not is_alone())
+
+    def train_metrics(self) -> dict[str, float]:
+        """Mean loss by the labels (smoothed, nothing added) and accuracy over the training images of this epoch."""
+        means = means_of(total(self.train_sums))
+        return {"train/loss": means.loss, "train/top1": means.top1}
+
+    def train_images(self) -> int:
+        """Training images of this epoch so far, of all ranks."""
+        return int(total(self.train_sums)[-1])
+
+    def evaluation_metrics(self, split: str) -> dict[str, float]:
+        """Mean cross-entropy and top-1 and top-5 accuracy of the last validation or test.
+
+        Where validation is by the average of the weights, the accuracy of the weights themselves is beside it.
+        """
+        names = (f"{split}/loss", f"{split}/top1", f"{split}/top5")
+        metrics = dict(zip(names, means_of(total(self.evaluation_sums)), strict=True))
+        return metrics | (
+            {RAW_TOP1: means_of(total(self.raw_sums)).top1} if split == "val" and self.average is not None else {}
+        )
+
+    def validation_metrics(self) -> dict[str, float]:
+        """Those of images kept for validation; none where none are."""
+        return self.evaluation_metrics("val") if self.trainer.datamodule.has_validation else {}
+
+    def on_train_epoch_start(self) -> None:
+        self.train_sums.zero_()
+        self._logged_sums.zero_()
+        if self.routing is not None:
+            self.routing.reset()
+
+    def on_validation_epoch_start(self) -> None:
+        self._move_sums()
+        self.evaluation_sums.zero_()
+        self.raw_sums.zero_()
+
+    def on_test_epoch_start(self) -> None:
+        self.on_validation_epoch_start()
+
+    def _move_sums(self) -> None:
+        # Doubles keep sums over a million images exact to the digits shown; Apple's GPUs have none.
+        dtype = torch.float32 if self.device.type == "mps" else torch.float64
+        for name in ("train_sums", "_logged_sums", "evaluation_sums", "raw_sums"):
+            setattr(self, name, getattr(self, name).to(self.device, dtype))
+        self._step_number = self._step_number.to(self.device)
+        for part in (self.average, self.teacher, self.routing, self.guard):
+            if part is not None:
+                part.to(self.device)
+
+    # The beginning and the end
+
+    def configure_model(self) -> None:
+        if self.shard is not None:
+            self.shard(self.model)
+            self.shard, self._is_sharded = None, True  # what shards may hold a whole model
+            if self.average is not None:
+                self.average = WeightAverage(self.model, self.average.decay)
+
+    def on_train_start(self) -> None:
+        self._move_sums()
+        is_graphed = self._graphed_step is not None
+        if (self._is_sharded or is_graphed) and not is_alone():
+            self._gradient_means = GradientMeans(self.model.parameters(), self.trainer.accumulate_grad_batches == 1)
+        schedule = self.lr_schedulers()
+        groups = self.optimizers(use_pl_optimizer=False).param_groups
+        for group, highest in zip(groups, schedule.base_lrs, strict=True):
+            # By this run's schedule: a resumed one may have had fewer epochs.
+            rate = highest * (self.rate(schedule.last_epoch) / self.optim.lr)
+            # A graph reads the rate from the device, where the schedule writes it; elsewhere a number serves.
+            group["lr"] = torch.tensor(rate, device=self.device) if is_graphed else rate
+            group["capturable"] = is_graphed
+
+    def on_train_end(self) -> None:
+        for _, layer in moe_layers(self.model):
+            layer.last_auxiliary_loss = None  # FSDP2's hooks in its graph hold the model: a circle that is never freed
+        self._graphed_step = None  # before the ranks part: NCCL's communicators wait for graphs that hold them
+        if self._gradient_means is not None:
+            self._gradient_means.remove()
+            self._gradient_means = None
+
+    # Checkpoints
+
+    @classmethod
+    def load_from_checkpoint(
+        cls, checkpoint_path: str | Path, map_location: Any = None, model: nn.Module | None = None, **changes: Any
+    ) -> "Classifier":
+        """The Classifier of a checkpoint, with its model, its options and its weights (their average where it has one).
+
+        Args:
+            checkpoint_path: A .ckpt file of a Classifier, a run's folder, or a file of `vmoe.save`.
+            map_location: The device to load to; None is the CPU.
+            model: Of a file that holds weights alone: a model as it was made. It is filled.
+            **changes: Options to change, such as `lr`.
+
+        Raises:
+            UserError: The file is missing or damaged, or does not say what model it holds and `model` is not given.
+        """
+        device = torch.device(map_location or "cpu")
+        if model is None:
+            trained = load(checkpoint_path, device)
+            known = OptimConfig.__dataclass_fields__
+            options = {key: value for key, value in trained.config.get("optim", {}).items() if key in known}
+            return cls(trained, **(options | changes))
+        weights = read_foreign_weights(checkpoint_path)
+        if weights is None:
+            weights = trained_weights(read_checkpoint(checkpoint_path))
+        try:
+            model.load_state_dict(weights)
+        except RuntimeError as error:
+            raise UserError(
+                f"{checkpoint_path}: its weights do not fit this model ({' '.join(str(error).split())[:200]})"
+            ) from error
+        return cls(model.to(device), **changes)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds what rebuilds the model, by the project's format; what callbacks have put there comes before it."""
+        if self.facts is None and not self._is_undescribed:
+            self.facts = self._found_facts()
+            self._is_undescribed = self.facts is None
+        progress = self.trainer.fit_loop.epoch_progress.current
+        is_through = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready >= self.trainer.num_training_batches
+        epochs_done = progress.completed + (progress.started > progress.completed and is_through)
+        entry = new_entry() if self.facts is None else entry_for(self.facts, epochs_done)
+        entry["ema"] = None if self.average is None else self.average.state()
+        checkpoint[ENTRY] = entry | checkpoint.get(ENTRY, {})
+
+    def _found_facts(self) -> ModelFacts | None:
+        """What rebuilds the model and prepares its images; None, with a warning, where it cannot be found out."""
+        data = self.trainer.datamodule
+        known = self.model if isinstance(self.model, TrainedModel) else None
+        names, mean, std = (
+            next(
+                (value for value in (given, getattr(data, key, None), getattr(known, key, None)) if value is not None),
+                None,
+            )
+            for key, given in (("class_names", self.class_names), ("mean", self.mean), ("std", self.std))
+        )
+        names = names or [str(number) for number in range(getattr(self.model, "num_classes", 0))]
+        try:
+            facts = describe(self.model, names, mean=mean, std=std)
+            config = facts.config | {"optim": to_plain(self.optim)}
+            if not isinstance(data, ImageDataModule):
+                return replace(facts, config=config)
+            config |= {"data": to_plain(data.config), "seed": data.seed}
+            return replace(facts, config=config, bit_depth=data.bit_depth)
+        except UserError as error:
+            rank_zero_warn(
+                f"the checkpoint holds weights alone, since what it is of cannot be written: {error}. Open it by "
+                "vmoe.Classifier.load_from_checkpoint(path, model=...)"
+            )
+            return None
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        groups = optimizer_groups(self.model, self.optim)
+        for schedule in checkpoint.get("lr_schedulers", ()):  # the saved run's may have been in other groups
+            schedule["base_lrs"] = [group["lr"] for group in groups]
+        if not self._is_sharded and "optimizer_states" in checkpoint:  # else the strategy has loaded it
+            states = [by_number(state, self.optimizer_names(), groups) for state in checkpoint["optimizer_states"]]
+            checkpoint["optimizer_states"] = states
+
+    def optimizer_names(self) -> list[str]:
+        """The parameters' names in the order in which an optimiser of a whole model numbers them."""
+        names = {parameter: name for name, parameter in self.named_parameters()}
+        return [names[p] for group in parameter_groups(self.model, self.optim) for p in group["params"]]
+
+    def running_state(self) -> dict[str, Any]:
+        """The sums of an unfinished epoch over all ranks, as tensors on the CPU."""
+        routing = {} if self.routing is None else self.routing.state()
+        return {"train_sums": total(self.train_sums).cpu(), "routing": routing}
+
+    def load_running_state(self, state: dict[str, Any]) -> None:
+        """Goes on with the sums of all ranks: in the first, so that they count once."""
+        share = 1 if Place.of_this().is_first else 0
+        self.train_sums = state["train_sums"].to(self.train_sums.device) * share
+        if self.routing is not None:
+            self.routing.load_state(state["routing"])
+
+
+def as_batch(batch: Any) -> Batch:
+    """A batch of any loader as a `Batch`.
+
+    Args:
+        batch: A `Batch`, or (images (B, 3, H, W), labels): labels (B,) int64, or (B, C) shares of the classes.
+
+    Raises:
+        UserError: it is something else.
+    """
+    if isinstance(batch, Batch):
+        return batch
+    if not (
+        isinstance(batch, list | tuple) and len(batch) >= 2 and all(isinstance(each, Tensor) for each in batch[:2])
+    ):
+        raise UserError(f"a batch of type {type(batch).__name__}: must be (images, labels), two tensors")
+    images, labels = batch[:2]
+    if labels.dim() == 2:
+        return Batch(images, labels.argmax(1), [], targets=labels)
+    return Batch(images, labels, [])
+
+
+def _plain_description(model: nn.Module) -> dict[str, Any]:
+    """What loggers show of a model, of plain types."""
+    layers = moe_layers(model)
+    return {"model": type(model).__name__, "moe": to_plain(layers[0][1].config) if layers else None}

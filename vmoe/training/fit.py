@@ -1,0 +1,179 @@
+"""`vmoe.fit`: one run from Python, the same that `vmoe train` makes."""
+
+import dataclasses
+from collections.abc import Mapping
+from functools import cached_property
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+from vmoe.checkpoints import RunFolder, TrainedModel, load
+from vmoe.config_values import from_plain, to_plain
+from vmoe.data.config import DataConfig, data_config
+from vmoe.errors import UserError
+from vmoe.moe import MoeConfig
+from vmoe.training.config import ModelConfig, OptimConfig, TrainConfig
+from vmoe.training.config_files import read_config
+from vmoe.training.options import LIGHTNING_NAMES, check_keys, with_our_names
+from vmoe.training.place import Place
+from vmoe.training.progress import Progress
+from vmoe.training.recipes import find_recipe
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Attributes:
+        path: Its folder.
+        summary: The content of its summary.json; empty in all ranks but the first.
+    """
+
+    path: Path
+    summary: dict[str, Any] = dataclasses.field(repr=False)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """What the best checkpoint reached, such as "val/top1" and "test/top1"; accuracies are fractions."""
+        return self.summary.get("metrics", {})
+
+    @property
+    def history(self) -> list[dict[str, float]]:
+        """The rows of metrics.csv, one per epoch."""
+        return [{name: float(value) for name, value in row.items()} for row in RunFolder(self.path).read_metrics()]
+
+    @cached_property
+    def model(self) -> TrainedModel:
+        """The trained model, by the best checkpoint; see `vmoe.load`."""
+        return load(self.path)
+
+
+def fit(
+    config: TrainConfig | str | PathLike[str] | None = None,
+    *,
+    data: DataConfig | str | PathLike[str] | None = None,
+    model: ModelConfig | str | None = None,
+    moe: MoeConfig | Literal[False] | None = None,
+    epochs: int | None = None,
+    output_dir: str | PathLike[str] | None = None,
+    options: Mapping[str, Any] | None = None,
+    progress: bool = True,
+    command: str | None = None,
+) -> Run:
+    """Trains a run, tests its best checkpoint, and writes the folder that `vmoe train` writes.
+
+        run = vmoe.fit(data="photos/", model="vit_small_patch16_224", moe=vmoe.MoeConfig(), epochs=10)
+        run = vmoe.fit("digits", options={"optim.lr": 1e-3, "moe.num_experts": 16})
+        run.metrics["test/top1"], run.model.predict("photo.jpg")
+
+    Args:
+        config: What to start from: a `TrainConfig`, the name of a recipe or the path of a config file. None: defaults.
+        data: A folder of class folders or of tar shards, an .npz file, the name of a set, or a `DataConfig`. None: the
+            config's.
+        model: timm's name of the model, or a `ModelConfig`. None: the config's.
+        moe: The MoE layers; False trains the dense twin. None: the config's, which has none where none was given.
+        epochs: Epochs to train for. None: the config's.
+        output_dir: The run's folder. None: the config's, else a new one in runs/.
+        options: Any other options by their dotted names, as on the command line; Lightning's own names too.
+        progress: Prints what happens, and shows a bar where stdout is a terminal.
+        command: What summary.json notes as the command that began the run. None: a call of this function.
+
+    Raises:
+        UserError: an option is unknown or not allowed, the folder holds a run already, data or device are missing, or
+            the loss became NaN.
+        Interrupted: a signal stopped the run; what it had done in training is saved.
+    """
+    from vmoe.training.run import train  # here, since a mistake in an option need not wait for Lightning
+
+    given = {"data": data, "model": model, "moe": moe, "epochs": epochs, "output_dir": output_dir}
+    given = {name: value for name, value in given.items() if value is not None}
+    if given or options or not isinstance(config, TrainConfig):
+        config = _config(config, given, dict(options or {}))
+    place = Place.of_this()
+    shown = Progress(quiet=not progress or not place.is_first)
+    summary = train(config, shown, command or "vmoe.fit")
+    return Run(Path(str(config.output_dir)), summary or {})
+
+
+def _config(
+    start: TrainConfig | str | PathLike[str] | None, given: dict[str, Any], options: dict[str, Any]
+) -> TrainConfig:
+    """The config of a call of `fit`.
+
+    Raises:
+        UserError: an option is unknown, or its value is not allowed.
+    """
+    name, plain = "", {}
+    if isinstance(start, TrainConfig):
+        plain = to_plain(start)
+    elif start is not None:
+        path = find_recipe(str(start))
+        name, plain = Path(path).stem, with_our_names(read_config(path), path)
+        check_keys(plain, TrainConfig, path)
+    plain = {key: dict(value) if isinstance(value, dict) else value for key, value in plain.items()}
+    for dotted, value in options.items():
+        _put(plain, LIGHTNING_NAMES.get(dotted, dotted), to_plain(value))
+    check_keys(plain, TrainConfig, "options")
+    if "data" in given:
+        plain["data"] = (plain.get("data") or {}) | _data_options(given["data"])
+    if "model" in given:
+        plain["model"] = _model_options(given["model"], plain.get("model") or {})
+    if "moe" in given:
+        plain["moe"] = to_plain(given["moe"]) or None
+    if "epochs" in given:
+        _put(plain, "trainer.epochs", given["epochs"])
+    if start is None:
+        if "data" not in given and "data.name" not in options:
+            raise UserError("data: is missing; give a folder, the name of a set such as 'digits', or a recipe's name")
+        _put(plain, "optim.warmup_epochs", _short_warmup(plain))
+    if "output_dir" in given:
+        plain["output_dir"] = str(given["output_dir"])
+    if plain.get("output_dir") is None:
+        data = plain.get("data") or {}
+        own = data.get("name") if data.get("name") not in ("folder", "webdataset", "npz") else Path(data["root"]).stem
+        plain["output_dir"] = _new_folder(name or str(own))
+    return from_plain(TrainConfig, plain)
+
+
+def _put(plain: dict[str, Any], dotted: str, value: Any) -> None:
+    """Sets an option by its dotted name."""
+    *sections, last = dotted.split(".")
+    for section in sections:
+        if not isinstance(plain.get(section), dict):
+            plain[section] = {}
+        plain = plain[section]
+    plain[last] = value
+
+
+def _data_options(data: DataConfig | str | PathLike[str]) -> dict[str, Any]:
+    if isinstance(data, DataConfig):
+        return to_plain(data)
+    found = data_config(data)
+    return {"name": found.name, "root": found.root}
+
+
+def _model_options(model: Any, known: dict[str, Any]) -> dict[str, Any]:
+    if isinstance(model, ModelConfig):
+        return to_plain(model)
+    if not isinstance(model, str):
+        raise UserError(
+            f"model: must be timm's name of a model, not a {type(model).__name__}; a model of your own is trained by "
+            "vmoe.Classifier(model) in a lightning.Trainer"
+        )
+    return {**known, "name": model}
+
+
+def _short_warmup(plain: dict[str, Any]) -> float:
+    """The warm-up that was given, else a quarter of the epochs, at most the usual one."""
+    optim, trainer = plain.get("optim") or {}, plain.get("trainer") or {}
+    epochs = trainer.get("epochs", 20)
+    usual = OptimConfig.warmup_epochs
+    return optim.get("warmup_epochs", min(usual, epochs / 4) if isinstance(epochs, int) else usual)
+
+
+def _new_folder(name: str) -> str:
+    """runs/NAME, with a number behind it where that holds something."""
+    path, number = Path("runs") / name, 2
+    while path.exists():
+        path, number = Path("runs") / f"{name}-{number}", number + 1
+    return str(path)
