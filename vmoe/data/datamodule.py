@@ -74,7 +74,7 @@ class ImageDataModule(LightningDataModule):
     def __init__(
         self,
         config: DataConfig,
-        seed: int,
+        seed: int = 0,
         device: torch.device | str = "cpu",
         part: int = 0,
         parts: int = 1,
