@@ -97,7 +97,7 @@ def _save_shared(path, metadata):
     ("make", "told"),
     [
         (lambda path: path.write_text("not a checkpoint"), "not a safetensors file"),
-        (lambda path: _save_shared(path, None), "not a checkpoint of this package"),
+        (lambda path: _save_shared(path, None), "holds weights, but not what model they are of"),
         (lambda path: _save_shared(path, {ENTRY: "{"}), "not a safetensors file, or damaged"),
         (lambda path: _save_shared(path, {ENTRY: "[1]"}), "not a checkpoint of this package"),
         (lambda path: _save_shared(path, {ENTRY: json.dumps({"version": FORMAT_VERSION + 1})}), "newer vmoe"),

@@ -1,5 +1,7 @@
 """`vmoe.Classifier` and the callbacks in a Trainer that knows nothing of vmoe."""
 
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -202,3 +204,74 @@ def test_routing_pictures_colour_patches_and_reach_a_logger(loader, tmp_path):
         vmoe.Classifier(new_model()), loader, loader
     )
     assert kept == [("routing/blocks.1.mlp", 3)] * 2
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    """A folder of twelve pictures of each of two classes."""
+    for name in ("cat", "dog"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for number in range(12):
+            Image.new("RGB", (20, 20), (10 * number, 0, 0)).save(tmp_path / "photos" / name / f"{number}.png")
+    return tmp_path / "photos"
+
+
+def test_a_folder_is_a_datamodule_that_knows_its_classes(photos, tmp_path):
+    data = vmoe.ImageDataModule(photos, batch_size=6, image_size=16)
+    assert data.num_classes == 2 and data.class_names == ["cat", "dog"] and data.config.batch_size == 6
+    run = trainer(tmp_path)
+    task = vmoe.Classifier(new_model(data.num_classes))
+    run.fit(task, data)
+    assert run.global_step == 6 and "val/top1" in run.callback_metrics
+    assert run.predict(task, data)[0].shape[1] == 2
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    model = vmoe.load(tmp_path / "a.ckpt")
+    assert model.class_names == ["cat", "dog"] and list(model.mean) == list(data.mean)
+    assert vmoe.evaluate(model, progress=False)["images"] > 0  # on the same folder
+
+
+def test_a_datamodule_without_validation_still_trains(photos, tmp_path):
+    data = vmoe.ImageDataModule(photos, batch_size=6, image_size=16, val_fraction=0.0)
+    run = trainer(tmp_path, max_epochs=1)
+    run.fit(vmoe.Classifier(new_model(2)), data)
+    assert "train/top1" in run.callback_metrics and "val/top1" not in run.callback_metrics
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "line"),
+    [
+        ("nowhere/", {}, "data='nowhere/': there is no such folder"),
+        ("digits", {"batch": 3}, "batch: no such option"),
+        ("digits", {"batch_size": "x"}, "batch_size='x': must be a whole number"),
+    ],
+)
+def test_wrong_data_are_one_line(data, options, line):
+    with pytest.raises(UserError, match=line):
+        vmoe.ImageDataModule(data, **options)
+
+
+@pytest.mark.slow
+def test_two_ranks_of_lightning_s_own_share_the_batches(tmp_path):
+    """Each image is in one rank, and both log the same means."""
+    script = tmp_path / "train.py"
+    script.write_text(TWO_RANKS)
+    run = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=400, cwd=tmp_path)
+    lines = sorted(line for line in run.stdout.splitlines() if line.startswith("rank "))
+    assert run.returncode == 0 and len(lines) == 2, run.stderr
+    assert lines[0].split(": ")[1] == lines[1].split(": ")[1]
+
+
+TWO_RANKS = """
+import lightning as L, vmoe
+data = vmoe.ImageDataModule("digits", batch_size=40, image_size=16, subset={"per_class": 8})
+small = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
+moe = vmoe.MoeConfig(num_experts=4)
+task = vmoe.Classifier(vmoe.create_model("vit_tiny_patch16_224", moe, num_classes=data.num_classes, **small))
+quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+callbacks = [vmoe.RoutingMonitor(), vmoe.ExactResume(), vmoe.NanGuard(), vmoe.Ema(0.9)]
+run = L.Trainer(max_epochs=1, accelerator="cpu", devices=2, strategy="ddp", callbacks=callbacks, **quiet)
+run.fit(task, data)
+assert data.parts == 2 and run.global_step == 2 and len(run.train_dataloader) == 2
+names = ("train/loss", "val/loss", "val/top1", "moe/blocks.1.mlp/max_load")
+print(f"rank {run.global_rank}: {[run.callback_metrics[name].item() for name in names]}", flush=True)
+"""

@@ -110,7 +110,7 @@ def check_entry(content: dict[str, Any], path: Path) -> None:
     Raises:
         UserError: it does not.
     """
-    if "config" not in content[ENTRY]:
+    if "config" not in content[ENTRY] and "pytorch-lightning_version" in content:
         raise UserError(f"{path}: {_WEIGHTS_ALONE}")
     reason = _fault(content, content[ENTRY])
     if reason is not None:

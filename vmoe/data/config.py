@@ -4,7 +4,12 @@ import difflib
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
+
+from vmoe.config_values import from_plain, to_plain
+from vmoe.errors import UserError
 
 SetName = Literal[
     "digits", "patchwork", "fractals", "cifar10", "cifar100", "imagenette", "imagenet", "folder", "webdataset", "npz"
@@ -303,6 +308,31 @@ class DataConfig:
             )
         if self.image_size is not None:
             _check_range("image_size", self.image_size, 8, 512)
+
+
+def data_config(data: "DataConfig | str | PathLike[str]", **options: Any) -> DataConfig:
+    """The config of a data set that is given as one, by its name or by its path.
+
+    Args:
+        data: The name of a set, such as "cifar10"; a folder of class folders or of tar shards; an .npz file; or a
+            `DataConfig`. A set's name comes before a path.
+        **options: Fields to set.
+
+    Raises:
+        UserError: there is no such set, folder or file, or an option is unknown or its value not allowed.
+    """
+    if isinstance(data, DataConfig):
+        plain: dict[str, Any] = to_plain(data)
+    elif data in get_args(SetName):
+        plain = {"name": data}
+    else:
+        path = Path(data).expanduser()
+        if not path.exists():
+            names = ", ".join(NAMED_SETS)
+            raise UserError(f"data={str(data)!r}: there is no such folder or .npz file, and the named sets are {names}")
+        has_shards = path.is_dir() and any(path.glob("*.tar"))
+        plain = {"name": "npz" if path.is_file() else "webdataset" if has_shards else "folder", "root": str(path)}
+    return from_plain(DataConfig, plain | {name: to_plain(value) for name, value in options.items()})
 
 
 def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -2,15 +2,17 @@
 
 from collections.abc import Callable
 from functools import cached_property
+from os import PathLike
+from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
 
 from vmoe.data.augment import Augmenter
 from vmoe.data.batch_augment import BatchAugmenter
 from vmoe.data.checking import damaged_images
-from vmoe.data.config import DEFAULTS, Colour, DataConfig
+from vmoe.data.config import DEFAULTS, Colour, DataConfig, data_config
 from vmoe.data.datasets import download, load_splits
 from vmoe.data.imageset import ImageSet
 from vmoe.data.loading import (
@@ -34,30 +36,46 @@ from vmoe.data.resident import (
 )
 from vmoe.data.samplers import Blocks, EpochBatchSampler
 from vmoe.data.shards import ShardedImages
-from vmoe.data.sharing import FilledLoader, part_of_batches
+from vmoe.data.sharing import FilledLoader, OrderedLoader, part_of_batches
 from vmoe.errors import UserError
 
 EvalLoader = ImageLoader | ResidentEvalLoader | FilledLoader
+_AFTER_SETUP = {
+    *("num_classes", "class_names", "patch_names", "notes", "image_size", "bit_depth", "mean", "std", "is_endless"),
+    *("has_validation", "train_sampler"),
+}
 
 
 class ImageDataModule(LightningDataModule):
     """Training, validation and test batches of a data set.
+
+    It goes with any `lightning.Trainer`, of one rank or of several, and puts its own samplers in no sampler's place.
+
+        data = vmoe.ImageDataModule("photos/", batch_size=128)
+        model = vmoe.create_model("vit_tiny_patch16_224", vmoe.MoeConfig(), num_classes=data.num_classes)
 
     Training's order and augmentation are functions of (seed, epoch, index) alone: neither the number of workers nor a
     resume nor other random draws change them. Validation and test keep the set's order. All loaders yield `Batch`.
     Mixing happens where the batch is used: a trainer calls `on_after_batch_transfer`, a loop of one's own has to.
 
     Args:
-        config: which data, how split, resized, varied and batched.
+        data: a folder of class folders or of tar shards, an .npz file, the name of a set such as "cifar10", or a
+            `DataConfig`.
         seed: of order, augmentation and mixing, from 0 to 2**32 - 1; splits and subsets have `config.split_seed`.
         device: where the model is trained: where the pipeline "device" keeps its images, and where images are mixed.
-        part: which of `parts` this process is given: of every training batch a contiguous part, of the batches of
-            validation and test every `parts`-th.
-        parts: how many processes share the data; `config.batch_size` is that of all.
+            None: the Trainer's, else the CPU.
+        part: which of `parts` this rank is given: of every training batch a contiguous part, of the batches of
+            validation and test every `parts`-th. None: the Trainer's rank.
+        parts: how many ranks share the data; `batch_size` is that of all. None: the Trainer's number of ranks.
+        **options: fields of `DataConfig` to set, such as `batch_size`, `image_size`, `workers` and `val_fraction`.
         in_step: with the pipeline "device", training batches come with their keys alone, and `made` makes their images:
             for a step that is captured as a CUDA graph, which then holds this too.
 
-    Attributes (after `setup`):
+    Raises:
+        UserError: there is no such folder, file or set, or a value is not allowed.
+
+    Attributes (of which the first use calls `setup`):
+        config: the `DataConfig`.
         num_classes: number of classes.
         class_names: their names, in the order of the labels.
         patch_names: names of what patches show, where that is known; else None.
@@ -73,21 +91,24 @@ class ImageDataModule(LightningDataModule):
 
     def __init__(
         self,
-        config: DataConfig,
+        data: DataConfig | str | PathLike[str],
         seed: int = 0,
-        device: torch.device | str = "cpu",
-        part: int = 0,
-        parts: int = 1,
+        device: torch.device | str | None = None,
+        part: int | None = None,
+        parts: int | None = None,
         in_step: bool = False,
+        **options: Any,
     ) -> None:
         super().__init__()
         if not 0 <= seed < 2**32:
             raise UserError(f"seed={seed}: must be from 0 to {2**32 - 1}")
-        self.config = config
+        self.config = data_config(data, **options)
         self.seed = seed
-        self.device = torch.device(device)
-        self.part, self.parts = part, parts
+        self.device = torch.device(device or "cpu")
+        self.part, self.parts = part or 0, parts or 1
         self.in_step = in_step
+        self._finds_device, self._finds_ranks = device is None, parts is None
+        self._made_for: tuple[torch.device, int, int] | None = None
         self._splits = None
         self._resident: dict[str, ResidentImages] = {}
 
@@ -103,8 +124,39 @@ class ImageDataModule(LightningDataModule):
             UserError: data are missing or malformed, the subset cannot be made, or the set does not fit on the device;
                 the line says what to do.
         """
-        if self._splits is not None:
-            return
+        if self._splits is None:
+            self._load(stage)
+        if self.trainer is not None:
+            self._ask(self.trainer)
+        if self._made_for != (self.device, self.part, self.parts):
+            self._make()
+            self._made_for = self.device, self.part, self.parts
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in _AFTER_SETUP or self.__dict__.get("_splits", self) is not None:
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        self.prepare_data()
+        self.setup("fit")
+        return getattr(self, name)
+
+    def _ask(self, trainer: Trainer) -> None:
+        """Takes device and ranks from a Trainer, where they were not given.
+
+        Raises:
+            UserError: its ranks cannot share a batch.
+        """
+        if self._finds_device:
+            self.device = trainer.strategy.root_device
+        if self._finds_ranks:
+            self.part, self.parts = trainer.global_rank, trainer.world_size
+            if self.config.batch_size % self.parts:
+                raise UserError(
+                    f"batch_size={self.config.batch_size}: must be a multiple of {self.parts}, the number of ranks, "
+                    "which share each batch"
+                )
+
+    def _load(self, stage: str | None) -> None:
+        """Opens the set and finds out what it holds."""
         config, defaults = self.config, DEFAULTS[self.config.name]
         self._splits = load_splits(config, for_training=stage not in ("test", "validate"))
         self.has_validation = self._splits.val is not None
@@ -117,6 +169,16 @@ class ImageDataModule(LightningDataModule):
         self.bit_depth = self._splits.bit_depth
         self.mean: Colour = tuple(config.mean or defaults.mean)
         self.std: Colour = tuple(config.std or defaults.std)
+
+    def _make(self) -> None:
+        """What depends on the device and on the rank: the order of batches, and what makes them.
+
+        Raises:
+            UserError: the set does not fit on the device.
+        """
+        config, defaults = self.config, DEFAULTS[self.config.name]
+        self._resident.clear()
+        self.__dict__.pop("_device_loader", None)
         train, blocks = self._splits.train, None
         if isinstance(train.images, ShardedImages):
             blocks = Blocks(train.images.shards[train.positions], config.shards_at_once)
@@ -181,12 +243,13 @@ class ImageDataModule(LightningDataModule):
             del splits["val"]
         return {name: images for name, images in splits.items() if images is not None and images.images.side is None}
 
-    def train_dataloader(self) -> ImageLoader | ResidentTrainLoader:
+    def train_dataloader(self) -> ImageLoader | ResidentTrainLoader | OrderedLoader:
         """Shuffled, augmented batches; an incomplete last one is left out."""
         if self.config.pipeline == "device":
             return self._device_loader
         dataset = TrainImages(self._splits.train, self._augmenter, self.mean, self.std)
-        return ImageLoader(dataset, workers=self.config.workers, batch_sampler=self.train_sampler)
+        loader = ImageLoader(dataset, workers=self.config.workers, batch_sampler=self.train_sampler)
+        return OrderedLoader(loader) if self._finds_ranks and self.parts > 1 else loader
 
     @cached_property
     def _device_loader(self) -> ResidentTrainLoader:
@@ -211,13 +274,17 @@ class ImageDataModule(LightningDataModule):
         images, targets = self._mixer(batch.images, batch.labels, batch.keys, self._mixed_passes())
         return batch._replace(images=images, targets=targets)
 
-    def val_dataloader(self) -> EvalLoader:
-        """The validation split in order: for choosing a checkpoint."""
-        return self._eval_loader("val")
+    def val_dataloader(self) -> EvalLoader | list[Batch]:
+        """The validation split in order: for choosing a checkpoint. A Trainer gets no batch where there is no image."""
+        return [] if self.trainer is not None and not self.has_validation else self._eval_loader("val")
 
     def test_dataloader(self) -> EvalLoader:
         """The test split in order: never for choosing."""
         return self._eval_loader("test")
+
+    def predict_dataloader(self) -> OrderedLoader:
+        """The test split in order."""
+        return OrderedLoader(self._eval_loader("test"))
 
     def train_eval_dataloader(self, most: int | None = 10_000) -> EvalLoader:
         """Training images as evaluation sees them: a sample of at most `most`, by `config.split_seed` alone; with None

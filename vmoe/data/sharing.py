@@ -1,6 +1,7 @@
 """Evaluation by several processes, each with whole batches, so that every image is seen among the same others."""
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 
@@ -19,6 +20,24 @@ def part_of_batches(order: list[int], batch_size: int, part: int, parts: int) ->
     own = batches[part::parts]
     filling = batches[:1] if len(own) < -(-len(batches) // parts) else []
     return [index for batch in own + filling for index in batch], len(own)
+
+
+class OrderedLoader:
+    """A loader that Lightning leaves as it is, since it is no DataLoader: its order and its ranks are its own.
+
+    Args:
+        loader: gives batches.
+    """
+
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+        self.batch_sampler = getattr(loader, "batch_sampler", None)  # of which Lightning sets the epoch
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self.loader)
 
 
 class FilledLoader:
