@@ -85,8 +85,10 @@ class ExportableForm(ABC):
     def _routed(self, x_TD: Tensor, groups: Groups, valid_GS: Tensor | None) -> Tensor:
         if self.config.router == "soft":
             routing, _ = self.router(x_TD, groups, valid_GS)
-            slots_END = routing.dispatch(x_TD).view(self.config.num_experts, -1, x_TD.shape[-1])
-            results = [self.one_expert(index, slots_ND) for index, slots_ND in enumerate(slots_END.unbind(0))]
+            rows_RD = routing.dispatch(x_TD)
+            count = groups.count * self.router.mu.shape[-1]  # of an expert; a view (E, ...) would fix G in torch 2.11
+            starts = [index * count for index in range(self.config.num_experts)]
+            results = [self.one_expert(index, rows_RD[start : start + count]) for index, start in enumerate(starts)]
             return routing.combine(torch.cat(results))
         capacity = Capacity.of_pass(groups, valid_GS, self.config, is_training=False, exportable=True)
         if self.config.router == "expert_choice":
