@@ -5,7 +5,7 @@ The folder holds config.json (timm's, with the MoE settings in `model_args`), mo
 this package opens, too), README.md, the model card, and for a V-MoE routing.png, its picture.
 """
 
-import json
+import copy
 import os
 import shutil
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.models._hub import save_config_for_hf  # what its own save_for_hf calls
 from torch import nn
 
 from vmoe.checkpoints import RunFolder, TrainedModel, load_checkpoint, timm_arguments, write_safetensors
@@ -106,13 +107,14 @@ def push(path: str | Path, name: str) -> str:
 
 
 def _write_hub_config(folder: Path, checkpoint: TrainedModel) -> None:
-    """config.json, with the image size among the arguments where the architecture takes it."""
-    config = _hub_config(checkpoint)
+    """config.json, by timm, with the image size among the arguments where the architecture takes it."""
+    described = copy.copy(checkpoint.model)
+    described.pretrained_cfg = _pretrained_cfg(checkpoint)  # timm's own tells of other weights
     weights = {"source": "", "file": str(RunFolder(folder).shared)}  # before 1.0.26, timm unpickles a folder's weights
     for size in ({"img_size": checkpoint.image_size}, {}):
-        config["model_args"] = {**_model_args(checkpoint), **size}
-        config["pretrained_cfg"]["fixed_input_size"] = bool(size)
-        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        described.pretrained_cfg["fixed_input_size"] = bool(size)
+        names = {"label_names": checkpoint.class_names}
+        save_config_for_hf(described, folder / CONFIG, names, {**_model_args(checkpoint), **size})
         try:
             model = timm.create_model(f"local-dir:{folder}", pretrained=True, pretrained_cfg_overlay=weights).eval()
         except TypeError as error:
@@ -131,26 +133,20 @@ def _require_timm_agrees(model: nn.Module, checkpoint: TrainedModel) -> None:
         raise UserError(f"{checkpoint.path}: timm makes another model of it; its model.kwargs cannot be shared so")
 
 
-def _hub_config(checkpoint: TrainedModel) -> dict[str, Any]:
-    model, classes = checkpoint.model, len(checkpoint.class_names)
-    size = (3, checkpoint.image_size, checkpoint.image_size)
-    known = getattr(model, "pretrained_cfg", {})
+def _pretrained_cfg(checkpoint: TrainedModel) -> dict[str, Any]:
+    """What timm must know of these weights: how images are prepared, and which layers are the first and the last."""
+    known = getattr(checkpoint.model, "pretrained_cfg", {})
     return {
         "architecture": _timm_name(checkpoint),
-        "num_classes": classes,
-        "num_features": model.num_features,
-        "label_names": checkpoint.class_names,
-        "pretrained_cfg": {
-            "num_classes": classes,
-            "input_size": size,
-            "mean": checkpoint.mean,
-            "std": checkpoint.std,
-            "interpolation": "bilinear",
-            "crop_pct": 1.0,
-            "crop_mode": "center",
-            "first_conv": known.get("first_conv"),
-            "classifier": known.get("classifier", "head"),
-        },
+        "num_classes": len(checkpoint.class_names),
+        "input_size": (3, checkpoint.image_size, checkpoint.image_size),
+        "mean": checkpoint.mean,
+        "std": checkpoint.std,
+        "interpolation": "bilinear",
+        "crop_pct": 1.0,
+        "crop_mode": "center",
+        "first_conv": known.get("first_conv"),
+        "classifier": known.get("classifier", "head"),
     }
 
 
