@@ -148,7 +148,10 @@ def test_a_folder_for_timm(save_run, tmp_path, moe, capsys):
     assert ("3 experts" in card) == (moe is not None) and "| `blocks.1` | 0.50 | 1.50 |" in card
 
 
-@pytest.mark.parametrize("moe", [MOE, {"router": "soft", "num_experts": 3, "layers": [1]}])
+SOFT = {"router": "soft", "num_experts": 3, "layers": [1], "capacity_factor": 1.5, "eval_capacity_factor": 1.5}
+
+
+@pytest.mark.parametrize("moe", [MOE, SOFT])
 def test_timm_takes_a_folder_at_another_size_and_for_its_features(save_run, tmp_path, moe):
     run, out, images = save_run(moe=moe), tmp_path / "shared", torch.randn(2, 3, 32, 32)
     assert main([str(run), "--format", "hub", "--out", str(out)]) == 0

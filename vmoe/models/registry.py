@@ -184,8 +184,8 @@ def _with_the_file_s_slots(state_dict: dict[str, torch.Tensor], model: nn.Module
         mu = state_dict.get(f"{name}.router.mu")
         if layer.config.router != "soft" or mu is None or mu.shape == layer.router.mu.shape:
             continue
-        factor = layer.config.capacity_factor * mu.shape[-1] / layer.router.mu.shape[-1]
-        layer.config = replace(layer.config, capacity_factor=factor)
+        factor = layer.config.experts_per_token * mu.shape[-1] / layer.router.mu.shape[-1]
+        layer.config = replace(layer.config, capacity_factor=factor, eval_capacity_factor=None)  # None is training's
         layer.router.mu = nn.Parameter(layer.router.mu.new_empty((*layer.router.mu.shape[:2], mu.shape[-1])))
     return fitted_weights(state_dict, model)
 
