@@ -76,8 +76,8 @@ def _load_figure(report: Report) -> Page:
     cell = int(np.clip(900 // experts, 14, 64))
     title = "Load of the experts"
     legend = (
-        "Each cell is an expert's share of the choices over the fair share: 1 is fair, 0 is dead. Variation: the "
-        "standard deviation of the loads over their mean."
+        "Each cell is an expert's share of the choices over the fair share: 1 is fair, 0 is dead. Variation is "
+        "the standard deviation of the loads over their mean."
     )
     size = (experts * cell + 330, len(layers) * 30)
     page, places = panel_page(title, _subtitle(report), legend, 1, size, 1, left=180)
@@ -99,9 +99,9 @@ def _specialisation_figure(report: Report) -> Page:
     layers = report["layers"]
     features = list(layers[0]["specialisation"])
     legend = (
-        "Normalised mutual information (NMI) of expert and feature with 95 % intervals over images: 0, the expert says "
-        "nothing about it; 1, it says all. 95 % of the permutations (chance) lie in the grey; hollow: no more than "
-        "chance."
+        "Normalised mutual information (NMI) of expert and feature, with 95 % intervals over images. It is 0 where the "
+        "expert says nothing about the feature, and 1 where it says all. The grey holds 95 % of the permutations, "
+        "which are chance. A hollow point is no more than chance."
     )
     page, places = panel_page("What experts specialise in", _subtitle(report), legend, len(features), _PLOT, 3, left=40)
     for feature, (x, y) in zip(features, places, strict=True):
