@@ -21,7 +21,7 @@ EXTRAS = {
 
 
 class MissingExtraError(UserError, ImportError):
-    """A package is not installed that an extra brings; the line has the command that installs it."""
+    """A package is not installed that an extra brings; the line has the command that installs it, `name` the module."""
 
 
 def require_extras(*extras: str) -> None:
@@ -32,7 +32,7 @@ def require_extras(*extras: str) -> None:
     """
     missing = {module: extra for extra in extras for module in EXTRAS[extra] if not _is_installed(module)}
     if missing:
-        raise MissingExtraError(_line(list(missing), sorted(set(missing.values()))))
+        raise _error(list(missing), sorted(set(missing.values())))
 
 
 def require_module(module: str) -> None:
@@ -49,14 +49,17 @@ def missing_extra(module: str | None) -> MissingExtraError | None:
     """The error that says which extra brings a module that was not found; None where no extra does."""
     package = (module or "").partition(".")[0]
     extra = next((extra for extra, modules in EXTRAS.items() if package in modules), None)
-    return None if extra is None else MissingExtraError(_line([package], [extra]))
+    return None if extra is None else _error([package], [extra])
 
 
 def _is_installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-def _line(modules: list[str], extras: list[str]) -> str:
+def _error(modules: list[str], extras: list[str]) -> MissingExtraError:
     listed = ", ".join(modules[:-1]) + " and " * (len(modules) > 1) + modules[-1]
     verb = "is" if len(modules) == 1 else "are"
-    return f"this needs {listed}, which {verb} not installed: pip install 'vmoe[{','.join(extras)}]'"
+    line = f"this needs {listed}, which {verb} not installed: pip install 'vmoe[{','.join(extras)}]'"
+    error = MissingExtraError(line)
+    error.name = modules[0]
+    return error
