@@ -13,9 +13,10 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from vmoe.bench.plan.hardware import Machine
-from vmoe.bench.plan.layouts import MeshLayout
-from vmoe.bench.plan.planner import Workload, layouts_for, make_plans
+from vmoe.bench.plan.layouts import MeshLayout, ParameterCounts, kept_parameters
+from vmoe.bench.plan.planner import LayoutPlan, Traces, layouts_for, make_plans
 from vmoe.bench.plan.trace import saved_bytes, trace_step
+from vmoe.bench.plan.workload import Workload
 from vmoe.checkpoints import build_model
 from vmoe.moe import MoeConfig, auxiliary_loss
 from vmoe.training import averaging
@@ -26,14 +27,24 @@ from vmoe.training.sharding import shard
 SMALL = {"embed_dim": 64, "depth": 3, "num_heads": 4}
 MOE = MoeConfig(layers=[0, 2], num_experts=8, top_k=2, group=2, batch_priority=True)
 GPU = Machine.of("h100-80g")
+CPU = dataclasses.replace(GPU, name="cpu")
+_traces: dict[str, Traces] = {}
 
 
 def workload(moe: MoeConfig | None = MOE, batch: int = 8, **changes) -> Workload:
     return Workload("vit_tiny_patch16_224", SMALL, moe, 10, 64, batch, **({"dtype": torch.float32} | changes))
 
 
-def plan_of(layout: MeshLayout, planned: Workload, machine: Machine = GPU):
-    return make_plans(planned, [layout], machine, 50e9)[0]
+def plans_of(
+    layouts: list[MeshLayout], planned: Workload, machine: Machine = GPU, network: float = 50e9
+) -> list[LayoutPlan]:
+    """The plans of some layouts; tests share the traces, which know nothing of rates."""
+    key = repr((planned._replace(batch=0, accumulate=1), machine.name))
+    return make_plans(planned, layouts, machine, network, traces=_traces.setdefault(key, {}))
+
+
+def plan_of(layout: MeshLayout, planned: Workload, machine: Machine = GPU) -> LayoutPlan:
+    return plans_of([layout], planned, machine)[0]
 
 
 def bytes_of(tensors) -> int:
@@ -66,15 +77,21 @@ def test_weights_gradients_and_moments_of_one_process(moe):
 @pytest.mark.parametrize(("expert_size", "dense"), [(1, "cut"), (2, "cut"), (4, "cut"), (2, "whole"), (4, "whole")])
 def test_weights_of_the_first_of_four_processes(four_processes, expert_size, dense):
     model = real_model()
+    counts = ParameterCounts.of(model)
     shard(model, 4, expert_size, "cpu", dense == "whole")
-    strategy = "fsdp" if expert_size == 1 else "expert"
-    memory = plan_of(MeshLayout(strategy, 4, expert_size, dense), workload()).memory
-    assert memory.parameters == memory.gradients == bytes_of(model.parameters())
-    assert memory.optimizer == 2 * memory.parameters
+    layout = MeshLayout("fsdp" if expert_size == 1 else "expert", 4, expert_size, dense)
+    assert 4 * kept_parameters(counts, layout) == bytes_of(model.parameters())
 
 
-@pytest.mark.parametrize("moe", [None, MOE, dataclasses.replace(MOE, capacity_factor=None)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("moe", "dtype"),
+    [
+        (None, torch.bfloat16),
+        (MOE, torch.float32),
+        (MOE, torch.bfloat16),
+        (dataclasses.replace(MOE, capacity_factor=None), torch.float32),
+    ],
+)
 def test_activations_are_what_autograd_keeps(moe, dtype):
     model = real_model(moe)
     weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
@@ -126,16 +143,15 @@ def test_experts_are_gathered_only_where_they_are_cut_further():
 @pytest.mark.parametrize(
     "changes",
     [
-        {"capacity_factor": None},
-        {"expert_dropout": 0.1},
+        {"capacity_factor": None, "expert_dropout": 0.1},
         {"router": "soft", "group": "image"},
         {"router": "hash", "noise_std": 0.0},
     ],
 )
-def test_other_kinds_of_layers_are_planned_in_every_layout(changes):
+def test_other_kinds_of_layers_are_planned(changes):
     moe = dataclasses.replace(MOE, **changes, importance_loss_weight=0.0, load_loss_weight=0.0, batch_priority=False)
-    plans = make_plans(workload(moe), layouts_for(4, moe), GPU, 50e9)
-    assert len(plans) == 6 and all(plan.missing is None and plan.times.step > 0 for plan in plans)
+    plans = plans_of([MeshLayout("fsdp", 4), MeshLayout("expert", 4, 2)], workload(moe))
+    assert all(plan.missing is None and plan.times.step > 0 for plan in plans)
 
 
 def test_peak_counts_old_gradients_beside_the_forward_pass():
@@ -148,7 +164,7 @@ def test_peak_counts_old_gradients_beside_the_forward_pass():
 
 def test_layouts_best_first_and_the_others_with_what_is_missing():
     tight = dataclasses.replace(GPU, memory=plan_of(MeshLayout("fsdp", 4), workload()).memory.peak + 1)
-    plans = make_plans(workload(), layouts_for(4, MOE), tight, 50e9)
+    plans = plans_of(layouts_for(4, MOE), workload(), tight)
     feasible = [plan for plan in plans if plan.missing is None]
     experts = {f"expert {size}{dense}" for size in (2, 4) for dense in ("", ", dense whole")}
     assert {str(plan.layout) for plan in plans} == {"ddp", "fsdp", *experts}
@@ -160,7 +176,7 @@ def test_a_slower_network_costs_experts_more():
     layouts = [MeshLayout("expert", 64, 8), MeshLayout("expert", 64, 64)]
     many = dataclasses.replace(MOE, num_experts=64)
     fast, slow = (
-        {plan.layout.expert_size: plan.times.step for plan in make_plans(workload(many, 256), layouts, GPU, bandwidth)}
+        {plan.layout.expert_size: plan.times.step for plan in plans_of(layouts, workload(many, 256), GPU, bandwidth)}
         for bandwidth in (50e9, 1e9)
     )
     assert slow[64] - fast[64] > slow[8] - fast[8] >= -1e-12  # sums are rounded
@@ -172,9 +188,7 @@ def test_more_processes_than_the_experts_width_divides_into():
     assert "cannot be cut into 192 parts" in plan.missing
 
 
-@pytest.mark.parametrize(
-    ("images", "bucket", "accumulate"), [(32, 2**24, 1), (2, 2**24, 1), (2, 2**14, 1), (32, 2**24, 2)]
-)
+@pytest.mark.parametrize(("images", "bucket", "accumulate"), [(2, 2**14, 1), (32, 2**24, 2)])
 def test_memory_with_the_dense_part_whole_is_as_torchs_tracker_sees_it(
     four_processes, monkeypatch, images, bucket, accumulate
 ):
@@ -186,22 +200,26 @@ def test_memory_with_the_dense_part_whole_is_as_torchs_tracker_sees_it(
         model.to_empty(device="cpu")
         optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
         inputs, labels = torch.randn(images, 3, 64, 64), torch.zeros(images, dtype=torch.int64)
-        tracker = MemTracker()
-        tracker.track_external(model, optimizer, inputs, labels)
         means = GradientMeans(model.parameters(), accumulate == 1)
+
+        def update():
+            for batch in range(accumulate):
+                loss = F.cross_entropy(model(inputs), labels) + auxiliary_loss(model)
+                if batch == 0:
+                    optimizer.zero_grad()
+                loss.backward()
+                tracker.reset_mod_stats()
+            means.finish()
+            optimizer.step()
+
+        tracker = MemTracker()
+        update()  # the first time fake operators make tensors that they never make again
+        tracker.track_external(model, optimizer, inputs, labels)
         with tracker:
-            for _ in range(2):
-                for batch in range(accumulate):
-                    loss = F.cross_entropy(model(inputs), labels) + auxiliary_loss(model)
-                    if batch == 0:
-                        optimizer.zero_grad()
-                    loss.backward()
-                    tracker.reset_mod_stats()
-                means.finish()
-                optimizer.step()
+            update()
         peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
     planned = workload(batch=4 * images, accumulate=accumulate)
-    memory = plan_of(MeshLayout("expert", 4, 4, "whole"), planned, dataclasses.replace(GPU, name="cpu")).memory
+    memory = plan_of(MeshLayout("expert", 4, 4, "whole"), planned, CPU).memory
     assert memory.peak == pytest.approx(peak, rel=0.02)
 
 
@@ -224,7 +242,7 @@ def test_fsdp_memory_is_as_torchs_tracker_sees_it(four_processes):
                 if number == 0:
                     tracker.reset_mod_stats()
         peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
-    memory = plan_of(MeshLayout("fsdp", 4), workload(None, batch=128), dataclasses.replace(GPU, name="cpu")).memory
+    memory = plan_of(MeshLayout("fsdp", 4), workload(None, batch=128), CPU).memory
     seen = {kind.name: size for kind, size in peak.items() if isinstance(kind, Enum)}
     assert memory.parameters == seen["SHARDED_PARAM"]
     assert memory.optimizer == seen["OPT"] - 4 * len(optimizer.state)  # the steps' numbers

@@ -19,7 +19,25 @@ TINY = ["--device", "cpu", "--width", "16", "--experts", "4", "--images", "2", "
 
 def test_layer_writes_what_it_prints(tmp_path, capsys):
     out = tmp_path / "new" / "folder"
-    assert main(["layer", *TINY, "--peers", "--cases", "S32,Ti-k1", "--seed", "3", "--out", str(out)]) == 0
+    assert (
+        main(
+            [
+                "layer",
+                *TINY,
+                "--jobs",
+                "layer",
+                "peer: sort",
+                "--peers",
+                "--cases",
+                "S32,Ti-k1",
+                "--seed",
+                "3",
+                "--out",
+                str(out),
+            ]
+        )
+        == 0
+    )
     shown = capsys.readouterr()
     report = json.loads((out / "layer.json").read_text())
     assert report["command"].startswith("vmoe benchmark layer --device cpu")
@@ -53,7 +71,7 @@ def test_curves(tmp_path, capsys):
 
 
 def test_model(tmp_path, capsys):
-    arguments = ["--device", "cpu", "--model", "vit_tiny_patch16_224", "--image-size", "32", "--batch", "2"]
+    arguments = ["--device", "cpu", "--model", "test_vit", "--image-size", "32", "--batch", "2"]
     arguments += ["--layers", "last-2", "--top-k", "1", "2", "--experts", "2", "--rounds", "1", "--passes", "training"]
     assert main(["model", *arguments, "--out", str(tmp_path)]) == 0
     report = json.loads((tmp_path / "model.json").read_text())

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import json
 import signal
 import subprocess
 import sys
@@ -75,16 +76,30 @@ def test_names_in_a_study_are_taken_as_they_are_written(study, tmp_path, capsys)
     ]
 
 
-def test_runs_are_trained_passed_over_and_told_when_they_fail(study, tmp_path, capfd):
+# A quick `vmoe train`: refuses a batch of 0 images, else leaves a summary
+_QUICK_JOB = """
+import json, pathlib, sys
+options = dict(zip(sys.argv[2::2], sys.argv[3::2]))
+if options.get("--data.batch_size") == "0":
+    sys.exit("vmoe train: error: data.batch_size=0: must be at least 1")
+folder = pathlib.Path(options["--output_dir"])
+folder.mkdir(parents=True)
+(folder / "summary.json").write_text(json.dumps({"metrics": {"test/top1": 0.5}, "top_k": options["--moe.top_k"]}))
+print("test top-1 50.0 %")
+"""
+
+
+def test_runs_are_trained_passed_over_and_named_when_they_fail(study, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr("vmoe.training.sweep._JOB", _QUICK_JOB)
     study.write_text(study.read_text() + "  wrong: {data.batch_size: 0}\n")
     out = tmp_path / "runs"
     command = [str(study), "--out", str(out), "--jobs", "2", "--seeds", "0", "--arms", "k1"]
     assert main([*command, "wrong"]) == 1
     assert [path.parent.name for path in out.glob("*/summary.json")] == ["k1_s0"]
-    assert yaml.safe_load((out / "k1_s0" / "config.yaml").read_text())["moe"]["top_k"] == 1
+    assert json.loads((out / "k1_s0" / "summary.json").read_text())["top_k"] == "1"
     told = capfd.readouterr().out
     assert "2 runs, 0 of them done" in told and "k1_s0: test top-1 " in told
-    assert "wrong_s0: FAILED with exit code 2: vmoe train: error: " in told and "batch_size=0" in told
+    assert "wrong_s0: FAILED with exit code 1: vmoe train: error: " in told and "batch_size=0" in told
 
     before = (out / "k1_s0" / "summary.json").stat().st_mtime_ns
     assert main([*command, "wrong"]) == 1
@@ -132,7 +147,7 @@ def test_mistakes_are_one_line(text, options, reason, study, tmp_path, capsys):
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_place_that_cannot_hold_runs_is_told(study, capsys):
+def test_a_folder_that_cannot_hold_runs_is_named(study, capsys):
     assert main([str(study), "--out", str(study / "runs")]) == 2
     error = capsys.readouterr().err
     assert "--out" in error and "cannot be written" in error and error.count("\n") == 1

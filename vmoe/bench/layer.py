@@ -19,7 +19,7 @@ from vmoe.moe import MoeConfig, MoeMlp
 from vmoe.moe.experts import Experts, ExpertSpec
 
 LAYER_CALLS_ON_GPU = 4  # between two readings of the clock
-SQUARE_ON_GPU, SQUARE = 8192, 2048  # a product that any device is good at
+SQUARE_ON_GPU, SQUARE = 8192, 1024  # a product that any device is good at
 
 
 def benchmark_layer(

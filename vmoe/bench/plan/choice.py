@@ -6,7 +6,8 @@ import torch
 
 from vmoe.bench.plan.hardware import USUAL_NETWORK, Machine, gpu_of_this_machine, network_bandwidth
 from vmoe.bench.plan.layouts import MeshLayout
-from vmoe.bench.plan.planner import LayoutPlan, Traces, Workload, layouts_for, make_plans
+from vmoe.bench.plan.planner import LayoutPlan, Traces, layouts_for, make_plans
+from vmoe.bench.plan.workload import Workload
 from vmoe.data.config import DEFAULTS
 from vmoe.data.patchwork import OBJECTS
 from vmoe.errors import UserError

@@ -1,8 +1,7 @@
-"""The planner: a step's memory and time in every layout, the best first."""
+"""The planner: a step's memory and time in every mesh layout, the best first."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 
@@ -19,67 +18,27 @@ from vmoe.bench.plan.layouts import (
     traffic_of,
 )
 from vmoe.bench.plan.trace import OperatorWork, Trace, trace_step
-from vmoe.checkpoints import build_model
+from vmoe.bench.plan.workload import Workload
 from vmoe.moe import MoeConfig
 
-Traces = dict[tuple[int, int | None], Trace]  # by images of a process and expert_size
+Traces = dict[tuple[int, int | None], Trace]  # by images per process and expert_size
 STRATEGIES = ("none", "ddp", "fsdp", "expert")  # from simple to complicated
-_UPDATE_FLOATS = 7  # of a parameter: weight, gradient and moments read, weight and moments written
-_CLIP_FLOATS = 3  # the gradient read for the norm, then scaled
-_EQUALLY_FAST = 0.1  # steps that differ by less are equal, as exactly as this plans: then the simpler layout is better
-
-
-class Workload(NamedTuple):
-    """What is trained.
-
-    Attributes:
-        name: Of the timm model.
-        kwargs: Its arguments.
-        moe: Its MoE layers; None for none.
-        classes: Number of classes.
-        image_size: Side in pixels.
-        batch: Images of a batch, of all processes.
-        accumulate: Batches an update.
-        dtype: Of autocast; float32 for none.
-        mixes: Whether targets are shares of all classes.
-        moments: Numbers that the optimiser keeps a parameter.
-        has_average: Whether an average of the weights is kept.
-        graphed: Whether the step is captured as a CUDA graph, which the host launches as one.
-    """
-
-    name: str
-    kwargs: dict
-    moe: MoeConfig | None
-    classes: int
-    image_size: int
-    batch: int
-    accumulate: int = 1
-    dtype: torch.dtype = torch.bfloat16
-    mixes: bool = False
-    moments: int = 2
-    has_average: bool = False
-    graphed: bool = False
-
-    def model(self) -> torch.nn.Module:
-        """It, on the meta device.
-
-        Raises:
-            UserError: timm has no such model, or it cannot be built so.
-        """
-        with torch.device("meta"):
-            kwargs = {**self.kwargs, "pretrained": False}
-            return build_model(self.name, kwargs, self.moe, self.classes, self.image_size)
+_UPDATE_FLOATS = 7  # per parameter: weight, gradient and moments are read, weight and moments are written
+_CLIP_FLOATS = 3  # the gradient is read for the norm, then scaled
+_EQUALLY_FAST = (
+    0.1  # steps that differ by less are equal, since plans are no more exact: the simpler layout comes first
+)
 
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of an update, on the GPU; they add up to the step unless the host is slower.
+    """Seconds of an update on the GPU; they add up to the step.
 
     Attributes:
-        compute: In products and attention.
-        memory: In what moves data through memory: all other operators, the optimiser's update.
-        network: In which the GPU waits for other processes.
-        host: By which the host needs longer to issue the work than the GPU to do it.
+        compute: Time of products and attention.
+        memory: Time of all other operators and of the optimiser's update, which move data through memory.
+        network: Time in which the GPU waits for other processes.
+        host: Time by which the host needs longer to issue the work than the GPU needs to do it.
     """
 
     compute: float
@@ -89,18 +48,18 @@ class Times:
 
     @property
     def step(self) -> float:
-        """All together."""
+        """The sum."""
         return self.compute + self.memory + self.network + self.host
 
 
 @dataclass(frozen=True)
 class LayoutPlan:
-    """A layout and what it means for each process.
+    """A mesh layout and what it means for each process.
 
     Attributes:
         layout: The layout.
         memory: Bytes; None where the layout does not fit the model or batch.
-        times: Seconds.
+        times: Seconds; None there too.
         sent: Bytes that a process sends in an update.
         missing: Why it is not feasible; None where it is.
     """
@@ -113,7 +72,7 @@ class LayoutPlan:
 
 
 def layouts_for(processes: int, moe: MoeConfig | None) -> list[MeshLayout]:
-    """Every layout of so many processes; `expert_size` divides their number and that of the experts."""
+    """Every mesh layout of so many processes; `expert_size` divides their number and that of the experts."""
     if processes == 1:
         return [MeshLayout("none", 1)]
     layouts = [MeshLayout("ddp", processes), MeshLayout("fsdp", processes)]
@@ -132,29 +91,30 @@ def make_plans(
     refusal: Callable[[MeshLayout], str | None] = lambda layout: None,
     traces: Traces | None = None,
 ) -> list[LayoutPlan]:
-    """Plans of all layouts: feasible ones by falling speed, of equally fast ones the simplest first; then the others.
+    """Plans of all layouts: feasible ones by descending speed, of equally fast ones the simplest first; then others.
 
     Args:
         workload: What is trained.
         layouts: To be compared.
         machine: Of each process.
-        network: Bytes/s between machines, of a GPU.
+        network: Bytes/s between machines, per GPU.
         refusal: Why a layout cannot share the batches or experts; None where it can.
-        traces: Of this workload, from an earlier call; gets those that are missing.
+        traces: Traces of this workload from an earlier call, to which those that are missing are added.
     """
     plans, traces = [], {} if traces is None else traces
-    sizes = ParameterCounts.of(workload.model())
+    counts = ParameterCounts.of(workload.meta_model())
     for layout in layouts:
-        reason = refusal(layout) or _misfit(sizes, layout)
+        reason = refusal(layout) or _misfit(counts, layout)
         if reason is not None:
             plans.append(LayoutPlan(layout, None, None, 0, reason))
             continue
-        images, exchanged = workload.batch // layout.processes, layout.expert_size if layout.expert_size > 1 else None
-        if (images, exchanged) not in traces:
-            targets = workload.classes if workload.mixes else None
-            step = (images, workload.image_size, workload.dtype, targets, exchanged, machine.name != "cpu")
-            traces[images, exchanged] = trace_step(workload.model(), *step)
-        plans.append(_plan_layout(workload, layout, sizes, traces[images, exchanged], machine, network))
+        key = workload.batch // layout.processes, layout.expert_size if layout.expert_size > 1 else None
+        if key not in traces:
+            traces[key] = trace_step(
+                workload.meta_model(), key[0], workload.image_size, workload.dtype, expert_size=key[1],
+                targets=workload.classes if workload.mixes else None, like_gpu=machine.name != "cpu",
+            )  # fmt: skip
+        plans.append(_plan_layout(workload, layout, counts, traces[key], machine, network))
     feasible = [plan for plan in plans if plan.missing is None]
     best = min((plan.times.step for plan in feasible), default=0)
     feasible.sort(key=lambda plan: _order(plan, best))
@@ -170,24 +130,22 @@ def _order(plan: LayoutPlan, best: float) -> tuple[int, bool, float]:
     return STRATEGIES.index(plan.layout.strategy), plan.layout.keeps_dense, plan.times.step
 
 
-def _misfit(sizes: ParameterCounts, layout: MeshLayout) -> str | None:
-    """Why experts that are dealt out cannot be cut further; None where they can."""
+def _misfit(counts: ParameterCounts, layout: MeshLayout) -> str | None:
+    """Why experts that are spread over processes cannot be sharded further; None where they can."""
     if layout.strategy != "expert":
         return None
-    odd = next((shape[1] for shape, of_expert in sizes.shapes if of_expert and shape[1] % layout.parts), None)
-    return None if odd is None else f"experts of width {odd} cannot be cut into {layout.parts} parts"
+    odd = next((shape[1] for shape, of_expert in counts.shapes if of_expert and shape[1] % layout.expert_shards), None)
+    return None if odd is None else f"experts of width {odd} cannot be cut into {layout.expert_shards} parts"
 
 
 def _plan_layout(
-    workload: Workload, layout: MeshLayout, sizes: ParameterCounts, trace: Trace, machine: Machine, network: float
+    workload: Workload, layout: MeshLayout, counts: ParameterCounts, trace: Trace, machine: Machine, network: float
 ) -> LayoutPlan:
-    workspace = 0 if machine.name == "cpu" else WORKSPACE
-    how = (workload.moments, workload.has_average, workspace, workload.accumulate > 1)
-    memory = memory_of(sizes, layout, trace, *how)
-    traffic = traffic_of(sizes, layout, trace, machine, network)
-    averaging = averaging_of(sizes, layout, machine, network, workload.accumulate > 1)
-    sent = traffic.bytes * (workload.accumulate if layout.is_cut else 1) + averaging.bytes
-    times = times_of(workload, layout, sizes, trace, machine, traffic, averaging)
+    memory = memory_of(counts, layout, trace, workload, 0 if machine.name == "cpu" else WORKSPACE)
+    traffic = traffic_of(counts, layout, trace, machine, network)
+    averaging = averaging_of(counts, layout, machine, network, workload.accumulate > 1)
+    sent = traffic.bytes * (workload.accumulate if layout.is_sharded else 1) + averaging.bytes
+    times = times_of(workload, layout, counts, trace, machine, traffic, averaging)
     missing = None
     if memory.peak > machine.memory:
         gib = 2**30
@@ -199,13 +157,13 @@ def _plan_layout(
 
 
 def times_of(
-    workload: Workload, layout: MeshLayout, sizes: ParameterCounts, trace: Trace, machine: Machine, traffic: Traffic,
+    workload: Workload, layout: MeshLayout, counts: ParameterCounts, trace: Trace, machine: Machine, traffic: Traffic,
     averaging: Traffic,
 ) -> Times:  # fmt: skip
     """Seconds of an update.
 
-    Weights and gradients travel while a pass is computed, and count only as far as they take longer; tokens, and
-    gradients that are averaged after several passes, count always.
+    Weights and gradients travel while a pass is computed: only what takes longer than the pass counts. Tokens always
+    count, and so do gradients that are averaged after several passes.
     """
     parts = [_pass_times([work for work in trace.work if work.is_backward is back], machine) for back in (False, True)]
     beside = (traffic.forward, traffic.backward + averaging.backward)
@@ -222,7 +180,7 @@ def times_of(
     copying = averaging.copied / machine.bandwidth
     beside_averaging = copying + averaging.between if machine.overlaps else 0.0
     slow_averaging = max(0.0, averaging.calls * machine.host_call - beside_averaging)
-    kept = kept_parameters(sizes, layout)
+    kept = kept_parameters(counts, layout)
     floats = _UPDATE_FLOATS - 2 * (2 - workload.moments) + _CLIP_FLOATS + (5 if workload.has_average else 0)
     update = FLOAT * kept * floats / machine.update
     times = workload.accumulate

@@ -13,7 +13,7 @@ from vmoe.bench.timing import TimedJob, copy_bandwidth, matmul_peak, release, ti
 from vmoe.checkpoints import build_model
 
 _TOKENS = (256, 197, 768)  # images, tokens and width of a ViT-B/16
-_HEAD = 64  # width
+_HEAD_WIDTH = 64
 _UPDATED = (64, 2**20)  # tensors, and the elements of each
 
 
@@ -28,7 +28,7 @@ def measure_machine(machine: Machine, device: torch.device) -> Machine:
         "products": matmul_peak(device, dtype, [*shapes, (8192, 8192, 8192)] if on_gpu else shapes),
         "products32": matmul_peak(device, torch.float32, shapes),
         "bandwidth": copy_bandwidth(device),
-        "attention": _attention_rate(device, dtype, images, tokens, width // _HEAD),
+        "attention": _attention_rate(device, dtype, images, tokens, width // _HEAD_WIDTH),
         "elementwise": _elementwise_rate(device, dtype, images, tokens, width),
         "update": _update_rate(device, *(_UPDATED if on_gpu else (4, 2**18))),
         "host_call": _host_call(device, dtype),
@@ -44,7 +44,7 @@ def _seconds(job: TimedJob, device: torch.device) -> float:
 
 
 def _attention_rate(device: torch.device, dtype: torch.dtype, images: int, tokens: int, heads: int) -> float:
-    shape = (images, heads, tokens, _HEAD)
+    shape = (images, heads, tokens, _HEAD_WIDTH)
     query, key, value = (torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
     upstream = torch.randn(shape, device=device, dtype=dtype)
 

@@ -1,7 +1,7 @@
 """One training step without memory or arithmetic: which operators run, what each costs, and how memory comes and goes.
 
-The model runs forward and backward on fake tensors under a dispatch mode. Operators that would take another form on a
-GPU are stood in for (see `vmoe.bench.plan.stand_ins`), so that no GPU is needed.
+The model runs forward and backward on fake tensors under a dispatch mode. Operators that take another form on a GPU are
+those of `vmoe.bench.plan.fake_kernels`, so that no GPU is needed.
 """
 
 import weakref
@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from vmoe.bench.plan.stand_ins import StandIns
+from vmoe.bench.plan.fake_kernels import FakeKernels
 from vmoe.moe import auxiliary_loss, moe_layers
 
 _ALIGNMENT = 512  # bytes: torch's allocator rounds up to it
@@ -30,9 +30,9 @@ class OperatorWork(NamedTuple):
 
     Attributes:
         kind: "products", "attention" or "other".
-        dtype: Of its products.
-        flops: A multiply-add counts 2.
-        bytes: Read and written.
+        dtype: Type of its products.
+        flops: Floating-point operations; a multiply-add counts 2.
+        bytes: Bytes read and written.
         calls: Operators that the host issues for it.
         is_backward: Whether it belongs to the backward pass.
     """
@@ -50,8 +50,8 @@ class Moment(NamedTuple):
 
     Attributes:
         live: All of them.
-        gradients: Those that are gradients of parameters.
-        of_experts: Of these, those of experts.
+        gradients: Bytes of the gradients of parameters.
+        of_experts: Bytes of the gradients of experts.
         is_backward: Whether it is in the backward pass.
     """
 
@@ -68,7 +68,7 @@ class Trace:
     Attributes:
         work: Every operator.
         moments: Every moment at which memory grew.
-        saved: Bytes that the forward pass keeps for the backward pass, weights' own not counted.
+        saved: Bytes that the forward pass keeps for the backward pass, without the weights.
         sent: Bytes of each exchange of tokens between processes, in both passes, as if all of them left this one.
     """
 
@@ -88,13 +88,13 @@ def trace_step(
         model: On the meta device; its tensors become fake ones, so that it is of no further use.
         images: B, of this process.
         image_size: Side in pixels.
-        dtype: Of autocast; float32 uses none.
+        dtype: Type of autocast; float32 uses none.
         targets: Classes, where targets are a share of each (mixing); None for labels.
-        expert_size: Among how many processes the experts are dealt out; None where a layer has them all.
-        like_gpu: With the operators of an NVIDIA GPU rather than those of a CPU.
+        expert_size: Over how many processes the experts are spread; None where a layer has them all.
+        like_gpu: Whether operators are those of an NVIDIA GPU rather than those of a CPU.
 
     Returns:
-        The trace. Weights and what is updated with them are in none of its figures but the gradients'.
+        The trace. Of the weights and of what is updated with them, only gradients are in its figures.
     """
 
     def loss() -> Tensor:
@@ -109,13 +109,13 @@ def trace_loss(
     model: nn.Module, loss: Callable[[], Tensor], dtype: torch.dtype, expert_size: int | None = None,
     like_gpu: bool = True,
 ) -> Trace:  # fmt: skip
-    """Like `trace_step`, for any scalar `loss` of the model."""
+    """Traces any scalar `loss` of the model as `trace_step` does."""
     trace = Trace()
     with FakeTensorMode(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         _make_fake(model, expert_size)
         model.train()
         recorder = _StepRecorder(trace, model)
-        with StandIns(model, recorder.charge, trace.sent.append, expert_size, like_gpu), recorder:
+        with FakeKernels(model, recorder.charge, trace.sent.append, expert_size, like_gpu), recorder:
             with recorder.saving():
                 value = loss()
             recorder.is_backward = True
@@ -124,7 +124,7 @@ def trace_loss(
 
 
 def _make_fake(model: nn.Module, expert_size: int | None) -> None:
-    """Gives every parameter and buffer a fake tensor, experts' only this process's share of them."""
+    """Gives every parameter and buffer a fake tensor; of experts only those of this process."""
     own = {part for _, layer in moe_layers(model) for part in layer.experts.modules()} if expert_size else set()
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -154,7 +154,7 @@ class _StepRecorder(TorchDispatchMode):
                 parameter.register_post_accumulate_grad_hook(self._count_gradient)
 
     def charge(self, kind: str, dtype: torch.dtype, flops: float, moved: float, calls: int = 1) -> None:
-        """Adds the work of an operator that is stood in for."""
+        """Adds the work of an operator."""
         self.trace.work.append(OperatorWork(kind, dtype, flops, moved, calls, self.is_backward))
 
     @contextmanager
@@ -215,7 +215,7 @@ def saved_bytes(weights: set[int]) -> Iterator[Callable[[], int]]:
         weights: `_cdata` of the storages that do not count.
 
     Yields:
-        Tells the bytes so far.
+        A function that returns the bytes so far.
     """
     sizes: dict[int, int] = {}
 
@@ -230,7 +230,7 @@ def saved_bytes(weights: set[int]) -> Iterator[Callable[[], int]]:
 
 
 def _bytes_touched(tensor: Tensor) -> int:
-    """Bytes of a tensor's own elements, those of broadcast axes once."""
+    """Bytes of a tensor's own elements; those of broadcast axes count once."""
     count = 1
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
         count *= size if stride else 1

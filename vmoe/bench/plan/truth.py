@@ -9,7 +9,8 @@ import torch.nn.functional as F
 
 from vmoe.bench.plan.hardware import Machine
 from vmoe.bench.plan.layouts import MeshLayout
-from vmoe.bench.plan.planner import LayoutPlan, Traces, Workload, make_plans
+from vmoe.bench.plan.planner import LayoutPlan, Traces, make_plans
+from vmoe.bench.plan.workload import Workload
 from vmoe.bench.report import Column, Row
 from vmoe.bench.timing import Say, TimedJob, reason_of_failure, release, time_calls
 from vmoe.checkpoints import build_model

@@ -167,5 +167,5 @@ def layouts_measured(processes: int, experts: int, graphed: bool = False) -> lis
     """
     found = layouts_for(processes, MoeConfig(num_experts=experts))
     if graphed:
-        return [one for one in found if one.strategy in ("none", "ddp") or (one.keeps_dense and one.parts == 1)]
+        return [one for one in found if one.strategy in ("none", "ddp") or (one.keeps_dense and one.expert_shards == 1)]
     return [one for one in found if one.expert_size in (1, processes, processes / 2)]

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 
 from vmoe.bench.plan.hardware import NETWORKS, Machine
-from vmoe.bench.plan.planner import Workload, make_plans
+from vmoe.bench.plan.planner import make_plans
+from vmoe.bench.plan.workload import Workload
 from vmoe.bench.report import Column, Row
 from vmoe.bench.scaling.jobs import NUM_CLASSES, ScalingJob
 

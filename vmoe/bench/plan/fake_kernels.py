@@ -1,7 +1,7 @@
-"""What runs on a GPU in the place of operators that fake tensors on a CPU would take: same memory, same work.
+"""The GPU's kernels on fake tensors: same memory and same work as on a GPU, where the CPU would take other operators.
 
 B images of N tokens, T = B*N tokens of width D; E experts of hidden width H (F before a gate), K choices; R rows of the
-buffer that experts compute; P processes among which experts are dealt out.
+buffer that experts compute; P processes over which experts are spread.
 """
 
 from collections.abc import Callable
@@ -26,14 +26,14 @@ from vmoe.moe.routing import Routing, SlotRouting
 Charge = Callable[..., None]  # (kind, dtype, flops, bytes, calls)
 
 
-class StandIns(TorchFunctionMode):
+class FakeKernels(TorchFunctionMode):
     """While it is on, attention is flash attention, dropout one kernel, and experts are those of `expert_size`.
 
     Args:
-        model: Whose experts are exchanged, for good.
-        charge: Told of the work of what is stood in for.
-        send: Told the bytes of each exchange between processes.
-        expert_size: Among how many processes experts are dealt out; None where a layer has them all.
+        model: Its experts are replaced, for good.
+        charge: Called with the work of each fake kernel.
+        send: Called with the bytes of each exchange between processes.
+        expert_size: Over how many processes experts are spread; None where a layer has them all.
         like_gpu: Whether experts are those of the fused kernels; else those of the CPU stay.
     """
 
@@ -45,11 +45,11 @@ class StandIns(TorchFunctionMode):
         for _, layer in moe_layers(model):
             experts = layer.experts
             if expert_size is not None:
-                experts.__class__ = _ExchangedExperts
+                experts.__class__ = _FakeExchangedExperts
                 experts.mesh = SimpleNamespace(size=lambda: expert_size)
                 experts.send, experts.like_gpu = send, like_gpu
             elif like_gpu:
-                experts.__class__ = _FusedExperts
+                experts.__class__ = _FakeFusedExperts
             experts.charge = charge
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -58,7 +58,7 @@ class StandIns(TorchFunctionMode):
             mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
             if mask is None:  # else torch takes another kernel
                 query, key, value = (*args, *(kwargs[name] for name in ("query", "key", "value")[len(args) :]))[:3]
-                return _attention(query, key, value, self.charge)
+                return _flash_attention(query, key, value, self.charge)
         if func is F.dropout and self.like_gpu:
             return _dropout(*args, **kwargs)
         return func(*args, **kwargs)
@@ -68,14 +68,14 @@ def _dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = F
     return torch.native_dropout(x, p, True)[0] if training and p > 0 else x
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor, charge: Charge) -> Tensor:
+def _flash_attention(query: Tensor, key: Tensor, value: Tensor, charge: Charge) -> Tensor:
     if torch.is_autocast_enabled("cpu"):
         query, key, value = (part.to(torch.get_autocast_dtype("cpu")) for part in (query, key, value))
     return _FlashAttention.apply(query, key, value, charge)
 
 
 class _FlashAttention(torch.autograd.Function):
-    """(B, heads, N, width of a head) each: keeps query, key, value, result and a number a row."""
+    """(B, heads, N, width of a head) each: keeps query, key, value, result and a number per row."""
 
     @staticmethod
     def forward(ctx, query: Tensor, key: Tensor, value: Tensor, charge: Charge) -> Tensor:
@@ -97,7 +97,7 @@ class _FlashAttention(torch.autograd.Function):
         return *grads, None
 
 
-class _FusedExperts(Experts):
+class _FakeFusedExperts(Experts):
     """Experts as `vmoe.moe.kernels.experts.fused` computes them."""
 
     def forward(self, x_TD: Tensor, routing: Routing | SlotRouting, kernels: Kernels | None = None) -> Tensor:
@@ -119,15 +119,18 @@ def _fused(x_TD: Tensor, choices: Choices, mlp: Mlp, charge: Charge) -> Tensor:
         num_choices, num_experts, rows_of_share(choices.slots_of_expert, num_choices, num_experts)
     )
     learned = (mlp.weight1, mlp.bias1, mlp.weight2, mlp.bias2)
-    return _FusedMlp.apply(x_TD, choices.weights_TK, *learned, *casts, mlp, num_rows, charge)
+    return _FakeFusedMlp.apply(x_TD, choices.weights_TK, *learned, *casts, mlp, num_rows, charge)
 
 
 def _is_fused(mlp: Mlp) -> bool:
     return requirements.what_it_lacks(mlp) is None and requirements.what_does_not_fit(mlp) is None
 
 
-class _FusedMlp(torch.autograd.Function):
-    """Dispatch, both layers and combine; memory as in `vmoe.moe.kernels.experts.fused.mlp`."""
+class _FakeFusedMlp(torch.autograd.Function):
+    """Dispatch, both layers and combine; memory as in `vmoe.moe.kernels.experts.fused.mlp`.
+
+    Autograd needs each tensor as an argument of its own.
+    """
 
     @staticmethod
     def forward(ctx, x_TD, weights_TK, weight1, bias1, weight2, bias2, cast1, cast2, mlp: Mlp, num_rows: int, charge):
@@ -141,8 +144,8 @@ class _FusedMlp(torch.autograd.Function):
         ctx.biases, ctx.recompute, ctx.charge = (bias1, bias2), mlp.recompute, charge
         ctx.is_gated = isinstance(mlp.activation, Glu)
         products = 2 * num_rows * (width_D * width_F + width_H * width_O)
-        # Their traffic is hidden, as measured; and the router's operators, as traced, are more than its kernels: calls
-        # of the experts' kernels are counted with those
+        # Products hide their traffic, as measured. Calls of these kernels are not counted: the router's operators, as
+        # traced, are more than its kernels by about as many
         charge("products", cast1.dtype, products, 0, 0)
         elementwise = _bytes(x_TD) + sum(map(_bytes, (x_RD, pre_RF, act_RH, y_RO, y_TO)))
         charge("other", cast1.dtype, 0, elementwise, 0)
@@ -168,8 +171,8 @@ class _FusedMlp(torch.autograd.Function):
         return grad_x, grad_weights, grad1, grads_of_biases[0], grad2, grads_of_biases[1], *(None,) * 5
 
 
-class _ExchangedExperts(DistributedExperts):
-    """Experts dealt out among processes; only the network is left out."""
+class _FakeExchangedExperts(DistributedExperts):
+    """Experts spread over processes; only the network is left out."""
 
     send: Callable[[int], None]
     like_gpu: bool
@@ -178,8 +181,8 @@ class _ExchangedExperts(DistributedExperts):
         if not (self.like_gpu and _is_fused(mlp)):
             return super()._by_capacity(x_TD, choices, num_experts, mlp, kernels)
         num_rows = num_experts * choices.groups.count * choices.capacity
-        x_RD = _Scatter.apply(x_TD, num_rows, mlp.dtype, self.charge)
-        return _CombineShares.apply(self._even(x_RD, mlp, kernels), choices.weights_TK, self.charge)
+        x_RD = _ScatterRows.apply(x_TD, num_rows, mlp.dtype, self.charge)
+        return _CombineRows.apply(self._even(x_RD, mlp, kernels), choices.weights_TK, self.charge)
 
     def _own_experts(self, x_RD: Tensor, choices: Choices, mlp: Mlp, kernels: Kernels) -> Tensor:
         if not (self.like_gpu and _is_fused(mlp)):
@@ -187,7 +190,7 @@ class _ExchangedExperts(DistributedExperts):
         return _fused(x_RD, choices, mlp, self.charge)
 
     def _uneven(self, x_RD: Tensor, counts_E: Tensor, mlp: Mlp, kernels: Kernels) -> Tensor:
-        # With a fair load: as many rows arrive as leave
+        # The load is fair, so that as many rows arrive as leave
         x_RD = self._exchange(x_RD, [], [])
         own = mlp.weight1.shape[0]
         order_R = torch.arange(x_RD.shape[0])
@@ -202,7 +205,7 @@ class _ExchangedExperts(DistributedExperts):
         return parameter
 
 
-class _Scatter(torch.autograd.Function):
+class _ScatterRows(torch.autograd.Function):
     """`vmoe.moe.kernels.experts.fused.shares.scatter_shares`."""
 
     @staticmethod
@@ -220,7 +223,7 @@ class _Scatter(torch.autograd.Function):
         return grad_TD, None, None, None
 
 
-class _CombineShares(torch.autograd.Function):
+class _CombineRows(torch.autograd.Function):
     """`vmoe.moe.kernels.experts.fused.shares.combine_shares`."""
 
     @staticmethod
