@@ -5,7 +5,7 @@ import torch
 
 import vmoe
 from vmoe.bench.data import loader_rate
-from vmoe.bench.model import benchmark_models
+from vmoe.bench.model import ModelTiming, benchmark_models
 
 CPU = torch.device("cpu")
 
@@ -19,7 +19,7 @@ def make(moe=None):
 def test_rows_of_models_beside_their_twin():
     moe = vmoe.MoeConfig(num_experts=4, top_k=1, eval_capacity_factor=1.05, batch_priority=True)
     makers = {"dense": make(), "every-2 K=1": make(moe), "broken": lambda: 1 / 0}
-    rows = benchmark_models(makers, 32, 4, CPU, torch.bfloat16, rounds=2)
+    rows = benchmark_models(makers, ModelTiming(32, 4, CPU, torch.bfloat16, rounds=2))
     assert [(row["model"], row.get("pass")) for row in rows] == [
         ("broken", None), ("dense", "training"), ("every-2 K=1", "training"),
         ("dense", "inference"), ("every-2 K=1", "inference"),
@@ -38,7 +38,8 @@ def test_rows_of_models_beside_their_twin():
 def test_measuring_changes_no_weight():
     models = []
     torch.manual_seed(0)
-    benchmark_models({"dense": lambda: models.append(make()()) or models[0]}, 32, 2, CPU, torch.float32, rounds=1)
+    makers = {"dense": lambda: models.append(make()()) or models[0]}
+    benchmark_models(makers, ModelTiming(32, 2, CPU, torch.float32, rounds=1))
     torch.manual_seed(0)
     fresh = make()()
     assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), fresh.parameters(), strict=True))
@@ -47,9 +48,8 @@ def test_measuring_changes_no_weight():
 
 @pytest.mark.slow
 def test_the_fastest_mode_is_the_base_of_the_ratios():
-    rows = benchmark_models(
-        {"dense": make()}, 32, 2, CPU, torch.float32, passes=("training",), modes=("off", "default")
-    )
+    timing = ModelTiming(32, 2, CPU, torch.float32, passes=("training",), modes=("off", "default"))
+    rows = benchmark_models({"dense": make()}, timing)
     assert [row["compile"] for row in rows] == ["off", "default"]
     fastest = min(rows, key=lambda row: row["ms"])
     assert fastest["fastest"] and fastest["ratio"] == 1

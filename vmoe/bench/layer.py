@@ -6,6 +6,7 @@ losses, batch priority in groups of 8 images. Forward and backward pass, paramet
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from timm.layers import Mlp
@@ -15,7 +16,7 @@ from torch._dynamo import config as dynamo_config
 from vmoe.bench import peers
 from vmoe.bench.cases import LayerCase, given_routing
 from vmoe.bench.timing import Measurement, Say, TimedJob, matmul_peak, reason_of_failure, release, time_jobs
-from vmoe.moe import MoeConfig, MoeMlp
+from vmoe.moe import MoeConfig, MoeMlp, Routing
 from vmoe.moe.experts import Experts, ExpertSpec
 
 LAYER_CALLS_ON_GPU = 4  # between two readings of the clock
@@ -36,15 +37,15 @@ def benchmark_layer(
     Args:
         case: The sizes.
         device: Where to run.
-        dtype: Of autocast, or float32 for none.
+        dtype: Type of autocast; float32 for none.
         rounds: How often each job is timed.
-        only: Beginnings of the names of the jobs to run, beside the dense ones; None for all, but for the compiled ones
-            off the GPU, where a compiler of C++ may be missing.
+        only: Beginnings of the names of the jobs to run beside the dense ones. None runs all on a GPU, and all that are
+            not compiled on a CPU, where a C++ compiler may be missing.
         with_peers: Whether to add the peers, each of which is checked first.
-        say: Told what is being done.
+        say: Called with a line on what is done.
 
     Returns:
-        A measurement a job, and the best rate of the dense layer's matrix products and of a large square one in FLOP/s.
+        A measurement per job, and the best rate in FLOP/s of the dense layer's products and of a large square product.
 
     Raises:
         DeviceLost: A job left the device unusable.
@@ -77,27 +78,27 @@ def benchmark_layer(
 
 def layer_jobs(case: LayerCase, device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], TimedJob]]:
     """Makers of the jobs, by name; "X inference" is compared with "dense inference", all others with "dense"."""
-    config = case.moe()
-    place = (case, device, dtype)
+    make, config = _LayerMaker(case, device, dtype), case.moe()
+    dropless = case.moe(capacity_factor=None, batch_priority=False)
     jobs = {
-        "dense": lambda: _dense_job(*place),
-        "dense, compiled": lambda: _dense_job(*place, compiled=True),
-        "experts": lambda: _experts_job(*place),
-        "experts, casts kept": lambda: _experts_job(*place, keep_casts=True),
-        "experts, recomputed": lambda: _experts_job(*place, recompute=True),
-        "experts, dropless": lambda: _experts_job(*place, dropless=True),
-        "layer": lambda: _layer_job(*place, config),
-        "layer, casts kept": lambda: _layer_job(*place, config, keep_casts=True),
-        "layer, no noise, no priority": lambda: _layer_job(*place, _plain(config)),
-        "layer, dropless": lambda: _layer_job(*place, case.moe(capacity_factor=None, batch_priority=False)),
-        "layer, compiled": lambda: _layer_job(*place, config, compiled=True),
-        "dense inference": lambda: _dense_job(*place, inference=True),
-        "experts inference": lambda: _experts_job(*place, inference=True),
-        "layer inference": lambda: _layer_job(*place, config, inference=True),
+        "dense": make.dense,
+        "dense, compiled": lambda: make.dense(compiled=True),
+        "experts": make.experts,
+        "experts, casts kept": lambda: make.experts(keep_casts=True),
+        "experts, recomputed": lambda: make.experts(recompute=True),
+        "experts, dropless": lambda: make.experts(dropless=True),
+        "layer": lambda: make.layer(config),
+        "layer, casts kept": lambda: make.layer(config, keep_casts=True),
+        "layer, no noise, no priority": lambda: make.layer(_plain(config)),
+        "layer, dropless": lambda: make.layer(dropless),
+        "layer, compiled": lambda: make.layer(config, compiled=True),
+        "dense inference": lambda: make.dense(inference=True),
+        "experts inference": lambda: make.experts(inference=True),
+        "layer inference": lambda: make.layer(config, inference=True),
     }
     if device.type == "cuda":
-        jobs["dense, CUDA graph"] = lambda: _Replay(_dense_job(*place), device)
-        jobs["layer, CUDA graph"] = lambda: _Replay(_layer_job(*place, config), device)
+        jobs["dense, CUDA graph"] = lambda: _Replay(make.dense(), device)
+        jobs["layer, CUDA graph"] = lambda: _Replay(make.layer(config), device)
     else:
         del jobs["experts, recomputed"]  # only the GPU's kernels do
     if dtype == torch.float32:
@@ -111,48 +112,57 @@ def peer_jobs(case: LayerCase, device: torch.device, dtype: torch.dtype) -> dict
 
     def make(peer: type[nn.Module]) -> TimedJob:
         peers.check(peer, case, device, dtype)
-        return _given_routing_job(peer(case, device), case, device, dtype)
+        return _LayerMaker(case, device, dtype).with_given_routing(peer(case, device))
 
     return {f"peer: {name}": lambda peer=peer: make(peer) for name, peer in peers.PEERS.items()}
 
 
-def _dense_job(case: LayerCase, device: torch.device, dtype: torch.dtype, inference=False, compiled=False) -> TimedJob:
-    mlp = Mlp(case.width, case.hidden).to(device)
-    if compiled:
-        mlp.compile(dynamic=False)
-    x_TD = torch.randn(case.num_tokens * case.top_k, case.width, device=device)
-    return _pass_over(mlp, x_TD, (), dtype, inference)
+@dataclass(frozen=True)
+class _LayerMaker:
+    """Makes jobs of one case on a device, in a type."""
 
+    case: LayerCase
+    device: torch.device
+    dtype: torch.dtype
 
-def _experts_job(
-    case: LayerCase, device: torch.device, dtype: torch.dtype, *, keep_casts=False, recompute=False, dropless=False,
-    inference=False,
-) -> TimedJob:  # fmt: skip
-    spec = ExpertSpec(case.width, case.hidden, case.width, nn.GELU())
-    experts = Experts(case.num_experts, spec, recompute_activation=recompute, device=device)
-    if keep_casts:
-        experts.keep_casts()
-    return _given_routing_job(experts, case, device, dtype, dropless, inference)
+    def dense(self, *, inference: bool = False, compiled: bool = False) -> TimedJob:
+        """Timm's Mlp on K times as many tokens."""
+        mlp = Mlp(self.case.width, self.case.hidden).to(self.device)
+        if compiled:
+            mlp.compile(dynamic=False)
+        x_TD = torch.randn(self.case.num_tokens * self.case.top_k, self.case.width, device=self.device)
+        return _pass_over(mlp, x_TD, [], self.dtype, inference)
 
+    def experts(
+        self, *, keep_casts: bool = False, recompute: bool = False, dropless: bool = False, inference: bool = False
+    ) -> TimedJob:
+        """The experts with a given routing."""
+        case = self.case
+        spec = ExpertSpec(case.width, case.hidden, case.width, nn.GELU())
+        experts = Experts(case.num_experts, spec, recompute_activation=recompute, device=self.device)
+        if keep_casts:
+            experts.keep_casts()
+        return self.with_given_routing(experts, dropless=dropless, inference=inference)
 
-def _given_routing_job(module: nn.Module, case: LayerCase, device, dtype, dropless=False, inference=False) -> TimedJob:
-    routing = given_routing(case, device, dropless)
-    if not inference:
-        routing.weights_GSK.requires_grad_()
-    return _pass_over(module, torch.randn(case.num_tokens, case.width, device=device), (routing,), dtype, inference)
+    def with_given_routing(self, module: nn.Module, *, dropless: bool = False, inference: bool = False) -> TimedJob:
+        """A module that takes tokens and a routing."""
+        routing = given_routing(self.case, self.device, dropless)
+        if not inference:
+            routing.weights_GSK.requires_grad_()
+        x_TD = torch.randn(self.case.num_tokens, self.case.width, device=self.device)
+        return _pass_over(module, x_TD, [routing], self.dtype, inference)
 
-
-def _layer_job(
-    case: LayerCase, device: torch.device, dtype: torch.dtype, config: MoeConfig, *, keep_casts=False, inference=False,
-    compiled=False,
-) -> TimedJob:  # fmt: skip
-    layer = MoeMlp(case.width, case.hidden, moe=config, device=device)
-    if keep_casts:
-        layer.experts.keep_casts()
-    if compiled:
-        layer.compile(dynamic=False)
-    x = torch.randn(case.images, case.tokens, case.width, device=device)
-    return _pass_over(layer, x, (), dtype, inference)
+    def layer(
+        self, config: MoeConfig, *, keep_casts: bool = False, inference: bool = False, compiled: bool = False
+    ) -> TimedJob:
+        """The whole layer."""
+        layer = MoeMlp(self.case.width, self.case.hidden, moe=config, device=self.device)
+        if keep_casts:
+            layer.experts.keep_casts()
+        if compiled:
+            layer.compile(dynamic=False)
+        x = torch.randn(self.case.images, self.case.tokens, self.case.width, device=self.device)
+        return _pass_over(layer, x, [], self.dtype, inference)
 
 
 def _plain(config: MoeConfig) -> MoeConfig:
@@ -161,7 +171,7 @@ def _plain(config: MoeConfig) -> MoeConfig:
     )
 
 
-def _pass_over(module: nn.Module, x: Tensor, others: tuple, dtype: torch.dtype, inference: bool) -> TimedJob:
+def _pass_over(module: nn.Module, x: Tensor, others: list[Routing], dtype: torch.dtype, inference: bool) -> TimedJob:
     """A forward and backward pass, or a forward pass alone in eval mode with the weights in `dtype`."""
     if inference:
         module.to(dtype).eval()
@@ -191,7 +201,7 @@ def _pass_over(module: nn.Module, x: Tensor, others: tuple, dtype: torch.dtype, 
 
 
 class _Replay:
-    """A step captured in a CUDA graph; holds the step as well, whose module and tensors the graph reads and writes."""
+    """A step captured in a CUDA graph; it holds the step, since the graph reads and writes its module and tensors."""
 
     def __init__(self, step: TimedJob, device: torch.device) -> None:
         self.step = step

@@ -7,6 +7,7 @@ inference the weights are in the low type.
 
 import statistics
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -46,30 +47,38 @@ _MANY_GRAPHS = {
 }
 
 
+@dataclass(frozen=True)
+class ModelTiming:
+    """How models are timed.
+
+    Attributes:
+        image_size: Side of the images in pixels.
+        batch: Images per step.
+        device: Where to run.
+        dtype: Type of autocast in training, and of the weights in inference.
+        passes: Which passes, of `PASSES`.
+        modes: How to compile, of `MODES`.
+        rounds: How often each job is timed.
+    """
+
+    image_size: int
+    batch: int
+    device: torch.device
+    dtype: torch.dtype
+    passes: tuple[str, ...] = PASSES
+    modes: tuple[str, ...] = ("off",)
+    rounds: int = 8
+
+
 def benchmark_models(
-    makers: dict[str, Callable[[], nn.Module]],
-    image_size: int,
-    batch: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    *,
-    passes: tuple[str, ...] = PASSES,
-    modes: tuple[str, ...] = ("off",),
-    rounds: int = 8,
-    say: Say | None = None,
+    makers: dict[str, Callable[[], nn.Module]], timing: ModelTiming, say: Say = lambda line: None
 ) -> list[Row]:
     """Times models in one process, in shuffled order.
 
     Args:
-        makers: Makers of the models on `device`, by name. Ratios are to "dense", where there is one.
-        image_size: Side of the images in pixels.
-        batch: Images a step.
-        device: Where to run.
-        dtype: Of autocast in training and of the weights in inference.
-        passes: Of `PASSES`.
-        modes: How to compile, of `MODES`.
-        rounds: How often each is timed.
-        say: Told what is being done.
+        makers: Makers of the models on the device, by name. Ratios are to "dense", where there is one.
+        timing: How they are timed.
+        say: Called with a line on what is done.
 
     Returns:
         A row for each model, pass and mode. Ratios are to the dense model's fastest mode; `fastest` marks the fastest
@@ -78,31 +87,27 @@ def benchmark_models(
     Raises:
         DeviceLost: A model left the device unusable.
     """
-    say = say or (lambda line: None)
-    models, costs, rows = {}, {}, []
+    device, models, costs, rows = timing.device, {}, {}, []
     for name, make in makers.items():
         say(f"making {name}")
         try:
             models[name] = make()
-            costs[name] = _cost_row(models[name], image_size)
-        except Exception as error:  # such as a lack of memory; the other models go on
+            costs[name] = _cost_row(models[name], timing.image_size)
+        except Exception as error:  # such as a lack of memory, after which the other models still run
             models.pop(name, None)
             rows.append({"model": name, "error": reason_of_failure(name, error, device)})
-    images = torch.randn(batch, 3, image_size, image_size, device=device)
-    for of_pass in passes:
+    images = torch.randn(timing.batch, 3, timing.image_size, timing.image_size, device=device)
+    for of_pass in timing.passes:
         updates = {name: _optimizer_row(name, model, device) for name, model in models.items() if of_pass == "training"}
-        jobs = {}
+        jobs, keys = {}, {}
         for name, model in models.items():
-            for mode in modes:
-                jobs[f"{name}, {of_pass}, compile {mode}"] = (
-                    (name, mode),
-                    _pass_job(of_pass, model, mode, images, dtype),
-                )
+            for mode in timing.modes:
+                title = f"{name}, {of_pass}, compile {mode}"
+                keys[title], jobs[title] = (name, mode), _pass_job(of_pass, model, mode, images, timing.dtype)
         with dynamo_config.patch(_MANY_GRAPHS):
             calls = MODEL_CALLS_ON_GPU if device.type == "cuda" else 1
-            results = time_jobs({title: job for title, (_, job) in jobs.items()}, device, rounds, calls, say)
-        of_mode = {key: results[title] for title, (key, _) in jobs.items()}
-        for row in _pass_rows(of_mode, batch):
+            results = time_jobs(jobs, device, timing.rounds, calls, say)
+        for row in _pass_rows({keys[title]: result for title, result in results.items()}, timing.batch):
             rows.append(row | {"pass": of_pass} | costs[row["model"]] | updates.get(row["model"], {}))
         del jobs
         torch.compiler.reset()

@@ -10,6 +10,7 @@ from typing import Any
 
 from vmoe.cli.common import run
 from vmoe.cli.options import capacity_factor, choose_device, count, new_parser
+from vmoe.cli.progress import working
 
 _LAYER = """\
 Times MoE layers beside timm's dense Mlp on K times as many tokens (equal active FLOPs): the experts with a given
@@ -111,17 +112,11 @@ def _benchmark(argv: list[str]) -> int:
     options.device = choose_device(options.device)
     torch.manual_seed(options.seed)
     results = benchmark_jobs.Results(options, argv)
+    jobs = {"layer": benchmark_jobs.layer, "model": benchmark_jobs.model, "serve": serve, "scaling": scaling}
+    jobs["data"] = lambda options, results: benchmark_data.data(options, rest, results)
     try:
-        if options.job == "layer":
-            benchmark_jobs.layer(options, results)
-        elif options.job == "model":
-            benchmark_jobs.model(options, results)
-        elif options.job == "data":
-            benchmark_data.data(options, rest, results)
-        elif options.job == "serve":
-            serve(options, results)
-        else:
-            scaling(options, results)
+        with working(lambda: results.at):
+            jobs[options.job](options, results)
     except DeviceLost as error:
         line = f"vmoe benchmark: the GPU stopped at {error}; nothing that runs after it in this process would be right"
         print(line, file=sys.stderr)

@@ -15,14 +15,14 @@ from vmoe.bench.cases import CASES, LayerCase
 from vmoe.bench.curves import AXES, CURVE_COLUMNS, benchmark_curves, draw_cost_curves
 from vmoe.bench.figure import save_figure
 from vmoe.bench.layer import benchmark_layer, layer_jobs, peer_jobs
-from vmoe.bench.model import MODEL_COLUMNS, MODES, benchmark_models
-from vmoe.bench.report import LAYER_COLUMNS, Row, layer_rows, markdown_table
+from vmoe.bench.model import MODEL_COLUMNS, MODES, ModelTiming, benchmark_models
+from vmoe.bench.report import LAYER_COLUMNS, Row, layer_rows, markdown_table, write_text
 from vmoe.bench.roofline import FLOOR_COLUMNS, draw_roofline, layer_floors, stage_floors
 from vmoe.bench.timing import Measurement, Say, copy_bandwidth, reason_of_failure, release
 from vmoe.checkpoints import build_model
 from vmoe.cli.common import in_options
 from vmoe.errors import UserError
-from vmoe.files import atomic_write, write_json
+from vmoe.files import write_json
 from vmoe.moe import MoeConfig
 from vmoe.training.summary import device_name
 from vmoe.version import versions
@@ -37,6 +37,7 @@ class Results:
 
     def __init__(self, options: argparse.Namespace, argv: list[str]) -> None:
         self.folder = options.out
+        self.at = f"benchmark {options.job}"  # what is done now
         self.start = time.monotonic()
         self.header = {
             "command": shlex.join(["vmoe", "benchmark", *argv]),
@@ -46,9 +47,10 @@ class Results:
         }
 
     def say(self, subject: str) -> Say:
-        """Tells of progress on stderr, with the seconds since the start."""
+        """Prints progress on stderr, with the seconds since the start."""
 
         def say(line: str) -> None:
+            self.at = f"{subject}: {line}"
             print(f"{time.monotonic() - self.start:6.1f} s  {subject}: {line}", file=sys.stderr, flush=True)
 
         return say
@@ -59,8 +61,7 @@ class Results:
         write_json(self.folder / f"{name}.json", header | content)
         packages = ", ".join(f"{package} {version}" for package, version in header["versions"].items())
         head = f"{header['device']}, {header['dtype']}; {packages}; seed {header['seed']}"
-        with atomic_write(self.folder / f"{name}.md") as temporary:
-            temporary.write_text("\n\n".join([f"`{header['command']}`", head, *tables]) + "\n", encoding="utf-8")
+        write_text(self.folder / f"{name}.md", "\n\n".join([f"`{header['command']}`", head, *tables]) + "\n")
 
 
 def layer(options: argparse.Namespace, results: Results) -> None:
@@ -166,11 +167,10 @@ def model(options: argparse.Namespace, results: Results) -> None:
 
         return make
 
-    rows = benchmark_models(
-        {name: maker(moe) for name, moe in variants.items()}, image_size, batch, device, dtype,
-        passes=tuple(options.passes), modes=MODES if options.compile == "best" else (options.compile,),
-        rounds=options.rounds or 8, say=results.say(options.model),
-    )  # fmt: skip
+    modes = MODES if options.compile == "best" else (options.compile,)
+    timing = ModelTiming(image_size, batch, device, dtype, tuple(options.passes), modes, options.rounds or 8)
+    makers = {name: maker(moe) for name, moe in variants.items()}
+    rows = benchmark_models(makers, timing, results.say(options.model))
     shown = [row for row in rows if "error" in row or row["fastest"]]
     title = f"## {options.model}: {batch} images of {image_size} pixels, E={options.experts}"
     table = f"{title}, capacity factor {options.capacity_factor:g}\n\n{markdown_table(MODEL_COLUMNS, shown)}"

@@ -20,24 +20,22 @@ measured.json and measured.md.
 """
 
 import argparse
-import csv
 import dataclasses
 import shlex
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vmoe.bench.plan.hardware import GPUS, NETWORKS, USUAL_NETWORK, Machine, gpu_of_this_machine, network_bandwidth
 from vmoe.cli.common import run
 from vmoe.cli.options import choose_device, count, new_parser
 from vmoe.cli.progress import working
 from vmoe.errors import UserError
-from vmoe.files import atomic_write, write_json
+from vmoe.files import write_json
 
 if TYPE_CHECKING:
     from vmoe.bench.plan.planner import Traces
-    from vmoe.bench.report import Row
 
 _BANDWIDTHS = [2**step * 1e9 for step in range(8)]  # of curves, bytes/s of a GPU
 
@@ -59,7 +57,7 @@ def _plan_job(argv: list[str]) -> int:
     from vmoe.bench.figure import save_figure
     from vmoe.bench.plan.choice import plans_of, workload_of
     from vmoe.bench.plan.report import PLAN_COLUMNS, draw_network_curves, draw_plans, plan_row
-    from vmoe.bench.report import markdown_table
+    from vmoe.bench.report import markdown_table, write_text
     from vmoe.cli.train import parse
 
     config = parse(["--config", options.config, *rest])
@@ -88,16 +86,17 @@ def _plan_job(argv: list[str]) -> int:
         "rows": rows,
     }
     write_json(options.out / "plan.json", content)
-    _write_text(options.out / "plan.md", table)
+    write_text(options.out / "plan.md", table + "\n")
     drawn = [plan for plan in plans if plan.memory is not None]
     if drawn:
         save_figure(draw_plans(drawn, machine.memory, title), options.out / "plan.png")
     print(f"plan.json, plan.md{' and plan.png' if drawn else ''} in {options.out}")
     if options.curves:
         curves = []
-        for bandwidth in _BANDWIDTHS:
-            again = plans_of(config, workload, options.gpus, machine, bandwidth, traces)
-            curves += [plan_row(plan, images) | {"network_bandwidth": bandwidth} for plan in again if plan.memory]
+        with working("planning along the network's bandwidth"):
+            for bandwidth in _BANDWIDTHS:
+                again = plans_of(config, workload, options.gpus, machine, bandwidth, traces)
+                curves += [plan_row(plan, images) | {"network_bandwidth": bandwidth} for plan in again if plan.memory]
         curves.sort(key=lambda row: (row["strategy"] == "expert", row["expert_size"], row["strategy"], row["dense"]))
         write_json(options.out / "plan_curves.json", content | {"rows": curves})
         save_figure(
@@ -112,7 +111,7 @@ def _measure_plans(options: argparse.Namespace, argv: list[str]) -> int:
 
     from vmoe.bench.plan import truth
     from vmoe.bench.plan.probes import measure_machine
-    from vmoe.bench.report import markdown_table
+    from vmoe.bench.report import markdown_table, write_csv, write_text
     from vmoe.training.summary import device_name
     from vmoe.version import versions
 
@@ -124,8 +123,9 @@ def _measure_plans(options: argparse.Namespace, argv: list[str]) -> int:
     def say(line: str) -> None:
         print(f"{time.monotonic() - start:6.1f} s  {line}", file=sys.stderr, flush=True)
 
-    say("measures the rates")
-    measured = measure_machine(table, device)
+    say("measuring the rates")
+    with working("measuring the rates"):
+        measured = measure_machine(table, device)
     cases = [
         truth.PlannedCase(model, experts, images)
         for model in options.models or truth.MEASURED_MODELS
@@ -141,13 +141,14 @@ def _measure_plans(options: argparse.Namespace, argv: list[str]) -> int:
     }
     dtype = torch.bfloat16 if on_gpu else torch.float32
     rows = []
-    for row in truth.measured_beside_predicted(cases, options.image_size, table, measured, device, dtype, say):
-        rows.append(row)
-        write_json(options.out / "measured.json", header | {"rows": rows})  # kept, should the GPU stop
-    _write_plans(options.out / "measured.csv", rows)
+    with working(lambda: f"measuring: {len(rows)} of {len(cases)} models"):
+        for row in truth.measured_beside_predicted(cases, options.image_size, table, measured, device, dtype, say):
+            rows.append(row)
+            write_json(options.out / "measured.json", header | {"rows": rows})  # kept, should the GPU stop
+    write_csv(options.out / "measured.csv", rows)
     text = f"{header['device']}\n\n{markdown_table(truth.MEASURED_COLUMNS, rows)}\n\n{_rates(table, measured)}"
     print(text + "\n")
-    _write_text(options.out / "measured.md", f"`{header['command']}`\n\n{text}")
+    write_text(options.out / "measured.md", f"`{header['command']}`\n\n{text}\n")
     print(f"measured.csv, measured.json and measured.md in {options.out}; {time.monotonic() - start:.0f} s")
     return 0
 
@@ -161,19 +162,6 @@ def _rates(table: Machine, measured: Machine) -> str:
         values = (f"{getattr(machine, name) / unit:.4g} {names[unit]}" for machine in (measured, table))
         lines.append(" | ".join([name, *values]))
     return "\n".join(f"| {line} |" for line in lines)
-
-
-def _write_plans(path: Path, rows: "list[Row]") -> None:
-    columns: dict[str, Any] = dict.fromkeys(key for row in rows for key in row)
-    with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(columns))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def _write_text(path: Path, text: str) -> None:
-    with atomic_write(path) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
 
 
 def command_line() -> argparse.ArgumentParser:

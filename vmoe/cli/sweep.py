@@ -1,8 +1,8 @@
 """\
-Trains all arms and seeds of a study's file, several side by side, each by `vmoe train` in its own process and its
-folder OUT/ARM_sSEED; small models leave a GPU idle otherwise. Runs that are done are passed over, stopped ones gone on
-with, so that the same command can be given again. Over several GPUs they are dealt out evenly. What follows -- goes to
-each run.
+Trains all arms and seeds of a study's file, several side by side, since one small model would leave a GPU idle. Each is
+a `vmoe train` in its own process and its own folder OUT/ARM_sSEED. Runs that are done are passed over and stopped ones
+resumed, so that the same command can be given again. Several GPUs get equally many runs. What follows -- goes to each
+run.
 
   vmoe sweep configs/studies/cifar100.yaml --out runs/study --jobs 7
   vmoe sweep configs/studies/cifar100.yaml --out runs/study --arms dense soft_10 --seeds 3 4 -- --data.root ~/data
@@ -15,6 +15,7 @@ from pathlib import Path
 
 from vmoe.cli.common import run
 from vmoe.cli.options import count, new_parser, split_options
+from vmoe.cli.progress import working
 from vmoe.cli.recipes import find_recipe
 from vmoe.errors import UserError
 from vmoe.text import counted
@@ -42,7 +43,9 @@ def _sweep(argv: list[str]) -> int:
         reason = error.strerror or error
         raise UserError(f"--out {options.out}: cannot be written ({reason}); choose another place") from error
     print(f"{counted(len(runs), 'run')}, {sum(training.is_done for training in runs)} of them done", flush=True)
-    failed = Sweep(runs, options.jobs, _gpus(), lambda line: print(line, flush=True)).run()
+    sweep = Sweep(runs, options.jobs, _gpus(), lambda line: print(line, flush=True))
+    with working(sweep.progress):
+        failed = sweep.run()
     if failed:
         print(f"{len(failed)} of {counted(len(runs), 'run')} failed: {', '.join(training.name for training in failed)}")
     return 1 if failed else 0

@@ -61,8 +61,8 @@ def read_study(
 ) -> list[Training]:
     """The runs of a study's file, seed by seed.
 
-    The file holds `config`, a recipe's file beside it; `seeds`; and `arms`, for each a name and the options that tell
-    it from the recipe, by dotted name as `vmoe train` takes them.
+    The file holds `config`, a recipe's file beside it; `seeds`; and `arms`. An arm has a name, and the options in which
+    it differs from the recipe, by dotted name as `vmoe train` takes them.
 
     Args:
         path: the study's YAML file.
@@ -155,21 +155,22 @@ class Sweep:
         runs: the runs, in order; those that are done are passed over.
         jobs: how many at once.
         devices: what CUDA_VISIBLE_DEVICES holds for a run, in turn the one with the fewest runs; none leaves it alone.
-        tell: is called with a line for each run that ends.
+        say: is called with a line for each run that ends.
     """
 
     runs: list[Training]
     jobs: int
     devices: list[str] = field(default_factory=list)
-    tell: Callable[[str], None] = print
+    say: Callable[[str], None] = print
+    _working: dict[Training, tuple[subprocess.Popen, str | None]] = field(default_factory=dict, init=False)
 
     def run(self) -> list[Training]:
         """Trains all; returns those that failed.
 
-        Ctrl-C or SIGTERM stops all as `vmoe train` is stopped, saved and to be gone on with; KeyboardInterrupt follows.
+        Ctrl-C or SIGTERM stops all runs as it stops `vmoe train`: they are saved and can be resumed. KeyboardInterrupt
+        follows.
         """
         todo = iter([run for run in self.runs if not run.is_done])
-        self._working: dict[Training, tuple[subprocess.Popen, str | None]] = {}
         failed: list[Training] = []
         before = signal.signal(signal.SIGTERM, _interrupt)
         try:
@@ -185,6 +186,12 @@ class Sweep:
         finally:
             signal.signal(signal.SIGTERM, before)
         return failed
+
+    def progress(self) -> str:
+        """What is trained now, and how many runs are done."""
+        done = sum(run.is_done for run in self.runs)
+        names = ", ".join(run.name for run in list(self._working)) or "no run"
+        return f"training {names}; {done} of {len(self.runs)} done"
 
     def _start(self, todo: Iterator[Training]) -> bool:
         """Starts runs until there are enough; whether any was started."""
@@ -211,7 +218,7 @@ class Sweep:
         return min(self.devices, key=taken.count, default=None)
 
     def _ended(self) -> list[Training]:
-        """Tells of the runs that ended; returns those that failed."""
+        """Says which runs ended; returns those that failed."""
         failed = []
         for run, (process, _) in list(self._working.items()):
             if process.poll() is None:
@@ -219,9 +226,9 @@ class Sweep:
             del self._working[run]
             if process.returncode:
                 failed.append(run)
-                self.tell(f"{run.name}: FAILED with exit code {process.returncode}: {last_line(run.log)}")
+                self.say(f"{run.name}: FAILED with exit code {process.returncode}: {last_line(run.log)}")
             else:
-                self.tell(f"{run.name}: {last_line(run.log)}")
+                self.say(f"{run.name}: {last_line(run.log)}")
         return failed
 
 
