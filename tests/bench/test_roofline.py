@@ -59,6 +59,6 @@ def test_kernels_have_their_stages():
 
 
 def test_kernels_of_the_stages_exist():
-    folder = Path(vmoe.__file__).parent / "moe" / "kernels" / "fused"
+    folder = Path(vmoe.__file__).parent / "moe" / "kernels" / "experts" / "fused"
     source = "".join(path.read_text(encoding="utf-8") for path in folder.glob("*.py"))
     assert set(KERNELS) <= set(re.findall(r"@triton\.jit(?:\(.*\))?\ndef (\w+)", source))

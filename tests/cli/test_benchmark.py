@@ -19,25 +19,8 @@ TINY = ["--device", "cpu", "--width", "16", "--experts", "4", "--images", "2", "
 
 def test_layer_writes_what_it_prints(tmp_path, capsys):
     out = tmp_path / "new" / "folder"
-    assert (
-        main(
-            [
-                "layer",
-                *TINY,
-                "--jobs",
-                "layer",
-                "peer: sort",
-                "--peers",
-                "--cases",
-                "S32,Ti-k1",
-                "--seed",
-                "3",
-                "--out",
-                str(out),
-            ]
-        )
-        == 0
-    )
+    chosen = ["--cases", "S32,Ti-k1", "--jobs", "layer inf", "peer: sort", "--peers", "--seed", "3"]
+    assert main(["layer", *TINY, *chosen, "--out", str(out)]) == 0
     shown = capsys.readouterr()
     report = json.loads((out / "layer.json").read_text())
     assert report["command"].startswith("vmoe benchmark layer --device cpu")

@@ -74,7 +74,7 @@ def test_mistakes_are_one_line(arguments, named, tmp_path, capsys):
 
 
 def test_measured_beside_predicted(tmp_path):
-    cases = ["--models", "vit_tiny_patch16_224", "--experts", "4", "--images", "2", "--image-size", "32"]
+    cases = ["--models", "test_vit", "--experts", "4", "--images", "2", "--image-size", "32"]
     assert main(["--measure", "--device", "cpu", *cases, "--out", str(tmp_path)]) == 0
     with open(tmp_path / "measured.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
@@ -87,7 +87,7 @@ def test_measured_beside_predicted(tmp_path):
     [([], MeshLayout("expert", 2, 2, "whole")), (["--moe", "null"], MeshLayout("ddp", 2))],
 )
 def test_auto_is_none_in_one_process_and_says_why_in_several(options, layout):
-    config = parse([*DIGITS, *SMALL, *options, "--parallel.strategy", "auto", "--trainer.device", "cpu"])
+    config = parse([*DIGITS, *options, "--parallel.strategy", "auto", "--trainer.device", "cpu"])
     assert resolved(config, Place())[0].parallel.strategy == "none"
     chosen, why = resolved(config, Place(0, 2, 0, 2))
     taken = dict(strategy=layout.strategy, expert_size=layout.expert_size, dense=layout.dense)
