@@ -1,6 +1,6 @@
 """The order of training."""
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vmoe.data import EpochBatchSampler
@@ -8,6 +8,7 @@ from vmoe.data import EpochBatchSampler
 sizes = {"length": st.integers(1, 200), "batch_size": st.integers(1, 64), "seed": st.integers(0, 2**32 - 1)}
 
 
+@settings(deadline=None)
 @given(**sizes, epoch=st.integers(0, 1000))
 def test_an_epoch_is_a_permutation_in_full_batches(length, batch_size, seed, epoch):
     sampler = EpochBatchSampler(length, batch_size, seed)
@@ -21,6 +22,7 @@ def test_an_epoch_is_a_permutation_in_full_batches(length, batch_size, seed, epo
     assert {seen for batch in batches for seen, _ in batch} == {epoch}
 
 
+@settings(deadline=None)
 @given(**sizes, epoch=st.integers(0, 1000), start=st.integers(0, 200))
 def test_a_resume_gives_the_tail_once(length, batch_size, seed, epoch, start):
     sampler = EpochBatchSampler(length, batch_size, seed)

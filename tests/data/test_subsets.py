@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vmoe.data import SubsetConfig
@@ -19,6 +19,7 @@ def counts(labels):
     return np.bincount(labels, minlength=6)
 
 
+@settings(deadline=None)
 @given(label_arrays, fractions, seeds)
 def test_split_is_a_stratified_partition(labels, fraction, seed):
     kept, cut = split(labels, fraction, seed)
@@ -28,6 +29,7 @@ def test_split_is_a_stratified_partition(labels, fraction, seed):
         assert taken == (min(max(rounded, 1), size - 1) if size else 0)
 
 
+@settings(deadline=None)
 @given(label_arrays, fractions, fractions, seeds)
 def test_fractions_are_exact_repeatable_and_nested(labels, one, other, seed):
     small, large = (
@@ -39,6 +41,7 @@ def test_fractions_are_exact_repeatable_and_nested(labels, one, other, seed):
     assert np.array_equal(small, choose_training(labels, SubsetConfig(fraction=min(one, other)), NAMES, seed))
 
 
+@settings(deadline=None)
 @given(st.integers(1, 10), seeds)
 def test_per_class_is_exact(wanted, seed):
     labels = np.arange(60) % 6
