@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from vmoe.routing.recording import record_routing
     from vmoe.training.callbacks import Ema, ExactResume, NanGuard, RoutingMonitor
     from vmoe.training.classifier import Classifier
+    from vmoe.training.fit import fit
 else:  # hidden from type checkers, which would take any name for one of this package's
     from vmoe.moe import CONTROL_NAMES
 
@@ -37,6 +38,7 @@ else:  # hidden from type checkers, which would take any name for one of this pa
             "vmoe.data": ["ImageDataModule", "prepare_image"],
             "vmoe.training.callbacks": ["Ema", "ExactResume", "NanGuard", "RoutingMonitor"],
             "vmoe.training.classifier": ["Classifier"],
+            "vmoe.training.fit": ["fit"],
             "vmoe.models": ["create_model", "densify", "load_jax_checkpoint", "sparsify"],
             "vmoe.moe": ["MoeConfig", "MoeMlp", *CONTROL_NAMES],
         },
@@ -58,6 +60,7 @@ __all__ = [
     "create_model",
     "densify",
     "evaluate",
+    "fit",
     "load",
     "load_jax_checkpoint",
     "moe_layers",

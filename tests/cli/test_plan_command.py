@@ -11,7 +11,7 @@ from vmoe.bench.plan.layouts import MeshLayout, StepMemory
 from vmoe.bench.plan.planner import LayoutPlan, Times
 from vmoe.bench.plan.report import draw_plans
 from vmoe.cli.plan import main
-from vmoe.cli.train import parse
+from vmoe.cli.train_options import parse
 from vmoe.data import DataConfig
 from vmoe.data.datasets import load_splits
 from vmoe.errors import UserError

@@ -2,9 +2,9 @@
 
 import pytest
 
-from vmoe.cli.recipes import FOLDER, find_recipe, recipe_names
-from vmoe.cli.train import parse
+from vmoe.cli.train_options import parse
 from vmoe.errors import UserError
+from vmoe.training.recipes import FOLDER, find_recipe, recipe_names
 
 
 @pytest.fixture

@@ -15,12 +15,14 @@ import vmoe
 from vmoe.checkpoints import build_model
 from vmoe.cli.common import run
 from vmoe.cli.main import main as vmoe_main
-from vmoe.cli.train import main, option_names, parse
+from vmoe.cli.train import main
+from vmoe.cli.train_options import parse
 from vmoe.config_values import from_plain, to_plain
 from vmoe.data.config import DEFAULTS, SetName
 from vmoe.errors import UserError
 from vmoe.models.cost import count_parameters
 from vmoe.training.config import TrainConfig
+from vmoe.training.options import option_names
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 

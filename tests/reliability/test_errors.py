@@ -17,8 +17,8 @@ from reliability.spoilt import spoil
 
 import vmoe
 from vmoe.cli.main import JOBS, main
-from vmoe.cli.train import option_names
 from vmoe.training.config import TrainConfig
+from vmoe.training.options import option_names
 
 PAGE = (Path(__file__).parents[2] / "docs" / "errors.md").read_text(encoding="utf-8")
 ROWS = [line for line in PAGE.splitlines() if line.startswith("| ") and not line.startswith("| mistake |")]

@@ -12,7 +12,8 @@ from timm.layers import resample_abs_pos_embed
 import vmoe
 from vmoe import MoeConfig
 from vmoe.checkpoints import load_checkpoint
-from vmoe.cli.train import main, parse
+from vmoe.cli.train import main
+from vmoe.cli.train_options import parse
 from vmoe.errors import UserError
 from vmoe.training.initial import initial_model
 

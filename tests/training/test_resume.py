@@ -15,7 +15,8 @@ import torch
 
 from vmoe.checkpoints import ENTRY, RunFolder
 from vmoe.cli.evaluate import main as evaluate
-from vmoe.cli.train import main, parse
+from vmoe.cli.train import main
+from vmoe.cli.train_options import parse
 from vmoe.training.classifier import Classifier
 from vmoe.training.optim import learning_rate
 

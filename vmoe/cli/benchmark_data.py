@@ -14,7 +14,7 @@ from vmoe.bench.report import Row, markdown_table
 from vmoe.bench.torchvision_data import torchvision_loader, torchvision_plan
 from vmoe.checkpoints import build_model
 from vmoe.cli.benchmark_jobs import Results
-from vmoe.cli.train import parse
+from vmoe.cli.train_options import parse
 from vmoe.data import Batch, DataConfig, ImageDataModule
 from vmoe.errors import UserError
 from vmoe.training.config import TrainConfig

@@ -32,7 +32,7 @@ def _data(argv: list[str]) -> int:
 
     import numpy as np
 
-    from vmoe.cli.train import parse  # here, so that --help and a mistyped option answer at once
+    from vmoe.cli.train_options import parse  # here, so that --help and a mistyped option answer at once
 
     config = parse(of_training)
     from vmoe.data import ImageDataModule

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING
 from vmoe.cli.common import run
 from vmoe.cli.options import count, new_parser, split_options
 from vmoe.cli.progress import Tracked
-from vmoe.cli.recipes import find_recipe
 from vmoe.errors import UserError
+from vmoe.training.recipes import find_recipe
 
 if TYPE_CHECKING:
     from vmoe.checkpoints import TrainedModel
@@ -78,7 +78,7 @@ def _distill_parser() -> argparse.ArgumentParser:
 
 def _student_config(options: argparse.Namespace, teacher: "TrainedModel", for_training: list[str]) -> "TrainConfig":
     from vmoe.cli.follow_up import follow_up
-    from vmoe.cli.train import parse
+    from vmoe.cli.train_options import parse
     from vmoe.evaluation.evaluate import trained_on
 
     argv = ["--distill.teacher", str(teacher.path), *for_training]

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from vmoe.checkpoints import TrainedModel
-from vmoe.cli.train import parse
+from vmoe.cli.train_options import parse
 from vmoe.config_values import to_plain
 from vmoe.data import DataConfig
 from vmoe.training.config import TrainConfig

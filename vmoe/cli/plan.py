@@ -58,7 +58,7 @@ def _plan_job(argv: list[str]) -> int:
     from vmoe.bench.plan.choice import plans_of, workload_of
     from vmoe.bench.plan.report import PLAN_COLUMNS, draw_network_curves, draw_plans, plan_row
     from vmoe.bench.report import markdown_table, write_text
-    from vmoe.cli.train import parse
+    from vmoe.cli.train_options import parse
 
     config = parse(["--config", options.config, *rest])
     machine, network = Machine.of(options.gpu), network_bandwidth(options.network)

@@ -16,9 +16,9 @@ from pathlib import Path
 from vmoe.cli.common import run
 from vmoe.cli.options import count, new_parser, split_options
 from vmoe.cli.progress import working
-from vmoe.cli.recipes import find_recipe
 from vmoe.errors import UserError
 from vmoe.text import counted
+from vmoe.training.recipes import find_recipe
 
 
 def main(argv: list[str] | None = None) -> int:

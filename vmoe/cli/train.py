@@ -1,58 +1,20 @@
-"""`vmoe train`: a config file and dotted options become a checked `TrainConfig`, which is trained."""
+"""`vmoe train`: parses a command line and calls `vmoe.fit`."""
 
-import difflib
-import re
 import shlex
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
-import jsonargparse
-import yaml
-from rich.console import Console
-
-from vmoe.checkpoints.run_folder import RunFolder, is_config_of_run, newer_version
+from vmoe.checkpoints.run_folder import RunFolder
 from vmoe.cli.common import run
-from vmoe.cli.config_files import as_written, as_yaml, read_config
-from vmoe.cli.recipes import find_recipe, is_recipe, recipe_names
 from vmoe.cli.threads import choose_threads
-from vmoe.cli.train_help import short_help
-from vmoe.config_values import choices, describe, from_plain, section_type
-from vmoe.data.config import DEFAULTS, EMBEDDED_SETS, NAMED_SETS, DataConfig
+from vmoe.cli.train_options import parse
 from vmoe.errors import UserError
 from vmoe.memory import is_out_of_memory, memory_line
-from vmoe.moe import MoeConfig
 from vmoe.training.config import TrainConfig
 from vmoe.training.place import Place
 from vmoe.training.progress import Progress
 from vmoe.training.stopping import Interrupted, stopped_at_once
-from vmoe.version import __version__
-
-DESCRIPTION = """
-Trains a timm model, dense or with sparse MoE layers, on images, and tests its best checkpoint.
-
-Every value of a config can be given here by its dotted name: --optim.lr 1e-3, --moe.num_experts 16, --moe.layers [3,5],
---model.kwargs.drop_path_rate 0.1; --moe null trains the dense twin. --print_config shows what comes out.
-"""
-OUTSIDE_CONFIG = ("config", "print_config", "help", "help-all", "moe.help")
-
-
-class _Parser(jsonargparse.ArgumentParser):
-    """Its help is short; `format_all` also has the options of `moe`, which jsonargparse hides, being optional."""
-
-    def format_help(self) -> str:
-        return short_help([*self._actions, *self._moe()._actions])
-
-    def format_all(self) -> str:
-        _, heading, options = self._moe().format_help().partition("What an MoE layer computes")
-        return f"{super().format_help()}\n{heading}{options}"
-
-    def _moe(self) -> jsonargparse.ArgumentParser:
-        moe = jsonargparse.ArgumentParser(prog=self.prog)
-        moe.add_class_arguments(MoeConfig, "moe")
-        return moe
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -95,15 +57,15 @@ def _train(make_config: Callable[[], TrainConfig], command: list[str], place: Pl
         config = make_config()
     except UserError as error:
         raise UserError(str(error), everywhere=True) from error
-    console = Console(quiet=not place.is_first)
+    progress = Progress(quiet=not place.is_first)
     if config.parallel.strategy == "auto":
-        config = _resolved(config, place, console)
+        config = _resolved(config, place, progress)
     try:
         with stopped_at_once():
-            from vmoe.training.run import train  # here, since a mistake in an option need not wait for Lightning
+            from vmoe.training.fit import fit  # here, since a mistake in an option need not wait for Lightning
         busy = config.data.workers if config.data.pipeline == "workers" else 0  # else they only read, at the start
-        Progress(console).say(f"threads: {choose_threads(busy, place.local_count)}")
-        result = train(config, shlex.join(command), console)
+        progress.say(f"threads: {choose_threads(busy, place.local_count)}")
+        fit(config, command=shlex.join(command))
     except Interrupted as stop:
         from vmoe.training.resumption import resuming_command
 
@@ -120,8 +82,6 @@ def _train(make_config: Callable[[], TrainConfig], command: list[str], place: Pl
         if not is_out_of_memory(error):
             raise
         raise UserError(memory_line(error, _smaller(config))) from error
-    if place.is_first:
-        Progress(console).say(_result_line(result, config.output_dir))
     return 0
 
 
@@ -137,7 +97,7 @@ def _smaller(config: TrainConfig) -> str:
     return ", ".join(ways)
 
 
-def _resolved(config: TrainConfig, place: Place, console: Console) -> TrainConfig:
+def _resolved(config: TrainConfig, place: Place, progress: Progress) -> TrainConfig:
     """The config with the planner's strategy in the place of auto; says why it is that one."""
     from vmoe.bench.plan.choice import resolved  # here, since it brings much along
 
@@ -146,302 +106,5 @@ def _resolved(config: TrainConfig, place: Place, console: Console) -> TrainConfi
     except UserError as error:
         raise UserError(str(error), everywhere=True) from error
     if why is not None:
-        Progress(console).say(why)
+        progress.say(why)
     return config
-
-
-def _result_line(result: dict[str, Any], folder: str) -> str:
-    metrics = result["metrics"]
-    validation = f"val top-1 {metrics['val/top1']:.2%}" if "val/top1" in metrics else "no validation"
-    # Of five classes it would always be 100 %; how many there are, a run's older summary does not tell.
-    five = f", top-5 {metrics['test/top5']:.2%}" if result.get("classes", 6) > 5 else ""
-    return (
-        f"test top-1 {metrics['test/top1']:.2%}{five}, loss {metrics['test/loss']:.4f}, "
-        f"by the checkpoint of epoch {result['best_epoch']} ({validation}, unaugmented training images "
-        f"{metrics['train_clean/top1']:.2%}); "
-        f"{result['train_seconds']:.0f} s, {result['images_per_second']:,.0f} img/s; all in {folder}"
-    )
-
-
-def parse(argv: list[str]) -> TrainConfig:
-    """The checked config of a command line.
-
-    Raises:
-        UserError: an option or key is unknown (with the nearest valid ones), of the wrong type, or out of range.
-        SystemExit: after --help, --help-all or --print_config.
-    """
-    given = _read(argv)
-    try:
-        return _parsed(given)
-    except UserError as error:
-        for path, _ in _files(given):
-            if (version := newer_version(path)) is not None:
-                update = f"written by vmoe {version}, and this is {__version__}: update it"
-                raise UserError(f"{path}: {update} ({error})") from error
-        raise
-
-
-class _Given(NamedTuple):
-    """An option of the command line, as all that follows reads it."""
-
-    name: str  # without its dashes
-    value: str | None = None  # as it was written; None where the option has none. Of a config its file
-    content: dict[str, Any] | None = None  # of a config
-
-    @property
-    def written(self) -> str:
-        """The same for jsonargparse: a file's content, and texts in quotes within lists."""
-        if self.content is not None:
-            return f"--config={as_yaml(self.content)}"
-        if self.value is None or self.name == "resume":
-            return f"--{self.name}" if self.value is None else f"--{self.name}={self.value}"
-        hint = option_types(TrainConfig).get(self.name.removesuffix("+"), Any)
-        if self.name.endswith("+"):  # one more item of a list
-            hint = next((get_args(kind)[0] for kind in choices(hint) if get_origin(kind) is list), Any)
-        return f"--{self.name}={as_written(self.value, hint)}"
-
-
-def _read(argv: list[str]) -> list[_Given]:
-    """The options of a command line, with the content of its config files; that of the run to go on with comes first.
-
-    Raises:
-        UserError: a word belongs to no option, a file cannot be read, or a run is to be resumed and there is none.
-    """
-    pairs: list[tuple[str, str | None]] = []
-    for argument in argv:
-        if argument.startswith("--") or argument == "-h":
-            name, equals, value = argument.removeprefix("--").partition("=")
-            pairs.append(("help" if argument == "-h" else name, value if equals else None))
-        elif pairs and pairs[-1][1] is None:
-            pairs[-1] = (pairs[-1][0], argument)
-        else:
-            raise UserError(f"{argument}: belongs to no option; give options as --NAME VALUE")
-    last = dict(pairs)
-    given = []
-    for name, value in pairs:
-        if name == "config" and value is not None:
-            path = find_recipe(value)
-            given.append(_config(path, read_config(path), has_folder="output_dir" in last))
-        else:
-            given.append(_Given(name, _as_bool(value) if name == "resume" and value is not None else value))
-    given.sort(key=lambda each: each.name == "resume")  # which a config that comes later does not take back
-    if "resume" in last and given[-1].value != "false" and not _files(given):
-        given[:0] = _config_of_run(last.get("output_dir"), begins=given[-1].value == "auto")
-    return given
-
-
-def _as_bool(value: str) -> str:
-    """What was given for an option that is true, false or a word, with one way to write true and false."""
-    try:
-        content = yaml.safe_load(value)
-    except yaml.YAMLError:
-        return value  # for jsonargparse to refuse
-    return str(content).lower() if isinstance(content, bool) else value
-
-
-def _config(path: str, content: dict[str, Any], has_folder: bool) -> _Given:
-    """A config file. A run's own means the run in whose folder it lies, wherever that was moved."""
-    if is_config_of_run(Path(path)):
-        content = {key: value for key, value in content.items() if key not in ("output_dir", "resume")}
-        content |= {} if has_folder else {"output_dir": str(Path(path).parent)}
-    return _Given("config", path, content)
-
-
-def _config_of_run(folder: str | None, begins: bool) -> list[_Given]:
-    """The config of the run that is resumed without a config: its config.yaml, or what its last checkpoint holds.
-
-    Args:
-        folder: The run's folder; None where it was not given.
-        begins: Whether a run begins where there is none.
-
-    Raises:
-        UserError: there is no run.
-    """
-    if folder is None:
-        raise UserError("--resume: give the run's folder as --output_dir, or its config.yaml as --config")
-    path = RunFolder(Path(folder)).config
-    if is_config_of_run(path):
-        return [_config(str(path), read_config(str(path)), has_folder=True)]
-    from vmoe.training.resumption import last_config  # here, since it brings torch along
-
-    content = last_config(Path(folder))
-    if content is not None:
-        return [_Given("config", str(path), content)]
-    if begins:
-        return []
-    raise UserError(
-        f"--resume: there is no run in {folder}, which has neither a config.yaml nor a last checkpoint; give a run's "
-        "folder as --output_dir"
-    )
-
-
-def _files(given: list[_Given]) -> list[tuple[str, dict[str, Any]]]:
-    """The config files and their content, in their order."""
-    return [(each.value, each.content) for each in given if each.value is not None and each.content is not None]
-
-
-def _parsed(given: list[_Given]) -> TrainConfig:
-    parser = _Parser(prog="vmoe train", description=DESCRIPTION, exit_on_error=False, formatter_class=_KeepLines)
-    recipes = ", ".join(name for name in recipe_names() if "/" not in name)
-    parser.add_argument("--config", action="config", help=f"YAML file, or a recipe that comes with vmoe: {recipes}.")
-    parser.add_class_arguments(TrainConfig, skip={"resume"})
-    parser.set_defaults({"data.name": None})  # the images must be chosen
-    line = "Go on with the run in output_dir, by its own config; auto begins a run where there is none."
-    parser.add_argument("--resume", nargs="?", const=True, default=False, type=bool | Literal["auto"], help=line)
-    if any(each.name == "help-all" for each in given):
-        print(parser.format_all())
-        raise SystemExit(0)
-    names = option_names(TrainConfig)
-    for path, content in _files(given):
-        _check_keys(content, TrainConfig, names, path)
-    _check_names(given, names)
-    try:
-        parsed = parser.parse_args([each.written for each in given]).as_dict()
-    except jsonargparse.ArgumentError as error:
-        raise UserError(_explain(str(error), given)) from error
-    del parsed["config"]
-    config = _with_chosen_data(parsed)
-    _check_image_size(config, given)
-    if config.output_dir is None:
-        files = _files(given)
-        return replace(config, output_dir=f"runs/{Path(files[-1][0]).stem if files else 'default'}")
-    return config
-
-
-def _with_chosen_data(parsed: dict[str, Any]) -> TrainConfig:
-    """The config of what was parsed. The user must have chosen the images.
-
-    Raises:
-        UserError: they were not, which may be since --resume was forgotten, or an option is not allowed.
-    """
-    data = parsed["data"]
-    is_chosen = not isinstance(data, dict) or data.get("name") is not None
-    config = from_plain(TrainConfig, parsed if is_chosen else {**parsed, "data": {**data, "name": DataConfig.name}})
-    root, default_root = config.data.root, DataConfig.root
-    if not is_chosen:
-        if config.output_dir is not None:
-            from vmoe.training.resumption import refuse_run  # here, since it brings torch along
-
-            refuse_run(Path(config.output_dir))
-        folders = "--data.name folder (class folders), webdataset (tar shards) or npz"
-        if root != default_root:
-            raise UserError(f"--data.root {root}: must be given with what it holds: {folders}")
-        raise UserError(
-            f"--data.name: must be given, as the images to train on: {folders}, each with --data.root, or one of "
-            f"{', '.join(NAMED_SETS)}; or give a recipe, such as --config digits"
-        )
-    if config.data.name in EMBEDDED_SETS and root != default_root:
-        raise UserError(
-            f"--data.root {root}: is not read by data.name={config.data.name}: its images come with vmoe; give "
-            "--data.name folder, webdataset or npz too, or leave it out"
-        )
-    return config
-
-
-def _check_image_size(config: TrainConfig, given: list[_Given]) -> None:
-    """Refuses a recipe of ours with another data set where nobody has said the side of its images.
-
-    The side and the patches of a recipe go with its set: 224 pixels and patches of 4 make 3,136 tokens.
-
-    Raises:
-        UserError: it is so.
-    """
-    files = [file for file, _ in _files(given)]
-    sections = [content.get("data") or {} for _, content in _files(given)]
-    name, usual = config.data.name, DEFAULTS[config.data.name].image_size
-    for number, (file, data) in enumerate(zip(files, sections, strict=True)):
-        own = data.get("name", name)
-        is_said = any("image_size" in later for later in sections[number + 1 :])
-        is_said |= any(each.name == "data.image_size" for each in given)
-        if is_said or own == name or not is_recipe(file):
-            continue
-        side = data.get("image_size") or DEFAULTS[own].image_size
-        now = config.data.image_size or usual
-        if now is not None and not now == side == usual:
-            other = "" if usual is None else f", or {usual} as {name} has it, with --model.kwargs.patch_size to match"
-            raise UserError(
-                f"--data.name {name}: the recipe {Path(file).stem} is made for {own} at {side} pixels; give "
-                f"--data.image_size too: {side} as the recipe{other}"
-            )
-
-
-def option_names(kind: type, prefix: str = "") -> list[str]:
-    """The dotted names of all options of a config dataclass, sections included."""
-    return list(option_types(kind, prefix))
-
-
-def option_types(kind: type, prefix: str = "") -> dict[str, Any]:
-    """The types of all options of a config dataclass, sections included, by dotted name."""
-    found = {}
-    for name, hint in get_type_hints(kind).items():
-        found[prefix + name] = hint
-        if section := section_type(hint):
-            found |= option_types(section, f"{prefix}{name}.")
-    return found
-
-
-def _check_keys(plain: dict[str, Any], kind: type, names: list[str], path: str, prefix: str = "") -> None:
-    hints = get_type_hints(kind)
-    for key, value in plain.items():
-        dotted = f"{prefix}{key}"
-        if key not in hints:
-            raise UserError(f"{path}: unknown key {dotted}; {_nearest(dotted, names)}")
-        section = section_type(hints[key])
-        if section is not None and isinstance(value, dict):
-            _check_keys(value, section, names, path, f"{dotted}.")
-
-
-def _check_names(given: list[_Given], names: list[str]) -> None:
-    for each in given:
-        name = each.name.removesuffix("+")
-        if name not in names and name not in OUTSIDE_CONFIG and not name.startswith("model.kwargs."):
-            raise UserError(f"--{name}: no such option; {_nearest(name, [*names, 'config', 'print_config'])}")
-
-
-def _nearest(name: str, names: list[str]) -> str:
-    """The names that `name` may have meant: with the same or nearly the same last part, or alike as a whole."""
-    last = name.rpartition(".")[2]
-    close = [known for known in names if difflib.get_close_matches(last, [known.rpartition(".")[2]], cutoff=0.75)]
-    close = difflib.get_close_matches(name, close or names, n=3, cutoff=0 if close else 0.75)
-    if close:
-        return f"did you mean {' or '.join(close)}?"
-    return f"the sections are {', '.join(known for known in names if '.' not in known)}; see --help-all"
-
-
-def _explain(message: str, given: list[_Given]) -> str:
-    """One line for what jsonargparse refuses: the option, its value, and what is allowed by the option's type.
-
-    Jsonargparse's own words depend on its version; of its message, only the option's name is taken.
-    """
-    keys = re.findall(r'Parser key "([^"]+)"', message)  # a section's, then its option's
-    hints = option_types(TrainConfig)
-    name = ".".join(keys) if ".".join(keys) in hints else "".join(keys[:1])
-    if name not in hints:
-        return " ".join(message.split())
-    values = _values(name, given)
-    refused = [value for value in values if str(value) in message] or values  # of several, the one that was refused
-    allowed = describe(hints[name])
-    if refused and not str(refused[0]).startswith(("[", "{")):
-        allowed = re.sub(r"^a list(?= or |$)", f"a list, such as [{refused[0]}],", allowed).removesuffix(",")
-    line = f"--{name}{f' {refused[0]}' if refused else ''}: must be {allowed}"
-    if section_type(hints[name]) is None:
-        return line
-    return f"{line}; give one of its options by name, such as --{name}.NAME VALUE"
-
-
-def _values(name: str, given: list[_Given]) -> list[Any]:
-    """The values that an option has on the command line and in the config files."""
-    values: list[Any] = [each.value for each in given if each.name == name]
-    for _, content in _files(given):
-        value: Any = content
-        for key in name.split("."):
-            value = value.get(key) if isinstance(value, dict) else None
-        values.append(value)
-    return [value for value in values if value is not None]
-
-
-class _KeepLines(jsonargparse.DefaultHelpFormatter):
-    """Keeps the description's lines as they are written."""
-
-    def _fill_text(self, text: str, width: int, indent: str) -> str:
-        return text.strip()

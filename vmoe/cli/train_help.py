@@ -5,8 +5,8 @@ import textwrap
 from collections.abc import Iterable
 from typing import get_args
 
-from vmoe.cli.recipes import recipe_names
 from vmoe.data.config import SetName
+from vmoe.training.recipes import recipe_names
 
 _SHORT = """\
 usage: vmoe train [--config RECIPE] [--SECTION.NAME VALUE ...]

@@ -98,6 +98,10 @@ class OptimConfig:
         _need(self, "label_smoothing", 0 <= self.label_smoothing < 1, "in [0, 1)")
 
 
+# Lightning's names -> ours
+_LIGHTNING_PRECISIONS = {"32-true": "32", "bf16-mixed": "bf16", "16-mixed": "fp16"}
+
+
 @dataclass(frozen=True)
 class TrainerConfig:
     """How long, on what and how precisely to train.
@@ -106,6 +110,7 @@ class TrainerConfig:
         epochs: Passes over the training set.
         device: Where to train; auto takes a GPU when there is one.
         precision: 32, or mixed precision with bf16 or fp16 (a GPU; with loss scaling). The router is float32 in all.
+            Lightning's 32-true, bf16-mixed and 16-mixed mean the same.
         accumulate: Batches whose gradients are averaged into one update.
         compile: Compile the model with torch.compile.
         cuda_graph: Capture the whole step, update included, as one CUDA graph, which saves the host's time: for small
@@ -130,7 +135,8 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         _need(self, "epochs", self.epochs >= 1, "a whole number >= 1")
         _need(self, "device", self.device in ("auto", "cpu", "cuda"), "auto, cpu or cuda")
-        object.__setattr__(self, "precision", str(self.precision))  # YAML reads 32 as a number
+        precision = str(self.precision)  # YAML reads 32 as a number
+        object.__setattr__(self, "precision", _LIGHTNING_PRECISIONS.get(precision, precision))
         _need(self, "precision", self.precision in ("32", "bf16", "fp16"), "32, bf16 or fp16")
         _need(self, "precision", (self.device, self.precision) != ("cpu", "fp16"), "32 or bf16 with device=cpu")
         _need(self, "accumulate", self.accumulate >= 1, "a whole number >= 1")

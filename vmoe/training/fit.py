@@ -112,7 +112,10 @@ def _config(
         check_keys(plain, TrainConfig, path)
     plain = {key: dict(value) if isinstance(value, dict) else value for key, value in plain.items()}
     for dotted, value in options.items():
-        _put(plain, LIGHTNING_NAMES.get(dotted, dotted), to_plain(value))
+        own = LIGHTNING_NAMES.get(dotted, dotted)
+        if own in options and options[own] != value:
+            raise UserError(f"options: {dotted}={value} and {own}={options[own]} mean the same; give one of them")
+        _put(plain, own, to_plain(value))
     check_keys(plain, TrainConfig, "options")
     if "data" in given:
         plain["data"] = (plain.get("data") or {}) | _data_options(given["data"])

@@ -11,11 +11,11 @@ class Progress:
     """Shows loss, accuracy and images a second while a run trains.
 
     Args:
-        console: Where to write.
+        quiet: Shows nothing.
     """
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
+    def __init__(self, quiet: bool = False) -> None:
+        self.console = Console(quiet=quiet)
         self._bar: Bar | None = None
 
     def start_epoch(self, epoch: int, epochs: int, steps: int) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from lightning import seed_everything
 from lightning.pytorch import Trainer
-from rich.console import Console
 from torch import nn
 
 from vmoe.checkpoints import (
@@ -70,13 +69,14 @@ Cut = Callable[[nn.Module], None]  # the model into the parts of several process
 _FEW_TO_CHOOSE_BY = 100  # images of validation, fewer than which are warned of
 
 
-def train(config: TrainConfig, command: str, console: Console) -> dict[str, Any] | None:
+def train(config: TrainConfig, progress: Progress, command: str) -> dict[str, Any] | None:
     """Trains, or resumes, the run in `config.output_dir` and tests its best checkpoint.
 
     Args:
-        config: The run; `output_dir` is set, and `parallel.strategy` is not auto, which the command resolves.
-        command: The command line, for summary.json.
-        console: Where progress is shown; quiet in all processes but the first.
+        config: The run; `output_dir` is set. Of several ranks `parallel.strategy` is not auto, which `vmoe train`
+            resolves.
+        progress: Shows progress; quiet in all ranks but the first.
+        command: What began the run, for summary.json.
 
     Returns:
         The content of summary.json; None in all processes but the first.
@@ -86,22 +86,22 @@ def train(config: TrainConfig, command: str, console: Console) -> dict[str, Any]
             became NaN.
         Interrupted: a signal stopped the run; what it had done in training is saved.
     """
-    if config.parallel.strategy == "auto":
-        raise ValueError("parallel.strategy=auto: must be resolved before (see `vmoe.bench.plan.choice.resolved`)")
     place = Place.of_this()
     if place.count == 1:  # there is nothing to share: the same code, and no cost, as without a strategy
         config = dataclasses.replace(config, parallel=ParallelConfig(draws=config.parallel.draws))
+    if config.parallel.strategy == "auto":
+        raise UserError("parallel.strategy=auto: is chosen by `vmoe train`; give ddp, fsdp or expert", everywhere=True)
     device = _device(config)
-    Progress(console).say(summary.device_line(device, config.trainer.device))
+    progress.say(summary.device_line(device, config.trainer.device))
     if device.type == "cpu":
-        config = _for_cpu(config, Progress(console))
+        config = _for_cpu(config, progress)
     if config.parallel.strategy == "none":
         with stopped_at_once():
-            return _run(config, command, console, device, place)
+            return _run(config, command, progress, device, place)
     connect(device.type)
     try:
         with stopped_at_once():
-            result = _run(config, command, console, device, place)
+            result = _run(config, command, progress, device, place)
     except (Interrupted, UserError) as stop:
         if stop.everywhere:  # else others may still wait for this process, in vain
             _forget(stop)
@@ -119,28 +119,27 @@ def _forget(stop: BaseException | None) -> None:
 
 
 def _run(
-    config: TrainConfig, command: str, console: Console, device: torch.device, place: Place
+    config: TrainConfig, command: str, progress: Progress, device: torch.device, place: Place
 ) -> dict[str, Any] | None:
     folder = RunFolder(Path(config.output_dir))
     config = restarted(config, folder)
     together(lambda: check_folder(folder, config))
     with ExitStack() as held:
-        progress = Progress(console)
         together(lambda: held.enter_context(locked(folder.path, progress.say, command)) if place.is_first else None)
         together(lambda: check_folder(folder, config))  # another process may have been faster
-        return _run_in(folder, config, command, console, device, place)
+        return _run_in(folder, config, command, progress, device, place)
 
 
 def _run_in(
-    folder: RunFolder, config: TrainConfig, command: str, console: Console, device: torch.device, place: Place
+    folder: RunFolder, config: TrainConfig, command: str, progress: Progress, device: torch.device, place: Place
 ) -> dict[str, Any] | None:
     """Trains or resumes the run of a folder that is this process's alone."""
     together(lambda: recover_checkpoints(folder) if place.is_first and config.resume else None)
     saved = together(lambda: saved_state(folder, config))
-    progress = Progress(console)
     result = gather(folder.read_summary())[0] if saved is not None and saved[ENTRY]["finished"] else None
     if result is not None and is_tested(result):
         progress.say(f"{folder.path}: this run is finished, after {counted(saved[ENTRY]['epochs_done'], 'epoch')}")
+        progress.say(summary.result_line(result, config.output_dir))
         return result if place.is_first else None
     _say_what_may_surprise(config, folder, saved, place, progress)
     data = _data(config, device, place)
@@ -167,7 +166,7 @@ def _run_in(
     if device.type == "cpu" and (line := _many_tokens(model, data.image_size)) is not None:
         progress.say(line)
     costs = _costs(dataclasses.replace(config, model=built), model, data)
-    console.print(summary.cost_table(f"{config.model.name}, {folder.path}", *costs))
+    progress.console.print(summary.cost_table(f"{config.model.name}, {folder.path}", *costs))
     if place.is_first:
         mark_launch(folder)
         if saved is None or not folder.config.exists():
@@ -191,6 +190,8 @@ def _run_in(
         raise UserError(f"{untested}; {again}", everywhere=untested.everywhere) from untested
     if untested is not None:
         raise untested
+    if result is not None:
+        progress.say(summary.result_line(result, config.output_dir))
     return result
 
 

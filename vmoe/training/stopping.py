@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -34,6 +35,9 @@ def stopped_at_once() -> Iterator[None]:
     Raises:
         Interrupted: a signal came.
     """
+    if threading.current_thread() is not threading.main_thread():  # where Python takes no handler
+        yield
+        return
     process = os.getpid()
 
     def stop(signum: int, frame: FrameType | None) -> None:
@@ -56,6 +60,8 @@ class SignalWatch:
         self._previous: dict[int, Any] = {}
 
     def install(self) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return
         self._previous = {signum: signal.signal(signum, self._note) for signum in SIGNALS}
 
     def remove(self) -> None:

@@ -84,6 +84,20 @@ def model_line(config: ModelConfig, model: nn.Module) -> str:
     return f"model: {config.name}, {experts} {counted(len(layers), 'MoE layer')} ({chosen})"
 
 
+def result_line(result: dict[str, Any], folder: str) -> str:
+    """What a run has reached, by the content of its summary.json."""
+    metrics = result["metrics"]
+    validation = f"val top-1 {metrics['val/top1']:.2%}" if "val/top1" in metrics else "no validation"
+    # Of five classes it would always be 100 %; how many there are, a run's older summary does not tell.
+    five = f", top-5 {metrics['test/top5']:.2%}" if result.get("classes", 6) > 5 else ""
+    return (
+        f"test top-1 {metrics['test/top1']:.2%}{five}, loss {metrics['test/loss']:.4f}, "
+        f"by the checkpoint of epoch {result['best_epoch']} ({validation}, unaugmented training images "
+        f"{metrics['train_clean/top1']:.2%}); "
+        f"{result['train_seconds']:.0f} s, {result['images_per_second']:,.0f} img/s; all in {folder}"
+    )
+
+
 def _by_class(names: Sequence[str], counts: Sequence[int]) -> str:
     """How many images each class has: class by class where they differ and are few."""
     if min(counts) == max(counts):

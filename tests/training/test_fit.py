@@ -1,0 +1,90 @@
+"""`vmoe.fit`: a run from Python is the run of the command line, and a mistake is one line."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+import vmoe
+from vmoe.cli.train import main
+from vmoe.cli.train_options import parse
+from vmoe.errors import UserError
+from vmoe.training.config import TrainConfig
+from vmoe.training.fit import Run
+
+SMALL = {
+    "data.batch_size": 40,
+    "data.image_size": 8,
+    "data.subset.per_class": 8,
+    "model.kwargs": {"patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2},
+    "trainer.device": "cpu",
+}
+ON_THE_LINE = [f"--{name}={json.dumps(value)}" for name, value in SMALL.items()]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Run:
+    folder = tmp_path_factory.mktemp("fit") / "run"
+    moe = vmoe.MoeConfig(num_experts=4)
+    options = SMALL | {"trainer.max_epochs": 2}
+    return vmoe.fit(data="digits", model="vit_tiny_patch16_224", moe=moe, output_dir=folder, options=options)
+
+
+def test_a_run_knows_its_folder_its_metrics_and_its_model(run):
+    assert (run.path / "summary.json").exists() and run.summary["epochs"] == 2
+    assert run.metrics == run.summary["metrics"] and 0 <= run.metrics["test/top1"] <= 1
+    assert len(run.history) == 2 and run.history[1]["val/top1"] >= 0
+    assert len(run.model.class_names) == 10 and vmoe.moe_layers(run.model)
+    assert run.model.config["optim"]["warmup_epochs"] == 0.5  # a quarter of the run, in place of five epochs
+
+
+def test_it_is_the_run_of_the_command_line(run, tmp_path):
+    options = ["--data.name=digits", "--moe.num_experts=4", "--trainer.epochs=2", "--optim.warmup_epochs=0.5"]
+    assert main([*options, *ON_THE_LINE, "--output_dir", str(tmp_path)]) == 0
+    weights = vmoe.load(tmp_path).state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in run.model.state_dict().items())
+
+
+def test_it_is_quiet_when_asked_and_names_a_new_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    config = dataclasses.replace(parse(["--config", "digits", *ON_THE_LINE, "--trainer.epochs", "1"]), output_dir=None)
+    first = vmoe.fit(config, moe=False, progress=False)
+    assert capsys.readouterr().out == "" and str(first.path) == "runs/digits" and not vmoe.moe_layers(first.model)
+    (tmp_path / "runs" / "digits-2").mkdir()
+    (tmp_path / "own.yaml").write_text("data: {nam: digits}")
+    with pytest.raises(UserError, match=r"own\.yaml: unknown key data\.nam; did you mean data\.name"):
+        vmoe.fit("own.yaml")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ({}, "data: is missing"),
+        ({"config": "no_such_recipe"}, "no_such_recipe: cannot be read"),
+        ({"data": "digits", "model": torch.nn.Linear(1, 1)}, "model: must be timm's name of a model, not a Linear"),
+        ({"data": "digits", "options": {"optim.lrr": 1}}, "options: unknown key optim.lrr; did you mean optim.lr"),
+        ({"data": "digits", "epochs": 0}, "trainer.epochs=0: must be"),
+        (
+            {"data": "digits", "options": {"trainer.max_epochs": 3, "trainer.epochs": 4}},
+            "trainer.max_epochs=3 and trainer.epochs=4 mean the same",
+        ),
+    ],
+)
+def test_mistakes_are_one_line(arguments, line):
+    with pytest.raises(UserError, match=line) as error:
+        vmoe.fit(**arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_lightning_s_own_names_mean_ours(tmp_path, capsys):
+    path = tmp_path / "theirs.yaml"
+    path.write_text("data: {name: digits}\ntrainer: {max_epochs: 3, accumulate_grad_batches: 2, precision: bf16-mixed}")
+    config: TrainConfig = parse(["--config", str(path)])
+    assert (config.trainer.epochs, config.trainer.accumulate, config.trainer.precision) == (3, 2, "bf16")
+    assert parse(["--config", str(path), "--trainer.max_epochs", "7"]).trainer.epochs == 7
+    assert main(["--config", str(path), "--trainer.max_epochs", "7", "--trainer.epochs", "8"]) == 2
+    assert "--trainer.max_epochs 7 and --trainer.epochs 8 mean the same" in capsys.readouterr().err
+    path.write_text("data: {name: digits}\ntrainer: {max_epochs: 3, epochs: 4}")
+    assert main(["--config", str(path)]) == 2
+    assert "theirs.yaml: trainer.max_epochs=3 and trainer.epochs=4 mean the same" in capsys.readouterr().err
