@@ -44,3 +44,18 @@ def test_a_trained_model_is_used_as_readme_shows(pictures):
 def test_a_timm_model_becomes_sparse_as_readme_shows():
     names = run_block("vmoe.auxiliary_loss(")
     assert names["loss"].isfinite() and names["trace"].layers["blocks.1.mlp"].chosen.shape == (2, 197, 2)
+
+
+def test_training_with_lightning_works_as_readme_shows(pictures):
+    """With timm's smallest model and one epoch in the place of README's."""
+    blocks = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    snippet = "".join(block for block in blocks if "L.Trainer(" in block or "vmoe.fit(" in block)
+    small = {"vit_tiny_patch16_224": "test_vit", "batch_size=128": "batch_size=8, image_size=160"}
+    for theirs, ours in (small | {"epochs=5": "epochs=1", "epochs=10": "epochs=1"}).items():
+        assert theirs in snippet
+        snippet = snippet.replace(theirs, ours)
+    names = {}
+    exec(snippet, names)
+    assert tuple(names["task"].model.class_names) == CLASSES
+    assert tuple(names["vmoe"].load(names["best"].best_model_path).class_names) == CLASSES
+    assert tuple(names["run"].model.class_names) == CLASSES and "test/top1" in names["run"].metrics

@@ -20,7 +20,7 @@ SMALL = {
     "model.kwargs": {"patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2},
     "trainer.device": "cpu",
 }
-ON_THE_LINE = [f"--{name}={json.dumps(value)}" for name, value in SMALL.items()]
+ON_THE_LINE = [f"--{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in SMALL.items()]
 
 
 @pytest.fixture(scope="module")
