@@ -50,7 +50,7 @@ def densify(
             share_E = _one_hot(expert, layer.num_experts)
         if weights and name in weights:
             share_E = torch.as_tensor(weights[name], dtype=torch.float32)
-        _put(model, name, _joined_mlp(layer, share_E) if how == "join" else _dense_mlp(layer, share_E))
+        _put_mlp(model, name, _joined_mlp(layer, share_E) if how == "join" else _dense_mlp(layer, share_E))
     remove_masks(model)
     if isinstance(vars(model).get("no_weight_decay"), NoWeightDecay):
         del model.no_weight_decay
@@ -154,7 +154,7 @@ def _assembled(
     return mlp
 
 
-def _put(model: nn.Module, name: str, mlp: nn.Module) -> None:
+def _put_mlp(model: nn.Module, name: str, mlp: nn.Module) -> None:
     """Puts the MLP in the layer's place, and the norm that stood before it back inside."""
     parent_name = name.rpartition(".")[0]
     parent = model.get_submodule(parent_name)

@@ -183,11 +183,11 @@ def _interventions(
         yield _Intervention(
             name, None, None, None, lambda layer=layer, generator=generator: random_routing(layer, generator)
         )
-    for setting in _settings(model, capacity_factors):
+    for setting in _capacity_settings(model, capacity_factors):
         yield _Intervention(None, None, *setting, lambda setting=setting: capacity(model, *setting))
 
 
-def _settings(model: nn.Module, capacity_factors: Sequence[float]) -> list[tuple[float, bool]]:
+def _capacity_settings(model: nn.Module, capacity_factors: Sequence[float]) -> list[tuple[float, bool]]:
     """The capacities to try: factor, and whether batch prioritized."""
     config = moe_layers(model)[0][1].config
     if config.router == "soft":

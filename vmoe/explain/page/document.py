@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from vmoe.explain.page.maps import fit, pack_layer
+from vmoe.explain.page.maps import maps_that_fit, pack_layer
 from vmoe.explain.page.packing import compact, pack, pack_integers
 from vmoe.explain.page.sprites import tile
 from vmoe.figures.palette import NUM_COLOURS, expert_hex
@@ -49,7 +49,7 @@ def write_page(report: dict[str, Any], images: dict[str, Any], path: str | Path)
     pictures = tile(np.asarray(images["pixels"], dtype=np.uint8), int(_PICTURES_PART * PAGE_CHARACTERS))
     budget = PAGE_CHARACTERS - len(numbers) - sum(map(len, pictures["sheets"])) - _CODE_CHARACTERS
     count = len(images["label"])
-    mapped, tops = fit(report["layers"], images["layers"], count, max(0, budget))
+    mapped, tops = maps_that_fit(report["layers"], images["layers"], count, max(0, budget))
     sample = {
         **pictures,
         "size": list(np.shape(images["pixels"])[1:3]),

@@ -14,7 +14,7 @@ _FEW_IMAGES = 100  # rather fewer gates a patch than fewer images than this
 _FEW_GATES = 4
 
 
-def fit(layers: list[dict], images: list[dict], count: int, budget: int) -> tuple[int, list[int]]:
+def maps_that_fit(layers: list[dict], images: list[dict], count: int, budget: int) -> tuple[int, list[int]]:
     """How many images to keep, and how many gates a token in each layer, so that they take `budget` characters.
 
     Args:
