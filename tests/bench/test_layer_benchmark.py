@@ -128,7 +128,7 @@ def test_curves_are_relative_to_dense():
         assert row["tokens"] == 15 and "error" not in row
         assert row["layer_ratio"] == pytest.approx(row["layer_ms"] / row["dense_ms"])
     figure = draw_cost_curves(rows, "title")
-    assert [axes.get_xlabel() for axes in figure.axes] == ["choices a token", "capacity factor"]
+    assert [axes.get_xlabel() for axes in figure.axes] == ["choices per token", "capacity factor"]
     assert len(figure.axes[1].lines[1].get_xdata()) == 8
 
 

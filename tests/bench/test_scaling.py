@@ -13,7 +13,7 @@ from vmoe.bench.cases import IMAGES_PER_GROUP
 from vmoe.bench.plan.layouts import MeshLayout
 from vmoe.bench.scaling.jobs import PARTS, SETTINGS, ScalingJob, jobs_of
 from vmoe.bench.scaling.launch import Launcher
-from vmoe.bench.scaling.report import add_scaling, differences
+from vmoe.bench.scaling.report import add_scaling, differences_from_one
 from vmoe.bench.scaling.worker import train_on_noise
 from vmoe.cli.benchmark import main
 
@@ -37,9 +37,9 @@ def test_processes_can_share_the_experts_and_images_of_every_job(device, counts)
 def test_differences_from_one_process():
     one = {"losses": [3.0, 2.0], "weights": {"a": torch.ones(4)}, "moments": {"a": torch.tensor([2.0])}}
     other = {"losses": [2.5], "weights": {"a": torch.tensor([1, 1, 1, 1.25])}, "moments": {"a": torch.tensor([1.0])}}
-    row = differences(other, one, "float64")
+    row = differences_from_one(other, one, "float64")
     assert (row["weights"], row["weights_beyond"], row["loss"], row["gradients"]) == (0.25, 0.25, 0.5, 0.5)
-    assert not row["within"] and differences(one, one, "float64")["within"]
+    assert not row["within"] and differences_from_one(one, one, "float64")["within"]
 
 
 def test_efficiency_is_beside_one_process_and_ddp():

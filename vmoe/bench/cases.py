@@ -1,6 +1,6 @@
 """Sizes at which MoE layers are measured, and a routing that is given to them.
 
-B images of N tokens, T = B*N tokens of width D; H hidden width of an expert; E experts; K choices a token.
+B images of N tokens, T = B*N tokens of width D; H hidden width of an expert; E experts; K choices per token.
 """
 
 from dataclasses import dataclass
@@ -24,8 +24,8 @@ class LayerCase:
         num_experts: E.
         top_k: K.
         images: B.
-        tokens: N, tokens an image.
-        capacity_factor: Room for the given routing, and for the layer's; None for no bound.
+        tokens: N, tokens per image.
+        capacity_factor: Capacity factor of the given routing and of the layer; None for no bound.
     """
 
     width: int
@@ -43,12 +43,12 @@ class LayerCase:
 
     @property
     def forward_flops(self) -> int:
-        """Of the active experts' forward pass: two products a choice, a multiply-add counting 2."""
+        """FLOPs of the active experts' forward pass: two products per choice; a multiply-add counts 2."""
         return 4 * self.num_tokens * self.top_k * self.width * self.hidden
 
     @property
     def flops(self) -> int:
-        """Of the active experts' forward and backward pass: the backward pass has two products for each."""
+        """FLOPs of both passes: the backward pass has two products for each one of the forward pass."""
         return 3 * self.forward_flops
 
     @property
@@ -58,7 +58,7 @@ class LayerCase:
         return [(rows, self.width, self.hidden), (rows, self.hidden, self.width)]
 
     def moe(self, **changes: object) -> MoeConfig:
-        """The whole layer's options: groups of 8 images, batch priority, noise and balance losses, but for `changes`.
+        """The whole layer's options: groups of 8 images, batch priority, noise and balance losses, with `changes`.
 
         The capacity factor holds at evaluation too.
         """
@@ -85,12 +85,12 @@ CASES = {
 
 
 def given_routing(case: LayerCase, device: torch.device, dropless: bool = False) -> Routing:
-    """Every token to K distinct experts drawn at random, all experts equally often, all choices within the capacity.
+    """Sends each token to K distinct experts at random, equally many to each expert, all within the capacity.
 
     Args:
         case: The sizes.
         device: Where the tensors lie.
-        dropless: Leaves the capacity out, which changes no result.
+        dropless: Whether there is no capacity, which changes no result.
     """
     order = torch.randperm(case.num_tokens)[:, None] * case.top_k + torch.arange(case.top_k)
     chosen_GSK = (order % case.num_experts)[None].to(device)

@@ -19,7 +19,7 @@ CURVE_JOBS = ("dense", "experts", "layer")
 AXES = {
     "experts": ("experts (K=1)", (1, 2, 4, 8, 16, 32, 64, 128, 256)),
     "tokens": ("tokens", (1_000, 3_000, 10_000, 30_000, 100_000, 200_000)),
-    "top-k": ("choices a token", (1, 2, 4, 8)),
+    "top-k": ("choices per token", (1, 2, 4, 8)),
     "capacity": ("capacity factor", (0.5, 0.75, 1.0, 1.05, 1.25, 1.5, 2.0, None)),
 }
 CURVE_COLUMNS = (
@@ -56,12 +56,12 @@ def benchmark_curves(
         base: The sizes that an axis does not change.
         axes: Names from `AXES`.
         device: Where to run.
-        dtype: Of autocast, or float32 for none.
+        dtype: Type of autocast; float32 for none.
         rounds: How often each job is timed at a point.
-        say: Told every point.
+        say: Called with a line for every point.
 
     Returns:
-        A row a point; a job that could not run has no time, and the row's `error` its reason.
+        A row per point; a job that could not run has no time, and the row's `error` says why.
 
     Raises:
         DeviceLost: A job left the device unusable.
@@ -103,7 +103,7 @@ def _point_row(results: dict[str, Measurement]) -> Row:
 
 
 def draw_cost_curves(rows: list[Row], title: str) -> Figure:
-    """A panel an axis: the time of experts and layer, divided by the dense layer's."""
+    """A panel per axis: the time of experts and layer, divided by the dense layer's."""
     axes_shown = list(dict.fromkeys(row["axis"] for row in rows))
     figure = new_figure(3.1 * len(axes_shown) + 0.6, 3.1, title)
     panels = figure.subplots(1, len(axes_shown), squeeze=False, sharey=True)[0]

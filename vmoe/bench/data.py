@@ -1,4 +1,4 @@
-"""Benchmark of data pipelines: how many images/s a loader hands over, and how many a training fed by it takes."""
+"""Benchmark of data pipelines: images/s of a loader, and of a training that it feeds."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -35,7 +35,7 @@ class LoaderRate:
     Attributes:
         first_batch_seconds: Until the first batch: starting worker processes, or reading the set onto the device.
         images_per_second: From then on.
-        images: That were counted.
+        images: How many images were counted.
     """
 
     first_batch_seconds: float
@@ -140,7 +140,7 @@ def ready_batches(module: ImageDataModule, loader: Iterable[Batch], device: torc
 
 
 def _rate(step: Callable[[], int], seconds: float, device: torch.device) -> tuple[float, int]:
-    """Images/s of steps that tell how many images they had, and these images."""
+    """Images/s of steps that return how many images they had, and the sum of these images."""
     _synchronise(device)
     images, start = 0, time.perf_counter()
     while not images or time.perf_counter() - start < seconds:

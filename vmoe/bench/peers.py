@@ -1,6 +1,6 @@
 """Other implementations of the experts with a given routing: the usual recipes in plain PyTorch, and transformers'.
 
-T tokens of width D; H hidden width; E experts; K choices a token; R = T*K rows; C places of an expert; G groups of S
+T tokens of width D; H hidden width; E experts; K choices per token; R = T*K rows; C slots of an expert; G groups of S
 tokens. None drops a choice: the given routing stays within the capacity. Each computes, for parameters weight1
 (E, H, D), bias1 (E, H), weight2 (E, D, H) and bias2 (E, D), the sum over a token's choices of
 weight * (gelu(x @ weight1[e].T + bias1[e]) @ weight2[e].T + bias2[e]).
@@ -43,7 +43,7 @@ class _Stacked(nn.Module):
 
 
 class Loop(nn.Module):
-    """A linear layer pair an expert, its tokens found with `where` and added with `index_add_`."""
+    """Each expert has two linear layers; its tokens are found by `where` and added by `index_add_`."""
 
     def __init__(self, case: LayerCase, device: torch.device) -> None:
         super().__init__()

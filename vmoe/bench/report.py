@@ -17,9 +17,9 @@ class Column(NamedTuple):
     """A column of a table.
 
     Attributes:
-        title: Its head.
-        key: The entry of a row.
-        form: Of `format`, for a number.
+        title: The heading.
+        key: The key of its values in a row.
+        form: The format of a number.
     """
 
     title: str
@@ -41,7 +41,7 @@ LAYER_COLUMNS = (
 
 
 def measurement_row(result: Measurement, base: Measurement | None) -> Row:
-    """What all tables say of a job; ratios are to `base`, and None without one. Failed jobs have `error` alone."""
+    """The columns that all tables have; ratios are to `base`, and None without one. A failed job has `error` alone."""
     if result.error is not None:
         return {"error": result.error}
     base = base if base is not None and base.error is None else None
@@ -59,7 +59,7 @@ def measurement_row(result: Measurement, base: Measurement | None) -> Row:
 
 
 def layer_rows(results: dict[str, Measurement], case: LayerCase, peak: float) -> list[Row]:
-    """A row a job: its time beside its dense job's, and the share of `peak` (FLOP/s) that its active FLOPs reach."""
+    """A row per job: its time beside its dense job's, and the share of `peak` (FLOP/s) that its active FLOPs reach."""
     rows = []
     for name, result in results.items():
         row = {"job": name} | measurement_row(result, results.get(baseline_of(name)))
@@ -71,9 +71,9 @@ def layer_rows(results: dict[str, Measurement], case: LayerCase, peak: float) ->
 
 
 def markdown_table(columns: tuple[Column, ...], rows: list[Row]) -> str:
-    """The rows as a markdown table whose columns stand in line on a screen too.
+    """The rows as a markdown table with columns that are aligned on a screen too.
 
-    Columns without any value are left out; where a row has an `error`, a last column tells it.
+    Columns without any value are left out; where a row has an `error`, it is in a last column.
     """
     columns = [c for c in columns if c is columns[0] or any(row.get(c.key) is not None for row in rows)]
     if any(row.get("error") for row in rows):

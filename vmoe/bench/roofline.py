@@ -129,7 +129,7 @@ def stage_of(kernel: str) -> str:
 
 
 def _kernel_times(job, device: torch.device) -> dict[str, float]:
-    """Milliseconds a call that each kernel takes."""
+    """Milliseconds per call that each kernel takes."""
     for _ in range(3):
         job()
     torch.cuda.synchronize(device)
@@ -163,7 +163,7 @@ def _floor_row(name: str, time_ms: float, work: LeastWork | None, peak: float, b
 
 
 def draw_roofline(rows: list[Row], peak: float, bandwidth: float, title: str) -> Figure:
-    """Left: rates against FLOPs a byte, under the roof. Right: each time, and the floor in it."""
+    """Left: rates against FLOPs per byte, under the roof. Right: each time, and the floor in it."""
     figure = new_figure(10, 4.2, title)
     left, right = figure.subplots(1, 2, width_ratios=(1.15, 1))
     _draw_roof(left, [row for row in rows if "intensity" in row], peak, bandwidth)
@@ -173,7 +173,7 @@ def draw_roofline(rows: list[Row], peak: float, bandwidth: float, title: str) ->
 
 def _draw_roof(axes: Axes, rows: list[Row], peak: float, bandwidth: float) -> None:
     ridge = peak / bandwidth
-    dress(axes, "rate under the roof", "FLOPs a byte that must move", "TFLOP/s")
+    dress(axes, "rate under the roof", "FLOPs per byte that must move", "TFLOP/s")
     intensities = [ridge, *(row["intensity"] for row in rows)]
     low, high = min(intensities) / 3, max(intensities) * 3
     roof = [(x, min(peak, bandwidth * x) / 1e12) for x in (low, ridge, high)]

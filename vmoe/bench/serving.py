@@ -1,4 +1,4 @@
-"""A running `vmoe serve` under load: many clients that each ask again as soon as they are answered."""
+"""A running `vmoe serve` under load: many clients, each of which asks again as soon as it is answered."""
 
 import http.client
 import io
@@ -79,8 +79,8 @@ def measure_server(target: Target, uploads: list[bytes], clients: int, expected:
     Args:
         target: The server.
         uploads: Contents of image files.
-        clients: Who ask at a time, each over a connection of its own.
-        expected: The statuses that count as answered; whatever else there is is lost.
+        clients: How many ask at a time, each over a connection of its own.
+        expected: The statuses that count as answered; all others count as lost.
 
     Returns:
         Requests, how many were answered and lost, answers a second, and the median and 99th percentile of a request's
@@ -129,6 +129,6 @@ def _ask(connection: http.client.HTTPConnection, key: str, upload: bytes) -> int
         answer = connection.getresponse()
         answer.read()
     except (OSError, http.client.HTTPException):
-        connection.close()  # the next request opens it anew
+        connection.close()  # the next request opens it again
         return 0
     return answer.status

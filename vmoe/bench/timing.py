@@ -20,13 +20,13 @@ class DeviceLost(RuntimeError):
 
 @dataclass
 class Measurement:
-    """What was seen of one job.
+    """The measurements of one job.
 
     Attributes:
-        times: Milliseconds a call, one a round.
-        issue_ms: Milliseconds until the host has handed a call's work to an idle device, at best; None off CUDA.
-        peak_mib: Memory allocated at most during a call beyond what was before it; None off CUDA.
-        synchronizes: Whether a call waits for the device; None off CUDA.
+        times: Milliseconds per call, one for each round.
+        issue_ms: Milliseconds until the host has issued a call's work to an idle device, at best; None off CUDA.
+        peak_mib: The most memory during a call beyond what was allocated before it; None off CUDA.
+        synchronizes: Whether the host synchronises with the device in a call; None off CUDA.
         error: Why it could not run, else None.
     """
 
@@ -53,14 +53,14 @@ class Measurement:
 def time_jobs(
     jobs: dict[str, TimedJob], device: torch.device, rounds: int, calls: int, say: Say | None = None
 ) -> dict[str, Measurement]:
-    """Warms up every job, looks at its memory and waits, then times all in a shuffled order, round by round.
+    """Warms up every job and measures its memory and synchronisations; then times all in rounds, in shuffled order.
 
     Args:
         jobs: By name. A job that fails is reported with its error and left out.
         device: Where they run.
         rounds: How often each is timed.
         calls: Calls between two readings of the clock.
-        say: Told the name of each job before its first call, and when the timing begins.
+        say: Called with a line before the first call of each job, and when the timing begins.
 
     Raises:
         DeviceLost: A job left the device unusable; the message names it.
@@ -86,7 +86,7 @@ def time_jobs(
 
 
 def reason_of_failure(name: str, error: Exception, device: torch.device) -> str:
-    """What a table says of a job that failed.
+    """The reason that a table gives for a job that failed.
 
     Raises:
         DeviceLost: The device does not answer any more.
@@ -103,14 +103,14 @@ def reason_of_failure(name: str, error: Exception, device: torch.device) -> str:
 
 
 def release(device: torch.device) -> None:
-    """Gives back the memory of what nobody refers to any more."""
+    """Frees the memory to which nothing refers any more."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def time_calls(job: TimedJob, device: torch.device, calls: int) -> float:
-    """Milliseconds a call."""
+    """Milliseconds per call."""
     if device.type != "cuda":
         start = time.perf_counter()
         for _ in range(calls):
@@ -143,7 +143,7 @@ def matmul_peak(device: torch.device, dtype: torch.dtype, shapes: list[tuple[int
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """The rate of a copy much larger than the caches, in bytes/s, what is read and what is written both counted."""
+    """The rate of a copy much larger than the caches, in bytes/s; what is read and what is written both count."""
     size = 2**30 if device.type == "cuda" else 2**28
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)

@@ -107,12 +107,12 @@ def _benchmark(argv: list[str]) -> int:
     from vmoe.bench.timing import DeviceLost
     from vmoe.cli import benchmark_data, benchmark_jobs
     from vmoe.cli.benchmark_scaling import scaling
-    from vmoe.cli.benchmark_serve import serve
+    from vmoe.cli.benchmark_serve import benchmark_server
 
     options.device = choose_device(options.device)
     torch.manual_seed(options.seed)
     results = benchmark_jobs.Results(options, argv)
-    jobs = {"layer": benchmark_jobs.layer, "model": benchmark_jobs.model, "serve": serve, "scaling": scaling}
+    jobs = {"layer": benchmark_jobs.layer, "model": benchmark_jobs.model, "serve": benchmark_server, "scaling": scaling}
     jobs["data"] = lambda options, results: benchmark_data.data(options, rest, results)
     try:
         with working(lambda: results.at):

@@ -19,7 +19,7 @@ from vmoe.errors import UserError
 
 def scaling(options: argparse.Namespace, results: Results) -> None:
     """Runs the chosen parts, and writes the files again after every row."""
-    counts, settings, log = _processes(options), _settings(options), options.out / "processes.log"
+    counts, settings, log = _processes(options), _scaling_settings(options), options.out / "processes.log"
     jobs = jobs_of(options.parts, counts, settings)
     header = {"parts": options.parts, "processes": counts, "sizes": dataclasses.asdict(settings)}
     machine = Machine.of(gpu_of_this_machine() if options.device.type == "cuda" else "cpu")
@@ -66,7 +66,7 @@ def _processes(options: argparse.Namespace) -> list[int]:
     return counts
 
 
-def _settings(options: argparse.Namespace) -> ScalingSettings:
+def _scaling_settings(options: argparse.Namespace) -> ScalingSettings:
     """What the device can do in minutes, with the sizes that were given."""
     if options.cuda_graph and options.device.type != "cuda":
         raise UserError("--cuda-graph: needs a GPU; leave it out")

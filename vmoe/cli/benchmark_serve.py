@@ -9,7 +9,7 @@ from vmoe.bench.serving import SERVING_COLUMNS, damaged, find_target, measure_se
 from vmoe.cli.benchmark_jobs import Results
 
 
-def serve(options: argparse.Namespace, results: Results) -> None:
+def benchmark_server(options: argparse.Namespace, results: Results) -> None:
     """A running server under load, and what it does with damaged uploads."""
     target, picture = find_target(options.url), photograph()
     measure_server(target, [picture] * 20, 1, range(200, 201))  # warms it

@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _plan_job(argv: list[str]) -> int:
-    options, rest = command_line().parse_known_args(argv)
+    options, rest = _plan_parser().parse_known_args(argv)
     if options.measure:
         if rest:
             raise UserError(f"{rest[0]}: no such option with --measure; see `vmoe plan --help`")
@@ -164,7 +164,7 @@ def _rates(table: Machine, measured: Machine) -> str:
     return "\n".join(f"| {line} |" for line in lines)
 
 
-def command_line() -> argparse.ArgumentParser:
+def _plan_parser() -> argparse.ArgumentParser:
     """The parser of `vmoe plan`; what it does not know may be options of the config."""
     parser = new_parser("plan", __doc__)
     add = parser.add_argument
@@ -172,7 +172,7 @@ def command_line() -> argparse.ArgumentParser:
     add("--gpus", type=count, default=8, metavar="N", help="processes, one a GPU (default: %(default)s)")
     add("--gpu", default="h100-80g", metavar="NAME", help=f"{', '.join(GPUS)} or cpu (default: %(default)s)")
     add("--network", default=USUAL_NETWORK, metavar="NAME", help=f"{', '.join(NETWORKS)} (default: %(default)s)")
-    line = "number of classes, where the data set does not tell (default: 1000)"
+    line = "number of classes, where the data set does not fix it (default: 1000)"
     add("--curves", action="store_true", help="also the time against the network's bandwidth, for every layout")
     add("--classes", type=count, metavar="N", help=line)
     out = Path("runs/plan")

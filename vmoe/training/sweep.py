@@ -74,7 +74,7 @@ def read_study(
     Raises:
         UserError: the file is not such a file, or lacks an arm, or a run would be there twice.
     """
-    study = _read(path)
+    study = _read_study(path)
     of_seeds = ("--seeds", seeds) if seeds else (f"{path}: seeds", study["seeds"])
     for where, given in (("--arms", arms), of_seeds):
         twice = [each for each in given if given.count(each) > 1]
@@ -97,7 +97,7 @@ def read_study(
     ]
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read_study(path: Path) -> dict[str, Any]:
     try:
         loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
         node = loader.get_single_node()

@@ -31,7 +31,7 @@ def workload_of(config: TrainConfig, classes: int | None = None) -> Workload:
 
     Args:
         config: The run.
-        classes: Their number, where the data set does not tell; None takes the set's own, or 1000.
+        classes: Number of classes, where the data set does not fix it; None takes the set's own, or 1000.
     """
     data, trainer = config.data, config.trainer
     own = len(data.subset.classes) if data.subset.classes else _CLASSES_OF_SETS.get(data.name, 1000)
@@ -82,7 +82,7 @@ def resolved(config: TrainConfig, place: Place) -> tuple[TrainConfig, str | None
         return _with_layout(config, MeshLayout("none", 1)), None
     name = "cpu" if config.trainer.device == "cpu" else gpu_of_this_machine()
     machine = dataclasses.replace(Machine.of(name), count=place.local_count)
-    if name == "cpu":  # whose memory all share
+    if name == "cpu":  # all processes share its memory
         machine = dataclasses.replace(machine, memory=machine.memory / place.local_count)
     plans = plans_of(config, workload_of(config), place.count, machine, network_bandwidth(USUAL_NETWORK))
     best = plans[0]

@@ -181,8 +181,8 @@ class _FakeExchangedExperts(DistributedExperts):
         if not (self.like_gpu and _is_fused(mlp)):
             return super()._by_capacity(x_TD, choices, num_experts, mlp, kernels)
         num_rows = num_experts * choices.groups.count * choices.capacity
-        x_RD = _ScatterRows.apply(x_TD, num_rows, mlp.dtype, self.charge)
-        return _CombineRows.apply(self._even(x_RD, mlp, kernels), choices.weights_TK, self.charge)
+        x_RD = _FakeScatter.apply(x_TD, num_rows, mlp.dtype, self.charge)
+        return _FakeCombine.apply(self._even(x_RD, mlp, kernels), choices.weights_TK, self.charge)
 
     def _own_experts(self, x_RD: Tensor, choices: Choices, mlp: Mlp, kernels: Kernels) -> Tensor:
         if not (self.like_gpu and _is_fused(mlp)):
@@ -205,7 +205,7 @@ class _FakeExchangedExperts(DistributedExperts):
         return parameter
 
 
-class _ScatterRows(torch.autograd.Function):
+class _FakeScatter(torch.autograd.Function):
     """`vmoe.moe.kernels.experts.fused.shares.scatter_shares`."""
 
     @staticmethod
@@ -223,7 +223,7 @@ class _ScatterRows(torch.autograd.Function):
         return grad_TD, None, None, None
 
 
-class _CombineRows(torch.autograd.Function):
+class _FakeCombine(torch.autograd.Function):
     """`vmoe.moe.kernels.experts.fused.shares.combine_shares`."""
 
     @staticmethod

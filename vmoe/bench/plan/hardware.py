@@ -59,7 +59,7 @@ NETWORKS = {
     "eth-100": Network(12.5e9 / 8, "Ethernet, one adapter of 100 Gbit/s for 8 GPUs"),
 }
 USUAL_NETWORK = "ib-400"
-GPUS_A_MACHINE = 8
+GPUS_PER_MACHINE = 8
 
 # Shares of the published peaks, fitted to whole steps on one H100 and one H200 (docs/scaling.md), torch 2.11
 PRODUCTS = 0.79  # 758 and 785 of 989 TFLOP/s, the best rate of a ViT's products
@@ -108,7 +108,7 @@ class Machine:
     update: float
     host_call: float
     link: float
-    count: int = GPUS_A_MACHINE
+    count: int = GPUS_PER_MACHINE
     overlaps: bool = True
     is_measured: bool = False
 

@@ -22,7 +22,7 @@ _PARTS = {
     "buffers": "#9aa3aa",
 }
 _SHARES = {"compute": "#3a8f5c", "memory": "#6fb1e0", "network": "#e07b00", "host": "#9aa3aa"}
-_LAYOUTS_DRAWN = 14  # layouts a picture
+_LAYOUTS_DRAWN = 14  # at most in a picture
 _NEAR_USABLE = 0.1  # of the usable memory: up to here its line would make the bars too short
 
 PLAN_COLUMNS = (
@@ -51,7 +51,7 @@ def plan_row(plan: LayoutPlan, images: int) -> Row:
 
 
 def draw_plans(plans: list[LayoutPlan], usable: float, title: str) -> Figure:
-    """Two stacked bars a layout: a process's memory beside what can be used of it, and the time of an update."""
+    """Two stacked bars per layout: a process's memory beside what can be used of it, and the time of an update."""
     plans = [plan for plan in plans if plan.memory is not None][:_LAYOUTS_DRAWN]
     figure = new_figure(10, 1.6 + 0.34 * len(plans), title)
     memory, time = figure.subplots(1, 2, sharey=True)
@@ -84,7 +84,7 @@ def draw_plans(plans: list[LayoutPlan], usable: float, title: str) -> Figure:
 def draw_network_curves(rows: list[Row], title: str) -> Figure:
     """Seconds of an update against the network's bandwidth, and what of it is waiting.
 
-    A line a layout: of one colour for an `expert_size`, dashed where the dense part is whole.
+    Each layout has a line: of one colour for an `expert_size`, dashed where the dense part is whole.
     """
     figure = new_figure(10, 4.2, title)
     axes = figure.subplots(1, 2)
@@ -92,7 +92,7 @@ def draw_network_curves(rows: list[Row], title: str) -> Figure:
     hues = list(dict.fromkeys((row["strategy"], row["expert_size"]) for row in rows))
     colours = dict(zip(hues, colormaps["viridis"](linspace(0, 0.9, len(hues))), strict=True))
     for place, key, name in zip(axes, ("step_ms", "network"), ("time of an update", "waiting for it"), strict=True):
-        dress(place, name, "network, GB/s a GPU in one direction", "ms" if key == "step_ms" else "share of the time")
+        dress(place, name, "network, GB/s per GPU in one direction", "ms" if key == "step_ms" else "share of the time")
         for layout, any_row in layouts.items():
             points = [(row["network_bandwidth"] / 1e9, row[key]) for row in rows if row["layout"] == layout]
             style = ":" if any_row["missing"] else "--" if any_row["dense"] == "whole" else "-"

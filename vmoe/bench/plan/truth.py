@@ -64,8 +64,8 @@ def measured_beside_predicted(
         table: The machine's rates by the table.
         measured: Its own.
         device: It.
-        dtype: Of autocast.
-        say: Told what is done.
+        dtype: Type of autocast.
+        say: Called with a line on what is done.
     """
     for case in cases:
         name = f"{case.model}, E={case.experts}, {case.images} images"

@@ -62,7 +62,7 @@ class Launcher:
         count, row = 0, {"state": "done"}
         with (
             open(self.log, "w", encoding="utf-8") as log,
-            _started(_command(jobs[0].layout.processes, plan), log) as process,
+            _running(_command(jobs[0].layout.processes, plan), log) as process,
         ):
             timer = self._timer(process, _START_SECONDS + self.job_seconds)
             for line in process.stdout:
@@ -97,7 +97,7 @@ def _command(processes: int, plan: Path) -> list[str]:
 
 
 @contextmanager
-def _started(command: list[str], log) -> Iterator[subprocess.Popen]:
+def _running(command: list[str], log) -> Iterator[subprocess.Popen]:
     """The process of a command, in whose environment ranks find this package and each other; ended on the way out."""
     root = str(Path(__file__).parents[3])
     paths = os.pathsep.join(path for path in (root, os.environ.get("PYTHONPATH")) if path)

@@ -50,7 +50,7 @@ SCALING_TABLES = {
 }
 
 
-def differences(result: dict[str, Any], one: dict[str, Any], dtype: str) -> Row:
+def differences_from_one(result: dict[str, Any], one: dict[str, Any], dtype: str) -> Row:
     """How far a training's results are from those of one process.
 
     Args:

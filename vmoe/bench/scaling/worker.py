@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 
 from vmoe.bench.report import Row
 from vmoe.bench.scaling.jobs import NUM_CLASSES, ScalingJob
-from vmoe.bench.scaling.report import differences
+from vmoe.bench.scaling.report import differences_from_one
 from vmoe.bench.timing import release
 from vmoe.checkpoints import ENTRY, build_model, new_entry
 from vmoe.config_values import to_plain
@@ -84,7 +84,7 @@ def _compared_row(job: ScalingJob, device: torch.device, scratch: Path) -> Row:
     if job.layout.processes == 1:
         torch.save(result.content, reference)
     elif reference.exists():
-        row |= differences(result.content, torch.load(reference), job.dtype)
+        row |= differences_from_one(result.content, torch.load(reference), job.dtype)
     return row
 
 
