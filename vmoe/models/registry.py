@@ -174,10 +174,10 @@ def fitted_weights(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dic
 
 
 def _with_the_file_s_slots(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
-    """Weights as `fitted_weights` gives them, and gives Soft MoE layers the slots that the file has.
+    """Weights as `fitted_weights` gives them; the model's Soft MoE layers take as many slots as the file has.
 
-    timm builds the model for its `img_size`, and so with another number of slots than a file for another size has. The
-    slots are trained parameters that cannot be resampled. Images with more or fewer tokens are mixed into the same
+    timm builds the model for its `img_size`, so its number of slots differs from that of a file for another size. Slots
+    are trained parameters that cannot be resampled. Images with more or fewer tokens are mixed into the same
     slots, as after timm's `set_input_size`.
     """
     for name, layer in moe_layers(model):
