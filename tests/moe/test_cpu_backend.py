@@ -16,7 +16,8 @@ import vmoe
 from vmoe import MoeConfig
 from vmoe.moe.experts import Experts, ExpertSpec, choose_backend
 from vmoe.moe.groups import Groups
-from vmoe.moe.kernels.experts import cpu, memory, segments
+from vmoe.moe.kernels import memory
+from vmoe.moe.kernels.experts import cpu, segments
 from vmoe.moe.kernels.interface import Choices
 from vmoe.moe.mlps import Glu
 

@@ -1,5 +1,6 @@
 """The fused backend against a float64 oracle: on a GPU, else through Triton's interpreter."""
 
+import copy
 import importlib
 import inspect
 
@@ -11,8 +12,10 @@ from torch import library, nn
 
 import vmoe
 from vmoe import MoeConfig
+from vmoe.moe import layer as layer_module
 from vmoe.moe.assignment import Capacity, assign
 from vmoe.moe.groups import Groups
+from vmoe.moe.kernels import PLAIN, TRITON
 from vmoe.moe.kernels.experts import composed, padded, requirements, segments
 from vmoe.moe.kernels.interface import Choices, Mlp
 from vmoe.moe.mlps import Glu
@@ -272,6 +275,42 @@ def test_parts_of_the_hidden_layer_change_nothing(num_experts, chunk, recompute)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fused_mlp, "CHUNK_BYTES", chunk)
         check_against_oracle(x, routing, parameters, cotangent, nn.GELU(), torch.float32, recompute=recompute)
+
+
+@pytest.mark.filterwarnings("ignore:backend=.fused.:UserWarning")  # the float64 layer has it computed elsewhere
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"batch_priority": True, "shared_experts": 1},
+        {"capacity_factor": None, "top_k": 1},
+        {"router": "cosine"},
+        {"router": "sigmoid"},
+        {"router": "expert_choice", "group": "image"},
+    ],
+    ids=["priority", "no capacity", "cosine", "sigmoid", "expert choice"],
+)
+def test_the_whole_layer_by_kernels_is_the_plain_one(knobs, monkeypatch):
+    """Results, losses, usage and all gradients, where the layer hands the kernels on."""
+    monkeypatch.setattr(layer_module, "kernels_for", lambda tensor: TRITON if tensor.dtype == torch.float32 else PLAIN)
+    torch.manual_seed(0)
+    options = {"num_experts": 4, "group": 2, "backend": "fused", "importance_loss_weight": 1.0, **knobs}
+    layer = vmoe.MoeMlp(8, 16, moe=MoeConfig(**options), device=DEVICE)
+    x, noise, cotangent = torch.randn(3, 7, 8), torch.randn(21, 4), torch.randn(3, 7, 8)
+    exact = copy.deepcopy(layer).double()
+    forwards = [(exact, exact), (layer, layer)]
+    if "shared_experts" in knobs:  # one of them, since compiling takes long
+        forwards.append((layer, torch.compile(layer, fullgraph=True, backend="eager")))
+    results = []
+    for each, forward in forwards:
+        parameter = next(each.parameters())
+        each.router.draw_noise = lambda logits: noise.to(logits).view_as(logits)
+        own = x.to(parameter).requires_grad_()
+        y = forward(own)
+        loss = (y * cotangent.to(y)).sum() + each.last_auxiliary_loss
+        grads = torch.autograd.grad(loss, [own, *each.parameters()], materialize_grads=True)
+        results.append([part.double().cpu() for part in (y, loss, *each.statistics, *grads)])
+    for found in results[1:]:
+        torch.testing.assert_close(found, results[0], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.gpu

@@ -18,8 +18,8 @@ from torch.nn.utils.parametrize import ParametrizationList
 from vmoe.moe.attached import is_bare
 from vmoe.moe.kernels import PLAIN, Kernels, kernels_for
 from vmoe.moe.kernels.experts import composed, cpu, padded, requirements, segments
-from vmoe.moe.kernels.experts.memory import shared_memory
 from vmoe.moe.kernels.interface import Choices, Mlp
+from vmoe.moe.kernels.memory import shared_memory
 from vmoe.moe.kernels.operators import is_traced, is_transformed
 from vmoe.moe.mlps import Glu
 from vmoe.moe.routing import Routing, SlotRouting

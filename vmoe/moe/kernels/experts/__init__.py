@@ -9,5 +9,5 @@ computes the same. They differ in which shapes, types and devices they take and 
 `padded` all with a capacity, `fused` those that `requirements` names (a folder, which needs Triton), and `cpu` those on
 a CPU with GELU and no more.
 
-`rows` and `composed` are what `segments` and `padded` share, `memory` is the CPU's.
+`rows` and `composed` are what `segments` and `padded` share.
 """

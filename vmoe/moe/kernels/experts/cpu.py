@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from vmoe.moe.attached import is_bare
 from vmoe.moe.kernels.experts import composed, rows, segments
-from vmoe.moe.kernels.experts.memory import shared_memory
 from vmoe.moe.kernels.interface import Choices, Mlp
+from vmoe.moe.kernels.memory import shared_memory
 from vmoe.moe.kernels.operators import operator
 
 aten = torch.ops.aten
