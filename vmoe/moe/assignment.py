@@ -65,7 +65,7 @@ def expert_capacity(
     capacity = math.ceil(exact) if rounding == "ceil" else round(exact)
     if capacity < 1:
         raise CapacityError(
-            f"{choices} choices among {num_experts} experts leave {exact:.3g} places each; "
+            f"{choices} choices among {num_experts} experts leave {exact:.3g} slots each; "
             "raise the capacity factor or use fewer experts",
             factor,
             name,

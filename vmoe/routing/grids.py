@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vmoe.moe.mlps import class_key
 
 
-class Picture(NamedTuple):
+class ModelInput(NamedTuple):
     """What went into the model.
 
     Attributes:
@@ -26,7 +26,7 @@ class Picture(NamedTuple):
     valid: Tensor | None = None
 
     @classmethod
-    def of(cls, inputs: tuple, named: dict) -> "Picture":
+    def of(cls, inputs: tuple, named: dict) -> "ModelInput":
         """Reads the arguments of a model's forward."""
         x = inputs[0] if inputs else named.get("x")
         given = {**named, **x} if isinstance(x, dict) else named
@@ -51,7 +51,7 @@ class TokenGrid(NamedTuple):
     order: Tensor | None = None
 
 
-def locate(model: nn.Module, name: str, shape: torch.Size, use_conv: bool, picture: Picture) -> TokenGrid:
+def locate(model: nn.Module, name: str, shape: torch.Size, use_conv: bool, picture: ModelInput) -> TokenGrid:
     """Finds the grid of an MoE layer.
 
     Args:
@@ -94,7 +94,7 @@ def _owners(model: nn.Module, name: str) -> list[tuple[str, nn.Module]]:
     return [(owner, model.get_submodule(owner)) for owner in names]
 
 
-def _counted(name: str, tokens: int, picture: Picture, declared: list[int], grids: list) -> TokenGrid:
+def _counted(name: str, tokens: int, picture: ModelInput, declared: list[int], grids: list) -> TokenGrid:
     """The grid that has so many patches and the shape of the picture.
 
     Some families declare prefix tokens that only join in later blocks (cait, xcit, convit), some declare none (pit).
@@ -112,7 +112,7 @@ def _counted(name: str, tokens: int, picture: Picture, declared: list[int], grid
     raise ValueError(f"{name}: {tokens} tokens make no grid of the shape of images of {picture.size} pixels")
 
 
-def _patch_grid(owner: nn.Module, picture: Picture) -> tuple[int, int] | None:
+def _patch_grid(owner: nn.Module, picture: ModelInput) -> tuple[int, int] | None:
     """The patches into which a vision transformer cuts the picture, where it says so."""
     embed = getattr(owner, "patch_embed", None)
     if getattr(owner, "dynamic_img_size", False) and picture.size is not None:
@@ -128,7 +128,7 @@ def _factors(patches: int, aspect: float) -> tuple[int, int] | None:
     return min(fitting, key=lambda grid: abs(grid[0] - aspect * grid[1]), default=None)
 
 
-def _given(tokens: int, picture: Picture, declared: list[int]) -> TokenGrid:
+def _given(tokens: int, picture: ModelInput, declared: list[int]) -> TokenGrid:
     """The grid that holds all images' patches, which differ in rows and columns."""
     coords = picture.coords.long()
     if tokens - coords.shape[1] not in (*declared, 0):
@@ -138,19 +138,19 @@ def _given(tokens: int, picture: Picture, declared: list[int]) -> TokenGrid:
     return TokenGrid((rows, columns), tokens - coords.shape[1], order.masked_fill(~picture.valid, -1))
 
 
-def _hiera(model: nn.Module, name: str, shape: torch.Size, picture: Picture) -> TokenGrid:
+def _hiera(model: nn.Module, name: str, shape: torch.Size, picture: ModelInput) -> TokenGrid:
     """Hiera keeps the tokens of a mask unit together; its `reroll` knows the way back."""
     return _unscrambled(model.reroll(torch.arange(shape[1]).view(1, -1, 1), int(name.split(".")[1])))
 
 
-def _nest(level: nn.Module, name: str, shape: torch.Size, picture: Picture) -> TokenGrid:
+def _nest(level: nn.Module, name: str, shape: torch.Size, picture: ModelInput) -> TokenGrid:
     """NesT's tokens come block by block."""
     blocks, side = math.isqrt(shape[1]), level.block_size
     tokens = torch.arange(shape[1] * shape[2]).view(blocks, blocks, side, side).transpose(1, 2)
     return _unscrambled(tokens.reshape(1, blocks * side, blocks * side, 1))
 
 
-def _mobilevit(block: nn.Module, name: str, shape: torch.Size, picture: Picture) -> TokenGrid:
+def _mobilevit(block: nn.Module, name: str, shape: torch.Size, picture: ModelInput) -> TokenGrid:
     """MobileViT v2's (B, D, pixels of a patch, patches) becomes a map as in its fold."""
     rows, columns = picture.size or (1, 1)
     grid = _factors(shape[3], rows / columns)

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from vmoe.moe import MoeMlp, Routing, SlotRouting, moe_layers
 from vmoe.moe.passes import is_backward
-from vmoe.routing.grids import Picture, TokenGrid, locate, prefix_names
+from vmoe.routing.grids import ModelInput, TokenGrid, locate, prefix_names
 
 
 @dataclass(frozen=True)
@@ -160,12 +160,12 @@ class _Recorder:
         self.model = model
         self.trace = RoutingTrace({name: [] for name in layers})
         self._layers = layers
-        self._picture = Picture()
+        self._picture = ModelInput()
         self._before: dict[str, list[_Passes]] | None = None  # of each layer, while a pass has not succeeded
 
     def begin(self, model: nn.Module, inputs: tuple, named: dict) -> None:
         """Hook before the model's forward pass."""
-        self._picture = Picture.of(inputs, named)
+        self._picture = ModelInput.of(inputs, named)
         self._before = {name: list(passes) for name, passes in self.trace._passes.items()}
 
     def succeed(self, model: nn.Module, inputs: tuple, output: object) -> None:
@@ -174,7 +174,7 @@ class _Recorder:
 
     def end(self, model: nn.Module, inputs: tuple, output: object) -> None:
         """Hook after each: forgets what a pass that failed had recorded in its first layers."""
-        self._picture = Picture()
+        self._picture = ModelInput()
         if self._before is not None:
             for name, passes in self._before.items():
                 self.trace._passes[name][:] = passes
