@@ -240,7 +240,7 @@ class SharedExpert(nn.Module):
         self.fc1 = nn.Linear(spec.in_features, spec.first_width, spec.bias[0], **placement)
         self.act = spec.activation
         self.drop1 = nn.Dropout(spec.dropout)
-        self.norm = nn.Identity()
+        self.norm: nn.Module = nn.Identity()
         if spec.norm_layer is not None:
             self.norm = spec.norm_layer(spec.hidden_features).to(device, dtype)
         self.fc2 = nn.Linear(spec.hidden_features, spec.out_features, spec.bias[1], **placement)
