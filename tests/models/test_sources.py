@@ -1,10 +1,9 @@
 """Models that a folder or a hub describes, by timm's own names."""
 
-import http.server
 import json
-import threading
 
 import pytest
+from support import local_hub
 
 from vmoe.errors import UserError
 from vmoe.models.sources import architecture_of, with_source
@@ -46,40 +45,10 @@ def test_a_folder_without_a_model_is_one_line(tmp_path, content):
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """A hub with the one model me/model, at an address of this machine."""
-    constants = pytest.importorskip("huggingface_hub").constants
-    content = json.dumps(
-        {"architecture": "vit_tiny_patch16_224", "model_args": {"depth": 3}, "pretrained_cfg": {}}
-    ).encode()
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_HEAD(self):
-            is_there = self.path.startswith("/me/model/resolve/") and self.path.endswith("/config.json")
-            self.send_response(200 if is_there else 404)
-            for name, value in (
-                ("X-Repo-Commit", "0" * 40), ("ETag", '"1"'), ("Content-Length", str(len(content) if is_there else 0)),
-                ("X-Error-Code", "" if is_there else "RepoNotFound"),
-            ):  # fmt: skip
-                self.send_header(name, value)
-            self.end_headers()
-
-        def do_GET(self):
-            self.do_HEAD()
-            self.wfile.write(content)
-
-        def log_message(self, *_):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    address = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr(constants, "ENDPOINT", address)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    yield
-    server.shutdown()
-    server.server_close()
+    """A hub with the one model me/model."""
+    content = {"architecture": "vit_tiny_patch16_224", "model_args": {"depth": 3}, "pretrained_cfg": {}}
+    with local_hub.serving({"me/model/config.json": json.dumps(content).encode()}, tmp_path, monkeypatch):
+        yield
 
 
 def test_a_model_of_the_hub_is_known_by_timm_s_own_name(hub):

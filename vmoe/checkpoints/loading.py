@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from vmoe.checkpoints.building import build_model, timm_arguments
 from vmoe.checkpoints.entry import ENTRY, MODEL_PREFIX, ModelFacts, check_entry, checked, facts_of
+from vmoe.checkpoints.hub import HUB, fetch
 from vmoe.checkpoints.run_folder import RunFolder
 from vmoe.checkpoints.sharded import is_sharded, read_folder, read_plain_part
 from vmoe.checkpoints.trained import TrainedModel, as_trained
@@ -39,7 +40,8 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> TrainedModel:
 
     Args:
         path: A run's folder, of which the best checkpoint is taken, or the last while there is no best; a .ckpt or
-            .safetensors file; or a folder that `vmoe export --format hub` wrote.
+            .safetensors file; a folder that `vmoe export --format hub` wrote; or the name of one that was pushed to the
+            hub, hf-hub:USER/NAME or hf-hub:USER/NAME@REVISION.
         device: Where the model goes.
 
     Returns:
@@ -76,12 +78,13 @@ load_checkpoint = load  # its name before `vmoe.load`
 def find_checkpoint(path: str | Path) -> Path:
     """The checkpoint file that `path` stands for: itself, or the best, else the last, of a run's folder.
 
+    A name such as hf-hub:USER/NAME stands for the weights there, which are fetched first.
+
     Raises:
         UserError: there is none.
     """
-    if str(path).startswith("hf-hub:"):
-        name = str(path).removeprefix("hf-hub:")
-        raise UserError(f"{path}: fetch it first, by `hf download {name}`, and give the folder that this prints")
+    if str(path).startswith(HUB):
+        return fetch(str(path))
     path = Path(path).expanduser()
     if not path.is_dir() or is_sharded(path):
         if not path.exists():
@@ -127,7 +130,8 @@ def _read_file(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file makes the unpickler fail in any way it can
         raise UserError(
-            f"{path}: cannot be read as a checkpoint of tensors and plain types; is it damaged or foreign?"
+            f"{path}: cannot be read as a checkpoint of tensors and plain types; is it damaged or foreign? "
+            "Of a whole model that was pickled, write the weights by vmoe.save(model, path)"
         ) from error
 
 
