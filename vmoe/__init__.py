@@ -42,7 +42,7 @@ else:  # hidden from type checkers, which would take any name for one of this pa
             "vmoe.models": ["create_model", "densify", "load_jax_checkpoint", "sparsify"],
             "vmoe.moe": ["MoeConfig", "MoeMlp", *CONTROL_NAMES],
         },
-        inner=["evaluation", "models", "moe", "routing"],
+        inner=["data", "evaluation", "models", "moe", "routing"],
     )
 
 __all__ = [

@@ -18,7 +18,7 @@ from vmoe.explain.heatmap.routed import (
     route_image,
     select_layers,
 )
-from vmoe.figures.palette import expert_colours
+from vmoe.palette import expert_colours
 from vmoe.routing.recording import LayerRouting
 
 RED, BLUE = np.array([1.0, 0, 0]), np.array([0, 0, 1.0])

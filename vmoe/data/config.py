@@ -3,7 +3,7 @@
 import difflib
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -321,18 +321,37 @@ def data_config(data: "DataConfig | str | PathLike[str]", **options: Any) -> Dat
     Raises:
         UserError: there is no such set, folder or file, or an option is unknown or its value not allowed.
     """
+    known = [field.name for field in fields(DataConfig)]
+    for name in options:
+        if name not in known:
+            hint = nearest(name, known)
+            raise UserError(f"{name}: no such argument of a data set{'; ' + hint if hint else ''}")
     if isinstance(data, DataConfig):
         plain: dict[str, Any] = to_plain(data)
-    elif data in get_args(SetName):
-        plain = {"name": data}
     else:
-        path = Path(data).expanduser()
-        if not path.exists():
-            names = ", ".join(NAMED_SETS)
-            raise UserError(f"data={str(data)!r}: there is no such folder or .npz file, and the named sets are {names}")
-        has_shards = path.is_dir() and any(path.glob("*.tar"))
-        plain = {"name": "npz" if path.is_file() else "webdataset" if has_shards else "folder", "root": str(path)}
-    return from_plain(DataConfig, plain | {name: to_plain(value) for name, value in options.items()})
+        set_name, root = set_and_root(data)
+        plain = {"name": set_name} | ({} if root is None else {"root": str(root)})
+    return from_plain(DataConfig, plain | {name: to_plain(value) for name, value in options.items()}, "data.")
+
+
+def set_and_root(data: str | PathLike[str]) -> tuple[str, Path | None]:
+    """The kind of a set, and its root where `data` is a path. The name of a set comes before a path.
+
+    Raises:
+        UserError: It is neither, or a path that is not there. A name that no set has is left to `DataConfig` to refuse.
+    """
+    if not isinstance(data, str | PathLike):
+        raise UserError(f"data={data!r}: must be the name of a set, a path or a DataConfig")
+    if data in get_args(SetName):
+        return str(data), None
+    path = Path(data).expanduser()
+    if path.suffix == ".npz":
+        return "npz", path
+    if path.is_dir():
+        return ("webdataset" if any(path.glob("*.tar")) else "folder"), path
+    if "/" in str(data) or os.sep in str(data):
+        raise UserError(f"data.name={str(data)!r}: no such folder; give a folder, an .npz file or a set's name")
+    return str(data), None
 
 
 def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:

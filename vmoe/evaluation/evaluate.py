@@ -4,8 +4,7 @@ import dataclasses
 import warnings
 from collections.abc import Sequence
 from os import PathLike
-from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 
@@ -13,7 +12,7 @@ from vmoe.checkpoints import TrainedModel
 from vmoe.classes import find_outputs, only_numbers, with_outputs
 from vmoe.config_values import from_plain
 from vmoe.data import DataConfig, ImageDataModule, SubsetConfig
-from vmoe.data.config import SetName
+from vmoe.data.config import set_and_root
 from vmoe.errors import UserError
 from vmoe.evaluation.engine import Evaluation, evaluate_sweep
 from vmoe.progress import Progress, shown
@@ -198,7 +197,7 @@ def data_for(
     if isinstance(data, DataConfig):
         config = data
     else:
-        name, found = _name_and_root(data)
+        name, found = (None, None) if data is None else set_and_root(data)
         root = found if root is None else root
         config = trained_on(model, name)
         if name is not None and name != config.name:
@@ -231,15 +230,3 @@ def trained_on(model: TrainedModel, name: str | None = None) -> DataConfig:
         mean=model.mean,
         std=model.std,
     )
-
-
-def _name_and_root(data: str | PathLike[str] | None) -> tuple[str | None, Path | None]:
-    """The kind of a set, and its root where `data` is a path; a set's name comes before a path."""
-    if data is None or data in get_args(SetName):
-        return data, None
-    path = Path(data).expanduser()
-    if path.suffix == ".npz":
-        return "npz", path
-    if path.is_dir():
-        return ("webdataset" if any(path.glob("*.tar")) else "folder"), path
-    return str(data), None

@@ -1,4 +1,4 @@
-"""What all drawn figures share: the colours of experts, and pages of text and pictures."""
+"""What all drawn figures share: pages of text and pictures, measured in pixels."""
 
 from vmoe.extras import require_extras
 

@@ -24,8 +24,8 @@ from vmoe.data.images import eval_crop
 from vmoe.errors import UserError
 from vmoe.export.programs import require
 from vmoe.export.steered import write_steered
-from vmoe.figures.palette import NUM_COLOURS, expert_hex
 from vmoe.files import new_folder
+from vmoe.palette import NUM_COLOURS, expert_hex
 from vmoe.text import counted
 from vmoe.version import __version__
 

@@ -13,8 +13,8 @@ from vmoe.evaluation.compare.figure import short
 from vmoe.evaluation.compare.intervals import Difference, difference
 from vmoe.evaluation.compare.labels import arm_labels
 from vmoe.evaluation.compare.runs import Arm, Run
-from vmoe.figures.palette import expert_hex
 from vmoe.figures.style import BODY, MARGIN, MUTED, SMALL, Page, label, plain_axes
+from vmoe.palette import expert_hex
 
 _WHEN_NULL = {"data.subset.fraction": 1.0}  # what an option left out means
 _TOP, _WIDTH, _HEIGHT, _GAP, _ROW = 150, 480, 340, 110, 28

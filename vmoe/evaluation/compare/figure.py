@@ -9,8 +9,8 @@ from matplotlib.transforms import Bbox
 
 from vmoe.evaluation.compare.intervals import Difference
 from vmoe.evaluation.compare.runs import Arm
-from vmoe.figures.palette import expert_hex
 from vmoe.figures.style import BODY, INK, MARGIN, MUTED, SMALL, Page, label, plain_axes, points_of, text_width
+from vmoe.palette import expert_hex
 
 _PANELS = (
     ("flops", "active FLOPs an image (a multiply-add is 2)"),

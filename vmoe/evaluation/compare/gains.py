@@ -7,9 +7,9 @@ from typing import Any
 
 from vmoe.evaluation.compare.intervals import EQUAL_COMPUTE, Difference, difference
 from vmoe.evaluation.compare.runs import Arm, Run
-from vmoe.figures.palette import expert_hex
 from vmoe.figures.style import BODY, MARGIN, MUTED, PAPER, SMALL, Page, label, plain_axes
 from vmoe.moe import MoeConfig
+from vmoe.palette import expert_hex
 
 _WIDTH, _HEIGHT, _TOP, _ROW = 820, 420, 110, 24
 _KINDS = {  # each with its colour, all dark enough on white

@@ -20,8 +20,8 @@ from vmoe.explain.explorer.panels import (
     ramp,
     shades,
 )
-from vmoe.figures.palette import expert_hex
 from vmoe.figures.style import ACCENT, BODY, MUTED, RULE, SMALL, Page, label, text_width
+from vmoe.palette import expert_hex
 
 Report = dict[str, Any]
 _PLOT = (360, 240)

@@ -9,8 +9,8 @@ from typing import Any
 import cv2
 import numpy as np
 
-from vmoe.figures.palette import expert_colours, expert_hex
 from vmoe.figures.style import BODY, HEADING, LINE, MARGIN, MUTED, SMALL, Page, text_width
+from vmoe.palette import expert_colours, expert_hex
 
 _CROP, _GAP, _SHOWN = 72, 6, 8  # pixels of a crop and between crops, and crops of a kind
 _MAP, _IMAGES, _LAYERS = 140, 8, 12

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from matplotlib.axes import Axes
 
-from vmoe.figures.palette import expert_hex, ink_on
 from vmoe.figures.style import BODY, DIVERGING, MARGIN, MUTED, PAPER, SHADES, SMALL, Page, plain_axes
+from vmoe.palette import expert_hex, ink_on
 
 _HEAD_HEIGHT = 110  # pixels of the page's title
 _TITLE_HEIGHT = 34  # of a panel's

@@ -20,8 +20,8 @@ from vmoe.explain.heatmap.maps import (
     scaled,
 )
 from vmoe.explain.heatmap.routed import RoutedImage, describe_layer, patch_part
-from vmoe.figures.palette import NUM_COLOURS, expert_colours, expert_hex, ink_on
 from vmoe.figures.style import BODY, HEADING, LINE, MARGIN, MUTED, RULE, SMALL, Page, wrapped
+from vmoe.palette import NUM_COLOURS, expert_colours, expert_hex, ink_on
 from vmoe.routing.recording import LayerRouting
 
 PANEL = 400  # side of a large panel in pixels, about: patches are whole pixels

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from vmoe.explain.heatmap.routed import patch_part
-from vmoe.figures.palette import expert_colours
 from vmoe.figures.style import SHADES
+from vmoe.palette import expert_colours
 from vmoe.routing.recording import LayerRouting
 
 _OUTLINED_FROM = 8  # pixels of a patch's side

@@ -13,8 +13,8 @@ import numpy as np
 from vmoe.explain.page.maps import maps_that_fit, pack_layer
 from vmoe.explain.page.packing import compact, pack, pack_integers
 from vmoe.explain.page.sprites import tile
-from vmoe.figures.palette import NUM_COLOURS, expert_hex
 from vmoe.files import atomic_write
+from vmoe.palette import NUM_COLOURS, expert_hex
 
 PAGE_CHARACTERS = 24_500_000  # of the page at most; 25 MB is what it promises
 _NUMBERS_PART, _PICTURES_PART = 0.6, 0.3  # of the page at most; what remains is for the routing of the pictures

@@ -9,8 +9,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from vmoe.errors import UserError
-from vmoe.figures.palette import expert_colours
 from vmoe.moe import moe_layers
+from vmoe.palette import expert_colours
 from vmoe.routing.recording import LayerRouting, record_routing
 from vmoe.training.classifier import Classifier, as_batch
 from vmoe.training.routing_sums import RoutingSums, as_metrics, dead_experts, warnings_of

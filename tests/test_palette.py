@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 
-from vmoe.figures.palette import NUM_COLOURS, expert_colours, expert_hex, ink_on
 from vmoe.figures.style import DIVERGING, SHADES
+from vmoe.palette import NUM_COLOURS, expert_colours, expert_hex, ink_on
 
 # Machado et al. 2009, table 1, severity 1; rows give linear R, G, B.
 MACHADO = {
