@@ -240,8 +240,8 @@ def test_a_datamodule_without_validation_still_trains(photos, tmp_path):
 @pytest.mark.parametrize(
     ("data", "options", "line"),
     [
-        ("nowhere/", {}, "data='nowhere/': there is no such folder"),
-        ("digits", {"batch": 3}, "batch: no such option"),
+        ("nowhere/", {}, "data.name='nowhere/': no such folder"),
+        ("digits", {"batch": 3}, "batch: no such argument"),
         ("digits", {"batch_size": "x"}, "batch_size='x': must be a whole number"),
     ],
 )
