@@ -1,6 +1,7 @@
 """`vmoe.fit`: a run from Python is the run of the command line, and a mistake is one line."""
 
 import dataclasses
+import importlib.util
 import json
 
 import pytest
@@ -88,3 +89,43 @@ def test_lightning_s_own_names_mean_ours(tmp_path, capsys):
     path.write_text("data: {name: digits}\ntrainer: {max_epochs: 3, epochs: 4}")
     assert main(["--config", str(path)]) == 2
     assert "theirs.yaml: trainer.max_epochs=3 and trainer.epochs=4 mean the same" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        ("[csv, comet]", "must be a list of csv, tensorboard, wandb, mlflow"),
+        ("[{csv: {a: 1}}]", "without options of these two"),
+        ("csv", "must be a list"),
+    ],
+)
+def test_wrong_loggers_are_one_line(tmp_path, capsys, given, line):
+    assert main(["--config", "digits", f"--trainer.loggers={given}", "--output_dir", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "trainer.loggers" in error and line in error
+
+
+def test_a_logger_that_is_not_installed_is_one_line_before_the_run(tmp_path, capsys):
+    if importlib.util.find_spec("mlflow") is not None:
+        pytest.skip("mlflow is installed")
+    assert (
+        main(["--config", "digits", "--trainer.loggers", "[csv, mlflow]", "--output_dir", str(tmp_path / "run")]) == 2
+    )
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "mlflow" in error and "vmoe[loggers]" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_wandb_gets_metrics_images_and_the_config(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    from lightning.pytorch.loggers import WandbLogger
+
+    seen = {}
+    monkeypatch.setattr(WandbLogger, "log_metrics", lambda self, metrics, step=None: seen.update(metrics))
+    options = SMALL | {"trainer.loggers": ["csv", {"wandb": {"mode": "disabled"}}], "trainer.log_every": 1}
+    run = vmoe.fit(
+        data="digits", moe=vmoe.MoeConfig(num_experts=4), epochs=1, output_dir=tmp_path / "run", options=options
+    )
+    assert {"train/loss", "val/top1", "moe/blocks.1.mlp/load/0", "train_clean/top1"} <= seen.keys()
+    assert seen["test/top1"] == pytest.approx(run.metrics["test/top1"])
+    assert not list(run.path.glob("events.*")) and (run.path / "metrics.csv").exists()

@@ -17,7 +17,7 @@ _BLOCK, _LOAD = "moe/", "/load/"  # in the name of a column of metrics.csv: moe/
 # Options of a run that tell where things are and how fast they go, but change nothing of its result. With Muon the
 # layout does: it decides which matrices Muon trains.
 WITHOUT_EFFECT = (
-    *("output_dir", "resume", "data.workers", "data.check", "trainer.log_every"),
+    *("output_dir", "resume", "data.workers", "data.check", "trainer.log_every", "trainer.loggers"),
     *("trainer.device", "trainer.compile", "trainer.cuda_graph"),
     *("parallel.strategy", "parallel.expert_size", "parallel.dense", "parallel.async_save"),
 )

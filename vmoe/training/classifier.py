@@ -87,6 +87,7 @@ class Classifier(LightningModule):
         teacher: A model whose answers are learnt too.
         draws: Draws router noise and dropout per image, once it is installed in the model.
         shard: Cuts the model into shards of several ranks (see `vmoe.training.sharding.shard`).
+        tested_split: What comes before the names of the metrics of a test.
         facts: What checkpoints tell of the run, where it is not this class that finds it out (see `describe`).
     """
 
@@ -116,6 +117,7 @@ class Classifier(LightningModule):
         self.draws: SampleDraws | None = None
         self.shard: Callable[[nn.Module], None] | None = None
         self.facts: ModelFacts | None = None
+        self.tested_split = "test"
         self.train_sums = torch.zeros(4)
         self.evaluation_sums = torch.zeros(4)
         self.raw_sums = torch.zeros(4)  # of the weights themselves where validation is by their average
@@ -326,7 +328,7 @@ class Classifier(LightningModule):
         self._log_epoch(self.evaluation_metrics("val"))
 
     def on_test_epoch_end(self) -> None:
-        self._log_epoch(self.evaluation_metrics("test"))
+        self._log_epoch(self.evaluation_metrics(self.tested_split))
 
     def _log_epoch(self, metrics: dict[str, float]) -> None:
         """Logs the means over all ranks, which are the same in each."""

@@ -102,6 +102,15 @@ class OptimConfig:
 _LIGHTNING_PRECISIONS = {"32-true": "32", "bf16-mixed": "bf16", "16-mixed": "fp16"}
 
 
+LOGGERS = ("csv", "tensorboard", "wandb", "mlflow")
+
+
+def logger_options(loggers: list[str | dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The options of each logger of `TrainerConfig.loggers`, by its name."""
+    named = [each if isinstance(each, dict) else {each: {}} for each in loggers]
+    return {name: dict(options or {}) for each in named for name, options in each.items()}
+
+
 @dataclass(frozen=True)
 class TrainerConfig:
     """How long, on what and how precisely to train.
@@ -119,6 +128,8 @@ class TrainerConfig:
             tested and used; in the first updates t at most (1 + t) / (10 + t). null keeps none.
         early_stopping: Stop after this many epochs without a better val/top1 (or an equal one with a lower val/loss);
             null never stops early. Needs images for validation.
+        loggers: Where metrics go: csv (metrics.csv, which is always written), tensorboard, wandb, mlflow; each a name,
+            or a name with the options of Lightning's logger, such as [csv, {wandb: {project: digits}}].
         log_every: Steps between two looks at the device: the bar's loss, and whether a loss or gradient was NaN or inf.
     """
 
@@ -130,6 +141,7 @@ class TrainerConfig:
     cuda_graph: bool = False
     ema_decay: float | None = None
     early_stopping: int | None = None
+    loggers: list[str | dict[str, Any]] = field(default_factory=lambda: ["csv", "tensorboard"])
     log_every: int = 50
 
     def __post_init__(self) -> None:
@@ -144,6 +156,12 @@ class TrainerConfig:
         _need(self, "cuda_graph", not self.cuda_graph or self.accumulate == 1, "false with accumulate above 1")
         _need(self, "ema_decay", self.ema_decay is None or 0 < self.ema_decay < 1, "in (0, 1), or null")
         _need(self, "early_stopping", self.early_stopping is None or self.early_stopping >= 1, ">= 1, or null")
+        names = ", ".join(LOGGERS)
+        is_each_one = all(isinstance(each, str) or len(each) == 1 for each in self.loggers)
+        is_known = is_each_one and set(logger_options(self.loggers)) <= set(LOGGERS)
+        _need(self, "loggers", is_known, f"a list of {names}, each a name or a name with its options")
+        options = logger_options(self.loggers)
+        _need(self, "loggers", not (options.get("csv") or options.get("tensorboard")), "without options of these two")
         _need(self, "log_every", 1 <= self.log_every <= 50, "from 1 to 50, so that a broken run stops soon")
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from lightning import seed_everything
 from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import Logger
 from torch import nn
 
 from vmoe.checkpoints import (
@@ -46,6 +47,7 @@ from vmoe.training.config import ModelConfig, ParallelConfig, TrainConfig
 from vmoe.training.distillation import Teacher, load_teacher
 from vmoe.training.initial import initial_model
 from vmoe.training.lock import locked
+from vmoe.training.loggers import new_loggers, rate_monitors, require_loggers
 from vmoe.training.parallel import check_parts, cut_of, fallback_of_muon
 from vmoe.training.processes import Place, connect, disconnect, gather, together
 from vmoe.training.progress import Progress
@@ -134,6 +136,7 @@ def _run_in(
     folder: RunFolder, config: TrainConfig, command: str, progress: Progress, device: torch.device, place: Place
 ) -> dict[str, Any] | None:
     """Trains or resumes the run of a folder that is this process's alone."""
+    together(lambda: require_loggers(config))
     together(lambda: recover_checkpoints(folder) if place.is_first and config.resume else None)
     saved = together(lambda: saved_state(folder, config))
     result = gather(folder.read_summary())[0] if saved is not None and saved[ENTRY]["finished"] else None
@@ -167,6 +170,7 @@ def _run_in(
         progress.say(line)
     costs = _costs(dataclasses.replace(config, model=built), model, data)
     progress.console.print(summary.cost_table(f"{config.model.name}, {folder.path}", *costs))
+    loggers = together(lambda: new_loggers(config, folder))
     if place.is_first:
         mark_launch(folder)
         if saved is None or not folder.config.exists():
@@ -174,7 +178,7 @@ def _run_in(
         else:
             note_epochs(folder, config.trainer.epochs)
     module = _module(config, model, cut, teacher, _facts(config, built, data))
-    trainer = _fit(config, module, data, folder, saved, device, place, progress)
+    trainer = _fit(config, module, data, folder, saved, device, place, progress, loggers)
     test, untested = {}, None
     try:
         with quiet_lightning():
@@ -302,21 +306,22 @@ def _module(
 
 def _fit(
     config: TrainConfig, module: Classifier, data: ImageDataModule, folder: RunFolder,
-    saved: dict[str, Any] | None, device: torch.device, place: Place, progress: Progress,
+    saved: dict[str, Any] | None, device: torch.device, place: Place, progress: Progress, loggers: list[Logger],
 ) -> Trainer:  # fmt: skip
     clock, writer = Clock(), FolderWriter(config.parallel.async_save)
     every, steps_done = config.trainer.log_every, saved["global_step"] if saved else 0
-    monitor = RoutingMonitor(images=0, warn=False)
+    monitor = RoutingMonitor(images=4 if loggers else 0, warn=False)
     callbacks = [
         NanGuard(every),
         monitor,
         *([] if config.trainer.ema_decay is None else [Ema(config.trainer.ema_decay)]),
         ExactResume(config.seed),
-        Journal(folder, clock, progress, monitor, steps_done, every),
+        *rate_monitors(loggers),
+        Journal(folder, clock, progress, monitor, steps_done, config.trainer),
         RunCheckpoints(folder, clock, config.trainer.early_stopping, writer),
     ]
     with quiet_lightning():
-        trainer = new_trainer(config, device, place, callbacks, writer)
+        trainer = new_trainer(config, device, place, callbacks, writer, loggers)
         if saved is not None:
             _say_resumed(progress, folder, saved[ENTRY])
         if saved is None or not saved[ENTRY]["finished"]:
@@ -425,6 +430,7 @@ def _test_best(trainer: Trainer, module: Classifier, data: ImageDataModule, fold
     module.average = None  # which is of the last update
     metrics = {}
     for split, loader in (("test", data.test_dataloader()), ("train_clean", data.train_eval_dataloader())):
+        module.tested_split = split
         trainer.test(module, loader, verbose=False)
         metrics |= module.evaluation_metrics(split)
     return metrics

@@ -2,10 +2,12 @@
 
 import logging
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import Logger
 
 from vmoe.training.callbacks.run_checkpoints import AtomicCheckpointIO
 from vmoe.training.config import TrainConfig
@@ -17,9 +19,14 @@ _PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
 
 def new_trainer(
-    config: TrainConfig, device: torch.device, place: Place, callbacks: list[Any], writer: FolderWriter
+    config: TrainConfig,
+    device: torch.device,
+    place: Place,
+    callbacks: list[Any],
+    writer: FolderWriter,
+    loggers: Sequence[Logger] = (),
 ) -> Trainer:
-    """A Trainer that leaves data, checkpoints, logs and progress to this package."""
+    """A Trainer that leaves data, checkpoints, progress and the files of a run to this package."""
     return Trainer(
         accelerator=device.type,
         devices=place.local_count,
@@ -33,7 +40,8 @@ def new_trainer(
         plugins=[AtomicCheckpointIO()],
         inference_mode=False,  # so that the test runs the graphs compiled for validation
         num_sanity_val_steps=0,  # it would draw random numbers that a resumed run does not
-        logger=False,
+        logger=list(loggers) or False,
+        log_every_n_steps=config.trainer.log_every,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,

@@ -17,6 +17,7 @@ from vmoe.extras import require_module
 from vmoe.files import atomic_write
 from vmoe.training.callbacks.routing_monitor import RoutingMonitor
 from vmoe.training.classifier import RAW_TOP1, Classifier
+from vmoe.training.config import TrainerConfig, logger_options
 from vmoe.training.processes import Place, gather
 from vmoe.training.progress import Progress
 from vmoe.training.routing_sums import as_metrics, metric_columns, warnings_of
@@ -151,18 +152,26 @@ class Journal(Callback):
         progress: The terminal.
         monitor: What reads the routers' sums, before this callback.
         step: Updates done before this process: 0, or those of the checkpoint that is resumed.
-        log_every: Steps between two looks at the device.
+        config: Says how many steps go by from one look at the device to the next, and whether TensorBoard is wanted.
     """
 
     def __init__(
-        self, folder: RunFolder, clock: Clock, progress: Progress, monitor: RoutingMonitor, step: int, log_every: int
+        self,
+        folder: RunFolder,
+        clock: Clock,
+        progress: Progress,
+        monitor: RoutingMonitor,
+        step: int,
+        config: TrainerConfig,
     ) -> None:
         self.monitor = monitor
         self.folder = folder
         self.clock = clock
         self.progress = progress
         self.step = step
-        self.log_every = log_every
+        self.log_every = config.log_every
+        self.events: Events | None = None
+        self._has_events = "tensorboard" in logger_options(config.loggers)
         self.table: MetricsTable | None = None
         self._told_damaged = 0
 
@@ -173,7 +182,8 @@ class Journal(Callback):
         columns += metric_columns(module.model)
         if Place.of_this().is_first:
             self.table = MetricsTable(self.folder.metrics, columns, self.step)
-            self.events = Events(self.folder.path, self.step, self.progress.say)
+            if self._has_events:
+                self.events = Events(self.folder.path, self.step, self.progress.say)
         self.clock.start()
         self._start_epoch(trainer, fresh=False)
 
@@ -206,17 +216,18 @@ class Journal(Callback):
         if len(damaged) > self._told_damaged:
             self._told_damaged = len(damaged)
             warnings.append(f"{self._told_damaged} damaged images were replaced: {', '.join(damaged)}")
-        self.events.write(row, warnings)
+        if self.events is not None:
+            self.events.write(row, warnings)
         self.progress.show_epoch(row, warnings)
 
     def on_train_end(self, trainer: Trainer, module: Classifier) -> None:
         self.progress.stop()
-        if self.table is not None:
+        if self.events is not None:
             self.events.close()
 
     def on_exception(self, trainer: Trainer, module: Classifier, exception: BaseException) -> None:
         self.progress.stop()
-        if self.table is not None:
+        if self.events is not None:
             self.events.close()
 
     def _start_epoch(self, trainer: Trainer, fresh: bool) -> None:
