@@ -45,11 +45,13 @@ def test_layer_writes_what_it_prints(tmp_path, capsys):
     assert {path.name for path in out.iterdir()} == {"layer.json", "layer.md", *pictures}
 
 
-def test_curves(tmp_path, capsys):
+def test_curves(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("vmoe.cli.progress.EVERY", 0.01)
     assert main(["layer", *TINY, "--curves", "top-k", "--out", str(tmp_path)]) == 0
     report = json.loads((tmp_path / "layer_curves.json").read_text())
     assert [(row["axis"], row["value"]) for row in report["rows"]] == [("top-k", 1), ("top-k", 2), ("top-k", 4)]
     assert (tmp_path / "layer_curves.md").exists()
+    assert ": top-k 4, " in capsys.readouterr().err  # a line of progress
     Image.open(tmp_path / "layer_curves.png").verify()
 
 

@@ -91,14 +91,16 @@ print("test top-1 50.0 %")
 
 def test_runs_are_trained_passed_over_and_named_when_they_fail(study, tmp_path, capfd, monkeypatch):
     monkeypatch.setattr("vmoe.training.sweep._JOB", _QUICK_JOB)
+    monkeypatch.setattr("vmoe.cli.progress.EVERY", 0.01)
     study.write_text(study.read_text() + "  wrong: {data.batch_size: 0}\n")
     out = tmp_path / "runs"
     command = [str(study), "--out", str(out), "--jobs", "2", "--seeds", "0", "--arms", "k1"]
     assert main([*command, "wrong"]) == 1
     assert [path.parent.name for path in out.glob("*/summary.json")] == ["k1_s0"]
     assert json.loads((out / "k1_s0" / "summary.json").read_text())["top_k"] == "1"
-    told = capfd.readouterr().out
+    told, progress = capfd.readouterr()
     assert "2 runs, 0 of them done" in told and "k1_s0: test top-1 " in told
+    assert "0 of 2 done, " in progress
     assert "wrong_s0: FAILED with exit code 1: vmoe train: error: " in told and "batch_size=0" in told
 
     before = (out / "k1_s0" / "summary.json").stat().st_mtime_ns
