@@ -44,7 +44,7 @@ EXTRAS_OF_JOBS = {
     "demo-page": ("export",),
     "prune": ("train",),
     "distill": ("train",),
-    "make-shards": ("train", "webdataset"),
+    "make-shards": ("webdataset",),
     "import-jax": ("jax",),
     "demo": ("train", "analysis"),  # which `make demo` runs
 }

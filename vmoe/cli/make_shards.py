@@ -1,18 +1,16 @@
 """\
 Writes the images of class folders, FOLDER/train/CLASS/IMAGE and the same in val or test, as tar shards in a new folder:
-few large files instead of millions of small ones. The images' bytes stay as they are. Needs `pip install
+few large files instead of millions of small ones. The images' bytes stay as they are. This job needs `pip install
 'vmoe[webdataset]'`; training on shards does not.
 
   vmoe make-shards imagenet --out imagenet-shards
   vmoe train --config configs/imagenet_vmoe_s16.yaml --data.name webdataset --data.root imagenet-shards
 """
 
-import contextlib
 import sys
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tqdm import tqdm
 
 from vmoe.cli.common import run
 from vmoe.cli.options import count, new_parser
@@ -38,23 +36,21 @@ def _make_shards(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     from vmoe.data.shard_writing import write_shards  # here, so that --help and a mistyped option answer at once
 
-    columns = (TextColumn("{task.description:5}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    bar = Progress(*columns, console=console)
-    with bar if console.is_terminal else contextlib.nullcontext():
-        tasks = {}
-        said = "making shards"
+    bars = {}
+    said = "making shards"
 
-        def show(split: str, done: int, total: int) -> None:
-            nonlocal said
-            said = f"{split}: {done:,} of {total:,} images"
-            if split not in tasks:
-                tasks[split] = bar.add_task(split, total=total)
-            bar.update(tasks[split], completed=done)
+    def show(split: str, done: int, total: int) -> None:
+        nonlocal said
+        said = f"{split}: {done:,} of {total:,} images"
+        if split not in bars:
+            bars[split] = tqdm(total=total, desc=split, disable=None)  # None: unless in a terminal
+        bars[split].update(done - bars[split].n)
 
-        limits = (options.images, options.megabytes)
-        with working(lambda: said):
-            shards = write_shards(options.folder, options.out, *limits, options.seed, show, _say)
+    limits = (options.images, options.megabytes)
+    with working(lambda: said):
+        shards = write_shards(options.folder, options.out, *limits, options.seed, show, _say)
+    for bar in bars.values():
+        bar.close()
     written = ", ".join(f"{counted(number, 'shard')} of {split}" for split, number in shards.items())
     print(f"{written} in {options.out}")
     return 0
