@@ -184,7 +184,8 @@ class MoeMlp(nn.Module):
             x: (B, ..., in_features), or (B, in_features, rows, columns) with `use_conv`.
             token_mask: (B, ...) bool, False for padding, which takes no capacity, carries no loss and gives zeros.
         """
-        if torch.jit.is_tracing() or (torch.compiler.is_exporting() and not self.training):
+        # not is_exporting(): torch.compile of torch 2.11 takes that for true
+        if torch.jit.is_tracing() or (torch.compiler._is_exporting_flag and not self.training):
             return self._exported(x, token_mask)
         shape = x.shape
         if self.use_conv:
