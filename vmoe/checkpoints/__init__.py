@@ -1,6 +1,6 @@
 """What a run's folder and a checkpoint are: the one room that knows the format and opens, checks and rebuilds them.
 
-`entry` is what is ours in a file, `sharded` is a folder of shards, `program` is
+`entry` is what is ours in a file, `state` is what training adds, `sharded` is a folder of shards, `program` is
 what exported programs tell, and `run_folder` names the files beside. `loading` reads files and makes a `trained` model,
 by which `prediction` answers. `building` makes models, and `foreign` reads weights of others. `writing` makes files:
 `shared` makes those that leave the machine, `own` those of a training loop that is not ours.
@@ -17,10 +17,7 @@ if TYPE_CHECKING:
         FORMAT_VERSION,
         ModelFacts,
         check_entry,
-        entry_for,
         facts_of,
-        new_entry,
-        rebuilding_config,
     )
     from vmoe.checkpoints.foreign import read_foreign_weights
     from vmoe.checkpoints.loading import (
@@ -43,8 +40,11 @@ else:  # a run's folder can be read without torch
         {
             "vmoe.checkpoints.building": ["build_model", "timm_arguments"],
             "vmoe.checkpoints.entry": [
-                *("ENTRY", "FORMAT_VERSION", "ModelFacts", "check_entry", "entry_for", "facts_of"),
-                *("new_entry", "rebuilding_config"),
+                "ENTRY",
+                "FORMAT_VERSION",
+                "ModelFacts",
+                "check_entry",
+                "facts_of",
             ],
             "vmoe.checkpoints.foreign": ["read_foreign_weights"],
             "vmoe.checkpoints.loading": [
@@ -71,17 +71,14 @@ __all__ = [
     "check_entry",
     "copy_checkpoint",
     "describe",
-    "entry_for",
     "facts_of",
     "find_checkpoint",
     "flatten",
     "load",
     "load_checkpoint",
-    "new_entry",
     "read_checkpoint",
     "read_foreign_weights",
     "read_without_tensors",
-    "rebuilding_config",
     "require_rounding",
     "save",
     "shared_config",

@@ -58,6 +58,6 @@ def _check_patches(model: nn.Module, image_size: int) -> None:
         raise UserError(f"data.image_size={image_size}: is no multiple of the patch size {side}; use {near}")
 
 
-def timm_arguments(config: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a run's model, without those that would fetch weights."""
-    return {key: value for key, value in config["model"]["kwargs"].items() if key not in _FETCHING_ARGUMENTS}
+def timm_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a run's model (`model.kwargs`) without those that would fetch weights."""
+    return {key: value for key, value in kwargs.items() if key not in _FETCHING_ARGUMENTS}

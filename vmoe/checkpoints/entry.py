@@ -38,16 +38,6 @@ class ModelFacts:
         return replace(self, config=self.config | {"model": built}, architecture=None)
 
 
-def new_entry(**facts: Any) -> dict[str, Any]:
-    """What is ours in a checkpoint that is written now: the format's version, and `facts` of plain types."""
-    return {"version": FORMAT_VERSION, **facts}
-
-
-def rebuilding_config(ours: dict[str, Any]) -> dict[str, Any]:
-    """The config of a checkpoint's run, given its entry of ours, with timm's own name and arguments of the model."""
-    return ours["config"] | {"model": ours["config"]["model"] | ours.get("architecture", {})}
-
-
 def entry_for(facts: ModelFacts, epochs_done: int = 0, step: int | None = None) -> dict[str, Any]:
     """What is ours in a checkpoint that is written now.
 

@@ -185,4 +185,4 @@ def _rebuild(facts: ModelFacts) -> nn.Module:
         moe = None if config["moe"] is None else MoeConfig(**config["moe"])
     except ValueError as error:
         raise ValueError(f"moe.{error}") from error
-    return build_model(name, timm_arguments(config), moe, len(facts.class_names), facts.image_size)
+    return build_model(name, timm_arguments(config["model"]["kwargs"]), moe, len(facts.class_names), facts.image_size)

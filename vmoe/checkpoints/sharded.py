@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from vmoe.checkpoints.entry import ENTRY
 from vmoe.errors import UserError
 
 PLAIN_PART = "plain.pt"
-# What the names of the folder's tensors begin with, by where an ordinary checkpoint has them.
-TENSORS_OF = {"state_dict": "weights/", "optimizer_states": "optimizer/", "ema": "ema/"}
+_WEIGHTS, _OPTIMIZER, _AVERAGE = "weights/", "optimizer/", "ema/"  # what the names of a folder's tensors begin with
 _METADATA = ".metadata"
 _METADATA_MODULE = "torch.distributed.checkpoint.metadata"
 _METADATA_NAMES = {
@@ -111,16 +111,38 @@ def read_folder(path: Path) -> dict[str, Any]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as is meant here
         dcp.load(tensors, storage_reader=reader, no_dist=True)
-    parts: dict[str, dict[str, Any]] = {
-        part: {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-        for part, prefix in TENSORS_OF.items()
-    }
-    content["state_dict"] = parts["state_dict"]
+    content["state_dict"] = _part(tensors, _WEIGHTS)
     states: dict[str, Any] = {}
-    for name, value in parts["optimizer_states"].items():
+    for name, value in _part(tensors, _OPTIMIZER).items():
         parameter, _, key = name.rpartition("/")
         states.setdefault(parameter, {})[key] = value
     content["optimizer_states"][0]["state"] = states
-    if parts["ema"]:
-        content[ENTRY]["ema"]["weights"] = parts["ema"]
+    if average := _part(tensors, _AVERAGE):
+        content[ENTRY]["ema"]["weights"] = average
     return content
+
+
+def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def folder_tensors(
+    weights: dict[str, Tensor], optimizer: dict[str, dict[str, Tensor]], average: dict[str, Tensor] | None
+) -> dict[str, Tensor]:
+    """All tensors of a checkpoint by their names in a folder.
+
+    Args:
+        weights: The state dict.
+        optimizer: The optimiser's state of each parameter, by the parameter's name.
+        average: The average of the weights (EMA); None where the run keeps none.
+    """
+    result = {f"{_WEIGHTS}{name}": value for name, value in weights.items()}
+    for name, state in optimizer.items():
+        result |= {f"{_OPTIMIZER}{name}/{key}": value for key, value in state.items()}
+    return result | {f"{_AVERAGE}{name}": value for name, value in (average or {}).items()}
+
+
+def take_average(content: dict[str, Any]) -> dict[str, Tensor] | None:
+    """Takes the tensors of the average of the weights (EMA) out of a checkpoint; None where the run keeps none."""
+    ema = content[ENTRY].get("ema")
+    return None if ema is None else ema.pop("weights")

@@ -120,7 +120,8 @@ def _write_start(path: Path, teacher: "TrainedModel", config: "TrainConfig", ima
     use = measure_use(teacher.model, Tracked(data.train_eval_dataloader(most=images), "use of the experts"))
     groups = {layer: merged_groups(each, keep, "routed-mass") for layer, each in use.items()}
     moe = regrouped_config(MoeConfig(**teacher.config["moe"]), keep)
-    merged = build_model(name, timm_arguments(teacher.config), moe, len(teacher.class_names), teacher.image_size)
+    kwargs = timm_arguments(teacher.config["model"]["kwargs"])
+    merged = build_model(name, kwargs, moe, len(teacher.class_names), teacher.image_size)
     merged.load_state_dict(regrouped_weights(teacher.model, groups, use))
     with _refused(teacher):
         student = join_experts(merged, groups, use)

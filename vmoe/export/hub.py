@@ -158,7 +158,7 @@ def _timm_name(checkpoint: TrainedModel) -> str:
 
 def _model_args(checkpoint: TrainedModel) -> dict[str, Any]:
     name, moe = checkpoint.config["model"]["name"], checkpoint.config["moe"]
-    arguments = {**timm_arguments(checkpoint.config), "num_classes": len(checkpoint.class_names)}
+    arguments = {**timm_arguments(checkpoint.config["model"]["kwargs"]), "num_classes": len(checkpoint.class_names)}
     if name.startswith("vmoe_"):
         arguments["moe"] = moe or False
     elif moe is not None:

@@ -16,17 +16,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vmoe.checkpoints import (
-    ENTRY,
     ModelFacts,
     TrainedModel,
     describe,
-    entry_for,
     load,
-    new_entry,
     read_checkpoint,
     read_foreign_weights,
     trained_weights,
 )
+from vmoe.checkpoints.state import put_average, put_model
 from vmoe.config_values import from_plain, to_plain
 from vmoe.data import Batch, ImageDataModule
 from vmoe.data.sharing import NOT_COUNTED
@@ -455,9 +453,8 @@ class Classifier(LightningModule):
         progress = self.trainer.fit_loop.epoch_progress.current
         is_through = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready >= self.trainer.num_training_batches
         epochs_done = progress.completed + (progress.started > progress.completed and is_through)
-        entry = new_entry() if self.facts is None else entry_for(self.facts, epochs_done)
-        entry["ema"] = None if self.average is None else self.average.state()
-        checkpoint[ENTRY] = entry | checkpoint.get(ENTRY, {})
+        put_model(checkpoint, self.facts, epochs_done)
+        put_average(checkpoint, None if self.average is None else self.average.state())
 
     def _found_facts(self) -> ModelFacts | None:
         """What rebuilds the model and prepares its images; None, with a warning, where it cannot be found out."""

@@ -91,7 +91,7 @@ def _from_foreign(
     path = Path(str(config.init_from))
     is_sparse = any(".experts." in name for name in weights)
     moe = config.moe if is_sparse else None
-    arguments = timm_arguments({"model": {"kwargs": config.model.kwargs}})
+    arguments = timm_arguments(config.model.kwargs)
     model = build_model(config.model.name, arguments, moe, num_classes, image_size)
     own = model.state_dict()
     try:
@@ -112,7 +112,7 @@ def _from_npz(
     config: TrainConfig, path: Path, num_classes: int, image_size: int, say: Callable[[str], object]
 ) -> nn.Module:
     """The model with the weights of one of the original's .npz files, which are dense."""
-    arguments = timm_arguments({"model": {"kwargs": config.model.kwargs}})
+    arguments = timm_arguments(config.model.kwargs)
     model = build_model(config.model.name, arguments, None, num_classes, image_size)
     try:
         is_taken = load_npz_weights(model, path)

@@ -7,9 +7,9 @@ import socket
 from pathlib import Path
 from typing import Any
 
-from vmoe.checkpoints import ENTRY, WITHOUT_EFFECT, RunFolder, flatten, read_without_tensors
-from vmoe.checkpoints.entry import check_entry
+from vmoe.checkpoints import WITHOUT_EFFECT, RunFolder, flatten
 from vmoe.checkpoints.run_folder import is_config_of_run
+from vmoe.checkpoints.state import SavedRun, read_saved_run
 from vmoe.config_values import from_plain, to_plain
 from vmoe.errors import UserError
 from vmoe.files import aside, atomic_write, is_aside, recover, remove_leftovers
@@ -104,9 +104,8 @@ def last_config(path: Path) -> dict[str, Any] | None:
     if not _has_last(folder):
         return None
     last = folder.last if folder.last.exists() else aside(folder.last)
-    saved = read_without_tensors(last)
-    check_entry(saved, last)
-    return {key: value for key, value in saved[ENTRY]["config"].items() if key not in ("output_dir", "resume")}
+    config = read_saved_run(last).facts.config
+    return {key: value for key, value in config.items() if key not in ("output_dir", "resume")}
 
 
 def _has_last(folder: RunFolder) -> bool:
@@ -117,7 +116,7 @@ def _holds_run(folder: RunFolder) -> bool:
     return _has_last(folder) or folder.metrics.exists() or is_config_of_run(folder.config)
 
 
-def saved_state(folder: RunFolder, config: TrainConfig) -> dict[str, Any] | None:
+def saved_state(folder: RunFolder, config: TrainConfig) -> SavedRun | None:
     """The last checkpoint of a run to resume, after `check_folder`; None to start from the beginning.
 
     A run may have more epochs than before: then it is not finished.
@@ -127,16 +126,15 @@ def saved_state(folder: RunFolder, config: TrainConfig) -> dict[str, Any] | None
     """
     if not config.resume or not folder.last.exists():
         return None
-    saved = read_without_tensors(folder.last)
-    check_entry(saved, folder.last)
-    before = flatten(to_plain(from_plain(TrainConfig, saved[ENTRY]["config"]).resolved()))
+    saved = read_saved_run(folder.last)
+    before = flatten(to_plain(from_plain(TrainConfig, saved.facts.config).resolved()))
     now = flatten(to_plain(config.resolved()))
     free = _FREE
     if config.optim.name == "muon" and not {before["parallel.strategy"], now["parallel.strategy"]} <= _WHOLE:
         free = tuple(key for key in free if key not in _CUT)  # which decides what Muon trains
     if now[_EPOCHS] > before[_EPOCHS]:
         free = (*free, _EPOCHS)
-        saved[ENTRY]["finished"] = False
+        saved = dataclasses.replace(saved, progress=dataclasses.replace(saved.progress, finished=False))
     changed = [key for key in sorted(before | now) if before.get(key) != now.get(key) and key not in free]
     if changed:
         named = [f"{key} (was {before.get(key)!r}, now {now.get(key)!r})" for key in changed[:_MOST_TOLD]]

@@ -16,16 +16,14 @@ from lightning.pytorch.loggers import Logger
 from torch import nn
 
 from vmoe.checkpoints import (
-    ENTRY,
     ModelFacts,
     RunFolder,
     read_checkpoint,
-    read_without_tensors,
-    rebuilding_config,
     timm_arguments,
     trained_weights,
 )
 from vmoe.checkpoints.run_folder import config_text, is_tested, note_epochs
+from vmoe.checkpoints.state import SavedRun, read_saved_run
 from vmoe.config_values import to_plain
 from vmoe.data import ImageDataModule
 from vmoe.data.checking import is_worth_checking, refusal
@@ -139,9 +137,9 @@ def _run_in(
     together(lambda: require_loggers(config))
     together(lambda: recover_checkpoints(folder) if place.is_first and config.resume else None)
     saved = together(lambda: saved_state(folder, config))
-    result = gather(folder.read_summary())[0] if saved is not None and saved[ENTRY]["finished"] else None
+    result = gather(folder.read_summary())[0] if saved is not None and saved.progress.finished else None
     if result is not None and is_tested(result):
-        progress.say(f"{folder.path}: this run is finished, after {counted(saved[ENTRY]['epochs_done'], 'epoch')}")
+        progress.say(f"{folder.path}: this run is finished, after {counted(saved.progress.epochs_done, 'epoch')}")
         progress.say(summary.result_line(result, config.output_dir))
         return result if place.is_first else None
     _say_what_may_surprise(config, folder, saved, place, progress)
@@ -153,7 +151,7 @@ def _run_in(
             f"warning: {count} images for validation are too few to choose an epoch by: one of them is {1 / count:.1%} "
             "of top-1; give validation more images (where they are cut from training, by data.val_fraction)"
         )
-    if saved is not None and saved[ENTRY]["class_names"] != data.class_names:
+    if saved is not None and saved.facts.class_names != data.class_names:
         raise UserError(
             f"data.root={config.data.root}: holds other classes than the run in {folder.path} was trained on",
             everywhere=True,
@@ -200,11 +198,11 @@ def _run_in(
 
 
 def _say_what_may_surprise(
-    config: TrainConfig, folder: RunFolder, saved: dict[str, Any] | None, place: Place, progress: Progress
+    config: TrainConfig, folder: RunFolder, saved: SavedRun | None, place: Place, progress: Progress
 ) -> None:
     if config.resume and saved is None:
         progress.say(f"{folder.path}: no checkpoint to resume, so this run starts from the beginning")
-    if saved is not None and config.trainer.epochs > (before := saved[ENTRY]["config"]["trainer"]["epochs"]):
+    if saved is not None and config.trainer.epochs > (before := saved.facts.config["trainer"]["epochs"]):
         progress.say(f"the run goes on to {config.trainer.epochs} epochs in place of {before}, by their learning rates")
     if config.optim.warmup_epochs > config.trainer.epochs:
         progress.say(
@@ -215,7 +213,7 @@ def _say_what_may_surprise(
         progress.say(line)
 
 
-def _built_model(config: TrainConfig, saved: dict[str, Any] | None) -> ModelConfig:
+def _built_model(config: TrainConfig, saved: SavedRun | None) -> ModelConfig:
     """The model by timm's own name and all arguments: what rebuilds it where a folder or hub that it came from is gone.
 
     Raises:
@@ -223,10 +221,10 @@ def _built_model(config: TrainConfig, saved: dict[str, Any] | None) -> ModelConf
     """
     if saved is None:
         name, kwargs = architecture_of(config.model.name, config.model.kwargs)
-        plain = {"model": {"name": name, "kwargs": kwargs}}
     else:
-        plain = rebuilding_config(saved[ENTRY])
-    return dataclasses.replace(config.model, name=plain["model"]["name"], kwargs=timm_arguments(plain))
+        built = saved.facts.by_architecture().config["model"]
+        name, kwargs = built["name"], built["kwargs"]
+    return dataclasses.replace(config.model, name=name, kwargs=timm_arguments(kwargs))
 
 
 def _many_tokens(model: nn.Module, image_size: int) -> str | None:
@@ -306,10 +304,10 @@ def _module(
 
 def _fit(
     config: TrainConfig, module: Classifier, data: ImageDataModule, folder: RunFolder,
-    saved: dict[str, Any] | None, device: torch.device, place: Place, progress: Progress, loggers: list[Logger],
+    saved: SavedRun | None, device: torch.device, place: Place, progress: Progress, loggers: list[Logger],
 ) -> Trainer:  # fmt: skip
     clock, writer = Clock(), FolderWriter(config.parallel.async_save)
-    every, steps_done = config.trainer.log_every, saved["global_step"] if saved else 0
+    every, steps_done = config.trainer.log_every, saved.step if saved else 0
     monitor = RoutingMonitor(images=4 if loggers else 0, warn=False)
     callbacks = [
         NanGuard(every),
@@ -323,8 +321,8 @@ def _fit(
     with quiet_lightning():
         trainer = new_trainer(config, device, place, callbacks, writer, loggers)
         if saved is not None:
-            _say_resumed(progress, folder, saved[ENTRY])
-        if saved is None or not saved[ENTRY]["finished"]:
+            _say_resumed(progress, folder, saved)
+        if saved is None or not saved.progress.finished:
             resume_from = folder.last if saved else None
             trainer.fit(module, datamodule=data, ckpt_path=resume_from, weights_only=True)
         return trainer
@@ -439,17 +437,16 @@ def _test_best(trainer: Trainer, module: Classifier, data: ImageDataModule, fold
 def _summary(
     config: TrainConfig, folder: RunFolder, command: str, trainer: Trainer, test: dict[str, float]
 ) -> dict[str, Any]:
-    checkpoint = read_without_tensors(folder.last)
-    last = checkpoint[ENTRY]
-    table = MetricsTable(folder.metrics, [], checkpoint["global_step"])
-    best = dict(last["best"])
+    last = read_saved_run(folder.last)
+    table = MetricsTable(folder.metrics, [], last.step)
+    best = last.progress.best
     return {
         "metrics": {**test, **{name: value for name, value in best.items() if name != "epoch"}},
         "best_epoch": best["epoch"],
-        "classes": len(last["class_names"]),
-        "epochs": last["epochs_done"],
+        "classes": len(last.facts.class_names),
+        "epochs": last.progress.epochs_done,
         "images_per_second": table.median("train/images_per_second"),
-        "train_seconds": last["clock"]["total"],
+        "train_seconds": last.progress.clock["total"],
         "peak_memory_mib": summary.peak_memory_mib(trainer.strategy.root_device),
         "device": summary.device_name(trainer.strategy.root_device),
         "precision": config.trainer.precision,
@@ -459,10 +456,10 @@ def _summary(
     }
 
 
-def _say_resumed(progress: Progress, folder: RunFolder, ours: dict[str, Any]) -> None:
-    inside = f" and {counted(ours['batches_done'], 'batch', 'batches')}" if ours["batches_done"] else ""
-    progress.say(f"resuming {folder.path} after {counted(ours['epochs_done'], 'epoch')}{inside}")
-    if ours.get("draws", 1) != DRAWS_VERSION:
+def _say_resumed(progress: Progress, folder: RunFolder, saved: SavedRun) -> None:
+    inside = f" and {counted(saved.batches_done, 'batch', 'batches')}" if saved.batches_done else ""
+    progress.say(f"resuming {folder.path} after {counted(saved.progress.epochs_done, 'epoch')}{inside}")
+    if saved.draws != DRAWS_VERSION:
         progress.say(
             f"warning: {folder.path} was started by a version of vmoe that drew other random numbers for the same "
             "seed: from here on its augmentation and mixing differ from those of an unbroken run"

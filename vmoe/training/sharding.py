@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from vmoe.checkpoints import ENTRY, read_checkpoint
-from vmoe.checkpoints.sharded import TENSORS_OF, is_sharded, read_plain_part
+from vmoe.checkpoints import read_checkpoint
+from vmoe.checkpoints.sharded import folder_tensors, is_sharded, read_plain_part, take_average
 from vmoe.errors import UserError
 from vmoe.moe import moe_layers
 from vmoe.moe.parallel import deal_out_experts
@@ -53,8 +53,7 @@ class ShardedStrategy(ModelParallelStrategy):
         names = {parameter: name for name, parameter in module.named_parameters()}
         groups = [{**group, "params": [names[p] for p in group["params"]]} for group in optimizer.param_groups]
         checkpoint["optimizer_states"] = [{"param_groups": groups}]
-        if module.average is not None:
-            checkpoint[ENTRY]["ema"].pop("weights")
+        take_average(checkpoint)  # its tensors are among `_tensors`
         self._writer.write(_tensors(module, optimizer), checkpoint, Path(filepath))
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
@@ -69,13 +68,9 @@ class ShardedStrategy(ModelParallelStrategy):
             _restore_groups(module, optimizer, content["optimizer_states"][0])
             return content
         content = read_checkpoint(path)
-        ema = content[ENTRY]["ema"]
         states = by_name(content["optimizer_states"][0], module.optimizer_names())
         _restore_groups(module, optimizer, states)
-        sources = {f"{TENSORS_OF['state_dict']}{name}": value for name, value in content["state_dict"].items()}
-        sources |= _named(states["state"])
-        if ema is not None:
-            sources |= {f"{TENSORS_OF['ema']}{name}": value for name, value in ema.pop("weights").items()}
+        sources = folder_tensors(content["state_dict"], states["state"], take_average(content))
         for name, target in targets.items():
             fill(target, sources[name])
         return content
@@ -200,17 +195,10 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
 
 def _tensors(module: Any, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """All that a checkpoint keeps as tensors, by the names in its folder."""
-    result = {f"{TENSORS_OF['state_dict']}{name}": value for name, value in module.state_dict().items()}
     names = {parameter: name for name, parameter in module.named_parameters()}
-    result |= _named({names[parameter]: state for parameter, state in optimizer.state.items()})
-    if module.average is not None:
-        result |= {f"{TENSORS_OF['ema']}{name}": value for name, value in module.average.weights.items()}
-    return result
-
-
-def _named(states: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
-    prefix = TENSORS_OF["optimizer_states"]
-    return {f"{prefix}{name}/{key}": value for name, state in states.items() for key, value in state.items()}
+    states = {names[parameter]: state for parameter, state in optimizer.state.items()}
+    average = None if module.average is None else module.average.weights
+    return folder_tensors(module.state_dict(), states, average)
 
 
 def _restore_groups(module: Any, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

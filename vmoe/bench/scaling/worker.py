@@ -26,7 +26,7 @@ from vmoe.bench.report import Row
 from vmoe.bench.scaling.jobs import NUM_CLASSES, ScalingJob
 from vmoe.bench.scaling.report import differences_from_one
 from vmoe.bench.timing import release
-from vmoe.checkpoints import ENTRY, build_model, new_entry
+from vmoe.checkpoints import build_model
 from vmoe.config_values import to_plain
 from vmoe.data import Batch
 from vmoe.memory import is_out_of_memory
@@ -217,9 +217,6 @@ class TimedSave(Callback):
         files = [self.path, *self.path.rglob("*")]
         size = sum(file.stat().st_size for file in files if file.is_file())
         self.row = {"save_seconds": time.perf_counter() - start, "checkpoint_mib": size / 2**20}
-
-    def on_save_checkpoint(self, trainer: Trainer, module: Classifier, checkpoint: dict[str, Any]) -> None:
-        checkpoint[ENTRY] = new_entry(ema=None)
 
 
 class Stopwatch(Callback):

@@ -5,7 +5,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from vmoe.checkpoints import ENTRY
+from vmoe.checkpoints.state import average_of
 from vmoe.errors import UserError
 from vmoe.training.average import WeightAverage
 from vmoe.training.classifier import Classifier
@@ -72,7 +72,7 @@ class Ema(Callback):
         self._swapped.close()
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        saved = checkpoint.get(ENTRY, {}).get("ema")
+        saved = average_of(checkpoint)
         if isinstance(pl_module, Classifier) and pl_module.average is not None and saved is not None:
             pl_module.average.load_state(saved)
 

@@ -6,7 +6,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from vmoe.checkpoints import ENTRY
+from vmoe.checkpoints.state import ResumeState, epochs_done_of, put_resume_state, resume_state_of
 from vmoe.data.draws import DRAWS_VERSION
 from vmoe.training.classifier import Classifier
 from vmoe.training.processes import Place, gather
@@ -50,34 +50,33 @@ class ExactResume(Callback):
         self._batches_done = 0 if is_last else batch_idx + 1
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        states = gather(random_states())
-        checkpoint.setdefault(ENTRY, {}).update(
+        state = ResumeState(
             draws=DRAWS_VERSION,
             batches_done=self._batches_done,
-            random=states[0],
-            random_of_others=states[1:],  # of the other ranks, in their order
+            random_states=gather(random_states()),
             running=pl_module.running_state() if isinstance(pl_module, Classifier) else {},
         )
+        put_resume_state(checkpoint, state)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn != TrainerFn.FITTING:
             return
-        ours = checkpoint.get(ENTRY, {})
-        if "random" not in ours:
+        state = resume_state_of(checkpoint)
+        if state is None:
             rank_zero_warn("ExactResume: the checkpoint was written without it, so random numbers do not go on")
             return
         if isinstance(pl_module, Classifier):
-            pl_module.load_running_state(ours["running"])
+            pl_module.load_running_state(state.running)
         sampler = getattr(trainer.datamodule, "train_sampler", None)
         if sampler is not None:
-            sampler.set_epoch(ours["epochs_done"])
-            sampler.start_batch = ours["batches_done"]
-        elif ours["batches_done"]:
+            sampler.set_epoch(epochs_done_of(checkpoint))
+            sampler.start_batch = state.batches_done
+        elif state.batches_done:
             rank_zero_warn(
                 "ExactResume: the data are not vmoe.ImageDataModule's: the epoch begins again with its first batches"
             )
-        states, place = [ours["random"], *ours.get("random_of_others", [])], Place.of_this()
-        if len(states) == place.count:
-            self._states_to_restore = states[place.rank]
+        place = Place.of_this()
+        if len(state.random_states) == place.count:
+            self._states_to_restore = state.random_states[place.rank]
         else:  # on another number of ranks each goes on by random numbers of its own
             self._seed = [*self._seed, checkpoint["global_step"]]

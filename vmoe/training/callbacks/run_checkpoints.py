@@ -10,7 +10,8 @@ from typing import Any
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback, Trainer
 
-from vmoe.checkpoints import ENTRY, RunFolder, copy_checkpoint, read_checkpoint, write_content
+from vmoe.checkpoints import RunFolder, copy_checkpoint, read_checkpoint, write_content
+from vmoe.checkpoints.state import RunProgress, progress_of, put_progress
 from vmoe.errors import UserError
 from vmoe.training.callbacks.journal import Clock
 from vmoe.training.classifier import Classifier
@@ -114,17 +115,13 @@ class RunCheckpoints(Callback):
         self._signals.remove()
 
     def on_save_checkpoint(self, trainer: Trainer, module: Classifier, checkpoint: dict[str, Any]) -> None:
-        checkpoint.setdefault(ENTRY, {}).update(
-            epochs_done=trainer.current_epoch + (self._batches_done == 0),
-            finished=self._finished,
-            best=self.best,
-            clock=self.clock.state(),
-        )
+        epochs_done = trainer.current_epoch + (self._batches_done == 0)
+        put_progress(checkpoint, RunProgress(epochs_done, self._finished, self.best, self.clock.state()))
 
     def on_load_checkpoint(self, trainer: Trainer, module: Classifier, checkpoint: dict[str, Any]) -> None:
-        ours = checkpoint[ENTRY]
-        self.best = ours["best"]
-        self.clock.load_state(ours["clock"])
+        progress = progress_of(checkpoint)
+        self.best = progress.best
+        self.clock.load_state(progress.clock)
 
     def _save_last(self, trainer: Trainer, module: Classifier) -> None:
         trainer.save_checkpoint(self.folder.last)
