@@ -10,9 +10,10 @@ import torch
 import vmoe
 from vmoe.cli.train import main
 from vmoe.cli.train_options import parse
+from vmoe.data import DataConfig
 from vmoe.errors import UserError
 from vmoe.training.config import TrainConfig
-from vmoe.training.fit import Run
+from vmoe.training.fit import Run, _config
 
 SMALL = {
     "data.batch_size": 40,
@@ -50,7 +51,7 @@ def test_it_is_the_run_of_the_command_line(run, tmp_path):
 def test_it_is_quiet_when_asked_and_names_a_new_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     config = dataclasses.replace(parse(["--config", "digits", *ON_THE_LINE, "--trainer.epochs", "1"]), output_dir=None)
-    first = vmoe.fit(config, moe=False, progress=False)
+    first = vmoe.fit(dataclasses.replace(config, moe=None), progress=False)  # a config alone
     assert capsys.readouterr().out == "" and str(first.path) == "runs/digits" and not vmoe.moe_layers(first.model)
     (tmp_path / "runs" / "digits-2").mkdir()
     (tmp_path / "own.yaml").write_text("data: {nam: digits}")
@@ -67,15 +68,37 @@ def test_it_is_quiet_when_asked_and_names_a_new_folder(tmp_path, monkeypatch, ca
         ({"data": "digits", "options": {"optim.lrr": 1}}, "options: unknown key optim.lrr; did you mean optim.lr"),
         ({"data": "digits", "epochs": 0}, "trainer.epochs=0: must be"),
         (
+            {"data": "digits", "epochs": 2, "options": {"trainer.max_epochs": 3}},
+            "epochs=2: options ask for",
+        ),
+        ({"data": "digits", "moe": False, "options": {"moe.top_k": 1}}, "options: moe.top_k is for MoE layers"),
+        ({"data": ["a"]}, "data=.*: must be the name of a set, a path or a DataConfig"),
+        ({"options": {"data.name": "folder", "data.root": "lost"}}, "data.root=lost: .* does not exist"),
+        ({"data": "digits", "options": {"data.root": "photos"}}, "data.root=photos: digits comes with vmoe"),
+        ({"config": "cifar10_cpu", "data": "digits"}, "data=digits: the recipe cifar10_cpu is made for cifar10 at 32"),
+        ({"data": "digits", "options": {"trainer": {"max_epoch": 3}}}, "options: unknown key trainer.max_epoch"),
+        (
             {"data": "digits", "options": {"trainer.max_epochs": 3, "trainer.epochs": 4}},
             "trainer.max_epochs=3 and trainer.epochs=4 mean the same",
         ),
     ],
 )
-def test_mistakes_are_one_line(arguments, line):
+def test_mistakes_are_one_line(arguments, line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=line) as error:
         vmoe.fit(**arguments)
     assert "\n" not in str(error.value)
+
+
+def test_sections_and_dotted_names_are_taken_together(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    options = {"optim.lr": 0.5, "optim": {"name": "adamw"}, "trainer": {"max_epochs": 3}}
+    config = _config("digits", {"data": DataConfig(name="folder", root=str(tmp_path / "photos" / ".."))}, options)
+    assert (config.optim.lr, config.optim.name, config.trainer.epochs) == (0.5, "adamw", 3)
+    assert config.optim.weight_decay == parse(["--config", "digits"]).optim.weight_decay  # the recipe's
+    assert config.output_dir == "runs/digits"
+    assert _config(None, {"data": tmp_path / "photos" / ".." / "photos"}, {}).output_dir == "runs/photos"
 
 
 def test_lightning_s_own_names_mean_ours(tmp_path, capsys):

@@ -11,7 +11,7 @@ import yaml
 from vmoe.checkpoints.run_folder import RunFolder, is_config_of_run, newer_version
 from vmoe.cli.train_help import short_help
 from vmoe.config_values import choices, describe, from_plain, section_type
-from vmoe.data.config import DEFAULTS, EMBEDDED_SETS, NAMED_SETS, DataConfig
+from vmoe.data.config import EMBEDDED_SETS, NAMED_SETS, DataConfig
 from vmoe.errors import UserError
 from vmoe.moe import MoeConfig
 from vmoe.training.config import TrainConfig
@@ -24,7 +24,7 @@ from vmoe.training.options import (
     option_types,
     with_our_names,
 )
-from vmoe.training.recipes import find_recipe, is_recipe, recipe_names
+from vmoe.training.recipes import check_side_of_recipe, find_recipe, is_recipe, recipe_names
 from vmoe.version import __version__
 
 DESCRIPTION = """
@@ -235,28 +235,16 @@ def _with_chosen_data(parsed: dict[str, Any]) -> TrainConfig:
 def _check_image_size(config: TrainConfig, given: list[_Given]) -> None:
     """Refuses a recipe of ours with another data set where nobody has said the side of its images.
 
-    The side and the patches of a recipe go with its set: 224 pixels and patches of 4 make 3,136 tokens.
-
     Raises:
         UserError: it is so.
     """
     files = [file for file, _ in _files(given)]
     sections = [content.get("data") or {} for _, content in _files(given)]
-    name, usual = config.data.name, DEFAULTS[config.data.name].image_size
     for number, (file, data) in enumerate(zip(files, sections, strict=True)):
-        own = data.get("name", name)
         is_said = any("image_size" in later for later in sections[number + 1 :])
         is_said |= any(each.name == "data.image_size" for each in given)
-        if is_said or own == name or not is_recipe(file):
-            continue
-        side = data.get("image_size") or DEFAULTS[own].image_size
-        now = config.data.image_size or usual
-        if now is not None and not now == side == usual:
-            other = "" if usual is None else f", or {usual} as {name} has it, with --model.kwargs.patch_size to match"
-            raise UserError(
-                f"--data.name {name}: the recipe {Path(file).stem} is made for {own} at {side} pixels; give "
-                f"--data.image_size too: {side} as the recipe{other}"
-            )
+        if is_recipe(file) and not is_said:
+            check_side_of_recipe(config.data, file, data, f"--data.name {config.data.name}", "--")
 
 
 def _check_names(given: list[_Given], names: list[str]) -> None:

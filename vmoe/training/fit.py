@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from vmoe.checkpoints import RunFolder, TrainedModel, load
 from vmoe.config_values import from_plain, to_plain
-from vmoe.data.config import DataConfig, data_config
+from vmoe.data.config import EMBEDDED_SETS, DataConfig, data_config
 from vmoe.errors import UserError
 from vmoe.moe import MoeConfig
 from vmoe.training.config import ModelConfig, OptimConfig, TrainConfig
@@ -17,7 +17,7 @@ from vmoe.training.config_files import read_config
 from vmoe.training.options import LIGHTNING_NAMES, check_keys, with_our_names
 from vmoe.training.place import Place
 from vmoe.training.progress import Progress
-from vmoe.training.recipes import find_recipe
+from vmoe.training.recipes import check_side_of_recipe, find_recipe, is_recipe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,8 @@ def fit(
         moe: The MoE layers; False trains the dense twin. None: the config's, which has none where none was given.
         epochs: Epochs to train for. None: the config's.
         output_dir: The run's folder. None: the config's, else a new one in runs/.
-        options: Any other options by their dotted names, as on the command line; Lightning's own names too.
+        options: Any other options by their dotted names, as on the command line, such as {"resume": True} to go on with
+            the run in `output_dir`; Lightning's own names too.
         progress: Prints what happens, and shows a bar where stdout is a terminal.
         command: What summary.json notes as the command that began the run. None: a call of this function.
 
@@ -89,6 +90,8 @@ def fit(
     given = {name: value for name, value in given.items() if value is not None}
     if given or options or not isinstance(config, TrainConfig):
         config = _config(config, given, dict(options or {}))
+    elif config.output_dir is None:
+        config = dataclasses.replace(config, output_dir=_new_folder(_set_name(config.data)))
     place = Place.of_this()
     shown = Progress(quiet=not progress or not place.is_first)
     summary = train(config, shown, command or "vmoe.fit")
@@ -103,39 +106,62 @@ def _config(
     Raises:
         UserError: an option is unknown, or its value is not allowed.
     """
-    name, plain = "", {}
+    name, recipe, plain = "", None, {}
     if isinstance(start, TrainConfig):
         plain = to_plain(start)
     elif start is not None:
         path = find_recipe(str(start))
-        name, plain = Path(path).stem, with_our_names(read_config(path), path)
+        name, recipe = Path(path).stem, path if is_recipe(path) else None
+        plain = with_our_names(read_config(path), path)
         check_keys(plain, TrainConfig, path)
     plain = {key: dict(value) if isinstance(value, dict) else value for key, value in plain.items()}
-    for dotted, value in options.items():
-        own = LIGHTNING_NAMES.get(dotted, dotted)
-        if own in options and options[own] != value:
-            raise UserError(f"options: {dotted}={value} and {own}={options[own]} mean the same; give one of them")
-        _put(plain, own, to_plain(value))
+    of_recipe = dict(plain.get("data") or {})
+    _take_options(plain, options)
     check_keys(plain, TrainConfig, "options")
     if "data" in given:
         plain["data"] = (plain.get("data") or {}) | _data_options(given["data"])
     if "model" in given:
         plain["model"] = _model_options(given["model"], plain.get("model") or {})
     if "moe" in given:
+        of_moe = [key for key in options if key.startswith("moe.")]
+        if given["moe"] is False and of_moe:
+            raise UserError(
+                f"options: {of_moe[0]} is for MoE layers, and moe=False asks for none; leave one of them out"
+            )
         plain["moe"] = to_plain(given["moe"]) or None
     if "epochs" in given:
+        for key in {"trainer.epochs", "trainer.max_epochs"} & options.keys():
+            if options[key] != given["epochs"]:
+                raise UserError(f"epochs={given['epochs']}: options ask for {key}={options[key]}; give one of them")
         _put(plain, "trainer.epochs", given["epochs"])
+    if (plain.get("data") or {}).get("name") is None:
+        raise UserError("data: is missing; give a folder, the name of a set such as 'digits', or a recipe's name")
     if start is None:
-        if "data" not in given and "data.name" not in options:
-            raise UserError("data: is missing; give a folder, the name of a set such as 'digits', or a recipe's name")
         _put(plain, "optim.warmup_epochs", _short_warmup(plain))
     if "output_dir" in given:
         plain["output_dir"] = str(given["output_dir"])
-    if plain.get("output_dir") is None:
-        data = plain.get("data") or {}
-        own = data.get("name") if data.get("name") not in ("folder", "webdataset", "npz") else Path(data["root"]).stem
-        plain["output_dir"] = _new_folder(name or str(own))
-    return from_plain(TrainConfig, plain)
+    config = from_plain(TrainConfig, plain)
+    if config.data.name in EMBEDDED_SETS and config.data.root != DataConfig.root:
+        raise UserError(
+            f"data.root={config.data.root}: {config.data.name} comes with vmoe and reads no folder; leave it out"
+        )
+    is_said = "data.image_size" in options or "image_size" in (options.get("data") or {})
+    if recipe is not None and not is_said and not isinstance(given.get("data"), DataConfig):
+        check_side_of_recipe(config.data, recipe, of_recipe, f"data={config.data.name}")
+    if config.output_dir is None:
+        config = dataclasses.replace(config, output_dir=_new_folder(name or _set_name(config.data)))
+    return config
+
+
+def _take_options(plain: dict[str, Any], options: dict[str, Any]) -> None:
+    """Sets options by their dotted names. A section's own come after it, and a section keeps what is not named."""
+    for dotted, value in sorted(options.items(), key=lambda each: each[0].count(".")):
+        own, value = LIGHTNING_NAMES.get(dotted, dotted), to_plain(value)
+        if own in options and options[own] != value:
+            raise UserError(f"options: {dotted}={value} and {own}={options[own]} mean the same; give one of them")
+        if isinstance(value, dict) and "." not in own:
+            value = (plain.get(own) or {}) | with_our_names({own: value}, "options")[own]
+        _put(plain, own, value)
 
 
 def _put(plain: dict[str, Any], dotted: str, value: Any) -> None:
@@ -172,6 +198,11 @@ def _short_warmup(plain: dict[str, Any]) -> float:
     epochs = trainer.get("epochs", 20)
     usual = OptimConfig.warmup_epochs
     return optim.get("warmup_epochs", min(usual, epochs / 4) if isinstance(epochs, int) else usual)
+
+
+def _set_name(data: DataConfig) -> str:
+    """What a run is named after: the set, or the user's own folder or file."""
+    return Path(data.root).expanduser().resolve().stem if data.name in ("folder", "webdataset", "npz") else data.name
 
 
 def _new_folder(name: str) -> str:

@@ -1,6 +1,11 @@
 """The recipes that come with the package: a config is found by its file or, from any folder, by its name."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+from vmoe.data.config import DEFAULTS, DataConfig
+from vmoe.errors import UserError
 
 _PACKAGE = Path(__file__).parents[1]
 # A wheel holds them inside the package; a checkout and an editable install have them beside it.
@@ -28,3 +33,37 @@ def find_recipe(given: str) -> str:
     """
     name = given.removeprefix("configs/").removesuffix(".yaml")
     return given if Path(given).is_file() or name not in recipe_names() else str(FOLDER / f"{name}.yaml")
+
+
+def check_side_of_recipe(
+    data: DataConfig, recipe: str, of_recipe: Mapping[str, Any], option: str, dashes: str = ""
+) -> None:
+    """Refuses a recipe of ours with another data set where nobody has said the side of its images.
+
+    The side and the patches of a recipe go with its set: 224 pixels and patches of 4 make 3,136 tokens.
+
+    Args:
+        data: What is to be trained on.
+        recipe: The recipe's file.
+        of_recipe: The section `data` of that file.
+        option: The option that named the set, for the message.
+        dashes: What comes before the names of other options, for the message.
+
+    Raises:
+        UserError: It is so.
+    """
+    own, usual = of_recipe.get("name", data.name), DEFAULTS[data.name].image_size
+    if own == data.name:
+        return
+    side = of_recipe.get("image_size") or DEFAULTS[own].image_size
+    now = data.image_size or usual
+    if now is not None and not now == side == usual:
+        other = (
+            ""
+            if usual is None
+            else f", or {usual} as {data.name} has it, with {dashes}model.kwargs.patch_size to match"
+        )
+        raise UserError(
+            f"{option}: the recipe {Path(recipe).stem} is made for {own} at {side} pixels; give "
+            f"{dashes}data.image_size too: {side} as the recipe{other}"
+        )
