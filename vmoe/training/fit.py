@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from vmoe.checkpoints import RunFolder, TrainedModel, load
 from vmoe.config_values import from_plain, to_plain
-from vmoe.data.config import EMBEDDED_SETS, DataConfig, data_config
+from vmoe.data.config import EMBEDDED_SETS, DataConfig, set_and_root
 from vmoe.errors import UserError
 from vmoe.moe import MoeConfig
 from vmoe.training.config import ModelConfig, OptimConfig, TrainConfig
@@ -119,7 +119,7 @@ def _config(
     _take_options(plain, options)
     check_keys(plain, TrainConfig, "options")
     if "data" in given:
-        plain["data"] = (plain.get("data") or {}) | _data_options(given["data"])
+        plain["data"] = (plain.get("data") or {}) | _data_options(given["data"], options.get("data.root"))
     if "model" in given:
         plain["model"] = _model_options(given["model"], plain.get("model") or {})
     if "moe" in given:
@@ -174,11 +174,14 @@ def _put(plain: dict[str, Any], dotted: str, value: Any) -> None:
     plain[last] = value
 
 
-def _data_options(data: DataConfig | str | PathLike[str]) -> dict[str, Any]:
+def _data_options(data: DataConfig | str | PathLike[str], root: str | None) -> dict[str, Any]:
+    """The options of a set that is given in its own argument, where `data.root` is given too or None."""
     if isinstance(data, DataConfig):
         return to_plain(data)
-    found = data_config(data)
-    return {"name": found.name, "root": found.root}
+    name, own = set_and_root(data)
+    if own is not None and root is not None:
+        raise UserError(f"data={str(data)!r}: says where the images are, and so does data.root={root}; leave one out")
+    return {"name": name, "root": str(own) if own is not None else root or DataConfig.root}
 
 
 def _model_options(model: Any, known: dict[str, Any]) -> dict[str, Any]:
