@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import vmoe
+
 REPOSITORY = Path(__file__).parents[1]
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
@@ -54,7 +56,7 @@ def test_training_with_lightning_works_as_readme_shows(pictures):
     for theirs, ours in (small | {"epochs=5": "epochs=1", "epochs=10": "epochs=1"}).items():
         assert theirs in snippet
         snippet = snippet.replace(theirs, ours)
-    names = {}
+    names = {"vmoe": vmoe}
     exec(snippet, names)
     assert tuple(names["task"].model.class_names) == CLASSES
     assert tuple(names["vmoe"].load(names["best"].best_model_path).class_names) == CLASSES
