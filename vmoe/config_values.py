@@ -38,7 +38,7 @@ def from_plain(kind: type, plain: dict[str, Any], prefix: str = "") -> Any:
         elif isinstance(value, list) and _holds_tuple(hints[name]):  # YAML and checkpoints know only lists
             value = tuple(value)
         if section is None and not _fits(value, hints[name]):
-            raise UserError(f"{prefix}{name}={value!r}: must be {describe(hints[name])}")
+            raise UserError(f"{prefix}{name}={value!r}: must be {describe_type(hints[name])}")
         values[name] = value
     try:
         return kind(**values)
@@ -74,7 +74,7 @@ def _fits(value: Any, hint: Any) -> bool:
     return type(value) in ((int, float) if hint is float else (hint,))
 
 
-def describe(hint: Any) -> str:
+def describe_type(hint: Any) -> str:
     """A field's type as a user knows it: the words of a Literal, or what kind of value it is."""
     return " or ".join(_describe_one(choice) for choice in choices(hint))
 

@@ -13,7 +13,7 @@ from vmoe.cli.train_options import parse
 from vmoe.data import DataConfig
 from vmoe.errors import UserError
 from vmoe.training.config import TrainConfig
-from vmoe.training.fit import Run, _config
+from vmoe.training.fit import FinishedRun, _config
 
 SMALL = {
     "data.batch_size": 40,
@@ -26,7 +26,7 @@ ON_THE_LINE = [f"--{name}={value if isinstance(value, str) else json.dumps(value
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Run:
+def run(tmp_path_factory) -> FinishedRun:
     folder = tmp_path_factory.mktemp("fit") / "run"
     moe = vmoe.MoeConfig(num_experts=4)
     options = SMALL | {"trainer.max_epochs": 2}

@@ -13,7 +13,7 @@ from vmoe.errors import UserError
 from vmoe.memory import is_out_of_memory, memory_line
 from vmoe.training.config import TrainConfig
 from vmoe.training.place import Place
-from vmoe.training.progress import Progress
+from vmoe.training.progress import TrainingProgress
 from vmoe.training.stopping import Interrupted, stopped_at_once
 
 
@@ -57,7 +57,7 @@ def _train(make_config: Callable[[], TrainConfig], command: list[str], place: Pl
         config = make_config()
     except UserError as error:
         raise UserError(str(error), everywhere=True) from error
-    progress = Progress(quiet=not place.is_first)
+    progress = TrainingProgress(quiet=not place.is_first)
     if config.parallel.strategy == "auto":
         config = _resolved(config, place, progress)
     try:
@@ -97,7 +97,7 @@ def _smaller(config: TrainConfig) -> str:
     return ", ".join(ways)
 
 
-def _resolved(config: TrainConfig, place: Place, progress: Progress) -> TrainConfig:
+def _resolved(config: TrainConfig, place: Place, progress: TrainingProgress) -> TrainConfig:
     """The config with the planner's strategy in the place of auto; says why it is that one."""
     from vmoe.bench.plan.choice import resolved  # here, since it brings much along
 

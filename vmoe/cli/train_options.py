@@ -10,7 +10,7 @@ import yaml
 
 from vmoe.checkpoints.run_folder import RunFolder, is_config_of_run, newer_version
 from vmoe.cli.train_help import short_help
-from vmoe.config_values import choices, describe, from_plain, section_type
+from vmoe.config_values import choices, describe_type, from_plain, section_type
 from vmoe.data.config import EMBEDDED_SETS, NAMED_SETS, DataConfig
 from vmoe.errors import UserError
 from vmoe.moe import MoeConfig
@@ -266,7 +266,7 @@ def _explain(message: str, given: list[_Given]) -> str:
         return " ".join(message.split())
     values = _values(name, given)
     refused = [value for value in values if str(value) in message] or values  # of several, the one that was refused
-    allowed = describe(hints[name])
+    allowed = describe_type(hints[name])
     if refused and not str(refused[0]).startswith(("[", "{")):
         allowed = re.sub(r"^a list(?= or |$)", f"a list, such as [{refused[0]}],", allowed).removesuffix(",")
     line = f"--{name}{f' {refused[0]}' if refused else ''}: must be {allowed}"

@@ -21,7 +21,7 @@ from vmoe.models import densify
 from vmoe.moe import MoeConfig, MoeMlp, moe_layers
 from vmoe.text import counted
 
-Groups = Sequence[Sequence[int]]  # of each new expert, the old ones that it is made of, the head first
+ExpertGroups = Sequence[Sequence[int]]  # of each new expert, the old ones that it is made of, the head first
 _ROUTER_ROWS = ("gate.weight", "bias")  # of a router, what has a leading axis of experts
 _STUCK = {
     "soft": "every expert works on every token there, so none can be left out; train one with fewer",
@@ -65,14 +65,14 @@ def check_routers(model: nn.Module) -> None:
             raise ValueError(f'has router="{router}": {_STUCK[router]}')
 
 
-def pruned_groups(use: ExpertUse, keep: int, by: str) -> Groups:
+def pruned_groups(use: ExpertUse, keep: int, by: str) -> ExpertGroups:
     """The `keep` experts that score highest, in their order, each alone in its group."""
     score_E = SCORES[by](use)
     assert score_E is not None
     return [[expert] for expert in sorted(score_E.topk(keep).indices.tolist())]
 
 
-def merged_groups(use: ExpertUse, keep: int, by: str) -> Groups:
+def merged_groups(use: ExpertUse, keep: int, by: str) -> ExpertGroups:
     """`keep` groups of all experts: their heads score highest; each other expert joins the head it is most like."""
     heads = [head for (head,) in pruned_groups(use, keep, by)]
     groups = [[head] for head in heads]
@@ -89,7 +89,7 @@ def regrouped_config(moe: MoeConfig, keep: int) -> MoeConfig:
 
 @torch.no_grad()
 def regrouped_weights(
-    model: nn.Module, groups: Mapping[str, Groups], use: Mapping[str, ExpertUse]
+    model: nn.Module, groups: Mapping[str, ExpertGroups], use: Mapping[str, ExpertUse]
 ) -> dict[str, Tensor]:
     """The state dict of the model with new experts, each the mean of a group of old ones by their routed mass.
 
@@ -135,7 +135,7 @@ def joined_width(model: nn.Module) -> int:
     return found.pop()
 
 
-def join_experts(model: nn.Module, groups: Mapping[str, Groups], use: Mapping[str, ExpertUse]) -> nn.Module:
+def join_experts(model: nn.Module, groups: Mapping[str, ExpertGroups], use: Mapping[str, ExpertUse]) -> nn.Module:
     """The dense model of a model with merged experts, in place: all experts at once, by their mean combine weights.
 
     Args:

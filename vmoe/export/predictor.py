@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from vmoe.checkpoints import TrainedModel, as_trained, load
 from vmoe.checkpoints.program import METADATA, facts_of_program
 from vmoe.errors import UserError
-from vmoe.export.programs import Run, load_program, require
+from vmoe.export.programs import ProgramCall, load_program, require
 
 
 class Program(nn.Module):
@@ -18,7 +18,7 @@ class Program(nn.Module):
         run: From normalised images (B, 3, image_size, image_size) on the CPU to logits (B, classes).
     """
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: ProgramCall) -> None:
         super().__init__()
         self.run = run
 

@@ -34,7 +34,7 @@ BATCHES = (1, 3, 8, 33)
 TOLERANCE = 1e-4
 OPSET = 20  # the first with Gelu
 LARGEST_PROTOBUF = 2**31 - 2**20  # a file of protobuf holds less than 2 GiB; larger weights lie beside it
-Run = Callable[[Tensor], Tensor]
+ProgramCall = Callable[[Tensor], Tensor]
 
 
 def write_program(path: str | Path, source: str | Path, format: str, int8: bool = False) -> dict[str, Any]:
@@ -83,7 +83,7 @@ def write_program(path: str | Path, source: str | Path, format: str, int8: bool 
 
 def convert(
     file: Path, format: str, model: nn.Module, image_size: int, metadata: dict[str, Any], name: str
-) -> tuple[dict[str, Any], Run]:
+) -> tuple[dict[str, Any], ProgramCall]:
     """Writes an `exportable_copy` as a program.
 
     Args:
@@ -156,7 +156,7 @@ def reason_of(error: BaseException) -> str:
     return next((line[:200] for line in lines if line), type(error).__name__)
 
 
-def load_program(path: str | Path, format: str) -> Run:
+def load_program(path: str | Path, format: str) -> ProgramCall:
     """A function from images to logits, both on the CPU, that runs a written program."""
     if format == "onnx":
         import onnxruntime
@@ -172,7 +172,7 @@ def load_program(path: str | Path, format: str) -> Run:
 
 
 @torch.no_grad()
-def compare(run: Run, model: nn.Module, image_size: int) -> dict[int, float]:
+def compare(run: ProgramCall, model: nn.Module, image_size: int) -> dict[int, float]:
     """The largest difference of a program's logits from a model's on random images, for each of `BATCHES`."""
     differences = {}
     for batch in BATCHES:

@@ -16,13 +16,13 @@ from vmoe.training.config import ModelConfig, OptimConfig, TrainConfig
 from vmoe.training.config_files import read_config
 from vmoe.training.options import LIGHTNING_NAMES, check_keys, with_our_names
 from vmoe.training.place import Place
-from vmoe.training.progress import Progress
+from vmoe.training.progress import TrainingProgress
 from vmoe.training.recipes import check_side_of_recipe, find_recipe, is_recipe
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
-    """A finished run.
+class FinishedRun:
+    """A finished run, as `vmoe.fit` gives it.
 
     Attributes:
         path: Its folder.
@@ -59,7 +59,7 @@ def fit(
     options: Mapping[str, Any] | None = None,
     progress: bool = True,
     command: str | None = None,
-) -> Run:
+) -> FinishedRun:
     """Trains a run, tests its best checkpoint, and writes the folder that `vmoe train` writes.
 
         run = vmoe.fit(data="photos/", model="vit_small_patch16_224", moe=vmoe.MoeConfig(), epochs=10)
@@ -93,9 +93,9 @@ def fit(
     elif config.output_dir is None:
         config = dataclasses.replace(config, output_dir=_new_folder(_set_name(config.data)))
     place = Place.of_this()
-    shown = Progress(quiet=not progress or not place.is_first)
+    shown = TrainingProgress(quiet=not progress or not place.is_first)
     summary = train(config, shown, command or "vmoe.fit")
-    return Run(Path(str(config.output_dir)), summary or {})
+    return FinishedRun(Path(str(config.output_dir)), summary or {})
 
 
 def _config(

@@ -7,7 +7,7 @@ from rich.progress import Progress as Bar
 from vmoe.text import printable
 
 
-class Progress:
+class TrainingProgress:
     """Shows loss, accuracy and images a second while a run trains.
 
     Args:

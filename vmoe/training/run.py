@@ -48,7 +48,7 @@ from vmoe.training.lock import locked
 from vmoe.training.loggers import new_loggers, rate_monitors, require_loggers
 from vmoe.training.parallel import check_parts, cut_of, fallback_of_muon
 from vmoe.training.processes import Place, connect, disconnect, gather, together
-from vmoe.training.progress import Progress
+from vmoe.training.progress import TrainingProgress
 from vmoe.training.resumption import (
     check_folder,
     mark_launch,
@@ -69,7 +69,7 @@ Cut = Callable[[nn.Module], None]  # the model into the parts of several process
 _FEW_TO_CHOOSE_BY = 100  # images of validation, fewer than which are warned of
 
 
-def train(config: TrainConfig, progress: Progress, command: str) -> dict[str, Any] | None:
+def train(config: TrainConfig, progress: TrainingProgress, command: str) -> dict[str, Any] | None:
     """Trains, or resumes, the run in `config.output_dir` and tests its best checkpoint.
 
     Args:
@@ -119,7 +119,7 @@ def _forget(stop: BaseException | None) -> None:
 
 
 def _run(
-    config: TrainConfig, command: str, progress: Progress, device: torch.device, place: Place
+    config: TrainConfig, command: str, progress: TrainingProgress, device: torch.device, place: Place
 ) -> dict[str, Any] | None:
     folder = RunFolder(Path(config.output_dir))
     config = restarted(config, folder)
@@ -131,7 +131,7 @@ def _run(
 
 
 def _run_in(
-    folder: RunFolder, config: TrainConfig, command: str, progress: Progress, device: torch.device, place: Place
+    folder: RunFolder, config: TrainConfig, command: str, progress: TrainingProgress, device: torch.device, place: Place
 ) -> dict[str, Any] | None:
     """Trains or resumes the run of a folder that is this process's alone."""
     together(lambda: require_loggers(config))
@@ -198,7 +198,7 @@ def _run_in(
 
 
 def _say_what_may_surprise(
-    config: TrainConfig, folder: RunFolder, saved: SavedRun | None, place: Place, progress: Progress
+    config: TrainConfig, folder: RunFolder, saved: SavedRun | None, place: Place, progress: TrainingProgress
 ) -> None:
     if config.resume and saved is None:
         progress.say(f"{folder.path}: no checkpoint to resume, so this run starts from the beginning")
@@ -239,7 +239,7 @@ def _many_tokens(model: nn.Module, image_size: int) -> str | None:
 
 
 def _model(
-    config: TrainConfig, data: ImageDataModule, device: torch.device, place: Place, progress: Progress
+    config: TrainConfig, data: ImageDataModule, device: torch.device, place: Place, progress: TrainingProgress
 ) -> tuple[nn.Module, Cut | None]:
     """The model at its start, and what cuts it over the processes, where the strategy does."""
     cut = cut_of(config.parallel, place.count, device.type)
@@ -252,7 +252,7 @@ def _model(
         return _initial_model(dataclasses.replace(config, init_from=None), data, progress), cut
 
 
-def _initial_model(config: TrainConfig, data: ImageDataModule, progress: Progress) -> nn.Module:
+def _initial_model(config: TrainConfig, data: ImageDataModule, progress: TrainingProgress) -> nn.Module:
     return initial_model(config, list(data.class_names), data.image_size, progress.say)
 
 
@@ -304,7 +304,7 @@ def _module(
 
 def _fit(
     config: TrainConfig, module: Classifier, data: ImageDataModule, folder: RunFolder,
-    saved: SavedRun | None, device: torch.device, place: Place, progress: Progress, loggers: list[Logger],
+    saved: SavedRun | None, device: torch.device, place: Place, progress: TrainingProgress, loggers: list[Logger],
 ) -> Trainer:  # fmt: skip
     clock, writer = Clock(), FolderWriter(config.parallel.async_save)
     every, steps_done = config.trainer.log_every, saved.step if saved else 0
@@ -359,7 +359,7 @@ def _data(config: TrainConfig, device: torch.device, place: Place) -> ImageDataM
     return data
 
 
-def _check_files(config: TrainConfig, data: ImageDataModule, progress: Progress) -> None:
+def _check_files(config: TrainConfig, data: ImageDataModule, progress: TrainingProgress) -> None:
     """Opens all images where that is little work beside the run, and says where it is not done.
 
     Raises:
@@ -401,7 +401,7 @@ def _device(config: TrainConfig) -> torch.device:
     return device
 
 
-def _for_cpu(config: TrainConfig, progress: Progress) -> TrainConfig:
+def _for_cpu(config: TrainConfig, progress: TrainingProgress) -> TrainConfig:
     """The run without what needs a GPU and changes nothing of its result, so that a recipe for GPUs trains anywhere."""
     if not config.trainer.cuda_graph:
         return config
@@ -456,7 +456,7 @@ def _summary(
     }
 
 
-def _say_resumed(progress: Progress, folder: RunFolder, saved: SavedRun) -> None:
+def _say_resumed(progress: TrainingProgress, folder: RunFolder, saved: SavedRun) -> None:
     inside = f" and {counted(saved.batches_done, 'batch', 'batches')}" if saved.batches_done else ""
     progress.say(f"resuming {folder.path} after {counted(saved.progress.epochs_done, 'epoch')}{inside}")
     if saved.draws != DRAWS_VERSION:

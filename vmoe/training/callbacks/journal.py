@@ -19,7 +19,7 @@ from vmoe.training.callbacks.routing_monitor import RoutingMonitor
 from vmoe.training.classifier import RAW_TOP1, Classifier
 from vmoe.training.config import TrainerConfig, logger_options
 from vmoe.training.processes import Place, gather
-from vmoe.training.progress import Progress
+from vmoe.training.progress import TrainingProgress
 from vmoe.training.routing_sums import as_metrics, metric_columns, warnings_of
 
 TRAIN_COLUMNS = ("epoch", "step", "train/loss", "train/top1", "train/images_per_second", "lr")
@@ -159,7 +159,7 @@ class Journal(Callback):
         self,
         folder: RunFolder,
         clock: Clock,
-        progress: Progress,
+        progress: TrainingProgress,
         monitor: RoutingMonitor,
         step: int,
         config: TrainerConfig,
