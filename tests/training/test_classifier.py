@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, Mode
 from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 import vmoe
 from vmoe.cli.predict import main as predict
@@ -248,6 +248,159 @@ def test_a_datamodule_without_validation_still_trains(photos, tmp_path):
 def test_wrong_data_are_one_line(data, options, line):
     with pytest.raises(UserError, match=line):
         vmoe.ImageDataModule(data, **options)
+
+
+class Plain(L.LightningModule):
+    """Another's LightningModule around a model."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def training_step(self, batch, batch_idx):
+        images, labels = batch.values() if isinstance(batch, dict) else batch[:2]
+        return nn.functional.cross_entropy(self.model(images), labels)
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val/loss", self.training_step(batch, batch_idx))
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+
+class TakesImages(CSVLogger):
+    """A logger of images, as those of Weights & Biases."""
+
+    def log_image(self, key, images, step):
+        self.__dict__.setdefault("kept", []).append((key, len(images)))
+
+
+def dense_model() -> nn.Module:
+    return vmoe.create_model("vit_tiny_patch16_224", num_classes=3, **SMALL)
+
+
+def test_an_evaluation_may_come_before_the_first_fit(loader, tmp_path):
+    run, task = trainer(tmp_path, max_epochs=1), vmoe.Classifier(new_model())
+    run.validate(task, loader, verbose=False)
+    run.fit(task, loader, loader)
+    assert run.callback_metrics["val/loss"].isfinite()
+
+
+def test_the_monitor_leaves_a_dense_model_alone_and_says_so(loader, tmp_path):
+    logger = TakesImages(tmp_path)
+    run = trainer(tmp_path, [vmoe.RoutingMonitor()], logger, max_epochs=1)
+    with pytest.warns(UserWarning, match="RoutingMonitor: the model has no MoE layer"):
+        run.fit(vmoe.Classifier(dense_model()), loader, loader)
+    assert not hasattr(logger, "kept") and not any("moe/" in name for name in run.callback_metrics)
+
+
+def test_the_monitor_draws_no_images_of_batches_that_it_does_not_know(loader, tmp_path):
+    dicts = DataLoader(
+        loader.dataset, 8, collate_fn=lambda rows: dict(zip(("image", "label"), default_collate(rows), strict=True))
+    )
+    logger = TakesImages(tmp_path)
+    run = trainer(tmp_path, [vmoe.RoutingMonitor()], logger)
+    with pytest.warns(UserWarning, match="RoutingMonitor: draws no images: a batch of type dict") as warned:
+        run.fit(Plain(new_model()), dicts, dicts)
+    assert sum("draws no images" in str(each.message) for each in warned) == 1
+    assert (
+        run.global_step == 6 and not hasattr(logger, "kept") and "moe/model.blocks.1.mlp/dead" in run.callback_metrics
+    )
+
+
+def test_a_fit_after_one_that_the_guard_stopped_begins_clean(loader, tmp_path):
+    guard, images = vmoe.NanGuard(), next(iter(loader))[0]
+    bad = DataLoader(TensorDataset(torch.full_like(images, torch.nan), torch.zeros(len(images), dtype=torch.long)), 8)
+    task = vmoe.Classifier(new_model())
+    run = trainer(tmp_path, [guard, vmoe.Ema(0.9), vmoe.RoutingMonitor(images=0)], max_epochs=1)
+    with pytest.raises(UserError, match=r"step 1: .*The model, and the last checkpoint .* hold the weights of before"):
+        run.fit(task, bad)
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    trainer(tmp_path, [guard], max_epochs=1).fit(task, loader)  # the same guard
+    later = trainer(tmp_path, max_epochs=1)
+    later.fit(task, loader, loader)
+    assert task.guard is task.average is task.routing is None and "val/raw_top1" not in later.callback_metrics
+
+
+def test_callbacks_begin_afresh_with_another_model(loader, tmp_path):
+    ema, monitor = vmoe.Ema(0.9), vmoe.RoutingMonitor(images=0)
+    callbacks = [ema, monitor]
+    first = trainer(tmp_path, callbacks, max_epochs=1)
+    first.fit(Plain(new_model()), loader, loader)
+    second, module = trainer(tmp_path, callbacks, max_epochs=1), Plain(dense_model())
+    second.fit(module, loader, loader)
+    assert monitor.means == {} and ema.average.weights.keys() == dict(module.named_parameters()).keys()
+    third, task = (
+        trainer(tmp_path, callbacks, max_epochs=1),
+        vmoe.Classifier(
+            vmoe.create_model("vit_tiny_patch16_224", vmoe.MoeConfig(num_experts=6), num_classes=3, **SMALL)
+        ),
+    )
+    third.fit(task, loader, loader)
+    assert len(monitor.means["blocks.1.mlp"][0]) == 6 and task.average is ema.average
+
+
+@pytest.mark.parametrize("scheduled", [True, False])
+def test_a_subclass_may_have_an_optimiser_of_its_own(loader, tmp_path, scheduled):
+    class Own(vmoe.Classifier):
+        def configure_optimizers(self):
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.3)
+            return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)] if scheduled else []
+
+    run, task = trainer(tmp_path, [vmoe.Ema(0.9)]), Own(new_model())
+    run.fit(task, loader)
+    assert run.optimizers[0].param_groups[0]["lr"] == (0.075 if scheduled else 0.3)
+    assert task.average.updates == 6
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    again = trainer(tmp_path, max_epochs=3)
+    again.fit(Own(new_model()), loader, ckpt_path=tmp_path / "a.ckpt")
+    assert again.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.0375 if scheduled else 0.3)
+
+
+def fits_exactly(module, data, folder, path=None, callbacks=()) -> tuple[L.LightningModule, L.Trainer]:
+    """Three epochs with `ExactResume`; from another seed where they go on from a checkpoint."""
+    torch.manual_seed(0 if path is None else 1)
+    run, module = trainer(folder, [vmoe.ExactResume(), *callbacks], max_epochs=3), module()
+    given = {"datamodule": data} if isinstance(data, L.LightningDataModule) else {"train_dataloaders": data}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run.fit(module, **given, ckpt_path=path)
+    return module, run
+
+
+class Foreign(L.LightningDataModule):
+    """A shuffled loader, and an attribute of a name that `vmoe.ImageDataModule` has too."""
+
+    def __init__(self, dataset, has_validation: bool):
+        super().__init__()
+        self.dataset, self.has_validation = dataset, has_validation
+        self.train_sampler = torch.utils.data.RandomSampler(dataset)
+
+    def train_dataloader(self):
+        return DataLoader(self.dataset, 8, sampler=self.train_sampler)
+
+    def val_dataloader(self):
+        return DataLoader(self.dataset, 8) if self.has_validation else []
+
+
+@pytest.mark.parametrize("kind", ["Classifier", "undescribed", "Plain", "with validation", "ImageDataModule"])
+def test_other_models_and_data_resume_exactly_at_the_end_of_an_epoch(loader, tmp_path, kind):
+    data = Foreign(loader.dataset, kind == "with validation")
+    if kind == "ImageDataModule":
+        data = vmoe.ImageDataModule("digits", batch_size=10, image_size=16, subset={"per_class": 3})
+    classes = 10 if kind == "ImageDataModule" else 3
+
+    def module():
+        if kind == "undescribed":
+            net = nn.Sequential(nn.Flatten(), nn.Dropout(), nn.Linear(3 * 16 * 16, classes))
+            return vmoe.Classifier(net)
+        return (Plain if kind in ("Plain", "ImageDataModule") else vmoe.Classifier)(new_model(classes, drop_rate=0.2))
+
+    keeps = ModelCheckpoint(dirpath=tmp_path, filename="{epoch}", save_top_k=-1)
+    whole, _ = fits_exactly(module, data, tmp_path, callbacks=[keeps])
+    resumed, _ = fits_exactly(module, data, tmp_path, tmp_path / "epoch=0.ckpt")
+    expected = whole.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in resumed.state_dict().items())
 
 
 @pytest.mark.slow

@@ -308,7 +308,7 @@ def test_dead_and_dominant_experts_are_told(run, monkeypatch, capsys):
             torch.nn.init.zeros_(layer.router.gate.weight)
         return model
 
-    monkeypatch.setattr("vmoe.checkpoints.loading.create_model", without_preference)
+    monkeypatch.setattr("vmoe.checkpoints.building.create_model", without_preference)
     _, folder = run(
         "--moe.noise_std",
         "0",

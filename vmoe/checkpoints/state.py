@@ -18,6 +18,7 @@ class ResumeState:
     """What an exact resumption needs."""
 
     draws: int  # version of the random draws per image
+    epochs_done: int
     batches_done: int  # of the epoch under way
     random_states: list[dict[str, Any]]  # of each rank's random generators, by rank
     running: dict[str, Any]  # the sums of the epoch under way
@@ -71,6 +72,7 @@ def put_resume_state(content: dict[str, Any], state: ResumeState) -> None:
     first, *others = state.random_states
     content.setdefault(ENTRY, {}).update(
         draws=state.draws,
+        epochs_done=state.epochs_done,
         batches_done=state.batches_done,
         random=first,
         random_of_others=others,
@@ -85,6 +87,7 @@ def resume_state_of(content: dict[str, Any]) -> ResumeState | None:
         return None
     return ResumeState(
         draws=ours.get("draws", 1),
+        epochs_done=ours["epochs_done"],
         batches_done=ours["batches_done"],
         random_states=[ours["random"], *ours.get("random_of_others", [])],
         running=ours["running"],
@@ -104,11 +107,6 @@ def progress_of(content: dict[str, Any]) -> RunProgress:
     """
     ours = content[ENTRY]
     return RunProgress(ours["epochs_done"], ours["finished"], ours["best"], ours["clock"])
-
-
-def epochs_done_of(content: dict[str, Any]) -> int:
-    """Finished epochs of a checkpoint that is being read."""
-    return content[ENTRY]["epochs_done"]
 
 
 def read_saved_run(path: Path) -> SavedRun:

@@ -36,6 +36,10 @@ class WeightAverage:
         self.weights = {name: weight.to(device) for name, weight in self.weights.items()}
         self.updates = self.updates.to(device)
 
+    def is_of(self, model: nn.Module) -> bool:
+        """Whether it averages this very model."""
+        return all(self._parameters.get(name) is parameter for name, parameter in model.named_parameters())
+
     @torch.no_grad()
     def update(self, found_inf: Tensor | None) -> None:
         """Averages the weights in, unless `found_inf` () is 1."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -79,9 +79,9 @@ class Classifier(LightningModule):
     Attributes:
         model: The model.
         optim: The `OptimConfig`.
-        guard: What `vmoe.NanGuard` watches the step with.
-        average: The average of the weights that `vmoe.Ema` keeps.
-        routing: The sums that `vmoe.RoutingMonitor` reads.
+        guard: What `vmoe.NanGuard` watches the step with; None without that callback.
+        average: The average of the weights that `vmoe.Ema` keeps; None without that callback.
+        routing: The sums that `vmoe.RoutingMonitor` reads; None without that callback.
         teacher: A model whose answers are learnt too.
         draws: Draws router noise and dropout per image, once it is installed in the model.
         shard: Cuts the model into shards of several ranks (see `vmoe.training.sharding.shard`).
@@ -123,7 +123,9 @@ class Classifier(LightningModule):
         self._chooses_warmup = "warmup_epochs" not in optim
         self._logged_sums = torch.zeros(4)
         self._is_sharded = False
+        self._found: ModelFacts | None = None  # what this class finds out for the checkpoints of a fit
         self._is_undescribed = False  # no file can tell how the model is built
+        self._schedule: torch.optim.lr_scheduler.LambdaLR | None = None  # ours, which a subclass may not use
         self._gradient_means: GradientMeans | None = None  # where Lightning's strategy does not average
         self._graphed_step: GraphedStep | None = None
         self._step_number = torch.zeros(())  # of the update, for the graph
@@ -199,8 +201,8 @@ class Classifier(LightningModule):
         optimizer = build_optimizer(self.model, self.optim)
         optimizer.register_step_post_hook(lambda optimizer, *_: self._after_update(optimizer))
         self._plan_rates()
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.rate(step) / self.optim.lr)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.rate(step) / self.optim.lr)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self._schedule, "interval": "step"}}
 
     def _after_update(self, optimizer: torch.optim.Optimizer) -> None:
         found_inf = getattr(optimizer, "found_inf", None)  # () 1 where the update was blocked
@@ -297,7 +299,9 @@ class Classifier(LightningModule):
         self.evaluation_sums += self._evaluated(as_batch(batch))
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """(B, C) float32 probabilities, for a batch with or without labels."""
+        """(B, C) float32 probabilities, for a batch with or without labels: images, [images] or (images, labels)."""
+        if isinstance(batch, list | tuple) and len(batch) == 1:
+            (batch,) = batch
         images = batch if isinstance(batch, Tensor) else as_batch(batch).images
         return self.model(images).float().softmax(-1)
 
@@ -312,7 +316,8 @@ class Classifier(LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         trainer = self.trainer
-        is_update = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        done = batch_idx + 1
+        is_update = done % trainer.accumulate_grad_batches == 0 or done == trainer.num_training_batches
         is_shown = bool(trainer.loggers) or trainer.progress_bar_callback is not None
         if is_shown and is_update and trainer.log_every_n_steps and self.global_step % trainer.log_every_n_steps == 0:
             means = means_of(total(self.train_sums - self._logged_sums))
@@ -356,7 +361,10 @@ class Classifier(LightningModule):
         """Those of images kept for validation; none where none are."""
         return self.evaluation_metrics("val") if self.trainer.datamodule.has_validation else {}
 
-    def on_train_epoch_start(self) -> None:
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if batch_idx:
+            return
+        # Not at the epoch's start: Lightning does not call that hook for the epoch after a resumed one's last batch
         self.train_sums.zero_()
         self._logged_sums.zero_()
         if self.routing is not None:
@@ -373,14 +381,24 @@ class Classifier(LightningModule):
     def _move_sums(self) -> None:
         # Doubles keep sums over a million images exact to the digits shown; Apple's GPUs have none.
         dtype = torch.float32 if self.device.type == "mps" else torch.float64
-        for name in ("train_sums", "_logged_sums", "evaluation_sums", "raw_sums"):
-            setattr(self, name, getattr(self, name).to(self.device, dtype))
-        self._step_number = self._step_number.to(self.device)
-        for part in (self.average, self.teacher, self.routing, self.guard):
-            if part is not None:
-                part.to(self.device)
+        with torch.inference_mode(False):  # an evaluation may come first, and training cannot change its tensors
+            for name in ("train_sums", "_logged_sums", "evaluation_sums", "raw_sums"):
+                setattr(self, name, getattr(self, name).to(self.device, dtype))
+            self._step_number = self._step_number.to(self.device)
+            for part in (self.average, self.teacher, self.routing, self.guard):
+                if part is not None:
+                    part.to(self.device)
 
     # The beginning and the end
+
+    def setup(self, stage: str) -> None:
+        """Lets go of what callbacks of another Trainer have left, and of what was found out about other data."""
+        held = [value for callback in self.trainer.callbacks for value in vars(callback).values()]
+        for name in ("guard", "average", "routing"):
+            if not any(value is getattr(self, name) for value in held):
+                setattr(self, name, None)
+        if stage == "fit":
+            self._found, self._is_undescribed = None, False
 
     def configure_model(self) -> None:
         if self.shard is not None:
@@ -394,9 +412,14 @@ class Classifier(LightningModule):
         is_graphed = self._graphed_step is not None
         if (self._is_sharded or is_graphed) and not is_alone():
             self._gradient_means = GradientMeans(self.model.parameters(), self.trainer.accumulate_grad_batches == 1)
-        schedule = self.lr_schedulers()
-        groups = self.optimizers(use_pl_optimizer=False).param_groups
-        for group, highest in zip(groups, schedule.base_lrs, strict=True):
+        schedule = self._schedule
+        optimizers = self.trainer.optimizers
+        if optimizers and (schedule is None or all(schedule.optimizer is not each for each in optimizers)):
+            # A subclass has an optimiser of its own
+            optimizers[0].register_step_post_hook(lambda optimizer, *_: self._after_update(optimizer))
+        if all(each.scheduler is not schedule for each in self.trainer.lr_scheduler_configs):
+            return
+        for group, highest in zip(schedule.optimizer.param_groups, schedule.base_lrs, strict=True):
             # By this run's schedule: a resumed one may have had fewer epochs.
             rate = highest * (self.rate(schedule.last_epoch) / self.optim.lr)
             # A graph reads the rate from the device, where the schedule writes it; elsewhere a number serves.
@@ -447,13 +470,10 @@ class Classifier(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what rebuilds the model, by the project's format; what callbacks have put there comes before it."""
-        if self.facts is None and not self._is_undescribed:
-            self.facts = self._found_facts()
-            self._is_undescribed = self.facts is None
-        progress = self.trainer.fit_loop.epoch_progress.current
-        is_through = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready >= self.trainer.num_training_batches
-        epochs_done = progress.completed + (progress.started > progress.completed and is_through)
-        put_model(checkpoint, self.facts, epochs_done)
+        if self.facts is None and self._found is None and not self._is_undescribed:
+            self._found = self._found_facts()
+            self._is_undescribed = self._found is None
+        put_model(checkpoint, self.facts or self._found, epochs_done(self.trainer))
         put_average(checkpoint, None if self.average is None else self.average.state())
 
     def _found_facts(self) -> ModelFacts | None:
@@ -483,6 +503,8 @@ class Classifier(LightningModule):
             return None
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if type(self).configure_optimizers is not Classifier.configure_optimizers:
+            return  # the states of another optimiser, which Lightning loads
         groups = optimizer_groups(self.model, self.optim)
         for schedule in checkpoint.get("lr_schedulers", ()):  # the saved run's may have been in other groups
             schedule["base_lrs"] = [group["lr"] for group in groups]
@@ -506,6 +528,13 @@ class Classifier(LightningModule):
         self.train_sums = state["train_sums"].to(self.train_sums.device) * share
         if self.routing is not None:
             self.routing.load_state(state["routing"])
+
+
+def epochs_done(trainer: Trainer) -> int:
+    """Epochs of a Trainer of which all batches are trained on."""
+    progress = trainer.fit_loop.epoch_progress.current
+    is_through = trainer.fit_loop.epoch_loop.batch_progress.current.ready >= trainer.num_training_batches
+    return progress.completed + (progress.started > progress.completed and is_through)
 
 
 def as_batch(batch: Any) -> Batch:

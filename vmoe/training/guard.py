@@ -75,13 +75,13 @@ class Guard:
         if step < 0:
             return
         if self.bad_input.item():
-            cause = "the images hold NaN or inf: check the files, data.mean and data.std"
+            cause = "the images hold NaN or inf: check the files, mean and std"
         elif fp16:
-            cause = "fp16 overflows: use --trainer.precision bf16"
+            cause = "fp16 overflows: use the precision bf16"
         else:
-            cause = "the learning rate is likely too high: lower --optim.lr, warm up longer or set --optim.clip_norm"
+            cause = "the learning rate is likely too high: lower lr, warm up longer (warmup_epochs) or set clip_norm"
         raise UserError(
             f"step {step + 1}: the loss or its gradient became NaN or inf; {cause}. "
-            "The weights of before are safe in checkpoints/last.ckpt if an epoch was finished",
+            "The model, and the last checkpoint where one was written, hold the weights of before",
             everywhere=True,
         )

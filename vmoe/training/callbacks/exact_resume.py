@@ -6,9 +6,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from vmoe.checkpoints.state import ResumeState, epochs_done_of, put_resume_state, resume_state_of
+from vmoe.checkpoints.state import ResumeState, put_resume_state, resume_state_of
+from vmoe.data import ImageDataModule
 from vmoe.data.draws import DRAWS_VERSION
-from vmoe.training.classifier import Classifier
+from vmoe.training.classifier import Classifier, epochs_done
 from vmoe.training.processes import Place, gather
 from vmoe.training.randomness import random_states, restore_random_states, seed_process
 
@@ -20,8 +21,9 @@ class ExactResume(Callback):
     of the epoch that are done, and a Classifier's sums of the epoch. Lightning alone repeats random numbers, and in the
     middle of an epoch it begins again with the first batch.
 
-    The place in the data is restored for `vmoe.ImageDataModule`; of other data only a checkpoint at the end of an epoch
-    resumes exactly. A checkpoint between two batches of one update does not, since gradients are not saved.
+    The place in the data is restored for `vmoe.ImageDataModule`. Of other data only a checkpoint at the end of an epoch
+    resumes exactly; in the middle of one a warning says that the epoch begins again. A checkpoint between two batches
+    of one update does not resume exactly, since gradients are not saved.
 
     Args:
         seed: Of the run; with it each of several ranks begins with random numbers of its own. None leaves them as
@@ -52,6 +54,7 @@ class ExactResume(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         state = ResumeState(
             draws=DRAWS_VERSION,
+            epochs_done=epochs_done(trainer),
             batches_done=self._batches_done,
             random_states=gather(random_states()),
             running=pl_module.running_state() if isinstance(pl_module, Classifier) else {},
@@ -67,16 +70,19 @@ class ExactResume(Callback):
             return
         if isinstance(pl_module, Classifier):
             pl_module.load_running_state(state.running)
-        sampler = getattr(trainer.datamodule, "train_sampler", None)
-        if sampler is not None:
-            sampler.set_epoch(epochs_done_of(checkpoint))
+        is_ours, place = isinstance(trainer.datamodule, ImageDataModule), Place.of_this()
+        if is_ours:
+            sampler = trainer.datamodule.train_sampler
+            sampler.set_epoch(state.epochs_done)
             sampler.start_batch = state.batches_done
         elif state.batches_done:
             rank_zero_warn(
                 "ExactResume: the data are not vmoe.ImageDataModule's: the epoch begins again with its first batches"
             )
-        place = Place.of_this()
         if len(state.random_states) == place.count:
-            self._states_to_restore = state.random_states[place.rank]
+            if is_ours or state.batches_done:
+                self._states_to_restore = state.random_states[place.rank]
+            else:  # now, since a shuffled loader draws its order before training begins
+                restore_random_states(state.random_states[place.rank])
         else:  # on another number of ranks each goes on by random numbers of its own
             self._seed = [*self._seed, checkpoint["global_step"]]

@@ -33,9 +33,12 @@ class NanGuard(Callback):
         self._watches_step = False  # whether the LightningModule hands loss and gradients to the guard itself
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit" and isinstance(pl_module, Classifier):
+        if stage != "fit":
+            return
+        self.guard = Guard()  # without the bad step of a fit before
+        self._watches_step = isinstance(pl_module, Classifier)
+        if isinstance(pl_module, Classifier):
             pl_module.guard = self.guard
-            self._watches_step = True
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.guard.to(pl_module.device)
@@ -61,6 +64,11 @@ class NanGuard(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._read(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.guard = Guard()  # the weights are those of before the bad step, and can be saved
+        if isinstance(pl_module, Classifier):
+            pl_module.guard = None
 
     def _read(self, trainer: Trainer) -> None:
         self.guard.raise_if_bad(fp16=trainer.precision == "16-mixed")

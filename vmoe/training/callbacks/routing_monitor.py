@@ -25,12 +25,13 @@ class RoutingMonitor(Callback):
     Per epoch and layer, as `moe/NAME/...`: `load/E` of each expert (1 is fair, 0 is dead), `max_load`, the share
     `dropped` of the choices that found no slot, the gates' `entropy` in nats, and the number of `dead` experts. It
     warns of dead and dominant experts. Loggers that take images (TensorBoard, Weights & Biases, MLflow) also get a few
-    validation images, in which each patch has the colour of its first expert; with one rank only.
+    validation images, in which each patch has the colour of its first expert; with one rank only, and where batches are
+    `(images, labels)`. Of a model without MoE layers it logs nothing and, with `warn`, says so.
 
     Args:
         images: How many images are drawn per epoch; 0 draws none.
         per_expert: Whether the load of each expert is logged, beside the summary of each layer.
-        warn: Whether to warn of dead and dominant experts.
+        warn: Whether to warn of dead and dominant experts, and of a model without MoE layers.
 
     Raises:
         UserError: `images` is negative.
@@ -46,15 +47,24 @@ class RoutingMonitor(Callback):
         self.means: dict[str, tuple[list[float], float, float]] = {}
         self._sums = RoutingSums()
         self._sums_in_step = False  # whether the LightningModule adds to the sums itself
+        self._draws = images > 0
         self._to_draw: Tensor | None = None  # (images, 3, H, W)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit" and isinstance(pl_module, Classifier):
+        if stage != "fit":
+            return
+        self.means, self._sums, self._to_draw = {}, RoutingSums(), None  # of this fit's model alone
+        has_layers = bool(moe_layers(pl_module))
+        self._draws = self.images > 0 and has_layers
+        if self.warn and not has_layers:
+            rank_zero_warn("RoutingMonitor: the model has no MoE layer, so nothing is logged")
+        self._sums_in_step = isinstance(pl_module, Classifier)
+        if isinstance(pl_module, Classifier):
             pl_module.routing = self._sums
-            self._sums_in_step = True
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self._sums_in_step:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        # Not at the epoch's start, of which a resumed Trainer may say nothing
+        if batch_idx == 0 and not self._sums_in_step:
             self._sums.reset()
 
     def on_train_batch_end(
@@ -67,8 +77,19 @@ class RoutingMonitor(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:  # fmt: skip
-        if self.images and batch_idx == 0 and dataloader_idx == 0 and any(map(_takes_images, trainer.loggers)):
-            self._to_draw = as_batch(batch).images[: self.images]
+        if not (self._draws and batch_idx == 0 and dataloader_idx == 0 and any(map(_takes_images, trainer.loggers))):
+            return
+        try:
+            images = as_batch(batch).images
+        except UserError as error:
+            rank_zero_warn(f"RoutingMonitor: draws no images: {error}")
+            self._draws = False
+            return
+        if images.dim() == 4:
+            self._to_draw = images[: self.images]
+        else:
+            rank_zero_warn(f"RoutingMonitor: draws no images, since those of a batch are {tuple(images.shape)}")
+            self._draws = False
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         images, self._to_draw = self._to_draw, None
