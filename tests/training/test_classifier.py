@@ -1,5 +1,6 @@
 """`vmoe.Classifier` and the callbacks in a Trainer that knows nothing of vmoe."""
 
+import csv
 import subprocess
 import sys
 import warnings
@@ -160,19 +161,23 @@ def test_the_guard_keeps_the_weights_of_another_s_module(loader, tmp_path, fused
     assert all(parameter.isfinite().all() for parameter in module.parameters())
 
 
-def test_a_resumed_training_is_the_one_that_never_stopped(tmp_path):
-    """In the middle of an epoch, with the augmentation, mixing and router noise of an ordinary run."""
+@pytest.mark.parametrize("stop", [4, 6])
+def test_a_resumed_training_is_the_one_that_never_stopped(tmp_path, stop):
+    """After an epoch's last batch and in the middle, with the augmentation, mixing and router noise of a usual run."""
     config = DataConfig(batch_size=20, image_size=16, subset=SubsetConfig(per_class=8))
 
     class Stops(L.Callback):
         def on_train_batch_end(self, trainer, *_):
-            if trainer.global_step == 6:
+            if trainer.global_step == stop:
                 trainer.save_checkpoint(tmp_path / "stopped.ckpt")
                 raise KeyboardInterrupt
 
     def fit(*callbacks, path=None):
         torch.manual_seed(0 if path is None else 1)
-        run, task = trainer(tmp_path, [vmoe.ExactResume(), *callbacks]), vmoe.Classifier(new_model(10), lr=1e-2)
+        run, task = (
+            trainer(tmp_path, [vmoe.RoutingMonitor(images=0), vmoe.ExactResume(), *callbacks]),
+            vmoe.Classifier(new_model(10), lr=1e-2),
+        )
         try:
             run.fit(task, datamodule=vmoe.ImageDataModule(config), ckpt_path=path)
         except SystemExit:  # Lightning's answer to an interrupt
@@ -185,7 +190,8 @@ def test_a_resumed_training_is_the_one_that_never_stopped(tmp_path):
     assert run.global_step == again.global_step == 8
     expected = whole.state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in resumed.state_dict().items())
-    assert torch.equal(run.callback_metrics["train/loss"], again.callback_metrics["train/loss"])
+    metrics = again.callback_metrics
+    assert all(torch.equal(value, metrics[name]) for name, value in run.callback_metrics.items())
 
 
 def test_routing_pictures_colour_patches_and_reach_a_logger(loader, tmp_path):
@@ -401,6 +407,69 @@ def test_other_models_and_data_resume_exactly_at_the_end_of_an_epoch(loader, tmp
     resumed, _ = fits_exactly(module, data, tmp_path, tmp_path / "epoch=0.ckpt")
     expected = whole.state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in resumed.state_dict().items())
+
+
+@pytest.mark.parametrize("of_classifier", [True, False])
+def test_the_average_of_a_checkpoint_is_tested_without_a_fit_before(loader, tmp_path, of_classifier):
+    def module():
+        return vmoe.Classifier(new_model(), lr=3e-2) if of_classifier else Plain(new_model())
+
+    torch.manual_seed(0)
+    run = trainer(tmp_path, [vmoe.Ema(0.99)], max_epochs=1)
+    run.fit(module(), loader, loader)
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    evaluated = {"model": module(), "dataloaders": loader, "ckpt_path": tmp_path / "a.ckpt", "verbose": False}
+    (averaged,) = trainer(tmp_path, [vmoe.Ema(0.99)]).validate(**evaluated)
+    assert averaged["val/loss"] == pytest.approx(run.callback_metrics["val/loss"].item(), rel=1e-6)
+    (raw,) = trainer(tmp_path).validate(**evaluated)  # the same module, without the callback
+    assert raw["val/loss"] != pytest.approx(averaged["val/loss"], rel=1e-5)
+    with_none = trainer(tmp_path, max_epochs=1)
+    with_none.fit(module(), loader)
+    with_none.save_checkpoint(tmp_path / "none.ckpt")
+    with pytest.warns(UserWarning, match="Ema: the checkpoint holds no average"):
+        trainer(tmp_path, [vmoe.Ema()]).validate(**{**evaluated, "ckpt_path": tmp_path / "none.ckpt"})
+
+
+def test_checkpoints_tell_of_the_data_of_their_own_fit(loader, photos, tmp_path):
+    task = vmoe.Classifier(new_model(2))
+    data = vmoe.ImageDataModule(photos, batch_size=6, image_size=16, mean=[0.1, 0.2, 0.3])
+    for number, given in enumerate((DataLoader([(image, label % 2) for image, label in loader.dataset], 8), data)):
+        run = trainer(tmp_path, max_epochs=1)
+        run.fit(task, given)
+        run.save_checkpoint(tmp_path / f"{number}.ckpt")
+    first, second = vmoe.load(tmp_path / "0.ckpt"), vmoe.load(tmp_path / "1.ckpt")
+    assert first.class_names == ["0", "1"] and second.class_names == ["cat", "dog"]
+    assert first.mean == (0.5, 0.5, 0.5) and second.mean == (0.1, 0.2, 0.3)
+
+
+def test_load_from_checkpoint_takes_other_rates_and_lightning_s_arguments(trained):
+    _, _, path = trained
+    again = vmoe.Classifier.load_from_checkpoint(path, lr=1e-6, strict=True, weights_only=True)
+    assert again.optim.lr == again.optim.min_lr == 1e-6 and again.optim.weight_decay == 0.1
+    assert again.hparams.warmup_epochs is None  # chosen again, by the next fit's epochs
+    model = new_model()
+    model.added = nn.Linear(1, 1)
+    with pytest.raises(UserError, match="do not fit this model"):
+        vmoe.Classifier.load_from_checkpoint(path, model=model)
+    filled = vmoe.Classifier.load_from_checkpoint(path, model=model, strict=False)
+    assert torch.equal(filled.model.head.weight, again.model.head.weight)
+
+
+def test_images_alone_are_predicted(loader, tmp_path):
+    images = loader.dataset.tensors[0]
+    run, task = trainer(tmp_path), vmoe.Classifier(new_model())
+    alone, rows = (run.predict(task, DataLoader(each, 8)) for each in (images, TensorDataset(images)))
+    assert all(map(torch.equal, alone, rows))
+
+
+def test_each_update_logs_a_loss_of_its_own(loader, tmp_path):
+    logger = CSVLogger(tmp_path)
+    trainer(tmp_path, [], logger, accumulate_grad_batches=2, log_every_n_steps=1).fit(
+        vmoe.Classifier(new_model()), loader
+    )
+    with open(Path(logger.log_dir) / "metrics.csv", newline="") as file:
+        losses = [row["train/loss_step"] for row in csv.DictReader(file) if row["train/loss_step"]]
+    assert len(set(losses)) == len(losses) == 4
 
 
 @pytest.mark.slow

@@ -54,6 +54,7 @@ class Classifier(LightningModule):
     It works in any `lightning.Trainer`. Batches are `(images (B, 3, H, W), labels (B,))`, where labels may be shares of
     the classes (B, C), or the `Batch` of `vmoe.ImageDataModule`. It logs `train/loss` and `train/top1` per epoch (and
     with `_step` behind the name every `log_every_n_steps`), and `val/` and `test/` with `loss`, `top1` and `top5`.
+    Validation and test take one loader each; several of a Trainer are refused by it.
 
     Its checkpoints hold what rebuilds the model. So `vmoe.load` and every job of the command line open them.
 
@@ -438,15 +439,25 @@ class Classifier(LightningModule):
 
     @classmethod
     def load_from_checkpoint(
-        cls, checkpoint_path: str | Path, map_location: Any = None, model: nn.Module | None = None, **changes: Any
+        cls,
+        checkpoint_path: str | Path,
+        map_location: Any = None,
+        *,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        model: nn.Module | None = None,
+        **changes: Any,
     ) -> "Classifier":
         """The Classifier of a checkpoint, with its model, its options and its weights (their average where it has one).
 
         Args:
             checkpoint_path: A .ckpt file of a Classifier, a run's folder, or a file of `vmoe.save`.
             map_location: The device to load to; None is the CPU.
+            strict: Whether the weights' names must be those of `model`; False passes over others. None: they must.
+                Without `model` they always are.
+            weights_only: As Lightning's; files are always read without running anything in them.
             model: Of a file that holds weights alone: a model as it was made. It is filled.
-            **changes: Options to change, such as `lr`.
+            **changes: Options to change, such as `lr`. A `min_lr` of the file above a new `lr` is lowered to it.
 
         Raises:
             UserError: The file is missing or damaged, or does not say what model it holds and `model` is not given.
@@ -456,12 +467,15 @@ class Classifier(LightningModule):
             trained = load(checkpoint_path, device)
             known = OptimConfig.__dataclass_fields__
             options = {key: value for key, value in trained.config.get("optim", {}).items() if key in known}
+            lr = changes.get("lr")
+            if "min_lr" in options and isinstance(lr, int | float):
+                options["min_lr"] = min(options["min_lr"], lr)
             return cls(trained, **(options | changes))
         weights = read_foreign_weights(checkpoint_path)
         if weights is None:
             weights = trained_weights(read_checkpoint(checkpoint_path))
         try:
-            model.load_state_dict(weights)
+            model.load_state_dict(weights, strict=strict is not False)
         except RuntimeError as error:
             raise UserError(
                 f"{checkpoint_path}: its weights do not fit this model ({' '.join(str(error).split())[:200]})"
@@ -490,7 +504,10 @@ class Classifier(LightningModule):
         names = names or [str(number) for number in range(getattr(self.model, "num_classes", 0))]
         try:
             facts = describe(self.model, names, mean=mean, std=std)
-            config = facts.config | {"optim": to_plain(self.optim)}
+            optim = to_plain(self.optim)
+            if self._chooses_warmup:  # by the epochs of this fit: another chooses again
+                del optim["warmup_epochs"]
+            config = facts.config | {"optim": optim}
             if not isinstance(data, ImageDataModule):
                 return replace(facts, config=config)
             config |= {"data": to_plain(data.config), "seed": data.seed}
