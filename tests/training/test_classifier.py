@@ -353,7 +353,7 @@ def test_a_subclass_may_have_an_optimiser_of_its_own(loader, tmp_path, scheduled
             optimizer = torch.optim.SGD(self.parameters(), lr=0.3)
             return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)] if scheduled else []
 
-    run, task = trainer(tmp_path, [vmoe.Ema(0.9)]), Own(new_model())
+    run, task = trainer(tmp_path, [vmoe.Ema(0.9), vmoe.NanGuard()]), Own(new_model())
     run.fit(task, loader)
     assert run.optimizers[0].param_groups[0]["lr"] == (0.075 if scheduled else 0.3)
     assert task.average.updates == 6

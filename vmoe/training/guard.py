@@ -43,7 +43,7 @@ class Guard:
         With fp16's loss scaling an infinite norm is normal: the scaler skips such an update and halves the scale.
 
         Raises:
-            UserError: on the CPU, where looking costs nothing, at once.
+            UserError: at once on the CPU, where looking costs nothing, and with an optimiser that no flag blocks.
         """
         norm_fails = ~norm.isfinite()
         if scaler is not None:
@@ -55,9 +55,10 @@ class Guard:
         self.bad_input.copy_(torch.where(is_first, is_bad_input, self.bad_input))
         self._images_finite.fill_(True)
         self._loss_finite.fill_(True)
-        if norm.device.type == "cpu":
-            self.raise_if_bad()
-        self.block(optimizer)
+        if norm.device.type == "cpu" or not obeys_a_flag(optimizer):
+            self.raise_if_bad(fp16=scaler is not None)
+        if obeys_a_flag(optimizer):
+            self.block(optimizer)
 
     def block(self, optimizer: torch.optim.Optimizer) -> None:
         """Makes a fused optimiser's next update do nothing if a step was bad, or if a GradScaler already says so."""
@@ -85,3 +86,8 @@ class Guard:
             "The model, and the last checkpoint where one was written, hold the weights of before",
             everywhere=True,
         )
+
+
+def obeys_a_flag(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a tensor `found_inf` on the optimiser blocks its update, as in torch's fused ones; others refuse it."""
+    return getattr(optimizer, "_step_supports_amp_scaling", False)

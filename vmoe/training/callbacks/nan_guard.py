@@ -8,7 +8,7 @@ from torch import nn
 
 from vmoe.errors import UserError
 from vmoe.training.classifier import Classifier
-from vmoe.training.guard import Guard
+from vmoe.training.guard import Guard, obeys_a_flag
 
 
 class NanGuard(Callback):
@@ -42,7 +42,7 @@ class NanGuard(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.guard.to(pl_module.device)
-        for optimizer in filter(_obeys_a_flag, trainer.optimizers):
+        for optimizer in filter(obeys_a_flag, trainer.optimizers):
             optimizer.register_step_pre_hook(lambda optimizer, *_: self.guard.block(optimizer))
 
     def on_before_optimizer_step(
@@ -52,9 +52,6 @@ class NanGuard(Callback):
             gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
             scaler = getattr(trainer.precision_plugin, "scaler", None)
             self.guard.check_update(optimizer, nn.utils.get_total_norm(gradients), trainer.global_step, scaler)
-        if not _obeys_a_flag(optimizer):
-            self._read(trainer)
-            vars(optimizer).pop("found_inf", None)  # which torch's other optimisers refuse
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -72,8 +69,3 @@ class NanGuard(Callback):
 
     def _read(self, trainer: Trainer) -> None:
         self.guard.raise_if_bad(fp16=trainer.precision == "16-mixed")
-
-
-def _obeys_a_flag(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether a tensor `found_inf` on the optimiser blocks its update, as in torch's fused ones."""
-    return getattr(optimizer, "_step_supports_amp_scaling", False)
