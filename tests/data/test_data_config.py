@@ -65,7 +65,7 @@ def test_command_line_reads_every_setting_and_its_help():
         name="cifar10", subset=SubsetConfig(classes=["cat", 3]), augment=AugmentConfig(crop_scale=(0.3, 1.0))
     )
     help_text = " ".join(auto_parser(take).format_help().split())
-    for sentence in ("images a step in validation and test", "strength of RandAugment", "labels are renumbered"):
+    for sentence in ("images per step in validation and test", "strength of RandAugment", "labels are renumbered"):
         assert sentence in help_text
 
 

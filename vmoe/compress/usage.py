@@ -4,7 +4,7 @@ T tokens of width D; E experts; K choices a token; G images; C slots an expert h
 """
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -63,8 +63,8 @@ class _Counter:
         self.norm_E = torch.zeros_like(self.mass_E) if with_norms else None
         self.products_EE = torch.zeros(experts, experts, dtype=torch.float64, device=device)
 
-    def __call__(self, experts: nn.Module, inputs: tuple[Tensor, Choosing], output: Tensor) -> None:
-        x_TD, routing = inputs
+    def __call__(self, experts: nn.Module, inputs: tuple[Tensor, Choosing, Any], output: Tensor) -> None:
+        x_TD, routing, *_ = inputs
         self.tokens += x_TD.shape[0]
         self.mass_E += _mass_E(routing)
         scores_TE = _scores_GSE(routing).flatten(0, 1).double()

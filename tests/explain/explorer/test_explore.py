@@ -17,6 +17,7 @@ from vmoe.errors import UserError
 from vmoe.explain.explorer import DataFacts, ExploreOptions, Subject, explore
 from vmoe.explain.explorer.collection import collect
 from vmoe.moe.routers import _forced
+from vmoe.moe.routing import Routed
 
 FEW = ExploreOptions(sample=20, probe_images=20, cause_images=20, capacity_factors=(0.5, 1.0), replicates=20)
 COUNT_ONLY = replace(FEW, probe_images=0, cause_images=0)
@@ -139,8 +140,8 @@ class Planted(nn.Module):
 
 
 class ReadsTheLabel(nn.Module):
-    def forward(self, x, groups, valid=None):
-        return _forced(groups, valid, (x[:, 2:] * 255).round().long(), 12, torch.float32)
+    def forward(self, x, groups, valid=None, kernels=None):
+        return Routed(_forced(groups, valid, (x[:, 2:] * 255).round().long(), 12, torch.float32), x)
 
 
 @pytest.mark.parametrize(("router", "is_planted"), [("hash", True), ("random", False)])
