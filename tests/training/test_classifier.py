@@ -137,7 +137,8 @@ def test_the_average_is_validated_saved_and_tested(loader, tmp_path):
     assert all(torch.equal(value, average[name]) for name, value in vmoe.load(tmp_path / "a.ckpt").named_parameters())
     before = {name: value.clone() for name, value in task.model.named_parameters()}
     validated = run.callback_metrics["val/loss"]
-    assert run.test(task, loader, verbose=False)[0]["test/loss"] == pytest.approx(validated.item(), rel=1e-6)
+    for tests in (run, trainer(tmp_path, [vmoe.Ema()])):
+        assert tests.test(task, loader, verbose=False)[0]["test/loss"] == pytest.approx(validated.item(), rel=1e-6)
     assert all(torch.equal(value, before[name]) for name, value in task.model.named_parameters())
 
 

@@ -43,7 +43,9 @@ class Ema(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
             self._begin(pl_module)
-        elif not isinstance(pl_module, Classifier) and self.average is not None and not self.average.is_of(pl_module):
+        elif isinstance(pl_module, Classifier):
+            self.average, self._is_of_classifier = pl_module.average, True  # another Ema may have kept it
+        elif self.average is not None and not self.average.is_of(pl_module):
             self.average = None
 
     def _begin(self, pl_module: LightningModule) -> None:
