@@ -12,11 +12,11 @@ from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
-import vmoe
 from vmoe.checkpoints import build_model
 from vmoe.data import ImageDataModule
 from vmoe.data.config import EMBEDDED_SETS, DataConfig
 from vmoe.models.cost import Parameters, count_parameters, flops_per_image
+from vmoe.moe import moe_layers
 from vmoe.text import counted
 from vmoe.training.config import ModelConfig
 
@@ -76,7 +76,7 @@ def data_lines(config: DataConfig, data: ImageDataModule) -> list[str]:
 
 def model_line(config: ModelConfig, model: nn.Module) -> str:
     """What a run trains: the model and its experts."""
-    layers = vmoe.moe_layers(model)
+    layers = moe_layers(model)
     if not layers:
         return f"model: {config.name}, dense"
     moe, chosen = layers[0][1].config, ", ".join(name for name, _ in layers)
