@@ -84,7 +84,7 @@ def test_onnx(by, knobs, tmp_path):
     [
         (MoeConfig(), True, "call model.eval"),
         (MoeConfig(eval_capacity_factor=1.0, group=2), False, "depend on the other images of its batch"),
-        (MoeConfig(router="random"), False, "draws its experts anew each time"),
+        (MoeConfig(router="random"), False, "draws its experts each time"),
     ],
 )
 def test_refused_in_a_line(moe, training, told):
