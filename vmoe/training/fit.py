@@ -145,7 +145,7 @@ def _config(
         raise UserError(
             f"data.root={config.data.root}: {config.data.name} comes with vmoe and reads no folder; leave it out"
         )
-    is_said = "data.image_size" in options or "image_size" in (options.get("data") or {})
+    is_said = "data.image_size" in options or "image_size" in (to_plain(options.get("data")) or {})
     if recipe is not None and not is_said and not isinstance(given.get("data"), DataConfig):
         check_side_of_recipe(config.data, recipe, of_recipe, f"data={config.data.name}")
     if config.output_dir is None:
