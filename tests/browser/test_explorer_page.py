@@ -6,7 +6,7 @@ from browser.explorer_page import TABS, Page
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
-from synthetic_report import make_report
+from support.synthetic_report import make_report
 
 from vmoe.explain.page import write_page
 

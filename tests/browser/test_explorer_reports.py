@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from browser.explorer_page import TABS, Page
 from selenium.webdriver.common.by import By
-from synthetic_report import make_report
+from support.synthetic_report import make_report
 
 from vmoe.explain.page import write_page
 

@@ -10,8 +10,8 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from saved_runs import save_run
 from support import local_hub
+from support.saved_runs import save_run
 
 import vmoe
 from vmoe.cli.evaluate import main as evaluate_command

@@ -4,9 +4,9 @@ import json
 
 import numpy as np
 import pytest
-import saved_runs
 import torch
 from PIL import Image
+from support import saved_runs
 
 from vmoe.checkpoints import load_checkpoint
 from vmoe.classes import find_outputs, known_outputs

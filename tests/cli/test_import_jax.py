@@ -3,13 +3,13 @@
 import json
 from pathlib import Path
 
-import jax_oracle
 import numpy as np
 import pytest
 import safetensors
 import timm
 import torch
-from jax_writer import write_checkpoint
+from support import jax_oracle
+from support.jax_writer import write_checkpoint
 
 import vmoe
 from vmoe.checkpoints import ENTRY, load_checkpoint

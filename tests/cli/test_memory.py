@@ -6,7 +6,7 @@ import shlex
 import pytest
 import torch
 from PIL import Image
-from saved_runs import save_run
+from support.saved_runs import save_run
 from timm.models import VisionTransformer
 
 from vmoe.cli.evaluate import main as evaluate

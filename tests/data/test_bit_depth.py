@@ -7,9 +7,9 @@ import zlib
 import cv2
 import numpy as np
 import pytest
-import saved_runs
 import torch
 from PIL import Image, ImageOps
+from support import saved_runs
 
 from vmoe.checkpoints import ENTRY, load_checkpoint
 from vmoe.cli.main import main

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from saved_runs import save_run
+from support.saved_runs import save_run
 
 import vmoe
 from vmoe.cli.evaluate import main

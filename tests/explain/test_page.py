@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from synthetic_report import make_report
+from support.synthetic_report import make_report
 
 from vmoe.explain.page import document, write_page
 from vmoe.explain.page.packing import compact, pack

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from backbones import SUPPORTED, Example
+from support.backbones import SUPPORTED, Example
 from torch import Tensor, nn
 
 import vmoe

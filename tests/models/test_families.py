@@ -8,7 +8,7 @@ from typing import NamedTuple
 import pytest
 import timm
 import torch
-from backbones import REFUSED, SUPPORTED, Example, page, row
+from support.backbones import REFUSED, SUPPORTED, Example, page, row
 from timm.models._manipulate import group_with_matcher
 from torch import Tensor, nn
 

@@ -3,11 +3,11 @@
 import tracemalloc
 from pathlib import Path
 
-import jax_oracle
 import msgpack
 import numpy as np
 import pytest
-from jax_writer import INDEX_INFO, NDARRAY, SLICE_ND, write_checkpoint
+from support import jax_oracle
+from support.jax_writer import INDEX_INFO, NDARRAY, SLICE_ND, write_checkpoint
 
 import vmoe
 from vmoe.errors import UserError

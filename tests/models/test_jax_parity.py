@@ -4,11 +4,11 @@ import dataclasses
 import math
 from pathlib import Path
 
-import jax_oracle
 import numpy as np
 import pytest
 import torch
-from jax_writer import cut_to_bfloat16, write_checkpoint
+from support import jax_oracle
+from support.jax_writer import cut_to_bfloat16, write_checkpoint
 from torch.nn import functional as F
 
 import vmoe

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from forks import run_forked
+from support.forks import run_forked
 
 from vmoe.moe import MoeConfig, MoeMlp
 from vmoe.moe.kernels import TRITON
 from vmoe.moe.parallel import deal_out_experts
 
-SCRIPT = Path(__file__).parents[1] / "expert_parallel_worker.py"
+SCRIPT = Path(__file__).parents[1] / "support" / "expert_parallel_worker.py"
 CAN_INTERPRET = TRITON.experts is not None and not torch.cuda.is_available()
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import oracle_layer
+from support.oracle import oracle_layer
 from timm.layers import Mlp
 from torch import nn
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 import yaml
-from forks import FORKS
+from support.forks import FORKS
 
 from vmoe.checkpoints import ENTRY, RunFolder, load_checkpoint
 from vmoe.cli.train import main

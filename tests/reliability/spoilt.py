@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import saved_runs
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from support import saved_runs
 
 from vmoe.checkpoints import ENTRY
 from vmoe.checkpoints.entry import FORMAT_VERSION

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import saved_runs
 import torch
 from PIL import Image
+from support import saved_runs
 
 from vmoe.checkpoints import ENTRY, load_checkpoint
 from vmoe.cli.main import main

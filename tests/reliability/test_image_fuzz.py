@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import saved_runs
 from PIL import Image
+from support import saved_runs
 
 from vmoe.cli.main import main
 from vmoe.data import load_image

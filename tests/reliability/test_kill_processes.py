@@ -4,7 +4,7 @@ import shutil
 import signal
 
 import pytest
-from parallel_runs import TINY, assert_same_run, launch, strategy_options
+from support.parallel_runs import TINY, assert_same_run, launch, strategy_options
 
 from vmoe.checkpoints import ENTRY, RunFolder, read_checkpoint
 

@@ -6,8 +6,8 @@ import math
 
 import numpy as np
 import pytest
-import saved_runs
 import torch
+from support import saved_runs
 
 import vmoe
 from vmoe import MoeConfig, MoeMlp

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from old_files import RELEASED, images
+from support.old_files import RELEASED, images
 
 import vmoe
 from vmoe.checkpoints import ENTRY, RunFolder, load_checkpoint, read_checkpoint
@@ -18,7 +18,7 @@ VERSIONS = sorted(path.name for path in RELEASED.iterdir())
 
 
 def test_this_version_is_among_them():
-    assert vmoe.__version__ in VERSIONS, "python tests/old_files.py writes what a release leaves behind"
+    assert vmoe.__version__ in VERSIONS, "python tests/support/old_files.py writes what a release leaves behind"
 
 
 @pytest.mark.parametrize("version", VERSIONS)

@@ -6,15 +6,15 @@ import time
 from pathlib import Path
 
 import pytest
-from forks import run_forked
-from parallel_runs import TINY, assert_close, assert_same_run, launch, strategy_options, tensors
+from support.forks import run_forked
+from support.parallel_runs import TINY, assert_close, assert_same_run, launch, strategy_options, tensors
 
 from vmoe.checkpoints import ENTRY, RunFolder, read_checkpoint
 from vmoe.config_values import from_plain
 from vmoe.errors import UserError
 from vmoe.training.config import ParallelConfig, TrainConfig
 
-WORKER = Path(__file__).parents[1] / "folder_writer_worker.py"
+WORKER = Path(__file__).parents[1] / "support" / "folder_writer_worker.py"
 KILLED = {"SIGNAL": str(int(signal.SIGKILL)), "SIGNALLED_RANK": "1"}
 ASYNC = ("--parallel.async_save", "true")
 NO_THREAD = "threads of gloo at the end: 0"  # of each process: one that is left may abort it

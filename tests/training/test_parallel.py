@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from parallel_runs import TINY, assert_close, assert_same_run, launch, strategy_options, tensors, train_forked
 from safetensors import safe_open
+from support.parallel_runs import TINY, assert_close, assert_same_run, launch, strategy_options, tensors, train_forked
 
 from vmoe.checkpoints import RunFolder, load_checkpoint, read_checkpoint
 from vmoe.cli.consolidate import main as consolidate

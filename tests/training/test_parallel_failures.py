@@ -3,7 +3,7 @@
 import signal
 
 import pytest
-from parallel_runs import assert_same_run, launch, strategy_options, train_forked
+from support.parallel_runs import assert_same_run, launch, strategy_options, train_forked
 
 from vmoe.checkpoints import ENTRY, RunFolder, read_checkpoint
 from vmoe.cli.train import main as train

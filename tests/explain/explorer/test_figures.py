@@ -3,7 +3,7 @@
 from itertools import chain
 
 from matplotlib.text import Text
-from synthetic_report import make_report
+from support.synthetic_report import make_report
 
 from vmoe.explain.explorer.figures import draw_figures
 from vmoe.explain.explorer.galleries import draw_galleries

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from forks import SECONDS, run_forked
+from support.forks import SECONDS, run_forked
 
 from vmoe.checkpoints import ENTRY, RunFolder, load_checkpoint, read_checkpoint
 from vmoe.training.config import OptimConfig

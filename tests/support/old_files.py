@@ -1,6 +1,6 @@
 """Writes what a release leaves behind into tests/fixtures/released/VERSION, for later versions to open.
 
-`python tests/old_files.py`, once for each release: a run that was stopped in its second epoch, its weights as
+`python tests/support/old_files.py`, once for each release: a run that was stopped in its second epoch, its weights as
 safetensors, and the logits of its last checkpoint.
 """
 
@@ -18,7 +18,7 @@ from vmoe.cli.export import main as export
 from vmoe.cli.train import main as train
 from vmoe.training.classifier import Classifier
 
-RELEASED = Path(__file__).parent / "fixtures" / "released"
+RELEASED = Path(__file__).parents[1] / "fixtures" / "released"
 RECIPE = """
 data: {name: digits, batch_size: 40, image_size: 8, subset: {per_class: 12}}
 model: {name: vit_tiny_patch16_224, kwargs: {patch_size: 4, embed_dim: 8, depth: 2, num_heads: 2}}

@@ -1,6 +1,6 @@
 """One example a family of timm: what the sweep of `test_families.py` tries, and what docs/backbones.md lists.
 
-Regenerate that page with `python tests/backbones.py > docs/backbones.md`.
+Regenerate that page with `python tests/support/backbones.py > docs/backbones.md`.
 """
 
 import importlib
@@ -210,7 +210,7 @@ REFUSED = [
 
 PAGE = """# Backbones
 
-Written by `python tests/backbones.py > docs/backbones.md`; a test keeps it up to date.
+Written by `python tests/support/backbones.py > docs/backbones.md`; a test keeps it up to date.
 
 `vmoe.sparsify` replaces MLPs that work on one token at a time: timm's `Mlp`, `GluMlp`, `SwiGLU`, `ConvMlp` and the
 families' own classes with the same function, on (B, N, D), (B, rows, columns, D) and (B, D, rows, columns). It finds
