@@ -5,7 +5,7 @@ import torch
 
 import vmoe
 from vmoe import MoeConfig
-from vmoe.models.cost import check_training_capacity, count_parameters, flops_per_image
+from vmoe.models.cost import check_training_capacity, count_parameters, flops_per_image, moe_tokens_per_image
 
 WIDTH, DEPTH, HEADS, CLASSES, PATCH, SIDE = 24, 4, 2, 5, 4, 16
 TOKENS = (SIDE // PATCH) ** 2 + 1
@@ -49,6 +49,12 @@ def test_choices_that_find_no_slot_are_not_counted_whatever_the_backend(backend,
     moe = MoeConfig(num_experts=4, eval_capacity_factor=factor, capacity_multiple_of=1, backend=backend)
     mlps = min(4 * most, 2 * TOKENS) / TOKENS
     assert flops_per_image(model(moe), SIDE) == pytest.approx(vit_flops([1, mlps, 1, mlps], 4, 2))
+
+
+def test_tokens_of_an_image_that_each_moe_layer_routes():
+    sparse = model(MoeConfig(num_experts=4))
+    assert moe_tokens_per_image(sparse, SIDE) == {"blocks.1.mlp": TOKENS, "blocks.3.mlp": TOKENS}
+    assert moe_tokens_per_image(model(), SIDE) == {}
 
 
 def test_shared_experts_are_counted():

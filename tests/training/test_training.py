@@ -75,6 +75,7 @@ def test_a_run_s_folder_holds_what_is_promised(run):
     assert 0 <= summary["metrics"]["test/top1"] <= summary["metrics"]["test/top5"] <= 1
     assert summary["parameters"]["total"] > summary["parameters"]["active"] > 0
     assert summary["flops_per_image"] > summary["dense_twin"]["flops_per_image"] > 0  # K=2 full-width experts cost more
+    assert summary["images_trained"] == 10 * 40 and set(summary["moe_tokens_per_image"].values()) == {17}
     assert summary["epochs"] == 2 and summary["seed"] == 0 and "--trainer.epochs 2" in summary["command"]
     assert list(folder.path.glob("events.*"))
     assert not list(folder.path.rglob(".*"))  # no temporary file stays

@@ -1,5 +1,6 @@
 """What a model costs: parameters, in all and active for one token, and floating-point operations per image."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -47,6 +48,24 @@ def flops_per_image(model: nn.Module, image_size: int | tuple[int, int], in_chan
     return counter.get_total_flops()
 
 
+def moe_tokens_per_image(model: nn.Module, image_size: int | tuple[int, int], in_chans: int = 3) -> dict[str, int]:
+    """How many tokens of one image each MoE layer routes, by the layer's name; padding of windows counts.
+
+    Args:
+        model: Any image model; it is left as it is.
+        image_size: Pixels, one side of a square or (rows, columns).
+        in_chans: Channels.
+    """
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    tokens: dict[str, int] = {}
+
+    def note(name: str, shape: torch.Size) -> None:
+        tokens[name] = tokens.get(name, 0) + shape[:-1].numel()  # a layer may be called for several parts of an image
+
+    _run_on_meta(model, (1, in_chans, *size), training=False, watch=note)
+    return tokens
+
+
 def check_training_capacity(model: nn.Module, images: int, image_size: int) -> None:
     """Refuses, before anything is computed, a capacity factor that leaves experts no slot in training.
 
@@ -62,10 +81,21 @@ def check_training_capacity(model: nn.Module, images: int, image_size: int) -> N
         _run_on_meta(model, (images, 3, image_size, image_size), training=True)
 
 
-def _run_on_meta(model: nn.Module, shape: tuple[int, ...], training: bool) -> None:
-    """A forward pass of a copy that computes nothing: it leaves no trace in the model, and no hook of it runs."""
+def _run_on_meta(
+    model: nn.Module,
+    shape: tuple[int, ...],
+    training: bool,
+    watch: Callable[[str, torch.Size], None] = lambda name, shape: None,
+) -> None:
+    """A forward pass of a copy that computes nothing: it leaves no trace in the model, and no hook of it runs.
+
+    `watch` is called with the name of each MoE layer that runs and the shape of its tokens.
+    """
     twin = on_meta(getattr(model, "_orig_mod", model)).train(training)
-    hand_masks_through(twin, dict(moe_layers(twin)))  # by hooks of our own
+    layers = dict(moe_layers(twin))
+    hand_masks_through(twin, layers)  # by hooks of our own
+    for name, layer in layers.items():
+        layer.register_forward_pre_hook(lambda _, args, name=name: watch(name, args[0].shape))
     dtype = next((parameter.dtype for parameter in twin.parameters()), torch.float32)
     run_on_meta(twin, torch.zeros(shape, dtype=dtype, device="meta"))
 

@@ -15,7 +15,7 @@ from torch import nn
 from vmoe.checkpoints import build_model
 from vmoe.data import ImageDataModule
 from vmoe.data.config import EMBEDDED_SETS, DataConfig
-from vmoe.models.cost import Parameters, count_parameters, flops_per_image
+from vmoe.models.cost import Parameters, count_parameters, flops_per_image, moe_tokens_per_image
 from vmoe.moe import moe_layers
 from vmoe.text import counted
 from vmoe.training.config import ModelConfig
@@ -142,6 +142,15 @@ def cost_entries(cost: Cost, twin: Cost) -> dict[str, Any]:
         "parameters": cost.parameters._asdict(),
         "flops_per_image": cost.flops,
         "dense_twin": {"parameters": twin.parameters.total, "flops_per_image": twin.flops},
+    }
+
+
+def token_entries(model: nn.Module, data: ImageDataModule, epochs: int) -> dict[str, Any]:
+    """What the experts had to learn from, as summary.json tells it."""
+    sampler = data.train_sampler
+    return {
+        "images_trained": epochs * (sampler.epoch_images // sampler.batch_size) * sampler.batch_size,
+        "moe_tokens_per_image": moe_tokens_per_image(model, data.image_size),
     }
 
 
