@@ -11,6 +11,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.tuner import Tuner
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset, default_collate
@@ -454,6 +455,49 @@ def test_load_from_checkpoint_takes_other_rates_and_lightning_s_arguments(traine
         vmoe.Classifier.load_from_checkpoint(path, model=model)
     filled = vmoe.Classifier.load_from_checkpoint(path, model=model, strict=False)
     assert torch.equal(filled.model.head.weight, again.model.head.weight)
+
+
+class WithCentres(vmoe.Classifier):
+    """A subclass with parameters beside the model's."""
+
+    def __init__(self, model: nn.Module, **options):
+        super().__init__(model, **options)
+        self.centres = nn.Linear(2, 2)
+
+
+def test_the_modules_of_a_subclass_are_restored_or_their_lack_is_one_line(trained, loader, tmp_path):
+    with pytest.raises(UserError, match=r"has no centres\.weight, .* WithCentres .* strict=False"):
+        WithCentres.load_from_checkpoint(trained[2])
+    task = WithCentres.load_from_checkpoint(trained[2], strict=False)
+    run = trainer(tmp_path, max_epochs=1)
+    run.fit(task, loader)
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    for model in (None, new_model()):
+        again = WithCentres.load_from_checkpoint(tmp_path / "a.ckpt", model=model)
+        assert torch.equal(again.centres.weight, task.centres.weight)
+
+
+def test_two_monitors_share_the_sums(loader, tmp_path):
+    first, second = vmoe.RoutingMonitor(images=0), vmoe.RoutingMonitor(images=0, per_expert=False)
+    run = trainer(tmp_path, [first, second], max_epochs=1)
+    run.fit(vmoe.Classifier(new_model()), loader)
+    assert first.means == second.means and "moe/blocks.1.mlp/load/0" in run.callback_metrics
+
+
+def test_lightning_s_tuner_sets_the_rate_and_the_batch_size(tmp_path):
+    data = vmoe.ImageDataModule("digits", batch_size=4, image_size=16, subset={"per_class": 8})
+    run, task = trainer(tmp_path, enable_checkpointing=True), vmoe.Classifier(new_model(10), lr=1e-6)
+    found = Tuner(run).lr_find(task, datamodule=data, num_training=18, early_stop_threshold=None)
+    found = found.suggestion()
+    assert task.hparams.lr == task.optim.lr == found and task.optim.min_lr <= found != 1e-6
+    assert task.configure_optimizers()["optimizer"].param_groups[0]["initial_lr"] == found
+    size = Tuner(run).scale_batch_size(task, datamodule=data, init_val=8, max_trials=1, steps_per_trial=1)
+    assert data.config.batch_size == data.train_sampler.batch_size == size > 4
+
+
+def test_a_batch_that_is_larger_than_the_training_set_is_one_line(loader, tmp_path):
+    with pytest.raises(UserError, match=r"the training loader gives no batch: .* drop_last"):
+        trainer(tmp_path).fit(vmoe.Classifier(new_model()), DataLoader(loader.dataset, 32, drop_last=True))
 
 
 def test_images_alone_are_predicted(loader, tmp_path):

@@ -171,8 +171,12 @@ def copy_checkpoint(source: Path, target: Path) -> None:
 
 
 def trained_weights(content: dict[str, Any]) -> dict[str, Tensor]:
-    """The state dict of a checkpoint's model: with the average of the weights (EMA) where the run kept one."""
-    weights = {key.removeprefix(MODEL_PREFIX): value for key, value in content["state_dict"].items()}
+    """The state dict of a checkpoint's model: with the average of the weights (EMA) where the run kept one.
+
+    What a subclass of Classifier has beside its model is left out.
+    """
+    state = content["state_dict"]
+    weights = {key.removeprefix(MODEL_PREFIX): value for key, value in state.items() if key.startswith(MODEL_PREFIX)}
     ema = content[ENTRY].get("ema")
     return weights if ema is None else weights | ema["weights"]
 

@@ -1,6 +1,7 @@
 """The data room's front door: a LightningDataModule made from a DataConfig."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 from os import PathLike
 from typing import Any
@@ -111,6 +112,17 @@ class ImageDataModule(LightningDataModule):
         self._made_for: tuple[torch.device, int, int] | None = None
         self._splits = None
         self._resident: dict[str, ResidentImages] = {}
+
+    @property
+    def batch_size(self) -> int:
+        """Images of a training batch, of all ranks; Lightning's `Tuner.scale_batch_size` sets it."""
+        return self.config.batch_size
+
+    @batch_size.setter
+    def batch_size(self, size: int) -> None:
+        self.config = replace(self.config, batch_size=size)
+        if self._made_for is not None:
+            self._make()
 
     def prepare_data(self) -> None:
         """Downloads the set where that is needed; Lightning calls it in one process only."""

@@ -4,7 +4,8 @@ B images, C classes.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,19 @@ class Classifier(LightningModule):
         options = to_plain(self.optim) | ({"warmup_epochs": None} if self._chooses_warmup else {})
         self.save_hyperparameters({**options, **_plain_description(model)})
 
+    @property
+    def lr(self) -> float:
+        """The highest learning rate. Whoever sets it, as Lightning's `Tuner.lr_find` does, lowers a `min_lr` above it.
+
+        The next fit takes it.
+        """
+        return self.optim.lr
+
+    @lr.setter
+    def lr(self, lr: float) -> None:
+        self.optim = replace(self.optim, lr=lr, min_lr=min(self.optim.min_lr, lr))
+        self.hparams.update(lr=lr, min_lr=self.optim.min_lr)
+
     # One step of training, from top to bottom
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -230,7 +244,13 @@ class Classifier(LightningModule):
         self._total_updates = self.planned_updates()
         if self._total_updates < 0:  # an endless loader
             self._total_updates = math.inf
-        if math.isinf(batches := trainer.num_training_batches):
+        batches = trainer.num_training_batches
+        if batches == 0 and trainer.limit_train_batches:  # where Lightning would end without a word of failure
+            raise UserError(
+                "the training loader gives no batch: with drop_last a batch must not be larger than the training set; "
+                "lower batch_size"
+            )
+        if math.isinf(batches):
             self._warmup_updates = 0
             return
         if self._chooses_warmup:
@@ -453,14 +473,15 @@ class Classifier(LightningModule):
         Args:
             checkpoint_path: A .ckpt file of a Classifier, a run's folder, or a file of `vmoe.save`.
             map_location: The device to load to; None is the CPU.
-            strict: Whether the weights' names must be those of `model`; False passes over others. None: they must.
-                Without `model` they always are.
+            strict: Whether the weights' names must be those of `model`, and of what a subclass has beside it; False
+                passes over others. None: they must.
             weights_only: As Lightning's; files are always read without running anything in them.
             model: Of a file that holds weights alone: a model as it was made. It is filled.
             **changes: Options to change, such as `lr`. A `min_lr` of the file above a new `lr` is lowered to it.
 
         Raises:
-            UserError: The file is missing or damaged, or does not say what model it holds and `model` is not given.
+            UserError: The file is missing or damaged, its weights do not fit, or it does not say what model it holds
+                and `model` is not given.
         """
         device = torch.device(map_location or "cpu")
         if model is None:
@@ -470,17 +491,32 @@ class Classifier(LightningModule):
             lr = changes.get("lr")
             if "min_lr" in options and isinstance(lr, int | float):
                 options["min_lr"] = min(options["min_lr"], lr)
-            return cls(trained, **(options | changes))
+            task = cls(trained, **(options | changes))
+            task._load_others(trained.path, strict is not False)
+            return task
         weights = read_foreign_weights(checkpoint_path)
         if weights is None:
             weights = trained_weights(read_checkpoint(checkpoint_path))
-        try:
+        with _misfits_told(checkpoint_path):
             model.load_state_dict(weights, strict=strict is not False)
-        except RuntimeError as error:
+        task = cls(model.to(device), **changes)
+        task._load_others(checkpoint_path, strict is not False)
+        return task
+
+    def _load_others(self, path: str | Path, strict: bool) -> None:
+        """Fills what a subclass has beside the model."""
+        others = [name for name in self.state_dict() if not name.startswith("model.")]
+        if not others:
+            return
+        saved = {} if read_foreign_weights(path) is not None else read_checkpoint(path)["state_dict"]
+        missing = [name for name in others if name not in saved]
+        if missing and strict:
             raise UserError(
-                f"{checkpoint_path}: its weights do not fit this model ({' '.join(str(error).split())[:200]})"
-            ) from error
-        return cls(model.to(device), **changes)
+                f"{path}: has no {missing[0]}, which {type(self).__name__} has beside its model; strict=False leaves "
+                "it as it is made"
+            )
+        with _misfits_told(path):
+            self.load_state_dict({name: saved[name] for name in others if name in saved}, strict=False)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what rebuilds the model, by the project's format; what callbacks have put there comes before it."""
@@ -545,6 +581,15 @@ class Classifier(LightningModule):
         self.train_sums = state["train_sums"].to(self.train_sums.device) * share
         if self.routing is not None:
             self.routing.load_state(state["routing"])
+
+
+@contextmanager
+def _misfits_told(path: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: its weights do not fit this model ({reason})") from error
 
 
 def epochs_done(trainer: Trainer) -> int:

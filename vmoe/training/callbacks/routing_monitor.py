@@ -53,7 +53,9 @@ class RoutingMonitor(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        self.means, self._sums, self._to_draw = {}, RoutingSums(), None  # of this fit's model alone
+        first = next((each for each in trainer.callbacks if isinstance(each, RoutingMonitor)), self)
+        sums = RoutingSums() if first is self else first._sums  # a model has one: several monitors share it
+        self.means, self._sums, self._to_draw = {}, sums, None  # of this fit's model alone
         has_layers = bool(moe_layers(pl_module))
         self._draws = self.images > 0 and has_layers
         if self.warn and not has_layers:
