@@ -54,8 +54,8 @@ def main() -> int:
         for mutation in wanted:
             start = time.monotonic()
             is_caught = _is_caught(copy, mutation)
-            told = "caught" if is_caught else f"SURVIVES: {mutation.survives or 'unexplained'}"
-            print(f"{mutation.name}: {told} ({time.monotonic() - start:.0f} s)", flush=True)
+            outcome = "caught" if is_caught else f"SURVIVES: {mutation.survives or 'unexplained'}"
+            print(f"{mutation.name}: {outcome} ({time.monotonic() - start:.0f} s)", flush=True)
             unexplained += not is_caught and not mutation.survives
     print(f"{len(wanted)} mutations, {unexplained} unexplained survivors")
     return 1 if unexplained else 0
