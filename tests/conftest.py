@@ -11,6 +11,8 @@ import torch
 
 from vmoe.extras import missing_extra
 
+gc.disable()  # until all tests are imported, which takes a third less so
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
@@ -18,6 +20,7 @@ if not torch.cuda.is_available():
 def pytest_collection_finish() -> None:
     """What has been imported stays: no collection of garbage, which benchmarks ask for often, looks at it again."""
     gc.freeze()
+    gc.enable()
 
 
 def _missing_extra(error: BaseException | None) -> str | None:

@@ -147,7 +147,7 @@ def test_idle_experts_get_zero_gradients(training):
         assert (parameter.grad[1:] == 0).all()
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(knobs(), st.integers(0, 5))
 def test_gradients(options, seed):
     """Analytic gradients against finite differences, where no choice is about to flip."""
