@@ -139,16 +139,49 @@ def test_a_logger_that_is_not_installed_is_one_line_before_the_run(tmp_path, cap
     assert not (tmp_path / "run").exists()
 
 
-def test_wandb_gets_metrics_images_and_the_config(tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
+def logged_run(folder, logger, **options) -> FinishedRun:
+    options = SMALL | {"trainer.loggers": ["csv", logger], "trainer.log_every": 1} | options
+    return vmoe.fit(data="digits", moe=vmoe.MoeConfig(num_experts=4), epochs=1, output_dir=folder, options=options)
+
+
+def test_each_run_is_one_of_weights_and_biases_with_metrics_images_and_the_config(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
     from lightning.pytorch.loggers import WandbLogger
 
-    seen = {}
+    seen, logger = {}, {"wandb": {"mode": "offline"}}
     monkeypatch.setattr(WandbLogger, "log_metrics", lambda self, metrics, step=None: seen.update(metrics))
-    options = SMALL | {"trainer.loggers": ["csv", {"wandb": {"mode": "disabled"}}], "trainer.log_every": 1}
-    run = vmoe.fit(
-        data="digits", moe=vmoe.MoeConfig(num_experts=4), epochs=1, output_dir=tmp_path / "run", options=options
-    )
-    assert {"train/loss", "val/top1", "moe/blocks.1.mlp/load/0", "train_clean/top1"} <= seen.keys()
-    assert seen["test/top1"] == pytest.approx(run.metrics["test/top1"])
+    run = logged_run(tmp_path / "first", logger)
+    assert {
+        "train/loss",
+        "val/top1",
+        "moe/blocks.1.mlp/load/0",
+        "train_clean/top1",
+        "routing/blocks.1.mlp",
+    } <= seen.keys()
+    assert seen["test/top1"] == pytest.approx(run.metrics["test/top1"]) and wandb.run is None
     assert not list(run.path.glob("events.*")) and (run.path / "metrics.csv").exists()
+    logged_run(tmp_path / "second", logger)
+    for name in ("first", "second"):
+        assert len(list((tmp_path / name).glob("wandb/offline-run-*"))) == 1
+
+
+def test_each_run_has_a_database_of_mlflow_in_its_folder(tmp_path, monkeypatch):
+    pytest.importorskip("mlflow")
+    from mlflow.tracking import MlflowClient
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    for name in ("first", "second"):
+        run = logged_run(tmp_path / name, "mlflow")
+        client = MlflowClient(f"sqlite:///{tmp_path / name}/mlflow.db")
+        (logged,) = client.search_runs([client.get_experiment_by_name("lightning_logs").experiment_id])
+        assert logged.data.metrics["test/top1"] == pytest.approx(run.metrics["test/top1"])
+        assert logged.data.params["moe.num_experts"] == "4" and logged.info.status == "FINISHED"
+        assert client.list_artifacts(logged.info.run_id, "images")
+    assert not (tmp_path / "mlruns").exists()
+
+
+def test_a_logger_that_cannot_begin_is_one_line(tmp_path):
+    pytest.importorskip("mlflow")
+    with pytest.raises(UserError, match=r"trainer\.loggers: mlflow cannot begin with .*nothing://here"):
+        logged_run(tmp_path, {"mlflow": {"tracking_uri": "nothing://here"}})

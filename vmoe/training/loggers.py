@@ -1,9 +1,12 @@
 """The loggers of Lightning that a run's `trainer.loggers` asks for, beside the files in its folder."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch.callbacks import LearningRateMonitor
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers import Logger, MLFlowLogger, WandbLogger
 
 from vmoe.checkpoints import RunFolder, flatten
 from vmoe.config_values import to_plain
@@ -12,6 +15,7 @@ from vmoe.extras import require_module
 from vmoe.training.config import TrainConfig, logger_options
 
 _IN_FOLDER = ("csv", "tensorboard")  # which `Journal` writes, so that they go on where a resumed run left them
+_MLFLOW_URI = "MLFLOW_TRACKING_URI"
 
 
 def require_loggers(config: TrainConfig) -> None:
@@ -25,24 +29,34 @@ def require_loggers(config: TrainConfig) -> None:
             require_module(name)
 
 
-def new_loggers(config: TrainConfig, folder: RunFolder) -> list[Logger]:
-    """The loggers that a Trainer is given, with the run's config as their hyper-parameters.
+@contextmanager
+def open_loggers(config: TrainConfig, folder: RunFolder) -> Iterator[list[Logger]]:
+    """The loggers that a Trainer is given, with the run's config as their hyper-parameters; they end with the block.
 
     Raises:
-        UserError: a logger does not take one of its options.
+        UserError: a logger does not take one of its options, or cannot begin.
     """
-    loggers = []
-    for name, options in logger_options(config.trainer.loggers).items():
-        if name in _IN_FOLDER:
-            continue
-        try:
-            loggers.append(_new_logger(name, folder, options))
-        except (TypeError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"trainer.loggers: {name} cannot be made with {options} ({reason})") from error
-    for logger in loggers:
-        logger.log_hyperparams(flatten(to_plain(config)))
-    return loggers
+    loggers: list[Logger] = []
+    failed, tracking_uri = 1, os.environ.get(_MLFLOW_URI)
+    try:
+        for name, options in logger_options(config.trainer.loggers).items():
+            if name in _IN_FOLDER:
+                continue
+            try:
+                logger = _new_logger(name, folder, options)
+                logger.log_hyperparams(flatten(to_plain(config)))
+            except Exception as error:  # their packages raise types of their own
+                reason = " ".join(str(error).split())[:200]
+                raise UserError(f"trainer.loggers: {name} cannot begin with {options} ({reason})") from error
+            loggers.append(logger)
+        yield loggers
+        failed = 0
+    finally:
+        for logger in loggers:
+            if isinstance(logger, WandbLogger):  # else the next run of this process would go on with this one's
+                logger.experiment.finish(failed)
+        if tracking_uri is None:  # MLflow sets it to this run's
+            os.environ.pop(_MLFLOW_URI, None)
 
 
 def rate_monitors(loggers: list[Logger]) -> list[LearningRateMonitor]:
@@ -52,9 +66,9 @@ def rate_monitors(loggers: list[Logger]) -> list[LearningRateMonitor]:
 
 def _new_logger(name: str, folder: RunFolder, options: dict[str, Any]) -> Logger:
     if name == "wandb":
-        from lightning.pytorch.loggers import WandbLogger
-
         return WandbLogger(**{"save_dir": str(folder.path), "name": folder.path.name, **options})
-    from lightning.pytorch.loggers import MLFlowLogger
-
-    return MLFlowLogger(**{"save_dir": str(folder.path / "mlruns"), "run_name": folder.path.name, **options})
+    own = {"run_name": folder.path.name, "tracking_uri": os.environ.get(_MLFLOW_URI)}
+    if own["tracking_uri"] is None and "tracking_uri" not in options:
+        path = folder.path.resolve()
+        own |= {"tracking_uri": f"sqlite:///{path / 'mlflow.db'}", "artifact_location": (path / "mlruns").as_uri()}
+    return MLFlowLogger(**(own | options))

@@ -45,7 +45,7 @@ from vmoe.training.config import ModelConfig, ParallelConfig, TrainConfig
 from vmoe.training.distillation import Teacher, load_teacher
 from vmoe.training.initial import initial_model
 from vmoe.training.lock import locked
-from vmoe.training.loggers import new_loggers, rate_monitors, require_loggers
+from vmoe.training.loggers import open_loggers, rate_monitors, require_loggers
 from vmoe.training.parallel import check_parts, cut_of, fallback_of_muon
 from vmoe.training.processes import Place, connect, disconnect, gather, together
 from vmoe.training.progress import TrainingProgress
@@ -127,12 +127,13 @@ def _run(
     with ExitStack() as held:
         together(lambda: held.enter_context(locked(folder.path, progress.say, command)) if place.is_first else None)
         together(lambda: check_folder(folder, config))  # another process may have been faster
-        return _run_in(folder, config, command, progress, device, place)
+        return _run_in(folder, config, command, progress, device, place, held)
 
 
 def _run_in(
-    folder: RunFolder, config: TrainConfig, command: str, progress: TrainingProgress, device: torch.device, place: Place
-) -> dict[str, Any] | None:
+    folder: RunFolder, config: TrainConfig, command: str, progress: TrainingProgress, device: torch.device,
+    place: Place, held: ExitStack,
+) -> dict[str, Any] | None:  # fmt: skip
     """Trains or resumes the run of a folder that is this process's alone."""
     together(lambda: require_loggers(config))
     together(lambda: recover_checkpoints(folder) if place.is_first and config.resume else None)
@@ -168,7 +169,7 @@ def _run_in(
         progress.say(line)
     costs = _costs(dataclasses.replace(config, model=built), model, data)
     progress.console.print(summary.cost_table(f"{config.model.name}, {folder.path}", *costs))
-    loggers = together(lambda: new_loggers(config, folder))
+    loggers = together(lambda: held.enter_context(open_loggers(config, folder)))
     if place.is_first:
         mark_launch(folder)
         if saved is None or not folder.config.exists():
