@@ -4,6 +4,7 @@ import csv
 import gc
 import json
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -53,25 +54,37 @@ def test_efficiency_is_beside_one_process_and_ddp():
     assert "weak" not in rows[2]
 
 
-def test_a_job_that_ends_its_process_loses_no_other(tmp_path, monkeypatch):
-    """The first processes end without a word of their second job; the second say that there is no room for theirs."""
-    done, no_room = (json.dumps({"state": state, "seconds": 3.0}) for state in ("done", "no room"))
-    script = f"echo a warning; echo '{done}'; [ -e second ] && echo '{no_room}'; touch second; echo killed >&2; exit 1"
-    monkeypatch.chdir(tmp_path)
+def test_a_job_that_ends_its_processes_loses_no_other(tmp_path, monkeypatch):
+    """The processes end without a word of their second job, and say that there is no room for the third."""
+    done, no_room = (
+        json.dumps({"job": job, "state": state, "seconds": 3.0}) for job, state in ((0, "done"), (2, "no"))
+    )
+    script = f"echo a warning; echo '{done}'; echo killed >&2; echo '{no_room}'; echo '{no_room}'; exit 1"
     monkeypatch.setattr("vmoe.bench.scaling.launch._command", lambda *_: ["sh", "-c", script])
     jobs = [job for job in jobs_of(["equality"], [1, 2], SETTINGS["cpu"]) if job.layout.processes == 2][:6]
-    rows = list(Launcher(tmp_path / "log", tmp_path, CPU, part_seconds=14.0, job_seconds=5.0).run(jobs))
-    assert [row["state"] for row in rows] == ["done", "failed", "done", "no room", "no time", "no time"]
+    rows = list(Launcher(tmp_path / "log", CPU, part_seconds=14.0, job_seconds=5.0).run(jobs))
+    assert [row["state"] for row in rows] == ["done", "failed", "no", "failed", "no time", "no time"]
     assert [row["dtype"] for row in rows] == [job.dtype for job in jobs]
     assert rows[1]["error"] == "the processes ended: killed"
 
 
-def test_a_job_that_hangs_is_ended(tmp_path, monkeypatch):
+def test_processes_that_never_answer_are_ended(tmp_path, monkeypatch):
     monkeypatch.setattr("vmoe.bench.scaling.launch._command", lambda *_: ["sleep", "100"])
     monkeypatch.setattr("vmoe.bench.scaling.launch._START_SECONDS", 0)
     jobs = jobs_of(["speed"], [1], SETTINGS["cpu"])[:1]
-    (row,) = Launcher(tmp_path / "log", tmp_path, CPU, part_seconds=9.0, job_seconds=0.1).run(jobs)
-    assert (row["state"], row["error"]) == ("failed", "took longer than 0.1 s")
+    (row,) = Launcher(tmp_path / "log", CPU, part_seconds=0.1, job_seconds=0.1).run(jobs)
+    assert (row["state"], row["error"]) == ("failed", "the processes ended: ")
+
+
+@pytest.mark.slow
+def test_torchrun_goes_on_behind_a_job_that_fails(tmp_path):
+    fine = ScalingJob(
+        "speed", SETTINGS["cpu"].small, MeshLayout("ddp", 2), experts=4, batch=8, dtype="float32", steps=2
+    )
+    jobs = [replace(fine, model=replace(fine.model, name="no_such_model")), fine]
+    failed, done = Launcher(tmp_path / "log", CPU, part_seconds=500.0, job_seconds=200.0).run(jobs)
+    assert failed["state"] == "failed" and "no_such_model" in failed["error"]
+    assert done["state"] == "done" and done["step_ms"] > 0
 
 
 @pytest.mark.slow

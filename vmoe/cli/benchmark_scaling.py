@@ -3,8 +3,6 @@
 import argparse
 import dataclasses
 import signal
-import tempfile
-from pathlib import Path
 
 import torch
 
@@ -27,17 +25,16 @@ def scaling(options: argparse.Namespace, results: Results) -> None:
     say(f"{len(jobs)} trainings")
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the processes end too
     try:
-        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
-            launcher = Launcher(log, Path(scratch), options.device, options.limit, options.job_limit)
-            for job, row in zip(jobs, launcher.run(jobs), strict=True):
-                if "step_ms" in row and not job.compiled:
-                    row |= predicted(job, row, machine)
-                rows.append(row)
-                add_scaling(rows)
-                tables = _tables(rows)
-                write_csv(options.out / "scaling.csv", rows)
-                results.write("scaling", getattr(torch, settings.dtype), header | {"rows": rows}, tables)
-                say(f"{job.part}, {job.layout}, {job.layout.processes} processes: {row.get('error', row['state'])}")
+        launcher = Launcher(log, options.device, options.limit, options.job_limit)
+        for job, row in zip(jobs, launcher.run(jobs), strict=True):
+            if "step_ms" in row and not job.compiled:
+                row |= predicted(job, row, machine)
+            rows.append(row)
+            add_scaling(rows)
+            tables = _tables(rows)
+            write_csv(options.out / "scaling.csv", rows)
+            results.write("scaling", getattr(torch, settings.dtype), header | {"rows": rows}, tables)
+            say(f"{job.part}, {job.layout}, {job.layout.processes} processes: {row.get('error', row['state'])}")
     finally:
         signal.signal(signal.SIGTERM, before)
     print("\n\n".join(tables))

@@ -176,7 +176,7 @@ def _run_in(
             _write_config(folder, config)
         else:
             note_epochs(folder, config.trainer.epochs)
-    module = _module(config, model, cut, teacher, _facts(config, built, data))
+    module = new_module(config, model, cut, teacher, _facts(config, built, data))
     trainer = _fit(config, module, data, folder, saved, device, place, progress, loggers)
     test, untested = {}, None
     try:
@@ -287,9 +287,10 @@ def _with_defaults(text: str, moe: MoeConfig) -> str:
     return before + heading + re.sub(r"^  (\w+): null$", line, after, flags=re.MULTILINE)
 
 
-def _module(
-    config: TrainConfig, model: nn.Module, cut: Cut | None, teacher: Teacher | None, facts: ModelFacts
+def new_module(
+    config: TrainConfig, model: nn.Module, cut: Cut | None, teacher: Teacher | None, facts: ModelFacts | None
 ) -> Classifier:
+    """The module of a run: as the config says, it draws by image, captures its steps and compiles its model."""
     draws = SampleDraws(config.seed) if config.parallel.draws == "sample" else None
     if draws is not None:
         draws.install(model)

@@ -13,7 +13,6 @@ from vmoe.bench.plan.planner import LayoutPlan, Traces, make_plans
 from vmoe.bench.plan.workload import Workload
 from vmoe.bench.report import Column, Row
 from vmoe.bench.timing import Say, TimedJob, reason_of_failure, release, time_calls
-from vmoe.checkpoints import build_model
 from vmoe.moe import MoeConfig, auxiliary_loss
 
 MEASURED_MODELS = ("vit_small_patch16_224", "vit_base_patch16_224", "vit_large_patch16_224")
@@ -119,7 +118,7 @@ def _measured_step(workload: Workload, device: torch.device, name: str) -> Row:
 def _trainer_step(workload: Workload, device: torch.device) -> TimedJob:
     """A step as the trainer orders it: the old gradients go after the forward pass."""
     with device:
-        model = build_model(workload.name, workload.kwargs, workload.moe, workload.classes, workload.image_size)
+        model = workload.build()
         images = torch.randn(workload.batch, 3, workload.image_size, workload.image_size)
         labels = torch.randint(workload.classes, (workload.batch,))
     model.train()

@@ -39,12 +39,15 @@ class Workload(NamedTuple):
     has_average: bool = False
     graphed: bool = False
 
-    def meta_model(self) -> torch.nn.Module:
-        """The model on the meta device.
+    def build(self) -> torch.nn.Module:
+        """The model, with weights of its own.
 
         Raises:
             UserError: timm has no such model, or it cannot be built so.
         """
+        return build_model(self.name, self.kwargs | {"pretrained": False}, self.moe, self.classes, self.image_size)
+
+    def meta_model(self) -> torch.nn.Module:
+        """The model on the meta device; raises as `build` does."""
         with torch.device("meta"):
-            kwargs = {**self.kwargs, "pretrained": False}
-            return build_model(self.name, kwargs, self.moe, self.classes, self.image_size)
+            return self.build()

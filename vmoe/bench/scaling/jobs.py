@@ -1,11 +1,14 @@
 """Which trainings are measured: V-MoEs in which every second MLP has experts and a token goes to one of them."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
+
+import torch
 
 from vmoe.bench.cases import IMAGES_PER_GROUP
 from vmoe.bench.plan.layouts import MeshLayout
 from vmoe.bench.plan.planner import layouts_for
+from vmoe.bench.plan.workload import Workload
 from vmoe.bench.report import Row
 from vmoe.moe import MoeConfig
 from vmoe.training.config import OptimConfig, ParallelConfig, TrainConfig, TrainerConfig
@@ -28,45 +31,37 @@ class ScalingModel:
 
 @dataclass(frozen=True)
 class ScalingJob:
-    """A training to measure.
+    """A training to measure."""
 
-    Attributes:
-        part: One of `PARTS`.
-        model: The model.
-        layout: The processes, and how the model is spread over them.
-        experts: E, the number of experts of a layer.
-        batch: Images per update, of all processes.
-        dtype: float32, float64, or bfloat16 by autocast.
-        steps: Updates that are timed, or updates per epoch of what is compared.
-        compiled: Whether the model is compiled.
-        graphed: Whether the step is captured as a CUDA graph.
-    """
-
-    part: str
+    part: str  # one of `PARTS`
     model: ScalingModel
     layout: MeshLayout
-    experts: int
-    batch: int
-    dtype: str
-    steps: int = COMPARED_STEPS
+    experts: int  # E, of a layer
+    batch: int  # images per update, of all processes
+    dtype: str  # float32, float64, or bfloat16 by autocast
+    steps: int = COMPARED_STEPS  # updates that are timed, or updates per epoch of what is compared
     compiled: bool = False
-    graphed: bool = False
+    graphed: bool = False  # whether the step is captured as a CUDA graph
 
-    def moe(self) -> MoeConfig:
-        """The layers of the paper: batch priority in groups of 8 images, noise, balance losses."""
+    @property
+    def workload(self) -> Workload:
+        """The model with the layers of the paper: batch priority in groups of 8 images, noise, balance losses."""
         # A captured step cannot draw the noise of each image by a seed of its own, as a comparison needs
         noise = {"noise_std": 0.0} if self.graphed and self.part == "equality" else {}
-        return MoeConfig(
+        moe = MoeConfig(
             layers="every-2", num_experts=self.experts, top_k=1, group=IMAGES_PER_GROUP, batch_priority=True,
             capacity_factor=1.05, eval_capacity_factor=1.05, **noise,
         )  # fmt: skip
+        model, dtype = self.model, getattr(torch, self.dtype)
+        sizes = model.name, model.kwargs, moe, NUM_CLASSES, model.image_size, self.batch
+        return Workload(*sizes, dtype=dtype, graphed=self.graphed)
 
     def config(self, device_type: str, epochs: int = 1) -> TrainConfig:
         """The run that a user would start for it."""
         how = {"precision": _AUTOCAST[self.dtype], "compile": self.compiled, "cuda_graph": self.graphed}
         draws = "process" if self.part == "speed" or self.graphed else "sample"
         return TrainConfig(
-            moe=self.moe(),
+            moe=self.workload.moe,
             optim=OptimConfig(warmup_epochs=0),
             trainer=TrainerConfig(epochs=epochs, device=device_type, **how),
             parallel=ParallelConfig(self.layout.strategy, self.layout.expert_size, self.layout.dense, draws),
@@ -74,35 +69,21 @@ class ScalingJob:
 
     def as_row(self) -> Row:
         """The job's own columns in a row of results."""
-        row = {"part": self.part, "model": self.model.title, **self.layout._asdict(), "layout": str(self.layout)}
-        return row | {
-            name: getattr(self, name) for name in ("experts", "batch", "dtype", "steps", "compiled", "graphed")
-        }
+        return asdict(self) | {"model": self.model.title, **self.layout._asdict(), "layout": str(self.layout)}
 
 
 @dataclass(frozen=True)
 class ScalingSettings:
-    """What is measured on a kind of device.
+    """What is measured on a kind of device."""
 
-    Attributes:
-        models: The models of which the speed is measured.
-        experts: E, each with each model.
-        batch: Images per process.
-        dtype: Type in which the speed is measured.
-        small: The model that is trained for its results.
-        steps: Updates that are timed.
-        compiled: Whether the models of which the speed is measured are compiled.
-        graphed: Whether steps are captured as CUDA graphs, in speed and equality.
-    """
-
-    models: tuple[ScalingModel, ...]
-    experts: tuple[int, ...]
-    batch: int
-    dtype: str
-    small: ScalingModel
-    steps: int
-    compiled: bool = False
-    graphed: bool = False
+    models: tuple[ScalingModel, ...]  # of which the speed is measured
+    experts: tuple[int, ...]  # E, each with each model
+    batch: int  # images per process
+    dtype: str  # in which the speed is measured
+    small: ScalingModel  # which is trained for its results
+    steps: int  # that are timed
+    compiled: bool = False  # in speed
+    graphed: bool = False  # in speed and equality
 
 
 _S16 = ScalingModel("S/16", "vit_small_patch16_224", 224)

@@ -6,9 +6,8 @@ import torch
 
 from vmoe.bench.plan.hardware import NETWORKS, Machine
 from vmoe.bench.plan.planner import make_plans
-from vmoe.bench.plan.workload import Workload
 from vmoe.bench.report import Column, Row
-from vmoe.bench.scaling.jobs import NUM_CLASSES, ScalingJob
+from vmoe.bench.scaling.jobs import ScalingJob
 
 # Largest difference from one process that is no mistake, in weights and in losses. In float32 and bfloat16 a gradient
 # can be zero except for rounding, such as that of a key's bias: AdamW makes of it a step of up to its rate (1e-3).
@@ -102,11 +101,7 @@ def add_scaling(rows: list[Row]) -> None:
 
 def predicted(job: ScalingJob, row: Row, machine: Machine) -> Row:
     """The planner's peak memory and time of a step, and their ratios to what was measured."""
-    workload = Workload(
-        job.model.name, job.model.kwargs, job.moe(), NUM_CLASSES, job.model.image_size, job.batch,
-        dtype=getattr(torch, job.dtype), graphed=job.graphed,
-    )  # fmt: skip
-    (plan,) = make_plans(workload, [job.layout], machine, NETWORKS["ib-400"].bandwidth)
+    (plan,) = make_plans(job.workload, [job.layout], machine, NETWORKS["ib-400"].bandwidth)
     step_ms, memory = plan.times.step * 1e3, plan.memory.peak / 2**20
     result = {"predicted_ms": step_ms, "time_ratio": step_ms / row["step_ms"]}
     if machine.name == "cpu":  # where a process's memory is that of Python and libraries too

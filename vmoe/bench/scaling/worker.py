@@ -2,7 +2,8 @@
 
     torchrun --nproc-per-node 2 -m vmoe.bench.scaling.worker JOBS.pickle
 
-A process that fails prints a row that says so and ends. torchrun then ends the others, which may wait for it.
+A process that fails prints a row that says so and ends. torchrun then ends the others, which may wait for it. It starts
+all of them again, and they go on with the next job.
 """
 
 import json
@@ -10,6 +11,7 @@ import os
 import pickle
 import statistics
 import sys
+import threading
 import time
 import traceback
 from itertools import pairwise
@@ -26,15 +28,14 @@ from vmoe.bench.report import Row
 from vmoe.bench.scaling.jobs import NUM_CLASSES, ScalingJob
 from vmoe.bench.scaling.report import differences_from_one
 from vmoe.bench.timing import release
-from vmoe.checkpoints import build_model
-from vmoe.config_values import to_plain
+from vmoe.checkpoints import describe
 from vmoe.data import Batch
 from vmoe.memory import is_out_of_memory
 from vmoe.training.callbacks import NanGuard
 from vmoe.training.classifier import Classifier
 from vmoe.training.parallel import cut_of
 from vmoe.training.processes import Place, connect, disconnect, gather, total
-from vmoe.training.sample_draws import SampleDraws
+from vmoe.training.run import new_module
 from vmoe.training.sharded_files import FolderWriter
 from vmoe.training.summary import peak_memory_mib
 from vmoe.training.trainer import new_trainer, quiet_lightning
@@ -43,49 +44,64 @@ _UNTIMED = 5  # updates before the timed ones: kernels are compiled, and a graph
 
 
 def main(path: Path) -> None:
-    """Does the jobs of a file that `launch` wrote."""
-    device, scratch, jobs = pickle.loads(path.read_bytes())
+    """Does the jobs of a file that `launch` wrote; after a restart those behind the last that was begun."""
+    device, scratch, job_seconds, jobs = pickle.loads(path.read_bytes())
+    is_first = Place.of_this().is_first
     if device.type == "cuda":
         device = torch.device("cuda", Place.of_this().local_rank)
         torch.cuda.set_device(device)
     # TF32 would round float32 products differently as the number of processes changes their sizes
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     connect(device.type)
-    for job in jobs:
+    begun = path.with_suffix(".begun")
+    (done, *_) = gather(int(begun.read_text()) if is_first and begun.exists() else 0)
+    for number, job in list(enumerate(jobs))[done:]:
+        if is_first:
+            begun.write_text(str(number + 1))
         start = time.monotonic()
+        late = {"state": "failed", "error": f"took longer than {job_seconds:g} s"}
+        timer = threading.Timer(job_seconds, _print_row, [late, number, start])
+        timer.daemon = True
+        timer.start()
         try:
             row = {"state": "done"} | (_speed_row if job.part == "speed" else _compared_row)(job, device, scratch)
         except Exception as error:
+            traceback.print_exc()
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
             row = {"state": "no room" if is_out_of_memory(error) else "failed", "error": reason}
-            traceback.print_exc()
-        if Place.of_this().is_first or "error" in row:
-            print(json.dumps(row | {"seconds": time.monotonic() - start}), flush=True)
-        if "error" in row:
-            os._exit(1)  # an ordinary exit would wait for the other processes, which wait for this one
+        timer.cancel()
+        if is_first or "error" in row:
+            _print_row(row, number, start)
         release(device)
     disconnect()
 
 
+def _print_row(row: Row, number: int, start: float) -> None:
+    """Prints the row of a job; one that is not done ends the process."""
+    print(json.dumps(row | {"job": number, "seconds": time.monotonic() - start}), flush=True)
+    if row["state"] != "done":
+        os._exit(1)  # an ordinary exit would wait for the other processes, which wait for this one
+
+
 def _compared_row(job: ScalingJob, device: torch.device, scratch: Path) -> Row:
     """How far the results are from those of one process; in the part "checkpoint", half of the training is resumed."""
-    result, save = TrainingResult(), TimedSave(scratch / f"{job.layout} {job.layout.processes}.ckpt")
+    place, result = Place.of_this(), TrainingResult()
     if job.part == "equality":
         train_on_noise(job, device, job.steps, [result])
-    elif job.layout.processes == 1:
-        train_on_noise(job, device, job.steps, [result, save], epochs=2)
+        row = {}
     else:
-        train_on_noise(job, device, job.steps, [save])
-        train_on_noise(job, device, job.steps, [result], epochs=2, resume_from=save.path)
-    row = {"losses": result.losses} | save.row
+        save = TimedSave(scratch / f"{job.layout} {place.count}.ckpt")
+        train_on_noise(job, device, job.steps, [result, save], epochs=2)
+        row = save.row
+        if place.count > 1:
+            result = TrainingResult()
+            train_on_noise(job, device, job.steps, [result], epochs=2, resume_from=save.path)
     reference = scratch / f"{job.part} {job.dtype}.pt"
-    if not Place.of_this().is_first:
-        return {}
-    if job.layout.processes == 1:
+    if place.is_first and place.count == 1:
         torch.save(result.content, reference)
-    elif reference.exists():
+    elif place.is_first and reference.exists():
         row |= differences_from_one(result.content, torch.load(reference), job.dtype)
-    return row
+    return row | {"losses": result.losses}
 
 
 def _speed_row(job: ScalingJob, device: torch.device, scratch: Path) -> Row:
@@ -116,27 +132,20 @@ def train_on_noise(
         device: Device of this process.
         steps: Updates per epoch.
         callbacks: Callbacks of the trainer.
-        epochs: Epochs after which it stops. The learning rate of the part "checkpoint" is planned for two.
+        epochs: Epochs after which it stops.
         resume_from: A checkpoint to go on from.
     """
     config = job.config(device.type, epochs)
     torch.manual_seed(0)
     # Small models are made on the CPU, so that they start alike on every device
     with torch.device(device if job.part == "speed" else "cpu"):
-        model = build_model(job.model.name, job.model.kwargs, job.moe(), NUM_CLASSES, job.model.image_size)
+        model = job.workload.build()
     if job.dtype == "float64":
         model.double()
-    draws = SampleDraws(0) if config.parallel.draws == "sample" else None
-    if draws is not None:
-        draws.install(model)
-    if job.compiled:
-        model.compile(dynamic=False)
-    cut = cut_of(config.parallel, job.layout.processes, device.type)
-    planned = 2 if job.part == "checkpoint" else epochs
-    module = PlannedClassifier(model, **to_plain(config.optim))
-    module.updates, module.draws, module.shard = planned * steps, draws, cut
-    if job.graphed:
-        module.capture_steps()
+    cut, facts = cut_of(config.parallel, job.layout.processes, device.type), None
+    if job.part == "checkpoint":  # later, a model that is sharded cannot be described
+        facts = describe(model, list(map(str, range(NUM_CLASSES))), name=job.model.name, kwargs=job.model.kwargs)
+    module = new_module(config, model, cut, None, facts)
     batches = [_random_batch(job, number, device) for number in range(1 if job.part == "speed" else steps)]
     loader = DataLoader(batches * (steps // len(batches)), batch_size=None, collate_fn=lambda batch: batch)
     with quiet_lightning():
@@ -144,29 +153,16 @@ def train_on_noise(
         trainer.fit(module, loader, ckpt_path=resume_from, weights_only=True)
 
 
-class PlannedClassifier(Classifier):
-    """Plans its learning rate for a number of updates that its Trainer may not reach."""
-
-    updates = 0
-
-    def planned_updates(self) -> int:
-        return self.updates
-
-
 def _random_batch(job: ScalingJob, number: int, device: torch.device) -> Batch:
-    """This process's images of a batch: each by a seed of its own, so that they are the same for any processes."""
+    """This process's images of a batch, which is the same for any number of processes."""
     place, side = Place.of_this(), job.model.image_size
-    own = job.batch // place.count
-    images, labels, keys = [], [], []
-    for index in range(place.rank * own, place.rank * own + own):
-        draw = torch.Generator().manual_seed(number * job.batch + index)
-        images.append(torch.randn(3, side, side, generator=draw))
-        labels.append(torch.randint(NUM_CLASSES, (), generator=draw))
-        keys.append(torch.tensor([number, index]))
+    own = slice(place.rank * job.batch // place.count, (place.rank + 1) * job.batch // place.count)
+    draw = torch.Generator().manual_seed(number)
+    images = torch.randn(job.batch, 3, side, side, generator=draw)[own]
+    labels = torch.randint(NUM_CLASSES, (job.batch,), generator=draw)[own]
+    keys = torch.tensor([[number, index] for index in range(job.batch)])[own]
     dtype = torch.float64 if job.dtype == "float64" else torch.float32
-    return Batch(
-        torch.stack(images).to(device, dtype), torch.stack(labels).to(device), [], keys=torch.stack(keys).to(device)
-    )
+    return Batch(images.to(device, dtype), labels.to(device), [], keys=keys.to(device))
 
 
 class ReleaseModel(Callback):
@@ -203,13 +199,15 @@ def _on_host(tensor: Tensor) -> Tensor:
 
 
 class TimedSave(Callback):
-    """Saves a checkpoint at the end of each epoch, and keeps how long that took and how large it is."""
+    """Saves a checkpoint after the first epoch, and keeps how long that took and how large it is."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.row: Row = {}
 
     def on_train_epoch_end(self, trainer: Trainer, module: Classifier) -> None:
+        if trainer.current_epoch > 0:
+            return
         gather(None)  # waits for the other processes
         start = time.perf_counter()
         trainer.save_checkpoint(self.path)
