@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vmoe.cli.common import run
+from vmoe.cli.common import job
 from vmoe.cli.options import capacity_factor, choose_device, count, new_parser
 from vmoe.cli.progress import working
 
@@ -91,12 +91,9 @@ _SIZE_OPTIONS = {
 }
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the job with `argv`; returns its exit code."""
-    return run(_benchmark, argv)
-
-
-def _benchmark(argv: list[str]) -> int:
+@job()
+def main(argv: list[str]) -> int:
+    """Runs the job."""
     parser = command_line()
     options, rest = parser.parse_known_args(argv)
     if rest and options.job != "data":

@@ -1,5 +1,6 @@
 """What all jobs of the command line share: a user's mistake is one line and exit code 2, never a traceback."""
 
+import functools
 import os
 import re
 import sys
@@ -15,10 +16,23 @@ from vmoe.imports import TORCHVISION_IS_BROKEN, breaks_torchvision
 from vmoe.memory import is_out_of_memory, memory_line
 from vmoe.text import printable, replace_what_cannot_be_shown
 
+Job = Callable[[list[str]], int | None]
 
-def run(
-    job: Callable[[list[str]], int | None], argv: list[str] | None, options: Mapping[str, str] | None = None
-) -> int:
+
+def job(options: Mapping[str, str] | None = None) -> Callable[[Job], Callable[..., int]]:
+    """Makes a function of the arguments the `main` of a job, which `run` calls: with or without arguments."""
+
+    def decorate(work: Job) -> Callable[..., int]:
+        @functools.wraps(work)
+        def main(argv: list[str] | None = None) -> int:
+            return run(work, argv, options)
+
+        return main
+
+    return decorate
+
+
+def run(job: Job, argv: list[str] | None, options: Mapping[str, str] | None = None) -> int:
     """Calls a job and turns a user's mistake into "vmoe JOB: error: LINE" on stderr.
 
     Args:

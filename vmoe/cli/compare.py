@@ -30,18 +30,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from vmoe.cli.common import run
+from vmoe.cli.common import job
 from vmoe.cli.options import new_parser
 from vmoe.errors import UserError
 from vmoe.text import printable
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the job with `argv`; returns its exit code."""
-    return run(_compare_runs, argv)
-
-
-def _compare_runs(argv: list[str]) -> None:
+@job()
+def main(argv: list[str]) -> None:
+    """Runs the job."""
     options = _compare_parser().parse_args(argv)
     # Imported here, so that --help and a mistyped option answer at once.
     from vmoe.evaluation.compare.against import against, against_rows, draw_against

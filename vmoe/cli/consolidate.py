@@ -8,18 +8,15 @@ processes trained it: what `vmoe export` writes, in the type that the weights ha
 import argparse
 from pathlib import Path
 
-from vmoe.cli.common import run
+from vmoe.cli.common import job
 from vmoe.cli.options import new_parser
 from vmoe.cli.progress import working
 from vmoe.errors import UserError
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the job with `argv`; returns its exit code."""
-    return run(_consolidate, argv)
-
-
-def _consolidate(argv: list[str]) -> None:
+@job()
+def main(argv: list[str]) -> None:
+    """Runs the job."""
     options = _consolidate_parser().parse_args(argv)
     if options.out.suffix != ".safetensors":
         raise UserError(f"--out {options.out}: must end in .safetensors")

@@ -9,16 +9,13 @@ vmoe data show --data.name folder --data.root photos --classes 4 --images 12
 
 from pathlib import Path
 
-from vmoe.cli.common import run
+from vmoe.cli.common import job
 from vmoe.cli.options import count, new_parser
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the job with `argv`; returns its exit code."""
-    return run(_data, argv)
-
-
-def _data(argv: list[str]) -> int:
+@job()
+def main(argv: list[str]) -> int:
+    """Runs the job."""
     parser = new_parser("data", __doc__)
     add = parser.add_argument
     add("job", choices=("show",), help="what to do")

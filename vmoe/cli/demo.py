@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import Image
 
 from vmoe.cli import evaluate, heatmap, train
-from vmoe.cli.common import run
+from vmoe.cli.common import job
 from vmoe.data.config import DataConfig
 from vmoe.data.datasets import load_splits
 from vmoe.data.samples import PHOTOGRAPHS, credit, photograph_path
@@ -21,12 +21,9 @@ PICTURES = RUN / "pictures"
 HEATMAPS = RUN / "heatmaps"
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the demonstration; a run that is there already goes on, or is used as it is. Returns the exit code."""
-    return run(_demo, argv)
-
-
-def _demo(_: list[str]) -> int:
+@job()
+def main(_: list[str]) -> int:
+    """Runs the demonstration; a run that is there already goes on, or is used as it is."""
     begun = time.monotonic()
     photographs = [os.path.relpath(photograph_path(name)) for name in PHOTOGRAPHS]
     steps = {

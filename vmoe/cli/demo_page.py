@@ -13,17 +13,14 @@ The page holds ONNX Runtime Web, which npm fetches unless --runtime names its pa
 import argparse
 from pathlib import Path
 
-from vmoe.cli.common import run
+from vmoe.cli.common import job
 from vmoe.cli.options import new_parser
 from vmoe.cli.progress import working
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the job with `argv`; returns its exit code."""
-    return run(_demo_page, argv)
-
-
-def _demo_page(argv: list[str]) -> None:
+@job()
+def main(argv: list[str]) -> None:
+    """Runs the job."""
     options = _demo_page_parser().parse_args(argv)
     # Imported here, so that --help and a mistyped option answer at once.
     from vmoe.cli.inputs import depth_of, find_files

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vmoe.cli.common import run
+from vmoe.cli.common import job
 from vmoe.cli.options import count, new_parser, split_options
 from vmoe.cli.progress import Tracked
 from vmoe.errors import UserError
@@ -29,12 +29,9 @@ if TYPE_CHECKING:
     from vmoe.training.config import TrainConfig
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the job with `argv`; returns its exit code."""
-    return run(_distill, argv)
-
-
-def _distill(argv: list[str]) -> int:
+@job()
+def main(argv: list[str]) -> int:
+    """Runs the job."""
     own, for_training = split_options(argv)
     options = _distill_parser().parse_args(own)
     if options.out.exists():

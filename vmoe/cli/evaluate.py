@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from vmoe.cli.common import run
+from vmoe.cli.common import job
 from vmoe.cli.inputs import (
     DATA_OPTIONS,
-    add_classes_option,
+    add_data_options,
     halving_batches,
     load_data,
     matched,
@@ -43,12 +43,9 @@ _PROBES = ("knn", "linear", "few-shot")
 _SHOTS, _SHOT_SEEDS = 10, 5
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the job with `argv`; returns its exit code."""
-    return run(_evaluate, argv, DATA_OPTIONS | {"capacity_factor": "--capacity-factor", "top_k": "--top-k"})
-
-
-def _evaluate(argv: list[str]) -> None:
+@job(DATA_OPTIONS | {"capacity_factor": "--capacity-factor", "top_k": "--top-k"})
+def main(argv: list[str]) -> None:
+    """Runs the job."""
     options = _evaluate_parser().parse_args(argv)
     _check_dependent_options(options)
     halving_batches(lambda: _measure(options), options)
@@ -147,12 +144,7 @@ def _evaluate_parser() -> argparse.ArgumentParser:
     add("--corruptions", nargs="*", metavar="NAME", help=line)
     line = "of the corruptions, 1 to 5 (default: all)"
     add("--severities", nargs="+", type=int, choices=range(1, 6), metavar="S", help=line)
-    add("--data", metavar="NAME", help="another set than the run's: digits, cifar10, folder, npz, ...")
-    add("--root", metavar="DIR", help="where the data are, if not where the run had them")
-    add_classes_option(parser)
-    add("--batch-size", type=int, metavar="N", help="images per batch")
-    add("--workers", type=int, metavar="N", help="processes that load images")
-    add("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    add_data_options(parser)
     add("--json", type=Path, metavar="FILE", help="where the numbers go")
     add("--out", type=Path, metavar="DIR", help="where the pictures go, and the numbers without --json")
     return parser

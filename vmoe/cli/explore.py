@@ -20,10 +20,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from vmoe.cli.common import run
+from vmoe.cli.common import job
 from vmoe.cli.inputs import (
     DATA_OPTIONS,
-    add_classes_option,
+    add_data_options,
     find_files,
     halving_batches,
     load_data,
@@ -45,12 +45,9 @@ _OWN_OPTIONS = (*_ARGUMENTS, "capacity_factor")
 _OPTION_OF = DATA_OPTIONS | {name: f"--{name.replace('_', '-')}" for name in _OWN_OPTIONS}
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the job with `argv`; returns its exit code."""
-    return run(_explore, argv, _OPTION_OF)
-
-
-def _explore(argv: list[str]) -> None:
+@job(_OPTION_OF)
+def main(argv: list[str]) -> None:
+    """Runs the job."""
     options = _explore_parser().parse_args(argv)
     halving_batches(lambda: _explored(options, argv), options)
 
@@ -153,8 +150,6 @@ def _explore_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the page, figures and numbers go")
     parser.add_argument("--split", choices=("test", "val"), help="which part (default: test)")
-    parser.add_argument("--data", metavar="NAME", help="another set than the run's: digits, cifar10, folder, npz, ...")
-    parser.add_argument("--root", metavar="DIR", help="where the data are, if not where the run had them")
     parser.add_argument(
         "--images",
         nargs="+",
@@ -189,10 +184,7 @@ def _explore_parser() -> argparse.ArgumentParser:
         "--replicates", type=int, default=100, metavar="N", help="of bootstrap and permutations (default: 100)"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of order, sample and replicates (default: 0)")
-    add_classes_option(parser)
-    parser.add_argument("--batch-size", type=int, metavar="N", help="images per batch")
-    parser.add_argument("--workers", type=int, metavar="N", help="processes that load images")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    add_data_options(parser)
     return parser
 
 

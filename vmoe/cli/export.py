@@ -21,7 +21,7 @@ import contextlib
 import json
 from pathlib import Path
 
-from vmoe.cli.common import run
+from vmoe.cli.common import job
 from vmoe.cli.options import new_parser
 from vmoe.cli.progress import working
 from vmoe.errors import UserError
@@ -31,12 +31,9 @@ _SUFFIXES = {"safetensors": ".safetensors", "onnx": ".onnx", "torch-export": ".p
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the job with `argv`; returns its exit code."""
-    return run(_export, argv)
-
-
-def _export(argv: list[str]) -> None:
+@job()
+def main(argv: list[str]) -> None:
+    """Runs the job."""
     options = _export_parser().parse_args(argv)
     suffix = _SUFFIXES[options.format]
     if options.out.suffix != suffix:

@@ -16,17 +16,14 @@ import argparse
 import shlex
 from pathlib import Path
 
-from vmoe.cli.common import run
+from vmoe.cli.common import job
 from vmoe.cli.options import capacity_factor, choose_device, new_parser
 from vmoe.text import printable
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the job with `argv`; returns its exit code."""
-    return run(_heatmap, argv, {"capacity_factor": "--capacity-factor"})
-
-
-def _heatmap(argv: list[str]) -> None:
+@job({"capacity_factor": "--capacity-factor"})
+def main(argv: list[str]) -> None:
+    """Runs the job."""
     options = _heatmap_parser().parse_args(argv)
     # Imported here, so that --help and a mistyped option answer at once.
     from vmoe.checkpoints import load_checkpoint

@@ -14,7 +14,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vmoe.cli.common import run
+from vmoe.cli.common import job
 from vmoe.cli.options import capacity_factor, new_parser
 from vmoe.cli.progress import working
 from vmoe.errors import UserError
@@ -36,12 +36,9 @@ _OPTION_OF = {  # argument of Python -> option here
 }
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the job with `argv`; returns its exit code."""
-    return run(_import, argv, _OPTION_OF)
-
-
-def _import(argv: list[str]) -> None:
+@job(_OPTION_OF)
+def main(argv: list[str]) -> None:
+    """Runs the job."""
     options = _import_jax_parser().parse_args(argv)
     if options.out.suffix not in (".ckpt", ".safetensors"):
         raise UserError(f"--out {options.out}: must end in .ckpt or .safetensors")

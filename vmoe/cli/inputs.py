@@ -68,15 +68,19 @@ def matched(checkpoint: "TrainedModel", data: "ImageDataModule", classes: str, s
     return result
 
 
-def add_classes_option(parser: argparse.ArgumentParser) -> None:
-    """`--classes`: how a set's classes are found among a checkpoint's."""
-    parser.add_argument(
-        "--classes",
-        choices=("by-name", "by-number", "known"),
-        default="by-name",
-        help="find the set's classes among the checkpoint's by name, whatever their order and number; known leaves out "
-        "images of classes that it does not know; by-number ignores the names (default: by-name)",
+def add_data_options(parser: argparse.ArgumentParser) -> None:
+    """The options that `load_data` reads, and the device."""
+    add = parser.add_argument
+    add("--data", metavar="NAME", help="another set than the run's: digits, cifar10, folder, npz, ...")
+    add("--root", metavar="DIR", help="where the data are, if not where the run had them")
+    line = (
+        "find the set's classes among the checkpoint's by name, whatever their order and number; known leaves out "
+        "images of classes that it does not know; by-number ignores the names (default: by-name)"
     )
+    add("--classes", choices=("by-name", "by-number", "known"), default="by-name", help=line)
+    add("--batch-size", type=int, metavar="N", help="images per batch")
+    add("--workers", type=int, metavar="N", help="processes that load images")
+    add("--device", default="auto", help="auto, cpu or cuda (default: auto)")
 
 
 def halving_batches(job: Callable[[], T], options: argparse.Namespace) -> T:

@@ -12,18 +12,15 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from vmoe.cli.common import run
+from vmoe.cli.common import job
 from vmoe.cli.options import count, new_parser
 from vmoe.cli.progress import working
 from vmoe.text import counted, printable
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the job with `argv`; returns its exit code."""
-    return run(_make_shards, argv)
-
-
-def _make_shards(argv: list[str]) -> int:
+@job()
+def main(argv: list[str]) -> int:
+    """Runs the job."""
     parser = new_parser("make-shards", __doc__)
     parser.add_argument("folder", type=Path, help="with train, and val or test")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the new folder")

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vmoe.bench.plan.hardware import GPUS, NETWORKS, USUAL_NETWORK, Machine, gpu_of_this_machine, network_bandwidth
-from vmoe.cli.common import run
+from vmoe.cli.common import job
 from vmoe.cli.options import choose_device, count, new_parser
 from vmoe.cli.progress import working
 from vmoe.errors import UserError
@@ -40,12 +40,9 @@ if TYPE_CHECKING:
 _BANDWIDTHS = [2**step * 1e9 for step in range(8)]  # of curves, bytes/s of a GPU
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the job with `argv`; returns its exit code."""
-    return run(_plan_job, argv)
-
-
-def _plan_job(argv: list[str]) -> int:
+@job()
+def main(argv: list[str]) -> int:
+    """Runs the job."""
     options, rest = _plan_parser().parse_known_args(argv)
     if options.measure:
         if rest:

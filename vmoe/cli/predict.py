@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vmoe.cli.common import run
+from vmoe.cli.common import job
 from vmoe.cli.options import choose_device, count, new_parser
 from vmoe.errors import UserError
 from vmoe.text import printable, readable
@@ -22,12 +22,9 @@ if TYPE_CHECKING:
     from vmoe.checkpoints import TrainedModel
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the job with `argv`; returns its exit code."""
-    return run(_predict, argv, {"CKPT": "MODEL"})
-
-
-def _predict(argv: list[str]) -> None:
+@job({"CKPT": "MODEL"})
+def main(argv: list[str]) -> None:
+    """Runs the job."""
     from vmoe.cli.inputs import halving_batches
 
     options = _predict_parser().parse_args(argv)

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from vmoe.cli.common import run
-from vmoe.cli.inputs import DATA_OPTIONS, add_classes_option, load_data, matched
+from vmoe.cli.common import job
+from vmoe.cli.inputs import DATA_OPTIONS, add_data_options, load_data, matched
 from vmoe.cli.options import choose_device, count, new_parser, split_options
 from vmoe.cli.progress import Tracked
 from vmoe.errors import UserError
@@ -40,12 +40,9 @@ if TYPE_CHECKING:
     from vmoe.training.config import TrainConfig
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the job with `argv`; returns its exit code."""
-    return run(_prune, argv, DATA_OPTIONS)
-
-
-def _prune(argv: list[str]) -> int:
+@job(DATA_OPTIONS)
+def main(argv: list[str]) -> int:
+    """Runs the job."""
     own, for_training = split_options(argv)
     options = _prune_parser().parse_args(own)
     if for_training and options.finetune is None:
@@ -109,12 +106,7 @@ def _prune_parser() -> argparse.ArgumentParser:
     line = "training images on which the use of the experts is measured (default: %(default)s)"
     add("--images", type=count, default=2000, metavar="N", help=line)
     add("--finetune", type=count, metavar="EPOCHS", help="train the result for so many epochs")
-    add("--data", metavar="NAME", help="another set than the run's: digits, cifar10, folder, npz, ...")
-    add("--root", metavar="DIR", help="where the data are, if not where the run had them")
-    add_classes_option(parser)
-    add("--batch-size", type=count, metavar="N", help="images per batch in measuring")
-    add("--workers", type=int, metavar="N", help="processes that load images")
-    add("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    add_data_options(parser)
     return parser
 
 

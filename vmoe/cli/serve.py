@@ -21,16 +21,13 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from vmoe.cli.common import run
+from vmoe.cli.common import job
 from vmoe.cli.options import choose_device, count, new_parser
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the job with `argv`; returns its exit code."""
-    return run(_serve, argv)
-
-
-def _serve(argv: list[str]) -> None:
+@job()
+def main(argv: list[str]) -> None:
+    """Runs the job."""
     options = _serve_parser().parse_args(argv)
     from vmoe.serve.server import KEY_VARIABLE, serve
 

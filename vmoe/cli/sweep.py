@@ -13,7 +13,7 @@ import argparse
 import os
 from pathlib import Path
 
-from vmoe.cli.common import run
+from vmoe.cli.common import job
 from vmoe.cli.options import count, new_parser, split_options
 from vmoe.cli.progress import working
 from vmoe.errors import UserError
@@ -21,12 +21,9 @@ from vmoe.text import counted
 from vmoe.training.recipes import find_recipe
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the job with `argv`; returns its exit code, 1 when a run failed."""
-    return run(_sweep, argv)
-
-
-def _sweep(argv: list[str]) -> int:
+@job()
+def main(argv: list[str]) -> int:
+    """Runs the job; 1 when a run failed."""
     own, common = split_options(argv)
     options = _sweep_parser().parse_args(own)
     # Imported here, so that --help and a mistyped option answer at once.

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from vmoe.checkpoints.run_folder import RunFolder
-from vmoe.cli.common import run
+from vmoe.cli.common import job
 from vmoe.cli.threads import choose_threads
 from vmoe.cli.train_options import parse
 from vmoe.errors import UserError
@@ -17,17 +17,9 @@ from vmoe.training.progress import TrainingProgress
 from vmoe.training.stopping import Interrupted, stopped_at_once
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Trains; see `vmoe train --help`. Returns the exit code."""
-    return run(train_job, argv)
-
-
-def train_job(argv: list[str]) -> int:
-    """Parses, trains and prints the result.
-
-    Raises:
-        UserError: a mistake in the options, the config or the data.
-    """
+@job()
+def main(argv: list[str]) -> int:
+    """Trains; see `vmoe train --help`."""
     return trained(lambda: parse(argv), ["vmoe", "train", *argv])
 
 
