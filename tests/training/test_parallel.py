@@ -4,6 +4,7 @@ import json
 import pickle
 import shutil
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -24,32 +25,39 @@ SOFT = ("--moe.router", "soft", "--moe.soft_scale", "10", "--moe.group", "image"
 SOFT += ("--moe.batch_priority", "false", "--moe.capacity_factor", "1")
 
 
-@pytest.fixture(scope="module")
-def of_one(recipe) -> dict[str, RunFolder]:
-    """Runs of one process."""
-    runs = {"alone": (), "expert 4": strategy_options("expert 4"), "without noise": WITHOUT_NOISE, "soft": SOFT}
-    folders = {name: RunFolder(recipe.parent / "one" / name) for name in runs}
-    for name, options in runs.items():
-        done = train_forked(recipe, folders[name].path, 1, *options)
-        assert done.returncode == 0, done.stderr
-    return folders
+OF_ONE = {"alone": (), "expert 4": strategy_options("expert 4"), "without noise": WITHOUT_NOISE, "soft": SOFT}
+OF_TWO = {strategy: strategy_options(strategy) for strategy in ("expert 2", "ddp", "expert 2 whole")}
+OF_TWO |= {"captured": (*OF_TWO["expert 2 whole"], *CAPTURED), "soft": (*strategy_options("fsdp"), *SOFT)}
+
+
+class Runs:
+    """Runs of so many ranks; each is trained when a test first asks for it."""
+
+    def __init__(self, recipe: Path, ranks: int, options: dict[str, Sequence[str]]) -> None:
+        self._recipe, self._ranks, self._options = recipe, ranks, options
+
+    def __getitem__(self, name: str) -> RunFolder:
+        folder = RunFolder(self._recipe.parent / str(self._ranks) / name)
+        if not folder.path.exists():
+            done = train_forked(self._recipe, folder.path, self._ranks, *self._options[name], UNCAPTURED="1")
+            assert done.returncode == 0, done.stderr
+            assert done.stderr.count("threads of gloo at the end: 0") == self._ranks  # one that is left may abort it
+            assert done.stdout.count("epoch 1/1") == 1  # one rank shows progress
+            if name == "expert 2":
+                assert done.stderr.count("made on cpu") == 1  # one has the whole model on its host
+        return folder
 
 
 @pytest.fixture(scope="module")
-def of_two(recipe) -> dict[str, RunFolder]:
-    """Runs of two processes, one of them by torchrun itself; one has a step that would be captured on a GPU."""
-    runs = {strategy: strategy_options(strategy) for strategy in ("expert 2", "ddp", "expert 2 whole")}
-    runs |= {"captured": (*runs["expert 2 whole"], *CAPTURED), "soft": (*strategy_options("fsdp"), *SOFT)}
-    folders = {name: RunFolder(recipe.parent / "two" / name) for name in runs}
-    for name, options in runs.items():
-        train = launch if name == "expert 2" else train_forked  # its folder is the one that most tests read
-        done = train(recipe, folders[name].path, 2, *options, UNCAPTURED="1")
-        assert done.returncode == 0, done.stderr
-        assert done.stderr.count("threads of gloo at the end: 0") == 2  # one that is left may abort its process
-        assert done.stdout.count("epoch 1/1") == 1  # one process shows progress
-        if name == "expert 2":
-            assert done.stderr.count("made on cpu") == 1  # one has the whole model on its host
-    return folders
+def of_one(recipe) -> Runs:
+    """Runs of one rank."""
+    return Runs(recipe, 1, OF_ONE)
+
+
+@pytest.fixture(scope="module")
+def of_two(recipe) -> Runs:
+    """Runs of two ranks; one has a step that would be captured on a GPU."""
+    return Runs(recipe, 2, OF_TWO)
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +84,7 @@ def test_one_process_trains_the_same_whatever_the_strategy(of_one, alone):
     assert_same_run(ours, alone)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "expert 2 whole"])
 def test_two_processes_change_nothing(of_two, alone, strategy):
     assert_same_run(of_two[strategy], alone)
@@ -104,6 +113,7 @@ def test_experts_in_processes_share_a_learned_activation(tmp_path):
     assert_same_run(RunFolder(tmp_path / "four"), RunFolder(tmp_path / "one"))
 
 
+@pytest.mark.slow
 def test_the_step_that_processes_capture_is_lightning_s(of_two, of_one):
     """On CPUs there is no graph: the same step runs as it is. Its learning rate is a tensor in float32."""
     assert_same_run(of_two["captured"], of_one["without noise"], tolerance=1e-7)
@@ -128,6 +138,7 @@ def test_processes_replay_the_step_that_they_captured(recipe, tmp_path, strategy
     assert_same_run(RunFolder(tmp_path / "run"), RunFolder(tmp_path / "alone"), tolerance=1e-6)
 
 
+@pytest.mark.slow
 def test_a_scalar_that_all_processes_keep_is_trained_as_in_one(of_two, of_one):
     assert_same_run(of_two["soft"], of_one["soft"])
 
