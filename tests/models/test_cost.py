@@ -5,7 +5,7 @@ import torch
 
 import vmoe
 from vmoe import MoeConfig
-from vmoe.models.cost import check_training_capacity, count_parameters, flops_per_image, moe_tokens_per_image
+from vmoe.models.cost import check_training_capacity, count_parameters, flops_per_image, image_cost
 
 WIDTH, DEPTH, HEADS, CLASSES, PATCH, SIDE = 24, 4, 2, 5, 4, 16
 TOKENS = (SIDE // PATCH) ** 2 + 1
@@ -53,8 +53,8 @@ def test_choices_that_find_no_slot_are_not_counted_whatever_the_backend(backend,
 
 def test_tokens_of_an_image_that_each_moe_layer_routes():
     sparse = model(MoeConfig(num_experts=4))
-    assert moe_tokens_per_image(sparse, SIDE) == {"blocks.1.mlp": TOKENS, "blocks.3.mlp": TOKENS}
-    assert moe_tokens_per_image(model(), SIDE) == {}
+    assert image_cost(sparse, SIDE).moe_tokens == {"blocks.1.mlp": TOKENS, "blocks.3.mlp": TOKENS}
+    assert image_cost(model(), SIDE).moe_tokens == {}
 
 
 def test_shared_experts_are_counted():

@@ -29,30 +29,27 @@ def count_parameters(model: nn.Module) -> Parameters:
     return Parameters(total, total - idle)
 
 
-def flops_per_image(model: nn.Module, image_size: int | tuple[int, int], in_chans: int = 3) -> int:
-    """Floating-point operations of one image's forward pass; a multiply-add counts 2, padding nothing.
+class ImageCost(NamedTuple):
+    """What one image's forward pass computes.
+
+    Attributes:
+        flops: Floating-point operations; a multiply-add counts 2, padding nothing.
+        moe_tokens: How many tokens each MoE layer routes, by the layer's name; padding of windows counts.
+    """
+
+    flops: int
+    moe_tokens: dict[str, int]
+
+
+def image_cost(model: nn.Module, image_size: int | tuple[int, int], in_chans: int = 3) -> ImageCost:
+    """Counts what one image's forward pass computes.
 
     Matrix products and convolutions are counted, as is usual, whatever the backend. With a capacity at evaluation, the
     experts are counted as if they filled their slots: how many choices they drop besides depends on the image. Nothing
     is computed: the pass runs on the meta device.
 
     Args:
-        model: Any image model; it is left as it is.
-        image_size: Pixels, one side of a square or (rows, columns).
-        in_chans: Channels.
-    """
-    size = (image_size, image_size) if isinstance(image_size, int) else image_size
-    counter = FlopCounterMode(display=False)
-    with counter:
-        _run_on_meta(model, (1, in_chans, *size), training=False)
-    return counter.get_total_flops()
-
-
-def moe_tokens_per_image(model: nn.Module, image_size: int | tuple[int, int], in_chans: int = 3) -> dict[str, int]:
-    """How many tokens of one image each MoE layer routes, by the layer's name; padding of windows counts.
-
-    Args:
-        model: Any image model; it is left as it is.
+        model: Any image model that is not sharded; it is left as it is.
         image_size: Pixels, one side of a square or (rows, columns).
         in_chans: Channels.
     """
@@ -62,8 +59,15 @@ def moe_tokens_per_image(model: nn.Module, image_size: int | tuple[int, int], in
     def note(name: str, shape: torch.Size) -> None:
         tokens[name] = tokens.get(name, 0) + shape[:-1].numel()  # a layer may be called for several parts of an image
 
-    _run_on_meta(model, (1, in_chans, *size), training=False, watch=note)
-    return tokens
+    counter = FlopCounterMode(display=False)
+    with counter:
+        _run_on_meta(model, (1, in_chans, *size), training=False, watch=note)
+    return ImageCost(counter.get_total_flops(), tokens)
+
+
+def flops_per_image(model: nn.Module, image_size: int | tuple[int, int], in_chans: int = 3) -> int:
+    """Floating-point operations of one image's forward pass, as `image_cost` counts them."""
+    return image_cost(model, image_size, in_chans).flops
 
 
 def check_training_capacity(model: nn.Module, images: int, image_size: int) -> None:

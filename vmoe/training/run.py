@@ -187,7 +187,7 @@ def _run_in(
     result = None
     if place.is_first:
         result = _summary(config, folder, command, trainer, test) | summary.cost_entries(*costs)
-        result |= summary.token_entries(module.model, data, result["epochs"])
+        result |= summary.token_entries(costs[0], data, result["epochs"])
         write_json(folder.summary, result)
     if isinstance(untested, UserError):
         again = f"the run is trained but not tested; then test it by: {resuming_command(folder)}"

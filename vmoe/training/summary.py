@@ -15,7 +15,7 @@ from torch import nn
 from vmoe.checkpoints import build_model
 from vmoe.data import ImageDataModule
 from vmoe.data.config import EMBEDDED_SETS, DataConfig
-from vmoe.models.cost import Parameters, count_parameters, flops_per_image, moe_tokens_per_image
+from vmoe.models.cost import Parameters, count_parameters, image_cost
 from vmoe.moe import moe_layers
 from vmoe.text import counted
 from vmoe.training.config import ModelConfig
@@ -25,14 +25,21 @@ _CLASSES_NAMED = 12  # at most, with their numbers of images
 
 @dataclass(frozen=True)
 class Cost:
-    """Parameters, in all and active for one token, and floating-point operations an image (a multiply-add is 2)."""
+    """Parameters, in all and active for one token, and what one image's forward pass computes.
+
+    Attributes:
+        parameters: In all, and active for one token.
+        flops: Floating-point operations per image; a multiply-add counts 2.
+        moe_tokens: How many tokens of an image each MoE layer routes, by the layer's name.
+    """
 
     parameters: Parameters
     flops: int
+    moe_tokens: dict[str, int]
 
     @classmethod
     def of(cls, model: nn.Module, image_size: int) -> "Cost":
-        return cls(count_parameters(model), flops_per_image(model, image_size))
+        return cls(count_parameters(model), *image_cost(model, image_size))
 
 
 def twin_cost(config: ModelConfig, num_classes: int, image_size: int) -> Cost:
@@ -145,12 +152,12 @@ def cost_entries(cost: Cost, twin: Cost) -> dict[str, Any]:
     }
 
 
-def token_entries(model: nn.Module, data: ImageDataModule, epochs: int) -> dict[str, Any]:
+def token_entries(cost: Cost, data: ImageDataModule, epochs: int) -> dict[str, Any]:
     """What the experts had to learn from, as summary.json tells it."""
     sampler = data.train_sampler
     return {
         "images_trained": epochs * (sampler.epoch_images // sampler.batch_size) * sampler.batch_size,
-        "moe_tokens_per_image": moe_tokens_per_image(model, data.image_size),
+        "moe_tokens_per_image": cost.moe_tokens,
     }
 
 
