@@ -3,7 +3,7 @@
 n sampled images of S x S pixels; P prefix tokens and N places of a layer's grid; E experts; K choices.
 """
 
-import heapq
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from vmoe.explain.explorer.maps import LayerMaps
+
+_OF_LAYER = ("gates", "dispatch", "chosen", "dropped", "entropy", "valid")
 
 
 class ImageSample:
@@ -24,28 +26,32 @@ class ImageSample:
     def __init__(self, size: int, seed: int) -> None:
         self.size = size
         self._generator = torch.Generator().manual_seed(seed)
-        self._kept: list[tuple[float, int, dict[str, Any]]] = []  # a heap, smallest key first
+        self._keys = np.empty(0, np.float32)
+        self._kept: dict[str, np.ndarray] = {}  # in the order in which the images came
         self._seen = 0
 
     def update(
         self, pixels: Tensor, labels: Tensor | None, probabilities: Tensor, layers: dict[str, LayerMaps]
     ) -> None:
         """Offers a batch: pixels (B, 3, S, S) in [0, 1], labels (B,), probabilities (B, C) and each layer's maps."""
-        keys = torch.rand(len(pixels), generator=self._generator).tolist()
-        smallest = self._kept[0][0] if len(self._kept) >= self.size else -1.0
-        wanted = [index for index, key in enumerate(keys) if key > smallest]
-        wanted = sorted(wanted, key=keys.__getitem__, reverse=True)[: self.size]
-        if wanted:
-            rows = torch.tensor(wanted, device=pixels.device)
-            known = torch.full_like(rows, -1) if labels is None else labels[rows]
-            parts = _records(pixels[rows], known, probabilities[rows], layers, rows)
-            for index, record in zip(wanted, parts, strict=True):
-                entry = (keys[index], self._seen + index, record)
-                if len(self._kept) < self.size:
-                    heapq.heappush(self._kept, entry)
-                else:
-                    heapq.heappushpop(self._kept, entry)
+        keys = torch.rand(len(pixels), generator=self._generator).numpy()
+        places = self._largest(keys)
+        if len(self._keys) >= self.size:
+            places = places[keys[places] > self._keys.min()]
+        if len(places):
+            rows = torch.from_numpy(places).to(pixels.device)
+            new = _arrays(pixels, labels, probabilities, layers, rows) | {"number": self._seen + places}
+            every = np.concatenate([self._keys, keys[places]])
+            stay = self._largest(every)
+            self._keys = every[stay]
+            self._kept = {
+                name: np.concatenate([self._kept.get(name, values[:0]), values])[stay] for name, values in new.items()
+            }
         self._seen += len(pixels)
+
+    def _largest(self, keys: np.ndarray) -> np.ndarray:
+        """The places of the largest keys, in their order."""
+        return np.sort(np.argsort(-keys, kind="stable")[: self.size])
 
     def stacked(self) -> dict[str, Any]:
         """The sample in the order in which the images came, as the page takes it.
@@ -56,54 +62,42 @@ class ImageSample:
             (n, P + N, E) float16, "dispatch" the same or None, "chosen" (n, P + N, K) int16, "dropped"
             (n, P + N, K) bool or None, "entropy" (n, P + N) float16, "valid" (n, P + N) bool.
         """
-        records = [(number, record) for _, number, record in sorted(self._kept, key=lambda entry: entry[1])]
-        images = {
-            name: np.stack([record[name] for _, record in records])
-            for name in ("pixels", "label", "predicted", "confidence")
-        }
-        images["number"] = np.array([number for number, _ in records])
-        images["layers"] = []
-        for layer in range(len(records[0][1]["layers"])):
-            parts = [record["layers"][layer] for _, record in records]
-            images["layers"].append(
-                {
-                    name: None if parts[0][name] is None else np.stack([part[name] for part in parts])
-                    for name in parts[0]
-                }
-            )
-        return images
+        return with_layers(self._kept)
 
 
-def _records(
-    pixels: Tensor, labels: Tensor, probabilities: Tensor, layers: dict[str, LayerMaps], rows: Tensor
-) -> list[dict[str, Any]]:
-    confidence, predicted = probabilities.max(-1)
-    columns: dict[str, Any] = {
-        "pixels": (pixels * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy(),
-        "label": labels.cpu().numpy(),
-        "predicted": predicted.cpu().numpy(),
-        "confidence": confidence.float().cpu().numpy(),
+def with_layers(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """A sample as one level of arrays, "layers/0/gates" and so on -> with its layers as a list."""
+    images: dict[str, Any] = {name: values for name, values in arrays.items() if "/" not in name}
+    count = 1 + max(int(name.split("/")[1]) for name in arrays if "/" in name)
+    images["layers"] = [{name: arrays.get(f"layers/{index}/{name}") for name in _OF_LAYER} for index in range(count)]
+    return images
+
+
+def without_layers(images: dict[str, Any]) -> dict[str, np.ndarray]:
+    """The opposite of `with_layers`; what is None is left out."""
+    flat = {name: value for name, value in images.items() if name != "layers"}
+    for index, layer in enumerate(images["layers"]):
+        flat |= {f"layers/{index}/{name}": value for name, value in layer.items() if value is not None}
+    return flat
+
+
+def _arrays(
+    pixels: Tensor, labels: Tensor | None, probabilities: Tensor, layers: dict[str, LayerMaps], rows: Tensor
+) -> dict[str, np.ndarray]:
+    """What is kept of the images in some rows of a batch."""
+    confidence, predicted = probabilities[rows].max(-1)
+    found = {
+        "pixels": (pixels[rows] * 255).round().byte().permute(0, 2, 3, 1),
+        "label": torch.full_like(rows, -1) if labels is None else labels[rows],
+        "predicted": predicted,
+        "confidence": confidence.float(),
     }
-    of_layers = [_layer_record(maps, rows) for maps in layers.values()]
-    records = []
-    for index in range(len(rows)):
-        record = {name: values[index] for name, values in columns.items()}
-        record["layers"] = [
-            {name: None if values is None else values[index] for name, values in layer.items()} for layer in of_layers
-        ]
-        records.append(record)
-    return records
-
-
-def _layer_record(maps: LayerMaps, rows: Tensor) -> dict[str, np.ndarray | None]:
-    def taken(values: Tensor | None, dtype: torch.dtype) -> np.ndarray | None:
-        return None if values is None else values[rows.to(values.device)].to(dtype).cpu().numpy()
-
-    return {
-        "gates": taken(maps.gates, torch.float16),
-        "dispatch": taken(maps.dispatch, torch.float16),
-        "chosen": taken(maps.choices, torch.int16),
-        "dropped": taken(maps.dropped, torch.bool),
-        "entropy": taken(maps.entropy, torch.float16),
-        "valid": taken(maps.valid, torch.bool),
-    }
+    for index, maps in enumerate(layers.values()):
+        parts = (
+            (maps.gates, torch.float16), (maps.dispatch, torch.float16), (maps.choices, torch.int16),
+            (maps.dropped, torch.bool), (maps.entropy, torch.float16), (maps.valid, torch.bool),
+        )  # fmt: skip
+        for name, (values, dtype) in zip(_OF_LAYER, parts, strict=True):
+            if values is not None:
+                found[f"layers/{index}/{name}"] = values[rows.to(values.device)].to(dtype)
+    return {name: values.cpu().numpy() for name, values in found.items()}
