@@ -5,6 +5,7 @@ import io
 import os
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
@@ -86,30 +87,18 @@ def measure_server(target: Target, uploads: list[bytes], clients: int, expected:
         Requests, how many were answered and lost, answers a second, and the median and 99th percentile of a request's
         time in ms.
     """
-    seconds: list[float] = []
-    statuses: list[int] = []
-    waiting = iter(uploads)
-    lock = threading.Lock()
+    of_thread = threading.local()
 
-    def work() -> None:
-        connection = http.client.HTTPConnection(target.host, target.port, timeout=60)
-        while True:
-            with lock:
-                upload = next(waiting, None)
-            if upload is None:
-                return connection.close()
-            start = time.perf_counter()
-            status = _ask(connection, target.key, upload)
-            with lock:
-                seconds.append(time.perf_counter() - start)
-                statuses.append(status)
+    def connect() -> None:
+        of_thread.connection = http.client.HTTPConnection(target.host, target.port, timeout=60)
 
-    threads = [threading.Thread(target=work) for _ in range(clients)]
+    def ask(upload: bytes) -> tuple[int, float]:
+        start = time.perf_counter()
+        return _ask(of_thread.connection, target.key, upload), time.perf_counter() - start
+
     start = time.perf_counter()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(clients, initializer=connect) as pool:
+        statuses, seconds = zip(*pool.map(ask, uploads), strict=True)
     wall = time.perf_counter() - start
     answered = sum(status in expected for status in statuses)
     p50, p99 = np.percentile(seconds, [50, 99]) * 1e3
