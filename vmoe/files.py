@@ -1,7 +1,9 @@
 """Writing files so that nobody ever sees half of one."""
 
+import csv
 import errno
 import glob
+import io
 import json
 import os
 import re
@@ -178,8 +180,22 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def write_text(path: str | Path, text: str, errors: str = "strict") -> None:
+    """Writes a text file in UTF-8, atomically; `errors` as in `open`."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors=errors)
+
+
+def write_csv(path: str | Path, rows: list[dict[str, Any]]) -> None:
+    """Writes rows, atomically, with a column for each key that any of them has; a list becomes words."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({key: " ".join(map(str, v)) if isinstance(v, list) else v for key, v in row.items()})
+    write_text(path, text.getvalue(), "surrogateescape")  # names of files that are no UTF-8
+
+
 def write_json(path: str | Path, content: Any) -> None:
     """Writes `content` as indented JSON, atomically. Not-a-number is refused: it is not JSON."""
-    text = json.dumps(content, indent=2, allow_nan=False)
-    with atomic_write(path) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+    write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")

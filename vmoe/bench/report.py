@@ -1,14 +1,10 @@
 """Measurements as rows of a table, and tables as markdown."""
 
-import csv
-import io
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from vmoe.bench.cases import LayerCase
 from vmoe.bench.layer import baseline_of
 from vmoe.bench.timing import Measurement
-from vmoe.files import atomic_write
 
 Row = dict[str, Any]
 
@@ -93,22 +89,6 @@ def markdown_table(columns: tuple[Column, ...], rows: list[Row]) -> str:
         for line in cells
     ]
     return "\n".join("| " + " | ".join(line) + " |" for line in [lines[0], rule, *lines[1:]])
-
-
-def write_csv(path: Path, rows: list[Row]) -> None:
-    """Writes the rows, atomically, with a column for each key that any of them has; a list becomes words."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({key: " ".join(map(str, v)) if isinstance(v, list) else v for key, v in row.items()})
-    write_text(path, text.getvalue())
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file, atomically."""
-    with atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
 
 
 def _cell(row: Row, column: Column) -> str:

@@ -16,13 +16,13 @@ from vmoe.bench.curves import AXES, CURVE_COLUMNS, benchmark_curves, draw_cost_c
 from vmoe.bench.figure import save_figure
 from vmoe.bench.layer import benchmark_layer, layer_jobs, peer_jobs
 from vmoe.bench.model import MODEL_COLUMNS, MODES, ModelTiming, benchmark_models
-from vmoe.bench.report import LAYER_COLUMNS, Row, layer_rows, markdown_table, write_text
+from vmoe.bench.report import LAYER_COLUMNS, Row, layer_rows, markdown_table
 from vmoe.bench.roofline import FLOOR_COLUMNS, draw_roofline, layer_floors, stage_floors
 from vmoe.bench.timing import Measurement, Say, copy_bandwidth, reason_of_failure, release
 from vmoe.checkpoints import build_model
 from vmoe.cli.common import in_options
 from vmoe.errors import UserError
-from vmoe.files import write_json
+from vmoe.files import write_json, write_text
 from vmoe.moe import MoeConfig
 from vmoe.training.summary import device_name
 from vmoe.version import versions

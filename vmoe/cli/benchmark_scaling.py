@@ -7,12 +7,13 @@ import signal
 import torch
 
 from vmoe.bench.plan.hardware import Machine, gpu_of_this_machine
-from vmoe.bench.report import Row, markdown_table, write_csv
+from vmoe.bench.report import Row, markdown_table
 from vmoe.bench.scaling.jobs import SETTINGS, ScalingSettings, jobs_of
 from vmoe.bench.scaling.launch import Launcher
 from vmoe.bench.scaling.report import SCALING_TABLES, add_scaling, predicted
 from vmoe.cli.benchmark_jobs import Results
 from vmoe.errors import UserError
+from vmoe.files import write_csv
 
 
 def scaling(options: argparse.Namespace, results: Results) -> None:

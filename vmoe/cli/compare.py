@@ -22,7 +22,6 @@ A comparison.json keeps all that is needed to compare its runs again, beside oth
 """
 
 import argparse
-import csv
 import sys
 from pathlib import Path
 
@@ -46,7 +45,7 @@ def main(argv: list[str]) -> None:
     from vmoe.evaluation.compare.gains import draw_gains, gain_rows, gains
     from vmoe.evaluation.compare.intervals import differences, find_arm, sentence, table_rows
     from vmoe.evaluation.compare.runs import as_plain, group_runs, read_comparison, read_run, warnings_for
-    from vmoe.files import atomic_write, write_json
+    from vmoe.files import write_csv, write_json, write_text
 
     runs = []
     for path in {Path(path).resolve(): path for path in options.runs}.values():
@@ -68,30 +67,20 @@ def main(argv: list[str]) -> None:
     for warning in warnings:
         print(f"warning: {printable(warning)}", file=sys.stderr)
     each = [{"arm": arm.name, **_run_entry(run)} for arm in arms for run in arm.runs]
-    _write_table(options.out / "comparison.csv", rows)
-    _write_table(options.out / "runs.csv", each)
-    with atomic_write(options.out / "comparison.md") as temporary:
-        temporary.write_text(_markdown(rows, notes + warnings), encoding="utf-8")
+    write_csv(options.out / "comparison.csv", rows)
+    write_csv(options.out / "runs.csv", each)
+    write_text(options.out / "comparison.md", _markdown(rows, notes + warnings))
     kept = [{"arm": arm.name, "seed": run.seed, **as_plain(run)} for arm in arms for run in arm.runs]
     write_json(options.out / "comparison.json", {"arms": rows, "runs": kept, "notes": notes, "warnings": warnings})
     draw_comparison(arms, found, notes + warnings).save(options.out / "comparison.png")
     if series:
-        _write_table(options.out / "against.csv", against_rows(series, options.against))
+        write_csv(options.out / "against.csv", against_rows(series, options.against))
         draw_against(series, options.against).save(options.out / "against.png")
     if pairs:
-        _write_table(options.out / "gains.csv", gain_rows(pairs))
+        write_csv(options.out / "gains.csv", gain_rows(pairs))
         draw_gains(pairs).save(options.out / "gains.png")
     more = ("against.csv, against.png, " if series else "") + ("gains.csv, gains.png, " if pairs else "")
     print(f"{more}comparison.csv, runs.csv, comparison.md, comparison.json and comparison.png in {options.out}")
-
-
-def _write_table(path: Path, rows: list[dict]) -> None:
-    from vmoe.files import atomic_write
-
-    with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, rows[0])
-        table.writeheader()
-        table.writerows(rows)
 
 
 def _compare_parser() -> argparse.ArgumentParser:

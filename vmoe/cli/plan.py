@@ -32,7 +32,7 @@ from vmoe.cli.common import job
 from vmoe.cli.options import choose_device, count, new_parser
 from vmoe.cli.progress import working
 from vmoe.errors import UserError
-from vmoe.files import write_json
+from vmoe.files import write_csv, write_json, write_text
 
 if TYPE_CHECKING:
     from vmoe.bench.plan.planner import Traces
@@ -54,7 +54,7 @@ def main(argv: list[str]) -> int:
     from vmoe.bench.figure import save_figure
     from vmoe.bench.plan.choice import plans_of, workload_of
     from vmoe.bench.plan.report import PLAN_COLUMNS, draw_network_curves, draw_plans, plan_row
-    from vmoe.bench.report import markdown_table, write_text
+    from vmoe.bench.report import markdown_table
     from vmoe.cli.train_options import parse
 
     config = parse(["--config", options.config, *rest])
@@ -108,7 +108,7 @@ def _measure_plans(options: argparse.Namespace, argv: list[str]) -> int:
 
     from vmoe.bench.plan import truth
     from vmoe.bench.plan.probes import measure_machine
-    from vmoe.bench.report import markdown_table, write_csv, write_text
+    from vmoe.bench.report import markdown_table
     from vmoe.training.summary import device_name
     from vmoe.version import versions
 

@@ -8,10 +8,9 @@ an ONNX file. Files that cannot be read as images are listed at the end.
 """
 
 import argparse
-import csv
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vmoe.cli.common import job
 from vmoe.cli.options import choose_device, count, new_parser
@@ -37,7 +36,7 @@ def _predicted(options: argparse.Namespace) -> None:
     from vmoe.cli.progress import Tracked
     from vmoe.data.image_files import none_readable
     from vmoe.export.predictor import Program, load_predictor
-    from vmoe.files import require_writable, write_json
+    from vmoe.files import require_writable, write_csv, write_json
 
     require_writable(*(file.parent for file in (options.csv, options.json) if file is not None))
     model = load_predictor(options.model, choose_device(options.device))
@@ -65,7 +64,12 @@ def _predicted(options: argparse.Namespace) -> None:
     if options.json is not None:
         write_json(options.json, {"model": str(options.model), "images": answers, "damaged": found.left_out})
     if options.csv is not None:
-        _write_answers(options.csv, answers)
+        rows = [
+            {"file": answer["file"], "rank": rank, **each, "probability": f"{each['probability']:.6f}"}
+            for answer in answers
+            for rank, each in enumerate(answer["predictions"], 1)
+        ]
+        write_csv(options.csv, rows)
     say_left_out(found.left_out, len(found) + len(found.left_out))
 
 
@@ -81,26 +85,6 @@ def _shares_of_experts(model: "TrainedModel", file: Path, bit_depth: int | None)
 
 def _four_largest(shares: list[float]) -> list[tuple[int, float]]:
     return sorted(((index, share) for index, share in enumerate(shares) if share), key=lambda each: -each[1])[:4]
-
-
-def _write_answers(path: Path, answers: list[dict[str, Any]]) -> None:
-    from vmoe.files import atomic_write
-
-    with (
-        atomic_write(path) as temporary,
-        open(
-            temporary,
-            "w",
-            newline="",
-            encoding="utf-8",
-            errors="surrogateescape",  # names of files that are no UTF-8
-        ) as file,
-    ):
-        writer = csv.writer(file)
-        writer.writerow(["file", "rank", "class", "probability"])
-        for answer in answers:
-            for rank, each in enumerate(answer["predictions"], 1):
-                writer.writerow([answer["file"], rank, each["class"], f"{each['probability']:.6f}"])
 
 
 def _predict_parser() -> argparse.ArgumentParser:

@@ -21,7 +21,7 @@ from vmoe.explain.heatmap.routed import (
     route_image,
     select_layers,
 )
-from vmoe.files import atomic_write, write_json
+from vmoe.files import write_json, write_text
 from vmoe.moe import moe_layers
 from vmoe.text import counted, readable
 
@@ -93,8 +93,7 @@ def write_heatmaps(
             "damaged": damaged,
         }
     write_json(out / "index.json", index)
-    with atomic_write(out / "index.html") as temporary:
-        temporary.write_text(heatmap_page(index), encoding="utf-8")
+    write_text(out / "index.html", heatmap_page(index))
     return index
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from vmoe.explain.page.maps import maps_that_fit, pack_layer
 from vmoe.explain.page.packing import compact, pack, pack_integers
 from vmoe.explain.page.sprites import tile
-from vmoe.files import atomic_write
+from vmoe.files import write_text
 from vmoe.palette import NUM_COLOURS, expert_hex
 
 PAGE_CHARACTERS = 24_500_000  # of the page at most; 25 MB is what it promises
@@ -68,8 +68,7 @@ def write_page(report: dict[str, Any], images: dict[str, Any], path: str | Path)
     }
     palette = _inline_json([expert_hex(expert) for expert in range(NUM_COLOURS)])
     text = _assemble(str(report["title"]), {"report": numbers, "sample": _inline_json(sample), "palette": palette})
-    with atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", errors="replace")  # a file's name may be no valid text
+    write_text(path, text, errors="replace")  # a file's name may be no valid text
 
 
 def _labels(values: Any) -> list[int | None]:
