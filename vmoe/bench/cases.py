@@ -16,25 +16,15 @@ IMAGES_PER_GROUP = 8
 
 @dataclass(frozen=True)
 class LayerCase:
-    """Sizes of a layer and its input.
+    """Sizes of a layer and its input."""
 
-    Attributes:
-        width: D.
-        hidden: H of an expert.
-        num_experts: E.
-        top_k: K.
-        images: B.
-        tokens: N, tokens per image.
-        capacity_factor: Capacity factor of the given routing and of the layer; None for no bound.
-    """
-
-    width: int
-    hidden: int
-    num_experts: int
-    top_k: int
-    images: int
-    tokens: int
-    capacity_factor: float | None = 1.05
+    width: int  # D
+    hidden: int  # H of an expert
+    num_experts: int  # E
+    top_k: int  # K
+    images: int  # B
+    tokens: int  # N, tokens per image
+    capacity_factor: float | None = 1.05  # capacity factor of the given routing and of the layer; None for no bound
 
     @property
     def num_tokens(self) -> int:

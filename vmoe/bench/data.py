@@ -30,17 +30,11 @@ _WARM_UP = 5  # steps that are not counted: a graph is captured in the fourth
 
 @dataclass(frozen=True)
 class LoaderRate:
-    """How fast a loader was.
+    """How fast a loader was."""
 
-    Attributes:
-        first_batch_seconds: Until the first batch: starting worker processes, or reading the set onto the device.
-        images_per_second: From then on.
-        images: How many images were counted.
-    """
-
-    first_batch_seconds: float
-    images_per_second: float
-    images: int
+    first_batch_seconds: float  # until the first batch: starting worker processes, or reading the set onto the device
+    images_per_second: float  # from then on
+    images: int  # how many images were counted
 
 
 def loader_rate(make_loader: Callable[[], Iterable], seconds: float, ahead: int, device: torch.device) -> LoaderRate:

@@ -49,25 +49,15 @@ _MANY_GRAPHS = {
 
 @dataclass(frozen=True)
 class ModelTiming:
-    """How models are timed.
+    """How models are timed."""
 
-    Attributes:
-        image_size: Side of the images in pixels.
-        batch: Images per step.
-        device: Where to run.
-        dtype: Type of autocast in training, and of the weights in inference.
-        passes: Which passes, of `PASSES`.
-        modes: How to compile, of `MODES`.
-        rounds: How often each job is timed.
-    """
-
-    image_size: int
-    batch: int
-    device: torch.device
-    dtype: torch.dtype
-    passes: tuple[str, ...] = PASSES
-    modes: tuple[str, ...] = ("off",)
-    rounds: int = 8
+    image_size: int  # side of the images in pixels
+    batch: int  # images per step
+    device: torch.device  # where to run
+    dtype: torch.dtype  # type of autocast in training, and of the weights in inference
+    passes: tuple[str, ...] = PASSES  # which passes, of `PASSES`
+    modes: tuple[str, ...] = ("off",)  # how to compile, of `MODES`
+    rounds: int = 8  # how often each job is timed
 
 
 def benchmark_models(

@@ -10,17 +10,11 @@ Row = dict[str, Any]
 
 
 class Column(NamedTuple):
-    """A column of a table.
+    """A column of a table."""
 
-    Attributes:
-        title: The heading.
-        key: The key of its values in a row.
-        form: The format of a number.
-    """
-
-    title: str
-    key: str
-    form: str = ""
+    title: str  # the heading
+    key: str  # the key of its values in a row
+    form: str = ""  # the format of a number
 
 
 LAYER_COLUMNS = (

@@ -20,21 +20,14 @@ class DeviceLost(RuntimeError):
 
 @dataclass
 class Measurement:
-    """The measurements of one job.
+    """The measurements of one job."""
 
-    Attributes:
-        times: Milliseconds per call, one for each round.
-        issue_ms: Milliseconds until the host has issued a call's work to an idle device, at best; None off CUDA.
-        peak_mib: The most memory during a call beyond what was allocated before it; None off CUDA.
-        synchronizes: Whether the host synchronises with the device in a call; None off CUDA.
-        error: Why it could not run, else None.
-    """
-
-    times: list[float] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)  # milliseconds per call, one for each round
+    # Milliseconds until the host has issued a call's work to an idle device, at best; None off CUDA
     issue_ms: float | None = None
-    peak_mib: float | None = None
-    synchronizes: bool | None = None
-    error: str | None = None
+    peak_mib: float | None = None  # the most memory during a call beyond what was allocated before it; None off CUDA
+    synchronizes: bool | None = None  # whether the host synchronises with the device in a call; None off CUDA
+    error: str | None = None  # why it could not run, else None
 
     @property
     def median(self) -> float:

@@ -11,35 +11,21 @@ from vmoe.errors import UserError
 
 
 class Gpu(NamedTuple):
-    """A GPU's published figures.
+    """A GPU's published figures."""
 
-    Attributes:
-        memory: GiB, as torch reports it.
-        bf16: Dense bfloat16 products, FLOP/s.
-        fp32: Float32 products outside the tensor cores, FLOP/s.
-        bandwidth: Of its memory, bytes/s.
-        link: To the other GPUs of its machine, bytes/s in one direction.
-        source: Where the figures are from.
-    """
-
-    memory: float
-    bf16: float
-    fp32: float
-    bandwidth: float
-    link: float
-    source: str
+    memory: float  # GiB, as torch reports it
+    bf16: float  # dense bfloat16 products, FLOP/s
+    fp32: float  # float32 products outside the tensor cores, FLOP/s
+    bandwidth: float  # of its memory, bytes/s
+    link: float  # to the other GPUs of its machine, bytes/s in one direction
+    source: str  # where the figures are from
 
 
 class Network(NamedTuple):
-    """What joins machines.
+    """What joins machines."""
 
-    Attributes:
-        bandwidth: A GPU's share, bytes/s in one direction.
-        source: Where the figure is from.
-    """
-
-    bandwidth: float
-    source: str
+    bandwidth: float  # a GPU's share, bytes/s in one direction
+    source: str  # where the figure is from
 
 
 GPUS = {
@@ -80,37 +66,21 @@ WORKSPACE = 32 * 2**20  # bytes of cuBLAS on Hopper
 
 @dataclass(frozen=True)
 class Machine:
-    """Rates that a training step reaches on one GPU.
+    """Rates that a training step reaches on one GPU."""
 
-    Attributes:
-        name: Of the GPU.
-        memory: Bytes that tensors can use.
-        products: FLOP/s of bfloat16 products.
-        products32: FLOP/s of float32 products.
-        attention: FLOP/s of bfloat16 attention, both passes.
-        bandwidth: Bytes/s of a large copy, what is read and what is written both counted.
-        elementwise: Bytes/s of the operators between products.
-        update: Bytes/s of the fused optimiser.
-        host_call: Seconds in which the host issues an operator.
-        link: Bytes/s to the other GPUs of its machine, in one direction.
-        count: GPUs of a machine.
-        overlaps: Whether weights and gradients can travel while a pass is computed.
-        is_measured: Whether the rates are this GPU's own.
-    """
-
-    name: str
-    memory: float
-    products: float
-    products32: float
-    attention: float
-    bandwidth: float
-    elementwise: float
-    update: float
-    host_call: float
-    link: float
-    count: int = GPUS_PER_MACHINE
-    overlaps: bool = True
-    is_measured: bool = False
+    name: str  # of the GPU
+    memory: float  # bytes that tensors can use
+    products: float  # FLOP/s of bfloat16 products
+    products32: float  # FLOP/s of float32 products
+    attention: float  # FLOP/s of bfloat16 attention, both passes
+    bandwidth: float  # bytes/s of a large copy, what is read and what is written both counted
+    elementwise: float  # bytes/s of the operators between products
+    update: float  # bytes/s of the fused optimiser
+    host_call: float  # seconds in which the host issues an operator
+    link: float  # bytes/s to the other GPUs of its machine, in one direction
+    count: int = GPUS_PER_MACHINE  # GPUs of a machine
+    overlaps: bool = True  # whether weights and gradients can travel while a pass is computed
+    is_measured: bool = False  # whether the rates are this GPU's own
 
     @classmethod
     def of(cls, name: str) -> "Machine":

@@ -23,18 +23,12 @@ _AVERAGING_PASSES = 2  # of these, the operators that read and write on the GPU;
 
 
 class MeshLayout(NamedTuple):
-    """How a model is spread over processes.
+    """How a model is spread over processes."""
 
-    Attributes:
-        strategy: none, ddp, fsdp or expert, as in `parallel.strategy`.
-        processes: n.
-        expert_size: P; 1 unless the strategy is expert.
-        dense: "cut" or "whole", as in `parallel.dense`: all except the experts is sharded, or whole in each process.
-    """
-
-    strategy: str
-    processes: int
-    expert_size: int = 1
+    strategy: str  # none, ddp, fsdp or expert, as in `parallel.strategy`
+    processes: int  # n
+    expert_size: int = 1  # P; 1 unless the strategy is expert
+    # "cut" or "whole", as in `parallel.dense`: all except the experts is sharded, or whole in each process
     dense: str = "cut"
 
     def __str__(self) -> str:
@@ -60,27 +54,16 @@ class MeshLayout(NamedTuple):
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """Numbers of parameters.
+    """Numbers of parameters."""
 
-    Attributes:
-        shapes: The shape of every parameter, and whether it is an expert's.
-        whole: Count of all.
-        experts: Count of those of experts.
-        unit: Count in the largest block, with its experts.
-        unit_without_experts: Count in the largest block without experts.
-        expert_layer: Count in the largest layer's experts.
-        unit_count: Number of blocks that are gathered one by one, and of the rest as one more.
-        moe_count: Number of MoE layers.
-    """
-
-    shapes: tuple[tuple[torch.Size, bool], ...]
-    whole: int
-    experts: int
-    unit: int
-    unit_without_experts: int
-    expert_layer: int
-    unit_count: int
-    moe_count: int
+    shapes: tuple[tuple[torch.Size, bool], ...]  # the shape of every parameter, and whether it is an expert's
+    whole: int  # count of all
+    experts: int  # count of those of experts
+    unit: int  # count in the largest block, with its experts
+    unit_without_experts: int  # count in the largest block without experts
+    expert_layer: int  # count in the largest layer's experts
+    unit_count: int  # number of blocks that are gathered one by one, and of the rest as one more
+    moe_count: int  # number of MoE layers
 
     @classmethod
     def of(cls, model: nn.Module) -> "ParameterCounts":
@@ -108,23 +91,14 @@ class ParameterCounts:
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes of a process at the moment when it needs most.
+    """Bytes of a process at the moment when it needs most."""
 
-    Attributes:
-        parameters: Its weights.
-        gradients: Their gradients.
-        optimizer: AdamW's two moments, or Muon's one.
-        average: The average of the weights, where the run keeps one.
-        activations: What the forward pass keeps, and what the backward pass works with.
-        buffers: Gathered weights, gradients on their way, tokens on their way.
-    """
-
-    parameters: int
-    gradients: int
-    optimizer: int
-    average: int
-    activations: int
-    buffers: int
+    parameters: int  # its weights
+    gradients: int  # their gradients
+    optimizer: int  # AdamW's two moments, or Muon's one
+    average: int  # the average of the weights, where the run keeps one
+    activations: int  # what the forward pass keeps, and what the backward pass works with
+    buffers: int  # gathered weights, gradients on their way, tokens on their way
 
     @property
     def peak(self) -> int:
@@ -205,24 +179,16 @@ def _bucket_sizes(counts: ParameterCounts) -> list[int]:
 
 @dataclass(frozen=True)
 class Traffic:
-    """What a process sends, and how long that takes.
+    """What a process sends, and how long that takes."""
 
-    Attributes:
-        bytes: Bytes sent.
-        forward: Seconds beside the forward pass's work.
-        backward: Seconds beside the backward pass's work.
-        between: Seconds in which nothing else can be done: tokens travel to experts and back, or gradients are averaged
-            after several passes.
-        copied: Bytes read and written because weights and gradients travel in one piece.
-        calls: Operators that the host issues for it, in each pass or after them.
-    """
-
-    bytes: float = 0
-    forward: float = 0
-    backward: float = 0
+    bytes: float = 0  # bytes sent
+    forward: float = 0  # seconds beside the forward pass's work
+    backward: float = 0  # seconds beside the backward pass's work
+    # Seconds in which nothing else can be done: tokens travel to experts and back, or gradients are averaged after
+    # several passes
     between: float = 0
-    copied: float = 0
-    calls: int = 0
+    copied: float = 0  # bytes read and written because weights and gradients travel in one piece
+    calls: int = 0  # operators that the host issues for it, in each pass or after them
 
 
 def traffic_of(counts: ParameterCounts, layout: MeshLayout, trace: Trace, machine: Machine, network: float) -> Traffic:

@@ -32,19 +32,12 @@ _EQUALLY_FAST = (
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of an update on the GPU; they add up to the step.
+    """Seconds of an update on the GPU; they add up to the step."""
 
-    Attributes:
-        compute: Time of products and attention.
-        memory: Time of all other operators and of the optimiser's update, which move data through memory.
-        network: Time in which the GPU waits for other processes.
-        host: Time by which the host needs longer to issue the work than the GPU needs to do it.
-    """
-
-    compute: float
-    memory: float
-    network: float
-    host: float
+    compute: float  # time of products and attention
+    memory: float  # time of all other operators and of the optimiser's update, which move data through memory
+    network: float  # time in which the GPU waits for other processes
+    host: float  # time by which the host needs longer to issue the work than the GPU needs to do it
 
     @property
     def step(self) -> float:
@@ -54,21 +47,13 @@ class Times:
 
 @dataclass(frozen=True)
 class LayoutPlan:
-    """A mesh layout and what it means for each process.
-
-    Attributes:
-        layout: The layout.
-        memory: Bytes; None where the layout does not fit the model or batch.
-        times: Seconds; None there too.
-        sent: Bytes that a process sends in an update.
-        missing: Why it is not feasible; None where it is.
-    """
+    """A mesh layout and what it means for each process."""
 
     layout: MeshLayout
-    memory: StepMemory | None
-    times: Times | None
-    sent: float
-    missing: str | None
+    memory: StepMemory | None  # bytes; None where the layout does not fit the model or batch
+    times: Times | None  # seconds; None there too
+    sent: float  # bytes that a process sends in an update
+    missing: str | None  # why it is not feasible; None where it is
 
 
 def layouts_for(processes: int, moe: MoeConfig | None) -> list[MeshLayout]:

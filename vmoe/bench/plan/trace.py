@@ -26,55 +26,33 @@ _ALLOCATIONS = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_
 
 
 class OperatorWork(NamedTuple):
-    """What one operator does.
+    """What one operator does."""
 
-    Attributes:
-        kind: "products", "attention" or "other".
-        dtype: Type of its products.
-        flops: Floating-point operations; a multiply-add counts 2.
-        bytes: Bytes read and written.
-        calls: Operators that the host issues for it.
-        is_backward: Whether it belongs to the backward pass.
-    """
-
-    kind: str
-    dtype: torch.dtype
-    flops: float
-    bytes: float
-    calls: int
-    is_backward: bool
+    kind: str  # "products", "attention" or "other"
+    dtype: torch.dtype  # type of its products
+    flops: float  # floating-point operations; a multiply-add counts 2
+    bytes: float  # bytes read and written
+    calls: int  # operators that the host issues for it
+    is_backward: bool  # whether it belongs to the backward pass
 
 
 class Moment(NamedTuple):
-    """Bytes in use after an operator, beyond the weights.
+    """Bytes in use after an operator, beyond the weights."""
 
-    Attributes:
-        live: All of them.
-        gradients: Bytes of the gradients of parameters.
-        of_experts: Bytes of the gradients of experts.
-        is_backward: Whether it is in the backward pass.
-    """
-
-    live: int
-    gradients: int
-    of_experts: int
-    is_backward: bool
+    live: int  # all of them
+    gradients: int  # bytes of the gradients of parameters
+    of_experts: int  # bytes of the gradients of experts
+    is_backward: bool  # whether it is in the backward pass
 
 
 @dataclass
 class Trace:
-    """A step of one process.
+    """A step of one process."""
 
-    Attributes:
-        work: Every operator.
-        moments: Every moment at which memory grew.
-        saved: Bytes that the forward pass keeps for the backward pass, without the weights.
-        sent: Bytes of each exchange of tokens between processes, in both passes, as if all of them left this one.
-    """
-
-    work: list[OperatorWork] = field(default_factory=list)
-    moments: list[Moment] = field(default_factory=list)
-    saved: int = 0
+    work: list[OperatorWork] = field(default_factory=list)  # every operator
+    moments: list[Moment] = field(default_factory=list)  # every moment at which memory grew
+    saved: int = 0  # bytes that the forward pass keeps for the backward pass, without the weights
+    # Bytes of each exchange of tokens between processes, in both passes, as if all of them left this one
     sent: list[int] = field(default_factory=list)
 
 

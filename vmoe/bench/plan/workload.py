@@ -9,35 +9,20 @@ from vmoe.moe import MoeConfig
 
 
 class Workload(NamedTuple):
-    """A model and its training.
+    """A model and its training."""
 
-    Attributes:
-        name: Name of the timm model.
-        kwargs: timm's arguments.
-        moe: Its MoE layers; None for none.
-        classes: Number of classes.
-        image_size: Side in pixels.
-        batch: Images per batch, of all processes.
-        accumulate: Batches per update.
-        dtype: Type of autocast; float32 for none.
-        mixes: Whether targets are shares of all classes.
-        moments: Numbers that the optimiser keeps per parameter.
-        has_average: Whether an average of the weights is kept.
-        graphed: Whether the step is captured as a CUDA graph, which the host launches as one.
-    """
-
-    name: str
-    kwargs: dict[str, Any]
-    moe: MoeConfig | None
+    name: str  # name of the timm model
+    kwargs: dict[str, Any]  # timm's arguments
+    moe: MoeConfig | None  # its MoE layers; None for none
     classes: int
-    image_size: int
-    batch: int
-    accumulate: int = 1
-    dtype: torch.dtype = torch.bfloat16
-    mixes: bool = False
-    moments: int = 2
-    has_average: bool = False
-    graphed: bool = False
+    image_size: int  # side in pixels
+    batch: int  # images per batch, of all processes
+    accumulate: int = 1  # batches per update
+    dtype: torch.dtype = torch.bfloat16  # type of autocast; float32 for none
+    mixes: bool = False  # whether targets are shares of all classes
+    moments: int = 2  # numbers that the optimiser keeps per parameter
+    has_average: bool = False  # whether an average of the weights is kept
+    graphed: bool = False  # whether the step is captured as a CUDA graph, which the host launches as one
 
     def build(self) -> torch.nn.Module:
         """The model, with weights of its own.

@@ -24,19 +24,12 @@ _START_SECONDS = 150  # the most until the processes can exchange data
 
 @dataclass
 class Launcher:
-    """Runs jobs in processes of their own.
+    """Runs jobs in processes of their own."""
 
-    Attributes:
-        log: A file for what the processes write.
-        device: The kind of device.
-        part_seconds: The most that the jobs of one part may take together.
-        job_seconds: The most that one job may take.
-    """
-
-    log: Path
-    device: torch.device
-    part_seconds: float
-    job_seconds: float
+    log: Path  # a file for what the processes write
+    device: torch.device  # the kind of device
+    part_seconds: float  # the most that the jobs of one part may take together
+    job_seconds: float  # the most that one job may take
 
     def run(self, jobs: list[ScalingJob]) -> Iterator[Row]:
         """A row for each job, as it ends; what fails, finds no memory or has no time left is a row that says so."""

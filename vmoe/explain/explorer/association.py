@@ -23,25 +23,15 @@ _INDICES_AT_ONCE = 4_000_000
 
 
 class Specialisation(NamedTuple):
-    """How much the expert of a patch says about one of its features.
+    """How much the expert of a patch says about one of its features."""
 
-    Attributes:
-        nmi: Normalised mutual information of expert and feature over all choices.
-        low: Lower end of its 95 % interval, from the standard deviation over bootstrap replicates.
-        high: Upper end.
-        null_mean: What chance gives.
-        null_high: What chance stays below in 95 % of the permutations.
-        p: Share of the permutations, this routing counted among them, with at least this information.
-        beats_null: Whether the whole interval lies above `null_high`.
-    """
-
-    nmi: float
-    low: float
-    high: float
-    null_mean: float
-    null_high: float
-    p: float
-    beats_null: bool
+    nmi: float  # normalised mutual information of expert and feature over all choices
+    low: float  # lower end of its 95 % interval, from the standard deviation over bootstrap replicates
+    high: float  # upper end
+    null_mean: float  # what chance gives
+    null_high: float  # what chance stays below in 95 % of the permutations
+    p: float  # share of the permutations, this routing counted among them, with at least this information
+    beats_null: bool  # whether the whole interval lies above `null_high`
 
 
 class GridCodes:
@@ -67,20 +57,14 @@ class GridCodes:
 
 
 class Draws(NamedTuple):
-    """The replicates' random numbers for B images.
+    """The replicates' random numbers for B images."""
 
-    Attributes:
-        weights: (R, B) how often each image counts in a bootstrap replicate: Poisson(1), which needs no knowledge of
-            the number of images (Chamandy et al. 2012, https://research.google/pubs/pub43157/).
-        partners: (R, B) for each image's routing the image that gives the content: permutations.
-        shifts: (R, B, 2) by how many rows and columns a map is moved round, in [0, 1) of the grid.
-        flips: (R, B) bool, whether it is mirrored too.
-    """
-
+    # (R, B) how often each image counts in a bootstrap replicate: Poisson(1), which needs no knowledge of the number of
+    # images (Chamandy et al. 2012, https://research.google/pubs/pub43157/).
     weights: Tensor
-    partners: Tensor
-    shifts: Tensor
-    flips: Tensor
+    partners: Tensor  # (R, B) for each image's routing the image that gives the content: permutations
+    shifts: Tensor  # (R, B, 2) by how many rows and columns a map is moved round, in [0, 1) of the grid
+    flips: Tensor  # (R, B) bool, whether it is mirrored too
 
     @classmethod
     def of(cls, replicates: int, images: int, generator: torch.Generator) -> "Draws":

@@ -30,19 +30,14 @@ _NO_CHOICE = ("hash", "random", "balanced")  # routers that follow no scores: th
 
 @dataclass(frozen=True)
 class Causes:
-    """What the interventions did, in the report's form.
+    """What the interventions did, in the report's form."""
 
-    Attributes:
-        images: n.
-        ablation: By layer, for each expert: "expert", "change", "low", "high" of the accuracy, and "by_class".
-        random_router: By layer: "change", "low", "high".
-        capacity: "factor" (None: nothing is dropped), "priority", "accuracy", "low", "high", "dropped" of each setting;
-            None where experts fill slots that belong to the parameters (Soft MoE).
-    """
-
-    images: int
+    images: int  # n
+    # By layer, for each expert: "expert", "change", "low", "high" of the accuracy, and "by_class"
     ablation: dict[str, list[dict[str, Any]]]
-    random_router: dict[str, dict[str, float]]
+    random_router: dict[str, dict[str, float]]  # by layer: "change", "low", "high"
+    # "factor" (None: nothing is dropped), "priority", "accuracy", "low", "high", "dropped" of each setting; None where
+    # experts fill slots that belong to the parameters (Soft MoE)
     capacity: list[dict[str, Any]] | None
 
 

@@ -49,21 +49,13 @@ class LayerCollection:
 
 @dataclass(frozen=True)
 class Collection:
-    """What one pass counted.
+    """What one pass counted."""
 
-    Attributes:
-        images: Number of images.
-        correct: Of these, how many were classified rightly; None where images have no labels.
-        layers: In forward order; empty for a dense model.
-        flows: From each layer to the next.
-        sample: Some of the images, see `ImageSample.stacked`; None for a dense model.
-    """
-
-    images: int
-    correct: int | None
-    layers: list[LayerCollection]
-    flows: list[Flow]
-    sample: dict[str, Any] | None
+    images: int  # number of images
+    correct: int | None  # of these, how many were classified rightly; None where images have no labels
+    layers: list[LayerCollection]  # in forward order; empty for a dense model
+    flows: list[Flow]  # from each layer to the next
+    sample: dict[str, Any] | None  # some of the images, see `ImageSample.stacked`; None for a dense model
 
 
 @torch.inference_mode()

@@ -20,17 +20,11 @@ _LONGEST_QUANTILE_INPUT = 1_000_000
 
 
 class PatchFeatures(NamedTuple):
-    """Of each place of a grid.
+    """Of each place of a grid."""
 
-    Attributes:
-        colour: (B, N, 3) mean colour in [0, 1].
-        brightness: (B, N) luma of it.
-        edges: (B, N) mean length of the gradient of the luma, per pixel.
-    """
-
-    colour: Tensor
-    brightness: Tensor
-    edges: Tensor
+    colour: Tensor  # (B, N, 3) mean colour in [0, 1]
+    brightness: Tensor  # (B, N) luma of it
+    edges: Tensor  # (B, N) mean length of the gradient of the luma, per pixel
 
 
 def patch_features(pixels: Tensor, grid: tuple[int, int]) -> PatchFeatures:

@@ -16,33 +16,23 @@ class LayerMaps(NamedTuple):
 
     Where experts have slots (expert choice, Soft MoE) a token's choice is the expert with the largest combine weight,
     and its gates are its combine weights by expert.
-
-    Attributes:
-        gates: (B, P + N, E) float.
-        choices: (B, P + N, K) int64, the experts, best first and before drops; -1 where there is none: padding, and
-            tokens that no expert took.
-        taken: (B, P + N, E) float, what each expert takes of a token: 1 for a choice, 1 for a token in an expert's
-            slots (expert choice), the combine weight (Soft MoE).
-        dropped: (B, P + N, K) bool, choices that found their expert full or tokens that no expert took; None for Soft
-            MoE.
-        entropy: (B, P + N) of the gates, nats.
-        valid: (B, P + N) bool, False for padding.
-        dispatch: (B, P + N, E) weight of each token in the expert's slots; None where tokens choose.
-        grid: (rows, columns).
-        prefix: P.
-        prefix_names: What each of these is.
     """
 
-    gates: Tensor
+    gates: Tensor  # (B, P + N, E) float
+    # (B, P + N, K) int64, the experts, best first and before drops; -1 where there is none: padding, and tokens that no
+    # expert took
     choices: Tensor
+    # (B, P + N, E) float, what each expert takes of a token: 1 for a choice, 1 for a token in an expert's slots (expert
+    # choice), the combine weight (Soft MoE)
     taken: Tensor
+    # (B, P + N, K) bool, choices that found their expert full or tokens that no expert took; None for Soft MoE
     dropped: Tensor | None
-    entropy: Tensor
-    valid: Tensor
-    dispatch: Tensor | None
-    grid: tuple[int, int]
-    prefix: int
-    prefix_names: tuple[str, ...]
+    entropy: Tensor  # (B, P + N) of the gates, nats
+    valid: Tensor  # (B, P + N) bool, False for padding
+    dispatch: Tensor | None  # (B, P + N, E) weight of each token in the expert's slots; None where tokens choose
+    grid: tuple[int, int]  # (rows, columns)
+    prefix: int  # P
+    prefix_names: tuple[str, ...]  # what each of these is
 
     @property
     def patch_choices(self) -> Tensor:

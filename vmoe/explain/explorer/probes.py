@@ -127,17 +127,11 @@ def _joint(one: LayerMaps, first: Tensor, other: LayerMaps, second: Tensor) -> n
 
 @dataclass(frozen=True)
 class Probes:
-    """What `probe` found, in the report's form.
+    """What `probe` found, in the report's form."""
 
-    Attributes:
-        consistency: By layer.
-        agreement: Of each other run, by layer that both have with the same grid.
-        saturation: Of each earlier checkpoint, by layer.
-    """
-
-    consistency: dict[str, dict[str, dict[str, float]]]
-    agreement: list[dict[str, dict[str, float]]]
-    saturation: list[dict[str, float]]
+    consistency: dict[str, dict[str, dict[str, float]]]  # by layer
+    agreement: list[dict[str, dict[str, float]]]  # of each other run, by layer that both have with the same grid
+    saturation: list[dict[str, float]]  # of each earlier checkpoint, by layer
 
 
 @torch.inference_mode()
