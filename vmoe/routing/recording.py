@@ -68,6 +68,10 @@ class LayerRouting:
         padded[torch.arange(images, device=values.device)[:, None], order.where(order >= 0, places)] = patches
         return padded[:, :places].unflatten(1, self.grid)
 
+    def row_by_row(self, values: Tensor) -> Tensor:
+        """Values of the layer's tokens, (B, N, ...): first those that are no patches, then `on_grid` row by row."""
+        return torch.cat([values[:, : self.num_prefix_tokens], self.on_grid(values).flatten(1, 2)], 1)
+
 
 class _Passes(NamedTuple):
     """What is kept of a layer's forward passes, one or several: what a map is drawn from, neither tokens nor scores.

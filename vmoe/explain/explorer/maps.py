@@ -42,29 +42,24 @@ class LayerMaps(NamedTuple):
 
 def layer_maps(routing: LayerRouting, router: str) -> LayerMaps:
     """The maps of a recorded layer; `router` is its `MoeConfig.router`."""
-
-    def ordered(values: Tensor) -> Tensor:
-        prefix = values[:, : routing.num_prefix_tokens]
-        return torch.cat([prefix, routing.on_grid(values).flatten(1, 2)], 1)
-
     real = torch.ones_like(routing.gates[..., 0], dtype=torch.bool) if routing.valid is None else routing.valid
-    valid = ordered(real)
+    valid = routing.row_by_row(real)
     shares = routing.gates.float()
     shares = shares / shares.sum(-1, keepdim=True).clamp_min(torch.finfo(shares.dtype).tiny)
     common = {
-        "entropy": ordered(torch.special.entr(shares).sum(-1)),
+        "entropy": routing.row_by_row(torch.special.entr(shares).sum(-1)),
         "valid": valid,
         "grid": routing.grid,
         "prefix": routing.num_prefix_tokens,
         "prefix_names": routing.prefix_names,
     }
     if routing.chosen is not None:
-        chosen, gates = ordered(routing.chosen), ordered(routing.gates.float())
+        chosen, gates = routing.row_by_row(routing.chosen), routing.row_by_row(routing.gates.float())
         taken = torch.zeros_like(gates).scatter(-1, chosen, 1.0) * valid[..., None]
-        dropped = ordered(routing.dropped) & valid[..., None]
+        dropped = routing.row_by_row(routing.dropped) & valid[..., None]
         return LayerMaps(gates, chosen.masked_fill(~valid[..., None], -1), taken, dropped, dispatch=None, **common)
-    weights = ordered(routing.combine.float().sum(-1)) * valid[..., None]
-    dispatch = ordered(routing.dispatch.float().sum(-1)) * valid[..., None]
+    weights = routing.row_by_row(routing.combine.float().sum(-1)) * valid[..., None]
+    dispatch = routing.row_by_row(routing.dispatch.float().sum(-1)) * valid[..., None]
     best, choices = weights.max(-1, keepdim=True)
     choices = choices.masked_fill(best == 0, -1)
     if router == "soft":

@@ -4,12 +4,12 @@ R x C patches of an image, E experts, K choices per token.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vmoe.data import eval_crop, eval_transform
 from vmoe.errors import UserError
@@ -149,15 +149,9 @@ def describe_layer(routing: LayerRouting) -> dict:
 
 def patch_part(routing: LayerRouting) -> LayerRouting:
     """The same routing without its class and register tokens: N = rows * columns."""
-    start = routing.num_prefix_tokens
-    return LayerRouting(
-        gates=routing.gates[:, start:],
-        chosen=routing.chosen[:, start:],
-        combine_weights=routing.combine_weights[:, start:],
-        dropped=routing.dropped[:, start:],
-        grid=routing.grid,
-        num_prefix_tokens=0,
-    )
+    names = ("gates", "chosen", "combine_weights", "dropped")
+    patches = {name: getattr(routing, name)[:, routing.num_prefix_tokens :] for name in names}
+    return replace(routing, **patches, num_prefix_tokens=0, prefix_names=())
 
 
 def drawable(routing: LayerRouting) -> LayerRouting:
@@ -172,18 +166,5 @@ def drawable(routing: LayerRouting) -> LayerRouting:
         weights, chosen = gates.topk(min(2, gates.shape[-1]))
         chosen = chosen.masked_fill(weights == 0, -1)
         dropped = weights[..., :1] == 0
-
-    def row_by_row(values: Tensor) -> Tensor:
-        prefix = values[:, : routing.num_prefix_tokens]
-        return torch.cat([prefix, routing.on_grid(values).flatten(1, 2)], 1).cpu()
-
-    return LayerRouting(
-        row_by_row(gates.float()),
-        row_by_row(chosen),
-        row_by_row(weights.float()),
-        row_by_row(dropped),
-        routing.grid,
-        routing.num_prefix_tokens,
-        prefix_names=routing.prefix_names,
-        dispatch=routing.dispatch,  # marks that experts have slots
-    )
+    found = {"gates": gates.float(), "chosen": chosen, "combine_weights": weights.float(), "dropped": dropped}
+    return replace(routing, **{name: routing.row_by_row(values).cpu() for name, values in found.items()}, order=None)
