@@ -10,10 +10,11 @@ import torch
 from matplotlib.figure import Figure
 
 from vmoe.bench.cases import LayerCase
-from vmoe.bench.figure import INK, SERIES, dress, new_figure
+from vmoe.bench.figure import SERIES, dress, new_figure
 from vmoe.bench.layer import LAYER_CALLS_ON_GPU, layer_jobs
 from vmoe.bench.report import Column, Row
 from vmoe.bench.timing import Measurement, Say, reason_of_failure, release, time_jobs
+from vmoe.figures.style import INK
 
 CURVE_JOBS = ("dense", "experts", "layer")
 AXES = {

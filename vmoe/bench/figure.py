@@ -7,10 +7,11 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from vmoe.figures.style import ACCENT, INK, MUTED, label, plain_axes
 from vmoe.files import atomic_write
 
-INK, MUTED, RULE = "#1b1f24", "#667078", "#d5dade"
-SERIES = {"dense": "#667078", "experts": "#e07b00", "layer": "#1879c1"}
+SERIES = {"dense": MUTED, "experts": "#e07b00", "layer": ACCENT}
+_SIZE = 11  # height of the type beside the axes, in pixels
 
 
 def new_figure(width: float, height: float, title: str) -> Figure:
@@ -23,15 +24,9 @@ def new_figure(width: float, height: float, title: str) -> Figure:
 
 def dress(axes: Axes, title: str, x: str, y: str) -> Axes:
     """Hairline axes on two sides, a light grid behind, and the names of both axes."""
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(MUTED)
-    axes.tick_params(labelsize=8, colors=MUTED, labelcolor=INK)
-    axes.grid(color=RULE, linewidth=0.6)
-    axes.set_axisbelow(True)
     axes.set_title(title, loc="left", fontsize=9, color=INK)
-    axes.set_xlabel(x, fontsize=8, color=INK)
-    axes.set_ylabel(y, fontsize=8, color=INK)
-    return axes
+    label(axes, x, y, _SIZE)
+    return plain_axes(axes, _SIZE)
 
 
 def save_figure(figure: Figure, path: Path) -> None:

@@ -14,10 +14,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from vmoe.bench.cases import LayerCase
-from vmoe.bench.figure import INK, MUTED, SERIES, dress, new_figure
+from vmoe.bench.figure import SERIES, dress, new_figure
 from vmoe.bench.layer import layer_jobs
 from vmoe.bench.report import Column, Row
 from vmoe.bench.timing import Measurement
+from vmoe.figures.style import INK, MUTED
 
 FLOOR_COLUMNS = (
     Column("", "name"),

@@ -8,9 +8,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from numpy import linspace
 
-from vmoe.bench.figure import INK, MUTED, dress, new_figure
+from vmoe.bench.figure import dress, new_figure
 from vmoe.bench.plan.planner import LayoutPlan
 from vmoe.bench.report import Column, Row
+from vmoe.figures.style import INK, MUTED
 
 GIB, MIB = 2**30, 2**20
 _PARTS = {
@@ -53,7 +54,7 @@ def plan_row(plan: LayoutPlan, images: int) -> Row:
 def draw_plans(plans: list[LayoutPlan], usable: float, title: str) -> Figure:
     """Two stacked bars per layout: a process's memory beside what can be used of it, and the time of an update."""
     plans = [plan for plan in plans if plan.memory is not None][:_LAYOUTS_DRAWN]
-    figure = new_figure(10, 1.6 + 0.34 * len(plans), title)
+    figure = new_figure(10, 1.8 + 0.34 * len(plans), title)
     memory, time = figure.subplots(1, 2, sharey=True)
     names = [str(plan.layout) for plan in plans]
     largest = max(plan.memory.peak for plan in plans)
@@ -73,11 +74,10 @@ def draw_plans(plans: list[LayoutPlan], usable: float, title: str) -> Figure:
             memory.get_yticklabels()[place].set_color(MUTED)
             time.text(plan.times.step * 1e3, place, "  does not fit", fontsize=7, color=MUTED, va="center")
     time.margins(x=0.2)
-    for axes in (memory, time):
+    for axes, side in ((memory, "left"), (time, "right")):
         axes.grid(axis="y", visible=False)
-        axes.legend(
-            fontsize=7, frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.6 / len(plans) - 0.1)
-        )
+        labelled = axes.get_legend_handles_labels()
+        figure.legend(*labelled, fontsize=7, frameon=False, ncols=3, loc=f"outside lower {side}")
     return figure
 
 
