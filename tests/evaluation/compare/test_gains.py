@@ -45,4 +45,23 @@ def test_every_pair_is_a_row_and_a_point(runs):
     (axes,) = draw_gains(found).figure.axes
     places = [container.lines[0].get_xydata()[0] for container in axes.containers]
     assert sorted(gain for _, gain in places) == pytest.approx([3, 4])
-    assert [place for place, _ in places] == pytest.approx([75, 75], abs=0.5)  # beside each other
+    ratio = (1 - 0.505) / (1 - 0.75)
+    assert rows[0]["twin_error_ratio"] == pytest.approx(ratio)
+    assert [place for place, _ in places] == pytest.approx([ratio, ratio], rel=0.02)  # beside each other
+
+
+def test_tokens_of_an_expert_need_a_summary_that_counts_them(make_run, runs):
+    assert gains(runs)[0].tokens_per_expert is None
+    for run in runs:
+        run.summary.update(images_trained=1000, moe_tokens_per_image={"blocks.1.mlp": 16, "blocks.3.mlp": 16})
+    k2, soft = gains(runs)
+    assert k2.tokens_per_expert == 1000 * 16 * 2 / 8
+    assert soft.tokens_per_expert == pytest.approx(1000 * 16 * 1.05 / 8)  # slots per token
+
+
+def test_a_twin_that_fits_all_its_training_images_has_its_place_at_the_edge(make_run):
+    runs = [read_run(make_run(name, moe=moe, train=1.0)) for name, moe in (("dense_s0", None), ("k2_s0", MOE))]
+    found = gains(runs)
+    assert gain_rows(found)[0]["twin_error_ratio"] is None
+    (axes,) = draw_gains(found).figure.axes
+    assert axes.containers[0].lines[0].get_xydata()[0][0] == 100

@@ -124,6 +124,13 @@ def test_settings_of_distillation_count_with_a_teacher_alone(make_run):
     assert [arm.n for arm in group_runs([before, after, taught])] == [2, 1]
 
 
+def test_options_of_later_versions_that_are_not_set_leave_the_recipe_as_it_was(make_run):
+    before = read_run(make_run("before"))
+    after = change(make_run("after", seed=1), data={"images": None, "fractals": {"classes": 4096}})
+    limited = change(make_run("limited", seed=2), data={"images": 1000})
+    assert [arm.n for arm in group_runs([before, after, limited])] == [2, 1]
+
+
 def test_a_baseline_is_named_by_its_label_or_by_a_run(make_run):
     runs = [make_run("a"), make_run("b", moe=MOE), make_run("c", moe=MOE | {"top_k": 1})]
     for name in ("E=8 K=1", "c"):

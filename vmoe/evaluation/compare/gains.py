@@ -1,9 +1,13 @@
-"""Where experts pay: each V-MoE's gain over its dense twin, against how well that twin fits its training images."""
+"""Where experts pay: each V-MoE's gain over its dense twin, against how much more that twin errs on new images."""
 
 import json
+import math
+import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
+
+from matplotlib.axes import Axes
 
 from vmoe.evaluation.compare.intervals import EQUAL_COMPUTE, Difference, difference
 from vmoe.evaluation.compare.runs import Arm, Run
@@ -20,8 +24,12 @@ _KINDS = {  # each with its colour, all dark enough on white
     "not learned (random, hash)": MUTED,
 }
 _CONTROLS = ("random", "hash")
+_MOE_FIELDS = [field.name for field in fields(MoeConfig)]
 _FEW_EPOCHS = 10  # in which an expert sees few tokens
-_POINTS_APART = 0.35  # points of the axis between pairs of one twin, so that none hides another
+_MOST_RATIO = 100  # drawn; a twin that fits all of its training images has no ratio at all
+_FEW_MORE_ERRORS = 2  # times as many on test images as on training images: so far experts may pay
+_GAIN = "gain (points of test top-1)"
+_APART = 1.012  # between pairs of one twin along the axis, so that none hides another
 
 
 @dataclass(frozen=True)
@@ -30,7 +38,7 @@ class Gain:
 
     Attributes:
         difference: Test accuracy of the V-MoE less that of the twin, paired by seed.
-        fit: The twin's accuracy on its own training images, as they are.
+        fit: The twin's top-1 accuracy on its own training images, as they are.
         flops_ratio: FLOPs per image of the V-MoE over those of the twin.
     """
 
@@ -47,6 +55,22 @@ class Gain:
         if moe["router"] == "soft":
             return "Soft MoE"
         return "not learned (random, hash)" if moe["router"] in _CONTROLS else "another learned router"
+
+    @property
+    def error_ratio(self) -> float:
+        """How many times more errors the twin makes on the test images than on its training images; may be infinite."""
+        errors, learnt = 1 - self.difference.baseline.mean("top1"), 1 - self.fit
+        return errors / learnt if learnt > 0 else math.inf
+
+    @property
+    def tokens_per_expert(self) -> float | None:
+        """How many tokens an expert was trained on, mean over experts and MoE layers; None where no summary says it."""
+        run = self.difference.arm.first
+        images, per_image = (run.summary.get(key) for key in ("images_trained", "moe_tokens_per_image"))
+        if not images or not per_image:
+            return None
+        moe = MoeConfig(**{key: value for key, value in run.moe.items() if key in _MOE_FIELDS})
+        return images * statistics.mean(per_image.values()) * moe.experts_per_token / moe.num_experts
 
     @property
     def epochs(self) -> float:
@@ -76,7 +100,7 @@ def gains(runs: Sequence[Run]) -> list[Gain]:
             if not members[0].is_dense:
                 arm = Arm(members[0].name.removesuffix(f"_s{members[0].seed}"), members)
                 found.append(Gain(difference(arm, twin), fit, arm.first.flops / twin.first.flops))
-    return sorted(found, key=lambda gain: gain.fit)
+    return sorted(found, key=lambda gain: gain.error_ratio)
 
 
 def _recipe_of_both(run: Run) -> str:
@@ -94,8 +118,10 @@ def gain_rows(found: Sequence[Gain]) -> list[dict[str, Any]]:
             "kind": gain.kind,
             "data": gain.difference.arm.first.data["name"],
             "twin_train_top1": gain.fit,
-            "epochs": gain.epochs,
             "twin_test_top1": gain.difference.baseline.mean("top1"),
+            "twin_error_ratio": gain.error_ratio if gain.error_ratio < math.inf else None,
+            "epochs": gain.epochs,
+            "tokens_per_expert": gain.tokens_per_expert,
             "gain": gain.difference.mean,
             "gain_low": gain.difference.low,
             "gain_high": gain.difference.high,
@@ -107,24 +133,35 @@ def gain_rows(found: Sequence[Gain]) -> list[dict[str, Any]]:
 
 
 def draw_gains(found: Sequence[Gain]) -> Page:
-    """Every pair as a point: how well the dense twin fits its training images, and what experts add to it."""
+    """Every pair as a point: what experts add, over how much more the dense twin errs on new images.
+
+    Below, the pairs of twins that err at most `_FEW_MORE_ERRORS` times as often there, over the tokens of an expert.
+    """
     kinds = [kind for kind in _KINDS if any(gain.kind == kind for gain in found)]
-    page = Page(_WIDTH + 2 * MARGIN + 60, _TOP + _HEIGHT + 80 + _ROW * max(len(kinds), 4))
+    below = [gain for gain in found if gain.error_ratio <= _FEW_MORE_ERRORS and gain.tokens_per_expert is not None]
+    legend = _TOP + _HEIGHT + 80 + (_HEIGHT + 120 if below else 0)
+    page = Page(_WIDTH + 2 * MARGIN + 60, legend + _ROW * max(len(kinds), 4))
     page.heading(
         "Where experts pay", f"{len(found)} V-MoEs, each against its dense twin of the same recipe, data and seeds"
     )
-    axes = plain_axes(page.axes(MARGIN + 50, _TOP, _WIDTH, _HEIGHT), SMALL)
-    axes.axhline(0, color=MUTED, linewidth=1.5)
-    for twin in {gain.fit: None for gain in found}:
-        pairs = sorted((gain for gain in found if gain.fit == twin), key=lambda gain: list(_KINDS).index(gain.kind))
-        for index, gain in enumerate(pairs):
-            place = 100 * twin + _POINTS_APART * (index - (len(pairs) - 1) / 2)
-            axes.errorbar(place, 100 * gain.difference.mean, _reach(gain), **_style(gain))
-    label(axes, "dense twin on its own training images, top-1 (%)", "gain over the dense twin (points of test top-1)")
-    y = _TOP + _HEIGHT + 80
+    axes = _gain_axes(page, _TOP)
+    _draw_points(axes, [(min(gain.error_ratio, _MOST_RATIO), gain) for gain in found])
+    ticks = [1, 1.5, 2, 3, 5, 10, 20, 50, _MOST_RATIO]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks[:-1]] + [f"≥ {_MOST_RATIO}"])
+    axes.set_xticks([], minor=True)
+    label(axes, "dense twin: test error over error on its training images", _GAIN)
+    if below:
+        top = _TOP + _HEIGHT + 120
+        times = (
+            f"Of these the {len(below)} in which the twin errs at most {_FEW_MORE_ERRORS} times as often on new images"
+        )
+        page.text(MARGIN, top - 40, times, BODY)
+        axes = _gain_axes(page, top)
+        _draw_points(axes, [(gain.tokens_per_expert, gain) for gain in below])
+        label(axes, "tokens that an expert was trained on", _GAIN)
     for index, kind in enumerate(kinds):
-        page.text(MARGIN + 50, y + _ROW * index, "●", BODY, color=_KINDS[kind])
-        page.text(MARGIN + 75, y + _ROW * index, kind, BODY)
+        page.text(MARGIN + 50, legend + _ROW * index, "●", BODY, color=_KINDS[kind])
+        page.text(MARGIN + 75, legend + _ROW * index, kind, BODY)
     for index, (mark, line) in enumerate(
         (
             ("●", "two seeds or more; the bar is the paired 95 % interval"),
@@ -133,9 +170,28 @@ def draw_gains(found: Sequence[Gain]) -> Page:
             ("▼", f"trained for {_FEW_EPOCHS} epochs or fewer"),
         )
     ):
-        page.text(MARGIN + 380, y + _ROW * index, mark, BODY, color=MUTED)
-        page.text(MARGIN + 405, y + _ROW * index, line, BODY)
+        page.text(MARGIN + 380, legend + _ROW * index, mark, BODY, color=MUTED)
+        page.text(MARGIN + 405, legend + _ROW * index, line, BODY)
     return page
+
+
+def _gain_axes(page: Page, top: float) -> Axes:
+    axes = plain_axes(page.axes(MARGIN + 50, top, _WIDTH, _HEIGHT), SMALL)
+    axes.set_xscale("log")
+    axes.axhline(0, color=MUTED, linewidth=1.5)
+    return axes
+
+
+def _draw_points(axes: Axes, points: Sequence[tuple[float, Gain]]) -> None:
+    """Each gain over its place on a logarithmic axis; those of one place beside each other."""
+    places: dict[float, list[Gain]] = {}
+    for place, gain in points:
+        places.setdefault(place, []).append(gain)
+    for place, pairs in places.items():
+        pairs.sort(key=lambda gain: list(_KINDS).index(gain.kind))
+        for index, gain in enumerate(pairs):
+            beside = place * _APART ** (index - (len(pairs) - 1) / 2)
+            axes.errorbar(beside, 100 * gain.difference.mean, _reach(gain), **_style(gain))
 
 
 def _reach(gain: Gain) -> float | None:

@@ -44,9 +44,16 @@ class Run:
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """Every value of its config that can change the result, by dotted name; without the seed."""
+        """Every value of its config that can change the result, by dotted name; without the seed.
+
+        What is not set (null) is left out, so that runs from before an option came are the same recipe as later ones.
+        """
         others = ("seed", *WITHOUT_EFFECT, *([] if self._is_named_by_root else ["data.root"]))
-        values = {key: value for key, value in flatten(self._resolved).items() if key not in others}
+        values = {
+            key: value for key, value in flatten(self._resolved).items() if key not in others and value is not None
+        }
+        if self.config["data"].get("name") != "fractals":  # then its settings have no effect
+            values = {key: value for key, value in values.items() if not key.startswith("data.fractals.")}
         if values.get("distill.teacher") is None:  # then nothing else of distillation has an effect
             values = {key: value for key, value in values.items() if not key.startswith("distill.")}
         return values
