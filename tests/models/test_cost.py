@@ -36,6 +36,17 @@ def test_dense_flops():
     assert flops_per_image(model(), SIDE) == vit_flops([1] * 4)
 
 
+def test_blocks_that_are_given_a_parameter():
+    """In cait, two blocks get the class token and look at all patches; the heads of the others are mixed twice."""
+    cait = vmoe.create_model("cait_xxs24_224", embed_dim=WIDTH, depth=1, num_heads=HEADS, num_classes=5, img_size=64)
+    patches = (64 // 16) ** 2
+    heads = 2 * patches**2 * HEADS**2
+    block = patches * 12 * WIDTH**2 + 2 * patches**2 * WIDTH + heads
+    class_block = (10 + 2 * (patches + 1)) * WIDTH**2 + 2 * (patches + 1) * WIDTH
+    embed = patches * 3 * 16**2 * WIDTH
+    assert flops_per_image(cait, 64) == 2 * (embed + block + 2 * class_block + WIDTH * CLASSES)
+
+
 def test_sparse_flops_count_k_experts_whatever_their_number():
     for num_experts, top_k in ((4, 1), (4, 2), (16, 2)):
         sparse = model(MoeConfig(num_experts=num_experts, top_k=top_k))

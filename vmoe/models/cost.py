@@ -96,6 +96,7 @@ def _run_on_meta(
     `watch` is called with the name of each MoE layer that runs and the shape of its tokens.
     """
     twin = on_meta(getattr(model, "_orig_mod", model)).train(training)
+    twin.requires_grad_(False)  # the counter looks for gradients of what a block is given, also where none are taken
     layers = dict(moe_layers(twin))
     hand_masks_through(twin, layers)  # by hooks of our own
     for name, layer in layers.items():
