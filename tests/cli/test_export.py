@@ -16,7 +16,6 @@ from vmoe.cli.export import main
 from vmoe.export import programs
 from vmoe.export.card import model_card
 
-TIMM_READS_FOLDERS = tuple(map(int, timm.__version__.split(".")[:3])) >= (1, 0, 26)
 SHIPPED = Path(__file__).parents[2] / "assets" / "models" / "cifar10_small.safetensors"
 MOE = {"num_experts": 3, "top_k": 2, "layers": [1]}
 
@@ -133,10 +132,9 @@ def test_a_folder_for_timm(save_run, tmp_path, moe, capsys):
     images = torch.randn(3, 3, 16, 16)
     expected = load_checkpoint(run).model(images)
     assert torch.equal(load_checkpoint(out).model(images), expected)
-    overlay = {} if TIMM_READS_FOLDERS else {"source": "", "file": str(out / "model.safetensors")}
-    model = timm.create_model(f"local-dir:{out}", pretrained=True, pretrained_cfg_overlay=overlay).eval()
+    model = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
     assert torch.equal(model(images), expected)
-    model = timm.create_model(f"local-dir:{out}", pretrained=True, pretrained_cfg_overlay=overlay, num_classes=3)
+    model = timm.create_model(f"local-dir:{out}", pretrained=True, num_classes=3)
     assert model(images).shape == (3, 3)
     card = (out / "README.md").read_text()
     assert "50.00%" in card

@@ -110,13 +110,12 @@ def _write_hub_config(folder: Path, checkpoint: TrainedModel) -> None:
     """config.json, by timm, with the image size among the arguments where the architecture takes it."""
     described = copy.copy(checkpoint.model)
     described.pretrained_cfg = _pretrained_cfg(checkpoint)  # timm's own tells of other weights
-    weights = {"source": "", "file": str(RunFolder(folder).shared)}  # before 1.0.26, timm unpickles a folder's weights
     for size in ({"img_size": checkpoint.image_size}, {}):
         described.pretrained_cfg["fixed_input_size"] = bool(size)
         names = {"label_names": checkpoint.class_names}
         save_config_for_hf(described, folder / CONFIG, names, {**_model_args(checkpoint), **size})
         try:
-            model = timm.create_model(f"local-dir:{folder}", pretrained=True, pretrained_cfg_overlay=weights).eval()
+            model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
         except TypeError as error:
             if "img_size" in str(error) and size:
                 continue
