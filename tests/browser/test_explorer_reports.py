@@ -46,12 +46,14 @@ def test_what_was_not_computed_is_said(chromium, tmp_path):
     optional = ("training", "saturation", "agreement", "capacity", "ablation", "random_router", "consistency")
     report = without(report, *optional, "coactivation", "class_log_ratio", "dropped", "top_k")
     report.update(runs=report["runs"][:1], findings=[], flows=[])
+    report["provenance"]["num_images"] = 1
     write_page(report, images, tmp_path / "index.html")
     page = Page(chromium, tmp_path / "index.html")
     for tab in TABS:
         page.open(tab)
         assert tab == "Images" or page.all(f"#panel-{tab.lower()} .missing") or tab == "Experts", tab
     assert "No finding" in page.text("#findings")
+    assert "n = 1 image" in page.text("body").replace("\xa0", " ") and "1 images" not in page.text("body")
     assert page.errors() == []
 
 

@@ -149,8 +149,8 @@ def _run_in(
         progress.say(line)
     if data.has_validation and (count := sum(data.images_of_classes("val"))) < _FEW_TO_CHOOSE_BY:
         progress.say(
-            f"warning: {count} images for validation are too few to choose an epoch by: one of them is {1 / count:.1%} "
-            "of top-1; give validation more images (where they are cut from training, by data.val_fraction)"
+            f"warning: {counted(count, 'image')} for validation: too few to choose an epoch by, as one is "
+            f"{1 / count:.1%} of top-1; give it more images (where they are cut from training, by data.val_fraction)"
         )
     if saved is not None and saved.facts.class_names != data.class_names:
         raise UserError(

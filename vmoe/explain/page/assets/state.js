@@ -78,7 +78,7 @@ const prefixName = (index) => REPORT.layers.find((layer) => layer.prefix > index
 
 /** On how many images a figure rests: all, those of the "probe_images", or those of the "cause_images". */
 const analysed = (which = "num_images") =>
-  `n\u00a0=\u00a0${count(REPORT.provenance[which] ?? REPORT.provenance.num_images)}\u00a0images`;
+  `n = ${plural(REPORT.provenance[which] ?? REPORT.provenance.num_images, "image")}`.replaceAll(" ", "\u00a0");
 
 /** Why there is no table by class. */
 const withoutClasses = (table) =>
