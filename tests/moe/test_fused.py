@@ -207,7 +207,7 @@ def test_operators_pass_torchs_own_checks():
         ("gates", (random(6, 4), 2, True)),
         ("balance", (random(1, 5, 3), random(1, 5, 3), chosen[None], chosen[None] > 0, 0.3)),
         ("ranks", (chosen[None], None, 3)),
-        ("falling_order", (random(2, 5).detach(),)),
+        ("descending_order", (random(2, 5).detach(),)),
         ("expert_rows", (chosen, chosen > 0, 3)),
         ("rows_in_shares", (chosen, chosen > 0, chosen, 5, 3, 128)),
         ("scatter", (random(5, 8), rows, 512, torch.float16)),

@@ -101,7 +101,7 @@ def _check_size(program: Path, checkpoint: TrainedModel) -> None:
 
 def _page_words(checkpoint: TrainedModel, about: dict[str, Any], credit: str | None) -> dict[str, Any]:
     first = about["layers"][0]
-    order = "by falling gate" if first["batch_priority"] else "in reading order"
+    order = "by descending gate" if first["batch_priority"] else "in reading order"
     return {
         "palette": [expert_hex(expert) for expert in range(NUM_COLOURS)],
         "summary": (

@@ -9,7 +9,7 @@ from vmoe.moe.kernels.operators import operator
 from vmoe.moe.kernels.sizes import cdiv
 
 
-def _descending_order(values_GS: Tensor) -> Tensor:
+def _order_of(values_GS: Tensor) -> Tensor:
     """The tokens of each group from the largest value to the smallest, equals in their old order, (G, S) int64.
 
     A token's place is the number of values that come before its own, counted by comparing all with all: for groups of a
@@ -19,17 +19,17 @@ def _descending_order(values_GS: Tensor) -> Tensor:
     order_GS = torch.empty(num_groups, size, dtype=torch.int64, device=values_GS.device)
     if order_GS.numel():
         with torch.cuda.device_of(values_GS):
-            _falling_order[(cdiv(size, 32), num_groups)](values_GS.contiguous(), order_GS, size, 32)
+            _descending_order[(cdiv(size, 32), num_groups)](values_GS.contiguous(), order_GS, size, 32)
     return order_GS
 
 
 descending_order = operator(
-    "falling_order", _descending_order, lambda values_GS: torch.empty_like(values_GS, dtype=torch.int64)
+    "descending_order", _order_of, lambda values_GS: torch.empty_like(values_GS, dtype=torch.int64)
 )
 
 
 @triton.jit
-def _falling_order(values, order, size, BLOCK: tl.constexpr):
+def _descending_order(values, order, size, BLOCK: tl.constexpr):
     values += tl.program_id(1).to(tl.int64) * size
     own = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     value = _nan_first(tl.load(values + own, mask=own < size, other=0.0))[:, None]
