@@ -119,6 +119,7 @@ MISTAKES: dict[str, list[Mistake]] = {
         _config("a folder that holds a run", "--output_dir finished"),
         _config("a finished run without its checkpoint", "--output_dir finished --resume"),
         Mistake("a folder that holds a run, and nothing else", "--output_dir finished"),
+        Mistake("a last checkpoint that holds a model alone", "--output_dir model_alone --resume"),
         _config("no run to resume", "--resume"),
         Mistake("no run to resume in a folder", "--output_dir new --resume"),
         Mistake("a run to resume without its folder", "--resume"),

@@ -117,6 +117,8 @@ def _runs(folder: Path) -> None:
     saved_runs.save_run(folder / "unvalidated", MOE, {"val_fraction": 0})
     saved_runs.save_run(folder / "one", MOE, class_names=("cat",))
     saved_runs.save_run(folder / "rounded", MOE | {"capacity_rounding": "round", "group": 1})
+    model = saved_runs.save_run(folder / "model_alone", MOE) / "checkpoints" / "best.ckpt"
+    model.rename(model.with_name("last.ckpt"))
     finished = folder / "finished"
     finished.mkdir()
     (finished / "config.yaml").write_text(RECIPE)
