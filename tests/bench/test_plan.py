@@ -19,10 +19,10 @@ from vmoe.bench.plan.trace import saved_bytes, trace_step
 from vmoe.bench.plan.workload import Workload
 from vmoe.checkpoints import build_model
 from vmoe.moe import MoeConfig, auxiliary_loss
-from vmoe.training import averaging
-from vmoe.training.averaging import GradientMeans
-from vmoe.training.processes import local
-from vmoe.training.sharding import shard
+from vmoe.training.parallel import gradient_means
+from vmoe.training.parallel.collectives import local
+from vmoe.training.parallel.gradient_means import GradientMeans
+from vmoe.training.parallel.sharding import shard
 
 SMALL = {"embed_dim": 64, "depth": 3, "num_heads": 4}
 MOE = MoeConfig(layers=[0, 2], num_experts=8, top_k=2, group=2, batch_priority=True)
@@ -192,7 +192,7 @@ def test_more_processes_than_the_experts_width_divides_into():
 def test_memory_with_the_dense_part_whole_is_as_torchs_tracker_sees_it(
     four_processes, monkeypatch, images, bucket, accumulate
 ):
-    monkeypatch.setattr(averaging, "BUCKET", bucket)  # with few images it is the averaging that needs most
+    monkeypatch.setattr(gradient_means, "BUCKET", bucket)  # with few images it is the averaging that needs most
     with torch.device("meta"):
         model = real_model()
     shard(model, 4, 4, "cpu", dense_is_whole=True)

@@ -16,7 +16,7 @@ from vmoe.data import DataConfig
 from vmoe.data.datasets import load_splits
 from vmoe.errors import UserError
 from vmoe.training.config import TrainConfig
-from vmoe.training.processes import Place
+from vmoe.training.parallel.process import Process
 
 DIGITS = ["--config", "configs/digits.yaml"]
 SMALL = ["--model.kwargs", "{patch_size: 4, embed_dim: 48, depth: 2, num_heads: 3}"]
@@ -88,8 +88,8 @@ def test_measured_beside_predicted(tmp_path):
 )
 def test_auto_is_none_in_one_process_and_says_why_in_several(options, layout):
     config = parse([*DIGITS, *options, "--parallel.strategy", "auto", "--trainer.device", "cpu"])
-    assert resolved(config, Place())[0].parallel.strategy == "none"
-    chosen, why = resolved(config, Place(0, 2, 0, 2))
+    assert resolved(config, Process())[0].parallel.strategy == "none"
+    chosen, why = resolved(config, Process(0, 2, 0, 2))
     taken = dict(strategy=layout.strategy, expert_size=layout.expert_size, dense=layout.dense)
     assert chosen.parallel == dataclasses.replace(config.parallel, **taken)
     assert why.count("\n") == 0 and f"auto: {layout}, by prediction" in why
@@ -105,4 +105,4 @@ def test_auto_chooses_the_dense_part_itself(tmp_path, capsys):
 def test_auto_without_a_feasible_layout():
     config = parse([*DIGITS, *SMALL, "--parallel.strategy", "auto", "--trainer.device", "cpu"])
     with pytest.raises(UserError, match=r"parallel\.strategy=auto.*must be a multiple of"):
-        resolved(config, Place(0, 3, 0, 3))
+        resolved(config, Process(0, 3, 0, 3))

@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vmoe.cli.train import main
-from vmoe.training import run
 from vmoe.training.config import TrainConfig
 from vmoe.training.options import option_names
+from vmoe.training.run import train as run
 
 # Not drawn: what would fetch data or weights, and sizes that only need memory.
 LEFT_OUT = {"output_dir", "resume", "init_from", "data.name", "model.name", "parallel.strategy"}

@@ -17,7 +17,7 @@ from vmoe.cli.train import main as train
 from vmoe.moe.config import ROUTER_NAMES
 from vmoe.training.classifier import Classifier
 from vmoe.training.guard import Guard
-from vmoe.training.muon import Muon
+from vmoe.training.optim.muon import Muon
 
 D, H, N, E = 16, 24, 6, 4
 # What promises that a prediction does not depend on the rest of the batch; "random" draws, "balanced" counts tokens.

@@ -19,7 +19,7 @@ from vmoe.moe import layer as layer_module
 from vmoe.moe.kernels import Kernels
 from vmoe.moe.kernels.experts import fused, requirements
 from vmoe.moe.parallel import DistributedExperts, deal_out_experts
-from vmoe.training.processes import connect, disconnect, new_mesh
+from vmoe.training.parallel.collectives import connect, disconnect, new_mesh
 
 LAYERS = {
     "capacity": {"capacity_factor": 0.6, "batch_priority": True},

@@ -18,8 +18,9 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from vmoe.checkpoints import copy_checkpoint
 from vmoe.checkpoints.sharded import read_folder
 from vmoe.errors import UserError
-from vmoe.training.processes import Place, connect, disconnect, gather, new_mesh, total
-from vmoe.training.sharded_files import FolderWriter
+from vmoe.training.parallel.collectives import connect, disconnect, gather, new_mesh, total
+from vmoe.training.parallel.folder_writer import FolderWriter
+from vmoe.training.parallel.process import Process
 
 write, may_write = dcp.FileSystemWriter.write_data, threading.Event()
 disk_is_full = False
@@ -28,7 +29,7 @@ disk_is_full = False
 def held_write(self, *arguments):
     """Waits until it may write."""
     may_write.wait()
-    if disk_is_full and Place.of_this().rank == 1:
+    if disk_is_full and Process.this().rank == 1:
         raise OSError(28, "No space left on device")
     return write(self, *arguments)
 
@@ -63,7 +64,7 @@ def content(path: Path) -> list[float]:
 def say(line: object) -> None:
     """Prints what the first process has found, when all have come here."""
     gather(None)
-    if Place.of_this().is_first:
+    if Process.this().is_first:
         print(line, flush=True)
     gather(None)
 
@@ -80,15 +81,15 @@ rest["vmoe"]["epoch"] += 1
 say(f"under way: {best.exists()} {last.exists()} {writer.failed}")
 may_write.set()
 writer.wait()
-say(f"written: {content(best)} {content(last)}" if Place.of_this().is_first else "")
+say(f"written: {content(best)} {content(last)}" if Process.this().is_first else "")
 
 may_write.clear()
 writer.write(tensors, rest, best)
 threading.Timer(0.5, may_write.set).start()
 writer.write(state(3.0), plain(3), last)  # waits for the one before
-say(f"the one before: {content(best)}" if Place.of_this().is_first else "")
+say(f"the one before: {content(best)}" if Process.this().is_first else "")
 writer.wait()
-say(f"both: {content(best)} {content(last)}" if Place.of_this().is_first else "")
+say(f"both: {content(best)} {content(last)}" if Process.this().is_first else "")
 
 disk_is_full = True
 writer.write(state(4.0), plain(4), best)
@@ -103,7 +104,7 @@ say(f"left: {content(best)} {content(last)} {sorted(path.name for path in last.p
 disk_is_full = False
 writer.write(state(5.0), plain(5), last)
 writer.wait()
-say(f"again: {content(last)}" if Place.of_this().is_first else "")
+say(f"again: {content(last)}" if Process.this().is_first else "")
 disconnect()
-if Place.of_this().is_first:
+if Process.this().is_first:
     print(f"threads of gloo: {gloo_threads()}")

@@ -19,7 +19,7 @@ from torch.distributed import TCPStore
 
 # Not from this process, whose autograd may have threads, which a fork cannot have
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["vmoe.cli.train", "vmoe.training.run"])
+FORKS.set_forkserver_preload(["vmoe.cli.train", "vmoe.training.run.train"])
 SECONDS = 240  # a run at most, so that processes that wait for one another fail a test rather than block all
 PATIENCE = 10  # seconds that processes get to end by themselves after one has failed
 

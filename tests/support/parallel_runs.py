@@ -12,7 +12,7 @@ from support.forks import SECONDS, run_forked
 
 from vmoe.checkpoints import ENTRY, RunFolder, load_checkpoint, read_checkpoint
 from vmoe.training.config import OptimConfig
-from vmoe.training.optim import by_name, parameter_groups
+from vmoe.training.optim.groups import by_name, parameter_groups
 
 TINY = """
 data: {name: digits, batch_size: 32, image_size: 8, subset: {per_class: 10}, mix: {mixup_alpha: 0.4, cutmix_alpha: 0.4}}

@@ -20,9 +20,10 @@ from torch import nn
 
 from vmoe.cli.train import main
 from vmoe.data import Batch, ImageDataModule
-from vmoe.training import classifier, run
+from vmoe.training import classifier
 from vmoe.training.classifier import Classifier
 from vmoe.training.config import TrainConfig
+from vmoe.training.run import train as run
 
 DEFAULTS = {"SIGNAL_AT": "-1", "SIGNALLED_RANK": "0", "RANK": "0", "NAN_AT": "-1", "STEP_SECONDS": "0"}
 

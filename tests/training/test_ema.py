@@ -10,8 +10,8 @@ from vmoe.checkpoints import ENTRY, RunFolder, load_checkpoint
 from vmoe.cli.train import main
 from vmoe.data import DataConfig, ImageDataModule
 from vmoe.data.config import SubsetConfig
-from vmoe.training.average import WeightAverage
 from vmoe.training.classifier import Classifier
+from vmoe.training.optim.average import WeightAverage
 
 TINY = """
 data: {name: digits, batch_size: 40, subset: {per_class: 20}, augment: {preset: none}}

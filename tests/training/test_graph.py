@@ -10,9 +10,9 @@ import torch
 from vmoe.checkpoints import ENTRY, RunFolder
 from vmoe.cli.train import main
 from vmoe.training import classifier as module_file
-from vmoe.training import run as run_file
 from vmoe.training.classifier import Classifier
 from vmoe.training.graph import GraphedStep
+from vmoe.training.run import train as run_file
 
 # All that is random is on. 3 epochs of 5 batches: a graph's warm-up takes 3, so 12 steps are replayed.
 RECIPE = """

@@ -15,7 +15,7 @@ from vmoe.checkpoints import load_checkpoint
 from vmoe.cli.train import main
 from vmoe.cli.train_options import parse
 from vmoe.errors import UserError
-from vmoe.training.initial import initial_model
+from vmoe.training.run.initial import initial_model
 
 TINY = """
 data: {name: digits, batch_size: 40, subset: {per_class: 20}, augment: {preset: none}}

@@ -11,8 +11,8 @@ import pytest
 
 from vmoe.cli.train import main
 from vmoe.errors import UserError
-from vmoe.training import lock
-from vmoe.training.lock import LOCK, locked
+from vmoe.training.run import lock
+from vmoe.training.run.lock import LOCK, locked
 
 RUN = [
     "--data.name",
@@ -28,7 +28,7 @@ RUN += ["--data.subset.per_class", "4", "--trainer.epochs", "1", "--trainer.devi
 @pytest.fixture
 def holder(tmp_path):
     """A process that holds the folder until it is ended."""
-    code = "import sys, time; from pathlib import Path; from vmoe.training.lock import locked\n"
+    code = "import sys, time; from pathlib import Path; from vmoe.training.run.lock import locked\n"
     code += "with locked(Path(sys.argv[1]), print, 'vmoe train --seed 3'): print('held', flush=True); time.sleep(600)"
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "held\n"

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.optim._muon import _zeropower_via_newtonschulz
 
-from vmoe.training.muon import Muon, orthogonalise
+from vmoe.training.optim.muon import Muon, orthogonalise
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 BETAS = (0.9, 0.99)

@@ -7,8 +7,8 @@ import torch
 import vmoe
 from vmoe import MoeConfig
 from vmoe.training.config import OptimConfig
-from vmoe.training.muon import Muon
-from vmoe.training.optim import build_optimizer, parameter_groups
+from vmoe.training.optim.groups import build_optimizer, parameter_groups
+from vmoe.training.optim.muon import Muon
 
 KWARGS = {"patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "img_size": 16, "num_classes": 3}
 

@@ -18,7 +18,7 @@ from vmoe.cli.evaluate import main as evaluate
 from vmoe.cli.train import main
 from vmoe.cli.train_options import parse
 from vmoe.training.classifier import Classifier
-from vmoe.training.optim import learning_rate
+from vmoe.training.optim.groups import learning_rate
 
 # Everything random, or with a state, is on: router noise, dropout, drop path, augmentation, order, Muon, EMA.
 # 3 epochs of 5 batches, 3 updates each.

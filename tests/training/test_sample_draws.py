@@ -8,7 +8,7 @@ from torch import nn
 import vmoe
 from vmoe.errors import UserError
 from vmoe.moe import MoeConfig
-from vmoe.training.sample_draws import SampleDraws, SampleDropout
+from vmoe.training.parallel.sample_draws import SampleDraws, SampleDropout
 
 KEYS = torch.stack([torch.full((6,), 3), torch.arange(6)], dim=1)
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vmoe.training.summary import device_line
+from vmoe.training.run.summary import device_line
 
 
 @pytest.mark.parametrize(

@@ -23,9 +23,9 @@ from vmoe.cli.train import main
 from vmoe.data import DataConfig, ImageDataModule
 from vmoe.data.config import AugmentConfig, SubsetConfig
 from vmoe.data.loading import TrainImages
-from vmoe.training.callbacks.journal import TRAIN_COLUMNS, VAL_COLUMNS, MetricsTable
-from vmoe.training.callbacks.run_checkpoints import RunCheckpoints
 from vmoe.training.classifier import Classifier
+from vmoe.training.run.checkpoints import RunCheckpoints
+from vmoe.training.run.journal import TRAIN_COLUMNS, VAL_COLUMNS, MetricsTable
 
 TINY = """
 data: {name: digits, batch_size: 40, subset: {per_class: 20}, augment: {preset: none}}

@@ -24,7 +24,7 @@ from vmoe.cli.common import in_options
 from vmoe.errors import UserError
 from vmoe.files import write_json, write_text
 from vmoe.moe import MoeConfig
-from vmoe.training.summary import device_name
+from vmoe.training.run.summary import device_name
 from vmoe.version import versions
 
 _FIELDS = {"width": "width", "hidden": "hidden", "experts": "num_experts", "top_k": "top_k", "images": "images",

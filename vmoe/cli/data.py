@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
     from vmoe.data import ImageDataModule
     from vmoe.data.sheet import draw_sheet
     from vmoe.files import atomic_write, require_writable
-    from vmoe.training.summary import data_lines
+    from vmoe.training.run.summary import data_lines
 
     require_writable(options.out.parent)
     # The pipeline that reads only the images it needs

@@ -39,9 +39,9 @@ def main(argv: list[str]) -> int:
     # Imported here, so that --help and a mistyped option answer at once.
     from vmoe.checkpoints import RunFolder, load_checkpoint
     from vmoe.cli.train import trained
-    from vmoe.training.processes import Place
+    from vmoe.training.parallel.process import Process
 
-    if Place.of_this().count > 1:
+    if Process.this().world_size > 1:
         raise UserError(
             "runs in one process; under torchrun use `vmoe train --distill.teacher CKPT --moe null --init_from FILE` "
             "with a start.safetensors of this job"

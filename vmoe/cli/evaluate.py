@@ -266,7 +266,7 @@ def _corrupt(checkpoint, data, device, options: argparse.Namespace, names: list[
 
 
 def _report(checkpoint, data, split: str, device) -> dict:
-    from vmoe.training.summary import device_name
+    from vmoe.training.run.summary import device_name
     from vmoe.version import versions
 
     return {

@@ -60,7 +60,7 @@ def _explored(options: argparse.Namespace, argv: list[str]) -> None:
     from vmoe.explain.explorer.history import snapshots
     from vmoe.explain.heatmap.routed import require_experts
     from vmoe.files import require_writable
-    from vmoe.training.summary import device_name
+    from vmoe.training.run.summary import device_name
     from vmoe.version import versions
 
     require_writable(options.out, options.out / "figures", options.out / "data")

@@ -109,7 +109,7 @@ def _measure_plans(options: argparse.Namespace, argv: list[str]) -> int:
     from vmoe.bench.plan import truth
     from vmoe.bench.plan.probes import measure_machine
     from vmoe.bench.report import markdown_table
-    from vmoe.training.summary import device_name
+    from vmoe.training.run.summary import device_name
     from vmoe.version import versions
 
     start = time.monotonic()

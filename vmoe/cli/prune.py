@@ -181,7 +181,7 @@ def _prune_report(
     groups: "dict[str, Groups]",
     use: "dict[str, ExpertUse]",
 ) -> dict[str, Any]:
-    from vmoe.training.summary import device_name
+    from vmoe.training.run.summary import device_name
     from vmoe.version import versions
 
     layers = {

@@ -12,9 +12,9 @@ from vmoe.cli.train_options import parse
 from vmoe.errors import UserError
 from vmoe.memory import is_out_of_memory, memory_line
 from vmoe.training.config import TrainConfig
-from vmoe.training.place import Place
-from vmoe.training.progress import TrainingProgress
-from vmoe.training.stopping import Interrupted, stopped_at_once
+from vmoe.training.parallel.process import Process
+from vmoe.training.run.progress import TrainingProgress
+from vmoe.training.run.stopping import Interrupted, stopped_at_once
 
 
 @job()
@@ -33,36 +33,36 @@ def trained(make_config: Callable[[], TrainConfig], command: list[str]) -> int:
     Raises:
         UserError: a mistake in the options, the config or the data.
     """
-    place = Place.of_this()
+    process = Process.this()
     try:
-        return _train(make_config, command, place)
+        return _train(make_config, command, process)
     except UserError as error:
-        if place.is_first:
+        if process.is_first:
             raise
         if error.everywhere:  # the first process tells it
             return 2
-        raise UserError(f"rank {place.rank} of {place.count}: {error}") from error
+        raise UserError(f"rank {process.rank} of {process.world_size}: {error}") from error
 
 
-def _train(make_config: Callable[[], TrainConfig], command: list[str], place: Place) -> int:
+def _train(make_config: Callable[[], TrainConfig], command: list[str], process: Process) -> int:
     try:
         config = make_config()
     except UserError as error:
         raise UserError(str(error), everywhere=True) from error
-    progress = TrainingProgress(quiet=not place.is_first)
+    progress = TrainingProgress(quiet=not process.is_first)
     if config.parallel.strategy == "auto":
-        config = _resolved(config, place, progress)
+        config = _resolved(config, process, progress)
     try:
         with stopped_at_once():
             from vmoe.training.fit import fit  # here, since a mistake in an option need not wait for Lightning
         busy = config.data.workers if config.data.pipeline == "workers" else 0  # else they only read, at the start
-        progress.say(f"threads: {choose_threads(busy, place.local_count)}")
+        progress.say(f"threads: {choose_threads(busy, process.local_world_size)}")
         fit(config, command=shlex.join(command))
     except Interrupted as stop:
-        from vmoe.training.resumption import resuming_command
+        from vmoe.training.run.resumption import resuming_command
 
         folder = RunFolder(Path(config.output_dir))
-        if place.is_first:
+        if process.is_first:
             then = (
                 f"; the run is saved, go on with: {resuming_command(folder)}"
                 if folder.config.exists()
@@ -89,12 +89,12 @@ def _smaller(config: TrainConfig) -> str:
     return ", ".join(ways)
 
 
-def _resolved(config: TrainConfig, place: Place, progress: TrainingProgress) -> TrainConfig:
+def _resolved(config: TrainConfig, process: Process, progress: TrainingProgress) -> TrainConfig:
     """The config with the planner's strategy in the place of auto; says why it is that one."""
     from vmoe.bench.plan.choice import resolved  # here, since it brings much along
 
     try:
-        config, why = resolved(config, place)
+        config, why = resolved(config, process)
     except UserError as error:
         raise UserError(str(error), everywhere=True) from error
     if why is not None:

@@ -156,7 +156,7 @@ def _config_of_run(folder: str | None, begins: bool) -> list[_Given]:
     path = RunFolder(Path(folder)).config
     if is_config_of_run(path):
         return [_config(str(path), read_config(str(path)), has_folder=True)]
-    from vmoe.training.resumption import last_config  # here, since it brings torch along
+    from vmoe.training.run.resumption import last_config  # here, since it brings torch along
 
     content = last_config(Path(folder))
     if content is not None:
@@ -214,7 +214,7 @@ def _with_chosen_data(parsed: dict[str, Any]) -> TrainConfig:
     root, default_root = config.data.root, DataConfig.root
     if not is_chosen:
         if config.output_dir is not None:
-            from vmoe.training.resumption import refuse_run  # here, since it brings torch along
+            from vmoe.training.run.resumption import refuse_run  # here, since it brings torch along
 
             refuse_run(Path(config.output_dir))
         folders = "--data.name folder (class folders), webdataset (tar shards) or npz"

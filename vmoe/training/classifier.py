@@ -33,17 +33,18 @@ from vmoe.errors import UserError
 from vmoe.evaluation.engine import batch_sums, likeliest_classes, means_of
 from vmoe.moe import auxiliary_loss, moe_layers, update_router_biases
 from vmoe.moe.routers import SigmoidRouter
-from vmoe.training.average import WeightAverage
-from vmoe.training.averaging import GradientMeans
 from vmoe.training.config import OptimConfig
 from vmoe.training.distillation import Teacher
 from vmoe.training.graph import GraphedStep
 from vmoe.training.guard import Guard
-from vmoe.training.optim import build_optimizer, by_number, learning_rate, optimizer_groups, parameter_groups
-from vmoe.training.processes import Place, is_alone, total
+from vmoe.training.optim.average import WeightAverage
+from vmoe.training.optim.groups import build_optimizer, by_number, learning_rate, optimizer_groups, parameter_groups
+from vmoe.training.parallel.collectives import is_alone, total
+from vmoe.training.parallel.gradient_means import GradientMeans
+from vmoe.training.parallel.process import Process
+from vmoe.training.parallel.sample_draws import SampleDraws
+from vmoe.training.parallel.sharding import clip_gradients
 from vmoe.training.routing_sums import RoutingSums
-from vmoe.training.sample_draws import SampleDraws
-from vmoe.training.sharding import clip_gradients
 
 RAW_TOP1 = "val/raw_top1"
 _MOST_WARMUP_EPOCHS = OptimConfig.warmup_epochs
@@ -86,7 +87,7 @@ class Classifier(LightningModule):
         routing: The sums that `vmoe.RoutingMonitor` reads; None without that callback.
         teacher: A model whose answers are learnt too.
         draws: Draws router noise and dropout per image, once it is installed in the model.
-        shard: Cuts the model into shards of several ranks (see `vmoe.training.sharding.shard`).
+        shard: Cuts the model into shards of several ranks (see `vmoe.training.parallel.sharding.shard`).
         tested_split: What comes before the names of the metrics of a test.
         facts: What checkpoints tell of the run, where it is not this class that finds it out (see `describe`).
     """
@@ -577,7 +578,7 @@ class Classifier(LightningModule):
 
     def load_running_state(self, state: dict[str, Any]) -> None:
         """Goes on with the sums of all ranks: in the first, so that they count once."""
-        share = 1 if Place.of_this().is_first else 0
+        share = 1 if Process.this().is_first else 0
         self.train_sums = state["train_sums"].to(self.train_sums.device) * share
         if self.routing is not None:
             self.routing.load_state(state["routing"])

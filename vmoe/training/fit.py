@@ -15,9 +15,9 @@ from vmoe.moe import MoeConfig
 from vmoe.training.config import ModelConfig, OptimConfig, TrainConfig
 from vmoe.training.config_files import read_config
 from vmoe.training.options import LIGHTNING_NAMES, check_keys, with_our_names
-from vmoe.training.place import Place
-from vmoe.training.progress import TrainingProgress
+from vmoe.training.parallel.process import Process
 from vmoe.training.recipes import check_side_of_recipe, find_recipe, is_recipe
+from vmoe.training.run.progress import TrainingProgress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +84,7 @@ def fit(
             the loss became NaN.
         Interrupted: a signal stopped the run; what it had done in training is saved.
     """
-    from vmoe.training.run import train  # here, since a mistake in an option need not wait for Lightning
+    from vmoe.training.run.train import train  # here, since a mistake in an option need not wait for Lightning
 
     given = {"data": data, "model": model, "moe": moe, "epochs": epochs, "output_dir": output_dir}
     given = {name: value for name, value in given.items() if value is not None}
@@ -92,8 +92,8 @@ def fit(
         config = _config(config, given, dict(options or {}))
     elif config.output_dir is None:
         config = dataclasses.replace(config, output_dir=_new_folder(_set_name(config.data)))
-    place = Place.of_this()
-    shown = TrainingProgress(quiet=not progress or not place.is_first)
+    process = Process.this()
+    shown = TrainingProgress(quiet=not progress or not process.is_first)
     summary = train(config, shown, command or "vmoe.fit")
     return FinishedRun(Path(str(config.output_dir)), summary or {})
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vmoe.errors import UserError
-from vmoe.training.processes import largest
+from vmoe.training.parallel.collectives import largest
 
 # A loss scale this small means that gradients overflow whatever the scale: not GradScaler's normal search for one.
 _SMALLEST_SCALE = 1.0

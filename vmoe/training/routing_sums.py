@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from vmoe.moe import moe_layers
-from vmoe.training.processes import Place, total
+from vmoe.training.parallel.collectives import total
+from vmoe.training.parallel.process import Process
 
 DEAD_LOAD = 0.01
 TAKEN_OVER_SHARE = 0.5
@@ -53,11 +54,11 @@ class RoutingSums:
 
     def state(self) -> dict[str, Any]:
         """The sums of one process in the mean, so that a step counts the same whatever their number."""
-        return {name: (total(sums) / Place.of_this().count).cpu() for name, sums in self._sums.items()}
+        return {name: (total(sums) / Process.this().world_size).cpu() for name, sums in self._sums.items()}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        place = Place.of_this()
-        share = place.count if place.is_first else 0
+        process = Process.this()
+        share = process.world_size if process.is_first else 0
         self._sums = {name: sums * share for name, sums in state.items()}
 
 

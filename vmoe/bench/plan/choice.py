@@ -12,8 +12,8 @@ from vmoe.data.config import DEFAULTS
 from vmoe.data.patchwork import OBJECTS
 from vmoe.errors import UserError
 from vmoe.training.config import TrainConfig
-from vmoe.training.parallel import check_parts
-from vmoe.training.processes import Place
+from vmoe.training.parallel.process import Process
+from vmoe.training.parallel.strategies import check_parts
 
 _CLASSES_OF_SETS = {
     "digits": 10,
@@ -72,22 +72,22 @@ def plans_of(
     return make_plans(workload, layouts_for(processes, config.moe), machine, network, refusal, traces)
 
 
-def resolved(config: TrainConfig, place: Place) -> tuple[TrainConfig, str | None]:
+def resolved(config: TrainConfig, process: Process) -> tuple[TrainConfig, str | None]:
     """The config with what `parallel.strategy: auto` means here, and why; None for one process.
 
     Raises:
         UserError: no layout is feasible.
     """
-    if place.count == 1:
+    if process.world_size == 1:
         return _with_layout(config, MeshLayout("none", 1)), None
     name = "cpu" if config.trainer.device == "cpu" else gpu_of_this_machine()
-    machine = dataclasses.replace(Machine.of(name), count=place.local_count)
+    machine = dataclasses.replace(Machine.of(name), count=process.local_world_size)
     if name == "cpu":  # all processes share its memory
-        machine = dataclasses.replace(machine, memory=machine.memory / place.local_count)
-    plans = plans_of(config, workload_of(config), place.count, machine, network_bandwidth(USUAL_NETWORK))
+        machine = dataclasses.replace(machine, memory=machine.memory / process.local_world_size)
+    plans = plans_of(config, workload_of(config), process.world_size, machine, network_bandwidth(USUAL_NETWORK))
     best = plans[0]
     if best.missing is not None:
-        raise UserError(f"parallel.strategy=auto: no layout of {place.count} processes will do; {best.missing}")
+        raise UserError(f"parallel.strategy=auto: no layout of {process.world_size} processes will do; {best.missing}")
     return _with_layout(config, best.layout), f"parallel.strategy auto: {_why_chosen(best, plans[1:], machine)}"
 
 

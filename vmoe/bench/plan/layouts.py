@@ -14,7 +14,7 @@ from vmoe.bench.plan.hardware import GATHERING_CALLS, LATENCY, Machine
 from vmoe.bench.plan.trace import Trace
 from vmoe.bench.plan.workload import Workload
 from vmoe.moe import moe_layers
-from vmoe.training.averaging import buckets
+from vmoe.training.parallel.gradient_means import buckets
 
 FLOAT = 4  # bytes: weights, gradients and the optimiser's state are float32, and travel so
 _BUFFERED = 2  # blocks with gathered weights at a time: one is computed, the next is fetched

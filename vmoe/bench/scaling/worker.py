@@ -33,12 +33,13 @@ from vmoe.data import Batch
 from vmoe.memory import is_out_of_memory
 from vmoe.training.callbacks import NanGuard
 from vmoe.training.classifier import Classifier
-from vmoe.training.parallel import cut_of
-from vmoe.training.processes import Place, connect, disconnect, gather, total
-from vmoe.training.run import new_module
-from vmoe.training.sharded_files import FolderWriter
-from vmoe.training.summary import peak_memory_mib
-from vmoe.training.trainer import new_trainer, quiet_lightning
+from vmoe.training.parallel.collectives import connect, disconnect, gather, total
+from vmoe.training.parallel.folder_writer import FolderWriter
+from vmoe.training.parallel.process import Process
+from vmoe.training.parallel.strategies import cut_of
+from vmoe.training.run.summary import peak_memory_mib
+from vmoe.training.run.train import new_module
+from vmoe.training.run.trainer import new_trainer, quiet_lightning
 
 _UNTIMED = 5  # updates before the timed ones: kernels are compiled, and a graph is captured in the fourth
 
@@ -46,9 +47,9 @@ _UNTIMED = 5  # updates before the timed ones: kernels are compiled, and a graph
 def main(path: Path) -> None:
     """Does the jobs of a file that `launch` wrote; after a restart those behind the last that was begun."""
     device, scratch, job_seconds, jobs = pickle.loads(path.read_bytes())
-    is_first = Place.of_this().is_first
+    is_first = Process.this().is_first
     if device.type == "cuda":
-        device = torch.device("cuda", Place.of_this().local_rank)
+        device = torch.device("cuda", Process.this().local_rank)
         torch.cuda.set_device(device)
     # TF32 would round float32 products differently as the number of processes changes their sizes
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
@@ -85,21 +86,21 @@ def _print_row(row: Row, number: int, start: float) -> None:
 
 def _compared_row(job: ScalingJob, device: torch.device, scratch: Path) -> Row:
     """How far the results are from those of one process; in the part "checkpoint", half of the training is resumed."""
-    place, result = Place.of_this(), TrainingResult()
+    process, result = Process.this(), TrainingResult()
     if job.part == "equality":
         train_on_noise(job, device, job.steps, [result])
         row = {}
     else:
-        save = TimedSave(scratch / f"{job.layout} {place.count}.ckpt")
+        save = TimedSave(scratch / f"{job.layout} {process.world_size}.ckpt")
         train_on_noise(job, device, job.steps, [result, save], epochs=2)
         row = save.row
-        if place.count > 1:
+        if process.world_size > 1:
             result = TrainingResult()
             train_on_noise(job, device, job.steps, [result], epochs=2, resume_from=save.path)
     reference = scratch / f"{job.part} {job.dtype}.pt"
-    if place.is_first and place.count == 1:
+    if process.is_first and process.world_size == 1:
         torch.save(result.content, reference)
-    elif place.is_first and reference.exists():
+    elif process.is_first and reference.exists():
         row |= differences_from_one(result.content, torch.load(reference), job.dtype)
     return row | {"losses": result.losses}
 
@@ -149,14 +150,14 @@ def train_on_noise(
     batches = [_random_batch(job, number, device) for number in range(1 if job.part == "speed" else steps)]
     loader = DataLoader(batches * (steps // len(batches)), batch_size=None, collate_fn=lambda batch: batch)
     with quiet_lightning():
-        trainer = new_trainer(config, device, Place.of_this(), [NanGuard(), *callbacks, ReleaseModel()], FolderWriter())
+        trainer = new_trainer(config, device, Process.this(), [NanGuard(), *callbacks, ReleaseModel()], FolderWriter())
         trainer.fit(module, loader, ckpt_path=resume_from, weights_only=True)
 
 
 def _random_batch(job: ScalingJob, number: int, device: torch.device) -> Batch:
     """This process's images of a batch, which is the same for any number of processes."""
-    place, side = Place.of_this(), job.model.image_size
-    own = slice(place.rank * job.batch // place.count, (place.rank + 1) * job.batch // place.count)
+    process, side = Process.this(), job.model.image_size
+    own = slice(process.rank * job.batch // process.world_size, (process.rank + 1) * job.batch // process.world_size)
     draw = torch.Generator().manual_seed(number)
     images = torch.randn(job.batch, 3, side, side, generator=draw)[own]
     labels = torch.randint(NUM_CLASSES, (job.batch,), generator=draw)[own]
@@ -181,7 +182,7 @@ class TrainingResult(Callback):
         self.content: dict[str, Any] = {}
 
     def on_train_batch_end(self, trainer: Trainer, module: Classifier, outputs: Any, *_: Any) -> None:
-        self.losses.append(float(total(outputs["loss"].detach().double()) / Place.of_this().count))
+        self.losses.append(float(total(outputs["loss"].detach().double()) / Process.this().world_size))
 
     def on_train_end(self, trainer: Trainer, module: Classifier) -> None:
         states, parameters = trainer.optimizers[0].state, dict(module.model.named_parameters())

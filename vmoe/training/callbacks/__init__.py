@@ -1,8 +1,4 @@
-"""What is ours alone in a training, as callbacks.
-
-`RoutingMonitor`, `ExactResume`, `NanGuard` and `Ema` go with any Trainer. `journal` and `run_checkpoints` keep a
-run's folder.
-"""
+"""What is ours alone in a training, as callbacks that go with any Trainer."""
 
 from vmoe.training.callbacks.ema import Ema
 from vmoe.training.callbacks.exact_resume import ExactResume

@@ -10,8 +10,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from vmoe.checkpoints.state import average_of
 from vmoe.errors import UserError
-from vmoe.training.average import WeightAverage
 from vmoe.training.classifier import Classifier
+from vmoe.training.optim.average import WeightAverage
 
 
 class Ema(Callback):

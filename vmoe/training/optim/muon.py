@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from vmoe.training.processes import local
+from vmoe.training.parallel.collectives import local
 
 MOMENTUM = 0.95
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)

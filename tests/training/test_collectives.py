@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import Replicate, distribute_tensor
 
-from vmoe.training import processes
+from vmoe.training.parallel import collectives
 
 MAIN = threading.main_thread()
 
@@ -27,7 +27,7 @@ class Slow:
 
 def of_a_mesh() -> dist.ProcessGroup:
     """The group of all, which a mesh has too that torch keeps."""
-    mesh = processes.new_mesh("cpu", (1,))
+    mesh = collectives.new_mesh("cpu", (1,))
     distribute_tensor(torch.ones(2), mesh, [Replicate()]).add_(1)
     return mesh.get_group()
 
@@ -48,21 +48,21 @@ def sent_late(group: dist.ProcessGroup) -> threading.Event:
     raise AssertionError("the main thread was always the last")
 
 
-@pytest.mark.parametrize("group_of", [of_a_mesh, processes.second_host_group])
+@pytest.mark.parametrize("group_of", [of_a_mesh, collectives.second_host_group])
 def test_the_end_waits_for_threads_that_have_yet_to_free_what_they_sent(group_of):
-    processes.connect("cpu")
+    collectives.connect("cpu")
     is_freed = sent_late(group_of())
-    processes.disconnect()
+    collectives.disconnect()
     assert is_freed.is_set()
 
 
 def test_the_second_group_is_one_until_the_end_and_another_after_it():
-    processes.connect("cpu")
-    first = id(processes.second_host_group())
-    assert id(processes.second_host_group()) == first
-    processes.disconnect()
-    processes.connect("cpu")
+    collectives.connect("cpu")
+    first = id(collectives.second_host_group())
+    assert id(collectives.second_host_group()) == first
+    collectives.disconnect()
+    collectives.connect("cpu")
     value = torch.ones(1)
-    dist.all_reduce(value, group=processes.second_host_group())
-    processes.disconnect()
+    dist.all_reduce(value, group=collectives.second_host_group())
+    collectives.disconnect()
     assert value == 1

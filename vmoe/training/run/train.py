@@ -36,20 +36,24 @@ from vmoe.models.sources import architecture_of
 from vmoe.moe import MoeConfig
 from vmoe.moe.assignment import CapacityError
 from vmoe.text import counted
-from vmoe.training import summary
 from vmoe.training.callbacks import Ema, ExactResume, NanGuard, RoutingMonitor
-from vmoe.training.callbacks.journal import Clock, Journal, MetricsTable
-from vmoe.training.callbacks.run_checkpoints import RunCheckpoints
 from vmoe.training.classifier import Classifier
 from vmoe.training.config import ModelConfig, ParallelConfig, TrainConfig
 from vmoe.training.distillation import Teacher, load_teacher
-from vmoe.training.initial import initial_model
-from vmoe.training.lock import locked
-from vmoe.training.loggers import open_loggers, rate_monitors, require_loggers
-from vmoe.training.parallel import check_parts, cut_of, fallback_of_muon
-from vmoe.training.processes import Place, connect, disconnect, gather, together
-from vmoe.training.progress import TrainingProgress
-from vmoe.training.resumption import (
+from vmoe.training.parallel.collectives import connect, disconnect, gather, together
+from vmoe.training.parallel.folder_writer import FolderWriter
+from vmoe.training.parallel.process import Process
+from vmoe.training.parallel.sample_draws import SampleDraws
+from vmoe.training.parallel.sharding import cut_and_start, load_weights
+from vmoe.training.parallel.strategies import check_parts, cut_of, fallback_of_muon
+from vmoe.training.run import summary
+from vmoe.training.run.checkpoints import RunCheckpoints
+from vmoe.training.run.initial import initial_model
+from vmoe.training.run.journal import Clock, Journal, MetricsTable
+from vmoe.training.run.lock import locked
+from vmoe.training.run.loggers import open_loggers, rate_monitors, require_loggers
+from vmoe.training.run.progress import TrainingProgress
+from vmoe.training.run.resumption import (
     check_folder,
     mark_launch,
     recover_checkpoints,
@@ -57,11 +61,8 @@ from vmoe.training.resumption import (
     resuming_command,
     saved_state,
 )
-from vmoe.training.sample_draws import SampleDraws
-from vmoe.training.sharded_files import FolderWriter
-from vmoe.training.sharding import cut_and_start, load_weights
-from vmoe.training.stopping import Interrupted, stopped_at_once
-from vmoe.training.trainer import new_trainer, quiet_lightning
+from vmoe.training.run.stopping import Interrupted, stopped_at_once
+from vmoe.training.run.trainer import new_trainer, quiet_lightning
 from vmoe.version import versions
 
 _MOST_TOKENS = 1024  # of an image, without a warning on a CPU
@@ -86,8 +87,8 @@ def train(config: TrainConfig, progress: TrainingProgress, command: str) -> dict
             became NaN.
         Interrupted: a signal stopped the run; what it had done in training is saved.
     """
-    place = Place.of_this()
-    if place.count == 1:  # there is nothing to share: the same code, and no cost, as without a strategy
+    process = Process.this()
+    if process.world_size == 1:  # there is nothing to share: the same code, and no cost, as without a strategy
         config = dataclasses.replace(config, parallel=ParallelConfig(draws=config.parallel.draws))
     if config.parallel.strategy == "auto":
         raise UserError("parallel.strategy=auto: is chosen by `vmoe train`; give ddp, fsdp or expert", everywhere=True)
@@ -97,11 +98,11 @@ def train(config: TrainConfig, progress: TrainingProgress, command: str) -> dict
         config = _for_cpu(config, progress)
     if config.parallel.strategy == "none":
         with stopped_at_once():
-            return _run(config, command, progress, device, place)
+            return _run(config, command, progress, device, process)
     connect(device.type)
     try:
         with stopped_at_once():
-            result = _run(config, command, progress, device, place)
+            result = _run(config, command, progress, device, process)
     except (Interrupted, UserError) as stop:
         if stop.everywhere:  # else others may still wait for this process, in vain
             _forget(stop)
@@ -119,32 +120,32 @@ def _forget(stop: BaseException | None) -> None:
 
 
 def _run(
-    config: TrainConfig, command: str, progress: TrainingProgress, device: torch.device, place: Place
+    config: TrainConfig, command: str, progress: TrainingProgress, device: torch.device, process: Process
 ) -> dict[str, Any] | None:
     folder = RunFolder(Path(config.output_dir))
     config = restarted(config, folder)
     together(lambda: check_folder(folder, config))
     with ExitStack() as held:
-        together(lambda: held.enter_context(locked(folder.path, progress.say, command)) if place.is_first else None)
+        together(lambda: held.enter_context(locked(folder.path, progress.say, command)) if process.is_first else None)
         together(lambda: check_folder(folder, config))  # another process may have been faster
-        return _run_in(folder, config, command, progress, device, place, held)
+        return _run_in(folder, config, command, progress, device, process, held)
 
 
 def _run_in(
     folder: RunFolder, config: TrainConfig, command: str, progress: TrainingProgress, device: torch.device,
-    place: Place, held: ExitStack,
+    process: Process, held: ExitStack,
 ) -> dict[str, Any] | None:  # fmt: skip
     """Trains or resumes the run of a folder that is this process's alone."""
     together(lambda: require_loggers(config))
-    together(lambda: recover_checkpoints(folder) if place.is_first and config.resume else None)
+    together(lambda: recover_checkpoints(folder) if process.is_first and config.resume else None)
     saved = together(lambda: saved_state(folder, config))
     result = gather(folder.read_summary())[0] if saved is not None and saved.progress.finished else None
     if result is not None and is_tested(result):
         progress.say(f"{folder.path}: this run is finished, after {counted(saved.progress.epochs_done, 'epoch')}")
         progress.say(summary.result_line(result, config.output_dir))
-        return result if place.is_first else None
-    _say_what_may_surprise(config, folder, saved, place, progress)
-    data = _data(config, device, place)
+        return result if process.is_first else None
+    _say_what_may_surprise(config, folder, saved, process, progress)
+    data = _data(config, device, process)
     for line in (*summary.data_lines(config.data, data), *data.notes):
         progress.say(line)
     if data.has_validation and (count := sum(data.images_of_classes("val"))) < _FEW_TO_CHOOSE_BY:
@@ -163,21 +164,21 @@ def _run_in(
     seed_everything(config.seed, verbose=False)
     built = together(lambda: _built_model(config, saved))
     fresh = dataclasses.replace(config, init_from=None, model=built) if saved else config
-    model, cut = _model(fresh, data, device, place, progress)
+    model, cut = _model(fresh, data, device, process, progress)
     progress.say(summary.model_line(config.model, model))
     if device.type == "cpu" and (line := _many_tokens(model, data.image_size)) is not None:
         progress.say(line)
     costs = _costs(dataclasses.replace(config, model=built), model, data)
     progress.console.print(summary.cost_table(f"{config.model.name}, {folder.path}", *costs))
     loggers = together(lambda: held.enter_context(open_loggers(config, folder)))
-    if place.is_first:
+    if process.is_first:
         mark_launch(folder)
         if saved is None or not folder.config.exists():
             _write_config(folder, config)
         else:
             note_epochs(folder, config.trainer.epochs)
     module = new_module(config, model, cut, teacher, _facts(config, built, data))
-    trainer = _fit(config, module, data, folder, saved, device, place, progress, loggers)
+    trainer = _fit(config, module, data, folder, saved, device, process, progress, loggers)
     test, untested = {}, None
     try:
         with quiet_lightning():
@@ -185,7 +186,7 @@ def _run_in(
     except Exception as error:  # what the training gave is written down in any case
         untested = error
     result = None
-    if place.is_first:
+    if process.is_first:
         result = _summary(config, folder, command, trainer, test) | summary.cost_entries(*costs)
         result |= summary.token_entries(costs[0], data, result["epochs"])
         write_json(folder.summary, result)
@@ -200,7 +201,7 @@ def _run_in(
 
 
 def _say_what_may_surprise(
-    config: TrainConfig, folder: RunFolder, saved: SavedRun | None, place: Place, progress: TrainingProgress
+    config: TrainConfig, folder: RunFolder, saved: SavedRun | None, process: Process, progress: TrainingProgress
 ) -> None:
     if config.resume and saved is None:
         progress.say(f"{folder.path}: no checkpoint to resume, so this run starts from the beginning")
@@ -211,7 +212,7 @@ def _say_what_may_surprise(
             f"warning: optim.warmup_epochs={config.optim.warmup_epochs} is longer than "
             f"trainer.epochs={config.trainer.epochs}: the learning rate never reaches optim.lr={config.optim.lr}"
         )
-    if (line := fallback_of_muon(config, place.count)) is not None:
+    if (line := fallback_of_muon(config, process.world_size)) is not None:
         progress.say(line)
 
 
@@ -241,11 +242,11 @@ def _many_tokens(model: nn.Module, image_size: int) -> str | None:
 
 
 def _model(
-    config: TrainConfig, data: ImageDataModule, device: torch.device, place: Place, progress: TrainingProgress
+    config: TrainConfig, data: ImageDataModule, device: torch.device, process: Process, progress: TrainingProgress
 ) -> tuple[nn.Module, Cut | None]:
     """The model at its start, and what cuts it over the processes, where the strategy does."""
-    cut = cut_of(config.parallel, place.count, device.type)
-    model = together(lambda: _initial_model(config, data, progress) if cut is None or place.is_first else None)
+    cut = cut_of(config.parallel, process.world_size, device.type)
+    model = together(lambda: _initial_model(config, data, progress) if cut is None or process.is_first else None)
     if cut is None:
         return model, None
     # One process of all has the whole model, on its host.
@@ -307,7 +308,7 @@ def new_module(
 
 def _fit(
     config: TrainConfig, module: Classifier, data: ImageDataModule, folder: RunFolder,
-    saved: SavedRun | None, device: torch.device, place: Place, progress: TrainingProgress, loggers: list[Logger],
+    saved: SavedRun | None, device: torch.device, process: Process, progress: TrainingProgress, loggers: list[Logger],
 ) -> Trainer:  # fmt: skip
     clock, writer = Clock(), FolderWriter(config.parallel.async_save)
     every, steps_done = config.trainer.log_every, saved.step if saved else 0
@@ -322,7 +323,7 @@ def _fit(
         RunCheckpoints(folder, clock, config.trainer.early_stopping, writer),
     ]
     with quiet_lightning():
-        trainer = new_trainer(config, device, place, callbacks, writer, loggers)
+        trainer = new_trainer(config, device, process, callbacks, writer, loggers)
         if saved is not None:
             _say_resumed(progress, folder, saved)
         if saved is None or not saved.progress.finished:
@@ -339,19 +340,19 @@ class _TrainingData(ImageDataModule):
         return super().val_dataloader() if self.has_validation else self.train_eval_dataloader(most=size)
 
 
-def _data(config: TrainConfig, device: torch.device, place: Place) -> ImageDataModule:
+def _data(config: TrainConfig, device: torch.device, process: Process) -> ImageDataModule:
     """The images, of which each process gets a part.
 
     Raises:
         UserError: they are missing or malformed, batches cannot be shared by so many processes, or there are no images
             to stop early by.
     """
-    data = _TrainingData(config.data, config.seed, device, place.rank, place.count, config.trainer.cuda_graph)
-    together(lambda: data.prepare_data() if place.local_rank == 0 else None)  # one process of a machine downloads
+    data = _TrainingData(config.data, config.seed, device, process.rank, process.world_size, config.trainer.cuda_graph)
+    together(lambda: data.prepare_data() if process.local_rank == 0 else None)  # one process of a machine downloads
 
     def setup() -> None:
         data.setup("fit")
-        check_parts(config, data.train_sampler.batch_size, place.count)
+        check_parts(config, data.train_sampler.batch_size, process.world_size)
         if config.trainer.early_stopping is not None and not data.has_validation:
             raise UserError(
                 f"trainer.early_stopping={config.trainer.early_stopping}: waits for a better val/top1, and "
@@ -387,18 +388,18 @@ def _check_files(config: TrainConfig, data: ImageDataModule, progress: TrainingP
 
 
 def _device(config: TrainConfig) -> torch.device:
-    place = Place.of_this()
+    process = Process.this()
     wanted = config.trainer.device
-    if place.count > 1 and config.parallel.strategy == "none":
+    if process.world_size > 1 and config.parallel.strategy == "none":
         raise UserError(
-            f"--parallel.strategy none: torchrun started {place.count} processes; use auto, ddp, fsdp or expert",
+            f"--parallel.strategy none: there are {process.world_size} processes; use auto, ddp, fsdp or expert",
             everywhere=True,
         )
     if wanted == "cuda" and not torch.cuda.is_available():
         raise UserError("--trainer.device cuda: no usable GPU here; use cpu or auto")
     device = torch.device("cpu")
     if wanted != "cpu" and torch.cuda.is_available():
-        device = torch.device("cuda", place.local_rank) if place.count > 1 else torch.device("cuda")
+        device = torch.device("cuda", process.local_rank) if process.world_size > 1 else torch.device("cuda")
     if device.type == "cpu" and config.trainer.precision == "fp16":
         raise UserError("--trainer.precision fp16: needs a GPU, and there is none here; use bf16 or 32")
     return device

@@ -1,4 +1,4 @@
-"""The processes of a run, as torchrun starts them: which one this is, and what they tell one another.
+"""What the processes of a run say to one another.
 
 With one process every function here returns what it was given.
 """
@@ -18,10 +18,10 @@ from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 
 from vmoe.errors import UserError
-from vmoe.training.place import Place
+from vmoe.training.parallel.process import Process, cluster_environment
 
 T = TypeVar("T")
-_TIMEOUT = timedelta(minutes=10)  # of a process that hangs; one that died is noticed by torchrun in seconds
+_TIMEOUT = timedelta(minutes=10)  # of a process that hangs; torchrun notices one that died in seconds
 _meshes: list[DeviceMesh] = []
 
 
@@ -29,19 +29,21 @@ def connect(device_type: str) -> None:
     """Lets the processes talk, once: on GPUs through NCCL, and through gloo what is on the host."""
     if dist.is_initialized():
         return
-    place = Place.of_this()
+    process = Process.this()
     backend = "gloo"
     if device_type == "cuda":
-        torch.cuda.set_device(place.local_rank)
+        torch.cuda.set_device(process.local_rank)
         backend = "cpu:gloo,cuda:nccl"
-    if place.count == 1:
+    rank, world_size = process.rank, process.world_size
+    if world_size == 1:
         store = dist.HashStore()
     else:
+        environment = cluster_environment()
+        os.environ |= {"MASTER_ADDR": environment.main_address, "MASTER_PORT": str(environment.main_port)}
+        store, _, _ = next(rendezvous(f"env://?rank={rank}&world_size={world_size}", timeout=_TIMEOUT))
         # Apart from what processes of an earlier attempt left in torchrun's store: their addresses
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        store, _, _ = next(rendezvous("env://", timeout=_TIMEOUT))
-        store = dist.PrefixStore(f"attempt {attempt}", store)
-    dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.count, timeout=_TIMEOUT)
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=_TIMEOUT)
 
 
 @cache

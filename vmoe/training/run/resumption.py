@@ -14,7 +14,7 @@ from vmoe.config_values import from_plain, to_plain
 from vmoe.errors import UserError
 from vmoe.files import aside, atomic_write, is_aside, recover, remove_leftovers
 from vmoe.training.config import TrainConfig
-from vmoe.training.processes import gather
+from vmoe.training.parallel.collectives import gather
 
 _EPOCHS = "trainer.epochs"
 _MOST_TOLD = 4  # differences of configs in one line

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vmoe.training.processes import local
+from vmoe.training.parallel.collectives import local
 
 
 class WeightAverage:

@@ -11,8 +11,8 @@ from torch import nn
 from vmoe.data.mixing import GROUP
 from vmoe.errors import UserError
 from vmoe.training.config import ParallelConfig, TrainConfig
-from vmoe.training.sharded_files import FolderWriter
-from vmoe.training.sharding import ShardedStrategy, shard
+from vmoe.training.parallel.folder_writer import FolderWriter
+from vmoe.training.parallel.sharding import ShardedStrategy, shard
 
 
 class UnwrappedDataParallel(DDPStrategy):
@@ -40,7 +40,7 @@ def strategy_of(config: TrainConfig, processes: int, writer: FolderWriter) -> St
 
 
 def cut_of(config: ParallelConfig, processes: int, device_type: str) -> Callable[[nn.Module], None] | None:
-    """What cuts a model for the strategy (see `vmoe.training.sharding.shard`); None where it stays whole."""
+    """What cuts a model for the strategy (see `vmoe.training.parallel.sharding.shard`); None where it stays whole."""
     if config.strategy not in ("fsdp", "expert"):
         return None
     is_whole = config.dense == "whole"

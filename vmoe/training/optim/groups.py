@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from vmoe.moe import moe_layers
 from vmoe.moe.experts import ExpertLinear
 from vmoe.training.config import OptimConfig
-from vmoe.training.muon import Muon
+from vmoe.training.optim.muon import Muon
 
 # Modules of timm's models that turn pixels into the first tokens: torch's advice is to leave them to AdamW.
 _EMBEDDINGS = ("patch_embed", "embeds")

@@ -13,11 +13,12 @@ from lightning.pytorch import Callback, Trainer
 from vmoe.checkpoints import RunFolder, copy_checkpoint, read_checkpoint, write_content
 from vmoe.checkpoints.state import RunProgress, progress_of, put_progress
 from vmoe.errors import UserError
-from vmoe.training.callbacks.journal import Clock
 from vmoe.training.classifier import Classifier
-from vmoe.training.processes import Flag, Place, gather
-from vmoe.training.sharded_files import FolderWriter
-from vmoe.training.stopping import Interrupted, SignalWatch
+from vmoe.training.parallel.collectives import Flag, gather
+from vmoe.training.parallel.folder_writer import FolderWriter
+from vmoe.training.parallel.process import Process
+from vmoe.training.run.journal import Clock
+from vmoe.training.run.stopping import Interrupted, SignalWatch
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -110,7 +111,7 @@ class RunCheckpoints(Callback):
 
     def on_exception(self, trainer: Trainer, module: Classifier, exception: BaseException) -> None:
         failed = self.writer.leave()
-        if failed is not None and Place.of_this().is_first:
+        if failed is not None and Process.this().is_first:
             print(f"vmoe train: error: {failed}", file=sys.stderr)  # beside what stops the run
         self._signals.remove()
 

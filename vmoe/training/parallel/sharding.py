@@ -18,10 +18,10 @@ from vmoe.checkpoints.sharded import folder_tensors, is_sharded, read_plain_part
 from vmoe.errors import UserError
 from vmoe.moe import moe_layers
 from vmoe.moe.parallel import deal_out_experts
-from vmoe.training.muon import Muon
-from vmoe.training.optim import by_name
-from vmoe.training.processes import local, new_mesh, total
-from vmoe.training.sharded_files import FolderWriter, load_tensors
+from vmoe.training.optim.groups import by_name
+from vmoe.training.optim.muon import Muon
+from vmoe.training.parallel.collectives import local, new_mesh, total
+from vmoe.training.parallel.folder_writer import FolderWriter, load_tensors
 
 
 class ShardedStrategy(ModelParallelStrategy):

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins.environments import LightningEnvironment
 
-from vmoe.training.callbacks.run_checkpoints import AtomicCheckpointIO
 from vmoe.training.config import TrainConfig
-from vmoe.training.parallel import strategy_of
-from vmoe.training.processes import Place
-from vmoe.training.sharded_files import FolderWriter
+from vmoe.training.parallel.folder_writer import FolderWriter
+from vmoe.training.parallel.process import Process, cluster_environment
+from vmoe.training.parallel.strategies import strategy_of
+from vmoe.training.run.checkpoints import AtomicCheckpointIO
 
 _PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
@@ -21,7 +22,7 @@ _PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 def new_trainer(
     config: TrainConfig,
     device: torch.device,
-    place: Place,
+    process: Process,
     callbacks: list[Any],
     writer: FolderWriter,
     loggers: Sequence[Logger] = (),
@@ -29,15 +30,15 @@ def new_trainer(
     """A Trainer that leaves data, checkpoints, progress and the files of a run to this package."""
     return Trainer(
         accelerator=device.type,
-        devices=place.local_count,
-        num_nodes=place.count // place.local_count,
-        strategy=strategy_of(config, place.count, writer),
+        devices=process.local_world_size,
+        num_nodes=process.world_size // process.local_world_size,
+        strategy=strategy_of(config, process.world_size, writer),
         use_distributed_sampler=False,
         precision=_PRECISIONS[config.trainer.precision],
         max_epochs=config.trainer.epochs,
         accumulate_grad_batches=config.trainer.accumulate,
         callbacks=callbacks,
-        plugins=[AtomicCheckpointIO()],
+        plugins=[AtomicCheckpointIO(), cluster_environment() or LightningEnvironment()],
         inference_mode=False,  # so that the test runs the graphs compiled for validation
         num_sanity_val_steps=0,  # it would draw random numbers that a resumed run does not
         logger=list(loggers) or False,

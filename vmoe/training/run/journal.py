@@ -18,9 +18,10 @@ from vmoe.files import atomic_write
 from vmoe.training.callbacks.routing_monitor import RoutingMonitor
 from vmoe.training.classifier import RAW_TOP1, Classifier
 from vmoe.training.config import TrainerConfig, logger_options
-from vmoe.training.processes import Place, gather
-from vmoe.training.progress import TrainingProgress
+from vmoe.training.parallel.collectives import gather
+from vmoe.training.parallel.process import Process
 from vmoe.training.routing_sums import as_metrics, metric_columns, warnings_of
+from vmoe.training.run.progress import TrainingProgress
 
 TRAIN_COLUMNS = ("epoch", "step", "train/loss", "train/top1", "train/images_per_second", "lr")
 VAL_COLUMNS = ("val/loss", "val/top1", "val/top5")
@@ -180,7 +181,7 @@ class Journal(Callback):
         if trainer.datamodule.has_validation:
             columns += [*VAL_COLUMNS, *([] if module.average is None else [RAW_TOP1])]
         columns += metric_columns(module.model)
-        if Place.of_this().is_first:
+        if Process.this().is_first:
             self.table = MetricsTable(self.folder.metrics, columns, self.step)
             if self._has_events:
                 self.events = Events(self.folder.path, self.step, self.progress.say)

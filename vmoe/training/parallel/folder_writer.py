@@ -13,7 +13,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from vmoe.checkpoints.sharded import SafeReader, write_plain_part
 from vmoe.errors import UserError
 from vmoe.files import new_folder
-from vmoe.training.processes import Place, gather, second_host_group, together
+from vmoe.training.parallel.collectives import gather, second_host_group, together
+from vmoe.training.parallel.process import Process
 
 
 class FolderWriter:
@@ -42,7 +43,7 @@ class FolderWriter:
             UserError: one of the processes cannot write, this folder or the one before; what was there before stays.
         """
         self.wait()
-        is_first = Place.of_this().is_first
+        is_first = Process.this().is_first
         with ExitStack() as stack:
             own = together(lambda: stack.enter_context(new_folder(path)) if is_first else None)
             folder = gather(own)[0]
@@ -61,7 +62,7 @@ class FolderWriter:
         Raises:
             UserError: the job failed, where nothing is under way.
         """
-        is_first, before = Place.of_this().is_first, self._under_way
+        is_first, before = Process.this().is_first, self._under_way
         if before is None:
             together(lambda: job() if is_first else None)
         elif is_first:

@@ -1,0 +1,39 @@
+"""Which of several processes this is, by the variables of each launcher."""
+
+import pytest
+
+from vmoe.errors import UserError
+from vmoe.training.parallel.process import Process
+
+SLURM = {"SLURM_STEP_ID": 0, "SLURM_NTASKS": 4, "SLURM_PROCID": 3, "SLURM_LOCALID": 1, "SLURM_NODEID": 1}
+TORCHRUN = {"RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 2, "TORCHELASTIC_RUN_ID": "one"}
+KUBERNETES = {"KUBERNETES_SERVICE_HOST": "a", "MASTER_ADDR": "b", "MASTER_PORT": 1, "RANK": 1, "WORLD_SIZE": 2}
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, Process()),
+        (TORCHRUN, Process(1, 2, 1, 2)),
+        (SLURM | {"SLURM_NTASKS_PER_NODE": 2}, Process(3, 4, 1, 2)),
+        (SLURM | TORCHRUN, Process(1, 2, 1, 2)),  # srun has started torchrun
+        ({name: value for name, value in SLURM.items() if name != "SLURM_STEP_ID"}, Process()),  # a batch script
+        (SLURM | {"SLURM_JOB_NAME": "interactive"}, Process()),
+        (KUBERNETES, Process(1, 2, 0, 1)),
+        ({"RANK": 1, "WORLD_SIZE": 2}, Process()),
+    ],
+)
+def test_launchers_say_which_process_this_is(monkeypatch, variables, expected):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(value))
+    assert Process.this() == expected
+
+
+def test_slurm_without_the_tasks_of_a_node_is_one_line(monkeypatch):
+    for name, value in (SLURM | {"SLURM_NTASKS": 5}).items():
+        monkeypatch.setenv(name, str(value))
+    from vmoe.training.parallel import process
+
+    process._environment.cache_clear()
+    with pytest.raises(UserError, match=r"SLURM: .*--ntasks-per-node=5"):
+        Process.this()
