@@ -167,9 +167,10 @@ class TrainerConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """Several processes, started by torchrun. `data.batch_size` is that of all, and learning rates do not change.
+    """Several processes, started by torchrun, srun or mpirun.
 
-    A single process trains as with none, whatever is asked for here.
+    `data.batch_size` is that of all processes together, and learning rates do not change. A single process trains as
+    with none, whatever is asked for here.
 
     Args:
         strategy: none, one process. ddp: each process has the whole model and a part of every batch. fsdp: also the
