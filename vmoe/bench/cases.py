@@ -77,10 +77,7 @@ CASES = {
 def given_routing(case: LayerCase, device: torch.device, dropless: bool = False) -> Routing:
     """Sends each token to K distinct experts at random, equally many to each expert, all within the capacity.
 
-    Args:
-        case: The sizes.
-        device: Where the tensors lie.
-        dropless: Whether there is no capacity, which changes no result.
+    With `dropless` there is no capacity, which changes no result.
     """
     order = torch.randperm(case.num_tokens)[:, None] * case.top_k + torch.arange(case.top_k)
     chosen_GSK = (order % case.num_experts)[None].to(device)

@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 
 from vmoe.bench.cases import LayerCase
 from vmoe.bench.figure import SERIES, dress, new_figure
-from vmoe.bench.layer import LAYER_CALLS_ON_GPU, layer_jobs
+from vmoe.bench.layer import calls_at_once, layer_jobs
 from vmoe.bench.report import Column, Row
-from vmoe.bench.timing import Measurement, Say, reason_of_failure, release, time_jobs
+from vmoe.bench.timing import Measurement, Say, silent, time_made_jobs
 from vmoe.figures.style import INK
 
 CURVE_JOBS = ("dense", "experts", "layer")
@@ -49,17 +49,11 @@ def points(axis: str, base: LayerCase) -> Iterator[tuple[float | None, LayerCase
 
 
 def benchmark_curves(
-    base: LayerCase, axes: list[str], device: torch.device, dtype: torch.dtype, rounds: int, say: Say | None = None
+    base: LayerCase, axes: list[str], device: torch.device, dtype: torch.dtype, rounds: int, say: Say = silent
 ) -> list[Row]:
-    """Times dense, experts and layer along the axes, forward and backward.
+    """Times dense, experts and layer, forward and backward, along axes of `AXES` from the sizes `base`.
 
-    Args:
-        base: The sizes that an axis does not change.
-        axes: Names from `AXES`.
-        device: Where to run.
-        dtype: Type of autocast; float32 for none.
-        rounds: How often each job is timed at a point.
-        say: Called with a line for every point.
+    Autocast is to `dtype` (float32: none). Each job is timed `rounds` times at a point. `say` gets a line per point.
 
     Returns:
         A row per point; a job that could not run has no time, and the row's `error` says why.
@@ -70,24 +64,12 @@ def benchmark_curves(
     rows = []
     for axis in axes:
         for value, case in points(axis, base):
-            if say is not None:
-                say(f"{axis} {'unbounded' if value is None else value}")
+            say(f"{axis} {'unbounded' if value is None else value}")
             rows.append({"axis": axis, "value": "none" if value is None else value, "tokens": case.num_tokens})
-            rows[-1] |= _point_row(_time_point(case, device, dtype, rounds))
+            makers = layer_jobs(case, device, dtype)
+            chosen = {job: makers[job] for job in CURVE_JOBS}
+            rows[-1] |= _point_row(time_made_jobs(chosen, device, rounds, calls_at_once(device)))
     return rows
-
-
-def _time_point(case: LayerCase, device: torch.device, dtype: torch.dtype, rounds: int) -> dict[str, Measurement]:
-    makers, jobs, results = layer_jobs(case, device, dtype), {}, {}
-    for name in CURVE_JOBS:
-        try:
-            jobs[name] = makers[name]()
-        except Exception as error:  # such as a lack of memory, which must not end the curve
-            results[name] = Measurement(error=reason_of_failure(name, error, device))
-    results |= time_jobs(jobs, device, rounds, LAYER_CALLS_ON_GPU if device.type == "cuda" else 1)
-    jobs.clear()
-    release(device)
-    return results
 
 
 def _point_row(results: dict[str, Measurement]) -> Row:

@@ -15,11 +15,10 @@ from torch._dynamo import config as dynamo_config
 
 from vmoe.bench import peers
 from vmoe.bench.cases import LayerCase, given_routing
-from vmoe.bench.timing import Measurement, Say, TimedJob, matmul_peak, reason_of_failure, release, time_jobs
+from vmoe.bench.timing import Measurement, Say, TimedJob, matmul_peak, silent, time_made_jobs
 from vmoe.moe import MoeConfig, MoeMlp, Routing
 from vmoe.moe.experts import Experts, ExpertSpec
 
-LAYER_CALLS_ON_GPU = 4  # between two readings of the clock
 SQUARE_ON_GPU, SQUARE = 8192, 1024  # a product that any device is good at
 
 
@@ -30,19 +29,12 @@ def benchmark_layer(
     rounds: int,
     only: list[str] | None = None,
     with_peers: bool = False,
-    say: Say | None = None,
+    say: Say = silent,
 ) -> tuple[dict[str, Measurement], float]:
     """Times the jobs of `layer_jobs`, and with `with_peers` those of `vmoe.bench.peers`.
 
-    Args:
-        case: The sizes.
-        device: Where to run.
-        dtype: Type of autocast; float32 for none.
-        rounds: How often each job is timed.
-        only: Beginnings of the names of the jobs to run beside the dense ones. None runs all on a GPU, and all that are
-            not compiled on a CPU, where a C++ compiler may be missing.
-        with_peers: Whether to add the peers, each of which is checked first.
-        say: Called with a line on what is done.
+    `only` holds the beginnings of the names of the jobs to run beside the dense ones. Without it all run on a GPU, and
+    all that are not compiled on a CPU, where a C++ compiler may be missing. Autocast is to `dtype` (float32: none).
 
     Returns:
         A measurement per job, and the best rate in FLOP/s of the dense layer's products and of a large square product.
@@ -57,23 +49,17 @@ def benchmark_layer(
     makers = {name: make for name, make in makers.items() if _is_wanted(name, only, device)}
     square = SQUARE_ON_GPU if device.type == "cuda" else SQUARE
     peak = matmul_peak(device, dtype, [*case.product_shapes, (square, square, square)])
-    jobs, failed = {}, {}
-    for name, make in makers.items():
-        if say is not None:
-            say(f"making {name}")
-        try:
-            jobs[name] = make()
-        except Exception as error:  # one variant that cannot be built must not end the others
-            failed[name] = Measurement(error=reason_of_failure(name, error, device))
     with dynamo_config.patch(fail_on_recompile_limit_hit=True):  # else it would quietly not be compiled
-        measured = time_jobs(jobs, device, rounds, LAYER_CALLS_ON_GPU if device.type == "cuda" else 1, say)
+        measured = time_made_jobs(makers, device, rounds, calls_at_once(device), say)
     for name, result in measured.items():
         if "CUDA graph" in name:
             result.peak_mib = None  # taken when it was captured, not when it is replayed
-    jobs.clear()
-    release(device)
-    results = measured | failed
-    return {name: results[name] for name in makers}, peak
+    return measured, peak
+
+
+def calls_at_once(device: torch.device) -> int:
+    """Calls of a layer between two readings of the clock."""
+    return 4 if device.type == "cuda" else 1
 
 
 def layer_jobs(case: LayerCase, device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], TimedJob]]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._dynamo import config as dynamo_config
 
 from vmoe.bench.report import Column, Row, measurement_row
-from vmoe.bench.timing import Measurement, Say, TimedJob, reason_of_failure, release, time_calls, time_jobs
+from vmoe.bench.timing import Measurement, Say, TimedJob, reason_of_failure, release, silent, time_calls, time_jobs
 from vmoe.models.cost import count_parameters, flops_per_image
 from vmoe.moe import auxiliary_loss
 
@@ -60,15 +60,10 @@ class ModelTiming:
     rounds: int = 8  # how often each job is timed
 
 
-def benchmark_models(
-    makers: dict[str, Callable[[], nn.Module]], timing: ModelTiming, say: Say = lambda line: None
-) -> list[Row]:
+def benchmark_models(makers: dict[str, Callable[[], nn.Module]], timing: ModelTiming, say: Say = silent) -> list[Row]:
     """Times models in one process, in shuffled order.
 
-    Args:
-        makers: Makers of the models on the device, by name. Ratios are to "dense", where there is one.
-        timing: How they are timed.
-        say: Called with a line on what is done.
+    `makers` make the models on the device, by name. Ratios are to "dense", where there is one.
 
     Returns:
         A row for each model, pass and mode. Ratios are to the dense model's fastest mode; `fastest` marks the fastest

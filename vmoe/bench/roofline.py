@@ -89,15 +89,7 @@ def stage_work(case: LayerCase, dtype: torch.dtype) -> dict[str, LeastWork]:
 def layer_floors(
     results: dict[str, Measurement], case: LayerCase, dtype: torch.dtype, peak: float, bandwidth: float
 ) -> list[Row]:
-    """The layers that were measured.
-
-    Args:
-        results: Of `benchmark_layer`.
-        case: Its case.
-        dtype: Its type.
-        peak: Of matrix products in FLOP/s.
-        bandwidth: Of a copy in bytes/s.
-    """
+    """The layers that were measured; `peak` is that of products in FLOP/s, `bandwidth` a copy's in bytes/s."""
     return [
         _floor_row(name, results[name].median, layer_work(case, name, dtype), peak, bandwidth)
         for name in LAYERS

@@ -43,22 +43,38 @@ class Measurement:
         return (high - low) / 2 / self.median
 
 
+def silent(line: str) -> None:
+    """Says nothing."""
+
+
+def time_made_jobs(
+    makers: dict[str, Callable[[], TimedJob]], device: torch.device, rounds: int, calls: int, say: Say = silent
+) -> dict[str, Measurement]:
+    """Makes jobs and times them as `time_jobs` does; one that cannot be made is reported with its error too."""
+    jobs, results = {}, {}
+    for name, make in makers.items():
+        say(f"making {name}")
+        try:
+            jobs[name] = make()
+        except Exception as error:  # such as a lack of memory, which must not end the others
+            results[name] = Measurement(error=reason_of_failure(name, error, device))
+    results |= time_jobs(jobs, device, rounds, calls, say)
+    jobs.clear()
+    release(device)
+    return {name: results[name] for name in makers}
+
+
 def time_jobs(
-    jobs: dict[str, TimedJob], device: torch.device, rounds: int, calls: int, say: Say | None = None
+    jobs: dict[str, TimedJob], device: torch.device, rounds: int, calls: int, say: Say = silent
 ) -> dict[str, Measurement]:
     """Warms up every job and measures its memory and synchronisations; then times all in rounds, in shuffled order.
 
-    Args:
-        jobs: By name. A job that fails is reported with its error and left out.
-        device: Where they run.
-        rounds: How often each is timed.
-        calls: Calls between two readings of the clock.
-        say: Called with a line before the first call of each job, and when the timing begins.
+    A job that fails is reported with its error and left out. There are `calls` between two readings of the clock. `say`
+    gets a line before the first call of each job, and when the timing begins.
 
     Raises:
         DeviceLost: A job left the device unusable; the message names it.
     """
-    say = say or (lambda line: None)
     results = {}
     for name, job in jobs.items():
         say(f"first look at {name}")
