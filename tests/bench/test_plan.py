@@ -188,7 +188,9 @@ def test_more_processes_than_the_experts_width_divides_into():
     assert "cannot be cut into 192 parts" in plan.missing
 
 
-@pytest.mark.parametrize(("images", "bucket", "accumulate"), [(2, 2**14, 1), (32, 2**24, 2)])
+@pytest.mark.parametrize(
+    ("images", "bucket", "accumulate"), [(2, 2**14, 1), pytest.param(32, 2**24, 2, marks=pytest.mark.slow)]
+)
 def test_memory_with_the_dense_part_whole_is_as_torchs_tracker_sees_it(
     four_processes, monkeypatch, images, bucket, accumulate
 ):

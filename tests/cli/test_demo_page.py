@@ -23,6 +23,7 @@ def runtime(tmp_path):
     return folder
 
 
+@pytest.mark.slow  # the tests of the page in a browser write one too
 def test_a_folder_that_is_written_again(save_run, tmp_path, runtime):
     out, pictures = tmp_path / "page", [tmp_path / name / "photo.png" for name in ("red", "blue")]
     for picture in pictures:  # of one name

@@ -52,7 +52,7 @@ def test_mistakes_are_one_line(arguments, told, capsys):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("quantize", [[], ["--quantize", "int8"]])
+@pytest.mark.parametrize("quantize", [[], pytest.param(["--quantize", "int8"], marks=pytest.mark.slow)])
 def test_a_program_of_torch_export(save_run, tmp_path, quantize):
     run, out = save_run(moe=MOE), tmp_path / "out" / "model.pt2"
     assert main([str(run), "--format", "torch-export", "--out", str(out), *quantize]) == 0
