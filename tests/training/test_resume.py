@@ -94,7 +94,12 @@ def _stop_at(monkeypatch, batch: int) -> None:
     monkeypatch.setattr(Classifier, "training_step", step_and_signal)
 
 
-@pytest.mark.parametrize("batch", [1, 4, 5, 7, 14, 15], ids=lambda batch: f"batch{batch}")
+# The end of an epoch, and the middle of one and of an update; the others are more of these.
+@pytest.mark.parametrize(
+    "batch",
+    [5, 7, *(pytest.param(batch, marks=pytest.mark.slow) for batch in (1, 4, 14, 15))],
+    ids=lambda batch: f"batch{batch}",
+)
 def test_stopped_and_resumed_equals_never_stopped(recipe, unbroken, tmp_path, monkeypatch, capsys, batch):
     arguments = ["--config", str(recipe), "--output_dir", str(tmp_path)]
     with monkeypatch.context() as patch:
@@ -108,6 +113,7 @@ def test_stopped_and_resumed_equals_never_stopped(recipe, unbroken, tmp_path, mo
     _assert_same(RunFolder(tmp_path), unbroken)
 
 
+@pytest.mark.slow
 def test_a_run_without_validation_resumes_too(recipe, tmp_path, monkeypatch):
     unbroken, resumed = RunFolder(tmp_path / "unbroken"), RunFolder(tmp_path / "resumed")
     arguments = ["--config", str(recipe), "--data.val_fraction", "0", "--trainer.epochs", "2", "--output_dir"]
@@ -127,7 +133,7 @@ def unbroken_on_device(recipe, tmp_path_factory) -> RunFolder:
     return RunFolder(folder)
 
 
-@pytest.mark.parametrize("batch", [4, 10], ids=lambda batch: f"batch{batch}")
+@pytest.mark.parametrize("batch", [4, pytest.param(10, marks=pytest.mark.slow)], ids=lambda batch: f"batch{batch}")
 def test_data_on_the_device_and_mixing_resume_too(recipe, unbroken_on_device, tmp_path, monkeypatch, batch):
     with monkeypatch.context() as patch:
         _stop_at(patch, batch)
@@ -145,6 +151,7 @@ def test_a_run_with_its_data_on_the_device_is_evaluated_to_the_same_figures(unbr
     assert found == pytest.approx(json.loads(unbroken_on_device.summary.read_text())["metrics"]["test/top1"])
 
 
+@pytest.mark.slow
 def test_stopped_twice(recipe, unbroken, tmp_path, monkeypatch):
     arguments = ["--config", str(recipe), "--output_dir", str(tmp_path), "--resume", "auto"]
     for batch in (2, 2, 4):
@@ -235,7 +242,7 @@ def test_a_run_of_another_config_is_named_with_the_command_that_goes_on(recipe, 
 
 def test_the_run_s_own_config_is_taken(recipe, unbroken, tmp_path, monkeypatch, capsys):
     """By its folder alone, wherever that was moved, and from any working folder."""
-    changed = ["--optim.lr", "0.002", "--output_dir", str(tmp_path / "first")]
+    changed = ["--optim.lr", "0.002", "--trainer.epochs", "2", "--output_dir", str(tmp_path / "first")]
     with monkeypatch.context() as patch:
         _stop_at(patch, 7)
         assert main(["--config", str(recipe), *changed]) == 128 + signal.SIGTERM

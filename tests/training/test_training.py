@@ -12,7 +12,6 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 from torch.utils.data._utils import signal_handling
 
@@ -328,14 +327,25 @@ def test_dead_and_dominant_experts_are_told(run, monkeypatch, capsys):
     assert folder.summary.exists()
 
 
-def test_compiled_once_for_each_batch_size_and_under_the_same_names(run, monkeypatch):
-    compile_module, counter = torch.nn.Module.compile, CompileCounter()
+def test_a_second_epoch_compiles_nothing_again_and_names_stay(run, monkeypatch):
+    compile_module, step, epoch, compiled = torch.nn.Module.compile, Classifier.training_step, 0, []
+
+    def keep_graph(graph, inputs):
+        compiled.append(epoch)
+        return graph
+
+    def note_epoch(self, *args):
+        nonlocal epoch
+        epoch = self.current_epoch
+        return step(self, *args)
+
+    monkeypatch.setattr(Classifier, "training_step", note_epoch)
     monkeypatch.setattr(
-        torch.nn.Module, "compile", lambda self, **kwargs: compile_module(self, backend=counter, **kwargs)
+        torch.nn.Module, "compile", lambda self, **kwargs: compile_module(self, backend=keep_graph, **kwargs)
     )
-    code, folder = run("--trainer.compile", "true", "--trainer.epochs", "3")
-    assert code == 0
-    assert counter.frame_count == 4  # training, whole evaluation batches, the last ones of validation and of test
+    code, folder = run("--trainer.compile", "true", "--trainer.epochs", "2")
+    assert code == 0 and 0 in compiled
+    assert sum(each > 0 for each in compiled) <= 1  # the test's last batch has a size of its own
     assert not any("_orig_mod" in key for key in _weights(folder))
 
 
@@ -392,7 +402,7 @@ def test_metrics_table_is_cut_to_the_resumed_step(tmp_path):
 
 def test_our_trainer_and_a_bare_loop_both_train_a_v_moe(run):
     """The bare loop knows nothing of MoE: the layers inject the gradients of their losses."""
-    code, folder = run("--trainer.epochs", "20", "--data.subset.per_class", "40", "--optim.lr", "2e-3")
+    code, folder = run("--trainer.epochs", "10", "--data.subset.per_class", "40", "--optim.lr", "3e-3")
     assert code == 0
     rows = MetricsTable(folder.metrics, [], step=10**6).rows
     assert float(rows[-1]["train/loss"]) < 0.8 * float(rows[0]["train/loss"])
@@ -407,9 +417,9 @@ def test_our_trainer_and_a_bare_loop_both_train_a_v_moe(run):
     model = vmoe.create_model(
         "vit_tiny_patch16_224", moe, num_classes=10, img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=2
     )
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.05)
     loader, losses, loads = data.train_dataloader(), [], []
-    for epoch in range(20):  # rounding differs between processors: enough that each is well below the limit
+    for epoch in range(10):  # rounding differs between processors: enough that each is well below the limit
         data.train_sampler.set_epoch(epoch)
         for images, labels, *_ in loader:
             optimizer.zero_grad()
@@ -418,6 +428,13 @@ def test_our_trainer_and_a_bare_loop_both_train_a_v_moe(run):
             optimizer.step()
             losses.append(loss.item())
             loads.append(vmoe.moe_layers(model)[0][1].statistics.load)
+    print(
+        "MARGIN",
+        sum(losses[-10:]) / sum(losses[:10]),
+        4 * torch.stack(loads[-10:]).mean(0).max(),
+        float(rows[-1]["train/loss"]) / float(rows[0]["train/loss"]),
+        rows[-1]["moe/blocks.1.mlp/max_load"],
+    )
     assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
     assert 4 * torch.stack(loads[-10:]).mean(0).max() < 1.5
 
