@@ -23,20 +23,20 @@ from vmoe.data import Batch, ImageDataModule
 from vmoe.training import classifier
 from vmoe.training.classifier import Classifier
 from vmoe.training.config import TrainConfig
-from vmoe.training.run import train as run
+from vmoe.training.run import model, train
 
 DEFAULTS = {"SIGNAL_AT": "-1", "SIGNALLED_RANK": "0", "RANK": "0", "NAN_AT": "-1", "STEP_SECONDS": "0"}
 
 
 def main_in_float64(arguments: list[str]) -> int:
     """Runs the command with these arguments."""
-    made, mixed = run.initial_model, ImageDataModule.on_after_batch_transfer
+    made, mixed = model.initial_model, ImageDataModule.on_after_batch_transfer
 
     def double_model(config: TrainConfig, *others) -> nn.Module:
-        model = made(config, *others).double()
-        print(f"made on {next(model.parameters()).device.type}", file=sys.stderr)
-        model.register_forward_pre_hook(lambda _, inputs: (inputs[0].double(), *inputs[1:]))
-        return model
+        double = made(config, *others).double()
+        print(f"made on {next(double.parameters()).device.type}", file=sys.stderr)
+        double.register_forward_pre_hook(lambda _, inputs: (inputs[0].double(), *inputs[1:]))
+        return double
 
     def double_targets(self, batch: Batch, dataloader_idx: int) -> Batch:
         batch = mixed(self, batch, dataloader_idx)
@@ -72,10 +72,11 @@ def main_in_float64(arguments: list[str]) -> int:
 
     if "UNCAPTURED" in os.environ:
         classifier.GraphedStep = lambda captured: captured
-        run._device = lambda config: torch.device("cpu")
+        train.device_of = lambda config: torch.device("cpu")
+        train._for_cpu = lambda config, progress: config
     dcp.FileSystemWriter.write_data = slow_write
     Classifier.training_step = failing_step
-    run.initial_model = double_model
+    model.initial_model = double_model
     ImageDataModule.on_after_batch_transfer = double_targets
     return main(arguments)
 

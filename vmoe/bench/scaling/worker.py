@@ -37,8 +37,8 @@ from vmoe.training.parallel.collectives import connect, disconnect, gather, tota
 from vmoe.training.parallel.folder_writer import FolderWriter
 from vmoe.training.parallel.process import Process
 from vmoe.training.parallel.strategies import cut_of
+from vmoe.training.run.model import new_module
 from vmoe.training.run.summary import peak_memory_mib
-from vmoe.training.run.train import new_module
 from vmoe.training.run.trainer import new_trainer, quiet_lightning
 
 _UNTIMED = 5  # updates before the timed ones: kernels are compiled, and a graph is captured in the fourth
@@ -150,7 +150,7 @@ def train_on_noise(
     batches = [_random_batch(job, number, device) for number in range(1 if job.part == "speed" else steps)]
     loader = DataLoader(batches * (steps // len(batches)), batch_size=None, collate_fn=lambda batch: batch)
     with quiet_lightning():
-        trainer = new_trainer(config, device, Process.this(), [NanGuard(), *callbacks, ReleaseModel()], FolderWriter())
+        trainer = new_trainer(config, device, [NanGuard(), *callbacks, ReleaseModel()], FolderWriter())
         trainer.fit(module, loader, ckpt_path=resume_from, weights_only=True)
 
 

@@ -1,18 +1,20 @@
-"""What a run that is resumed finds: its last checkpoint, if its config is still the same."""
+"""A run's folder: whether a run may begin or go on there, and its last checkpoint if the config is still the same."""
 
 import dataclasses
 import os
+import re
 import shlex
 import socket
 from pathlib import Path
 from typing import Any
 
 from vmoe.checkpoints import WITHOUT_EFFECT, RunFolder, flatten
-from vmoe.checkpoints.run_folder import is_config_of_run
+from vmoe.checkpoints.run_folder import config_text, is_config_of_run
 from vmoe.checkpoints.state import SavedRun, read_saved_run
 from vmoe.config_values import from_plain, to_plain
 from vmoe.errors import UserError
 from vmoe.files import aside, atomic_write, is_aside, recover, remove_leftovers
+from vmoe.moe import MoeConfig
 from vmoe.training.config import TrainConfig
 from vmoe.training.parallel.collectives import gather
 
@@ -46,6 +48,26 @@ def _launch() -> str:
     number = os.environ["TORCHELASTIC_RUN_ID"]
     # The same for all starts that are not given one; there torchrun itself tells them apart
     return f"{os.getppid()} of {socket.gethostname()}" if number == "none" else number
+
+
+def write_config(folder: RunFolder, config: TrainConfig) -> None:
+    """Writes a run's config.yaml; one process calls it."""
+    with atomic_write(folder.config) as temporary:
+        plain = {key: value for key, value in to_plain(config).items() if key != "resume"}
+        text = config_text(plain)
+        temporary.write_text(text if config.moe is None else _with_defaults(text, config.moe), encoding="utf-8")
+
+
+def _with_defaults(text: str, moe: MoeConfig) -> str:
+    """A config's YAML, with what the router decides beside each null of `moe`, which stays null."""
+    resolved = to_plain(moe.resolved())
+    before, heading, after = text.partition("\nmoe:\n")
+
+    def line(match: re.Match[str]) -> str:
+        value = resolved.get(match[1])
+        return match[0] if value is None else f"{match[0]}  # {value}"
+
+    return before + heading + re.sub(r"^  (\w+): null$", line, after, flags=re.MULTILINE)
 
 
 def recover_checkpoints(folder: RunFolder) -> None:

@@ -1,4 +1,4 @@
-"""Lightning's Trainer as all runs have it."""
+"""Lightning's Trainer as all runs have it, and the device that it trains on."""
 
 import logging
 import warnings
@@ -10,6 +10,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.environments import LightningEnvironment
 
+from vmoe.errors import UserError
 from vmoe.training.config import TrainConfig
 from vmoe.training.parallel.folder_writer import FolderWriter
 from vmoe.training.parallel.process import Process, cluster_environment
@@ -22,12 +23,12 @@ _PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 def new_trainer(
     config: TrainConfig,
     device: torch.device,
-    process: Process,
     callbacks: list[Any],
     writer: FolderWriter,
     loggers: Sequence[Logger] = (),
 ) -> Trainer:
     """A Trainer that leaves data, checkpoints, progress and the files of a run to this package."""
+    process = Process.this()
     return Trainer(
         accelerator=device.type,
         devices=process.local_world_size,
@@ -47,6 +48,29 @@ def new_trainer(
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+
+
+def device_of(config: TrainConfig) -> torch.device:
+    """Where this process trains.
+
+    Raises:
+        UserError: the device is not there, or does not go with the config.
+    """
+    process = Process.this()
+    wanted = config.trainer.device
+    if process.world_size > 1 and config.parallel.strategy == "none":
+        raise UserError(
+            f"--parallel.strategy none: there are {process.world_size} processes; use auto, ddp, fsdp or expert",
+            everywhere=True,
+        )
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError("--trainer.device cuda: no usable GPU here; use cpu or auto")
+    device = torch.device("cpu")
+    if wanted != "cpu" and torch.cuda.is_available():
+        device = torch.device("cuda", process.local_rank) if process.world_size > 1 else torch.device("cuda")
+    if device.type == "cpu" and config.trainer.precision == "fp16":
+        raise UserError("--trainer.precision fp16: needs a GPU, and there is none here; use bf16 or 32")
+    return device
 
 
 class quiet_lightning(warnings.catch_warnings):

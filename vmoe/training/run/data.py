@@ -1,0 +1,70 @@
+"""The images of a run: each process loads its part of them, and all files are opened where that is little work."""
+
+from collections.abc import Callable
+
+import torch
+
+from vmoe.data import ImageDataModule
+from vmoe.data.checking import is_worth_checking, refusal
+from vmoe.data.datamodule import EvalLoader
+from vmoe.errors import UserError
+from vmoe.training.config import TrainConfig
+from vmoe.training.parallel.collectives import gather, together
+from vmoe.training.parallel.process import Process
+from vmoe.training.parallel.strategies import check_parts
+
+
+def load_data(config: TrainConfig, device: torch.device) -> ImageDataModule:
+    """The images, of which each process gets a part.
+
+    Raises:
+        UserError: they are missing or malformed, batches cannot be shared by so many processes, or there are no images
+            to stop early by.
+    """
+    process = Process.this()
+    data = _TrainingData(config.data, config.seed, device, process.rank, process.world_size, config.trainer.cuda_graph)
+    together(lambda: data.prepare_data() if process.local_rank == 0 else None)  # one process of a machine downloads
+
+    def setup() -> None:
+        data.setup("fit")
+        check_parts(config, data.train_sampler.batch_size, process.world_size)
+        if config.trainer.early_stopping is not None and not data.has_validation:
+            raise UserError(
+                f"trainer.early_stopping={config.trainer.early_stopping}: waits for a better val/top1, and "
+                "data.val_fraction=0 leaves no images for validation; change one of them"
+            )
+
+    together(setup)
+    return data
+
+
+def check_files(config: TrainConfig, data: ImageDataModule, say: Callable[[str], object]) -> None:
+    """Opens all images where that is little work beside the run, and says where it is not done.
+
+    Raises:
+        UserError: an image of validation or test cannot be read; one of training is replaced by the next.
+    """
+    passes = config.trainer.epochs * config.data.repeat
+    is_wanted = is_worth_checking(data.files, passes) if config.data.check is None else config.data.check
+    if not data.files:
+        return
+    if not is_wanted:
+        advice = "" if config.data.check is False else "; --data.check true opens them"
+        say(f"data.check: the {data.files:,} image files are not opened before the run{advice}")
+        return
+    threads = config.data.workers or torch.get_num_threads()
+    by_process = gather(data.damaged_files(threads))
+    damaged = {split: [line for each in by_process for line in each[split]] for split in by_process[0]}
+    if refused := [line for split in ("val", "test") for line in damaged.get(split, [])]:
+        raise UserError(refusal(refused), everywhere=True)
+    count = len(damaged["train"])
+    beside = f", of which {count} of training cannot be read and are replaced: {damaged['train'][0]}" if count else ""
+    say(f"data.check: all {data.files:,} image files were opened{beside}")
+
+
+class _TrainingData(ImageDataModule):
+    """Without images for validation a batch of training images tells whether the weights have overflowed."""
+
+    def val_dataloader(self) -> EvalLoader:
+        size = self.config.eval_batch_size or self.config.batch_size
+        return super().val_dataloader() if self.has_validation else self.train_eval_dataloader(most=size)

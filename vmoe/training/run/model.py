@@ -1,0 +1,112 @@
+"""The model of a run at its start, what it costs, and the LightningModule that trains it."""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import nn
+
+from vmoe.checkpoints import ModelFacts, timm_arguments
+from vmoe.checkpoints.state import SavedRun
+from vmoe.config_values import to_plain
+from vmoe.data import ImageDataModule
+from vmoe.errors import UserError
+from vmoe.models.cost import check_training_capacity
+from vmoe.models.sources import architecture_of
+from vmoe.moe.assignment import CapacityError
+from vmoe.training.classifier import Classifier
+from vmoe.training.config import ModelConfig, TrainConfig
+from vmoe.training.distillation import Teacher
+from vmoe.training.parallel.collectives import together
+from vmoe.training.parallel.process import Process
+from vmoe.training.parallel.sample_draws import SampleDraws
+from vmoe.training.parallel.sharding import cut_and_start
+from vmoe.training.parallel.strategies import cut_of
+from vmoe.training.run.initial import initial_model
+from vmoe.training.run.summary import Cost, twin_cost
+
+_MOST_TOKENS = 1024  # of an image, without a warning on a CPU
+Cut = Callable[[nn.Module], None]  # the model into the parts of several processes
+
+
+def built_model(config: TrainConfig, saved: SavedRun | None) -> ModelConfig:
+    """The model by timm's own name and all arguments: what rebuilds it where a folder or hub that it came from is gone.
+
+    Raises:
+        UserError: they cannot be read.
+    """
+    if saved is None:
+        name, kwargs = architecture_of(config.model.name, config.model.kwargs)
+    else:
+        built = saved.facts.by_architecture().config["model"]
+        name, kwargs = built["name"], built["kwargs"]
+    return dataclasses.replace(config.model, name=name, kwargs=timm_arguments(kwargs))
+
+
+def start_model(
+    config: TrainConfig, data: ImageDataModule, device: torch.device, say: Callable[[str], object]
+) -> tuple[nn.Module, Cut | None]:
+    """The model at its start, and what cuts it over the processes, where the strategy does."""
+    cut = cut_of(config.parallel, Process.this().world_size, device.type)
+    classes, size = list(data.class_names), data.image_size
+    is_here = cut is None or Process.this().is_first
+    model = together(lambda: initial_model(config, classes, size, say) if is_here else None)
+    if cut is None:
+        return model, None
+    # One process of all has the whole model, on its host.
+    cut = partial(cut_and_start, cut=cut, source=model, device=device)
+    with torch.device("meta"):
+        return initial_model(dataclasses.replace(config, init_from=None), classes, size, say), cut
+
+
+def costs_of(config: TrainConfig, model: nn.Module, data: ImageDataModule) -> tuple[Cost, Cost]:
+    """Of the model and of its dense twin."""
+    try:
+        check_training_capacity(model, config.data.batch_size, data.image_size)
+        cost = Cost.of(model, data.image_size)  # an evaluation of one image, the smallest group
+    except CapacityError as error:
+        raise UserError(f"moe.{error}", everywhere=True) from error
+    return cost, twin_cost(config.model, data.num_classes, data.image_size)
+
+
+def many_tokens(model: nn.Module, image_size: int) -> str | None:
+    """A warning where the images and the patches make a model too slow for a CPU; None where they do not."""
+    tokens = getattr(getattr(model, "patch_embed", None), "num_patches", 0)
+    if tokens <= _MOST_TOKENS:
+        return None
+    return (
+        f"warning: at {image_size} pixels an image has {tokens:,} tokens, which is slow on a CPU; "
+        "lower data.image_size, or raise model.kwargs.patch_size"
+    )
+
+
+def new_module(
+    config: TrainConfig, model: nn.Module, cut: Cut | None, teacher: Teacher | None, facts: ModelFacts | None
+) -> Classifier:
+    """The module of a run: as the config says, it draws by image, captures its steps and compiles its model."""
+    draws = SampleDraws(config.seed) if config.parallel.draws == "sample" else None
+    if draws is not None:
+        draws.install(model)
+    module = Classifier(model, **to_plain(config.optim))
+    module.facts, module.draws, module.shard, module.teacher = facts, draws, cut, teacher
+    if config.trainer.cuda_graph:
+        module.capture_steps()
+    if config.trainer.compile:
+        # In place: no name of a weight changes. Static: the smaller last batch of a validation would otherwise make
+        # torch compile for any batch size, training included, in many small graphs.
+        model.compile(dynamic=False)
+    return module
+
+
+def facts_of_run(config: TrainConfig, built: ModelConfig, data: ImageDataModule) -> ModelFacts:
+    is_described = built.name != config.model.name  # by a folder or hub, which may be gone when it is opened
+    return ModelFacts(
+        config=to_plain(config) | {"resume": False},
+        class_names=data.class_names,
+        image_size=data.image_size,
+        mean=data.mean,
+        std=data.std,
+        bit_depth=data.bit_depth,
+        architecture={"name": built.name, "kwargs": to_plain(built.kwargs)} if is_described else None,
+    )
