@@ -19,21 +19,19 @@ TINY = ["--device", "cpu", "--width", "16", "--experts", "4", "--images", "2", "
 
 def test_layer_writes_what_it_prints(tmp_path, capsys):
     out = tmp_path / "new" / "folder"
-    chosen = ["--cases", "S32,Ti-k1", "--jobs", "layer inf", "peer: sort", "--peers", "--seed", "3"]
+    chosen = ["--cases", "S32,Ti-k1", "--jobs", "layer inf", "--seed", "3"]
     assert main(["layer", *TINY, *chosen, "--out", str(out)]) == 0
     shown = capsys.readouterr()
     report = json.loads((out / "layer.json").read_text())
     assert report["command"].startswith("vmoe benchmark layer --device cpu")
     assert report["seed"] == 3 and report["dtype"] == "float32" and "threads" in report["device"]
-    assert {"vmoe", "torch", "timm", "python", "transformers"} <= set(report["versions"])
+    assert {"vmoe", "torch", "timm", "python"} <= set(report["versions"])
     assert [case["case"] for case in report["cases"]] == ["S32 changed", "Ti-k1 changed"]
     case = report["cases"][0]
     assert (case["width"], case["hidden"], case["num_experts"], case["top_k"]) == (16, 64, 4, 2)
     assert case["flops"] == 12 * 10 * 2 * 16 * 64
     rows = {row["job"]: row for row in case["rows"]}
-    assert rows["peer: sort + grouped_mm"]["ratio"] == pytest.approx(
-        rows["peer: sort + grouped_mm"]["ms"] / rows["dense"]["ms"]
-    )
+    assert rows["layer inference"]["ratio"] == pytest.approx(rows["layer inference"]["ms"] / rows["dense"]["ms"])
     assert case["floors"][0]["name"] == "dense" and case["copy_bandwidth"] > 0
     markdown = (out / "layer.md").read_text()
     assert "## S32 changed: width 16, hidden 64, E=4, K=2, 2 images of 5 tokens" in shown.out
@@ -43,6 +41,15 @@ def test_layer_writes_what_it_prints(tmp_path, capsys):
     for picture in pictures:
         Image.open(out / picture).verify()
     assert {path.name for path in out.iterdir()} == {"layer.json", "layer.md", *pictures}
+
+
+@pytest.mark.slow  # transformers takes seconds to import
+def test_peers_are_timed_beside_the_layer(tmp_path):
+    chosen = ["--cases", "S32", "--jobs", "peer: sort", "--peers"]
+    assert main(["layer", *TINY, *chosen, "--out", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / "layer.json").read_text())
+    assert "transformers" in report["versions"]
+    assert "peer: sort + grouped_mm" in {row["job"] for row in report["cases"][0]["rows"]}
 
 
 def test_curves(tmp_path, monkeypatch, capsys):

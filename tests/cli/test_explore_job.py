@@ -15,6 +15,7 @@ from vmoe.explain.explorer import read_images
 MOE = {"num_experts": 4, "top_k": 2}
 FEW = ["--sample", "8", "--probe-images", "30", "--cause-images", "30", "--capacity-factor", "0.5", "1"]
 QUICK = [*FEW, "--replicates", "20"]
+COUNTS_ALONE = ["--sample", "1", "--probe-images", "0", "--cause-images", "0", "--replicates", "20"]
 
 
 def later(run, name, epochs, change=0.0):
@@ -59,6 +60,7 @@ def test_a_run_is_explored(save_run, tmp_path, capsys):
     assert report["findings"] and all(f"- {line}\n" in shown for line in report["findings"])
 
 
+@pytest.mark.slow
 def test_a_capacity_left_out_is_told_also_where_it_was_the_only_one(save_run, tmp_path, capsys):
     run = save_run(moe={**MOE, "capacity_rounding": "round", "capacity_multiple_of": 1})
     few = ["--sample", "1", "--probe-images", "0", "--cause-images", "4", "--replicates", "20"]
@@ -84,6 +86,7 @@ def test_capacities_without_bound_and_without_places(save_run, tmp_path, capsys)
     assert (out / "figures" / "capacity.png").exists()
 
 
+@pytest.mark.slow
 def test_the_same_call_gives_the_same_numbers(save_run, tmp_path):
     run = save_run(moe=MOE)
     reports = []
@@ -111,18 +114,18 @@ def test_runs_beside_each_other_and_earlier_checkpoints(save_run, tmp_path):
 def test_runs_of_one_name_are_told_apart(save_run, tmp_path):
     run = save_run("a", moe=MOE)
     shutil.copytree(run, tmp_path / "b" / "a")
-    assert main([str(run), str(tmp_path / "b" / "a"), "--out", str(tmp_path / "out"), *QUICK]) == 0
+    assert main([str(run), str(tmp_path / "b" / "a"), "--out", str(tmp_path / "out"), *COUNTS_ALONE]) == 0
     names = [run["name"] for run in json.loads((tmp_path / "out/data/report.json").read_text())["runs"]]
     assert len(set(names)) == 2 and names[1] == "b/a"
 
 
+@pytest.mark.slow
 def test_patch_labels_of_another_set(save_run, tmp_path):
     run = save_run(
         moe=MOE, data={"name": "patchwork"}, class_names=("disc", "ring", "square", "cross", "plus", "triangle")
     )
     out = tmp_path / "out"
-    arguments = ["--sample", "4", "--probe-images", "0", "--cause-images", "0", "--replicates", "20"]
-    assert main([str(run), "--out", str(out), *arguments]) == 0
+    assert main([str(run), "--out", str(out), *COUNTS_ALONE]) == 0
     report = json.loads((out / "data" / "report.json").read_text())
     assert len(report["patch_names"]) == 12 and report["capacity"] is None
     assert np.shape(report["layers"][0]["patch_label_log_ratio"]["matrix"]) == (4, 12)
@@ -162,7 +165,7 @@ def test_image_files_without_labels(save_run, photos, tmp_path, capsys):
 def test_image_files_named_one_by_one(save_run, photos, tmp_path):
     run, out = str(save_run(moe=MOE)), tmp_path / "out"
     files = [str(photos / f"photo {number}.png") for number in (1, 3)]
-    assert main([run, "--out", str(out), "--images", *files, *QUICK]) == 0
+    assert main([run, "--out", str(out), "--images", *files, *COUNTS_ALONE]) == 0
     told = json.loads((out / "data" / "report.json").read_text())["provenance"]
     assert (told["data"], told["num_images"]) == ("2 image files", 2)
 

@@ -70,6 +70,7 @@ def test_a_program_of_torch_export(save_run, tmp_path, quantize):
     assert report["bytes"] == {"model.pt2": out.stat().st_size}
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_onnx_with_its_weights_beside_it(save_run, tmp_path, monkeypatch):
     onnx, runtime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")

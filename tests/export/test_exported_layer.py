@@ -55,7 +55,7 @@ def parallel(routings: list[str]) -> Parallel:
     return Parallel([make_layer(**ROUTINGS[name]) for name in routings]).eval()
 
 
-@pytest.mark.slow  # a model's ONNX program is compared in tests/cli/test_export.py
+@pytest.mark.slow  # a model's ONNX program is compared in tests/cli/test_predict.py
 @torch.no_grad()
 def test_onnx_computes_the_same(tmp_path):
     pytest.importorskip("onnxscript")

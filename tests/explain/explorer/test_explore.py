@@ -51,7 +51,11 @@ def check(exploration, images, layers, experts, grids):
 
 
 @pytest.mark.parametrize(
-    "router", ["token_choice", "sigmoid", "cosine", "hash", "random", "balanced", "expert_choice", "soft"]
+    "router",
+    [
+        *("token_choice", "hash", "expert_choice", "soft"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("sigmoid", "cosine", "random", "balanced")),
+    ],
 )
 def test_every_router(make_model, make_batches, router):
     found = explore(make_model(router), make_batches(), options=FEW)
