@@ -108,7 +108,7 @@ def loss_of(model: nn.Module, *blocks: int) -> torch.Tensor:
     return sum(model.blocks[block].mlp.last_auxiliary_loss for block in blocks)
 
 
-@pytest.mark.parametrize("compiled", ["nothing", "the model", "some blocks"])
+@pytest.mark.parametrize("compiled", ["nothing", "some blocks", pytest.param("the model", marks=pytest.mark.slow)])
 def test_layers_that_the_last_pass_did_not_run_do_not_count(compiled):
     model, images = deep_model(), torch.randn(2, 2, 3, 16, 16)
     graphs = []

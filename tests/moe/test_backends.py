@@ -90,7 +90,7 @@ def small_model(**knobs) -> nn.Module:
     )
 
 
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("training", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_whole_model_compiles_without_graph_break(training):
     model, images = small_model().train(training), torch.randn(5, 3, 16, 16)
     eager = model(images)

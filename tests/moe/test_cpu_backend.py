@@ -231,7 +231,7 @@ def test_operator_passes_torchs_own_checks(bias):
     library.opcheck(torch.ops.vmoe.cpu_experts.default, arguments, test_utils=checks)
 
 
-@pytest.mark.parametrize("capacity_factor", [0.5, None])
+@pytest.mark.parametrize("capacity_factor", [0.5, pytest.param(None, marks=pytest.mark.slow)])
 def test_compilation_gives_the_same(capacity_factor):
     moe = MoeConfig(num_experts=4, eval_capacity_factor=capacity_factor)
     layer, x = vmoe.MoeMlp(8, 16, moe=moe).eval(), torch.randn(3, 9, 8)

@@ -281,9 +281,10 @@ def test_without_probes_and_causes_their_parts_are_empty(make_model, make_batche
 
 def test_the_sample_is_uniform_and_bounded(make_model, make_batches):
     model, batches = make_model(), make_batches(200)
-    taken = [explore(model, batches, options=replace(COUNT_ONLY, seed=seed)).images["number"] for seed in range(5)]
+    found = [explore(model, batches, options=replace(COUNT_ONLY, seed=seed)).images for seed in (0, 1)]
+    taken = [images["number"] for images in found]
     assert all(len(set(numbers)) == 20 and (np.diff(numbers) > 0).all() for numbers in taken)
-    assert 60 < np.mean(taken) < 140
-    images = explore(model, batches, options=COUNT_ONLY).images
+    assert 60 < np.mean(taken) < 140 and (taken[0] != taken[1]).any()
+    images = found[0]
     shown = torch.cat([images for images, _ in batches])[images["number"][0]] * 0.5 + 0.5
     assert np.abs(images["pixels"][0] - 255 * shown.clamp(0, 1).permute(1, 2, 0).numpy()).max() <= 0.5 + 1e-3
