@@ -68,33 +68,45 @@ def _dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = F
     return torch.native_dropout(x, p, True)[0] if training and p > 0 else x
 
 
-def _flash_attention(query: Tensor, key: Tensor, value: Tensor, charge: Charge) -> Tensor:
-    if torch.is_autocast_enabled("cpu"):
-        query, key, value = (part.to(torch.get_autocast_dtype("cpu")) for part in (query, key, value))
-    return _FlashAttention.apply(query, key, value, charge)
+class _Fake(torch.autograd.Function):
+    """A kernel by the tensors that it makes.
 
-
-class _FlashAttention(torch.autograd.Function):
-    """(B, heads, N, width of a head) each: keeps query, key, value, result and a number per row."""
+    `forward(*tensors)` gives the result and what is kept of it; `backward(grad, *kept)` gives the tensors' gradients.
+    Neither may hold a tensor beside: autograd counts and frees what is kept.
+    """
 
     @staticmethod
-    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, charge: Charge) -> Tensor:
-        images, heads, tokens, width = query.shape
-        result = query.new_empty(images, tokens, heads, width).transpose(1, 2)
-        sums = query.new_empty(images, heads, tokens, dtype=torch.float32)
-        ctx.save_for_backward(query, key, value, result, sums)
-        ctx.charge = charge
-        charge("attention", query.dtype, 4 * key.shape[2] * query.numel(), 4 * _bytes(query))
+    def forward(ctx, forward: Callable, backward: Callable, *tensors: Tensor | None) -> Tensor:
+        result, kept = forward(*tensors)
+        ctx.save_for_backward(*kept)
+        ctx.gradients = backward
         return result
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        query, key, value, *_ = ctx.saved_tensors
+        return None, None, *ctx.gradients(grad, *ctx.saved_tensors)
+
+
+def _flash_attention(query: Tensor, key: Tensor, value: Tensor, charge: Charge) -> Tensor:
+    """(B, heads, N, width of a head) each: keeps query, key, value, result and a number per row."""
+    if torch.is_autocast_enabled("cpu"):
+        query, key, value = (part.to(torch.get_autocast_dtype("cpu")) for part in (query, key, value))
+
+    def forward(query: Tensor, key: Tensor, value: Tensor):
+        images, heads, tokens, width = query.shape
+        result = query.new_empty(images, tokens, heads, width).transpose(1, 2)
+        sums = query.new_empty(images, heads, tokens, dtype=torch.float32)
+        charge("attention", query.dtype, 4 * key.shape[2] * query.numel(), 4 * _bytes(query))
+        return result, (query, key, value, result, sums)
+
+    def backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Tensor):
         accumulated = query.new_empty(query.shape, dtype=torch.float32)
         grads = tuple(part.new_empty(part.shape) for part in (query, key, value))
         moved = 8 * _bytes(query) + 2 * _bytes(accumulated)
-        ctx.charge("attention", query.dtype, 10 * key.shape[2] * query.numel(), moved, 3)
-        return *grads, None
+        charge("attention", query.dtype, 10 * key.shape[2] * query.numel(), moved, 3)
+        return grads
+
+    return _Fake.apply(forward, backward, query, key, value)
 
 
 class _FakeFusedExperts(Experts):
@@ -112,63 +124,50 @@ class _FakeFusedExperts(Experts):
 
 
 def _fused(x_TD: Tensor, choices: Choices, mlp: Mlp, charge: Charge) -> Tensor:
-    casts = [weight.detach().to(mlp.dtype) for weight in (mlp.weight1, mlp.weight2)]
-    num_experts = mlp.weight1.shape[0]
-    num_choices = choices.chosen_TK.numel()
-    num_rows = rows_of_buffer(
-        num_choices, num_experts, rows_of_share(choices.slots_of_expert, num_choices, num_experts)
-    )
-    learned = (mlp.weight1, mlp.bias1, mlp.weight2, mlp.bias2)
-    return _FakeFusedMlp.apply(x_TD, choices.weights_TK, *learned, *casts, mlp, num_rows, charge)
+    """Dispatch, both layers and combine; memory as in `vmoe.moe.kernels.experts.fused.mlp`."""
+    biases, recompute, is_gated = (mlp.bias1, mlp.bias2), mlp.recompute, isinstance(mlp.activation, Glu)
+    num_experts, num_choices = mlp.weight1.shape[0], choices.chosen_TK.numel()
+    share = rows_of_share(choices.slots_of_expert, num_choices, num_experts)
+    num_rows = rows_of_buffer(num_choices, num_experts, share)
 
-
-def _is_fused(mlp: Mlp) -> bool:
-    return requirements.what_it_lacks(mlp) is None and requirements.what_does_not_fit(mlp) is None
-
-
-class _FakeFusedMlp(torch.autograd.Function):
-    """Dispatch, both layers and combine; memory as in `vmoe.moe.kernels.experts.fused.mlp`.
-
-    Autograd needs each tensor as an argument of its own.
-    """
-
-    @staticmethod
-    def forward(ctx, x_TD, weights_TK, weight1, bias1, weight2, bias2, cast1, cast2, mlp: Mlp, num_rows: int, charge):
+    def forward(x_TD, weights_TK, weight1, _, weight2, __, cast1, cast2):
         (_, width_F, width_D), (_, width_O, width_H) = weight1.shape, weight2.shape
         x_RD, pre_RF = cast1.new_empty(num_rows, width_D), cast1.new_empty(num_rows, width_F)
         act_RH, y_RO = cast1.new_empty(num_rows, width_H), cast1.new_empty(num_rows, width_O)
         y_TO = cast1.new_empty(x_TD.shape[0], width_O)
         choice_R = x_TD.new_empty(num_rows, dtype=torch.int32)
-        kept = [act_RH] if not mlp.recompute else []
-        ctx.save_for_backward(x_TD, weights_TK, weight1, weight2, cast1, cast2, x_RD, pre_RF, y_RO, choice_R, *kept)
-        ctx.biases, ctx.recompute, ctx.charge = (bias1, bias2), mlp.recompute, charge
-        ctx.is_gated = isinstance(mlp.activation, Glu)
         products = 2 * num_rows * (width_D * width_F + width_H * width_O)
         # Products hide their traffic, as measured. Calls of these kernels are not counted: the router's operators, as
         # traced, are more than its kernels by about as many
         charge("products", cast1.dtype, products, 0, 0)
         elementwise = _bytes(x_TD) + sum(map(_bytes, (x_RD, pre_RF, act_RH, y_RO, y_TO)))
         charge("other", cast1.dtype, 0, elementwise, 0)
-        return y_TO
+        kept = [] if recompute else [act_RH]
+        return y_TO, (x_TD, weights_TK, weight1, weight2, cast1, cast2, x_RD, pre_RF, y_RO, choice_R, *kept)
 
-    @staticmethod
-    def backward(ctx, grad_TO: Tensor):
-        x_TD, weights_TK, weight1, weight2, cast1, cast2, x_RD, pre_RF, y_RO, *_ = ctx.saved_tensors
+    def backward(grad_TO, x_TD, weights_TK, weight1, weight2, cast1, cast2, x_RD, pre_RF, y_RO, *_):
         grads_of_weights = torch.empty_like(weight1), torch.empty_like(weight2)
-        grads_of_biases = [None if bias is None else torch.empty_like(bias) for bias in ctx.biases]
+        grads_of_biases = [None if bias is None else torch.empty_like(bias) for bias in biases]
         grad_RO, grad_weights = torch.empty_like(y_RO), torch.empty_like(weights_TK)
         hidden_RH = pre_RF.new_empty(pre_RF.shape[0], weight2.shape[2])
-        grad_pre_RF = torch.empty_like(pre_RF) if ctx.is_gated else hidden_RH
-        products = 4 * (x_RD.shape[0] * (cast1[0].numel() + cast2[0].numel()))
-        ctx.charge("products", cast1.dtype, products, 0, 0)
-        again = _bytes(hidden_RH) + _bytes(pre_RF) if ctx.recompute else 0
+        grad_pre_RF = torch.empty_like(pre_RF) if is_gated else hidden_RH
+        charge("products", cast1.dtype, 4 * (x_RD.shape[0] * (cast1[0].numel() + cast2[0].numel())), 0, 0)
+        again = _bytes(hidden_RH) + _bytes(pre_RF) if recompute else 0
         weights = sum(map(_bytes, grads_of_weights))
         elementwise = _bytes(grad_TO) + 3 * _bytes(y_RO) + 3 * _bytes(pre_RF) + again + _bytes(grad_RO) + weights
         del hidden_RH, grad_pre_RF
         grad_x = torch.empty_like(x_TD)
-        ctx.charge("other", cast1.dtype, 0, elementwise + _bytes(grad_x), 0)
-        grad1, grad2 = grads_of_weights
-        return grad_x, grad_weights, grad1, grads_of_biases[0], grad2, grads_of_biases[1], *(None,) * 5
+        charge("other", cast1.dtype, 0, elementwise + _bytes(grad_x), 0)
+        (grad1, grad2), (grad_bias1, grad_bias2) = grads_of_weights, grads_of_biases
+        return grad_x, grad_weights, grad1, grad_bias1, grad2, grad_bias2, None, None
+
+    casts = [weight.detach().to(mlp.dtype) for weight in (mlp.weight1, mlp.weight2)]
+    learned = (mlp.weight1, mlp.bias1, mlp.weight2, mlp.bias2)
+    return _Fake.apply(forward, backward, x_TD, choices.weights_TK, *learned, *casts)
+
+
+def _is_fused(mlp: Mlp) -> bool:
+    return requirements.what_it_lacks(mlp) is None and requirements.what_does_not_fit(mlp) is None
 
 
 class _FakeExchangedExperts(DistributedExperts):
@@ -181,8 +180,8 @@ class _FakeExchangedExperts(DistributedExperts):
         if not (self.like_gpu and _is_fused(mlp)):
             return super()._by_capacity(x_TD, choices, num_experts, mlp, kernels)
         num_rows = num_experts * choices.groups.count * choices.capacity
-        x_RD = _FakeScatter.apply(x_TD, num_rows, mlp.dtype, self.charge)
-        return _FakeCombine.apply(self._even(x_RD, mlp, kernels), choices.weights_TK, self.charge)
+        x_RD = _scatter(x_TD, num_rows, mlp.dtype, self.charge)
+        return _combine(self._even(x_RD, mlp, kernels), choices.weights_TK, self.charge)
 
     def _own_experts(self, x_RD: Tensor, choices: Choices, mlp: Mlp, kernels: Kernels) -> Tensor:
         if not (self.like_gpu and _is_fused(mlp)):
@@ -199,59 +198,46 @@ class _FakeExchangedExperts(DistributedExperts):
         return self._exchange(y_RD[order_R], [], [])
 
     def _exchange(self, x_RD: Tensor, arriving: list[int], sent: list[int]) -> Tensor:
-        return _Exchange.apply(x_RD.contiguous(), self.send)
+        def sent_as_much(x_RD: Tensor) -> Tensor:
+            self.send(_bytes(x_RD))
+            return torch.empty_like(x_RD)
+
+        return _Fake.apply(lambda x: (sent_as_much(x), ()), lambda grad: (sent_as_much(grad),), x_RD.contiguous())
 
     def _local(self, parameter: Tensor | None) -> Tensor | None:
         return parameter
 
 
-class _FakeScatter(torch.autograd.Function):
+def _scatter(x_TD: Tensor, num_rows: int, dtype: torch.dtype, charge: Charge) -> Tensor:
     """`vmoe.moe.kernels.experts.fused.shares.scatter_shares`."""
+    shape, own = x_TD.shape, x_TD.dtype
 
-    @staticmethod
-    def forward(ctx, x_TD: Tensor, num_rows: int, dtype: torch.dtype, charge: Charge) -> Tensor:
-        x_RD = x_TD.new_empty(num_rows, x_TD.shape[1], dtype=dtype)
-        ctx.like, ctx.charge = (x_TD.shape, x_TD.dtype), charge
+    def forward(x_TD: Tensor):
+        x_RD = x_TD.new_empty(num_rows, shape[1], dtype=dtype)
         charge("other", dtype, 0, _bytes(x_TD) + _bytes(x_RD), 3)
-        return x_RD
+        return x_RD, ()
 
-    @staticmethod
-    def backward(ctx, grad_RD: Tensor):
-        shape, dtype = ctx.like
-        grad_TD = grad_RD.new_empty(shape, dtype=dtype)
-        ctx.charge("other", dtype, 0, _bytes(grad_RD) + _bytes(grad_TD), 1)
-        return grad_TD, None, None, None
+    def backward(grad_RD: Tensor):
+        grad_TD = grad_RD.new_empty(shape, dtype=own)
+        charge("other", dtype, 0, _bytes(grad_RD) + _bytes(grad_TD), 1)
+        return (grad_TD,)
+
+    return _Fake.apply(forward, backward, x_TD)
 
 
-class _FakeCombine(torch.autograd.Function):
+def _combine(y_RD: Tensor, weights_TK: Tensor, charge: Charge) -> Tensor:
     """`vmoe.moe.kernels.experts.fused.shares.combine_shares`."""
 
-    @staticmethod
-    def forward(ctx, y_RD: Tensor, weights_TK: Tensor, charge: Charge) -> Tensor:
-        ctx.save_for_backward(y_RD, weights_TK, y_RD.new_empty(len(y_RD), dtype=torch.int32))
-        ctx.charge = charge
+    def forward(y_RD: Tensor, weights_TK: Tensor):
         y_TD = y_RD.new_empty(len(weights_TK), y_RD.shape[1])
         charge("other", y_RD.dtype, 0, _bytes(y_RD) + _bytes(y_TD), 1)
-        return y_TD
+        return y_TD, (y_RD, weights_TK, y_RD.new_empty(len(y_RD), dtype=torch.int32))
 
-    @staticmethod
-    def backward(ctx, grad_TD: Tensor):
-        y_RD, weights_TK, _ = ctx.saved_tensors
-        ctx.charge("other", y_RD.dtype, 0, _bytes(grad_TD) + 2 * _bytes(y_RD), 2)
-        return torch.empty_like(y_RD), torch.empty_like(weights_TK), None
+    def backward(grad_TD: Tensor, y_RD: Tensor, weights_TK: Tensor, _: Tensor):
+        charge("other", y_RD.dtype, 0, _bytes(grad_TD) + 2 * _bytes(y_RD), 2)
+        return torch.empty_like(y_RD), torch.empty_like(weights_TK)
 
-
-class _Exchange(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x_RD: Tensor, send: Callable[[int], None]) -> Tensor:
-        ctx.send = send
-        send(_bytes(x_RD))
-        return torch.empty_like(x_RD)
-
-    @staticmethod
-    def backward(ctx, grad_RD: Tensor):
-        ctx.send(_bytes(grad_RD))
-        return torch.empty_like(grad_RD), None
+    return _Fake.apply(forward, backward, y_RD, weights_TK)
 
 
 def _bytes(tensor: Tensor) -> int:
