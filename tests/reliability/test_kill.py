@@ -19,6 +19,7 @@ moe: {num_experts: 4, expert_dropout: 0.1}
 optim: {name: muon, adamw_lr: 5.0e-4, warmup_epochs: 1}
 trainer: {epochs: 3, accumulate: 2, device: cpu, log_every: 1, ema_decay: 0.9}
 """
+pytestmark = pytest.mark.slow  # in one process: tests/training/test_resume.py
 SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "int": signal.SIGINT}
 
 
@@ -57,7 +58,6 @@ def _check(recipe, expected: RunFolder, folder: RunFolder, attack: Attack) -> No
     assert_same_run(folder, expected)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("signum", "moment"),
     [
@@ -83,9 +83,7 @@ PLACES = [
 ONCE = ("_summary", "on_train_end")
 
 
-@pytest.mark.parametrize(
-    ("place", "calls"), [PLACES[0], *(pytest.param(*p, marks=pytest.mark.slow) for p in PLACES[1:])]
-)
+@pytest.mark.parametrize(("place", "calls"), PLACES)
 def test_killed_where_it_hurts(recipe, unbroken, tmp_path, place, calls):
     _check(
         recipe,
@@ -95,7 +93,7 @@ def test_killed_where_it_hurts(recipe, unbroken, tmp_path, place, calls):
     )
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_stopped_while_the_best_checkpoint_is_tested(recipe, unbroken, tmp_path, signum):
     _check(recipe, unbroken[0], RunFolder(tmp_path / "run"), Attack(10, signum, "test_step"))
 
@@ -113,7 +111,6 @@ FULL = [
 ]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("place", "size"), FULL)
 def test_a_disk_that_is_full(recipe, unbroken, tmp_path, place, size):
     _check(recipe, unbroken[0], RunFolder(tmp_path / "run"), Attack(1, None, place, 1 if place in ONCE else 2, size))
