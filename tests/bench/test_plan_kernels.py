@@ -36,6 +36,7 @@ def _layer(device: str) -> nn.Sequential:
     return nn.Sequential(MoeMlp(WIDTH, 4 * WIDTH, moe=moe, tokens=TOKENS, device=device))
 
 
+@pytest.mark.slow  # interpreted kernels; those of other layers: test_plan.py
 def test_activations_of_experts_dealt_out_are_what_autograd_keeps(monkeypatch):
     model = _layer(DEVICE)
     experts = model[0].experts

@@ -21,7 +21,11 @@ MOE = {"num_experts": 4, "top_k": 2, "layers": [1, 3]}
 FEW = {"subset": {"per_class": 4}, "batch_size": 20}
 
 
-@pytest.mark.parametrize("options", [[], ["--by", "activation-norm"], ["--merge"]], ids=["mass", "norm", "merge"])
+@pytest.mark.parametrize(
+    "options",
+    [[], ["--merge"], pytest.param(["--by", "activation-norm"], marks=pytest.mark.slow)],
+    ids=["mass", "merge", "norm"],
+)
 def test_the_result_is_an_ordinary_checkpoint(save_run, tmp_path, capsys, options):
     run, out = save_run(moe=MOE), tmp_path / "pruned"
     assert prune([str(run), "--keep", "2", "--out", str(out), "--images", "30", *options]) == 0
@@ -106,7 +110,7 @@ def test_what_is_there_is_not_overwritten(save_run, tmp_path, capsys):
         assert "is there already" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("width", [1.0, 0.5])
+@pytest.mark.parametrize("width", [0.5, pytest.param(1.0, marks=pytest.mark.slow)])
 def test_a_student_starts_from_the_merged_experts(save_run, tmp_path, width):
     run, out = save_run(moe=MOE | {"expert_width": width}, data=FEW), tmp_path / "student"
     options = ["--", "--trainer.epochs", "1", "--optim.lr", "1e-12", "--optim.min_lr", "0"]

@@ -225,7 +225,14 @@ def in_full(patched):
     patched.setattr(_Trials, "_differs", lambda *_: True)
 
 
-@pytest.mark.parametrize("router", [*TOKEN_ROUTERS, "expert_choice", "soft"])
+@pytest.mark.parametrize(
+    "router",
+    [
+        "token_choice",
+        "soft",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("sigmoid", "cosine", "expert_choice")),
+    ],
+)
 def test_what_stands_before_the_changed_layer_is_computed_once(make_model, make_batches, router, monkeypatch):
     model, batches = make_model(router), make_batches(16)
     with monkeypatch.context() as patched:
