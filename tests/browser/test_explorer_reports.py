@@ -1,4 +1,4 @@
-"""The explorer's page in a real browser, of other reports: hostile, incomplete, dense, with slots, large."""
+"""The explorer's page in a real browser, of other reports: hostile, incomplete, with slots, large."""
 
 import math
 
@@ -130,22 +130,6 @@ def test_numbers_stand_only_in_cells_that_hold_them(chromium, tmp_path):
         page.open("Causes")
         drawn[width] = [wide for text, wide in page.js("return window.drawn") if "." in text]
     assert len(drawn[1280]) >= 60 and drawn[390] == []
-
-
-def test_a_dense_model_has_pictures_and_reasons(chromium, tmp_path):
-    report, images = make_report(images=4)
-    report = without(
-        {**report, "layers": [], "is_dense": True, "flows": []}, "training", "capacity", "saturation", "agreement"
-    )
-    images["layers"] = []
-    write_page(report, images, tmp_path / "index.html")
-    page = Page(chromium, tmp_path / "index.html")
-    for tab in TABS:
-        page.open(tab)
-        assert page.all(f"#panel-{tab.lower()} *"), tab
-    page.open("Images")
-    assert "Image 0" in page.text(".verdict")
-    assert page.errors() == []
 
 
 def test_slots_show_dispatch_and_other_grids_meet_at_the_same_place(chromium, tmp_path):

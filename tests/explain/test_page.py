@@ -101,18 +101,6 @@ def test_choices_come_before_larger_gates(tmp_path):
     assert unpacked(sample["layers"][0]["weights"]["experts"]).tolist() == [[[3, 1, 0, 2], [0, 3, 2, 1]]]
 
 
-def test_patches_are_brought_to_their_places(tmp_path):
-    report, images = make_report(images=2, grid=(2, 3), prefix=1)
-    order = [4, 2, 0, 5, 1, 3]
-    report["layers"][0]["order"] = order
-    *_, sample = written(tmp_path, report, images)
-    experts = unpacked(sample["layers"][0]["weights"]["experts"])
-    chosen = images["layers"][0]["chosen"]
-    assert np.array_equal(experts[:, 0, :2], chosen[:, 0])
-    for token, place in enumerate(order):
-        assert np.array_equal(experts[:, 1 + place, :2], chosen[:, 1 + token])
-
-
 def test_padding_belongs_to_no_expert(tmp_path):
     report, images = make_report(images=2, grid=(2, 2), prefix=0)
     valid = np.array([[True, True, True, False], [True] * 4])
@@ -190,11 +178,3 @@ def test_nothing_is_loaded(tmp_path):
         attributes["content"] for tag, attributes in elements.found if tag == "meta" and "content" in attributes
     )
     assert policy.startswith("default-src 'none'; img-src data:; ") and "unsafe" not in policy
-
-
-def test_a_dense_model_and_a_bare_report_are_written(tmp_path):
-    report, images = make_report(images=3)
-    report.update(is_dense=True, layers=[], flows=[], training=None, capacity=None, saturation=None, agreement=None)
-    images["layers"] = []
-    *_, held, sample = written(tmp_path, report, images)
-    assert held["layers"] == [] and sample["mapped"] == 3

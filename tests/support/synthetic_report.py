@@ -136,7 +136,6 @@ def layer_report(rng, name, sample, index, names, grid, top_k, prefix, kind):
         "grid": list(grid),
         "prefix": prefix,
         "prefix_names": ["class token", *(f"register {index}" for index in range(1, prefix))][:prefix],
-        "order": None,
         "load": load.tolist(),
         "load_cv": float(load.std()),
         "max_load": float(load.max()),

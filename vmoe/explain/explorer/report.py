@@ -46,7 +46,6 @@ def layer_report(layer: LayerCollection, images: dict[str, Any], classes: Sequen
         "grid": list(facts.grid),
         "prefix": facts.prefix,
         "prefix_names": list(facts.prefix_names),
-        "order": None,  # patches come row by row, whatever order the backbone keeps them in
         "load": load.tolist(),
         "load_cv": coefficient_of_variation(load),
         "max_load": float(load.max()),

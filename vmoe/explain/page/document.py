@@ -98,7 +98,6 @@ def _columns(layer: dict) -> dict:
     }
     rest = [{key: value for key, value in expert.items() if key not in columns} for expert in experts]
     layer = {**layer, "experts": rest, **columns}
-    layer.pop("order", None)
     if ablation is not None:
         layer["ablation"] = [{key: value for key, value in row.items() if key != "by_class"} for row in ablation]
         layer["ablation_by_class"] = [row.get("by_class") for row in ablation]

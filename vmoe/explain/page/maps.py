@@ -23,12 +23,12 @@ def maps_that_fit(layers: list[dict], images: list[dict], count: int, budget: in
         count: The images there are.
         budget: Characters of base64.
     """
-    most = max((layer["num_experts"] for layer in layers), default=1)
+    most = max(layer["num_experts"] for layer in layers)
     limits = sorted({most, *(limit for limit in (32, 16, 8, _FEW_GATES) if limit < most)}, reverse=True)
     for limit in limits:
         tops = [_top(layer, limit) for layer in layers]
         an_image = sum(map(_characters, images, layers, tops))
-        fitting = min(count, int(budget // an_image)) if an_image else count
+        fitting = min(count, int(budget // an_image))
         if fitting >= min(count, _FEW_IMAGES):
             break
     return fitting, tops
@@ -46,28 +46,15 @@ def _characters(maps: dict, layer: dict, top: int) -> float:
 
 
 def pack_layer(layer: dict, maps: dict, top: int, count: int) -> dict[str, Any]:
-    """One layer's routing of the first `count` images, its patches brought row by row."""
-    prefix, order = layer["prefix"], layer.get("order")
-
-    def raster(values: np.ndarray | None) -> np.ndarray | None:
-        """(n, N, ...) in the order of tokens -> in the order of places."""
-        if values is None:
-            return None
-        values = np.asarray(values[:count])
-        if order is None:
-            return values
-        placed = np.zeros_like(values)
-        placed[:, :prefix] = values[:, :prefix]
-        placed[:, prefix + np.asarray(order)] = values[:, prefix:]
-        return placed
-
-    gates, dispatch, valid = raster(maps["gates"]), raster(maps.get("dispatch")), raster(maps.get("valid"))
+    """One layer's routing of the first `count` images."""
+    names = ("gates", "dispatch", "chosen", "dropped", "entropy", "valid")
+    gates, dispatch, chosen, dropped, entropy, valid = (
+        None if maps.get(name) is None else np.asarray(maps[name][:count]) for name in names
+    )
     if valid is not None:
         gates = np.where(valid[..., None], gates, 0)
     if layer["kind"] == "slots":  # experts chose: a token that none took counts as dropped
         chosen, dropped = None, gates.astype(np.float32).sum(-1, keepdims=True) == 0
-    else:
-        chosen, dropped = raster(maps["chosen"]), raster(maps["dropped"])
     if valid is not None:
         dropped = dropped & valid[..., None]
     return {
@@ -76,7 +63,7 @@ def pack_layer(layer: dict, maps: dict, top: int, count: int) -> dict[str, Any]:
         "dispatch": None if dispatch is None else _largest_gates(dispatch, None, top),
         # Bit k: choice k was dropped. More than 8 choices do not fit; the first 8 are kept.
         "dropped": pack_integers(np.packbits(dropped[..., :8], axis=-1, bitorder="little")[..., 0], 8),
-        "entropy": pack(raster(maps["entropy"]), 8),
+        "entropy": pack(entropy, 8),
     }
 
 

@@ -209,7 +209,6 @@ function capacityFigure() {
 }
 
 function causesView() {
-  if (!REPORT.layers.length) return [missing("Causes", "A dense model has no experts.")];
   const classes = live(ablationByClass);
   return [
     make("h2", {}, "Does routing matter for the answer?"),

@@ -188,7 +188,6 @@ function expertCard(layer, expert, onPick) {
 }
 
 function expertsView() {
-  if (!REPORT.layers.length) return [missing("Experts", "A dense model has none.")];
   state.expert = Math.min(state.expert, REPORT.layers[state.layer].num_experts - 1);
   const detail = live(expertDetail);
   const overview = live(() => {

@@ -82,17 +82,10 @@ function imagesView() {
       missing("Images", SAMPLE.count ? "The routing of no image fits into this page." : "No images were sampled."),
     ];
   state.image = Math.min(state.image, SAMPLE.mapped - 1);
-  state.spot ??= REPORT.layers.length
-    ? spotOf(
-        finestLayer(),
-        Math.floor(((REPORT.layers[finestLayer()].grid[0] + 1) * REPORT.layers[finestLayer()].grid[1]) / 2),
-      )
-    : null;
+  const [rows, columns] = REPORT.layers[finestLayer()].grid;
+  state.spot ??= spotOf(finestLayer(), Math.floor(((rows + 1) * columns) / 2));
   let waiting = null;
-  const side = live(
-    () => (REPORT.layers.length ? inspector() : make("p", { class: "note" }, "A dense model: no layer has experts.")),
-    { class: "inspector", role: "region", "aria-label": "The patch", tabindex: "0" },
-  );
+  const side = live(inspector, { class: "inspector", role: "region", "aria-label": "The patch", tabindex: "0" });
   const panels = new Panels((spot) => {
     state.spot = spot;
     panels.mark();
@@ -134,7 +127,7 @@ function imagesView() {
     ),
     strip.node,
     head.node,
-    REPORT.layers.length > 0 && tools.node,
+    tools.node,
     make("div", { class: "workbench" }, panels.node, side.node),
   ];
 }

@@ -156,7 +156,6 @@ function loadOverTraining() {
 }
 
 function loadView() {
-  if (!REPORT.layers.length) return [missing("Load", "A dense model has no experts to share the work.")];
   const legend = `An expert's share of all choices over its fair share 1/E. The line is fair; an expert at 0 is dead. CV, the coefficient of variation, is the standard deviation of the loads over their mean: 0 means equal loads. ${analysed()}.`;
   const training = live(loadOverTraining);
   const one = live(() => [

@@ -12,13 +12,11 @@ const TABS = [
 
 function drawHead() {
   document.getElementById("title").textContent = REPORT.title;
-  const { accuracy, layers, is_dense: dense } = REPORT;
-  const experts = layers.length
-    ? `${plural(layers.length, "MoE layer")} of ${listed([...new Set(layers.map((layer) => layer.num_experts))].map(String))} experts`
-    : "";
+  const { accuracy, layers } = REPORT;
+  const sizes = [...new Set(layers.map((layer) => layer.num_experts))].map(String);
   document.getElementById("summary").textContent = [
     accuracy && isNumber(accuracy.value) ? `Top-1 accuracy ${withInterval(accuracy, percent)}` : "",
-    dense ? "dense model: no routing to see" : experts,
+    `${plural(layers.length, "MoE layer")} of ${listed(sizes)} experts`,
     analysed(),
     isLabelled ? "" : "the images have no labels, so what needs them is left out: accuracy, classes, causes",
   ]
@@ -52,9 +50,7 @@ function drawFooter() {
     SAMPLE.width === SAMPLE.size[1]
       ? "at full size"
       : `at ${SAMPLE.width} × ${SAMPLE.height} of ${SAMPLE.size[1]} × ${SAMPLE.size[0]} pixels`;
-  const gates = REPORT.layers.length
-    ? `, with the routing of ${count(SAMPLE.mapped)} of them: ${gatesHeld()}, in steps of 1/254 of their range`
-    : "";
+  const gates = `, with the routing of ${count(SAMPLE.mapped)} of them: ${gatesHeld()}, in steps of 1/254 of their range`;
   const rows = [
     ["Checkpoint", make("code", {}, `${checkpoint}`)],
     ["Data", split ? `${data}, ${split} split` : data],

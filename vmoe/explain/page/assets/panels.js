@@ -33,7 +33,7 @@ class Panels {
       { class: "panel" },
       make("h4", {}, "Picture"),
       make("small", {}, note),
-      REPORT.layers.length ? this.reachable(node, finestLayer(), "the picture") : make("div", { class: "map" }, node),
+      this.reachable(node, finestLayer(), "the picture"),
     );
   }
 

@@ -155,7 +155,6 @@ function preferenceMatrix(layer, ratios, property, many, nameOf) {
 }
 
 function specialisationView() {
-  if (!REPORT.layers.length) return [missing("Specialisation", "A dense model has no experts.")];
   const names = properties();
   const classes = live(preferences);
   return [

@@ -183,7 +183,6 @@ function agreementFigure(width) {
 }
 
 function structureView() {
-  if (!REPORT.layers.length) return [missing("Structure", "A dense model has no experts.")];
   const within = live(() => sideBySide([coactivation, expertsPerImage], 440, (build) => build(), 760));
   return [
     make("h2", {}, "How do experts go together?"),
