@@ -17,6 +17,7 @@ EXTRAS = {
     "export": ("onnx", "onnxscript", "onnxruntime"),
     "serve": ("litserve", "multipart"),
     "webdataset": ("webdataset",),
+    "data": ("pyarrow",),
 }
 
 

@@ -175,7 +175,7 @@ def test_precision_32_needs_no_quotes(tmp_path):
     path.write_text("data: {name: digits}\ntrainer: {precision: 32}")
     assert parse(["--config", str(path)]).trainer.precision == "32"
     digits = ["--data.name", "digits"]
-    assert parse([*digits, "--trainer.precision", "32"]) == parse([*digits, "--output_dir", "runs/default"])
+    assert parse([*digits, "--trainer.precision", "32"]) == parse([*digits, "--output_dir", "runs/digits"])
 
 
 def test_print_config_gives_a_config(recipe, capsys, tmp_path):
@@ -234,6 +234,25 @@ def test_every_way_to_say_yes_to_resume_needs_a_run(tmp_path, resume):
         parse([*resume, "--output_dir", str(tmp_path / "lost")])
 
 
+def test_the_first_word_says_which_images(tmp_path):
+    (tmp_path / "photos" / "cat").mkdir(parents=True)
+    config = parse([str(tmp_path / "photos"), "--optim.lr", "0.01"])
+    assert (config.data.name, config.data.root) == ("folder", str(tmp_path / "photos"))
+    assert (config.output_dir, config.optim.lr) == ("runs/photos", 0.01)
+    (tmp_path / "labels.csv").write_text("path,label\n")
+    assert parse([f"{tmp_path}/labels.csv"]).data.name == "table"
+    later = parse(["digits", "--config", "cifar100_tiny", "--data.image_size", "16"])  # comes after a recipe
+    assert (later.data.name, later.trainer.epochs) == ("digits", 10)
+    for arguments, line in (
+        (["stray"], "stray: is no folder, table .* or name of a set"),
+        (["digits", "stray"], "stray: belongs to no option"),
+        (["digits", "--data.name", "cifar10"], "digits: says which images to train on, and so does --data.name"),
+        ([f"{tmp_path}/lost/"], "lost/': no such folder"),
+    ):
+        with pytest.raises(UserError, match=line):
+            parse(arguments)
+
+
 def test_a_run_s_folder_alone_is_told_of_resume(moved):
     with pytest.raises(UserError, match=r"--output_dir .*moved: holds a run already; .* --resume to go on with it"):
         parse(["--output_dir", str(moved)])
@@ -250,6 +269,7 @@ def test_a_run_s_folder_alone_is_told_of_resume(moved):
         (["--data.augment.presett", "none"], ["did you mean data.augment.preset?"]),
         (["--zzz", "3"], ["--zzz", "sections", "--help"]),
         (["stray"], ["stray: belongs to no option"]),
+        (["--data.table.label", "kind"], ["data.table: is for data.name=table, not digits"]),
         (["--optim.lr", "x"], ["--optim.lr x: must be a number"]),
         (["--trainer.epochs", "1.5"], ["--trainer.epochs 1.5: must be a whole number"]),
         (["--moe.num_experts", "x"], ["--moe.num_experts x: must be a whole number"]),
@@ -345,7 +365,10 @@ def test_mistakes_in_a_file(tmp_path, text, told):
     assert told in str(error.value)
 
 
-def test_help_is_short_with_examples(capsys):
+def test_help_is_short_with_examples(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "labels.csv").touch()
     with pytest.raises(SystemExit) as end:
         main(["--help"])
     assert end.value.code == 0

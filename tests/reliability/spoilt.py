@@ -95,6 +95,15 @@ CHECKPOINTS: dict[str, Callable[[dict[str, Any]], None]] = {
 }
 
 
+TABLES = {
+    "good": "path,kind\nphoto.png,cat\n",
+    "unlabelled": "path,size\nphoto.png,8\n",
+    "missing": "path,label\nlost.png,cat\n",
+    "strange_split": "path,label,split\nphoto.png,cat,fold1\n",
+    "long_row": "path,label\nphoto.png,cat,dog\n",
+}
+
+
 def spoil(folder: Path) -> None:
     """Fills an empty folder."""
     for name, text in YAML.items():
@@ -106,6 +115,8 @@ def spoil(folder: Path) -> None:
     _safetensors(folder)
     _images(folder)
     _data(folder)
+    for name, rows in TABLES.items():
+        (folder / f"{name}.csv").write_text(rows)
     for file in (Path(__file__).parents[1] / "fixtures" / "vmoe_jax_token").iterdir():
         shutil.copy(file, folder / file.name.replace("vmoe_tiny_token", "jax"))
 

@@ -9,18 +9,20 @@ from vmoe.data.config import SetName
 from vmoe.training.recipes import recipe_names
 
 _SHORT = """\
-usage: vmoe train [--config RECIPE] [--SECTION.NAME VALUE ...]
+usage: vmoe train [IMAGES] [--config RECIPE] [--SECTION.NAME VALUE ...]
 
 Trains a timm model, dense or with sparse MoE layers, on images, and tests its best checkpoint.
 
   vmoe train --config digits                                    # a V-MoE on digits, in minutes on a CPU
   vmoe train --config digits --moe null --output_dir runs/dense # its dense twin
   vmoe train --config digits --moe.num_experts 16 --optim.lr 5e-4 --seed 1 --output_dir runs/more
-  vmoe train --data.name folder --data.root photos --init_from pretrained --moe.layers last-2
+  vmoe train photos/ --init_from pretrained --moe.layers last-2 # your own class folders
+  vmoe train labels.csv --model.name vit_small_patch16_224      # a table: path,label[,split]
   vmoe train --config cifar10_vit_tiny --print_config           # what comes out, without training
   vmoe train --resume --output_dir runs/digits                  # goes on with a run that was stopped
   torchrun --nproc-per-node 8 tools/train.py --config imagenet_vmoe_s16 --data.root imagenet
 
+IMAGES is a folder of class folders or of tar shards, a table (.csv, .tsv, .parquet), an .npz file or a set's name.
 RECIPE is a YAML file or a recipe that comes with vmoe:
 {recipes}
 
@@ -43,7 +45,7 @@ MAIN = {
     ),
     "seed": ("N", "of everything random"),
     "data.name": ("SET", ", ".join(get_args(SetName))),
-    "data.root": ("DIR", "its images: class folders in DIR/train and DIR/val, or in DIR alone"),
+    "data.root": ("PATH", "its images: class folders in PATH/train and PATH/val, or in PATH alone; or the set's file"),
     "data.image_size": ("PIXELS", "side of the images that the model sees"),
     "data.batch_size": ("B", "images of a step"),
     "data.workers": ("N", "processes that load images"),

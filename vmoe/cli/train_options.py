@@ -11,7 +11,7 @@ import yaml
 from vmoe.checkpoints.run_folder import RunFolder, is_config_of_run, newer_version
 from vmoe.cli.train_help import short_help
 from vmoe.config_values import choices, describe_type, from_plain, section_type
-from vmoe.data.config import EMBEDDED_SETS, NAMED_SETS, DataConfig
+from vmoe.data.config import EMBEDDED_SETS, NAMED_SETS, DataConfig, SetName, set_and_root
 from vmoe.errors import UserError
 from vmoe.moe import MoeConfig
 from vmoe.training.config import TrainConfig
@@ -28,7 +28,8 @@ from vmoe.training.recipes import check_side_of_recipe, find_recipe, is_recipe, 
 from vmoe.version import __version__
 
 DESCRIPTION = """
-Trains a timm model, dense or with sparse MoE layers, on images, and tests its best checkpoint.
+Trains a timm model, dense or with sparse MoE layers, on images, and tests its best checkpoint. The first word may say
+which images: vmoe train photos/ --moe.layers last-2
 
 Every value of a config can be given here by its dotted name: --optim.lr 1e-3, --moe.num_experts 16, --moe.layers [3,5],
 --model.kwargs.drop_path_rate 0.1; --moe null trains the dense twin. --print_config shows what comes out.
@@ -96,8 +97,9 @@ def _read(argv: list[str]) -> list[_Given]:
     Raises:
         UserError: a word belongs to no option, a file cannot be read, or a run is to be resumed and there is none.
     """
+    images, options = _images(argv)
     pairs: list[tuple[str, str | None]] = []
-    for argument in argv:
+    for argument in options:
         if argument.startswith("--") or argument == "-h":
             name, equals, value = argument.removeprefix("--").partition("=")
             pairs.append(("help" if argument == "-h" else name, value if equals else None))
@@ -105,6 +107,7 @@ def _read(argv: list[str]) -> list[_Given]:
             pairs[-1] = (pairs[-1][0], argument)
         else:
             raise UserError(f"{argument}: belongs to no option; give options as --NAME VALUE")
+    pairs += images
     last = dict(pairs)
     for theirs, ours in LIGHTNING_NAMES.items():
         if theirs in last and ours in last and last[theirs] != last[ours]:
@@ -122,6 +125,31 @@ def _read(argv: list[str]) -> list[_Given]:
     if "resume" in last and given[-1].value != "false" and not _files(given):
         given[:0] = _config_of_run(last.get("output_dir"), begins=given[-1].value == "auto")
     return given
+
+
+def _images(argv: list[str]) -> tuple[list[tuple[str, str | None]], list[str]]:
+    """The options that a first word without a dash stands for, the images to train on, and the words behind it.
+
+    Raises:
+        UserError: there are no such images, or they are given by an option too.
+    """
+    if not argv or argv[0].startswith("-"):
+        return [], argv
+    word, *options = argv
+    name, root = set_and_root(word)
+    if root is None and name not in get_args(SetName):
+        raise UserError(
+            f"{word}: is no folder, table (.csv, .tsv, .parquet), .npz file or name of a set; give options as --NAME "
+            "VALUE"
+        )
+    named = [option for option in ("--data.name", "--data.root") if any(_is_option(each, option) for each in options)]
+    if named:
+        raise UserError(f"{word}: says which images to train on, and so does {named[0]}; leave one of them out")
+    return [("data.name", name)] + ([] if root is None else [("data.root", str(root))]), options
+
+
+def _is_option(word: str, option: str) -> bool:
+    return word == option or word.startswith(f"{option}=")
 
 
 def _as_bool(value: str) -> str:
@@ -198,7 +226,7 @@ def _parsed(given: list[_Given]) -> TrainConfig:
     _check_image_size(config, given)
     if config.output_dir is None:
         files = _files(given)
-        return replace(config, output_dir=f"runs/{Path(files[-1][0]).stem if files else 'default'}")
+        return replace(config, output_dir=f"runs/{Path(files[-1][0]).stem if files else config.data.title}")
     return config
 
 
@@ -217,7 +245,7 @@ def _with_chosen_data(parsed: dict[str, Any]) -> TrainConfig:
             from vmoe.training.run.resumption import refuse_run  # here, since it brings torch along
 
             refuse_run(Path(config.output_dir))
-        folders = "--data.name folder (class folders), webdataset (tar shards) or npz"
+        folders = "--data.name folder (class folders), table (CSV or Parquet), webdataset (tar shards) or npz"
         if root != default_root:
             raise UserError(f"--data.root {root}: must be given with what it holds: {folders}")
         raise UserError(
@@ -227,7 +255,7 @@ def _with_chosen_data(parsed: dict[str, Any]) -> TrainConfig:
     if config.data.name in EMBEDDED_SETS and root != default_root:
         raise UserError(
             f"--data.root {root}: is not read by data.name={config.data.name}: its images come with vmoe; give "
-            "--data.name folder, webdataset or npz too, or leave it out"
+            "--data.name folder, table, webdataset or npz too, or leave it out"
         )
     return config
 

@@ -12,10 +12,21 @@ from vmoe.config_values import from_plain, to_plain
 from vmoe.errors import UserError
 
 SetName = Literal[
-    "digits", "patchwork", "fractals", "cifar10", "cifar100", "imagenette", "imagenet", "folder", "webdataset", "npz"
+    "digits",
+    "patchwork",
+    "fractals",
+    "cifar10",
+    "cifar100",
+    "imagenette",
+    "imagenet",
+    "folder",
+    "table",
+    "webdataset",
+    "npz",
 ]
 EMBEDDED_SETS = ("digits", "patchwork", "fractals")  # which come with this package
 NAMED_SETS = (*EMBEDDED_SETS, "cifar10", "cifar100", "imagenette", "imagenet")  # the others are a user's own
+_FILE_SETS = {".npz": "npz", ".csv": "table", ".tsv": "table", ".parquet": "table"}  # by the ending of their file
 Preset = Literal["none", "light", "strong"]
 Pipeline = Literal["workers", "device"]
 Colour = tuple[float, float, float]
@@ -40,6 +51,7 @@ DEFAULTS: dict[str, SetDefaults] = {
     "imagenette": SetDefaults(224, _IMAGENET_MEAN, _IMAGENET_STD, flip=0.5),
     "imagenet": SetDefaults(224, _IMAGENET_MEAN, _IMAGENET_STD, flip=0.5),
     "folder": SetDefaults(224, _IMAGENET_MEAN, _IMAGENET_STD, flip=0.5),
+    "table": SetDefaults(224, _IMAGENET_MEAN, _IMAGENET_STD, flip=0.5),
     "webdataset": SetDefaults(224, _IMAGENET_MEAN, _IMAGENET_STD, flip=0.5),
     "npz": SetDefaults(None, (0.5,) * 3, (0.5,) * 3, flip=0.5),
 }
@@ -172,6 +184,23 @@ class SubsetConfig:
 
 
 @dataclass(frozen=True)
+class TableConfig:
+    """The columns of the set "table", by their names in the header.
+
+    Args:
+        path: the picture's file; relative paths are below the table's folder. None: the column called path, file,
+            filename, image or so.
+        label: the class. None: the column called label, class, target, category or so.
+        split: train, val or test. None: the column called split, set, subset or partition; without one, the pictures
+            are split as those of a folder without splits.
+    """
+
+    path: str | None = None
+    label: str | None = None
+    split: str | None = None
+
+
+@dataclass(frozen=True)
 class FractalConfig:
     """The generated set "fractals": its classes, its size, and how strongly pictures of a class vary.
 
@@ -208,10 +237,12 @@ class DataConfig:
     Args:
         name: "digits" (embedded), "patchwork" (generated, with known patches), "fractals" (generated without end, see
             fractals), "cifar10", "cifar100", "imagenette" (downloaded when missing), "imagenet" or "folder" (class
-            folders in ROOT/train, ROOT/val and ROOT/test, or in ROOT alone, which is then split),
-            "webdataset" (tar shards, train-*.tar and so on, as vmoe make-shards writes them) or "npz" (arrays in
-            one file, see root).
-        root: folder that holds the data, or for "npz" the file with train_x, train_y, test_x, test_y.
+            folders in ROOT/train, ROOT/val and ROOT/test, or in ROOT alone, which is then split), "table" (a CSV, TSV
+            or Parquet file with a row per picture, see table), "webdataset" (tar shards, train-*.tar and so on, as vmoe
+            make-shards writes them) or "npz" (arrays in one file, see root).
+        root: folder that holds the data; for "table" the table itself, and for "npz" the file with train_x, train_y,
+            test_x, test_y.
+        table: with "table", the columns to read.
         image_size: side in pixels of the square images given to the model. None: the data set's own.
         bit_depth: how many bits the values of image files with more than 8 bits per channel use, such as 12 of 16,
             where the files do not say it themselves: white is 2**bit_depth - 1; 1 for fractions from 0 to 1. None:
@@ -246,6 +277,7 @@ class DataConfig:
 
     name: SetName = "digits"
     root: str = "data"
+    table: TableConfig = field(default_factory=TableConfig)
     image_size: int | None = None
     bit_depth: int | None = None
     batch_size: int = 128
@@ -281,6 +313,8 @@ class DataConfig:
         if self.images is not None:
             _check_range("images", self.images, 1, 10_000_000)
         self._check_fractals()
+        if self.name != "table" and self.table != TableConfig():
+            raise ValueError(f"table: is for data.name=table, not {self.name}; leave its columns out")
         if self.eval_batch_size is not None:
             _check_range("eval_batch_size", self.eval_batch_size, 1, 1_000_000)
         if not 0 <= self.val_fraction < 1:
@@ -289,6 +323,11 @@ class DataConfig:
             raise ValueError(f"mean={self.mean}: must be three numbers from 0 to 1 (red, green, blue)")
         if self.std is not None and not (len(self.std) == 3 and all(0 < value <= 1 for value in self.std)):
             raise ValueError(f"std={self.std}: must be three numbers over 0 and up to 1 (red, green, blue)")
+
+    @property
+    def title(self) -> str:
+        """What a run is named after: the set, or the user's own folder or file."""
+        return self.name if self.name in NAMED_SETS else Path(self.root).resolve().stem
 
     def _check_fractals(self) -> None:
         if self.name != "fractals":
@@ -314,8 +353,8 @@ def data_config(data: "DataConfig | str | PathLike[str]", **options: Any) -> Dat
     """The config of a data set that is given as one, by its name or by its path.
 
     Args:
-        data: The name of a set, such as "cifar10"; a folder of class folders or of tar shards; an .npz file; or a
-            `DataConfig`. A set's name comes before a path.
+        data: The name of a set, such as "cifar10"; a folder of class folders or of tar shards; a table (.csv, .tsv or
+            .parquet); an .npz file; or a `DataConfig`. A set's name comes before a path.
         **options: Fields to set.
 
     Raises:
@@ -345,12 +384,15 @@ def set_and_root(data: str | PathLike[str]) -> tuple[str, Path | None]:
     if data in get_args(SetName):
         return str(data), None
     path = Path(data).expanduser()
-    if path.suffix == ".npz":
-        return "npz", path
+    if path.suffix.lower() in _FILE_SETS:
+        return _FILE_SETS[path.suffix.lower()], path
     if path.is_dir():
         return ("webdataset" if any(path.glob("*.tar")) else "folder"), path
     if "/" in str(data) or os.sep in str(data):
-        raise UserError(f"data.name={str(data)!r}: no such folder; give a folder, an .npz file or a set's name")
+        raise UserError(
+            f"data.name={str(data)!r}: no such folder; give a folder, a table (.csv, .tsv, .parquet), an .npz file or "
+            "a set's name"
+        )
     return str(data), None
 
 

@@ -11,6 +11,7 @@
 | folder or imagenet with train and test | train | cut from training | test |
 | folder or imagenet with train, val and test | train | val | test |
 | folder with train alone, or of classes alone | what remains | cut from training | 20 %, stratified, by split_seed |
+| table | rows of train, or what remains | as folder | as folder |
 | webdataset | train-*.tar | as folder | as folder |
 | npz | train_x, train_y | val_x, val_y where given, else cut from training | test_x, test_y |
 """
@@ -35,11 +36,18 @@ from vmoe.data.npz import load_npz
 from vmoe.data.patchwork import load_patchwork
 from vmoe.data.samples import load_digits
 from vmoe.data.shards import ShardedImages, load_shards
+from vmoe.data.tables import load_table
 from vmoe.errors import UserError
 
 _DOWNLOADED = ("cifar10", "cifar100", "imagenette")
 _IMAGENETTE_IMAGES = (9469, 3925)  # train, val
-_OF_THE_USER = ("imagenet", "folder", "webdataset", "npz")  # nobody knows beforehand how their values are scaled
+_OF_THE_USER = (
+    "imagenet",
+    "folder",
+    "table",
+    "webdataset",
+    "npz",
+)  # nobody knows beforehand how their values are scaled
 _TEST_FRACTION = 0.2  # of a set without any split
 
 
@@ -61,8 +69,8 @@ def load_splits(config: DataConfig, for_training: bool = True) -> Splits:
     splits = _LOADERS[config.name](config)
     if for_training and not len(splits.train):
         form, advice = "train/CLASS/IMAGE", ", or rename folders of classes that have a split's name"
-        if config.name == "webdataset":
-            form, advice = "train-*.tar", ""
+        if config.name in ("webdataset", "table"):
+            form, advice = {"webdataset": "train-*.tar", "table": "rows of the split train"}[config.name], ""
         raise UserError(
             f"data.root={config.root}: {config.name!r} needs training images, {form}, but has only those of other "
             f"splits; give the right folder{advice}"
@@ -219,6 +227,11 @@ def _folder(config: DataConfig) -> Splits:
     return given_splits(sets, folders.classes, notes)
 
 
+def _table(config: DataConfig) -> Splits:
+    sets, classes = load_table(config)
+    return _cut_test(sets["train"], classes, [], config) if list(sets) == ["train"] else given_splits(sets, classes, [])
+
+
 def _cut_test(everything: ImageSet, classes: list[str], notes: list[str], config: DataConfig) -> Splits:
     """A set without any split: its test images are cut off here, those of validation by `load_splits`."""
     train, test = subsets.split(everything.labels, _TEST_FRACTION, config.split_seed)
@@ -241,6 +254,7 @@ _LOADERS: dict[str, Callable[[DataConfig], Splits]] = {
     "imagenette": _imagenette,
     "imagenet": _folder,
     "folder": _folder,
+    "table": _table,
     "webdataset": lambda config: load_shards(config.root),
     "npz": lambda config: load_npz(config.root),
 }

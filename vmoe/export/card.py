@@ -20,7 +20,12 @@ from vmoe.version import __version__
 PICTURE = "routing.png"
 _TASK = "image-classification"
 _SHOWN = PHOTOGRAPHS[0]
-_NAMELESS = {"folder": "a folder of images", "npz": "arrays of images", "webdataset": "tar shards of images"}
+_NAMELESS = {
+    "folder": "a folder of images",
+    "table": "a table of images",
+    "npz": "arrays of images",
+    "webdataset": "tar shards of images",
+}
 _TEMPLATE = """\
 ---
 {front_matter}

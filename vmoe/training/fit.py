@@ -68,8 +68,8 @@ def fit(
 
     Args:
         config: What to start from: a `TrainConfig`, the name of a recipe or the path of a config file. None: defaults.
-        data: A folder of class folders or of tar shards, an .npz file, the name of a set, or a `DataConfig`. None: the
-            config's.
+        data: A folder of class folders or of tar shards, a table (.csv, .tsv, .parquet), an .npz file, the name of a
+            set, or a `DataConfig`. None: the config's.
         model: timm's name of the model, or a `ModelConfig`. None: the config's.
         moe: The MoE layers; False trains the dense twin. None: the config's, which has none where none was given.
         epochs: Epochs to train for. None: the config's.
@@ -91,7 +91,7 @@ def fit(
     if given or options or not isinstance(config, TrainConfig):
         config = _config(config, given, dict(options or {}))
     elif config.output_dir is None:
-        config = dataclasses.replace(config, output_dir=_new_folder(_set_name(config.data)))
+        config = dataclasses.replace(config, output_dir=_new_folder(config.data.title))
     process = Process.this()
     shown = TrainingProgress(quiet=not progress or not process.is_first)
     summary = train(config, shown, command or "vmoe.fit")
@@ -149,7 +149,7 @@ def _config(
     if recipe is not None and not is_said and not isinstance(given.get("data"), DataConfig):
         check_side_of_recipe(config.data, recipe, of_recipe, f"data={config.data.name}")
     if config.output_dir is None:
-        config = dataclasses.replace(config, output_dir=_new_folder(name or _set_name(config.data)))
+        config = dataclasses.replace(config, output_dir=_new_folder(name or config.data.title))
     return config
 
 
@@ -201,11 +201,6 @@ def _short_warmup(plain: dict[str, Any]) -> float:
     epochs = trainer.get("epochs", 20)
     usual = OptimConfig.warmup_epochs
     return optim.get("warmup_epochs", min(usual, epochs / 4) if isinstance(epochs, int) else usual)
-
-
-def _set_name(data: DataConfig) -> str:
-    """What a run is named after: the set, or the user's own folder or file."""
-    return Path(data.root).expanduser().resolve().stem if data.name in ("folder", "webdataset", "npz") else data.name
 
 
 def _new_folder(name: str) -> str:

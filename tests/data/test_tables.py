@@ -1,0 +1,109 @@
+"""Tables of pictures: what a row means, which split it belongs to, and what is refused."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vmoe.data import DataConfig, ImageDataModule
+from vmoe.data.config import TableConfig
+from vmoe.data.datasets import load_splits
+from vmoe.errors import UserError
+
+
+@pytest.fixture
+def table(tmp_path):
+    """Writes a CSV of rows PICTURE,CLASS,..., and pictures of their row's number."""
+
+    def write(text, name="labels.csv", pictures=30):
+        for number in range(pictures):
+            (tmp_path / "pics").mkdir(exist_ok=True)
+            Image.fromarray(np.full((8, 8, 3), number, np.uint8)).save(tmp_path / "pics" / f"{number}.png")
+        path = tmp_path / name
+        path.write_bytes(text.encode("utf-8-sig"))
+        return path
+
+    return write
+
+
+def rows(ending=lambda number: "", count=30):
+    return "".join(f"pics/{number}.png,{'cat' if number % 3 else 'dog'}{ending(number)}\n" for number in range(count))
+
+
+def load(path, **options):
+    return load_splits(DataConfig("table", str(path), image_size=8, **options))
+
+
+def test_a_table_without_splits_is_cut_like_a_folder_without_splits(table):
+    splits = load(table("path,label\n" + rows()))
+    assert splits.class_names == ["cat", "dog"]
+    assert (len(splits.train), len(splits.val), len(splits.test)) == (21, 3, 6)
+    parts = (splits.train, splits.val, splits.test)
+    assert {part.read(index)[0, 0, 0] for part in parts for index in range(len(part))} == set(range(30))
+    assert np.bincount(splits.test.labels).tolist() == [4, 2]
+    for index, label in enumerate(splits.train.labels):
+        assert (splits.train.read(index)[0, 0, 0] % 3 == 0) == (label == 1)
+    assert any("has no split of its own" in note for note in splits.notes)
+
+
+def test_a_column_says_which_split_a_row_belongs_to(table):
+    split_of = ("Train", "train", "validation", "test")
+    lines = "".join(f"{split_of[number % 4]}\t{number % 4 + 8}\tpics/{number}.png\n" for number in range(24))
+    of_training = "".join(f"train\t{label}\tpics/{24 + index}.png\n" for index, label in enumerate((10, 11)))
+    splits = load(table("Split\tClass\tFile\n" + lines + of_training, "a.tsv"))
+    assert splits.class_names == ["8", "9", "10", "11"]  # by their value, not "10" before "8"
+    assert (len(splits.train), set(splits.val.labels), set(splits.test.labels)) == (14, {2}, {3})
+
+
+def test_columns_are_named_where_their_names_are_others(table):
+    path = table("id,bild,art\n" + "".join(f"{n},pics/{n}.png,{'ab'[n % 2]}\n" for n in range(20)))
+    data = ImageDataModule(path, image_size=8, table={"path": "bild", "label": "art"}, batch_size=4)
+    assert data.class_names == ["a", "b"]
+    assert next(iter(data.train_dataloader())).images.shape == (4, 3, 8, 8)
+
+
+def test_a_parquet_table_is_read_by_its_columns(table, tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    table("")
+    numbers = list(range(20))
+    columns = {
+        "image": [f"pics/{n}.png" for n in numbers],
+        "label": [n % 2 for n in numbers],
+        "more": [[n] for n in numbers],
+    }
+    parquet.write_table(pyarrow.table(columns), tmp_path / "t.parquet")
+    assert load(tmp_path / "t.parquet").class_names == ["0", "1"]
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("path,kind\na,b\n", r"labels.csv: no column is named label, class, class_name or so; it has path, kind"),
+        ("path,file,label\n", r"labels.csv: both path and file may be the path; name one as data.table.path"),
+        ("", r"labels.csv: no column is named path, file, filename or so; it has none; name the path"),
+        ("path,label\n", "labels.csv: has no row below its header"),
+        ("path,label\npics/0.png,cat,\n", "row 2 has 3 cells, but the header has 2"),
+        ("path,label\npics/0.png,\npics/1.png,\n", "row 2, and 1 others: the label is empty"),
+        ("path,label\npics/0.png,cat\npics/x.png,dog\n", "row 3: there is no file .*pics/x.png; mend the path"),
+        ("path,label\npics/0.png,cat\npics/0.png,dog\n", "rows 2 and 3 are the same picture, .*0.png; keep one"),
+        ("path,label,split\npics/0.png,cat,fold1\n", "row 2: split 'fold1' is none of train, val and test"),
+        ("path,label,split\npics/0.png,a,train\npics/1.png,b,test\n", "class 'b' of test has no training picture"),
+        ("path,label,split\npics/0.png,a,test\n", "needs training images, rows of the split train"),
+        ('path,label\n"pics/0.png,cat\n', "cannot be read as a table"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_in_a_table_is_one_line(table, text, line):
+    with pytest.raises(UserError, match=line) as refused:
+        load(table(text))
+    assert "\n" not in str(refused.value)
+
+
+def test_a_table_that_is_not_there_and_a_column_that_is_not_in_it(table, tmp_path):
+    path = table("path,label\npics/0.png,cat\n")
+    with pytest.raises(UserError, match=r"for 'table' this must be the table itself; it is a folder that holds labels"):
+        load(tmp_path)
+    with pytest.raises(
+        UserError, match=r"data.table.label=lable: .*labels.csv has no such column; it has path, label; did"
+    ):
+        load(path, table=TableConfig(label="lable"))
