@@ -33,9 +33,7 @@ DATA_OPTIONS = {
 def load_data(checkpoint: "TrainedModel", options: argparse.Namespace) -> "ImageDataModule":
     """The run's data with the options' changes, prepared for this model: its image size, mean and std.
 
-    Args:
-        checkpoint: the model and what it was trained on.
-        options: of the command line; with --classes known, only the classes that the model knows.
+    With --classes known they have only the classes that the model knows.
 
     Raises:
         UserError: an option's value is not allowed, or the set is missing or malformed.
@@ -49,13 +47,9 @@ def load_data(checkpoint: "TrainedModel", options: argparse.Namespace) -> "Image
 
 
 def matched(checkpoint: "TrainedModel", data: "ImageDataModule", classes: str, say: bool = True) -> "TrainedModel":
-    """The checkpoint with the set's classes for its own (see `match_classes`).
+    """The checkpoint with the classes of the set that it is measured on for its own (see `match_classes`).
 
-    Args:
-        checkpoint: a model.
-        data: what it is measured on.
-        classes: as `--classes` has it.
-        say: whether a line on stderr tells how they are matched, where they are not the same.
+    Where they are not the same, a line on stderr says how they are matched, if `say`.
 
     Raises:
         UserError: the model does not know a class of the set.

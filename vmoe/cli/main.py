@@ -73,11 +73,7 @@ def main(argv: list[str] | None = None) -> int:
 def run_job(job: str, argv: list[str] | None = None) -> int:
     """Runs one of `JOBS`, or the demonstration; returns its exit code.
 
-    It is 2 when an extra that the job needs is not installed.
-
-    Args:
-        job: Its name.
-        argv: Its arguments; None takes those of the process.
+    It is 2 when an extra that the job needs is not installed. Without `argv` the arguments are those of the process.
     """
     argv = sys.argv[1:] if argv is None else argv
     try:

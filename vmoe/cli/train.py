@@ -26,9 +26,8 @@ def main(argv: list[str]) -> int:
 def trained(make_config: Callable[[], TrainConfig], command: list[str]) -> int:
     """Trains the run that `make_config` gives, and prints the result; the job's exit code.
 
-    Args:
-        make_config: Gives the run, or raises a UserError that is the same in all processes.
-        command: The command line, for summary.json.
+    `make_config` gives the run, or raises a UserError that is the same in all processes. The `command` line is for
+    summary.json.
 
     Raises:
         UserError: a mistake in the options, the config or the data.

@@ -52,8 +52,8 @@ def plan_row(plan: LayoutPlan, images: int) -> Row:
 
 
 def draw_plans(plans: list[LayoutPlan], usable: float, title: str) -> Figure:
-    """Two stacked bars per layout: a process's memory beside what can be used of it, and the time of an update."""
-    plans = [plan for plan in plans if plan.memory is not None][:_LAYOUTS_DRAWN]
+    """Two stacked bars per plan with figures: memory of a process beside what is usable, and the time of an update."""
+    plans = plans[:_LAYOUTS_DRAWN]
     figure = new_figure(10, 1.8 + 0.34 * len(plans), title)
     memory, time = figure.subplots(1, 2, sharey=True)
     names = [str(plan.layout) for plan in plans]

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from operator import length_hint
 from typing import Any, NamedTuple
 
@@ -44,11 +45,11 @@ class Causes:
 class _Intervention(NamedTuple):
     """Something done to a model for one forward pass: to a layer, or to the capacity of all."""
 
-    layer: str | None
-    expert: int | None
-    factor: float | None  # inf drops nothing
-    priority: bool | None
-    applied: Callable
+    applied: Callable  # inside this block it is done
+    layer: str | None = None
+    expert: int | None = None
+    factor: float | None = None  # inf drops nothing
+    priority: bool | None = None
 
 
 @torch.inference_mode()
@@ -173,13 +174,10 @@ def _interventions(
         experts = layer.num_experts
         if layer.config.router not in _NO_CHOICE and experts > 1:
             for expert in range(experts):
-                yield _Intervention(name, expert, None, None, lambda layer=layer, expert=expert: without(layer, expert))
-        generator = torch.Generator(device).manual_seed(seed)
-        yield _Intervention(
-            name, None, None, None, lambda layer=layer, generator=generator: random_routing(layer, generator)
-        )
-    for setting in _capacity_settings(model, capacity_factors):
-        yield _Intervention(None, None, *setting, lambda setting=setting: capacity(model, *setting))
+                yield _Intervention(partial(without, layer, expert), name, expert)
+        yield _Intervention(partial(random_routing, layer, torch.Generator(device).manual_seed(seed)), name)
+    for factor, priority in _capacity_settings(model, capacity_factors):
+        yield _Intervention(partial(capacity, model, factor, priority), factor=factor, priority=priority)
 
 
 def _capacity_settings(model: nn.Module, capacity_factors: Sequence[float]) -> list[tuple[float, bool]]:
@@ -201,24 +199,22 @@ def check_capacities(model: nn.Module, capacity_factors: Sequence[float]) -> Non
             set_capacity(model, factor)
 
 
-@contextmanager
-def without(layer: MoeMlp, expert: int) -> Iterator[None]:
+def without(layer: MoeMlp, expert: int) -> AbstractContextManager[None]:
     """Inside the block the layer routes on without an expert: its score is minus infinity, the next best is chosen.
 
     Where tokens go to all experts there is none, and the expert's weight is 0.
 
     Where experts fill slots, the others' shares of each token are scaled up to what they would be without it.
     """
-    yield from _rerouted(layer, lambda router, routing: _without(router, routing, expert))
+    return _rerouted(layer, lambda router, routing: _without(router, routing, expert))
 
 
-@contextmanager
-def random_routing(layer: MoeMlp, generator: torch.Generator) -> Iterator[None]:
+def random_routing(layer: MoeMlp, generator: torch.Generator) -> AbstractContextManager[None]:
     """Inside the block each token's gates go to random experts, so that only who gets what changes.
 
     The gates keep their sizes: as sure a choice, of a random expert. For Soft MoE tokens also enter slots at random.
     """
-    yield from _rerouted(layer, lambda _, routing: _shuffled(routing, generator))
+    return _rerouted(layer, lambda _, routing: _shuffled(routing, generator))
 
 
 @contextmanager
@@ -235,6 +231,7 @@ def capacity(model: nn.Module, factor: float, batch_priority: bool) -> Iterator[
         yield
 
 
+@contextmanager
 def _rerouted(layer: MoeMlp, change: Callable) -> Iterator[None]:
     """The router's decision is replaced before slots are handed out."""
     handle = layer.router.register_forward_hook(

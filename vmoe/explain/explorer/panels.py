@@ -17,16 +17,10 @@ _LETTER_WIDTH = 8.2  # width of a letter of the body's size, at most on average
 def panel_page(
     title: str, subtitle: str, legend: str, count: int, size: tuple[float, float], columns: int, left: float = 0
 ) -> tuple[Page, Iterator[tuple[float, float]]]:
-    """A page for `count` panels of a size (width, height), in rows of `columns`, and their upper left corners.
+    """A page for `count` panels of a size (width, height), at most `columns` in a row, and their upper left corners.
 
-    Args:
-        title: Of the page.
-        subtitle: Below it.
-        legend: A sentence at the foot that says how to read the figure.
-        count: Number of panels.
-        size: Of a panel, without its title.
-        columns: Panels in a row at most.
-        left: Pixels left of each panel for names.
+    The `legend` at the foot says how to read the figure. `left` pixels beside each panel are free for names. A panel's
+    title stands above its size.
     """
     columns = max(1, min(columns, count))
     rows = -(-count // columns)

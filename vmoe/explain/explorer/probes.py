@@ -142,14 +142,9 @@ def probe(
     snapshots: Sequence[Subject] = (),
     seed: int = 0,
 ) -> Probes:
-    """Routes the same images several times and compares.
+    """Routes the same images several times, by the model, by `others` and by earlier `snapshots` of it, and compares.
 
-    Args:
-        subject: The model.
-        batches: Of (images, labels, ...), normalised for the model.
-        others: Runs to compare experts with.
-        snapshots: The same run, earlier.
-        seed: Of the null's permutations.
+    Batches are (images, labels, ...), normalised for the model. The null's permutations follow from `seed`.
     """
     generator = torch.Generator().manual_seed(seed)
     consistency: dict[str, Consistency] = {}

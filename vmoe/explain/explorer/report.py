@@ -24,13 +24,9 @@ TOP_CLASSES = 5
 
 
 def layer_report(layer: LayerCollection, images: dict[str, Any], classes: Sequence[str], seed: int) -> dict[str, Any]:
-    """The report of one layer.
+    """The report of one layer, of what was counted and of its part of the sample (see `ImageSample.stacked`).
 
-    Args:
-        layer: What was counted.
-        images: This layer's part of the sample, see `ImageSample.stacked`.
-        classes: C names.
-        seed: Of the random patches of the galleries.
+    The random patches of the galleries follow from `seed`.
     """
     facts, counts = layer.facts, layer.counts
     load = relative_load(_array(counts.load))

@@ -43,12 +43,7 @@ class _Panel(NamedTuple):
 def draw_layer(image: RoutedImage, layer: str, title: str, subtitle: str, footer: Sequence[str] = ()) -> Page:
     """The page of one layer: picture, choices, what was dropped, entropy, and the gate of each expert.
 
-    Args:
-        image: What was routed.
-        layer: Name of the layer.
-        title: Of the page.
-        subtitle: Below it.
-        footer: Lines at the foot, on where the page comes from.
+    The lines of `footer` say at the foot where the page comes from.
     """
     routing = image.layers[layer]
     num_experts, prefix = routing.gates.shape[-1], routing.num_prefix_tokens
@@ -79,10 +74,7 @@ def draw_layer(image: RoutedImage, layer: str, title: str, subtitle: str, footer
 def draw_overview(
     image: RoutedImage, layers: Sequence[str], title: str, subtitle: str, footer: Sequence[str] = ()
 ) -> Page:
-    """The page of an image: its picture, then the first choices in each layer, in the order of depth.
-
-    Arguments as of `draw_layer`.
-    """
+    """The page of an image: its picture, then the first choices in each layer, in the order of depth."""
     sizes = [panel_size(image.layers[layer].grid, PANEL) for layer in layers]
     height, width = (max(sides) for sides in zip(*sizes, strict=True))
     rows = math.ceil((len(layers) + 1) / 4)

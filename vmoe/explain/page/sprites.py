@@ -8,16 +8,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-_SIDES_TO_TRY = (
-    None,
-    192,
-    160,
-    128,
-    96,
-    64,
-    48,
-    32,
-)  # pixels of the longer side to try, largest first; None: as they are
+# Pixels of the longer side to try, largest first; None: as they are
+_SIDES_TO_TRY = (None, 192, 160, 128, 96, 64, 48, 32)
 _SHEET = 2048  # pixels of a sheet's side at most, which every browser can decode
 _LOSSLESS_UP_TO = 64  # pixels of the longer side: below, compression would blur what a patch shows
 
