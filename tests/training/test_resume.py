@@ -18,7 +18,7 @@ from vmoe.cli.evaluate import main as evaluate
 from vmoe.cli.train import main
 from vmoe.cli.train_options import parse
 from vmoe.training.classifier import Classifier
-from vmoe.training.optim.groups import learning_rate
+from vmoe.training.optim.schedule import LearningRates
 
 # Everything random, or with a state, is on: router noise, dropout, drop path, augmentation, order, Muon, EMA.
 # 3 epochs of 5 batches, 3 updates each.
@@ -317,7 +317,7 @@ def test_a_finished_run_goes_on_with_more_epochs(recipe, unbroken, tmp_path, mon
     config = parse(["--config", str(folder.config)])
     assert rates[2] == pytest.approx(1e-5, abs=1e-4) and rates[2] < rates[3] > rates[4]
     for step, rate in ((11, rates[3]), (14, rates[4])):
-        assert rate == learning_rate(step, 5 * 3, 3, config.optim)
+        assert rate == LearningRates(config.optim, 5 * 3, 3).rate(step)
     assert main(["--resume", "--output_dir", str(folder.path), "--trainer.epochs", "4"]) == 2
     assert "trainer.epochs (was 5, now 4)" in capsys.readouterr().err
 

@@ -4,41 +4,33 @@ B images, C classes.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vmoe.checkpoints import (
-    ModelFacts,
-    TrainedModel,
-    describe,
-    load,
-    read_checkpoint,
-    read_foreign_weights,
-    trained_weights,
-)
+from vmoe.checkpoints import ModelFacts
 from vmoe.checkpoints.state import put_average, put_model
 from vmoe.config_values import from_plain, to_plain
-from vmoe.data import Batch, ImageDataModule
+from vmoe.data import Batch
 from vmoe.data.sharing import NOT_COUNTED
 from vmoe.errors import UserError
 from vmoe.evaluation.engine import batch_sums, likeliest_classes, means_of
 from vmoe.moe import auxiliary_loss, moe_layers, update_router_biases
 from vmoe.moe.routers import SigmoidRouter
+from vmoe.training.classifier_files import found_facts, restored
 from vmoe.training.config import OptimConfig
 from vmoe.training.distillation import Teacher
 from vmoe.training.graph import GraphedStep
 from vmoe.training.guard import Guard
 from vmoe.training.optim.average import WeightAverage
-from vmoe.training.optim.groups import build_optimizer, by_number, learning_rate, optimizer_groups, parameter_groups
+from vmoe.training.optim.groups import build_optimizer, by_number, optimizer_groups, parameter_groups
+from vmoe.training.optim.schedule import LearningRates, planned_rates
 from vmoe.training.parallel.collectives import is_alone, total
 from vmoe.training.parallel.gradient_means import GradientMeans
 from vmoe.training.parallel.process import Process
@@ -47,7 +39,6 @@ from vmoe.training.parallel.sharding import clip_gradients
 from vmoe.training.routing_sums import RoutingSums
 
 RAW_TOP1 = "val/raw_top1"
-_MOST_WARMUP_EPOCHS = OptimConfig.warmup_epochs
 
 
 class Classifier(LightningModule):
@@ -128,6 +119,7 @@ class Classifier(LightningModule):
         self._is_sharded = False
         self._found: ModelFacts | None = None  # what this class finds out for the checkpoints of a fit
         self._is_undescribed = False  # no file can tell how the model is built
+        self._rates = LearningRates(self.optim)  # of the fit, once its length is known
         self._schedule: torch.optim.lr_scheduler.LambdaLR | None = None  # ours, which a subclass may not use
         self._gradient_means: GradientMeans | None = None  # where Lightning's strategy does not average
         self._graphed_step: GraphedStep | None = None
@@ -216,8 +208,11 @@ class Classifier(LightningModule):
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = build_optimizer(self.model, self.optim)
         optimizer.register_step_post_hook(lambda optimizer, *_: self._after_update(optimizer))
-        self._plan_rates()
-        self._schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.rate(step) / self.optim.lr)
+        self._rates = planned_rates(self._trainer, self.optim, self._chooses_warmup)
+        self.optim = self._rates.config
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: self.rate(step) / self._rates.config.lr
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self._schedule, "interval": "step"}}
 
     def _after_update(self, optimizer: torch.optim.Optimizer) -> None:
@@ -231,38 +226,9 @@ class Classifier(LightningModule):
         if self.average is not None:
             self.average.update(found_inf)
 
-    # The learning rate
-
-    def planned_updates(self) -> int | float:
-        """Updates of the optimiser that the learning rate is planned for; inf where the Trainer knows no end."""
-        return self.trainer.estimated_stepping_batches
-
-    def _plan_rates(self) -> None:
-        if self._trainer is None:  # a loop of one's own: the rate stays
-            self._total_updates, self._warmup_updates = math.inf, 0
-            return
-        trainer = self.trainer
-        self._total_updates = self.planned_updates()
-        if self._total_updates < 0:  # an endless loader
-            self._total_updates = math.inf
-        batches = trainer.num_training_batches
-        if batches == 0 and trainer.limit_train_batches:  # where Lightning would end without a word of failure
-            raise UserError(
-                "the training loader gives no batch: with drop_last a batch must not be larger than the training set; "
-                "lower batch_size"
-            )
-        if math.isinf(batches):
-            self._warmup_updates = 0
-            return
-        if self._chooses_warmup:
-            epochs = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else math.inf
-            self.optim = replace(self.optim, warmup_epochs=min(_MOST_WARMUP_EPOCHS, epochs / 4))
-        updates_per_epoch = math.ceil(batches / trainer.accumulate_grad_batches)
-        self._warmup_updates = math.ceil(self.optim.warmup_epochs * updates_per_epoch)
-
     def rate(self, step: int) -> float:
         """The learning rate of update `step`, 0-based."""
-        return learning_rate(step, self._total_updates, self._warmup_updates, self.optim)
+        return self._rates.rate(step)
 
     # The same step as a CUDA graph
 
@@ -443,7 +409,7 @@ class Classifier(LightningModule):
             return
         for group, highest in zip(schedule.optimizer.param_groups, schedule.base_lrs, strict=True):
             # By this run's schedule: a resumed one may have had fewer epochs.
-            rate = highest * (self.rate(schedule.last_epoch) / self.optim.lr)
+            rate = highest * (self.rate(schedule.last_epoch) / self._rates.config.lr)
             # A graph reads the rate from the device, where the schedule writes it; elsewhere a number serves.
             group["lr"] = torch.tensor(rate, device=self.device) if is_graphed else rate
             group["capturable"] = is_graphed
@@ -484,77 +450,19 @@ class Classifier(LightningModule):
             UserError: The file is missing or damaged, its weights do not fit, or it does not say what model it holds
                 and `model` is not given.
         """
-        device = torch.device(map_location or "cpu")
-        if model is None:
-            trained = load(checkpoint_path, device)
-            known = OptimConfig.__dataclass_fields__
-            options = {key: value for key, value in trained.config.get("optim", {}).items() if key in known}
-            lr = changes.get("lr")
-            if "min_lr" in options and isinstance(lr, int | float):
-                options["min_lr"] = min(options["min_lr"], lr)
-            task = cls(trained, **(options | changes))
-            task._load_others(trained.path, strict is not False)
-            return task
-        weights = read_foreign_weights(checkpoint_path)
-        if weights is None:
-            weights = trained_weights(read_checkpoint(checkpoint_path))
-        with _misfits_told(checkpoint_path):
-            model.load_state_dict(weights, strict=strict is not False)
-        task = cls(model.to(device), **changes)
-        task._load_others(checkpoint_path, strict is not False)
-        return task
-
-    def _load_others(self, path: str | Path, strict: bool) -> None:
-        """Fills what a subclass has beside the model."""
-        others = [name for name in self.state_dict() if not name.startswith("model.")]
-        if not others:
-            return
-        saved = {} if read_foreign_weights(path) is not None else read_checkpoint(path)["state_dict"]
-        missing = [name for name in others if name not in saved]
-        if missing and strict:
-            raise UserError(
-                f"{path}: has no {missing[0]}, which {type(self).__name__} has beside its model; strict=False leaves "
-                "it as it is made"
-            )
-        with _misfits_told(path):
-            self.load_state_dict({name: saved[name] for name in others if name in saved}, strict=False)
+        return restored(cls, checkpoint_path, torch.device(map_location or "cpu"), model, strict is not False, changes)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what rebuilds the model, by the project's format; what callbacks have put there comes before it."""
         if self.facts is None and self._found is None and not self._is_undescribed:
-            self._found = self._found_facts()
-            self._is_undescribed = self._found is None
-        put_model(checkpoint, self.facts or self._found, epochs_done(self.trainer))
-        put_average(checkpoint, None if self.average is None else self.average.state())
-
-    def _found_facts(self) -> ModelFacts | None:
-        """What rebuilds the model and prepares its images; None, with a warning, where it cannot be found out."""
-        data = self.trainer.datamodule
-        known = self.model if isinstance(self.model, TrainedModel) else None
-        names, mean, std = (
-            next(
-                (value for value in (given, getattr(data, key, None), getattr(known, key, None)) if value is not None),
-                None,
-            )
-            for key, given in (("class_names", self.class_names), ("mean", self.mean), ("std", self.std))
-        )
-        names = names or [str(number) for number in range(getattr(self.model, "num_classes", 0))]
-        try:
-            facts = describe(self.model, names, mean=mean, std=std)
             optim = to_plain(self.optim)
             if self._chooses_warmup:  # by the epochs of this fit: another chooses again
                 del optim["warmup_epochs"]
-            config = facts.config | {"optim": optim}
-            if not isinstance(data, ImageDataModule):
-                return replace(facts, config=config)
-            config |= {"data": to_plain(data.config), "seed": data.seed}
-            return replace(facts, config=config, bit_depth=data.bit_depth)
-        except UserError as error:
-            rank_zero_warn(
-                f"the checkpoint holds weights alone, since what it is of cannot be written: {error}. Open it by "
-                "vmoe.Classifier.load_from_checkpoint(path, model=...)"
-            )
-            return None
+            given = {"class_names": self.class_names, "mean": self.mean, "std": self.std}
+            self._found = found_facts(self.model, self.trainer.datamodule, given, optim)
+            self._is_undescribed = self._found is None
+        put_model(checkpoint, self.facts or self._found, epochs_done(self.trainer))
+        put_average(checkpoint, None if self.average is None else self.average.state())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if type(self).configure_optimizers is not Classifier.configure_optimizers:
@@ -582,15 +490,6 @@ class Classifier(LightningModule):
         self.train_sums = state["train_sums"].to(self.train_sums.device) * share
         if self.routing is not None:
             self.routing.load_state(state["routing"])
-
-
-@contextmanager
-def _misfits_told(path: str | Path) -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: its weights do not fit this model ({reason})") from error
 
 
 def epochs_done(trainer: Trainer) -> int:

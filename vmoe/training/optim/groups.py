@@ -1,6 +1,5 @@
-"""The optimiser with its parameter groups, and its learning rate as a function of the step."""
+"""The optimiser with its parameter groups."""
 
-import math
 from typing import Any
 
 import torch
@@ -121,14 +120,3 @@ def hidden_matrices(model: nn.Module) -> list[Tensor]:
     excluded = {part for module in others for part in module.modules()}
     linears = [module for module in model.modules() if isinstance(module, nn.Linear | ExpertLinear)]
     return [module.weight for module in linears if module not in excluded and module.weight.requires_grad]
-
-
-def learning_rate(step: int, total: int, warmup: int, config: OptimConfig) -> float:
-    """The learning rate of update `step` (0-based) of `total`.
-
-    Linear from lr / warmup up to lr over the first `warmup` updates, then half a cosine that ends in min_lr.
-    """
-    if step < warmup:
-        return config.lr * (step + 1) / warmup
-    progress = min(1.0, (step - warmup) / max(1, total - 1 - warmup))
-    return config.min_lr + (config.lr - config.min_lr) * (1 + math.cos(math.pi * progress)) / 2
