@@ -196,6 +196,14 @@ def write_csv(path: str | Path, rows: list[dict[str, Any]]) -> None:
     write_text(path, text.getvalue(), "surrogateescape")  # names of files that are no UTF-8
 
 
+def write_arrays(path: str | Path, arrays: dict[str, Any]) -> None:
+    """Writes arrays as one .npz file, atomically, under this very name."""
+    import numpy as np  # here, since who only reads a config need not wait for it
+
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:
+        np.savez_compressed(file, **arrays)
+
+
 def write_json(path: str | Path, content: Any) -> None:
     """Writes `content` as indented JSON, atomically. Not-a-number is refused: it is not JSON."""
     write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")

@@ -4,11 +4,15 @@ import csv
 import importlib.util
 import json
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+import vmoe
 from vmoe.cli.export import main as export
 from vmoe.cli.predict import main
+from vmoe.errors import UserError
 
 MOE = {"num_experts": 3, "top_k": 2, "layers": [1]}
 
@@ -48,6 +52,47 @@ def test_every_form_gives_the_same_answers(save_run, pictures, tmp_path, capsys)
     assert "1 of 5 files left out:" in told and "e.jpg: cannot be read as an image" in told
     for form in forms[1:]:
         assert answers(capsys, form, pictures)[0] == expected
+
+
+def test_arrays_and_tables_hold_what_is_printed(save_run, pictures, tmp_path, capsys):
+    run, written = save_run(moe=MOE), {name: tmp_path / f"{name}.npz" for name in ("logits", "embeddings")}
+    table, parquet = tmp_path / "answers.csv", tmp_path / "answers.parquet"
+    files = [f"--{name}={path}" for name, path in written.items()] + [f"--csv={table}", f"--parquet={parquet}"]
+    out, _ = answers(capsys, run, pictures, *files, "--threshold", 1)
+    assert out.count(": unknown (") == 4  # nobody is that sure
+    arrays = {name: np.load(path) for name, path in written.items()}
+    model = vmoe.load(run)
+    assert [row.partition(": ")[0] for row in out.splitlines()] == arrays["logits"]["files"].tolist()
+    assert arrays["embeddings"]["class_names"].tolist() == model.class_names
+    vectors, logits = torch.from_numpy(arrays["embeddings"]["embeddings"]), arrays["logits"]["logits"]
+    assert torch.allclose(model.get_classifier()(vectors), torch.from_numpy(logits), atol=1e-5)
+    rows = list(csv.DictReader(table.open()))
+    assert {row["label"] for row in rows} == {"unknown"}
+    probabilities = torch.from_numpy(logits).softmax(-1).max(-1).values
+    best = [float(row["probability"]) for row in rows if row["rank"] == "1"]
+    assert best == pytest.approx(probabilities.tolist(), abs=1e-5)
+    read = pytest.importorskip("pyarrow.parquet").read_table(parquet).to_pylist()
+    assert [(row["file"], row["class"]) for row in read] == [(row["file"], row["class"]) for row in rows]
+
+
+def test_test_time_augmentation_does_not_care_for_mirrored_images(save_run, tmp_path):
+    model = vmoe.load(save_run(moe=MOE))
+    image = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    plain, mirrored = (model.predict(each, features=True) for each in (image, image[:, ::-1]))
+    both = [model.predict(each, tta=True, features=True) for each in (image, image[:, ::-1])]
+    np.testing.assert_allclose(both[0].logits, (plain.logits + mirrored.logits) / 2, atol=1e-6)
+    np.testing.assert_allclose(both[0].features, (plain.features + mirrored.features) / 2, atol=1e-6)
+    np.testing.assert_allclose(both[0].probabilities, both[1].probabilities, atol=1e-6)
+    assert model.predict(image).features is None
+
+
+def test_a_picture_is_unknown_below_the_threshold(save_run):
+    found = vmoe.load(save_run(moe=MOE)).predict(np.zeros((8, 8, 3), np.uint8))
+    most = float(found.probabilities.max())
+    assert found.labels_from(most) == found.labels
+    assert found.labels_from(min(1, most + 1e-3)) == ["unknown"]
+    with pytest.raises(UserError, match=r"threshold=2: must be a probability, from 0 to 1"):
+        found.labels_from(2)
 
 
 def test_tables(save_run, pictures, tmp_path, capsys):

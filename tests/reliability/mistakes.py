@@ -239,6 +239,7 @@ MISTAKES: dict[str, list[Mistake]] = {
         Mistake("an image that is not there", "run lost.png"),
         Mistake("no image that can be read", "run text.jpg empty.png"),
         Mistake("no answers", "run photo.png --top 0"),
+        Mistake("a threshold that is no probability", "run photo.png --threshold 2"),
         Mistake("the routing of a dense model", "dense photo.png --routing"),
         Mistake("weights that are NaN", "nan.ckpt photo.png"),
         Mistake("a result in a place that is a file", "run photo.png --csv tiny.yaml/x.csv"),

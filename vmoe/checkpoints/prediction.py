@@ -18,6 +18,7 @@ from vmoe.data.images import prepare_image
 from vmoe.errors import UserError
 from vmoe.progress import Progress, shown
 
+UNKNOWN = "unknown"  # the label of a picture that no class is probable enough for
 Picture = str | PathLike[str] | Image.Image | np.ndarray
 
 
@@ -27,7 +28,9 @@ class Predictions:
 
     Attributes:
         labels: (N) The name of each picture's most probable class.
-        probabilities: (N, classes) float32.
+        probabilities: (N, classes) float32, the softmax of the logits.
+        logits: (N, classes) float32.
+        features: (N, D) float32, what the classifier takes, with `features`; else None.
         pictures: (N) What each is of: the path of a file, or the place of an image or array in what was given.
         class_names: In the order of the columns of `probabilities`.
         left_out: A line for each picture that could not be read, with `skip_damaged`.
@@ -37,6 +40,8 @@ class Predictions:
 
     labels: list[str]
     probabilities: np.ndarray
+    logits: np.ndarray
+    features: np.ndarray | None
     pictures: list[Path | int]
     class_names: list[str]
     left_out: list[str]
@@ -53,6 +58,17 @@ class Predictions:
         """For each picture its `count` most probable classes, best first, as {"class": ..., "probability": ...}."""
         return [most_probable(row, self.class_names, count) for row in self.probabilities]
 
+    def labels_from(self, threshold: float) -> list[str]:
+        """`labels`, with "unknown" for each picture that no class has at least this probability for.
+
+        Raises:
+            UserError: The threshold is not from 0 to 1.
+        """
+        if not 0 <= threshold <= 1:
+            raise UserError(f"threshold={threshold}: must be a probability, from 0 to 1")
+        sure = self.probabilities.max(-1, initial=0) >= threshold
+        return [label if known else UNKNOWN for label, known in zip(self.labels, sure.tolist(), strict=True)]
+
 
 def most_probable(probabilities: np.ndarray, names: list[str], count: int) -> list[dict[str, Any]]:
     """The `count` most probable classes of (classes,), best first, as plain types; of equal ones the earlier first."""
@@ -66,9 +82,13 @@ def predict(
     batch_size: int,
     bit_depth: int | None,
     skip_damaged: bool,
+    tta: bool,
+    features: bool,
     progress: Progress,
-) -> Predictions:
+) -> Predictions:  # fmt: skip
     """See `TrainedModel.predict`."""
+    if features and not hasattr(model, "forward_head"):
+        raise UserError(f"{model.path}: this model has no features before its classifier (timm's forward_head)")
     if type(batch_size) is not int or batch_size < 1:
         raise UserError(f"batch_size={batch_size!r}: must be a whole number from 1")
     notes: list[str] = []
@@ -77,7 +97,8 @@ def predict(
         bit_depth = model.bit_depth or _measured_depth([item for _, item in items if isinstance(item, Path)], notes)
     kept: list[Path | int] = []
     left_out: list[str] = []
-    rows = [np.empty((0, len(model.class_names)), np.float32)]
+    logits = [np.empty((0, len(model.class_names)), np.float32)]
+    vectors: list[np.ndarray] = []
     batches = [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
     for batch in shown(batches, "predicting", progress):
         prepared = []
@@ -92,15 +113,23 @@ def predict(
                 continue
             kept.append(item if isinstance(item, Path) else place)
         if prepared:
-            rows.append(probabilities(model, torch.stack(prepared)))
-    table = np.concatenate(rows)
+            images = torch.stack(prepared)
+            # Of a picture and its mirror image the mean
+            views = [_outputs(model, view, features) for view in ([images, images.flip(-1)] if tta else [images])]
+            logits.append(np.mean([view[0] for view in views], axis=0))
+            vectors += [np.mean([view[1] for view in views], axis=0)] if features else []
+    table = np.concatenate(logits)
     labels = [model.class_names[index] for index in table.argmax(-1).tolist()]
-    return Predictions(labels, table, kept, model.class_names, left_out, notes, bit_depth)
+    found = torch.from_numpy(table).softmax(-1).numpy()
+    of_classifier = np.concatenate(vectors) if vectors else np.empty((0, 0), np.float32) if features else None
+    return Predictions(
+        labels, found, table, of_classifier, kept, model.class_names, left_out, notes, bit_depth
+    )  # fmt: skip
 
 
 @torch.inference_mode()
-def probabilities(model: TrainedModel, images: Tensor) -> np.ndarray:
-    """(B, classes) float32 for prepared images (B, 3, image_size, image_size), in evaluation mode.
+def _outputs(model: TrainedModel, images: Tensor, features: bool) -> tuple[np.ndarray, np.ndarray | None]:
+    """Logits (B, classes) and features (B, D), or None, of prepared images (B, 3, H, W), in evaluation mode.
 
     Raises:
         UserError: a logit is not finite.
@@ -108,13 +137,20 @@ def probabilities(model: TrainedModel, images: Tensor) -> np.ndarray:
     training = [module for module in model.modules() if module.training]
     dtype = next((each.dtype for each in model.parameters()), torch.float32)
     try:
-        logits = model.eval()(images.to(model.device, dtype)).float().cpu()
+        model.eval()
+        images = images.to(model.device, dtype)
+        if features:
+            maps = model.forward_features(images)
+            logits = model.forward_head(maps).float().cpu()
+            vectors = model.forward_head(maps, pre_logits=True).flatten(1).float().cpu().numpy()
+        else:
+            logits, vectors = model(images).float().cpu(), None
     finally:
         for module in training:
             module.training = True
     if not logits.isfinite().all():
         raise UserError(f"{model.path}: gives logits that are not finite; its training probably diverged")
-    return logits.softmax(-1).numpy()
+    return logits.numpy(), vectors
 
 
 def _numbered_pictures(pictures: Picture | Iterable[Picture], notes: list[str]) -> list[tuple[int, Picture]]:

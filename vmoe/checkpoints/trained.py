@@ -65,6 +65,8 @@ class TrainedModel(nn.Module):
         batch_size: int = 32,
         bit_depth: int | None = None,
         skip_damaged: bool = False,
+        tta: bool = False,
+        features: bool = False,
         progress: "Progress" = True,
     ) -> "Predictions":
         """Names what is in pictures of any size, each prepared by `vmoe.prepare_image`.
@@ -75,16 +77,18 @@ class TrainedModel(nn.Module):
             batch_size: Images at once.
             bit_depth: Of files with more than 8 bits per channel. None: the model's own, else measured on these files.
             skip_damaged: Leaves out what cannot be read as an image, in place of an error; `left_out` names it.
+            tta: Takes the mean of the logits of a picture and of its mirror image (test-time augmentation).
+            features: Also gives what the classifier takes, such as for a search by likeness.
             progress: Shows a progress bar on stderr where that is a terminal. A function of the batches and a
                 description shows progress its own way, such as `rich.progress.track`.
 
         Raises:
             UserError: A path does not exist, a folder holds no picture, a picture cannot be read, an argument is of no
-                such kind, or a logit is not finite.
+                such kind, a logit is not finite, or the model has no features.
         """
         from vmoe.checkpoints.prediction import predict
 
-        return predict(self, pictures, batch_size, bit_depth, skip_damaged, progress)
+        return predict(self, pictures, batch_size, bit_depth, skip_damaged, tta, features, progress)
 
     @property
     def facts(self) -> ModelFacts:

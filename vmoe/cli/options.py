@@ -46,6 +46,17 @@ def count(text: str, least: int = 1) -> int:
     return int(text)
 
 
+def probability(text: str) -> float:
+    """The type of an option that is a number from 0 to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number from 0 to 1")
+    return value
+
+
 def choose_device(name: str) -> "torch.device":
     """The device that `--device` names; "auto" is a GPU where there is one.
 

@@ -4,6 +4,7 @@ resized). MODEL is a checkpoint, a run's folder, a safetensors file, a folder wr
 an ONNX file. Files that cannot be read as images are listed at the end.
 
   vmoe predict assets/models/cifar10_small.safetensors photo.jpg holiday/ --csv answers.csv
+  vmoe predict runs/mine holiday/ --threshold 0.5 --tta --embeddings vectors.npz
   vmoe predict cifar10_small.onnx photo.jpg --top 1
 """
 
@@ -13,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vmoe.cli.common import job
-from vmoe.cli.options import choose_device, count, new_parser
+from vmoe.cli.options import choose_device, count, new_parser, probability
 from vmoe.errors import UserError
+from vmoe.extras import require_module
 from vmoe.text import printable, readable
 
 if TYPE_CHECKING:
@@ -32,19 +34,32 @@ def main(argv: list[str]) -> None:
 
 def _predicted(options: argparse.Namespace) -> None:
     # Imported here, so that --help and a mistyped option answer at once.
+    from vmoe.checkpoints.prediction import UNKNOWN
     from vmoe.cli.inputs import note_batches, say_left_out
     from vmoe.cli.progress import Tracked
     from vmoe.data.image_files import none_readable
     from vmoe.export.predictor import Program, load_predictor
-    from vmoe.files import require_writable, write_csv, write_json
+    from vmoe.files import require_writable, write_arrays, write_csv, write_json
 
-    require_writable(*(file.parent for file in (options.csv, options.json) if file is not None))
+    written = (options.csv, options.json, options.parquet, options.logits, options.embeddings)
+    require_writable(*(file.parent for file in written if file is not None))
+    if options.parquet is not None:
+        require_module("pyarrow")
     model = load_predictor(options.model, choose_device(options.device))
     if options.routing and isinstance(model, Program):
         raise UserError("--routing: a program does not tell its routing; give the checkpoint it was made from")
+    if options.embeddings is not None and isinstance(model, Program):
+        raise UserError("--embeddings: a program gives logits alone; give the checkpoint it was made from")
     batch = 1 if options.routing else options.batch_size
     note_batches(options, batch, model)
-    found = model.predict(options.images, batch_size=batch, skip_damaged=True, progress=Tracked)
+    found = model.predict(
+        options.images,
+        batch_size=batch,
+        skip_damaged=True,
+        tta=options.tta,
+        features=options.embeddings is not None,
+        progress=Tracked,
+    )
     for line in found.notes:
         print(printable(line), file=sys.stderr)
     if not len(found):
@@ -53,24 +68,44 @@ def _predicted(options: argparse.Namespace) -> None:
         {"file": readable(str(file)), "predictions": predictions}
         for file, predictions in zip(found.pictures, found.top(options.top), strict=True)
     ]
+    if options.threshold is not None:
+        for label, answer in zip(found.labels_from(options.threshold), answers, strict=True):
+            answer["label"] = label
     if options.routing:
         for file, answer in zip(found.pictures, answers, strict=True):
             answer["routing"] = _shares_of_experts(model, file, found.bit_depth)
     for answer in answers:
         best = ", ".join(f"{each['class']} {each['probability']:.1%}" for each in answer["predictions"])
-        print(printable(f"{answer['file']}: {best}"))
+        print(printable(f"{answer['file']}: {best if answer.get('label') != UNKNOWN else f'{UNKNOWN} ({best})'}"))
         for layer, shares in answer.get("routing", {}).items():
             print(f"  {layer}: " + ", ".join(f"expert {index} {share:.0%}" for index, share in _four_largest(shares)))
     if options.json is not None:
         write_json(options.json, {"model": str(options.model), "images": answers, "damaged": found.left_out})
+    rows = [
+        {"file": answer["file"], "rank": rank, **each, **({"label": answer["label"]} if "label" in answer else {})}
+        for answer in answers
+        for rank, each in enumerate(answer["predictions"], 1)
+    ]
     if options.csv is not None:
-        rows = [
-            {"file": answer["file"], "rank": rank, **each, "probability": f"{each['probability']:.6f}"}
-            for answer in answers
-            for rank, each in enumerate(answer["predictions"], 1)
-        ]
-        write_csv(options.csv, rows)
+        write_csv(options.csv, [{**row, "probability": f"{row['probability']:.6f}"} for row in rows])
+    if options.parquet is not None:
+        _write_parquet(options.parquet, rows)
+    names = {"files": [answer["file"] for answer in answers], "class_names": found.class_names}
+    if options.logits is not None:
+        write_arrays(options.logits, {**names, "logits": found.logits})
+    if options.embeddings is not None:
+        write_arrays(options.embeddings, {**names, "embeddings": found.features})
     say_left_out(found.left_out, len(found) + len(found.left_out))
+
+
+def _write_parquet(path: Path, rows: list[dict]) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    from vmoe.files import atomic_write
+
+    with atomic_write(path) as temporary:
+        parquet.write_table(pyarrow.Table.from_pylist(rows), temporary)
 
 
 def _shares_of_experts(model: "TrainedModel", file: Path, bit_depth: int | None) -> dict[str, list[float]]:
@@ -93,7 +128,12 @@ def _predict_parser() -> argparse.ArgumentParser:
     parser.add_argument("images", metavar="IMAGE_OR_FOLDER", nargs="+", help="image files, or folders of them")
     parser.add_argument("--top", type=count, default=5, metavar="N", help="classes an image (default: %(default)s)")
     parser.add_argument("--routing", action="store_true", help="tell which experts an image's patches go to")
+    parser.add_argument("--tta", action="store_true", help="mean of each image and its mirror image")
+    parser.add_argument("--threshold", type=probability, metavar="P", help="below it an image is unknown")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the answers as a table")
+    parser.add_argument("--parquet", type=Path, metavar="FILE", help="write the same table as Parquet")
+    parser.add_argument("--logits", type=Path, metavar="FILE", help="write all logits as arrays, .npz")
+    parser.add_argument("--embeddings", type=Path, metavar="FILE", help="write what the classifier takes, .npz")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the answers, and the files left out, as JSON")
     parser.add_argument("--batch-size", type=count, default=32, metavar="B", help="images at once (default: 32)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: auto)")
