@@ -99,16 +99,13 @@ def main(argv: list[str]) -> int:
     if rest and options.job != "data":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     # Imported here, so that --help and a mistyped option answer at once.
-    import torch
-
     from vmoe.bench.timing import DeviceLost
     from vmoe.cli import benchmark_data, benchmark_jobs
     from vmoe.cli.benchmark_scaling import scaling
     from vmoe.cli.benchmark_serve import benchmark_server
 
     options.device = choose_device(options.device)
-    torch.manual_seed(options.seed)
-    results = benchmark_jobs.Results(options, argv)
+    results = benchmark_jobs.Results(["benchmark", *argv], options.out, options.device, options.seed)
     jobs = {"layer": benchmark_jobs.layer, "model": benchmark_jobs.model, "serve": benchmark_server, "scaling": scaling}
     jobs["data"] = lambda options, results: benchmark_data.data(options, rest, results)
     try:

@@ -6,6 +6,7 @@ import importlib.metadata
 import shlex
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -33,17 +34,18 @@ _NUM_CLASSES = 1000
 
 
 class Results:
-    """How a benchmark was made, and the files that it goes to."""
+    """How a measurement was made, and the files that it goes to; random numbers begin with its seed."""
 
-    def __init__(self, options: argparse.Namespace, argv: list[str]) -> None:
-        self.folder = options.out
-        self.at = f"benchmark {options.job}"  # what is done now
+    def __init__(self, command: list[str], folder: Path, device: torch.device, seed: int = 0) -> None:
+        torch.manual_seed(seed)
+        self.folder = folder
+        self.at = " ".join(command[:2])  # what is done now
         self.start = time.monotonic()
         self.header = {
-            "command": shlex.join(["vmoe", "benchmark", *argv]),
-            "device": device_name(options.device),
+            "command": shlex.join(["vmoe", *command]),
+            "device": device_name(device),
             "versions": versions() | _versions_beside(),
-            "seed": options.seed,
+            "seed": seed,
         }
 
     def say(self, subject: str) -> Say:

@@ -22,7 +22,6 @@ measured.json and measured.md.
 import argparse
 import dataclasses
 import shlex
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -109,17 +108,13 @@ def _measure_plans(options: argparse.Namespace, argv: list[str]) -> int:
     from vmoe.bench.plan import truth
     from vmoe.bench.plan.probes import measure_machine
     from vmoe.bench.report import markdown_table
-    from vmoe.training.run.summary import device_name
-    from vmoe.version import versions
+    from vmoe.cli.benchmark_jobs import Results
 
-    start = time.monotonic()
     device = choose_device(options.device)
     on_gpu = device.type == "cuda"
     table = Machine.of(gpu_of_this_machine() if on_gpu else "cpu")
-
-    def say(line: str) -> None:
-        print(f"{time.monotonic() - start:6.1f} s  {line}", file=sys.stderr, flush=True)
-
+    results = Results(["plan", *argv], options.out, device)
+    say = results.say("plan")
     say("measuring the rates")
     with working("measuring the rates"):
         measured = measure_machine(table, device)
@@ -129,24 +124,17 @@ def _measure_plans(options: argparse.Namespace, argv: list[str]) -> int:
         for experts in options.experts or truth.MEASURED_EXPERTS
         for images in options.images or truth.MEASURED_BATCHES
     ]
-    header = {
-        "command": shlex.join(["vmoe", "plan", *argv]),
-        "device": device_name(device),
-        "versions": versions(),
-        "table": dataclasses.asdict(table),
-        "measured": dataclasses.asdict(measured),
-    }
+    machines = {"table": dataclasses.asdict(table), "measured": dataclasses.asdict(measured)}
     dtype = torch.bfloat16 if on_gpu else torch.float32
-    rows = []
+    rows, tables = [], []
     with working(lambda: f"measuring: {len(rows)} of {len(cases)} models"):
         for row in truth.measured_beside_predicted(cases, options.image_size, table, measured, device, dtype, say):
             rows.append(row)
-            write_json(options.out / "measured.json", header | {"rows": rows})  # kept, should the GPU stop
+            tables = [markdown_table(truth.MEASURED_COLUMNS, rows), _rates(table, measured)]
+            results.write("measured", dtype, machines | {"rows": rows}, tables)  # kept, should the GPU stop
     write_csv(options.out / "measured.csv", rows)
-    text = f"{header['device']}\n\n{markdown_table(truth.MEASURED_COLUMNS, rows)}\n\n{_rates(table, measured)}"
-    print(text + "\n")
-    write_text(options.out / "measured.md", f"`{header['command']}`\n\n{text}\n")
-    print(f"measured.csv, measured.json and measured.md in {options.out}; {time.monotonic() - start:.0f} s")
+    print("\n\n".join([results.header["device"], *tables]) + "\n")
+    print(f"measured.csv, measured.json and measured.md in {options.out}; {time.monotonic() - results.start:.0f} s")
     return 0
 
 
