@@ -44,13 +44,13 @@ def trained(make_config: Callable[[], TrainConfig], command: list[str]) -> int:
 
 
 def _train(make_config: Callable[[], TrainConfig], command: list[str], process: Process) -> int:
+    progress = TrainingProgress(quiet=not process.is_first)
     try:
         config = make_config()
+        if config.parallel.strategy == "auto":
+            config = _resolved(config, process, progress)
     except UserError as error:
         raise UserError(str(error), everywhere=True) from error
-    progress = TrainingProgress(quiet=not process.is_first)
-    if config.parallel.strategy == "auto":
-        config = _resolved(config, process, progress)
     try:
         with stopped_at_once():
             from vmoe.training.fit import fit  # here, since a mistake in an option need not wait for Lightning
@@ -92,10 +92,7 @@ def _resolved(config: TrainConfig, process: Process, progress: TrainingProgress)
     """The config with the planner's strategy in the place of auto; says why it is that one."""
     from vmoe.bench.plan.choice import resolved  # here, since it brings much along
 
-    try:
-        config, why = resolved(config, process)
-    except UserError as error:
-        raise UserError(str(error), everywhere=True) from error
+    config, why = resolved(config, process)
     if why is not None:
         progress.say(why)
     return config

@@ -64,11 +64,7 @@ class RoutingSums:
 
 def metric_columns(model: nn.Module) -> list[str]:
     """The names of the metrics that `as_metrics` gives for a model's MoE layers."""
-    columns = []
-    for name, layer in moe_layers(model):
-        columns += [f"moe/{name}/load/{expert}" for expert in range(layer.num_experts)]
-        columns += [f"moe/{name}/max_load", f"moe/{name}/dropped", f"moe/{name}/entropy"]
-    return columns
+    return list(as_metrics({name: ([0.0] * layer.num_experts, 0.0, 0.0) for name, layer in moe_layers(model)}))
 
 
 def as_metrics(means: dict[str, tuple[list[float], float, float]]) -> dict[str, float]:

@@ -14,7 +14,7 @@ from vmoe.training.parallel.process import Process
 from vmoe.training.parallel.strategies import check_parts
 
 
-def load_data(config: TrainConfig, device: torch.device) -> ImageDataModule:
+def images_of_run(config: TrainConfig, device: torch.device) -> ImageDataModule:
     """The images, of which each process gets a part.
 
     Raises:

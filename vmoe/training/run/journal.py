@@ -28,36 +28,33 @@ VAL_COLUMNS = ("val/loss", "val/top1", "val/top5")
 
 
 class Clock:
-    """Seconds spent: in all, and in the training steps of this epoch. Goes on where a resumed run left it."""
+    """Seconds spent: in all, and in the training steps of this epoch. Goes on where a resumed run left it.
+
+    Lightning's `Timer` knows no seconds of an epoch that a resumed run goes on with.
+    """
 
     def __init__(self) -> None:
-        self._total = 0.0
-        self._epoch = 0.0
-        self._total_since = self._epoch_since = None
+        self._spent = {"total": 0.0, "epoch": 0.0}
+        self._since: dict[str, float] = {}  # of what is running
 
-    def start(self) -> None:
-        self._total_since = time.perf_counter()
-
-    def start_epoch(self, fresh: bool) -> None:
-        self._epoch = 0.0 if fresh else self._epoch
-        self._epoch_since = time.perf_counter()
+    def start(self, name: str, fresh: bool = False) -> None:
+        """Begins to count "total" or "epoch", from zero where it is fresh."""
+        self._spent[name] = 0.0 if fresh else self._spent[name]
+        self._since[name] = time.perf_counter()
 
     def stop_epoch(self) -> None:
-        self._epoch, self._epoch_since = self.epoch_seconds, None
+        self._spent["epoch"] = self.seconds("epoch")
+        self._since.pop("epoch", None)
 
-    @property
-    def epoch_seconds(self) -> float:
-        return self._epoch + (time.perf_counter() - self._epoch_since if self._epoch_since else 0.0)
-
-    @property
-    def total_seconds(self) -> float:
-        return self._total + (time.perf_counter() - self._total_since if self._total_since else 0.0)
+    def seconds(self, name: str) -> float:
+        now = time.perf_counter()
+        return self._spent[name] + now - self._since.get(name, now)
 
     def state(self) -> dict[str, float]:
-        return {"total": self.total_seconds, "epoch": self.epoch_seconds}
+        return {name: self.seconds(name) for name in self._spent}
 
     def load_state(self, state: dict[str, float]) -> None:
-        self._total, self._epoch = state["total"], state["epoch"]
+        self._spent = dict(state)
 
 
 class MetricsTable:
@@ -90,6 +87,8 @@ class MetricsTable:
 
 class Events:
     """TensorBoard's events. Where they cannot be written, the run says so once and goes on: metrics.csv has them too.
+
+    Lightning's TensorBoardLogger would end the run there, and keeps the events that a resumed run writes again.
 
     Args:
         folder: The run's folder.
@@ -185,7 +184,7 @@ class Journal(Callback):
             self.table = MetricsTable(self.folder.metrics, columns, self.step)
             if self._has_events:
                 self.events = Events(self.folder.path, self.step, self.progress.say)
-        self.clock.start()
+        self.clock.start("total")
         self._start_epoch(trainer, fresh=False)
 
     def on_train_epoch_start(self, trainer: Trainer, module: Classifier) -> None:
@@ -227,15 +226,13 @@ class Journal(Callback):
             self.events.close()
 
     def on_exception(self, trainer: Trainer, module: Classifier, exception: BaseException) -> None:
-        self.progress.stop()
-        if self.events is not None:
-            self.events.close()
+        self.on_train_end(trainer, module)
 
     def _start_epoch(self, trainer: Trainer, fresh: bool) -> None:
-        self.clock.start_epoch(fresh)
+        self.clock.start("epoch", fresh)
         self.progress.start_epoch(trainer.current_epoch + 1, trainer.max_epochs, trainer.num_training_batches)
 
     def _train_metrics(self, module: Classifier) -> dict[str, float]:
         metrics = module.train_metrics()  # waits for the device, so that the clock is right
-        speed = module.train_images() / max(self.clock.epoch_seconds, 1e-9)
+        speed = module.train_images() / max(self.clock.seconds("epoch"), 1e-9)
         return {**metrics, "train/images_per_second": speed}

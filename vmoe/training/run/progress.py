@@ -8,7 +8,9 @@ from vmoe.text import printable
 
 
 class TrainingProgress:
-    """Shows loss, accuracy and images a second while a run trains.
+    """Shows loss, accuracy and images per second while a run trains.
+
+    Lightning's RichProgressBar leaves no line per epoch in a log file, and reads metrics from the device at each step.
 
     Args:
         quiet: Shows nothing.

@@ -29,7 +29,7 @@ from vmoe.training.parallel.sharding import load_weights
 from vmoe.training.parallel.strategies import fallback_of_muon
 from vmoe.training.run import summary
 from vmoe.training.run.checkpoints import RunCheckpoints
-from vmoe.training.run.data import check_files, load_data
+from vmoe.training.run.data import check_files, images_of_run
 from vmoe.training.run.journal import Clock, Journal, MetricsTable
 from vmoe.training.run.lock import locked
 from vmoe.training.run.loggers import open_loggers, rate_monitors, require_loggers
@@ -198,7 +198,7 @@ class _Run:
             UserError: they are missing or malformed, or of other classes than the saved run's.
         """
         config = self.config
-        data = load_data(config, self.device)
+        data = images_of_run(config, self.device)
         for line in (*summary.data_lines(config.data, data), *data.notes):
             self.say(line)
         if data.has_validation and (count := sum(data.images_of_classes("val"))) < _FEW_TO_CHOOSE_BY:
