@@ -3,11 +3,14 @@
 import numpy as np
 import pytest
 from PIL import Image
+from support.saved_runs import save_run
 
+import vmoe
 from vmoe.data import DataConfig, ImageDataModule
 from vmoe.data.config import TableConfig
 from vmoe.data.datasets import load_splits
 from vmoe.errors import UserError
+from vmoe.evaluation.evaluate import data_for
 
 
 @pytest.fixture
@@ -107,3 +110,10 @@ def test_a_table_that_is_not_there_and_a_column_that_is_not_in_it(table, tmp_pat
         UserError, match=r"data.table.label=lable: .*labels.csv has no such column; it has path, label; did"
     ):
         load(path, table=TableConfig(label="lable"))
+
+
+def test_a_model_of_a_table_is_measured_on_other_sets_too(tmp_path):
+    columns = {"name": "table", "root": str(tmp_path / "labels.csv"), "table": {"path": "bild", "label": "art"}}
+    model = vmoe.load(save_run(tmp_path / "run", data=columns))
+    assert data_for(model).table == TableConfig("bild", "art")
+    assert data_for(model, "digits").name == "digits"

@@ -14,8 +14,22 @@ def make_evaluation(confusion):
     totals = confusion.sum(1)
     accuracy = [float(hit / total) if total else None for hit, total in zip(np.diag(confusion), totals, strict=True)]
     top1 = float(np.trace(confusion) / confusion.sum())
+    of_classes = {"class_accuracy": accuracy, "class_precision": accuracy, "class_f1": accuracy}
     return Evaluation(
-        int(confusion.sum()), None, None, top1, 1.0, 0.1, 0.0, accuracy, confusion.tolist(), None, None, {}
+        images=int(confusion.sum()),
+        capacity_factor=None,
+        top_k=None,
+        top1=top1,
+        top5=1.0,
+        nll=0.1,
+        ece=0.0,
+        **of_classes,
+        balanced_accuracy=top1,
+        f1=top1,
+        confusion=confusion.tolist(),
+        images_per_second=None,
+        dropped=None,
+        layers={},
     )
 
 

@@ -10,6 +10,9 @@ from torchmetrics.functional.classification import (
     multiclass_accuracy,
     multiclass_calibration_error,
     multiclass_confusion_matrix,
+    multiclass_f1_score,
+    multiclass_precision,
+    multiclass_recall,
 )
 
 import vmoe
@@ -47,7 +50,9 @@ def test_hand_computed_figures():
     assert figures["top5"] == 1  # two classes: top-2
     assert figures["nll"] == pytest.approx(-(math.log(0.9) + math.log(0.3) + math.log(0.8) + math.log(0.95)) / 4)
     assert figures["confusion"] == [[2, 0], [1, 1]]
-    assert figures["class_accuracy"] == [1, 0.5]
+    assert figures["class_accuracy"] == [1, 0.5] and figures["balanced_accuracy"] == 0.75
+    assert figures["class_precision"] == [pytest.approx(2 / 3), 1]
+    assert figures["class_f1"] == pytest.approx([4 / 5, 2 / 3]) and figures["f1"] == pytest.approx(11 / 15)
     # Bins of 1/15: .9 in the 14th, .7 in the 11th, .8 in the 12th, .95 in the 15th, one image each:
     # (|.9 - 1| + |.7 - 0| + |.8 - 1| + |.95 - 1|) / 4
     assert figures["ece"] == pytest.approx((0.1 + 0.7 + 0.2 + 0.05) / 4, abs=1e-6)
@@ -65,7 +70,10 @@ def test_certain_predictions_fall_in_the_last_bin():
 
 
 def test_a_class_without_images_has_no_accuracy():
-    assert measure([[0.5, 0.3, 0.2]], [0])["class_accuracy"] == [1, None, None]
+    figures = measure([[0.5, 0.3, 0.2], [0.3, 0.5, 0.2]], [0, 0])
+    assert figures["class_accuracy"] == [0.5, None, None] and figures["balanced_accuracy"] == 0.5
+    assert figures["class_precision"] == [1, 0, None]  # one image was taken for the second class, none for the third
+    assert figures["class_f1"] == [pytest.approx(2 / 3), None, None] and figures["f1"] == pytest.approx(2 / 3)
 
 
 def test_streaming_agrees_with_torchmetrics():
@@ -82,6 +90,10 @@ def test_streaming_agrees_with_torchmetrics():
     )
     assert figures["nll"] == pytest.approx(float(torch.nn.functional.cross_entropy(logits, labels)), rel=1e-6)
     assert figures["confusion"] == multiclass_confusion_matrix(logits, labels, 12).tolist()
+    for name, of_torchmetrics in (("f1", multiclass_f1_score), ("balanced_accuracy", multiclass_recall)):
+        assert figures[name] == pytest.approx(float(of_torchmetrics(logits, labels, 12, average="macro")), rel=1e-6)
+    precision = multiclass_precision(logits, labels, 12, average="none").tolist()
+    assert figures["class_precision"] == pytest.approx(precision, rel=1e-6)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

@@ -37,10 +37,11 @@ def result_tables(results: "list[Evaluation]", title: str, class_names: list[str
 
 def summary_table(results: "list[Evaluation]", title: str) -> Table:
     """The figures of each pass, a row each."""
-    key = "K: experts per token, C: capacity factor" if results[0].layers else None
+    key = "balanced: mean accuracy of the classes; F1: mean of the classes"
+    key += "; K: experts per token, C: capacity factor" if results[0].layers else ""
     table = Table(title=escape(title), title_justify="left", caption=key, caption_justify="left")
     five = ["top-5"] if len(results[0].class_accuracy) > 5 else []  # of five classes it would always be 100 %
-    for column in ("K", "C", "images", "top-1", *five, "NLL", "ECE", "dropped", "images/s"):
+    for column in ("K", "C", "images", "top-1", *five, "balanced", "F1", "NLL", "ECE", "dropped", "images/s"):
         table.add_column(column, justify="right")
     for result in results:
         table.add_row(
@@ -49,6 +50,8 @@ def summary_table(results: "list[Evaluation]", title: str) -> Table:
             f"{result.images:,}",
             f"{result.top1:.2%}",
             *(f"{result.top5:.2%}" for _ in five),
+            f"{result.balanced_accuracy:.2%}",
+            f"{result.f1:.2%}",
             f"{result.nll:.4f}",
             f"{result.ece:.4f}",
             "-" if result.dropped is None else f"{result.dropped:.2%}",
@@ -76,17 +79,19 @@ def class_table(result: "Evaluation", names: list[str], shown: int = 10) -> Tabl
     order = sorted((accuracy, index) for index, accuracy in enumerate(result.class_accuracy) if accuracy is not None)
     title = "accuracy by class" if len(order) <= shown else f"accuracy by class: the {shown} worst of {len(order)}"
     table = Table(title=title, title_justify="left")
-    for column in ("class", "top-1", "images", "most often taken for"):
-        table.add_column(column, justify="right" if column in ("top-1", "images") else "left")
+    for column in ("class", "top-1", "precision", "F1", "images", "most often taken for"):
+        table.add_column(column, justify="left" if column in ("class", "most often taken for") else "right")
     for accuracy, index in order[:shown]:
+        precision = result.class_precision[index]
+        figures = f"{accuracy:.2%}", "-" if precision is None else f"{precision:.2%}", f"{result.class_f1[index]:.2%}"
         if result.confusion is None:
-            table.add_row(escape(names[index]), f"{accuracy:.2%}", "-", "-")
+            table.add_row(escape(names[index]), *figures, "-", "-")
             continue
         row = list(result.confusion[index])
         total, row[index] = sum(row), 0
         other = max(range(len(row)), key=row.__getitem__)
         taken_for = f"{names[other]} ({row[other]})" if row[other] else "-"
-        table.add_row(escape(names[index]), f"{accuracy:.2%}", str(total), escape(taken_for))
+        table.add_row(escape(names[index]), *figures, str(total), escape(taken_for))
     return table
 
 

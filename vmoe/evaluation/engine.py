@@ -41,7 +41,11 @@ class Evaluation:
     top5: float  # top-C where there are fewer than 5 classes
     nll: float  # mean negative log-likelihood, nats
     ece: float  # expected calibration error, 15 bins
-    class_accuracy: list[float | None]  # (C,) top-1 of each class; None for a class without images
+    class_accuracy: list[float | None]  # (C,) top-1 of each class, its recall; None for a class without images
+    class_precision: list[float | None]  # (C,) right answers of all of this class; None for a class never predicted
+    class_f1: list[float | None]  # (C,) harmonic mean of the two; None for a class without images
+    balanced_accuracy: float  # mean of class_accuracy, over the classes with images
+    f1: float  # mean of class_f1 (macro F1), over the classes with images
     confusion: list[list[int]] | None  # (C, C) images by true class (row) and predicted one; None over 1,000 classes
     images_per_second: float | None  # without the first batch, loading included; None when there was one batch only
     dropped: float | None  # share of the choices of all MoE layers; None for a dense model
@@ -112,7 +116,7 @@ class RunningMetrics:
         self.confusion = None
         if num_classes <= MOST_CONFUSED:
             self.confusion = MulticlassConfusionMatrix(num_classes, validate_args=False).to(device)
-        self.of_class = torch.zeros(2, num_classes, dtype=torch.int64, device=device)  # images, correct
+        self.of_class = torch.zeros(3, num_classes, dtype=torch.int64, device=device)  # images, correct, predicted
         self.sums = sums_on(device)
         self.bins = torch.zeros(2, CALIBRATION_BINS, dtype=self.sums.dtype, device=device)  # confidence, correct
 
@@ -126,6 +130,7 @@ class RunningMetrics:
             self.confusion.update(predicted, labels)
         self.of_class[0].index_add_(0, labels, torch.ones_like(labels))
         self.of_class[1].index_add_(0, labels, (predicted == labels).to(labels))
+        self.of_class[2].index_add_(0, predicted, torch.ones_like(predicted))
         # Clamped above for a confidence that is not a number; compute() then refuses the whole set.
         bin_index = (confidence * CALIBRATION_BINS).ceil().nan_to_num().long().sub(1).clamp(0, CALIBRATION_BINS - 1)
         self.bins[0].index_add_(0, bin_index, confidence.to(self.bins))
@@ -137,20 +142,26 @@ class RunningMetrics:
         Raises:
             UserError: no image was seen, or a logit was not finite.
         """
-        of_class, correct = self.of_class.cpu()
-        images = int(of_class.sum())
+        there, correct, predicted = self.of_class.tolist()
+        images = sum(there)
         if images == 0:
             raise UserError("data: this split holds no images; choose another split or another data set")
         means = means_of(self.sums)
         if not math.isfinite(means.loss):
             raise UserError("CKPT: the model gives logits that are not finite; its training probably diverged")
+        recalls = [right / of for right, of in zip(correct, there, strict=True) if of]
+        f1 = [2 * c / (n + p) if n else None for c, n, p in zip(correct, there, predicted, strict=True)]
         return {
             "images": images,
             "top1": means.top1,
             "top5": means.top5,
             "nll": means.loss,
             "ece": float((self.bins[0] - self.bins[1]).abs().sum()) / images,
-            "class_accuracy": [c / n if n else None for c, n in zip(correct.tolist(), of_class.tolist(), strict=True)],
+            "class_accuracy": _shares(correct, there),
+            "class_precision": _shares(correct, predicted),
+            "class_f1": f1,
+            "balanced_accuracy": sum(recalls) / len(recalls),
+            "f1": sum(each for each in f1 if each is not None) / len(recalls),
             "confusion": self._matrix(),
         }
 
@@ -159,6 +170,10 @@ class RunningMetrics:
             return None
         size = (self.num_classes, self.num_classes)
         return self.confusion.compute().reshape(size).tolist()  # torchmetrics gives a number for a single class
+
+
+def _shares(parts: Sequence[int], wholes: Sequence[int]) -> list[float | None]:
+    return [part / whole if whole else None for part, whole in zip(parts, wholes, strict=True)]
 
 
 @torch.inference_mode()

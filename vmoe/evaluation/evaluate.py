@@ -12,7 +12,7 @@ from vmoe.checkpoints import TrainedModel
 from vmoe.classes import find_outputs, only_numbers, with_outputs
 from vmoe.config_values import from_plain
 from vmoe.data import DataConfig, ImageDataModule, SubsetConfig
-from vmoe.data.config import set_and_root
+from vmoe.data.config import TableConfig, set_and_root
 from vmoe.errors import UserError
 from vmoe.evaluation.engine import Evaluation, evaluate_sweep
 from vmoe.progress import Progress, shown
@@ -53,7 +53,8 @@ def evaluate(
             shows progress its own way.
 
     Returns:
-        Plain types, as in `results` of evaluation.json: `images`, `top1`, `top5`, `nll`, `ece`, `class_accuracy`,
+        Plain types, as in `results` of evaluation.json: `images`, `top1`, `top5`, `nll`, `ece`, `balanced_accuracy`,
+        `f1`, `class_accuracy`, `class_precision`, `class_f1`,
         `confusion`, `images_per_second`, `capacity_factor`, `top_k`, `dropped`, and by name `layers` with what each MoE
         layer dropped and the load of its experts. Accuracies and shares are fractions.
 
@@ -201,8 +202,9 @@ def data_for(
         root = found if root is None else root
         config = trained_on(model, name)
         if name is not None and name != config.name:
-            # The run's class names mean nothing in another set, and only fractals have `images`
-            changes = {"name": name, "subset": SubsetConfig(), "images": None, "bit_depth": None} | changes
+            # The run's class names mean nothing in another set; only fractals have `images`, and only tables columns
+            of_a_set = {"subset": SubsetConfig(), "images": None, "bit_depth": None, "table": TableConfig()}
+            changes = {"name": name} | of_a_set | changes
         elif model.bit_depth is not None:  # by which it was trained: to measure it on other images would change them
             changes = {"bit_depth": model.bit_depth} | changes
     if root is not None:
