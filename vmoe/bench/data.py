@@ -63,14 +63,9 @@ def _unchanged(batch: Batch) -> Batch:
 class TrainingStep:
     """Forward pass under autocast, loss with the balance losses, backward pass, update by fused AdamW.
 
-    A batch that has only its keys gets its images first, within the step, as in `vmoe train`.
-
-    Args:
-        model: On `device`. Its weights stay as they are: the learning rate is 0.
-        device: Where to run.
-        dtype: Of autocast.
-        compiled: The model is compiled, in place.
-        graphed: The step is captured as a CUDA graph.
+    A batch that has only its keys gets its images first, within the step, as in `vmoe train`. Autocast is to `dtype`.
+    The model lies on `device` and may be compiled, in place. A step may be captured as a CUDA graph (`graphed`). The
+    weights stay as they are, as the learning rate is 0.
     """
 
     def __init__(
@@ -97,13 +92,10 @@ class TrainingStep:
     def rate(
         self, batches: Iterator[Batch], seconds: float, ahead: int = 0, made: Callable[[Batch], Batch] = _unchanged
     ) -> float:
-        """Images/s of steps on these batches; the first few, and those prepared `ahead`, are not counted.
+        """Images/s of steps on these batches, which lie on the device and have no end; counted for some `seconds`.
 
-        Args:
-            batches: On the device, without end.
-            seconds: How long to count.
-            ahead: Batches that may have been prepared.
-            made: Makes the images of a batch that has only its keys, within the step.
+        The first few, and those that may have been prepared `ahead`, are not counted. `made` makes the images of a
+        batch that has only its keys, within the step.
         """
         self._made = made
         if self.graphed:

@@ -123,15 +123,7 @@ def _kept(shape: torch.Size, of_expert: bool, layout: MeshLayout) -> int:
 def memory_of(
     counts: ParameterCounts, layout: MeshLayout, trace: Trace, workload: Workload, workspace: int
 ) -> StepMemory:
-    """What a process needs.
-
-    Args:
-        counts: Counts of the whole model.
-        layout: How it is spread.
-        trace: Trace of one process's step.
-        workload: What is trained.
-        workspace: Bytes that libraries take for themselves.
-    """
+    """What a process needs, by a trace of its step; `counts` are the whole model's, `workspace` is the libraries'."""
     kept = FLOAT * kept_parameters(counts, layout)
     # Gradients of the step before are there until the forward pass is done, as Lightning orders a step
     forward = max(moment.live for moment in trace.moments if not moment.is_backward) + kept

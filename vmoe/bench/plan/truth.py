@@ -55,16 +55,9 @@ def measured_beside_predicted(
     cases: Iterable[PlannedCase], image_size: int, table: Machine, measured: Machine, device: torch.device,
     dtype: torch.dtype, say: Say,
 ) -> Iterable[Row]:  # fmt: skip
-    """A row for each case.
+    """A row for each case, also for one that does not fit.
 
-    Args:
-        cases: What to run; one that does not fit is a row that says so.
-        image_size: Side in pixels.
-        table: The machine's rates by the table.
-        measured: Its own.
-        device: It.
-        dtype: Type of autocast.
-        say: Called with a line on what is done.
+    Predictions are by the rates of the machine in the `table`, and by its own as `measured`. Autocast is to `dtype`.
     """
     for case in cases:
         name = f"{case.model}, E={case.experts}, {case.images} images"

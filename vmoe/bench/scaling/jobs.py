@@ -141,10 +141,7 @@ def jobs_of(parts: list[str], counts: list[int], settings: ScalingSettings) -> l
 def layouts_measured(processes: int, experts: int, graphed: bool = False) -> list[MeshLayout]:
     """The mesh layouts of so many processes that are measured: experts are spread over all of them, or over half.
 
-    Args:
-        processes: Their number.
-        experts: E.
-        graphed: Whether only layouts with a step that can be captured are wanted.
+    If `graphed`, only those with a step that can be captured.
     """
     found = layouts_for(processes, MoeConfig(num_experts=experts))
     if graphed:

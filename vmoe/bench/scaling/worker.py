@@ -126,15 +126,9 @@ def train_on_noise(
     job: ScalingJob, device: torch.device, steps: int, callbacks: list[Callback], epochs: int = 1,
     resume_from: Path | None = None,
 ) -> None:  # fmt: skip
-    """Trains on random images by the trainer of `vmoe train`; the callbacks keep what is measured.
+    """Trains on random images by the trainer of `vmoe train`, with `steps` updates per epoch.
 
-    Args:
-        job: The training.
-        device: Device of this process.
-        steps: Updates per epoch.
-        callbacks: Callbacks of the trainer.
-        epochs: Epochs after which it stops.
-        resume_from: A checkpoint to go on from.
+    The callbacks keep what is measured. `resume_from` is a checkpoint to go on from.
     """
     config = job.config(device.type, epochs)
     torch.manual_seed(0)
