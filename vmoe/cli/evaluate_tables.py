@@ -37,11 +37,10 @@ def result_tables(results: "list[Evaluation]", title: str, class_names: list[str
 
 def summary_table(results: "list[Evaluation]", title: str) -> Table:
     """The figures of each pass, a row each."""
-    key = "balanced: mean accuracy of the classes; F1: mean of the classes"
-    key += "; K: experts per token, C: capacity factor" if results[0].layers else ""
+    key = "K: experts per token, C: capacity factor" if results[0].layers else None
     table = Table(title=escape(title), title_justify="left", caption=key, caption_justify="left")
     five = ["top-5"] if len(results[0].class_accuracy) > 5 else []  # of five classes it would always be 100 %
-    for column in ("K", "C", "images", "top-1", *five, "balanced", "F1", "NLL", "ECE", "dropped", "images/s"):
+    for column in ("K", "C", "images", "top-1", *five, "NLL", "ECE", "dropped", "images/s"):
         table.add_column(column, justify="right")
     for result in results:
         table.add_row(
@@ -50,8 +49,6 @@ def summary_table(results: "list[Evaluation]", title: str) -> Table:
             f"{result.images:,}",
             f"{result.top1:.2%}",
             *(f"{result.top5:.2%}" for _ in five),
-            f"{result.balanced_accuracy:.2%}",
-            f"{result.f1:.2%}",
             f"{result.nll:.4f}",
             f"{result.ece:.4f}",
             "-" if result.dropped is None else f"{result.dropped:.2%}",
@@ -77,8 +74,9 @@ def layer_table(results: "list[Evaluation]") -> Table:
 def class_table(result: "Evaluation", names: list[str], shown: int = 10) -> Table:
     """The accuracy of each class, worst first, with the class it is most often taken for."""
     order = sorted((accuracy, index) for index, accuracy in enumerate(result.class_accuracy) if accuracy is not None)
-    title = "accuracy by class" if len(order) <= shown else f"accuracy by class: the {shown} worst of {len(order)}"
-    table = Table(title=title, title_justify="left")
+    title = "by class" if len(order) <= shown else f"by class: the {shown} worst of {len(order)}"
+    means = f"mean of the classes: {result.balanced_accuracy:.2%} (balanced accuracy), F1 {result.f1:.2%} (macro)"
+    table = Table(title=title, title_justify="left", caption=means, caption_justify="left")
     for column in ("class", "top-1", "precision", "F1", "images", "most often taken for"):
         table.add_column(column, justify="left" if column in ("class", "most often taken for") else "right")
     for accuracy, index in order[:shown]:
