@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _MEAN = _STD = [0.5, 0.5, 0.5]  # the original's value_range(-1, 1)
 
-_OPTION_OF = {  # argument of Python -> option here
+_OPTIONS_OF_IMPORT = {  # argument of Python -> option here
     "img_size": "--img-size",
     "router": "--router",
     "capacity_factor": "--capacity-factor",
@@ -36,7 +36,7 @@ _OPTION_OF = {  # argument of Python -> option here
 }
 
 
-@job(_OPTION_OF)
+@job(_OPTIONS_OF_IMPORT)
 def main(argv: list[str]) -> None:
     """Runs the job."""
     options = _import_jax_parser().parse_args(argv)

@@ -180,8 +180,8 @@ class _FakeExchangedExperts(DistributedExperts):
         if not (self.like_gpu and _is_fused(mlp)):
             return super()._by_capacity(x_TD, choices, num_experts, mlp, kernels)
         num_rows = num_experts * choices.groups.count * choices.capacity
-        x_RD = _scatter(x_TD, num_rows, mlp.dtype, self.charge)
-        return _combine(self._even(x_RD, mlp, kernels), choices.weights_TK, self.charge)
+        x_RD = _fake_scatter(x_TD, num_rows, mlp.dtype, self.charge)
+        return _fake_combine(self._even(x_RD, mlp, kernels), choices.weights_TK, self.charge)
 
     def _own_experts(self, x_RD: Tensor, choices: Choices, mlp: Mlp, kernels: Kernels) -> Tensor:
         if not (self.like_gpu and _is_fused(mlp)):
@@ -208,7 +208,7 @@ class _FakeExchangedExperts(DistributedExperts):
         return parameter
 
 
-def _scatter(x_TD: Tensor, num_rows: int, dtype: torch.dtype, charge: Charge) -> Tensor:
+def _fake_scatter(x_TD: Tensor, num_rows: int, dtype: torch.dtype, charge: Charge) -> Tensor:
     """`vmoe.moe.kernels.experts.fused.shares.scatter_shares`."""
     shape, own = x_TD.shape, x_TD.dtype
 
@@ -225,7 +225,7 @@ def _scatter(x_TD: Tensor, num_rows: int, dtype: torch.dtype, charge: Charge) ->
     return _Fake.apply(forward, backward, x_TD)
 
 
-def _combine(y_RD: Tensor, weights_TK: Tensor, charge: Charge) -> Tensor:
+def _fake_combine(y_RD: Tensor, weights_TK: Tensor, charge: Charge) -> Tensor:
     """`vmoe.moe.kernels.experts.fused.shares.combine_shares`."""
 
     def forward(y_RD: Tensor, weights_TK: Tensor):

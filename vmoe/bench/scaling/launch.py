@@ -51,7 +51,7 @@ class Launcher:
         plan, done = scratch / "jobs.pickle", 0
         plan.write_bytes(pickle.dumps((self.device, scratch, self.job_seconds, jobs)))
         plan.with_suffix(".begun").unlink(missing_ok=True)
-        with open(self.log, "w", encoding="utf-8") as log, _started(_command(jobs, plan), log) as process:
+        with open(self.log, "w", encoding="utf-8") as log, _torchrun_started(_command(jobs, plan), log) as process:
             end = threading.Timer(_START_SECONDS + seconds + self.job_seconds, process.terminate)  # if no row comes
             end.start()
             try:
@@ -79,7 +79,7 @@ def _command(jobs: list[ScalingJob], plan: Path) -> list[str]:
     return [*torchrun, *counts, "-m", "vmoe.bench.scaling.worker", str(plan)]
 
 
-def _started(command: list[str], log) -> subprocess.Popen:
+def _torchrun_started(command: list[str], log) -> subprocess.Popen:
     """The process of a command, in whose environment ranks find this package and each other."""
     root = str(Path(__file__).parents[3])
     paths = os.pathsep.join(path for path in (root, os.environ.get("PYTHONPATH")) if path)
