@@ -246,6 +246,15 @@ def test_early_stopping(run, monkeypatch):
     assert (summary["epochs"], summary["best_epoch"]) == (3, 1)
 
 
+def test_a_run_that_goes_on_keeps_its_best_epoch(run, monkeypatch):
+    """The second epoch is as good as the first, and so not better."""
+    monkeypatch.setattr(Classifier, "evaluation_metrics", lambda self, split: dict.fromkeys(_names(split), 0.5))
+    _, folder = run()
+    assert main(["--resume", "--output_dir", str(folder.path), "--trainer.epochs", "2"]) == 0
+    summary = json.loads(folder.summary.read_text())
+    assert (summary["epochs"], summary["best_epoch"]) == (2, 1)
+
+
 def _names(split: str) -> list[str]:
     return [f"{split}/loss", f"{split}/top1", f"{split}/top5"]
 
