@@ -1,11 +1,13 @@
 """Where nobody watches a bar, a job that works says so in lines."""
 
+import sys
 import time
 
 import pytest
 
 from vmoe.cli import progress
 from vmoe.cli.progress import Tracked, working
+from vmoe.progress import shown
 
 
 @pytest.fixture(autouse=True)
@@ -56,3 +58,12 @@ def test_what_is_short_says_nothing(capsys, monkeypatch):
     monkeypatch.setattr(progress, "EVERY", 10.0)
     assert list(Tracked([1, 2], "predicting")) == [1, 2]
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("is_notebook", [False, True])
+def test_the_library_s_bar_is_shown_where_somebody_watches(monkeypatch, capsys, is_notebook):
+    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
+    if is_notebook:
+        monkeypatch.setitem(sys.modules, "ipykernel", sys)
+    assert list(shown(range(3), "predicting", True)) == [0, 1, 2]
+    assert ("predicting" in capsys.readouterr().err) == is_notebook

@@ -5,6 +5,7 @@ import signal
 import pytest
 from support.parallel_runs import assert_same_run, launch, strategy_options, train_forked
 
+import vmoe
 from vmoe.checkpoints import ENTRY, RunFolder, read_checkpoint
 from vmoe.cli.train import main as train
 from vmoe.errors import UserError
@@ -41,12 +42,21 @@ def test_a_captured_step_needs_experts_that_are_cut_no_further():
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_several_processes_need_a_strategy(recipe, tmp_path, monkeypatch, capsys, rank):
-    place = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2, "TORCHELASTIC_RUN_ID": "one"}
-    for name, value in place.items():
+    variables = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2, "TORCHELASTIC_RUN_ID": "one"}
+    for name, value in variables.items():
         monkeypatch.setenv(name, str(value))
     assert train(["--config", str(recipe), "--output_dir", str(tmp_path / "run")]) == 2
     line = "--parallel.strategy none: there are 2 processes; use auto, ddp, fsdp or expert"
     assert capsys.readouterr().err.count(line) == (rank == 0)  # the first process tells it
+    assert not (tmp_path / "run").exists()
+
+
+def test_auto_is_chosen_by_the_command_alone(tmp_path, monkeypatch):
+    for name, value in {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
+    with pytest.raises(UserError, match=r"parallel\.strategy=auto: is chosen by `vmoe train`; give ddp"):
+        vmoe.fit("digits", options={"parallel.strategy": "auto"}, output_dir=tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
 
 
