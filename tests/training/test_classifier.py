@@ -518,7 +518,7 @@ def test_each_update_logs_a_loss_of_its_own(loader, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_ranks_of_lightning_s_own_share_the_batches(tmp_path):
+def test_two_ranks_of_lightning_s_own_share_the_batches_and_resume_exactly(tmp_path):
     """Each image is in one rank, and both log the same means."""
     script = tmp_path / "train.py"
     script.write_text(TWO_RANKS)
@@ -529,16 +529,29 @@ def test_two_ranks_of_lightning_s_own_share_the_batches(tmp_path):
 
 
 TWO_RANKS = """
-import lightning as L, vmoe
+import lightning as L, torch, vmoe
+from lightning.pytorch.callbacks import ModelCheckpoint
+
 data = vmoe.ImageDataModule("digits", batch_size=40, image_size=16, subset={"per_class": 8})
-small = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
+small = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "drop_rate": 0.2}
 moe = vmoe.MoeConfig(num_experts=4)
-task = vmoe.Classifier(vmoe.create_model("vit_tiny_patch16_224", moe, num_classes=data.num_classes, **small))
-quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-callbacks = [vmoe.RoutingMonitor(), vmoe.ExactResume(), vmoe.NanGuard(), vmoe.Ema(0.9)]
-run = L.Trainer(max_epochs=1, accelerator="cpu", devices=2, strategy="ddp", callbacks=callbacks, **quiet)
-run.fit(task, data)
-assert data.parts == 2 and run.global_step == 2 and len(run.train_dataloader) == 2
+quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+
+
+def fit(seed, path=None):
+    L.seed_everything(seed)
+    task = vmoe.Classifier(vmoe.create_model("vit_tiny_patch16_224", moe, num_classes=data.num_classes, **small))
+    keeps = ModelCheckpoint(dirpath="kept", filename="{epoch}", save_top_k=-1)
+    callbacks = [vmoe.RoutingMonitor(), vmoe.ExactResume(seed=0), vmoe.NanGuard(), vmoe.Ema(0.9), keeps]
+    run = L.Trainer(max_epochs=2, accelerator="cpu", devices=2, strategy="ddp", callbacks=callbacks, **quiet)
+    run.fit(task, data, ckpt_path=path)
+    return task.state_dict(), run
+
+
+whole, run = fit(0)
+assert data.parts == 2 and run.global_step == 4 and len(run.train_dataloader) == 2
 names = ("train/loss", "val/loss", "val/top1", "moe/blocks.1.mlp/max_load")
 print(f"rank {run.global_rank}: {[run.callback_metrics[name].item() for name in names]}", flush=True)
+resumed, _ = fit(1, "kept/epoch=0.ckpt")
+assert all(torch.equal(value, whole[name]) for name, value in resumed.items())
 """

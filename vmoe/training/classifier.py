@@ -31,9 +31,8 @@ from vmoe.training.guard import Guard
 from vmoe.training.optim.average import WeightAverage
 from vmoe.training.optim.groups import build_optimizer, by_number, optimizer_groups, parameter_groups
 from vmoe.training.optim.schedule import LearningRates, planned_rates
-from vmoe.training.parallel.collectives import is_alone, total
+from vmoe.training.parallel.collectives import is_alone, rank_of_all, total
 from vmoe.training.parallel.gradient_means import GradientMeans
-from vmoe.training.parallel.process import Process
 from vmoe.training.parallel.sample_draws import SampleDraws
 from vmoe.training.parallel.sharding import clip_gradients
 from vmoe.training.routing_sums import RoutingSums
@@ -486,7 +485,7 @@ class Classifier(LightningModule):
 
     def load_running_state(self, state: dict[str, Any]) -> None:
         """Goes on with the sums of all ranks: in the first, so that they count once."""
-        share = 1 if Process.this().is_first else 0
+        share = 0 if rank_of_all()[0] else 1
         self.train_sums = state["train_sums"].to(self.train_sums.device) * share
         if self.routing is not None:
             self.routing.load_state(state["routing"])

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vmoe.moe import moe_layers
-from vmoe.training.parallel.collectives import total
-from vmoe.training.parallel.process import Process
+from vmoe.training.parallel.collectives import rank_of_all, total
 
 DEAD_LOAD = 0.01
 TAKEN_OVER_SHARE = 0.5
@@ -54,11 +53,11 @@ class RoutingSums:
 
     def state(self) -> dict[str, Any]:
         """The sums of one process in the mean, so that a step counts the same whatever their number."""
-        return {name: (total(sums) / Process.this().world_size).cpu() for name, sums in self._sums.items()}
+        return {name: (total(sums) / rank_of_all()[1]).cpu() for name, sums in self._sums.items()}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        process = Process.this()
-        share = process.world_size if process.is_first else 0
+        rank, ranks = rank_of_all()
+        share = 0 if rank else ranks
         self._sums = {name: sums * share for name, sums in state.items()}
 
 

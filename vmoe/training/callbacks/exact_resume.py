@@ -10,8 +10,7 @@ from vmoe.checkpoints.state import ResumeState, put_resume_state, resume_state_o
 from vmoe.data import ImageDataModule
 from vmoe.data.draws import DRAWS_VERSION
 from vmoe.training.classifier import Classifier, epochs_done
-from vmoe.training.parallel.collectives import gather
-from vmoe.training.parallel.process import Process
+from vmoe.training.parallel.collectives import gather, rank_of_all
 from vmoe.training.randomness import random_states, restore_random_states, seed_process
 
 
@@ -38,8 +37,9 @@ class ExactResume(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Also one process that goes on with a run of several, whose first numbers it would repeat.
-        if self._states_to_restore is None and self._seed and (Process.this().world_size > 1 or len(self._seed) > 1):
-            seed_process([*self._seed, Process.this().rank])
+        rank, ranks = rank_of_all()
+        if self._states_to_restore is None and self._seed and (ranks > 1 or len(self._seed) > 1):
+            seed_process([*self._seed, rank])
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._states_to_restore is not None:
@@ -71,7 +71,7 @@ class ExactResume(Callback):
             return
         if isinstance(pl_module, Classifier):
             pl_module.load_running_state(state.running)
-        is_ours, process = isinstance(trainer.datamodule, ImageDataModule), Process.this()
+        is_ours, (rank, ranks) = isinstance(trainer.datamodule, ImageDataModule), rank_of_all()
         if is_ours:
             sampler = trainer.datamodule.train_sampler
             sampler.set_epoch(state.epochs_done)
@@ -80,10 +80,10 @@ class ExactResume(Callback):
             rank_zero_warn(
                 "ExactResume: the data are not vmoe.ImageDataModule's: the epoch begins again with its first batches"
             )
-        if len(state.random_states) == process.world_size:
+        if len(state.random_states) == ranks:
             if is_ours or state.batches_done:
-                self._states_to_restore = state.random_states[process.rank]
+                self._states_to_restore = state.random_states[rank]
             else:  # now, since a shuffled loader draws its order before training begins
-                restore_random_states(state.random_states[process.rank])
+                restore_random_states(state.random_states[rank])
         else:  # on another number of ranks each goes on by random numbers of its own
             self._seed = [*self._seed, checkpoint["global_step"]]

@@ -80,6 +80,11 @@ def is_alone() -> bool:
     return not dist.is_initialized() or dist.get_world_size() == 1
 
 
+def rank_of_all() -> tuple[int, int]:
+    """This process's rank and the number of processes, whoever has connected them: also Lightning's own launcher."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 def total(tensor: Tensor) -> Tensor:
     """The sum of a tensor over the processes; all must call it."""
     return _reduced(tensor, dist.ReduceOp.SUM)
