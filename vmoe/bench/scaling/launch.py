@@ -39,11 +39,13 @@ class Launcher:
             # Jobs that follow one another in the same processes
             for (part, _), group in itertools.groupby(jobs, lambda job: (job.part, job.layout.processes)):
                 waiting = list(group)
-                with closing(self._rows(list(waiting), Path(scratch), left[part])) as rows:
-                    while waiting and left[part] > 0:
-                        row = next(rows)
-                        left[part] -= row["seconds"]
-                        yield waiting.pop(0).as_row() | row
+                if left[part] > 0:
+                    with closing(self._rows(list(waiting), Path(scratch), left[part])) as rows:
+                        for row in rows:
+                            yield waiting.pop(0).as_row() | row
+                            left[part] -= row["seconds"]
+                            if left[part] <= 0:
+                                break
                 yield from (job.as_row() | {"state": "no time"} for job in waiting)
 
     def _rows(self, jobs: list[ScalingJob], scratch: Path, seconds: float) -> Iterator[Row]:
