@@ -1,5 +1,7 @@
 """Which of several processes this is, by the variables of each launcher."""
 
+import socket
+
 import pytest
 
 from vmoe.errors import UserError
@@ -27,6 +29,15 @@ def test_launchers_say_which_process_this_is(monkeypatch, variables, expected):
     for name, value in variables.items():
         monkeypatch.setenv(name, str(value))
     assert Process.this() == expected
+
+
+def test_lsf_says_which_process_this_is(monkeypatch, tmp_path):
+    (tmp_path / "hosts").write_text(f"launcher\n{socket.gethostname()}\n{socket.gethostname()}\n")
+    variables = {"JSM_NAMESPACE_RANK": 1, "JSM_NAMESPACE_SIZE": 2, "JSM_NAMESPACE_LOCAL_RANK": 1}
+    variables |= {"JSM_NAMESPACE_LOCAL_SIZE": 2, "LSB_JOBID": 1, "MASTER_ADDR": "of the test", "MASTER_PORT": 1}
+    for name, value in (variables | {"LSB_DJOB_RANKFILE": tmp_path / "hosts"}).items():
+        monkeypatch.setenv(name, str(value))
+    assert Process.this() == Process(1, 2, 1, 2)
 
 
 def test_slurm_without_the_tasks_of_a_node_is_one_line(monkeypatch):
