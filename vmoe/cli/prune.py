@@ -89,7 +89,7 @@ def main(argv: list[str]) -> int:
         write_json(options.out / "prune.json", report | {"results": rows})
     how = f"{'merged' if options.merge else 'kept'} by {options.by}"
     print(f"{checkpoint.path}, {counted(options.keep, 'expert')} per layer {how}")
-    Console().print(_table(rows))
+    Console().print(_prune_table(rows))
     print(f"{RunFolder(options.out).shared} and prune.json beside it")
     return 0
 
@@ -164,7 +164,7 @@ def _accuracy_of(checkpoint: "TrainedModel", data: "ImageDataModule", device: "t
     return {"images": result.images, "top1": result.top1, "nll": result.nll, "parameters": parameters}
 
 
-def _table(rows: dict[str, dict[str, Any]]) -> Table:
+def _prune_table(rows: dict[str, dict[str, Any]]) -> Table:
     table = Table()
     for column in ("", "top-1", "NLL", "parameters", "active"):
         table.add_column(column, justify="left" if not column else "right")

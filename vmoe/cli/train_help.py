@@ -72,14 +72,15 @@ def short_help(actions: Iterable[argparse.Action]) -> str:
     """The page; `actions` are all options, those of `moe` too, from which it takes defaults."""
     by_name = {action.dest: action for action in actions if action.help is not argparse.SUPPRESS}
     recipes = ", ".join(name for name in recipe_names() if "/" not in name)
+    lines = (_option_line(name, *text, by_name[name.removesuffix(".NAME")]) for name, text in MAIN.items())
     return _SHORT.format(
         recipes=textwrap.fill(recipes, _WIDTH, initial_indent="  ", subsequent_indent="  "),
-        options="\n".join(_line(name, *text, by_name[name.removesuffix(".NAME")]) for name, text in MAIN.items()),
+        options="\n".join(lines),
         count=len(by_name),
     )
 
 
-def _line(name: str, value: str, text: str, action: argparse.Action) -> str:
+def _option_line(name: str, value: str, text: str, action: argparse.Action) -> str:
     default = ""
     if isinstance(action.default, str | int | float) and action.default != argparse.SUPPRESS:
         default = f" (default: {str(action.default).lower() if isinstance(action.default, bool) else action.default})"
