@@ -60,7 +60,7 @@ class Launcher:
                 for row in (json.loads(line) for line in process.stdout if line.startswith("{")):
                     number = row.pop("job")
                     if number >= done:  # else another process has failed at the same job
-                        yield from [self._lost()] * (number - done)
+                        yield from (self._lost() for _ in range(done, number))
                         yield row
                         done = number + 1
             except BaseException:
@@ -68,7 +68,7 @@ class Launcher:
                 raise
             finally:
                 end.cancel()
-        yield from [self._lost()] * (len(jobs) - done)
+        yield from (self._lost() for _ in range(done, len(jobs)))
 
     def _lost(self) -> Row:
         end = " ".join(self.log.read_text(encoding="utf-8", errors="replace").split())[-600:]
