@@ -5,7 +5,7 @@ import os
 import pytest
 
 from vmoe.errors import UserError
-from vmoe.files import atomic_write, recover, remove_leftovers, replace, require_writable
+from vmoe.files import atomic_write, recover, remove_leftovers, replace, require_writable, write_json
 
 
 def make(path, kind: str, content: str) -> None:
@@ -63,6 +63,14 @@ def test_a_file_may_be_read_as_any_new_file(tmp_path, mask):
     finally:
         os.umask(before)
     assert (tmp_path / "weights").stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+def test_a_folder_is_not_lost_where_a_file_is_to_be_written(tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").write_text("precious")
+    with pytest.raises(UserError, match=r"photos: is a folder, and a file is to be written; name a file, such as"):
+        write_json(tmp_path / "photos", {})
+    assert [path.name for path in tmp_path.rglob("*")] == ["photos", "a.jpg"]
 
 
 def test_what_a_killed_write_left_is_removed_and_nothing_else(tmp_path):

@@ -17,16 +17,22 @@ from vmoe.errors import UserError
 
 
 @contextmanager
-def atomic_write(path: str | Path) -> Iterator[Path]:
+def atomic_write(path: str | Path, replaces_folder: bool = False) -> Iterator[Path]:
     """Yields a temporary path beside `path`; renames it to `path` on success and removes it on an error.
 
     The folder is created when missing. The temporary name keeps the suffix of `path`, by which libraries choose a
     format.
 
+    Args:
+        path: the file.
+        replaces_folder: whether a folder at `path` goes with all that is in it, as a checkpoint in a folder may.
+
     Raises:
-        UserError: the folder cannot be created or written.
+        UserError: `path` is a folder, or its folder cannot be created or written.
     """
     path = Path(path)
+    if not replaces_folder:
+        require_no_folder(path)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     with writing(path), folder_for(path):
         try:
@@ -99,6 +105,17 @@ def folder_for(path: Path) -> Iterator[None]:
             with suppress(OSError):  # such as a folder in which others have written meanwhile
                 parent.rmdir()
         raise
+
+
+def require_no_folder(*paths: str | Path) -> None:
+    """Refuses folders where files are to be written: what is in them is not to be lost.
+
+    Raises:
+        UserError: One is a folder.
+    """
+    for path in map(Path, paths):
+        if path.is_dir():
+            raise UserError(f"{path}: is a folder, and a file is to be written; name a file, such as {path / 'NAME'}")
 
 
 def require_writable(*paths: str | Path) -> None:

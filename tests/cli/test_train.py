@@ -241,6 +241,7 @@ def test_the_first_word_says_which_images(tmp_path):
     assert (config.output_dir, config.optim.lr) == ("runs/photos", 0.01)
     (tmp_path / "labels.csv").write_text("path,label\n")
     assert parse([f"{tmp_path}/labels.csv"]).data.name == "table"
+    assert parse(["cifar10", "--data.root", "pictures"]).data.root == "pictures"
     later = parse(["digits", "--config", "cifar100_tiny", "--data.image_size", "16"])  # comes after a recipe
     assert (later.data.name, later.trainer.epochs) == ("digits", 10)
     for arguments, line in (

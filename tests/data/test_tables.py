@@ -57,6 +57,11 @@ def test_a_column_says_which_split_a_row_belongs_to(table):
     assert (len(splits.train), set(splits.val.labels), set(splits.test.labels)) == (14, {2}, {3})
 
 
+def test_cells_may_be_separated_by_semicolons_and_hold_what_yaml_would_change(table):
+    splits = load(table("path;label\r\n" + "".join(f"pics/{n}.png;{('010', 'yes')[n % 2]}\r\n" for n in range(20))))
+    assert splits.class_names == ["010", "yes"]
+
+
 def test_columns_are_named_where_their_names_are_others(table):
     path = table("id,bild,art\n" + "".join(f"{n},pics/{n}.png,{'ab'[n % 2]}\n" for n in range(20)))
     data = ImageDataModule(path, image_size=8, table={"path": "bild", "label": "art"}, batch_size=4)
@@ -77,6 +82,10 @@ def test_a_parquet_table_is_read_by_its_columns(table, tmp_path):
     }
     parquet.write_table(pyarrow.table(columns), tmp_path / "t.parquet")
     assert load(tmp_path / "t.parquet").class_names == ["0", "1"]
+    columns["image"] = [{"bytes": b"", "path": each} for each in columns["image"]]
+    parquet.write_table(pyarrow.table(columns), tmp_path / "t.parquet")
+    with pytest.raises(UserError, match="column image holds no texts or numbers; give the paths of picture files"):
+        load(tmp_path / "t.parquet")
 
 
 @pytest.mark.parametrize(
@@ -87,13 +96,18 @@ def test_a_parquet_table_is_read_by_its_columns(table, tmp_path):
         ("", r"labels.csv: no column is named path, file, filename or so; it has none; name the path"),
         ("path,label\n", "labels.csv: has no row below its header"),
         ("path,label\npics/0.png,cat,\n", "row 2 has 3 cells, but the header has 2"),
-        ("path,label\npics/0.png,\npics/1.png,\n", "row 2, and 1 others: the label is empty"),
+        ("path,label\npics/0.png,\npics/1.png,\n", "row 2, and 1 others: the label is empty or no text"),
         ("path,label\npics/0.png,cat\npics/x.png,dog\n", "row 3: there is no file .*pics/x.png; mend the path"),
         ("path,label\npics/0.png,cat\npics/0.png,dog\n", "rows 2 and 3 are the same picture, .*0.png; keep one"),
         ("path,label,split\npics/0.png,cat,fold1\n", "row 2: split 'fold1' is none of train, val and test"),
         ("path,label,split\npics/0.png,a,train\npics/1.png,b,test\n", "class 'b' of test has no training picture"),
         ("path,label,split\npics/0.png,a,test\n", "needs training images, rows of the split train"),
         ('path,label\n"pics/0.png,cat\n', "cannot be read as a table"),
+        ("path,label,label\npics/0.png,cat,dog\n", "has two columns named 'label'; rename one"),
+        ("path,label\npics/0.png,cat\npics/../pics/0.png,dog\n", "rows 2 and 3 are the same picture"),
+        ("path,label\n~nobody_here/0.png,cat\n", "row 2: there is no file .*~nobody_here/0.png; mend the path"),
+        (f"path,label\n{'x' * 5000},cat\n", "row 2: there is no file .*xxx; mend the path"),
+        ("path,label\npics/\0.png,cat\n", r"(cannot be read as a table|row 2: the path is empty or no text)"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_in_a_table_is_one_line(table, text, line):

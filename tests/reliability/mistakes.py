@@ -243,6 +243,7 @@ MISTAKES: dict[str, list[Mistake]] = {
         Mistake("the routing of a dense model", "dense photo.png --routing"),
         Mistake("weights that are NaN", "nan.ckpt photo.png"),
         Mistake("a result in a place that is a file", "run photo.png --csv tiny.yaml/x.csv"),
+        Mistake("a folder in place of a result's file", "run photo.png --csv tree"),
     ],
     "prune": [
         Mistake("a data folder that is not there", "run --keep 2 --data folder --root lost --out new"),

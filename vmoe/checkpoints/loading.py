@@ -166,7 +166,7 @@ def copy_checkpoint(source: Path, target: Path) -> None:
         with new_folder(target) as temporary:
             shutil.copytree(source, temporary, dirs_exist_ok=True)
         return
-    with atomic_write(target) as temporary:
+    with atomic_write(target, replaces_folder=True) as temporary:
         shutil.copyfile(source, temporary)
 
 

@@ -18,7 +18,7 @@ def write_content(path: str | Path, content: dict[str, Any]) -> None:
     Raises:
         UserError: it cannot be written; what was there before stays.
     """
-    with atomic_write(path) as temporary, open(temporary, "wb") as file:
+    with atomic_write(path, replaces_folder=True) as temporary, open(temporary, "wb") as file:
         torch.save(content, file)
 
 

@@ -34,9 +34,10 @@ def main(argv: list[str]) -> int:
     config = parse(of_training)
     from vmoe.data import ImageDataModule
     from vmoe.data.sheet import draw_sheet
-    from vmoe.files import atomic_write, require_writable
+    from vmoe.files import atomic_write, require_no_folder, require_writable
     from vmoe.training.run.summary import data_lines
 
+    require_no_folder(options.out)
     require_writable(options.out.parent)
     # The pipeline that reads only the images it needs
     data = ImageDataModule(dataclasses.replace(config.data, pipeline="workers"), config.seed)

@@ -57,13 +57,14 @@ def _measure(options: argparse.Namespace) -> None:
     from vmoe.classes import known_outputs
     from vmoe.cli.evaluate_tables import corruption_table, probe_table, result_tables, setting
     from vmoe.evaluation.evaluate import classes_differ, measure_split
-    from vmoe.files import require_writable, write_json
+    from vmoe.files import require_no_folder, require_writable, write_json
 
     corruptions = _chosen_corruptions(options.corruptions)
     device = choose_device(options.device)
     checkpoint = load_checkpoint(options.checkpoint, device)
     out = options.out or _own_folder(checkpoint.path)
     json_file = options.json or out / "evaluation.json"
+    require_no_folder(json_file)
     require_writable(out, json_file.parent)
     if options.ensemble_with:
         checkpoint = _ensemble(checkpoint, [load_checkpoint(path, device) for path in options.ensemble_with])

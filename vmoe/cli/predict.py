@@ -39,10 +39,12 @@ def _predicted(options: argparse.Namespace) -> None:
     from vmoe.cli.progress import Tracked
     from vmoe.data.image_files import none_readable
     from vmoe.export.predictor import Program, load_predictor
-    from vmoe.files import require_writable, write_arrays, write_csv, write_json
+    from vmoe.files import require_no_folder, require_writable, write_arrays, write_csv, write_json
 
     written = (options.csv, options.json, options.parquet, options.logits, options.embeddings)
-    require_writable(*(file.parent for file in written if file is not None))
+    files = [file for file in written if file is not None]
+    require_no_folder(*files)
+    require_writable(*(file.parent for file in files))
     if options.parquet is not None:
         require_module("pyarrow")
     model = load_predictor(options.model, choose_device(options.device))

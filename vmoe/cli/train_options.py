@@ -142,7 +142,8 @@ def _images(argv: list[str]) -> tuple[list[tuple[str, str | None]], list[str]]:
             f"{word}: is no folder, table (.csv, .tsv, .parquet), .npz file or name of a set; give options as --NAME "
             "VALUE"
         )
-    named = [option for option in ("--data.name", "--data.root") if any(_is_option(each, option) for each in options)]
+    ours = ["--data.name"] if root is None else ["--data.name", "--data.root"]  # a set's name leaves its folder open
+    named = [option for option in ours if any(_is_option(each, option) for each in options)]
     if named:
         raise UserError(f"{word}: says which images to train on, and so does {named[0]}; leave one of them out")
     return [("data.name", name)] + ([] if root is None else [("data.root", str(root))]), options

@@ -1,6 +1,7 @@
 """Tables of pictures: a CSV, TSV or Parquet file with a row per picture, its path and its label."""
 
 import csv
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -70,19 +71,31 @@ def _read(path: Path, columns: TableConfig) -> Table:
         # utf-8-sig: spreadsheets write a mark before the first name
         with open(path, newline="", encoding="utf-8-sig") as file:
             csv.field_size_limit(_LARGEST_FIELD)
-            rows = csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
-            header = next(rows, [])
+            first = file.readline()
+            file.seek(0)
+            rows = csv.reader(file, delimiter=_separator(path, first), strict=True)
+            header = [name.strip() for name in next(rows, [])]
             cells = [row for row in rows if row]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path}: cannot be read as a table ({reason}); save it as CSV in UTF-8") from error
+    for name in header:
+        if header.count(name) > 1:
+            raise UserError(f"{path}: has two columns named {name!r}; rename one, or leave it out")
     for number, row in enumerate(cells, start=2):
         if len(row) != len(header):
             raise UserError(
                 f"{path}: row {number} has {counted(len(row), 'cell')}, but the header has {len(header)}; quote cells "
                 "that hold the separator"
             )
-    return {name.strip(): [row[index].strip() for row in cells] for index, name in enumerate(header)}
+    return {name: [row[index].strip() for row in cells] for index, name in enumerate(header)}
+
+
+def _separator(path: Path, header: str) -> str:
+    """Spreadsheets of some languages separate the cells of a CSV file by semicolons."""
+    if path.suffix.lower() == ".tsv":
+        return "\t"
+    return ";" if ";" in header and "," not in header else ","
 
 
 def _read_parquet(path: Path, columns: TableConfig) -> Table:
@@ -94,6 +107,9 @@ def _read_parquet(path: Path, columns: TableConfig) -> Table:
         names = parquet.read_schema(path).names
         chosen = [name for role in _KNOWN_COLUMNS if (name := _name_of(path, names, role, columns)) is not None]
         table = parquet.read_table(path, columns=chosen)
+        for name in chosen:
+            if pyarrow.types.is_nested(table.schema.field(name).type):
+                raise UserError(f"{path}: column {name} holds no texts or numbers; give the paths of picture files")
     except (OSError, pyarrow.ArrowException) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path}: cannot be read as a Parquet file ({reason}); write it again") from error
@@ -131,15 +147,18 @@ def _name_of(path: Path, names: Sequence[str], role: str, columns: TableConfig) 
 
 def _require_cells(path: Path, cells: Table) -> None:
     for role, column in cells.items():
-        empty = [row for row, cell in enumerate(column, start=2) if not cell]
+        empty = [row for row, cell in enumerate(column, start=2) if not cell or "\0" in cell]
         if empty:
             more = f", and {len(empty) - 1} others" if len(empty) > 1 else ""
-            raise UserError(f"{path}: row {empty[0]}{more}: the {role} is empty; fill it in, or remove the row")
+            raise UserError(
+                f"{path}: row {empty[0]}{more}: the {role} is empty or no text; fill it in, or remove the row"
+            )
 
 
 def _files(path: Path, paths: Sequence[str]) -> list[str]:
-    files = [str(path.parent / Path(each).expanduser()) for each in paths]
-    missing = [row for row, file in enumerate(files) if not Path(file).is_file()]
+    # One name for a file, so that a picture of two splits is found however its path is written
+    files = [os.path.normpath(path.parent / os.path.expanduser(each)) for each in paths]
+    missing = [row for row, file in enumerate(files) if not os.path.isfile(file)]
     if missing:
         first = missing[0]
         require_regular(files[first])
