@@ -93,7 +93,7 @@ def test_a_parquet_table_is_read_by_its_columns(table, tmp_path):
     [
         ("path,kind\na,b\n", r"labels.csv: no column is named label, class, class_name or so; it has path, kind"),
         ("path,file,label\n", r"labels.csv: both path and file may be the path; name one as data.table.path"),
-        ("", r"labels.csv: no column is named path, file, filename or so; it has none; name the path"),
+        ("", r"labels.csv: no column is named path, file, filename or so; it has none; rename one"),
         ("path,label\n", "labels.csv: has no row below its header"),
         ("path,label\npics/0.png,cat,\n", "row 2 has 3 cells, but the header has 2"),
         ("path,label\npics/0.png,\npics/1.png,\n", "row 2, and 1 others: the label is empty or no text"),

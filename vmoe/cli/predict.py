@@ -106,8 +106,10 @@ def _write_parquet(path: Path, rows: list[dict]) -> None:
 
     from vmoe.files import atomic_write
 
+    # Parquet's texts are UTF-8; a file's name may be none
+    plain = [{**row, "file": row["file"].encode(errors="replace").decode()} for row in rows]
     with atomic_write(path) as temporary:
-        parquet.write_table(pyarrow.Table.from_pylist(rows), temporary)
+        parquet.write_table(pyarrow.Table.from_pylist(plain), temporary)
 
 
 def _shares_of_experts(model: "TrainedModel", file: Path, bit_depth: int | None) -> dict[str, list[float]]:

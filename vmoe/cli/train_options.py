@@ -106,7 +106,9 @@ def _read(argv: list[str]) -> list[_Given]:
         elif pairs and pairs[-1][1] is None:
             pairs[-1] = (pairs[-1][0], argument)
         else:
-            raise UserError(f"{argument}: belongs to no option; give options as --NAME VALUE")
+            raise UserError(
+                f"{argument}: belongs to no option; give the images as the first word, and options as --NAME VALUE"
+            )
     pairs += images
     last = dict(pairs)
     for theirs, ours in LIGHTNING_NAMES.items():

@@ -140,7 +140,7 @@ def _name_of(path: Path, names: Sequence[str], role: str, columns: TableConfig) 
     if not found and role != "split":
         raise UserError(
             f"{path}: no column is named {', '.join(_KNOWN_COLUMNS[role][:3])} or so; it has "
-            f"{', '.join(names) or 'none'}; name the {role} as data.table.{role}"
+            f"{', '.join(names) or 'none'}; rename one, or name it as data.table.{role}"
         )
     return found[0] if found else None
 
