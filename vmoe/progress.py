@@ -23,5 +23,5 @@ class _WithBar:
     def __iter__(self) -> Iterator[Any]:
         from tqdm.auto import tqdm  # here, since most of what imports this module shows no bar
 
-        is_watched = sys.stderr.isatty() or "ipykernel" in sys.modules
+        is_watched = (sys.stderr is not None and sys.stderr.isatty()) or "ipykernel" in sys.modules
         return iter(tqdm(self._steps, desc=self._description, leave=False, disable=not is_watched))

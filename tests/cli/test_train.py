@@ -247,6 +247,10 @@ def test_the_first_word_says_which_images(tmp_path):
     for arguments, line in (
         (["stray"], "stray: is no folder, table .* or name of a set"),
         (["digits", "stray"], "stray: belongs to no option"),
+        ([""], "the first word is empty"),
+        (["cifar100_tiny"], "cifar100_tiny: is a recipe; give it as --config cifar100_tiny"),
+        (["~nobody_here/photos/"], "no such folder"),
+        (["x" * 5000], "is no folder, table"),
         (["digits", "--data.name", "cifar10"], "digits: says which images to train on, and so does --data.name"),
         ([f"{tmp_path}/lost/"], "lost/': no such folder"),
     ):

@@ -60,6 +60,19 @@ def test_a_column_says_which_split_a_row_belongs_to(table):
 def test_cells_may_be_separated_by_semicolons_and_hold_what_yaml_would_change(table):
     splits = load(table("path;label\r\n" + "".join(f"pics/{n}.png;{('010', 'yes')[n % 2]}\r\n" for n in range(20))))
     assert splits.class_names == ["010", "yes"]
+    tabs = load(table("path\tlabel\n" + "".join(f"pics/{n}.png\t{n % 2}\n" for n in range(20))))
+    assert tabs.class_names == ["0", "1"]
+    quoted = load(table("path, label\n" + "".join(f'pics/{n}.png, "a, {n % 2}"\n' for n in range(20))))
+    assert quoted.class_names == ["a, 0", "a, 1"]
+
+
+def test_a_picture_counts_once_however_a_path_leads_to_it(table, tmp_path):
+    path = table("path,label\npics/0.png,cat\npics/link.png,dog\n")
+    (tmp_path / "pics" / "link.png").symlink_to("0.png")
+    with pytest.raises(UserError, match="line 2 and line 3 are the same picture"):
+        load(path)
+    with pytest.raises(UserError, match=r"one column of .* cannot be two of path, label and split"):
+        load(path, table=TableConfig(label="path"))
 
 
 def test_columns_are_named_where_their_names_are_others(table):
@@ -82,9 +95,16 @@ def test_a_parquet_table_is_read_by_its_columns(table, tmp_path):
     }
     parquet.write_table(pyarrow.table(columns), tmp_path / "t.parquet")
     assert load(tmp_path / "t.parquet").class_names == ["0", "1"]
+    floats = {"image": [f"pics/{n}.png" for n in numbers], "label": [float(n % 2) for n in numbers]}
+    parquet.write_table(pyarrow.table(floats), tmp_path / "f.parquet")
+    assert load(tmp_path / "f.parquet").class_names == ["0", "1"]
+    floats["label"][3] = float("nan")
+    parquet.write_table(pyarrow.table(floats), tmp_path / "f.parquet")
+    with pytest.raises(UserError, match="row 4: the label is empty or no text"):
+        load(tmp_path / "f.parquet")
     columns["image"] = [{"bytes": b"", "path": each} for each in columns["image"]]
     parquet.write_table(pyarrow.table(columns), tmp_path / "t.parquet")
-    with pytest.raises(UserError, match="column image holds no texts or numbers; give the paths of picture files"):
+    with pytest.raises(UserError, match=r"column image holds struct.*; it must hold texts or numbers"):
         load(tmp_path / "t.parquet")
 
 
@@ -95,19 +115,20 @@ def test_a_parquet_table_is_read_by_its_columns(table, tmp_path):
         ("path,file,label\n", r"labels.csv: both path and file may be the path; name one as data.table.path"),
         ("", r"labels.csv: no column is named path, file, filename or so; it has none; rename one"),
         ("path,label\n", "labels.csv: has no row below its header"),
-        ("path,label\npics/0.png,cat,\n", "row 2 has 3 cells, but the header has 2"),
-        ("path,label\npics/0.png,\npics/1.png,\n", "row 2, and 1 others: the label is empty or no text"),
-        ("path,label\npics/0.png,cat\npics/x.png,dog\n", "row 3: there is no file .*pics/x.png; mend the path"),
-        ("path,label\npics/0.png,cat\npics/0.png,dog\n", "rows 2 and 3 are the same picture, .*0.png; keep one"),
-        ("path,label,split\npics/0.png,cat,fold1\n", "row 2: split 'fold1' is none of train, val and test"),
+        ("path,label\npics/0.png,cat,\n", "line 2 has 3 cells, but the header has 2"),
+        ("path,label\npics/0.png,\npics/1.png,\n", "line 2, and 1 others: the label is empty or no text"),
+        ("path,label\npics/0.png,cat\npics/x.png,dog\n", "line 3: there is no file .*pics/x.png; mend the path"),
+        ("path,label\npics/0.png,cat\npics/0.png,dog\n", "line 2 and line 3 are the same picture, .*0.png; keep one"),
+        ("path,label,split\npics/0.png,cat,fold1\n", "line 2: split 'fold1' is none of train, val and test"),
         ("path,label,split\npics/0.png,a,train\npics/1.png,b,test\n", "class 'b' of test has no training picture"),
         ("path,label,split\npics/0.png,a,test\n", "needs training images, rows of the split train"),
         ('path,label\n"pics/0.png,cat\n', "cannot be read as a table"),
+        ("\n\npath,label\n\npics/0.png,\"a\nb\"\npics/x.png,dog\n", "line 7: there is no file .*pics/x.png"),
         ("path,label,label\npics/0.png,cat,dog\n", "has two columns named 'label'; rename one"),
-        ("path,label\npics/0.png,cat\npics/../pics/0.png,dog\n", "rows 2 and 3 are the same picture"),
-        ("path,label\n~nobody_here/0.png,cat\n", "row 2: there is no file .*~nobody_here/0.png; mend the path"),
-        (f"path,label\n{'x' * 5000},cat\n", "row 2: there is no file .*xxx; mend the path"),
-        ("path,label\npics/\0.png,cat\n", r"(cannot be read as a table|row 2: the path is empty or no text)"),
+        ("path,label\npics/0.png,cat\npics/../pics/0.png,dog\n", "line 2 and line 3 are the same picture"),
+        ("path,label\n~nobody_here/0.png,cat\n", "line 2: there is no file .*~nobody_here/0.png; mend the path"),
+        (f"path,label\n{'x' * 5000},cat\n", "line 2: there is no file .*xxx; mend the path"),
+        ("path,label\npics/\0.png,cat\n", r"(cannot be read as a table|line 2: the path is empty or no text)"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_in_a_table_is_one_line(table, text, line):

@@ -34,6 +34,7 @@ KINDS = {
     "convnext_atto",
     "convnext_tiny",
     "visformer_tiny",
+    "hiera_tiny_224",
     "tiny_vit_5m_224",
     "swiftformer_xs",
     "swin_tiny_patch4_window7_224",

@@ -20,7 +20,9 @@ KUBERNETES = {"KUBERNETES_SERVICE_HOST": "a", "MASTER_ADDR": "b", "MASTER_PORT":
         (SLURM | {"SLURM_NTASKS_PER_NODE": 2}, Process(3, 4, 1, 2)),
         (SLURM | TORCHRUN, Process(1, 2, 1, 2)),  # srun has started torchrun
         ({name: value for name, value in SLURM.items() if name != "SLURM_STEP_ID"}, Process()),  # a batch script
-        (SLURM | {"SLURM_JOB_NAME": "interactive"}, Process()),
+        (SLURM | {"SLURM_STEP_NUM_TASKS": 1, "SLURM_JOB_NAME": "mine"}, Process()),  # the shell of an interactive job
+        (SLURM | {"SLURM_NTASKS_PER_NODE": 2, "SLURM_JOB_NAME": "interactive"}, Process(3, 4, 1, 2)),  # srun in it
+        (SLURM | {"SLURM_NTASKS_PER_NODE": 4, "SLURM_STEP_TASKS_PER_NODE": "2(x2)"}, Process(3, 4, 1, 2)),
         (KUBERNETES, Process(1, 2, 0, 1)),
         ({"RANK": 1, "WORLD_SIZE": 2}, Process()),
     ],
@@ -29,6 +31,17 @@ def test_launchers_say_which_process_this_is(monkeypatch, variables, expected):
     for name, value in variables.items():
         monkeypatch.setenv(name, str(value))
     assert Process.this() == expected
+
+
+@pytest.mark.parametrize(
+    ("per_node", "line"),
+    [("3,1", "SLURM: 3,1 tasks per machine"), ("3", "4 processes, 3 of them on")],
+)
+def test_machines_with_unlike_numbers_of_tasks_are_one_line(monkeypatch, per_node, line):
+    for name, value in (SLURM | {"SLURM_NTASKS_PER_NODE": 3, "SLURM_STEP_TASKS_PER_NODE": per_node}).items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(UserError, match=line):
+        Process.this()
 
 
 def test_lsf_says_which_process_this_is(monkeypatch, tmp_path):

@@ -43,6 +43,9 @@ def _predicted(options: argparse.Namespace) -> None:
 
     written = (options.csv, options.json, options.parquet, options.logits, options.embeddings)
     files = [file for file in written if file is not None]
+    for file in files:
+        if sum(file.resolve() == other.resolve() for other in files) > 1:
+            raise UserError(f"{file}: two results are to be written there; name a file for each")
     require_no_folder(*files)
     require_writable(*(file.parent for file in files))
     if options.parquet is not None:

@@ -138,8 +138,12 @@ def _images(argv: list[str]) -> tuple[list[tuple[str, str | None]], list[str]]:
     if not argv or argv[0].startswith("-"):
         return [], argv
     word, *options = argv
+    if not word:
+        raise UserError("the first word is empty; give the images to train on, or leave it out")
     name, root = set_and_root(word)
     if root is None and name not in get_args(SetName):
+        if word in recipe_names() or word.endswith((".yaml", ".yml")):
+            raise UserError(f"{word}: is a recipe; give it as --config {word}")
         raise UserError(
             f"{word}: is no folder, table (.csv, .tsv, .parquet), .npz file or name of a set; give options as --NAME "
             "VALUE"

@@ -19,7 +19,8 @@ class ExpertUse(NamedTuple):
 
     Attributes:
         mass_E: Routed mass: the combine weight that a token gives each expert, on average over all tokens.
-        norm_E: 2-norm of what each expert adds to a token, its combine weight included, likewise; None unmeasured.
+        norm_E: 2-norm of what each expert adds to a token, its combine weight included, on average over all tokens;
+            None where it was not measured.
         affinity_EE: Cosine similarity of the experts' router scores over the tokens, in [-1, 1].
     """
 

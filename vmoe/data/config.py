@@ -327,7 +327,10 @@ class DataConfig:
     @property
     def title(self) -> str:
         """What a run is named after: the set, or the user's own folder or file."""
-        return self.name if self.name in NAMED_SETS else Path(self.root).resolve().stem
+        if self.name in NAMED_SETS:
+            return self.name
+        path = Path(self.root).resolve()
+        return (path.stem if path.suffix.lower() in _FILE_SETS else path.name) or self.name
 
     def _check_fractals(self) -> None:
         if self.name != "fractals":
@@ -383,10 +386,10 @@ def set_and_root(data: str | PathLike[str]) -> tuple[str, Path | None]:
         raise UserError(f"data={data!r}: must be the name of a set, a path or a DataConfig")
     if data in get_args(SetName):
         return str(data), None
-    path = Path(data).expanduser()
+    path = Path(os.path.expanduser(data))
     if path.suffix.lower() in _FILE_SETS:
         return _FILE_SETS[path.suffix.lower()], path
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike `Path.is_dir`, of a name of any length
         return ("webdataset" if any(path.glob("*.tar")) else "folder"), path
     if "/" in str(data) or os.sep in str(data):
         raise UserError(

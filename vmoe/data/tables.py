@@ -2,12 +2,12 @@
 
 import csv
 import os
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 
 from vmoe.data.config import DataConfig, TableConfig, nearest
 from vmoe.data.folders import split_of
-from vmoe.data.image_files import require_regular
 from vmoe.data.imageset import FileImages, ImageSet
 from vmoe.errors import UserError
 from vmoe.extras import require_module
@@ -21,7 +21,7 @@ _KNOWN_COLUMNS = {
 }
 _LARGEST_FIELD = 2**20  # characters of a CSV cell: what is larger is no path and no label
 
-Table = dict[str, list[str]]
+Table = dict[str, list[str]]  # the cells of each column
 
 
 def load_table(config: DataConfig) -> tuple[dict[str, ImageSet], list[str]]:
@@ -36,18 +36,20 @@ def load_table(config: DataConfig) -> tuple[dict[str, ImageSet], list[str]]:
             row.
     """
     path, columns = Path(config.root), config.table
-    table = _read(path, columns)
-    paths, labels, splits = (_column(path, table, role, columns) for role in _KNOWN_COLUMNS)
+    table, places = _read(path, columns)
+    names = [_name_of(path, list(table), role, columns) for role in _KNOWN_COLUMNS]
+    if len({name for name in names if name is not None}) < sum(name is not None for name in names):
+        raise UserError(f"data.table: one column of {path} cannot be two of path, label and split; name another")
+    paths, labels, splits = (None if name is None else table[name] for name in names)
     if paths is None or labels is None:  # `_column` has refused that
         raise AssertionError
     if not paths:
         raise UserError(f"{path}: has no row below its header; add one for each picture")
-    _require_cells(path, {"path": paths, "label": labels})
-    files = _files(path, paths)
-    _refuse_twice(path, files)
+    _require_cells(path, {"path": paths, "label": labels}, places)
+    files = _files(path, paths, places)
     names = _sorted_names(labels)
     number = {name: index for index, name in enumerate(names)}
-    rows = _rows_of_splits(path, splits, len(files))
+    rows = _rows_of_splits(path, splits, places)
     sets = {
         split: ImageSet.all_of(FileImages([files[row] for row in chosen]), [number[labels[row]] for row in chosen])
         for split, chosen in rows.items()
@@ -57,8 +59,8 @@ def load_table(config: DataConfig) -> tuple[dict[str, ImageSet], list[str]]:
     return sets, names
 
 
-def _read(path: Path, columns: TableConfig) -> Table:
-    """The table's columns by name, all cells as text."""
+def _read(path: Path, columns: TableConfig) -> tuple[Table, list[str]]:
+    """The table's columns by name, all cells as text; and where each row is, such as "line 2"."""
     if not path.is_file():
         tables = [file for pattern in ("*.csv", "*.tsv", "*.parquet") for file in path.glob(pattern)]
         hint = f"it is a folder that holds {', '.join(sorted(file.name for file in tables))}" if tables else ""
@@ -71,56 +73,61 @@ def _read(path: Path, columns: TableConfig) -> Table:
         # utf-8-sig: spreadsheets write a mark before the first name
         with open(path, newline="", encoding="utf-8-sig") as file:
             csv.field_size_limit(_LARGEST_FIELD)
-            first = file.readline()
+            first = next((line for line in file if line.strip()), "")
             file.seek(0)
-            rows = csv.reader(file, delimiter=_separator(path, first), strict=True)
-            header = [name.strip() for name in next(rows, [])]
-            cells = [row for row in rows if row]
+            rows = csv.reader(file, delimiter=_separator(first), skipinitialspace=True, strict=True)
+            header = [name.strip() for name in next((row for row in rows if row), [])]
+            cells, places = [], []
+            for row in rows:
+                if row:
+                    cells.append(row)
+                    places.append(f"line {rows.line_num}")
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path}: cannot be read as a table ({reason}); save it as CSV in UTF-8") from error
     for name in header:
         if header.count(name) > 1:
             raise UserError(f"{path}: has two columns named {name!r}; rename one, or leave it out")
-    for number, row in enumerate(cells, start=2):
+    for place, row in zip(places, cells, strict=True):
         if len(row) != len(header):
             raise UserError(
-                f"{path}: row {number} has {counted(len(row), 'cell')}, but the header has {len(header)}; quote cells "
+                f"{path}: {place} has {counted(len(row), 'cell')}, but the header has {len(header)}; quote cells "
                 "that hold the separator"
             )
-    return {name: [row[index].strip() for row in cells] for index, name in enumerate(header)}
+    return {name: [row[index].strip() for row in cells] for index, name in enumerate(header)}, places
 
 
-def _separator(path: Path, header: str) -> str:
-    """Spreadsheets of some languages separate the cells of a CSV file by semicolons."""
-    if path.suffix.lower() == ".tsv":
-        return "\t"
-    return ";" if ";" in header and "," not in header else ","
+def _separator(header: str) -> str:
+    """What separates cells: spreadsheets of some languages write semicolons, and some tools tabs, into a CSV file."""
+    return max(",;\t", key=header.count)
 
 
-def _read_parquet(path: Path, columns: TableConfig) -> Table:
+def _read_parquet(path: Path, columns: TableConfig) -> tuple[Table, list[str]]:
     require_module("pyarrow")
     import pyarrow
     from pyarrow import parquet
 
     try:
         names = parquet.read_schema(path).names
-        chosen = [name for role in _KNOWN_COLUMNS if (name := _name_of(path, names, role, columns)) is not None]
+        found = [_name_of(path, names, role, columns) for role in _KNOWN_COLUMNS]
+        chosen = list(dict.fromkeys(name for name in found if name is not None))
         table = parquet.read_table(path, columns=chosen)
         for name in chosen:
-            if pyarrow.types.is_nested(table.schema.field(name).type):
-                raise UserError(f"{path}: column {name} holds no texts or numbers; give the paths of picture files")
+            kind = table.schema.field(name).type
+            if pyarrow.types.is_nested(kind) or pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind):
+                raise UserError(f"{path}: column {name} holds {kind}; it must hold texts or numbers")
     except (OSError, pyarrow.ArrowException) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path}: cannot be read as a Parquet file ({reason}); write it again") from error
-    return {
-        name: ["" if cell is None else str(cell).strip() for cell in table.column(name).to_pylist()] for name in chosen
-    }
+    cells = {name: [_as_text(cell) for cell in table.column(name).to_pylist()] for name in chosen}
+    return cells, [f"row {row}" for row in range(1, table.num_rows + 1)]
 
 
-def _column(path: Path, table: Table, role: str, columns: TableConfig) -> list[str] | None:
-    name = _name_of(path, list(table), role, columns)
-    return None if name is None else table[name]
+def _as_text(cell: object) -> str:
+    """A cell as text: nothing for what is missing, and a whole number without its point."""
+    if cell is None or cell != cell:
+        return ""
+    return str(int(cell) if isinstance(cell, float) and cell.is_integer() else cell).strip()
 
 
 def _name_of(path: Path, names: Sequence[str], role: str, columns: TableConfig) -> str | None:
@@ -145,33 +152,34 @@ def _name_of(path: Path, names: Sequence[str], role: str, columns: TableConfig) 
     return found[0] if found else None
 
 
-def _require_cells(path: Path, cells: Table) -> None:
+def _require_cells(path: Path, cells: Table, places: Sequence[str]) -> None:
     for role, column in cells.items():
-        empty = [row for row, cell in enumerate(column, start=2) if not cell or "\0" in cell]
+        empty = [place for place, cell in zip(places, column, strict=True) if not cell or "\0" in cell]
         if empty:
             more = f", and {len(empty) - 1} others" if len(empty) > 1 else ""
-            raise UserError(
-                f"{path}: row {empty[0]}{more}: the {role} is empty or no text; fill it in, or remove the row"
-            )
+            raise UserError(f"{path}: {empty[0]}{more}: the {role} is empty or no text; fill it in, or remove the row")
 
 
-def _files(path: Path, paths: Sequence[str]) -> list[str]:
-    # One name for a file, so that a picture of two splits is found however its path is written
-    files = [os.path.normpath(path.parent / os.path.expanduser(each)) for each in paths]
-    missing = [row for row, file in enumerate(files) if not os.path.isfile(file)]
+def _files(path: Path, paths: Sequence[str], places: Sequence[str]) -> list[str]:
+    """The files of all rows, each of which is there, once."""
+    files, missing, first = [], [], {}
+    for each, place in zip(paths, places, strict=True):
+        file = os.path.join(path.parent, os.path.expanduser(each))
+        files.append(file)
+        try:
+            found = os.stat(file)
+        except OSError:
+            missing.append(place)
+            continue
+        if not stat.S_ISREG(found.st_mode):
+            missing.append(place)
+        elif (known := first.setdefault((found.st_dev, found.st_ino), place)) != place:  # however its path is written
+            raise UserError(f"{path}: {known} and {place} are the same picture, {file}; keep one")
     if missing:
-        first = missing[0]
-        require_regular(files[first])
         more = f", and {len(missing) - 1} others" if len(missing) > 1 else ""
-        raise UserError(f"{path}: row {first + 2}{more}: there is no file {files[first]}; mend the path")
+        lost = files[places.index(missing[0])]
+        raise UserError(f"{path}: {missing[0]}{more}: there is no file {lost}; mend the path")
     return files
-
-
-def _refuse_twice(path: Path, files: Sequence[str]) -> None:
-    first: dict[str, int] = {}
-    for row, file in enumerate(files, start=2):
-        if first.setdefault(file, row) != row:
-            raise UserError(f"{path}: rows {first[file]} and {row} are the same picture, {file}; keep one")
 
 
 def _sorted_names(labels: Sequence[str]) -> list[str]:
@@ -180,14 +188,14 @@ def _sorted_names(labels: Sequence[str]) -> list[str]:
     return sorted(names, key=lambda name: (int(name), name) if is_numbered else name)
 
 
-def _rows_of_splits(path: Path, splits: Sequence[str] | None, count: int) -> dict[str, list[int]]:
+def _rows_of_splits(path: Path, splits: Sequence[str] | None, places: Sequence[str]) -> dict[str, list[int]]:
     if splits is None:
-        return {"train": list(range(count))}
+        return {"train": list(range(len(places)))}
     rows: dict[str, list[int]] = {}
     for row, name in enumerate(splits):
         split = split_of(name)
         if split is None:
-            raise UserError(f"{path}: row {row + 2}: split {name!r} is none of train, val and test; mend it")
+            raise UserError(f"{path}: {places[row]}: split {name!r} is none of train, val and test; mend it")
         rows.setdefault(split, []).append(row)
     return {split: rows[split] for split in ("train", "val", "test") if split in rows}
 

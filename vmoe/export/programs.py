@@ -221,7 +221,7 @@ def _write_torch_export(file: Path, program: ExportedProgram, metadata: dict[str
 
 def _write_aoti(file: Path, program: ExportedProgram, metadata: dict[str, Any]) -> dict[str, Any]:
     configs = {"aot_inductor.metadata": {METADATA: json.dumps(metadata)}}
-    content = io.BytesIO()  # likewise
+    content = io.BytesIO()  # as for torch.export
     torch._inductor.aoti_compile_and_package(program, package_path=content, inductor_configs=configs)
     file.write_bytes(content.getbuffer())
     return {}

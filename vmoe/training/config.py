@@ -236,7 +236,7 @@ class TrainConfig:
 
     Args:
         seed: Seed of everything random: weights, order, augmentation, router noise, dropout.
-        output_dir: The run's folder; by default runs/ and the name of the config file.
+        output_dir: The run's folder; by default runs/ and the name of the config file, or of the images without one.
         resume: Go on with the run in output_dir from its last checkpoint, as if it had never stopped; "auto" begins one
             where there is none.
         init_from: Where a new run's weights start: a checkpoint or run's folder, a file of weights that timm wrote, or

@@ -26,6 +26,7 @@ _KINDS = {  # each with its colour, all dark enough on white
 _CONTROLS = ("random", "hash")
 _MOE_FIELDS = [field.name for field in fields(MoeConfig)]
 _FEW_EPOCHS = 10  # in which an expert sees few tokens
+_LEAST_RATIO = 0.5  # drawn; a twin without an error on new images has 0
 _MOST_RATIO = 100  # drawn; a twin that fits all of its training images has no ratio at all
 _FEW_MORE_ERRORS = 2  # times as many on test images as on training images: so far experts may pay
 _GAIN = "gain (points of test top-1)"
@@ -60,7 +61,9 @@ class Gain:
     def error_ratio(self) -> float:
         """How many times more errors the twin makes on the test images than on its training images; may be infinite."""
         errors, learnt = 1 - self.difference.baseline.mean("top1"), 1 - self.fit
-        return errors / learnt if learnt > 0 else math.inf
+        if learnt > 0:
+            return errors / learnt
+        return math.inf if errors > 0 else 1.0
 
     @property
     def tokens_per_expert(self) -> float | None:
@@ -73,10 +76,13 @@ class Gain:
         return images * statistics.mean(per_image.values()) * moe.experts_per_token / moe.num_experts
 
     @property
-    def epochs(self) -> float:
-        """How often both models saw each training image."""
-        config = self.difference.arm.first.config
-        return config["trainer"]["epochs"] * config["data"].get("repeat", 1)
+    def epochs(self) -> float | None:
+        """How often both models saw each training image; None where no image came twice."""
+        run = self.difference.arm.first
+        if run.data["name"] == "fractals":
+            images = run.config["data"].get("images")
+            return None if images is None else run.summary["images_trained"] / images
+        return run.config["trainer"]["epochs"] * run.config["data"].get("repeat", 1)
 
 
 def gains(runs: Sequence[Run]) -> list[Gain]:
@@ -145,7 +151,7 @@ def draw_gains(found: Sequence[Gain]) -> Page:
         "Where experts pay", f"{len(found)} V-MoEs, each against its dense twin of the same recipe, data and seeds"
     )
     axes = _gain_axes(page, _TOP)
-    _draw_points(axes, [(min(gain.error_ratio, _MOST_RATIO), gain) for gain in found])
+    _draw_points(axes, [(min(max(gain.error_ratio, _LEAST_RATIO), _MOST_RATIO), gain) for gain in found])
     ticks = [1, 1.5, 2, 3, 5, 10, 20, 50, _MOST_RATIO]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks[:-1]] + [f"≥ {_MOST_RATIO}"])
     axes.set_xticks([], minor=True)
@@ -200,7 +206,9 @@ def _reach(gain: Gain) -> float | None:
 
 
 def _style(gain: Gain) -> dict[str, Any]:
-    marker = "v" if gain.epochs <= _FEW_EPOCHS else "s" if gain.flops_ratio > 1 + EQUAL_COMPUTE else "o"
+    marker = "s" if gain.flops_ratio > 1 + EQUAL_COMPUTE else "o"
+    if gain.epochs is not None and gain.epochs <= _FEW_EPOCHS:
+        marker = "v"
     colour = _KINDS[gain.kind]
     return {
         "fmt": marker,

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
@@ -30,6 +31,7 @@ def connect(device_type: str) -> None:
     if dist.is_initialized():
         return
     process = Process.this()
+    rank_zero_only.rank = process.rank  # which Lightning's loggers ask, and only its Trainer knows under mpirun
     backend = "gloo"
     if device_type == "cuda":
         torch.cuda.set_device(process.local_rank)

@@ -4,6 +4,7 @@ It is known before torch is imported where a process is alone.
 """
 
 import os
+import re
 from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -41,8 +42,13 @@ class Process(NamedTuple):
         environment = cluster_environment()
         if environment is None:
             return cls()
-        local_rank = environment.local_rank()
-        return cls(environment.global_rank(), environment.world_size(), local_rank, _local_world_size(environment))
+        local_rank, world_size = environment.local_rank(), environment.world_size()
+        local_world_size = _local_world_size(environment)
+        if world_size % local_world_size:
+            raise UserError(
+                f"{world_size} processes, {local_world_size} of them on this machine: start as many on each machine"
+            )
+        return cls(environment.global_rank(), world_size, local_rank, local_world_size)
 
     @property
     def is_first(self) -> bool:
@@ -78,8 +84,12 @@ def _kind() -> str | None:
     given = os.environ
     if "TORCHELASTIC_RUN_ID" in given:  # first, since srun may start torchrun
         return "TorchElastic"
-    if "SLURM_STEP_ID" in given and _is_several(given.get("SLURM_NTASKS")):  # a batch script itself is no step
-        return None if given.get("SLURM_JOB_NAME") in ("bash", "interactive") else "SLURM"
+    if _is_several(given.get("OMPI_COMM_WORLD_SIZE")):  # before SLURM, since mpirun starts its daemons by srun
+        return "MPI"
+    # A batch script itself is no step, and an interactive shell may be one, of a single task
+    tasks = given.get("SLURM_STEP_NUM_TASKS", given.get("SLURM_NTASKS"))
+    if "SLURM_STEP_ID" in given and _is_several(tasks):
+        return "SLURM"
     if "JSM_NAMESPACE_RANK" in given and _is_several(given.get("JSM_NAMESPACE_SIZE")):
         return "LSF"
     if any(_is_several(given.get(name)) for name in _OF_MPI):
@@ -96,9 +106,16 @@ def _local_world_size(environment: "ClusterEnvironment") -> int:
     name = type(environment).__name__
     if name == "MPIEnvironment":
         return environment._comm_local.Get_size()  # which `local_rank` has made
-    variable = {
-        "TorchElasticEnvironment": "LOCAL_WORLD_SIZE",
-        "SLURMEnvironment": "SLURM_NTASKS_PER_NODE",
-        "LSFEnvironment": "JSM_NAMESPACE_LOCAL_SIZE",
-    }.get(name)
+    if name == "SLURMEnvironment":
+        return _slurm_tasks_per_node()
+    variable = {"TorchElasticEnvironment": "LOCAL_WORLD_SIZE", "LSFEnvironment": "JSM_NAMESPACE_LOCAL_SIZE"}.get(name)
     return 1 if variable is None else int(os.environ[variable])
+
+
+def _slurm_tasks_per_node() -> int:
+    """The tasks of this step on each machine: SLURM writes "4(x2),3" for 4, 4 and 3."""
+    per_node = os.environ.get("SLURM_STEP_TASKS_PER_NODE", os.environ.get("SLURM_NTASKS_PER_NODE", "1"))
+    counts = {int(count) for count in re.findall(r"(\d+)(?:\(x\d+\))?", per_node)}
+    if len(counts) > 1:
+        raise UserError(f"SLURM: {per_node} tasks per machine: start as many on each, by srun --ntasks-per-node")
+    return counts.pop()

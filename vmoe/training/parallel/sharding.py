@@ -44,7 +44,7 @@ class ShardedStrategy(ModelParallelStrategy):
         return {}
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """Likewise."""
+        """Nothing yet, as for the module."""
         return {}
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:

@@ -61,7 +61,7 @@ def fallback_of_muon(config: TrainConfig, processes: int) -> str | None:
 
 
 def check_parts(config: TrainConfig, batch_size: int, count: int) -> None:
-    """Refuses batches that `count` processes cannot share without cutting a group of images, and experts likewise.
+    """Refuses batches that `count` processes cannot share without cutting a group of images, or experts.
 
     Args:
         config: The run.

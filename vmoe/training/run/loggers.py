@@ -1,6 +1,7 @@
 """The loggers of Lightning that a run's `trainer.loggers` asks for, beside the files in its folder."""
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -38,22 +39,24 @@ def open_loggers(config: TrainConfig, folder: RunFolder) -> Iterator[list[Logger
     """
     loggers: list[Logger] = []
     failed, tracking_uri = 1, os.environ.get(_MLFLOW_URI)
+    of_user = getattr(sys.modules.get("wandb"), "run", None)  # begun before, which `WandbLogger` then goes on with
     try:
         for name, options in logger_options(config.trainer.loggers).items():
             if name in _IN_FOLDER:
                 continue
             try:
                 logger = _new_logger(name, folder, options)
+                loggers.append(logger)
                 logger.log_hyperparams(flatten(to_plain(config)))
             except Exception as error:  # their packages raise types of their own
                 reason = " ".join(str(error).split())[:200]
                 raise UserError(f"trainer.loggers: {name} cannot begin with {options} ({reason})") from error
-            loggers.append(logger)
         yield loggers
         failed = 0
     finally:
         for logger in loggers:
-            if isinstance(logger, WandbLogger):  # else the next run of this process would go on with this one's
+            # Else the next run of this process would go on with this one's
+            if isinstance(logger, WandbLogger) and of_user is None:
                 logger.experiment.finish(failed)
         if tracking_uri is None:  # MLflow sets it to this run's
             os.environ.pop(_MLFLOW_URI, None)
@@ -68,7 +71,7 @@ def _new_logger(name: str, folder: RunFolder, options: dict[str, Any]) -> Logger
     if name == "wandb":
         return WandbLogger(**{"save_dir": str(folder.path), "name": folder.path.name, **options})
     own = {"run_name": folder.path.name, "tracking_uri": os.environ.get(_MLFLOW_URI)}
-    if own["tracking_uri"] is None and "tracking_uri" not in options:
+    if own["tracking_uri"] is None and not {"tracking_uri", "save_dir"} & options.keys():
         path = folder.path.resolve()
         own |= {"tracking_uri": f"sqlite:///{path / 'mlflow.db'}", "artifact_location": (path / "mlruns").as_uri()}
     return MLFlowLogger(**(own | options))

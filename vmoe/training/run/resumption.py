@@ -26,7 +26,7 @@ _WHOLE = {"none", "ddp"}  # strategies that cut no matrix
 
 
 def restarted(config: TrainConfig, folder: RunFolder) -> TrainConfig:
-    """The config of a run that torchrun starts anew because it failed, which goes on from its last checkpoint.
+    """The config of a run that torchrun starts again because it failed, which goes on from its last checkpoint.
 
     Not where the folder holds a run of another start of torchrun, which has refused to go on with that one.
     """
