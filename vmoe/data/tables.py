@@ -164,7 +164,7 @@ def _files(path: Path, paths: Sequence[str], places: Sequence[str]) -> list[str]
     """The files of all rows, each of which is there, once."""
     files, missing, first = [], [], {}
     for each, place in zip(paths, places, strict=True):
-        file = os.path.join(path.parent, os.path.expanduser(each))
+        file = str(path.parent / os.path.expanduser(each))
         files.append(file)
         try:
             found = os.stat(file)

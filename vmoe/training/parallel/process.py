@@ -117,5 +117,5 @@ def _slurm_tasks_per_node() -> int:
     per_node = os.environ.get("SLURM_STEP_TASKS_PER_NODE", os.environ.get("SLURM_NTASKS_PER_NODE", "1"))
     counts = {int(count) for count in re.findall(r"(\d+)(?:\(x\d+\))?", per_node)}
     if len(counts) > 1:
-        raise UserError(f"SLURM: {per_node} tasks per machine: start as many on each, by srun --ntasks-per-node")
+        raise UserError(f"SLURM: {per_node} tasks per machine: start as many on each machine")
     return counts.pop()
