@@ -161,7 +161,7 @@ def test_a_run_goes_on_with_other_processes_as_if_it_had_never_stopped(recipe, t
         stop = (
             {} if number + 1 == len(chain) else {"SIGNAL": str(int(signal.SIGTERM)), "SIGNAL_AT": str(1 + 4 * number)}
         )
-        options = (*longer, *strategy_options(strategy), "--resume")
+        options = (*longer, *strategy_options(strategy), "--resume", "auto")
         done = train_forked(recipe, tmp_path / "chain", processes, *options, **stop)
         assert done.stderr.count("the run is saved, go on with") == bool(stop), done.stderr
     assert done.returncode == 0, done.stderr
