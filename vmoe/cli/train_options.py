@@ -97,7 +97,7 @@ def _read(argv: list[str]) -> list[_Given]:
     Raises:
         UserError: a word belongs to no option, a file cannot be read, or a run is to be resumed and there is none.
     """
-    images, options = _images(argv)
+    images, options = _first_word(argv)
     pairs: list[tuple[str, str | None]] = []
     for argument in options:
         if argument.startswith("--") or argument == "-h":
@@ -129,7 +129,7 @@ def _read(argv: list[str]) -> list[_Given]:
     return given
 
 
-def _images(argv: list[str]) -> tuple[list[tuple[str, str | None]], list[str]]:
+def _first_word(argv: list[str]) -> tuple[list[tuple[str, str | None]], list[str]]:
     """The options that a first word without a dash stands for, the images to train on, and the words behind it.
 
     Raises:

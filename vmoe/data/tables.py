@@ -36,17 +36,16 @@ def load_table(config: DataConfig) -> tuple[dict[str, ImageSet], list[str]]:
             row.
     """
     path, columns = Path(config.root), config.table
-    table, places = _read(path, columns)
+    table, places = _read_table(path, columns)
     names = [_name_of(path, list(table), role, columns) for role in _KNOWN_COLUMNS]
     if len({name for name in names if name is not None}) < sum(name is not None for name in names):
         raise UserError(f"data.table: one column of {path} cannot be two of path, label and split; name another")
     paths, labels, splits = (None if name is None else table[name] for name in names)
-    if paths is None or labels is None:  # `_column` has refused that
-        raise AssertionError
+    assert paths is not None and labels is not None  # as `_name_of` made sure
     if not paths:
         raise UserError(f"{path}: has no row below its header; add one for each picture")
     _require_cells(path, {"path": paths, "label": labels}, places)
-    files = _files(path, paths, places)
+    files = _picture_files(path, paths, places)
     names = _sorted_names(labels)
     number = {name: index for index, name in enumerate(names)}
     rows = _rows_of_splits(path, splits, places)
@@ -59,7 +58,7 @@ def load_table(config: DataConfig) -> tuple[dict[str, ImageSet], list[str]]:
     return sets, names
 
 
-def _read(path: Path, columns: TableConfig) -> tuple[Table, list[str]]:
+def _read_table(path: Path, columns: TableConfig) -> tuple[Table, list[str]]:
     """The table's columns by name, all cells as text; and where each row is, such as "line 2"."""
     if not path.is_file():
         tables = [file for pattern in ("*.csv", "*.tsv", "*.parquet") for file in path.glob(pattern)]
@@ -160,7 +159,7 @@ def _require_cells(path: Path, cells: Table, places: Sequence[str]) -> None:
             raise UserError(f"{path}: {empty[0]}{more}: the {role} is empty or no text; fill it in, or remove the row")
 
 
-def _files(path: Path, paths: Sequence[str], places: Sequence[str]) -> list[str]:
+def _picture_files(path: Path, paths: Sequence[str], places: Sequence[str]) -> list[str]:
     """The files of all rows, each of which is there, once."""
     files, missing, first = [], [], {}
     for each, place in zip(paths, places, strict=True):

@@ -157,8 +157,8 @@ class RunningMetrics:
             "top5": means.top5,
             "nll": means.loss,
             "ece": float((self.bins[0] - self.bins[1]).abs().sum()) / images,
-            "class_accuracy": _shares(correct, there),
-            "class_precision": _shares(correct, predicted),
+            "class_accuracy": _class_shares(correct, there),
+            "class_precision": _class_shares(correct, predicted),
             "class_f1": f1,
             "balanced_accuracy": sum(recalls) / len(recalls),
             "f1": sum(each for each in f1 if each is not None) / len(recalls),
@@ -172,7 +172,7 @@ class RunningMetrics:
         return self.confusion.compute().reshape(size).tolist()  # torchmetrics gives a number for a single class
 
 
-def _shares(parts: Sequence[int], wholes: Sequence[int]) -> list[float | None]:
+def _class_shares(parts: Sequence[int], wholes: Sequence[int]) -> list[float | None]:
     return [part / whole if whole else None for part, whole in zip(parts, wholes, strict=True)]
 
 

@@ -30,7 +30,7 @@ _LEAST_RATIO = 0.5  # drawn; a twin without an error on new images has 0
 _MOST_RATIO = 100  # drawn; a twin that fits all of its training images has no ratio at all
 _FEW_MORE_ERRORS = 2  # times as many on test images as on training images: so far experts may pay
 _GAIN = "gain (points of test top-1)"
-_APART = 1.012  # between pairs of one twin along the axis, so that none hides another
+_BETWEEN_TWINS = 1.012  # between pairs of one twin along the axis, so that none hides another
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def draw_gains(found: Sequence[Gain]) -> Page:
         "Where experts pay", f"{len(found)} V-MoEs, each against its dense twin of the same recipe, data and seeds"
     )
     axes = _gain_axes(page, _TOP)
-    _draw_points(axes, [(min(max(gain.error_ratio, _LEAST_RATIO), _MOST_RATIO), gain) for gain in found])
+    _draw_gain_points(axes, [(min(max(gain.error_ratio, _LEAST_RATIO), _MOST_RATIO), gain) for gain in found])
     ticks = [1, 1.5, 2, 3, 5, 10, 20, 50, _MOST_RATIO]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks[:-1]] + [f"≥ {_MOST_RATIO}"])
     axes.set_xticks([], minor=True)
@@ -163,7 +163,7 @@ def draw_gains(found: Sequence[Gain]) -> Page:
         )
         page.text(MARGIN, top - 40, times, BODY)
         axes = _gain_axes(page, top)
-        _draw_points(axes, [(gain.tokens_per_expert, gain) for gain in below])
+        _draw_gain_points(axes, [(gain.tokens_per_expert, gain) for gain in below])
         label(axes, "tokens that an expert was trained on", _GAIN)
     for index, kind in enumerate(kinds):
         page.text(MARGIN + 50, legend + _ROW * index, "●", BODY, color=_KINDS[kind])
@@ -188,7 +188,7 @@ def _gain_axes(page: Page, top: float) -> Axes:
     return axes
 
 
-def _draw_points(axes: Axes, points: Sequence[tuple[float, Gain]]) -> None:
+def _draw_gain_points(axes: Axes, points: Sequence[tuple[float, Gain]]) -> None:
     """Each gain over its place on a logarithmic axis; those of one place beside each other."""
     places: dict[float, list[Gain]] = {}
     for place, gain in points:
@@ -196,7 +196,7 @@ def _draw_points(axes: Axes, points: Sequence[tuple[float, Gain]]) -> None:
     for place, pairs in places.items():
         pairs.sort(key=lambda gain: list(_KINDS).index(gain.kind))
         for index, gain in enumerate(pairs):
-            beside = place * _APART ** (index - (len(pairs) - 1) / 2)
+            beside = place * _BETWEEN_TWINS ** (index - (len(pairs) - 1) / 2)
             axes.errorbar(beside, 100 * gain.difference.mean, _reach(gain), **_style(gain))
 
 
