@@ -141,7 +141,8 @@ def test_a_folder_for_timm(save_run, tmp_path, moe, capsys):
     assert "50.00%" in card
     facts = ModelCard(card).data  # as the hub reads it
     (result,) = facts.eval_results
-    assert (facts.license, facts.pipeline_tag, facts.library_name) == ("mit", "image-classification", "timm")
+    written = [facts.to_dict()[key] for key in ("license", "pipeline_tag", "library_name")]
+    assert written == ["mit", "image-classification", "timm"]
     assert (result.metric_value, result.dataset_split, result.metric_type) == (0.5, "test", "accuracy")
     assert ("](routing.png)" in card) == (moe is not None)
     assert ("3 experts" in card) == (moe is not None) and "| `blocks.1` | 0.50 | 1.50 |" in card

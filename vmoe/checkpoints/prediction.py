@@ -85,7 +85,7 @@ def predict(
     tta: bool,
     features: bool,
     progress: Progress,
-) -> Predictions:  # fmt: skip
+) -> Predictions:
     """See `TrainedModel.predict`."""
     if features and not hasattr(model, "forward_head"):
         raise UserError(f"{model.path}: this model has no features before its classifier (timm's forward_head)")
@@ -123,8 +123,16 @@ def predict(
     found = torch.from_numpy(table).softmax(-1).numpy()
     of_classifier = np.concatenate(vectors) if vectors else np.empty((0, 0), np.float32) if features else None
     return Predictions(
-        labels, found, table, of_classifier, kept, model.class_names, left_out, notes, bit_depth
-    )  # fmt: skip
+        labels=labels,
+        probabilities=found,
+        logits=table,
+        features=of_classifier,
+        pictures=kept,
+        class_names=model.class_names,
+        left_out=left_out,
+        notes=notes,
+        bit_depth=bit_depth,
+    )
 
 
 @torch.inference_mode()

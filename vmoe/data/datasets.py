@@ -41,13 +41,8 @@ from vmoe.errors import UserError
 
 _DOWNLOADED = ("cifar10", "cifar100", "imagenette")
 _IMAGENETTE_IMAGES = (9469, 3925)  # train, val
-_OF_THE_USER = (
-    "imagenet",
-    "folder",
-    "table",
-    "webdataset",
-    "npz",
-)  # nobody knows beforehand how their values are scaled
+# Nobody knows beforehand how their values are scaled
+_OF_THE_USER = ("imagenet", "folder", "table", "webdataset", "npz")
 _TEST_FRACTION = 0.2  # of a set without any split
 
 

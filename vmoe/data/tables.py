@@ -19,7 +19,6 @@ _KNOWN_COLUMNS = {
     "label": ("label", "class", "class_name", "target", "category", "y"),
     "split": ("split", "set", "subset", "partition"),
 }
-_LARGEST_FIELD = 2**20  # characters of a CSV cell: what is larger is no path and no label
 
 Table = dict[str, list[str]]  # the cells of each column
 
@@ -37,10 +36,11 @@ def load_table(config: DataConfig) -> tuple[dict[str, ImageSet], list[str]]:
     """
     path, columns = Path(config.root), config.table
     table, places = _read_table(path, columns)
-    names = [_name_of(path, list(table), role, columns) for role in _KNOWN_COLUMNS]
-    if len({name for name in names if name is not None}) < sum(name is not None for name in names):
+    found = [_name_of(path, list(table), role, columns) for role in _KNOWN_COLUMNS]
+    used = [name for name in found if name is not None]
+    if len(set(used)) < len(used):
         raise UserError(f"data.table: one column of {path} cannot be two of path, label and split; name another")
-    paths, labels, splits = (None if name is None else table[name] for name in names)
+    paths, labels, splits = (None if name is None else table[name] for name in found)
     assert paths is not None and labels is not None  # as `_name_of` made sure
     if not paths:
         raise UserError(f"{path}: has no row below its header; add one for each picture")
@@ -71,7 +71,6 @@ def _read_table(path: Path, columns: TableConfig) -> tuple[Table, list[str]]:
     try:
         # utf-8-sig: spreadsheets write a mark before the first name
         with open(path, newline="", encoding="utf-8-sig") as file:
-            csv.field_size_limit(_LARGEST_FIELD)
             first = next((line for line in file if line.strip()), "")
             file.seek(0)
             rows = csv.reader(file, delimiter=_separator(first), skipinitialspace=True, strict=True)
