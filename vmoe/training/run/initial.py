@@ -35,7 +35,7 @@ def initial_model(
     Raises:
         UserError: the model cannot be built, or the checkpoint's weights do not fit it.
     """
-    model = _started(config, class_names, image_size, say)
+    model = _starting_model(config, class_names, image_size, say)
     rate = config.model.moe_drop_path
     if rate is not None:
         try:
@@ -56,7 +56,9 @@ def _classifier_line(theirs: Sequence[str], ours: Sequence[str]) -> str:
     return f"knows this run's {len(ours)} classes among its {len(theirs)}: their part of the classifier is taken"
 
 
-def _started(config: TrainConfig, class_names: list[str], image_size: int, say: Callable[[str], object]) -> nn.Module:
+def _starting_model(
+    config: TrainConfig, class_names: list[str], image_size: int, say: Callable[[str], object]
+) -> nn.Module:
     name, kwargs, num_classes = config.model.name, config.model.kwargs, len(class_names)
     if config.init_from is None:
         return build_model(name, kwargs, config.moe, num_classes, image_size)

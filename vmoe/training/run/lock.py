@@ -141,7 +141,7 @@ def _identity(command: str) -> dict[str, Any]:
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "machine": _machine(),
-        "started": _started(os.getpid()),
+        "started": _start_of(os.getpid()),
         "since": time.strftime("%Y-%m-%d %H:%M:%S"),
         "command": command[:200],
     }
@@ -165,7 +165,7 @@ def _is_alive(holder: dict[str, Any]) -> bool | None:
         return False
     except PermissionError:  # another user's
         pass
-    return holder["started"] == _started(holder["pid"])  # else its number went to another process
+    return holder["started"] == _start_of(holder["pid"])  # else its number went to another process
 
 
 def _machine() -> str:
@@ -178,7 +178,7 @@ def _machine() -> str:
     return " ".join(parts)
 
 
-def _started(pid: int) -> str | None:
+def _start_of(pid: int) -> str | None:
     """When a process began, in the system's own count; None where that is not known."""
     try:
         words = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
