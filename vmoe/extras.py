@@ -17,7 +17,7 @@ EXTRAS = {
     "export": ("onnx", "onnxscript", "onnxruntime"),
     "serve": ("litserve", "multipart"),
     "webdataset": ("webdataset",),
-    "data": ("pyarrow",),
+    "data": ("pyarrow", "datasets"),
 }
 
 

@@ -167,6 +167,8 @@ MISTAKES: dict[str, list[Mistake]] = {
         _config("a table with a row too long", "--data.name table --data.root long_row.csv"),
         _config("a column the table lacks", "--data.name table --data.root good.csv --data.table.label kin"),
         _config("a column for a folder", "--data.name folder --data.root tree --data.table.label kind"),
+        _config("a set of Hugging Face that is not there", "--data.name huggingface --data.root ./lost/of/mine"),
+        _config("a folder without a set of Hugging Face", "--data.name huggingface --data.root tree"),
         _config("a folder without shards", "--data.name webdataset --data.root nothing"),
         _config("shards that are no tar files", "--data.name webdataset --data.root shards", r"(?<=d \().*(?=\))"),
     ],

@@ -22,7 +22,8 @@ Trains a timm model, dense or with sparse MoE layers, on images, and tests its b
   vmoe train --resume --output_dir runs/digits                  # goes on with a run that was stopped
   torchrun --nproc-per-node 8 tools/train.py --config imagenet_vmoe_s16 --data.root imagenet
 
-IMAGES is a folder of class folders or of tar shards, a table (.csv, .tsv, .parquet), an .npz file or a set's name.
+IMAGES is a folder of class folders, of tar shards or of a Hugging Face data set, a table (.csv, .tsv, .parquet), an
+.npz file or a set's name.
 RECIPE is a YAML file or a recipe that comes with vmoe:
 {recipes}
 

@@ -252,7 +252,9 @@ def _with_chosen_data(parsed: dict[str, Any]) -> TrainConfig:
             from vmoe.training.run.resumption import refuse_run  # here, since it brings torch along
 
             refuse_run(Path(config.output_dir))
-        folders = "--data.name folder (class folders), table (CSV or Parquet), webdataset (tar shards) or npz"
+        folders = (
+            "--data.name folder (class folders), table (CSV or Parquet), huggingface, webdataset (tar shards) or npz"
+        )
         if root != default_root:
             raise UserError(f"--data.root {root}: must be given with what it holds: {folders}")
         raise UserError(
@@ -262,7 +264,7 @@ def _with_chosen_data(parsed: dict[str, Any]) -> TrainConfig:
     if config.data.name in EMBEDDED_SETS and root != default_root:
         raise UserError(
             f"--data.root {root}: is not read by data.name={config.data.name}: its images come with vmoe; give "
-            "--data.name folder, table, webdataset or npz too, or leave it out"
+            "--data.name folder, table, huggingface, webdataset or npz too, or leave it out"
         )
     return config
 

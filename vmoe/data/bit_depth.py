@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from vmoe.data.deep_images import deep_image
+from vmoe.data.huggingface import HuggingFaceImages
 from vmoe.data.image_files import FORMATS
 from vmoe.data.imageset import FileImages, ImageSet
 from vmoe.data.shards import ShardedImages
@@ -36,16 +37,18 @@ class _FileValues(NamedTuple):
     has_fractions: bool
 
 
-def measure_bit_depth(images: FileImages | ShardedImages, positions: Sequence[int]) -> Measured | None:
+def measure_bit_depth(
+    images: FileImages | ShardedImages | HuggingFaceImages, positions: Sequence[int]
+) -> Measured | None:
     """The bits that the deep files among some images use, on an evenly spread sample.
 
     Returns:
         None where the sample has no deep file, or only files that say their range themselves, or fractions below 0.
         Bits are 1 for fractions up to 1, else 8, 10, 12, 14, 16, or as many as the largest value needs.
     """
-    candidates = [
-        each for each in _evenly_spread(positions, _LOOKED_FOR) if images.place(each).lower().endswith(_DEEP_SUFFIXES)
-    ]
+    candidates = _evenly_spread(positions, _LOOKED_FOR)
+    if not isinstance(images, HuggingFaceImages):  # which does not name files by their format
+        candidates = [each for each in candidates if images.place(each).lower().endswith(_DEEP_SUFFIXES)]
     found: list[_FileValues] = []
     for position in _evenly_spread(candidates, _OPENED):
         if len(found) == _DECODED:

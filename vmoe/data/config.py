@@ -21,6 +21,7 @@ SetName = Literal[
     "imagenet",
     "folder",
     "table",
+    "huggingface",
     "webdataset",
     "npz",
 ]
@@ -52,6 +53,7 @@ DEFAULTS: dict[str, SetDefaults] = {
     "imagenet": SetDefaults(224, _IMAGENET_MEAN, _IMAGENET_STD, flip=0.5),
     "folder": SetDefaults(224, _IMAGENET_MEAN, _IMAGENET_STD, flip=0.5),
     "table": SetDefaults(224, _IMAGENET_MEAN, _IMAGENET_STD, flip=0.5),
+    "huggingface": SetDefaults(224, _IMAGENET_MEAN, _IMAGENET_STD, flip=0.5),
     "webdataset": SetDefaults(224, _IMAGENET_MEAN, _IMAGENET_STD, flip=0.5),
     "npz": SetDefaults(None, (0.5,) * 3, (0.5,) * 3, flip=0.5),
 }
@@ -185,11 +187,11 @@ class SubsetConfig:
 
 @dataclass(frozen=True)
 class TableConfig:
-    """The columns of the set "table", by their names in the header.
+    """The columns of the sets "table", by their names in the header, and "huggingface".
 
     Args:
         path: the picture's file; relative paths are below the table's folder. None: the column called path, file,
-            filename, image or so.
+            filename, image or so. With "huggingface" the column of pictures; None: the only one.
         label: the class. None: the column called label, class, target, category or so.
         split: train, val or test. None: the column called split, set, subset or partition; without one, the pictures
             are split as those of a folder without splits.
@@ -238,11 +240,12 @@ class DataConfig:
         name: "digits" (embedded), "patchwork" (generated, with known patches), "fractals" (generated without end, see
             fractals), "cifar10", "cifar100", "imagenette" (downloaded when missing), "imagenet" or "folder" (class
             folders in ROOT/train, ROOT/val and ROOT/test, or in ROOT alone, which is then split), "table" (a CSV, TSV
-            or Parquet file with a row per picture, see table), "webdataset" (tar shards, train-*.tar and so on, as vmoe
-            make-shards writes them) or "npz" (arrays in one file, see root).
-        root: folder that holds the data; for "table" the table itself, and for "npz" the file with train_x, train_y,
-            test_x, test_y.
-        table: with "table", the columns to read.
+            or Parquet file with a row per picture, see table), "huggingface" (what `save_to_disk` of Hugging Face's
+            datasets wrote, a folder of Parquet files, or a set of the hub, see root), "webdataset" (tar shards,
+            train-*.tar and so on, as vmoe make-shards writes them) or "npz" (arrays in one file, see root).
+        root: folder that holds the data; for "huggingface" also USER/NAME or USER/NAME:CONFIG, a set of the hub; for
+            "table" the table itself, and for "npz" the file with train_x, train_y, test_x, test_y.
+        table: with "table" and "huggingface", the columns to read.
         image_size: side in pixels of the square images given to the model. None: the data set's own.
         bit_depth: how many bits the values of image files with more than 8 bits per channel use, such as 12 of 16,
             where the files do not say it themselves: white is 2**bit_depth - 1; 1 for fractions from 0 to 1. None:
@@ -313,8 +316,10 @@ class DataConfig:
         if self.images is not None:
             _check_range("images", self.images, 1, 10_000_000)
         self._check_fractals()
-        if self.name != "table" and self.table != TableConfig():
-            raise ValueError(f"table: is for data.name=table, not {self.name}; leave its columns out")
+        if self.name not in ("table", "huggingface") and self.table != TableConfig():
+            raise ValueError(f"table: is for data.name=table and huggingface, not {self.name}; leave its columns out")
+        if self.name == "huggingface" and self.table.split is not None:
+            raise ValueError(f"table.split={self.table.split}: is for tables; a set of datasets has its own splits")
         if self.eval_batch_size is not None:
             _check_range("eval_batch_size", self.eval_batch_size, 1, 1_000_000)
         if not 0 <= self.val_fraction < 1:
@@ -390,13 +395,29 @@ def set_and_root(data: str | PathLike[str]) -> tuple[str, Path | None]:
     if path.suffix.lower() in _FILE_SETS:
         return _FILE_SETS[path.suffix.lower()], path
     if os.path.isdir(path):  # unlike `Path.is_dir`, of a name of any length
-        return ("webdataset" if any(path.glob("*.tar")) else "folder"), path
+        return _kind_of_folder(path), path
     if "/" in str(data) or os.sep in str(data):
         raise UserError(
             f"data.name={str(data)!r}: no such folder; give a folder, a table (.csv, .tsv, .parquet), an .npz file or "
             "a set's name"
         )
     return str(data), None
+
+
+def _kind_of_folder(folder: Path) -> str:
+    if any(folder.glob("*.tar")):
+        return "webdataset"
+    return "huggingface" if is_huggingface(folder) else "folder"
+
+
+def is_huggingface(folder: Path) -> bool:
+    """Whether a folder holds what `save_to_disk` of Hugging Face's datasets wrote, or Parquet files."""
+    return is_saved_dataset(folder) or any(folder.glob("*.parquet")) or any(folder.glob("data/*.parquet"))
+
+
+def is_saved_dataset(folder: Path) -> bool:
+    """Whether a folder holds what `save_to_disk` of Hugging Face's datasets wrote."""
+    return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
 
 
 def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -12,6 +12,7 @@
 | folder or imagenet with train, val and test | train | val | test |
 | folder with train alone, or of classes alone | what remains | cut from training | 20 %, stratified, by split_seed |
 | table | rows of train, or what remains | as folder | as folder |
+| huggingface | its split train | as folder | as folder |
 | webdataset | train-*.tar | as folder | as folder |
 | npz | train_x, train_y | val_x, val_y where given, else cut from training | test_x, test_y |
 """
@@ -30,6 +31,7 @@ from vmoe.data.bit_depth import brightest_level, clipped_lines, depth_lines, mea
 from vmoe.data.config import DEFAULTS, DataConfig
 from vmoe.data.folders import find_split_folders, has_pictures, read_class_folders, split_of
 from vmoe.data.fractals import load_fractals
+from vmoe.data.huggingface import HuggingFaceImages, load_huggingface
 from vmoe.data.image_files import PassedOver, list_class_folders
 from vmoe.data.imageset import ArrayImages, FileImages, ImageSet, Splits, given_splits
 from vmoe.data.npz import load_npz
@@ -42,7 +44,9 @@ from vmoe.errors import UserError
 _DOWNLOADED = ("cifar10", "cifar100", "imagenette")
 _IMAGENETTE_IMAGES = (9469, 3925)  # train, val
 # Nobody knows beforehand how their values are scaled
-_OF_THE_USER = ("imagenet", "folder", "table", "webdataset", "npz")
+_OF_THE_USER = ("imagenet", "folder", "table", "huggingface", "webdataset", "npz")
+# Of training images, where they are no class folders
+_FORMS = {"webdataset": "train-*.tar", "table": "rows of the split train", "huggingface": "a split train"}
 _TEST_FRACTION = 0.2  # of a set without any split
 
 
@@ -64,8 +68,8 @@ def load_splits(config: DataConfig, for_training: bool = True) -> Splits:
     splits = _LOADERS[config.name](config)
     if for_training and not len(splits.train):
         form, advice = "train/CLASS/IMAGE", ", or rename folders of classes that have a split's name"
-        if config.name in ("webdataset", "table"):
-            form, advice = {"webdataset": "train-*.tar", "table": "rows of the split train"}[config.name], ""
+        if config.name in _FORMS:
+            form, advice = _FORMS[config.name], ""
         raise UserError(
             f"data.root={config.root}: {config.name!r} needs training images, {form}, but has only those of other "
             f"splits; give the right folder{advice}"
@@ -99,7 +103,7 @@ def _looked_at(splits: Splits, config: DataConfig) -> Splits:
     """The same splits with the depth of their files, given or measured, and with notes on what looks wrong."""
     depth, measured = config.bit_depth, None
     measurable = splits.train if len(splits.train) else splits.test
-    if isinstance(measurable.images, FileImages | ShardedImages):
+    if isinstance(measurable.images, FileImages | ShardedImages | HuggingFaceImages):
         measured = measure_bit_depth(measurable.images, measurable.positions)
         if depth is None and measured is not None:
             depth = measured.bits
@@ -134,8 +138,10 @@ def _empty_class_lines(root: str, splits: Splits) -> list[str]:
 
 
 def download(config: DataConfig) -> None:
-    """Downloads a set that torchvision offers, unless it is there already; reads where images lie in tar shards."""
-    if config.name in _DOWNLOADED or config.name == "webdataset":
+    """Downloads a set that torchvision offers, unless it is there already; reads where images lie in tar shards;
+    has Hugging Face's datasets fetch or convert theirs.
+    """
+    if config.name in (*_DOWNLOADED, "webdataset", "huggingface"):
         _LOADERS[config.name](config)
 
 
@@ -227,6 +233,13 @@ def _table(config: DataConfig) -> Splits:
     return _cut_test(sets["train"], classes, [], config) if list(sets) == ["train"] else given_splits(sets, classes, [])
 
 
+def _huggingface(config: DataConfig) -> Splits:
+    sets, classes, notes = load_huggingface(config)
+    if list(sets) == ["train"]:
+        return _cut_test(sets["train"], classes, notes, config)
+    return given_splits(sets, classes, notes)
+
+
 def _cut_test(everything: ImageSet, classes: list[str], notes: list[str], config: DataConfig) -> Splits:
     """A set without any split: its test images are cut off here, those of validation by `load_splits`."""
     train, test = subsets.split(everything.labels, _TEST_FRACTION, config.split_seed)
@@ -250,6 +263,7 @@ _LOADERS: dict[str, Callable[[DataConfig], Splits]] = {
     "imagenet": _folder,
     "folder": _folder,
     "table": _table,
+    "huggingface": _huggingface,
     "webdataset": lambda config: load_shards(config.root),
     "npz": lambda config: load_npz(config.root),
 }

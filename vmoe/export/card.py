@@ -23,6 +23,7 @@ _SHOWN = PHOTOGRAPHS[0]
 _NAMELESS = {
     "folder": "a folder of images",
     "table": "a table of images",
+    "huggingface": "a data set of Hugging Face's datasets",
     "npz": "arrays of images",
     "webdataset": "tar shards of images",
 }

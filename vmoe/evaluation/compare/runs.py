@@ -15,7 +15,7 @@ from vmoe.checkpoints import WITHOUT_EFFECT, RunFolder, flatten
 from vmoe.errors import UserError
 from vmoe.evaluation.compare.labels import arm_labels, with_router_defaults
 
-_NAMED_BY_ROOT = ("folder", "table", "npz", "webdataset")  # sets that their place tells apart; others are known by name
+_NAMED_BY_ROOT = ("folder", "table", "huggingface", "npz", "webdataset")  # sets that their place tells apart
 _FOREIGN = (KeyError, TypeError, ValueError, OverflowError, AttributeError, yaml.YAMLError, csv.Error)
 
 

@@ -1,0 +1,121 @@
+"""Sets of Hugging Face's `datasets`: saved to disk or as Parquet files, their columns and splits, what is refused."""
+
+import io
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vmoe.data import DataConfig, ImageDataModule
+from vmoe.data.config import TableConfig, set_and_root
+from vmoe.data.datasets import load_splits
+from vmoe.errors import UserError
+
+datasets = pytest.importorskip("datasets")
+NAMES = ["ant", "bee"]
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def png(level):
+    content = io.BytesIO()
+    Image.fromarray(np.full((8, 8, 3), level, np.uint8)).save(content, "PNG")
+    return {"bytes": content.getvalue(), "path": None}
+
+
+def rows_of(levels, label=None, **columns):
+    """A set of pictures of these gray levels; the label is by the level, unless a feature for it is given."""
+    features = {"image": datasets.Image(), "label": label or datasets.ClassLabel(names=NAMES)}
+    content = {"image": [png(level) for level in levels], "label": [level % 2 for level in levels]} | columns
+    if label is not None and label.dtype == "string":
+        content["label"] = [NAMES[level % 2] for level in levels]
+    features |= {name: datasets.ClassLabel(names=["p", "q"]) for name in columns if name not in features}
+    return datasets.Dataset.from_dict(content, datasets.Features(features))
+
+
+def load(root, **options):
+    return load_splits(DataConfig("huggingface", str(root), image_size=8, **options))
+
+
+@pytest.mark.parametrize("form", ["disk", "parquet"])
+def test_splits_and_class_names_are_the_sets_own(tmp_path, form):
+    parts = {"train": rows_of(range(10)), "validation": rows_of(range(10, 14)), "test": rows_of(range(14, 20))}
+    root = tmp_path / "set"
+    if form == "disk":
+        datasets.DatasetDict(parts).save_to_disk(root)
+    else:
+        (root / "data").mkdir(parents=True)
+        for name, part in parts.items():
+            part.to_parquet(root / "data" / f"{name}-00000-of-00001.parquet")
+    assert set_and_root(str(root)) == ("huggingface", root)
+    splits = load(root)
+    assert splits.class_names == NAMES
+    levels = [[part.read(i)[0, 0, 0] for i in range(len(part))] for part in (splits.train, splits.val, splits.test)]
+    assert levels == [list(range(10)), list(range(10, 14)), list(range(14, 20))]
+    assert splits.train.labels.tolist() == [0, 1] * 5
+
+
+def test_one_split_alone_is_cut_and_text_labels_are_sorted(tmp_path):
+    rows_of(range(40), label=datasets.Value("string")).save_to_disk(tmp_path / "set")
+    splits = load(tmp_path / "set")
+    assert splits.class_names == NAMES and (len(splits.train), len(splits.test)) == (28, 8)
+    assert all(splits.test.read(i)[0, 0, 0] % 2 == splits.test.labels[i] for i in range(8))
+    assert any("has no split of its own" in note for note in splits.notes)
+
+
+def test_batches_come_from_worker_processes_too(tmp_path):
+    rows_of(range(40)).save_to_disk(tmp_path / "set")
+    batches = []
+    for workers in (0, 1):
+        module = ImageDataModule(tmp_path / "set", image_size=8, batch_size=4, workers=workers)
+        module.setup()
+        batches.append([batch.images.sum().item() for batch in module.train_dataloader()])
+    assert batches[0] == batches[1] and len(batches[0]) == 7
+
+
+def test_unlabelled_and_unknown_splits_are_passed_over(tmp_path):
+    parts = {"train": rows_of(range(20)), "test": rows_of(range(4), label=datasets.ClassLabel(names=NAMES))}
+    unlabelled = (
+        parts["test"].remove_columns("label").add_column("label", [-1] * 4, feature=parts["test"].features["label"])
+    )
+    datasets.DatasetDict({**parts, "test": unlabelled, "extra": parts["test"]}).save_to_disk(tmp_path / "set")
+    splits = load(tmp_path / "set")
+    assert len(splits.train) + len(splits.val) + len(splits.test) == 20
+    assert any("extra: passed over: its name is no split's" in note for note in splits.notes)
+    assert any("test: passed over: it has no labels" in note for note in splits.notes)
+
+
+def test_columns_are_named_where_two_may_be_meant(tmp_path):
+    rows_of(range(20), coarse=[0] * 10 + [1] * 10).remove_columns("label").add_column(
+        "fine", [0, 1] * 10, feature=datasets.ClassLabel(names=NAMES)
+    ).save_to_disk(tmp_path / "set")
+    with pytest.raises(UserError, match=r"both coarse and fine may be the label; name one as data\.table\.label"):
+        load(tmp_path / "set")
+    splits = load(tmp_path / "set", table=TableConfig(label="fine"))
+    assert splits.class_names == NAMES
+    with pytest.raises(UserError, match=r"data\.table\.label=fin: .* has no such column; .*did you mean 'fine'"):
+        load(tmp_path / "set", table=TableConfig(label="fin"))
+    with pytest.raises(UserError, match=r"data\.table\.path=fine: .* holds no pictures"):
+        load(tmp_path / "set", table=TableConfig(label="coarse", path="fine"))
+
+
+def test_what_cannot_be_read_ends_in_a_line(tmp_path):
+    with pytest.raises(UserError, match="no such folder, and no set of this name"):
+        load(tmp_path / "lost")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="neither what save_to_disk writes nor Parquet files"):
+        load(tmp_path / "empty")
+    rows_of(range(20)).save_to_disk(tmp_path / "set")
+    (tmp_path / "set" / "dataset_info.json").write_text("{")
+    with pytest.raises(UserError, match=r"set: cannot be read by datasets \("):
+        load(tmp_path / "set")
+    shutil.rmtree(tmp_path / "set")
+    datasets.Dataset.from_dict({"text": ["a"]}).save_to_disk(tmp_path / "set")
+    with pytest.raises(UserError, match="no column holds pictures; it has text"):
+        load(tmp_path / "set")
+    with pytest.raises(ValueError, match="split=part: is for tables"):
+        DataConfig("huggingface", "x", table=TableConfig(split="part"))

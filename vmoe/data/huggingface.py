@@ -1,0 +1,229 @@
+"""Sets of Hugging Face's `datasets`: what `save_to_disk` wrote, a folder of Parquet files, or a set of the hub."""
+
+import io
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+
+from vmoe.data.config import DataConfig, is_huggingface, is_saved_dataset, nearest
+from vmoe.data.folders import split_of
+from vmoe.data.images import decode_image
+from vmoe.data.imageset import ImageSet
+from vmoe.errors import UserError
+from vmoe.extras import require_module
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_LABELS = ("label", "labels", "class", "target", "category")
+_NO_LABEL = -1  # what the test splits of competitions have
+
+
+@dataclass(frozen=True)
+class HuggingFaceImages:
+    """The pictures of one split: its rows, with the content of each file in `column`, and what to call it.
+
+    `bit_depth` is as in `load_image`.
+    """
+
+    rows: "Dataset"
+    column: str
+    name: str
+    bit_depth: int | None = None
+
+    def read(self, position: int) -> np.ndarray:
+        return decode_image(self.open(position), self.place(position), bit_depth=self.bit_depth)
+
+    def open(self, position: int) -> BinaryIO:
+        """The file of an image."""
+        cell = self.rows[int(position)][self.column]
+        if cell is None:
+            raise UserError(f"{self.place(position)}: holds no picture; remove the row")
+        if cell["bytes"] is not None:
+            return io.BytesIO(cell["bytes"])
+        try:
+            with open(cell["path"], "rb") as file:
+                return io.BytesIO(file.read())
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(f"{self.place(position)}: its file {cell['path']} cannot be read ({reason})") from error
+
+    def place(self, position: int) -> str:
+        return f"{self.name}[{position}]"
+
+    def patch_labels(self, position: int) -> np.ndarray | None:
+        return None
+
+    @property
+    def side(self) -> None:
+        return None
+
+
+def load_huggingface(config: DataConfig) -> tuple[dict[str, ImageSet], list[str], list[str]]:
+    """Opens a set; its pictures stay in their files.
+
+    Returns:
+        The images of each split, by "train", "val" and "test", or "train" alone; the class names; and lines on what is
+        passed over.
+
+    Raises:
+        UserError: the set cannot be read, or a column is missing or not clear; the line says what to do.
+    """
+    require_module("datasets")
+    opened = _opened(config.root)
+    parts = opened if isinstance(opened, dict) else {"train": opened}
+    if len(parts) == 1:
+        parts = {"train": next(iter(parts.values()))}
+    splits: dict[str, Dataset] = {}
+    notes = []
+    for name, rows in parts.items():
+        split = split_of(name)
+        if split is None or split in splits:
+            reason = "its name is no split's" if split is None else f"{split} is there already"
+            notes.append(f"{config.root}: {name}: passed over: {reason}")
+        else:
+            splits[split] = rows
+    if not splits:
+        raise UserError(f"{config.root}: none of its splits {', '.join(parts)} is train, val or test; rename them")
+    main = splits.get("train") or next(iter(splits.values()))
+    picture, label = _picture_column(config, main), _label_column(config, main)
+    for split, rows in splits.items():
+        if missing := {picture, label} - set(rows.column_names):
+            raise UserError(f"{config.root}: {split} has no column {min(missing)}, which {main.split} has; add it")
+    classes, numbers = _numbered(config.root, {split: rows[label][:] for split, rows in splits.items()}, main, label)
+    sets = {}
+    for split, labels in numbers.items():
+        if (labels == _NO_LABEL).all() and len(numbers) > 1:
+            notes.append(f"{config.root}: {split}: passed over: it has no labels")
+            continue
+        if (labels == _NO_LABEL).any():
+            row = int(np.flatnonzero(labels == _NO_LABEL)[0])
+            raise UserError(f"{config.root}: row {row} of {split} has no label; label it, or remove it")
+        sets[split] = ImageSet.all_of(_images_of(config.root, split, splits[split], picture), labels)
+    if "train" in sets:
+        _refuse_unknown_classes(config.root, sets, classes)
+    return sets, classes, notes
+
+
+def _opened(root: str) -> "Dataset | dict[str, Dataset]":
+    import datasets
+
+    folder = Path(root)
+    name, _, config = root.partition(":")
+    try:
+        if is_saved_dataset(folder):
+            return datasets.load_from_disk(folder)
+        if folder.is_dir():
+            if not is_huggingface(folder):
+                raise UserError(
+                    f"data.root={root}: holds neither what save_to_disk writes nor Parquet files; give the right folder"
+                )
+            return datasets.load_dataset(os.fspath(folder))
+        if folder.exists() or name.count("/") > 1 or folder.is_absolute():
+            raise UserError(
+                f"data.root={root}: no such folder, and no set of this name on the hub; give a folder, or USER/NAME"
+            )
+        return datasets.load_dataset(name, config or None)
+    except UserError:
+        raise
+    except Exception as error:  # the library's own errors are of any type
+        reason = (" ".join(str(error).split()) or type(error).__name__)[:300]
+        raise UserError(
+            f"data.root={root}: cannot be read by datasets ({reason}); give a folder that save_to_disk wrote, one of "
+            "Parquet files, or a set of the hub as USER/NAME or USER/NAME:CONFIG"
+        ) from error
+
+
+def _picture_column(config: DataConfig, rows: "Dataset") -> str:
+    """The column of pictures: the one that is named, or else the only one."""
+    import datasets
+
+    given, held = config.table.path, [name for name, kind in rows.features.items() if _holds_pictures(kind)]
+    if given is not None:
+        _require_column(config, "path", given, rows)
+        if given not in held:
+            raise UserError(f"data.table.path={given}: this column of {config.root} holds no pictures")
+        return given
+    typed = [name for name in held if isinstance(rows.features[name], datasets.Image)] or held
+    if len(typed) > 1:
+        raise UserError(f"{config.root}: both {typed[0]} and {typed[1]} hold pictures; name one as data.table.path")
+    if not typed:
+        raise UserError(f"{config.root}: no column holds pictures; it has {', '.join(rows.column_names)}")
+    return typed[0]
+
+
+def _holds_pictures(kind: Any) -> bool:
+    """Whether a column's type is that of pictures, or of files' contents that nobody has called pictures."""
+    import datasets
+
+    is_struct = isinstance(kind, dict) and set(kind) == {"bytes", "path"}
+    is_binary = isinstance(kind, datasets.Value) and kind.dtype in ("binary", "large_binary")
+    return isinstance(kind, datasets.Image) or is_struct or is_binary
+
+
+def _label_column(config: DataConfig, rows: "Dataset") -> str:
+    """The column of labels: the one that is named, one of a known name, or else the only one of classes."""
+    import datasets
+
+    given = config.table.label
+    if given is not None:
+        _require_column(config, "label", given, rows)
+        return given
+    found = [name for name in rows.column_names if name.lower() in _LABELS]
+    found = found or [name for name, kind in rows.features.items() if isinstance(kind, datasets.ClassLabel)]
+    if len(found) > 1:
+        raise UserError(f"{config.root}: both {found[0]} and {found[1]} may be the label; name one as data.table.label")
+    if not found:
+        names = ", ".join(rows.column_names)
+        raise UserError(f"{config.root}: no column is named label or so; it has {names}; name one as data.table.label")
+    return found[0]
+
+
+def _require_column(config: DataConfig, role: str, given: str, rows: "Dataset") -> None:
+    if given not in rows.column_names:
+        hint = nearest(given, rows.column_names)
+        raise UserError(
+            f"data.table.{role}={given}: {config.root} has no such column; it has {', '.join(rows.column_names)}"
+            + (f"; {hint}" if hint else "")
+        )
+
+
+def _numbered(
+    root: str, cells: Mapping[str, list[Any]], rows: "Dataset", column: str
+) -> tuple[list[str], dict[str, np.ndarray]]:
+    """The class names, and each split's labels as numbers, `_NO_LABEL` where a cell is empty."""
+    import datasets
+
+    kind = rows.features[column]
+    if isinstance(kind, datasets.ClassLabel):
+        names = list(kind.names)
+        numbers = {
+            split: np.array([_NO_LABEL if each is None else each for each in part]) for split, part in cells.items()
+        }
+        return names, numbers
+    known = {each for part in cells.values() for each in part if each is not None}
+    if not all(isinstance(each, str | int) for each in known):
+        raise UserError(f"{root}: column {column} holds {kind}; a label must be a text or a whole number")
+    ordered = sorted(known)
+    number = {each: index for index, each in enumerate(ordered)} | {None: _NO_LABEL}
+    return [str(each) for each in ordered], {
+        split: np.array([number[each] for each in part]) for split, part in cells.items()
+    }
+
+
+def _images_of(root: str, split: str, rows: "Dataset", column: str) -> HuggingFaceImages:
+    import datasets
+
+    pictures = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+    return HuggingFaceImages(pictures, column, f"{root}:{split}")
+
+
+def _refuse_unknown_classes(root: str, sets: Mapping[str, ImageSet], names: list[str]) -> None:
+    trained = set(sets["train"].labels.tolist())
+    for split, part in sets.items():
+        if unknown := sorted(set(part.labels.tolist()) - trained):
+            raise UserError(f"{root}: class {names[unknown[0]]!r} of {split} has no training picture; add one")
