@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support import local_hub
 
 from vmoe.cli.benchmark import main as benchmark
 from vmoe.cli.export import main as export
@@ -346,6 +347,15 @@ def test_a_program_is_served(tmp_path, predictor):
     }
     assert status == 200 and {each["class"]: each["probability"] for each in answer["predictions"]} == expected
     assert refused == 400 and "a program does not tell its routing" in told["detail"]
+
+
+@pytest.mark.slow
+def test_a_model_of_the_hub_is_served_by_its_name(tmp_path, monkeypatch):
+    with local_hub.serving({"me/model/model.safetensors": SHIPPED.read_bytes()}, tmp_path / "cache", monkeypatch):
+        server = Server(model="hf-hub:me/model")
+        status, answer = server.predict(encoded(noise(5)))
+        server.stop()
+    assert status == 200 and len(answer["predictions"]) == 5
 
 
 @pytest.mark.slow

@@ -43,6 +43,8 @@ def serving(files: Mapping[str, bytes], cache, monkeypatch) -> Iterator[None]:
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    for name, value in (("HF_ENDPOINT", address), ("HF_HUB_CACHE", str(cache)), ("HF_HUB_OFFLINE", "0")):
+        monkeypatch.setenv(name, value)  # of processes that the test starts
     yield
     server.shutdown()
     server.server_close()

@@ -1,7 +1,7 @@
 """\
 Names the most probable classes of pictures of any size and mode, prepared as in evaluation (the central square,
-resized). MODEL is a checkpoint, a run's folder, a safetensors file, a folder written by `vmoe export --format hub`, or
-an ONNX file. Files that cannot be read as images are listed at the end.
+resized). MODEL is a checkpoint, a run's folder, a safetensors file, a folder written by `vmoe export --format hub`, the
+name of one on the hub (hf-hub:USER/NAME), or an ONNX file. Files that cannot be read as images are listed at the end.
 
   vmoe predict assets/models/cifar10_small.safetensors photo.jpg holiday/ --csv answers.csv
   vmoe predict runs/mine holiday/ --threshold 0.5 --tta --embeddings vectors.npz
@@ -131,7 +131,7 @@ def _four_largest(shares: list[float]) -> list[tuple[int, float]]:
 
 def _predict_parser() -> argparse.ArgumentParser:
     parser = new_parser("predict", __doc__)
-    parser.add_argument("model", metavar="MODEL", type=Path, help="a checkpoint, a folder, a safetensors or ONNX file")
+    parser.add_argument("model", metavar="MODEL", type=Path, help="a checkpoint, a folder, a safetensors or ONNX file, hf-hub:USER/NAME")
     parser.add_argument("images", metavar="IMAGE_OR_FOLDER", nargs="+", help="image files, or folders of them")
     parser.add_argument("--top", type=count, default=5, metavar="N", help="classes an image (default: %(default)s)")
     parser.add_argument("--routing", action="store_true", help="tell which experts an image's patches go to")

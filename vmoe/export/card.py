@@ -54,7 +54,16 @@ import vmoe  # makes timm know the architecture: pip install vmoe
 model = timm.create_model("hf-hub:USER/NAME", pretrained=True).eval()  # or "local-dir:FOLDER"
 ```
 
-`vmoe predict FOLDER photo.jpg` names what is in a picture.
+transformers opens it, too, once vmoe is imported:
+
+```python
+import vmoe
+from transformers import pipeline
+
+pipeline("image-classification", model="USER/NAME")("photo.jpg")  # or a folder
+```
+
+`vmoe predict hf-hub:USER/NAME photo.jpg` names what is in a picture.
 
 {routing}## Recipe
 
@@ -156,7 +165,7 @@ def _front_matter(title: str, data: str, accuracy: float | None, license: str | 
             )
         ]
     facts = ModelCardData(
-        tags=[_TASK, "timm", "vmoe", "mixture-of-experts"],
+        tags=[_TASK, "timm", "transformers", "vmoe", "mixture-of-experts"],
         library_name="timm",
         pipeline_tag=_TASK,
         license=license,

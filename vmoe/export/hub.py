@@ -6,6 +6,7 @@ this package opens, too), README.md, the model card, and for a V-MoE routing.png
 """
 
 import copy
+import json
 import os
 import shutil
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import nn
 from vmoe.checkpoints import RunFolder, TrainedModel, load_checkpoint, timm_arguments, write_safetensors
 from vmoe.errors import UserError
 from vmoe.export.card import PICTURE, draw_routing, is_untouched, model_card
-from vmoe.files import new_folder
+from vmoe.files import new_folder, write_json
 from vmoe.models.registry import ON_BACKBONE
 from vmoe.moe import moe_layers
 
@@ -107,13 +108,19 @@ def push(path: str | Path, name: str) -> str:
 
 
 def _write_hub_config(folder: Path, checkpoint: TrainedModel) -> None:
-    """config.json, by timm, with the image size among the arguments where the architecture takes it."""
+    """config.json, by timm, with the image size among the arguments where the architecture takes it.
+
+    The number of classes stands beside the arguments and not among them: transformers passes it on by itself.
+    """
     described = copy.copy(checkpoint.model)
     described.pretrained_cfg = _pretrained_cfg(checkpoint)  # timm's own tells of other weights
     for size in ({"img_size": checkpoint.image_size}, {}):
         described.pretrained_cfg["fixed_input_size"] = bool(size)
         names = {"label_names": checkpoint.class_names}
         save_config_for_hf(described, folder / CONFIG, names, {**_model_args(checkpoint), **size})
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config["model_args"].pop("num_classes", None)  # which timm adds
+        write_json(folder / CONFIG, config)
         try:
             model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
         except TypeError as error:
@@ -157,7 +164,7 @@ def _timm_name(checkpoint: TrainedModel) -> str:
 
 def _model_args(checkpoint: TrainedModel) -> dict[str, Any]:
     name, moe = checkpoint.config["model"]["name"], checkpoint.config["moe"]
-    arguments = {**timm_arguments(checkpoint.config["model"]["kwargs"]), "num_classes": len(checkpoint.class_names)}
+    arguments = timm_arguments(checkpoint.config["model"]["kwargs"])
     if name.startswith("vmoe_"):
         arguments["moe"] = moe or False
     elif moe is not None:

@@ -20,6 +20,7 @@ from fastapi import Depends, Header, HTTPException, Request
 from litserve.loops import BatchedLoop
 from starlette.middleware.cors import CORSMiddleware
 
+from vmoe.checkpoints.hub import HUB
 from vmoe.errors import UserError
 from vmoe.serve.api_description import describe_api
 from vmoe.serve.uploads import Upload, UploadReader, read_upload
@@ -161,7 +162,7 @@ def serve(
         UserError: the model cannot be opened or answers by who else is in its batch, the port is taken, or the worker
             died.
     """
-    if not path.exists():
+    if not str(path).startswith(HUB) and not path.exists():
         raise UserError(f"{path}: no such file; give a checkpoint, a run's folder or an ONNX file")
     _check_port(host, port)
     server = _Server(
