@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 from PIL import Image
+from support.saved_runs import DIGITS, save_run
 
 import vmoe
-from support.saved_runs import DIGITS, save_run
 from vmoe.export.hub import write_hub_folder
 
 transformers = pytest.importorskip("transformers")

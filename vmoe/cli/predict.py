@@ -131,7 +131,8 @@ def _four_largest(shares: list[float]) -> list[tuple[int, float]]:
 
 def _predict_parser() -> argparse.ArgumentParser:
     parser = new_parser("predict", __doc__)
-    parser.add_argument("model", metavar="MODEL", type=Path, help="a checkpoint, a folder, a safetensors or ONNX file, hf-hub:USER/NAME")
+    opened = "a checkpoint, a folder, a .safetensors or .onnx file, hf-hub:USER/NAME"
+    parser.add_argument("model", metavar="MODEL", type=Path, help=opened)
     parser.add_argument("images", metavar="IMAGE_OR_FOLDER", nargs="+", help="image files, or folders of them")
     parser.add_argument("--top", type=count, default=5, metavar="N", help="classes an image (default: %(default)s)")
     parser.add_argument("--routing", action="store_true", help="tell which experts an image's patches go to")

@@ -63,7 +63,12 @@ def _origin(text: str) -> str:
 def _serve_parser() -> argparse.ArgumentParser:
     parser = new_parser("serve", __doc__)
     add = parser.add_argument
-    add("model", metavar="MODEL", type=Path, help="a checkpoint, a folder, a safetensors or ONNX file, hf-hub:USER/NAME")
+    add(
+        "model",
+        metavar="MODEL",
+        type=Path,
+        help="a checkpoint, a folder, a .safetensors or .onnx file, hf-hub:USER/NAME",
+    )
     hosts = ("127.0.0.1", "0.0.0.0", "::")
     add("--host", choices=hosts, default=hosts[0], help="where to listen (default: %(default)s, this machine alone)")
     add("--port", type=_port, default=8000, help="default: %(default)s")
