@@ -1,5 +1,6 @@
 """The order of training."""
 
+import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -71,3 +72,37 @@ def test_parts_of_a_batch_are_contiguous_and_together_the_batch():
     parts = [list(EpochBatchSampler(20, 8, seed=3, repeat=2, part=part, parts=4)) for part in range(4)]
     assert len(whole) == 5 and all(len(part) == 5 for part in parts)
     assert [[key for part in parts for key in part[number]] for number in range(5)] == whole
+
+
+def balanced(batch_size=9, epoch=0, **options):
+    labels = np.repeat(np.arange(5), [60, 25, 10, 4, 1])
+    sampler = EpochBatchSampler(len(labels), batch_size, 3, labels=labels, **options)
+    sampler.set_epoch(epoch)
+    return sampler, labels
+
+
+def test_class_balanced_epochs_give_every_class_as_often_and_no_key_twice():
+    seen = []
+    for epoch in range(6):
+        sampler, labels = balanced(batch_size=10, epoch=epoch)
+        batches = list(sampler)
+        assert len(batches) == len(sampler) == 10
+        for batch in batches:  # two rounds of five classes
+            assert sorted(labels[index] for _, index in batch) == sorted([*range(5)] * 2)
+        seen += [key for batch in batches for key in batch]
+    assert len(set(seen)) == len(seen) == 600
+    of_last, of_first = ([key for key in seen if labels[key[1]] == label] for label in (4, 0))
+    assert sorted(of_last) == [(number, 99) for number in range(120)]  # its one image, in a pass of its own each time
+    assert {index for number, index in of_first if number == 0} == set(range(60))  # all of them before any comes again
+
+
+def test_class_balanced_batches_are_resumed_shared_and_differ_between_epochs():
+    whole = list(balanced(batch_size=10, epoch=2)[0])
+    resumed, _ = balanced(batch_size=10, epoch=2)
+    resumed.start_batch = 4
+    assert list(resumed) == whole[4:]
+    halves = [list(balanced(batch_size=10, epoch=2, part=part, parts=2)[0]) for part in (0, 1)]
+    assert [first + second for first, second in zip(*halves, strict=True)] == whole
+    assert [index for batch in list(balanced(10, 3)[0]) for _, index in batch] != [
+        index for batch in whole for _, index in batch
+    ]

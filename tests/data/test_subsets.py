@@ -88,3 +88,14 @@ def test_wrong_classes(wanted, message):
     with pytest.raises(UserError) as caught:
         find_classes(wanted, ["ant", "bee", "cow"])
     assert message in str(caught.value)
+
+
+def test_a_long_tail_falls_exponentially_to_its_ratio():
+    """CIFAR-100's usual one: 10,847 of 50,000 images at a ratio of 100."""
+    labels = np.arange(50_000) % 100
+    names = [str(label) for label in range(100)]
+    chosen = choose_training(labels, SubsetConfig(imbalance=100), names, seed=0)
+    sizes = np.bincount(labels[chosen])
+    assert (sizes[0], sizes[50], sizes[-1], len(chosen)) == (500, 48, 5, 10_847)
+    steeper = choose_training(labels, SubsetConfig(imbalance=200), names, seed=0)
+    assert set(steeper) < set(chosen)

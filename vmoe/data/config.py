@@ -30,6 +30,7 @@ NAMED_SETS = (*EMBEDDED_SETS, "cifar10", "cifar100", "imagenette", "imagenet")  
 _FILE_SETS = {".npz": "npz", ".csv": "table", ".tsv": "table", ".parquet": "table"}  # by the ending of their file
 Preset = Literal["none", "light", "strong"]
 Pipeline = Literal["workers", "device"]
+SamplerName = Literal["shuffle", "class_balanced"]
 Colour = tuple[float, float, float]
 
 
@@ -163,11 +164,15 @@ class SubsetConfig:
     Args:
         fraction: share of the training images of each class, over 0 and up to 1; at least one image per class is kept.
         per_class: number of training images of each class. Not with fraction.
+        imbalance: makes a long-tailed training set of a balanced one: class c of C keeps imbalance^(-c / (C - 1)) of
+            its images, at least one, so that the first class has so many times as many as the last. Not with the two
+            above.
         classes: names (or indices) of the classes to keep in every split; labels are renumbered in this order.
     """
 
     fraction: float | None = None
     per_class: int | None = None
+    imbalance: float | None = None
     classes: list[str | int] | None = None
 
     def __post_init__(self) -> None:
@@ -179,6 +184,13 @@ class SubsetConfig:
                 raise ValueError(
                     f"per_class={self.per_class}: cannot be combined with fraction={self.fraction}; keep one"
                 )
+        if self.imbalance is not None:
+            _check_range("imbalance", self.imbalance, 1, 1_000_000)
+            for name in ("fraction", "per_class"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"imbalance={self.imbalance}: cannot be combined with {name}={getattr(self, name)}; keep one"
+                    )
         if self.classes is not None:
             if not self.classes:
                 raise ValueError("classes=[]: must name at least one class, or be null for all of them")
@@ -253,6 +265,8 @@ class DataConfig:
         batch_size: training images per step.
         repeat: passes over the training images that make one epoch; above 1, a small set is validated and saved less
             often. With "fractals" an epoch has fractals.epoch_images so many times.
+        sampler: "shuffle" gives each training image once per epoch; "class_balanced" draws as many of every class, each
+            class's images in turn, so that images of small classes come again within an epoch, varied otherwise.
         images: with "fractals", how many different training images there are: they come again and again, while the
             number of steps stays. None: without end, none comes twice.
         fractals: with "fractals", its classes and how strongly pictures vary.
@@ -285,6 +299,7 @@ class DataConfig:
     bit_depth: int | None = None
     batch_size: int = 128
     repeat: int = 1
+    sampler: SamplerName = "shuffle"
     images: int | None = None
     fractals: FractalConfig = field(default_factory=FractalConfig)
     shards_at_once: int = 16
@@ -304,6 +319,7 @@ class DataConfig:
         object.__setattr__(self, "root", os.path.expanduser(self.root))
         _check_choice("name", self.name, get_args(SetName))
         _check_choice("pipeline", self.pipeline, get_args(Pipeline))
+        self._check_sampler()
         _check_range("batch_size", self.batch_size, 1, 1_000_000)
         _check_range("repeat", self.repeat, 1, 10_000)
         _check_range("shards_at_once", self.shards_at_once, 1, 1_000_000)
@@ -336,6 +352,19 @@ class DataConfig:
             return self.name
         path = Path(self.root).resolve()
         return (path.stem if path.suffix.lower() in _FILE_SETS else path.name) or self.name
+
+    def _check_sampler(self) -> None:
+        _check_choice("sampler", self.sampler, get_args(SamplerName))
+        if self.sampler == "shuffle":
+            return
+        if self.name in ("fractals", "webdataset"):
+            why = "whose classes are equal" if self.name == "fractals" else "whose images are read shard by shard"
+            raise ValueError(f"sampler={self.sampler}: is not for data.name={self.name}, {why}; take shuffle")
+        if self.mix.is_on and self.mix.until < 1:
+            raise ValueError(
+                f"sampler={self.sampler}: has no passes over the images by which mix.until={self.mix.until} could "
+                "count; leave mix.until at 1"
+            )
 
     def _check_fractals(self) -> None:
         if self.name != "fractals":

@@ -203,6 +203,7 @@ class ImageDataModule(LightningDataModule):
             parts=self.parts,
             blocks=blocks,
             epoch_images=self._splits.epoch_images,
+            labels=train.labels if config.sampler == "class_balanced" else None,
         )
         self._mixer = make_mixer(config.mix, self.num_classes, self.seed, self.device)
         if config.pipeline == "workers":

@@ -4,9 +4,13 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from torch.utils.data import Sampler
 
+from vmoe.data.draws import draw_numbers, uniforms
+
 Key = tuple[int, int]  # (pass over the set, index of the image); an epoch is `repeat` passes
+_CLASS_DRAW, _IMAGE_DRAW = 2000, 2001  # apart from those of augmentation and mixing
 
 
 class Blocks(NamedTuple):
@@ -39,6 +43,8 @@ class EpochBatchSampler(Sampler[list[Key]]):
             images together. None shuffles all images together.
         epoch_images: images of an epoch, times `repeat`, where that is not all: an epoch goes on in the pass where the
             one before it ended. None: `length`.
+        labels: (n,) int64, the class of each image, to draw as many images of every class: then the pass of a key is
+            that over the images of its class, so that no key comes twice. None draws each image once per pass.
 
     Attributes:
         epoch_images: images of an epoch, repeats included.
@@ -56,6 +62,7 @@ class EpochBatchSampler(Sampler[list[Key]]):
         parts: int = 1,
         blocks: Blocks | None = None,
         epoch_images: int | None = None,
+        labels: np.ndarray | None = None,
     ) -> None:
         self.length = length
         of_a_repeat = length if epoch_images is None else epoch_images
@@ -64,6 +71,7 @@ class EpochBatchSampler(Sampler[list[Key]]):
         self.seed = seed
         self.part, self.parts = part, parts
         self.blocks = blocks
+        self.labels = labels
         self.epoch = 0
         self.start_batch = 0
 
@@ -85,15 +93,51 @@ class EpochBatchSampler(Sampler[list[Key]]):
 
     def arrays(self) -> Iterator[np.ndarray]:
         """The same iteration with the keys as one (B, 2) int64 array: making 512 tuples takes a third of a ms."""
-        skipped, first = self.epoch * self.epoch_images, self.start_batch
-        self.start_batch = 0
+        first, self.start_batch = self.start_batch, 0
+        keys = self._keys() if self.labels is None else self._balanced_keys(self.labels)
+        size = self.batch_size // self.parts
+        for batch in range(first, len(self)):
+            start = batch * self.batch_size + self.part * size
+            yield keys[start : start + size]
+
+    def _keys(self) -> np.ndarray:
+        """The keys of an epoch in their order, (epoch_images, 2) int64."""
+        skipped = self.epoch * self.epoch_images
         passes = range(skipped // self.length, -(-(skipped + self.epoch_images) // self.length))
         orders = [self._order(np.random.default_rng([self.seed, number])) for number in passes]
         keys = np.stack([np.repeat(passes, self.length), np.concatenate(orders)], axis=1)
-        size = self.batch_size // self.parts
-        for batch in range(first, len(self)):
-            start = skipped % self.length + batch * self.batch_size + self.part * size
-            yield keys[start : start + size]
+        return keys[skipped % self.length :]
+
+    def _balanced_keys(self, labels: np.ndarray) -> np.ndarray:
+        """The keys of an epoch that draws as many of every class, (epoch_images, 2) int64.
+
+        Rounds follow one another without end, over the epochs: each has one image of every class, the classes in a
+        random order. The images of a class come in passes over them, each in a random order.
+        """
+        classes, labels, counts = np.unique(labels, return_inverse=True, return_counts=True)
+        skipped = self.epoch * self.epoch_images
+        rounds = np.arange(skipped // len(classes), -(-(skipped + self.epoch_images) // len(classes)))
+        # (rounds, classes): which class comes when
+        turns = np.argsort(self._draws(_CLASS_DRAW, rounds[:, None], np.arange(len(classes))[None]), axis=1)
+        first_pass, last_pass = rounds[0] // counts, rounds[-1] // counts
+        # Every image once for each pass over its class that these rounds reach
+        times = (last_pass - first_pass + 1)[labels]
+        images = np.repeat(np.arange(len(labels)), times)
+        of_class = labels[images]
+        passes = np.arange(len(images)) - np.repeat(np.cumsum(times) - times, times) + first_pass[of_class]
+        order = np.lexsort((self._draws(_IMAGE_DRAW, passes, images), passes, of_class))
+        starts = np.cumsum(counts * (last_pass - first_pass + 1)) - counts * (last_pass - first_pass + 1)
+        # Round r takes image r of its class, counted from the class's first pass here
+        place = starts[turns] + rounds[:, None] - (first_pass * counts)[turns]
+        chosen = order[place.ravel()]
+        keys = np.stack([passes[chosen], images[chosen]], axis=1)
+        return keys[skipped % len(classes) :]
+
+    def _draws(self, number: int, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+        """Uniform numbers by the seed and two integers each, of the shape of both together."""
+        first, second = np.broadcast_arrays(first, second)
+        keys = torch.from_numpy(np.stack([first.ravel(), second.ravel()], axis=1))
+        return uniforms(self.seed, keys, draw_numbers(1, number))[0].numpy().reshape(first.shape)
 
     def _order(self, rng: np.random.Generator) -> np.ndarray:
         """The order of all images in one pass, (n,)."""

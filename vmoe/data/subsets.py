@@ -49,7 +49,7 @@ def split(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, n
 
 
 def choose_training(labels: np.ndarray, config: SubsetConfig, class_names: Sequence[str], seed: int) -> np.ndarray:
-    """Ascending positions of the training images that `config.fraction` or `config.per_class` keeps.
+    """Ascending positions of the training images that `config` keeps: a fraction, so many per class, or a long tail.
 
     Raises:
         UserError: a class has fewer than `per_class` images.
@@ -67,6 +67,9 @@ def choose_training(labels: np.ndarray, config: SubsetConfig, class_names: Seque
     if config.fraction is not None:
         fraction = config.fraction
         return pick(labels, lambda _, size: _rounded_share(fraction, size), seed)
+    if config.imbalance is not None:
+        last = max(len(class_names) - 1, 1)
+        return pick(labels, lambda label, size: max(1, int(size * config.imbalance ** (-label / last))), seed)
     return np.arange(len(labels))
 
 
