@@ -24,10 +24,11 @@ from vmoe.evaluation.engine import batch_sums, likeliest_classes, means_of
 from vmoe.moe import auxiliary_loss, moe_layers, update_router_biases
 from vmoe.moe.routers import SigmoidRouter
 from vmoe.training.classifier_files import found_facts, restored
-from vmoe.training.config import OptimConfig
+from vmoe.training.config import LossConfig, OptimConfig
 from vmoe.training.distillation import Teacher
 from vmoe.training.graph import GraphedStep
 from vmoe.training.guard import Guard
+from vmoe.training.label_loss import LabelLoss
 from vmoe.training.optim.average import WeightAverage
 from vmoe.training.optim.groups import build_optimizer, by_number, optimizer_groups, parameter_groups
 from vmoe.training.optim.schedule import LearningRates, planned_rates
@@ -62,6 +63,9 @@ class Classifier(LightningModule):
         mean: Mean of each channel that images are normalised with. None: found as `class_names` are, else timm's for
             this model.
         std: Standard deviation of each channel. None: as for `mean`.
+        loss: The loss by the labels, a `vmoe.training.config.LossConfig` or its options, such as
+            `{"class_weights": "balanced"}`. What counts the training images of each class needs a datamodule with
+            `images_of_classes`, such as `vmoe.ImageDataModule`.
         **optim: Any other option of `vmoe.training.config.OptimConfig`: `weight_decay`, `warmup_epochs`, `name`
             ("adamw" or "muon"), `label_smoothing`, ... Without `warmup_epochs` a quarter of the epochs warms up, at
             most 5.
@@ -72,6 +76,7 @@ class Classifier(LightningModule):
     Attributes:
         model: The model.
         optim: The `OptimConfig`.
+        loss: The `LossConfig`.
         guard: What `vmoe.NanGuard` watches the step with; None without that callback.
         average: The average of the weights that `vmoe.Ema` keeps; None without that callback.
         routing: The sums that `vmoe.RoutingMonitor` reads; None without that callback.
@@ -90,6 +95,7 @@ class Classifier(LightningModule):
         class_names: Sequence[str] | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        loss: LossConfig | dict[str, Any] | None = None,
         **optim: Any,
     ) -> None:
         super().__init__()
@@ -99,6 +105,7 @@ class Classifier(LightningModule):
         if isinstance(lr, int | float):
             optim.setdefault("min_lr", min(OptimConfig.min_lr, lr))
         self.optim: OptimConfig = from_plain(OptimConfig, {"lr": lr, **optim})
+        self.loss: LossConfig = from_plain(LossConfig, to_plain(loss or {}), "loss.")
         self.class_names = None if class_names is None else [str(name) for name in class_names]
         self.mean, self.std = mean, std
         self.guard: Guard | None = None
@@ -123,8 +130,10 @@ class Classifier(LightningModule):
         self._gradient_means: GradientMeans | None = None  # where Lightning's strategy does not average
         self._graphed_step: GraphedStep | None = None
         self._step_number = torch.zeros(())  # of the update, for the graph
+        self._label_loss = LabelLoss(self.loss, self.optim.label_smoothing)  # without counts, until a fit begins
         options = to_plain(self.optim) | ({"warmup_epochs": None} if self._chooses_warmup else {})
-        self.save_hyperparameters({**options, **_plain_description(model)})
+        of_loss = {} if self.loss == LossConfig() else {"loss": to_plain(self.loss)}
+        self.save_hyperparameters({**options, **of_loss, **_plain_description(model)})
 
     @property
     def lr(self) -> float:
@@ -154,8 +163,7 @@ class Classifier(LightningModule):
         if self.draws is not None:
             self.draws.keys = batch.keys
         logits = self.model(batch.images)
-        targets = batch.labels if batch.targets is None else batch.targets
-        loss = F.cross_entropy(logits, targets, label_smoothing=self.optim.label_smoothing)
+        loss = self._label_loss(logits, batch.labels, batch.targets)
         learnt = loss if self.teacher is None else self.teacher.mixed_into(loss, batch.images, logits)
         total_loss = learnt + auxiliary_loss(self.model)
         if self.guard is not None:
@@ -372,7 +380,7 @@ class Classifier(LightningModule):
             for name in ("train_sums", "_logged_sums", "evaluation_sums", "raw_sums"):
                 setattr(self, name, getattr(self, name).to(self.device, dtype))
             self._step_number = self._step_number.to(self.device)
-            for part in (self.average, self.teacher, self.routing, self.guard):
+            for part in (self.average, self.teacher, self.routing, self.guard, self._label_loss):
                 if part is not None:
                     part.to(self.device)
 
@@ -386,6 +394,23 @@ class Classifier(LightningModule):
                 setattr(self, name, None)
         if stage == "fit":
             self._found, self._is_undescribed = None, False
+            self._label_loss = LabelLoss(self.loss, self.optim.label_smoothing, self._class_counts)
+
+    def _class_counts(self) -> list[int]:
+        """The number of training images of each class; as many of each where weights are given and the data say none.
+
+        Raises:
+            UserError: They are needed.
+        """
+        data = self.trainer.datamodule
+        if hasattr(data, "images_of_classes"):
+            return data.images_of_classes("train")
+        if isinstance(self.loss.class_weights, list) and not self.loss.logit_adjustment:
+            return [1] * getattr(self.model, "num_classes", len(self.loss.class_weights))
+        raise UserError(
+            "loss: class_weights and logit_adjustment need the number of training images of each class, which a "
+            "datamodule gives by images_of_classes; take vmoe.ImageDataModule, or give class_weights as a list"
+        )
 
     def configure_model(self) -> None:
         if self.shard is not None:
@@ -454,11 +479,11 @@ class Classifier(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what rebuilds the model, by the project's format; what callbacks have put there comes before it."""
         if self.facts is None and self._found is None and not self._is_undescribed:
-            optim = to_plain(self.optim)
+            sections = {"optim": to_plain(self.optim), "loss": to_plain(self.loss)}
             if self._chooses_warmup:  # by the epochs of this fit: another chooses again
-                del optim["warmup_epochs"]
+                del sections["optim"]["warmup_epochs"]
             given = {"class_names": self.class_names, "mean": self.mean, "std": self.std}
-            self._found = found_facts(self.model, self.trainer.datamodule, given, optim)
+            self._found = found_facts(self.model, self.trainer.datamodule, given, sections)
             self._is_undescribed = self._found is None
         put_model(checkpoint, self.facts or self._found, epochs_done(self.trainer))
         put_average(checkpoint, None if self.average is None else self.average.state())

@@ -27,7 +27,7 @@ from vmoe.training.config import OptimConfig
 
 
 def found_facts(
-    model: nn.Module, data: LightningDataModule | None, given: dict[str, Any], optim: dict[str, Any]
+    model: nn.Module, data: LightningDataModule | None, given: dict[str, Any], sections: dict[str, Any]
 ) -> ModelFacts | None:
     """What rebuilds a model and prepares its images; None, with a warning, where it cannot be found out.
 
@@ -35,7 +35,7 @@ def found_facts(
         model: The model.
         data: The Trainer's.
         given: Its `class_names`, `mean` and `std`; None where they are the data's, or a loaded model's.
-        optim: The optimiser's options.
+        sections: The options of the optimiser and of the loss, as a run's config has them.
     """
     known = model if isinstance(model, TrainedModel) else None
     for key, value in given.items():
@@ -50,7 +50,7 @@ def found_facts(
             "vmoe.Classifier.load_from_checkpoint(path, model=...)"
         )
         return None
-    config = facts.config | {"optim": optim}
+    config = facts.config | sections
     if not isinstance(data, ImageDataModule):
         return replace(facts, config=config)
     config |= {"data": to_plain(data.config), "seed": data.seed}
@@ -68,6 +68,8 @@ def restored(
         lr = changes.get("lr")
         if "min_lr" in options and isinstance(lr, int | float):
             options["min_lr"] = min(options["min_lr"], lr)
+        if "loss" in trained.config:
+            options["loss"] = trained.config["loss"]
         task, path = cls(trained, **(options | changes)), trained.path
     else:
         weights = read_foreign_weights(path)

@@ -98,6 +98,49 @@ class OptimConfig:
         _need(self, "label_smoothing", 0 <= self.label_smoothing < 1, "in [0, 1)")
 
 
+@dataclass(frozen=True)
+class LossConfig:
+    """The training loss by the labels. Validation and test always measure plain cross-entropy.
+
+    Args:
+        name: cross_entropy, of the softmax over all classes; or bce, binary cross-entropy of each class, as timm's
+            --bce-loss.
+        class_weights: Weight of an image by its class: balanced, the inverse of the class's number of training images;
+            auto, the inverse of its effective number of them (Cui et al. 2019), which is milder; or a list of a weight
+            per class. They are scaled to a mean of 1 over the training images. null weighs all images alike.
+        effective_beta: With class_weights=auto, beta of the effective number (1 - beta^n) / (1 - beta) of n images. The
+            nearer to 1, the nearer to balanced.
+        logit_adjustment: With cross_entropy, so many times the logarithm of a class's share of the training images is
+            added to its logit in training (Menon et al. 2021, where it is 1); 0 adds nothing.
+    """
+
+    name: Literal["cross_entropy", "bce"] = "cross_entropy"
+    class_weights: Literal["auto", "balanced"] | list[float] | None = None
+    effective_beta: float = 0.999
+    logit_adjustment: float = 0.0
+
+    def __post_init__(self) -> None:
+        _need(self, "name", self.name in ("cross_entropy", "bce"), "cross_entropy or bce")
+        weights = self.class_weights
+        if isinstance(weights, list):
+            is_allowed = all(0 <= weight < float("inf") for weight in weights) and any(weights)
+            _need(self, "class_weights", is_allowed, "finite and >= 0 for each class, and above 0 for one")
+        else:
+            is_known = weights in (None, "auto", "balanced")
+            _need(self, "class_weights", is_known, "auto, balanced, a list of a weight per class, or null")
+        _need(self, "effective_beta", 0 <= self.effective_beta < 1, "in [0, 1)")
+        has_effect = weights == "auto" or self.effective_beta == LossConfig.effective_beta
+        _need(self, "effective_beta", has_effect, "left out without class_weights=auto")
+        _need(self, "logit_adjustment", 0 <= self.logit_adjustment < float("inf"), ">= 0 and finite")
+        has_softmax = not self.logit_adjustment or self.name == "cross_entropy"
+        _need(self, "logit_adjustment", has_softmax, f"0 with name={self.name}")
+
+    @property
+    def counts_classes(self) -> bool:
+        """Whether it needs the number of training images of each class."""
+        return self.class_weights is not None or self.logit_adjustment > 0
+
+
 # Lightning's names -> ours
 _LIGHTNING_PRECISIONS = {"32-true": "32", "bf16-mixed": "bf16", "16-mixed": "fp16"}
 
@@ -246,6 +289,7 @@ class TrainConfig:
         model: The backbone.
         moe: The MoE layers; null trains the dense twin.
         optim: The optimiser.
+        loss: The loss by the labels.
         trainer: The loop.
         parallel: Several processes.
         distill: A teacher to learn from.
@@ -259,6 +303,7 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     moe: MoeConfig | None = None
     optim: OptimConfig = field(default_factory=OptimConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
@@ -285,6 +330,8 @@ class TrainConfig:
                 raise ValueError("trainer.cuda_graph=True: must be false with parallel.strategy=fsdp")
             if self.parallel.strategy == "expert" and self.parallel.dense == "cut":
                 raise ValueError("trainer.cuda_graph=True: must be false with parallel.dense=cut; whole goes with it")
+        if self.loss.name == "bce" and self.distill.teacher is not None:
+            raise ValueError("loss.name='bce': must be cross_entropy with distill.teacher, which compares softmaxes")
         if self.trainer.compile and self.parallel.draws == "sample":
             raise ValueError("trainer.compile=True: must be false with parallel.draws=sample")
 

@@ -9,6 +9,7 @@ from vmoe.data.checking import is_worth_checking, refusal
 from vmoe.data.datamodule import EvalLoader
 from vmoe.errors import UserError
 from vmoe.training.config import TrainConfig
+from vmoe.training.label_loss import class_weights
 from vmoe.training.parallel.collectives import gather, together
 from vmoe.training.parallel.process import Process
 from vmoe.training.parallel.strategies import check_parts
@@ -18,8 +19,8 @@ def images_of_run(config: TrainConfig, device: torch.device) -> ImageDataModule:
     """The images, of which each process gets a part.
 
     Raises:
-        UserError: they are missing or malformed, batches cannot be shared by so many processes, or there are no images
-            to stop early by.
+        UserError: they are missing or malformed, batches cannot be shared by so many processes, there are no images
+            to stop early by, or not as many weights as classes.
     """
     process = Process.this()
     data = _TrainingData(config.data, config.seed, device, process.rank, process.world_size, config.trainer.cuda_graph)
@@ -33,6 +34,9 @@ def images_of_run(config: TrainConfig, device: torch.device) -> ImageDataModule:
                 f"trainer.early_stopping={config.trainer.early_stopping}: waits for a better val/top1, and "
                 "data.val_fraction=0 leaves no images for validation; change one of them"
             )
+
+        if config.loss.class_weights is not None:
+            class_weights(config.loss, data.images_of_classes("train"))
 
     together(setup)
     return data

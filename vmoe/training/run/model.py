@@ -88,7 +88,7 @@ def new_module(
     draws = SampleDraws(config.seed) if config.parallel.draws == "sample" else None
     if draws is not None:
         draws.install(model)
-    module = Classifier(model, **to_plain(config.optim))
+    module = Classifier(model, loss=config.loss, **to_plain(config.optim))
     module.facts, module.draws, module.shard, module.teacher = facts, draws, cut, teacher
     if config.trainer.cuda_graph:
         module.capture_steps()

@@ -1,0 +1,117 @@
+"""The loss by the labels: cross-entropy, also weighted by class or with adjusted logits, and binary cross-entropy.
+
+B images, C classes.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from timm.loss import BinaryCrossEntropy
+from torch import Tensor
+from torch.nn import functional as F
+
+from vmoe.errors import UserError
+from vmoe.training.config import LossConfig
+
+
+class LabelLoss:
+    """A training loss by the labels. No module, so that a checkpoint's weights are those of the model alone.
+
+    Args:
+        config: Which loss.
+        label_smoothing: Share of the target that is spread over all classes.
+        class_counts: Gives the number of training images of each class, (C,). It is called where the config needs them.
+
+    Raises:
+        UserError: There are not as many weights as classes.
+    """
+
+    def __init__(
+        self, config: LossConfig, label_smoothing: float, class_counts: Callable[[], Sequence[int]] | None = None
+    ) -> None:
+        self._is_binary = config.name == "bce"
+        self._smoothing = label_smoothing
+        self._binary = BinaryCrossEntropy(label_smoothing, reduction="none")
+        self._weights: Tensor | None = None  # (C,), of an image by its class
+        self._shift: Tensor | None = None  # (C,), added to the logits
+        if class_counts is None or not config.counts_classes:
+            return
+        counts = class_counts()
+        if config.class_weights is not None:
+            self._weights = class_weights(config, counts).float()
+        if config.logit_adjustment:
+            # A class without a training image counts as one with one: the logarithm of 0 is no number
+            shares = torch.tensor(counts, dtype=torch.float64).clamp(min=1) / sum(counts)
+            self._shift = (config.logit_adjustment * shares.log()).float()
+
+    def to(self, device: torch.device) -> None:
+        """Moves the weights to where the logits are."""
+        if self._weights is not None:
+            self._weights = self._weights.to(device)
+        if self._shift is not None:
+            self._shift = self._shift.to(device)
+
+    def __call__(self, logits: Tensor, labels: Tensor, shares: Tensor | None = None) -> Tensor:
+        """The mean loss of a batch, ().
+
+        Args:
+            logits: (B, C).
+            labels: (B,) int64.
+            shares: (B, C) shares of the classes that sum to 1, of mixed images; None takes the labels.
+        """
+        if self._is_binary:
+            return self._binary_loss(logits.float(), labels, shares)
+        if self._shift is not None:
+            logits = logits + self._shift
+        if self._weights is None:
+            targets = labels if shares is None else shares
+            return F.cross_entropy(logits, targets, label_smoothing=self._smoothing)
+        # By shares: with labels torch divides by the weights of the batch, which differ between the ranks of a run
+        shares = one_hot(labels, logits.shape[1]) if shares is None else shares
+        return F.cross_entropy(logits, shares, weight=self._weights, label_smoothing=self._smoothing)
+
+    def _binary_loss(self, logits: Tensor, labels: Tensor, shares: Tensor | None) -> Tensor:
+        if shares is None:
+            losses = self._binary(logits, labels)  # (B, C)
+        else:  # which timm's loss takes for smoothed already
+            losses = self._binary(logits, shares * (1 - self._smoothing) + self._smoothing / logits.shape[1])
+        if self._weights is None:
+            return losses.mean()
+        weights = self._weights[labels] if shares is None else shares @ self._weights
+        return (losses.mean(1) * weights).mean()
+
+
+def one_hot(labels: Tensor, classes: int) -> Tensor:
+    """(B,) labels as (B, C) float32, without waiting for the device as torch's own does."""
+    return (labels[:, None] == torch.arange(classes, device=labels.device)).float()
+
+
+def class_weights(config: LossConfig, class_counts: Sequence[int]) -> Tensor:
+    """The weight of each class, (C,) float64, scaled to a mean of 1 over the training images.
+
+    Args:
+        config: How: by the inverse of the counts, by that of the effective numbers, or as given.
+        class_counts: (C,), training images of each class; a class without any has the weight 0 unless it is given.
+
+    Raises:
+        UserError: There are not as many weights as classes, or no training image has a class with a weight above 0.
+    """
+    wanted, counts = config.class_weights, torch.tensor(class_counts, dtype=torch.float64)
+    if isinstance(wanted, list):
+        if len(wanted) != len(counts):
+            raise UserError(
+                f"loss.class_weights: has {len(wanted)} weights, and the data have {len(counts)} classes; give one "
+                "per class, in the order of the classes",
+                everywhere=True,
+            )
+        weights = torch.tensor(wanted, dtype=torch.float64)
+    else:
+        beta = config.effective_beta
+        effective = counts if wanted == "balanced" else (1 - beta**counts) / (1 - beta)
+        weights = torch.where(counts > 0, 1 / effective.clamp(min=1), 0.0)
+    mean = (weights * counts).sum() / counts.sum()
+    if not mean > 0:
+        raise UserError(
+            "loss.class_weights: gives every training image the weight 0; give a weight above 0", everywhere=True
+        )
+    return weights / mean
