@@ -16,7 +16,7 @@ EXTRAS = {
     "loggers": ("tensorboard", "wandb", "mlflow"),
     "export": ("onnx", "onnxscript", "onnxruntime"),
     "serve": ("litserve", "multipart"),
-    "webdataset": ("webdataset",),
+    "webdataset": ("webdataset", "braceexpand", "fsspec"),
     "data": ("pyarrow", "datasets"),
 }
 

@@ -175,6 +175,8 @@ MISTAKES: dict[str, list[Mistake]] = {
         _config("a column for a folder", "--data.name folder --data.root tree --data.table.label kind"),
         _config("a set of Hugging Face that is not there", "--data.name huggingface --data.root ./lost/of/mine"),
         _config("a folder without a set of Hugging Face", "--data.name huggingface --data.root tree"),
+        _config("shards behind an address that is none", "--data.name webdataset --data.root nope://photos"),
+        _config("a folder of classes behind an address", "--data.name folder --data.root s3://photos"),
         _config("a folder without shards", "--data.name webdataset --data.root nothing"),
         _config("shards that are no tar files", "--data.name webdataset --data.root shards", r"(?<=d \().*(?=\))"),
     ],

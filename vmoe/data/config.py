@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 from vmoe.config_values import from_plain, to_plain
+from vmoe.data.addresses import folder_of, is_address
 from vmoe.errors import UserError
 
 SetName = Literal[
@@ -256,7 +257,8 @@ class DataConfig:
             datasets wrote, a folder of Parquet files, or a set of the hub, see root), "webdataset" (tar shards,
             train-*.tar and so on, as vmoe make-shards writes them) or "npz" (arrays in one file, see root).
         root: folder that holds the data; for "huggingface" also USER/NAME or USER/NAME:CONFIG, a set of the hub; for
-            "table" the table itself, and for "npz" the file with train_x, train_y, test_x, test_y.
+            "webdataset" also an address of fsspec, such as s3://BUCKET/FOLDER or https://HOST/{train,val}-{00..12}.tar;
+            for "table" the table itself, and for "npz" the file with train_x, train_y, test_x, test_y.
         table: with "table" and "huggingface", the columns to read.
         image_size: side in pixels of the square images given to the model. None: the data set's own.
         bit_depth: how many bits the values of image files with more than 8 bits per channel use, such as 12 of 16,
@@ -332,6 +334,8 @@ class DataConfig:
         if self.images is not None:
             _check_range("images", self.images, 1, 10_000_000)
         self._check_fractals()
+        if is_address(self.root) and self.name != "webdataset":
+            raise ValueError(f"root={self.root}: is an address, behind which only data.name=webdataset is read")
         if self.name not in ("table", "huggingface") and self.table != TableConfig():
             raise ValueError(f"table: is for data.name=table and huggingface, not {self.name}; leave its columns out")
         if self.name == "huggingface" and self.table.split is not None:
@@ -350,7 +354,7 @@ class DataConfig:
         """What a run is named after: the set, or the user's own folder or file."""
         if self.name in NAMED_SETS:
             return self.name
-        path = Path(self.root).resolve()
+        path = Path(folder_of(self.root)) if is_address(self.root) else Path(self.root).resolve()
         return (path.stem if path.suffix.lower() in _FILE_SETS else path.name) or self.name
 
     def _check_sampler(self) -> None:
@@ -410,8 +414,10 @@ def data_config(data: "DataConfig | str | PathLike[str]", **options: Any) -> Dat
     return from_plain(DataConfig, plain | {name: to_plain(value) for name, value in options.items()}, "data.")
 
 
-def set_and_root(data: str | PathLike[str]) -> tuple[str, Path | None]:
-    """The kind of a set, and its root where `data` is a path. The name of a set comes before a path.
+def set_and_root(data: str | PathLike[str]) -> tuple[str, Path | str | None]:
+    """The kind of a set, and its root where `data` is a path, or an address, behind which lie tar shards.
+
+    The name of a set comes before a path.
 
     Raises:
         UserError: It is neither, or a path that is not there. A name that no set has is left to `DataConfig` to refuse.
@@ -420,6 +426,8 @@ def set_and_root(data: str | PathLike[str]) -> tuple[str, Path | None]:
         raise UserError(f"data={data!r}: must be the name of a set, a path or a DataConfig")
     if data in get_args(SetName):
         return str(data), None
+    if is_address(data):
+        return "webdataset", str(data)
     path = Path(os.path.expanduser(data))
     if path.suffix.lower() in _FILE_SETS:
         return _FILE_SETS[path.suffix.lower()], path

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from vmoe.data.addresses import UnreachableError
 from vmoe.data.augment import Augmenter
 from vmoe.data.config import Colour
 from vmoe.data.corruptions import corrupt
@@ -73,12 +74,14 @@ def read_or_next(images: ImageSet, index: int, damaged: list[str], number_of_pas
         number_of_pass: over the training set.
 
     Raises:
-        UserError: not one image can be read.
+        UserError: not one image can be read, or the network fails.
     """
     for step in range(len(images)):
         candidate = (index + step) % len(images)
         try:
             return images.read(candidate, number_of_pass), candidate
+        except UnreachableError:  # all others would be as unreachable
+            raise
         except UserError:
             damaged.append(images.place(candidate))
     raise UserError(f"{images.place(index)}: neither this nor any other training image can be read")

@@ -6,10 +6,16 @@ KEY.cls (or KEY.json with a "label"), side by side in a shard. classes.json, a l
 
 The place of every image is found once, by reading the shards' headers, and kept beside them in index-SPLIT.npz. Since
 images are read by their places and not in the order of the file, order and resumption are as with any other set.
+
+The folder may lie behind an address of fsspec, such as hf://datasets/USER/NAME, s3://BUCKET/FOLDER or
+https://HOST/FOLDER. An index that lies there serves, where its shards have the sizes that it gives; else the headers
+are read once, and their index is kept in the user's folder for caches.
 """
 
+import hashlib
 import io
 import json
+import os
 import re
 import tarfile
 import warnings
@@ -19,6 +25,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from vmoe.data.addresses import RemoteFile, folder_of, is_address, list_files, opened, read_part, read_whole
 from vmoe.data.folders import SPLIT_NAMES, split_of
 from vmoe.data.image_files import IMAGE_SUFFIXES
 from vmoe.data.images import decode_image
@@ -49,9 +56,12 @@ class ShardedImages:
 
     def open(self, position: int) -> BinaryIO:
         """The bytes of an image."""
-        with open(self.paths[self.shards[position]], "rb") as file:
-            file.seek(self.offsets[position])
-            return io.BytesIO(file.read(int(self.sizes[position])))
+        path, offset, size = self.paths[self.shards[position]], self.offsets[position], self.sizes[position]
+        if is_address(path):
+            return io.BytesIO(read_part(path, int(offset), int(size)))
+        with open(path, "rb") as file:
+            file.seek(offset)
+            return io.BytesIO(file.read(int(size)))
 
     def place(self, position: int) -> str:
         return f"{self.paths[self.shards[position]]}/{self.names[position].decode()}"
@@ -70,92 +80,169 @@ def load_shards(root: str | Path) -> Splits:
     Raises:
         UserError: the folder has no shards of training or of any other images, or one is damaged.
     """
-    root = Path(root)
-    found, others = _find_shards(root)
+    if is_address(root):
+        files = list_files(str(root))
+        where: _Folder | _RemoteFolder = _RemoteFolder(folder_of(str(root)), {file.name: file for file in files})
+    else:
+        where = _Folder(Path(root))
+    found, others = _find_shards(where.tars())
     if not found or list(found) == ["train"]:
         beside = f", which has {', '.join(others[:3])} besides" if others else ""
         raise UserError(
             f"data.root={root}: webdataset needs train-*.tar and val-*.tar (or test-*.tar) in this folder{beside}; "
             "give the right folder, or make shards by `vmoe make-shards`"
         )
-    sets = {split: _image_set(root, split, paths) for split, paths in found.items()}
-    names = _read_class_names(root, 1 + max(int(part.labels.max(initial=0)) for part in sets.values()))
+    sets = {split: _image_set(where, split, names) for split, names in found.items()}
+    names = _read_class_names(where, 1 + max(int(part.labels.max(initial=0)) for part in sets.values()))
     tars = f"{len(others)} tar files" if len(others) > 1 else "1 tar file"
     notes = [f"{root}: passed over: {tars} of no split, such as {others[0]}"] if others else []
     return given_splits(sets, names, notes)
 
 
-def _find_shards(root: Path) -> tuple[dict[str, list[Path]], list[str]]:
+class _Folder:
+    """A folder of shards on this machine."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def tars(self) -> list[str]:
+        """The names of the tar files."""
+        return sorted(path.name for path in self.root.glob("*.tar") if path.is_file())
+
+    def path(self, name: str) -> str:
+        return str(self.root / name)
+
+    def opened(self, name: str) -> BinaryIO:
+        return open(self.root / name, "rb")
+
+    def text(self, name: str) -> bytes | None:
+        """The content of a small file; None where there is none."""
+        path = self.root / name
+        return path.read_bytes() if path.exists() else None
+
+    def stamp(self, names: list[str]) -> np.ndarray:
+        """What an index says of its shards: their names and sizes, and what changes with their content."""
+        facts = [(name, (self.root / name).stat()) for name in names]
+        return np.array([f"{name} {fact.st_size} {fact.st_mtime_ns}" for name, fact in facts])
+
+    def kept_index(self, file: str, names: list[str]) -> dict[str, np.ndarray] | None:
+        return _read_index(self.root / file, self.stamp(names))
+
+    def place_for_index(self, file: str) -> Path:
+        return self.root / file
+
+
+class _RemoteFolder:
+    """A folder of shards behind an address; methods as of `_Folder`."""
+
+    def __init__(self, root: str, files: dict[str, RemoteFile]) -> None:
+        self.root, self.files = root, files
+
+    def tars(self) -> list[str]:
+        return sorted(self.files)
+
+    def path(self, name: str) -> str:
+        return self.files[name].address
+
+    def opened(self, name: str) -> BinaryIO:
+        return opened(self.path(name))
+
+    def text(self, name: str) -> bytes | None:
+        return read_whole(f"{self.root}/{name}")
+
+    def stamp(self, names: list[str]) -> np.ndarray:
+        return np.array([f"{name} {self.files[name].size} {self.files[name].version}" for name in names])
+
+    def kept_index(self, file: str, names: list[str]) -> dict[str, np.ndarray] | None:
+        kept = _read_index(self.place_for_index(file), self.stamp(names))
+        if kept is not None:
+            return kept
+        beside = self.text(file)
+        sizes = np.array([f"{name} {self.files[name].size}" for name in names])
+        return None if beside is None else _read_index(io.BytesIO(beside), sizes, of_sizes=True)
+
+    def place_for_index(self, file: str) -> Path:
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        return caches / "vmoe" / "shards" / hashlib.sha256(self.root.encode()).hexdigest()[:16] / file
+
+
+def _find_shards(tars: list[str]) -> tuple[dict[str, list[str]], list[str]]:
     """The shards of each split, and the names of tar files that belong to none."""
-    found: dict[str, list[Path]] = {}
+    found: dict[str, list[str]] = {}
     others = []
-    for path in sorted(root.glob("*.tar")):
-        words = [word.rstrip("0123456789") for word in re.split(r"[-_.]", path.stem)]
+    for name in tars:
+        words = [word.rstrip("0123456789") for word in re.split(r"[-_.]", name.removesuffix(".tar"))]
         splits = [split for word in words if (split := split_of(word)) is not None]
-        if not path.is_file() or path.name.startswith("."):
+        if name.startswith("."):
             continue
         if splits:
-            found.setdefault(splits[-1], []).append(path)
+            found.setdefault(splits[-1], []).append(name)
         else:
-            others.append(path.name)
+            others.append(name)
     return {split: found[split] for split in SPLIT_NAMES if split in found}, others
 
 
-def _read_class_names(root: Path, count: int) -> list[str]:
-    path = root / CLASSES_FILE
-    if not path.exists():
+def _read_class_names(where: _Folder | _RemoteFolder, count: int) -> list[str]:
+    content, place = where.text(CLASSES_FILE), f"{where.root}/{CLASSES_FILE}"
+    if content is None:
         return [str(label) for label in range(count)]
     try:
-        names = json.loads(path.read_text(encoding="utf-8"))
+        names = json.loads(content.decode("utf-8"))
     except ValueError as error:
-        raise UserError(f"{path}: is not JSON; write a list of the classes' names, or remove it") from error
+        raise UserError(f"{place}: is not JSON; write a list of the classes' names, or remove it") from error
     if not isinstance(names, list) or len(names) < count:
-        raise UserError(f"{path}: must be a list of at least {count} names, one per label; mend or remove it")
+        raise UserError(f"{place}: must be a list of at least {count} names, one per label; mend or remove it")
     return [str(name) for name in names]
 
 
-def _image_set(root: Path, split: str, paths: list[Path]) -> ImageSet:
+def _image_set(where: _Folder | _RemoteFolder, split: str, names: list[str]) -> ImageSet:
     """All images of a split, by the index that is there or a new one."""
-    stamp = np.array([f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in paths])
-    index = root / f"index-{split}.npz"
-    columns = _read_kept_index(index, stamp)
+    file = f"index-{split}.npz"
+    columns = where.kept_index(file, names)
     if columns is None:
-        columns = _scan_headers(paths)
+        columns = _scan_headers(where, names)
+        place = where.place_for_index(file)
         try:
-            with atomic_write(index) as temporary, open(temporary, "wb") as file:
-                np.savez(file, stamp=stamp, **columns)
-        except UserError as error:  # a folder that must not be written to: the next run reads the headers again
+            if isinstance(where, _RemoteFolder):
+                place.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(place) as temporary, open(temporary, "wb") as opened_file:
+                np.savez(opened_file, stamp=where.stamp(names), **columns)
+        except (UserError, OSError) as error:  # a folder that must not be written to: the next run reads the headers
             warnings.warn(f"the index of the shards is not kept: {error}", stacklevel=2)
     labels = columns.pop("labels")
-    return ImageSet.all_of(ShardedImages([str(path) for path in paths], **columns), labels)
+    return ImageSet.all_of(ShardedImages([where.path(name) for name in names], **columns), labels)
 
 
-def _read_kept_index(path: Path, stamp: np.ndarray) -> dict[str, np.ndarray] | None:
-    """What was written for these very shards; None where it was not, or for others."""
+def _read_index(source: Path | BinaryIO, stamp: np.ndarray, of_sizes: bool = False) -> dict[str, np.ndarray] | None:
+    """What was written for these very shards, or with `of_sizes` for shards of these names and sizes; else None."""
     try:
-        with np.load(path) as content:
+        with np.load(source) as content:
             columns = dict(content)
     except Exception:  # a damaged file makes NumPy fail in any way it can
         return None
-    return columns if np.array_equal(columns.pop("stamp", None), stamp) else None
+    known = columns.pop("stamp", None)
+    if of_sizes and known is not None:
+        known = np.array([str(each).rpartition(" ")[0] for each in known])
+    return columns if np.array_equal(known, stamp) else None
 
 
-def _scan_headers(paths: list[Path]) -> dict[str, np.ndarray]:
-    rows = [(number, *row) for number, path in enumerate(paths) for row in _samples_in(path)]
-    shards, offsets, sizes, names, labels = zip(*rows, strict=True) if rows else ((),) * 5
+def _scan_headers(where: _Folder | _RemoteFolder, names: list[str]) -> dict[str, np.ndarray]:
+    rows = [(number, *row) for number, name in enumerate(names) for row in _samples_in(where, name)]
+    shards, offsets, sizes, places, labels = zip(*rows, strict=True) if rows else ((),) * 5
     numbers = {"shards": shards, "offsets": offsets, "sizes": sizes, "labels": labels}
     return {name: np.array(column, dtype=np.int64) for name, column in numbers.items()} | {
-        "names": np.char.encode(np.array(names, dtype=str))
+        "names": np.char.encode(np.array(places, dtype=str))
     }
 
 
-def _samples_in(path: Path) -> list[tuple[int, int, str, int]]:
+def _samples_in(where: _Folder | _RemoteFolder, shard: str) -> list[tuple[int, int, str, int]]:
     """(offset, size, name, label) of every image of a shard."""
+    path = where.path(shard)
     images: dict[str, tuple[int, int, str]] = {}
     labels: dict[str, int] = {}
     descriptions: dict[str, tarfile.TarInfo] = {}
     try:
-        with tarfile.open(path, "r:") as tar:
+        with where.opened(shard) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 folder, _, base = member.name.rpartition("/")
                 key, _, form = base.partition(".")  # webdataset's rule: the key ends at the first dot of the name
@@ -170,7 +257,11 @@ def _samples_in(path: Path) -> list[tuple[int, int, str, int]]:
             for key in images.keys() & descriptions.keys() - labels.keys():
                 member = descriptions[key]
                 labels[key] = _label_in_json(path, member.name, tar.extractfile(member).read())
-    except (tarfile.TarError, OSError, EOFError) as error:
+    except UserError:
+        raise
+    except Exception as error:
+        if not (is_address(path) or isinstance(error, tarfile.TarError | OSError | EOFError)):
+            raise  # of a network, an error may be of any type
         raise UserError(f"{path}: is damaged ({' '.join(str(error).split())}); make or fetch it again") from error
     alone = next((key for key in {**images, **labels} if key not in images or key not in labels), None)
     if alone is not None:
@@ -179,7 +270,7 @@ def _samples_in(path: Path) -> list[tuple[int, int, str, int]]:
     return [(*image, labels[key]) for key, image in images.items()]
 
 
-def _label_in_json(path: Path, name: str, content: bytes) -> int:
+def _label_in_json(path: str, name: str, content: bytes) -> int:
     try:
         described = json.loads(content)
     except ValueError as error:
@@ -192,7 +283,7 @@ def _label_in_json(path: Path, name: str, content: bytes) -> int:
     return _label(path, name, str(label).encode())
 
 
-def _label(path: Path, name: str, content: bytes) -> int:
+def _label(path: str, name: str, content: bytes) -> int:
     text = content.decode("utf-8", "replace").strip()
     if not text.isdecimal():
         raise UserError(f"{path}/{name}: holds {text[:20]!r}; a label must be a whole number from 0")

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 
 from vmoe.data import ImageDataModule
+from vmoe.data.addresses import is_address
 from vmoe.data.checking import is_worth_checking, refusal
 from vmoe.data.datamodule import EvalLoader
 from vmoe.errors import UserError
@@ -49,7 +50,9 @@ def check_files(config: TrainConfig, data: ImageDataModule, say: Callable[[str],
         UserError: an image of validation or test cannot be read; one of training is replaced by the next.
     """
     passes = config.trainer.epochs * config.data.repeat
-    is_wanted = is_worth_checking(data.files, passes) if config.data.check is None else config.data.check
+    is_wanted = config.data.check
+    if is_wanted is None:
+        is_wanted = not is_address(config.data.root) and is_worth_checking(data.files, passes)
     if not data.files:
         return
     if not is_wanted:
