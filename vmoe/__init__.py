@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from vmoe.data import ImageDataModule, prepare_image
     from vmoe.evaluation.evaluate import evaluate
     from vmoe.explain.heatmap.files import write_heatmaps
-    from vmoe.models import create_model, densify, load_jax_checkpoint, sparsify
+    from vmoe.models import create_model, densify, freeze, load_jax_checkpoint, sparsify
     from vmoe.moe import (
         MoeConfig,
         MoeMlp,
@@ -39,7 +39,7 @@ else:  # hidden from type checkers, which would take any name for one of this pa
             "vmoe.training.callbacks": ["Ema", "ExactResume", "NanGuard", "RoutingMonitor"],
             "vmoe.training.classifier": ["Classifier"],
             "vmoe.training.fit": ["fit"],
-            "vmoe.models": ["create_model", "densify", "load_jax_checkpoint", "sparsify"],
+            "vmoe.models": ["create_model", "densify", "freeze", "load_jax_checkpoint", "sparsify"],
             "vmoe.moe": ["MoeConfig", "MoeMlp", *CONTROL_NAMES],
         },
         inner=["data", "evaluation", "models", "moe", "routing"],
@@ -61,6 +61,7 @@ __all__ = [
     "densify",
     "evaluate",
     "fit",
+    "freeze",
     "load",
     "load_jax_checkpoint",
     "moe_layers",

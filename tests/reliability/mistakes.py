@@ -84,6 +84,13 @@ MISTAKES: dict[str, list[Mistake]] = {
         _config("a sampler that is none", "--data.sampler balanced"),
         _config("a tail of two lengths", "--data.subset.imbalance 10"),
         _config("no epochs", "--trainer.epochs 0"),
+        _config("a part to freeze that is none", "--finetune.freeze bloks.*"),
+        _config("experts to freeze in a dense model", "--moe null --finetune.freeze experts"),
+        _config("nothing left to learn", "--finetune.freeze [backbone,experts,routers,head.*]"),
+        _config("nothing to freeze", "--finetune.freeze []"),
+        _config(
+            "activations computed again in a CUDA graph", "--trainer.grad_checkpointing true --trainer.cuda_graph true"
+        ),
         _config("a precision that is none", "--trainer.precision 16"),
         _config("fp16 on the CPU", "--trainer.precision fp16"),
         _config("a CUDA graph of fp16", "--trainer.device auto --trainer.cuda_graph true --trainer.precision fp16"),

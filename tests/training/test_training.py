@@ -452,3 +452,32 @@ def test_a_folder_of_classes_alone_is_split_and_few_images_for_validation_are_wa
     lines = " ".join(capsys.readouterr().out.split())
     assert f"{tmp_path / 'pets'}: has no split of its own: 20% of each class are cut off for the test" in lines
     assert "warning: 4 images for validation: too few to choose an epoch by, as one is 25.0% of top-1" in lines
+
+
+def test_what_is_frozen_keeps_its_weights(run):
+    code, folder = run("--finetune.freeze", "[backbone, routers]", "--optim.lr", "0.01")
+    assert code == 0
+    _, start = run(
+        "--finetune.freeze", "[backbone, routers]", "--optim.lr", "1e-30", "--optim.min_lr", "0", name="start"
+    )
+    before, after = _weights(start), _weights(folder)
+    changed = {name for name, value in after.items() if not torch.equal(before[name], value)}
+    expected = {name for name in after if name.startswith("model.head.") or ".experts." in name}
+    assert changed == expected
+
+
+def test_a_linear_probe_trains_on_features_of_evaluation(run, capsys):
+    code, folder = run("--finetune.freeze", "all_but_head", "--model.kwargs.drop_path_rate", "0.9")
+    assert code == 0 and "330 of 53,130 parameters, the classifier alone: a linear probe" in capsys.readouterr().out
+    _, without = run("--finetune.freeze", "all_but_head", name="without")
+    head = [_weights(each)["model.head.weight"] for each in (folder, without)]
+    assert torch.equal(*head)  # no drop path, which the classifier would have learnt to bear
+
+
+def test_gradient_checkpointing_changes_no_weight(run):
+    options = ["--model.kwargs.drop_path_rate", "0.3", "--moe.router", "sigmoid"]
+    (_, plain), (_, checkpointed) = (
+        run(*options, "--trainer.grad_checkpointing", str(is_on).lower(), name=str(is_on)) for is_on in (False, True)
+    )
+    before, after = _weights(plain), _weights(checkpointed)
+    assert all(torch.equal(after[name], value) for name, value in before.items())

@@ -18,7 +18,7 @@ _BLOCK, _LOAD = "moe/", "/load/"  # in the name of a column of metrics.csv: moe/
 # layout does: it decides which matrices Muon trains.
 WITHOUT_EFFECT = (
     *("output_dir", "resume", "data.workers", "data.check", "trainer.log_every", "trainer.loggers"),
-    *("trainer.device", "trainer.compile", "trainer.cuda_graph"),
+    *("trainer.device", "trainer.compile", "trainer.cuda_graph", "trainer.grad_checkpointing"),
     *("parallel.strategy", "parallel.expert_size", "parallel.dense", "parallel.async_save"),
 )
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from vmoe.imports import names_on_demand
 from vmoe.models import registry  # registers the named models in timm
 from vmoe.models.densify import densify
+from vmoe.models.freezing import freeze
 from vmoe.models.surgery import create_model, sparsify
 
 if TYPE_CHECKING:
@@ -12,4 +13,4 @@ if TYPE_CHECKING:
 else:  # it needs msgpack, which the extra `jax` brings
     __getattr__ = names_on_demand(__name__, {"vmoe.models.jax_import": ["load_jax_checkpoint"]})
 
-__all__ = ["create_model", "densify", "load_jax_checkpoint", "registry", "sparsify"]
+__all__ = ["create_model", "densify", "freeze", "load_jax_checkpoint", "registry", "sparsify"]

@@ -21,6 +21,7 @@ from vmoe.data import Batch
 from vmoe.data.sharing import NOT_COUNTED
 from vmoe.errors import UserError
 from vmoe.evaluation.engine import batch_sums, likeliest_classes, means_of
+from vmoe.models.freezing import is_linear_probe, put_in_training_mode
 from vmoe.moe import auxiliary_loss, moe_layers, update_router_biases
 from vmoe.moe.routers import SigmoidRouter
 from vmoe.training.classifier_files import found_facts, restored
@@ -421,6 +422,8 @@ class Classifier(LightningModule):
 
     def on_train_start(self) -> None:
         self._move_sums()
+        if is_linear_probe(self.model):
+            put_in_training_mode(self.model)
         is_graphed = self._graphed_step is not None
         if (self._is_sharded or is_graphed) and not is_alone():
             self._gradient_means = GradientMeans(self.model.parameters(), self.trainer.accumulate_grad_batches == 1)

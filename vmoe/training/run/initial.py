@@ -11,6 +11,7 @@ from vmoe.checkpoints import TrainedModel, build_model, load_checkpoint, read_fo
 from vmoe.classes import known_outputs, only_numbers
 from vmoe.errors import UserError
 from vmoe.models import densify, sparsify
+from vmoe.models.freezing import classifier_names
 from vmoe.models.npz_weights import load_npz_weights
 from vmoe.models.registry import fitted_weights
 from vmoe.models.surgery import set_moe_drop_path
@@ -101,7 +102,7 @@ def _from_foreign(
     except Exception as error:  # timm's code for weights of other origins may raise any type
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"--init_from {path}: are no weights for {config.model.name} ({reason})") from error
-    classifier = [name for name in own if name.startswith(tuple(f"{each}." for each in _classifiers(model)))]
+    classifier = [name for name in own if name.startswith(tuple(f"{each}." for each in classifier_names(model)))]
     is_taken = all(name in weights and weights[name].shape == own[name].shape for name in classifier)
     say(_nameless_classifier_line(path, is_taken, num_classes))
     if not is_taken:
@@ -156,7 +157,7 @@ def _upcycled(dense: nn.Module, moe: MoeConfig | None, image_size: int) -> nn.Mo
 def _weights(start: TrainedModel, model: nn.Module, class_names: list[str]) -> dict[str, Tensor]:
     """The checkpoint's weights; of the classifier those of the run's classes, or the model's own if one is unknown."""
     weights = start.model.state_dict()
-    classifier = tuple(f"{name}." for name in _classifiers(model))
+    classifier = tuple(f"{name}." for name in classifier_names(model))
     outputs = known_outputs(start.class_names, class_names)
     if outputs is None:
         weights = {name: value for name, value in weights.items() if not name.startswith(classifier)}
@@ -164,13 +165,6 @@ def _weights(start: TrainedModel, model: nn.Module, class_names: list[str]) -> d
     elif outputs != list(range(len(start.class_names))):
         weights |= {name: value[outputs] for name, value in weights.items() if name.startswith(classifier)}
     return weights
-
-
-def _classifiers(model: nn.Module) -> list[str]:
-    """The names of a timm model's last layers."""
-    heads = model.get_classifier()
-    heads = heads if isinstance(heads, tuple) else (heads,)
-    return [name for name, module in model.named_modules() if any(module is head for head in heads)]
 
 
 def _load(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:

@@ -13,6 +13,7 @@ from vmoe.config_values import to_plain
 from vmoe.data import ImageDataModule
 from vmoe.errors import UserError
 from vmoe.models.cost import check_training_capacity
+from vmoe.models.freezing import freeze, is_linear_probe
 from vmoe.models.sources import architecture_of
 from vmoe.moe.assignment import CapacityError
 from vmoe.training.classifier import Classifier
@@ -88,6 +89,9 @@ def new_module(
     draws = SampleDraws(config.seed) if config.parallel.draws == "sample" else None
     if draws is not None:
         draws.install(model)
+    _freeze(model, config)
+    if config.trainer.grad_checkpointing:
+        _checkpoint_blocks(model, config.model.name)
     module = Classifier(model, loss=config.loss, **to_plain(config.optim))
     module.facts, module.draws, module.shard, module.teacher = facts, draws, cut, teacher
     if config.trainer.cuda_graph:
@@ -97,6 +101,34 @@ def new_module(
         # torch compile for any batch size, training included, in many small graphs.
         model.compile(dynamic=False)
     return module
+
+
+def _freeze(model: nn.Module, config: TrainConfig) -> None:
+    if config.finetune.freeze is None:
+        return
+    try:
+        freeze(model, config.finetune.freeze)
+    except ValueError as error:
+        raise UserError(f"finetune.freeze={error}", everywhere=True) from error
+
+
+def _checkpoint_blocks(model: nn.Module, name: str) -> None:
+    try:
+        model.set_grad_checkpointing(True)
+    except (AttributeError, AssertionError) as error:  # timm's way to say that a family has none
+        raise UserError(
+            f"trainer.grad_checkpointing: timm has none for model.name={name}; leave it out", everywhere=True
+        ) from error
+
+
+def learning_line(model: nn.Module) -> str | None:
+    """How much of a model learns; None where all does."""
+    counts = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    total, learning = sum(count for count, _ in counts), sum(count for count, learns in counts if learns)
+    if learning == total:
+        return None
+    probe = ", the classifier alone: a linear probe" if is_linear_probe(model) else ""
+    return f"learning: {learning:,} of {total:,} parameters{probe}"
 
 
 def facts_of_run(config: TrainConfig, built: ModelConfig, data: ImageDataModule) -> ModelFacts:

@@ -33,7 +33,15 @@ from vmoe.training.run.data import check_files, images_of_run
 from vmoe.training.run.journal import Clock, Journal, MetricsTable
 from vmoe.training.run.lock import locked
 from vmoe.training.run.loggers import open_loggers, rate_monitors, require_loggers
-from vmoe.training.run.model import built_model, costs_of, facts_of_run, many_tokens, new_module, start_model
+from vmoe.training.run.model import (
+    built_model,
+    costs_of,
+    facts_of_run,
+    learning_line,
+    many_tokens,
+    new_module,
+    start_model,
+)
 from vmoe.training.run.progress import TrainingProgress
 from vmoe.training.run.resumption import (
     check_folder,
@@ -148,6 +156,9 @@ class _Run:
             self.say(line)
         costs = costs_of(dataclasses.replace(config, model=built), model, data)
         self.progress.console.print(summary.cost_table(f"{config.model.name}, {folder.path}", *costs))
+        module = new_module(config, model, cut, teacher, facts_of_run(config, built, data))
+        if (line := learning_line(model)) is not None:
+            self.say(line)
         loggers = together(lambda: held.enter_context(open_loggers(config, folder)))
         if self.is_first:
             mark_launch(folder)
@@ -155,7 +166,6 @@ class _Run:
                 write_config(folder, config)
             else:
                 note_epochs(folder, config.trainer.epochs)
-        module = new_module(config, model, cut, teacher, facts_of_run(config, built, data))
         with quiet_lightning():
             trainer = self._fit(module, data, saved, loggers)
             test, untested = {}, None
