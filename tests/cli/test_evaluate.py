@@ -36,6 +36,8 @@ def test_a_run_is_measured_on_its_own_test_set(save_run, capsys):
     assert [sum(layer["load"]) for layer in result["layers"].values()] == pytest.approx([4, 4], abs=1e-4)
     assert Image.open(run / "confusion.png").size[0] >= 760
     shown = capsys.readouterr().out
+    assert Image.open(run / "precision_recall.png").size[0] >= 760
+    assert f"{result['auroc']:.2%}" in shown and f"{result['average_precision']:.2%}" in shown
     assert f"{result['top1']:.2%}" in shown and "blocks.3.mlp" in shown and "top-5" in shown
 
 
@@ -46,7 +48,9 @@ def test_capacity_factors_and_places_of_the_results(save_run, tmp_path):
     results = json.loads(file.read_text())["results"]
     assert [result["capacity_factor"] for result in results] == [0.5, None]
     assert results[0]["dropped"] > 0.2 > results[1]["dropped"] == 0
-    assert {path.name for path in out.iterdir()} == {"confusion-0.5.png", "confusion-inf.png"}
+    assert {path.name for path in out.iterdir()} == {
+        f"{kind}-{factor}.png" for kind in ("confusion", "precision_recall") for factor in ("0.5", "inf")
+    }
     assert not (run / "evaluation.json").exists()
 
 
@@ -55,7 +59,9 @@ def test_experts_a_token_and_capacities_are_swept_together(save_run, tmp_path, c
     assert main([str(run), "--top-k", "1", "4", "--capacity-factor", "1", "inf", "--out", str(out)]) == 0
     results = json.loads((out / "evaluation.json").read_text())["results"]
     assert [(part["top_k"], part["capacity_factor"]) for part in results] == [(1, 1), (1, None), (4, 1), (4, None)]
-    assert {path.stem for path in out.glob("*.png")} == {f"confusion-K{k}-{c}" for k in (1, 4) for c in (1, "inf")}
+    assert {path.stem for path in out.glob("confusion*.png")} == {
+        f"confusion-K{k}-{c}" for k in (1, 4) for c in (1, "inf")
+    }
 
 
 def test_frozen_features_are_probed(save_run, capsys):

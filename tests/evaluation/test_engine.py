@@ -8,6 +8,8 @@ import timm
 import torch
 from torchmetrics.functional.classification import (
     multiclass_accuracy,
+    multiclass_auroc,
+    multiclass_average_precision,
     multiclass_calibration_error,
     multiclass_confusion_matrix,
     multiclass_f1_score,
@@ -79,7 +81,7 @@ def test_a_class_without_images_has_no_accuracy():
 def test_streaming_agrees_with_torchmetrics():
     generator = torch.Generator().manual_seed(3)
     logits, labels = 3 * torch.randn(257, 12, generator=generator), torch.randint(12, (257,), generator=generator)
-    metrics = RunningMetrics(12)
+    metrics = RunningMetrics(12, ranks_images=True)
     for part in torch.arange(257).split(100):
         metrics.update(logits[part], labels[part])
     figures = metrics.compute()
@@ -92,8 +94,23 @@ def test_streaming_agrees_with_torchmetrics():
     assert figures["confusion"] == multiclass_confusion_matrix(logits, labels, 12).tolist()
     for name, of_torchmetrics in (("f1", multiclass_f1_score), ("balanced_accuracy", multiclass_recall)):
         assert figures[name] == pytest.approx(float(of_torchmetrics(logits, labels, 12, average="macro")), rel=1e-6)
+    for name, of_torchmetrics in (("auroc", multiclass_auroc), ("average_precision", multiclass_average_precision)):
+        assert figures[f"class_{name}"] == pytest.approx(of_torchmetrics(logits, labels, 12, average="none").tolist())
+        assert figures[name] == pytest.approx(float(of_torchmetrics(logits, labels, 12, average="macro")))
     precision = multiclass_precision(logits, labels, 12, average="none").tolist()
     assert figures["class_precision"] == pytest.approx(precision, rel=1e-6)
+
+
+def test_precision_over_recall_by_hand():
+    """Of the second class the images rank right, wrong, right: precision 1 up to half of them, 2/3 for all."""
+    metrics = RunningMetrics(3, ranks_images=True)
+    probabilities = torch.tensor([[0.1, 0.9, 0], [0.2, 0.8, 0], [0.3, 0.7, 0], [0.6, 0.4, 0]])
+    metrics.update((probabilities + 1e-9).log(), torch.tensor([1, 0, 1, 0]))
+    figures = metrics.compute()
+    curve = figures["class_precision_at_recall"][1]
+    assert curve == pytest.approx([1.0] * 11 + [2 / 3] * 10, abs=1e-6)
+    assert figures["class_average_precision"][1] == pytest.approx(0.5 + 0.5 * 2 / 3)
+    assert figures["class_auroc"] == [0.75, 0.75, None] and figures["auroc"] == 0.75
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

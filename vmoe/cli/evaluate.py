@@ -1,11 +1,11 @@
 """\
 Measures a checkpoint: top-1, top-5, negative log-likelihood, calibration error, the accuracy of each class, the
-confusion matrix, images/s (loading included, without the first batch), and what each MoE layer drops and how evenly it
+confusion matrix, AUROC and average precision, images/s (loading included, without the first batch), and what each MoE layer drops and how evenly it
 is loaded. On request also its frozen features (k-NN, linear, few-shot) and corrupted images. Features may be those of a
 set with another number of classes: then they alone are measured; give --out, so that the run's own figures stay.
 
-Writes evaluation.json and confusion.png (one for each capacity factor and K when several are given) into the run's
-folder, or beside a checkpoint that stands in none; a second evaluation replaces them.
+Writes evaluation.json, confusion.png and precision_recall.png (one of each for each capacity factor and K when several
+are given) into the run's folder, or beside a checkpoint that stands in none; a second evaluation replaces them.
 
   vmoe evaluate runs/digits
   vmoe evaluate runs/digits/checkpoints/last.ckpt --capacity-factor 0.5 1 inf --top-k 1 2 --out sweep
@@ -103,26 +103,33 @@ def _measure(options: argparse.Namespace) -> None:
         report["corruptions"] = _corrupt(checkpoint, data, device, options, corruptions)
         console.print(corruption_table(report["corruptions"]))
     write_json(json_file, report)
-    if drawn := [result for result in results if result.confusion is not None]:
-        names = [f"confusion-{setting(each, results)}.png" if len(results) > 1 else "confusion.png" for each in drawn]
-        written = _draw(dict(zip(names, drawn, strict=True)), checkpoint, what, out)
-    else:
-        why = "too many classes for a matrix" if results else "features alone, the classifier knows other classes"
-        written = f": {why}"
+    by_name = {f"-{setting(each, results)}" if len(results) > 1 else "": each for each in results}
+    written = _draw(by_name, checkpoint, what, out)
+    if not results:
+        written = ": features alone, the classifier knows other classes"
     print(f"{json_file}{written}")
 
 
-def _draw(drawn: "dict[str, Evaluation]", checkpoint: "TrainedModel", what: str, out: Path) -> str:
-    """Draws confusion matrices, by the names of their files; returns what to print behind the JSON file's name."""
+def _draw(results: "dict[str, Evaluation]", checkpoint: "TrainedModel", what: str, out: Path) -> str:
+    """Draws what was measured, by the ends of the files' names; returns what to print behind the JSON file's name."""
     try:
         require_extras("analysis")
     except MissingExtraError as error:
         return f"; the confusion matrix is not drawn: {error}"
     from vmoe.evaluation.confusion import draw_confusion
+    from vmoe.evaluation.precision_recall import draw_precision_recall
 
-    for name, result in drawn.items():
-        draw_confusion(result, checkpoint.class_names, what, str(checkpoint.path)).save(out / name)
-    return f" and the confusion matrix in {out}"
+    drawn = set()
+    for end, result in results.items():
+        facts = (result, checkpoint.class_names, what, str(checkpoint.path))
+        if result.confusion is not None:
+            draw_confusion(*facts).save(out / f"confusion{end}.png")
+            drawn.add("confusion matrix")
+        if result.auroc is not None:
+            draw_precision_recall(*facts).save(out / f"precision_recall{end}.png")
+            drawn.add("precision over recall")
+    why = "" if "confusion matrix" in drawn else "; too many classes for a confusion matrix"
+    return (f" and the {' and '.join(sorted(drawn))} in {out}" if drawn else "") + why
 
 
 def _evaluate_parser() -> argparse.ArgumentParser:

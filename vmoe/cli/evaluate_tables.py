@@ -76,6 +76,8 @@ def class_table(result: "Evaluation", names: list[str], shown: int = 10) -> Tabl
     order = sorted((accuracy, index) for index, accuracy in enumerate(result.class_accuracy) if accuracy is not None)
     title = "by class" if len(order) <= shown else f"by class: the {shown} worst of {len(order)}"
     means = f"mean of the classes: {result.balanced_accuracy:.2%} (balanced accuracy), F1 {result.f1:.2%} (macro)"
+    if result.auroc is not None:
+        means += f",\nAUROC {result.auroc:.2%}, average precision {result.average_precision:.2%} (mAP)"
     table = Table(title=title, title_justify="left", caption=means, caption_justify="left")
     for column in ("class", "top-1", "precision", "F1", "images", "most often taken for"):
         table.add_column(column, justify="left" if column in ("class", "most often taken for") else "right")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vmoe.errors import UserError
+from vmoe.evaluation.curves import Scores, mean_of_known
 from vmoe.moe import MoeMlp, moe_layers, set_eval_capacity_factor, set_top_k
 from vmoe.moe.assignment import CapacityError
 
@@ -50,6 +51,12 @@ class Evaluation:
     images_per_second: float | None  # without the first batch, loading included; None when there was one batch only
     dropped: float | None  # share of the choices of all MoE layers; None for a dense model
     layers: dict[str, LayerUse]
+    # One class against all others, by its probability (see `vmoe.evaluation.curves.Ranking`); None where not measured
+    class_auroc: list[float | None] | None = None  # (C,) area under the ROC curve
+    class_average_precision: list[float | None] | None = None  # (C,) area under the curve of precision over recall
+    class_precision_at_recall: list[list[float] | None] | None = None  # (C, 21) at a recall of 0, 0.05, ..., 1
+    auroc: float | None = None  # mean of class_auroc
+    average_precision: float | None = None  # mean of class_average_precision, mAP
 
     def as_dict(self) -> dict:
         """The same as plain types, for JSON."""
@@ -102,13 +109,16 @@ def means_of(sums: Tensor) -> Means:
 
 
 class RunningMetrics:
-    """Classification figures, accumulated on the device batch by batch: memory depends on the classes, not on the set.
+    """Classification figures, accumulated on the device batch by batch.
+
+    Memory depends on the classes, not on the set, but with `ranks_images`: that keeps the score of each class for each
+    image, up to `MOST_SCORES`.
 
     The expected calibration error is Guo et al. 2017's (https://arxiv.org/abs/1706.04599, equation 5): bins of equal
     width over the largest probability, (m - 1) / M < p <= m / M.
     """
 
-    def __init__(self, num_classes: int, device: torch.device | str = "cpu") -> None:
+    def __init__(self, num_classes: int, device: torch.device | str = "cpu", ranks_images: bool = False) -> None:
         # Imported here: it takes seconds, and who draws or explores evaluates nothing
         from torchmetrics.classification import MulticlassConfusionMatrix
 
@@ -118,13 +128,17 @@ class RunningMetrics:
             self.confusion = MulticlassConfusionMatrix(num_classes, validate_args=False).to(device)
         self.of_class = torch.zeros(3, num_classes, dtype=torch.int64, device=device)  # images, correct, predicted
         self.sums = sums_on(device)
+        self.scores = Scores() if ranks_images else None
         self.bins = torch.zeros(2, CALIBRATION_BINS, dtype=self.sums.dtype, device=device)  # confidence, correct
 
     def update(self, logits: Tensor, labels: Tensor) -> None:
         """Takes in one batch: logits (B, C), labels (B,) int64."""
         logits = logits.float()
         likeliest = likeliest_classes(logits)
-        predicted, confidence = likeliest[:, 0], logits.softmax(-1).amax(-1)
+        probabilities = logits.softmax(-1)
+        predicted, confidence = likeliest[:, 0], probabilities.amax(-1)
+        if self.scores is not None:
+            self.scores.update(probabilities, labels)
         self.sums += batch_sums(likeliest, labels, F.cross_entropy(logits, labels))
         if self.confusion is not None:
             self.confusion.update(predicted, labels)
@@ -163,7 +177,18 @@ class RunningMetrics:
             "balanced_accuracy": sum(recalls) / len(recalls),
             "f1": sum(each for each in f1 if each is not None) / len(recalls),
             "confusion": self._matrix(),
+            **self._ranking(),
         }
+
+    def _ranking(self) -> dict:
+        ranking = None if self.scores is None else self.scores.ranking()
+        if ranking is None:
+            return {}
+        means = {
+            "auroc": mean_of_known(ranking.class_auroc),
+            "average_precision": mean_of_known(ranking.class_average_precision),
+        }
+        return asdict(ranking) | means
 
     def _matrix(self) -> list[list[int]] | None:
         if self.confusion is None:
@@ -178,11 +203,16 @@ def _class_shares(parts: Sequence[int], wholes: Sequence[int]) -> list[float | N
 
 @torch.inference_mode()
 def measure_batches(
-    model: nn.Module, batches: Iterable, num_classes: int, device: torch.device | str = "cpu"
+    model: nn.Module,
+    batches: Iterable,
+    num_classes: int,
+    device: torch.device | str = "cpu",
+    ranks_images: bool = False,
 ) -> Evaluation:
     """Measures a model on batches of (images (B, 3, H, W), labels (B,), ...), with the capacity it is set to.
 
-    The model is put in evaluation mode and on the device, and stays so.
+    The model is put in evaluation mode and on the device, and stays so. With `ranks_images` the evaluation also says
+    how well the probability of each class ranks the images.
 
     Raises:
         UserError: there is no image, or a logit is not finite.
@@ -190,7 +220,7 @@ def measure_batches(
     device = torch.device(device)
     model = model.to(device).eval()
     layers = dict(moe_layers(model))
-    metrics = RunningMetrics(num_classes, device)
+    metrics = RunningMetrics(num_classes, device, ranks_images)
     sums = {
         name: torch.zeros(1 + layer.num_experts, dtype=metrics.sums.dtype, device=device)
         for name, layer in layers.items()
@@ -232,6 +262,8 @@ def evaluate_sweep(
 ) -> Iterator[Evaluation]:
     """Measures a model once for each K and each capacity factor (inf: nothing dropped), yielding each as it is done.
 
+    Each evaluation also says how well the probability of each class ranks the images.
+
     None for either keeps the model's own. A capacity grows with K, as in training. Each layer's own K and factor are
     restored at the end.
 
@@ -257,7 +289,7 @@ def evaluate_sweep(
                 if factor is not None:
                     set_capacity(model, factor)
                 with named_factor(factor):
-                    result = measure_batches(model, loader, num_classes, device)
+                    result = measure_batches(model, loader, num_classes, device, ranks_images=True)
                 yield result
 
 

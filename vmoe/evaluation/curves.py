@@ -1,0 +1,71 @@
+"""How well the scores of a class rank the images: the area under the ROC curve, and precision over recall.
+
+N images, C classes.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MOST_SCORES = 100_000_000  # N * C up to which every score is kept, 400 MB: 100,000 images of 1,000 classes
+RECALLS = [step / 20 for step in range(21)]  # at which a precision is given
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The figures of each class, (C,), one class against all others; None for a class that all images have, or none."""
+
+    class_auroc: list[float | None]
+    class_average_precision: list[float | None]
+    class_precision_at_recall: list[list[float] | None]  # at `RECALLS`, the best precision at this recall or a higher
+
+
+class Scores:
+    """Every score of a class for an image, on the device; nothing where that would be more than `MOST_SCORES`."""
+
+    def __init__(self) -> None:
+        self._batches: list[tuple[Tensor, Tensor]] | None = []
+        self._count = 0
+
+    def update(self, scores: Tensor, labels: Tensor) -> None:
+        """Takes in a batch: scores (B, C) in [0, 1], and labels (B,) int64 or (B, C) of 0 and 1."""
+        self._count += scores.numel()
+        if self._count > MOST_SCORES:
+            self._batches = None
+        if self._batches is not None:
+            self._batches.append((scores, labels))
+
+    def ranking(self) -> Ranking | None:
+        """The figures of all batches; None where they were too many."""
+        if self._batches is None:
+            return None
+        scores, labels = (torch.cat(each) for each in zip(*self._batches, strict=True))
+        figures = [_of_class(scores[:, index], _has_class(labels, index)) for index in range(scores.shape[1])]
+        return Ranking(*([list(each) for each in zip(*figures, strict=True)]))
+
+
+def mean_of_known(values: list[float | None]) -> float | None:
+    """The mean over the classes that have a value; None where none has."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _has_class(labels: Tensor, index: int) -> Tensor:
+    return (labels == index if labels.dim() == 1 else labels[:, index] > 0).long()
+
+
+def _of_class(scores: Tensor, is_class: Tensor) -> tuple[float, float, list[float]] | tuple[None, None, None]:
+    """The area under the ROC curve, the average precision, and the precision at `RECALLS`, from (N,) scores."""
+    # Imported here: it takes seconds
+    from torchmetrics.functional.classification import binary_auroc, binary_precision_recall_curve
+
+    if is_class.sum() in (0, len(is_class)):
+        return None, None, None
+    precision, recall, _ = binary_precision_recall_curve(scores, is_class, validate_args=False)  # recall descends
+    average = ((recall[:-1] - recall[1:]) * precision[:-1]).sum()
+    best = precision.cummax(0).values  # of this recall and of all higher ones, which come first
+    at = torch.tensor(RECALLS, device=recall.device, dtype=recall.dtype)
+    last = (recall[None] >= at[:, None] - 1e-6).sum(1) - 1  # the point of the lowest recall that is high enough
+    area = binary_auroc(scores, is_class, validate_args=False)
+    return float(area), float(average), [round(value, 6) for value in best[last].tolist()]
