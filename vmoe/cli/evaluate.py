@@ -1,8 +1,9 @@
 """\
 Measures a checkpoint: top-1, top-5, negative log-likelihood, calibration error, the accuracy of each class, the
-confusion matrix, AUROC and average precision, images/s (loading included, without the first batch), and what each MoE layer drops and how evenly it
-is loaded. On request also its frozen features (k-NN, linear, few-shot) and corrupted images. Features may be those of a
-set with another number of classes: then they alone are measured; give --out, so that the run's own figures stay.
+confusion matrix, AUROC and average precision, images/s (loading included, without the first batch), and what each MoE
+layer drops and how evenly it is loaded. On request also its frozen features (k-NN, linear, few-shot) and corrupted
+images. Features may be those of a set with another number of classes: then they alone are measured; give --out, so
+that the run's own figures stay.
 
 Writes evaluation.json, confusion.png and precision_recall.png (one of each for each capacity factor and K when several
 are given) into the run's folder, or beside a checkpoint that stands in none; a second evaluation replaces them.
