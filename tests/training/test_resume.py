@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from vmoe.checkpoints import ENTRY, RunFolder
 from vmoe.cli.evaluate import main as evaluate
@@ -346,3 +347,28 @@ def test_other_classes_are_refused_on_resume(recipe, unbroken, tmp_path, capsys)
     torch.save(content, folder.last)
     assert main(["--config", str(recipe), "--output_dir", str(folder.path), "--resume"]) == 2
     assert "holds other classes than the run" in capsys.readouterr().err
+
+
+def test_an_edited_table_is_refused_on_resume(recipe, tmp_path, capsys):
+    for number in range(40):
+        Image.new("RGB", (8, 8), (number, number, number)).save(tmp_path / f"{number}.png")
+    rows = [f"{number}.png,{'ant' if number % 2 else 'bee'}\n" for number in range(40)]
+    table, run = tmp_path / "labels.csv", tmp_path / "run"
+    table.write_text("path,label\n" + "".join(rows))
+    options = ["--data.subset.per_class", "null", "--data.batch_size", "8", "--data.image_size", "16"]
+    options += [
+        "--data.name",
+        "table",
+        "--data.root",
+        str(table),
+        "--output_dir",
+        str(run),
+        "--trainer.accumulate",
+        "1",
+    ]
+    assert main(["--config", str(recipe), *options, "--trainer.epochs", "1", "--optim.warmup_epochs", "0"]) == 0
+    table.write_text("path,label\n" + "".join([*rows[:1], rows[1].replace("ant", "bee"), *rows[2:]]))
+    assert main(["--resume", "--output_dir", str(run), "--trainer.epochs", "2"]) == 2
+    assert "the training images or their labels are not those" in capsys.readouterr().err
+    table.write_text("path,label\n" + "".join(rows))
+    assert main(["--resume", "--output_dir", str(run), "--trainer.epochs", "2"]) == 0

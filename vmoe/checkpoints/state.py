@@ -32,6 +32,7 @@ class RunProgress:
     finished: bool
     best: dict[str, float]  # "epoch", and the metrics of validation, of the best checkpoint
     clock: dict[str, float]  # seconds
+    images: str | None = None  # fingerprint of the training images; None where an older version wrote the file
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def progress_of(content: dict[str, Any]) -> RunProgress:
         KeyError: The checkpoint is not a run's.
     """
     ours = content[ENTRY]
-    return RunProgress(ours["epochs_done"], ours["finished"], ours["best"], ours["clock"])
+    return RunProgress(ours["epochs_done"], ours["finished"], ours["best"], ours["clock"], ours.get("images"))
 
 
 def read_saved_run(path: Path) -> SavedRun:

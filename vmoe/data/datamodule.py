@@ -219,6 +219,11 @@ class ImageDataModule(LightningDataModule):
         kept = [split for split in self._sides if split != "train" or not is_made(train)]
         check_room([(self._images(split), self._sides[split]) for split in kept], self.device, self.parts)
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """A text that changes with the training images and their labels, after `setup`."""
+        return self._splits.train.fingerprint()
+
     def images_of_classes(self, split: str) -> list[int]:
         """How many images of each class "train", "val" or "test" has, after `setup`."""
         return np.bincount(self._images(split).labels, minlength=self.num_classes).tolist()

@@ -1,5 +1,7 @@
 """What a data set is made of: stores of images, and labelled views of them."""
 
+import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import BinaryIO, Protocol
@@ -108,6 +110,16 @@ class ImageSet:
     def patch_labels(self, index: int) -> np.ndarray | None:
         """What each patch of image `index` shows, (rows, columns) integers; None where that is not known."""
         return self.images.patch_labels(self.positions[index])
+
+    def fingerprint(self) -> str:
+        """A text that changes with the images' files, wherever their folder lies, with their labels and their order."""
+        digest = hashlib.sha256(self.labels.tobytes())
+        if isinstance(self.images, FileImages):
+            names = [os.path.basename(self.images.paths[position]) for position in self.positions]
+            digest.update("\0".join(names).encode(errors="surrogateescape"))
+        else:
+            digest.update(self.positions.tobytes())
+        return digest.hexdigest()[:16]
 
     def take(self, indices: np.ndarray) -> "ImageSet":
         """The images at `indices`, in that order."""

@@ -117,7 +117,8 @@ class RunCheckpoints(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, module: Classifier, checkpoint: dict[str, Any]) -> None:
         epochs_done = trainer.current_epoch + (self._batches_done == 0)
-        put_progress(checkpoint, RunProgress(epochs_done, self._finished, self.best, self.clock.state()))
+        images = trainer.datamodule.fingerprint
+        put_progress(checkpoint, RunProgress(epochs_done, self._finished, self.best, self.clock.state(), images))
 
     def on_load_checkpoint(self, trainer: Trainer, module: Classifier, checkpoint: dict[str, Any]) -> None:
         progress = progress_of(checkpoint)

@@ -205,7 +205,7 @@ class _Run:
         """The images, with lines on them.
 
         Raises:
-            UserError: they are missing or malformed, or of other classes than the saved run's.
+            UserError: they are missing or malformed, or others than the saved run's.
         """
         config = self.config
         data = images_of_run(config, self.device)
@@ -220,6 +220,13 @@ class _Run:
         if saved is not None and saved.facts.class_names != data.class_names:
             raise UserError(
                 f"data.root={config.data.root}: holds other classes than the run in {self.folder.path} was trained on",
+                everywhere=True,
+            )
+        if saved is not None and saved.progress.images not in (None, data.fingerprint):
+            raise UserError(
+                f"data.root={config.data.root}: the training images or their labels are not those that the run in "
+                f"{self.folder.path} began with; put them back, or begin a run on the new ones with another "
+                "--output_dir",
                 everywhere=True,
             )
         if saved is None or config.data.check:
