@@ -225,3 +225,14 @@ def test_an_ensemble_answers_with_the_mean_of_probabilities(save_run, tmp_path, 
     ):
         assert main([str(one), "--ensemble-with", *arguments]) == 2
         assert reason in capsys.readouterr().err
+
+
+def test_another_table_may_call_its_columns_otherwise(save_run, tmp_path, capsys):
+    run = save_run(tmp_path / "run")
+    for number in range(10):
+        Image.new("L", (16, 16), 20 * number).save(tmp_path / f"{number}.png")
+    table = tmp_path / "digits.csv"
+    table.write_text("bild,art,split\n" + "".join(f"{number}.png,{number},test\n" for number in range(10)))
+    named = ["--columns", "path=bild", "label=art", "--json", str(tmp_path / "x.json")]
+    assert main([str(run), "--data", str(table), *named]) == 0, capsys.readouterr().err
+    assert json.loads((tmp_path / "x.json").read_text())["results"][0]["images"] == 10

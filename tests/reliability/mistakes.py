@@ -188,6 +188,8 @@ MISTAKES: dict[str, list[Mistake]] = {
         _config("shards that are no tar files", "--data.name webdataset --data.root shards", r"(?<=d \().*(?=\))"),
     ],
     "evaluate": [
+        Mistake("a column without its role", "run --data table --root good.csv --columns kind --out new"),
+        Mistake("a column that another table lacks", "run --data table --root good.csv --columns label=kin --out new"),
         *(Mistake(what, f"{name} --out new", _OF_TORCH) for what, name in _OPENED),
         Mistake("other classes than the data's", "three --out new"),
         Mistake("more than features of other classes", "three --probe knn --capacity-factor 1 --out new"),

@@ -17,15 +17,19 @@ if TYPE_CHECKING:
 
     from vmoe.checkpoints import TrainedModel
     from vmoe.data import DataConfig, ImageDataModule
+    from vmoe.data.config import TableConfig
     from vmoe.data.loading import ImageLoader
 
 T = TypeVar("T")
+TABLE_ROLES = ("path", "label", "split")
 # What jobs that measure a checkpoint call what `vmoe train` names by section
 DATA_OPTIONS = {
     "data.name": "--data",
     "data.root": "--root",
     "data.eval_batch_size": "--batch-size",
     "data.workers": "--workers",
+    "data.table": "--columns",
+    **{f"data.table.{role}": f"--columns {role}" for role in TABLE_ROLES},
     "classes": "--classes",
 }
 
@@ -72,6 +76,9 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
         "images of classes that it does not know; by-number ignores the names (default: by-name)"
     )
     add("--classes", choices=("by-name", "by-number", "known"), default="by-name", help=line)
+    roles = ", ".join(TABLE_ROLES)
+    line = f"with a table, its columns where the run's had other names: {roles}, as in label=kind"
+    add("--columns", nargs="+", metavar="ROLE=NAME", help=line)
     add("--batch-size", type=int, metavar="N", help="images per batch")
     add("--workers", type=int, metavar="N", help="processes that load images")
     add("--device", default="auto", help="auto, cpu or cuda (default: auto)")
@@ -182,6 +189,23 @@ def load_files(
     return ImageLoader(images, workers=config.workers, batch_size=size), shuffled
 
 
+def _columns(given: Sequence[str]) -> "TableConfig":
+    """The columns of a table that `--columns` names.
+
+    Raises:
+        UserError: a word is no ROLE=NAME.
+    """
+    from vmoe.data.config import TableConfig
+
+    columns = {}
+    for word in given:
+        role, equals, name = word.partition("=")
+        if role not in TABLE_ROLES or not equals or not name:
+            raise UserError(f"--columns {word}: must be ROLE=NAME, where ROLE is one of {', '.join(TABLE_ROLES)}")
+        columns[role] = name
+    return TableConfig(**columns)
+
+
 def _changed_config(checkpoint: "TrainedModel", options: argparse.Namespace) -> "DataConfig":
     """The data of a checkpoint with the options' changes."""
     from vmoe.data import DataConfig
@@ -193,6 +217,8 @@ def _changed_config(checkpoint: "TrainedModel", options: argparse.Namespace) -> 
         own = trained_on(checkpoint, options.data)
         if own.name != options.data:
             changes["val_fraction"] = own.val_fraction or DataConfig.val_fraction
+    if options.columns is not None:
+        changes["table"] = _columns(options.columns)
     changed = data_for(checkpoint, options.data, options.root, **changes)
     note_batches(options, changed.eval_batch_size or changed.batch_size, checkpoint)
     return changed
