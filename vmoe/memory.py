@@ -1,7 +1,31 @@
-"""Running out of memory: what that is, and what it is said to be."""
+"""How much memory there is, and running out of it: what that is, and what it is said to be."""
 
 import gc
+import os
 import re
+import sys
+
+
+def host_memory() -> int:
+    """Bytes of memory that this machine has."""
+    if hasattr(os, "sysconf"):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    import psutil  # which the extra `train` brings on Windows
+
+    return psutil.virtual_memory().total
+
+
+def peak_host_memory() -> int:
+    """The most bytes of memory that this process has held so far."""
+    try:
+        import resource
+    except ModuleNotFoundError:  # on Windows
+        import psutil
+
+        held = psutil.Process().memory_info()
+        return getattr(held, "peak_wset", held.rss)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, but bytes on macOS
+    return peak if sys.platform == "darwin" else peak * 2**10
 
 
 def is_out_of_memory(error: BaseException) -> bool:

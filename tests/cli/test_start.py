@@ -1,5 +1,6 @@
 """How soon the commands answer: by what they import, which does not depend on how busy the machine is."""
 
+import runpy
 import subprocess
 import sys
 
@@ -42,3 +43,10 @@ def test_help_and_mistakes_in_options_do_not_wait_for_torch():
 @pytest.mark.slow
 def test_timm_knows_our_models_whichever_is_imported_first():
     assert _said(REGISTERED) == _said(f"import timm\n{REGISTERED.replace('assert', '# assert')}") == "True True True"
+
+
+def test_python_runs_the_package_as_the_command(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["vmoe", "trian"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module("vmoe", run_name="__main__")
+    assert stop.value.code == 2 and "did you mean train?" in capsys.readouterr().err

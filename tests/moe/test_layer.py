@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from support.oracle import oracle_layer
 from timm.layers import Mlp
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import vmoe
 from vmoe import MoeConfig, MoeMlp
@@ -268,3 +270,24 @@ def test_impossible_capacity_names_the_knob():
     layer = layer_of(num_experts=8, top_k=1, capacity_factor=0.1, capacity_rounding="round").train()
     with pytest.raises(ValueError, match=r"capacity_factor=0\.1"):
         layer(tokens(1, 4))
+
+
+class _NoDoubles(TorchDispatchMode):
+    """Refuses float64, which Apple's GPUs do not have."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        results = function(*args, **(kwargs or {}))
+        for each in tree_leaves(results):
+            assert not (isinstance(each, torch.Tensor) and each.dtype == torch.float64), function
+        return results
+
+
+@pytest.mark.parametrize("router", ["token_choice", "expert_choice", "soft", "sigmoid", "cosine", "hash"])
+def test_nothing_on_the_device_is_in_double_precision(router):
+    slots = {"capacity_factor": 1.0, "eval_capacity_factor": 1.0}
+    fits = slots if router in ("soft", "expert_choice") else slots | {"top_k": 2, "batch_priority": router != "hash"}
+    layer = MoeMlp(8, 16, moe=MoeConfig(num_experts=4, router=router, group="image", **fits), tokens=9, device="meta")
+    x = torch.empty(2, 9, 8, device="meta", requires_grad=True)
+    with _NoDoubles():
+        (layer(x).sum() + layer.last_auxiliary_loss).backward()
+        layer.eval()(x)

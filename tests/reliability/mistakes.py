@@ -93,6 +93,8 @@ MISTAKES: dict[str, list[Mistake]] = {
         ),
         _config("a precision that is none", "--trainer.precision 16"),
         _config("fp16 on the CPU", "--trainer.precision fp16"),
+        _config("a GPU of Apple's on another machine", "--trainer.device mps"),
+        _config("fp16 on a GPU of Apple's", "--trainer.device mps --trainer.precision fp16"),
         _config("a CUDA graph of fp16", "--trainer.device auto --trainer.cuda_graph true --trainer.precision fp16"),
         _config("more choices than experts", "--moe.top_k 9"),
         _config("no experts", "--moe.num_experts 0"),

@@ -73,7 +73,7 @@ def main_in_float64(arguments: list[str]) -> int:
     if "UNCAPTURED" in os.environ:
         classifier.GraphedStep = lambda captured: captured
         train.device_of = lambda config: torch.device("cpu")
-        train._for_cpu = lambda config, progress: config
+        train._without_cuda = lambda config, progress: config
     dcp.FileSystemWriter.write_data = slow_write
     Classifier.training_step = failing_step
     model.initial_model = double_model

@@ -87,7 +87,7 @@ def test_the_step_that_is_captured_is_lightning_s(run, monkeypatch, options):
 
     monkeypatch.setattr(module_file, "GraphedStep", Eager)
     monkeypatch.setattr(run_file, "device_of", lambda config: torch.device("cpu"))
-    monkeypatch.setattr(run_file, "_for_cpu", lambda config, progress: config)
+    monkeypatch.setattr(run_file, "_without_cuda", lambda config, progress: config)
     code, ours = run("ours", "--trainer.cuda_graph", "true", *options)
     assert code == 0
     _assert_same_run(ours, theirs, tolerance=1e-5)

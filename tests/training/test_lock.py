@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -119,3 +120,14 @@ def test_what_was_made_for_a_refused_run_is_removed(tmp_path, capsys):
     (tmp_path / "file").touch()
     assert main([*RUN, "--output_dir", str(tmp_path / "file" / "run")]) == 2
     assert "cannot be written (Not a directory)" in capsys.readouterr().err
+
+
+@pytest.mark.slow  # a process of its own imports torch
+def test_a_run_trains_without_what_windows_lacks(tmp_path):
+    pytest.importorskip("psutil")
+    script = Path(__file__).parents[1] / "support" / "without_posix.py"
+    done = subprocess.run([sys.executable, script, tmp_path / "run"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    peak, refused = done.stdout.splitlines()[-1].split("; ")[:2]
+    assert float(peak.split()[1]) > 100 and "trains there since" in refused
+    assert not (tmp_path / "run" / LOCK).exists()

@@ -20,7 +20,8 @@ def fetch(name: str) -> Path:
     """
     from huggingface_hub import hf_hub_download
 
-    repository, _, revision = name.removeprefix(HUB).partition("@")
+    # A path of Windows has turned the slash
+    repository, _, revision = name.removeprefix(HUB).replace("\\", "/").partition("@")
     try:
         return Path(hf_hub_download(repository, "model.safetensors", revision=revision or None))
     except Exception as error:  # the client raises any type

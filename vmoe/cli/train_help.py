@@ -62,7 +62,7 @@ MAIN = {
     "optim.lr": ("RATE", "highest learning rate"),
     "trainer.epochs": ("N", "times over the training images"),
     "trainer.precision": ("32|bf16|fp16", "what is computed in"),
-    "trainer.device": ("auto|cpu|cuda", "where"),
+    "trainer.device": ("auto|cpu|cuda|mps", "where"),
     "trainer.compile": ("true|false", "compile the model"),
     "parallel.strategy": ("NAME", "how processes share the work: auto, none, ddp, fsdp, expert"),
 }

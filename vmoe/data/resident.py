@@ -1,6 +1,5 @@
 """The device pipeline: whole splits as bytes on the device that trains, or made there; and loaders of their batches."""
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ from vmoe.data.imageset import ImageSet
 from vmoe.data.loading import Batch, ImageLoader, patch_labels_of, read_or_next
 from vmoe.data.samplers import EpochBatchSampler
 from vmoe.errors import UserError
+from vmoe.memory import host_memory
 
 _READ_AT_ONCE = 64  # images
 _SHARE = 0.5  # of the memory, at most
@@ -97,7 +97,7 @@ def check_room(parts: Sequence[tuple[ImageSet, int]], device: torch.device, shar
 def _memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return host_memory()
 
 
 def make_resident(

@@ -106,8 +106,9 @@ class Capacity(NamedTuple):
         name, factor = moe.capacity_factor_of_pass(is_training)
         if factor is None or moe.router == "soft" or (groups.size == 0 and not moe.fills_slots):
             return None
-        whole = cls.of(groups, None if exportable else valid_GS, moe, factor, name)
-        if valid_GS is None or not exportable:
+        by_table = exportable or (valid_GS is not None and valid_GS.is_mps)  # Apple's GPUs have no float64
+        whole = cls.of(groups, None if by_table else valid_GS, moe, factor, name)
+        if valid_GS is None or not by_table:
             return whole
         table = torch.tensor([cls._of_real(tokens, moe, factor) for tokens in range(groups.size + 1)])
         return whole._replace(each_G=table.to(valid_GS.device)[valid_GS.sum(1)])

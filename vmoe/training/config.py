@@ -160,7 +160,7 @@ class TrainerConfig:
 
     Args:
         epochs: Passes over the training set.
-        device: Where to train; auto takes a GPU when there is one.
+        device: Where to train; auto takes an NVIDIA or AMD GPU when there is one, mps is Apple's.
         precision: 32, or mixed precision with bf16 or fp16 (a GPU; with loss scaling). The router is float32 in all.
             Lightning's 32-true, bf16-mixed and 16-mixed mean the same.
         accumulate: Batches whose gradients are averaged into one update.
@@ -179,7 +179,7 @@ class TrainerConfig:
     """
 
     epochs: int = 20
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     precision: str | int = "32"
     accumulate: int = 1
     compile: bool = False
@@ -192,11 +192,12 @@ class TrainerConfig:
 
     def __post_init__(self) -> None:
         _need(self, "epochs", self.epochs >= 1, "a whole number >= 1")
-        _need(self, "device", self.device in ("auto", "cpu", "cuda"), "auto, cpu or cuda")
+        _need(self, "device", self.device in ("auto", "cpu", "cuda", "mps"), "auto, cpu, cuda or mps")
         precision = str(self.precision)  # YAML reads 32 as a number
         object.__setattr__(self, "precision", _LIGHTNING_PRECISIONS.get(precision, precision))
         _need(self, "precision", self.precision in ("32", "bf16", "fp16"), "32, bf16 or fp16")
-        _need(self, "precision", (self.device, self.precision) != ("cpu", "fp16"), "32 or bf16 with device=cpu")
+        needs_cuda = self.device in ("cpu", "mps") and self.precision == "fp16"
+        _need(self, "precision", not needs_cuda, f"32 or bf16 with device={self.device}")
         _need(self, "accumulate", self.accumulate >= 1, "a whole number >= 1")
         _need(self, "cuda_graph", not self.cuda_graph or self.precision != "fp16", "false with precision=fp16")
         _need(self, "cuda_graph", not self.cuda_graph or self.accumulate == 1, "false with accumulate above 1")

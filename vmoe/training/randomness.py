@@ -11,7 +11,8 @@ def random_states() -> dict[str, Any]:
     """The states of Python's, NumPy's, torch's and each GPU's generator as tensors, lists, strings and numbers."""
     name, keys, position, has_gauss, gauss = np.random.get_state()
     version, internal, next_gauss = random.getstate()
-    return {
+    of_apple = {"mps": torch.mps.get_rng_state()} if torch.backends.mps.is_available() else {}
+    return of_apple | {
         "python": [version, list(internal), next_gauss],
         "numpy": [str(name), keys.tolist(), int(position), int(has_gauss), float(gauss)],
         "torch": torch.get_rng_state(),
@@ -36,3 +37,5 @@ def restore_random_states(states: dict[str, Any]) -> None:
     torch.set_rng_state(states["torch"])
     if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(states["cuda"])
+    if torch.backends.mps.is_available() and "mps" in states:
+        torch.mps.set_rng_state(states["mps"])

@@ -3,11 +3,11 @@
 Figures of a machine can be measured instead (see `vmoe.bench.plan.probes`).
 """
 
-import os
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from vmoe.errors import UserError
+from vmoe.memory import host_memory
 
 
 class Gpu(NamedTuple):
@@ -124,5 +124,4 @@ def gpu_of_this_machine() -> str:
 
 def _this_cpu() -> Machine:
     """A rough idea, enough to compare layouts."""
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return Machine("cpu", USABLE * memory, 5e10, 5e10, 2e10, 1e10, 5e9, 5e9, 1e-5, 1e9, overlaps=False)
+    return Machine("cpu", USABLE * host_memory(), 5e10, 5e10, 2e10, 1e10, 5e9, 5e9, 1e-5, 1e9, overlaps=False)

@@ -1,6 +1,5 @@
 """A run's folder belongs to one process at a time: a lock that names it, and knows when it is gone."""
 
-import fcntl
 import json
 import os
 import socket
@@ -12,6 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from vmoe.errors import UserError
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # on Windows
+    fcntl = None  # type: ignore[assignment]
 
 LOCK = ".lock"
 BEAT = 20.0  # seconds between two signs of life
@@ -65,8 +69,10 @@ def _acquire(path: Path, own: str, say: Callable[[str], object]) -> None:
     gone: str | None = None  # of a process elsewhere that gave no sign of life
     while True:
         with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+", encoding="utf-8") as file:
-            with suppress(OSError):  # where the file system knows no locks: then two may take over at the same moment
-                fcntl.flock(file, fcntl.LOCK_EX)
+            # Two may take over at the same moment on Windows, and where the file system knows no locks
+            with suppress(OSError):
+                if fcntl is not None:
+                    fcntl.flock(file, fcntl.LOCK_EX)
             if not _is_at(path, file.fileno()):
                 continue
             found = file.read()
@@ -159,13 +165,23 @@ def _is_alive(holder: dict[str, Any]) -> bool | None:
     """Whether a process is there; None where that cannot be seen from here."""
     if (holder["host"], holder["machine"]) != (socket.gethostname(), _machine()):
         return None
+    if not _is_there(holder["pid"]):
+        return False
+    return holder["started"] == _start_of(holder["pid"])  # else its number went to another process
+
+
+def _is_there(pid: int) -> bool:
+    if fcntl is None:  # on Windows, where os.kill would interrupt the process
+        import psutil
+
+        return psutil.pid_exists(pid)
     try:
-        os.kill(holder["pid"], 0)
+        os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:  # another user's
         pass
-    return holder["started"] == _start_of(holder["pid"])  # else its number went to another process
+    return True
 
 
 def _machine() -> str:
@@ -180,6 +196,12 @@ def _machine() -> str:
 
 def _start_of(pid: int) -> str | None:
     """When a process began, in the system's own count; None where that is not known."""
+    if fcntl is None:  # on Windows
+        import psutil
+
+        with suppress(psutil.Error):
+            return str(psutil.Process(pid).create_time())
+        return None
     try:
         words = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
         return words[19]

@@ -1,8 +1,6 @@
 """What a model costs, shown before training beside its dense twin, and summary.json after it."""
 
 import platform
-import resource
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +13,7 @@ from torch import nn
 from vmoe.checkpoints import build_model
 from vmoe.data import ImageDataModule
 from vmoe.data.config import EMBEDDED_SETS, DataConfig
+from vmoe.memory import peak_host_memory
 from vmoe.models.cost import Parameters, count_parameters, image_cost
 from vmoe.moe import moe_layers
 from vmoe.text import counted
@@ -127,10 +126,14 @@ def device_line(device: torch.device, wanted: str) -> str:
     if device.type == "cuda":
         number = f", GPU {device.index or 0} of {gpus}" if gpus > 1 else ""
         return f"device: {torch.cuda.get_device_name(device)}{number}, by trainer.device={wanted}"
+    if device.type == "mps":
+        return f"device: Apple's GPU (MPS), by trainer.device={wanted}"
     if gpus:
         why = "which repeats runs that were measured on a CPU"
         other = f"--trainer.device auto trains on the {torch.cuda.get_device_name()} that is here"
         return f"device: cpu, by trainer.device={wanted}, {why}; {other}"
+    if torch.backends.mps.is_available():
+        return f"device: cpu, by trainer.device={wanted}; --trainer.device mps trains on Apple's GPU"
     reason = "there is no usable GPU" if torch.version.cuda else "this torch is built without CUDA"
     return f"device: cpu, by trainer.device={wanted}; {reason}"
 
@@ -139,8 +142,9 @@ def peak_memory_mib(device: torch.device) -> float:
     """The most memory used so far: of the GPU when it trains, else of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, but bytes on macOS
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory() / 2**20  # which never shrinks while the process runs
+    return peak_host_memory() / 2**20
 
 
 def cost_entries(cost: Cost, twin: Cost) -> dict[str, Any]:

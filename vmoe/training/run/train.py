@@ -82,8 +82,8 @@ def train(config: TrainConfig, progress: TrainingProgress, command: str) -> dict
         raise UserError("parallel.strategy=auto: is chosen by `vmoe train`; give ddp, fsdp or expert", everywhere=True)
     device = device_of(config)
     progress.say(summary.device_line(device, config.trainer.device))
-    if device.type == "cpu":
-        config = _for_cpu(config, progress)
+    if device.type != "cuda":
+        config = _without_cuda(config, progress)
     if config.parallel.strategy == "none":
         with stopped_at_once():
             return _Run(config, progress, command, device).go()
@@ -100,11 +100,11 @@ def train(config: TrainConfig, progress: TrainingProgress, command: str) -> dict
     return result
 
 
-def _for_cpu(config: TrainConfig, progress: TrainingProgress) -> TrainConfig:
+def _without_cuda(config: TrainConfig, progress: TrainingProgress) -> TrainConfig:
     """The run without what needs a GPU and changes nothing of its result, so that a recipe for GPUs trains anywhere."""
     if not config.trainer.cuda_graph:
         return config
-    progress.say("trainer.cuda_graph: turned off, since it needs a GPU and this run is on a CPU")
+    progress.say("trainer.cuda_graph: turned off, since it needs a GPU of CUDA, and this run has none")
     return dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, cuda_graph=False))
 
 

@@ -65,6 +65,14 @@ def device_of(config: TrainConfig) -> torch.device:
         )
     if wanted == "cuda" and not torch.cuda.is_available():
         raise UserError("--trainer.device cuda: no usable GPU here; use cpu or auto")
+    if wanted == "mps":
+        if not torch.backends.mps.is_available():
+            raise UserError("--trainer.device mps: there is no usable GPU of Apple's here; use cpu or auto")
+        if process.world_size > 1:
+            raise UserError("--trainer.device mps: trains in one process only; use cpu", everywhere=True)
+        if config.data.pipeline == "device":
+            raise UserError("--data.pipeline device: does not go with --trainer.device mps; use workers")
+        return torch.device("mps")
     device = torch.device("cpu")
     if wanted != "cpu" and torch.cuda.is_available():
         device = torch.device("cuda", process.local_rank) if process.world_size > 1 else torch.device("cuda")
