@@ -290,7 +290,7 @@ def test_a_run_s_folder_alone_is_told_of_resume(moved):
         (["--config", "missing.yaml"], ["missing.yaml", "No such file"]),
         (["--seed", "-1"], ["seed=-1"]),
         (["--optim.lr", "0"], ["optim.lr=0.0: must be above 0"]),
-        (["--optim.name", "sgd"], ["--optim.name sgd: must be adamw or muon"]),
+        (["--optim.name", "sgd"], ["optim.name='sgd': must be adamw, muon or timm:NAME"]),
         (["--optim.adamw_lr", "1e-3"], ["optim.adamw_lr=0.001: must be null with name=adamw"]),
         (["--optim.name", "muon", "--optim.adamw_lr", "0"], ["optim.adamw_lr=0.0: must be above 0"]),
         (["--optim.expert_weight_decay", "-1"], ["optim.expert_weight_decay=-1.0"]),

@@ -1,14 +1,19 @@
 """Which parameters get which method, learning rate and weight decay."""
 
+import io
+
 import pytest
 import timm
 import torch
 
 import vmoe
 from vmoe import MoeConfig
+from vmoe.errors import UserError
 from vmoe.training.config import OptimConfig
 from vmoe.training.optim.groups import build_optimizer, parameter_groups
 from vmoe.training.optim.muon import Muon
+from vmoe.training.optim.schedule import LearningRates
+from vmoe.training.optim.timm_optimizers import checked_name
 
 KWARGS = {"patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "img_size": 16, "num_classes": 3}
 
@@ -69,3 +74,87 @@ def test_experts_have_a_weight_decay_of_their_own():
     assert decays["blocks.1.mlp.experts.fc1.bias"] == 0
     assert decays["blocks.1.mlp.shared.fc1.weight"] == decays["blocks.0.mlp.fc1.weight"] == 0.1
     assert decays["pos_embed"] == 0
+
+
+def rates(schedule: str, updates: int = 10, warmup: int = 2, decay: float = float("inf"), **options) -> list[float]:
+    config = OptimConfig(lr=1.0, min_lr=0.01, schedule=schedule, **options)
+    return [LearningRates(config, updates, warmup, decay).rate(step) for step in range(updates)]
+
+
+def test_schedules_by_hand():
+    assert rates("constant") == [0.5, *[1.0] * 9]
+    assert rates("step", decay=3, decay_rate=0.5) == [0.5, 1.0, 1.0, *[0.5] * 3, *[0.25] * 3, 0.125]
+    assert rates("step", decay=1, decay_rate=0.1)[3:] == [0.01] * 7  # never below min_lr
+    falling = [1.0, 0.7525, 0.505, 0.2575, 0.01]  # in a line over the last four
+    assert rates("warmup_stable_decay", decay=4) == pytest.approx([0.5, *[1.0] * 4, *falling])
+    up_and_down = rates("one_cycle", updates=8, warmup=4)
+    expected = [0.04 + 0.96 * share for share in (0.1464466, 0.5, 0.8535534, 1)]
+    assert up_and_down == pytest.approx([*expected, 1.0, *(0.01 + 0.99 * share for share in (0.75, 0.25, 0))])
+
+
+def test_an_endless_fit_s_rate_stays():
+    for schedule in ("cosine", "constant", "step", "warmup_stable_decay", "one_cycle"):
+        assert LearningRates(OptimConfig(lr=1.0, schedule=schedule), warmup=2).rate(10**6) == 1.0
+
+
+def test_a_plateau_s_rate_falls_from_an_update_on():
+    config = OptimConfig(lr=1.0, min_lr=0.05, schedule="plateau")
+    found = [LearningRates(config).rate(step, falls=[3, 5]) for step in range(7)]
+    assert found == [1.0, 1.0, 1.0, 0.1, 0.1, 0.05, 0.05]
+
+
+SOME = ("lion", "adafactor", "lamb", "sgd")
+MORE = [pytest.param(name, marks=pytest.mark.slow) for name in timm.optim.list_optimizers() if name not in SOME]
+
+
+@pytest.mark.parametrize("name", [*SOME, *MORE])
+def test_timm_s_optimisers_resume_exactly_or_are_refused(name):
+    images, labels = torch.randn(6, 4, 3, 16, 16), torch.tensor([0, 1, 2, 0])
+    try:
+        checked_name(f"timm:{name}")
+    except UserError:
+        assert any(part in name for part in ("muon", "kron", "adahessian", "fused", "bnb"))
+        return
+
+    def train(batches, state=None) -> dict:
+        torch.manual_seed(0)
+        model = vit(MoeConfig(num_experts=2, layers="last-1", noise_std=0.0), depth=2, embed_dim=8)
+        optimizer = build_optimizer(model, OptimConfig(name=f"timm:{name}", layer_decay=0.9))
+        if state is not None:
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+        for batch in batches:
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(model(batch), labels).backward()
+            optimizer.step()
+        file = io.BytesIO()
+        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+        file.seek(0)
+        return torch.load(file, weights_only=True)
+
+    whole, resumed = train(images), train(images[3:], train(images[:3]))
+    assert all(torch.equal(resumed["model"][key], value) for key, value in whole["model"].items())
+
+
+def test_stacked_experts_are_factored_one_by_one_by_adafactor():
+    """Its row and column means are of each expert's matrix."""
+    model = vit(MoeConfig(num_experts=4, layers="last-1"))
+    optimizer = build_optimizer(model, OptimConfig(name="timm:adafactor"))
+    model(torch.randn(2, 3, 16, 16)).sum().backward()
+    optimizer.step()
+    weight = model.blocks[3].mlp.experts.fc1.weight
+    assert optimizer.state[weight]["exp_avg_sq_row"].shape == weight.shape[:2]
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"name": "timm:lyon"}, "timm has no such optimiser; did you mean timm:lion"),
+        ({"name": "timm:muon"}, "optim.name=muon takes expert by expert"),
+        ({"name": "timm:kron"}, "random numbers that no checkpoint holds"),
+        ({"name": "timm:lion", "kwargs": {"nonsense": 1}}, "kwargs=.*cannot be made with them .*nonsense"),
+    ],
+)
+def test_optimisers_that_are_refused(options, line):
+    with pytest.raises(UserError, match=line):
+        build_optimizer(vit(), OptimConfig(**options))

@@ -127,6 +127,21 @@ def test_a_run_without_validation_resumes_too(recipe, tmp_path, monkeypatch):
     _assert_same(resumed, unbroken)
 
 
+def test_a_plateau_resumes_with_its_falls(recipe, tmp_path, monkeypatch):
+    """With a rate that is too high for val/loss to fall."""
+    unbroken, resumed = RunFolder(tmp_path / "unbroken"), RunFolder(tmp_path / "resumed")
+    options = ["--optim.name", "timm:lion", "--optim.adamw_lr", "null", "--optim.lr", "0.1", "--optim.schedule"]
+    options += ["plateau", "--optim.patience_epochs", "1", "--optim.warmup_epochs", "0", "--config", str(recipe)]
+    options = options[-2:] + options[:-2]
+    assert main([*options, "--output_dir", str(unbroken.path)]) == 0
+    with monkeypatch.context() as patch:
+        _stop_at(patch, 13)
+        assert main([*options, "--output_dir", str(resumed.path)]) == 128 + signal.SIGTERM
+    assert main(["--config", str(resumed.config), "--resume"]) == 0
+    _assert_same(resumed, unbroken)
+    assert [row["lr"] for row in _rows(unbroken)] == ["0.1", "0.1", "0.010000000000000002"]
+
+
 @pytest.fixture(scope="module")
 def unbroken_on_device(recipe, tmp_path_factory) -> RunFolder:
     folder = tmp_path_factory.mktemp("unbroken_on_device")

@@ -287,7 +287,7 @@ def _check_image_size(config: TrainConfig, given: list[_Given]) -> None:
 def _check_names(given: list[_Given], names: list[str]) -> None:
     for each in given:
         name = each.name.removesuffix("+")
-        if name not in names and name not in OUTSIDE_CONFIG and not name.startswith("model.kwargs."):
+        if name not in names and name not in OUTSIDE_CONFIG and not name.startswith(("model.kwargs.", "optim.kwargs.")):
             raise UserError(f"--{name}: no such option; {nearest_option(name, [*names, 'config', 'print_config'])}")
 
 

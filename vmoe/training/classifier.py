@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -32,7 +33,7 @@ from vmoe.training.guard import Guard
 from vmoe.training.label_loss import LabelLoss
 from vmoe.training.optim.average import WeightAverage
 from vmoe.training.optim.groups import build_optimizer, by_number, optimizer_groups, parameter_groups
-from vmoe.training.optim.schedule import LearningRates, planned_rates
+from vmoe.training.optim.schedule import LearningRates, RateSchedule, planned_rates
 from vmoe.training.parallel.collectives import is_alone, rank_of_all, total
 from vmoe.training.parallel.gradient_means import GradientMeans
 from vmoe.training.parallel.sample_draws import SampleDraws
@@ -68,8 +69,8 @@ class Classifier(LightningModule):
             `{"class_weights": "balanced"}`. What counts the training images of each class needs a datamodule with
             `images_of_classes`, such as `vmoe.ImageDataModule`.
         **optim: Any other option of `vmoe.training.config.OptimConfig`: `weight_decay`, `warmup_epochs`, `name`
-            ("adamw" or "muon"), `label_smoothing`, ... Without `warmup_epochs` a quarter of the epochs warms up, at
-            most 5.
+            ("adamw", "muon", "timm:lion", ...), `schedule`, `label_smoothing`, ... Without `warmup_epochs` a quarter
+            of the epochs warms up, at most 5.
 
     Raises:
         UserError: `model` is no model, or an option is unknown or its value is not allowed.
@@ -127,7 +128,7 @@ class Classifier(LightningModule):
         self._found: ModelFacts | None = None  # what this class finds out for the checkpoints of a fit
         self._is_undescribed = False  # no file can tell how the model is built
         self._rates = LearningRates(self.optim)  # of the fit, once its length is known
-        self._schedule: torch.optim.lr_scheduler.LambdaLR | None = None  # ours, which a subclass may not use
+        self._schedule: RateSchedule | None = None  # ours, which a subclass may not use
         self._gradient_means: GradientMeans | None = None  # where Lightning's strategy does not average
         self._graphed_step: GraphedStep | None = None
         self._step_number = torch.zeros(())  # of the update, for the graph
@@ -218,9 +219,7 @@ class Classifier(LightningModule):
         optimizer.register_step_post_hook(lambda optimizer, *_: self._after_update(optimizer))
         self._rates = planned_rates(self._trainer, self.optim, self._chooses_warmup)
         self.optim = self._rates.config
-        self._schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: self.rate(step) / self._rates.config.lr
-        )
+        self._schedule = RateSchedule(optimizer, lambda: self._rates)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self._schedule, "interval": "step"}}
 
     def _after_update(self, optimizer: torch.optim.Optimizer) -> None:
@@ -236,7 +235,7 @@ class Classifier(LightningModule):
 
     def rate(self, step: int) -> float:
         """The learning rate of update `step`, 0-based."""
-        return self._rates.rate(step)
+        return self._rates.rate(step, () if self._schedule is None else self._schedule.falls)
 
     # The same step as a CUDA graph
 
@@ -324,7 +323,11 @@ class Classifier(LightningModule):
         self._log_epoch(self.train_metrics())
 
     def on_validation_epoch_end(self) -> None:
-        self._log_epoch(self.evaluation_metrics("val"))
+        metrics = self.evaluation_metrics("val")
+        self._log_epoch(metrics)
+        is_training = self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking
+        if is_training and self._schedule is not None and self.optim.schedule == "plateau":
+            self._schedule.observe(metrics["val/loss"], self.optim)
 
     def on_test_epoch_end(self) -> None:
         self._log_epoch(self.evaluation_metrics(self.tested_split))

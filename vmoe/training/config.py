@@ -41,16 +41,30 @@ class ModelConfig:
                 raise ValueError(f"kwargs.{key}={value!r}: must be in [0, 1)")
 
 
+SCHEDULES = ("cosine", "constant", "step", "plateau", "warmup_stable_decay", "one_cycle")
+
+
 @dataclass(frozen=True)
 class OptimConfig:
-    """The optimiser with linear warm-up, then a cosine.
+    """The optimiser with linear warm-up, then a schedule.
 
     Args:
-        name: adamw, or muon: Muon for the matrices of linear layers and experts, AdamW for all else.
+        name: adamw; muon: Muon for the matrices of linear layers and experts, AdamW for all else; or timm:NAME, one of
+            timm's optimisers, such as timm:lion.
+        kwargs: Further arguments of timm's optimiser, such as {betas: [0.9, 0.99]}.
         lr: Highest learning rate, reached at the end of the warm-up. With muon the matrices'.
         adamw_lr: With muon, the highest learning rate of what AdamW trains; null is lr.
-        min_lr: Learning rate at the end of the cosine. Where parameters have another highest one, they end as much
-            below theirs.
+        min_lr: Lowest learning rate after the warm-up, where a cosine ends. Where parameters have another highest one,
+            they end as much below theirs. Not for schedule=constant.
+        schedule: After the warm-up: cosine, half a cosine down to min_lr; constant; step, down by decay_rate every
+            decay_epochs; plateau, down by decay_rate where val/loss has not fallen for patience_epochs;
+            warmup_stable_decay, constant until the last decay_epochs, in which it falls in a line to min_lr; one_cycle,
+            whose warm-up is half a cosine up from lr / 25 (Smith and Topin 2018), then a cosine.
+        decay_epochs: With step the epochs from one fall to the next, of all epochs, those of the warm-up too; null is a
+            third of the run. With warmup_stable_decay the epochs of the last fall; null is a fifth of the run.
+        decay_rate: What step and plateau multiply the learning rate by.
+        patience_epochs: With plateau, the epochs that may go by without a lower val/loss; then it is awaited as long
+            once more.
         warmup_epochs: Length of the linear warm-up in epochs; a fraction is allowed.
         weight_decay: Decoupled weight decay of matrices; biases, norms and position embeddings have none.
         expert_weight_decay: Weight decay of the routed experts' matrices; null is weight_decay.
@@ -61,10 +75,15 @@ class OptimConfig:
         label_smoothing: Share of the target spread over all classes, in training.
     """
 
-    name: Literal["adamw", "muon"] = "adamw"
+    name: str = "adamw"
+    kwargs: dict[str, Any] = field(default_factory=dict)
     lr: float = 1e-3
     adamw_lr: float | None = None
     min_lr: float = 1e-5
+    schedule: Literal["cosine", "constant", "step", "plateau", "warmup_stable_decay", "one_cycle"] = "cosine"
+    decay_epochs: float | None = None
+    decay_rate: float = 0.1
+    patience_epochs: int = 5
     warmup_epochs: float = 5.0
     weight_decay: float = 0.05
     expert_weight_decay: float | None = None
@@ -74,18 +93,22 @@ class OptimConfig:
     label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
-        _need(self, "name", self.name in ("adamw", "muon"), "adamw or muon")
+        _need(self, "name", self.name in ("adamw", "muon") or self.is_of_timm, "adamw, muon or timm:NAME")
+        _need(self, "kwargs", self.is_of_timm or not self.kwargs, "empty with adamw and muon, which have their options")
         _need(self, "lr", 0 < self.lr < float("inf"), "above 0 and finite")
         _need(
             self, "adamw_lr", self.adamw_lr is None or 0 < self.adamw_lr < float("inf"), "above 0 and finite, or null"
         )
         _need(self, "adamw_lr", self.adamw_lr is None or self.name == "muon", "null with name=adamw, whose rate is lr")
         _need(self, "min_lr", 0 <= self.min_lr <= self.lr, f"between 0 and lr={self.lr}")
+        self._check_schedule()
         _need(self, "warmup_epochs", 0 <= self.warmup_epochs < float("inf"), ">= 0 and finite")
         _need(self, "weight_decay", 0 <= self.weight_decay < float("inf"), ">= 0 and finite")
         decay = self.expert_weight_decay
         _need(self, "expert_weight_decay", decay is None or 0 <= decay < float("inf"), ">= 0 and finite, or null")
         _need(self, "layer_decay", self.layer_decay is None or 0 < self.layer_decay <= 1, "in (0, 1], or null")
+        has_betas = not self.is_of_timm or self.betas == OptimConfig.betas
+        _need(self, "betas", has_betas, f"left out with name={self.name}; give kwargs.betas where it takes them")
         _need(
             self, "betas", len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas), "two numbers in [0, 1)"
         )
@@ -96,6 +119,25 @@ class OptimConfig:
             "above 0 and finite, or null",
         )
         _need(self, "label_smoothing", 0 <= self.label_smoothing < 1, "in [0, 1)")
+
+    def _check_schedule(self) -> None:
+        _need(self, "schedule", self.schedule in SCHEDULES, " or ".join(SCHEDULES))
+        decay = self.decay_epochs
+        _need(self, "decay_epochs", decay is None or 0 < decay < float("inf"), "above 0 and finite, or null")
+        _need(self, "decay_rate", 0 < self.decay_rate < 1, "between 0 and 1")
+        _need(self, "patience_epochs", self.patience_epochs >= 1, "a whole number >= 1")
+        for name, of in (
+            ("decay_epochs", ("step", "warmup_stable_decay")),
+            ("decay_rate", ("step", "plateau")),
+            ("patience_epochs", ("plateau",)),
+        ):
+            is_used = self.schedule in of or getattr(self, name) == getattr(OptimConfig, name)
+            _need(self, name, is_used, f"left out with schedule={self.schedule}; it is for {' and '.join(of)}")
+
+    @property
+    def is_of_timm(self) -> bool:
+        """Whether the optimiser is one of timm's."""
+        return self.name.startswith("timm:")
 
 
 @dataclass(frozen=True)
@@ -347,7 +389,11 @@ class TrainConfig:
             why = f"with parallel.strategy={self.parallel.strategy}"
             if self.trainer.precision == "fp16":
                 raise ValueError(f"trainer.precision=fp16: must be 32 or bf16 {why}")
+            if self.optim.is_of_timm:
+                raise ValueError(f"optim.name={self.optim.name}: must be adamw or muon {why}")
         if self.trainer.cuda_graph:
+            if self.optim.is_of_timm:
+                raise ValueError(f"trainer.cuda_graph=True: must be false with optim.name={self.optim.name}")
             if self.parallel.draws == "sample":
                 raise ValueError("trainer.cuda_graph=True: must be false with parallel.draws=sample")
             if self.parallel.strategy == "fsdp":

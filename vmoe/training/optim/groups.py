@@ -11,6 +11,7 @@ from vmoe.moe import moe_layers
 from vmoe.moe.experts import ExpertLinear
 from vmoe.training.config import OptimConfig
 from vmoe.training.optim.muon import Muon
+from vmoe.training.optim.timm_optimizers import timm_optimizer
 
 # Modules of timm's models that turn pixels into the first tokens: torch's advice is to leave them to AdamW.
 _EMBEDDINGS = ("patch_embed", "embeds")
@@ -19,11 +20,16 @@ _EMBEDDINGS = ("patch_embed", "embeds")
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     """The optimiser over the parameters that learn; those in `model.no_weight_decay()`, biases and norms not decayed.
 
-    It is fused, or Muon of ours: a flag on the device can block its update (see `vmoe.training.guard`).
+    A fused one, and Muon of ours, has a flag on the device that blocks its update (see `vmoe.training.guard`).
+
+    Raises:
+        UserError: timm has no such optimiser, or cannot make it with these arguments.
     """
     groups = optimizer_groups(model, config)
     if config.name == "adamw":
         return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+    if config.is_of_timm:
+        return timm_optimizer(groups, config)
     return Muon(groups, config.betas)
 
 

@@ -1,12 +1,18 @@
-"""The learning rate as a function of the update: a linear warm-up, then half a cosine."""
+"""The learning rate as a function of the update: a warm-up, then one of `vmoe.training.config.SCHEDULES`."""
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from lightning.pytorch import Trainer
+from torch import Tensor
 
 from vmoe.errors import UserError
 from vmoe.training.config import OptimConfig
+
+_ONE_CYCLE_START = 1 / 25  # of the highest rate, as in torch's OneCycleLR
+_DECAY_SHARES = {"step": 1 / 3, "warmup_stable_decay": 1 / 5}  # of a run, where decay_epochs is null
 
 
 @dataclass(frozen=True)
@@ -17,25 +23,84 @@ class LearningRates:
     epoch.
 
     Attributes:
-        config: The highest and the lowest rate.
+        config: The highest and the lowest rate, and the schedule.
         updates: Updates in all; inf where nobody knows an end: then the rate stays.
         warmup: Updates of the warm-up.
+        decay: Updates of `decay_epochs`; inf where nobody knows.
     """
 
     config: OptimConfig
     updates: float = math.inf
     warmup: int = 0
+    decay: float = math.inf
 
-    def rate(self, step: int) -> float:
+    def rate(self, step: int, falls: Sequence[int] = ()) -> float:
         """The learning rate of update `step`, 0-based.
 
-        Linear from lr / warmup up to lr over the warm-up, then half a cosine that ends in min_lr.
+        Linear from lr / warmup up to lr over the warm-up, then by the schedule.
+
+        Args:
+            step: The update.
+            falls: With schedule=plateau, the updates from which on the rate is down once more.
         """
+        highest, lowest, schedule = self.config.lr, self.config.min_lr, self.config.schedule
         if step < self.warmup:
-            return self.config.lr * (step + 1) / self.warmup
+            return self._rising((step + 1) / self.warmup)
+        if schedule == "constant":
+            return highest
+        if schedule in ("step", "plateau"):
+            times = step // self.decay if schedule == "step" else sum(fall <= step for fall in falls)
+            return max(lowest, highest * self.config.decay_rate**times)
+        if schedule == "warmup_stable_decay":
+            left = min(1.0, (self.updates - 1 - step) / self.decay) if math.isfinite(self.decay) else 1.0
+            return lowest + (highest - lowest) * max(0.0, left)
         progress = min(1.0, (step - self.warmup) / max(1, self.updates - 1 - self.warmup))
-        lowest = self.config.min_lr
-        return lowest + (self.config.lr - lowest) * (1 + math.cos(math.pi * progress)) / 2
+        return lowest + (highest - lowest) * (1 + math.cos(math.pi * progress)) / 2
+
+    def _rising(self, progress: float) -> float:
+        highest = self.config.lr
+        if self.config.schedule != "one_cycle":
+            return highest * progress
+        lowest = highest * _ONE_CYCLE_START
+        return lowest + (highest - lowest) * (1 - math.cos(math.pi * progress)) / 2
+
+
+class RateSchedule(torch.optim.lr_scheduler.LambdaLR):
+    """torch's scheduler by `LearningRates`; its state, which checkpoints hold, has what a plateau depends on.
+
+    Args:
+        optimizer: Its learning rates are the highest of each group.
+        rates: Gives what is current: a resumed run may have more epochs.
+
+    Attributes:
+        falls: Updates from which on the rate is down once more.
+        lowest_loss: The lowest val/loss so far.
+        waited: Validations since then, or since the last fall.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, rates: Callable[[], LearningRates]) -> None:
+        self.falls: list[int] = []
+        self.lowest_loss, self.waited = math.inf, 0
+        super().__init__(optimizer, lambda step: rates().rate(step, self.falls) / rates().config.lr)
+
+    def observe(self, loss: float, config: OptimConfig) -> None:
+        """Takes note of an epoch's val/loss; lowers the rate from the next update on if it was long in falling."""
+        is_lower = loss < self.lowest_loss
+        self.lowest_loss = min(self.lowest_loss, loss)
+        self.waited = 0 if is_lower else self.waited + 1
+        if self.waited >= config.patience_epochs:
+            self.waited = 0
+            self.falls = [*self.falls, self.last_epoch]
+            self._apply()
+
+    def _apply(self) -> None:
+        for group, highest, share in zip(self.optimizer.param_groups, self.base_lrs, self.lr_lambdas, strict=True):
+            rate = highest * share(self.last_epoch)
+            if isinstance(group["lr"], Tensor):  # which a CUDA graph reads
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+        self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
 
 def planned_rates(trainer: Trainer | None, config: OptimConfig, chooses_warmup: bool) -> LearningRates:
@@ -64,4 +129,8 @@ def planned_rates(trainer: Trainer | None, config: OptimConfig, chooses_warmup: 
         epochs = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else math.inf
         config = replace(config, warmup_epochs=min(OptimConfig.warmup_epochs, epochs / 4))
     updates_per_epoch = math.ceil(batches / trainer.accumulate_grad_batches)
-    return LearningRates(config, updates, math.ceil(config.warmup_epochs * updates_per_epoch))
+    decay = updates * _DECAY_SHARES.get(config.schedule, math.inf)
+    if config.decay_epochs is not None:
+        decay = config.decay_epochs * updates_per_epoch
+    warmup = math.ceil(config.warmup_epochs * updates_per_epoch)
+    return LearningRates(config, updates, warmup, math.ceil(decay) if math.isfinite(decay) else decay)

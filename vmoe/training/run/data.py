@@ -30,12 +30,12 @@ def images_of_run(config: TrainConfig, device: torch.device) -> ImageDataModule:
     def setup() -> None:
         data.setup("fit")
         check_parts(config, data.train_sampler.batch_size, process.world_size)
-        if config.trainer.early_stopping is not None and not data.has_validation:
-            raise UserError(
-                f"trainer.early_stopping={config.trainer.early_stopping}: waits for a better val/top1, and "
-                "data.val_fraction=0 leaves no images for validation; change one of them"
-            )
-
+        waiting = {"optim.schedule=plateau: waits for a lower val/loss": config.optim.schedule == "plateau"}
+        patience = config.trainer.early_stopping
+        waiting[f"trainer.early_stopping={patience}: waits for a better val/top1"] = patience is not None
+        for what, is_on in waiting.items():
+            if is_on and not data.has_validation:
+                raise UserError(f"{what}, and data.val_fraction=0 leaves no images for validation; change one of them")
         if config.loss.class_weights is not None:
             class_weights(config.loss, data.images_of_classes("train"))
 

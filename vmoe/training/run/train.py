@@ -22,6 +22,7 @@ from vmoe.training.callbacks import Ema, ExactResume, NanGuard, RoutingMonitor
 from vmoe.training.classifier import Classifier
 from vmoe.training.config import ParallelConfig, TrainConfig
 from vmoe.training.distillation import load_teacher
+from vmoe.training.optim.timm_optimizers import check_optimizer
 from vmoe.training.parallel.collectives import connect, disconnect, gather, together
 from vmoe.training.parallel.folder_writer import FolderWriter
 from vmoe.training.parallel.process import Process
@@ -80,6 +81,7 @@ def train(config: TrainConfig, progress: TrainingProgress, command: str) -> dict
         config = dataclasses.replace(config, parallel=ParallelConfig(draws=config.parallel.draws))
     if config.parallel.strategy == "auto":
         raise UserError("parallel.strategy=auto: is chosen by `vmoe train`; give ddp, fsdp or expert", everywhere=True)
+    check_optimizer(config.optim)
     device = device_of(config)
     progress.say(summary.device_line(device, config.trainer.device))
     if device.type != "cuda":
