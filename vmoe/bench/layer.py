@@ -16,6 +16,7 @@ from torch._dynamo import config as dynamo_config
 from vmoe.bench import peers
 from vmoe.bench.cases import LayerCase, given_routing
 from vmoe.bench.timing import Measurement, Say, TimedJob, matmul_peak, silent, time_made_jobs
+from vmoe.compiling import mend_compiler
 from vmoe.moe import MoeConfig, MoeMlp, Routing
 from vmoe.moe.experts import Experts, ExpertSpec
 
@@ -43,6 +44,7 @@ def benchmark_layer(
         DeviceLost: A job left the device unusable.
     """
     torch.compiler.reset()  # the graphs of an earlier case
+    mend_compiler()
     makers = layer_jobs(case, device, dtype)
     if with_peers:
         makers |= peer_jobs(case, device, dtype)

@@ -16,6 +16,7 @@ from torch._dynamo import config as dynamo_config
 
 from vmoe.bench.report import Column, Row, measurement_row
 from vmoe.bench.timing import Measurement, Say, TimedJob, reason_of_failure, release, silent, time_calls, time_jobs
+from vmoe.compiling import mend_compiler
 from vmoe.models.cost import count_parameters, flops_per_image
 from vmoe.moe import auxiliary_loss
 
@@ -96,6 +97,7 @@ def benchmark_models(makers: dict[str, Callable[[], nn.Module]], timing: ModelTi
             rows.append(row | {"pass": of_pass} | costs[row["model"]] | updates.get(row["model"], {}))
         del jobs
         torch.compiler.reset()
+        mend_compiler()
         release(device)
     return rows
 

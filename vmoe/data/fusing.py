@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 
+from vmoe.compiling import mend_compiler
+
 
 class Fused:
     """Calls a function of tensors: compiled by torch.compile on a GPU; uncompiled elsewhere, and where compiling fails.
@@ -21,6 +23,7 @@ class Fused:
 
     @cached_property
     def _compiled(self) -> Callable[..., Tensor | tuple[Tensor, ...]] | None:
+        mend_compiler()
         return torch.compile(self._plain, dynamic=False)  # takes seconds to import the compiler
 
     def __call__(self, first: Tensor, *others: Tensor) -> Tensor | tuple[Tensor, ...]:

@@ -9,6 +9,7 @@ from torch import nn
 
 from vmoe.checkpoints import ModelFacts, timm_arguments
 from vmoe.checkpoints.state import SavedRun
+from vmoe.compiling import mend_compiler
 from vmoe.config_values import to_plain
 from vmoe.data import ImageDataModule
 from vmoe.errors import UserError
@@ -99,6 +100,7 @@ def new_module(
     if config.trainer.compile:
         # In place: no name of a weight changes. Static: the smaller last batch of a validation would otherwise make
         # torch compile for any batch size, training included, in many small graphs.
+        mend_compiler()
         model.compile(dynamic=False)
     return module
 
