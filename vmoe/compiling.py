@@ -2,8 +2,8 @@
 
 A kernel that reduces rows in a loop may store a row and read it back in its next loop. Before 2.14 nothing made the
 warps wait for each other in between, so some read what was there before. Each process chooses by timing whether its
-kernels do so. Seen on an H200 with torch 2.11: in a ViT of width 192, whose first blocks add to the transposed output of
-the patch embedding, about 2 % of the images came out wrong, other ones in each evaluation. torch mended it in
+kernels do so. Seen on an H200 with torch 2.11: in a ViT of width 192, whose first blocks add to the transposed output
+of the patch embedding, about 2 % of the images came out wrong, other ones in each evaluation. torch mended it in
 https://github.com/pytorch/pytorch/pull/190519.
 """
 
