@@ -43,6 +43,7 @@ def test_a_shared_file_is_evaluated_as_its_checkpoint(save_run, tmp_path, capsys
         (["nowhere", "--out", "x.pt2", "--format", "torch-export"], "nowhere: no such file"),
         (["nowhere", "--out", "x.pt2", "--format", "aoti", "--push", "me/it"], "--push me/it"),
         (["nowhere", "--out", "x", "--format", "hub", "--quantize", "int8"], "--quantize int8"),
+        (["nowhere", "--out", "x.safetensors", "--experts", "dense"], "--experts dense: goes with a program"),
     ],
 )
 def test_mistakes_are_one_line(arguments, told, capsys):
@@ -68,6 +69,17 @@ def test_a_program_of_torch_export(save_run, tmp_path, quantize):
     report = json.loads((out.parent / "export.json").read_text())["model.pt2"]
     assert report["parity"]["by_batch"].keys() == {"1", "3", "8", "33"}
     assert report["bytes"] == {"model.pt2": out.stat().st_size}
+
+
+@torch.no_grad()
+def test_a_program_with_dense_experts(save_run, tmp_path, capsys):
+    run, out = save_run(moe=MOE), tmp_path / "model.pt2"
+    assert main([str(run), "--format", "torch-export", "--experts", "dense", "--out", str(out)]) == 0
+    assert "1.5 times the FLOPs of those chosen" in capsys.readouterr().out
+    report = json.loads((tmp_path / "export.json").read_text())["model.pt2"]
+    assert report["experts"] == {"computed": "dense", "times_the_flops_of_those_chosen": 1.5}
+    assert main([str(save_run("twin")), "--format", "torch-export", "--experts", "dense", "--out", str(out)]) == 2
+    assert "a dense model has no experts; leave the option out" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import vmoe
 from vmoe import MoeConfig, MoeMlp
 from vmoe.export.int8 import Int8Linear
-from vmoe.export.layer import exportable_copy
+from vmoe.export.layer import DenseExportedMoe, ExportedMoe, dense_cost, exportable_copy
 from vmoe.export.programs import TOLERANCE, compare, convert
 
 DIM, TOKENS = 8, 9
@@ -134,6 +134,28 @@ def test_padding_is_no_one_s_token():
         layer = make_layer(**routing)
         expected, found = layer(x, mask), exportable_copy(nn.Sequential(layer))[0](x, mask)
         torch.testing.assert_close(found[mask], expected[mask], atol=1e-5, rtol=1e-5, msg=name)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ROUTINGS)
+def test_experts_computed_densely_are_the_sparse_ones(name):
+    """In float64, in which they may differ by the order of sums alone; no shape depends on the data."""
+    torch.manual_seed(2)
+    layer, x = make_layer(**ROUTINGS[name]), torch.randn(5, TOKENS, DIM, dtype=torch.float64)
+    sparse, dense = (
+        exportable_copy(nn.Sequential(layer), layer_type=kind).double() for kind in (ExportedMoe, DenseExportedMoe)
+    )
+    torch.testing.assert_close(dense(x), sparse(x), atol=1e-13, rtol=1e-13)
+    torch.testing.assert_close(dense(x), layer.double()(x), atol=1e-13, rtol=1e-13)
+    used = " ".join(str(node.target) for node in torch.export.export(dense, (x,)).graph.nodes)
+    assert "matmul" in used or "linear" in used
+    assert "index_add" not in used and "nonzero" not in used
+
+
+def test_the_cost_of_experts_computed_densely():
+    for name, times in (("K=1", 3), ("K=2", 1.5), ("expert choice", 2), ("soft", 1)):
+        assert dense_cost(nn.Sequential(make_layer(**ROUTINGS[name]))) == times
+    assert dense_cost(nn.Linear(2, 2)) == 1
 
 
 def test_the_model_stays_as_it_is():

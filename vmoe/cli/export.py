@@ -14,6 +14,7 @@ beside them tells by how much they differ.
 
   vmoe export runs/cifar10_small --out cifar10_small.safetensors --dtype bfloat16
   vmoe export runs/cifar10_small --format onnx --out cifar10_small.onnx --quantize int8
+  vmoe export runs/cifar10_small --format onnx --out cifar10_small.onnx --experts dense    # OpenVINO, CoreML, ...
 """
 
 import argparse
@@ -42,6 +43,8 @@ def main(argv: list[str]) -> None:
     for name in ("push", "license"):
         if getattr(options, name) is not None and options.format != "hub":
             raise UserError(f"--{name} {getattr(options, name)}: goes with --format hub only")
+    if options.experts == "dense" and options.format in ("safetensors", "hub"):
+        raise UserError("--experts dense: goes with a program, such as --format onnx")
     if options.format != "safetensors" and options.dtype is not None:
         raise UserError(f"--dtype {options.dtype}: only safetensors are stored in other types than float32")
     require_extras(*{"onnx": ("export",), "hub": ("analysis",)}.get(options.format, ()))
@@ -66,7 +69,8 @@ def _write_program(options: argparse.Namespace) -> None:
     from vmoe.export.programs import write_program
     from vmoe.files import write_json
 
-    report = write_program(options.out, options.checkpoint, options.format, int8=options.quantize == "int8")
+    how = {"int8": options.quantize == "int8", "dense": options.experts == "dense"}
+    report = write_program(options.out, options.checkpoint, options.format, **how)
     beside = options.out.with_name("export.json")
     reports = {}
     with contextlib.suppress(OSError, ValueError):
@@ -74,6 +78,9 @@ def _write_program(options: argparse.Namespace) -> None:
     write_json(beside, {**reports, options.out.name: report})
     worst = max(report["parity"]["by_batch"].values())
     print(f"{options.out}: {_size(sum(report['bytes'].values()))}, logits within {worst:.1e} of the model's")
+    if how["dense"]:
+        times = report["experts"]["times_the_flops_of_those_chosen"]
+        print(f"all experts are computed for all tokens: {times:.3g} times the FLOPs of those chosen")
     if options.quantize:
         error = report["int8"]
         print(f"int8: relative logit error {error['relative_logit_error']:.1e} on noise")
@@ -103,6 +110,8 @@ def _export_parser() -> argparse.ArgumentParser:
     parser.add_argument("--format", choices=_SUFFIXES, default="safetensors", help="default: %(default)s")
     parser.add_argument("--dtype", choices=_DTYPES, help="stored type of a safetensors file (default: float32)")
     parser.add_argument("--quantize", choices=("int8",), help="store the experts' weights as 8-bit integers")
+    line = "dense: computes all experts for all tokens, for compilers of fixed shapes (default: %(default)s)"
+    parser.add_argument("--experts", choices=("sparse", "dense"), default="sparse", help=line)
     parser.add_argument("--push", metavar="USER/NAME", help="with --format hub: upload the folder as this model")
     parser.add_argument("--license", metavar="ID", help="with --format hub: the weights' licence, such as apache-2.0")
     return parser

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from vmoe.moe import MoeMlp, moe_layers
 from vmoe.moe.attached import copy_with_attached
 from vmoe.moe.experts import Experts
 from vmoe.moe.exportable import ExportableForm, why_layer_not_exportable
+from vmoe.moe.routing import Routing
 
 MakeLinear = Callable[[Tensor, Tensor | None], nn.Module]
 
@@ -72,6 +74,39 @@ class ExportedMoe(ExportableForm, nn.Module):
 
     def one_expert(self, index: int, x_RD: Tensor) -> Tensor:
         return self.experts[index](x_RD)
+
+
+class DenseExportedMoe(ExportedMoe):
+    """The same, each expert computed for all tokens: E / K times the experts' FLOPs, for compilers of fixed shapes.
+
+    What an expert makes of a token that did not choose it counts with the weight 0.
+    """
+
+    def _by_choices(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        """The weighted sum of what the chosen experts with a free slot make of each token, (T, O)."""
+        expert_E = torch.arange(self.config.num_experts, device=x_TD.device)
+        is_chosen_GSKE = (routing.chosen_GSK[..., None] == expert_E).to(routing.weights_GSK.dtype)  # without a scatter
+        weights_GSE = (is_chosen_GSKE * routing.combine_weights_GSK()[..., None]).sum(2)
+        return self._by_experts(x_TD, weights_GSE.flatten(0, 1), torch.ones_like(weights_GSE.flatten(0, 1)))
+
+    def _by_experts(self, x_TD: Tensor, weights_TE: Tensor, is_taken_TE: Tensor) -> Tensor:
+        """The weighted sum of what each expert makes of the tokens it takes, (T, O)."""
+        weights_TE = weights_TE * is_taken_TE.to(weights_TE.dtype)
+        y_TO = x_TD.new_zeros(x_TD.shape[0], self.out_features)
+        for index in range(self.config.num_experts):
+            y_RO = self.one_expert(index, x_TD)
+            y_TO = y_TO + y_RO * weights_TE[:, index : index + 1].to(y_RO.dtype)
+        return y_TO
+
+
+def dense_cost(model: nn.Module) -> float:
+    """How many times the FLOPs of the chosen experts all experts take, E / K; 1 for a model without experts.
+
+    Where experts choose tokens, K is the number of slots per token. Soft MoE computes its slots in either form.
+    """
+    layers = [layer.config for _, layer in moe_layers(model) if layer.config.router != "soft"]
+    chosen = sum(config.experts_per_token for config in layers)
+    return sum(config.num_experts for config in layers) / chosen if layers else 1.0
 
 
 class _Expert(nn.Module):

@@ -23,7 +23,7 @@ from vmoe.checkpoints import load_checkpoint, require_rounding
 from vmoe.checkpoints.program import METADATA, program_metadata
 from vmoe.errors import UserError
 from vmoe.export.int8 import Int8Linear
-from vmoe.export.layer import exportable_copy
+from vmoe.export.layer import DenseExportedMoe, ExportedMoe, dense_cost, exportable_copy
 from vmoe.extras import require_extras
 from vmoe.files import folder_for, replace, writing
 from vmoe.moe import moe_layers
@@ -37,7 +37,9 @@ LARGEST_PROTOBUF = 2**31 - 2**20  # a file of protobuf holds less than 2 GiB; la
 ProgramCall = Callable[[Tensor], Tensor]
 
 
-def write_program(path: str | Path, source: str | Path, format: str, int8: bool = False) -> dict[str, Any]:
+def write_program(
+    path: str | Path, source: str | Path, format: str, int8: bool = False, dense: bool = False
+) -> dict[str, Any]:
     """Writes a checkpoint as a program and checks that it computes what the model does; nothing is written if not.
 
     Args:
@@ -45,6 +47,7 @@ def write_program(path: str | Path, source: str | Path, format: str, int8: bool 
         source: A checkpoint file or a run's folder.
         format: A key of `SUFFIXES`.
         int8: Whether the experts' weights are rounded to int8 (`vmoe.moe.int8`).
+        dense: Whether each expert is computed for all tokens, for compilers that need all shapes but the batch's fixed.
 
     Returns:
         What export.json tells: sizes, versions, and the largest differences of logits from the model's, which is the
@@ -57,10 +60,14 @@ def write_program(path: str | Path, source: str | Path, format: str, int8: bool 
     require(format)
     with _folder_beside(Path(path)) as folder:
         checkpoint = load_checkpoint(source)
+        has_experts = bool(moe_layers(checkpoint.model))
         if int8:
-            require_rounding(source, bool(moe_layers(checkpoint.model)))
+            require_rounding(source, has_experts)
+        if dense and not has_experts:
+            raise UserError(f"--experts dense: {source}: a dense model has no experts; leave the option out")
+        layer_type = DenseExportedMoe if dense else ExportedMoe
         try:
-            model = exportable_copy(checkpoint.model, Int8Linear if int8 else None)
+            model = exportable_copy(checkpoint.model, Int8Linear if int8 else None, layer_type)
         except ValueError as error:
             raise UserError(f"{source}: cannot be exported: {error}") from error
         file = folder / Path(path).name
@@ -75,6 +82,8 @@ def write_program(path: str | Path, source: str | Path, format: str, int8: bool 
         for part in sorted(folder.iterdir(), key=lambda part: part == file):  # the program itself last
             replace(part, Path(path).with_name(part.name))
     report = {"format": format, "quantize": "int8" if int8 else None, "bytes": sizes, **notes}
+    if dense:
+        report["experts"] = {"computed": "dense", "times_the_flops_of_those_chosen": dense_cost(checkpoint.model)}
     report["parity"] = {"tolerance": TOLERANCE, "by_batch": differences}
     if int8:
         report["int8"] = rounding_error(checkpoint.model, model, checkpoint.image_size)

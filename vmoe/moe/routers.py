@@ -225,12 +225,14 @@ def top_experts(gates_GSE: Tensor, top_k: int) -> Tensor:
     K rounds of argmax rather than torch.topk, which leaves open whose turn it is among equal gates.
     """
     remaining_GSE = gates_GSE.detach()
+    expert_E = torch.arange(gates_GSE.shape[-1], device=gates_GSE.device)
     chosen = []
     for choice in range(top_k):
         best_GS1 = remaining_GSE.argmax(-1, keepdim=True)
         chosen.append(best_GS1)
         if choice + 1 < top_k:
-            remaining_GSE = remaining_GSE.scatter(-1, best_GS1, -math.inf)
+            # CoreML's converter knows no scatter of a batch of any size
+            remaining_GSE = remaining_GSE.masked_fill(expert_E == best_GS1, -math.inf)
     return torch.cat(chosen, -1)
 
 
