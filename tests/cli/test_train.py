@@ -274,7 +274,7 @@ def test_a_run_s_folder_alone_is_told_of_resume(moved):
         (["--data.augment.presett", "none"], ["did you mean data.augment.preset?"]),
         (["--zzz", "3"], ["--zzz", "sections", "--help"]),
         (["stray"], ["stray: belongs to no option"]),
-        (["--data.table.label", "kind"], ["data.table: is for data.name=table, not digits"]),
+        (["--data.table.label", "kind"], ["data.table: is for data.name=table and huggingface, not digits"]),
         (["--optim.lr", "x"], ["--optim.lr x: must be a number"]),
         (["--trainer.epochs", "1.5"], ["--trainer.epochs 1.5: must be a whole number"]),
         (["--moe.num_experts", "x"], ["--moe.num_experts x: must be a whole number"]),

@@ -278,4 +278,4 @@ def test_an_upload_is_read_as_by_predict(tmp_path, bit_depth, name):
     (tmp_path / "fractions.tif").write_bytes(tiff((RAMP * 255).astype("<f4")))
     path = tmp_path / name
     expected = eval_crop(load_image(path, depth_of(bit_depth, [path])), 16)
-    assert np.array_equal(UploadReader(16, 2, bit_depth, None)._decode(path.read_bytes()), expected)
+    assert np.array_equal(UploadReader(16, "centre", 2, bit_depth, None)._decode(path.read_bytes()), expected)

@@ -110,6 +110,24 @@ def test_eval_crop_takes_the_central_square():
     assert eval_crop(image.transpose(1, 0, 2), 2).min() == 200
 
 
+def test_pictures_of_another_shape_are_cropped_squashed_or_framed():
+    image = np.zeros((40, 120, 3), np.uint8)
+    image[:, 40:80] = 200  # the central third
+    assert np.unique(eval_crop(image, 20)).tolist() == [200]
+    assert eval_crop(image, 20, "squash")[0, :, 0].tolist().count(200) == pytest.approx(7, abs=1)
+    framed = eval_crop(image, 20, "letterbox")
+    assert np.unique(framed[:6]).tolist() == np.unique(framed[-6:]).tolist() == [127]
+    assert framed[10, 10, 0] == 200 and framed[10, 1, 0] == 0
+    assert np.array_equal(eval_crop(framed, 20, "letterbox"), framed)
+
+
+def test_an_image_size_may_be_of_any_shape():
+    image = np.random.default_rng(0).integers(0, 256, (40, 120, 3), dtype=np.uint8)
+    assert np.array_equal(eval_crop(image, (20, 30)), eval_crop(image[:, 30:90], (20, 30), "squash"))
+    assert np.array_equal(eval_crop(image, (20, 60)), eval_crop(image, (20, 60), "letterbox"))
+    assert [eval_crop(image, (17, 9), crop).shape for crop in ("centre", "squash", "letterbox")] == [(17, 9, 3)] * 3
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 3), (3, 3000, 3), (3000, 3, 3), (50, 40, 3)])
 def test_eval_crop_gives_the_image_size(shape):
     assert eval_crop(np.zeros(shape, dtype=np.uint8), 16).shape == (16, 16, 3)

@@ -9,13 +9,14 @@ from vmoe.errors import UserError
 from vmoe.models import create_model
 from vmoe.models.sources import with_source
 from vmoe.moe import MoeConfig
+from vmoe.sizes import ImageSize
 
 # Arguments of timm that would fetch or open other files: a checkpoint brings its own weights.
 _FETCHING_ARGUMENTS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
 
 
 def build_model(
-    name: str, kwargs: dict[str, Any], moe: MoeConfig | None, num_classes: int, image_size: int
+    name: str, kwargs: dict[str, Any], moe: MoeConfig | None, num_classes: int, image_size: ImageSize
 ) -> nn.Module:
     """The model of a recipe for a data set: what training starts from and a checkpoint's weights are loaded into.
 
@@ -37,7 +38,9 @@ def build_model(
     return model
 
 
-def _create(name: str, moe: MoeConfig | bool, num_classes: int, image_size: int, kwargs: dict[str, Any]) -> nn.Module:
+def _create(
+    name: str, moe: MoeConfig | bool, num_classes: int, image_size: ImageSize, kwargs: dict[str, Any]
+) -> nn.Module:
     try:
         return create_model(name, moe, num_classes=num_classes, img_size=image_size, **kwargs)
     except TypeError as error:
@@ -46,11 +49,19 @@ def _create(name: str, moe: MoeConfig | bool, num_classes: int, image_size: int,
         return create_model(name, moe, num_classes=num_classes, **kwargs)
 
 
-def _check_patches(model: nn.Module, image_size: int) -> None:
+def _check_patches(model: nn.Module, image_size: ImageSize) -> None:
     """Refuses images of which the patches would leave out, without a word, the last rows and columns."""
     embed = getattr(model, "patch_embed", None)
     sides = getattr(embed, "patch_size", None)
     if sides is None or getattr(embed, "dynamic_img_pad", False):
+        return
+    if isinstance(image_size, tuple):
+        patch = sides if isinstance(sides, tuple) else (sides, sides)
+        if any(side % of_patch for side, of_patch in zip(image_size, patch, strict=True)):
+            raise UserError(
+                f"data.image_size={list(image_size)}: its height and width must be multiples of those of the patches, "
+                f"{patch[0]} and {patch[1]}"
+            )
         return
     side = math.lcm(*sides) if isinstance(sides, tuple) else sides
     if image_size % side:

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from vmoe.errors import UserError
+from vmoe.sizes import ImageSize, as_size
 
 ENTRY = "vmoe"  # what is ours in a checkpoint
 MODEL_PREFIX = "model."  # comes before the name of a weight in a .ckpt file, where Lightning's module holds the model
 # Raised when an older version of this package could not use what a newer one writes; new entries alone do not.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+PLAIN_VERSION = 1  # of files that need nothing of version 2: images that are not square or not cropped in their centre
 _LARGEST_IMAGE = 4096  # as in DataConfig
 _WEIGHTS_ALONE = (
     "holds weights, but not what model they are of; fill the model by vmoe.Classifier.load_from_checkpoint(path, "
@@ -25,12 +27,13 @@ class ModelFacts:
 
     config: dict[str, Any]  # the run's whole config: seed, output_dir, data, model, moe, optim, trainer
     class_names: Sequence[str]  # in the order of the logits
-    image_size: int  # side of the square images, pixels
+    image_size: ImageSize  # side of the square images, or (height, width), pixels
     mean: Sequence[float]  # of each channel, for pixels in [0, 1]
     std: Sequence[float]
     bit_depth: int | None = None  # of training files with more than 8 bits per channel; None where there were none
     # Name and kwargs that timm builds the model by, where config.model names a folder or hub, which may be gone
     architecture: dict[str, Any] | None = None
+    crop: str = "centre"  # how pictures of another shape are fitted to the image size, as in `DataConfig`
 
     def by_architecture(self) -> "ModelFacts":
         """The same, with timm's own name and arguments in `config.model`, by which the model can be built anywhere."""
@@ -46,11 +49,19 @@ def entry_for(facts: ModelFacts, epochs_done: int = 0, step: int | None = None) 
         epochs_done: Epochs that it was trained for.
         step: Updates that it was trained for, in a file where Lightning does not write them.
     """
-    entry = {"version": FORMAT_VERSION, **vars(facts), "epochs_done": epochs_done}
+    entry = {"version": _version_for(facts), **vars(facts), "epochs_done": epochs_done}
     if facts.architecture is None:
         del entry["architecture"]
+    if facts.crop == "centre":
+        del entry["crop"]
+    if not isinstance(facts.image_size, int):
+        entry["image_size"] = list(facts.image_size)
     lists = {name: list(entry[name]) for name in ("class_names", "mean", "std")}
     return entry | lists | ({} if step is None else {"step": step})
+
+
+def _version_for(facts: ModelFacts) -> int:
+    return PLAIN_VERSION if facts.crop == "centre" and isinstance(facts.image_size, int) else FORMAT_VERSION
 
 
 def facts_of(content: dict[str, Any]) -> ModelFacts:
@@ -59,11 +70,12 @@ def facts_of(content: dict[str, Any]) -> ModelFacts:
     return ModelFacts(
         config=ours["config"],
         class_names=[str(name) for name in ours["class_names"]],
-        image_size=ours["image_size"],
+        image_size=ours["image_size"] if isinstance(ours["image_size"], int) else as_size(*ours["image_size"]),
         mean=tuple(ours["mean"]),
         std=tuple(ours["std"]),
         bit_depth=ours.get("bit_depth"),
         architecture=ours.get("architecture"),
+        crop=ours.get("crop", "centre"),
     )
 
 
@@ -130,7 +142,8 @@ def _fault(content: dict[str, Any], ours: dict[str, Any]) -> str | None:
         "config.data must be a dict": isinstance(config.get("data", {}), dict),
         "config.seed must be from 0 to 4294967295": _is_count(config.get("seed", 0), 2**32 - 1),
         "class_names must be a list of names": isinstance(names, list | tuple) and len(names) > 0,
-        f"image_size must be from 1 to {_LARGEST_IMAGE}": _is_count(size, _LARGEST_IMAGE) and size > 0,
+        f"image_size must be from 1 to {_LARGEST_IMAGE}": _is_size(size),
+        "crop must be centre, squash or letterbox": ours.get("crop", "centre") in ("centre", "squash", "letterbox"),
         "mean must be three numbers": _are_three(ours.get("mean")),
         "std must be three numbers above 0": _are_three(ours.get("std")) and min(ours["std"]) > 0,
         "bit_depth must be from 1 to 32 or None": _is_depth(ours.get("bit_depth")),
@@ -139,6 +152,11 @@ def _fault(content: dict[str, Any], ours: dict[str, Any]) -> str | None:
         "global_step must be a whole number": _is_count(content.get("global_step")),
     }
     return next((told for told, holds in facts.items() if not holds), None)
+
+
+def _is_size(value: Any) -> bool:
+    sides = value if isinstance(value, list | tuple) and len(value) == 2 else [value]
+    return all(_is_count(side, _LARGEST_IMAGE) and side > 0 for side in sides)
 
 
 def _is_count(value: Any, most: float = math.inf) -> bool:

@@ -5,7 +5,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -18,6 +18,7 @@ from vmoe.checkpoints.writing import write_weights
 from vmoe.errors import UserError
 from vmoe.models.surgery import CREATED_WITH
 from vmoe.moe import moe_layers
+from vmoe.sizes import ImageSize, as_size, height_and_width
 
 _NOT_KEPT = {"num_classes", "img_size", "device", "dtype", "pretrained", "cache_dir", "checkpoint_path"}
 
@@ -27,7 +28,8 @@ def save(
     path: str | Path,
     class_names: Sequence[str] | None = None,
     *,
-    image_size: int | None = None,
+    image_size: ImageSize | None = None,
+    crop: Literal["centre", "squash", "letterbox"] | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     name: str | None = None,
@@ -42,7 +44,9 @@ def save(
         model: A model by `vmoe.create_model`, `vmoe.sparsify`, `timm.create_model` or `vmoe.load`.
         path: A .safetensors or .ckpt file.
         class_names: Name of each class, in the order of the logits. None: those of a loaded model.
-        image_size: Side of the square images in pixels. None: what the model was made for.
+        image_size: Side of the square images in pixels, or (height, width). None: what the model was made for.
+        crop: How pictures of another shape were fitted to that (see `vmoe.prepare_image`). None: a loaded model's, else
+            "centre".
         mean: Mean of each channel that images were normalised with (see `vmoe.prepare_image`). None: a loaded model's,
             else timm's for this model (`model.pretrained_cfg`).
         std: Standard deviation of each channel. None: the same as for `mean`.
@@ -57,7 +61,7 @@ def save(
     if Path(path).suffix not in (".safetensors", ".ckpt"):
         raise UserError(f"path={path}: must end in .safetensors or .ckpt")
     model = getattr(model, "_orig_mod", model)  # of torch.compile(model)
-    facts = describe(model, class_names, image_size=image_size, mean=mean, std=std, name=name, kwargs=kwargs)
+    facts = describe(model, class_names, image_size=image_size, crop=crop, mean=mean, std=std, name=name, kwargs=kwargs)
     done = (model.epoch, model.step) if isinstance(model, TrainedModel) else (0, 0)
     write_weights(path, _plain_copy(model).state_dict(), facts, *done)
 
@@ -66,7 +70,8 @@ def describe(
     model: nn.Module,
     class_names: Sequence[str] | None = None,
     *,
-    image_size: int | None = None,
+    image_size: ImageSize | None = None,
+    crop: Literal["centre", "squash", "letterbox"] | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     name: str | None = None,
@@ -105,7 +110,8 @@ def describe(
     if known is not None:
         config |= shared_config(known.config)
     config |= {"model": built, "moe": None if moe is None else dataclasses.asdict(moe)}
-    return ModelFacts(config, names, size, mean, std, None if known is None else known.bit_depth)
+    fitted = crop or (known.crop if known is not None else "centre")
+    return ModelFacts(config, names, size, mean, std, None if known is None else known.bit_depth, crop=fitted)
 
 
 def _plain_copy(model: nn.Module) -> nn.Module:
@@ -114,17 +120,17 @@ def _plain_copy(model: nn.Module) -> nn.Module:
         return copy.deepcopy(model).cpu().float().eval()
 
 
-def _size_of(model: nn.Module) -> int:
-    """The side of the images that a model was made for.
+def _size_of(model: nn.Module) -> ImageSize:
+    """The size of the images that a model was made for.
 
     Raises:
-        UserError: it does not tell, or they are not square.
+        UserError: it does not tell.
     """
     sides = getattr(getattr(model, "patch_embed", None), "img_size", None)
     sides = sides or (getattr(model, "pretrained_cfg", None) or {}).get("input_size", ())[1:]
-    if len(sides) != 2 or sides[0] != sides[1]:
-        raise UserError("image_size: is missing; give the side in pixels of the square images it was trained on")
-    return int(sides[0])
+    if len(sides) != 2:
+        raise UserError("image_size: is missing; give the side in pixels of the images it was trained on")
+    return as_size(int(sides[0]), int(sides[1]))
 
 
 def _three(word: str, values: Any) -> list[float]:
@@ -158,7 +164,7 @@ def _architecture(model: nn.Module, name: str | None, kwargs: dict[str, Any] | N
 
 @torch.no_grad()
 def _require_same_logits(
-    model: nn.Module, again: nn.Module, size: int, names: list[str], built: dict[str, Any]
+    model: nn.Module, again: nn.Module, size: ImageSize, names: list[str], built: dict[str, Any]
 ) -> None:
     """Fills the model that was built again, and compares its logits on random images with the model's, bit for bit.
 
@@ -166,7 +172,7 @@ def _require_same_logits(
         UserError: the weights do not fit it, or the logits or their number differ.
     """
     how = f"name={built['name']!r}, kwargs={built['kwargs']}"
-    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(2, 3, *height_and_width(size), generator=torch.Generator().manual_seed(0))
     expected = model(images)
     if expected.shape != (len(images), len(names)):
         raise UserError(

@@ -104,7 +104,7 @@ def predict(
         prepared = []
         for place, item in batch:
             try:
-                prepared.append(prepare_image(item, model.image_size, model.mean, model.std, bit_depth))
+                prepared.append(prepare_image(item, model.image_size, model.mean, model.std, bit_depth, model.crop))
             except UserError as error:
                 line = str(error) if isinstance(item, Path) else f"pictures[{place}]: {error}"
                 if not skip_damaged:

@@ -6,23 +6,43 @@ from typing import Any
 
 from vmoe.checkpoints.entry import ModelFacts
 from vmoe.errors import UserError
+from vmoe.sizes import ImageSize, as_size
 
 METADATA = "vmoe"  # the key of the metadata
-_VERSION = 1  # raised when an older version of this package could not use what a newer one writes
+_VERSION = 2  # raised when an older version of this package could not use what a newer one writes
+_CROPS = {
+    "centre": "the largest central part of the RGB image of the shape of image_size, resized to it",
+    "squash": "the RGB image, resized to image_size whatever its shape",
+    "letterbox": "the RGB image, resized to fit into image_size, between stripes of grey (127)",
+}
 
 
 def program_metadata(facts: ModelFacts) -> dict[str, Any]:
     """What a program's user must know: how images are prepared and what the logits mean."""
     return {
-        "version": _VERSION,
+        "version": 1 if facts.crop == "centre" and isinstance(facts.image_size, int) else _VERSION,
         "model": facts.config["model"]["name"],
         "class_names": list(facts.class_names),
-        "image_size": facts.image_size,
+        "image_size": facts.image_size if isinstance(facts.image_size, int) else list(facts.image_size),
+        "crop": facts.crop,
         "mean": list(facts.mean),
         "std": list(facts.std),
         "bit_depth": facts.bit_depth,
-        "preprocessing": "central square of the RGB image, resized to image_size; (pixel / 255 - mean) / std",
+        "preprocessing": f"{_CROPS[facts.crop]}; (pixel / 255 - mean) / std",
     }
+
+
+def _size(value: Any) -> ImageSize:
+    if isinstance(value, list):
+        height, width = value
+        return as_size(int(height), int(width))
+    return int(value)
+
+
+def _crop(value: Any) -> str:
+    if value not in _CROPS:
+        raise ValueError(f"crop={value!r}")
+    return str(value)
 
 
 def facts_of_program(text: str, path: Path) -> ModelFacts:
@@ -41,10 +61,11 @@ def facts_of_program(text: str, path: Path) -> ModelFacts:
         facts = ModelFacts(
             config={},
             class_names=[str(name) for name in content["class_names"]],
-            image_size=int(content["image_size"]),
+            image_size=_size(content["image_size"]),
             mean=tuple(content["mean"]),
             std=tuple(content["std"]),
             bit_depth=content.get("bit_depth"),
+            crop=_crop(content.get("crop", "centre")),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: its metadata is damaged; write it again by `vmoe export --format onnx`") from error

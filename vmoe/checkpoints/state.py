@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vmoe.checkpoints.entry import ENTRY, FORMAT_VERSION, ModelFacts, check_entry, entry_for, facts_of
+from vmoe.checkpoints.entry import ENTRY, PLAIN_VERSION, ModelFacts, check_entry, entry_for, facts_of
 from vmoe.checkpoints.loading import read_without_tensors
 from vmoe.errors import UserError
 
@@ -54,7 +54,7 @@ def put_model(content: dict[str, Any], facts: ModelFacts | None, epochs_done: in
         facts: Of the model; None where they are not known. Then only training goes on from the file.
         epochs_done: Epochs that the model was trained for, unless the run's progress says so.
     """
-    entry = {"version": FORMAT_VERSION} if facts is None else entry_for(facts, epochs_done)
+    entry = {"version": PLAIN_VERSION} if facts is None else entry_for(facts, epochs_done)
     content[ENTRY] = entry | content.get(ENTRY, {})
 
 

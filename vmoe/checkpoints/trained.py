@@ -10,25 +10,27 @@ import torch
 from torch import nn
 
 from vmoe.checkpoints.entry import ModelFacts
+from vmoe.sizes import ImageSize
 
 if TYPE_CHECKING:
     from vmoe.checkpoints.prediction import Picture, Predictions
     from vmoe.progress import Progress
 
-_KNOWN = ("config", "class_names", "image_size", "mean", "std", "bit_depth", "epoch", "step", "path")
+_KNOWN = ("config", "class_names", "image_size", "crop", "mean", "std", "bit_depth", "epoch", "step", "path")
 
 
 class TrainedModel(nn.Module):
     """A trained model: timm's own model, which also knows its classes and how its images are prepared.
 
     It is the very model that timm builds, in evaluation mode: `model(images)` gives logits (B, classes) for prepared
-    images (B, 3, image_size, image_size), and its layers, its `state_dict()` and timm's methods have their usual names.
+    images (B, 3, height, width), and its layers, its `state_dict()` and timm's methods have their usual names.
 
     Attributes:
         config: The run's whole config as plain types: seed, output_dir, data, model, moe, optim, trainer. Of a model
             that a folder or a hub described, `model` has timm's own name and all arguments.
         class_names: Name of each class, in the order of the logits.
-        image_size: Side of the square images it was trained on, in pixels.
+        image_size: Side of the square images it was trained on, in pixels, or (height, width).
+        crop: How pictures of another shape are fitted to that: "centre", "squash" or "letterbox".
         mean: Mean of each channel that images are normalised with, for pixels in [0, 1].
         std: Standard deviation of each channel, for the same.
         epoch: Number of finished epochs.
@@ -40,7 +42,8 @@ class TrainedModel(nn.Module):
 
     config: dict[str, Any]
     class_names: list[str]
-    image_size: int
+    image_size: ImageSize
+    crop: str
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     epoch: int
@@ -93,7 +96,9 @@ class TrainedModel(nn.Module):
     @property
     def facts(self) -> ModelFacts:
         """What a file must tell of this model."""
-        return ModelFacts(self.config, self.class_names, self.image_size, self.mean, self.std, self.bit_depth)
+        return ModelFacts(
+            self.config, self.class_names, self.image_size, self.mean, self.std, self.bit_depth, crop=self.crop
+        )
 
     def with_facts_for(self, other: nn.Module, class_names: list[str] | None = None) -> "TrainedModel":
         """Makes another model, in place, know what this one knows.
@@ -115,7 +120,7 @@ def as_trained(model: nn.Module, facts: ModelFacts, *, epoch: int, step: int, pa
     """Makes a model, in place, a `TrainedModel`.
 
     Args:
-        model: Any model of images (B, 3, image_size, image_size) to logits (B, classes).
+        model: Any model of images (B, 3, height, width) to logits (B, classes).
         facts: Of the model.
         epoch: Number of finished epochs.
         step: Number of updates.

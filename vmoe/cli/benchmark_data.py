@@ -17,6 +17,7 @@ from vmoe.cli.benchmark_jobs import Results
 from vmoe.cli.train_options import parse
 from vmoe.data import Batch, DataConfig, ImageDataModule
 from vmoe.errors import UserError
+from vmoe.sizes import height_and_width
 from vmoe.training.config import TrainConfig
 
 
@@ -117,7 +118,7 @@ def _config_training(
     size, classes, batch = module.image_size, module.num_classes, config.data.batch_size
     with device:
         model = build_model(config.model.name, config.model.kwargs, config.moe, classes, size)
-        synthetic = Batch(torch.randn(batch, 3, size, size), torch.randint(classes, (batch,)), [])
+        synthetic = Batch(torch.randn(batch, 3, *height_and_width(size)), torch.randint(classes, (batch,)), [])
     dtype = AUTOCAST_DTYPES[config.trainer.precision]
     return TrainingStep(model, device, dtype, config.trainer.compile, graphed), synthetic
 

@@ -170,7 +170,7 @@ def _ensemble(first: "TrainedModel", others: "list[TrainedModel]") -> "TrainedMo
 
     members = [first.model]
     for other in others:
-        for name in ("image_size", "mean", "std"):
+        for name in ("image_size", "crop", "mean", "std"):
             if getattr(other, name) != getattr(first, name):
                 raise UserError(f"--ensemble-with {other.path}: has other {name.replace('_', ' ')} than {first.path}")
         outputs = same_outputs(other.class_names, first.class_names)

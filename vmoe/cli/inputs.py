@@ -184,7 +184,7 @@ def load_files(
         raise none_readable(damaged)
     say_left_out(damaged, count)
     shuffled = [paths[place] for place in np.random.default_rng(options.seed).permutation(len(paths))]
-    images = UnlabelledImages(shuffled, config.image_size, config.mean, config.std, depth)
+    images = UnlabelledImages(shuffled, config.image_size, config.mean, config.std, depth, config.crop)
     size = config.eval_batch_size or config.batch_size
     return ImageLoader(images, workers=config.workers, batch_size=size), shuffled
 

@@ -14,9 +14,12 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from vmoe.data.config import AugmentConfig, Colour
+from vmoe.data.config import AugmentConfig, Colour, Crop
 from vmoe.data.images import eval_crop
 from vmoe.data.presets import AugmentSteps, resolve
+from vmoe.sizes import ImageSize, as_size, height_and_width
+
+_ASPECT = (3 / 4, 4 / 3)  # of a crop by scale, beside the results' own
 
 
 class Augmenter:
@@ -26,19 +29,29 @@ class Augmenter:
 
     Args:
         config: preset and its parameters. A warning names a parameter that the preset does not use.
-        image_size: side of the results in pixels.
+        image_size: side of the results in pixels, or (height, width).
         mean: of the channels, in [0, 1]: the colour that fills what is cut out or moved in from outside.
         flip: probability of a horizontal flip where the config leaves it to the data set.
         seed: not negative.
+        crop: how images of another shape are fitted, as in `DataConfig`.
     """
 
-    def __init__(self, config: AugmentConfig, image_size: int, mean: Colour, flip: float, seed: int) -> None:
-        self.image_size = image_size
+    def __init__(
+        self,
+        config: AugmentConfig,
+        image_size: ImageSize,
+        mean: Colour,
+        flip: float,
+        seed: int,
+        crop: Crop = "centre",
+    ) -> None:
+        self.image_size, self.crop = image_size, crop
         self.seed = seed
+        self._sides = height_and_width(image_size)
         steps = resolve(config, image_size, flip)
         self._crops_by_scale = steps.crop_scale is not None
         fill = tuple(round(255 * value) for value in mean)
-        transforms = _crop_and_flip(steps, image_size) + _colour_and_erase(steps, fill)
+        transforms = _crop_and_flip(steps, self._sides) + _colour_and_erase(steps, fill)
         self._transform = A.Compose(transforms, is_check_shapes=False) if transforms else None
         self._share_generators()
 
@@ -64,10 +77,12 @@ class Augmenter:
             index: of the image in its set.
 
         Returns:
-            (image_size, image_size, 3) uint8.
+            (height, width, 3) uint8.
         """
         if not self._crops_by_scale:
-            image = eval_crop(image, self.image_size)
+            image = eval_crop(image, self.image_size, self.crop)
+        elif self.crop != "centre":  # the shape is changed first, with some pixels to spare for the crop
+            image = eval_crop(image, as_size(*(round(side * 8 / 7) for side in self._sides)), self.crop)
         if self._transform is None:
             return image
         self._random.seed(self.seed << 128 | epoch << 64 | index)
@@ -76,13 +91,14 @@ class Augmenter:
         return self._transform(image=image)["image"]
 
 
-def _crop_and_flip(steps: AugmentSteps, image_size: int) -> list[A.BasicTransform]:
-    size = (image_size, image_size)
+def _crop_and_flip(steps: AugmentSteps, size: tuple[int, int]) -> list[A.BasicTransform]:
+    height, width = size
     transforms: list[A.BasicTransform] = []
     if steps.crop_scale is not None:
-        transforms = [A.RandomResizedCrop(size=size, scale=steps.crop_scale, area_for_downscale="image")]
+        ratio = tuple(each * (width / height) for each in _ASPECT)
+        transforms = [A.RandomResizedCrop(size=size, scale=steps.crop_scale, ratio=ratio, area_for_downscale="image")]
     elif steps.crop_padding is not None:
-        transforms = [A.Pad(padding=steps.crop_padding), A.RandomCrop(*size)]
+        transforms = [A.Pad(padding=steps.crop_padding), A.RandomCrop(height, width)]
     return [*transforms, A.HorizontalFlip(p=steps.flip)] if steps.flip else transforms
 
 

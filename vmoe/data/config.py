@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from vmoe.config_values import from_plain, to_plain
 from vmoe.data.addresses import folder_of, is_address
 from vmoe.errors import UserError
+from vmoe.sizes import as_size
 
 SetName = Literal[
     "digits",
@@ -31,6 +32,7 @@ NAMED_SETS = (*EMBEDDED_SETS, "cifar10", "cifar100", "imagenette", "imagenet")  
 _FILE_SETS = {".npz": "npz", ".csv": "table", ".tsv": "table", ".parquet": "table"}  # by the ending of their file
 Preset = Literal["none", "light", "strong"]
 Pipeline = Literal["workers", "device"]
+Crop = Literal["centre", "squash", "letterbox"]
 SamplerName = Literal["shuffle", "class_balanced"]
 Colour = tuple[float, float, float]
 
@@ -260,7 +262,11 @@ class DataConfig:
             "webdataset" also an address of fsspec, such as s3://BUCKET/FOLDER or https://HOST/{train,val}-{00..12}.tar;
             for "table" the table itself, and for "npz" the file with train_x, train_y, test_x, test_y.
         table: with "table" and "huggingface", the columns to read.
-        image_size: side in pixels of the square images given to the model. None: the data set's own.
+        image_size: side in pixels of the square images given to the model, or [height, width]. None: the data
+            set's own.
+        crop: how pictures of another shape are fitted to the image size: "centre" cuts out the largest central part,
+            "squash" changes their shape, and "letterbox" keeps all of them between stripes of grey. Crops by scale cut
+            from what comes of it, at 8/7 of the image size; with "centre" they cut from the picture itself.
         bit_depth: how many bits the values of image files with more than 8 bits per channel use, such as 12 of 16,
             where the files do not say it themselves: white is 2**bit_depth - 1; 1 for fractions from 0 to 1. None:
             measured on a sample of the training images.
@@ -297,7 +303,8 @@ class DataConfig:
     name: SetName = "digits"
     root: str = "data"
     table: TableConfig = field(default_factory=TableConfig)
-    image_size: int | None = None
+    image_size: int | tuple[int, int] | None = None
+    crop: Crop = "centre"
     bit_depth: int | None = None
     batch_size: int = 128
     repeat: int = 1
@@ -327,8 +334,8 @@ class DataConfig:
         _check_range("shards_at_once", self.shards_at_once, 1, 1_000_000)
         _check_range("workers", self.workers, 0, 256)
         _check_range("split_seed", self.split_seed, 0, 2**32 - 1)
-        if self.image_size is not None:
-            _check_range("image_size", self.image_size, 1, 4096)
+        _check_choice("crop", self.crop, get_args(Crop))
+        self._check_image_size()
         if self.bit_depth is not None:
             _check_range("bit_depth", self.bit_depth, 1, 32)
         if self.images is not None:
@@ -370,6 +377,23 @@ class DataConfig:
                 "count; leave mix.until at 1"
             )
 
+    def _check_image_size(self) -> None:
+        if self.image_size is None:
+            return
+        if isinstance(self.image_size, int):
+            _check_range("image_size", self.image_size, 1, 4096)
+            return
+        if len(self.image_size) != 2:
+            raise ValueError(f"image_size={list(self.image_size)}: must be one number, or two: height and width")
+        for side in self.image_size:
+            _check_range("image_size", side, 1, 4096)
+        object.__setattr__(self, "image_size", as_size(*self.image_size))
+        if self.pipeline == "device" and not isinstance(self.image_size, int):
+            raise ValueError(
+                f"image_size={list(self.image_size)}: pipeline=device makes square images; give one number, or "
+                "pipeline=workers"
+            )
+
     def _check_fractals(self) -> None:
         if self.name != "fractals":
             if self.images is not None:
@@ -387,6 +411,8 @@ class DataConfig:
                 "subset: is not for data.name=fractals; data.images and data.fractals.classes say how much there is"
             )
         if self.image_size is not None:
+            if not isinstance(self.image_size, int):
+                raise ValueError(f"image_size={list(self.image_size)}: fractals are square; give one number")
             _check_range("image_size", self.image_size, 8, 512)
 
 

@@ -39,6 +39,7 @@ from vmoe.data.samplers import Blocks, EpochBatchSampler
 from vmoe.data.shards import ShardedImages
 from vmoe.data.sharing import FilledLoader, OrderedLoader, part_of_batches
 from vmoe.errors import UserError
+from vmoe.sizes import ImageSize, size_text
 
 EvalLoader = ImageLoader | ResidentEvalLoader | FilledLoader
 _AFTER_SETUP = {
@@ -81,7 +82,7 @@ class ImageDataModule(LightningDataModule):
         class_names: their names, in the order of the labels.
         patch_names: names of what patches show, where that is known; else None.
         notes: lines to say about the set, such as what was passed over in its folders.
-        image_size: side of the images in pixels.
+        image_size: side of the images in pixels, or (height, width).
         bit_depth: of files with more than 8 bits per channel, as given or measured; None where none was found.
         mean: of the channels in [0, 1], as used.
         std: of the channels, as used.
@@ -177,7 +178,7 @@ class ImageDataModule(LightningDataModule):
         self.num_classes = len(self.class_names)
         self.patch_names = self._splits.patch_names
         self.notes = list(self._splits.notes)
-        self.image_size: int = config.image_size or defaults.image_size or self._splits.image_size
+        self.image_size: ImageSize = config.image_size or defaults.image_size or self._splits.image_size
         self.bit_depth = self._splits.bit_depth
         self.mean: Colour = tuple(config.mean or defaults.mean)
         self.std: Colour = tuple(config.std or defaults.std)
@@ -207,7 +208,9 @@ class ImageDataModule(LightningDataModule):
         )
         self._mixer = make_mixer(config.mix, self.num_classes, self.seed, self.device)
         if config.pipeline == "workers":
-            self._augmenter = Augmenter(config.augment, self.image_size, self.mean, defaults.flip, self.seed)
+            self._augmenter = Augmenter(
+                config.augment, self.image_size, self.mean, defaults.flip, self.seed, config.crop
+            )
             return
         self._batch_augmenter = BatchAugmenter(
             config.augment, self.image_size, self.mean, self.std, defaults.flip, self.seed, self.device
@@ -236,7 +239,7 @@ class ImageDataModule(LightningDataModule):
             most: how many; a random choice by the seed alone.
 
         Returns:
-            (S, S, 3) uint8 each.
+            (height, width, 3) uint8 each.
         """
         train = self._splits.train
         chosen = np.random.default_rng([self.seed, label]).permutation(np.flatnonzero(train.labels == label))[:most]
@@ -311,7 +314,7 @@ class ImageDataModule(LightningDataModule):
         train = self._splits.train
         if not len(train):
             raise UserError(f"data.root={self.config.root}: there are no training images, which this needs")
-        dataset = UnvariedTrainImages(train, self.image_size, self.mean, self.std)
+        dataset = UnvariedTrainImages(train, self.image_size, self.mean, self.std, self.config.crop)
         sample = np.sort(np.random.default_rng(self.config.split_seed).permutation(len(dataset))[:most])
         if self.config.pipeline == "device" and is_made(train):  # one at a time would take long
             resident = self._made_resident(train.take(sample), "train")
@@ -320,7 +323,12 @@ class ImageDataModule(LightningDataModule):
 
     def corrupted_dataloader(self, split: str, name: str, severity: int) -> EvalLoader:
         """The "val" or "test" split in order, corrupted (see `vmoe.data.corruptions`), by `config.split_seed` alone."""
-        images, how = self._images(split), (name, severity, self.config.split_seed)
+        if not isinstance(self.image_size, int):
+            raise UserError(
+                f"corruptions: are made for square images, and these are {size_text(self.image_size)}; measure a model "
+                "of square images"
+            )
+        images, how = self._images(split), (name, severity, self.config.split_seed, self.config.crop)
         dataset = CorruptedImages(images, self.image_size, self.mean, self.std, *how)
         return self._in_parts(list(range(len(images))), lambda order: self._image_loader(dataset, order))
 
@@ -335,7 +343,7 @@ class ImageDataModule(LightningDataModule):
         if self.config.pipeline == "device":
             resident = self._on_device(split)
             return self._in_parts(order, lambda own: self._resident_loader(resident, own))
-        dataset = EvalImages(images, self.image_size, self.mean, self.std)
+        dataset = EvalImages(images, self.image_size, self.mean, self.std, self.config.crop)
         return self._in_parts(order, lambda own: self._image_loader(dataset, own))
 
     def _resident_loader(self, images: ResidentImages, order: list[int]) -> ResidentEvalLoader:
@@ -364,7 +372,7 @@ class ImageDataModule(LightningDataModule):
         return self._resident[split]
 
     def _made_resident(self, images: ImageSet, split: str) -> ResidentImages:
-        where = (self._sides[split], self.device, self.config.workers)
+        where = (self._sides[split], self.device, self.config.workers, self.config.crop)
         return make_resident(images, *where, replace_damaged=split == "train")
 
     def _images(self, split: str) -> ImageSet:

@@ -9,15 +9,18 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 from PIL import Image, ImageOps
 
+from vmoe.data.config import Crop
 from vmoe.data.deep_images import ALL_OF_16, deep_image, over_white, raw_mode
 from vmoe.data.image_files import require_regular
-from vmoe.data.resizing import resize_square
+from vmoe.data.resizing import resize
 from vmoe.errors import UserError
 from vmoe.extras import MissingExtraError
+from vmoe.sizes import ImageSize, height_and_width
 
 if TYPE_CHECKING:  # the process of `vmoe serve` that decodes uploads does without torch
     import torch
 
+_BESIDE = 127  # what is beside a picture in a letterbox
 _MODES_WITH_ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
 _SPREAD = {"L;2": 85, "L;4": 17}  # gray of 2 and 4 bits: levels of 8 bits per level
 
@@ -112,32 +115,34 @@ def to_pixels(picture: "str | Path | Image.Image | np.ndarray", bit_depth: int |
 
 def prepare_image(
     picture: "str | Path | Image.Image | np.ndarray",
-    image_size: int,
+    image_size: ImageSize,
     mean: Sequence[float],
     std: Sequence[float],
     bit_depth: int | None = None,
+    crop: Crop = "centre",
 ) -> "torch.Tensor":
     """Prepares a picture for a model, as evaluation, `predict` and every tool do it.
 
-    The picture becomes upright RGB, its central square is resized to the image size (area averages down, bilinear up),
+    The picture becomes upright RGB, it is fitted to the image size as `crop` says (area averages down, bilinear up),
     and each channel is normalised: (pixel / 255 - mean) / std.
 
     Args:
         picture: the path of an image file, an image of Pillow, or an array (height, width, 3), or (height, width) for
             gray, uint8.
-        image_size: side of the square in pixels, such as `model.image_size`.
+        image_size: side of the square in pixels, or (height, width), such as `model.image_size`.
         mean: of the three channels, in [0, 1], such as `model.mean`.
         std: of the three channels, in [0, 1], such as `model.std`.
         bit_depth: how many bits the values of a picture with more than 8 bits per channel use, where its file does not
             say so: white is 2**bit_depth - 1. None: all that is stored.
+        crop: how it is fitted, such as `model.crop`; see `eval_crop`.
 
     Returns:
-        (3, image_size, image_size) float32.
+        (3, height, width) float32.
 
     Raises:
         UserError: the picture is of no such kind, or it cannot be read.
     """
-    return normalise([eval_crop(to_pixels(picture, bit_depth), image_size)], mean, std)[0]
+    return normalise([eval_crop(to_pixels(picture, bit_depth), image_size, crop)], mean, std)[0]
 
 
 def _to_rgb(image: Image.Image, stored: str) -> np.ndarray:
@@ -149,23 +154,42 @@ def _to_rgb(image: Image.Image, stored: str) -> np.ndarray:
     return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
-def eval_crop(image: np.ndarray, image_size: int) -> np.ndarray:
-    """The picture a model sees in evaluation: the central square, resized to the image size.
+def eval_crop(image: np.ndarray, image_size: ImageSize, crop: Crop = "centre") -> np.ndarray:
+    """The picture a model sees in evaluation: fitted to the image size.
 
-    The same as resizing the short side to `image_size` and cropping the centre, without the detour over a large image.
+    With "centre" this is the same as resizing the picture until it covers the image size and cropping the centre,
+    without the detour over a large image.
 
     Args:
-        image: (H, W, 3) uint8.
-        image_size: side of the result in pixels.
+        image: (H, W, C) uint8.
+        image_size: side of the result in pixels, or (height, width).
+        crop: "centre" cuts out the largest central part of the result's shape, "squash" changes the picture's shape,
+            and "letterbox" keeps all of it, between stripes of middle grey.
 
     Returns:
-        (image_size, image_size, 3) uint8; `image` itself where it has that size.
+        (height, width, C) uint8; `image` itself where it has that size.
     """
-    height, width = image.shape[:2]
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    square = image[top : top + side, left : left + side]
-    return square if side == image_size else resize_square(square, image_size)
+    height, width = height_and_width(image_size)
+    rows, columns = image.shape[:2]
+    if crop == "squash":
+        return resize(image, height, width)
+    if crop == "letterbox":
+        return _letterbox(image, height, width)
+    cut_rows = min(rows, max(1, columns * height // width))
+    cut_columns = min(columns, max(1, rows * width // height))
+    top, left = (rows - cut_rows) // 2, (columns - cut_columns) // 2
+    return resize(image[top : top + cut_rows, left : left + cut_columns], height, width)
+
+
+def _letterbox(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    scale = min(height / image.shape[0], width / image.shape[1])
+    rows, columns = (max(1, round(side * scale)) for side in image.shape[:2])
+    if (rows, columns) == (height, width):
+        return resize(image, height, width)
+    frame = np.full((height, width, image.shape[2]), _BESIDE, np.uint8)
+    top, left = (height - rows) // 2, (width - columns) // 2
+    frame[top : top + rows, left : left + columns] = resize(image, rows, columns)
+    return frame
 
 
 def normalise(images: Sequence[np.ndarray], mean: Sequence[float], std: Sequence[float]) -> "torch.Tensor":
@@ -188,15 +212,15 @@ def normalise(images: Sequence[np.ndarray], mean: Sequence[float], std: Sequence
 
 
 def eval_transform(
-    image_size: int, mean: Sequence[float], std: Sequence[float]
+    image_size: ImageSize, mean: Sequence[float], std: Sequence[float], crop: Crop = "centre"
 ) -> "Callable[[np.ndarray], torch.Tensor]":
     """What evaluation does to an image: `eval_crop`, then `normalise`.
 
     Returns:
-        A function from (H, W, 3) uint8 to (3, image_size, image_size) float32.
+        A function from (H, W, 3) uint8 to (3, height, width) float32.
     """
 
     def transform(image: np.ndarray) -> "torch.Tensor":
-        return normalise([eval_crop(image, image_size)], mean, std)[0]
+        return normalise([eval_crop(image, image_size, crop)], mean, std)[0]
 
     return transform

@@ -13,12 +13,13 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from vmoe.data.addresses import UnreachableError
 from vmoe.data.augment import Augmenter
-from vmoe.data.config import Colour
+from vmoe.data.config import Colour, Crop
 from vmoe.data.corruptions import corrupt
 from vmoe.data.datasets import ImageSet
 from vmoe.data.images import eval_crop, load_image, normalise
 from vmoe.data.samplers import Key
 from vmoe.errors import UserError
+from vmoe.sizes import ImageSize
 
 _SMALL_SHARED_MEMORY = (
     "shared memory (/dev/shm) is full, so batches come from the workers through pipes, which is slower; "
@@ -92,13 +93,16 @@ class EvalImages(Dataset):
 
     Args:
         images: a validation or test split.
-        image_size: side in pixels.
+        image_size: side in pixels, or (height, width).
         mean: of the channels.
         std: of the channels.
+        crop: as in `eval_crop`.
     """
 
-    def __init__(self, images: ImageSet, image_size: int, mean: Colour, std: Colour) -> None:
-        self.images, self.image_size, self.mean, self.std = images, image_size, mean, std
+    def __init__(
+        self, images: ImageSet, image_size: ImageSize, mean: Colour, std: Colour, crop: Crop = "centre"
+    ) -> None:
+        self.images, self.image_size, self.mean, self.std, self.crop = images, image_size, mean, std, crop
 
     def __len__(self) -> int:
         return len(self.images)
@@ -111,7 +115,7 @@ class EvalImages(Dataset):
 
     def picture(self, index: int) -> np.ndarray:
         """Image `index`, (H, W, 3) uint8, before it is normalised."""
-        return eval_crop(self.images.read(index), self.image_size)
+        return eval_crop(self.images.read(index), self.image_size, self.crop)
 
 
 class CorruptedImages(EvalImages):
@@ -125,12 +129,21 @@ class CorruptedImages(EvalImages):
         name: a key of `vmoe.data.corruptions.CORRUPTIONS`.
         severity: 1 to 5.
         seed: of the corruption.
+        crop: as in `eval_crop`.
     """
 
     def __init__(
-        self, images: ImageSet, image_size: int, mean: Colour, std: Colour, name: str, severity: int, seed: int
+        self,
+        images: ImageSet,
+        image_size: int,
+        mean: Colour,
+        std: Colour,
+        name: str,
+        severity: int,
+        seed: int,
+        crop: Crop = "centre",
     ) -> None:
-        super().__init__(images, image_size, mean, std)
+        super().__init__(images, image_size, mean, std, crop)
         self.name, self.severity, self.seed = name, severity, seed
 
     def picture(self, index: int) -> np.ndarray:
@@ -152,7 +165,7 @@ class UnvariedTrainImages(EvalImages):
         pictures, labels, damaged = [], [], []
         for index in indices:
             image, index = read_or_next(self.images, index, damaged)
-            pictures.append(eval_crop(image, self.image_size))
+            pictures.append(eval_crop(image, self.image_size, self.crop))
             labels.append(self.images.labels[index])
         return Batch(normalise(pictures, self.mean, self.std), torch.from_numpy(np.array(labels)), damaged)
 
@@ -162,29 +175,33 @@ class UnlabelledImages(Dataset):
 
     Args:
         paths: of the files.
-        image_size: side in pixels.
+        image_size: side in pixels, or (height, width).
         mean: of the channels.
         std: of the channels.
         bit_depth: of files with more than 8 bits per channel, as in `load_image`.
+        crop: as in `eval_crop`.
     """
 
     def __init__(
         self,
         paths: Sequence[str | Path],
-        image_size: int,
+        image_size: ImageSize,
         mean: Colour,
         std: Colour,
         bit_depth: int | None = None,
+        crop: Crop = "centre",
     ) -> None:
         self.paths, self.image_size, self.mean, self.std = paths, image_size, mean, std
-        self.bit_depth = bit_depth
+        self.bit_depth, self.crop = bit_depth, crop
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitems__(self, indices: list[int]) -> Batch:
         """The batch of these images; its labels are None."""
-        pictures = [eval_crop(load_image(self.paths[index], self.bit_depth), self.image_size) for index in indices]
+        pictures = [
+            eval_crop(load_image(self.paths[index], self.bit_depth), self.image_size, self.crop) for index in indices
+        ]
         return Batch(normalise(pictures, self.mean, self.std), None, [])
 
 

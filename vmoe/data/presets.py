@@ -4,6 +4,7 @@ import warnings
 from typing import Any, NamedTuple
 
 from vmoe.data.config import AugmentConfig
+from vmoe.sizes import ImageSize, height_and_width
 
 # The values a preset gives to settings left at None; it uses no other settings.
 _PRESETS: dict[str, dict[str, Any]] = {
@@ -45,12 +46,12 @@ class AugmentSteps(NamedTuple):
     erasing: float = 0.0
 
 
-def resolve(config: AugmentConfig, image_size: int, flip: float) -> AugmentSteps:
+def resolve(config: AugmentConfig, image_size: ImageSize, flip: float) -> AugmentSteps:
     """The steps that a config means.
 
     Args:
         config: preset and its parameters. A warning names a parameter that the preset does not use.
-        image_size: side of the results in pixels.
+        image_size: side of the results in pixels, or (height, width).
         flip: probability of a horizontal flip where the config leaves it to the data set.
     """
     settings = dict(_PRESETS[config.preset])
@@ -68,7 +69,8 @@ def resolve(config: AugmentConfig, image_size: int, flip: float) -> AugmentSteps
         return AugmentSteps()
     padding, scale = settings["crop_padding"], settings["crop_scale"]
     if scale is None and padding is None:
-        padding, scale = (image_size // 8, None) if image_size <= _PAD_UP_TO else (None, _CROP_SCALE)
+        sides = height_and_width(image_size)
+        padding, scale = (min(sides) // 8, None) if max(sides) <= _PAD_UP_TO else (None, _CROP_SCALE)
     magnitude = settings.get("randaugment_magnitude", 0)
     return AugmentSteps(
         crop_padding=padding,

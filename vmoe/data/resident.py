@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vmoe.data.batch_augment import BatchAugmenter
-from vmoe.data.config import Colour
+from vmoe.data.config import Colour, Crop
 from vmoe.data.fractals import FractalImages
 from vmoe.data.images import eval_crop
 from vmoe.data.imageset import ImageSet
@@ -101,15 +101,22 @@ def _memory(device: torch.device) -> int:
 
 
 def make_resident(
-    images: ImageSet, side: int, device: torch.device, workers: int, *, replace_damaged: bool
+    images: ImageSet,
+    side: int,
+    device: torch.device,
+    workers: int,
+    crop: Crop = "centre",
+    *,
+    replace_damaged: bool,
 ) -> ResidentImages:
-    """Reads a whole split onto the device, each image as its central square of `side` pixels.
+    """Reads a whole split onto the device, each image as a square of `side` pixels.
 
     Args:
         images: the split.
         side: Q, of the stored images in pixels.
         device: where to.
         workers: processes that read files; what is in memory already needs none.
+        crop: how images become squares, as in `eval_crop`.
         replace_damaged: an image that cannot be read is replaced by the next one of the split; else it is an error.
 
     Raises:
@@ -122,7 +129,7 @@ def make_resident(
     sources: list[int] = []
     damaged: dict[int, list[str]] = {}
     reader = ImageLoader(
-        _Squares(images, side, replace_damaged),
+        _Squares(images, side, replace_damaged, crop),
         workers=workers if images.images.side is None else 0,
         batch_size=_READ_AT_ONCE,
     )
@@ -144,8 +151,8 @@ def make_resident(
 class _Squares(Dataset):
     """Stored images: (b, 3, Q, Q) uint8, the indices they come from, and for each the places that were unreadable."""
 
-    def __init__(self, images: ImageSet, side: int, replace_damaged: bool) -> None:
-        self.images, self.side, self.replace_damaged = images, side, replace_damaged
+    def __init__(self, images: ImageSet, side: int, replace_damaged: bool, crop: Crop) -> None:
+        self.images, self.side, self.replace_damaged, self.crop = images, side, replace_damaged, crop
 
     def __len__(self) -> int:
         return len(self.images)
@@ -158,7 +165,7 @@ class _Squares(Dataset):
                 image, index = read_or_next(self.images, index, damaged)
             else:
                 image = self.images.read(index)
-            squares.append(torch.tensor(eval_crop(image, self.side)).permute(2, 0, 1))
+            squares.append(torch.tensor(eval_crop(image, self.side, self.crop)).permute(2, 0, 1))
             sources.append(index)
             places.append(damaged)
         return torch.stack(squares), sources, places

@@ -1,10 +1,11 @@
-"""Resizing a square picture as OpenCV does, to the last bit: by OpenCV where it is installed, else by NumPy.
+"""Resizing a picture as OpenCV does, to the last bit: by OpenCV where it is installed, else by NumPy.
 
 OpenCV comes with the extra `train`. Without it a prediction takes longer, and its numbers are the same. The tests
 compare both.
 """
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,36 +17,46 @@ except ModuleNotFoundError:
 _ONE = 2048  # the weights of bilinear interpolation are multiples of 1 / 2048
 
 
-def resize_square(square: np.ndarray, size: int) -> np.ndarray:
-    """Resizes a square picture: area averages down, bilinear up.
+def resize(picture: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Resizes a picture: area averages down, bilinear up.
 
-    Averages of areas avoid aliasing when a picture shrinks. When it grows, they would give blocks.
+    Averages of areas avoid aliasing when a picture shrinks. When it grows, they would give blocks. Where it shrinks
+    along one side and grows along the other, it shrinks first.
 
     Args:
-        square: (S, S, 3) uint8.
-        size: S of the result.
+        picture: (H, W, C) uint8.
+        height: of the result in pixels.
+        width: of the result in pixels.
 
     Returns:
-        (size, size, 3) uint8.
+        (height, width, C) uint8; `picture` itself where it has that size.
     """
-    shrinks = len(square) > size
+    rows, columns = picture.shape[:2]
+    if (rows > height) != (columns > width) and rows != height and columns != width:
+        picture = resize(picture, min(rows, height), min(columns, width))
+        rows, columns = picture.shape[:2]
+    if (rows, columns) == (height, width):
+        return picture
+    shrinks = rows > height or columns > width
     if cv2 is not None:
-        return cv2.resize(square, (size, size), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
-    return shrink_by_area(square, size) if shrinks else grow_bilinearly(square, size)
+        how = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+        return cv2.resize(picture, (width, height), interpolation=how).reshape(height, width, -1)
+    return shrink_by_area(picture, height, width) if shrinks else grow_bilinearly(picture, height, width)
 
 
-def shrink_by_area(square: np.ndarray, size: int) -> np.ndarray:
-    """What OpenCV's INTER_AREA gives; arguments and result as in `resize_square`."""
-    if len(square) % size == 0:
-        factor = len(square) // size
-        cells = square.reshape(size, factor, size, factor, 3)
+def shrink_by_area(picture: np.ndarray, height: int, width: int) -> np.ndarray:
+    """What OpenCV's INTER_AREA gives; arguments and result as in `resize`."""
+    rows, columns = picture.shape[:2]
+    if rows % height == 0 and columns % width == 0:
+        down, across = rows // height, columns // width
+        cells = picture.reshape(height, down, width, across, -1)
         sums = cells.sum(1, dtype=np.int32).sum(2)
-        if factor == 2:  # OpenCV rounds halves up here, and to even values elsewhere
+        if down == across == 2:  # OpenCV rounds halves up here, and to even values elsewhere
             return ((sums + 2) >> 2).astype(np.uint8)
-        return np.rint(sums.astype(np.float32) * np.float32(1 / factor**2)).astype(np.uint8)
-    columns = np.ascontiguousarray(square.swapaxes(0, 1)).astype(np.float32)
-    rows = np.ascontiguousarray(_average_cells(columns, size).swapaxes(0, 1))
-    return np.clip(np.rint(_average_cells(rows, size)), 0, 255).astype(np.uint8)
+        return np.rint(sums.astype(np.float32) * np.float32(1 / (down * across))).astype(np.uint8)
+    turned = np.ascontiguousarray(picture.swapaxes(0, 1)).astype(np.float32)
+    narrow = np.ascontiguousarray(_average_cells(turned, width).swapaxes(0, 1))
+    return np.clip(np.rint(_average_cells(narrow, height)), 0, 255).astype(np.uint8)
 
 
 def _average_cells(lines: np.ndarray, size: int) -> np.ndarray:
@@ -74,18 +85,32 @@ def _average_cells(lines: np.ndarray, size: int) -> np.ndarray:
     return result
 
 
-def grow_bilinearly(square: np.ndarray, size: int) -> np.ndarray:
-    """What OpenCV's INTER_LINEAR gives, which computes in whole numbers; arguments and result as in `resize_square`."""
-    length = len(square)
-    places = ((np.arange(size) + 0.5) * (length / size) - 0.5).astype(np.float32)
-    before = np.floor(places).astype(np.int64)
-    shares = places - before.astype(np.float32)
-    far, near = (np.rint(each * _ONE).astype(np.int32) for each in (shares, 1 - shares))
-    is_outside = (before < 0) | (before >= length - 1)  # there OpenCV takes the outermost column alone, but both rows
-    first, second = np.clip(before, 0, length - 1), np.clip(before + 1, 0, length - 1)
-    pixels = square.astype(np.int32)
-    lines = pixels[:, first] * np.where(is_outside, _ONE, near)[:, None]
-    lines += pixels[:, second] * np.where(is_outside, 0, far)[:, None]
+def grow_bilinearly(picture: np.ndarray, height: int, width: int) -> np.ndarray:
+    """What OpenCV's INTER_LINEAR gives, which computes in whole numbers; arguments and result as in `resize`."""
+    rows, columns = _Neighbours.of(picture.shape[0], height), _Neighbours.of(picture.shape[1], width)
+    pixels = picture.astype(np.int32)
+    # At its edges OpenCV takes the outermost column alone, but both rows
+    lines = pixels[:, columns.first] * np.where(columns.is_outside, _ONE, columns.near)[:, None]
+    lines += pixels[:, columns.second] * np.where(columns.is_outside, 0, columns.far)[:, None]
     lines >>= 4
-    sums = (lines[first] * near[:, None, None] >> 16) + (lines[second] * far[:, None, None] >> 16)
+    sums = (lines[rows.first] * rows.near[:, None, None] >> 16) + (lines[rows.second] * rows.far[:, None, None] >> 16)
     return np.clip((sums + 2) >> 2, 0, 255).astype(np.uint8)
+
+
+class _Neighbours(NamedTuple):
+    """Between which two lines each line of a grown picture lies, (size,) each, and their weights."""
+
+    first: np.ndarray
+    second: np.ndarray
+    near: np.ndarray
+    far: np.ndarray
+    is_outside: np.ndarray
+
+    @classmethod
+    def of(cls, length: int, size: int) -> "_Neighbours":
+        places = ((np.arange(size) + 0.5) * (length / size) - 0.5).astype(np.float32)
+        before = np.floor(places).astype(np.int64)
+        shares = places - before.astype(np.float32)
+        far, near = (np.rint(each * _ONE).astype(np.int32) for each in (shares, 1 - shares))
+        is_outside = (before < 0) | (before >= length - 1)
+        return cls(np.clip(before, 0, length - 1), np.clip(before + 1, 0, length - 1), near, far, is_outside)

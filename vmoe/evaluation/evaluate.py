@@ -210,7 +210,7 @@ def data_for(
             changes = {"bit_depth": model.bit_depth} | changes
     if root is not None:
         changes["root"] = str(root)
-    fixed = {"image_size": model.image_size, "mean": model.mean, "std": model.std}
+    fixed = {"image_size": model.image_size, "crop": model.crop, "mean": model.mean, "std": model.std}
     try:
         return dataclasses.replace(config, pipeline="workers", **fixed, **changes)
     except ValueError as error:
@@ -230,6 +230,7 @@ def trained_on(model: TrainedModel, name: str | None = None) -> DataConfig:
     return dataclasses.replace(
         from_plain(DataConfig, plain, f"{model.path}: data."),
         image_size=model.image_size,
+        crop=model.crop,
         mean=model.mean,
         std=model.std,
     )

@@ -14,6 +14,7 @@ from vmoe.explain.heatmap.routed import route_image
 from vmoe.figures.style import Page
 from vmoe.models.cost import count_parameters, flops_per_image
 from vmoe.moe import moe_layers
+from vmoe.sizes import size_text
 from vmoe.text import counted
 from vmoe.version import __version__
 
@@ -27,6 +28,11 @@ _NAMELESS = {
     "npz": "arrays of images",
     "webdataset": "tar shards of images",
 }
+_FITTED = {
+    "centre": "the largest central part of this shape, resized",
+    "squash": "resized, whatever their shape",
+    "letterbox": "resized to fit, between stripes of grey",
+}
 _TEMPLATE = """\
 ---
 {front_matter}
@@ -38,7 +44,7 @@ _TEMPLATE = """\
 
 | | |
 |---|---|
-| images | {size} x {size} pixels, RGB; the central square, resized |
+| images | {size} pixels, RGB; {fitted} |
 | classes | {classes} |
 | parameters | {total:,} in all, {active:,} active for one token |
 | FLOPs an image | {flops:,} (a multiply-add counts 2) |
@@ -98,7 +104,7 @@ _PICTURE = f"""\
 def draw_routing(checkpoint: TrainedModel) -> Page:
     """The card's picture: where a V-MoE sends the patches of a sample photograph."""
     prepared = checkpoint.image_size, checkpoint.mean, checkpoint.std
-    image = route_image(checkpoint.model, load_photograph(_SHOWN), *prepared, PANEL)
+    image = route_image(checkpoint.model, load_photograph(_SHOWN), *prepared, PANEL, checkpoint.crop)
     layers = list(image.layers)
     predicted = f"predicted: {checkpoint.class_names[image.predicted]} ({image.probabilities.max():.0%})"
     if len(layers) == 1:
@@ -127,7 +133,8 @@ def model_card(checkpoint: TrainedModel, source: str | Path, license: str | None
         front_matter=_front_matter(title, data, accuracy, license),
         title=title,
         what=_what(checkpoint),
-        size=checkpoint.image_size,
+        size=size_text(checkpoint.image_size),
+        fitted=_FITTED[checkpoint.crop],
         classes=f"{len(classes)}: {', '.join(classes[:20])}{', ...' if len(classes) > 20 else ''}",
         count=len(classes),
         total=parameters.total,

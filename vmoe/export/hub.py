@@ -23,7 +23,9 @@ from vmoe.export.card import PICTURE, draw_routing, is_untouched, model_card
 from vmoe.files import new_folder, write_json
 from vmoe.models.registry import ON_BACKBONE
 from vmoe.moe import moe_layers
+from vmoe.sizes import height_and_width
 
+_CROP_MODES = {"centre": "center", "squash": "squash", "letterbox": "border"}  # in timm's words
 CONFIG, CARD = "config.json", "README.md"
 
 
@@ -134,7 +136,7 @@ def _write_hub_config(folder: Path, checkpoint: TrainedModel) -> None:
 @torch.no_grad()
 def _require_timm_agrees(model: nn.Module, checkpoint: TrainedModel) -> None:
     """Compares a model's logits, bit for bit, with the checkpoint's, or tells that they differ."""
-    images = torch.randn(2, 3, checkpoint.image_size, checkpoint.image_size)
+    images = torch.randn(2, 3, *height_and_width(checkpoint.image_size))
     if not torch.equal(model(images), checkpoint.model.cpu()(images)):
         raise UserError(f"{checkpoint.path}: timm makes another model of it; its model.kwargs cannot be shared so")
 
@@ -145,12 +147,12 @@ def _pretrained_cfg(checkpoint: TrainedModel) -> dict[str, Any]:
     return {
         "architecture": _timm_name(checkpoint),
         "num_classes": len(checkpoint.class_names),
-        "input_size": (3, checkpoint.image_size, checkpoint.image_size),
+        "input_size": (3, *height_and_width(checkpoint.image_size)),
         "mean": checkpoint.mean,
         "std": checkpoint.std,
         "interpolation": "bilinear",
         "crop_pct": 1.0,
-        "crop_mode": "center",
+        "crop_mode": _CROP_MODES[checkpoint.crop],
         "first_conv": known.get("first_conv"),
         "classifier": known.get("classifier", "head"),
     }

@@ -15,7 +15,7 @@ class Program(nn.Module):
     """An exported program in the place of a model: it gives logits, but does not show its layers.
 
     Args:
-        run: From normalised images (B, 3, image_size, image_size) on the CPU to logits (B, classes).
+        run: From normalised images (B, 3, height, width) on the CPU to logits (B, classes).
     """
 
     def __init__(self, run: ProgramCall) -> None:

@@ -1,6 +1,6 @@
 """A trained model as a program that runs without this project: ONNX, torch.export or AOTInductor.
 
-A program takes normalised images (B, 3, image_size, image_size) float32, any B >= 1, and gives logits (B, classes).
+A program takes normalised images (B, 3, height, width) float32, any B >= 1, and gives logits (B, classes).
 """
 
 import importlib
@@ -27,6 +27,7 @@ from vmoe.export.layer import DenseExportedMoe, ExportedMoe, dense_cost, exporta
 from vmoe.extras import require_extras
 from vmoe.files import folder_for, replace, writing
 from vmoe.moe import moe_layers
+from vmoe.sizes import ImageSize, height_and_width
 from vmoe.version import __version__
 
 SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2", "aoti": ".pt2"}
@@ -91,7 +92,7 @@ def write_program(
 
 
 def convert(
-    file: Path, format: str, model: nn.Module, image_size: int, metadata: dict[str, Any], name: str
+    file: Path, format: str, model: nn.Module, image_size: ImageSize, metadata: dict[str, Any], name: str
 ) -> tuple[dict[str, Any], ProgramCall]:
     """Writes an `exportable_copy` as a program.
 
@@ -99,7 +100,7 @@ def convert(
         file: Where it goes.
         format: A key of `SUFFIXES`.
         model: The copy.
-        image_size: In pixels.
+        image_size: The side in pixels, or (height, width).
         metadata: By `program_metadata`.
         name: What the line of an error begins with.
 
@@ -143,13 +144,13 @@ def require(format: str) -> None:
         raise UserError(f"--format aoti: needs the C++ compiler {compiler}, which is not here; install it, or set CXX")
 
 
-def trace(model: nn.Module, image_size: int, name: str) -> ExportedProgram:
+def trace(model: nn.Module, image_size: ImageSize, name: str) -> ExportedProgram:
     """The program of an `exportable_copy`, with a batch of any size.
 
     Raises:
         UserError: torch.export cannot follow the model; `name` is what the line begins with.
     """
-    images = torch.zeros(2, 3, image_size, image_size)
+    images = torch.zeros(2, 3, *height_and_width(image_size))
     try:
         with quiet():
             return torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
@@ -181,7 +182,7 @@ def load_program(path: str | Path, format: str) -> ProgramCall:
 
 
 @torch.no_grad()
-def compare(run: ProgramCall, model: nn.Module, image_size: int) -> dict[int, float]:
+def compare(run: ProgramCall, model: nn.Module, image_size: ImageSize) -> dict[int, float]:
     """The largest difference of a program's logits from a model's on random images, for each of `BATCHES`."""
     differences = {}
     for batch in BATCHES:
@@ -192,7 +193,7 @@ def compare(run: ProgramCall, model: nn.Module, image_size: int) -> dict[int, fl
 
 
 @torch.no_grad()
-def rounding_error(model: nn.Module, rounded: nn.Module, image_size: int, count: int = 64) -> dict[str, float]:
+def rounding_error(model: nn.Module, rounded: nn.Module, image_size: ImageSize, count: int = 64) -> dict[str, float]:
     """What rounding changes on `count` random images: |difference| / |logits| (2-norms), share of other answers."""
     images = _noise(count, image_size)
     before, after = model(images), rounded(images)
@@ -200,8 +201,8 @@ def rounding_error(model: nn.Module, rounded: nn.Module, image_size: int, count:
     return {"relative_logit_error": float((after - before).norm() / before.norm()), "top1_changed": float(changed)}
 
 
-def _noise(batch: int, image_size: int) -> Tensor:
-    return torch.randn(batch, 3, image_size, image_size, generator=torch.Generator().manual_seed(batch))
+def _noise(batch: int, image_size: ImageSize) -> Tensor:
+    return torch.randn(batch, 3, *height_and_width(image_size), generator=torch.Generator().manual_seed(batch))
 
 
 def write_onnx(

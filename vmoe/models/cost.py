@@ -70,19 +70,20 @@ def flops_per_image(model: nn.Module, image_size: int | tuple[int, int], in_chan
     return image_cost(model, image_size, in_chans).flops
 
 
-def check_training_capacity(model: nn.Module, images: int, image_size: int) -> None:
+def check_training_capacity(model: nn.Module, images: int, image_size: int | tuple[int, int]) -> None:
     """Refuses, before anything is computed, a capacity factor that leaves experts no slot in training.
 
     Args:
         model: Any image model; it is left as it is.
         images: Images per batch.
-        image_size: Pixels, one side of a square.
+        image_size: Pixels, one side of a square or (rows, columns).
 
     Raises:
         CapacityError: It does.
     """
     if any(layer.config.capacity_factor is not None for _, layer in moe_layers(model)):
-        _run_on_meta(model, (images, 3, image_size, image_size), training=True)
+        size = (image_size, image_size) if isinstance(image_size, int) else image_size
+        _run_on_meta(model, (images, 3, *size), training=True)
 
 
 def _run_on_meta(

@@ -3,6 +3,7 @@
 from typing import Any
 
 from vmoe.data.image_files import FORMATS
+from vmoe.sizes import ImageSize, size_text
 from vmoe.version import __version__
 
 _STATUS = {
@@ -24,12 +25,20 @@ _OPTIONS = {
 }
 
 
-def describe_api(classes: list[str], image_size: int, max_bytes: int) -> dict[str, Any]:
+_FITTED = {
+    "centre": "its largest central part of the model's shape is resized to",
+    "squash": "it is resized, whatever its shape, to",
+    "letterbox": "it is resized to fit, between stripes of grey, into",
+}
+
+
+def describe_api(classes: list[str], image_size: ImageSize, crop: str, max_bytes: int) -> dict[str, Any]:
     """An OpenAPI document.
 
     Args:
         classes: Of the model.
-        image_size: Side of its images in pixels.
+        image_size: Side of its images in pixels, or (height, width).
+        crop: How pictures are fitted to that.
         max_bytes: Of a request.
     """
     return {
@@ -37,8 +46,8 @@ def describe_api(classes: list[str], image_size: int, max_bytes: int) -> dict[st
         "info": {
             "title": "vmoe serve",
             "version": __version__,
-            "description": f"Names which of {len(classes):,} classes a picture shows. It has any size: its central "
-            f"square is resized to {image_size} x {image_size} pixels.",
+            "description": f"Names which of {len(classes):,} classes a picture shows. It has any size: "
+            f"{_FITTED[crop]} {size_text(image_size)} pixels.",
         },
         "paths": {
             "/predict": {"post": _predict(classes, max_bytes)},

@@ -26,6 +26,7 @@ from vmoe.export.programs import require
 from vmoe.export.steered import write_steered
 from vmoe.files import new_folder
 from vmoe.palette import NUM_COLOURS, expert_hex
+from vmoe.sizes import size_text
 from vmoe.text import counted
 from vmoe.version import __version__
 
@@ -69,6 +70,11 @@ def write_demo_page(
         raise UserError(f"--out {path}: exists and is no demo page; choose another place")
     require("onnx")
     checkpoint = load_checkpoint(source)
+    if not isinstance(checkpoint.image_size, int) or checkpoint.crop != "centre":
+        raise UserError(
+            f"{source}: the demo page shows central squares, and this model takes {size_text(checkpoint.image_size)} "
+            f"pixels with crop={checkpoint.crop}; serve it by `vmoe serve`"
+        )
     samples = [{"name": name, "content": _sample(pixels, checkpoint.image_size)} for name, pixels in pictures]
     with new_folder(path) as folder:
         with tempfile.TemporaryDirectory() as scratch:

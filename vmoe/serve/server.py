@@ -123,10 +123,10 @@ class _Server(litserve.LitServer):
             raise UserError(about)
         super().verify_worker_status()
         self.model_metadata = {key: about[key] for key in ("classes", "image_size")} | {"vmoe": __version__}
-        prepared = about["image_size"], len(about["classes"]), about["bit_depth"]
+        prepared = about["image_size"], about["crop"], len(about["classes"]), about["bit_depth"]
         self.app.state.uploads = UploadReader(*prepared, about["why_no_routing"])
         self.devices = [about["device"]]  # as /info has it
-        described = describe_api(about["classes"], about["image_size"], self.max_payload_size)
+        described = describe_api(about["classes"], about["image_size"], about["crop"], self.max_payload_size)
         self.app.openapi = lambda: described
         self._when_ready()
 
@@ -207,7 +207,7 @@ def _stop_on_signals() -> None:
 
 
 def _describe(path: Path, model: "TrainedModel") -> dict[str, Any]:
-    """What those who take requests need to know of a model: `classes`, `image_size`, `bit_depth`, `why_no_routing`.
+    """What those who take requests need to know of a model, such as its classes and the size of its images.
 
     Raises:
         UserError: an answer would depend on the other images of its batch.
@@ -223,7 +223,7 @@ def _describe(path: Path, model: "TrainedModel") -> dict[str, Any]:
     silent = None if layers else "a dense model has no experts"
     if isinstance(model, Program):
         silent = "a program does not tell its routing; serve the checkpoint it was made from"
-    described = {"classes": model.class_names, "image_size": model.image_size}
+    described = {"classes": model.class_names, "image_size": model.image_size, "crop": model.crop}
     return described | {"bit_depth": model.bit_depth, "why_no_routing": silent}
 
 
@@ -241,7 +241,7 @@ def _routing_answer(model: "TrainedModel", pixels: "np.ndarray") -> dict[str, An
     """For each MoE layer: the patch grid, each expert's share of the choices, and the first choice of each patch."""
     from vmoe.explain.heatmap.routed import describe_layer, patch_part, route_image
 
-    routed = route_image(model, pixels, model.image_size, model.mean, model.std)
+    routed = route_image(model, pixels, model.image_size, model.mean, model.std, crop=model.crop)
     answer = {}
     for name, layer in routed.layers.items():
         told = describe_layer(layer)

@@ -14,9 +14,11 @@ from PIL import Image
 from starlette.datastructures import UploadFile
 
 from vmoe.data.bit_depth import depth_of_content
+from vmoe.data.config import Crop
 from vmoe.data.image_files import FORMATS
 from vmoe.data.images import decode_image, eval_crop
 from vmoe.errors import UserError
+from vmoe.sizes import ImageSize
 
 MAX_PIXELS = 64_000_000  # about 1 GiB while it is decoded and turned into RGB
 _DECODERS = 4  # images decoded at a time
@@ -29,7 +31,7 @@ class Upload:
     """A checked request.
 
     Attributes:
-        pixels: (image_size, image_size, 3) uint8, the picture as the model sees it.
+        pixels: (height, width, 3) uint8, the picture as the model sees it.
         top: How many classes to name.
         routing: Whether to tell which experts the patches go to.
     """
@@ -43,15 +45,23 @@ class UploadReader:
     """Reads requests; a bad one is answered here, with a status and a line, and never reaches the model.
 
     Args:
-        image_size: Side of the model's input in pixels.
+        image_size: Side of the model's input in pixels, or (height, width).
+        crop: How pictures are fitted to that, as in `eval_crop`.
         classes: How many the model knows.
         bit_depth: Of images with more than 8 bits per channel that do not say it themselves, as in `load_image`.
             None: it is measured on each such image by itself.
         why_no_routing: A line for who asks for the routing of a model that has none to tell; None where it has.
     """
 
-    def __init__(self, image_size: int, classes: int, bit_depth: int | None, why_no_routing: str | None) -> None:
-        self.image_size, self.classes, self.why_no_routing = image_size, classes, why_no_routing
+    def __init__(
+        self,
+        image_size: ImageSize,
+        crop: Crop,
+        classes: int,
+        bit_depth: int | None,
+        why_no_routing: str | None,
+    ) -> None:
+        self.image_size, self.crop, self.classes, self.why_no_routing = image_size, crop, classes, why_no_routing
         self.bit_depth = bit_depth
         self._decoders, self._large_decoder = CapacityLimiter(_DECODERS), CapacityLimiter(1)
 
@@ -74,7 +84,7 @@ class UploadReader:
             bit_depth = depth_of_content(BytesIO(content))
         try:
             image = decode_image(BytesIO(content), "image", tuple(FORMATS), bit_depth)
-            return np.ascontiguousarray(eval_crop(image, self.image_size))
+            return np.ascontiguousarray(eval_crop(image, self.image_size, self.crop))
         except UserError as error:
             raise HTTPException(422, str(error)) from error
 

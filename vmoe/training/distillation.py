@@ -68,6 +68,7 @@ def load_teacher(config: DistillConfig, data: ImageDataModule) -> Teacher | None
         )
     for what, theirs, ours in (
         ("image_size", checkpoint.image_size, data.image_size),
+        ("crop", checkpoint.crop, data.config.crop),
         ("mean", list(checkpoint.mean), list(data.mean)),
         ("std", list(checkpoint.std), list(data.std)),
     ):

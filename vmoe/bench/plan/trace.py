@@ -20,6 +20,7 @@ from torch.utils.flop_counter import flop_registry
 
 from vmoe.bench.plan.fake_kernels import FakeKernels
 from vmoe.moe import auxiliary_loss, moe_layers
+from vmoe.sizes import ImageSize, height_and_width
 
 _ALIGNMENT = 512  # bytes: torch's allocator rounds up to it
 _ALLOCATIONS = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "detach")
@@ -57,7 +58,7 @@ class Trace:
 
 
 def trace_step(
-    model: nn.Module, images: int, image_size: int, dtype: torch.dtype, targets: int | None = None,
+    model: nn.Module, images: int, image_size: ImageSize, dtype: torch.dtype, targets: int | None = None,
     expert_size: int | None = None, like_gpu: bool = True,
 ) -> Trace:  # fmt: skip
     """Traces forward pass, loss with the balance losses, and backward pass.
@@ -65,7 +66,7 @@ def trace_step(
     Args:
         model: On the meta device; its tensors become fake ones, so that it is of no further use.
         images: B, of this process.
-        image_size: Side in pixels.
+        image_size: Side in pixels, or (height, width).
         dtype: Type of autocast; float32 uses none.
         targets: Classes, where targets are a share of each (mixing); None for labels.
         expert_size: Over how many processes the experts are spread; None where a layer has them all.
@@ -76,7 +77,7 @@ def trace_step(
     """
 
     def loss() -> Tensor:
-        batch = torch.empty(images, 3, image_size, image_size)
+        batch = torch.empty(images, 3, *height_and_width(image_size))
         labels = torch.empty(images, dtype=torch.int64) if targets is None else torch.empty(images, targets)
         return F.cross_entropy(model(batch), labels) + auxiliary_loss(model)
 

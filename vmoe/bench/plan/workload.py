@@ -6,6 +6,7 @@ import torch
 
 from vmoe.checkpoints import build_model
 from vmoe.moe import MoeConfig
+from vmoe.sizes import ImageSize
 
 
 class Workload(NamedTuple):
@@ -15,7 +16,7 @@ class Workload(NamedTuple):
     kwargs: dict[str, Any]  # timm's arguments
     moe: MoeConfig | None  # its MoE layers; None for none
     classes: int
-    image_size: int  # side in pixels
+    image_size: ImageSize  # side in pixels, or (height, width)
     batch: int  # images per batch, of all processes
     accumulate: int = 1  # batches per update
     dtype: torch.dtype = torch.bfloat16  # type of autocast; float32 for none

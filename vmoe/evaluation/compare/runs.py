@@ -39,8 +39,8 @@ class Run:
     @property
     def data(self) -> dict[str, Any]:
         """What decides which images it saw and was tested on."""
-        names = ("name", "image_size", "subset", "split_seed", *(["root"] if self._is_named_by_root else []))
-        return {key: self.config["data"].get(key) for key in names}
+        names = ("name", "image_size", "crop", "subset", "split_seed", *(["root"] if self._is_named_by_root else []))
+        return {key: self.config["data"].get(key, "centre" if key == "crop" else None) for key in names}
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -52,6 +52,8 @@ class Run:
         values = {
             key: value for key, value in flatten(self._resolved).items() if key not in others and value is not None
         }
+        if values.get("data.crop") == "centre":  # as all runs had it from before the option came
+            del values["data.crop"]
         if self.config["data"].get("name") != "fractals":  # then its settings have no effect
             values = {key: value for key, value in values.items() if not key.startswith("data.fractals.")}
         if values.get("distill.teacher") is None:  # then nothing else of distillation has an effect

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from vmoe.checkpoints import TrainedModel
 from vmoe.data.config import Colour
 from vmoe.moe import moe_layers
+from vmoe.sizes import ImageSize, height_and_width
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Subject:
         class_names: Names of its classes.
         mean: Mean of the channels in [0, 1], by which images are normalised for it.
         std: Standard deviation of the channels, by which images are normalised for it.
-        image_size: Side of its images in pixels; None where it takes what it is given.
+        image_size: Side of its images in pixels, or (height, width); None where it takes what it is given.
     """
 
     name: str
@@ -30,7 +31,7 @@ class Subject:
     class_names: Sequence[str]
     mean: Colour
     std: Colour
-    image_size: int | None = None
+    image_size: ImageSize | None = None
 
     @classmethod
     def of(cls, checkpoint: TrainedModel, name: str) -> "Subject":
@@ -52,12 +53,12 @@ class Subject:
 
     def as_seen_by(self, other: "Subject", images: Tensor) -> Tensor:
         """Images that are normalised for this model, normalised and resized for another one."""
-        size = other.image_size or images.shape[-1]
-        if (self.mean, self.std, images.shape[-1]) == (other.mean, other.std, size):
+        size = tuple(images.shape[-2:]) if other.image_size is None else height_and_width(other.image_size)
+        if (self.mean, self.std, tuple(images.shape[-2:])) == (other.mean, other.std, size):
             return images
         pixels = self.pixels(images)
-        if size != images.shape[-1]:
-            pixels = F.interpolate(pixels, size=(size, size), mode="bilinear", antialias=True)
+        if size != images.shape[-2:]:
+            pixels = F.interpolate(pixels, size=size, mode="bilinear", antialias=True)
         return (pixels - self._channels(other.mean)) / self._channels(other.std)
 
     def _channels(self, values: Colour) -> Tensor:

@@ -54,7 +54,9 @@ def draw_layer(image: RoutedImage, layer: str, title: str, subtitle: str, footer
     captions = [wrapped(panel.caption, SMALL, width) for panel in panels]
     step = height + 64 + LINE * max(map(len, captions))
     gates = _HEAD_END + step * -(-len(panels) // columns) + 30 * prefix
-    picture = scaled(image.detail, panel_size(routing.grid, (inner + GAP) // _EXPERTS_PER_ROW - GAP))
+    picture = scaled(
+        image.detail, panel_size(routing.grid, (inner + GAP) // _EXPERTS_PER_ROW - GAP, image.detail.shape)
+    )
     below = gates + 56 + -(-num_experts // _EXPERTS_PER_ROW) * (picture.shape[0] + 46)
     page = Page(inner + 2 * MARGIN, below + _legend_height(num_experts) + _footer_height(footer))
     page.heading(title, subtitle)
@@ -75,7 +77,7 @@ def draw_overview(
     image: RoutedImage, layers: Sequence[str], title: str, subtitle: str, footer: Sequence[str] = ()
 ) -> Page:
     """The page of an image: its picture, then the first choices in each layer, in the order of depth."""
-    sizes = [panel_size(image.layers[layer].grid, PANEL) for layer in layers]
+    sizes = [panel_size(image.layers[layer].grid, PANEL, image.detail.shape) for layer in layers]
     height, width = (max(sides) for sides in zip(*sizes, strict=True))
     rows = math.ceil((len(layers) + 1) / 4)
     columns = math.ceil((len(layers) + 1) / rows)  # rows of equal length
@@ -106,12 +108,14 @@ def draw_overview(
 
 def _panels(image: RoutedImage, routing: LayerRouting) -> list[_Panel]:
     """What the upper part of a layer's page shows."""
-    picture = scaled(image.detail, panel_size(routing.grid, PANEL))
+    picture = scaled(image.detail, panel_size(routing.grid, PANEL, image.detail.shape))
     ground = pale(picture)
     num_experts, top_k = routing.gates.shape[-1], routing.chosen.shape[-1]
-    size = image.model_input.shape[0]
-    inset = f"; in the corner the {size} x {size} pixels that it gets" if _has_inset(image) else ""
-    panels = [_Panel("Picture", _with_inset(picture, image), f"What the model sees: the central square{inset}.")]
+    height, width = image.model_input.shape[:2]
+    inset = f"; in the corner the {height} x {width} pixels that it gets" if _has_inset(image) else ""
+    seen = {"centre": "the central square" if height == width else "the central part", "squash": "all, squashed"}
+    caption = f"What the model sees: {seen.get(image.crop, 'all, between stripes of grey')}{inset}."
+    panels = [_Panel("Picture", _with_inset(picture, image), caption)]
     slots = routing.dispatch is not None
     titles = ("Largest share", "Second largest share") if slots else ("First choice", "Second choice")
     gate = "share of its result" if slots else "gate"
@@ -165,20 +169,21 @@ def _expert_maps(page: Page, routing: LayerRouting, picture: np.ndarray, y: int,
 
 
 def _has_inset(image: RoutedImage) -> bool:
-    size = image.model_input.shape[0]
-    return size != image.detail.shape[0] and size <= _INSET_BELOW
+    sides = image.model_input.shape[:2]
+    return sides != image.detail.shape[:2] and max(sides) <= _INSET_BELOW
 
 
 def _with_inset(picture: np.ndarray, image: RoutedImage) -> np.ndarray:
     """The picture, with the model's own small input in its corner where the picture is finer than that."""
     if not _has_inset(image):
         return picture
-    size = image.model_input.shape[0]
-    inset = scaled(image.model_input, (size * max(1, 112 // size),) * 2)
-    side = inset.shape[0]
+    sides = image.model_input.shape[:2]
+    factor = max(1, 112 // max(sides))
+    inset = scaled(image.model_input, tuple(side * factor for side in sides))
+    height, width = inset.shape[:2]
     picture = picture.copy()
-    picture[-side - 12 : -6, -side - 12 : -6] = 1  # a white frame
-    picture[-side - 9 : -9, -side - 9 : -9] = inset
+    picture[-height - 12 : -6, -width - 12 : -6] = 1  # a white frame
+    picture[-height - 9 : -9, -width - 9 : -9] = inset
     return picture
 
 

@@ -107,7 +107,8 @@ def _write_image(
     out: Path,
     footer: list[str],
 ) -> dict:
-    image = route_image(checkpoint.model, pixels, checkpoint.image_size, checkpoint.mean, checkpoint.std, PANEL)
+    prepared = checkpoint.image_size, checkpoint.mean, checkpoint.std
+    image = route_image(checkpoint.model, pixels, *prepared, PANEL, checkpoint.crop)
     predicted = f"{_class(checkpoint, image.predicted)} ({image.probabilities.max():.0%})"
     pages = []
     for layer in own_figures:

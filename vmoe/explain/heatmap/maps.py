@@ -95,9 +95,16 @@ def entropy_map(background: np.ndarray, routing: LayerRouting) -> np.ndarray:
     return overlaid(background, SHADES(entropy)[..., :3], np.full_like(entropy, 0.7))
 
 
-def panel_size(grid: tuple[int, int], side: int) -> tuple[int, int]:
-    """Height and width of a panel of about `side` pixels in which every patch is the same whole number of pixels."""
-    return tuple(count * max(1, round(side / count)) for count in grid)
+def panel_size(grid: tuple[int, int], side: int, shape: tuple[int, ...]) -> tuple[int, int]:
+    """Height and width of a panel of about `side` pixels in which every patch is the same whole number of pixels.
+
+    Args:
+        grid: (rows, columns) of patches.
+        side: The longer one.
+        shape: (height, width, ...) of the picture that it shows.
+    """
+    sides = (side * each / max(shape[:2]) for each in shape[:2])
+    return tuple(count * max(1, round(each / count)) for count, each in zip(grid, sides, strict=True))
 
 
 def scaled(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -27,7 +27,9 @@ def heatmap_page(index: dict[str, Any]) -> str:
     """HTML that shows the figures of `index`, what `write_heatmaps` gives back; they lie beside it."""
     images = index["images"]
     count = f"{len(images)} image{'s' * (len(images) > 1)}"
-    about = [f"checkpoint {index['checkpoint']}", f"epoch {index['epoch']}", f"images of {index['image_size']} pixels"]
+    size = index["image_size"]
+    pixels = size if isinstance(size, int) else " x ".join(map(str, size))
+    about = [f"checkpoint {index['checkpoint']}", f"epoch {index['epoch']}", f"images of {pixels} pixels"]
     if index["capacity_factor"] is not None:
         about.append(f"capacity factor {index['capacity_factor']:g}")
     parts = [

@@ -12,20 +12,23 @@ import torch
 from torch import nn
 
 from vmoe.data import eval_crop, eval_transform
+from vmoe.data.config import Crop
 from vmoe.errors import UserError
 from vmoe.moe import moe_layers
 from vmoe.routing import record_routing
 from vmoe.routing.recording import LayerRouting
+from vmoe.sizes import ImageSize, as_size, height_and_width
 
 
 @dataclass(frozen=True)
 class RoutedImage:
     """An image, what the model said of it, and how its tokens were routed."""
 
-    model_input: np.ndarray  # (S, S, 3) uint8, the picture that the model saw
-    detail: np.ndarray  # (S', S', 3) uint8, the same part of the image in finer resolution, S' >= S
+    model_input: np.ndarray  # (H, W, 3) uint8, the picture that the model saw
+    detail: np.ndarray  # (H', W', 3) uint8, the same part of the image in finer resolution, H' >= H
     probabilities: np.ndarray  # (classes,) float
     layers: dict[str, LayerRouting]  # of this one image, B = 1, as `drawable` makes them
+    crop: Crop = "centre"  # how the image became the model's input
 
     @property
     def predicted(self) -> int:
@@ -37,35 +40,40 @@ class RoutedImage:
 def route_image(
     model: nn.Module,
     image: np.ndarray,
-    image_size: int,
+    image_size: ImageSize,
     mean: Sequence[float],
     std: Sequence[float],
     detail_size: int = 400,
+    crop: Crop = "centre",
 ) -> RoutedImage:
     """Runs one image through the model, prepared as in evaluation. It is alone in its batch and routing group.
 
     Args:
         model: a V-MoE in evaluation mode.
         image: (H, W, 3) uint8 of any size.
-        image_size: side of the model's input in pixels.
+        image_size: side of the model's input in pixels, or (height, width).
         mean: of the channels, as in training.
         std: of the channels, as in training.
         detail_size: largest side of the finer picture to draw over.
+        crop: how the image is fitted to the input, as in training.
 
     Raises:
         UserError: the model is dense, or a logit is not finite.
     """
     require_experts(model)
     device = next(model.parameters()).device
-    pixels = eval_transform(image_size, mean, std)(image)[None].to(device)
+    pixels = eval_transform(image_size, mean, std, crop)(image)[None].to(device)
     with record_routing(model) as trace:
         logits = model(pixels)
     if not logits.isfinite().all():
         raise UserError("CKPT: the model gives logits that are not finite; its training probably diverged")
-    finer = max(image_size, min(detail_size, *image.shape[:2]))
+    sides = height_and_width(image_size)
+    most = max(*sides, min(detail_size, *image.shape[:2]))
+    finer = as_size(*(round(side * most / max(sides)) for side in sides))
     return RoutedImage(
-        model_input=eval_crop(image, image_size),
-        detail=eval_crop(image, finer),
+        model_input=eval_crop(image, image_size, crop),
+        detail=eval_crop(image, finer, crop),
+        crop=crop,
         probabilities=logits[0].float().softmax(-1).cpu().numpy(),
         layers={name: drawable(routing) for name, routing in trace.layers.items()},
     )

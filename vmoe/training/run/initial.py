@@ -16,11 +16,12 @@ from vmoe.models.npz_weights import load_npz_weights
 from vmoe.models.registry import fitted_weights
 from vmoe.models.surgery import set_moe_drop_path
 from vmoe.moe import MoeConfig, moe_layers
+from vmoe.sizes import ImageSize, height_and_width
 from vmoe.training.config import TrainConfig
 
 
 def initial_model(
-    config: TrainConfig, class_names: list[str], image_size: int, say: Callable[[str], object] = lambda line: None
+    config: TrainConfig, class_names: list[str], image_size: ImageSize, say: Callable[[str], object] = lambda line: None
 ) -> nn.Module:
     """The model of a run, with the weights that `config.init_from` asks for: "pretrained", a checkpoint of ours, a
     file of timm's or one of the original's .npz files.
@@ -58,7 +59,7 @@ def _classifier_line(theirs: Sequence[str], ours: Sequence[str]) -> str:
 
 
 def _starting_model(
-    config: TrainConfig, class_names: list[str], image_size: int, say: Callable[[str], object]
+    config: TrainConfig, class_names: list[str], image_size: ImageSize, say: Callable[[str], object]
 ) -> nn.Module:
     name, kwargs, num_classes = config.model.name, config.model.kwargs, len(class_names)
     if config.init_from is None:
@@ -88,7 +89,11 @@ def _starting_model(
 
 
 def _from_foreign(
-    config: TrainConfig, weights: dict[str, Tensor], num_classes: int, image_size: int, say: Callable[[str], object]
+    config: TrainConfig,
+    weights: dict[str, Tensor],
+    num_classes: int,
+    image_size: ImageSize,
+    say: Callable[[str], object],
 ) -> nn.Module:
     """The model with the weights of a file of timm's, dense or of these MoE layers."""
     path = Path(str(config.init_from))
@@ -112,7 +117,7 @@ def _from_foreign(
 
 
 def _from_npz(
-    config: TrainConfig, path: Path, num_classes: int, image_size: int, say: Callable[[str], object]
+    config: TrainConfig, path: Path, num_classes: int, image_size: ImageSize, say: Callable[[str], object]
 ) -> nn.Module:
     """The model with the weights of one of the original's .npz files, which are dense."""
     arguments = timm_arguments(config.model.kwargs)
@@ -132,10 +137,10 @@ def _nameless_classifier_line(path: Path, is_taken: bool, num_classes: int) -> s
     return f"{path}: its classifier is for other classes: this run's starts fresh"
 
 
-def _fit_to_images(start: TrainedModel, image_size: int) -> None:
+def _fit_to_images(start: TrainedModel, image_size: ImageSize) -> None:
     """Resamples the position embeddings; a model that timm cannot resize is left, and `_load` tells what misfits."""
     if start.image_size != image_size and hasattr(start.model, "set_input_size"):
-        start.model.set_input_size(img_size=(image_size, image_size))
+        start.model.set_input_size(img_size=height_and_width(image_size))
 
 
 def _average_experts(start: TrainedModel) -> None:
@@ -145,7 +150,7 @@ def _average_experts(start: TrainedModel) -> None:
         raise UserError(f"--init_from {start.path}: {error}; give this run the checkpoint's moe section") from error
 
 
-def _upcycled(dense: nn.Module, moe: MoeConfig | None, image_size: int) -> nn.Module:
+def _upcycled(dense: nn.Module, moe: MoeConfig | None, image_size: ImageSize) -> nn.Module:
     if moe is None:
         return dense
     try:

@@ -17,6 +17,7 @@ from vmoe.models.cost import check_training_capacity
 from vmoe.models.freezing import freeze, is_linear_probe
 from vmoe.models.sources import architecture_of
 from vmoe.moe.assignment import CapacityError
+from vmoe.sizes import ImageSize, size_text
 from vmoe.training.classifier import Classifier
 from vmoe.training.config import ModelConfig, TrainConfig
 from vmoe.training.distillation import Teacher
@@ -72,13 +73,13 @@ def costs_of(config: TrainConfig, model: nn.Module, data: ImageDataModule) -> tu
     return cost, twin_cost(config.model, data.num_classes, data.image_size)
 
 
-def many_tokens(model: nn.Module, image_size: int) -> str | None:
+def many_tokens(model: nn.Module, image_size: ImageSize) -> str | None:
     """A warning where the images and the patches make a model too slow for a CPU; None where they do not."""
     tokens = getattr(getattr(model, "patch_embed", None), "num_patches", 0)
     if tokens <= _MOST_TOKENS:
         return None
     return (
-        f"warning: at {image_size} pixels an image has {tokens:,} tokens, which is slow on a CPU; "
+        f"warning: at {size_text(image_size)} pixels an image has {tokens:,} tokens, which is slow on a CPU; "
         "lower data.image_size, or raise model.kwargs.patch_size"
     )
 
@@ -139,6 +140,7 @@ def facts_of_run(config: TrainConfig, built: ModelConfig, data: ImageDataModule)
         config=to_plain(config) | {"resume": False},
         class_names=data.class_names,
         image_size=data.image_size,
+        crop=config.data.crop,
         mean=data.mean,
         std=data.std,
         bit_depth=data.bit_depth,

@@ -16,6 +16,7 @@ from vmoe.data.config import EMBEDDED_SETS, DataConfig
 from vmoe.memory import peak_host_memory
 from vmoe.models.cost import Parameters, count_parameters, image_cost
 from vmoe.moe import moe_layers
+from vmoe.sizes import ImageSize, size_text
 from vmoe.text import counted
 from vmoe.training.config import ModelConfig
 
@@ -37,11 +38,11 @@ class Cost:
     moe_tokens: dict[str, int]
 
     @classmethod
-    def of(cls, model: nn.Module, image_size: int) -> "Cost":
+    def of(cls, model: nn.Module, image_size: ImageSize) -> "Cost":
         return cls(count_parameters(model), *image_cost(model, image_size))
 
 
-def twin_cost(config: ModelConfig, num_classes: int, image_size: int) -> Cost:
+def twin_cost(config: ModelConfig, num_classes: int, image_size: ImageSize) -> Cost:
     """The cost of the same model without MoE layers; it takes no memory."""
     kwargs = {**config.kwargs, "pretrained": False}
     with torch.device("meta"):
@@ -67,7 +68,7 @@ def data_lines(config: DataConfig, data: ImageDataModule) -> list[str]:
     """What a run trains on: the set, its place, the images of each split and class."""
     place = "" if config.name in EMBEDDED_SETS else f" in {config.root}"
     classes, size = counted(data.num_classes, "class", "classes"), data.image_size
-    lines = [f"images: {config.name}{place}, {classes}, {size} x {size} pixels"]
+    lines = [f"images: {config.name}{place}, {classes}, {size_text(size)} pixels"]
     for split, title in (("train", "training"), ("val", "validation"), ("test", "test")):
         if split == "val" and not data.has_validation:
             lines.append(f"  {title}: none")
