@@ -74,8 +74,10 @@ format: .venv/installed  ## mend style and format
 	$(BIN)/python -m ruff check --fix .
 	$(BIN)/python -m ruff format .
 
-package: .venv/installed  ## build the wheel and the source archive into dist/
+package: .venv/installed  ## build the wheel and the source archive into dist/, and check what the package index would
+	rm -rf dist
 	$(BIN)/python -m build --no-isolation
+	$(BIN)/python -m twine check --strict dist/*
 
 .venv/installed-docs: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'

@@ -4,6 +4,7 @@ README, CONTRIBUTING and CHANGELOG become pages, and what pages link to outside 
 along. Links are changed on the way into the site only; a link to what is not there fails a strict build.
 """
 
+import os
 import re
 from pathlib import Path, PurePosixPath
 from posixpath import dirname, normpath, relpath
@@ -33,6 +34,15 @@ def on_page_markdown(markdown: str, page, **_) -> str:
     """Points the links of a page in docs/ to where the files lie in the site."""
     source = f"docs/{page.file.src_uri}"
     return _for_site(markdown, source) if (ROOT / source).is_file() else markdown
+
+
+def on_page_content(html: str, page, **_) -> str:
+    """Puts a link that opens it in Colab above a notebook, where the build knows its repository, as GitHub's does."""
+    repository = os.environ.get("GITHUB_REPOSITORY")
+    if repository is None or not page.file.src_uri.endswith(".ipynb"):
+        return html
+    address = f"https://colab.research.google.com/github/{repository}/blob/main/docs/{page.file.src_uri}"
+    return f'<p><a class="md-button" href="{address}">Open in Colab</a></p>\n{html}'
 
 
 def _for_site(text: str, source: str) -> str:
