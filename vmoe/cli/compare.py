@@ -7,8 +7,11 @@ baseline, with a paired 95 % confidence interval: against --baseline, or else it
 With --against, runs of several values of one option, such as the part of the data, are also drawn over it, each V-MoE
 beside the dense model of the same value.
 
-With --gains, each V-MoE is also drawn against its dense twin of the same recipe, over how well that twin fits its
-training images.
+With --against moe.num_experts, the test loss is drawn over the number of experts, with a power law through it.
+
+With --gains, each V-MoE is also drawn against its dense twin of the same recipe, over how much more often that twin
+errs on test images than on its training images; and a rule that tells where experts gain is fitted on half of the
+twins and tested on the other half.
 
 Writes comparison.csv (one row per arm), runs.csv (one row per run), comparison.md, comparison.json and comparison.png;
 with --against also against.csv and against.png, with --gains also gains.csv and gains.png.
@@ -18,6 +21,7 @@ A comparison.json keeps all that is needed to compare its runs again, beside oth
   vmoe compare runs/study/*_s* --baseline dense --by-folder --out study
   vmoe compare study/comparison.json runs/mine --out beside
   vmoe compare runs/data/*_s* --against data.subset.fraction --out data
+  vmoe compare assets/results/pays_experts.json --against moe.num_experts --out experts
   vmoe compare assets/results/*.json --gains --out gains
 """
 
@@ -40,10 +44,11 @@ def main(argv: list[str]) -> None:
     """Runs the job."""
     options = _compare_parser().parse_args(argv)
     # Imported here, so that --help and a mistyped option answer at once.
-    from vmoe.evaluation.compare.against import against, against_rows, draw_against
+    from vmoe.evaluation.compare.against import against, against_rows, draw_against, power_laws
     from vmoe.evaluation.compare.figure import draw_comparison
     from vmoe.evaluation.compare.gains import draw_gains, gain_rows, gains
     from vmoe.evaluation.compare.intervals import differences, find_arm, sentence, table_rows
+    from vmoe.evaluation.compare.rule import fit_rule
     from vmoe.evaluation.compare.runs import as_plain, group_runs, read_comparison, read_run, warnings_for
     from vmoe.files import write_csv, write_json, write_text
 
@@ -64,6 +69,10 @@ def main(argv: list[str]) -> None:
     Console().print(_rich_table(rows))
     for note in notes:
         print(printable(note))
+    laws = power_laws(series) if options.against == "moe.num_experts" else []
+    rule = fit_rule(pairs)
+    for line in (*laws, *([] if rule is None else [rule])):
+        print(printable(str(line)))
     for warning in warnings:
         print(f"warning: {printable(warning)}", file=sys.stderr)
     each = [{"arm": arm.name, **_run_entry(run)} for arm in arms for run in arm.runs]
@@ -75,7 +84,7 @@ def main(argv: list[str]) -> None:
     draw_comparison(arms, found, notes + warnings).save(options.out / "comparison.png")
     if series:
         write_csv(options.out / "against.csv", against_rows(series, options.against))
-        draw_against(series, options.against).save(options.out / "against.png")
+        draw_against(series, options.against, laws).save(options.out / "against.png")
     if pairs:
         write_csv(options.out / "gains.csv", gain_rows(pairs))
         draw_gains(pairs).save(options.out / "gains.png")

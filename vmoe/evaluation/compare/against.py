@@ -1,22 +1,30 @@
-"""How arms compare as one option grows, such as the part of the data: each V-MoE against the dense model there."""
+"""How arms compare as one option grows, such as the part of the data: each V-MoE against the dense model there.
+
+A dense model has no option of MoE layers. It stands beside V-MoEs of any value of it, and for one expert where the
+option is their number.
+"""
 
 import json
+import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullFormatter, NullLocator
+from scipy.stats import linregress, ttest_1samp
 
 from vmoe.errors import UserError
 from vmoe.evaluation.compare.figure import short
-from vmoe.evaluation.compare.intervals import Difference, difference
+from vmoe.evaluation.compare.intervals import CONFIDENCE, Difference, difference
 from vmoe.evaluation.compare.labels import arm_labels
 from vmoe.evaluation.compare.runs import Arm, Run
 from vmoe.figures.style import BODY, MARGIN, MUTED, SMALL, Page, label, plain_axes
 from vmoe.palette import expert_hex
 
 _WHEN_NULL = {"data.subset.fraction": 1.0}  # what an option left out means
+_EXPERTS = "moe.num_experts"
 _TOP, _WIDTH, _HEIGHT, _GAP, _ROW = 150, 480, 340, 110, 28
 _SHARE_APART = 0.012  # of the axis's length between models at one value, so that none hides another
 
@@ -52,12 +60,18 @@ def against(runs: Sequence[Run], option: str) -> list[Series]:
         UserError: a run lacks the option or has no number there, or two runs of one model, value and seed differ.
     """
     groups: dict[str, dict[float, list[Run]]] = {}
+    of_layers = option.startswith("moe.")
     for run in runs:
         value = run.recipe.get(option)
         value = _WHEN_NULL.get(option) if value is None else value
+        if of_layers and run.is_dense:
+            value = 1
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise UserError(f"--against {option}: {run.name} has no number there ({value!r}); give another option")
-        runs_there = groups.setdefault(json.dumps(run.moe, sort_keys=True), {}).setdefault(float(value), [])
+        model = run.moe
+        if of_layers and model is not None:
+            model = {key: each for key, each in model.items() if f"moe.{key}" != option}
+        runs_there = groups.setdefault(json.dumps(model, sort_keys=True), {}).setdefault(float(value), [])
         if any(other.recipe != run.recipe for other in runs_there):
             raise UserError(
                 f"--against {option}: {runs_there[0].name} and {run.name} have the same layers and {option}={value}, "
@@ -66,7 +80,11 @@ def against(runs: Sequence[Run], option: str) -> list[Series]:
         runs_there.append(run)
     models = [next(iter(by_value.values()))[0] for by_value in groups.values()]
     names = arm_labels([({}, run.moe) for run in models])
+    if option == _EXPERTS:
+        names = [" ".join(word for word in name.split() if not word.startswith("E=")) for name in names]
     dense = next((by_value for run, by_value in zip(models, groups.values(), strict=True) if run.is_dense), {})
+    if of_layers and dense:
+        dense = dict.fromkeys([value for by_value in groups.values() for value in by_value], dense[1.0])
     return [
         Series(name, run.is_dense, [_point(name, value, by_value[value], dense) for value in sorted(by_value)])
         for name, run, by_value in zip(names, models, groups.values(), strict=True)
@@ -79,6 +97,70 @@ def _point(name: str, value: float, runs: list[Run], dense: dict[float, list[Run
     return Point(value, arm, difference(arm, Arm("dense", dense[value])) if has_twin else None)
 
 
+@dataclass(frozen=True)
+class PowerLaw:
+    """How the test loss falls with the number of experts E: loss = a E^-exponent, from the dense model on (E=1).
+
+    Fitted in each seed by least squares over the logarithms, up to the number of experts with the least mean loss. At a
+    fixed model size it is the law of Clark et al., "Unified scaling laws for routed language models" (2022,
+    https://arxiv.org/abs/2202.01169).
+
+    Attributes:
+        name: Of the V-MoE.
+        factor: a, the geometric mean over the seeds.
+        exponent: The mean over the seeds.
+        low: Of its 95 % interval over the seeds (Student's t); None with one seed.
+        high: As `low`.
+        seeds: How many seeds have a run at each number of experts.
+        last: The number of experts with the least mean loss.
+        most: The largest number of experts that was tried.
+    """
+
+    name: str
+    factor: float
+    exponent: float
+    low: float | None
+    high: float | None
+    seeds: int
+    last: float
+    most: float
+
+    def __str__(self) -> str:
+        interval = "" if self.low is None else f" (95 % interval {self.low:.2f} to {self.high:.2f}, n={self.seeds})"
+        after = f", and no more up to E={self.most:g}" if self.most > self.last else ""
+        return (
+            f"{self.name}: from the dense model to E={self.last:g} experts the test loss falls as "
+            f"E^-{self.exponent:.2f}{interval}{after}"
+        )
+
+
+def power_laws(series: Sequence[Series]) -> list[PowerLaw]:
+    """The law of each V-MoE that has the dense model beside it and at least two numbers of experts; see `PowerLaw`."""
+    dense = next((one.points[0].arm for one in series if one.is_dense), None)
+    laws = []
+    for one in series:
+        arms = {point.value: point.arm for point in one.points}
+        if dense is None or one.is_dense or None in [arm.mean("test_loss") for arm in (dense, *arms.values())]:
+            continue
+        last = min(arms, key=lambda value: arms[value].mean("test_loss"))
+        losses = [_losses_by_seed(arm) for value, arm in ((1.0, dense), *sorted(arms.items())) if value <= last]
+        experts = [1.0, *(value for value in sorted(arms) if value <= last)]
+        seeds = sorted(set.intersection(*(set(each) for each in losses)))
+        if len(experts) < 3 or not seeds:
+            continue
+        logarithms = [math.log(value) for value in experts]
+        fits = [linregress(logarithms, [math.log(each[seed]) for each in losses]) for seed in seeds]
+        exponents = [-fit.slope for fit in fits]
+        low, high = ttest_1samp(exponents, 0).confidence_interval(CONFIDENCE) if len(seeds) > 1 else (None, None)
+        factor = math.exp(statistics.fmean(fit.intercept for fit in fits))
+        laws.append(PowerLaw(one.name, factor, statistics.fmean(exponents), low, high, len(seeds), last, max(arms)))
+    return laws
+
+
+def _losses_by_seed(arm: Arm) -> dict[int, float]:
+    return {run.seed: run.test_loss for run in arm.runs}
+
+
 def against_rows(series: Sequence[Series], option: str) -> list[dict[str, Any]]:
     """A plain row a point; accuracies and differences are fractions."""
     return [
@@ -88,6 +170,8 @@ def against_rows(series: Sequence[Series], option: str) -> list[dict[str, Any]]:
             "n": point.arm.n,
             "test_top1_mean": point.arm.mean("top1"),
             "test_top1_sd": point.arm.sd("top1"),
+            "test_loss_mean": point.arm.mean("test_loss"),
+            "test_loss_sd": point.arm.sd("test_loss"),
             "train_clean_top1_mean": point.arm.mean("train_top1"),
             "difference": point.gain and point.gain.mean,
             "difference_low": point.gain and point.gain.low,
@@ -99,26 +183,44 @@ def against_rows(series: Sequence[Series], option: str) -> list[dict[str, Any]]:
     ]
 
 
-def draw_against(series: Sequence[Series], option: str) -> Page:
-    """Test and training accuracy by the option, and each V-MoE's gain over the dense model at the same value."""
-    page = Page(3 * _WIDTH + 2 * _GAP + 2 * MARGIN + 40, _TOP + _HEIGHT + 80 + _ROW * len(series) + MARGIN)
+def draw_against(series: Sequence[Series], option: str, laws: Sequence[PowerLaw] = ()) -> Page:
+    """Accuracy on test and training images by the option, and each V-MoE's gain over the dense model at the same value.
+
+    With laws, the test loss takes the place of the accuracies.
+    """
+    fields = (
+        [("Test loss", "test_loss", 1.0, "test loss (nats)")]
+        if laws
+        else [
+            ("Test top-1", "top1", 100.0, "top-1 (%)"),
+            ("Training images as they are, top-1", "train_top1", 100.0, "top-1 (%)"),
+        ]
+    )
+    columns = len(fields) + 1
+    page = Page(
+        columns * _WIDTH + (columns - 1) * _GAP + 2 * MARGIN + 40, _TOP + _HEIGHT + 80 + _ROW * len(series) + MARGIN
+    )
     count = sum(point.arm.n for one in series for point in one.points)
     page.heading(
-        f"Accuracy against {option}", f"runs: {count} · bars: sd over seeds, of gains the paired 95 % interval"
+        f"{'Loss' if laws else 'Accuracy'} against {option}",
+        f"runs: {count} · bars: sd over seeds, of gains the paired 95 % interval",
     )
-    panels = [_titled_axes(page, 0, "Test top-1"), _titled_axes(page, 1, "Training images as they are, top-1")]
-    gains = _titled_axes(page, 2, "Gain over the dense model")
+    panels = [_titled_axes(page, index, title) for index, (title, *_) in enumerate(fields)]
+    gains = _titled_axes(page, len(fields), "Gain over the dense model")
     gains.axhline(0, color=MUTED, linewidth=1)
     values = sorted({point.value for one in series for point in one.points})
     for index, one in enumerate(series):
-        style = {"color": expert_hex(index), "linestyle": "--" if one.is_dense else "-", "capsize": 3, "markersize": 7}
-        style |= {"fmt": "s" if one.is_dense else "o", "zorder": 3}
+        style = {"color": expert_hex(index), "linestyle": "none" if laws else "--" if one.is_dense else "-"}
+        style |= {"fmt": "s" if one.is_dense else "o", "zorder": 3, "capsize": 3, "markersize": 7}
         places = index - (len(series) - 1) / 2
-        for axes, field in zip(panels, ("top1", "train_top1"), strict=True):
-            told = [point for point in one.points if point.arm.mean(field) is not None]
-            at = [_shifted(point.value, values, places) for point in told]
-            means = [100 * point.arm.mean(field) for point in told]
-            axes.errorbar(at, means, [100 * (point.arm.sd(field) or 0) for point in told], **style)
+        for axes, (_, field, scale, _) in zip(panels, fields, strict=True):
+            measured = [point for point in one.points if point.arm.mean(field) is not None]
+            at = [_shifted(point.value, values, places) for point in measured]
+            means = [scale * point.arm.mean(field) for point in measured]
+            axes.errorbar(at, means, [scale * (point.arm.sd(field) or 0) for point in measured], **style)
+        for law in (law for law in laws if law.name == one.name):
+            reach = [1.0, law.last]
+            panels[0].plot(reach, [law.factor * value**-law.exponent for value in reach], color=style["color"])
         paired = [point for point in one.points if point.gain is not None]
         reaches = [0 if p.gain.low is None else 100 * (p.gain.high - p.gain.mean) for p in paired]
         at = [_shifted(point.value, values, places) for point in paired]
@@ -126,11 +228,25 @@ def draw_against(series: Sequence[Series], option: str) -> Page:
         place = _TOP + _HEIGHT + 80 + _ROW * index
         page.text(MARGIN + 50, place, "■" if one.is_dense else "●", BODY, color=expert_hex(index))
         counts = sorted({point.arm.n for point in one.points})
-        page.text(MARGIN + 75, place, f"{one.name}  n={'-'.join(map(str, counts[:: max(1, len(counts) - 1)]))}", BODY)
-    for axes, unit in zip((*panels, gains), ("top-1 (%)", "top-1 (%)", "points of test top-1"), strict=True):
+        law = next((f"  line: E^-{law.exponent:.2f}" for law in laws if law.name == one.name), "")
+        page.text(
+            MARGIN + 75, place, f"{one.name}  n={'-'.join(map(str, counts[:: max(1, len(counts) - 1)]))}{law}", BODY
+        )
+    for axes, unit in zip((*panels, gains), (*(unit for *_, unit in fields), "points of test top-1"), strict=True):
         _spread(axes, values)
         label(axes, option, unit)
+    if laws:
+        panels[0].set_yscale("log")
+        ticks = _ticks_of_loss([point.arm.mean("test_loss") for one in series for point in one.points])
+        panels[0].set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+        panels[0].yaxis.set_minor_locator(NullLocator())
     return page
+
+
+def _ticks_of_loss(losses: list[float]) -> list[float]:
+    """About five round numbers, each a like step further on a logarithmic axis."""
+    first, last = math.log(min(losses)), math.log(max(losses))
+    return sorted({float(f"{math.exp(first + (last - first) * step / 4):.2g}") for step in range(5)})
 
 
 def _titled_axes(page: Page, index: int, title: str) -> Axes:

@@ -58,6 +58,17 @@ class Gain:
         return "not learned (random, hash)" if moe["router"] in _CONTROLS else "another learned router"
 
     @property
+    def is_learned(self) -> bool:
+        """Whether its router learns; the others are controls."""
+        return self.difference.arm.first.moe.get("router") not in _CONTROLS
+
+    @property
+    def is_certain(self) -> bool:
+        """Whether the interval of the gain excludes zero; without one it does not."""
+        low, high = self.difference.low, self.difference.high
+        return low is not None and (low > 0 or high < 0)
+
+    @property
     def error_ratio(self) -> float:
         """How many times more errors the twin makes on the test images than on its training images; may be infinite."""
         errors, learnt = 1 - self.difference.baseline.mean("top1"), 1 - self.fit

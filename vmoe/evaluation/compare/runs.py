@@ -37,6 +37,11 @@ class Run:
     summary: dict[str, Any]  # all of its summary.json
 
     @property
+    def test_loss(self) -> float | None:
+        """Mean cross-entropy on the test set; None where the summary does not tell."""
+        return self.summary["metrics"].get("test/loss")
+
+    @property
     def data(self) -> dict[str, Any]:
         """What decides which images it saw and was tested on."""
         names = ("name", "image_size", "crop", "subset", "split_seed", *(["root"] if self._is_named_by_root else []))
