@@ -63,11 +63,22 @@ def test_layers_that_a_model_does_not_have(layers, count):
         ("importance_loss_weight", -1.0),
         ("load_loss_weight", float("inf")),
         ("inject_auxiliary_loss", 1),
+        ("cosine_dim", 16),
+        ("cosine_bias", True),
     ],
 )
 def test_a_bad_value_is_named(field, value):
     with pytest.raises(ValueError, match=f"^{field}="):
         MoeConfig(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("router", "field", "value"),
+    [("cosine", "cosine_dim", 0), ("cosine", "cosine_dim", True), ("soft", "capacity_rounding", "tutel")],
+)
+def test_a_value_that_the_router_does_not_take_is_named(router, field, value):
+    with pytest.raises(ValueError, match=f"^{field}="):
+        MoeConfig(router=router, **{field: value})
 
 
 @pytest.mark.parametrize("router", ["expert_choice", "soft"])

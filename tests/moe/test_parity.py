@@ -155,3 +155,26 @@ def test_capacity(row):
             expert_capacity(*arguments)
     else:
         assert expert_capacity(*arguments) == expected
+
+
+# Of Tutel (1d56b9b): K * int(factor * ceil(tokens / E)), then up to a multiple
+@pytest.mark.parametrize(
+    ("tokens", "top_k", "num_experts", "factor", "multiple_of", "expected"),
+    [(144, 1, 32, 1.25, 1, 6), (144, 1, 8, 1.25, 4, 24), (48, 1, 4, 1.25, 1, 15), (10, 2, 4, 1.5, 1, 8)],
+)
+def test_tutel_s_capacity(tokens, top_k, num_experts, factor, multiple_of, expected):
+    moe = MoeConfig(
+        num_experts=num_experts,
+        top_k=top_k,
+        eval_capacity_factor=factor,
+        capacity_rounding="tutel",
+        capacity_multiple_of=multiple_of,
+        group="image",
+    )
+    padding = 7
+    groups = Groups.of(2, tokens + padding, "image")
+    valid_GS = torch.arange(tokens + padding).expand(2, -1) < tokens
+    for exportable in (False, True):
+        each_G = Capacity.of_pass(groups, valid_GS, moe, is_training=False, exportable=exportable).each_G
+        assert each_G.tolist() == [expected, expected]
+    assert Capacity.of_pass(Groups.of(2, tokens, "image"), None, moe, is_training=False).most == expected

@@ -148,6 +148,17 @@ def test_cosine_scores_ignore_length():
     assert scores.abs().max() <= 10
 
 
+def test_cosine_scores_in_a_space_of_given_size_with_a_bias():
+    layer = MoeMlp(WIDTH, HIDDEN, moe=MoeConfig(num_experts=EXPERTS, router="cosine", cosine_dim=20, cosine_bias=True))
+    router, x_TD = layer.router, tokens().flatten(0, 1)
+    with torch.no_grad():
+        router.projection_bias.normal_()
+    projected_TP = x_TD @ router.projection.weight.T + router.projection_bias
+    expected_TE = torch.cosine_similarity(projected_TP[:, None], router.gate.weight, dim=-1) / router.temperature
+    assert router.gate.weight.shape == (EXPERTS, 20)
+    torch.testing.assert_close(router.scores(x_TD)[0], expected_TE)
+
+
 def test_hash_depends_on_the_position_alone():
     layer = layer_of("hash").eval()
     first, second = (

@@ -44,6 +44,7 @@ def expert_capacity(
     rounding: str = "ceil",
     multiple_of: int = 1,
     name: str = "capacity_factor",
+    top_k: int = 1,
 ) -> int:
     """C, the slots an expert has for a group in which `choices` = S * K choices are made (section 2.3).
 
@@ -51,9 +52,10 @@ def expert_capacity(
         choices: Tokens of the group times K.
         num_experts: E.
         factor: The capacity factor: 1 gives just enough slots for a perfectly fair load.
-        rounding: "ceil", or "round" (half to even).
+        rounding: "ceil", "round" (half to even), or "tutel": K * floor(factor * ceil(S / E)).
         multiple_of: The result is raised to a multiple of this.
         name: The factor's name in errors.
+        top_k: K, which only "tutel" needs.
 
     Raises:
         CapacityError: The experts would have no slot at all.
@@ -62,7 +64,10 @@ def expert_capacity(
     # is constant to it, in torch 2.11 too
     factor = {factor}.pop()
     exact = choices * factor / num_experts
-    capacity = math.ceil(exact) if rounding == "ceil" else round(exact)
+    if rounding == "tutel":
+        capacity = top_k * math.floor(factor * -(-(choices // top_k) // num_experts))
+    else:
+        capacity = math.ceil(exact) if rounding == "ceil" else round(exact)
     if capacity < 1:
         raise CapacityError(
             f"{choices} choices among {num_experts} experts leave {exact:.3g} slots each; "
@@ -132,7 +137,7 @@ class Capacity(NamedTuple):
         """
         choices = 1 if moe.fills_slots else moe.top_k
         of_full, _ = (  # both, so that an incomplete group without slots is an error too
-            expert_capacity(size * choices, moe.num_experts, factor, *moe.rounding, name)
+            expert_capacity(size * choices, moe.num_experts, factor, *moe.rounding, name, moe.top_k)
             for size in (groups.size, groups.last)
         )
         if moe.fills_slots and of_full > groups.size:
@@ -147,8 +152,14 @@ class Capacity(NamedTuple):
             return cls(most)
         rounding, multiple_of = moe.rounding
         real_G = valid_GS.sum(1)
-        exact_G = (real_G * choices).double() * factor / moe.num_experts  # as in `expert_capacity`, bit for bit
-        each_G = (exact_G.ceil() if rounding == "ceil" else exact_G.round()).long().clamp_min(1)
+        # as in `expert_capacity`, bit for bit
+        if rounding == "tutel":
+            fair_G = -(-real_G // moe.num_experts)
+            each_G = moe.top_k * (fair_G.double() * factor).floor().long()
+        else:
+            exact_G = (real_G * choices).double() * factor / moe.num_experts
+            each_G = (exact_G.ceil() if rounding == "ceil" else exact_G.round()).long()
+        each_G = each_G.clamp_min(1)
         return cls(most, torch.minimum(each_G + -each_G % multiple_of, real_G))
 
     @classmethod
@@ -166,7 +177,7 @@ class Capacity(NamedTuple):
         """What `each_G` holds for a group of so many real tokens."""
         choices = tokens * (1 if moe.fills_slots else moe.top_k)
         try:
-            capacity = expert_capacity(choices, moe.num_experts, factor, *moe.rounding)
+            capacity = expert_capacity(choices, moe.num_experts, factor, *moe.rounding, top_k=moe.top_k)
         except CapacityError:
             capacity = moe.rounding[1]
         return min(tokens, capacity)

@@ -35,8 +35,9 @@ class MoeConfig:
             "soft" are as many in every image.
         eval_capacity_factor: The same at evaluation; null drops nothing, so that a prediction does not depend on the
             rest of the batch. For "expert_choice" and "soft", null is training's.
-        capacity_rounding: How a fractional capacity becomes whole: "ceil" or "round" (half to even). null is the
-            original's: "round" for "expert_choice" and "soft", else "ceil".
+        capacity_rounding: How a fractional capacity becomes whole: "ceil", "round" (half to even), or Tutel's rule,
+            "tutel": K * floor(capacity_factor * ceil(tokens / E)). null is the original's: "round" for "expert_choice"
+            and "soft", else "ceil". "expert_choice" and "soft" do not take "tutel".
         capacity_multiple_of: A capacity is then raised to a multiple of this. null is the original's: 1 for
             "expert_choice" and "soft", else 4.
         batch_priority: Full experts drop the tokens with the smallest gates (Batch Prioritized Routing, section 4.1)
@@ -56,6 +57,9 @@ class MoeConfig:
         soft_scale: Where Soft MoE's learned scale of the cosine logits starts. The paper's is 1; from 10 on slots
             differ early in training, which short training needs.
         bias_update_rate: How far the biases of the "sigmoid" router move in an update.
+        cosine_dim: Dimensions of the space in which the "cosine" router compares tokens and experts. null is the
+            smaller of 256 and the width of a token.
+        cosine_bias: Whether the projection of the tokens into that space has a bias, as Tutel's has.
         importance_loss_weight: Weight of the importance loss (appendix A.2). "expert_choice" and "soft" are balanced by
             themselves and have no auxiliary loss.
         load_loss_weight: Weight of the load loss (appendix A.2). It is defined by the router's noise: without noise, so
@@ -82,7 +86,7 @@ class MoeConfig:
     )
     capacity_factor: float | None = 1.05
     eval_capacity_factor: float | None = None
-    capacity_rounding: Literal["ceil", "round"] | None = None
+    capacity_rounding: Literal["ceil", "round", "tutel"] | None = None
     capacity_multiple_of: int | None = None
     batch_priority: bool = False
     group: Literal["image", "batch"] | int | None = None
@@ -94,6 +98,8 @@ class MoeConfig:
     shared_experts: int = 0
     soft_scale: float = 1.0
     bias_update_rate: float = 0.001
+    cosine_dim: int | None = None
+    cosine_bias: bool = False
     importance_loss_weight: float = 0.005
     load_loss_weight: float = 0.005
     gshard_loss_weight: float = 0.0
@@ -105,7 +111,7 @@ class MoeConfig:
     def __post_init__(self) -> None:
         _check_layers(self.layers)
         self._need_choice("router", ROUTER_NAMES)
-        self._need_choice("capacity_rounding", ("ceil", "round"), or_null=True)
+        self._need_choice("capacity_rounding", ("ceil", "round", "tutel"), or_null=True)
         self._need_choice("experts_start", ("different", "equal"))
         self._need_choice("backend", BACKEND_NAMES)
         for name, smallest in (("num_experts", 1), ("top_k", 1), ("capacity_multiple_of", 1), ("shared_experts", 0)):
@@ -124,6 +130,8 @@ class MoeConfig:
                 self._need(field.name, _is_number(getattr(self, field.name)) and getattr(self, field.name) >= 0, ">= 0")
             elif field.type is bool:
                 self._need(field.name, isinstance(getattr(self, field.name), bool), "true or false")
+        is_size = self.cosine_dim is None or (_is_int(self, "cosine_dim") and self.cosine_dim >= 1)
+        self._need("cosine_dim", is_size, "a whole number >= 1, or null")
         self._need("soft_scale", _is_number(self.soft_scale) and self.soft_scale > 0, "> 0")
         self._need("expert_width", _is_number(self.expert_width) and 0 < self.expert_width <= 16, "> 0 and at most 16")
         self._need("expert_dropout", _is_number(self.expert_dropout) and 0 <= self.expert_dropout < 1, "in [0, 1)")
@@ -151,6 +159,8 @@ class MoeConfig:
         if self.fills_slots:
             self._need("group", self.routing_group in ("image", 1), f'"image" {router}: it never looks at other images')
             self._need("capacity_factor", self.capacity_factor is not None, f"a number {router}: it sets the slots")
+            rounds_exactly = self.capacity_rounding != "tutel"
+            self._need("capacity_rounding", rounds_exactly, f'"ceil" or "round" {router}: no token chooses experts')
             self._need("batch_priority", not self.batch_priority, f"false {router}: experts choose by gate anyway")
             self._need("renormalize", not self.renormalize, f"false {router}")
         if self.router == "soft":
@@ -158,6 +168,9 @@ class MoeConfig:
             self._need("eval_capacity_factor", fits, f"null {router}: the slots are part of its parameters")
         elif not self.draws_noise_by_default:
             self._need("noise_std", self.noise == 0, f"0 {router}")
+        if self.router != "cosine":
+            self._need("cosine_dim", self.cosine_dim is None, f"null {router}: it compares no cosines")
+            self._need("cosine_bias", not self.cosine_bias, f"false {router}: it compares no cosines")
         if self.router in ("sigmoid", "hash", "random"):
             self._need("z_loss_weight", self.z_loss_weight == 0, f"0 {router}: it has no softmax logits")
 
@@ -206,7 +219,7 @@ class MoeConfig:
         return name, getattr(self, name)
 
     @property
-    def rounding(self) -> tuple[Literal["ceil", "round"], int]:
+    def rounding(self) -> tuple[Literal["ceil", "round", "tutel"], int]:
         """How a capacity becomes whole, for `expert_capacity`."""
         own: Literal["ceil", "round"] = "round" if self.fills_slots else "ceil"
         return self.capacity_rounding or own, self.capacity_multiple_of or (1 if self.fills_slots else 4)

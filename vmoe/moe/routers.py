@@ -70,15 +70,21 @@ class CosineRouter(TokenChoiceRouter):
 
     def __init__(self, dim: int, moe: MoeConfig, device=None, dtype=None) -> None:
         super().__init__(dim, moe, device, dtype)
-        width = min(dim, self.MAX_DIM)
+        width = moe.cosine_dim or min(dim, self.MAX_DIM)
         self.projection = Gate(dim, width, bias=False, device=device, dtype=dtype)
+        self.projection_bias: nn.Parameter | None = None
+        if moe.cosine_bias:
+            self.projection_bias = nn.Parameter(torch.zeros(width, device=device, dtype=dtype))
         self.gate = Gate(width, moe.num_experts, bias=False, device=device, dtype=dtype)
         self.temperature = nn.Parameter(torch.full((), 0.5, device=device, dtype=dtype))
         nn.init.normal_(self.projection.weight, std=1 / math.sqrt(dim))
         nn.init.normal_(self.gate.weight, std=1 / math.sqrt(width))
 
     def scores(self, x_TD: Tensor, kernels: Kernels = PLAIN) -> tuple[Tensor, Tensor]:
-        projected_TP = F.normalize(gate_scores(x_TD, self.projection, kernels), dim=-1)
+        projected_TP = gate_scores(x_TD, self.projection, kernels)
+        if self.projection_bias is not None:
+            projected_TP = projected_TP + self.projection_bias.to(projected_TP.dtype)
+        projected_TP = F.normalize(projected_TP, dim=-1)
         embeddings_EP = F.normalize(self._embeddings(projected_TP), dim=-1)
         temperature = self.temperature.clamp_min(self.SMALLEST_TEMPERATURE)
         return full_precision_linear(projected_TP, embeddings_EP, kernels) / temperature, x_TD
