@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from vmoe.training.callbacks import Ema, ExactResume, NanGuard, RoutingMonitor
     from vmoe.training.classifier import Classifier
     from vmoe.training.fit import fit
+    from vmoe.training.tuning import tune
 else:  # hidden from type checkers, which would take any name for one of this package's
     from vmoe.moe import CONTROL_NAMES
 
@@ -39,6 +40,7 @@ else:  # hidden from type checkers, which would take any name for one of this pa
             "vmoe.training.callbacks": ["Ema", "ExactResume", "NanGuard", "RoutingMonitor"],
             "vmoe.training.classifier": ["Classifier"],
             "vmoe.training.fit": ["fit"],
+            "vmoe.training.tuning": ["tune"],
             "vmoe.models": ["create_model", "densify", "freeze", "load_jax_checkpoint", "sparsify"],
             "vmoe.moe": ["MoeConfig", "MoeMlp", *CONTROL_NAMES],
         },
@@ -72,6 +74,7 @@ __all__ = [
     "set_eval_capacity_factor",
     "set_top_k",
     "sparsify",
+    "tune",
     "update_router_biases",
     "write_heatmaps",
 ]

@@ -12,6 +12,7 @@ from vmoe.errors import UserError
 EXTRAS = {
     "train": ("lightning", "torchmetrics", "albumentations", "cv2", "jsonargparse", "rich", "scipy"),
     "analysis": ("matplotlib", "scipy"),
+    "tune": ("optuna", "matplotlib"),
     "jax": ("msgpack",),
     "loggers": ("tensorboard", "wandb", "mlflow"),
     "export": ("onnx", "onnxscript", "onnxruntime"),

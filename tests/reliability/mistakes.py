@@ -312,6 +312,16 @@ MISTAKES: dict[str, list[Mistake]] = {
         Mistake("a damaged summary", "finished --out new", r"(?<=run \().*(?=\))"),
         Mistake("no runs", "--out new"),
     ],
+    "tune": [
+        Mistake("nothing to search over", "tiny.yaml --out new"),
+        Mistake("an unknown option to search over", "tiny.yaml --out new --search optim.lrr=1:2"),
+        Mistake("a range without its end", "tiny.yaml --out new --search optim.lr=1e-3"),
+        Mistake("a range that falls", "tiny.yaml --out new --search optim.lr=2:1"),
+        Mistake("a range of words", "tiny.yaml --out new --search optim.lr=a:b"),
+        Mistake("a range that no run takes", "tiny.yaml --out new --search optim.lr=-1:1"),
+        Mistake("a search by the test images", "tiny.yaml --out new --search optim.lr=1:2 --metric test/top1"),
+        Mistake("no images", "--out new --search optim.lr=1:2"),
+    ],
     "sweep": [
         Mistake("a study that is not there", "lost.yaml --out new", r"\[Errno.*"),
         Mistake("a study without a config", "study_without.yaml --out new"),

@@ -40,15 +40,15 @@ def main(argv: list[str]) -> int:
         reason = error.strerror or error
         raise UserError(f"--out {options.out}: cannot be written ({reason}); choose another place") from error
     print(f"{counted(len(runs), 'run')}, {sum(training.is_done for training in runs)} of them done", flush=True)
-    sweep = Sweep(runs, options.jobs, _gpus(), lambda line: print(line, flush=True))
-    with working(sweep.progress):
+    sweep = Sweep(runs, options.jobs, visible_gpus(), lambda line: print(line, flush=True))
+    with working(lambda: f"{sweep.progress()}; {sum(run.is_done for run in runs)} of {len(runs)} done"):
         failed = sweep.run()
     if failed:
         print(f"{len(failed)} of {counted(len(runs), 'run')} failed: {', '.join(training.name for training in failed)}")
     return 1 if failed else 0
 
 
-def _gpus() -> list[str]:
+def visible_gpus() -> list[str]:
     """The GPUs that are to be seen, as CUDA_VISIBLE_DEVICES names them."""
     import torch
 

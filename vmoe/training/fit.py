@@ -98,6 +98,15 @@ def fit(
     return FinishedRun(Path(str(config.output_dir)), summary or {})
 
 
+def config_with(config: str | PathLike[str], options: Mapping[str, Any]) -> TrainConfig:
+    """The config of a recipe's name or a config file's path, with other options by their dotted names.
+
+    Raises:
+        UserError: an option is unknown, or its value is not allowed.
+    """
+    return _config(config, {}, dict(options))
+
+
 def _config(
     start: TrainConfig | str | PathLike[str] | None, given: dict[str, Any], options: dict[str, Any]
 ) -> TrainConfig:

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -152,16 +152,18 @@ class Sweep:
     """Trains runs side by side.
 
     Args:
-        runs: the runs, in order; those that are done are passed over.
+        runs: the runs, in order, of which one is taken when there is room for it; those that are done are passed over.
         jobs: how many at once.
         devices: what CUDA_VISIBLE_DEVICES holds for a run, in turn the one with the fewest runs; none leaves it alone.
         say: is called with a line for each run that ends.
+        ended: is called with each run that ends and its exit code.
     """
 
-    runs: list[Training]
+    runs: Iterable[Training]
     jobs: int
     devices: list[str] = field(default_factory=list)
     say: Callable[[str], None] = print
+    ended: Callable[[Training, int], None] | None = None
     _working: dict[Training, tuple[subprocess.Popen, str | None]] = field(default_factory=dict, init=False)
 
     def run(self) -> list[Training]:
@@ -170,7 +172,7 @@ class Sweep:
         Ctrl-C or SIGTERM stops all runs as it stops `vmoe train`: they are saved and can be resumed. KeyboardInterrupt
         follows.
         """
-        todo = iter([run for run in self.runs if not run.is_done])
+        todo = (run for run in self.runs if not run.is_done)
         failed: list[Training] = []
         before = signal.signal(signal.SIGTERM, _interrupt)
         try:
@@ -188,10 +190,8 @@ class Sweep:
         return failed
 
     def progress(self) -> str:
-        """What is trained now, and how many runs are done."""
-        done = sum(run.is_done for run in self.runs)
-        names = ", ".join(run.name for run in list(self._working)) or "no run"
-        return f"training {names}; {done} of {len(self.runs)} done"
+        """What is trained now."""
+        return f"training {', '.join(run.name for run in list(self._working)) or 'no run'}"
 
     def _start(self, todo: Iterator[Training]) -> bool:
         """Starts runs until there are enough; whether any was started."""
@@ -224,6 +224,8 @@ class Sweep:
             if process.poll() is None:
                 continue
             del self._working[run]
+            if self.ended is not None:
+                self.ended(run, process.returncode)
             if process.returncode:
                 failed.append(run)
                 self.say(f"{run.name}: FAILED with exit code {process.returncode}: {last_line(run.log)}")

@@ -1,0 +1,145 @@
+"""`vmoe tune`: Optuna proposes options, runs try them, validation decides."""
+
+import csv
+from pathlib import Path
+
+import optuna
+import pytest
+import yaml
+from optuna.trial import TrialState
+
+import vmoe
+from vmoe.cli.tune import main
+from vmoe.errors import UserError
+from vmoe.training.tuning import JOURNAL
+
+TINY = {
+    "data": {"name": "digits", "batch_size": 64, "subset": {"per_class": 8}},
+    "model": {"name": "vit_tiny_patch16_224", "kwargs": {"patch_size": 4, "embed_dim": 24, "depth": 1, "num_heads": 3}},
+    "moe": {"num_experts": 2, "layers": [0]},
+    "trainer": {"epochs": 1, "device": "cpu"},
+}
+# A quick `vmoe train`: the best rate is 0.01, and it fails with dropout
+_QUICK_JOB = """
+import json, math, pathlib, sys
+options = dict(zip(sys.argv[2::2], sys.argv[3::2]))
+if float(options.get("--model.kwargs.drop_rate", 0)):
+    sys.exit("vmoe train: error: it became NaN")
+folder = pathlib.Path(options["--output_dir"])
+folder.mkdir(parents=True, exist_ok=True)
+value = 1 - abs(math.log10(float(options["--optim.lr"])) + 2) / 10
+(folder / "summary.json").write_text(json.dumps({"metrics": {"test/top1": 0.5, "val/top1": value}}))
+"""
+SEARCH = ["--search", "optim.lr=1e-4:1:log", "moe.num_experts=2,4"]
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch) -> str:
+    monkeypatch.setattr("vmoe.training.sweep._JOB", _QUICK_JOB)
+    monkeypatch.setattr("vmoe.training.sweep._SECONDS_BETWEEN_LOOKS", 0.02)
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    return str(tmp_path / "tiny.yaml")
+
+
+def rows(out: Path) -> list[dict[str, str]]:
+    with open(out / "trials.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_search_finds_and_goes_on(recipe, tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = [recipe, *SEARCH, "--out", str(out)]
+    assert main([*arguments, "--trials", "3"]) == 0
+    first = rows(out)
+    assert [row["state"] for row in first] == ["complete"] * 3
+    best = max(first, key=lambda row: float(row["val/top1"]))
+    said = capsys.readouterr().out
+    assert f"--optim.lr {best['optim.lr']}" in said.splitlines()[-2] and best["folder"] in said.splitlines()[-1]
+    assert {path.name for path in out.glob("*.png")} == {"history.png", "options.png"}
+    assert main([*arguments, "--trials", "5"]) == 0
+    assert rows(out)[:3] == first and len(rows(out)) == 5 and (out / "importances.png").is_file()
+    whole = tmp_path / "whole"  # at once: the proposals do not depend on a stop
+    assert main([recipe, *SEARCH, "--out", str(whole), "--trials", "5"]) == 0
+    assert rows(whole) == rows(out)
+    other = [recipe, "--search", "optim.lr=1e-3:1:log", "--out", str(out)]
+    assert main(other) == 2
+    assert "holds a search over other ranges, options, metric or seed" in capsys.readouterr().err
+
+
+def test_a_run_that_was_under_way_is_gone_on_with(recipe, tmp_path):
+    search = {"optim.lr": {"low": 1e-4, "high": 1.0, "log": True}}
+    vmoe.tune(recipe, search, tmp_path / "out", trials=2, say=lambda line: None)
+    storage = optuna.storages.JournalStorage(
+        optuna.storages.journal.JournalFileBackend(str(tmp_path / "out" / JOURNAL))
+    )
+    study = optuna.load_study(study_name="vmoe", storage=storage)
+    lr = study.ask(vmoe.training.tuning.read_space(search)).params["optim.lr"]  # and the search is killed
+    found = vmoe.tune(recipe, search, tmp_path / "out", trials=3, say=lambda line: None)
+    assert [trial.state for trial in found.study.trials] == [TrialState.COMPLETE] * 3
+    assert found.study.trials[2].params["optim.lr"] == lr
+    assert (
+        found.options == found.study.best_params
+        and found.path == tmp_path / "out" / f"trial_00{found.study.best_trial.number}"
+    )
+    assert found.value == found.study.best_value
+
+
+def test_runs_that_fail_count_as_trials(recipe, tmp_path, capsys):
+    arguments = [recipe, "--search", "optim.lr=1e-3:1e-1", "model.kwargs.drop_rate=0,0.5", "--jobs", "2"]
+    assert main([*arguments, "--out", str(tmp_path / "out"), "--trials", "6"]) == 0
+    states = {(row["model.kwargs.drop_rate"], row["state"]) for row in rows(tmp_path / "out")}
+    assert states == {("0", "complete"), ("0.5", "fail")}
+    assert "FAILED: vmoe train: error: it became NaN" in capsys.readouterr().out
+    failing = [recipe, "--search", "model.kwargs.drop_rate=0.5,0.6", "--out", str(tmp_path / "no"), "--trials", "1"]
+    assert main(failing) == 2
+    assert "no run reached val/top1; the first one said: vmoe train: error: it became NaN" in capsys.readouterr().err
+
+
+def test_a_search_may_be_a_file(recipe, tmp_path):
+    file = tmp_path / "search.yaml"
+    file.write_text(
+        "config: tiny.yaml\nsearch:\n  optim.lr: {low: 1e-3, high: 1e-1, log: true}\n  moe.layers: [[0], []]\n"
+    )
+    assert main([str(file), "--out", str(tmp_path / "out"), "--trials", "1", "--", "--seed", "3"]) == 0
+    (row,) = rows(tmp_path / "out")
+    assert row["moe.layers"] in ("[0]", "[]") and 1e-3 <= float(row["optim.lr"]) <= 1e-1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ([], "--search: is missing"),
+        (["--search", "optim.lrr=1:2"], "optim.lrr is no option; did you mean optim.lr?"),
+        (["--search", "optim.lr=2:1"], "low must be below high"),
+        (["--search", "optim.lr=0:1:log"], "low"),
+        (["--search", "optim.lr=a:b"], "low='a': must be a number"),
+        (["--search", "optim.lr=1:2:3"], "must be LOW:HIGH or LOW:HIGH:log, or A,B,C"),
+        (["--search", "optim.lr"], "must be OPTION=RANGE"),
+        (["--search", "optim.lr=1e-3"], "must be two values or more"),
+        (["--search", "optim.lr=-1:1"], "optim.lr=-1"),
+        (["--search", "trainer.epochs=1:2", "--metric", "test/top1"], "--metric test/top1: must be of validation"),
+        (["--search", "trainer.epochs=1:2", "--", "--data.sizes", "3"], "--data.sizes: no such option"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(recipe, tmp_path, capsys, arguments, line):
+    assert main([recipe, "--out", str(tmp_path / "out"), *arguments]) == 2
+    said = capsys.readouterr().err
+    assert line in said and said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_python_s_mistakes(recipe, tmp_path):
+    with pytest.raises(UserError, match=r"moe\.top_k"):
+        vmoe.tune(recipe, {"moe.top_k": [1, 5]}, tmp_path / "out")
+    with pytest.raises(UserError, match="must be low and high"):
+        vmoe.tune(recipe, {"moe.top_k": 3}, tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_real_runs(recipe, tmp_path, monkeypatch):
+    monkeypatch.undo()
+    out = tmp_path / "out"
+    assert main([recipe, "--search", "optim.lr=1e-4:1e-2:log", "--out", str(out), "--trials", "2", "--jobs", "2"]) == 0
+    from vmoe.cli.compare import main as compare
+
+    assert compare([*map(str, sorted(out.glob("trial_*"))), "--out", str(tmp_path / "compared")]) == 0

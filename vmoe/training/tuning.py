@@ -1,0 +1,349 @@
+"""A search for good options: Optuna proposes them, `vmoe train` tries them, validation decides."""
+
+import csv
+import json
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import optuna
+import yaml
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState
+
+from vmoe.checkpoints.run_folder import RunFolder
+from vmoe.config_values import to_plain
+from vmoe.errors import UserError
+from vmoe.files import atomic_write
+from vmoe.training.config import TrainConfig
+from vmoe.training.fit import config_with
+from vmoe.training.options import nearest_option, option_names
+from vmoe.training.recipes import find_recipe
+from vmoe.training.run.lock import locked
+from vmoe.training.sweep import Sweep, Training, last_line
+
+JOURNAL = "study.journal"
+_SEARCH = "search"  # what a study's attributes hold of it
+
+
+@dataclass(frozen=True)
+class SearchPlan:
+    """How a search goes.
+
+    Attributes:
+        trials: Runs in all, with those of an earlier call.
+        jobs: Runs at once.
+        metric: What is searched for, of a run's best checkpoint: val/top1, or another metric of validation.
+        seed: Of the proposals.
+        devices: What CUDA_VISIBLE_DEVICES holds for a run (see `vmoe.training.sweep.Sweep`).
+    """
+
+    trials: int = 20
+    jobs: int = 1
+    metric: str = "val/top1"
+    seed: int = 0
+    devices: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.trials < 1 or self.jobs < 1:
+            raise UserError(f"trials={self.trials}, jobs={self.jobs}: must be whole numbers >= 1")
+        if not self.metric.startswith("val/"):
+            raise UserError(f"metric={self.metric}: must be of validation, such as val/top1 or val/loss")
+
+    @property
+    def direction(self) -> str:
+        return "minimize" if self.metric.endswith("loss") else "maximize"
+
+
+@dataclass(frozen=True)
+class TunedRun:
+    """A search's result, as `vmoe.tune` gives it.
+
+    Attributes:
+        options: The best run's options, of those that were searched over.
+        value: What it reached in validation.
+        path: Its folder.
+        study: Optuna's study, with all trials.
+    """
+
+    options: dict[str, Any]
+    value: float
+    path: Path
+    study: optuna.Study = field(repr=False)
+
+
+def tune(
+    config: str | Path,
+    search: Mapping[str, Any],
+    output_dir: str | Path,
+    *,
+    trials: int = 20,
+    options: Mapping[str, Any] | None = None,
+    metric: str = "val/top1",
+    jobs: int = 1,
+    seed: int = 0,
+    say: Callable[[str], object] = print,
+) -> TunedRun:
+    """Searches for the options of a recipe that are best in validation. Each trial is a run in a process of its own.
+
+        found = vmoe.tune("digits", {"optim.lr": {"low": 1e-4, "high": 1e-2, "log": True}}, "runs/tune", trials=10)
+        found.options, found.value
+
+    The same call goes on with a search that was stopped, also in the middle of a run, and adds trials where there are
+    more now. `vmoe compare output_dir/trial_*` compares the runs.
+
+    Args:
+        config: A recipe's name, or the path of a config file.
+        search: For each option, by its dotted name, {"low": ..., "high": ...}, both included, with "log": True for
+            an even search over magnitudes, or "step"; or a list to choose from. Whole numbers stay whole.
+        output_dir: Where the runs, the study and its pictures go.
+        trials: Runs in all.
+        options: Other options, the same in all runs, by their dotted names.
+        metric: What is searched for, of validation: the highest, of a loss the lowest.
+        jobs: Runs at once.
+        seed: Of the proposals. With one job the same seed gives the same search.
+        say: Is called with a line for each run that ends.
+
+    Raises:
+        UserError: an option or its range is not allowed, `output_dir` holds another search, or no run succeeded.
+    """
+    path = find_recipe(str(config))
+    space, fixed = read_space(search), dict(options or {})
+    for which in (0, -1):
+        config_with(path, fixed | {name: ends_of(distribution)[which] for name, distribution in space.items()})
+    words = ["--config", path, *words_of(fixed)]
+    study = run_search(space, words, Path(output_dir), SearchPlan(trials, jobs, metric, seed), say)
+    return TunedRun(
+        options=dict(study.best_trial.params),
+        value=study.best_value,
+        path=folder_of(Path(output_dir), study.best_trial),
+        study=study,
+    )
+
+
+def read_space(search: Mapping[str, Any]) -> dict[str, BaseDistribution]:
+    """Optuna's distributions of the options to search over; see `tune`.
+
+    Raises:
+        UserError: an option is unknown, or its range is not allowed.
+    """
+    if not isinstance(search, Mapping) or not search:
+        raise UserError("search: must hold options by dotted name, each with a range or a list of values")
+    names = option_names(TrainConfig)
+    for name in search:
+        if name not in names and not str(name).startswith(("model.kwargs.", "optim.kwargs.")):
+            raise UserError(f"search: {name} is no option; {nearest_option(str(name), names)}")
+    return {str(name): _distribution(str(name), values) for name, values in search.items()}
+
+
+def _distribution(name: str, values: Any) -> BaseDistribution:
+    if isinstance(values, list | tuple):
+        if len(values) < 2:
+            raise UserError(f"search: {name}={list(values)}: must be two values or more to choose from, or a range")
+        choices = [value if isinstance(value, str | int | float | None) else _text(value) for value in values]
+        return CategoricalDistribution(choices)
+    if not isinstance(values, Mapping) or not {"low", "high"} <= set(values) <= {"low", "high", "log", "step"}:
+        raise UserError(f"search: {name}={values}: must be low and high, perhaps log or step, or a list of values")
+    given = {key: _number(name, key, value) for key, value in values.items() if key != "log"}
+    is_whole = all(isinstance(value, int) for value in given.values())
+    try:
+        kind = IntDistribution if is_whole else FloatDistribution
+        if given["low"] >= given["high"]:
+            raise ValueError("low must be below high")
+        return kind(log=bool(values.get("log", False)), **given)
+    except ValueError as error:
+        raise UserError(f"search: {name}={dict(values)}: {' '.join(str(error).split())}") from error
+
+
+def _number(name: str, key: str, value: Any) -> int | float:
+    try:
+        number = value if type(value) is int else float(value)  # YAML reads 1e-4 as a text
+    except (TypeError, ValueError) as error:
+        raise UserError(f"search: {name}: {key}={value!r}: must be a number") from error
+    if not math.isfinite(number):
+        raise UserError(f"search: {name}: {key}={value!r}: must be finite")
+    return number
+
+
+def ends_of(distribution: BaseDistribution) -> list[Any]:
+    """The values at the ends of a range, or all choices."""
+    if isinstance(distribution, CategoricalDistribution):
+        return list(distribution.choices)
+    return [distribution.low, distribution.high]
+
+
+def words_of(options: Mapping[str, Any]) -> list[str]:
+    """Options as `vmoe train` takes them on the command line."""
+    return [word for name, value in options.items() for word in (f"--{name}", _text(value))]
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    return yaml.safe_dump(to_plain(value), default_flow_style=True, width=math.inf).removesuffix("...\n").strip()
+
+
+def folder_of(out: Path, trial: FrozenTrial | optuna.Trial) -> Path:
+    """The folder of a trial's run."""
+    return out / f"trial_{trial.number:03d}"
+
+
+def run_search(
+    space: dict[str, BaseDistribution],
+    words: Sequence[str],
+    out: Path,
+    plan: SearchPlan,
+    say: Callable[[str], object] = print,
+) -> optuna.Study:
+    """Runs a search, or goes on with it, and writes trials.csv and pictures into its folder.
+
+    Ctrl-C or SIGTERM stops the runs as it stops `vmoe train`; KeyboardInterrupt follows.
+
+    Args:
+        space: The options to search over.
+        words: What `vmoe train` gets in each run besides.
+        out: The folder.
+        plan: How the search goes.
+        say: Is called with a line for each run that ends.
+
+    Raises:
+        UserError: the folder cannot be written or holds another search, or no run succeeded.
+    """
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    with locked(out, say, "vmoe tune"):
+        (out / "logs").mkdir(exist_ok=True)
+        study = _open_study(out, space, words, plan)
+        trials = _Trials(study, space, words, out, plan, say)
+        sweep = Sweep(trials.todo(), plan.jobs, plan.devices, lambda line: None, ended=trials.note)
+        try:
+            sweep.run()
+        finally:
+            write_trials(study, out, plan.metric)
+        done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        if not done:
+            failed = study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
+            line = last_line(out / "logs" / f"{folder_of(out, failed[0]).name}.log")
+            raise UserError(f"{out}: no run reached {plan.metric}; the first one said: {line}")
+        draw_search(study, out, plan.metric)
+    return study
+
+
+def _open_study(out: Path, space: dict[str, BaseDistribution], words: Sequence[str], plan: SearchPlan) -> optuna.Study:
+    storage = JournalStorage(JournalFileBackend(str(out / JOURNAL)))
+    ours = json.dumps(
+        {
+            "space": {name: repr(distribution) for name, distribution in space.items()},
+            "options": list(words),
+            "metric": plan.metric,
+            "seed": plan.seed,
+        },
+        sort_keys=True,
+    )
+    study = optuna.create_study(storage=storage, study_name="vmoe", direction=plan.direction, load_if_exists=True)
+    known = study.user_attrs.get(_SEARCH)
+    if known is None:
+        study.set_user_attr(_SEARCH, ours)
+    elif known != ours:
+        raise UserError(
+            f"output_dir={out}: holds a search over other ranges, options, metric or seed; give another folder, or go "
+            "on with it by the same ones"
+        )
+    return study
+
+
+class _Trials:
+    """The trials of a search, as runs."""
+
+    def __init__(
+        self,
+        study: optuna.Study,
+        space: dict[str, BaseDistribution],
+        words: Sequence[str],
+        out: Path,
+        plan: SearchPlan,
+        say: Callable[[str], object],
+    ) -> None:
+        self._study, self._space, self._words, self._out, self._plan = study, space, words, out, plan
+        self._say = say
+        self._numbers: dict[Path, int] = {}  # of the trial, by its run's folder
+
+    def todo(self) -> Iterator[Training]:
+        """The runs that were stopped, then new ones, each proposed when there is room for it."""
+        for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            if (run := self._training(trial)).is_done:  # all but the note of it
+                self.note(run, 0)
+            else:
+                yield run
+        while len(self._study.get_trials(deepcopy=False)) < self._plan.trials:
+            yield self._training(self._propose())
+
+    def _propose(self) -> optuna.Trial:
+        # Of each trial a seed of its own, so that a search that was stopped goes on as if it had not been
+        number = len(self._study.get_trials(deepcopy=False))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            self._study.sampler = optuna.samplers.TPESampler(
+                seed=(self._plan.seed * 100_003 + number) % 2**32, constant_liar=self._plan.jobs > 1
+            )
+        return self._study.ask(self._space)
+
+    def _training(self, trial: FrozenTrial | optuna.Trial) -> Training:
+        folder = folder_of(self._out, trial)
+        self._numbers[folder] = trial.number
+        return Training("trial", trial.number, folder, (*self._words, *words_of(trial.params)))
+
+    def note(self, run: Training, code: int) -> None:
+        """Tells Optuna what a run reached, and says it."""
+        number, metric = self._numbers[run.folder], self._plan.metric
+        value = (RunFolder(run.folder).read_summary() or {}).get("metrics", {}).get(metric)
+        if code or value is None or not math.isfinite(value):
+            self._study.tell(number, state=TrialState.FAIL)
+            self._say(f"{run.name}: FAILED: {last_line(run.log) if code else f'it has no {metric}'}")
+            return
+        self._study.tell(number, value)
+        options = " ".join(words_of(self._study.get_trials(deepcopy=False)[number].params))
+        self._say(f"{run.name}: {metric} {value:.4f}  {options}  (best {self._study.best_value:.4f})")
+
+
+def write_trials(study: optuna.Study, out: Path, metric: str) -> None:
+    """Writes trials.csv: a row per trial, with its state, its value, its options and its run's folder."""
+    trials = study.get_trials(deepcopy=False)
+    names = sorted({name for trial in trials for name in trial.params})
+    with atomic_write(out / "trials.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["trial", "state", metric, *names, "folder"])
+        for trial in trials:
+            values = [_text(trial.params[name]) if name in trial.params else "" for name in names]
+            value = "" if trial.value is None else repr(trial.value)
+            writer.writerow([trial.number, trial.state.name.lower(), value, *values, folder_of(out, trial).name])
+
+
+def draw_search(study: optuna.Study, out: Path, metric: str) -> list[Path]:
+    """Draws Optuna's pictures of a search: history.png, options.png and, of several options, importances.png."""
+    from matplotlib import pyplot
+    from optuna.visualization import matplotlib as draw
+
+    done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    pictures: dict[str, Callable[[], Any]] = {
+        "history.png": lambda: draw.plot_optimization_history(study, target_name=metric),
+        "options.png": lambda: draw.plot_slice(study, target_name=metric),
+    }
+    if len(done) > 3 and len(done[0].params) > 1 and len({trial.value for trial in done}) > 1:
+        evaluator = optuna.importance.PedAnovaImportanceEvaluator()  # which needs no other package
+        pictures["importances.png"] = lambda: draw.plot_param_importances(study, evaluator=evaluator)
+    written = []
+    for name, make in pictures.items():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            axes = make()
+        figure = (axes.flat[0] if hasattr(axes, "flat") else axes).figure
+        with atomic_write(out / name) as temporary:
+            figure.savefig(temporary, format="png", dpi=120, bbox_inches="tight")
+        pyplot.close(figure)
+        written.append(out / name)
+    return written
