@@ -4,7 +4,7 @@ import pytest
 from jsonargparse import auto_cli, auto_parser
 
 from vmoe.data import AugmentConfig, DataConfig, MixConfig, SubsetConfig
-from vmoe.data.config import DEFAULTS, nearest
+from vmoe.data.config import DEFAULTS, TableConfig, nearest
 
 
 @pytest.mark.parametrize(
@@ -29,6 +29,10 @@ from vmoe.data.config import DEFAULTS, nearest
             {"sampler": "class_balanced", "mix": MixConfig(mixup_alpha=1, until=0.5)},
             "sampler=class_balanced: .*leave mix.until at 1",
         ),
+        (TableConfig, {"separator": " "}, "separator=' ': must be a mark"),
+        (TableConfig, {"columns": "other"}, "columns='other': must be a list of columns, or others"),
+        (TableConfig, {"columns": ["a", "a"]}, "columns=.* names a column twice"),
+        (TableConfig, {"columns": ["a"], "label": "b"}, "label=b: cannot be combined with columns"),
         (SubsetConfig, {"imbalance": 0.01}, "imbalance=0.01: must be from 1"),
         (SubsetConfig, {"imbalance": 10, "fraction": 0.5}, "imbalance=10: cannot be combined with fraction=0.5"),
         (AugmentConfig, {"preset": "strnog"}, "preset='strnog'.*did you mean 'strong'"),

@@ -239,6 +239,8 @@ def test_labels_from_1_and_with_gaps_are_said(npz):
         ({"train_x": np.zeros((60, 8, 8, 3), np.float32)}, "train_x is float32; it must be uint8"),
         ({"train_y": np.zeros(59, int)}, r"train_y is of shape \(59,\); it must hold one label for each of the 60"),
         ({"train_y": np.zeros((60, 1), int)}, "train_y is of shape"),
+        ({"train_y": np.zeros((60, 3), int)}, r"labels' shapes differ in classes: train_y \(60, 3\), test_y \(15,\)"),
+        ({"train_y": np.full((60, 3), 2)}, r"train_y is of shape \(60, 3\) and holds 2; a column per class"),
         ({"train_y": np.zeros(60)}, "train_y holds float64 from 0.0; it must hold integers from 0"),
         ({"train_y": np.full(60, -1)}, "train_y holds int64 from -1"),
         ({"train_y": np.full(60, 10**9)}, "labels go up to 1000000000, but there are 60 training images"),

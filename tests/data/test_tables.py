@@ -82,6 +82,54 @@ def test_columns_are_named_where_their_names_are_others(table):
     assert next(iter(data.train_dataloader())).images.shape == (4, 3, 8, 8)
 
 
+SEVERAL = ("cat|dog", "dog", "", " cat | dog ", "owl")
+
+
+def test_a_cell_may_hold_several_labels_or_none(table):
+    lines = "".join(f"pics/{number}.png,{SEVERAL[number % 5]}\n" for number in range(30))
+    splits = load(table("path,label\n" + lines), table=TableConfig(separator="|"))
+    assert splits.class_names == ["cat", "dog", "owl"]
+    parts = [(part.read(index)[0, 0, 0] % 5, part.labels[index].tolist()) for part in vars(splits).values()
+             if hasattr(part, "labels") for index in range(len(part))]  # fmt: skip
+    assert len(parts) == 30
+    expected = [[1, 1, 0], [0, 1, 0], [0, 0, 0], [1, 1, 0], [0, 0, 1]]
+    assert all(labels == expected[number] for number, labels in parts)
+    assert splits.val.labels.any(1).sum() >= 2  # cut from training by the rarest label of each picture
+
+
+def test_a_column_per_class_holds_0_or_1(table, tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    lines = "".join(f"pics/{number}.png,{number % 2},{int(number % 3 == 0)},train\n" for number in range(24))
+    path = table("path,odd,third,split\n" + lines.replace("23.png,1,0,train", "23.png,1,0,test"))
+    chosen = TableConfig(columns=["third", "odd"])
+    splits = load(path, table=chosen, val_fraction=0.2)
+    assert splits.class_names == ["third", "odd"] and splits.test.labels.tolist() == [[0, 1]]
+    assert splits.train.is_multi_label and splits.train.class_counts(2)[0] == 6
+    rows = [line.split(",") for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    columns = dict(zip(rows[0], zip(*rows[1:], strict=True), strict=True))
+    flags = {name: [cell == "1" for cell in columns[name]] for name in ("odd", "third")}
+    other = {"path": columns["path"], "split": columns["split"]}
+    parquet.write_table(pyarrow.table(other | flags), tmp_path / "a.parquet")
+    again = load(tmp_path / "a.parquet", table=TableConfig(columns="others"), val_fraction=0.2)
+    assert again.class_names == ["odd", "third"] and again.test.labels.tolist() == [[1, 0]]
+
+
+@pytest.mark.parametrize(
+    ("text", "columns", "line"),
+    [
+        ("path,label\n" + rows(), {"columns": "others"}, "line 2: column label holds 'dog'; a column per class must"),
+        ("path,odd\n" + rows(), {"columns": ["od"]}, "has no column od; did you mean 'odd'"),
+        ("path,odd\n" + rows(), {"columns": ["path"]}, "data.table.columns: path is the path or the split"),
+        ("path,label\npics/0.png,\n", {"separator": "|"}, "no picture has a label"),
+    ],
+)
+def test_what_is_wrong_with_several_labels_is_one_line(table, text, columns, line):
+    with pytest.raises(UserError, match=line):
+        load(table(text), table=TableConfig(**columns))
+
+
 def test_a_parquet_table_is_read_by_its_columns(table, tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet

@@ -4,7 +4,7 @@ import argparse
 import math
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from vmoe.errors import UserError
 from vmoe.memory import free_memory, is_out_of_memory, memory_line
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from vmoe.data.loading import ImageLoader
 
 T = TypeVar("T")
-TABLE_ROLES = ("path", "label", "split")
+TABLE_ROLES = ("path", "label", "split", "separator", "columns")
 # What jobs that measure a checkpoint call what `vmoe train` names by section
 DATA_OPTIONS = {
     "data.name": "--data",
@@ -197,13 +197,16 @@ def _columns(given: Sequence[str]) -> "TableConfig":
     """
     from vmoe.data.config import TableConfig
 
-    columns = {}
+    columns: dict[str, Any] = {}
     for word in given:
         role, equals, name = word.partition("=")
         if role not in TABLE_ROLES or not equals or not name:
             raise UserError(f"--columns {word}: must be ROLE=NAME, where ROLE is one of {', '.join(TABLE_ROLES)}")
-        columns[role] = name
-    return TableConfig(**columns)
+        columns[role] = name.split(",") if role == "columns" and name != "others" else name
+    try:
+        return TableConfig(**columns)
+    except ValueError as error:
+        raise UserError(f"--columns {error}") from error
 
 
 def _changed_config(checkpoint: "TrainedModel", options: argparse.Namespace) -> "DataConfig":

@@ -44,7 +44,7 @@ from vmoe.sizes import ImageSize, size_text
 EvalLoader = ImageLoader | ResidentEvalLoader | FilledLoader
 _AFTER_SETUP = {
     *("num_classes", "class_names", "patch_names", "notes", "image_size", "bit_depth", "mean", "std", "is_endless"),
-    *("has_validation", "train_sampler"),
+    *("has_validation", "train_sampler", "multi_label"),
 }
 
 
@@ -79,6 +79,7 @@ class ImageDataModule(LightningDataModule):
     Attributes (of which the first use calls `setup`):
         config: the `DataConfig`.
         num_classes: number of classes.
+        multi_label: whether an image may have several classes, or none; then labels are (B, classes) int8 of 0 and 1.
         class_names: their names, in the order of the labels.
         patch_names: names of what patches show, where that is known; else None.
         notes: lines to say about the set, such as what was passed over in its folders.
@@ -176,6 +177,7 @@ class ImageDataModule(LightningDataModule):
         self.is_endless = self._splits.train.pass_step > 0
         self.class_names = self._splits.class_names
         self.num_classes = len(self.class_names)
+        self.multi_label: bool = self._splits.train.is_multi_label
         self.patch_names = self._splits.patch_names
         self.notes = list(self._splits.notes)
         self.image_size: ImageSize = config.image_size or defaults.image_size or self._splits.image_size
@@ -211,8 +213,6 @@ class ImageDataModule(LightningDataModule):
             self._augmenter = Augmenter(
                 config.augment, self.image_size, self.mean, defaults.flip, self.seed, config.crop
             )
-            if config.augment.albumentations is not None and len(train):  # what it cannot do is found at once
-                self._augmenter(read_or_next(train, 0, [])[0], 0, 0)
             return
         self._batch_augmenter = BatchAugmenter(
             config.augment, self.image_size, self.mean, self.std, defaults.flip, self.seed, self.device
@@ -231,7 +231,11 @@ class ImageDataModule(LightningDataModule):
 
     def images_of_classes(self, split: str) -> list[int]:
         """How many images of each class "train", "val" or "test" has, after `setup`."""
-        return np.bincount(self._images(split).labels, minlength=self.num_classes).tolist()
+        return self._images(split).class_counts(self.num_classes).tolist()
+
+    def number_of_images(self, split: str) -> int:
+        """How many images "train", "val" or "test" has, after `setup`."""
+        return len(self._images(split))
 
     def training_pictures(self, label: int, most: int) -> list[np.ndarray]:
         """Training images of a class as the first epoch varies them, by the pipeline "workers".
@@ -244,7 +248,7 @@ class ImageDataModule(LightningDataModule):
             (height, width, 3) uint8 each.
         """
         train = self._splits.train
-        chosen = np.random.default_rng([self.seed, label]).permutation(np.flatnonzero(train.labels == label))[:most]
+        chosen = np.random.default_rng([self.seed, label]).permutation(np.flatnonzero(_has_class(train, label)))[:most]
         return [self._augmenter(read_or_next(train, index, [])[0], 0, index) for index in chosen.tolist()]
 
     @property
@@ -391,3 +395,8 @@ class ImageDataModule(LightningDataModule):
         if self.trainer is None or not self.trainer.max_epochs or self.trainer.max_epochs < 0:
             raise UserError(f"data.mix.until={until}: needs a trainer that knows its number of epochs; leave it at 1")
         return until * self.trainer.max_epochs * (self.train_sampler.epoch_images / self.train_sampler.length)
+
+
+def _has_class(images: ImageSet, label: int) -> np.ndarray:
+    """(n,) bool."""
+    return images.labels[:, label] > 0 if images.is_multi_label else images.labels == label

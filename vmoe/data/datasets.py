@@ -82,10 +82,12 @@ def load_splits(config: DataConfig, for_training: bool = True) -> Splits:
         train, test = train.keep_classes(classes), test.keep_classes(classes)
         val = test if is_tested else val.keep_classes(classes) if val is not None else None
     if val is None and config.val_fraction and len(train):
-        remaining, cut = subsets.split(train.labels, config.val_fraction, config.split_seed)
+        remaining, cut = subsets.split(train.strata(), config.val_fraction, config.split_seed)
         train, val = train.take(remaining), train.take(cut)
+    if train.is_multi_label:
+        _require_single_labels(config)
     if len(splits.train):
-        train = train.take(subsets.choose_training(train.labels, config.subset, names, config.split_seed))
+        train = train.take(subsets.choose_training(train.strata(), config.subset, names, config.split_seed))
     needed = {"training": train if for_training else None, "validation": val, "test": test}
     for name, part in needed.items():
         if part is not None and not len(part):
@@ -126,9 +128,25 @@ def _looked_at(splits: Splits, config: DataConfig) -> Splits:
     return dataclasses.replace(splits, notes=[*splits.notes, *lines])
 
 
+def _require_single_labels(config: DataConfig) -> None:
+    """Refuses what takes images class by class, of a set whose images have several.
+
+    Raises:
+        UserError: the config asks for it.
+    """
+    asked = {
+        "data.subset.per_class": config.subset.per_class,
+        "data.subset.imbalance": config.subset.imbalance,
+        "data.sampler": None if config.sampler == "shuffle" else config.sampler,
+    }
+    for option, value in asked.items():
+        if value is not None:
+            raise UserError(f"{option}={value}: needs images of one class each, and these have several; leave it out")
+
+
 def _empty_class_lines(root: str, splits: Splits) -> list[str]:
     """A warning that names the classes without a training image; none where each class has one."""
-    counts = np.bincount(splits.train.labels, minlength=len(splits.class_names))
+    counts = splits.train.class_counts(len(splits.class_names))
     empty = [splits.class_names[label] for label in np.flatnonzero(counts == 0)]
     if not empty:
         return []
@@ -242,7 +260,7 @@ def _huggingface(config: DataConfig) -> Splits:
 
 def _cut_test(everything: ImageSet, classes: list[str], notes: list[str], config: DataConfig) -> Splits:
     """A set without any split: its test images are cut off here, those of validation by `load_splits`."""
-    train, test = subsets.split(everything.labels, _TEST_FRACTION, config.split_seed)
+    train, test = subsets.split(everything.strata(), _TEST_FRACTION, config.split_seed)
     validation = f", {config.val_fraction:.0%} of what remains for validation" if config.val_fraction else ""
     line = f"{config.root}: has no split of its own: {_TEST_FRACTION:.0%} of each class are cut off for the test"
     notes = [*notes, f"{line}{validation} (by data.split_seed={config.split_seed})"]

@@ -80,7 +80,9 @@ class FileImages:
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Labelled images of one split: `positions` (n,) in a store, and their `labels` (n,).
+    """Labelled images of one split: `positions` (n,) in a store, and their `labels`.
+
+    Labels are (n,) int64 with one class per image, or (n, classes) int8 of 0 and 1 with several.
 
     Where images never repeat, each pass over the split has other ones of the same labels: in every pass their positions
     are `pass_step` farther on.
@@ -93,7 +95,8 @@ class ImageSet:
 
     @classmethod
     def all_of(cls, images: ImageStore, labels: Sequence[int] | np.ndarray) -> "ImageSet":
-        labels = np.asarray(labels, dtype=np.int64)
+        labels = np.asarray(labels)
+        labels = labels.astype(np.int8 if labels.ndim == 2 else np.int64)
         return cls(images, np.arange(len(labels)), labels)
 
     def __len__(self) -> int:
@@ -125,8 +128,30 @@ class ImageSet:
         """The images at `indices`, in that order."""
         return replace(self, positions=self.positions[indices], labels=self.labels[indices])
 
+    @property
+    def is_multi_label(self) -> bool:
+        """Whether an image may have several classes, or none."""
+        return self.labels.ndim == 2
+
+    def class_counts(self, classes: int) -> np.ndarray:
+        """How many images have each class, (classes,) int64."""
+        if self.is_multi_label:
+            return self.labels.sum(0, dtype=np.int64)
+        return np.bincount(self.labels, minlength=classes)
+
+    def strata(self) -> np.ndarray:
+        """What choices of images are stratified by, (n,): the class; of several the rarest, of none one number more."""
+        if not self.is_multi_label:
+            return self.labels
+        counts = self.class_counts(self.labels.shape[1])
+        by_rarity = np.argsort(counts, kind="stable")
+        first = self.labels[:, by_rarity].argmax(1)  # of equal ones NumPy takes the first
+        return np.where(self.labels.any(1), by_rarity[first], len(counts))
+
     def keep_classes(self, classes: Sequence[int]) -> "ImageSet":
-        """The images of these classes, which become 0, 1, ... in the order given."""
+        """The images of these classes, which become 0, 1, ... in the order given; of several labels all images."""
+        if self.is_multi_label:
+            return replace(self, labels=self.labels[:, list(classes)])
         kept = self.take(np.flatnonzero(np.isin(self.labels, classes)))
         number = {label: new for new, label in enumerate(classes)}
         return replace(kept, labels=np.array([number[label] for label in kept.labels], dtype=np.int64))

@@ -31,11 +31,11 @@ class Batch(NamedTuple):
     """Images ready for the model, on the CPU or on the device that trains."""
 
     images: torch.Tensor | None  # (B, 3, H, W) float32, normalised; None where `ImageDataModule.made` makes them
-    labels: torch.Tensor | None  # (B,) int64; None where nobody labelled the images
+    labels: torch.Tensor | None  # (B,) int64, or (B, classes) int8 of 0 and 1; None where nobody labelled the images
     damaged: list[str]  # training images that could not be read and were replaced by the next one
     patch_labels: torch.Tensor | None = None  # (B, rows, columns) int64, what each patch shows, where that is known
     keys: torch.Tensor | None = None  # (B, 2) int64, epoch and index of training images; None in evaluation
-    targets: torch.Tensor | None = None  # (B, classes) float32 that sum to 1, of mixed images; None: labels count
+    targets: torch.Tensor | None = None  # (B, classes) float32 of mixed images; None: labels count
 
 
 class TrainImages(Dataset):

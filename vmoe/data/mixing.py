@@ -58,12 +58,12 @@ class Mixer:
 
         Args:
             images: (B, 3, S, S) float32.
-            labels: (B,) int64.
+            labels: (B,) int64, or (B, C) of 0 and 1.
             keys: (B, 2) int64, epoch and index of each image.
             epochs: from this epoch on nothing is mixed, and targets are the labels'.
 
         Returns:
-            The images, and targets (B, C) float32 that sum to 1.
+            The images, and targets (B, C) float32, which sum to 1 where each image has one label.
         """
         return self._mix(images, labels, keys, torch.full((), epochs, device=images.device))
 
@@ -82,7 +82,7 @@ def mix(
 
     Args:
         images: (B, 3, S, S).
-        labels: (B,) int64.
+        labels: (B,) int64, or (B, C) of 0 and 1.
         shares: (B,), of itself that an image keeps, 0 to 1; CutMix keeps more of it where its rectangle is cut off.
         is_cutmix: (B,) bool, by CutMix rather than mixup.
         centres: (2, B), x and y of the rectangle's centre in [0, 1).
@@ -103,7 +103,9 @@ def mix(
     kept = torch.where(is_cutmix[:, None, None], outside, shares[:, None, None])[:, None]
     area = (right - left) * (bottom - top)
     shares = torch.where(is_cutmix, 1 - area / (width * height), shares)[:, None]
-    one_hot = (labels[:, None] == torch.arange(classes, device=labels.device)).float()
+    if labels.dim() == 1:
+        labels = labels[:, None] == torch.arange(classes, device=labels.device)
+    one_hot = labels.float()
     return torch.lerp(images[partners], images, kept), torch.lerp(one_hot[partners], one_hot, shares)
 
 

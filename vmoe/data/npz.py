@@ -12,7 +12,8 @@ from vmoe.errors import UserError
 def load_npz(root: str) -> Splits:
     """Loads `train_x, train_y, test_x, test_y` and, where given, `val_x, val_y` and `class_names` from one file.
 
-    Images are (n, H, W, 3), (n, H, W, 1) or (n, H, W) uint8; labels (n,) integers from 0.
+    Images are (n, H, W, 3), (n, H, W, 1) or (n, H, W) uint8; labels (n,) integers from 0, or (n, classes) of 0 and 1
+    for images of several classes.
 
     Raises:
         UserError: the file or one of its arrays is missing or malformed; the line names it.
@@ -25,6 +26,8 @@ def load_npz(root: str) -> Splits:
             "a data set needs train_x, train_y, test_x and test_y"
         )
     sets = {name: _npz_set(root, arrays, name) for name in ("train", "val", "test") if f"{name}_x" in arrays}
+    if any(part.is_multi_label for part in sets.values()):
+        return _of_several_labels(root, sets, arrays)
     number = 1 + max(int(part.labels.max(initial=0)) for part in sets.values())
     if number > len(sets["train"]):
         raise UserError(
@@ -36,6 +39,18 @@ def load_npz(root: str) -> Splits:
         starts = min(int(part.labels.min()) for part in sets.values())
         fix = "number the labels from 0" if starts == 1 and len(names) == number - 1 else "name all"
         raise UserError(f"{root}: class_names has {len(names)} names, but labels go up to {number - 1}; {fix}")
+    return Splits(sets["train"], sets.get("val"), sets["test"], names, min(arrays["train_x"].shape[1:3]))
+
+
+def _of_several_labels(root: str, sets: dict[str, ImageSet], arrays: dict[str, np.ndarray]) -> Splits:
+    shapes = {part.labels.shape[1:] for part in sets.values()}
+    if len(shapes) > 1:
+        found = ", ".join(f"{name}_y {part.labels.shape}" for name, part in sets.items())
+        raise UserError(f"{root}: the labels' shapes differ in classes: {found}; give all a column per class")
+    number = sets["train"].labels.shape[1]
+    names = [str(name) for name in arrays.get("class_names", range(number))]
+    if len(names) != number:
+        raise UserError(f"{root}: class_names has {len(names)} names, and train_y {number} columns; name each")
     return Splits(sets["train"], sets.get("val"), sets["test"], names, min(arrays["train_x"].shape[1:3]))
 
 
@@ -65,9 +80,14 @@ def _npz_set(root: str, arrays: dict[str, np.ndarray], name: str) -> ImageSet:
         raise UserError(f"{root}: {name}_x has shape {arrays[f'{name}_x'].shape}; it must be (n, H, W, 3) or (n, H, W)")
     if images.dtype != np.uint8:
         raise UserError(f"{root}: {name}_x is {images.dtype}; it must be uint8, 0 to 255")
-    if labels is None or labels.shape != images.shape[:1]:
+    is_multi_label = labels is not None and labels.ndim == 2 and labels.shape[1] > 1
+    if labels is None or labels.shape[: 1 if is_multi_label else None] != images.shape[:1]:
         found = "missing" if labels is None else f"of shape {labels.shape}"
         raise UserError(f"{root}: {name}_y is {found}; it must hold one label for each of the {len(images)} images")
     if not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
         raise UserError(f"{root}: {name}_y holds {labels.dtype} from {labels.min()}; it must hold integers from 0")
+    if is_multi_label and labels.max() > 1:
+        raise UserError(
+            f"{root}: {name}_y is of shape {labels.shape} and holds {labels.max()}; a column per class must hold 0 or 1"
+        )
     return ImageSet.all_of(ArrayImages(images, f"{root}:{name}_x"), labels)

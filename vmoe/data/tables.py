@@ -6,6 +6,8 @@ import stat
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from vmoe.data.config import DataConfig, TableConfig, nearest
 from vmoe.data.folders import split_of
 from vmoe.data.imageset import FileImages, ImageSet
@@ -36,21 +38,27 @@ def load_table(config: DataConfig) -> tuple[dict[str, ImageSet], list[str]]:
     """
     path, columns = Path(config.root), config.table
     table, places = _read_table(path, columns)
-    found = [_name_of(path, list(table), role, columns) for role in _KNOWN_COLUMNS]
+    found = [_name_of(path, list(table), role, columns) for role in _roles(columns)]
     used = [name for name in found if name is not None]
     if len(set(used)) < len(used):
         raise UserError(f"data.table: one column of {path} cannot be two of path, label and split; name another")
-    paths, labels, splits = (None if name is None else table[name] for name in found)
-    assert paths is not None and labels is not None  # as `_name_of` made sure
+    cells = {role: None if name is None else table[name] for role, name in zip(_roles(columns), found, strict=True)}
+    paths, splits = cells["path"], cells["split"]
+    assert paths is not None  # as `_name_of` made sure
     if not paths:
         raise UserError(f"{path}: has no row below its header; add one for each picture")
-    _require_cells(path, {"path": paths, "label": labels}, places)
+    _require_cells(path, {"path": paths}, places)
+    if columns.columns is not None:
+        names, labels = _labels_of_columns(path, table, columns, used, places)
+    elif columns.separator is not None:
+        names, labels = _labels_of_cells(path, cells["label"] or [], columns.separator)
+    else:
+        _require_cells(path, {"label": cells["label"] or []}, places)
+        names, labels = _one_label_each(cells["label"] or [])
     files = _picture_files(path, paths, places)
-    names = _sorted_names(labels)
-    number = {name: index for index, name in enumerate(names)}
     rows = _rows_of_splits(path, splits, places)
     sets = {
-        split: ImageSet.all_of(FileImages([files[row] for row in chosen]), [number[labels[row]] for row in chosen])
+        split: ImageSet.all_of(FileImages([files[row] for row in chosen]), labels[chosen])
         for split, chosen in rows.items()
     }
     if "train" in sets:
@@ -107,8 +115,9 @@ def _read_parquet(path: Path, columns: TableConfig) -> tuple[Table, list[str]]:
 
     try:
         names = parquet.read_schema(path).names
-        found = [_name_of(path, names, role, columns) for role in _KNOWN_COLUMNS]
-        chosen = list(dict.fromkeys(name for name in found if name is not None))
+        found = [_name_of(path, names, role, columns) for role in _roles(columns)]
+        of_classes = names if columns.columns == "others" else [name for name in columns.columns or [] if name in names]
+        chosen = list(dict.fromkeys([*(name for name in found if name is not None), *of_classes]))
         table = parquet.read_table(path, columns=chosen)
         for name in chosen:
             kind = table.schema.field(name).type
@@ -180,6 +189,55 @@ def _picture_files(path: Path, paths: Sequence[str], places: Sequence[str]) -> l
     return files
 
 
+def _roles(columns: TableConfig) -> list[str]:
+    """Which columns a table must or may have beside those of a 0 or 1."""
+    return [role for role in _KNOWN_COLUMNS if role != "label" or columns.columns is None]
+
+
+def _one_label_each(labels: Sequence[str]) -> tuple[list[str], np.ndarray]:
+    """The class names, and each row's class, (n,) int64."""
+    names = _sorted_names(labels)
+    number = {name: index for index, name in enumerate(names)}
+    return names, np.array([number[label] for label in labels])
+
+
+def _labels_of_cells(path: Path, cells: Sequence[str], separator: str) -> tuple[list[str], np.ndarray]:
+    """The class names, and whether each row has each, (n, classes) int8, from cells such as "cat|dog"."""
+    found = [{label.strip() for label in cell.split(separator)} - {""} for cell in cells]
+    names = _sorted_names([label for labels in found for label in labels])
+    if not names:
+        raise UserError(f"{path}: no picture has a label; fill the column in")
+    number = {name: index for index, name in enumerate(names)}
+    labels = np.zeros((len(cells), len(names)), dtype=np.int8)
+    for row, each in enumerate(found):
+        labels[row, [number[label] for label in each]] = 1
+    return names, labels
+
+
+def _labels_of_columns(
+    path: Path, table: Table, columns: TableConfig, used: Sequence[str], places: Sequence[str]
+) -> tuple[list[str], np.ndarray]:
+    """The class names, and whether each row has each, (n, classes) int8, from a column per class."""
+    names = [name for name in table if name not in used] if columns.columns == "others" else list(columns.columns or [])
+    if not names:
+        raise UserError(f"data.table.columns: {path} has no column beside path and split; add one per class")
+    labels = np.zeros((len(places), len(names)), dtype=np.int8)
+    for index, name in enumerate(names):
+        if name not in table:
+            hint = nearest(name, table)
+            raise UserError(f"data.table.columns: {path} has no column {name}; {hint or 'mend its name'}")
+        if name in used:
+            raise UserError(f"data.table.columns: {name} is the path or the split of {path}; leave it out")
+        for row, cell in enumerate(table[name]):
+            if cell not in ("0", "1", "0.0", "1.0", "True", "False", "true", "false"):
+                raise UserError(
+                    f"{path}: {places[row]}: column {name} holds {cell!r}; a column per class must hold 0 or 1 "
+                    "(data.table.columns names them)"
+                )
+            labels[row, index] = cell in ("1", "1.0", "True", "true")
+    return names, labels
+
+
 def _sorted_names(labels: Sequence[str]) -> list[str]:
     names = set(labels)
     is_numbered = all(name.isdecimal() for name in names)
@@ -199,8 +257,8 @@ def _rows_of_splits(path: Path, splits: Sequence[str] | None, places: Sequence[s
 
 
 def _refuse_unknown_classes(path: Path, sets: dict[str, ImageSet], names: Sequence[str]) -> None:
-    trained = set(sets["train"].labels.tolist())
+    is_trained = sets["train"].class_counts(len(names)) > 0
     for split, part in sets.items():
-        unknown = sorted(set(part.labels.tolist()) - trained)
-        if unknown:
+        unknown = np.flatnonzero((part.class_counts(len(names)) > 0) & ~is_trained)
+        if len(unknown):
             raise UserError(f"{path}: class {names[unknown[0]]!r} of {split} has no training picture; add one")
