@@ -15,11 +15,21 @@ from torchmetrics.functional.classification import (
     multiclass_f1_score,
     multiclass_precision,
     multiclass_recall,
+    multilabel_auroc,
+    multilabel_average_precision,
+    multilabel_f1_score,
 )
 
 import vmoe
 from vmoe.errors import UserError
-from vmoe.evaluation.engine import RunningMetrics, eval_capacity_factor, evaluate_sweep, measure_batches
+from vmoe.evaluation.curves import best_thresholds
+from vmoe.evaluation.engine import (
+    RunningMetrics,
+    RunningMultiLabelMetrics,
+    eval_capacity_factor,
+    evaluate_sweep,
+    measure_batches,
+)
 from vmoe.evaluation.ensemble import Ensemble
 
 SHAPE = {"num_classes": 10, "img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 4, "num_heads": 3}
@@ -111,6 +121,38 @@ def test_precision_over_recall_by_hand():
     assert curve == pytest.approx([1.0] * 11 + [2 / 3] * 10, abs=1e-6)
     assert figures["class_average_precision"][1] == pytest.approx(0.5 + 0.5 * 2 / 3)
     assert figures["class_auroc"] == [0.75, 0.75, None] and figures["auroc"] == 0.75
+
+
+def test_figures_of_several_classes_are_torchmetrics_s():
+    generator = torch.Generator().manual_seed(4)
+    labels = (torch.rand(300, 5, generator=generator) < torch.tensor([0.6, 0.3, 0.2, 0.1, 0.0])).to(torch.int8)
+    logits = torch.randn(300, 5, generator=generator) + labels
+    thresholds = [0.5, 0.6, 0.7, 0.4, 0.3]
+    metrics = RunningMultiLabelMetrics(5, thresholds=thresholds)
+    for part in (slice(0, 200), slice(200, 300)):
+        metrics.update(logits[part], labels[part])
+    figures, there = metrics.compute(), labels.long()
+    found = (logits.sigmoid() >= torch.tensor(thresholds)).long()
+    assert figures["f1_micro"] == pytest.approx(float(multilabel_f1_score(found, there, 5, average="micro")))
+    of_classes = multilabel_f1_score(found, there, 5, average="none").tolist()
+    assert figures["class_f1"][:4] == pytest.approx(of_classes[:4]) and figures["class_f1"][4] is None
+    assert figures["f1_macro"] == pytest.approx(sum(of_classes[:4]) / 4)
+    assert figures["exact_match"] == pytest.approx(float((found == there).all(1).double().mean()))
+    average = multilabel_average_precision(logits, there, 5, average="none").tolist()
+    assert figures["class_average_precision"][:4] == pytest.approx(average[:4])
+    assert figures["average_precision"] == pytest.approx(sum(average[:4]) / 4)
+    areas = multilabel_auroc(logits, there, 5, average="none").tolist()
+    assert figures["class_auroc"][:4] == pytest.approx(areas[:4]) and figures["class_auroc"][4] is None
+    assert figures["images"] == 300 and figures["class_images"] == labels.sum(0).tolist()
+    bce = torch.nn.functional.binary_cross_entropy_with_logits(logits.double(), labels.double())
+    assert figures["bce"] == pytest.approx(float(bce), rel=1e-6)
+
+
+def test_the_best_thresholds_part_a_class_s_scores():
+    scores = torch.tensor([[0.9, 0.2], [0.7, 0.3], [0.3, 0.8], [0.1, 0.9]])
+    labels = torch.tensor([[1, 0], [1, 0], [0, 0], [0, 0]])
+    assert best_thresholds(scores, labels) == [pytest.approx(0.5), 0.5]  # half-way; and a class without images
+    assert best_thresholds(scores[:2], labels[:2])[0] == pytest.approx(0.7)  # every image has it
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

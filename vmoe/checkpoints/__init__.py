@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from vmoe.checkpoints.own import describe, save
     from vmoe.checkpoints.run_folder import WITHOUT_EFFECT, RunFolder, flatten
     from vmoe.checkpoints.shared import require_rounding, shared_config, write_changed, write_safetensors
-    from vmoe.checkpoints.trained import TrainedModel, as_trained
+    from vmoe.checkpoints.trained import TrainedModel, as_trained, require_single_label
     from vmoe.checkpoints.writing import write_content, write_weights
 else:  # a run's folder can be read without torch
     __getattr__ = names_on_demand(
@@ -54,7 +54,7 @@ else:  # a run's folder can be read without torch
             "vmoe.checkpoints.own": ["describe", "save"],
             "vmoe.checkpoints.run_folder": ["WITHOUT_EFFECT", "RunFolder", "flatten"],
             "vmoe.checkpoints.shared": ["require_rounding", "shared_config", "write_changed", "write_safetensors"],
-            "vmoe.checkpoints.trained": ["TrainedModel", "as_trained"],
+            "vmoe.checkpoints.trained": ["TrainedModel", "as_trained", "require_single_label"],
             "vmoe.checkpoints.writing": ["write_content", "write_weights"],
         },
     )
@@ -80,6 +80,7 @@ __all__ = [
     "read_foreign_weights",
     "read_without_tensors",
     "require_rounding",
+    "require_single_label",
     "save",
     "shared_config",
     "timm_arguments",

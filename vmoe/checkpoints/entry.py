@@ -13,7 +13,8 @@ ENTRY = "vmoe"  # what is ours in a checkpoint
 MODEL_PREFIX = "model."  # comes before the name of a weight in a .ckpt file, where Lightning's module holds the model
 # Raised when an older version of this package could not use what a newer one writes; new entries alone do not.
 FORMAT_VERSION = 2
-PLAIN_VERSION = 1  # of files that need nothing of version 2: images that are not square or not cropped in their centre
+# Of files that need nothing of version 2: images that are not square or not cropped in their centre, several classes
+PLAIN_VERSION = 1
 _LARGEST_IMAGE = 4096  # as in DataConfig
 _WEIGHTS_ALONE = (
     "holds weights, but not what model they are of; fill the model by vmoe.Classifier.load_from_checkpoint(path, "
@@ -34,6 +35,13 @@ class ModelFacts:
     # Name and kwargs that timm builds the model by, where config.model names a folder or hub, which may be gone
     architecture: dict[str, Any] | None = None
     crop: str = "centre"  # how pictures of another shape are fitted to the image size, as in `DataConfig`
+    multi_label: bool = False  # whether an image may have several classes: each logit is of a sigmoid of its own
+    thresholds: Sequence[float] | None = None  # of several classes: the probability of each from which an image has it
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether a version of this package that knows square, centred images and one class each can use the model."""
+        return self.crop == "centre" and isinstance(self.image_size, int) and not self.multi_label
 
     def by_architecture(self) -> "ModelFacts":
         """The same, with timm's own name and arguments in `config.model`, by which the model can be built anywhere."""
@@ -49,19 +57,17 @@ def entry_for(facts: ModelFacts, epochs_done: int = 0, step: int | None = None) 
         epochs_done: Epochs that it was trained for.
         step: Updates that it was trained for, in a file where Lightning does not write them.
     """
-    entry = {"version": _version_for(facts), **vars(facts), "epochs_done": epochs_done}
-    if facts.architecture is None:
-        del entry["architecture"]
+    version = PLAIN_VERSION if facts.is_plain else FORMAT_VERSION
+    entry = {"version": version, **vars(facts), "epochs_done": epochs_done}
+    for name in ("architecture", "multi_label", "thresholds"):
+        if not entry[name]:
+            del entry[name]
     if facts.crop == "centre":
         del entry["crop"]
     if not isinstance(facts.image_size, int):
         entry["image_size"] = list(facts.image_size)
     lists = {name: list(entry[name]) for name in ("class_names", "mean", "std")}
     return entry | lists | ({} if step is None else {"step": step})
-
-
-def _version_for(facts: ModelFacts) -> int:
-    return PLAIN_VERSION if facts.crop == "centre" and isinstance(facts.image_size, int) else FORMAT_VERSION
 
 
 def facts_of(content: dict[str, Any]) -> ModelFacts:
@@ -76,6 +82,8 @@ def facts_of(content: dict[str, Any]) -> ModelFacts:
         bit_depth=ours.get("bit_depth"),
         architecture=ours.get("architecture"),
         crop=ours.get("crop", "centre"),
+        multi_label=ours.get("multi_label", False),
+        thresholds=ours.get("thresholds"),
     )
 
 
@@ -146,6 +154,8 @@ def _fault(content: dict[str, Any], ours: dict[str, Any]) -> str | None:
         "crop must be centre, squash or letterbox": ours.get("crop", "centre") in ("centre", "squash", "letterbox"),
         "mean must be three numbers": _are_three(ours.get("mean")),
         "std must be three numbers above 0": _are_three(ours.get("std")) and min(ours["std"]) > 0,
+        "multi_label must be true or false": isinstance(ours.get("multi_label", False), bool),
+        "thresholds must be a number for each class or None": _are_thresholds(ours.get("thresholds"), names),
         "bit_depth must be from 1 to 32 or None": _is_depth(ours.get("bit_depth")),
         "epochs_done must be a whole number": _is_count(ours.get("epochs_done")),
         "state_dict must hold the weights": isinstance(content.get("state_dict", {}), dict),
@@ -157,6 +167,11 @@ def _fault(content: dict[str, Any], ours: dict[str, Any]) -> str | None:
 def _is_size(value: Any) -> bool:
     sides = value if isinstance(value, list | tuple) and len(value) == 2 else [value]
     return all(_is_count(side, _LARGEST_IMAGE) and side > 0 for side in sides)
+
+
+def _are_thresholds(values: Any, names: Any) -> bool:
+    is_right = isinstance(values, list | tuple) and isinstance(names, list | tuple) and len(values) == len(names)
+    return values is None or (is_right and all(type(value) in (int, float) and 0 <= value <= 1 for value in values))
 
 
 def _is_count(value: Any, most: float = math.inf) -> bool:

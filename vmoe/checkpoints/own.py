@@ -111,7 +111,11 @@ def describe(
         config |= shared_config(known.config)
     config |= {"model": built, "moe": None if moe is None else dataclasses.asdict(moe)}
     fitted = crop or (known.crop if known is not None else "centre")
-    return ModelFacts(config, names, size, mean, std, None if known is None else known.bit_depth, crop=fitted)
+    facts = ModelFacts(config, names, size, mean, std, crop=fitted)
+    if known is None:
+        return facts
+    of_labels = {"multi_label": known.multi_label, "thresholds": known.thresholds}
+    return dataclasses.replace(facts, bit_depth=known.bit_depth, **of_labels)
 
 
 def _plain_copy(model: nn.Module) -> nn.Module:

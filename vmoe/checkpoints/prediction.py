@@ -27,8 +27,9 @@ class Predictions:
     """What a model finds in N pictures, in their order: `labels, probabilities = model.predict(pictures)`.
 
     Attributes:
-        labels: (N) The name of each picture's most probable class.
-        probabilities: (N, classes) float32, the softmax of the logits.
+        labels: (N) The name of each picture's most probable class. Of a model for several classes per picture a list of
+            names each, the most probable first: of those that reach their threshold, or none.
+        probabilities: (N, classes) float32, the softmax of the logits; of several classes the sigmoid of each.
         logits: (N, classes) float32.
         features: (N, D) float32, what the classifier takes, with `features`; else None.
         pictures: (N) What each is of: the path of a file, or the place of an image or array in what was given.
@@ -36,9 +37,10 @@ class Predictions:
         left_out: A line for each picture that could not be read, with `skip_damaged`.
         notes: Lines to say, such as what was passed over in folders.
         bit_depth: By which files with more than 8 bits per channel were read; None where there were none.
+        multi_label: Whether a picture may have several classes, or none.
     """
 
-    labels: list[str]
+    labels: list[str] | list[list[str]]
     probabilities: np.ndarray
     logits: np.ndarray
     features: np.ndarray | None
@@ -47,6 +49,7 @@ class Predictions:
     left_out: list[str]
     notes: list[str]
     bit_depth: int | None
+    multi_label: bool = False
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.labels, self.probabilities))
@@ -58,16 +61,32 @@ class Predictions:
         """For each picture its `count` most probable classes, best first, as {"class": ..., "probability": ...}."""
         return [most_probable(row, self.class_names, count) for row in self.probabilities]
 
-    def labels_from(self, threshold: float) -> list[str]:
+    def labels_from(self, threshold: float) -> list[str] | list[list[str]]:
         """`labels`, with "unknown" for each picture that no class has at least this probability for.
+
+        Of several classes per picture: those with at least this probability, in place of their own thresholds.
 
         Raises:
             UserError: The threshold is not from 0 to 1.
         """
         if not 0 <= threshold <= 1:
             raise UserError(f"threshold={threshold}: must be a probability, from 0 to 1")
+        if self.multi_label:
+            return names_above(self.probabilities, self.class_names, threshold)
         sure = self.probabilities.max(-1, initial=0) >= threshold
         return [label if known else UNKNOWN for label, known in zip(self.labels, sure.tolist(), strict=True)]
+
+
+def names_above(
+    probabilities: np.ndarray, names: list[str], thresholds: float | Sequence[float] | None
+) -> list[list[str]]:
+    """For each row of (N, classes) the classes that reach their threshold (None: 0.5), the most probable first."""
+    is_there = probabilities >= np.asarray(0.5 if thresholds is None else thresholds, dtype=np.float32)
+    orders = (-probabilities).argsort(1, kind="stable")
+    return [
+        [names[index] for index in order if found[index]]
+        for order, found in zip(orders.tolist(), is_there.tolist(), strict=True)
+    ]
 
 
 def most_probable(probabilities: np.ndarray, names: list[str], count: int) -> list[dict[str, Any]]:
@@ -119,8 +138,11 @@ def predict(
             logits.append(np.mean([view[0] for view in views], axis=0))
             vectors += [np.mean([view[1] for view in views], axis=0)] if features else []
     table = np.concatenate(logits)
-    labels = [model.class_names[index] for index in table.argmax(-1).tolist()]
-    found = torch.from_numpy(table).softmax(-1).numpy()
+    found = probabilities_of(model, torch.from_numpy(table)).numpy()
+    if model.multi_label:
+        labels = names_above(found, model.class_names, model.thresholds)
+    else:
+        labels = [model.class_names[index] for index in table.argmax(-1).tolist()]
     of_classifier = np.concatenate(vectors) if vectors else np.empty((0, 0), np.float32) if features else None
     return Predictions(
         labels=labels,
@@ -132,7 +154,13 @@ def predict(
         left_out=left_out,
         notes=notes,
         bit_depth=bit_depth,
+        multi_label=model.multi_label,
     )
+
+
+def probabilities_of(model: TrainedModel, logits: Tensor) -> Tensor:
+    """(..., classes) probabilities for float32 logits: of all classes together, or of each on its own."""
+    return logits.sigmoid() if model.multi_label else logits.softmax(-1)
 
 
 @torch.inference_mode()

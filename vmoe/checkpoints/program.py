@@ -20,7 +20,7 @@ _CROPS = {
 def program_metadata(facts: ModelFacts) -> dict[str, Any]:
     """What a program's user must know: how images are prepared and what the logits mean."""
     return {
-        "version": 1 if facts.crop == "centre" and isinstance(facts.image_size, int) else _VERSION,
+        "version": 1 if facts.is_plain else _VERSION,
         "model": facts.config["model"]["name"],
         "class_names": list(facts.class_names),
         "image_size": facts.image_size if isinstance(facts.image_size, int) else list(facts.image_size),
@@ -29,6 +29,7 @@ def program_metadata(facts: ModelFacts) -> dict[str, Any]:
         "std": list(facts.std),
         "bit_depth": facts.bit_depth,
         "preprocessing": f"{_CROPS[facts.crop]}; (pixel / 255 - mean) / std",
+        **({"multi_label": True, "thresholds": facts.thresholds} if facts.multi_label else {}),
     }
 
 
@@ -66,6 +67,8 @@ def facts_of_program(text: str, path: Path) -> ModelFacts:
             std=tuple(content["std"]),
             bit_depth=content.get("bit_depth"),
             crop=_crop(content.get("crop", "centre")),
+            multi_label=bool(content.get("multi_label", False)),
+            thresholds=content.get("thresholds"),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: its metadata is damaged; write it again by `vmoe export --format onnx`") from error

@@ -98,7 +98,7 @@ def metrics_of(summary: dict[str, Any] | None) -> dict[str, float]:
 
 def is_tested(summary: dict[str, Any] | None) -> bool:
     """Whether a run was tested after its training."""
-    return "test/top1" in metrics_of(summary)
+    return not {"test/top1", "test/mAP"}.isdisjoint(metrics_of(summary))
 
 
 def loads_in(row: dict[str, str]) -> dict[str, list[float]]:

@@ -10,13 +10,17 @@ import torch
 from torch import nn
 
 from vmoe.checkpoints.entry import ModelFacts
+from vmoe.errors import UserError
 from vmoe.sizes import ImageSize
 
 if TYPE_CHECKING:
     from vmoe.checkpoints.prediction import Picture, Predictions
     from vmoe.progress import Progress
 
-_KNOWN = ("config", "class_names", "image_size", "crop", "mean", "std", "bit_depth", "epoch", "step", "path")
+_KNOWN = (
+    *("config", "class_names", "image_size", "crop", "mean", "std", "bit_depth", "multi_label", "thresholds"),
+    *("epoch", "step", "path"),
+)
 
 
 class TrainedModel(nn.Module):
@@ -38,6 +42,8 @@ class TrainedModel(nn.Module):
         path: The file it was read from.
         bit_depth: How many bits the values of its training files with more than 8 bits per channel use (see
             `vmoe.prepare_image`); None where it met no such file.
+        multi_label: Whether an image may have several classes, or none: each logit is then of a sigmoid of its own.
+        thresholds: With `multi_label` the probability of each class from which an image has it; None: 0.5 for all.
     """
 
     config: dict[str, Any]
@@ -50,6 +56,8 @@ class TrainedModel(nn.Module):
     step: int
     path: Path
     bit_depth: int | None
+    multi_label: bool
+    thresholds: list[float] | None
 
     @property
     def model(self) -> "TrainedModel":
@@ -97,7 +105,15 @@ class TrainedModel(nn.Module):
     def facts(self) -> ModelFacts:
         """What a file must tell of this model."""
         return ModelFacts(
-            self.config, self.class_names, self.image_size, self.mean, self.std, self.bit_depth, crop=self.crop
+            self.config,
+            self.class_names,
+            self.image_size,
+            self.mean,
+            self.std,
+            self.bit_depth,
+            crop=self.crop,
+            multi_label=self.multi_label,
+            thresholds=self.thresholds,
         )
 
     def with_facts_for(self, other: nn.Module, class_names: list[str] | None = None) -> "TrainedModel":
@@ -109,11 +125,28 @@ class TrainedModel(nn.Module):
         """
         names = self.class_names if class_names is None else class_names
         facts = replace(self.facts, class_names=names)
+        if self.thresholds is not None:
+            of_class = dict(zip(self.class_names, self.thresholds, strict=True))
+            facts = replace(facts, thresholds=[of_class.get(name, 0.5) for name in names])
         return as_trained(other, facts, epoch=self.epoch, step=self.step, path=self.path)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         state = super().__reduce_ex__(2)[2]
         return _blank, (type(self).__mro__[2],), state
+
+
+def require_single_label(model: TrainedModel, what: str) -> None:
+    """Refuses a model for several classes per image, for a job that is of one class each.
+
+    Args:
+        model: The model.
+        what: The job, or its option.
+
+    Raises:
+        UserError: It is such a model.
+    """
+    if model.multi_label:
+        raise UserError(f"{model.path}: knows several classes per image, and {what} is for models of one; take another")
 
 
 def as_trained(model: nn.Module, facts: ModelFacts, *, epoch: int, step: int, path: Path) -> TrainedModel:

@@ -36,13 +36,53 @@ class Scores:
         if self._batches is not None:
             self._batches.append((scores, labels))
 
+    def on_host(self) -> tuple[Tensor, Tensor]:
+        """All scores and labels on the CPU, without images that another rank counts; empty where they were too many."""
+        if not self._batches:
+            return torch.empty(0, 0), torch.empty(0, 0)
+        scores, labels = (torch.cat(each).cpu() for each in zip(*self._batches, strict=True))
+        is_counted = (labels if labels.dim() == 1 else labels[:, 0]) >= 0
+        return scores[is_counted], labels[is_counted]
+
+    def labelled(self) -> tuple[Tensor, Tensor] | None:
+        """All scores (N, C) and labels; None where they were too many."""
+        if not self._batches:
+            return None
+        first, second = zip(*((scores, labels) for scores, labels in self._batches if scores.numel()), strict=True)
+        return torch.cat(first), torch.cat(second)
+
     def ranking(self) -> Ranking | None:
         """The figures of all batches; None where they were too many."""
-        if self._batches is None:
+        found = self.labelled()
+        if found is None:
             return None
-        scores, labels = (torch.cat(each) for each in zip(*self._batches, strict=True))
+        scores, labels = found
         figures = [_of_class(scores[:, index], _has_class(labels, index)) for index in range(scores.shape[1])]
         return Ranking(*([list(each) for each in zip(*figures, strict=True)]))
+
+
+def best_thresholds(scores: Tensor, labels: Tensor) -> list[float]:
+    """For each class the score from which an image has it, so that its F1 is the best; 0.5 without such images.
+
+    It is half-way between the lowest score that counts and the highest that does not.
+
+    Args:
+        scores: (N, C) in [0, 1].
+        labels: (N, C) of 0 and 1.
+    """
+    from torchmetrics.functional.classification import binary_precision_recall_curve
+
+    found = []
+    for index in range(scores.shape[1]):
+        is_class = _has_class(labels, index)
+        if is_class.sum() == 0:
+            found.append(0.5)
+            continue
+        precision, recall, thresholds = binary_precision_recall_curve(scores[:, index], is_class, validate_args=False)
+        f1 = 2 * precision * recall / (precision + recall).clamp(min=1e-12)
+        best = int(f1[:-1].argmax())  # thresholds ascend
+        found.append(float(thresholds[max(best - 1, 0) : best + 1].mean()))
+    return found
 
 
 def mean_of_known(values: list[float | None]) -> float | None:

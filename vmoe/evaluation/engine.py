@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vmoe.errors import UserError
-from vmoe.evaluation.curves import Scores, mean_of_known
+from vmoe.evaluation.curves import Ranking, Scores, mean_of_known
 from vmoe.moe import MoeMlp, moe_layers, set_eval_capacity_factor, set_top_k
 from vmoe.moe.assignment import CapacityError
 
@@ -63,6 +63,39 @@ class Evaluation:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class MultiLabelEvaluation:
+    """The figures of one pass over images that may have several classes, or none. Shares are fractions.
+
+    Whether an image has a class is decided by the thresholds; the ranking figures are as in `Evaluation`.
+    """
+
+    images: int
+    capacity_factor: float | None
+    top_k: int | None
+    average_precision: float | None  # mAP, mean of class_average_precision
+    f1_micro: float  # of all labels of all images together
+    f1_macro: float  # mean of class_f1, over the classes with images
+    exact_match: float  # images of which every label is right
+    auroc: float | None  # mean of class_auroc
+    bce: float  # mean binary cross-entropy, nats
+    thresholds: list[float]  # (C,) of the probability of a class
+    class_images: list[int]  # (C,)
+    class_precision: list[float | None]  # (C,) None for a class that is found nowhere
+    class_recall: list[float | None]  # (C,) None for a class without images
+    class_f1: list[float | None]  # (C,) None for a class without images
+    class_auroc: list[float | None] | None
+    class_average_precision: list[float | None] | None
+    class_precision_at_recall: list[list[float] | None] | None
+    images_per_second: float | None
+    dropped: float | None
+    layers: dict[str, LayerUse]
+
+    def as_dict(self) -> dict:
+        """The same as plain types, for JSON."""
+        return asdict(self)
+
+
 class Means(NamedTuple):
     """Means over images: what training logs per epoch, and a part of what evaluation reports."""
 
@@ -102,10 +135,89 @@ def batch_sums(likeliest: Tensor, labels: Tensor, loss: Tensor) -> Tensor:
     return torch.stack([loss * images, hits[:, 0].sum().to(loss), hits.sum().to(loss), images])
 
 
+def multi_label_sums(logits: Tensor, labels: Tensor, loss: Tensor) -> Tensor:
+    """Sums over a batch of images of several classes: loss, twice the labels that were found (a logit above 0), labels
+    that were found or there (each kind counts), images. The second by the third is the micro F1.
+
+    Args:
+        logits: (B, C).
+        labels: (B, C) of 0 and 1.
+        loss: () mean over the batch.
+
+    Returns:
+        (4,) float32.
+    """
+    found, there = logits.detach() > 0, labels > 0
+    loss = loss.detach().float()
+    images = torch.full_like(loss, len(labels))
+    both = (found & there).sum().to(loss)
+    return torch.stack([loss * images, 2 * both, found.sum().to(loss) + there.sum().to(loss), images])
+
+
 def means_of(sums: Tensor) -> Means:
     """The means of (4,) sums of `batch_sums` over any batches; not a number where there was no image."""
     *totals, images = sums.tolist()
     return Means(*(total / images if images else math.nan for total in totals))
+
+
+class RunningMultiLabelMetrics:
+    """The figures of images that may have several classes, accumulated on the device batch by batch.
+
+    Memory grows with the set: the score of each class for each image is kept, up to `MOST_SCORES`.
+
+    Args:
+        num_classes: C.
+        device: Where the logits are.
+        thresholds: (C,) of the probability of each class; None: 0.5 for all.
+    """
+
+    record = MultiLabelEvaluation
+
+    def __init__(
+        self, num_classes: int, device: torch.device | str = "cpu", thresholds: Sequence[float] | None = None
+    ) -> None:
+        from torchmetrics.classification import MultilabelExactMatch, MultilabelStatScores  # as in `RunningMetrics`
+
+        self.thresholds = torch.tensor(thresholds or [0.5] * num_classes, device=device)
+        self.counts = MultilabelStatScores(num_classes, average=None, validate_args=False).to(device)
+        self.exact = MultilabelExactMatch(num_classes, validate_args=False).to(device)
+        self.sums = sums_on(device)
+        self.scores = Scores()
+
+    def update(self, logits: Tensor, labels: Tensor) -> None:
+        """Takes in one batch: logits (B, C), labels (B, C) of 0 and 1."""
+        logits, there = logits.float(), labels.long()
+        probabilities = logits.sigmoid()
+        found = (probabilities >= self.thresholds).long()
+        self.sums += multi_label_sums(logits, there, F.binary_cross_entropy_with_logits(logits, there.float()))
+        self.counts.update(found, there)
+        self.exact.update(found, there)
+        self.scores.update(probabilities, labels)
+
+    def compute(self) -> dict:
+        """The figures so far, under the names of `MultiLabelEvaluation`'s fields.
+
+        Raises:
+            UserError: no image was seen, or a logit was not finite.
+        """
+        loss, images = means_of(self.sums).loss, int(self.sums[-1])
+        _require_finite(images, loss)
+        right, wrong, _, missed, there = self.counts.compute().reshape(-1, 5).T.tolist()
+        f1 = [2 * r / (2 * r + w + m) if n else None for r, w, m, n in zip(right, wrong, missed, there, strict=True)]
+        all_marks = 2 * sum(right) + sum(wrong) + sum(missed)
+        return {
+            "images": images,
+            "f1_micro": 2 * sum(right) / all_marks if all_marks else 0.0,
+            "f1_macro": mean_of_known(f1) or 0.0,
+            "exact_match": float(self.exact.compute()),
+            "bce": loss,
+            "thresholds": [round(value, 6) for value in self.thresholds.tolist()],
+            "class_images": there,
+            "class_precision": _class_shares(right, [r + w for r, w in zip(right, wrong, strict=True)]),
+            "class_recall": _class_shares(right, there),
+            "class_f1": f1,
+            **_ranking_figures(self.scores),
+        }
 
 
 class RunningMetrics:
@@ -117,6 +229,8 @@ class RunningMetrics:
     The expected calibration error is Guo et al. 2017's (https://arxiv.org/abs/1706.04599, equation 5): bins of equal
     width over the largest probability, (m - 1) / M < p <= m / M.
     """
+
+    record = Evaluation
 
     def __init__(self, num_classes: int, device: torch.device | str = "cpu", ranks_images: bool = False) -> None:
         # Imported here: it takes seconds, and who draws or explores evaluates nothing
@@ -157,12 +271,8 @@ class RunningMetrics:
             UserError: no image was seen, or a logit was not finite.
         """
         there, correct, predicted = self.of_class.tolist()
-        images = sum(there)
-        if images == 0:
-            raise UserError("data: this split holds no images; choose another split or another data set")
-        means = means_of(self.sums)
-        if not math.isfinite(means.loss):
-            raise UserError("CKPT: the model gives logits that are not finite; its training probably diverged")
+        images, means = sum(there), means_of(self.sums)
+        _require_finite(images, means.loss)
         recalls = [right / of for right, of in zip(correct, there, strict=True) if of]
         f1 = [2 * c / (n + p) if n else None for c, n, p in zip(correct, there, predicted, strict=True)]
         return {
@@ -177,24 +287,34 @@ class RunningMetrics:
             "balanced_accuracy": sum(recalls) / len(recalls),
             "f1": sum(each for each in f1 if each is not None) / len(recalls),
             "confusion": self._matrix(),
-            **self._ranking(),
+            **({} if self.scores is None else _ranking_figures(self.scores)),
         }
-
-    def _ranking(self) -> dict:
-        ranking = None if self.scores is None else self.scores.ranking()
-        if ranking is None:
-            return {}
-        means = {
-            "auroc": mean_of_known(ranking.class_auroc),
-            "average_precision": mean_of_known(ranking.class_average_precision),
-        }
-        return asdict(ranking) | means
 
     def _matrix(self) -> list[list[int]] | None:
         if self.confusion is None:
             return None
         size = (self.num_classes, self.num_classes)
         return self.confusion.compute().reshape(size).tolist()  # torchmetrics gives a number for a single class
+
+
+def _require_finite(images: int, loss: float) -> None:
+    if images == 0:
+        raise UserError("data: this split holds no images; choose another split or another data set")
+    if not math.isfinite(loss):
+        raise UserError("CKPT: the model gives logits that are not finite; its training probably diverged")
+
+
+def _ranking_figures(scores: Scores) -> dict:
+    """The figures of the ranking and their means, by their names; all None where there were too many scores."""
+    ranking = scores.ranking()
+    if ranking is None:
+        names = [*(field.name for field in fields(Ranking)), "auroc", "average_precision"]
+        return dict.fromkeys(names)
+    means = {
+        "auroc": mean_of_known(ranking.class_auroc),
+        "average_precision": mean_of_known(ranking.class_average_precision),
+    }
+    return asdict(ranking) | means
 
 
 def _class_shares(parts: Sequence[int], wholes: Sequence[int]) -> list[float | None]:
@@ -208,9 +328,10 @@ def measure_batches(
     num_classes: int,
     device: torch.device | str = "cpu",
     ranks_images: bool = False,
-) -> Evaluation:
+) -> Evaluation | MultiLabelEvaluation:
     """Measures a model on batches of (images (B, 3, H, W), labels (B,), ...), with the capacity it is set to.
 
+    A model of `vmoe.load` for several classes per image takes labels (B, C) of 0 and 1, and is always ranked.
     The model is put in evaluation mode and on the device, and stays so. With `ranks_images` the evaluation also says
     how well the probability of each class ranks the images.
 
@@ -220,7 +341,11 @@ def measure_batches(
     device = torch.device(device)
     model = model.to(device).eval()
     layers = dict(moe_layers(model))
-    metrics = RunningMetrics(num_classes, device, ranks_images)
+    metrics: RunningMetrics | RunningMultiLabelMetrics
+    if getattr(model, "multi_label", False):
+        metrics = RunningMultiLabelMetrics(num_classes, device, model.thresholds)
+    else:
+        metrics = RunningMetrics(num_classes, device, ranks_images)
     sums = {
         name: torch.zeros(1 + layer.num_experts, dtype=metrics.sums.dtype, device=device)
         for name, layer in layers.items()
@@ -240,7 +365,7 @@ def measure_batches(
     figures = metrics.compute()
     timed = figures["images"] - first_batch
     use = {name: (total / figures["images"]).tolist() for name, total in sums.items()}
-    return Evaluation(
+    return metrics.record(
         **figures,
         capacity_factor=eval_capacity_factor(model),
         top_k=experts_per_token(model),
@@ -259,7 +384,7 @@ def evaluate_sweep(
     factors: Sequence[float] | None = None,
     top_ks: Sequence[int] | None = None,
     device: torch.device | str = "cpu",
-) -> Iterator[Evaluation]:
+) -> Iterator[Evaluation | MultiLabelEvaluation]:
     """Measures a model once for each K and each capacity factor (inf: nothing dropped), yielding each as it is done.
 
     Each evaluation also says how well the probability of each class ranks the images.

@@ -14,7 +14,7 @@ from vmoe.config_values import from_plain
 from vmoe.data import DataConfig, ImageDataModule, SubsetConfig
 from vmoe.data.config import TableConfig, set_and_root
 from vmoe.errors import UserError
-from vmoe.evaluation.engine import Evaluation, evaluate_sweep
+from vmoe.evaluation.engine import Evaluation, MultiLabelEvaluation, evaluate_sweep
 from vmoe.progress import Progress, shown
 from vmoe.text import counted, named
 
@@ -95,7 +95,7 @@ def measure_split(
     top_ks: list[int] | None,
     device: torch.device,
     progress: Progress = True,
-) -> list[Evaluation]:
+) -> list[Evaluation | MultiLabelEvaluation]:
     """Measures a model by `match_classes` on the "val" or "test" split, once for each K and each capacity factor: see
     `evaluate_sweep`.
     """
@@ -149,6 +149,10 @@ def match_classes(model: TrainedModel, data: ImageDataModule, classes: str) -> t
         UserError: the model does not know a class of the set.
     """
     theirs, ours = model.class_names, list(data.class_names)
+    if model.multi_label != data.multi_label:
+        several, one = "several classes per image", "one class per image"
+        knows, has = (several, one) if model.multi_label else (one, several)
+        raise UserError(f"data.name: {data.config.name} has {has}, and the checkpoint knows {knows}; give other data")
     if theirs == ours:
         return model, None
     if classes == "by-number" and len(ours) > len(theirs):

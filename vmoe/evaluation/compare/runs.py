@@ -1,7 +1,6 @@
 """Runs beside each other: reads their folders and groups the seeds of one recipe into arms of a study."""
 
 import csv
-import hashlib
 import json
 import math
 import statistics
@@ -17,7 +16,6 @@ from vmoe.errors import UserError
 from vmoe.evaluation.compare.labels import arm_labels, with_router_defaults
 
 _NAMED_BY_ROOT = ("folder", "table", "huggingface", "npz", "webdataset")  # sets that their place tells apart
-_PIPELINE = "data.augment.albumentations"
 _FOREIGN = (KeyError, TypeError, ValueError, OverflowError, AttributeError, yaml.YAMLError, csv.Error)
 
 
@@ -59,9 +57,6 @@ class Run:
         values = {
             key: value for key, value in flatten(self._resolved).items() if key not in others and value is not None
         }
-        if pipeline := (self.config["data"].get("augment") or {}).get("albumentations"):
-            values = {key: value for key, value in values.items() if not key.startswith(f"{_PIPELINE}.")}
-            values[_PIPELINE] = hashlib.sha256(json.dumps(pipeline, sort_keys=True).encode()).hexdigest()[:8]
         if values.get("data.crop") == "centre":  # as all runs had it from before the option came
             del values["data.crop"]
         if self.config["data"].get("name") != "fractals":  # then its settings have no effect
@@ -155,8 +150,12 @@ def read_run(path: str | Path) -> Run:
     try:
         config = folder.read_config()
         summary = json.loads(folder.summary.read_text(encoding="utf-8"))
+        if "test/mAP" in summary["metrics"]:
+            raise UserError(f"{path}: knows several classes per image, and runs are compared by top-1; leave it out")
         curve = _read_curve(folder) if _is_validated(summary) else []
         return _checked(folder.path.resolve().name, config, summary, curve)
+    except UserError:
+        raise
     except _FOREIGN as error:
         raise UserError(
             f"{path}: not the folder of a finished run of this package ({_first_words(error)}); train it again"
