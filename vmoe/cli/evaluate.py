@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
 
 def _measure(options: argparse.Namespace) -> None:
     # Imported here, so that --help and a mistyped option answer at once.
-    from vmoe.checkpoints import load_checkpoint
+    from vmoe.checkpoints import load_checkpoint, require_single_label
     from vmoe.classes import known_outputs
     from vmoe.cli.evaluate_tables import corruption_table, probe_table, result_tables, setting
     from vmoe.evaluation.evaluate import classes_differ, measure_split
@@ -67,6 +67,12 @@ def _measure(options: argparse.Namespace) -> None:
     json_file = options.json or out / "evaluation.json"
     require_no_folder(json_file)
     require_writable(out, json_file.parent)
+    asked = {
+        "--ensemble-with": options.ensemble_with, "--probe": options.probe, "--corruptions": corruptions,
+    }  # fmt: skip
+    for option, value in asked.items():
+        if value:
+            require_single_label(checkpoint, option)
     if options.ensemble_with:
         checkpoint = _ensemble(checkpoint, [load_checkpoint(path, device) for path in options.ensemble_with])
     data = load_data(checkpoint, options)
@@ -123,13 +129,13 @@ def _draw(results: "dict[str, Evaluation]", checkpoint: "TrainedModel", what: st
     drawn = set()
     for end, result in results.items():
         facts = (result, checkpoint.class_names, what, str(checkpoint.path))
-        if result.confusion is not None:
+        if getattr(result, "confusion", None) is not None:
             draw_confusion(*facts).save(out / f"confusion{end}.png")
             drawn.add("confusion matrix")
         if result.auroc is not None:
             draw_precision_recall(*facts).save(out / f"precision_recall{end}.png")
             drawn.add("precision over recall")
-    why = "" if "confusion matrix" in drawn else "; too many classes for a confusion matrix"
+    why = "" if "confusion matrix" in drawn or checkpoint.multi_label else "; too many classes for a confusion matrix"
     return (f" and the {' and '.join(sorted(drawn))} in {out}" if drawn else "") + why
 
 

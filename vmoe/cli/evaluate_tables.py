@@ -8,7 +8,7 @@ from rich.table import Table
 from vmoe.text import printable
 
 if TYPE_CHECKING:
-    from vmoe.evaluation.engine import Evaluation
+    from vmoe.evaluation.engine import Evaluation, MultiLabelEvaluation
 
 
 def escape(text: str) -> str:
@@ -32,6 +32,8 @@ def result_tables(results: "list[Evaluation]", title: str, class_names: list[str
     if not results:
         return []
     experts = [layer_table(results)] if results[0].layers else []
+    if not hasattr(results[0], "top1"):
+        return [multi_label_table(results, title), *experts, multi_label_class_table(results[0], class_names)]
     return [summary_table(results, title), *experts, class_table(results[0], class_names)]
 
 
@@ -55,6 +57,46 @@ def summary_table(results: "list[Evaluation]", title: str) -> Table:
             "-" if result.images_per_second is None else f"{result.images_per_second:,.0f}",
         )
     return table
+
+
+def multi_label_table(results: "list[MultiLabelEvaluation]", title: str) -> Table:
+    """The figures of each pass over images of several classes, a row each."""
+    key = "K: experts per token, C: capacity factor" if results[0].layers else None
+    table = Table(title=escape(title), title_justify="left", caption=key, caption_justify="left")
+    for column in ("K", "C", "images", "mAP", "F1", "macro F1", "dropped", "images/s"):
+        table.add_column(column, justify="right")
+    for result in results:
+        table.add_row(
+            "-" if result.top_k is None else str(result.top_k),
+            factor_text(result.capacity_factor) if result.layers else "dense",
+            f"{result.images:,}",
+            *map(_percent, (result.average_precision, result.f1_micro, result.f1_macro, result.dropped)),
+            "-" if result.images_per_second is None else f"{result.images_per_second:,.0f}",
+        )
+    return table
+
+
+def multi_label_class_table(result: "MultiLabelEvaluation", names: list[str], shown: int = 10) -> Table:
+    """The figures of each class of images of several, the lowest F1 first."""
+    order = sorted((f1, index) for index, f1 in enumerate(result.class_f1) if f1 is not None)
+    title = "by class" if len(order) <= shown else f"by class: the {shown} worst of {len(order)}"
+    caption = (
+        f"AUROC {_percent(result.auroc)} (mean of the classes); every class right: {_percent(result.exact_match)} of "
+        "the images;\nthreshold: the probability from which an image has the class"
+    )
+    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
+    for column in ("class", "F1", "precision", "recall", "AP", "threshold", "images"):
+        table.add_column(column, justify="left" if column == "class" else "right")
+    for f1, index in order[:shown]:
+        averages = result.class_average_precision
+        figures = (f1, result.class_precision[index], result.class_recall[index], averages and averages[index])
+        images = f"{result.class_images[index]:,}"
+        table.add_row(escape(names[index]), *map(_percent, figures), f"{result.thresholds[index]:.3f}", images)
+    return table
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2%}"
 
 
 def layer_table(results: "list[Evaluation]") -> Table:

@@ -1,7 +1,8 @@
 """\
 Names the most probable classes of pictures of any size and mode, prepared as in evaluation (the central square,
-resized). MODEL is a checkpoint, a run's folder, a safetensors file, a folder written by `vmoe export --format hub`, the
-name of one on the hub (hf-hub:USER/NAME), or an ONNX file. Files that cannot be read as images are listed at the end.
+resized), or all its classes where the model knows several per image. MODEL is a checkpoint, a run's folder, a
+safetensors file, a folder written by `vmoe export --format hub`, the name of one on the hub (hf-hub:USER/NAME), or an
+ONNX file. Files that cannot be read as images are listed at the end.
 
   vmoe predict assets/models/cifar10_small.safetensors photo.jpg holiday/ --csv answers.csv
   vmoe predict runs/mine holiday/ --threshold 0.5 --tta --embeddings vectors.npz
@@ -73,7 +74,11 @@ def _predicted(options: argparse.Namespace) -> None:
         {"file": readable(str(file)), "predictions": predictions}
         for file, predictions in zip(found.pictures, found.top(options.top), strict=True)
     ]
-    if options.threshold is not None:
+    if found.multi_label:
+        labels = found.labels if options.threshold is None else found.labels_from(options.threshold)
+        for names, answer in zip(labels, answers, strict=True):
+            answer["labels"] = names
+    elif options.threshold is not None:
         for label, answer in zip(found.labels_from(options.threshold), answers, strict=True):
             answer["label"] = label
     if options.routing:
@@ -81,13 +86,17 @@ def _predicted(options: argparse.Namespace) -> None:
             answer["routing"] = _shares_of_experts(model, file, found.bit_depth)
     for answer in answers:
         best = ", ".join(f"{each['class']} {each['probability']:.1%}" for each in answer["predictions"])
-        print(printable(f"{answer['file']}: {best if answer.get('label') != UNKNOWN else f'{UNKNOWN} ({best})'}"))
+        if found.multi_label:
+            best = f"{', '.join(answer['labels']) or 'no class'} ({best})"
+        elif answer.get("label") == UNKNOWN:
+            best = f"{UNKNOWN} ({best})"
+        print(printable(f"{answer['file']}: {best}"))
         for layer, shares in answer.get("routing", {}).items():
             print(f"  {layer}: " + ", ".join(f"expert {index} {share:.0%}" for index, share in _four_largest(shares)))
     if options.json is not None:
         write_json(options.json, {"model": str(options.model), "images": answers, "damaged": found.left_out})
     rows = [
-        {"file": answer["file"], "rank": rank, **each, **({"label": answer["label"]} if "label" in answer else {})}
+        {"file": answer["file"], "rank": rank, **each, **_label_of(answer, each["class"])}
         for answer in answers
         for rank, each in enumerate(answer["predictions"], 1)
     ]
@@ -101,6 +110,13 @@ def _predicted(options: argparse.Namespace) -> None:
     if options.embeddings is not None:
         write_arrays(options.embeddings, {**names, "embeddings": found.features})
     say_left_out(found.left_out, len(found) + len(found.left_out))
+
+
+def _label_of(answer: dict, class_name: str) -> dict:
+    """What a row of the table says of the label, where one is chosen; of several classes, whether this one is."""
+    if "labels" in answer:
+        return {"is_label": class_name in answer["labels"]}
+    return {"label": answer["label"]} if "label" in answer else {}
 
 
 def _write_parquet(path: Path, rows: list[dict]) -> None:
@@ -137,7 +153,9 @@ def _predict_parser() -> argparse.ArgumentParser:
     parser.add_argument("--top", type=count, default=5, metavar="N", help="classes an image (default: %(default)s)")
     parser.add_argument("--routing", action="store_true", help="tell which experts an image's patches go to")
     parser.add_argument("--tta", action="store_true", help="mean of each image and its mirror image")
-    parser.add_argument("--threshold", type=probability, metavar="P", help="below it an image is unknown")
+    parser.add_argument(
+        "--threshold", type=probability, metavar="P", help="below it an image is unknown (several classes: not there)"
+    )
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the answers as a table")
     parser.add_argument("--parquet", type=Path, metavar="FILE", help="write the same table as Parquet")
     parser.add_argument("--logits", type=Path, metavar="FILE", help="write all logits as arrays, .npz")

@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
     if options.out.exists():
         raise UserError(f"--out {options.out}: is there already; give another folder")
     # Imported here, so that --help and a mistyped option answer at once.
-    from vmoe.checkpoints import RunFolder, load_checkpoint
+    from vmoe.checkpoints import RunFolder, load_checkpoint, require_single_label
     from vmoe.checkpoints.run_folder import metrics_of
     from vmoe.cli.train import trained
     from vmoe.compress.pruning import check_prunable, merged_groups, pruned_groups
@@ -59,6 +59,7 @@ def main(argv: list[str]) -> int:
 
     device = choose_device(options.device)
     checkpoint = load_checkpoint(options.checkpoint, device)
+    require_single_label(checkpoint, "vmoe prune")
     try:
         check_prunable(checkpoint.model, options.keep)
     except ValueError as error:

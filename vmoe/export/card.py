@@ -33,6 +33,11 @@ _FITTED = {
     "squash": "resized, whatever their shape",
     "letterbox": "resized to fit, between stripes of grey",
 }
+_ONE = "The model names every picture as one of its classes ({count} in all), also one that shows none of them."
+_SEVERAL = (
+    "A picture may have several of the {count} classes, or none: each logit is of a sigmoid of its own, and a class "
+    "counts from its threshold on, which was chosen on validation images and stands in model.safetensors."
+)
 _TEMPLATE = """\
 ---
 {front_matter}
@@ -49,7 +54,7 @@ _TEMPLATE = """\
 | parameters | {total:,} in all, {active:,} active for one token |
 | FLOPs an image | {flops:,} (a multiply-add counts 2) |
 | trained on | {data}, {epochs}, {steps}, seed {seed} |
-| test top-1 | {accuracy} |
+| test {metric} | {accuracy} |
 
 ## Load it
 
@@ -84,7 +89,7 @@ The run's whole config:
 
 ## Limits
 
-The model names every picture as one of its classes ({count} in all), also one that shows none of them. What it does
+{answers} What it does
 with pictures unlike those it was trained on, or how fairly it treats them, was not measured.
 
 Written by vmoe {version}.
@@ -126,17 +131,20 @@ def model_card(checkpoint: TrainedModel, source: str | Path, license: str | None
     """
     config, classes = checkpoint.config, checkpoint.class_names
     parameters = count_parameters(checkpoint.model)
-    accuracy = metrics_of(RunFolder(Path(source)).read_summary()).get("test/top1")
+    accuracy = metrics_of(RunFolder(Path(source)).read_summary()).get(
+        "test/mAP" if checkpoint.multi_label else "test/top1"
+    )
     data = config.get("data", {}).get("name", "images of its own")
     title = f"{config['model']['name']} for {_classes(classes) if data in _NAMELESS else data}"
     card = _TEMPLATE.format(
-        front_matter=_front_matter(title, data, accuracy, license),
+        front_matter=_front_matter(title, data, accuracy, license, checkpoint.multi_label),
+        metric="mAP" if checkpoint.multi_label else "top-1",
+        answers=(_SEVERAL if checkpoint.multi_label else _ONE).format(count=len(classes)),
         title=title,
         what=_what(checkpoint),
         size=size_text(checkpoint.image_size),
         fitted=_FITTED[checkpoint.crop],
         classes=f"{len(classes)}: {', '.join(classes[:20])}{', ...' if len(classes) > 20 else ''}",
-        count=len(classes),
         total=parameters.total,
         active=parameters.active,
         flops=flops_per_image(checkpoint.model, checkpoint.image_size),
@@ -153,8 +161,10 @@ def model_card(checkpoint: TrainedModel, source: str | Path, license: str | None
     return card + _END_MARK + _mark(card)
 
 
-def _front_matter(title: str, data: str, accuracy: float | None, license: str | None) -> str:
-    """What the hub reads of a card: its tags, and the test accuracy as a model-index, where it is known."""
+def _front_matter(title: str, data: str, accuracy: float | None, license: str | None, multi_label: bool = False) -> str:
+    """What the hub reads of a card: its tags, and the test accuracy (of several classes per image mAP) as a
+    model-index, where it is known.
+    """
     from huggingface_hub import EvalResult, ModelCardData
 
     results = None
@@ -166,8 +176,8 @@ def _front_matter(title: str, data: str, accuracy: float | None, license: str | 
                 dataset_type=data,
                 dataset_name=set_of,
                 dataset_split="test",
-                metric_type="accuracy",
-                metric_name="top-1 accuracy",
+                metric_type="mean_average_precision" if multi_label else "accuracy",
+                metric_name="mAP" if multi_label else "top-1 accuracy",
                 metric_value=accuracy,
             )
         ]

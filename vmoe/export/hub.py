@@ -122,6 +122,8 @@ def _write_hub_config(folder: Path, checkpoint: TrainedModel) -> None:
         save_config_for_hf(described, folder / CONFIG, names, {**_model_args(checkpoint), **size})
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         config["model_args"].pop("num_classes", None)  # which timm adds
+        if checkpoint.multi_label:
+            config["problem_type"] = "multi_label_classification"  # so that transformers' pipeline takes sigmoids
         write_json(folder / CONFIG, config)
         try:
             model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()

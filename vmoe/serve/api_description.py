@@ -114,11 +114,16 @@ def _answer(classes: list[str]) -> dict[str, Any]:
         "description": "Only where it was asked for: of each MoE layer, by its name.",
         "additionalProperties": {"type": "object", "properties": layer},
     }
+    labels = {
+        "type": "array",
+        "items": {"type": "string"},
+        "description": "Only of a model for several classes per picture: those that reach their threshold.",
+    }
     predictions = {"type": "array", "items": {"type": "object", "required": [*one], "properties": one}}
     return {
         "type": "object",
         "required": ["predictions"],
-        "properties": {"predictions": predictions, "routing": routing},
+        "properties": {"predictions": predictions, "labels": labels, "routing": routing},
     }
 
 

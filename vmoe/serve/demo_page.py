@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vmoe.checkpoints import TrainedModel, load_checkpoint
+from vmoe.checkpoints import TrainedModel, load_checkpoint, require_single_label
 from vmoe.data.images import eval_crop
 from vmoe.errors import UserError
 from vmoe.export.programs import require
@@ -75,6 +75,7 @@ def write_demo_page(
             f"{source}: the demo page shows central squares, and this model takes {size_text(checkpoint.image_size)} "
             f"pixels with crop={checkpoint.crop}; serve it by `vmoe serve`"
         )
+    require_single_label(checkpoint, "vmoe demo-page")
     samples = [{"name": name, "content": _sample(pixels, checkpoint.image_size)} for name, pixels in pictures]
     with new_folder(path) as folder:
         with tempfile.TemporaryDirectory() as scratch:

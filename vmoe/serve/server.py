@@ -90,10 +90,14 @@ class ModelService(litserve.LitAPI):
 
         names = self.model.class_names
         pixels = [upload.pixels for upload in uploads]
-        rows = self.model.predict(pixels, batch_size=len(pixels), progress=False).probabilities
-        answers = [
-            {"predictions": most_probable(row, names, upload.top)} for upload, row in zip(uploads, rows, strict=True)
+        found = self.model.predict(pixels, batch_size=len(pixels), progress=False)
+        answers: list[dict[str, Any]] = [
+            {"predictions": most_probable(row, names, upload.top)}
+            for upload, row in zip(uploads, found.probabilities, strict=True)
         ]
+        if found.multi_label:
+            for answer, labels in zip(answers, found.labels, strict=True):
+                answer["labels"] = labels
         for upload, answer in zip(uploads, answers, strict=True):
             if upload.routing:
                 answer["routing"] = _routing_answer(self.model, upload.pixels)

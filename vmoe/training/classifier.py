@@ -13,15 +13,12 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from vmoe.checkpoints import ModelFacts
 from vmoe.checkpoints.state import put_average, put_model
 from vmoe.config_values import from_plain, to_plain
 from vmoe.data import Batch
-from vmoe.data.sharing import NOT_COUNTED
 from vmoe.errors import UserError
-from vmoe.evaluation.engine import batch_sums, likeliest_classes, means_of
 from vmoe.models.freezing import is_linear_probe, put_in_training_mode
 from vmoe.moe import auxiliary_loss, moe_layers, update_router_biases
 from vmoe.moe.routers import SigmoidRouter
@@ -31,6 +28,7 @@ from vmoe.training.distillation import Teacher
 from vmoe.training.graph import GraphedStep
 from vmoe.training.guard import Guard
 from vmoe.training.label_loss import LabelLoss
+from vmoe.training.label_metrics import LabelMetrics, MultiLabelMetrics, SingleLabelMetrics
 from vmoe.training.optim.average import WeightAverage
 from vmoe.training.optim.groups import build_optimizer, by_number, optimizer_groups, parameter_groups
 from vmoe.training.optim.schedule import LearningRates, RateSchedule, planned_rates
@@ -51,6 +49,10 @@ class Classifier(LightningModule):
     with `_step` behind the name every `log_every_n_steps`), and `val/` and `test/` with `loss`, `top1` and `top5`.
     Validation and test take one loader each; several of a Trainer are refused by it.
 
+    Of images that may have several classes (`multi_label`) labels are (B, C) of 0 and 1, and what is logged is `loss`,
+    `f1` (micro, at a probability of 0.5) and in evaluation `mAP`. Checkpoints then keep the threshold of each class
+    that has the best F1 in validation.
+
     Its checkpoints hold what rebuilds the model. So `vmoe.load` and every job of the command line open them.
 
     Metrics are sums on the device that the host reads only when they are logged: a step never synchronises with the
@@ -68,6 +70,8 @@ class Classifier(LightningModule):
         loss: The loss by the labels, a `vmoe.training.config.LossConfig` or its options, such as
             `{"class_weights": "balanced"}`. What counts the training images of each class needs a datamodule with
             `images_of_classes`, such as `vmoe.ImageDataModule`.
+        multi_label: Whether an image may have several classes, or none. None: as the Trainer's datamodule says, else
+            as the loss does.
         **optim: Any other option of `vmoe.training.config.OptimConfig`: `weight_decay`, `warmup_epochs`, `name`
             ("adamw", "muon", "timm:lion", ...), `schedule`, `label_smoothing`, ... Without `warmup_epochs` a quarter
             of the epochs warms up, at most 5.
@@ -79,6 +83,8 @@ class Classifier(LightningModule):
         model: The model.
         optim: The `OptimConfig`.
         loss: The `LossConfig`.
+        metrics: What is logged of the batches.
+        thresholds: Of images of several classes: of each class, by the last validation; None before one.
         guard: What `vmoe.NanGuard` watches the step with; None without that callback.
         average: The average of the weights that `vmoe.Ema` keeps; None without that callback.
         routing: The sums that `vmoe.RoutingMonitor` reads; None without that callback.
@@ -98,6 +104,7 @@ class Classifier(LightningModule):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         loss: LossConfig | dict[str, Any] | None = None,
+        multi_label: bool | None = None,
         **optim: Any,
     ) -> None:
         super().__init__()
@@ -132,10 +139,19 @@ class Classifier(LightningModule):
         self._gradient_means: GradientMeans | None = None  # where Lightning's strategy does not average
         self._graphed_step: GraphedStep | None = None
         self._step_number = torch.zeros(())  # of the update, for the graph
-        self._label_loss = LabelLoss(self.loss, self.optim.label_smoothing)  # without counts, until a fit begins
+        self.thresholds: list[float] | None = None
+        self._knows_labels = multi_label is not None
+        self._set_labels(bool(multi_label) or self.loss.name in ("asymmetric", "focal"))
         options = to_plain(self.optim) | ({"warmup_epochs": None} if self._chooses_warmup else {})
         of_loss = {} if self.loss == LossConfig() else {"loss": to_plain(self.loss)}
+        of_loss |= {"multi_label": multi_label} if multi_label else {}
         self.save_hyperparameters({**options, **of_loss, **_plain_description(model)})
+
+    def _set_labels(self, multi_label: bool, counts: Callable[[], list[int]] | None = None) -> None:
+        """Takes images of one class each, or of several; without counts until a fit begins."""
+        self.multi_label = multi_label
+        self.metrics: LabelMetrics = MultiLabelMetrics() if multi_label else SingleLabelMetrics()
+        self._label_loss = LabelLoss(self.loss, self.optim.label_smoothing, counts, multi_label)
 
     @property
     def lr(self) -> float:
@@ -153,7 +169,7 @@ class Classifier(LightningModule):
     # One step of training, from top to bottom
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        batch = as_batch(batch)
+        batch = as_batch(batch, self.multi_label)
         self.damaged.update(dict.fromkeys(batch.damaged))
         if self._graphed_step is None:
             return self._loss(batch) * self._share(batch_idx)
@@ -170,7 +186,7 @@ class Classifier(LightningModule):
         total_loss = learnt + auxiliary_loss(self.model)
         if self.guard is not None:
             self.guard.watch_forward(batch.images, total_loss)
-        self.train_sums += batch_sums(likeliest_classes(logits), batch.labels, loss)
+        self.train_sums += self.metrics.train_sums(logits, batch.labels, loss)
         if self.routing is not None:
             self.routing.update(self.model)
         return total_loss
@@ -281,31 +297,32 @@ class Classifier(LightningModule):
         return self.model(images)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        batch = as_batch(batch)
+        batch = as_batch(batch, self.multi_label)
         if self.average is None:
             self.evaluation_sums += self._evaluated(batch)
             return
-        self.raw_sums += self._evaluated(batch)
+        if not self.multi_label:
+            self.raw_sums += self._evaluated(batch)
         with self.average.applied():
             self.evaluation_sums += self._evaluated(batch)
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """By the model's weights as they are."""
-        self.evaluation_sums += self._evaluated(as_batch(batch))
+        self.evaluation_sums += self._evaluated(as_batch(batch, self.multi_label))
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """(B, C) float32 probabilities, for a batch with or without labels: images, [images] or (images, labels)."""
+        """(B, C) float32 probabilities, for a batch with or without labels: images, [images] or (images, labels).
+
+        Of images that may have several classes each is of its own.
+        """
         if isinstance(batch, list | tuple) and len(batch) == 1:
             (batch,) = batch
-        images = batch if isinstance(batch, Tensor) else as_batch(batch).images
-        return self.model(images).float().softmax(-1)
+        images = batch if isinstance(batch, Tensor) else as_batch(batch, self.multi_label).images
+        logits = self.model(images).float()
+        return logits.sigmoid() if self.multi_label else logits.softmax(-1)
 
     def _evaluated(self, batch: Batch) -> Tensor:
-        logits = self.model(batch.images)
-        is_counted = batch.labels != NOT_COUNTED
-        labels = batch.labels.clamp(min=0)
-        sums = batch_sums(likeliest_classes(logits), labels, F.cross_entropy(logits, labels))
-        return sums * is_counted[0]  # of a batch all images are, or none
+        return self.metrics.evaluation_sums(self.model(batch.images), batch.labels)
 
     # Metrics
 
@@ -315,9 +332,9 @@ class Classifier(LightningModule):
         is_update = done % trainer.accumulate_grad_batches == 0 or done == trainer.num_training_batches
         is_shown = bool(trainer.loggers) or trainer.progress_bar_callback is not None
         if is_shown and is_update and trainer.log_every_n_steps and self.global_step % trainer.log_every_n_steps == 0:
-            means = means_of(total(self.train_sums - self._logged_sums))
+            means = self.metrics.train_means(total(self.train_sums - self._logged_sums))
             self._logged_sums = self.train_sums.clone()
-            self.log_dict({"train/loss_step": means.loss, "train/top1_step": means.top1}, prog_bar=True)
+            self.log_dict({f"train/{name}_step": value for name, value in means.items()}, prog_bar=True)
 
     def on_train_epoch_end(self) -> None:
         self._log_epoch(self.train_metrics())
@@ -328,6 +345,8 @@ class Classifier(LightningModule):
         is_training = self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking
         if is_training and self._schedule is not None and self.optim.schedule == "plateau":
             self._schedule.observe(metrics["val/loss"], self.optim)
+        if isinstance(self.metrics, MultiLabelMetrics) and getattr(self.trainer.datamodule, "has_validation", True):
+            self.thresholds = self.metrics.thresholds()
 
     def on_test_epoch_end(self) -> None:
         self._log_epoch(self.evaluation_metrics(self.tested_split))
@@ -338,23 +357,22 @@ class Classifier(LightningModule):
 
     def train_metrics(self) -> dict[str, float]:
         """Mean loss by the labels (smoothed, nothing added) and accuracy over the training images of this epoch."""
-        means = means_of(total(self.train_sums))
-        return {"train/loss": means.loss, "train/top1": means.top1}
+        return {f"train/{name}": value for name, value in self.metrics.train_means(total(self.train_sums)).items()}
 
     def train_images(self) -> int:
         """Training images of this epoch so far, of all ranks."""
         return int(total(self.train_sums)[-1])
 
     def evaluation_metrics(self, split: str) -> dict[str, float]:
-        """Mean cross-entropy and top-1 and top-5 accuracy of the last validation or test.
+        """Mean cross-entropy and top-1 and top-5 accuracy of the last validation or test; of several classes the mean
+        binary cross-entropy, mAP and F1.
 
         Where validation is by the average of the weights, the accuracy of the weights themselves is beside it.
         """
-        names = (f"{split}/loss", f"{split}/top1", f"{split}/top5")
-        metrics = dict(zip(names, means_of(total(self.evaluation_sums)), strict=True))
-        return metrics | (
-            {RAW_TOP1: means_of(total(self.raw_sums)).top1} if split == "val" and self.average is not None else {}
-        )
+        metrics = {f"{split}/{name}": value for name, value in self.metrics.means(total(self.evaluation_sums)).items()}
+        if split != "val" or self.average is None or self.multi_label:
+            return metrics
+        return metrics | {RAW_TOP1: self.metrics.train_means(total(self.raw_sums))["top1"]}
 
     def validation_metrics(self) -> dict[str, float]:
         """Those of images kept for validation; none where none are."""
@@ -373,6 +391,7 @@ class Classifier(LightningModule):
         self._move_sums()
         self.evaluation_sums.zero_()
         self.raw_sums.zero_()
+        self.metrics.begin()
 
     def on_test_epoch_start(self) -> None:
         self.on_validation_epoch_start()
@@ -398,7 +417,11 @@ class Classifier(LightningModule):
                 setattr(self, name, None)
         if stage == "fit":
             self._found, self._is_undescribed = None, False
-            self._label_loss = LabelLoss(self.loss, self.optim.label_smoothing, self._class_counts)
+        is_multi_label = self.multi_label
+        if not self._knows_labels:
+            is_multi_label = getattr(self.trainer.datamodule, "multi_label", is_multi_label)
+        if stage == "fit" or is_multi_label != self.multi_label:
+            self._set_labels(is_multi_label, self._class_counts if stage == "fit" else None)
 
     def _class_counts(self) -> list[int]:
         """The number of training images of each class; as many of each where weights are given and the data say none.
@@ -491,7 +514,10 @@ class Classifier(LightningModule):
             given = {"class_names": self.class_names, "mean": self.mean, "std": self.std}
             self._found = found_facts(self.model, self.trainer.datamodule, given, sections)
             self._is_undescribed = self._found is None
-        put_model(checkpoint, self.facts or self._found, epochs_done(self.trainer))
+        facts = self.facts or self._found
+        if facts is not None and self.multi_label:
+            facts = replace(facts, multi_label=True, thresholds=self.thresholds)
+        put_model(checkpoint, facts, epochs_done(self.trainer))
         put_average(checkpoint, None if self.average is None else self.average.state())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -529,11 +555,12 @@ def epochs_done(trainer: Trainer) -> int:
     return progress.completed + (progress.started > progress.completed and is_through)
 
 
-def as_batch(batch: Any) -> Batch:
+def as_batch(batch: Any, multi_label: bool = False) -> Batch:
     """A batch of any loader as a `Batch`.
 
     Args:
         batch: A `Batch`, or (images (B, 3, H, W), labels): labels (B,) int64, or (B, C) shares of the classes.
+        multi_label: Whether labels (B, C) are 0 and 1 of several classes.
 
     Raises:
         UserError: it is something else.
@@ -545,7 +572,11 @@ def as_batch(batch: Any) -> Batch:
     ):
         raise UserError(f"a batch of type {type(batch).__name__}: must be (images, labels), two tensors")
     images, labels = batch[:2]
-    if labels.dim() == 2:
+    if multi_label and labels.dim() != 2:
+        raise UserError(
+            f"a batch of labels of shape {tuple(labels.shape)}: with multi_label they must be (B, C) of 0 and 1"
+        )
+    if labels.dim() == 2 and not multi_label:
         return Batch(images, labels.argmax(1), [], targets=labels)
     return Batch(images, labels, [])
 

@@ -70,6 +70,8 @@ def restored(
             options["min_lr"] = min(options["min_lr"], lr)
         if "loss" in trained.config:
             options["loss"] = trained.config["loss"]
+        if trained.multi_label:
+            options["multi_label"] = True
         task, path = cls(trained, **(options | changes)), trained.path
     else:
         weights = read_foreign_weights(path)

@@ -145,8 +145,9 @@ class LossConfig:
     """The training loss by the labels. Validation and test always measure plain cross-entropy.
 
     Args:
-        name: cross_entropy, of the softmax over all classes; or bce, binary cross-entropy of each class, as timm's
-            --bce-loss.
+        name: cross_entropy, of the softmax over all classes; bce, binary cross-entropy of each class, as timm's
+            --bce-loss; for images of several classes also asymmetric (Ridnik et al. 2021) or focal (Lin et al. 2017).
+            null is cross_entropy, and bce where images have several classes.
         class_weights: Weight of an image by its class: balanced, the inverse of the class's number of training images;
             auto, the inverse of its effective number of them (Cui et al. 2019), which is milder; or a list of a weight
             per class. They are scaled to a mean of 1 over the training images. null weighs all images alike.
@@ -154,15 +155,24 @@ class LossConfig:
             nearer to 1, the nearer to balanced.
         logit_adjustment: With cross_entropy, so many times the logarithm of a class's share of the training images is
             added to its logit in training (Menon et al. 2021, where it is 1); 0 adds nothing.
+        gamma: With focal, how strongly it turns to what is still wrong; 0 is bce.
+        gamma_neg: With asymmetric, the same for classes that an image has not.
+        gamma_pos: With asymmetric, the same for those that it has.
+        clip: With asymmetric, the probability up to which a class that an image has not costs nothing.
     """
 
-    name: Literal["cross_entropy", "bce"] = "cross_entropy"
+    name: Literal["cross_entropy", "bce", "asymmetric", "focal"] | None = None
     class_weights: Literal["auto", "balanced"] | list[float] | None = None
     effective_beta: float = 0.999
     logit_adjustment: float = 0.0
+    gamma: float = 2.0
+    gamma_neg: float = 4.0
+    gamma_pos: float = 1.0
+    clip: float = 0.05
 
     def __post_init__(self) -> None:
-        _need(self, "name", self.name in ("cross_entropy", "bce"), "cross_entropy or bce")
+        names = (None, "cross_entropy", "bce", "asymmetric", "focal")
+        _need(self, "name", self.name in names, "cross_entropy, bce, asymmetric, focal or null")
         weights = self.class_weights
         if isinstance(weights, list):
             is_allowed = all(0 <= weight < float("inf") for weight in weights) and any(weights)
@@ -174,7 +184,15 @@ class LossConfig:
         has_effect = weights == "auto" or self.effective_beta == LossConfig.effective_beta
         _need(self, "effective_beta", has_effect, "left out without class_weights=auto")
         _need(self, "logit_adjustment", 0 <= self.logit_adjustment < float("inf"), ">= 0 and finite")
-        has_softmax = not self.logit_adjustment or self.name == "cross_entropy"
+        for option, loss in (
+            ("gamma", "focal"),
+            *((each, "asymmetric") for each in ("gamma_neg", "gamma_pos", "clip")),
+        ):
+            value = getattr(self, option)
+            has_effect = self.name == loss or value == getattr(LossConfig, option)
+            _need(self, option, has_effect, f"left out without name={loss}")
+            _need(self, option, 0 <= value < (1 if option == "clip" else float("inf")), ">= 0, and clip below 1")
+        has_softmax = not self.logit_adjustment or self.name in (None, "cross_entropy")
         _need(self, "logit_adjustment", has_softmax, f"0 with name={self.name}")
 
     @property
@@ -400,8 +418,10 @@ class TrainConfig:
                 raise ValueError("trainer.cuda_graph=True: must be false with parallel.strategy=fsdp")
             if self.parallel.strategy == "expert" and self.parallel.dense == "cut":
                 raise ValueError("trainer.cuda_graph=True: must be false with parallel.dense=cut; whole goes with it")
-        if self.loss.name == "bce" and self.distill.teacher is not None:
-            raise ValueError("loss.name='bce': must be cross_entropy with distill.teacher, which compares softmaxes")
+        if self.loss.name not in (None, "cross_entropy") and self.distill.teacher is not None:
+            raise ValueError(
+                f"loss.name={self.loss.name!r}: must be cross_entropy with distill.teacher, which compares softmaxes"
+            )
         if self.trainer.compile and self.parallel.draws == "sample":
             raise ValueError("trainer.compile=True: must be false with parallel.draws=sample")
 

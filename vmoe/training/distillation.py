@@ -58,6 +58,11 @@ def load_teacher(config: DistillConfig, data: ImageDataModule) -> Teacher | None
     """
     if config.teacher is None:
         return None
+    if data.multi_label:
+        raise UserError(
+            f"distill.teacher={config.teacher}: compares softmaxes, and these images may have several classes; leave "
+            "it out"
+        )
     checkpoint = load_checkpoint(config.teacher)
     outputs = known_outputs(checkpoint.class_names, data.class_names)
     if outputs is None:

@@ -1,4 +1,5 @@
-"""The loss by the labels: cross-entropy, also weighted by class or with adjusted logits, and binary cross-entropy.
+"""The loss by the labels: cross-entropy, also weighted by class or with adjusted logits, and losses of each class on
+its own: binary cross-entropy, asymmetric and focal.
 
 B images, C classes.
 """
@@ -6,9 +7,10 @@ B images, C classes.
 from collections.abc import Callable, Sequence
 
 import torch
-from timm.loss import BinaryCrossEntropy
+from timm.loss import AsymmetricLossMultiLabel, BinaryCrossEntropy
 from torch import Tensor
 from torch.nn import functional as F
+from torchvision.ops import sigmoid_focal_loss
 
 from vmoe.errors import UserError
 from vmoe.training.config import LossConfig
@@ -21,14 +23,21 @@ class LabelLoss:
         config: Which loss.
         label_smoothing: Share of the target that is spread over all classes.
         class_counts: Gives the number of training images of each class, (C,). It is called where the config needs them.
+        multi_label: Whether an image may have several classes, or none.
 
     Raises:
-        UserError: There are not as many weights as classes.
+        UserError: There are not as many weights as classes, or the loss is not for such images.
     """
 
     def __init__(
-        self, config: LossConfig, label_smoothing: float, class_counts: Callable[[], Sequence[int]] | None = None
+        self,
+        config: LossConfig,
+        label_smoothing: float,
+        class_counts: Callable[[], Sequence[int]] | None = None,
+        multi_label: bool = False,
     ) -> None:
+        check_loss(config, multi_label)
+        self._config, self._is_multi_label = config, multi_label
         self._is_binary = config.name == "bce"
         self._smoothing = label_smoothing
         self._binary = BinaryCrossEntropy(label_smoothing, reduction="none")
@@ -56,9 +65,11 @@ class LabelLoss:
 
         Args:
             logits: (B, C).
-            labels: (B,) int64.
-            shares: (B, C) shares of the classes that sum to 1, of mixed images; None takes the labels.
+            labels: (B,) int64, or (B, C) of 0 and 1 of several classes.
+            shares: (B, C) shares of the classes, of mixed images; None takes the labels.
         """
+        if self._is_multi_label:
+            return self._multi_label_loss(logits.float(), (labels if shares is None else shares).float())
         if self._is_binary:
             return self._binary_loss(logits.float(), labels, shares)
         if self._shift is not None:
@@ -79,6 +90,35 @@ class LabelLoss:
             return losses.mean()
         weights = self._weights[labels] if shares is None else shares @ self._weights
         return (losses.mean(1) * weights).mean()
+
+    def _multi_label_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        config = self._config
+        targets = targets * (1 - self._smoothing) + 0.5 * self._smoothing  # of each class on its own: towards 0.5
+        if config.name == "asymmetric":
+            loss = AsymmetricLossMultiLabel(config.gamma_neg, config.gamma_pos, config.clip)
+            # The sum over the classes. Older timms, without a choice of the reduction, also sum over the images
+            return loss(logits, targets) / (1 if hasattr(loss, "reduction") else len(logits))
+        if config.name == "focal":
+            return sigmoid_focal_loss(logits, targets, alpha=-1, gamma=config.gamma, reduction="mean")
+        return F.binary_cross_entropy_with_logits(logits, targets)
+
+
+def check_loss(config: LossConfig, multi_label: bool) -> None:
+    """Refuses a loss that is not for these images.
+
+    Raises:
+        UserError: It is not.
+    """
+    several, one = "images that may have several classes", "images of one class each"
+    if multi_label and config.name == "cross_entropy":
+        raise UserError(
+            f"loss.name=cross_entropy: is for {one}, and these are {several}; take bce, asymmetric or focal"
+        )
+    if not multi_label and config.name in ("asymmetric", "focal"):
+        raise UserError(f"loss.name={config.name}: is for {several}, and these are {one}; take cross_entropy or bce")
+    if multi_label and config.counts_classes:
+        option = "class_weights" if config.class_weights is not None else "logit_adjustment"
+        raise UserError(f"loss.{option}: is for {one}, and these are {several}; take loss.name=asymmetric instead")
 
 
 def one_hot(labels: Tensor, classes: int) -> Tensor:

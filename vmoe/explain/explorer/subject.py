@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vmoe.checkpoints import TrainedModel
+from vmoe.checkpoints import TrainedModel, require_single_label
 from vmoe.data.config import Colour
 from vmoe.moe import moe_layers
 from vmoe.sizes import ImageSize, height_and_width
@@ -36,6 +36,7 @@ class Subject:
     @classmethod
     def of(cls, checkpoint: TrainedModel, name: str) -> "Subject":
         """A checkpoint's model."""
+        require_single_label(checkpoint, "vmoe explore")
         part = checkpoint
         return cls(name, part.model.eval(), part.class_names, part.mean, part.std, part.image_size)
 

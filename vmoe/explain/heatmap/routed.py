@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vmoe.data import eval_crop, eval_transform
 from vmoe.data.config import Crop
@@ -74,9 +74,14 @@ def route_image(
         model_input=eval_crop(image, image_size, crop),
         detail=eval_crop(image, finer, crop),
         crop=crop,
-        probabilities=logits[0].float().softmax(-1).cpu().numpy(),
+        probabilities=_probabilities(model, logits[0].float()).cpu().numpy(),
         layers={name: drawable(routing) for name, routing in trace.layers.items()},
     )
+
+
+def _probabilities(model: nn.Module, logits: Tensor) -> Tensor:
+    """Of a model for several classes per image each class has a probability of its own."""
+    return logits.sigmoid() if getattr(model, "multi_label", False) else logits.softmax(-1)
 
 
 def require_experts(model: nn.Module) -> None:

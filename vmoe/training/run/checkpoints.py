@@ -42,7 +42,7 @@ class RunCheckpoints(Callback):
     Args:
         folder: The run's folder.
         clock: The run's clock, which goes on after a resumption.
-        patience: Epochs without a better val/top1 after which to stop; None never stops.
+        patience: Epochs without a better val/top1 (of several classes val/mAP) after which to stop; None never stops.
         writer: What writes the checkpoints of a model that is cut.
     """
 
@@ -57,7 +57,7 @@ class RunCheckpoints(Callback):
         self.clock = clock
         self.patience = patience
         self.writer = writer
-        self.best: dict[str, float] = {"epoch": 0, "val/top1": -math.inf, "val/loss": math.inf}
+        self.best: dict[str, float] = {"epoch": 0, "val/loss": math.inf}
         self._batches_done = 0
         self._finished = False
         self._signals = SignalWatch()
@@ -88,7 +88,7 @@ class RunCheckpoints(Callback):
                 everywhere=True,
             )
         validation = module.validation_metrics()
-        is_best = not validation or _rank(validation) > _rank(self.best)
+        is_best = not validation or _rank(validation, module) > _rank(self.best, module)
         if is_best:
             self.best = {"epoch": epochs_done, **validation}
         self._batches_done = 0
@@ -133,6 +133,6 @@ class RunCheckpoints(Callback):
         return self._signals.received or signal.SIGTERM
 
 
-def _rank(validation: dict[str, float]) -> tuple[float, float]:
-    """By val/top1; where that is equal, as it often is on a small validation set, by val/loss."""
-    return validation["val/top1"], -validation["val/loss"]
+def _rank(validation: dict[str, float], module: Classifier) -> tuple[float, float]:
+    """By val/top1, or val/mAP; where that is equal, as it often is on a small validation set, by val/loss."""
+    return validation.get(f"val/{module.metrics.monitored}", -math.inf), -validation["val/loss"]

@@ -9,8 +9,9 @@ from vmoe.data.addresses import is_address
 from vmoe.data.checking import is_worth_checking, refusal
 from vmoe.data.datamodule import EvalLoader
 from vmoe.errors import UserError
+from vmoe.evaluation.curves import MOST_SCORES
 from vmoe.training.config import TrainConfig
-from vmoe.training.label_loss import class_weights
+from vmoe.training.label_loss import check_loss, class_weights
 from vmoe.training.parallel.collectives import gather, together
 from vmoe.training.parallel.process import Process
 from vmoe.training.parallel.strategies import check_parts
@@ -31,11 +32,20 @@ def images_of_run(config: TrainConfig, device: torch.device) -> ImageDataModule:
         data.setup("fit")
         check_parts(config, data.train_sampler.batch_size, process.world_size)
         waiting = {"optim.schedule=plateau: waits for a lower val/loss": config.optim.schedule == "plateau"}
+        better = "val/mAP" if data.multi_label else "val/top1"
         patience = config.trainer.early_stopping
-        waiting[f"trainer.early_stopping={patience}: waits for a better val/top1"] = patience is not None
+        waiting[f"trainer.early_stopping={patience}: waits for a better {better}"] = patience is not None
         for what, is_on in waiting.items():
             if is_on and not data.has_validation:
                 raise UserError(f"{what}, and data.val_fraction=0 leaves no images for validation; change one of them")
+        check_loss(config.loss, data.multi_label)
+        for split in ("val", "test") if data.multi_label else ():
+            scores = data.num_classes * (data.number_of_images(split) if split == "test" or data.has_validation else 0)
+            if scores > MOST_SCORES:
+                raise UserError(
+                    f"data: {split} has {scores:,} pairs of an image and a class, and mAP is measured of "
+                    f"{MOST_SCORES:,} at most; leave images out"
+                )
         if config.loss.class_weights is not None:
             class_weights(config.loss, data.images_of_classes("train"))
 

@@ -24,6 +24,7 @@ from vmoe.training.routing_sums import as_metrics, metric_columns, warnings_of
 from vmoe.training.run.progress import TrainingProgress
 
 TRAIN_COLUMNS = ("epoch", "step", "train/loss", "train/top1", "train/images_per_second", "lr")
+TRAIN_COLUMNS_OF_SEVERAL = tuple("train/f1" if name == "train/top1" else name for name in TRAIN_COLUMNS)
 VAL_COLUMNS = ("val/loss", "val/top1", "val/top5")
 
 
@@ -176,9 +177,10 @@ class Journal(Callback):
         self._told_damaged = 0
 
     def on_train_start(self, trainer: Trainer, module: Classifier) -> None:
-        columns = [*TRAIN_COLUMNS]
+        columns = [*(TRAIN_COLUMNS if not module.multi_label else TRAIN_COLUMNS_OF_SEVERAL)]
         if trainer.datamodule.has_validation:
-            columns += [*VAL_COLUMNS, *([] if module.average is None else [RAW_TOP1])]
+            columns += [f"val/{name}" for name in module.metrics.names]
+            columns += [] if module.average is None or module.multi_label else [RAW_TOP1]
         columns += metric_columns(module.model)
         if Process.this().is_first:
             self.table = MetricsTable(self.folder.metrics, columns, self.step)

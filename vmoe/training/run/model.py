@@ -94,7 +94,8 @@ def new_module(
     _freeze(model, config)
     if config.trainer.grad_checkpointing:
         _checkpoint_blocks(model, config.model.name)
-    module = Classifier(model, loss=config.loss, **to_plain(config.optim))
+    multi_label = facts is not None and facts.multi_label
+    module = Classifier(model, loss=config.loss, multi_label=multi_label, **to_plain(config.optim))
     module.facts, module.draws, module.shard, module.teacher = facts, draws, cut, teacher
     if config.trainer.cuda_graph:
         module.capture_steps()
@@ -144,5 +145,6 @@ def facts_of_run(config: TrainConfig, built: ModelConfig, data: ImageDataModule)
         mean=data.mean,
         std=data.std,
         bit_depth=data.bit_depth,
+        multi_label=data.multi_label,
         architecture={"name": built.name, "kwargs": to_plain(built.kwargs)} if is_described else None,
     )

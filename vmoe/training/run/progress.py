@@ -37,7 +37,7 @@ class TrainingProgress:
         self.stop()
         epoch = f"{self._title:>15}  {_train_text(row)}"
         if "val/loss" in row:
-            epoch += f"  val loss {row['val/loss']:.3f}  top-1 {row['val/top1']:7.2%}"
+            epoch += f"  val loss {row['val/loss']:.3f}  {_accuracy(row, 'val')}"
         if "val/raw_top1" in row:
             epoch += f" (by EMA; raw {row['val/raw_top1']:.2%})"
         self.say(epoch)
@@ -56,4 +56,11 @@ class TrainingProgress:
 
 def _train_text(metrics: dict[str, float]) -> str:
     speed = metrics["train/images_per_second"]
-    return f"loss {metrics['train/loss']:.3f}  top-1 {metrics['train/top1']:7.2%}  {speed:,.0f} img/s"
+    return f"loss {metrics['train/loss']:.3f}  {_accuracy(metrics, 'train')}  {speed:,.0f} img/s"
+
+
+def _accuracy(metrics: dict[str, float], split: str) -> str:
+    """Top-1; of images of several classes mAP, which training has not, or F1."""
+    names = {"top1": "top-1", "mAP": "mAP", "f1": "F1"}
+    name = next(name for name in names if f"{split}/{name}" in metrics)
+    return f"{names[name]} {metrics[f'{split}/{name}']:7.2%}"

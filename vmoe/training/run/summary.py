@@ -68,13 +68,14 @@ def data_lines(config: DataConfig, data: ImageDataModule) -> list[str]:
     """What a run trains on: the set, its place, the images of each split and class."""
     place = "" if config.name in EMBEDDED_SETS else f" in {config.root}"
     classes, size = counted(data.num_classes, "class", "classes"), data.image_size
-    lines = [f"images: {config.name}{place}, {classes}, {size_text(size)} pixels"]
+    several = " (an image may have several)" if data.multi_label else ""
+    lines = [f"images: {config.name}{place}, {classes}{several}, {size_text(size)} pixels"]
     for split, title in (("train", "training"), ("val", "validation"), ("test", "test")):
         if split == "val" and not data.has_validation:
             lines.append(f"  {title}: none")
             continue
         counts = data.images_of_classes(split)
-        images = counted(sum(counts), "image")
+        images = counted(data.number_of_images(split), "image")
         if split == "train" and data.is_endless:
             images = f"without end, each pass {images} that are new"
         lines.append(f"  {title}: {images}, {_by_class(data.class_names, counts)}")
@@ -94,14 +95,21 @@ def model_line(config: ModelConfig, model: nn.Module) -> str:
 def result_line(result: dict[str, Any], folder: str) -> str:
     """What a run has reached, by the content of its summary.json."""
     metrics = result["metrics"]
+    ending = f"{result['train_seconds']:.0f} s, {result['images_per_second']:,.0f} img/s; all in {folder}"
+    if "test/mAP" in metrics:
+        validation = f"val mAP {metrics['val/mAP']:.2%}" if "val/mAP" in metrics else "no validation"
+        return (
+            f"test mAP {metrics['test/mAP']:.2%}, F1 {metrics['test/f1']:.2%}, loss {metrics['test/loss']:.4f}, by the "
+            f"checkpoint of epoch {result['best_epoch']} ({validation}, unaugmented training images "
+            f"{metrics['train_clean/mAP']:.2%}); {ending}"
+        )
     validation = f"val top-1 {metrics['val/top1']:.2%}" if "val/top1" in metrics else "no validation"
     # Of five classes it would always be 100 %; how many there are, a run's older summary does not tell.
     five = f", top-5 {metrics['test/top5']:.2%}" if result.get("classes", 6) > 5 else ""
     return (
         f"test top-1 {metrics['test/top1']:.2%}{five}, loss {metrics['test/loss']:.4f}, "
         f"by the checkpoint of epoch {result['best_epoch']} ({validation}, unaugmented training images "
-        f"{metrics['train_clean/top1']:.2%}); "
-        f"{result['train_seconds']:.0f} s, {result['images_per_second']:,.0f} img/s; all in {folder}"
+        f"{metrics['train_clean/top1']:.2%}); {ending}"
     )
 
 

@@ -213,7 +213,7 @@ class _Run:
         data = images_of_run(config, self.device)
         for line in (*summary.data_lines(config.data, data), *data.notes):
             self.say(line)
-        if data.has_validation and (count := sum(data.images_of_classes("val"))) < _FEW_TO_CHOOSE_BY:
+        if data.has_validation and (count := data.number_of_images("val")) < _FEW_TO_CHOOSE_BY:
             self.say(
                 f"warning: {counted(count, 'image')} for validation: too few to choose an epoch by, as one is "
                 f"{1 / count:.1%} of top-1; give it more images (where they are cut from training, by "

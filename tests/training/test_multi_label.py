@@ -1,0 +1,219 @@
+"""Images of several classes: their losses by plain formulas, and a run from its data to its predictions."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+from timm.loss import AsymmetricLossMultiLabel
+from torch.utils.data import DataLoader, TensorDataset
+
+import vmoe
+from vmoe.checkpoints import RunFolder, read_checkpoint
+from vmoe.checkpoints.program import facts_of_program, program_metadata
+from vmoe.cli.evaluate import main as evaluate
+from vmoe.cli.predict import main as predict
+from vmoe.data import DataConfig
+from vmoe.data.config import MixConfig
+from vmoe.errors import UserError
+from vmoe.export.card import model_card
+from vmoe.serve.uploads import Upload
+from vmoe.training.config import LossConfig, ModelConfig
+from vmoe.training.label_loss import LabelLoss
+
+SMALL = {"patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
+NAMES = ["red", "green", "blue"]
+
+
+def drawn(mixed):
+    """Logits (B, C), labels (B, C) int8, and their shares, mixed in pairs or not."""
+    draw = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(9, 4, generator=draw, dtype=torch.float64)
+    labels = torch.randint(0, 2, (9, 4), generator=draw)
+    return logits, labels.to(torch.int8), 0.7 * labels + 0.3 * labels.roll(1, 0) if mixed else labels.double()
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize(
+    "config",
+    [LossConfig(), LossConfig("focal", gamma=1.5), LossConfig("asymmetric"), LossConfig("asymmetric", gamma_pos=0.0)],
+)
+def test_losses_are_their_formulas(config, smoothing, mixed):
+    logits, labels, shares = drawn(mixed)
+    y = shares * (1 - smoothing) + smoothing / 2
+    p = logits.sigmoid()
+    if config.name is None:
+        expected = -(y * p.log() + (1 - y) * (1 - p).log()).mean()
+    elif config.name == "focal":
+        right = p * y + (1 - p) * (1 - y)
+        expected = -(y * p.log() + (1 - y) * (1 - p).log()) * (1 - right) ** 1.5
+        expected = expected.mean()
+    else:
+        absent = (1 - p + 0.05).clamp(max=1)
+        weight = (1 - p * y - absent * (1 - y)) ** (config.gamma_pos * y + config.gamma_neg * (1 - y))
+        expected = -((y * p.log() + (1 - y) * absent.log()) * weight).sum(1).mean()
+    found = LabelLoss(config, smoothing, multi_label=True)(logits.float(), labels, shares.float() if mixed else None)
+    torch.testing.assert_close(found.double(), expected, rtol=2e-6, atol=1e-9)
+
+
+def test_the_asymmetric_loss_is_timm_s():
+    logits, labels, _ = drawn(mixed=False)
+    theirs = AsymmetricLossMultiLabel()(logits.float(), labels.float())
+    found = LabelLoss(LossConfig("asymmetric"), 0.0, multi_label=True)(logits.float(), labels)
+    # timm's older versions sum over the images, too
+    assert any(torch.allclose(found, theirs / divisor) for divisor in (1, len(logits)))
+
+
+def arrays(path, count=160):
+    """Squares of three colours on noise, in an .npz file; returns the test images."""
+    draw = np.random.default_rng(0)
+    labels = draw.integers(0, 2, (count, 3))
+    images = draw.integers(0, 60, (count, 16, 16, 3), dtype=np.uint8)
+    for image, label in zip(images, labels, strict=True):
+        for colour in np.flatnonzero(label):
+            row, column = draw.integers(0, 10, 2)
+            image[row : row + 6, column : column + 6, colour] = 230
+    parts = {"train": slice(0, 96), "val": slice(96, 128), "test": slice(128, None)}
+    content = {
+        f"{name}_{key}": each[part]
+        for name, part in parts.items()
+        for key, each in zip("xy", (images, labels), strict=True)
+    }
+    np.savez(path, **content, class_names=NAMES)
+    return images[128:], labels[128:]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A finished run of an .npz file, its test images and their labels."""
+    folder = tmp_path_factory.mktemp("several")
+    images, labels = arrays(folder / "squares.npz")
+    run = vmoe.fit(
+        data=DataConfig("npz", str(folder / "squares.npz"), batch_size=32, mix=MixConfig(mixup_alpha=0.2)),
+        model=ModelConfig("vit_tiny_patch16_224", SMALL),
+        moe=vmoe.MoeConfig(num_experts=4),
+        epochs=7,
+        output_dir=folder / "run",
+        options={
+            "optim.lr": 6e-3, "loss.name": "asymmetric", "trainer.ema_decay": 0.8, "trainer.device": "cpu",
+            "trainer.loggers": ["csv"],
+        },
+        progress=False,
+    )  # fmt: skip
+    return run, images, labels
+
+
+def test_a_run_learns_and_its_best_checkpoint_is_by_map(trained):
+    run, *_ = trained
+    columns = run.history[0].keys()
+    assert {"train/f1", "val/mAP", "val/f1"} <= columns and not {"train/top1", "val/top1"} & columns
+    by_map = [row["val/mAP"] for row in run.history]
+    assert run.metrics["val/mAP"] == max(by_map) > 0.9
+    assert run.metrics["test/mAP"] > 0.9
+
+
+def test_thresholds_are_chosen_on_validation_and_kept(trained):
+    run, images, labels = trained
+    entry = read_checkpoint(RunFolder(run.path).best)["vmoe"]
+    assert entry["multi_label"] is True and len(entry["thresholds"]) == 3
+    model = run.model
+    assert model.multi_label and model.thresholds == entry["thresholds"]
+    found = model.predict(images, progress=False)
+    assert found.labels == [
+        [NAMES[index] for index in np.argsort(-row, kind="stable") if row[index] >= model.thresholds[index]]
+        for row in found.probabilities
+    ]
+    np.testing.assert_allclose(found.probabilities, 1 / (1 + np.exp(-found.logits)), rtol=1e-5)
+    assert found.labels_from(1.0) == [[]] * len(images)
+    result = vmoe.evaluate(model, progress=False)
+    right = sum(
+        {NAMES[i] for i in np.flatnonzero(row)} == set(names) for row, names in zip(labels, found.labels, strict=True)
+    )
+    assert result["exact_match"] == pytest.approx(right / len(images))
+    assert result["average_precision"] == pytest.approx(run.metrics["test/mAP"], abs=1e-6)
+
+
+def test_the_command_line_measures_and_predicts(trained, tmp_path, capsys):
+    run, images, _ = trained
+    assert evaluate([str(run.path), "--out", str(tmp_path)]) == 0
+    (result,) = json.loads((tmp_path / "evaluation.json").read_text())["results"]
+    assert result["class_images"] == vmoe.evaluate(run.model, progress=False)["class_images"]
+    assert {path.name for path in tmp_path.glob("*.png")} == {"precision_recall.png"}
+    assert f"{result['average_precision']:.2%}" in capsys.readouterr().out
+    from PIL import Image
+
+    Image.fromarray(images[0]).save(tmp_path / "a.png")
+    table = tmp_path / "answers.csv"
+    assert predict([str(run.path), str(tmp_path / "a.png"), "--csv", str(table)]) == 0
+    (names,) = run.model.predict(images[:1], progress=False).labels
+    assert f"a.png: {', '.join(names) or 'no class'} (" in capsys.readouterr().out
+    with open(table, newline="") as file:
+        assert {row["class"] for row in csv.DictReader(file) if row["is_label"] == "True"} == set(names)
+
+
+def test_a_file_that_leaves_the_machine_keeps_the_thresholds_in_the_order_of_the_classes(trained, tmp_path):
+    run, *_ = trained
+    vmoe.save(run.model, tmp_path / "model.safetensors")
+    again = vmoe.load(tmp_path / "model.safetensors")
+    assert again.multi_label and again.thresholds == run.model.thresholds
+    view = again.with_facts_for(again, class_names=NAMES[::-1])
+    assert view.thresholds == run.model.thresholds[::-1]
+
+
+def test_programs_cards_and_the_server_say_several_classes(trained, tmp_path):
+    run, images, _ = trained
+    found = facts_of_program(json.dumps(program_metadata(run.model.facts)), tmp_path)
+    assert found.multi_label and found.thresholds == run.model.thresholds
+    card = model_card(run.model, run.path, None)
+    assert f"| test mAP | {run.metrics['test/mAP']:.2%}" in card and "several of the 3 classes" in card
+    server = pytest.importorskip("vmoe.serve.server")
+    service = server.ModelService(run.path, lambda: torch.device("cpu"), 2)
+    service.model = run.model
+    answers = service.predict([Upload(image, top=1, routing=False) for image in images[:2]])
+    assert [answer["labels"] for answer in answers] == run.model.predict(images[:2], progress=False).labels
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--corruptions"], ["--probe", "knn"], ["--data", "digits"], ["--ensemble-with", "RUN"]]
+)
+def test_what_is_of_one_class_per_image_is_refused(trained, capsys, arguments):
+    path = str(trained[0].path)
+    assert evaluate([path, *(path if each == "RUN" else each for each in arguments)]) == 2
+    assert "several classes per image" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss.name": "cross_entropy"}, "loss.name=cross_entropy: is for images of one class"),
+        ({"loss.class_weights": "balanced"}, "loss.class_weights: is for images of one class"),
+        ({"data.sampler": "class_balanced"}, "data.sampler=class_balanced: needs images of one class each"),
+        ({"data.subset.per_class": 3}, "data.subset.per_class=3: needs images of one class each"),
+    ],
+)
+def test_options_for_one_class_per_image_are_refused(trained, tmp_path, options, message):
+    data = trained[0].path.parent / "squares.npz"
+    with pytest.raises(UserError, match=message):
+        vmoe.fit(data=data, output_dir=tmp_path / "new", options=options, progress=False)
+    assert not (tmp_path / "new" / "config.yaml").exists()
+
+
+def test_a_classifier_of_any_trainer_takes_labels_of_several_classes(tmp_path):
+    import lightning as L
+
+    loader = DataLoader(TensorDataset(torch.randn(8, 3, 16, 16), torch.randint(0, 2, (8, 3))), batch_size=4)
+    model = vmoe.create_model("vit_tiny_patch16_224", num_classes=3, img_size=16, **SMALL)
+    task = vmoe.Classifier(model, multi_label=True, loss={"name": "focal"}, class_names=NAMES)
+    run = L.Trainer(
+        accelerator="cpu", max_epochs=1, logger=False, enable_progress_bar=False, enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )  # fmt: skip
+    run.fit(task, loader, loader)
+    assert {"train/f1", "val/mAP"} <= run.callback_metrics.keys()
+    run.save_checkpoint(tmp_path / "one.ckpt")
+    again = vmoe.Classifier.load_from_checkpoint(tmp_path / "one.ckpt")
+    assert again.multi_label and again.loss.name == "focal" and len(again.model.thresholds) == 3
+    with pytest.raises(UserError, match=r"must be \(B, C\) of 0 and 1"):
+        task.validation_step((torch.randn(8, 3, 16, 16), torch.arange(8) % 3), 0)

@@ -1,0 +1,130 @@
+"""What training logs of its batches, for images of one class each and for images of several.
+
+B images, C classes.
+"""
+
+import math
+from abc import ABC, abstractmethod
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from vmoe.data.sharing import NOT_COUNTED
+from vmoe.evaluation.curves import Ranking, Scores, best_thresholds, mean_of_known
+from vmoe.evaluation.engine import batch_sums, likeliest_classes, means_of, multi_label_sums
+from vmoe.training.parallel.collectives import gather
+
+
+class LabelMetrics(ABC):
+    """Sums over batches, (4,), that the host reads only when they are logged, and their means by name.
+
+    Attributes:
+        train_names: The names of the means in training.
+        names: Those in evaluation.
+        monitored: The one of them by which the best checkpoint is chosen.
+    """
+
+    train_names: tuple[str, ...]
+    names: tuple[str, ...]
+    monitored: str
+
+    @abstractmethod
+    def begin(self) -> None:
+        """An evaluation begins."""
+
+    @abstractmethod
+    def train_sums(self, logits: Tensor, labels: Tensor, loss: Tensor) -> Tensor:
+        """Of a training batch: logits (B, C), labels, and the mean loss ()."""
+
+    @abstractmethod
+    def evaluation_sums(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Of a batch in evaluation."""
+
+    @abstractmethod
+    def train_means(self, sums: Tensor) -> dict[str, float]:
+        """By `train_names`, from the sums of all ranks."""
+
+    @abstractmethod
+    def means(self, sums: Tensor) -> dict[str, float]:
+        """By `names`, from the sums of all ranks; all ranks call it."""
+
+
+class SingleLabelMetrics(LabelMetrics):
+    """Cross-entropy, top-1 and top-5 accuracy; labels are (B,) int64."""
+
+    train_names = ("loss", "top1")
+    names = ("loss", "top1", "top5")
+    monitored = "top1"
+
+    def begin(self) -> None:
+        pass
+
+    def train_sums(self, logits: Tensor, labels: Tensor, loss: Tensor) -> Tensor:
+        return batch_sums(likeliest_classes(logits), labels, loss)
+
+    def evaluation_sums(self, logits: Tensor, labels: Tensor) -> Tensor:
+        is_counted = labels != NOT_COUNTED
+        labels = labels.clamp(min=0)
+        sums = batch_sums(likeliest_classes(logits), labels, F.cross_entropy(logits, labels))
+        return sums * is_counted[0]  # of a batch all images are, or none
+
+    def train_means(self, sums: Tensor) -> dict[str, float]:
+        means = means_of(sums)
+        return {"loss": means.loss, "top1": means.top1}
+
+    def means(self, sums: Tensor) -> dict[str, float]:
+        return means_of(sums)._asdict()
+
+
+class MultiLabelMetrics(LabelMetrics):
+    """Binary cross-entropy, mean average precision and micro F1 at a probability of 0.5; labels are (B, C) of 0 and 1.
+
+    The mean average precision needs every score of an evaluation, so they are kept until the next one begins.
+    """
+
+    train_names = ("loss", "f1")
+    names = ("loss", "mAP", "f1")
+    monitored = "mAP"
+
+    def __init__(self) -> None:
+        self._scores = Scores()
+        self._ranking: Ranking | None = None
+        self._labelled: tuple[Tensor, Tensor] | None = None
+
+    def train_sums(self, logits: Tensor, labels: Tensor, loss: Tensor) -> Tensor:
+        return multi_label_sums(logits, labels, loss)
+
+    def evaluation_sums(self, logits: Tensor, labels: Tensor) -> Tensor:
+        self._scores.update(logits.detach().float().sigmoid(), labels)
+        is_counted = labels[0, 0] != NOT_COUNTED
+        labels = labels.clamp(min=0)
+        loss = F.binary_cross_entropy_with_logits(logits.float(), labels.float())
+        return multi_label_sums(logits, labels, loss) * is_counted
+
+    def train_means(self, sums: Tensor) -> dict[str, float]:
+        loss, hits, marks, images = sums.tolist()
+        return {"loss": loss / images if images else math.nan, "f1": hits / marks if marks else 0.0}
+
+    def means(self, sums: Tensor) -> dict[str, float]:
+        ranking = self._of_all_ranks()
+        found = self.train_means(sums)
+        return {"loss": found["loss"], "mAP": mean_of_known(ranking.class_average_precision) or 0.0, "f1": found["f1"]}
+
+    def begin(self) -> None:
+        self._scores, self._ranking, self._labelled = Scores(), None, None
+
+    def thresholds(self) -> list[float]:
+        """For each class the threshold of the best F1 in the last evaluation; all ranks call it after `means`."""
+        self._of_all_ranks()
+        assert self._labelled is not None
+        return best_thresholds(*self._labelled)
+
+    def _of_all_ranks(self) -> Ranking:
+        if self._ranking is None:
+            everybody = Scores()
+            for scores, labels in gather(self._scores.on_host()):
+                everybody.update(scores, labels)
+            self._labelled = everybody.labelled()
+            self._ranking = everybody.ranking()
+            assert self._ranking is not None  # a run with more scores is refused at its start
+        return self._ranking
