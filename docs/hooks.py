@@ -6,6 +6,7 @@ along. Links are changed on the way into the site only; a link to what is not th
 
 import os
 import re
+import runpy
 from pathlib import Path, PurePosixPath
 from posixpath import dirname, normpath, relpath
 
@@ -14,6 +15,7 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
 PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+KEYS = "<!-- every key -->"  # where a page has the tables of docs/keys.py
 LINK = re.compile(r"(?<=\]\()(?!\w+:|#|/)([^)\s#]+)(#[^)\s]*)?(?=[)\s])")
 
 
@@ -32,6 +34,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, page, **_) -> str:
     """Points the links of a page in docs/ to where the files lie in the site."""
+    if KEYS in markdown:
+        markdown = markdown.replace(KEYS, runpy.run_path(str(ROOT / "docs" / "keys.py"))["config_keys"]())
     source = f"docs/{page.file.src_uri}"
     return _for_site(markdown, source) if (ROOT / source).is_file() else markdown
 

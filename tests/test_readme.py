@@ -1,6 +1,8 @@
-"""What README shows, run as it stands there."""
+"""What README and the pages for newcomers show, run as it stands there."""
 
 import re
+import runpy
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -8,18 +10,32 @@ import pytest
 from PIL import Image
 
 import vmoe
+from vmoe.cli.main import main
+from vmoe.config_values import section_type
+from vmoe.training.config import TrainConfig
+from vmoe.training.options import option_types
 
 REPOSITORY = Path(__file__).parents[1]
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+SMALL = {  # timm's smallest model and one epoch in the place of what a page shows
+    'model="vit_tiny_patch16_224"': 'model="test_vit"',
+    "epochs=10": 'epochs=1, options={"data.image_size": 64, "data.batch_size": 8}',
+    '"vit_tiny_patch16_224", moe, num_classes=data': '"test_vit", moe, num_classes=data',
+    "batch_size=128": "batch_size=8, image_size=160",
+    "max_epochs=5": "max_epochs=1",
+    "--trainer.epochs 10": "--trainer.epochs 1 --model.name test_vit --data.image_size 64 --data.batch_size 8",
+    "--config digits": "--config digits --trainer.epochs 1 --data.subset.fraction 0.05",
+}
 
 
 @pytest.fixture
 def pictures(tmp_path, monkeypatch):
-    """The working folder of the snippet: the repository's assets and a few pictures."""
+    """The working folder of the snippets: the repository's assets and a few pictures."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "assets").symlink_to(REPOSITORY / "assets")
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8))
     image.save("photo.jpg")
+    image.save("new.jpg")
     for folder in ("holiday", *(f"photos/{split}/{name}" for split in ("train", "test") for name in CLASSES)):
         Path(folder).mkdir(parents=True)
         image.save(Path(folder) / "a.png")
@@ -27,37 +43,69 @@ def pictures(tmp_path, monkeypatch):
     return tmp_path
 
 
-def run_block(word):
-    """Runs README's only Python block that holds a word, and gives the names that it defined."""
-    blocks = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    (block,) = [block for block in blocks if word in block]
+def blocks(page, language):
+    """The code blocks of a page, made small."""
+    text = (REPOSITORY / page).read_text(encoding="utf-8")
+    found = re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+    for theirs, ours in SMALL.items():
+        found = [block.replace(theirs, ours) for block in found]
+    return found
+
+
+def run_python(page):
+    """Runs the Python blocks of a page one after the other; the names that they defined."""
     names = {}
-    exec(block, names)
+    for block in blocks(page, "python"):
+        exec(block, names)
     return names
 
 
-def test_a_trained_model_is_used_as_readme_shows(pictures):
-    names = run_block("vmoe.load(")
+def run_commands(page):
+    """Runs the `vmoe` commands of a page, and gives the jobs."""
+    lines = [line for block in blocks(page, "sh") for line in block.splitlines() if line.startswith("vmoe ")]
+    for line in lines:
+        assert main(shlex.split(line, comments=True)[1:]) == 0, line
+    return {line.split()[1] for line in lines}
+
+
+def test_readme_is_short():
+    assert len((REPOSITORY / "README.md").read_text(encoding="utf-8").splitlines()) <= 130
+
+
+def test_python_of_readme_runs(pictures):
+    names = run_python("README.md")
     assert len(names["labels"]) == 3 and names["probabilities"].shape == (3, 10)
-    assert tuple(names["model"].class_names) == CLASSES
     assert (pictures / "heatmaps" / "photo-overview.png").exists() and (pictures / "heatmaps" / "index.html").exists()
+    assert tuple(names["run"].model.class_names) == CLASSES and "test/top1" in names["twin"].metrics
+    assert not list(vmoe.moe_layers(names["twin"].model)) and list(vmoe.moe_layers(names["run"].model))
 
 
-def test_a_timm_model_becomes_sparse_as_readme_shows():
-    names = run_block("vmoe.auxiliary_loss(")
-    assert names["loss"].isfinite() and names["trace"].layers["blocks.1.mlp"].chosen.shape == (2, 197, 2)
+def test_commands_of_readme_run(pictures):
+    assert run_commands("README.md") == {"train", "compare", "evaluate", "predict", "heatmap", "explore"}
+    assert (pictures / "explorer" / "index.html").exists() and list((pictures / "comparison").glob("*.png"))
 
 
-def test_training_with_lightning_works_as_readme_shows(pictures):
-    """With timm's smallest model and one epoch in the place of README's."""
-    blocks = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    snippet = "".join(block for block in blocks if "L.Trainer(" in block or "vmoe.fit(" in block)
-    small = {"vit_tiny_patch16_224": "test_vit", "batch_size=128": "batch_size=8, image_size=160"}
-    for theirs, ours in (small | {"epochs=5": "epochs=1", "epochs=10": "epochs=1"}).items():
-        assert theirs in snippet
-        snippet = snippet.replace(theirs, ours)
-    names = {"vmoe": vmoe}
-    exec(snippet, names)
-    assert tuple(names["task"].model.class_names) == CLASSES
-    assert tuple(names["vmoe"].load(names["best"].best_model_path).class_names) == CLASSES
-    assert tuple(names["run"].model.class_names) == CLASSES and "test/top1" in names["run"].metrics
+def test_python_in_ten_minutes_runs(pictures):
+    names = run_python("docs/tour.md")
+    assert names["layer"].chosen.shape == (2, 197, 2) and names["loss"].isfinite()
+    assert tuple(names["model"].class_names) == CLASSES and names["result"]["top1"] >= 0
+
+
+@pytest.mark.slow  # the commands are README's, and a few more
+def test_a_folder_in_ten_minutes_runs(pictures):
+    run_python("docs/folder.md")
+    assert {"train", "data", "compare", "evaluate", "predict", "heatmap", "explore"} == run_commands("docs/folder.md")
+
+
+def test_picture_of_the_rooms_is_that_of_the_imports():
+    drawn = runpy.run_path(str(REPOSITORY / "docs" / "rooms.py"))["picture"]()
+    kept = (REPOSITORY / "assets" / "rooms.svg").read_text(encoding="utf-8")
+    assert drawn == kept, "draw it again: python docs/rooms.py"
+
+
+def test_every_config_key_is_documented_with_its_default():
+    text = runpy.run_path(str(REPOSITORY / "docs" / "keys.py"))["config_keys"]()
+    listed = re.findall(r"^\| `([\w.]+)` \| `[^`]+` \| `[^`]+` \| \S", text, re.MULTILINE)
+    assert listed and set(listed) == {
+        name for name, kind in option_types(TrainConfig).items() if not section_type(kind)
+    }
