@@ -360,6 +360,8 @@ MISTAKES: dict[str, list[Mistake]] = {
         Mistake("no images chosen", "show"),
         Mistake("no rows", "show --config tiny.yaml --classes 0"),
         Mistake("a sheet of another format", "show --config tiny.yaml --out sheet.gif"),
+        Mistake("fewer than no images to look at", "show --config tiny.yaml --look-at -1"),
+        Mistake("a report in a folder that is not there", "show --config tiny.yaml --json tiny.yaml/report.json"),
         Mistake("a place that is a file", "show --config tiny.yaml --out tiny.yaml/sheet.png"),
         Mistake("an unknown option of the data", "show --config tiny.yaml --data.image 3"),
     ],

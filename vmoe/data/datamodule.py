@@ -251,6 +251,13 @@ class ImageDataModule(LightningDataModule):
         chosen = np.random.default_rng([self.seed, label]).permutation(np.flatnonzero(_has_class(train, label)))[:most]
         return [self._augmenter(read_or_next(train, index, [])[0], 0, index) for index in chosen.tolist()]
 
+    def image_sets(self) -> dict[str, ImageSet]:
+        """The images of "train", "val" and "test", after `setup`, without a "val" that is not the set's own."""
+        sets = {"train": self._splits.train, "val": self._splits.val, "test": self._splits.test}
+        if sets["val"] is sets["test"]:
+            del sets["val"]
+        return {name: images for name, images in sets.items() if images is not None}
+
     @property
     def files(self) -> int:
         """How many images of all splits are read one by one, rather than held in memory."""
@@ -265,10 +272,7 @@ class ImageDataModule(LightningDataModule):
         return {name: damaged_images(images, threads, self.part, self.parts) for name, images in splits}
 
     def _splits_of_files(self) -> dict[str, ImageSet]:
-        splits = {name: getattr(self._splits, name) for name in ("train", "val", "test")}
-        if splits["val"] is splits["test"]:
-            del splits["val"]
-        return {name: images for name, images in splits.items() if images is not None and images.images.side is None}
+        return {name: images for name, images in self.image_sets().items() if images.images.side is None}
 
     def train_dataloader(self) -> ImageLoader | ResidentTrainLoader | OrderedLoader:
         """Shuffled, augmented batches; an incomplete last one is left out."""

@@ -7,33 +7,50 @@ from PIL import Image, ImageDraw, ImageFont
 
 from vmoe.text import printable
 
-_SMALLEST, _GAP, _MARGIN, _FONT = 64, 4, 12, 15  # pixels
+_SMALLEST, _GAP, _MARGIN, _FONT, _LINE = 64, 4, 12, 15, 19  # pixels
+_TEXT = 640  # pixels that lines of text have at least
 _LONGEST = 24  # characters of a class name
 
 
-def draw_sheet(title: str, rows: Sequence[tuple[str, Sequence[np.ndarray]]]) -> Image.Image:
+def draw_sheet(title: str, rows: Sequence[tuple[str, Sequence[np.ndarray]]], lines: Sequence[str] = ()) -> Image.Image:
     """Draws images in rows; small ones are enlarged by whole factors.
 
     Args:
         title: A line above.
-        rows: Names of classes, and images of them, (S, S, 3) uint8, of one size all over the sheet.
+        rows: Names of classes, and images of them, (height, width, 3) uint8, of one size all over the sheet.
+        lines: Below the title, broken where they are too long.
     """
     font = ImageFont.load_default(_FONT)
-    side = next(len(image) for _, images in rows for image in images)
-    cell = side * -(-_SMALLEST // side)
+    sides = next(image.shape[:2] for _, images in rows for image in images)
+    factor = -(-_SMALLEST // min(sides))
+    height, width = (side * factor for side in sides)
     names = [printable(name) for name, _ in rows]
     names = [name if len(name) <= _LONGEST else f"{name[: _LONGEST - 3]}..." for name in names]
     left = _MARGIN + _GAP + round(max(font.getlength(name) for name in names))
-    top = 2 * _MARGIN + _FONT
     columns = max(len(images) for _, images in rows)
-    width = max(left + columns * (cell + _GAP), _MARGIN + round(font.getlength(title))) + _MARGIN
-    sheet = Image.new("RGB", (width, top + len(rows) * (cell + _GAP) + _MARGIN), "white")
+    inner = max(left - _MARGIN + columns * (width + _GAP), round(font.getlength(title)), _TEXT * bool(lines))
+    text = [title, *(part for line in lines for part in _broken(printable(line), font, inner))]
+    top = 2 * _MARGIN + len(text) * _LINE - (_LINE - _FONT)
+    sheet = Image.new("RGB", (inner + 2 * _MARGIN, top + len(rows) * (height + _GAP) + _MARGIN), "white")
     draw = ImageDraw.Draw(sheet)
-    draw.text((_MARGIN, _MARGIN), title, "black", font)
+    for number, line in enumerate(text):
+        draw.text((_MARGIN, _MARGIN + number * _LINE), line, "black", font)
     for number, (name, (_, images)) in enumerate(zip(names, rows, strict=True)):
-        y = top + number * (cell + _GAP)
-        draw.text((left - _GAP, y + cell // 2), name, "black", font, anchor="rm")
+        y = top + number * (height + _GAP)
+        draw.text((left - _GAP, y + height // 2), name, "black", font, anchor="rm")
         for column, image in enumerate(images):
-            enlarged = Image.fromarray(image).resize((cell, cell), Image.Resampling.NEAREST)
-            sheet.paste(enlarged, (left + column * (cell + _GAP), y))
+            enlarged = Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST)
+            sheet.paste(enlarged, (left + column * (width + _GAP), y))
     return sheet
+
+
+def _broken(line: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
+    """A line as lines of at most so many pixels, between words where that is possible."""
+    parts = [""]
+    for word in line.split(" "):
+        longer = f"{parts[-1]} {word}" if parts[-1] else word
+        if parts[-1] and font.getlength(longer) > width:
+            parts.append(word)
+        else:
+            parts[-1] = longer
+    return parts

@@ -1,0 +1,208 @@
+"""What a set's pictures are like: their sizes, their colours, which are damaged, and which are in two splits."""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from vmoe.data.datamodule import ImageDataModule
+from vmoe.data.images import eval_crop
+from vmoe.data.imageset import ImageSet
+from vmoe.errors import UserError
+from vmoe.progress import Progress, shown
+
+_THUMB = 16  # pixels per side
+_ALIKE = 0.99  # correlation of two thumbnails that are of one picture
+_PLAIN = 8.0  # levels: below this standard deviation a thumbnail shows too little to be compared
+_AT_ONCE = 4096  # thumbnails
+_NAMED = 5  # in a line
+_SPLITS = {"train": "training", "val": "validation", "test": "test"}
+
+
+@dataclass(frozen=True)
+class NearDuplicate:
+    """A picture of validation or test that looks like one of training: their places and their correlation."""
+
+    split: str
+    place: str
+    of_training: str
+    correlation: float
+    pictures: tuple[np.ndarray, np.ndarray] = field(repr=False)  # as the model sees them, (height, width, 3) uint8
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What was found; shares and colours are of the pictures that were looked at."""
+
+    looked_at: dict[str, int]  # pictures, by split
+    images: dict[str, int]
+    sizes: dict[str, list[list[int]]]  # smallest, median and largest [height, width], by split; each side for itself
+    mean: list[float]  # of the channels of training pictures as the model sees them unvaried, in [0, 1]
+    std: list[float]
+    damaged: dict[str, list[str]]  # by split a line for each
+    near_duplicates: list[NearDuplicate]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same as plain types, without the pictures."""
+        pairs = [
+            {"split": each.split, "image": each.place, "training_image": each.of_training}
+            | {"correlation": round(each.correlation, 4)}
+            for each in self.near_duplicates
+        ]
+        return {
+            **{name: getattr(self, name) for name in ("images", "looked_at", "sizes", "mean", "std", "damaged")},
+            "near_duplicates": pairs,
+        }
+
+    def lines(self) -> list[str]:
+        """What was found, in words."""
+        lines = []
+        for split, (smallest, median, largest) in self.sizes.items():
+            same = smallest == largest
+            between = "all" if same else f"{_size(smallest)} to {_size(largest)}, median"
+            lines.append(f"sizes in {_SPLITS[split]}: {between} {_size(median)} (height x width)")
+        if self.mean:
+            mean, std = (f"[{','.join(f'{value:.3f}' for value in values)}]" for values in (self.mean, self.std))
+            lines.append(f"colours of training images: --data.mean {mean} --data.std {std} would normalise them")
+        for split, found in self.damaged.items():
+            if found:
+                more = f"; and {len(found) - _NAMED} others" if len(found) > _NAMED else ""
+                count = f"{len(found)} of {self.looked_at[split]} {_SPLITS[split]} images"
+                lines.append(f"warning: {count} cannot be read: {'; '.join(found[:_NAMED])}{more}")
+        for split in dict.fromkeys(each.split for each in self.near_duplicates):
+            found = [each for each in self.near_duplicates if each.split == split]
+            pairs = "; ".join(f"{each.place} is like {each.of_training}" for each in found[:_NAMED])
+            more = f"; and {len(found) - _NAMED} others" if len(found) > _NAMED else ""
+            count = f"{len(found)} of {self.looked_at[split]} {_SPLITS[split]} images"
+            lines.append(f"warning: {count} are nearly training images, so results are too good: {pairs}{more}")
+        if not self.near_duplicates and len(self.looked_at) > 1:
+            lines.append("no image of validation or test is nearly one of training")
+        if partly := [split for split, count in self.looked_at.items() if count < self.images[split]]:
+            parts = ", ".join(f"{self.looked_at[split]} of {self.images[split]} {_SPLITS[split]}" for split in partly)
+            lines.append(f"this is of {parts} images, a random choice")
+        return lines
+
+
+@dataclass
+class _Split:
+    """What is gathered of one split."""
+
+    images: ImageSet
+    places: list[int] = field(default_factory=list)
+    sizes: list[tuple[int, int]] = field(default_factory=list)
+    thumbs: list[np.ndarray] = field(default_factory=list)
+    damaged: list[str] = field(default_factory=list)
+    sums: np.ndarray = field(default_factory=lambda: np.zeros((2, 3)))  # of levels and of their squares
+    pixels: int = 0
+
+
+def inspect_images(data: ImageDataModule, most: int = 5000, threads: int = 4, progress: Progress = True) -> Inspection:
+    """Looks at the pictures of a set, at most `most` of each split.
+
+    Near-duplicates are pictures of validation or test with a thumbnail of 16 x 16 pixels that has a correlation of 0.99
+    or more with that of a training picture: the same picture in another size, format or compression. Plain pictures,
+    such as white pages, are not compared.
+
+    Args:
+        data: After `setup`.
+        most: Of each split, a random choice by the seed of the set's splits.
+        threads: How many pictures are read at once.
+        progress: As for `vmoe.evaluate`.
+    """
+    splits = {name: _Split(images) for name, images in data.image_sets().items() if len(images)}
+    for name, split in splits.items():
+        order = np.random.default_rng(data.config.split_seed).permutation(len(split.images))[:most]
+        with ThreadPoolExecutor(threads) as pool:
+            seen = pool.map(lambda index, of=split: _looked_at(data, of.images, index), np.sort(order).tolist())
+            for index, found in zip(np.sort(order).tolist(), shown(seen, f"looking at {name}", progress), strict=False):
+                _add(split, index, found, is_training=name == "train")
+    train = splits.get("train")
+    pairs = [
+        pair for name, split in splits.items() if train is not None and name != "train"
+        for pair in _near_duplicates(data, name, split, train)
+    ]  # fmt: skip
+    mean, std = _colours(train) if train is not None and train.pixels else ([], [])
+    return Inspection(
+        looked_at={name: len(split.sizes) + len(split.damaged) for name, split in splits.items()},
+        images={name: len(split.images) for name, split in splits.items()},
+        sizes={name: _sizes(split.sizes) for name, split in splits.items() if split.sizes},
+        mean=mean,
+        std=std,
+        damaged={name: split.damaged for name, split in splits.items()},
+        near_duplicates=pairs,
+    )
+
+
+def _looked_at(data: ImageDataModule, images: ImageSet, index: int) -> tuple[np.ndarray, tuple[int, int]] | str:
+    """A picture as the model sees it, and its own size; a line where it cannot be read."""
+    try:
+        image = images.read(index)
+    except UserError as error:
+        return str(error)
+    return eval_crop(image, data.image_size, data.config.crop), (image.shape[0], image.shape[1])
+
+
+def _add(split: _Split, index: int, found: tuple[np.ndarray, tuple[int, int]] | str, is_training: bool) -> None:
+    if isinstance(found, str):
+        split.damaged.append(found)
+        return
+    image, size = found
+    split.places.append(index)
+    split.sizes.append(size)
+    split.thumbs.append(eval_crop(image, _THUMB, "squash"))
+    if is_training:
+        levels = image.reshape(-1, 3).astype(np.float64) / 255
+        split.sums += np.stack([levels.sum(0), (levels**2).sum(0)])
+        split.pixels += len(levels)
+
+
+def _colours(train: _Split) -> tuple[list[float], list[float]]:
+    mean, squares = train.sums / train.pixels
+    std = np.sqrt(np.maximum(squares - mean**2, 1e-6))
+    return [round(float(each), 4) for each in mean], [round(float(each), 4) for each in std]
+
+
+def _sizes(sizes: Sequence[tuple[int, int]]) -> list[list[int]]:
+    table = np.array(sizes)
+    return [each.astype(int).tolist() for each in (table.min(0), np.median(table, 0), table.max(0))]
+
+
+def _near_duplicates(data: ImageDataModule, name: str, split: _Split, train: _Split) -> list[NearDuplicate]:
+    ours, theirs = _unit(split.thumbs), _unit(train.thumbs)
+    if not len(ours) or not len(theirs):
+        return []
+    found = []
+    for start in range(0, len(ours), _AT_ONCE):
+        best, nearest = torch.full((len(ours[start : start + _AT_ONCE]),), -1.0), None
+        for first in range(0, len(theirs), _AT_ONCE):
+            likeness, place = (ours[start : start + _AT_ONCE] @ theirs[first : first + _AT_ONCE].T).max(1)
+            is_better = likeness > best
+            nearest = place + first if nearest is None else torch.where(is_better, place + first, nearest)
+            best = torch.maximum(best, likeness)
+        assert nearest is not None
+        for row in torch.nonzero(best >= _ALIKE).flatten().tolist():
+            index, other = split.places[start + row], train.places[int(nearest[row])]
+            pictures = tuple(
+                eval_crop(part.images.read(place), data.image_size, data.config.crop)
+                for part, place in ((split, index), (train, other))
+            )
+            where = split.images.place(index), train.images.place(other)
+            found.append(NearDuplicate(name, *where, float(best[row]), pictures))
+    return found
+
+
+def _unit(thumbs: Sequence[np.ndarray]) -> torch.Tensor:
+    """Thumbnails as vectors of mean 0 and length 1, (n, D); those of plain pictures are 0."""
+    table = torch.from_numpy(np.stack(thumbs).reshape(len(thumbs), -1).astype(np.float32)) if thumbs else torch.empty(0)
+    if not len(table):
+        return table
+    table = table - table.mean(1, keepdim=True)
+    deviation = table.std(1, keepdim=True)
+    return torch.where(deviation < _PLAIN, 0.0, table / table.norm(dim=1, keepdim=True).clamp_min(1e-6))
+
+
+def _size(sides: Sequence[int]) -> str:
+    return f"{sides[0]} x {sides[1]}"
