@@ -231,8 +231,8 @@ class TrainerConfig:
             models. Turned off on a CPU.
         ema_decay: Decay an update of an average of the weights (EMA), by which checkpoints are validated, chosen,
             tested and used; in the first updates t at most (1 + t) / (10 + t). null keeps none.
-        early_stopping: Stop after this many epochs without a better val/top1 (or an equal one with a lower val/loss);
-            null never stops early. Needs images for validation.
+        early_stopping: Stop after this many epochs without a better val/top1, of several classes per image val/mAP (or
+            an equal one with a lower val/loss); null never stops early. Needs images for validation.
         loggers: Where metrics go: csv (metrics.csv, which is always written), tensorboard, wandb, mlflow; each a name,
             or a name with the options of Lightning's logger, such as [csv, {wandb: {project: digits}}].
         log_every: Steps between two looks at the device: the bar's loss, and whether a loss or gradient was NaN or inf.

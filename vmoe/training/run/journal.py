@@ -23,10 +23,6 @@ from vmoe.training.parallel.process import Process
 from vmoe.training.routing_sums import as_metrics, metric_columns, warnings_of
 from vmoe.training.run.progress import TrainingProgress
 
-TRAIN_COLUMNS = ("epoch", "step", "train/loss", "train/top1", "train/images_per_second", "lr")
-TRAIN_COLUMNS_OF_SEVERAL = tuple("train/f1" if name == "train/top1" else name for name in TRAIN_COLUMNS)
-VAL_COLUMNS = ("val/loss", "val/top1", "val/top5")
-
 
 class Clock:
     """Seconds spent: in all, and in the training steps of this epoch. Goes on where a resumed run left it.
@@ -177,7 +173,8 @@ class Journal(Callback):
         self._told_damaged = 0
 
     def on_train_start(self, trainer: Trainer, module: Classifier) -> None:
-        columns = [*(TRAIN_COLUMNS if not module.multi_label else TRAIN_COLUMNS_OF_SEVERAL)]
+        of_training = [f"train/{name}" for name in module.metrics.train_names]
+        columns = ["epoch", "step", *of_training, "train/images_per_second", "lr"]
         if trainer.datamodule.has_validation:
             columns += [f"val/{name}" for name in module.metrics.names]
             columns += [] if module.average is None or module.multi_label else [RAW_TOP1]
