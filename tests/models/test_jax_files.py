@@ -213,8 +213,8 @@ WRONG = {
         "without a gap",
     ),
     "ensemble": (
-        lambda p: p.update({"Encoder/encoderblock_1/Moe/Router/dense/kernel": np.zeros((16, 2, 2))}),
-        "ensemble of 2 V-MoEs",
+        lambda p: p.update({"Encoder/encoderblock_1/Moe/Router/dense/kernel": np.zeros((16, 4, 1))}),
+        "top_k=2: must be at most 1 with ensemble=4",
     ),
 }
 

@@ -81,6 +81,32 @@ def test_recorded_loss_and_gradients(tmp_path):
         torch.testing.assert_close(parameter.grad, expected[name].data, rtol=1e-4, atol=1e-5)
 
 
+def test_a_recorded_ensemble(tmp_path):
+    """E3, two members; 16 % of the choices are dropped."""
+    recorded = np.load(FIXTURES / "vmoe_jax_e3_vit.npz")
+    params = {key.removeprefix("params/"): recorded[key] for key in recorded.files if key.startswith("params/")}
+    write_checkpoint(tmp_path / "eee", params)
+    model = vmoe.load_jax_checkpoint(tmp_path / "eee", top_k=1, capacity_factor=1.05, group_images=4)
+    of_members = torch.from_numpy(recorded["logits"]).unflatten(0, (-1, 2))
+    with vmoe.record_routing(model) as trace:
+        predicted = run(model, recorded["images"])
+    assert abs(predicted - of_members.softmax(-1).mean(1).log().numpy()).max() < 1e-5
+    for block in (1, 3):  # both members' choices are the image's
+        layer = trace.layers[f"blocks.{block}.mlp"]
+        mask = torch.zeros_like(layer.gates, dtype=torch.bool).scatter(2, layer.chosen, ~layer.dropped)
+        expected = recorded[f"dispatch_mask_GSE/encoderblock_{block}"].reshape(8, 17, 2, 8).any(2)
+        assert np.array_equal(mask.numpy(), expected)
+    model.train()
+    for _, layer in vmoe.moe_layers(model):
+        layer.router.noise_scale = 0.0  # recorded without noise
+        layer.config = dataclasses.replace(layer.config, noise_std=0.0)
+    logits = model(torch.from_numpy(recorded["images"]).permute(0, 3, 1, 2)).detach().numpy()
+    assert abs(logits - recorded["logits"]).max() < 1e-5  # in training each member has its own
+    assert vmoe.auxiliary_loss(model).item() == pytest.approx(
+        float(recorded["metrics/auxiliary_loss"].mean()), abs=1e-6
+    )
+
+
 # Depths of more than 10 blocks, where the order of leaves is not that of the blocks
 ARCHITECTURES = {
     "deep": {"depth": 13, "moe": (1, 3, 11)},

@@ -60,6 +60,8 @@ def test_layers_that_a_model_does_not_have(layers, count):
         ("expert_dropout", 1.0),
         ("experts_start", "same"),
         ("shared_experts", -1),
+        ("ensemble", 0),
+        ("ensemble", 3),
         ("importance_loss_weight", -1.0),
         ("load_loss_weight", float("inf")),
         ("inject_auxiliary_loss", 1),
@@ -79,6 +81,16 @@ def test_a_bad_value_is_named(field, value):
 def test_a_value_that_the_router_does_not_take_is_named(router, field, value):
     with pytest.raises(ValueError, match=f"^{field}="):
         MoeConfig(router=router, **{field: value})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"top_k": 3}, {"router": "sigmoid", "noise_std": 0}, {"shared_experts": 1}],
+    ids=lambda options: next(iter(options)),
+)
+def test_what_an_ensemble_cannot_have_is_named(options):
+    with pytest.raises(ValueError, match=f"^{next(iter(options))}=.* with ensemble=4"):
+        MoeConfig(ensemble=4, **options)
 
 
 @pytest.mark.parametrize("router", ["expert_choice", "soft"])

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from vmoe.bench.report import Column
 from vmoe.data import Batch, ImageDataModule
+from vmoe.models.members import ensemble_size, of_rows
 from vmoe.moe import auxiliary_loss
 from vmoe.training.graph import GraphedStep
 
@@ -84,6 +85,7 @@ class TrainingStep:
         is_mixed, keeps_casts = self.dtype != torch.float32, not self.graphed  # which a graph must not
         with torch.autocast(self.device.type, self.dtype, enabled=is_mixed, cache_enabled=keeps_casts):
             targets = batch.labels if batch.targets is None else batch.targets
+            targets = of_rows(targets, ensemble_size(self.model))
             loss = F.cross_entropy(self.model(batch.images), targets) + auxiliary_loss(self.model)
         loss.backward()
         self.optimizer.step()

@@ -16,6 +16,7 @@ from vmoe.data.bit_depth import depth_lines, depth_of_files
 from vmoe.data.image_files import PassedOver, find_images
 from vmoe.data.images import prepare_image
 from vmoe.errors import UserError
+from vmoe.models.members import refuse_ensemble
 from vmoe.progress import Progress, shown
 
 UNKNOWN = "unknown"  # the label of a picture that no class is probable enough for
@@ -106,6 +107,8 @@ def predict(
     progress: Progress,
 ) -> Predictions:
     """See `TrainedModel.predict`."""
+    if features:
+        refuse_ensemble(model, f"{model.path}: each member has features of its own")
     if features and not hasattr(model, "forward_head"):
         raise UserError(f"{model.path}: this model has no features before its classifier (timm's forward_head)")
     if type(batch_size) is not int or batch_size < 1:

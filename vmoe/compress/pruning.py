@@ -35,7 +35,8 @@ def check_prunable(model: nn.Module, keep: int) -> None:
     """Makes sure that the MoE layers of a model can lose experts until `keep` are left.
 
     Raises:
-        ValueError: The model is dense, its router cannot lose experts, or `keep` is not between 1 and E - 1.
+        ValueError: The model is dense or an ensemble, its router cannot lose experts, or `keep` is not between 1 and
+            E - 1.
     """
     check_routers(model)
     for name, layer in moe_layers(model):
@@ -54,7 +55,7 @@ def check_routers(model: nn.Module) -> None:
     """Makes sure that a model has MoE layers whose experts can be weighed against one another.
 
     Raises:
-        ValueError: The model is dense, or a router has no choice among them.
+        ValueError: The model is dense or an ensemble, or a router has no choice among them.
     """
     layers = moe_layers(model)
     if not layers:
@@ -63,6 +64,8 @@ def check_routers(model: nn.Module) -> None:
         router = layer.config.router
         if router in _STUCK:
             raise ValueError(f'has router="{router}": {_STUCK[router]}')
+        if layer.config.ensemble > 1:
+            raise ValueError(f"has ensemble={layer.config.ensemble}: all members must keep as many experts")
 
 
 def pruned_groups(use: ExpertUse, keep: int, by: str) -> ExpertGroups:

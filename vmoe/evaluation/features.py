@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vmoe.data.subsets import pick
 from vmoe.errors import UserError
+from vmoe.models.members import refuse_ensemble
 
 KNN_NEIGHBOURS, KNN_TEMPERATURE = 20, 0.07
 RIDGE_L2 = 2.0**10
@@ -40,8 +41,10 @@ def extract_features(model: nn.Module, batches: Iterable, device: torch.device |
     the device, and stays so.
 
     Raises:
-        UserError: the model has no such features, gives some that are not finite, or there is no image.
+        UserError: the model has no such features or is an ensemble, gives some that are not finite, or there is no
+            image.
     """
+    refuse_ensemble(model, "--probe: each member has features of its own")
     model = model.to(device).eval()
     if not (hasattr(model, "forward_features") and hasattr(model, "forward_head")):
         raise UserError("--probe: this model has no features before its classifier (timm's forward_head); leave it out")

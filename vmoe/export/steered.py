@@ -68,6 +68,8 @@ class SteeredModel(nn.Module):
                 raise ValueError(
                     f"{name}: its router is {layer.config.router}; the page knows {', '.join(STEERABLE_ROUTERS)}"
                 )
+            if layer.config.ensemble > 1:
+                raise ValueError(f"{name}: ensemble={layer.config.ensemble}; the page knows single models alone")
         self.model = exportable_copy(model, layer_type=SteeredMoe)
         make_attention_plain(self.model)
         self.names = [name for name, _ in layers]

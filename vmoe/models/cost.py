@@ -8,12 +8,15 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 from vmoe.models.families import on_meta, run_on_meta
+from vmoe.models.members import hand_members_through
 from vmoe.models.padding import hand_masks_through
 from vmoe.moe import moe_layers
 
 
 class Parameters(NamedTuple):
-    """Numbers of parameters: all, and those that one token meets on its way (K of E experts)."""
+    """Numbers of parameters: all, and those that one token meets on its way (K of E experts, in an ensemble K of each
+    member's).
+    """
 
     total: int
     active: int
@@ -25,7 +28,8 @@ def count_parameters(model: nn.Module) -> Parameters:
     idle = 0
     for _, layer in moe_layers(model):
         of_experts = sum(parameter.numel() for parameter in layer.experts.stacked_parameters())
-        idle += round(of_experts * (1 - min(1, layer.config.experts_per_token / layer.num_experts)))
+        working = layer.config.ensemble * layer.config.experts_per_token
+        idle += round(of_experts * (1 - min(1, working / layer.num_experts)))
     return Parameters(total, total - idle)
 
 
@@ -34,7 +38,8 @@ class ImageCost(NamedTuple):
 
     Attributes:
         flops: Floating-point operations; a multiply-add counts 2, padding nothing.
-        moe_tokens: How many tokens each MoE layer routes, by the layer's name; padding of windows counts.
+        moe_tokens: How many tokens each MoE layer routes, by the layer's name; padding of windows counts, and so does
+            each member's copy in an ensemble.
     """
 
     flops: int
@@ -100,6 +105,7 @@ def _run_on_meta(
     twin.requires_grad_(False)  # the counter looks for gradients of what a block is given, also where none are taken
     layers = dict(moe_layers(twin))
     hand_masks_through(twin, layers)  # by hooks of our own
+    hand_members_through(twin, layers)
     for name, layer in layers.items():
         layer.register_forward_pre_hook(lambda _, args, name=name: watch(name, args[0].shape))
     dtype = next((parameter.dtype for parameter in twin.parameters()), torch.float32)

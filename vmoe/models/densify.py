@@ -39,8 +39,8 @@ def densify(
         `model`.
 
     Raises:
-        ValueError: A bad argument, or a layer that no single MLP can replace (shared experts, experts of another width,
-            norms of each expert to join).
+        ValueError: A bad argument, or a layer that no single MLP can replace (an ensemble, shared experts, experts of
+            another width, norms of each expert to join).
     """
     layers = dict(moe_layers(model))
     _check_arguments(layers, how, expert, weights or {})
@@ -67,6 +67,8 @@ def _check_arguments(layers: dict[str, MoeMlp], how: str, expert: int, weights: 
     for name, layer in layers.items():
         if not 0 <= expert < layer.num_experts:
             raise ValueError(f"expert={expert}: {name} has experts 0 to {layer.num_experts - 1}")
+        if layer.config.ensemble > 1:
+            raise ValueError(f"{name} has ensemble={layer.config.ensemble}: no single MLP answers as several members")
         if layer.shared is not None:
             raise ValueError(
                 f"{name} has shared experts; their results are added, which no MLP of the dense width does"

@@ -125,10 +125,10 @@ def on_meta(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def run_on_meta(model: nn.Module, images: Tensor) -> None:
-    """A forward pass of a model on the meta device, which computes nothing and draws nothing."""
+def run_on_meta(model: nn.Module, images: Tensor) -> Any:
+    """What a forward pass of a model gives on the meta device, where it computes nothing and draws nothing."""
     with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.compiler.set_stance("force_eager"), _WholeImages():
-        model(images)
+        return model(images)
 
 
 class _WholeImages(TorchFunctionMode):
@@ -185,7 +185,7 @@ def _watch(model: nn.Module, names: list[str], image_size) -> list[tuple[str, to
         twin.get_submodule(name).register_forward_pre_hook(
             lambda _, inputs, name=name: calls.append((name, inputs[0].shape))
         )
-    images = _images(model, image_size)
+    images = meta_images(model, image_size)
     try:
         run_on_meta(twin, images)
     except Exception as error:  # whatever a model's own code raises
@@ -208,8 +208,8 @@ def _tokens_seen(mlp: nn.Module, shape: torch.Size) -> int:
     return shape[1:].numel() // width
 
 
-def _images(model: nn.Module, image_size: int | tuple[int, int] | None) -> Tensor:
-    """A batch such as the model was made for, on the meta device."""
+def meta_images(model: nn.Module, image_size: int | tuple[int, int] | None) -> Tensor:
+    """A batch of two images such as the model was made for, on the meta device."""
     config = getattr(model, "pretrained_cfg", None) or {}
     channels, *configured = config.get("input_size", (3, 224, 224))
     size = image_size or _own_size(model) or configured

@@ -1,6 +1,6 @@
 """The architecture of an original V-MoE checkpoint, read from its tensors.
 
-D width; E experts; P slots of an expert for an image; N tokens per image.
+D width; E experts; M members of an ensemble; P slots of an expert for an image; N tokens per image.
 """
 
 import math
@@ -37,6 +37,7 @@ class Architecture:
         first = f"{self.block(0)}/{'Moe/' if 0 in self.moe_blocks else ''}Mlp/Dense_0/kernel"
         self.hidden = self._shape(first, 3 if 0 in self.moe_blocks else 2)[-1]
         self.num_experts, self.slots = self._experts()
+        self.members = self._members()
         self.pre_logits = self._shape("pre_logits/kernel", 2)[1] if "pre_logits/kernel" in leaves else None
         self.num_classes = self._shape("head/kernel", 2)[1] if "head/kernel" in leaves else 0
 
@@ -84,12 +85,16 @@ class Architecture:
         if f"{router}/mu" in self.leaves:
             return self._shape(f"{router}/mu", 3)[1:]
         if len(self._leaf(f"{router}/dense/kernel").shape) == 3:
-            members = self._leaf(f"{router}/dense/kernel").shape[1]
-            raise UserError(
-                f"{self.prefix}: an ensemble of {members} V-MoEs (E3, as the `eee_*` checkpoints), which routes each "
-                "image once per member; only single models can be imported"
-            )
+            _, members, of_each = self._shape(f"{router}/dense/kernel", 3)
+            return members * of_each, None
         return self._shape(f"{router}/dense/kernel", 2)[1], None
+
+    def _members(self) -> int | None:
+        """M of an ensemble (E3), of which routers have an axis; None for a single model."""
+        if not self.moe_blocks or self.slots is not None:
+            return None
+        shape = self._leaf(f"{self.block(self.moe_blocks[0])}/Moe/Router/dense/kernel").shape
+        return shape[1] if len(shape) == 3 else None
 
     def _leaf(self, name: str) -> Leaf:
         if name not in self.leaves:

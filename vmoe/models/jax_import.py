@@ -1,6 +1,7 @@
 """Checkpoints of the original V-MoE code as timm models.
 
-D width; H heads of width D/H; E experts; K choices per token; P slots of an expert for an image; N tokens per image.
+D width; H heads of width D/H; E experts; K choices per token; P slots of an expert for an image; N tokens per image;
+M members of an ensemble.
 """
 
 import math
@@ -70,7 +71,7 @@ def load_jax_checkpoint(
 
     Width, depth, heads, patches, experts, MoE layers, classifier and image size are read from the tensors. Images are
     to be normalised to [-1, 1]: mean and standard deviation 0.5. Values become float32. No more memory is used than the
-    model's and some MiB.
+    model's and some MiB. An ensemble (E3, the `eee_*` checkpoints) becomes a model with `MoeConfig(ensemble=M)`.
 
     Args:
         prefix: The files' common path: PREFIX.index and PREFIX.data-nnnnn-of-NNNNN.
@@ -90,8 +91,8 @@ def load_jax_checkpoint(
         The model, in evaluation mode.
 
     Raises:
-        UserError: a file is missing, cut off or foreign, a tensor is missing, unknown or of a wrong shape, it is an
-            ensemble of V-MoEs (`eee_*`), or an argument does not go with the tensors.
+        UserError: a file is missing, cut off or foreign, a tensor is missing, unknown or of a wrong shape, or an
+            argument does not go with the tensors.
     """
     options = RoutingOptions(
         router, top_k, capacity_factor, batch_priority, group_images, capacity_rounding, capacity_multiple_of
@@ -146,6 +147,7 @@ def _moe_config(architecture: Architecture, options: RoutingOptions, image_size:
             "layers": architecture.moe_blocks,
             "num_experts": architecture.num_experts,
             "router": router,
+            "ensemble": architecture.members or 1,
             "batch_priority": options.batch_priority,
             "capacity_rounding": options.capacity_rounding,
             "capacity_multiple_of": options.capacity_multiple_of,
@@ -215,7 +217,11 @@ def _views(model: nn.Module, architecture: Architecture) -> dict[str, Tensor]:
         views |= _affine_views(f"{name}/Moe/Mlp/Dense_0", experts.fc1, (0, 2, 1))
         views |= _affine_views(f"{name}/Moe/Mlp/Dense_1", experts.fc2, (0, 2, 1))
         if architecture.slots is None:
-            views[f"{name}/Moe/Router/dense/kernel"] = router.gate.weight.t()
+            kernel_DE = router.gate.weight.t()
+            members = architecture.members
+            views[f"{name}/Moe/Router/dense/kernel"] = (
+                kernel_DE if members is None else kernel_DE.unflatten(1, (members, -1))
+            )
         else:
             views |= {f"{name}/Moe/Router/mu": router.mu, f"{name}/Moe/Router/scale": router.scale}
     return {name: view.detach() for name, view in views.items()}

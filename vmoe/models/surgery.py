@@ -11,6 +11,7 @@ from timm.models import register_notrace_module
 from torch import nn
 
 from vmoe.models.families import EligibleMlp, eligible_mlps, on_meta
+from vmoe.models.members import check_ensemble, hand_members_through
 from vmoe.models.padding import hand_masks_through
 from vmoe.moe import MoeConfig, MoeMlp, moe_layers
 from vmoe.moe.mlps import split_leading_norm, take_apart
@@ -83,7 +84,7 @@ def sparsify(
 
     Raises:
         ValueError: Bad `init` or `upcycle_noise`, experts of another width to upcycle, a model without suitable MLPs,
-            or layers that the model does not have.
+            layers that the model does not have, or a family that cannot be an ensemble.
     """
     if init not in ("random", "upcycle"):
         raise ValueError(f'init={init!r}: must be "random" or "upcycle"')
@@ -96,6 +97,9 @@ def sparsify(
     layers = dict(_replace(model, mlp, moe, init == "upcycle", upcycle_noise) for mlp in chosen)
     put_in_order(list(layers.values()))
     hand_masks_through(model, layers)
+    if moe.ensemble > 1 and layers:
+        check_ensemble(model, image_size)
+        hand_members_through(model, layers)
     timm_model: Any = model
     own = timm_model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
     timm_model.no_weight_decay = NoWeightDecay({*own, *_undecayed(layers)})

@@ -45,8 +45,8 @@ class MoeConfig:
         group: Tokens compete for capacity within a group: "image", "batch", or a number of consecutive images. null is
             8; "expert_choice" and "soft" always take image by image.
         noise_std: The router's logits get normal noise of standard deviation noise_std / E in training (section 2.2),
-            for "soft" of standard deviation noise_std. null is 1 for "token_choice", "cosine" and "expert_choice", else
-            0.
+            for "soft" of standard deviation noise_std; in an ensemble E counts a member's experts. null is 1 for
+            "token_choice", "cosine" and "expert_choice", else 0.
         renormalize: Whether a token's K combine weights are scaled to sum to 1. The paper's are not.
         expert_width: Hidden width of an expert, shared ones too, relative to that of the MLP it replaces; the width is
             rounded to a multiple of 8. K experts of width 1 / K cost what the dense MLP does.
@@ -54,6 +54,9 @@ class MoeConfig:
         experts_start: Whether the experts of a layer start from "different" weights or from "equal" ones.
         shared_experts: Number of experts that take every token, beside the routed ones (DeepSeekMoE,
             https://arxiv.org/abs/2401.06066).
+        ensemble: M, the members of an ensemble within one model (E3, https://arxiv.org/abs/2110.03360). From the block
+            of the first MoE layer on, each image is computed once per member. A member has num_experts / M experts and
+            a router of its own, and no expert is shared. 1 is a single model.
         soft_scale: Where Soft MoE's learned scale of the cosine logits starts. The paper's is 1; from 10 on slots
             differ early in training, which short training needs.
         bias_update_rate: How far the biases of the "sigmoid" router move in an update.
@@ -96,6 +99,7 @@ class MoeConfig:
     expert_dropout: float = 0.0
     experts_start: Literal["different", "equal"] = "different"
     shared_experts: int = 0
+    ensemble: int = 1
     soft_scale: float = 1.0
     bias_update_rate: float = 0.001
     cosine_dim: int | None = None
@@ -114,7 +118,8 @@ class MoeConfig:
         self._need_choice("capacity_rounding", ("ceil", "round", "tutel"), or_null=True)
         self._need_choice("experts_start", ("different", "equal"))
         self._need_choice("backend", BACKEND_NAMES)
-        for name, smallest in (("num_experts", 1), ("top_k", 1), ("capacity_multiple_of", 1), ("shared_experts", 0)):
+        counts = {"num_experts": 1, "top_k": 1, "capacity_multiple_of": 1, "shared_experts": 0, "ensemble": 1}
+        for name, smallest in counts.items():
             may_be_null = name in DECIDED_BY_ROUTER and getattr(self, name) is None
             is_allowed = may_be_null or (_is_int(self, name) and getattr(self, name) >= smallest)
             self._need(name, is_allowed, f"a whole number >= {smallest}")
@@ -155,6 +160,8 @@ class MoeConfig:
 
     def _check_combination(self) -> None:
         """Refuses options that the router cannot follow."""
+        if self.ensemble > 1:
+            self._check_ensemble()
         router = f'with router="{self.router}"'
         if self.fills_slots:
             self._need("group", self.routing_group in ("image", 1), f'"image" {router}: it never looks at other images')
@@ -174,6 +181,19 @@ class MoeConfig:
         if self.router in ("sigmoid", "hash", "random"):
             self._need("z_loss_weight", self.z_loss_weight == 0, f"0 {router}: it has no softmax logits")
 
+    def _check_ensemble(self) -> None:
+        members = f"with ensemble={self.ensemble}"
+        self._need("ensemble", self.num_experts % self.ensemble == 0, f"a divisor of num_experts={self.num_experts}")
+        self._need("router", self.router == "token_choice", f'"token_choice" {members}')
+        own = self.experts_of_member
+        self._need("top_k", self.top_k <= own, f"at most {own} {members}: a member has so many of the experts")
+        self._need("shared_experts", self.shared_experts == 0, f"0 {members}: members share no expert")
+
+    @property
+    def experts_of_member(self) -> int:
+        """How many of the experts a token may choose among: E, or E / M in an ensemble."""
+        return self.num_experts // self.ensemble
+
     @property
     def fills_slots(self) -> bool:
         """Whether experts have a fixed number of slots an image, rather than tokens choosing experts."""
@@ -185,6 +205,17 @@ class MoeConfig:
         if self.group is not None:
             return self.group
         return "image" if self.fills_slots else 8
+
+    @property
+    def rows_of_group(self) -> Literal["image", "batch"] | int:
+        """`routing_group` in rows of a layer's input, which has a row per image or, in an ensemble, M of them.
+
+        So a group has the same images of all members. They do not compete, since their experts are disjoint.
+        """
+        group = self.routing_group
+        if self.ensemble == 1 or group == "batch":
+            return group
+        return self.ensemble * (1 if group == "image" else group)
 
     @property
     def draws_noise_by_default(self) -> bool:
@@ -205,8 +236,8 @@ class MoeConfig:
 
     @property
     def logit_noise(self) -> float:
-        """The noise's standard deviation where it is for each of E experts: noise_std / E."""
-        return self.noise / self.num_experts
+        """The noise's standard deviation where it is for each of E experts: noise_std / E, E those of a member."""
+        return self.noise / self.experts_of_member
 
     def capacity_factor_of_pass(self, is_training: bool) -> tuple[str, float | None]:
         """Name and value of the capacity factor in a training or an evaluation pass; None drops nothing.
@@ -226,7 +257,10 @@ class MoeConfig:
 
     @property
     def experts_per_token(self) -> float:
-        """How many experts work for a token on average: K, or the slots a token where experts have slots."""
+        """How many experts work for a token on average: K, or the slots a token where experts have slots.
+
+        In an ensemble so many work for each member's copy of the token.
+        """
         if not self.fills_slots:
             return self.top_k
         assert self.capacity_factor is not None  # as `_check_combination` made sure

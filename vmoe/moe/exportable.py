@@ -29,6 +29,10 @@ def why_not_exportable(moe: MoeConfig) -> str | None:
         return 'router="random" draws its experts each time, so no file could give the same results'
     if moe.router == "balanced":
         return 'router="balanced" is for benchmarks: it chooses experts by an image\'s place in the batch'
+    if moe.ensemble > 1 and moe.eval_capacity_factor is not None:
+        return (
+            f"ensemble={moe.ensemble} with a capacity at evaluation; set eval_capacity_factor=None, which drops nothing"
+        )
     if moe.eval_capacity_factor is not None and not moe.fills_slots and moe.routing_group not in ("image", 1):
         return (
             f"eval_capacity_factor={moe.eval_capacity_factor} with group={moe.routing_group!r} makes a prediction "

@@ -220,7 +220,13 @@ class MoeMlp(nn.Module):
         tokens = 1
         for extent in x.shape[1:-1]:
             tokens = tokens * extent
-        return Groups.of(x.shape[0], tokens, self.config.routing_group)
+        moe = self.config
+        if moe.ensemble > 1 and x.shape[0] % moe.ensemble:
+            raise ValueError(
+                f"ensemble={moe.ensemble}: a layer takes so many rows per image, one after the other, and was given "
+                f"{x.shape[0]} rows; give it members.tile(x, {moe.ensemble})"
+            )
+        return Groups.of(x.shape[0], tokens, moe.rows_of_group)
 
     def _route(self, x_TD: Tensor, groups: Groups, valid_GS: Tensor | None, kernels: Kernels) -> Routed:
         """Route and assign: the router's decision, with the choices that find no slot dropped, and the tokens."""

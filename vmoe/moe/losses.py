@@ -53,7 +53,9 @@ def auxiliary_losses(routing: Routing | SlotRouting, moe: MoeConfig, is_noisy: b
     losses = {"importance": importance_loss(routing.logits_GSE, routing.valid_GS)}
     if is_noisy:
         noisy_GSE = routing.noisy_logits_GSE
-        losses["load"] = load_loss(routing.logits_GSE, noisy_GSE, moe.top_k, moe.logit_noise, routing.valid_GS)
+        losses["load"] = load_loss(
+            routing.logits_GSE, noisy_GSE, moe.top_k, moe.logit_noise, routing.valid_GS, moe.ensemble
+        )
     return {**_averaged(losses), **_other_losses(routing, moe)}
 
 
@@ -74,9 +76,9 @@ def _averaged(losses: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _fits_kernels(routing_kernels: ModuleType, routing: Routing, moe: MoeConfig) -> bool:
-    # the gates of "hash" and "random" are no softmax of logits, and the kernel knows no padding
+    # the gates of "hash" and "random" are no softmax of logits, and the kernel knows neither padding nor members
     is_softmax = moe.router not in ("hash", "random") and routing.valid_GS is None
-    return is_softmax and routing_kernels.takes_logits(routing.logits_GSE)
+    return is_softmax and moe.ensemble == 1 and routing_kernels.takes_logits(routing.logits_GSE)
 
 
 def _by_kernels(
@@ -106,16 +108,25 @@ def importance_loss(logits_GSE: Tensor, valid_GS: Tensor | None = None) -> Tenso
 
 
 def load_loss(
-    logits_GSE: Tensor, noisy_logits_GSE: Tensor, top_k: int, noise_scale: float, valid_GS: Tensor | None = None
+    logits_GSE: Tensor,
+    noisy_logits_GSE: Tensor,
+    top_k: int,
+    noise_scale: float,
+    valid_GS: Tensor | None = None,
+    ensemble: int = 1,
 ) -> Tensor:
     """Squared coefficient of variation of the experts' expected load (equations 8 to 10).
 
     The load of an expert is the mean over tokens of the probability that it is among the top K when its noise is drawn
-    once more and the others' is kept. `noise_scale` is the noise's standard deviation.
+    once more and the others' is kept. `noise_scale` is the noise's standard deviation. In an ensemble of M members it
+    is the mean of their losses. (The other losses are that mean by themselves: in them all members weigh the same.)
     """
     threshold_GS1 = noisy_logits_GSE.topk(top_k, dim=-1).values[..., -1:]
     chosen_probability_GSE = torch.special.ndtr((logits_GSE - threshold_GS1) / noise_scale)
-    return squared_variation(_masked(chosen_probability_GSE, valid_GS).sum(1))
+    load_GE = _masked(chosen_probability_GSE, valid_GS).sum(1)
+    if ensemble == 1:
+        return squared_variation(load_GE)
+    return squared_variation(load_GE.unflatten(-1, (ensemble, -1))).mean(-1)
 
 
 def gshard_loss(gates_GSE: Tensor, valid_GS: Tensor | None = None) -> Tensor:

@@ -17,6 +17,7 @@ from vmoe.moe.config import MoeConfig
 from vmoe.moe.groups import Groups
 from vmoe.moe.kernels import PLAIN, Kernels
 from vmoe.moe.kernels.operators import is_transformed
+from vmoe.moe.members import own_experts_only
 from vmoe.moe.routing import Routed, Routing
 from vmoe.moe.scores import Gate, full_precision_linear, gate_scores, scores_with_tokens, with_noise
 from vmoe.moe.slot_routers import ExpertChoiceRouter, SoftRouter
@@ -26,6 +27,9 @@ class TokenChoiceRouter(nn.Module):
     """Each token chooses its top-K experts by softmax gates (Riquelme et al. 2021, section 2.2).
 
     In training the logits get normal noise of standard deviation noise_std / E before the softmax.
+
+    In an ensemble (E3, Allingham et al. 2021, section 4) each member has a router of its own: the rows of the gate that
+    belong to its experts. Its tokens see no other logits.
 
     Args:
         dim: D, width of a token.
@@ -41,6 +45,7 @@ class TokenChoiceRouter(nn.Module):
         super().__init__()
         self.top_k = moe.top_k
         self.renormalize = moe.renormalize
+        self.ensemble = moe.ensemble
         self.noise_scale = moe.logit_noise
         self.draw_noise: Callable[[Tensor], Tensor] | None = None
         self.gate = Gate(dim, moe.num_experts, bias=False, device=device, dtype=dtype)
@@ -49,6 +54,9 @@ class TokenChoiceRouter(nn.Module):
 
     def forward(self, x_TD: Tensor, groups: Groups, valid_GS: Tensor | None = None, kernels: Kernels = PLAIN) -> Routed:
         logits_TE, x_TD = self.scores(x_TD, kernels)
+        if self.ensemble > 1:
+            logits_TE = own_experts_only(logits_TE, self.ensemble, groups.tokens)
+            kernels = PLAIN  # those of the gates were written for finite logits
         noisy_TE = with_noise(logits_TE, self.noise_scale, self.draw_noise) if self.training else logits_TE
         logits_GSE = groups.split(logits_TE)
         noisy_GSE = logits_GSE if noisy_TE is logits_TE else groups.split(noisy_TE)

@@ -23,6 +23,9 @@ from vmoe.routing.grids import ModelInput, TokenGrid, locate, prefix_names
 class LayerRouting:
     """How one MoE layer routed the tokens of B images; detached tensors on the layer's device.
 
+    An ensemble of M members makes M times as many choices for a token: K then counts those of all members, best first.
+    Its gates are the mean of its members' gates.
+
     Where tokens choose experts, `chosen`, `combine_weights` and `dropped` say what became of each choice. Where experts
     have slots (expert choice, Soft MoE) these are None, and `dispatch` and `combine` hold the whole mapping.
 
@@ -191,22 +194,32 @@ class _Recorder:
         tokens = locate(self.model, name, shape, self._layers[name].use_conv, self._picture)
         record = type(record)(*(part.detach() if isinstance(part, Tensor) else part for part in record))
         names = prefix_names(self.model, name, tokens.num_prefix_tokens)
-        self.trace._passes[name].append(_one_pass(record, shape[0], tokens, names))
+        ensemble = self._layers[name].config.ensemble
+        self.trace._passes[name].append(_one_pass(record, shape[0] // ensemble, ensemble, tokens, names))
 
 
-def _one_pass(record: Routing | SlotRouting, images: int, tokens: TokenGrid, names: tuple[str, ...]) -> _Passes:
-    def by_image(values: Tensor) -> Tensor:  # (G, S, ...) -> (B, N, ...)
+def _one_pass(
+    record: Routing | SlotRouting, images: int, ensemble: int, tokens: TokenGrid, names: tuple[str, ...]
+) -> _Passes:
+    def by_member(values: Tensor) -> Tensor:  # (G, S, ...) -> (B, M, N, ...)
         flat = record.groups.merge(values)
-        return flat.reshape(images, -1, *flat.shape[1:])
+        return flat.reshape(images, ensemble, -1, *flat.shape[1:])
 
-    valid = None if record.valid_GS is None else by_image(record.valid_GS)
-    gates = by_image(record.gates_GSE)
+    def by_image(values: Tensor) -> Tensor:  # (G, S, K) -> (B, N, M * K)
+        return by_member(values).transpose(1, 2).flatten(2)
+
+    valid = None if record.valid_GS is None else by_member(record.valid_GS)[:, 0]
+    gates = by_member(record.gates_GSE)
+    gates = gates[:, 0] if ensemble == 1 else gates.mean(1)
     if not isinstance(record, Routing):
         return _Passes(gates, valid, None, (record,), tokens, names)
     chosen, weights = by_image(record.chosen_GSK), by_image(record.combine_weights_GSK())
     dropped = torch.zeros_like(chosen, dtype=torch.bool) if record.kept_GSK is None else ~by_image(record.kept_GSK)
     if valid is not None:  # padding takes no slot, so that none was missing
         dropped &= valid[..., None]
+    if ensemble > 1:
+        order = by_image(record.weights_GSK).argsort(dim=-1, descending=True, stable=True)
+        chosen, weights, dropped = (each.gather(-1, order) for each in (chosen, weights, dropped))
     return _Passes(gates, valid, (chosen, weights, dropped), (), tokens, names)
 
 

@@ -20,6 +20,7 @@ from vmoe.config_values import from_plain, to_plain
 from vmoe.data import Batch
 from vmoe.errors import UserError
 from vmoe.models.freezing import is_linear_probe, put_in_training_mode
+from vmoe.models.members import ensemble_size, of_rows, refuse_ensemble
 from vmoe.moe import auxiliary_loss, moe_layers, update_router_biases
 from vmoe.moe.routers import SigmoidRouter
 from vmoe.training.classifier_files import found_facts, restored
@@ -54,6 +55,9 @@ class Classifier(LightningModule):
     that has the best F1 in validation.
 
     Its checkpoints hold what rebuilds the model. So `vmoe.load` and every job of the command line open them.
+
+    Of an ensemble (`MoeConfig.ensemble`) the loss is the mean over its members, as in training each learns by itself;
+    validation and test measure their mean prediction.
 
     Metrics are sums on the device that the host reads only when they are logged: a step never synchronises with the
     GPU.
@@ -149,6 +153,8 @@ class Classifier(LightningModule):
 
     def _set_labels(self, multi_label: bool, counts: Callable[[], list[int]] | None = None) -> None:
         """Takes images of one class each, or of several; without counts until a fit begins."""
+        if multi_label:
+            refuse_ensemble(self.model, "multi_label: an ensemble answers with the mean of softmax probabilities")
         self.multi_label = multi_label
         self.metrics: LabelMetrics = MultiLabelMetrics() if multi_label else SingleLabelMetrics()
         self._label_loss = LabelLoss(self.loss, self.optim.label_smoothing, counts, multi_label)
@@ -181,12 +187,16 @@ class Classifier(LightningModule):
         if self.draws is not None:
             self.draws.keys = batch.keys
         logits = self.model(batch.images)
-        loss = self._label_loss(logits, batch.labels, batch.targets)
+        members = ensemble_size(self.model)
+        labels = of_rows(batch.labels, members)
+        targets = None if batch.targets is None else of_rows(batch.targets, members)
+        loss = self._label_loss(logits, labels, targets)
         learnt = loss if self.teacher is None else self.teacher.mixed_into(loss, batch.images, logits)
         total_loss = learnt + auxiliary_loss(self.model)
         if self.guard is not None:
             self.guard.watch_forward(batch.images, total_loss)
-        self.train_sums += self.metrics.train_sums(logits, batch.labels, loss)
+        sums = self.metrics.train_sums(logits, labels, loss)
+        self.train_sums += sums if members == 1 else sums / members
         if self.routing is not None:
             self.routing.update(self.model)
         return total_loss

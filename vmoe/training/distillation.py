@@ -11,6 +11,7 @@ from vmoe.checkpoints import load_checkpoint
 from vmoe.classes import known_outputs, with_outputs
 from vmoe.data import ImageDataModule
 from vmoe.errors import UserError
+from vmoe.models.members import of_rows
 from vmoe.training.config import DistillConfig
 
 
@@ -40,10 +41,11 @@ class Teacher:
         Args:
             loss: () the student's loss by the labels.
             images: (B, 3, H, W), the student's.
-            logits: (B, C) the student's.
+            logits: (B, C) the student's; of an ensemble (B*M, C), those of an image's members one after the other.
         """
         with torch.no_grad():
             wanted = self.model(images).float()
+        wanted = of_rows(wanted, len(logits) // len(wanted))
         temperature, weight = self.config.temperature, self.config.weight
         ours, theirs = ((each.float() / temperature).log_softmax(-1) for each in (logits, wanted))
         distance = F.kl_div(ours, theirs, reduction="batchmean", log_target=True)

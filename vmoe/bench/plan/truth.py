@@ -13,6 +13,7 @@ from vmoe.bench.plan.planner import LayoutPlan, Traces, make_plans
 from vmoe.bench.plan.workload import Workload
 from vmoe.bench.report import Column, Row
 from vmoe.bench.timing import Say, TimedJob, reason_of_failure, release, time_calls
+from vmoe.models.members import ensemble_size, of_rows
 from vmoe.moe import MoeConfig, auxiliary_loss
 
 MEASURED_MODELS = ("vit_small_patch16_224", "vit_base_patch16_224", "vit_large_patch16_224")
@@ -121,7 +122,7 @@ def _trainer_step(workload: Workload, device: torch.device) -> TimedJob:
 
     def step():
         with torch.autocast(device.type, workload.dtype, enabled=enabled):
-            loss = F.cross_entropy(model(images), labels) + auxiliary_loss(model)
+            loss = F.cross_entropy(model(images), of_rows(labels, ensemble_size(model))) + auxiliary_loss(model)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)

@@ -18,6 +18,7 @@ from vmoe.explain.explorer.history import Snapshot, training_loads
 from vmoe.explain.explorer.probes import Probes, probe
 from vmoe.explain.explorer.report import accuracy_report, flows_report, layer_report, rounded, run_report
 from vmoe.explain.explorer.subject import Subject
+from vmoe.models.members import refuse_ensemble
 
 Track = Callable[[Iterable, str], Iterable]
 
@@ -105,8 +106,8 @@ def explore(
         track: Wraps batches in a progress bar.
 
     Raises:
-        UserError: The model is dense, there is no image, images differ in size, a logit is not finite, or a capacity
-            factor cannot be set.
+        UserError: The model is dense or an ensemble, there is no image, images differ in size, a logit is not finite,
+            or a capacity factor cannot be set.
     """
     options, data = options or ExploreOptions(), data or DataFacts()
     subject = _subject(model, name)
@@ -116,6 +117,8 @@ def explore(
             "checkpoint first, a dense twin may stand behind it"
         )
     subjects = [_subject(other) for other in others]
+    for each in (subject, *subjects):
+        refuse_ensemble(each.model, f"{each.name}: the explorer follows one expert per choice")
     given = {"patch_kinds": len(data.patch_names or ()), "replicates": options.replicates, "seed": options.seed}
     collection = collect(subject, track(batches, subject.name), sample=options.sample, **given)
     runs = [run_report(subject.name, collection)]

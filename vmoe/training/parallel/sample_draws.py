@@ -41,6 +41,10 @@ class SampleDraws:
             UserError: something in it draws in another way, where images are not known.
         """
         for name, layer in moe_layers(model):
+            if layer.config.ensemble > 1:
+                raise UserError(
+                    f"parallel.draws=sample: moe.ensemble={layer.config.ensemble} draws for each member; use process"
+                )
             if layer.config.router == "random" or layer.experts.drop1.p > 0:
                 raise UserError(f"parallel.draws=sample: {name} draws in its experts or router=random; use process")
             layer.router.draw_noise = self._normal_stream()

@@ -1,0 +1,101 @@
+"""An ensemble within one model (E3): where an image becomes rows of members, and the members' answers one answer.
+
+B images; M members; C classes.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from vmoe.errors import UserError
+from vmoe.models.families import meta_images, on_meta, run_on_meta
+from vmoe.models.padding import PADDED_FAMILIES
+from vmoe.moe import MoeMlp, moe_layers
+from vmoe.moe.members import mean_prediction, tile
+from vmoe.moe.mlps import class_key
+
+
+class TileRows:
+    """Before the block of the first MoE layer: (B, ...) -> (B*M, ...)."""
+
+    def __init__(self, ensemble: int) -> None:
+        self.ensemble = ensemble
+
+    def __call__(self, block: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple, dict]:
+        x, *others = inputs
+        return (tile(x, self.ensemble), *others), named
+
+
+class MeanPrediction:
+    """Behind the model: in evaluation (B*M, C) logits -> (B, C), the logarithm of the mean probabilities.
+
+    In training all rows stay, those of an image's members one after the other: each member learns by itself. A model
+    without a classifier gives the mean of its members' features in evaluation.
+    """
+
+    def __init__(self, ensemble: int) -> None:
+        self.ensemble = ensemble
+
+    def __call__(self, model: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        if model.training:
+            return output
+        if getattr(model, "num_classes", None) == 0:
+            return output.unflatten(0, (-1, self.ensemble)).mean(1)
+        return mean_prediction(output, self.ensemble)
+
+
+def ensemble_size(model: nn.Module) -> int:
+    """M, the members of a model; 1 for a single one and for a dense one."""
+    return next((layer.config.ensemble for _, layer in moe_layers(model)), 1)
+
+
+def of_rows(values: Tensor, ensemble: int) -> Tensor:
+    """Labels of images, (B, ...), for the rows that an ensemble gives in training: (B*M, ...)."""
+    return values if ensemble == 1 else tile(values, ensemble)
+
+
+def refuse_ensemble(model: nn.Module, what: str) -> None:
+    """Ends a job that is for single models.
+
+    Args:
+        model: The model.
+        what: The option or file that the line begins with, and why an ensemble does not serve.
+
+    Raises:
+        UserError: The model is an ensemble.
+    """
+    if ensemble_size(model) > 1:
+        raise UserError(f"{what} (the model has moe.ensemble={ensemble_size(model)}); take a single model")
+
+
+def hand_members_through(model: nn.Module, layers: dict[str, MoeMlp]) -> None:
+    """Gives an ensemble's MoE layers, in forward order, a row per member; other models are left as they are."""
+    if not layers or ensemble_size(model) == 1:
+        return
+    ensemble, first = ensemble_size(model), next(iter(layers))
+    block = model.get_submodule(first.rpartition(".")[0])
+    if isinstance(block, nn.Sequential):  # the MLP's own norm and the layer
+        block = model.get_submodule(first.rpartition(".")[0].rpartition(".")[0])
+    block.register_forward_pre_hook(TileRows(ensemble), with_kwargs=True)
+    model.register_forward_hook(MeanPrediction(ensemble))
+
+
+def check_ensemble(model: nn.Module, image_size: int | tuple[int, int] | None = None) -> None:
+    """Refuses families in which more than the tokens passes from block to block, so that members cannot have their own.
+
+    Raises:
+        ValueError: It is one.
+    """
+    ensemble, family = ensemble_size(model), type(model).__module__.rpartition(".")[2]
+    refused = f"ensemble={ensemble}: {type(model).__name__} ({family}) cannot be one"
+    if any(class_key(module).startswith(PADDED_FAMILIES) for module in model.modules()):
+        raise ValueError(f"{refused}: it takes padded images, which have masks; use another backbone")
+    twin = on_meta(model).eval()
+    hand_members_through(twin, dict(moe_layers(twin)))
+    images = meta_images(model, image_size)
+    try:
+        rows = len(run_on_meta(twin, images))
+    except Exception as error:  # whatever a model's own code raises
+        raise ValueError(f"{refused}: more than the tokens passes from block to block; use another backbone") from error
+    if rows != len(images):
+        raise ValueError(f"{refused}: it gives {rows} rows for {len(images)} images; use another backbone")
