@@ -1,6 +1,7 @@
 """Ensembles within one model: what its passes give, what they cost, which families can be one, and who refuses one."""
 
 import copy
+import dataclasses
 
 import pytest
 import timm
@@ -8,6 +9,7 @@ import torch
 
 import vmoe
 from vmoe.compress.pruning import check_routers
+from vmoe.data import Batch
 from vmoe.evaluation.features import extract_features
 from vmoe.export.steered import SteeredModel
 from vmoe.models.cost import count_parameters, flops_per_image
@@ -91,3 +93,36 @@ REFUSALS = {
 def test_what_serves_single_models_alone_says_so(name):
     with pytest.raises(ValueError, match="ensemble=2"):
         REFUSALS[name](tiny())
+
+
+def test_an_exported_program_takes_any_batch(images):
+    model = tiny()
+    batch = ({0: torch.export.Dim("batch", min=2, max=16)},)
+    program = torch.export.export(model, (images,), dynamic_shapes=batch).module()
+    more = torch.cat([images, images.flip(-1)])
+    torch.testing.assert_close(program(more), model(more))
+
+
+def test_a_capacity_at_evaluation_is_not_exported(images):
+    model = tiny(dataclasses.replace(MOE, eval_capacity_factor=1.0, group="image"))
+    with pytest.raises(ValueError, match="ensemble=2 with a capacity at evaluation"):
+        torch.export.export(model, (images,))
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_the_training_loss_is_the_mean_over_the_members(images, mixed):
+    moe = dataclasses.replace(MOE, noise_std=0, capacity_factor=None)
+    model, labels = tiny(moe), torch.tensor([0, 3, 4])
+    shares = torch.softmax(torch.randn(3, 5), -1) if mixed else None
+    task = vmoe.Classifier(model)
+    loss = task._loss(Batch(images, labels, [], targets=shares))
+    logits = model.train()(images)
+    targets = labels if shares is None else shares
+    of_members = [torch.nn.functional.cross_entropy(logits[member::2], targets) for member in range(2)]
+    torch.testing.assert_close(loss, sum(of_members) / 2 + vmoe.auxiliary_loss(model))
+    assert task.train_sums[-1] == 3  # images
+
+
+def test_several_classes_per_image_are_refused():
+    with pytest.raises(ValueError, match=r"multi_label: .*ensemble=2"):
+        vmoe.Classifier(tiny(), multi_label=True)
