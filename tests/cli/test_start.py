@@ -1,10 +1,16 @@
 """How soon the commands answer: by what they import, which does not depend on how busy the machine is."""
 
+import re
 import runpy
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from vmoe.cli.main import JOBS, main
+from vmoe.cli.short_help import SHORT
 
 HELP_AND_MISTAKES = """
 import sys
@@ -50,3 +56,43 @@ def test_python_runs_the_package_as_the_command(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         runpy.run_module("vmoe", run_name="__main__")
     assert stop.value.code == 2 and "did you mean train?" in capsys.readouterr().err
+
+
+def _printed(capsys, *arguments):
+    with pytest.raises(SystemExit) as stop:
+        main([*arguments])
+    assert not stop.value.code
+    return capsys.readouterr().out
+
+
+def test_help_of_vmoe_has_every_job_and_examples(capsys):
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert set(JOBS) <= set(re.findall(r"^  ([a-z-]+) +\w", text, re.MULTILINE))
+    assert "  vmoe train --config digits" in text
+
+
+@pytest.mark.parametrize("job", SHORT)
+def test_help_is_short_and_help_all_has_the_rest(capsys, job):
+    text, all_of_it = _printed(capsys, job, "--help"), _printed(capsys, job, "--help-all")
+    assert JOBS[job][1:] in text and len(text.splitlines()) <= 30
+    shown = re.findall(r"^  (--[\w-]+)", text, re.MULTILINE)
+    assert len(shown) == 5 and all(f"  {example}\n" in text for example in SHORT[job].examples)
+    known = set(re.findall(r"^  (--[\w-]+)", all_of_it, re.MULTILINE))
+    own = [example for example in SHORT[job].examples if example.startswith(f"vmoe {job} ")]
+    used = re.findall(r" (--[\w-]+)", " ".join(own))
+    assert {*shown, *used} < known
+
+
+@pytest.mark.slow  # evaluations of a small model, and its export to ONNX
+def test_examples_of_the_short_help_run_as_pasted(tmp_path, monkeypatch, save_run):
+    from PIL import Image
+
+    save_run("runs/digits", {"num_experts": 4})
+    monkeypatch.chdir(tmp_path)
+    Path("photos").mkdir()
+    for name in ("photo.jpg", "photos/a.jpg", "photos/b.jpg"):
+        Image.new("RGB", (40, 30), "teal").save(name)
+    for job in ("evaluate", "predict", "export"):
+        for example in SHORT[job].examples:
+            assert main(shlex.split(example)[1:]) == 0, example

@@ -9,27 +9,37 @@ from vmoe.extras import missing_extra, require_extras
 from vmoe.text import replace_what_cannot_be_shown
 from vmoe.version import __version__
 
-JOBS = {
-    "train": "train a model from a config, or resume a run",
-    "evaluate": "measure a checkpoint: accuracy, calibration, speed, dropped tokens",
-    "heatmap": "draw which expert each patch of an image goes to",
-    "explore": "see, measure and test what the experts do, on one page",
-    "sweep": "train the arms and seeds of a study, several side by side",
-    "tune": "search for good options: Optuna proposes, validation decides",
-    "compare": "put runs side by side: accuracy against cost",
-    "benchmark": "measure layers, whole models and the data pipeline on this machine",
-    "data": "see the images that a model is trained on",
-    "plan": "predict memory and time of a config on many GPUs",
-    "predict": "name what is in pictures, with a checkpoint or an exported model",
-    "serve": "answer over HTTP what is in pictures",
-    "demo-page": "write a page that runs a V-MoE in the browser",
-    "export": "write a checkpoint as a file or program to share: safetensors, ONNX, torch.export, for timm",
-    "prune": "drop or merge experts, and tell what that costs",
-    "distill": "train a dense student of a V-MoE",
-    "consolidate": "make one safetensors file of a run's weights, however many processes it had",
-    "make-shards": "write a folder of images as tar shards",
-    "import-jax": "turn a checkpoint of the original JAX code into ours",
+# What the jobs are for, in the order of the help
+GROUPS = {
+    "Train and compare": {
+        "train": "train a model from a config, or resume a run",
+        "compare": "put runs side by side: accuracy against cost",
+        "data": "see the images that a model is trained on",
+        "tune": "search for good options: Optuna proposes, validation decides",
+        "sweep": "train the arms and seeds of a study, several side by side",
+    },
+    "Use and measure": {
+        "predict": "name what is in pictures, with a checkpoint or an exported model",
+        "evaluate": "measure a checkpoint: accuracy, calibration, speed, dropped tokens",
+        "heatmap": "draw which expert each patch of an image goes to",
+        "explore": "see, measure and test what the experts do, on one page",
+        "serve": "answer over HTTP what is in pictures",
+        "demo-page": "write a page that runs a V-MoE in the browser",
+    },
+    "Share and shrink": {
+        "export": "write a checkpoint as a file or program to share: safetensors, ONNX, torch.export, for timm",
+        "consolidate": "make one safetensors file of a run's weights, however many processes it had",
+        "prune": "drop or merge experts, and tell what that costs",
+        "distill": "train a dense student of a V-MoE",
+        "import-jax": "turn a checkpoint of the original JAX code into ours",
+        "make-shards": "write a folder of images as tar shards",
+    },
+    "Plan and time": {
+        "plan": "predict memory and time of a config on many GPUs",
+        "benchmark": "measure layers, whole models and the data pipeline on this machine",
+    },
 }
+JOBS = {job: text for group in GROUPS.values() for job, text in group.items()}
 # The extras that a job cannot do without. Some options of others need one too, and check it themselves.
 EXTRAS_OF_JOBS = {
     "train": ("train",),
@@ -79,7 +89,7 @@ def run_job(job: str, argv: list[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     try:
-        if not {"-h", "--help"} & set(argv):
+        if not {"-h", "--help", "--help-all"} & set(argv):
             require_extras(*EXTRAS_OF_JOBS.get(job, ()))
         module = importlib.import_module(f"vmoe.cli.{job.replace('-', '_')}")
     except (UserError, ModuleNotFoundError) as error:
@@ -92,5 +102,17 @@ def run_job(job: str, argv: list[str] | None = None) -> int:
 
 
 def _help() -> str:
-    jobs = "\n".join(f"  {name:11} {text}" for name, text in JOBS.items())
-    return f"usage: vmoe JOB ...\n\nVision Mixture-of-Experts. Jobs:\n{jobs}\n\n`vmoe JOB --help` tells more."
+    groups = "\n\n".join(
+        f"{title}:\n" + "\n".join(f"  {job:11} {text}" for job, text in jobs.items()) for title, jobs in GROUPS.items()
+    )
+    return f"""\
+usage: vmoe JOB ...
+
+Sparse experts for image classification: trains them, measures them and shows what they do.
+
+  vmoe train --config digits     # a V-MoE on handwritten digits, in minutes on a CPU
+  vmoe evaluate runs/digits      # its accuracy, and the load of its experts
+
+{groups}
+
+`vmoe JOB --help` has a job's examples and its most used options."""

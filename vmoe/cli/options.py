@@ -4,6 +4,7 @@ import argparse
 import math
 from typing import TYPE_CHECKING
 
+from vmoe.cli.short_help import SHORT, HelpAll, short_help, wide
 from vmoe.cli.threads import choose_threads
 from vmoe.errors import UserError
 
@@ -12,7 +13,18 @@ if TYPE_CHECKING:
 
 
 class _UserParser(argparse.ArgumentParser):
-    """Reports a wrong command line as any other mistake of the user: one line, exit code 2."""
+    """Reports a wrong command line as any other mistake of the user: one line, exit code 2.
+
+    Its help is short for a job with many options; `format_all` has all of them.
+    """
+
+    job = ""
+
+    def format_help(self) -> str:
+        return short_help(self.job, self) if self.job in SHORT else self.format_all()
+
+    def format_all(self) -> str:
+        return super().format_help()
 
     def error(self, message: str) -> None:
         raise UserError(f"{message}; see `{self.prog} --help`")
@@ -20,12 +32,11 @@ class _UserParser(argparse.ArgumentParser):
 
 def new_parser(job: str, description: str) -> argparse.ArgumentParser:
     """A parser for `vmoe JOB` whose errors are `UserError`s and whose options cannot be abbreviated."""
-    return _UserParser(
-        prog=f"vmoe {job}",
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = _UserParser(prog=f"vmoe {job}", description=description, formatter_class=wide, allow_abbrev=False)
+    parser.job = job
+    if job in SHORT:
+        parser.add_argument("--help-all", action=HelpAll)
+    return parser
 
 
 def capacity_factor(text: str) -> float:

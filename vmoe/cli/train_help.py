@@ -38,12 +38,15 @@ SIGTERM or Ctrl-C finishes the step, saves and exits with 143 or 130; --resume t
 Exit codes: 0 done; 2 a mistake in options, config or data, or a loss that became NaN; 130, 143 stopped, resumable.
 """
 # Option -> its value and what it does
-MAIN = {
+MAIN = {  # the five most used ones first
     "output_dir": ("DIR", "the run's folder; runs/RECIPE where none is given"),
     "init_from": (
         "WHAT",
         "start from a checkpoint, a run, a file of timm, or timm's weights: pretrained",
     ),
+    "trainer.epochs": ("N", "times over the training images"),
+    "optim.lr": ("RATE", "highest learning rate"),
+    "moe.num_experts": ("E", "experts of a layer"),
     "seed": ("N", "of everything random"),
     "data.name": ("SET", ", ".join(get_args(SetName))),
     "data.root": ("PATH", "its images: class folders in PATH/train and PATH/val, or in PATH alone; or the set's file"),
@@ -55,28 +58,25 @@ MAIN = {
     "model.kwargs.NAME": ("VALUE", "an argument of that model, such as --model.kwargs.drop_path_rate 0.1"),
     "moe": ("null", "a dense model; any option of moe makes some layers sparse"),
     "moe.layers": ("WHICH", "which MLPs become MoE layers: every-2, last-2, [3,5]"),
-    "moe.num_experts": ("E", "experts of a layer"),
     "moe.top_k": ("K", "experts of a token"),
     "moe.router": ("NAME", "token_choice, expert_choice, soft, sigmoid, ..."),
     "moe.capacity_factor": ("F", "slots of the experts, 1 being enough for a perfectly even load"),
-    "optim.lr": ("RATE", "highest learning rate"),
-    "trainer.epochs": ("N", "times over the training images"),
     "trainer.precision": ("32|bf16|fp16", "what is computed in"),
-    "trainer.device": ("auto|cpu|cuda|mps", "where"),
+    "trainer.device": ("NAME", "where it is computed: auto, cpu, cuda, mps"),
     "trainer.compile": ("true|false", "compile the model"),
     "parallel.strategy": ("NAME", "how processes share the work: auto, none, ddp, fsdp, expert"),
 }
-_COLUMN, _WIDTH = 36, 120
+_MOST_USED, _COLUMN, _WIDTH = 5, 36, 120
 
 
 def short_help(actions: Iterable[argparse.Action]) -> str:
     """The page; `actions` are all options, those of `moe` too, from which it takes defaults."""
     by_name = {action.dest: action for action in actions if action.help is not argparse.SUPPRESS}
     recipes = ", ".join(name for name in recipe_names() if "/" not in name)
-    lines = (_option_line(name, *text, by_name[name.removesuffix(".NAME")]) for name, text in MAIN.items())
+    lines = [_option_line(name, *text, by_name[name.removesuffix(".NAME")]) for name, text in MAIN.items()]
     return _SHORT.format(
         recipes=textwrap.fill(recipes, _WIDTH, initial_indent="  ", subsequent_indent="  "),
-        options="\n".join(lines),
+        options="\n".join([*lines[:_MOST_USED], "", *lines[_MOST_USED:]]),
         count=len(by_name),
     )
 
