@@ -7,15 +7,23 @@ import random
 import warnings
 from collections import Counter
 
+import albumentations as A
 import numpy as np
 import pytest
 import torch
 from torchvision.transforms import v2
 
-from vmoe.data import AugmentConfig
+from vmoe.config_values import from_plain, to_plain
+from vmoe.data import AugmentConfig, DataConfig, ImageDataModule
 from vmoe.data.augment import Augmenter
+from vmoe.errors import UserError
 
 MEAN = (0.5, 0.4, 0.3)
+PIPELINE = A.Compose([
+    A.RandomResizedCrop((30, 20), scale=(0.5, 1)),
+    A.OneOf([A.ToGray(p=1), A.GaussianBlur(p=1)], p=0.5),
+    A.RandomBrightnessContrast(p=1),
+])  # fmt: skip
 
 
 def augmenter(size=32, flip=0.5, seed=0, **config):
@@ -27,7 +35,7 @@ def image(rng):
     return rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
 
 
-@pytest.mark.parametrize("preset", ["none", "light", "strong"])
+@pytest.mark.parametrize("preset", ["none", "light", "strong", "autoaugment", "augmix", "three_augment"])
 @pytest.mark.parametrize(
     ("shape", "size"), [((32, 32), 32), ((8, 8), 16), ((40, 70), 80), ((1, 1), 16), ((2, 900), 96)]
 )
@@ -40,7 +48,16 @@ def test_any_image_gets_the_image_size(preset, shape, size, rng):
 
 
 @pytest.mark.parametrize(
-    "config", [{"preset": "light"}, {"preset": "strong"}, {"preset": "strong", "randaugment_magnitude": (0, 30)}]
+    "config",
+    [
+        {"preset": "light"},
+        {"preset": "strong"},
+        {"preset": "strong", "randaugment_magnitude": (0, 30)},
+        {"preset": "autoaugment"},
+        {"preset": "augmix"},
+        {"preset": "three_augment"},
+        {"albumentations": PIPELINE},
+    ],
 )
 @pytest.mark.parametrize("size", [32, 96])
 def test_result_is_a_function_of_seed_epoch_and_index(config, size, image):
@@ -174,3 +191,57 @@ def test_a_parameter_without_effect_is_warned_about(config, name):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         augmenter(preset="strong", erasing=0.5)
+
+
+@pytest.mark.parametrize("ending", ["yaml", "json"])
+def test_a_pipeline_of_ones_own_is_the_same_from_memory_from_its_file_and_from_a_config(ending, tmp_path, image):
+    path = tmp_path / f"mine.{ending}"
+    A.save(PIPELINE, str(path), data_format=ending)
+    config = AugmentConfig(albumentations=str(path))
+    path.unlink()  # the config holds its content
+    again = from_plain(AugmentConfig, to_plain(config))
+    expected = augmenter(albumentations=PIPELINE)(image, 1, 2)
+    assert expected.shape == (32, 32, 3)
+    for each in (config, again):
+        assert np.array_equal(Augmenter(each, 32, MEAN, 0.5, 0)(image, 1, 2), expected)
+
+
+def test_a_pipeline_that_cannot_be_used_is_refused_at_once(tmp_path, npz):
+    with pytest.warns(UserWarning, match="lambda"):
+        unsaved = A.Compose([A.OneOf([A.Lambda(name="mine", image=lambda pixels, **_: pixels)])])
+    text = tmp_path / "text.yaml"
+    text.write_text("a: [1")
+    for pipeline, line in (
+        (unsaved, "its step Lambda cannot be saved"),
+        (str(tmp_path / "lost.yaml"), "cannot be read .No such file"),
+        (str(text), "cannot be read .is damaged"),
+        ({"transform": 3}, "holds no pipeline of albumentations"),
+        (3, "'int': holds no pipeline"),
+    ):
+        with pytest.raises(ValueError, match=line):
+            AugmentConfig(albumentations=pipeline)
+    with pytest.raises(ValueError, match="takes the place of a preset; leave out preset, flip"):
+        AugmentConfig(preset="strong", flip=0.5, albumentations=PIPELINE)
+    for options in ({"albumentations": PIPELINE}, {"preset": "augmix"}):
+        with pytest.raises(ValueError, match="take pipeline=workers"):
+            DataConfig(pipeline="device", augment=AugmentConfig(**options))
+    newer = {"transform": {"__class_fullname__": "Compose", "transforms": [{"__class_fullname__": "Unknown"}]}}
+    with_tensors = A.Compose([A.Normalize()])
+    too_large = A.Compose([A.RandomCrop(99, 99)])
+    for pipeline, line in (
+        (newer, "cannot make this pipeline"),
+        (with_tensors, r"gives float32 of shape \(8, 8, 3\); .*leave out steps such as Normalize"),
+        (too_large, "fails on an image of 8 x 8 pixels"),
+    ):
+        module = ImageDataModule(npz(), augment=AugmentConfig(albumentations=pipeline))
+        with pytest.raises(UserError, match=f"data.augment.albumentations: .*{line}"):
+            module.setup()
+
+
+def test_three_augment_changes_every_picture_in_one_of_three_ways(image):
+    own = augmenter(preset="three_augment", flip=0, crop_padding=0, color_jitter=0)
+    results = [own(image, 0, index) for index in range(60)]
+    solarized = np.where(image >= 128, 255 - image, image)
+    are_gray = [bool((each[..., 0] == each[..., 1]).all()) for each in results]
+    ways = Counter(zip(are_gray, (np.array_equal(each, solarized) for each in results), strict=True))
+    assert set(ways) == {(True, False), (False, True), (False, False)} and min(ways.values()) > 8

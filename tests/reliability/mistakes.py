@@ -128,6 +128,16 @@ MISTAKES: dict[str, list[Mistake]] = {
         _config("oblong images that patches do not fill", "--data.image_size [16,18]"),
         _config("oblong images on the device", "--data.image_size [16,32] --data.pipeline device"),
         _config("a crop that is none", "--data.crop center"),
+        _config(
+            "a pipeline of albumentations that is not there",
+            "--data.augment.preset light --data.augment.albumentations lost.yaml",
+        ),
+        _config(
+            "a pipeline of albumentations that is none",
+            "--data.augment.preset light --data.augment.albumentations tiny.yaml",
+        ),
+        _config("a pipeline and a preset", "--data.augment.albumentations tiny.yaml --data.augment.preset strong"),
+        _config("a preset that the device does not have", "--data.augment.preset augmix --data.pipeline device"),
         _config("images that patches do not fill", "--data.image_size 18"),
         _config("a share over 1", "--data.val_fraction 2"),
         _config("early stopping without validation", "--data.val_fraction 0 --trainer.early_stopping 3"),

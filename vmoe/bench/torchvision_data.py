@@ -13,6 +13,8 @@ from vmoe.data.folders import find_split_folders
 from vmoe.data.presets import AugmentSteps, resolve
 from vmoe.errors import UserError
 
+_NOT_DONE = "--torchvision: crops by scale and flips, and data.augment does otherwise; give --data.augment.preset light"
+
 
 def torchvision_plan(config: DataConfig) -> AugmentSteps:
     """The crops and flips of a config that torchvision's loader can do.
@@ -23,11 +25,11 @@ def torchvision_plan(config: DataConfig) -> AugmentSteps:
     if config.name != "folder":
         raise UserError(f"--torchvision: data.name is {config.name}; it reads a folder of images, --data.name folder")
     defaults = DEFAULTS[config.name]
+    if config.augment.albumentations is not None:
+        raise UserError(_NOT_DONE)
     plan = resolve(config.augment, config.image_size or defaults.image_size, defaults.flip)
-    if plan.crop_scale is None or plan.randaugment_ops or plan.color_jitter or plan.erasing:
-        raise UserError(
-            "--torchvision: crops by scale and flips, and data.augment does otherwise; give --data.augment.preset light"
-        )
+    if plan.crop_scale is None or plan.randaugment_ops or plan.color_jitter or plan.erasing or plan.policy:
+        raise UserError(_NOT_DONE)
     return plan
 
 

@@ -5,7 +5,7 @@ import textwrap
 from collections.abc import Iterable
 from typing import get_args
 
-from vmoe.data.config import SetName
+from vmoe.data.config import Preset, SetName
 from vmoe.training.recipes import recipe_names
 
 _SHORT = """\
@@ -53,7 +53,7 @@ MAIN = {  # the five most used ones first
     "data.image_size": ("PIXELS", "side of the images that the model sees"),
     "data.batch_size": ("B", "images of a step"),
     "data.workers": ("N", "processes that load images"),
-    "data.augment.preset": ("NAME", "none, light or strong"),
+    "data.augment.preset": ("NAME", ", ".join(get_args(Preset))),
     "model.name": ("NAME", "a timm model"),
     "model.kwargs.NAME": ("VALUE", "an argument of that model, such as --model.kwargs.drop_path_rate 0.1"),
     "moe": ("null", "a dense model; any option of moe makes some layers sparse"),

@@ -16,7 +16,8 @@ from torchvision.transforms import v2
 
 from vmoe.data.config import AugmentConfig, Colour, Crop
 from vmoe.data.images import eval_crop
-from vmoe.data.presets import AugmentSteps, resolve
+from vmoe.data.presets import SMALL_SIDE, AugmentSteps, resolve
+from vmoe.errors import UserError
 from vmoe.sizes import ImageSize, as_size, height_and_width
 
 _ASPECT = (3 / 4, 4 / 3)  # of a crop by scale, beside the results' own
@@ -48,11 +49,16 @@ class Augmenter:
         self.image_size, self.crop = image_size, crop
         self.seed = seed
         self._sides = height_and_width(image_size)
-        steps = resolve(config, image_size, flip)
-        self._crops_by_scale = steps.crop_scale is not None
-        fill = tuple(round(255 * value) for value in mean)
-        transforms = _crop_and_flip(steps, self._sides) + _colour_and_erase(steps, fill)
-        self._transform = A.Compose(transforms, is_check_shapes=False) if transforms else None
+        self._is_own = config.albumentations is not None
+        if isinstance(config.albumentations, dict):
+            self._crops_by_scale = True
+            self._transform: A.Compose | None = _own_pipeline(config.albumentations)
+        else:
+            steps = resolve(config, image_size, flip)
+            self._crops_by_scale = steps.crop_scale is not None
+            fill = tuple(round(255 * value) for value in mean)
+            transforms = _crop_and_flip(steps, self._sides) + _colour_and_erase(steps, fill, max(self._sides))
+            self._transform = A.Compose(transforms, is_check_shapes=False) if transforms else None
         self._share_generators()
 
     def _share_generators(self) -> None:
@@ -81,14 +87,34 @@ class Augmenter:
         """
         if not self._crops_by_scale:
             image = eval_crop(image, self.image_size, self.crop)
-        elif self.crop != "centre":  # the shape is changed first, with some pixels to spare for the crop
+        elif self.crop != "centre" and not self._is_own:  # first the shape, with some pixels to spare for the crop
             image = eval_crop(image, as_size(*(round(side * 8 / 7) for side in self._sides)), self.crop)
         if self._transform is None:
             return image
         self._random.seed(self.seed << 128 | epoch << 64 | index)
         self._bits_state["state"]["counter"][:] = (0, 0, epoch, index)  # the first two count the draws of a sample
         self._bits.state = self._bits_state
-        return self._transform(image=image)["image"]
+        return self._by_own_pipeline(image) if self._is_own else self._transform(image=image)["image"]
+
+    def _by_own_pipeline(self, image: np.ndarray) -> np.ndarray:
+        """What a user's pipeline makes of an image, fitted to the image size.
+
+        Raises:
+            UserError: it fails, or gives no image of bytes.
+        """
+        try:
+            varied = self._transform(image=image)["image"]
+        except Exception as error:  # a step may raise any type
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            size = f"{image.shape[0]} x {image.shape[1]} pixels"
+            raise UserError(f"data.augment.albumentations: fails on an image of {size} ({reason})") from error
+        if not isinstance(varied, np.ndarray) or varied.dtype != np.uint8 or varied.shape[2:] != image.shape[2:]:
+            found = f"{getattr(varied, 'dtype', type(varied).__name__)} of shape {tuple(getattr(varied, 'shape', ()))}"
+            raise UserError(
+                f"data.augment.albumentations: gives {found}; it must give (height, width, 3) uint8, as it gets: leave "
+                "out steps such as Normalize and ToTensorV2, which come afterwards"
+            )
+        return eval_crop(varied, self.image_size, self.crop)
 
 
 def _crop_and_flip(steps: AugmentSteps, size: tuple[int, int]) -> list[A.BasicTransform]:
@@ -102,10 +128,42 @@ def _crop_and_flip(steps: AugmentSteps, size: tuple[int, int]) -> list[A.BasicTr
     return [*transforms, A.HorizontalFlip(p=steps.flip)] if steps.flip else transforms
 
 
-def _colour_and_erase(steps: AugmentSteps, fill: tuple[int, ...]) -> list[A.BasicTransform]:
-    transforms: list[A.BasicTransform] = []
+def _own_pipeline(content: dict[str, Any]) -> A.Compose:
+    """The pipeline that a user saved.
+
+    Raises:
+        UserError: this version of albumentations cannot make it.
+    """
+    try:
+        pipeline = A.from_dict(content)
+        return pipeline if isinstance(pipeline, A.Compose) else A.Compose([pipeline])
+    except Exception as error:  # for steps and arguments that it does not know it raises any type
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(
+            f"data.augment.albumentations: albumentations {A.__version__} cannot make this pipeline ({reason}); "
+            "save it with this version"
+        ) from error
+
+
+def _policy(name: str, side: int, fill: tuple[int, ...]) -> A.BasicTransform | A.BaseCompose:
+    """The operations of a preset for images of this longer side."""
+    if name == "three_augment":
+        blur = A.GaussianBlur(blur_limit=0, sigma_limit=(0.1, 2.0), p=1)
+        return A.OneOf([A.ToGray(p=1), A.Solarize(threshold_range=(0.5, 0.5), p=1), blur], p=1)
+    if name == "augmix":
+        return _OfTorchvision(v2.AugMix(fill=list(fill)))
+    policies = v2.AutoAugmentPolicy
+    return _OfTorchvision(
+        v2.AutoAugment(policies.CIFAR10 if side <= SMALL_SIDE else policies.IMAGENET, fill=list(fill))
+    )
+
+
+def _colour_and_erase(steps: AugmentSteps, fill: tuple[int, ...], side: int) -> list[A.BasicTransform | A.BaseCompose]:
+    transforms: list[A.BasicTransform | A.BaseCompose] = []
+    if steps.policy is not None:
+        transforms.append(_policy(steps.policy, side, fill))
     if steps.randaugment_ops:
-        transforms.append(_RandAugment(steps.randaugment_ops, steps.randaugment_magnitude, fill))
+        transforms.append(_OfTorchvision(_randaugment(steps, fill)))
     if steps.color_jitter:
         change = (1 - steps.color_jitter, 1 + steps.color_jitter)
         transforms.append(A.ColorJitter(brightness=change, contrast=change, saturation=change, hue=(0, 0), p=1))
@@ -114,22 +172,25 @@ def _colour_and_erase(steps: AugmentSteps, fill: tuple[int, ...]) -> list[A.Basi
     return transforms
 
 
-class _RandAugment(A.ImageOnlyTransform):
-    """torchvision's RandAugment as a step of albumentations, which has none. It draws from torch's global generator.
+def _randaugment(steps: AugmentSteps, fill: tuple[int, ...]) -> v2.Transform:
+    """Its operations; each draws its own magnitude between the lowest and the highest."""
+    low, high = steps.randaugment_magnitude
+    choices = [v2.RandAugment(1, magnitude, fill=list(fill)) for magnitude in range(low, high + 1)]
+    # With one magnitude RandomChoice would still draw, which would shift the draws of the operations.
+    operation = v2.RandomChoice(choices) if len(choices) > 1 else choices[0]
+    return v2.Compose([operation] * steps.randaugment_ops)
+
+
+class _OfTorchvision(A.ImageOnlyTransform):
+    """Operations of torchvision as a step of albumentations, which has none. They draw from torch's global generator.
 
     Args:
-        operations: an image.
-        magnitudes: lowest and highest; between them each operation draws its own.
-        fill: the colour moved in from outside.
+        operations: on an image of Pillow.
     """
 
-    def __init__(self, operations: int, magnitudes: tuple[int, int], fill: tuple[int, ...]) -> None:
+    def __init__(self, operations: v2.Transform) -> None:
         super().__init__(p=1)
-        low, high = magnitudes
-        choices = [v2.RandAugment(1, magnitude, fill=list(fill)) for magnitude in range(low, high + 1)]
-        # With one magnitude RandomChoice would still draw, which would shift the draws of the operations.
-        operation = v2.RandomChoice(choices) if len(choices) > 1 else choices[0]
-        self.operations = v2.Compose([operation] * operations)
+        self.operations = operations
 
     def get_params(self) -> dict[str, Any]:
         return {"torch_seed": self.py_random.getrandbits(63)}

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from vmoe.config_values import from_plain, to_plain
 from vmoe.data.addresses import folder_of, is_address
+from vmoe.data.pipelines import read_pipeline
 from vmoe.errors import UserError
 from vmoe.sizes import as_size
 
@@ -30,7 +31,8 @@ SetName = Literal[
 EMBEDDED_SETS = ("digits", "patchwork", "fractals")  # which come with this package
 NAMED_SETS = (*EMBEDDED_SETS, "cifar10", "cifar100", "imagenette", "imagenet")  # the others are a user's own
 _FILE_SETS = {".npz": "npz", ".csv": "table", ".tsv": "table", ".parquet": "table"}  # by the ending of their file
-Preset = Literal["none", "light", "strong"]
+Preset = Literal["none", "light", "strong", "autoaugment", "augmix", "three_augment"]
+OF_WORKERS = ("autoaugment", "augmix", "three_augment")  # presets that the device pipeline does not have
 Pipeline = Literal["workers", "device"]
 Crop = Literal["centre", "squash", "letterbox"]
 SamplerName = Literal["shuffle", "class_balanced"]
@@ -79,7 +81,12 @@ class AugmentConfig:
 
     Args:
         preset: "none" resizes only; "light" crops and flips; "strong" adds RandAugment, colour jitter and
-            random erasing.
+            random erasing. To crops and flips, "autoaugment" adds AutoAugment's policies (arXiv 1805.09501; those of
+            CIFAR-10 for images up to 64 pixels, else those of ImageNet), "augmix" AugMix (arXiv 1912.02781), and
+            "three_augment" one of grayscale, solarize and blur, and colour jitter (DeiT III, arXiv 2204.07118).
+        albumentations: a pipeline of albumentations in place of a preset: a YAML or JSON file that `A.save` wrote, or
+            its content as `A.to_dict` gives it; in Python also an `A.Compose`. It gets pictures of their own size; what
+            comes of it is fitted to the image size. A run keeps its content.
         crop_padding: crop by padding each side with so many pixels and cutting out a random window of the image size.
             The way of images up to 64 pixels, where None means an eighth of the image size. Not with crop_scale.
         crop_scale: crop a random rectangle with a share of the area between these two, and resize it to the image size.
@@ -90,11 +97,13 @@ class AugmentConfig:
             about 27 here). Of [lowest, highest] every operation of every image draws a whole number of its own, both
             ends included; [0, 30] with one operation is TrivialAugment (arXiv 2103.10158) over RandAugment's ranges.
             None: 9 in "strong".
-        color_jitter: largest relative change of brightness, contrast and saturation, 0 to 1. None: 0.2 in "strong".
+        color_jitter: largest relative change of brightness, contrast and saturation, 0 to 1. None: 0.2 in "strong",
+            0.3 in "three_augment".
         erasing: probability of erasing a random rectangle. None: 0.25 in "strong".
     """
 
     preset: Preset = "light"
+    albumentations: str | dict[str, Any] | None = None
     crop_padding: int | None = None
     crop_scale: tuple[float, float] | None = None
     flip: float | None = None
@@ -105,6 +114,8 @@ class AugmentConfig:
 
     def __post_init__(self) -> None:
         _check_choice("preset", self.preset, get_args(Preset))
+        if self.albumentations is not None:
+            self._take_albumentations()
         if self.crop_padding is not None:
             _check_range("crop_padding", self.crop_padding, 0, 1024)
         if self.crop_scale is not None:
@@ -118,6 +129,13 @@ class AugmentConfig:
         for name, largest in (("flip", 1), ("randaugment_ops", 16), ("color_jitter", 1), ("erasing", 1)):
             if getattr(self, name) is not None:
                 _check_range(name, getattr(self, name), 0, largest)
+
+    def _take_albumentations(self) -> None:
+        """Puts the content of a pipeline in the place of its file or of the pipeline itself."""
+        changed = [f.name for f in fields(self) if f.name != "albumentations" and getattr(self, f.name) != f.default]
+        if changed:
+            raise ValueError(f"albumentations: takes the place of a preset; leave out {', '.join(changed)}")
+        object.__setattr__(self, "albumentations", read_pipeline(self.albumentations))
 
 
 @dataclass(frozen=True)
@@ -359,6 +377,8 @@ class DataConfig:
         if self.images is not None:
             _check_range("images", self.images, 1, 10_000_000)
         self._check_fractals()
+        if self.pipeline == "device":
+            self._check_device_augments()
         if is_address(self.root) and self.name != "webdataset":
             raise ValueError(f"root={self.root}: is an address, behind which only data.name=webdataset is read")
         if self.name not in ("table", "huggingface") and self.table != TableConfig():
@@ -410,6 +430,16 @@ class DataConfig:
             raise ValueError(
                 f"image_size={list(self.image_size)}: pipeline=device makes square images; give one number, or "
                 "pipeline=workers"
+            )
+
+    def _check_device_augments(self) -> None:
+        augment = self.augment
+        if augment.albumentations is not None:
+            raise ValueError("augment.albumentations: runs in the workers alone; take pipeline=workers")
+        if augment.preset in OF_WORKERS:
+            raise ValueError(
+                f"augment.preset={augment.preset}: pipeline=device does not have it; take pipeline=workers, or the "
+                "preset strong"
             )
 
     def _check_fractals(self) -> None:

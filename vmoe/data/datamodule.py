@@ -213,6 +213,8 @@ class ImageDataModule(LightningDataModule):
             self._augmenter = Augmenter(
                 config.augment, self.image_size, self.mean, defaults.flip, self.seed, config.crop
             )
+            if config.augment.albumentations is not None and len(train):  # what it cannot do is found at once
+                self._augmenter(read_or_next(train, 0, [])[0], 0, 0)
             return
         self._batch_augmenter = BatchAugmenter(
             config.augment, self.image_size, self.mean, self.std, defaults.flip, self.seed, self.device

@@ -3,13 +3,16 @@
 import warnings
 from typing import Any, NamedTuple
 
-from vmoe.data.config import AugmentConfig
+from vmoe.data.config import OF_WORKERS, AugmentConfig
 from vmoe.sizes import ImageSize, height_and_width
 
 # The values a preset gives to settings left at None; it uses no other settings.
 _PRESETS: dict[str, dict[str, Any]] = {
     "none": {},
     "light": {"crop_padding": None, "crop_scale": None, "flip": None},
+    "autoaugment": {"crop_padding": None, "crop_scale": None, "flip": None},
+    "augmix": {"crop_padding": None, "crop_scale": None, "flip": None},
+    "three_augment": {"crop_padding": None, "crop_scale": None, "flip": None, "color_jitter": 0.3},
     "strong": {
         "crop_padding": None,
         "crop_scale": None,
@@ -20,7 +23,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "erasing": 0.25,
     },
 }
-_PAD_UP_TO = 64  # pixels; larger images are cropped by scale
+SMALL_SIDE = 64  # pixels; larger images are cropped by scale
 _CROP_SCALE = (0.08, 1.0)
 
 
@@ -35,6 +38,7 @@ class AugmentSteps(NamedTuple):
         randaugment_magnitude: The lowest and the highest, both included.
         color_jitter: Largest relative change of brightness, contrast and saturation.
         erasing: Probability of erasing a rectangle.
+        policy: "autoaugment", "augmix" or "three_augment", which the device pipeline does not have.
     """
 
     crop_padding: int | None = None
@@ -44,6 +48,7 @@ class AugmentSteps(NamedTuple):
     randaugment_magnitude: tuple[int, int] = (0, 0)
     color_jitter: float = 0.0
     erasing: float = 0.0
+    policy: str | None = None
 
 
 def resolve(config: AugmentConfig, image_size: ImageSize, flip: float) -> AugmentSteps:
@@ -70,7 +75,7 @@ def resolve(config: AugmentConfig, image_size: ImageSize, flip: float) -> Augmen
     padding, scale = settings["crop_padding"], settings["crop_scale"]
     if scale is None and padding is None:
         sides = height_and_width(image_size)
-        padding, scale = (min(sides) // 8, None) if max(sides) <= _PAD_UP_TO else (None, _CROP_SCALE)
+        padding, scale = (min(sides) // 8, None) if max(sides) <= SMALL_SIDE else (None, _CROP_SCALE)
     magnitude = settings.get("randaugment_magnitude", 0)
     return AugmentSteps(
         crop_padding=padding,
@@ -80,4 +85,5 @@ def resolve(config: AugmentConfig, image_size: ImageSize, flip: float) -> Augmen
         randaugment_magnitude=(magnitude, magnitude) if isinstance(magnitude, int) else tuple(magnitude),
         color_jitter=settings.get("color_jitter", 0.0),
         erasing=settings.get("erasing", 0.0),
+        policy=config.preset if config.preset in OF_WORKERS else None,
     )

@@ -1,6 +1,7 @@
 """Runs beside each other: reads their folders and groups the seeds of one recipe into arms of a study."""
 
 import csv
+import hashlib
 import json
 import math
 import statistics
@@ -16,6 +17,7 @@ from vmoe.errors import UserError
 from vmoe.evaluation.compare.labels import arm_labels, with_router_defaults
 
 _NAMED_BY_ROOT = ("folder", "table", "huggingface", "npz", "webdataset")  # sets that their place tells apart
+_PIPELINE = "data.augment.albumentations"
 _FOREIGN = (KeyError, TypeError, ValueError, OverflowError, AttributeError, yaml.YAMLError, csv.Error)
 
 
@@ -57,6 +59,9 @@ class Run:
         values = {
             key: value for key, value in flatten(self._resolved).items() if key not in others and value is not None
         }
+        if pipeline := (self.config["data"].get("augment") or {}).get("albumentations"):
+            values = {key: value for key, value in values.items() if not key.startswith(f"{_PIPELINE}.")}
+            values[_PIPELINE] = hashlib.sha256(json.dumps(pipeline, sort_keys=True).encode()).hexdigest()[:8]
         if values.get("data.crop") == "centre":  # as all runs had it from before the option came
             del values["data.crop"]
         if self.config["data"].get("name") != "fractals":  # then its settings have no effect
