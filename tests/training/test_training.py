@@ -152,7 +152,7 @@ def test_what_the_training_gave_is_written_where_the_test_fails(run, pictures, c
 def test_images_of_very_many_tokens_are_warned_about_on_a_cpu(run, capsys):
     no_place = ("--moe.capacity_factor", "0.00001", "--moe.capacity_rounding", "round")
     assert run("--data.image_size", "132", *no_place)[0] == 2  # before the first step, which would take long
-    assert "warning: at 132 pixels an image has 1,089 tokens" in capsys.readouterr().out
+    assert "warning: at 132 x 132 pixels an image has 1,089 tokens" in capsys.readouterr().out
 
 
 def test_the_checkpoint_gives_the_model_back(run):
