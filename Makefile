@@ -25,7 +25,7 @@ demo: $(FOR_DEMO)  ## see a trained model's routing, then train on handwritten d
 	$(BIN)/python tools/demo.py
 
 demo-page: .venv/installed  ## write a page that runs the CIFAR-10 model in the browser, into runs/demo-page/
-	$(BIN)/python tools/demo_page.py assets/models/cifar10_small.safetensors --out runs/demo-page
+	$(BIN)/python tools/demo_page.py assets/models/cifar100_tiny.safetensors --out runs/demo-page
 
 # A process a core, each with one thread: tests are many and small.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto

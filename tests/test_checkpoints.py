@@ -250,7 +250,7 @@ def test_a_torchvision_of_another_torch_is_told(tmp_path):
     answer = subprocess.run(library, env=environment, capture_output=True, text=True)
     assert answer.stderr.splitlines()[-1].startswith("ImportError: torchvision was built for another torch; install")
     root = Path(__file__).parents[1]
-    model = root / "assets" / "models" / "cifar10_small.safetensors"
+    model = root / "assets" / "models" / "cifar100_tiny.safetensors"
     tool = [sys.executable, str(root / "tools" / "export.py"), str(model), "--out", str(tmp_path / "new.safetensors")]
     answer = subprocess.run(tool, env=environment, capture_output=True, text=True)
     assert answer.returncode == 2 and answer.stderr.count("\n") == 1, answer.stderr

@@ -20,7 +20,7 @@ from vmoe.cli.main import EXTRAS_OF_JOBS, JOBS
 from vmoe.extras import EXTRAS, MissingExtraError, missing_extra, require_extras, require_module
 
 REPOSITORY = Path(__file__).parents[1]
-MODEL = REPOSITORY / "assets" / "models" / "cifar10_small.safetensors"
+MODEL = REPOSITORY / "assets" / "models" / "cifar100_tiny.safetensors"
 USED = """
 import json
 import sys

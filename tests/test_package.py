@@ -108,7 +108,7 @@ def test_the_steps_of_the_image_for_cpus(tmp_path):
                 entry = yaml.safe_load(rest)
     assert here == tmp_path / "work" and (site / "vmoe" / "configs" / "digits.yaml").is_file()
     picture = REPOSITORY / "vmoe" / "data" / "samples" / "china.jpg"
-    model = REPOSITORY / "assets" / "models" / "cifar10_small.safetensors"
+    model = REPOSITORY / "assets" / "models" / "cifar100_tiny.safetensors"
     done = subprocess.run(
         [*entry, "predict", model, picture], cwd=here, env=environment, capture_output=True, text=True
     )

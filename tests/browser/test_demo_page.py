@@ -18,7 +18,7 @@ from vmoe.serve.demo_page import RUNTIME, RUNTIME_VERSION
 By = pytest.importorskip("selenium.webdriver.common.by", reason="needs selenium").By
 WebDriverWait = pytest.importorskip("selenium.webdriver.support.wait", reason="needs selenium").WebDriverWait
 pytestmark = pytest.mark.browser
-SHIPPED = Path(__file__).parents[2] / "assets" / "models" / "cifar10_small.safetensors"
+SHIPPED = Path(__file__).parents[2] / "assets" / "models" / "cifar100_tiny.safetensors"
 BOUND = 1e-3  # of a logit
 
 

@@ -16,7 +16,7 @@ from vmoe.cli.export import main
 from vmoe.export import programs
 from vmoe.export.card import model_card
 
-SHIPPED = Path(__file__).parents[2] / "assets" / "models" / "cifar10_small.safetensors"
+SHIPPED = Path(__file__).parents[2] / "assets" / "models" / "cifar100_tiny.safetensors"
 MOE = {"num_experts": 3, "top_k": 2, "layers": [1]}
 
 

@@ -29,7 +29,7 @@ from vmoe.export.predictor import load_predictor
 
 pytest.importorskip("litserve")
 REPOSITORY = Path(__file__).parents[2]
-SHIPPED = REPOSITORY / "assets" / "models" / "cifar10_small.safetensors"
+SHIPPED = REPOSITORY / "assets" / "models" / "cifar100_tiny.safetensors"
 KEY = "the kĕy"
 ORIGIN = "https://example.org"
 BOUND = 1e-6  # of a probability: as products of matrices of other sizes round
@@ -228,7 +228,7 @@ def test_the_server_describes_itself(server):
     assert set(found) == set(schema["properties"])
     assert set(found["predictions"][0]) == set(schema["properties"]["predictions"]["items"]["properties"])
     told = json.loads(server.ask("GET", "/info")[1])
-    assert len(told["model"]["classes"]) == 10 and told["server"]["devices"] == ["cpu"]
+    assert len(told["model"]["classes"]) == 100 and told["server"]["devices"] == ["cpu"]
     layer = schema["properties"]["routing"]["additionalProperties"]["properties"]
     assert all(set(told) == set(layer) for told in found["routing"].values())
 
@@ -261,7 +261,7 @@ def test_a_data_url_is_an_image(server):
 
 def test_routing_is_told(server, predictor):
     status, answer = server.predict(encoded(noise(2)), routing="true")
-    assert status == 200 and list(answer["routing"]) == ["blocks.5.mlp", "blocks.7.mlp"]
+    assert status == 200 and list(answer["routing"]) == [f"blocks.{block}.mlp" for block in (1, 3, 5, 7)]
     for layer in answer["routing"].values():
         assert layer["grid"] == [8, 8] and np.shape(layer["first_choice"]) == (8, 8)
         assert len(layer["choice_share"]) == 8 and sum(layer["choice_share"]) == pytest.approx(1)

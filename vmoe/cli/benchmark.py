@@ -76,7 +76,7 @@ clients that each ask again as soon as they are answered, then sends it damaged 
 clients run in this process: on the same machine they take processor time from the server. The key, if the server asks
 for one, is read from VMOE_API_KEY.
 
-  vmoe serve assets/models/cifar10_small.safetensors &
+  vmoe serve assets/models/cifar100_tiny.safetensors &
   vmoe benchmark serve --clients 1 8 64
 
 Writes serve.json and serve.md.

@@ -13,7 +13,7 @@ from vmoe.data.datasets import load_splits
 from vmoe.data.samples import PHOTOGRAPHS, credit, photograph_path
 from vmoe.files import atomic_write
 
-MODEL = Path("assets/models/cifar10_small.safetensors")
+MODEL = Path("assets/models/cifar100_tiny.safetensors")
 CONFIG = Path("configs/digits.yaml")
 RUN = Path("runs/digits")
 PHOTOGRAPH_MAPS = Path("runs/photographs")
@@ -27,7 +27,7 @@ def main(_: list[str]) -> int:
     begun = time.monotonic()
     photographs = [os.path.relpath(photograph_path(name)) for name in PHOTOGRAPHS]
     steps = {
-        "A V-MoE that was trained on CIFAR-10 looks at two photographs": lambda: heatmap.main(
+        "A V-MoE that was trained on CIFAR-100 looks at two photographs": lambda: heatmap.main(
             [str(MODEL), *photographs, "--out", str(PHOTOGRAPH_MAPS)]
         ),
         "Training a V-MoE on handwritten digits": lambda: train.main(

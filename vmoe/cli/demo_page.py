@@ -6,7 +6,7 @@ see the answer change. MODEL is a checkpoint, a run's folder, a safetensors file
 
 The page holds ONNX Runtime Web, which npm fetches unless --runtime names its package.
 
-  vmoe demo-page assets/models/cifar10_small.safetensors --out demo
+  vmoe demo-page assets/models/cifar100_tiny.safetensors --out demo
   vmoe demo-page runs/mine --out demo --images photos/ --runtime onnxruntime-web-1.30.0.tgz
 """
 

@@ -4,7 +4,7 @@ resized), or all its classes where the model knows several per image. MODEL is a
 safetensors file, a folder written by `vmoe export --format hub`, the name of one on the hub (hf-hub:USER/NAME), or an
 ONNX file. Files that cannot be read as images are listed at the end.
 
-  vmoe predict assets/models/cifar10_small.safetensors photo.jpg holiday/ --csv answers.csv
+  vmoe predict assets/models/cifar100_tiny.safetensors photo.jpg holiday/ --csv answers.csv
   vmoe predict runs/mine holiday/ --threshold 0.5 --tta --embeddings vectors.npz
   vmoe predict cifar10_small.onnx photo.jpg --top 1
 """

@@ -3,7 +3,7 @@ Answers over HTTP what is in pictures, in batches of the requests that wait (pip
 `vmoe predict` takes. Only this machine reaches it unless --host says otherwise. Where the environment holds
 VMOE_API_KEY, requests must send it in the header X-API-Key. Ctrl-C or SIGTERM stops it after the last answer.
 
-  vmoe serve assets/models/cifar10_small.safetensors
+  vmoe serve assets/models/cifar100_tiny.safetensors
   curl -F image=@photo.jpg http://127.0.0.1:8000/predict
   curl -F image=@photo.jpg -F top=1 -F routing=true http://127.0.0.1:8000/predict
   curl http://127.0.0.1:8000/health
