@@ -24,7 +24,7 @@ install: .venv/installed  ## create .venv and install the project with its tools
 demo: $(FOR_DEMO)  ## see a trained model's routing, then train on handwritten digits and draw it (2 to 5 minutes)
 	$(BIN)/python tools/demo.py
 
-demo-page: .venv/installed  ## write a page that runs the CIFAR-10 model in the browser, into runs/demo-page/
+demo-page: .venv/installed  ## write a page that runs the shipped model in the browser, into runs/demo-page/
 	$(BIN)/python tools/demo_page.py assets/models/cifar100_tiny.safetensors --out runs/demo-page
 
 # A process a core, each with one thread: tests are many and small.
