@@ -5,7 +5,8 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = ("vmoe/training/config.py", "vmoe/data/config.py", "vmoe/moe/config.py")  # whose dataclasses hold all keys
+# Whose dataclasses hold all keys
+CONFIGS = ("vmoe/training/config.py", "vmoe/data/config.py", "vmoe/data/sections.py", "vmoe/moe/config.py")
 
 
 def config_keys() -> str:

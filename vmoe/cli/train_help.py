@@ -5,7 +5,8 @@ import textwrap
 from collections.abc import Iterable
 from typing import get_args
 
-from vmoe.data.config import Preset, SetName
+from vmoe.data.config import SetName
+from vmoe.data.sections import Preset
 from vmoe.training.recipes import recipe_names
 
 _SHORT = """\

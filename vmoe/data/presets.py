@@ -3,7 +3,7 @@
 import warnings
 from typing import Any, NamedTuple
 
-from vmoe.data.config import OF_WORKERS, AugmentConfig
+from vmoe.data.sections import OF_WORKERS, AugmentConfig
 from vmoe.sizes import ImageSize, height_and_width
 
 # The values a preset gives to settings left at None; it uses no other settings.
