@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from vmoe.data import ImageDataModule, prepare_image
     from vmoe.evaluation.evaluate import evaluate
     from vmoe.explain.heatmap.files import write_heatmaps
-    from vmoe.models import create_model, densify, freeze, load_jax_checkpoint, sparsify
+    from vmoe.models import add_lora, create_model, densify, freeze, load_jax_checkpoint, merge_lora, sparsify
     from vmoe.moe import (
         MoeConfig,
         MoeMlp,
@@ -41,7 +41,9 @@ else:  # hidden from type checkers, which would take any name for one of this pa
             "vmoe.training.classifier": ["Classifier"],
             "vmoe.training.fit": ["fit"],
             "vmoe.training.tuning": ["tune"],
-            "vmoe.models": ["create_model", "densify", "freeze", "load_jax_checkpoint", "sparsify"],
+            "vmoe.models": [
+                *("add_lora", "create_model", "densify", "freeze", "load_jax_checkpoint", "merge_lora", "sparsify"),
+            ],
             "vmoe.moe": ["MoeConfig", "MoeMlp", *CONTROL_NAMES],
         },
         inner=["data", "evaluation", "models", "moe", "routing"],
@@ -58,6 +60,7 @@ __all__ = [
     "RoutingMonitor",
     "TrainedModel",
     "__version__",
+    "add_lora",
     "auxiliary_loss",
     "create_model",
     "densify",
@@ -66,6 +69,7 @@ __all__ = [
     "freeze",
     "load",
     "load_jax_checkpoint",
+    "merge_lora",
     "moe_layers",
     "prepare_image",
     "record_routing",

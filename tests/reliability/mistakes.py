@@ -103,6 +103,13 @@ MISTAKES: dict[str, list[Mistake]] = {
         _config("experts to freeze in a dense model", "--moe null --finetune.freeze experts"),
         _config("nothing left to learn", "--finetune.freeze [backbone,experts,routers,head.*]"),
         _config("nothing to freeze", "--finetune.freeze []"),
+        _config("adapters of a part that is none", "--finetune.lora.rank 4 --finetune.lora.targets [conv]"),
+        _config(
+            "adapters of experts in a dense model",
+            "--moe null --finetune.lora.rank 4 --finetune.lora.targets [experts]",
+        ),
+        _config("adapters without a rank", "--finetune.lora.alpha 3"),
+        _config("adapters by Muon", "--finetune.lora.rank 4 --optim.name muon"),
         _config(
             "activations computed again in a CUDA graph", "--trainer.grad_checkpointing true --trainer.cuda_graph true"
         ),

@@ -127,6 +127,31 @@ def test_a_run_without_validation_resumes_too(recipe, tmp_path, monkeypatch):
     _assert_same(resumed, unbroken)
 
 
+def test_adapters_resume_and_every_tool_opens_them(recipe, tmp_path, monkeypatch):
+    unbroken, resumed = RunFolder(tmp_path / "unbroken"), RunFolder(tmp_path / "resumed")
+    options = [
+        "--config",
+        str(recipe),
+        "--finetune.lora.rank",
+        "2",
+        "--optim.name",
+        "adamw",
+        "--optim.adamw_lr",
+        "null",
+    ]
+    assert main([*options, "--output_dir", str(unbroken.path)]) == 0
+    with monkeypatch.context() as patch:
+        _stop_at(patch, 7)
+        assert main([*options, "--output_dir", str(resumed.path)]) == 128 + signal.SIGTERM
+    torch.manual_seed(123)
+    assert main(["--config", str(resumed.config), "--resume"]) == 0
+    _assert_same(resumed, unbroken)
+    arguments = [str(unbroken.path), "--device", "cpu", "--json", str(tmp_path / "r.json"), "--out", str(tmp_path)]
+    assert evaluate(arguments) == 0
+    found = json.loads((tmp_path / "r.json").read_text())["results"][0]["top1"]
+    assert found == pytest.approx(json.loads(unbroken.summary.read_text())["metrics"]["test/top1"])
+
+
 def test_a_plateau_resumes_with_its_falls(recipe, tmp_path, monkeypatch):
     """With a rate that is too high for val/loss to fall."""
     unbroken, resumed = RunFolder(tmp_path / "unbroken"), RunFolder(tmp_path / "resumed")

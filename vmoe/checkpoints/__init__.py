@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         read_checkpoint,
         read_without_tensors,
         trained_weights,
+        unmerged_weights,
     )
     from vmoe.checkpoints.own import describe, save
     from vmoe.checkpoints.run_folder import WITHOUT_EFFECT, RunFolder, flatten
@@ -49,7 +50,7 @@ else:  # a run's folder can be read without torch
             "vmoe.checkpoints.foreign": ["read_foreign_weights"],
             "vmoe.checkpoints.loading": [
                 *("copy_checkpoint", "find_checkpoint", "load", "load_checkpoint", "read_checkpoint"),
-                *("read_without_tensors", "trained_weights"),
+                *("read_without_tensors", "trained_weights", "unmerged_weights"),
             ],
             "vmoe.checkpoints.own": ["describe", "save"],
             "vmoe.checkpoints.run_folder": ["WITHOUT_EFFECT", "RunFolder", "flatten"],
@@ -85,6 +86,7 @@ __all__ = [
     "shared_config",
     "timm_arguments",
     "trained_weights",
+    "unmerged_weights",
     "write_changed",
     "write_content",
     "write_safetensors",

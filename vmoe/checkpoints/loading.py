@@ -26,6 +26,7 @@ from vmoe.checkpoints.sharded import is_sharded, read_folder, read_plain_part
 from vmoe.checkpoints.trained import TrainedModel, as_trained
 from vmoe.errors import UserError
 from vmoe.files import atomic_write, new_folder
+from vmoe.models.lora import merged_weights
 from vmoe.models.sources import with_source
 from vmoe.moe import MoeConfig
 from vmoe.moe.int8 import dequantise
@@ -173,8 +174,14 @@ def copy_checkpoint(source: Path, target: Path) -> None:
 def trained_weights(content: dict[str, Any]) -> dict[str, Tensor]:
     """The state dict of a checkpoint's model: with the average of the weights (EMA) where the run kept one.
 
-    What a subclass of Classifier has beside its model is left out.
+    Low-rank adapters are part of the weights that they belong to. What a subclass of Classifier has beside its model is
+    left out.
     """
+    return merged_weights(unmerged_weights(content))
+
+
+def unmerged_weights(content: dict[str, Any]) -> dict[str, Tensor]:
+    """As `trained_weights`, with low-rank adapters apart, as the model has them while it is trained."""
     state = content["state_dict"]
     weights = {key.removeprefix(MODEL_PREFIX): value for key, value in state.items() if key.startswith(MODEL_PREFIX)}
     ema = content[ENTRY].get("ema")

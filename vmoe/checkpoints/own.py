@@ -16,6 +16,7 @@ from vmoe.checkpoints.shared import shared_config
 from vmoe.checkpoints.trained import TrainedModel
 from vmoe.checkpoints.writing import write_weights
 from vmoe.errors import UserError
+from vmoe.models.lora import merge_lora
 from vmoe.models.surgery import CREATED_WITH
 from vmoe.moe import moe_layers
 from vmoe.sizes import ImageSize, as_size, height_and_width
@@ -119,9 +120,9 @@ def describe(
 
 
 def _plain_copy(model: nn.Module) -> nn.Module:
-    """A copy on the CPU in float32 and evaluation mode, as a file's model is."""
+    """A copy on the CPU in float32 and evaluation mode, as a file's model is; adapters are part of its weights."""
     with torch.no_grad():
-        return copy.deepcopy(model).cpu().float().eval()
+        return merge_lora(copy.deepcopy(model).cpu().float().eval())
 
 
 def _size_of(model: nn.Module) -> ImageSize:

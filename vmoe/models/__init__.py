@@ -6,6 +6,7 @@ from vmoe.imports import names_on_demand
 from vmoe.models import registry  # registers the named models in timm
 from vmoe.models.densify import densify
 from vmoe.models.freezing import freeze
+from vmoe.models.lora import add_lora, merge_lora
 from vmoe.models.surgery import create_model, sparsify
 
 if TYPE_CHECKING:
@@ -13,4 +14,13 @@ if TYPE_CHECKING:
 else:  # it needs msgpack, which the extra `jax` brings
     __getattr__ = names_on_demand(__name__, {"vmoe.models.jax_import": ["load_jax_checkpoint"]})
 
-__all__ = ["create_model", "densify", "freeze", "load_jax_checkpoint", "registry", "sparsify"]
+__all__ = [
+    "add_lora",
+    "create_model",
+    "densify",
+    "freeze",
+    "load_jax_checkpoint",
+    "merge_lora",
+    "registry",
+    "sparsify",
+]

@@ -19,10 +19,12 @@ from vmoe.checkpoints import (
     read_checkpoint,
     read_foreign_weights,
     trained_weights,
+    unmerged_weights,
 )
 from vmoe.config_values import to_plain
 from vmoe.data import ImageDataModule
 from vmoe.errors import UserError
+from vmoe.models.lora import has_lora
 from vmoe.training.config import OptimConfig
 
 
@@ -76,7 +78,8 @@ def restored(
     else:
         weights = read_foreign_weights(path)
         if weights is None:
-            weights = trained_weights(read_checkpoint(path))
+            content = read_checkpoint(path)
+            weights = unmerged_weights(content) if has_lora(model) else trained_weights(content)
         with _one_line_of_misfits(path):
             model.load_state_dict(weights, strict=strict)
         task = cls(model.to(device), **changes)

@@ -340,6 +340,32 @@ class DistillConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (LoRA): small matrices learn beside weights that are kept; the files of the run hold both.
+
+    Args:
+        rank: Of each adapter, of each expert's too; null adds none. With one all else is frozen, except the classifier
+            and the routers.
+        alpha: Adapters are multiplied by alpha / rank.
+        targets: What gets them, of attention, mlp and experts; null is all that the model has.
+    """
+
+    rank: int | None = None
+    alpha: float = 16.0
+    targets: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        _need(self, "rank", self.rank is None or self.rank >= 1, "a whole number >= 1, or null")
+        _need(self, "alpha", 0 < self.alpha < float("inf"), "above 0 and finite")
+        known = ("attention", "mlp", "experts")
+        is_known = self.targets is None or (bool(self.targets) and set(self.targets) <= set(known))
+        _need(self, "targets", is_known, f"a list of {', '.join(known)}, or null")
+        for name in ("alpha", "targets"):
+            has_effect = self.rank is not None or getattr(self, name) == getattr(LoraConfig, name)
+            _need(self, name, has_effect, "left out without lora.rank")
+
+
+@dataclass(frozen=True)
 class FinetuneConfig:
     """Which parts of a model learn, for fine-tuning what `init_from` brings.
 
@@ -347,9 +373,11 @@ class FinetuneConfig:
         freeze: What keeps its weights, one or a list of: experts, routers, backbone (all but the classifier, the
             experts and the routers), all_but_head (all but the classifier: a linear probe, for which the rest computes
             as in evaluation), or patterns of parameters' names, such as blocks.[0-5].*; null freezes nothing.
+        lora: Low-rank adapters.
     """
 
     freeze: list[str] | str | None = None
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self) -> None:
         _need(self, "freeze", self.freeze is None or len(self.freeze) > 0, "one or several words, or null")
@@ -403,6 +431,11 @@ class TrainConfig:
         _need(self, "seed", 0 <= self.seed < 2**32, "from 0 to 4294967295")
         if self.moe is not None and self.moe.inject_auxiliary_loss:
             raise ValueError("moe.inject_auxiliary_loss=True: must be false here, this trainer adds the loss itself")
+        if self.finetune.lora.rank is not None:
+            if self.optim.name == "muon":
+                raise ValueError("finetune.lora.rank: must be null with optim.name=muon, which is for whole matrices")
+            if self.parallel.strategy in ("fsdp", "expert"):
+                raise ValueError(f"finetune.lora.rank: must be null with parallel.strategy={self.parallel.strategy}")
         if self.parallel.strategy in ("fsdp", "expert"):
             why = f"with parallel.strategy={self.parallel.strategy}"
             if self.trainer.precision == "fp16":

@@ -15,6 +15,7 @@ from vmoe.data import ImageDataModule
 from vmoe.errors import UserError
 from vmoe.models.cost import check_training_capacity
 from vmoe.models.freezing import freeze, is_linear_probe
+from vmoe.models.lora import add_lora
 from vmoe.models.sources import architecture_of
 from vmoe.moe.assignment import CapacityError
 from vmoe.sizes import ImageSize, size_text
@@ -91,7 +92,7 @@ def new_module(
     draws = SampleDraws(config.seed) if config.parallel.draws == "sample" else None
     if draws is not None:
         draws.install(model)
-    _freeze(model, config)
+    _choose_what_learns(model, config)
     if config.trainer.grad_checkpointing:
         _checkpoint_blocks(model, config.model.name)
     multi_label = facts is not None and facts.multi_label
@@ -107,11 +108,17 @@ def new_module(
     return module
 
 
-def _freeze(model: nn.Module, config: TrainConfig) -> None:
-    if config.finetune.freeze is None:
-        return
+def _choose_what_learns(model: nn.Module, config: TrainConfig) -> None:
+    """Adds low-rank adapters and freezes what the config asks for."""
+    lora, what = config.finetune.lora, config.finetune.freeze
     try:
-        freeze(model, config.finetune.freeze)
+        if lora.rank is not None:
+            add_lora(model, lora.rank, lora.alpha, lora.targets)
+    except ValueError as error:
+        raise UserError(f"finetune.lora.{error}", everywhere=True) from error
+    try:
+        if what is not None:
+            freeze(model, what)
     except ValueError as error:
         raise UserError(f"finetune.freeze={error}", everywhere=True) from error
 

@@ -10,7 +10,7 @@ import torch
 from lightning import seed_everything
 from lightning.pytorch import Trainer
 
-from vmoe.checkpoints import RunFolder, read_checkpoint, trained_weights
+from vmoe.checkpoints import RunFolder, read_checkpoint, unmerged_weights
 from vmoe.checkpoints.run_folder import is_tested, note_epochs
 from vmoe.checkpoints.state import SavedRun, read_saved_run
 from vmoe.data import ImageDataModule
@@ -270,7 +270,7 @@ class _Run:
         """The best checkpoint on the test images, and on training images as they are: are they learnt, or only
         recalled?
         """
-        load_weights(module.model, trained_weights(read_checkpoint(self.folder.best)))
+        load_weights(module.model, unmerged_weights(read_checkpoint(self.folder.best)))
         module.average = None  # which is of the last update
         metrics = {}
         for split, loader in (("test", data.test_dataloader()), ("train_clean", data.train_eval_dataloader())):
