@@ -17,6 +17,7 @@ from reliability.spoilt import spoil
 
 import vmoe
 from vmoe.cli.main import JOBS, main
+from vmoe.cli.short_help import SHORT
 from vmoe.training.config import TrainConfig
 from vmoe.training.options import option_names
 
@@ -79,7 +80,7 @@ def assert_names_what_is_there(job: str, mistake: Mistake, line: str) -> None:
 @cache
 def help_of(job: str, *sub_job: str) -> str:
     with contextlib.redirect_stdout(io.StringIO()) as told, contextlib.suppress(SystemExit):
-        main([*([job] if job else []), *sub_job, "--help"])
+        main([*([job] if job else []), *sub_job, "--help-all" if job in SHORT else "--help"])
     return told.getvalue()
 
 
