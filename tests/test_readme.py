@@ -74,7 +74,7 @@ def test_readme_is_short():
 
 def test_python_of_readme_runs(pictures):
     names = run_python("README.md")
-    assert len(names["labels"]) == 3 and names["probabilities"].shape == (3, 10)
+    assert len(names["labels"]) == 3 and names["probabilities"].shape == (3, 100)
     assert (pictures / "heatmaps" / "photo-overview.png").exists() and (pictures / "heatmaps" / "index.html").exists()
     assert tuple(names["run"].model.class_names) == CLASSES and "test/top1" in names["twin"].metrics
     assert not list(vmoe.moe_layers(names["twin"].model)) and list(vmoe.moe_layers(names["run"].model))

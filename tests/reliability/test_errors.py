@@ -62,7 +62,7 @@ def assert_names_what_is_there(job: str, mistake: Mistake, line: str) -> None:
     sub_job = arguments[:1] if job == "benchmark" and "layers" not in arguments else []
     text = help_of(job, *sub_job)
     options = set(re.findall(r"--[a-z][\w-]*", text))
-    takes_keys = job in ("train", "plan", "distill", "data") or sub_job == ["data"]
+    takes_keys = job in ("train", "plan", "distill", "data", "tune") or sub_job == ["data"]
     if takes_keys:
         options |= {f"--{name}" for name in (*option_names(TrainConfig), "config", "print_config", "resume")}
     elsewhere = re.sub(r"`[^`]*`|'[^']*'|\.NAME\b", "", line)
