@@ -8,6 +8,7 @@ from vmoe.version import __version__
 if TYPE_CHECKING:
     from vmoe.checkpoints import TrainedModel, load, save
     from vmoe.data import ImageDataModule, prepare_image
+    from vmoe.evaluation.calibration import calibrate
     from vmoe.evaluation.evaluate import evaluate
     from vmoe.explain.heatmap.files import write_heatmaps
     from vmoe.models import add_lora, create_model, densify, freeze, load_jax_checkpoint, merge_lora, sparsify
@@ -32,6 +33,7 @@ else:  # hidden from type checkers, which would take any name for one of this pa
     __getattr__ = names_on_demand(
         __name__,
         {
+            "vmoe.evaluation.calibration": ["calibrate"],
             "vmoe.evaluation.evaluate": ["evaluate"],
             "vmoe.explain.heatmap.files": ["write_heatmaps"],
             "vmoe.routing.recording": ["record_routing"],
@@ -62,6 +64,7 @@ __all__ = [
     "__version__",
     "add_lora",
     "auxiliary_loss",
+    "calibrate",
     "create_model",
     "densify",
     "evaluate",

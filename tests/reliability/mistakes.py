@@ -300,6 +300,8 @@ MISTAKES: dict[str, list[Mistake]] = {
         Mistake("no answers", "run photo.png --top 0"),
         Mistake("a threshold that is no probability", "run photo.png --threshold 2"),
         Mistake("the routing of a dense model", "dense photo.png --routing"),
+        Mistake("sets of a model that is not calibrated", "run photo.png --coverage 0.9"),
+        Mistake("a program of torch.export", "lost.pt2 photo.png"),
         Mistake("weights that are NaN", "nan.ckpt photo.png"),
         Mistake("a result in a place that is a file", "run photo.png --csv tiny.yaml/x.csv"),
         Mistake("a folder in place of a result's file", "run photo.png --csv tree"),
@@ -322,6 +324,12 @@ MISTAKES: dict[str, list[Mistake]] = {
         Mistake("an option of another format", "run --format onnx --out new.onnx --dtype float16"),
         Mistake("a licence without a hub", "run --out new.safetensors --license mit"),
         Mistake("a place that is a file", "run --out tiny.yaml/new.safetensors"),
+    ],
+    "calibrate": [
+        Mistake("a checkpoint that is not there", "lost --out new.safetensors"),
+        Mistake("a name of another format", "run --out new.ckpt"),
+        Mistake("a set of other classes", "run --out new.safetensors --data patchwork"),
+        Mistake("classes by number", "run --out new.safetensors --classes by-number"),
     ],
     "consolidate": [
         Mistake("a run that is not there", "lost --out new.safetensors"),

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from vmoe.checkpoints.calibration import is_calibration
 from vmoe.errors import UserError
 from vmoe.sizes import ImageSize, as_size
 
@@ -37,6 +38,7 @@ class ModelFacts:
     crop: str = "centre"  # how pictures of another shape are fitted to the image size, as in `DataConfig`
     multi_label: bool = False  # whether an image may have several classes: each logit is of a sigmoid of its own
     thresholds: Sequence[float] | None = None  # of several classes: the probability of each from which an image has it
+    calibration: dict[str, Any] | None = None  # by `vmoe.calibrate`; see `vmoe.checkpoints.calibration`
 
     @property
     def is_plain(self) -> bool:
@@ -64,6 +66,8 @@ def entry_for(facts: ModelFacts, epochs_done: int = 0, step: int | None = None) 
             del entry[name]
     if facts.crop == "centre":
         del entry["crop"]
+    if facts.calibration is None:
+        del entry["calibration"]
     if not isinstance(facts.image_size, int):
         entry["image_size"] = list(facts.image_size)
     lists = {name: list(entry[name]) for name in ("class_names", "mean", "std")}
@@ -84,6 +88,7 @@ def facts_of(content: dict[str, Any]) -> ModelFacts:
         crop=ours.get("crop", "centre"),
         multi_label=ours.get("multi_label", False),
         thresholds=ours.get("thresholds"),
+        calibration=ours.get("calibration"),
     )
 
 
@@ -157,6 +162,7 @@ def _fault(content: dict[str, Any], ours: dict[str, Any]) -> str | None:
         "multi_label must be true or false": isinstance(ours.get("multi_label", False), bool),
         "thresholds must be a number for each class or None": _are_thresholds(ours.get("thresholds"), names),
         "bit_depth must be from 1 to 32 or None": _is_depth(ours.get("bit_depth")),
+        "calibration must be what vmoe.calibrate gives": is_calibration(ours.get("calibration")),
         "epochs_done must be a whole number": _is_count(ours.get("epochs_done")),
         "state_dict must hold the weights": isinstance(content.get("state_dict", {}), dict),
         "global_step must be a whole number": _is_count(content.get("global_step")),

@@ -63,6 +63,8 @@ def save(
         raise UserError(f"path={path}: must end in .safetensors or .ckpt")
     model = getattr(model, "_orig_mod", model)  # of torch.compile(model)
     facts = describe(model, class_names, image_size=image_size, crop=crop, mean=mean, std=std, name=name, kwargs=kwargs)
+    if isinstance(model, TrainedModel) and class_names is None:
+        facts = dataclasses.replace(facts, calibration=model.calibration)
     done = (model.epoch, model.step) if isinstance(model, TrainedModel) else (0, 0)
     write_weights(path, _plain_copy(model).state_dict(), facts, *done)
 

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vmoe.checkpoints.calibration import class_sets, least_probability
 from vmoe.checkpoints.trained import TrainedModel
 from vmoe.data.bit_depth import depth_lines, depth_of_files
 from vmoe.data.image_files import PassedOver, find_images
@@ -39,6 +40,7 @@ class Predictions:
         notes: Lines to say, such as what was passed over in folders.
         bit_depth: By which files with more than 8 bits per channel were read; None where there were none.
         multi_label: Whether a picture may have several classes, or none.
+        calibration: The model's, for `sets`; None with `tta`, for which no model is calibrated.
     """
 
     labels: list[str] | list[list[str]]
@@ -51,6 +53,7 @@ class Predictions:
     notes: list[str]
     bit_depth: int | None
     multi_label: bool = False
+    calibration: dict[str, Any] | None = None
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.labels, self.probabilities))
@@ -76,6 +79,21 @@ class Predictions:
             return names_above(self.probabilities, self.class_names, threshold)
         sure = self.probabilities.max(-1, initial=0) >= threshold
         return [label if known else UNKNOWN for label, known in zip(self.labels, sure.tolist(), strict=True)]
+
+    def sets(self, coverage: float) -> list[list[str]]:
+        """For each picture a set of classes, the most probable first.
+
+        For pictures as those that the model was calibrated by, a set holds the right class with the probability
+        `coverage`, on average over such calibrations and pictures (split conformal prediction).
+
+        Raises:
+            UserError: The model is not calibrated, or not for so high a coverage.
+        """
+        if self.calibration is None:
+            raise UserError(f"coverage={coverage:g}: needs a model that vmoe.calibrate has calibrated, without tta")
+        chosen = class_sets(self.probabilities, least_probability(self.calibration, coverage))
+        order = (-self.probabilities).argsort(-1, kind="stable")
+        return [[self.class_names[index] for index in row if chosen[place, index]] for place, row in enumerate(order)]
 
 
 def names_above(
@@ -158,6 +176,7 @@ def predict(
         notes=notes,
         bit_depth=bit_depth,
         multi_label=model.multi_label,
+        calibration=None if tta else model.calibration,
     )
 
 

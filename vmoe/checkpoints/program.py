@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from vmoe.checkpoints.calibration import is_calibration
 from vmoe.checkpoints.entry import ModelFacts
 from vmoe.errors import UserError
 from vmoe.sizes import ImageSize, as_size
@@ -28,6 +29,7 @@ def program_metadata(facts: ModelFacts) -> dict[str, Any]:
         "mean": list(facts.mean),
         "std": list(facts.std),
         "bit_depth": facts.bit_depth,
+        **({} if facts.calibration is None else {"calibration": facts.calibration}),
         "preprocessing": f"{_CROPS[facts.crop]}; (pixel / 255 - mean) / std",
         **({"multi_label": True, "thresholds": facts.thresholds} if facts.multi_label else {}),
     }
@@ -44,6 +46,12 @@ def _crop(value: Any) -> str:
     if value not in _CROPS:
         raise ValueError(f"crop={value!r}")
     return str(value)
+
+
+def _calibration(value: Any) -> dict[str, Any] | None:
+    if not is_calibration(value):
+        raise ValueError("calibration")
+    return value
 
 
 def facts_of_program(text: str, path: Path) -> ModelFacts:
@@ -69,6 +77,7 @@ def facts_of_program(text: str, path: Path) -> ModelFacts:
             crop=_crop(content.get("crop", "centre")),
             multi_label=bool(content.get("multi_label", False)),
             thresholds=content.get("thresholds"),
+            calibration=_calibration(content.get("calibration")),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: its metadata is damaged; write it again by `vmoe export --format onnx`") from error

@@ -95,8 +95,10 @@ def _write_shared(
         path: Where the file goes.
         weights: The model's state dict.
         content: The checkpoint.
-        changes: Sections of its config that are others for these weights.
+        changes: Sections of its config that are others for these weights, which are not calibrated then.
     """
     facts = facts_of(content).by_architecture()
+    if changes is not None:
+        facts = replace(facts, calibration=None)
     facts = replace(facts, config=shared_config(facts.config) | (changes or {}))
     write_weights(path, weights, facts, content[ENTRY]["epochs_done"], content["global_step"])

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +17,7 @@ if TYPE_CHECKING:
     from vmoe.checkpoints.prediction import Picture, Predictions
     from vmoe.progress import Progress
 
-_KNOWN = (
-    *("config", "class_names", "image_size", "crop", "mean", "std", "bit_depth", "multi_label", "thresholds"),
-    *("epoch", "step", "path"),
-)
+_KNOWN = (*(each.name for each in fields(ModelFacts) if each.name != "architecture"), "epoch", "step", "path")
 
 
 class TrainedModel(nn.Module):
@@ -44,6 +41,7 @@ class TrainedModel(nn.Module):
             `vmoe.prepare_image`); None where it met no such file.
         multi_label: Whether an image may have several classes, or none: each logit is then of a sigmoid of its own.
         thresholds: With `multi_label` the probability of each class from which an image has it; None: 0.5 for all.
+        calibration: What `vmoe.calibrate` found, by which `Predictions.sets` gives sets of classes; None without it.
     """
 
     config: dict[str, Any]
@@ -58,6 +56,7 @@ class TrainedModel(nn.Module):
     bit_depth: int | None
     multi_label: bool
     thresholds: list[float] | None
+    calibration: dict[str, Any] | None = None
 
     @property
     def model(self) -> "TrainedModel":
@@ -101,6 +100,12 @@ class TrainedModel(nn.Module):
 
         return predict(self, pictures, batch_size, bit_depth, skip_damaged, tta, features, progress)
 
+    def train(self, mode: bool = True) -> "TrainedModel":
+        """Sets training or evaluation mode as any module does; a model that is to be trained is not calibrated."""
+        if mode:
+            self.calibration = None
+        return super().train(mode)
+
     @property
     def facts(self) -> ModelFacts:
         """What a file must tell of this model."""
@@ -114,17 +119,18 @@ class TrainedModel(nn.Module):
             crop=self.crop,
             multi_label=self.multi_label,
             thresholds=self.thresholds,
+            calibration=self.calibration,
         )
 
     def with_facts_for(self, other: nn.Module, class_names: list[str] | None = None) -> "TrainedModel":
-        """Makes another model, in place, know what this one knows.
+        """Makes another model, in place, know what this one knows, except its calibration.
 
         Args:
             other: A model for the same images.
             class_names: The names of its classes; None: this one's.
         """
         names = self.class_names if class_names is None else class_names
-        facts = replace(self.facts, class_names=names)
+        facts = replace(self.facts, class_names=names, calibration=None)
         if self.thresholds is not None:
             of_class = dict(zip(self.class_names, self.thresholds, strict=True))
             facts = replace(facts, thresholds=[of_class.get(name, 0.5) for name in names])

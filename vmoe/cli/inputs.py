@@ -44,7 +44,7 @@ def load_data(checkpoint: "TrainedModel", options: argparse.Namespace) -> "Image
     """
     from vmoe.evaluation.evaluate import open_data
 
-    data, lines = open_data(checkpoint, _changed_config(checkpoint, options), options.classes)
+    data, lines = open_data(checkpoint, changed_config(checkpoint, options), options.classes)
     for line in lines:
         print(printable(line), file=sys.stderr)
     return data
@@ -176,7 +176,7 @@ def load_files(
     from vmoe.data.image_files import none_readable
     from vmoe.data.loading import ImageLoader, UnlabelledImages
 
-    config = _changed_config(checkpoint, options)
+    config = changed_config(checkpoint, options)
     count = len(paths)
     depth = depth_of(checkpoint.bit_depth, paths)
     paths, damaged = readable_files(paths, config.workers or torch.get_num_threads(), depth)
@@ -209,7 +209,7 @@ def _columns(given: Sequence[str]) -> "TableConfig":
         raise UserError(f"--columns {error}") from error
 
 
-def _changed_config(checkpoint: "TrainedModel", options: argparse.Namespace) -> "DataConfig":
+def changed_config(checkpoint: "TrainedModel", options: argparse.Namespace) -> "DataConfig":
     """The data of a checkpoint with the options' changes."""
     from vmoe.data import DataConfig
     from vmoe.evaluation.evaluate import data_for, trained_on

@@ -21,6 +21,7 @@ GROUPS = {
     "Use and measure": {
         "predict": "name what is in pictures, with a checkpoint or an exported model",
         "evaluate": "measure a checkpoint: accuracy, calibration, speed, dropped tokens",
+        "calibrate": "make a checkpoint's probabilities fit how often it is right",
         "heatmap": "draw which expert each patch of an image goes to",
         "explore": "see, measure and test what the experts do, on one page",
         "serve": "answer over HTTP what is in pictures",
@@ -44,6 +45,7 @@ JOBS = {job: text for group in GROUPS.values() for job, text in group.items()}
 EXTRAS_OF_JOBS = {
     "train": ("train",),
     "evaluate": ("train",),
+    "calibrate": ("train",),
     "heatmap": ("analysis",),
     "explore": ("train", "analysis"),
     "sweep": ("train", "analysis"),

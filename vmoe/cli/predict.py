@@ -6,6 +6,7 @@ ONNX file. Files that cannot be read as images are listed at the end.
 
   vmoe predict assets/models/cifar100_tiny.safetensors photo.jpg holiday/ --csv answers.csv
   vmoe predict runs/mine holiday/ --threshold 0.5 --tta --embeddings vectors.npz
+  vmoe predict calibrated.safetensors holiday/ --coverage 0.9
   vmoe predict cifar10_small.onnx photo.jpg --top 1
 """
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from vmoe.checkpoints import TrainedModel
 
 
-@job({"CKPT": "MODEL"})
+@job({"CKPT": "MODEL", "coverage": "--coverage"})
 def main(argv: list[str]) -> None:
     """Runs the job."""
     from vmoe.cli.inputs import halving_batches
@@ -35,6 +36,7 @@ def main(argv: list[str]) -> None:
 
 def _predicted(options: argparse.Namespace) -> None:
     # Imported here, so that --help and a mistyped option answer at once.
+    from vmoe.checkpoints.calibration import least_probability
     from vmoe.checkpoints.prediction import UNKNOWN
     from vmoe.cli.inputs import note_batches, say_left_out
     from vmoe.cli.progress import Tracked
@@ -56,6 +58,15 @@ def _predicted(options: argparse.Namespace) -> None:
         raise UserError("--routing: a program does not tell its routing; give the checkpoint it was made from")
     if options.embeddings is not None and isinstance(model, Program):
         raise UserError("--embeddings: a program gives logits alone; give the checkpoint it was made from")
+    if options.coverage is not None:
+        if options.tta:
+            raise UserError("--coverage: goes without --tta, for which no model is calibrated")
+        if model.calibration is None:
+            raise UserError(
+                f"--coverage {options.coverage:g}: {options.model} is not calibrated; write a file that is by "
+                f"`vmoe calibrate {options.model} --out FILE`"
+            )
+        least_probability(model.calibration, options.coverage)  # before the work, whether it can be had
     batch = 1 if options.routing else options.batch_size
     note_batches(options, batch, model)
     found = model.predict(
@@ -81,6 +92,9 @@ def _predicted(options: argparse.Namespace) -> None:
     elif options.threshold is not None:
         for label, answer in zip(found.labels_from(options.threshold), answers, strict=True):
             answer["label"] = label
+    if options.coverage is not None:
+        for classes, answer in zip(found.sets(options.coverage), answers, strict=True):
+            answer["set"] = classes
     if options.routing:
         for file, answer in zip(found.pictures, answers, strict=True):
             answer["routing"] = _shares_of_experts(model, file, found.bit_depth)
@@ -90,6 +104,8 @@ def _predicted(options: argparse.Namespace) -> None:
             best = f"{', '.join(answer['labels']) or 'no class'} ({best})"
         elif answer.get("label") == UNKNOWN:
             best = f"{UNKNOWN} ({best})"
+        if "set" in answer:
+            best = f"{' or '.join(answer['set'])} ({best})"
         print(printable(f"{answer['file']}: {best}"))
         for layer, shares in answer.get("routing", {}).items():
             print(f"  {layer}: " + ", ".join(f"expert {index} {share:.0%}" for index, share in _four_largest(shares)))
@@ -116,7 +132,8 @@ def _label_of(answer: dict, class_name: str) -> dict:
     """What a row of the table says of the label, where one is chosen; of several classes, whether this one is."""
     if "labels" in answer:
         return {"is_label": class_name in answer["labels"]}
-    return {"label": answer["label"]} if "label" in answer else {}
+    label = {"label": answer["label"]} if "label" in answer else {}
+    return label | ({"set": "; ".join(answer["set"])} if "set" in answer else {})
 
 
 def _write_parquet(path: Path, rows: list[dict]) -> None:
@@ -156,6 +173,8 @@ def _predict_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--threshold", type=probability, metavar="P", help="below it an image is unknown (several classes: not there)"
     )
+    line = "a set of classes for each image, which holds the right one with this probability; needs `vmoe calibrate`"
+    parser.add_argument("--coverage", type=probability, metavar="P", help=line)
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the answers as a table")
     parser.add_argument("--parquet", type=Path, metavar="FILE", help="write the same table as Parquet")
     parser.add_argument("--logits", type=Path, metavar="FILE", help="write all logits as arrays, .npz")

@@ -37,7 +37,13 @@ def load_predictor(path: str | Path, device: torch.device) -> TrainedModel:
     Raises:
         UserError: there is no such file, or it is damaged or foreign.
     """
-    return _load_onnx(Path(path)) if Path(path).suffix == ".onnx" else load(path, device)
+    suffix = Path(path).suffix
+    if suffix == ".pt2":
+        raise UserError(
+            f"{path}: to open such a program may run code that it holds, so no job does; give an ONNX file, or the "
+            "checkpoint that it was made from"
+        )
+    return _load_onnx(Path(path)) if suffix == ".onnx" else load(path, device)
 
 
 def _load_onnx(path: Path) -> TrainedModel:

@@ -1,0 +1,27 @@
+"""`vmoe calibrate`, and the sets that `vmoe predict --coverage` gives by it."""
+
+import csv
+import json
+
+import numpy as np
+from PIL import Image
+
+from vmoe.cli.calibrate import main
+from vmoe.cli.predict import main as predict
+
+
+def test_a_calibrated_file_gives_sets(save_run, tmp_path, capsys):
+    run, out, report = save_run(), tmp_path / "calibrated.safetensors", tmp_path / "report.json"
+    assert main([str(run), "--out", str(out), "--json", str(report)]) == 0
+    told = capsys.readouterr().out
+    assert "temperature " in told and "sets for a coverage of 90% hold the right class" in told
+    assert [each["coverage"] for each in json.loads(report.read_text())["sets"]] == [0.8, 0.9, 0.95]
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 20, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    files = ["--json", str(tmp_path / "a.json"), "--csv", str(tmp_path / "a.csv")]
+    assert predict([str(out), str(tmp_path / "a.png"), "--coverage", "0.9", "--top", "2", *files]) == 0
+    (answer,) = json.loads((tmp_path / "a.json").read_text())["images"]
+    assert answer["set"][0] == answer["predictions"][0]["class"]
+    assert f"a.png: {' or '.join(answer['set'])} (" in capsys.readouterr().out
+    rows = list(csv.DictReader((tmp_path / "a.csv").open()))
+    assert len(rows) == 2 and {row["set"] for row in rows} == {"; ".join(answer["set"])}

@@ -1,0 +1,168 @@
+"""Calibration of a trained model: temperature scaling, and what sets of classes of a given coverage need.
+
+n images, C classes.
+"""
+
+from collections.abc import Iterable
+from os import PathLike
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vmoe.checkpoints import TrainedModel
+from vmoe.checkpoints.calibration import calibration_of, class_sets, least_probability
+from vmoe.data import DataConfig
+from vmoe.errors import UserError
+from vmoe.evaluation.engine import RunningMetrics
+from vmoe.evaluation.evaluate import classes_differ, data_for, open_data
+from vmoe.progress import Progress, shown
+
+COVERAGES = (0.8, 0.9, 0.95)  # that are measured on the test set
+_LARGEST_TEMPERATURE = 20.0  # the smallest is its inverse
+
+
+def calibrate(
+    model: TrainedModel,
+    data: str | PathLike[str] | DataConfig | None = None,
+    *,
+    root: str | PathLike[str] | None = None,
+    batch_size: int | None = None,
+    workers: int | None = None,
+    progress: Progress = True,
+) -> dict[str, Any]:
+    """Calibrates a model, in place, on the images for validation, and measures that on the images for test.
+
+    Half of the images for validation, drawn by the run's seed, fit a temperature (Guo et al. 2017, arXiv 1706.04599,
+    section 4.2): the one that makes their negative log-likelihood smallest. The classifier's weights are divided by it,
+    so that everything that computes logits gives the calibrated ones; the most probable class stays. The other half
+    tells which probability a class needs for a set of a given coverage, as `Predictions.sets` gives them.
+    `vmoe.save` keeps both. A model that is trained further is no longer calibrated.
+
+    Args:
+        model: Made by `vmoe.load`.
+        data: As for `vmoe.evaluate`. None: the set that the model was trained on.
+        root: Where the data are. None: where the model's run had them.
+        batch_size: Images per batch. None: as the run had it.
+        workers: Processes that load images. None: as the run had it.
+        progress: As for `vmoe.evaluate`.
+
+    Returns:
+        Plain types: `temperature`; `images`, by which it was fitted; and, measured on the test set, `before` and
+        `after`, each with `nll` and `ece`, and `sets` with, for each coverage, `coverage` as wanted, `found` and
+        `classes`, the mean size of the sets.
+
+    Raises:
+        UserError: There are no images for validation, their classes are not the model's, or its classifier cannot be
+            scaled.
+    """
+    if not isinstance(model, TrainedModel):
+        raise UserError(f"model: a {type(model).__name__} does not know its classes; vmoe.load opens one that does")
+    if getattr(model, "multi_label", False):
+        raise UserError(f"{model.path}: has several classes per image; calibration is for one")
+    opened, _ = open_data(model, data_for(model, data, root, eval_batch_size=batch_size, workers=workers))
+    if list(opened.class_names) != model.class_names:
+        raise UserError(f"{classes_differ(model, opened)}; calibration needs the same classes in the same order")
+    if not opened.has_validation:
+        raise UserError("data.val_fraction=0: there are no images for validation, by which a model is calibrated")
+    training = [module for module in model.modules() if module.training]
+    try:
+        model.eval()
+        logits, labels = _logits(model, shown(opened.val_dataloader(), "calibrating", progress))
+        tested, of_test = _logits(model, shown(opened.test_dataloader(), "testing", progress))
+    finally:
+        for module in training:
+            module.training = True
+    if len(labels) < 2:
+        raise UserError(f"data: {len(labels)} image for validation is too few to calibrate by; two are the least")
+    order = torch.from_numpy(np.random.default_rng(model.config.get("seed", 0)).permutation(len(labels)))
+    fit, others = order[: len(order) // 2], order[len(order) // 2 :]
+    temperature = fit_temperature(logits[fit], labels[fit])
+    divide_classifier(model, temperature)
+    right = (logits[others] / temperature).softmax(-1).gather(1, labels[others, None])[:, 0]
+    model.calibration = calibration_of(temperature, len(fit), right.numpy())
+    return {
+        "temperature": temperature,
+        "images": len(fit),
+        "before": _errors(tested, of_test),
+        "after": _errors(tested / temperature, of_test),
+        "sets": _measured_sets(model.calibration, (tested / temperature).softmax(-1).numpy(), of_test.numpy()),
+    }
+
+
+def fit_temperature(logits: Tensor, labels: Tensor) -> float:
+    """The temperature with the smallest negative log-likelihood, from 1/20 to 20.
+
+    Args:
+        logits: (n, C) float64.
+        labels: (n,) int64.
+    """
+    from scipy.optimize import minimize_scalar
+
+    def loss(logarithm: float) -> float:
+        return float(F.cross_entropy(logits / np.exp(logarithm), labels))
+
+    bound = float(np.log(_LARGEST_TEMPERATURE))  # the loss is convex in 1/T, so that it has one minimum
+    return float(np.exp(minimize_scalar(loss, bounds=(-bound, bound), method="bounded", options={"xatol": 1e-6}).x))
+
+
+@torch.no_grad()
+def divide_classifier(model: TrainedModel, temperature: float) -> None:
+    """Divides a model's logits by a temperature, by the weights of its classifier.
+
+    Raises:
+        UserError: Its logits are not those of layers that it calls its classifier (timm's `get_classifier`). Then it
+            stays as it was.
+    """
+    found = model.get_classifier() if hasattr(model, "get_classifier") else None
+    heads = [head for head in (found if isinstance(found, tuple) else (found,)) if isinstance(head, nn.Module)]
+    parameters = [each for head in heads for each in head.parameters()]
+    height, width = model.image_size if isinstance(model.image_size, tuple) else (model.image_size,) * 2
+    drawn = torch.randn(2, len(model.mean), height, width, generator=torch.Generator().manual_seed(0))
+    images = drawn.to(model.device, next(model.parameters()).dtype)
+    was_training, before = model.training, [each.clone() for each in parameters]
+    nn.Module.train(model, False)
+    expected = model(images).float() / temperature
+    for each in parameters:
+        each.div_(temperature)
+    found_logits = model(images).float()
+    nn.Module.train(model, was_training)
+    if not torch.allclose(found_logits, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())):
+        for each, old in zip(parameters, before, strict=True):
+            each.copy_(old)
+        raise UserError(f"{model.path}: the logits of {type(model).__name__} cannot be scaled by its classifier")
+
+
+@torch.inference_mode()
+def _logits(model: nn.Module, batches: Iterable) -> tuple[Tensor, Tensor]:
+    """The logits (n, C), float64, and the labels (n,) of batches of (images, labels, ...), on the CPU."""
+    device = next(model.parameters()).device
+    found = [(model(images.to(device)).float().cpu(), labels.cpu()) for images, labels, *_ in batches]
+    if not found:
+        raise UserError("data: a split holds no images; choose another set")
+    logits, labels = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return logits.double(), labels
+
+
+def _errors(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    metrics = RunningMetrics(logits.shape[1])
+    metrics.update(logits, labels)
+    measured = metrics.compute()
+    return {name: measured[name] for name in ("nll", "ece")}
+
+
+def _measured_sets(
+    calibration: dict[str, Any], probabilities: np.ndarray, labels: np.ndarray
+) -> list[dict[str, float]]:
+    """For each of `COVERAGES` that the calibration allows, how often sets hold the right class, and their mean size."""
+    measured = []
+    for coverage in COVERAGES:
+        try:
+            sets = class_sets(probabilities, least_probability(calibration, coverage))
+        except UserError:  # too few images
+            continue
+        found = float(sets[np.arange(len(labels)), labels].mean())
+        measured.append({"coverage": coverage, "found": found, "classes": float(sets.sum(-1).mean())})
+    return measured
