@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vmoe.errors import UserError
+from vmoe.models.imported import ratio_for
 from vmoe.models.jax_checkpoint import Leaf
 
 POSITIONS = "Encoder/posembed_input/pos_embedding"
@@ -54,7 +55,7 @@ class Architecture:
             "embed_dim": self.width,
             "depth": self.depth,
             "num_heads": self.heads,
-            "mlp_ratio": _ratio(self.hidden, self.width),
+            "mlp_ratio": ratio_for(self.hidden, self.width),
             "class_token": self.has_class_token,
             "global_pool": "token" if self.has_class_token else "avg",
             **({} if self.pre_logits is None else {"pre_logits": self.pre_logits}),
@@ -106,9 +107,3 @@ class Architecture:
         if len(shape) != axes:
             raise UserError(f"{self.prefix}: {name} has shape {shape}, which should have {axes} axes")
         return shape
-
-
-def _ratio(hidden: int, width: int) -> float:
-    """Such that timm's int(width * ratio) is `hidden`."""
-    ratio = hidden / width
-    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)

@@ -7,13 +7,14 @@ M members of an ensemble.
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vmoe.errors import UserError
+from vmoe.models.imported import ImportedModel
 from vmoe.models.jax_architecture import POSITIONS, Architecture
 from vmoe.models.jax_checkpoint import Leaf, open_checkpoint, read_into
 from vmoe.models.surgery import create_model
@@ -21,6 +22,7 @@ from vmoe.moe import MoeConfig
 from vmoe.moe.assignment import expert_capacity
 
 MODEL_NAME = "vmoe_vit"
+_MEAN = _STD = (0.5, 0.5, 0.5)  # the original's value_range(-1, 1)
 
 
 @dataclass(frozen=True)
@@ -34,25 +36,6 @@ class RoutingOptions:
     group_images: int = 8
     capacity_rounding: str | None = None
     capacity_multiple_of: int | None = None
-
-
-@dataclass(frozen=True)
-class ImportedModel:
-    """A model and what builds its like: `create_model(MODEL_NAME, moe, img_size=..., num_classes=..., **kwargs)`.
-
-    Args:
-        model: In evaluation mode, float32, on the CPU.
-        kwargs: Plain arguments of the named model.
-        moe: The MoE layers; None for a dense model.
-        image_size: (rows, columns) in pixels.
-        num_classes: 0 without a classifier.
-    """
-
-    model: nn.Module
-    kwargs: dict[str, Any]
-    moe: MoeConfig | None
-    image_size: tuple[int, int]
-    num_classes: int
 
 
 def load_jax_checkpoint(
@@ -124,7 +107,7 @@ def import_jax_checkpoint(
     _check_leaves(prefix, leaves, _views(model, architecture), resized=image_size != architecture.image_size(None))
     model = model.to_empty(device="cpu").eval()
     _fill_model(model, leaves, architecture)
-    return ImportedModel(model, kwargs, moe, image_size, architecture.num_classes)
+    return ImportedModel(model, MODEL_NAME, kwargs, moe, image_size, architecture.num_classes, _MEAN, _STD)
 
 
 def _moe_config(architecture: Architecture, options: RoutingOptions, image_size: tuple[int, int]) -> MoeConfig | None:

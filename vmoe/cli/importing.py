@@ -1,0 +1,102 @@
+"""What the jobs share that turn others' checkpoints into ours."""
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vmoe.errors import UserError
+from vmoe.text import counted
+
+if TYPE_CHECKING:
+    from vmoe.checkpoints import ModelFacts
+    from vmoe.models.imported import ImportedModel
+
+
+def add_result_options(parser: argparse.ArgumentParser) -> None:
+    """Adds `--out` and `--class-names`."""
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="what to write: .ckpt or .safetensors")
+    parser.add_argument("--class-names", type=Path, metavar="FILE", help="one a line, in the order of the logits")
+
+
+def check_out(path: Path) -> None:
+    """Refuses a file to write of another format.
+
+    Raises:
+        UserError: It is one.
+    """
+    if path.suffix not in (".ckpt", ".safetensors"):
+        raise UserError(f"--out {path}: must end in .ckpt or .safetensors")
+
+
+def write_imported(imported: "ImportedModel", options: argparse.Namespace, source: str, python_way: str) -> None:
+    """Writes an imported model and prints a line on it.
+
+    Args:
+        imported: The model.
+        options: With the values of `add_result_options`.
+        source: The checkpoint it comes from.
+        python_way: The function that gives the model in Python.
+
+    Raises:
+        UserError: No such file can hold the model, the class names do not fit it, or the file cannot be written.
+    """
+    from vmoe.checkpoints import write_weights
+    from vmoe.models.cost import count_parameters
+
+    if options.out.suffix == ".ckpt" and not imported.num_classes:
+        raise UserError(
+            f"--out {options.out}: {source} has no classifier, without which no job opens a .ckpt; "
+            f"use {python_way}, or end in .safetensors for the weights alone"
+        )
+    facts = _facts(imported, options.class_names, python_way)
+    write_weights(options.out, imported.model.state_dict(), facts)
+
+    parameters = count_parameters(imported.model)
+    moe = imported.moe
+    experts = "dense" if moe is None else f"{counted(moe.num_experts, 'expert')} in blocks {moe.layers}"
+    rows, columns = imported.image_size
+    print(
+        f"{options.out}: {experts}, {parameters.total / 1e6:,.1f} M parameters, {parameters.active / 1e6:,.1f} M "
+        f"active, images of {rows}x{columns}, {counted(imported.num_classes, 'class', 'classes')}"
+    )
+
+
+def _facts(imported: "ImportedModel", names_file: Path | None, python_way: str) -> "ModelFacts":
+    """What a checkpoint tells every tool, of plain types.
+
+    Raises:
+        UserError: the images are not square, or the class names do not fit.
+    """
+    from vmoe.checkpoints import ModelFacts
+
+    rows, columns = imported.image_size
+    if rows != columns:
+        raise UserError(f"images of {rows}x{columns}: a checkpoint is for square ones; use {python_way}")
+    mean, std = list(imported.mean), list(imported.std)
+    config = {
+        "seed": 0,
+        "output_dir": None,
+        "resume": False,
+        "data": {"name": "imagenet", "image_size": rows, "mean": mean, "std": std},
+        "model": {"name": imported.name, "kwargs": imported.kwargs},
+        "moe": None if imported.moe is None else dataclasses.asdict(imported.moe),
+        "optim": {},
+        "trainer": {},
+    }
+    return ModelFacts(config, _class_names(imported.num_classes, names_file), rows, mean, std)
+
+
+def _class_names(num_classes: int, names_file: Path | None) -> list[str]:
+    if names_file is None:
+        return [str(index) for index in range(num_classes)]
+    try:
+        names = names_file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--class-names {names_file}: cannot be read ({error}); give a text file") from error
+    if len(names) != num_classes:
+        raise UserError(
+            f"--class-names {names_file}: has {counted(len(names), 'line')}, the checkpoint "
+            f"{counted(num_classes, 'class', 'classes')}"
+        )
+    return names
