@@ -263,6 +263,24 @@ def test_a_dense_checkpoint_is_upcycled_for_larger_images(runs):
     torch.testing.assert_close(upcycled(larger), start(config, dense, image_size=32)(larger), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("image_size", "window_size"), [(64, 4), (32, 2)])
+def test_a_model_of_windows_transfers_to_other_images_and_windows(runs, tmp_path, image_size, window_size):
+    name, kwargs = "swin_tiny_patch4_window7_224", {"embed_dim": 8, "depths": [2, 2], "num_heads": [1, 2]}
+    old = vmoe.create_model(name, SPARSE, img_size=32, num_classes=10, window_size=4, **kwargs).eval()
+    own_kwargs = {**kwargs, "window_size": 4}
+    vmoe.save(old, tmp_path / "old.ckpt", DIGITS, image_size=32, name=name, kwargs=own_kwargs)
+    model_config = dataclasses.replace(runs[2].model, name=name, kwargs={**kwargs, "window_size": window_size})
+    config = dataclasses.replace(runs[2], model=model_config)
+    model = start(config, tmp_path / "old.ckpt", SPARSE, image_size=image_size)
+    assert model(torch.randn(2, 3, image_size, image_size)).shape == (2, 10)
+    expected = old.state_dict()
+    for key, value in model.state_dict().items():
+        if value.shape == expected[key].shape:
+            assert torch.equal(value, expected[key]), key
+        else:
+            assert key.endswith(".relative_position_bias_table")
+
+
 def test_a_run_transfers_to_other_images(runs, tmp_path):
     _, sparse, _ = runs
     recipe = tmp_path / "tiny.yaml"

@@ -2,6 +2,7 @@
 dense).
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -74,16 +75,17 @@ def _starting_model(
     if foreign is not None:
         return _from_foreign(config, foreign, num_classes, image_size, say)
     start = load_checkpoint(config.init_from)
-    _fit_to_images(start, image_size)
     if start.class_names != class_names:
         say(f"{start.path}: {_classifier_line(start.class_names, class_names)}")
     if moe_layers(start.model):
         model = build_model(name, kwargs, config.moe, num_classes, image_size)
+        _fit_to_images(start, model, image_size)
         if not moe_layers(model):
             _average_experts(start)
         _load(model, _weights(start, model, class_names), start.path)
         return model
     model = build_model(name, kwargs, None, num_classes, image_size)
+    _fit_to_images(start, model, image_size)
     _load(model, _weights(start, model, class_names), start.path)
     return _upcycled(model, config.moe, image_size)
 
@@ -137,10 +139,25 @@ def _nameless_classifier_line(path: Path, is_taken: bool, num_classes: int) -> s
     return f"{path}: its classifier is for other classes: this run's starts fresh"
 
 
-def _fit_to_images(start: TrainedModel, image_size: ImageSize) -> None:
-    """Resamples the position embeddings; a model that timm cannot resize is left, and `_load` tells what misfits."""
-    if start.image_size != image_size and hasattr(start.model, "set_input_size"):
-        start.model.set_input_size(img_size=height_and_width(image_size))
+def _fit_to_images(start: TrainedModel, model: nn.Module, image_size: ImageSize) -> None:
+    """Resamples the position embeddings for a run's model, by the windows of that model where it has some.
+
+    A model that timm cannot resize is left, and `_load` tells what misfits.
+    """
+    resize: Callable[..., None] | None = getattr(start.model, "set_input_size", None)
+    if resize is None:
+        return
+    window = _largest_window(model) if "window_size" in inspect.signature(resize).parameters else None
+    arguments = {} if window is None else {"window_size": window}  # else timm would scale windows with the images
+    if start.image_size != image_size or (window is not None and window != _largest_window(start.model)):
+        resize(img_size=height_and_width(image_size), **arguments)
+
+
+def _largest_window(model: nn.Module) -> tuple[int, int] | None:
+    """Rows and columns of a model's windows; stages of fewer tokens have smaller ones. None where it has none."""
+    sizes = [getattr(module, "window_size", None) for module in model.modules()]
+    windows = [size for size in sizes if isinstance(size, tuple) and len(size) == 2]
+    return (max(rows for rows, _ in windows), max(columns for _, columns in windows)) if windows else None
 
 
 def _average_experts(start: TrainedModel) -> None:
