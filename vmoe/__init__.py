@@ -11,7 +11,16 @@ if TYPE_CHECKING:
     from vmoe.evaluation.calibration import calibrate
     from vmoe.evaluation.evaluate import evaluate
     from vmoe.explain.heatmap.files import write_heatmaps
-    from vmoe.models import add_lora, create_model, densify, freeze, load_jax_checkpoint, merge_lora, sparsify
+    from vmoe.models import (
+        add_lora,
+        create_model,
+        densify,
+        freeze,
+        load_jax_checkpoint,
+        load_swin_moe_checkpoint,
+        merge_lora,
+        sparsify,
+    )
     from vmoe.moe import (
         MoeConfig,
         MoeMlp,
@@ -44,7 +53,14 @@ else:  # hidden from type checkers, which would take any name for one of this pa
             "vmoe.training.fit": ["fit"],
             "vmoe.training.tuning": ["tune"],
             "vmoe.models": [
-                *("add_lora", "create_model", "densify", "freeze", "load_jax_checkpoint", "merge_lora", "sparsify"),
+                "add_lora",
+                "create_model",
+                "densify",
+                "freeze",
+                "load_jax_checkpoint",
+                "load_swin_moe_checkpoint",
+                "merge_lora",
+                "sparsify",
             ],
             "vmoe.moe": ["MoeConfig", "MoeMlp", *CONTROL_NAMES],
         },
@@ -72,6 +88,7 @@ __all__ = [
     "freeze",
     "load",
     "load_jax_checkpoint",
+    "load_swin_moe_checkpoint",
     "merge_lora",
     "moe_layers",
     "prepare_image",

@@ -33,6 +33,7 @@ GROUPS = {
         "prune": "drop or merge experts, and tell what that costs",
         "distill": "train a dense student of a V-MoE",
         "import-jax": "turn a checkpoint of the original JAX code into ours",
+        "import-swin": "turn a checkpoint of Swin-MoE into ours",
         "make-shards": "write a folder of images as tar shards",
     },
     "Plan and time": {

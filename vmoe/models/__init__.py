@@ -11,8 +11,15 @@ from vmoe.models.surgery import create_model, sparsify
 
 if TYPE_CHECKING:
     from vmoe.models.jax_import import load_jax_checkpoint
-else:  # it needs msgpack, which the extra `jax` brings
-    __getattr__ = names_on_demand(__name__, {"vmoe.models.jax_import": ["load_jax_checkpoint"]})
+    from vmoe.models.swin_import import load_swin_moe_checkpoint
+else:  # that of JAX needs msgpack, which the extra `jax` brings
+    __getattr__ = names_on_demand(
+        __name__,
+        {
+            "vmoe.models.jax_import": ["load_jax_checkpoint"],
+            "vmoe.models.swin_import": ["load_swin_moe_checkpoint"],
+        },
+    )
 
 __all__ = [
     "add_lora",
@@ -20,6 +27,7 @@ __all__ = [
     "densify",
     "freeze",
     "load_jax_checkpoint",
+    "load_swin_moe_checkpoint",
     "merge_lora",
     "registry",
     "sparsify",
