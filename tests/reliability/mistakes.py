@@ -407,5 +407,14 @@ MISTAKES: dict[str, list[Mistake]] = {
         Mistake("class names that are not there", "jax --out new.ckpt --class-names lost.txt"),
         Mistake("a place that is a file", "jax --out tiny.yaml/new.ckpt"),
     ],
+    "import-swin": [
+        Mistake("a checkpoint that is not there", "lost --out new.ckpt"),
+        Mistake("a name of another format", "swin --out new.npz"),
+        Mistake("a file of a rank that is not there", "swin_without_rank --out new.ckpt"),
+        Mistake("a file that was cut off", "cut.ckpt --out new.ckpt"),
+        Mistake("more choices than experts", "swin --out new.ckpt --top-k 9"),
+        Mistake("images that windows do not fill", "swin --out new.ckpt --img-size 96"),
+        Mistake("a config of another kind", "swin --out new.ckpt --config tiny.yaml"),
+    ],
     "": [Mistake("a job that is none", "trian"), Mistake("a job like no other", "dance")],
 }  # fmt: skip

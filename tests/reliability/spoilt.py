@@ -119,6 +119,11 @@ def spoil(folder: Path) -> None:
         (folder / f"{name}.csv").write_text(rows)
     for file in (Path(__file__).parents[1] / "fixtures" / "vmoe_jax_token").iterdir():
         shutil.copy(file, folder / file.name.replace("vmoe_tiny_token", "jax"))
+    for name in ("swin", "swin_without_rank"):
+        shutil.copytree(
+            Path(__file__).parents[1] / "fixtures" / "swin_moe" / "tiny_linear_2expert_sliced_4rank", folder / name
+        )
+    (folder / "swin_without_rank" / "tiny_linear_2expert_sliced_4rank.pth.rank1").unlink()
 
 
 def _runs(folder: Path) -> None:

@@ -13,6 +13,7 @@ from vmoe.cli.main import main
 
 MOE = {"num_experts": 3, "layers": [1, 3]}
 JAX = Path(__file__).parents[1] / "fixtures" / "vmoe_jax_token" / "vmoe_tiny_token"
+SWIN = Path(__file__).parents[1] / "fixtures" / "swin_moe" / "tiny_dense"
 ROOM = 40_000  # bytes, by which files can grow: less than any of the weights and shards
 
 
@@ -51,13 +52,14 @@ def sources(tmp_path_factory) -> Path:
         "make-shards {tree} --out {new}",
         "import-jax {jax} --out {new}.ckpt",
         "import-jax {jax} --out {new}.safetensors",
+        "import-swin {swin} --out {new}.safetensors",
     ],
 )
 def test_a_full_disk_is_one_line_and_leaves_nothing(sources, tmp_path, capsys, arguments):
     if "onnx" in arguments:
         pytest.importorskip("onnxscript")
     new = tmp_path / "inner" / "new"
-    places = {"run": sources / "run", "tree": sources / "tree", "new": new, "jax": JAX}
+    places = {"run": sources / "run", "tree": sources / "tree", "new": new, "jax": JAX, "swin": SWIN}
     words = arguments.format(**places).split()
     with small_files():
         assert main(words) == 2

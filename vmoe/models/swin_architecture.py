@@ -91,7 +91,9 @@ class SwinArchitecture:
                 side = tokens * 2**stage
                 break
         if side is None or any(self.windows[i] != min(max(self.windows), side >> i) for i in range(len(self.depths))):
-            raise UserError(f"{self.path}: does not tell the size of its images; give img_size=PIXELS and window_size=TOKENS")
+            raise UserError(
+                f"{self.path}: does not tell the size of its images; give img_size=PIXELS and window_size=TOKENS"
+            )
         return side * self.patch_size
 
     def windows_at(self, image_size: int, window_size: int) -> list[int]:
