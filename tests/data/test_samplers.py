@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vmoe.data import EpochBatchSampler
+from vmoe.data.samplers import Balanced
 
 sizes = {"length": st.integers(1, 200), "batch_size": st.integers(1, 64), "seed": st.integers(0, 2**32 - 1)}
 
@@ -76,7 +77,7 @@ def test_parts_of_a_batch_are_contiguous_and_together_the_batch():
 
 def balanced(batch_size=9, epoch=0, **options):
     labels = np.repeat(np.arange(5), [60, 25, 10, 4, 1])
-    sampler = EpochBatchSampler(len(labels), batch_size, 3, labels=labels, **options)
+    sampler = EpochBatchSampler(len(labels), batch_size, 3, groups=Balanced(labels), **options)
     sampler.set_epoch(epoch)
     return sampler, labels
 

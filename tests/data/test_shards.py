@@ -77,7 +77,7 @@ def test_goes_on_at_a_sample(shards):
 
 def test_few_shards_at_a_time():
     blocks = np.repeat(np.arange(10), 20)
-    sampler = EpochBatchSampler(200, 40, seed=1, blocks=Blocks(blocks, 2))
+    sampler = EpochBatchSampler(200, 40, seed=1, groups=Blocks(blocks, 2))
     orders = []
     for epoch in (0, 1):
         sampler.set_epoch(epoch)

@@ -35,7 +35,7 @@ from vmoe.data.resident import (
     is_made,
     make_resident,
 )
-from vmoe.data.samplers import Blocks, EpochBatchSampler
+from vmoe.data.samplers import Balanced, Blocks, EpochBatchSampler
 from vmoe.data.shards import ShardedImages
 from vmoe.data.sharing import FilledLoader, OrderedLoader, part_of_batches
 from vmoe.errors import UserError
@@ -194,9 +194,11 @@ class ImageDataModule(LightningDataModule):
         config, defaults = self.config, DEFAULTS[self.config.name]
         self._resident.clear()
         self.__dict__.pop("_device_loader", None)
-        train, blocks = self._splits.train, None
+        train, groups = self._splits.train, None
         if isinstance(train.images, ShardedImages):
-            blocks = Blocks(train.images.shards[train.positions], config.shards_at_once)
+            groups = Blocks(train.images.shards[train.positions], config.shards_at_once)
+        elif config.sampler == "class_balanced":
+            groups = Balanced(train.labels)
         self.train_sampler = EpochBatchSampler(
             len(train),
             config.batch_size,
@@ -204,9 +206,8 @@ class ImageDataModule(LightningDataModule):
             repeat=config.repeat,
             part=self.part,
             parts=self.parts,
-            blocks=blocks,
+            groups=groups,
             epoch_images=self._splits.epoch_images,
-            labels=train.labels if config.sampler == "class_balanced" else None,
         )
         self._mixer = make_mixer(config.mix, self.num_classes, self.seed, self.device)
         if config.pipeline == "workers":

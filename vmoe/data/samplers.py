@@ -25,6 +25,16 @@ class Blocks(NamedTuple):
     at_once: int
 
 
+class Balanced(NamedTuple):
+    """Images of which as many of every class are drawn.
+
+    Attributes:
+        labels: (n,) int64, the class of each image.
+    """
+
+    labels: np.ndarray
+
+
 class EpochBatchSampler(Sampler[list[Key]]):
     """Batches of a new permutation in each pass over the set, as keys (pass, index): a worker knows the pass too.
 
@@ -39,12 +49,11 @@ class EpochBatchSampler(Sampler[list[Key]]):
         repeat: passes in an epoch, one after the other.
         part: which of `parts` equal, contiguous parts of each batch to give.
         parts: how many processes share a batch.
-        blocks: the images' blocks; then a pass takes a few blocks at a time, in a random order, and shuffles their
-            images together. None shuffles all images together.
+        groups: None shuffles all images together. Of `Blocks` a pass takes a few at a time, in a random order, and
+            shuffles their images together. `Balanced` images come as often from every class: then the pass of a key is
+            that over the images of its class, so that no key comes twice.
         epoch_images: images of an epoch, times `repeat`, where that is not all: an epoch goes on in the pass where the
             one before it ended. None: `length`.
-        labels: (n,) int64, the class of each image, to draw as many images of every class: then the pass of a key is
-            that over the images of its class, so that no key comes twice. None draws each image once per pass.
 
     Attributes:
         epoch_images: images of an epoch, repeats included.
@@ -60,9 +69,8 @@ class EpochBatchSampler(Sampler[list[Key]]):
         repeat: int = 1,
         part: int = 0,
         parts: int = 1,
-        blocks: Blocks | None = None,
+        groups: Blocks | Balanced | None = None,
         epoch_images: int | None = None,
-        labels: np.ndarray | None = None,
     ) -> None:
         self.length = length
         of_a_repeat = length if epoch_images is None else epoch_images
@@ -70,8 +78,7 @@ class EpochBatchSampler(Sampler[list[Key]]):
         self.batch_size = min(batch_size, of_a_repeat)
         self.seed = seed
         self.part, self.parts = part, parts
-        self.blocks = blocks
-        self.labels = labels
+        self.groups = groups
         self.epoch = 0
         self.start_batch = 0
 
@@ -94,7 +101,8 @@ class EpochBatchSampler(Sampler[list[Key]]):
     def arrays(self) -> Iterator[np.ndarray]:
         """The same iteration with the keys as one (B, 2) int64 array: making 512 tuples takes a third of a ms."""
         first, self.start_batch = self.start_batch, 0
-        keys = self._keys() if self.labels is None else self._balanced_keys(self.labels)
+        groups = self.groups
+        keys = self._balanced_keys(groups.labels) if isinstance(groups, Balanced) else self._keys()
         size = self.batch_size // self.parts
         for batch in range(first, len(self)):
             start = batch * self.batch_size + self.part * size
@@ -141,9 +149,9 @@ class EpochBatchSampler(Sampler[list[Key]]):
 
     def _order(self, rng: np.random.Generator) -> np.ndarray:
         """The order of all images in one pass, (n,)."""
-        if self.blocks is None:
+        if not isinstance(self.groups, Blocks):
             return rng.permutation(self.length)
-        names, number_of_block = np.unique(self.blocks.of_images, return_inverse=True)
-        turn_of_image = rng.permutation(len(names))[number_of_block] // self.blocks.at_once
+        names, number_of_block = np.unique(self.groups.of_images, return_inverse=True)
+        turn_of_image = rng.permutation(len(names))[number_of_block] // self.groups.at_once
         shuffled = rng.permutation(self.length)
         return shuffled[np.argsort(turn_of_image[shuffled], kind="stable")]

@@ -57,7 +57,7 @@ class Scores:
         if found is None:
             return None
         scores, labels = found
-        figures = [_of_class(scores[:, index], _has_class(labels, index)) for index in range(scores.shape[1])]
+        figures = [_of_class(scores[:, index], _is_positive(labels, index)) for index in range(scores.shape[1])]
         return Ranking(*([list(each) for each in zip(*figures, strict=True)]))
 
 
@@ -74,7 +74,7 @@ def best_thresholds(scores: Tensor, labels: Tensor) -> list[float]:
 
     found = []
     for index in range(scores.shape[1]):
-        is_class = _has_class(labels, index)
+        is_class = _is_positive(labels, index)
         if is_class.sum() == 0:
             found.append(0.5)
             continue
@@ -91,7 +91,7 @@ def mean_of_known(values: list[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def _has_class(labels: Tensor, index: int) -> Tensor:
+def _is_positive(labels: Tensor, index: int) -> Tensor:
     return (labels == index if labels.dim() == 1 else labels[:, index] > 0).long()
 
 

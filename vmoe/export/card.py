@@ -33,8 +33,8 @@ _FITTED = {
     "squash": "resized, whatever their shape",
     "letterbox": "resized to fit, between stripes of grey",
 }
-_ONE = "The model names every picture as one of its classes ({count} in all), also one that shows none of them."
-_SEVERAL = (
+_ONE_CLASS = "The model names every picture as one of its classes ({count} in all), also one that shows none of them."
+_SEVERAL_CLASSES = (
     "A picture may have several of the {count} classes, or none: each logit is of a sigmoid of its own, and a class "
     "counts from its threshold on, which was chosen on validation images and stands in model.safetensors."
 )
@@ -139,7 +139,7 @@ def model_card(checkpoint: TrainedModel, source: str | Path, license: str | None
     card = _TEMPLATE.format(
         front_matter=_front_matter(title, data, accuracy, license, checkpoint.multi_label),
         metric="mAP" if checkpoint.multi_label else "top-1",
-        answers=(_SEVERAL if checkpoint.multi_label else _ONE).format(count=len(classes)),
+        answers=(_SEVERAL_CLASSES if checkpoint.multi_label else _ONE_CLASS).format(count=len(classes)),
         title=title,
         what=_what(checkpoint),
         size=size_text(checkpoint.image_size),
