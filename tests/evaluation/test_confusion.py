@@ -23,6 +23,7 @@ def make_evaluation(confusion):
         top5=1.0,
         nll=0.1,
         ece=0.0,
+        brier=0.0,
         **of_classes,
         balanced_accuracy=top1,
         f1=top1,

@@ -30,7 +30,7 @@ from vmoe.evaluation.engine import (
     evaluate_sweep,
     measure_batches,
 )
-from vmoe.evaluation.ensemble import Ensemble
+from vmoe.evaluation.ensemble import Ensemble, RunningMemberFigures
 
 SHAPE = {"num_classes": 10, "img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 4, "num_heads": 3}
 
@@ -68,6 +68,8 @@ def test_hand_computed_figures():
     # Bins of 1/15: .9 in the 14th, .7 in the 11th, .8 in the 12th, .95 in the 15th, one image each:
     # (|.9 - 1| + |.7 - 0| + |.8 - 1| + |.95 - 1|) / 4
     assert figures["ece"] == pytest.approx((0.1 + 0.7 + 0.2 + 0.05) / 4, abs=1e-6)
+    # Of two classes both are as far off
+    assert figures["brier"] == pytest.approx(2 * (0.1**2 + 0.7**2 + 0.2**2 + 0.05**2) / 4, abs=1e-6)
 
 
 def test_images_of_one_bin_cancel_before_the_calibration_error():
@@ -308,3 +310,31 @@ def test_images_per_second_leave_out_the_first_batch():
     measure_batches(model, make_batches(4), 10)  # warm
     assert measure_batches(model, slow_start(), 10).images_per_second > 8 / 1.0
     assert measure_batches(model, make_batches(4), 10).images_per_second is None
+
+
+def test_hand_computed_figures_of_members():
+    running = RunningMemberFigures("cpu", torch.float64)
+    first, second = [[0.9, 0.1], [0.4, 0.6]], [[0.8, 0.2], [0.7, 0.3]]
+    running.update(torch.tensor([first, second]).log(), torch.tensor([0, 0]))
+    figures = running.compute()
+    assert (figures.members, figures.top1, figures.disagreement) == (2, 0.75, 0.5)
+    assert figures.nll == pytest.approx(-sum(map(math.log, (0.9, 0.4, 0.8, 0.7))) / 4)
+    pairs = [(p, q) for a, b in zip(first, second, strict=True) for p, q in ((a, b), (b, a))]
+    divergences = [sum(x * math.log(x / y) for x, y in zip(p, q, strict=True)) for p, q in pairs]
+    assert figures.kl == pytest.approx(sum(divergences) / 4, abs=1e-6)
+
+
+def test_the_members_of_one_model_and_of_several_are_measured_alike():
+    """Two copies of a model agree; the members of an ensemble in one model are those of its rows in training."""
+    single = make_model()
+    of_copies = measure_batches(Ensemble([single, single]), make_batches(4, 2), 10).members
+    assert (of_copies.disagreement, of_copies.members) == (0, 2) and of_copies.kl == pytest.approx(0, abs=1e-6)
+    assert measure_batches(single, make_batches(4), 10).members is None
+
+    model = make_model(num_experts=4, top_k=1, ensemble=2, capacity_factor=None, noise_std=0)
+    figures = measure_batches(model, make_batches(4, 2), 10)
+    with torch.no_grad():
+        rows = [(model.train()(images), labels) for images, labels, _ in make_batches(4, 2)]
+    nll = sum(torch.nn.functional.cross_entropy(x, y.repeat_interleave(2), reduction="sum") for x, y in rows) / 12
+    assert figures.members.nll == pytest.approx(nll.item(), rel=1e-5)
+    assert figures.members.nll >= figures.nll  # the mean probability is never worse than the members by themselves

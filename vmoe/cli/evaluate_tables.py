@@ -34,12 +34,14 @@ def result_tables(results: "list[Evaluation]", title: str, class_names: list[str
     experts = [layer_table(results)] if results[0].layers else []
     if not hasattr(results[0], "top1"):
         return [multi_label_table(results, title), *experts, multi_label_class_table(results[0], class_names)]
-    return [summary_table(results, title), *experts, class_table(results[0], class_names)]
+    members = [member_table(results)] if results[0].members else []
+    return [summary_table(results, title), *members, *experts, class_table(results[0], class_names)]
 
 
 def summary_table(results: "list[Evaluation]", title: str) -> Table:
     """The figures of each pass, a row each."""
-    key = "K: experts per token, C: capacity factor" if results[0].layers else None
+    key = "K: experts per token, C: capacity factor\n" if results[0].layers else ""
+    key += f"Brier score: {', '.join(f'{result.brier:.4f}' for result in results)}"  # the width of 80 is taken
     table = Table(title=escape(title), title_justify="left", caption=key, caption_justify="left")
     five = ["top-5"] if len(results[0].class_accuracy) > 5 else []  # of five classes it would always be 100 %
     for column in ("K", "C", "images", "top-1", *five, "NLL", "ECE", "dropped", "images/s"):
@@ -56,6 +58,19 @@ def summary_table(results: "list[Evaluation]", title: str) -> Table:
             "-" if result.dropped is None else f"{result.dropped:.2%}",
             "-" if result.images_per_second is None else f"{result.images_per_second:,.0f}",
         )
+    return table
+
+
+def member_table(results: "list[Evaluation]") -> Table:
+    """What the members of an ensemble answer by themselves, and how unlike, in each pass."""
+    title, key = "members of the ensemble, by themselves", "differ: how often two name different classes; KL in nats"
+    table = Table(title=title, title_justify="left", caption=key, caption_justify="left")
+    for column in ("C", "members", "mean top-1", "mean NLL", "differ", "KL"):
+        table.add_column(column, justify="right")
+    for result in results:
+        of = result.members
+        figures = f"{of.top1:.2%}", f"{of.nll:.4f}", f"{of.disagreement:.2%}", f"{of.kl:.4f}"
+        table.add_row(setting(result, results), str(of.members), *figures)
     return table
 
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from vmoe.errors import UserError
 from vmoe.evaluation.curves import Ranking, Scores, mean_of_known
+from vmoe.evaluation.ensemble import MemberFigures, RunningMemberFigures, members_kept
 from vmoe.moe import MoeMlp, moe_layers, set_eval_capacity_factor, set_top_k
 from vmoe.moe.assignment import CapacityError
 
@@ -42,6 +43,7 @@ class Evaluation:
     top5: float  # top-C where there are fewer than 5 classes
     nll: float  # mean negative log-likelihood, nats
     ece: float  # expected calibration error, 15 bins
+    brier: float  # mean over the images of the squared distance of the probabilities from the right class, 0 to 2
     class_accuracy: list[float | None]  # (C,) top-1 of each class, its recall; None for a class without images
     class_precision: list[float | None]  # (C,) right answers of all of this class; None for a class never predicted
     class_f1: list[float | None]  # (C,) harmonic mean of the two; None for a class without images
@@ -57,6 +59,7 @@ class Evaluation:
     class_precision_at_recall: list[list[float] | None] | None = None  # (C, 21) at a recall of 0, 0.05, ..., 1
     auroc: float | None = None  # mean of class_auroc
     average_precision: float | None = None  # mean of class_average_precision, mAP
+    members: MemberFigures | None = None  # of an ensemble; None for a single model, or where it gives some classes only
 
     def as_dict(self) -> dict:
         """The same as plain types, for JSON."""
@@ -244,6 +247,7 @@ class RunningMetrics:
         self.sums = sums_on(device)
         self.scores = Scores() if ranks_images else None
         self.bins = torch.zeros(2, CALIBRATION_BINS, dtype=self.sums.dtype, device=device)  # confidence, correct
+        self.brier = self.sums.new_zeros(())
 
     def update(self, logits: Tensor, labels: Tensor) -> None:
         """Takes in one batch: logits (B, C), labels (B,) int64."""
@@ -254,6 +258,9 @@ class RunningMetrics:
         if self.scores is not None:
             self.scores.update(probabilities, labels)
         self.sums += batch_sums(likeliest, labels, F.cross_entropy(logits, labels))
+        # |p|^2 - 2 p_label + 1 is the squared distance from the one-hot label
+        right = probabilities.gather(1, labels[:, None])
+        self.brier += (probabilities.square().sum(1, keepdim=True) - 2 * right + 1).sum().to(self.sums)
         if self.confusion is not None:
             self.confusion.update(predicted, labels)
         self.of_class[0].index_add_(0, labels, torch.ones_like(labels))
@@ -281,6 +288,7 @@ class RunningMetrics:
             "top5": means.top5,
             "nll": means.loss,
             "ece": float((self.bins[0] - self.bins[1]).abs().sum()) / images,
+            "brier": float(self.brier) / images,
             "class_accuracy": _class_shares(correct, there),
             "class_precision": _class_shares(correct, predicted),
             "class_f1": f1,
@@ -350,19 +358,25 @@ def measure_batches(
         name: torch.zeros(1 + layer.num_experts, dtype=metrics.sums.dtype, device=device)
         for name, layer in layers.items()
     }
+    of_members = RunningMemberFigures(device, metrics.sums.dtype)
     started, first_batch = None, 0
-    for images, labels, *_ in batches:
-        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        metrics.update(model(images), labels)
-        for name, layer in layers.items():
-            used = torch.cat([layer.statistics.dropped.reshape(1), layer.statistics.load])
-            sums[name] += len(labels) * used.to(metrics.sums)
-        if started is None:
-            _wait(device)
-            started, first_batch = time.perf_counter(), len(labels)
+    with members_kept(model if isinstance(metrics, RunningMetrics) else nn.Identity()) as members:
+        for images, labels, *_ in batches:
+            images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+            metrics.update(model(images), labels)
+            if members is not None and members.kept is not None:
+                of_members.update(members.kept, labels)
+            for name, layer in layers.items():
+                used = torch.cat([layer.statistics.dropped.reshape(1), layer.statistics.load])
+                sums[name] += len(labels) * used.to(metrics.sums)
+            if started is None:
+                _wait(device)
+                started, first_batch = time.perf_counter(), len(labels)
     _wait(device)
     elapsed = time.perf_counter() - started if started is not None else 0.0
     figures = metrics.compute()
+    if members is not None:
+        figures["members"] = of_members.compute()
     timed = figures["images"] - first_batch
     use = {name: (total / figures["images"]).tolist() for name, total in sums.items()}
     return metrics.record(

@@ -1,10 +1,18 @@
-"""Several models that answer together: what an MoE is not, and what it is compared with."""
+"""Several models that answer together, or several members of one model, and how unlike their answers are.
+
+B images; M members; C classes.
+"""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from vmoe.models.members import MeanPrediction
 
 
 class Ensemble(nn.Module):
@@ -16,8 +24,74 @@ class Ensemble(nn.Module):
     def __init__(self, members: Sequence[nn.Module]) -> None:
         super().__init__()
         self.members = nn.ModuleList(members)
+        self.keeps = False  # as of `MeanPrediction`
+        self.kept: Tensor | None = None
 
     def forward(self, images: Tensor) -> Tensor:
         """The logarithm of the mean probability of each class: (B, 3, height, width) -> (B, classes)."""
         log_probabilities = torch.stack([member(images).float().log_softmax(-1) for member in self.members])
+        if self.keeps:
+            self.kept = log_probabilities
         return log_probabilities.logsumexp(0) - math.log(len(self.members))
+
+
+@dataclass(frozen=True)
+class MemberFigures:
+    """What the members of an ensemble answer, each by itself, and how unlike. Shares are fractions."""
+
+    members: int  # M
+    top1: float  # mean over the members
+    nll: float  # mean over the members, nats
+    disagreement: float  # share of the images for which two members name different classes, mean over the pairs
+    kl: float  # Kullback-Leibler divergence of a member's probabilities from another's, mean over the pairs, nats
+
+
+class RunningMemberFigures:
+    """`MemberFigures`, accumulated on the device batch by batch.
+
+    Args:
+        device: Where the answers are.
+        dtype: Of the sums.
+    """
+
+    def __init__(self, device: torch.device | str, dtype: torch.dtype) -> None:
+        self.sums = torch.zeros(5, device=device, dtype=dtype)  # images, and by image the four figures
+        self.members = 1
+
+    def update(self, log_probabilities_MBC: Tensor, labels: Tensor) -> None:
+        """Takes in one batch: what the members answer, and labels (B,) int64."""
+        self.members = members = len(log_probabilities_MBC)
+        predicted_MB = log_probabilities_MBC.argmax(-1)
+        hits = (predicted_MB == labels).sum() / members
+        nll = -log_probabilities_MBC.gather(-1, labels.expand(members, -1)[..., None]).sum() / members
+        pairs = max(members * (members - 1), 1)
+        differ = (predicted_MB[:, None] != predicted_MB).sum() / pairs
+        cross_MM = torch.einsum("mbc,nbc->mn", log_probabilities_MBC.exp(), log_probabilities_MBC)
+        kl = (cross_MM.diagonal()[:, None] - cross_MM).sum() / pairs
+        batch = torch.stack([each.to(self.sums) for each in (torch.tensor(len(labels)), hits, nll, differ, kl)])
+        self.sums += batch
+
+    def compute(self) -> MemberFigures:
+        """The figures so far."""
+        images, *totals = self.sums.tolist()
+        return MemberFigures(self.members, *(total / images for total in totals))
+
+
+@contextmanager
+def members_kept(model: nn.Module) -> Iterator[Ensemble | MeanPrediction | None]:
+    """Inside the block, what this gives has the members' answers to the last batch under `kept`.
+
+    None for a single model, and for a view of an ensemble that gives only some of its classes.
+    """
+    hooks = list(model._forward_hooks.values())
+    keeper: Any = model if isinstance(model, Ensemble) and not hooks else None
+    if hooks and isinstance(hooks[-1], MeanPrediction):
+        keeper = hooks[-1]
+    if keeper is None:
+        yield None
+        return
+    keeper.keeps = True
+    try:
+        yield keeper
+    finally:
+        keeper.keeps, keeper.kept = False, None

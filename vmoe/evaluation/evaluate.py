@@ -53,11 +53,12 @@ def evaluate(
             shows progress its own way.
 
     Returns:
-        Plain types, as in `results` of evaluation.json: `images`, `top1`, `top5`, `nll`, `ece`, `balanced_accuracy`,
-        `f1`, `auroc`, `average_precision`, `class_accuracy`, `class_precision`, `class_f1`, `class_auroc`,
-        `class_average_precision`, `class_precision_at_recall` (at a recall of 0, 0.05, ..., 1), `confusion`,
-        `images_per_second`, `capacity_factor`, `top_k`, `dropped`, and by name `layers` with what each MoE layer
-        dropped and the load of its experts. Accuracies and shares are fractions.
+        Plain types, as in `results` of evaluation.json: `images`, `top1`, `top5`, `nll`, `ece`, `brier`,
+        `balanced_accuracy`, `f1`, `auroc`, `average_precision`, `class_accuracy`, `class_precision`, `class_f1`,
+        `class_auroc`, `class_average_precision`, `class_precision_at_recall` (at a recall of 0, 0.05, ..., 1),
+        `confusion`, `images_per_second`, `capacity_factor`, `top_k`, `dropped`, and by name `layers` with what each MoE
+        layer dropped and the load of its experts. `members` says of an ensemble how its members answer by themselves
+        and how unlike. Accuracies and shares are fractions.
 
     Raises:
         UserError: The data are missing or have a class that the model does not know, an argument's value is not

@@ -31,16 +31,24 @@ class MeanPrediction:
 
     In training all rows stay, those of an image's members one after the other: each member learns by itself. A model
     without a classifier gives the mean of its members' features in evaluation.
+
+    Attributes:
+        keeps: Whether `kept` is to hold what each member answers.
+        kept: (M, B, C) logarithms of the members' probabilities in the last pass, where that was asked for.
     """
 
     def __init__(self, ensemble: int) -> None:
         self.ensemble = ensemble
+        self.keeps = False
+        self.kept: Tensor | None = None
 
     def __call__(self, model: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         if model.training:
             return output
         if getattr(model, "num_classes", None) == 0:
             return output.unflatten(0, (-1, self.ensemble)).mean(1)
+        if self.keeps:
+            self.kept = output.float().log_softmax(-1).unflatten(0, (-1, self.ensemble)).transpose(0, 1)
         return mean_prediction(output, self.ensemble)
 
 
