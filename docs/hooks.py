@@ -15,7 +15,7 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
 PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
-KEYS = "<!-- every key -->"  # where a page has the tables of docs/keys.py
+TABLES = {"<!-- every key -->": "config_keys", "<!-- every job -->": "jobs"}  # where a page has those of docs/tables.py
 LINK = re.compile(r"(?<=\]\()(?!\w+:|#|/)([^)\s#]+)(#[^)\s]*)?(?=[)\s])")
 
 
@@ -34,8 +34,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, page, **_) -> str:
     """Points the links of a page in docs/ to where the files lie in the site."""
-    if KEYS in markdown:
-        markdown = markdown.replace(KEYS, runpy.run_path(str(ROOT / "docs" / "keys.py"))["config_keys"]())
+    for mark, table in TABLES.items():
+        if mark in markdown:
+            markdown = markdown.replace(mark, runpy.run_path(str(ROOT / "docs" / "tables.py"))[table]())
     source = f"docs/{page.file.src_uri}"
     return _for_site(markdown, source) if (ROOT / source).is_file() else markdown
 

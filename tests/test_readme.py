@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import vmoe
-from vmoe.cli.main import main
+from vmoe.cli.main import JOBS, main
 from vmoe.config_values import section_type
 from vmoe.training.config import TrainConfig
 from vmoe.training.options import option_types
@@ -104,8 +104,18 @@ def test_picture_of_the_rooms_is_that_of_the_imports():
 
 
 def test_every_config_key_is_documented_with_its_default():
-    text = runpy.run_path(str(REPOSITORY / "docs" / "keys.py"))["config_keys"]()
+    text = runpy.run_path(str(REPOSITORY / "docs" / "tables.py"))["config_keys"]()
     listed = re.findall(r"^\| `([\w.]+)` \| `[^`]+` \| `[^`]+` \| \S", text, re.MULTILINE)
     assert listed and set(listed) == {
         name for name, kind in option_types(TrainConfig).items() if not section_type(kind)
     }
+
+
+def test_every_job_is_on_the_page_of_commands():
+    text = runpy.run_path(str(REPOSITORY / "docs" / "tables.py"))["jobs"]()
+    assert re.findall(r"^\| `vmoe ([\w-]+)` \| [A-Z]", text, re.MULTILINE) == list(JOBS)
+
+
+def test_example_of_the_glossary_runs():
+    names = run_python("docs/glossary.md")
+    assert names["trace"].layers["blocks.11.mlp"].chosen.shape == (1, 197, 1)

@@ -1,4 +1,4 @@
-"""The keys of a run's config as tables, read from the dataclasses without importing them. The site's page has them."""
+"""Tables of the site: the keys of a run's config and the jobs, read from the code without importing it."""
 
 import ast
 import re
@@ -20,6 +20,17 @@ def config_keys() -> str:
         if isinstance(node, ast.Assign)
     }
     return "\n".join(_section("TrainConfig", "", classes, words))
+
+
+def jobs() -> str:
+    """A table per group of jobs: the job and what it is for."""
+    tree = ast.parse((ROOT / "vmoe" / "cli" / "main.py").read_text(encoding="utf-8"))
+    named = {ast.unparse(node.targets[0]): node.value for node in tree.body if isinstance(node, ast.Assign)}
+    lines = []
+    for title, group in ast.literal_eval(named["GROUPS"]).items():
+        lines += [f"## {title}", "", "| job | what it does |", "|---|---|"]
+        lines += [*(f"| `vmoe {job}` | {text[0].upper()}{text[1:]}. |" for job, text in group.items()), ""]
+    return "\n".join(lines)
 
 
 def _section(name: str, prefix: str, classes: dict[str, ast.ClassDef], words: dict[str, str]) -> list[str]:
@@ -45,7 +56,7 @@ def _meanings(docstring: str) -> dict[str, str]:
     """What the arguments of a docstring mean, by their names."""
     arguments = docstring.partition("\nArgs:\n")[2].partition("\n\n")[0]
     entries = re.findall(r"^    (\w+): (.*?)(?=^    \w|\Z)", arguments + "\n", re.MULTILINE | re.DOTALL)
-    return {name: " ".join(text.split()) for name, text in entries}
+    return {name: re.sub(r"\bNone\b", "null", " ".join(text.split())) for name, text in entries}
 
 
 def _values(kind: str, words: dict[str, str]) -> str:
