@@ -35,7 +35,7 @@ def program_metadata(facts: ModelFacts) -> dict[str, Any]:
     }
 
 
-def _size(value: Any) -> ImageSize:
+def _size_in(value: Any) -> ImageSize:
     if isinstance(value, list):
         height, width = value
         return as_size(int(height), int(width))
@@ -70,7 +70,7 @@ def facts_of_program(text: str, path: Path) -> ModelFacts:
         facts = ModelFacts(
             config={},
             class_names=[str(name) for name in content["class_names"]],
-            image_size=_size(content["image_size"]),
+            image_size=_size_in(content["image_size"]),
             mean=tuple(content["mean"]),
             std=tuple(content["std"]),
             bit_depth=content.get("bit_depth"),

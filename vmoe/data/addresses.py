@@ -10,7 +10,7 @@ from vmoe.extras import require_module
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
-T = TypeVar("T")
+Answer = TypeVar("Answer")
 _WAITS = (1, 2, 4)  # seconds before a network is asked again
 _SCANNED_AT_ONCE = 8 * 2**20  # bytes
 
@@ -39,20 +39,20 @@ def list_files(root: str) -> list[RemoteFile]:
     Raises:
         UnreachableError: they cannot be listed.
     """
-    addresses = _expanded(root)
+    addresses = _without_braces(root)
 
     def listed(fs: "AbstractFileSystem", path: str) -> list[RemoteFile]:
         if addresses is not None:
-            return [_described(address) for address in addresses]
+            return [_file_at(address) for address in addresses]
         names = [each.rstrip("/").rpartition("/")[2] for each in fs.ls(path, detail=False)]
-        return [_described(f"{root.rstrip('/')}/{name}") for name in sorted(set(names)) if name.endswith(".tar")]
+        return [_file_at(f"{root.rstrip('/')}/{name}") for name in sorted(set(names)) if name.endswith(".tar")]
 
     return _asked(root if addresses is None else addresses[0], listed)
 
 
-def folder_of(root: str) -> str:
+def shard_folder(root: str) -> str:
     """The address of the folder that holds the files of `list_files`."""
-    addresses = _expanded(root)
+    addresses = _without_braces(root)
     return root.rstrip("/") if addresses is None else addresses[0].rpartition("/")[0]
 
 
@@ -97,14 +97,14 @@ def opened(address: str) -> BinaryIO:
     return _asked(address, lambda fs, path: fs.open(path, "rb", block_size=_SCANNED_AT_ONCE))
 
 
-def _described(address: str) -> RemoteFile:
+def _file_at(address: str) -> RemoteFile:
     def ask(fs: "AbstractFileSystem", path: str) -> RemoteFile:
         return RemoteFile(address, address.rpartition("/")[2], int(fs.info(path)["size"]), str(fs.ukey(path)))
 
     return _asked(address, ask)
 
 
-def _expanded(root: str) -> list[str] | None:
+def _without_braces(root: str) -> list[str] | None:
     """The addresses that braces stand for, as in train-{0000..0012}.tar; None without braces."""
     if "{" not in root:
         return None
@@ -117,7 +117,7 @@ def _expanded(root: str) -> list[str] | None:
         raise UserError(f"{root}: its braces are not balanced; write them as in train-{{0000..0012}}.tar") from error
 
 
-def _asked(address: str, ask: "Callable[[AbstractFileSystem, str], T]") -> T:
+def _asked(address: str, ask: "Callable[[AbstractFileSystem, str], Answer]") -> Answer:
     """What a file system answers, asked again where a network fails. It is found in each process for itself.
 
     Raises:

@@ -16,11 +16,11 @@ from torchvision.transforms import v2
 
 from vmoe.data.config import AugmentConfig, Colour, Crop
 from vmoe.data.images import eval_crop
-from vmoe.data.presets import SMALL_SIDE, AugmentSteps, resolve
+from vmoe.data.presets import POLICY_SIDE, AugmentSteps, resolve
 from vmoe.errors import UserError
 from vmoe.sizes import ImageSize, as_size, height_and_width
 
-_ASPECT = (3 / 4, 4 / 3)  # of a crop by scale, beside the results' own
+_CROP_ASPECT = (3 / 4, 4 / 3)  # of a crop by scale, beside the results' own
 
 
 class Augmenter:
@@ -52,7 +52,7 @@ class Augmenter:
         self._is_own = config.albumentations is not None
         if isinstance(config.albumentations, dict):
             self._crops_by_scale = True
-            self._transform: A.Compose | None = _own_pipeline(config.albumentations)
+            self._transform: A.Compose | None = _made_pipeline(config.albumentations)
         else:
             steps = resolve(config, image_size, flip)
             self._crops_by_scale = steps.crop_scale is not None
@@ -121,14 +121,14 @@ def _crop_and_flip(steps: AugmentSteps, size: tuple[int, int]) -> list[A.BasicTr
     height, width = size
     transforms: list[A.BasicTransform] = []
     if steps.crop_scale is not None:
-        ratio = tuple(each * (width / height) for each in _ASPECT)
+        ratio = tuple(each * (width / height) for each in _CROP_ASPECT)
         transforms = [A.RandomResizedCrop(size=size, scale=steps.crop_scale, ratio=ratio, area_for_downscale="image")]
     elif steps.crop_padding is not None:
         transforms = [A.Pad(padding=steps.crop_padding), A.RandomCrop(height, width)]
     return [*transforms, A.HorizontalFlip(p=steps.flip)] if steps.flip else transforms
 
 
-def _own_pipeline(content: dict[str, Any]) -> A.Compose:
+def _made_pipeline(content: dict[str, Any]) -> A.Compose:
     """The pipeline that a user saved.
 
     Raises:
@@ -154,7 +154,7 @@ def _policy(name: str, side: int, fill: tuple[int, ...]) -> A.BasicTransform | A
         return _OfTorchvision(v2.AugMix(fill=list(fill)))
     policies = v2.AutoAugmentPolicy
     return _OfTorchvision(
-        v2.AutoAugment(policies.CIFAR10 if side <= SMALL_SIDE else policies.IMAGENET, fill=list(fill))
+        v2.AutoAugment(policies.CIFAR10 if side <= POLICY_SIDE else policies.IMAGENET, fill=list(fill))
     )
 
 

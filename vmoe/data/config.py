@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 from vmoe.config_values import from_plain, to_plain
-from vmoe.data.addresses import folder_of, is_address
+from vmoe.data.addresses import is_address, shard_folder
 from vmoe.data.sections import (
     OF_WORKERS,
     AugmentConfig,
@@ -187,7 +187,7 @@ class DataConfig:
         """What a run is named after: the set, or the user's own folder or file."""
         if self.name in NAMED_SETS:
             return self.name
-        path = Path(folder_of(self.root)) if is_address(self.root) else Path(self.root).resolve()
+        path = Path(shard_folder(self.root)) if is_address(self.root) else Path(self.root).resolve()
         return (path.stem if path.suffix.lower() in _FILE_SETS else path.name) or self.name
 
     def _check_sampler(self) -> None:

@@ -105,7 +105,7 @@ def load_huggingface(config: DataConfig) -> tuple[dict[str, ImageSet], list[str]
             raise UserError(f"{config.root}: row {row} of {split} has no label; label it, or remove it")
         sets[split] = ImageSet.all_of(_images_of(config.root, split, splits[split], picture), labels)
     if "train" in sets:
-        _refuse_unknown_classes(config.root, sets, classes)
+        _require_training_of(config.root, sets, classes)
     return sets, classes, notes
 
 
@@ -222,7 +222,7 @@ def _images_of(root: str, split: str, rows: "Dataset", column: str) -> HuggingFa
     return HuggingFaceImages(pictures, column, f"{root}:{split}")
 
 
-def _refuse_unknown_classes(root: str, sets: Mapping[str, ImageSet], names: list[str]) -> None:
+def _require_training_of(root: str, sets: Mapping[str, ImageSet], names: list[str]) -> None:
     trained = set(sets["train"].labels.tolist())
     for split, part in sets.items():
         if unknown := sorted(set(part.labels.tolist()) - trained):

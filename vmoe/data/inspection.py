@@ -17,9 +17,9 @@ from vmoe.progress import Progress, shown
 _THUMB = 16  # pixels per side
 _ALIKE = 0.99  # correlation of two thumbnails that are of one picture
 _PLAIN = 8.0  # levels: below this standard deviation a thumbnail shows too little to be compared
-_AT_ONCE = 4096  # thumbnails
+_THUMBS_AT_ONCE = 4096  # thumbnails
 _NAMED = 5  # in a line
-_SPLITS = {"train": "training", "val": "validation", "test": "test"}
+_TITLES_OF_SPLITS = {"train": "training", "val": "validation", "test": "test"}
 
 
 @dataclass(frozen=True)
@@ -62,26 +62,28 @@ class Inspection:
         lines = []
         for split, (smallest, median, largest) in self.sizes.items():
             same = smallest == largest
-            between = "all" if same else f"{_size(smallest)} to {_size(largest)}, median"
-            lines.append(f"sizes in {_SPLITS[split]}: {between} {_size(median)} (height x width)")
+            between = "all" if same else f"{_height_by_width(smallest)} to {_height_by_width(largest)}, median"
+            lines.append(f"sizes in {_TITLES_OF_SPLITS[split]}: {between} {_height_by_width(median)} (height x width)")
         if self.mean:
             mean, std = (f"[{','.join(f'{value:.3f}' for value in values)}]" for values in (self.mean, self.std))
             lines.append(f"colours of training images: --data.mean {mean} --data.std {std} would normalise them")
         for split, found in self.damaged.items():
             if found:
                 more = f"; and {len(found) - _NAMED} others" if len(found) > _NAMED else ""
-                count = f"{len(found)} of {self.looked_at[split]} {_SPLITS[split]} images"
+                count = f"{len(found)} of {self.looked_at[split]} {_TITLES_OF_SPLITS[split]} images"
                 lines.append(f"warning: {count} cannot be read: {'; '.join(found[:_NAMED])}{more}")
         for split in dict.fromkeys(each.split for each in self.near_duplicates):
             found = [each for each in self.near_duplicates if each.split == split]
             pairs = "; ".join(f"{each.place} is like {each.of_training}" for each in found[:_NAMED])
             more = f"; and {len(found) - _NAMED} others" if len(found) > _NAMED else ""
-            count = f"{len(found)} of {self.looked_at[split]} {_SPLITS[split]} images"
+            count = f"{len(found)} of {self.looked_at[split]} {_TITLES_OF_SPLITS[split]} images"
             lines.append(f"warning: {count} are nearly training images, so results are too good: {pairs}{more}")
         if not self.near_duplicates and len(self.looked_at) > 1:
             lines.append("no image of validation or test is nearly one of training")
         if partly := [split for split, count in self.looked_at.items() if count < self.images[split]]:
-            parts = ", ".join(f"{self.looked_at[split]} of {self.images[split]} {_SPLITS[split]}" for split in partly)
+            parts = ", ".join(
+                f"{self.looked_at[split]} of {self.images[split]} {_TITLES_OF_SPLITS[split]}" for split in partly
+            )
             lines.append(f"this is of {parts} images, a random choice")
         return lines
 
@@ -116,9 +118,9 @@ def inspect_images(data: ImageDataModule, most: int = 5000, threads: int = 4, pr
     for name, split in splits.items():
         order = np.random.default_rng(data.config.split_seed).permutation(len(split.images))[:most]
         with ThreadPoolExecutor(threads) as pool:
-            seen = pool.map(lambda index, of=split: _looked_at(data, of.images, index), np.sort(order).tolist())
+            seen = pool.map(lambda index, of=split: _taken_in(data, of.images, index), np.sort(order).tolist())
             for index, found in zip(np.sort(order).tolist(), shown(seen, f"looking at {name}", progress), strict=False):
-                _add(split, index, found, is_training=name == "train")
+                _gather(split, index, found, is_training=name == "train")
     train = splits.get("train")
     pairs = [
         pair for name, split in splits.items() if train is not None and name != "train"
@@ -136,7 +138,7 @@ def inspect_images(data: ImageDataModule, most: int = 5000, threads: int = 4, pr
     )
 
 
-def _looked_at(data: ImageDataModule, images: ImageSet, index: int) -> tuple[np.ndarray, tuple[int, int]] | str:
+def _taken_in(data: ImageDataModule, images: ImageSet, index: int) -> tuple[np.ndarray, tuple[int, int]] | str:
     """A picture as the model sees it, and its own size; a line where it cannot be read."""
     try:
         image = images.read(index)
@@ -145,7 +147,7 @@ def _looked_at(data: ImageDataModule, images: ImageSet, index: int) -> tuple[np.
     return eval_crop(image, data.image_size, data.config.crop), (image.shape[0], image.shape[1])
 
 
-def _add(split: _Split, index: int, found: tuple[np.ndarray, tuple[int, int]] | str, is_training: bool) -> None:
+def _gather(split: _Split, index: int, found: tuple[np.ndarray, tuple[int, int]] | str, is_training: bool) -> None:
     if isinstance(found, str):
         split.damaged.append(found)
         return
@@ -171,14 +173,14 @@ def _sizes(sizes: Sequence[tuple[int, int]]) -> list[list[int]]:
 
 
 def _near_duplicates(data: ImageDataModule, name: str, split: _Split, train: _Split) -> list[NearDuplicate]:
-    ours, theirs = _unit(split.thumbs), _unit(train.thumbs)
+    ours, theirs = _as_directions(split.thumbs), _as_directions(train.thumbs)
     if not len(ours) or not len(theirs):
         return []
     found = []
-    for start in range(0, len(ours), _AT_ONCE):
-        best, nearest = torch.full((len(ours[start : start + _AT_ONCE]),), -1.0), None
-        for first in range(0, len(theirs), _AT_ONCE):
-            likeness, place = (ours[start : start + _AT_ONCE] @ theirs[first : first + _AT_ONCE].T).max(1)
+    for start in range(0, len(ours), _THUMBS_AT_ONCE):
+        best, nearest = torch.full((len(ours[start : start + _THUMBS_AT_ONCE]),), -1.0), None
+        for first in range(0, len(theirs), _THUMBS_AT_ONCE):
+            likeness, place = (ours[start : start + _THUMBS_AT_ONCE] @ theirs[first : first + _THUMBS_AT_ONCE].T).max(1)
             is_better = likeness > best
             nearest = place + first if nearest is None else torch.where(is_better, place + first, nearest)
             best = torch.maximum(best, likeness)
@@ -194,7 +196,7 @@ def _near_duplicates(data: ImageDataModule, name: str, split: _Split, train: _Sp
     return found
 
 
-def _unit(thumbs: Sequence[np.ndarray]) -> torch.Tensor:
+def _as_directions(thumbs: Sequence[np.ndarray]) -> torch.Tensor:
     """Thumbnails as vectors of mean 0 and length 1, (n, D); those of plain pictures are 0."""
     table = torch.from_numpy(np.stack(thumbs).reshape(len(thumbs), -1).astype(np.float32)) if thumbs else torch.empty(0)
     if not len(table):
@@ -204,5 +206,5 @@ def _unit(thumbs: Sequence[np.ndarray]) -> torch.Tensor:
     return torch.where(deviation < _PLAIN, 0.0, table / table.norm(dim=1, keepdim=True).clamp_min(1e-6))
 
 
-def _size(sides: Sequence[int]) -> str:
+def _height_by_width(sides: Sequence[int]) -> str:
     return f"{sides[0]} x {sides[1]}"

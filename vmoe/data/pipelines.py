@@ -22,11 +22,11 @@ def read_pipeline(given: Any) -> dict[str, Any]:
         ValueError: It is none of these, or the pipeline has steps that cannot be saved.
     """
     if isinstance(given, str | os.PathLike):
-        content = _read(Path(given).expanduser())
+        content = _read_content(Path(given).expanduser())
     elif isinstance(given, dict):
         content = given
     else:
-        content = _described(given)
+        content = _in_memory(given)
     steps = content.get("transform") if isinstance(content, dict) else None
     if not isinstance(steps, dict) or "__class_fullname__" not in steps:
         what = given if isinstance(given, str | os.PathLike) else type(given).__name__
@@ -37,7 +37,7 @@ def read_pipeline(given: Any) -> dict[str, Any]:
     return plain
 
 
-def _read(path: Path) -> Any:
+def _read_content(path: Path) -> Any:
     try:
         text = path.read_text(encoding="utf-8")
         return json.loads(text) if path.suffix.lower() == ".json" else yaml.safe_load(text)
@@ -46,7 +46,7 @@ def _read(path: Path) -> Any:
         raise ValueError(f"albumentations={str(path)!r}: cannot be read ({reason}); {_WRITTEN}") from error
 
 
-def _described(pipeline: Any) -> Any:
+def _in_memory(pipeline: Any) -> Any:
     """What `A.to_dict` says of a pipeline in memory."""
     try:
         import albumentations as A

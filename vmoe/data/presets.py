@@ -23,7 +23,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "erasing": 0.25,
     },
 }
-SMALL_SIDE = 64  # pixels; larger images are cropped by scale
+POLICY_SIDE = 64  # pixels; larger images are cropped by scale
 _CROP_SCALE = (0.08, 1.0)
 
 
@@ -75,7 +75,7 @@ def resolve(config: AugmentConfig, image_size: ImageSize, flip: float) -> Augmen
     padding, scale = settings["crop_padding"], settings["crop_scale"]
     if scale is None and padding is None:
         sides = height_and_width(image_size)
-        padding, scale = (min(sides) // 8, None) if max(sides) <= SMALL_SIDE else (None, _CROP_SCALE)
+        padding, scale = (min(sides) // 8, None) if max(sides) <= POLICY_SIDE else (None, _CROP_SCALE)
     magnitude = settings.get("randaugment_magnitude", 0)
     return AugmentSteps(
         crop_padding=padding,

@@ -14,7 +14,7 @@ try:
 except ModuleNotFoundError:
     cv2 = None
 
-_ONE = 2048  # the weights of bilinear interpolation are multiples of 1 / 2048
+_UNIT = 2048  # the weights of bilinear interpolation are multiples of 1 / 2048
 
 
 def resize(picture: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -90,7 +90,7 @@ def grow_bilinearly(picture: np.ndarray, height: int, width: int) -> np.ndarray:
     rows, columns = _Neighbours.of(picture.shape[0], height), _Neighbours.of(picture.shape[1], width)
     pixels = picture.astype(np.int32)
     # At its edges OpenCV takes the outermost column alone, but both rows
-    lines = pixels[:, columns.first] * np.where(columns.is_outside, _ONE, columns.near)[:, None]
+    lines = pixels[:, columns.first] * np.where(columns.is_outside, _UNIT, columns.near)[:, None]
     lines += pixels[:, columns.second] * np.where(columns.is_outside, 0, columns.far)[:, None]
     lines >>= 4
     sums = (lines[rows.first] * rows.near[:, None, None] >> 16) + (lines[rows.second] * rows.far[:, None, None] >> 16)
@@ -111,6 +111,6 @@ class _Neighbours(NamedTuple):
         places = ((np.arange(size) + 0.5) * (length / size) - 0.5).astype(np.float32)
         before = np.floor(places).astype(np.int64)
         shares = places - before.astype(np.float32)
-        far, near = (np.rint(each * _ONE).astype(np.int32) for each in (shares, 1 - shares))
+        far, near = (np.rint(each * _UNIT).astype(np.int32) for each in (shares, 1 - shares))
         is_outside = (before < 0) | (before >= length - 1)
         return cls(np.clip(before, 0, length - 1), np.clip(before + 1, 0, length - 1), near, far, is_outside)

@@ -25,7 +25,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from vmoe.data.addresses import RemoteFile, folder_of, is_address, list_files, opened, read_part, read_whole
+from vmoe.data.addresses import RemoteFile, is_address, list_files, opened, read_part, read_whole, shard_folder
 from vmoe.data.folders import SPLIT_NAMES, split_of
 from vmoe.data.image_files import IMAGE_SUFFIXES
 from vmoe.data.images import decode_image
@@ -82,7 +82,7 @@ def load_shards(root: str | Path) -> Splits:
     """
     if is_address(root):
         files = list_files(str(root))
-        where: _Folder | _RemoteFolder = _RemoteFolder(folder_of(str(root)), {file.name: file for file in files})
+        where: _Folder | _RemoteFolder = _RemoteFolder(shard_folder(str(root)), {file.name: file for file in files})
     else:
         where = _Folder(Path(root))
     found, others = _find_shards(where.tars())
@@ -126,7 +126,7 @@ class _Folder:
         return np.array([f"{name} {fact.st_size} {fact.st_mtime_ns}" for name, fact in facts])
 
     def kept_index(self, file: str, names: list[str]) -> dict[str, np.ndarray] | None:
-        return _read_index(self.root / file, self.stamp(names))
+        return _kept_columns(self.root / file, self.stamp(names))
 
     def place_for_index(self, file: str) -> Path:
         return self.root / file
@@ -154,12 +154,12 @@ class _RemoteFolder:
         return np.array([f"{name} {self.files[name].size} {self.files[name].version}" for name in names])
 
     def kept_index(self, file: str, names: list[str]) -> dict[str, np.ndarray] | None:
-        kept = _read_index(self.place_for_index(file), self.stamp(names))
+        kept = _kept_columns(self.place_for_index(file), self.stamp(names))
         if kept is not None:
             return kept
         beside = self.text(file)
         sizes = np.array([f"{name} {self.files[name].size}" for name in names])
-        return None if beside is None else _read_index(io.BytesIO(beside), sizes, of_sizes=True)
+        return None if beside is None else _kept_columns(io.BytesIO(beside), sizes, of_sizes=True)
 
     def place_for_index(self, file: str) -> Path:
         caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -213,7 +213,7 @@ def _image_set(where: _Folder | _RemoteFolder, split: str, names: list[str]) -> 
     return ImageSet.all_of(ShardedImages([where.path(name) for name in names], **columns), labels)
 
 
-def _read_index(source: Path | BinaryIO, stamp: np.ndarray, of_sizes: bool = False) -> dict[str, np.ndarray] | None:
+def _kept_columns(source: Path | BinaryIO, stamp: np.ndarray, of_sizes: bool = False) -> dict[str, np.ndarray] | None:
     """What was written for these very shards, or with `of_sizes` for shards of these names and sizes; else None."""
     try:
         with np.load(source) as content:

@@ -25,7 +25,7 @@ _OPTIONS = {
 }
 
 
-_FITTED = {
+_HOW_FITTED = {
     "centre": "its largest central part of the model's shape is resized to",
     "squash": "it is resized, whatever its shape, to",
     "letterbox": "it is resized to fit, between stripes of grey, into",
@@ -47,7 +47,7 @@ def describe_api(classes: list[str], image_size: ImageSize, crop: str, max_bytes
             "title": "vmoe serve",
             "version": __version__,
             "description": f"Names which of {len(classes):,} classes a picture shows. It has any size: "
-            f"{_FITTED[crop]} {size_text(image_size)} pixels.",
+            f"{_HOW_FITTED[crop]} {size_text(image_size)} pixels.",
         },
         "paths": {
             "/predict": {"post": _predict(classes, max_bytes)},
