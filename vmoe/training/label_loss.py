@@ -41,6 +41,7 @@ class LabelLoss:
         self._is_binary = config.name == "bce"
         self._smoothing = label_smoothing
         self._binary = BinaryCrossEntropy(label_smoothing, reduction="none")
+        self._asymmetric = AsymmetricLossMultiLabel(config.gamma_neg, config.gamma_pos, config.clip)
         self._weights: Tensor | None = None  # (C,), of an image by its class
         self._shift: Tensor | None = None  # (C,), added to the logits
         if class_counts is None or not config.counts_classes:
@@ -95,9 +96,8 @@ class LabelLoss:
         config = self._config
         targets = targets * (1 - self._smoothing) + 0.5 * self._smoothing  # of each class on its own: towards 0.5
         if config.name == "asymmetric":
-            loss = AsymmetricLossMultiLabel(config.gamma_neg, config.gamma_pos, config.clip)
             # The sum over the classes. Older timms, without a choice of the reduction, also sum over the images
-            return loss(logits, targets) / (1 if hasattr(loss, "reduction") else len(logits))
+            return self._asymmetric(logits, targets) / (1 if hasattr(self._asymmetric, "reduction") else len(logits))
         if config.name == "focal":
             return sigmoid_focal_loss(logits, targets, alpha=-1, gamma=config.gamma, reduction="mean")
         return F.binary_cross_entropy_with_logits(logits, targets)
