@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from vmoe.training.callbacks import Ema, ExactResume, NanGuard, RoutingMonitor
     from vmoe.training.classifier import Classifier
     from vmoe.training.fit import fit
+    from vmoe.training.run.finding import find_lr
     from vmoe.training.tuning import tune
 else:  # hidden from type checkers, which would take any name for one of this package's
     from vmoe.moe import CONTROL_NAMES
@@ -51,6 +52,7 @@ else:  # hidden from type checkers, which would take any name for one of this pa
             "vmoe.training.callbacks": ["Ema", "ExactResume", "NanGuard", "RoutingMonitor"],
             "vmoe.training.classifier": ["Classifier"],
             "vmoe.training.fit": ["fit"],
+            "vmoe.training.run.finding": ["find_lr"],
             "vmoe.training.tuning": ["tune"],
             "vmoe.models": [
                 "add_lora",
@@ -84,6 +86,7 @@ __all__ = [
     "create_model",
     "densify",
     "evaluate",
+    "find_lr",
     "fit",
     "freeze",
     "load",

@@ -22,6 +22,7 @@ from vmoe.cli.train import main
 from vmoe.data import DataConfig, ImageDataModule
 from vmoe.data.config import AugmentConfig, SubsetConfig
 from vmoe.data.loading import TrainImages
+from vmoe.errors import UserError
 from vmoe.training.classifier import Classifier
 from vmoe.training.run.checkpoints import RunCheckpoints
 from vmoe.training.run.journal import MetricsTable
@@ -481,3 +482,22 @@ def test_gradient_checkpointing_changes_no_weight(run):
     )
     before, after = _weights(plain), _weights(checkpointed)
     assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_a_learning_rate_is_found_and_nothing_trained(run, capsys):
+    code, folder = run("--find_lr", "--moe.router", "soft", "--moe.capacity_factor", "1")
+    assert code == 0 and not folder.last.exists() and not folder.config.exists()
+    with open(folder.path / "find_lr.csv", newline="") as file:
+        rates = [float(row["lr"]) for row in csv.DictReader(file)]
+    found = float(re.search(r"--optim.lr (\S+);", capsys.readouterr().out)[1])
+    assert rates == sorted(rates) and any(found == pytest.approx(rate, rel=0.1) for rate in rates)
+    assert run("--find_lr", "--optim.name", "timm:lyon", name="other")[0] == 2
+
+
+def test_a_found_rate_is_the_seed_s(tmp_path):
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(TINY)
+    ones, others = (vmoe.find_lr(recipe, steps=25, say=lambda line: None) for _ in range(2))
+    assert ones.losses == others.losses and ones.lr == others.lr
+    with pytest.raises(UserError, match=r"steps=12: must be 20 or more"):
+        vmoe.find_lr(recipe, steps=12)

@@ -16,11 +16,27 @@ from vmoe.training.parallel.process import Process
 from vmoe.training.run.progress import TrainingProgress
 from vmoe.training.run.stopping import Interrupted, stopped_at_once
 
+_FIND = "--find_lr"
 
-@job()
+
+@job(options={"find_lr": _FIND})
 def main(argv: list[str]) -> int:
-    """Trains; see `vmoe train --help`."""
+    """Trains, or finds a learning rate; see `vmoe train --help`."""
+    if _FIND in argv:
+        return _find_lr(parse([word for word in argv if word != _FIND]))
     return trained(lambda: parse(argv), ["vmoe", "train", *argv])
+
+
+def _find_lr(config: TrainConfig) -> int:
+    from vmoe.training.run.finding import find_lr  # here, since a mistake in an option need not wait for Lightning
+
+    choose_threads(config.data.workers if config.data.pipeline == "workers" else 0)
+    found = find_lr(config)
+    folder = Path(str(config.output_dir))
+    folder.mkdir(parents=True, exist_ok=True)
+    found.write(folder / "find_lr.csv")
+    print(f"the loss falls fastest at --optim.lr {found.lr:.2g}; {len(found.rates)} rates are in {folder}/find_lr.csv")
+    return 0
 
 
 def trained(make_config: Callable[[], TrainConfig], command: list[str]) -> int:

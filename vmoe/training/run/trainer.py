@@ -35,7 +35,7 @@ def new_trainer(
         num_nodes=process.world_size // process.local_world_size,
         strategy=strategy_of(config, process.world_size, writer),
         use_distributed_sampler=False,
-        precision=_PRECISIONS[config.trainer.precision],
+        precision=lightning_precision(config),
         max_epochs=config.trainer.epochs,
         accumulate_grad_batches=config.trainer.accumulate,
         callbacks=callbacks,
@@ -48,6 +48,11 @@ def new_trainer(
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+
+
+def lightning_precision(config: TrainConfig) -> str:
+    """Lightning's name of a run's precision."""
+    return _PRECISIONS[config.trainer.precision]
 
 
 def device_of(config: TrainConfig) -> torch.device:

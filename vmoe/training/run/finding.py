@@ -1,0 +1,113 @@
+"""Which learning rate a run should have: Lightning's range test (Smith 2017) on the run's own model and images."""
+
+import csv
+import dataclasses
+import logging
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from lightning import seed_everything
+from lightning.pytorch import Trainer
+from lightning.pytorch.tuner import Tuner
+
+from vmoe.errors import UserError
+from vmoe.files import atomic_write
+from vmoe.training.config import TrainConfig
+from vmoe.training.distillation import load_teacher
+from vmoe.training.fit import config_with
+from vmoe.training.optim.timm_optimizers import check_optimizer
+from vmoe.training.parallel.process import Process
+from vmoe.training.run.data import images_of_run
+from vmoe.training.run.model import built_model, facts_of_run, new_module, start_model
+from vmoe.training.run.trainer import device_of, lightning_precision, quiet_lightning
+
+_LOWEST, _HIGHEST = 1e-7, 1.0
+
+
+@dataclass(frozen=True)
+class FoundRate:
+    """What a range test found.
+
+    Attributes:
+        lr: The rate at which the loss falls fastest.
+        rates: Those that were tried, one per update.
+        losses: The smoothed loss at each of them.
+    """
+
+    lr: float
+    rates: list[float] = field(repr=False)
+    losses: list[float] = field(repr=False)
+
+    def write(self, path: str | Path) -> None:
+        """Writes a CSV file of the rates and losses."""
+        with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+            csv.writer(file, lineterminator="\n").writerows(
+                [("lr", "loss"), *zip(self.rates, self.losses, strict=True)]
+            )
+
+
+def find_lr(
+    config: TrainConfig | str | PathLike[str],
+    *,
+    options: Mapping[str, Any] | None = None,
+    steps: int = 100,
+    say: Callable[[str], object] = print,
+) -> FoundRate:
+    """Finds a learning rate for a run: the rate rises from update to update until the loss does, and nothing is kept.
+
+        found = vmoe.find_lr("digits", options={"moe.num_experts": 16})
+        vmoe.fit("digits", options={"moe.num_experts": 16, "optim.lr": found.lr})
+
+    All parameters learn at the same rate in this test.
+
+    Args:
+        config: A recipe's name, the path of a config file, or a `TrainConfig`.
+        options: Other options by their dotted names; not beside a `TrainConfig`.
+        steps: Updates; 20 or more, since the first ten and the last are not looked at.
+        say: Is called with lines on the run.
+
+    Raises:
+        UserError: an option is not allowed, there are several processes, or the loss never falls.
+    """
+    if not isinstance(config, TrainConfig):
+        config = config_with(config, options or {})
+    if steps < 20:
+        raise UserError(f"steps={steps}: must be 20 or more")
+    if Process.this().world_size > 1:
+        raise UserError("find_lr: works in one process; start it without torchrun", everywhere=True)
+    trainer = dataclasses.replace(config.trainer, cuda_graph=False, compile=False)
+    config = dataclasses.replace(config, trainer=trainer)
+    check_optimizer(config.optim)
+    device = device_of(config)
+    data = images_of_run(config, device)
+    seed_everything(config.seed, verbose=False)
+    model, _ = start_model(config, data, device, say)
+    facts = facts_of_run(config, built_model(config, None), data)
+    module = new_module(config, model, None, load_teacher(config.distill, data), facts)
+    with quiet_lightning(), tempfile.TemporaryDirectory() as folder:
+        logging.getLogger("lightning.pytorch.tuner").setLevel(logging.ERROR)
+        run = Trainer(
+            accelerator=device.type,
+            devices=1,
+            precision=lightning_precision(config),
+            max_epochs=-1,
+            accumulate_grad_batches=config.trainer.accumulate,
+            check_val_every_n_epoch=10**9,
+            num_sanity_val_steps=0,
+            default_root_dir=folder,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        found = Tuner(run).lr_find(
+            module, datamodule=data, min_lr=_LOWEST, max_lr=_HIGHEST, num_training=steps, update_attr=False
+        )
+    lr = None if found is None else found.suggestion()
+    if lr is None:
+        raise UserError("find_lr: the loss never falls, so there is no rate to suggest; look at the images and labels")
+    return FoundRate(lr, [float(each) for each in found.results["lr"]], [float(e) for e in found.results["loss"]])
