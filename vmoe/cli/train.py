@@ -8,7 +8,7 @@ from pathlib import Path
 from vmoe.checkpoints.run_folder import RunFolder
 from vmoe.cli.common import job
 from vmoe.cli.threads import choose_threads
-from vmoe.cli.train_options import parse
+from vmoe.cli.train_options import FIND_LR, parse
 from vmoe.errors import UserError
 from vmoe.memory import is_out_of_memory, memory_line
 from vmoe.training.config import TrainConfig
@@ -16,14 +16,12 @@ from vmoe.training.parallel.process import Process
 from vmoe.training.run.progress import TrainingProgress
 from vmoe.training.run.stopping import Interrupted, stopped_at_once
 
-_FIND = "--find_lr"
 
-
-@job(options={"find_lr": _FIND})
+@job(options={"find_lr": FIND_LR})
 def main(argv: list[str]) -> int:
     """Trains, or finds a learning rate; see `vmoe train --help`."""
-    if _FIND in argv:
-        return _find_lr(parse([word for word in argv if word != _FIND]))
+    if FIND_LR in argv:
+        return _find_lr(parse(argv))
     return trained(lambda: parse(argv), ["vmoe", "train", *argv])
 
 

@@ -34,6 +34,7 @@ which images: vmoe train photos/ --moe.layers last-2
 Every value of a config can be given here by its dotted name: --optim.lr 1e-3, --moe.num_experts 16, --moe.layers [3,5],
 --model.kwargs.drop_path_rate 0.1; --moe null trains the dense twin. --print_config shows what comes out.
 """
+FIND_LR = "--find_lr"  # what is done with the config, so no part of it
 OUTSIDE_CONFIG = ("config", "print_config", "help", "help-all", "moe.help")
 
 
@@ -60,7 +61,7 @@ def parse(argv: list[str]) -> TrainConfig:
         UserError: an option or key is unknown (with the nearest valid ones), of the wrong type, or out of range.
         SystemExit: after --help, --help-all or --print_config.
     """
-    given = _read(argv)
+    given = _read([word for word in argv if word != FIND_LR])
     try:
         return _parsed(given)
     except UserError as error:
