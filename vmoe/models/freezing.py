@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
 
@@ -48,7 +49,8 @@ def freeze(model: nn.Module, what: str | Sequence[str]) -> nn.Module:
 
 def classifier_names(model: nn.Module) -> list[str]:
     """The names of the modules that are a timm model's last layers."""
-    heads = model.get_classifier() if hasattr(model, "get_classifier") else ()
+    timm_model: Any = model
+    heads = timm_model.get_classifier() if hasattr(model, "get_classifier") else ()
     heads = heads if isinstance(heads, tuple | list) else (heads,)
     return [name for name, module in model.named_modules() if any(module is head for head in heads)]
 

@@ -94,14 +94,14 @@ def add_lora(
             raise ValueError(f"targets={word!r}: must be {', '.join(TARGETS)}")
         if not found[word]:
             raise ValueError(f"targets={word!r}: the model has none of linear layers")
-    modules = [module for word in words for module in found[word]]
+    modules: list[Any] = [module for word in words for module in found[word]]
     if not modules:
         raise ValueError("the model has neither attention nor MLPs of linear layers")
     learning = [model.get_submodule(name) for name in classifier_names(model)]
     learning += [layer.router for _, layer in moe_layers(model)]
     model.requires_grad_(False)
-    for module in learning:
-        module.requires_grad_(True)
+    for learns in learning:
+        learns.requires_grad_(True)
     for module in modules:
         parametrize.register_parametrization(module, "weight", LowRank(module.weight, rank, alpha), unsafe=True)
     return model
