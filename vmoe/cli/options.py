@@ -4,7 +4,7 @@ import argparse
 import math
 from typing import TYPE_CHECKING
 
-from vmoe.cli.short_help import SHORT, HelpAll, short_help, wide
+from vmoe.cli.short_help import SHORT, HelpAll, help_of_job, wide
 from vmoe.cli.threads import choose_threads
 from vmoe.errors import UserError
 
@@ -21,7 +21,7 @@ class _UserParser(argparse.ArgumentParser):
     job = ""
 
     def format_help(self) -> str:
-        return short_help(self.job, self) if self.job in SHORT else self.format_all()
+        return help_of_job(self.job, self) if self.job in SHORT else self.format_all()
 
     def format_all(self) -> str:
         return super().format_help()
@@ -34,8 +34,8 @@ def new_parser(job: str, description: str) -> argparse.ArgumentParser:
     """A parser for `vmoe JOB` whose errors are `UserError`s and whose options cannot be abbreviated."""
     parser = _UserParser(prog=f"vmoe {job}", description=description, formatter_class=wide, allow_abbrev=False)
     parser.job = job
-    if job in SHORT:
-        parser.add_argument("--help-all", action=HelpAll)
+    shown = "explain all options" if job in SHORT else argparse.SUPPRESS  # the same as --help there
+    parser.add_argument("--help-all", action=HelpAll, help=shown)
     return parser
 
 

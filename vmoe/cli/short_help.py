@@ -67,7 +67,7 @@ SHORT = {
 }
 
 
-def short_help(job: str, parser: argparse.ArgumentParser) -> str:
+def help_of_job(job: str, parser: argparse.ArgumentParser) -> str:
     """The page of a job that stands in `SHORT`."""
     actions = {action.dest: action for action in parser._actions if action.help is not argparse.SUPPRESS}
     words = [action for action in actions.values() if not action.option_strings]
@@ -95,8 +95,8 @@ def wide(prog: str) -> argparse.HelpFormatter:
 class HelpAll(argparse.Action):
     """--help-all: prints the whole help and ends."""
 
-    def __init__(self, option_strings: list[str], dest: str) -> None:
-        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help="explain all options")
+    def __init__(self, option_strings: list[str], dest: str, help: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help=help)
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         """Prints it."""
