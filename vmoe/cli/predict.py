@@ -62,10 +62,8 @@ def _predicted(options: argparse.Namespace) -> None:
         if options.tta:
             raise UserError("--coverage: goes without --tta, for which no model is calibrated")
         if model.calibration is None:
-            raise UserError(
-                f"--coverage {options.coverage:g}: {options.model} is not calibrated; write a file that is by "
-                f"`vmoe calibrate {options.model} --out FILE`"
-            )
+            what = f"--coverage {options.coverage:g}: {options.model} is not calibrated"
+            raise UserError(f"{what}; `vmoe calibrate` writes a file that is")
         least_probability(model.calibration, options.coverage)  # before the work, whether it can be had
     batch = 1 if options.routing else options.batch_size
     note_batches(options, batch, model)
