@@ -119,6 +119,7 @@ MISTAKES: dict[str, list[Mistake]] = {
         _config("fp16 on a GPU of Apple's", "--trainer.device mps --trainer.precision fp16"),
         _config("a CUDA graph of fp16", "--trainer.device auto --trainer.cuda_graph true --trainer.precision fp16"),
         _config("more choices than experts", "--moe.top_k 9"),
+        _config("members that cannot have as many experts", "--moe.ensemble 3"),
         _config("no experts", "--moe.num_experts 0"),
         _config("a capacity of 0", "--moe.capacity_factor 0"),
         _config("a capacity that leaves no place", "--moe.capacity_factor 0.001 --moe.capacity_rounding round"),
