@@ -152,7 +152,7 @@ def _moe_config(
     # Tutel divides the variance over experts by E - 1 in place of E
     weight = settings["AUX_LOSS_WEIGHT"] / 2 * num_experts / max(num_experts - 1, 1)
     is_gshard = settings["IS_GSHARD_LOSS"]
-    cosine = {"cosine_dim": architecture.cosine_dim, "cosine_bias": True} if architecture.router == "cosine" else {}
+    is_cosine = architecture.router == "cosine"
     try:
         return MoeConfig(
             layers=[first_of_stage[stage] + block for stage, block in architecture.moe_blocks],
@@ -171,7 +171,8 @@ def _moe_config(
             importance_loss_weight=0.0 if is_gshard else weight,
             load_loss_weight=0.0 if is_gshard else weight,
             gshard_loss_weight=settings["AUX_LOSS_WEIGHT"] if is_gshard else 0.0,
-            **cosine,
+            cosine_dim=architecture.cosine_dim if is_cosine else None,
+            cosine_bias=is_cosine,
         )
     except ValueError as error:
         raise UserError(f"{architecture.path}: {error}") from error
@@ -242,7 +243,9 @@ def _fill_experts(model: nn.Module, files: SwinFiles, architecture: SwinArchitec
             original = name.removesuffix(".mlp") + EXPERTS
             targets = _slices_of(layer.experts, architecture, rank)
             if rank == 0 and f"{original}batched_fc2_bias" not in left:
-                _fill_frozen_bias(files, f"{original}batched_fc2_bias", layer.experts.fc2.bias)
+                bias = layer.experts.fc2.bias
+                assert bias is not None  # as of all experts in the place of timm's MLPs
+                _fill_frozen_bias(files, f"{original}batched_fc2_bias", bias)
             for part, target in targets.items():
                 value = left.pop(f"{original}{part}", None)
                 if value is None and part == "batched_fc2_bias":
