@@ -17,7 +17,7 @@ from vmoe.training.run.progress import TrainingProgress
 from vmoe.training.run.stopping import Interrupted, stopped_at_once
 
 
-@job(options={"find_lr": FIND_LR})
+@job()
 def main(argv: list[str]) -> int:
     """Trains, or finds a learning rate; see `vmoe train --help`."""
     if FIND_LR in argv:
