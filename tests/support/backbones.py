@@ -210,7 +210,12 @@ REFUSED = [
 
 PAGE = """# Backbones
 
-Written by `python tests/support/backbones.py > docs/backbones.md`; a test keeps it up to date.
+This page lists which of timm's models can be made sparse, and which of their MLPs become MoE layers. It is written by
+`python tests/support/backbones.py > docs/backbones.md`, and a test keeps it up to date.
+
+```python
+model = vmoe.sparsify(timm.create_model("swin_tiny_patch4_window7_224"), vmoe.MoeConfig(layers="last-2", num_experts=8))
+```
 
 `vmoe.sparsify` replaces MLPs that work on one token at a time: timm's `Mlp`, `GluMlp`, `SwiGLU`, `ConvMlp` and the
 families' own classes with the same function, on (B, N, D), (B, rows, columns, D) and (B, D, rows, columns). It finds
