@@ -2,11 +2,13 @@
 
 import functools
 import http.server
+import io
 import threading
 
 import fsspec
 import numpy as np
 import pytest
+from fsspec.implementations.memory import MemoryFile
 
 import vmoe.data.addresses
 from vmoe.cli.make_shards import main
@@ -18,19 +20,36 @@ from vmoe.errors import UserError
 
 
 class Server(http.server.SimpleHTTPRequestHandler):
-    """Serves a folder, with parts of files where `in_parts`; counts what it sends."""
+    """Serves a folder, with parts of files where `in_parts`; counts what it sends, and fails as often as `failing` says
+    for a name.
+    """
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
 
-    def __init__(self, *args, log, in_parts, **options):
-        self.log, self.in_parts = log, in_parts
+    def __init__(self, *args, log, in_parts, failing, **options):
+        self.log, self.in_parts, self.failing = log, in_parts, failing
         super().__init__(*args, **options)
 
     def log_message(self, *_):
         pass
 
+    def fails(self):
+        name = self.path.lstrip("/")
+        if not self.failing.get(name):
+            return False
+        self.failing[name] -= 1
+        self.send_response(503)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+        return True
+
+    def do_HEAD(self):
+        return None if self.fails() else super().do_HEAD()
+
     def do_GET(self):
+        if self.fails():
+            return None
         wanted = self.headers.get("Range")
         self.log.append((self.path, wanted))
         if wanted is None or not self.in_parts:
@@ -68,9 +87,11 @@ def served(shards):
     """Makes a server of the shards; gives its address and the requests that it has answered."""
     servers = []
 
-    def serve(in_parts=True):
+    def serve(in_parts=True, failing=None):
         log = []
-        handler = functools.partial(Server, directory=str(shards), log=log, in_parts=in_parts)
+        handler = functools.partial(
+            Server, directory=str(shards), log=log, in_parts=in_parts, failing={} if failing is None else failing
+        )
         server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
         threading.Thread(target=server.serve_forever, daemon=True).start()
         servers.append(server)
@@ -124,9 +145,38 @@ def test_a_network_that_fails_is_no_damaged_picture(in_memory):
         read_or_next(splits.train, position, [])
 
 
+@pytest.mark.parametrize("name", ["classes.json", "index-val.npz", "train-000001.tar"])
+def test_a_server_that_fails_is_asked_again(served, shards, monkeypatch, name):
+    names = load_shards(shards).class_names
+    assert names != ["0", "1"]
+    (shards / "index-train.npz").unlink()
+    address, _ = served(failing={name: 3})  # a HEAD, and the GET in its place, are one try
+    with pytest.raises(UserError, match=rf"{name}: cannot be read \(503"):
+        load_shards(address)
+    monkeypatch.setattr(vmoe.data.addresses, "_WAITS", (0, 0))
+    splits = load_shards(address)
+    assert splits.class_names == names and len(splits.train) == 18
+
+
+def test_a_scan_that_breaks_off_starts_again(in_memory, monkeypatch):
+    in_memory.rm("/photos/index-train.npz")
+    plain, fails = io.BytesIO.read, [True]
+
+    def read(file, *size):
+        if fails and getattr(file, "path", "").endswith("train-000001.tar"):
+            fails.clear()
+            raise ConnectionResetError("gone")
+        return plain(file, *size)
+
+    monkeypatch.setattr(MemoryFile, "read", read, raising=False)
+    monkeypatch.setattr(vmoe.data.addresses, "_WAITS", (0,))
+    assert len(load_shards("memory://photos").train) == 18 and not fails
+
+
 @pytest.mark.parametrize(
     ("root", "line"),
     [
+        ("memory://{photos,others}/{train-000000,val-000000}.tar", "2 of these files are called train-000000.tar"),
         ("nope://photos", r"nope://photos: cannot be read \(Protocol not known"),
         ("memory://lost", r"memory://lost: cannot be read \(there is no such file"),
         ("memory://photos/train-{0..1.tar", "its braces are not balanced"),

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 Answer = TypeVar("Answer")
 _WAITS = (1, 2, 4)  # seconds before a network is asked again
 _SCANNED_AT_ONCE = 8 * 2**20  # bytes
+_OF_NO_FILE = (403, 404, 410)  # HTTP's answers; the first is that of a bucket which may not be listed
+_OF_LATER = (408, 425, 429)  # HTTP's answers that ask for patience; others from 400 to 499 stay as they are
 
 
 class UnreachableError(UserError):
@@ -38,8 +40,15 @@ def list_files(root: str) -> list[RemoteFile]:
 
     Raises:
         UnreachableError: they cannot be listed.
+        UserError: two of the addresses end in the same name, by which an index knows them.
     """
     addresses = _without_braces(root)
+    names = [address.rpartition("/")[2] for address in addresses or []]
+    if repeated := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(
+            f"{root}: {names.count(repeated)} of these files are called {repeated}; give shards a name of their own, "
+            "each, or train on one folder"
+        )
 
     def listed(fs: "AbstractFileSystem", path: str) -> list[RemoteFile]:
         if addresses is not None:
@@ -62,7 +71,18 @@ def read_whole(address: str) -> bytes | None:
     Raises:
         UnreachableError: it cannot be read.
     """
-    return _asked(address, lambda fs, path: fs.cat_file(path) if fs.exists(path) else None)
+
+    def read(fs: "AbstractFileSystem", path: str) -> bytes | None:
+        try:  # not by `exists`, which over HTTP takes a server that fails for a file that is not there
+            return fs.cat_file(path)
+        except FileNotFoundError:
+            return None
+        except Exception as error:
+            if getattr(error, "status", None) in _OF_NO_FILE:
+                return None
+            raise
+
+    return _asked(address, read)
 
 
 def read_part(address: str, start: int, size: int) -> bytes:
@@ -83,18 +103,34 @@ def read_part(address: str, start: int, size: int) -> bytes:
     if len(content) != size:
         raise UnreachableError(
             f"{address}: {len(content)} bytes came where {size} were asked for, so its server gives no parts of files; "
-            f"give simplecache::{address.rpartition('/')[0]}, which keeps whole files here, or download them"
+            f"{_whole_files(address)}"
         )
     return content
 
 
-def opened(address: str) -> BinaryIO:
-    """A file that is read from its start to its end.
+def read_through(address: str, read: Callable[[BinaryIO], Answer]) -> Answer:
+    """What `read` makes of a file from its start to its end; where a network fails in between, it starts again.
 
     Raises:
-        UnreachableError: it cannot be opened.
+        UnreachableError: the file cannot be read.
     """
-    return _asked(address, lambda fs, path: fs.open(path, "rb", block_size=_SCANNED_AT_ONCE))
+
+    def ask(fs: "AbstractFileSystem", path: str) -> Answer:
+        with fs.open(path, "rb", block_size=_SCANNED_AT_ONCE) as file:
+            try:
+                return read(file)
+            except UserError:
+                raise
+            except ValueError as error:  # of HTTP, where no part comes, or another one than was asked for
+                raise UnreachableError(
+                    f"{address}: its server gives no parts of files ({error}); {_whole_files(address)}"
+                ) from error
+
+    return _asked(address, ask)
+
+
+def _whole_files(address: str) -> str:
+    return f"give simplecache::{address.rpartition('/')[0]}, which keeps whole files here, or download them"
 
 
 def _file_at(address: str) -> RemoteFile:
@@ -132,16 +168,32 @@ def _asked(address: str, ask: "Callable[[AbstractFileSystem, str], Answer]") -> 
         except UserError:
             raise
         except Exception as error:  # each file system has its own errors
-            is_final = isinstance(
-                error, FileNotFoundError | PermissionError | NotADirectoryError | ImportError | ValueError
-            )
-            if wait is None or is_final:
-                reason = (
-                    "there is no such file" if isinstance(error, FileNotFoundError) else " ".join(str(error).split())
-                )
+            if wait is None or _is_final(error):
                 raise UnreachableError(
-                    f"{address}: cannot be read ({reason[:200] or type(error).__name__}); check the address and the "
-                    "network"
+                    f"{address}: cannot be read ({_reason(error)}); check the address and the network"
                 ) from error
         time.sleep(wait)
     raise AssertionError("the loop above returns or raises")
+
+
+def _is_final(error: Exception) -> bool:
+    """Whether asking again is of no use."""
+    if (cause := _failure_behind(error)) is not None:
+        status = getattr(cause, "status", None)
+        return status is not None and 400 <= status < 500 and status not in _OF_LATER
+    return isinstance(error, FileNotFoundError | PermissionError | NotADirectoryError | ImportError | ValueError)
+
+
+def _failure_behind(error: Exception) -> BaseException | None:
+    """What made a file seem missing: over HTTP, fsspec says so of any failure to ask for a file's size."""
+    cause = error.__cause__ if isinstance(error, FileNotFoundError) else None
+    is_of_network = type(cause).__module__.partition(".")[0] == "aiohttp" or isinstance(cause, TimeoutError)
+    return cause if is_of_network else None
+
+
+def _reason(error: Exception) -> str:
+    cause = _failure_behind(error)
+    if isinstance(error, FileNotFoundError) and (cause is None or getattr(cause, "status", None) in (404, 410)):
+        return "there is no such file"
+    shown = cause or error
+    return " ".join(str(shown).split())[:200] or type(shown).__name__

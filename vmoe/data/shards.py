@@ -19,13 +19,14 @@ import os
 import re
 import tarfile
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
-from vmoe.data.addresses import RemoteFile, is_address, list_files, opened, read_part, read_whole, shard_folder
+from vmoe.data.addresses import RemoteFile, is_address, list_files, read_part, read_through, read_whole, shard_folder
 from vmoe.data.folders import SPLIT_NAMES, split_of
 from vmoe.data.image_files import IMAGE_SUFFIXES
 from vmoe.data.images import decode_image
@@ -34,6 +35,7 @@ from vmoe.errors import UserError
 from vmoe.files import atomic_write
 
 CLASSES_FILE = "classes.json"
+Samples = list[tuple[int, int, str, int]]  # (offset, size, name, label) of each image of a shard
 LABEL_KEYS = ("label", "cls", "target")  # of a .json, the first that is there
 
 
@@ -112,8 +114,10 @@ class _Folder:
     def path(self, name: str) -> str:
         return str(self.root / name)
 
-    def opened(self, name: str) -> BinaryIO:
-        return open(self.root / name, "rb")
+    def read_through(self, name: str, read: Callable[[BinaryIO], Samples]) -> Samples:
+        """What `read` makes of a shard."""
+        with open(self.root / name, "rb") as file:
+            return read(file)
 
     def text(self, name: str) -> bytes | None:
         """The content of a small file; None where there is none."""
@@ -144,8 +148,8 @@ class _RemoteFolder:
     def path(self, name: str) -> str:
         return self.files[name].address
 
-    def opened(self, name: str) -> BinaryIO:
-        return opened(self.path(name))
+    def read_through(self, name: str, read: Callable[[BinaryIO], Samples]) -> Samples:
+        return read_through(self.path(name), read)
 
     def text(self, name: str) -> bytes | None:
         return read_whole(f"{self.root}/{name}")
@@ -235,14 +239,24 @@ def _scan_headers(where: _Folder | _RemoteFolder, names: list[str]) -> dict[str,
     }
 
 
-def _samples_in(where: _Folder | _RemoteFolder, shard: str) -> list[tuple[int, int, str, int]]:
-    """(offset, size, name, label) of every image of a shard."""
+def _samples_in(where: _Folder | _RemoteFolder, shard: str) -> Samples:
     path = where.path(shard)
+    try:
+        return where.read_through(shard, lambda file: _samples_of(file, path))
+    except OSError as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: str, error: Exception) -> UserError:
+    return UserError(f"{path}: is damaged ({' '.join(str(error).split())}); make or fetch it again")
+
+
+def _samples_of(file: BinaryIO, path: str) -> Samples:
     images: dict[str, tuple[int, int, str]] = {}
     labels: dict[str, int] = {}
     descriptions: dict[str, tarfile.TarInfo] = {}
     try:
-        with where.opened(shard) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 folder, _, base = member.name.rpartition("/")
                 key, _, form = base.partition(".")  # webdataset's rule: the key ends at the first dot of the name
@@ -257,12 +271,8 @@ def _samples_in(where: _Folder | _RemoteFolder, shard: str) -> list[tuple[int, i
             for key in images.keys() & descriptions.keys() - labels.keys():
                 member = descriptions[key]
                 labels[key] = _label_in_json(path, member.name, tar.extractfile(member).read())
-    except UserError:
-        raise
-    except Exception as error:
-        if not (is_address(path) or isinstance(error, tarfile.TarError | OSError | EOFError)):
-            raise  # of a network, an error may be of any type
-        raise UserError(f"{path}: is damaged ({' '.join(str(error).split())}); make or fetch it again") from error
+    except (tarfile.TarError, EOFError) as error:
+        raise _damaged(path, error) from error
     alone = next((key for key in {**images, **labels} if key not in images or key not in labels), None)
     if alone is not None:
         missing = "no image" if alone not in images else "no label (.cls or .json)"
