@@ -55,3 +55,27 @@ def test_a_linear_probe_s_backbone_computes_as_in_evaluation():
     assert model.head.training and not any(module.training for module in model.blocks.modules())
     put_in_training_mode(vmoe.freeze(other := small(), "experts"))
     assert all(module.training for module in other.modules())
+
+
+def test_a_frozen_router_keeps_its_bias():
+    x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    moved = []
+    for frozen in (False, True):
+        model = small(MoeConfig(num_experts=3, layers="last-1", router="sigmoid"))
+        if frozen:
+            vmoe.freeze(model, "routers")
+        model(x)
+        vmoe.update_router_biases(model)
+        moved.append(bool(model.blocks[1].mlp.router.bias.any()))
+    assert moved == [True, False]
+
+
+@pytest.mark.parametrize("what", ["backbone", "all_but_head", ["routers", "experts"]])
+def test_a_part_with_adapters_is_not_frozen_with_them(what):
+    model = vmoe.add_lora(small(), rank=2)
+    with pytest.raises(ValueError, match="has low-rank adapters, which would not learn"):
+        vmoe.freeze(model, what)
+    vmoe.freeze(model, ["routers", "blocks.0.*"])
+    learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert any(".experts." in name for name in learning)
+    assert not any(".router." in name or name.startswith("blocks.0.") for name in learning)

@@ -9,6 +9,7 @@ from torch import nn
 from vmoe.moe import moe_layers
 
 PARTS = ("backbone", "experts", "routers", "all_but_head")
+_ADAPTERS = ".parametrizations.weight.0."  # in the names of what `vmoe.add_lora` adds
 
 
 def freeze(model: nn.Module, what: str | Sequence[str]) -> nn.Module:
@@ -30,7 +31,8 @@ def freeze(model: nn.Module, what: str | Sequence[str]) -> nn.Module:
         The model.
 
     Raises:
-        ValueError: A part or a pattern has no parameter in this model, or nothing would be left to learn.
+        ValueError: A part or a pattern has no parameter in this model, a part has adapters of `vmoe.add_lora`, or nothing
+            would be left to learn.
     """
     names = [name for name, _ in model.named_parameters()]
     frozen: set[str] = set()
@@ -38,6 +40,11 @@ def freeze(model: nn.Module, what: str | Sequence[str]) -> nn.Module:
         found = _named(model, names, word)
         if not found:
             raise ValueError(f"{word!r}: {_why_none(names, word)}")
+        if word in PARTS and any(_ADAPTERS in name for name in found):
+            raise ValueError(
+                f"{word!r}: has low-rank adapters, which would not learn; beside adapters all is frozen already except "
+                "the classifier and the routers, and their targets choose what gets them"
+            )
         frozen |= found
     parameters = dict(model.named_parameters())
     if all(name in frozen or not parameter.requires_grad for name, parameter in parameters.items()):

@@ -148,8 +148,12 @@ class SigmoidRouter(TokenChoiceRouter):
 
     @torch.no_grad()
     def update_bias(self) -> None:
-        """Moves each expert's bias one step towards a fair load, by the choices since the last call."""
-        self.bias += self.bias_update_rate * (self.choices.mean() - self.choices).sign()
+        """Moves each expert's bias one step towards a fair load, by the choices since the last call.
+
+        A frozen router keeps its bias.
+        """
+        if self.gate.weight.requires_grad:
+            self.bias += self.bias_update_rate * (self.choices.mean() - self.choices).sign()
         self.choices.zero_()
 
 
