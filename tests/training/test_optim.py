@@ -74,6 +74,14 @@ def test_experts_have_a_weight_decay_of_their_own():
     assert decays["blocks.1.mlp.experts.fc1.bias"] == 0
     assert decays["blocks.1.mlp.shared.fc1.weight"] == decays["blocks.0.mlp.fc1.weight"] == 0.1
     assert decays["pos_embed"] == 0
+    adapted = vmoe.add_lora(vit(MoeConfig(num_experts=4)), rank=2)
+    groups = parameter_groups(adapted, OptimConfig(weight_decay=0.1, expert_weight_decay=0.3))
+    decay_of = {parameter: group["weight_decay"] for group in groups for parameter in group["params"]}
+    up = {
+        layer: adapted.get_parameter(f"blocks.{layer}.fc1.parametrizations.weight.0.up")
+        for layer in ("0.mlp", "1.mlp.experts")
+    }
+    assert decay_of[up["0.mlp"]] == 0.1 and decay_of[up["1.mlp.experts"]] == 0.3
 
 
 def rates(schedule: str, updates: int = 10, warmup: int = 2, decay: float = float("inf"), **options) -> list[float]:
@@ -153,6 +161,8 @@ def test_stacked_experts_are_factored_one_by_one_by_adafactor():
         ({"name": "timm:muon"}, "optim.name=muon takes expert by expert"),
         ({"name": "timm:kron"}, "random numbers that no checkpoint holds"),
         ({"name": "timm:lion", "kwargs": {"nonsense": 1}}, "kwargs=.*cannot be made with them .*nonsense"),
+        ({"name": "timm:lion", "kwargs": {"momentum": 0.5}}, "timm:lion takes no momentum"),
+        ({"name": "timm:lion", "kwargs": {"layer_decay": 0.5}}, "timm:lion takes no layer_decay"),
     ],
 )
 def test_optimisers_that_are_refused(options, line):

@@ -64,7 +64,7 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
             model, config.weight_decay, no_weight_decay_list=names, layer_decay=config.layer_decay
         )
     matrices = set(hidden_matrices(model)) if config.name == "muon" else set()
-    experts = {parameter for _, layer in moe_layers(model) for parameter in layer.experts.stacked_parameters()}
+    experts = {parameter for _, layer in moe_layers(model) for parameter in layer.experts.parameters()}
     groups: dict[tuple[str, float, float], list[Tensor]] = {}
     for group in given:
         for parameter in group["params"]:

@@ -1,6 +1,7 @@
 """timm's optimisers by name, and why some of them are refused."""
 
 import difflib
+import inspect
 from typing import Any
 
 import torch
@@ -27,11 +28,18 @@ def timm_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> torch.o
     """
     name = checked_name(config.name)
     try:
-        return create_optimizer_v2(groups, opt=name, lr=config.lr, weight_decay=config.weight_decay, **config.kwargs)
+        made = create_optimizer_v2(groups, opt=name, lr=config.lr, weight_decay=config.weight_decay, **config.kwargs)
     except Exception as error:  # each checks its arguments in its own way
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         line = f"optim.kwargs={config.kwargs}: {config.name} cannot be made with them ({reason})"
         raise UserError(line, everywhere=True) from error
+    for key in config.kwargs:
+        # timm takes some for its parameter groups, or for other optimisers, and then drops them without a word
+        if key not in made.defaults and key in inspect.signature(create_optimizer_v2).parameters:
+            raise UserError(
+                f"optim.kwargs={config.kwargs}: {config.name} takes no {key}; leave it out", everywhere=True
+            )
+    return made
 
 
 def check_optimizer(config: OptimConfig) -> None:
