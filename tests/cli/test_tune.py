@@ -117,6 +117,7 @@ def test_a_search_may_be_a_file(recipe, tmp_path):
         (["--search", "optim.lr"], "must be OPTION=RANGE"),
         (["--search", "optim.lr=1e-3"], "must be two values or more"),
         (["--search", "optim.lr=-1:1"], "optim.lr=-1"),
+        (["--search", "optim.schedule=cosine,fast,constant"], "--optim.schedule fast: must be cosine or"),
         (["--search", "trainer.epochs=1:2", "--metric", "test/top1"], "--metric test/top1: must be of validation"),
         (["--search", "trainer.epochs=1:2", "--", "--data.sizes", "3"], "--data.sizes: no such option"),
     ],
@@ -133,6 +134,14 @@ def test_python_s_mistakes(recipe, tmp_path):
         vmoe.tune(recipe, {"moe.top_k": [1, 5]}, tmp_path / "out")
     with pytest.raises(UserError, match="must be low and high"):
         vmoe.tune(recipe, {"moe.top_k": 3}, tmp_path / "out")
+
+
+def test_a_metric_that_runs_lack_ends_the_search_at_once(recipe, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main([recipe, *SEARCH, "--out", str(out), "--metric", "val/mAP", "--trials", "5"]) == 2
+    said = capsys.readouterr().err
+    assert "--metric val/mAP: trial_000 has none; it has val/top1" in said and said.count("\n") == 1
+    assert len(rows(out)) == 1
 
 
 @pytest.mark.slow

@@ -41,13 +41,13 @@ def main(argv: list[str]) -> int:
     options = _parser().parse_args(own)
     config, search = _search(options)
     # Imported here, so that --help and a mistyped option answer at once
-    from vmoe.training.tuning import SearchPlan, ends_of, folder_of, read_space, run_search, words_of
+    from vmoe.training.tuning import SearchPlan, folder_of, read_space, run_search, samples_of, words_of
 
     space = read_space(search)
     images = 1 if common and not common[0].startswith("-") else 0  # the word that says which, before all options
     words = [*common[:images], *config, *common[images:]]
-    for which in (0, -1):  # a range that no run takes is found before the first one
-        parse([*words, *words_of({name: ends_of(each)[which] for name, each in space.items()})])
+    for values in samples_of(space):  # a range that no run takes is found before the first one
+        parse([*words, *words_of(values)])
     plan = SearchPlan(options.trials, options.jobs, options.metric, options.seed, visible_gpus())
     print(f"searching over {', '.join(space)} in {counted(plan.trials, 'run')}", flush=True)
     with working("searching"):

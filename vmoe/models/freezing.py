@@ -31,8 +31,8 @@ def freeze(model: nn.Module, what: str | Sequence[str]) -> nn.Module:
         The model.
 
     Raises:
-        ValueError: A part or a pattern has no parameter in this model, a part has adapters of `vmoe.add_lora`, or nothing
-            would be left to learn.
+        ValueError: A part or a pattern has no parameter in this model, a part has adapters of `vmoe.add_lora`, or
+            nothing would be left to learn.
     """
     names = [name for name, _ in model.named_parameters()]
     frozen: set[str] = set()

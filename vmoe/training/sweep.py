@@ -170,7 +170,7 @@ class Sweep:
         """Trains all; returns those that failed.
 
         Ctrl-C or SIGTERM stops all runs as it stops `vmoe train`: they are saved and can be resumed. KeyboardInterrupt
-        follows.
+        follows. A UserError of `ended` stops them too.
         """
         todo = (run for run in self.runs if not run.is_done)
         failed: list[Training] = []
@@ -179,7 +179,7 @@ class Sweep:
             while self._start(todo) or self._working:
                 failed += self._ended()
                 time.sleep(_SECONDS_BETWEEN_LOOKS)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, UserError):
             for process, _ in self._working.values():
                 process.terminate()
             for process, _ in self._working.values():

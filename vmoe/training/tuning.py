@@ -114,8 +114,8 @@ def tune(
     """
     path = find_recipe(str(config))
     space, fixed = read_space(search), dict(options or {})
-    for which in (0, -1):
-        config_with(path, fixed | {name: ends_of(distribution)[which] for name, distribution in space.items()})
+    for values in samples_of(space):
+        config_with(path, fixed | values)
     words = ["--config", path, *words_of(fixed)]
     study = run_search(space, words, Path(output_dir), SearchPlan(trials, jobs, metric, seed), say)
     return TunedRun(
@@ -170,8 +170,14 @@ def _number(name: str, key: str, value: Any) -> int | float:
     return number
 
 
-def ends_of(distribution: BaseDistribution) -> list[Any]:
-    """The values at the ends of a range, or all choices."""
+def samples_of(space: Mapping[str, BaseDistribution]) -> list[dict[str, Any]]:
+    """As few options as have each end of a range, and each choice, at least once."""
+    values = {name: _to_check(distribution) for name, distribution in space.items()}
+    most = max(len(each) for each in values.values())
+    return [{name: each[min(number, len(each) - 1)] for name, each in values.items()} for number in range(most)]
+
+
+def _to_check(distribution: BaseDistribution) -> list[Any]:
     if isinstance(distribution, CategoricalDistribution):
         return list(distribution.choices)
     return [distribution.low, distribution.high]
@@ -298,12 +304,22 @@ class _Trials:
         return Training("trial", trial.number, folder, (*self._words, *words_of(trial.params)))
 
     def note(self, run: Training, code: int) -> None:
-        """Tells Optuna what a run reached, and says it."""
+        """Tells Optuna what a run reached, and says it.
+
+        Raises:
+            UserError: The run has no such metric.
+        """
         number, metric = self._numbers[run.folder], self._plan.metric
-        value = (RunFolder(run.folder).read_summary() or {}).get("metrics", {}).get(metric)
+        metrics = (RunFolder(run.folder).read_summary() or {}).get("metrics", {})
+        value = metrics.get(metric)
         if code or value is None or not math.isfinite(value):
             self._study.tell(number, state=TrialState.FAIL)
-            self._say(f"{run.name}: FAILED: {last_line(run.log) if code else f'it has no {metric}'}")
+            if not code and value is None:  # nor will another run have it
+                known = ", ".join(name for name in metrics if name.startswith("val/")) or "none of validation"
+                raise UserError(
+                    f"metric={metric}: {run.name} has none; it has {known}; give one of them and another folder"
+                )
+            self._say(f"{run.name}: FAILED: {last_line(run.log) if code else f'its {metric} is {value}'}")
             return
         self._study.tell(number, value)
         options = " ".join(words_of(self._study.get_trials(deepcopy=False)[number].params))
