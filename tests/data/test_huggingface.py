@@ -89,6 +89,34 @@ def test_unlabelled_and_unknown_splits_are_passed_over(tmp_path):
     assert any("test: passed over: it has no labels" in note for note in splits.notes)
 
 
+def test_each_split_may_order_its_classes_otherwise(tmp_path):
+    parts = {"train": rows_of(range(20)), "test": rows_of(range(4), label=datasets.ClassLabel(names=NAMES[::-1]))}
+    for name, feature in (("turned", parts["test"].features["label"]), ("plain", datasets.Value("int64"))):
+        part = parts["test"].cast_column("label", feature)
+        datasets.DatasetDict({**parts, "test": part}).save_to_disk(tmp_path / name)
+    assert load(tmp_path / "turned").test.labels.tolist() == [1, 0, 1, 0]
+    assert load(tmp_path / "plain").test.labels.tolist() == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("feature", "labels", "line"),
+    [
+        (datasets.Sequence(datasets.ClassLabel(names=NAMES)), [[0], [0, 1]] * 10, "several classes are read from a"),
+        (datasets.Value("float32"), [0.5, 1.5] * 10, "a label must be a text or a whole number"),
+        (datasets.Value("string"), ["ant", "wasp"] * 10, "class 'wasp' of test is none of the classes of train"),
+        (datasets.Value("int64"), [0, 7] * 10, "label 7 is of none of the 2 classes"),
+    ],
+)
+def test_labels_that_are_no_class_are_refused(tmp_path, feature, labels, line):
+    other = datasets.Dataset.from_dict(
+        {"image": [png(level) for level in range(20)], "label": labels},
+        datasets.Features({"image": datasets.Image(), "label": feature}),
+    )
+    datasets.DatasetDict({"train": rows_of(range(20)), "test": other}).save_to_disk(tmp_path / "set")
+    with pytest.raises(UserError, match=line):
+        load(tmp_path / "set")
+
+
 def test_columns_are_named_where_two_may_be_meant(tmp_path):
     rows_of(range(20), coarse=[0] * 10 + [1] * 10).remove_columns("label").add_column(
         "fine", [0, 1] * 10, feature=datasets.ClassLabel(names=NAMES)
@@ -119,3 +147,6 @@ def test_what_cannot_be_read_ends_in_a_line(tmp_path):
         load(tmp_path / "set")
     with pytest.raises(ValueError, match="split=part: is for tables"):
         DataConfig("huggingface", "x", table=TableConfig(split="part"))
+    for columns in (TableConfig(separator="|"), TableConfig(columns=["ant"])):
+        with pytest.raises(ValueError, match=r"is for tables; images of a set of datasets have one class each"):
+            DataConfig("huggingface", "x", table=columns)

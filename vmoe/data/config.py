@@ -171,8 +171,8 @@ class DataConfig:
             raise ValueError(f"root={self.root}: is an address, behind which only data.name=webdataset is read")
         if self.name not in ("table", "huggingface") and self.table != TableConfig():
             raise ValueError(f"table: is for data.name=table and huggingface, not {self.name}; leave its columns out")
-        if self.name == "huggingface" and self.table.split is not None:
-            raise ValueError(f"table.split={self.table.split}: is for tables; a set of datasets has its own splits")
+        if self.name == "huggingface":
+            self._check_huggingface()
         if self.eval_batch_size is not None:
             check_range("eval_batch_size", self.eval_batch_size, 1, 1_000_000)
         if not 0 <= self.val_fraction < 1:
@@ -189,6 +189,16 @@ class DataConfig:
             return self.name
         path = Path(shard_folder(self.root)) if is_address(self.root) else Path(self.root).resolve()
         return (path.stem if path.suffix.lower() in _FILE_SETS else path.name) or self.name
+
+    def _check_huggingface(self) -> None:
+        if self.table.split is not None:
+            raise ValueError(f"table.split={self.table.split}: is for tables; a set of datasets has its own splits")
+        for name in ("separator", "columns"):
+            if (value := getattr(self.table, name)) is not None:
+                raise ValueError(
+                    f"table.{name}={value}: is for tables; images of a set of datasets have one class each: give a "
+                    "table for several"
+                )
 
     def _check_sampler(self) -> None:
         check_choice("sampler", self.sampler, get_args(SamplerName))

@@ -94,7 +94,7 @@ def load_huggingface(config: DataConfig) -> tuple[dict[str, ImageSet], list[str]
     for split, rows in splits.items():
         if missing := {picture, label} - set(rows.column_names):
             raise UserError(f"{config.root}: {split} has no column {min(missing)}, which {main.split} has; add it")
-    classes, numbers = _numbered(config.root, {split: rows[label][:] for split, rows in splits.items()}, main, label)
+    classes, numbers = _numbered(config.root, splits, main, label)
     sets = {}
     for split, labels in numbers.items():
         if (labels == _NO_LABEL).all() and len(numbers) > 1:
@@ -193,26 +193,45 @@ def _require_column(config: DataConfig, role: str, given: str, rows: "Dataset") 
 
 
 def _numbered(
-    root: str, cells: Mapping[str, list[Any]], rows: "Dataset", column: str
+    root: str, splits: "Mapping[str, Dataset]", main: "Dataset", column: str
 ) -> tuple[list[str], dict[str, np.ndarray]]:
     """The class names, and each split's labels as numbers, `_NO_LABEL` where a cell is empty."""
     import datasets
 
-    kind = rows.features[column]
-    if isinstance(kind, datasets.ClassLabel):
-        names = list(kind.names)
-        numbers = {
-            split: np.array([_NO_LABEL if each is None else each for each in part]) for split, part in cells.items()
-        }
-        return names, numbers
+    kind = main.features[column]
+    cells = {split: _labels_of(f"{root}: {split}", rows, column, kind) for split, rows in splits.items()}
     known = {each for part in cells.values() for each in part if each is not None}
-    if not all(isinstance(each, str | int) for each in known):
-        raise UserError(f"{root}: column {column} holds {kind}; a label must be a text or a whole number")
-    ordered = sorted(known)
+    if len({isinstance(each, str) for each in known}) > 1:
+        raise UserError(f"{root}: column {column} holds texts in one split and numbers in another; write both alike")
+    ordered = list(kind.names) if isinstance(kind, datasets.ClassLabel) else sorted(known)
     number = {each: index for index, each in enumerate(ordered)} | {None: _NO_LABEL}
+    for split, part in cells.items():
+        unknown = next((each for each in part if each not in number), None)
+        if unknown is not None:
+            first = "train" if "train" in splits else next(iter(splits))
+            raise UserError(f"{root}: class {unknown!r} of {split} is none of the classes of {first}; mend its name")
     return [str(each) for each in ordered], {
         split: np.array([number[each] for each in part]) for split, part in cells.items()
     }
+
+
+def _labels_of(place: str, rows: "Dataset", column: str, main: Any) -> list[str | int | None]:
+    """The labels of a split: by name where they are of classes, in the split's own order of them or else that of the
+    feature `main`; None where a cell is empty.
+    """
+    import datasets
+
+    kind, cells = rows.features[column], rows[column][:]
+    if not all(each is None or isinstance(each, str | int) for each in cells):
+        several = "; images of several classes are read from a table" if any(type(e) is list for e in cells) else ""
+        raise UserError(f"{place}: column {column} holds {kind}; a label must be a text or a whole number{several}")
+    classes = next((each for each in (kind, main) if isinstance(each, datasets.ClassLabel)), None)
+    if classes is None or any(isinstance(each, str) for each in cells):
+        return cells
+    numbers = {None: None, _NO_LABEL: None} | dict(enumerate(classes.names))
+    if unknown := set(cells) - set(numbers):
+        raise UserError(f"{place}: label {min(unknown)} is of none of the {len(classes.names)} classes; mend it")
+    return [numbers[each] for each in cells]
 
 
 def _images_of(root: str, split: str, rows: "Dataset", column: str) -> HuggingFaceImages:
