@@ -135,6 +135,15 @@ def test_thresholds_are_chosen_on_validation_and_kept(trained):
     assert result["average_precision"] == pytest.approx(run.metrics["test/mAP"], abs=1e-6)
 
 
+def test_a_classifier_that_goes_on_has_the_thresholds_before_its_first_validation(trained):
+    run, *_ = trained
+    best = RunFolder(run.path).best
+    assert vmoe.Classifier.load_from_checkpoint(best).thresholds == run.model.thresholds
+    resumed = vmoe.Classifier(run.model, multi_label=True)
+    resumed.on_load_checkpoint(read_checkpoint(best))
+    assert resumed.thresholds == run.model.thresholds
+
+
 def test_the_command_line_measures_and_predicts(trained, tmp_path, capsys):
     run, images, _ = trained
     assert evaluate([str(run.path), "--out", str(tmp_path)]) == 0

@@ -14,7 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
-from vmoe.checkpoints import ModelFacts
+from vmoe.checkpoints import ENTRY, ModelFacts
 from vmoe.checkpoints.state import put_average, put_model
 from vmoe.config_values import from_plain, to_plain
 from vmoe.data import Batch
@@ -531,6 +531,7 @@ class Classifier(LightningModule):
         put_average(checkpoint, None if self.average is None else self.average.state())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.thresholds = checkpoint.get(ENTRY, {}).get("thresholds")
         if type(self).configure_optimizers is not Classifier.configure_optimizers:
             return  # the states of another optimiser, which Lightning loads
         groups = optimizer_groups(self.model, self.optim)

@@ -75,6 +75,7 @@ def restored(
         if trained.multi_label:
             options["multi_label"] = True
         task, path = cls(trained, **(options | changes)), trained.path
+        task.thresholds = trained.thresholds
     else:
         weights = read_foreign_weights(path)
         if weights is None:
