@@ -10,7 +10,7 @@ import torch
 from support.saved_runs import save_run
 
 import vmoe
-from vmoe.checkpoints.calibration import calibration_of, class_sets, least_probability
+from vmoe.checkpoints.calibration import calibration_of, class_sets, is_calibration, least_probability
 from vmoe.checkpoints.program import facts_of_program, program_metadata
 from vmoe.errors import UserError
 from vmoe.evaluation.calibration import fit_temperature
@@ -75,6 +75,12 @@ def test_a_coverage_that_cannot_be_had_is_refused():
     assert least_probability(kept, 0.9) == 0
 
 
+@pytest.mark.parametrize("kept", [[], [0.5, 0.2], [-0.1], [0.2, 1.1], None])
+def test_a_damaged_calibration_is_known(kept):
+    assert not is_calibration({"temperature": 1.0, "images": 3, "least_probabilities": kept})
+    assert is_calibration({"temperature": 1.0, "images": 3, "least_probabilities": [0, 0.2, 1]})
+
+
 @pytest.fixture
 def model(tmp_path):
     return vmoe.load(save_run(tmp_path / "run", MOE))
@@ -115,3 +121,12 @@ def test_a_model_of_other_classes_is_refused(tmp_path):
     other = vmoe.load(save_run(tmp_path / "run", None, None, tuple("abc")))
     with pytest.raises(UserError, match=r"digits has 10 classes, the checkpoint 3; calibration needs the same classes"):
         vmoe.calibrate(other)
+
+
+def test_data_of_several_classes_per_image_are_refused(model, tmp_path):
+    arrays = {"class_names": np.array(model.class_names)}
+    for split in ("train", "val", "test"):
+        arrays |= {f"{split}_x": np.zeros((10, 16, 16, 3), np.uint8), f"{split}_y": np.eye(10, dtype=np.uint8)}
+    np.savez(tmp_path / "several.npz", **arrays)
+    with pytest.raises(UserError, match=r"data\.name: npz has several classes per image; calibration is for one"):
+        vmoe.calibrate(model, tmp_path / "several.npz")

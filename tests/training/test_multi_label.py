@@ -160,6 +160,9 @@ def test_the_command_line_measures_and_predicts(trained, tmp_path, capsys):
     assert f"a.png: {', '.join(names) or 'no class'} (" in capsys.readouterr().out
     with open(table, newline="") as file:
         assert {row["class"] for row in csv.DictReader(file) if row["is_label"] == "True"} == set(names)
+    assert predict([str(run.path), str(tmp_path / "a.png"), "--csv", str(table), "--top=1", "--threshold=0"]) == 0
+    with open(table, newline="") as file:  # every label has a row, also those after the most probable class
+        assert [(row["rank"], row["is_label"]) for row in csv.DictReader(file)] == [(str(n), "True") for n in (1, 2, 3)]
 
 
 def test_a_file_that_leaves_the_machine_keeps_the_thresholds_in_the_order_of_the_classes(trained, tmp_path):

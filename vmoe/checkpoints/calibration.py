@@ -63,4 +63,5 @@ def is_calibration(value: Any) -> bool:
 
 
 def _is_rising(values: Sequence[float]) -> bool:
-    return all(0 <= first <= second <= 1 for first, second in zip(values, [*values[1:], 1], strict=True))
+    ordered = zip([0, *values], [*values, 1], strict=True)
+    return len(values) > 0 and all(first <= second for first, second in ordered)

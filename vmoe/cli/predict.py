@@ -109,10 +109,13 @@ def _predicted(options: argparse.Namespace) -> None:
             print(f"  {layer}: " + ", ".join(f"expert {index} {share:.0%}" for index, share in _four_largest(shares)))
     if options.json is not None:
         write_json(options.json, {"model": str(options.model), "images": answers, "damaged": found.left_out})
+    ranked = found.top(len(found.class_names)) if found.multi_label else found.top(options.top)
     rows = [
         {"file": answer["file"], "rank": rank, **each, **_label_of(answer, each["class"])}
-        for answer in answers
-        for rank, each in enumerate(answer["predictions"], 1)
+        for answer, classes in zip(answers, ranked, strict=True)
+        for rank, each in enumerate(classes, 1)
+        # A class with a low threshold may be a label although it is not among the most probable ones
+        if rank <= options.top or each["class"] in answer["labels"]
     ]
     if options.csv is not None:
         write_csv(options.csv, [{**row, "probability": f"{row['probability']:.6f}"} for row in rows])

@@ -63,6 +63,8 @@ def calibrate(
     if getattr(model, "multi_label", False):
         raise UserError(f"{model.path}: has several classes per image; calibration is for one")
     opened, _ = open_data(model, data_for(model, data, root, eval_batch_size=batch_size, workers=workers))
+    if opened.multi_label:
+        raise UserError(f"data.name: {opened.config.name} has several classes per image; calibration is for one")
     if list(opened.class_names) != model.class_names:
         raise UserError(f"{classes_differ(model, opened)}; calibration needs the same classes in the same order")
     if not opened.has_validation:
