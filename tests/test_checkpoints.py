@@ -253,5 +253,6 @@ def test_a_torchvision_of_another_torch_is_told(tmp_path):
     model = root / "assets" / "models" / "cifar100_tiny.safetensors"
     tool = [sys.executable, str(root / "tools" / "export.py"), str(model), "--out", str(tmp_path / "new.safetensors")]
     answer = subprocess.run(tool, env=environment, capture_output=True, text=True)
-    assert answer.returncode == 2 and answer.stderr.count("\n") == 1, answer.stderr
-    assert answer.stderr.startswith("vmoe export: error: torchvision was built for another torch; install")
+    *_, last = answer.stderr.splitlines()  # behind lines of progress, where the machine is slow
+    assert answer.returncode == 2 and "Traceback" not in answer.stderr, answer.stderr
+    assert last.startswith("vmoe export: error: torchvision was built for another torch; install")
