@@ -59,6 +59,16 @@ def test_splits_and_class_names_are_the_sets_own(tmp_path, form):
     assert splits.train.labels.tolist() == [0, 1] * 5
 
 
+def test_a_parquet_table_beside_class_folders_makes_no_set_of_hugging_face(tmp_path):
+    rows_of(range(4)).to_parquet(tmp_path / "labels.parquet")
+    assert set_and_root(tmp_path) == ("huggingface", tmp_path)
+    for folder in (tmp_path / "train" / "ant", tmp_path / "bee"):
+        folder.mkdir(parents=True)
+        (folder / "1.png").write_bytes(png(0)["bytes"])
+        assert set_and_root(tmp_path) == ("folder", tmp_path)
+        (folder / "1.png").unlink()
+
+
 def test_one_split_alone_is_cut_and_text_labels_are_sorted(tmp_path):
     rows_of(range(40), label=datasets.Value("string")).save_to_disk(tmp_path / "set")
     splits = load(tmp_path / "set")

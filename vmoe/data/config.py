@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from vmoe.config_values import from_plain, to_plain
 from vmoe.data.addresses import is_address, shard_folder
+from vmoe.data.image_files import is_image_name
 from vmoe.data.sections import (
     OF_WORKERS,
     AugmentConfig,
@@ -316,7 +317,12 @@ def set_and_root(data: str | PathLike[str]) -> tuple[str, Path | str | None]:
 def _kind_of_folder(folder: Path) -> str:
     if any(folder.glob("*.tar")):
         return "webdataset"
-    return "huggingface" if is_huggingface(folder) else "folder"
+    if not is_huggingface(folder):
+        return "folder"
+    # A table may lie beside folders of pictures
+    beside = not is_saved_dataset(folder) and not any(folder.glob("data/*.parquet"))
+    has_pictures = beside and any(is_image_name(file.name) for form in ("*/*", "*/*/*") for file in folder.glob(form))
+    return "folder" if has_pictures else "huggingface"
 
 
 def is_huggingface(folder: Path) -> bool:
