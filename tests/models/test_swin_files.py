@@ -209,3 +209,10 @@ def test_the_settings_of_swin_moe_s_configs_are_the_layer_s():
     assert (moe.importance_loss_weight, moe.load_loss_weight, moe.gshard_loss_weight) == (0.0, 0.0, 0.03)
     by_file = vmoe.load_swin_moe_checkpoint(FOLDER / NAME, config=FOLDER / NAME / "config.yaml")
     assert vmoe.moe_layers(by_file)[0][1].config.expert_dropout == 0.0
+
+
+@pytest.mark.parametrize(("given", "factor"), [(1.5, 1.5), (-1.5, 1.5), (0.0, None)])
+def test_a_negative_capacity_factor_is_a_bound_and_none_is_no_bound(given, factor):
+    model = vmoe.load_swin_moe_checkpoint(FOLDER / NAME, config={"CAPACITY_FACTOR": given})
+    moe = vmoe.moe_layers(model)[0][1].config
+    assert moe.capacity_factor == moe.eval_capacity_factor == factor

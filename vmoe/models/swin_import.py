@@ -148,7 +148,8 @@ def _moe_config(
     if architecture.slices is None:
         return None
     first_of_stage = [sum(architecture.depths[:stage]) for stage in range(len(architecture.depths))]
-    num_experts, factor = architecture.num_experts, settings["CAPACITY_FACTOR"]
+    # Of a negative factor Tutel takes as much as is needed, up to that factor: the same tokens are dropped
+    num_experts, factor = architecture.num_experts, abs(settings["CAPACITY_FACTOR"])
     # Tutel divides the variance over experts by E - 1 in place of E
     weight = settings["AUX_LOSS_WEIGHT"] / 2 * num_experts / max(num_experts - 1, 1)
     is_gshard = settings["IS_GSHARD_LOSS"]
@@ -159,8 +160,8 @@ def _moe_config(
             num_experts=num_experts,
             router=architecture.router,
             top_k=settings["TOP_VALUE"],
-            capacity_factor=factor if factor > 0 else None,
-            eval_capacity_factor=factor if factor > 0 else None,
+            capacity_factor=factor or None,
+            eval_capacity_factor=factor or None,
             capacity_rounding="tutel",
             capacity_multiple_of=architecture.slices.per_expert if slices_per_expert is None else slices_per_expert,
             batch_priority=settings["USE_BPR"],
