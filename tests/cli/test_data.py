@@ -9,6 +9,7 @@ from PIL import Image
 from vmoe.cli.main import main
 from vmoe.data import DataConfig, FractalConfig, ImageDataModule
 from vmoe.data.images import eval_crop
+from vmoe.data.inspection import inspect_images
 from vmoe.data.sheet import draw_sheet
 
 
@@ -74,3 +75,17 @@ def test_what_is_wrong_with_a_set_is_found(tmp_path, capsys):
     assert found["mean"] == pytest.approx(levels.mean((0, 1, 2)), abs=1e-4)
     assert found["std"] == pytest.approx(levels.std((0, 1, 2)), abs=1e-4)
     assert Image.open(sheet).height > 3 * (80 + 4)  # two classes, and the pair
+
+
+def test_near_duplicates_have_a_row_for_each_split(tmp_path):
+    for split, numbers in (("train", (0, 1, 2)), ("val", (1, 3)), ("test", (2, 4))):
+        for name in ("ant", "bee"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for number in numbers:
+                pixels = np.random.default_rng([number, name == "bee"]).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / split / name / f"{number}.png")
+    data = ImageDataModule(tmp_path, image_size=16)
+    data.setup()
+    rows = inspect_images(data, progress=False).rows(3)
+    assert [(name, len(pictures)) for name, pictures in rows] == [("validation | training", 2), ("test | training", 2)]
+    assert all(np.array_equal(*pictures) for _, pictures in rows)

@@ -63,8 +63,7 @@ def main(argv: list[str]) -> int:
             print(printable(line))
     shown = np.linspace(0, data.num_classes - 1, min(options.classes, data.num_classes)).round().astype(int)
     rows = [(data.class_names[label], data.training_pictures(label, options.images)) for label in shown]
-    pairs = [] if found is None else [picture for each in found.near_duplicates for picture in each.pictures]
-    rows += [("test | training", pairs[: options.images // 2 * 2 or 2])] if pairs else []
+    rows += [] if found is None else found.rows(options.images)
     augment = config.data.augment
     varied = "albumentations" if augment.albumentations is not None else f"preset={augment.preset}"
     title = f"{config.data.name}: training images, data.augment.{varied}"

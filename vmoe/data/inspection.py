@@ -57,6 +57,14 @@ class Inspection:
             "near_duplicates": pairs,
         }
 
+    def rows(self, most: int) -> list[tuple[str, list[np.ndarray]]]:
+        """For a sheet: of each split a name and at most `most` pictures, each beside the training image it is like."""
+        rows = []
+        for split in dict.fromkeys(each.split for each in self.near_duplicates):
+            pictures = [picture for each in self.near_duplicates if each.split == split for picture in each.pictures]
+            rows.append((f"{_TITLES_OF_SPLITS[split]} | training", pictures[: most // 2 * 2 or 2]))
+        return rows
+
     def lines(self) -> list[str]:
         """What was found, in words."""
         lines = []
