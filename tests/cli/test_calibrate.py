@@ -25,3 +25,13 @@ def test_a_calibrated_file_gives_sets(save_run, tmp_path, capsys):
     assert f"a.png: {' or '.join(answer['set'])} (" in capsys.readouterr().out
     rows = list(csv.DictReader((tmp_path / "a.csv").open()))
     assert len(rows) == 2 and {row["set"] for row in rows} == {"; ".join(answer["set"])}
+
+
+def test_an_ensemble_is_refused_before_it_is_run(save_run, tmp_path, capsys):
+    run, out = save_run("e3", moe={"num_experts": 4, "top_k": 1, "ensemble": 2}), tmp_path / "calibrated.safetensors"
+    assert main([str(run), "--out", str(out)]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.endswith(
+        "a temperature divides the logits of one member (the model has moe.ensemble=2); take a single model"
+    )
+    assert not out.exists()

@@ -18,6 +18,7 @@ from vmoe.data import DataConfig
 from vmoe.errors import UserError
 from vmoe.evaluation.engine import RunningMetrics
 from vmoe.evaluation.evaluate import classes_differ, data_for, open_data
+from vmoe.models.members import refuse_ensemble
 from vmoe.progress import Progress, shown
 
 COVERAGES = (0.8, 0.9, 0.95)  # that are measured on the test set
@@ -62,6 +63,7 @@ def calibrate(
         raise UserError(f"model: a {type(model).__name__} does not know its classes; vmoe.load opens one that does")
     if getattr(model, "multi_label", False):
         raise UserError(f"{model.path}: has several classes per image; calibration is for one")
+    refuse_ensemble(model, f"{model.path}: a temperature divides the logits of one member")
     opened, _ = open_data(model, data_for(model, data, root, eval_batch_size=batch_size, workers=workers))
     if opened.multi_label:
         raise UserError(f"data.name: {opened.config.name} has several classes per image; calibration is for one")
