@@ -152,7 +152,7 @@ def _evaluate_parser() -> argparse.ArgumentParser:
     add("--top-k", nargs="+", type=count, metavar="K", help=line)
     line = "read classes off frozen features: k nearest neighbours, logistic regression, ridge regression on few images"
     add("--probe", nargs="+", choices=_PROBES, default=[], help=line)
-    add("--shots", type=count, metavar="N", help=f"few-shot: training images a class (default: {_SHOTS})")
+    add("--shots", type=count, metavar="N", help=f"few-shot: training images per class (default: {_SHOTS})")
     line = f"few-shot: how many random choices of them (default: {_SHOT_SEEDS})"
     add("--shot-seeds", type=count, metavar="N", help=line)
     line = "measure on corrupted images (ImageNet-C's corruptions; no name takes all)"

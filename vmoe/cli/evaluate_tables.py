@@ -168,7 +168,7 @@ def probe_table(probes: dict, what: str) -> Table:
         few = probes["few_shot"]
         spread = "" if few["top1_sd"] is None else f" ± {few['top1_sd']:.2%}"
         seeds = len(few["top1_each"])
-        table.add_row("few-shot", f"{few['top1_mean']:.2%}{spread}", f"{few['shots']} images a class, n={seeds}")
+        table.add_row("few-shot", f"{few['top1_mean']:.2%}{spread}", f"{few['shots']} images per class, n={seeds}")
     return table
 
 

@@ -69,7 +69,7 @@ def matched(checkpoint: "TrainedModel", data: "ImageDataModule", classes: str, s
 def add_data_options(parser: argparse.ArgumentParser) -> None:
     """The options that `load_data` reads, and the device."""
     add = parser.add_argument
-    add("--data", metavar="NAME", help="another set than the run's: digits, cifar10, folder, npz, ...")
+    add("--data", metavar="NAME", help="another set than the run's: a folder, a table, an .npz file or a set's name")
     add("--root", metavar="DIR", help="where the data are, if not where the run had them")
     line = (
         "find the set's classes among the checkpoint's by name, whatever their order and number; known leaves out "

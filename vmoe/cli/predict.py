@@ -168,12 +168,11 @@ def _predict_parser() -> argparse.ArgumentParser:
     opened = "a checkpoint, a folder, a .safetensors or .onnx file, hf-hub:USER/NAME"
     parser.add_argument("model", metavar="MODEL", type=Path, help=opened)
     parser.add_argument("images", metavar="IMAGE_OR_FOLDER", nargs="+", help="image files, or folders of them")
-    parser.add_argument("--top", type=count, default=5, metavar="N", help="classes an image (default: %(default)s)")
+    parser.add_argument("--top", type=count, default=5, metavar="N", help="classes per image (default: %(default)s)")
     parser.add_argument("--routing", action="store_true", help="tell which experts an image's patches go to")
     parser.add_argument("--tta", action="store_true", help="mean of each image and its mirror image")
-    parser.add_argument(
-        "--threshold", type=probability, metavar="P", help="below it an image is unknown (several classes: not there)"
-    )
+    line = "least probability of an answer, else it is unknown; of a model of several classes per image, of each class"
+    parser.add_argument("--threshold", type=probability, metavar="P", help=line)
     line = "a set of classes for each image, which holds the right one with this probability; needs `vmoe calibrate`"
     parser.add_argument("--coverage", type=probability, metavar="P", help=line)
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the answers as a table")

@@ -22,7 +22,7 @@ Trains a timm model, dense or with sparse MoE layers, on images, and tests its b
   vmoe train --config digits --find_lr                          # only finds a learning rate, by a range test
   vmoe train --config cifar10_vit_tiny --print_config           # what comes out, without training
   vmoe train --resume --output_dir runs/digits                  # goes on with a run that was stopped
-  torchrun --nproc-per-node 8 tools/train.py --config imagenet_vmoe_s16 --data.root imagenet
+  torchrun --nproc-per-node 8 -m vmoe train --config imagenet_vmoe_s16 --data.root imagenet
 
 IMAGES is a folder of class folders, of tar shards or of a Hugging Face data set, a table (.csv, .tsv, .parquet), an
 .npz file or a set's name.
@@ -48,19 +48,19 @@ MAIN = {  # the five most used ones first
     ),
     "trainer.epochs": ("N", "times over the training images"),
     "optim.lr": ("RATE", "highest learning rate"),
-    "moe.num_experts": ("E", "experts of a layer"),
+    "moe.num_experts": ("E", "experts per layer"),
     "seed": ("N", "of everything random"),
     "data.name": ("SET", ", ".join(get_args(SetName))),
     "data.root": ("PATH", "its images: class folders in PATH/train and PATH/val, or in PATH alone; or the set's file"),
     "data.image_size": ("PIXELS", "side of the images that the model sees"),
-    "data.batch_size": ("B", "images of a step"),
+    "data.batch_size": ("B", "images per step"),
     "data.workers": ("N", "processes that load images"),
     "data.augment.preset": ("NAME", ", ".join(get_args(Preset))),
     "model.name": ("NAME", "a timm model"),
     "model.kwargs.NAME": ("VALUE", "an argument of that model, such as --model.kwargs.drop_path_rate 0.1"),
     "moe": ("null", "a dense model; any option of moe makes some layers sparse"),
     "moe.layers": ("WHICH", "which MLPs become MoE layers: every-2, last-2, [3,5]"),
-    "moe.top_k": ("K", "experts of a token"),
+    "moe.top_k": ("K", "experts per token"),
     "moe.router": ("NAME", "token_choice, expert_choice, soft, sigmoid, ..."),
     "moe.capacity_factor": ("F", "slots of the experts, 1 being enough for a perfectly even load"),
     "trainer.precision": ("32|bf16|fp16", "what is computed in"),
