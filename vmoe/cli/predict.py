@@ -171,7 +171,7 @@ def _predict_parser() -> argparse.ArgumentParser:
     parser.add_argument("--top", type=count, default=5, metavar="N", help="classes per image (default: %(default)s)")
     parser.add_argument("--routing", action="store_true", help="tell which experts an image's patches go to")
     parser.add_argument("--tta", action="store_true", help="mean of each image and its mirror image")
-    line = "an image is unknown if no class has at least this probability; of several classes per image, all that have it count"
+    line = "no class has at least P: the image is unknown; of several classes per image, all that have it are named"
     parser.add_argument("--threshold", type=probability, metavar="P", help=line)
     line = "a set of classes for each image, which holds the right one with this probability; needs `vmoe calibrate`"
     parser.add_argument("--coverage", type=probability, metavar="P", help=line)
