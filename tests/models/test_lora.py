@@ -70,6 +70,13 @@ def test_merging_is_exact(knobs):
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+def test_experts_do_not_start_from_an_mlp_with_adapters():
+    dense = vmoe.add_lora(vmoe.create_model("vit_tiny_patch16_224", **KWARGS), rank=2)
+    with pytest.raises(ValueError, match=r"vmoe\.merge_lora"):
+        vmoe.sparsify(dense, MoeConfig(num_experts=2))
+    assert vmoe.sparsify(vmoe.merge_lora(dense), MoeConfig(num_experts=2)) is dense
+
+
 def test_autocast_does_not_round_an_adapter():
     model = trained(vmoe.add_lora(sparse().float(), rank=2))
     merged = sparse().float()

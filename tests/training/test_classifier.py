@@ -500,6 +500,13 @@ def test_a_batch_that_is_larger_than_the_training_set_is_one_line(loader, tmp_pa
         trainer(tmp_path).fit(vmoe.Classifier(new_model()), DataLoader(loader.dataset, 32, drop_last=True))
 
 
+def test_a_plateau_without_validation_is_refused(loader, tmp_path):
+    task = vmoe.Classifier(new_model(), schedule="plateau")
+    with pytest.raises(UserError, match="schedule=plateau: waits for a lower val/loss"):
+        trainer(tmp_path, max_epochs=1).fit(task, loader)
+    trainer(tmp_path, max_epochs=1).fit(task, loader, loader)
+
+
 def test_images_alone_are_predicted(loader, tmp_path):
     images = loader.dataset.tensors[0]
     run, task = trainer(tmp_path), vmoe.Classifier(new_model())

@@ -11,6 +11,7 @@ from timm.models import register_notrace_module
 from torch import nn
 
 from vmoe.models.families import EligibleMlp, eligible_mlps, on_meta
+from vmoe.models.lora import has_lora
 from vmoe.models.members import check_ensemble, hand_members_through
 from vmoe.models.padding import hand_masks_through
 from vmoe.moe import MoeConfig, MoeMlp, moe_layers
@@ -92,6 +93,10 @@ def sparsify(
         raise ValueError(f'upcycle_noise={upcycle_noise!r}: must be >= 0, and 0 unless init="upcycle"')
     if init == "upcycle" and moe.expert_width != 1:
         raise ValueError(f"expert_width={moe.expert_width!r}: must be 1 to upcycle, where experts start as whole MLPs")
+    if has_lora(model):
+        raise ValueError(
+            "the model has low-rank adapters; first make them part of its weights by vmoe.merge_lora(model)"
+        )
     eligible = eligible_mlps(model, image_size)
     chosen = [eligible[index] for index in moe.select_layers(len(eligible))]
     layers = dict(_replace(model, mlp, moe, init == "upcycle", upcycle_noise) for mlp in chosen)

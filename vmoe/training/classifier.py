@@ -457,6 +457,12 @@ class Classifier(LightningModule):
                 self.average = WeightAverage(self.model, self.average.decay)
 
     def on_train_start(self) -> None:
+        validates = self.trainer.enable_validation and getattr(self.trainer.datamodule, "has_validation", True)
+        if self.optim.schedule == "plateau" and self._schedule is not None and not validates:
+            raise UserError(
+                "schedule=plateau: waits for a lower val/loss, and there is no validation; give the Trainer a loader "
+                "for it, or take another schedule"
+            )
         self._move_sums()
         if is_linear_probe(self.model):
             put_in_training_mode(self.model)
