@@ -485,7 +485,7 @@ def test_gradient_checkpointing_changes_no_weight(run):
 
 
 def test_a_learning_rate_is_found_and_nothing_trained(run, capsys):
-    code, folder = run("--find_lr", "--moe.router", "soft", "--moe.capacity_factor", "1")
+    code, folder = run("--find_lr", "--moe.router", "soft", "--moe.capacity_factor", "1", "--parallel.strategy", "fsdp")
     assert code == 0 and not folder.last.exists() and not folder.config.exists()
     with open(folder.path / "find_lr.csv", newline="") as file:
         rates = [float(row["lr"]) for row in csv.DictReader(file)]

@@ -16,7 +16,7 @@ from lightning.pytorch.tuner import Tuner
 
 from vmoe.errors import UserError
 from vmoe.files import atomic_write
-from vmoe.training.config import TrainConfig
+from vmoe.training.config import ParallelConfig, TrainConfig
 from vmoe.training.distillation import load_teacher
 from vmoe.training.fit import config_with
 from vmoe.training.optim.timm_optimizers import check_optimizer
@@ -80,7 +80,8 @@ def find_lr(
     if Process.this().world_size > 1:
         raise UserError("find_lr: works in one process; start it without torchrun", everywhere=True)
     trainer = dataclasses.replace(config.trainer, cuda_graph=False, compile=False)
-    config = dataclasses.replace(config, trainer=trainer)
+    alone = ParallelConfig(draws=config.parallel.draws)  # one process shares nothing, as when it trains
+    config = dataclasses.replace(config, trainer=trainer, parallel=alone)
     check_optimizer(config.optim)
     device = device_of(config)
     data = images_of_run(config, device)
