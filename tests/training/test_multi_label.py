@@ -17,6 +17,7 @@ from vmoe.cli.predict import main as predict
 from vmoe.data import DataConfig
 from vmoe.data.config import MixConfig
 from vmoe.errors import UserError
+from vmoe.evaluation.evaluate import data_for, open_data
 from vmoe.export.card import model_card
 from vmoe.serve.uploads import Upload
 from vmoe.training.config import LossConfig, ModelConfig
@@ -163,6 +164,18 @@ def test_the_command_line_measures_and_predicts(trained, tmp_path, capsys):
     assert predict([str(run.path), str(tmp_path / "a.png"), "--csv", str(table), "--top=1", "--threshold=0"]) == 0
     with open(table, newline="") as file:  # every label has a row, also those after the most probable class
         assert [(row["rank"], row["is_label"]) for row in csv.DictReader(file)] == [(str(n), "True") for n in (1, 2, 3)]
+
+
+def test_a_label_that_the_model_does_not_know_is_left_out_and_its_images_stay(trained, tmp_path):
+    run, *_ = trained
+    arrays = {"class_names": np.array([*NAMES, "unknown to it"])}
+    for split in ("train", "val", "test"):
+        shape = len(NAMES) + 1
+        arrays |= {f"{split}_x": np.zeros((shape, 16, 16, 3), np.uint8), f"{split}_y": np.eye(shape, dtype=np.uint8)}
+    np.savez(tmp_path / "more.npz", **arrays)
+    data, lines = open_data(run.model, data_for(run.model, tmp_path / "more.npz"), "known")
+    assert data.number_of_images("test") == len(NAMES) + 1 and list(data.class_names) == list(NAMES)
+    assert lines[-1].endswith("does not know, with 1 label of test images; the images stay")
 
 
 def test_a_file_that_leaves_the_machine_keeps_the_thresholds_in_the_order_of_the_classes(trained, tmp_path):

@@ -125,9 +125,10 @@ def open_data(model: TrainedModel, config: DataConfig, classes: str = "by-name")
         raise UserError(f"{classes_differ(model, data)}, and none of these is the checkpoint's")
     known = [name for name, output in zip(data.class_names, outputs, strict=True) if output is not None]
     left = sum(count for count, output in zip(data.images_of_classes("test"), outputs, strict=True) if output is None)
-    lines.append(
-        f"classes: left out {named(unknown)}, which the checkpoint does not know, with {counted(left, 'test image')}"
-    )
+    what = f"with {counted(left, 'test image')}"
+    if data.multi_label:  # an image stays with its other labels, or with none
+        what = f"with {counted(left, 'label')} of test images; the images stay"
+    lines.append(f"classes: left out {named(unknown)}, which the checkpoint does not know, {what}")
     config = dataclasses.replace(data.config, subset=dataclasses.replace(data.config.subset, classes=known))
     data = ImageDataModule(config, seed=data.seed)
     data.setup("test")
