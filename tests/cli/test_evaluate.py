@@ -41,6 +41,13 @@ def test_a_run_is_measured_on_its_own_test_set(save_run, capsys):
     assert f"{result['top1']:.2%}" in shown and "blocks.3.mlp" in shown and "top-5" in shown
 
 
+def test_augmentation_that_only_training_knows_is_not_needed(save_run):
+    steps = {"__class_fullname__": "Compose", "p": 1.0, "transforms": [{"__class_fullname__": "StepOfMine", "p": 1.0}]}
+    augment = {"albumentations": {"__version__": "2.0.8", "transform": steps}}
+    run = save_run(moe=MOE, data={"augment": augment})
+    assert main([str(run)]) == 0 and (run / "evaluation.json").exists()
+
+
 def test_capacity_factors_and_places_of_the_results(save_run, tmp_path):
     run, out, file = save_run(moe=MOE), tmp_path / "out", tmp_path / "numbers" / "a.json"
     arguments = ["--capacity-factor", "0.5", "inf", "--out", str(out), "--json", str(file), "--split", "val"]

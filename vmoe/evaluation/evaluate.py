@@ -11,7 +11,7 @@ import torch
 from vmoe.checkpoints import TrainedModel
 from vmoe.classes import find_outputs, only_numbers, with_outputs
 from vmoe.config_values import from_plain
-from vmoe.data import DataConfig, ImageDataModule, SubsetConfig
+from vmoe.data import AugmentConfig, DataConfig, ImageDataModule, SubsetConfig
 from vmoe.data.config import TableConfig, set_and_root
 from vmoe.errors import UserError
 from vmoe.evaluation.engine import Evaluation, MultiLabelEvaluation, evaluate_sweep
@@ -216,6 +216,8 @@ def data_for(
             changes = {"bit_depth": model.bit_depth} | changes
     if root is not None:
         changes["root"] = str(root)
+    if config.augment.albumentations is not None:  # no image is varied, and its steps may be known to training alone
+        changes = {"augment": AugmentConfig()} | changes
     fixed = {"image_size": model.image_size, "crop": model.crop, "mean": model.mean, "std": model.std}
     try:
         return dataclasses.replace(config, pipeline="workers", **fixed, **changes)
