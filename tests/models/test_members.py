@@ -10,6 +10,7 @@ import torch
 import vmoe
 from vmoe.compress.pruning import check_routers
 from vmoe.data import Batch
+from vmoe.errors import UserError
 from vmoe.evaluation.features import extract_features
 from vmoe.export.steered import SteeredModel
 from vmoe.models.cost import count_parameters, flops_per_image
@@ -93,6 +94,12 @@ REFUSALS = {
 def test_what_serves_single_models_alone_says_so(name):
     with pytest.raises(ValueError, match="ensemble=2"):
         REFUSALS[name](tiny())
+
+
+def test_intermediate_features_of_members_are_not_mixed(images):
+    model = copy.deepcopy(tiny())
+    with pytest.raises(UserError, match="row per member"):
+        model.forward_intermediates(images)
 
 
 def test_an_exported_program_takes_any_batch(images):
