@@ -98,7 +98,7 @@ def test_what_serves_single_models_alone_says_so(name):
 
 def test_intermediate_features_of_members_are_not_mixed(images):
     model = copy.deepcopy(tiny())
-    with pytest.raises(UserError, match="row per member"):
+    with pytest.raises(UserError, match="rows of its members"):
         model.forward_intermediates(images)
 
 

@@ -87,13 +87,13 @@ def hand_members_through(model: nn.Module, layers: dict[str, MoeMlp]) -> None:
     block.register_forward_pre_hook(TileRows(ensemble), with_kwargs=True)
     model.register_forward_hook(MeanPrediction(ensemble))
     if hasattr(model, "forward_intermediates"):
-        model.forward_intermediates = _refuse_intermediates
+        vars(model)["forward_intermediates"] = _refuse_intermediates
 
 
 def _refuse_intermediates(*_: Any, **__: Any) -> None:
     raise UserError(
-        "forward_intermediates: from its first MoE layer on, an ensemble (moe.ensemble) has a row per member, which timm "
-        "would mix up; call forward_features, or take a single model"
+        "forward_intermediates: an ensemble (moe.ensemble) has rows of its members from its first MoE layer on, and "
+        "timm would mix them; call forward_features, or take a single model"
     )
 
 
