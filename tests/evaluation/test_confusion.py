@@ -5,7 +5,7 @@ import pytest
 from matplotlib.text import Text
 
 from vmoe.evaluation.confusion import draw_confusion
-from vmoe.evaluation.engine import Evaluation
+from vmoe.evaluation.metrics import Evaluation
 from vmoe.figures.style import SHADES
 
 

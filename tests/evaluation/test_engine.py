@@ -24,13 +24,12 @@ import vmoe
 from vmoe.errors import UserError
 from vmoe.evaluation.curves import best_thresholds
 from vmoe.evaluation.engine import (
-    RunningMetrics,
-    RunningMultiLabelMetrics,
     eval_capacity_factor,
     evaluate_sweep,
     measure_batches,
 )
 from vmoe.evaluation.ensemble import Ensemble, RunningMemberFigures
+from vmoe.evaluation.metrics import RunningMetrics, RunningMultiLabelMetrics
 
 SHAPE = {"num_classes": 10, "img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 4, "num_heads": 3}
 

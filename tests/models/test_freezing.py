@@ -7,8 +7,10 @@ import vmoe
 from vmoe import MoeConfig
 from vmoe.models.freezing import is_linear_probe, put_in_training_mode
 
+MOE = MoeConfig(num_experts=3, layers="last-1", shared_experts=1)
 
-def small(moe: MoeConfig | None = MoeConfig(num_experts=3, layers="last-1", shared_experts=1)) -> torch.nn.Module:  # noqa: B008
+
+def small(moe: MoeConfig | None = MOE) -> torch.nn.Module:
     kwargs = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "num_heads": 2, "depth": 2, "num_classes": 5}
     return vmoe.create_model("vit_tiny_patch16_224", moe, **kwargs)
 

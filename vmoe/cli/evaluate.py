@@ -38,7 +38,7 @@ from vmoe.extras import MissingExtraError, require_extras
 
 if TYPE_CHECKING:
     from vmoe.checkpoints import TrainedModel
-    from vmoe.evaluation.engine import Evaluation
+    from vmoe.evaluation.metrics import Evaluation
 
 _PROBES = ("knn", "linear", "few-shot")
 _SHOTS, _SHOT_SEEDS = 10, 5

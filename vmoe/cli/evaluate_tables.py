@@ -8,7 +8,7 @@ from rich.table import Table
 from vmoe.text import printable
 
 if TYPE_CHECKING:
-    from vmoe.evaluation.engine import Evaluation, MultiLabelEvaluation
+    from vmoe.evaluation.metrics import Evaluation, MultiLabelEvaluation
 
 
 def escape(text: str) -> str:
@@ -48,9 +48,7 @@ def summary_table(results: "list[Evaluation]", title: str) -> Table:
         table.add_column(column, justify="right")
     for result in results:
         table.add_row(
-            "-" if result.top_k is None else str(result.top_k),
-            factor_text(result.capacity_factor) if result.layers else "dense",
-            f"{result.images:,}",
+            *_pass_cells(result),
             f"{result.top1:.2%}",
             *(f"{result.top5:.2%}" for _ in five),
             f"{result.nll:.4f}",
@@ -59,6 +57,12 @@ def summary_table(results: "list[Evaluation]", title: str) -> Table:
             "-" if result.images_per_second is None else f"{result.images_per_second:,.0f}",
         )
     return table
+
+
+def _pass_cells(result: "Evaluation | MultiLabelEvaluation") -> tuple[str, str, str]:
+    """K, C and the images of a pass."""
+    top_k = "-" if result.top_k is None else str(result.top_k)
+    return top_k, factor_text(result.capacity_factor) if result.layers else "dense", f"{result.images:,}"
 
 
 def member_table(results: "list[Evaluation]") -> Table:
@@ -82,9 +86,7 @@ def multi_label_table(results: "list[MultiLabelEvaluation]", title: str) -> Tabl
         table.add_column(column, justify="right")
     for result in results:
         table.add_row(
-            "-" if result.top_k is None else str(result.top_k),
-            factor_text(result.capacity_factor) if result.layers else "dense",
-            f"{result.images:,}",
+            *_pass_cells(result),
             *map(_percent, (result.average_precision, result.f1_micro, result.f1_macro, result.dropped)),
             "-" if result.images_per_second is None else f"{result.images_per_second:,.0f}",
         )

@@ -16,8 +16,8 @@ from vmoe.checkpoints import TrainedModel
 from vmoe.checkpoints.calibration import calibration_of, class_sets, least_probability
 from vmoe.data import DataConfig
 from vmoe.errors import UserError
-from vmoe.evaluation.engine import RunningMetrics
 from vmoe.evaluation.evaluate import classes_differ, data_for, open_data
+from vmoe.evaluation.metrics import RunningMetrics
 from vmoe.models.members import refuse_ensemble
 from vmoe.progress import Progress, shown
 

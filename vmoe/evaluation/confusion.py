@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from vmoe.evaluation.engine import Evaluation
+from vmoe.evaluation.metrics import Evaluation
 from vmoe.figures.style import BODY, INK, MARGIN, MUTED, PAPER, RULE, SHADES, SMALL, Page, text_width
 
 _MOST_NAMED_ROWS = 200  # classes up to which each row has its name

@@ -14,7 +14,8 @@ from vmoe.config_values import from_plain
 from vmoe.data import AugmentConfig, DataConfig, ImageDataModule, SubsetConfig
 from vmoe.data.config import TableConfig, set_and_root
 from vmoe.errors import UserError
-from vmoe.evaluation.engine import Evaluation, MultiLabelEvaluation, evaluate_sweep
+from vmoe.evaluation.engine import evaluate_sweep
+from vmoe.evaluation.metrics import Evaluation, MultiLabelEvaluation
 from vmoe.progress import Progress, shown
 from vmoe.text import counted, named
 

@@ -3,7 +3,7 @@
 import numpy as np
 
 from vmoe.evaluation.curves import RECALLS
-from vmoe.evaluation.engine import Evaluation
+from vmoe.evaluation.metrics import Evaluation
 from vmoe.figures.style import BODY, INK, MARGIN, MUTED, RULE, SMALL, Page, label, plain_axes
 from vmoe.palette import expert_hex
 

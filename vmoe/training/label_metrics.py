@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from vmoe.data.sharing import NOT_COUNTED
 from vmoe.evaluation.curves import Ranking, Scores, best_thresholds, mean_of_known
-from vmoe.evaluation.engine import batch_sums, likeliest_classes, means_of, multi_label_sums
+from vmoe.evaluation.metrics import batch_sums, likeliest_classes, means_of, multi_label_sums
 from vmoe.training.parallel.collectives import gather
 
 
