@@ -1,4 +1,4 @@
-"""The MoE layer, to be read in the order route (routers) -> assign (assignment) -> experts -> combine (layer)."""
+"""The MoE layer. Read it in the order route (routers) -> assign (assignment) -> experts -> combine (layer)."""
 
 from typing import TYPE_CHECKING
 

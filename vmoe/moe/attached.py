@@ -1,4 +1,4 @@
-"""What others attach to a module: hooks (as torch's pruning), parametrizations, adapters (as PEFT's LoRA)."""
+"""Checks and copies for modules with attachments: hooks (torch's pruning), parametrizations, adapters (PEFT's LoRA)."""
 
 import copy
 from collections.abc import Iterator
@@ -8,20 +8,20 @@ from torch import Tensor, nn
 
 
 def is_bare(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether nothing is attached to a module of this class, so that its parameters may be used without calling it."""
+    """Whether `module` is of this very class and has no hooks: then its parameters may be used without calling it."""
     return type(module) is kind and not (
         module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
     )
 
 
 def copy_with_attached(model: nn.Module) -> nn.Module:
-    """A copy of a model, also where hooks left tensors with a graph in it, as torch's pruning does in each pass."""
+    """A deep copy of a model. Unlike `copy.deepcopy` it accepts tensors with a graph, which torch's pruning leaves."""
     tensors = [tensor for module in model.modules() for tensor in tensors_in(vars(module))]
     return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in tensors if not tensor.is_leaf})
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Those in a tensor, or in dicts, lists and tuples of them."""
+    """All tensors in a value that may be a tensor, a dict, a list or a tuple, nested to any depth."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict):

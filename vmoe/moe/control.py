@@ -1,4 +1,4 @@
-"""What one asks of all the MoE layers of a model at once."""
+"""Functions that read or change all MoE layers of a model at once."""
 
 import dataclasses
 from typing import Any
@@ -18,18 +18,18 @@ def moe_layers(model: nn.Module) -> list[tuple[str, MoeMlp]]:
 
 
 def auxiliary_loss(model: nn.Module) -> Tensor:
-    """The weighted auxiliary losses of the last forward pass, summed over the MoE layers: add it to the task's loss.
+    """The weighted auxiliary losses of the last forward pass, summed over the MoE layers. Add it to the task's loss.
 
-    Layers behind those that the pass ran do not count, as where timm's `forward_intermediates` stops early. That is
-    known of layers that `vmoe.sparsify` made; those of a model made otherwise count with the last pass that ran them. A
-    layer before those that the pass ran may count too, with an older loss.
+    A pass may stop early, as timm's `forward_intermediates` does. In a model that `vmoe.sparsify` made, the layers
+    after that point do not count. In any other model they count with their loss from an earlier pass. A pass may also
+    start late. Layers before its start may count with an older loss.
 
     Returns:
         A scalar through which gradients flow; zero for a dense model.
 
     Raises:
-        RuntimeError: There was no forward pass, or `nn.DataParallel` ran it in copies of the model, or its graph is
-            gone (reentrant activation checkpointing).
+        RuntimeError: There was no forward pass, `nn.DataParallel` ran it in copies of the model, or its graph is lost
+            (reentrant activation checkpointing).
     """
     total, layers = None, moe_layers(model)
     for name, layer in layers:
@@ -54,7 +54,7 @@ def auxiliary_loss(model: nn.Module) -> Tensor:
 
 
 def _has_escaped(loss: Tensor) -> bool:
-    """Whether a transform of torch.func left it behind: it has no value outside."""
+    """Whether the loss comes from a transform of torch.func that has ended: then it has no value."""
     if torch.compiler.is_compiling() or is_transformed():
         return False
     return torch._C._functorch.is_functorch_wrapped_tensor(loss)
@@ -65,8 +65,8 @@ def set_auxiliary_scale(model: nn.Module, scale: float | Tensor) -> None:
 
     Args:
         model: A model with MoE layers.
-        scale: The loss scale, divided by the steps of a gradient accumulation. A tensor is kept by reference, so that a
-            GradScaler's own (`scaler._scale`) stays up to date.
+        scale: The loss scale, divided by the number of accumulation steps. A tensor is kept by reference, so
+            `scaler._scale` of a GradScaler stays up to date.
     """
     for _, layer in moe_layers(model):
         device = next(layer.parameters()).device
@@ -84,24 +84,24 @@ def set_eval_capacity_factor(model: nn.Module, factor: float | None) -> None:
 
 
 def set_top_k(model: nn.Module, top_k: int) -> None:
-    """Sets K, the experts a token is sent to, in all MoE layers of `model`.
+    """Sets K, the number of experts per token, in all MoE layers of `model`.
 
     Raises:
-        ValueError: K is below 1 or above the number of experts, or tokens do not choose (expert choice, Soft MoE).
+        ValueError: K is below 1 or above the number of experts, or the router has no K (expert choice, Soft MoE).
     """
     layers = [layer for _, layer in moe_layers(model)]
     for layer in layers:
         if layer.config.fills_slots:
             raise ValueError(f'top_k={top_k}: has no meaning with router="{layer.config.router}"')
     for layer, config in [(layer, dataclasses.replace(layer.config, top_k=top_k)) for layer in layers]:
-        router: Any = layer.router  # all routers by which tokens choose have it
+        router: Any = layer.router  # every router of the token-choice kind has `top_k`
         layer.config, router.top_k = config, top_k
 
 
 def update_router_biases(model: nn.Module) -> None:
-    """Moves the biases of sigmoid routers towards a fair load; call it after each update of the weights.
+    """Moves the biases of sigmoid routers towards a fair load. Call it after each update of the weights.
 
-    A model without sigmoid routers is left as it is.
+    It does nothing in a model without sigmoid routers.
     """
     for _, layer in moe_layers(model):
         if isinstance(layer.router, SigmoidRouter):

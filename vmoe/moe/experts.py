@@ -26,7 +26,7 @@ from vmoe.moe.routing import Routing, SlotRouting
 
 
 class ExpertLinear(nn.Module):
-    """E linear layers as one: `weight` (E, out, in) and `bias` (E, out) or None."""
+    """E linear layers in one module: `weight` (E, out, in) and `bias` (E, out) or None."""
 
     def __init__(
         self, num_experts: int, in_features: int, out_features: int, bias: bool, device=None, dtype=None
@@ -38,10 +38,10 @@ class ExpertLinear(nn.Module):
         _start(self)
 
     def forward(self, x: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """The weight and the bias. A call, so that hooks, parametrizations and adapters can change them.
+        """Returns the weight and the bias. Hooks, parametrizations and adapters can change them in this call.
 
         Args:
-            x: What they will be used for; some adapters expect an input.
+            x: The rows that will be multiplied; some adapters expect an input.
         """
         return self.weight, self.bias
 
@@ -58,7 +58,7 @@ class ExpertLinear(nn.Module):
 
 
 class ExpertNorm(nn.Module):
-    """E layer norms as one: `weight` and `bias` (E, width), or None where the template has none."""
+    """E layer norms in one module: `weight` and `bias` (E, width), or None where the template has none."""
 
     def __init__(self, num_experts: int, template: nn.Module, device=None, dtype=None) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class ExpertNorm(nn.Module):
                 own.copy_(dense.expand_as(own))
 
     def forward(self, x_RH: Tensor | None = None, expert_R: Tensor | int | None = None) -> Any:
-        """The norm of each row by its expert; without rows the weight and the bias, as of `ExpertLinear`."""
+        """Normalises each row by its expert's norm. Without rows it returns the weight and the bias."""
         if x_RH is None:
             return self.weight, self.bias
         x_RH = F.layer_norm(x_RH, x_RH.shape[-1:], eps=self.eps)
@@ -88,16 +88,16 @@ class ExpertNorm(nn.Module):
 
 
 class ExpertSpec(NamedTuple):
-    """The MLP that every expert is.
+    """The shape of every expert's MLP.
 
     Attributes:
         in_features: D.
         hidden_features: H.
         out_features: Width of the results.
         activation: Between the two layers. Before a `Glu` the first layer is twice as wide.
-        norm_layer: Makes the LayerNorm behind the activation, or None.
+        norm_layer: Makes the LayerNorm after the activation, or None.
         bias: Whether the first and the second layer have biases.
-        dropout: Dropout rate behind the activation.
+        dropout: Dropout rate after the activation.
     """
 
     in_features: int
@@ -114,7 +114,7 @@ class ExpertSpec(NamedTuple):
         return self.hidden_features * (2 if isinstance(self.activation, Glu) else 1)
 
 
-# Parametrizations hold the module's own parameters too; the modules that they call may have others, of any shape
+# A ParametrizationList holds the module's own (stacked) parameters; modules inside it may have others of any shape
 _STACKED = (ExpertLinear, ExpertNorm, ParametrizationList)
 
 
@@ -129,9 +129,9 @@ class Experts(nn.Module):
 
     Args:
         num_experts: E.
-        spec: What each of them is.
-        backend: See `MoeConfig`, as for `recompute_activation`.
-        recompute_activation: Computes the activations once more in the backward pass.
+        spec: The shape of each expert.
+        backend: See `MoeConfig`.
+        recompute_activation: Whether the backward pass computes the activations again; see `MoeConfig`.
         device: Where the parameters are created.
         dtype: Their type.
     """
@@ -156,24 +156,24 @@ class Experts(nn.Module):
         self.fc2 = ExpertLinear(num_experts, spec.hidden_features, spec.out_features, spec.bias[1], **placement)
         self.backend, self.recompute_activation = backend, recompute_activation
         self._casts: dict[int, _KeptCast] | None = None
-        self._memory = shared_memory()  # which is kept while there are experts
+        self._memory = shared_memory()  # this reference keeps it alive as long as there are experts
 
     def stacked(self) -> list[ExpertLinear | ExpertNorm]:
-        """The modules of which each expert has its own part, stacked. A learned activation is shared by all."""
+        """The modules with a stacked part per expert. A learned activation is not among them: all experts share it."""
         return [self.fc1, *([] if self.norm is None else [self.norm]), self.fc2]
 
     def stacked_parameters(self) -> list[nn.Parameter]:
-        """Those that have an axis of experts, the first."""
+        """The parameters with the experts as first axis."""
         parts = [part for module in self.stacked() for part in module.modules() if isinstance(part, _STACKED)]
         return [parameter for part in parts for parameter in part.parameters(recurse=False)]
 
     def forward(self, x_TD: Tensor, routing: Routing | SlotRouting, kernels: Kernels | None = None) -> Tensor:
-        """(T, D) -> (T, out). Runs in autocast's type where autocast is on.
+        """(T, D) -> (T, out), in autocast's type where autocast is on.
 
         Args:
             x_TD: The tokens.
             routing: Which experts take them.
-            kernels: As the layer chose them; when not given, chosen here.
+            kernels: The layer's choice of kernels; None chooses here.
         """
         dtype = compute_dtype(x_TD)
         mlp = self._mlp(dtype, x_TD)
@@ -185,10 +185,10 @@ class Experts(nn.Module):
         return routing.combine(composed.two_layers(slots_RD, mlp, None, padded.padded_linear))
 
     def layers(self, x_TD: Tensor | None = None) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
-        """Weight (E, out, in) and bias (E, out) or None of both layers, with what is attached to them (`ExpertLinear`).
+        """Weight (E, out, in) and bias (E, out) or None of both layers, as hooks and adapters change them.
 
         Args:
-            x_TD: What they will be used for.
+            x_TD: The tokens, for adapters that expect an input.
         """
         first, second = (
             (layer.weight, layer.bias) if is_bare(layer, ExpertLinear) else layer(x_TD)
@@ -205,16 +205,16 @@ class Experts(nn.Module):
         return Mlp(*parts, dropout, dtype, cast, keeps_casts, self.recompute_activation)
 
     def _cast(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """The weight in another type, without gradient; kept while it does not change, where that was asked for."""
+        """The weight in another type, without gradient. After `keep_casts` it is kept until the weight changes."""
         if self._casts is None or weight.dtype == dtype or is_traced():
             return weight.detach().to(dtype)
-        # others than parameters are made once more in each pass, and those made in inference mode count no changes
+        # only a parameter outlives a pass, and a tensor made in inference mode has no version counter to check
         if not isinstance(weight, nn.Parameter) or weight.is_inference() or _is_capturing(weight):
             return weight.detach().to(dtype)
         state = (weight._version, weight.data_ptr(), dtype)
         kept = self._casts.get(id(weight))
         if kept is None or kept.weight is not weight or kept.state != state:
-            with torch.inference_mode(False):  # training too may take what an evaluation kept
+            with torch.inference_mode(False):  # so that training can use a cast that an evaluation kept
                 cast = weight.detach().to(dtype)
             kept = self._casts[id(weight)] = _KeptCast(weight, state, cast)
         return kept.cast
@@ -222,8 +222,8 @@ class Experts(nn.Module):
     def keep_casts(self, keep: bool = True) -> None:
         """Keeps the weights' copies in autocast's type between forward passes, until an update changes the weights.
 
-        Saves a pass over the weights in each micro-step of an update after the first, for their memory in that type.
-        It misses changes that autograd cannot see, through `.data` or in a CUDA graph: then call this again.
+        With gradient accumulation this saves a pass over the weights in each micro-step after the first. It costs the
+        copies' memory. Changes that autograd cannot see (through `.data`, in a CUDA graph) need another call of this.
         """
         self._casts = {} if keep else None
 
@@ -232,7 +232,7 @@ class Experts(nn.Module):
 
 
 class SharedExpert(nn.Module):
-    """The experts that take every token, as one MLP of their joint width, which `spec` has as its hidden width."""
+    """The experts that take every token, as one MLP. The hidden width in `spec` is the sum of theirs."""
 
     def __init__(self, spec: ExpertSpec, device=None, dtype=None) -> None:
         super().__init__()
@@ -254,11 +254,11 @@ class SharedExpert(nn.Module):
 def choose_backend(
     x_TD: Tensor, choices: Choices, mlp: Mlp, name: str = "auto", kernels: Kernels = PLAIN
 ) -> ModuleType:
-    """The backend of that name, or another with one warning where it cannot serve.
+    """The backend of that name. If it cannot compute these experts, another one is chosen, with one warning.
 
-    "auto": `fused` on a GPU and `cpu` on a CPU wherever they can; else `padded` on a GPU where there is a capacity;
-    else `segments`. On the meta device `segments`, which counts no row that only another backend's layout needs. Where
-    torch.func transforms what is computed, neither `fused` nor `cpu`.
+    "auto" takes `fused` on a GPU and `cpu` on a CPU if they support the experts. Else it takes `padded` on a GPU with a
+    capacity, and `segments` for all else. The meta device always gets `segments`, so that counts of FLOPs hold no rows
+    that only a layout needs. Inside a transform of torch.func neither `fused` nor `cpu` is chosen.
     """
     if x_TD.is_meta:
         return segments
@@ -282,7 +282,7 @@ def choose_backend(
 
 
 def _reason_against(name: str, x_TD: Tensor, choices: Choices, mlp: Mlp, kernels: Kernels) -> str | None:
-    """Why a backend cannot serve; None when it can."""
+    """The reason why a backend cannot compute these experts, or None."""
     if name in ("fused", "cpu") and is_transformed():
         return "torch.func cannot transform it"
     if name == "fused":
@@ -295,7 +295,7 @@ def _reason_against(name: str, x_TD: Tensor, choices: Choices, mlp: Mlp, kernels
     return "it needs a capacity" if name == "padded" and choices.capacity is None else None
 
 
-@torch.compiler.assume_constant_result  # so that compiling warns too, once
+@torch.compiler.assume_constant_result  # so that compiled code warns too, once
 def _warn_once(message: str) -> None:
     _warn(message)
 
@@ -310,14 +310,14 @@ def _is_capturing(tensor: Tensor) -> bool:
 
 
 def _start(linear: ExpertLinear | nn.Linear) -> None:
-    """Truncated normal weights of standard deviation 0.02 and zero biases, as timm's transformers start."""
+    """Initialises as timm's transformers do: truncated normal weights (standard deviation 0.02) and zero biases."""
     nn.init.trunc_normal_(linear.weight, std=0.02)
     if linear.bias is not None:
         nn.init.zeros_(linear.bias)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The type that experts compute in: autocast's where it is on."""
+    """The compute type of experts: autocast's where autocast is on, else that of `x`."""
     device_type = x.device.type
     if device_type != "meta" and x.dtype != torch.float64 and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)

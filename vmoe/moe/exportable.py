@@ -1,11 +1,11 @@
-"""MoE layers in the form that exporters understand: plain operators, a batch of any size, exactly the routed work.
+"""MoE layers in a form that exporters understand: plain operators, any batch size, exactly the routed work.
 
 Each expert in turn takes the rows of the tokens that chose it (`where`) and adds its results to them (`index_add`).
-Their number is read from the data in the exported program itself, so no expert is lost because an example did not
-visit it, and none computes for tokens that are not its own.
+The exported program reads their number from the data. So an expert that the example input did not use is not lost, and
+no expert computes tokens of others.
 
-B images of N tokens, T = B*N tokens of width D; S = N tokens of a group, which is an image; E experts; K choices a
-token; C slots an expert has for an image. Who gets a slot is decided in `assignment`, by its forms for exporters.
+B images of N tokens, T = B*N tokens of width D; a group is an image, S = N; E experts; K choices per token; C slots of
+an expert for an image. `assignment` decides which choices get slots, by its forms for exporters.
 """
 
 from abc import ABC, abstractmethod
@@ -24,7 +24,7 @@ from vmoe.moe.scores import gate_scores
 
 
 def why_not_exportable(moe: MoeConfig) -> str | None:
-    """Why no file could compute what such a layer computes at evaluation, in half a line; None when one can."""
+    """The reason, in half a line, why no exported file can compute such a layer at evaluation; None if one can."""
     if moe.router == "random":
         return 'router="random" draws its experts each time, so no file could give the same results'
     if moe.router == "balanced":
@@ -42,7 +42,7 @@ def why_not_exportable(moe: MoeConfig) -> str | None:
 
 
 def why_layer_not_exportable(layer: Any) -> str | None:
-    """The same of a `MoeMlp`, and of hooks on parts of it that its exportable form does not call."""
+    """As `why_not_exportable`, for a `MoeMlp`. Hooks on parts that the exportable form skips are a reason too."""
     for name in ("experts", "router") if layer.config.router == "expert_choice" else ("experts",):
         part = getattr(layer, name)
         if part._forward_hooks or part._forward_pre_hooks:
@@ -51,30 +51,27 @@ def why_layer_not_exportable(layer: Any) -> str | None:
 
 
 class ExportableForm(ABC):
-    """What a `MoeMlp` computes at evaluation, image by image: (B, ..., D) -> (B, ..., O).
+    """Computes what a `MoeMlp` computes at evaluation, image by image: (B, ..., D) -> (B, ..., O).
 
-    Attributes:
-        config: The layer's, like `use_conv` and `out_features`.
-        router: The layer's.
-        shared: The layer's.
+    The attributes `config`, `router`, `shared`, `use_conv` and `out_features` are the layer's.
     """
 
     config: MoeConfig
     use_conv: bool
     out_features: int
-    router: Any  # which has what its kind needs
+    router: Any  # each kind of router has other attributes
     shared: nn.Module | None
 
     @abstractmethod
     def one_expert(self, index: int, x_RD: Tensor) -> Tensor:
-        """(R, D) -> (R, O): an expert of as many rows as the data say."""
+        """(R, D) -> (R, O): one expert. The number of rows depends on the data."""
 
     def forward(self, x: Tensor, token_mask: Tensor | None = None) -> Tensor:
-        """Runs each token through its experts; arguments are `MoeMlp.forward`'s."""
+        """Runs each token through its experts. The arguments are those of `MoeMlp.forward`."""
         if self.use_conv:
             x = x.movedim(1, -1)
         tokens = x.flatten(1, -2).shape[1]
-        if torch.jit.is_tracing():  # where sizes are tensors, from which no capacity can be computed
+        if torch.jit.is_tracing():  # there sizes are tensors, and no capacity can be computed from them
             tokens = int(tokens)
         x_TD = x.reshape(-1, x.shape[-1])
         groups = Groups(x.shape[0], tokens, tokens, tokens)
@@ -104,7 +101,7 @@ class ExportableForm(ABC):
         return self._by_choices(x_TD, assign(routing, capacity, self.config.batch_priority, exportable=True))
 
     def _by_choices(self, x_TD: Tensor, routing: Routing) -> Tensor:
-        """The weighted sum of what the chosen experts with a free slot make of each token, (T, O)."""
+        """The weighted sum of each token's results from the chosen experts in which it has a slot, (T, O)."""
         chosen_GSK, kept_GSK = routing.chosen_GSK, routing.kept_GSK
         is_kept_GSK = torch.ones_like(chosen_GSK, dtype=torch.bool) if kept_GSK is None else kept_GSK
         no_GSE = torch.zeros_like(routing.gates_GSE)
@@ -113,7 +110,7 @@ class ExportableForm(ABC):
         return self._by_experts(x_TD, weights_GSE.flatten(0, 1), is_taken_GSE.flatten(0, 1))
 
     def _by_experts(self, x_TD: Tensor, weights_TE: Tensor, is_taken_TE: Tensor) -> Tensor:
-        """The weighted sum of what each expert makes of the tokens it takes, (T, O)."""
+        """The weighted sum of each token's results from the experts that take it, (T, O)."""
         y_TO = x_TD.new_zeros(x_TD.shape[0], self.out_features, dtype=compute_dtype(x_TD))
         for index in range(self.config.num_experts):
             (token_R,) = torch.where(is_taken_TE[:, index])
@@ -124,7 +121,7 @@ class ExportableForm(ABC):
 
 
 class LayerForm(ExportableForm):
-    """The form of a layer as it stands, of its stacked experts.
+    """The exportable form of a layer with its stacked experts.
 
     Args:
         layer: A `MoeMlp`.

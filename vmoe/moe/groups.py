@@ -1,6 +1,6 @@
-"""Routing groups: which tokens compete with one another for an expert's capacity.
+"""Routing groups: the tokens of a group compete with one another for an expert's capacity.
 
-B images, N tokens an image, T = B*N tokens; G groups of S tokens. Consecutive images form a group, as in the original
+B images, N tokens per image, T = B*N tokens; G groups of S tokens. Consecutive images form a group, as in the original
 code.
 """
 
@@ -17,8 +17,8 @@ class Groups(NamedTuple):
     Attributes:
         count: G.
         size: S.
-        last: Tokens of the last group, which alone may be smaller.
-        tokens: N, tokens an image.
+        last: Tokens of the last group, the only one that may be smaller.
+        tokens: N, tokens per image.
     """
 
     count: int  # type: ignore[assignment]  # hides tuple.count, which nothing here calls
@@ -45,7 +45,7 @@ class Groups(NamedTuple):
         return self.last == self.size
 
     def split(self, values: Tensor) -> Tensor:
-        """(T, ...) -> (G, S, ...); an incomplete last group is filled with zeros."""
+        """(T, ...) -> (G, S, ...). Zeros fill an incomplete last group."""
         missing = self.size - self.last
         if missing:
             values = F.pad(values, [0, 0] * (values.dim() - 1) + [0, missing])

@@ -16,14 +16,14 @@ def quantise(weight_EOD: Tensor) -> tuple[Tensor, Tensor]:
         weight_EOD: (..., O, D), floating point.
 
     Returns:
-        Integers in [-127, 127] (..., O, D) int8, and the scales (..., O) float32 that they are multiples of.
+        Integers in [-127, 127] (..., O, D) int8, and their scales (..., O) float32.
     """
     weight_EOD = weight_EOD.float()
     scale_EO = weight_EOD.abs().amax(-1) / LARGEST
-    scale_EO = scale_EO.masked_fill(scale_EO == 0, 1.0)  # a channel of zeros
+    scale_EO = scale_EO.masked_fill(scale_EO == 0, 1.0)  # a channel of zeros: no division by 0
     return (weight_EOD / scale_EO[..., None]).round().clamp(-LARGEST, LARGEST).to(torch.int8), scale_EO
 
 
 def dequantise(integers_EOD: Tensor, scale_EO: Tensor) -> Tensor:
-    """The float32 weights that integers and scales stand for."""
+    """The weights in the scales' type: integers times scales."""
     return integers_EOD.to(scale_EO.dtype) * scale_EO[..., None]

@@ -1,7 +1,7 @@
 """Auxiliary losses that keep all experts in use (Riquelme et al. 2021, appendix A.2, and others).
 
-G groups of S tokens; E experts; K choices. Every loss is computed per group and returned as (G,). With `valid_GS` only
-real tokens count.
+G groups of S tokens; E experts; K choices per token. Every loss is computed per group and returned as (G,). With
+`valid_GS` only real tokens count.
 """
 
 from types import ModuleType
@@ -16,7 +16,7 @@ from vmoe.moe.routing import Routing, SlotRouting
 
 
 class Usage(NamedTuple):
-    """How a routing decision uses the experts, without gradient; see `vmoe.moe.layer.Statistics`.
+    """Statistics of a routing decision, without gradient; see `vmoe.moe.layer.Statistics`.
 
     Attributes:
         load: (E,).
@@ -44,9 +44,9 @@ def auxiliary_losses(routing: Routing | SlotRouting, moe: MoeConfig, is_noisy: b
     """The losses of a routing decision, unweighted and averaged over the groups, by their name in `MoeConfig`.
 
     Args:
-        routing: The decision. Where experts have slots, the load is fair by itself and there is no loss.
+        routing: The decision. Routers that fill slots balance the load by construction and have no losses.
         moe: The layer's configuration.
-        is_noisy: Whether the router drew noise, without which there is no load loss.
+        is_noisy: Whether the router drew noise. Without noise there is no load loss.
     """
     if not isinstance(routing, Routing):
         return {}
@@ -62,8 +62,8 @@ def auxiliary_losses(routing: Routing | SlotRouting, moe: MoeConfig, is_noisy: b
 def _other_losses(routing: Routing, moe: MoeConfig) -> dict[str, Tensor]:
     losses = {}
     if moe.gshard_loss_weight > 0:
-        # Sigmoid gates do not sum to 1. Their shares do (DeepSeek-V3, equation 18): of the gates themselves, the loss
-        # would fall as all of them do
+        # sigmoid gates do not sum to 1, and the loss would fall if all of them fell; so normalised gates are used, as
+        # in DeepSeek-V3, equation 18
         gates_GSE = routing.logits_GSE.softmax(-1) if moe.router == "sigmoid" else routing.gates_GSE
         losses["gshard"] = gshard_loss(gates_GSE, routing.valid_GS)
     if moe.z_loss_weight > 0:
@@ -76,7 +76,7 @@ def _averaged(losses: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _fits_kernels(routing_kernels: ModuleType, routing: Routing, moe: MoeConfig) -> bool:
-    # the gates of "hash" and "random" are no softmax of logits, and the kernel knows neither padding nor members
+    # the gates of "hash" and "random" are no softmax of logits; the kernel supports neither padding nor ensembles
     is_softmax = moe.router not in ("hash", "random") and routing.valid_GS is None
     return is_softmax and moe.ensemble == 1 and routing_kernels.takes_logits(routing.logits_GSE)
 
@@ -97,7 +97,7 @@ def _by_kernels(
 
 
 def weighted_sum(losses: dict[str, Tensor], moe: MoeConfig) -> Tensor:
-    """The layer's auxiliary loss, a scalar; zero on the CPU where it has none."""
+    """The layer's auxiliary loss, a scalar. Without losses it is a zero on the CPU."""
     terms = [getattr(moe, f"{name}_loss_weight") * loss for name, loss in losses.items()]
     return sum(terms[1:], terms[0]) if terms else torch.zeros(())
 
@@ -117,9 +117,9 @@ def load_loss(
 ) -> Tensor:
     """Squared coefficient of variation of the experts' expected load (equations 8 to 10).
 
-    The load of an expert is the mean over tokens of the probability that it is among the top K when its noise is drawn
-    once more and the others' is kept. `noise_scale` is the noise's standard deviation. In an ensemble of M members it
-    is the mean of their losses. (The other losses are that mean by themselves: in them all members weigh the same.)
+    The load of an expert is the sum over tokens of the probability that it is among the top K when only its own noise
+    is drawn again. `noise_scale` is the noise's standard deviation. In an ensemble the result is the mean of the
+    members' losses. (The other losses need no such mean: all members have the same weight in them.)
     """
     threshold_GS1 = noisy_logits_GSE.topk(top_k, dim=-1).values[..., -1:]
     chosen_probability_GSE = torch.special.ndtr((logits_GSE - threshold_GS1) / noise_scale)
@@ -147,9 +147,9 @@ def z_loss(logits_GSE: Tensor, valid_GS: Tensor | None = None) -> Tensor:
 
 
 def squared_variation(values_GE: Tensor) -> Tensor:
-    """(std / mean)^2 over experts, (G,). From the variance, whose gradient is finite also where all are equal."""
+    """(std / mean)^2 over experts, (G,). The variance has a finite gradient where all are equal; std has not."""
     mean_G = values_GE.mean(-1)
-    smallest = torch.finfo(values_GE.dtype).tiny ** 0.5  # a group of padding alone has mean 0
+    smallest = torch.finfo(values_GE.dtype).tiny ** 0.5  # the mean of a group of only padding is 0
     return values_GE.var(-1, correction=0) / mean_G.square().clamp_min(smallest)
 
 
@@ -164,8 +164,9 @@ def _masked_mean(values_GSX: Tensor, valid_GS: Tensor | None) -> Tensor:
 
 
 def inject_gradient(y: Tensor, loss: Tensor, scale: Tensor) -> Tensor:
-    """`y` itself; in the backward pass `loss` gets the gradient `scale`, as if scale * loss had been added to the
-    task's loss. All are tensors of any shape, `loss` and `scale` scalars.
+    """Returns `y`. In the backward pass `loss` gets the gradient `scale`, as if the task's loss included scale * loss.
+
+    `y` has any shape; `loss` and `scale` are scalars.
     """
     return _InjectGradient.apply(y, loss, scale)
 

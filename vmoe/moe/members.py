@@ -1,7 +1,7 @@
 """Members of an ensemble within one model (E3, Allingham et al. 2021, https://arxiv.org/abs/2110.03360).
 
-B images; M members; N tokens of an image; E experts, of which each member has E / M; C classes. From the first MoE
-layer on, a tensor has B*M rows: those of an image's members one after the other.
+B images; M members; N tokens per image; E experts, E / M per member; C classes. From the first MoE layer on, a tensor
+has B*M rows. The rows of an image's members lie together.
 """
 
 import math
@@ -11,12 +11,12 @@ from torch import Tensor
 
 
 def tile(x: Tensor, ensemble: int) -> Tensor:
-    """A copy of each row for each member: (B, ...) -> (B*M, ...)."""
+    """Repeats each row for each member: (B, ...) -> (B*M, ...)."""
     return x.unsqueeze(1).expand(-1, ensemble, *x.shape[1:]).flatten(0, 1)
 
 
 def own_experts_only(logits_TE: Tensor, ensemble: int, tokens: int) -> Tensor:
-    """The logits, -inf for the experts of other members.
+    """The logits, with -inf for the experts of other members.
 
     Args:
         logits_TE: T = B*M*N rows.

@@ -1,6 +1,6 @@
-"""The MLPs of transformers as experts see them: one shape for timm's `Mlp`, `GluMlp`, `SwiGLU` and their like.
+"""One form for the MLPs of transformers: timm's `Mlp`, `GluMlp`, `SwiGLU` and similar classes.
 
-D width of a token, H hidden width (of what the second layer takes), O width of the result.
+D width of a token, H hidden width (the second layer's input), O width of the result.
 """
 
 import copy
@@ -30,13 +30,13 @@ class Glu(nn.Module):
 
 
 class PartNames(NamedTuple):
-    """Under which names a class of MLPs keeps its parts.
+    """The names that a class of MLPs gives its parts.
 
     Attributes:
-        first: The first layer; gate and value apart where they are two.
+        first: The first layer; two names where gate and value are separate layers.
         last: The second layer.
         act: The activation.
-        norm: The norm behind the activation, if the class can have one.
+        norm: The norm after the activation, if the class can have one.
         leading_norm: The norm of the tokens before the first layer, if the class can have one.
         drops: The dropouts of the hidden layer and of the output.
         is_gated: Whether the activation of one half multiplies the other.
@@ -52,7 +52,7 @@ class PartNames(NamedTuple):
 
 
 _CONV_MLP = PartNames(norm=None, drops=("drop", None))
-# By the file of timm and the class. All work on one token at a time unless they have parts that are not named here.
+# Keys are timm's file and class. Such an MLP works on single tokens, unless it has parts that are not named here.
 PART_NAMES = {
     "mlp.Mlp": PartNames(),
     "mlp.GluMlp": PartNames(is_gated=True),
@@ -75,7 +75,7 @@ PART_NAMES = {
 
 
 class MlpParts(NamedTuple):
-    """A dense MLP taken apart: norm(act(x @ fc1.T + bias1)) @ fc2.T + bias2.
+    """The parts of a dense MLP: norm(act(x @ fc1.T + bias1)) @ fc2.T + bias2.
 
     Attributes:
         fc1: (H or 2H, D); 2H with a gated activation.
@@ -115,7 +115,7 @@ def take_apart(mlp: nn.Module) -> MlpParts:
     """Reads an MLP of a class in `PART_NAMES`, or of another with timm's names for its parts.
 
     Raises:
-        ValueError: Its layers are no 1x1 convolutions, or it has a part that experts do not have.
+        ValueError: Its convolutions are larger than 1x1, or it has a part that experts do not have.
     """
     names = _names_of(mlp)
     _check_parts(mlp, names)
@@ -136,10 +136,7 @@ def take_apart(mlp: nn.Module) -> MlpParts:
 
 @torch.no_grad()
 def put_together(mlp: nn.Module, parts: MlpParts) -> None:
-    """Writes parts into an MLP of the class they came from: the inverse of `take_apart`.
-
-    The norm and the activation are written where they have parameters.
-    """
+    """Writes parts into an MLP of the class they came from. It is the inverse of `take_apart`."""
     names = _names_of(mlp)
     firsts, last = [_part(mlp, name) for name in names.first], _part(mlp, names.last)
     rows = [layer.weight.shape[0] for layer in firsts]
@@ -158,10 +155,10 @@ def put_together(mlp: nn.Module, parts: MlpParts) -> None:
 
 
 def split_leading_norm(mlp: nn.Module) -> tuple[str | None, nn.Module]:
-    """Parts an MLP that first normalises its tokens, since a router must see what its experts see.
+    """Splits the leading norm off an MLP: router and experts must see the same tokens, so the norm goes before both.
 
     Returns:
-        The norm's name in `mlp`, None when there is none; and the MLP without it, which shares all other parts.
+        The norm's name in `mlp` or None, and the MLP without it. The latter shares all other parts with `mlp`.
     """
     name = _names_of(mlp).leading_norm
     if name is None or isinstance(_part(mlp, name), nn.Identity):

@@ -1,9 +1,9 @@
-"""Expert parallelism: the experts of a layer on different processes, to which tokens travel and from which they return.
+"""Expert parallelism: the experts of a layer are sharded over ranks. Tokens are sent to them and back.
 
-The layer routes its own tokens as ever; only `Experts` is exchanged for one that reaches those of other processes.
+Each rank routes its own tokens as without sharding. Only `Experts` is replaced, by a class that reaches other ranks.
 
-E experts of a layer, of which each of P processes has E / P; T tokens of width D; R rows of a buffer in which each
-expert's tokens stand together, experts in order.
+E experts of a layer, E / P on each of P ranks; T tokens of width D; R rows of a buffer in which each expert's tokens
+lie together, in the order of the experts.
 """
 
 import torch
@@ -28,17 +28,17 @@ from vmoe.moe.routing import Routing, SlotRouting
 
 
 def deal_out_experts(layer: MoeMlp, mesh: DeviceMesh) -> None:
-    """Leaves each process of `mesh` its share of a layer's experts, in order of rank; all hold the same layer before.
+    """Shards a layer's experts over the ranks of `mesh`, in order of rank. All ranks must hold the same layer before.
 
-    Gradients of experts are means over the processes. A learned activation, which all experts share, stays whole: its
-    gradients remain to be averaged over the processes, as those of all other parameters that they have in common.
+    The experts' gradients become means over the ranks. All experts share a learned activation, so it stays whole: its
+    gradients must still be averaged over the ranks, as those of all other replicated parameters.
 
     Args:
         layer: Its expert parameters become DTensors, sharded by expert.
-        mesh: One dimension of P processes; with one nothing changes.
+        mesh: One dimension of P ranks; with one rank nothing changes.
 
     Raises:
-        ValueError: E is no multiple of P, or something is attached to the experts, such as pruning or an adapter.
+        ValueError: E is no multiple of P, or the experts have pruning, parametrizations, adapters or hooks.
     """
     if mesh.size() == 1:
         return
@@ -60,12 +60,12 @@ def deal_out_experts(layer: MoeMlp, mesh: DeviceMesh) -> None:
 
 
 class DistributedExperts(Experts):
-    """Experts whose parameters are sharded over the processes of `mesh`; made by `deal_out_experts`."""
+    """Experts with parameters sharded over the ranks of `mesh`. `deal_out_experts` makes them."""
 
     mesh: DeviceMesh
 
     def forward(self, x_TD: Tensor, routing: Routing | SlotRouting, kernels: Kernels | None = None) -> Tensor:
-        """(T, D) -> (T, out). All processes of the mesh must call it."""
+        """(T, D) -> (T, out). All ranks of the mesh must call it."""
         dtype = compute_dtype(x_TD)
         kernels = kernels_for(x_TD) if kernels is None else kernels
         mlp = self._local_mlp(dtype, x_TD)
@@ -95,14 +95,14 @@ class DistributedExperts(Experts):
         return rows.combine(y_RD, choices.combine_weights_TK(), layout)
 
     def _even(self, x_RD: Tensor, mlp: Mlp, kernels: Kernels) -> Tensor:
-        """(R, D) -> (R, O) where each expert has an equal share of the rows, as large in all processes.
+        """(R, D) -> (R, O). Each expert has an equal share of the rows, of the same size on all ranks.
 
-        Sizes are known beforehand: the host never synchronises.
+        So sizes are known beforehand, and the host never synchronises.
         """
         processes, own = self.mesh.size(), mlp.weight1.shape[0]
         splits = [x_RD.shape[0] // processes] * processes
         slots = splits[0] // own
-        x_RD = self._exchange(x_RD, splits, splits)  # now by process, own expert, slot
+        x_RD = self._exchange(x_RD, splits, splits)  # now ordered by rank, own expert, slot
         choices = Choices(
             chosen_TK=torch.arange(own, device=x_RD.device).repeat_interleave(slots).repeat(processes)[:, None],
             weights_TK=torch.ones(len(x_RD), 1, device=x_RD.device),
@@ -115,9 +115,9 @@ class DistributedExperts(Experts):
         return self._exchange(y_RD, splits, splits)
 
     def _uneven(self, x_RD: Tensor, counts_E: Tensor, mlp: Mlp, kernels: Kernels) -> Tensor:
-        """(R, D) -> (R, O) where expert e has `counts_E[e]` rows; zeros for rows behind them.
+        """(R, D) -> (R, O). Expert e has `counts_E[e]` rows; the rows after the last expert's get zeros.
 
-        The processes send each other the counts, for which the host synchronises once.
+        The ranks exchange the counts, for which the host synchronises once.
         """
         processes, own = self.mesh.size(), mlp.weight1.shape[0]
         even = [own] * processes
@@ -139,7 +139,7 @@ class DistributedExperts(Experts):
         return F.pad(y_RD, [0, 0, 0, without_expert])
 
     def _own_experts(self, x_RD: Tensor, choices: Choices, mlp: Mlp, kernels: Kernels) -> Tensor:
-        """Each row through its expert, by the backend that a layer in one process would take."""
+        """Runs each row through its expert. The backend is chosen as in a layer that is not sharded."""
         backend = choose_backend(x_RD, choices, mlp, self.backend, kernels)
         return backend.expert_mlp(x_RD, choices, mlp).to(x_RD.dtype)
 
@@ -147,10 +147,11 @@ class DistributedExperts(Experts):
         return _Arrived.apply(all_to_all_single_autograd(x_RD.contiguous(), arriving, sent, self.mesh.get_group()))
 
     def _local_mlp(self, dtype: torch.dtype, x_TD: Tensor) -> Mlp:
-        """This process's experts, as plain tensors."""
+        """This rank's experts, as plain tensors."""
         mlp = self._mlp(dtype, x_TD)
         local = {part: self._local(getattr(mlp, part)) for part in ("weight1", "bias1", "weight2", "bias2")}
-        mlp = mlp._replace(cast=lambda weight: weight.detach().to(dtype), keeps_casts=False)  # parts are new each time
+        # local shards are new tensors in each pass, so a kept cast would never match
+        mlp = mlp._replace(cast=lambda weight: weight.detach().to(dtype), keeps_casts=False)
         if mlp.norm is None:
             return mlp._replace(**local)
         weights = {name: self._local(parameter) for name, parameter in mlp.norm.named_parameters()}
@@ -158,12 +159,12 @@ class DistributedExperts(Experts):
         return mlp._replace(**local, norm=lambda *inputs: torch.func.functional_call(norm, weights, inputs))
 
     def _local(self, parameter: DTensor | None) -> Tensor | None:
-        # Tokens of all processes reach an expert, each with the gradient of its own process's mean loss
+        # an expert sums the gradients of P ranks, and each rank's loss is a mean over its own batch: so divide by P
         return None if parameter is None else _ScaleGradient.apply(parameter.to_local(), 1 / self.mesh.size())
 
 
 class _Arrived(torch.autograd.Function):
-    """What stands for a tensor on its way has no memory of its own, which kernels other than torch's would read."""
+    """Waits for a collective. An AsyncCollectiveTensor has no memory that kernels other than torch's could read."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which MoE layers of a model the last forward pass ran: some passes end early, and what later layers hold is old."""
+"""Tracks which MoE layers the last forward pass ran. A pass may end early, and then later layers hold old losses."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -7,16 +7,16 @@ import torch
 
 
 class Mark:
-    """Whether a layer ran in the last forward pass of its model, and the marks of the layers around it.
+    """Whether a layer ran in the last forward pass of its model, with the marks of the layers around it.
 
-    In compiled code layers only write to marks, and all layers to as many of them: a guard on their values or numbers
-    would compile the same block once more for each of its places. A compiled layer therefore does not notice that
-    earlier layers were skipped. That later layers were skipped is always noticed.
+    Compiled layers only write to marks, and each to the same number of them. A guard on values or numbers would compile
+    the same block again for each layer. So a compiled layer does not notice that earlier layers were skipped. Skipped
+    later layers are always noticed.
 
     Attributes:
-        ran: Whether it did.
-        before: Of the layers before it in forward order.
-        after: Of those after it, behind as many marks of no layer as make it as long for all.
+        ran: Whether the layer ran.
+        before: The marks of the layers before it in forward order.
+        after: The marks of the layers after it, padded at the front to one length for all layers.
     """
 
     def __init__(self) -> None:
@@ -25,11 +25,11 @@ class Mark:
         self.after: tuple[Mark, ...] = ()
 
     def set(self) -> None:
-        """Called by a layer that runs."""
+        """Records that the layer runs; the layer calls it in its forward pass."""
         if not torch.compiler.is_compiling():
-            if is_backward():  # activation checkpointing computes a pass again, from its end
+            if is_backward():  # activation checkpointing recomputes layers in reverse order
                 return
-            if self.ran:  # since then no layer before it ran
+            if self.ran:  # still set since its last run: no earlier layer ran in between
                 for mark in self.before:
                     mark.ran = False
         for mark in self.after:
@@ -42,7 +42,7 @@ class _Marked(Protocol):
 
 
 def put_in_order(layers: Sequence[_Marked]) -> None:
-    """Tells layers of one model, in forward order, of one another."""
+    """Links the marks of a model's layers, which are given in forward order."""
     marks = tuple(layer.mark for layer in layers)
     for index, mark in enumerate(marks):
         nobody = tuple(Mark() for _ in range(index + 1))
@@ -50,5 +50,5 @@ def put_in_order(layers: Sequence[_Marked]) -> None:
 
 
 def is_backward() -> bool:
-    """Whether autograd runs a backward pass in this thread; checkpointing itself asks so."""
+    """Whether autograd runs a backward pass in this thread. Checkpointing of PyTorch uses the same test."""
     return torch._C._current_graph_task_id() != -1

@@ -1,6 +1,6 @@
 """Records of a routing decision, which pass between router, experts, losses and analysis.
 
-T tokens of width D, in G groups of S tokens; E experts; K choices per token; C slots an expert has for a group.
+T tokens of width D, in G groups of S tokens; E experts; K choices per token; C slots per expert and group.
 """
 
 from typing import NamedTuple
@@ -12,19 +12,19 @@ from vmoe.moe.groups import Groups
 
 
 class Routing(NamedTuple):
-    """Tokens that chose experts: what the router wished and (once `assign`ed) which choices the experts had room for.
+    """A decision in which tokens choose experts: the router's choices and, after `assign`, which of them are kept.
 
     Attributes:
         groups: How the tokens are grouped.
         valid_GS: Which tokens are real, bool; None when all are.
-        logits_GSE: The router's scores without noise, such that their softmax is each token's preference.
-        noisy_logits_GSE: The scores that were routed by; `logits_GSE` itself when there is no noise.
-        gates_GSE: The gates, by which tokens are ranked and weighted.
+        logits_GSE: The router's logits without noise.
+        noisy_logits_GSE: The logits that routing used; `logits_GSE` itself without noise.
+        gates_GSE: The gates, which give priorities and combine weights.
         chosen_GSK: The experts of each token, best first, int64.
         weights_GSK: The combine weight of each choice, before drops.
-        kept_GSK: Which choices found room, bool; None when no choice can be dropped.
-        slots_GSK: The slot of each choice among those its expert takes from the group; None when there is no bound.
-        capacity: C, the slots an expert has for a group; None for no bound.
+        kept_GSK: Which choices were kept, bool; None when no choice can be dropped.
+        slots_GSK: The slot of each choice in its expert and group; None without a capacity.
+        capacity: C, the slots of an expert for a group; None when nothing is dropped.
     """
 
     groups: Groups
@@ -50,7 +50,7 @@ class Routing(NamedTuple):
         return counts_E / real_GS1.sum().clamp_min(1)
 
     def dropped(self) -> Tensor:
-        """Share of the choices that found their expert full, ()."""
+        """Share of the choices that were dropped, ()."""
         choices = self._real_GS1().sum() * self.chosen_GSK.shape[-1]
         if self.kept_GSK is None:
             return choices.new_zeros(())
@@ -66,15 +66,15 @@ class Routing(NamedTuple):
 
 
 class ExpertChoiceRouting(NamedTuple):
-    """Experts that chose tokens; every slot is taken, except where padding leaves too few tokens.
+    """A decision in which experts choose tokens. Every slot is filled, except where padding leaves too few tokens.
 
     Attributes:
         groups: One group per image.
         valid_GS: Which tokens are real, bool; None when all are.
         gates_GSE: softmax over the experts.
         chosen_GEC: The tokens of each expert, by their index in the group, best first.
-        weights_GEC: Their combine weights; zero where no token is taken.
-        kept_G1C: In which slots tokens are taken, bool; None for all. With padding a group has fewer than others.
+        weights_GEC: Their combine weights; zero in an empty slot.
+        kept_G1C: Which slots are filled, bool; None for all. A group with padding may have empty slots.
     """
 
     groups: Groups
@@ -89,13 +89,13 @@ class ExpertChoiceRouting(NamedTuple):
         return x_TD.index_select(0, self._token_R())
 
     def combine(self, y_RD: Tensor) -> Tensor:
-        """(T, D): the sum of each token's results, weighted; zero for a token that no expert chose."""
+        """(T, D): the weighted sum of each token's results; zero for a token that no expert chose."""
         weight_R = self.weights_GEC.transpose(0, 1).reshape(-1, 1).to(y_RD.dtype)
         num_groups, size, _ = self.gates_GSE.shape
         return y_RD.new_zeros(num_groups * size, y_RD.shape[-1]).index_add(0, self._token_R(), y_RD * weight_R)
 
     def load_E(self) -> Tensor:
-        """Every expert takes the same share."""
+        """1 / E for every expert: all take the same number of tokens."""
         num_experts = self.gates_GSE.shape[-1]
         return self.gates_GSE.new_full((num_experts,), 1 / num_experts)
 
@@ -112,7 +112,7 @@ class ExpertChoiceRouting(NamedTuple):
         return _mean_entropy(self.gates_GSE, _real(self.valid_GS, self.gates_GSE))
 
     def dispatch_GSEC(self) -> Tensor:
-        """One-hot: which token stands in which slot of which expert; zeros for a slot without a token."""
+        """One-hot: the token in each slot of each expert; zeros for an empty slot."""
         one_hot_GECS = torch.nn.functional.one_hot(self.chosen_GEC, self.gates_GSE.shape[1])
         return (one_hot_GECS * self._kept_GEC()[..., None]).permute(0, 3, 1, 2).to(self.gates_GSE.dtype)
 
@@ -132,14 +132,14 @@ class ExpertChoiceRouting(NamedTuple):
 
 
 class SoftRouting(NamedTuple):
-    """Slots that are mixtures of tokens, and tokens that get mixtures of the slots' results.
+    """A decision of Soft MoE: slots are mixtures of tokens, and tokens get mixtures of the slots' results.
 
     Attributes:
         groups: One group per image.
         valid_GS: Which tokens are real, bool; None when all are.
-        dispatch_weights_GSEC: Weight of each token in each slot; over the tokens they sum to 1, or to 0 in an image of
-            padding alone.
-        combine_weights_GSEC: Weight of each slot in each token's result; over all slots they sum to 1.
+        dispatch_weights_GSEC: Weight of each token in each slot. They sum to 1 over the tokens; to 0 in an image of
+            only padding.
+        combine_weights_GSEC: Weight of each slot in each token's result. They sum to 1 over all slots.
     """
 
     groups: Groups
@@ -173,11 +173,11 @@ class SoftRouting(NamedTuple):
         return mass_E / mass_E.sum().clamp_min(torch.finfo(mass_E.dtype).tiny)
 
     def dropped(self) -> Tensor:
-        """Nothing is dropped: ()."""
+        """Zero, (): Soft MoE drops nothing."""
         return self.combine_weights_GSEC.new_zeros(())
 
     def entropy(self) -> Tensor:
-        """Mean entropy in nats of the tokens' combine weights, summed by expert, ()."""
+        """Mean entropy in nats of the tokens' combine weights, which are first summed by expert, ()."""
         by_expert_GSE = self.combine_weights_GSEC.sum(-1)
         return _mean_entropy(by_expert_GSE, _real(self.valid_GS, by_expert_GSE))
 
@@ -199,12 +199,12 @@ SlotRouting = ExpertChoiceRouting | SoftRouting
 
 
 class Routed(NamedTuple):
-    """What a router gives.
+    """The result of a router.
 
     Attributes:
         routing: Its decision.
-        x_TD: The tokens it was given, for the experts. A kernel may hand them on as a tensor of its own, so that the
-            gradients of both uses meet in one pass over memory.
+        x_TD: The router's input, for the experts. A kernel may return it as a new tensor, so that one pass over memory
+            adds the gradients of router and experts.
     """
 
     routing: Routing | SlotRouting

@@ -1,4 +1,4 @@
-"""Scores of routers, in float32 or wider whatever the autocast."""
+"""Scores (logits) of routers, in float32 or wider even under autocast."""
 
 from collections.abc import Callable
 
@@ -12,7 +12,7 @@ from vmoe.moe.kernels.sizes import MAX_SCORES
 
 
 def full_precision_linear(x: Tensor, weight: Tensor, kernels: Kernels = PLAIN) -> Tensor:
-    """X @ weight.T in float32, or in float64 when either is, also under autocast."""
+    """The product x @ weight.T, in float64 if either is float64 and else in float32, even under autocast."""
     dtype = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
     routing = kernels.routing
     if routing is not None and x.dim() == 2 and dtype == torch.float32 and weight.shape[0] <= MAX_SCORES:
@@ -26,12 +26,12 @@ class Gate(nn.Linear):
     """A router's linear layer without bias, in float32 or wider."""
 
     def forward(self, x: Tensor) -> Tensor:
-        # what is attached to it (hooks, adapters) calls it, and knows nothing of kernels
+        # hooks and adapters call it with x alone, so it chooses the kernels itself
         return full_precision_linear(x, self.weight, kernels_for(x))
 
 
 def gate_scores(x: Tensor, gate: Gate, kernels: Kernels = PLAIN) -> Tensor:
-    """The gate of x, in float32 or wider together with what is attached to it."""
+    """The gate's scores of x, in float32 or wider. Adapters and hooks on the gate compute in that type too."""
     if kernels.routing is not None and is_bare(gate, Gate):
         return full_precision_linear(x, gate.weight, kernels)
     dtype = torch.promote_types(x.dtype, torch.float32)
@@ -43,7 +43,7 @@ def gate_scores(x: Tensor, gate: Gate, kernels: Kernels = PLAIN) -> Tensor:
 
 
 def scores_with_tokens(x_TD: Tensor, gate: Gate, kernels: Kernels = PLAIN) -> tuple[Tensor, Tensor]:
-    """The gate of x, and x for its other uses: a kernel then adds up both gradients of x in one pass over memory."""
+    """The gate's scores of x, and x for its other uses, so that one kernel can add both gradients of x."""
     if kernels.routing is not None and is_bare(gate, Gate):
         dtype = torch.promote_types(x_TD.dtype, gate.weight.dtype)
         if dtype != torch.float64 and gate.weight.shape[0] <= MAX_SCORES:
@@ -52,16 +52,16 @@ def scores_with_tokens(x_TD: Tensor, gate: Gate, kernels: Kernels = PLAIN) -> tu
 
 
 def with_noise(logits: Tensor, scale: float, draw: Callable[[Tensor], Tensor] | None) -> Tensor:
-    """Logits plus normal noise of standard deviation `scale`, by `draw` or torch; the same tensor where it is 0."""
+    """Adds normal noise of standard deviation `scale`, from `draw` or torch. With 0 it returns the same tensor."""
     return torch.add(logits, (draw or torch.randn_like)(logits), alpha=scale) if scale > 0 else logits
 
 
 def _device_type(x: Tensor) -> str:
-    """Whose autocast is meant."""
+    """The device type that autocast is asked for; a meta tensor counts as the CPU's."""
     return x.device.type if x.device.type != "meta" else "cpu"
 
 
 def _wide_enough(x: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """float64 where torch.jit traces under autocast: the traced program would narrow float32 again, but not float64."""
+    """`dtype`, but float64 where torch.jit traces under autocast: the traced program would narrow float32 again."""
     is_narrowed = torch.jit.is_tracing() and torch.is_autocast_enabled(_device_type(x))
     return torch.float64 if is_narrowed else dtype

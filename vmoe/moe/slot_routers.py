@@ -1,6 +1,6 @@
 """Routers that fill a fixed number of slots per expert, image by image: expert choice and Soft MoE.
 
-T tokens of width D, in G groups (images) of S tokens; E experts of C slots a group.
+T tokens of width D, in G groups (images) of S tokens; E experts of C slots per group.
 """
 
 import math
@@ -21,8 +21,8 @@ class ExpertChoiceRouter(nn.Module):
     """Each expert chooses the C tokens of an image with the largest gates (Zhou et al. 2022,
     https://arxiv.org/abs/2202.09368, section 3.2, with gates normalised over the experts as in the V-MoE code).
 
-    The load is fair by construction; a token may be chosen by several experts or by none. The combine weights are the
-    gates, not renormalised.
+    The load is balanced by construction. Several experts or none may choose a token. The combine weights are the gates,
+    not renormalised.
 
     Args:
         dim: D, width of a token.
@@ -51,12 +51,12 @@ class SoftRouter(nn.Module):
     """Soft MoE: every slot is a weighted mean of an image's tokens (Puigcerver et al. 2024,
     https://arxiv.org/abs/2308.00951, algorithms 1 and 2).
 
-    The number of slots, P = C per expert, belongs to the parameters and so to the number of tokens per image they were
-    made for; images with more or fewer tokens are mixed into the same slots.
+    The slots, P = C per expert, are parameters. Their number follows from the number of tokens per image at
+    construction. Images with more or fewer tokens are mixed into the same slots.
 
     Args:
         dim: D, width of a token.
-        moe: The layer's configuration. `soft_scale` is where the learned scale of the cosine logits starts.
+        moe: The layer's configuration. `soft_scale` is the initial scale of the cosine logits.
         tokens: S, tokens per image.
         device: Where the parameters are created.
         dtype: Their type.
@@ -91,8 +91,8 @@ class SoftRouter(nn.Module):
             logits_TN = with_noise(logits_TN, self.noise_scale, self.draw_noise)
         logits_GSN = groups.split(logits_TN)
         combine_GSN = logits_GSN.softmax(-1)
-        if valid_GS is not None:  # padding is in no slot and gets nothing
-            # not -inf: an image of padding alone would have NaN for its weights, and for every gradient
+        if valid_GS is not None:  # padding enters no slot and gets no result
+            # not -inf: an image of only padding would give NaN weights and gradients
             logits_GSN = logits_GSN.masked_fill(~valid_GS[..., None], torch.finfo(logits_GSN.dtype).min)
             combine_GSN = combine_GSN * valid_GS[..., None]
         dispatch_GSN = logits_GSN.softmax(1)
@@ -103,5 +103,5 @@ class SoftRouter(nn.Module):
 
 
 def _unit(values: Tensor, dim: int) -> Tensor:
-    """Scaled to length 1 along `dim`, with the original's epsilon."""
+    """Scales to length 1 along `dim`, with the epsilon of the original code."""
     return values * (values.square().sum(dim, keepdim=True) + 1e-6).rsqrt()

@@ -1,8 +1,8 @@
-"""Kernels of the layer's passes, and which of them serve. `README.md` beside this file has the map of the passes.
+"""Kernels of the layer's passes, and the choice between them. `README.md` in this folder has the map of the passes.
 
-`routing/` has Triton's kernels for scores, gates, priority and balance losses, beside which the formulas in `vmoe.moe`
-stand. `experts/` has the backends that compute the experts' MLPs. `counting` is the sort that both of them use; `sizes`
-has the integers, and needs no Triton.
+`routing/` has Triton's kernels for scores, gates, priority and balance losses; `vmoe.moe` has the same formulas in
+PyTorch. `experts/` has the backends that compute the experts' MLPs. Both use the sort in `counting`. `sizes` has the
+integers and needs no Triton.
 """
 
 from types import ModuleType
@@ -16,11 +16,11 @@ from vmoe.moe.kernels.sizes import MIN_CAPABILITY
 
 
 class Kernels(NamedTuple):
-    """Triton's kernels for one forward pass: chosen once, by `kernels_for`, and then handed on.
+    """Triton's kernels for one forward pass. `kernels_for` chooses them once; the layer passes them on.
 
     Attributes:
-        routing: The package `kernels.routing`; None where PyTorch's own operators serve.
-        experts: The backend `kernels.experts.fused`; None where another one serves.
+        routing: The package `kernels.routing`; None to use PyTorch's own operators.
+        experts: The backend `kernels.experts.fused`; None to use another backend.
     """
 
     routing: ModuleType | None
@@ -41,9 +41,9 @@ else:
 
 
 def kernels_for(tensor: Tensor) -> Kernels:
-    """`TRITON` where there is Triton and the tensor lies on an NVIDIA GPU that it serves; else `PLAIN`.
+    """`TRITON` if Triton is installed and the tensor lies on an NVIDIA GPU that it supports; else `PLAIN`.
 
-    `PLAIN` too where torch.func transforms what is computed.
+    Inside a transform of torch.func it is always `PLAIN`, since the kernels' operators cannot be transformed.
     """
     if not tensor.is_cuda or not tensor.numel() or torch.version.hip is not None or is_transformed():
         return PLAIN

@@ -1,10 +1,10 @@
-"""Counting sort of choices by expert, without a host synchronisation and with no atomic addition.
+"""Counting sort of choices by expert, without host synchronisation and without atomic addition.
 
-Routing takes the ranks, by which choices get their slots; the experts take the rows of a buffer.
+Routing uses its ranks, which give choices their slots. The experts use its rows of a buffer.
 
 G groups of S tokens with K choices; E experts; N = S*K choices of a group in the order of the flow: every token's
-first choice, then every second choice, and so on. They are counted in blocks of the flow: a histogram per block, a scan
-over the blocks, and the count within the block.
+first choice, then every second choice, and so on. The flow is counted in blocks: a histogram per block, a scan over the
+blocks, and a count within each block.
 """
 
 from typing import NamedTuple
@@ -19,10 +19,10 @@ from vmoe.moe.kernels.sizes import ALIGNMENT, cdiv, choices_of_block, columns_of
 
 
 def _ranks(chosen_GSK: Tensor, order_GS: Tensor | None, num_experts: int) -> Tensor:
-    """How many choices of the same expert come before each one in its group's flow.
+    """The number of choices of the same expert that come before each choice in its group's flow.
 
     Args:
-        chosen_GSK: The experts; a number that is no expert counts for none and gets any rank.
+        chosen_GSK: The experts. A number outside [0, E) is not counted, and its rank means nothing.
         order_GS: The tokens of each group in the order of the flow; None for their own order.
         num_experts: E.
 
@@ -41,7 +41,7 @@ ranks = operator("ranks", _ranks, lambda chosen_GSK, *_: torch.empty_like(chosen
 
 
 def _expert_rows(chosen_TK: Tensor, kept_TK: Tensor | None, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """A row of a buffer for each choice, each expert's rows together and starting at a multiple of ALIGNMENT.
+    """Gives each choice a row of a buffer. An expert's rows lie together and start at a multiple of ALIGNMENT.
 
     Args:
         chosen_TK: The experts.
@@ -70,7 +70,7 @@ expert_rows = operator("expert_rows", _expert_rows, _fake_expert_rows)
 
 
 class _Flow(NamedTuple):
-    """The sizes G, S, K and E of what is counted."""
+    """The sizes G, S, K and E of the choices that are counted."""
 
     num_groups: int
     size: int
@@ -82,7 +82,7 @@ def _count_flow(
     chosen: Tensor, kept: Tensor | None, order: Tensor | None, flow: _Flow, out: Tensor,
     starts_and_counts: tuple[Tensor, Tensor] | None,
 ) -> None:  # fmt: skip
-    """Writes ranks into `out` or, where the experts' first rows and numbers of rows are wanted too, rows."""
+    """Writes ranks into `out`. With `starts_and_counts` it writes rows, and fills each expert's first row and count."""
     columns, block = columns_of(flow.num_experts), choices_of_block(flow.num_experts)
     num_blocks = cdiv(flow.size * flow.top_k, block)
     before = torch.empty(flow.num_groups, num_blocks, columns, dtype=torch.int32, device=chosen.device)
@@ -105,7 +105,7 @@ def _count_flow(
 def _choices_of_program(
     chosen, kept, order, SIZE, TOP_K: tl.constexpr, BLOCK: tl.constexpr, ORDERED: tl.constexpr, HAS_KEPT: tl.constexpr
 ):
-    """Where the choices of this program's block of the flow stand in the (G, S, K) tensor, and their experts."""
+    """The offsets of this program's choices in the (G, S, K) tensor, which are inside it, and their experts."""
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     group = tl.program_id(1).to(tl.int64)
     inside = n < SIZE * TOP_K

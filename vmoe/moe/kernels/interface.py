@@ -1,4 +1,4 @@
-"""What experts.py hands to a compute backend: plain tensors, which are never sharded."""
+"""The records that experts.py passes to a backend. Their tensors are plain ones, never sharded."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from vmoe.moe.routing import Routing
 
 
 class Choices(NamedTuple):
-    """Which experts T tokens chose, K each.
+    """The K experts that each of T tokens chose.
 
     Attributes:
         chosen_TK: The experts.
@@ -56,14 +56,13 @@ class Mlp(NamedTuple):
         bias1: (E, H) or None.
         weight2: (E, O, H).
         bias2: (E, O) or None.
-        activation: Between the layers.
-        norm: Behind it, of (hidden rows, the expert of each row); or None.
-        dropout: Its rate, 0 at evaluation.
-        dtype: The type that is computed in.
-        cast: Gives one of the weights in that type, without gradient.
-        keeps_casts: Whether it keeps what it gave.
-        recompute: Whether activations are computed once more in the backward pass, rather than kept, where a backend
-            can.
+        activation: The activation between the layers.
+        norm: The norm after it, called as norm(hidden rows, the expert of each row); or None.
+        dropout: The dropout rate, 0 at evaluation.
+        dtype: The compute type.
+        cast: Returns one of the weights in `dtype`, without gradient.
+        keeps_casts: Whether `cast` keeps its results.
+        recompute: Whether the backward pass computes activations again instead of keeping them, if the backend can.
     """
 
     weight1: Tensor
@@ -79,6 +78,6 @@ class Mlp(NamedTuple):
     recompute: bool = False
 
     def is_learned(self, *others: Tensor) -> bool:
-        """Whether the weights, the biases or other tensors want a gradient."""
+        """Whether the weights, the biases or other tensors need a gradient."""
         learned = (*others, self.weight1, self.bias1, self.weight2, self.bias2)
         return any(tensor is not None and tensor.requires_grad for tensor in learned)

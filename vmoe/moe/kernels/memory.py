@@ -1,9 +1,9 @@
-"""Memory on the CPU for what every step makes: kept when it becomes free, and taken again.
+"""CPU memory that is reused from step to step.
 
-The system fills each page that a process touches for the first time, and the C library gives large buffers back as
-soon as they are freed: for experts with few tokens that costs as much as a matrix product. Hence blocks of huge pages,
-which stay until they were not wanted for a while. A block is free when no tensor's storage refers to it, so whatever
-still needs a result (a gradient that was kept, a graph that waits for its backward pass) keeps it.
+The C library returns a large buffer to the system as soon as it is freed, and the system clears each page at its next
+first use. For experts with few tokens that costs as much as a matrix product. So this module keeps blocks of huge
+pages until they have been idle for a while. A block is free when no tensor's storage refers to it. A gradient that was
+kept, or a graph before its backward pass, therefore keeps its block.
 """
 
 import mmap
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 SMALLEST = 2**20  # bytes; the C library keeps smaller buffers itself
-MAX_EXCESS = 1.25  # a block serves for tensors down to its size over this
-MAX_IDLE = 1000  # a free block is given back when so many tensors were taken since it last served
+MAX_EXCESS = 1.25  # a block may be this many times as large as the tensor
+MAX_IDLE = 1000  # a free block is released after so many takes of others
 
 
 class Memory:
@@ -28,7 +28,7 @@ class Memory:
         self._lock = threading.Lock()
 
     def take(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        """A tensor of any content."""
+        """A tensor with uninitialised values."""
         numel = prod(shape)
         size = numel * dtype.itemsize
         if size < SMALLEST:
@@ -39,7 +39,7 @@ class Memory:
 
     @property
     def size(self) -> int:
-        """Bytes, lent and free."""
+        """Bytes of all blocks, lent or free."""
         return sum(block.size for block in self._blocks)
 
     def _lease(self, size: int) -> memoryview:
@@ -56,13 +56,13 @@ class Memory:
         return block.lend(self._taken)
 
     def __reduce__(self):
-        # copies of what holds it, in this process or another, share that one's
+        # a copy or an unpickled holder uses the shared memory of its own process
         return shared_memory, ()
 
 
 class _Block:
     def __init__(self, size: int) -> None:
-        # private: a forked process does not write into its parent's
+        # a private mapping: a forked process must not write into its parent's pages
         self._pages = mmap.mmap(-1, size, access=mmap.ACCESS_COPY)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             self._pages.madvise(mmap.MADV_HUGEPAGE)
@@ -74,7 +74,7 @@ class _Block:
         return self._lease is None or self._lease() is None
 
     def lend(self, taken: int) -> memoryview:
-        """A view that the borrowing tensor's storage keeps alive, and nothing else."""
+        """A view that only the borrowing tensor's storage keeps alive."""
         lease = memoryview(self._pages)
         self._lease, self.last_taken = weakref.ref(lease), taken
         return lease
@@ -84,7 +84,7 @@ _alive: weakref.WeakValueDictionary[str, Memory] = weakref.WeakValueDictionary()
 
 
 def shared_memory() -> Memory:
-    """The memory that all experts of the process share; it goes with the last that holds it."""
+    """The memory that all experts of the process share. It is freed with its last holder."""
     memory = _alive.get("memory")
     if memory is None:
         memory = _alive["memory"] = Memory()

@@ -1,7 +1,7 @@
-"""Operators with a gradient of their own, cheap to call from eager code and one node of a compiled graph.
+"""Operators with their own gradient: cheap to call from eager code, and one node of a compiled graph.
 
-A custom operator of PyTorch costs the host tens of microseconds per call, which on small layers is more than its
-kernels take. So it serves tracing, and eager code calls the same functions through a plain `torch.autograd.Function`.
+A custom operator of PyTorch costs the host tens of microseconds per call. On small layers that is more than its kernels
+take. So only traced code uses it; eager code calls the same functions through a plain `torch.autograd.Function`.
 """
 
 import functools
@@ -17,17 +17,18 @@ from torch import Tensor, library
 def operator(
     name: str, forward: Callable, fake: Callable, save: Callable | None = None, backward: Callable | None = None
 ) -> Callable:
-    """Registers `forward` as the custom operator vmoe::`name` and returns what calls it.
+    """Registers `forward` as the custom operator vmoe::`name` and returns a function that calls it.
 
-    An operator's schema is a flat list of arguments. A `forward` that has many takes one record instead, a NamedTuple
-    class that its only parameter is annotated with: then `fake` takes the record too, and the caller gives it unpacked.
+    An operator's schema is a flat list of arguments. If `forward` has many, it can take one record instead: its only
+    parameter is annotated with a NamedTuple class. Then `fake` takes the record too, and callers unpack it.
 
     Args:
-        name: Of the operator.
-        forward: Computes it from tensors and plain values; its annotations are the operator's schema.
-        fake: Makes empty results of the right shapes.
-        save: save(ctx, inputs, output) before a backward pass; `inputs` has the arguments by name. None without one.
-        backward: backward(ctx, *grads) gives the arguments' gradients by name, and none for those that have none.
+        name: Name of the operator.
+        forward: Computes the results from tensors and plain values. Its annotations are the operator's schema.
+        fake: Returns empty results of the right shapes.
+        save: save(ctx, inputs, output) keeps what the backward pass needs; `inputs` has the arguments by name. None
+            for an operator without gradient.
+        backward: backward(ctx, *grads) returns a dict from argument names to gradients; others have no gradient.
     """
     record = _record_of(forward)
     if record is not None:
@@ -53,23 +54,23 @@ def operator(
 
 
 def is_traced() -> bool:
-    """Whether a compiler, an exporter, torch.func or a mode such as FakeTensorMode watches what is called."""
+    """Whether a compiler, an exporter, torch.func or a dispatch mode (FakeTensorMode) traces the current code."""
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or is_transformed()
 
 
 def is_transformed() -> bool:
-    """Whether a transform of torch.func (grad, vjp, vmap, ...) is at work, which operators with a gradient refuse."""
+    """Whether a transform of torch.func (grad, vjp, vmap, ...) is active. Operators with a gradient refuse those."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def _record_of(forward: Callable) -> type | None:
-    """The NamedTuple class that holds all arguments; None where they are parameters of their own."""
+    """The NamedTuple class of the only parameter, or None if the arguments are separate parameters."""
     kinds = [parameter.annotation for parameter in inspect.signature(forward).parameters.values()]
     return kinds[0] if len(kinds) == 1 and hasattr(kinds[0], "_fields") else None
 
 
 def _flat(function: Callable, record: type) -> Callable:
-    """`function` of the record's fields."""
+    """A version of `function` that takes the record's fields as separate arguments."""
 
     def call(*arguments):
         return function(record(*arguments))
@@ -98,7 +99,7 @@ def _in_order(backward: Callable, names: tuple[str, ...]) -> Callable:
 
 
 def _of_contiguous(function: Callable) -> Callable:
-    """`function` of contiguous tensors, so that results like them lie in memory as traced code expects."""
+    """Makes tensor arguments contiguous, so that results made like them have the strides that traced code expects."""
 
     @functools.wraps(function)
     def call(*arguments):
@@ -119,7 +120,7 @@ def _refuse_second_derivative(name: str) -> Callable:
 
 def _without_gradient(forward: Callable, traced: Callable) -> Callable:
     def direct(*arguments):
-        # once differentiated, the results of the traced operator are an error that says why
+        # the traced operator's backward raises an error with the reason
         is_learned = any(isinstance(argument, Tensor) and argument.requires_grad for argument in arguments)
         return traced(*arguments) if is_learned else forward(*arguments)
 
@@ -127,7 +128,7 @@ def _without_gradient(forward: Callable, traced: Callable) -> Callable:
 
 
 def _function(name: str, forward: Callable, save: Callable, backward: Callable) -> Callable:
-    # A forward that takes ctx: with a setup_context of its own, PyTorch inspects the signature in every call
+    # forward takes ctx, because with a separate setup_context PyTorch inspects the signature in every call
     def forward_and_save(ctx, *arguments):
         output = forward(*arguments)
         save(ctx, arguments, output)

@@ -1,32 +1,32 @@
-"""The integers of the kernels: limits, tiles, and how many rows a buffer has. Needs no Triton.
+"""The integers of the kernels: limits, tile sizes, and the number of rows of a buffer.
 
-The planner computes a step's memory and work from the same numbers, on machines without Triton.
+The planner computes a step's memory and work from the same numbers, so this file needs no Triton.
 
 T tokens with K choices; E experts; R rows of the buffer that experts compute.
 """
 
-MIN_CAPABILITY = 8  # of an NVIDIA GPU: Ampere, the oldest that Triton supports
+MIN_CAPABILITY = 8  # compute capability of Ampere, the oldest NVIDIA GPUs that Triton supports
 
-# Limits of the routing kernels, above which other operators serve
-MAX_EXPERTS = 256  # E of the gates' and the ranks' kernels
-MAX_SCORES = 64  # E of the scores' kernel; a library product is good at more
-MAX_COMPARED = 2048  # tokens of a group that are ordered by comparing all with all; the time grows with their square
+# Limits of the routing kernels; above them PyTorch's operators are used
+MAX_EXPERTS = 256  # E in the kernels of gates and ranks
+MAX_SCORES = 64  # E in the kernel of scores; with more experts a library product is fast
+MAX_COMPARED = 2048  # tokens per group that are ordered by comparing all with all; the time grows with the square
 
-SCORE_SPLITS = 64  # of the tokens, of which each leaves its part of the scores' weight gradient
+SCORE_SPLITS = 64  # parts of the tokens; each writes its part of the scores' weight gradient
 
 # Rows of the experts' buffer
 ALIGNMENT = 128  # an expert's rows start at a multiple of this, so that no tile of a product holds two experts
-MAX_SHARES = 1.15  # equal shares may set aside so many times the rows that are chosen
-TILE_ROWS = 128  # of the activation's tiles; divides ALIGNMENT
-STRETCH = 64  # rows that a program of combine's gradient walks through; divides ALIGNMENT
-CHUNK_BYTES = 256 * 2**20  # where memory is to be saved, more of the hidden layer than this is computed in parts
+MAX_SHARES = 1.15  # equal shares may have at most this many times as many rows as there are choices
+TILE_ROWS = 128  # rows of the activation's tiles; divides ALIGNMENT
+STRETCH = 64  # rows per program in the gradient of combine; divides ALIGNMENT
+CHUNK_BYTES = 256 * 2**20  # with `recompute_activation` a larger hidden layer is computed in parts of this size
 
 
 def rows_of_share(slots: int | None, num_choices: int, num_experts: int) -> int:
-    """The rows that are set aside for each expert; 0 where that would waste memory, so that it gets what it needs.
+    """The rows of each expert's equal share; 0 where shares would waste memory and each expert gets what it needs.
 
     Args:
-        slots: G * C, what the capacity lets an expert take; None without a capacity.
+        slots: G * C, the largest number of choices per expert; None without a capacity.
         num_choices: T * K.
         num_experts: E.
     """
@@ -37,7 +37,7 @@ def rows_of_share(slots: int | None, num_choices: int, num_experts: int) -> int:
 
 
 def rows_of_buffer(num_choices: int, num_experts: int, share: int) -> int:
-    """R: the experts' shares or, with share 0, room for every choice with each expert's rows aligned."""
+    """R: the rows of all shares. With share 0 it is enough for every choice and each expert's alignment."""
     return num_experts * share if share else align(num_choices) + num_experts * ALIGNMENT
 
 
@@ -47,7 +47,7 @@ def align(num_rows: int) -> int:
 
 
 def columns_of(num_experts: int) -> int:
-    """Columns of a tile that holds all experts."""
+    """Columns of a tile that covers all experts."""
     return max(16, next_power_of_2(num_experts))
 
 
@@ -57,11 +57,11 @@ def tokens_of_block(num_experts: int) -> int:
 
 
 def choices_of_block(num_experts: int) -> int:
-    """Choices that a program of the counting sort takes."""
+    """Choices per program of the counting sort."""
     return max(32, min(256, 8192 // columns_of(num_experts)))
 
 
-# Many times cheaper than Triton's own functions of these names, which the host calls before each launch
+# The host calls these before each launch; Triton's functions of the same names are many times slower
 def cdiv(dividend: int, divisor: int) -> int:
     """The quotient, rounded up."""
     return -(-dividend // divisor)

@@ -1,13 +1,13 @@
-"""Backends: how the experts' MLPs are computed from plain tensors, which never see a router.
+"""Backends that compute the experts' MLPs. They work on plain tensors and know nothing of routers.
 
 A backend is a module with
 
     expert_mlp(x_TD, choices, mlp) -> (T, O)
 
-the sum over a token's choices of weight * mlp(token), for `interface.Choices` and `interface.Mlp`. Every backend
-computes the same. They differ in which shapes, types and devices they take and are fast on: `segments` takes all,
-`padded` all with a capacity, `fused` those that `requirements` names (a folder, which needs Triton), and `cpu` those on
-a CPU with GELU and no more.
+It returns the sum over a token's choices of weight * mlp(token), for `interface.Choices` and `interface.Mlp`. All
+backends give the same result. They differ in the shapes, types and devices that they support and are fast on.
+`segments` takes everything. `padded` needs a capacity. `fused` is a folder, needs Triton, and takes what `requirements`
+lists. `cpu` takes two layers with GELU on a CPU.
 
-`rows` and `composed` are what `segments` and `padded` share.
+`segments` and `padded` share `rows` and `composed`.
 """

@@ -1,11 +1,11 @@
-"""Backend `cpu`: the whole expert MLP on the CPU, one expert after the other on its stretch of sorted rows.
+"""Backend `cpu`: the whole expert MLP on the CPU, one expert after the other on its segment of sorted rows.
 
-What an expert's products, activation and their gradients pass on stays in cache; gradients of weights are computed
-where they end up; what lasts longer lies in memory that is taken again in the next step (`memory`). Nothing is added
-in an order that changes, so results are repeatable bit for bit.
+Running an expert's products and activation together keeps their intermediate results in cache. Gradients of weights
+are written in place. Larger buffers are reused in the next step (`memory`). The order of every sum is fixed, so results
+are repeatable bit for bit.
 
 T tokens of width D with K choices; E experts of hidden width H; O width of the results; R = T*K rows, sorted by expert,
-those without an expert behind.
+with rows of no expert at the end.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ aten = torch.ops.aten
 
 
 def takes(mlp: Mlp) -> bool:
-    """Whether the experts have nothing but two layers and GELU."""
+    """Whether the experts are two layers with GELU, without a norm and without dropout."""
     return is_bare(mlp.activation, nn.GELU) and mlp.norm is None and mlp.dropout == 0
 
 
@@ -59,18 +59,18 @@ class CpuInputs(NamedTuple):
     Attributes:
         x_TD: Tokens.
         weights_TK: Combine weights; those of dropped choices do not count.
-        weight1_EHD: First layer, of any type; the same holds for `weight2_EOH`.
-        bias1_EH: Bias or None.
-        weight2_EOH: Second layer.
-        bias2_EO: Bias or None.
-        cast1_EHD: The first layer's weights in the type that is computed in, if there is a copy; else None.
-        cast2_EOH: The second layer's.
-        row_TK: See `rows.RowLayout`, as for `choice_R` and `ends_E`.
-        choice_R: Sorted by expert.
-        ends_E: Where each expert's rows end.
-        dtype: The type that is computed in.
-        tanh: Which GELU.
-        is_training: Whether to keep what the backward pass needs.
+        weight1_EHD: Weights of the first layer, of any type.
+        bias1_EH: Its bias or None.
+        weight2_EOH: Weights of the second layer, of any type.
+        bias2_EO: Its bias or None.
+        cast1_EHD: A copy of `weight1_EHD` in `dtype`, or None.
+        cast2_EOH: A copy of `weight2_EOH` in `dtype`, or None.
+        row_TK: See `rows.RowLayout`.
+        choice_R: See `rows.RowLayout`; sorted by expert.
+        ends_E: See `rows.RowLayout`.
+        dtype: The compute type.
+        tanh: Whether GELU is the tanh approximation.
+        is_training: Whether to keep tensors for the backward pass.
     """
 
     x_TD: Tensor
@@ -90,9 +90,9 @@ class CpuInputs(NamedTuple):
 
 
 class CpuGradientInputs(NamedTuple):
-    """What the backward pass takes: the result's gradient, and of `CpuInputs` and the forward pass what it kept.
+    """What the backward pass takes: the result's gradient, and the saved inputs and results of the forward pass.
 
-    `x_dtype` is the tokens' type; `needed` says of the first six inputs which want a gradient.
+    `x_dtype` is the tokens' type. `needed` lists which of the first six fields of `CpuInputs` need a gradient.
     """
 
     grad_TO: Tensor
@@ -118,8 +118,8 @@ def _forward_on_cpu(inputs: CpuInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Dispatch, both layers and combine.
 
     Returns:
-        The result (T, O) and, for the backward pass, empty unless `is_training`: the tokens' rows (R, D), the first
-        layer's results (R, H) and the second's (R, O).
+        The result (T, O). For the backward pass (else empty): the tokens' rows (R, D), the first layer's results (R, H)
+        and the second's (R, O).
     """
     new, dtype = shared_memory().take, inputs.dtype
     width_H, width_D = inputs.weight1_EHD.shape[1:]
@@ -137,7 +137,7 @@ def _forward_on_cpu(inputs: CpuInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         _biases_of_experts(inputs.bias1_EH, counts, dtype),
         _biases_of_experts(inputs.bias2_EO, counts, dtype),
     )
-    # without a backward pass all experts use the same rows of these
+    # without a backward pass all experts reuse the same rows
     each_x, each_pre = (
         _split_by_expert(rows, counts) if inputs.is_training else [rows[:count] for count in counts]
         for rows in (x_RD, pre_RH)
@@ -252,11 +252,11 @@ def _backward_on_cpu(ctx, grad_TO: Tensor | None, *_) -> dict[str, Tensor]:
 
 
 def _differentiable_gradient(x_TD: Tensor, inputs: CpuGradientInputs) -> list[Tensor | None]:
-    """What `cpu_experts_backward` computes, with a graph (create_graph=True): by the backend `segments`, once more."""
+    """The result of `cpu_experts_backward` with a graph (create_graph=True), computed by the backend `segments`."""
     learned = [
         x_TD, inputs.weights_TK, inputs.weight1_EHD, inputs.bias1_EH, inputs.weight2_EOH, inputs.bias2_EO
     ]  # fmt: skip
-    # aliases: the weights may depend on the tokens, which are no part of this gradient
+    # aliases cut the graph: the combine weights may depend on the tokens, and that path has a gradient of its own
     learned = [each if each is None else each.view_as(each) for each in learned]
     x_TD, weights_TK, *parameters = learned
     layout, dtype = rows.RowLayout(inputs.row_TK, inputs.choice_R, inputs.ends_E), inputs.x_RD.dtype
@@ -274,7 +274,7 @@ cpu_experts = operator("cpu_experts", _forward_on_cpu, _fake_on_cpu, _save_on_cp
 
 
 class _WeightsOfExpert:
-    """The weights of one expert at a time in the type that is computed in."""
+    """The weights of one expert at a time, in the compute type."""
 
     def __init__(self, weight_EOD: Tensor, cast_EOD: Tensor | None, dtype: torch.dtype) -> None:
         weight_EOD = weight_EOD if cast_EOD is None else cast_EOD
@@ -282,7 +282,7 @@ class _WeightsOfExpert:
         self._cast = None if weight_EOD.dtype == dtype else torch.empty(weight_EOD.shape[1:], dtype=dtype)
 
     def of(self, expert: int) -> Tensor:
-        """(O, D), to be used before the next expert's are asked for."""
+        """(O, D). The next call may overwrite them."""
         weight = self._each[expert]
         return weight if self._cast is None else self._cast.copy_(weight)
 
@@ -303,7 +303,7 @@ class _GradientByExpert:
                 self._each[expert].zero_()
 
     def write_product(self, expert: int, grad_RO: Tensor, x_RD: Tensor) -> None:
-        """The gradient (O, D) of weights from that of their results and what they multiplied."""
+        """Writes the gradient (O, D) of the weights, from the results' gradient and the rows they multiplied."""
         if not self.is_needed:
             return
         if self._rounded is None:
@@ -312,19 +312,19 @@ class _GradientByExpert:
             self._each[expert].copy_(torch.mm(grad_RO.t(), x_RD, out=self._rounded))
 
     def write_sum(self, expert: int, grad_RO: Tensor) -> None:
-        """The gradient (O,) of a bias."""
+        """Writes the gradient (O,) of the bias."""
         if self.is_needed:
             torch.sum(grad_RO, 0, dtype=self.value.dtype, out=self._each[expert])
 
 
 def _rows_of_experts(ends_E: Tensor) -> tuple[list[int], int]:
-    """How many rows each expert has, and the most that one has."""
+    """The number of rows of each expert, and the largest of these numbers."""
     counts = [end - start for start, end in pairwise([0, *ends_E.tolist()])]
     return counts, max(counts)
 
 
 def _split_by_expert(rows_R: Tensor, counts: list[int]) -> tuple[Tensor, ...]:
-    """Each expert's rows; those behind the last expert's are left out."""
+    """Each expert's rows, without the rows after the last expert's."""
     return rows_R[: sum(counts)].split(counts)
 
 
@@ -340,8 +340,8 @@ def _write_linear(x_RD: Tensor, weight_OD: Tensor, bias_O: Tensor | None, y_RO: 
 
 
 def _sum_of_rows(y_RO: Tensor, row_TK: Tensor, num_used: int, weights_TK: Tensor | None = None) -> Tensor:
-    """(T, O): the sum of each token's rows, times their weights; rows from `num_used` on count nothing."""
-    if num_used < y_RO.shape[0]:
+    """(T, O): the sum of each token's rows times their weights. Rows from `num_used` on do not count."""
+    if num_used < y_RO.shape[0]:  # dropped choices add this row of zeros
         y_RO[num_used] = 0
         row_TK = row_TK.clamp(max=num_used)
     if row_TK.numel() == 0:

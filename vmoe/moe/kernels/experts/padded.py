@@ -1,6 +1,7 @@
-"""Backend `padded`: a row for every slot of every expert, multiplied by one batched matrix product.
+"""Backend `padded`: every slot of every expert has a row, and one batched matrix product multiplies them.
 
-Static shapes and no host synchronisation; computes capacity_factor times the routed work. Needs a capacity.
+Shapes are static, and nothing synchronises with the host. It computes capacity_factor times the routed work, and it
+needs a capacity.
 """
 
 import torch
@@ -25,7 +26,7 @@ def padded_layout(choices: Choices, num_experts: int) -> RowLayout:
     group_T1 = (tokens // max(groups.size, 1))[:, None]
     row_TK = (choices.chosen_TK * groups.count + group_T1) * capacity + choices.slots_TK
     row_TK = torch.where(choices.kept_TK, row_TK, num_rows)
-    # one more than there are rows: the last catches the dropped choices
+    # one row more than needed: the dropped choices go to the last one
     choice_R = row_TK.new_full((num_rows + 1,), row_TK.numel())
     each_N = torch.arange(row_TK.numel(), device=row_TK.device)
     return RowLayout(row_TK, choice_R.scatter(0, row_TK.reshape(-1), each_N)[:num_rows])

@@ -1,4 +1,4 @@
-"""What the backend `fused` computes and which shapes it takes. Needs no Triton, so that the planner knows it too."""
+"""The activations, types and shapes that the backend `fused` supports. The planner reads them without Triton."""
 
 from typing import NamedTuple
 
@@ -13,12 +13,12 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Form(NamedTuple):
-    """What is computed between the two layers.
+    """The function between the two layers.
 
     Attributes:
         function: "gelu", "gelu_tanh" or "silu".
-        gate: Which half of its input goes through the function and multiplies the other: "first" or "last"; "" where
-            all of it goes through the function.
+        gate: The half of the input that goes through the function and multiplies the other: "first" or "last"; ""
+            without a gate.
     """
 
     function: str
@@ -26,7 +26,7 @@ class Form(NamedTuple):
 
     @classmethod
     def of(cls, activation: nn.Module) -> "Form | None":
-        """The form of a module; None where the kernels do not compute it."""
+        """The form of a module, or None if the kernels do not support it."""
         if is_bare(activation, Glu):
             form = cls.of(activation.act)
             return form and form._replace(gate="first" if activation.gate_first else "last")
@@ -36,7 +36,7 @@ class Form(NamedTuple):
 
 
 def what_it_lacks(mlp: Mlp) -> str | None:
-    """Which feature of the experts the kernels do not have; None when they have all."""
+    """The feature of the experts that the kernels do not support, or None."""
     if Form.of(mlp.activation) is None:
         return f"activation {type(getattr(mlp.activation, 'act', mlp.activation)).__name__}"
     if mlp.norm is not None:
@@ -47,7 +47,7 @@ def what_it_lacks(mlp: Mlp) -> str | None:
 
 
 def what_does_not_fit(mlp: Mlp) -> str | None:
-    """Which width the kernels cannot take; None when they can."""
+    """The width that the kernels do not support, or None."""
     width_O, width_H = mlp.weight2.shape[1:]
     multiple = 16 // mlp.dtype.itemsize
     widths = {"in_features": mlp.weight1.shape[2], "hidden_features": width_H, "out_features": width_O}

@@ -1,8 +1,8 @@
-"""Moving tokens into the rows that experts compute, and back.
+"""Moves tokens into the rows that experts compute, and back.
 
-T tokens of width D; K choices per token, choice t*K + k being the k-th of token t; R rows of a buffer in which each
-expert's tokens stand together. Both directions gather: neither a forward nor a backward pass adds atomically, so that
-results are repeatable bit for bit.
+T tokens of width D; K choices per token, where t*K + k is the k-th choice of token t; R rows of a buffer in which each
+expert's tokens lie together. Both directions gather. So neither pass adds atomically, and results are repeatable bit
+for bit.
 """
 
 from typing import NamedTuple
@@ -12,12 +12,12 @@ from torch import Tensor
 
 
 class RowLayout(NamedTuple):
-    """Where each choice stands in the buffer.
+    """The row of each choice in the buffer.
 
     Attributes:
         row_TK: The row of each choice; R where it has none (dropped).
-        choice_R: The choice in each row; T*K where there is none.
-        ends_E: Where each expert's rows end, int32, for backends with rows of varying number; None for equal shares.
+        choice_R: The choice in each row; T*K where the row is free.
+        ends_E: Where each expert's rows end, int32; None if all experts have equal shares of rows.
     """
 
     row_TK: Tensor
@@ -26,17 +26,17 @@ class RowLayout(NamedTuple):
 
 
 def dispatch(x_TD: Tensor, layout: RowLayout) -> Tensor:
-    """The buffer (R, D) with each choice's token in its row. A row without a choice holds something finite."""
+    """The buffer (R, D) with each choice's token in its row. A free row holds some token, so its values are finite."""
     return _DispatchRows.apply(x_TD, layout.row_TK, layout.choice_R)
 
 
 def combine(y_RD: Tensor, weights_TK: Tensor, layout: RowLayout) -> Tensor:
-    """(T, D): the sum of each token's rows times their weights; a dropped choice adds nothing."""
+    """(T, D): the sum of each token's rows times their weights. A dropped choice adds nothing."""
     return _CombineRows.apply(y_RD, weights_TK.to(y_RD.dtype), layout.row_TK, layout.choice_R)
 
 
 def expert_of_row(layout: RowLayout | None, num_rows: int, num_experts: int, device: torch.device) -> Tensor:
-    """The expert of each row, (R,); rows behind the last expert's count as its own."""
+    """The expert of each row, (R,). Rows after the last expert's count as its rows."""
     rows_R = torch.arange(num_rows, device=device)
     if layout is None or layout.ends_E is None:
         return rows_R // max(num_rows // num_experts, 1)

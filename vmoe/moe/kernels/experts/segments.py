@@ -1,9 +1,9 @@
-"""Backend `segments`: choices sorted by expert, each expert multiplying its own stretch of rows.
+"""Backend `segments`: choices are sorted by expert, and each expert multiplies its segment of rows.
 
-Computes exactly the routed work, with or without drops. The stretches' lengths depend on the data, so the product hides
-in a custom operator whose output's shape does not: torch.compile sees no graph break. On the CPU it is a loop over
-experts; on CUDA a grouped matrix product where the type allows it, else the loop, which reads the lengths (one
-synchronisation).
+It computes exactly the routed work, with or without drops. The segments' lengths depend on the data, but the shape of
+the result does not. So the product is a custom operator, and torch.compile sees no graph break. On the CPU it is a loop
+over experts. On CUDA it is a grouped matrix product where the type allows it; else the loop, which reads the lengths
+(one synchronisation).
 """
 
 import torch
@@ -19,14 +19,14 @@ def expert_mlp(x_TD: Tensor, choices: Choices, mlp: Mlp) -> Tensor:
     """(T, D) -> (T, O), see `kernels`."""
     num_experts = mlp.weight1.shape[0]
     layout = segment_layout(choices, num_experts)
-    if choices.capacity is not None:  # no row for choices that must be dropped: they stand behind all others
+    if choices.capacity is not None:  # dropped choices lie at the end and need no rows
         most = num_experts * choices.groups.count * choices.capacity
         layout = layout._replace(choice_R=layout.choice_R[:most])
     return composed.dispatch_compute_combine(x_TD, choices, mlp, layout, linear_of_layout)
 
 
 def segment_layout(choices: Choices, num_experts: int) -> RowLayout:
-    """Rows sorted by expert, in the order of the tokens; dropped choices stand behind the last expert's."""
+    """Rows sorted by expert, each expert's in the order of the tokens, with dropped choices at the end."""
     chosen_TK, kept_TK = choices.chosen_TK, choices.kept_TK
     expert_TK = chosen_TK if kept_TK is None else torch.where(kept_TK, chosen_TK, num_experts)
     ordered_R, choice_R = expert_TK.reshape(-1).sort(stable=True)
@@ -38,14 +38,14 @@ def segment_layout(choices: Choices, num_experts: int) -> RowLayout:
 
 
 def linear_of_layout(x_RD: Tensor, weight_EOD: Tensor, bias_EO: Tensor | None, layout: RowLayout) -> Tensor:
-    """Each expert's rows times its weights; zeros behind the last expert's rows."""
+    """Each expert's rows times its weights, with zeros after the last expert's rows."""
     product = _SegmentLinear.apply if is_transformed() else segment_linear
     return product(x_RD, weight_EOD, bias_EO, layout.ends_E)
 
 
 @library.custom_op("vmoe::segment_linear", mutates_args=())
 def segment_linear(x_RD: Tensor, weight_EOD: Tensor, bias_EO: Tensor | None, ends_E: Tensor) -> Tensor:
-    """y[r] = weight[e] @ x[r] + bias[e] for the rows r of expert e; zeros for the rows of none.
+    """y[r] = weight[e] @ x[r] + bias[e] for the rows r of expert e; zeros for rows without an expert.
 
     Args:
         x_RD: Rows sorted by expert, (R, D).
@@ -84,7 +84,7 @@ def _fake_segment_linear(x_RD, weight_EOD, bias_EO, ends_E):
 def segment_linear_backward(
     grad_RO: Tensor, x_RD: Tensor, weight_EOD: Tensor, ends_E: Tensor, has_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias; zeros for an idle expert. Without a bias the last is empty."""
+    """Gradients of x, weight and bias. An idle expert's are zeros. Without a bias its gradient is empty."""
     num_experts, out_width, _ = weight_EOD.shape
     grad_bias_EO = grad_RO.new_zeros((num_experts, out_width) if has_bias else (0,))
     if _has_grouped_product(x_RD, weight_EOD):
@@ -135,7 +135,7 @@ def _save_gradient(ctx, inputs, output) -> None:
 
 
 def _backward_of_gradient(ctx, to_x_RD: Tensor, to_weight_EOD: Tensor, to_bias_EO: Tensor):
-    """The gradients are products too, so the same two operators differentiate them, as often as one likes."""
+    """Differentiates the gradients, which are products too, by the same two operators; so any order is possible."""
     grad_RO, x_RD, weight_EOD, ends_E = ctx.saved_tensors
     transformed = is_transformed()
     product = _SegmentLinear.apply if transformed else segment_linear
@@ -151,7 +151,7 @@ segment_linear_backward.register_autograd(_backward_of_gradient, setup_context=_
 
 
 class _SegmentLinear(torch.autograd.Function):
-    """`segment_linear` for torch.func, which differentiates no custom operator."""
+    """`segment_linear` for torch.func, which cannot differentiate a custom operator."""
 
     setup_context = staticmethod(_save_product)
     backward = staticmethod(_backward_of_product)
@@ -183,7 +183,7 @@ class _SegmentGradient(torch.autograd.Function):
 
 
 def _samples_of_vmap(info, in_dims: tuple, arguments: tuple) -> list[list]:
-    """The arguments of each sample that vmap goes over."""
+    """The arguments of each sample of vmap's batch."""
     pairs = list(zip(arguments, in_dims, strict=True))
     return [
         [each if dim is None else each.select(dim, sample) for each, dim in pairs] for sample in range(info.batch_size)
@@ -191,7 +191,7 @@ def _samples_of_vmap(info, in_dims: tuple, arguments: tuple) -> list[list]:
 
 
 def _has_grouped_product(x_RD: Tensor, weight_EOD: Tensor) -> bool:
-    """Whether torch's grouped product takes these: bfloat16 on CUDA, rows of a multiple of 16 bytes."""
+    """Whether torch's grouped product supports these: bfloat16 on CUDA, with rows of a multiple of 16 bytes."""
     aligned = all(width % 8 == 0 for width in weight_EOD.shape[1:])
     return x_RD.is_cuda and x_RD.dtype == torch.bfloat16 and aligned and x_RD.shape[0] > 0
 

@@ -1,7 +1,7 @@
 """Balance losses and statistics of a routing decision in three small kernels.
 
-G groups of S tokens; E experts; K choices per token. Each block of a group's tokens leaves its sums, which are then
-added group by group, without atomic addition.
+G groups of S tokens; E experts; K choices per token. Each block of a group's tokens writes its sums. A second kernel
+adds them group by group, without atomic addition.
 """
 
 import torch
@@ -13,7 +13,7 @@ from vmoe.moe.kernels.operators import operator
 from vmoe.moe.kernels.routing.gates import softmax
 from vmoe.moe.kernels.sizes import cdiv, columns_of, tokens_of_block
 
-# what is kept of each expert's column: summed gates, summed chances to be chosen, number of choices
+# sums per expert: gates, probabilities of being chosen, number of choices
 _SUMS = 3
 
 
@@ -23,10 +23,10 @@ def _balance(
     """The importance and the load loss of `vmoe.moe.losses`, averaged over the groups, and statistics.
 
     Args:
-        logits_GSE: Without noise, float32.
-        noisy_logits_GSE: What was routed by; None without noise and so without a load loss.
+        logits_GSE: The logits without noise, float32.
+        noisy_logits_GSE: The logits that routing used; None without noise. Then there is no load loss.
         chosen_GSK: The experts, best first.
-        kept_GSK: Which choices found room; None for all.
+        kept_GSK: Which choices were kept; None for all.
         noise_scale: Standard deviation of the noise.
 
     Returns:
@@ -68,7 +68,7 @@ def _balance_gradient(
     grad_importance: Tensor, grad_load: Tensor, logits_GSE: Tensor, noisy_logits_GSE: Tensor | None, chosen_GSK: Tensor,
     sums_G2E: Tensor, noise_scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Gradients of the clean and the noisy logits (empty without noise)."""
+    """Gradients of the clean and of the noisy logits. Without noise the latter is empty."""
     num_groups, size, num_experts = logits_GSE.shape
     logits_GSE = logits_GSE.contiguous()
     is_noisy = noisy_logits_GSE is not None
@@ -113,7 +113,7 @@ balance = operator("balance", _balance, _fake_balance, _save_balance, _backward_
 
 @triton.jit
 def _block(logits, size, num_experts, TOKENS: tl.constexpr, COLUMNS: tl.constexpr):
-    """(places in (G*S,), places in (G, S, E), is a token, is a token's expert, experts) of this program's tokens."""
+    """(offsets in (G*S,), offsets in (G, S, E), is a token, is a token's expert, experts) of this program's tokens."""
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     is_token = token < size
     expert = tl.arange(0, COLUMNS)
@@ -124,7 +124,7 @@ def _block(logits, size, num_experts, TOKENS: tl.constexpr, COLUMNS: tl.constexp
 
 @triton.jit
 def _chance(logits, routed_by, last, expert, noise_scale):
-    """((logits - threshold) / scale), the threshold being the noisy logit of the last choice."""
+    """(logits - threshold) / noise_scale. The threshold is the noisy logit of the last choice."""
     threshold = tl.sum(tl.where(expert[None, :] == last[:, None], routed_by, 0.0), 1)
     return (logits - threshold[:, None]) / noise_scale
 
@@ -198,7 +198,7 @@ def _squared_variation(value, is_expert, num_experts):
     mean = tl.sum(value, 0) / num_experts
     away = tl.where(is_expert, value - mean, 0.0)
     variance = tl.sum(away * away, 0) / num_experts
-    square = tl.maximum(mean * mean, 1.0842021724855044e-19)
+    square = tl.maximum(mean * mean, 1.0842021724855044e-19)  # the root of float32's tiny, as in `losses`
     slope = 2.0 / num_experts * (away / square - variance * mean / (square * square))
     return variance / square, tl.where(is_expert, slope, 0.0)
 

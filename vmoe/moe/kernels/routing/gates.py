@@ -1,4 +1,4 @@
-"""Gates and choices of token choice.
+"""Gates and choices where tokens choose experts.
 
 T tokens; E experts; K choices per token. All in float32.
 """
@@ -20,7 +20,7 @@ def takes_logits(logits: Tensor) -> bool:
 def _gates_of(logits_TE: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Softmax gates (T, E), the experts of the K largest (T, K) int64, best first, and their weights (T, K).
 
-    Of equal gates the lower expert is chosen first. With `renormalize` a token's weights sum to 1.
+    Among equal gates the lower expert index comes first. With `renormalize` a token's weights sum to 1.
     """
     logits_TE = logits_TE.contiguous()
     num_tokens, num_experts = logits_TE.shape
@@ -95,7 +95,7 @@ def _gates(
     gate = softmax(tl.load(logits + at, mask=inside, other=-float("inf")), is_token)
     tl.store(gates + at, gate, mask=inside)
     total = tl.full((TOKENS,), 1.0, dtype=tl.float32)
-    if RENORMALIZE:
+    if RENORMALIZE:  # the K best are found twice: each weight needs their sum
         total = tl.zeros((TOKENS,), dtype=tl.float32)
         remaining = tl.where(inside, gate, -1.0)
         for _ in tl.static_range(K):
@@ -112,8 +112,8 @@ def _gates(
 
 @triton.jit
 def _largest_column(values, expert, num_experts):
-    """Each token's expert of the largest value, the lowest of equals, and where that is."""
-    # a NaN is larger than nothing: the bound keeps the index an expert's
+    """Each token's expert with the largest value (the lowest index among equals), and a one-hot mask of it."""
+    # with NaN argmax may return any column: the bound keeps it a valid expert
     best = tl.minimum(tl.argmax(values, 1, tie_break_left=True), num_experts - 1)
     return best, expert[None, :] == best[:, None]
 
@@ -153,7 +153,7 @@ def _gates_backward(
 
 @triton.jit
 def softmax(logits, is_token):
-    """Over the columns; -inf where there is no expert."""
+    """Softmax over the columns. Columns without an expert must be -inf."""
     largest = tl.where(is_token, tl.max(logits, 1), 0.0)
     raised = tl.exp(logits - largest[:, None])
     return raised / tl.where(is_token, tl.sum(raised, 1), 1.0)[:, None]

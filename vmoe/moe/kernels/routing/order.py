@@ -10,10 +10,10 @@ from vmoe.moe.kernels.sizes import cdiv
 
 
 def _order_of(values_GS: Tensor) -> Tensor:
-    """The tokens of each group from the largest value to the smallest, equals in their old order, (G, S) int64.
+    """The tokens of each group by descending value, (G, S) int64. The order is stable.
 
-    A token's place is the number of values that come before its own, counted by comparing all with all: for groups of a
-    few thousand tokens that is faster than a sort.
+    A token's position is the number of values before its own, counted by comparing all with all. For groups of a few
+    thousand tokens that is faster than a sort.
     """
     num_groups, size = values_GS.shape
     order_GS = torch.empty(num_groups, size, dtype=torch.int64, device=values_GS.device)
@@ -34,7 +34,7 @@ def _descending_order(values, order, size, BLOCK: tl.constexpr):
     own = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     value = _nan_first(tl.load(values + own, mask=own < size, other=0.0))[:, None]
     before = tl.zeros((BLOCK, BLOCK), dtype=tl.int32)
-    for first in range(0, tl.program_id(0) * BLOCK, BLOCK):  # of those before, equals come first too
+    for first in range(0, tl.program_id(0) * BLOCK, BLOCK):  # equal values of earlier tokens come first
         others = _nan_first(tl.load(values + first + tl.arange(0, BLOCK)))[None, :]
         before += (others >= value).to(tl.int32)
     others = _nan_first(tl.load(values + own, mask=own < size, other=-float("inf")))[None, :]
@@ -49,5 +49,5 @@ def _descending_order(values, order, size, BLOCK: tl.constexpr):
 
 @triton.jit
 def _nan_first(value):
-    # what cannot be compared must still get a place of its own
+    # NaN compares false with everything, but each token needs a position of its own
     return tl.where(value != value, float("inf"), value)

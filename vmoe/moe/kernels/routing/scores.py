@@ -1,4 +1,4 @@
-"""A router's scores of tokens, and their gradients, in float32.
+"""A router's scores of tokens (its logits), and their gradients, in float32.
 
 T tokens of width D; E experts.
 """
@@ -13,7 +13,7 @@ from vmoe.moe.kernels.sizes import SCORE_SPLITS, cdiv, columns_of
 
 
 def _scores_of(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
-    """X @ weight.T in float32 by three tf32 products, (T, E)."""
+    """The scores x @ weight.T, (T, E), in float32 accuracy by three tf32 products."""
     x_TD, weight_ED = x_TD.contiguous(), weight_ED.contiguous()
     (num_tokens, width), num_experts = x_TD.shape, weight_ED.shape[0]
     out_TE = torch.empty(num_tokens, num_experts, dtype=torch.float32, device=x_TD.device)
@@ -32,7 +32,7 @@ def _fake_scores(x_TD, weight_ED):
 def _scores_gradient(
     grad_TE: Tensor, x_TD: Tensor, weight_ED: Tensor, other_grad_TD: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of x, to which another of its gradients is added, and of the weights, in their types."""
+    """Gradients of x and of the weights, in their types. `other_grad_TD` is added to that of x."""
     grad_TE, x_TD, weight_ED = grad_TE.contiguous(), x_TD.contiguous(), weight_ED.contiguous()
     other_grad_TD = None if other_grad_TD is None else other_grad_TD.contiguous()
     (num_tokens, width), num_experts = x_TD.shape, weight_ED.shape[0]
@@ -74,9 +74,9 @@ scores = operator(
 
 
 def scores_and_tokens(x_TD: Tensor, weight_ED: Tensor) -> tuple[Tensor, Tensor]:
-    """`scores`, and x for its other uses: the gradient of these is added in the kernel that computes the scores' own.
+    """`scores`, and x for its other uses. One kernel then adds both gradients of x.
 
-    Traced code gets x itself: an operator cannot return what it was given.
+    Traced code gets x itself, because an operator cannot return its input.
     """
     if is_traced() or not torch.is_grad_enabled():
         return scores(x_TD, weight_ED), x_TD

@@ -1,12 +1,10 @@
 """Backend `fused`: the whole expert MLP in Triton kernels and library products, for CUDA.
 
-Forward: scatter the tokens into the experts' rows, first layer, bias and activation, second layer, combine. Backward:
-the gradients of the combined rows, of their weights and of the second bias in one pass; through the second layer;
-through the activation, with the first bias's gradient; both weights' gradients in the parameters' own type. No host
-synchronisation, no atomic addition, static shapes: repeatable bit for bit and capturable in a CUDA graph.
+`kernels/README.md` lists the steps of the forward and backward pass. No step synchronises with the host or adds
+atomically, and shapes are static. So results are repeatable bit for bit, and a CUDA graph can capture the pass.
 
-The rows of an expert are a share of its own where a capacity bounds them well (products by the library), else as many
-as it needs (products by Triton).
+Where a capacity bounds an expert's rows well, all experts get an equal share of rows, and the library multiplies them.
+Else each expert gets as many rows as it needs, and Triton multiplies them.
 """
 
 import torch

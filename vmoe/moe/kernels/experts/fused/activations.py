@@ -1,7 +1,7 @@
-"""Bias and activation, and their gradient, beside the products of the library.
+"""Bias and activation, and their gradient, between the matrix products.
 
-The activation is computed once more in the backward pass. R rows in tiles of one expert each; H the width behind the
-activation, F the width before it: H, or 2H where one half gates the other.
+The backward pass computes the activation again. R rows in tiles of one expert each; H the width after the activation,
+F the width before it: H, or 2H with a gate.
 """
 
 import triton
@@ -18,7 +18,7 @@ _BACKWARD = {"elements": 1024, "columns": 512, "num_warps": 4}
 
 
 def activate(pre_RF: Tensor, bias_EF: Tensor | None, owners: RowOwners, form: Form, act_RH: Tensor) -> None:
-    """Writes the activation of pre + bias into `act_RH`, which may be `pre_RF` where nothing gates."""
+    """Writes the activation of pre + bias into `act_RH`. Without a gate that may be `pre_RF` itself."""
     tile = _tile(act_RH.shape[1], **_FORWARD)
     _activate[_activation_grid(act_RH, tile)](
         pre_RF, bias_EF, act_RH, owners.starts_E, owners.num_experts, owners.share, act_RH.shape[1],
@@ -30,9 +30,9 @@ def activation_gradient(
     grad_act_RH: Tensor, bias_EF: Tensor | None, pre_RF: Tensor, owners: RowOwners, form: Form,
     bias_parts_MF: Tensor, grad_pre_RF: Tensor,
 ) -> None:  # fmt: skip
-    """Writes the gradient of pre into `grad_pre_RF`, which may be `grad_act_RH` where nothing gates.
+    """Writes the gradient of pre into `grad_pre_RF`. Without a gate that may be `grad_act_RH` itself.
 
-    `bias_parts_MF` takes parts of the bias's gradient, one every TILE_ROWS rows.
+    `bias_parts_MF` takes parts of the bias's gradient, one per TILE_ROWS rows.
     """
     tile = _tile(grad_act_RH.shape[1], **_BACKWARD)
     _activation_gradient[_activation_grid(grad_act_RH, tile)](
@@ -42,7 +42,7 @@ def activation_gradient(
 
 
 def _tile(width: int, elements: int, columns: int, num_warps: int) -> dict[str, int]:
-    """Rows and columns of a step, so many elements: more rows where the layer has fewer columns."""
+    """Rows and columns of a step of `elements` values. A layer with fewer columns gets more rows."""
     columns = min(columns, max(16, next_power_of_2(width)))  # at least 16: no step has more rows than a tile
     return {"ROWS": elements // columns, "COLUMNS": columns, "num_warps": num_warps}
 

@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def value_and_slope(x, FUNCTION: tl.constexpr):
-    """(f(x), f'(x)) of SiLU or of GELU, which is exact to 1e-7 or the tanh approximation."""
+    """(f(x), f'(x)) of SiLU, of GELU (exact to 1e-7), or of GELU's tanh approximation."""
     if FUNCTION == "silu":
         cdf = _reciprocal(1.0 + tl.exp2(x * -1.4426950408889634))
         slope = cdf + x * cdf * (1.0 - cdf)
@@ -26,5 +26,5 @@ def value_and_slope(x, FUNCTION: tl.constexpr):
 
 @triton.jit
 def _reciprocal(x):
-    # of a positive number, by one instruction and a product where a division takes eight
+    # for positive x: one product and one instruction, where a division takes eight
     return tl.rsqrt(x * x)

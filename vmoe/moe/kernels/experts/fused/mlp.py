@@ -1,7 +1,7 @@
 """The experts' MLP, forward and backward, as one operator each.
 
-T tokens of width D with K choices; E experts of hidden width H, before the activation F (2H with a gate); R rows of the
-buffer that experts compute.
+T tokens of width D with K choices; E experts of hidden width H; F the width before the activation (2H with a gate, else
+H); R rows of the buffer that experts compute.
 """
 
 from typing import NamedTuple
@@ -24,19 +24,19 @@ class ExpertInputs(NamedTuple):
         row_TK: The row of each choice, -1 for none.
         chosen_TK: The expert of each choice.
         weights_TK: Its combine weight.
-        starts_E: See `RowOwners`, as for `counts_E` and `share`.
-        counts_E: Number of each expert's rows.
-        weight1_EFD: The parameter, for which only the gradient is computed; the same holds for `weight2_EOH`.
+        starts_E: See `RowOwners`.
+        counts_E: See `RowOwners`.
+        weight1_EFD: The first layer's parameter. It only receives the gradient; the products use `cast1_EFD`.
         bias1_EF: Bias or None.
-        weight2_EOH: The parameter.
+        weight2_EOH: The second layer's parameter, for the gradient as well.
         bias2_EO: Bias or None.
-        cast1_EFD: The first layer's weights in the type that is computed in; no gradient flows to them.
-        cast2_EOH: The second layer's.
-        share: Rows per expert.
-        function: See `Form`, as for `gate`.
-        gate: Which half of the first layer's results gates the other.
-        is_training: Whether to keep what the backward pass needs.
-        recompute: Whether the activations are not kept, but computed once more there.
+        cast1_EFD: The first layer's weights in the compute type, without gradient.
+        cast2_EOH: The second layer's weights in the compute type, without gradient.
+        share: See `RowOwners`.
+        function: See `Form`.
+        gate: See `Form`.
+        is_training: Whether to keep tensors for the backward pass.
+        recompute: Whether the backward pass computes the activations again instead of keeping them.
     """
 
     x_TD: Tensor
@@ -59,7 +59,7 @@ class ExpertInputs(NamedTuple):
 
 
 class ExpertGradientInputs(NamedTuple):
-    """What the backward pass takes: the result's gradient, and of `ExpertInputs` and the forward pass what it kept."""
+    """What the backward pass takes: the result's gradient, and the saved inputs and results of the forward pass."""
 
     grad_TO: Tensor
     x_TD: Tensor
@@ -88,9 +88,9 @@ def _forward_of_experts(inputs: ExpertInputs) -> tuple[Tensor, Tensor, Tensor, T
     """Dispatch, both layers and combine.
 
     Returns:
-        The result (T, O) and, for the backward pass, empty unless `is_training`: the choice in each row (R,), the
-        tokens' rows (R, D), the first layer's results (R, F) without bias, the activations (R, H) unless `recompute`,
-        the second layer's results (R, O) without bias.
+        The result (T, O). For the backward pass (else empty): the choice in each row (R,), the tokens' rows (R, D), the
+        first layer's results (R, F) without bias, the activations (R, H) unless `recompute`, the second layer's results
+        (R, O) without bias.
     """
     x_TD, row_TK = inputs.x_TD, inputs.row_TK
     cast1_EFD, cast2_EOH = inputs.cast1_EFD.contiguous(), inputs.cast2_EOH.contiguous()
@@ -103,7 +103,7 @@ def _forward_of_experts(inputs: ExpertInputs) -> tuple[Tensor, Tensor, Tensor, T
         choice_R = row_kernels.write_rows(x_TD, row_TK, x_RD)
         pre_RF = cast1_EFD.new_empty(num_rows, width_F)
         products.product(x_RD, cast1_EFD, owners, pre_RF, transposed=True)
-        # where nothing needs it later, the activation takes the place of what it is computed from
+        # where nothing needs the input later, the activation overwrites it
         act_RH = cast1_EFD.new_empty(num_rows, width_H) if inputs.is_training or inputs.gate else pre_RF
         activations.activate(pre_RF, inputs.bias1_EF, owners, Form(inputs.function, inputs.gate), act_RH)
         y_RO = cast1_EFD.new_empty(num_rows, width_O)
@@ -132,7 +132,7 @@ def _fake_experts(inputs: ExpertInputs) -> tuple[Tensor, ...]:
 def _gradient_of_experts(
     inputs: ExpertGradientInputs,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, the combine weights, weight1, bias1, weight2 and bias2 (those of no bias are empty)."""
+    """Gradients of x, the combine weights, weight1, bias1, weight2 and bias2. Without a bias its gradient is empty."""
     x_RD, pre_RF, y_RO = inputs.x_RD, inputs.pre_RF, inputs.y_RO
     cast1_EFD, cast2_EOH = inputs.cast1_EFD.contiguous(), inputs.cast2_EOH.contiguous()
     num_experts = cast1_EFD.shape[0]
@@ -156,11 +156,11 @@ def _gradient_of_experts(
             grad_RO,
             grad_bias2,
         )
-        # x's gradients may take the place of the rows' that have served
+        # x's gradients may overwrite the rows' gradients, which are no longer needed
         grad_RD = grad_RO if x_RD.shape == y_RO.shape else torch.empty_like(x_RD)
         parts = grad_weights_TK.new_empty(num_rows // TILE_ROWS, width_F)
         chunks = _chunks(owners, pre_RF, inputs.recompute)
-        hidden_RH = pre_RF.new_empty(chunks[0][1].stop, width_H)  # the first is the largest
+        hidden_RH = pre_RF.new_empty(chunks[0][1].stop, width_H)  # the first part is the largest
         grad_pre_RF = pre_RF.new_empty(chunks[0][1].stop, width_F) if inputs.gate else hidden_RH
         for experts, part, part_owners in chunks:
             hidden, grad_pre = (buffer[: part.stop - part.start] for buffer in (hidden_RH, grad_pre_RF))
@@ -176,7 +176,7 @@ def _gradient_of_experts(
             products.product(grad_pre, cast1_EFD[experts], part_owners, grad_RD[part], transposed=False)
         if inputs.bias1_EF is not None:
             row_kernels.write_expert_sums(parts, owners, TILE_ROWS, grad_bias1)
-        del hidden_RH, grad_pre_RF, hidden, grad_pre, act  # before x's gradient takes memory
+        del hidden_RH, grad_pre_RF, hidden, grad_pre, act  # frees them before x's gradient takes memory
         grad_x_TD = torch.empty_like(inputs.x_TD)
         row_kernels.write_token_sums(grad_RD, inputs.row_TK, grad_x_TD)
     return grad_x_TD, grad_weights_TK.to(inputs.weights_TK.dtype), grad_weight1, grad_bias1, grad_weight2, grad_bias2
@@ -191,7 +191,7 @@ def _fake_gradient_of_experts(inputs: ExpertGradientInputs) -> tuple[Tensor, ...
 
 
 def _chunks(owners: RowOwners, pre_RF: Tensor, recompute: bool) -> list[tuple[slice, slice, RowOwners]]:
-    """(experts, their rows, who owns these): all, or parts where memory is to be saved and experts have shares."""
+    """(experts, their rows, the rows' owners) of each part; more than one part only with `recompute` and shares."""
     num_experts, share = owners.num_experts, owners.share
     if not (recompute and share):
         return [(slice(0, num_experts), slice(0, pre_RF.shape[0]), owners)]

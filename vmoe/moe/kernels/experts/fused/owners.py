@@ -8,11 +8,11 @@ from torch import Tensor
 
 
 class RowOwners(NamedTuple):
-    """Which expert owns which rows: a share of equal size, or as many as it needs from a start of its own.
+    """Which expert owns which rows: either equal shares, or a start and a number of rows per expert.
 
     Attributes:
         num_experts: E.
-        share: Rows set aside for each expert; 0 where the others decide.
+        share: Rows set aside for each expert; 0 where `starts_E` and `counts_E` decide.
         starts_E: First row of each expert, int32; None with a share.
         counts_E: Number of its rows, int32; None with a share.
     """

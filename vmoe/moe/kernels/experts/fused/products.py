@@ -1,6 +1,6 @@
-"""Products of the experts' rows and weights: by the library where each expert has a share of rows, else by Triton.
+"""Products of the experts' rows and weights. The library computes equal shares of rows, Triton all else.
 
-R rows in tiles of one expert each; without shares an expert's rows start at a multiple of the tile's height, and tiles
+R rows in tiles of one expert each. Without shares an expert's rows start at a multiple of the tile's height, and tiles
 without a row are not computed.
 """
 
@@ -18,16 +18,16 @@ from vmoe.moe.kernels.sizes import ALIGNMENT, cdiv, columns_of
 
 
 class Tile(NamedTuple):
-    """How a product of ours is cut up.
+    """The tile sizes of one of Triton's products.
 
     Attributes:
         rows: Height of a tile of the result.
         columns: Its width.
         depth: The step along the sum.
-        warps: Of a program.
+        warps: Warps per program.
         stages: Steps that are loaded ahead.
-        programs: Running on a multiprocessor, each taking tile after tile; 0 for one program a tile.
-        parts: Of the columns when a result is stored, one after another so that the registers suffice.
+        programs: Programs per multiprocessor, each of which takes tile after tile; 0 for one program per tile.
+        parts: In how many parts of the columns a result is stored. More parts need fewer registers.
     """
 
     rows: int
@@ -39,8 +39,8 @@ class Tile(NamedTuple):
     parts: int = 1
 
 
-# By the size of the type; the best of a dozen on an H200 over S/16, B/16 and L/16. Those of rows are ALIGNMENT high: a
-# tile holds no two experts, and up to the next expert all rows are computed.
+# By the size of the type: the fastest of a dozen on an H200 over S/16, B/16 and L/16. Tiles of rows are ALIGNMENT high,
+# so no tile holds two experts; the free rows up to the next expert are computed too.
 ROW_TILES = {2: Tile(ALIGNMENT, 128, 64, 4, 3, 2, 4), 4: Tile(ALIGNMENT, 64, 32, 4, 3)}
 WEIGHT_TILES = {2: Tile(128, 128, 64, 8, 3), 4: Tile(64, 64, 32, 4, 3)}
 
@@ -68,7 +68,7 @@ def product(x_RD: Tensor, weight: Tensor, owners: RowOwners, out_RN: Tensor, tra
 
 
 def weight_gradient(left_RM: Tensor, right_RN: Tensor, owners: RowOwners, out_EMN: Tensor) -> None:
-    """left.T @ right over each expert's rows; free rows must hold zeros in one and no NaN in the other."""
+    """left.T @ right over each expert's rows. Free rows must be zeros in one of them and finite in the other."""
     num_experts, height, width = out_EMN.shape
     if owners.share:
         left_EMS = left_RM.view(num_experts, owners.share, height).transpose(1, 2)
@@ -114,7 +114,7 @@ def _precision(dtype: torch.dtype) -> str:
 
 @triton.jit
 def _tiles_of_experts(starts, counts, num_experts, ROWS: tl.constexpr, EXPERTS: tl.constexpr):
-    """Of each expert: its number, first row, number of tiles with a row, and that of all experts up to it."""
+    """For each expert: its number, its first row, its number of tiles with a row, and the running sum of these."""
     each = tl.arange(0, EXPERTS)
     tiles = (tl.load(counts + each, mask=each < num_experts, other=0) + ROWS - 1) // ROWS
     start = tl.load(starts + each, mask=each < num_experts, other=0)
@@ -162,7 +162,7 @@ def _rows_by_weights(
         total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
         for k in tl.range(0, depth, DEPTH):
             x = x_blocks.load([row, k])
-            # behind the depth x is filled with zeros, so what follows there in the weights does not matter
+            # past the depth x is zero, so the weights that are read there do not matter
             if TRANSPOSED:
                 weight = weight_blocks.load([expert * width + column, k]).T
             else:

@@ -1,7 +1,7 @@
-"""Moving tokens into the experts' rows and back, in both directions; each kernel writes every value once.
+"""Moves tokens into the experts' rows and back, forward and backward. Each kernel writes every value once.
 
 T tokens of width D with K choices; R rows. row_TK is -1 where a choice has no row; choice_R is the choice t*K + k in a
-row, -1 where the row is free. A free row holds zeros, so that no product needs to know of it.
+row, -1 where the row is free. A free row holds zeros, so products need not skip it.
 """
 
 import torch
@@ -13,13 +13,13 @@ from vmoe.moe.kernels.experts.fused.owners import RowOwners, expert_of
 from vmoe.moe.kernels.operators import operator
 from vmoe.moe.kernels.sizes import STRETCH, cdiv, columns_of, next_power_of_2
 
-TOKENS, COLUMNS = 4, 256  # of a program's tile
+TOKENS, COLUMNS = 4, 256  # the tile of one program
 
 
 def _rows_of_choices_in_shares(
     chosen_TK: Tensor, kept_TK: Tensor, slots_TK: Tensor, group_size: int, capacity: int, share: int
 ) -> Tensor:
-    """The row of each choice (T, K) int32, where every expert has C slots for each group: e * share + g * C + slot."""
+    """The row of each choice, (T, K) int32: e * share + g * C + slot, with C slots per expert and group."""
     row_TK = torch.empty_like(chosen_TK, dtype=torch.int32)
     block = 1024
     with torch.cuda.device_of(chosen_TK):
@@ -112,7 +112,7 @@ def write_token_sums(grad_RD: Tensor, row_TK: Tensor, out_TD: Tensor) -> None:
 
 
 def write_expert_sums(parts_MD: Tensor, owners: RowOwners, tile_rows: int, out_ED: Tensor) -> None:
-    """Writes the sum over an expert's tiles of what each left in its row of `parts_MD`."""
+    """Writes each expert's sum of the rows of `parts_MD`, to which each of its tiles wrote one."""
     num_experts, width = out_ED.shape
     columns = 64
     _tile_sums[(num_experts, cdiv(width, columns))](

@@ -1,6 +1,7 @@
-"""Tokens into equal shares of rows and back, as operators, for experts that compute the rows elsewhere.
+"""Operators that move tokens into equal shares of rows and back, for experts on other ranks.
 
-T tokens of width D with K choices; R rows, as many for each of E experts. See `row_kernels` for row_TK and choice_R.
+T tokens of width D with K choices; R rows, the same number for each of E experts. See `row_kernels` for row_TK and
+choice_R.
 """
 
 from typing import NamedTuple
@@ -15,7 +16,7 @@ from vmoe.moe.kernels.operators import operator
 
 
 class ShareRows(NamedTuple):
-    """Where the choices of `dispatch_by_capacity` stand.
+    """The rows of the choices after `dispatch_by_capacity`.
 
     Attributes:
         row_TK: The row of each choice, -1 for none.
@@ -33,7 +34,7 @@ class ShareRows(NamedTuple):
 def dispatch_by_capacity(
     x_TD: Tensor, choices: Choices, num_experts: int, dtype: torch.dtype
 ) -> tuple[Tensor, ShareRows]:
-    """Rows (R, D) of another type, for each of E experts as many as its capacity, with the tokens in them."""
+    """The tokens in their rows (R, D) of type `dtype`, with G * C rows per expert."""
     share = choices.groups.count * choices.capacity
     row_TK = rows_of_choices(choices, share)
     x_RD, choice_R = scatter_shares(x_TD, row_TK, num_experts * share, dtype)
@@ -41,7 +42,7 @@ def dispatch_by_capacity(
 
 
 def combine_by_capacity(y_RD: Tensor, choices: Choices, rows: ShareRows) -> Tensor:
-    """(T, O): the sum over a token's choices of their rows (R, O), times their combine weights."""
+    """(T, O): the sum of each token's rows, times their combine weights. `y_RD` is (R, O)."""
     chosen_TK, weights_TK = choices.chosen_TK.contiguous(), choices.weights_TK.contiguous()
     return combine_shares(
         y_RD.contiguous(), rows.row_TK, rows.choice_R, chosen_TK, weights_TK, rows.num_experts, rows.share
@@ -49,14 +50,14 @@ def combine_by_capacity(y_RD: Tensor, choices: Choices, rows: ShareRows) -> Tens
 
 
 def rows_of_choices(choices: Choices, share: int) -> Tensor:
-    """The row of each choice (T, K), where every expert has `share` rows, G * C of them for the slots it can take."""
+    """The row of each choice, (T, K). Every expert has `share` rows, of which it can use G * C."""
     return row_kernels.rows_in_shares(
         choices.chosen_TK.contiguous(), choices.kept_TK, choices.slots_TK, choices.groups.size, choices.capacity, share
     )
 
 
 def _scatter_into_shares(x_TD: Tensor, row_TK: Tensor, num_rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Each token in its rows, of another type, and zeros in the free ones: (R, D), choice_R."""
+    """The tokens in their rows (R, D) of type `dtype`, with zeros in the free rows, and choice_R."""
     x_RD = x_TD.new_empty(num_rows, x_TD.shape[1], dtype=dtype)
     with torch.cuda.device_of(x_TD):
         return x_RD, row_kernels.write_rows(x_TD.contiguous(), row_TK, x_RD)
