@@ -111,7 +111,7 @@ def test_each_split_may_order_its_classes_otherwise(tmp_path):
 @pytest.mark.parametrize(
     ("feature", "labels", "line"),
     [
-        (datasets.Sequence(datasets.ClassLabel(names=NAMES)), [[0], [0, 1]] * 10, "several classes are read from a"),
+        (datasets.Sequence(datasets.ClassLabel(names=NAMES)), [[0], [0, 1]] * 10, "holds lists in one split and one"),
         (datasets.Value("float32"), [0.5, 1.5] * 10, "a label must be a text or a whole number"),
         (datasets.Value("string"), ["ant", "wasp"] * 10, "class 'wasp' of test is none of the classes of train"),
         (datasets.Value("int64"), [0, 7] * 10, "label 7 is of none of the 2 classes"),
@@ -125,6 +125,64 @@ def test_labels_that_are_no_class_are_refused(tmp_path, feature, labels, line):
     datasets.DatasetDict({"train": rows_of(range(20)), "test": other}).save_to_disk(tmp_path / "set")
     with pytest.raises(UserError, match=line):
         load(tmp_path / "set")
+
+
+SEVERAL = [[], ["bee"], ["ant", "bee"], ["ant"]]
+
+
+def of_several(levels, **columns):
+    """A set of pictures of these gray levels, with the labels `SEVERAL` in turn, in columns of these types."""
+    labels = [SEVERAL[level % 4] for level in levels]
+    forms = {
+        "list": labels,
+        "text": [" | ".join(each) for each in labels],
+        **{name: [name in each for each in labels] for name in NAMES},
+    }
+    content = {"image": [png(level) for level in levels]}
+    content |= {name: forms[form] for name, (form, _) in columns.items()}
+    features = {"image": datasets.Image()} | {name: kind for name, (_, kind) in columns.items()}
+    return datasets.Dataset.from_dict(content, datasets.Features(features))
+
+
+@pytest.mark.parametrize(
+    ("columns", "table"),
+    [
+        ({"label": ("list", datasets.Sequence(datasets.ClassLabel(names=NAMES)))}, {}),
+        ({"tags": ("list", datasets.Sequence(datasets.Value("string")))}, {"label": "tags"}),
+        ({"label": ("text", datasets.Value("string"))}, {"separator": "|"}),
+        ({"ant": ("ant", datasets.Value("bool")), "bee": ("bee", datasets.Value("float32"))}, {"columns": "others"}),
+    ],
+)
+def test_an_image_may_have_several_classes_or_none(tmp_path, columns, table):
+    parts = {"train": of_several(range(20), **columns), "test": of_several(range(20, 24), **columns)}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "set")
+    splits = load(tmp_path / "set", table=TableConfig(**table))
+    assert splits.class_names == NAMES and splits.train.is_multi_label
+    assert splits.test.labels.tolist() == [[0, 0], [0, 1], [1, 1], [1, 0]]
+    levels = [splits.train.read(index)[0, 0, 0] for index in range(len(splits.train))]
+    assert all(
+        splits.train.labels[i].tolist() == splits.test.labels[level % 4].tolist() for i, level in enumerate(levels)
+    )
+
+
+@pytest.mark.parametrize(
+    ("labels", "kind", "table", "line"),
+    [
+        ([[0, 1, 0]], datasets.Sequence(datasets.Value("int64")), {}, "row 0: column label repeats a number; a list"),
+        ([["ant"], None], datasets.Sequence(datasets.Value("string")), {}, "row 1 of train has no label"),
+        ([[0, -1]], datasets.Sequence(datasets.ClassLabel(names=NAMES)), {}, "label -1 is of none of the 2 classes"),
+        ([[]], datasets.Sequence(datasets.Value("string")), {}, "no picture has a label in column label"),
+        ([7], datasets.Value("int64"), {"separator": "|"}, r"data\.table\.separator: column label .* and no texts"),
+        ([7], datasets.Value("int64"), {"columns": "others"}, "row 0: column label holds '7'; a column per class must"),
+        ([7], datasets.Value("int64"), {"columns": ["lable"]}, "has no column lable; did you mean 'label'"),
+    ],
+)  # fmt: skip
+def test_several_classes_that_cannot_be_read_end_in_a_line(tmp_path, labels, kind, table, line):
+    content = {"image": [png(level) for level in range(len(labels))], "label": labels}
+    features = datasets.Features({"image": datasets.Image(), "label": kind})
+    datasets.Dataset.from_dict(content, features).save_to_disk(tmp_path / "set")
+    with pytest.raises(UserError, match=line):
+        load(tmp_path / "set", table=TableConfig(**table))
 
 
 def test_columns_are_named_where_two_may_be_meant(tmp_path):
@@ -157,6 +215,3 @@ def test_what_cannot_be_read_ends_in_a_line(tmp_path):
         load(tmp_path / "set")
     with pytest.raises(ValueError, match="split=part: is for tables"):
         DataConfig("huggingface", "x", table=TableConfig(split="part"))
-    for columns in (TableConfig(separator="|"), TableConfig(columns=["ant"])):
-        with pytest.raises(ValueError, match=r"is for tables; images of a set of datasets have one class each"):
-            DataConfig("huggingface", "x", table=columns)

@@ -1,6 +1,7 @@
 """Tar shards: written from a folder, read in any order, like the folder itself."""
 
 import io
+import json
 import tarfile
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 
 from vmoe.cli.make_shards import main
 from vmoe.data import DataConfig, EpochBatchSampler, ImageDataModule
+from vmoe.data.config import TableConfig
 from vmoe.data.samplers import Blocks
 from vmoe.data.shards import load_shards
 from vmoe.errors import UserError
@@ -116,6 +118,12 @@ def test_another_shard_is_seen_without_a_new_index(shards):
         ({"1.png": b"x", "1.json": b'{"label": true}'}, "1.json: holds 'True'"),
         ({"1.png": b"x", "1.json": b'{"caption": "an ant"}'}, "1.json: has no label or cls or target"),
         ({"1.png": b"x", "1.json": b"[1"}, "1.json: is not JSON"),
+        ({"1.png": b"x", "1.json": b'{"label": [0.5]}'}, "1.json: lists 0.5; a label must be"),
+        ({"1.png": b"x", "1.json": b'{"label": [0, 1, 0]}'}, "1.json: lists 0 twice; a list must hold the classes"),
+        (
+            {"1.png": b"x", "1.json": b'{"label": [0]}', "2.png": b"x", "2.cls": b"0"},
+            "2.png: has one label, and other samples have lists",
+        ),
     ],
 )
 def test_malformed_shards_are_named(tmp_path, members, line):
@@ -130,6 +138,54 @@ def test_a_truncated_shard_is_named(shards):
     path.write_bytes(path.read_bytes()[:700])
     with pytest.raises(UserError, match=r"train-000001\.tar"):
         load_shards(shards[1])
+
+
+@pytest.mark.parametrize("form", ["names", "numbers", "text"])
+def test_an_image_may_have_several_labels_or_none(tmp_path, form):
+    given = [["cat", "dog"], [], ["dog"], ["owl"]]
+    numbers = {"cat": 0, "dog": 1, "owl": 2}
+    for split in ("train", "val"):
+        members = {}
+        for row, labels in enumerate(given):
+            content = [numbers[each] for each in labels] if form == "numbers" else labels
+            is_text = form == "text"
+            members[f"{row}.png"] = b"x"
+            members[f"{row}.txt"] = " | ".join(labels).encode() if is_text else b"a caption"
+            members |= {} if is_text else {f"{row}.json": json.dumps({"label": content}).encode()}
+        add(tmp_path / f"{split}-0.tar", members)
+    if form == "numbers":
+        (tmp_path / "classes.json").write_text('["cat", "dog", "owl"]')
+    separator = "|" if form == "text" else None
+    for _ in ("headers", "index"):
+        splits = load_shards(tmp_path, separator)
+        assert splits.class_names == ["cat", "dog", "owl"] and splits.train.is_multi_label
+        assert splits.train.labels.tolist() == [[1, 1, 0], [0, 0, 0], [0, 1, 0], [0, 0, 1]]
+    if form == "text":  # the index is of this separator
+        with pytest.raises(UserError, match="has no label"):
+            load_shards(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "classes", "line"),
+    [
+        (b'{"label": ["cat"]}', b'{"label": 0}', None, "val has one label per sample, and train lists"),
+        (b'{"label": ["cat"]}', b'{"label": [0]}', None, "some labels are names and some numbers"),
+        (b'{"label": ["cat"]}', b'{"label": []}', '["dog"]', "json: does not hold the label 'cat'"),
+        (b'{"label": []}', b'{"label": []}', None, "no sample has a label"),
+    ],
+)
+def test_lists_of_labels_that_do_not_fit_are_named(tmp_path, train, val, classes, line):
+    for split, content in (("train", train), ("val", val)):
+        add(tmp_path / f"{split}-0.tar", {"1.png": b"x", "1.json": content})
+    if classes is not None:
+        (tmp_path / "classes.json").write_text(classes)
+    with pytest.raises(UserError, match=line):
+        load_shards(tmp_path)
+
+
+def test_shards_have_a_separator_and_no_columns():
+    with pytest.raises(ValueError, match="label=kind: is for tables; of tar shards only"):
+        DataConfig("webdataset", "x", table=TableConfig(label="kind"))
 
 
 def test_no_shards(tmp_path, capsys):

@@ -221,6 +221,7 @@ MISTAKES: dict[str, list[Mistake]] = {
         _config("a column that is no 0 or 1", "--data.name table --data.root good.csv --data.table.columns others"),
         _config("labels in cells and in columns", "--data.table.separator ; --data.table.columns [a,b]"),
         _config("a column for a folder", "--data.name folder --data.root tree --data.table.label kind"),
+        _config("a column for tar shards", "--data.name webdataset --data.root shards --data.table.label kind"),
         _config("a set of Hugging Face that is not there", "--data.name huggingface --data.root ./lost/of/mine"),
         _config("a folder without a set of Hugging Face", "--data.name huggingface --data.root tree"),
         _config("shards behind an address that is none", "--data.name webdataset --data.root nope://photos"),

@@ -86,7 +86,7 @@ class DataConfig:
         root: folder that holds the data; for "huggingface" also USER/NAME or USER/NAME:CONFIG, a set of the hub; for
             "webdataset" also an address of fsspec, such as s3://BUCKET/FOLDER or https://HOST/{train,val}-{00..12}.tar;
             for "table" the table itself, and for "npz" the file with train_x, train_y, test_x, test_y.
-        table: with "table" and "huggingface", the columns to read.
+        table: with "table" and "huggingface", the columns to read; with "webdataset" the separator of labels.
         image_size: side in pixels of the square images given to the model, or [height, width]. None: the data
             set's own.
         crop: how pictures of another shape are fitted to the image size: "centre" cuts out the largest central part,
@@ -170,7 +170,9 @@ class DataConfig:
             self._check_device_augments()
         if is_address(self.root) and self.name != "webdataset":
             raise ValueError(f"root={self.root}: is an address, behind which only data.name=webdataset is read")
-        if self.name not in ("table", "huggingface") and self.table != TableConfig():
+        if self.name == "webdataset":
+            self._check_shards()
+        elif self.name not in ("table", "huggingface") and self.table != TableConfig():
             raise ValueError(f"table: is for data.name=table and huggingface, not {self.name}; leave its columns out")
         if self.name == "huggingface":
             self._check_huggingface()
@@ -194,12 +196,11 @@ class DataConfig:
     def _check_huggingface(self) -> None:
         if self.table.split is not None:
             raise ValueError(f"table.split={self.table.split}: is for tables; a set of datasets has its own splits")
-        for name in ("separator", "columns"):
+
+    def _check_shards(self) -> None:
+        for name in ("path", "label", "split", "columns"):
             if (value := getattr(self.table, name)) is not None:
-                raise ValueError(
-                    f"table.{name}={value}: is for tables; images of a set of datasets have one class each: give a "
-                    "table for several"
-                )
+                raise ValueError(f"table.{name}={value}: is for tables; of tar shards only table.separator is read")
 
     def _check_sampler(self) -> None:
         check_choice("sampler", self.sampler, get_args(SamplerName))

@@ -282,6 +282,6 @@ _LOADERS: dict[str, Callable[[DataConfig], Splits]] = {
     "folder": _folder,
     "table": _table,
     "huggingface": _huggingface,
-    "webdataset": lambda config: load_shards(config.root),
+    "webdataset": lambda config: load_shards(config.root, config.table.separator),
     "npz": lambda config: load_npz(config.root),
 }

@@ -2,17 +2,18 @@
 
 import io
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from vmoe.data.config import DataConfig, is_huggingface, is_saved_dataset, nearest
+from vmoe.data.config import DataConfig, TableConfig, is_huggingface, is_saved_dataset, nearest
 from vmoe.data.folders import split_of
 from vmoe.data.images import decode_image
-from vmoe.data.imageset import ImageSet
+from vmoe.data.imageset import ImageSet, flags_of, require_training_of_each
+from vmoe.data.tables import cell_text, labels_in, labels_of_columns
 from vmoe.errors import UserError
 from vmoe.extras import require_module
 
@@ -90,22 +91,27 @@ def load_huggingface(config: DataConfig) -> tuple[dict[str, ImageSet], list[str]
     if not splits:
         raise UserError(f"{config.root}: none of its splits {', '.join(parts)} is train, val or test; rename them")
     main = splits.get("train") or next(iter(splits.values()))
-    picture, label = _picture_column(config, main), _label_column(config, main)
+    picture = _picture_column(config, main)
+    label = None if config.table.columns is not None else _label_column(config, main)
     for split, rows in splits.items():
-        if missing := {picture, label} - set(rows.column_names):
+        if missing := {picture, label or picture} - set(rows.column_names):
             raise UserError(f"{config.root}: {split} has no column {min(missing)}, which {main.split} has; add it")
-    classes, numbers = _numbered(config.root, splits, main, label)
+    if label is None:
+        classes, numbers = _flags_by_column(config, splits, main, picture)
+    else:
+        classes, numbers = _numbered(config, splits, main, label)
     sets = {}
     for split, labels in numbers.items():
-        if (labels == _NO_LABEL).all() and len(numbers) > 1:
+        is_missing = (labels == _NO_LABEL).reshape(len(labels), -1).any(1)
+        if is_missing.all() and len(numbers) > 1:
             notes.append(f"{config.root}: {split}: passed over: it has no labels")
             continue
-        if (labels == _NO_LABEL).any():
-            row = int(np.flatnonzero(labels == _NO_LABEL)[0])
+        if is_missing.any():
+            row = int(np.flatnonzero(is_missing)[0])
             raise UserError(f"{config.root}: row {row} of {split} has no label; label it, or remove it")
         sets[split] = ImageSet.all_of(_images_of(config.root, split, splits[split], picture), labels)
     if "train" in sets:
-        _require_training_of(config.root, sets, classes)
+        require_training_of_each(config.root, sets, classes)
     return sets, classes, notes
 
 
@@ -193,45 +199,107 @@ def _require_column(config: DataConfig, role: str, given: str, rows: "Dataset") 
 
 
 def _numbered(
-    root: str, splits: "Mapping[str, Dataset]", main: "Dataset", column: str
+    config: DataConfig, splits: "Mapping[str, Dataset]", main: "Dataset", column: str
 ) -> tuple[list[str], dict[str, np.ndarray]]:
-    """The class names, and each split's labels as numbers, `_NO_LABEL` where a cell is empty."""
-    import datasets
-
-    kind = main.features[column]
-    cells = {split: _labels_of(f"{root}: {split}", rows, column, kind) for split, rows in splits.items()}
-    known = {each for part in cells.values() for each in part if each is not None}
+    """The class names, and each split's labels: (n,) numbers, or (n, classes) of 0 and 1 where an image may have
+    several. `_NO_LABEL` stands where a cell is empty.
+    """
+    root, kind = config.root, main.features[column]
+    is_several = config.table.separator is not None or _is_list(kind)
+    cells = {}
+    for split, rows in splits.items():
+        place = f"{root}: {split}"
+        cells[split] = _labels_of(place, rows, column, kind, config.table.separator)
+        is_empty = all(each is None for each in cells[split])
+        if config.table.separator is None and _is_list(rows.features[column]) != is_several and not is_empty:
+            raise UserError(f"{root}: column {column} holds lists in one split and one label in another; mend it")
+    known = {each for part in cells.values() for cell in part for each in cell or ()}
     if len({isinstance(each, str) for each in known}) > 1:
         raise UserError(f"{root}: column {column} holds texts in one split and numbers in another; write both alike")
-    ordered = list(kind.names) if isinstance(kind, datasets.ClassLabel) else sorted(known)
-    number = {each: index for index, each in enumerate(ordered)} | {None: _NO_LABEL}
+    classes = _classes_of(kind)
+    ordered = sorted(known) if classes is None else list(classes.names)
+    if is_several and not known:
+        raise UserError(f"{root}: no picture has a label in column {column}; fill it in")
+    number = {each: index for index, each in enumerate(ordered)}
+    labels = {}
     for split, part in cells.items():
-        unknown = next((each for each in part if each not in number), None)
+        unknown = next((each for cell in part for each in cell or () if each not in number), None)
         if unknown is not None:
             first = "train" if "train" in splits else next(iter(splits))
             raise UserError(f"{root}: class {unknown!r} of {split} is none of the classes of {first}; mend its name")
-    return [str(each) for each in ordered], {
-        split: np.array([number[each] for each in part]) for split, part in cells.items()
-    }
+        if is_several:
+            labels[split] = flags_of([cell or () for cell in part], ordered)
+            labels[split][[cell is None for cell in part]] = _NO_LABEL
+        else:
+            labels[split] = np.array([_NO_LABEL if cell is None else number[cell[0]] for cell in part])
+    return [str(each) for each in ordered], labels
 
 
-def _labels_of(place: str, rows: "Dataset", column: str, main: Any) -> list[str | int | None]:
-    """The labels of a split: by name where they are of classes, in the split's own order of them or else that of the
-    feature `main`; None where a cell is empty.
+def _labels_of(
+    place: str, rows: "Dataset", column: str, main: Any, separator: str | None
+) -> list[Sequence[str | int] | None]:
+    """The labels of each image of a split: by name where they are of classes, in the split's own order of them or else
+    that of the feature `main`; None where a cell is empty.
     """
+    kind, cells = rows.features[column], rows[column][:]
+    if separator is not None:
+        if not all(each is None or isinstance(each, str) for each in cells):
+            raise UserError(
+                f"data.table.separator: column {column} of {place} holds {kind}, and no texts; leave the separator out"
+            )
+        return [None if each is None else labels_in(each, separator) for each in cells]
+    is_list = _is_list(kind)
+    labels = cells if is_list else [None if each is None else [each] for each in cells]
+    flat = [each for cell in labels for each in cell or ()]
+    if not all(isinstance(each, str | int) for each in flat):
+        raise UserError(f"{place}: column {column} holds {kind}; a label must be a text or a whole number")
+    for row, cell in enumerate(labels if is_list else ()):
+        if cell and isinstance(cell[0], int) and len(set(cell)) < len(cell):
+            raise UserError(
+                f"{place}: row {row}: column {column} repeats a number; a list must hold the classes of its picture, "
+                "not a 0 or 1 per class"
+            )
+    classes = _classes_of(kind) or _classes_of(main)
+    if classes is None or any(isinstance(each, str) for each in flat):
+        return labels
+    if not is_list:  # what competitions write in place of a label
+        labels = [None if cell == [_NO_LABEL] else cell for cell in labels]
+    numbers = dict(enumerate(classes.names))
+    if unknown := {each for cell in labels for each in cell or ()} - set(numbers):
+        raise UserError(f"{place}: label {min(unknown)} is of none of the {len(classes.names)} classes; mend it")
+    return [None if cell is None else [numbers[each] for each in cell] for cell in labels]
+
+
+def _is_list(kind: Any) -> bool:
+    """Whether the cells of a column are lists; the library has several types for them."""
+    return hasattr(kind, "feature")
+
+
+def _classes_of(kind: Any) -> Any:
+    """The `ClassLabel` of a column's cells, or of what its lists hold; None where there is none."""
     import datasets
 
-    kind, cells = rows.features[column], rows[column][:]
-    if not all(each is None or isinstance(each, str | int) for each in cells):
-        several = "; images of several classes are read from a table" if any(type(e) is list for e in cells) else ""
-        raise UserError(f"{place}: column {column} holds {kind}; a label must be a text or a whole number{several}")
-    classes = next((each for each in (kind, main) if isinstance(each, datasets.ClassLabel)), None)
-    if classes is None or any(isinstance(each, str) for each in cells):
-        return cells
-    numbers = {None: None, _NO_LABEL: None} | dict(enumerate(classes.names))
-    if unknown := set(cells) - set(numbers):
-        raise UserError(f"{place}: label {min(unknown)} is of none of the {len(classes.names)} classes; mend it")
-    return [numbers[each] for each in cells]
+    held = getattr(kind, "feature", kind)
+    return held if isinstance(held, datasets.ClassLabel) else None
+
+
+def _flags_by_column(
+    config: DataConfig, splits: "Mapping[str, Dataset]", main: "Dataset", picture: str
+) -> tuple[list[str], dict[str, np.ndarray]]:
+    """The class names, and whether each image has each, (n, classes) int8 per split, from a column per class."""
+    names = config.table.columns or []
+    if names == "others":
+        names = [name for name in main.column_names if name != picture]
+    labels = {}
+    for split, rows in splits.items():
+        table = {name: [] for name in rows.column_names}  # all names, for the hint at a mistyped one
+        for name in names:
+            if name in table and name != picture:
+                table[name] = [cell_text(cell) for cell in rows[name][:]]
+        places = [f"row {row}" for row in range(len(rows))]
+        columns = TableConfig(columns=list(names))
+        _, labels[split] = labels_of_columns(f"{config.root}: {split}", table, columns, [picture], places)
+    return list(names), labels
 
 
 def _images_of(root: str, split: str, rows: "Dataset", column: str) -> HuggingFaceImages:
@@ -239,10 +307,3 @@ def _images_of(root: str, split: str, rows: "Dataset", column: str) -> HuggingFa
 
     pictures = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
     return HuggingFaceImages(pictures, column, f"{root}:{split}")
-
-
-def _require_training_of(root: str, sets: Mapping[str, ImageSet], names: list[str]) -> None:
-    trained = set(sets["train"].labels.tolist())
-    for split, part in sets.items():
-        if unknown := sorted(set(part.labels.tolist()) - trained):
-            raise UserError(f"{root}: class {names[unknown[0]]!r} of {split} has no training picture; add one")

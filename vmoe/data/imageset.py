@@ -2,14 +2,15 @@
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
 from vmoe.data.image_files import require_regular
 from vmoe.data.images import load_image
+from vmoe.errors import UserError
 
 
 class ImageStore(Protocol):
@@ -170,6 +171,28 @@ class Splits:
     bit_depth: int | None = None  # of deep files, as given or as measured
     notes: Sequence[str] = ()  # lines to say about the set, such as what was passed over
     epoch_images: int | None = None  # of an epoch, where that is not all of `train`
+
+
+def flags_of(labels: Sequence[Iterable[Any]], classes: Sequence[Any]) -> np.ndarray:
+    """Whether each image has each class, (n, classes) int8, from the labels of each image."""
+    number = {each: index for index, each in enumerate(classes)}
+    flags = np.zeros((len(labels), len(classes)), dtype=np.int8)
+    for row, each in enumerate(labels):
+        flags[row, [number[label] for label in each]] = 1
+    return flags
+
+
+def require_training_of_each(place: object, sets: Mapping[str, ImageSet], names: Sequence[str]) -> None:
+    """Makes sure that each class of a split has a training image.
+
+    Raises:
+        UserError: one has none; the line names the class, after `place`.
+    """
+    is_trained = sets["train"].class_counts(len(names)) > 0
+    for split, part in sets.items():
+        unknown = np.flatnonzero((part.class_counts(len(names)) > 0) & ~is_trained)
+        if len(unknown):
+            raise UserError(f"{place}: class {names[unknown[0]]!r} of {split} has no training picture; add one")
 
 
 def given_splits(sets: Mapping[str, ImageSet], class_names: list[str], notes: Sequence[str]) -> Splits:

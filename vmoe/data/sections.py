@@ -175,7 +175,8 @@ class TableConfig:
         split: train, val or test. None: the column called split, set, subset or partition; without one, the pictures
             are split as those of a folder without splits.
         separator: what stands between the labels of a picture that has several, such as "|"; an empty cell has none.
-            None: a cell is one label.
+            None: a cell is one label, but lists of "huggingface" and of a .json of "webdataset" are several. With
+            "webdataset" labels may then be in KEY.txt too.
         columns: the columns of a 0 or 1 for each class, in place of a column of labels: their names, or "others" for
             all but path and split.
     """

@@ -2,7 +2,8 @@
 
 A folder holds train-000000.tar, train-000001.tar, ..., and so on for val and test; names as published sets have them
 serve too, such as imagenet1k-validation-00.tar. A sample is an image and its label, KEY.jpg (or another format) and
-KEY.cls (or KEY.json with a "label"), side by side in a shard. classes.json, a list of names, is optional.
+KEY.cls (or KEY.json with a "label"), side by side in a shard. classes.json, a list of names, is optional. An image that
+may have several labels has a list of them in KEY.json, of names or of numbers, or with a separator a text in KEY.txt.
 
 The place of every image is found once, by reading the shards' headers, and kept beside them in index-SPLIT.npz. Since
 images are read by their places and not in the order of the file, order and resumption are as with any other set.
@@ -19,8 +20,8 @@ import os
 import re
 import tarfile
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -30,12 +31,14 @@ from vmoe.data.addresses import RemoteFile, is_address, list_files, read_part, r
 from vmoe.data.folders import SPLIT_NAMES, split_of
 from vmoe.data.image_files import IMAGE_SUFFIXES
 from vmoe.data.images import decode_image
-from vmoe.data.imageset import ImageSet, Splits, given_splits
+from vmoe.data.imageset import ImageSet, Splits, flags_of, given_splits
+from vmoe.data.tables import labels_in
 from vmoe.errors import UserError
 from vmoe.files import atomic_write
 
 CLASSES_FILE = "classes.json"
-Samples = list[tuple[int, int, str, int]]  # (offset, size, name, label) of each image of a shard
+Labels = int | list[str]  # of an image: its class by number, or several by name or number
+Samples = list[tuple[int, int, str, Labels]]  # (offset, size, name, labels) of each image of a shard
 LABEL_KEYS = ("label", "cls", "target")  # of a .json, the first that is there
 
 
@@ -76,8 +79,12 @@ class ShardedImages:
         return None
 
 
-def load_shards(root: str | Path) -> Splits:
+def load_shards(root: str | Path, separator: str | None = None) -> Splits:
     """The splits that a folder has shards of; one of val and test may be missing.
+
+    Args:
+        root: the folder, or its address.
+        separator: what stands between the labels of an image in KEY.txt, KEY.cls or a text of KEY.json.
 
     Raises:
         UserError: the folder has no shards of training or of any other images, or one is damaged.
@@ -94,8 +101,13 @@ def load_shards(root: str | Path) -> Splits:
             f"data.root={root}: webdataset needs train-*.tar and val-*.tar (or test-*.tar) in this folder{beside}; "
             "give the right folder, or make shards by `vmoe make-shards`"
         )
-    sets = {split: _image_set(where, split, names) for split, names in found.items()}
-    names = _read_class_names(where, 1 + max(int(part.labels.max(initial=0)) for part in sets.values()))
+    read = {split: _image_set(where, split, names, separator) for split, names in found.items()}
+    sets = {split: part for split, (part, _) in read.items()}
+    of_several = {split: words for split, (_, words) in read.items() if words is not None}
+    if of_several:
+        sets, names = _with_several(where, sets, of_several)
+    else:
+        names = _read_class_names(where, 1 + max(int(part.labels.max(initial=0)) for part in sets.values()))
     tars = f"{len(others)} tar files" if len(others) > 1 else "1 tar file"
     notes = [f"{root}: passed over: {tars} of no split, such as {others[0]}"] if others else []
     return given_splits(sets, names, notes)
@@ -199,22 +211,63 @@ def _read_class_names(where: _Folder | _RemoteFolder, count: int) -> list[str]:
     return [str(name) for name in names]
 
 
-def _image_set(where: _Folder | _RemoteFolder, split: str, names: list[str]) -> ImageSet:
-    """All images of a split, by the index that is there or a new one."""
+def _with_several(
+    where: _Folder | _RemoteFolder, sets: dict[str, ImageSet], words: dict[str, list[str]]
+) -> tuple[dict[str, ImageSet], list[str]]:
+    """The splits with labels (n, classes) of all classes, and the class names.
+
+    Args:
+        where: The folder.
+        sets: The splits, with labels of the words that each has.
+        words: What the labels of each split are called: a name, or a number in classes.json.
+    """
+    if one := sorted(sets.keys() - words.keys()):
+        raise UserError(f"{where.root}: {one[0]} has one label per sample, and {next(iter(words))} lists; write lists")
+    known = {word for each in words.values() for word in each}
+    if not known:
+        raise UserError(f"{where.root}: no sample has a label; label them")
+    numbers = [int(word) for word in known if word.isdecimal()]
+    if len(numbers) == len(known) or where.text(CLASSES_FILE) is not None:
+        names = _read_class_names(where, 1 + max(numbers, default=0))
+    elif numbers:
+        raise UserError(f"{where.root}: some labels are names and some numbers; write all alike, or add {CLASSES_FILE}")
+    else:
+        names = sorted(known)
+    if lost := sorted(word for word in known if not word.isdecimal() and word not in names):
+        raise UserError(f"{where.root}/{CLASSES_FILE}: does not hold the label {lost[0]!r}; add or mend it")
+    wide = {}
+    for split, part in sets.items():
+        labels = np.zeros((len(part), len(names)), dtype=np.int8)
+        for column, word in enumerate(words[split]):
+            labels[:, int(word) if word.isdecimal() else names.index(word)] |= part.labels[:, column]
+        wide[split] = replace(part, labels=labels)
+    return wide, names
+
+
+def _image_set(
+    where: _Folder | _RemoteFolder, split: str, names: list[str], separator: str | None
+) -> tuple[ImageSet, list[str] | None]:
+    """All images of a split, by the index that is there or a new one; where they may have several labels, also the
+    words that these are, one for each column of the labels.
+    """
     file = f"index-{split}.npz"
     columns = where.kept_index(file, names)
+    if columns is not None and str(columns.pop("separator", "")) != (separator or ""):
+        columns = None
     if columns is None:
-        columns = _scan_headers(where, names)
+        columns = _scan_headers(where, names, separator)
+        of_separator = {} if separator is None else {"separator": np.array(separator)}
         place = where.place_for_index(file)
         try:
             if isinstance(where, _RemoteFolder):
                 place.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(place) as temporary, open(temporary, "wb") as opened_file:
-                np.savez(opened_file, stamp=where.stamp(names), **columns)
+                np.savez(opened_file, stamp=where.stamp(names), **of_separator, **columns)
         except (UserError, OSError) as error:  # a folder that must not be written to: the next run reads the headers
             warnings.warn(f"the index of the shards is not kept: {error}", stacklevel=2)
-    labels = columns.pop("labels")
-    return ImageSet.all_of(ShardedImages([where.path(name) for name in names], **columns), labels)
+    labels, words = columns.pop("labels"), columns.pop("words", None)
+    images = ImageSet.all_of(ShardedImages([where.path(name) for name in names], **columns), labels)
+    return images, None if words is None else words.tolist()
 
 
 def _kept_columns(source: Path | BinaryIO, stamp: np.ndarray, of_sizes: bool = False) -> dict[str, np.ndarray] | None:
@@ -230,19 +283,27 @@ def _kept_columns(source: Path | BinaryIO, stamp: np.ndarray, of_sizes: bool = F
     return columns if np.array_equal(known, stamp) else None
 
 
-def _scan_headers(where: _Folder | _RemoteFolder, names: list[str]) -> dict[str, np.ndarray]:
-    rows = [(number, *row) for number, name in enumerate(names) for row in _samples_in(where, name)]
+def _scan_headers(where: _Folder | _RemoteFolder, names: list[str], separator: str | None) -> dict[str, np.ndarray]:
+    rows = [(number, *row) for number, name in enumerate(names) for row in _samples_in(where, name, separator)]
     shards, offsets, sizes, places, labels = zip(*rows, strict=True) if rows else ((),) * 5
-    numbers = {"shards": shards, "offsets": offsets, "sizes": sizes, "labels": labels}
-    return {name: np.array(column, dtype=np.int64) for name, column in numbers.items()} | {
-        "names": np.char.encode(np.array(places, dtype=str))
-    }
+    numbers = {"shards": shards, "offsets": offsets, "sizes": sizes}
+    columns = {name: np.array(column, dtype=np.int64) for name, column in numbers.items()}
+    columns["names"] = np.char.encode(np.array(places, dtype=str))
+    is_list = [isinstance(each, list) for each in labels]
+    if not any(is_list):
+        return columns | {"labels": np.array(labels, dtype=np.int64)}
+    if not all(is_list):
+        row = is_list.index(False)
+        place = f"{where.path(names[shards[row]])}/{places[row]}"
+        raise UserError(f"{place}: has one label, and other samples have lists; write lists in all")
+    words = sorted({word for each in labels for word in each})
+    return columns | {"labels": flags_of(labels, words), "words": np.array(words, dtype=str)}
 
 
-def _samples_in(where: _Folder | _RemoteFolder, shard: str) -> Samples:
+def _samples_in(where: _Folder | _RemoteFolder, shard: str, separator: str | None) -> Samples:
     path = where.path(shard)
     try:
-        return where.read_through(shard, lambda file: _samples_of(file, path))
+        return where.read_through(shard, lambda file: _samples_of(file, path, separator))
     except OSError as error:
         raise _damaged(path, error) from error
 
@@ -251,10 +312,11 @@ def _damaged(path: str, error: Exception) -> UserError:
     return UserError(f"{path}: is damaged ({' '.join(str(error).split())}); make or fetch it again")
 
 
-def _samples_of(file: BinaryIO, path: str) -> Samples:
+def _samples_of(file: BinaryIO, path: str, separator: str | None) -> Samples:
     images: dict[str, tuple[int, int, str]] = {}
-    labels: dict[str, int] = {}
+    labels: dict[str, Labels] = {}
     descriptions: dict[str, tarfile.TarInfo] = {}
+    texts: dict[str, Labels] = {}
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
@@ -265,12 +327,15 @@ def _samples_of(file: BinaryIO, path: str) -> Samples:
                 if f".{form.lower()}" in IMAGE_SUFFIXES:
                     images[f"{folder}/{key}"] = (member.offset_data, member.size, member.name)
                 elif form.lower() == "cls":
-                    labels[f"{folder}/{key}"] = _label(path, member.name, tar.extractfile(member).read())
+                    labels[f"{folder}/{key}"] = _label(path, member.name, tar.extractfile(member).read(), separator)
+                elif form.lower() == "txt" and separator is not None:  # of other sets it is a caption
+                    texts[f"{folder}/{key}"] = _label(path, member.name, tar.extractfile(member).read(), separator)
                 elif form.lower() == "json":
                     descriptions[f"{folder}/{key}"] = member
+            labels |= texts
             for key in images.keys() & descriptions.keys() - labels.keys():
                 member = descriptions[key]
-                labels[key] = _label_in_json(path, member.name, tar.extractfile(member).read())
+                labels[key] = _label_in_json(path, member.name, tar.extractfile(member).read(), separator)
     except (tarfile.TarError, EOFError) as error:
         raise _damaged(path, error) from error
     alone = next((key for key in {**images, **labels} if key not in images or key not in labels), None)
@@ -280,21 +345,35 @@ def _samples_of(file: BinaryIO, path: str) -> Samples:
     return [(*image, labels[key]) for key, image in images.items()]
 
 
-def _label_in_json(path: str, name: str, content: bytes) -> int:
+def _label_in_json(path: str, name: str, content: bytes, separator: str | None) -> Labels:
     try:
         described = json.loads(content)
     except ValueError as error:
         raise UserError(f"{path}/{name}: is not JSON; make or fetch the shard again") from error
     label = next((described[key] for key in LABEL_KEYS if key in described), None) if type(described) is dict else None
-    if type(label) is int and label >= 0:
-        return label
+    if isinstance(label, list):
+        return _labels_in_list(path, name, label)
     if label is None:
         raise UserError(f"{path}/{name}: has no {' or '.join(LABEL_KEYS)}, and there is no .cls; label the sample")
-    return _label(path, name, str(label).encode())
+    return _label(path, name, str(label).encode(), separator)
 
 
-def _label(path: str, name: str, content: bytes) -> int:
+def _labels_in_list(path: str, name: str, labels: Sequence[object]) -> list[str]:
+    for label in labels:
+        is_label = (type(label) is int and label >= 0) or (isinstance(label, str) and label.strip())
+        if not is_label:
+            raise UserError(f"{path}/{name}: lists {label!r}; a label must be a name or a whole number from 0")
+        if type(label) is int and labels.count(label) > 1:
+            raise UserError(
+                f"{path}/{name}: lists {label} twice; a list must hold the classes of its image, not a 0 or 1 per class"
+            )
+    return list(dict.fromkeys(str(label).strip() for label in labels))
+
+
+def _label(path: str, name: str, content: bytes, separator: str | None) -> Labels:
     text = content.decode("utf-8", "replace").strip()
+    if separator is not None:
+        return labels_in(text, separator)
     if not text.isdecimal():
         raise UserError(f"{path}/{name}: holds {text[:20]!r}; a label must be a whole number from 0")
     return int(text)

@@ -10,7 +10,7 @@ import numpy as np
 
 from vmoe.data.config import DataConfig, TableConfig, nearest
 from vmoe.data.folders import split_of
-from vmoe.data.imageset import FileImages, ImageSet
+from vmoe.data.imageset import FileImages, ImageSet, flags_of, require_training_of_each
 from vmoe.errors import UserError
 from vmoe.extras import require_module
 from vmoe.text import counted
@@ -49,7 +49,7 @@ def load_table(config: DataConfig) -> tuple[dict[str, ImageSet], list[str]]:
         raise UserError(f"{path}: has no row below its header; add one for each picture")
     _require_cells(path, {"path": paths}, places)
     if columns.columns is not None:
-        names, labels = _labels_of_columns(path, table, columns, used, places)
+        names, labels = labels_of_columns(path, table, columns, used, places)
     elif columns.separator is not None:
         names, labels = _labels_of_cells(path, cells["label"] or [], columns.separator)
     else:
@@ -62,7 +62,7 @@ def load_table(config: DataConfig) -> tuple[dict[str, ImageSet], list[str]]:
         for split, chosen in rows.items()
     }
     if "train" in sets:
-        _refuse_unknown_classes(path, sets, names)
+        require_training_of_each(path, sets, names)
     return sets, names
 
 
@@ -126,11 +126,11 @@ def _read_parquet(path: Path, columns: TableConfig) -> tuple[Table, list[str]]:
     except (OSError, pyarrow.ArrowException) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path}: cannot be read as a Parquet file ({reason}); write it again") from error
-    cells = {name: [_as_text(cell) for cell in table.column(name).to_pylist()] for name in chosen}
+    cells = {name: [cell_text(cell) for cell in table.column(name).to_pylist()] for name in chosen}
     return cells, [f"row {row}" for row in range(1, table.num_rows + 1)]
 
 
-def _as_text(cell: object) -> str:
+def cell_text(cell: object) -> str:
     """A cell as text: nothing for what is missing, and a whole number without its point."""
     if cell is None or cell != cell:
         return ""
@@ -203,21 +203,26 @@ def _one_label_each(labels: Sequence[str]) -> tuple[list[str], np.ndarray]:
 
 def _labels_of_cells(path: Path, cells: Sequence[str], separator: str) -> tuple[list[str], np.ndarray]:
     """The class names, and whether each row has each, (n, classes) int8, from cells such as "cat|dog"."""
-    found = [{label.strip() for label in cell.split(separator)} - {""} for cell in cells]
+    found = [labels_in(cell, separator) for cell in cells]
     names = _sorted_names([label for labels in found for label in labels])
     if not names:
         raise UserError(f"{path}: no picture has a label; fill the column in")
-    number = {name: index for index, name in enumerate(names)}
-    labels = np.zeros((len(cells), len(names)), dtype=np.int8)
-    for row, each in enumerate(found):
-        labels[row, [number[label] for label in each]] = 1
-    return names, labels
+    return names, flags_of(found, names)
 
 
-def _labels_of_columns(
-    path: Path, table: Table, columns: TableConfig, used: Sequence[str], places: Sequence[str]
+def labels_in(cell: str, separator: str) -> list[str]:
+    """The labels in a cell such as "cat|dog", each once; none in an empty one."""
+    return list(dict.fromkeys(label for part in cell.split(separator) if (label := part.strip())))
+
+
+def labels_of_columns(
+    path: Path | str, table: Table, columns: TableConfig, used: Sequence[str], places: Sequence[str]
 ) -> tuple[list[str], np.ndarray]:
-    """The class names, and whether each row has each, (n, classes) int8, from a column per class."""
+    """The class names, and whether each row has each, (n, classes) int8, from a column per class.
+
+    Raises:
+        UserError: a column is missing, or a cell is neither 0 nor 1; the line names the row.
+    """
     names = [name for name in table if name not in used] if columns.columns == "others" else list(columns.columns or [])
     if not names:
         raise UserError(f"data.table.columns: {path} has no column beside path and split; add one per class")
@@ -239,6 +244,7 @@ def _labels_of_columns(
 
 
 def _sorted_names(labels: Sequence[str]) -> list[str]:
+    """The different labels, sorted; whole numbers by their value."""
     names = set(labels)
     is_numbered = all(name.isdecimal() for name in names)
     return sorted(names, key=lambda name: (int(name), name) if is_numbered else name)
@@ -254,11 +260,3 @@ def _rows_of_splits(path: Path, splits: Sequence[str] | None, places: Sequence[s
             raise UserError(f"{path}: {places[row]}: split {name!r} is none of train, val and test; mend it")
         rows.setdefault(split, []).append(row)
     return {split: rows[split] for split in ("train", "val", "test") if split in rows}
-
-
-def _refuse_unknown_classes(path: Path, sets: dict[str, ImageSet], names: Sequence[str]) -> None:
-    is_trained = sets["train"].class_counts(len(names)) > 0
-    for split, part in sets.items():
-        unknown = np.flatnonzero((part.class_counts(len(names)) > 0) & ~is_trained)
-        if len(unknown):
-            raise UserError(f"{path}: class {names[unknown[0]]!r} of {split} has no training picture; add one")
