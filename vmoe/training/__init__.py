@@ -1,4 +1,4 @@
-"""Training: a LightningModule, its callbacks, and the run that puts them together."""
+"""Training: a LightningModule, its callbacks, and the run that combines them."""
 
 from vmoe.extras import require_extras
 

@@ -45,40 +45,39 @@ RAW_TOP1 = "val/raw_top1"
 class Classifier(LightningModule):
     """An ordinary LightningModule that trains an image classifier, and adds the auxiliary losses of its MoE layers.
 
-    It works in any `lightning.Trainer`. Batches are `(images (B, 3, H, W), labels (B,))`, where labels may be shares of
-    the classes (B, C), or the `Batch` of `vmoe.ImageDataModule`. It logs `train/loss` and `train/top1` per epoch (and
-    with `_step` behind the name every `log_every_n_steps`), and `val/` and `test/` with `loss`, `top1` and `top5`.
-    Validation and test take one loader each; several of a Trainer are refused by it.
+    It works in any `lightning.Trainer`. A batch is `(images (B, 3, H, W), labels (B,))`, or the `Batch` of
+    `vmoe.ImageDataModule`. Labels may also be shares of the classes (B, C). It logs `train/loss` and `train/top1` per
+    epoch, and as `..._step` every `log_every_n_steps`. For `val/` and `test/` it logs `loss`, `top1` and `top5`.
+    Validation and test take one loader each and refuse several.
 
-    Of images that may have several classes (`multi_label`) labels are (B, C) of 0 and 1, and what is logged is `loss`,
-    `f1` (micro, at a probability of 0.5) and in evaluation `mAP`. Checkpoints then keep the threshold of each class
-    that has the best F1 in validation.
+    With `multi_label` an image may have several classes, and labels are (B, C) of 0 and 1. Then it logs `loss`, `f1`
+    (micro, at a probability of 0.5) and in evaluation `mAP`. Checkpoints keep the threshold per class with the best F1
+    in validation.
 
-    Its checkpoints hold what rebuilds the model. So `vmoe.load` and every job of the command line open them.
+    Its checkpoints hold all that rebuilds the model. So `vmoe.load` and every job of the command line open them.
 
-    Of an ensemble (`MoeConfig.ensemble`) the loss is the mean over its members, as in training each learns by itself;
-    validation and test measure their mean prediction.
+    The members of an ensemble (`MoeConfig.ensemble`) learn separately: the loss is the mean over them. Validation and
+    test measure their mean prediction.
 
-    Metrics are sums on the device that the host reads only when they are logged: a step never synchronises with the
-    GPU.
+    Metrics are sums on the device. The host reads them only to log them, so no step synchronises with the GPU.
 
     Args:
-        model: (B, 3, H, W) float32 images -> (B, C) logits, by `vmoe.create_model`, `vmoe.sparsify`, `vmoe.load` or
-            timm; may be dense. A model in evaluation mode is put in training mode.
+        model: Maps (B, 3, H, W) float32 images to (B, C) logits; from `vmoe.create_model`, `vmoe.sparsify`,
+            `vmoe.load` or timm. It may be dense. A model in evaluation mode is put in training mode.
         lr: The highest learning rate.
-        class_names: Name of each class, in the order of the logits. None: those of the Trainer's datamodule where it
-            has `class_names`, else a loaded model's, else "0", "1", ...
-        mean: Mean of each channel that images are normalised with. None: found as `class_names` are, else timm's for
-            this model.
-        std: Standard deviation of each channel. None: as for `mean`.
+        class_names: Name of each class, in the order of the logits. None takes the names of the Trainer's datamodule,
+            else a loaded model's, else "0", "1", ...
+        mean: Mean of each channel for normalisation. None looks in the same places as `class_names`, then takes timm's
+            mean for this model.
+        std: Standard deviation of each channel. None as for `mean`.
         loss: The loss by the labels, a `vmoe.training.config.LossConfig` or its options, such as
-            `{"class_weights": "balanced"}`. What counts the training images of each class needs a datamodule with
+            `{"class_weights": "balanced"}`. Options that count the training images of each class need a datamodule with
             `images_of_classes`, such as `vmoe.ImageDataModule`.
-        multi_label: Whether an image may have several classes, or none. None: as the Trainer's datamodule says, else
-            as the loss does.
+        multi_label: Whether an image may have several classes, or none. None takes it from the Trainer's datamodule,
+            else from the loss.
         **optim: Any other option of `vmoe.training.config.OptimConfig`: `weight_decay`, `warmup_epochs`, `name`
-            ("adamw", "muon", "timm:lion", ...), `schedule`, `label_smoothing`, ... Without `warmup_epochs` a quarter
-            of the epochs warms up, at most 5.
+            ("adamw", "muon", "timm:lion", ...), `schedule`, `label_smoothing`, ... By default the warm-up is a quarter
+            of the epochs, at most 5.
 
     Raises:
         UserError: `model` is no model, or an option is unknown or its value is not allowed.
@@ -87,16 +86,16 @@ class Classifier(LightningModule):
         model: The model.
         optim: The `OptimConfig`.
         loss: The `LossConfig`.
-        metrics: What is logged of the batches.
-        thresholds: Of images of several classes: of each class, by the last validation; None before one.
-        guard: What `vmoe.NanGuard` watches the step with; None without that callback.
+        metrics: The sums from which metrics are logged.
+        thresholds: With `multi_label`, the threshold of each class from the last validation; None before one.
+        guard: The guard of `vmoe.NanGuard`; None without that callback.
         average: The average of the weights that `vmoe.Ema` keeps; None without that callback.
         routing: The sums that `vmoe.RoutingMonitor` reads; None without that callback.
-        teacher: A model whose answers are learnt too.
+        teacher: A teacher for knowledge distillation, or None.
         draws: Draws router noise and dropout per image, once it is installed in the model.
-        shard: Cuts the model into shards of several ranks (see `vmoe.training.parallel.sharding.shard`).
-        tested_split: What comes before the names of the metrics of a test.
-        facts: What checkpoints tell of the run, where it is not this class that finds it out (see `describe`).
+        shard: Shards the model over several ranks (see `vmoe.training.parallel.sharding.shard`).
+        tested_split: The prefix of a test's metrics.
+        facts: The facts on the run that checkpoints store; None lets this class find them (see `describe`).
     """
 
     def __init__(
@@ -114,7 +113,8 @@ class Classifier(LightningModule):
         super().__init__()
         if not isinstance(model, nn.Module):
             raise UserError(f"model={model!r}: must be a model, such as vmoe.create_model and vmoe.load return")
-        self.model = model if model.training else model.train()  # as `vmoe.load` returns it, and Lightning leaves it
+        # `vmoe.load` returns models in evaluation mode, and Lightning keeps the mode
+        self.model = model if model.training else model.train()
         if isinstance(lr, int | float):
             optim.setdefault("min_lr", min(OptimConfig.min_lr, lr))
         self.optim: OptimConfig = from_plain(OptimConfig, {"lr": lr, **optim})
@@ -131,18 +131,18 @@ class Classifier(LightningModule):
         self.tested_split = "test"
         self.train_sums = torch.zeros(4)
         self.evaluation_sums = torch.zeros(4)
-        self.raw_sums = torch.zeros(4)  # of the weights themselves where validation is by their average
+        self.raw_sums = torch.zeros(4)  # for the weights themselves, if validation uses their average
         self.damaged: dict[str, None] = {}
         self._chooses_warmup = "warmup_epochs" not in optim
         self._logged_sums = torch.zeros(4)
         self._is_sharded = False
-        self._found: ModelFacts | None = None  # what this class finds out for the checkpoints of a fit
-        self._is_undescribed = False  # no file can tell how the model is built
-        self._rates = LearningRates(self.optim)  # of the fit, once its length is known
-        self._schedule: RateSchedule | None = None  # ours, which a subclass may not use
+        self._found: ModelFacts | None = None  # found once per fit, for its checkpoints
+        self._is_undescribed = False  # whether it is unknown how the model is built
+        self._rates = LearningRates(self.optim)  # replaced in a fit, once its length is known
+        self._schedule: RateSchedule | None = None  # a subclass may use another
         self._gradient_means: GradientMeans | None = None  # where Lightning's strategy does not average
         self._graphed_step: GraphedStep | None = None
-        self._step_number = torch.zeros(())  # of the update, for the graph
+        self._step_number = torch.zeros(())  # number of the update, which the CUDA graph reads
         self.thresholds: list[float] | None = None
         self._knows_labels = multi_label is not None
         self._set_labels(bool(multi_label) or self.loss.name in ("asymmetric", "focal"))
@@ -152,7 +152,7 @@ class Classifier(LightningModule):
         self.save_hyperparameters({**options, **of_loss, **_plain_description(model)})
 
     def _set_labels(self, multi_label: bool, counts: Callable[[], list[int]] | None = None) -> None:
-        """Takes images of one class each, or of several; without counts until a fit begins."""
+        """Sets metrics and loss for one class per image, or for several. `counts` is None until a fit starts."""
         if multi_label:
             refuse_ensemble(self.model, "multi_label: an ensemble answers with the mean of softmax probabilities")
         self.multi_label = multi_label
@@ -161,9 +161,9 @@ class Classifier(LightningModule):
 
     @property
     def lr(self) -> float:
-        """The highest learning rate. Whoever sets it, as Lightning's `Tuner.lr_find` does, lowers a `min_lr` above it.
+        """The highest learning rate. Setting it also lowers a `min_lr` above it; the next fit uses the new value.
 
-        The next fit takes it.
+        Lightning's `Tuner.lr_find` sets it.
         """
         return self.optim.lr
 
@@ -183,7 +183,7 @@ class Classifier(LightningModule):
         return self._graphed_step(batch)
 
     def _loss(self, batch: Batch) -> Tensor:
-        """The loss of a batch, (); adds it to the sums."""
+        """The loss of a batch, (). Also adds the batch to the sums."""
         if self.draws is not None:
             self.draws.keys = batch.keys
         logits = self.model(batch.images)
@@ -202,8 +202,9 @@ class Classifier(LightningModule):
         return total_loss
 
     def _share(self, batch_idx: int) -> float:
-        """What makes an update the mean over its batches: Lightning divides by `accumulate` also where an epoch's last
-        update has fewer.
+        """The factor that makes an update the mean over its batches.
+
+        Lightning divides by `accumulate` even if an epoch's last update has fewer batches.
         """
         most, batches = self.trainer.accumulate_grad_batches, self.trainer.num_training_batches
         return 1.0 if math.isinf(batches) else most / min(most, batches - batch_idx // most * most)
@@ -214,12 +215,12 @@ class Classifier(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips the gradients, and lets the guard block the update if they, or the loss, are not finite.
+        """Clips the gradients. The guard blocks the update if the gradients or the loss are not finite.
 
-        The Trainer's `gradient_clip_val` comes before `clip_norm`.
+        The Trainer's `gradient_clip_val` overrides `clip_norm`.
         """
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        if scaler is not None:  # Lightning leaves this to fused optimisers, which would do it after the clipping
+        if scaler is not None:  # Lightning leaves this to fused optimisers, but they would unscale after the clipping
             scaler.unscale_(optimizer)
         if gradient_clip_val is not None and gradient_clip_algorithm == "value":
             norm = self._clip(optimizer, math.inf)
@@ -232,7 +233,7 @@ class Classifier(LightningModule):
             self.guard.check_update(optimizer, norm, self.global_step, scaler)
 
     def _clip(self, optimizer: torch.optim.Optimizer, largest_norm: float) -> Tensor:
-        """Clips the gradients; their norm before, ()."""
+        """Clips the gradients and returns their norm before that, ()."""
         if self._gradient_means is not None:
             self._gradient_means.finish()
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -252,7 +253,7 @@ class Classifier(LightningModule):
         found_inf = getattr(optimizer, "found_inf", None)  # () 1 where the update was blocked
         for _, layer in moe_layers(self.model):
             if isinstance(layer.router, SigmoidRouter):
-                # Of a blocked update nothing may remain: without choices the biases stay as they are
+                # a blocked update must change nothing: without choices the biases stay as they are
                 counts = 1 if found_inf is None else 1 - found_inf
                 layer.router.choices.copy_(total(layer.router.choices) * counts)
         update_router_biases(self.model)
@@ -266,13 +267,13 @@ class Classifier(LightningModule):
     # The same step as a CUDA graph
 
     def capture_steps(self) -> None:
-        """Captures the whole step as a CUDA graph; then a batch is an update."""
+        """Makes each step a CUDA graph, the update included. Then every batch is one update."""
         self._graphed_step = GraphedStep(self._whole_step)
 
     def _whole_step(self, batch: Batch) -> Tensor:
-        """All that Lightning would do with a batch, up to the update, without the host: the part that is captured."""
+        """The captured part: all that Lightning would do with a batch, the update included, without the host."""
         optimizer = self.optimizers(use_pl_optimizer=False)
-        vars(optimizer).pop("found_inf", None)  # of the last step, whose memory the graph must not read
+        vars(optimizer).pop("found_inf", None)  # the last step's flag: the graph must not read its memory
         optimizer.zero_grad()
         kind = self.device.type
         is_mixed, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
@@ -317,13 +318,13 @@ class Classifier(LightningModule):
             self.evaluation_sums += self._evaluated(batch)
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
-        """By the model's weights as they are."""
+        """Evaluates a batch with the model's current weights, never with their average."""
         self.evaluation_sums += self._evaluated(as_batch(batch, self.multi_label))
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """(B, C) float32 probabilities, for a batch with or without labels: images, [images] or (images, labels).
+        """(B, C) float32 probabilities of a batch: images, [images] or (images, labels).
 
-        Of images that may have several classes each is of its own.
+        With `multi_label` they are independent per class; else they sum to 1.
         """
         if isinstance(batch, list | tuple) and len(batch) == 1:
             (batch,) = batch
@@ -362,11 +363,11 @@ class Classifier(LightningModule):
         self._log_epoch(self.evaluation_metrics(self.tested_split))
 
     def _log_epoch(self, metrics: dict[str, float]) -> None:
-        """Logs the means over all ranks, which are the same in each."""
+        """Logs means over all ranks. They are the same on each rank."""
         self.log_dict(metrics, prog_bar=True, sync_dist=not is_alone())
 
     def train_metrics(self) -> dict[str, float]:
-        """Mean loss by the labels (smoothed, nothing added) and accuracy over the training images of this epoch."""
+        """Mean loss (with label smoothing, without auxiliary losses) and accuracy over this epoch's training images."""
         return {f"train/{name}": value for name, value in self.metrics.train_means(total(self.train_sums)).items()}
 
     def train_images(self) -> int:
@@ -374,10 +375,10 @@ class Classifier(LightningModule):
         return int(total(self.train_sums)[-1])
 
     def evaluation_metrics(self, split: str) -> dict[str, float]:
-        """Mean cross-entropy and top-1 and top-5 accuracy of the last validation or test; of several classes the mean
-        binary cross-entropy, mAP and F1.
+        """Mean cross-entropy, top-1 and top-5 accuracy of the last validation or test.
 
-        Where validation is by the average of the weights, the accuracy of the weights themselves is beside it.
+        With `multi_label`: mean binary cross-entropy, mAP and F1. If validation used the average of the weights, the
+        accuracy of the weights themselves is included.
         """
         metrics = {f"{split}/{name}": value for name, value in self.metrics.means(total(self.evaluation_sums)).items()}
         if split != "val" or self.average is None or self.multi_label:
@@ -385,7 +386,7 @@ class Classifier(LightningModule):
         return metrics | {RAW_TOP1: self.metrics.train_means(total(self.raw_sums))["top1"]}
 
     def validation_metrics(self) -> dict[str, float]:
-        """Those of images kept for validation; none where none are."""
+        """The metrics of the last validation; empty if the data have no validation images."""
         return self.evaluation_metrics("val") if self.trainer.datamodule.has_validation else {}
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -407,9 +408,9 @@ class Classifier(LightningModule):
         self.on_validation_epoch_start()
 
     def _move_sums(self) -> None:
-        # Doubles keep sums over a million images exact to the digits shown; Apple's GPUs have none.
+        # Doubles keep sums over a million images exact to the digits shown. Apple's GPUs have no doubles.
         dtype = torch.float32 if self.device.type == "mps" else torch.float64
-        with torch.inference_mode(False):  # an evaluation may come first, and training cannot change its tensors
+        with torch.inference_mode(False):  # so that training can change sums that an earlier evaluation made
             for name in ("train_sums", "_logged_sums", "evaluation_sums", "raw_sums"):
                 setattr(self, name, getattr(self, name).to(self.device, dtype))
             self._step_number = self._step_number.to(self.device)
@@ -420,7 +421,7 @@ class Classifier(LightningModule):
     # The beginning and the end
 
     def setup(self, stage: str) -> None:
-        """Lets go of what callbacks of another Trainer have left, and of what was found out about other data."""
+        """Drops the parts that callbacks of another Trainer have set, and facts found from other data."""
         held = [value for callback in self.trainer.callbacks for value in vars(callback).values()]
         for name in ("guard", "average", "routing"):
             if not any(value is getattr(self, name) for value in held):
@@ -434,10 +435,10 @@ class Classifier(LightningModule):
             self._set_labels(is_multi_label, self._class_counts if stage == "fit" else None)
 
     def _class_counts(self) -> list[int]:
-        """The number of training images of each class; as many of each where weights are given and the data say none.
+        """The number of training images of each class. If they are unknown but the weights are given, all are 1.
 
         Raises:
-            UserError: They are needed.
+            UserError: They are unknown, and the loss needs them.
         """
         data = self.trainer.datamodule
         if hasattr(data, "images_of_classes"):
@@ -452,7 +453,7 @@ class Classifier(LightningModule):
     def configure_model(self) -> None:
         if self.shard is not None:
             self.shard(self.model)
-            self.shard, self._is_sharded = None, True  # what shards may hold a whole model
+            self.shard, self._is_sharded = None, True  # frees `shard`, which may hold a whole model
             if self.average is not None:
                 self.average = WeightAverage(self.model, self.average.decay)
 
@@ -472,21 +473,21 @@ class Classifier(LightningModule):
         schedule = self._schedule
         optimizers = self.trainer.optimizers
         if optimizers and (schedule is None or all(schedule.optimizer is not each for each in optimizers)):
-            # A subclass has an optimiser of its own
+            # a subclass has an optimiser of its own
             optimizers[0].register_step_post_hook(lambda optimizer, *_: self._after_update(optimizer))
         if all(each.scheduler is not schedule for each in self.trainer.lr_scheduler_configs):
             return
         for group, highest in zip(schedule.optimizer.param_groups, schedule.base_lrs, strict=True):
-            # By this run's schedule: a resumed one may have had fewer epochs.
+            # from this run's schedule: the resumed run may have had fewer epochs
             rate = highest * (self.rate(schedule.last_epoch) / self._rates.config.lr)
-            # A graph reads the rate from the device, where the schedule writes it; elsewhere a number serves.
+            # a CUDA graph reads the rate from a tensor that the schedule updates; without a graph a number is enough
             group["lr"] = torch.tensor(rate, device=self.device) if is_graphed else rate
             group["capturable"] = is_graphed
 
     def on_train_end(self) -> None:
         for _, layer in moe_layers(self.model):
-            layer.last_auxiliary_loss = None  # FSDP2's hooks in its graph hold the model: a circle that is never freed
-        self._graphed_step = None  # before the ranks part: NCCL's communicators wait for graphs that hold them
+            layer.last_auxiliary_loss = None  # with FSDP2 its graph holds the model: a cycle that is never freed
+        self._graphed_step = None  # before the ranks disconnect: NCCL's communicators wait for graphs that hold them
         if self._gradient_means is not None:
             self._gradient_means.remove()
             self._gradient_means = None
@@ -504,28 +505,28 @@ class Classifier(LightningModule):
         model: nn.Module | None = None,
         **changes: Any,
     ) -> "Classifier":
-        """The Classifier of a checkpoint, with its model, its options and its weights (their average where it has one).
+        """The Classifier of a checkpoint, with its model, options and weights (their average if it holds one).
 
         Args:
             checkpoint_path: A .ckpt file of a Classifier, a run's folder, or a file of `vmoe.save`.
             map_location: The device to load to; None is the CPU.
-            strict: Whether the weights' names must be those of `model`, and of what a subclass has beside it; False
-                passes over others. None: they must.
-            weights_only: As Lightning's; files are always read without running anything in them.
-            model: Of a file that holds weights alone: a model as it was made. It is filled.
+            strict: Whether the weights' names must match `model` and a subclass's other modules; False ignores
+                mismatches. None means True.
+            weights_only: Accepted as in Lightning. Loading never runs code from a file.
+            model: For a file of weights alone: a model of the same architecture, to be filled.
             **changes: Options to change, such as `lr`. A `min_lr` of the file above a new `lr` is lowered to it.
 
         Raises:
-            UserError: The file is missing or damaged, its weights do not fit, or it does not say what model it holds
-                and `model` is not given.
+            UserError: The file is missing or damaged, its weights do not fit, or it does not describe its model and
+                `model` is not given.
         """
         return restored(cls, checkpoint_path, torch.device(map_location or "cpu"), model, strict is not False, changes)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds what rebuilds the model, by the project's format; what callbacks have put there comes before it."""
+        """Adds what rebuilds the model, in this package's format. Entries of callbacks stay."""
         if self.facts is None and self._found is None and not self._is_undescribed:
             sections = {"optim": to_plain(self.optim), "loss": to_plain(self.loss)}
-            if self._chooses_warmup:  # by the epochs of this fit: another chooses again
+            if self._chooses_warmup:  # it depends on the epochs of this fit; another fit chooses again
                 del sections["optim"]["warmup_epochs"]
             given = {"class_names": self.class_names, "mean": self.mean, "std": self.std}
             self._found = found_facts(self.model, self.trainer.datamodule, given, sections)
@@ -539,16 +540,16 @@ class Classifier(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.thresholds = checkpoint.get(ENTRY, {}).get("thresholds")
         if type(self).configure_optimizers is not Classifier.configure_optimizers:
-            return  # the states of another optimiser, which Lightning loads
+            return  # Lightning loads the states of a subclass's optimiser
         groups = optimizer_groups(self.model, self.optim)
-        for schedule in checkpoint.get("lr_schedulers", ()):  # the saved run's may have been in other groups
+        for schedule in checkpoint.get("lr_schedulers", ()):  # the saved run may have had other groups
             schedule["base_lrs"] = [group["lr"] for group in groups]
-        if not self._is_sharded and "optimizer_states" in checkpoint:  # else the strategy has loaded it
+        if not self._is_sharded and "optimizer_states" in checkpoint:  # with shards the strategy loads them
             states = [by_number(state, self.optimizer_names(), groups) for state in checkpoint["optimizer_states"]]
             checkpoint["optimizer_states"] = states
 
     def optimizer_names(self) -> list[str]:
-        """The parameters' names in the order in which an optimiser of a whole model numbers them."""
+        """The parameters' names, in the order of an optimiser for the model without shards."""
         names = {parameter: name for name, parameter in self.named_parameters()}
         return [names[p] for group in parameter_groups(self.model, self.optim) for p in group["params"]]
 
@@ -566,21 +567,21 @@ class Classifier(LightningModule):
 
 
 def epochs_done(trainer: Trainer) -> int:
-    """Epochs of a Trainer of which all batches are trained on."""
+    """The number of a Trainer's epochs in which all batches are done."""
     progress = trainer.fit_loop.epoch_progress.current
     is_through = trainer.fit_loop.epoch_loop.batch_progress.current.ready >= trainer.num_training_batches
     return progress.completed + (progress.started > progress.completed and is_through)
 
 
 def as_batch(batch: Any, multi_label: bool = False) -> Batch:
-    """A batch of any loader as a `Batch`.
+    """Converts a batch of any loader to a `Batch`.
 
     Args:
         batch: A `Batch`, or (images (B, 3, H, W), labels): labels (B,) int64, or (B, C) shares of the classes.
-        multi_label: Whether labels (B, C) are 0 and 1 of several classes.
+        multi_label: Whether labels (B, C) are 0 or 1 per class instead of shares.
 
     Raises:
-        UserError: it is something else.
+        UserError: `batch` is something else.
     """
     if isinstance(batch, Batch):
         return batch
@@ -599,6 +600,6 @@ def as_batch(batch: Any, multi_label: bool = False) -> Batch:
 
 
 def _plain_description(model: nn.Module) -> dict[str, Any]:
-    """What loggers show of a model, of plain types."""
+    """A model's description for loggers, in plain types."""
     layers = moe_layers(model)
     return {"model": type(model).__name__, "moe": to_plain(layers[0][1].config) if layers else None}

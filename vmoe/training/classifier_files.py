@@ -1,4 +1,4 @@
-"""What a Classifier's checkpoint says of its model, and how a Classifier is made from a file."""
+"""The description of the model in a Classifier's checkpoint, and the Classifier of such a file."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,13 +31,13 @@ from vmoe.training.config import OptimConfig
 def found_facts(
     model: nn.Module, data: LightningDataModule | None, given: dict[str, Any], sections: dict[str, Any]
 ) -> ModelFacts | None:
-    """What rebuilds a model and prepares its images; None, with a warning, where it cannot be found out.
+    """The facts that rebuild a model and prepare its images. If they are unknown it warns and returns None.
 
     Args:
         model: The model.
-        data: The Trainer's.
-        given: Its `class_names`, `mean` and `std`; None where they are the data's, or a loaded model's.
-        sections: The options of the optimiser and of the loss, as a run's config has them.
+        data: The Trainer's datamodule.
+        given: The given `class_names`, `mean` and `std`; None values come from the data or a loaded model.
+        sections: The options of the optimiser and of the loss, in the form of a run's config.
     """
     known = model if isinstance(model, TrainedModel) else None
     for key, value in given.items():
@@ -89,7 +89,7 @@ def restored(
 
 
 def _load_others(task: LightningModule, path: str | Path, strict: bool) -> None:
-    """Fills what a subclass has beside the model."""
+    """Fills the modules that a subclass has beside the model."""
     others = [name for name in task.state_dict() if not name.startswith("model.")]
     if not others:
         return

@@ -1,4 +1,4 @@
-"""What is ours alone in a training, as callbacks that go with any Trainer."""
+"""The callbacks that this package adds to Lightning's. Each works with any Trainer."""
 
 from vmoe.training.callbacks.ema import Ema
 from vmoe.training.callbacks.exact_resume import ExactResume

@@ -15,18 +15,18 @@ from vmoe.training.optim.average import WeightAverage
 
 
 class Ema(Callback):
-    """Keeps an average of the weights (EMA), by which validation, test and prediction are done; for any Trainer.
+    """Keeps a moving average of the weights (EMA) and validates, tests and predicts with it; for any Trainer.
 
     With a `vmoe.Classifier` validation also logs `val/raw_top1`, the accuracy of the weights themselves, and
-    checkpoints hold the average where `vmoe.load` takes it from. With another LightningModule the average is in the
-    callback's own state. Each fit begins an average of its own, or goes on with that of `ckpt_path`. Also
-    `validate`, `test` and `predict` with a `ckpt_path` take the average that is in it.
+    checkpoints hold the average where `vmoe.load` reads it. With another LightningModule the callback's own state holds
+    the average. Each fit starts a new average, or continues that of `ckpt_path`. With `ckpt_path`, `validate`, `test`
+    and `predict` use the average in that file.
 
-    Lightning's `EMAWeightAveraging` keeps its decay on the host, and cannot be part of a step that is captured as a
-    CUDA graph, nor leave out an update that `vmoe.NanGuard` has blocked.
+    Lightning's `EMAWeightAveraging` keeps its decay on the host. So it cannot be part of a step captured as a CUDA
+    graph, and cannot skip an update that `vmoe.NanGuard` has blocked.
 
     Args:
-        decay: The highest decay per update; in the first updates t it is at most (1 + t) / (10 + t).
+        decay: The highest decay per update. At update t the decay is at most (1 + t) / (10 + t).
 
     Raises:
         UserError: The decay is not in (0, 1).
@@ -36,7 +36,7 @@ class Ema(Callback):
         if not 0 < decay < 1:
             raise UserError(f"decay={decay!r}: must be in (0, 1)")
         self.decay = decay
-        self.average: WeightAverage | None = None  # that of a Classifier is also its own `average`
+        self.average: WeightAverage | None = None  # for a Classifier the same object as `Classifier.average`
         self._is_of_classifier = False
         self._swapped = ExitStack()
 
@@ -55,7 +55,7 @@ class Ema(Callback):
             pl_module.average = self.average
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not isinstance(pl_module, Classifier):  # which updates its average itself
+        if not isinstance(pl_module, Classifier):  # a Classifier updates its average itself
             self.average.to(pl_module.device)
             for optimizer in trainer.optimizers:
                 optimizer.register_step_post_hook(
@@ -63,13 +63,13 @@ class Ema(Callback):
                 )
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not isinstance(pl_module, Classifier):  # which evaluates by both
+        if not isinstance(pl_module, Classifier):  # a Classifier evaluates with both itself
             self.on_test_start(trainer, pl_module)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         average = self._of(pl_module)
         if average is not None:
-            with torch.inference_mode(False):  # else a fit that follows could not change it
+            with torch.inference_mode(False):  # else a later fit could not change it
                 average.to(pl_module.device)
             self._swapped.enter_context(average.applied())
 
@@ -86,7 +86,7 @@ class Ema(Callback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         is_ours = isinstance(pl_module, Classifier)
         saved = average_of(checkpoint) if is_ours else checkpoint.get("callbacks", {}).get(self.state_key)
-        if self._of(pl_module) is None or not saved:  # by the weights of the checkpoint, which are loaded before
+        if self._of(pl_module) is None or not saved:  # start from the checkpoint's weights, which are loaded by now
             self._begin(pl_module)
         if saved:
             self._of(pl_module).load_state(saved)

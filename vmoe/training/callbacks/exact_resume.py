@@ -1,4 +1,4 @@
-"""What makes a resumed training the training that never stopped."""
+"""Exact resumption: a resumed training equals one that never stopped."""
 
 from typing import Any
 
@@ -15,19 +15,19 @@ from vmoe.training.randomness import random_states, restore_random_states, seed_
 
 
 class ExactResume(Callback):
-    """A training resumed from a checkpoint goes on bit for bit as if it had not stopped; for any Trainer.
+    """Resumes a training from a checkpoint bit for bit, as if it had not stopped; for any Trainer.
 
-    Checkpoints get what Lightning leaves out: the state of every random generator of every rank, the number of batches
-    of the epoch that are done, and a Classifier's sums of the epoch. Lightning alone repeats random numbers, and in the
-    middle of an epoch it begins again with the first batch.
+    It adds to checkpoints what Lightning leaves out: the state of every random generator of every rank, the number of
+    finished batches of the epoch, and a Classifier's sums of the epoch. Lightning alone repeats random numbers, and it
+    restarts an unfinished epoch from its first batch.
 
-    The place in the data is restored for `vmoe.ImageDataModule`. Of other data only a checkpoint at the end of an epoch
-    resumes exactly; in the middle of one a warning says that the epoch begins again. A checkpoint between two batches
-    of one update does not resume exactly, since gradients are not saved.
+    The position in the data is restored for `vmoe.ImageDataModule`. With other data only a checkpoint at the end of an
+    epoch resumes exactly; else a warning reports that the epoch starts again. Gradients are not saved, so a
+    checkpoint between two batches of one update does not resume exactly.
 
     Args:
-        seed: Of the run; with it each of several ranks begins with random numbers of its own. None leaves them as
-            they are.
+        seed: The run's seed, from which each of several ranks gets random numbers of its own. None leaves the
+            generators alone.
     """
 
     def __init__(self, seed: int | None = None) -> None:
@@ -36,7 +36,7 @@ class ExactResume(Callback):
         self._states_to_restore: dict[str, Any] | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Also one process that goes on with a run of several, whose first numbers it would repeat.
+        # a single process that resumes a run of several needs it too: else it would repeat that run's first numbers
         rank, ranks = rank_of_all()
         if self._states_to_restore is None and self._seed and (ranks > 1 or len(self._seed) > 1):
             seed_process([*self._seed, rank])
@@ -83,7 +83,7 @@ class ExactResume(Callback):
         if len(state.random_states) == ranks:
             if is_ours or state.batches_done:
                 self._states_to_restore = state.random_states[rank]
-            else:  # now, since a shuffled loader draws its order before training begins
+            else:  # at once: a shuffled loader draws its order before the first batch
                 restore_random_states(state.random_states[rank])
-        else:  # on another number of ranks each goes on by random numbers of its own
+        else:  # with another number of ranks each rank continues with new random numbers
             self._seed = [*self._seed, checkpoint["global_step"]]

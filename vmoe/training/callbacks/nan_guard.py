@@ -12,14 +12,14 @@ from vmoe.training.guard import Guard, obeys_a_flag
 
 
 class NanGuard(Callback):
-    """Stops a training at a loss or gradient of NaN or inf, with the weights of before; for any Trainer.
+    """Stops a training at a loss or gradient of NaN or inf and keeps the last good weights; for any Trainer.
 
-    The update is blocked on the device at once. The host reads the flag only every `every` steps, so that no step
-    synchronises with the GPU, and before a checkpoint is written. An optimiser that cannot be blocked on the device
-    (which is not fused) is watched at every step.
+    The update is blocked on the device at once. The host reads the flag only every `every` steps and before a
+    checkpoint is written, so no step synchronises with the GPU. An optimiser that is not fused cannot be blocked on the
+    device. With it the host reads the flag at every step.
 
     Args:
-        every: Batches from one reading of the flag to the next.
+        every: Number of batches between two readings of the flag.
 
     Raises:
         UserError: `every` is below 1.
@@ -30,12 +30,12 @@ class NanGuard(Callback):
             raise UserError(f"every={every!r}: must be a whole number >= 1")
         self.every = every
         self.guard = Guard()
-        self._watches_step = False  # whether the LightningModule hands loss and gradients to the guard itself
+        self._watches_step = False  # whether the LightningModule passes loss and gradients to the guard itself
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        self.guard = Guard()  # without the bad step of a fit before
+        self.guard = Guard()  # forgets a bad step of an earlier fit
         self._watches_step = isinstance(pl_module, Classifier)
         if isinstance(pl_module, Classifier):
             pl_module.guard = self.guard
@@ -63,7 +63,7 @@ class NanGuard(Callback):
         self._read(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self.guard = Guard()  # the weights are those of before the bad step, and can be saved
+        self.guard = Guard()  # the weights are those before the bad step and may be saved
         if isinstance(pl_module, Classifier):
             pl_module.guard = None
 

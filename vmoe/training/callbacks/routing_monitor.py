@@ -1,4 +1,4 @@
-"""What the routers do, logged per epoch."""
+"""A callback that logs per epoch what the routers do."""
 
 from typing import Any
 
@@ -15,29 +15,29 @@ from vmoe.routing.recording import LayerRouting, record_routing
 from vmoe.training.classifier import Classifier, as_batch
 from vmoe.training.routing_sums import RoutingSums, as_metrics, dead_experts, warnings_of
 
-_STRENGTH = 0.55  # of an expert's colour over the image
-_SMALLEST_SIDE = 96  # pixels of an image that is logged
+_STRENGTH = 0.55  # opacity of an expert's colour over the image
+_SMALLEST_SIDE = 96  # pixels of a logged image
 
 
 class RoutingMonitor(Callback):
     """Logs what each MoE layer's router does, for any Trainer and any LightningModule that holds MoE layers.
 
-    Per epoch and layer, as `moe/NAME/...`: `load/E` of each expert (1 is fair, 0 is dead), `max_load`, the share
-    `dropped` of the choices that found no slot, the gates' `entropy` in nats, and the number of `dead` experts. It
-    warns of dead and dominant experts. Loggers that take images (TensorBoard, Weights & Biases, MLflow) also get a few
-    validation images, in which each patch has the colour of its first expert; with one rank only, and where batches are
-    `(images, labels)`. Of a model without MoE layers it logs nothing and, with `warn`, says so.
+    It logs per epoch and layer, as `moe/NAME/...`: `load/E` of each expert (1 is fair, 0 is dead), `max_load`, the
+    share `dropped` of the choices, the gates' `entropy` in nats, and the number of `dead` experts. It warns of dead and
+    dominant experts. Loggers that take images (TensorBoard, Weights & Biases, MLflow) also get a few validation images,
+    in which each patch has the colour of its first expert. That needs a single rank and batches of `(images, labels)`.
+    For a model without MoE layers it logs nothing; with `warn` it warns of that.
 
     Args:
-        images: How many images are drawn per epoch; 0 draws none.
-        per_expert: Whether the load of each expert is logged, beside the summary of each layer.
+        images: Number of images drawn per epoch; 0 draws none.
+        per_expert: Whether to log the load of each expert, beside the summary of each layer.
         warn: Whether to warn of dead and dominant experts, and of a model without MoE layers.
 
     Raises:
         UserError: `images` is negative.
 
     Attributes:
-        means: Of the last epoch, by layer: load of each expert, dropped share, entropy.
+        means: The last epoch's means by layer: load of each expert, dropped share, entropy.
     """
 
     def __init__(self, images: int = 4, per_expert: bool = True, warn: bool = True) -> None:
@@ -54,8 +54,8 @@ class RoutingMonitor(Callback):
         if stage != "fit":
             return
         first = next((each for each in trainer.callbacks if isinstance(each, RoutingMonitor)), self)
-        sums = RoutingSums() if first is self else first._sums  # a model has one: several monitors share it
-        self.means, self._sums, self._to_draw = {}, sums, None  # of this fit's model alone
+        sums = RoutingSums() if first is self else first._sums  # several monitors share the sums of a model
+        self.means, self._sums, self._to_draw = {}, sums, None  # start fresh for this fit's model
         has_layers = bool(moe_layers(pl_module))
         self._draws = self.images > 0 and has_layers
         if self.warn and not has_layers:
@@ -65,7 +65,7 @@ class RoutingMonitor(Callback):
             pl_module.routing = self._sums
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        # Not at the epoch's start, of which a resumed Trainer may say nothing
+        # not at the epoch's start: a resumed Trainer may skip that hook
         if batch_idx == 0 and not self._sums_in_step:
             self._sums.reset()
 
@@ -122,7 +122,7 @@ def routing_pictures(model: nn.Module, images: Tensor) -> dict[str, list[np.ndar
         images: (B, 3, H, W), normalised.
 
     Returns:
-        Of each layer where tokens choose experts B pictures, (H, W, 3) uint8.
+        B pictures (H, W, 3) uint8 for each layer in which tokens choose experts.
     """
     was_training = model.training
     model.eval()
@@ -164,7 +164,7 @@ def _is_mlflow(logger: Any) -> bool:
 
 
 def _log_images(logger: Any, name: str, pictures: list[np.ndarray], step: int) -> None:
-    """Hands pictures to a logger in its own way; a logger that takes none gets none."""
+    """Sends pictures to a logger by its own method. A logger without one gets none."""
     if hasattr(logger, "log_image"):  # Weights & Biases, Comet
         logger.log_image(key=name, images=pictures, step=step)
     elif hasattr(logger.experiment, "add_image"):  # TensorBoard
