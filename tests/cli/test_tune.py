@@ -129,6 +129,14 @@ def test_mistakes_are_one_line_and_leave_nothing(recipe, tmp_path, capsys, argum
     assert not (tmp_path / "out").exists()
 
 
+def test_whole_ends_of_an_option_that_takes_fractions(recipe, tmp_path):
+    search = ["optim.weight_decay=0:1", "optim.warmup_epochs=0:2", "trainer.epochs=1:9", "optim.lr=0.01,0.1"]
+    assert main([recipe, "--search", *search, "--out", str(tmp_path / "out"), "--trials", "2"]) == 0
+    for row in rows(tmp_path / "out"):
+        assert float(row["optim.weight_decay"]) % 1 and float(row["optim.warmup_epochs"]) % 1
+        assert row["trainer.epochs"].isdecimal()
+
+
 def test_python_s_mistakes(recipe, tmp_path):
     with pytest.raises(UserError, match=r"moe\.top_k"):
         vmoe.tune(recipe, {"moe.top_k": [1, 5]}, tmp_path / "out")

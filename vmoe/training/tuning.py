@@ -17,12 +17,12 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from vmoe.checkpoints.run_folder import RunFolder
-from vmoe.config_values import to_plain
+from vmoe.config_values import choices, to_plain
 from vmoe.errors import UserError
 from vmoe.files import atomic_write
 from vmoe.training.config import TrainConfig
 from vmoe.training.fit import config_with
-from vmoe.training.options import nearest_option, option_names
+from vmoe.training.options import nearest_option, option_types
 from vmoe.training.recipes import find_recipe
 from vmoe.training.run.lock import locked
 from vmoe.training.sweep import Sweep, Training, last_line
@@ -100,7 +100,8 @@ def tune(
     Args:
         config: A recipe's name, or the path of a config file.
         search: For each option, by its dotted name, {"low": ..., "high": ...}, both included, with "log": True for
-            an even search over magnitudes, or "step"; or a list to choose from. Whole numbers stay whole.
+            an even search over magnitudes, or "step"; or a list to choose from. Whole ends mean whole numbers, except
+            for an option that takes fractions, such as optim.weight_decay.
         output_dir: Where the runs, the study and its pictures go.
         trials: Runs in all.
         options: Other options, the same in all runs, by their dotted names.
@@ -134,23 +135,26 @@ def read_space(search: Mapping[str, Any]) -> dict[str, BaseDistribution]:
     """
     if not isinstance(search, Mapping) or not search:
         raise UserError("search: must hold options by dotted name, each with a range or a list of values")
-    names = option_names(TrainConfig)
+    types = option_types(TrainConfig)
     for name in search:
-        if name not in names and not str(name).startswith(("model.kwargs.", "optim.kwargs.")):
-            raise UserError(f"search: {name} is no option; {nearest_option(str(name), names)}")
-    return {str(name): _distribution(str(name), values) for name, values in search.items()}
+        if name not in types and not str(name).startswith(("model.kwargs.", "optim.kwargs.")):
+            raise UserError(f"search: {name} is no option; {nearest_option(str(name), list(types))}")
+    return {
+        str(name): _distribution(str(name), values, takes_fractions=float in choices(types.get(name)))
+        for name, values in search.items()
+    }
 
 
-def _distribution(name: str, values: Any) -> BaseDistribution:
+def _distribution(name: str, values: Any, takes_fractions: bool) -> BaseDistribution:
     if isinstance(values, list | tuple):
         if len(values) < 2:
             raise UserError(f"search: {name}={list(values)}: must be two values or more to choose from, or a range")
-        choices = [value if isinstance(value, str | int | float | None) else _text(value) for value in values]
-        return CategoricalDistribution(choices)
+        plain = [value if isinstance(value, str | int | float | None) else _text(value) for value in values]
+        return CategoricalDistribution(plain)
     if not isinstance(values, Mapping) or not {"low", "high"} <= set(values) <= {"low", "high", "log", "step"}:
         raise UserError(f"search: {name}={values}: must be low and high, perhaps log or step, or a list of values")
     given = {key: _number(name, key, value) for key, value in values.items() if key != "log"}
-    is_whole = all(isinstance(value, int) for value in given.values())
+    is_whole = not takes_fractions and all(isinstance(value, int) for value in given.values())
     try:
         kind = IntDistribution if is_whole else FloatDistribution
         if given["low"] >= given["high"]:
