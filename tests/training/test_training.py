@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import re
 import shutil
@@ -485,10 +486,14 @@ def test_gradient_checkpointing_changes_no_weight(run):
 
 
 def test_a_learning_rate_is_found_and_nothing_trained(run, capsys):
-    code, folder = run("--find_lr", "--moe.router", "soft", "--moe.capacity_factor", "1", "--parallel.strategy", "fsdp")
+    router = ["--moe.router", "soft", "--moe.capacity_factor", "1"]
+    code, folder = run("--find_lr", *router, "--parallel.strategy", "fsdp", "--trainer.accumulate", "2")
     assert code == 0 and not folder.last.exists() and not folder.config.exists()
     with open(folder.path / "find_lr.csv", newline="") as file:
-        rates = [float(row["lr"]) for row in csv.DictReader(file)]
+        rows = list(csv.DictReader(file))
+    rates = [float(row["lr"]) for row in rows]
+    # The loss of ten classes of which nothing is known, of one batch and of the mean over more
+    assert [float(row["loss"]) for row in rows[:20]] == pytest.approx([math.log(10)] * 20, rel=0.1)
     found = float(re.search(r"--optim.lr (\S+);", capsys.readouterr().out)[1])
     assert rates == sorted(rates) and any(found == pytest.approx(rate, rel=0.1) for rate in rates)
     assert run("--find_lr", "--optim.name", "timm:lyon", name="other")[0] == 2

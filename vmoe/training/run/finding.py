@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import logging
+import math
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from vmoe.training.run.model import built_model, facts_of_run, new_module, start
 from vmoe.training.run.trainer import device_of, lightning_precision, quiet_lightning
 
 _LOWEST, _HIGHEST = 1e-7, 1.0
+_MEMORY = 0.98  # of the mean that smooths losses, in Lightning's finder
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class FoundRate:
     """What a range test found.
 
     Attributes:
-        lr: The rate at which the loss falls fastest.
+        lr: The rate at which the loss falls fastest, per magnitude of the rate.
         rates: Those that were tried, one per update.
         losses: The smoothed loss at each of them.
     """
@@ -108,7 +110,29 @@ def find_lr(
         found = Tuner(run).lr_find(
             module, datamodule=data, min_lr=_LOWEST, max_lr=_HIGHEST, num_training=steps, update_attr=False
         )
-    lr = None if found is None else found.suggestion()
-    if lr is None:
+    rates = [float(rate) for rate in found.results["lr"]]
+    losses = _mended_losses(rates, found.results["loss"], steps, config.trainer.accumulate)
+    if not rates:
+        raise UserError(
+            f"trainer.accumulate={config.trainer.accumulate}: must be at most the batches of an epoch; lower it"
+        )
+    # By magnitude: Lightning's own suggestion divides by the difference of two rates, which rewards noise at tiny ones.
+    # Without the first ten, which are means of few losses, and the last, at which the test may have stopped
+    falls = {number: losses[number - 1] - losses[number + 1] for number in range(10, len(losses) - 2)}
+    falls = {number: fall for number, fall in falls.items() if fall > 0}  # NaN is none
+    if not falls:
         raise UserError("find_lr: the loss never falls, so there is no rate to suggest; look at the images and labels")
-    return FoundRate(lr, [float(each) for each in found.results["lr"]], [float(e) for e in found.results["loss"]])
+    return FoundRate(rates[max(falls, key=falls.__getitem__)], rates, losses)
+
+
+def _mended_losses(rates: list[float], smoothed: list[float], steps: int, accumulate: int) -> list[float]:
+    """The smoothed losses of Lightning's finder, with the size of losses.
+
+    It divides a loss by `accumulate`, and corrects the mean of n losses as if there were one more (or more still, after
+    updates of fewer batches, which it passes over): the first ones are half of what they should be.
+    """
+    losses = []
+    for number, (rate, loss) in enumerate(zip(rates, smoothed, strict=True), start=1):
+        updates = max(1, round(steps * math.log(rate / _LOWEST) / math.log(_HIGHEST / _LOWEST)))
+        losses.append(float(loss) * accumulate * (1 - _MEMORY ** (updates + 1)) / (1 - _MEMORY**number))
+    return losses
