@@ -47,7 +47,7 @@ NETWORKS = {
 USUAL_NETWORK = "ib-400"
 GPUS_PER_MACHINE = 8
 
-# Shares of the published peaks, fitted to whole steps on one H100 and one H200 (docs/scaling.md), torch 2.11
+# Shares of the published peaks, fitted to whole steps on one H100 and one H200 (docs/scaling_measured.md), torch 2.11
 PRODUCTS = 0.79  # 758 and 785 of 989 TFLOP/s, the best rate of a ViT's products
 COPY = 0.84  # 3.01 of 3.35 and 3.75 of 4.8 TB/s
 ATTENTION = 0.042  # of the products' published peak: what ViT-B/16's and S/16's steps take beyond all else
