@@ -11,8 +11,8 @@ from vmoe.checkpoints import RunFolder, load_checkpoint
 from vmoe.cli.train import main
 from vmoe.data import DataConfig, ImageDataModule, SubsetConfig
 from vmoe.training.classifier import Classifier
-from vmoe.training.config import DistillConfig
-from vmoe.training.distillation import Teacher, load_teacher
+from vmoe.training.config import DistillConfig, LossConfig
+from vmoe.training.distillation import Teacher, load_teacher, sigmoid_distance
 
 RECIPE = """
 data: {name: digits, batch_size: 40, subset: {per_class: 20}, mix: {mixup_alpha: 0.8}}
@@ -56,6 +56,16 @@ def test_the_loss_is_hintons(weight, temperature):
     assert all(parameter.grad is None for parameter in model.parameters())
     same = teacher.mixed_into(loss, images, model(images))
     torch.testing.assert_close(same, torch.tensor((1 - weight) * 3.0), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("sum_classes", [False, True])
+def test_of_several_classes_the_distance_is_that_of_each_on_its_own(sum_classes):
+    torch.manual_seed(0)
+    ours, theirs = 3 * torch.randn(2, 6, 5, dtype=torch.float64)
+    p, q = theirs.sigmoid(), ours.sigmoid()
+    each = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
+    expected = each.sum(1).mean() if sum_classes else each.mean()
+    torch.testing.assert_close(sigmoid_distance(ours, theirs, sum_classes), expected)
 
 
 def test_the_teacher_is_in_no_checkpoint_and_stays_as_it_is(runs):
@@ -106,7 +116,7 @@ def test_a_teacher_s_classes_are_matched_by_name(runs):
     images = torch.randn(3, 3, 16, 16)
     with torch.no_grad():
         whole = load_checkpoint(teacher).model(images)
-        part = load_teacher(DistillConfig(str(teacher)), data).model(images)
+        part = load_teacher(DistillConfig(str(teacher)), data, LossConfig()).model(images)
     assert torch.equal(part, whole[:, [7, 1]])
 
 

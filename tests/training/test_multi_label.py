@@ -12,8 +12,11 @@ from torch.utils.data import DataLoader, TensorDataset
 import vmoe
 from vmoe.checkpoints import RunFolder, read_checkpoint
 from vmoe.checkpoints.program import facts_of_program, program_metadata
+from vmoe.cli.distill import main as distill
 from vmoe.cli.evaluate import main as evaluate
 from vmoe.cli.predict import main as predict
+from vmoe.cli.prune import main as prune
+from vmoe.cli.train import main as train
 from vmoe.data import DataConfig
 from vmoe.data.config import MixConfig
 from vmoe.errors import UserError
@@ -185,6 +188,47 @@ def test_a_file_that_leaves_the_machine_keeps_the_thresholds_in_the_order_of_the
     assert again.multi_label and again.thresholds == run.model.thresholds
     view = again.with_facts_for(again, class_names=NAMES[::-1])
     assert view.thresholds == run.model.thresholds[::-1]
+
+
+def test_a_model_of_one_s_own_loop_is_saved_for_several_classes(trained, tmp_path):
+    run, images, _ = trained
+    model = vmoe.create_model("vit_tiny_patch16_224", num_classes=3, img_size=16, **SMALL)
+    path = tmp_path / "mine.safetensors"
+    vmoe.save(model, path, NAMES, mean=run.model.mean, std=run.model.std, multi_label=True, thresholds=[0.2, 0.5, 0.7])
+    mine = vmoe.load(path)
+    assert mine.multi_label and mine.thresholds == [0.2, 0.5, 0.7]
+    probabilities = mine.predict(images, progress=False).probabilities
+    right = ((probabilities >= mine.thresholds) == trained[2]).all(1).mean()
+    assert vmoe.evaluate(mine, run.path.parent / "squares.npz", progress=False)["exact_match"] == pytest.approx(right)
+    vmoe.save(run.model, path, multi_label=False)
+    assert not vmoe.load(path).multi_label
+    for arguments, line in (
+        ({"thresholds": [0.5] * 3}, "thresholds: are for several classes per image; give multi_label=True too"),
+        ({"multi_label": True, "thresholds": [0.5]}, "thresholds: are 1, but the classes are 3"),
+        ({"multi_label": True, "thresholds": [0.5, 2, 0.5]}, "must be probabilities from 0 to 1"),
+    ):
+        with pytest.raises(UserError, match=line):
+            vmoe.save(model, path, NAMES, **arguments)
+
+
+def test_experts_are_pruned_and_a_student_is_distilled(trained, tmp_path, capsys):
+    run, *_ = trained
+    pruned, student = tmp_path / "pruned", tmp_path / "student"
+    assert prune([str(run.path), "--keep", "2", "--merge", "--finetune", "1", "--out", str(pruned)]) == 0
+    rows = json.loads((pruned / "prune.json").read_text())["results"]
+    assert rows["before"]["average_precision"] == pytest.approx(run.metrics["test/mAP"], abs=1e-6)
+    assert rows["fine-tuned"].keys() == rows["after"].keys() and "mAP" in capsys.readouterr().out
+    assert vmoe.load(pruned).thresholds == run.model.thresholds
+    assert (
+        distill([str(run.path), "--out", str(student), "--", "--trainer.epochs", "3", "--distill.weight", "0.9"]) == 0
+    )
+    metrics = json.loads((student / "summary.json").read_text())["metrics"]
+    assert vmoe.load(student).multi_label and metrics["test/mAP"] > 0.9
+    options = ["--data.name", "digits", "--distill.teacher", str(run.path), "--output_dir", str(tmp_path / "no")]
+    assert train(options) == 2
+    assert "knows several classes per image and these images have one class" in capsys.readouterr().err
+    assert train([*options, "--loss.name", "bce"]) == 2
+    assert "must be cross_entropy with distill.teacher" in capsys.readouterr().err
 
 
 def test_programs_cards_and_the_server_say_several_classes(trained, tmp_path):

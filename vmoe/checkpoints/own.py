@@ -17,6 +17,7 @@ from vmoe.checkpoints.trained import TrainedModel
 from vmoe.checkpoints.writing import write_weights
 from vmoe.errors import UserError
 from vmoe.models.lora import merge_lora
+from vmoe.models.members import refuse_ensemble
 from vmoe.models.surgery import CREATED_WITH
 from vmoe.moe import moe_layers
 from vmoe.sizes import ImageSize, as_size, height_and_width
@@ -35,6 +36,8 @@ def save(
     std: Sequence[float] | None = None,
     name: str | None = None,
     kwargs: dict[str, Any] | None = None,
+    multi_label: bool | None = None,
+    thresholds: Sequence[float] | None = None,
 ) -> None:
     """Writes a trained model, sparse or dense, as one file that `vmoe.load` and every tool open.
 
@@ -54,6 +57,10 @@ def save(
         name: timm's name of the model. None: as the model itself tells it.
         kwargs: The arguments of timm it was made with, beside `num_classes` and `img_size`. None: those that
             `vmoe.create_model` was given.
+        multi_label: Whether an image may have several classes, or none, so that each logit is of a sigmoid of its own.
+            None: a loaded model's, else False.
+        thresholds: With `multi_label` the probability of each class from which an image has it. None: a loaded model's,
+            else 0.5 for all.
 
     Raises:
         UserError: An argument is missing or does not fit the model, the model cannot be built again, or `path` cannot
@@ -63,7 +70,8 @@ def save(
         raise UserError(f"path={path}: must end in .safetensors or .ckpt")
     model = getattr(model, "_orig_mod", model)  # of torch.compile(model)
     facts = describe(model, class_names, image_size=image_size, crop=crop, mean=mean, std=std, name=name, kwargs=kwargs)
-    if isinstance(model, TrainedModel) and class_names is None:
+    facts = _with_labels(model, facts, multi_label, thresholds)
+    if isinstance(model, TrainedModel) and class_names is None and not facts.multi_label:
         facts = dataclasses.replace(facts, calibration=model.calibration)
     done = (model.epoch, model.step) if isinstance(model, TrainedModel) else (0, 0)
     write_weights(path, _plain_copy(model).state_dict(), facts, *done)
@@ -119,6 +127,32 @@ def describe(
         return facts
     of_labels = {"multi_label": known.multi_label, "thresholds": known.thresholds}
     return dataclasses.replace(facts, bit_depth=known.bit_depth, **of_labels)
+
+
+def _with_labels(
+    model: nn.Module, facts: ModelFacts, multi_label: bool | None, thresholds: Sequence[float] | None
+) -> ModelFacts:
+    """The facts with what `save` was given of the labels.
+
+    Raises:
+        UserError: The thresholds do not fit, or the model is an ensemble.
+    """
+    several = facts.multi_label if multi_label is None else multi_label
+    if not several:
+        if thresholds is not None:
+            raise UserError("thresholds: are for several classes per image; give multi_label=True too")
+        return dataclasses.replace(facts, multi_label=False, thresholds=None)
+    refuse_ensemble(model, "multi_label: an ensemble answers with the mean of softmax probabilities")
+    if thresholds is None:
+        return dataclasses.replace(facts, multi_label=True)
+    given = [float(each) for each in thresholds]
+    if len(given) != len(facts.class_names):
+        raise UserError(
+            f"thresholds: are {len(given)}, but the classes are {len(facts.class_names)}; give one for each"
+        )
+    if not all(0 <= each <= 1 for each in given):
+        raise UserError(f"thresholds: {given} must be probabilities from 0 to 1")
+    return dataclasses.replace(facts, multi_label=True, thresholds=given)
 
 
 def _plain_copy(model: nn.Module) -> nn.Module:

@@ -37,7 +37,7 @@ def main(argv: list[str]) -> int:
     if options.out.exists():
         raise UserError(f"--out {options.out}: is there already; give another folder")
     # Imported here, so that --help and a mistyped option answer at once.
-    from vmoe.checkpoints import RunFolder, load_checkpoint, require_single_label
+    from vmoe.checkpoints import RunFolder, load_checkpoint
     from vmoe.cli.train import trained
     from vmoe.training.parallel.process import Process
 
@@ -47,7 +47,6 @@ def main(argv: list[str]) -> int:
             "with a start.safetensors of this job"
         )
     teacher = load_checkpoint(options.checkpoint)
-    require_single_label(teacher, "vmoe distill")
     config = _student_config(options, teacher, for_training)
     if options.start == "merged":
         start = options.out / "start.safetensors"

@@ -39,6 +39,12 @@ if TYPE_CHECKING:
     from vmoe.data import ImageDataModule
     from vmoe.training.config import TrainConfig
 
+# What is reported of a model, by whether an image may have several classes: its title, and a run's metric
+_FIGURES = {
+    False: {"top1": ("top-1", "test/top1"), "nll": ("NLL", "test/loss")},
+    True: {"average_precision": ("mAP", "test/mAP"), "bce": ("BCE", "test/loss")},
+}
+
 
 @job(DATA_OPTIONS)
 def main(argv: list[str]) -> int:
@@ -50,7 +56,7 @@ def main(argv: list[str]) -> int:
     if options.out.exists():
         raise UserError(f"--out {options.out}: is there already; give another folder")
     # Imported here, so that --help and a mistyped option answer at once.
-    from vmoe.checkpoints import RunFolder, load_checkpoint, require_single_label
+    from vmoe.checkpoints import RunFolder, load_checkpoint
     from vmoe.checkpoints.run_folder import metrics_of
     from vmoe.cli.train import trained
     from vmoe.compress.pruning import check_prunable, merged_groups, pruned_groups
@@ -59,7 +65,6 @@ def main(argv: list[str]) -> int:
 
     device = choose_device(options.device)
     checkpoint = load_checkpoint(options.checkpoint, device)
-    require_single_label(checkpoint, "vmoe prune")
     try:
         check_prunable(checkpoint.model, options.keep)
     except ValueError as error:
@@ -86,11 +91,12 @@ def main(argv: list[str]) -> int:
         if code:
             return code
         tested = metrics_of(RunFolder(Path(config.output_dir)).read_summary())
-        rows["fine-tuned"] = rows["after"] | {"top1": tested["test/top1"], "nll": tested["test/loss"]}
+        figures = {name: tested[key] for name, (_, key) in _FIGURES[checkpoint.multi_label].items()}
+        rows["fine-tuned"] = rows["after"] | figures
         write_json(options.out / "prune.json", report | {"results": rows})
     how = f"{'merged' if options.merge else 'kept'} by {options.by}"
     print(f"{checkpoint.path}, {counted(options.keep, 'expert')} per layer {how}")
-    Console().print(_prune_table(rows))
+    Console().print(_prune_table(rows, checkpoint.multi_label))
     print(f"{RunFolder(options.out).shared} and prune.json beside it")
     return 0
 
@@ -155,23 +161,26 @@ def _write_result(
 
 
 def _accuracy_of(checkpoint: "TrainedModel", data: "ImageDataModule", device: "torch.device") -> dict[str, Any]:
-    """Accuracy on the test images and parameters of a checkpoint."""
+    """Figures on the test images and parameters of a checkpoint."""
     from vmoe.evaluation.engine import measure_batches
     from vmoe.models.cost import count_parameters
 
     batches = Tracked(data.test_dataloader(), f"test set of {data.config.name}")
     result = measure_batches(checkpoint.model, batches, len(checkpoint.class_names), device)
     parameters = count_parameters(checkpoint.model)._asdict()
-    return {"images": result.images, "top1": result.top1, "nll": result.nll, "parameters": parameters}
+    figures = {name: getattr(result, name) for name in _FIGURES[checkpoint.multi_label]}
+    return {"images": result.images, **figures, "parameters": parameters}
 
 
-def _prune_table(rows: dict[str, dict[str, Any]]) -> Table:
+def _prune_table(rows: dict[str, dict[str, Any]], multi_label: bool) -> Table:
     table = Table()
-    for column in ("", "top-1", "NLL", "parameters", "active"):
+    (share, (title, _)), (loss, (loss_title, _)) = _FIGURES[multi_label].items()
+    for column in ("", title, loss_title, "parameters", "active"):
         table.add_column(column, justify="left" if not column else "right")
     for name, row in rows.items():
         numbers = (f"{row['parameters'][kind]:,}" for kind in ("total", "active"))
-        table.add_row(name, f"{row['top1']:.2%}", f"{row['nll']:.4f}", *numbers)
+        shown = "-" if row[share] is None else f"{row[share]:.2%}"
+        table.add_row(name, shown, f"{row[loss]:.4f}", *numbers)
     return table
 
 

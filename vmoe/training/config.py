@@ -323,7 +323,8 @@ class DistillConfig:
     Args:
         teacher: A checkpoint or run's folder, sparse or dense, for the same images and classes; null distils nothing.
         weight: Share of the loss that is the distance to the teacher's answers; the rest is the labels'.
-        temperature: Both answers are softened by it: logits are divided by it before the softmax.
+        temperature: Both answers are softened by it: logits are divided by it before the softmax, or the sigmoid
+            where an image may have several classes.
     """
 
     teacher: str | None = None
@@ -451,10 +452,6 @@ class TrainConfig:
                 raise ValueError("trainer.cuda_graph=True: must be false with parallel.strategy=fsdp")
             if self.parallel.strategy == "expert" and self.parallel.dense == "cut":
                 raise ValueError("trainer.cuda_graph=True: must be false with parallel.dense=cut; whole goes with it")
-        if self.loss.name not in (None, "cross_entropy") and self.distill.teacher is not None:
-            raise ValueError(
-                f"loss.name={self.loss.name!r}: must be cross_entropy with distill.teacher, which compares softmaxes"
-            )
         if self.trainer.compile and self.parallel.draws == "sample":
             raise ValueError("trainer.compile=True: must be false with parallel.draws=sample")
 

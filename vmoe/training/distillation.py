@@ -3,6 +3,9 @@
 B images, C classes.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -12,7 +15,7 @@ from vmoe.classes import known_outputs, with_outputs
 from vmoe.data import ImageDataModule
 from vmoe.errors import UserError
 from vmoe.models.members import of_rows
-from vmoe.training.config import DistillConfig
+from vmoe.training.config import DistillConfig, LossConfig
 
 
 class Teacher:
@@ -21,11 +24,16 @@ class Teacher:
     Args:
         model: (B, 3, H, W) images -> (B, C) logits.
         config: The weight of its answers, and their temperature.
+        distance: How far the student's softened logits (B, C) are from the teacher's, (): `softmax_distance`, or a
+            `sigmoid_distance` where an image may have several classes.
     """
 
-    def __init__(self, model: nn.Module, config: DistillConfig) -> None:
+    def __init__(
+        self, model: nn.Module, config: DistillConfig, distance: Callable[[Tensor, Tensor], Tensor] | None = None
+    ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.config = config
+        self._distance = distance or softmax_distance
 
     def to(self, device: torch.device) -> None:
         """Moves the model to where the student is."""
@@ -47,25 +55,43 @@ class Teacher:
             wanted = self.model(images).float()
         wanted = of_rows(wanted, len(logits) // len(wanted))
         temperature, weight = self.config.temperature, self.config.weight
-        ours, theirs = ((each.float() / temperature).log_softmax(-1) for each in (logits, wanted))
-        distance = F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
+        distance = self._distance(logits.float() / temperature, wanted / temperature)
         return (1 - weight) * loss + weight * temperature**2 * distance
 
 
-def load_teacher(config: DistillConfig, data: ImageDataModule) -> Teacher | None:
+def softmax_distance(ours: Tensor, theirs: Tensor) -> Tensor:
+    """KL(theirs || ours) of the softmaxes of logits (B, C), the mean over the images, ()."""
+    return F.kl_div(ours.log_softmax(-1), theirs.log_softmax(-1), reduction="batchmean", log_target=True)
+
+
+def sigmoid_distance(ours: Tensor, theirs: Tensor, sum_classes: bool = False) -> Tensor:
+    """KL(theirs || ours) of each class on its own, has an image it or not, of logits (B, C); the mean over the images
+    and the mean, or the sum, over the classes, ().
+    """
+    has_it = theirs.sigmoid()
+    per_class = has_it * (F.logsigmoid(theirs) - F.logsigmoid(ours))
+    per_class = per_class + (1 - has_it) * (F.logsigmoid(-theirs) - F.logsigmoid(-ours))
+    return (per_class.sum(-1) if sum_classes else per_class).mean()
+
+
+def load_teacher(config: DistillConfig, data: ImageDataModule, loss: LossConfig) -> Teacher | None:
     """The teacher that a run's config names, for its data; None where it names none.
+
+    Where an image may have several classes, the distance to it is reduced over the classes as the loss by the labels:
+    the asymmetric loss is their sum.
 
     Raises:
         UserError: it is no checkpoint, or takes other images or knows other classes than the run.
     """
     if config.teacher is None:
         return None
-    if data.multi_label:
-        raise UserError(
-            f"distill.teacher={config.teacher}: compares softmaxes, and these images may have several classes; leave "
-            "it out"
-        )
+    if not data.multi_label and loss.name == "bce":
+        raise UserError("loss.name=bce: must be cross_entropy with distill.teacher, which compares softmaxes")
     checkpoint = load_checkpoint(config.teacher)
+    if checkpoint.multi_label != data.multi_label:
+        several, one = "several classes per image", "one class per image"
+        theirs, ours = (several, one) if checkpoint.multi_label else (one, several)
+        raise UserError(f"distill.teacher={config.teacher}: knows {theirs} and these images have {ours}; give another")
     outputs = known_outputs(checkpoint.class_names, data.class_names)
     if outputs is None:
         theirs, ours = (", ".join(names)[:80] for names in (checkpoint.class_names, data.class_names))
@@ -84,4 +110,5 @@ def load_teacher(config: DistillConfig, data: ImageDataModule) -> Teacher | None
                 f"distill.teacher={config.teacher}: its {what} is {theirs} and this run has {ours}; give it "
                 f"--data.{what} of the teacher"
             )
-    return Teacher(with_outputs(checkpoint.model, outputs), config)
+    distance = partial(sigmoid_distance, sum_classes=loss.name == "asymmetric") if data.multi_label else None
+    return Teacher(with_outputs(checkpoint.model, outputs), config, distance)

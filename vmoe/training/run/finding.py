@@ -90,7 +90,7 @@ def find_lr(
     seed_everything(config.seed, verbose=False)
     model, _ = start_model(config, data, device, say)
     facts = facts_of_run(config, built_model(config, None), data)
-    module = new_module(config, model, None, load_teacher(config.distill, data), facts)
+    module = new_module(config, model, None, load_teacher(config.distill, data, config.loss), facts)
     with quiet_lightning(), tempfile.TemporaryDirectory() as folder:
         logging.getLogger("lightning.pytorch.tuner").setLevel(logging.ERROR)
         run = Trainer(

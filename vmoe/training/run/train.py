@@ -148,7 +148,7 @@ class _Run:
         config, folder = self.config, self.folder
         self._say_what_may_surprise(saved)
         data = self._data(saved)
-        teacher = together(lambda: load_teacher(config.distill, data))
+        teacher = together(lambda: load_teacher(config.distill, data, config.loss))
         seed_everything(config.seed, verbose=False)
         built = together(lambda: built_model(config, saved))
         fresh = dataclasses.replace(config, init_from=None, model=built) if saved else config
