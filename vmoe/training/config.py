@@ -1,4 +1,4 @@
-"""What a training run is made of: every option of a recipe, typed, documented and checked."""
+"""The config of a training run: every option of a recipe, typed, documented and checked."""
 
 import os
 from dataclasses import dataclass, field, replace
@@ -16,8 +16,8 @@ class ModelConfig:
         name: Name of a timm model, such as vit_tiny_patch16_224.
         kwargs: Arguments of that timm model: depth, embed_dim, patch_size, drop_path_rate, proj_drop_rate, ...
             The number of classes and the image size come from the data.
-        moe_drop_path: Drop path rate of the MoE layers alone, so of their blocks' second branch; null is the
-            backbone's. The dense twin has no use for it.
+        moe_drop_path: Drop path rate of the MoE layers alone (the second branch of their blocks); null takes the
+            backbone's rate. It has no effect on the dense twin.
     """
 
     name: str = "vit_tiny_patch16_224"
@@ -52,27 +52,27 @@ class OptimConfig:
         name: adamw; muon: Muon for the matrices of linear layers and experts, AdamW for all else; or timm:NAME, one of
             timm's optimisers, such as timm:lion.
         kwargs: Further arguments of timm's optimiser, such as {betas: [0.9, 0.99]}.
-        lr: Highest learning rate, reached at the end of the warm-up. With muon the matrices'.
-        adamw_lr: With muon, the highest learning rate of what AdamW trains; null is lr.
-        min_lr: Lowest learning rate after the warm-up, where a cosine ends. Where parameters have another highest one,
-            they end as much below theirs. Not for schedule=constant.
+        lr: Highest learning rate, reached at the end of the warm-up. With muon it is that of the matrices.
+        adamw_lr: With muon, the highest learning rate of the parameters that AdamW trains; null is lr.
+        min_lr: Lowest learning rate after the warm-up, at the end of a cosine. Parameters with another highest rate
+            fall by the same factor. Not for schedule=constant.
         schedule: After the warm-up: cosine, half a cosine down to min_lr; constant; step, down by decay_rate every
-            decay_epochs; plateau, down by decay_rate where val/loss has not fallen for patience_epochs;
-            warmup_stable_decay, constant until the last decay_epochs, in which it falls in a line to min_lr; one_cycle,
-            whose warm-up is half a cosine up from lr / 25 (Smith and Topin 2018), then a cosine.
-        decay_epochs: With step the epochs from one fall to the next, of all epochs, those of the warm-up too; null is a
-            third of the run. With warmup_stable_decay the epochs of the last fall; null is a fifth of the run.
-        decay_rate: What step and plateau multiply the learning rate by.
-        patience_epochs: With plateau, the epochs that may go by without a lower val/loss; then it is awaited as long
-            once more.
+            decay_epochs; plateau, down by decay_rate when val/loss has not fallen for patience_epochs;
+            warmup_stable_decay, constant, then linear to min_lr over the last decay_epochs; one_cycle, a warm-up by
+            half a cosine up from lr / 25 (Smith and Topin 2018), then a cosine.
+        decay_epochs: With step, the epochs between two falls, counted from the run's start; null is a third of the run.
+            With warmup_stable_decay, the epochs of the last fall; null is a fifth of the run.
+        decay_rate: With step and plateau, the factor by which the learning rate falls.
+        patience_epochs: With plateau, the epochs without a lower val/loss before the learning rate falls; the count
+            then starts again.
         warmup_epochs: Length of the linear warm-up in epochs; a fraction is allowed.
         weight_decay: Decoupled weight decay of matrices; biases, norms and position embeddings have none.
         expert_weight_decay: Weight decay of the routed experts' matrices; null is weight_decay.
-        layer_decay: Layer by layer from the classifier down, the learning rate is multiplied by this, for fine-tuning;
-            null is the same for all layers.
+        layer_decay: For fine-tuning: a factor on the learning rate per layer, from the classifier down; null gives all
+            layers the same rate.
         betas: AdamW's decay rates of the gradient's first and second moment.
         clip_norm: Gradients are scaled down to this norm; null never clips.
-        label_smoothing: Share of the target spread over all classes, in training.
+        label_smoothing: Share of the target that is spread over all classes in training.
     """
 
     name: str = "adamw"
@@ -149,16 +149,16 @@ class LossConfig:
             --bce-loss; for images of several classes also asymmetric (Ridnik et al. 2021) or focal (Lin et al. 2017).
             null is cross_entropy, and bce where images have several classes.
         class_weights: Weight of an image by its class: balanced, the inverse of the class's number of training images;
-            auto, the inverse of its effective number of them (Cui et al. 2019), which is milder; or a list of a weight
-            per class. They are scaled to a mean of 1 over the training images. null weighs all images alike.
-        effective_beta: With class_weights=auto, beta of the effective number (1 - beta^n) / (1 - beta) of n images. The
-            nearer to 1, the nearer to balanced.
-        logit_adjustment: With cross_entropy, so many times the logarithm of a class's share of the training images is
-            added to its logit in training (Menon et al. 2021, where it is 1); 0 adds nothing.
-        gamma: With focal, how strongly it turns to what is still wrong; 0 is bce.
-        gamma_neg: With asymmetric, the same for classes that an image has not.
-        gamma_pos: With asymmetric, the same for those that it has.
-        clip: With asymmetric, the probability up to which a class that an image has not costs nothing.
+            auto, the inverse of its effective number (Cui et al. 2019), which is milder; or a list of a weight per
+            class. They are scaled to a mean of 1 over the training images. null weights all images equally.
+        effective_beta: With class_weights=auto, beta of the effective number (1 - beta^n) / (1 - beta) of n images.
+            Values closer to 1 are closer to balanced.
+        logit_adjustment: With cross_entropy, the factor on the logarithm of a class's share of the training images that
+            is added to its logit in training (Menon et al. 2021 use 1); 0 adds nothing.
+        gamma: With focal, how strongly the loss concentrates on wrong predictions; 0 is bce.
+        gamma_neg: With asymmetric, the same for classes that an image does not have.
+        gamma_pos: With asymmetric, the same for classes that an image has.
+        clip: With asymmetric, the probability up to which a class that an image does not have costs nothing.
     """
 
     name: Literal["cross_entropy", "bce", "asymmetric", "focal"] | None = None
@@ -197,7 +197,7 @@ class LossConfig:
 
     @property
     def counts_classes(self) -> bool:
-        """Whether it needs the number of training images of each class."""
+        """Whether the loss needs the number of training images of each class."""
         return self.class_weights is not None or self.logit_adjustment > 0
 
 
@@ -216,26 +216,26 @@ def logger_options(loggers: list[str | dict[str, Any]]) -> dict[str, dict[str, A
 
 @dataclass(frozen=True)
 class TrainerConfig:
-    """How long, on what and how precisely to train.
+    """The training loop: epochs, device, precision, logging.
 
     Args:
         epochs: Passes over the training set.
         device: Where to train; auto takes an NVIDIA or AMD GPU when there is one, mps is Apple's.
         precision: 32, or mixed precision with bf16 or fp16 (a GPU; with loss scaling). The router is float32 in all.
             Lightning's 32-true, bf16-mixed and 16-mixed mean the same.
-        accumulate: Batches whose gradients are averaged into one update.
+        accumulate: Number of batches per update; their gradients are averaged.
         compile: Compile the model with torch.compile.
-        grad_checkpointing: Computes the activations of each block once more in the backward pass in place of keeping
-            them: less memory for about a third more time, and the same numbers.
-        cuda_graph: Capture the whole step, update included, as one CUDA graph, which saves the host's time: for small
+        grad_checkpointing: Compute the activations of each block again in the backward pass instead of keeping them:
+            less memory for about a third more time, with the same results.
+        cuda_graph: Capture the whole step, the update included, as one CUDA graph. It saves host time with small
             models. Turned off on a CPU.
-        ema_decay: Decay an update of an average of the weights (EMA), by which checkpoints are validated, chosen,
-            tested and used; in the first updates t at most (1 + t) / (10 + t). null keeps none.
-        early_stopping: Stop after this many epochs without a better val/top1, of several classes per image val/mAP (or
-            an equal one with a lower val/loss); null never stops early. Needs images for validation.
+        ema_decay: Decay per update of an average of the weights (EMA), which validation, test and the best checkpoint
+            use; at update t at most (1 + t) / (10 + t). null keeps no average.
+        early_stopping: Stop after this many epochs without a better val/top1 (val/mAP with several classes per image),
+            or an equal one with a lower val/loss; null never stops early. Needs images for validation.
         loggers: Where metrics go: csv (metrics.csv, which is always written), tensorboard, wandb, mlflow; each a name,
             or a name with the options of Lightning's logger, such as [csv, {wandb: {project: digits}}].
-        log_every: Steps between two looks at the device: the bar's loss, and whether a loss or gradient was NaN or inf.
+        log_every: Steps between two reads from the device: of the bar's loss, and of the flag for NaN or inf.
     """
 
     epochs: int = 20
@@ -276,24 +276,24 @@ class TrainerConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """Several processes, started by torchrun, srun or mpirun.
+    """Training on several ranks, started by torchrun, srun or mpirun.
 
-    `data.batch_size` is that of all processes together, and learning rates do not change. A single process trains as
-    with none, whatever is asked for here.
+    `data.batch_size` is that of all ranks together, and learning rates do not change. A single process ignores this
+    section.
 
     Args:
-        strategy: none, one process. ddp: each process has the whole model and a part of every batch. fsdp: also the
-            weights, gradients and the optimiser's state are cut into parts. expert: the experts of a layer are on
-            different processes, and tokens travel to them. auto: the one of these, with its expert_size and dense, for
-            which the planner (`vmoe plan`) expects the shortest step.
-        expert_size: With strategy=expert, the number of processes among which the experts of a layer are dealt out;
-            each part is cut further among the groups of so many processes.
-        dense: With strategy=expert, all but the experts: "cut" as with fsdp, or "whole" in each process as with ddp,
-            which takes more memory and gathers nothing.
-        draws: Router noise and dropout: "process", each process draws its own, or "sample", by image, so that results
-            do not depend on the number of processes; slower.
-        async_save: With fsdp and expert, training goes on while a checkpoint is written; the host's memory holds a copy
-            of it for so long. A run ends when its last one is written.
+        strategy: none, one process. ddp: each rank has the whole model and a part of every batch. fsdp: also the
+            weights, gradients and the optimiser's state are sharded. expert: the experts of a layer are on different
+            ranks, and tokens are sent to them. auto: the strategy, with its expert_size and dense, for which the
+            planner (`vmoe plan`) expects the shortest step.
+        expert_size: With strategy=expert, the number of ranks over which the experts of a layer are sharded. Each
+            shard is sharded further over the groups of that many ranks.
+        dense: With strategy=expert, all parameters except the experts: "cut" shards them as fsdp does; "whole" keeps
+            them on each rank as ddp does, which takes more memory and gathers nothing.
+        draws: Router noise and dropout: with "process" each rank draws its own; with "sample" they are drawn per image,
+            so results do not depend on the number of ranks, but steps are slower.
+        async_save: With fsdp and expert, training continues while a checkpoint is written. Meanwhile the host's memory
+            holds a copy of it. A run ends when its last checkpoint is written.
     """
 
     strategy: Literal["auto", "none", "ddp", "fsdp", "expert"] = "none"
@@ -318,13 +318,13 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class DistillConfig:
-    """Knowledge distillation: a trained model, the teacher, whose answers the run learns beside the labels.
+    """Knowledge distillation: the run learns the predictions of a trained model, the teacher, beside the labels.
 
     Args:
         teacher: A checkpoint or run's folder, sparse or dense, for the same images and classes; null distils nothing.
-        weight: Share of the loss that is the distance to the teacher's answers; the rest is the labels'.
-        temperature: Both answers are softened by it: logits are divided by it before the softmax, or the sigmoid
-            where an image may have several classes.
+        weight: Share of the loss that is the distance to the teacher's predictions; the rest is the loss by the labels.
+        temperature: Both models' logits are divided by it before the softmax, or before the sigmoid where an image may
+            have several classes.
     """
 
     teacher: str | None = None
@@ -342,13 +342,13 @@ class DistillConfig:
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Low-rank adapters (LoRA): small matrices learn beside weights that are kept; the files of the run hold both.
+    """Low-rank adapters (LoRA): small matrices learn beside frozen weights. The files of the run hold both.
 
     Args:
-        rank: Of each adapter, of each expert's too; null adds none. With one all else is frozen, except the classifier
-            and the routers.
+        rank: Rank of each adapter, those of experts included; null adds none. With adapters all else is frozen, except
+            the classifier and the routers.
         alpha: Adapters are multiplied by alpha / rank.
-        targets: What gets them, of attention, mlp and experts; null is all that the model has.
+        targets: Which modules get adapters, of attention, mlp and experts; null is all of them that the model has.
     """
 
     rank: int | None = None
@@ -368,12 +368,12 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """Which parts of a model learn, for fine-tuning what `init_from` brings.
+    """Which parts of a model learn, for fine-tuning from `init_from`.
 
     Args:
-        freeze: What keeps its weights, one or a list of: experts, routers, backbone (all but the classifier, the
-            experts and the routers), all_but_head (all but the classifier: a linear probe, for which the rest computes
-            as in evaluation), or patterns of parameters' names, such as blocks.[0-5].*; null freezes nothing.
+        freeze: Parts with frozen weights, one or a list of: experts, routers, backbone (all but the classifier, the
+            experts and the routers), all_but_head (all but the classifier: a linear probe, with the rest in evaluation
+            mode), or patterns of parameters' names, such as blocks.[0-5].*; null freezes nothing.
         lora: Low-rank adapters.
     """
 
@@ -391,8 +391,8 @@ class TrainConfig:
     Args:
         seed: Seed of everything random: weights, order, augmentation, router noise, dropout.
         output_dir: The run's folder; by default runs/ and the name of the config file, or of the images without one.
-        resume: Go on with the run in output_dir from its last checkpoint, as if it had never stopped; "auto" begins one
-            where there is none.
+        resume: Go on with the run in output_dir from its last checkpoint, as if it had never stopped; "auto" starts a
+            new run if there is none.
         init_from: Where a new run's weights start: a checkpoint or run's folder, a file of weights that timm wrote, or
             "pretrained" for timm's own weights of the model. Dense ones are upcycled where this run has MoE layers; the
             classifier starts fresh where the classes differ.
@@ -422,7 +422,7 @@ class TrainConfig:
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
 
     def resolved(self) -> "TrainConfig":
-        """The same run, with what the router decides where `moe` leaves it open."""
+        """The same config, with the router's defaults filled in where `moe` leaves them open."""
         return self if self.moe is None else replace(self, moe=self.moe.resolved())
 
     def __post_init__(self) -> None:
@@ -457,7 +457,7 @@ class TrainConfig:
 
 
 def _expand_home(config: Any, name: str) -> None:
-    """Puts the home folder in the place of a leading ~ of a path, which YAML leaves."""
+    """Replaces a leading ~ of a path by the home folder; YAML does not."""
     path = getattr(config, name)
     object.__setattr__(config, name, path if path is None else os.path.expanduser(path))
 

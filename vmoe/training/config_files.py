@@ -1,7 +1,7 @@
-"""Config files: YAML that is read with care.
+"""Reads config files (YAML).
 
-What is a text by its option's type (a class, a path) is taken as it is written. YAML alone reads a class 00014 as 12,
-and one that is called no as false.
+An option of type text (a class, a path) is read as it is written. YAML alone reads a class 00014 as 12, and a class
+"no" as false.
 """
 
 import re
@@ -15,12 +15,12 @@ from vmoe.config_values import choices, section_type
 from vmoe.errors import UserError
 from vmoe.training.config import TrainConfig
 
-_MOST_VALUES = 100_000  # of a config
+_MOST_VALUES = 100_000  # values in a config
 _DECIMAL = re.compile(r"[-+]?[0-9]+")
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that is given twice in one section, of which YAML would keep the last; 010 is ten."""
+    """Refuses a key that is given twice in one section (YAML would keep the last), and reads 010 as ten."""
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
         text = str(self.construct_scalar(node))
@@ -38,7 +38,7 @@ def read_config(path: str) -> dict[str, Any]:
     """The content of a config file.
 
     Raises:
-        UserError: it cannot be read, is no YAML of keys, gives a key twice, or grows without end.
+        UserError: It cannot be read, is not a YAML mapping, gives a key twice, or expands without end.
     """
     try:
         content = _loaded(Path(path).read_text(encoding="utf-8"), TrainConfig)
@@ -58,39 +58,39 @@ def read_config(path: str) -> dict[str, Any]:
 
 
 def as_yaml(content: Any) -> str:
-    """One line of YAML that jsonargparse reads as these very values: all texts are quoted."""
+    """One line of YAML that jsonargparse reads as exactly these values: all texts are quoted."""
     return yaml.dump(content, Dumper=_Quoting, default_flow_style=True, width=float("inf"), sort_keys=False).strip()
 
 
 def as_written(text: str, hint: Any) -> str:
-    """The value of an option on the command line, with what is a text by the option's type quoted within lists.
+    """The value of an option on the command line. Within lists, items of type text are quoted.
 
     Args:
-        text: what was given.
-        hint: the type.
+        text: The given value.
+        hint: The option's type.
     """
     if _DECIMAL.fullmatch(text):
         return text if str in choices(hint) else str(int(text))
     try:
         content = _loaded(text, hint)
     except (yaml.YAMLError, RecursionError, ValueError, _TooLarge):
-        return text  # for jsonargparse to refuse
+        return text  # jsonargparse refuses it with a message
     return as_yaml(content) if isinstance(content, list | dict) else text
 
 
 class _TooLarge(Exception):
-    """Too many values, aliases counted."""
+    """The file has too many values, with each alias counted as its content."""
 
 
 class _Quoting(yaml.SafeDumper):
-    """Writes every text in quotes, and nothing by an alias."""
+    """A YAML dumper that quotes every text and writes no aliases."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
-# As jsonargparse, but not as YAML 1.1: 1e-3 is a number.
+# 1e-3 is a number, as in jsonargparse; in YAML 1.1 it is a text
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
@@ -98,11 +98,11 @@ _Quoting.add_representer(str, lambda dumper, text: dumper.represent_scalar("tag:
 
 
 def _loaded(text: str, hint: Any) -> Any:
-    """The content of YAML, with texts as they are written where `hint` has them.
+    """The content of YAML. Where `hint` expects texts, they stay as written.
 
     Raises:
-        yaml.YAMLError: it is none.
-        _TooLarge: it is too large, or has no end.
+        yaml.YAMLError: It is no valid YAML.
+        _TooLarge: It is too large or has no end.
     """
     loader = _Loader(text)
     node = loader.get_single_node()
@@ -115,11 +115,11 @@ def _loaded(text: str, hint: Any) -> Any:
 
 
 def _typed(loader: _Loader, node: yaml.Node, content: Any, hint: Any) -> Any:
-    """What a node holds: `content`, but for what is a text by its type."""
+    """The node's content: `content`, with texts as written where the type expects texts."""
     kinds = choices(hint)
     if isinstance(node, yaml.ScalarNode):
         is_null = content is None and type(None) in kinds
-        # Also where a list of texts is wanted: that it is none is said of the value as it was written
+        # also where a list of texts is expected: the message then shows the value as it was written
         words = [*kinds, *(part for kind in kinds if typing.get_origin(kind) is list for part in _item_types(kind))]
         return node.value if str in words and not is_null else content
     if isinstance(node, yaml.SequenceNode) and isinstance(content, list):
@@ -139,7 +139,7 @@ def _item_types(kind: Any) -> tuple[Any, ...]:
 
 
 def _is_small(content: Any) -> bool:
-    """Whether it can be gone through: aliases of aliases, or one in itself, would have no end."""
+    """Whether the content is small. Aliases of aliases, or an alias within itself, may expand without end."""
     seen, waiting = 0, [content]
     while waiting and seen <= _MOST_VALUES:
         value, seen = waiting.pop(), seen + 1

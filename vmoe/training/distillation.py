@@ -1,4 +1,4 @@
-"""Knowledge distillation: a trained teacher's answers as a part of the student's loss.
+"""Knowledge distillation: a trained teacher's predictions are a part of the student's loss.
 
 B images, C classes.
 """
@@ -19,12 +19,12 @@ from vmoe.training.config import DistillConfig, LossConfig
 
 
 class Teacher:
-    """A model that never learns. No module, so that it is in no checkpoint, optimiser or average of the weights.
+    """A model that does not learn. It is no nn.Module, so no checkpoint, optimiser or average of weights includes it.
 
     Args:
         model: (B, 3, H, W) images -> (B, C) logits.
-        config: The weight of its answers, and their temperature.
-        distance: How far the student's softened logits (B, C) are from the teacher's, (): `softmax_distance`, or a
+        config: The weight and the temperature of its predictions.
+        distance: The distance () of the student's softened logits (B, C) to the teacher's: `softmax_distance`, or
             `sigmoid_distance` where an image may have several classes.
     """
 
@@ -36,20 +36,20 @@ class Teacher:
         self._distance = distance or softmax_distance
 
     def to(self, device: torch.device) -> None:
-        """Moves the model to where the student is."""
+        """Moves the model to the student's device."""
         self.model.to(device)
 
     def mixed_into(self, loss: Tensor, images: Tensor, logits: Tensor) -> Tensor:
         """The student's loss with its distance to the teacher (Hinton et al. 2015, https://arxiv.org/abs/1503.02531).
 
-        (1 - weight) * loss + weight * T^2 * KL(teacher || student), both softened by the temperature T. The teacher
-        sees the very images that the student saw, augmented and mixed (Beyer et al. 2022,
+        (1 - weight) * loss + weight * T^2 * KL(teacher || student), with the temperature T in both softmaxes. The
+        teacher gets the same augmented and mixed images as the student (Beyer et al. 2022,
         https://arxiv.org/abs/2106.05237).
 
         Args:
             loss: () the student's loss by the labels.
             images: (B, 3, H, W), the student's.
-            logits: (B, C) the student's; of an ensemble (B*M, C), those of an image's members one after the other.
+            logits: (B, C) the student's; for an ensemble (B*M, C), with the rows of an image's members together.
         """
         with torch.no_grad():
             wanted = self.model(images).float()
@@ -65,8 +65,9 @@ def softmax_distance(ours: Tensor, theirs: Tensor) -> Tensor:
 
 
 def sigmoid_distance(ours: Tensor, theirs: Tensor, sum_classes: bool = False) -> Tensor:
-    """KL(theirs || ours) of each class on its own, has an image it or not, of logits (B, C); the mean over the images
-    and the mean, or the sum, over the classes, ().
+    """KL(theirs || ours) of the sigmoids of logits (B, C), (): the mean over the images, and the mean over the classes.
+
+    With `sum_classes` it is the sum over the classes.
     """
     has_it = theirs.sigmoid()
     per_class = has_it * (F.logsigmoid(theirs) - F.logsigmoid(ours))
@@ -75,13 +76,13 @@ def sigmoid_distance(ours: Tensor, theirs: Tensor, sum_classes: bool = False) ->
 
 
 def load_teacher(config: DistillConfig, data: ImageDataModule, loss: LossConfig) -> Teacher | None:
-    """The teacher that a run's config names, for its data; None where it names none.
+    """The teacher that a run's config names, or None.
 
-    Where an image may have several classes, the distance to it is reduced over the classes as the loss by the labels:
-    the asymmetric loss is their sum.
+    Where an image may have several classes, the distance is reduced over the classes as the loss by the labels is:
+    summed with the asymmetric loss, else averaged.
 
     Raises:
-        UserError: it is no checkpoint, or takes other images or knows other classes than the run.
+        UserError: It is no checkpoint, or it is for other images or classes than the run's.
     """
     if config.teacher is None:
         return None

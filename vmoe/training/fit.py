@@ -1,4 +1,4 @@
-"""`vmoe.fit`: one run from Python, the same that `vmoe train` makes."""
+"""`vmoe.fit`: one run from Python, the same as by `vmoe train`."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -22,11 +22,11 @@ from vmoe.training.run.progress import TrainingProgress
 
 @dataclasses.dataclass(frozen=True)
 class FinishedRun:
-    """A finished run, as `vmoe.fit` gives it.
+    """A finished run, the result of `vmoe.fit`.
 
     Attributes:
-        path: Its folder.
-        summary: The content of its summary.json; empty in all ranks but the first.
+        path: The run's folder.
+        summary: The content of its summary.json; empty on all ranks except the first.
     """
 
     path: Path
@@ -34,7 +34,7 @@ class FinishedRun:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """What the best checkpoint reached, such as "val/top1" and "test/top1"; accuracies are fractions."""
+        """The metrics of the best checkpoint, such as "val/top1" and "test/top1"; accuracies are fractions."""
         return self.summary.get("metrics", {})
 
     @property
@@ -44,7 +44,7 @@ class FinishedRun:
 
     @cached_property
     def model(self) -> TrainedModel:
-        """The trained model, by the best checkpoint; see `vmoe.load`."""
+        """The trained model from the best checkpoint; see `vmoe.load`."""
         return load(self.path)
 
 
@@ -67,24 +67,25 @@ def fit(
         run.metrics["test/top1"], run.model.predict("photo.jpg")
 
     Args:
-        config: What to start from: a `TrainConfig`, the name of a recipe or the path of a config file. None: defaults.
+        config: The config to start from: a `TrainConfig`, the name of a recipe or the path of a config file. None
+            starts from the defaults.
         data: A folder of class folders or of tar shards, a table (.csv, .tsv, .parquet), an .npz file, the name of a
-            set, or a `DataConfig`. None: the config's.
-        model: timm's name of the model, or a `ModelConfig`. None: the config's.
-        moe: The MoE layers; False trains the dense twin. None: the config's, which has none where none was given.
-        epochs: Epochs to train for. None: the config's.
-        output_dir: The run's folder. None: the config's, else a new one in runs/.
+            set, or a `DataConfig`. None takes the config's.
+        model: timm's name of the model, or a `ModelConfig`. None takes the config's.
+        moe: The MoE layers; False trains the dense twin. None takes the config's; without a config there are none.
+        epochs: Epochs to train for. None takes the config's.
+        output_dir: The run's folder. None takes the config's, else a new one in runs/.
         options: Any other options by their dotted names, as on the command line, such as {"resume": True} to go on with
-            the run in `output_dir`; Lightning's own names too.
-        progress: Prints what happens, and shows a bar where stdout is a terminal.
-        command: What summary.json notes as the command that began the run. None: a call of this function.
+            the run in `output_dir`. Lightning's names work too.
+        progress: Whether to print progress, with a bar if stdout is a terminal.
+        command: The command that summary.json records. None records a call of this function.
 
     Raises:
-        UserError: an option is unknown or not allowed, the folder holds a run already, data or device are missing, or
+        UserError: An option is unknown or not allowed, the folder holds a run already, data or device are missing, or
             the loss became NaN.
-        Interrupted: a signal stopped the run; what it had done in training is saved.
+        Interrupted: A signal stopped the run. Its training up to then is saved.
     """
-    from vmoe.training.run.train import train  # here, since a mistake in an option need not wait for Lightning
+    from vmoe.training.run.train import train  # here: a mistake in an option is reported before Lightning's slow import
 
     given = {"data": data, "model": model, "moe": moe, "epochs": epochs, "output_dir": output_dir}
     given = {name: value for name, value in given.items() if value is not None}
@@ -99,7 +100,7 @@ def fit(
 
 
 def config_with(config: str | PathLike[str], options: Mapping[str, Any]) -> TrainConfig:
-    """The config of a recipe's name or a config file's path, with other options by their dotted names.
+    """Reads the config of a recipe's name or a config file's path, and sets options by their dotted names.
 
     Raises:
         UserError: an option is unknown, or its value is not allowed.
@@ -163,7 +164,7 @@ def _config(
 
 
 def _take_options(plain: dict[str, Any], options: dict[str, Any]) -> None:
-    """Sets options by their dotted names. A section's own come after it, and a section keeps what is not named."""
+    """Sets options by their dotted names. A section is set before its own options, and keeps all others."""
     for dotted, value in sorted(options.items(), key=lambda each: each[0].count(".")):
         own, value = LIGHTNING_NAMES.get(dotted, dotted), to_plain(value)
         if own in options and options[own] != value:
@@ -184,7 +185,7 @@ def _put(plain: dict[str, Any], dotted: str, value: Any) -> None:
 
 
 def _data_options(data: DataConfig | str | PathLike[str], root: str | None) -> dict[str, Any]:
-    """The options of a set that is given in its own argument, where `data.root` is given too or None."""
+    """The options of a set that the `data` argument names. `data.root` may be given too, or be None."""
     if isinstance(data, DataConfig):
         return to_plain(data)
     name, own = set_and_root(data)
@@ -205,7 +206,7 @@ def _model_options(model: Any, known: dict[str, Any]) -> dict[str, Any]:
 
 
 def _short_warmup(plain: dict[str, Any]) -> float:
-    """The warm-up that was given, else a quarter of the epochs, at most the usual one."""
+    """Sets the warm-up, if none was given, to a quarter of the epochs, at most the default."""
     optim, trainer = plain.get("optim") or {}, plain.get("trainer") or {}
     epochs = trainer.get("epochs", 20)
     usual = OptimConfig.warmup_epochs
@@ -213,7 +214,7 @@ def _short_warmup(plain: dict[str, Any]) -> float:
 
 
 def _new_folder(name: str) -> str:
-    """runs/NAME, with a number behind it where that holds something."""
+    """The folder runs/NAME, or with a number appended if that is not empty."""
     path, number = Path("runs") / name, 2
     while path.exists():
         path, number = Path("runs") / f"{name}-{number}", number + 1

@@ -1,4 +1,4 @@
-"""A whole training step as one CUDA graph: the host launches it once instead of a thousand kernels."""
+"""A whole training step as one CUDA graph: the host makes one launch instead of a thousand."""
 
 from collections.abc import Callable
 
@@ -9,37 +9,37 @@ from vmoe.data import Batch
 from vmoe.errors import UserError
 from vmoe.memory import is_out_of_memory
 
-WARM_UP_STEPS = 3  # eager ones: they compile, choose algorithms and create the optimiser's state
+WARM_UP_STEPS = 3  # eager steps that compile, choose algorithms and create the optimiser's state
 
 
 class GraphedStep:
     """Runs a step eagerly a few times, then captures it and replays the capture.
 
-    Every batch is copied into the same memory. Batches of another shape or type, or with other fields, get a graph of
-    their own. Random numbers go on as in eager steps: a graph advances the device's generator.
+    Every batch is copied into the same memory. Batches of another shape, type or set of fields get a graph of their
+    own. A graph advances the device's generator, so random numbers are the same as in eager steps.
 
     Args:
-        step: Takes a batch to its loss, (); updates tensors in place only, and never waits for the device.
+        step: Maps a batch to its loss, (). It updates tensors only in place and never synchronises with the device.
     """
 
     def __init__(self, step: Callable[[Batch], Tensor]) -> None:
         self._step = step
-        # One stream for eager steps and captures: autograd accumulates a gradient on the stream that saw it first.
+        # one stream for eager steps and captures: autograd accumulates a gradient on the stream of its first use
         self._stream = torch.cuda.Stream()
         self.forget()
 
     def forget(self) -> None:
-        """Drops all graphs: from now on the step may do something else."""
+        """Drops all graphs. Call it when the step changes."""
         self._steps_done: dict[tuple, int] = {}
         self._batches: dict[tuple, Batch] = {}
         self._captured: dict[tuple, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, batch: Batch) -> Tensor:
-        """Does the step; the loss is overwritten by the next.
+        """Runs the step. The next step overwrites the returned loss.
 
         Raises:
-            UserError: the step cannot be captured.
+            UserError: The step cannot be captured.
         """
         signature = _signature(batch)
         batch = self._in_place(signature, batch)
@@ -53,7 +53,7 @@ class GraphedStep:
         return loss
 
     def _in_place(self, signature: tuple, batch: Batch) -> Batch:
-        """The batch in the memory that its graph reads."""
+        """Copies the batch into the memory that its graph reads."""
         if signature not in self._batches:
             self._batches[signature] = Batch(*(_cloned(field) for field in batch))
         static = self._batches[signature]
@@ -72,7 +72,7 @@ class GraphedStep:
     def _capture(self, batch: Batch) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         graph = torch.cuda.CUDAGraph()
         try:
-            # Thread-local: the loader's thread that pins memory may go on meanwhile.
+            # thread-local mode: the loader's thread may pin memory during the capture
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 loss = self._step(batch)
         except RuntimeError as error:

@@ -1,8 +1,8 @@
-"""NaN and inf: the update is blocked on the device at once; the host finds out when it next looks.
+"""The guard against NaN and inf: it blocks the update on the device at once, and the host reads the flag later.
 
-A fused optimiser whose `found_inf` tensor is 1 changes neither weights nor state, which is how torch's GradScaler skips
-an overflowed update without waiting for the GPU. Here the same switch blocks every update from the first bad one on, so
-that the weights stay those from before it.
+A fused optimiser with a `found_inf` tensor of 1 changes neither weights nor state. torch's GradScaler uses this to skip
+an overflowed update without synchronising. Here it blocks every update from the first bad one on, so the weights stay
+as they were before.
 """
 
 from typing import Any
@@ -13,16 +13,16 @@ from torch import Tensor
 from vmoe.errors import UserError
 from vmoe.training.parallel.collectives import largest
 
-# A loss scale this small means that gradients overflow whatever the scale: not GradScaler's normal search for one.
+# At a loss scale this small the gradients overflow at any scale: it is no longer GradScaler's normal search.
 _SMALLEST_SCALE = 1.0
 
 
 class Guard:
-    """Watches loss and gradient norm without a host synchronisation, in tensors that stay the same in a CUDA graph."""
+    """Watches loss and gradient norm without host synchronisation. A CUDA graph can hold it: its tensors stay."""
 
     def __init__(self) -> None:
-        self.bad_step = torch.tensor(-1.0)  # () first update with a NaN or inf, or -1
-        self.bad_input = torch.tensor(False)  # () whether images held one by then
+        self.bad_step = torch.tensor(-1.0)  # () the first update with a NaN or inf, or -1
+        self.bad_input = torch.tensor(False)  # () whether images held a NaN or inf by then
         self._images_finite = torch.tensor(True)
         self._loss_finite = torch.tensor(True)
 
@@ -31,7 +31,7 @@ class Guard:
             setattr(self, name, getattr(self, name).to(device))
 
     def watch_forward(self, images: Tensor, loss: Tensor) -> None:
-        """Notes whether the images (B, 3, H, W) and the loss () of a batch are finite."""
+        """Records whether the images (B, 3, H, W) and the loss () of a batch are finite."""
         self._images_finite &= images.sum().isfinite()
         self._loss_finite &= loss.detach().isfinite()
 
@@ -43,13 +43,13 @@ class Guard:
         With fp16's loss scaling an infinite norm is normal: the scaler skips such an update and halves the scale.
 
         Raises:
-            UserError: at once on the CPU, where looking costs nothing, and with an optimiser that no flag blocks.
+            UserError: The update is bad; at once only on the CPU, or if no flag can block the optimiser.
         """
         norm_fails = ~norm.isfinite()
         if scaler is not None:
             norm_fails = norm_fails & (scaler._scale < _SMALLEST_SCALE)
         fails = torch.stack([norm_fails | ~self._loss_finite, ~self._images_finite])
-        is_bad, is_bad_input = largest(fails).unbind()  # of all processes, which so stop at the same step
+        is_bad, is_bad_input = largest(fails).unbind()  # over all ranks, so that they stop at the same step
         is_first = is_bad & (self.bad_step < 0)
         self.bad_step.copy_(torch.where(is_first, step, self.bad_step))
         self.bad_input.copy_(torch.where(is_first, is_bad_input, self.bad_input))
@@ -61,16 +61,16 @@ class Guard:
             self.block(optimizer)
 
     def block(self, optimizer: torch.optim.Optimizer) -> None:
-        """Makes a fused optimiser's next update do nothing if a step was bad, or if a GradScaler already says so."""
+        """Makes a fused optimiser skip its next update if a step was bad, or if a GradScaler already asks for that."""
         is_bad = (self.bad_step >= 0).float()
         found = getattr(optimizer, "found_inf", None)
         optimizer.found_inf = is_bad if found is None else torch.maximum(found, is_bad)
 
     def raise_if_bad(self, fp16: bool = False) -> None:
-        """Reads the flag: on a GPU this waits for the steps under way.
+        """Reads the flag. On a GPU this synchronises.
 
         Raises:
-            UserError: an update was bad; the line names it and the likeliest cause.
+            UserError: An update was bad. The message names it and the most likely cause.
         """
         step = int(self.bad_step.item())
         if step < 0:
@@ -89,5 +89,5 @@ class Guard:
 
 
 def obeys_a_flag(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether a tensor `found_inf` on the optimiser blocks its update, as in torch's fused ones; others refuse it."""
+    """Whether a tensor `found_inf` on the optimiser blocks its update, as in torch's fused optimisers."""
     return getattr(optimizer, "_step_supports_amp_scaling", False)

@@ -1,5 +1,5 @@
-"""The loss by the labels: cross-entropy, also weighted by class or with adjusted logits, and losses of each class on
-its own: binary cross-entropy, asymmetric and focal.
+"""The loss by the labels: cross-entropy (optionally with class weights or logit adjustment), and losses per class:
+binary cross-entropy, asymmetric and focal.
 
 B images, C classes.
 """
@@ -17,16 +17,16 @@ from vmoe.training.config import LossConfig
 
 
 class LabelLoss:
-    """A training loss by the labels. No module, so that a checkpoint's weights are those of the model alone.
+    """A training loss by the labels. It is no nn.Module, so a checkpoint's weights are the model's alone.
 
     Args:
         config: Which loss.
         label_smoothing: Share of the target that is spread over all classes.
-        class_counts: Gives the number of training images of each class, (C,). It is called where the config needs them.
+        class_counts: Returns the number of training images of each class, (C,). Called only if the config needs them.
         multi_label: Whether an image may have several classes, or none.
 
     Raises:
-        UserError: There are not as many weights as classes, or the loss is not for such images.
+        UserError: The numbers of weights and classes differ, or the loss is not for such images.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class LabelLoss:
         self._smoothing = label_smoothing
         self._binary = BinaryCrossEntropy(label_smoothing, reduction="none")
         self._asymmetric = AsymmetricLossMultiLabel(config.gamma_neg, config.gamma_pos, config.clip)
-        self._weights: Tensor | None = None  # (C,), of an image by its class
+        self._weights: Tensor | None = None  # (C,), weight of an image by its class
         self._shift: Tensor | None = None  # (C,), added to the logits
         if class_counts is None or not config.counts_classes:
             return
@@ -50,12 +50,12 @@ class LabelLoss:
         if config.class_weights is not None:
             self._weights = class_weights(config, counts).float()
         if config.logit_adjustment:
-            # A class without a training image counts as one with one: the logarithm of 0 is no number
+            # a class without training images counts as one with one image: log(0) is not finite
             shares = torch.tensor(counts, dtype=torch.float64).clamp(min=1) / sum(counts)
             self._shift = (config.logit_adjustment * shares.log()).float()
 
     def to(self, device: torch.device) -> None:
-        """Moves the weights to where the logits are."""
+        """Moves the weights to the device of the logits."""
         if self._weights is not None:
             self._weights = self._weights.to(device)
         if self._shift is not None:
@@ -66,7 +66,7 @@ class LabelLoss:
 
         Args:
             logits: (B, C).
-            labels: (B,) int64, or (B, C) of 0 and 1 of several classes.
+            labels: (B,) int64, or (B, C) of 0 and 1 for several classes.
             shares: (B, C) shares of the classes, of mixed images; None takes the labels.
         """
         if self._is_multi_label:
@@ -78,14 +78,14 @@ class LabelLoss:
         if self._weights is None:
             targets = labels if shares is None else shares
             return F.cross_entropy(logits, targets, label_smoothing=self._smoothing)
-        # By shares: with labels torch divides by the weights of the batch, which differ between the ranks of a run
+        # with label shares: for plain labels torch divides by the batch's weights, which differ between ranks
         shares = one_hot(labels, logits.shape[1]) if shares is None else shares
         return F.cross_entropy(logits, shares, weight=self._weights, label_smoothing=self._smoothing)
 
     def _binary_loss(self, logits: Tensor, labels: Tensor, shares: Tensor | None) -> Tensor:
         if shares is None:
             losses = self._binary(logits, labels)  # (B, C)
-        else:  # which timm's loss takes for smoothed already
+        else:  # timm's loss treats shares as smoothed already
             losses = self._binary(logits, shares * (1 - self._smoothing) + self._smoothing / logits.shape[1])
         if self._weights is None:
             return losses.mean()
@@ -94,7 +94,7 @@ class LabelLoss:
 
     def _multi_label_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         config = self._config
-        targets = targets * (1 - self._smoothing) + 0.5 * self._smoothing  # of each class on its own: towards 0.5
+        targets = targets * (1 - self._smoothing) + 0.5 * self._smoothing  # per class, towards 0.5
         if config.name == "asymmetric":
             # The sum over the classes. Older timms, without a choice of the reduction, also sum over the images
             return self._asymmetric(logits, targets) / (1 if hasattr(self._asymmetric, "reduction") else len(logits))
@@ -122,7 +122,7 @@ def check_loss(config: LossConfig, multi_label: bool) -> None:
 
 
 def one_hot(labels: Tensor, classes: int) -> Tensor:
-    """(B,) labels as (B, C) float32, without waiting for the device as torch's own does."""
+    """(B,) labels as (B, C) float32. Unlike torch's `one_hot` it does not synchronise with the device."""
     return (labels[:, None] == torch.arange(classes, device=labels.device)).float()
 
 
@@ -134,7 +134,7 @@ def class_weights(config: LossConfig, class_counts: Sequence[int]) -> Tensor:
         class_counts: (C,), training images of each class; a class without any has the weight 0 unless it is given.
 
     Raises:
-        UserError: There are not as many weights as classes, or no training image has a class with a weight above 0.
+        UserError: The numbers of weights and classes differ, or no training image has a weight above 0.
     """
     wanted, counts = config.class_weights, torch.tensor(class_counts, dtype=torch.float64)
     if isinstance(wanted, list):

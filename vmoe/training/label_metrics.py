@@ -1,4 +1,4 @@
-"""What training logs of its batches, for images of one class each and for images of several.
+"""The metrics of training and evaluation, for images of one class each and for images of several.
 
 B images, C classes.
 """
@@ -16,12 +16,12 @@ from vmoe.training.parallel.collectives import gather
 
 
 class LabelMetrics(ABC):
-    """Sums over batches, (4,), that the host reads only when they are logged, and their means by name.
+    """Sums over batches, (4,), and their means by name. The host reads sums only to log them.
 
     Attributes:
         train_names: The names of the means in training.
-        names: Those in evaluation.
-        monitored: The one of them by which the best checkpoint is chosen.
+        names: The names of the means in evaluation.
+        monitored: The mean by which the best checkpoint is chosen.
     """
 
     train_names: tuple[str, ...]
@@ -30,23 +30,23 @@ class LabelMetrics(ABC):
 
     @abstractmethod
     def begin(self) -> None:
-        """An evaluation begins."""
+        """Starts an evaluation."""
 
     @abstractmethod
     def train_sums(self, logits: Tensor, labels: Tensor, loss: Tensor) -> Tensor:
-        """Of a training batch: logits (B, C), labels, and the mean loss ()."""
+        """The sums of a training batch, from logits (B, C), labels and the mean loss ()."""
 
     @abstractmethod
     def evaluation_sums(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Of a batch in evaluation."""
+        """The sums of a batch in evaluation."""
 
     @abstractmethod
     def train_means(self, sums: Tensor) -> dict[str, float]:
-        """By `train_names`, from the sums of all ranks."""
+        """The means by `train_names`, from the sums of all ranks."""
 
     @abstractmethod
     def means(self, sums: Tensor) -> dict[str, float]:
-        """By `names`, from the sums of all ranks; all ranks call it."""
+        """The means by `names`, from the sums of all ranks. All ranks must call it."""
 
 
 class SingleLabelMetrics(LabelMetrics):
@@ -66,7 +66,7 @@ class SingleLabelMetrics(LabelMetrics):
         is_counted = labels != NOT_COUNTED
         labels = labels.clamp(min=0)
         sums = batch_sums(likeliest_classes(logits), labels, F.cross_entropy(logits, labels))
-        return sums * is_counted[0]  # of a batch all images are, or none
+        return sums * is_counted[0]  # either all images of a batch count, or none
 
     def train_means(self, sums: Tensor) -> dict[str, float]:
         means = means_of(sums)
@@ -79,7 +79,7 @@ class SingleLabelMetrics(LabelMetrics):
 class MultiLabelMetrics(LabelMetrics):
     """Binary cross-entropy, mean average precision and micro F1 at a probability of 0.5; labels are (B, C) of 0 and 1.
 
-    The mean average precision needs every score of an evaluation, so they are kept until the next one begins.
+    The mean average precision needs all scores of an evaluation, so they are kept until the next one starts.
     """
 
     train_names = ("loss", "f1")
@@ -114,7 +114,7 @@ class MultiLabelMetrics(LabelMetrics):
         self._scores, self._ranking, self._labelled = Scores(), None, None
 
     def thresholds(self) -> list[float]:
-        """For each class the threshold of the best F1 in the last evaluation; all ranks call it after `means`."""
+        """The threshold per class with the best F1 in the last evaluation. All ranks must call it after `means`."""
         self._of_all_ranks()
         assert self._labelled is not None
         return best_thresholds(*self._labelled)
