@@ -44,6 +44,8 @@ def test_layers_that_a_model_does_not_have(layers, count):
         ("top_k", 0),
         ("top_k", 9),
         ("router", "dice"),
+        ("route", "batch"),
+        ("shared_router", True),
         ("capacity_factor", 0.0),
         ("capacity_factor", float("inf")),
         ("capacity_factor", 1e300),
@@ -91,6 +93,24 @@ def test_a_value_that_the_router_does_not_take_is_named(router, field, value):
 def test_what_an_ensemble_cannot_have_is_named(options):
     with pytest.raises(ValueError, match=f"^{next(iter(options))}=.* with ensemble=4"):
         MoeConfig(ensemble=4, **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"capacity_factor": 1.05},
+        {"eval_capacity_factor": 2.0},
+        {"batch_priority": True},
+        {"group": "image"},
+        {"router": "hash", "noise_std": 0},
+        {"router": "soft"},
+        {"ensemble": 2},
+    ],
+    ids=lambda options: next(iter(options.items())),
+)
+def test_what_routing_of_images_cannot_have_is_named(options):
+    with pytest.raises(ValueError, match=f'^{next(iter(options))}=.* with route="image"'):
+        MoeConfig(**{"route": "image", "capacity_factor": None, **options})
 
 
 @pytest.mark.parametrize("router", ["expert_choice", "soft"])

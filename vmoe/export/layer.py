@@ -65,7 +65,7 @@ class ExportedMoe(ExportableForm, nn.Module):
     def __init__(self, layer: MoeMlp, make_linear: MakeLinear) -> None:
         super().__init__()
         self.config, self.use_conv, self.out_features = layer.config, layer.use_conv, layer.out_features
-        self.router, self.shared = layer.router, layer.shared
+        self.router, self.shared, self.images = layer.router, layer.shared, layer.images
         layers, norm = layer.experts.layers(), layer.experts.norm
         norm_parts = None if norm is None else norm()
         self.experts = nn.ModuleList(

@@ -68,6 +68,8 @@ class SteeredModel(nn.Module):
                 raise ValueError(
                     f"{name}: its router is {layer.config.router}; the page knows {', '.join(STEERABLE_ROUTERS)}"
                 )
+            if layer.images is not None:
+                raise ValueError(f"{name}: route=image; the page draws where patches go, and knows route=patch alone")
             if layer.config.ensemble > 1:
                 raise ValueError(f"{name}: ensemble={layer.config.ensemble}; the page knows single models alone")
         self.model = exportable_copy(model, layer_type=SteeredMoe)

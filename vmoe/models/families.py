@@ -5,6 +5,7 @@ the MLPs and the tokens that each sees. Only what shapes do not show stands in t
 """
 
 import copy
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -110,6 +111,18 @@ def eligible_mlps(model: nn.Module, image_size: int | tuple[int, int] | None = N
         family = type(model).__module__.rpartition(".")[2]
         raise ValueError(f"{type(model).__name__} ({family}) cannot have MoE layers: it has {'; '.join(reasons)}")
     return eligible
+
+
+def has_class_token(model: nn.Module, mlp: EligibleMlp) -> bool:
+    """Whether the first of the tokens that an MLP sees is a class token.
+
+    In some families it joins the patches in later blocks only, so that the tokens are counted too.
+    """
+    parts = mlp.name.split(".")
+    owners = [model.get_submodule(".".join(parts[:length])) for length in range(len(parts) - 1, -1, -1)]
+    owner: Any = next((owner for owner in owners if getattr(owner, "cls_token", None) is not None), None)
+    patches = getattr(getattr(owner, "patch_embed", None), "grid_size", None)
+    return patches is not None and mlp.tokens == math.prod(patches) + getattr(owner, "num_prefix_tokens", 1)
 
 
 def on_meta(model: nn.Module) -> nn.Module:

@@ -10,11 +10,12 @@ from timm.layers import DropPath
 from timm.models import register_notrace_module
 from torch import nn
 
-from vmoe.models.families import EligibleMlp, eligible_mlps, on_meta
+from vmoe.models.families import EligibleMlp, eligible_mlps, has_class_token, on_meta
 from vmoe.models.lora import has_lora
 from vmoe.models.members import check_ensemble, hand_members_through
 from vmoe.models.padding import hand_masks_through
 from vmoe.moe import MoeConfig, MoeMlp, moe_layers
+from vmoe.moe.image_routing import share_router
 from vmoe.moe.mlps import split_leading_norm, take_apart
 from vmoe.moe.passes import put_in_order
 
@@ -101,6 +102,8 @@ def sparsify(
     chosen = [eligible[index] for index in moe.select_layers(len(eligible))]
     layers = dict(_replace(model, mlp, moe, init == "upcycle", upcycle_noise) for mlp in chosen)
     put_in_order(list(layers.values()))
+    if moe.shared_router:
+        share_router(list(layers.values()))
     hand_masks_through(model, layers)
     if moe.ensemble > 1 and layers:
         check_ensemble(model, image_size)
@@ -165,6 +168,8 @@ def _replace(model: nn.Module, old: EligibleMlp, moe: MoeConfig, upcycle: bool, 
         layer.copy_into_experts(body)
         _add_noise(layer, noise)
     layer.dense_form = DenseForm(body)
+    if layer.images is not None:
+        layer.images.class_token = has_class_token(model, old)
     if norm is None:
         model.set_submodule(old.name, layer)
         return old.name, layer

@@ -29,6 +29,12 @@ class MoeConfig:
             similarity. "expert_choice": each expert takes its top tokens of an image. "soft": Soft MoE, slots that mix
             all tokens of an image. "hash" (by position) and "random": controls that learn nothing. "balanced": a
             forced fair load, for benchmarks.
+        route: What is routed. "patch": each token by itself. "image": an image as a whole, with one decision that all
+            its tokens follow (Mobile V-MoE, https://arxiv.org/abs/2309.04354). The router then sees an image's class
+            token or, in a model without one, the mean of its tokens. Nothing is dropped, so that both capacity factors
+            must be null.
+        shared_router: One decision per image for all MoE layers of a model, made by the router of the first one, as in
+            Mobile V-MoE; needs route "image".
         capacity_factor: C in the paper: an expert takes at most capacity_factor * K * tokens / E tokens of a routing
             group in training (section 2.3); null drops nothing. For "expert_choice" and "soft", the slots an expert
             has: capacity_factor * tokens / E an image. Padding is not counted among the tokens; only the slots of
@@ -43,7 +49,8 @@ class MoeConfig:
         batch_priority: Full experts drop the tokens with the smallest gates (Batch Prioritized Routing, section 4.1)
             rather than the last ones.
         group: Tokens compete for capacity within a group: "image", "batch", or a number of consecutive images. null is
-            8; "expert_choice" and "soft" always take image by image.
+            8; "expert_choice" and "soft" always take image by image. Where images are routed, the balance losses are
+            computed within a group, and null is "batch".
         noise_std: The router's logits get normal noise of standard deviation noise_std / E in training (section 2.2),
             for "soft" of standard deviation noise_std; in an ensemble E counts a member's experts. null is 1 for
             "token_choice", "cosine" and "expert_choice", else 0.
@@ -87,6 +94,8 @@ class MoeConfig:
     router: Literal["token_choice", "sigmoid", "cosine", "expert_choice", "soft", "hash", "random", "balanced"] = (
         "token_choice"
     )
+    route: Literal["patch", "image"] = "patch"
+    shared_router: bool = False
     capacity_factor: float | None = 1.05
     eval_capacity_factor: float | None = None
     capacity_rounding: Literal["ceil", "round", "tutel"] | None = None
@@ -115,6 +124,7 @@ class MoeConfig:
     def __post_init__(self) -> None:
         _check_layers(self.layers)
         self._need_choice("router", ROUTER_NAMES)
+        self._need_choice("route", ("patch", "image"))
         self._need_choice("capacity_rounding", ("ceil", "round", "tutel"), or_null=True)
         self._need_choice("experts_start", ("different", "equal"))
         self._need_choice("backend", BACKEND_NAMES)
@@ -162,6 +172,7 @@ class MoeConfig:
         """Refuses options that the router cannot follow."""
         if self.ensemble > 1:
             self._check_ensemble()
+        self._check_route()
         router = f'with router="{self.router}"'
         if self.fills_slots:
             self._need("group", self.routing_group in ("image", 1), f'"image" {router}: it never looks at other images')
@@ -180,6 +191,19 @@ class MoeConfig:
             self._need("cosine_bias", not self.cosine_bias, f"false {router}: it compares no cosines")
         if self.router in ("sigmoid", "hash", "random"):
             self._need("z_loss_weight", self.z_loss_weight == 0, f"0 {router}: it has no softmax logits")
+
+    def _check_route(self) -> None:
+        if self.route == "patch":
+            self._need("shared_router", not self.shared_router, 'false with route="patch": each token has its decision')
+            return
+        by_image = 'with route="image"'
+        chooses = self.router in ("token_choice", "sigmoid", "cosine", "random", "balanced")
+        self._need("router", chooses, f'"token_choice", "sigmoid", "cosine" or "random" {by_image}: images choose')
+        for name in ("capacity_factor", "eval_capacity_factor"):
+            self._need(name, getattr(self, name) is None, f"null {by_image}: no image is dropped")
+        self._need("batch_priority", not self.batch_priority, f"false {by_image}: no image is dropped")
+        self._need("group", self.group not in ("image", 1), f'"batch" or a number of images above 1 {by_image}')
+        self._need("ensemble", self.ensemble == 1, f"1 {by_image}")
 
     def _check_ensemble(self) -> None:
         members = f"with ensemble={self.ensemble}"
@@ -204,6 +228,8 @@ class MoeConfig:
         """Within what tokens compete: `group`, or the router's own."""
         if self.group is not None:
             return self.group
+        if self.route == "image":
+            return "batch"
         return "image" if self.fills_slots else 8
 
     @property

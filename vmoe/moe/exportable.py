@@ -19,6 +19,7 @@ from vmoe.moe.assignment import Capacity, assign, taken_by_threshold
 from vmoe.moe.config import MoeConfig
 from vmoe.moe.experts import Experts, compute_dtype
 from vmoe.moe.groups import Groups
+from vmoe.moe.image_routing import ImageRouting, choices_of_tokens
 from vmoe.moe.routing import Routing
 from vmoe.moe.scores import gate_scores
 
@@ -53,7 +54,7 @@ def why_layer_not_exportable(layer: Any) -> str | None:
 class ExportableForm(ABC):
     """Computes what a `MoeMlp` computes at evaluation, image by image: (B, ..., D) -> (B, ..., O).
 
-    The attributes `config`, `router`, `shared`, `use_conv` and `out_features` are the layer's.
+    The attributes `config`, `router`, `shared`, `images`, `use_conv` and `out_features` are the layer's.
     """
 
     config: MoeConfig
@@ -61,6 +62,7 @@ class ExportableForm(ABC):
     out_features: int
     router: Any  # each kind of router has other attributes
     shared: nn.Module | None
+    images: ImageRouting | None
 
     @abstractmethod
     def one_expert(self, index: int, x_RD: Tensor) -> Tensor:
@@ -91,6 +93,10 @@ class ExportableForm(ABC):
             starts = [index * count for index in range(self.config.num_experts)]
             results = [self.one_expert(index, rows_RD[start : start + count]) for index, start in enumerate(starts)]
             return routing.combine(torch.cat(results))
+        if self.images is not None:
+            x_BND = x_TD.reshape(-1, groups.tokens, x_TD.shape[-1])
+            of_images = self.images.route(self.router, x_BND, valid_GS, Groups(groups.count, 1, 1, 1))
+            return self._by_choices(x_TD, choices_of_tokens(of_images, groups.tokens, valid_GS))
         capacity = Capacity.of_pass(groups, valid_GS, self.config, is_training=False, exportable=True)
         if self.config.router == "expert_choice":
             gates_GSE = groups.split(gate_scores(x_TD, self.router.gate)).softmax(-1)
@@ -130,7 +136,7 @@ class LayerForm(ExportableForm):
 
     def __init__(self, layer: Any, x: Tensor) -> None:
         self.config, self.use_conv, self.out_features = layer.config, layer.use_conv, layer.out_features
-        self.router, self.shared = layer.router, layer.shared
+        self.router, self.shared, self.images = layer.router, layer.shared, layer.images
         self.experts: Experts = layer.experts
         self.layers = self.experts.layers(x)
 

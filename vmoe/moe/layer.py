@@ -15,7 +15,8 @@ from vmoe.moe.config import MoeConfig
 from vmoe.moe.experts import Experts, ExpertSpec, SharedExpert
 from vmoe.moe.exportable import LayerForm, why_layer_not_exportable
 from vmoe.moe.groups import Groups
-from vmoe.moe.kernels import Kernels, kernels_for
+from vmoe.moe.image_routing import FollowingRouter, ImageRouting, choices_of_tokens
+from vmoe.moe.kernels import PLAIN, Kernels, kernels_for
 from vmoe.moe.kernels.operators import is_transformed
 from vmoe.moe.mlps import take_apart
 from vmoe.moe.passes import Mark
@@ -66,6 +67,9 @@ class MoeMlp(nn.Module):
         config: The configuration.
         statistics: `Statistics` of the last forward pass; None before it, and after one that torch.func transformed.
         last_auxiliary_loss: Its weighted auxiliary loss, (); None before it.
+        images: How images are routed, with `route="image"`; else None.
+        last_image_logits: The router's logits of the last forward pass without noise, (B, E), with gradient, for losses
+            on the router; None before it, and where images are not routed by this layer itself.
         auxiliary_scale: See `vmoe.set_auxiliary_scale`.
         recorders: Called with each routing decision and the input's shape; `vmoe.record_routing` puts its own here.
         dense_form: What `vmoe.sparsify` replaced; no such attribute in a layer made otherwise.
@@ -102,6 +106,7 @@ class MoeMlp(nn.Module):
 
         self.config = moe
         self.use_conv = use_conv
+        self.images = ImageRouting() if moe.route == "image" else None
         router = ROUTERS[moe.router]
         if router is SoftRouter:
             if tokens is None:
@@ -122,6 +127,7 @@ class MoeMlp(nn.Module):
         self.register_buffer("auxiliary_scale", None, persistent=False)
         self.statistics: Statistics | None = None
         self.last_auxiliary_loss: Tensor | None = None
+        self.last_image_logits: Tensor | None = None
         self.mark = Mark()
         self.recorders: tuple[Callable[[Routing | SlotRouting, torch.Size], None], ...] = ()
         if moe.experts_start == "equal":
@@ -191,18 +197,24 @@ class MoeMlp(nn.Module):
         if self.use_conv:
             x = x.movedim(1, -1)
         x_TD = x.reshape(-1, x.shape[-1])
-        groups = self._groups(x)
-        valid_GS = groups.valid(None if token_mask is None else token_mask.reshape(-1), x.device)
-
         kernels = kernels_for(x_TD)
-        routing, routed_TD = self._route(x_TD, groups, valid_GS, kernels)
+        if self.images is not None:
+            routing: Routing | SlotRouting
+            by_token: Routing | SlotRouting
+            routing, by_token = self._route_images(x, token_mask, self.images)
+            routed_TD, routing_kernels = x_TD, PLAIN
+        else:
+            groups = self._groups(x)
+            valid_GS = groups.valid(None if token_mask is None else token_mask.reshape(-1), x.device)
+            routing, routed_TD = self._route(x_TD, groups, valid_GS, kernels)
+            by_token, routing_kernels = routing, kernels
         for record in self.recorders:
             record(routing, shape)
-        y_TD = self.experts(routed_TD, routing, kernels)  # dispatch, the expert MLPs, combine
+        y_TD = self.experts(routed_TD, by_token, kernels)  # dispatch, the expert MLPs, combine
         if self.shared is not None:
             shared_TD = self.shared(x_TD)
             y_TD = y_TD + (shared_TD if token_mask is None else shared_TD.masked_fill(~token_mask.reshape(-1, 1), 0))
-        y_TD = self._account(routing, y_TD, kernels)
+        y_TD = self._account(routing, y_TD, routing_kernels)
 
         y = self.drop2(y_TD.view(*x.shape[:-1], self.out_features))
         return y.movedim(-1, 1) if self.use_conv else y
@@ -237,10 +249,23 @@ class MoeMlp(nn.Module):
         routed = self.router(x_TD, groups, valid_GS, kernels)
         return routed._replace(routing=assign(routed.routing, capacity, moe.batch_priority, kernels))
 
+    def _route_images(self, x: Tensor, token_mask: Tensor | None, images: ImageRouting) -> tuple[Routing, Routing]:
+        """The decisions for the images, which drop nothing, and what they mean for the tokens."""
+        x_BND = x.flatten(1, -2)
+        count, tokens, _ = x_BND.shape
+        real_BN = None if token_mask is None else token_mask.reshape(count, tokens)
+        groups = Groups.of(count, 1, self.config.routing_group)
+        routing = images.route(self.router, x_BND, real_BN, groups)
+        if not isinstance(self.router, FollowingRouter):
+            self.last_image_logits = groups.merge(routing.logits_GSE)
+        return routing, choices_of_tokens(routing, tokens, real_BN)
+
     def _account(self, routing: Routing | SlotRouting, y_TD: Tensor, kernels: Kernels) -> Tensor:
         """Keeps the auxiliary loss and the statistics; changes no value of `y_TD`."""
         is_noisy = self.training and self.config.draws_noise
         each, usage = losses.losses_and_usage(routing, self.config, is_noisy, kernels)
+        if isinstance(self.router, FollowingRouter):  # the losses of a decision count once
+            each = {}
         zero = routing.gates_GSE.new_zeros(())
         loss = losses.weighted_sum(each, self.config) if each else zero
         self.last_auxiliary_loss = loss
@@ -273,7 +298,12 @@ class MoeMlp(nn.Module):
 
     def _replicate_for_data_parallel(self) -> "MoeMlp":
         """A copy for another device; what it leaves behind never reaches this layer, so that nothing old may stay."""
-        self.last_auxiliary_loss = self.statistics = None
+        if self.config.shared_router:
+            raise RuntimeError(
+                "shared_router: nn.DataParallel runs copies of the layers, which would share one decision; use "
+                "DistributedDataParallel"
+            )
+        self.last_auxiliary_loss = self.last_image_logits = self.statistics = None
         replica = super()._replicate_for_data_parallel()
         replica.mark = Mark()
         return replica
@@ -286,4 +316,5 @@ class MoeMlp(nn.Module):
 
     def __getstate__(self) -> dict:
         # What a forward pass left behind belongs to its graph: it can be neither copied nor saved.
-        return {**self.__dict__, "statistics": None, "last_auxiliary_loss": None, "recorders": ()}
+        passed = {"statistics": None, "last_auxiliary_loss": None, "last_image_logits": None}
+        return {**self.__dict__, **passed, "recorders": ()}

@@ -6,7 +6,7 @@ expert has for an image.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -28,6 +28,9 @@ class LayerRouting:
 
     Where tokens choose experts, `chosen`, `combine_weights` and `dropped` say what became of each choice. Where experts
     have slots (expert choice, Soft MoE) these are None, and `dispatch` and `combine` hold the whole mapping.
+
+    Where images are routed as a whole (`MoeConfig.route="image"`), there is no axis of tokens: gates (B, E), the others
+    (B, K), a grid of one row and one column. `as_tokens` gives such a routing the axis, with one token per image.
 
     Attributes:
         gates: (B, N, E) softmax of the router's scores, float32 or wider; for Soft MoE each expert's share of a token's
@@ -56,6 +59,18 @@ class LayerRouting:
     combine: Tensor | None = None
     valid: Tensor | None = None
     prefix_names: tuple[str, ...] = ()
+
+    @property
+    def of_images(self) -> bool:
+        """Whether images were routed as a whole."""
+        return self.gates.dim() == 2
+
+    def as_tokens(self) -> "LayerRouting":
+        """The same with an axis of tokens: where images were routed, each is one token."""
+        if not self.of_images:
+            return self
+        parts = {name: getattr(self, name)[:, None] for name in ("gates", "chosen", "combine_weights", "dropped")}
+        return replace(self, **parts, valid=None if self.valid is None else self.valid[:, None])
 
     def on_grid(self, values: Tensor) -> Tensor:
         """Values of the layer's tokens as a map: (B, N, ...) -> (B, rows, columns, ...).
@@ -191,10 +206,14 @@ class _Recorder:
         """Hook in a layer: keeps its decision on an input of this shape."""
         if is_backward() or record.gates_GSE.is_meta or isinstance(record.gates_GSE, FakeTensor):
             return
-        tokens = locate(self.model, name, shape, self._layers[name].use_conv, self._picture)
+        layer = self._layers[name]
         record = type(record)(*(part.detach() if isinstance(part, Tensor) else part for part in record))
+        if layer.images is not None:
+            self.trace._passes[name].append(_pass_of_images(record, shape[0]))
+            return
+        tokens = locate(self.model, name, shape, layer.use_conv, self._picture)
         names = prefix_names(self.model, name, tokens.num_prefix_tokens)
-        ensemble = self._layers[name].config.ensemble
+        ensemble = layer.config.ensemble
         self.trace._passes[name].append(_one_pass(record, shape[0] // ensemble, ensemble, tokens, names))
 
 
@@ -221,6 +240,14 @@ def _one_pass(
         order = by_image(record.weights_GSK).argsort(dim=-1, descending=True, stable=True)
         chosen, weights, dropped = (each.gather(-1, order) for each in (chosen, weights, dropped))
     return _Passes(gates, valid, (chosen, weights, dropped), (), tokens, names)
+
+
+def _pass_of_images(record: Routing | SlotRouting, images: int) -> _Passes:
+    of_tokens = _one_pass(record, images, 1, TokenGrid((1, 1)), ())
+    assert of_tokens.choices is not None  # images choose
+    gates, chosen, weights, dropped = (part[:, 0] for part in (of_tokens.gates, *of_tokens.choices))
+    valid = None if of_tokens.valid is None else of_tokens.valid[:, 0]
+    return of_tokens._replace(gates=gates, valid=valid, choices=(chosen, weights, dropped))
 
 
 def _joined(name: str, passes: list[_Passes]) -> _Passes:

@@ -129,7 +129,8 @@ def routed(model: nn.Module, images: Tensor) -> tuple[Tensor, dict[str, LayerMap
         return model(images), {}
     with record_routing(model) as trace:
         logits = model(images)
-    return logits, {name: layer_maps(part, layers[name].config.router) for name, part in trace.layers.items()}
+    parts = {name: part.as_tokens() for name, part in trace.layers.items()}
+    return logits, {name: layer_maps(part, layers[name].config.router) for name, part in parts.items()}
 
 
 class _Tally:

@@ -17,7 +17,7 @@ from vmoe.explain.heatmap.routed import (
     RoutedImage,
     describe_layer,
     output_names,
-    require_experts,
+    require_patch_routing,
     route_image,
     select_layers,
 )
@@ -63,7 +63,7 @@ def write_heatmaps(
         UserError: the model is dense, a layer does not exist, no image can be read, the capacity cannot be.
     """
     model, out, images = checkpoint.model, Path(out), [Path(image) for image in images]
-    require_experts(model)
+    require_patch_routing(model)
     shown = select_layers(model, layers)
     own_figures = shown if layers or len(shown) == 1 else []
     about = [f"checkpoint {checkpoint.path}", f"epoch {checkpoint.epoch}"]

@@ -58,9 +58,9 @@ def route_image(
         crop: how the image is fitted to the input, as in training.
 
     Raises:
-        UserError: the model is dense, or a logit is not finite.
+        UserError: the model has no map to draw, or a logit is not finite.
     """
-    require_experts(model)
+    require_patch_routing(model)
     device = next(model.parameters()).device
     pixels = eval_transform(image_size, mean, std, crop)(image)[None].to(device)
     with record_routing(model) as trace:
@@ -92,6 +92,20 @@ def require_experts(model: nn.Module) -> None:
     """
     if not moe_layers(model):
         raise UserError("CKPT: a dense model without experts, which routes nothing; give a V-MoE's checkpoint")
+
+
+def require_patch_routing(model: nn.Module) -> None:
+    """Refuses models of which there is no map to draw.
+
+    Raises:
+        UserError: the model has no MoE layer, or routes images as a whole.
+    """
+    require_experts(model)
+    if any(layer.images is not None for _, layer in moe_layers(model)):
+        raise UserError(
+            "CKPT: moe.route=image sends all patches of an image to the same experts, so that a map would have one "
+            "colour; vmoe explore shows which experts each class goes to"
+        )
 
 
 def select_layers(model: nn.Module, wanted: Sequence[str] | None) -> list[str]:

@@ -129,7 +129,7 @@ def routing_pictures(model: nn.Module, images: Tensor) -> dict[str, list[np.ndar
     try:
         with torch.compiler.set_stance("force_eager"), record_routing(model) as trace:
             model(images)
-        layers = {name: each for name, each in trace.layers.items() if each.chosen is not None}
+        layers = {name: each.as_tokens() for name, each in trace.layers.items() if each.chosen is not None}
     finally:
         model.train(was_training)
     low, high = (getattr(images.flatten(1), word)(1).values[:, None, None, None] for word in ("min", "max"))

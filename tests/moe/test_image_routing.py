@@ -1,0 +1,165 @@
+"""Layers that route whole images, against a plain loop over images in float64."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import vmoe
+from vmoe import MoeConfig, MoeMlp
+
+NULL = {"capacity_factor": None, "eval_capacity_factor": None}
+SMALL = {"img_size": 32, "patch_size": 16, "embed_dim": 24, "depth": 4, "num_heads": 2, "num_classes": 5}
+
+
+def layer_of(class_token: bool = False, **knobs) -> MoeMlp:
+    torch.manual_seed(0)
+    moe = MoeConfig(route="image", **{"num_experts": 3, "top_k": 1, "noise_std": 0.0, **NULL, **knobs})
+    layer = MoeMlp(6, 10, moe=moe, dtype=torch.float64)
+    for parameter in layer.experts.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    layer.images.class_token = class_token
+    return layer
+
+
+def model_of(**knobs):
+    torch.manual_seed(0)
+    moe = MoeConfig(layers="every-2", route="image", **{"num_experts": 3, "top_k": 1, **NULL, **knobs})
+    return vmoe.create_model("vit_tiny_patch16_224", moe, **SMALL)
+
+
+def images(count: int = 3) -> Tensor:
+    return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def by_a_loop(layer: MoeMlp, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Each image by itself: pool, score, and the weighted experts of all its real tokens."""
+    results = []
+    for index, tokens in enumerate(x):
+        real = torch.ones(len(tokens), dtype=torch.bool) if mask is None else mask[index]
+        pooled = tokens[0] if layer.images.class_token else tokens[real].sum(0) / max(int(real.sum()), 1)
+        gates = (layer.router.gate.weight @ pooled).softmax(0)
+        best = gates.argsort(descending=True)[: layer.config.top_k]
+        weights = gates[best] / gates[best].sum() if layer.config.renormalize else gates[best]
+        total = torch.zeros_like(tokens)
+        for expert, weight in zip(best, weights, strict=True):
+            first, second = layer.experts.fc1, layer.experts.fc2
+            hidden = F.gelu(tokens @ first.weight[expert].T + first.bias[expert])
+            total = total + weight * (hidden @ second.weight[expert].T + second.bias[expert])
+        if layer.shared is not None:
+            total = total + layer.shared(tokens)
+        results.append(total * real[:, None])
+    return torch.stack(results)
+
+
+@pytest.mark.parametrize("backend", ["auto", "segments"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"top_k": 2},
+        {"top_k": 2, "renormalize": True, "shared_experts": 1},
+        {"class_token": True},
+    ],
+)
+@pytest.mark.parametrize("padded", [False, True])
+def test_equals_a_plain_loop_with_all_gradients(options, backend, padded):
+    layer = layer_of(backend=backend, **options)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(5, 7, 6, dtype=torch.float64, generator=generator)
+    mask = None
+    if padded:
+        mask = torch.rand(5, 7, generator=generator) < 0.6
+        mask[:, 0], mask[4] = True, False  # the last image is padding alone
+    direction = torch.randn(5, 7, 6, dtype=torch.float64, generator=generator)
+    found = {}
+    for name, compute in {"layer": layer, "loop": lambda *given: by_a_loop(layer, *given)}.items():
+        given = x.clone().requires_grad_()
+        y = compute(given, mask)
+        learned = [given, *layer.parameters()]
+        found[name] = [y, *torch.autograd.grad((y * direction).sum(), learned)]
+    torch.testing.assert_close(found["layer"], found["loop"], rtol=1e-10, atol=1e-12)
+
+
+def test_balance_losses_are_those_of_the_images():
+    layer = layer_of(gshard_loss_weight=1.0, z_loss_weight=1.0)
+    x = torch.randn(6, 4, 6, dtype=torch.float64)
+    layer(x)
+    by_patch = MoeMlp(6, 10, moe=MoeConfig(**{**vars(layer.config), "route": "patch"}), dtype=torch.float64)
+    by_patch.load_state_dict(layer.state_dict())
+    by_patch(x.mean(1, keepdim=True))
+    torch.testing.assert_close(layer.last_auxiliary_loss, by_patch.last_auxiliary_loss)
+    torch.testing.assert_close(layer.statistics, by_patch.statistics)
+    torch.testing.assert_close(layer.last_image_logits, x.mean(1) @ layer.router.gate.weight.T)
+
+
+def test_the_class_token_speaks_for_the_image_where_the_model_has_one():
+    with_token = vmoe.moe_layers(model_of())[0][1]
+    without = vmoe.create_model(
+        "vit_tiny_patch16_224", model_of_config(), **SMALL, class_token=False, global_pool="avg"
+    )
+    assert with_token.images.class_token
+    assert not vmoe.moe_layers(without)[0][1].images.class_token
+
+
+def model_of_config() -> MoeConfig:
+    return vmoe.moe_layers(model_of())[0][1].config
+
+
+def test_one_router_decides_for_all_layers():
+    model = model_of(shared_router=True).train()
+    (_, first), (_, second) = vmoe.moe_layers(model)
+    assert not any(name.startswith("blocks.3.mlp.router") for name in model.state_dict())
+    model(images())
+    torch.testing.assert_close(first.statistics.load, second.statistics.load)
+    loss = vmoe.auxiliary_loss(model)
+    torch.testing.assert_close(loss, first.last_auxiliary_loss)  # counts once
+    assert second.last_image_logits is None
+    # the experts of the last layer teach the router of the first
+    model.eval()
+    first.experts.requires_grad_(False)
+    gate = first.router.gate.weight
+    decision = first.images.decision.routing
+    model(images()).sum().backward()
+    assert first.images.decision.routing is not decision
+    assert gate.grad.abs().max() > 0
+    copied = copy.deepcopy(model)
+    copied(images())
+    torch.testing.assert_close(copied(images()), model(images()))
+    (_, own), (_, following) = vmoe.moe_layers(copied)
+    assert following.router.decision is own.images.decision
+    assert own.images.decision is not first.images.decision
+
+
+@pytest.mark.parametrize("shared_router", [False, True])
+def test_compiled_in_one_graph(shared_router):
+    model = model_of(shared_router=shared_router, noise_std=0.0).train()
+    expected = model(images())
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(images()), expected)
+    gate = vmoe.moe_layers(model)[0][1].router.gate.weight
+    (compiled(images()).square().sum() + vmoe.auxiliary_loss(model)).backward()
+    found, gate.grad = gate.grad, None
+    (model(images()).square().sum() + vmoe.auxiliary_loss(model)).backward()
+    torch.testing.assert_close(found, gate.grad)
+
+
+def test_the_record_has_one_decision_per_image():
+    model = model_of(top_k=2).eval()
+    with vmoe.record_routing(model) as trace:
+        model(images(3))
+        model(images(2))
+    layer = trace.layers["blocks.1.mlp"]
+    assert (layer.gates.shape, layer.chosen.shape, layer.grid) == ((5, 3), (5, 2), (1, 1))
+    torch.testing.assert_close(layer.combine_weights, layer.gates.gather(1, layer.chosen))
+    assert layer.as_tokens().gates.shape == (5, 1, 3)
+
+
+@pytest.mark.parametrize("shared_router", [False, True])
+def test_torch_export_takes_a_batch_of_any_size(shared_router):
+    model = model_of(shared_router=shared_router, top_k=2).eval()
+    program = torch.export.export(model, (images(3),), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+    for count in (1, 4):
+        torch.testing.assert_close(program.module()(images(count)), model(images(count)))

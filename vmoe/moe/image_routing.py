@@ -1,0 +1,118 @@
+"""Images that choose experts: one decision per image, which all its tokens follow (Mobile V-MoE, Daxberger et al. 2023,
+https://arxiv.org/abs/2309.04354).
+
+B images of N tokens of width D; G groups of S images; E experts; K choices per image. A `Routing` of images has images
+where that of a layer which routes patches has tokens.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vmoe.moe.groups import Groups
+from vmoe.moe.kernels import PLAIN, Kernels
+from vmoe.moe.routing import Routed, Routing
+
+
+class Decision:
+    """What the first MoE layer of a model decided in the last forward pass, for the layers behind it.
+
+    Attributes:
+        routing: The routing of the images; None before the first pass.
+    """
+
+    def __init__(self) -> None:
+        self.routing: Routing | None = None
+
+    def __getstate__(self) -> dict:
+        return {"routing": None}  # belongs to a graph, which can be neither copied nor saved
+
+
+class FollowingRouter(nn.Module):
+    """Repeats what the first MoE layer decided, where one router serves all layers; it has no parameters."""
+
+    def __init__(self, decision: Decision, top_k: int) -> None:
+        super().__init__()
+        self.decision, self.top_k = decision, top_k
+
+    def forward(self, x_BD: Tensor, groups: Groups, valid_GS: Tensor | None = None, kernels: Kernels = PLAIN) -> Routed:
+        routing = self.decision.routing
+        if routing is None:
+            raise RuntimeError("shared_router: the first MoE layer decides for all, and has not run yet")
+        return Routed(routing, x_BD)
+
+
+class ImageRouting:
+    """How a layer with `MoeConfig.route="image"` comes to its decisions.
+
+    Attributes:
+        class_token: Whether the first token of an image is a class token, which then speaks for the image. Otherwise
+            the mean of the image's real tokens does, registers included.
+        decision: Where the decision is kept for other layers; None where each layer decides for itself.
+    """
+
+    def __init__(self, class_token: bool = False) -> None:
+        self.class_token = class_token
+        self.decision: Decision | None = None
+
+    def route(self, router: nn.Module, x_BND: Tensor, real_BN: Tensor | None, groups: Groups) -> Routing:
+        """The decision for each image; an image of padding alone does not count.
+
+        Args:
+            router: Any by which tokens choose.
+            x_BND: Tokens.
+            real_BN: Which of them are no padding, bool; None when all are.
+            groups: How the images are grouped.
+        """
+        valid_GS = groups.valid(None if real_BN is None else real_BN.any(1), x_BND.device)
+        # a row per image: too few for the kernels, which are made for a row per token
+        routing = router(self.pooled(x_BND, real_BN), groups, valid_GS, PLAIN).routing
+        if self.decision is not None and not isinstance(router, FollowingRouter):
+            self.decision.routing = routing
+        return routing
+
+    def pooled(self, x_BND: Tensor, real_BN: Tensor | None) -> Tensor:
+        """What the router sees of each image, (B, D), the mean in float32 or wider."""
+        if self.class_token:
+            return x_BND[:, 0]
+        dtype = torch.promote_types(x_BND.dtype, torch.float32)
+        if real_BN is None:
+            return x_BND.mean(1, dtype=dtype)
+        total_BD = x_BND.masked_fill(~real_BN[..., None], 0).sum(1, dtype=dtype)
+        return total_BD / real_BN.sum(1, keepdim=True).clamp_min(1)
+
+
+def choices_of_tokens(routing: Routing, tokens: int, real_BN: Tensor | None) -> Routing:
+    """The routing of tokens, each of which follows its image; padding follows none.
+
+    Args:
+        routing: Of the images.
+        tokens: N.
+        real_BN: Which tokens are no padding, bool; None when all are.
+    """
+
+    def of_tokens(values_GSX: Tensor) -> Tensor:  # (G, S, X) -> (B, N, X), without a copy
+        return routing.groups.merge(values_GSX)[:, None].expand(-1, tokens, -1)
+
+    chosen_BNK = of_tokens(routing.chosen_GSK)
+    return Routing(
+        Groups(chosen_BNK.shape[0], tokens, tokens, tokens),
+        real_BN,
+        of_tokens(routing.logits_GSE),
+        of_tokens(routing.noisy_logits_GSE),
+        of_tokens(routing.gates_GSE),
+        chosen_BNK,
+        of_tokens(routing.weights_GSK),
+        kept_GSK=None if real_BN is None else real_BN[..., None].expand_as(chosen_BNK),
+    )
+
+
+def share_router(layers: Sequence[Any]) -> None:
+    """Makes all `MoeMlp`s of a model, in forward order, follow the decision of the first one."""
+    decision = Decision()
+    for index, layer in enumerate(layers):
+        layer.images.decision = decision
+        if index > 0:
+            layer.router = FollowingRouter(decision, layer.config.top_k)
