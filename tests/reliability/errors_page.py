@@ -1,6 +1,6 @@
 """Makes the mistakes and writes down what the tools print.
 
-`python tests/reliability/errors_page.py > docs/errors.md` writes that page anew.
+`python tests/reliability/errors_page.py > docs/errors.md` writes that page again.
 """
 
 import contextlib
@@ -22,12 +22,17 @@ from vmoe.cli.main import main
 
 PAGE = """# Errors
 
-A mistake in an option, a config, a checkpoint or the data is one line on stderr, `vmoe JOB: error: LINE`, and exit
+This page lists the mistakes that the jobs know, so that you find what a line means. A mistake in an option, a config, a
+checkpoint or the data is one line on stderr, `vmoe JOB: error: LINE`, and exit
 code 2; nothing is written. Below are {count} kinds of mistakes with their lines, as the tools print them; `…` stands
 for words of a library, which change with its version. Whatever ends in a traceback is a bug: please report it.
 
 Exit codes: 0 done; 1 a run of a sweep failed; 2 a mistake; 130 and 143 stopped by Ctrl-C or SIGTERM, where `vmoe train`
 can be resumed. A run of several processes of which one is killed ends with torchrun's exit code 1.
+
+```sh
+vmoe train --config digits --optim.lrr 3   # vmoe train: error: --optim.lrr: no such option; did you mean optim.lr?
+```
 {sections}
 """
 SECTION = """

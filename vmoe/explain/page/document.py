@@ -35,7 +35,7 @@ def write_page(report: dict[str, Any], images: dict[str, Any], path: str | Path)
     last images, at last the tables by class. The page says what it holds.
 
     Args:
-        report: The numbers, plain JSON types: see docs/explorer.md.
+        report: The numbers, plain JSON types: see docs/explorer_metrics.md.
         images: The sampled images: "pixels" (n, height, width, 3) uint8, "label", "predicted", "confidence" (n each),
             "number" (n, their places in the data set; optional), "name" (n, of their files; optional), and for each
             layer of the report "gates" (n, N, E), "dispatch" (the same, or None), "chosen" and "dropped" (n, N, K) or
