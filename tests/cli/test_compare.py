@@ -13,7 +13,7 @@ from vmoe.cli.compare import main
 
 @pytest.fixture
 def save_summary(tmp_path):
-    def save(name, top1, seed=0, moe=None, device="a CPU", fraction=None, model="vit", validated=True):
+    def save(name, top1, seed=0, moe=None, device="a CPU", fraction=None, model="vit", validated=True, metric="top1"):
         folder = tmp_path / name
         folder.mkdir()
         data = {"name": "digits", "subset": {"fraction": fraction}}
@@ -25,7 +25,8 @@ def save_summary(tmp_path):
             "trainer": {"epochs": 1},
         }
         summary = {
-            "metrics": {"test/top1": top1, "train_clean/top1": 0.995} | ({"val/top1": 0.5} if validated else {}),
+            "metrics": {f"test/{metric}": top1, f"train_clean/{metric}": 0.995}
+            | ({f"val/{metric}": 0.5} if validated else {}),
             "parameters": {"total": 3_000_000 if moe else 1_000_000, "active": 1_250_000},
             "flops_per_image": 2_500_000,
             "images_per_second": 123.4,
@@ -34,10 +35,36 @@ def save_summary(tmp_path):
         }
         (folder / "config.yaml").write_text(yaml.safe_dump(config))
         (folder / "summary.json").write_text(json.dumps(summary))
-        (folder / "metrics.csv").write_text("epoch,val/top1\n0,0.5\n" if validated else "epoch\n0\n")
+        (folder / "metrics.csv").write_text(f"epoch,val/{metric}\n0,0.5\n" if validated else "epoch\n0\n")
         return str(folder)
 
     return save
+
+
+def test_runs_of_several_classes_per_image_are_compared_by_map(save_summary, tmp_path, capsys):
+    arms = {"moe": ({"num_experts": 8}, (0.6, 0.64)), "dense": (None, (0.55, 0.58))}
+    runs = [
+        save_summary(f"{name}{seed}", value, seed, moe, metric="mAP", fraction=0.5)
+        for name, (moe, values) in arms.items()
+        for seed, value in enumerate(values)
+    ]
+    out = tmp_path / "out"
+    assert main([*runs, "--against", "data.subset.fraction", "--out", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert "+5.50 points of test mAP, 95 % interval" in shown and "(paired, n=2)" in shown and "top-1" not in shown
+    with open(out / "comparison.csv", newline="") as file:
+        moe = next(csv.DictReader(file))
+    assert float(moe["test_mAP_mean"]) == pytest.approx(0.62) and float(moe["train_clean_mAP_mean"]) == 0.995
+    assert "top-1" not in (out / "comparison.md").read_text()
+    assert main([str(out / "comparison.json"), "--out", str(tmp_path / "again")]) == 0
+    assert (tmp_path / "again" / "comparison.csv").read_bytes() == (out / "comparison.csv").read_bytes()
+    capsys.readouterr()
+    for more, line in (
+        (["--gains"], "--gains: counts wrong answers, and moe0 has several classes"),
+        ([save_summary("other", 0.9)], "has mAP and other has top-1; compare runs of one class per image"),
+    ):
+        assert main([*runs, *more, "--out", str(tmp_path / "none")]) == 2
+        assert line in capsys.readouterr().err
 
 
 def test_runs_are_put_side_by_side(save_summary, tmp_path, capsys):

@@ -1,8 +1,9 @@
 """\
-Puts finished runs side by side, such as a V-MoE and its dense twin: test accuracy against active FLOPs an image,
-total parameters and training images/s, and how it rose. Runs that differ in their seed only are one arm (mean, sd, n),
-named by what tells its recipe from the others. Each arm's difference is taken over the seeds it shares with its
-baseline, with a paired 95 % confidence interval: against --baseline, or else its dense twin, or else the first arm.
+Puts finished runs side by side, such as a V-MoE and its dense twin: test accuracy (mAP of several classes per image)
+against active FLOPs an image, total parameters and training images/s, and how it rose. Runs that differ in their seed
+only are one arm (mean, sd, n), named by what tells its recipe from the others. Each arm's difference is taken over the
+seeds it shares with its baseline, with a paired 95 % confidence interval: against --baseline, or else its dense twin,
+or else the first arm.
 
 With --against, runs of several values of one option, such as the part of the data, are also drawn over it, each V-MoE
 beside the dense model of the same value.
@@ -28,6 +29,7 @@ A comparison.json keeps all that is needed to compare its runs again, beside oth
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
@@ -37,6 +39,9 @@ from vmoe.cli.common import job
 from vmoe.cli.options import new_parser
 from vmoe.errors import UserError
 from vmoe.text import printable
+
+if TYPE_CHECKING:
+    from vmoe.evaluation.compare.runs import Run
 
 
 @job()
@@ -66,7 +71,7 @@ def main(argv: list[str]) -> None:
     found = differences(arms, baseline)
     rows, notes, warnings = table_rows(arms, found), [sentence(part) for part in found], warnings_for(runs)
 
-    Console().print(_rich_table(rows))
+    Console().print(_rich_table(rows, runs[0]))
     for note in notes:
         print(printable(note))
     laws = power_laws(series) if options.against == "moe.num_experts" else []
@@ -78,7 +83,7 @@ def main(argv: list[str]) -> None:
     each = [{"arm": arm.name, **_run_entry(run)} for arm in arms for run in arm.runs]
     write_csv(options.out / "comparison.csv", rows)
     write_csv(options.out / "runs.csv", each)
-    write_text(options.out / "comparison.md", _markdown(rows, notes + warnings))
+    write_text(options.out / "comparison.md", _markdown(rows, notes + warnings, runs[0]))
     kept = [{"arm": arm.name, "seed": run.seed, **as_plain(run)} for arm in arms for run in arm.runs]
     write_json(options.out / "comparison.json", {"arms": rows, "runs": kept, "notes": notes, "warnings": warnings})
     draw_comparison(arms, found, notes + warnings).save(options.out / "comparison.png")
@@ -109,21 +114,21 @@ def _compare_parser() -> argparse.ArgumentParser:
     return parser
 
 
-_COLUMNS = ("arm", "n", "test top-1 (%)", "train top-1 (%)", "difference", "FLOPs", "active", "params", "images/s")
+_COLUMNS = ("arm", "n", "test {} (%)", "train {} (%)", "difference", "FLOPs", "active", "params", "images/s")
 _KEY = (
-    "top-1 of the best checkpoint on the test set (± sd over seeds) and on training images as they are, difference to "
+    "{} of the best checkpoint on the test set (± sd over seeds) and on training images as they are, difference to "
     "the baseline in points with its paired 95 % interval, FLOPs an image, active and total parameters, images/s in "
     "training"
 )
 
 
-def _run_entry(run) -> dict:
+def _run_entry(run: "Run") -> dict:
     return {
         "run": run.name,
         "seed": run.seed,
-        "test_top1": run.top1,
-        "train_clean_top1": run.train_top1,
-        "val_top1": run.summary["metrics"].get("val/top1"),
+        f"test_{run.metric}": run.score,
+        f"train_clean_{run.metric}": run.train_score,
+        f"val_{run.metric}": run.summary["metrics"].get(f"val/{run.metric}"),
         "train_images_per_second": run.images_per_second,
         "train_seconds": run.summary.get("train_seconds"),
         "peak_memory_mib": run.summary.get("peak_memory_mib"),
@@ -136,7 +141,7 @@ def _run_entry(run) -> dict:
     }
 
 
-def _table_cells(row: dict) -> list[str]:
+def _table_cells(row: dict, metric: str) -> list[str]:
     from vmoe.evaluation.compare.figure import short
 
     costs = (
@@ -145,8 +150,15 @@ def _table_cells(row: dict) -> list[str]:
         row["total_parameters"],
         row["train_images_per_second_mean"],
     )
-    accuracies = (_mean_and_sd(row["test_top1_mean"], row["test_top1_sd"]), _mean_and_sd(row["train_clean_top1_mean"]))
-    return [row["name"], str(row["n"]), *accuracies, _difference(row), *map(short, costs)]
+    tested = _mean_and_sd(row[f"test_{metric}_mean"], row[f"test_{metric}_sd"])
+    return [
+        row["name"],
+        str(row["n"]),
+        tested,
+        _mean_and_sd(row[f"train_clean_{metric}_mean"]),
+        _difference(row),
+        *map(short, costs),
+    ]
 
 
 def _mean_and_sd(mean: float | None, sd: float | None = None) -> str:
@@ -164,16 +176,20 @@ def _difference(row: dict) -> str:
     return f"{points} [{100 * row['difference_low']:+.2f}, {100 * row['difference_high']:+.2f}]"
 
 
-def _rich_table(rows: list[dict]) -> Table:
-    table = Table(caption=_KEY, caption_justify="left")
+def _rich_table(rows: list[dict], run: "Run") -> Table:
+    table = Table(caption=_KEY.format(run.metric_title), caption_justify="left")
     for column in _COLUMNS:
-        table.add_column(column, justify="left" if column == "arm" else "right", overflow="fold")
+        table.add_column(
+            column.format(run.metric_title), justify="left" if column == "arm" else "right", overflow="fold"
+        )
     for row in rows:
-        table.add_row(*(escape(printable(cell)) for cell in _table_cells(row)))
+        table.add_row(*(escape(printable(cell)) for cell in _table_cells(row, run.metric)))
     return table
 
 
-def _markdown(rows: list[dict], notes: list[str]) -> str:
-    lines = [_COLUMNS, ["---"] + ["---:"] * (len(_COLUMNS) - 1), *map(_table_cells, rows)]
+def _markdown(rows: list[dict], notes: list[str], run: "Run") -> str:
+    titles, key = [column.format(run.metric_title) for column in _COLUMNS], _KEY.format(run.metric_title)
+    cells = [_table_cells(row, run.metric) for row in rows]
+    lines = [titles, ["---"] + ["---:"] * (len(_COLUMNS) - 1), *cells]
     table = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
-    return "\n".join([*table, "", _KEY[0].upper() + _KEY[1:] + ".", *(f"- {note}" for note in notes), ""])
+    return "\n".join([*table, "", key[0].upper() + key[1:] + ".", *(f"- {note}" for note in notes), ""])

@@ -18,9 +18,9 @@ MOE = {"layers": "every-2", "num_experts": 8}
 
 def test_a_run_is_read(make_run):
     run = read_run(make_run("one", moe=MOE))
-    assert (run.name, run.top1, run.total_parameters, run.active_parameters) == ("one", 0.9, 4000, 1200)
-    assert run.train_top1 is None  # an older summary does not tell it
-    assert read_run(make_run("two", train=0.95)).train_top1 == 0.95
+    assert (run.name, run.score, run.total_parameters, run.active_parameters) == ("one", 0.9, 4000, 1200)
+    assert run.train_score is None  # an older summary does not tell it
+    assert read_run(make_run("two", train=0.95)).train_score == 0.95
     assert run.curve == [(0, 0.5), (1, 0.8)]
     assert not run.is_dense
 
@@ -29,9 +29,9 @@ def test_seeds_of_one_config_are_grouped(make_run):
     runs = [read_run(make_run(f"moe{seed}", top1, seed, MOE)) for seed, top1 in enumerate((0.90, 0.92, 0.97))]
     groups = group_runs([*runs, read_run(make_run("dense", train=0.99))])
     assert [group.n for group in groups] == [3, 1]
-    assert groups[0].mean("top1") == pytest.approx(0.93)
-    assert groups[0].sd("top1") == pytest.approx((0.0026 / 2) ** 0.5)  # (.03^2 + .01^2 + .04^2) / 2
-    assert groups[1].sd("top1") is None
+    assert groups[0].mean("score") == pytest.approx(0.93)
+    assert groups[0].sd("score") == pytest.approx((0.0026 / 2) ** 0.5)  # (.03^2 + .01^2 + .04^2) / 2
+    assert groups[1].sd("score") is None
     moe, dense = table_rows(groups, differences(groups))
     assert (moe["n"], moe["seeds"], moe["runs"], moe["kind"]) == (3, "0 1 2", "moe0 moe1 moe2", "V-MoE")
     assert (moe["train_clean_top1_mean"], dense["train_clean_top1_mean"]) == (None, 0.99)

@@ -168,11 +168,11 @@ def against_rows(series: Sequence[Series], option: str) -> list[dict[str, Any]]:
             "arm": one.name,
             option: point.value,
             "n": point.arm.n,
-            "test_top1_mean": point.arm.mean("top1"),
-            "test_top1_sd": point.arm.sd("top1"),
+            f"test_{point.arm.first.metric}_mean": point.arm.mean("score"),
+            f"test_{point.arm.first.metric}_sd": point.arm.sd("score"),
             "test_loss_mean": point.arm.mean("test_loss"),
             "test_loss_sd": point.arm.sd("test_loss"),
-            "train_clean_top1_mean": point.arm.mean("train_top1"),
+            f"train_clean_{point.arm.first.metric}_mean": point.arm.mean("train_score"),
             "difference": point.gain and point.gain.mean,
             "difference_low": point.gain and point.gain.low,
             "difference_high": point.gain and point.gain.high,
@@ -188,12 +188,13 @@ def draw_against(series: Sequence[Series], option: str, laws: Sequence[PowerLaw]
 
     With laws, the test loss takes the place of the accuracies.
     """
+    metric = series[0].points[0].arm.first.metric_title
     fields = (
         [("Test loss", "test_loss", 1.0, "test loss (nats)")]
         if laws
         else [
-            ("Test top-1", "top1", 100.0, "top-1 (%)"),
-            ("Training images as they are, top-1", "train_top1", 100.0, "top-1 (%)"),
+            (f"Test {metric}", "score", 100.0, f"{metric} (%)"),
+            (f"Training images as they are, {metric}", "train_score", 100.0, f"{metric} (%)"),
         ]
     )
     columns = len(fields) + 1
@@ -202,7 +203,7 @@ def draw_against(series: Sequence[Series], option: str, laws: Sequence[PowerLaw]
     )
     count = sum(point.arm.n for one in series for point in one.points)
     page.heading(
-        f"{'Loss' if laws else 'Accuracy'} against {option}",
+        f"{'Loss' if laws else 'Accuracy' if metric == 'top-1' else metric} against {option}",
         f"runs: {count} · bars: sd over seeds, of gains the paired 95 % interval",
     )
     panels = [_titled_axes(page, index, title) for index, (title, *_) in enumerate(fields)]
@@ -232,7 +233,7 @@ def draw_against(series: Sequence[Series], option: str, laws: Sequence[PowerLaw]
         page.text(
             MARGIN + 75, place, f"{one.name}  n={'-'.join(map(str, counts[:: max(1, len(counts) - 1)]))}{law}", BODY
         )
-    for axes, unit in zip((*panels, gains), (*(unit for *_, unit in fields), "points of test top-1"), strict=True):
+    for axes, unit in zip((*panels, gains), (*(unit for *_, unit in fields), f"points of test {metric}"), strict=True):
         _spread(axes, values)
         label(axes, option, unit)
     if laws:

@@ -32,7 +32,7 @@ _FRONT = {"color": MUTED, "linewidth": 1, "linestyle": ":", "zorder": 2}
 
 
 def draw_comparison(arms: Sequence[Arm], found: Sequence[Difference], notes: Sequence[str]) -> Page:
-    """Test accuracy against FLOPs, speed and parameters, with the Pareto front; differences; validation by epoch.
+    """Scores on the test set against FLOPs, speed and parameters, with the Pareto front; differences; validation.
 
     An arm keeps its colour, and its number where there is no room for its name. V-MoEs are round, dense models square.
     Bars are one standard deviation over seeds; `notes` stand below.
@@ -42,14 +42,18 @@ def draw_comparison(arms: Sequence[Arm], found: Sequence[Difference], notes: Seq
     below = _panel_corner(5)[1] + max(_HEIGHT + 60, legend)
     page = Page(3 * _WIDTH + 2 * _GAP + 2 * MARGIN + 50, below + 24 * len(lines) + MARGIN)
     counts = f"runs: {sum(arm.n for arm in arms)}, arms: {len(arms)}"
-    page.heading("Accuracy and what it costs", f"{counts} · test accuracy of the checkpoint {_chosen(arms)}")
+    metric = arms[0].first.metric_title
+    word = "accuracy" if metric == "top-1" else metric
+    page.heading(
+        f"{word[0].upper()}{word[1:]} and what it costs", f"{counts} · test {word} of the checkpoint {_chosen(arms)}"
+    )
     for index, (field, title) in enumerate(_PANELS):
-        axes = _panel(page, index, f"Test top-1 against {title.split(' (')[0]}")
+        axes = _panel(page, index, f"Test {metric} against {title.split(' (')[0]}")
         _draw_points(axes, arms, field)
-        label(axes, title, "test top-1 (%)")
+        label(axes, title, f"test {metric} (%)")
     _draw_differences(page, arms, found)
     if any(run.curve for arm in arms for run in arm.runs):
-        _draw_curves(_panel(page, 4, "Validation top-1 while training"), arms)
+        _draw_curves(_panel(page, 4, f"Validation {metric} while training"), arms)
     _list_arms(page, arms, *_panel_corner(5), legend)
     for index, line in enumerate(lines):
         page.text(MARGIN, below + 24 * (index + 1), line, BODY, color=MUTED)
@@ -71,7 +75,7 @@ def _draw_curves(axes: Axes, arms: Sequence[Arm]) -> None:
                     *_in_percent(run.curve), color=expert_hex(index), linewidth=1.6, linestyle=_dash_of(arm), alpha=0.85
                 )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    label(axes, "epoch", "val top-1 (%)")
+    label(axes, "epoch", f"val {arms[0].first.metric_title} (%)")
 
 
 def _panel_corner(index: int) -> tuple[int, int]:
@@ -87,10 +91,10 @@ def _panel(page: Page, index: int, title: str, names: float = 0) -> Axes:
 
 def _draw_points(axes: Axes, arms: Sequence[Arm], field: str) -> None:
     for index, arm in enumerate(arms):
-        sd = arm.sd("top1")
+        sd = arm.sd("score")
         axes.errorbar(
             arm.mean(field),
-            100 * arm.mean("top1"),
+            100 * arm.mean("score"),
             yerr=None if sd is None else 100 * sd,
             fmt="s" if arm.first.is_dense else "o",
             markersize=9,
@@ -100,11 +104,11 @@ def _draw_points(axes: Axes, arms: Sequence[Arm], field: str) -> None:
         )
     axes.set_xscale("log")
     values = [arm.mean(field) for arm in arms]
-    front = pareto_front([(arm.mean(field), arm.mean("top1")) for arm in arms], field in _MORE_IS_BETTER)
-    axes.plot([values[index] for index in front], [100 * arms[index].mean("top1") for index in front], **_FRONT)
+    front = pareto_front([(arm.mean(field), arm.mean("score")) for arm in arms], field in _MORE_IS_BETTER)
+    axes.plot([values[index] for index in front], [100 * arms[index].mean("score") for index in front], **_FRONT)
     axes.set_xlim(min(values) / _ROOM, max(values) * _ROOM)
     axes.margins(y=0.25)
-    points = [(arm.mean(field), 100 * arm.mean("top1")) for arm in arms]
+    points = [(arm.mean(field), 100 * arm.mean("score")) for arm in arms]
     unnamed = _name(axes, arms, points) if len(arms) <= _MOST_NAMED_POINTS else range(len(arms))
     _number(axes, points, unnamed)
     ticks = FuncFormatter(lambda value, _: short(value))
@@ -186,7 +190,7 @@ def _draw_differences(page: Page, arms: Sequence[Arm], found: Sequence[Differenc
     axes.xaxis.set_major_locator(MaxNLocator(5))  # numbers such as -0.125 are wide
     axes.set_ylim(len(arms) - 0.4, -0.6)
     axes.set_yticks(range(len(arms)), names)
-    label(axes, "points of test top-1, with paired 95 % interval")
+    label(axes, f"points of test {arms[0].first.metric_title}, with paired 95 % interval")
 
 
 def pareto_front(points: Sequence[tuple[float, float]], more_is_better: bool = False) -> list[int]:

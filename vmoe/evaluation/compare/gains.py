@@ -9,6 +9,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
+from vmoe.errors import UserError
 from vmoe.evaluation.compare.intervals import EQUAL_COMPUTE, Difference, difference
 from vmoe.evaluation.compare.runs import Arm, Run
 from vmoe.figures.style import BODY, MARGIN, MUTED, PAPER, SMALL, Page, label, plain_axes
@@ -71,7 +72,7 @@ class Gain:
     @property
     def error_ratio(self) -> float:
         """How many times more errors the twin makes on the test images than on its training images; may be infinite."""
-        errors, learnt = 1 - self.difference.baseline.mean("top1"), 1 - self.fit
+        errors, learnt = 1 - self.difference.baseline.mean("score"), 1 - self.fit
         if learnt > 0:
             return errors / learnt
         return math.inf if errors > 0 else 1.0
@@ -100,7 +101,12 @@ def gains(runs: Sequence[Run]) -> list[Gain]:
     """Pairs each V-MoE with the dense runs of the same recipe, of all studies that the runs come from.
 
     V-MoEs without such a twin are left out, and so are twins whose accuracy on training images was not measured.
+
+    Raises:
+        UserError: a run is of several classes per image.
     """
+    if several := next((run.name for run in runs if run.metric != "top1"), None):
+        raise UserError(f"--gains: counts wrong answers, and {several} has several classes per image; leave it out")
     once = {json.dumps([run.config, run.summary], sort_keys=True): run for run in runs}
     recipes: dict[str, dict[str, list[Run]]] = {}
     for run in once.values():
@@ -110,7 +116,7 @@ def gains(runs: Sequence[Run]) -> list[Gain]:
     for arms in recipes.values():
         dense = [members for members in arms.values() if members[0].is_dense]
         twin = Arm("dense", dense[0]) if dense else None
-        fit = twin and twin.mean("train_top1")
+        fit = twin and twin.mean("train_score")
         if twin is None or fit is None:
             continue
         for members in arms.values():
@@ -135,7 +141,7 @@ def gain_rows(found: Sequence[Gain]) -> list[dict[str, Any]]:
             "kind": gain.kind,
             "data": gain.difference.arm.first.data["name"],
             "twin_train_top1": gain.fit,
-            "twin_test_top1": gain.difference.baseline.mean("top1"),
+            "twin_test_top1": gain.difference.baseline.mean("score"),
             "twin_error_ratio": gain.error_ratio if gain.error_ratio < math.inf else None,
             "epochs": gain.epochs,
             "tokens_per_expert": gain.tokens_per_expert,

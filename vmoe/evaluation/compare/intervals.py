@@ -19,7 +19,7 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Difference:
-    """Test accuracy of an arm less that of its baseline, as fractions."""
+    """The score of an arm on the test set less that of its baseline, as fractions."""
 
     arm: Arm
     baseline: Arm
@@ -33,10 +33,10 @@ def difference(arm: Arm, baseline: Arm) -> Difference:
     """Pairs runs of the same seed, which share initial weights and data order as far as their models allow; the
     interval is Student's t for paired samples.
     """
-    ours, theirs = arm.top1_by_seed(), baseline.top1_by_seed()
+    ours, theirs = arm.score_by_seed(), baseline.score_by_seed()
     seeds = [seed for seed in ours if seed in theirs]
     if not seeds:
-        return Difference(arm, baseline, arm.mean("top1") - baseline.mean("top1"), None, None, 0)
+        return Difference(arm, baseline, arm.mean("score") - baseline.mean("score"), None, None, 0)
     mean = statistics.fmean(ours[seed] - theirs[seed] for seed in seeds)
     if len(seeds) == 1:
         return Difference(arm, baseline, mean, None, None, 1)
@@ -83,8 +83,9 @@ def sentence(found: Difference) -> str:
     flops = arm.first.flops / base.first.flops
     equal = abs(math.log(flops)) <= math.log1p(EQUAL_COMPUTE)
     parameters = arm.first.total_parameters / base.first.total_parameters
+    score = f"{100 * found.mean:+.2f} points of test {arm.first.metric_title}"
     return (
-        f"{arm.name} against {base.name}: {100 * found.mean:+.2f} points of test top-1, {_evidence(found)}, at "
+        f"{arm.name} against {base.name}: {score}, {_evidence(found)}, at "
         f"{'equal' if equal else 'unequal'} compute "
         f"({flops:.2f}x the FLOPs an image, {parameters:.2f}x the parameters)"
         f"{_other_differences(arm.first, base.first)}"
@@ -92,7 +93,7 @@ def sentence(found: Difference) -> str:
 
 
 def table_rows(arms: Sequence[Arm], found: Sequence[Difference]) -> list[dict[str, Any]]:
-    """The comparison as one plain row an arm; accuracies and differences are fractions."""
+    """The comparison as one plain row an arm; scores and differences are fractions."""
     against = {part.arm.name: part for part in found}
     return [
         {
@@ -101,10 +102,7 @@ def table_rows(arms: Sequence[Arm], found: Sequence[Difference]) -> list[dict[st
             "n": arm.n,
             "seeds": " ".join(str(run.seed) for run in arm.runs),
             "runs": " ".join(run.name for run in arm.runs),
-            "test_top1_mean": arm.mean("top1"),
-            "test_top1_sd": arm.sd("top1"),
-            "train_clean_top1_mean": arm.mean("train_top1"),
-            "train_clean_top1_sd": arm.sd("train_top1"),
+            **score_cells(arm),
             **_difference_cells(against.get(arm.name)),
             "flops_per_image": arm.first.flops,
             "active_parameters": arm.first.active_parameters,
@@ -115,6 +113,17 @@ def table_rows(arms: Sequence[Arm], found: Sequence[Difference]) -> list[dict[st
         }
         for arm in arms
     ]
+
+
+def score_cells(arm: Arm) -> dict[str, float | None]:
+    """The scores of an arm's row, by the metric: those on the test set and on training images, mean and sd."""
+    metric = arm.first.metric
+    return {
+        f"test_{metric}_mean": arm.mean("score"),
+        f"test_{metric}_sd": arm.sd("score"),
+        f"train_clean_{metric}_mean": arm.mean("train_score"),
+        f"train_clean_{metric}_sd": arm.sd("train_score"),
+    }
 
 
 def _difference_cells(found: Difference | None) -> dict[str, Any]:

@@ -27,20 +27,32 @@ class Run:
 
     name: str
     config: dict[str, Any]
-    top1: float  # on the test set, a fraction
-    train_top1: float | None  # on training images as they are; None where the summary does not tell
+    score: float  # top-1, or mAP of several classes per image, on the test set, a fraction
+    train_score: float | None  # on training images as they are; None where the summary does not tell
     total_parameters: int
     active_parameters: int
     flops: int  # an image
     images_per_second: float  # in training
     device: str
     seed: int
-    curve: list[tuple[float, float]]  # (epoch, val/top1)
+    curve: list[tuple[float, float]]  # (epoch, the score in validation)
     summary: dict[str, Any]  # all of its summary.json
 
     @property
+    def metric(self) -> str:
+        """What its scores are, by its name in the summary: "top1", or "mAP" of several classes per image."""
+        return _metric_of(self.summary)
+
+    @property
+    def metric_title(self) -> str:
+        """What its scores are, as people write it."""
+        return {"top1": "top-1"}.get(self.metric, self.metric)
+
+    @property
     def test_loss(self) -> float | None:
-        """Mean cross-entropy on the test set; None where the summary does not tell."""
+        """Mean cross-entropy on the test set (binary, of several classes per image); None where the summary does not
+        tell.
+        """
         return self.summary["metrics"].get("test/loss")
 
     @property
@@ -132,11 +144,11 @@ class Arm:
         values = [getattr(run, field) for run in self.runs]
         return None if None in values or self.n == 1 else statistics.stdev(values)
 
-    def top1_by_seed(self) -> dict[int, float]:
-        """Test accuracy by seed: the mean where several runs have one seed."""
+    def score_by_seed(self) -> dict[int, float]:
+        """The score on the test set by seed: the mean where several runs have one seed."""
         by_seed: dict[int, list[float]] = {}
         for run in self.runs:
-            by_seed.setdefault(run.seed, []).append(run.top1)
+            by_seed.setdefault(run.seed, []).append(run.score)
         return {seed: statistics.fmean(values) for seed, values in by_seed.items()}
 
 
@@ -155,9 +167,7 @@ def read_run(path: str | Path) -> Run:
     try:
         config = folder.read_config()
         summary = json.loads(folder.summary.read_text(encoding="utf-8"))
-        if "test/mAP" in summary["metrics"]:
-            raise UserError(f"{path}: knows several classes per image, and runs are compared by top-1; leave it out")
-        curve = _read_curve(folder) if _is_validated(summary) else []
+        curve = _read_curve(folder, f"val/{_metric_of(summary)}") if _is_validated(summary) else []
         return _checked(folder.path.resolve().name, config, summary, curve)
     except UserError:
         raise
@@ -190,11 +200,13 @@ def as_plain(run: Run) -> dict[str, Any]:
 
 
 def _checked(name: str, config: Any, summary: Any, curve: list[tuple[float, float]]) -> Run:
+    metric = _metric_of(summary)
+    clean = summary["metrics"].get(f"train_clean/{metric}")
     run = Run(
         name=name,
         config=dict(config),
-        top1=float(summary["metrics"]["test/top1"]),
-        train_top1=float(clean) if (clean := summary["metrics"].get("train_clean/top1")) is not None else None,
+        score=float(summary["metrics"][f"test/{metric}"]),
+        train_score=None if clean is None else float(clean),
         total_parameters=int(summary["parameters"]["total"]),
         active_parameters=int(summary["parameters"]["active"]),
         flops=int(summary["flops_per_image"]),
@@ -207,13 +219,13 @@ def _checked(name: str, config: Any, summary: Any, curve: list[tuple[float, floa
     for section in ("data", "model"):
         if not isinstance(run.config.get(section), dict):
             raise ValueError(f"its config has no {section}")
-    if not math.isfinite(run.top1) or min(run.flops, run.total_parameters, run.images_per_second) <= 0:
+    if not math.isfinite(run.score) or min(run.flops, run.total_parameters, run.images_per_second) <= 0:
         raise ValueError("its summary holds impossible numbers")
     return run
 
 
 def _as_curve(points: Any) -> list[tuple[float, float]]:
-    return [(float(epoch), float(top1)) for epoch, top1 in points]
+    return [(float(epoch), float(score)) for epoch, score in points]
 
 
 def _first_words(error: Exception) -> str:
@@ -228,8 +240,13 @@ def group_runs(runs: Sequence[Run], by_folder: bool = False) -> list[Arm]:
         by_folder: name arms by their folders, without the _sSEED of a sweep, instead of by what tells recipes apart.
 
     Raises:
-        UserError: the folders of an arm have several names, or two arms one.
+        UserError: the folders of an arm have several names, or two arms one; or some runs are of one class per image
+            and some of several.
     """
+    by_metric = {run.metric_title: run.name for run in runs}
+    if len(by_metric) > 1:
+        one, other = (f"{name} has {title}" for title, name in by_metric.items())
+        raise UserError(f"RUN: {one} and {other}; compare runs of one class per image, or of several, alone")
     recipes: dict[str, list[Run]] = {}
     for run in runs:
         recipes.setdefault(json.dumps(run.recipe, sort_keys=True, default=str), []).append(run)
@@ -268,9 +285,13 @@ def warnings_for(runs: Sequence[Run]) -> list[str]:
     return lines
 
 
-def _read_curve(folder: RunFolder) -> list[tuple[float, float]]:
-    return [(float(row["epoch"]), float(row["val/top1"])) for row in folder.read_metrics() if row["val/top1"]]
+def _read_curve(folder: RunFolder, column: str) -> list[tuple[float, float]]:
+    return [(float(row["epoch"]), float(row[column])) for row in folder.read_metrics() if row[column]]
 
 
 def _is_validated(summary: dict[str, Any]) -> bool:
-    return "val/top1" in summary["metrics"]
+    return f"val/{_metric_of(summary)}" in summary["metrics"]
+
+
+def _metric_of(summary: dict[str, Any]) -> str:
+    return "mAP" if "test/mAP" in summary["metrics"] else "top1"
