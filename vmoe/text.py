@@ -1,7 +1,10 @@
 """Text on its way to a terminal, a picture or a table: names from outside, such as those of files, and numbers."""
 
+import contextlib
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 
 def printable(text: str) -> str:
@@ -26,6 +29,18 @@ def replace_what_cannot_be_shown() -> None:
             stream.reconfigure(errors="replace")
 
 
+@contextlib.contextmanager
+def readers_may_leave() -> Iterator[None]:
+    """Has a job go on, to write its files, where the reader of what it prints has seen enough, as `head` has."""
+    streams = [None if stream is None else _Unread(stream) for stream in (sys.stdout, sys.stderr)]  # None: `>&-`
+    with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
+        try:
+            yield
+        finally:
+            for stream in filter(None, streams):
+                stream.flush()  # not at Python's exit, which would fail
+
+
 def counted(count: int, one: str, many: str | None = None) -> str:
     """Such as "1 epoch" and "1,200 epochs".
 
@@ -44,3 +59,30 @@ def named(names: Sequence[str], most: int = 5) -> str:
 
 def _escaped(letter: str) -> str:
     return letter.encode("unicode_escape").decode("ascii")
+
+
+class _Unread:
+    """A stream that is lost from the moment on when nobody reads it any more."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except BrokenPipeError:
+            self._lose()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except BrokenPipeError:
+            self._lose()
+
+    def _lose(self) -> None:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), self._stream.fileno())

@@ -1,6 +1,8 @@
 """`vmoe evaluate`: a table, evaluation.json and the confusion matrix; one line for a mistake."""
 
 import json
+import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +41,18 @@ def test_a_run_is_measured_on_its_own_test_set(save_run, capsys):
     assert Image.open(run / "precision_recall.png").size[0] >= 760
     assert f"{result['auroc']:.2%}" in shown and f"{result['average_precision']:.2%}" in shown
     assert f"{result['top1']:.2%}" in shown and "blocks.3.mlp" in shown and "top-5" in shown
+
+
+def test_a_reader_that_leaves_loses_no_file(save_run, monkeypatch):
+    run = save_run(moe=MOE)
+    read, write = os.pipe()
+    os.close(read)  # as `head` does
+    with open(write, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        monkeypatch.setattr(sys, "stderr", pipe)
+        assert main([str(run)]) == 0
+        assert (run / "evaluation.json").exists() and (run / "confusion.png").exists()
+        assert main([str(run), "--capacity", "1"]) == 2
 
 
 def test_augmentation_that_only_training_knows_is_not_needed(save_run):

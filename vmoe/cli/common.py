@@ -14,7 +14,7 @@ from vmoe.errors import UserError
 from vmoe.extras import missing_extra
 from vmoe.imports import TORCHVISION_IS_BROKEN, breaks_torchvision
 from vmoe.memory import is_out_of_memory, memory_line
-from vmoe.text import printable, replace_what_cannot_be_shown
+from vmoe.text import printable, readers_may_leave, replace_what_cannot_be_shown
 
 Job = Callable[[list[str]], int | None]
 
@@ -49,7 +49,8 @@ def run(job: Job, argv: list[str] | None, options: Mapping[str, str] | None = No
     module = job.__module__.rpartition(".")[2]
     name = next((name for name in JOBS if name.replace("-", "_") == module), module)
     try:
-        return job([_with_home(each) for each in (sys.argv[1:] if argv is None else argv)]) or 0
+        with readers_may_leave():
+            return job([_with_home(each) for each in (sys.argv[1:] if argv is None else argv)]) or 0
     except UserError as error:
         line = str(error)
     except ValueError as error:
@@ -66,9 +67,6 @@ def run(job: Job, argv: list[str] | None, options: Mapping[str, str] | None = No
     except KeyboardInterrupt:
         print(f"vmoe {name}: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     line = in_options(" ".join(line.split()), options or {})
     print(f"vmoe {name}: error: {printable(line)}", file=sys.stderr)
     return 2

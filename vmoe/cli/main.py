@@ -6,7 +6,7 @@ import sys
 
 from vmoe.errors import UserError
 from vmoe.extras import missing_extra, require_extras
-from vmoe.text import replace_what_cannot_be_shown
+from vmoe.text import readers_may_leave, replace_what_cannot_be_shown
 from vmoe.version import __version__
 
 # What the jobs are for, in the order of the help
@@ -68,7 +68,11 @@ EXTRAS_OF_JOBS = {
 def main(argv: list[str] | None = None) -> int:
     """Runs one job and returns its exit code; 2 when there is no such job."""
     replace_what_cannot_be_shown()
-    argv = sys.argv[1:] if argv is None else argv
+    with readers_may_leave():
+        return _run(sys.argv[1:] if argv is None else argv)
+
+
+def _run(argv: list[str]) -> int:
     job = argv[0] if argv else "--help"
     job = "import-jax" if job == "import_jax" else job  # its name in version 0.1.0
     if job in JOBS:
