@@ -1,4 +1,4 @@
-"""The options of a run by their dotted names: which there are, which was meant, and Lightning's own names for some."""
+"""The options of a run by their dotted names: all names, the nearest to a wrong one, and Lightning's names for some."""
 
 import difflib
 from collections.abc import Mapping
@@ -27,14 +27,14 @@ def option_types(kind: type, prefix: str = "") -> dict[str, Any]:
 
 
 def with_our_names(content: dict[str, Any], path: str) -> dict[str, Any]:
-    """A config's content with our names in the place of Lightning's.
+    """Replaces Lightning's option names by ours.
 
     Args:
-        content: Of a config file.
-        path: Of that file.
+        content: The content of a config file.
+        path: The path of that file.
 
     Raises:
-        UserError: an option is given by both names with different values.
+        UserError: An option is given by both names with different values.
     """
     content = {key: dict(value) if isinstance(value, dict) else value for key, value in content.items()}
     for theirs, ours in LIGHTNING_NAMES.items():
@@ -54,13 +54,13 @@ def check_keys(
 
     Args:
         plain: A config's content.
-        kind: The dataclass of it.
-        path: Of its file, or what else it is.
+        kind: Its dataclass.
+        path: The path of its file, or another name for the message.
         names: All dotted names; None takes those of `kind`.
-        prefix: Before the keys.
+        prefix: The dotted section of the keys.
 
     Raises:
-        UserError: there is one; the line has the nearest valid names.
+        UserError: There is such a key. The message has the nearest valid names.
     """
     names = option_names(kind) if names is None else names
     hints = get_type_hints(kind)
@@ -74,7 +74,7 @@ def check_keys(
 
 
 def nearest_option(name: str, names: list[str]) -> str:
-    """The names that `name` may have meant: with the same or nearly the same last part, or alike as a whole."""
+    """The valid names that are nearest to `name`: with the same or a similar last part, or similar as a whole."""
     last = name.rpartition(".")[2]
     close = [known for known in names if difflib.get_close_matches(last, [known.rpartition(".")[2]], cutoff=0.75)]
     close = difflib.get_close_matches(name, close or names, n=3, cutoff=0 if close else 0.75)

@@ -21,7 +21,7 @@ def random_states() -> dict[str, Any]:
 
 
 def seed_process(key: list[int]) -> None:
-    """Seeds every generator of this process by numbers that tell it apart from others."""
+    """Seeds every generator of this process from a key of integers."""
     words = np.random.SeedSequence(key).generate_state(3)
     random.seed(int(words[0]))
     np.random.seed(words[1])
@@ -29,7 +29,7 @@ def seed_process(key: list[int]) -> None:
 
 
 def restore_random_states(states: dict[str, Any]) -> None:
-    """Puts every generator where `random_states` found it; GPUs only when there are as many as then."""
+    """Restores every generator from `random_states`; those of GPUs only if their number is the same."""
     version, internal, next_gauss = states["python"]
     random.setstate((version, tuple(internal), next_gauss))
     name, keys, position, has_gauss, gauss = states["numpy"]

@@ -1,4 +1,4 @@
-"""The recipes that come with the package: a config is found by its file or, from any folder, by its name."""
+"""The recipes in the package. A config is found by its path or, from any folder, by its recipe's name."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,7 +8,7 @@ from vmoe.data.config import DEFAULTS, DataConfig
 from vmoe.errors import UserError
 
 _PACKAGE = Path(__file__).parents[1]
-# A wheel holds them inside the package; a checkout and an editable install have them beside it.
+# A wheel holds the recipes inside the package. A checkout and an editable install have them beside it.
 FOLDER = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs"
 
 
@@ -18,18 +18,18 @@ def recipe_names() -> list[str]:
 
 
 def is_recipe(path: str) -> bool:
-    """Whether a file is one of them."""
+    """Whether a file is a packaged recipe."""
     return FOLDER.resolve() in Path(path).resolve().parents
 
 
 def find_recipe(given: str) -> str:
-    """The file that a user means: the path as given or, where there is no such file, the recipe of that name.
+    """The config file that a user names: the path as given or, if there is no such file, the recipe of that name.
 
     Args:
         given: A path, or a recipe as "digits", "digits.yaml" or "configs/digits.yaml".
 
     Returns:
-        The path of the packaged recipe; `given` itself if it is a file, or no recipe has that name.
+        The path of the packaged recipe, or `given` itself if it is a file or no recipe has that name.
     """
     name = given.removeprefix("configs/").removesuffix(".yaml")
     return given if Path(given).is_file() or name not in recipe_names() else str(FOLDER / f"{name}.yaml")
@@ -38,19 +38,19 @@ def find_recipe(given: str) -> str:
 def check_side_of_recipe(
     data: DataConfig, recipe: str, of_recipe: Mapping[str, Any], option: str, dashes: str = ""
 ) -> None:
-    """Refuses a recipe of ours with another data set where nobody has said the side of its images.
+    """Refuses a packaged recipe with another data set if the image size is not given.
 
-    The side and the patches of a recipe go with its set: 224 pixels and patches of 4 make 3,136 tokens.
+    A recipe's image size and patches fit its own set: 224 pixels with patches of 4 would make 3,136 tokens.
 
     Args:
-        data: What is to be trained on.
+        data: The section `data` of the run.
         recipe: The recipe's file.
         of_recipe: The section `data` of that file.
         option: The option that named the set, for the message.
-        dashes: What comes before the names of other options, for the message.
+        dashes: The prefix of other options' names in the message.
 
     Raises:
-        UserError: It is so.
+        UserError: The image size is missing.
     """
     own, usual = of_recipe.get("name", data.name), DEFAULTS[data.name].image_size
     if own == data.name:

@@ -1,4 +1,4 @@
-"""What the routers did over an epoch, summed on the device and read once at its end.
+"""Sums of the routers' statistics over an epoch. They stay on the device and are read once at its end.
 
 Axes: E experts of a layer.
 """
@@ -20,10 +20,10 @@ class RoutingSums:
     """Per MoE layer, the mean over an epoch's steps of each expert's load, the dropped share and the gate entropy."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}  # (E + 3,) a layer: load of each expert, dropped, entropy, steps
+        self._sums: dict[str, Tensor] = {}  # (E + 3,) per layer: load of each expert, dropped, entropy, steps
 
     def update(self, model: nn.Module) -> None:
-        """Adds the statistics of the model's last forward."""
+        """Adds the statistics of the model's last forward pass."""
         for name, layer in moe_layers(model):
             s = layer.statistics
             scalars = [s.dropped, s.entropy, torch.ones_like(s.entropy)]
@@ -34,9 +34,9 @@ class RoutingSums:
                 self._sums[name] = row
 
     def means(self) -> dict[str, tuple[list[float], float, float]]:
-        """Per layer: relative load of each expert (1 = fair, 0 = dead), dropped share, gate entropy in nats.
+        """Means per layer: relative load of each expert (1 = fair, 0 = dead), dropped share, gate entropy in nats.
 
-        Of all processes, which must all call it.
+        They cover all ranks, and all ranks must call it.
         """
         result = {}
         for name, sums in self._sums.items():
@@ -45,14 +45,14 @@ class RoutingSums:
         return result
 
     def reset(self) -> None:
-        for sums in self._sums.values():  # in place: a CUDA graph adds to them
+        for sums in self._sums.values():  # in place: a CUDA graph adds to these tensors
             sums.zero_()
 
     def to(self, device: torch.device) -> None:
         self._sums = {name: sums.to(device) for name, sums in self._sums.items()}
 
     def state(self) -> dict[str, Any]:
-        """The sums of one process in the mean, so that a step counts the same whatever their number."""
+        """The mean of the sums over the ranks, so that a step has the same weight with any number of ranks."""
         return {name: (total(sums) / rank_of_all()[1]).cpu() for name, sums in self._sums.items()}
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -76,7 +76,7 @@ def as_metrics(means: dict[str, tuple[list[float], float, float]]) -> dict[str, 
 
 
 def dead_experts(loads: list[float]) -> list[int]:
-    """Which experts of a layer are dead, by their relative loads (E,)."""
+    """The dead experts of a layer, from the relative loads (E,)."""
     return [expert for expert, load in enumerate(loads) if load < DEAD_LOAD]
 
 

@@ -13,17 +13,17 @@ from vmoe.training.parallel.collectives import local
 class WeightAverage:
     """The average of the weights after each update: average = decay * average + (1 - decay) * weights.
 
-    The decay warms up as (1 + t) / (10 + t) over the updates t, so that the start is soon forgotten. timm's and torch's
-    averages keep the decay or the count on the host; here an update neither waits nor differs in a CUDA graph, and one
-    that the guard blocked is not averaged in.
+    The decay at update t is at most (1 + t) / (10 + t), so the initial weights are soon forgotten. timm's and torch's
+    averages keep the decay or the count on the host. Here an update never synchronises, works in a CUDA graph, and is
+    skipped if the guard blocked it.
 
     Args:
-        model: The model; its buffers are not averaged.
+        model: The model. Its buffers are not averaged.
         decay: The highest decay.
 
     Attributes:
         weights: The average of each parameter, by its name in the model.
-        updates: () the updates averaged in.
+        updates: () the number of updates in the average.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -37,12 +37,12 @@ class WeightAverage:
         self.updates = self.updates.to(device)
 
     def is_of(self, model: nn.Module) -> bool:
-        """Whether it averages this very model."""
+        """Whether this is the average of `model`."""
         return all(self._parameters.get(name) is parameter for name, parameter in model.named_parameters())
 
     @torch.no_grad()
     def update(self, found_inf: Tensor | None) -> None:
-        """Averages the weights in, unless `found_inf` () is 1."""
+        """Adds the weights to the average, unless `found_inf` () is 1."""
         step = 1 - ((1 + self.updates) / (10 + self.updates)).clamp(max=self.decay)
         counts = torch.ones_like(step) if found_inf is None else (found_inf <= 0).to(step)
         weights, parameters = self._pairs()
@@ -53,7 +53,7 @@ class WeightAverage:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Puts the average in the place of the weights, and these back after."""
+        """Swaps the average into the model within the context, then restores the weights."""
         self._swap()
         try:
             yield
@@ -64,7 +64,7 @@ class WeightAverage:
         return {"weights": dict(self.weights), "updates": self.updates}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        for name, weight in state.get("weights", {}).items():  # of a cut model they are loaded with its weights
+        for name, weight in state.get("weights", {}).items():  # with shards they are loaded together with the weights
             self.weights[name].copy_(weight)
         self.updates.copy_(state["updates"])
 
@@ -76,5 +76,5 @@ class WeightAverage:
         torch._foreach_copy_(weights, kept)
 
     def _pairs(self) -> tuple[list[Tensor], list[Tensor]]:
-        """The averages and the parameters, of a cut model this process's parts, in the same order."""
+        """The averages and the parameters (this rank's shards), in the same order."""
         return [local(weight) for weight in self.weights.values()], [local(self._parameters[n]) for n in self.weights]

@@ -13,14 +13,14 @@ from vmoe.training.config import OptimConfig
 from vmoe.training.optim.muon import Muon
 from vmoe.training.optim.timm_optimizers import timm_optimizer
 
-# Modules of timm's models that turn pixels into the first tokens: torch's advice is to leave them to AdamW.
+# Modules of timm's models that turn pixels into the first tokens. torch's documentation leaves them to AdamW.
 _EMBEDDINGS = ("patch_embed", "embeds")
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """The optimiser over the parameters that learn; those in `model.no_weight_decay()`, biases and norms not decayed.
+    """The optimiser of all parameters that learn. Biases, norms and `model.no_weight_decay()` have no weight decay.
 
-    A fused one, and Muon of ours, has a flag on the device that blocks its update (see `vmoe.training.guard`).
+    A fused optimiser and our Muon have a flag on the device that blocks an update (see `vmoe.training.guard`).
 
     Raises:
         UserError: timm has no such optimiser, or cannot make it with these arguments.
@@ -34,9 +34,9 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
 
 
 def optimizer_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
-    """`parameter_groups` as the optimiser of a model that may be cut has them.
+    """The `parameter_groups` of a model that may be sharded.
 
-    Matrices of which each process has only rows go to AdamW; stacks of them that are cut between matrices stay Muon's.
+    Matrices that are sharded by rows go to AdamW. Stacks that are sharded between matrices stay with Muon.
     """
     groups = []
     for group in parameter_groups(model, config):
@@ -55,7 +55,7 @@ def _holds_whole_matrices(parameter: Tensor) -> bool:
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
-    """The parameters by the method, learning rate and weight decay that `config` gives them."""
+    """The parameters, grouped by the method, learning rate and weight decay that `config` gives them."""
     names = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
     if config.layer_decay is None:
         given = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=names)
@@ -81,7 +81,7 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
 
 
 def by_mesh(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The groups, each cut further by the processes over which parameters are: a kernel takes those of one mesh."""
+    """The groups, each split by the mesh of its parameters, since a fused kernel takes parameters of one mesh."""
     result = []
     for group in groups:
         parts: dict[Any, list[Tensor]] = {}
@@ -93,7 +93,7 @@ def by_mesh(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def by_name(state: dict[str, Any], names: list[str]) -> dict[str, Any]:
-    """An optimiser's state dict with the names of its parameters, given in its order, for their numbers."""
+    """An optimiser's state dict with parameter names in place of numbers. `names` has the optimiser's order."""
     if not all(isinstance(key, int) for key in state["state"]):
         return state
     groups = [{**group, "params": [names[number] for number in group["params"]]} for group in state["param_groups"]]
@@ -101,7 +101,7 @@ def by_name(state: dict[str, Any], names: list[str]) -> dict[str, Any]:
 
 
 def by_number(state: dict[str, Any], names: list[str], groups: list[dict[str, Any]]) -> dict[str, Any]:
-    """The inverse of `by_name`, for an optimiser with these `groups`, which may be others than those of `state`."""
+    """The inverse of `by_name`, for an optimiser with `groups`, which may differ from those of `state`."""
     if all(isinstance(key, int) for key in state["state"]):
         return state
     group_of = {name: group for group in state["param_groups"] for name in group["params"]}
@@ -115,9 +115,9 @@ def by_number(state: dict[str, Any], names: list[str], groups: list[dict[str, An
 
 
 def hidden_matrices(model: nn.Module) -> list[Tensor]:
-    """What Muon takes of a timm model: the weights of its linear layers and of its experts.
+    """The parameters of a timm model for Muon: the weights of its linear layers and of its experts.
 
-    Not of routers, of classifiers, and of the patch embedding, which is the first layer.
+    Routers, classifiers and the patch embedding (the first layer) are left out.
     """
     heads = model.get_classifier()
     others = [layer.router for _, layer in moe_layers(model)]

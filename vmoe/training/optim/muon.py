@@ -1,10 +1,10 @@
-"""Muon for the matrices of a model, alone or stacked in experts, and AdamW for all else, in one optimiser.
+"""One optimiser with Muon for a model's matrices, single or stacked in experts, and AdamW for all else.
 
-Muon steps along the momentum with all singular values brought to about 1 (Jordan et al. 2024,
-https://kellerjordan.github.io/posts/muon/). Matrices of one shape, the experts' one by one, go through one batched
-iteration. Steps are scaled as in Moonlight (Liu et al. 2025, https://arxiv.org/abs/2502.16982, section 2.2): 0.2 *
-sqrt(max(out, in)), which `torch.optim.Muon` calls "match_rms_adamw", so that learning rate and weight decay are of
-AdamW's size.
+Muon steps along the momentum after bringing all its singular values to about 1 (Jordan et al. 2024,
+https://kellerjordan.github.io/posts/muon/). All matrices of one shape go through one batched iteration; each expert
+counts as a matrix. Steps are scaled by 0.2 * sqrt(max(out, in)) as in Moonlight (Liu et al. 2025,
+https://arxiv.org/abs/2502.16982, section 2.2), so that AdamW's learning rate and weight decay fit. `torch.optim.Muon`
+calls this scale "match_rms_adamw".
 
 M matrices of one shape; E experts.
 """
@@ -47,20 +47,19 @@ def orthogonalise(matrices: Tensor, dtype: torch.dtype) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Muon with Nesterov momentum for the groups with `method="muon"`, fused AdamW for those with `method="adamw"`.
 
-    A `found_inf` tensor () of 1 on the optimiser blocks a step without a host synchronisation, as in torch's fused
-    optimisers: neither weights nor state change. With learning rates on the device a step can be captured in a CUDA
-    graph.
+    A `found_inf` tensor () of 1 on the optimiser blocks a step without host synchronisation, as in torch's fused
+    optimisers: neither weights nor state change. With learning rates on the device a CUDA graph can capture a step.
 
     Args:
-        groups: Parameter groups, each with params, method, lr and weight_decay. Muon takes (out, in) and (E, out, in),
-            of the latter also some experts in each process.
+        groups: Parameter groups, each with params, method, lr and weight_decay. Muon takes (out, in) and (E, out, in);
+            the latter may be sharded by expert.
         betas: AdamW's decay rates of the gradient's first and second moment.
 
     Raises:
-        ValueError: A parameter of Muon's has another number of axes.
+        ValueError: A parameter for Muon has another number of axes.
     """
 
-    _step_supports_amp_scaling = True  # tells GradScaler to hand over `found_inf`
+    _step_supports_amp_scaling = True  # GradScaler then sets `found_inf` on this optimiser
 
     def __init__(self, groups: list[dict[str, Any]], betas: tuple[float, float]) -> None:
         super().__init__(groups, {"betas": betas, "fused": True, "capturable": False})
@@ -70,7 +69,7 @@ class Muon(torch.optim.Optimizer):
                     raise ValueError(f"Muon takes matrices and stacks of them, not shape {tuple(parameter.shape)}")
 
     def create_state(self) -> None:
-        """What the first step would create, for a checkpoint to fill."""
+        """Creates the state that the first step would create, so that a checkpoint can fill it."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 if group["method"] == "muon":
@@ -81,7 +80,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
-        """One update; gradients must be unscaled."""
+        """Makes one update. Gradients must be unscaled."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -111,7 +110,7 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_add_(parameters, steps)
 
     def _directions(self, parameters: list[Tensor], found_inf: Tensor | None) -> dict[Tensor, Tensor]:
-        """The step of each parameter, or of this process's part, for a learning rate of -1; zero where blocked."""
+        """The step of each parameter (or of this rank's shard) for a learning rate of -1; zero if blocked."""
         directions = {}
         parameters = sorted(parameters, key=_matrix_shape)
         for shape, alike in groupby(parameters, key=_matrix_shape):
@@ -127,7 +126,7 @@ class Muon(torch.optim.Optimizer):
         return directions
 
     def _move_momenta(self, parameters: list[Tensor], found_inf: Tensor | None) -> list[Tensor]:
-        """Moves the momenta towards the gradients, and returns what Nesterov's look ahead makes of them."""
+        """Moves the momenta towards the gradients, and returns Nesterov's look-ahead momenta."""
         gradients = [local(parameter.grad) for parameter in parameters]
         momenta = [local(self._state_of(parameter, "momentum_buffer")) for parameter in parameters]
         moved = torch._foreach_lerp(momenta, gradients, 1 - MOMENTUM)

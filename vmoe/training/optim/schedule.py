@@ -11,7 +11,7 @@ from torch import Tensor
 from vmoe.errors import UserError
 from vmoe.training.config import OptimConfig
 
-_ONE_CYCLE_START = 1 / 25  # of the highest rate, as in torch's OneCycleLR
+_ONE_CYCLE_START = 1 / 25  # of the highest rate; torch's OneCycleLR starts there too
 _DECAY_SHARES = {"step": 1 / 3, "warmup_stable_decay": 1 / 5}  # of a run, where decay_epochs is null
 
 
@@ -19,14 +19,14 @@ _DECAY_SHARES = {"step": 1 / 3, "warmup_stable_decay": 1 / 5}  # of a run, where
 class LearningRates:
     """The learning rates of a fit.
 
-    torch's schedulers count in whole updates of a known total; here a fit may have no end, and a warm-up of part of an
-    epoch.
+    torch's schedulers need whole updates and a known total. Here a fit may have no known end, and a warm-up may last a
+    part of an epoch.
 
     Attributes:
         config: The highest and the lowest rate, and the schedule.
-        updates: Updates in all; inf where nobody knows an end: then the rate stays.
+        updates: Updates in all; inf if the end is unknown: then the rate stays constant.
         warmup: Updates of the warm-up.
-        decay: Updates of `decay_epochs`; inf where nobody knows.
+        decay: Updates of `decay_epochs`; inf if unknown.
     """
 
     config: OptimConfig
@@ -37,11 +37,11 @@ class LearningRates:
     def rate(self, step: int, falls: Sequence[int] = ()) -> float:
         """The learning rate of update `step`, 0-based.
 
-        Linear from lr / warmup up to lr over the warm-up, then by the schedule.
+        It rises linearly from lr / warmup to lr over the warm-up, then follows the schedule.
 
         Args:
             step: The update.
-            falls: With schedule=plateau, the updates from which on the rate is down once more.
+            falls: With schedule=plateau, the updates at which the rate falls.
         """
         highest, lowest, schedule = self.config.lr, self.config.min_lr, self.config.schedule
         if step < self.warmup:
@@ -66,14 +66,14 @@ class LearningRates:
 
 
 class RateSchedule(torch.optim.lr_scheduler.LambdaLR):
-    """torch's scheduler by `LearningRates`; its state, which checkpoints hold, has what a plateau depends on.
+    """A torch scheduler that follows `LearningRates`. Its state, which checkpoints hold, includes that of a plateau.
 
     Args:
         optimizer: Its learning rates are the highest of each group.
-        rates: Gives what is current: a resumed run may have more epochs.
+        rates: Returns the current rates: a resumed run may have more epochs.
 
     Attributes:
-        falls: Updates from which on the rate is down once more.
+        falls: Updates at which the rate falls.
         lowest_loss: The lowest val/loss so far.
         waited: Validations since then, or since the last fall.
     """
@@ -84,7 +84,7 @@ class RateSchedule(torch.optim.lr_scheduler.LambdaLR):
         super().__init__(optimizer, lambda step: rates().rate(step, self.falls) / rates().config.lr)
 
     def observe(self, loss: float, config: OptimConfig) -> None:
-        """Takes note of an epoch's val/loss; lowers the rate from the next update on if it was long in falling."""
+        """Records an epoch's val/loss. Lowers the rate from the next update on if the loss has not fallen for long."""
         is_lower = loss < self.lowest_loss
         self.lowest_loss = min(self.lowest_loss, loss)
         self.waited = 0 if is_lower else self.waited + 1
@@ -96,7 +96,7 @@ class RateSchedule(torch.optim.lr_scheduler.LambdaLR):
     def _apply(self) -> None:
         for group, highest, share in zip(self.optimizer.param_groups, self.base_lrs, self.lr_lambdas, strict=True):
             rate = highest * share(self.last_epoch)
-            if isinstance(group["lr"], Tensor):  # which a CUDA graph reads
+            if isinstance(group["lr"], Tensor):  # a CUDA graph reads this tensor
                 group["lr"].fill_(rate)
             else:
                 group["lr"] = rate
@@ -104,21 +104,21 @@ class RateSchedule(torch.optim.lr_scheduler.LambdaLR):
 
 
 def planned_rates(trainer: Trainer | None, config: OptimConfig, chooses_warmup: bool) -> LearningRates:
-    """The learning rates of what a Trainer is about to do.
+    """The learning rates of the fit that a Trainer starts.
 
     Args:
-        trainer: None in a loop of one's own, where the rate stays.
+        trainer: The Trainer; None in a custom loop, where the rate stays constant.
         config: The optimiser's options.
-        chooses_warmup: Whether a quarter of the epochs warms up, at most the usual number of them.
+        chooses_warmup: Whether the warm-up is a quarter of the epochs, at most the default.
 
     Raises:
-        UserError: the training loader gives no batch.
+        UserError: The training loader gives no batch.
     """
     if trainer is None:
         return LearningRates(config)
     updates, batches = trainer.estimated_stepping_batches, trainer.num_training_batches
-    updates = math.inf if updates < 0 else updates  # of an endless loader
-    if batches == 0 and trainer.limit_train_batches:  # where Lightning would end without a word of failure
+    updates = math.inf if updates < 0 else updates  # an endless loader
+    if batches == 0 and trainer.limit_train_batches:  # Lightning would end without an error
         raise UserError(
             "the training loader gives no batch: with drop_last a batch must not be larger than the training set; "
             "lower batch_size"

@@ -1,1 +1,1 @@
-"""Several ranks: which one this is, what they say to one another, and how a model and its batches are shared."""
+"""Training on several ranks: the ranks themselves, their communication, and the sharding of models and batches."""

@@ -1,6 +1,6 @@
-"""What the processes of a run say to one another.
+"""Communication between the ranks of a run.
 
-With one process every function here returns what it was given.
+With one rank every function returns its input.
 """
 
 import gc
@@ -22,16 +22,16 @@ from vmoe.errors import UserError
 from vmoe.training.parallel.process import Process, cluster_environment
 
 T = TypeVar("T")
-_TIMEOUT = timedelta(minutes=10)  # of a process that hangs; torchrun notices one that died in seconds
+_TIMEOUT = timedelta(minutes=10)  # for a rank that hangs; torchrun notices one that died within seconds
 _meshes: list[DeviceMesh] = []
 
 
 def connect(device_type: str) -> None:
-    """Lets the processes talk, once: on GPUs through NCCL, and through gloo what is on the host."""
+    """Connects the ranks, once: NCCL for tensors on GPUs, gloo for those on the host."""
     if dist.is_initialized():
         return
     process = Process.this()
-    rank_zero_only.rank = process.rank  # which Lightning's loggers ask, and only its Trainer knows under mpirun
+    rank_zero_only.rank = process.rank  # Lightning's loggers read it; under mpirun only a Trainer would set it
     backend = "gloo"
     if device_type == "cuda":
         torch.cuda.set_device(process.local_rank)
@@ -43,77 +43,77 @@ def connect(device_type: str) -> None:
         environment = cluster_environment()
         os.environ |= {"MASTER_ADDR": environment.main_address, "MASTER_PORT": str(environment.main_port)}
         store, _, _ = next(rendezvous(f"env://?rank={rank}&world_size={world_size}", timeout=_TIMEOUT))
-        # Apart from what processes of an earlier attempt left in torchrun's store: their addresses
+        # a prefix per attempt: torchrun's store still holds the addresses of an earlier attempt's processes
         store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=_TIMEOUT)
 
 
 @cache
 def second_host_group() -> dist.ProcessGroup:
-    """Another group of all processes, through gloo, for the one thread beside the main one; all must call it."""
+    """A second gloo group of all ranks, for a thread beside the main one. All ranks must call it."""
     return dist.new_group(timeout=_TIMEOUT, backend="gloo")
 
 
 def new_mesh(device_type: str, shape: tuple[int, ...], names: tuple[str, ...] | None = None) -> DeviceMesh:
-    """All processes in an array, of use until `disconnect`; all must call it."""
+    """A device mesh of all ranks, valid until `disconnect`. All ranks must call it."""
     mesh = init_device_mesh(device_type, shape, mesh_dim_names=names)
     _meshes.append(mesh)
     return mesh
 
 
 def disconnect() -> None:
-    """Ends what `connect` began, and its threads where nobody holds a group any more; all must call it.
+    """Destroys the groups of `connect`, and with the last reference to a group its threads. All ranks must call it.
 
-    A thread of gloo frees what it sent after the sender has gone on, and needs the interpreter for it: where that ends
-    meanwhile the process aborts (https://github.com/pytorch/pytorch/issues/190489). Groups wait for their threads.
+    A thread of gloo frees its buffers late and needs the interpreter for that. If the interpreter ends first, the
+    process aborts (https://github.com/pytorch/pytorch/issues/190489). A freed group waits for its threads.
     """
     if not dist.is_initialized():
         return
     dist.destroy_process_group()
     second_host_group.cache_clear()
-    for mesh in _meshes:  # which torch keeps with what it has computed of DTensors
+    for mesh in _meshes:  # torch's caches of DTensors keep the meshes alive, and these their groups
         getattr(mesh, "_pg_registry", {}).clear()
     _meshes.clear()
-    gc.collect()  # models and trainers, in cycles
+    gc.collect()  # frees models and trainers, which hold groups in reference cycles
 
 
 def is_alone() -> bool:
-    """Whether there is nobody to talk to."""
+    """Whether there is only one rank."""
     return not dist.is_initialized() or dist.get_world_size() == 1
 
 
 def rank_of_all() -> tuple[int, int]:
-    """This process's rank and the number of processes, whoever has connected them: also Lightning's own launcher."""
+    """This process's rank and the world size, whichever launcher connected the ranks (Lightning's own included)."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def total(tensor: Tensor) -> Tensor:
-    """The sum of a tensor over the processes; all must call it."""
+    """The sum of a tensor over the ranks. All ranks must call it."""
     return _reduced(tensor, dist.ReduceOp.SUM)
 
 
 def largest(tensor: Tensor) -> Tensor:
-    """The largest of each element over the processes; all must call it."""
+    """The elementwise maximum of a tensor over the ranks. All ranks must call it."""
     return _reduced(tensor, dist.ReduceOp.MAX)
 
 
 class Flag:
-    """A flag that any process may raise; all see it raised in the same step, the one after, and none waits for it."""
+    """A flag that any rank may raise. All ranks see it in the next step, and no rank waits for it."""
 
     def __init__(self) -> None:
         self._pending: tuple[Tensor, Any] | None = None
 
     def seen(self, is_raised: bool) -> bool:
-        """Whether one of the processes had raised it when they called this the last time; all must call it."""
+        """Whether any rank had raised the flag in the previous call. All ranks must call it."""
         if is_alone():
             return is_raised
         was_raised = self.settle()
-        flag = torch.tensor(int(is_raised or was_raised))  # on the host: nobody waits for a GPU
+        flag = torch.tensor(int(is_raised or was_raised))  # on the host, so that no rank synchronises with a GPU
         self._pending = flag, dist.all_reduce(flag, dist.ReduceOp.MAX, async_op=True)
         return was_raised
 
     def settle(self) -> bool:
-        """What the last call of `seen` was about."""
+        """Waits for the previous call of `seen`, and returns whether any rank had raised the flag."""
         if self._pending is None:
             return False
         flag, work = self._pending
@@ -128,7 +128,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def gather(value: T) -> list[T]:
-    """Everybody's plain value, by rank; all must call it."""
+    """The plain values of all ranks, in order of rank. All ranks must call it."""
     if is_alone():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
@@ -137,10 +137,10 @@ def gather(value: T) -> list[T]:
 
 
 def together(job: Callable[[], T]) -> T:
-    """What `job` returns, once it has succeeded in all processes.
+    """Runs `job` and returns its result once it has succeeded on all ranks.
 
     Raises:
-        UserError: it did so in one of them: then in all, so that none waits for it, with the lines of all that differ.
+        UserError: It failed on one rank. Then all ranks raise, so that none waits, with all different messages.
     """
     result, line = None, None
     try:

@@ -1,4 +1,4 @@
-"""Checkpoint folders: each process writes its parts of the tensors, through torch.distributed.checkpoint."""
+"""Checkpoint folders: each rank writes its shards of the tensors, through torch.distributed.checkpoint."""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,13 +18,13 @@ from vmoe.training.parallel.process import Process
 
 
 class FolderWriter:
-    """Writes checkpoint folders, each beside its place, and renames it when it is whole in all processes.
+    """Writes checkpoint folders. Each is written under a temporary name and renamed once all ranks have finished.
 
-    All processes must make the same calls, but for `failed` and `leave`.
+    All ranks must make the same calls, except `failed` and `leave`.
 
     Args:
-        in_background: Training goes on as soon as the tensors are copied to the host, while a thread writes them. One
-            folder at a time: the next waits.
+        in_background: Whether a thread writes the tensors while training continues. Training waits only for their copy
+            to the host, and for an earlier folder.
     """
 
     def __init__(self, in_background: bool = False) -> None:
@@ -32,15 +32,15 @@ class FolderWriter:
         self._under_way: Future[None] | None = None
 
     def write(self, tensors: dict[str, Tensor], plain: dict[str, Any], path: Path) -> None:
-        """Writes a folder, or begins to.
+        """Writes a folder, or starts to.
 
         Args:
-            tensors: Of this process, by names that are the same in all.
-            plain: All else, of the first process.
+            tensors: This rank's tensors, by names that all ranks share.
+            plain: All else; the first rank's is written.
             path: The folder.
 
         Raises:
-            UserError: one of the processes cannot write, this folder or the one before; what was there before stays.
+            UserError: A rank cannot write this folder or the one before. A folder that existed before stays.
         """
         self.wait()
         is_first = Process.this().is_first
@@ -52,15 +52,15 @@ class FolderWriter:
             if self._thread is None:
                 together(lambda: _finish(lambda: dcp.save(tensors, storage_writer=writer), stack.pop_all(), path))
                 return
-            own_group = second_host_group()  # what the thread sends must not mix with what training sends
+            own_group = second_host_group()  # the thread's messages must not mix with training's
             copied = dcp.async_save(tensors, storage_writer=writer, process_group=own_group)
             self._under_way = self._thread.submit(_finish, copied.result, stack.pop_all(), path)
 
     def then(self, job: Callable[[], None]) -> None:
-        """Does `job` in the first process once the last folder is in its place; a failure of it is one of the folder.
+        """Runs `job` on the first rank once the last folder is complete. Its failure counts as one of the folder.
 
         Raises:
-            UserError: the job failed, where nothing is under way.
+            UserError: The job failed, and no folder is being written.
         """
         is_first, before = Process.this().is_first, self._under_way
         if before is None:
@@ -70,32 +70,32 @@ class FolderWriter:
 
     @property
     def failed(self) -> bool:
-        """Whether this process knows already that the folder under way has failed, which `wait` will tell."""
+        """Whether this rank already knows that the current folder has failed. `wait` then raises."""
         return self._under_way is not None and self._under_way.done() and self._under_way.exception() is not None
 
     def wait(self) -> None:
-        """Returns when nothing is under way.
+        """Waits until no folder is being written.
 
         Raises:
-            UserError: the folder under way could not be written; what was there before stays.
+            UserError: The folder could not be written. A folder that existed before stays.
         """
         under_way, self._under_way = self._under_way, None
         if under_way is not None:
             together(under_way.result)
 
     def leave(self) -> str | None:
-        """Waits in this process alone, which something else has stopped; what failed, if anything did."""
+        """Waits on this rank alone, which another error has stopped. Returns the folder's failure, if any."""
         under_way, self._under_way = self._under_way, None
         error = None if under_way is None else under_way.exception()
         return None if error is None else " ".join(str(error).split())
 
 
 def _finish(write: Callable[[], Any], folder: ExitStack, path: Path) -> None:
-    """Puts a new folder in its place once `write` has filled it, or removes it."""
+    """Renames a new folder to `path` once `write` has filled it, or removes it."""
     with folder:
         try:
             write()
-        except CheckpointException as failed:  # in all processes; it knows what failed in each
+        except CheckpointException as failed:  # raised on all ranks, with the failures of each
             error = next(iter(failed.failures.values()))[0]
             raise UserError(_line(path, error), everywhere=True) from error
 
@@ -108,7 +108,7 @@ def _follow(before: Future[None], job: Callable[[], None]) -> None:
 def _write_plain(plain: dict[str, Any], folder: Path, path: Path) -> None:
     try:
         write_plain_part(folder, plain)
-    except (OSError, RuntimeError) as error:  # what torch makes of a failed write
+    except (OSError, RuntimeError) as error:  # torch raises these for a failed write
         raise UserError(_line(path, error)) from error
 
 
@@ -118,10 +118,10 @@ def _line(path: Path, error: BaseException) -> str:
 
 
 def load_tensors(targets: dict[str, Tensor], path: Path) -> None:
-    """Fills tensors, each process its parts of them, from a checkpoint folder; all processes must call it.
+    """Fills each rank's shards of tensors from a checkpoint folder. All ranks must call it.
 
     Raises:
-        UserError: the folder lacks some: other parameters were Muon's, which it is where matrices are whole.
+        UserError: The folder lacks some: Muon trained other parameters, since it needs matrices that are not sharded.
     """
     reader = SafeReader(path)
     missing = targets.keys() - reader.read_metadata().state_dict_metadata.keys()

@@ -1,4 +1,4 @@
-"""Gradients that all processes have become their means, on their way while the backward pass still runs."""
+"""Averages gradients over the ranks while the backward pass still runs."""
 
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -9,18 +9,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-BUCKET = 2**24  # numbers: large enough for the link's bandwidth, small beside a model
+BUCKET = 2**24  # numbers per bucket: large enough for the link's bandwidth, small beside a model
 
 
 class GradientMeans:
-    """Averages the gradients of the parameters that are not cut, in buckets, as torch's DistributedDataParallel does.
+    """Averages the gradients of parameters that are not sharded, in buckets, as DistributedDataParallel does.
 
-    A bucket starts when its last gradient is there and those before it have started: in the same order everywhere. The
-    gradients become parts of it. Unlike DistributedDataParallel, all of it can be captured in a CUDA graph.
+    A bucket starts when all its gradients are ready and the buckets before it have started. So the order is the same on
+    all ranks. The gradients become views of the bucket. Unlike DistributedDataParallel, a CUDA graph can capture it.
 
     Args:
-        parameters: In the order of the forward pass.
-        in_backward: Starts buckets in the backward pass; else in `finish`, where several passes make an update.
+        parameters: The parameters, in the order of the forward pass.
+        in_backward: Whether buckets start in the backward pass. With several passes per update they start in `finish`.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], in_backward: bool) -> None:
@@ -36,7 +36,7 @@ class GradientMeans:
         ]
 
     def finish(self) -> None:
-        """Waits for the means; all processes must call it after each update's last backward pass."""
+        """Waits for the means. All ranks must call it after the last backward pass of each update."""
         self._start_until(len(self._buckets))
         for together, work in self._travelling:
             work.wait()
@@ -46,7 +46,7 @@ class GradientMeans:
         self._started = 0
 
     def remove(self) -> None:
-        """Leaves the parameters alone from now on."""
+        """Removes the hooks from the parameters."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
@@ -65,7 +65,7 @@ class GradientMeans:
 
 
 def _together(parameters: list[nn.Parameter]) -> Tensor:
-    """The gradients of some parameters in one piece of memory, of which they are parts from now on."""
+    """Copies the gradients of some parameters into one buffer. From then on they are views of it."""
     if len(parameters) == 1:
         return parameters[0].grad
     together = torch.cat([parameter.grad.flatten() for parameter in parameters])
@@ -75,7 +75,7 @@ def _together(parameters: list[nn.Parameter]) -> Tensor:
 
 
 def buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Tensors of one type that travel together, in their order: each bucket as few as reach `BUCKET` numbers."""
+    """Splits tensors, in order, into buckets of one type. A bucket ends once it has `BUCKET` numbers."""
     for _, alike in groupby(tensors, key=lambda tensor: tensor.dtype):
         bucket: list[Tensor] = []
         for tensor in alike:

@@ -1,6 +1,6 @@
-"""Which of a run's processes this is: by Lightning's cluster environments, as every user of Lightning starts them.
+"""The rank of this process, found by Lightning's cluster environments.
 
-It is known before torch is imported where a process is alone.
+For a single process it is known without importing torch.
 """
 
 import os
@@ -18,13 +18,13 @@ _OF_PYTORCHJOB = {"KUBERNETES_SERVICE_HOST", "MASTER_ADDR", "MASTER_PORT", "RANK
 
 
 class Process(NamedTuple):
-    """One of the processes of a run.
+    """One of the ranks of a run.
 
     Attributes:
-        rank: Its number among all processes.
-        world_size: Processes in all.
-        local_rank: Its number on its machine.
-        local_world_size: Processes on its machine.
+        rank: The rank among all processes.
+        world_size: The number of ranks.
+        local_rank: The rank on its machine.
+        local_world_size: The number of ranks on its machine.
     """
 
     rank: int = 0
@@ -34,10 +34,10 @@ class Process(NamedTuple):
 
     @classmethod
     def this(cls) -> "Process":
-        """This process, as torchrun, srun, mpirun, jsrun or a PyTorchJob has started it; alone where none has.
+        """This process, as torchrun, srun, mpirun, jsrun or a PyTorchJob started it; else a single rank.
 
         Raises:
-            UserError: the cluster does not say enough.
+            UserError: The cluster's variables are incomplete.
         """
         environment = cluster_environment()
         if environment is None:
@@ -57,12 +57,12 @@ class Process(NamedTuple):
 
 
 def cluster_environment() -> "ClusterEnvironment | None":
-    """What has started this process as one of several; None where it is alone.
+    """The cluster environment that started this process as one of several ranks; None for a single process.
 
-    Lightning's own search would take a script of sbatch that does not call srun for one of several processes.
+    Lightning's own search would treat a script of sbatch that does not call srun as one of several ranks.
 
     Raises:
-        UserError: the cluster does not say enough.
+        UserError: The cluster's variables are incomplete.
     """
     kind = _kind()
     return None if kind is None else _environment(kind)
@@ -70,9 +70,9 @@ def cluster_environment() -> "ClusterEnvironment | None":
 
 @cache
 def _environment(kind: str) -> "ClusterEnvironment":
-    from lightning.fabric.plugins import environments  # here, since a process that is alone need not wait for it
+    from lightning.fabric.plugins import environments  # here: a single process does not need this slow import
 
-    options = {"auto_requeue": False} if kind == "SLURM" else {}  # a run goes on by --resume
+    options = {"auto_requeue": False} if kind == "SLURM" else {}  # runs resume by --resume instead
     try:
         return getattr(environments, f"{kind}Environment")(**options)
     except (RuntimeError, ModuleNotFoundError) as error:
@@ -80,13 +80,13 @@ def _environment(kind: str) -> "ClusterEnvironment":
 
 
 def _kind() -> str | None:
-    """The name of Lightning's environment, by the variables that only processes of its launcher have."""
+    """The name of Lightning's environment, from variables that only its launcher sets."""
     given = os.environ
     if "TORCHELASTIC_RUN_ID" in given:  # first, since srun may start torchrun
         return "TorchElastic"
     if _is_several(given.get("OMPI_COMM_WORLD_SIZE")):  # before SLURM, since mpirun starts its daemons by srun
         return "MPI"
-    # A batch script itself is no step, and an interactive shell may be one, of a single task
+    # a batch script itself is no SLURM step; an interactive shell may be a step of a single task
     tasks = given.get("SLURM_STEP_NUM_TASKS", given.get("SLURM_NTASKS"))
     if "SLURM_STEP_ID" in given and _is_several(tasks):
         return "SLURM"
@@ -102,10 +102,10 @@ def _is_several(count: str | None) -> bool:
 
 
 def _local_world_size(environment: "ClusterEnvironment") -> int:
-    """Processes on this machine, which Lightning leaves to its users to say."""
+    """The number of ranks on this machine, which Lightning's environments do not provide."""
     name = type(environment).__name__
     if name == "MPIEnvironment":
-        return environment._comm_local.Get_size()  # which `local_rank` has made
+        return environment._comm_local.Get_size()  # `local_rank` has created it
     if name == "SLURMEnvironment":
         return _slurm_tasks_per_node()
     variable = {"TorchElasticEnvironment": "LOCAL_WORLD_SIZE", "LSFEnvironment": "JSM_NAMESPACE_LOCAL_SIZE"}.get(name)

@@ -1,6 +1,6 @@
-"""Router noise, dropout and drop path drawn by image: functions of (seed, pass, index), as augmentation is.
+"""Router noise, dropout and drop path per image: functions of (seed, epoch, index), as augmentation is.
 
-So they do not depend on how many processes share a batch. torch's generators are faster: they know no images.
+So they do not depend on the number of ranks that share a batch. torch's generators are faster but cannot do this.
 """
 
 import math
@@ -14,19 +14,19 @@ from vmoe.data.draws import draw_numbers, uniforms
 from vmoe.errors import UserError
 from vmoe.moe import moe_layers
 
-Draw = Callable[..., Tensor]  # of a shape with values image by image: uniform numbers in [0, 1)
-_RATES = ("p", "prob", "drop_prob")  # by the names of torch's and timm's modules
-_APART = 2**32  # draws of an image for one layer; the first are augmentation's
+Draw = Callable[..., Tensor]  # a shape with images first -> uniform numbers in [0, 1)
+_RATES = ("p", "prob", "drop_prob")  # the names that torch's and timm's modules use
+_APART = 2**32  # draws per image and layer; the first ones belong to augmentation
 
 
 class SampleDraws:
-    """Takes the place of the random generator in a model's training.
+    """Replaces the random generator in a model's training.
 
     Args:
-        seed: Not negative.
+        seed: The seed, not negative.
 
     Attributes:
-        keys: (B, 2) int64, of the images that the model is given next.
+        keys: (B, 2) int64, the keys of the images in the next forward pass.
     """
 
     def __init__(self, seed: int) -> None:
@@ -35,10 +35,10 @@ class SampleDraws:
         self._streams = 0
 
     def install(self, model: nn.Module) -> None:
-        """Makes a model's routers, dropouts and drop paths draw from here.
+        """Makes a model's routers, dropouts and drop paths draw from this object.
 
         Raises:
-            UserError: something in it draws in another way, where images are not known.
+            UserError: The model has a module that draws in another way and cannot draw per image.
         """
         for name, layer in moe_layers(model):
             if layer.config.ensemble > 1:
@@ -74,7 +74,7 @@ class SampleDraws:
         return draw
 
     def _normal_stream(self) -> Callable[[Tensor], Tensor]:
-        """Draws normal numbers in the shape and type of a tensor whose values are image by image."""
+        """Draws normal numbers in the shape and type of a tensor with images first."""
         draw_uniform = self._uniform_stream()
 
         def draw(like: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ class SampleDraws:
 
 
 class SampleDropout(nn.Module):
-    """Dropout of (B * anything, ...), values image by image."""
+    """Dropout of (B * anything, ...), with each image's values together."""
 
     def __init__(self, p: float, draw: Draw) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
-"""A model cut into parts (FSDP2, expert parallelism) under Lightning, and what that asks of clipping and checkpoints.
+"""Sharded models (FSDP2, expert parallelism) under Lightning, with their clipping and checkpoints.
 
-Every DTensor here is cut over all processes: a number of a parameter is in one of them only.
+Every DTensor here is sharded over all ranks: each number of a parameter is on one rank only.
 """
 
 from collections.abc import Callable
@@ -25,10 +25,10 @@ from vmoe.training.parallel.folder_writer import FolderWriter, load_tensors
 
 
 class ShardedStrategy(ModelParallelStrategy):
-    """Lightning's strategy for models that shard themselves, with checkpoints that any number of processes can read.
+    """Lightning's strategy for models that shard themselves. Any number of ranks can read its checkpoints.
 
     Args:
-        processes: How many there are.
+        processes: The world size.
         writer: Writes the checkpoints.
     """
 
@@ -37,18 +37,18 @@ class ShardedStrategy(ModelParallelStrategy):
         self._writer = writer
 
     def on_exception(self, exception: BaseException) -> None:
-        self.lightning_module.on_train_end()  # Lightning calls it only where training ends well; it frees the model
+        self.lightning_module.on_train_end()  # Lightning calls it only if training succeeds; it frees the model
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Nothing yet: `save_checkpoint` writes the tensors from where they are."""
+        """Returns an empty dict: `save_checkpoint` writes the tensors directly from the model."""
         return {}
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """Nothing yet, as for the module."""
+        """Returns an empty dict, as for the module."""
         return {}
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        """Writes a folder: each process its parts of the tensors, the first all else."""
+        """Writes a folder: each rank writes its shards of the tensors, the first rank all else."""
         module, (optimizer,) = self.lightning_module, self.optimizers
         names = {parameter: name for name, parameter in module.named_parameters()}
         groups = [{**group, "params": [names[p] for p in group["params"]]} for group in optimizer.param_groups]
@@ -57,7 +57,7 @@ class ShardedStrategy(ModelParallelStrategy):
         self._writer.write(_tensors(module, optimizer), checkpoint, Path(filepath))
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Fills the tensors of this process from a folder or an ordinary file, and returns the rest."""
+        """Fills this rank's tensors from a folder or an ordinary file, and returns the rest."""
         path = Path(checkpoint_path)
         module, (optimizer,) = self.lightning_module, self.optimizers
         _create_state(optimizer)
@@ -77,27 +77,27 @@ class ShardedStrategy(ModelParallelStrategy):
 
 
 def shard(model: nn.Module, processes: int, expert_size: int, device_type: str, dense_is_whole: bool = False) -> None:
-    """Cuts a model that all processes have into the parts of each.
+    """Shards a model that all ranks hold.
 
     Args:
-        model: Its parameters become DTensors, but those that all processes keep.
-        processes: How many there are.
-        expert_size: Among how many of them the experts of a layer are dealt out; 1 cuts experts like all else.
+        model: Its parameters become DTensors, except those that all ranks keep whole.
+        processes: The world size.
+        expert_size: The number of ranks over which the experts of a layer are sharded; 1 shards them like all else.
         device_type: "cuda" or "cpu".
-        dense_is_whole: Whether all processes keep everything but the experts.
+        dense_is_whole: Whether all ranks keep everything except the experts whole.
 
     Raises:
-        UserError: experts cannot be cut so.
+        UserError: The experts cannot be sharded this way.
     """
     dealt_out = _shard_experts(model, processes, expert_size, device_type) if expert_size > 1 else set()
     if dense_is_whole and expert_size == processes:
-        return  # nothing is gathered
+        return  # nothing needs gathering
     data = new_mesh(device_type, (processes,))
-    # Kept between forward and backward they would hide a change of the weights, such as putting in their average
+    # weights kept between forward and backward would miss a change of the shards, such as swapping in the average
     how = {"mesh": data, "reshard_after_forward": True}
     units = [module for name, module in model.named_modules() if name.split(".")[-2:-1] == ["blocks"]]
-    ignored = dealt_out.union(p for p in model.parameters() if p.dim() == 0)  # which FSDP2 does not take
-    if dense_is_whole:  # experts need a root in common: else each layer's is one, which keeps and does not fetch ahead
+    ignored = dealt_out.union(p for p in model.parameters() if p.dim() == 0)  # FSDP2 does not accept scalars
+    if dense_is_whole:  # one common root: roots of single layers would keep their weights and not prefetch
         units, ignored = [], set(model.parameters())
     for unit in (*units, model):
         fully_shard(unit, ignored_params=ignored, **how)
@@ -109,13 +109,13 @@ def cut_and_start(
     source: nn.Module | None,
     device: torch.device,
 ) -> None:
-    """Cuts a model on the meta device, gives each process memory for its parts, and fills them.
+    """Shards a model on the meta device, allocates each rank's shards, and fills them.
 
     Args:
-        model: The model without memory.
-        cut: Cuts it, such as `shard`.
-        source: The same model with its weights, in the first process.
-        device: Of this process.
+        model: The model on the meta device.
+        cut: Shards it, such as `shard`.
+        source: The same model with its weights, on the first rank.
+        device: The device of this rank.
     """
     cut(model)
     model.to_empty(device=device)
@@ -133,7 +133,7 @@ def _all_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _shard_experts(model: nn.Module, processes: int, expert_size: int, device_type: str) -> set[nn.Parameter]:
-    """Deals experts out; those parameters of theirs that need not be cut any more."""
+    """Shards the experts, and returns those of their parameters that need no further sharding."""
     mesh = new_mesh(device_type, (processes // expert_size, expert_size), ("part", "expert"))
     uncut = set()
     for name, layer in moe_layers(model):
@@ -148,17 +148,17 @@ def _shard_experts(model: nn.Module, processes: int, expert_size: int, device_ty
                 f"{mesh['part'].size()}; use {processes}",
                 everywhere=True,
             )
-        shared = set(layer.experts.parameters()).difference(parameters)  # whole in all: an activation's
+        shared = set(layer.experts.parameters()).difference(parameters)  # a learned activation's, whole on all ranks
         how = {"mesh": mesh["part"], "shard_placement_fn": lambda _: Shard(1)}
         fully_shard(layer.experts, ignored_params=shared, **how)
     return uncut
 
 
 def clip_gradients(parameters: list[nn.Parameter], largest_norm: float) -> Tensor:
-    """Like torch's clip_grad_norm_, for parameters of different meshes together; their norm before, ()."""
+    """Like torch's clip_grad_norm_, for parameters of different meshes. Returns the norm before clipping, ()."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     cut, whole = ([g for g in gradients if isinstance(g, DTensor) is is_cut] for is_cut in (True, False))
-    squares = []  # of none the norm would lie on the host, and the GPU wait for it
+    squares = []  # without any, torch's norm would lie on the host and force a synchronisation
     if cut:
         squares.append(total(nn.utils.get_total_norm([local(gradient) for gradient in cut]).square()))
     if whole:
@@ -169,10 +169,10 @@ def clip_gradients(parameters: list[nn.Parameter], largest_norm: float) -> Tenso
 
 
 def _stand_ins(gradients: list[Tensor]) -> list[nn.Parameter]:
-    """Parameters whose gradients are this process's parts, in the same memory."""
+    """Parameters with this rank's shards of the gradients as their gradients, in the same memory."""
     stand_ins = []
     for gradient in map(local, gradients):
-        stand_in = nn.Parameter(gradient)  # of the same memory: only its gradient is looked at
+        stand_in = nn.Parameter(gradient)  # it shares memory, but only its gradient is used
         stand_in.grad = gradient
         stand_ins.append(stand_in)
     return stand_ins
@@ -180,7 +180,7 @@ def _stand_ins(gradients: list[Tensor]) -> list[nn.Parameter]:
 
 @torch.no_grad()
 def fill(target: Tensor, source: Tensor) -> None:
-    """Copies a whole tensor, or this process's part of it, into `target`."""
+    """Copies a whole tensor, or this rank's shard of it, into `target`."""
     if isinstance(target, DTensor):
         source = distribute_tensor(source.to(target.device), target.device_mesh, target.placements, src_data_rank=None)
         target, source = target.to_local(), source.to_local()
@@ -188,13 +188,13 @@ def fill(target: Tensor, source: Tensor) -> None:
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Like `load_state_dict`, for a model that may be cut."""
+    """Like `load_state_dict`, for a model that may be sharded."""
     for name, target in model.state_dict().items():
         fill(target, weights[name])
 
 
 def _tensors(module: Any, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """All that a checkpoint keeps as tensors, by the names in its folder."""
+    """All tensors of a checkpoint, by their names in its folder."""
     names = {parameter: name for name, parameter in module.named_parameters()}
     states = {names[parameter]: state for parameter, state in optimizer.state.items()}
     average = None if module.average is None else module.average.weights
@@ -202,7 +202,7 @@ def _tensors(module: Any, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]
 
 
 def _restore_groups(module: Any, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """The learning rates and the like of a state by names, whose groups may be others."""
+    """Restores the learning rates and other group options of a state by names. Its groups may be others."""
     group_of = {name: group for group in state["param_groups"] for name in group["params"]}
     names = {parameter: name for name, parameter in module.named_parameters()}
     for group in optimizer.param_groups:
@@ -211,7 +211,7 @@ def _restore_groups(module: Any, optimizer: torch.optim.Optimizer, state: dict[s
 
 
 def _create_state(optimizer: torch.optim.Optimizer) -> None:
-    """What an optimiser creates in its first step."""
+    """Creates the state that an optimiser creates in its first step."""
     if isinstance(optimizer, Muon):
         optimizer.create_state()
         return

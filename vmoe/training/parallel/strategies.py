@@ -1,4 +1,4 @@
-"""How a run is spread over processes: Lightning's strategies, and what they ask of batches."""
+"""Lightning's strategies for several ranks, and their demands on batches."""
 
 import math
 from collections.abc import Callable
@@ -16,31 +16,31 @@ from vmoe.training.parallel.sharding import ShardedStrategy, shard
 
 
 class UnwrappedDataParallel(DDPStrategy):
-    """DDP whose gradients the captured step averages, since it cannot hold the hooks of torch's module."""
+    """DDP without torch's wrapper: a captured step cannot hold its hooks, so the step itself averages the gradients."""
 
     def configure_ddp(self) -> None:
-        """Leaves the module as it is, and starts all processes from the first one's weights."""
+        """Leaves the module as it is, and copies the first rank's weights to all ranks."""
         for tensor in (*self.model.parameters(), *self.model.buffers()):
             torch.distributed.broadcast(tensor.detach(), 0)
 
     def on_exception(self, exception: BaseException) -> None:
-        self.lightning_module.on_train_end()  # Lightning calls it only where training ends well; it frees the graph
+        self.lightning_module.on_train_end()  # Lightning calls it only if training succeeds; it frees the graph
 
 
 def strategy_of(config: TrainConfig, processes: int, writer: FolderWriter) -> Strategy | str:
-    """Lightning's strategy; `writer` writes the checkpoints of a model that is cut."""
+    """Lightning's strategy for a config. `writer` writes the checkpoints of a sharded model."""
     if config.parallel.strategy == "none":
         return "auto"
     if config.parallel.strategy != "ddp":
         return ShardedStrategy(processes, writer)
     if config.trainer.cuda_graph:
         return UnwrappedDataParallel()
-    # Buffers are kept equal by what updates them; an idle expert's gradient is zero, so that none is ever missing.
+    # updates keep buffers equal on all ranks; an idle expert has a gradient of zero, so no gradient is ever missing
     return DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def cut_of(config: ParallelConfig, processes: int, device_type: str) -> Callable[[nn.Module], None] | None:
-    """What cuts a model for the strategy (see `vmoe.training.parallel.sharding.shard`); None where it stays whole."""
+    """The function that shards a model for the strategy (see `vmoe.training.parallel.sharding.shard`), or None."""
     if config.strategy not in ("fsdp", "expert"):
         return None
     is_whole = config.dense == "whole"
@@ -50,7 +50,7 @@ def cut_of(config: ParallelConfig, processes: int, device_type: str) -> Callable
 
 
 def fallback_of_muon(config: TrainConfig, processes: int) -> str | None:
-    """A line on what Muon leaves to AdamW where matrices are cut over the processes; None where it leaves nothing."""
+    """A line on the sharded matrices that Muon leaves to AdamW; None if there are none."""
     if config.optim.name != "muon" or config.parallel.strategy not in ("fsdp", "expert"):
         return None
     has_whole_experts = config.moe is not None and not 1 < config.parallel.expert_size < processes
@@ -61,15 +61,15 @@ def fallback_of_muon(config: TrainConfig, processes: int) -> str | None:
 
 
 def check_parts(config: TrainConfig, batch_size: int, count: int) -> None:
-    """Refuses batches that `count` processes cannot share without cutting a group of images, or experts.
+    """Checks that `count` ranks can share batches and experts without splitting a routing group of images.
 
     Args:
         config: The run.
-        batch_size: Images of a batch, of all processes.
-        count: Processes.
+        batch_size: Images per batch of all ranks together.
+        count: The world size.
 
     Raises:
-        UserError: they cannot.
+        UserError: They cannot.
     """
     size = config.parallel.expert_size
     if count % size:

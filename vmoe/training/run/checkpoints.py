@@ -22,9 +22,9 @@ from vmoe.training.run.stopping import Interrupted, SignalWatch
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its place and renames it, so that a full disk or a kill leaves the old one.
+    """Writes a checkpoint under a temporary name and renames it, so that a full disk or a kill leaves the old one.
 
-    Reads also the folder of a run whose model was cut.
+    It also reads the checkpoint folder of a sharded model.
     """
 
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -35,15 +35,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class RunCheckpoints(Callback):
-    """Saves the last and the best checkpoint, stops early, and stops at a signal after the step under way.
+    """Saves the last and the best checkpoint, stops early, and at a signal stops after the current step.
 
     Without validation the last epoch's checkpoint is the best.
 
     Args:
         folder: The run's folder.
-        clock: The run's clock, which goes on after a resumption.
-        patience: Epochs without a better val/top1 (of several classes val/mAP) after which to stop; None never stops.
-        writer: What writes the checkpoints of a model that is cut.
+        clock: The run's clock, which continues after a resumption.
+        patience: Stops after this many epochs without a better val/top1 (or val/mAP); None never stops.
+        writer: Writes the checkpoints of a sharded model.
     """
 
     def __init__(
@@ -64,14 +64,14 @@ class RunCheckpoints(Callback):
         self._stopping = Flag()
 
     def on_train_start(self, trainer: Trainer, module: Classifier) -> None:
-        self._signals.install()  # after Lightning's own, which would stop between two batches of one update
+        self._signals.install()  # replaces Lightning's handlers, which would stop between two batches of one update
 
     def on_train_batch_end(
         self, trainer: Trainer, module: Classifier, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        is_last = batch_idx + 1 == trainer.num_training_batches  # its epoch is saved after validation, below
+        is_last = batch_idx + 1 == trainer.num_training_batches  # the end of an epoch is saved after validation, below
         is_update = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        is_stopping = self._signals.received is not None or self.writer.failed  # told by the save below
+        is_stopping = self._signals.received is not None or self.writer.failed  # the save below raises the error
         if is_update and not is_last and self._stopping.seen(is_stopping):
             self._batches_done = batch_idx + 1
             self._save_last(trainer, module)
@@ -80,7 +80,7 @@ class RunCheckpoints(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, module: Classifier) -> None:
         epochs_done = trainer.current_epoch + 1
-        # Without validation this is of a batch of training images
+        # without validation this comes from a batch of training images
         if not math.isfinite(module.evaluation_metrics("val")["val/loss"]):
             raise UserError(
                 f"epoch {epochs_done}: the loss in evaluation is not finite, the weights have overflowed; lower "
@@ -95,7 +95,7 @@ class RunCheckpoints(Callback):
         if self.patience is not None and epochs_done - self.best["epoch"] >= self.patience:
             trainer.should_stop = True
         self._finished = trainer.should_stop or epochs_done == trainer.max_epochs
-        if is_best:  # first, since the last checkpoint tells which epoch is in the best one
+        if is_best:  # first, since last.ckpt records the epoch of best.ckpt
             trainer.save_checkpoint(self.folder.best)
             self.writer.then(partial(copy_checkpoint, self.folder.best, self.folder.last))
         else:
@@ -112,7 +112,7 @@ class RunCheckpoints(Callback):
     def on_exception(self, trainer: Trainer, module: Classifier, exception: BaseException) -> None:
         failed = self.writer.leave()
         if failed is not None and Process.this().is_first:
-            print(f"vmoe train: error: {failed}", file=sys.stderr)  # beside what stops the run
+            print(f"vmoe train: error: {failed}", file=sys.stderr)  # besides the error that stops the run
         self._signals.remove()
 
     def on_save_checkpoint(self, trainer: Trainer, module: Classifier, checkpoint: dict[str, Any]) -> None:
@@ -129,10 +129,10 @@ class RunCheckpoints(Callback):
         trainer.save_checkpoint(self.folder.last)
 
     def _signal(self) -> int:
-        """The signal that stops the run; another process may have got it."""
+        """The signal that stops the run. Another rank may have received it."""
         return self._signals.received or signal.SIGTERM
 
 
 def _rank(validation: dict[str, float], module: Classifier) -> tuple[float, float]:
-    """By val/top1, or val/mAP; where that is equal, as it often is on a small validation set, by val/loss."""
+    """The sort key of epochs: val/top1 (or val/mAP), then val/loss, since small validation sets often have ties."""
     return validation.get(f"val/{module.metrics.monitored}", -math.inf), -validation["val/loss"]

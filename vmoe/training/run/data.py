@@ -1,4 +1,4 @@
-"""The images of a run: each process loads its part of them, and all files are opened where that is little work."""
+"""The images of a run. Each rank loads its part of them. All files are checked first if that is little work."""
 
 from collections.abc import Callable
 
@@ -18,15 +18,15 @@ from vmoe.training.parallel.strategies import check_parts
 
 
 def images_of_run(config: TrainConfig, device: torch.device) -> ImageDataModule:
-    """The images, of which each process gets a part.
+    """The datamodule of a run, with this rank's part of the images.
 
     Raises:
-        UserError: they are missing or malformed, batches cannot be shared by so many processes, there are no images
-            to stop early by, or not as many weights as classes.
+        UserError: The images are missing or malformed, the ranks cannot share batches, early stopping has no
+            validation images, or the numbers of weights and classes differ.
     """
     process = Process.this()
     data = _TrainingData(config.data, config.seed, device, process.rank, process.world_size, config.trainer.cuda_graph)
-    together(lambda: data.prepare_data() if process.local_rank == 0 else None)  # one process of a machine downloads
+    together(lambda: data.prepare_data() if process.local_rank == 0 else None)  # one rank per machine downloads
 
     def setup() -> None:
         data.setup("fit")
@@ -54,10 +54,10 @@ def images_of_run(config: TrainConfig, device: torch.device) -> ImageDataModule:
 
 
 def check_files(config: TrainConfig, data: ImageDataModule, say: Callable[[str], object]) -> None:
-    """Opens all images where that is little work beside the run, and says where it is not done.
+    """Opens all images if that is little work beside the run, and prints a line if it is not done.
 
     Raises:
-        UserError: an image of validation or test cannot be read; one of training is replaced by the next.
+        UserError: An image of validation or test cannot be read. A training image is replaced by the next one.
     """
     passes = config.trainer.epochs * config.data.repeat
     is_wanted = config.data.check
@@ -80,7 +80,7 @@ def check_files(config: TrainConfig, data: ImageDataModule, say: Callable[[str],
 
 
 class _TrainingData(ImageDataModule):
-    """Without images for validation a batch of training images tells whether the weights have overflowed."""
+    """Validates on a batch of training images if there are no others, to find out whether the weights overflowed."""
 
     def val_dataloader(self) -> EvalLoader:
         size = self.config.eval_batch_size or self.config.batch_size

@@ -1,4 +1,4 @@
-"""Which learning rate a run should have: Lightning's range test (Smith 2017) on the run's own model and images."""
+"""Finds a learning rate: Lightning's range test (Smith 2017) on a run's own model and images."""
 
 import csv
 import dataclasses
@@ -59,7 +59,7 @@ def find_lr(
     steps: int = 100,
     say: Callable[[str], object] = print,
 ) -> FoundRate:
-    """Finds a learning rate for a run: the rate rises from update to update until the loss does, and nothing is kept.
+    """Finds a learning rate for a run. The rate rises from update to update until the loss rises. No run is kept.
 
         found = vmoe.find_lr("digits", options={"moe.num_experts": 16})
         vmoe.fit("digits", options={"moe.num_experts": 16, "optim.lr": found.lr})
@@ -69,11 +69,11 @@ def find_lr(
     Args:
         config: A recipe's name, the path of a config file, or a `TrainConfig`.
         options: Other options by their dotted names; not beside a `TrainConfig`.
-        steps: Updates; 20 or more, since the first ten and the last are not looked at.
-        say: Is called with lines on the run.
+        steps: Updates; 20 or more, since the first ten and the last are ignored.
+        say: Called with lines on the run.
 
     Raises:
-        UserError: an option is not allowed, there are several processes, or the loss never falls.
+        UserError: An option is not allowed, there are several ranks, or the loss never falls.
     """
     if not isinstance(config, TrainConfig):
         config = config_with(config, options or {})
@@ -82,7 +82,7 @@ def find_lr(
     if Process.this().world_size > 1:
         raise UserError("find_lr: works in one process; start it without torchrun", everywhere=True)
     trainer = dataclasses.replace(config.trainer, cuda_graph=False, compile=False)
-    alone = ParallelConfig(draws=config.parallel.draws)  # one process shares nothing, as when it trains
+    alone = ParallelConfig(draws=config.parallel.draws)  # a single process ignores all else, as in training
     config = dataclasses.replace(config, trainer=trainer, parallel=alone)
     check_optimizer(config.optim)
     device = device_of(config)

@@ -1,6 +1,4 @@
-"""Where a run's weights start: fresh, or from the checkpoint of another run (upcycling, going on, going back to
-dense).
-"""
+"""A run's initial weights: random, or from another checkpoint (upcycled, sparse as they are, or averaged to dense)."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -24,19 +22,17 @@ from vmoe.training.config import TrainConfig
 def initial_model(
     config: TrainConfig, class_names: list[str], image_size: ImageSize, say: Callable[[str], object] = lambda line: None
 ) -> nn.Module:
-    """The model of a run, with the weights that `config.init_from` asks for: "pretrained", a checkpoint of ours, a
-    file of timm's or one of the original's .npz files.
+    """The model of a run, with the weights of `config.init_from`: "pretrained", or a file of ours, timm's or an .npz.
 
-    "pretrained" takes the weights that timm has for the model, which it downloads when they are not there. A dense
-    checkpoint is upcycled where the run has MoE layers: every routed expert starts as the MLP it replaces
-    (https://arxiv.org/abs/2212.05055), the router fresh. A sparse one is taken over as it is; its experts are averaged
-    where the run is dense. The classifier is the checkpoint's, class by class by name, and fresh where it does not know
-    one (`known_outputs`).
-    For images of another size timm resamples the position embeddings. `say` is told in a line what becomes of the
-    classifier where the names of the classes are not the checkpoint's.
+    "pretrained" takes timm's weights of the model and downloads them if needed. An .npz file is one of the original
+    code. If the run has MoE layers, a dense checkpoint is upcycled: every routed expert starts as the MLP it replaces
+    (https://arxiv.org/abs/2212.05055), and the router is random. A sparse checkpoint is used as it is; for a dense run
+    its experts are averaged. The classifier's outputs are matched by class name. If the checkpoint lacks a class, the
+    classifier is random (`known_outputs`). timm resamples the position embeddings for another image size. If class
+    names differ, `say` gets a line on the classifier.
 
     Raises:
-        UserError: the model cannot be built, or the checkpoint's weights do not fit it.
+        UserError: The model cannot be built, or the checkpoint's weights do not fit it.
     """
     model = _starting_model(config, class_names, image_size, say)
     rate = config.model.moe_drop_path
@@ -49,7 +45,7 @@ def initial_model(
 
 
 def _classifier_line(theirs: Sequence[str], ours: Sequence[str]) -> str:
-    """What becomes of a checkpoint's classifier in a run of other class names."""
+    """A line on the use of a checkpoint's classifier in a run with other class names."""
     if known_outputs(theirs, ours) is None:
         return "its classes are not this run's: the classifier starts fresh"
     if only_numbers(ours):
@@ -97,7 +93,7 @@ def _from_foreign(
     image_size: ImageSize,
     say: Callable[[str], object],
 ) -> nn.Module:
-    """The model with the weights of a file of timm's, dense or of these MoE layers."""
+    """The model with the weights of one of timm's files. They may be dense, or have these MoE layers."""
     path = Path(str(config.init_from))
     is_sparse = any(".experts." in name for name in weights)
     moe = config.moe if is_sparse else None
@@ -106,7 +102,7 @@ def _from_foreign(
     own = model.state_dict()
     try:
         weights = fitted_weights(weights, model)
-    except Exception as error:  # timm's code for weights of other origins may raise any type
+    except Exception as error:  # timm's converters of other formats may raise any type
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"--init_from {path}: are no weights for {config.model.name} ({reason})") from error
     classifier = [name for name in own if name.startswith(tuple(f"{each}." for each in classifier_names(model)))]
@@ -121,7 +117,7 @@ def _from_foreign(
 def _from_npz(
     config: TrainConfig, path: Path, num_classes: int, image_size: ImageSize, say: Callable[[str], object]
 ) -> nn.Module:
-    """The model with the weights of one of the original's .npz files, which are dense."""
+    """The model with the weights of an .npz file of the original code. These files are dense."""
     arguments = timm_arguments(config.model.kwargs)
     model = build_model(config.model.name, arguments, None, num_classes, image_size)
     try:
@@ -133,28 +129,28 @@ def _from_npz(
 
 
 def _nameless_classifier_line(path: Path, is_taken: bool, num_classes: int) -> str:
-    """What becomes of the classifier of a file that does not name its classes."""
+    """A line on the use of the classifier of a file without class names."""
     if is_taken:
         return f"{path}: its {num_classes} classes are taken by number, as it does not name them"
     return f"{path}: its classifier is for other classes: this run's starts fresh"
 
 
 def _fit_to_images(start: TrainedModel, model: nn.Module, image_size: ImageSize) -> None:
-    """Resamples the position embeddings for a run's model, by the windows of that model where it has some.
+    """Resamples the position embeddings for a run's model, and keeps that model's window size if it has one.
 
-    A model that timm cannot resize is left, and `_load` tells what misfits.
+    A model that timm cannot resize stays as it is; `_load` then reports the misfit.
     """
     resize: Callable[..., None] | None = getattr(start.model, "set_input_size", None)
     if resize is None:
         return
     window = _largest_window(model) if "window_size" in inspect.signature(resize).parameters else None
-    arguments = {} if window is None else {"window_size": window}  # else timm would scale windows with the images
+    arguments = {} if window is None else {"window_size": window}  # else timm scales windows with images
     if start.image_size != image_size or (window is not None and window != _largest_window(start.model)):
         resize(img_size=height_and_width(image_size), **arguments)
 
 
 def _largest_window(model: nn.Module) -> tuple[int, int] | None:
-    """Rows and columns of a model's windows; stages of fewer tokens have smaller ones. None where it has none."""
+    """Rows and columns of a model's largest windows (small stages have smaller ones); None without windows."""
     sizes = [getattr(module, "window_size", None) for module in model.modules()]
     windows = [size for size in sizes if isinstance(size, tuple) and len(size) == 2]
     return (max(rows for rows, _ in windows), max(columns for _, columns in windows)) if windows else None
@@ -177,7 +173,7 @@ def _upcycled(dense: nn.Module, moe: MoeConfig | None, image_size: ImageSize) ->
 
 
 def _weights(start: TrainedModel, model: nn.Module, class_names: list[str]) -> dict[str, Tensor]:
-    """The checkpoint's weights; of the classifier those of the run's classes, or the model's own if one is unknown."""
+    """The checkpoint's weights. The classifier gets its outputs for the run's classes, or stays if one is unknown."""
     weights = start.model.state_dict()
     classifier = tuple(f"{name}." for name in classifier_names(model))
     outputs = known_outputs(start.class_names, class_names)

@@ -1,4 +1,4 @@
-"""What a run tells of itself while it trains: metrics.csv, TensorBoard events, the terminal."""
+"""The records of a run while it trains: metrics.csv, TensorBoard events, the terminal."""
 
 import csv
 import statistics
@@ -25,17 +25,17 @@ from vmoe.training.run.progress import TrainingProgress
 
 
 class Clock:
-    """Seconds spent: in all, and in the training steps of this epoch. Goes on where a resumed run left it.
+    """Seconds spent in all, and in the training steps of this epoch. A resumed run continues both.
 
-    Lightning's `Timer` knows no seconds of an epoch that a resumed run goes on with.
+    Lightning's `Timer` does not keep the seconds of an unfinished epoch.
     """
 
     def __init__(self) -> None:
         self._spent = {"total": 0.0, "epoch": 0.0}
-        self._since: dict[str, float] = {}  # of what is running
+        self._since: dict[str, float] = {}  # start times of running counters
 
     def start(self, name: str, fresh: bool = False) -> None:
-        """Begins to count "total" or "epoch", from zero where it is fresh."""
+        """Starts to count "total" or "epoch". With `fresh` it starts from zero."""
         self._spent[name] = 0.0 if fresh else self._spent[name]
         self._since[name] = time.perf_counter()
 
@@ -55,12 +55,12 @@ class Clock:
 
 
 class MetricsTable:
-    """metrics.csv, a row an epoch. The whole small file is replaced each time, so that it is never half a file.
+    """metrics.csv, a row per epoch. The whole small file is replaced each time, so it is never half-written.
 
     Args:
         path: The file.
         columns: Its columns.
-        step: Rows of later steps are left out: those that a resumed run will write again.
+        step: Rows of later steps are dropped, since a resumed run writes them again.
     """
 
     def __init__(self, path: Path, columns: list[str], step: int) -> None:
@@ -83,14 +83,14 @@ class MetricsTable:
 
 
 class Events:
-    """TensorBoard's events. Where they cannot be written, the run says so once and goes on: metrics.csv has them too.
+    """TensorBoard's events. If they cannot be written, the run prints that once and continues with metrics.csv alone.
 
-    Lightning's TensorBoardLogger would end the run there, and keeps the events that a resumed run writes again.
+    Lightning's TensorBoardLogger would end the run, and keeps the events that a resumed run writes again.
 
     Args:
         folder: The run's folder.
-        step: Updates done before this process; events after them, of a run that was stopped, no longer count.
-        say: Is told of the failure.
+        step: Updates done before this process; later events of a stopped run are dropped.
+        say: Called with a line on the failure.
     """
 
     def __init__(self, folder: Path, step: int, say: Callable[[str], None]) -> None:
@@ -99,12 +99,12 @@ class Events:
         self._hook, threading.excepthook = threading.excepthook, self._in_thread
         with self._told():
             require_module("tensorboard")
-            from torch.utils.tensorboard import SummaryWriter  # here, since a run goes on without it
+            from torch.utils.tensorboard import SummaryWriter  # here: a run works without TensorBoard
 
             self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
 
     def write(self, row: dict[str, Any], warnings: list[str]) -> None:
-        """Adds a row of metrics and lines to read, and has them on the disk."""
+        """Writes a row of metrics and warnings, and flushes them to the disk."""
         with self._told():
             if self._writer is None:
                 return
@@ -122,7 +122,7 @@ class Events:
         threading.excepthook = self._hook
 
     def _in_thread(self, failure: threading.ExceptHookArgs) -> None:
-        """TensorBoard writes in a thread; what fails there it raises again here, where it is told in a line."""
+        """Collects a failure. TensorBoard writes in a thread and raises its errors here, in the caller."""
         of_writer = type(failure.thread).__module__.startswith("tensorboard.")
         if not (of_writer and isinstance(failure.exc_value, OSError)):
             self._hook(failure)
@@ -139,17 +139,17 @@ class Events:
 
 
 class Journal(Callback):
-    """Writes an epoch's metrics down, shows them, and warns of dead experts and damaged images.
+    """Writes and prints an epoch's metrics, and warns of dead experts and damaged images.
 
-    Every process has one, since the metrics are those of all; the first one's writes and shows.
+    Every rank has a journal, since metrics are means over all ranks. Only the first rank's writes and prints.
 
     Args:
         folder: The run's folder.
         clock: The run's clock.
         progress: The terminal.
-        monitor: What reads the routers' sums, before this callback.
-        step: Updates done before this process: 0, or those of the checkpoint that is resumed.
-        config: Says how many steps go by from one look at the device to the next, and whether TensorBoard is wanted.
+        monitor: The callback that reads the routers' sums; it runs before this one.
+        step: Updates done before this process: 0, or those of the resumed checkpoint.
+        config: The options, for `log_every` and TensorBoard.
     """
 
     def __init__(
@@ -232,6 +232,6 @@ class Journal(Callback):
         self.progress.start_epoch(trainer.current_epoch + 1, trainer.max_epochs, trainer.num_training_batches)
 
     def _train_metrics(self, module: Classifier) -> dict[str, float]:
-        metrics = module.train_metrics()  # waits for the device, so that the clock is right
+        metrics = module.train_metrics()  # synchronises with the device, so that the clock is right
         speed = module.train_images() / max(self.clock.seconds("epoch"), 1e-9)
         return {**metrics, "train/images_per_second": speed}

@@ -1,4 +1,4 @@
-"""A run's folder belongs to one process at a time: a lock that names it, and knows when it is gone."""
+"""The lock of a run's folder, which one process at a time may use. A lock of a process that ended is taken over."""
 
 import json
 import os
@@ -18,24 +18,24 @@ except ModuleNotFoundError:  # on Windows
     fcntl = None  # type: ignore[assignment]
 
 LOCK = ".lock"
-BEAT = 20.0  # seconds between two signs of life
-PATIENCE = 100.0  # seconds to wait for one of a process elsewhere; caches of network file systems take up to 60
+BEAT = 20.0  # seconds between two touches of the lock by its holder
+PATIENCE = 100.0  # seconds to wait for a touch from another machine; caches of network file systems take up to 60
 
 
 @contextmanager
 def locked(folder: Path, say: Callable[[str], object], command: str) -> Iterator[None]:
-    """Keeps other processes out of a run's folder, which is created when missing and removed again when left empty.
+    """Locks a run's folder against other processes. It creates the folder, and removes it again if it stays empty.
 
-    A lock of a process that has ended is taken over: on this machine it is looked up; elsewhere a process that is there
-    touches its lock, which is waited for.
+    A lock of a process that has ended is taken over. On this machine the process is looked up. A living process on
+    another machine touches its lock, so this waits for a touch.
 
     Args:
         folder: The folder.
-        say: Gets a line where this waits.
-        command: The command line that another process is shown.
+        say: Called with a line if this waits.
+        command: The command line that another process would print.
 
     Raises:
-        UserError: another process has the folder, which the line names, or it cannot be written.
+        UserError: Another process, which the message names, has the folder; or it cannot be written.
     """
     new = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
     path = folder / LOCK
@@ -64,12 +64,12 @@ def _acquire(path: Path, own: str, say: Callable[[str], object]) -> None:
     """Writes the lock, unless a living process has it.
 
     Raises:
-        UserError: one has.
+        UserError: A living process has it.
     """
-    gone: str | None = None  # of a process elsewhere that gave no sign of life
+    gone: str | None = None  # content of a lock that its process elsewhere did not touch
     while True:
         with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+", encoding="utf-8") as file:
-            # Two may take over at the same moment on Windows, and where the file system knows no locks
+            # on Windows, and on file systems without locks, two processes may take over at the same moment
             with suppress(OSError):
                 if fcntl is not None:
                     fcntl.flock(file, fcntl.LOCK_EX)
@@ -98,13 +98,13 @@ def _acquire(path: Path, own: str, say: Callable[[str], object]) -> None:
 
 
 def _shows_life(path: Path, content: str) -> bool:
-    """Whether the lock's holder touches it, waited for."""
+    """Waits for a touch of the lock by its holder, and returns whether one came."""
     before, end = _touched(path), time.monotonic() + PATIENCE
     while time.monotonic() < end:
         time.sleep(min(1.0, PATIENCE / 10))
         with suppress(OSError):
             if path.read_text(encoding="utf-8") != content:
-                return False  # another has it now, or nobody
+                return False  # another process has the lock now, or none
         if _touched(path) != before:
             return True
     return False
@@ -124,7 +124,7 @@ def _beat(path: Path, ended: threading.Event) -> None:
 
 
 def _is_at(path: Path, descriptor: int) -> bool:
-    """Whether an open file is still the one at its place: its holder may have removed it meanwhile."""
+    """Whether an open file is still the file at `path`. Its holder may have removed it meanwhile."""
     try:
         there = path.stat()
     except OSError:
@@ -162,12 +162,12 @@ def _parsed(text: str) -> dict[str, Any] | None:
 
 
 def _is_alive(holder: dict[str, Any]) -> bool | None:
-    """Whether a process is there; None where that cannot be seen from here."""
+    """Whether the holder's process lives; None if this machine cannot know."""
     if (holder["host"], holder["machine"]) != (socket.gethostname(), _machine()):
         return None
     if not _is_there(holder["pid"]):
         return False
-    return holder["started"] == _start_of(holder["pid"])  # else its number went to another process
+    return holder["started"] == _start_of(holder["pid"])  # if they differ, another process has its number now
 
 
 def _is_there(pid: int) -> bool:
@@ -185,7 +185,7 @@ def _is_there(pid: int) -> bool:
 
 
 def _machine() -> str:
-    """What tells this machine since its start, and this container's processes, from others of the same name."""
+    """An identifier of this machine since its boot and of this container's processes."""
     parts = []
     with suppress(OSError):
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip())
@@ -195,7 +195,7 @@ def _machine() -> str:
 
 
 def _start_of(pid: int) -> str | None:
-    """When a process began, in the system's own count; None where that is not known."""
+    """The start time of a process in the system's own units, or None if unknown."""
     if fcntl is None:  # on Windows
         import psutil
 
@@ -210,7 +210,7 @@ def _start_of(pid: int) -> str | None:
 
 
 def _remove_empty(folders: list[Path]) -> None:
-    """Removes folders, the innermost first, as far as they hold nothing."""
+    """Removes empty folders, the innermost first."""
     with suppress(OSError):
         for folder in folders:
             folder.rmdir()

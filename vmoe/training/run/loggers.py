@@ -1,4 +1,4 @@
-"""The loggers of Lightning that a run's `trainer.loggers` asks for, beside the files in its folder."""
+"""The loggers of Lightning that `trainer.loggers` names, beside the files in a run's folder."""
 
 import os
 import sys
@@ -15,15 +15,15 @@ from vmoe.errors import UserError
 from vmoe.extras import require_module
 from vmoe.training.config import TrainConfig, logger_options
 
-_IN_FOLDER = ("csv", "tensorboard")  # which `Journal` writes, so that they go on where a resumed run left them
+_IN_FOLDER = ("csv", "tensorboard")  # `Journal` writes these, so that a resumed run continues them
 _MLFLOW_URI = "MLFLOW_TRACKING_URI"
 
 
 def require_loggers(config: TrainConfig) -> None:
-    """Checks, before a run begins, that the packages of its loggers are installed.
+    """Checks, before a run starts, that the packages of its loggers are installed.
 
     Raises:
-        MissingExtraError: one is not; the line has the command that installs it.
+        MissingExtraError: A package is missing. The message has the command that installs it.
     """
     for name in logger_options(config.trainer.loggers):
         if name not in _IN_FOLDER:
@@ -32,14 +32,14 @@ def require_loggers(config: TrainConfig) -> None:
 
 @contextmanager
 def open_loggers(config: TrainConfig, folder: RunFolder) -> Iterator[list[Logger]]:
-    """The loggers that a Trainer is given, with the run's config as their hyper-parameters; they end with the block.
+    """The Trainer's loggers, with the run's config as hyper-parameters. They are closed at the end of the context.
 
     Raises:
-        UserError: a logger does not take one of its options, or cannot begin.
+        UserError: A logger does not accept one of its options, or cannot start.
     """
     loggers: list[Logger] = []
     failed, tracking_uri = 1, os.environ.get(_MLFLOW_URI)
-    of_user = getattr(sys.modules.get("wandb"), "run", None)  # begun before, which `WandbLogger` then goes on with
+    of_user = getattr(sys.modules.get("wandb"), "run", None)  # the user's own W&B run, which WandbLogger continues
     try:
         for name, options in logger_options(config.trainer.loggers).items():
             if name in _IN_FOLDER:
@@ -48,22 +48,22 @@ def open_loggers(config: TrainConfig, folder: RunFolder) -> Iterator[list[Logger
                 logger = _new_logger(name, folder, options)
                 loggers.append(logger)
                 logger.log_hyperparams(flatten(to_plain(config)))
-            except Exception as error:  # their packages raise types of their own
+            except Exception as error:  # the loggers' packages raise types of their own
                 reason = " ".join(str(error).split())[:200]
                 raise UserError(f"trainer.loggers: {name} cannot begin with {options} ({reason})") from error
         yield loggers
         failed = 0
     finally:
         for logger in loggers:
-            # Else the next run of this process would go on with this one's
+            # else the next run in this process would continue this W&B run
             if isinstance(logger, WandbLogger) and of_user is None:
                 logger.experiment.finish(failed)
-        if tracking_uri is None:  # MLflow sets it to this run's
+        if tracking_uri is None:  # MLflow has set it to this run's
             os.environ.pop(_MLFLOW_URI, None)
 
 
 def rate_monitors(loggers: list[Logger]) -> list[LearningRateMonitor]:
-    """What logs the learning rate, where there is a logger."""
+    """The callbacks that log the learning rate; none without a logger."""
     return [LearningRateMonitor()] if loggers else []
 
 

@@ -1,4 +1,4 @@
-"""The model of a run at its start, what it costs, and the LightningModule that trains it."""
+"""The model of a run at its start, its costs, and the LightningModule that trains it."""
 
 import dataclasses
 from collections.abc import Callable
@@ -30,15 +30,15 @@ from vmoe.training.parallel.strategies import cut_of
 from vmoe.training.run.initial import initial_model
 from vmoe.training.run.summary import Cost, twin_cost
 
-_MOST_TOKENS = 1024  # of an image, without a warning on a CPU
-Cut = Callable[[nn.Module], None]  # the model into the parts of several processes
+_MOST_TOKENS = 1024  # tokens per image without a warning on a CPU
+Cut = Callable[[nn.Module], None]  # shards a model over the ranks
 
 
 def built_model(config: TrainConfig, saved: SavedRun | None) -> ModelConfig:
-    """The model by timm's own name and all arguments: what rebuilds it where a folder or hub that it came from is gone.
+    """The model by timm's own name and all arguments. These rebuild it even if its folder or hub entry is gone.
 
     Raises:
-        UserError: they cannot be read.
+        UserError: They cannot be read.
     """
     if saved is None:
         name, kwargs = architecture_of(config.model.name, config.model.kwargs)
@@ -51,31 +51,31 @@ def built_model(config: TrainConfig, saved: SavedRun | None) -> ModelConfig:
 def start_model(
     config: TrainConfig, data: ImageDataModule, device: torch.device, say: Callable[[str], object]
 ) -> tuple[nn.Module, Cut | None]:
-    """The model at its start, and what cuts it over the processes, where the strategy does."""
+    """The model at its start, and the function that shards it, or None."""
     cut = cut_of(config.parallel, Process.this().world_size, device.type)
     classes, size = list(data.class_names), data.image_size
     is_here = cut is None or Process.this().is_first
     model = together(lambda: initial_model(config, classes, size, say) if is_here else None)
     if cut is None:
         return model, None
-    # One process of all has the whole model, on its host.
+    # only the first rank holds the whole model, in host memory
     cut = partial(cut_and_start, cut=cut, source=model, device=device)
     with torch.device("meta"):
         return initial_model(dataclasses.replace(config, init_from=None), classes, size, say), cut
 
 
 def costs_of(config: TrainConfig, model: nn.Module, data: ImageDataModule) -> tuple[Cost, Cost]:
-    """Of the model and of its dense twin."""
+    """The costs of the model and of its dense twin."""
     try:
         check_training_capacity(model, config.data.batch_size, data.image_size)
-        cost = Cost.of(model, data.image_size)  # an evaluation of one image, the smallest group
+        cost = Cost.of(model, data.image_size)  # evaluates one image, the smallest group
     except CapacityError as error:
         raise UserError(f"moe.{error}", everywhere=True) from error
     return cost, twin_cost(config.model, data.num_classes, data.image_size)
 
 
 def many_tokens(model: nn.Module, image_size: ImageSize) -> str | None:
-    """A warning where the images and the patches make a model too slow for a CPU; None where they do not."""
+    """A warning if images have so many tokens that a CPU is slow, else None."""
     tokens = getattr(getattr(model, "patch_embed", None), "num_patches", 0)
     if tokens <= _MOST_TOKENS:
         return None
@@ -88,7 +88,7 @@ def many_tokens(model: nn.Module, image_size: ImageSize) -> str | None:
 def new_module(
     config: TrainConfig, model: nn.Module, cut: Cut | None, teacher: Teacher | None, facts: ModelFacts | None
 ) -> Classifier:
-    """The module of a run: as the config says, it draws by image, captures its steps and compiles its model."""
+    """The module of a run. By the config it draws per image, captures its steps and compiles its model."""
     draws = SampleDraws(config.seed) if config.parallel.draws == "sample" else None
     if draws is not None:
         draws.install(model)
@@ -101,8 +101,8 @@ def new_module(
     if config.trainer.cuda_graph:
         module.capture_steps()
     if config.trainer.compile:
-        # In place: no name of a weight changes. Static: the smaller last batch of a validation would otherwise make
-        # torch compile for any batch size, training included, in many small graphs.
+        # in place, so that no weight's name changes; static, since a validation's smaller last batch would make torch
+        # compile for any batch size, training included, in many small graphs
         mend_compiler()
         model.compile(dynamic=False)
     return module
@@ -126,14 +126,14 @@ def _choose_what_learns(model: nn.Module, config: TrainConfig) -> None:
 def _checkpoint_blocks(model: nn.Module, name: str) -> None:
     try:
         model.set_grad_checkpointing(True)
-    except (AttributeError, AssertionError) as error:  # timm's way to say that a family has none
+    except (AttributeError, AssertionError) as error:  # timm raises these for families without checkpointing
         raise UserError(
             f"trainer.grad_checkpointing: timm has none for model.name={name}; leave it out", everywhere=True
         ) from error
 
 
 def learning_line(model: nn.Module) -> str | None:
-    """How much of a model learns; None where all does."""
+    """A line on how much of a model learns; None if all does."""
     counts = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     total, learning = sum(count for count, _ in counts), sum(count for count, learns in counts if learns)
     if learning == total:
@@ -143,7 +143,7 @@ def learning_line(model: nn.Module) -> str | None:
 
 
 def facts_of_run(config: TrainConfig, built: ModelConfig, data: ImageDataModule) -> ModelFacts:
-    is_described = built.name != config.model.name  # by a folder or hub, which may be gone when it is opened
+    is_described = built.name != config.model.name  # the name was a folder or hub entry, which may be gone later
     return ModelFacts(
         config=to_plain(config) | {"resume": False},
         class_names=data.class_names,

@@ -1,4 +1,4 @@
-"""The terminal: a bar over an epoch's steps and a line an epoch; only the lines where nobody watches."""
+"""The terminal output: a line per epoch, and in a terminal a bar over an epoch's steps."""
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -13,7 +13,7 @@ class TrainingProgress:
     Lightning's RichProgressBar leaves no line per epoch in a log file, and reads metrics from the device at each step.
 
     Args:
-        quiet: Shows nothing.
+        quiet: Whether to show nothing.
     """
 
     def __init__(self, quiet: bool = False) -> None:
@@ -45,7 +45,7 @@ class TrainingProgress:
             self.say(f"warning: {line}")
 
     def say(self, line: str) -> None:
-        """One line, as it is: never wrapped, nothing in it taken for markup or a command to the terminal."""
+        """Prints a line as it is: never wrapped, without markup and terminal commands."""
         self.console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
 
     def stop(self) -> None:
@@ -60,7 +60,7 @@ def _train_text(metrics: dict[str, float]) -> str:
 
 
 def _accuracy(metrics: dict[str, float], split: str) -> str:
-    """Top-1; of images of several classes mAP, which training has not, or F1."""
+    """The text of the accuracy: top-1; with several classes per image mAP, or F1 in training."""
     names = {"top1": "top-1", "mAP": "mAP", "f1": "F1"}
     name = next(name for name in names if f"{split}/{name}" in metrics)
     return f"{names[name]} {metrics[f'{split}/{name}']:7.2%}"
