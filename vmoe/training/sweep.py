@@ -1,4 +1,4 @@
-"""A study: arms of one recipe, several seeds each, trained side by side, each run in a process of its own."""
+"""A study: arms of one recipe with several seeds each. Runs train side by side, each in its own process."""
 
 import itertools
 import os
@@ -36,17 +36,17 @@ class Training:
 
     @property
     def log(self) -> Path:
-        """Where what it prints goes; the folder must be there."""
+        """The file for the run's output. Its folder must exist."""
         return self.folder.parent / "logs" / f"{self.name}.log"
 
     @property
     def is_done(self) -> bool:
-        """Whether it was trained and tested."""
+        """Whether the run was trained and tested."""
         return is_tested(RunFolder(self.folder).read_summary())
 
     @property
     def arguments(self) -> list[str]:
-        """What follows `vmoe`: a new run, or going on with one that was stopped."""
+        """The arguments after `vmoe`: for a new run, or to resume a stopped one."""
         resume = ["--resume", "auto"] if self.folder.exists() else []
         return ["train", *self.options, "--output_dir", str(self.folder), *resume]
 
@@ -61,24 +61,24 @@ def read_study(
 ) -> list[Training]:
     """The runs of a study's file, seed by seed.
 
-    The file holds `config`, a recipe's file beside it; `seeds`; and `arms`. An arm has a name, and the options in which
-    it differs from the recipe, by dotted name as `vmoe train` takes them.
+    The file holds `config` (a recipe's file in the same folder), `seeds` and `arms`. An arm has a name and the options
+    in which it differs from the recipe, by the dotted names of `vmoe train`.
 
     Args:
-        path: the study's YAML file.
-        folder: where the runs go, each to ARM_sSEED.
-        arms: only these; none for all.
-        seeds: in place of the file's.
-        common: further options of `vmoe train`, for all runs.
+        path: The study's YAML file.
+        folder: The folder of the runs, named ARM_sSEED.
+        arms: The arms to train; empty for all.
+        seeds: Seeds instead of the file's.
+        common: Further options of `vmoe train`, for all runs.
 
     Raises:
-        UserError: the file is not such a file, or lacks an arm, or a run would be there twice.
+        UserError: The file is no study, lacks an arm, or has a run twice.
     """
     study = _read_study(path)
     of_seeds = ("--seeds", seeds) if seeds else (f"{path}: seeds", study["seeds"])
     for where, given in (("--arms", arms), of_seeds):
         twice = [each for each in given if given.count(each) > 1]
-        if twice:  # two processes would train in one folder
+        if twice:  # else two processes would train in one folder
             raise UserError(f"{where}: {twice[0]} is given twice; leave one out")
     unknown = [arm for arm in arms if arm not in study["arms"]]
     if unknown:
@@ -120,13 +120,13 @@ def _read_study(path: Path) -> dict[str, Any]:
 
 
 def _arms(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[str, list[str]]:
-    """Of each arm the options for the command line, names and values as they are written: an arm may be called no."""
+    """The options of each arm for the command line. Names and values stay as written: an arm may be called "no"."""
     arms = {}
     for name, options in node.value:
         arms[name.value] = []
         if isinstance(options, yaml.MappingNode):
             loader.flatten_mapping(options)
-            values = {key.value: _text(value) for key, value in options.value}  # of a key that is there twice the last
+            values = {key.value: _text(value) for key, value in options.value}  # the last one of a repeated key
             arms[name.value] = [text for key, value in values.items() for text in (f"--{key}", value)]
     return arms
 
@@ -138,7 +138,7 @@ def _text(node: yaml.Node) -> str:
 
 
 def _flow(node: yaml.Node) -> yaml.Node:
-    """The same in one line of brackets."""
+    """Sets flow style: YAML on one line, in brackets."""
     if isinstance(node, yaml.CollectionNode):
         node.flow_style = True
         for value in node.value:
@@ -152,11 +152,11 @@ class Sweep:
     """Trains runs side by side.
 
     Args:
-        runs: the runs, in order, of which one is taken when there is room for it; those that are done are passed over.
-        jobs: how many at once.
-        devices: what CUDA_VISIBLE_DEVICES holds for a run, in turn the one with the fewest runs; none leaves it alone.
-        say: is called with a line for each run that ends.
-        ended: is called with each run that ends and its exit code.
+        runs: The runs, in order. Each is taken when a job is free. Finished runs are skipped.
+        jobs: Number of runs at once.
+        devices: Values of CUDA_VISIBLE_DEVICES. A run gets the one with the fewest runs; empty leaves it alone.
+        say: Called with a line for each run that ends.
+        ended: Called with each run that ends and its exit code.
     """
 
     runs: Iterable[Training]
@@ -167,10 +167,10 @@ class Sweep:
     _working: dict[Training, tuple[subprocess.Popen, str | None]] = field(default_factory=dict, init=False)
 
     def run(self) -> list[Training]:
-        """Trains all; returns those that failed.
+        """Trains all runs, and returns those that failed.
 
-        Ctrl-C or SIGTERM stops all runs as it stops `vmoe train`: they are saved and can be resumed. KeyboardInterrupt
-        follows. A UserError of `ended` stops them too.
+        Ctrl-C or SIGTERM stops all runs as it stops `vmoe train`: they save and can be resumed. Then this raises
+        KeyboardInterrupt. A UserError of `ended` stops them too.
         """
         todo = (run for run in self.runs if not run.is_done)
         failed: list[Training] = []
@@ -190,17 +190,17 @@ class Sweep:
         return failed
 
     def progress(self) -> str:
-        """What is trained now."""
+        """A line on the runs that are training."""
         return f"training {', '.join(run.name for run in list(self._working)) or 'no run'}"
 
     def _start(self, todo: Iterator[Training]) -> bool:
-        """Starts runs until there are enough; whether any was started."""
+        """Starts runs until all jobs are taken. Returns whether it started any."""
         started = False
         while len(self._working) < self.jobs and (run := next(todo, None)) is not None:
             device = self._freest()
             environment = os.environ | ({} if device is None else {"CUDA_VISIBLE_DEVICES": device})
             with open(run.log, "ab") as log:
-                # A session of its own, so that Ctrl-C in a terminal comes once, from here.
+                # a session of its own, so that Ctrl-C in a terminal reaches the run only once, from here
                 process = subprocess.Popen(
                     [sys.executable, "-c", _JOB, *run.arguments],
                     stdin=subprocess.DEVNULL,
@@ -218,7 +218,7 @@ class Sweep:
         return min(self.devices, key=taken.count, default=None)
 
     def _ended(self) -> list[Training]:
-        """Says which runs ended; returns those that failed."""
+        """Prints a line for each run that ended, and returns those that failed."""
         failed = []
         for run, (process, _) in list(self._working.items()):
             if process.poll() is None:
@@ -235,7 +235,7 @@ class Sweep:
 
 
 def last_line(log: Path) -> str:
-    """The last line of a log that says something."""
+    """The last line of a log that is not empty."""
     lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
     return next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
 

@@ -1,4 +1,4 @@
-"""A search for good options: Optuna proposes them, `vmoe train` tries them, validation decides."""
+"""A search for good options: Optuna proposes them, `vmoe train` trains with them, validation decides."""
 
 import csv
 import json
@@ -28,19 +28,19 @@ from vmoe.training.run.lock import locked
 from vmoe.training.sweep import Sweep, Training, last_line
 
 JOURNAL = "study.journal"
-_SEARCH = "search"  # what a study's attributes hold of it
+_SEARCH = "search"  # the key of the search in a study's attributes
 
 
 @dataclass(frozen=True)
 class SearchPlan:
-    """How a search goes.
+    """The settings of a search.
 
     Attributes:
-        trials: Runs in all, with those of an earlier call.
-        jobs: Runs at once.
-        metric: What is searched for, of a run's best checkpoint: val/top1, or another metric of validation.
-        seed: Of the proposals.
-        devices: What CUDA_VISIBLE_DEVICES holds for a run (see `vmoe.training.sweep.Sweep`).
+        trials: Number of runs in all, those of earlier calls included.
+        jobs: Number of runs at once.
+        metric: The goal: val/top1 or another validation metric of a run's best checkpoint.
+        seed: Seed of the proposals.
+        devices: Values of CUDA_VISIBLE_DEVICES (see `vmoe.training.sweep.Sweep`).
     """
 
     trials: int = 20
@@ -62,12 +62,12 @@ class SearchPlan:
 
 @dataclass(frozen=True)
 class TunedRun:
-    """A search's result, as `vmoe.tune` gives it.
+    """The result of `vmoe.tune`.
 
     Attributes:
-        options: The best run's options, of those that were searched over.
-        value: What it reached in validation.
-        path: Its folder.
+        options: The best run's values of the options in the search.
+        value: The best run's metric in validation.
+        path: The best run's folder.
         study: Optuna's study, with all trials.
     """
 
@@ -89,29 +89,29 @@ def tune(
     seed: int = 0,
     say: Callable[[str], object] = print,
 ) -> TunedRun:
-    """Searches for the options of a recipe that are best in validation. Each trial is a run in a process of its own.
+    """Searches for the options of a recipe that are best in validation. Each trial is a run in its own process.
 
         found = vmoe.tune("digits", {"optim.lr": {"low": 1e-4, "high": 1e-2, "log": True}}, "runs/tune", trials=10)
         found.options, found.value
 
-    The same call goes on with a search that was stopped, also in the middle of a run, and adds trials where there are
-    more now. `vmoe compare output_dir/trial_*` compares the runs.
+    The same call resumes a stopped search, also in the middle of a run. With a larger `trials` it adds trials.
+    `vmoe compare output_dir/trial_*` compares the runs.
 
     Args:
         config: A recipe's name, or the path of a config file.
         search: For each option, by its dotted name, {"low": ..., "high": ...}, both included, with "log": True for
             an even search over magnitudes, or "step"; or a list to choose from. Whole ends mean whole numbers, except
             for an option that takes fractions, such as optim.weight_decay.
-        output_dir: Where the runs, the study and its pictures go.
-        trials: Runs in all.
+        output_dir: The folder of the runs, the study and its pictures.
+        trials: Number of runs in all.
         options: Other options, the same in all runs, by their dotted names.
-        metric: What is searched for, of validation: the highest, of a loss the lowest.
-        jobs: Runs at once.
-        seed: Of the proposals. With one job the same seed gives the same search.
-        say: Is called with a line for each run that ends.
+        metric: The validation metric to maximise; a loss is minimised.
+        jobs: Number of runs at once.
+        seed: Seed of the proposals. With one job the same seed gives the same search.
+        say: Called with a line for each run that ends.
 
     Raises:
-        UserError: an option or its range is not allowed, `output_dir` holds another search, or no run succeeded.
+        UserError: An option or its range is not allowed, `output_dir` holds another search, or no run succeeded.
     """
     path = find_recipe(str(config))
     space, fixed = read_space(search), dict(options or {})
@@ -166,7 +166,7 @@ def _distribution(name: str, values: Any, takes_fractions: bool) -> BaseDistribu
 
 def _number(name: str, key: str, value: Any) -> int | float:
     try:
-        number = value if type(value) is int else float(value)  # YAML reads 1e-4 as a text
+        number = value if type(value) is int else float(value)  # YAML reads 1e-4 as text
     except (TypeError, ValueError) as error:
         raise UserError(f"search: {name}: {key}={value!r}: must be a number") from error
     if not math.isfinite(number):
@@ -175,7 +175,7 @@ def _number(name: str, key: str, value: Any) -> int | float:
 
 
 def samples_of(space: Mapping[str, BaseDistribution]) -> list[dict[str, Any]]:
-    """As few options as have each end of a range, and each choice, at least once."""
+    """A short list of options that contains each end of a range, and each choice, at least once."""
     values = {name: _to_check(distribution) for name, distribution in space.items()}
     most = max(len(each) for each in values.values())
     return [{name: each[min(number, len(each) - 1)] for name, each in values.items()} for number in range(most)]
@@ -188,7 +188,7 @@ def _to_check(distribution: BaseDistribution) -> list[Any]:
 
 
 def words_of(options: Mapping[str, Any]) -> list[str]:
-    """Options as `vmoe train` takes them on the command line."""
+    """Options as arguments of `vmoe train`."""
     return [word for name, value in options.items() for word in (f"--{name}", _text(value))]
 
 
@@ -210,19 +210,19 @@ def run_search(
     plan: SearchPlan,
     say: Callable[[str], object] = print,
 ) -> optuna.Study:
-    """Runs a search, or goes on with it, and writes trials.csv and pictures into its folder.
+    """Runs or resumes a search, and writes trials.csv and pictures into its folder.
 
-    Ctrl-C or SIGTERM stops the runs as it stops `vmoe train`; KeyboardInterrupt follows.
+    Ctrl-C or SIGTERM stops the runs as it stops `vmoe train`. Then this raises KeyboardInterrupt.
 
     Args:
         space: The options to search over.
-        words: What `vmoe train` gets in each run besides.
+        words: Further arguments of `vmoe train`, for all runs.
         out: The folder.
-        plan: How the search goes.
-        say: Is called with a line for each run that ends.
+        plan: The settings of the search.
+        say: Called with a line for each run that ends.
 
     Raises:
-        UserError: the folder cannot be written or holds another search, or no run succeeded.
+        UserError: The folder cannot be written or holds another search, or no run succeeded.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     with locked(out, say, "vmoe tune"):
@@ -280,12 +280,12 @@ class _Trials:
     ) -> None:
         self._study, self._space, self._words, self._out, self._plan = study, space, words, out, plan
         self._say = say
-        self._numbers: dict[Path, int] = {}  # of the trial, by its run's folder
+        self._numbers: dict[Path, int] = {}  # trial numbers by the run's folder
 
     def todo(self) -> Iterator[Training]:
-        """The runs that were stopped, then new ones, each proposed when there is room for it."""
+        """The stopped runs, then new ones. Each is proposed only when a job is free."""
         for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            if (run := self._training(trial)).is_done:  # all but the note of it
+            if (run := self._training(trial)).is_done:  # only its result is not recorded yet
                 self.note(run, 0)
             else:
                 yield run
@@ -293,7 +293,7 @@ class _Trials:
             yield self._training(self._propose())
 
     def _propose(self) -> optuna.Trial:
-        # Of each trial a seed of its own, so that a search that was stopped goes on as if it had not been
+        # each trial has its own seed, so that a resumed search proposes the same as one that never stopped
         number = len(self._study.get_trials(deepcopy=False))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -308,7 +308,7 @@ class _Trials:
         return Training("trial", trial.number, folder, (*self._words, *words_of(trial.params)))
 
     def note(self, run: Training, code: int) -> None:
-        """Tells Optuna what a run reached, and says it.
+        """Reports a run's metric to Optuna, and prints it.
 
         Raises:
             UserError: The run has no such metric.
@@ -318,7 +318,7 @@ class _Trials:
         value = metrics.get(metric)
         if code or value is None or not math.isfinite(value):
             self._study.tell(number, state=TrialState.FAIL)
-            if not code and value is None:  # nor will another run have it
+            if not code and value is None:  # no other run will have it either
                 known = ", ".join(name for name in metrics if name.startswith("val/")) or "none of validation"
                 raise UserError(
                     f"metric={metric}: {run.name} has none; it has {known}; give one of them and another folder"
@@ -344,7 +344,7 @@ def write_trials(study: optuna.Study, out: Path, metric: str) -> None:
 
 
 def draw_search(study: optuna.Study, out: Path, metric: str) -> list[Path]:
-    """Draws Optuna's pictures of a search: history.png, options.png and, of several options, importances.png."""
+    """Draws Optuna's pictures of a search: history.png, options.png and, with several options, importances.png."""
     from matplotlib import pyplot
     from optuna.visualization import matplotlib as draw
 
@@ -354,7 +354,7 @@ def draw_search(study: optuna.Study, out: Path, metric: str) -> list[Path]:
         "options.png": lambda: draw.plot_slice(study, target_name=metric),
     }
     if len(done) > 3 and len(done[0].params) > 1 and len({trial.value for trial in done}) > 1:
-        evaluator = optuna.importance.PedAnovaImportanceEvaluator()  # which needs no other package
+        evaluator = optuna.importance.PedAnovaImportanceEvaluator()  # it needs no further package
         pictures["importances.png"] = lambda: draw.plot_param_importances(study, evaluator=evaluator)
     written = []
     for name, make in pictures.items():

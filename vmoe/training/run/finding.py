@@ -32,12 +32,12 @@ _MEMORY = 0.98  # of the mean that smooths losses, in Lightning's finder
 
 @dataclass(frozen=True)
 class FoundRate:
-    """What a range test found.
+    """The result of a range test.
 
     Attributes:
-        lr: The rate at which the loss falls fastest, per magnitude of the rate.
-        rates: Those that were tried, one per update.
-        losses: The smoothed loss at each of them.
+        lr: The rate at which the loss falls fastest over the logarithm of the rate.
+        rates: The rates of the test, one per update.
+        losses: The smoothed loss at each rate.
     """
 
     lr: float
@@ -116,20 +116,20 @@ def find_lr(
         raise UserError(
             f"trainer.accumulate={config.trainer.accumulate}: must be at most the batches of an epoch; lower it"
         )
-    # By magnitude: Lightning's own suggestion divides by the difference of two rates, which rewards noise at tiny ones.
-    # Without the first ten, which are means of few losses, and the last, at which the test may have stopped
+    # Falls over the logarithm of the rate: Lightning's suggestion divides by the difference of two rates, which rewards
+    # noise at tiny rates. The first ten losses are means of few, and at the last the test may have stopped.
     falls = {number: losses[number - 1] - losses[number + 1] for number in range(10, len(losses) - 2)}
-    falls = {number: fall for number, fall in falls.items() if fall > 0}  # NaN is none
+    falls = {number: fall for number, fall in falls.items() if fall > 0}  # drops NaN too
     if not falls:
         raise UserError("find_lr: the loss never falls, so there is no rate to suggest; look at the images and labels")
     return FoundRate(rates[max(falls, key=falls.__getitem__)], rates, losses)
 
 
 def _mended_losses(rates: list[float], smoothed: list[float], steps: int, accumulate: int) -> list[float]:
-    """The smoothed losses of Lightning's finder, with the size of losses.
+    """The smoothed losses of Lightning's finder, rescaled to the size of losses.
 
-    It divides a loss by `accumulate`, and corrects the mean of n losses as if there were one more (or more still, after
-    updates of fewer batches, which it passes over): the first ones are half of what they should be.
+    The finder divides a loss by `accumulate`, and corrects the mean of n losses for one more than n (or for more, after
+    updates of fewer batches, which it skips). So its first losses are half of the true ones.
     """
     losses = []
     for number, (rate, loss) in enumerate(zip(rates, smoothed, strict=True), start=1):

@@ -1,4 +1,4 @@
-"""A run's folder: whether a run may begin or go on there, and its last checkpoint if the config is still the same."""
+"""Checks whether a run may start or resume in a folder, and reads its last checkpoint if the config is unchanged."""
 
 import dataclasses
 import os
@@ -20,15 +20,15 @@ from vmoe.training.parallel.collectives import gather
 
 _EPOCHS = "trainer.epochs"
 _MOST_TOLD = 4  # differences of configs in one line
-_FREE = (*WITHOUT_EFFECT, "data.root")  # what may differ when a run is resumed
+_FREE = (*WITHOUT_EFFECT, "data.root")  # options that may differ when a run is resumed
 _CUT = ("parallel.strategy", "parallel.expert_size", "parallel.dense")
-_WHOLE = {"none", "ddp"}  # strategies that cut no matrix
+_WHOLE = {"none", "ddp"}  # strategies that shard nothing
 
 
 def restarted(config: TrainConfig, folder: RunFolder) -> TrainConfig:
-    """The config of a run that torchrun starts again because it failed, which goes on from its last checkpoint.
+    """The config with `resume` set, if torchrun restarts this run after a failure.
 
-    Not where the folder holds a run of another start of torchrun, which has refused to go on with that one.
+    It stays unchanged if the folder holds a run of another torchrun command, which the first attempt refused to resume.
     """
     if not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
         return config
@@ -37,21 +37,21 @@ def restarted(config: TrainConfig, folder: RunFolder) -> TrainConfig:
 
 
 def mark_launch(folder: RunFolder) -> None:
-    """Notes in a run's folder by which start of torchrun it goes on; the first process calls it."""
+    """Records in a run's folder which torchrun command runs it. Only the first rank calls it."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         with atomic_write(folder.launch) as temporary:
             temporary.write_text(_launch(), encoding="utf-8")
 
 
 def _launch() -> str:
-    """What all attempts of one start of torchrun have in common, and no other has, for the first process."""
+    """An identifier, on the first rank, that all attempts of one torchrun command share and no other has."""
     number = os.environ["TORCHELASTIC_RUN_ID"]
-    # The same for all starts that are not given one; there torchrun itself tells them apart
+    # commands without a run id share a default one; the id of torchrun's process then distinguishes them
     return f"{os.getppid()} of {socket.gethostname()}" if number == "none" else number
 
 
 def write_config(folder: RunFolder, config: TrainConfig) -> None:
-    """Writes a run's config.yaml; one process calls it."""
+    """Writes a run's config.yaml. Only one rank calls it."""
     with atomic_write(folder.config) as temporary:
         plain = {key: value for key, value in to_plain(config).items() if key != "resume"}
         text = config_text(plain)
@@ -59,7 +59,7 @@ def write_config(folder: RunFolder, config: TrainConfig) -> None:
 
 
 def _with_defaults(text: str, moe: MoeConfig) -> str:
-    """A config's YAML, with what the router decides beside each null of `moe`, which stays null."""
+    """A config's YAML. A comment after each null of `moe` gives the router's default; the value stays null."""
     resolved = to_plain(moe.resolved())
     before, heading, after = text.partition("\nmoe:\n")
 
@@ -71,8 +71,9 @@ def _with_defaults(text: str, moe: MoeConfig) -> str:
 
 
 def recover_checkpoints(folder: RunFolder) -> None:
-    """Puts back a checkpoint folder that was moved aside when a process was killed, and removes files that it had not
-    finished; one process calls it.
+    """Restores a checkpoint folder that a killed process had moved aside, and removes its unfinished files.
+
+    Only one rank calls it.
     """
     recover(folder.last)
     recover(folder.best)
@@ -81,10 +82,10 @@ def recover_checkpoints(folder: RunFolder) -> None:
 
 
 def check_folder(folder: RunFolder, config: TrainConfig) -> None:
-    """Whether a run can begin, or go on, in a folder; writes nothing.
+    """Checks that a run can start or resume in a folder. It writes nothing.
 
     Raises:
-        UserError: there is a run and no --resume, or no run to resume.
+        UserError: There is a run and no --resume, or no run to resume.
     """
     if not config.resume:
         refuse_run(folder.path)
@@ -107,20 +108,20 @@ def check_folder(folder: RunFolder, config: TrainConfig) -> None:
 
 
 def refuse_run(path: Path) -> None:
-    """Refuses a folder that holds a run already, for a new one.
+    """Refuses a folder for a new run if it holds a run.
 
     Raises:
-        UserError: it does.
+        UserError: It holds a run.
     """
     if _holds_run(RunFolder(path)):
         raise UserError(f"--output_dir {path}: holds a run already; give another folder, or --resume to go on with it")
 
 
 def last_config(path: Path) -> dict[str, Any] | None:
-    """The config that a run's last checkpoint holds, without `output_dir` and `resume`; None where there is no run.
+    """The config in a run's last checkpoint, without `output_dir` and `resume`; None without a run.
 
     Raises:
-        UserError: the checkpoint cannot be read.
+        UserError: The checkpoint cannot be read.
     """
     folder = RunFolder(path)
     if not _has_last(folder):
@@ -139,12 +140,12 @@ def _holds_run(folder: RunFolder) -> bool:
 
 
 def saved_state(folder: RunFolder, config: TrainConfig) -> SavedRun | None:
-    """The last checkpoint of a run to resume, after `check_folder`; None to start from the beginning.
+    """The last checkpoint of a run to resume, or None to start a new one. Call `check_folder` before.
 
-    A run may have more epochs than before: then it is not finished.
+    A resumed run may have more epochs than before.
 
     Raises:
-        UserError: the run had another config.
+        UserError: The run had another config.
     """
     if not config.resume or not folder.last.exists():
         return None
@@ -153,7 +154,7 @@ def saved_state(folder: RunFolder, config: TrainConfig) -> SavedRun | None:
     now = flatten(to_plain(config.resolved()))
     free = _FREE
     if config.optim.name == "muon" and not {before["parallel.strategy"], now["parallel.strategy"]} <= _WHOLE:
-        free = tuple(key for key in free if key not in _CUT)  # which decides what Muon trains
+        free = tuple(key for key in free if key not in _CUT)  # sharding decides which parameters Muon trains
     if now[_EPOCHS] > before[_EPOCHS]:
         free = (*free, _EPOCHS)
         saved = dataclasses.replace(saved, progress=dataclasses.replace(saved.progress, finished=False))
@@ -169,5 +170,5 @@ def saved_state(folder: RunFolder, config: TrainConfig) -> SavedRun | None:
 
 
 def resuming_command(folder: RunFolder) -> str:
-    """The command line that goes on with a run."""
+    """The command line that resumes a run."""
     return f"vmoe train --resume --output_dir {shlex.quote(str(folder.path))}"

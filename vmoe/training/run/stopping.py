@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: in training, finish the step, save, and say how to go on; before and after it, stop at once."""
+"""Handles SIGTERM and Ctrl-C. Training finishes the step, saves, and prints how to resume. All else stops at once."""
 
 import os
 import signal
@@ -12,36 +12,35 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Interrupted(BaseException):
-    """A run was asked to stop by a signal; what it had saved is whole. No Exception: what catches any mistake must not
-    catch this.
+    """A signal stopped the run. Its saved files are complete. No `Exception`, so `except Exception` does not catch it.
 
     Args:
         signum: The signal.
         step: Updates done; None outside training.
-        epoch: Finished epochs.
+        epoch: Number of finished epochs.
     """
 
     def __init__(self, signum: int, step: int | None = None, epoch: int = 0) -> None:
         place = "" if step is None else f" after step {step}, in epoch {epoch + 1}"
         super().__init__(f"stopped by {signal.Signals(signum).name}{place}")
         self.signum = signum
-        self.everywhere = step is not None  # all processes stop in the same step
+        self.everywhere = step is not None  # in training all ranks stop in the same step
 
 
 @contextmanager
 def stopped_at_once() -> Iterator[None]:
-    """A signal raises `Interrupted`, wherever it comes: not Lightning's handlers' exit codes and tracebacks.
+    """Makes a signal raise `Interrupted` at once, instead of the exit codes and tracebacks of Lightning's handlers.
 
     Raises:
-        Interrupted: a signal came.
+        Interrupted: A signal came.
     """
-    if threading.current_thread() is not threading.main_thread():  # where Python takes no handler
+    if threading.current_thread() is not threading.main_thread():  # Python allows handlers only in the main thread
         yield
         return
     process = os.getpid()
 
     def stop(signum: int, frame: FrameType | None) -> None:
-        if os.getpid() == process:  # Ctrl-C also comes to workers, which their parent ends
+        if os.getpid() == process:  # Ctrl-C also reaches workers, but their parent ends them
             raise Interrupted(signum)
 
     before = {signum: signal.signal(signum, stop) for signum in SIGNALS}
@@ -53,7 +52,7 @@ def stopped_at_once() -> Iterator[None]:
 
 
 class SignalWatch:
-    """Remembers the first signal; a second Ctrl-C interrupts at once."""
+    """Records the first signal. A second Ctrl-C interrupts at once."""
 
     def __init__(self) -> None:
         self.received: int | None = None

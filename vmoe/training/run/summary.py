@@ -1,4 +1,4 @@
-"""What a model costs, shown before training beside its dense twin, and summary.json after it."""
+"""The costs of a model beside its dense twin, printed before training, and summary.json after it."""
 
 import platform
 from collections.abc import Sequence
@@ -20,17 +20,17 @@ from vmoe.sizes import ImageSize, size_text
 from vmoe.text import counted
 from vmoe.training.config import ModelConfig
 
-_CLASSES_NAMED = 12  # at most, with their numbers of images
+_CLASSES_NAMED = 12  # at most so many classes are listed with their numbers of images
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Parameters, in all and active for one token, and what one image's forward pass computes.
+    """Parameters and floating-point operations of a model.
 
     Attributes:
-        parameters: In all, and active for one token.
-        flops: Floating-point operations per image; a multiply-add counts 2.
-        moe_tokens: How many tokens of an image each MoE layer routes, by the layer's name.
+        parameters: The number of parameters in all, and active for one token.
+        flops: Floating-point operations per image in the forward pass; a multiply-add counts 2.
+        moe_tokens: The number of tokens per image that each MoE layer routes, by the layer's name.
     """
 
     parameters: Parameters
@@ -43,7 +43,7 @@ class Cost:
 
 
 def twin_cost(config: ModelConfig, num_classes: int, image_size: ImageSize) -> Cost:
-    """The cost of the same model without MoE layers; it takes no memory."""
+    """The cost of the same model without MoE layers. It is computed without memory for weights."""
     kwargs = {**config.kwargs, "pretrained": False}
     with torch.device("meta"):
         twin = build_model(config.name, kwargs, None, num_classes, image_size)
@@ -51,7 +51,7 @@ def twin_cost(config: ModelConfig, num_classes: int, image_size: ImageSize) -> C
 
 
 def cost_table(title: str, cost: Cost, twin: Cost) -> Table:
-    """The model beside its dense twin: parameters in all and active, and FLOPs an image."""
+    """A table of the model beside its dense twin: parameters in all and active, and FLOPs per image."""
     table = Table(title=escape(title), title_justify="left")
     for column in ("", "this model", "dense twin", "ratio"):
         table.add_column(column, justify="left" if not column else "right")
@@ -65,7 +65,7 @@ def cost_table(title: str, cost: Cost, twin: Cost) -> Table:
 
 
 def data_lines(config: DataConfig, data: ImageDataModule) -> list[str]:
-    """What a run trains on: the set, its place, the images of each split and class."""
+    """Lines on a run's data: the set, its path, the number of images per split and class."""
     place = "" if config.name in EMBEDDED_SETS else f" in {config.root}"
     classes, size = counted(data.num_classes, "class", "classes"), data.image_size
     several = " (an image may have several)" if data.multi_label else ""
@@ -83,7 +83,7 @@ def data_lines(config: DataConfig, data: ImageDataModule) -> list[str]:
 
 
 def model_line(config: ModelConfig, model: nn.Module) -> str:
-    """What a run trains: the model and its experts."""
+    """A line on the model and its experts."""
     layers = moe_layers(model)
     if not layers:
         return f"model: {config.name}, dense"
@@ -93,7 +93,7 @@ def model_line(config: ModelConfig, model: nn.Module) -> str:
 
 
 def result_line(result: dict[str, Any], folder: str) -> str:
-    """What a run has reached, by the content of its summary.json."""
+    """A line on a run's result, from the content of its summary.json."""
     metrics = result["metrics"]
     ending = f"{result['train_seconds']:.0f} s, {result['images_per_second']:,.0f} img/s; all in {folder}"
     if "test/mAP" in metrics:
@@ -104,7 +104,7 @@ def result_line(result: dict[str, Any], folder: str) -> str:
             f"{metrics['train_clean/mAP']:.2%}); {ending}"
         )
     validation = f"val top-1 {metrics['val/top1']:.2%}" if "val/top1" in metrics else "no validation"
-    # Of five classes it would always be 100 %; how many there are, a run's older summary does not tell.
+    # with up to five classes top-5 is always 100 %; older summaries do not hold the number of classes
     five = f", top-5 {metrics['test/top5']:.2%}" if result.get("classes", 6) > 5 else ""
     return (
         f"test top-1 {metrics['test/top1']:.2%}{five}, loss {metrics['test/loss']:.4f}, "
@@ -114,7 +114,7 @@ def result_line(result: dict[str, Any], folder: str) -> str:
 
 
 def _by_class(names: Sequence[str], counts: Sequence[int]) -> str:
-    """How many images each class has: class by class where they differ and are few."""
+    """The number of images per class: one by one if they differ and the classes are few."""
     if min(counts) == max(counts):
         return f"{min(counts):,} per class"
     if len(names) <= _CLASSES_NAMED:
@@ -123,14 +123,14 @@ def _by_class(names: Sequence[str], counts: Sequence[int]) -> str:
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or the processor's kind and how many threads torch uses."""
+    """The GPU's name, or the processor's type and the number of torch's threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type} {platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def device_line(device: torch.device, wanted: str) -> str:
-    """Where a run trains, and why there; `wanted` is `trainer.device`."""
+    """A line on the device of a run and the reason for it. `wanted` is `trainer.device`."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device.type == "cuda":
         number = f", GPU {device.index or 0} of {gpus}" if gpus > 1 else ""
@@ -148,16 +148,16 @@ def device_line(device: torch.device, wanted: str) -> str:
 
 
 def peak_memory_mib(device: torch.device) -> float:
-    """The most memory used so far: of the GPU when it trains, else of the process."""
+    """The peak memory so far in MiB: of the GPU if it trains, else of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     if device.type == "mps":
-        return torch.mps.driver_allocated_memory() / 2**20  # which never shrinks while the process runs
+        return torch.mps.driver_allocated_memory() / 2**20  # it never shrinks while the process runs
     return peak_host_memory() / 2**20
 
 
 def cost_entries(cost: Cost, twin: Cost) -> dict[str, Any]:
-    """The cost as summary.json tells it."""
+    """The entries of summary.json on the cost."""
     return {
         "parameters": cost.parameters._asdict(),
         "flops_per_image": cost.flops,
@@ -166,7 +166,7 @@ def cost_entries(cost: Cost, twin: Cost) -> dict[str, Any]:
 
 
 def token_entries(cost: Cost, data: ImageDataModule, epochs: int) -> dict[str, Any]:
-    """What the experts had to learn from, as summary.json tells it."""
+    """The entries of summary.json on the number of tokens that each expert has seen."""
     sampler = data.train_sampler
     return {
         "images_trained": epochs * (sampler.epoch_images // sampler.batch_size) * sampler.batch_size,

@@ -1,4 +1,4 @@
-"""One run, start to end: data, model, fit, the test of the best checkpoint, summary.json."""
+"""One run from start to end: data, model, fit, the test of the best checkpoint, summary.json."""
 
 import dataclasses
 from contextlib import ExitStack
@@ -57,27 +57,27 @@ from vmoe.training.run.stopping import Interrupted, stopped_at_once
 from vmoe.training.run.trainer import device_of, new_trainer, quiet_lightning
 from vmoe.version import versions
 
-_FEW_TO_CHOOSE_BY = 100  # images of validation, fewer than which are warned of
+_FEW_TO_CHOOSE_BY = 100  # fewer validation images give a warning
 
 
 def train(config: TrainConfig, progress: TrainingProgress, command: str) -> dict[str, Any] | None:
     """Trains, or resumes, the run in `config.output_dir` and tests its best checkpoint.
 
     Args:
-        config: The run; `output_dir` is set. Of several ranks `parallel.strategy` is not auto, which `vmoe train`
-            resolves.
-        progress: Shows progress; quiet in all ranks but the first.
-        command: What began the run, for summary.json.
+        config: The run. `output_dir` is set. With several ranks `parallel.strategy` must not be auto: `vmoe train`
+            resolves it.
+        progress: Shows progress; quiet on all ranks except the first.
+        command: The command of the run, for summary.json.
 
     Returns:
-        The content of summary.json; None in all processes but the first.
+        The content of summary.json; None on all ranks except the first.
 
     Raises:
-        UserError: the folder holds a run already, the resumed config differs, data or device are missing, or the loss
+        UserError: The folder holds a run already, the resumed config differs, data or device are missing, or the loss
             became NaN.
-        Interrupted: a signal stopped the run; what it had done in training is saved.
+        Interrupted: A signal stopped the run. Its training up to then is saved.
     """
-    if Process.this().world_size == 1:  # nothing is shared: the same code, and no cost, as without a strategy
+    if Process.this().world_size == 1:  # a single process needs no strategy and runs the same code without its cost
         config = dataclasses.replace(config, parallel=ParallelConfig(draws=config.parallel.draws))
     if config.parallel.strategy == "auto":
         raise UserError("parallel.strategy=auto: is chosen by `vmoe train`; give ddp, fsdp or expert", everywhere=True)
@@ -94,7 +94,7 @@ def train(config: TrainConfig, progress: TrainingProgress, command: str) -> dict
         with stopped_at_once():
             result = _Run(config, progress, command, device).go()
     except (Interrupted, UserError) as stop:
-        if stop.everywhere:  # else others may still wait for this process, in vain
+        if stop.everywhere:  # else other ranks may still wait for this one
             _forget(stop)
             disconnect()
         raise
@@ -103,7 +103,7 @@ def train(config: TrainConfig, progress: TrainingProgress, command: str) -> dict
 
 
 def _without_cuda(config: TrainConfig, progress: TrainingProgress) -> TrainConfig:
-    """The run without what needs a GPU and changes nothing of its result, so that a recipe for GPUs trains anywhere."""
+    """The run without GPU options that do not change results, so that a recipe for GPUs trains on any machine."""
     if not config.trainer.cuda_graph:
         return config
     progress.say("trainer.cuda_graph: turned off, since it needs a GPU of CUDA, and this run has none")
@@ -111,14 +111,14 @@ def _without_cuda(config: TrainConfig, progress: TrainingProgress) -> TrainConfi
 
 
 def _forget(stop: BaseException | None) -> None:
-    """Frees what the frames that an exception has come through hold: the model, the trainer."""
+    """Clears the frames of an exception's traceback, which hold the model and the trainer."""
     while stop is not None:
         clear_frames(stop.__traceback__)
         stop = stop.__context__
 
 
 class _Run:
-    """A run in its folder; every process has one, and the first one's writes."""
+    """A run in its folder. Every rank has one; only the first rank's writes."""
 
     def __init__(self, config: TrainConfig, progress: TrainingProgress, command: str, device: torch.device) -> None:
         self.folder = RunFolder(Path(config.output_dir))
@@ -128,12 +128,12 @@ class _Run:
         self.is_first = Process.this().is_first
 
     def go(self) -> dict[str, Any] | None:
-        """Trains or resumes it once its folder is this run's alone; see `train`."""
+        """Locks the folder, then trains or resumes the run; see `train`."""
         folder, config = self.folder, self.config
         together(lambda: check_folder(folder, config))
         with ExitStack() as held:
             together(lambda: held.enter_context(locked(folder.path, self.say, self.command)) if self.is_first else None)
-            together(lambda: check_folder(folder, config))  # another process may have been faster
+            together(lambda: check_folder(folder, config))  # another process may have started a run there meanwhile
             together(lambda: require_loggers(config))
             together(lambda: recover_checkpoints(folder) if self.is_first and config.resume else None)
             saved = together(lambda: saved_state(folder, config))
@@ -173,7 +173,7 @@ class _Run:
             test, untested = {}, None
             try:
                 test = self._test_best(trainer, module, data)
-            except Exception as error:  # what the training gave is written down in any case
+            except Exception as error:  # the results of training are written in any case
                 untested = error
         result = None
         if self.is_first:
@@ -204,10 +204,10 @@ class _Run:
             self.say(line)
 
     def _data(self, saved: SavedRun | None) -> ImageDataModule:
-        """The images, with lines on them.
+        """Opens the images and prints lines on them.
 
         Raises:
-            UserError: they are missing or malformed, or others than the saved run's.
+            UserError: They are missing or malformed, or differ from the saved run's.
         """
         config = self.config
         data = images_of_run(config, self.device)
@@ -267,11 +267,12 @@ class _Run:
             )
 
     def _test_best(self, trainer: Trainer, module: Classifier, data: ImageDataModule) -> dict[str, float]:
-        """The best checkpoint on the test images, and on training images as they are: are they learnt, or only
-        recalled?
+        """Tests the best checkpoint on the test images, and on training images without augmentation.
+
+        The difference shows how far the model has only memorised its training images.
         """
         load_weights(module.model, unmerged_weights(read_checkpoint(self.folder.best)))
-        module.average = None  # which is of the last update
+        module.average = None  # it belongs to the last update, not to the best checkpoint
         metrics = {}
         for split, loader in (("test", data.test_dataloader()), ("train_clean", data.train_eval_dataloader())):
             module.tested_split = split

@@ -1,4 +1,4 @@
-"""Lightning's Trainer as all runs have it, and the device that it trains on."""
+"""Lightning's Trainer with the settings of all runs, and its device."""
 
 import logging
 import warnings
@@ -27,7 +27,7 @@ def new_trainer(
     writer: FolderWriter,
     loggers: Sequence[Logger] = (),
 ) -> Trainer:
-    """A Trainer that leaves data, checkpoints, progress and the files of a run to this package."""
+    """A Trainer without Lightning's own checkpoints, progress bar and files: this package provides them."""
     process = Process.this()
     return Trainer(
         accelerator=device.type,
@@ -40,7 +40,7 @@ def new_trainer(
         accumulate_grad_batches=config.trainer.accumulate,
         callbacks=callbacks,
         plugins=[AtomicCheckpointIO(), cluster_environment() or LightningEnvironment()],
-        inference_mode=False,  # so that the test runs the graphs compiled for validation
+        inference_mode=False,  # so that the test reuses the graphs that validation compiled
         num_sanity_val_steps=0,  # it would draw random numbers that a resumed run does not
         logger=list(loggers) or False,
         log_every_n_steps=config.trainer.log_every,
@@ -56,10 +56,10 @@ def lightning_precision(config: TrainConfig) -> str:
 
 
 def device_of(config: TrainConfig) -> torch.device:
-    """Where this process trains.
+    """The device of this rank.
 
     Raises:
-        UserError: the device is not there, or does not go with the config.
+        UserError: The device is missing, or the config does not work on it.
     """
     process = Process.this()
     wanted = config.trainer.device
@@ -87,7 +87,7 @@ def device_of(config: TrainConfig) -> torch.device:
 
 
 class quiet_lightning(warnings.catch_warnings):
-    """Silences Lightning's hints on hardware, loaders and resumption, all of which are dealt with here."""
+    """Silences Lightning's hints on hardware, loaders and resumption; this package handles all of them."""
 
     def __enter__(self) -> None:
         super().__enter__()
