@@ -1,4 +1,4 @@
-"""Benchmarks: how long MoE layers and models take beside their dense twins."""
+"""Benchmarks of MoE layers and models beside their dense twins."""
 
 from vmoe.extras import require_extras
 

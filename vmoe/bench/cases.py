@@ -1,4 +1,4 @@
-"""Sizes at which MoE layers are measured, and a routing that is given to them.
+"""The sizes at which MoE layers are measured, and their given routing.
 
 B images of N tokens, T = B*N tokens of width D; H hidden width of an expert; E experts; K choices per token.
 """

@@ -36,7 +36,7 @@ CURVE_COLUMNS = (
 
 
 def points(axis: str, base: LayerCase) -> Iterator[tuple[float | None, LayerCase]]:
-    """The values of an axis and the sizes there; those that `base` cannot take are left out."""
+    """The values of an axis and the sizes there, without the values that `base` does not allow."""
     for value in AXES[axis][1]:
         if axis == "experts":  # K=1, so that a single expert is possible
             yield value, dataclasses.replace(base, num_experts=value, top_k=1)
@@ -53,10 +53,10 @@ def benchmark_curves(
 ) -> list[Row]:
     """Times dense, experts and layer, forward and backward, along axes of `AXES` from the sizes `base`.
 
-    Autocast is to `dtype` (float32: none). Each job is timed `rounds` times at a point. `say` gets a line per point.
+    Autocast is to `dtype` (float32: none). Each job is timed `rounds` times per point. `say` gets a line per point.
 
     Returns:
-        A row per point; a job that could not run has no time, and the row's `error` says why.
+        A row per point. A job that could not run has no time, and the row's `error` has the reason.
 
     Raises:
         DeviceLost: A job left the device unusable.
@@ -86,7 +86,7 @@ def _point_row(results: dict[str, Measurement]) -> Row:
 
 
 def draw_cost_curves(rows: list[Row], title: str) -> Figure:
-    """A panel per axis: the time of experts and layer, divided by the dense layer's."""
+    """Draws a panel per axis: the time of experts and of the layer, divided by the dense layer's."""
     axes_shown = list(dict.fromkeys(row["axis"] for row in rows))
     figure = new_figure(3.1 * len(axes_shown) + 0.6, 3.1, title)
     panels = figure.subplots(1, len(axes_shown), squeeze=False, sharey=True)[0]

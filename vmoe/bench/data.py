@@ -1,4 +1,4 @@
-"""Benchmark of data pipelines: images/s of a loader, and of a training that it feeds."""
+"""Benchmark of data pipelines: images/s of a loader, and of a training with it."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -26,26 +26,26 @@ DATA_COLUMNS = (
     Column("loader / training", "share_of_model", ".2f"),
     Column("training is bound by", "bound_by"),
 )
-_WARM_UP = 5  # steps that are not counted: a graph is captured in the fourth
+_WARM_UP = 5  # steps that are not counted; a graph is captured in the fourth
 
 
 @dataclass(frozen=True)
 class LoaderRate:
-    """How fast a loader was."""
+    """The speed of a loader."""
 
-    first_batch_seconds: float  # until the first batch: starting worker processes, or reading the set onto the device
-    images_per_second: float  # from then on
-    images: int  # how many images were counted
+    first_batch_seconds: float  # until the first batch: to start workers, or to read the set onto the device
+    images_per_second: float  # after the first batch
+    images: int  # number of counted images
 
 
 def loader_rate(make_loader: Callable[[], Iterable], seconds: float, ahead: int, device: torch.device) -> LoaderRate:
-    """Reads batches, from the start again after the last one, for some time.
+    """Reads batches for some time, and starts again after the last one.
 
     Args:
-        make_loader: Makes what yields batches whose first field holds the images, (B, ...).
-        seconds: How long to count; at least one batch is counted.
-        ahead: Batches that may have been prepared before the counting begins, and are not counted.
-        device: Where batches may still be in the making when they are handed over.
+        make_loader: Returns an iterable of batches. Their first field holds the images (B, ...).
+        seconds: Seconds to count; at least one batch is counted.
+        ahead: Number of batches that are not counted, since they may have been prepared before.
+        device: The device that may still compute a batch when the loader returns it.
     """
     start = time.perf_counter()
     batches = endless(make_loader())
@@ -64,9 +64,9 @@ def _unchanged(batch: Batch) -> Batch:
 class TrainingStep:
     """Forward pass under autocast, loss with the balance losses, backward pass, update by fused AdamW.
 
-    A batch that has only its keys gets its images first, within the step, as in `vmoe train`. Autocast is to `dtype`.
-    The model lies on `device` and may be compiled, in place. A step may be captured as a CUDA graph (`graphed`). The
-    weights stay as they are, as the learning rate is 0.
+    As in `vmoe train`, the step first makes the images of a batch that has only keys. Autocast is to `dtype`. The model
+    is on `device` and may be compiled, in place. With `graphed` a step is captured as a CUDA graph. The learning rate
+    is 0, so the weights do not change.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class TrainingStep:
     def _step(self, batch: Batch) -> Tensor:
         batch = self._made(batch)
         self.optimizer.zero_grad(set_to_none=True)
-        is_mixed, keeps_casts = self.dtype != torch.float32, not self.graphed  # which a graph must not
+        is_mixed, keeps_casts = self.dtype != torch.float32, not self.graphed  # a graph must not keep casts
         with torch.autocast(self.device.type, self.dtype, enabled=is_mixed, cache_enabled=keeps_casts):
             targets = batch.labels if batch.targets is None else batch.targets
             targets = of_rows(targets, ensemble_size(self.model))
@@ -94,10 +94,10 @@ class TrainingStep:
     def rate(
         self, batches: Iterator[Batch], seconds: float, ahead: int = 0, made: Callable[[Batch], Batch] = _unchanged
     ) -> float:
-        """Images/s of steps on these batches, which lie on the device and have no end; counted for some `seconds`.
+        """Images/s of steps on an endless iterator of batches on the device, counted for some `seconds`.
 
-        The first few, and those that may have been prepared `ahead`, are not counted. `made` makes the images of a
-        batch that has only its keys, within the step.
+        The first few batches, and those that may have been prepared `ahead`, are not counted. `made` makes the images
+        of a batch that has only keys, within the step.
         """
         self._made = made
         if self.graphed:
@@ -114,13 +114,13 @@ class TrainingStep:
 
 
 def endless(batches: Iterable) -> Iterator:
-    """The batches again and again."""
+    """Yields the batches without end."""
     while True:
         yield from batches
 
 
 def ready_batches(module: ImageDataModule, loader: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
-    """Batches on the device without end, as a trainer makes them of a loader's batches."""
+    """Yields batches on the device without end, prepared as a trainer prepares a loader's batches."""
     for batch in endless(loader):
         tensors = {name: value for name, value in batch._asdict().items() if isinstance(value, Tensor)}
         moved = {name: value.to(device, non_blocking=True) for name, value in tensors.items()}
@@ -128,12 +128,12 @@ def ready_batches(module: ImageDataModule, loader: Iterable[Batch], device: torc
 
 
 def _rate(step: Callable[[], int], seconds: float, device: torch.device) -> tuple[float, int]:
-    """Images/s of steps that return how many images they had, and the sum of these images."""
+    """Images/s, and the number of images, of steps that return their number of images."""
     _synchronise(device)
     images, start = 0, time.perf_counter()
     while not images or time.perf_counter() - start < seconds:
         images += step()
-    _synchronise(device)  # for what was only handed over
+    _synchronise(device)  # waits for batches that the device still computes
     return images / (time.perf_counter() - start), images
 
 

@@ -1,4 +1,4 @@
-"""What the benchmarks' plots share. Nothing here touches pyplot."""
+"""Shared functions of the benchmarks' plots. None of them uses pyplot."""
 
 import textwrap
 from pathlib import Path
@@ -11,11 +11,11 @@ from vmoe.figures.style import ACCENT, INK, MUTED, label, plain_axes
 from vmoe.files import atomic_write
 
 SERIES = {"dense": MUTED, "experts": "#e07b00", "layer": ACCENT}
-_SIZE = 11  # height of the type beside the axes, in pixels
+_SIZE = 11  # font size of the axes, in pixels
 
 
 def new_figure(width: float, height: float, title: str) -> Figure:
-    """A white figure of so many inches, its title at the upper left."""
+    """A white figure of `width` x `height` inches with its title at the upper left."""
     figure = Figure(figsize=(width, height), dpi=120, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(textwrap.fill(title, int(width * 13)), x=0.01, ha="left", fontsize=10, color=INK, parse_math=False)
@@ -23,7 +23,7 @@ def new_figure(width: float, height: float, title: str) -> Figure:
 
 
 def dress(axes: Axes, title: str, x: str, y: str) -> Axes:
-    """Hairline axes on two sides, a light grid behind, and the names of both axes."""
+    """Draws hairline axes on two sides, a light grid behind them, and the names of both axes."""
     axes.set_title(title, loc="left", fontsize=9, color=INK)
     label(axes, x, y, _SIZE)
     return plain_axes(axes, _SIZE)

@@ -1,8 +1,8 @@
 """Benchmark of one MoE layer beside timm's dense `Mlp` on K times as many tokens: equal active FLOPs.
 
-"experts": dispatch, expert MLPs and combine for a given routing. "layer": the whole MoeMlp with router, noise, balance
-losses, batch priority in groups of 8 images. Forward and backward pass, parameters in float32 under autocast;
-"inference" is the forward pass alone with the weights in the low type.
+"experts" is dispatch, expert MLPs and combine for a given routing. "layer" is the whole MoeMlp with router, noise,
+balance losses, and batch priority in groups of 8 images. Both are timed forward and backward, with float32 parameters
+under autocast. "inference" is the forward pass alone with the weights in the low type.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from vmoe.compiling import mend_compiler
 from vmoe.moe import MoeConfig, MoeMlp, Routing
 from vmoe.moe.experts import Experts, ExpertSpec
 
-SQUARE_ON_GPU, SQUARE = 8192, 1024  # a product that any device is good at
+SQUARE_ON_GPU, SQUARE = 8192, 1024  # side of a square product, which any device computes fast
 
 
 def benchmark_layer(
@@ -34,8 +34,8 @@ def benchmark_layer(
 ) -> tuple[dict[str, Measurement], float]:
     """Times the jobs of `layer_jobs`, and with `with_peers` those of `vmoe.bench.peers`.
 
-    `only` holds the beginnings of the names of the jobs to run beside the dense ones. Without it all run on a GPU, and
-    all that are not compiled on a CPU, where a C++ compiler may be missing. Autocast is to `dtype` (float32: none).
+    `only` holds prefixes of the jobs to run beside the dense ones. Without it a GPU runs all jobs, and a CPU those that
+    are not compiled, since a C++ compiler may be missing. Autocast is to `dtype` (float32: none).
 
     Returns:
         A measurement per job, and the best rate in FLOP/s of the dense layer's products and of a large square product.
@@ -43,7 +43,7 @@ def benchmark_layer(
     Raises:
         DeviceLost: A job left the device unusable.
     """
-    torch.compiler.reset()  # the graphs of an earlier case
+    torch.compiler.reset()  # drops the graphs of an earlier case
     mend_compiler()
     makers = layer_jobs(case, device, dtype)
     if with_peers:
@@ -51,16 +51,16 @@ def benchmark_layer(
     makers = {name: make for name, make in makers.items() if _is_wanted(name, only, device)}
     square = SQUARE_ON_GPU if device.type == "cuda" else SQUARE
     peak = matmul_peak(device, dtype, [*case.product_shapes, (square, square, square)])
-    with dynamo_config.patch(fail_on_recompile_limit_hit=True):  # else it would quietly not be compiled
+    with dynamo_config.patch(fail_on_recompile_limit_hit=True):  # else the job would silently run without compilation
         measured = time_made_jobs(makers, device, rounds, calls_at_once(device), say)
     for name, result in measured.items():
         if "CUDA graph" in name:
-            result.peak_mib = None  # taken when it was captured, not when it is replayed
+            result.peak_mib = None  # a graph takes its memory at capture, not in a replay
     return measured, peak
 
 
 def calls_at_once(device: torch.device) -> int:
-    """Calls of a layer between two readings of the clock."""
+    """The number of calls of a layer between two readings of the clock."""
     return 4 if device.type == "cuda" else 1
 
 
@@ -88,10 +88,10 @@ def layer_jobs(case: LayerCase, device: torch.device, dtype: torch.dtype) -> dic
         jobs["dense, CUDA graph"] = lambda: _Replay(make.dense(), device)
         jobs["layer, CUDA graph"] = lambda: _Replay(make.layer(config), device)
     else:
-        del jobs["experts, recomputed"]  # only the GPU's kernels do
+        del jobs["experts, recomputed"]  # only the GPU's kernels can recompute
     if dtype == torch.float32:
         for name in ("experts, casts kept", "layer, casts kept"):
-            del jobs[name]  # nothing is cast
+            del jobs[name]  # in float32 there are no casts to keep
     return jobs
 
 
@@ -133,7 +133,7 @@ class _LayerMaker:
         return self.with_given_routing(experts, dropless=dropless, inference=inference)
 
     def with_given_routing(self, module: nn.Module, *, dropless: bool = False, inference: bool = False) -> TimedJob:
-        """A module that takes tokens and a routing."""
+        """A job of a module that takes tokens and a routing."""
         routing = given_routing(self.case, self.device, dropless)
         if not inference:
             routing.weights_GSK.requires_grad_()
@@ -160,7 +160,7 @@ def _plain(config: MoeConfig) -> MoeConfig:
 
 
 def _pass_over(module: nn.Module, x: Tensor, others: list[Routing], dtype: torch.dtype, inference: bool) -> TimedJob:
-    """A forward and backward pass, or a forward pass alone in eval mode with the weights in `dtype`."""
+    """A forward and backward pass. With `inference`, a forward pass in eval mode with the weights in `dtype`."""
     if inference:
         module.to(dtype).eval()
         x = x.to(dtype)
@@ -183,7 +183,7 @@ def _pass_over(module: nn.Module, x: Tensor, others: list[Routing], dtype: torch
         else:
             torch.autograd.backward([y, loss], [cotangent.to(y.dtype), torch.ones_like(loss)])
         for tensor in learned:
-            tensor.grad = None  # so that a call's memory holds its gradients
+            tensor.grad = None  # so that the memory of a call includes its gradients
 
     return step
 

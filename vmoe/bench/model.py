@@ -1,7 +1,7 @@
 """Benchmark of whole models beside their dense twin: a training step, the optimiser's update, and inference.
 
-A training step is the forward pass under autocast, the loss with the balance losses, and the backward pass; parameters
-are float32. The optimiser's update is timed apart: its cost goes with all parameters, of which a V-MoE has more. In
+A training step is the forward pass under autocast, the loss with the balance losses, and the backward pass, with
+float32 parameters. The optimiser's update is timed separately: it grows with all parameters, and a V-MoE has more. In
 inference the weights are in the low type.
 """
 
@@ -40,7 +40,7 @@ MODEL_COLUMNS = (
     Column("active", "million_active", ",.1f"),
     Column("optimiser ms", "optimizer_ms", ".2f"),
 )
-# Many models share the code of one class, and each is a graph of its own
+# many models share the code of one class, and each needs a graph of its own
 _MANY_GRAPHS = {
     "recompile_limit": 64,
     "accumulated_recompile_limit": 512,
@@ -50,7 +50,7 @@ _MANY_GRAPHS = {
 
 @dataclass(frozen=True)
 class ModelTiming:
-    """How models are timed."""
+    """The settings of a timing of models."""
 
     image_size: int  # side of the images in pixels
     batch: int  # images per step
@@ -58,7 +58,7 @@ class ModelTiming:
     dtype: torch.dtype  # type of autocast in training, and of the weights in inference
     passes: tuple[str, ...] = PASSES  # which passes, of `PASSES`
     modes: tuple[str, ...] = ("off",)  # how to compile, of `MODES`
-    rounds: int = 8  # how often each job is timed
+    rounds: int = 8  # how many times each job is timed
 
 
 def benchmark_models(makers: dict[str, Callable[[], nn.Module]], timing: ModelTiming, say: Say = silent) -> list[Row]:
@@ -79,7 +79,7 @@ def benchmark_models(makers: dict[str, Callable[[], nn.Module]], timing: ModelTi
         try:
             models[name] = make()
             costs[name] = _cost_row(models[name], timing.image_size)
-        except Exception as error:  # such as a lack of memory, after which the other models still run
+        except Exception as error:  # such as a lack of memory; the other models still run
             models.pop(name, None)
             rows.append({"model": name, "error": reason_of_failure(name, error, device)})
     images = torch.randn(timing.batch, 3, timing.image_size, timing.image_size, device=device)
@@ -111,7 +111,7 @@ def _pass_rows(results: dict[tuple[str, str], Measurement], batch: int) -> list[
     rows = []
     for (name, mode), result in results.items():
         if mode == "reduce-overhead":
-            result.peak_mib = None  # CUDA graphs took their memory before
+            result.peak_mib = None  # CUDA graphs have taken their memory before
         row = {"model": name, "compile": mode} | measurement_row(result, base)
         if result.error is None:
             row["images_per_second"] = batch / result.median * 1e3
@@ -120,7 +120,7 @@ def _pass_rows(results: dict[tuple[str, str], Measurement], batch: int) -> list[
 
 
 def _pass_job(of_pass: str, model: nn.Module, mode: str, images: Tensor, dtype: torch.dtype) -> TimedJob:
-    """A step of a pass. Jobs of inference change the model: they are made when no training is left."""
+    """A step of a pass. An inference job changes the model's type, so it is made after all training jobs."""
     if of_pass == "inference":
         model.to(dtype).eval()
         images = images.to(dtype)
@@ -169,7 +169,7 @@ def _cost_row(model: nn.Module, image_size: int) -> Row:
 
 
 def _optimizer_row(name: str, model: nn.Module, device: torch.device) -> Row:
-    """The time of fused AdamW's update of all parameters; its state is then gone."""
+    """The time of fused AdamW's update of all parameters. Its state is freed afterwards."""
     parameters = list(model.parameters())
     try:
         for parameter in parameters:

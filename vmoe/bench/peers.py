@@ -1,4 +1,4 @@
-"""Other implementations of the experts with a given routing: the usual recipes in plain PyTorch, and transformers'.
+"""Other implementations of the experts with a given routing: common ones in plain PyTorch, and transformers'.
 
 T tokens of width D; H hidden width; E experts; K choices per token; R = T*K rows; C slots of an expert; G groups of S
 tokens. None drops a choice: the given routing stays within the capacity. Each computes, for parameters weight1
@@ -43,7 +43,7 @@ class _Stacked(nn.Module):
 
 
 class Loop(nn.Module):
-    """Each expert has two linear layers; its tokens are found by `where` and added by `index_add_`."""
+    """Each expert has two linear layers. `where` finds its tokens, and `index_add_` adds its results."""
 
     def __init__(self, case: LayerCase, device: torch.device) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class Loop(nn.Module):
 
 
 class PaddedBmm(_Stacked):
-    """Tokens gathered into C places an expert, batched products, results gathered back."""
+    """Gathers tokens into C slots per expert, multiplies them in batched products, and gathers the results."""
 
     def compute(self, x_TD, chosen_TK, weights_TK, parameters):
         (num_tokens, top_k), num_experts = chosen_TK.shape, self.case.num_experts
@@ -82,7 +82,7 @@ class PaddedBmm(_Stacked):
 
 
 class GroupedMm(_Stacked):
-    """Choices sorted by expert and torch's grouped product, as in torchtitan."""
+    """Sorts choices by expert and uses torch's grouped product, as torchtitan does."""
 
     def compute(self, x_TD, chosen_TK, weights_TK, parameters):
         weight1, bias1, weight2, bias2 = parameters
@@ -98,7 +98,7 @@ class GroupedMm(_Stacked):
 
 
 class OneHotEinsum(_Stacked):
-    """GShard's dispatch and combine by products with one-hot tensors, in groups of 8 images."""
+    """Dispatches and combines as GShard does: by products with one-hot tensors, in groups of 8 images."""
 
     def compute(self, x_TD, chosen_TK, weights_TK, parameters):
         num_experts, (num_tokens, width) = self.case.num_experts, x_TD.shape
@@ -118,7 +118,7 @@ class OneHotEinsum(_Stacked):
 
 
 class Transformers(_Stacked):
-    """transformers' grouped experts, on weights cast to autocast's type."""
+    """The grouped experts of transformers, on weights cast to autocast's type."""
 
     def compute(self, x_TD, chosen_TK, weights_TK, parameters):
         from transformers.integrations.moe import grouped_mm_experts_forward
@@ -145,7 +145,7 @@ def check(peer: type[nn.Module], case: LayerCase, device: torch.device, dtype: t
     """The largest error of a peer's result and gradients on at most 8 images, relative to float64.
 
     Raises:
-        ArithmeticError: It is above what rounding explains.
+        ArithmeticError: The error is larger than rounding explains.
     """
     case = dataclasses.replace(case, images=min(case.images, IMAGES_PER_GROUP))
     module = peer(case, device)
@@ -199,7 +199,7 @@ def _is_autocast(x: Tensor) -> bool:
 
 
 def _slot_of_choice(chosen_TK: Tensor, num_experts: int) -> Tensor:
-    """How many choices of the same expert come before each one, every token's first choice first, (T, K)."""
+    """The number of earlier choices of the same expert, (T, K). All first choices come before all second ones."""
     flow = chosen_TK.t().reshape(-1)
     is_expert = flow[None] == torch.arange(num_experts, device=flow.device)[:, None]
     count = is_expert.to(torch.int32).cumsum(1).gather(0, flow[None])[0] - 1

@@ -31,7 +31,7 @@ LAYER_COLUMNS = (
 
 
 def measurement_row(result: Measurement, base: Measurement | None) -> Row:
-    """The columns that all tables have; ratios are to `base`, and None without one. A failed job has `error` alone."""
+    """The columns of all tables. Ratios are to `base`, or None without it. A failed job has only `error`."""
     if result.error is not None:
         return {"error": result.error}
     base = base if base is not None and base.error is None else None
@@ -49,7 +49,7 @@ def measurement_row(result: Measurement, base: Measurement | None) -> Row:
 
 
 def layer_rows(results: dict[str, Measurement], case: LayerCase, peak: float) -> list[Row]:
-    """A row per job: its time beside its dense job's, and the share of `peak` (FLOP/s) that its active FLOPs reach."""
+    """A row per job: its time, the ratio to its dense job, and the share of `peak` (FLOP/s) for its active FLOPs."""
     rows = []
     for name, result in results.items():
         row = {"job": name} | measurement_row(result, results.get(baseline_of(name)))
@@ -61,9 +61,9 @@ def layer_rows(results: dict[str, Measurement], case: LayerCase, peak: float) ->
 
 
 def markdown_table(columns: tuple[Column, ...], rows: list[Row]) -> str:
-    """The rows as a markdown table with columns that are aligned on a screen too.
+    """The rows as a markdown table with aligned columns.
 
-    Columns without any value are left out; where a row has an `error`, it is in a last column.
+    Columns without values are left out. A last column has the `error` of rows, if there is one.
     """
     columns = [c for c in columns if c is columns[0] or any(row.get(c.key) is not None for row in rows)]
     if any(row.get("error") for row in rows):

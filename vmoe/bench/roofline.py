@@ -1,9 +1,9 @@
-"""Where a layer's time goes beside what the device allows: the roofline of a case.
+"""The roofline of a case: a layer's times beside the device's limits.
 
 T tokens of width D, R = T*K rows; E experts of hidden width H. A floor is the larger of FLOPs / the matrix products'
-peak and bytes / the bandwidth of a large copy, both measured in the run. Bytes are the least that must move: what goes
-in and comes out once, without padding. A layer's are those of its input, result, weights and their gradients, as if all
-between stayed on the chip; a stage's are those of the stage.
+peak and bytes / the bandwidth of a large copy, both measured in the run. Bytes are the least that must move: each input
+and output once, without padding. For a layer these are its input, result, weights and their gradients, as if all else
+stayed on the chip. A stage has its own inputs and outputs.
 """
 
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ FLOOR_COLUMNS = (
     Column("GB/s", "gigabytes_per_s", ",.1f"),
 )
 LAYERS = ("dense", "experts", "layer", "dense inference", "experts inference", "layer inference")
-# Stages of the fused experts by parts of their kernels' names, the first that fits
+# Stages of the fused experts by parts of their kernels' names; the first match counts
 PRODUCTS, CASTS, REST = "products", "weights cast", "all else"
 KERNELS = {
     "_scatter": "dispatch",
@@ -49,14 +49,14 @@ _PROFILED_STEPS = 5
 
 @dataclass(frozen=True)
 class LeastWork:
-    """What must be done: floating-point operations, and bytes read and written."""
+    """The least work: floating-point operations, and bytes read and written."""
 
     flops: float
     bytes: float
 
 
 def layer_work(case: LayerCase, name: str, dtype: torch.dtype) -> LeastWork:
-    """Of one of `LAYERS`; the router's is not counted."""
+    """The least work of one of `LAYERS`, without the router's."""
     size = dtype.itemsize
     is_dense = name.startswith("dense")
     tokens = case.num_tokens * (case.top_k if is_dense else 1) * case.width
@@ -68,7 +68,7 @@ def layer_work(case: LayerCase, name: str, dtype: torch.dtype) -> LeastWork:
 
 
 def stage_work(case: LayerCase, dtype: torch.dtype) -> dict[str, LeastWork]:
-    """Of the stages of the fused experts' forward and backward pass with a given routing, by name."""
+    """The least work of each stage of the fused experts' forward and backward pass with a given routing, by name."""
     size = dtype.itemsize
     tokens, rows = case.num_tokens * case.width, case.num_tokens * case.top_k * case.width
     hidden = case.num_tokens * case.top_k * case.hidden
@@ -89,7 +89,7 @@ def stage_work(case: LayerCase, dtype: torch.dtype) -> dict[str, LeastWork]:
 def layer_floors(
     results: dict[str, Measurement], case: LayerCase, dtype: torch.dtype, peak: float, bandwidth: float
 ) -> list[Row]:
-    """The layers that were measured; `peak` is that of products in FLOP/s, `bandwidth` a copy's in bytes/s."""
+    """Rows of the measured layers. `peak` is the rate of products in FLOP/s, `bandwidth` that of a copy in bytes/s."""
     return [
         _floor_row(name, results[name].median, layer_work(case, name, dtype), peak, bandwidth)
         for name in LAYERS
@@ -98,9 +98,9 @@ def layer_floors(
 
 
 def stage_floors(case: LayerCase, device: torch.device, dtype: torch.dtype, peak: float, bandwidth: float) -> list[Row]:
-    """The stages of a forward and backward pass of the fused experts on a GPU, by the profiler's kernel times.
+    """Rows of the stages of the fused experts' forward and backward pass on a GPU, from the profiler's kernel times.
 
-    Empty where other kernels than the fused ones ran.
+    Empty if other kernels than the fused ones ran.
     """
     times = _kernel_times(layer_jobs(case, device, dtype)["experts"](), device)
     stages: dict[str, float] = {}
@@ -122,7 +122,7 @@ def stage_of(kernel: str) -> str:
 
 
 def _kernel_times(job, device: torch.device) -> dict[str, float]:
-    """Milliseconds per call that each kernel takes."""
+    """Milliseconds per call of each kernel."""
     for _ in range(3):
         job()
     torch.cuda.synchronize(device)
@@ -138,7 +138,7 @@ def _kernel_times(job, device: torch.device) -> dict[str, float]:
 
 
 def _sum_row(stages: list[Row]) -> Row:
-    """All stages one after another: what the kernels take, and at least take when each is at its own floor."""
+    """The sum of all stages: the kernels' times, and the sum of their floors."""
     time_ms, floor_ms = (sum(row.get(key, 0.0) for row in stages) for key in ("ms", "floor_ms"))
     return {"name": "all stages", "ms": time_ms, "floor_ms": floor_ms, "over_floor": time_ms / floor_ms, "stage": True}
 
@@ -156,7 +156,7 @@ def _floor_row(name: str, time_ms: float, work: LeastWork | None, peak: float, b
 
 
 def draw_roofline(rows: list[Row], peak: float, bandwidth: float, title: str) -> Figure:
-    """Left: rates against FLOPs per byte, under the roof. Right: each time, and the floor in it."""
+    """Draws on the left the rates over FLOPs per byte, under the roof; on the right each time with its floor."""
     figure = new_figure(10, 4.2, title)
     left, right = figure.subplots(1, 2, width_ratios=(1.15, 1))
     _draw_roof(left, [row for row in rows if "intensity" in row], peak, bandwidth)

@@ -1,4 +1,4 @@
-"""A running `vmoe serve` under load: many clients, each of which asks again as soon as it is answered."""
+"""Measures a running `vmoe serve` under load from many clients. Each sends its next request after an answer."""
 
 import http.client
 import io
@@ -30,7 +30,7 @@ _BORDER = "vmoe-upload"
 
 
 class Target(NamedTuple):
-    """A server: its host, port and the key that it asks for."""
+    """A server: its host, port and key."""
 
     host: str
     port: int
@@ -41,7 +41,7 @@ def find_target(url: str) -> Target:
     """The server at `url`, with the key of VMOE_API_KEY.
 
     Raises:
-        UserError: the address is none, or nobody there is ready.
+        UserError: The address is invalid, or no server there is ready.
     """
     parts = urlsplit(url)
     try:
@@ -64,7 +64,7 @@ def photograph() -> bytes:
 
 
 def damaged(content: bytes, count: int, seed: int) -> list[bytes]:
-    """Copies of an image, each cut off at random and with bytes of its rest changed."""
+    """Damaged copies of an image file: each is cut off at a random place, with some bytes changed."""
     random = np.random.default_rng(seed)
     whole, copies = np.frombuffer(content, np.uint8), []
     for _ in range(count):
@@ -80,12 +80,12 @@ def measure_server(target: Target, uploads: list[bytes], clients: int, expected:
     Args:
         target: The server.
         uploads: Contents of image files.
-        clients: How many ask at a time, each over a connection of its own.
-        expected: The statuses that count as answered; all others count as lost.
+        clients: Number of concurrent clients, each with its own connection.
+        expected: The statuses that count as answered. All others count as lost.
 
     Returns:
-        Requests, how many were answered and lost, answers a second, and the median and 99th percentile of a request's
-        time in ms.
+        The numbers of requests, of answered and of lost ones, answers per second, and the median and 99th percentile of
+        a request's time in ms.
     """
     of_thread = threading.local()
 

@@ -15,7 +15,7 @@ Say = Callable[[str], None]
 
 
 class DeviceLost(RuntimeError):
-    """A job broke the device's context: whatever runs later in this process would fail or be wrong."""
+    """A job broke the device's context. Whatever runs later in this process would fail or be wrong."""
 
 
 @dataclass
@@ -23,7 +23,7 @@ class Measurement:
     """The measurements of one job."""
 
     times: list[float] = field(default_factory=list)  # milliseconds per call, one for each round
-    # Milliseconds until the host has issued a call's work to an idle device, at best; None off CUDA
+    # milliseconds in which the host issues a call's work to an idle device, at best; None without CUDA
     issue_ms: float | None = None
     peak_mib: float | None = None  # the most memory during a call beyond what was allocated before it; None off CUDA
     synchronizes: bool | None = None  # whether the host synchronises with the device in a call; None off CUDA
@@ -44,13 +44,13 @@ class Measurement:
 
 
 def silent(line: str) -> None:
-    """Says nothing."""
+    """Discards a line."""
 
 
 def time_made_jobs(
     makers: dict[str, Callable[[], TimedJob]], device: torch.device, rounds: int, calls: int, say: Say = silent
 ) -> dict[str, Measurement]:
-    """Makes jobs and times them as `time_jobs` does; one that cannot be made is reported with its error too."""
+    """Makes jobs and times them as `time_jobs` does. A job that cannot be made is reported with its error."""
     jobs, results = {}, {}
     for name, make in makers.items():
         say(f"making {name}")
@@ -67,10 +67,10 @@ def time_made_jobs(
 def time_jobs(
     jobs: dict[str, TimedJob], device: torch.device, rounds: int, calls: int, say: Say = silent
 ) -> dict[str, Measurement]:
-    """Warms up every job and measures its memory and synchronisations; then times all in rounds, in shuffled order.
+    """Warms up every job and measures its memory and synchronisations. Then it times all in rounds, in shuffled order.
 
     A job that fails is reported with its error and left out. There are `calls` between two readings of the clock. `say`
-    gets a line before the first call of each job, and when the timing begins.
+    gets a line before the first call of each job, and when the timing starts.
 
     Raises:
         DeviceLost: A job left the device unusable; the message names it.
@@ -86,7 +86,7 @@ def time_jobs(
         shuffle(order)
         for name in list(order):
             try:
-                jobs[name]()  # whatever the job before left in the caches
+                jobs[name]()  # one untimed call, since the previous job has filled the caches
                 results[name].times.append(time_calls(jobs[name], device, calls))
             except Exception as error:  # see `_first_look`
                 results[name].error = reason_of_failure(name, error, device)
@@ -98,7 +98,7 @@ def reason_of_failure(name: str, error: Exception, device: torch.device) -> str:
     """The reason that a table gives for a job that failed.
 
     Raises:
-        DeviceLost: The device does not answer any more.
+        DeviceLost: The device no longer responds.
     """
     reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
     if device.type == "cuda":
@@ -106,13 +106,13 @@ def reason_of_failure(name: str, error: Exception, device: torch.device) -> str:
             torch.cuda.synchronize(device)
         except RuntimeError as broken:
             raise DeviceLost(f"{name}: {reason}") from broken
-        traceback.clear_frames(error.__traceback__)  # what its frames hold would be missing for the others
+        traceback.clear_frames(error.__traceback__)  # frees the memory that its frames hold
         release(device)
     return reason
 
 
 def release(device: torch.device) -> None:
-    """Frees the memory to which nothing refers any more."""
+    """Frees unreferenced memory."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -152,7 +152,7 @@ def matmul_peak(device: torch.device, dtype: torch.dtype, shapes: list[tuple[int
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """The rate of a copy much larger than the caches, in bytes/s; what is read and what is written both count."""
+    """The rate of a copy much larger than the caches, in bytes/s. Reads and writes both count."""
     size = 2**30 if device.type == "cuda" else 2**28
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)

@@ -1,4 +1,4 @@
-"""torchvision's own way from a folder of images to batches, to compare ours with."""
+"""torchvision's own pipeline from a folder of images to batches, for comparison with ours."""
 
 from pathlib import Path
 
@@ -17,10 +17,10 @@ _NOT_DONE = "--torchvision: crops by scale and flips, and data.augment does othe
 
 
 def torchvision_plan(config: DataConfig) -> AugmentSteps:
-    """The crops and flips of a config that torchvision's loader can do.
+    """The crops and flips of a config, for torchvision's loader.
 
     Raises:
-        UserError: the config has another kind of set than a folder, or steps beside a crop by scale and a flip.
+        UserError: The set is no folder, or there are other steps than a crop by scale and a flip.
     """
     if config.name != "folder":
         raise UserError(f"--torchvision: data.name is {config.name}; it reads a folder of images, --data.name folder")
@@ -34,18 +34,18 @@ def torchvision_plan(config: DataConfig) -> AugmentSteps:
 
 
 def torchvision_loader(module: ImageDataModule, workers: int) -> DataLoader:
-    """A DataLoader over torchvision's ImageFolder and transforms that crops and flips as the module's config does.
+    """A DataLoader of torchvision's ImageFolder and transforms, with the crops and flips of the module's config.
 
     Args:
-        module: set up, of a folder of images (`data.name` folder) with the preset light.
-        workers: processes that load.
+        module: A datamodule after `setup`, of a folder of images (`data.name` folder) with the preset light.
+        workers: Number of loading processes.
 
     Returns:
-        Shuffled batches of all images in the folder's `train` (without splits: of all images), in epochs of
-        `config.repeat` passes as ours: images, (B, 3, H, W) float32, normalised; labels, (B,).
+        Shuffled batches of all images in the folder's `train` (without splits: of all images). As with ours an epoch
+        repeats them `config.repeat` times. Images are (B, 3, H, W) float32, normalised; labels (B,).
 
     Raises:
-        UserError: as `torchvision_plan`.
+        UserError: As `torchvision_plan`.
     """
     config, plan = module.config, torchvision_plan(module.config)
     transform = v2.Compose([

@@ -1,1 +1,1 @@
-"""The planner: what a training step needs and takes on hardware that is not there, by how it is spread."""
+"""The planner: it predicts memory and time of a training step for each mesh layout, without the hardware."""

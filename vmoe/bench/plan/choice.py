@@ -1,4 +1,4 @@
-"""The planner for a run's config: its workload, its layouts, and which of them `parallel.strategy: auto` means."""
+"""The planner for a run's config: its workload, its layouts, and the choice of `parallel.strategy: auto`."""
 
 import dataclasses
 
@@ -27,11 +27,11 @@ AUTOCAST_DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.fl
 
 
 def workload_of(config: TrainConfig, classes: int | None = None) -> Workload:
-    """What the planner needs of a run's config.
+    """The planner's workload for a run's config.
 
     Args:
         config: The run.
-        classes: Number of classes, where the data set does not fix it; None takes the set's own, or 1000.
+        classes: Number of classes, if the data set does not fix it; None takes the set's own, or 1000.
     """
     data, trainer = config.data, config.trainer
     own = len(data.subset.classes) if data.subset.classes else _CLASSES_OF_SETS.get(data.name, 1000)
@@ -46,7 +46,7 @@ def workload_of(config: TrainConfig, classes: int | None = None) -> Workload:
         trainer.accumulate,
         AUTOCAST_DTYPES[trainer.precision],
         data.mix.is_on,
-        moments=1 if config.optim.name == "muon" else 2,  # of the matrices, which are nearly all
+        moments=1 if config.optim.name == "muon" else 2,  # counted as if all parameters were matrices; nearly all are
         has_average=trainer.ema_decay is not None,
         graphed=trainer.cuda_graph,
     )
@@ -60,7 +60,7 @@ def plans_of(
     network: float,
     traces: Traces | None = None,
 ) -> list[LayoutPlan]:
-    """Plans of every layout of so many processes, the best first; see `make_plans`."""
+    """Plans of every layout for this number of processes, the best first; see `make_plans`."""
 
     def refusal(layout: MeshLayout) -> str | None:
         try:
@@ -73,10 +73,10 @@ def plans_of(
 
 
 def resolved(config: TrainConfig, process: Process) -> tuple[TrainConfig, str | None]:
-    """The config with what `parallel.strategy: auto` means here, and why; None for one process.
+    """The config with `parallel.strategy: auto` replaced, and a line with the reason; None for one process.
 
     Raises:
-        UserError: no layout is feasible.
+        UserError: No layout is feasible.
     """
     if process.world_size == 1:
         return _with_layout(config, MeshLayout("none", 1)), None
@@ -92,7 +92,7 @@ def resolved(config: TrainConfig, process: Process) -> tuple[TrainConfig, str | 
 
 
 def _why_chosen(best: LayoutPlan, others: list[LayoutPlan], machine: Machine) -> str:
-    """One line: what was chosen, and the nearest of what was not."""
+    """A line on the chosen layout and the next best ones."""
     line = (
         f"{best.layout}, by prediction {best.times.step * 1e3:,.0f} ms a step and "
         f"{best.memory.peak / 2**30:.1f} of {machine.memory / 2**30:.1f} GiB"

@@ -1,7 +1,7 @@
-"""The GPU's kernels on fake tensors: same memory and same work as on a GPU, where the CPU would take other operators.
+"""The GPU's kernels on fake tensors: same memory and work as on a GPU. (A CPU would use other operators.)
 
 B images of N tokens, T = B*N tokens of width D; E experts of hidden width H (F before a gate), K choices; R rows of the
-buffer that experts compute; P processes over which experts are spread.
+buffer that experts compute; P processes over which experts are sharded.
 """
 
 from collections.abc import Callable
@@ -27,14 +27,14 @@ Charge = Callable[..., None]  # (kind, dtype, flops, bytes, calls)
 
 
 class FakeKernels(TorchFunctionMode):
-    """While it is on, attention is flash attention, dropout one kernel, and experts are those of `expert_size`.
+    """A mode with flash attention, dropout in one kernel, and experts sharded over `expert_size` processes.
 
     Args:
-        model: Its experts are replaced, for good.
+        model: Its experts are replaced, permanently.
         charge: Called with the work of each fake kernel.
         send: Called with the bytes of each exchange between processes.
-        expert_size: Over how many processes experts are spread; None where a layer has them all.
-        like_gpu: Whether experts are those of the fused kernels; else those of the CPU stay.
+        expert_size: Number of processes over which experts are sharded; None without expert parallelism.
+        like_gpu: Whether to use the fused kernels' experts; else those of the CPU stay.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class FakeKernels(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
-            if mask is None:  # else torch takes another kernel
+            if mask is None:  # with a mask torch uses another kernel
                 query, key, value = (*args, *(kwargs[name] for name in ("query", "key", "value")[len(args) :]))[:3]
                 return _flash_attention(query, key, value, self.charge)
         if func is F.dropout and self.like_gpu:
@@ -69,10 +69,10 @@ def _dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = F
 
 
 class _Fake(torch.autograd.Function):
-    """A kernel by the tensors that it makes.
+    """A kernel described by the tensors that it makes.
 
-    `forward(*tensors)` gives the result and what is kept of it; `backward(grad, *kept)` gives the tensors' gradients.
-    Neither may hold a tensor beside: autograd counts and frees what is kept.
+    `forward(*tensors)` returns the result and the tensors to keep; `backward(grad, *kept)` returns the gradients.
+    Neither may hold other tensors, because autograd counts and frees only the kept ones.
     """
 
     @staticmethod
@@ -88,7 +88,7 @@ class _Fake(torch.autograd.Function):
 
 
 def _flash_attention(query: Tensor, key: Tensor, value: Tensor, charge: Charge) -> Tensor:
-    """(B, heads, N, width of a head) each: keeps query, key, value, result and a number per row."""
+    """Flash attention on (B, heads, N, head width). It keeps query, key, value, result and a number per row."""
     if torch.is_autocast_enabled("cpu"):
         query, key, value = (part.to(torch.get_autocast_dtype("cpu")) for part in (query, key, value))
 
@@ -110,7 +110,7 @@ def _flash_attention(query: Tensor, key: Tensor, value: Tensor, charge: Charge) 
 
 
 class _FakeFusedExperts(Experts):
-    """Experts as `vmoe.moe.kernels.experts.fused` computes them."""
+    """Experts with memory and work as in `vmoe.moe.kernels.experts.fused`."""
 
     def forward(self, x_TD: Tensor, routing: Routing | SlotRouting, kernels: Kernels | None = None) -> Tensor:
         if not isinstance(routing, Routing):
@@ -124,7 +124,7 @@ class _FakeFusedExperts(Experts):
 
 
 def _fused(x_TD: Tensor, choices: Choices, mlp: Mlp, charge: Charge) -> Tensor:
-    """Dispatch, both layers and combine; memory as in `vmoe.moe.kernels.experts.fused.mlp`."""
+    """Dispatch, both layers and combine, with memory as in `vmoe.moe.kernels.experts.fused.mlp`."""
     biases, recompute, is_gated = (mlp.bias1, mlp.bias2), mlp.recompute, isinstance(mlp.activation, Glu)
     num_experts, num_choices = mlp.weight1.shape[0], choices.chosen_TK.numel()
     share = rows_of_share(choices.slots_of_expert, num_choices, num_experts)
@@ -137,8 +137,8 @@ def _fused(x_TD: Tensor, choices: Choices, mlp: Mlp, charge: Charge) -> Tensor:
         y_TO = cast1.new_empty(x_TD.shape[0], width_O)
         choice_R = x_TD.new_empty(num_rows, dtype=torch.int32)
         products = 2 * num_rows * (width_D * width_F + width_H * width_O)
-        # Products hide their traffic, as measured. Calls of these kernels are not counted: the router's operators, as
-        # traced, are more than its kernels by about as many
+        # Products hide their memory traffic, as measured. Calls of these kernels are not counted: the trace counts the
+        # router's operators, which exceed its kernels by about as many.
         charge("products", cast1.dtype, products, 0, 0)
         elementwise = _bytes(x_TD) + sum(map(_bytes, (x_RD, pre_RF, act_RH, y_RO, y_TO)))
         charge("other", cast1.dtype, 0, elementwise, 0)
@@ -171,7 +171,7 @@ def _is_fused(mlp: Mlp) -> bool:
 
 
 class _FakeExchangedExperts(DistributedExperts):
-    """Experts spread over processes; only the network is left out."""
+    """Experts sharded over processes, without the network."""
 
     send: Callable[[int], None]
     like_gpu: bool
@@ -189,7 +189,7 @@ class _FakeExchangedExperts(DistributedExperts):
         return _fused(x_RD, choices, mlp, self.charge)
 
     def _uneven(self, x_RD: Tensor, counts_E: Tensor, mlp: Mlp, kernels: Kernels) -> Tensor:
-        # The load is fair, so that as many rows arrive as leave
+        # the load is assumed fair, so as many rows arrive as leave
         x_RD = self._exchange(x_RD, [], [])
         own = mlp.weight1.shape[0]
         order_R = torch.arange(x_RD.shape[0])
@@ -209,7 +209,7 @@ class _FakeExchangedExperts(DistributedExperts):
 
 
 def _fake_scatter(x_TD: Tensor, num_rows: int, dtype: torch.dtype, charge: Charge) -> Tensor:
-    """`vmoe.moe.kernels.experts.fused.shares.scatter_shares`."""
+    """The fake of `vmoe.moe.kernels.experts.fused.shares.scatter_shares`."""
     shape, own = x_TD.shape, x_TD.dtype
 
     def forward(x_TD: Tensor):
@@ -226,7 +226,7 @@ def _fake_scatter(x_TD: Tensor, num_rows: int, dtype: torch.dtype, charge: Charg
 
 
 def _fake_combine(y_RD: Tensor, weights_TK: Tensor, charge: Charge) -> Tensor:
-    """`vmoe.moe.kernels.experts.fused.shares.combine_shares`."""
+    """The fake of `vmoe.moe.kernels.experts.fused.shares.combine_shares`."""
 
     def forward(y_RD: Tensor, weights_TK: Tensor):
         y_TD = y_RD.new_empty(len(weights_TK), y_RD.shape[1])

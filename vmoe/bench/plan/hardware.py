@@ -1,6 +1,6 @@
-"""What GPUs and networks can do: published peaks, and the share of them that training steps reach.
+"""Rates of GPUs and networks: published peaks, and the share of them that training steps reach.
 
-Figures of a machine can be measured instead (see `vmoe.bench.plan.probes`).
+`vmoe.bench.plan.probes` measures the rates of a machine instead.
 """
 
 from dataclasses import dataclass
@@ -55,12 +55,12 @@ ATTENTION = 0.042  # of the products' published peak: what ViT-B/16's and S/16's
 ELEMENTWISE = 0.94  # kernels between products
 ADAMW = 0.67  # the fused update
 UNHIDDEN = 0.5  # share of the products' own memory traffic that adds to their time
-# Not measured: what all-reduce and all-to-all usually reach of a link
+# Not measured: the share of a link that all-reduce and all-to-all usually reach
 NETWORK = 0.8
-LATENCY = 30e-6  # seconds a collective
-GATHERING_CALLS = 60  # operators' worth of time in which the host gathers a block's weights: roughly as on two H100s
+LATENCY = 30e-6  # seconds per collective
+GATHERING_CALLS = 60  # host time to gather a block's weights, in operators: roughly as on two H100s
 HOST_CALL = 30e-6  # seconds in which the host issues an operator, forward or backward: 0.7 ms for a dense MLP's
-USABLE = 0.94  # share of the memory that tensors can use, beside CUDA's own and what is split too small
+USABLE = 0.94  # share of the memory that tensors can use; the rest is CUDA's own, or fragments
 WORKSPACE = 32 * 2**20  # bytes of cuBLAS on Hopper
 
 
@@ -73,7 +73,7 @@ class Machine:
     products: float  # FLOP/s of bfloat16 products
     products32: float  # FLOP/s of float32 products
     attention: float  # FLOP/s of bfloat16 attention, both passes
-    bandwidth: float  # bytes/s of a large copy, what is read and what is written both counted
+    bandwidth: float  # bytes/s of a large copy; reads and writes both count
     elementwise: float  # bytes/s of the operators between products
     update: float  # bytes/s of the fused optimiser
     host_call: float  # seconds in which the host issues an operator
@@ -84,10 +84,10 @@ class Machine:
 
     @classmethod
     def of(cls, name: str) -> "Machine":
-        """From the table.
+        """The machine of a GPU in the table.
 
         Raises:
-            UserError: it has no such GPU.
+            UserError: The table has no such GPU.
         """
         if name == "cpu":
             return _this_cpu()
@@ -100,10 +100,10 @@ class Machine:
 
 
 def network_bandwidth(name: str) -> float:
-    """Bytes/s between machines that a GPU can expect.
+    """Bytes/s between machines per GPU.
 
     Raises:
-        UserError: the table has no such network.
+        UserError: The table has no such network.
     """
     if name not in NETWORKS:
         raise UserError(f"--network {name}: not in the table; there are {', '.join(NETWORKS)}")
@@ -111,8 +111,8 @@ def network_bandwidth(name: str) -> float:
 
 
 def gpu_of_this_machine() -> str:
-    """The entry of the table that is most like the GPU here; "cpu" where there is none."""
-    import torch  # here, since the names of GPUs and networks need none
+    """The table's entry that is closest to this machine's GPU; "cpu" without a GPU."""
+    import torch  # here: the names of GPUs and networks need no torch
 
     if not torch.cuda.is_available():
         return "cpu"
@@ -123,5 +123,5 @@ def gpu_of_this_machine() -> str:
 
 
 def _this_cpu() -> Machine:
-    """A rough idea, enough to compare layouts."""
+    """A rough estimate of this CPU, enough to compare layouts."""
     return Machine("cpu", USABLE * host_memory(), 5e10, 5e10, 2e10, 1e10, 5e9, 5e9, 1e-5, 1e9, overlaps=False)

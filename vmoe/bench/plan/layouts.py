@@ -1,6 +1,6 @@
-"""Mesh layouts, the ways to spread a model over processes: what each keeps of it, and what they send one another.
+"""Mesh layouts, the ways to shard a model over n processes: memory per process, and traffic between them.
 
-Of n processes P share the experts of a layer (`expert_size`).
+The experts of a layer are sharded over P of the n processes (`expert_size`).
 """
 
 import math
@@ -18,12 +18,12 @@ from vmoe.training.parallel.gradient_means import buckets
 
 FLOAT = 4  # bytes: weights, gradients and the optimiser's state are float32, and travel so
 _BUFFERED = 2  # blocks with gathered weights at a time: one is computed, the next is fetched
-_AVERAGING_CALLS = 3  # operators per bucket of gradients, which are concatenated, summed and divided
-_AVERAGING_PASSES = 2  # of these, the operators that read and write on the GPU; the sum is the network's
+_AVERAGING_CALLS = 3  # operators per bucket of gradients: concatenate, sum, divide
+_AVERAGING_PASSES = 2  # those of them that read and write GPU memory; the network computes the sum
 
 
 class MeshLayout(NamedTuple):
-    """How a model is spread over processes."""
+    """The way in which a model is sharded over processes."""
 
     strategy: str  # none, ddp, fsdp or expert, as in `parallel.strategy`
     processes: int  # n
@@ -91,13 +91,13 @@ class ParameterCounts:
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes of a process at the moment when it needs most."""
+    """Bytes of a process at its peak."""
 
     parameters: int  # its weights
     gradients: int  # their gradients
     optimizer: int  # AdamW's two moments, or Muon's one
     average: int  # the average of the weights, where the run keeps one
-    activations: int  # what the forward pass keeps, and what the backward pass works with
+    activations: int  # tensors that the forward pass keeps, and those of the backward pass
     buffers: int  # gathered weights, gradients on their way, tokens on their way
 
     @property
@@ -107,12 +107,12 @@ class StepMemory:
 
 
 def kept_parameters(counts: ParameterCounts, layout: MeshLayout) -> int:
-    """Parameters that the first process keeps, which has the largest part of what does not divide evenly."""
+    """Parameters that the first process keeps. It has the largest shard of what does not divide evenly."""
     return sum(_kept(shape, of_expert, layout) for shape, of_expert in counts.shapes)
 
 
 def _kept(shape: torch.Size, of_expert: bool, layout: MeshLayout) -> int:
-    """Numbers of a parameter: FSDP2 shards the first axis; of experts spread over processes it shards the second."""
+    """Numbers of a parameter per process. FSDP2 shards the first axis; for experts that are sharded, the second."""
     if not shape or not layout.is_sharded or (layout.keeps_dense and not of_expert):
         return math.prod(shape)
     if of_expert and layout.expert_size > 1:
@@ -123,26 +123,26 @@ def _kept(shape: torch.Size, of_expert: bool, layout: MeshLayout) -> int:
 def memory_of(
     counts: ParameterCounts, layout: MeshLayout, trace: Trace, workload: Workload, workspace: int
 ) -> StepMemory:
-    """What a process needs, by a trace of its step; `counts` are the whole model's, `workspace` is the libraries'."""
+    """The memory of a process, from a trace of its step. `counts` is of the whole model, `workspace` of libraries."""
     kept = FLOAT * kept_parameters(counts, layout)
-    # Gradients of the step before are there until the forward pass is done, as Lightning orders a step
+    # Lightning frees the last step's gradients only after the forward pass
     forward = max(moment.live for moment in trace.moments if not moment.is_backward) + kept
     grow_in_place = workload.accumulate == 1 and (layout.strategy == "none" or layout.keeps_dense)
     backward = _backward_bytes(counts, layout, trace, grow_in_place)
-    averaging = 2 * kept if workload.has_average else 0  # gradients, and the average's difference from the weights
+    averaging = 2 * kept if workload.has_average else 0  # the gradients, and the average's difference from the weights
     activations = max(forward, backward, averaging) - kept
     buffers = _gathered(counts, layout) if layout.is_sharded else 0
-    if layout.keeps_dense:  # gradients are put together when activations and gathered weights are mostly gone
+    if layout.keeps_dense:  # gradients are concatenated when most activations and gathered weights are freed
         buffers = max(buffers, FLOAT * max(_bucket_sizes(counts)) - activations)
     average = kept if workload.has_average else 0
     return StepMemory(kept, kept, workload.moments * kept, average, activations, workspace + buffers)
 
 
 def _backward_bytes(counts: ParameterCounts, layout: MeshLayout, trace: Trace, grow_in_place: bool) -> int:
-    """Bytes of the backward pass at most.
+    """The most bytes of the backward pass.
 
-    Some gradients have room of their own all the time: those that are reduced as soon as they are there, that lie in
-    ddp's buckets, or that are added to those of the batches before. The others come one by one.
+    Some gradients have memory all the time: those that are reduced at once, lie in ddp's buckets, or are added to those
+    of earlier batches. The others appear one by one.
     """
     passing = [moment for moment in trace.moments if moment.is_backward]
     if not grow_in_place:
@@ -154,7 +154,7 @@ def _backward_bytes(counts: ParameterCounts, layout: MeshLayout, trace: Trace, g
 
 
 def _gathered(counts: ParameterCounts, layout: MeshLayout) -> int:
-    """Bytes of gathered weights, as they arrive and in place, and of a block's gradients before they leave."""
+    """Bytes of gathered weights (as received and in place) and of a block's gradients before they are sent."""
     if layout.expert_size == 1:
         block = counts.unit
     else:
@@ -171,15 +171,14 @@ def _bucket_sizes(counts: ParameterCounts) -> list[int]:
 
 @dataclass(frozen=True)
 class Traffic:
-    """What a process sends, and how long that takes."""
+    """The bytes that a process sends, and the time for them."""
 
     bytes: float = 0  # bytes sent
     forward: float = 0  # seconds beside the forward pass's work
     backward: float = 0  # seconds beside the backward pass's work
-    # Seconds in which nothing else can be done: tokens travel to experts and back, or gradients are averaged after
-    # several passes
+    # seconds without overlap: tokens are sent to experts and back, or gradients are averaged after several passes
     between: float = 0
-    copied: float = 0  # bytes read and written because weights and gradients travel in one piece
+    copied: float = 0  # bytes read and written to concatenate weights and gradients for sending
     calls: int = 0  # operators that the host issues for it, in each pass or after them
 
 
@@ -212,7 +211,7 @@ def traffic_of(counts: ParameterCounts, layout: MeshLayout, trace: Trace, machin
 def averaging_of(
     counts: ParameterCounts, layout: MeshLayout, machine: Machine, network: float, accumulates: bool
 ) -> Traffic:
-    """Gradients of a whole dense part: beside the backward pass, or after the last where several make an update."""
+    """Traffic of a whole dense part's gradients: during the backward pass, or after the last of several."""
     if not layout.keeps_dense:
         return Traffic()
     dense, count = FLOAT * (counts.whole - counts.experts), len(_bucket_sizes(counts))
@@ -223,14 +222,14 @@ def averaging_of(
 
 
 def _gathered_units(counts: ParameterCounts, layout: MeshLayout) -> int:
-    """Number of units of the model that are gathered one by one."""
+    """The number of the model's units that are gathered one by one."""
     if not layout.keeps_dense:
         return counts.unit_count
     return counts.moe_count if layout.expert_shards > 1 else 0
 
 
 def _exchange(sent: list[int], share: int, machine: Machine, network: float) -> float:
-    """Seconds of the tokens' way to experts and back, within a machine and beyond it at once."""
+    """Seconds to send tokens to experts and back, within a machine and between machines at once."""
     inside = min(share, machine.count)
     beyond = sum(sent) * (share - inside) / share
     within = sum(sent) * (inside - 1) / share / machine.link
@@ -238,7 +237,7 @@ def _exchange(sent: list[int], share: int, machine: Machine, network: float) -> 
 
 
 def _ring(count: int, stride: int, machine: Machine, network: float) -> float:
-    """Bytes/s of a ring through `count` processes, every `stride`-th one; each member has an adapter."""
+    """Bytes/s of a ring through `count` processes, every `stride`-th one. Each process has its own adapter."""
     if (count - 1) * stride < machine.count:
         return machine.link
     return min(machine.link, network * max(1, min(count, machine.count // stride)))

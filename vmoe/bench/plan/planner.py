@@ -1,4 +1,4 @@
-"""The planner: a step's memory and time in every mesh layout, the best first."""
+"""The planner: memory and time of a step in every mesh layout, sorted with the best first."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ class Times:
 
     compute: float  # time of products and attention
     memory: float  # time of all other operators and of the optimiser's update, which move data through memory
-    network: float  # time in which the GPU waits for other processes
+    network: float  # time in which the GPU waits for the network
     host: float  # time by which the host needs longer to issue the work than the GPU needs to do it
 
     @property
@@ -47,7 +47,7 @@ class Times:
 
 @dataclass(frozen=True)
 class LayoutPlan:
-    """A mesh layout and what it means for each process."""
+    """A mesh layout with its memory and time per process."""
 
     layout: MeshLayout
     memory: StepMemory | None  # bytes; None where the layout does not fit the model or batch
@@ -57,7 +57,7 @@ class LayoutPlan:
 
 
 def layouts_for(processes: int, moe: MoeConfig | None) -> list[MeshLayout]:
-    """Every mesh layout of so many processes; `expert_size` divides their number and that of the experts."""
+    """Every mesh layout of this many processes. `expert_size` divides their number and that of the experts."""
     if processes == 1:
         return [MeshLayout("none", 1)]
     layouts = [MeshLayout("ddp", processes), MeshLayout("fsdp", processes)]
@@ -76,15 +76,15 @@ def make_plans(
     refusal: Callable[[MeshLayout], str | None] = lambda layout: None,
     traces: Traces | None = None,
 ) -> list[LayoutPlan]:
-    """Plans of all layouts: feasible ones by descending speed, of equally fast ones the simplest first; then others.
+    """Plans of all layouts: feasible ones by descending speed (on a tie the simplest first), then the others.
 
     Args:
-        workload: What is trained.
-        layouts: To be compared.
-        machine: Of each process.
+        workload: The model and its training.
+        layouts: The layouts to compare.
+        machine: The rates of each process.
         network: Bytes/s between machines, per GPU.
-        refusal: Why a layout cannot share the batches or experts; None where it can.
-        traces: Traces of this workload from an earlier call, to which those that are missing are added.
+        refusal: Returns the reason why a layout cannot share the batches or experts, or None.
+        traces: Traces of this workload from an earlier call. Missing ones are added.
     """
     plans, traces = [], {} if traces is None else traces
     counts = ParameterCounts.of(workload.meta_model())
@@ -109,14 +109,14 @@ def make_plans(
 
 
 def _order(plan: LayoutPlan, best: float) -> tuple[int, bool, float]:
-    """Among the best, simpler strategies come first, and those that keep less of the model."""
+    """The sort key. Among the best, simpler strategies come first, then those that keep less of the model."""
     if plan.times.step > best * (1 + _EQUALLY_FAST):
         return len(STRATEGIES), False, plan.times.step
     return STRATEGIES.index(plan.layout.strategy), plan.layout.keeps_dense, plan.times.step
 
 
 def _misfit(counts: ParameterCounts, layout: MeshLayout) -> str | None:
-    """Why experts that are spread over processes cannot be sharded further; None where they can."""
+    """The reason why sharded experts cannot be sharded further, or None."""
     if layout.strategy != "expert":
         return None
     odd = next((shape[1] for shape, of_expert in counts.shapes if of_expert and shape[1] % layout.expert_shards), None)
@@ -147,7 +147,7 @@ def times_of(
 ) -> Times:  # fmt: skip
     """Seconds of an update.
 
-    Weights and gradients travel while a pass is computed: only what takes longer than the pass counts. Tokens always
+    Weights and gradients are sent while a pass is computed, so only the time beyond the pass counts. Tokens always
     count, and so do gradients that are averaged after several passes.
     """
     parts = [_pass_times([work for work in trace.work if work.is_backward is back], machine) for back in (False, True)]
@@ -157,7 +157,7 @@ def times_of(
     hidden = [part[0] + part[1] if machine.overlaps else 0.0 for part in parts]
     waiting = [max(0.0, net - hides) for net, hides in zip(beside, hidden, strict=True)]
     issuing = traffic.calls * machine.host_call
-    # A GPU computes while the host issues more; a CPU does one after the other
+    # a GPU computes while the host issues more; a CPU does both in turn
     beside_host = [
         part[0] + part[1] + wait if machine.overlaps else 0.0 for part, wait in zip(parts, waiting, strict=True)
     ]
@@ -169,7 +169,7 @@ def times_of(
     floats = _UPDATE_FLOATS - 2 * (2 - workload.moments) + _CLIP_FLOATS + (5 if workload.has_average else 0)
     update = FLOAT * kept * floats / machine.update
     times = workload.accumulate
-    exchanges = 1 if layout.strategy == "ddp" else times  # ddp's gradients travel once an update
+    exchanges = 1 if layout.strategy == "ddp" else times  # ddp sends gradients once per update
     network = exchanges * (sum(waiting) + traffic.between) + averaging.between
     host = 0.0 if workload.graphed else times * slow_host + slow_averaging
     return Times(times * compute, times * moving + copying + update, network, host)

@@ -1,4 +1,4 @@
-"""The rates of the GPU at hand, each measured on the kind of work that the planner counts by it."""
+"""Measures the rates of this machine's GPU. Each is measured on the kind of work that the planner counts with it."""
 
 import dataclasses
 import statistics
@@ -12,13 +12,13 @@ from vmoe.bench.plan.trace import trace_loss, trace_step
 from vmoe.bench.timing import TimedJob, copy_bandwidth, matmul_peak, release, time_calls
 from vmoe.checkpoints import build_model
 
-_TOKENS = (256, 197, 768)  # images, tokens and width of a ViT-B/16
+_TOKENS = (256, 197, 768)  # images, tokens and width: a ViT-B/16
 _HEAD_WIDTH = 64
 _UPDATED = (64, 2**20)  # tensors, and the elements of each
 
 
 def measure_machine(machine: Machine, device: torch.device) -> Machine:
-    """The machine with the rates that are measured here, and without the network's."""
+    """The machine with rates measured on this GPU. The network is not measured."""
     on_gpu = device.type == "cuda"
     images, tokens, width = _TOKENS if on_gpu else (2, 197, 192)
     rows = images * tokens
@@ -55,7 +55,7 @@ def _attention_rate(device: torch.device, dtype: torch.dtype, images: int, token
 
 
 class _Between(nn.Module):
-    """What stands between a block's products: norm, cast, GELU, and the sum with the residual stream."""
+    """The operators between a block's products: norm, cast, GELU, and the sum with the residual stream."""
 
     def __init__(self, width: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ def _update_rate(device: torch.device, count: int, size: int) -> float:
 
 
 def _host_call(device: torch.device, dtype: torch.dtype) -> float:
-    """A step on one image takes as long as the host needs to issue it."""
+    """Seconds per operator of the host: a step on one image takes as long as the host needs to issue it."""
     size = ("vit_tiny_patch16_224", {"depth": 4}, None, 10, 32)
     with torch.device("meta"):
         model = build_model(*size)

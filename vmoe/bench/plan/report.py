@@ -1,4 +1,4 @@
-"""Plans as rows of a table and as pictures."""
+"""Plans as table rows and as pictures."""
 
 from dataclasses import asdict
 from typing import Any
@@ -23,8 +23,8 @@ _PARTS = {
     "buffers": "#9aa3aa",
 }
 _SHARES = {"compute": "#3a8f5c", "memory": "#6fb1e0", "network": "#e07b00", "host": "#9aa3aa"}
-_LAYOUTS_DRAWN = 14  # at most in a picture
-_NEAR_USABLE = 0.1  # of the usable memory: up to here its line would make the bars too short
+_LAYOUTS_DRAWN = 14  # the most layouts in a picture
+_NEAR_USABLE = 0.1  # share of the usable memory; below it the memory's line would make the bars too short
 
 PLAN_COLUMNS = (
     Column("layout", "layout"),
@@ -39,7 +39,7 @@ PLAN_COLUMNS = (
 
 
 def plan_row(plan: LayoutPlan, images: int) -> Row:
-    """A plan as an entry of a table and of JSON; `images` are those of an update, of all processes."""
+    """A plan as an entry of a table and of JSON. `images` is the number per update of all processes."""
     row: dict[str, Any] = {"layout": str(plan.layout), **plan.layout._asdict(), "missing": plan.missing}
     if plan.times is not None:
         step = plan.times.step
@@ -52,14 +52,14 @@ def plan_row(plan: LayoutPlan, images: int) -> Row:
 
 
 def draw_plans(plans: list[LayoutPlan], usable: float, title: str) -> Figure:
-    """Two stacked bars per plan with figures: memory of a process beside what is usable, and the time of an update."""
+    """Draws two stacked bars per plan: the memory of a process beside the usable memory, and the time of an update."""
     plans = plans[:_LAYOUTS_DRAWN]
     figure = new_figure(10, 1.8 + 0.34 * len(plans), title)
     memory, time = figure.subplots(1, 2, sharey=True)
     names = [str(plan.layout) for plan in plans]
     largest = max(plan.memory.peak for plan in plans)
     unit, size_of = ("GiB", GIB) if largest >= GIB else ("MiB", MIB)
-    is_near = largest > _NEAR_USABLE * usable  # else the bars of a small model would be too short to be seen
+    is_near = largest > _NEAR_USABLE * usable  # else the bars of a small model would be too short to see
     dress(memory, "memory of a process" + ("" if is_near else f" (usable: {usable / GIB:,.1f} GiB)"), unit, "")
     dress(time, "time of an update", "ms", "")
     _stack(memory, [{part: size / size_of for part, size in asdict(plan.memory).items()} for plan in plans], _PARTS)
@@ -82,9 +82,9 @@ def draw_plans(plans: list[LayoutPlan], usable: float, title: str) -> Figure:
 
 
 def draw_network_curves(rows: list[Row], title: str) -> Figure:
-    """Seconds of an update against the network's bandwidth, and what of it is waiting.
+    """Draws the seconds of an update over the network's bandwidth, and the part that is spent waiting.
 
-    Each layout has a line: of one colour for an `expert_size`, dashed where the dense part is whole.
+    Each layout has a line. The colour is by `expert_size`; the line is dashed if the dense part is whole.
     """
     figure = new_figure(10, 4.2, title)
     axes = figure.subplots(1, 2)

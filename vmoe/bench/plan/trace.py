@@ -1,7 +1,7 @@
-"""One training step without memory or arithmetic: which operators run, what each costs, and how memory comes and goes.
+"""Traces one training step without memory or arithmetic: its operators, their costs, and the memory over time.
 
-The model runs forward and backward on fake tensors under a dispatch mode. Operators that take another form on a GPU are
-those of `vmoe.bench.plan.fake_kernels`, so that no GPU is needed.
+The model runs forward and backward on fake tensors under a dispatch mode. `vmoe.bench.plan.fake_kernels` has the
+operators that differ on a GPU, so no GPU is needed.
 """
 
 import weakref
@@ -28,7 +28,7 @@ _ALLOCATIONS = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_
 
 
 class OperatorWork(NamedTuple):
-    """What one operator does."""
+    """The work of one operator."""
 
     kind: str  # "products", "attention" or "other"
     dtype: torch.dtype  # type of its products
@@ -54,7 +54,7 @@ class Trace:
     work: list[OperatorWork] = field(default_factory=list)  # every operator
     moments: list[Moment] = field(default_factory=list)  # every moment at which memory grew
     saved: int = 0  # bytes that the forward pass keeps for the backward pass, without the weights
-    # Bytes of each exchange of tokens between processes, in both passes, as if all of them left this one
+    # bytes of each exchange of tokens between processes, in both passes, as if all tokens left this process
     sent: list[int] = field(default_factory=list)
 
 
@@ -65,16 +65,16 @@ def trace_step(
     """Traces forward pass, loss with the balance losses, and backward pass.
 
     Args:
-        model: On the meta device; its tensors become fake ones, so that it is of no further use.
-        images: B, of this process.
+        model: A model on the meta device. Its tensors become fake ones, so it cannot be used afterwards.
+        images: B of this process.
         image_size: Side in pixels, or (height, width).
         dtype: Type of autocast; float32 uses none.
-        targets: Classes, where targets are a share of each (mixing); None for labels.
-        expert_size: Over how many processes the experts are spread; None where a layer has them all.
-        like_gpu: Whether operators are those of an NVIDIA GPU rather than those of a CPU.
+        targets: Number of classes if targets are shares of the classes (mixing); None for labels.
+        expert_size: Number of processes over which experts are sharded; None without expert parallelism.
+        like_gpu: Whether to use the operators of an NVIDIA GPU instead of a CPU's.
 
     Returns:
-        The trace. Of the weights and of what is updated with them, only gradients are in its figures.
+        The trace. Its figures include gradients, but not the weights and the optimiser's state.
     """
 
     def loss() -> Tensor:
@@ -104,7 +104,7 @@ def trace_loss(
 
 
 def _make_fake(model: nn.Module, expert_size: int | None) -> None:
-    """Gives every parameter and buffer a fake tensor; of experts only those of this process."""
+    """Gives every parameter and buffer a fake tensor, with this process's experts only."""
     own = {part for _, layer in moe_layers(model) for part in layer.experts.modules()} if expert_size else set()
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -118,7 +118,7 @@ def _make_fake(model: nn.Module, expert_size: int | None) -> None:
 
 
 class _StepRecorder(TorchDispatchMode):
-    """Notes every operator's work and every storage's life."""
+    """Records every operator's work and every storage's lifetime."""
 
     def __init__(self, trace: Trace, model: nn.Module) -> None:
         super().__init__()
@@ -139,7 +139,7 @@ class _StepRecorder(TorchDispatchMode):
 
     @contextmanager
     def saving(self) -> Iterator[None]:
-        """Adds up what autograd keeps."""
+        """Adds up the bytes that autograd keeps within the context."""
         with saved_bytes(self._weights) as saved:
             yield
         self.trace.saved = saved()
@@ -189,7 +189,7 @@ class _StepRecorder(TorchDispatchMode):
 
 @contextmanager
 def saved_bytes(weights: set[int]) -> Iterator[Callable[[], int]]:
-    """Counts what autograd keeps within, each storage once.
+    """Counts the bytes that autograd keeps within the context, each storage once.
 
     Args:
         weights: `_cdata` of the storages that do not count.
@@ -210,7 +210,7 @@ def saved_bytes(weights: set[int]) -> Iterator[Callable[[], int]]:
 
 
 def _bytes_touched(tensor: Tensor) -> int:
-    """Bytes of a tensor's own elements; those of broadcast axes count once."""
+    """Bytes of a tensor's own elements. Broadcast axes count once."""
     count = 1
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
         count *= size if stride else 1

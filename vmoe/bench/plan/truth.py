@@ -1,4 +1,4 @@
-"""The planner against one GPU: peak memory and time of a step, predicted and measured."""
+"""Compares the planner with one GPU: peak memory and time of a step, predicted and measured."""
 
 import statistics
 from collections.abc import Iterable
@@ -45,7 +45,7 @@ class PlannedCase(NamedTuple):
     images: int
 
     def workload(self, image_size: int, dtype: torch.dtype) -> Workload:
-        """Every second block has an MoE layer with K=2, where there are experts."""
+        """The workload. If there are experts, every second block has an MoE layer with K=2."""
         moe = None
         if self.experts:
             moe = MoeConfig(layers="every-2", num_experts=self.experts, top_k=2, batch_priority=True)
@@ -56,15 +56,15 @@ def measured_beside_predicted(
     cases: Iterable[PlannedCase], image_size: int, table: Machine, measured: Machine, device: torch.device,
     dtype: torch.dtype, say: Say,
 ) -> Iterable[Row]:  # fmt: skip
-    """A row for each case, also for one that does not fit.
+    """A row for each case, even if it does not fit into memory.
 
-    Predictions are by the rates of the machine in the `table`, and by its own as `measured`. Autocast is to `dtype`.
+    There are two predictions: with the rates of the `table`, and with those `measured`. Autocast is to `dtype`.
     """
     for case in cases:
         name = f"{case.model}, E={case.experts}, {case.images} images"
         say(f"plans {name}")
         workload = case.workload(image_size, dtype)
-        traces: Traces = {}  # hold no rates, so that one serves both plans
+        traces: Traces = {}  # traces hold no rates, so both predictions share them
         plan, by_table = (
             make_plans(workload, [MeshLayout("none", 1)], machine, 1.0, traces=traces)[0]
             for machine in (measured, table)
@@ -110,7 +110,7 @@ def _measured_step(workload: Workload, device: torch.device, name: str) -> Row:
 
 
 def _trainer_step(workload: Workload, device: torch.device) -> TimedJob:
-    """A step as the trainer orders it: the old gradients go after the forward pass."""
+    """A step in the trainer's order: the old gradients are freed after the forward pass."""
     with device:
         model = workload.build()
         images = torch.randn(workload.batch, 3, workload.image_size, workload.image_size)

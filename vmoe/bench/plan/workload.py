@@ -1,4 +1,4 @@
-"""What is trained, as far as the planner needs it."""
+"""The planner's description of a model and its training."""
 
 from typing import Any, NamedTuple
 
@@ -26,10 +26,10 @@ class Workload(NamedTuple):
     graphed: bool = False  # whether the step is captured as a CUDA graph, which the host launches as one
 
     def build(self) -> torch.nn.Module:
-        """The model, with weights of its own.
+        """Builds the model with weights.
 
         Raises:
-            UserError: timm has no such model, or it cannot be built so.
+            UserError: timm has no such model, or cannot build it with these arguments.
         """
         return build_model(self.name, self.kwargs | {"pretrained": False}, self.moe, self.classes, self.image_size)
 

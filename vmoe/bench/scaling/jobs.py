@@ -1,4 +1,4 @@
-"""Which trainings are measured: V-MoEs in which every second MLP has experts and a token goes to one of them."""
+"""The trainings that are measured: V-MoEs with experts in every second MLP and one expert per token."""
 
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -15,7 +15,7 @@ from vmoe.training.config import OptimConfig, ParallelConfig, TrainConfig, Train
 
 PARTS = ("equality", "speed", "checkpoint")
 NUM_CLASSES = 1000
-COMPARED_STEPS, GRAPHED_STEPS = 3, 6  # updates of what is compared; a step is captured in the fourth
+COMPARED_STEPS, GRAPHED_STEPS = 3, 6  # updates of compared trainings; a graph is captured in the fourth
 _AUTOCAST = {"float32": "32", "float64": "32", "bfloat16": "bf16"}  # types by what `trainer.precision` calls them
 
 
@@ -46,7 +46,7 @@ class ScalingJob:
     @property
     def workload(self) -> Workload:
         """The model with the layers of the paper: batch priority in groups of 8 images, noise, balance losses."""
-        # A captured step cannot draw the noise of each image by a seed of its own, as a comparison needs
+        # a comparison needs noise per image, which a captured step cannot draw
         noise = {"noise_std": 0.0} if self.graphed and self.part == "equality" else {}
         moe = MoeConfig(
             layers="every-2", num_experts=self.experts, top_k=1, group=IMAGES_PER_GROUP, batch_priority=True,
@@ -74,16 +74,16 @@ class ScalingJob:
 
 @dataclass(frozen=True)
 class ScalingSettings:
-    """What is measured on a kind of device."""
+    """The settings of the measurements on a kind of device."""
 
-    models: tuple[ScalingModel, ...]  # of which the speed is measured
-    experts: tuple[int, ...]  # E, each with each model
+    models: tuple[ScalingModel, ...]  # models for speed
+    experts: tuple[int, ...]  # E; each is measured with each model
     batch: int  # images per process
-    dtype: str  # in which the speed is measured
-    small: ScalingModel  # which is trained for its results
-    steps: int  # that are timed
-    compiled: bool = False  # in speed
-    graphed: bool = False  # in speed and equality
+    dtype: str  # type for speed
+    small: ScalingModel  # model for the comparison of results
+    steps: int  # number of timed steps
+    compiled: bool = False  # whether to compile for speed
+    graphed: bool = False  # whether to capture steps for speed and results
 
 
 _S16 = ScalingModel("S/16", "vit_small_patch16_224", 224)
@@ -100,8 +100,8 @@ SETTINGS = {
 def jobs_of(parts: list[str], counts: list[int], settings: ScalingSettings) -> list[ScalingJob]:
     """All trainings of some parts, in the order in which they run.
 
-    One process comes first where others are compared with its results; else the most processes come first, since their
-    rows matter most where the time does not suffice for all.
+    In comparisons of results one process comes first. Else the most processes come first, since their rows matter most
+    if time runs out.
 
     Args:
         parts: Names from `PARTS`.
@@ -109,7 +109,7 @@ def jobs_of(parts: list[str], counts: list[int], settings: ScalingSettings) -> l
         settings: Models and batches.
     """
     most = counts[-1]
-    # Experts and whole groups of images that each number of processes can share
+    # experts and whole groups of images must divide over each number of processes
     compared = ScalingJob(
         "equality", settings.small, MeshLayout("none", 1), -(-8 // most) * most, 2 * IMAGES_PER_GROUP * most, "float64"
     )
@@ -126,7 +126,7 @@ def jobs_of(parts: list[str], counts: list[int], settings: ScalingSettings) -> l
         for count in reversed(counts)
         for model in settings.models
         for experts in settings.experts
-        # As many images per process as with the most processes (weak scaling), and as many in all (strong scaling)
+        # the same images per process as with the most processes (weak scaling), and the same in all (strong scaling)
         for batch in dict.fromkeys((settings.batch * count, settings.batch * most))
         for layout in layouts_measured(count, experts, graphed)
     ]
@@ -139,9 +139,9 @@ def jobs_of(parts: list[str], counts: list[int], settings: ScalingSettings) -> l
 
 
 def layouts_measured(processes: int, experts: int, graphed: bool = False) -> list[MeshLayout]:
-    """The mesh layouts of so many processes that are measured: experts are spread over all of them, or over half.
+    """The measured mesh layouts of this many processes, with experts sharded over all of them or over half.
 
-    If `graphed`, only those with a step that can be captured.
+    With `graphed`, only layouts with a step that can be captured.
     """
     found = layouts_for(processes, MoeConfig(num_experts=experts))
     if graphed:

@@ -1,4 +1,4 @@
-"""Has torchrun start the processes that do the jobs, and start them again for the jobs behind one that ended them."""
+"""Runs jobs in processes of torchrun. If a job ends the processes, it starts them again for the remaining jobs."""
 
 import itertools
 import json
@@ -24,7 +24,7 @@ _START_SECONDS = 150  # the most until the processes can exchange data
 
 @dataclass
 class Launcher:
-    """Runs jobs in processes of their own."""
+    """Runs jobs in separate processes."""
 
     log: Path  # a file for what the processes write
     device: torch.device  # the kind of device
@@ -32,11 +32,11 @@ class Launcher:
     job_seconds: float  # the most that one job may take
 
     def run(self, jobs: list[ScalingJob]) -> Iterator[Row]:
-        """A row for each job, as it ends; what fails, finds no memory or has no time left is a row that says so."""
+        """Yields a row for each job as it ends. A job that fails or lacks memory or time has a row with the reason."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
         left = Counter({job.part: self.part_seconds for job in jobs})
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
-            # Jobs that follow one another in the same processes
+            # consecutive jobs run in the same processes
             for (part, _), group in itertools.groupby(jobs, lambda job: (job.part, job.layout.processes)):
                 waiting = list(group)
                 if left[part] > 0:
@@ -82,7 +82,7 @@ def _command(jobs: list[ScalingJob], plan: Path) -> list[str]:
 
 
 def _torchrun_started(command: list[str], log) -> subprocess.Popen:
-    """The process of a command, in whose environment ranks find this package and each other."""
+    """Starts torchrun with an environment in which ranks find this package and each other."""
     root = str(Path(__file__).parents[3])
     paths = os.pathsep.join(path for path in (root, os.environ.get("PYTHONPATH")) if path)
     environment = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"} | os.environ | {"PYTHONPATH": paths}

@@ -1,4 +1,4 @@
-"""What rows say beside one another: equal results, scaling, and the planner's predictions."""
+"""Compares rows: equal results, scaling, and the planner's predictions."""
 
 from typing import Any
 
@@ -9,8 +9,8 @@ from vmoe.bench.plan.planner import make_plans
 from vmoe.bench.report import Column, Row
 from vmoe.bench.scaling.jobs import ScalingJob
 
-# Largest difference from one process that is no mistake, in weights and in losses. In float32 and bfloat16 a gradient
-# can be zero except for rounding, such as that of a key's bias: AdamW makes of it a step of up to its rate (1e-3).
+# The largest difference from one process that rounding explains, in weights and in losses. In float32 and bfloat16 a
+# gradient may be rounding alone, such as that of a key's bias. AdamW turns it into a step of up to its rate (1e-3).
 BOUNDS = {"float64": (1e-9, 1e-9), "float32": (1e-5, 1e-5), "bfloat16": (6.1e-3, 1e-2)}
 _LAYOUT = (Column("layout", "layout"), Column("processes", "processes"))
 _DIFFERENCES = (
@@ -50,11 +50,11 @@ SCALING_TABLES = {
 
 
 def differences_from_one(result: dict[str, Any], one: dict[str, Any], dtype: str) -> Row:
-    """How far a training's results are from those of one process.
+    """The differences of a training's results from those of one process.
 
     Args:
         result: `losses`, and `weights` and first `moments` of the gradients by a parameter's name.
-        one: The same of one process; the losses of a resumed training are compared with its last ones.
+        one: The same from one process. The losses of a resumed training are compared with its last ones.
         dtype: Type of both.
     """
     bound, loss_bound = BOUNDS[dtype]
@@ -81,7 +81,7 @@ def _largest(tensors: dict[str, torch.Tensor]) -> float:
 
 
 def add_scaling(rows: list[Row]) -> None:
-    """Gives rows of speed their efficiency beside one process: with as many images each (weak) and in all (strong)."""
+    """Adds to rows of speed their efficiency relative to one process, in weak and in strong scaling."""
     names = ("model", "experts", "layout", "processes", "batch")
     rates = {
         tuple(row[name] for name in names): row["images_per_second_per_process"] for row in rows if "step_ms" in row
@@ -100,10 +100,10 @@ def add_scaling(rows: list[Row]) -> None:
 
 
 def predicted(job: ScalingJob, row: Row, machine: Machine) -> Row:
-    """The planner's peak memory and time of a step, and their ratios to what was measured."""
+    """The planner's peak memory and time of a step, and their ratios to the measured ones."""
     (plan,) = make_plans(job.workload, [job.layout], machine, NETWORKS["ib-400"].bandwidth)
     step_ms, memory = plan.times.step * 1e3, plan.memory.peak / 2**20
     result = {"predicted_ms": step_ms, "time_ratio": step_ms / row["step_ms"]}
-    if machine.name == "cpu":  # where a process's memory is that of Python and libraries too
+    if machine.name == "cpu":  # there a process's memory includes Python and libraries
         return result
     return result | {"predicted_mib": memory, "memory_ratio": memory / row["peak_mib"]}

@@ -1,9 +1,9 @@
-"""One process of a measurement, as torchrun starts it: does the jobs of a file and prints a row, as JSON, for each.
+"""One process of a measurement, which torchrun starts. It does the jobs of a file and prints a JSON row for each.
 
     torchrun --nproc-per-node 2 -m vmoe.bench.scaling.worker JOBS.pickle
 
-A process that fails prints a row that says so and ends. torchrun then ends the others, which may wait for it. It starts
-all of them again, and they go on with the next job.
+A process that fails prints a row with the reason and ends. torchrun then ends the others, which may wait for it. It
+starts all of them again, and they continue with the next job.
 """
 
 import json
@@ -45,13 +45,13 @@ _UNTIMED = 5  # updates before the timed ones: kernels are compiled, and a graph
 
 
 def main(path: Path) -> None:
-    """Does the jobs of a file that `launch` wrote; after a restart those behind the last that was begun."""
+    """Does the jobs of a file that `launch` wrote. After a restart it continues after the last started job."""
     device, scratch, job_seconds, jobs = pickle.loads(path.read_bytes())
     is_first = Process.this().is_first
     if device.type == "cuda":
         device = torch.device("cuda", Process.this().local_rank)
         torch.cuda.set_device(device)
-    # TF32 would round float32 products differently as the number of processes changes their sizes
+    # TF32 rounds float32 products differently when the number of processes changes their sizes
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     connect(device.type)
     begun = path.with_suffix(".begun")
@@ -78,14 +78,14 @@ def main(path: Path) -> None:
 
 
 def _print_row(row: Row, number: int, start: float) -> None:
-    """Prints the row of a job; one that is not done ends the process."""
+    """Prints the row of a job. If the job failed, it ends the process."""
     print(json.dumps(row | {"job": number, "seconds": time.monotonic() - start}), flush=True)
     if row["state"] != "done":
         os._exit(1)  # an ordinary exit would wait for the other processes, which wait for this one
 
 
 def _compared_row(job: ScalingJob, device: torch.device, scratch: Path) -> Row:
-    """How far the results are from those of one process; in the part "checkpoint", half of the training is resumed."""
+    """The differences from one process. In the part "checkpoint", half of the training is resumed."""
     process, result = Process.this(), TrainingResult()
     if job.part == "equality":
         train_on_noise(job, device, job.steps, [result])
@@ -128,17 +128,17 @@ def train_on_noise(
 ) -> None:  # fmt: skip
     """Trains on random images by the trainer of `vmoe train`, with `steps` updates per epoch.
 
-    The callbacks keep what is measured. `resume_from` is a checkpoint to go on from.
+    The callbacks keep the measurements. `resume_from` is a checkpoint to resume from.
     """
     config = job.config(device.type, epochs)
     torch.manual_seed(0)
-    # Small models are made on the CPU, so that they start alike on every device
+    # small models are made on the CPU, so that they start with the same weights on every device
     with torch.device(device if job.part == "speed" else "cpu"):
         model = job.workload.build()
     if job.dtype == "float64":
         model.double()
     cut, facts = cut_of(config.parallel, job.layout.processes, device.type), None
-    if job.part == "checkpoint":  # later, a model that is sharded cannot be described
+    if job.part == "checkpoint":  # before sharding: a sharded model cannot be described
         facts = describe(model, list(map(str, range(NUM_CLASSES))), name=job.model.name, kwargs=job.model.kwargs)
     module = new_module(config, model, cut, None, facts)
     batches = [_random_batch(job, number, device) for number in range(1 if job.part == "speed" else steps)]
@@ -161,7 +161,7 @@ def _random_batch(job: ScalingJob, number: int, device: torch.device) -> Batch:
 
 
 class ReleaseModel(Callback):
-    """Lets go of model and optimiser at the end, which the trainer would otherwise move to the host."""
+    """Drops model and optimiser at the end; otherwise the trainer would move them to the host."""
 
     def on_fit_end(self, trainer: Trainer, module: Classifier) -> None:
         module.model = nn.Identity()
@@ -169,7 +169,7 @@ class ReleaseModel(Callback):
 
 
 class TrainingResult(Callback):
-    """Losses, weights and the first moments of the gradients, of all processes."""
+    """Keeps losses, weights and the first moments of the gradients of all processes."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
@@ -188,13 +188,13 @@ class TrainingResult(Callback):
 
 
 def _on_host(tensor: Tensor) -> Tensor:
-    """A copy on the host, gathered where it is sharded; all processes must call it."""
+    """A copy on the host, gathered if it is sharded. All processes must call it."""
     tensor = tensor.detach()
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu().clone()
 
 
 class TimedSave(Callback):
-    """Saves a checkpoint after the first epoch, and keeps how long that took and how large it is."""
+    """Saves a checkpoint after the first epoch, and keeps its time and size."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -213,14 +213,14 @@ class TimedSave(Callback):
 
 
 class Stopwatch(Callback):
-    """Marks the time at the beginning of each update and at the end of the last."""
+    """Records the time at the start of each update and at the end of the last."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._marks: list[Any] = []
 
     def on_train_batch_start(self, trainer: Trainer, module: Classifier, batch: Batch, batch_idx: int) -> None:
-        if self.device.type == "cuda" and batch_idx == 1:  # before a graph takes its memory, which replays do not
+        if self.device.type == "cuda" and batch_idx == 1:  # before a graph is captured; replays take no memory
             torch.cuda.reset_peak_memory_stats(self.device)
         self._mark()
 
