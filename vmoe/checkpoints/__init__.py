@@ -1,9 +1,9 @@
-"""What a run's folder and a checkpoint are: the one room that knows the format and opens, checks and rebuilds them.
+"""The format of checkpoints and run folders. No other room knows it.
 
-`entry` is what is ours in a file, `state` is what training adds, `sharded` is a folder of shards, `program` is
-what exported programs tell, and `run_folder` names the files beside. `loading` reads files and makes a `trained` model,
-by which `prediction` answers. `building` makes models, and `foreign` reads weights of others. `writing` makes files:
-`shared` makes those that leave the machine, `own` those of a training loop that is not ours.
+`entry` is this package's entry in a file. `state` is what training adds, `sharded` the folder format of sharded models,
+`program` the metadata of exported programs, and `run_folder` the names of all files. `loading` reads files and makes a
+`trained` model, which predicts by `prediction`. `building` builds models. `foreign` reads weights of others. `writing`
+writes files; `shared` writes files to share, and `own` those of custom training loops.
 """
 
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""Models by the names and arguments that a config or a checkpoint gives them."""
+"""Builds models from the names and arguments in a config or a checkpoint."""
 
 import math
 from typing import Any
@@ -11,23 +11,23 @@ from vmoe.models.sources import with_source
 from vmoe.moe import MoeConfig
 from vmoe.sizes import ImageSize
 
-# Arguments of timm that would fetch or open other files: a checkpoint brings its own weights.
+# Arguments of timm that would fetch or open other files. A checkpoint has its own weights.
 _FETCHING_ARGUMENTS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
 
 
 def build_model(
     name: str, kwargs: dict[str, Any], moe: MoeConfig | None, num_classes: int, image_size: ImageSize
 ) -> nn.Module:
-    """The model of a recipe for a data set: what training starts from and a checkpoint's weights are loaded into.
+    """Builds the model of a config for a data set, without trained weights.
 
-    Without `moe` it is dense, whatever its name. Models that take images of any size are not told one.
+    Without `moe` it is dense, whatever its name. Models for any image size get no size.
 
     Raises:
-        UserError: timm has no such model, it does not take these arguments, or `moe` does not fit it.
+        UserError: timm has no such model, it does not accept these arguments, or `moe` does not fit it.
     """
     try:
         model = _create(with_source(name), moe or False, num_classes, image_size, kwargs)
-    except Exception as error:  # for arguments that it cannot use, timm raises any type
+    except Exception as error:  # timm raises any type for wrong arguments
         reason = " ".join(str(error).split())
         if isinstance(error, KeyError) or not reason:
             reason = f"{type(error).__name__} {reason}".strip()
@@ -50,7 +50,7 @@ def _create(
 
 
 def _check_patches(model: nn.Module, image_size: ImageSize) -> None:
-    """Refuses images of which the patches would leave out, without a word, the last rows and columns."""
+    """Refuses image sizes of which patches would silently leave out the last rows or columns."""
     embed = getattr(model, "patch_embed", None)
     sides = getattr(embed, "patch_size", None)
     if sides is None or getattr(embed, "dynamic_img_pad", False):

@@ -1,4 +1,4 @@
-"""How far a trained model's probabilities can be trusted, as its file keeps it: sets of classes of a given coverage."""
+"""The calibration of a trained model, as its file stores it, and sets of classes with a given coverage."""
 
 import math
 from collections.abc import Sequence
@@ -8,16 +8,16 @@ import numpy as np
 
 from vmoe.errors import UserError
 
-_STEPS = 1000  # of coverage, at most, that a file keeps
+_STEPS = 1000  # the most steps of coverage that a file stores
 
 
 def calibration_of(temperature: float, images: int, true_probabilities: np.ndarray) -> dict[str, Any]:
-    """What a file keeps, of plain types.
+    """The calibration in plain types, for a file.
 
     Args:
-        temperature: By which the classifier's logits were divided.
-        images: By how many images it was fitted.
-        true_probabilities: (n,) the probability of the right class, of n images that had no part in the fit.
+        temperature: The number by which the classifier's logits were divided.
+        images: The number of images from which it was fitted.
+        true_probabilities: (n,) the probability of the right class of n images outside the fit.
     """
     ordered = np.sort(true_probabilities)
     steps = min(len(ordered) + 1, _STEPS)
@@ -26,13 +26,13 @@ def calibration_of(temperature: float, images: int, true_probabilities: np.ndarr
 
 
 def least_probability(calibration: dict[str, Any], coverage: float) -> float:
-    """The probability from which a class belongs to a set, so that sets hold the right class with this probability.
+    """The least probability of classes in a set, such that sets hold the right class with probability `coverage`.
 
-    This is split conformal prediction (Angelopoulos & Bates 2021, arXiv 2107.07511, section 1): of n images the
-    ceil((n + 1) coverage)-th smallest score, which is 1 minus the probability of the right class.
+    This is split conformal prediction (Angelopoulos & Bates 2021, arXiv 2107.07511, section 1). A score is 1 minus the
+    probability of the right class. The ceil((n + 1) coverage)-th smallest score of n images is the bound.
 
     Raises:
-        UserError: The coverage is no probability, or more than the number of images allows.
+        UserError: The coverage is no probability, or higher than the number of images allows.
     """
     kept = calibration["least_probabilities"]
     if not 0 < coverage < 1:
@@ -45,14 +45,14 @@ def least_probability(calibration: dict[str, Any], coverage: float) -> float:
 
 
 def class_sets(probabilities: np.ndarray, least: float) -> np.ndarray:
-    """(N, classes) bool: the classes of at least this probability, and in any case the most probable one."""
+    """(N, classes) bool: the classes of at least this probability, and always the most probable one."""
     chosen = probabilities >= least
     chosen[np.arange(len(chosen)), probabilities.argmax(-1)] = True
     return chosen
 
 
 def is_calibration(value: Any) -> bool:
-    """Whether a file's entry is what `calibration_of` writes, or None."""
+    """Whether a file's entry has the form that `calibration_of` writes, or is None."""
     if value is None:
         return True
     if not isinstance(value, dict) or not {"temperature", "images", "least_probabilities"} <= value.keys():

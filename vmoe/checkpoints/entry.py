@@ -1,4 +1,4 @@
-"""What is ours in a checkpoint, and whether a file's is right: it may be hand-made, damaged, or of another version."""
+"""This package's entry in a checkpoint, and its check: a file may be hand-made, damaged, or of another version."""
 
 import math
 from collections.abc import Sequence
@@ -10,11 +10,11 @@ from vmoe.checkpoints.calibration import is_calibration
 from vmoe.errors import UserError
 from vmoe.sizes import ImageSize, as_size
 
-ENTRY = "vmoe"  # what is ours in a checkpoint
-MODEL_PREFIX = "model."  # comes before the name of a weight in a .ckpt file, where Lightning's module holds the model
-# Raised when an older version of this package could not use what a newer one writes; new entries alone do not.
+ENTRY = "vmoe"  # the key of this package's entry
+MODEL_PREFIX = "model."  # the prefix of weights in a .ckpt file, where the LightningModule holds the model
+# Raised when older versions of this package cannot use what a newer one writes. New entries alone do not raise it.
 FORMAT_VERSION = 2
-# Of files that need nothing of version 2: images that are not square or not cropped in their centre, several classes
+# For files without the news of version 2: images that are not square or not cropped at the centre, several classes
 PLAIN_VERSION = 1
 _LARGEST_IMAGE = 4096  # as in DataConfig
 _WEIGHTS_ALONE = (
@@ -25,39 +25,39 @@ _WEIGHTS_ALONE = (
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What every tool must know of a model besides its weights, of plain types; every file of a model holds it."""
+    """What every tool must know about a model besides its weights, in plain types. Every file of a model holds it."""
 
     config: dict[str, Any]  # the run's whole config: seed, output_dir, data, model, moe, optim, trainer
     class_names: Sequence[str]  # in the order of the logits
     image_size: ImageSize  # side of the square images, or (height, width), pixels
-    mean: Sequence[float]  # of each channel, for pixels in [0, 1]
+    mean: Sequence[float]  # per channel, for pixels in [0, 1]
     std: Sequence[float]
-    bit_depth: int | None = None  # of training files with more than 8 bits per channel; None where there were none
-    # Name and kwargs that timm builds the model by, where config.model names a folder or hub, which may be gone
+    bit_depth: int | None = None  # of training files with more than 8 bits per channel; None without such files
+    # timm's name and kwargs of the model, if config.model names a folder or hub entry, which may be gone
     architecture: dict[str, Any] | None = None
-    crop: str = "centre"  # how pictures of another shape are fitted to the image size, as in `DataConfig`
-    multi_label: bool = False  # whether an image may have several classes: each logit is of a sigmoid of its own
-    thresholds: Sequence[float] | None = None  # of several classes: the probability of each from which an image has it
+    crop: str = "centre"  # how images of another shape are fitted to the image size, as in `DataConfig`
+    multi_label: bool = False  # whether an image may have several classes: then each logit has its own sigmoid
+    thresholds: Sequence[float] | None = None  # with `multi_label`: the least probability per class
     calibration: dict[str, Any] | None = None  # by `vmoe.calibrate`; see `vmoe.checkpoints.calibration`
 
     @property
     def is_plain(self) -> bool:
-        """Whether a version of this package that knows square, centred images and one class each can use the model."""
+        """Whether versions of this package that only know square, centred images of one class can use the model."""
         return self.crop == "centre" and isinstance(self.image_size, int) and not self.multi_label
 
     def by_architecture(self) -> "ModelFacts":
-        """The same, with timm's own name and arguments in `config.model`, by which the model can be built anywhere."""
+        """A copy with timm's own name and arguments in `config.model`, so that the model can be built anywhere."""
         built = self.config["model"] | (self.architecture or {})
         return replace(self, config=self.config | {"model": built}, architecture=None)
 
 
 def entry_for(facts: ModelFacts, epochs_done: int = 0, step: int | None = None) -> dict[str, Any]:
-    """What is ours in a checkpoint that is written now.
+    """This package's entry for a new checkpoint.
 
     Args:
-        facts: Of the model.
-        epochs_done: Epochs that it was trained for.
-        step: Updates that it was trained for, in a file where Lightning does not write them.
+        facts: The model's facts.
+        epochs_done: Number of trained epochs.
+        step: Number of updates, for a file in which Lightning does not write it.
     """
     version = PLAIN_VERSION if facts.is_plain else FORMAT_VERSION
     entry = {"version": version, **vars(facts), "epochs_done": epochs_done}
@@ -75,7 +75,7 @@ def entry_for(facts: ModelFacts, epochs_done: int = 0, step: int | None = None) 
 
 
 def facts_of(content: dict[str, Any]) -> ModelFacts:
-    """What a checkpoint, by `check_entry`, tells of its model."""
+    """The model's facts in a checkpoint that passed `check_entry`."""
     ours = content[ENTRY]
     return ModelFacts(
         config=ours["config"],
@@ -93,10 +93,10 @@ def facts_of(content: dict[str, Any]) -> ModelFacts:
 
 
 def checked(content: Any, path: Path) -> dict[str, Any]:
-    """The content of a checkpoint, if it is ours and of a version that is understood.
+    """Returns a checkpoint's content after checking that it is this package's and of a supported version.
 
     Raises:
-        UserError: it is not.
+        UserError: It is not.
     """
     ours = content.get(ENTRY) if isinstance(content, dict) else None
     version = ours.get("version") if isinstance(ours, dict) else None
@@ -112,7 +112,7 @@ def checked(content: Any, path: Path) -> dict[str, Any]:
 
 
 def _are_weights_alone(content: Any) -> bool:
-    """Whether what was read is a state dict, or holds one, as other trainers write it."""
+    """Whether the content is a state dict, or holds one, as other trainers write it."""
     if not isinstance(content, dict):
         return False
     held = next((content[key] for key in ("state_dict", "model") if isinstance(content.get(key), dict)), content)
@@ -120,10 +120,10 @@ def _are_weights_alone(content: Any) -> bool:
 
 
 def check_entry(content: dict[str, Any], path: Path) -> None:
-    """Refuses a checkpoint, already `checked`, unless it tells what tools need to know, in the right types.
+    """Checks that a checkpoint, already `checked`, holds all facts that tools need, in the right types.
 
     Raises:
-        UserError: it does not.
+        UserError: It does not.
     """
     if "config" not in content[ENTRY] and "pytorch-lightning_version" in content:
         raise UserError(f"{path}: {_WEIGHTS_ALONE}")
@@ -133,7 +133,7 @@ def check_entry(content: dict[str, Any], path: Path) -> None:
 
 
 def _fault(content: dict[str, Any], ours: dict[str, Any]) -> str | None:
-    """The first entry that is missing or not what it must be; None where all are right."""
+    """The first entry that is missing or wrong, or None."""
     config = ours.get("config")
     if not isinstance(config, dict):
         return "config must be a dict"

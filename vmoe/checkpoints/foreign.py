@@ -1,4 +1,4 @@
-"""Files of weights that others wrote, such as timm's trainer or its hub."""
+"""Reads files of weights that others wrote, such as timm's trainer or its hub."""
 
 import argparse
 import zipfile
@@ -18,10 +18,10 @@ _WRAPPERS = ("module.", "_orig_mod.", MODEL_PREFIX)  # of DataParallel, torch.co
 def read_foreign_weights(path: str | Path) -> dict[str, Tensor] | None:
     """The weights of a file that timm or another library wrote: .pth, .pth.tar, .safetensors, ...
 
-    The average of the weights (EMA) where the file has one. Prefixes that wrappers leave in all names are taken off.
+    If the file has an average of the weights (EMA), it returns the average. It removes the name prefixes of wrappers.
 
     Returns:
-        A state dict; None where the path is no such file, or one of ours.
+        A state dict; None if the path is no such file, or a file of this package.
     """
     path = Path(path).expanduser()
     if not path.is_file():
@@ -46,8 +46,8 @@ def _foreign_content(path: Path) -> Any:
             with safe_open(path, framework="pt") as file:
                 is_ours = ENTRY in (file.metadata() or {})
             return None if is_ours else load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):  # the options of a run of timm's
+        with torch.serialization.safe_globals([argparse.Namespace]):  # timm's trainer stores its options so
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         return None if isinstance(content, dict) and ENTRY in content else content
-    except Exception:  # a damaged file fails in any way it can, which reading it as ours will tell
+    except Exception:  # a damaged file may raise any type; reading it as ours will report it
         return None

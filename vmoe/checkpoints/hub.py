@@ -1,4 +1,4 @@
-"""A trained model on the Hugging Face hub, by its name: fetched once into the hub's own cache."""
+"""Fetches a trained model from the Hugging Face hub by its name, once, into the hub's own cache."""
 
 from pathlib import Path
 
@@ -8,19 +8,19 @@ HUB = "hf-hub:"
 
 
 def fetch(name: str) -> Path:
-    """The weights of a folder that `vmoe export --format hub` wrote and somebody pushed to the hub.
+    """The path of the weights in a hub repository with a folder of `vmoe export --format hub`.
 
-    huggingface_hub fetches them: it keeps its cache, its environment variables and its offline mode.
+    huggingface_hub fetches them, with its own cache, environment variables and offline mode.
 
     Args:
         name: hf-hub:USER/NAME, or hf-hub:USER/NAME@REVISION for a branch, a tag or a commit.
 
     Raises:
-        UserError: the hub has no such repository, file or revision, or cannot be reached and its cache has no copy.
+        UserError: The hub has no such repository, file or revision, or it cannot be reached and its cache has no copy.
     """
     from huggingface_hub import hf_hub_download
 
-    # A path of Windows has turned the slash
+    # a path on Windows has turned the slash
     repository, _, revision = name.removeprefix(HUB).replace("\\", "/").partition("@")
     try:
         return Path(hf_hub_download(repository, "model.safetensors", revision=revision or None))

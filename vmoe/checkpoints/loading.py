@@ -1,9 +1,9 @@
-"""Reading a checkpoint, and the model it holds, for every tool.
+"""Reads checkpoints and rebuilds their models, for every tool.
 
-A checkpoint is the file Lightning writes, with one entry of ours, `vmoe`, of plain types: the format's version, the
-run's whole config, the class names, image size, mean and std, the average of the weights where the run keeps one, and
-what an exact resumption needs. Weights to be shared are a safetensors file instead, with the same entry as JSON in its
-metadata and without what training needs.
+A checkpoint is Lightning's file with one entry of ours, `vmoe`, in plain types. The entry holds the format's version,
+the run's whole config, the class names, image size, mean and std, the average of the weights if the run keeps one, and
+the state for exact resumption. A file to share is a safetensors file instead, with the same entry as JSON in its
+metadata and without the state of training.
 """
 
 import json
@@ -31,26 +31,26 @@ from vmoe.models.sources import with_source
 from vmoe.moe import MoeConfig
 from vmoe.moe.int8 import dequantise
 
-SCALE = "_scale"  # follows the name of a weight stored as int8 in that of its scales
+SCALE = "_scale"  # the scales of a weight stored as int8 have its name with this suffix
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> TrainedModel:
-    """Opens a trained model: rebuilds it and fills it with its weights, their average (EMA) where the run kept one.
+    """Opens a trained model: rebuilds it and loads its weights, or their average (EMA) if the run kept one.
 
-    Nothing that a file says is run; only models that timm or this package names are built.
+    It never runs code from a file, and builds only models that timm or this package names.
 
     Args:
-        path: A run's folder, of which the best checkpoint is taken, or the last while there is no best; a .ckpt or
-            .safetensors file; a folder that `vmoe export --format hub` wrote; or the name of one that was pushed to the
-            hub, hf-hub:USER/NAME or hf-hub:USER/NAME@REVISION.
-        device: Where the model goes.
+        path: A run's folder (its best checkpoint, or the last if there is no best); a .ckpt or .safetensors file; a
+            folder of `vmoe export --format hub`; or its name on the hub, hf-hub:USER/NAME or
+            hf-hub:USER/NAME@REVISION.
+        device: The device of the model.
 
     Returns:
         timm's model, in evaluation mode, which also has `class_names`, `image_size`, `mean`, `std`, `config` and
         `predict`: see `TrainedModel`.
 
     Raises:
-        UserError: the file is missing, truncated, foreign, damaged, or of a newer version.
+        UserError: The file is missing, truncated, foreign, damaged, or of a newer version.
     """
     path = find_checkpoint(path)
     content = read_checkpoint(path)
@@ -66,23 +66,23 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> TrainedModel:
             step=content["global_step"],
             path=path,
         )
-    except UserError as error:  # of the model, which cannot be built
+    except UserError as error:  # the model cannot be built
         raise UserError(f"{path}: {error}") from error
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200] + (" is missing" if isinstance(error, KeyError) else "")
         raise UserError(f"{path}: its weights and its config do not make a model ({reason}); train it again") from error
 
 
-load_checkpoint = load  # its name before `vmoe.load`
+load_checkpoint = load  # the older name of `vmoe.load`
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """The checkpoint file that `path` stands for: itself, or the best, else the last, of a run's folder.
+    """The checkpoint file for `path`: the file itself, or a run's best checkpoint, else its last.
 
-    A name such as hf-hub:USER/NAME stands for the weights there, which are fetched first.
+    For a name such as hf-hub:USER/NAME it fetches the weights first.
 
     Raises:
-        UserError: there is none.
+        UserError: There is none.
     """
     if str(path).startswith(HUB):
         return fetch(str(path))
@@ -101,20 +101,20 @@ def find_checkpoint(path: str | Path) -> Path:
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """The content of a checkpoint, on the CPU, checked to be ours and of a version that is understood.
+    """The content of a checkpoint, on the CPU. It is checked to be this package's and of a supported version.
 
     Raises:
-        UserError: the file is missing, truncated, foreign, damaged, or of a newer version.
+        UserError: The file is missing, truncated, foreign, damaged, or of a newer version.
     """
     path = Path(path)
     return checked(read_folder(path) if is_sharded(path) else _read_file(path), path)
 
 
 def read_without_tensors(path: str | Path) -> dict[str, Any]:
-    """As `read_checkpoint` does, but leaves a model's tensors unread where it can: in a folder of shards.
+    """Like `read_checkpoint`, but does not read the tensors of a folder of shards.
 
     Raises:
-        UserError: as there.
+        UserError: As `read_checkpoint`.
     """
     path = Path(path)
     return checked(read_plain_part(path) if is_sharded(path) else _read_file(path), path)
@@ -129,7 +129,7 @@ def _read_file(path: Path) -> Any:
         raise UserError(f"{path}: not a checkpoint, or cut off while it was copied; copy it again")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file makes the unpickler fail in any way it can
+    except Exception as error:  # for a damaged file the unpickler may raise any type
         raise UserError(
             f"{path}: cannot be read as a checkpoint of tensors and plain types; is it damaged or foreign? "
             "Of a whole model that was pickled, write the weights by vmoe.save(model, path)"
@@ -158,10 +158,10 @@ def _is_int8(stored: dict[str, Tensor], name: str) -> bool:
 
 
 def copy_checkpoint(source: Path, target: Path) -> None:
-    """Copies a checkpoint; the target is never half of one.
+    """Copies a checkpoint. The target is never half-written.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: It cannot be written.
     """
     if is_sharded(source):
         with new_folder(target) as temporary:
@@ -172,16 +172,15 @@ def copy_checkpoint(source: Path, target: Path) -> None:
 
 
 def trained_weights(content: dict[str, Any]) -> dict[str, Tensor]:
-    """The state dict of a checkpoint's model: with the average of the weights (EMA) where the run kept one.
+    """The state dict of a checkpoint's model, with the average of the weights (EMA) if the run kept one.
 
-    Low-rank adapters are part of the weights that they belong to. What a subclass of Classifier has beside its model is
-    left out.
+    Low-rank adapters are merged into their weights. Other modules of a Classifier's subclass are left out.
     """
     return merged_weights(unmerged_weights(content))
 
 
 def unmerged_weights(content: dict[str, Any]) -> dict[str, Tensor]:
-    """As `trained_weights`, with low-rank adapters apart, as the model has them while it is trained."""
+    """Like `trained_weights`, but with separate low-rank adapters, as in training."""
     state = content["state_dict"]
     weights = {key.removeprefix(MODEL_PREFIX): value for key, value in state.items() if key.startswith(MODEL_PREFIX)}
     ema = content[ENTRY].get("ema")
@@ -190,7 +189,7 @@ def unmerged_weights(content: dict[str, Any]) -> dict[str, Tensor]:
 
 def _rebuild(facts: ModelFacts) -> nn.Module:
     config, name = facts.config, with_source(facts.config["model"]["name"])
-    if not timm.is_model(name):  # names such as hf-hub:... would fetch a model
+    if not timm.is_model(name):  # a name such as hf-hub:... would fetch a model
         raise ValueError(f"unknown model {name!r}")
     try:
         moe = None if config["moe"] is None else MoeConfig(**config["moe"])

@@ -1,4 +1,4 @@
-"""A model of anybody's training loop as a file that every tool opens."""
+"""Saves a model of a custom training loop as a file that every tool opens."""
 
 import copy
 import dataclasses
@@ -41,26 +41,27 @@ def save(
 ) -> None:
     """Writes a trained model, sparse or dense, as one file that `vmoe.load` and every tool open.
 
-    The file tells how the model is built. So the model is built again from what the file will tell, and its logits are
-    compared with the model's; nothing is written if they differ.
+    The file describes how to build the model. To verify this, the model is built from the description, and its logits
+    are compared with the original's. If they differ, nothing is written.
 
     Args:
         model: A model by `vmoe.create_model`, `vmoe.sparsify`, `timm.create_model` or `vmoe.load`.
         path: A .safetensors or .ckpt file.
-        class_names: Name of each class, in the order of the logits. None: those of a loaded model.
-        image_size: Side of the square images in pixels, or (height, width). None: what the model was made for.
-        crop: How pictures of another shape were fitted to that (see `vmoe.prepare_image`). None: a loaded model's, else
-            "centre".
-        mean: Mean of each channel that images were normalised with (see `vmoe.prepare_image`). None: a loaded model's,
-            else timm's for this model (`model.pretrained_cfg`).
-        std: Standard deviation of each channel. None: the same as for `mean`.
-        name: timm's name of the model. None: as the model itself tells it.
-        kwargs: The arguments of timm it was made with, beside `num_classes` and `img_size`. None: those that
-            `vmoe.create_model` was given.
-        multi_label: Whether an image may have several classes, or none, so that each logit is of a sigmoid of its own.
-            None: a loaded model's, else False.
-        thresholds: With `multi_label` the probability of each class from which an image has it. None: a loaded model's,
-            else 0.5 for all.
+        class_names: Name of each class, in the order of the logits. None takes those of a loaded model.
+        image_size: Side of the square images in pixels, or (height, width). None takes the size that the model was
+            built for.
+        crop: How images of another shape were fitted to that size (see `vmoe.prepare_image`). None takes a loaded
+            model's, else "centre".
+        mean: Mean of each channel for normalisation (see `vmoe.prepare_image`). None takes a loaded model's, else
+            timm's for this model (`model.pretrained_cfg`).
+        std: Standard deviation of each channel. None as for `mean`.
+        name: timm's name of the model. None takes it from the model.
+        kwargs: timm's arguments of the model, except `num_classes` and `img_size`. None takes those of
+            `vmoe.create_model`.
+        multi_label: Whether an image may have several classes, or none, so that each logit has its own sigmoid. None
+            takes a loaded model's, else False.
+        thresholds: With `multi_label` the least probability of each class that an image has. None takes a loaded
+            model's, else 0.5 for all.
 
     Raises:
         UserError: An argument is missing or does not fit the model, the model cannot be built again, or `path` cannot
@@ -68,7 +69,7 @@ def save(
     """
     if Path(path).suffix not in (".safetensors", ".ckpt"):
         raise UserError(f"path={path}: must end in .safetensors or .ckpt")
-    model = getattr(model, "_orig_mod", model)  # of torch.compile(model)
+    model = getattr(model, "_orig_mod", model)  # the original of torch.compile(model)
     facts = describe(model, class_names, image_size=image_size, crop=crop, mean=mean, std=std, name=name, kwargs=kwargs)
     facts = _with_labels(model, facts, multi_label, thresholds)
     if isinstance(model, TrainedModel) and class_names is None and not facts.multi_label:
@@ -88,15 +89,15 @@ def describe(
     name: str | None = None,
     kwargs: dict[str, Any] | None = None,
 ) -> ModelFacts:
-    """What a file has to tell of a model, so that the model is built again from it.
+    """The facts that a file needs to rebuild a model.
 
-    It is built again here, and its logits are compared with the model's. No random number is drawn.
+    The model is rebuilt here, and its logits are compared with the original's. The random generators do not change.
 
     Args:
-        model: As in `save`; the other arguments are the same, too.
+        model: As in `save`, like the other arguments.
 
     Raises:
-        UserError: An argument is missing or does not fit the model, or the model cannot be built again.
+        UserError: An argument is missing or does not fit the model, or the model cannot be rebuilt.
     """
     own = _plain_copy(model)
     known = model if isinstance(model, TrainedModel) else None
@@ -114,7 +115,7 @@ def describe(
     built = _architecture(model, name, kwargs)
     layers = moe_layers(own)
     moe = layers[0][1].config if layers else None
-    with torch.random.fork_rng(devices=[]):  # of a training that goes on
+    with torch.random.fork_rng(devices=[]):  # a training may be going on
         again = build_model(built["name"], built["kwargs"], moe, len(names), size).eval()
     _require_same_logits(own, again, size, names, built)
     config = {"seed": 0, "output_dir": None, "optim": {}, "trainer": {}}
@@ -132,7 +133,7 @@ def describe(
 def _with_labels(
     model: nn.Module, facts: ModelFacts, multi_label: bool | None, thresholds: Sequence[float] | None
 ) -> ModelFacts:
-    """The facts with what `save` was given of the labels.
+    """The facts with the label options of `save`.
 
     Raises:
         UserError: The thresholds do not fit, or the model is an ensemble.
@@ -156,16 +157,16 @@ def _with_labels(
 
 
 def _plain_copy(model: nn.Module) -> nn.Module:
-    """A copy on the CPU in float32 and evaluation mode, as a file's model is; adapters are part of its weights."""
+    """A copy on the CPU in float32 and evaluation mode, with adapters merged, like the model of a file."""
     with torch.no_grad():
         return merge_lora(copy.deepcopy(model).cpu().float().eval())
 
 
 def _size_of(model: nn.Module) -> ImageSize:
-    """The size of the images that a model was made for.
+    """The image size that a model was built for.
 
     Raises:
-        UserError: it does not tell.
+        UserError: It is unknown.
     """
     sides = getattr(getattr(model, "patch_embed", None), "img_size", None)
     sides = sides or (getattr(model, "pretrained_cfg", None) or {}).get("input_size", ())[1:]
@@ -181,10 +182,10 @@ def _three(word: str, values: Any) -> list[float]:
 
 
 def _architecture(model: nn.Module, name: str | None, kwargs: dict[str, Any] | None) -> dict[str, Any]:
-    """Timm's name of a model and its arguments, as a config has them.
+    """A model's timm name and arguments, in the form of a config.
 
     Raises:
-        UserError: they are not known, or an argument is not of plain types.
+        UserError: They are unknown, or an argument has no plain type.
     """
     known: dict[str, Any] = getattr(model, CREATED_WITH, {})
     if isinstance(model, TrainedModel):
@@ -207,10 +208,10 @@ def _architecture(model: nn.Module, name: str | None, kwargs: dict[str, Any] | N
 def _require_same_logits(
     model: nn.Module, again: nn.Module, size: ImageSize, names: list[str], built: dict[str, Any]
 ) -> None:
-    """Fills the model that was built again, and compares its logits on random images with the model's, bit for bit.
+    """Loads the weights into the rebuilt model, and compares both models' logits on random images bit for bit.
 
     Raises:
-        UserError: the weights do not fit it, or the logits or their number differ.
+        UserError: The weights do not fit it, or the logits or their number differ.
     """
     how = f"name={built['name']!r}, kwargs={built['kwargs']}"
     images = torch.randn(2, 3, *height_and_width(size), generator=torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""From pictures of any kind to the classes that a trained model finds in them."""
+"""Predicts the classes of images in any form with a trained model."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,27 +20,27 @@ from vmoe.errors import UserError
 from vmoe.models.members import refuse_ensemble
 from vmoe.progress import Progress, shown
 
-UNKNOWN = "unknown"  # the label of a picture that no class is probable enough for
+UNKNOWN = "unknown"  # the label of an image without a class that is probable enough
 Picture = str | PathLike[str] | Image.Image | np.ndarray
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a model finds in N pictures, in their order: `labels, probabilities = model.predict(pictures)`.
+    """A model's predictions for N pictures, in their order: `labels, probabilities = model.predict(pictures)`.
 
     Attributes:
-        labels: (N) The name of each picture's most probable class. Of a model for several classes per picture a list of
-            names each, the most probable first: of those that reach their threshold, or none.
-        probabilities: (N, classes) float32, the softmax of the logits; of several classes the sigmoid of each.
+        labels: (N) The name of each picture's most probable class. With several classes per picture, a list of the
+            classes that reach their threshold, the most probable first; it may be empty.
+        probabilities: (N, classes) float32, the softmax of the logits; with several classes the sigmoid of each.
         logits: (N, classes) float32.
-        features: (N, D) float32, what the classifier takes, with `features`; else None.
-        pictures: (N) What each is of: the path of a file, or the place of an image or array in what was given.
+        features: (N, D) float32, the classifier's input, with `features`; else None.
+        pictures: (N) The source of each: the path of a file, or the index of an image or array in the argument.
         class_names: In the order of the columns of `probabilities`.
-        left_out: A line for each picture that could not be read, with `skip_damaged`.
-        notes: Lines to say, such as what was passed over in folders.
-        bit_depth: By which files with more than 8 bits per channel were read; None where there were none.
+        left_out: With `skip_damaged`, a line for each picture that could not be read.
+        notes: Further lines to print, such as on ignored files of folders.
+        bit_depth: The bit depth of files with more than 8 bits per channel; None without such files.
         multi_label: Whether a picture may have several classes, or none.
-        calibration: The model's, for `sets`; None with `tta`, for which no model is calibrated.
+        calibration: The model's calibration, for `sets`; None with `tta`, which has no calibration.
     """
 
     labels: list[str] | list[list[str]]
@@ -62,13 +62,13 @@ class Predictions:
         return len(self.labels)
 
     def top(self, count: int = 5) -> list[list[dict[str, Any]]]:
-        """For each picture its `count` most probable classes, best first, as {"class": ..., "probability": ...}."""
+        """The `count` most probable classes of each picture, best first, as {"class": ..., "probability": ...}."""
         return [most_probable(row, self.class_names, count) for row in self.probabilities]
 
     def labels_from(self, threshold: float) -> list[str] | list[list[str]]:
-        """`labels`, with "unknown" for each picture that no class has at least this probability for.
+        """The `labels`, with "unknown" for each picture without a class of at least this probability.
 
-        Of several classes per picture: those with at least this probability, in place of their own thresholds.
+        With several classes per picture: all classes of at least this probability, instead of their own thresholds.
 
         Raises:
             UserError: The threshold is not from 0 to 1.
@@ -81,13 +81,13 @@ class Predictions:
         return [label if known else UNKNOWN for label, known in zip(self.labels, sure.tolist(), strict=True)]
 
     def sets(self, coverage: float) -> list[list[str]]:
-        """For each picture a set of classes, the most probable first.
+        """A set of classes for each picture, the most probable first.
 
-        For pictures as those that the model was calibrated by, a set holds the right class with the probability
-        `coverage`, on average over such calibrations and pictures (split conformal prediction).
+        A set holds the right class with probability `coverage`, on average over calibrations and pictures of the same
+        kind (split conformal prediction).
 
         Raises:
-            UserError: The model is not calibrated, or not for so high a coverage.
+            UserError: The model is not calibrated, or not for such a high coverage.
         """
         if self.calibration is None:
             raise UserError(f"coverage={coverage:g}: needs a model that vmoe.calibrate has calibrated, without tta")
@@ -99,7 +99,7 @@ class Predictions:
 def names_above(
     probabilities: np.ndarray, names: list[str], thresholds: float | Sequence[float] | None
 ) -> list[list[str]]:
-    """For each row of (N, classes) the classes that reach their threshold (None: 0.5), the most probable first."""
+    """The classes in each row of (N, classes) that reach their threshold (None: 0.5), the most probable first."""
     is_there = probabilities >= np.asarray(0.5 if thresholds is None else thresholds, dtype=np.float32)
     orders = (-probabilities).argsort(1, kind="stable")
     return [
@@ -109,7 +109,7 @@ def names_above(
 
 
 def most_probable(probabilities: np.ndarray, names: list[str], count: int) -> list[dict[str, Any]]:
-    """The `count` most probable classes of (classes,), best first, as plain types; of equal ones the earlier first."""
+    """The `count` most probable classes of (classes,), best first, in plain types. Ties keep their order."""
     order = (-probabilities).argsort(kind="stable")[:count]
     return [{"class": names[index], "probability": float(probabilities[index])} for index in order]
 
@@ -154,7 +154,7 @@ def predict(
             kept.append(item if isinstance(item, Path) else place)
         if prepared:
             images = torch.stack(prepared)
-            # Of a picture and its mirror image the mean
+            # the mean over a picture and its mirror image
             views = [_outputs(model, view, features) for view in ([images, images.flip(-1)] if tta else [images])]
             logits.append(np.mean([view[0] for view in views], axis=0))
             vectors += [np.mean([view[1] for view in views], axis=0)] if features else []
@@ -181,7 +181,7 @@ def predict(
 
 
 def probabilities_of(model: TrainedModel, logits: Tensor) -> Tensor:
-    """(..., classes) probabilities for float32 logits: of all classes together, or of each on its own."""
+    """(..., classes) probabilities from float32 logits: the softmax, or with several classes the sigmoid."""
     return logits.sigmoid() if model.multi_label else logits.softmax(-1)
 
 
@@ -190,7 +190,7 @@ def _outputs(model: TrainedModel, images: Tensor, features: bool) -> tuple[np.nd
     """Logits (B, classes) and features (B, D), or None, of prepared images (B, 3, H, W), in evaluation mode.
 
     Raises:
-        UserError: a logit is not finite.
+        UserError: A logit is not finite.
     """
     training = [module for module in model.modules() if module.training]
     dtype = next((each.dtype for each in model.parameters()), torch.float32)
@@ -212,7 +212,7 @@ def _outputs(model: TrainedModel, images: Tensor, features: bool) -> tuple[np.nd
 
 
 def _numbered_pictures(pictures: Picture | Iterable[Picture], notes: list[str]) -> list[tuple[int, Picture]]:
-    """Each picture, with its place in what was given; a folder's pictures all have the folder's."""
+    """Each picture with its index in the argument. All pictures of a folder have the folder's index."""
     if isinstance(pictures, str | PathLike | Image.Image) or (isinstance(pictures, np.ndarray) and pictures.ndim < 4):
         pictures = [pictures]
     passed_over = PassedOver()

@@ -1,4 +1,4 @@
-"""What an exported program, such as an ONNX file, tells of its model in its metadata, as JSON."""
+"""The metadata of an exported program, such as an ONNX file: the model's facts as JSON."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from vmoe.errors import UserError
 from vmoe.sizes import ImageSize, as_size
 
 METADATA = "vmoe"  # the key of the metadata
-_VERSION = 2  # raised when an older version of this package could not use what a newer one writes
+_VERSION = 2  # raised when older versions of this package cannot use what a newer one writes
 _CROPS = {
     "centre": "the largest central part of the RGB image of the shape of image_size, resized to it",
     "squash": "the RGB image, resized to image_size whatever its shape",
@@ -19,7 +19,7 @@ _CROPS = {
 
 
 def program_metadata(facts: ModelFacts) -> dict[str, Any]:
-    """What a program's user must know: how images are prepared and what the logits mean."""
+    """The metadata that a program's user needs: the preparation of images and the meaning of logits."""
     return {
         "version": 1 if facts.is_plain else _VERSION,
         "model": facts.config["model"]["name"],
@@ -55,14 +55,14 @@ def _calibration(value: Any) -> dict[str, Any] | None:
 
 
 def facts_of_program(text: str, path: Path) -> ModelFacts:
-    """The facts that a program's metadata hold; their `config` is empty.
+    """The facts in a program's metadata. Their `config` is empty.
 
     Args:
         text: The metadata.
         path: The program, for messages.
 
     Raises:
-        UserError: they are damaged or of a newer version.
+        UserError: They are damaged or of a newer version.
     """
     try:
         content = json.loads(text)

@@ -1,4 +1,4 @@
-"""The folder of a run: what its files are called, and what stands in those that are no checkpoints."""
+"""The folder of a run: the names of its files, and the content of those that are no checkpoints."""
 
 import csv
 import json
@@ -12,10 +12,10 @@ import yaml
 from vmoe.files import atomic_write
 from vmoe.version import __version__
 
-_WRITTEN_BY = "# vmoe "  # and the version: the first line of a run's config.yaml
-_BLOCK, _LOAD = "moe/", "/load/"  # in the name of a column of metrics.csv: moe/BLOCK/load/EXPERT
-# Options of a run that tell where things are and how fast they go, but change nothing of its result. With Muon the
-# layout does: it decides which matrices Muon trains.
+_WRITTEN_BY = "# vmoe "  # followed by the version: the first line of a run's config.yaml
+_BLOCK, _LOAD = "moe/", "/load/"  # a column of metrics.csv is moe/BLOCK/load/EXPERT
+# Options on paths and speed that do not change a run's result. (With Muon the layout does: it decides which matrices
+# Muon trains.)
 WITHOUT_EFFECT = (
     *("output_dir", "resume", "data.workers", "data.check", "trainer.log_every", "trainer.loggers"),
     *("trainer.device", "trainer.compile", "trainer.cuda_graph", "trainer.grad_checkpointing"),
@@ -25,7 +25,7 @@ WITHOUT_EFFECT = (
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The files of a run, by what they are."""
+    """The paths of a run's files."""
 
     path: Path
 
@@ -43,7 +43,7 @@ class RunFolder:
 
     @property
     def shared(self) -> Path:
-        """The weights of a folder that was written to be shared, which is no run's."""
+        """The weights of a folder to share, which is no run's folder."""
         return self.path / "model.safetensors"
 
     @property
@@ -60,7 +60,7 @@ class RunFolder:
 
     @classmethod
     def around(cls, checkpoint: Path) -> "RunFolder | None":
-        """The run's folder that a checkpoint file stands in; None where it stands elsewhere."""
+        """The run's folder around a checkpoint file; None if it is not in one."""
         folder = cls(checkpoint.parent.parent)
         return folder if checkpoint.parent == folder.last.parent else None
 
@@ -68,12 +68,12 @@ class RunFolder:
         """The content of config.yaml.
 
         Raises:
-            OSError, UnicodeDecodeError, yaml.YAMLError: it cannot be read.
+            OSError, UnicodeDecodeError, yaml.YAMLError: It cannot be read.
         """
         return yaml.safe_load(self.config.read_text(encoding="utf-8"))
 
     def read_summary(self) -> dict[str, Any] | None:
-        """The content of summary.json; None where it is missing or damaged."""
+        """The content of summary.json; None if it is missing or damaged."""
         try:
             content = json.loads(self.summary.read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -84,14 +84,14 @@ class RunFolder:
         """The rows of metrics.csv, one per epoch.
 
         Raises:
-            OSError, UnicodeDecodeError, csv.Error: it cannot be read.
+            OSError, UnicodeDecodeError, csv.Error: It cannot be read.
         """
         with open(self.metrics, newline="", encoding="utf-8") as file:
             return list(csv.DictReader(file))
 
 
 def metrics_of(summary: dict[str, Any] | None) -> dict[str, float]:
-    """What summary.json says was measured, such as "test/top1", as fractions; {} where it says nothing."""
+    """The metrics in summary.json, such as "test/top1", as fractions; {} if it has none."""
     metrics = (summary or {}).get("metrics")
     return metrics if isinstance(metrics, dict) else {}
 
@@ -102,10 +102,10 @@ def is_tested(summary: dict[str, Any] | None) -> bool:
 
 
 def loads_in(row: dict[str, str]) -> dict[str, list[float]]:
-    """Each expert's load relative to the fair share, by block, of a row of metrics.csv.
+    """Each expert's load relative to the fair share, by block, from a row of metrics.csv.
 
     Raises:
-        ValueError, TypeError: a cell holds no number.
+        ValueError, TypeError: A cell holds no number.
     """
     loads: dict[str, list[float]] = {}
     for column, value in row.items():
@@ -116,25 +116,25 @@ def loads_in(row: dict[str, str]) -> dict[str, list[float]]:
 
 
 def config_text(config: dict[str, Any]) -> str:
-    """A run's config as config.yaml holds it, with the version that wrote it in the first line."""
+    """The text of a run's config.yaml. Its first line has the version that wrote it."""
     return f"{_WRITTEN_BY}{__version__}\n{yaml.safe_dump(config, sort_keys=False)}"
 
 
 def is_config_of_run(path: Path) -> bool:
-    """Whether a config.yaml is that of the run in whose folder it lies, rather than one that a user wrote."""
+    """Whether a run wrote this config.yaml into its folder, and not a user."""
     try:
         with open(path, encoding="utf-8") as file:
             is_ours = file.readline().startswith(_WRITTEN_BY)
     except (OSError, UnicodeDecodeError):
         return False
     folder = RunFolder(path.parent)
-    # Older versions did not write that line
+    # older versions did not write that line
     beside = (folder.last.parent, folder.metrics, folder.summary)
     return path == folder.config and (is_ours or any(each.exists() for each in beside))
 
 
 def newer_version(path: str | Path) -> str | None:
-    """The version that a run's config.yaml was written by, if it is newer than this one."""
+    """The version that wrote a run's config.yaml, if it is newer than this one; else None."""
     try:
         first = Path(path).read_text(encoding="utf-8").partition("\n")[0]
     except (OSError, UnicodeDecodeError):
@@ -145,7 +145,7 @@ def newer_version(path: str | Path) -> str | None:
 
 
 def note_epochs(folder: RunFolder, epochs: int) -> None:
-    """Writes the number of epochs of a run that has more than before into its config.yaml; the other lines stay."""
+    """Updates the number of epochs in the config.yaml of a run that continues. The other lines stay."""
     text = folder.config.read_text(encoding="utf-8") if folder.config.is_file() else ""
     longer = re.sub(r"(^trainer:\n(?:[ #].*\n)*?  epochs: )\d+", rf"\g<1>{epochs}", text, flags=re.MULTILINE)
     if longer != text:
@@ -154,7 +154,7 @@ def note_epochs(folder: RunFolder, epochs: int) -> None:
 
 
 def flatten(plain: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A config of nested dicts as one dict, by dotted name."""
+    """Flattens a config of nested dicts into one dict by dotted names."""
     flat = {}
     for key, value in plain.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}

@@ -1,6 +1,6 @@
-"""Checkpoints of runs whose model was cut: a folder with the parts of each process, read as one by any number of them.
+"""Checkpoints of sharded models: a folder with the shards of each rank. Any number of ranks can read it.
 
-The tensors are in the format of torch.distributed.checkpoint (DCP), all else in one file of plain types.
+The tensors are in the format of torch.distributed.checkpoint (DCP). One file of plain types holds all else.
 """
 
 import os
@@ -18,7 +18,7 @@ from vmoe.checkpoints.entry import ENTRY
 from vmoe.errors import UserError
 
 PLAIN_PART = "plain.pt"
-_WEIGHTS, _OPTIMIZER, _AVERAGE = "weights/", "optimizer/", "ema/"  # what the names of a folder's tensors begin with
+_WEIGHTS, _OPTIMIZER, _AVERAGE = "weights/", "optimizer/", "ema/"  # prefixes of the names of a folder's tensors
 _METADATA = ".metadata"
 _METADATA_MODULE = "torch.distributed.checkpoint.metadata"
 _METADATA_NAMES = {
@@ -40,10 +40,10 @@ def is_sharded(path: Path) -> bool:
 
 
 class SafeReader(dcp.FileSystemReader):
-    """DCP's reader that makes nothing of a folder's pickled table of contents but what DCP itself writes there.
+    """DCP's reader, restricted to unpickle only the types that DCP itself writes into a folder's metadata.
 
     Raises:
-        UserError: that table or a process's file is missing, or it holds anything else.
+        UserError: The metadata or a rank's file is missing, or the metadata hold anything else.
     """
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
@@ -65,7 +65,7 @@ class SafeReader(dcp.FileSystemReader):
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        # Never by module alone: pickle follows dots in names, and modules hold what they import.
+        # never allow a whole module: pickle follows dots in names, and modules hold what they import
         is_type = module == "torch" and (name == "Size" or isinstance(vars(torch).get(name), torch.dtype))
         if is_type or (module == _METADATA_MODULE and name in _METADATA_NAMES) or (module, name) in _PICKLED:
             return super().find_class(module, name)
@@ -73,10 +73,10 @@ class _Unpickler(pickle.Unpickler):
 
 
 def read_plain_part(path: Path) -> dict[str, Any]:
-    """What a folder holds beside its tensors.
+    """The content of a folder without its tensors.
 
     Raises:
-        UserError: it is missing or damaged.
+        UserError: It is missing or damaged.
     """
     try:
         return torch.load(path / PLAIN_PART, map_location="cpu", weights_only=True)
@@ -85,10 +85,10 @@ def read_plain_part(path: Path) -> dict[str, Any]:
 
 
 def write_plain_part(folder: Path, plain: dict[str, Any]) -> None:
-    """Writes what a folder holds beside its tensors; on the disk when this returns.
+    """Writes the content of a folder without its tensors, and flushes it to the disk.
 
     Raises:
-        OSError, RuntimeError: it cannot be written.
+        OSError, RuntimeError: It cannot be written.
     """
     with open(folder / PLAIN_PART, "wb") as file:
         torch.save(plain, file)
@@ -96,10 +96,10 @@ def write_plain_part(folder: Path, plain: dict[str, Any]) -> None:
 
 
 def read_folder(path: Path) -> dict[str, Any]:
-    """A folder's content as an ordinary checkpoint, on the CPU; the optimiser's state is by the names of parameters.
+    """A folder's content as an ordinary checkpoint, on the CPU. The optimiser's state has parameter names as keys.
 
     Raises:
-        UserError: a file of it is missing or damaged.
+        UserError: A file of it is missing or damaged.
     """
     content = read_plain_part(path)
     reader = SafeReader(path)
@@ -109,7 +109,7 @@ def read_folder(path: Path) -> dict[str, Any]:
         if isinstance(entry, TensorStorageMetadata)
     }
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as is meant here
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # this process reads alone, on purpose
         dcp.load(tensors, storage_reader=reader, no_dist=True)
     content["state_dict"] = _part(tensors, _WEIGHTS)
     states: dict[str, Any] = {}
@@ -134,7 +134,7 @@ def folder_tensors(
     Args:
         weights: The state dict.
         optimizer: The optimiser's state of each parameter, by the parameter's name.
-        average: The average of the weights (EMA); None where the run keeps none.
+        average: The average of the weights (EMA), or None.
     """
     result = {f"{_WEIGHTS}{name}": value for name, value in weights.items()}
     for name, state in optimizer.items():
@@ -143,6 +143,6 @@ def folder_tensors(
 
 
 def take_average(content: dict[str, Any]) -> dict[str, Tensor] | None:
-    """Takes the tensors of the average of the weights (EMA) out of a checkpoint; None where the run keeps none."""
+    """Removes the tensors of the average of the weights (EMA) from a checkpoint and returns them, or None."""
     ema = content[ENTRY].get("ema")
     return None if ema is None else ema.pop("weights")

@@ -1,4 +1,4 @@
-"""Trained weights as one file to share."""
+"""Writes trained weights as one file to share."""
 
 import re
 from dataclasses import replace
@@ -20,18 +20,18 @@ _EXPERT_WEIGHT = re.compile(r"\.experts\.fc[12]\.weight$")
 def write_safetensors(
     path: str | Path, source: str | Path, dtype: torch.dtype | None = None, int8: bool = False
 ) -> None:
-    """Writes the trained weights of a checkpoint, and what is needed to use them, as one safetensors file, atomically.
+    """Writes a checkpoint's trained weights and facts as one safetensors file, atomically.
 
-    Paths of the machine that trained are left out. Every tool opens the result as it opens a checkpoint.
+    Paths of the training machine are left out. Every tool opens the result like a checkpoint.
 
     Args:
-        path: Where the file goes.
+        path: The new file.
         source: A checkpoint file or a run's folder.
-        dtype: Stored type of the weights; None: as they are. They are float32 again when the file is opened.
-        int8: Stores the experts' weights as integers (`vmoe.moe.int8`) and keeps the routers' in float32.
+        dtype: Stored type of the weights; None keeps theirs. Opening the file converts them to float32.
+        int8: Whether to store the experts' weights as integers (`vmoe.moe.int8`), with the routers' in float32.
 
     Raises:
-        UserError: the source is no checkpoint of ours, or a dense one with `int8`, or `path` cannot be written.
+        UserError: The source is no checkpoint of ours, or a dense one with `int8`, or `path` cannot be written.
     """
     content = _checked_content(source)
     weights, trained = {}, trained_weights(content)
@@ -48,16 +48,16 @@ def write_safetensors(
 
 
 def write_changed(path: str | Path, source: str | Path, weights: dict[str, Tensor], moe: dict[str, Any] | None) -> None:
-    """Writes what a checkpoint was turned into as `write_safetensors` writes the checkpoint itself.
+    """Writes a changed model with its checkpoint's facts, as `write_safetensors` does.
 
     Args:
-        path: Where the file goes.
-        source: The checkpoint it was: a file or a run's folder.
-        weights: The new model's state dict.
+        path: The new file.
+        source: The original checkpoint: a file or a run's folder.
+        weights: The changed model's state dict.
         moe: Its MoE layers as a config's plain types; None for a dense model.
 
     Raises:
-        UserError: as there.
+        UserError: As `write_safetensors`.
     """
     _write_shared(path, weights, _checked_content(source), {"moe": moe})
 
@@ -66,15 +66,15 @@ def require_rounding(path: object, has_experts: bool) -> None:
     """Refuses to round the experts of a dense model.
 
     Raises:
-        UserError: there are none.
+        UserError: The model has no experts.
     """
     if not has_experts:
         raise UserError(f"--quantize int8: {path}: a dense model has no experts to round; leave the option out")
 
 
 def shared_config(config: dict[str, Any]) -> dict[str, Any]:
-    """A run's config without paths of the machine that trained."""
-    kept = {key: value for key, value in config.items() if key != "distill"}  # whose teacher is a path
+    """A run's config without paths of the training machine."""
+    kept = {key: value for key, value in config.items() if key != "distill"}  # its teacher is a path
     kept["data"] = {key: value for key, value in config.get("data", {}).items() if key != "root"}
     return kept | {"output_dir": None, "init_from": None}
 
@@ -89,13 +89,13 @@ def _checked_content(source: str | Path) -> dict[str, Any]:
 def _write_shared(
     path: str | Path, weights: dict[str, Tensor], content: dict[str, Any], changes: dict[str, Any] | None = None
 ) -> None:
-    """Writes weights with what a checkpoint tells of its model, without paths of the machine that trained.
+    """Writes weights with the facts of a checkpoint, without paths of the training machine.
 
     Args:
-        path: Where the file goes.
+        path: The new file.
         weights: The model's state dict.
         content: The checkpoint.
-        changes: Sections of its config that are others for these weights, which are not calibrated then.
+        changes: New sections of its config for changed weights. These lose the calibration.
     """
     facts = facts_of(content).by_architecture()
     if changes is not None:

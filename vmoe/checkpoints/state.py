@@ -1,7 +1,7 @@
-"""What training adds to a checkpoint besides the weights, so that a resumed run is the run that never stopped.
+"""The parts that training adds to a checkpoint besides the weights, so that a resumed run equals an unbroken one.
 
-Each part is written by what needs it: the model's facts and average by the Classifier, `ResumeState` by ExactResume,
-and `RunProgress` by the run. All parts are plain types and tensors.
+The Classifier writes the model's facts and average, ExactResume writes `ResumeState`, and the run writes `RunProgress`.
+All parts are plain types and tensors.
 """
 
 from dataclasses import dataclass
@@ -15,29 +15,29 @@ from vmoe.errors import UserError
 
 @dataclass(frozen=True)
 class ResumeState:
-    """What an exact resumption needs."""
+    """The state for an exact resumption."""
 
     draws: int  # version of the random draws per image
     epochs_done: int
-    batches_done: int  # of the epoch under way
+    batches_done: int  # of the current epoch
     random_states: list[dict[str, Any]]  # of each rank's random generators, by rank
-    running: dict[str, Any]  # the sums of the epoch under way
+    running: dict[str, Any]  # the sums of the current epoch
 
 
 @dataclass(frozen=True)
 class RunProgress:
-    """How far a run has come."""
+    """The progress of a run."""
 
     epochs_done: int
     finished: bool
     best: dict[str, float]  # "epoch", and the metrics of validation, of the best checkpoint
     clock: dict[str, float]  # seconds
-    images: str | None = None  # fingerprint of the training images; None where an older version wrote the file
+    images: str | None = None  # fingerprint of the training images; None in files of older versions
 
 
 @dataclass(frozen=True)
 class SavedRun:
-    """What a run's checkpoint tells of the run, without its weights."""
+    """A run's state in its checkpoint, without the weights."""
 
     facts: ModelFacts
     progress: RunProgress
@@ -47,29 +47,29 @@ class SavedRun:
 
 
 def put_model(content: dict[str, Any], facts: ModelFacts | None, epochs_done: int) -> None:
-    """Puts what rebuilds the model into a checkpoint that is about to be written; other parts that are there stay.
+    """Adds the facts that rebuild the model to a new checkpoint. Other parts of it stay.
 
     Args:
         content: The checkpoint.
-        facts: Of the model; None where they are not known. Then only training goes on from the file.
-        epochs_done: Epochs that the model was trained for, unless the run's progress says so.
+        facts: The model's facts; None if they are unknown. Then the file can only resume training.
+        epochs_done: Number of trained epochs, if the checkpoint has no run progress.
     """
     entry = {"version": PLAIN_VERSION} if facts is None else entry_for(facts, epochs_done)
     content[ENTRY] = entry | content.get(ENTRY, {})
 
 
 def put_average(content: dict[str, Any], average: dict[str, Any] | None) -> None:
-    """Puts in the average of the weights (EMA): its "weights" and "updates"; None where the run keeps none."""
+    """Adds the average of the weights (EMA), its "weights" and "updates", or None."""
     content.setdefault(ENTRY, {})["ema"] = average
 
 
 def average_of(content: dict[str, Any]) -> dict[str, Any] | None:
-    """The average of the weights (EMA), as `put_average` took it; None without one."""
+    """The average of the weights (EMA) that `put_average` added, or None."""
     return content.get(ENTRY, {}).get("ema")
 
 
 def put_resume_state(content: dict[str, Any], state: ResumeState) -> None:
-    """Puts in what an exact resumption needs."""
+    """Adds the state for an exact resumption."""
     first, *others = state.random_states
     content.setdefault(ENTRY, {}).update(
         draws=state.draws,
@@ -82,7 +82,7 @@ def put_resume_state(content: dict[str, Any], state: ResumeState) -> None:
 
 
 def resume_state_of(content: dict[str, Any]) -> ResumeState | None:
-    """What an exact resumption needs; None where the checkpoint was written without it."""
+    """The state for an exact resumption, or None if the checkpoint has none."""
     ours = content.get(ENTRY, {})
     if "random" not in ours:
         return None
@@ -96,12 +96,12 @@ def resume_state_of(content: dict[str, Any]) -> ResumeState | None:
 
 
 def put_progress(content: dict[str, Any], progress: RunProgress) -> None:
-    """Puts in how far the run has come."""
+    """Adds the progress of the run."""
     content.setdefault(ENTRY, {}).update(vars(progress))
 
 
 def progress_of(content: dict[str, Any]) -> RunProgress:
-    """How far the run of a checkpoint has come.
+    """The progress of the run in a checkpoint.
 
     Raises:
         KeyError: The checkpoint is not a run's.
@@ -111,10 +111,10 @@ def progress_of(content: dict[str, Any]) -> RunProgress:
 
 
 def read_saved_run(path: Path) -> SavedRun:
-    """What the checkpoint of a run, a file or a folder, tells of the run.
+    """Reads a run's state from its checkpoint, a file or a folder.
 
     Raises:
-        UserError: It is missing, damaged or foreign, or was not written by a run.
+        UserError: It is missing, damaged or foreign, or no run wrote it.
     """
     content = read_without_tensors(path)
     check_entry(content, path)

@@ -1,4 +1,4 @@
-"""A trained model that knows its classes and how its images are prepared: what `vmoe.load` returns."""
+"""A trained model with its classes and the preparation of its images: the result of `vmoe.load`."""
 
 import functools
 from collections.abc import Iterable
@@ -21,27 +21,27 @@ _KNOWN = (*(each.name for each in fields(ModelFacts) if each.name != "architectu
 
 
 class TrainedModel(nn.Module):
-    """A trained model: timm's own model, which also knows its classes and how its images are prepared.
+    """A trained model: timm's own model, with its classes and the preparation of its images.
 
-    It is the very model that timm builds, in evaluation mode: `model(images)` gives logits (B, classes) for prepared
-    images (B, 3, height, width), and its layers, its `state_dict()` and timm's methods have their usual names.
+    It is the model that timm builds, in evaluation mode. `model(images)` returns logits (B, classes) for prepared
+    images (B, 3, height, width). Its layers, its `state_dict()` and timm's methods have their usual names.
 
     Attributes:
-        config: The run's whole config as plain types: seed, output_dir, data, model, moe, optim, trainer. Of a model
-            that a folder or a hub described, `model` has timm's own name and all arguments.
+        config: The run's whole config as plain types: seed, output_dir, data, model, moe, optim, trainer. If the model
+            came from a folder or hub entry, `model` has timm's own name and all arguments.
         class_names: Name of each class, in the order of the logits.
-        image_size: Side of the square images it was trained on, in pixels, or (height, width).
-        crop: How pictures of another shape are fitted to that: "centre", "squash" or "letterbox".
-        mean: Mean of each channel that images are normalised with, for pixels in [0, 1].
-        std: Standard deviation of each channel, for the same.
+        image_size: Side of its square training images in pixels, or (height, width).
+        crop: How images of another shape are fitted to that size: "centre", "squash" or "letterbox".
+        mean: Mean of each channel for normalisation, for pixels in [0, 1].
+        std: Standard deviation of each channel, as for `mean`.
         epoch: Number of finished epochs.
         step: Number of updates.
         path: The file it was read from.
-        bit_depth: How many bits the values of its training files with more than 8 bits per channel use (see
-            `vmoe.prepare_image`); None where it met no such file.
-        multi_label: Whether an image may have several classes, or none: each logit is then of a sigmoid of its own.
-        thresholds: With `multi_label` the probability of each class from which an image has it; None: 0.5 for all.
-        calibration: What `vmoe.calibrate` found, by which `Predictions.sets` gives sets of classes; None without it.
+        bit_depth: Number of bits in its training files with more than 8 bits per channel (see `vmoe.prepare_image`);
+            None without such files.
+        multi_label: Whether an image may have several classes, or none. Then each logit has its own sigmoid.
+        thresholds: With `multi_label` the least probability of each class that an image has; None means 0.5 for all.
+        calibration: The result of `vmoe.calibrate`, for `Predictions.sets`; None without it.
     """
 
     config: dict[str, Any]
@@ -60,12 +60,12 @@ class TrainedModel(nn.Module):
 
     @property
     def model(self) -> "TrainedModel":
-        """The model itself, under the name by which the record that was returned before held it."""
+        """The model itself, for older code: `load` once returned a record with this field."""
         return self
 
     @property
     def device(self) -> torch.device:
-        """Where its parameters are."""
+        """The device of its parameters."""
         return next((each.device for each in self.parameters()), torch.device("cpu"))
 
     def predict(
@@ -79,36 +79,37 @@ class TrainedModel(nn.Module):
         features: bool = False,
         progress: "Progress" = True,
     ) -> "Predictions":
-        """Names what is in pictures of any size, each prepared by `vmoe.prepare_image`.
+        """Predicts the classes of pictures of any size. Each is prepared by `vmoe.prepare_image`.
 
         Args:
             pictures: Paths of image files, folders (all pictures in them), images of Pillow, and arrays (height, width,
                 3) or (height, width) uint8, in any mixture; or one of these alone.
-            batch_size: Images at once.
-            bit_depth: Of files with more than 8 bits per channel. None: the model's own, else measured on these files.
-            skip_damaged: Leaves out what cannot be read as an image, in place of an error; `left_out` names it.
-            tta: Takes the mean of the logits of a picture and of its mirror image (test-time augmentation).
-            features: Also gives what the classifier takes, such as for a search by likeness.
-            progress: Shows a progress bar on stderr where that is a terminal. A function of the batches and a
-                description shows progress its own way, such as `rich.progress.track`.
+            batch_size: Images per batch.
+            bit_depth: Bit depth of files with more than 8 bits per channel. None takes the model's, else measures it on
+                these files.
+            skip_damaged: Whether to leave out unreadable files instead of raising; `left_out` lists them.
+            tta: Whether to average the logits of a picture and its mirror image (test-time augmentation).
+            features: Whether to return the classifier's input too, for example to search for similar images.
+            progress: Whether to show a progress bar on stderr if that is a terminal; or a function of the batches and a
+                description, such as `rich.progress.track`.
 
         Raises:
-            UserError: A path does not exist, a folder holds no picture, a picture cannot be read, an argument is of no
-                such kind, a logit is not finite, or the model has no features.
+            UserError: A path does not exist, a folder holds no picture, a picture cannot be read or has another type, a
+                logit is not finite, or the model has no features.
         """
         from vmoe.checkpoints.prediction import predict
 
         return predict(self, pictures, batch_size, bit_depth, skip_damaged, tta, features, progress)
 
     def train(self, mode: bool = True) -> "TrainedModel":
-        """Sets training or evaluation mode as any module does; a model that is to be trained is not calibrated."""
+        """Sets training or evaluation mode as any module does. Training mode drops the calibration."""
         if mode:
             self.calibration = None
         return super().train(mode)
 
     @property
     def facts(self) -> ModelFacts:
-        """What a file must tell of this model."""
+        """The facts of this model for a file."""
         return ModelFacts(
             self.config,
             self.class_names,
@@ -123,11 +124,11 @@ class TrainedModel(nn.Module):
         )
 
     def with_facts_for(self, other: nn.Module, class_names: list[str] | None = None) -> "TrainedModel":
-        """Makes another model, in place, know what this one knows, except its calibration.
+        """Gives another model, in place, this model's facts except its calibration.
 
         Args:
             other: A model for the same images.
-            class_names: The names of its classes; None: this one's.
+            class_names: The names of its classes; None takes this model's.
         """
         names = self.class_names if class_names is None else class_names
         facts = replace(self.facts, class_names=names, calibration=None)
@@ -142,7 +143,7 @@ class TrainedModel(nn.Module):
 
 
 def require_single_label(model: TrainedModel, what: str) -> None:
-    """Refuses a model for several classes per image, for a job that is of one class each.
+    """Refuses a model for several classes per image, for a job that needs one class per image.
 
     Args:
         model: The model.
@@ -156,14 +157,14 @@ def require_single_label(model: TrainedModel, what: str) -> None:
 
 
 def as_trained(model: nn.Module, facts: ModelFacts, *, epoch: int, step: int, path: Path) -> TrainedModel:
-    """Makes a model, in place, a `TrainedModel`.
+    """Turns a model, in place, into a `TrainedModel`.
 
     Args:
-        model: Any model of images (B, 3, height, width) to logits (B, classes).
-        facts: Of the model.
+        model: Any model from images (B, 3, height, width) to logits (B, classes).
+        facts: The model's facts.
         epoch: Number of finished epochs.
         step: Number of updates.
-        path: The file that it comes from.
+        path: The model's file.
     """
     if not isinstance(model, TrainedModel):
         model.__class__ = _class_for(type(model))
@@ -176,11 +177,11 @@ def as_trained(model: nn.Module, facts: ModelFacts, *, epoch: int, step: int, pa
 
 @functools.cache
 def _class_for(kind: type[nn.Module]) -> type[TrainedModel]:
-    """A class of the same name that is both: so no name of a layer or of a weight changes, as it would in a wrapper."""
+    """A subclass of both classes, with the same name. Unlike a wrapper it changes no name of a layer or weight."""
     return type(kind.__name__, (TrainedModel, kind), {"__module__": kind.__module__, "__doc__": TrainedModel.__doc__})
 
 
 def _blank(kind: type[nn.Module]) -> TrainedModel:
-    """What a copy or an unpickled model starts from."""
+    """An empty instance that copying and unpickling fill."""
     own = _class_for(kind)
     return own.__new__(own)

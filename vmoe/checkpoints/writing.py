@@ -1,4 +1,4 @@
-"""Writing a checkpoint: what is ours in it, and its two kinds of file."""
+"""Writes checkpoints, as .ckpt or .safetensors files."""
 
 import json
 from pathlib import Path
@@ -13,10 +13,10 @@ from vmoe.files import atomic_write
 
 
 def write_content(path: str | Path, content: dict[str, Any]) -> None:
-    """Writes the whole content of a checkpoint, of tensors and plain types, as one .ckpt file, atomically.
+    """Writes a checkpoint's whole content (tensors and plain types) as one .ckpt file, atomically.
 
     Raises:
-        UserError: it cannot be written; what was there before stays.
+        UserError: It cannot be written; what was there before stays.
     """
     with atomic_write(path, replaces_folder=True) as temporary, open(temporary, "wb") as file:
         torch.save(content, file)
@@ -25,17 +25,17 @@ def write_content(path: str | Path, content: dict[str, Any]) -> None:
 def write_weights(
     path: str | Path, weights: dict[str, Tensor], facts: ModelFacts, epochs_done: int = 0, step: int = 0
 ) -> None:
-    """Writes a model that every tool opens, atomically: a .safetensors file, or with any other suffix a .ckpt file.
+    """Writes a model for every tool, atomically: as .safetensors, or for any other suffix as .ckpt.
 
     Args:
-        path: Where the file goes.
+        path: The new file.
         weights: The model's state dict.
-        facts: Of the model.
-        epochs_done: Epochs that it was trained for.
-        step: Updates that it was trained for.
+        facts: The model's facts.
+        epochs_done: Number of trained epochs.
+        step: Number of updates.
 
     Raises:
-        UserError: it cannot be written; what was there before stays.
+        UserError: It cannot be written; what was there before stays.
     """
     entry = entry_for(facts, epochs_done, step)
     if Path(path).suffix != ".safetensors":

@@ -103,7 +103,7 @@ def config_with(config: str | PathLike[str], options: Mapping[str, Any]) -> Trai
     """Reads the config of a recipe's name or a config file's path, and sets options by their dotted names.
 
     Raises:
-        UserError: an option is unknown, or its value is not allowed.
+        UserError: An option is unknown, or its value is not allowed.
     """
     return _config(config, {}, dict(options))
 
@@ -114,7 +114,7 @@ def _config(
     """The config of a call of `fit`.
 
     Raises:
-        UserError: an option is unknown, or its value is not allowed.
+        UserError: An option is unknown, or its value is not allowed.
     """
     name, recipe, plain = "", None, {}
     if isinstance(start, TrainConfig):

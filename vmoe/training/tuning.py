@@ -131,7 +131,7 @@ def read_space(search: Mapping[str, Any]) -> dict[str, BaseDistribution]:
     """Optuna's distributions of the options to search over; see `tune`.
 
     Raises:
-        UserError: an option is unknown, or its range is not allowed.
+        UserError: An option is unknown, or its range is not allowed.
     """
     if not isinstance(search, Mapping) or not search:
         raise UserError("search: must hold options by dotted name, each with a range or a list of values")
