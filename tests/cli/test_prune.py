@@ -18,6 +18,7 @@ from vmoe.cli.train import main as train
 
 PHOTO = Path(__file__).parents[2] / "assets" / "heatmap.png"
 MOE = {"num_experts": 4, "top_k": 2, "layers": [1, 3]}
+BY_IMAGE = {"num_experts": 4, "top_k": 1, "layers": [1, 3], "route": "image", "capacity_factor": None}
 FEW = {"subset": {"per_class": 4}, "batch_size": 20}
 
 
@@ -47,6 +48,20 @@ def test_the_result_is_an_ordinary_checkpoint(save_run, tmp_path, capsys, option
     assert before["active"] - after["active"] == 2 * 2 * 24
     kept = [expert for group in report["layers"]["blocks.1.mlp"]["groups"] for expert in group]
     assert sorted(kept) == [0, 1, 2, 3] if "--merge" in options else len(kept) == 2
+
+
+def test_the_experts_of_some_classes(save_run, tmp_path, capsys):
+    run, out = save_run(moe=BY_IMAGE), tmp_path / "pruned"
+    assert prune([str(run), "--keep-classes", "3,5", "--keep", "2", "--out", str(out)]) == 0
+    report = json.loads((out / "prune.json").read_text())
+    assert report["classes"] == ["3", "5"]
+    found, results = report["unchanged"], report["results"]
+    assert found["images"] == results["before"]["images"] == results["after"]["images"] < 100
+    assert f"{found['same_logits']} of {found['images']} test images" in capsys.readouterr().out
+    assert found["largest_difference"] < 1e-4
+    smaller = load_checkpoint(out)
+    assert [layer.config.removed_experts for _, layer in moe_layers(smaller.model)] == [2, 2]
+    assert predict([str(out), str(PHOTO)]) == 0
 
 
 @pytest.mark.slow
@@ -93,6 +108,10 @@ def test_fine_tuning_is_a_run_that_starts_from_it(save_run, tmp_path, capsys):
         (None, ["--keep", "2"], "is a dense model"),
         (MOE | {"router": "soft", "capacity_factor": 1.0}, ["--keep", "2"], 'router="soft"'),
         (MOE | {"router": "hash"}, ["--keep", "2"], 'router="hash"'),
+        (MOE, ["--keep-classes", "1,2"], '--keep-classes 1,2: RUN has route="patch"'),
+        (BY_IMAGE, ["--keep-classes", "1,ten"], "--keep-classes ten: is no class of the images"),
+        (BY_IMAGE, ["--keep-classes", "1", "--merge"], "--merge: changes what --keep-classes leaves as it is"),
+        (BY_IMAGE | {"num_experts": 1}, ["--keep-classes", "1"], "--keep-classes 1: their images use every expert of a layer"),
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(save_run, tmp_path, capsys, moe, options, told):

@@ -10,6 +10,8 @@ from vmoe import MoeConfig, MoeMlp
 from vmoe.compress.alignment import best_order, expert_weights, has_gate, reordered
 from vmoe.compress.pruning import (
     check_prunable,
+    experts_in_use,
+    groups_of_layers,
     join_experts,
     joined_width,
     merged_groups,
@@ -232,3 +234,22 @@ def test_what_cannot_be_pruned_is_told(knobs, keep, told):
 def test_experts_of_which_no_number_is_as_wide_as_the_mlp_are_told():
     with pytest.raises(ValueError, match="expert_width"):
         joined_width(sparse(expert_width=0.75))
+
+
+@pytest.mark.parametrize("knobs", [{}, {"shared_router": True}, {"router": "sigmoid", "noise_std": 0.0}, {"top_k": 2}])
+def test_images_that_need_no_other_expert_keep_their_logits(knobs):
+    options = {"layers": [0, 1], "num_experts": 6, "top_k": 1, "route": "image", "capacity_factor": None, **knobs}
+    model = sparse(**options).double()
+    wanted = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1)).double()
+    use = measure_use(model, [(wanted,)])
+    keep = experts_in_use(model, use)
+    assert keep < 6
+    groups = groups_of_layers(model, use, keep, "routed-mass")
+    config = regrouped_config(model.blocks[0].mlp.config, keep, keeps_gates=True)
+    smaller = vmoe.create_model("vit_tiny_patch16_224", config, **SMALL).eval().double()
+    smaller.load_state_dict(regrouped_weights(model, groups, use, keeps_gates=True))
+    torch.testing.assert_close(smaller(wanted), model(wanted), rtol=1e-12, atol=1e-12)
+    # once more: what was removed before still counts
+    again = regrouped_config(config, keep, keeps_gates=True)
+    assert again == config
+    assert groups["blocks.0.mlp"] == groups["blocks.1.mlp"] or not options.get("shared_router")

@@ -86,6 +86,7 @@ MISTAKES: dict[str, list[Mistake]] = {
         _config("a sampler that is none", "--data.sampler balanced"),
         _config("a tail of two lengths", "--data.subset.imbalance 10"),
         _config("no epochs", "--trainer.epochs 0"),
+        _config("a capacity where whole images are routed", "--moe.route image"),
         _config("an optimiser that timm does not have", "--optim.name timm:lyon"),
         _config("an optimiser that would mix experts", "--optim.name timm:muon"),
         _config(
@@ -313,6 +314,7 @@ MISTAKES: dict[str, list[Mistake]] = {
         Mistake("more experts than there are", "run --keep 4 --out new"),
         Mistake("a dense model", "dense --keep 1 --out new"),
         Mistake("a place that is taken", "run --keep 2 --out run"),
+        Mistake("experts of classes, of a model that routes patches", "run --keep-classes 1,2 --out new"),
         Mistake("options of a fine-tuning that is not asked for", "run --keep 2 --out new -- --optim.lr 1"),
     ],
     "distill": [

@@ -11,12 +11,19 @@ Writes DIR/model.safetensors, which every tool opens, and DIR/prune.json. With -
 run that starts from it: the checkpoint's own recipe at a tenth of its learning rates, without warm-up, uncompiled. What
 follows -- goes to that run as options of `vmoe train`.
 
+With --keep-classes the images of these classes alone are measured, and the experts that they use stay, as many in each
+layer. The logits of an image that needs no other expert stay what they are; the result says for how many test images
+that holds. It is for models that route whole images (moe.route=image).
+
   vmoe prune runs/cifar10 --keep 4 --out runs/cifar10_of4
   vmoe prune runs/cifar10 --keep 2 --merge --finetune 1 --out runs/cifar10_merged -- --optim.lr 1e-4
+  vmoe prune runs/by_image --keep-classes cat,dog --out runs/cats_and_dogs
 """
 
 import argparse
 import shlex
+from collections.abc import Iterable, Iterator
+from operator import length_hint
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +53,9 @@ _FIGURES = {
 }
 
 
+_ROUNDING = 1e-4  # of the largest logit: by so much products of other batches differ
+
+
 @job(DATA_OPTIONS)
 def main(argv: list[str]) -> int:
     """Runs the job."""
@@ -55,36 +65,51 @@ def main(argv: list[str]) -> int:
         raise UserError(f"{for_training[0]}: is for a fine-tuning, of which there is none; add --finetune EPOCHS")
     if options.out.exists():
         raise UserError(f"--out {options.out}: is there already; give another folder")
+    if options.keep is None and options.keep_classes is None:
+        raise UserError("--keep: is missing; give --keep N, or --keep-classes A,B,...")
+    if options.keep_classes is not None and (options.merge or options.finetune is not None):
+        other = "--merge" if options.merge else "--finetune"
+        raise UserError(f"{other}: changes what --keep-classes leaves as it is; give one of them")
     # Imported here, so that --help and a mistyped option answer at once.
     from vmoe.checkpoints import RunFolder, load_checkpoint
     from vmoe.checkpoints.run_folder import metrics_of
     from vmoe.cli.train import trained
-    from vmoe.compress.pruning import check_prunable, merged_groups, pruned_groups
+    from vmoe.compress.pruning import check_keeps_classes, check_prunable, groups_of_layers
     from vmoe.compress.usage import measure_use
     from vmoe.files import new_folder, write_json
 
     device = choose_device(options.device)
     checkpoint = load_checkpoint(options.checkpoint, device)
     try:
-        check_prunable(checkpoint.model, options.keep)
+        if options.keep_classes is not None:
+            given = f"--keep-classes {','.join(options.keep_classes)}"
+            check_keeps_classes(checkpoint.model)
+        if options.keep is not None:
+            given = f"--keep {options.keep}"
+            check_prunable(checkpoint.model, options.keep)
     except ValueError as error:
-        raise UserError(f"--keep {options.keep}: {checkpoint.path} {error}") from error
+        raise UserError(f"{given}: {checkpoint.path} {error}") from error
     data = load_data(checkpoint, options)
     before = matched(checkpoint, data, options.classes)
     config = None if options.finetune is None else _finetuning(options, checkpoint, data, device, for_training)
+    classes = None if options.keep_classes is None else _indices(options.keep_classes, list(data.class_names))
 
-    batches = Tracked(data.train_eval_dataloader(most=options.images), "use of the experts")
+    most = options.images or (2000 if classes is None else None)
+    batches = Tracked(_OfClasses(data.train_eval_dataloader(most=most), classes), "use of the experts")
     use = measure_use(checkpoint.model, batches, device, with_norms=options.by == "activation-norm")
-    choose = merged_groups if options.merge else pruned_groups
-    groups = {name: choose(each, options.keep, options.by) for name, each in use.items()}
-    rows = {"before": _accuracy_of(before, data, device)}
+    options.keep = options.keep or _all_in_use(checkpoint, use, options.keep_classes)
+    groups = groups_of_layers(checkpoint.model, use, options.keep, options.by, options.merge)
+    rows = {"before": _accuracy_of(before, data, device, classes)}
     with new_folder(options.out) as folder:
-        _write_result(folder, checkpoint, groups, use)
+        _write_result(folder, checkpoint, groups, use, keeps_gates=classes is not None)
         after = matched(load_checkpoint(folder, device), data, options.classes, say=False)
-        rows["after"] = _accuracy_of(after, data, device)
+        rows["after"] = _accuracy_of(after, data, device, classes)
         report = _prune_report(checkpoint, data, device, groups, use) | {
             "command": shlex.join(["vmoe", "prune", *argv])
         }
+        if classes is not None:
+            unchanged = _unchanged(before, after, _OfClasses(data.test_dataloader(), classes), device)
+            report |= {"classes": [data.class_names[index] for index in classes], "unchanged": unchanged}
         write_json(folder / "prune.json", report | {"results": rows})
     if config is not None:
         code = trained(lambda: config, ["vmoe", "prune", *argv])
@@ -95,8 +120,12 @@ def main(argv: list[str]) -> int:
         rows["fine-tuned"] = rows["after"] | figures
         write_json(options.out / "prune.json", report | {"results": rows})
     how = f"{'merged' if options.merge else 'kept'} by {options.by}"
+    if classes is not None:
+        how += f", of images of {counted(len(classes), 'class', 'classes')}"
     print(f"{checkpoint.path}, {counted(options.keep, 'expert')} per layer {how}")
     Console().print(_prune_table(rows, checkpoint.multi_label))
+    if classes is not None:
+        _print_unchanged(report, groups)
     print(f"{RunFolder(options.out).shared} and prune.json beside it")
     return 0
 
@@ -105,13 +134,15 @@ def _prune_parser() -> argparse.ArgumentParser:
     parser = new_parser("prune", __doc__)
     add = parser.add_argument
     add("checkpoint", metavar="CKPT", help="a checkpoint file, or a run's folder (its best checkpoint)")
-    add("--keep", type=count, required=True, metavar="N", help="experts that each layer keeps, below what it has")
+    line = "experts that each layer keeps, below what it has (default with --keep-classes: all that they use)"
+    add("--keep", type=count, metavar="N", help=line)
+    add("--keep-classes", nargs="+", metavar="A,B,...", help="keep the experts of these classes, by name")
     add("--out", type=Path, required=True, metavar="DIR", help="a new folder for the result")
     line = "what makes an expert matter (default: %(default)s)"
     add("--by", choices=("routed-mass", "activation-norm"), default="routed-mass", help=line)
     add("--merge", action="store_true", help="merge the others into those kept, instead of dropping them")
-    line = "training images on which the use of the experts is measured (default: %(default)s)"
-    add("--images", type=count, default=2000, metavar="N", help=line)
+    line = "training images on which the use of the experts is measured (default: 2000; all with --keep-classes)"
+    add("--images", type=count, metavar="N", help=line)
     add("--finetune", type=count, metavar="EPOCHS", help="train the result for so many epochs")
     add_data_options(parser)
     return parser
@@ -140,36 +171,116 @@ def _finetuning(
     return follow_up(checkpoint, data.config, changes, for_training)
 
 
-def _fewer(checkpoint: "TrainedModel", keep: int) -> dict[str, Any]:
+def _fewer(checkpoint: "TrainedModel", keep: int, keeps_gates: bool = False) -> dict[str, Any]:
     """The moe section of the result."""
     from vmoe.compress.pruning import regrouped_config
     from vmoe.config_values import to_plain
     from vmoe.moe import MoeConfig
 
-    return to_plain(regrouped_config(MoeConfig(**checkpoint.config["moe"]), keep))
+    return to_plain(regrouped_config(MoeConfig(**checkpoint.config["moe"]), keep, keeps_gates))
 
 
 def _write_result(
-    out: Path, checkpoint: "TrainedModel", groups: "dict[str, Groups]", use: "dict[str, ExpertUse]"
+    out: Path,
+    checkpoint: "TrainedModel",
+    groups: "dict[str, Groups]",
+    use: "dict[str, ExpertUse]",
+    keeps_gates: bool,
 ) -> None:
     from vmoe.checkpoints import RunFolder, write_changed
     from vmoe.compress.pruning import regrouped_weights
 
-    weights = regrouped_weights(checkpoint.model, groups, use)
-    moe = _fewer(checkpoint, len(next(iter(groups.values()))))
+    weights = regrouped_weights(checkpoint.model, groups, use, keeps_gates)
+    moe = _fewer(checkpoint, len(next(iter(groups.values()))), keeps_gates)
     write_changed(RunFolder(out).shared, checkpoint.path, weights, moe)
 
 
-def _accuracy_of(checkpoint: "TrainedModel", data: "ImageDataModule", device: "torch.device") -> dict[str, Any]:
-    """Figures on the test images and parameters of a checkpoint."""
+def _accuracy_of(
+    checkpoint: "TrainedModel", data: "ImageDataModule", device: "torch.device", classes: list[int] | None
+) -> dict[str, Any]:
+    """Figures on the test images, or those of some classes, and parameters of a checkpoint."""
     from vmoe.evaluation.engine import measure_batches
     from vmoe.models.cost import count_parameters
 
-    batches = Tracked(data.test_dataloader(), f"test set of {data.config.name}")
+    batches = Tracked(_OfClasses(data.test_dataloader(), classes), f"test set of {data.config.name}")
     result = measure_batches(checkpoint.model, batches, len(checkpoint.class_names), device)
     parameters = count_parameters(checkpoint.model)._asdict()
     figures = {name: getattr(result, name) for name in _FIGURES[checkpoint.multi_label]}
     return {"images": result.images, **figures, "parameters": parameters}
+
+
+class _OfClasses:
+    """Batches with the images of some classes alone; with None, all of them."""
+
+    def __init__(self, batches: Iterable, classes: list[int] | None) -> None:
+        self._batches, self._classes = batches, classes
+
+    def __length_hint__(self) -> int:
+        return length_hint(self._batches)
+
+    def __iter__(self) -> Iterator:
+        import torch
+
+        if self._classes is None:
+            yield from self._batches
+            return
+        for images, labels, *_ in self._batches:
+            wanted = torch.tensor(self._classes, device=labels.device)
+            is_wanted = torch.isin(labels, wanted) if labels.dim() == 1 else labels[:, wanted].any(1)
+            if is_wanted.any():
+                yield images[is_wanted], labels[is_wanted]
+
+
+def _indices(wanted: list[str], names: list[str]) -> list[int]:
+    """The classes that --keep-classes names: one by one, or several with commas between them."""
+    chosen = [name for given in wanted for name in ([given] if given in names else given.split(","))]
+    for name in chosen:
+        if name not in names:
+            known = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+            raise UserError(f"--keep-classes {name}: is no class of the images, which are {known}")
+    return sorted({names.index(name) for name in chosen})
+
+
+def _all_in_use(checkpoint: "TrainedModel", use: "dict[str, ExpertUse]", wanted: list[str]) -> int:
+    """How many experts per layer the images of the wanted classes use."""
+    from vmoe.compress.pruning import experts_in_use
+
+    used, experts = experts_in_use(checkpoint.model, use), len(next(iter(use.values())).mass_E)
+    if used == 0:
+        raise UserError(f"--keep-classes {','.join(wanted)}: there are no training images of them")
+    if used == experts:
+        raise UserError(
+            f"--keep-classes {','.join(wanted)}: their images use every expert of a layer; give --keep N too, for "
+            "the N that they use most"
+        )
+    return used
+
+
+def _unchanged(
+    before: "TrainedModel", after: "TrainedModel", batches: Iterable, device: "torch.device"
+) -> dict[str, Any]:
+    """For how many images the logits stayed what they were, and by how much those differ at most."""
+    import torch
+
+    images, same, largest = 0, 0, 0.0
+    with torch.inference_mode():
+        for pixels, *_ in batches:
+            logits, others = (model.model(pixels.to(device)).float() for model in (before, after))
+            difference = (logits - others).abs().amax(1)
+            is_same = difference <= _ROUNDING * logits.abs().amax(1).clamp_min(1)
+            images, same = images + len(pixels), same + int(is_same.sum())
+            largest = max(largest, float(difference[is_same].max()) if is_same.any() else 0.0)
+    return {"images": images, "same_logits": same, "largest_difference": largest}
+
+
+def _print_unchanged(report: dict[str, Any], groups: "dict[str, Groups]") -> None:
+    for name, of_layer in groups.items():
+        print(f"{name} keeps {', '.join(str(expert) for expert, *_ in of_layer)}")
+    found = report["unchanged"]
+    print(
+        f"the logits of {found['same_logits']:,} of {found['images']:,} test images of these classes are unchanged "
+        f"(largest difference {found['largest_difference']:.1g})"
+    )
 
 
 def _prune_table(rows: dict[str, dict[str, Any]], multi_label: bool) -> Table:

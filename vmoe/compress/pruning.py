@@ -85,14 +85,47 @@ def merged_groups(use: ExpertUse, keep: int, by: str) -> ExpertGroups:
     return groups
 
 
-def regrouped_config(moe: MoeConfig, keep: int) -> MoeConfig:
-    """The config of layers of `keep` experts, of which a token takes as many as before while there are."""
-    return dataclasses.replace(moe, num_experts=keep, top_k=min(moe.top_k, keep))
+def groups_of_layers(
+    model: nn.Module, use: Mapping[str, ExpertUse], keep: int, by: str, merge: bool = False
+) -> dict[str, ExpertGroups]:
+    """The new experts of each MoE layer by name; where one router decides for all layers, the same ones in all."""
+    choose = merged_groups if merge else pruned_groups
+    if any(layer.config.shared_router for _, layer in moe_layers(model)):
+        together = choose(_joint_use(use), keep, by)
+        return dict.fromkeys(use, together)
+    return {name: choose(each, keep, by) for name, each in use.items()}
+
+
+def experts_in_use(model: nn.Module, use: Mapping[str, ExpertUse]) -> int:
+    """How many experts each layer must keep, so that none loses one that was chosen."""
+    shared = any(layer.config.shared_router for _, layer in moe_layers(model))
+    each = [_joint_use(use)] if shared else use.values()
+    return max(int((one.mass_E > 0).sum()) for one in each)
+
+
+def check_keeps_classes(model: nn.Module) -> None:
+    """Makes sure that a model can keep just the experts of some classes, without a change to these classes' logits.
+
+    Raises:
+        ValueError: It routes patches.
+    """
+    check_routers(model)
+    if any(layer.images is None for _, layer in moe_layers(model)):
+        raise ValueError('has route="patch": the patches of any class meet most experts; give --keep N alone')
+
+
+def regrouped_config(moe: MoeConfig, keep: int, keeps_gates: bool = False) -> MoeConfig:
+    """The config of layers of `keep` experts, of which a token takes as many as before while there are.
+
+    With `keeps_gates` the gates of the experts that stay keep their values, as `regrouped_weights` has it.
+    """
+    removed = moe.removed_experts + moe.num_experts - keep if keeps_gates and _scores_compete(moe) else 0
+    return dataclasses.replace(moe, num_experts=keep, top_k=min(moe.top_k, keep), removed_experts=removed)
 
 
 @torch.no_grad()
 def regrouped_weights(
-    model: nn.Module, groups: Mapping[str, ExpertGroups], use: Mapping[str, ExpertUse]
+    model: nn.Module, groups: Mapping[str, ExpertGroups], use: Mapping[str, ExpertUse], keeps_gates: bool = False
 ) -> dict[str, Tensor]:
     """The state dict of the model with new experts, each the mean of a group of old ones by their routed mass.
 
@@ -103,6 +136,8 @@ def regrouped_weights(
         model: A model that `check_prunable` lets pass.
         groups: For each MoE layer by name, the old experts of each new one.
         use: What `measure_use` found.
+        keeps_gates: The router goes on scoring the experts that are left out, where the gates of the others depend on
+            their scores (`MoeConfig.removed_experts`).
     """
     weights = dict(model.state_dict())
     for name, layer in moe_layers(model):
@@ -113,8 +148,26 @@ def regrouped_weights(
         for key in (f"{name}.router.{rows}" for rows in _ROUTER_ROWS):
             if key in weights:
                 members = [list(weights[key][list(group)]) for group in groups[name]]
-                weights[key] = torch.stack([_mean(rows, share) for rows, share in zip(members, shares, strict=True)])
+                kept = torch.stack([_mean(rows, share) for rows, share in zip(members, shares, strict=True)])
+                if keeps_gates and _scores_compete(layer.config):
+                    staying = {expert for group in groups[name] for expert in group}
+                    removed = [row for row in range(len(weights[key])) if row not in staying]
+                    kept = torch.cat([kept, weights[key][removed]])
+                weights[key] = kept
     return weights
+
+
+def _scores_compete(moe: MoeConfig) -> bool:
+    """Whether the combine weight of an expert depends on the scores of those that were not chosen."""
+    return moe.router in ("token_choice", "cosine") and not moe.renormalize
+
+
+def _joint_use(use: Mapping[str, ExpertUse]) -> ExpertUse:
+    """The use of the experts in all layers together; how alike they are is the same in all, where one router scores."""
+    each = list(use.values())
+    norms = [one.norm_E for one in each if one.norm_E is not None]
+    mass_E = torch.stack([one.mass_E for one in each]).mean(0)
+    return ExpertUse(mass_E, torch.stack(norms).mean(0) if norms else None, each[0].affinity_EE)
 
 
 def joined_width(model: nn.Module) -> int:

@@ -61,6 +61,8 @@ class MoeConfig:
         experts_start: Whether the experts of a layer start from "different" weights or from "equal" ones.
         shared_experts: Number of experts that take every token, beside the routed ones (DeepSeekMoE,
             https://arxiv.org/abs/2401.06066).
+        removed_experts: How many experts `vmoe prune --keep-classes` has removed. The router still scores them, so that
+            the gates of the others stay what they were, but no image is sent to them. Needs route "image".
         ensemble: M, the members of an ensemble within one model (E3, https://arxiv.org/abs/2110.03360). From the block
             of the first MoE layer on, each image is computed once per member. A member has num_experts / M experts and
             a router of its own, and no expert is shared. 1 is a single model.
@@ -108,6 +110,7 @@ class MoeConfig:
     expert_dropout: float = 0.0
     experts_start: Literal["different", "equal"] = "different"
     shared_experts: int = 0
+    removed_experts: int = 0
     ensemble: int = 1
     soft_scale: float = 1.0
     bias_update_rate: float = 0.001
@@ -128,7 +131,14 @@ class MoeConfig:
         self._need_choice("capacity_rounding", ("ceil", "round", "tutel"), or_null=True)
         self._need_choice("experts_start", ("different", "equal"))
         self._need_choice("backend", BACKEND_NAMES)
-        counts = {"num_experts": 1, "top_k": 1, "capacity_multiple_of": 1, "shared_experts": 0, "ensemble": 1}
+        counts = {
+            "num_experts": 1,
+            "top_k": 1,
+            "capacity_multiple_of": 1,
+            "shared_experts": 0,
+            "removed_experts": 0,
+            "ensemble": 1,
+        }
         for name, smallest in counts.items():
             may_be_null = name in DECIDED_BY_ROUTER and getattr(self, name) is None
             is_allowed = may_be_null or (_is_int(self, name) and getattr(self, name) >= smallest)
@@ -195,6 +205,7 @@ class MoeConfig:
     def _check_route(self) -> None:
         if self.route == "patch":
             self._need("shared_router", not self.shared_router, 'false with route="patch": each token has its decision')
+            self._need("removed_experts", self.removed_experts == 0, '0 with route="patch"')
             return
         by_image = 'with route="image"'
         chooses = self.router in ("token_choice", "sigmoid", "cosine", "random", "balanced")
@@ -204,6 +215,8 @@ class MoeConfig:
         self._need("batch_priority", not self.batch_priority, f"false {by_image}: no image is dropped")
         self._need("group", self.group not in ("image", 1), f'"batch" or a number of images above 1 {by_image}')
         self._need("ensemble", self.ensemble == 1, f"1 {by_image}")
+        scores = self.router in ("token_choice", "cosine")
+        self._need("removed_experts", scores or not self.removed_experts, f'0 with router="{self.router}"')
 
     def _check_ensemble(self) -> None:
         members = f"with ensemble={self.ensemble}"

@@ -46,9 +46,10 @@ class TokenChoiceRouter(nn.Module):
         self.top_k = moe.top_k
         self.renormalize = moe.renormalize
         self.ensemble = moe.ensemble
+        self.removed = moe.removed_experts
         self.noise_scale = moe.logit_noise
         self.draw_noise: Callable[[Tensor], Tensor] | None = None
-        self.gate = Gate(dim, moe.num_experts, bias=False, device=device, dtype=dtype)
+        self.gate = Gate(dim, moe.num_experts + self.removed, bias=False, device=device, dtype=dtype)
         # LeCun-normal, as the original's Dense layer: logits of unit variance for normalised tokens
         nn.init.normal_(self.gate.weight, std=1 / math.sqrt(dim))
 
@@ -60,7 +61,9 @@ class TokenChoiceRouter(nn.Module):
         noisy_TE = with_noise(logits_TE, self.noise_scale, self.draw_noise) if self.training else logits_TE
         logits_GSE = groups.split(logits_TE)
         noisy_GSE = logits_GSE if noisy_TE is logits_TE else groups.split(noisy_TE)
-        routing = token_choice(logits_GSE, noisy_GSE, groups, self.top_k, self.renormalize, valid_GS, kernels)
+        routing = token_choice(
+            logits_GSE, noisy_GSE, groups, self.top_k, self.renormalize, valid_GS, kernels, removed=self.removed
+        )
         return Routed(routing, x_TD)
 
     def scores(self, x_TD: Tensor, kernels: Kernels = PLAIN) -> tuple[Tensor, Tensor]:
@@ -83,7 +86,7 @@ class CosineRouter(TokenChoiceRouter):
         self.projection_bias: nn.Parameter | None = None
         if moe.cosine_bias:
             self.projection_bias = nn.Parameter(torch.zeros(width, device=device, dtype=dtype))
-        self.gate = Gate(width, moe.num_experts, bias=False, device=device, dtype=dtype)
+        self.gate = Gate(width, moe.num_experts + self.removed, bias=False, device=device, dtype=dtype)
         self.temperature = nn.Parameter(torch.full((), 0.5, device=device, dtype=dtype))
         nn.init.normal_(self.projection.weight, std=1 / math.sqrt(dim))
         nn.init.normal_(self.gate.weight, std=1 / math.sqrt(width))
@@ -225,13 +228,21 @@ def token_choice(
     renormalize: bool = False,
     valid_GS: Tensor | None = None,
     kernels: Kernels = PLAIN,
+    removed: int = 0,
 ) -> Routing:
-    """Top-K of the softmax of the noisy logits. Of equal gates, the lower expert is chosen first."""
+    """Top-K of the softmax of the noisy logits. Of equal gates, the lower expert is chosen first.
+
+    The last `removed` of the logits are of experts that are no longer there: they count in the softmax, and no more.
+    """
     if kernels.routing is not None and kernels.routing.takes_logits(noisy_logits_GSE):
         flat = kernels.routing.gates(noisy_logits_GSE.flatten(0, 1), top_k, renormalize)
         gates_GSE, chosen_GSK, weights_GSK = (part.view(*noisy_logits_GSE.shape[:2], -1) for part in flat)
     else:
         gates_GSE = noisy_logits_GSE.softmax(-1)
+        if removed:
+            logits_GSE, noisy_logits_GSE, gates_GSE = (
+                values[..., :-removed] for values in (logits_GSE, noisy_logits_GSE, gates_GSE)
+            )
         chosen_GSK = top_experts(gates_GSE, top_k)
         weights_GSK = weights_of(gates_GSE, chosen_GSK, renormalize)
     return Routing(groups, valid_GS, logits_GSE, noisy_logits_GSE, gates_GSE, chosen_GSK, weights_GSK)
