@@ -134,10 +134,12 @@ def set_capacity(model: nn.Module, factor: float) -> None:
     Raises:
         UserError: It cannot be set, whatever the images; the line names the argument.
     """
-    routers = {layer.config.router for _, layer in moe_layers(model)}
+    routers, routes = ({getattr(layer.config, name) for _, layer in moe_layers(model)} for name in ("router", "route"))
     allowed = "> 0 and at most 1000, or inf to drop nothing"
     if "soft" in routers:
         allowed = 'inf with router="soft": the slots are part of its parameters'
+    elif "image" in routes:
+        allowed = 'inf with route="image": no image is dropped'
     elif "expert_choice" in routers:
         allowed = '> 0 and at most 1000 with router="expert_choice", whose experts fill slots'
     try:

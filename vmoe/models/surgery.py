@@ -102,7 +102,7 @@ def sparsify(
     chosen = [eligible[index] for index in moe.select_layers(len(eligible))]
     layers = dict(_replace(model, mlp, moe, init == "upcycle", upcycle_noise) for mlp in chosen)
     put_in_order(list(layers.values()))
-    if moe.shared_router:
+    if moe.shared_router and layers:
         share_router(list(layers.values()))
     hand_masks_through(model, layers)
     if moe.ensemble > 1 and layers:

@@ -20,14 +20,19 @@ class Decision:
     """What the first MoE layer of a model decided in the last forward pass, for the layers behind it.
 
     Attributes:
+        router: The first layer's.
         routing: The routing of the images; None before the first pass.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, router: nn.Module) -> None:
+        self.router = router
         self.routing: Routing | None = None
 
     def __getstate__(self) -> dict:
-        return {"routing": None}  # belongs to a graph, which can be neither copied nor saved
+        return {
+            "router": self.router,
+            "routing": None,
+        }  # the routing belongs to a graph, which can be neither copied nor saved
 
 
 class FollowingRouter(nn.Module):
@@ -110,8 +115,8 @@ def choices_of_tokens(routing: Routing, tokens: int, real_BN: Tensor | None) -> 
 
 
 def share_router(layers: Sequence[Any]) -> None:
-    """Makes all `MoeMlp`s of a model, in forward order, follow the decision of the first one."""
-    decision = Decision()
+    """Makes all `MoeMlp`s of a model, of which there is one at least, in forward order follow the first one."""
+    decision = Decision(layers[0].router)
     for index, layer in enumerate(layers):
         layer.images.decision = decision
         if index > 0:

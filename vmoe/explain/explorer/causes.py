@@ -23,6 +23,7 @@ from vmoe.explain.explorer.replay import Prefix
 from vmoe.explain.explorer.subject import Subject
 from vmoe.moe import MoeMlp, Routing, moe_layers
 from vmoe.moe.assignment import Capacity, CapacityError, expert_choice
+from vmoe.moe.image_routing import FollowingRouter
 from vmoe.moe.routers import SigmoidRouter, top_experts, weights_of
 from vmoe.moe.routing import ExpertChoiceRouting, SlotRouting, SoftRouting
 
@@ -183,7 +184,7 @@ def _interventions(
 def _capacity_settings(model: nn.Module, capacity_factors: Sequence[float]) -> list[tuple[float, bool]]:
     """The capacities to try: factor, and whether batch prioritized."""
     config = moe_layers(model)[0][1].config
-    if config.router == "soft":
+    if config.router == "soft" or config.route == "image":
         return []
     return list(itertools.product(capacity_factors, (False,) if config.fills_slots else (False, True)))
 
@@ -256,6 +257,7 @@ def _without(router: nn.Module, routing: Routing | SlotRouting, expert: int) -> 
         left = left / left.sum(-1, keepdim=True).clamp_min(torch.finfo(left.dtype).tiny)
         return _experts_choose(left, routing)
     logits = routing.logits_GSE.masked_fill(is_expert, -math.inf)
+    router = router.decision.router if isinstance(router, FollowingRouter) else router
     if isinstance(router, SigmoidRouter):
         gates = routing.gates_GSE.masked_fill(is_expert, 0)
         ranking = gates + router.bias
