@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from timm.loss import AsymmetricLossMultiLabel
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -21,6 +22,8 @@ from vmoe.data import DataConfig
 from vmoe.data.config import MixConfig
 from vmoe.errors import UserError
 from vmoe.evaluation.evaluate import data_for, open_data
+from vmoe.explain.explorer import Subject
+from vmoe.explain.explorer.collection import collect
 from vmoe.export.card import model_card
 from vmoe.serve.uploads import Upload
 from vmoe.training.config import LossConfig, ModelConfig
@@ -155,8 +158,6 @@ def test_the_command_line_measures_and_predicts(trained, tmp_path, capsys):
     assert result["class_images"] == vmoe.evaluate(run.model, progress=False)["class_images"]
     assert {path.name for path in tmp_path.glob("*.png")} == {"precision_recall.png"}
     assert f"{result['average_precision']:.2%}" in capsys.readouterr().out
-    from PIL import Image
-
     Image.fromarray(images[0]).save(tmp_path / "a.png")
     table = tmp_path / "answers.csv"
     assert predict([str(run.path), str(tmp_path / "a.png"), "--csv", str(table)]) == 0
@@ -229,6 +230,19 @@ def test_experts_are_pruned_and_a_student_is_distilled(trained, tmp_path, capsys
     assert "knows several classes per image and these images have one class" in capsys.readouterr().err
     assert train([*options, "--loss.name", "bce"]) == 2
     assert "must be cross_entropy with distill.teacher" in capsys.readouterr().err
+
+
+def test_heatmaps_and_the_explorer_decide_by_the_thresholds(trained, tmp_path):
+    run, images, _ = trained
+    Image.fromarray(images[0]).save(tmp_path / "a.png")
+    index = vmoe.write_heatmaps(run.model, [tmp_path / "a.png"], tmp_path / "maps")
+    found = run.model.predict(images, progress=False)
+    assert index["images"][0]["labels"] == found.labels[0]
+    data, _ = open_data(run.model, data_for(run.model))
+    seen = collect(Subject.of(run.model, "mine"), data.random_dataloader("test", 0), replicates=2, sample=40)
+    assert seen.correct / seen.images == vmoe.evaluate(run.model, progress=False)["exact_match"]
+    names = [[NAMES[i] for i in np.flatnonzero(row)] for row in seen.sample["predicted"]]
+    assert sorted(names) == sorted(sorted(labels, key=NAMES.index) for labels in found.labels)
 
 
 def test_programs_cards_and_the_server_say_several_classes(trained, tmp_path):

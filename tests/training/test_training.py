@@ -453,7 +453,7 @@ def test_a_folder_of_classes_alone_is_split_and_few_images_for_validation_are_wa
     assert code == 0 and folder.summary.exists()
     lines = " ".join(capsys.readouterr().out.split())
     assert f"{tmp_path / 'pets'}: has no split of its own: 20% of each class are cut off for the test" in lines
-    assert "warning: 4 images for validation: too few to choose an epoch by, as one is 25.0% of top-1" in lines
+    assert "warning: 4 images for validation: too few to choose an epoch by, as one is 25.0% of them" in lines
 
 
 def test_what_is_frozen_keeps_its_weights(run):

@@ -42,7 +42,9 @@ def main(argv: list[str]) -> None:
         checkpoint, images, options.out, options.layers, options.capacity_factor, command, versions(), Tracked
     )
     for image in index["images"]:
-        print(printable(f"{image['file']}: {image['prediction']['class']} {image['prediction']['probability']:.1%}"))
+        best = f"{image['prediction']['class']} {image['prediction']['probability']:.1%}"
+        said = best if "labels" not in image else f"{', '.join(image['labels']) or 'no class'} ({best})"
+        print(printable(f"{image['file']}: {said}"))
     figures = sum(len(image["pages"]) for image in index["images"])
     say_left_out(index["damaged"], len(images))
     print(f"index.html, {figures} figure{'s' * (figures > 1)} and index.json in {options.out}")

@@ -136,6 +136,21 @@ def test_blocks_count_what_the_whole_does_and_what_is_not_chosen_does_not_count(
     assert float(measure(patchwork, some, 4).tables["class"].value.sum()) == IMAGES * PLACES / 2
 
 
+def test_an_image_of_several_classes_counts_for_each_of_them(patchwork):
+    pixels, labels, patches = patchwork
+    choices = patches.long() % 4
+    single = measure(patchwork, choices, 4).tables["class"]
+    flags = torch.nn.functional.one_hot(labels, len(OBJECTS)).to(torch.int8)
+    alone = measure((pixels, flags, patches), choices, 4).tables["class"]
+    for name in ("value", "bootstrap", "null"):
+        assert torch.equal(getattr(alone, name), getattr(single, name))
+    first, second = torch.ones(IMAGES, 1).long(), (labels == 2)[:, None].long()
+    flags = torch.cat([first, second, torch.zeros(IMAGES, len(OBJECTS) - 2).long()], 1)
+    value = measure((pixels, flags, patches), choices, 4).tables["class"].value
+    by_image = torch.nn.functional.one_hot(choices, 4).sum(1).double()
+    assert torch.equal(value[:2], torch.stack([by_image.sum(0), by_image[labels == 2].sum(0)])) and not value[2:].any()
+
+
 def test_the_interval_is_that_of_resampled_images(patchwork):
     choices = torch.where(patchwork[1][:, None] < 3, patchwork[2].long() % 4, 3)
     found = measure(patchwork, choices, 4, replicates=400).tables["class"].specialisation()

@@ -16,6 +16,7 @@ from vmoe.data.patchwork import OBJECTS, PATCH_NAMES, make_patchwork
 from vmoe.errors import UserError
 from vmoe.explain.explorer import DataFacts, ExploreOptions, Subject, explore
 from vmoe.explain.explorer.collection import collect
+from vmoe.explain.page import write_page
 from vmoe.moe.routers import _forced
 from vmoe.moe.routing import Routed
 
@@ -231,6 +232,30 @@ def test_without_labels_what_needs_none_stays_the_same(make_model, make_batches,
     assert not any("ccuracy" in line or "class" in line for line in report["findings"])
     assert (images["label"] == -1).all()
     assert images["name"].tolist() == [f"photo {number}.jpg" for number in images["number"]]
+
+
+def test_images_may_have_several_classes_or_none(make_model, make_batches, tmp_path):
+    model = make_model()
+    images = torch.cat([batch[0] for batch in make_batches()])
+    with torch.no_grad():
+        logits = model(images)
+    labels = (logits > 0).to(torch.int8)
+    labels[:20] = 1 - labels[:20]  # of which no class is right
+    labels[20] = 0
+    batches = list(zip(images.split(16), labels.split(16), strict=True))
+    found = explore(model, batches, options=replace(FEW, sample=60))
+    report = found.report
+    right = ((logits > 0) == (labels > 0)).all(-1)
+    assert report["multi_label"] is True and report["accuracy"]["value"] == pytest.approx(float(right.double().mean()))
+    (row,) = np.flatnonzero(found.images["number"] == 20)
+    assert found.images["label"].shape == found.images["predicted"].shape and not found.images["label"][row].any()
+    layer = report["layers"][0]
+    assert len(layer["class_log_ratio"]["matrix"][0]) == len(layer["ablation"][0]["by_class"]) == 5
+    write_page(report, found.images, tmp_path / "index.html")
+    assert '"label":[[' in (tmp_path / "index.html").read_text()
+    of_one = Subject("of one", model, list("abcde"), (0.5,) * 3, (0.5,) * 3, multi_label=False)
+    with pytest.raises(UserError, match="of one: knows one class per image, and these images have several"):
+        explore(of_one, batches, options=FEW)
 
 
 def test_naflex_models_are_explored_on_images_of_one_size(make_batches):

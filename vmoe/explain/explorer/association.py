@@ -126,7 +126,7 @@ class LayerAssociation:
 
         Args:
             choices: (B, N, K) experts, -1 for none.
-            labels: (B,) classes; None where images have no labels.
+            labels: (B,) classes, or (B, C) of 0 and 1 of several; None where images have no labels.
             codes: (B, N) from `GridCodes.encode`.
             known: (B, N) what each patch is known to show; None where patches have no labels.
             draws: For B images.
@@ -151,11 +151,21 @@ class LayerAssociation:
             )
 
     def _count_classes(self, choices: Tensor, labels: Tensor, draws: Draws) -> None:
-        """A class belongs to a whole image, so each replicate adds up whole images' loads."""
+        """A class belongs to a whole image, so each replicate adds up whole images' loads.
+
+        An image of several classes counts for each of them.
+        """
         tables = self.tables["class"]
         replicates, classes, _ = tables.null.shape
         nothing = torch.zeros_like(choices[..., 0])
         loads_BE = self._by_image(nothing, 1, choices)[:, 0]
+        if labels.dim() == 2:
+            has_class_BC = labels.to(loads_BE.dtype)
+            tables.value += (has_class_BC.T @ loads_BE).double()
+            for replicate, (weights, partners) in enumerate(zip(draws.weights, draws.partners, strict=True)):
+                tables.bootstrap[replicate] += has_class_BC.T @ (weights[:, None] * loads_BE)
+                tables.null[replicate] += has_class_BC[partners].T @ loads_BE
+            return
         tables.value.index_add_(0, labels, loads_BE.double())
         weighted = draws.weights.t()[..., None] * loads_BE[:, None]  # (B, R, E)
         tables.bootstrap += (

@@ -83,11 +83,11 @@ def find_causes(
     for trial in track(trials, "causes"):
         if trial.place is None:
             labels.append(trial.labels)
-            base.append(trial.logits.argmax(-1) == trial.labels)
+            base.append(subject.is_right(trial.logits, trial.labels))
         elif len(right[trial.place]) + 1 == len(labels):  # else an earlier batch could not have it
             intervention = interventions[trial.place]
             with suppress(CapacityError), trial.reused(), intervention.applied():
-                right[trial.place].append(model(trial.images).argmax(-1) == trial.labels)
+                right[trial.place].append(subject.is_right(model(trial.images), trial.labels))
                 if intervention.factor is not None:
                     dropped[trial.place].append(_dropped(model, trials.shares) * len(trial.labels))
     possible = [place for place, rows in enumerate(right) if len(rows) == len(labels)]
@@ -304,15 +304,18 @@ def _orders(like: Tensor, generator: torch.Generator) -> Tensor:
 def _as_causes(
     interventions: Sequence[_Intervention], right: Tensor, labels: Tensor, dropped: Sequence[float], num_classes: int
 ) -> Causes:
-    """The report's form of who was right (1 + I, n), the first row without an intervention."""
+    """The report's form of who was right (1 + I, n), the first row without an intervention.
+
+    Of several classes, labels (n, C), an image counts for each of its classes.
+    """
     base, changed = right[0], right[1:]
     ablation: dict[str, list[dict[str, Any]]] = {}
     random_router, capacities = {}, []
-    of_class = torch.bincount(labels, minlength=num_classes).clamp_min(1)
+    of_class = _sums_by_class(torch.ones(len(labels)).double(), labels, num_classes).clamp_min(1)
     for intervention, now, drop in zip(interventions, changed, dropped, strict=True):
         change = paired_change(int((now & ~base).sum()), int((base & ~now).sum()), len(labels)).as_dict("change")
         if intervention.expert is not None:
-            difference = torch.bincount(labels, (now.double() - base.double()), num_classes) / of_class
+            difference = _sums_by_class(now.double() - base.double(), labels, num_classes) / of_class
             entry = {"expert": intervention.expert, **change, "by_class": difference.tolist()}
             ablation.setdefault(intervention.layer, []).append(entry)
         elif intervention.layer is not None:
@@ -323,3 +326,10 @@ def _as_causes(
             setting = {"factor": None if factor == math.inf else factor, "priority": intervention.priority}
             capacities.append({**setting, **accuracy, "dropped": drop})
     return Causes(len(labels), ablation, random_router, capacities or None)
+
+
+def _sums_by_class(values: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """The sums (C,) of values (n,) float64 over the images of each class."""
+    if labels.dim() == 2:
+        return values @ labels.double()
+    return torch.bincount(labels, values, num_classes)

@@ -72,8 +72,8 @@ def collect(
 
     Args:
         subject: The model.
-        batches: Of (images (B, 3, H, W), labels (B,) or None, ...), normalised for it and in random order; where they
-            have `patch_labels` and `patch_kinds` is given, these are a feature too.
+        batches: Of (images (B, 3, H, W), labels (B,), (B, C) of 0 and 1, or None, ...), normalised for it and in random
+            order; where they have `patch_labels` and `patch_kinds` is given, these are a feature too.
         patch_kinds: Number of patch labels.
         replicates: R, of bootstrap and null.
         sample: Images to keep.
@@ -92,7 +92,8 @@ def collect(
         labels = None if batch[1] is None else batch[1].to(device, non_blocking=True)
         logits, maps = routed(subject.model, x)
         if labels is not None:
-            correct += (logits.argmax(-1) == labels).sum()
+            subject.require_labels(labels)
+            correct += subject.is_right(logits, labels).sum()
         finite &= logits.isfinite().all()
         images += len(x)
         if maps:
@@ -145,6 +146,7 @@ class _Tally:
         seed: int,
     ) -> None:
         self._configs = {name: layer.config for name, layer in moe_layers(subject.model)}
+        self._subject = subject
         self._num_classes, self._patch_kinds = len(subject.class_names), patch_kinds
         self._replicates = replicates
         self._generator = torch.Generator(subject.device).manual_seed(seed)
@@ -171,7 +173,12 @@ class _Tally:
             layer.counts.update(part, features[part.grid].colour)
         for flow, before, after in zip(self.flows, every, every[1:], strict=False):
             flow.update(before, after)
-        self.sample.update(pixels, labels, logits.float().softmax(-1), maps)
+        several = self._subject.multi_label if labels is None else labels.dim() == 2
+        if several:
+            probabilities, found = logits.float().sigmoid(), self._subject.found(logits)
+        else:
+            probabilities, found = logits.float().softmax(-1), None
+        self.sample.update(pixels, labels, probabilities, maps, found)
         self._waiting.append((labels, features, known, [part.patch_choices for part in every]))
         if sum(len(choices[0]) for *_, choices in self._waiting) >= BLOCK:
             self.finish()

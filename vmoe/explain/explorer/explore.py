@@ -95,9 +95,11 @@ def explore(
     Args:
         model: A model with MoE layers, a checkpoint of one, or a `Subject`, which says how images are normalised for a
             model and what its classes are called. Of a bare model classes are numbers, and mean and std 0.5.
-        batches: Of (images (B, 3, H, W), labels (B,) or None, ...), to be gone through several times, each time the
-            same, and in random order: the first images serve for the costlier analyses, and nulls pair images of a
-            block. Where all labels are None, what needs them is left out: accuracy, classes, causes.
+        batches: Of (images (B, 3, H, W), labels (B,), or (B, C) of 0 and 1 of several classes, or None, ...), to be
+            gone through several times, each time the same, and in random order: the first images serve for the
+            costlier analyses, and nulls pair images of a block. Where all labels are None, what needs them is left out:
+            accuracy, classes, causes. Of several classes an image counts for each of them, and it is right where every
+            class is.
         name: What the report calls it; by default a checkpoint's path, or the model's class.
         others: Runs to compare with, which see the same images; dense ones too.
         snapshots: Earlier checkpoints of the same run.
@@ -144,6 +146,7 @@ def explore(
             **(data.provenance or {}),
         },
         "classes": list(subject.class_names),
+        "multi_label": collection.sample["predicted"].ndim == 2,
         "patch_names": None if data.patch_names is None else list(data.patch_names),
         "accuracy": accuracy_report(collection),
         "is_dense": False,

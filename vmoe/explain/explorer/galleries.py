@@ -104,12 +104,18 @@ def _name_lines(name: str) -> list[str]:
 
 
 def _caption(report: dict[str, Any], images: dict[str, Any], row: int) -> str:
-    """An image's class and what it was taken for; where it has no label, its name."""
+    """An image's class, or classes, and what it was taken for; where it has no label, its name."""
     label, predicted = images["label"][row], images["predicted"][row]
-    if label < 0:
+    if label.ndim == 0 and label < 0:
         return str(images["name"][row]) if "name" in images else f"image {images['number'][row]}"
-    name = report["classes"][label]
-    return name if label == predicted else f"{name}, taken for {report['classes'][predicted]}"
+    name, taken = _class_text(report, label), _class_text(report, predicted)
+    return name if name == taken else f"{name}, taken for {taken}"
+
+
+def _class_text(report: dict[str, Any], label: np.ndarray) -> str:
+    if label.ndim == 0:
+        return report["classes"][label]
+    return ", ".join(report["classes"][index] for index in np.flatnonzero(label)) or "no class"
 
 
 def _overlay(pixels: np.ndarray, layer: dict[str, Any], maps: dict[str, Any], image: int) -> np.ndarray:

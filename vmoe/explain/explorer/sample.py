@@ -31,16 +31,29 @@ class ImageSample:
         self._seen = 0
 
     def update(
-        self, pixels: Tensor, labels: Tensor | None, probabilities: Tensor, layers: dict[str, LayerMaps]
+        self,
+        pixels: Tensor,
+        labels: Tensor | None,
+        probabilities: Tensor,
+        layers: dict[str, LayerMaps],
+        found: Tensor | None = None,
     ) -> None:
-        """Offers a batch: pixels (B, 3, S, S) in [0, 1], labels (B,), probabilities (B, C) and each layer's maps."""
+        """Offers a batch.
+
+        Args:
+            pixels: (B, 3, S, S) in [0, 1].
+            labels: (B,), or (B, C) of 0 and 1 of several classes; None where images have none.
+            probabilities: (B, C).
+            layers: Each layer's maps.
+            found: (B, C) bool, which of several classes the model finds; None with one class per image.
+        """
         keys = torch.rand(len(pixels), generator=self._generator).numpy()
         places = self._largest(keys)
         if len(self._keys) >= self.size:
             places = places[keys[places] > self._keys.min()]
         if len(places):
             rows = torch.from_numpy(places).to(pixels.device)
-            new = _arrays(pixels, labels, probabilities, layers, rows) | {"number": self._seen + places}
+            new = _arrays(pixels, labels, probabilities, layers, rows, found) | {"number": self._seen + places}
             every = np.concatenate([self._keys, keys[places]])
             stay = self._largest(every)
             self._keys = every[stay]
@@ -57,10 +70,11 @@ class ImageSample:
         """The sample in the order in which the images came, as the page takes it.
 
         Returns:
-            "pixels" (n, S, S, 3) uint8; "label" (n,) int64, -1 where there is none; "predicted" (n,) int64;
-            "confidence" (n,) float32; "number" (n,) the place in the stream; "layers", for each: "gates"
-            (n, P + N, E) float16, "dispatch" the same or None, "chosen" (n, P + N, K) int16, "dropped"
-            (n, P + N, K) bool or None, "entropy" (n, P + N) float16, "valid" (n, P + N) bool.
+            "pixels" (n, S, S, 3) uint8; "label" (n,) int64, -1 where there is none; "predicted" (n,) int64; both
+            (n, C) bool of several classes; "confidence" (n,) float32 of the most probable class; "number" (n,) the
+            place in the stream; "layers", for each: "gates" (n, P + N, E) float16, "dispatch" the same or None,
+            "chosen" (n, P + N, K) int16, "dropped" (n, P + N, K) bool or None, "entropy" (n, P + N) float16, "valid"
+            (n, P + N) bool.
         """
         return with_layers(self._kept)
 
@@ -82,11 +96,20 @@ def without_layers(images: dict[str, Any]) -> dict[str, np.ndarray]:
 
 
 def _arrays(
-    pixels: Tensor, labels: Tensor | None, probabilities: Tensor, layers: dict[str, LayerMaps], rows: Tensor
+    pixels: Tensor,
+    labels: Tensor | None,
+    probabilities: Tensor,
+    layers: dict[str, LayerMaps],
+    rows: Tensor,
+    found: Tensor | None,
 ) -> dict[str, np.ndarray]:
     """What is kept of the images in some rows of a batch."""
     confidence, predicted = probabilities[rows].max(-1)
-    found = {
+    if found is not None:
+        predicted = found[rows]
+    if labels is not None and labels.dim() == 2:
+        labels = labels > 0
+    kept = {
         "pixels": (pixels[rows] * 255).round().byte().permute(0, 2, 3, 1),
         "label": torch.full_like(rows, -1) if labels is None else labels[rows],
         "predicted": predicted,
@@ -99,5 +122,5 @@ def _arrays(
         )  # fmt: skip
         for name, (values, dtype) in zip(_OF_LAYER, parts, strict=True):
             if values is not None:
-                found[f"layers/{index}/{name}"] = values[rows.to(values.device)].to(dtype)
-    return {name: values.cpu().numpy() for name, values in found.items()}
+                kept[f"layers/{index}/{name}"] = values[rows.to(values.device)].to(dtype)
+    return {name: values.cpu().numpy() for name, values in kept.items()}

@@ -7,6 +7,7 @@ import numpy as np
 from torch import nn
 
 from vmoe.checkpoints import TrainedModel
+from vmoe.checkpoints.prediction import names_above
 from vmoe.data import load_image
 from vmoe.data.image_files import none_readable
 from vmoe.errors import UserError
@@ -110,6 +111,10 @@ def _write_image(
     prepared = checkpoint.image_size, checkpoint.mean, checkpoint.std
     image = route_image(checkpoint.model, pixels, *prepared, PANEL, checkpoint.crop)
     predicted = f"{_class(checkpoint, image.predicted)} ({image.probabilities.max():.0%})"
+    of_several = {}
+    if checkpoint.multi_label:
+        (labels,) = names_above(image.probabilities[None], checkpoint.class_names, checkpoint.thresholds)
+        of_several, predicted = {"labels": labels}, ", ".join(labels) or "no class"
     pages = []
     for layer in own_figures:
         pages.append(f"{name}-{layer}.png")
@@ -131,6 +136,7 @@ def _write_image(
         "size": list(pixels.shape[1::-1]),
         "prediction": classes[0],
         "most_probable": classes,
+        **of_several,
         "pages": pages,
         "layers": {layer: describe_layer(image.layers[layer]) for layer in layers},
     }

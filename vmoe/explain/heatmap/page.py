@@ -55,6 +55,8 @@ def heatmap_page(index: dict[str, Any]) -> str:
 
 def _section(number: int, image: dict[str, Any]) -> Sequence[str]:
     classes = ", ".join(f"{each['class']} {each['probability']:.1%}" for each in image["most_probable"])
+    if "labels" in image:  # of several classes per image
+        classes = f"{', '.join(image['labels']) or 'no class'} ({classes})"
     figures = [
         f"<a href='{_page_link(page)}'><img loading='lazy' src='{_page_link(page)}' alt='{_escaped_text(page)}'></a>"
         for page in image["pages"]

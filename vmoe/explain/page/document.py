@@ -36,7 +36,8 @@ def write_page(report: dict[str, Any], images: dict[str, Any], path: str | Path)
 
     Args:
         report: The numbers, plain JSON types: see docs/explorer_metrics.md.
-        images: The sampled images: "pixels" (n, height, width, 3) uint8, "label", "predicted", "confidence" (n each),
+        images: The sampled images: "pixels" (n, height, width, 3) uint8, "label" and "predicted" (n, or (n, C) bool of
+            several classes), "confidence" (n),
             "number" (n, their places in the data set; optional), "name" (n, of their files; optional), and for each
             layer of the report "gates" (n, N, E), "dispatch" (the same, or None), "chosen" and "dropped" (n, N, K) or
             None, "entropy" (n, N) in nats. N: prefix tokens, then patches.
@@ -71,8 +72,10 @@ def write_page(report: dict[str, Any], images: dict[str, Any], path: str | Path)
     write_text(path, text, errors="replace")  # a file's name may be no valid text
 
 
-def _labels(values: Any) -> list[int | None]:
-    """Class indices; None where an image has no label (below zero)."""
+def _labels(values: Any) -> list[int | None] | list[list[int]]:
+    """Class indices, of several classes a list for each image; None where an image has no label (below zero)."""
+    if np.ndim(values) == 2:
+        return [np.flatnonzero(row).tolist() for row in values]
     return [int(value) if value is not None and value >= 0 else None for value in values]
 
 

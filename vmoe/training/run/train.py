@@ -216,8 +216,7 @@ class _Run:
         if data.has_validation and (count := data.number_of_images("val")) < _FEW_TO_CHOOSE_BY:
             self.say(
                 f"warning: {counted(count, 'image')} for validation: too few to choose an epoch by, as one is "
-                f"{1 / count:.1%} of top-1; give it more images (where they are cut from training, by "
-                "data.val_fraction)"
+                f"{1 / count:.1%} of them; give it more images (where they are cut from training, by data.val_fraction)"
             )
         if saved is not None and saved.facts.class_names != data.class_names:
             raise UserError(

@@ -83,7 +83,7 @@ function compareView() {
     make("h2", {}, "Runs beside each other"),
     figure(
       `${runs.length} runs`,
-      `${isLabelled ? "Top-1 accuracy on the same images with its 95 % interval" : "All on the same images"}. Load CV, the coefficient of variation, is the standard deviation of the experts' loads over their mean: 0 means equal loads. ${analysed()}.`,
+      `${isLabelled ? `${ACCURACY} on the same images with its 95 % interval` : "All on the same images"}. Load CV, the coefficient of variation, is the standard deviation of the experts' loads over their mean: 0 means equal loads. ${analysed()}.`,
       runTable(runs),
     ),
     plots.length > 0 &&

@@ -15,7 +15,7 @@ function drawHead() {
   const { accuracy, layers } = REPORT;
   const sizes = [...new Set(layers.map((layer) => layer.num_experts))].map(String);
   document.getElementById("summary").textContent = [
-    accuracy && isNumber(accuracy.value) ? `Top-1 accuracy ${withInterval(accuracy, percent)}` : "",
+    accuracy && isNumber(accuracy.value) ? `${ACCURACY} ${withInterval(accuracy, percent)}` : "",
     `${plural(layers.length, "MoE layer")} of ${listed(sizes)} experts`,
     analysed(),
     isLabelled ? "" : "the images have no labels, so what needs them is left out: accuracy, classes, causes",

@@ -51,6 +51,9 @@ function chip(expert, attributes = {}, tag = "span") {
 /** Without labels, what needs them is left out: accuracy, classes, causes. */
 const isLabelled = REPORT.accuracy !== null;
 
+/** What accuracy is: of several classes per image, all of an image's must be right. */
+const ACCURACY = REPORT.multi_label ? "Accuracy (every class of an image right)" : "Top-1 accuracy";
+
 const className = (index) =>
   index === null || index === undefined ? "unknown" : (REPORT.classes[index] ?? `class ${index}`);
 const layerNames = REPORT.layers.map((layer) => layer.name);

@@ -2,19 +2,20 @@
 
 const THUMBNAIL = 48;
 
-const isRight = (image) => SAMPLE.label[image] !== null && SAMPLE.label[image] === SAMPLE.predicted[image];
+// Of several classes per image a label is a list, in the order of the classes
+const isRight = (image) => SAMPLE.label[image] !== null && `${SAMPLE.label[image]}` === `${SAMPLE.predicted[image]}`;
 
 /** The images of the list: the page holds their routing, and they pass the filter. */
 function listedImages() {
   const pass =
     { all: () => true, right: isRight, wrong: (image) => SAMPLE.label[image] !== null && !isRight(image) }[
       state.filter
-    ] ?? ((image) => `class ${SAMPLE.label[image]}` === state.filter);
+    ] ?? ((image) => [SAMPLE.label[image]].flat().some((label) => `class ${label}` === state.filter));
   return range(SAMPLE.mapped).filter(pass);
 }
 
 function imageFilter(onPick) {
-  const classes = [...new Set(SAMPLE.label.slice(0, SAMPLE.mapped))]
+  const classes = [...new Set(SAMPLE.label.slice(0, SAMPLE.mapped).flat())]
     .filter((label) => label !== null)
     .sort((a, b) => a - b);
   const options = [
@@ -71,13 +72,20 @@ function imageStrip(onPick) {
 /** An image by its file, or by its place in the data set. */
 const imageName = (image) => SAMPLE.name?.[image] ?? `Image ${SAMPLE.number[image]}`;
 
+/** A class, or several, by name. */
+const namesOf = (label) => (Array.isArray(label) ? label.map(className).join(", ") || "no class" : className(label));
+
 /** An image's class, where it is known, below a picture of it. */
-const labelOf = (image) => (isLabelled ? className(SAMPLE.label[image]) : null);
+const labelOf = (image) => (isLabelled ? namesOf(SAMPLE.label[image]) : null);
+
+/** How sure the model is of its one class; nothing of several. */
+const sureness = (image, before, after) =>
+  REPORT.multi_label ? "" : `${before}${percent(SAMPLE.confidence[image], 0)}${after}`;
 
 const verdictText = (image) =>
   [
     isLabelled && `true: ${labelOf(image)}`,
-    `predicted: ${className(SAMPLE.predicted[image])} (${percent(SAMPLE.confidence[image], 0)})`,
+    `predicted: ${namesOf(SAMPLE.predicted[image])}${sureness(image, " (", ")")}`,
   ]
     .filter(Boolean)
     .join("; ");
@@ -89,10 +97,10 @@ function verdict() {
     "p",
     { class: "verdict" },
     `${imageName(image)} · `,
-    isLabelled && ["true class ", make("b", {}, labelOf(image)), " · "],
+    isLabelled && [REPORT.multi_label ? "true classes " : "true class ", make("b", {}, labelOf(image)), " · "],
     "predicted ",
-    make("b", {}, className(SAMPLE.predicted[image])),
-    ` with ${percent(SAMPLE.confidence[image], 0)} `,
+    make("b", {}, namesOf(SAMPLE.predicted[image])),
+    `${sureness(image, " with ", "")} `,
     known && make("span", { class: isRight(image) ? "good" : "bad" }, isRight(image) ? "✓ right" : "✗ wrong"),
   );
 }
