@@ -1,7 +1,8 @@
 """What MkDocs needs to make a site of files that are written to be read in the repository.
 
-README, CONTRIBUTING and CHANGELOG become pages, and what pages link to outside docs/ (pictures, configs, tables) comes
-along. Links are changed on the way into the site only; a link to what is not there fails a strict build.
+README, CONTRIBUTING and CHANGELOG become pages. What pages link to outside docs/ (pictures, configs, tables) comes
+along, and so do the colours of the explorer's page. Links are changed on the way into the site only; a link to what is
+not there fails a strict build.
 """
 
 import os
@@ -21,6 +22,7 @@ LINK = re.compile(r"(?<=\]\()(?!\w+:|#|/)([^)\s#]+)(#[^)\s]*)?(?=[)\s])")
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Adds the pages of the repository's root, and the files that pages link to outside docs/."""
+    files.append(File.generated(config, "palette.css", abs_src_path=str(ROOT / "vmoe" / "palette.css")))
     texts = {path.relative_to(ROOT).as_posix(): path.read_text() for path in (ROOT / "docs").glob("*.md")}
     for source, page in PAGES.items():
         texts[source] = (ROOT / source).read_text()

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 
-from vmoe.figures.style import DIVERGING, SHADES
-from vmoe.palette import NUM_COLOURS, expert_colours, expert_hex, ink_on
+from vmoe.figures.style import DIVERGING, INK, MUTED, PAPER, RULE, SHADES
+from vmoe.palette import NUM_COLOURS, expert_colours, expert_hex, ink_on, page_colours
 
 # Machado et al. 2009, table 1, severity 1; rows give linear R, G, B.
 MACHADO = {
@@ -116,6 +116,18 @@ def test_ink_contrasts_with_every_colour():
     light, ink = linear(colours) @ [0.2126, 0.7152, 0.0722], ink_on(colours)[:, 0]
     contrast = np.where(ink == 1, 1.05 / (light + 0.05), (light + 0.05) / 0.05)
     assert contrast.min() >= 4.5  # WCAG 2 AA
+
+
+def test_text_contrasts_on_pages_in_light_and_dark():
+    pairs = re.findall(r"--(\w+): light-dark\((#\w{6}), (#\w{6})\)", page_colours())
+    schemes = [{name: each[scheme] for name, *each in pairs} for scheme in (0, 1)]
+    for colours in schemes:
+        light = {name: linear(np.array(to_rgb(each))) @ [0.2126, 0.7152, 0.0722] for name, each in colours.items()}
+        for name in light.keys() - {"paper", "raised", "rule"}:
+            for ground in ("paper", "raised"):
+                low, high = sorted((light[name], light[ground]))
+                assert (high + 0.05) / (low + 0.05) >= 4.5, (name, ground)  # WCAG 2 AA
+    assert [schemes[0][name] for name in ("ink", "muted", "paper", "rule")] == [INK, MUTED, PAPER, RULE]
 
 
 def test_figures_and_page_have_the_same_scales():

@@ -15,6 +15,8 @@ Two flat colours beside each other look different from a CIEDE2000 of about 2, f
 beyond 12 experts colour alone does not name an expert, so figures also print its number. Beyond 32 the colours repeat.
 """
 
+from importlib.resources import files
+
 import numpy as np
 
 _RGB = np.frombuffer(
@@ -27,6 +29,11 @@ _RGB = np.frombuffer(
     dtype=np.uint8,
 ).reshape(-1, 3)
 NUM_COLOURS = len(_RGB)
+
+
+def page_colours() -> str:
+    """The style sheet with the colours of every page, in light and dark; a page's own sheet comes after it."""
+    return (files("vmoe") / "palette.css").read_text(encoding="utf-8")
 
 
 def expert_hex(expert: int) -> str:

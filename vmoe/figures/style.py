@@ -16,8 +16,9 @@ from PIL import Image
 from vmoe.files import atomic_write
 from vmoe.text import printable
 
+# The light ones of palette.css, and the first expert's colour
 INK = "#1b1f24"
-MUTED = "#667078"
+MUTED = "#5b656d"
 RULE = "#d5dade"
 PAPER = "#ffffff"
 ACCENT = "#1879c1"

@@ -25,7 +25,7 @@ from vmoe.errors import UserError
 from vmoe.export.programs import require
 from vmoe.export.steered import write_steered
 from vmoe.files import new_folder
-from vmoe.palette import NUM_COLOURS, expert_hex
+from vmoe.palette import NUM_COLOURS, expert_hex, page_colours
 from vmoe.sizes import size_text
 from vmoe.text import counted
 from vmoe.version import __version__
@@ -37,7 +37,7 @@ _RUNTIME_PARTS = {
     "mjs": "ort-wasm-simd-threaded.mjs",
     "wasm": "ort-wasm-simd-threaded.wasm",
 }
-_OURS = ("index.html", "page.css", "picture.js", "program.js", "maps.js", "main.js")
+_OURS = ("index.html", "picture.js", "program.js", "maps.js", "main.js")
 _MARK_FILE = "about.js"  # which a folder that may be replaced holds
 _SAMPLE_SIZE = 320  # pixels
 LARGEST_PROGRAM = 300 * 2**20  # bytes; as text, still below the longest string that browsers hold
@@ -87,6 +87,8 @@ def write_demo_page(
         assets = files("vmoe.serve") / "page"
         for name in _OURS:
             (folder / name).write_bytes((assets / name).read_bytes())
+        style = page_colours() + (assets / "page.css").read_text(encoding="utf-8")
+        (folder / "page.css").write_text(style, encoding="utf-8")
         elements = files("vmoe.explain.page") / "assets" / "elements.js"
         (folder / elements.name).write_bytes(elements.read_bytes())
         (folder / "ort.js").write_bytes(parts["script"])

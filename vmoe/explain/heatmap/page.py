@@ -6,18 +6,20 @@ from html import escape
 from typing import Any
 from urllib.parse import quote
 
+from vmoe.palette import page_colours
 from vmoe.text import printable
 
+# Light alone, as the figures are
 _STYLE = """\
 :root { color-scheme: light; }
-body { margin: 0 auto; max-width: 1360px; padding: 24px; background: #fff; color: #1b1f24;
+body { margin: 0 auto; max-width: 1360px; padding: 24px; background: var(--paper); color: var(--ink);
   font: 16px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.6rem; line-height: 1.2; margin: 0 0 8px; }
 h2 { font-size: 1.1rem; margin: 0; overflow-wrap: anywhere; }
-p { margin: 4px 0; color: #667078; overflow-wrap: anywhere; }
-a { color: #1879c1; }
-section { margin-top: 32px; padding-top: 16px; border-top: 1px solid #d5dade; }
-img { display: block; width: 100%; height: auto; margin-top: 12px; border: 1px solid #d5dade; }
+p { margin: 4px 0; color: var(--muted); overflow-wrap: anywhere; }
+a { color: var(--link); }
+section { margin-top: 32px; padding-top: 16px; border-top: 1px solid var(--rule); }
+img { display: block; width: 100%; height: auto; margin-top: 12px; border: 1px solid var(--rule); }
 nav { margin-top: 16px; columns: 9em; }
 nav a { display: block; overflow-wrap: anywhere; }
 """
@@ -36,7 +38,7 @@ def heatmap_page(index: dict[str, Any]) -> str:
         "<!doctype html>",
         '<html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>Routing maps of {count}</title><style>\n{_STYLE}</style></head><body>",
+        f"<title>Routing maps of {count}</title><style>\n{page_colours()}{_STYLE}</style></head><body>",
         f"<h1>Which expert takes which patch, in {count}</h1>",
         f"<p>{_escaped_text(' · '.join(about))}</p>",
         "<p>Each figure opens in full size. The numbers behind them: <a href='index.json'>index.json</a></p>",

@@ -14,7 +14,7 @@ from vmoe.explain.page.maps import maps_that_fit, pack_layer
 from vmoe.explain.page.packing import compact, pack, pack_integers
 from vmoe.explain.page.sprites import tile
 from vmoe.files import write_text
-from vmoe.palette import NUM_COLOURS, expert_hex
+from vmoe.palette import NUM_COLOURS, expert_hex, page_colours
 
 PAGE_CHARACTERS = 24_500_000  # of the page at most; 25 MB is what it promises
 _NUMBERS_PART, _PICTURES_PART = 0.6, 0.3  # of the page at most; what remains is for the routing of the pictures
@@ -127,7 +127,7 @@ def _inline_json(value: Any) -> str:
 
 def _assemble(title: str, data: dict[str, str]) -> str:
     assets = files("vmoe.explain.page") / "assets"
-    style = (assets / "page.css").read_text(encoding="utf-8")
+    style = page_colours() + (assets / "page.css").read_text(encoding="utf-8")
     script = "\n".join((assets / name).read_text(encoding="utf-8") for name in _SCRIPTS)
     script = f'"use strict";\n{script}'
     # The browser itself holds the page to it: no network, no script but this one.
