@@ -20,7 +20,7 @@
 import dataclasses
 import http.client
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -155,6 +155,20 @@ def _empty_class_lines(root: str, splits: Splits) -> list[str]:
     return [f"warning: {root}: no training image has class {named}{reason}; number labels from 0, without gaps"]
 
 
+def _joined_class_lines(root: str, names: Sequence[str]) -> list[str]:
+    """A warning where the name of a class looks like those of several, such as "cat|dog" beside "cat"."""
+    known = set(names)
+    for name in names:
+        for mark in "|;,":
+            parts = [part.strip() for part in name.split(mark)]
+            if len(parts) > 1 and known.intersection(parts):
+                return [
+                    f"warning: {root}: {name!r} is one class here; where a picture may have several, give "
+                    f"--data.table.separator {mark!r}"
+                ]
+    return []
+
+
 def download(config: DataConfig) -> None:
     """Downloads a set that torchvision offers, unless it is there already; reads where images lie in tar shards;
     has Hugging Face's datasets fetch or convert theirs.
@@ -248,11 +262,15 @@ def _folder(config: DataConfig) -> Splits:
 
 def _table(config: DataConfig) -> Splits:
     sets, classes = load_table(config)
-    return _cut_test(sets["train"], classes, [], config) if list(sets) == ["train"] else given_splits(sets, classes, [])
+    notes = _joined_class_lines(config.root, classes)
+    if list(sets) == ["train"]:
+        return _cut_test(sets["train"], classes, notes, config)
+    return given_splits(sets, classes, notes)
 
 
 def _huggingface(config: DataConfig) -> Splits:
     sets, classes, notes = load_huggingface(config)
+    notes += _joined_class_lines(config.root, classes)
     if list(sets) == ["train"]:
         return _cut_test(sets["train"], classes, notes, config)
     return given_splits(sets, classes, notes)

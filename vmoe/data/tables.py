@@ -53,7 +53,8 @@ def load_table(config: DataConfig) -> tuple[dict[str, ImageSet], list[str]]:
     elif columns.separator is not None:
         names, labels = _labels_of_cells(path, cells["label"] or [], columns.separator)
     else:
-        _require_cells(path, {"label": cells["label"] or []}, places)
+        more = ", or give data.table.separator where a picture may have several labels, or none"
+        _require_cells(path, {"label": cells["label"] or []}, places, more)
         names, labels = _one_label_each(cells["label"] or [])
     files = _picture_files(path, paths, places)
     rows = _rows_of_splits(path, splits, places)
@@ -159,12 +160,14 @@ def _name_of(path: Path, names: Sequence[str], role: str, columns: TableConfig) 
     return found[0] if found else None
 
 
-def _require_cells(path: Path, cells: Table, places: Sequence[str]) -> None:
+def _require_cells(path: Path, cells: Table, places: Sequence[str], advice: str = "") -> None:
     for role, column in cells.items():
         empty = [place for place, cell in zip(places, column, strict=True) if not cell or "\0" in cell]
         if empty:
             more = f", and {len(empty) - 1} others" if len(empty) > 1 else ""
-            raise UserError(f"{path}: {empty[0]}{more}: the {role} is empty or no text; fill it in, or remove the row")
+            raise UserError(
+                f"{path}: {empty[0]}{more}: the {role} is empty or no text; fill it in, or remove the row{advice}"
+            )
 
 
 def _picture_files(path: Path, paths: Sequence[str], places: Sequence[str]) -> list[str]:
