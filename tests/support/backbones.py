@@ -1,4 +1,4 @@
-"""One example a family of timm: what the sweep of `test_families.py` tries, and what docs/backbones.md lists.
+"""One example per family of timm, for the sweep of `test_families.py` and the list in docs/backbones.md.
 
 Regenerate that page with `python tests/support/backbones.py > docs/backbones.md`.
 """
@@ -24,9 +24,9 @@ class Example(NamedTuple):
     Attributes:
         family: The file of timm.
         name: A model of full size.
-        small: Arguments that make it small; None where the model is too large for the numerical part of the sweep.
+        small: Arguments that make it small; None if the model is too large for the numerical part of the sweep.
         pixels: Side of the small model's images.
-        build: The class to call with `small` where timm's own function does not take these arguments.
+        build: The class to call with `small` if timm's own function does not accept these arguments.
     """
 
     family: str
@@ -36,7 +36,7 @@ class Example(NamedTuple):
     build: str | None = None
 
     def make_small(self) -> nn.Module:
-        """The small model, with 5 classes; its scales are drawn so large that no MLP goes unseen by the logits."""
+        """The small model, with 5 classes. Its scales are so large that every MLP changes the logits."""
         if self.build is None:
             model = timm.create_model(self.name, num_classes=5, **self.small)
         else:
@@ -261,7 +261,7 @@ def _kind(mlp: nn.Module) -> str:
 
 
 def _full_size(example: Example) -> dict[str, Any]:
-    """What a model of full size needs to be supported."""
+    """Surveys the model of full size."""
     options = example.small or {}
     return {"use_clipped_linears": False} if "use_clipped_linears" in options else {}
 

@@ -1,6 +1,6 @@
-"""A Python in which only what `pip install vmoe` brings can be imported, whatever else is installed.
+"""Runs a program with only the packages of `pip install vmoe`, whatever else is installed.
 
-`python tests/support/core_only.py "DISTRIBUTION ..." PROGRAM ARGUMENT...` runs a program's text in it, with some more.
+`python tests/support/core_only.py "DISTRIBUTION ..." PROGRAM ARGUMENT...` allows further distributions.
 """
 
 import importlib.metadata
@@ -14,7 +14,7 @@ CORE = ("torch", "torchvision", "timm", "safetensors", "numpy", "pillow", "pyyam
 
 
 def hide_all_but(*distributions: str) -> None:
-    """Has no import find what belongs to none of these distributions, nor to one that they depend on."""
+    """Hides all packages from imports, except those of these distributions and of their dependencies."""
     kept = _with_dependencies(distributions) | {"vmoe"}
     hidden = {
         module
@@ -25,7 +25,7 @@ def hide_all_but(*distributions: str) -> None:
 
 
 class _Hiding:
-    """A finder that does not find some packages, as if they were not installed."""
+    """A finder that hides some packages, as if they were not installed."""
 
     def __init__(self, finder: MetaPathFinder, hidden: set[str], kept: set[str]) -> None:
         self._finder, self._hidden, self._kept = finder, hidden, kept

@@ -1,7 +1,7 @@
-"""Run in two processes: MoE layers with and without expert parallelism on the same images.
+"""Compares MoE layers with and without expert parallelism on the same images, in two processes.
 
-Each argument is a way to compute them: "cpu" in float64; "cuda" on two GPUs, in float32, where the kernels of the
-backend `fused` serve; "interpreted" with these on the CPU, by Triton's interpreter.
+Each argument is a way to compute them: "cpu" in float64; "cuda" on two GPUs in float32, with the backend `fused`;
+"interpreted" with that backend on the CPU, in Triton's interpreter.
 """
 
 import copy
@@ -35,12 +35,12 @@ LAYERS = {
 
 INTERPRETED = Kernels(None, fused)  # whatever the device
 
-handed: set[type] = set()  # to backends; kernels read the memory, which a stand-in for a tensor does not have
+handed: set[type] = set()  # types of tensors that backends get; kernels need tensors with memory
 own_choice, own_kernels = parallel.choose_backend, layer_module.kernels_for
 
 
 def choose_backend(x_TD: torch.Tensor, choices, mlp, name, kernels):
-    """The layer's own choice, of whose tokens the type is kept."""
+    """Makes the layer's own choice, and records the type of its tokens."""
     handed.add(type(x_TD))
     if kernels is INTERPRETED:
         return fused if requirements.what_it_lacks(mlp) is None and x_TD.shape[0] else own_choice(x_TD, choices, mlp)
@@ -48,7 +48,7 @@ def choose_backend(x_TD: torch.Tensor, choices, mlp, name, kernels):
 
 
 def check(how: str, name: str, training: bool) -> None:
-    """Compares results, and the gradients of tokens and parameters, of a layer in one process and in two."""
+    """Compares results and gradients (of tokens and parameters) of a layer in one process and in two."""
     device = torch.device("cuda" if how == "cuda" else "cpu")
     dtype = torch.float64 if how == "cpu" else torch.float32
     tolerance = {} if how == "cpu" else {"rtol": 1e-4, "atol": 1e-5}
@@ -59,7 +59,7 @@ def check(how: str, name: str, training: bool) -> None:
     activation = StarReLU if name.startswith("learned") else nn.GELU
     layer = MoeMlp(
         8, 16, act_layer=activation, norm_layer=norm, moe=MoeConfig(**options), tokens=5, dtype=dtype, device=device
-    ).to(device)  # as in timm, an activation is made without a device
+    ).to(device)  # timm creates activations without a device
     layer.train(training)
     mine = copy.deepcopy(layer)
     deal_out_experts(mine, new_mesh(device.type, (2,)))
@@ -70,7 +70,7 @@ def check(how: str, name: str, training: bool) -> None:
     images.requires_grad_()
     expected, result = layer(images), mine(own)
     torch.testing.assert_close(result, expected.split(counts)[dist.get_rank()], **tolerance)
-    expected.square().sum().div(2).backward()  # the mean of the processes' losses
+    expected.square().sum().div(2).backward()  # the mean of both processes' losses
     result.square().sum().backward()
     torch.testing.assert_close(own.grad, 2 * images.grad.split(counts)[dist.get_rank()], **tolerance)
     gradients = dict(layer.named_parameters())
@@ -79,7 +79,7 @@ def check(how: str, name: str, training: bool) -> None:
         gradient = parameter.grad
         if isinstance(gradient, DTensor):
             gradient = gradient.full_tensor()
-        else:  # an activation's, which all processes keep: its gradients are averaged as all others are
+        else:  # an activation's, which all processes keep whole: its gradients are averaged like all others
             assert parameter_name.startswith("act.")
             dist.all_reduce(gradient)
             gradient /= 2

@@ -1,6 +1,6 @@
-"""Run in two processes with a folder: checkpoints written in the background, held back when it matters.
+"""Writes checkpoints in the background in two processes, and holds the writes back at critical moments.
 
-What the first process finds is printed; `test_async_save.py` knows what it should be.
+The first process prints its findings, and `test_async_save.py` checks them.
 """
 
 import sys
@@ -35,26 +35,26 @@ def held_write(self, *arguments):
 
 
 def state(value: float) -> dict[str, Tensor]:
-    """A cut weight, the same one's average and step, and a weight that all have."""
+    """A sharded weight, its average and step, and a weight that all processes have whole."""
     cut = distribute_tensor(torch.full((3, 2), value), new_mesh("cpu", (2,)), [Shard(0)])
     whole, step = torch.full((2,), value), torch.tensor(value)
     return {"weights/a": cut, "weights/b": whole, "optimizer/a/step": step, "ema/a": cut.clone()}
 
 
 def plain(epoch: int) -> dict:
-    """What a checkpoint has beside tensors, or little of it."""
+    """A small plain part of a checkpoint."""
     return {"vmoe": {"epoch": torch.tensor(epoch), "ema": {}}, "optimizer_states": [{}]}
 
 
 def train(tensors: dict[str, Tensor]) -> None:
-    """Changes them in place, and talks as training does."""
+    """Changes tensors in place and communicates, as training does."""
     for tensor in tensors.values():
         tensor.add_(1)
         total(torch.ones(3))
 
 
 def content(path: Path) -> list[float]:
-    """The values of a folder, of which each tensor has one."""
+    """The values of a folder's tensors; each tensor has one value throughout."""
     found = read_folder(path)
     step = found["optimizer_states"][0]["state"]["a"]["step"]
     tensors = [*found["state_dict"].values(), step, found["vmoe"]["ema"]["weights"]["a"], found["vmoe"]["epoch"]]
@@ -62,7 +62,7 @@ def content(path: Path) -> list[float]:
 
 
 def say(line: object) -> None:
-    """Prints what the first process has found, when all have come here."""
+    """Prints a line of the first process, once all processes have reached this point."""
     gather(None)
     if Process.this().is_first:
         print(line, flush=True)
@@ -86,7 +86,7 @@ say(f"written: {content(best)} {content(last)}" if Process.this().is_first else 
 may_write.clear()
 writer.write(tensors, rest, best)
 threading.Timer(0.5, may_write.set).start()
-writer.write(state(3.0), plain(3), last)  # waits for the one before
+writer.write(state(3.0), plain(3), last)  # waits for the previous folder
 say(f"the one before: {content(best)}" if Process.this().is_first else "")
 writer.wait()
 say(f"both: {content(best)} {content(last)}" if Process.this().is_first else "")

@@ -1,7 +1,7 @@
-"""Scripts in processes as torchrun starts them, but forked from one that has imported what takes seconds to import.
+"""Runs scripts in processes as torchrun does, but forked from a process that has already imported slow packages.
 
-Unlike torchrun's they share the seed of strings' hashes, do not run Python's own end, do not see variables that are
-read at import, and write to files, which a limit on the size of files would cut.
+Unlike with torchrun, the processes share the seed of string hashes, skip Python's finalisation, do not see environment
+variables that are read at import, and write their output to files, which a limit on file sizes would cut.
 """
 
 import multiprocessing
@@ -17,18 +17,18 @@ from tempfile import TemporaryDirectory
 import torch
 from torch.distributed import TCPStore
 
-# Not from this process, whose autograd may have threads, which a fork cannot have
+# fork from a separate process: autograd in this one may have threads, which do not survive a fork
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["vmoe.cli.train", "vmoe.training.run.train"])
-SECONDS = 240  # a run at most, so that processes that wait for one another fail a test rather than block all
-PATIENCE = 10  # seconds that processes get to end by themselves after one has failed
+SECONDS = 240  # limit of a run, so that a deadlock fails its test and does not block all tests
+PATIENCE = 10  # seconds for the other processes to end by themselves after one has failed
 
 
 def run_forked(script: Path, processes: int, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs a script in so many processes; its return code is that of the first that fails.
+    """Runs a script in several processes. The return code is that of the first process that fails.
 
     Raises:
-        AssertionError: One did not end by itself.
+        AssertionError: A process did not end by itself.
     """
     command = [str(script), *arguments]
     store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False) if processes > 1 else None
@@ -55,7 +55,7 @@ def run_forked(script: Path, processes: int, *arguments: str, **environment: str
 
 
 def _first_failure(running: list[multiprocessing.process.BaseProcess]) -> int:
-    """Waits for all; the exit code of the first that fails, or 0."""
+    """Waits for all processes, and returns the exit code of the first that fails, or 0."""
     code, end = 0, time.monotonic() + SECONDS
     while left := [process.sentinel for process in running if process.is_alive()]:
         if not wait(left, max(0, end - time.monotonic())):
@@ -66,7 +66,7 @@ def _first_failure(running: list[multiprocessing.process.BaseProcess]) -> int:
 
 
 def _place(rank: int, processes: int, port: int) -> dict[str, str]:
-    """What torchrun tells a process in its environment."""
+    """Sets the environment variables that torchrun gives a process."""
     return {
         **{name: str(rank) for name in ("RANK", "LOCAL_RANK")},
         **{name: str(processes) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")},
@@ -79,7 +79,7 @@ def _run(command: list[str], environment: dict[str, str], outputs: list[Path]) -
     for number, path in enumerate(outputs, 1):
         os.dup2(os.open(path, os.O_WRONLY), number)
     os.environ |= environment
-    torch.set_num_threads(1)  # as OMP_NUM_THREADS=1, which was read long ago
+    torch.set_num_threads(1)  # OMP_NUM_THREADS=1 would come too late here
     sys.argv = command
     sys.path.insert(0, str(Path(command[0]).parent))
     runpy.run_path(command[0], run_name="__main__")

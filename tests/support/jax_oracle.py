@@ -1,6 +1,7 @@
 """The original's vision transformer in float64 NumPy loops, on parameters by their checkpoint names, and random ones.
 
-B images of N tokens of width D; E experts; K choices a token; C places of an expert in a group; P slots of an expert.
+B images of N tokens of width D; E experts; K choices per token; C slots of an expert in a group; P slots of an expert
+in Soft MoE.
 """
 
 import math
@@ -79,8 +80,8 @@ def logits(params, images, *, router="token_choice", top_k=2, capacity=None, gro
         images: Normalised.
         router: "token_choice", "expert_choice" or "soft".
         top_k: K.
-        capacity: C, given as such; None drops nothing.
-        group: Images a routing group.
+        capacity: C itself; None drops nothing.
+        group: Images per routing group.
     """
     p = {name: np.asarray(value, np.float64) for name, value in params.items()}
     x = _patches(p, np.asarray(images, np.float64))

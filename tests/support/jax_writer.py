@@ -11,12 +11,12 @@ def write_checkpoint(prefix, params, *, shards=3, dtype="float32", largest_array
     """Writes `params`, arrays by names with slashes.
 
     Args:
-        prefix: Where, without suffix.
+        prefix: The path without suffix.
         params: The arrays.
-        shards: Number of data files; tensors of experts are split along their experts and spread over them.
-        dtype: How numbers are stored; bfloat16 cuts a float32 off.
-        largest_array: Numbers an array in a file may have; chunks of more are cut into several. None never cuts.
-        beside: Put `params` under "params" and these, by name, at the top.
+        shards: Number of data files. Tensors of experts are split by expert and spread over them.
+        dtype: The stored type; bfloat16 truncates a float32.
+        largest_array: The most numbers of an array in a file; larger chunks are split. None never splits.
+        beside: Further entries at the top, by name. Then `params` goes under "params".
     """
     if beside is not None:
         params = {**{f"params/{name}": value for name, value in params.items()}, **beside}

@@ -1,4 +1,4 @@
-"""A Hugging Face hub on this machine, for tests: it serves the files it is given, and knows nothing else."""
+"""A local Hugging Face hub for tests. It serves only the given files."""
 
 import contextlib
 import hashlib
@@ -11,7 +11,7 @@ from huggingface_hub import constants
 
 @contextlib.contextmanager
 def serving(files: Mapping[str, bytes], cache, monkeypatch) -> Iterator[None]:
-    """Lets huggingface_hub find `files`, by USER/NAME/FILE, of the revision main or any other of 40 zeros."""
+    """Serves `files`, by USER/NAME/FILE, to huggingface_hub, at the revision main or one of 40 zeros."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_HEAD(self):
@@ -44,7 +44,7 @@ def serving(files: Mapping[str, bytes], cache, monkeypatch) -> Iterator[None]:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     for name, value in (("HF_ENDPOINT", address), ("HF_HUB_CACHE", str(cache)), ("HF_HUB_OFFLINE", "0")):
-        monkeypatch.setenv(name, value)  # of processes that the test starts
+        monkeypatch.setenv(name, value)  # for processes that the test starts
     yield
     server.shutdown()
     server.server_close()

@@ -1,7 +1,7 @@
-"""Writes what a release leaves behind into tests/fixtures/released/VERSION, for later versions to open.
+"""Writes a release's files into tests/fixtures/released/VERSION, for later versions to open.
 
-`python tests/support/old_files.py`, once for each release: a run that was stopped in its second epoch, its weights as
-safetensors, and the logits of its last checkpoint.
+Run `python tests/support/old_files.py` once per release. It writes a run that was stopped in its second epoch, its
+weights as safetensors, and the logits of its last checkpoint.
 """
 
 import json
@@ -34,7 +34,7 @@ def images() -> torch.Tensor:
 
 
 def write() -> None:
-    """Writes the folder of this version anew."""
+    """Writes the folder of this version, and replaces an existing one."""
     folder = RELEASED / vmoe.__version__
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -59,6 +59,6 @@ def write() -> None:
 
 
 if __name__ == "__main__":
-    os.environ["OMP_NUM_THREADS"] = "1"  # else the job chooses
+    os.environ["OMP_NUM_THREADS"] = "1"  # else the job chooses the number of threads the number of threads
     torch.set_num_threads(1)
     write()

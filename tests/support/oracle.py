@@ -1,4 +1,4 @@
-"""A slow, obvious MoE layer in float64 NumPy loops, to hold the fast ones against."""
+"""A slow, obvious MoE layer in float64 NumPy loops, to compare the fast ones with."""
 
 import math
 
@@ -12,9 +12,9 @@ from vmoe.moe import MoeMlp
 def oracle_layer(
     layer: MoeMlp, x: torch.Tensor, noise: torch.Tensor | None = None, token_mask: torch.Tensor | None = None
 ) -> np.ndarray:
-    """What `layer` should give for tokens x (B, N, D), reading its weights; `noise` (B*N, E) is added to the logits.
+    """The expected result of `layer` for tokens x (B, N, D), from its weights. `noise` (B*N, E) is added to the logits.
 
-    `token_mask` (B, N) is False for padding, which the oracle leaves out of its group before it looks at anything else.
+    `token_mask` (B, N) is False for padding. The oracle removes padding from its group before all else.
     """
     moe = layer.config.resolved()
     images, tokens, width = x.shape

@@ -1,4 +1,4 @@
-"""Runs of several processes on this machine, and what it means that two runs are the same."""
+"""Starts runs of several processes on this machine, and compares runs."""
 
 import csv
 import os
@@ -34,7 +34,7 @@ def launch(
     script: Path = WORKER,
     **environment: str,
 ) -> subprocess.CompletedProcess[str]:
-    """Trains a recipe in so many processes; the finished `torchrun`."""
+    """Trains a recipe in several processes, and returns the finished `torchrun`."""
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes))
     torchrun += ("--max-restarts", str(restarts))
     command = [sys.executable, *(torchrun if processes > 1 else ()), str(script)]
@@ -46,7 +46,7 @@ def launch(
 def train_forked(
     recipe: Path, folder: Path, processes: int, *options: str, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """As `launch`, by forks, without torchrun and its seconds."""
+    """Like `launch`, but by forks, which saves the seconds of torchrun's start."""
     arguments = ("--config", str(recipe), "--output_dir", str(folder), *options)
     return run_forked(WORKER, processes, *arguments, **environment)
 
@@ -57,7 +57,7 @@ def strategy_options(strategy: str) -> list[str]:
 
 
 def assert_same_run(ours: RunFolder, alone: RunFolder, tolerance: float = 1e-9) -> None:
-    """Weights, their average and moments of the clipped gradients; metrics as exactly as they are kept."""
+    """Compares weights, their average, moments of the clipped gradients, and metrics to their written digits."""
     one, other = read_checkpoint(alone.last), read_checkpoint(ours.last)
     assert one["global_step"] == other["global_step"]
     assert_close(tensors(other["state_dict"]), tensors(one["state_dict"]), tolerance)

@@ -1,10 +1,9 @@
-"""Trains as the command does, but in float64: what a sum's order changes then stays far below what a mistake does.
+"""Trains as the command does, but in float64, so that effects of the order of sums stay far below those of mistakes.
 
-Before the update SIGNAL_AT the process of rank SIGNALLED_RANK gets the signal SIGNAL, where the environment says so, or
-cannot write files of more than FILE_BYTES any more. At the update NAN_AT the images are NaN. An update takes
-STEP_SECONDS more; a process's part of a checkpoint folder takes WRITE_SECONDS, and a line tells the update it came in.
-With UNCAPTURED the step of `trainer.cuda_graph` runs as it is, on the CPU.
-At its end each process tells how many threads of gloo it has.
+Environment variables control it. Before the update SIGNAL_AT the rank SIGNALLED_RANK gets the signal SIGNAL, or can no
+longer write files above FILE_BYTES. At the update NAN_AT the images are NaN. An update takes STEP_SECONDS more. The
+shards of a rank take WRITE_SECONDS more to write, and a printed line gives the update at that time. With UNCAPTURED
+the step of `trainer.cuda_graph` runs uncaptured, on the CPU. At its end each process prints its number of gloo threads.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Small untrained checkpoints, as a run leaves them."""
+"""Makes small untrained checkpoints in the form of a run's."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ DIGITS = tuple("0123456789")
 def content(
     moe: dict[str, Any] | None = None, data: dict[str, Any] | None = None, class_names: tuple[str, ...] = DIGITS
 ) -> dict[str, Any]:
-    """What a checkpoint for digits at 16 px holds; `moe` as keyword arguments or None."""
+    """The content of a checkpoint for digits at 16 px. `moe` has keyword arguments of `MoeConfig`, or is None."""
     torch.manual_seed(0)
     config = vmoe.MoeConfig(**moe) if moe else None
     model = vmoe.create_model("vit_tiny_patch16_224", config, num_classes=len(class_names), img_size=16, **KWARGS)

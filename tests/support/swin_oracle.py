@@ -1,6 +1,6 @@
-"""A plain forward pass of a dense Swin-MoE, from the tensors of its file: a token looks at all that share its window.
+"""A plain forward pass of a dense Swin-MoE from the tensors of its file: a token attends to all tokens of its window.
 
-It knows no windows as tensors: a token's window and the position in it follow from its coordinates.
+It makes no tensors of windows: a token's window and its position follow from its coordinates.
 """
 
 import math
@@ -14,10 +14,10 @@ def logits(weights: dict[str, Tensor], images: Tensor, window_size: int, trained
     """(B, 3, side, side) -> (B, classes).
 
     Args:
-        weights: By the original's names.
-        images: Prepared.
-        window_size: Of all stages with so many tokens.
-        trained_windows: Of each stage, by which offsets are measured.
+        weights: Weights by the original's names.
+        images: Prepared images.
+        window_size: Side of the windows in all stages with that many tokens.
+        trained_windows: Side of each stage's windows in training, which scales offsets.
     """
     stem = weights["patch_embed.proj.weight"]
     x = F.conv2d(images, stem, weights["patch_embed.proj.bias"], stride=stem.shape[-1]).permute(0, 2, 3, 1)
@@ -50,8 +50,8 @@ def _attention(weights: dict[str, Tensor], name: str, x: Tensor, window: int, sh
 
 
 def _bias(weights: dict[str, Tensor], name: str, side: int, window: int, shift: int, trained: int) -> Tensor:
-    """(heads, N, N): by the offset of two tokens of a window, -100 across the image's border, else -inf."""
-    place = (torch.arange(side) - shift) % side  # where the shift moves a row
+    """(heads, N, N): the bias of two tokens' offset within a window, -100 across the image's border, else -inf."""
+    place = (torch.arange(side) - shift) % side  # position of each row after the shift
     region = (place >= side - window).int() + (place >= side - shift).int() if shift else torch.zeros(side)
     rows, columns = (each.flatten() for each in torch.meshgrid(place, place, indexing="ij"))
     regions = torch.cartesian_prod(region, region)
@@ -59,7 +59,7 @@ def _bias(weights: dict[str, Tensor], name: str, side: int, window: int, shift: 
     offsets = torch.cartesian_prod(torch.arange(-extent, window), torch.arange(-extent, window)) / (trained - 1) * 8
     scaled = offsets.sign() * (offsets.abs() + 1).log2() / math.log2(8)
     table = _linear(weights, f"{name}.cpb_mlp.2", _linear(weights, f"{name}.cpb_mlp.0", scaled).relu())
-    down, right = (each[:, None] - each + extent for each in (rows, columns))  # of tokens of a window, 0 or more
+    down, right = (each[:, None] - each + extent for each in (rows, columns))  # not negative for tokens of one window
     is_shared = (rows[:, None] // window == rows // window) & (columns[:, None] // window == columns // window)
     bias = table[(down * (2 * window - 1) + right).where(is_shared, 0)]
     bias = bias - 100.0 * (regions[:, None] != regions).any(-1)[..., None]

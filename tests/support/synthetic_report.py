@@ -1,4 +1,4 @@
-"""A plausible report of a V-MoE and its sampled images, made of noise: for tests of the page, not of the metrics."""
+"""A plausible report of a V-MoE with sampled images, made from noise, for tests of the page (not of the metrics)."""
 
 import itertools
 import math
@@ -90,7 +90,7 @@ NAMES = ("aeroplane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "shi
 
 
 def picture(rng, size, label, classes):
-    """Smooth coloured noise whose tint tells the class: (size, size, 3) uint8."""
+    """Smooth coloured noise, (size, size, 3) uint8. Its tint depends on the class."""
     coarse = rng.random((7, 7, 3)) * 0.7
     coarse += 0.3 * np.array([math.sin(label), math.cos(label), label / classes])
     at = np.linspace(0, 5.99, size)
@@ -101,7 +101,7 @@ def picture(rng, size, label, classes):
 
 
 def routed(rng, images, grid, experts, top_k, prefix, kind, dead):
-    """What `images["layers"]` holds of one layer; experts like places."""
+    """One layer's entry of `images["layers"]`. Experts prefer positions."""
     tokens = prefix + grid[0] * grid[1]
     liking = 2.5 * rng.standard_normal((1, tokens, experts))
     logits = liking + 1.2 * rng.standard_normal((images, tokens, experts))
@@ -119,7 +119,7 @@ def routed(rng, images, grid, experts, top_k, prefix, kind, dead):
 
 
 def layer_report(rng, name, sample, index, names, grid, top_k, prefix, kind):
-    """What `report["layers"]` holds of one layer."""
+    """One layer's entry of `report["layers"]`."""
     maps = sample["layers"][index]
     gates = maps["gates"][:, prefix:].astype(float)
     experts = gates.shape[-1]
@@ -163,7 +163,7 @@ def layer_report(rng, name, sample, index, names, grid, top_k, prefix, kind):
 
 
 def one_expert(rng, maps, first, expert, names, grid, prefix):
-    """What `experts` holds of one expert."""
+    """One expert's entry of `experts`."""
     gates = maps["gates"][:, prefix:, expert].astype(float)
     images, patches = np.nonzero(first == expert)
     if not len(images):
@@ -203,7 +203,7 @@ def around(value, half, name="accuracy"):
 
 
 def nmi(rng, strength):
-    """A link of so much strength with its null."""
+    """A link of this strength, with its null value."""
     value = strength * rng.uniform(0.5, 1.2) + 0.002
     null = 0.0025
     return {

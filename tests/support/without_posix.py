@@ -1,6 +1,6 @@
-"""Imports all of vmoe and trains, with what Python lacks on Windows hidden from vmoe: `python without_posix.py FOLDER`.
+"""Imports all of vmoe and trains, with modules hidden that Python lacks on Windows: `python without_posix.py FOLDER`.
 
-Other packages keep what they use, as their Windows versions have other code.
+They are hidden from vmoe alone: other packages have different code for Windows.
 """
 
 import builtins
@@ -31,7 +31,7 @@ def _import(name, globals=None, locals=None, fromlist=(), level=0):
 def _kill(pid, number):
     if sys._getframe(1).f_globals["__name__"].startswith("vmoe"):
         raise AssertionError("os.kill(pid, 0) interrupts a process on Windows")
-    _plain_kill(pid, number)  # by which psutil looks for a process on this system
+    _plain_kill(pid, number)  # psutil looks for processes with it on this system
 
 
 def main(folder: Path) -> None:

@@ -1,1 +1,1 @@
-"""Smaller models from trained ones: fewer experts, or experts merged into one MLP."""
+"""Makes trained models smaller: with fewer experts, or with experts merged into one MLP."""

@@ -1,8 +1,8 @@
-"""Hidden units of one expert in the order of another's, so that the two can be averaged.
+"""Reorders the hidden units of one expert to match another's, so that the two can be averaged.
 
-An MLP computes the same whatever the order of its hidden units. Experts that learnt alike need not have learnt in the
-same order; the order that makes their weights most alike is an assignment problem (Ainsworth et al. 2023,
-https://arxiv.org/abs/2209.04836, section 3.2; for experts Li et al. 2024, https://arxiv.org/abs/2310.01334).
+An MLP's function does not depend on the order of its hidden units. So two experts may have learnt similar units in
+different orders. The best match is an assignment problem (Ainsworth et al. 2023, https://arxiv.org/abs/2209.04836,
+section 3.2; for experts Li et al. 2024, https://arxiv.org/abs/2310.01334).
 
 E experts of H hidden units; D inputs, O outputs.
 """
@@ -25,15 +25,15 @@ def expert_weights(experts: Experts, expert: int) -> dict[str, Tensor]:
 
 
 def best_order(weights: dict[str, Tensor], reference: dict[str, Tensor], is_gated: bool) -> Tensor:
-    """The order of the hidden units of `weights` that makes them most alike those of `reference`.
+    """The order of the hidden units of `weights` that matches `reference` best.
 
     Args:
-        weights: An expert's, as `expert_weights` gives them.
-        reference: Another expert's of the same shape.
-        is_gated: Whether the first layer has two rows a hidden unit (`Glu`).
+        weights: An expert's parameters, from `expert_weights`.
+        reference: Another expert's parameters of the same shape.
+        is_gated: Whether the first layer has two rows per hidden unit (`Glu`).
 
     Returns:
-        (H,) int64: in each place of the reference, which unit of `weights` goes there.
+        (H,) int64: for each unit of the reference, the unit of `weights` that matches it.
     """
     units, wanted = (_units(each, is_gated) for each in (weights, reference))
     _, order = linear_sum_assignment((wanted @ units.T).cpu().numpy(), maximize=True)
@@ -41,7 +41,7 @@ def best_order(weights: dict[str, Tensor], reference: dict[str, Tensor], is_gate
 
 
 def reordered(weights: dict[str, Tensor], order_H: Tensor, is_gated: bool) -> dict[str, Tensor]:
-    """An expert's parameters with its hidden units in another order: the same function."""
+    """An expert's parameters with its hidden units in another order. Its function stays the same."""
     order_H = order_H.to(weights["fc2.weight"].device)
     rows = torch.cat([order_H, order_H + len(order_H)]) if is_gated else order_H
 
@@ -56,7 +56,7 @@ def reordered(weights: dict[str, Tensor], order_H: Tensor, is_gated: bool) -> di
 
 
 def has_gate(experts: Experts) -> bool:
-    """Whether the first layer has two rows a hidden unit."""
+    """Whether the first layer has two rows per hidden unit."""
     return isinstance(experts.act, Glu)
 
 

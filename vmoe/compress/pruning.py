@@ -1,10 +1,10 @@
-"""A V-MoE with fewer experts: those that matter least are dropped, or alike ones merged into one.
+"""Reduces the experts of a V-MoE: drops the least important ones, or merges similar ones.
 
-Which ones matter is told by what is routed to them (Koishekenov et al. 2023, https://arxiv.org/abs/2212.09811, by
-gate statistics; Chen et al. 2022, https://arxiv.org/abs/2206.00277, for one task); merging follows M-SMoE (Li et al.
-2024, https://arxiv.org/abs/2310.01334): the most important experts are the heads of groups, each other expert joins
-the head that the router finds most like it, and a group's weights are averaged by routed mass once their hidden units
-are aligned. Every layer keeps the same number of experts, so the result is an ordinary model.
+Importance follows from routing (Koishekenov et al. 2023, https://arxiv.org/abs/2212.09811, by gate statistics; Chen et
+al. 2022, https://arxiv.org/abs/2206.00277, for one task). Merging follows M-SMoE (Li et al. 2024,
+https://arxiv.org/abs/2310.01334). The most important experts are the heads of groups. Each other expert joins the head
+with the most similar router scores. Then hidden units are aligned, and a group's weights are averaged by routed mass.
+Every layer keeps the same number of experts, so the result is an ordinary model.
 
 E experts, of which N remain.
 """
@@ -21,8 +21,8 @@ from vmoe.models import densify
 from vmoe.moe import MoeConfig, MoeMlp, moe_layers
 from vmoe.text import counted
 
-ExpertGroups = Sequence[Sequence[int]]  # of each new expert, the old ones that it is made of, the head first
-_ROUTER_ROWS = ("gate.weight", "bias")  # of a router, what has a leading axis of experts
+ExpertGroups = Sequence[Sequence[int]]  # for each new expert its old experts, the head first
+_ROUTER_ROWS = ("gate.weight", "bias")  # a router's tensors with a leading axis of experts
 _STUCK = {
     "soft": "every expert works on every token there, so none can be left out; train one with fewer",
     "hash": "its experts are fixed by a token's position, so it cannot route on among the rest; train one with fewer",
@@ -32,7 +32,7 @@ _STUCK = {
 
 
 def check_prunable(model: nn.Module, keep: int) -> None:
-    """Makes sure that the MoE layers of a model can lose experts until `keep` are left.
+    """Checks that the MoE layers of a model can be reduced to `keep` experts.
 
     Raises:
         ValueError: The model is dense or an ensemble, its router cannot lose experts, or `keep` is not between 1 and
@@ -52,10 +52,10 @@ def check_prunable(model: nn.Module, keep: int) -> None:
 
 
 def check_routers(model: nn.Module) -> None:
-    """Makes sure that a model has MoE layers whose experts can be weighed against one another.
+    """Checks that a model has MoE layers with experts that can be compared by importance.
 
     Raises:
-        ValueError: The model is dense or an ensemble, or a router has no choice among them.
+        ValueError: The model is dense or an ensemble, or a router has no choices.
     """
     layers = moe_layers(model)
     if not layers:
@@ -69,14 +69,14 @@ def check_routers(model: nn.Module) -> None:
 
 
 def pruned_groups(use: ExpertUse, keep: int, by: str) -> ExpertGroups:
-    """The `keep` experts that score highest, in their order, each alone in its group."""
+    """Groups of one for the `keep` experts with the highest scores, in the order of the experts."""
     score_E = SCORES[by](use)
     assert score_E is not None
     return [[expert] for expert in sorted(score_E.topk(keep).indices.tolist())]
 
 
 def merged_groups(use: ExpertUse, keep: int, by: str) -> ExpertGroups:
-    """`keep` groups of all experts: their heads score highest; each other expert joins the head it is most like."""
+    """Splits all experts into `keep` groups. The highest scores are the heads; others join the most similar head."""
     heads = [head for (head,) in pruned_groups(use, keep, by)]
     groups = [[head] for head in heads]
     for expert in range(len(use.mass_E)):
@@ -88,7 +88,7 @@ def merged_groups(use: ExpertUse, keep: int, by: str) -> ExpertGroups:
 def groups_of_layers(
     model: nn.Module, use: Mapping[str, ExpertUse], keep: int, by: str, merge: bool = False
 ) -> dict[str, ExpertGroups]:
-    """The new experts of each MoE layer by name; where one router decides for all layers, the same ones in all."""
+    """The new experts of each MoE layer by name. With a shared router they are the same in all layers."""
     choose = merged_groups if merge else pruned_groups
     if any(layer.config.shared_router for _, layer in moe_layers(model)):
         together = choose(_joint_use(use), keep, by)
@@ -97,14 +97,14 @@ def groups_of_layers(
 
 
 def experts_in_use(model: nn.Module, use: Mapping[str, ExpertUse]) -> int:
-    """How many experts each layer must keep, so that none loses one that was chosen."""
+    """The number of experts per layer to keep, so that no layer loses one that was chosen."""
     shared = any(layer.config.shared_router for _, layer in moe_layers(model))
     each = [_joint_use(use)] if shared else use.values()
     return max(int((one.mass_E > 0).sum()) for one in each)
 
 
 def check_keeps_classes(model: nn.Module) -> None:
-    """Makes sure that a model can keep just the experts of some classes, without a change to these classes' logits.
+    """Checks that a model can keep only the experts of some classes without a change to their logits.
 
     Raises:
         ValueError: It routes patches.
@@ -115,9 +115,9 @@ def check_keeps_classes(model: nn.Module) -> None:
 
 
 def regrouped_config(moe: MoeConfig, keep: int, keeps_gates: bool = False) -> MoeConfig:
-    """The config of layers of `keep` experts, of which a token takes as many as before while there are.
+    """The config of layers with `keep` experts. K stays, or becomes `keep` if that is smaller.
 
-    With `keeps_gates` the gates of the experts that stay keep their values, as `regrouped_weights` has it.
+    With `keeps_gates` the gates of the remaining experts keep their values (see `regrouped_weights`).
     """
     removed = moe.removed_experts + moe.num_experts - keep if keeps_gates and _scores_compete(moe) else 0
     return dataclasses.replace(moe, num_experts=keep, top_k=min(moe.top_k, keep), removed_experts=removed)
@@ -127,17 +127,17 @@ def regrouped_config(moe: MoeConfig, keep: int, keeps_gates: bool = False) -> Mo
 def regrouped_weights(
     model: nn.Module, groups: Mapping[str, ExpertGroups], use: Mapping[str, ExpertUse], keeps_gates: bool = False
 ) -> dict[str, Tensor]:
-    """The state dict of the model with new experts, each the mean of a group of old ones by their routed mass.
+    """The state dict of the model with new experts. Each is the mean of a group of old ones, by routed mass.
 
-    Hidden units are brought into the order of the group's first expert before. The router's row of a new expert is the
-    same mean of its group's rows. A group of one is that expert, bit for bit.
+    Hidden units are first aligned to the group's first expert. A new expert's router row is the same mean of its
+    group's rows. A group of one stays that expert, bit for bit.
 
     Args:
-        model: A model that `check_prunable` lets pass.
+        model: A model that passes `check_prunable`.
         groups: For each MoE layer by name, the old experts of each new one.
-        use: What `measure_use` found.
-        keeps_gates: The router goes on scoring the experts that are left out, where the gates of the others depend on
-            their scores (`MoeConfig.removed_experts`).
+        use: The result of `measure_use`.
+        keeps_gates: Whether the router continues to score removed experts, if the other gates depend on their scores
+            (`MoeConfig.removed_experts`).
     """
     weights = dict(model.state_dict())
     for name, layer in moe_layers(model):
@@ -158,12 +158,12 @@ def regrouped_weights(
 
 
 def _scores_compete(moe: MoeConfig) -> bool:
-    """Whether the combine weight of an expert depends on the scores of those that were not chosen."""
+    """Whether an expert's combine weight depends on the scores of experts that were not chosen."""
     return moe.router in ("token_choice", "cosine") and not moe.renormalize
 
 
 def _joint_use(use: Mapping[str, ExpertUse]) -> ExpertUse:
-    """The use of the experts in all layers together; how alike they are is the same in all, where one router scores."""
+    """The use of the experts over all layers. A shared router gives the same similarity in all of them."""
     each = list(use.values())
     norms = [one.norm_E for one in each if one.norm_E is not None]
     mass_E = torch.stack([one.mass_E for one in each]).mean(0)
@@ -171,10 +171,10 @@ def _joint_use(use: Mapping[str, ExpertUse]) -> ExpertUse:
 
 
 def joined_width(model: nn.Module) -> int:
-    """How many experts are together as wide as the MLP whose place they took, in a model of `vmoe.sparsify`.
+    """The number of experts that together are as wide as the replaced MLP, in a model of `vmoe.sparsify`.
 
     Raises:
-        ValueError: No number of its experts is, or another one in each layer.
+        ValueError: No number of experts is, or the number differs between layers.
     """
     found = set()
     for name, layer in moe_layers(model):
@@ -192,12 +192,12 @@ def joined_width(model: nn.Module) -> int:
 
 
 def join_experts(model: nn.Module, groups: Mapping[str, ExpertGroups], use: Mapping[str, ExpertUse]) -> nn.Module:
-    """The dense model of a model with merged experts, in place: all experts at once, by their mean combine weights.
+    """Turns a model with merged experts into a dense one, in place. All experts apply, by their mean combine weights.
 
     Args:
-        model: With the weights that `regrouped_weights` made, as many experts as `joined_width`.
-        groups: The groups it was made with.
-        use: What `measure_use` found of the model before.
+        model: A model with the weights of `regrouped_weights` and `joined_width` experts.
+        groups: The groups of `regrouped_weights`.
+        use: The result of `measure_use` for the original model.
 
     Raises:
         ValueError: As `densify`.
@@ -210,7 +210,7 @@ def join_experts(model: nn.Module, groups: Mapping[str, ExpertGroups], use: Mapp
 
 
 def _shares(group: Sequence[int], mass_E: Tensor) -> Tensor:
-    """The weight of each expert of a group in the mean; even where nothing was routed to any."""
+    """The weight of each expert of a group in the mean. The weights are equal if no token was routed to the group."""
     mass = mass_E[list(group)]
     return mass / mass.sum() if mass.sum() > 0 else torch.full_like(mass, 1 / len(group))
 
@@ -223,5 +223,5 @@ def _merged_expert(layer: MoeMlp, group: Sequence[int], shares: Tensor) -> dict[
 
 
 def _mean(values: Sequence[Tensor], shares: Tensor) -> Tensor:
-    """The weighted mean, in float64; of one value that value."""
+    """The weighted mean, computed in float64. The mean of one value is that value, unchanged."""
     return sum(value.double() * share for value, share in zip(values, shares.tolist(), strict=True)).to(values[0].dtype)

@@ -1,6 +1,6 @@
-"""How much a model's experts are used, by which one chooses those to keep, and how alike the router finds them.
+"""Measures the use of a model's experts, to choose those to keep, and their similarity for the router.
 
-T tokens of width D; E experts; K choices a token; G images; C slots an expert has for an image.
+T tokens of width D; E experts; K choices per token; G images; C slots of an expert for an image.
 """
 
 from collections.abc import Callable, Iterable
@@ -15,12 +15,11 @@ Choosing = Routing | ExpertChoiceRouting
 
 
 class ExpertUse(NamedTuple):
-    """What the experts of one layer did for a number of images; float64 on the CPU.
+    """The use of one layer's experts over a number of images; float64 on the CPU.
 
     Attributes:
-        mass_E: Routed mass: the combine weight that a token gives each expert, on average over all tokens.
-        norm_E: 2-norm of what each expert adds to a token, its combine weight included, on average over all tokens;
-            None where it was not measured.
+        mass_E: Routed mass: the mean over all tokens of each expert's combine weight.
+        norm_E: Mean over all tokens of the 2-norm of each expert's weighted output; None if not measured.
         affinity_EE: Cosine similarity of the experts' router scores over the tokens, in [-1, 1].
     """
 
@@ -36,11 +35,11 @@ def measure_use(
     """Measures the use of the experts of every MoE layer, by the layer's name.
 
     Args:
-        model: A model whose tokens choose experts or are chosen (not Soft MoE); it is put in evaluation mode and on the
-            device.
-        batches: Of (images (B, 3, H, W), ...).
-        device: Where to run.
-        with_norms: Measures `norm_E` too, for which every expert runs once more.
+        model: A model with token choice or expert choice, not Soft MoE. It is put in evaluation mode and moved to
+            `device`.
+        batches: Batches (images (B, 3, H, W), ...).
+        device: The device to run on.
+        with_norms: Whether to measure `norm_E` too, for which every expert runs a second time.
     """
     model = model.to(device).eval()
     counters = {name: _Counter(layer, with_norms) for name, layer in moe_layers(model)}
@@ -55,7 +54,7 @@ def measure_use(
 
 
 class _Counter:
-    """A forward hook of a layer's experts that sums up their use."""
+    """A forward hook on a layer's experts that sums up their use."""
 
     def __init__(self, layer: MoeMlp, with_norms: bool) -> None:
         experts, device = layer.num_experts, layer.experts.fc1.weight.device
@@ -69,11 +68,11 @@ class _Counter:
         self.tokens += x_TD.shape[0]
         self.mass_E += _mass_E(routing)
         scores_TE = _scores_GSE(routing).flatten(0, 1).double()
-        scores_TE = scores_TE - scores_TE.mean(-1, keepdim=True)  # only differences decide
+        scores_TE = scores_TE - scores_TE.mean(-1, keepdim=True)  # only differences between experts matter
         self.products_EE += scores_TE.T @ scores_TE
         if self.norm_E is not None:
             for expert in range(len(self.norm_E)):
-                alone_TD = experts.forward(x_TD, _alone(routing, expert))  # not a call, which would end here again
+                alone_TD = experts.forward(x_TD, _alone(routing, expert))  # not a call, which would run this hook again
                 self.norm_E[expert] += alone_TD.norm(dim=-1).sum(dtype=torch.float64)
 
     def result(self) -> ExpertUse:
@@ -92,7 +91,7 @@ def _mass_E(routing: Choosing) -> Tensor:
 
 
 def _scores_GSE(routing: Choosing) -> Tensor:
-    """The router's logits, up to a constant a token."""
+    """The router's logits, up to a constant per token."""
     if isinstance(routing, ExpertChoiceRouting):
         return routing.gates_GSE.clamp_min(torch.finfo(routing.gates_GSE.dtype).tiny).log()
     return routing.logits_GSE

@@ -1,1 +1,1 @@
-"""What a trained model is written as for others: programs, weights, folders for the hub."""
+"""Exports a trained model for others: as a program, as weights, or as a folder for the hub."""

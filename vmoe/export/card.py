@@ -1,4 +1,4 @@
-"""The model card of a shared model, made from its checkpoint and what its run wrote down."""
+"""The model card of a shared model, made from its checkpoint and its run's records."""
 
 import hashlib
 from contextlib import suppress
@@ -96,7 +96,7 @@ Written by vmoe {version}.
 """
 
 
-# Ends the card, and tells whether somebody has completed it: then it is not written again
+# The end of an untouched card. A card without it has been completed by its owner and is not overwritten.
 _END_MARK = "\n<!-- as vmoe wrote it: "
 _PICTURE = f"""\
 ![Which expert takes which patch of a photograph]({PICTURE})
@@ -126,8 +126,8 @@ def model_card(checkpoint: TrainedModel, source: str | Path, license: str | None
 
     Args:
         checkpoint: The model.
-        source: The run's folder, whose summary.json and metrics.csv are told of where they are; or a file.
-        license: The weights' licence, by its name at the hub; None where its owner did not say.
+        source: The run's folder, for its summary.json and metrics.csv; or a file.
+        license: The weights' licence, by its name on the hub, or None.
     """
     config, classes = checkpoint.config, checkpoint.class_names
     parameters = count_parameters(checkpoint.model)
@@ -162,8 +162,9 @@ def model_card(checkpoint: TrainedModel, source: str | Path, license: str | None
 
 
 def _front_matter(title: str, data: str, accuracy: float | None, license: str | None, multi_label: bool = False) -> str:
-    """What the hub reads of a card: its tags, and the test accuracy (of several classes per image mAP) as a
-    model-index, where it is known.
+    """The card's metadata for the hub: tags and, if known, the test accuracy as a model-index.
+
+    With several classes per image the metric is mAP.
     """
     from huggingface_hub import EvalResult, ModelCardData
 
@@ -193,7 +194,7 @@ def _front_matter(title: str, data: str, accuracy: float | None, license: str | 
 
 
 def is_untouched(card: str) -> bool:
-    """Whether a README.md is as `model_card` wrote it: nobody has completed it since."""
+    """Whether a README.md is still as `model_card` wrote it."""
     text, found, mark = card.rpartition(_END_MARK)
     return bool(found) and mark == _mark(text)
 
@@ -203,7 +204,7 @@ def _mark(text: str) -> str:
 
 
 def _classes(names: list[str]) -> str:
-    """Such as "5 classes: daisy, rose, tulip, ..."."""
+    """A text such as "5 classes: daisy, rose, tulip, ..."."""
     return f"{counted(len(names), 'class', 'classes')}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
 
 
@@ -224,14 +225,14 @@ def _what(checkpoint: TrainedModel) -> str:
 
 
 def _routing_section(checkpoint: TrainedModel, source: Path) -> str:
-    """The picture of a V-MoE, and each expert's load in the last epoch where the run wrote it."""
+    """The section with a V-MoE's picture and, if recorded, each expert's load in the last epoch."""
     parts = [_PICTURE] if moe_layers(checkpoint.model) else []
     parts += _loads(source)
     return "".join(["## Routing\n\n", *parts]) if parts else ""
 
 
 def _loads(source: Path) -> list[str]:
-    """Each expert's load in the last epoch, as a table; nothing where the run did not write it."""
+    """A table of each expert's load in the last epoch; empty if the run has not recorded it."""
     with suppress(OSError, StopIteration):
         loads = next(filter(None, map(loads_in, reversed(RunFolder(source).read_metrics()))))
         lines = [f"| `{block}` | {' | '.join(f'{load:.2f}' for load in each)} |" for block, each in loads.items()]

@@ -1,8 +1,8 @@
-"""A trained model as a folder of which timm makes a model: `timm.create_model("local-dir:DIR", pretrained=True)`, once
+"""Writes a trained model as a folder for timm: `timm.create_model("local-dir:DIR", pretrained=True)` opens it once
 `vmoe` is imported.
 
-The folder holds config.json (timm's, with the MoE settings in `model_args`), model.safetensors (which every tool of
-this package opens, too), README.md, the model card, and for a V-MoE routing.png, its picture.
+The folder holds timm's config.json with the MoE settings in `model_args`, model.safetensors (which every tool of this
+package opens too), the model card README.md, and for a V-MoE its picture routing.png.
 """
 
 import copy
@@ -14,7 +14,7 @@ from typing import Any
 
 import timm
 import torch
-from timm.models._hub import save_config_for_hf  # what its own save_for_hf calls
+from timm.models._hub import save_config_for_hf  # timm's own save_for_hf calls it
 from torch import nn
 
 from vmoe.checkpoints import RunFolder, TrainedModel, load_checkpoint, timm_arguments, write_safetensors
@@ -25,24 +25,23 @@ from vmoe.models.registry import ON_BACKBONE
 from vmoe.moe import moe_layers
 from vmoe.sizes import height_and_width
 
-_CROP_MODES = {"centre": "center", "squash": "squash", "letterbox": "border"}  # in timm's words
+_CROP_MODES = {"centre": "center", "squash": "squash", "letterbox": "border"}  # our name -> timm's
 CONFIG, CARD = "config.json", "README.md"
 
 
 def write_hub_folder(path: str | Path, source: str | Path, license: str | None = None) -> bool:
-    """Writes the folder, and checks that timm makes a model of it with the same logits; nothing is written if not.
+    """Writes the folder if timm's model from it gives the same logits; else it writes nothing.
 
     Args:
-        path: The folder. Of one that was written before, what is not this function's stays: other files, and a
-            README.md that somebody has completed.
-        source: A checkpoint file or a run's folder, whose summary.json then goes into the card.
-        license: The weights' licence, by its name at the hub, such as "apache-2.0".
+        path: The folder. If it exists, other files in it stay, and so does a README.md that its owner has completed.
+        source: A checkpoint file or a run's folder. The card uses the folder's summary.json.
+        license: The weights' licence, by its name on the hub, such as "apache-2.0".
 
     Returns:
-        Whether README.md is a new one.
+        Whether README.md was written.
 
     Raises:
-        UserError: the checkpoint cannot be read, timm cannot build its model, or `path` cannot be written.
+        UserError: The checkpoint cannot be read, timm cannot build its model, or `path` cannot be written.
     """
     path = Path(path)
     checkpoint = load_checkpoint(source)
@@ -62,12 +61,12 @@ def write_hub_folder(path: str | Path, source: str | Path, license: str | None =
 
 
 def _is_free(card: Path) -> bool:
-    """Whether a card may be written there: there is none, or nobody has changed it."""
+    """Whether a card may be written: there is none, or it is unchanged."""
     return not card.exists() or is_untouched(card.read_text(encoding="utf-8", errors="replace"))
 
 
 def _keep_others(old: Path, new: Path, ours: set[str]) -> None:
-    """Puts what the old folder has beside `ours` in the new one, such as a licence or a repository's `.git`."""
+    """Moves the old folder's other files, such as a licence or a repository's `.git`, into the new one."""
     for entry in old.iterdir() if old.is_dir() else ():
         if entry.name in ours:
             continue
@@ -78,7 +77,7 @@ def _keep_others(old: Path, new: Path, ours: set[str]) -> None:
 
 
 def _link(source: str | Path, target: str | Path) -> None:
-    """A second name for a file, or a copy where the file system has no such names."""
+    """Makes a hard link to a file, or a copy if the file system has no hard links."""
     try:
         os.link(source, target, follow_symlinks=False)
     except OSError:
@@ -86,22 +85,22 @@ def _link(source: str | Path, target: str | Path) -> None:
 
 
 def push(path: str | Path, name: str) -> str:
-    """Uploads a folder to the Hugging Face hub; returns its address there.
+    """Uploads a folder to the Hugging Face hub and returns its address.
 
     Args:
-        path: What `write_hub_folder` wrote.
-        name: USER/NAME of the repository, which is made when there is none.
+        path: A folder of `write_hub_folder`.
+        name: USER/NAME of the repository, which is created if needed.
 
     Raises:
         UserError: The hub refuses.
     """
-    from huggingface_hub import HfApi  # here, since it takes a second, and most folders stay here
+    from huggingface_hub import HfApi  # here: the import takes a second, and most folders are never uploaded
 
     api = HfApi(library_name="vmoe")
     try:
         repository = api.create_repo(name, exist_ok=True)
         api.upload_folder(repo_id=repository.repo_id, folder_path=str(path), commit_message="Add the model")
-    except Exception as error:  # a refusal, a wrong name or no network: each library below raises its own types
+    except Exception as error:  # a refusal, a wrong name or no network: the libraries below raise types of their own
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(
             f"--push {name}: failed ({reason}); the folder {path} is complete, push it by: hf upload {name} {path}"
@@ -110,20 +109,20 @@ def push(path: str | Path, name: str) -> str:
 
 
 def _write_hub_config(folder: Path, checkpoint: TrainedModel) -> None:
-    """config.json, by timm, with the image size among the arguments where the architecture takes it.
+    """Writes config.json through timm, with the image size as an argument if the architecture takes it.
 
-    The number of classes stands beside the arguments and not among them: transformers passes it on by itself.
+    The number of classes is not an argument, since transformers passes it on by itself.
     """
     described = copy.copy(checkpoint.model)
-    described.pretrained_cfg = _pretrained_cfg(checkpoint)  # timm's own tells of other weights
+    described.pretrained_cfg = _pretrained_cfg(checkpoint)  # timm's own describes other weights
     for size in ({"img_size": checkpoint.image_size}, {}):
         described.pretrained_cfg["fixed_input_size"] = bool(size)
         names = {"label_names": checkpoint.class_names}
         save_config_for_hf(described, folder / CONFIG, names, {**_model_args(checkpoint), **size})
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        config["model_args"].pop("num_classes", None)  # which timm adds
+        config["model_args"].pop("num_classes", None)  # timm has added it
         if checkpoint.multi_label:
-            config["problem_type"] = "multi_label_classification"  # so that transformers' pipeline takes sigmoids
+            config["problem_type"] = "multi_label_classification"  # so that transformers' pipeline uses sigmoids
         write_json(folder / CONFIG, config)
         try:
             model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
@@ -137,14 +136,14 @@ def _write_hub_config(folder: Path, checkpoint: TrainedModel) -> None:
 
 @torch.no_grad()
 def _require_timm_agrees(model: nn.Module, checkpoint: TrainedModel) -> None:
-    """Compares a model's logits, bit for bit, with the checkpoint's, or tells that they differ."""
+    """Compares a model's logits with the checkpoint's, bit for bit, and raises if they differ."""
     images = torch.randn(2, 3, *height_and_width(checkpoint.image_size))
     if not torch.equal(model(images), checkpoint.model.cpu()(images)):
         raise UserError(f"{checkpoint.path}: timm makes another model of it; its model.kwargs cannot be shared so")
 
 
 def _pretrained_cfg(checkpoint: TrainedModel) -> dict[str, Any]:
-    """What timm must know of these weights: how images are prepared, and which layers are the first and the last."""
+    """The description of these weights for timm: the preparation of images, and the first and last layers."""
     known = getattr(checkpoint.model, "pretrained_cfg", {})
     return {
         "architecture": _timm_name(checkpoint),
@@ -161,7 +160,7 @@ def _pretrained_cfg(checkpoint: TrainedModel) -> dict[str, Any]:
 
 
 def _timm_name(checkpoint: TrainedModel) -> str:
-    """A name that timm knows: the model's own where that says all, else ours for MoE layers on any backbone."""
+    """A registered name of the model: its own if it describes the model fully, else ours for MoE on any backbone."""
     name = checkpoint.config["model"]["name"]
     return name if checkpoint.config["moe"] is None or name.startswith("vmoe_") else ON_BACKBONE
 

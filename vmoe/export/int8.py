@@ -1,4 +1,4 @@
-"""Experts' layers that keep their weights as 8-bit integers in an exported program."""
+"""Linear layers of experts with 8-bit integer weights, for exported programs."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -7,11 +7,11 @@ from vmoe.moe.int8 import dequantise, quantise
 
 
 class Int8Linear(nn.Module):
-    """A linear layer of int8 weights with a scale an output; computes in float32. (..., D) -> (..., O).
+    """A linear layer of int8 weights with a scale per output, computed in float32: (..., D) -> (..., O).
 
     Args:
         weight_OD: The weight to round.
-        bias_O: The bias, which stays as it is; or None.
+        bias_O: The bias, which is not rounded, or None.
     """
 
     def __init__(self, weight_OD: Tensor, bias_O: Tensor | None) -> None:

@@ -1,4 +1,4 @@
-"""Copies of models whose MoE layers can be exported, each expert a module of its own."""
+"""Copies of models with exportable MoE layers, in which each expert is a separate module."""
 
 from collections.abc import Callable
 
@@ -17,16 +17,16 @@ MakeLinear = Callable[[Tensor, Tensor | None], nn.Module]
 def exportable_copy(
     model: nn.Module, make_linear: MakeLinear | None = None, layer_type: "type[ExportedMoe] | None" = None
 ) -> nn.Module:
-    """A copy of a model on the CPU, in float32 and evaluation mode, whose MoE layers can be exported.
+    """A copy of a model with exportable MoE layers, on the CPU, in float32 and evaluation mode.
 
     Args:
-        model: Any timm model, sparse or dense; it is left as it is.
-        make_linear: Makes an expert's layer from its weight (out, in) and bias (out,) or None; when not given,
+        model: Any timm model, sparse or dense. It is not changed.
+        make_linear: Makes an expert's layer from its weight (out, in) and bias (out,) or None; by default a
             `torch.nn.Linear`.
-        layer_type: What MoE layers become; when not given, `ExportedMoe`.
+        layer_type: The class of exportable MoE layers.
 
     Raises:
-        ValueError: A layer's routing cannot be exported, or the form would pass over what is attached to it.
+        ValueError: A layer's routing cannot be exported, or the form would ignore a hook on it.
     """
     for name, layer in moe_layers(model):
         reason = why_layer_not_exportable(layer)
@@ -35,7 +35,7 @@ def exportable_copy(
     copied = copy_with_attached(model).cpu().float().eval()
     for name, layer in moe_layers(copied):
         exported = (layer_type or ExportedMoe)(layer, make_linear or plain_linear)
-        for key, hook in layer._forward_pre_hooks.items():  # token masks of padded images
+        for key, hook in layer._forward_pre_hooks.items():  # hooks that pass on token masks of padded images
             exported.register_forward_pre_hook(hook, with_kwargs=key in layer._forward_pre_hooks_with_kwargs)
         for key, hook in layer._forward_hooks.items():
             exported.register_forward_hook(
@@ -58,7 +58,7 @@ class ExportedMoe(ExportableForm, nn.Module):
     """A `MoeMlp` in its exportable form.
 
     Args:
-        layer: The layer, whose router and shared experts are taken over.
+        layer: The layer. Its router and shared experts are reused.
         make_linear: See `exportable_copy`.
     """
 
@@ -77,20 +77,20 @@ class ExportedMoe(ExportableForm, nn.Module):
 
 
 class DenseExportedMoe(ExportedMoe):
-    """The same, each expert computed for all tokens: E / K times the experts' FLOPs, for compilers of fixed shapes.
+    """The same, with each expert computed for all tokens, for compilers that need fixed shapes.
 
-    What an expert makes of a token that did not choose it counts with the weight 0.
+    It costs E / K times the experts' FLOPs. Results of experts that a token did not choose get the weight 0.
     """
 
     def _by_choices(self, x_TD: Tensor, routing: Routing) -> Tensor:
-        """The weighted sum of what the chosen experts with a free slot make of each token, (T, O)."""
+        """The weighted sum of each token's results from the chosen experts in which it has a slot, (T, O)."""
         expert_E = torch.arange(self.config.num_experts, device=x_TD.device)
         is_chosen_GSKE = (routing.chosen_GSK[..., None] == expert_E).to(routing.weights_GSK.dtype)  # without a scatter
         weights_GSE = (is_chosen_GSKE * routing.combine_weights_GSK()[..., None]).sum(2)
         return self._by_experts(x_TD, weights_GSE.flatten(0, 1), torch.ones_like(weights_GSE.flatten(0, 1)))
 
     def _by_experts(self, x_TD: Tensor, weights_TE: Tensor, is_taken_TE: Tensor) -> Tensor:
-        """The weighted sum of what each expert makes of the tokens it takes, (T, O)."""
+        """The weighted sum of each token's results from the experts that take it, (T, O)."""
         weights_TE = weights_TE * is_taken_TE.to(weights_TE.dtype)
         y_TO = x_TD.new_zeros(x_TD.shape[0], self.out_features)
         for index in range(self.config.num_experts):
@@ -100,9 +100,9 @@ class DenseExportedMoe(ExportedMoe):
 
 
 def dense_cost(model: nn.Module) -> float:
-    """How many times the FLOPs of the chosen experts all experts take, E / K; 1 for a model without experts.
+    """The FLOPs of all experts relative to those of the chosen ones, E / K; 1 for a model without experts.
 
-    Where experts choose tokens, K is the number of slots per token. Soft MoE computes its slots in either form.
+    With expert choice, K is the number of slots per token. Soft MoE computes its slots in either form.
     """
     layers = [layer.config for _, layer in moe_layers(model) if layer.config.router != "soft"]
     chosen = sum(config.experts_per_token for config in layers)
@@ -110,7 +110,7 @@ def dense_cost(model: nn.Module) -> float:
 
 
 class _Expert(nn.Module):
-    """One expert as an MLP of its own: (R, D) -> (R, O), of as many rows as the data say."""
+    """One expert as a separate MLP: (R, D) -> (R, O). The number of rows depends on the data."""
 
     def __init__(
         self, experts: Experts, layers: tuple, norm: tuple | None, index: int, make_linear: MakeLinear

@@ -1,4 +1,4 @@
-"""Any trained model, in whatever form it was shared, as one that predicts."""
+"""Opens a trained model in any shared form for prediction."""
 
 from pathlib import Path
 
@@ -12,10 +12,10 @@ from vmoe.export.programs import ProgramCall, load_program, require
 
 
 class Program(nn.Module):
-    """An exported program in the place of a model: it gives logits, but does not show its layers.
+    """An exported program with the interface of a model. It gives logits, but has no layers.
 
     Args:
-        run: From normalised images (B, 3, height, width) on the CPU to logits (B, classes).
+        run: Maps normalised images (B, 3, height, width) on the CPU to logits (B, classes).
     """
 
     def __init__(self, run: ProgramCall) -> None:
@@ -32,10 +32,10 @@ def load_predictor(path: str | Path, device: torch.device) -> TrainedModel:
 
     Args:
         path: The file or folder.
-        device: Where a model runs; ONNX files run on the CPU.
+        device: The device of a model. ONNX files run on the CPU.
 
     Raises:
-        UserError: there is no such file, or it is damaged or foreign.
+        UserError: There is no such file, or it is damaged or foreign.
     """
     suffix = Path(path).suffix
     if suffix == ".pt2":
@@ -55,7 +55,7 @@ def _load_onnx(path: Path) -> TrainedModel:
     try:
         properties = onnx.load(path, load_external_data=False).metadata_props
         run = load_program(path, "onnx")
-    except Exception as error:  # damaged files raise any type
+    except Exception as error:  # damaged files may raise any type
         raise UserError(f"{path}: cannot be read as an ONNX model: damaged, or without its .data file") from error
     text = next((entry.value for entry in properties if entry.key == METADATA), None)
     if text is None:

@@ -1,6 +1,6 @@
-"""A trained model as a program that runs without this project: ONNX, torch.export or AOTInductor.
+"""Exports a trained model as a program that runs without this project: ONNX, torch.export or AOTInductor.
 
-A program takes normalised images (B, 3, height, width) float32, any B >= 1, and gives logits (B, classes).
+A program maps normalised images (B, 3, height, width) float32, with any B >= 1, to logits (B, classes).
 """
 
 import importlib
@@ -33,30 +33,30 @@ from vmoe.version import __version__
 SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2", "aoti": ".pt2"}
 BATCHES = (1, 3, 8, 33)
 TOLERANCE = 1e-4
-OPSET = 20  # the first with Gelu
-LARGEST_PROTOBUF = 2**31 - 2**20  # a file of protobuf holds less than 2 GiB; larger weights lie beside it
+OPSET = 20  # the first opset with Gelu
+LARGEST_PROTOBUF = 2**31 - 2**20  # a protobuf file must be below 2 GiB; larger weights go into a second file
 ProgramCall = Callable[[Tensor], Tensor]
 
 
 def write_program(
     path: str | Path, source: str | Path, format: str, int8: bool = False, dense: bool = False
 ) -> dict[str, Any]:
-    """Writes a checkpoint as a program and checks that it computes what the model does; nothing is written if not.
+    """Writes a checkpoint as a program if its logits match the model's; else it writes nothing.
 
     Args:
-        path: Where it goes.
+        path: The new file.
         source: A checkpoint file or a run's folder.
         format: A key of `SUFFIXES`.
-        int8: Whether the experts' weights are rounded to int8 (`vmoe.moe.int8`).
-        dense: Whether each expert is computed for all tokens, for compilers that need all shapes but the batch's fixed.
+        int8: Whether to round the experts' weights to int8 (`vmoe.moe.int8`).
+        dense: Whether to compute each expert for all tokens, for compilers that need fixed shapes except the batch.
 
     Returns:
-        What export.json tells: sizes, versions, and the largest differences of logits from the model's, which is the
-        rounded one with `int8`, by batch size, relative to the largest logit where that is above 1.
+        The content of export.json: sizes, versions, and by batch size the largest difference of logits from the
+        (rounded) model's, relative to the largest logit if that is above 1.
 
     Raises:
-        UserError: the checkpoint cannot be read, its model not exported or, being dense, not rounded, a package or the
-            compiler is missing, the program's logits differ by more than `TOLERANCE`, or `path` cannot be written.
+        UserError: The checkpoint cannot be read, its model cannot be exported, `int8` is given for a dense model, a
+            package or the compiler is missing, the logits differ by more than `TOLERANCE`, or `path` cannot be written.
     """
     require(format)
     with _folder_beside(Path(path)) as folder:
@@ -80,7 +80,7 @@ def write_program(
         if not worst <= TOLERANCE:  # NaN included
             raise UserError(f"{source}: logits of the {format} program differ by {worst:.2g}; nothing is written")
         sizes = {part.name: part.stat().st_size for part in folder.iterdir()}
-        for part in sorted(folder.iterdir(), key=lambda part: part == file):  # the program itself last
+        for part in sorted(folder.iterdir(), key=lambda part: part == file):  # the program last
             replace(part, Path(path).with_name(part.name))
     report = {"format": format, "quantize": "int8" if int8 else None, "bytes": sizes, **notes}
     if dense:
@@ -97,18 +97,18 @@ def convert(
     """Writes an `exportable_copy` as a program.
 
     Args:
-        file: Where it goes.
+        file: The new file.
         format: A key of `SUFFIXES`.
         model: The copy.
         image_size: The side in pixels, or (height, width).
-        metadata: By `program_metadata`.
-        name: What the line of an error begins with.
+        metadata: The metadata, from `program_metadata`.
+        name: The start of error messages.
 
     Returns:
-        What there is to note of it, and the program as it is read back.
+        Notes on the program for export.json, and the program as it is read back.
 
     Raises:
-        UserError: the model cannot be traced or converted.
+        UserError: The model cannot be traced or converted.
     """
     program = trace(model, image_size, name)
     try:
@@ -124,7 +124,7 @@ def convert(
 
 
 def make_attention_plain(model: nn.Module) -> bool:
-    """Has timm's attentions multiply matrices; whether any did not. ONNX knows fused attention on four axes only."""
+    """Turns off fused attention in timm's modules, since ONNX supports it only on four axes. Returns if any had it."""
     fused = [module for module in model.modules() if getattr(module, "fused_attn", False)]
     for module in fused:
         module.fused_attn = False
@@ -132,10 +132,10 @@ def make_attention_plain(model: nn.Module) -> bool:
 
 
 def require(format: str) -> None:
-    """Refuses a format whose packages or compiler are missing.
+    """Checks that the packages and the compiler of a format are installed.
 
     Raises:
-        UserError: with the command that installs them.
+        UserError: One is missing. The message has the command that installs it.
     """
     if format == "onnx":
         require_extras("export")
@@ -145,10 +145,10 @@ def require(format: str) -> None:
 
 
 def trace(model: nn.Module, image_size: ImageSize, name: str) -> ExportedProgram:
-    """The program of an `exportable_copy`, with a batch of any size.
+    """Traces an `exportable_copy` for any batch size.
 
     Raises:
-        UserError: torch.export cannot follow the model; `name` is what the line begins with.
+        UserError: torch.export cannot trace the model. The message starts with `name`.
     """
     images = torch.zeros(2, 3, *height_and_width(image_size))
     try:
@@ -159,7 +159,7 @@ def trace(model: nn.Module, image_size: ImageSize, name: str) -> ExportedProgram
 
 
 def reason_of(error: BaseException) -> str:
-    """The first line of what an error was caused by."""
+    """The first line of an error's original cause."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = (line.strip() for line in str(error).splitlines())
@@ -183,7 +183,7 @@ def load_program(path: str | Path, format: str) -> ProgramCall:
 
 @torch.no_grad()
 def compare(run: ProgramCall, model: nn.Module, image_size: ImageSize) -> dict[int, float]:
-    """The largest difference of a program's logits from a model's on random images, for each of `BATCHES`."""
+    """The largest difference between a program's and a model's logits on random images, for each of `BATCHES`."""
     differences = {}
     for batch in BATCHES:
         images = _noise(batch, image_size)
@@ -194,7 +194,7 @@ def compare(run: ProgramCall, model: nn.Module, image_size: ImageSize) -> dict[i
 
 @torch.no_grad()
 def rounding_error(model: nn.Module, rounded: nn.Module, image_size: ImageSize, count: int = 64) -> dict[str, float]:
-    """What rounding changes on `count` random images: |difference| / |logits| (2-norms), share of other answers."""
+    """The effect of rounding on `count` random images: |difference| / |logits| (2-norms), share of changed classes."""
     images = _noise(count, image_size)
     before, after = model(images), rounded(images)
     changed = (before.argmax(-1) != after.argmax(-1)).double().mean()
@@ -212,7 +212,7 @@ def write_onnx(
     inputs: Sequence[str] = ("images",),
     outputs: Sequence[str] = ("logits",),
 ) -> dict[str, Any]:
-    """Writes a traced program as ONNX, with `metadata` and the names of its inputs and outputs; tells the opset."""
+    """Writes a traced program as ONNX with metadata and names of inputs and outputs. Returns the opset."""
     names = {"input_names": inputs, "output_names": outputs}
     with quiet():
         exported = torch.onnx.export(program, (), dynamo=True, opset_version=OPSET, verbose=False, **names)
@@ -223,7 +223,7 @@ def write_onnx(
 
 
 def _write_torch_export(file: Path, program: ExportedProgram, metadata: dict[str, Any]) -> dict[str, Any]:
-    content = io.BytesIO()  # since torch's own writer of files aborts the process when the disk is full
+    content = io.BytesIO()  # torch's own file writer aborts the process when the disk is full
     torch.export.save(program, content, extra_files={METADATA: json.dumps(metadata)})
     file.write_bytes(content.getbuffer())
     return {}
@@ -250,7 +250,7 @@ def _folder_beside(path: Path) -> Iterator[Path]:
     """A temporary folder on the same file system as `path`.
 
     Raises:
-        UserError: the place cannot be written.
+        UserError: The parent folder cannot be written.
     """
     scratch = f".{path.name}."
     with writing(path), folder_for(path), tempfile.TemporaryDirectory(prefix=scratch, dir=path.parent) as folder:
@@ -259,7 +259,7 @@ def _folder_beside(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without what exporters print about their own internals."""
+    """Suppresses the exporters' output on their internals."""
     with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         yield

@@ -1,6 +1,6 @@
-"""A V-MoE as an ONNX program that tells its routing and lets it be changed: what the demo page runs.
+"""Exports a V-MoE as an ONNX program for the demo page. It returns its routing, and its inputs can change it.
 
-L MoE layers; B images of N tokens; G groups, which are images, of S = N tokens; E experts; K choices a token.
+L MoE layers; B images of N tokens; G groups, which are images, of S = N tokens; E experts; K choices per token.
 """
 
 from pathlib import Path
@@ -22,15 +22,15 @@ from vmoe.routing.recording import LayerRouting, record_routing
 
 STEERABLE_ROUTERS = ("token_choice", "cosine")
 INPUTS = ("images", "bias", "capacity_factor")
-OFF = -1e9  # added to the score of an expert that is switched off: its gate is 0
+OFF = -1e9  # added to an expert's score to switch it off: its gate becomes 0
 
 
 class SteeredMoe(ExportedMoe):
-    """A MoE layer whose experts can be switched off and whose capacity is an argument.
+    """A MoE layer with experts that can be switched off and a capacity that is an input.
 
     Attributes:
-        controls: "bias_E", added to the router's scores, and "capacity_factor" (), for the next call.
-        told: Of the last call: gates (G, S, E), chosen experts (G, S, K), and which choices found room (G, S, K).
+        controls: For the next call: "bias_E", which is added to the router's scores, and "capacity_factor" ().
+        told: From the last call: gates (G, S, E), chosen experts (G, S, K), and kept choices (G, S, K).
     """
 
     def __init__(self, layer: MoeMlp, make_linear: MakeLinear) -> None:
@@ -49,13 +49,13 @@ class SteeredMoe(ExportedMoe):
 
 
 class SteeredModel(nn.Module):
-    """A model as a function of images, a bias an expert and a capacity factor a layer.
+    """A model as a function of images, a bias per expert and a capacity factor per layer.
 
     Args:
-        model: A V-MoE whose tokens choose experts; it is left as it is.
+        model: A V-MoE with token choice. It is not changed.
 
     Raises:
-        ValueError: it cannot be exported, or has no such layers.
+        ValueError: It cannot be exported, or has no such layers.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -81,8 +81,8 @@ class SteeredModel(nn.Module):
 
         Args:
             images: (B, 3, size, size), normalised.
-            bias_LE: Added to the routers' scores: 0, or `OFF`.
-            capacity_factor_L: Above 0; from E / K on nothing is dropped.
+            bias_LE: 0 or `OFF`, added to the routers' scores.
+            capacity_factor_L: Above 0; with E / K or more nothing is dropped.
         """
         steered = [self.model.get_submodule(name) for name in self.names]
         for layer, bias_E, factor in zip(steered, bias_LE.unbind(0), capacity_factor_L.unbind(0), strict=True):
@@ -99,10 +99,10 @@ def write_steered(path: Path, checkpoint: TrainedModel) -> dict[str, Any]:
     """Writes a checkpoint as an ONNX program with the inputs and outputs of `SteeredModel`.
 
     Returns:
-        What its user must know: `program_metadata`, and the layers with their grids, E, K and capacity factor.
+        A description for its user: `program_metadata`, and the layers with their grids, E, K and capacity factor.
 
     Raises:
-        UserError: the model cannot be exported so.
+        UserError: The model cannot be exported in this form.
     """
     try:
         steered = SteeredModel(checkpoint.model).eval()
@@ -125,7 +125,7 @@ def write_steered(path: Path, checkpoint: TrainedModel) -> dict[str, Any]:
 
 @torch.no_grad()
 def _compare_logits(path: Path, checkpoint: TrainedModel, layers: list[dict[str, Any]]) -> None:
-    """Compares the program's logits, as the model was trained, with the model's."""
+    """Compares the program's logits, with the model's own capacity and all experts on, with the model's."""
     import onnxruntime
 
     size = checkpoint.image_size
@@ -165,7 +165,7 @@ def _layer(name: str, layer: MoeMlp, routing: LayerRouting) -> dict[str, Any]:
 
 
 def layer_factor(layer: MoeMlp, tokens: int) -> float:
-    """The capacity factor by which a layer has, rounded, the slots that it has at evaluation; E / K for no drops."""
+    """The capacity factor that gives a layer its number of slots at evaluation; E / K if nothing is dropped."""
     moe = layer.config
     capacity = Capacity.of_pass(Groups(1, tokens, tokens, tokens), None, moe, is_training=False)
     slots_per_token = 1 if capacity is None else capacity.most / tokens

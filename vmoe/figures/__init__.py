@@ -1,4 +1,4 @@
-"""What all drawn figures share: pages of text and pictures, measured in pixels."""
+"""Shared code of all drawn figures: pages of text and pictures, measured in pixels."""
 
 from vmoe.extras import require_extras
 

@@ -1,4 +1,4 @@
-"""What all figures share: a page measured in pixels, its colours, its type sizes. Nothing here touches pyplot."""
+"""The style of all figures: a page measured in pixels, its colours and font sizes. Nothing here uses pyplot."""
 
 from functools import lru_cache
 from pathlib import Path
@@ -22,24 +22,24 @@ MUTED = "#5b656d"
 RULE = "#d5dade"
 PAPER = "#ffffff"
 ACCENT = "#1879c1"
-# The same as on the explorer's page (assets/numbers.js); greyish, so that no shade looks like an expert's colour.
+# The colours of the explorer's page (assets/numbers.js). They are greyish, to differ from the experts' colours.
 SHADES = LinearSegmentedColormap.from_list("vmoe_shades", [PAPER, "#d3dfe8", "#8fa9bd", "#4b6b85", "#16324a"])
 DIVERGING = LinearSegmentedColormap.from_list("vmoe_diverging", ["#9c2f14", "#e0916f", PAPER, "#7fa6cf", "#1d4f91"])
 
-TITLE, HEADING, BODY, SMALL = 26, 17, 15, 13  # heights of the type, in pixels
-LINE = 18  # from line to line of small type
+TITLE, HEADING, BODY, SMALL = 26, 17, 15, 13  # font sizes in pixels
+LINE = 18  # distance between lines of small text
 MARGIN = 40
 
 _DPI = 100
 
 
 def points_of(pixels: float) -> float:
-    """The size of a type in points, in which Matplotlib measures it."""
+    """Converts a font size from pixels to Matplotlib's points."""
     return pixels * 72 / _DPI
 
 
 class Page:
-    """A white picture of `width` x `height` pixels; places are pixels from its upper left corner."""
+    """A white picture of `width` x `height` pixels. Coordinates are pixels from its upper left corner."""
 
     def __init__(self, width: int, height: int) -> None:
         self.width, self.height = int(width), int(height)
@@ -53,9 +53,9 @@ class Page:
         )
 
     def picture(self, x: int, y: int, pixels: np.ndarray) -> None:
-        """Draws (H, W, 3) floats in [0, 1] one to one, its upper left corner at x, y, in a hairline frame."""
+        """Draws (H, W, 3) floats in [0, 1] at full size in a hairline frame, with the upper left corner at x, y."""
         height, width = pixels.shape[:2]
-        # Not on axes of its own, which would take longer than all else on a page
+        # without axes of its own, which would take longer than all else on a page
         levels = (pixels.clip(0, 1) * 255).round().astype(np.uint8)
         self.figure.figimage(levels, x, self.height - y - height, origin="upper")
         self.rectangle(x - 0.5, y - 0.5, width + 1, height + 1, edge=RULE)
@@ -73,7 +73,7 @@ class Page:
         self.figure.add_artist(Rectangle(*box, facecolor=face, edgecolor=edge, linewidth=points_of(1)))
 
     def heading(self, title: str, subtitle: str) -> None:
-        """The page's title and the line below it, at its head."""
+        """Writes the page's title and the line below it."""
         self.text(
             MARGIN, MARGIN + 20, self.fit(title, TITLE, self.width - 2 * MARGIN, weight="bold"), TITLE, weight="bold"
         )
@@ -82,14 +82,14 @@ class Page:
     def fit(
         self, text: str, size: float, width: float, keep: Literal["start", "end"] = "start", **style: object
     ) -> str:
-        """`text`, or as much of its start or end as `width` pixels hold, with an ellipsis for the rest."""
+        """Shortens `text` to `width` pixels: keeps its start or end, with an ellipsis for the rest."""
         if text_width(text, size, **style) <= width:
             return text
 
         def shortened(letters: int) -> str:
             return text[:letters].rstrip() + "…" if keep == "start" else "…" + text[len(text) - letters :].lstrip()
 
-        held, over = 0, len(text)  # letters that fit with the ellipsis, and that do not
+        held, over = 0, len(text)  # numbers of letters that fit with the ellipsis, and that do not
         while over - held > 1:
             middle = (held + over) // 2
             fits = text_width(shortened(middle), size, **style) <= width
@@ -97,26 +97,26 @@ class Page:
         return shortened(held)
 
     def pixels(self) -> np.ndarray:
-        """The page as it is drawn: (height, width, 3) uint8."""
+        """The drawn page, (height, width, 3) uint8."""
         self.canvas.draw()
         return np.asarray(self.canvas.buffer_rgba())[..., :3].copy()
 
     def save(self, path: str | Path) -> None:
         """Writes the page as a PNG, atomically."""
         with atomic_write(path) as temporary:
-            # The usual level 6 takes twice as long for 8 % less
+            # level 6, the default, takes twice as long for 8 % smaller files
             Image.fromarray(self.pixels()).save(temporary, format="png", compress_level=3, dpi=(_DPI, _DPI))
 
 
 @lru_cache(4096)
 def text_width(text: str, size: float = BODY, **style: object) -> float:
-    """How many pixels wide a line of text comes out on a page."""
+    """The width of a line of text on a page, in pixels."""
     page = Page(10, 10)
     return page.text(0, 0, text, size, **style).get_window_extent(page.canvas.get_renderer()).width
 
 
 def wrapped(text: str, size: float, width: float) -> list[str]:
-    """The lines of a text that is `width` pixels wide at most, broken between words."""
+    """Breaks a text between words into lines of at most `width` pixels."""
     lines: list[str] = []
     for word in text.split():
         longer = f"{lines[-1]} {word}" if lines else word
@@ -128,7 +128,7 @@ def wrapped(text: str, size: float, width: float) -> list[str]:
 
 
 def plain_axes(axes: Axes, size: float = SMALL) -> Axes:
-    """The look of a plot: hairline axes on two sides, a light grid behind."""
+    """Styles a plot: hairline axes on two sides, and a light grid behind it."""
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):

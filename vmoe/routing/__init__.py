@@ -1,4 +1,4 @@
-"""What the routers of a model chose: records of its routing, and the grid of patches that the tokens form."""
+"""Records of a model's routing, and the grid of patches that its tokens form."""
 
 from vmoe.routing.recording import LayerRouting, RoutingTrace, record_routing
 

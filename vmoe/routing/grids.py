@@ -1,6 +1,6 @@
-"""Where the tokens of a layer lie in the picture, for every family of timm.
+"""The positions of a layer's tokens in the image, for every family of timm.
 
-B images; N tokens of an image, of which P are patches, in a grid of rows and columns.
+B images; N tokens per image, of which P are patches, in a grid of rows and columns.
 """
 
 import math
@@ -13,12 +13,12 @@ from vmoe.moe.mlps import class_key
 
 
 class ModelInput(NamedTuple):
-    """What went into the model.
+    """The input of a model.
 
     Attributes:
-        size: (rows, columns) of pixels; None when it is not known.
-        coords: (B, P, 2) row and column of each patch, where they were given (NaFlex).
-        valid: (B, P) bool, which of these patches are no padding.
+        size: (rows, columns) of pixels, or None if unknown.
+        coords: (B, P, 2) row and column of each patch, if given (NaFlex).
+        valid: (B, P) bool, which of these patches are real.
     """
 
     size: tuple[int, int] | None = None
@@ -37,13 +37,13 @@ class ModelInput(NamedTuple):
 
 
 class TokenGrid(NamedTuple):
-    """Where a layer's tokens lie.
+    """The positions of a layer's tokens.
 
     Attributes:
         size: (rows, columns).
-        num_prefix_tokens: The tokens before the patches.
-        order: The place of each patch token, counted row by row: (P,), or (B, P) with -1 for padding; None when they
-            come row by row.
+        num_prefix_tokens: Number of tokens before the patches.
+        order: The position of each patch token, counted row by row: (P,), or (B, P) with -1 for padding; None if the
+            tokens are in that order.
     """
 
     size: tuple[int, int]
@@ -55,11 +55,11 @@ def locate(model: nn.Module, name: str, shape: torch.Size, use_conv: bool, pictu
     """Finds the grid of an MoE layer.
 
     Args:
-        model: The model, or one that holds a timm model.
+        model: A timm model, or a module that holds one.
         name: The layer's name in it.
-        shape: Of the layer's input.
-        use_conv: Whether that comes channels first.
-        picture: What went into the model.
+        shape: The shape of the layer's input.
+        use_conv: Whether the input is channels first.
+        picture: The model's input.
 
     Raises:
         ValueError: No grid has the layer's number of tokens.
@@ -78,11 +78,11 @@ def locate(model: nn.Module, name: str, shape: torch.Size, use_conv: bool, pictu
 
 
 def prefix_names(model: nn.Module, name: str, count: int) -> tuple[str, ...]:
-    """What the `count` tokens before the patches of an MoE layer are, in timm's order."""
+    """The names of the `count` tokens before the patches of an MoE layer, in timm's order."""
     owner = next((owner for _, owner in _owners(model, name) if hasattr(owner, "cls_token")), None)
     tokens = (("cls_token", "class token"), ("dist_token", "distillation token"))
     names = [text for attribute, text in tokens if getattr(owner, attribute, None) is not None]
-    if owner is None:  # it does not say
+    if owner is None:  # the model does not declare its prefix tokens
         names = ["class token"]
     return (*names, *(f"register {number}" for number in range(1, count + 1)))[:count]
 
@@ -95,9 +95,9 @@ def _owners(model: nn.Module, name: str) -> list[tuple[str, nn.Module]]:
 
 
 def _counted(name: str, tokens: int, picture: ModelInput, declared: list[int], grids: list) -> TokenGrid:
-    """The grid that has so many patches and the shape of the picture.
+    """The grid with the layer's number of patches and the image's aspect ratio.
 
-    Some families declare prefix tokens that only join in later blocks (cait, xcit, convit), some declare none (pit).
+    Some families declare prefix tokens that join only in later blocks (cait, xcit, convit), some declare none (pit).
     """
     prefixes = [*declared, 0, 1, 2]
     for prefix in prefixes:
@@ -113,7 +113,7 @@ def _counted(name: str, tokens: int, picture: ModelInput, declared: list[int], g
 
 
 def _patch_grid(owner: nn.Module, picture: ModelInput) -> tuple[int, int] | None:
-    """The patches into which a vision transformer cuts the picture, where it says so."""
+    """The grid of a vision transformer's patch embedding, if it has one."""
     embed = getattr(owner, "patch_embed", None)
     if getattr(owner, "dynamic_img_size", False) and picture.size is not None:
         return tuple(embed.dynamic_feat_size(picture.size))
@@ -122,14 +122,14 @@ def _patch_grid(owner: nn.Module, picture: ModelInput) -> tuple[int, int] | None
 
 
 def _factors(patches: int, aspect: float) -> tuple[int, int] | None:
-    """Rows and columns with this product whose ratio is `aspect` up to rounding."""
+    """Rows and columns with this product and, up to rounding, the ratio `aspect`."""
     pairs = [(rows, patches // rows) for rows in range(1, patches + 1) if patches % rows == 0]
     fitting = [(rows, columns) for rows, columns in pairs if abs(rows - aspect * columns) < max(1, aspect)]
     return min(fitting, key=lambda grid: abs(grid[0] - aspect * grid[1]), default=None)
 
 
 def _given(tokens: int, picture: ModelInput, declared: list[int]) -> TokenGrid:
-    """The grid that holds all images' patches, which differ in rows and columns."""
+    """The smallest grid for the patches of all images, which may differ in rows and columns."""
     coords = picture.coords.long()
     if tokens - coords.shape[1] not in (*declared, 0):
         raise ValueError(f"{coords.shape[1]} patch coordinates for {tokens} tokens; record without patch dropout")
@@ -139,19 +139,19 @@ def _given(tokens: int, picture: ModelInput, declared: list[int]) -> TokenGrid:
 
 
 def _hiera(model: nn.Module, name: str, shape: torch.Size, picture: ModelInput) -> TokenGrid:
-    """Hiera keeps the tokens of a mask unit together; its `reroll` knows the way back."""
+    """The grid of Hiera. It keeps the tokens of a mask unit together; its `reroll` restores their order."""
     return _unscrambled(model.reroll(torch.arange(shape[1]).view(1, -1, 1), int(name.split(".")[1])))
 
 
 def _nest(level: nn.Module, name: str, shape: torch.Size, picture: ModelInput) -> TokenGrid:
-    """NesT's tokens come block by block."""
+    """The grid of NesT. Its tokens come block by block."""
     blocks, side = math.isqrt(shape[1]), level.block_size
     tokens = torch.arange(shape[1] * shape[2]).view(blocks, blocks, side, side).transpose(1, 2)
     return _unscrambled(tokens.reshape(1, blocks * side, blocks * side, 1))
 
 
 def _mobilevit(block: nn.Module, name: str, shape: torch.Size, picture: ModelInput) -> TokenGrid:
-    """MobileViT v2's (B, D, pixels of a patch, patches) becomes a map as in its fold."""
+    """The grid of MobileViT v2. Its fold turns (B, D, pixels of a patch, patches) into a map."""
     rows, columns = picture.size or (1, 1)
     grid = _factors(shape[3], rows / columns)
     if grid is None:
@@ -161,7 +161,7 @@ def _mobilevit(block: nn.Module, name: str, shape: torch.Size, picture: ModelInp
 
 
 def _unscrambled(token_of_place: Tensor) -> TokenGrid:
-    """From the tokens in their places, (1, rows, columns, 1)."""
+    """The order of tokens, from a map of token indices (1, rows, columns, 1)."""
     return TokenGrid(tuple(token_of_place.shape[1:3]), 0, token_of_place.flatten().argsort())
 
 

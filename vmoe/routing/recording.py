@@ -1,7 +1,7 @@
-"""Recording of routing decisions, so that anyone can draw who goes where.
+"""Records routing decisions.
 
-B images of N tokens, of which the first `num_prefix_tokens` are no patches; E experts; K choices per token; C slots an
-expert has for an image.
+B images of N tokens, of which the first `num_prefix_tokens` are no patches; E experts; K choices per token; C slots of
+an expert for an image.
 """
 
 from collections.abc import Iterator
@@ -21,13 +21,13 @@ from vmoe.routing.grids import ModelInput, TokenGrid, locate, prefix_names
 
 @dataclass(frozen=True)
 class LayerRouting:
-    """How one MoE layer routed the tokens of B images; detached tensors on the layer's device.
+    """The routing of B images in one MoE layer, as detached tensors on the layer's device.
 
-    An ensemble of M members makes M times as many choices for a token: K then counts those of all members, best first.
-    Its gates are the mean of its members' gates.
+    In an ensemble of M members, K counts the choices of all members, best first. The gates are the mean of the members'
+    gates.
 
-    Where tokens choose experts, `chosen`, `combine_weights` and `dropped` say what became of each choice. Where experts
-    have slots (expert choice, Soft MoE) these are None, and `dispatch` and `combine` hold the whole mapping.
+    With token choice, `chosen`, `combine_weights` and `dropped` describe each choice. With expert choice and Soft MoE
+    these are None, and `dispatch` and `combine` hold the whole mapping.
 
     Where images are routed as a whole (`MoeConfig.route="image"`), there is no axis of tokens: gates (B, E), the others
     (B, K), a grid of one row and one column. `as_tokens` gives such a routing the axis, with one token per image.
@@ -40,8 +40,8 @@ class LayerRouting:
         dropped: (B, N, K) bool, whether the expert was full; False for padding.
         grid: (rows, columns) of the patches; N = num_prefix_tokens + rows * columns, and padding beyond.
         num_prefix_tokens: Class and register tokens, which come first.
-        order: Position of each patch token on the grid, row by row: (rows * columns,) int64, or one row per image,
-            -1 for padding; None where they come row by row. `on_grid` takes it into account.
+        order: Position of each patch token on the grid, row by row: (rows * columns,) int64, or one row per image with
+            -1 for padding; None if the tokens are in that order. `on_grid` applies it.
         dispatch: (B, N, E, C) weight of each token in each slot.
         combine: (B, N, E, C) weight of each slot in each token's result.
         valid: (B, N) bool, False for padding; None where all tokens are real.
@@ -87,20 +87,20 @@ class LayerRouting:
         return padded[:, :places].unflatten(1, self.grid)
 
     def row_by_row(self, values: Tensor) -> Tensor:
-        """Values of the layer's tokens, (B, N, ...): first those that are no patches, then `on_grid` row by row."""
+        """Reorders values of the layer's tokens, (B, N, ...): first prefix tokens, then patches row by row."""
         return torch.cat([values[:, : self.num_prefix_tokens], self.on_grid(values).flatten(1, 2)], 1)
 
 
 class _Passes(NamedTuple):
-    """What is kept of a layer's forward passes, one or several: what a map is drawn from, neither tokens nor scores.
+    """The records of one or several forward passes of a layer. They hold neither tokens nor scores.
 
     Attributes:
         gates: (B, N, E).
         valid: (B, N); None where all tokens are real.
         choices: `chosen`, `combine_weights` and `dropped` as in `LayerRouting`; None where experts have slots.
-        slots: The decisions of experts that have slots, one per pass; else empty.
-        tokens: Where the tokens lie.
-        prefix_names: What those before the patches are.
+        slots: The decisions of routers that fill slots, one per pass; else empty.
+        tokens: The positions of the tokens.
+        prefix_names: The names of the tokens before the patches.
     """
 
     gates: Tensor
@@ -113,23 +113,23 @@ class _Passes(NamedTuple):
 
 @dataclass(frozen=True)
 class RoutingTrace:
-    """The routing of all MoE layers, by the layer's name; filled while the `record_routing` block runs."""
+    """The routing of all MoE layers, by the layer's name. The `record_routing` block fills it."""
 
     _passes: dict[str, list[_Passes]] = field(default_factory=dict)
     _read: dict[str, tuple[_Passes, LayerRouting]] = field(default_factory=dict, repr=False)
 
     @property
     def layers(self) -> dict[str, LayerRouting]:
-        """Each layer's routing; several forward passes stand one behind the other along B.
+        """Each layer's routing. Several forward passes are concatenated along B.
 
         Raises:
-            ValueError: The passes recorded had images of different sizes.
+            ValueError: The passes had images of different sizes.
         """
         return {name: self._layer(name, passes) for name, passes in self._passes.items() if passes}
 
     def _layer(self, name: str, passes: list[_Passes]) -> LayerRouting:
         if len(passes) > 1:
-            passes[:] = [_joined(name, passes)]  # in the place of its parts, so that memory holds them once
+            passes[:] = [_joined(name, passes)]  # replaces its parts, so that memory holds them only once
         joined, layer = self._read.get(name, (None, None))
         if layer is None or joined is not passes[0]:
             layer = _layer_routing(passes[0])
@@ -141,9 +141,9 @@ class RoutingTrace:
 def record_routing(model: nn.Module) -> Iterator[RoutingTrace]:
     """Records every routing decision of the forward passes inside the block. Results stay the same.
 
-    A compiled model runs uncompiled inside the block. Blocks may stand within each other: each trace holds the passes
-    inside its own. What activation checkpointing computes again in the backward pass, and passes of meta or fake
-    tensors, which hold no decisions, are not recorded.
+    A compiled model runs uncompiled inside the block. Blocks may be nested: each trace holds the passes of its own
+    block. Recomputation by activation checkpointing is not recorded, nor are passes of meta or fake tensors, which hold
+    no decisions.
 
     Example:
         with record_routing(model) as trace:
@@ -183,19 +183,19 @@ class _Recorder:
         self.trace = RoutingTrace({name: [] for name in layers})
         self._layers = layers
         self._picture = ModelInput()
-        self._before: dict[str, list[_Passes]] | None = None  # of each layer, while a pass has not succeeded
+        self._before: dict[str, list[_Passes]] | None = None  # records before the current pass
 
     def begin(self, model: nn.Module, inputs: tuple, named: dict) -> None:
-        """Hook before the model's forward pass."""
+        """Runs as a hook before the model's forward pass."""
         self._picture = ModelInput.of(inputs, named)
         self._before = {name: list(passes) for name, passes in self.trace._passes.items()}
 
     def succeed(self, model: nn.Module, inputs: tuple, output: object) -> None:
-        """Hook after one that did not fail."""
+        """Runs as a hook after a forward pass that succeeded."""
         self._before = None
 
     def end(self, model: nn.Module, inputs: tuple, output: object) -> None:
-        """Hook after each: forgets what a pass that failed had recorded in its first layers."""
+        """Runs as a hook after every forward pass. Drops the records of a pass that failed."""
         self._picture = ModelInput()
         if self._before is not None:
             for name, passes in self._before.items():
@@ -203,7 +203,7 @@ class _Recorder:
             self._before = None
 
     def keep(self, name: str, record: Routing | SlotRouting, shape: torch.Size) -> None:
-        """Hook in a layer: keeps its decision on an input of this shape."""
+        """Runs in a layer: keeps its decision on an input of this shape."""
         if is_backward() or record.gates_GSE.is_meta or isinstance(record.gates_GSE, FakeTensor):
             return
         layer = self._layers[name]
@@ -234,7 +234,7 @@ def _one_pass(
         return _Passes(gates, valid, None, (record,), tokens, names)
     chosen, weights = by_image(record.chosen_GSK), by_image(record.combine_weights_GSK())
     dropped = torch.zeros_like(chosen, dtype=torch.bool) if record.kept_GSK is None else ~by_image(record.kept_GSK)
-    if valid is not None:  # padding takes no slot, so that none was missing
+    if valid is not None:  # padding takes no slot, so it is never dropped
         dropped &= valid[..., None]
     if ensemble > 1:
         order = by_image(record.weights_GSK).argsort(dim=-1, descending=True, stable=True)
@@ -244,14 +244,14 @@ def _one_pass(
 
 def _pass_of_images(record: Routing | SlotRouting, images: int) -> _Passes:
     of_tokens = _one_pass(record, images, 1, TokenGrid((1, 1)), ())
-    assert of_tokens.choices is not None  # images choose
+    assert of_tokens.choices is not None  # only token choice routes whole images
     gates, chosen, weights, dropped = (part[:, 0] for part in (of_tokens.gates, *of_tokens.choices))
     valid = None if of_tokens.valid is None else of_tokens.valid[:, 0]
     return of_tokens._replace(gates=gates, valid=valid, choices=(chosen, weights, dropped))
 
 
 def _joined(name: str, passes: list[_Passes]) -> _Passes:
-    """Several passes, one behind the other along B."""
+    """Concatenates several passes along B."""
     grids = {each.tokens.size for each in passes}
     if len(grids) > 1:
         raise ValueError(f"{name}: the recorded passes had patch grids {sorted(grids)}; record one size at a time")
@@ -278,7 +278,7 @@ def _layer_routing(passes: _Passes) -> LayerRouting:
     }
     if passes.choices is not None:
         return LayerRouting(passes.gates, *passes.choices, **common)
-    # One group per image, so that G = B
+    # one group per image, so G = B
     dispatch = torch.cat([slots.dispatch_GSEC() for slots in passes.slots])
     combine = torch.cat([slots.combine_GSEC() for slots in passes.slots])
     return LayerRouting(passes.gates, None, None, None, dispatch=dispatch, combine=combine, **common)

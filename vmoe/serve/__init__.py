@@ -1,1 +1,1 @@
-"""What answers for a model: the HTTP server, and the page that runs it in a browser."""
+"""Serves a model: the HTTP server, and the page that runs the model in a browser."""

@@ -1,4 +1,4 @@
-"""What `vmoe serve` says of itself at /openapi.json, of which /docs makes a page."""
+"""The description of `vmoe serve` at /openapi.json, which /docs shows as a page."""
 
 from typing import Any
 
@@ -36,10 +36,10 @@ def describe_api(classes: list[str], image_size: ImageSize, crop: str, max_bytes
     """An OpenAPI document.
 
     Args:
-        classes: Of the model.
+        classes: The model's classes.
         image_size: Side of its images in pixels, or (height, width).
-        crop: How pictures are fitted to that.
-        max_bytes: Of a request.
+        crop: How pictures are fitted to that size.
+        max_bytes: The most bytes of a request.
     """
     return {
         "openapi": "3.1.0",
@@ -69,7 +69,7 @@ def describe_api(classes: list[str], image_size: ImageSize, crop: str, max_bytes
             },
         },
         "components": {"securitySchemes": {"key": {"type": "apiKey", "in": "header", "name": "X-API-Key"}}},
-        "security": [{"key": []}, {}],  # the key is asked for where the server has one
+        "security": [{"key": []}, {}],  # the key is only required if the server has one
     }
 
 

@@ -1,6 +1,6 @@
-"""A V-MoE as a page that runs it in the browser: a folder that opens from disk or any static host, without a network.
+"""Writes a page that runs a V-MoE in the browser: a folder that opens from disk or any static host, without a network.
 
-The program goes into the page as text, and so do ONNX Runtime Web's parts, since a page from disk may fetch nothing.
+The page holds the program and ONNX Runtime Web as text, since a page from disk cannot fetch files.
 """
 
 import base64
@@ -38,9 +38,9 @@ _RUNTIME_PARTS = {
     "wasm": "ort-wasm-simd-threaded.wasm",
 }
 _OURS = ("index.html", "picture.js", "program.js", "maps.js", "main.js")
-_MARK_FILE = "about.js"  # which a folder that may be replaced holds
+_MARK_FILE = "about.js"  # a folder with this file may be replaced
 _SAMPLE_SIZE = 320  # pixels
-LARGEST_PROGRAM = 300 * 2**20  # bytes; as text, still below the longest string that browsers hold
+LARGEST_PROGRAM = 300 * 2**20  # bytes; as text it is still below the longest string of browsers
 
 
 def write_demo_page(
@@ -50,18 +50,18 @@ def write_demo_page(
     runtime: str | Path | None = None,
     credit: str | None = None,
 ) -> None:
-    """Writes the folder; nothing is written if a part is missing.
+    """Writes the folder. If a part is missing, it writes nothing.
 
     Args:
-        path: The folder; an empty one, or one that was written before, is replaced.
-        source: A checkpoint file or a run's or shared folder of a V-MoE whose tokens choose experts.
-        pictures: What the page offers: names and pictures (H, W, 3) uint8, each of which is read when it is used.
+        path: The folder. An empty one, or one that was written before, is replaced.
+        source: A checkpoint file, or a run's or shared folder, of a V-MoE with token choice.
+        pictures: The page's samples: names and pictures (H, W, 3) uint8, each read when it is used.
         runtime: The npm package onnxruntime-web, as a .tgz or unpacked; None fetches it with npm.
-        credit: A line on whose the pictures are.
+        credit: A line on the owner of the pictures.
 
     Raises:
-        UserError: the checkpoint cannot be read, the model not be shown, the runtime not be found or
-            fetched, a package is missing, or `path` cannot be written.
+        UserError: The checkpoint cannot be read, the model cannot be shown, the runtime cannot be found or fetched, a
+            package is missing, or `path` cannot be written.
     """
     path = Path(path)
     if Path(source).suffix == ".onnx":
@@ -100,7 +100,7 @@ def write_demo_page(
 
 
 def _check_size(program: Path, checkpoint: TrainedModel) -> None:
-    size = sum(part.stat().st_size for part in program.parent.glob(f"{program.name}*"))  # weights may lie beside it
+    size = sum(part.stat().st_size for part in program.parent.glob(f"{program.name}*"))  # weights may be separate files
     if size > LARGEST_PROGRAM:
         raise UserError(
             f"{checkpoint.path}: {size / 2**20:,.0f} MiB as a program; a page holds {LARGEST_PROGRAM // 2**20}: "
@@ -140,7 +140,7 @@ def _packed(content: bytes) -> str:
 
 
 def _write_script(path: Path, name: str, value: Any) -> None:
-    """A script that holds a value; ASCII alone, so that no reader of it can err about the encoding."""
+    """Writes a script that holds a value. It is pure ASCII, so its encoding is never ambiguous."""
     path.write_text(f"globalThis.{name} = {json.dumps(value, allow_nan=False)};\n", encoding="ascii")
 
 

@@ -1,7 +1,7 @@
-"""A model as an HTTP service on LitServe: uploads are checked one by one, answered in batches of those that wait.
+"""A model as an HTTP service on LitServe: it checks uploads one by one, and answers them in batches.
 
-Nothing is dropped at evaluation, so an answer does not depend on who else is in its batch; models of which that is not
-true are refused.
+Nothing is dropped at evaluation, so an answer does not depend on the other images of its batch. Other models are
+refused.
 """
 
 import logging
@@ -33,31 +33,31 @@ if TYPE_CHECKING:
     from vmoe.checkpoints import TrainedModel
 
 KEY_VARIABLE = "VMOE_API_KEY"
-BATCH_WAIT = 0.002  # seconds in which others may join a batch
-MAX_CONNECTIONS = 128  # each of which may hold a request in memory
+BATCH_WAIT = 0.002  # seconds to wait for further images of a batch
+MAX_CONNECTIONS = 128  # each may hold a request in memory
 
 
 class ModelService(litserve.LitAPI):
-    """Answers uploads by a model, which the worker opens. Only the worker imports torch, which takes seconds.
+    """Answers uploads with a model. Only the worker opens the model and imports torch, which takes seconds.
 
     Args:
-        path: What `load_predictor` opens.
-        device: Tells the worker where the model runs.
-        max_batch: Images at once.
+        path: A path for `load_predictor`.
+        device: Returns the model's device, in the worker.
+        max_batch: Images per batch.
 
     Attributes:
-        told: What the worker says when it has opened the model: what there is to know of it, or the line of a mistake.
+        told: The worker's message after opening the model: a description of it, or an error line.
     """
 
     def __init__(self, path: Path, device: Callable[[], "torch.device"], max_batch: int) -> None:
-        # LitServe's choice of a loop would call `predict` with a lone upload where `max_batch` is 1.
+        # with `max_batch` 1 LitServe's own loop would call `predict` with a single upload instead of a list
         super().__init__(max_batch_size=max_batch, batch_timeout=BATCH_WAIT, loop=BatchedLoop())
         self.path, self.runs_on = path, device
         self.told = multiprocessing.get_context("spawn").SimpleQueue()
         self.model: TrainedModel | None = None
 
     def setup(self, device: str) -> None:
-        """Opens the model in a worker, which Ctrl-C in the terminal does not end before its last answer."""
+        """Opens the model in a worker. The worker ignores Ctrl-C, so that it gives its last answer."""
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         from vmoe.export.predictor import load_predictor
 
@@ -67,21 +67,21 @@ class ModelService(litserve.LitAPI):
             self.told.put(_describe(self.path, self.model) | {"device": str(where)})
         except UserError as error:
             self.told.put(str(error))
-            logging.getLogger("litserve").setLevel(logging.CRITICAL)  # which would print a traceback
+            logging.getLogger("litserve").setLevel(logging.CRITICAL)  # it would print a traceback
             raise
 
     def authorize(self, request: Request, x_api_key: Annotated[str, Header()] = "") -> None:
-        """Refuses who does not send the key that the environment asks for; /health is open."""
+        """Refuses requests without the key of the environment. /health needs no key."""
         key = os.environ.get(KEY_VARIABLE, "")
         if key and request.url.path != "/health" and not _is_key(x_api_key, key):
             raise HTTPException(401, "X-API-Key: this header must hold the server's key")
 
     def decode_request(self, request: Annotated[Upload, Depends(read_upload)]) -> Upload:
-        """Passes on what `read_upload` made of the request, in the process that took it."""
+        """Passes on the result of `read_upload`, which ran in the process that received the request."""
         return request
 
     def batch(self, inputs: list[Upload]) -> list[Upload]:
-        """Leaves them as they are: `predict` stacks them."""
+        """Returns the uploads unchanged, since `predict` stacks them."""
         return inputs
 
     def predict(self, uploads: list[Upload]) -> list[dict[str, Any]]:
@@ -105,17 +105,17 @@ class ModelService(litserve.LitAPI):
 
 
 class _Server(litserve.LitServer):
-    """LitServe, which takes requests once the worker has told it of the model."""
+    """A LitServe server that accepts requests once the worker has opened the model."""
 
     def __init__(self, service: ModelService, when_ready: Callable[[], None], **options: Any) -> None:
         super().__init__(service, **options)
         self._when_ready = when_ready
 
     def verify_worker_status(self) -> None:
-        """Waits for the worker to have opened the model.
+        """Waits until the worker has opened the model.
 
         Raises:
-            UserError: it could not, or died.
+            UserError: It could not open the model, or died.
         """
         service = self.lit_api
         while service.told.empty():
@@ -129,14 +129,14 @@ class _Server(litserve.LitServer):
         self.model_metadata = {key: about[key] for key in ("classes", "image_size")} | {"vmoe": __version__}
         prepared = about["image_size"], about["crop"], len(about["classes"]), about["bit_depth"]
         self.app.state.uploads = UploadReader(*prepared, about["why_no_routing"])
-        self.devices = [about["device"]]  # as /info has it
+        self.devices = [about["device"]]  # /info reports it
         described = describe_api(about["classes"], about["image_size"], about["crop"], self.max_payload_size)
         self.app.openapi = lambda: described
         self._when_ready()
 
 
 def _is_key(header: str, key: str) -> bool:
-    """Whether a header, whose bytes come as latin-1, is the key in UTF-8; takes as long for any."""
+    """Whether a header (bytes read as latin-1) is the key in UTF-8, compared in constant time."""
     return secrets.compare_digest(header.encode("latin-1"), key.encode())
 
 
@@ -150,21 +150,22 @@ def serve(
     origins: Sequence[str] = (),
     when_ready: Callable[[], None] = lambda: None,
 ) -> None:
-    """Serves a model until the process is told to stop (SIGINT, SIGTERM), which it does after the last answer.
+    """Serves a model until SIGINT or SIGTERM. It stops after the last answer.
 
     Args:
-        path: What `load_predictor` opens.
-        device: Tells the worker, to which it is pickled, where the model runs. Only the worker imports torch.
-        host: The address to listen at: "127.0.0.1", "0.0.0.0" or "::".
+        path: A path for `load_predictor`.
+        device: Returns the model's device. It is pickled and called in the worker, which alone imports torch.
+        host: The address to listen on: "127.0.0.1", "0.0.0.0" or "::".
         port: 1024 to 65535.
-        max_batch: Images at once, at most.
-        max_bytes: Of a request, at most.
-        origins: Pages from there may ask in a browser (CORS), such as "https://example.org"; "*" for all.
-        when_ready: Called when the model is open: requests are answered from then on.
+        max_batch: The most images per batch.
+        max_bytes: The most bytes of a request.
+        origins: Origins of pages that may send requests from a browser (CORS), such as "https://example.org"; "*" for
+            all.
+        when_ready: Called when the model is open and requests are answered.
 
     Raises:
-        UserError: the model cannot be opened or answers by who else is in its batch, the port is taken, or the worker
-            died.
+        UserError: The model cannot be opened, its answers depend on the other images of a batch, the port is taken, or
+            the worker died.
     """
     if not str(path).startswith(HUB) and not path.exists():
         raise UserError(f"{path}: no such file; give a checkpoint, a run's folder or an ONNX file")
@@ -172,13 +173,13 @@ def serve(
     server = _Server(
         ModelService(path, device, max_batch),
         when_ready,
-        accelerator="cpu",  # LitServe's name for the worker, which chooses its device itself
+        accelerator="cpu",  # only LitServe's label: the worker chooses its device itself
         devices=1,
         max_payload_size=max_bytes,
     )
     for route in server.app.routes:
         if "GET" in (methods := getattr(route, "methods", None) or ()):
-            methods.add("HEAD")  # by which load balancers ask for /health
+            methods.add("HEAD")  # load balancers use it for /health
     if origins:
         headers = ["Content-Type", "X-API-Key"]
         server.app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=headers)
@@ -191,19 +192,19 @@ def serve(
             generate_client_file=False,
             limit_concurrency=MAX_CONNECTIONS,
         )
-    except (EOFError, ConnectionError) as error:  # so LitServe ends when a worker has died
+    except (EOFError, ConnectionError) as error:  # LitServe ends like this when a worker has died
         raise UserError(f"{path}: the worker died; had it enough memory?") from error
     finally:
-        for child in multiprocessing.active_children():  # where it was stopped while it started
+        for child in multiprocessing.active_children():  # left if it was stopped during its start
             child.terminate()
 
 
 def _stop_on_signals() -> None:
-    """Has SIGTERM stop LitServe as Ctrl-C does, and the process that takes requests leave without a traceback."""
+    """Makes SIGTERM stop LitServe as Ctrl-C does, and the process for requests exit without a traceback."""
     main = os.getpid()
 
     def stop(*_: Any) -> None:
-        logging.getLogger("litserve").setLevel(logging.CRITICAL)  # its watch of the workers falls over what is gone
+        logging.getLogger("litserve").setLevel(logging.CRITICAL)  # its monitor of the workers fails on ended processes
         raise KeyboardInterrupt if os.getpid() == main else SystemExit(0)
 
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -211,10 +212,10 @@ def _stop_on_signals() -> None:
 
 
 def _describe(path: Path, model: "TrainedModel") -> dict[str, Any]:
-    """What those who take requests need to know of a model, such as its classes and the size of its images.
+    """The facts about a model that the processes for requests need, such as its classes and image size.
 
     Raises:
-        UserError: an answer would depend on the other images of its batch.
+        UserError: An answer would depend on the other images of its batch.
     """
     from vmoe.export.predictor import Program
     from vmoe.moe import moe_layers
@@ -242,7 +243,7 @@ def _check_port(host: str, port: int) -> None:
 
 
 def _routing_answer(model: "TrainedModel", pixels: "np.ndarray") -> dict[str, Any]:
-    """For each MoE layer: the patch grid, each expert's share of the choices, and the first choice of each patch."""
+    """Per MoE layer: the patch grid, each expert's share of the choices, and the first choice of each patch."""
     from vmoe.explain.heatmap.routed import describe_layer, patch_part, route_image
 
     routed = route_image(model, pixels, model.image_size, model.mean, model.std, crop=model.crop)

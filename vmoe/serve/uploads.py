@@ -1,4 +1,4 @@
-"""What a client sends to `vmoe serve`, checked: an image as a form's file or in JSON, and what to tell of it."""
+"""Reads and checks requests to `vmoe serve`: an image as a form's file or in JSON, with options."""
 
 import base64
 import json
@@ -20,9 +20,9 @@ from vmoe.data.images import decode_image, eval_crop
 from vmoe.errors import UserError
 from vmoe.sizes import ImageSize
 
-MAX_PIXELS = 64_000_000  # about 1 GiB while it is decoded and turned into RGB
+MAX_PIXELS = 64_000_000  # about 1 GiB while it is decoded and converted to RGB
 _DECODERS = 4  # images decoded at a time
-_LARGE = 16_000_000  # pixels; of larger ones a single one is decoded at a time
+_LARGE = 16_000_000  # pixels; only one image larger than this is decoded at a time
 _TRUTH = {"true": True, "false": False, "1": True, "0": False}
 
 
@@ -31,9 +31,9 @@ class Upload:
     """A checked request.
 
     Attributes:
-        pixels: (height, width, 3) uint8, the picture as the model sees it.
-        top: How many classes to name.
-        routing: Whether to tell which experts the patches go to.
+        pixels: (height, width, 3) uint8, the image prepared for the model.
+        top: Number of classes to return.
+        routing: Whether to return the experts of the patches.
     """
 
     pixels: np.ndarray
@@ -42,15 +42,15 @@ class Upload:
 
 
 class UploadReader:
-    """Reads requests; a bad one is answered here, with a status and a line, and never reaches the model.
+    """Reads requests. A bad one gets a status and a line here and never reaches the model.
 
     Args:
         image_size: Side of the model's input in pixels, or (height, width).
-        crop: How pictures are fitted to that, as in `eval_crop`.
-        classes: How many the model knows.
-        bit_depth: Of images with more than 8 bits per channel that do not say it themselves, as in `load_image`.
-            None: it is measured on each such image by itself.
-        why_no_routing: A line for who asks for the routing of a model that has none to tell; None where it has.
+        crop: How pictures are fitted to that size, as in `eval_crop`.
+        classes: The model's number of classes.
+        bit_depth: Bit depth of images with more than 8 bits per channel that do not declare it, as in `load_image`.
+            None measures it on each such image.
+        why_no_routing: The refusal of requests for routing; None if the model can report its routing.
     """
 
     def __init__(
@@ -69,8 +69,8 @@ class UploadReader:
         """Reads one request.
 
         Raises:
-            HTTPException: 400 for a malformed request, 413 for an image of too many pixels, 415 for what is no image
-                of `FORMATS`, 422 for a damaged one.
+            HTTPException: 400 for a malformed request, 413 for an image with too many pixels, 415 for a file of none of
+                `FORMATS`, 422 for a damaged image.
         """
         fields, content = await _read(request)
         top, routing = self._top(fields.get("top", 5)), self._routing(fields.get("routing", False))
@@ -80,7 +80,7 @@ class UploadReader:
 
     def _decode(self, content: bytes) -> np.ndarray:
         bit_depth = self.bit_depth
-        if bit_depth is None:  # as `vmoe predict` does for a model that knows of none
+        if bit_depth is None:  # as `vmoe predict` does for a model without a bit depth
             bit_depth = depth_of_content(BytesIO(content))
         try:
             image = decode_image(BytesIO(content), "image", tuple(FORMATS), bit_depth)
@@ -104,10 +104,10 @@ class UploadReader:
 
 
 def _count_pixels(content: bytes) -> int:
-    """Pixels of an image by its header, which alone is read.
+    """The number of pixels in an image's header. Nothing else of the file is read.
 
     Raises:
-        HTTPException: there are too many, or there is no image of `FORMATS`.
+        HTTPException: There are too many, or the file has none of `FORMATS`.
     """
     try:
         with Image.open(BytesIO(content), formats=tuple(FORMATS)) as image:
@@ -116,7 +116,7 @@ def _count_pixels(content: bytes) -> int:
         count = MAX_PIXELS + 1
     except Image.UnidentifiedImageError as error:
         raise HTTPException(415, f"image: no image of a known format; send one of {', '.join(FORMATS)}") from error
-    except Exception as error:  # on damaged files Pillow's decoders raise nearly any type
+    except Exception as error:  # for damaged files Pillow's decoders raise nearly any type
         raise HTTPException(422, "image: its header is damaged; send it again") from error
     if count > MAX_PIXELS:
         raise HTTPException(413, f"image: too many pixels; send at most {MAX_PIXELS:,}")
@@ -124,7 +124,7 @@ def _count_pixels(content: bytes) -> int:
 
 
 async def read_upload(request: Request) -> Upload:
-    """A request as the `UploadReader` of the app's state reads it: a dependency of FastAPI's."""
+    """Reads a request with the app's `UploadReader`; FastAPI calls it as a dependency."""
     return await request.app.state.uploads(request)
 
 
