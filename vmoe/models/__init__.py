@@ -1,4 +1,4 @@
-"""timm models with MoE layers, and what they cost."""
+"""timm models with MoE layers, and their costs."""
 
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,7 @@ from vmoe.models.surgery import create_model, sparsify
 if TYPE_CHECKING:
     from vmoe.models.jax_import import load_jax_checkpoint
     from vmoe.models.swin_import import load_swin_moe_checkpoint
-else:  # that of JAX needs msgpack, which the extra `jax` brings
+else:  # the JAX importer needs msgpack, from the extra `jax`
     __getattr__ = names_on_demand(
         __name__,
         {

@@ -1,4 +1,4 @@
-"""What a model costs: parameters, in all and active for one token, and floating-point operations per image."""
+"""The costs of a model: parameters, in all and active for one token, and floating-point operations per image."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -14,9 +14,7 @@ from vmoe.moe import moe_layers
 
 
 class Parameters(NamedTuple):
-    """Numbers of parameters: all, and those that one token meets on its way (K of E experts, in an ensemble K of each
-    member's).
-    """
+    """Numbers of parameters: all, and those active for one token (K of E experts; in an ensemble K per member)."""
 
     total: int
     active: int
@@ -34,12 +32,12 @@ def count_parameters(model: nn.Module) -> Parameters:
 
 
 class ImageCost(NamedTuple):
-    """What one image's forward pass computes.
+    """The cost of one image's forward pass.
 
     Attributes:
-        flops: Floating-point operations; a multiply-add counts 2, padding nothing.
-        moe_tokens: How many tokens each MoE layer routes, by the layer's name; padding of windows counts, and so does
-            each member's copy in an ensemble.
+        flops: Floating-point operations. A multiply-add counts 2, padding nothing.
+        moe_tokens: Number of tokens that each MoE layer routes, by the layer's name. Padding of windows counts, and so
+            does each member's copy in an ensemble.
     """
 
     flops: int
@@ -47,14 +45,13 @@ class ImageCost(NamedTuple):
 
 
 def image_cost(model: nn.Module, image_size: int | tuple[int, int], in_chans: int = 3) -> ImageCost:
-    """Counts what one image's forward pass computes.
+    """Counts the operations of one image's forward pass, which runs on the meta device.
 
-    Matrix products and convolutions are counted, as is usual, whatever the backend. With a capacity at evaluation, the
-    experts are counted as if they filled their slots: how many choices they drop besides depends on the image. Nothing
-    is computed: the pass runs on the meta device.
+    Matrix products and convolutions count, as usual, with any backend. With a capacity at evaluation, experts count as
+    if all their slots were filled, since the number of drops depends on the image.
 
     Args:
-        model: Any image model that is not sharded; it is left as it is.
+        model: Any image model that is not sharded. It is not changed.
         image_size: Pixels, one side of a square or (rows, columns).
         in_chans: Channels.
     """
@@ -71,20 +68,20 @@ def image_cost(model: nn.Module, image_size: int | tuple[int, int], in_chans: in
 
 
 def flops_per_image(model: nn.Module, image_size: int | tuple[int, int], in_chans: int = 3) -> int:
-    """Floating-point operations of one image's forward pass, as `image_cost` counts them."""
+    """The floating-point operations of one image's forward pass; see `image_cost`."""
     return image_cost(model, image_size, in_chans).flops
 
 
 def check_training_capacity(model: nn.Module, images: int, image_size: int | tuple[int, int]) -> None:
-    """Refuses, before anything is computed, a capacity factor that leaves experts no slot in training.
+    """Refuses a capacity factor that leaves experts without slots in training. It computes nothing.
 
     Args:
-        model: Any image model; it is left as it is.
+        model: Any image model. It is not changed.
         images: Images per batch.
         image_size: Pixels, one side of a square or (rows, columns).
 
     Raises:
-        CapacityError: It does.
+        CapacityError: Experts would have no slot.
     """
     if any(layer.config.capacity_factor is not None for _, layer in moe_layers(model)):
         size = (image_size, image_size) if isinstance(image_size, int) else image_size
@@ -97,14 +94,14 @@ def _run_on_meta(
     training: bool,
     watch: Callable[[str, torch.Size], None] = lambda name, shape: None,
 ) -> None:
-    """A forward pass of a copy that computes nothing: it leaves no trace in the model, and no hook of it runs.
+    """Runs a forward pass of a copy on the meta device. The model does not change, and none of its hooks run.
 
     `watch` is called with the name of each MoE layer that runs and the shape of its tokens.
     """
     twin = on_meta(getattr(model, "_orig_mod", model)).train(training)
-    twin.requires_grad_(False)  # the counter looks for gradients of what a block is given, also where none are taken
+    twin.requires_grad_(False)  # else the FLOP counter also handles gradients of each block's input
     layers = dict(moe_layers(twin))
-    hand_masks_through(twin, layers)  # by hooks of our own
+    hand_masks_through(twin, layers)  # adds our own hooks
     hand_members_through(twin, layers)
     for name, layer in layers.items():
         layer.register_forward_pre_hook(lambda _, args, name=name: watch(name, args[0].shape))
@@ -114,5 +111,5 @@ def _run_on_meta(
 
 @register_flop_formula(torch.ops.vmoe.segment_linear)
 def _segment_linear_flops(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
-    """Every row meets one expert."""
+    """The FLOPs of the operator: each row is multiplied by one expert's weights."""
     return 2 * x_shape[0] * weight_shape[1] * weight_shape[2]

@@ -1,4 +1,4 @@
-"""From a V-MoE back to a dense model: each MoE layer becomes the MLP it replaced, with weights of its experts.
+"""Turns a V-MoE back into a dense model: each MoE layer becomes the MLP it replaced, with weights of its experts.
 
 E experts; D width of a token, H hidden width, O width of the result.
 """
@@ -23,17 +23,18 @@ def densify(
 ) -> nn.Module:
     """Replaces the MoE layers of a sparsified timm model by dense MLPs, in place.
 
-    The result is a plain timm model: its state dict loads into `timm.create_model` of the same name. An upcycled model
-    comes back as the dense one. Trained experts lose what they learnt apart from one another: fine-tune the result.
+    The result is a plain timm model: its state dict loads into `timm.create_model` of the same name. A model that was
+    just upcycled becomes the original dense one. Trained experts lose their differences, so fine-tune the result.
 
     Args:
         model: A model made by `vmoe.sparsify`.
-        how: "merge": the mean of all experts' weights. "expert": one of them. "join": all of them side by side in one
-            hidden layer, where they are together as wide as the MLP: the weighted sum of their results.
-        expert: Which one, counted from 0.
-        weights: For "merge", per layer's name the weight of each expert in the mean, (E,), of any scale; the mass
-            routed to it, say: `trace.layers[name].gates.mean((0, 1))`. Layers that are not named merge evenly. For
-            "join" the factor of each expert's results, 1 / E where the layer is not named.
+        how: "merge" takes the mean of all experts' weights. "expert" takes one expert. "join" puts all experts side by
+            side into one hidden layer, which gives the weighted sum of their results. Together they must be as wide as
+            the MLP.
+        expert: For "expert", its index from 0.
+        weights: For "merge", by the layer's name the weight of each expert in the mean, (E,), of any scale. For
+            example, the routed mass: `trace.layers[name].gates.mean((0, 1))`. Other layers merge evenly. For "join" the
+            factor of each expert's results; 1 / E for other layers.
 
     Returns:
         `model`.
@@ -95,7 +96,7 @@ def _check_join(name: str, layer: MoeMlp) -> None:
 
 
 def _joined_mlp(layer: MoeMlp, factor_E: Tensor) -> nn.Module:
-    """The experts' hidden units side by side, in order; (E, 2H) rows before a gate are its two halves."""
+    """The MLP of the experts' hidden units side by side, in order. Before a gate it keeps the two halves apart."""
     experts = layer.experts
     (weight1, bias1), (weight2, bias2) = experts.layers()
     factor_E = factor_E.to(weight2)
@@ -138,7 +139,7 @@ def _dense_mlp(layer: MoeMlp, share_E: Tensor) -> nn.Module:
 
 
 def _dense_norm(norm: nn.Module, width: int, one: Callable[[Tensor], Tensor]) -> nn.LayerNorm:
-    """A norm of `width`; `one` makes each of its parameters of the experts' stacked ones."""
+    """A norm of `width`. `one` makes each of its parameters from the experts' stacked parameters."""
     stacked_parts = zip(("weight", "bias"), norm(), strict=True)
     parameters = {key: one(stacked) for key, stacked in stacked_parts if stacked is not None}
     dense = nn.LayerNorm(width, elementwise_affine="weight" in parameters, bias="bias" in parameters)
@@ -149,7 +150,7 @@ def _dense_norm(norm: nn.Module, width: int, one: Callable[[Tensor], Tensor]) ->
 def _assembled(
     layer: MoeMlp, fc1: Tensor, bias1: Tensor | None, fc2: Tensor, bias2: Tensor | None, norm: nn.LayerNorm | None
 ) -> nn.Module:
-    """An MLP as the layer replaced, with these weights."""
+    """The MLP that the layer replaced, with these weights."""
     mlp = layer.dense_form.rebuild(fc2.device, fc2.dtype).train(layer.training)
     parts = MlpParts(fc1, bias1, fc2, bias2, layer.experts.act, norm, drop=(0.0, 0.0), use_conv=layer.use_conv)
     put_together(mlp, parts)
@@ -157,7 +158,7 @@ def _assembled(
 
 
 def _put_mlp(model: nn.Module, name: str, mlp: nn.Module) -> None:
-    """Puts the MLP in the layer's place, and the norm that stood before it back inside."""
+    """Replaces the layer by the MLP, and moves a norm before the layer back into the MLP."""
     parent_name = name.rpartition(".")[0]
     parent = model.get_submodule(parent_name)
     if isinstance(parent, NormFirst):

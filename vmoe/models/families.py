@@ -1,7 +1,7 @@
-"""Where the MLPs of timm's model families are, which of them can become MoE layers, and why the others cannot.
+"""Finds the MLPs of timm's models that can become MoE layers, and the reasons why others cannot.
 
-Nothing is written down model by model: a forward pass on the meta device, which computes nothing, shows the order of
-the MLPs and the tokens that each sees. Only what shapes do not show stands in the tables below.
+There is no list of models. A forward pass on the meta device shows the order of the MLPs and the tokens of each. The
+tables below hold only what shapes do not show.
 """
 
 import copy
@@ -18,7 +18,7 @@ from vmoe.moe.mlps import PART_NAMES, class_key, split_leading_norm, take_apart
 
 _BATCH_NORM = "MLPs with batch norms, which experts do not have"
 _CLASS_TOKEN = "MLPs that see only a class token"
-# Why MLPs cannot, by the file of timm and the class; those that `PART_NAMES` knows too sometimes can.
+# Reasons why MLPs cannot become MoE layers, by timm's file and class. Classes in `PART_NAMES` too sometimes can.
 REFUSALS = {
     "mlp.GlobalResponseNormMlp": "MLPs that mix tokens (global response norm)",
     "mlp.GatedMlp": "MLPs that mix tokens (spatial gate)",
@@ -36,7 +36,7 @@ REFUSALS = {
     "gemma4_vit.Gemma4GatedMlp": "MLPs that clamp values; create it with use_clipped_linears=False",
     "visformer.SpatialMlp": "MLPs that mix tokens (3x3 convolution)",
 }
-# Blocks with an MLP that does not work on an image's tokens, by the file of timm and the class.
+# Blocks with an MLP on other things than an image's tokens, by timm's file and class.
 OTHER_BLOCKS = {
     "cait.LayerScaleBlockClassAttn": _CLASS_TOKEN,
     "xcit.ClassAttentionBlock": _CLASS_TOKEN,
@@ -52,7 +52,7 @@ class EligibleMlp(NamedTuple):
     Attributes:
         name: The module's name in the model.
         mlp: The module.
-        tokens: N, the tokens of an image that it sees.
+        tokens: N, its number of tokens per image.
     """
 
     name: str
@@ -61,11 +61,11 @@ class EligibleMlp(NamedTuple):
 
 
 class Survey(NamedTuple):
-    """What a model has.
+    """The MLPs of a model.
 
     Attributes:
-        eligible: Those that can become MoE layers, in the order of the forward pass.
-        left_out: The other MLPs, by name, with the reason.
+        eligible: The MLPs that can become MoE layers, in the order of the forward pass.
+        left_out: The reasons why the other MLPs cannot, by name.
     """
 
     eligible: list[EligibleMlp]
@@ -76,8 +76,8 @@ def survey(model: nn.Module, image_size: int | tuple[int, int] | None = None) ->
     """Finds the MLPs of a model that work on one token at a time.
 
     Args:
-        model: Any model built of timm's blocks; it is left as it is.
-        image_size: Pixels, one side of a square or (rows, columns); when not given, those the model was made for.
+        model: Any model built of timm's blocks. It is not changed.
+        image_size: Pixels, one side of a square or (rows, columns). None takes the size that the model was built for.
 
     Raises:
         ValueError: The model has MoE layers already, or does not run at the image size.
@@ -103,7 +103,7 @@ def eligible_mlps(model: nn.Module, image_size: int | tuple[int, int] | None = N
     """The MLPs of a model that can become MoE layers, in forward order.
 
     Raises:
-        ValueError: There is none; the message says why.
+        ValueError: There is none. The message has the reason.
     """
     eligible, left_out = survey(model, image_size)
     if not eligible:
@@ -114,9 +114,9 @@ def eligible_mlps(model: nn.Module, image_size: int | tuple[int, int] | None = N
 
 
 def has_class_token(model: nn.Module, mlp: EligibleMlp) -> bool:
-    """Whether the first of the tokens that an MLP sees is a class token.
+    """Whether the first token of an MLP is a class token.
 
-    In some families it joins the patches in later blocks only, so that the tokens are counted too.
+    In some families the class token joins only in later blocks, so this also counts tokens.
     """
     parts = mlp.name.split(".")
     owners = [model.get_submodule(".".join(parts[:length])) for length in range(len(parts) - 1, -1, -1)]
@@ -126,9 +126,9 @@ def has_class_token(model: nn.Module, mlp: EligibleMlp) -> bool:
 
 
 def on_meta(model: nn.Module) -> nn.Module:
-    """A copy of a model without its values, which costs no memory, and without its hooks, which are not to see it.
+    """A copy of a model on the meta device, which takes no memory, and without its hooks, which must not run.
 
-    Tensors that a module keeps beside its parameters and buffers, such as biases cached in a forward pass, go with it.
+    It includes tensors that modules keep beside parameters and buffers, such as biases cached in a forward pass.
     """
     memo: dict[int, Any] = {}
     for module in model.modules():
@@ -139,15 +139,15 @@ def on_meta(model: nn.Module) -> nn.Module:
 
 
 def run_on_meta(model: nn.Module, images: Tensor) -> Any:
-    """What a forward pass of a model gives on the meta device, where it computes nothing and draws nothing."""
+    """The result of a model's forward pass on the meta device. It draws no random numbers."""
     with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.compiler.set_stance("force_eager"), _WholeImages():
         return model(images)
 
 
 class _WholeImages(TorchFunctionMode):
-    """Answers "is any of it true?" by no on the meta device, which has no values.
+    """Makes `any()` return False on the meta device, which has no values.
 
-    timm's gemma4_vit asks so whether an image is padded (timm 1.0.27 to 1.0.29); whole images are not.
+    timm's gemma4_vit (1.0.27 to 1.0.29) uses it to find padded images. Whole images have no padding.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -171,7 +171,7 @@ def _without_values(tensor: Tensor) -> Tensor:
 
 
 def _static_reason(model: nn.Module, name: str) -> str | None:
-    """Why the MLP of this name cannot be replaced, whatever it sees."""
+    """The reason why the MLP of this name cannot be replaced, independent of its input; or None."""
     mlp, parent = model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])
     if class_key(parent) in OTHER_BLOCKS:
         return OTHER_BLOCKS[class_key(parent)]
@@ -191,7 +191,7 @@ _BATCH = 2
 
 
 def _watch(model: nn.Module, names: list[str], image_size) -> list[tuple[str, torch.Size]]:
-    """The calls of the modules in an image batch's forward pass: name and shape of what came in."""
+    """The calls of the modules in a batch's forward pass: name and input shape."""
     calls = []
     twin = on_meta(model).eval()
     for name in names:
@@ -201,7 +201,7 @@ def _watch(model: nn.Module, names: list[str], image_size) -> list[tuple[str, to
     images = meta_images(model, image_size)
     try:
         run_on_meta(twin, images)
-    except Exception as error:  # whatever a model's own code raises
+    except Exception as error:  # a model's own code may raise any type
         size, reason = tuple(images.shape[1:]), " ".join(str(error).split())
         raise ValueError(
             f"{type(model).__name__} does not run on images of {size} ({reason}); give sparsify its image_size"
@@ -210,7 +210,7 @@ def _watch(model: nn.Module, names: list[str], image_size) -> list[tuple[str, to
 
 
 def _shape_reason(shapes: list[torch.Size]) -> str | None:
-    """Why an MLP that saw these shapes cannot be replaced."""
+    """The reason why an MLP with these input shapes cannot be replaced, or None."""
     if any(len(shape) < 3 or shape[0] != _BATCH for shape in shapes):
         return "MLPs that do not see the tokens of whole images"
     return "MLPs that are shared by several places" if len(shapes) > 1 else None
@@ -222,7 +222,7 @@ def _tokens_seen(mlp: nn.Module, shape: torch.Size) -> int:
 
 
 def meta_images(model: nn.Module, image_size: int | tuple[int, int] | None) -> Tensor:
-    """A batch of two images such as the model was made for, on the meta device."""
+    """A batch of two images of the model's own size, on the meta device."""
     config = getattr(model, "pretrained_cfg", None) or {}
     channels, *configured = config.get("input_size", (3, 224, 224))
     size = image_size or _own_size(model) or configured
@@ -241,6 +241,6 @@ def _own_size(model: nn.Module) -> tuple[int, ...] | None:
 
 
 def _first_attribute(model: nn.Module, attribute: str, kind: type):
-    """The first value of this kind that a module of the model has under this name."""
+    """The first value of type `kind` that a module of the model has as this attribute."""
     values = (getattr(module, attribute, None) for module in model.modules())
     return next((value for value in values if isinstance(value, kind)), None)

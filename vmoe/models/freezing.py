@@ -1,4 +1,4 @@
-"""Which parameters of a model learn: parts of it are frozen by name, for fine-tuning and linear probes."""
+"""Freezes parts of a model by name, for fine-tuning and linear probes."""
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
@@ -9,30 +9,30 @@ from torch import nn
 from vmoe.moe import moe_layers
 
 PARTS = ("backbone", "experts", "routers", "all_but_head")
-_ADAPTERS = ".parametrizations.weight.0."  # in the names of what `vmoe.add_lora` adds
+_ADAPTERS = ".parametrizations.weight.0."  # part of the names of parameters that `vmoe.add_lora` adds
 
 
 def freeze(model: nn.Module, what: str | Sequence[str]) -> nn.Module:
-    """Freezes parts of a model: their parameters take no gradient, so that no optimiser changes them.
+    """Freezes parts of a model: their parameters get no gradient, so no optimiser changes them.
 
         model = vmoe.freeze(vmoe.load("runs/photos"), ["backbone", "routers"])
         model = vmoe.freeze(vmoe.create_model("vit_small_patch16_224", pretrained=True), "all_but_head")
 
-    Where the classifier alone is left, `vmoe.Classifier` trains it on a model that computes as in evaluation, without
-    dropout, drop path and router noise: a linear probe.
+    If only the classifier learns, this is a linear probe. `vmoe.Classifier` then runs the rest of the model as in
+    evaluation, without dropout, drop path and router noise.
 
     Args:
         model: A timm model, dense or with MoE layers. It is changed.
-        what: One or several of: "experts" (with shared experts); "routers"; "backbone", which is all but the
-            classifier, the experts and the routers; "all_but_head", which is all but the classifier; or a pattern of
-            parameters' names, such as "blocks.[0-5].*".
+        what: One or several of: "experts" (with shared experts); "routers"; "backbone" (all except the classifier, the
+            experts and the routers); "all_but_head" (all except the classifier); or a pattern of parameters' names,
+            such as "blocks.[0-5].*".
 
     Returns:
         The model.
 
     Raises:
-        ValueError: A part or a pattern has no parameter in this model, a part has adapters of `vmoe.add_lora`, or
-            nothing would be left to learn.
+        ValueError: A part or a pattern has no parameter in this model, a part has adapters of `vmoe.add_lora`, or no
+            parameter would learn.
     """
     names = [name for name, _ in model.named_parameters()]
     frozen: set[str] = set()
@@ -63,14 +63,14 @@ def classifier_names(model: nn.Module) -> list[str]:
 
 
 def is_linear_probe(model: nn.Module) -> bool:
-    """Whether the classifier is all that learns."""
+    """Whether only the classifier learns."""
     prefixes = tuple(f"{name}." for name in classifier_names(model))
     learning = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     return bool(prefixes and learning) and all(name.startswith(prefixes) for name in learning)
 
 
 def put_in_training_mode(model: nn.Module) -> None:
-    """Training mode; of a linear probe for the classifier alone."""
+    """Sets training mode; in a linear probe for the classifier alone."""
     model.train()
     if is_linear_probe(model):
         model.eval()
@@ -79,7 +79,7 @@ def put_in_training_mode(model: nn.Module) -> None:
 
 
 def _named(model: nn.Module, names: list[str], word: str) -> set[str]:
-    """The names of the parameters that a word of `freeze` means."""
+    """The names of the parameters that a word or pattern of `freeze` selects."""
     if word not in PARTS:
         return {name for name in names if fnmatchcase(name, word)}
     layers = [f"{name}." if name else "" for name, _ in moe_layers(model)]

@@ -1,4 +1,4 @@
-"""What the importers of others' checkpoints give."""
+"""The result of importers of others' checkpoints."""
 
 import math
 from dataclasses import dataclass
@@ -11,17 +11,17 @@ from vmoe.moe import MoeConfig
 
 @dataclass(frozen=True)
 class ImportedModel:
-    """A model and what builds its like: `create_model(name, moe, img_size=..., num_classes=..., **kwargs)`.
+    """A model with the arguments to rebuild it: `create_model(name, moe, img_size=..., num_classes=..., **kwargs)`.
 
     Args:
         model: In evaluation mode, float32, on the CPU.
-        name: What timm calls the model.
+        name: timm's name of the model.
         kwargs: Plain arguments of the named model.
         moe: The MoE layers; None for a dense model.
         image_size: (rows, columns) in pixels.
         num_classes: 0 without a classifier.
-        mean: Mean of each channel that images are normalised with, for pixels in [0, 1].
-        std: Standard deviation of each channel, for the same.
+        mean: Mean of each channel for normalisation, for pixels in [0, 1].
+        std: Standard deviation of each channel, as for `mean`.
     """
 
     model: nn.Module
@@ -35,6 +35,6 @@ class ImportedModel:
 
 
 def ratio_for(hidden: int, width: int) -> float:
-    """The `mlp_ratio` of which timm's int(width * ratio) is `hidden`."""
+    """The `mlp_ratio` for which timm's int(width * ratio) equals `hidden`."""
     ratio = hidden / width
     return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)

@@ -17,10 +17,10 @@ _MOE_PARTS = ("Moe/Router/dense/kernel", "Moe/Router/mu", "Moe/Mlp/Dense_0/kerne
 
 
 class Architecture:
-    """The architecture that the tensors have.
+    """The architecture, read from the tensors.
 
     Raises:
-        UserError: one that is needed is missing, or they describe a model of another kind.
+        UserError: A needed tensor is missing, or the tensors describe another kind of model.
     """
 
     def __init__(self, prefix: str | Path, leaves: dict[str, Leaf]) -> None:
@@ -62,7 +62,7 @@ class Architecture:
         }
 
     def image_size(self, wanted: int | tuple[int, int] | None) -> tuple[int, int]:
-        """(rows, columns) in pixels: as wanted, or as it was."""
+        """(rows, columns) in pixels: the wanted size, or the checkpoint's."""
         if wanted is None:
             side = math.isqrt(self.tokens - self.has_class_token)
             if side**2 + self.has_class_token != self.tokens:
@@ -75,11 +75,11 @@ class Architecture:
         return size
 
     def tokens_of(self, image_size: tuple[int, int]) -> int:
-        """N for such images."""
+        """N for images of this size."""
         return math.prod(s // p for s, p in zip(image_size, self.patch_size, strict=True)) + self.has_class_token
 
     def _experts(self) -> tuple[int, int | None]:
-        """E, and P of a Soft MoE."""
+        """E, and P for Soft MoE."""
         if not self.moe_blocks:
             return 0, None
         router = f"{self.block(self.moe_blocks[0])}/Moe/Router"
@@ -91,7 +91,7 @@ class Architecture:
         return self._shape(f"{router}/dense/kernel", 2)[1], None
 
     def _members(self) -> int | None:
-        """M of an ensemble (E3), of which routers have an axis; None for a single model."""
+        """M of an ensemble (E3), from an axis of its routers; None for a single model."""
         if not self.moe_blocks or self.slots is not None:
             return None
         shape = self._leaf(f"{self.block(self.moe_blocks[0])}/Moe/Router/dense/kernel").shape

@@ -1,9 +1,9 @@
-"""Reading the checkpoint format of google-research/vmoe, without JAX.
+"""Reads the checkpoint format of google-research/vmoe, without JAX.
 
-A checkpoint PREFIX is PREFIX.index, which describes the tensors, and PREFIX.data-nnnnn-of-NNNNN with their values, cut
-into chunks: an expert tensor is split along its experts. Every file is one msgpack object. The data files are never
-unpacked as a whole: they are first walked header by header, which finds where each chunk lies and whether a file is
-what it should be; the values are then copied to where they belong in small pieces.
+A checkpoint PREFIX is PREFIX.index, which describes the tensors, and PREFIX.data-nnnnn-of-NNNNN with their values in
+chunks: an expert tensor is split along its experts. Every file is one msgpack object. Data files are never unpacked as
+a whole. A first pass over their headers finds the chunks and checks the file. Then the values are copied to their
+targets in small pieces.
 """
 
 import math
@@ -24,13 +24,13 @@ _SLICE_ND, _INDEX_INFO = 6, 8  # the format's msgpack extension types
 _STORED_DTYPES = {"float32": "<f4", "float64": "<f8", "float16": "<f2", "bfloat16": "<u2"}
 _WINDOW = 2**20  # bytes copied at a time
 _MAX_INDEX = 2**26  # bytes; a checkpoint of thousands of chunks has an index of some hundred kB
-_MAX_CHUNKS = 2**16  # of a tensor; a bound on what msgpack allocates before it has seen the entries
+_MAX_CHUNKS = 2**16  # per tensor; bounds the memory that msgpack allocates before it has read the entries
 
 Bounds = tuple[tuple[int, int], ...]  # start and stop along each axis
 
 
 class Chunk(NamedTuple):
-    """A part of a tensor: its place in the tensor, and in a data file as ranges of bytes (offset, length)."""
+    """A part of a tensor: its bounds in the tensor, and its byte ranges (offset, length) in a data file."""
 
     bounds: Bounds
     path: Path
@@ -38,7 +38,7 @@ class Chunk(NamedTuple):
 
 
 class Leaf(NamedTuple):
-    """A tensor of a checkpoint; its chunks cover it exactly once, and their bytes are there."""
+    """A tensor of a checkpoint. Its chunks cover it exactly once, and their bytes exist."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -46,7 +46,7 @@ class Leaf(NamedTuple):
 
 
 class _Entry(NamedTuple):
-    """What the index says of a tensor: its chunks' bounds, and in which data file each is."""
+    """A tensor's entry in the index: its chunks' bounds, and the data file of each."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -55,7 +55,7 @@ class _Entry(NamedTuple):
 
 
 class _Stored(NamedTuple):
-    """What a data file says of a chunk."""
+    """A chunk's entry in a data file."""
 
     dtypes: frozenset[str]
     ranges: tuple[tuple[int, int], ...]
@@ -64,7 +64,7 @@ class _Stored(NamedTuple):
 def open_checkpoint(prefix: str | Path) -> dict[str, Leaf]:
     """Finds the model's parameters in a checkpoint, without reading their values.
 
-    The parameters may stand at the top or, beside an optimiser's state, under `params`; all else is left out.
+    The parameters may be at the top level or, beside an optimiser's state, under `params`. All else is left out.
 
     Args:
         prefix: The files' common path, without `.index`.
@@ -73,7 +73,7 @@ def open_checkpoint(prefix: str | Path) -> dict[str, Leaf]:
         The leaves by name, such as "Encoder/encoderblock_0/LayerNorm_0/scale".
 
     Raises:
-        UserError: a file is missing, cut off, foreign, or does not go with the others.
+        UserError: A file is missing, cut off, foreign, or does not match the others.
     """
     index_path = Path(f"{prefix}.index")
     shard_count, tree = _read_index(index_path)
@@ -95,16 +95,18 @@ def read_into(leaves: dict[str, Leaf], targets: dict[str, np.ndarray]) -> None:
     """Copies tensors into arrays of their shapes, one data file after the other, with a window of 1 MiB.
 
     Args:
-        leaves: What `open_checkpoint` gave.
-        targets: For each name where the values go: a float32 array, which may be a view with any strides.
+        leaves: The result of `open_checkpoint`.
+        targets: The target of each name: a float32 array, or a view with any strides.
 
     Raises:
-        UserError: a file changed or cannot be read.
+        UserError: A file has changed or cannot be read.
     """
     by_file: dict[Path, list[tuple[Chunk, str, np.ndarray]]] = {}
     for name, target in targets.items():
         for chunk in leaves[name].chunks:
-            part = target[(*(slice(*bounds) for bounds in chunk.bounds), ...)]  # the dots: a view, also of a scalar
+            part = target[
+                (*(slice(*bounds) for bounds in chunk.bounds), ...)
+            ]  # with the ellipsis a scalar is a view too
             by_file.setdefault(chunk.path, []).append((chunk, leaves[name].dtype, part))
     for path, parts in by_file.items():
         try:
@@ -116,7 +118,7 @@ def read_into(leaves: dict[str, Leaf], targets: dict[str, np.ndarray]) -> None:
 
 
 class _Values:
-    """The numbers of a chunk, taken in turn from the ranges of its file."""
+    """Reads the numbers of a chunk in turn from the byte ranges of its file."""
 
     def __init__(self, file: BinaryIO, ranges: tuple[tuple[int, int], ...], dtype: str) -> None:
         self._file, self._ranges, self._dtype = file, list(ranges), dtype
@@ -139,7 +141,7 @@ class _Values:
 
 
 def _copy_values(part: np.ndarray, values: _Values) -> None:
-    """Writes the next numbers into `part` in C order, in pieces of at most the window where the last axis allows it."""
+    """Writes the next numbers into `part` in C order, in pieces of at most the window if the last axis allows it."""
     if part.nbytes <= _WINDOW or part.ndim <= 1:
         part[...] = values.take(part.size).reshape(part.shape)
         return
@@ -169,7 +171,7 @@ def _flatten(tree: dict, parent: str = "") -> Iterator[tuple[str, object]]:
         value = tree[key]
         if isinstance(value, dict):
             yield from _flatten(value, f"{parent}{key}/")
-        elif value is not None:  # JAX counts no leaf for None
+        elif value is not None:  # None is no leaf in JAX
             yield f"{parent}{key}", value
 
 
@@ -205,7 +207,7 @@ def _bounds(packed_slices: list, where: str) -> Bounds:
 
 
 def _covers(chunks: tuple[Bounds, ...], shape: tuple[int, ...]) -> bool:
-    """Whether the chunks are the cells of a grid over the whole tensor, each once."""
+    """Whether the chunks form a grid that covers the whole tensor, each cell once."""
     if any(len(bounds) != len(shape) for bounds in chunks) or len(set(chunks)) != len(chunks):
         return False
     cells = 1
@@ -244,7 +246,7 @@ def _show(bounds: Bounds) -> str:
 
 
 def _scan_data_file(path: Path) -> dict[tuple[int, Bounds], _Stored]:
-    """Where each chunk of a data file lies, by the leaf's number and the chunk's bounds."""
+    """The position of each chunk in a data file, by the leaf's number and the chunk's bounds."""
     size = _file_size(path)
     chunks, is_marked = {}, False
     try:

@@ -1,4 +1,4 @@
-"""Checkpoints of the original V-MoE code as timm models.
+"""Imports checkpoints of the original V-MoE code as timm models.
 
 D width; H heads of width D/H; E experts; K choices per token; P slots of an expert for an image; N tokens per image;
 M members of an ensemble.
@@ -27,7 +27,7 @@ _MEAN = _STD = (0.5, 0.5, 0.5)  # the original's value_range(-1, 1)
 
 @dataclass(frozen=True)
 class RoutingOptions:
-    """What the tensors do not show; see `load_jax_checkpoint`."""
+    """The options that the tensors do not show; see `load_jax_checkpoint`."""
 
     router: str = "token_choice"
     top_k: int = 2
@@ -52,30 +52,30 @@ def load_jax_checkpoint(
 ) -> nn.Module:
     """Loads a checkpoint of google-research/vmoe into a timm VisionTransformer with MoE layers.
 
-    Width, depth, heads, patches, experts, MoE layers, classifier and image size are read from the tensors. Images are
-    to be normalised to [-1, 1]: mean and standard deviation 0.5. Values become float32. No more memory is used than the
-    model's and some MiB. An ensemble (E3, the `eee_*` checkpoints) becomes a model with `MoeConfig(ensemble=M)`.
+    The tensors give width, depth, heads, patches, experts, MoE layers, classifier and image size. Normalise images to
+    [-1, 1] (mean and standard deviation 0.5). Values become float32. Loading needs only the model's memory and some
+    MiB. An ensemble (E3, the `eee_*` checkpoints) becomes a model with `MoeConfig(ensemble=M)`.
 
     Args:
         prefix: The files' common path: PREFIX.index and PREFIX.data-nnnnn-of-NNNNN.
-        router: How the model routes. Soft MoE is known by its parameters, so that the default serves it too.
-        top_k: K, experts per token. Without meaning for expert choice and Soft MoE.
-        capacity_factor: In training and evaluation alike; None drops nothing. Expert choice needs it; that of Soft MoE
-            is in the tensors and one given here is only compared.
-        batch_priority: Full experts drop the tokens with the smallest gates.
-        group_images: Images of a group: their tokens compete for capacity. No effect for expert choice and Soft MoE,
-            which never look at other images.
-        capacity_rounding: "ceil" or "round"; None is the original's: "ceil", for expert choice and Soft MoE "round".
+        router: The router. Soft MoE is recognised by its parameters, so the default works for it too.
+        top_k: K, experts per token. Not used by expert choice and Soft MoE.
+        capacity_factor: The factor in training and evaluation; None drops nothing. Expert choice needs it. Soft MoE's
+            is in the tensors, and a given one is only compared.
+        batch_priority: Whether full experts drop the tokens with the smallest gates.
+        group_images: Images per group; their tokens compete for capacity. Expert choice and Soft MoE route each image
+            alone.
+        capacity_rounding: "ceil" or "round". None is the original's: "ceil", for expert choice and Soft MoE "round".
         capacity_multiple_of: None is the original's: 4, for expert choice and Soft MoE 1.
         img_size: Pixels, one side of a square or (rows, columns); None keeps the checkpoint's. The position embedding
-            is resized by the original's rule: bilinear with the corners in place, the class token apart.
+            is resized as in the original: bilinear with fixed corners, without the class token.
 
     Returns:
         The model, in evaluation mode.
 
     Raises:
-        UserError: a file is missing, cut off or foreign, a tensor is missing, unknown or of a wrong shape, or an
-            argument does not go with the tensors.
+        UserError: A file is missing, cut off or foreign, a tensor is missing, unknown or of a wrong shape, or an
+            argument does not match the tensors.
     """
     options = RoutingOptions(
         router, top_k, capacity_factor, batch_priority, group_images, capacity_rounding, capacity_multiple_of
@@ -86,7 +86,7 @@ def load_jax_checkpoint(
 def import_jax_checkpoint(
     prefix: str | Path, options: RoutingOptions, img_size: int | tuple[int, int] | None = None
 ) -> ImportedModel:
-    """As `load_jax_checkpoint`, with what builds a model of the same architecture."""
+    """Like `load_jax_checkpoint`, with the arguments to rebuild the model."""
     leaves = open_checkpoint(prefix)
     architecture = Architecture(prefix, leaves)
     image_size = architecture.image_size(img_size)
@@ -111,7 +111,7 @@ def import_jax_checkpoint(
 
 
 def _moe_config(architecture: Architecture, options: RoutingOptions, image_size: tuple[int, int]) -> MoeConfig | None:
-    """The options together with the tensors; None for a dense checkpoint."""
+    """The MoE config from options and tensors; None for a dense checkpoint."""
     if not architecture.moe_blocks:
         return None
     prefix, factor = architecture.prefix, options.capacity_factor
@@ -141,7 +141,7 @@ def _moe_config(architecture: Architecture, options: RoutingOptions, image_size:
             common |= {"top_k": 1}
         if router == "soft":
             _check_slots(architecture, MoeConfig(**common, capacity_factor=factor or 1.0), factor)
-            # As many slots as there are, whatever the number of tokens is now
+            # the factor that gives the checkpoint's number of slots for the current number of tokens
             common |= {"capacity_rounding": "round", "capacity_multiple_of": 1}
             factor = architecture.slots * architecture.num_experts / architecture.tokens_of(image_size)
         moe = MoeConfig(**common, capacity_factor=factor, eval_capacity_factor=factor)
@@ -155,7 +155,7 @@ def _moe_config(architecture: Architecture, options: RoutingOptions, image_size:
 
 
 def _check_slots(architecture: Architecture, moe: MoeConfig, factor: float | None) -> None:
-    """Whether a capacity factor that was given is the one the tensors were made with."""
+    """Checks that a given capacity factor matches the tensors."""
     if factor is None:
         return
     slots = expert_capacity(architecture.tokens, architecture.num_experts, factor, *moe.rounding)
@@ -176,7 +176,7 @@ def _check_expert_choice(moe: MoeConfig, tokens: int) -> None:
 
 
 def _views(model: nn.Module, architecture: Architecture) -> dict[str, Tensor]:
-    """The model's parameters by their names in the checkpoint, as views in the checkpoint's layout."""
+    """The model's parameters as views in the checkpoint's layout, by their names there."""
     views = {
         **_affine_views("embedding", model.patch_embed.proj, (2, 3, 1, 0)),
         POSITIONS: model.pos_embed,
@@ -211,14 +211,14 @@ def _views(model: nn.Module, architecture: Architecture) -> dict[str, Tensor]:
 
 
 def _affine_views(name: str, module: nn.Module, axes: tuple[int, ...] | None = None) -> dict[str, Tensor]:
-    """A norm's scale, or a kernel with the axes of the weight in the order `axes`; and the bias."""
+    """The views of a norm's scale, or of a kernel with the weight's axes in the order `axes`; and of the bias."""
     if axes is None:
         return {f"{name}/scale": module.weight, f"{name}/bias": module.bias}
     return {f"{name}/kernel": module.weight.permute(axes), f"{name}/bias": module.bias}
 
 
 def _attention_views(name: str, attention: nn.Module) -> dict[str, Tensor]:
-    """Of query, key and value timm has one matrix (3D, D), the original one each (D, H, D/H)."""
+    """The views of an attention. timm has one matrix (3D, D) for query, key and value; the original has three."""
     heads, width = attention.num_heads, attention.proj.weight.shape[0]
     weights = attention.qkv.weight.view(3, heads, -1, width).permute(0, 3, 1, 2)
     biases = attention.qkv.bias.view(3, heads, -1)
@@ -232,7 +232,7 @@ def _attention_views(name: str, attention: nn.Module) -> dict[str, Tensor]:
 
 
 def _check_leaves(prefix: str | Path, leaves: dict[str, Leaf], views: dict[str, Tensor], resized: bool) -> None:
-    """Whether the checkpoint has the model's tensors, all of them and no others."""
+    """Checks that the checkpoint has exactly the model's tensors."""
     for name, view in views.items():
         if name not in leaves:
             raise UserError(f"{prefix}: lacks {name}; is it a checkpoint of a VisionTransformerMoe?")
@@ -246,7 +246,7 @@ def _check_leaves(prefix: str | Path, leaves: dict[str, Leaf], views: dict[str, 
 
 
 def _fill_model(model: nn.Module, leaves: dict[str, Leaf], architecture: Architecture) -> None:
-    """Reads the values into the model, the position embedding at the model's resolution."""
+    """Reads the values into the model, and resizes the position embedding to the model's resolution."""
     views = _views(model, architecture)
     positions = torch.empty(leaves[POSITIONS].shape)
     own, views[POSITIONS] = views[POSITIONS], positions
@@ -255,7 +255,7 @@ def _fill_model(model: nn.Module, leaves: dict[str, Leaf], architecture: Archite
 
 
 def _resize(positions: Tensor, grid: tuple[int, int], has_class_token: bool) -> Tensor:
-    """(1, N, D) for a square of patches -> (1, N', D) for `grid`, bilinear with the corners in place."""
+    """Resizes (1, N, D) of a square of patches to (1, N', D) for `grid`, bilinearly with fixed corners."""
     prefix, patches = positions[:, :has_class_token], positions[:, has_class_token:]
     side = math.isqrt(patches.shape[1])
     if grid == (side, side):

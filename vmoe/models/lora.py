@@ -1,8 +1,8 @@
 """Low-rank adapters (LoRA, Hu et al. 2021, https://arxiv.org/abs/2106.09685) of attention, MLPs and experts.
 
-An adapter is a parametrization of a weight, so that every backend, torch.compile and CUDA graphs compute with it, and
-merging gives the very numbers that were computed. PEFT's LoRA works on these models too (`docs/finetuning.md`); it
-attaches itself anew in every forward pass, which neither of the last two takes.
+An adapter is a parametrization of a weight. So every backend, torch.compile and CUDA graphs work with it, and merging
+gives exactly the same numbers. PEFT's LoRA works on these models too (`docs/finetuning.md`), but not with torch.compile
+and CUDA graphs, since it attaches itself in every forward pass.
 
 E experts; R rank.
 """
@@ -20,13 +20,13 @@ from vmoe.moe import moe_layers
 from vmoe.moe.experts import ExpertLinear, SharedExpert
 
 TARGETS = ("attention", "mlp", "experts")
-_KINDS = {"attention": ("attn", "attention"), "mlp": ("mlp", "swiglu")}  # what timm's names of classes have in them
+_KINDS = {"attention": ("attn", "attention"), "mlp": ("mlp", "swiglu")}  # parts of timm's class names
 _ORIGINAL = ".parametrizations.weight.original"
 _ADAPTER = ".parametrizations.weight.0."
 
 
 class LowRank(nn.Module):
-    """The weight (out, in) or (E, out, in) plus scale * up @ down, which starts at zero.
+    """Adds scale * up @ down, which is zero at the start, to a weight (out, in) or (E, out, in).
 
     Attributes:
         down: (R, in) or (E, R, in).
@@ -46,9 +46,9 @@ class LowRank(nn.Module):
         nn.init.uniform_(self.down, -1 / math.sqrt(columns), 1 / math.sqrt(columns))
 
     def forward(self, weight: Tensor) -> Tensor:
-        if weight.is_meta:  # for which there is no autocast
+        if weight.is_meta:  # the meta device has no autocast
             return adapted(weight, self.down, self.up, self.scale)
-        with torch.autocast(weight.device.type, enabled=False):  # else the product would be rounded, and no merge exact
+        with torch.autocast(weight.device.type, enabled=False):  # rounding would make merging inexact
             return adapted(weight, self.down, self.up, self.scale)
 
 
@@ -66,14 +66,14 @@ def add_lora(
         ...  # train it by any loop
         vmoe.save(vmoe.merge_lora(model), "model.safetensors", class_names)
 
-    The outputs are at first those of the model. Routers learn whole, since those of an upcycled model know nothing.
+    At first the outputs do not change. Routers learn all their weights, since those of an upcycled model are untrained.
 
     Args:
         model: The model. It is changed.
-        rank: R, of each adapter; of experts each has its own.
+        rank: R of each adapter. Each expert has its own adapter.
         alpha: Adapters are multiplied by alpha / rank.
-        targets: What gets them: "attention", "mlp" (dense MLPs) and "experts" (with shared experts), one or several.
-            None: all that the model has.
+        targets: Modules with adapters, one or several of "attention", "mlp" (dense MLPs) and "experts" (with shared
+            experts). None takes all that the model has.
 
     Returns:
         The model.
@@ -108,7 +108,7 @@ def add_lora(
 
 
 def merge_lora(model: nn.Module) -> nn.Module:
-    """Makes the adapters of `add_lora` part of the weights, which so become plain parameters again.
+    """Merges the adapters of `add_lora` into the weights, which become plain parameters again.
 
     The outputs stay the same, bit for bit on the same device. All parameters learn again.
 
@@ -125,13 +125,13 @@ def merge_lora(model: nn.Module) -> nn.Module:
 
 
 def _merge(module: Any) -> None:
-    # torch's remove_parametrizations changes the class, which a deep copy of the module shares: that would break
+    # torch's remove_parametrizations changes the class, which deep copies of the module share: it would break them
     weight = nn.Parameter(module.weight.detach())
     del module.parametrizations
     module.__class__ = type(module).__bases__[0]
     others = dict(module._parameters)
     module._parameters.clear()
-    module._parameters.update({"weight": weight, **others})  # in their usual order
+    module._parameters.update({"weight": weight, **others})  # keeps the usual order of parameters
 
 
 def has_lora(model: nn.Module) -> bool:
@@ -140,7 +140,7 @@ def has_lora(model: nn.Module) -> bool:
 
 
 def merged_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict in which adapters are part of the weights that they belong to."""
+    """A state dict with adapters merged into their weights."""
     names = [name.removesuffix(_ORIGINAL) for name in weights if name.endswith(_ORIGINAL)]
     names = [name for name in names if f"{name}{_ADAPTER}down" in weights]
     if not names:
@@ -158,13 +158,13 @@ def _with_adapters(model: nn.Module) -> list[nn.Module]:
 
 
 def _is_adapted(module: Any) -> bool:
-    """Whether an adapter is all that a parametrized module has."""
+    """Whether an adapter is the only parametrization of a module."""
     parts = [part for weight in module.parametrizations.values() for part in weight]
     return len(parts) == 1 and isinstance(parts[0], LowRank)
 
 
 def _adaptable(model: nn.Module) -> dict[str, list[nn.Module]]:
-    """The modules with a weight to adapt, by the word for them."""
+    """The modules with a weight to adapt, by target name."""
     of_moe = {part for _, layer in moe_layers(model) for part in layer.modules()}
     heads = {part for name in classifier_names(model) for part in model.get_submodule(name).modules()}
     found: dict[str, list[nn.Module]] = {word: [] for word in TARGETS}

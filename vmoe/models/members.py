@@ -1,4 +1,4 @@
-"""An ensemble within one model (E3): where an image becomes rows of members, and the members' answers one answer.
+"""An ensemble within one model (E3): repeats an image's rows for its members, and averages their predictions.
 
 B images; M members; C classes.
 """
@@ -16,7 +16,7 @@ from vmoe.moe.mlps import class_key
 
 
 class TileRows:
-    """Before the block of the first MoE layer: (B, ...) -> (B*M, ...)."""
+    """A hook before the block of the first MoE layer: (B, ...) -> (B*M, ...)."""
 
     def __init__(self, ensemble: int) -> None:
         self.ensemble = ensemble
@@ -27,14 +27,14 @@ class TileRows:
 
 
 class MeanPrediction:
-    """Behind the model: in evaluation (B*M, C) logits -> (B, C), the logarithm of the mean probabilities.
+    """A hook after the model. In evaluation: (B*M, C) logits -> (B, C), the logarithm of the mean probabilities.
 
-    In training all rows stay, those of an image's members one after the other: each member learns by itself. A model
-    without a classifier gives the mean of its members' features in evaluation.
+    In training all rows stay, with those of an image's members together, since each member learns separately. A model
+    without a classifier returns the mean of its members' features in evaluation.
 
     Attributes:
-        keeps: Whether `kept` is to hold what each member answers.
-        kept: (M, B, C) logarithms of the members' probabilities in the last pass, where that was asked for.
+        keeps: Whether to fill `kept`.
+        kept: (M, B, C) logarithms of the members' probabilities in the last pass.
     """
 
     def __init__(self, ensemble: int) -> None:
@@ -53,21 +53,21 @@ class MeanPrediction:
 
 
 def ensemble_size(model: nn.Module) -> int:
-    """M, the members of a model; 1 for a single one and for a dense one."""
+    """M, the number of a model's members; 1 without an ensemble."""
     return next((layer.config.ensemble for _, layer in moe_layers(model)), 1)
 
 
 def of_rows(values: Tensor, ensemble: int) -> Tensor:
-    """Labels of images, (B, ...), for the rows that an ensemble gives in training: (B*M, ...)."""
+    """Repeats labels of images, (B, ...), for the rows of an ensemble in training: (B*M, ...)."""
     return values if ensemble == 1 else tile(values, ensemble)
 
 
 def refuse_ensemble(model: nn.Module, what: str) -> None:
-    """Ends a job that is for single models.
+    """Refuses an ensemble for a job that needs a single model.
 
     Args:
         model: The model.
-        what: The option or file that the line begins with, and why an ensemble does not serve.
+        what: The start of the message: the option or file, and the reason.
 
     Raises:
         UserError: The model is an ensemble.
@@ -77,7 +77,7 @@ def refuse_ensemble(model: nn.Module, what: str) -> None:
 
 
 def hand_members_through(model: nn.Module, layers: dict[str, MoeMlp]) -> None:
-    """Gives an ensemble's MoE layers, in forward order, a row per member; other models are left as they are."""
+    """Adds the hooks of an ensemble to a model with `layers` in forward order. Other models do not change."""
     if not layers or ensemble_size(model) == 1:
         return
     ensemble, first = ensemble_size(model), next(iter(layers))
@@ -98,10 +98,10 @@ def _refuse_intermediates(*_: Any, **__: Any) -> None:
 
 
 def check_ensemble(model: nn.Module, image_size: int | tuple[int, int] | None = None) -> None:
-    """Refuses families in which more than the tokens passes from block to block, so that members cannot have their own.
+    """Refuses families that pass more than tokens between blocks, since members could not have their own.
 
     Raises:
-        ValueError: It is one.
+        ValueError: The model is of such a family.
     """
     ensemble, family = ensemble_size(model), type(model).__module__.rpartition(".")[2]
     refused = f"ensemble={ensemble}: {type(model).__name__} ({family}) cannot be one"

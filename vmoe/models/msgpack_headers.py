@@ -1,17 +1,17 @@
-"""Walking a large msgpack file by its headers (https://github.com/msgpack/msgpack/blob/master/spec.md)."""
+"""Walks a large msgpack file by its headers (https://github.com/msgpack/msgpack/blob/master/spec.md)."""
 
 import io
 from typing import BinaryIO
 
 NDARRAY, NUMPY_SCALAR = 1, 3  # Flax's extension types for arrays
 
-_SHORT_HEADERS = (  # mask and bits of a first byte that holds its length or value itself, and its kind
+_SHORT_HEADERS = (  # mask and bits of a first byte that contains the length or value, and its kind
     (0x80, 0x00, "int"),
     (0xF0, 0x80, "map"),
     (0xF0, 0x90, "array"),
     (0xE0, 0xA0, "bytes"),
 )
-_SIZED = {  # first byte -> kind, and how many bytes give its length or value
+_SIZED = {  # first byte -> kind, and number of bytes of its length or value
     **{0xC4 + i: ("bytes", 1 << i) for i in range(3)},
     **{0xC7 + i: ("extension", 1 << i) for i in range(3)},
     **{0xCC + i: ("int", 1 << i) for i in range(4)},
@@ -23,22 +23,22 @@ _FIXED_EXTENSIONS = {0xD4 + i: 1 << i for i in range(5)}  # first byte -> length
 
 
 class Headers:
-    """Walks a msgpack file by its headers: what is large is passed over, not read.
+    """Walks a msgpack file by its headers, and skips large values without reading them.
 
     Args:
-        file: Open at its start.
+        file: The file, open at its start.
         size: Its length in bytes.
 
     Raises:
         EOFError: The file ends too early.
-        ValueError: Something else stands there.
+        ValueError: A header is of another kind than expected.
     """
 
     def __init__(self, file: BinaryIO, size: int) -> None:
         self._file, self._size = file, size
 
     def expect(self, kind: str) -> int:
-        """Takes a header and returns its length, or the value of an int or bool."""
+        """Reads a header and returns its length, or the value of an int or bool."""
         first = self._take(1)[0]
         for mask, bits, short in _SHORT_HEADERS:
             if first & mask == bits:
@@ -67,13 +67,13 @@ class Headers:
         return self._take(length)
 
     def ndarray(self) -> tuple[str, tuple[int, int]]:
-        """The dtype of an array and where its numbers lie: (offset, length) in bytes."""
+        """The dtype of an array and the position of its numbers: (offset, length) in bytes."""
         length = self.expect("extension")
         self._need_code(NDARRAY, NUMPY_SCALAR)
         end = self._file.tell() + length
         if self.expect("array") != 3:
             raise ValueError("an array is shape, dtype and numbers")
-        for _ in range(self.expect("array")):  # flat: the chunk's bounds give the shape
+        for _ in range(self.expect("array")):  # skips the shape: the chunk's bounds give it
             self.expect("int")
         dtype, length = self.text(), self.expect("bytes")
         offset = self._file.tell()

@@ -1,4 +1,4 @@
-"""Weights of the original Vision Transformers and MLP-Mixers: .npz files of Flax parameters, such as AugReg's."""
+"""Loads weights of the original Vision Transformers and MLP-Mixers: .npz files of Flax parameters, such as AugReg's."""
 
 import re
 from pathlib import Path
@@ -12,12 +12,12 @@ _ADVICE = "give the model.name that its weights are for"
 
 
 def load_npz_weights(model: nn.Module, path: Path) -> bool:
-    """Fills a dense model of timm, in place, with the weights of an .npz file. timm's own code of the model reads it.
+    """Loads the weights of an .npz file into a dense timm model, in place, with timm's own code.
 
-    timm resamples the position embeddings and the patch embedding where the model has other sizes.
+    timm resamples the position embeddings and the patch embedding if the model has other sizes.
 
     Returns:
-        Whether the classifier is the file's; it stays as it is where the file has another number of classes.
+        Whether the classifier was loaded. It is not if the file has another number of classes.
 
     Raises:
         ValueError: timm has no code that reads such files for this model, or the file does not fit it.
@@ -32,14 +32,14 @@ def load_npz_weights(model: nn.Module, path: Path) -> bool:
     before = [value.clone() for value in head.parameters()]
     try:
         timm_model.load_pretrained(str(path))
-    except Exception as error:  # a file of something else fails in any way it can
+    except Exception as error:  # another kind of file may raise any type
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ValueError(f"its weights do not fit the model ({reason}); {_ADVICE}") from error
     return any(not torch.equal(old, new) for old, new in zip(before, head.parameters(), strict=True))
 
 
 def _check_depth(model: Any, path: Path) -> None:
-    """Compares the numbers of blocks: timm would pass over the file's further ones in silence."""
+    """Compares the numbers of blocks, since timm would silently ignore further blocks of the file."""
     try:
         with np.load(path) as arrays:
             names = list(arrays)

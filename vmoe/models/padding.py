@@ -1,4 +1,4 @@
-"""Padded tokens of NaFlex models: a block's attention mask, handed to its MoE layer as a token mask.
+"""Passes a block's attention mask to its MoE layer as a token mask, for NaFlex models with padded tokens.
 
 B images of N tokens, some of them padding.
 """
@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from vmoe.moe import MoeMlp
 from vmoe.moe.mlps import class_key
 
-# The families, by their files in timm, where attention masks mean padding and nothing else.
+# The families, by timm's file, in which attention masks only mark padding.
 PADDED_FAMILIES = ("naflexvit.", "gemma4_vit.")
 
 
 class TokenMask:
-    """Reads the attention mask that `block` is called with, and gives it to `layer`, which lies within.
+    """Reads the attention mask of `block`'s call, and passes it to the MoE layer inside it.
 
-    Padded tokens then take no capacity, carry no loss and are not counted.
+    Padded tokens then take no capacity, have no loss and are not counted.
     """
 
     def __init__(self, block: nn.Module, layer: MoeMlp) -> None:
@@ -28,17 +28,17 @@ class TokenMask:
         layer.register_forward_pre_hook(self.give, with_kwargs=True)
 
     def read(self, block: nn.Module, inputs: tuple, named: dict) -> None:
-        """Before the block."""
+        """Runs as a hook before the block."""
         mask = inputs[self.position] if len(inputs) > self.position else named.get("attn_mask")
         self.mask = None if mask is None else real_tokens(mask)
 
     def give(self, layer: nn.Module, inputs: tuple, named: dict) -> tuple[tuple, dict]:
-        """Before the layer."""
+        """Runs as a hook before the layer."""
         return inputs, {**named, "token_mask": self.mask}
 
 
 def hand_masks_through(model: nn.Module, layers: dict[str, MoeMlp]) -> None:
-    """Gives MoE layers their token masks, in models that take padded images; other models are left as they are."""
+    """Adds hooks that give MoE layers their token masks, in models for padded images. Other models do not change."""
     padded = [name for name, module in model.named_modules() if class_key(module).startswith(PADDED_FAMILIES)]
     for name, layer in layers.items():
         if any(name.startswith(f"{owner}." if owner else "") for owner in padded):
@@ -46,7 +46,7 @@ def hand_masks_through(model: nn.Module, layers: dict[str, MoeMlp]) -> None:
 
 
 def remove_masks(model: nn.Module) -> None:
-    """Undoes `hand_masks_through` where a block no longer holds an MoE layer."""
+    """Undoes `hand_masks_through` in blocks without an MoE layer."""
     for block in model.modules():
         hooks = block._forward_pre_hooks
         if not any(isinstance(child, MoeMlp) for child in block.children()):
@@ -58,7 +58,7 @@ def remove_masks(model: nn.Module) -> None:
 def real_tokens(attn_mask: Tensor) -> Tensor:
     """(B, 1, N or 1, N) attention mask, additive or bool -> (B, N) bool, True for real tokens.
 
-    A real token may look at itself, padding may not.
+    A real token may attend to itself; padding may not.
     """
     allowed = attn_mask if attn_mask.dtype == torch.bool else attn_mask > torch.finfo(attn_mask.dtype).min
     if allowed.shape[-2] == 1:

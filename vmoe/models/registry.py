@@ -1,8 +1,8 @@
 """V-MoEs by name, registered in timm: `timm.create_model("vmoe_small_patch32_last2_e8")` once `vmoe` is imported.
 
 The architecture is that of the original code: a ViT with tanh GELU, LayerNorms of eps 1e-6 and a final LayerNorm for
-every classifier. `vmoe_vit` has no MoE layers of its own; with arguments it takes every size. Nor has `vmoe_cct`, for
-small images: CCT-7/3x1 (https://arxiv.org/abs/2104.05704) with mean pooling in place of its sequence pooling.
+every classifier. `vmoe_vit` has no MoE layers by default; arguments set any size. `vmoe_cct`, for small images, has
+none either: it is CCT-7/3x1 (https://arxiv.org/abs/2104.05704) with mean pooling instead of sequence pooling.
 """
 
 import sys
@@ -69,7 +69,7 @@ def _default_cfg(arguments: dict[str, Any]) -> dict[str, Any]:
         "num_classes": 1000 if side == 224 else 10,
         "input_size": (3, side, side),
         "fixed_input_size": True,
-        # as the original's `decode|resize(side)|value_range(-1,1)`
+        # same as the original's `decode|resize(side)|value_range(-1,1)`
         "crop_pct": 1.0,
         "crop_mode": "squash",
         "interpolation": "bilinear",
@@ -96,10 +96,10 @@ def _build(moe: MoeConfig | dict[str, Any] | Literal[False], pre_logits: int | N
     """The transformer with its MoE layers.
 
     Args:
-        moe: The MoE layers, or their settings as a shared folder's config.json has them; False for none.
-        pre_logits: Width of a dense layer with tanh between the pooled token and the classifier; it stands in timm's
-            `fc_norm` slot. None for none.
-        **kwargs: For timm's VisionTransformer.
+        moe: The MoE layers, or their settings from a shared folder's config.json; False for none.
+        pre_logits: Width of a dense layer with tanh between the pooled token and the classifier, which is timm's
+            `fc_norm` module. None for none.
+        **kwargs: Arguments of timm's VisionTransformer.
     """
     moe = MoeConfig(**moe) if isinstance(moe, dict) else moe
     model = VisionTransformer(**{"act_layer": "gelu_tanh", "fc_norm": False, **kwargs})
@@ -134,8 +134,9 @@ def _register(name: str, arguments: dict[str, Any], moe: MoeConfig) -> None:
 
 @register_model
 def vmoe_on_backbone(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """MoE layers on any model of timm: `backbone` is its name, `moe` a dict of `MoeConfig`'s fields, the rest is its
-    own arguments. So a folder with a config.json can describe every V-MoE.
+    """MoE layers on any timm model, so that a folder's config.json can describe every V-MoE.
+
+    `backbone` is its name, `moe` a dict of `MoeConfig`'s fields. All other arguments are the backbone's.
     """
     features = _features_of(**kwargs) if kwargs.get("features_only") else {}
     return build_model_with_cfg(
@@ -149,7 +150,7 @@ def vmoe_on_backbone(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
 
 def _features_of(moe: object = None, backbone: str = _BACKBONE, **kwargs: Any) -> dict[str, Any]:
-    """How timm takes features of the backbone, for `build_model_with_cfg`; `moe` does not matter."""
+    """The way in which timm extracts features of the backbone, for `build_model_with_cfg`. `moe` has no effect."""
     arguments = {name: value for name, value in kwargs.items() if not name.startswith("pretrained")}
     with torch.device("meta"):
         features: Any = timm.create_model(backbone, **arguments)
@@ -165,7 +166,7 @@ def _features_of(moe: object = None, backbone: str = _BACKBONE, **kwargs: Any) -
 
 
 def fitted_weights(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
-    """Weights for a model of another image size: what timm's code of the backbone makes of them, if there is any."""
+    """Weights for a model of another image size, converted by timm's code of the backbone if it has any."""
     own = model.state_dict()
     if all(name in own and own[name].shape == value.shape for name, value in state_dict.items()):
         return state_dict
@@ -174,18 +175,18 @@ def fitted_weights(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dic
 
 
 def _with_the_file_s_slots(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
-    """Weights as `fitted_weights` gives them; the model's Soft MoE layers take as many slots as the file has.
+    """Like `fitted_weights`, and gives the model's Soft MoE layers the file's number of slots.
 
-    timm builds the model for its `img_size`, so its number of slots differs from that of a file for another size. Slots
-    are trained parameters that cannot be resampled. Images with more or fewer tokens are mixed into the same
-    slots, as after timm's `set_input_size`.
+    timm builds the model for its `img_size`, so the number of slots differs from that of a file for another size. Slots
+    are trained parameters that cannot be resampled. Images with more or fewer tokens are mixed into the same slots, as
+    after timm's `set_input_size`.
     """
     for name, layer in moe_layers(model):
         mu = state_dict.get(f"{name}.router.mu")
         if layer.config.router != "soft" or mu is None or mu.shape == layer.router.mu.shape:
             continue
         factor = layer.config.experts_per_token * mu.shape[-1] / layer.router.mu.shape[-1]
-        layer.config = replace(layer.config, capacity_factor=factor, eval_capacity_factor=None)  # None is training's
+        layer.config = replace(layer.config, capacity_factor=factor, eval_capacity_factor=None)  # None takes training's
         layer.router.mu = nn.Parameter(layer.router.mu.new_empty((*layer.router.mu.shape[:2], mu.shape[-1])))
     return fitted_weights(state_dict, model)
 

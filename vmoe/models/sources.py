@@ -1,4 +1,4 @@
-"""Models that a folder or a hub describes, local-dir:DIR and hf-hub:OWNER/NAME, by names that timm registers."""
+"""Resolves models from a folder or a hub, local-dir:DIR and hf-hub:OWNER/NAME, to names that timm registers."""
 
 import json
 from pathlib import Path
@@ -11,12 +11,12 @@ from vmoe.errors import UserError
 from vmoe.models.registry import ON_BACKBONE
 
 _HUB, _FOLDER, _TIMM = "hf-hub:", "local-dir:", "timm/"
-# What the data and `moe` say of a run's model
+# Arguments that the data and `moe` decide
 _OTHERS = ("num_classes", "img_size", "in_chans", "moe")
 
 
 def with_source(name: str) -> str:
-    """A model's name as timm takes it: timm/NAME is NAME, or that repository of the hub where timm does not know it."""
+    """A model's name for timm. timm/NAME becomes NAME, or that hub repository if timm does not know NAME."""
     if not name.startswith(_TIMM):
         return name
     own = name.removeprefix(_TIMM)
@@ -24,20 +24,20 @@ def with_source(name: str) -> str:
 
 
 def architecture_of(name: str, kwargs: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The registered name and the arguments of a model, by which it is built without the folder or the hub.
+    """The registered name and the arguments of a model, to build it without the folder or the hub.
 
     Args:
-        name: As `model.name` has it.
-        kwargs: As `model.kwargs` has them, which come before the source's.
+        name: The value of `model.name`.
+        kwargs: The value of `model.kwargs`. They override the source's.
 
     Raises:
-        UserError: the source cannot be read, or describes no model of timm.
+        UserError: The source cannot be read, or describes no model of timm.
     """
     name = with_source(name)
     if name.startswith(_HUB):
         try:
             _, architecture, found = load_model_config_from_hf(name.removeprefix(_HUB))
-        except Exception as error:  # the hub's client raises any type
+        except Exception as error:  # the hub's client may raise any type
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise UserError(f"model.name={name}: its config.json cannot be fetched ({reason})") from error
     elif name.startswith(_FOLDER):

@@ -1,4 +1,4 @@
-"""Turning a timm transformer into a V-MoE: some of its MLPs are replaced by MoE layers of the same shape."""
+"""Turns a timm transformer into a V-MoE by replacing some of its MLPs with MoE layers of the same shape."""
 
 import warnings
 from collections import OrderedDict
@@ -19,10 +19,10 @@ from vmoe.moe.image_routing import share_router
 from vmoe.moe.mlps import split_leading_norm, take_apart
 from vmoe.moe.passes import put_in_order
 
-register_notrace_module(MoeMlp)  # timm's feature extractors by torch.fx take it as one node
+register_notrace_module(MoeMlp)  # timm's torch.fx feature extractors then treat it as one node
 
 
-CREATED_WITH = "created_with"  # what a model keeps of its creation, so that `vmoe.save` can write it
+CREATED_WITH = "created_with"  # the attribute with a model's creation arguments, for `vmoe.save`
 
 
 def create_model(name: str, moe: MoeConfig | Literal[False] | None = None, **timm_kwargs: Any) -> nn.Module:
@@ -30,14 +30,14 @@ def create_model(name: str, moe: MoeConfig | Literal[False] | None = None, **tim
 
     Args:
         name: A model name of timm.
-        moe: The MoE layers; None gives the dense twin, built by the same code and from the same random numbers. A name
-            "vmoe_..." has MoE layers of its own: None keeps them, False gives the dense twin.
-        **timm_kwargs: For `timm.create_model`: num_classes, img_size, patch_size, pretrained, drop_path_rate, ... With
-            weights (`pretrained=True`, `checkpoint_path`) the dense model that they are for is upcycled.
+        moe: The MoE layers. None gives the dense twin, built by the same code and from the same random numbers. A name
+            "vmoe_..." has its own MoE layers: None keeps them, False gives the dense twin.
+        **timm_kwargs: Arguments of `timm.create_model`: num_classes, img_size, patch_size, pretrained, drop_path_rate,
+            ... With weights (`pretrained=True`, `checkpoint_path`) their dense model is upcycled.
 
     Raises:
         RuntimeError: timm knows no such model.
-        ValueError: The model's family or the chosen layers do not go with MoE layers.
+        ValueError: The model's family or the chosen layers do not allow MoE layers.
     """
     if name.startswith("vmoe_"):
         model = timm.create_model(name, moe=moe, **timm_kwargs)
@@ -49,7 +49,7 @@ def create_model(name: str, moe: MoeConfig | Literal[False] | None = None, **tim
 
 
 def _with_moe(model: nn.Module, moe: MoeConfig, timm_kwargs: dict[str, Any]) -> nn.Module:
-    """A model that timm has created, with MoE layers that start from its weights where it was created with any."""
+    """Adds MoE layers to a model that timm has created. They start from its weights if it was created with weights."""
     has_weights = timm_kwargs.get("pretrained") or timm_kwargs.get("checkpoint_path")
     if has_weights and moe.expert_width != 1:
         warnings.warn(
@@ -70,16 +70,16 @@ def sparsify(
     """Replaces MLPs of a timm model by MoE layers, in place. Device, type and training mode are kept.
 
     Args:
-        model: A timm model; its blocks hold MLPs that work on one token at a time.
-        moe: The MoE layers; `moe.layers` chooses among the model's MLPs, counted in forward order. MLPs that mix tokens
-            or see only a class token do not count.
-        init: "random": fresh experts. "upcycle": every expert starts as the MLP it replaces (Komatsuzaki et al. 2023,
-            https://arxiv.org/abs/2212.05055), and shared experts start by adding nothing. With renormalised combine
-            weights and nothing dropped the logits then stay the dense model's.
+        model: A timm model with MLPs that work on one token at a time.
+        moe: The MoE layers. `moe.layers` selects MLPs of the model, counted in forward order. MLPs that mix tokens or
+            see only a class token do not count.
+        init: "random" initialises experts randomly. "upcycle" starts every expert as the MLP it replaces (Komatsuzaki
+            et al. 2023, https://arxiv.org/abs/2212.05055), and shared experts as zero. With renormalised combine
+            weights and nothing dropped the logits then equal the dense model's.
         upcycle_noise: Standard deviation of normal noise that makes upcycled experts differ, relative to that of the
             weights of the same output unit.
-        image_size: Pixels of the images the model will see, one side of a square or (rows, columns). Matters for Soft
-            MoE: its slots are made for a number of tokens. When not given, the size that the model was made for.
+        image_size: Pixels of the model's images, one side of a square or (rows, columns), for Soft MoE: its number of
+            slots depends on the number of tokens. None takes the size that the model was built for.
 
     Returns:
         `model`.
@@ -115,7 +115,7 @@ def sparsify(
 
 
 def set_moe_drop_path(model: nn.Module, rate: float) -> None:
-    """Gives the branches of the MoE layers a drop path rate of their own; other branches keep theirs.
+    """Sets the drop path rate of the branches with MoE layers. Other branches keep theirs.
 
     Raises:
         ValueError: The blocks of this family have no drop path for the MLP alone.
@@ -131,27 +131,27 @@ def set_moe_drop_path(model: nn.Module, rate: float) -> None:
 
 
 class NormFirst(nn.Sequential):
-    """An MLP's own norm of its tokens, and the MoE layer in the place of the rest: router and experts see the same."""
+    """An MLP's leading norm, then the MoE layer, so that router and experts see the same normalised tokens."""
 
 
 class DenseForm:
-    """What an MoE layer replaced: the MLP without its values."""
+    """The MLP that an MoE layer replaced, without its values."""
 
     def __init__(self, mlp: nn.Module) -> None:
         self.mlp = on_meta(mlp)
 
     @property
     def first_width(self) -> int:
-        """Rows of its first layer: its hidden width, twice that before a gate."""
+        """The number of rows of its first layer: its hidden width, or twice that with a gate."""
         return take_apart(self.mlp).fc1.shape[0]
 
     def rebuild(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
-        """A new MLP of the same kind, with undefined values."""
+        """A new MLP of the same kind, with uninitialised values."""
         return on_meta(self.mlp).to(dtype).to_empty(device=device)
 
 
 class NoWeightDecay:
-    """In the place of a timm model's `no_weight_decay`: stacked biases have two axes, so they must be named."""
+    """Replaces a timm model's `no_weight_decay`. It adds stacked biases: timm would decay them for their two axes."""
 
     def __init__(self, names: set[str]) -> None:
         self.names = names
@@ -161,7 +161,7 @@ class NoWeightDecay:
 
 
 def _replace(model: nn.Module, old: EligibleMlp, moe: MoeConfig, upcycle: bool, noise: float) -> tuple[str, MoeMlp]:
-    """Puts an MoE layer in the place of an MLP; returns its name and itself."""
+    """Replaces an MLP by an MoE layer, and returns the layer's name and the layer."""
     norm, body = split_leading_norm(old.mlp)
     layer = MoeMlp.from_mlp(body, moe, tokens=old.tokens)
     if upcycle:
@@ -186,7 +186,7 @@ def _add_noise(layer: MoeMlp, noise: float) -> None:
 
 
 def _undecayed(layers: dict[str, MoeMlp]) -> list[str]:
-    """Biases, and the experts' other stacked vectors."""
+    """The names of biases and of the experts' other stacked vectors."""
     return [
         f"{name}.{parameter}"
         for name, layer in layers.items()

@@ -19,11 +19,11 @@ _BLOCK = re.compile(r"layers\.(\d{1,3})\.blocks\.(\d{1,3})\.")
 
 
 class Slices(NamedTuple):
-    """How a layer's experts are spread over the files of the ranks.
+    """The distribution of a layer's experts over the files of the ranks.
 
     Attributes:
-        experts: Experts in a file, whole ones or a slice of one.
-        per_expert: Files that share an expert: each has an equal part of its hidden width.
+        experts: Number of experts in a file, whole ones or a slice of one.
+        per_expert: Number of files per expert; each has an equal part of its hidden width.
     """
 
     experts: int
@@ -31,19 +31,19 @@ class Slices(NamedTuple):
 
 
 class SwinArchitecture:
-    """The architecture that the tensors have.
+    """The architecture, read from the tensors.
 
     Attributes:
-        depths: Blocks of each stage.
+        depths: Number of blocks of each stage.
         windows: Side of each stage's windows in tokens, at the checkpoint's image size.
         moe_blocks: (stage, block) of each MoE layer.
         router: "token_choice" or "cosine".
         num_experts: E; 0 for a dense model.
-        slices: Of every MoE layer; None for a dense model.
+        slices: The slices of every MoE layer; None for a dense model.
 
     Raises:
-        UserError: A tensor that is needed is missing, files of ranks are missing, or the tensors describe a model of
-            another kind.
+        UserError: A needed tensor is missing, files of ranks are missing, or the tensors describe another kind of
+            model.
     """
 
     def __init__(self, files: SwinFiles) -> None:
@@ -78,10 +78,10 @@ class SwinArchitecture:
         }
 
     def image_size(self) -> int:
-        """Side of the images in pixels that the checkpoint is for, as its masks of shifted windows tell.
+        """Side in pixels of the checkpoint's images, from its masks of shifted windows.
 
         Raises:
-            UserError: The stages contradict each other, which they do where the masks are missing.
+            UserError: The stages contradict each other, for example without the masks.
         """
         side = None
         for stage, depth in enumerate(self.depths):
@@ -100,7 +100,7 @@ class SwinArchitecture:
         """Side of each stage's windows in tokens for images of another size.
 
         Raises:
-            UserError: Windows do not fill a stage, as the original needs.
+            UserError: Windows do not divide a stage evenly, which the original needs.
         """
         if image_size < 1 or image_size % (self.patch_size << (len(self.depths) - 1)):
             least = self.patch_size << (len(self.depths) - 1)
@@ -120,9 +120,9 @@ class SwinArchitecture:
         return windows
 
     def position_bias(self, attention: str, stage: int, window: int) -> Tensor:
-        """The bias of every offset in a window, ((2 window - 1)^2, heads), by the checkpoint's own small network.
+        """The bias of every offset in a window, ((2 window - 1)^2, heads), from the checkpoint's own small network.
 
-        Offsets are measured by the windows that the network was trained with, so that it also serves other windows.
+        Offsets are scaled by the windows of training, so the network also works for other windows.
         """
         own, largest = self.windows[stage], 1.0
         table = self.tensors.get(f"{attention}.relative_coords_table")
@@ -136,7 +136,7 @@ class SwinArchitecture:
         if table is None or window != own or own == 1:
             offset = torch.arange(1 - window, window, dtype=torch.float32) / extent * 8
             table = torch.stack(torch.meshgrid(offset, offset, indexing="ij"), -1)
-            table = table.sign() * table.abs().add(1).log2() / 3  # of base 8
+            table = table.sign() * table.abs().add(1).log2() / 3  # log2 / 3 is the logarithm to base 8
         weight1, bias1, weight2 = (
             self._tensor(f"{attention}.cpb_mlp.{each}").float() for each in ("0.weight", "0.bias", "2.weight")
         )
@@ -173,7 +173,7 @@ class SwinArchitecture:
             raise UserError(f"{self.path}: its MoE layers have different routers or numbers of experts")
 
     def _read_slices(self, experts: dict[str, Tensor], ranks: int) -> Slices:
-        """Of the first MoE layer; the importer compares the shapes of all."""
+        """The slices of the first MoE layer. The importer compares the shapes of all layers."""
         name = f"{_name(self.moe_blocks[0])}{EXPERTS}batched_fc1_w"
         if name not in experts or experts[name].dim() != 3:
             raise UserError(f"{self.path}: lacks {name} of three axes; are its experts in files of ranks?")

@@ -14,7 +14,7 @@ from vmoe.errors import UserError
 EXPERTS = ".mlp._moe_layer.experts."
 _MEMBER = re.compile(r"(?P<prefix>.+)\.(?:master|global|rank(?P<rank>\d{1,6}))")
 _WHOLE = (".pth", ".pt", ".bin")
-_STEM = "patch_embed.proj.weight"  # which only a file with everything but experts has
+_STEM = "patch_embed.proj.weight"  # only a file with the dense part has it
 
 
 class SwinFiles:
@@ -25,9 +25,9 @@ class SwinFiles:
             NAME.rank1, ... and NAME.master).
 
     Attributes:
-        path: What messages call the checkpoint.
-        ranks: The files with experts, by rank. One file with the whole model is rank 0.
-        tensors: All tensors but those of experts.
+        path: The name of the checkpoint in messages.
+        ranks: The files with experts, by rank. A single file with the whole model is rank 0.
+        tensors: All tensors except those of experts.
 
     Raises:
         UserError: A file is missing, damaged or no checkpoint of Swin-MoE.
@@ -41,14 +41,14 @@ class SwinFiles:
             self.tensors = _read(rest)
         elif _STEM not in self.tensors and any(EXPERTS in name for name in self._first):
             raise UserError(f"{self.path}.master: no such file; it holds all but the experts, copy it too")
-        # biases of experts that are not trained stand in the master file
+        # frozen biases of experts are in the master file
         self.frozen = {name: self.tensors.pop(name) for name in list(self.tensors) if EXPERTS in name}
 
     def experts(self, rank: int) -> dict[str, Tensor]:
         """The tensors of the experts in the file of a rank.
 
         Raises:
-            UserError: The file is damaged, or its tensors are not of the names and shapes of rank 0's.
+            UserError: The file is damaged, or its names or shapes differ from rank 0's.
         """
         first = _experts_of(self._first)
         if rank == 0:
@@ -95,7 +95,7 @@ def _find(path: Path) -> tuple[Path, list[Path], Path | None]:
 
 
 def _members(folder: Path) -> dict[str, dict[int | str, Path]]:
-    """The files per rank in a folder: by the name they share, then by rank, ".master" or ".global"."""
+    """The files per rank in a folder, by their common name and then by rank, ".master" or ".global"."""
     found: dict[str, dict[int | str, Path]] = {}
     for file in folder.iterdir() if folder.is_dir() else ():
         match = _MEMBER.fullmatch(file.name)
@@ -120,7 +120,7 @@ def _read(path: Path) -> dict[str, Tensor]:
     if not zipfile.is_zipfile(path):
         raise UserError(f"{path}: no file of PyTorch, or cut off while it was copied; copy it again")
     try:
-        with zipfile.ZipFile(path) as archive:  # torch compares no checksums
+        with zipfile.ZipFile(path) as archive:  # torch does not verify checksums
             is_damaged = archive.testzip() is not None
         content: Any = None if is_damaged else torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -135,5 +135,5 @@ def _read(path: Path) -> dict[str, Tensor]:
     tensors = content.get("model", content) if isinstance(content, dict) else None
     if not isinstance(tensors, dict) or not tensors:
         raise UserError(f"{path}: holds no state dict; is it a checkpoint of Swin-MoE?")
-    # Tutel's own merge leaves a plain number under `_num_global_experts`
+    # Tutel's own merge script leaves a plain number under `_num_global_experts`
     return {str(name): value for name, value in tensors.items() if isinstance(value, Tensor)}

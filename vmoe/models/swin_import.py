@@ -1,4 +1,4 @@
-"""Checkpoints of Swin-MoE (Microsoft's Swin Transformer with Tutel's MoE layers) as timm models.
+"""Imports checkpoints of Swin-MoE (Microsoft's Swin Transformer with Tutel's MoE layers) as timm models.
 
 E experts; H hidden width of an expert; C width of a token; K choices per token.
 """
@@ -21,8 +21,8 @@ from vmoe.models.swin_architecture import GATE, SwinArchitecture
 from vmoe.models.swin_files import EXPERTS, SwinFiles
 from vmoe.moe import MoeConfig, moe_layers
 
-MODEL_NAME = "swin_small_patch4_window7_224"  # timm's; its arguments make it every Swin
-# MODEL.SWIN_MOE of the released models' configs, as far as the tensors do not show it
+MODEL_NAME = "swin_small_patch4_window7_224"  # timm's name; arguments make it any Swin
+# MODEL.SWIN_MOE in the released models' configs, for options that the tensors do not show
 RELEASED = {
     "TOP_VALUE": 1,
     "CAPACITY_FACTOR": 1.25,
@@ -46,28 +46,28 @@ def load_swin_moe_checkpoint(
 ) -> nn.Module:
     """Loads a Swin-MoE of microsoft/Swin-Transformer, sparse or dense, into a timm SwinTransformer with MoE layers.
 
-    Width, depth, heads, windows, experts, router, MoE layers, classifier and image size are read from the tensors.
-    Images are to be normalised by the mean and standard deviation of ImageNet. Values become float32.
+    The tensors give width, depth, heads, windows, experts, router, MoE layers, classifier and image size. Normalise
+    images by the mean and standard deviation of ImageNet. Values become float32.
 
     Args:
         path: A file of the checkpoint, the folder that holds its files, or their common path (NAME of NAME.rank0, ...
-            and NAME.master). Files of any number of ranks are put together.
-        config: What the tensors do not show, by the names of Swin-MoE's configs: TOP_VALUE, CAPACITY_FACTOR,
+            and NAME.master). Files of any number of ranks are merged.
+        config: Options that the tensors do not show, by the names of Swin-MoE's configs: TOP_VALUE, CAPACITY_FACTOR,
             NORMALIZE_GATE, USE_BPR, GATE_NOISE, MOE_DROP, AUX_LOSS_WEIGHT, IS_GSHARD_LOSS. A mapping of some of them,
-            or the path of a config in YAML. What it leaves out is as in the released models.
+            or the path of a YAML config. Missing options are those of the released models.
         img_size: Side of the images in pixels; None keeps the checkpoint's. The position biases of other windows are
             computed by the checkpoint's own network.
         window_size: Side of the windows in tokens; None keeps the checkpoint's.
-        slices_per_expert: Ranks that shared an expert, since the original raises a capacity to a multiple of it. None
-            is as the files are; one merged file does not show it.
+        slices_per_expert: Number of ranks per expert. The original rounds a capacity up to a multiple of it. None reads
+            it from the files; one merged file does not show it.
 
     Returns:
-        The model, in evaluation mode. As in the original, the tokens of the whole batch compete for capacity, also at
+        The model, in evaluation mode. As in the original, the tokens of the whole batch compete for capacity, even at
         evaluation.
 
     Raises:
         UserError: A file is missing, damaged or foreign, a tensor is missing, unknown or of a wrong shape, or an
-            argument does not go with the tensors.
+            argument does not match the tensors.
     """
     return import_swin_moe_checkpoint(path, config, img_size, window_size, slices_per_expert).model
 
@@ -79,7 +79,7 @@ def import_swin_moe_checkpoint(
     window_size: int | None = None,
     slices_per_expert: int | None = None,
 ) -> ImportedModel:
-    """As `load_swin_moe_checkpoint`, with what builds a model of the same architecture."""
+    """Like `load_swin_moe_checkpoint`, with the arguments to rebuild the model."""
     settings = read_settings(config)
     files = SwinFiles(path)
     architecture = SwinArchitecture(files)
@@ -126,7 +126,7 @@ def read_settings(config: str | Path | Mapping[str, Any] | None) -> dict[str, An
         try:
             content = yaml.safe_load(Path(config).expanduser().read_text(encoding="utf-8"))
             given = content["MODEL"].get("SWIN_MOE", {})
-            given = {name: value for name, value in given.items() if name in RELEASED}  # tensors show the others
+            given = {name: value for name, value in given.items() if name in RELEASED}  # the tensors show the others
         except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{where}: cannot be read as a config of Swin-MoE (MODEL.SWIN_MOE) in YAML") from error
     else:
@@ -144,13 +144,13 @@ def read_settings(config: str | Path | Mapping[str, Any] | None) -> dict[str, An
 def _moe_config(
     architecture: SwinArchitecture, settings: dict[str, Any], slices_per_expert: int | None
 ) -> MoeConfig | None:
-    """The settings together with the tensors; None for a dense checkpoint."""
+    """The MoE config from settings and tensors; None for a dense checkpoint."""
     if architecture.slices is None:
         return None
     first_of_stage = [sum(architecture.depths[:stage]) for stage in range(len(architecture.depths))]
-    # Of a negative factor Tutel takes as much as is needed, up to that factor: the same tokens are dropped
+    # with a negative factor Tutel takes the needed capacity, up to its absolute value: the same tokens are dropped
     num_experts, factor = architecture.num_experts, abs(settings["CAPACITY_FACTOR"])
-    # Tutel divides the variance over experts by E - 1 in place of E
+    # Tutel divides the variance over experts by E - 1 instead of E
     weight = settings["AUX_LOSS_WEIGHT"] / 2 * num_experts / max(num_experts - 1, 1)
     is_gshard = settings["IS_GSHARD_LOSS"]
     is_cosine = architecture.router == "cosine"
@@ -183,7 +183,7 @@ def _fill_model(model: nn.Module, files: SwinFiles, architecture: SwinArchitectu
     """Copies all values of the checkpoint into the model.
 
     Raises:
-        UserError: The checkpoint does not have the model's tensors, all of them and no others.
+        UserError: The checkpoint does not have exactly the model's tensors.
     """
     own = model.state_dict()
     filled = _fill_experts(model, files, architecture)
@@ -195,13 +195,13 @@ def _fill_model(model: nn.Module, files: SwinFiles, architecture: SwinArchitectu
         if ".cpb_mlp." not in name and not name.endswith(_RECOMPUTED):
             filled |= {_copy(files.path, own, *_in_timm(name, value), name)}
     for name in own.keys() - filled:
-        if not name.endswith(".mlp.fc2.bias"):  # which Swin-MoE's dense MLPs do not have
+        if not name.endswith(".mlp.fc2.bias"):  # Swin-MoE's dense MLPs do not have it
             raise UserError(f"{files.path}: lacks what timm calls {name}; is it a checkpoint of Swin-MoE?")
         own[name].zero_()
 
 
 def _in_timm(name: str, value: Tensor) -> tuple[str, Tensor]:
-    """Name and value of a tensor in timm's model."""
+    """The name and the value of a tensor in timm's model."""
     block, gate, part = name.partition(GATE)
     if not gate:
         name = re.sub(r"^layers\.(\d+)\.downsample\.", lambda match: f"layers.{int(match[1]) + 1}.downsample.", name)
@@ -209,7 +209,7 @@ def _in_timm(name: str, value: Tensor) -> tuple[str, Tensor]:
     router = f"{block}.mlp.router"
     if part == "sim_matrix":
         return f"{router}.gate.weight", value.t()
-    if part == "temperature":  # by whose exponential Tutel multiplies, up to 100
+    if part == "temperature":  # Tutel multiplies by its exponential, at most 100
         return f"{router}.temperature", value.float().neg().exp().reshape(())
     names = {
         "wg.weight": "gate.weight",
@@ -231,7 +231,7 @@ def _copy(path: Path, own: dict[str, Tensor], name: str, value: Tensor, original
 
 
 def _fill_experts(model: nn.Module, files: SwinFiles, architecture: SwinArchitecture) -> set[str]:
-    """Copies the experts of all ranks; returns the names of what it filled."""
+    """Copies the experts of all ranks, and returns the names of the filled tensors."""
     if architecture.slices is None:
         unknown = sorted(files.experts(0))
         if unknown:
@@ -245,7 +245,7 @@ def _fill_experts(model: nn.Module, files: SwinFiles, architecture: SwinArchitec
             targets = _slices_of(layer.experts, architecture, rank)
             if rank == 0 and f"{original}batched_fc2_bias" not in left:
                 bias = layer.experts.fc2.bias
-                assert bias is not None  # as of all experts in the place of timm's MLPs
+                assert bias is not None  # all experts that replace timm's MLPs have biases
                 _fill_frozen_bias(files, f"{original}batched_fc2_bias", bias)
             for part, target in targets.items():
                 value = left.pop(f"{original}{part}", None)
@@ -255,7 +255,7 @@ def _fill_experts(model: nn.Module, files: SwinFiles, architecture: SwinArchitec
                     raise UserError(f"{files.ranks[rank]}: lacks {original}{part}")
                 value = value.flatten(1) if part.endswith("bias") else value
                 if part == "batched_fc2_bias":
-                    value = value[:, : target.shape[1]]  # slices of a width that they do not divide are padded
+                    value = value[:, : target.shape[1]]  # slices are padded if they do not divide the width
                 if value.shape != target.shape:
                     raise UserError(
                         f"{files.ranks[rank]}: {original}{part} has shape {tuple(value.shape)}, but the others ask for "
@@ -268,9 +268,9 @@ def _fill_experts(model: nn.Module, files: SwinFiles, architecture: SwinArchitec
 
 
 def _slices_of(experts: Any, architecture: SwinArchitecture, rank: int) -> dict[str, Tensor]:
-    """The part of a layer's experts that stands in the file of a rank, as views in the original's layout."""
+    """The part of a layer's experts in the file of a rank, as views in the original's layout."""
     slices = architecture.slices
-    assert slices is not None  # as of every model with experts
+    assert slices is not None  # every model with experts has slices
     expert, part = divmod(rank, slices.per_expert)
     part_width = experts.fc1.weight.shape[1] // slices.per_expert
     rows = slice(expert * slices.experts, (expert + 1) * slices.experts)
@@ -285,7 +285,7 @@ def _slices_of(experts: Any, architecture: SwinArchitecture, rank: int) -> dict[
 
 
 def _fill_frozen_bias(files: SwinFiles, name: str, bias: Tensor) -> None:
-    """The last bias of experts where it is not trained: zeros, of which the master file has one rank's."""
+    """Fills a frozen last bias of experts: it is zero, and the master file has one rank's."""
     value = files.frozen.get(name)
     if value is None:
         bias.zero_()

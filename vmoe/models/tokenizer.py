@@ -1,4 +1,4 @@
-"""A convolutional tokenizer in place of the patch embedding: helps small transformers on small images."""
+"""A convolutional tokenizer that replaces the patch embedding. It helps small transformers on small images."""
 
 import itertools
 from typing import Any
@@ -8,16 +8,16 @@ from torch import nn
 
 
 class ConvTokenizer(PatchEmbed):
-    """Overlapping 3x3 convolutions with ReLU and max pooling make the tokens (CCT, arXiv 2104.05704, section 3.2).
+    """Makes tokens by overlapping 3x3 convolutions with ReLU and max pooling (CCT, arXiv 2104.05704, section 3.2).
 
     Each convolution halves the side, so there are log2(patch_size) of them and the grid is that of a plain patch
     embedding: (B, 3, height, width) -> (B, height / patch_size * width / patch_size, D).
 
     Args:
-        patch_size: Pixels a side that a token stands for; a power of two, 2 or more.
+        patch_size: Side of a token's patch in pixels; a power of two, 2 or more.
         in_chans: Channels of an image.
-        embed_dim: D. All convolutions but the last have 64 channels.
-        **kwargs: PatchEmbed's other arguments.
+        embed_dim: D. All convolutions except the last have 64 channels.
+        **kwargs: Other arguments of PatchEmbed.
 
     Raises:
         ValueError: patch_size is not a power of two.
