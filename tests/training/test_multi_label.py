@@ -258,12 +258,24 @@ def test_programs_cards_and_the_server_say_several_classes(trained, tmp_path):
     assert [answer["labels"] for answer in answers] == run.model.predict(images[:2], progress=False).labels
 
 
-@pytest.mark.parametrize(
-    "arguments", [["--corruptions"], ["--probe", "knn"], ["--data", "digits"], ["--ensemble-with", "RUN"]]
-)
+def test_corruptions_and_ensembles_are_measured_by_map(trained, tmp_path, capsys):
+    run, images, labels = trained
+    last = vmoe.load(RunFolder(run.path).last)
+    arguments = ["--corruptions", "contrast", "--severities", "5", "--ensemble-with", str(last.path)]
+    assert evaluate([str(run.path), *arguments, "--out", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / "evaluation.json").read_text())
+    found = report["corruptions"]
+    assert found["mean_average_precision"] == found["average_precision"]["contrast"]["5"]
+    assert "mAP on corrupted images" in capsys.readouterr().out
+    probabilities = [model.predict(images, progress=False).probabilities for model in (run.model, last)]
+    found = np.mean(probabilities, 0) >= run.model.thresholds
+    assert report["results"][0]["exact_match"] == pytest.approx((found == labels).all(1).mean())
+
+
+@pytest.mark.parametrize("arguments", [["--probe", "knn"], ["--data", "digits"]])
 def test_what_is_of_one_class_per_image_is_refused(trained, capsys, arguments):
     path = str(trained[0].path)
-    assert evaluate([path, *(path if each == "RUN" else each for each in arguments)]) == 2
+    assert evaluate([path, *arguments]) == 2
     assert "several classes per image" in capsys.readouterr().err
 
 

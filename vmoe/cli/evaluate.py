@@ -67,12 +67,8 @@ def _measure(options: argparse.Namespace) -> None:
     json_file = options.json or out / "evaluation.json"
     require_no_folder(json_file)
     require_writable(out, json_file.parent)
-    asked = {
-        "--ensemble-with": options.ensemble_with, "--probe": options.probe, "--corruptions": corruptions,
-    }  # fmt: skip
-    for option, value in asked.items():
-        if value:
-            require_single_label(checkpoint, option)
+    if options.probe:
+        require_single_label(checkpoint, "--probe")
     if options.ensemble_with:
         checkpoint = _ensemble(checkpoint, [load_checkpoint(path, device) for path in options.ensemble_with])
     data = load_data(checkpoint, options)
@@ -176,6 +172,11 @@ def _ensemble(first: "TrainedModel", others: "list[TrainedModel]") -> "TrainedMo
 
     members = [first.model]
     for other in others:
+        if other.multi_label != first.multi_label:
+            raise UserError(
+                f"--ensemble-with {other.path}: one of it and {first.path} knows several classes per image, the other "
+                "one; leave it out"
+            )
         for name in ("image_size", "crop", "mean", "std"):
             if getattr(other, name) != getattr(first, name):
                 raise UserError(f"--ensemble-with {other.path}: has other {name.replace('_', ' ')} than {first.path}")
@@ -183,7 +184,7 @@ def _ensemble(first: "TrainedModel", others: "list[TrainedModel]") -> "TrainedMo
         if outputs is None:
             raise UserError(f"--ensemble-with {other.path}: has other class names than {first.path}")
         members.append(with_outputs(other.model, outputs))
-    return first.with_facts_for(Ensemble(members).eval())
+    return first.with_facts_for(Ensemble(members, first.multi_label).eval())
 
 
 def _check_dependent_options(options: argparse.Namespace) -> None:
@@ -264,20 +265,23 @@ def _probe(checkpoint, data, loader, device, options: argparse.Namespace) -> dic
 
 
 def _corrupt(checkpoint, data, device, options: argparse.Namespace, names: list[str]) -> dict:
-    """Top-1 for each corruption and severity, the checkpoint's own K and capacity, and their mean."""
+    """Top-1, or of several classes per image mAP, for each corruption and severity, the checkpoint's own K and
+    capacity, and their mean.
+    """
     from vmoe.data.corruptions import SEVERITIES
     from vmoe.evaluation.engine import measure_batches
 
     severities = sorted(set(options.severities or SEVERITIES))
-    top1 = {name: {} for name in names}
+    field = "average_precision" if checkpoint.multi_label else "top1"
+    found = {name: {} for name in names}
     for name in names:
         for severity in severities:
             loader = data.corrupted_dataloader(options.split, name, severity)
             batches = Tracked(loader, f"{name}, severity {severity}")
             result = measure_batches(checkpoint.model, batches, len(checkpoint.class_names), device)
-            top1[name][str(severity)] = result.top1
-    mean = statistics.fmean(value for of_name in top1.values() for value in of_name.values())
-    return {"seed": data.config.split_seed, "severities": severities, "top1": top1, "mean_top1": mean}
+            found[name][str(severity)] = getattr(result, field)
+    mean = statistics.fmean(value for of_name in found.values() for value in of_name.values())
+    return {"seed": data.config.split_seed, "severities": severities, field: found, f"mean_{field}": mean}
 
 
 def _report(checkpoint, data, split: str, device) -> dict:

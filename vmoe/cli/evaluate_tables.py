@@ -175,15 +175,16 @@ def probe_table(probes: dict, what: str) -> Table:
 
 
 def corruption_table(corruptions: dict) -> Table:
-    """Top-1 by corruption and severity, as evaluation.json holds them."""
-    table = Table(title="top-1 on corrupted images", title_justify="left")
+    """Top-1, or mAP, by corruption and severity, as evaluation.json holds them."""
+    field, title = ("top1", "top-1") if "top1" in corruptions else ("average_precision", "mAP")
+    table = Table(title=f"{title} on corrupted images", title_justify="left")
     table.add_column("corruption")
     for severity in corruptions["severities"]:
         table.add_column(str(severity), justify="right")
     table.add_column("mean", justify="right")
-    for name, of_name in corruptions["top1"].items():
+    for name, of_name in corruptions[field].items():
         values = list(of_name.values())
         cells = [f"{value:.2%}" for value in [*values, sum(values) / len(values)]]
         table.add_row(name, *cells)
-    table.add_row("mean", *[""] * len(corruptions["severities"]), f"{corruptions['mean_top1']:.2%}")
+    table.add_row("mean", *[""] * len(corruptions["severities"]), f"{corruptions[f'mean_{field}']:.2%}")
     return table

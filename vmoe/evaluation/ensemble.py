@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from vmoe.models.members import MeanPrediction
 
@@ -19,16 +20,26 @@ class Ensemble(nn.Module):
     """The mean of the class probabilities of its members (Lakshminarayanan et al. 2017, arXiv 1612.01474, section 2.4).
 
     It runs every member on every image, so it costs the FLOPs of all of them.
+
+    Args:
+        members: The models.
+        multi_label: Whether an image may have several classes, so that each has a probability of its own.
     """
 
-    def __init__(self, members: Sequence[nn.Module]) -> None:
+    def __init__(self, members: Sequence[nn.Module], multi_label: bool = False) -> None:
         super().__init__()
         self.members = nn.ModuleList(members)
+        self._is_multi_label = multi_label
         self.keeps = False  # as of `MeanPrediction`
         self.kept: Tensor | None = None
 
     def forward(self, images: Tensor) -> Tensor:
-        """The logarithm of the mean probability of each class: (B, 3, height, width) -> (B, classes)."""
+        """The logarithm of the mean probability of each class, or of several classes its logit:
+        (B, 3, height, width) -> (B, classes).
+        """
+        if self._is_multi_label:
+            logits = torch.stack([member(images).float() for member in self.members])
+            return F.logsigmoid(logits).logsumexp(0) - F.logsigmoid(-logits).logsumexp(0)
         log_probabilities = torch.stack([member(images).float().log_softmax(-1) for member in self.members])
         if self.keeps:
             self.kept = log_probabilities
