@@ -140,7 +140,7 @@ def test_less_capacity_drops_patches(page, pictures):
     assert "0.0 %" in page.one("#note-0").text
     logits = page.logits()
     page.set_capacity(10)
-    assert "factor 0.40: 7 places" in page.one("#capacity-text").text
+    assert "factor 0.40: 7 slots" in page.one("#capacity-text").text
     assert max(page.shares()) <= 7 and "0.0 %" not in page.one("#note-0").text
     assert np.abs(page.logits() - logits).max() > BOUND
     page.press("#reset")

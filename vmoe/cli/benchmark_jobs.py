@@ -96,6 +96,7 @@ def layer(options: argparse.Namespace, results: Results) -> None:
         tables.append(f"Copy bandwidth {bandwidth / 1e9:,.4g} GB/s.\n\n{markdown_table(FLOOR_COLUMNS, floors)}")
         print(tables[-1] + "\n", flush=True)
         title = f"{name}: {_case_sizes(case)} · {results.header['device']}, {str(dtype).removeprefix('torch.')}"
+        title += f", medians of {options.rounds or 15} rounds"
         picture = "roofline.png" if len(cases) == 1 else f"roofline-{name.partition(' ')[0]}.png"
         save_figure(draw_roofline(floors, peak, bandwidth, title), options.out / picture)
         results.write("layer", dtype, {"cases": entries}, tables)
@@ -134,12 +135,13 @@ def _curves(options: argparse.Namespace, cases: dict[str, LayerCase], dtype: tor
     if len(cases) > 1:
         raise UserError(f"--cases {' '.join(cases)}: --curves goes with one case")
     name, case = next(iter(cases.items()))
-    rows = benchmark_curves(case, axes, options.device, dtype, options.rounds or 7, results.say(name))
+    rounds = options.rounds or 7
+    rows = benchmark_curves(case, axes, options.device, dtype, rounds, results.say(name))
     title = f"{name}: {_case_sizes(case)}"
     table = f"## {title}\n\n{markdown_table(CURVE_COLUMNS, rows)}"
     print(table + "\n")
     results.write("layer_curves", dtype, {"case": name, **dataclasses.asdict(case), "rows": rows}, [table])
-    place = f"{results.header['device']}, {str(dtype).removeprefix('torch.')}"
+    place = f"{results.header['device']}, {str(dtype).removeprefix('torch.')}, medians of {rounds} rounds"
     save_figure(draw_cost_curves(rows, f"{title} · {place}"), options.out / "layer_curves.png")
     print(f"layer_curves.json, layer_curves.md and layer_curves.png in {options.out}")
 

@@ -1,6 +1,6 @@
 """\
 Puts finished runs side by side, such as a V-MoE and its dense twin: test accuracy (mAP of several classes per image)
-against active FLOPs an image, total parameters and training images/s, and how it rose. Runs that differ in their seed
+against active FLOPs per image, total parameters and training images/s, and how it rose. Runs that differ in their seed
 only are one arm (mean, sd, n), named by what tells its recipe from the others. Each arm's difference is taken over the
 seeds it shares with its baseline, with a paired 95 % confidence interval: against --baseline, or else its dense twin,
 or else the first arm.
@@ -117,7 +117,7 @@ def _compare_parser() -> argparse.ArgumentParser:
 _COLUMNS = ("arm", "n", "test {} (%)", "train {} (%)", "difference", "FLOPs", "active", "params", "images/s")
 _KEY = (
     "{} of the best checkpoint on the test set (± sd over seeds) and on training images as they are, difference to "
-    "the baseline in points with its paired 95 % interval, FLOPs an image, active and total parameters, images/s in "
+    "the baseline in points with its paired 95 % interval, FLOPs per image, active and total parameters, images/s in "
     "training"
 )
 

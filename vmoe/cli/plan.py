@@ -66,7 +66,7 @@ def main(argv: list[str]) -> int:
     rows = [plan_row(plan, images) for plan in plans]
     place = f"{options.gpus} x {options.gpu}, {options.network}"
     experts = "dense" if workload.moe is None else f"E={workload.moe.num_experts}"
-    title = f"{options.config}: {workload.name}, {experts}, {images} images an update, {place}"
+    title = f"{options.config}: {workload.name}, {experts}, {images} images per update, {place}: predicted"
     table = f"## {title}\n\n{markdown_table(PLAN_COLUMNS, rows)}"
     print(table + "\n")
     if not any(plan.missing is None for plan in plans):

@@ -52,7 +52,7 @@ _TEMPLATE = """\
 | images | {size} pixels, RGB; {fitted} |
 | classes | {classes} |
 | parameters | {total:,} in all, {active:,} active for one token |
-| FLOPs an image | {flops:,} (a multiply-add counts 2) |
+| FLOPs per image | {flops:,} (a multiply-add counts 2) |
 | trained on | {data}, {epochs}, {steps}, seed {seed} |
 | test {metric} | {accuracy} |
 

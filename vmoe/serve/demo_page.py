@@ -120,8 +120,8 @@ def _page_words(checkpoint: TrainedModel, about: dict[str, Any], credit: str | N
             f"{first['top_k']} for each patch. It names every picture as one of its classes."
         ),
         "notes": (
-            f"An expert has places for so many choices of an image; they are handed out {order}. Written by vmoe "
-            f"{__version__}; runs on ONNX Runtime Web {RUNTIME_VERSION} (Microsoft, MIT licence)."
+            f"An expert has one slot for each choice of an image that it can take; choices get slots {order}. "
+            f"Written by vmoe {__version__}; runs on ONNX Runtime Web {RUNTIME_VERSION} (Microsoft, MIT licence)."
             + (f" Sample {credit}." if credit else "")
         ),
     }

@@ -51,7 +51,7 @@ def test_dense_arms_without_a_v_moe_stand_beside_the_first_of_them(make_run):
 def test_the_difference_of_one_run_each_claims_nothing(make_run):
     (line,) = sentences(make_run("a", 0.90), make_run("b", 0.93, moe=MOE, flops=133))
     assert line.startswith("E=8 K=2 against dense: +3.00 points of test top-1, n=1: ")
-    assert "at unequal compute (1.33x the FLOPs an image, 4.00x the parameters)" in line
+    assert "at unequal compute (1.33x the FLOPs per image, 4.00x the parameters)" in line
     assert "no significance" in line
 
 

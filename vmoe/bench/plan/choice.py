@@ -94,7 +94,7 @@ def resolved(config: TrainConfig, process: Process) -> tuple[TrainConfig, str | 
 def _why_chosen(best: LayoutPlan, others: list[LayoutPlan], machine: Machine) -> str:
     """A line on the chosen layout and the next best ones."""
     line = (
-        f"{best.layout}, by prediction {best.times.step * 1e3:,.0f} ms a step and "
+        f"{best.layout}, by prediction {best.times.step * 1e3:,.0f} ms per step and "
         f"{best.memory.peak / 2**30:.1f} of {machine.memory / 2**30:.1f} GiB"
     )
     slower = [f"{plan.layout} {plan.times.step * 1e3:,.0f} ms" for plan in others if plan.missing is None]

@@ -60,8 +60,8 @@ def draw_plans(plans: list[LayoutPlan], usable: float, title: str) -> Figure:
     largest = max(plan.memory.peak for plan in plans)
     unit, size_of = ("GiB", GIB) if largest >= GIB else ("MiB", MIB)
     is_near = largest > _NEAR_USABLE * usable  # else the bars of a small model would be too short to see
-    dress(memory, "memory of a process" + ("" if is_near else f" (usable: {usable / GIB:,.1f} GiB)"), unit, "")
-    dress(time, "time of an update", "ms", "")
+    dress(memory, "memory per process" + ("" if is_near else f" (usable: {usable / GIB:,.1f} GiB)"), unit, "")
+    dress(time, "time per update", "ms", "")
     _stack(memory, [{part: size / size_of for part, size in asdict(plan.memory).items()} for plan in plans], _PARTS)
     _stack(time, [{share: s * 1e3 for share, s in asdict(plan.times).items()} for plan in plans], _SHARES)
     if is_near:
@@ -91,7 +91,7 @@ def draw_network_curves(rows: list[Row], title: str) -> Figure:
     layouts = {row["layout"]: row for row in rows}
     hues = list(dict.fromkeys((row["strategy"], row["expert_size"]) for row in rows))
     colours = dict(zip(hues, colormaps["viridis"](linspace(0, 0.9, len(hues))), strict=True))
-    for place, key, name in zip(axes, ("step_ms", "network"), ("time of an update", "waiting for it"), strict=True):
+    for place, key, name in zip(axes, ("step_ms", "network"), ("time per update", "waiting for it"), strict=True):
         dress(place, name, "network, GB/s per GPU in one direction", "ms" if key == "step_ms" else "share of the time")
         for layout, any_row in layouts.items():
             points = [(row["network_bandwidth"] / 1e9, row[key]) for row in rows if row["layout"] == layout]

@@ -13,7 +13,7 @@ from vmoe.figures.style import BODY, INK, MARGIN, MUTED, SMALL, Page, label, pla
 from vmoe.palette import expert_hex
 
 _PANELS = (
-    ("flops", "active FLOPs an image (a multiply-add is 2)"),
+    ("flops", "active FLOPs per image (a multiply-add is 2)"),
     ("images_per_second", "images/s in training"),
     ("total_parameters", "parameters in all"),
 )

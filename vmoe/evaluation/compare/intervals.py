@@ -13,7 +13,7 @@ from vmoe.data.config import nearest
 from vmoe.errors import UserError
 from vmoe.evaluation.compare.runs import Arm, Run
 
-EQUAL_COMPUTE = 0.05  # FLOPs an image that differ by no more than this count as equal
+EQUAL_COMPUTE = 0.05  # FLOPs per image that differ by no more than this count as equal
 CONFIDENCE = 0.95
 
 
@@ -87,7 +87,7 @@ def sentence(found: Difference) -> str:
     return (
         f"{arm.name} against {base.name}: {score}, {_evidence(found)}, at "
         f"{'equal' if equal else 'unequal'} compute "
-        f"({flops:.2f}x the FLOPs an image, {parameters:.2f}x the parameters)"
+        f"({flops:.2f}x the FLOPs per image, {parameters:.2f}x the parameters)"
         f"{_other_differences(arm.first, base.first)}"
     )
 

@@ -182,7 +182,7 @@ def _flows_figure(report: Report) -> Page:
 def _experts_per_image_figure(report: Report) -> Page:
     layers = report["layers"]
     legend = "How many different experts the patches of an image choose."
-    page, places = panel_page("Experts an image uses", _subtitle(report), legend, len(layers), _PLOT, 3, left=40)
+    page, places = panel_page("Experts per image", _subtitle(report), legend, len(layers), _PLOT, 3, left=40)
     for layer, (x, y) in zip(layers, places, strict=True):
         used = layer["experts_per_image"]
         axes = plot(page, x, y, _PLOT, f"{layer['name']}: {used['mean']:.1f} on average")

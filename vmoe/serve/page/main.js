@@ -103,11 +103,11 @@ function drawChips(index, taken) {
 function drawCapacity() {
   const largest = Math.max(...state.factors);
   byId("capacity").value = Math.round((100 * largest) / LARGEST_FACTOR);
-  const places = ABOUT.layers.map((layer, index) =>
+  const slots = ABOUT.layers.map((layer, index) =>
     Math.max(Math.ceil((state.factors[index] * layer.tokens * layer.top_k) / layer.num_experts - 1e-3), 1),
   );
-  const alike = new Set(places).size === 1 ? `${places[0]}` : places.join(", ");
-  byId("capacity-text").textContent = `factor ${largest.toFixed(2)}: ${alike} places an expert`;
+  const alike = new Set(slots).size === 1 ? `${slots[0]}` : slots.join(", ");
+  byId("capacity-text").textContent = `factor ${largest.toFixed(2)}: ${alike} slots per expert`;
 }
 
 function makeLayer(layer, index) {

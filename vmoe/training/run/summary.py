@@ -58,7 +58,7 @@ def cost_table(title: str, cost: Cost, twin: Cost) -> Table:
     for name, ours, dense in (
         ("parameters", cost.parameters.total, twin.parameters.total),
         ("active parameters", cost.parameters.active, twin.parameters.active),
-        ("FLOPs an image", cost.flops, twin.flops),
+        ("FLOPs per image", cost.flops, twin.flops),
     ):
         table.add_row(name, _short(ours), _short(dense), f"{ours / dense:.2f}")
     return table

@@ -156,7 +156,7 @@ function loadOverTraining() {
 }
 
 function loadView() {
-  const legend = `An expert's share of all choices over its fair share 1/E. The line is fair; an expert at 0 is dead. CV, the coefficient of variation, is the standard deviation of the loads over their mean: 0 means equal loads. ${analysed()}.`;
+  const legend = `An expert's share of all choices over its fair share 1/E. The line is fair; an expert at 0 is dead. CV, the coefficient of variation, is the standard deviation of the loads over their mean: 0 means equal loads. A choice is dropped where its expert is full. Gate entropy is 0 where one expert has the whole weight of a token, and largest where all have the same. ${analysed()}.`;
   const training = live(loadOverTraining);
   const one = live(() => [
     manyLayers &&
