@@ -1,1 +1,1 @@
-"""The command line: one module a job, each of which parses, calls and prints."""
+"""The command line: one module per job, which parses, calls and prints."""

@@ -1,6 +1,6 @@
 """\
-Measures on this machine: one MoE layer, whole models, the data pipeline, or several processes. What is compared runs in
-one process where it can, in shuffled order, round by round; figures are medians.
+Measures on this machine: one MoE layer, whole models, the data pipeline, or several processes. Where possible, all
+compared jobs run in one process, in rounds of shuffled order. Figures are medians.
 """
 
 import argparse
@@ -119,7 +119,7 @@ def main(argv: list[str]) -> int:
 
 
 def command_line() -> argparse.ArgumentParser:
-    """The parser of `vmoe benchmark`; what it does not know may be options of a config, for `data`."""
+    """The parser of `vmoe benchmark`. For `data` unknown options may be options of a config."""
     parser = new_parser("benchmark", __doc__)
     jobs = parser.add_subparsers(dest="job", metavar="layer|model|data|serve|scaling", required=True)
     _add_layer(_new_job(jobs, "layer", "one MoE layer beside timm's dense Mlp", _LAYER))

@@ -1,4 +1,4 @@
-"""What `vmoe benchmark data` runs: a config's data pipelines beside its model."""
+"""The job `vmoe benchmark data`: a config's data pipelines beside its model."""
 
 import argparse
 import dataclasses
@@ -22,7 +22,7 @@ from vmoe.training.config import TrainConfig
 
 
 class _Source(NamedTuple):
-    """Where batches come from."""
+    """A source of batches."""
 
     name: str
     pipeline: str
@@ -38,8 +38,9 @@ def data(options: argparse.Namespace, overrides: list[str], results: Results) ->
         raise UserError(f"--seconds {options.seconds}: must be above 0")
     config = parse(["--config", options.config, *overrides])
     if options.torchvision:
-        torchvision_plan(config.data)  # what it cannot do is said before any image is read
-    plain = dataclasses.replace(config.data, mix=dataclasses.replace(config.data.mix, until=1.0))  # as in most epochs
+        torchvision_plan(config.data)  # raises for unsupported options before any image is read
+    # mixing stays on, as in most epochs
+    plain = dataclasses.replace(config.data, mix=dataclasses.replace(config.data.mix, until=1.0))
     say = results.say(options.config)
     graphed = config.trainer.cuda_graph and options.device.type == "cuda"
     modules = _modules(options, plain, graphed, say)
@@ -66,7 +67,7 @@ def data(options: argparse.Namespace, overrides: list[str], results: Results) ->
 def _modules(
     options: argparse.Namespace, config: DataConfig, graphed: bool, say: Callable[[str], None]
 ) -> list[ImageDataModule]:
-    """The chosen pipelines, each with the config's images and those of the shards; what does not fit is left out."""
+    """The chosen pipelines, each with the config's images and those of the shards, except those that do not fit."""
     chosen = [("workers", workers) for workers in dict.fromkeys(options.workers)] + [("device", max(options.workers))]
     chosen = [(pipeline, workers) for pipeline, workers in chosen if pipeline in options.pipelines]
     images = [config]
@@ -97,7 +98,7 @@ def _own_pipeline(module: ImageDataModule, device: torch.device) -> _Source:
 
 
 def _complete(module: ImageDataModule) -> Iterator[Batch]:
-    """Training batches without end, with their images."""
+    """Yields training batches without end, with their images."""
     return map(module.made, endless(module.train_dataloader()))
 
 
@@ -124,8 +125,8 @@ def _config_training(
 
 
 def _rate_of_source(source: _Source, step: TrainingStep, synthetic: Batch, seconds: float, device: torch.device) -> Row:
-    """Its loader alone, then a training that it feeds beside the same on synthetic images."""
-    ahead = 2 * source.workers  # what DataLoader prefetches
+    """The rate of a source's loader, of a training with it, and of the same training on synthetic images."""
+    ahead = 2 * source.workers  # the batches that DataLoader prefetches
     rate = loader_rate(source.loader, seconds, ahead, device)
     on_synthetic = step.rate(endless([synthetic]), seconds)
     fed = step.rate(source.batches(), seconds, ahead, source.made)

@@ -1,4 +1,4 @@
-"""What `vmoe benchmark` runs once its options are read."""
+"""The measurements of `vmoe benchmark`, after its options are read."""
 
 import argparse
 import dataclasses
@@ -34,12 +34,12 @@ _NUM_CLASSES = 1000
 
 
 class Results:
-    """How a measurement was made, and the files that it goes to; random numbers begin with its seed."""
+    """The circumstances of a measurement and the files for its results. It also seeds the random numbers."""
 
     def __init__(self, command: list[str], folder: Path, device: torch.device, seed: int = 0) -> None:
         torch.manual_seed(seed)
         self.folder = folder
-        self.at = " ".join(command[:2])  # what is done now
+        self.at = " ".join(command[:2])  # the current step, for messages
         self.start = time.monotonic()
         self.header = {
             "command": shlex.join(["vmoe", *command]),
@@ -67,7 +67,7 @@ class Results:
 
 
 def layer(options: argparse.Namespace, results: Results) -> None:
-    """One MoE layer beside the dense Mlp; a table a case, written after each."""
+    """Measures one MoE layer beside the dense Mlp. Each case has a table, which is written at once."""
     dtype = _dtype_of_options(options)
     cases = _cases_of_options(options)
     if options.curves is not None:
@@ -115,13 +115,13 @@ def _floors(
     options: argparse.Namespace, case: LayerCase, dtype: torch.dtype, measured: dict[str, Measurement], peak: float,
     bandwidth: float, say: Say,
 ) -> list[Row]:  # fmt: skip
-    """The layers and, on a GPU, the stages of the experts beside what the device allows."""
+    """The floors of the layers and, on a GPU, of the experts' stages."""
     device = options.device
     rows = layer_floors(measured, case, dtype, peak, bandwidth)
     if device.type == "cuda":
         try:
             rows += stage_floors(case, device, dtype, peak, bandwidth)
-        except Exception as error:  # such as a profiler without rights: the picture has the layers alone
+        except Exception as error:  # such as a profiler without permission: the picture then has only the layers
             say(f"no stages: {reason_of_failure('the profile of the experts', error, device)}")
         release(device)
     return rows
@@ -147,7 +147,7 @@ def _curves(options: argparse.Namespace, cases: dict[str, LayerCase], dtype: tor
 
 
 def model(options: argparse.Namespace, results: Results) -> None:
-    """Whole models beside their dense twin."""
+    """Measures whole models beside their dense twin."""
     dtype, device = _dtype_of_options(options), options.device
     own = timm.get_pretrained_cfg(options.model)
     image_size = options.image_size or (own.input_size[-1] if own is not None else 224)
@@ -156,7 +156,7 @@ def model(options: argparse.Namespace, results: Results) -> None:
     for layers in _names_given(options.layers):
         for top_k in options.top_k:
             variants[f"{layers} K={top_k}"] = _moe_of_options(options, layers, top_k)
-    with torch.device("meta"):  # says what does not fit before anything is measured
+    with torch.device("meta"):  # raises for models that do not fit before anything is measured
         for moe in variants.values():
             try:
                 build_model(options.model, {}, moe, _NUM_CLASSES, image_size)
@@ -202,7 +202,7 @@ def _dtype_of_options(options: argparse.Namespace) -> torch.dtype:
 
 
 def _cases_of_options(options: argparse.Namespace) -> dict[str, LayerCase]:
-    """The chosen cases with the sizes that were given."""
+    """The chosen cases, with the sizes in the options."""
     changes = {field: getattr(options, name) for name, field in _FIELDS.items() if getattr(options, name) is not None}
     if "width" in changes:
         changes.setdefault("hidden", 4 * changes["width"])
@@ -227,7 +227,7 @@ def _cases_of_options(options: argparse.Namespace) -> dict[str, LayerCase]:
 
 
 def _names_given(words: list[str] | None) -> list[str]:
-    """Names that were given apart or with commas, each once."""
+    """The given names, separated by spaces or commas, each once."""
     return list(dict.fromkeys(part for word in words or [] for part in word.split(",") if part))
 
 
@@ -240,7 +240,7 @@ def _case_sizes(case: LayerCase) -> str:
 
 
 def _versions_beside() -> dict[str, str]:
-    """Of what only some machines have."""
+    """The versions of optional packages."""
     found = {} if torch.version.cuda is None else {"cuda": torch.version.cuda}
     for package in ("triton", "transformers"):
         try:

@@ -1,4 +1,4 @@
-"""`vmoe benchmark scaling`: which trainings are measured, and the files of their results."""
+"""The job `vmoe benchmark scaling`: the measured trainings and the files of their results."""
 
 import argparse
 import dataclasses
@@ -65,7 +65,7 @@ def _processes(options: argparse.Namespace) -> list[int]:
 
 
 def _scaling_settings(options: argparse.Namespace) -> ScalingSettings:
-    """What the device can do in minutes, with the sizes that were given."""
+    """Settings that take minutes on the device, with the sizes in the options."""
     if options.cuda_graph and options.device.type != "cuda":
         raise UserError("--cuda-graph: needs a GPU; leave it out")
     settings = SETTINGS[options.device.type]

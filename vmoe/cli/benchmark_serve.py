@@ -1,4 +1,4 @@
-"""`vmoe benchmark serve`: a running server, and the files of its results."""
+"""The job `vmoe benchmark serve`: measures a running server and writes the results."""
 
 import argparse
 
@@ -10,16 +10,16 @@ from vmoe.cli.benchmark_jobs import Results
 
 
 def benchmark_server(options: argparse.Namespace, results: Results) -> None:
-    """A running server under load, and what it does with damaged uploads."""
+    """Measures a running server under load and with damaged uploads."""
     target, picture = find_target(options.url), photograph()
-    measure_server(target, [picture] * 20, 1, range(200, 201))  # warms it
+    measure_server(target, [picture] * 20, 1, range(200, 201))  # a warm-up
     rows = []
     for clients in options.clients:
         results.say(options.url)(f"{clients} clients")
         row = measure_server(target, [picture] * options.requests, clients, range(200, 201))
         rows.append({"uploads": "a photograph"} | row)
     broken = damaged(picture, options.requests, options.seed)
-    # a copy that lost little may still be read as an image
+    # a slightly damaged copy may still be readable
     rows.append({"uploads": "damaged"} | measure_server(target, broken, options.clients[-1], range(200, 500)))
     table = markdown_table(SERVING_COLUMNS, rows)
     print(table)

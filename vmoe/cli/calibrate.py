@@ -1,8 +1,8 @@
 """\
-Makes a checkpoint's probabilities fit how often it is right (temperature scaling), by the images for validation, and
-learns from them how large a set of classes must be to hold the right one with a given probability. Writes both with the
-weights to a new file, which every job opens: then `vmoe predict FILE --coverage 0.9` gives such sets. Measures the
-images for test before and after.
+Calibrates a checkpoint on the validation images. Temperature scaling makes its probabilities match how often it is
+right. Conformal prediction learns how large a set of classes must be to hold the right one with a given probability.
+Writes both with the weights to a new file, which every job opens: `vmoe predict FILE --coverage 0.9` then gives such
+sets. Measures the test images before and after.
 
   vmoe calibrate runs/mine --out mine.safetensors
   vmoe predict mine.safetensors holiday/ --coverage 0.9

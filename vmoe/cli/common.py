@@ -1,4 +1,4 @@
-"""What all jobs of the command line share: a user's mistake is one line and exit code 2, never a traceback."""
+"""Shared code of all jobs: a user's mistake gives one line and exit code 2, never a traceback."""
 
 import functools
 import os
@@ -20,7 +20,7 @@ Job = Callable[[list[str]], int | None]
 
 
 def job(options: Mapping[str, str] | None = None) -> Callable[[Job], Callable[..., int]]:
-    """Makes a function of the arguments the `main` of a job, which `run` calls: with or without arguments."""
+    """Turns a function of the arguments into a job's `main`, which `run` calls. Its arguments are optional."""
 
     def decorate(work: Job) -> Callable[..., int]:
         @functools.wraps(work)
@@ -36,9 +36,9 @@ def run(job: Job, argv: list[str] | None, options: Mapping[str, str] | None = No
     """Calls a job and turns a user's mistake into "vmoe JOB: error: LINE" on stderr.
 
     Args:
-        job: A function of the module that is named as the job, given the arguments.
+        job: A function of the arguments, in a module with the job's name.
         argv: The arguments; None takes those of the process.
-        options: What this job calls that which rooms below the command line name otherwise; see `in_options`.
+        options: This job's names of options that other rooms name differently; see `in_options`.
 
     Returns:
         The exit code: the job's own or 0; 2 for a user's mistake; 130 for Ctrl-C.
@@ -73,11 +73,11 @@ def run(job: Job, argv: list[str] | None, options: Mapping[str, str] | None = No
 
 
 def _of_machine(error: Exception) -> str | None:
-    """A line on what this machine failed in; None where it is something else."""
+    """A line on a failure of this machine, such as a full disk; None for other errors."""
     if is_out_of_memory(error):
         return memory_line(error, "give smaller batches, another device or a smaller model")
     text = str(error)
-    if text.startswith("DataLoader worker"):  # its cause, if not itself, names the signal
+    if text.startswith("DataLoader worker"):  # the error or its cause names the signal
         end = f"{text} {error.__cause__}".partition("signal: ")[2].partition(".")[0]
         advice = {
             "Killed": "most likely memory ran out: give fewer data.workers or a smaller data.batch_size",
@@ -89,32 +89,32 @@ def _of_machine(error: Exception) -> str | None:
 
 
 def _with_home(argument: str) -> str:
-    """An argument with the home folder for a leading ~, which a shell leaves in `--out=~/x` and in quotes."""
+    """Replaces a leading ~ by the home folder. A shell leaves it in `--out=~/x` and in quotes."""
     option, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
     return f"{option}{equals}{os.path.expanduser(value)}"
 
 
 def in_options(line: str, options: Mapping[str, str]) -> str:
-    """A mistake's line for a command whose options have other names than a config's keys or Python's arguments.
+    """Replaces config keys and Python arguments in a mistake's line by the names of a command's options.
 
     Args:
         line: Such as "data.root=x: does not exist; give the right folder as data.root".
-        options: Such as {"data.root": "--root"}. With any, what else there is of `data.` is said to be the run's.
+        options: Such as {"data.root": "--root"}. If not empty, all other keys of `data.` are called the run's.
     """
     for key, option in options.items():
         name = rf"(?<![\w.-]){re.escape(key)}"
         line = re.sub(rf"{name}='([^']*)'", rf"{option} \1", line)
         line = re.sub(f"{name}=", f"{option} ", line)
-        if "." in key or key.isupper():  # a plain word means an argument only with its value
+        if "." in key or key.isupper():  # a plain word is an argument only if its value follows
             line = re.sub(rf"{name}\b(?!\.\w)", option, line)
     return re.sub(r"(?<![\w.-])data\.(?=[a-z])", "the run's data.", line) if options else line
 
 
 def _is_of_config(error: ValueError) -> bool:
-    """Whether a config dataclass refuses its values, or a layer its capacity; any other ValueError is a bug of ours."""
+    """Whether a config dataclass or a layer's capacity raised the error. Any other ValueError is a bug."""
     frames = traceback.extract_tb(error.__traceback__)
     if any(frame.name == "__post_init__" for frame in frames):
         return True
-    from vmoe.moe.assignment import CapacityError  # here, since it brings torch along
+    from vmoe.moe.assignment import CapacityError  # here: it imports torch
 
     return isinstance(error, CapacityError)

@@ -1,6 +1,6 @@
 """\
-Writes the trained weights of a run, their average (EMA) where it keeps one, to one safetensors file, however many
-processes trained it: what `vmoe export` writes, in the type that the weights have.
+Writes the trained weights of a run (their average, EMA, if it keeps one) to one safetensors file, for a run of any
+number of processes. It is the file of `vmoe export`, in the weights' own type.
 
   vmoe consolidate runs/large --out large.safetensors
 """

@@ -37,7 +37,7 @@ def main(argv: list[str]) -> int:
 
     import numpy as np
 
-    from vmoe.cli.train_options import parse  # here, so that --help and a mistyped option answer at once
+    from vmoe.cli.train_options import parse  # here, so that --help and mistyped options answer at once
 
     config = parse(of_training)
     from vmoe.cli.progress import Tracked
@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
     for file in filter(None, (options.out, options.json)):
         require_no_folder(file)
         require_writable(file.parent)
-    # The pipeline that reads only the images it needs
+    # this pipeline reads only the images it needs
     data = ImageDataModule(dataclasses.replace(config.data, pipeline="workers"), config.seed)
     data.prepare_data()
     data.setup("fit")

@@ -1,4 +1,4 @@
-"""The demonstration behind `make demo`: a trained model's routing on photographs, then a training of its own."""
+"""The demonstration of `make demo`: a trained model's routing on photographs, then a training."""
 
 import os
 import time
@@ -23,7 +23,7 @@ HEATMAPS = RUN / "heatmaps"
 
 @job()
 def main(_: list[str]) -> int:
-    """Runs the demonstration; a run that is there already goes on, or is used as it is."""
+    """Runs the demonstration. An unfinished run is resumed, and a finished one is reused."""
     begun = time.monotonic()
     photographs = [os.path.relpath(photograph_path(name)) for name in PHOTOGRAPHS]
     steps = {
@@ -55,7 +55,7 @@ def main(_: list[str]) -> int:
 
 
 def _write_pictures() -> list[str]:
-    """One test image of each digit, as picture files."""
+    """Writes one test image of each digit as a picture file."""
     test = load_splits(DataConfig(name="digits")).test
     paths = []
     for digit in range(10):

@@ -1,10 +1,11 @@
 """\
-Trains a dense student of a V-MoE, which is its teacher: the student's loss is the labels' and, by distill.weight, its
-distance to the teacher's answers. It starts from the teacher's experts, merged: of each layer as many groups of alike
-experts as are together as wide as the MLP they replaced, their hidden units aligned, side by side in one MLP.
+Trains a dense student with a V-MoE as its teacher. The student's loss combines the loss by the labels and, by
+distill.weight, its distance to the teacher's predictions. The student starts from the teacher's merged experts: in each
+layer similar experts form groups, with aligned hidden units, and the merged experts lie side by side in one MLP of the
+replaced MLP's width.
 
-The recipe is --config's, without its MoE layers, or else the teacher's own, uncompiled. What follows -- goes to the run
-as options of `vmoe train`. DIR is an ordinary run of a dense model; DIR/start.safetensors is what it started from.
+The recipe is --config's without its MoE layers, or else the teacher's own, uncompiled. Options after -- go to the run
+as options of `vmoe train`. DIR is an ordinary run of a dense model; DIR/start.safetensors holds its initial weights.
 
   vmoe distill runs/cifar10_small --config cifar10_small_dense --out runs/student -- --distill.weight 0.7
   vmoe distill runs/cifar10_small --out runs/student -- --trainer.epochs 10 --optim.lr 5e-4
@@ -55,7 +56,7 @@ def main(argv: list[str]) -> int:
     try:
         return trained(lambda: config, ["vmoe", "distill", *argv])
     except UserError:
-        if not RunFolder(options.out).config.exists():  # the run did not begin: nothing is left of it
+        if not RunFolder(options.out).config.exists():  # the run did not start: remove what it left
             shutil.rmtree(options.out, ignore_errors=True)
         raise
 
@@ -90,7 +91,7 @@ def _write_start(path: Path, teacher: "TrainedModel", config: "TrainConfig", ima
     """Writes the dense model of the teacher's merged experts.
 
     Raises:
-        UserError: Its experts do not make one, or the student has another backbone.
+        UserError: The experts cannot form a dense model, or the student has another backbone.
     """
     from vmoe.checkpoints import build_model, timm_arguments, write_changed
     from vmoe.compress.pruning import (
@@ -108,7 +109,7 @@ def _write_start(path: Path, teacher: "TrainedModel", config: "TrainConfig", ima
     name = teacher.config["model"]["name"]
     if config.model.name != name:
         raise UserError(f"model.name={config.model.name}: the experts are of {name}; use that, or --start recipe")
-    with _refused(teacher):  # before the data are read
+    with _refused(teacher):  # checked before the data are read
         check_routers(teacher.model)
         keep = joined_width(teacher.model)
     data = ImageDataModule(config.data, config.seed)
@@ -127,7 +128,7 @@ def _write_start(path: Path, teacher: "TrainedModel", config: "TrainConfig", ima
 
 @contextmanager
 def _refused(teacher: "TrainedModel") -> Iterator[None]:
-    """Tells the user why a model has no such start."""
+    """Turns an error into a user's message with the reason why a model has no such start."""
     try:
         yield
     except ValueError as error:

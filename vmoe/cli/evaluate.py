@@ -73,7 +73,7 @@ def _measure(options: argparse.Namespace) -> None:
         checkpoint = _ensemble(checkpoint, [load_checkpoint(path, device) for path in options.ensemble_with])
     data = load_data(checkpoint, options)
     own_classes = True
-    if options.probe and options.classes == "by-name":  # features may be those of other classes
+    if options.probe and options.classes == "by-name":  # features work for other classes too
         own_classes = known_outputs(checkpoint.class_names, data.class_names) is not None
     if own_classes:
         checkpoint = matched(checkpoint, data, options.classes)
@@ -114,7 +114,7 @@ def _measure(options: argparse.Namespace) -> None:
 
 
 def _draw(results: "dict[str, Evaluation]", checkpoint: "TrainedModel", what: str, out: Path) -> str:
-    """Draws what was measured, by the ends of the files' names; returns what to print behind the JSON file's name."""
+    """Draws the results, and returns the file names to print after the JSON file's."""
     try:
         require_extras("analysis")
     except MissingExtraError as error:
@@ -162,10 +162,10 @@ def _evaluate_parser() -> argparse.ArgumentParser:
 
 
 def _ensemble(first: "TrainedModel", others: "list[TrainedModel]") -> "TrainedModel":
-    """The first checkpoint with the models of all of them in place of its own.
+    """The first checkpoint, with an ensemble of all models instead of its own.
 
     Raises:
-        UserError: they do not take the same images or know the same classes.
+        UserError: They need different images or know different classes.
     """
     from vmoe.classes import same_outputs, with_outputs
     from vmoe.evaluation.ensemble import Ensemble
@@ -209,7 +209,7 @@ def _check_that_only_features_are_asked_for(options: argparse.Namespace, differe
 
 
 def _chosen_corruptions(names: list[str] | None) -> list[str]:
-    """The corruptions that `--corruptions` names: all when it names none, none when it is left out."""
+    """The corruptions of `--corruptions`: all if it names none, none without the option."""
     if names is None:
         return []
     from vmoe.data.config import nearest
@@ -225,7 +225,7 @@ def _chosen_corruptions(names: list[str] | None) -> list[str]:
 
 
 def _own_folder(path: Path) -> Path:
-    """The run's folder of a checkpoint, or the folder it stands in."""
+    """The run's folder of a checkpoint, or else the file's folder."""
     from vmoe.checkpoints.run_folder import RunFolder
 
     folder = RunFolder.around(path)
@@ -233,7 +233,7 @@ def _own_folder(path: Path) -> Path:
 
 
 def _probe(checkpoint, data, loader, device, options: argparse.Namespace) -> dict:
-    """Reads classes off the frozen features, trained on all training images as evaluation sees them."""
+    """Predicts classes from frozen features, with probes trained on all training images prepared as in evaluation."""
     from vmoe.evaluation import features
 
     num_classes = data.num_classes
@@ -265,8 +265,9 @@ def _probe(checkpoint, data, loader, device, options: argparse.Namespace) -> dic
 
 
 def _corrupt(checkpoint, data, device, options: argparse.Namespace, names: list[str]) -> dict:
-    """Top-1, or of several classes per image mAP, for each corruption and severity, the checkpoint's own K and
-    capacity, and their mean.
+    """Top-1 (with several classes per image mAP) for each corruption and severity, and the mean.
+
+    K and capacity are the checkpoint's own.
     """
     from vmoe.data.corruptions import SEVERITIES
     from vmoe.evaluation.engine import measure_batches

@@ -1,4 +1,4 @@
-"""What `vmoe evaluate` prints."""
+"""The tables that `vmoe evaluate` prints."""
 
 from typing import TYPE_CHECKING
 
@@ -12,23 +12,23 @@ if TYPE_CHECKING:
 
 
 def escape(text: str) -> str:
-    """Names as they are: no markup, no control characters."""
+    """Escapes a text, so that it is printed without markup and control characters."""
     return markup.escape(printable(text))
 
 
 def factor_text(value: float | None) -> str:
-    """A capacity factor as the option takes it."""
+    """A capacity factor in the form of the option."""
     return "inf" if value is None else f"{value:g}"
 
 
 def setting(result: "Evaluation", results: "list[Evaluation]") -> str:
-    """What tells a pass from the others: its capacity factor, and its K where that varies."""
+    """The title of an evaluation: its capacity factor, and its K if that varies."""
     factor = factor_text(result.capacity_factor)
     return f"K{result.top_k}-{factor}" if len({other.top_k for other in results}) > 1 else factor
 
 
 def result_tables(results: "list[Evaluation]", title: str, class_names: list[str]) -> list[Table]:
-    """Figures, experts and classes of passes over a set; none without passes."""
+    """Tables of figures, experts and classes for evaluations on a set; none without evaluations."""
     if not results:
         return []
     experts = [layer_table(results)] if results[0].layers else []
@@ -39,11 +39,11 @@ def result_tables(results: "list[Evaluation]", title: str, class_names: list[str
 
 
 def summary_table(results: "list[Evaluation]", title: str) -> Table:
-    """The figures of each pass, a row each."""
+    """The figures of each evaluation, a row each."""
     key = "K: experts per token, C: capacity factor\n" if results[0].layers else ""
-    key += f"Brier score: {', '.join(f'{result.brier:.4f}' for result in results)}"  # the width of 80 is taken
+    key += f"Brier score: {', '.join(f'{result.brier:.4f}' for result in results)}"  # the table has no room for it
     table = Table(title=escape(title), title_justify="left", caption=key, caption_justify="left")
-    five = ["top-5"] if len(results[0].class_accuracy) > 5 else []  # of five classes it would always be 100 %
+    five = ["top-5"] if len(results[0].class_accuracy) > 5 else []  # with five classes it is always 100 %
     for column in ("K", "C", "images", "top-1", *five, "NLL", "ECE", "dropped", "images/s"):
         table.add_column(column, justify="right")
     for result in results:
@@ -60,13 +60,13 @@ def summary_table(results: "list[Evaluation]", title: str) -> Table:
 
 
 def _pass_cells(result: "Evaluation | MultiLabelEvaluation") -> tuple[str, str, str]:
-    """K, C and the images of a pass."""
+    """K, C and the number of images of an evaluation."""
     top_k = "-" if result.top_k is None else str(result.top_k)
     return top_k, factor_text(result.capacity_factor) if result.layers else "dense", f"{result.images:,}"
 
 
 def member_table(results: "list[Evaluation]") -> Table:
-    """What the members of an ensemble answer by themselves, and how unlike, in each pass."""
+    """The members' own accuracy in each evaluation of an ensemble, and their disagreement."""
     title, key = "members of the ensemble, by themselves", "differ: how often two name different classes; KL in nats"
     table = Table(title=title, title_justify="left", caption=key, caption_justify="left")
     for column in ("C", "members", "mean top-1", "mean NLL", "differ", "KL"):
@@ -79,7 +79,7 @@ def member_table(results: "list[Evaluation]") -> Table:
 
 
 def multi_label_table(results: "list[MultiLabelEvaluation]", title: str) -> Table:
-    """The figures of each pass over images of several classes, a row each."""
+    """The figures of each evaluation with several classes per image, a row each."""
     key = "K: experts per token, C: capacity factor" if results[0].layers else None
     table = Table(title=escape(title), title_justify="left", caption=key, caption_justify="left")
     for column in ("K", "C", "images", "mAP", "F1", "macro F1", "dropped", "images/s"):
@@ -94,7 +94,7 @@ def multi_label_table(results: "list[MultiLabelEvaluation]", title: str) -> Tabl
 
 
 def multi_label_class_table(result: "MultiLabelEvaluation", names: list[str], shown: int = 10) -> Table:
-    """The figures of each class of images of several, the lowest F1 first."""
+    """The figures per class with several classes per image, the lowest F1 first."""
     order = sorted((f1, index) for index, f1 in enumerate(result.class_f1) if f1 is not None)
     title = "by class" if len(order) <= shown else f"by class: the {shown} worst of {len(order)}"
     caption = (
@@ -117,7 +117,7 @@ def _percent(value: float | None) -> str:
 
 
 def layer_table(results: "list[Evaluation]") -> Table:
-    """What each MoE layer does: its load as in the first pass, and what it drops in each."""
+    """The load of each MoE layer in the first evaluation, and its dropped share in each."""
     table = Table(title="experts (load: 1 = the fair share, 0 = dead)", title_justify="left")
     table.add_column("layer", no_wrap=True)
     table.add_column("least load", justify="right")
@@ -131,7 +131,7 @@ def layer_table(results: "list[Evaluation]") -> Table:
 
 
 def class_table(result: "Evaluation", names: list[str], shown: int = 10) -> Table:
-    """The accuracy of each class, worst first, with the class it is most often taken for."""
+    """The accuracy of each class, worst first, with its most frequent wrong prediction."""
     order = sorted((accuracy, index) for index, accuracy in enumerate(result.class_accuracy) if accuracy is not None)
     title = "by class" if len(order) <= shown else f"by class: the {shown} worst of {len(order)}"
     means = f"mean of the classes: {result.balanced_accuracy:.2%} (balanced accuracy), F1 {result.f1:.2%} (macro)"
@@ -155,7 +155,7 @@ def class_table(result: "Evaluation", names: list[str], shown: int = 10) -> Tabl
 
 
 def probe_table(probes: dict, what: str) -> Table:
-    """The probes' accuracies on a set, as evaluation.json holds them."""
+    """The probes' accuracies on a set, from evaluation.json."""
     table = Table(title=f"frozen features · {escape(what)}", title_justify="left")
     for column in ("probe", "top-1", "how"):
         table.add_column(column, justify="right" if column == "top-1" else "left")
@@ -175,7 +175,7 @@ def probe_table(probes: dict, what: str) -> Table:
 
 
 def corruption_table(corruptions: dict) -> Table:
-    """Top-1, or mAP, by corruption and severity, as evaluation.json holds them."""
+    """Top-1, or mAP, by corruption and severity, from evaluation.json."""
     field, title = ("top1", "top-1") if "top1" in corruptions else ("average_precision", "mAP")
     table = Table(title=f"{title} on corrupted images", title_justify="left")
     table.add_column("corruption")

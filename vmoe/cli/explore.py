@@ -1,8 +1,9 @@
 """\
 Runs a V-MoE over a data set and shows what its experts do: which patches they take, how evenly they are loaded, whether
-they specialise in classes, positions, colours or edges more than chance would have it, how layers follow one another,
-and what the model loses without an expert, with random routing and at other capacities. Further checkpoints, also a
-dense twin, are put beside the first. Images without labels serve too: accuracy, classes and causes are left out then.
+they specialise in classes, positions, colours or edges more than by chance, how experts of successive layers are
+linked, and what the model loses without an expert, with random routing and at other capacities. Further checkpoints,
+such as a dense twin, are shown beside the first. Images may have no labels: then accuracy, classes and causes are left
+out.
 
 Writes index.html (one page that opens from disk), figures/*.png and data/ (report.json, images.npz: every number).
 
@@ -116,10 +117,10 @@ def _explored(options: argparse.Namespace, argv: list[str]) -> None:
 
 
 class _Pictures(NamedTuple):
-    """Batches to go through and what is known of them."""
+    """The batches of images and the facts about them."""
 
     batches: Iterable
-    data: "ImageDataModule | None"  # None of files without labels
+    data: "ImageDataModule | None"  # None for files without labels
     patch_names: list[str] | None
     image_names: list[str] | None
     provenance: dict[str, str | None]
@@ -191,10 +192,10 @@ def _explore_parser() -> argparse.ArgumentParser:
 def _with_classes(
     checkpoints: "list[TrainedModel]", data: "ImageDataModule | None", classes: str
 ) -> "list[TrainedModel]":
-    """The checkpoints with the outputs of the set's classes, or without a set of the first one's.
+    """The checkpoints with outputs for the set's classes, or without a set for the first checkpoint's.
 
     Raises:
-        UserError: one does not know such a class.
+        UserError: A checkpoint does not know such a class.
     """
     from vmoe.classes import same_outputs, with_outputs
 
@@ -218,7 +219,7 @@ def _with_classes(
 
 
 def _distinct_names(paths: list[str]) -> list[str]:
-    """The shortest ends of the paths that tell them apart."""
+    """The shortest ends of the paths that distinguish them."""
     parts = [Path(path).resolve().parts for path in paths]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part[-length:]) for part in parts]

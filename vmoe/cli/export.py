@@ -1,16 +1,16 @@
 """\
-Writes the trained weights of a checkpoint (their average, where the run kept one) for others to use.
+Writes the trained weights of a checkpoint (their average, if the run kept one) for others to use.
 
-  safetensors   weights that every tool opens as it opens a checkpoint: with config, class names, image size and
+  safetensors   weights that every tool opens like a checkpoint: with config, class names, image size and
                 normalisation, without optimiser and paths
-  onnx          a program for ONNX Runtime and its like, of standard operators (pip install 'vmoe[export]')
+  onnx          a program of standard operators, for ONNX Runtime and others (pip install 'vmoe[export]')
   torch-export  a program of torch.export, loaded by torch.export.load
   aoti          a program compiled by AOTInductor for this kind of machine (needs a C++ compiler)
   hub           a folder for timm.create_model("local-dir:FOLDER", pretrained=True), with a model card of the run;
                 --push uploads it to the Hugging Face hub
 
-Programs take a batch of any size, and their logits are compared with the model's before they are written; export.json
-beside them tells by how much they differ.
+Programs take a batch of any size. Their logits are compared with the model's before they are written; export.json
+beside them has the difference.
 
   vmoe export runs/cifar10_small --out cifar10_small.safetensors --dtype bfloat16
   vmoe export runs/cifar10_small --format onnx --out cifar10_small.onnx --quantize int8

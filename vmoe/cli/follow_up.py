@@ -1,4 +1,4 @@
-"""Runs that follow from a checkpoint: its own recipe, changed, and the user's options for it."""
+"""Runs that start from a checkpoint: its own recipe with changes and the user's options."""
 
 import dataclasses
 import tempfile
@@ -13,17 +13,17 @@ from vmoe.config_values import to_plain
 from vmoe.data import DataConfig
 from vmoe.training.config import TrainConfig
 
-_ALONE = {"compile": False, "cuda_graph": False}  # which take longer to start than a short run lasts
+_ALONE = {"compile": False, "cuda_graph": False}  # these take longer to start than a short run lasts
 
 
 def follow_up(checkpoint: TrainedModel, data: DataConfig, changes: dict[str, Any], argv: list[str]) -> TrainConfig:
-    """The config of a run by a checkpoint's recipe, in one process, uncompiled.
+    """The config of a run with a checkpoint's recipe, in one process, uncompiled.
 
     Args:
-        checkpoint: Whose recipe it is.
+        checkpoint: The checkpoint with the recipe.
         data: Its images.
-        changes: Sections of the recipe that change: `trainer` in part, all others as a whole.
-        argv: Options of `vmoe train`, which come last.
+        changes: Changed sections of the recipe: `trainer` in part, all others as a whole.
+        argv: Options of `vmoe train`, which override all others.
 
     Raises:
         UserError: An option is not allowed.

@@ -1,11 +1,11 @@
 """\
-Draws one figure (PNG) per image: the picture, and beside it for each MoE layer the patches in the colour of the expert
-that they go to first (opacity = gate); class and register tokens stand apart. index.html shows all figures, and
-index.json holds the numbers behind them. With --layers each of these layers also has a figure of its own: first and
-second choices, what was dropped, the entropy of the gates, and a map of each expert's gate.
+Draws one figure (PNG) per image: the picture, and beside it for each MoE layer the patches in the colour of their first
+expert (opacity = gate), with class and register tokens separately. index.html shows all figures, and index.json holds
+their numbers. With --layers each of these layers also has its own figure: first and second choices, dropped choices,
+the entropy of the gates, and a map of each expert's gate.
 
-Images are prepared as in evaluation (the central square, resized); each is routed alone, so what is dropped under a
-capacity factor does not depend on the other images. Files that cannot be read as images are listed at the end.
+Images are prepared as in evaluation (the central square, resized). Each is routed alone, so drops under a capacity
+factor do not depend on the other images. Files that cannot be read as images are listed at the end.
 
   vmoe heatmap runs/digits photo.jpg more_photos/ --out heatmaps
   vmoe heatmap runs/digits photo.jpg --out heatmaps --layers all

@@ -1,6 +1,6 @@
 """\
-Turns a checkpoint of google-research/vmoe (PREFIX.index and PREFIX.data-nnnnn-of-NNNNN) into one that the other jobs
-open. The architecture is read from the tensors; how the model routes is not in them, so give what its config says.
+Converts a checkpoint of google-research/vmoe (PREFIX.index and PREFIX.data-nnnnn-of-NNNNN) for the other jobs. The
+tensors give the architecture, but not the routing: give the routing options of its config.
 
 A .ckpt opens with `vmoe evaluate`, `vmoe heatmap` and so on. A .safetensors holds the weights for
 timm.models.load_checkpoint, and the same description in its metadata.

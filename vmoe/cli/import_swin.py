@@ -1,10 +1,10 @@
 """\
-Turns a Swin-MoE of microsoft/Swin-Transformer, sparse or dense, into a checkpoint that the other jobs open: a timm Swin
+Converts a Swin-MoE of microsoft/Swin-Transformer, sparse or dense, into a checkpoint for the other jobs: a timm Swin
 with MoE layers. PATH is the folder of the unzipped files, a file in it, or the common path of NAME.rank0, NAME.rank1,
-... and NAME.master. Files of any number of ranks are put together.
+... and NAME.master. Files of any number of ranks are merged.
 
-The architecture is read from the tensors. How the model routes is not in them: it is as in the released models, or as
---config and the options below say.
+The tensors give the architecture, but not the routing: that is as in the released models, unless --config or the
+options below change it.
 
   vmoe import-swin swin_moe_small_patch4_window12_192_8expert_32gpu_22k/ --out swin_moe.ckpt
   vmoe import-swin swin_moe.pth --img-size 384 --capacity-factor inf --out swin_moe_384.safetensors

@@ -1,4 +1,4 @@
-"""What the jobs share that turn others' checkpoints into ours."""
+"""Shared code of the jobs that import others' checkpoints."""
 
 import argparse
 import dataclasses
@@ -20,10 +20,10 @@ def add_result_options(parser: argparse.ArgumentParser) -> None:
 
 
 def check_out(path: Path) -> None:
-    """Refuses a file to write of another format.
+    """Refuses an output file of an unsupported format.
 
     Raises:
-        UserError: It is one.
+        UserError: Its format is not supported.
     """
     if path.suffix not in (".ckpt", ".safetensors"):
         raise UserError(f"--out {path}: must end in .ckpt or .safetensors")
@@ -34,9 +34,9 @@ def write_imported(imported: "ImportedModel", options: argparse.Namespace, sourc
 
     Args:
         imported: The model.
-        options: With the values of `add_result_options`.
-        source: The checkpoint it comes from.
-        python_way: The function that gives the model in Python.
+        options: The options of `add_result_options`.
+        source: The original checkpoint.
+        python_way: The Python function that returns the model.
 
     Raises:
         UserError: No such file can hold the model, the class names do not fit it, or the file cannot be written.
@@ -63,10 +63,10 @@ def write_imported(imported: "ImportedModel", options: argparse.Namespace, sourc
 
 
 def _facts(imported: "ImportedModel", names_file: Path | None, python_way: str) -> "ModelFacts":
-    """What a checkpoint tells every tool, of plain types.
+    """The facts for the checkpoint, in plain types.
 
     Raises:
-        UserError: the images are not square, or the class names do not fit.
+        UserError: The images are not square, or the class names do not fit.
     """
     from vmoe.checkpoints import ModelFacts
 

@@ -1,4 +1,4 @@
-"""What jobs over many images share: the run's data as the options change it, or image files."""
+"""Shared code of jobs on many images: the run's data with the options' changes, or image files."""
 
 import argparse
 import math
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 TABLE_ROLES = ("path", "label", "split", "separator", "columns")
-# What jobs that measure a checkpoint call what `vmoe train` names by section
+# Keys of `vmoe train` -> the options of jobs that measure a checkpoint
 DATA_OPTIONS = {
     "data.name": "--data",
     "data.root": "--root",
@@ -35,12 +35,12 @@ DATA_OPTIONS = {
 
 
 def load_data(checkpoint: "TrainedModel", options: argparse.Namespace) -> "ImageDataModule":
-    """The run's data with the options' changes, prepared for this model: its image size, mean and std.
+    """The run's data with the options' changes and the model's image size, mean and std.
 
     With --classes known they have only the classes that the model knows.
 
     Raises:
-        UserError: an option's value is not allowed, or the set is missing or malformed.
+        UserError: An option's value is not allowed, or the set is missing or malformed.
     """
     from vmoe.evaluation.evaluate import open_data
 
@@ -51,12 +51,12 @@ def load_data(checkpoint: "TrainedModel", options: argparse.Namespace) -> "Image
 
 
 def matched(checkpoint: "TrainedModel", data: "ImageDataModule", classes: str, say: bool = True) -> "TrainedModel":
-    """The checkpoint with the classes of the set that it is measured on for its own (see `match_classes`).
+    """The checkpoint with outputs for the classes of the measured set (see `match_classes`).
 
-    Where they are not the same, a line on stderr says how they are matched, if `say`.
+    If the classes differ and `say` is set, it prints a line on the match to stderr.
 
     Raises:
-        UserError: the model does not know a class of the set.
+        UserError: The model does not know a class of the set.
     """
     from vmoe.evaluation.evaluate import match_classes
 
@@ -67,7 +67,7 @@ def matched(checkpoint: "TrainedModel", data: "ImageDataModule", classes: str, s
 
 
 def add_data_options(parser: argparse.ArgumentParser) -> None:
-    """The options that `load_data` reads, and the device."""
+    """Adds the options of `load_data`, and the device."""
     add = parser.add_argument
     add("--data", metavar="NAME", help="another set than the run's: a folder, a table, an .npz file or a set's name")
     add("--root", metavar="DIR", help="where the data are, if not where the run had them")
@@ -85,14 +85,14 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
 
 
 def halving_batches(job: Callable[[], T], options: argparse.Namespace) -> T:
-    """What a job returns; where it runs out of memory, it begins again with half as many images per batch.
+    """Runs a job and returns its result. If memory runs out, it starts again with half the batch size.
 
     Args:
         job: Reads `options.batch_size`, and calls `note_batches` once it knows its batches.
-        options: Of the command line.
+        options: The command line's options.
 
     Raises:
-        UserError: batches cannot be smaller.
+        UserError: Batches cannot be smaller.
     """
     options.batch_unit = None
     while True:
@@ -107,15 +107,15 @@ def halving_batches(job: Callable[[], T], options: argparse.Namespace) -> T:
                 advice = "give a smaller --batch-size, another --device or a smaller model"
                 raise UserError(memory_line(error, advice)) from error
             line = memory_line(error, f"begins again with batches of {half} images in place of {options.batch_size}")
-        print(line, file=sys.stderr)  # outside of the block above, whose error holds what filled the memory
+        print(line, file=sys.stderr)  # after the block above, since its error holds the memory
         options.batch_size = half
         free_memory()
 
 
 def note_batches(options: argparse.Namespace, size: int, model: "nn.Module | None") -> None:
-    """Tells `halving_batches` how many images a batch holds, and of what that must be a multiple.
+    """Records for `halving_batches` the batch size and its required divisor.
 
-    Tokens that compete for capacity do so in groups of images, which must stay what they are.
+    The divisor keeps routing groups intact: their images compete for capacity.
     """
     from vmoe.moe import moe_layers
 
@@ -128,10 +128,10 @@ def note_batches(options: argparse.Namespace, size: int, model: "nn.Module | Non
 
 
 def find_files(paths: "Sequence[str]") -> "list[Path]":
-    """The image files that a job is given, by name or by folder; what is passed over in folders is said on stderr.
+    """The image files of a job's paths, files or folders. It prints on stderr what it ignores in folders.
 
     Raises:
-        UserError: a path does not exist or is no regular file, or a folder holds no picture.
+        UserError: A path does not exist or is no regular file, or a folder holds no picture.
     """
     from vmoe.data.image_files import PassedOver, find_images
 
@@ -143,7 +143,7 @@ def find_files(paths: "Sequence[str]") -> "list[Path]":
 
 
 def depth_of(known: int | None, files: "Sequence[Path]") -> int | None:
-    """The bits of files with more than 8 per channel: a model's own, else as measured, which is said on stderr."""
+    """The bit depth of files with more than 8 bits per channel: the model's, else measured and printed on stderr."""
     from vmoe.data.bit_depth import depth_lines, depth_of_files
 
     if known is not None or (measured := depth_of_files(files)) is None:
@@ -154,7 +154,7 @@ def depth_of(known: int | None, files: "Sequence[Path]") -> int | None:
 
 
 def say_left_out(lines: "Sequence[str]", count: int) -> None:
-    """Says on stderr which of `count` image files could not be read; each of these has a line."""
+    """Prints on stderr a line for each of `count` image files that could not be read."""
     if lines:
         print(f"{len(lines)} of {count} files left out:", *map(printable, lines), sep="\n  ", file=sys.stderr)
 
@@ -162,12 +162,12 @@ def say_left_out(lines: "Sequence[str]", count: int) -> None:
 def load_files(
     checkpoint: "TrainedModel", paths: "Sequence[Path]", options: argparse.Namespace
 ) -> "tuple[ImageLoader, list[Path]]":
-    """Batches of image files without labels, prepared as in evaluation, in a random order, and the files in that order.
+    """Batches of image files without labels, prepared as in evaluation, in random order, and the files in that order.
 
-    All files are opened first; those that cannot be read are left out, and said on stderr.
+    All files are opened first. Those that cannot be read are left out and printed on stderr.
 
     Raises:
-        UserError: an option's value is not allowed, or not one file can be read.
+        UserError: An option's value is not allowed, or no file can be read.
     """
     import numpy as np
     import torch
@@ -190,10 +190,10 @@ def load_files(
 
 
 def _columns(given: Sequence[str]) -> "TableConfig":
-    """The columns of a table that `--columns` names.
+    """The columns of a table in `--columns`.
 
     Raises:
-        UserError: a word is no ROLE=NAME.
+        UserError: A word is no ROLE=NAME.
     """
     from vmoe.data.config import TableConfig
 

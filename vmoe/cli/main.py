@@ -9,7 +9,7 @@ from vmoe.extras import missing_extra, require_extras
 from vmoe.text import readers_may_leave, replace_what_cannot_be_shown
 from vmoe.version import __version__
 
-# What the jobs are for, in the order of the help
+# The jobs and their purpose, in the order of the help
 GROUPS = {
     "Train and compare": {
         "train": "train a model from a config, or resume a run",
@@ -42,7 +42,7 @@ GROUPS = {
     },
 }
 JOBS = {job: text for group in GROUPS.values() for job, text in group.items()}
-# The extras that a job cannot do without. Some options of others need one too, and check it themselves.
+# The extras that a job always needs. Some options of other jobs need one too, and check it themselves.
 EXTRAS_OF_JOBS = {
     "train": ("train",),
     "evaluate": ("train",),
@@ -61,12 +61,12 @@ EXTRAS_OF_JOBS = {
     "distill": ("train",),
     "make-shards": ("webdataset",),
     "import-jax": ("jax",),
-    "demo": ("train", "analysis"),  # which `make demo` runs
+    "demo": ("train", "analysis"),  # `make demo` runs it
 }
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one job and returns its exit code; 2 when there is no such job."""
+    """Runs one job and returns its exit code; 2 if there is no such job."""
     replace_what_cannot_be_shown()
     with readers_may_leave():
         return _run(sys.argv[1:] if argv is None else argv)
@@ -92,7 +92,7 @@ def _run(argv: list[str]) -> int:
 def run_job(job: str, argv: list[str] | None = None) -> int:
     """Runs one of `JOBS`, or the demonstration; returns its exit code.
 
-    It is 2 when an extra that the job needs is not installed. Without `argv` the arguments are those of the process.
+    The code is 2 if a needed extra is not installed. Without `argv` it takes the arguments of the process.
     """
     argv = sys.argv[1:] if argv is None else argv
     try:

@@ -1,6 +1,6 @@
 """\
 Writes the images of class folders, FOLDER/train/CLASS/IMAGE and the same in val or test, as tar shards in a new folder:
-few large files instead of millions of small ones. The images' bytes stay as they are. This job needs `pip install
+few large files instead of millions of small ones. The images' bytes do not change. This job needs `pip install
 'vmoe[webdataset]'`; training on shards does not.
 
   vmoe make-shards imagenet --out imagenet-shards

@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 
 class _UserParser(argparse.ArgumentParser):
-    """Reports a wrong command line as any other mistake of the user: one line, exit code 2.
+    """Reports a wrong command line like any other mistake of the user: one line, exit code 2.
 
-    Its help is short for a job with many options; `format_all` has all of them.
+    A job with many options has a short help. `format_all` lists all options.
     """
 
     job = ""
@@ -31,10 +31,10 @@ class _UserParser(argparse.ArgumentParser):
 
 
 def new_parser(job: str, description: str) -> argparse.ArgumentParser:
-    """A parser for `vmoe JOB` whose errors are `UserError`s and whose options cannot be abbreviated."""
+    """A parser for `vmoe JOB`. Its errors are `UserError`s, and options cannot be abbreviated."""
     parser = _UserParser(prog=f"vmoe {job}", description=description, formatter_class=wide, allow_abbrev=False)
     parser.job = job
-    shown = "explain all options" if job in SHORT else argparse.SUPPRESS  # the same as --help there
+    shown = "explain all options" if job in SHORT else argparse.SUPPRESS  # for other jobs it equals --help
     parser.add_argument("--help-all", action=HelpAll, help=shown)
     return parser
 
@@ -51,7 +51,7 @@ def capacity_factor(text: str) -> float:
 
 
 def count(text: str, least: int = 1) -> int:
-    """Reads a whole number that is at least `least`, 0 or more."""
+    """Reads a whole number that is at least `least`, which is 0 or more."""
     if not text.isdecimal() or int(text) < least:
         raise argparse.ArgumentTypeError(f"{text!r} must be a whole number >= {least}")
     return int(text)
@@ -69,12 +69,12 @@ def probability(text: str) -> float:
 
 
 def choose_device(name: str) -> "torch.device":
-    """The device that `--device` names; "auto" is a GPU where there is one.
+    """The device that `--device` names; "auto" is a GPU if there is one.
 
     Raises:
-        UserError: torch knows no such device, or it is not there.
+        UserError: torch knows no such device, or this machine has none.
     """
-    import torch  # here, since --help and a mistyped option need not wait for it
+    import torch  # here, so that --help and mistyped options do not wait for it
 
     choose_threads()
     if name == "auto":
@@ -88,6 +88,6 @@ def choose_device(name: str) -> "torch.device":
 
 
 def split_options(argv: list[str]) -> tuple[list[str], list[str]]:
-    """A job's own arguments, and those behind `--`, which are for the training that it starts."""
+    """Splits arguments into a job's own, and those after `--` for the training that it starts."""
     place = argv.index("--") if "--" in argv else len(argv)
     return argv[:place], argv[place + 1 :]

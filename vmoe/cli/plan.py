@@ -1,17 +1,18 @@
 """\
-Predicts, from a config alone, what each process needs and how long a step takes on many GPUs, for every way to spread
-the model: ddp, fsdp, and expert with each expert_size, all but the experts cut or whole. Nothing is trained, and no
-GPU is needed.
+Predicts from a config the memory of each process and the time of a step on many GPUs, for every mesh layout: ddp, fsdp,
+and expert with each expert_size, with all except the experts sharded ("cut") or whole. Nothing is trained, and no GPU
+is needed.
 
   vmoe plan --config configs/imagenet_vmoe_s16.yaml --gpus 64 --gpu h100-80g --network ib-400
   vmoe plan --config configs/imagenet_vmoe_s16.yaml --gpus 8 --data.batch_size 1024 --moe.num_experts 32
 
-Options of the config can follow by their dotted names. Layouts come best first, those that are not feasible last, with
-what is missing. Shares of the time: compute (products, attention), memory (all else, the update included), network
-(what no computing hides), host (by which the host is slower than the GPU). GB sent: by one process in one update.
+Options of the config can follow by their dotted names. The best layouts come first, those that are not feasible last,
+with the reason. Shares of the time: compute (products, attention), memory (all else, the update included), network
+(time that no computing hides), host (time by which the host is slower than the GPU). GB sent: by one process in one
+update.
 
---measure instead runs models on the GPU here and compares peak memory and time of a step with the predictions, by the
-table's rates and by the GPU's own, measured first.
+--measure instead runs models on this machine's GPU and compares peak memory and time of a step with the predictions:
+with the table's rates, and with the GPU's own, which it measures first.
 
   vmoe plan --measure
 
@@ -36,7 +37,7 @@ from vmoe.files import write_csv, write_json, write_text
 if TYPE_CHECKING:
     from vmoe.bench.plan.planner import Traces
 
-_BANDWIDTHS = [2**step * 1e9 for step in range(8)]  # of curves, bytes/s of a GPU
+_BANDWIDTHS = [2**step * 1e9 for step in range(8)]  # points of the curves, bytes/s per GPU
 
 
 @job()
@@ -150,7 +151,7 @@ def _rates(table: Machine, measured: Machine) -> str:
 
 
 def _plan_parser() -> argparse.ArgumentParser:
-    """The parser of `vmoe plan`; what it does not know may be options of the config."""
+    """The parser of `vmoe plan`. Unknown options may be options of the config."""
     parser = new_parser("plan", __doc__)
     add = parser.add_argument
     add("--config", metavar="YAML", help="a recipe, such as configs/digits.yaml")

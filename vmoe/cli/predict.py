@@ -1,6 +1,6 @@
 """\
-Names the most probable classes of pictures of any size and mode, prepared as in evaluation (the central square,
-resized), or all its classes where the model knows several per image. MODEL is a checkpoint, a run's folder, a
+Prints the most probable classes of pictures of any size and mode, or all their classes if the model knows several per
+image. Pictures are prepared as in evaluation (the central square, resized). MODEL is a checkpoint, a run's folder, a
 safetensors file, a folder written by `vmoe export --format hub`, the name of one on the hub (hf-hub:USER/NAME), or an
 ONNX file. Files that cannot be read as images are listed at the end.
 
@@ -64,7 +64,7 @@ def _predicted(options: argparse.Namespace) -> None:
         if model.calibration is None:
             what = f"--coverage {options.coverage:g}: {options.model} is not calibrated"
             raise UserError(f"{what}; `vmoe calibrate` writes a file that is")
-        least_probability(model.calibration, options.coverage)  # before the work, whether it can be had
+        least_probability(model.calibration, options.coverage)  # raises before the work if the coverage is too high
     batch = 1 if options.routing else options.batch_size
     note_batches(options, batch, model)
     found = model.predict(
@@ -114,7 +114,7 @@ def _predicted(options: argparse.Namespace) -> None:
         {"file": answer["file"], "rank": rank, **each, **_label_of(answer, each["class"])}
         for answer, classes in zip(answers, ranked, strict=True)
         for rank, each in enumerate(classes, 1)
-        # A class with a low threshold may be a label although it is not among the most probable ones
+        # a class with a low threshold may be a label without being among the most probable classes
         if rank <= options.top or each["class"] in answer["labels"]
     ]
     if options.csv is not None:
@@ -130,7 +130,7 @@ def _predicted(options: argparse.Namespace) -> None:
 
 
 def _label_of(answer: dict, class_name: str) -> dict:
-    """What a row of the table says of the label, where one is chosen; of several classes, whether this one is."""
+    """A table row's entry on the label: the label itself, or with several classes whether this class is one."""
     if "labels" in answer:
         return {"is_label": class_name in answer["labels"]}
     label = {"label": answer["label"]} if "label" in answer else {}
@@ -143,14 +143,14 @@ def _write_parquet(path: Path, rows: list[dict]) -> None:
 
     from vmoe.files import atomic_write
 
-    # Parquet's texts are UTF-8; a file's name may be none
+    # Parquet's texts are UTF-8, but a file's name may be invalid UTF-8
     plain = [{**row, "file": row["file"].encode(errors="replace").decode()} for row in rows]
     with atomic_write(path) as temporary:
         parquet.write_table(pyarrow.Table.from_pylist(plain), temporary)
 
 
 def _shares_of_experts(model: "TrainedModel", file: Path, bit_depth: int | None) -> dict[str, list[float]]:
-    """For each MoE layer, the share of the choices of an image's patches that went to each expert."""
+    """Per MoE layer, each expert's share of the choices of an image's patches."""
     from vmoe.data import load_image
     from vmoe.explain.heatmap.routed import describe_layer, route_image
 

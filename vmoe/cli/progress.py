@@ -1,4 +1,4 @@
-"""What jobs show on stderr while they work: a bar in a terminal, else a line every 10 seconds."""
+"""The progress of jobs on stderr: a bar in a terminal, else a line every 10 seconds."""
 
 import sys
 import threading
@@ -14,7 +14,7 @@ EVERY = 10.0  # seconds
 
 
 class Tracked:
-    """Batches, or other steps of a job, with the job's progress each time they are gone through."""
+    """Batches, or other steps of a job, that show the job's progress during each iteration."""
 
     def __init__(self, steps: Iterable, description: str) -> None:
         self._steps, self._description = steps, description
@@ -32,16 +32,16 @@ class Tracked:
 
 
 def begin_job() -> None:
-    """A job begins: its first line comes in 10 seconds, whatever ran before it in this process."""
+    """Starts a job: its first line comes after 10 seconds, whatever ran before it in this process."""
     _lines.restart()
 
 
 @contextmanager
 def working(description: str | Callable[[], str]) -> Iterator[None]:
-    """Says every 10 seconds what the job is at, also where one step takes long; of blocks in each other the inner one.
+    """Prints the job's current activity every 10 seconds, also during a long step. In nested blocks the inner counts.
 
     Args:
-        description: What it does, such as "exporting", or a function that says how far it is.
+        description: The activity, such as "exporting", or a function that returns the progress.
     """
     said = description if callable(description) else lambda: description
     _lines.begin(said)
@@ -52,11 +52,11 @@ def working(description: str | Callable[[], str]) -> Iterator[None]:
 
 
 class _Lines:
-    """A thread that writes lines while there is something to say."""
+    """A thread that writes lines while a block is active."""
 
     def __init__(self) -> None:
-        self._said: list[tuple[Callable[[], str], float]] = []  # and since when
-        self._last = self._ended = -EVERY  # when there was a line, and when there was nothing more to say
+        self._said: list[tuple[Callable[[], str], float]] = []  # descriptions, and their start times
+        self._last = self._ended = -EVERY  # times of the last line, and of the end of the last block
         self._over = threading.Event()
 
     def restart(self) -> None:
@@ -65,8 +65,8 @@ class _Lines:
     def begin(self, said: Callable[[], str]) -> None:
         now = time.monotonic()
         self._said.append((said, now))
-        if len(self._said) == 1 and not sys.stderr.isatty():  # a terminal has bars, which lines would break
-            if now - self._ended >= EVERY / 10:  # else many short steps would never say a thing
+        if len(self._said) == 1 and not sys.stderr.isatty():  # a terminal shows bars, which lines would break
+            if now - self._ended >= EVERY / 10:  # else many short steps would never print a line
                 self._last = now
             self._over = threading.Event()
             threading.Thread(target=self._write, args=(self._over,), daemon=True).start()

@@ -1,19 +1,19 @@
 """\
-Drops experts of a V-MoE until N per layer are left, or merges alike ones into N, and tells what that costs: accuracy on
-the test images before and after, and after a short fine-tuning where that is asked for.
+Drops experts of a V-MoE until N per layer are left, or merges similar ones into N, and measures the cost: accuracy on
+the test images before and after, and on request after a short fine-tuning.
 
-Which experts matter is measured on training images: routed-mass is the combine weight that tokens give an expert,
-activation-norm the length of what it adds to them. With --merge those that matter most are heads of groups, each other
-expert joins the head that the router finds most like it, hidden units are aligned, and weights are averaged by routed
-mass.
+The importance of experts is measured on training images: routed-mass is the mean combine weight of an expert,
+activation-norm the mean norm of its weighted output. With --merge the most important experts are heads of groups, each
+other expert joins the head with the most similar router scores, hidden units are aligned, and weights are averaged by
+routed mass.
 
 Writes DIR/model.safetensors, which every tool opens, and DIR/prune.json. With --finetune, DIR/finetune is an ordinary
-run that starts from it: the checkpoint's own recipe at a tenth of its learning rates, without warm-up, uncompiled. What
-follows -- goes to that run as options of `vmoe train`.
+run that starts from it: the checkpoint's own recipe at a tenth of its learning rates, without warm-up, uncompiled.
+Options after -- go to that run as options of `vmoe train`.
 
-With --keep-classes the images of these classes alone are measured, and the experts that they use stay, as many in each
-layer. The logits of an image that needs no other expert stay what they are; the result says for how many test images
-that holds. It is for models that route whole images (moe.route=image).
+With --keep-classes only images of these classes are measured, and the experts that they use stay, the same number in
+each layer. The logits of an image that needs no other expert do not change; the result has the number of such test
+images. It is for models that route whole images (moe.route=image).
 
   vmoe prune runs/cifar10 --keep 4 --out runs/cifar10_of4
   vmoe prune runs/cifar10 --keep 2 --merge --finetune 1 --out runs/cifar10_merged -- --optim.lr 1e-4
@@ -46,14 +46,14 @@ if TYPE_CHECKING:
     from vmoe.data import ImageDataModule
     from vmoe.training.config import TrainConfig
 
-# What is reported of a model, by whether an image may have several classes: its title, and a run's metric
+# The reported figure, by whether an image may have several classes: its title, and a run's metric
 _FIGURES = {
     False: {"top1": ("top-1", "test/top1"), "nll": ("NLL", "test/loss")},
     True: {"average_precision": ("mAP", "test/mAP"), "bce": ("BCE", "test/loss")},
 }
 
 
-_ROUNDING = 1e-4  # of the largest logit: by so much products of other batches differ
+_ROUNDING = 1e-4  # of the largest logit: the rounding of products differs by this much between batches
 
 
 @job(DATA_OPTIONS)
@@ -155,7 +155,7 @@ def _finetuning(
     device: "torch.device",
     for_training: list[str],
 ) -> "TrainConfig":
-    """The run that trains the result a little: the checkpoint's recipe, gentler."""
+    """The config of the short fine-tuning: the checkpoint's recipe with lower learning rates."""
     from vmoe.checkpoints import RunFolder
     from vmoe.cli.follow_up import follow_up
 
@@ -198,7 +198,7 @@ def _write_result(
 def _accuracy_of(
     checkpoint: "TrainedModel", data: "ImageDataModule", device: "torch.device", classes: list[int] | None
 ) -> dict[str, Any]:
-    """Figures on the test images, or those of some classes, and parameters of a checkpoint."""
+    """A checkpoint's figures on the test images (or those of some classes), and its parameters."""
     from vmoe.evaluation.engine import measure_batches
     from vmoe.models.cost import count_parameters
 
@@ -210,7 +210,7 @@ def _accuracy_of(
 
 
 class _OfClasses:
-    """Batches with the images of some classes alone; with None, all of them."""
+    """Batches with only the images of some classes; None keeps all."""
 
     def __init__(self, batches: Iterable, classes: list[int] | None) -> None:
         self._batches, self._classes = batches, classes
@@ -232,7 +232,7 @@ class _OfClasses:
 
 
 def _indices(wanted: list[str], names: list[str]) -> list[int]:
-    """The classes that --keep-classes names: one by one, or several with commas between them."""
+    """The indices of the classes in --keep-classes, separated by spaces or commas."""
     chosen = [name for given in wanted for name in ([given] if given in names else given.split(","))]
     for name in chosen:
         if name not in names:
@@ -242,7 +242,7 @@ def _indices(wanted: list[str], names: list[str]) -> list[int]:
 
 
 def _all_in_use(checkpoint: "TrainedModel", use: "dict[str, ExpertUse]", wanted: list[str]) -> int:
-    """How many experts per layer the images of the wanted classes use."""
+    """The number of experts per layer that images of the wanted classes use."""
     from vmoe.compress.pruning import experts_in_use
 
     used, experts = experts_in_use(checkpoint.model, use), len(next(iter(use.values())).mass_E)
@@ -259,7 +259,7 @@ def _all_in_use(checkpoint: "TrainedModel", use: "dict[str, ExpertUse]", wanted:
 def _unchanged(
     before: "TrainedModel", after: "TrainedModel", batches: Iterable, device: "torch.device"
 ) -> dict[str, Any]:
-    """For how many images the logits stayed what they were, and by how much those differ at most."""
+    """The number of images with unchanged logits, and the largest difference of these."""
     import torch
 
     images, same, largest = 0, 0, 0.0

@@ -1,17 +1,17 @@
 """\
-Answers over HTTP what is in pictures, in batches of the requests that wait (pip install 'vmoe[serve]'). MODEL is what
-`vmoe predict` takes. Only this machine reaches it unless --host says otherwise. Where the environment holds
-VMOE_API_KEY, requests must send it in the header X-API-Key. Ctrl-C or SIGTERM stops it after the last answer.
+Serves a model over HTTP and answers waiting requests in batches (pip install 'vmoe[serve]'). MODEL is as for `vmoe
+predict`. Only this machine can reach it, unless --host is given. If the environment has VMOE_API_KEY, requests must
+send it in the header X-API-Key. Ctrl-C or SIGTERM stops it after the last answer.
 
   vmoe serve assets/models/cifar100_tiny.safetensors
   curl -F image=@photo.jpg http://127.0.0.1:8000/predict
   curl -F image=@photo.jpg -F top=1 -F routing=true http://127.0.0.1:8000/predict
   curl http://127.0.0.1:8000/health
 
-/docs is a page that describes and tries all of it, /openapi.json the description alone.
+/docs is a page to read and try the API, /openapi.json its description alone.
 
-JSON is taken too, with the image's bytes in base64, or a data URL: {"image": "...", "top": 1, "routing": true}. A bad
-request is answered by {"detail": "..."} with its status.
+A request may also be JSON, with the image's bytes in base64 or a data URL: {"image": "...", "top": 1, "routing": true}.
+A bad request gets {"detail": "..."} with its status.
 """
 
 import argparse

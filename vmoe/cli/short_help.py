@@ -1,15 +1,15 @@
-"""What `vmoe JOB --help` prints for a job with many options: the most used ones. `--help-all` prints all of them."""
+"""The short help of jobs with many options: `vmoe JOB --help` prints the most used ones, `--help-all` all of them."""
 
 import argparse
 from typing import Any, NamedTuple
 
 from vmoe.cli.main import JOBS
 
-WIDTH, COLUMN = 118, 34  # characters of a line, and where explanations begin
+WIDTH, COLUMN = 118, 34  # characters per line, and the column of explanations
 
 
 class Short(NamedTuple):
-    """The most used options of a job, and what shows it at work."""
+    """The most used options of a job, and its examples."""
 
     options: tuple[str, ...]
     examples: tuple[str, str]
@@ -68,7 +68,7 @@ SHORT = {
 
 
 def help_of_job(job: str, parser: argparse.ArgumentParser) -> str:
-    """The page of a job that stands in `SHORT`."""
+    """The help page of a job in `SHORT`."""
     actions = {action.dest: action for action in parser._actions if action.help is not argparse.SUPPRESS}
     words = [action for action in actions.values() if not action.option_strings]
     all_options = [action for action in actions.values() if action.option_strings]
@@ -88,12 +88,12 @@ def help_of_job(job: str, parser: argparse.ArgumentParser) -> str:
 
 
 def wide(prog: str) -> argparse.HelpFormatter:
-    """A formatter for lines as long as the descriptions'."""
+    """A help formatter with the line length of the descriptions."""
     return argparse.RawDescriptionHelpFormatter(prog, max_help_position=COLUMN, width=WIDTH)
 
 
 class HelpAll(argparse.Action):
-    """--help-all: prints the whole help and ends."""
+    """The action of --help-all: prints the whole help and exits."""
 
     def __init__(self, option_strings: list[str], dest: str, help: str) -> None:
         super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help=help)

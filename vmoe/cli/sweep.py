@@ -1,8 +1,7 @@
 """\
 Trains all arms and seeds of a study's file, several side by side, since one small model would leave a GPU idle. Each is
-a `vmoe train` in its own process and its own folder OUT/ARM_sSEED. Runs that are done are passed over and stopped ones
-resumed, so that the same command can be given again. Several GPUs get equally many runs. What follows -- goes to each
-run.
+a `vmoe train` in its own process and its own folder OUT/ARM_sSEED. The same command can be given again: it skips
+finished runs and resumes stopped ones. Several GPUs get equal numbers of runs. Options after -- go to each run.
 
   vmoe sweep configs/studies/cifar100.yaml --out runs/study --jobs 7
   vmoe sweep configs/studies/cifar100.yaml --out runs/study --arms dense soft_10 --seeds 3 4 -- --data.root ~/data
@@ -23,7 +22,7 @@ from vmoe.training.recipes import find_recipe
 
 @job()
 def main(argv: list[str]) -> int:
-    """Runs the job; 1 when a run failed."""
+    """Runs the job. The exit code is 1 if a run failed."""
     own, common = split_options(argv)
     options = _sweep_parser().parse_args(own)
     # Imported here, so that --help and a mistyped option answer at once.
@@ -49,7 +48,7 @@ def main(argv: list[str]) -> int:
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs that are to be seen, as CUDA_VISIBLE_DEVICES names them."""
+    """The visible GPUs, by their names in CUDA_VISIBLE_DEVICES."""
     import torch
 
     given = os.environ.get("CUDA_VISIBLE_DEVICES")

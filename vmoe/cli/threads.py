@@ -1,4 +1,4 @@
-"""The threads that torch computes with: as many as the cores that this process may use, which sleep while they wait."""
+"""torch's threads: one per core that this process may use. They sleep while they wait."""
 
 import math
 import os
@@ -12,22 +12,22 @@ _GROUPS = Path("/sys/fs/cgroup")
 
 
 def let_threads_sleep() -> None:
-    """Lets threads that wait for others sleep; to be called before torch is imported.
+    """Makes waiting threads sleep. Call it before torch is imported.
 
-    OpenMP's threads would keep their cores busy instead. Where other programs want these cores too, the threads that
-    are waited for then hardly run: a training that shared two cores became 15 times as fast by this. A user's own
-    choice in the environment stays.
+    By default OpenMP's waiting threads keep their cores busy. If other programs need these cores too, working threads
+    hardly run: this made a training on two shared cores 15 times as fast. A user's own setting in the environment
+    stays.
     """
     if "GOMP_SPINCOUNT" not in os.environ:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def choose_threads(workers: int = 0, processes: int = 1) -> str:
-    """Sets torch's threads, unless the environment has OMP_NUM_THREADS; the number and its reason, to print.
+    """Sets torch's threads, unless the environment has OMP_NUM_THREADS. Returns the number and its reason.
 
     Args:
-        workers: Processes that load images meanwhile, each on a core of its own.
-        processes: Processes like this one on this machine.
+        workers: Number of processes that load images, each on its own core.
+        processes: Number of processes like this one on this machine.
     """
     import torch  # here, since --help and a mistyped option need not wait for it
 
@@ -47,15 +47,15 @@ def choose_threads(workers: int = 0, processes: int = 1) -> str:
 
 
 def cpu_quota(folder: Path = _GROUPS, own: Path = Path("/proc/self/cgroup")) -> float | None:
-    """How many cores' time this process's control groups (a container's, a job's) give it; None where all they like.
+    """The number of cores that this process's control groups (of a container or job) allow; None without a limit.
 
     Args:
-        folder: Where the groups are mounted.
+        folder: The mount point of the groups.
         own: The file that names this process's groups.
     """
     try:
         lines = own.read_text(encoding="utf-8").splitlines()
-    except OSError:  # no Linux
+    except OSError:  # not on Linux
         return None
     quotas = []
     for line in lines:
@@ -69,7 +69,7 @@ def cpu_quota(folder: Path = _GROUPS, own: Path = Path("/proc/self/cgroup")) -> 
 
 
 def _upwards(folder: Path, group: str) -> Iterator[Path]:
-    """The folders of a group and of all above it; a container sees its own group as the highest."""
+    """The folders of a group and of all groups above it. A container sees its own group as the highest."""
     path = folder / group.lstrip("/")
     yield from (each for each in (path, *path.parents) if each == folder or folder in each.parents)
 
@@ -82,7 +82,7 @@ def _words(path: Path) -> list[str]:
 
 
 def _quota(*words: str) -> float | None:
-    """Of a quota and its period, both in microseconds; None where there is none."""
+    """The cores of a quota and its period, both in microseconds; None without a quota."""
     if len(words) != 2 or words[0] in ("max", "-1"):
         return None
     return int(words[0]) / int(words[1])

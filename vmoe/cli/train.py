@@ -38,13 +38,13 @@ def _find_lr(config: TrainConfig) -> int:
 
 
 def trained(make_config: Callable[[], TrainConfig], command: list[str]) -> int:
-    """Trains the run that `make_config` gives, and prints the result; the job's exit code.
+    """Trains the run of `make_config`, prints the result, and returns the job's exit code.
 
-    `make_config` gives the run, or raises a UserError that is the same in all processes. The `command` line is for
+    `make_config` returns the config, or raises a UserError that is the same on all ranks. The `command` line is for
     summary.json.
 
     Raises:
-        UserError: a mistake in the options, the config or the data.
+        UserError: There is a mistake in the options, the config or the data.
     """
     process = Process.this()
     try:
@@ -52,7 +52,7 @@ def trained(make_config: Callable[[], TrainConfig], command: list[str]) -> int:
     except UserError as error:
         if process.is_first:
             raise
-        if error.everywhere:  # the first process tells it
+        if error.everywhere:  # only the first rank prints it
             return 2
         raise UserError(f"rank {process.rank} of {process.world_size}: {error}") from error
 
@@ -68,7 +68,7 @@ def _train(make_config: Callable[[], TrainConfig], command: list[str], process: 
     try:
         with stopped_at_once():
             from vmoe.training.fit import fit  # here, since a mistake in an option need not wait for Lightning
-        busy = config.data.workers if config.data.pipeline == "workers" else 0  # else they only read, at the start
+        busy = config.data.workers if config.data.pipeline == "workers" else 0  # others only read at the start
         progress.say(f"threads: {choose_threads(busy, process.local_world_size)}")
         fit(config, command=shlex.join(command))
     except Interrupted as stop:
@@ -91,7 +91,7 @@ def _train(make_config: Callable[[], TrainConfig], command: list[str], process: 
 
 
 def _smaller(config: TrainConfig) -> str:
-    """How a run takes less memory."""
+    """A line on ways to use less memory."""
     batch, accumulate = config.data.batch_size, config.trainer.accumulate
     ways = [
         f"lower data.batch_size={batch} and raise trainer.accumulate={accumulate} as much, which changes no update",
@@ -103,8 +103,8 @@ def _smaller(config: TrainConfig) -> str:
 
 
 def _resolved(config: TrainConfig, process: Process, progress: TrainingProgress) -> TrainConfig:
-    """The config with the planner's strategy in the place of auto; says why it is that one."""
-    from vmoe.bench.plan.choice import resolved  # here, since it brings much along
+    """The config with the planner's strategy instead of auto. It prints the reason."""
+    from vmoe.bench.plan.choice import resolved  # here: it imports many modules
 
     config, why = resolved(config, process)
     if why is not None:

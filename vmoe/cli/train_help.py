@@ -1,4 +1,4 @@
-"""What `vmoe train --help` prints: examples and the options that most runs need; `--help-all` prints all of them."""
+"""The short help of `vmoe train`: examples and the options that most runs need. `--help-all` prints all options."""
 
 import argparse
 import textwrap
@@ -39,7 +39,7 @@ The run's folder gets config.yaml, checkpoints/last.ckpt and best.ckpt, metrics.
 SIGTERM or Ctrl-C finishes the step, saves and exits with 143 or 130; --resume then goes on as if nothing had happened.
 Exit codes: 0 done; 2 a mistake in options, config or data, or a loss that became NaN; 130, 143 stopped, resumable.
 """
-# Option -> its value and what it does
+# Option -> its value and its effect
 MAIN = {  # the five most used ones first
     "output_dir": ("DIR", "the run's folder; runs/RECIPE where none is given"),
     "init_from": (
@@ -72,7 +72,7 @@ _MOST_USED, _COLUMN, _WIDTH = 5, 36, 120
 
 
 def short_help(actions: Iterable[argparse.Action]) -> str:
-    """The page; `actions` are all options, those of `moe` too, from which it takes defaults."""
+    """The help page. It takes defaults from `actions`, all options including those of `moe`."""
     by_name = {action.dest: action for action in actions if action.help is not argparse.SUPPRESS}
     recipes = ", ".join(name for name in recipe_names() if "/" not in name)
     lines = [_option_line(name, *text, by_name[name.removesuffix(".NAME")]) for name, text in MAIN.items()]

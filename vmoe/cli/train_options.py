@@ -34,12 +34,12 @@ which images: vmoe train photos/ --moe.layers last-2
 Every value of a config can be given here by its dotted name: --optim.lr 1e-3, --moe.num_experts 16, --moe.layers [3,5],
 --model.kwargs.drop_path_rate 0.1; --moe null trains the dense twin. --print_config shows what comes out.
 """
-FIND_LR = "--find_lr"  # what is done with the config, so no part of it
+FIND_LR = "--find_lr"  # an action on the config, not a part of it
 OUTSIDE_CONFIG = ("config", "print_config", "help", "help-all", "moe.help")
 
 
 class _Parser(jsonargparse.ArgumentParser):
-    """Its help is short; `format_all` also has the options of `moe`, which jsonargparse hides, being optional."""
+    """A parser with a short help. `format_all` adds the options of `moe`, which jsonargparse hides as optional."""
 
     def format_help(self) -> str:
         return short_help([*self._actions, *self._moe()._actions])
@@ -58,8 +58,8 @@ def parse(argv: list[str]) -> TrainConfig:
     """The checked config of a command line.
 
     Raises:
-        UserError: an option or key is unknown (with the nearest valid ones), of the wrong type, or out of range.
-        SystemExit: after --help, --help-all or --print_config.
+        UserError: An option or key is unknown (with the nearest valid ones), of the wrong type, or out of range.
+        SystemExit: After --help, --help-all or --print_config.
     """
     given = _read([word for word in argv if word != FIND_LR])
     try:
@@ -73,15 +73,15 @@ def parse(argv: list[str]) -> TrainConfig:
 
 
 class _Given(NamedTuple):
-    """An option of the command line, as all that follows reads it."""
+    """An option of the command line, split into name and value."""
 
     name: str  # without its dashes
-    value: str | None = None  # as it was written; None where the option has none. Of a config its file
-    content: dict[str, Any] | None = None  # of a config
+    value: str | None = None  # as written; None if there is none; the file of a config
+    content: dict[str, Any] | None = None  # the content of a config
 
     @property
     def written(self) -> str:
-        """The same for jsonargparse: a file's content, and texts in quotes within lists."""
+        """The option in jsonargparse's form: with a file's content, and with quoted texts within lists."""
         if self.content is not None:
             return f"--config={as_yaml(self.content)}"
         if self.value is None or self.name == "resume":
@@ -93,10 +93,10 @@ class _Given(NamedTuple):
 
 
 def _read(argv: list[str]) -> list[_Given]:
-    """The options of a command line, with the content of its config files; that of the run to go on with comes first.
+    """The options of a command line, with the content of its config files. A resumed run's config comes first.
 
     Raises:
-        UserError: a word belongs to no option, a file cannot be read, or a run is to be resumed and there is none.
+        UserError: A word belongs to no option, a file cannot be read, or there is no run to resume.
     """
     images, options = _first_word(argv)
     pairs: list[tuple[str, str | None]] = []
@@ -124,17 +124,17 @@ def _read(argv: list[str]) -> list[_Given]:
         else:
             own = LIGHTNING_NAMES.get(name, name)
             given.append(_Given(own, _as_bool(value) if name == "resume" and value is not None else value))
-    given.sort(key=lambda each: each.name == "resume")  # which a config that comes later does not take back
+    given.sort(key=lambda each: each.name == "resume")  # last, so that no config overrides it
     if "resume" in last and given[-1].value != "false" and not _files(given):
         given[:0] = _config_of_run(last.get("output_dir"), begins=given[-1].value == "auto")
     return given
 
 
 def _first_word(argv: list[str]) -> tuple[list[tuple[str, str | None]], list[str]]:
-    """The options that a first word without a dash stands for, the images to train on, and the words behind it.
+    """The options for a first word without a dash (the images to train on), and the words after it.
 
     Raises:
-        UserError: there are no such images, or they are given by an option too.
+        UserError: There are no such images, or an option gives them too.
     """
     if not argv or argv[0].startswith("-"):
         return [], argv
@@ -149,7 +149,7 @@ def _first_word(argv: list[str]) -> tuple[list[tuple[str, str | None]], list[str
             f"{word}: is no folder, table (.csv, .tsv, .parquet), .npz file or name of a set; give options as --NAME "
             "VALUE"
         )
-    ours = ["--data.name"] if root is None else ["--data.name", "--data.root"]  # a set's name leaves its folder open
+    ours = ["--data.name"] if root is None else ["--data.name", "--data.root"]  # a set's name does not give its folder
     named = [option for option in ours if any(_is_option(each, option) for each in options)]
     if named:
         raise UserError(f"{word}: says which images to train on, and so does {named[0]}; leave one of them out")
@@ -161,16 +161,16 @@ def _is_option(word: str, option: str) -> bool:
 
 
 def _as_bool(value: str) -> str:
-    """What was given for an option that is true, false or a word, with one way to write true and false."""
+    """The value of an option that is true, false or a word, with one spelling of true and false."""
     try:
         content = yaml.safe_load(value)
     except yaml.YAMLError:
-        return value  # for jsonargparse to refuse
+        return value  # jsonargparse refuses it with a message
     return str(content).lower() if isinstance(content, bool) else value
 
 
 def _config(path: str, content: dict[str, Any], has_folder: bool) -> _Given:
-    """A config file. A run's own means the run in whose folder it lies, wherever that was moved."""
+    """A config file as an option. A run's own file refers to the run in its current folder, even if that was moved."""
     if is_config_of_run(Path(path)):
         content = {key: value for key, value in content.items() if key not in ("output_dir", "resume")}
         content |= {} if has_folder else {"output_dir": str(Path(path).parent)}
@@ -178,14 +178,14 @@ def _config(path: str, content: dict[str, Any], has_folder: bool) -> _Given:
 
 
 def _config_of_run(folder: str | None, begins: bool) -> list[_Given]:
-    """The config of the run that is resumed without a config: its config.yaml, or what its last checkpoint holds.
+    """The config of a run that is resumed without a config: its config.yaml, or else its last checkpoint's.
 
     Args:
-        folder: The run's folder; None where it was not given.
-        begins: Whether a run begins where there is none.
+        folder: The run's folder, or None if not given.
+        begins: Whether a new run starts if there is none.
 
     Raises:
-        UserError: there is no run.
+        UserError: There is no run.
     """
     if folder is None:
         raise UserError("--resume: give the run's folder as --output_dir, or its config.yaml as --config")
@@ -206,7 +206,7 @@ def _config_of_run(folder: str | None, begins: bool) -> list[_Given]:
 
 
 def _files(given: list[_Given]) -> list[tuple[str, dict[str, Any]]]:
-    """The config files and their content, in their order."""
+    """The config files and their content, in order."""
     return [(each.value, each.content) for each in given if each.value is not None and each.content is not None]
 
 
@@ -215,7 +215,7 @@ def _parsed(given: list[_Given]) -> TrainConfig:
     recipes = ", ".join(name for name in recipe_names() if "/" not in name)
     parser.add_argument("--config", action="config", help=f"YAML file, or a recipe that comes with vmoe: {recipes}.")
     parser.add_class_arguments(TrainConfig, skip={"resume"})
-    parser.set_defaults({"data.name": None})  # the images must be chosen
+    parser.set_defaults({"data.name": None})  # the user must choose the images
     line = "Go on with the run in output_dir, by its own config; auto begins a run where there is none."
     parser.add_argument("--resume", nargs="?", const=True, default=False, type=bool | Literal["auto"], help=line)
     if any(each.name == "help-all" for each in given):
@@ -239,10 +239,10 @@ def _parsed(given: list[_Given]) -> TrainConfig:
 
 
 def _with_chosen_data(parsed: dict[str, Any]) -> TrainConfig:
-    """The config of what was parsed. The user must have chosen the images.
+    """The config of the parsed options. The user must have chosen the images.
 
     Raises:
-        UserError: they were not, which may be since --resume was forgotten, or an option is not allowed.
+        UserError: The user has not (perhaps --resume was forgotten), or an option is not allowed.
     """
     data = parsed["data"]
     is_chosen = not isinstance(data, dict) or data.get("name") is not None
@@ -271,10 +271,10 @@ def _with_chosen_data(parsed: dict[str, Any]) -> TrainConfig:
 
 
 def _check_image_size(config: TrainConfig, given: list[_Given]) -> None:
-    """Refuses a recipe of ours with another data set where nobody has said the side of its images.
+    """Refuses a packaged recipe with another data set if the image size is not given.
 
     Raises:
-        UserError: it is so.
+        UserError: The image size is missing.
     """
     files = [file for file, _ in _files(given)]
     sections = [content.get("data") or {} for _, content in _files(given)]
@@ -293,17 +293,17 @@ def _check_names(given: list[_Given], names: list[str]) -> None:
 
 
 def _explain(message: str, given: list[_Given]) -> str:
-    """One line for what jsonargparse refuses: the option, its value, and what is allowed by the option's type.
+    """A line for an error of jsonargparse: the option, its value, and the allowed values by the option's type.
 
-    Jsonargparse's own words depend on its version; of its message, only the option's name is taken.
+    Jsonargparse's wording depends on its version, so only the option's name is taken from its message.
     """
-    keys = re.findall(r'Parser key "([^"]+)"', message)  # a section's, then its option's
+    keys = re.findall(r'Parser key "([^"]+)"', message)  # the section's name, then the option's
     hints = option_types(TrainConfig)
     name = ".".join(keys) if ".".join(keys) in hints else "".join(keys[:1])
     if name not in hints:
         return " ".join(message.split())
     values = _values(name, given)
-    refused = [value for value in values if str(value) in message] or values  # of several, the one that was refused
+    refused = [value for value in values if str(value) in message] or values  # of several values, the refused one
     allowed = describe_type(hints[name])
     if refused and not str(refused[0]).startswith(("[", "{")):
         allowed = re.sub(r"^a list(?= or |$)", f"a list, such as [{refused[0]}],", allowed).removesuffix(",")
@@ -325,7 +325,7 @@ def _values(name: str, given: list[_Given]) -> list[Any]:
 
 
 class _KeepLines(jsonargparse.DefaultHelpFormatter):
-    """Keeps the description's lines as they are written."""
+    """A help formatter that keeps the line breaks of descriptions."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         return text.strip()

@@ -1,7 +1,7 @@
 """\
 Searches for good options of a recipe: Optuna proposes them, each trial is a `vmoe train` in its own process and folder
-OUT/trial_NNN, and what it reaches in validation decides. The same command goes on with a search that was stopped, also
-in the middle of a run; with more --trials it adds some. What follows -- goes to each run.
+OUT/trial_NNN, and its validation metric decides. The same command resumes a stopped search, also in the middle of a
+run; with more --trials it adds some. Options after -- go to each run.
 
   vmoe tune digits --out runs/tune --trials 8 --search optim.lr=1e-4:1e-2:log moe.top_k=1,2 -- --trainer.epochs 3
   vmoe tune search.yaml --out runs/tune --jobs 4
@@ -44,9 +44,9 @@ def main(argv: list[str]) -> int:
     from vmoe.training.tuning import SearchPlan, folder_of, read_space, run_search, samples_of, words_of
 
     space = read_space(search)
-    images = 1 if common and not common[0].startswith("-") else 0  # the word that says which, before all options
+    images = 1 if common and not common[0].startswith("-") else 0  # the word that names the images, before all options
     words = [*common[:images], *config, *common[images:]]
-    for values in samples_of(space):  # a range that no run takes is found before the first one
+    for values in samples_of(space):  # finds a range that no run accepts before the first run
         parse([*words, *words_of(values)])
     plan = SearchPlan(options.trials, options.jobs, options.metric, options.seed, visible_gpus())
     print(f"searching over {', '.join(space)} in {counted(plan.trials, 'run')}", flush=True)
@@ -62,7 +62,7 @@ def _search(options: argparse.Namespace) -> tuple[list[str], dict[str, Any]]:
     """The words that choose the config, and the ranges.
 
     Raises:
-        UserError: there are none, or they cannot be read.
+        UserError: There are no ranges, or they cannot be read.
     """
     search: dict[str, Any] = {}
     config: list[str] = []
@@ -96,7 +96,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _range(text: str, values: str) -> Any:
-    """What follows the = of `--search`."""
+    """Reads the values after the = of `--search`."""
     parts = values.split(":")
     if len(parts) > 1 and "[" not in values:
         low, high, *log = parts
