@@ -1,4 +1,4 @@
-"""What README and the pages for newcomers show, run as it stands there."""
+"""What README and the pages for newcomers show, run as it stands there; links, pictures and code of every page."""
 
 import re
 import runpy
@@ -68,6 +68,72 @@ def run_commands(page):
     return {line.split()[1] for line in lines}
 
 
+def pages():
+    """Every page of the documentation, with the code that it shows taken out of its text."""
+    for path in (REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *(REPOSITORY / "docs").rglob("*.md")):
+        yield path, re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+def headings(path):
+    """The anchors of a page's headings, as GitHub and the site make them."""
+    text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+    found = re.findall(r"^#+ (.*)", text, re.MULTILINE)
+    anchors = {re.sub(r"[^\w\- ]", "", each.lower()).strip().replace(" ", "-") for each in found}
+    return anchors | set(re.findall(r'<a id="(.*?)">', text))
+
+
+def test_every_link_leads_to_a_file_and_a_heading():
+    broken = []
+    for path, text in pages():
+        for link, anchor in re.findall(r"\]\((?!\w+:)([^)\s#]*)#?([^)\s]*)\)", text):
+            target = (path.parent / link).resolve() if link else path
+            known = target.exists() and (target.suffix != ".md" or not anchor or anchor in headings(target))
+            if not known and "::: " + anchor not in target.read_text(encoding="utf-8"):  # a name of mkdocstrings'
+                broken.append(f"{path.name}: {link}#{anchor}")
+    assert broken == []
+
+
+def test_every_page_opens_with_what_it_is_for_and_an_example():
+    for path, _ in pages():
+        _, opening, *rest = path.read_text(encoding="utf-8").split("\n\n")
+        before, fence, _ = "\n\n".join(rest).partition("```")
+        assert re.match(r"\w", opening.lstrip("`*")) and fence, path.name
+        assert before.count("\n") < 30, f"{path.name}: more than a screen before the first example"
+
+
+def test_every_picture_says_what_it_shows():
+    for path, text in pages():
+        for words in re.findall(r"!\[(.*?)\]", text):
+            assert len(words) > 50, f"{path.name}: {words}"
+
+
+def test_python_of_every_page_can_be_parsed():
+    for path, _ in pages():
+        for block in blocks(path.relative_to(REPOSITORY), "python"):
+            compile(block, path.name, "exec")
+
+
+@pytest.mark.slow  # the names of options alone are checked by tests/reliability/test_errors.py
+def test_recipes_take_the_options_that_pages_show(tmp_path, monkeypatch):
+    """`vmoe train --config RECIPE` of every page, up to the point where it would train."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(REPOSITORY / "configs")
+    tried = set()
+    for path, _ in pages():
+        for block in (*blocks(path.relative_to(REPOSITORY), "sh"), *blocks(path.relative_to(REPOSITORY), "bash")):
+            for line in block.replace("\\\n", " ").splitlines():
+                words = shlex.split(line, comments=True)
+                recipe = REPOSITORY / "configs" / f"{Path(words[3]).stem}.yaml" if len(words) > 3 else None
+                is_made = words[:3] == ["vmoe", "train", "--config"] and recipe.exists()
+                if is_made and not {"--find_lr", "--resume"} & set(words) and path.name != "errors.md":
+                    tried.add(tuple(words[1:]))
+    assert len(tried) >= 15
+    for words in tried:
+        with pytest.raises(SystemExit) as end:
+            main([*words, "--print_config"])
+        assert end.value.code == 0, words
+
+
 def test_readme_is_short():
     assert len((REPOSITORY / "README.md").read_text(encoding="utf-8").splitlines()) <= 130
 
@@ -119,3 +185,8 @@ def test_every_job_is_on_the_page_of_commands():
 def test_example_of_the_glossary_runs():
     names = run_python("docs/glossary.md")
     assert names["trace"].layers["blocks.11.mlp"].chosen.shape == (1, 197, 1)
+
+
+def test_example_of_the_routers_runs():
+    names = run_python("docs/routers.md")
+    assert names["model"](names["images"]).shape == (4, 10)

@@ -97,16 +97,35 @@ def _messages(file: Path) -> Iterator[str]:
                     yield re.sub(r"`[^`]*`", "", part.value)
 
 
-def test_no_message_names_an_option_that_no_command_has():
-    """A job's own file names its own options; other rooms, whose callers vary, an option of some job."""
-    package = Path(vmoe.__file__).parent
+@cache
+def options_of_jobs() -> dict[str, set[str]]:
+    """The options of each job, and of training where they are passed on."""
     of_training = {f"--{name}" for name in (*option_names(TrainConfig), "config", "resume")}
     options = {job: set(re.findall(r"--[a-z][\w-]*", help_of(job))) | of_training for job in JOBS}
     for sub_job in ("layer", "model", "data", "serve", "scaling"):
         options["benchmark"] |= set(re.findall(r"--[a-z][\w-]*", help_of("benchmark", sub_job)))
+    return options
+
+
+def test_no_message_names_an_option_that_no_command_has():
+    """A job's own file names its own options; other rooms, whose callers vary, an option of some job."""
+    package = Path(vmoe.__file__).parent
+    options = options_of_jobs()
     every = set().union(*options.values())
     for file in package.rglob("*.py"):
         known = options.get(file.stem.replace("_", "-"), every) if file.parent.name == "cli" else every
         for message in _messages(file):
             found = re.findall(r"(?<![\w-])--[a-z][\w.-]*\w", message)
             assert not [option for option in found if option not in known], (file, message)
+
+
+def test_no_page_shows_an_option_that_its_job_has_not():
+    root = Path(__file__).parents[2]
+    for path in (root / "README.md", *(root / "docs").rglob("*.md")):
+        blocks = re.findall(r"```(?:sh|bash)\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL)
+        for line in "\n".join(blocks).replace("\\\n", " ").splitlines():
+            command = re.search(r"(?:vmoe |tools/)([a-z][\w-]*)(?:\.py)?([^#]*)", line)
+            if command and command[1] in JOBS and path.name != "errors.md":
+                for option in re.findall(r"(?<=\s)--[a-z][\w.-]*", command[2]):
+                    known = options_of_jobs()[command[1]] | {"--help", "--help-all"}
+                    assert option in known or option.startswith("--model.kwargs."), (path.name, line)
