@@ -32,10 +32,10 @@ if TYPE_CHECKING:
         update_router_biases,
     )
     from vmoe.routing.recording import record_routing
-    from vmoe.training.callbacks import Ema, ExactResume, NanGuard, RoutingMonitor
+    from vmoe.training.callbacks import Ema, ExactResume, GradualUnfreezing, NanGuard, RoutingMonitor
     from vmoe.training.classifier import Classifier
     from vmoe.training.fit import fit
-    from vmoe.training.run.finding import find_lr
+    from vmoe.training.run.finding import find_batch_size, find_lr
     from vmoe.training.tuning import tune
 else:  # hidden from type checkers, which would take any name for one of this package's
     from vmoe.moe import CONTROL_NAMES
@@ -49,10 +49,10 @@ else:  # hidden from type checkers, which would take any name for one of this pa
             "vmoe.routing.recording": ["record_routing"],
             "vmoe.checkpoints": ["TrainedModel", "load", "save"],
             "vmoe.data": ["ImageDataModule", "prepare_image"],
-            "vmoe.training.callbacks": ["Ema", "ExactResume", "NanGuard", "RoutingMonitor"],
+            "vmoe.training.callbacks": ["Ema", "ExactResume", "GradualUnfreezing", "NanGuard", "RoutingMonitor"],
             "vmoe.training.classifier": ["Classifier"],
             "vmoe.training.fit": ["fit"],
-            "vmoe.training.run.finding": ["find_lr"],
+            "vmoe.training.run.finding": ["find_batch_size", "find_lr"],
             "vmoe.training.tuning": ["tune"],
             "vmoe.models": [
                 "add_lora",
@@ -73,6 +73,7 @@ __all__ = [
     "Classifier",
     "Ema",
     "ExactResume",
+    "GradualUnfreezing",
     "ImageDataModule",
     "MoeConfig",
     "MoeMlp",
@@ -86,6 +87,7 @@ __all__ = [
     "create_model",
     "densify",
     "evaluate",
+    "find_batch_size",
     "find_lr",
     "fit",
     "freeze",

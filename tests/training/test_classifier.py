@@ -92,6 +92,34 @@ def test_its_checkpoint_is_opened_by_itself_by_load_and_by_the_command_line(trai
     assert predict([path, str(tmp_path / "a.png")]) == 0 and "a.png" in capsys.readouterr().out
 
 
+class _Learning(L.Callback):
+    """Which layers learn in each epoch, as the last update left them."""
+
+    def __init__(self) -> None:
+        self.seen: list[set[str]] = []
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        names = [name for name, parameter in pl_module.model.named_parameters() if parameter.grad is not None]
+        self.seen.append({".".join(name.split(".")[: 2 if name.startswith("blocks") else 1]) for name in names})
+
+
+def test_layers_begin_to_learn_one_after_the_other(loader, tmp_path):
+    model, learning = vmoe.freeze(new_model(), "pos_embed"), _Learning()
+    task = vmoe.Classifier(model, name="muon")
+    trainer(tmp_path, [vmoe.GradualUnfreezing(3), learning, vmoe.NanGuard()], max_epochs=4).fit(task, loader)
+    stages = [{"head"}, {"blocks.1", "norm"}, {"blocks.0"}, {"patch_embed", "cls_token"}]
+    assert learning.seen == [set().union(*stages[: number + 1]) for number in range(4)]
+    trainer(tmp_path, [vmoe.GradualUnfreezing(1), learning], max_epochs=2).fit(task, loader)
+    assert learning.seen[4:] == [stages[0], set().union(*stages)]
+    assert [name for name, each in model.named_parameters() if not each.requires_grad] == ["pos_embed"]
+    for epochs, other, line in (
+        (0, task, "epochs=0"),
+        (1, vmoe.Classifier(vmoe.freeze(model, "all_but_head")), "freeze fewer"),
+    ):
+        with pytest.raises(UserError, match=line):
+            trainer(tmp_path, [vmoe.GradualUnfreezing(epochs)]).fit(other, loader)
+
+
 def test_weights_alone_are_loaded_into_a_given_model(tmp_path):
     path = tmp_path / "weights.pt"
     weights = new_model().state_dict()

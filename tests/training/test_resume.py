@@ -152,6 +152,17 @@ def test_adapters_resume_and_every_tool_opens_them(recipe, tmp_path, monkeypatch
     assert found == pytest.approx(json.loads(unbroken.summary.read_text())["metrics"]["test/top1"])
 
 
+def test_unfreezing_resumes(recipe, tmp_path, monkeypatch):
+    unbroken, resumed = RunFolder(tmp_path / "unbroken"), RunFolder(tmp_path / "resumed")
+    options = ["--config", str(recipe), "--finetune.unfreeze_epochs", "1", "--trainer.epochs", "2", "--output_dir"]
+    assert main([*options, str(unbroken.path)]) == 0
+    with monkeypatch.context() as patch:
+        _stop_at(patch, 7)
+        assert main([*options, str(resumed.path)]) == 128 + signal.SIGTERM
+    assert main(["--config", str(resumed.config), "--resume"]) == 0
+    _assert_same(resumed, unbroken)
+
+
 def test_a_plateau_resumes_with_its_falls(recipe, tmp_path, monkeypatch):
     """With a rate that is too high for val/loss to fall."""
     unbroken, resumed = RunFolder(tmp_path / "unbroken"), RunFolder(tmp_path / "resumed")

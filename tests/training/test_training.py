@@ -13,6 +13,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from timm.models import VisionTransformer
 from torch.nn import functional as F
 from torch.utils.data._utils import signal_handling
 
@@ -497,6 +498,20 @@ def test_a_learning_rate_is_found_and_nothing_trained(run, capsys):
     found = float(re.search(r"--optim.lr (\S+);", capsys.readouterr().out)[1])
     assert rates == sorted(rates) and any(found == pytest.approx(rate, rel=0.1) for rate in rates)
     assert run("--find_lr", "--optim.name", "timm:lyon", name="other")[0] == 2
+
+
+def test_the_largest_batch_that_fits_is_found(run, capsys):
+    def fill_memory(module, inputs):
+        if isinstance(module, VisionTransformer) and inputs and len(inputs[0]) > 40:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    code, folder = run("--find_batch_size", "--data.batch_size", "7")
+    assert code == 0 and not folder.path.exists()
+    assert "a batch of 128 images fits, the training images are too few for twice" in capsys.readouterr().out
+    with torch.nn.modules.module.register_module_forward_pre_hook(fill_memory):
+        assert run("--find_batch_size")[0] == 0
+    assert "a batch of 32 images fits, 64 do not: --data.batch_size 32\n" in capsys.readouterr().out
+    assert run("--find_batch_size", "--find_lr")[0] == 2
 
 
 def test_a_found_rate_is_the_seed_s(tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 from vmoe.checkpoints.run_folder import RunFolder
 from vmoe.cli.common import job
 from vmoe.cli.threads import choose_threads
-from vmoe.cli.train_options import FIND_LR, parse
+from vmoe.cli.train_options import FIND_BATCH_SIZE, FIND_LR, parse
 from vmoe.errors import UserError
 from vmoe.memory import is_out_of_memory, memory_line
 from vmoe.training.config import TrainConfig
@@ -19,9 +19,13 @@ from vmoe.training.run.stopping import Interrupted, stopped_at_once
 
 @job()
 def main(argv: list[str]) -> int:
-    """Trains, or finds a learning rate; see `vmoe train --help`."""
+    """Trains, or finds a learning rate or a batch size; see `vmoe train --help`."""
+    if FIND_LR in argv and FIND_BATCH_SIZE in argv:
+        raise UserError(f"{FIND_LR}: finds a rate for one batch size; find that by {FIND_BATCH_SIZE} first")
     if FIND_LR in argv:
         return _find_lr(parse(argv))
+    if FIND_BATCH_SIZE in argv:
+        return _find_batch_size(parse(argv))
     return trained(lambda: parse(argv), ["vmoe", "train", *argv])
 
 
@@ -34,6 +38,17 @@ def _find_lr(config: TrainConfig) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     found.write(folder / "find_lr.csv")
     print(f"the loss falls fastest at --optim.lr {found.lr:.2g}; {len(found.rates)} rates are in {folder}/find_lr.csv")
+    return 0
+
+
+def _find_batch_size(config: TrainConfig) -> int:
+    from vmoe.training.run.finding import find_batch_size  # here, as above
+
+    choose_threads(config.data.workers if config.data.pipeline == "workers" else 0)
+    found = find_batch_size(config)
+    size = found.batch_size
+    why = f"{2 * size} do not" if found.is_limited_by_memory else "the training images are too few for twice as many"
+    print(f"a batch of {size} images fits, {why}: --data.batch_size {size}")
     return 0
 
 

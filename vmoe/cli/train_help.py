@@ -20,6 +20,7 @@ Trains a timm model, dense or with sparse MoE layers, on images, and tests its b
   vmoe train photos/ --init_from pretrained --moe.layers last-2 # your own class folders
   vmoe train labels.csv --model.name vit_small_patch16_224      # a table: path,label[,split]
   vmoe train --config digits --find_lr                          # only finds a learning rate, by a range test
+  vmoe train --config digits --find_batch_size                  # only finds the largest batch that fits the memory
   vmoe train --config cifar10_vit_tiny --print_config           # what comes out, without training
   vmoe train --resume --output_dir runs/digits                  # goes on with a run that was stopped
   torchrun --nproc-per-node 8 -m vmoe train --config imagenet_vmoe_s16 --data.root imagenet

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
+from timm.models import group_parameters
 from torch import nn
 
 from vmoe.moe import moe_layers
@@ -60,6 +61,21 @@ def classifier_names(model: nn.Module) -> list[str]:
     heads = timm_model.get_classifier() if hasattr(model, "get_classifier") else ()
     heads = heads if isinstance(heads, tuple | list) else (heads,)
     return [name for name, module in model.named_modules() if any(module is head for head in heads)]
+
+
+def layers_from_the_top(model: nn.Module) -> list[list[str]]:
+    """The names of a timm model's parameters by layer: the classifier, the last block, ..., the embedding.
+
+    Raises:
+        ValueError: timm does not say which layers the model has.
+    """
+    matcher = getattr(model, "group_matcher", None)
+    head = tuple(f"{name}." for name in classifier_names(model))
+    if matcher is None or not head:
+        raise ValueError("timm does not say in which order this model's layers are")
+    layers = group_parameters(model, matcher())  # number of the layer -> names
+    rest = [[name for name in layers[number] if not name.startswith(head)] for number in sorted(layers, reverse=True)]
+    return [[name for name, _ in model.named_parameters() if name.startswith(head)], *filter(None, rest)]
 
 
 def is_linear_probe(model: nn.Module) -> bool:

@@ -374,14 +374,20 @@ class FinetuneConfig:
         freeze: Parts with frozen weights, one or a list of: experts, routers, backbone (all but the classifier, the
             experts and the routers), all_but_head (all but the classifier: a linear probe, with the rest in evaluation
             mode), or patterns of parameters' names, such as blocks.[0-5].*; null freezes nothing.
+        unfreeze_epochs: Gradual unfreezing (Howard and Ruder 2018): the classifier learns alone in the first epoch,
+            then layers join it from epoch to epoch, from the last one down, until all learn after so many epochs. With
+            1 the classifier learns alone for an epoch, then all. null: all learn from the start.
         lora: Low-rank adapters.
     """
 
     freeze: list[str] | str | None = None
+    unfreeze_epochs: int | None = None
     lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self) -> None:
         _need(self, "freeze", self.freeze is None or len(self.freeze) > 0, "one or several words, or null")
+        epochs = self.unfreeze_epochs
+        _need(self, "unfreeze_epochs", epochs is None or epochs >= 1, "a whole number >= 1, or null")
 
 
 @dataclass(frozen=True)
@@ -437,6 +443,7 @@ class TrainConfig:
                 raise ValueError("finetune.lora.rank: must be null with optim.name=muon, which is for whole matrices")
             if self.parallel.strategy in ("fsdp", "expert"):
                 raise ValueError(f"finetune.lora.rank: must be null with parallel.strategy={self.parallel.strategy}")
+        self._check_unfreezing()
         if self.parallel.strategy in ("fsdp", "expert"):
             why = f"with parallel.strategy={self.parallel.strategy}"
             if self.trainer.precision == "fp16":
@@ -454,6 +461,21 @@ class TrainConfig:
                 raise ValueError("trainer.cuda_graph=True: must be false with parallel.dense=cut; whole goes with it")
         if self.trainer.compile and self.parallel.draws == "sample":
             raise ValueError("trainer.compile=True: must be false with parallel.draws=sample")
+
+    def _check_unfreezing(self) -> None:
+        epochs = self.finetune.unfreeze_epochs
+        if epochs is None:
+            return
+        option = f"finetune.unfreeze_epochs={epochs}"
+        for name, value in (("compile", self.trainer.compile), ("cuda_graph", self.trainer.cuda_graph)):
+            if value:
+                raise ValueError(f"{option}: must be null with trainer.{name}=true, which fixes what learns")
+        if self.parallel.strategy != "none":
+            raise ValueError(f"{option}: must be null with parallel.strategy={self.parallel.strategy}")
+        if epochs >= self.trainer.epochs:
+            raise ValueError(
+                f"{option}: must be below trainer.epochs={self.trainer.epochs}, so that all layers learn in the end"
+            )
 
 
 def _expand_home(config: Any, name: str) -> None:

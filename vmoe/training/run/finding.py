@@ -1,11 +1,12 @@
-"""Finds a learning rate: Lightning's range test (Smith 2017) on a run's own model and images."""
+"""Finds a learning rate and a batch size by Lightning's `Tuner`, on a run's own model and images."""
 
+import contextlib
 import csv
 import dataclasses
 import logging
 import math
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -15,8 +16,10 @@ from lightning import seed_everything
 from lightning.pytorch import Trainer
 from lightning.pytorch.tuner import Tuner
 
+from vmoe.data import ImageDataModule
 from vmoe.errors import UserError
 from vmoe.files import atomic_write
+from vmoe.training.classifier import Classifier
 from vmoe.training.config import ParallelConfig, TrainConfig
 from vmoe.training.distillation import load_teacher
 from vmoe.training.fit import config_with
@@ -52,6 +55,19 @@ class FoundRate:
             )
 
 
+@dataclass(frozen=True)
+class FoundBatchSize:
+    """The largest batch that fits.
+
+    Attributes:
+        batch_size: Its images.
+        is_limited_by_memory: Whether twice as many do not fit; else the training images are fewer.
+    """
+
+    batch_size: int
+    is_limited_by_memory: bool
+
+
 def find_lr(
     config: TrainConfig | str | PathLike[str],
     *,
@@ -75,12 +91,89 @@ def find_lr(
     Raises:
         UserError: An option is not allowed, there are several ranks, or the loss never falls.
     """
-    if not isinstance(config, TrainConfig):
-        config = config_with(config, options or {})
     if steps < 20:
         raise UserError(f"steps={steps}: must be 20 or more")
+    with _trial(config, options, say, "find_lr") as trial:
+        accumulate, batches = trial.trainer.accumulate_grad_batches, len(trial.data.train_sampler)
+        if accumulate > batches:  # Lightning's finder passes over such updates
+            raise UserError(
+                f"trainer.accumulate={accumulate}: must be at most {batches}, the batches of an epoch, to find a rate; "
+                "lower it"
+            )
+        found = Tuner(trial.trainer).lr_find(
+            trial.module, datamodule=trial.data, min_lr=_LOWEST, max_lr=_HIGHEST, num_training=steps, update_attr=False
+        )
+    rates = [float(rate) for rate in found.results["lr"]]
+    losses = _mended_losses(rates, found.results["loss"], steps, accumulate)
+    # By magnitude: Lightning's own suggestion divides by the difference of two rates, which rewards noise at tiny ones.
+    # Without the first ten, which are means of few losses, and the last, at which the test may have stopped
+    falls = {number: losses[number - 1] - losses[number + 1] for number in range(10, len(losses) - 2)}
+    falls = {number: fall for number, fall in falls.items() if fall > 0}  # NaN is none
+    if not falls:
+        raise UserError("find_lr: the loss never falls, so there is no rate to suggest; look at the images and labels")
+    return FoundRate(rates[max(falls, key=falls.__getitem__)], rates, losses)
+
+
+def find_batch_size(
+    config: TrainConfig | str | PathLike[str],
+    *,
+    options: Mapping[str, Any] | None = None,
+    say: Callable[[str], object] = print,
+) -> FoundBatchSize:
+    """Finds the largest batch of a run that fits the memory, of 1, 2, 4, 8, ... images; nothing is kept.
+
+        found = vmoe.find_batch_size("imagenet_vmoe_s16")
+        vmoe.fit("imagenet_vmoe_s16", options={"data.batch_size": found.batch_size})
+
+    Each size trains three updates. A GPU says that its memory is full; on a CPU the system may end the process instead.
+
+    Args:
+        config: A recipe's name, the path of a config file, or a `TrainConfig`.
+        options: Other options by their dotted names; not beside a `TrainConfig`.
+        say: Called with lines on the run.
+
+    Raises:
+        UserError: An option is not allowed, there are several ranks, or not even one image fits.
+    """
+    with _trial(config, options, say, "find_batch_size") as trial:
+        if trial.trainer.strategy.root_device.type == "cpu":
+            say("warning: on a CPU the system may end this process when the memory is full")
+        images = trial.data.train_sampler.epoch_images // trial.data.config.repeat
+        doublings = max(1, images.bit_length() - 1)  # up to the largest batch that the training images fill
+        try:
+            size = Tuner(trial.trainer).scale_batch_size(
+                trial.module, datamodule=trial.data, init_val=2, max_trials=doublings, max_val=2 ** (doublings + 1)
+            )
+        except ValueError as error:
+            if trial.data.batch_size > 1:
+                raise
+            raise UserError(
+                "find_batch_size: not even one image fits the memory; take a smaller model or smaller images"
+            ) from error
+    return FoundBatchSize(size, is_limited_by_memory=2 * size <= images)
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """What a finder trains for a few steps."""
+
+    trainer: Trainer
+    module: Classifier
+    data: ImageDataModule
+
+
+@contextlib.contextmanager
+def _trial(
+    config: TrainConfig | str | PathLike[str],
+    options: Mapping[str, Any] | None,
+    say: Callable[[str], object],
+    finder: str,
+) -> Iterator[_Trial]:
+    """The run of a config in one process, with a Trainer that keeps nothing."""
+    if not isinstance(config, TrainConfig):
+        config = config_with(config, options or {})
     if Process.this().world_size > 1:
-        raise UserError("find_lr: works in one process; start it without torchrun", everywhere=True)
+        raise UserError(f"{finder}: works in one process; start it without torchrun", everywhere=True)
     trainer = dataclasses.replace(config.trainer, cuda_graph=False, compile=False)
     alone = ParallelConfig(draws=config.parallel.draws)  # a single process ignores all else, as in training
     config = dataclasses.replace(config, trainer=trainer, parallel=alone)
@@ -107,22 +200,7 @@ def find_lr(
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        found = Tuner(run).lr_find(
-            module, datamodule=data, min_lr=_LOWEST, max_lr=_HIGHEST, num_training=steps, update_attr=False
-        )
-    rates = [float(rate) for rate in found.results["lr"]]
-    losses = _mended_losses(rates, found.results["loss"], steps, config.trainer.accumulate)
-    if not rates:
-        raise UserError(
-            f"trainer.accumulate={config.trainer.accumulate}: must be at most the batches of an epoch; lower it"
-        )
-    # Falls over the logarithm of the rate: Lightning's suggestion divides by the difference of two rates, which rewards
-    # noise at tiny rates. The first ten losses are means of few, and at the last the test may have stopped.
-    falls = {number: losses[number - 1] - losses[number + 1] for number in range(10, len(losses) - 2)}
-    falls = {number: fall for number, fall in falls.items() if fall > 0}  # drops NaN too
-    if not falls:
-        raise UserError("find_lr: the loss never falls, so there is no rate to suggest; look at the images and labels")
-    return FoundRate(rates[max(falls, key=falls.__getitem__)], rates, losses)
+        yield _Trial(run, module, data)
 
 
 def _mended_losses(rates: list[float], smoothed: list[float], steps: int, accumulate: int) -> list[float]:

@@ -14,11 +14,12 @@ from vmoe.config_values import to_plain
 from vmoe.data import ImageDataModule
 from vmoe.errors import UserError
 from vmoe.models.cost import check_training_capacity
-from vmoe.models.freezing import freeze, is_linear_probe
+from vmoe.models.freezing import freeze, is_linear_probe, layers_from_the_top
 from vmoe.models.lora import add_lora
 from vmoe.models.sources import architecture_of
 from vmoe.moe.assignment import CapacityError
 from vmoe.sizes import ImageSize, size_text
+from vmoe.text import counted
 from vmoe.training.classifier import Classifier
 from vmoe.training.config import ModelConfig, TrainConfig
 from vmoe.training.distillation import Teacher
@@ -140,6 +141,27 @@ def learning_line(model: nn.Module) -> str | None:
         return None
     probe = ", the classifier alone: a linear probe" if is_linear_probe(model) else ""
     return f"learning: {learning:,} of {total:,} parameters{probe}"
+
+
+def unfreezing_line(model: nn.Module, config: TrainConfig) -> str:
+    """How a model is unfrozen.
+
+    Raises:
+        UserError: it cannot be.
+    """
+    epochs = config.finetune.unfreeze_epochs
+    try:
+        layers = layers_from_the_top(model)
+    except ValueError as error:
+        raise UserError(f"finetune.unfreeze_epochs={epochs}: {error} ({config.model.name}); leave it out") from error
+    parameters = dict(model.named_parameters())
+    layers = [layer for layer in layers if any(parameters[name].requires_grad for name in layer)]
+    if len(layers) < 2 or not any(parameters[name].requires_grad for name in layers[0]):
+        raise UserError(
+            f"finetune.unfreeze_epochs={epochs}: finetune.freeze={config.finetune.freeze} leaves no layer to unfreeze, "
+            "or not the classifier; freeze less, or leave one of them out"
+        )
+    return f"learning: at first the classifier alone, after {counted(epochs, 'epoch')} all {len(layers)} layers"
 
 
 def facts_of_run(config: TrainConfig, built: ModelConfig, data: ImageDataModule) -> ModelFacts:

@@ -18,7 +18,7 @@ from vmoe.data.draws import DRAWS_VERSION
 from vmoe.errors import UserError
 from vmoe.files import write_json
 from vmoe.text import counted
-from vmoe.training.callbacks import Ema, ExactResume, NanGuard, RoutingMonitor
+from vmoe.training.callbacks import Ema, ExactResume, GradualUnfreezing, NanGuard, RoutingMonitor
 from vmoe.training.classifier import Classifier
 from vmoe.training.config import ParallelConfig, TrainConfig
 from vmoe.training.distillation import load_teacher
@@ -42,6 +42,7 @@ from vmoe.training.run.model import (
     many_tokens,
     new_module,
     start_model,
+    unfreezing_line,
 )
 from vmoe.training.run.progress import TrainingProgress
 from vmoe.training.run.resumption import (
@@ -161,6 +162,8 @@ class _Run:
         module = new_module(config, model, cut, teacher, facts_of_run(config, built, data))
         if (line := learning_line(model)) is not None:
             self.say(line)
+        if config.finetune.unfreeze_epochs is not None:
+            self.say(unfreezing_line(model, config))
         loggers = together(lambda: held.enter_context(open_loggers(config, folder)))
         if self.is_first:
             mark_launch(folder)
@@ -238,10 +241,12 @@ class _Run:
         config, folder = self.config, self.folder
         clock, writer = Clock(), FolderWriter(config.parallel.async_save)
         monitor = RoutingMonitor(images=4 if loggers else 0, warn=False)
+        ema_decay, unfreeze_epochs = config.trainer.ema_decay, config.finetune.unfreeze_epochs
         callbacks = [
             NanGuard(config.trainer.log_every),
             monitor,
-            *([] if config.trainer.ema_decay is None else [Ema(config.trainer.ema_decay)]),
+            *([] if ema_decay is None else [Ema(ema_decay)]),
+            *([] if unfreeze_epochs is None else [GradualUnfreezing(unfreeze_epochs)]),
             ExactResume(config.seed),
             *rate_monitors(loggers),
             Journal(folder, clock, self.progress, monitor, saved.step if saved else 0, config.trainer),
