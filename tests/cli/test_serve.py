@@ -339,7 +339,7 @@ def test_a_program_is_served(tmp_path, predictor):
     program, content = tmp_path / "model.onnx", encoded(noise(5))
     assert export([str(SHIPPED), "--format", "onnx", "--out", str(program)]) == 0
     server = Server(model=program)
-    (status, answer), (refused, told) = server.predict(content, top=10), server.predict(content, routing="true")
+    (status, answer), (refused, told) = server.predict(content, top=100), server.predict(content, routing="true")
     server.stop()
     row = predictor.predict(np.array(noise(5))).probabilities[0]
     expected = {
