@@ -9,7 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
+from vmoe.cli.export import main as export
 from vmoe.cli.heatmap import main
+from vmoe.cli.predict import main as predict
 
 MOE = {"num_experts": 4, "top_k": 2}
 
@@ -132,3 +134,16 @@ def test_mistakes_are_one_line_that_names_them(save_run, save_image, tmp_path, c
         assert error.startswith("vmoe heatmap: error: ") and error.count("\n") == 1
         assert named in error
     assert not list(tmp_path.glob("out/*"))
+
+
+def test_where_images_are_routed_as_a_whole_there_is_no_map(save_run, save_image, tmp_path, capsys):
+    run = str(save_run(moe=MOE | {"route": "image", "capacity_factor": None}))
+    picture = save_image("photo.png")
+    assert main([run, picture, "--out", str(tmp_path / "maps")]) == 2
+    assert "a map would have one colour; vmoe explore shows" in capsys.readouterr().err
+    assert predict([run, picture, "--routing"]) == 0
+    told = capsys.readouterr().out
+    assert told.count("blocks.1.mlp: expert ") == 1 and told.count(" 50%") >= 2
+    assert export([run, "--format", "hub", "--out", str(tmp_path / "hub")]) == 0
+    assert not (tmp_path / "hub" / "routing.png").exists()
+    assert "2 for each image" in (tmp_path / "hub" / "README.md").read_text()

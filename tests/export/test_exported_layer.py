@@ -27,6 +27,7 @@ ROUTINGS = {
         "eval_capacity_factor": 0.6, "group": "image", "capacity_multiple_of": 1, "batch_priority": True,
     },
     "shared": {"shared_experts": 1},
+    "whole images": {"route": "image", "capacity_factor": None},
 }  # fmt: skip
 # Each takes seconds to export; K=2, K=3 and capacity are parts of others.
 IN_ONNX = [name for name in ROUTINGS if name not in ("K=2", "K=3", "capacity")]

@@ -15,6 +15,7 @@ CASES = [
     {"router": "soft"},
     {"router": "sigmoid", "shared_experts": 1},
     {"eval_capacity_factor": 0.6, "group": "image", "batch_priority": True},
+    {"route": "image", "shared_router": True, "capacity_factor": None},
 ]
 
 

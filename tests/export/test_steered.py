@@ -84,6 +84,11 @@ def test_other_routers_are_refused(moe):
         SteeredModel(make_other(**moe))
 
 
+def test_routing_of_whole_images_is_refused():
+    with pytest.raises(ValueError, match="route=image; the page draws where patches go"):
+        SteeredModel(make_other(route="image", capacity_factor=None))
+
+
 def make_other(**moe):
     plain = {key: value for key, value in MOE.items() if key in ("num_experts", "layers")}
     sizes = {"patch_size": 4, "embed_dim": 24, "depth": 4, "num_heads": 3, "img_size": 16, "num_classes": 5}

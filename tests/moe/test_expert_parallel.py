@@ -38,13 +38,13 @@ def on_the_cpu() -> str:
 )
 def test_a_layer_in_two_processes_is_the_layer_in_one(on_the_cpu, how):
     found = [line for line in on_the_cpu.splitlines() if line.endswith("as in one process")]
-    assert sum(line.startswith(f"{how}, ") for line in found) == 18  # nine layers, in training and evaluation
+    assert sum(line.startswith(f"{how}, ") for line in found) == 20  # ten layers, in training and evaluation
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_a_layer_on_two_gpus_is_the_layer_on_one():
-    assert layers_computed("cuda").count("as in one process") == 18
+    assert layers_computed("cuda").count("as in one process") == 20
 
 
 class _TwoProcesses:

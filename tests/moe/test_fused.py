@@ -285,8 +285,9 @@ def test_parts_of_the_hidden_layer_change_nothing(monkeypatch, num_experts, chun
         ({"router": "cosine"}, False),
         ({"router": "sigmoid"}, False),
         ({"router": "expert_choice", "group": "image"}, False),
+        ({"route": "image", "capacity_factor": None}, False),
     ],
-    ids=["priority", "priority, compiled", "no capacity", "cosine", "sigmoid", "expert choice"],
+    ids=["priority", "priority, compiled", "no capacity", "cosine", "sigmoid", "expert choice", "whole images"],
 )
 def test_the_whole_layer_by_kernels_is_the_plain_one(knobs, is_compiled, monkeypatch):
     """Results, losses, usage and all gradients, where the layer hands the kernels on."""
@@ -300,7 +301,7 @@ def test_the_whole_layer_by_kernels_is_the_plain_one(knobs, is_compiled, monkeyp
     results = []
     for each, forward in ((exact, exact), (layer, ours)):
         parameter = next(each.parameters())
-        each.router.draw_noise = lambda logits: noise.to(logits).view_as(logits)
+        each.router.draw_noise = lambda logits: noise.to(logits).flatten()[: logits.numel()].view_as(logits)
         own = x.to(parameter).requires_grad_()
         y = forward(own)
         loss = (y * cotangent.to(y)).sum() + each.last_auxiliary_loss

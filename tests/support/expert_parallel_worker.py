@@ -28,6 +28,7 @@ LAYERS = {
     "expert choice": {"router": "expert_choice", "noise_std": 0.0},
     "soft": {"router": "soft", "noise_std": 0.0},
     "shared experts": {"shared_experts": 1},
+    "whole images": {"route": "image", "capacity_factor": None},
     "norm": {},
     "learned activation": {},
     "learned activation without capacity": {"capacity_factor": None},

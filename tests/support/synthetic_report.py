@@ -132,6 +132,7 @@ def layer_report(rng, name, sample, index, names, grid, top_k, prefix, kind):
         "num_experts": experts,
         "top_k": top_k if tokens else None,
         "router": "token_choice" if tokens else "soft_moe",
+        "route": "patch",
         "kind": kind,
         "grid": list(grid),
         "prefix": prefix,

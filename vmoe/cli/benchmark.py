@@ -38,6 +38,7 @@ the weights in the low type. MoE layers have batch priority in groups of 8 image
 
   vmoe benchmark model --model vit_base_patch16_224 --layers every-2,last-2 --top-k 1 2 --batch 128
   vmoe benchmark model --model vit_small_patch16_224 --passes training --compile best
+  vmoe benchmark model --model vit_tiny_patch16_224 --device cpu --batch 1 --route patch image --passes inference
 
 --compile best measures off, default and reduce-overhead and shows the fastest for each model; all are in model.json.
 Compiling a large model takes a minute or more for each variant, pass and mode. Writes model.json and model.md.
@@ -171,6 +172,8 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     add("--model", default="vit_base_patch16_224", metavar="NAME", help="of timm (default: %(default)s)")
     add("--layers", nargs="+", default=["every-2", "last-2"], help="which are MoE (default: every-2 last-2)")
     add("--top-k", nargs="+", type=count, default=[1, 2], metavar="K", help="experts a token (default: 1 2)")
+    routes = ("patch", "image")
+    add("--route", nargs="+", choices=routes, default=routes[:1], help="what is routed (default: patch)")
     add("--experts", type=count, default=32, metavar="E", help="of a layer (default: %(default)s)")
     add(
         "--capacity-factor", type=capacity_factor, default=1.05, metavar="F", help="default: %(default)s; inf: no drops"

@@ -7,7 +7,7 @@ import shlex
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import timm
 import torch
@@ -155,7 +155,9 @@ def model(options: argparse.Namespace, results: Results) -> None:
     variants = {"dense": None}
     for layers in _names_given(options.layers):
         for top_k in options.top_k:
-            variants[f"{layers} K={top_k}"] = _moe_of_options(options, layers, top_k)
+            for route in options.route:
+                name = f"{layers} K={top_k}" + (" by image" if route == "image" else "")
+                variants[name] = _moe_of_options(options, layers, top_k, route)
     with torch.device("meta"):  # raises for models that do not fit before anything is measured
         for moe in variants.values():
             try:
@@ -185,7 +187,11 @@ def model(options: argparse.Namespace, results: Results) -> None:
     print(f"model.json and model.md in {options.out}")
 
 
-def _moe_of_options(options: argparse.Namespace, layers: str, top_k: int) -> MoeConfig:
+def _moe_of_options(
+    options: argparse.Namespace, layers: str, top_k: int, route: Literal["patch", "image"]
+) -> MoeConfig:
+    if route == "image":  # which drops nothing
+        return MoeConfig(layers, options.experts, top_k, route="image", capacity_factor=None)
     factor = None if options.capacity_factor == float("inf") else options.capacity_factor
     return MoeConfig(
         layers=layers,

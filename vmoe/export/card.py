@@ -106,6 +106,12 @@ _PICTURE = f"""\
 """
 
 
+def routes_patches(checkpoint: TrainedModel) -> bool:
+    """Whether there is a picture to draw: not of a dense model, nor where images are routed as a whole."""
+    layers = moe_layers(checkpoint.model)
+    return bool(layers) and layers[0][1].images is None
+
+
 def draw_routing(checkpoint: TrainedModel) -> Page:
     """The card's picture: where a V-MoE sends the patches of a sample photograph."""
     prepared = checkpoint.image_size, checkpoint.mean, checkpoint.std
@@ -214,7 +220,7 @@ def _what(checkpoint: TrainedModel) -> str:
         return f"A dense `{checkpoint.config['model']['name']}` of timm, the twin of a V-MoE, for classifying images."
     moe = layers[0][1].config
     chooses = "whose slots mix tokens" if moe.router == "soft" else f"routed by {moe.router.replace('_', ' ')}"
-    per_token = "" if moe.fills_slots else f", {moe.top_k} for each token"
+    per_token = "" if moe.fills_slots else f", {moe.top_k} for each {'image' if moe.route == 'image' else 'token'}"
     experts = counted(moe.num_experts, "expert")
     places = ", ".join(f"`{name}`" for name, _ in layers)
     return (
@@ -226,7 +232,7 @@ def _what(checkpoint: TrainedModel) -> str:
 
 def _routing_section(checkpoint: TrainedModel, source: Path) -> str:
     """The section with a V-MoE's picture and, if recorded, each expert's load in the last epoch."""
-    parts = [_PICTURE] if moe_layers(checkpoint.model) else []
+    parts = [_PICTURE] if routes_patches(checkpoint) else []
     parts += _loads(source)
     return "".join(["## Routing\n\n", *parts]) if parts else ""
 

@@ -19,10 +19,9 @@ from torch import nn
 
 from vmoe.checkpoints import RunFolder, TrainedModel, load_checkpoint, timm_arguments, write_safetensors
 from vmoe.errors import UserError
-from vmoe.export.card import PICTURE, draw_routing, is_untouched, model_card
+from vmoe.export.card import PICTURE, draw_routing, is_untouched, model_card, routes_patches
 from vmoe.files import new_folder, write_json
 from vmoe.models.registry import ON_BACKBONE
-from vmoe.moe import moe_layers
 from vmoe.sizes import height_and_width
 
 _CROP_MODES = {"centre": "center", "squash": "squash", "letterbox": "border"}  # our name -> timm's
@@ -54,7 +53,7 @@ def write_hub_folder(path: str | Path, source: str | Path, license: str | None =
         is_new = _is_free(path / CARD)
         if is_new:
             (folder / CARD).write_text(model_card(checkpoint, source, license), encoding="utf-8")
-        if moe_layers(checkpoint.model):
+        if routes_patches(checkpoint):
             draw_routing(checkpoint).save(folder / PICTURE)
         _keep_others(path, folder, {weights.name, CONFIG, PICTURE, *([CARD] if is_new else [])})
     return is_new

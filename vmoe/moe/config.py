@@ -50,7 +50,7 @@ class MoeConfig:
             rather than the last ones.
         group: Tokens compete for capacity within a group: "image", "batch", or a number of consecutive images. null is
             8; "expert_choice" and "soft" always take image by image. Where images are routed, the balance losses are
-            computed within a group, and null is "batch".
+            computed within a group, and null is 64.
         noise_std: The router's logits get normal noise of standard deviation noise_std / E in training (section 2.2),
             for "soft" of standard deviation noise_std; in an ensemble E counts a member's experts. null is 1 for
             "token_choice", "cosine" and "expert_choice", else 0.
@@ -242,7 +242,7 @@ class MoeConfig:
         if self.group is not None:
             return self.group
         if self.route == "image":
-            return "batch"
+            return 64
         return "image" if self.fills_slots else 8
 
     @property

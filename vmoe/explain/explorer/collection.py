@@ -31,6 +31,7 @@ class LayerFacts:
 
     name: str
     router: str
+    route: str
     num_experts: int
     top_k: int | None  # None where experts fill slots
     grid: Grid
@@ -221,7 +222,14 @@ class _Tally:
             self.layers.append(
                 LayerCollection(
                     LayerFacts(
-                        name, config.router, config.num_experts, top_k, part.grid, part.prefix, part.prefix_names
+                        name,
+                        config.router,
+                        config.route,
+                        config.num_experts,
+                        top_k,
+                        part.grid,
+                        part.prefix,
+                        part.prefix_names,
                     ),
                     LayerCounts(part),
                     LayerAssociation(codes, config.num_experts, classes, self._patch_kinds, self._replicates, device),

@@ -12,6 +12,7 @@ def findings(report: dict[str, Any]) -> list[str]:
     leaves out zero.
     """
     return [
+        *_route_findings(report["layers"]),
         *_specialisation_findings(report["layers"]),
         *_load_findings(report["layers"]),
         *_ablation_findings(report),
@@ -22,9 +23,20 @@ def findings(report: dict[str, Any]) -> list[str]:
     ]
 
 
+def _route_findings(layers: list[dict[str, Any]]) -> Iterator[str]:
+    if layers[0]["route"] == "image":
+        yield (
+            "Images are routed as a whole (moe.route=image): each map has one colour, and a patch stands for its "
+            "image. Which experts each class goes to is under Specialisation."
+        )
+
+
 def _specialisation_findings(layers: list[dict[str, Any]]) -> Iterator[str]:
     links, chance = [], []
+    one_place = layers[0]["route"] == "image"
     for feature in layers[0]["specialisation"]:
+        if one_place and feature == "position":
+            continue
         parts = [(layer["specialisation"][feature], layer["name"]) for layer in layers]
         beating = [(part, name) for part, name in parts if part["beats_null"]]
         if beating:

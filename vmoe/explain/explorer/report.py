@@ -38,6 +38,7 @@ def layer_report(layer: LayerCollection, images: dict[str, Any], classes: Sequen
         "num_experts": facts.num_experts,
         "top_k": facts.top_k,
         "router": facts.router,
+        "route": facts.route,
         "kind": "tokens" if facts.top_k is not None else "slots",
         "grid": list(facts.grid),
         "prefix": facts.prefix,

@@ -58,9 +58,9 @@ def route_image(
         crop: how the image is fitted to the input, as in training.
 
     Raises:
-        UserError: the model has no map to draw, or a logit is not finite.
+        UserError: the model is dense, or a logit is not finite.
     """
-    require_patch_routing(model)
+    require_experts(model)
     device = next(model.parameters()).device
     pixels = eval_transform(image_size, mean, std, crop)(image)[None].to(device)
     with record_routing(model) as trace:
@@ -185,8 +185,10 @@ def drawable(routing: LayerRouting) -> LayerRouting:
     """The same routing on the CPU with its patches row by row, and with choices also where experts have slots.
 
     There a token's choices are the two experts that contribute most to its result, -1 where fewer do, its gates their
-    shares of it; a token that no expert took counts as dropped, once.
+    shares of it; a token that no expert took counts as dropped, once. Where images were routed as a whole, there is one
+    patch.
     """
+    routing = routing.as_tokens()
     gates, chosen, weights, dropped = routing.gates, routing.chosen, routing.combine_weights, routing.dropped
     if routing.combine is not None:
         gates = routing.combine.sum(-1)

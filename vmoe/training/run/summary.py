@@ -88,7 +88,10 @@ def model_line(config: ModelConfig, model: nn.Module) -> str:
     if not layers:
         return f"model: {config.name}, dense"
     moe, chosen = layers[0][1].config, ", ".join(name for name, _ in layers)
-    experts = f"{counted(moe.num_experts, 'expert')} with router={moe.router} in each of"
+    per_image = ""
+    if moe.route == "image":
+        per_image = f", one decision per image{' for all layers' if moe.shared_router else ''},"
+    experts = f"{counted(moe.num_experts, 'expert')} with router={moe.router}{per_image} in each of"
     return f"model: {config.name}, {experts} {counted(len(layers), 'MoE layer')} ({chosen})"
 
 
