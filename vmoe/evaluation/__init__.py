@@ -1,1 +1,1 @@
-"""How good a model is: its accuracy on a set, what its features know, and its runs beside others."""
+"""Evaluates models: accuracy on a set, quality of features, and comparison of runs."""

@@ -1,4 +1,4 @@
-"""Calibration of a trained model: temperature scaling, and what sets of classes of a given coverage need.
+"""Calibrates a trained model: temperature scaling, and conformal sets of classes with a given coverage.
 
 n images, C classes.
 """
@@ -21,8 +21,8 @@ from vmoe.evaluation.metrics import RunningMetrics
 from vmoe.models.members import refuse_ensemble
 from vmoe.progress import Progress, shown
 
-COVERAGES = (0.8, 0.9, 0.95)  # that are measured on the test set
-_LARGEST_TEMPERATURE = 20.0  # the smallest is its inverse
+COVERAGES = (0.8, 0.9, 0.95)  # coverages that are measured on the test set
+_LARGEST_TEMPERATURE = 20.0  # the smallest temperature is its inverse
 
 
 def calibrate(
@@ -34,25 +34,24 @@ def calibrate(
     workers: int | None = None,
     progress: Progress = True,
 ) -> dict[str, Any]:
-    """Calibrates a model, in place, on the images for validation, and measures that on the images for test.
+    """Calibrates a model, in place, on the validation images, and measures the effect on the test images.
 
-    Half of the images for validation, drawn by the run's seed, fit a temperature (Guo et al. 2017, arXiv 1706.04599,
-    section 4.2): the one that makes their negative log-likelihood smallest. The classifier's weights are divided by it,
-    so that everything that computes logits gives the calibrated ones; the most probable class stays. The other half
-    tells which probability a class needs for a set of a given coverage, as `Predictions.sets` gives them.
-    `vmoe.save` keeps both. A model that is trained further is no longer calibrated.
+    A random half of the validation images (by the run's seed) fits the temperature that minimises the negative
+    log-likelihood (Guo et al. 2017, arXiv 1706.04599, section 4.2). The classifier's weights are divided by it, so all
+    logits are calibrated, and the most probable class stays the same. The other half gives the least probability of
+    classes in the sets of `Predictions.sets`. `vmoe.save` keeps both. Further training drops the calibration.
 
     Args:
         model: Made by `vmoe.load`.
-        data: As for `vmoe.evaluate`. None: the set that the model was trained on.
-        root: Where the data are. None: where the model's run had them.
-        batch_size: Images per batch. None: as the run had it.
-        workers: Processes that load images. None: as the run had it.
+        data: As for `vmoe.evaluate`. None takes the set that the model was trained on.
+        root: The path of the data. None takes the run's.
+        batch_size: Images per batch. None takes the run's.
+        workers: Number of loading processes. None takes the run's.
         progress: As for `vmoe.evaluate`.
 
     Returns:
-        Plain types: `temperature`; `images`, by which it was fitted; and, measured on the test set, `before` and
-        `after`, each with `nll` and `ece`, and `sets` with, for each coverage, `coverage` as wanted, `found` and
+        Plain types: `temperature`; `images`, the number of images of its fit; and from the test set `before` and
+        `after`, each with `nll` and `ece`, and `sets` with the wanted `coverage`, the measured one `found`, and
         `classes`, the mean size of the sets.
 
     Raises:
@@ -108,17 +107,16 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     def loss(logarithm: float) -> float:
         return float(F.cross_entropy(logits / np.exp(logarithm), labels))
 
-    bound = float(np.log(_LARGEST_TEMPERATURE))  # the loss is convex in 1/T, so that it has one minimum
+    bound = float(np.log(_LARGEST_TEMPERATURE))  # the loss is convex in 1/T, so it has one minimum
     return float(np.exp(minimize_scalar(loss, bounds=(-bound, bound), method="bounded", options={"xatol": 1e-6}).x))
 
 
 @torch.no_grad()
 def divide_classifier(model: TrainedModel, temperature: float) -> None:
-    """Divides a model's logits by a temperature, by the weights of its classifier.
+    """Divides a model's logits by a temperature, through the weights of its classifier.
 
     Raises:
-        UserError: Its logits are not those of layers that it calls its classifier (timm's `get_classifier`). Then it
-            stays as it was.
+        UserError: The logits do not come from the model's classifier (timm's `get_classifier`). Then nothing changes.
     """
     found = model.get_classifier() if hasattr(model, "get_classifier") else None
     heads = [head for head in (found if isinstance(found, tuple) else (found,)) if isinstance(head, nn.Module)]
@@ -160,12 +158,12 @@ def _errors(logits: Tensor, labels: Tensor) -> dict[str, float]:
 def _measured_sets(
     calibration: dict[str, Any], probabilities: np.ndarray, labels: np.ndarray
 ) -> list[dict[str, float]]:
-    """For each of `COVERAGES` that the calibration allows, how often sets hold the right class, and their mean size."""
+    """The share of sets that hold the right class, and their mean size, for each of `COVERAGES` that is possible."""
     measured = []
     for coverage in COVERAGES:
         try:
             sets = class_sets(probabilities, least_probability(calibration, coverage))
-        except UserError:  # too few images
+        except UserError:  # too few images for this coverage
             continue
         found = float(sets[np.arange(len(labels)), labels].mean())
         measured.append({"coverage": coverage, "found": found, "classes": float(sets.sum(-1).mean())})

@@ -5,20 +5,20 @@ import numpy as np
 from vmoe.evaluation.metrics import Evaluation
 from vmoe.figures.style import BODY, INK, MARGIN, MUTED, PAPER, RULE, SHADES, SMALL, Page, text_width
 
-_MOST_NAMED_ROWS = 200  # classes up to which each row has its name
-_BARS = 190  # pixels of the bars with their numbers
+_MOST_NAMED_ROWS = 200  # with up to so many classes each row has its name
+_BARS = 190  # width of the bars with their numbers, in pixels
 
 
 def draw_confusion(evaluation: Evaluation, class_names: list[str], data: str, model: str) -> Page:
-    """Rows are true classes, columns predictions; at the right the accuracy of each class.
+    """Draws a confusion matrix: rows are true classes, columns predictions, with each class's accuracy on the right.
 
-    The shade is the share of the row, at a square root's scale so that rare confusions show.
+    Shades show the share of the row on a square root scale, so that rare confusions are visible.
 
     Args:
-        evaluation: What was measured, with its confusion matrix.
-        class_names: Of all classes.
-        data: What the model was measured on, for the title.
-        model: Which one it is, such as its path.
+        evaluation: The evaluation, with its confusion matrix.
+        class_names: The names of all classes.
+        data: The name of the data, for the title.
+        model: The name of the model, such as its path.
     """
     counts = np.array(evaluation.confusion)
     num_classes = len(counts)
@@ -26,7 +26,7 @@ def draw_confusion(evaluation: Evaluation, class_names: list[str], data: str, mo
     shares = counts / np.maximum(totals, 1)
     cell = int(np.clip(640 // num_classes, 14, 64)) if num_classes <= _MOST_NAMED_ROWS else max(1, 1400 // num_classes)
     side = cell * num_classes
-    size = min(BODY, cell - 2)  # of the names
+    size = min(BODY, cell - 2)  # font size of the names
     names = [_shorten(name) for name in class_names] if num_classes <= _MOST_NAMED_ROWS else [""] * num_classes
     longest = int(max(text_width(name, size) for name in names)) if any(names) else 60
     is_upright = longest <= cell - 6

@@ -1,4 +1,4 @@
-"""How well the scores of a class rank the images: the area under the ROC curve, and precision over recall.
+"""Ranking figures of each class's scores: the area under the ROC curve, and precision over recall.
 
 N images, C classes.
 """
@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-MOST_SCORES = 100_000_000  # N * C up to which every score is kept, 400 MB: 100,000 images of 1,000 classes
-RECALLS = [step / 20 for step in range(21)]  # at which a precision is given
+MOST_SCORES = 100_000_000  # the most scores (N * C) to keep, 400 MB: 100,000 images of 1,000 classes
+RECALLS = [step / 20 for step in range(21)]  # the recalls of `class_precision_at_recall`
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """The figures of each class, (C,), one class against all others; None for a class that all images have, or none."""
+    """The figures of each class, (C,), against all others; None for a class that all images have, or no image."""
 
     class_auroc: list[float | None]
     class_average_precision: list[float | None]
@@ -22,14 +22,14 @@ class Ranking:
 
 
 class Scores:
-    """Every score of a class for an image, on the device; nothing where that would be more than `MOST_SCORES`."""
+    """All scores of classes for images, on the device; none if there are more than `MOST_SCORES`."""
 
     def __init__(self) -> None:
         self._batches: list[tuple[Tensor, Tensor]] | None = []
         self._count = 0
 
     def update(self, scores: Tensor, labels: Tensor) -> None:
-        """Takes in a batch: scores (B, C) in [0, 1], and labels (B,) int64 or (B, C) of 0 and 1."""
+        """Adds a batch: scores (B, C) in [0, 1], and labels (B,) int64 or (B, C) of 0 and 1."""
         self._count += scores.numel()
         if self._count > MOST_SCORES:
             self._batches = None
@@ -37,7 +37,7 @@ class Scores:
             self._batches.append((scores, labels))
 
     def on_host(self) -> tuple[Tensor, Tensor]:
-        """All scores and labels on the CPU, without images that another rank counts; empty where they were too many."""
+        """All scores and labels on the CPU, without images that another rank counts; empty if there are too many."""
         if not self._batches:
             return torch.empty(0, 0), torch.empty(0, 0)
         scores, labels = (torch.cat(each).cpu() for each in zip(*self._batches, strict=True))
@@ -45,14 +45,14 @@ class Scores:
         return scores[is_counted], labels[is_counted]
 
     def labelled(self) -> tuple[Tensor, Tensor] | None:
-        """All scores (N, C) and labels; None where they were too many."""
+        """All scores (N, C) and labels; None if there are too many."""
         if not self._batches:
             return None
         first, second = zip(*((scores, labels) for scores, labels in self._batches if scores.numel()), strict=True)
         return torch.cat(first), torch.cat(second)
 
     def ranking(self) -> Ranking | None:
-        """The figures of all batches; None where they were too many."""
+        """The figures over all batches; None if there are too many scores."""
         found = self.labelled()
         if found is None:
             return None
@@ -62,9 +62,9 @@ class Scores:
 
 
 def best_thresholds(scores: Tensor, labels: Tensor) -> list[float]:
-    """For each class the score from which an image has it, so that its F1 is the best; 0.5 without such images.
+    """The threshold per class with the best F1; 0.5 for a class without images.
 
-    It is half-way between the lowest score that counts and the highest that does not.
+    It is half-way between the lowest score above it and the highest score below it.
 
     Args:
         scores: (N, C) in [0, 1].
@@ -86,7 +86,7 @@ def best_thresholds(scores: Tensor, labels: Tensor) -> list[float]:
 
 
 def mean_of_known(values: list[float | None]) -> float | None:
-    """The mean over the classes that have a value; None where none has."""
+    """The mean over the classes with a value, or None."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
 
@@ -104,8 +104,8 @@ def _of_class(scores: Tensor, is_class: Tensor) -> tuple[float, float, list[floa
         return None, None, None
     precision, recall, _ = binary_precision_recall_curve(scores, is_class, validate_args=False)  # recall descends
     average = ((recall[:-1] - recall[1:]) * precision[:-1]).sum()
-    best = precision.cummax(0).values  # of this recall and of all higher ones, which come first
+    best = precision.cummax(0).values  # the best of this and of all higher recalls, which come first
     at = torch.tensor(RECALLS, device=recall.device, dtype=recall.dtype)
-    last = (recall[None] >= at[:, None] - 1e-6).sum(1) - 1  # the point of the lowest recall that is high enough
+    last = (recall[None] >= at[:, None] - 1e-6).sum(1) - 1  # the point with the lowest recall that is high enough
     area = binary_auroc(scores, is_class, validate_args=False)
     return float(area), float(average), [round(value, 6) for value in best[last].tolist()]

@@ -1,4 +1,4 @@
-"""How good a classifier is on a set of images: accuracy, calibration, confusion, speed, and what its experts dropped.
+"""Measures a classifier on a set of images: accuracy, calibration, confusion, speed, and drops of its experts.
 
 Axis letters: B images, C classes, E experts.
 """
@@ -26,14 +26,14 @@ def measure_batches(
     device: torch.device | str = "cpu",
     ranks_images: bool = False,
 ) -> Evaluation | MultiLabelEvaluation:
-    """Measures a model on batches of (images (B, 3, H, W), labels (B,), ...), with the capacity it is set to.
+    """Measures a model on batches of (images (B, 3, H, W), labels (B,), ...), with its current capacity.
 
-    A model of `vmoe.load` for several classes per image takes labels (B, C) of 0 and 1, and is always ranked.
-    The model is put in evaluation mode and on the device, and stays so. With `ranks_images` the evaluation also says
-    how well the probability of each class ranks the images.
+    The model is put in evaluation mode and moved to the device; it stays so. `ranks_images` adds the ranking figures
+    (AUROC, average precision). A model of `vmoe.load` for several classes per image takes labels (B, C) of 0 and 1, and
+    always has them.
 
     Raises:
-        UserError: there is no image, or a logit is not finite.
+        UserError: There is no image, or a logit is not finite.
     """
     device = torch.device(device)
     model = model.to(device).eval()
@@ -88,15 +88,13 @@ def evaluate_sweep(
     top_ks: Sequence[int] | None = None,
     device: torch.device | str = "cpu",
 ) -> Iterator[Evaluation | MultiLabelEvaluation]:
-    """Measures a model once for each K and each capacity factor (inf: nothing dropped), yielding each as it is done.
+    """Measures a model for each K and each capacity factor (inf: nothing dropped), and yields each evaluation.
 
-    Each evaluation also says how well the probability of each class ranks the images.
-
-    None for either keeps the model's own. A capacity grows with K, as in training. Each layer's own K and factor are
-    restored at the end.
+    Evaluations include the ranking figures. None for `factors` or `top_ks` keeps the model's own. A capacity grows with
+    K, as in training. Each layer's own K and factor are restored at the end.
 
     Raises:
-        UserError: the model is dense or its tokens do not choose, a K or a capacity is not possible, or as in
+        UserError: The model is dense or its tokens do not choose, a K or a capacity is impossible, or as in
             `measure_batches`.
     """
     for option, values in (("capacity_factor", factors), ("top_k", top_ks)):
@@ -105,7 +103,7 @@ def evaluate_sweep(
                 f"{option}={values[0]:.15g}: this checkpoint is a dense model, without experts; leave it out"
             )
     with restored_settings(model):
-        for top_k in top_ks or ():  # all are tried before the first is measured
+        for top_k in top_ks or ():  # tries all before the first measurement
             _set_top_k(model, top_k)
         for factor in factors or ():
             set_capacity(model, factor)
@@ -132,7 +130,7 @@ def set_capacity(model: nn.Module, factor: float) -> None:
     """Sets the capacity factor of all MoE layers at evaluation; inf drops nothing.
 
     Raises:
-        UserError: It cannot be set, whatever the images; the line names the argument.
+        UserError: It cannot be set for any images. The message names the argument.
     """
     routers, routes = ({getattr(layer.config, name) for _, layer in moe_layers(model)} for name in ("router", "route"))
     allowed = "> 0 and at most 1000, or inf to drop nothing"
@@ -144,7 +142,7 @@ def set_capacity(model: nn.Module, factor: float) -> None:
         allowed = '> 0 and at most 1000 with router="expert_choice", whose experts fill slots'
     try:
         if math.isinf(factor) and "expert_choice" in routers:
-            raise ValueError(allowed)  # null is training's there
+            raise ValueError(allowed)  # there None means training's factor, not "no drops"
         set_eval_capacity_factor(model, None if math.isinf(factor) else factor)
     except ValueError as error:
         raise UserError(f"capacity_factor={factor:.15g}: must be {allowed}") from error
@@ -152,10 +150,10 @@ def set_capacity(model: nn.Module, factor: float) -> None:
 
 @contextmanager
 def named_factor(factor: float | None) -> Iterator[None]:
-    """Names a capacity that leaves no slot as the argument it is, where the factor is an argument.
+    """Turns the error of a capacity without slots into one that names the argument, if the factor is an argument.
 
     Raises:
-        UserError: it does.
+        UserError: The capacity has no slot.
     """
     try:
         yield
@@ -165,7 +163,7 @@ def named_factor(factor: float | None) -> Iterator[None]:
 
 @contextmanager
 def restored_settings(model: nn.Module) -> Iterator[None]:
-    """Whatever K, capacity and priority the block sets, each layer's own are back after it."""
+    """Restores each layer's K, capacity and priority after the block."""
     own = [(layer, layer.config) for _, layer in moe_layers(model)]
     try:
         yield
@@ -177,20 +175,21 @@ def restored_settings(model: nn.Module) -> Iterator[None]:
 
 
 def eval_capacity_factor(model: nn.Module) -> float | None:
-    """The capacity factor that the model's MoE layers use at evaluation; None: nothing dropped, or no MoE layer."""
+    """The capacity factor of the model's MoE layers at evaluation; None without drops or without MoE layers."""
     return next((layer.config.eval_capacity_factor for _, layer in moe_layers(model)), None)
 
 
 def experts_per_token(model: nn.Module) -> int | None:
-    """K of the model's MoE layers; None where tokens do not choose experts, or there is no MoE layer."""
+    """K of the model's MoE layers; None if tokens do not choose experts, or without MoE layers."""
     config = next((layer.config for _, layer in moe_layers(model)), None)
     return None if config is None or config.fills_slots else config.top_k
 
 
 @torch.inference_mode()
 def shares_of_choices(model: nn.Module, images: Tensor) -> dict[str, float]:
-    """Each MoE layer's share of the choices that all make for these images: by its tokens, which stages of a backbone
-    may see fewer of, times K. Where tokens do not choose, by its tokens.
+    """Each MoE layer's share of all choices for these images: its tokens times K over the sum of all layers.
+
+    Stages of a backbone may have different numbers of tokens. If tokens do not choose, only tokens count.
     """
     choices: dict[str, int] = {}
 
@@ -211,8 +210,8 @@ def shares_of_choices(model: nn.Module, images: Tensor) -> dict[str, float]:
 
 
 def _dropped_overall(model: nn.Module, images: Tensor, dropped: dict[str, float]) -> float | None:
-    """The share over all layers, each by its choices for a batch of images."""
-    if not any(dropped.values()):  # nothing, so no pass to count choices is needed
+    """The dropped share over all layers, weighted by their choices for a batch of images."""
+    if not any(dropped.values()):  # without drops no pass to count choices is needed
         return 0.0 if dropped else None
     return sum(share * dropped[name] for name, share in shares_of_choices(model, images).items())
 

@@ -1,4 +1,4 @@
-"""Several models that answer together, or several members of one model, and how unlike their answers are.
+"""Ensembles of several models or of one model's members, and the disagreement of their predictions.
 
 B images; M members; C classes.
 """
@@ -19,11 +19,11 @@ from vmoe.models.members import MeanPrediction
 class Ensemble(nn.Module):
     """The mean of the class probabilities of its members (Lakshminarayanan et al. 2017, arXiv 1612.01474, section 2.4).
 
-    It runs every member on every image, so it costs the FLOPs of all of them.
+    It runs every member on every image, so it costs the FLOPs of all members.
 
     Args:
         members: The models.
-        multi_label: Whether an image may have several classes, so that each has a probability of its own.
+        multi_label: Whether an image may have several classes, each with its own probability.
     """
 
     def __init__(self, members: Sequence[nn.Module], multi_label: bool = False) -> None:
@@ -34,8 +34,9 @@ class Ensemble(nn.Module):
         self.kept: Tensor | None = None
 
     def forward(self, images: Tensor) -> Tensor:
-        """The logarithm of the mean probability of each class, or of several classes its logit:
-        (B, 3, height, width) -> (B, classes).
+        """(B, 3, height, width) -> (B, classes): the logarithm of each class's mean probability.
+
+        With several classes per image: the logit of the mean probability.
         """
         if self._is_multi_label:
             logits = torch.stack([member(images).float() for member in self.members])
@@ -48,12 +49,12 @@ class Ensemble(nn.Module):
 
 @dataclass(frozen=True)
 class MemberFigures:
-    """What the members of an ensemble answer, each by itself, and how unlike. Shares are fractions."""
+    """The members' own figures and their disagreement. Shares are fractions."""
 
     members: int  # M
     top1: float  # mean over the members
     nll: float  # mean over the members, nats
-    disagreement: float  # share of the images for which two members name different classes, mean over the pairs
+    disagreement: float  # share of images with different predictions of two members, mean over the pairs
     kl: float  # Kullback-Leibler divergence of a member's probabilities from another's, mean over the pairs, nats
 
 
@@ -61,16 +62,16 @@ class RunningMemberFigures:
     """`MemberFigures`, accumulated on the device batch by batch.
 
     Args:
-        device: Where the answers are.
-        dtype: Of the sums.
+        device: The device of the predictions.
+        dtype: The type of the sums.
     """
 
     def __init__(self, device: torch.device | str, dtype: torch.dtype) -> None:
-        self.sums = torch.zeros(5, device=device, dtype=dtype)  # images, and by image the four figures
+        self.sums = torch.zeros(5, device=device, dtype=dtype)  # number of images, and sums of the four figures
         self.members = 1
 
     def update(self, log_probabilities_MBC: Tensor, labels: Tensor) -> None:
-        """Takes in one batch: what the members answer, and labels (B,) int64."""
+        """Adds one batch: the members' log probabilities, and labels (B,) int64."""
         self.members = members = len(log_probabilities_MBC)
         predicted_MB = log_probabilities_MBC.argmax(-1)
         hits = (predicted_MB == labels).sum() / members
@@ -90,9 +91,9 @@ class RunningMemberFigures:
 
 @contextmanager
 def members_kept(model: nn.Module) -> Iterator[Ensemble | MeanPrediction | None]:
-    """Inside the block, what this gives has the members' answers to the last batch under `kept`.
+    """Yields an object that holds the members' predictions for the last batch as `kept`, within the block.
 
-    None for a single model, and for a view of an ensemble that gives only some of its classes.
+    It is None for a single model, and for a view of an ensemble with only some of its classes.
     """
     hooks = list(model._forward_hooks.values())
     keeper: Any = model if isinstance(model, Ensemble) and not hooks else None

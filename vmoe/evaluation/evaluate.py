@@ -1,4 +1,4 @@
-"""Measuring a trained model on a data set: what `vmoe evaluate` does, in Python."""
+"""Measures a trained model on a data set: `vmoe evaluate` in Python."""
 
 import dataclasses
 import warnings
@@ -36,30 +36,31 @@ def evaluate(
     workers: int | None = None,
     progress: Progress = True,
 ) -> dict[str, Any]:
-    """Measures a model where it is, on a data set that is prepared for it: with its image size, mean and std.
+    """Measures a model on its current device, on a data set with the model's image size, mean and std.
 
     Args:
-        model: Made by `vmoe.load`.
+        model: A model of `vmoe.load`.
         data: The name of a data set, such as "cifar10"; a folder of class folders or of tar shards, or an .npz file; or
-            a `DataConfig`. None: the set that the model was trained on.
-        root: Where the data are. None: where the model's run had them.
-        split: Which part.
-        classes: How the set's classes are found among the model's: "by-name", whatever their order and number; "known"
-            also leaves out images of classes that the model does not know; "by-number" ignores the names.
-        capacity_factor: Of the MoE layers, for this measurement; inf drops nothing. None: the model's own.
-        top_k: Experts per token, for this measurement. None: the model's own.
-        batch_size: Images per batch. None: as the run had it.
-        workers: Processes that load images. None: as the run had it.
-        progress: Shows a progress bar on stderr where that is a terminal. A function of the batches and a description
-            shows progress its own way.
+            a `DataConfig`. None takes the set that the model was trained on.
+        root: The path of the data. None takes the run's.
+        split: The part of the set.
+        classes: The match of the set's classes to the model's: "by-name" in any order and number; "known" also leaves
+            out images of classes that the model does not know; "by-number" ignores the names.
+        capacity_factor: Capacity factor of the MoE layers for this measurement; inf drops nothing. None takes the
+            model's own.
+        top_k: Experts per token for this measurement. None takes the model's own.
+        batch_size: Images per batch. None takes the run's.
+        workers: Number of loading processes. None takes the run's.
+        progress: Whether to show a progress bar on stderr if that is a terminal; or a function of the batches and a
+            description.
 
     Returns:
         Plain types, as in `results` of evaluation.json: `images`, `top1`, `top5`, `nll`, `ece`, `brier`,
         `balanced_accuracy`, `f1`, `auroc`, `average_precision`, `class_accuracy`, `class_precision`, `class_f1`,
         `class_auroc`, `class_average_precision`, `class_precision_at_recall` (at a recall of 0, 0.05, ..., 1),
-        `confusion`, `images_per_second`, `capacity_factor`, `top_k`, `dropped`, and by name `layers` with what each MoE
-        layer dropped and the load of its experts. `members` says of an ensemble how its members answer by themselves
-        and how unlike. Accuracies and shares are fractions.
+        `confusion`, `images_per_second`, `capacity_factor`, `top_k`, `dropped`, and by name `layers` with each MoE
+        layer's dropped share and load. For an ensemble, `members` has the members' own figures and their disagreement.
+        Accuracies and shares are fractions.
 
     Raises:
         UserError: The data are missing or have a class that the model does not know, an argument's value is not
@@ -98,8 +99,9 @@ def measure_split(
     device: torch.device,
     progress: Progress = True,
 ) -> list[Evaluation | MultiLabelEvaluation]:
-    """Measures a model by `match_classes` on the "val" or "test" split, once for each K and each capacity factor: see
-    `evaluate_sweep`.
+    """Measures a model of `match_classes` on the "val" or "test" split for each K and capacity factor.
+
+    See `evaluate_sweep`.
     """
     loader = data.val_dataloader() if split == "val" else data.test_dataloader()
     batches = shown(loader, f"{split} set of {data.config.name}", progress)
@@ -107,10 +109,10 @@ def measure_split(
 
 
 def open_data(model: TrainedModel, config: DataConfig, classes: str = "by-name") -> tuple[ImageDataModule, list[str]]:
-    """A set, ready to be read, and lines to say of it; with `classes` "known" only the classes that a model knows.
+    """Opens a set and returns it with lines to print. With `classes` "known" it has only the model's classes.
 
     Raises:
-        UserError: the data are missing or malformed, or the model knows none of their classes.
+        UserError: The data are missing or malformed, or the model knows none of their classes.
     """
     data = ImageDataModule(config, seed=model.config.get("seed", 0))
     data.prepare_data()
@@ -127,7 +129,7 @@ def open_data(model: TrainedModel, config: DataConfig, classes: str = "by-name")
     known = [name for name, output in zip(data.class_names, outputs, strict=True) if output is not None]
     left = sum(count for count, output in zip(data.images_of_classes("test"), outputs, strict=True) if output is None)
     what = f"with {counted(left, 'test image')}"
-    if data.multi_label:  # an image stays with its other labels, or with none
+    if data.multi_label:  # an image stays, with its other labels or with none
         what = f"with {counted(left, 'label')} of test images; the images stay"
     lines.append(f"classes: left out {named(unknown)}, which the checkpoint does not know, {what}")
     config = dataclasses.replace(data.config, subset=dataclasses.replace(data.config.subset, classes=known))
@@ -137,19 +139,18 @@ def open_data(model: TrainedModel, config: DataConfig, classes: str = "by-name")
 
 
 def match_classes(model: TrainedModel, data: ImageDataModule, classes: str) -> tuple[TrainedModel, str | None]:
-    """A view of the model with the set's classes for its own: its outputs by name, in the set's order and only those.
+    """A view of the model with only the outputs of the set's classes, in the set's order.
 
     Args:
         model: The model.
-        data: What it is measured on.
-        classes: "by-name"; "known", the same; or "by-number", where the set's names mean nothing.
+        data: The set.
+        classes: "by-name" or "known" match names; "by-number" ignores them.
 
     Returns:
-        The view, or the model itself where the classes are the same; and a line on how they are matched where they are
-        not.
+        The view, or the model itself if the classes are the same; and a line on the match, or None.
 
     Raises:
-        UserError: the model does not know a class of the set.
+        UserError: The model does not know a class of the set.
     """
     theirs, ours = model.class_names, list(data.class_names)
     if model.multi_label != data.multi_label:
@@ -176,7 +177,7 @@ def match_classes(model: TrainedModel, data: ImageDataModule, classes: str) -> t
 
 
 def classes_differ(model: TrainedModel, data: ImageDataModule) -> str:
-    """Says how many classes a set and a model have."""
+    """A message with the numbers of classes of a set and a model."""
     classes = counted(data.num_classes, "class", "classes")
     return f"data.name: {data.config.name} has {classes}, the checkpoint {len(model.class_names)}"
 
@@ -191,16 +192,16 @@ def data_for(
     root: str | PathLike[str] | None = None,
     **changes: Any,
 ) -> DataConfig:
-    """The config of a set for the images that a model takes.
+    """The config of a set with the image options of a model.
 
     Args:
         model: The model.
         data: As for `evaluate`.
         root: As for `evaluate`.
-        **changes: Other fields of the config; None leaves one as it is.
+        **changes: Other fields of the config; None keeps a field.
 
     Raises:
-        UserError: neither the model nor `data` tells of a set, or a value is not allowed.
+        UserError: Neither the model nor `data` names a set, or a value is not allowed.
     """
     changes = {name: value for name, value in changes.items() if value is not None}
     if isinstance(data, DataConfig):
@@ -227,10 +228,10 @@ def data_for(
 
 
 def trained_on(model: TrainedModel, name: str | None = None) -> DataConfig:
-    """The config of the set that a model was trained on; a `name` is needed where it does not tell of one.
+    """The config of the set that a model was trained on. A `name` is needed if the model does not record one.
 
     Raises:
-        UserError: neither tells of data.
+        UserError: Neither names a set.
     """
     config = model.config.get("data")
     if config is None and name is None:

@@ -1,4 +1,4 @@
-"""What a frozen model knows: features before the classifier, and three ways to read classes off them.
+"""Features of a frozen model before the classifier, and three probes that predict classes from them.
 
 n images, D features, C classes.
 """
@@ -17,7 +17,7 @@ from vmoe.models.members import refuse_ensemble
 KNN_NEIGHBOURS, KNN_TEMPERATURE = 20, 0.07
 RIDGE_L2 = 2.0**10
 LINEAR_L2 = (10.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
-_AT_ONCE = 1024  # images whose similarities to all training images are held at once
+_AT_ONCE = 1024  # number of images with similarities to all training images in memory at once
 _RIDGE_BIAS = 100.0
 
 
@@ -28,21 +28,20 @@ class Features(NamedTuple):
     labels: Tensor  # (n,) int64
 
     def take(self, indices) -> "Features":
-        """Those of the images at `indices`."""
+        """The features of the images at `indices`."""
         indices = torch.as_tensor(indices, device=self.labels.device)
         return Features(self.vectors[indices], self.labels[indices])
 
 
 @torch.no_grad()  # not inference_mode: a probe is trained on the result
 def extract_features(model: nn.Module, batches: Iterable, device: torch.device | str = "cpu") -> Features:
-    """The features that the classifier would take, of batches of (images (B, 3, H, W), labels (B,), ...).
+    """The classifier's inputs for batches of (images (B, 3, H, W), labels (B,), ...).
 
-    These are timm's `forward_head(forward_features(x), pre_logits=True)`. The model is put in evaluation mode and on
-    the device, and stays so.
+    These are timm's `forward_head(forward_features(x), pre_logits=True)`. The model is put in evaluation mode and moved
+    to the device; it stays so.
 
     Raises:
-        UserError: the model has no such features or is an ensemble, gives some that are not finite, or there is no
-            image.
+        UserError: The model has no such features or is an ensemble, a feature is not finite, or there is no image.
     """
     refuse_ensemble(model, "--probe: each member has features of its own")
     model = model.to(device).eval()
@@ -68,9 +67,10 @@ def knn_accuracy(
     neighbours: int = KNN_NEIGHBOURS,
     temperature: float = KNN_TEMPERATURE,
 ) -> float:
-    """Top-1 of weighted nearest neighbours, as DINO (Caron et al. 2021, https://arxiv.org/abs/2104.14294, section 4.1)
-    after Wu et al. 2018 (https://arxiv.org/abs/1805.01978): the k most similar training images, by cosine, vote for
-    their class with weight exp(similarity / temperature).
+    """Top-1 of weighted nearest neighbours: the k most similar training images, by cosine, vote for their class.
+
+    A vote has the weight exp(similarity / temperature), as in DINO (Caron et al. 2021,
+    https://arxiv.org/abs/2104.14294, section 4.1) after Wu et al. 2018 (https://arxiv.org/abs/1805.01978).
     """
     bank = F.normalize(train.vectors, dim=1)
     neighbours = min(neighbours, len(bank))
@@ -86,14 +86,14 @@ def knn_accuracy(
 def few_shot_accuracies(
     train: Features, test: Features, num_classes: int, shots: int, seeds: Sequence[int], l2: float = RIDGE_L2
 ) -> list[float]:
-    """Top-1 of ridge regression on `shots` training images a class, for each seed of their choice.
+    """Top-1 of ridge regression on `shots` training images per class, for each seed of their choice.
 
-    The linear few-shot evaluation of the V-MoE paper (Riquelme et al. 2021, section 3) with the constants of its
-    authors' public code for it (big_vision's `fewshot_lsr`): features of zero mean and unit variance over the chosen
-    images, targets -1 and 1, one regularisation for all sets, a bias that is almost free.
+    It is the linear few-shot evaluation of the V-MoE paper (Riquelme et al. 2021, section 3) with the constants of its
+    authors' public code (big_vision's `fewshot_lsr`): features of zero mean and unit variance over the chosen images,
+    targets -1 and 1, one regularisation for all sets, and a nearly unregularised bias.
 
     Raises:
-        UserError: a class has fewer training images.
+        UserError: A class has fewer training images.
     """
     labels = train.labels.cpu().numpy()
     sizes = torch.bincount(train.labels, minlength=num_classes)
@@ -118,14 +118,14 @@ def ridge(features: Features, num_classes: int, l2: float) -> Tensor:
 
 
 def linear_accuracy(train: Features, val: Features, test: Features, num_classes: int) -> tuple[float, float]:
-    """Top-1 on `test` of multinomial logistic regression on `train`, and the L2 penalty of `LINEAR_L2` it took.
+    """Top-1 on `test` of multinomial logistic regression on `train`, and the chosen L2 penalty of `LINEAR_L2`.
 
-    The penalty is the best on `val`, which the model has not been trained on either: training images that it knows by
-    heart are told apart with any.
+    The penalty is the best on `val`. The model has not been trained on these images: memorised training images would be
+    separable with any penalty.
     """
     best = (-1.0, 0.0, 0.0)
     fitted = None
-    for l2 in LINEAR_L2:  # from strong to weak, each from where the last one ended
+    for l2 in LINEAR_L2:  # from strong to weak; each starts from the last solution
         fitted = logistic_regression(train, num_classes, l2, fitted)
         score = _linear_score(fitted, train, val)
         if score > best[0]:
@@ -138,7 +138,7 @@ def logistic_regression(
 ) -> tuple[Tensor, Tensor]:
     """Weights (D, C) and bias (C,) that minimise the mean cross-entropy + l2 / 2 |weights|^2, by L-BFGS in float64.
 
-    The features are brought to zero mean and unit variance first. `start` is where to start.
+    The features are first scaled to zero mean and unit variance. `start` is the initial solution.
     """
     x = _scaled(features.vectors, features.vectors)
     weights, bias = start or (x.new_zeros(x.shape[1], num_classes), x.new_zeros(num_classes))
@@ -164,7 +164,7 @@ def _linear_score(fitted: tuple[Tensor, Tensor], train: Features, test: Features
 
 
 def _scaled(vectors: Tensor, reference: Tensor) -> Tensor:
-    """`vectors` in float64, moved and scaled as `reference` needs for zero mean and unit variance."""
+    """Scales `vectors`, in float64, by the mean and variance of `reference`."""
     reference = reference.double()
     return (vectors.double() - reference.mean(0)) / (reference.std(0, correction=0) + 1e-5)
 

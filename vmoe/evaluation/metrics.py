@@ -1,4 +1,4 @@
-"""The figures of a classifier, and how they are summed up on the device batch by batch, in training and evaluation.
+"""The figures of a classifier and their sums on the device, batch by batch, in training and evaluation.
 
 Axis letters: B images, C classes.
 """
@@ -17,31 +17,31 @@ from vmoe.evaluation.curves import Ranking, Scores, mean_of_known
 from vmoe.evaluation.ensemble import MemberFigures
 
 CALIBRATION_BINS = 15
-MOST_CONFUSED = 1000  # classes, up to which the confusion matrix is kept: of 10,000 it would take a gigabyte
+MOST_CONFUSED = 1000  # the most classes with a confusion matrix: with 10,000 it would take a gigabyte
 
 
 @dataclass(frozen=True)
 class LayerUse:
-    """What an MoE layer did with the choices of all images."""
+    """An MoE layer's drops and load over all images."""
 
-    dropped: float  # share of the choices that found their expert full
+    dropped: float  # share of the choices that were dropped
     load: list[float]  # (E,) share of the choices routed to each expert, before drops, relative to the fair 1/E
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The figures of one pass over a set. Shares and accuracies are fractions."""
+    """The figures of one evaluation on a set. Shares and accuracies are fractions."""
 
     images: int
-    capacity_factor: float | None  # of the MoE layers at evaluation; None: nothing dropped, or no MoE layer
-    top_k: int | None  # K of the MoE layers; None where tokens do not choose
+    capacity_factor: float | None  # of the MoE layers at evaluation; None without drops or MoE layers
+    top_k: int | None  # K of the MoE layers; None if tokens do not choose
     top1: float
     top5: float  # top-C where there are fewer than 5 classes
     nll: float  # mean negative log-likelihood, nats
     ece: float  # expected calibration error, 15 bins
     brier: float  # mean over the images of the squared distance of the probabilities from the right class, 0 to 2
     class_accuracy: list[float | None]  # (C,) top-1 of each class, its recall; None for a class without images
-    class_precision: list[float | None]  # (C,) right answers of all of this class; None for a class never predicted
+    class_precision: list[float | None]  # (C,) share of right predictions; None for a class never predicted
     class_f1: list[float | None]  # (C,) harmonic mean of the two; None for a class without images
     balanced_accuracy: float  # mean of class_accuracy, over the classes with images
     f1: float  # mean of class_f1 (macro F1), over the classes with images
@@ -49,13 +49,13 @@ class Evaluation:
     images_per_second: float | None  # without the first batch, loading included; None when there was one batch only
     dropped: float | None  # share of the choices of all MoE layers; None for a dense model
     layers: dict[str, LayerUse]
-    # One class against all others, by its probability (see `vmoe.evaluation.curves.Ranking`); None where not measured
+    # ranking figures, one class against all others (see `vmoe.evaluation.curves.Ranking`); None if not measured
     class_auroc: list[float | None] | None = None  # (C,) area under the ROC curve
     class_average_precision: list[float | None] | None = None  # (C,) area under the curve of precision over recall
     class_precision_at_recall: list[list[float] | None] | None = None  # (C, 21) at a recall of 0, 0.05, ..., 1
     auroc: float | None = None  # mean of class_auroc
     average_precision: float | None = None  # mean of class_average_precision, mAP
-    members: MemberFigures | None = None  # of an ensemble; None for a single model, or where it gives some classes only
+    members: MemberFigures | None = None  # of an ensemble; None for a single model, or with only some of its classes
 
     def as_dict(self) -> dict:
         """The same as plain types, for JSON."""
@@ -64,9 +64,9 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class MultiLabelEvaluation:
-    """The figures of one pass over images that may have several classes, or none. Shares are fractions.
+    """The figures of one evaluation with several classes per image, or none. Shares are fractions.
 
-    Whether an image has a class is decided by the thresholds; the ranking figures are as in `Evaluation`.
+    The thresholds decide whether an image has a class. The ranking figures are as in `Evaluation`.
     """
 
     images: int
@@ -75,12 +75,12 @@ class MultiLabelEvaluation:
     average_precision: float | None  # mAP, mean of class_average_precision
     f1_micro: float  # of all labels of all images together
     f1_macro: float  # mean of class_f1, over the classes with images
-    exact_match: float  # images of which every label is right
+    exact_match: float  # share of images with all labels right
     auroc: float | None  # mean of class_auroc
     bce: float  # mean binary cross-entropy, nats
     thresholds: list[float]  # (C,) of the probability of a class
     class_images: list[int]  # (C,)
-    class_precision: list[float | None]  # (C,) None for a class that is found nowhere
+    class_precision: list[float | None]  # (C,) None for a class that is never predicted
     class_recall: list[float | None]  # (C,) None for a class without images
     class_f1: list[float | None]  # (C,) None for a class without images
     class_auroc: list[float | None] | None
@@ -96,7 +96,7 @@ class MultiLabelEvaluation:
 
 
 class Means(NamedTuple):
-    """Means over images: what training logs per epoch, and a part of what evaluation reports."""
+    """Means over images, for training's logs per epoch and for evaluation."""
 
     loss: float  # cross-entropy, nats
     top1: float
@@ -105,20 +105,20 @@ class Means(NamedTuple):
 
 def sums_on(device: torch.device | str) -> Tensor:
     """(4,) zeros on a device, to which `batch_sums` are added."""
-    # Doubles keep sums over a million images exact to the digits shown; Apple's GPUs have none.
+    # Doubles keep sums over a million images exact to the digits shown. Apple's GPUs have no doubles.
     dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
     return torch.zeros(4, dtype=dtype, device=device)
 
 
 def likeliest_classes(logits: Tensor) -> Tensor:
-    """(B, 5) the likeliest classes for logits (B, C), the likeliest first; (B, C) where there are fewer than 5."""
+    """(B, 5) the most probable classes for logits (B, C), best first; (B, C) with fewer than 5 classes."""
     return logits.detach().topk(min(5, logits.shape[1]), dim=1).indices
 
 
 def batch_sums(likeliest: Tensor, labels: Tensor, loss: Tensor) -> Tensor:
-    """Sums over a batch: loss, right answers, right answers among the five likeliest, images.
+    """Sums over a batch: loss, right predictions, right classes among the top 5, images.
 
-    The host does not wait for the device, so that a training step may call this inside a CUDA graph.
+    It does not synchronise with the device, so a CUDA graph may hold it.
 
     Args:
         likeliest: (B, 5), by `likeliest_classes`.
@@ -135,8 +135,10 @@ def batch_sums(likeliest: Tensor, labels: Tensor, loss: Tensor) -> Tensor:
 
 
 def multi_label_sums(logits: Tensor, labels: Tensor, loss: Tensor) -> Tensor:
-    """Sums over a batch of images of several classes: loss, twice the labels that were found (a logit above 0), labels
-    that were found or there (each kind counts), images. The second by the third is the micro F1.
+    """Sums over a batch with several classes per image, of which the second over the third is the micro F1.
+
+    They are: loss, twice the number of right positive labels (logit above 0), number of predicted plus number of true
+    labels, images.
 
     Args:
         logits: (B, C).
@@ -154,20 +156,20 @@ def multi_label_sums(logits: Tensor, labels: Tensor, loss: Tensor) -> Tensor:
 
 
 def means_of(sums: Tensor) -> Means:
-    """The means of (4,) sums of `batch_sums` over any batches; not a number where there was no image."""
+    """The means from (4,) sums of `batch_sums`; NaN without images."""
     *totals, images = sums.tolist()
     return Means(*(total / images if images else math.nan for total in totals))
 
 
 class RunningMultiLabelMetrics:
-    """The figures of images that may have several classes, accumulated on the device batch by batch.
+    """The figures with several classes per image, accumulated on the device batch by batch.
 
-    Memory grows with the set: the score of each class for each image is kept, up to `MOST_SCORES`.
+    Memory grows with the set, since all scores are kept, up to `MOST_SCORES`.
 
     Args:
         num_classes: C.
-        device: Where the logits are.
-        thresholds: (C,) of the probability of each class; None: 0.5 for all.
+        device: The device of the logits.
+        thresholds: (C,) thresholds of the probabilities; None means 0.5 for all.
     """
 
     record = MultiLabelEvaluation
@@ -184,7 +186,7 @@ class RunningMultiLabelMetrics:
         self.scores = Scores()
 
     def update(self, logits: Tensor, labels: Tensor) -> None:
-        """Takes in one batch: logits (B, C), labels (B, C) of 0 and 1."""
+        """Adds one batch: logits (B, C), labels (B, C) of 0 and 1."""
         logits, there = logits.float(), labels.long()
         probabilities = logits.sigmoid()
         found = (probabilities >= self.thresholds).long()
@@ -197,7 +199,7 @@ class RunningMultiLabelMetrics:
         """The figures so far, under the names of `MultiLabelEvaluation`'s fields.
 
         Raises:
-            UserError: no image was seen, or a logit was not finite.
+            UserError: No image was seen, or a logit was not finite.
         """
         loss, images = means_of(self.sums).loss, int(self.sums[-1])
         _require_finite(images, loss)
@@ -222,8 +224,8 @@ class RunningMultiLabelMetrics:
 class RunningMetrics:
     """Classification figures, accumulated on the device batch by batch.
 
-    Memory depends on the classes, not on the set, but with `ranks_images`: that keeps the score of each class for each
-    image, up to `MOST_SCORES`.
+    Memory depends only on the number of classes. With `ranks_images` it grows with the set: all scores are kept, up to
+    `MOST_SCORES`.
 
     The expected calibration error is Guo et al. 2017's (https://arxiv.org/abs/1706.04599, equation 5): bins of equal
     width over the largest probability, (m - 1) / M < p <= m / M.
@@ -232,7 +234,7 @@ class RunningMetrics:
     record = Evaluation
 
     def __init__(self, num_classes: int, device: torch.device | str = "cpu", ranks_images: bool = False) -> None:
-        # Imported here: it takes seconds, and who draws or explores evaluates nothing
+        # imported here: it takes seconds, and drawing and exploring do not need it
         from torchmetrics.classification import MulticlassConfusionMatrix
 
         self.num_classes = num_classes
@@ -246,7 +248,7 @@ class RunningMetrics:
         self.brier = self.sums.new_zeros(())
 
     def update(self, logits: Tensor, labels: Tensor) -> None:
-        """Takes in one batch: logits (B, C), labels (B,) int64."""
+        """Adds one batch: logits (B, C), labels (B,) int64."""
         logits = logits.float()
         likeliest = likeliest_classes(logits)
         probabilities = logits.softmax(-1)
@@ -262,7 +264,7 @@ class RunningMetrics:
         self.of_class[0].index_add_(0, labels, torch.ones_like(labels))
         self.of_class[1].index_add_(0, labels, (predicted == labels).to(labels))
         self.of_class[2].index_add_(0, predicted, torch.ones_like(predicted))
-        # Clamped above for a confidence that is not a number; compute() then refuses the whole set.
+        # clamped above for NaN, which gives an invalid bin; compute() then refuses the whole set
         bin_index = (confidence * CALIBRATION_BINS).ceil().nan_to_num().long().sub(1).clamp(0, CALIBRATION_BINS - 1)
         self.bins[0].index_add_(0, bin_index, confidence.to(self.bins))
         self.bins[1].index_add_(0, bin_index, (predicted == labels).to(self.bins))
@@ -271,7 +273,7 @@ class RunningMetrics:
         """The figures so far, under the names of `Evaluation`'s fields.
 
         Raises:
-            UserError: no image was seen, or a logit was not finite.
+            UserError: No image was seen, or a logit was not finite.
         """
         there, correct, predicted = self.of_class.tolist()
         images, means = sum(there), means_of(self.sums)
@@ -298,7 +300,7 @@ class RunningMetrics:
         if self.confusion is None:
             return None
         size = (self.num_classes, self.num_classes)
-        return self.confusion.compute().reshape(size).tolist()  # torchmetrics gives a number for a single class
+        return self.confusion.compute().reshape(size).tolist()  # for a single class torchmetrics returns a scalar
 
 
 def _require_finite(images: int, loss: float) -> None:
@@ -309,7 +311,7 @@ def _require_finite(images: int, loss: float) -> None:
 
 
 def _ranking_figures(scores: Scores) -> dict:
-    """The figures of the ranking and their means, by their names; all None where there were too many scores."""
+    """The ranking figures and their means, by name; all None if there are too many scores."""
     ranking = scores.ranking()
     if ranking is None:
         names = [*(field.name for field in fields(Ranking)), "auroc", "average_precision"]

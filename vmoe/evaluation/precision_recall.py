@@ -7,18 +7,18 @@ from vmoe.evaluation.metrics import Evaluation
 from vmoe.figures.style import BODY, INK, MARGIN, MUTED, RULE, SMALL, Page, label, plain_axes
 from vmoe.palette import expert_hex
 
-_MOST_NAMED = 10  # classes with a colour and a name; of more, the worst
+_MOST_NAMED = 10  # number of classes with a colour and a name: the worst ones
 _WIDTH, _HEIGHT, _LIST, _ROW = 620, 520, 330, 24
 
 
 def draw_precision_recall(evaluation: Evaluation, class_names: list[str], data: str, model: str) -> Page:
-    """A curve per class and their mean in bold; the classes with the lowest average precision have colours and names.
+    """Draws a curve per class and their mean in bold. Classes with the lowest average precision have colours and names.
 
     Args:
-        evaluation: What was measured, with its curves.
-        class_names: Of all classes.
-        data: What the model was measured on, for the title.
-        model: Which one it is, such as its path.
+        evaluation: The evaluation, with its curves.
+        class_names: The names of all classes.
+        data: The name of the data, for the title.
+        model: The name of the model, such as its path.
     """
     curves, averages = evaluation.class_precision_at_recall, evaluation.class_average_precision
     known = sorted(

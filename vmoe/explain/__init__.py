@@ -1,1 +1,1 @@
-"""What the experts do, to look at: heatmaps over images, and the explorer with its page."""
+"""Shows what the experts do: heatmaps over images, and the explorer with its page."""

@@ -1,4 +1,4 @@
-"""Runs beside each other: arms of a study, their intervals and their figure."""
+"""Compares runs: arms of a study, their intervals and their figure."""
 
 from vmoe.extras import require_extras
 

@@ -1,7 +1,7 @@
-"""How arms compare as one option grows, such as the part of the data: each V-MoE against the dense model there.
+"""Compares arms over the values of one option, such as the part of the data: each V-MoE against the dense model.
 
-A dense model has no option of MoE layers. It stands beside V-MoEs of any value of it, and for one expert where the
-option is their number.
+A dense model has no options of MoE layers. For such an option it is compared with V-MoEs of any value, and counts as
+one expert if the option is the number of experts.
 """
 
 import json
@@ -23,15 +23,15 @@ from vmoe.evaluation.compare.runs import Arm, Run
 from vmoe.figures.style import BODY, MARGIN, MUTED, SMALL, Page, label, plain_axes
 from vmoe.palette import expert_hex
 
-_WHEN_NULL = {"data.subset.fraction": 1.0}  # what an option left out means
+_WHEN_NULL = {"data.subset.fraction": 1.0}  # the value of an option that is left out
 _EXPERTS = "moe.num_experts"
 _TOP, _WIDTH, _HEIGHT, _GAP, _ROW = 150, 480, 340, 110, 28
-_SHARE_APART = 0.012  # of the axis's length between models at one value, so that none hides another
+_SHARE_APART = 0.012  # share of the axis between models at one value, so that none hides another
 
 
 @dataclass(frozen=True)
 class Point:
-    """The runs of one model at one value of the option; `gain` is over the dense model there, None without one."""
+    """The runs of one model at one value of the option. `gain` is over the dense model there, or None."""
 
     value: float
     arm: Arm
@@ -50,14 +50,14 @@ class Series:
 def against(runs: Sequence[Run], option: str) -> list[Series]:
     """Groups runs by model and by the value of an option of their recipes.
 
-    Other options may change with it, such as the passes over a smaller part of the data, but not at one value.
+    Other options may change with it, such as the repeats of a smaller part of the data, but not at one value.
 
     Args:
-        runs: Of one or several recipes.
-        option: Its dotted name; its values must be numbers.
+        runs: Runs of one or several recipes.
+        option: The option's dotted name. Its values must be numbers.
 
     Raises:
-        UserError: a run lacks the option or has no number there, or two runs of one model, value and seed differ.
+        UserError: A run lacks the option or has no number there, or two runs of one model, value and seed differ.
     """
     groups: dict[str, dict[float, list[Run]]] = {}
     of_layers = option.startswith("moe.")
@@ -99,21 +99,21 @@ def _point(name: str, value: float, runs: list[Run], dense: dict[float, list[Run
 
 @dataclass(frozen=True)
 class PowerLaw:
-    """How the test loss falls with the number of experts E: loss = a E^-exponent, from the dense model on (E=1).
+    """The fall of the test loss with the number of experts E: loss = a E^-exponent, from the dense model (E=1) on.
 
-    Fitted in each seed by least squares over the logarithms, up to the number of experts with the least mean loss. At a
+    Each seed is fitted by least squares over the logarithms, up to the number of experts with the least mean loss. At a
     fixed model size it is the law of Clark et al., "Unified scaling laws for routed language models" (2022,
     https://arxiv.org/abs/2202.01169).
 
     Attributes:
-        name: Of the V-MoE.
+        name: Name of the V-MoE.
         factor: a, the geometric mean over the seeds.
         exponent: The mean over the seeds.
-        low: Of its 95 % interval over the seeds (Student's t); None with one seed.
-        high: As `low`.
-        seeds: How many seeds have a run at each number of experts.
+        low: Lower end of its 95 % interval over the seeds (Student's t); None with one seed.
+        high: Upper end of the interval.
+        seeds: Number of seeds with a run at each number of experts.
         last: The number of experts with the least mean loss.
-        most: The largest number of experts that was tried.
+        most: The largest number of experts.
     """
 
     name: str
@@ -135,7 +135,7 @@ class PowerLaw:
 
 
 def power_laws(series: Sequence[Series]) -> list[PowerLaw]:
-    """The law of each V-MoE that has the dense model beside it and at least two numbers of experts; see `PowerLaw`."""
+    """The law of each V-MoE that has a dense model and at least two numbers of experts; see `PowerLaw`."""
     dense = next((one.points[0].arm for one in series if one.is_dense), None)
     laws = []
     for one in series:
@@ -162,7 +162,7 @@ def _losses_by_seed(arm: Arm) -> dict[int, float]:
 
 
 def against_rows(series: Sequence[Series], option: str) -> list[dict[str, Any]]:
-    """A plain row a point; accuracies and differences are fractions."""
+    """A plain row per point. Accuracies and differences are fractions."""
     return [
         {
             "arm": one.name,
@@ -184,9 +184,9 @@ def against_rows(series: Sequence[Series], option: str) -> list[dict[str, Any]]:
 
 
 def draw_against(series: Sequence[Series], option: str, laws: Sequence[PowerLaw] = ()) -> Page:
-    """Accuracy on test and training images by the option, and each V-MoE's gain over the dense model at the same value.
+    """Draws accuracy on test and training images over the option, and each V-MoE's gain over the dense model.
 
-    With laws, the test loss takes the place of the accuracies.
+    With laws it draws the test loss instead of the accuracies.
     """
     metric = series[0].points[0].arm.first.metric_title
     fields = (
@@ -245,7 +245,7 @@ def draw_against(series: Sequence[Series], option: str, laws: Sequence[PowerLaw]
 
 
 def _ticks_of_loss(losses: list[float]) -> list[float]:
-    """About five round numbers, each a like step further on a logarithmic axis."""
+    """About five round numbers in equal steps on a logarithmic axis."""
     first, last = math.log(min(losses)), math.log(max(losses))
     return sorted({float(f"{math.exp(first + (last - first) * step / 4):.2g}") for step in range(5)})
 
@@ -267,7 +267,7 @@ def _spread(axes: Axes, values: list[float]) -> None:
 
 
 def _shifted(value: float, values: list[float], places: float) -> float:
-    """Where on the axis a value is drawn that is shifted by so many places."""
+    """The position on the axis of a value that is shifted by `places`."""
     share = _SHARE_APART * places
     if _is_logarithmic(values):
         return value * (values[-1] / values[0]) ** share

@@ -1,4 +1,4 @@
-"""The picture of a comparison: accuracy against what it costs, and how it was reached."""
+"""The picture of a comparison: accuracy over cost, differences, and validation over time."""
 
 import textwrap
 from collections.abc import Sequence
@@ -19,23 +19,23 @@ _PANELS = (
 )
 _MORE_IS_BETTER = ("images_per_second",)
 _WIDTH, _HEIGHT, _GAP = 400, 300, 100
-_ROW = 30  # of the legend
-_NEAR = 14  # pixels between points of which each has room for its number
-_CROWD = 6  # numbers at most in a line
-_MOST_NAMED_POINTS = 6  # arms up to which points have names; more have numbers
-_NAMES = 160  # pixels of the names beside the differences
-_SIDES = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (1, -1), (-1, 1), (-1, -1))  # of a point, where its name may stand
+_ROW = 30  # pixels per row of the legend
+_NEAR = 14  # points closer than this many pixels share a line of numbers
+_CROWD = 6  # the most numbers in a line
+_MOST_NAMED_POINTS = 6  # with up to so many arms points have names, else numbers
+_NAMES = 160  # width of the names beside the differences, in pixels
+_SIDES = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (1, -1), (-1, 1), (-1, -1))  # sides of a point for its name
 _ROOM = 1.35  # between the outer points and the ends of a logarithmic axis
-_LABEL = 0.14  # of the axis that the label of a tick takes
+_LABEL = 0.14  # share of the axis that a tick's label takes
 
 _FRONT = {"color": MUTED, "linewidth": 1, "linestyle": ":", "zorder": 2}
 
 
 def draw_comparison(arms: Sequence[Arm], found: Sequence[Difference], notes: Sequence[str]) -> Page:
-    """Scores on the test set against FLOPs, speed and parameters, with the Pareto front; differences; validation.
+    """Draws scores on the test set over FLOPs, speed and parameters with the Pareto front; differences; validation.
 
-    An arm keeps its colour, and its number where there is no room for its name. V-MoEs are round, dense models square.
-    Bars are one standard deviation over seeds; `notes` stand below.
+    An arm has one colour everywhere, and a number where its name has no room. V-MoEs are round, dense models square.
+    Bars are one standard deviation over seeds. `notes` are below.
     """
     legend = _ROW * len(arms) + 60
     lines = [line for note in notes for line in textwrap.wrap(note, 185)]
@@ -83,7 +83,7 @@ def _panel_corner(index: int) -> tuple[int, int]:
 
 
 def _panel(page: Page, index: int, title: str, names: float = 0) -> Axes:
-    """Axes at their place on the page; `names` pixels at their left are left to wide labels."""
+    """The axes of a panel on the page. `names` pixels on their left are free for wide labels."""
     x, y = _panel_corner(index)
     page.text(x, y - 16, title, BODY, weight="bold")
     return plain_axes(page.axes(x + names, y, _WIDTH - names, _HEIGHT))
@@ -114,16 +114,16 @@ def _draw_points(axes: Axes, arms: Sequence[Arm], field: str) -> None:
     ticks = FuncFormatter(lambda value, _: short(value))
     axes.xaxis.set_major_formatter(ticks)
     axes.xaxis.set_minor_formatter(NullFormatter())
-    if max(values) / min(values) < 100:  # two powers of ten need not be inside
+    if max(values) / min(values) < 100:  # the range may contain fewer than two powers of ten
         axes.minorticks_off()
         axes.set_xticks(apart(values))
 
 
 def _name(axes: Axes, arms: Sequence[Arm], points: Sequence[tuple[float, float]]) -> list[int]:
-    """Writes the arms' names beside their points, where they hide neither a point nor another name.
+    """Writes the arms' names beside their points, if they hide neither a point nor another name.
 
     Returns:
-        The arms that found no room.
+        The arms without room for a name.
     """
     axes.autoscale_view()
     inside = axes.get_window_extent()
@@ -147,16 +147,16 @@ def _name(axes: Axes, arms: Sequence[Arm], points: Sequence[tuple[float, float]]
 
 
 def _name_box(marker: Bbox, width: float, right: int, up: int) -> Bbox:
-    """A line of text at the side of a point: `right` and `up` are -1, 0 or 1."""
+    """The box of a line of text at the side of a point. `right` and `up` are -1, 0 or 1."""
     x = {-1: marker.x0 - width - 2, 0: (marker.x0 + marker.x1 - width) / 2, 1: marker.x1 + 2}[right]
     y = {-1: marker.y0 - SMALL - 2, 0: (marker.y0 + marker.y1 - SMALL) / 2 + 2, 1: marker.y1 + 2}[up]
     return Bbox.from_bounds(x, y, width, SMALL)
 
 
 def _number(axes: Axes, points: Sequence[tuple[float, float]], arms: Sequence[int]) -> None:
-    """Writes these arms' numbers, from 1, beside their points; points too near for a number each share one line.
+    """Writes these arms' numbers, from 1, beside their points. Points that are too close share one line.
 
-    A line of more than `_CROWD` numbers would run over other points, so it says how many there are.
+    A line of more than `_CROWD` numbers would cover other points, so it gives their count instead.
     """
     axes.autoscale_view()
     places = axes.transData.transform(points)
@@ -175,9 +175,9 @@ def _number(axes: Axes, points: Sequence[tuple[float, float]], arms: Sequence[in
 
 
 def _draw_differences(page: Page, arms: Sequence[Arm], found: Sequence[Difference]) -> None:
-    """The difference of each arm that has a baseline, with its interval where there is one; the first arm on top."""
+    """Draws the difference of each arm to its baseline, with its interval if there is one; the first arm on top."""
     names = [page.fit(arm.name, SMALL, _NAMES) for arm in arms]
-    if len(arms) > _HEIGHT / _ROW:  # no room for a name each
+    if len(arms) > _HEIGHT / _ROW:  # no room for all names
         names = [str(index + 1) for index in range(len(arms))]
     axes = _panel(page, 3, "Difference to the baseline", max(0, max(text_width(name, SMALL) for name in names) - 40))
     number = {arm.name: index for index, arm in enumerate(arms)}
@@ -194,11 +194,11 @@ def _draw_differences(page: Page, arms: Sequence[Arm], found: Sequence[Differenc
 
 
 def pareto_front(points: Sequence[tuple[float, float]], more_is_better: bool = False) -> list[int]:
-    """The indices of the (cost, accuracy) that no other one beats in both, cheapest first.
+    """The indices of the (cost, accuracy) pairs that no other pair beats in both, cheapest first.
 
     Args:
-        points: a pair each.
-        more_is_better: whether the first of a pair is better when it is larger, such as a speed.
+        points: The pairs.
+        more_is_better: Whether a larger first value is better, such as a speed.
     """
     sign = -1 if more_is_better else 1
     front: list[int] = []
@@ -225,9 +225,9 @@ def _list_arms(page: Page, arms: Sequence[Arm], x: int, y: int, height: int) -> 
 
 
 def apart(values: Sequence[float]) -> list[float]:
-    """At most three of the values, smallest first, none so near another that their labels on the axis would overlap."""
+    """At most three of the values, smallest first, far enough apart that their labels do not overlap."""
     ticks = [min(values)]
-    width = (max(values) / min(values) * _ROOM**2) ** _LABEL  # of a label, as a factor on the logarithmic axis
+    width = (max(values) / min(values) * _ROOM**2) ** _LABEL  # width of a label, as a factor on the logarithmic axis
     for value in sorted(values):
         if value > width * ticks[-1]:
             ticks.append(value)

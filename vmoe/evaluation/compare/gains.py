@@ -1,4 +1,4 @@
-"""Where experts pay: each V-MoE's gain over its dense twin, against how much more that twin errs on new images."""
+"""Each V-MoE's gain over its dense twin, over the ratio of the twin's test errors to its training errors."""
 
 import json
 import math
@@ -17,7 +17,7 @@ from vmoe.moe import MoeConfig
 from vmoe.palette import expert_hex
 
 _WIDTH, _HEIGHT, _TOP, _ROW = 820, 420, 110, 24
-_KINDS = {  # each with its colour, all dark enough on white
+_KINDS = {  # kind -> colour, dark enough on white
     "K=1": expert_hex(0),
     "K=2 or more": expert_hex(9),
     "Soft MoE": expert_hex(14),
@@ -26,21 +26,21 @@ _KINDS = {  # each with its colour, all dark enough on white
 }
 _CONTROLS = ("random", "hash")
 _MOE_FIELDS = [field.name for field in fields(MoeConfig)]
-_FEW_EPOCHS = 10  # in which an expert sees few tokens
-_LEAST_RATIO = 0.5  # drawn; a twin without an error on new images has 0
-_MOST_RATIO = 100  # drawn; a twin that fits all of its training images has no ratio at all
-_FEW_MORE_ERRORS = 2  # times as many on test images as on training images: so far experts may pay
+_FEW_EPOCHS = 10  # in so few epochs an expert sees few tokens
+_LEAST_RATIO = 0.5  # the smallest drawn ratio; a twin without test errors has 0
+_MOST_RATIO = 100  # the largest drawn ratio; a twin without training errors has an infinite one
+_FEW_MORE_ERRORS = 2  # up to this ratio of test to training errors experts may pay off
 _GAIN = "gain (points of test top-1)"
-_BETWEEN_TWINS = 1.012  # between pairs of one twin along the axis, so that none hides another
+_BETWEEN_TWINS = 1.012  # factor along the axis between pairs of one twin, so that none hides another
 
 
 @dataclass(frozen=True)
 class Gain:
-    """A V-MoE and its dense twin: two arms of one recipe, which differ in their MoE layers alone.
+    """A V-MoE and its dense twin: two arms of one recipe that differ only in the MoE layers.
 
     Attributes:
-        difference: Test accuracy of the V-MoE less that of the twin, paired by seed.
-        fit: The twin's top-1 accuracy on its own training images, as they are.
+        difference: Test accuracy of the V-MoE minus that of the twin, paired by seed.
+        fit: The twin's top-1 accuracy on its own training images, without augmentation.
         flops_ratio: FLOPs per image of the V-MoE over those of the twin.
     """
 
@@ -60,18 +60,18 @@ class Gain:
 
     @property
     def is_learned(self) -> bool:
-        """Whether its router learns; the others are controls."""
+        """Whether its router learns. Other routers are controls."""
         return self.difference.arm.first.moe.get("router") not in _CONTROLS
 
     @property
     def is_certain(self) -> bool:
-        """Whether the interval of the gain excludes zero; without one it does not."""
+        """Whether the gain has an interval that excludes zero."""
         low, high = self.difference.low, self.difference.high
         return low is not None and (low > 0 or high < 0)
 
     @property
     def error_ratio(self) -> float:
-        """How many times more errors the twin makes on the test images than on its training images; may be infinite."""
+        """The twin's error rate on test images over that on its training images; may be infinite."""
         errors, learnt = 1 - self.difference.baseline.mean("score"), 1 - self.fit
         if learnt > 0:
             return errors / learnt
@@ -79,7 +79,7 @@ class Gain:
 
     @property
     def tokens_per_expert(self) -> float | None:
-        """How many tokens an expert was trained on, mean over experts and MoE layers; None where no summary says it."""
+        """The number of training tokens per expert, mean over experts and MoE layers; None if no summary has it."""
         run = self.difference.arm.first
         images, per_image = (run.summary.get(key) for key in ("images_trained", "moe_tokens_per_image"))
         if not images or not per_image:
@@ -89,7 +89,7 @@ class Gain:
 
     @property
     def epochs(self) -> float | None:
-        """How often both models saw each training image; None where no image came twice."""
+        """How many times both models saw each training image; None if no image came twice."""
         run = self.difference.arm.first
         if run.data["name"] == "fractals":
             images = run.config["data"].get("images")
@@ -98,12 +98,12 @@ class Gain:
 
 
 def gains(runs: Sequence[Run]) -> list[Gain]:
-    """Pairs each V-MoE with the dense runs of the same recipe, of all studies that the runs come from.
+    """Pairs each V-MoE with the dense runs of the same recipe, over all studies of the runs.
 
-    V-MoEs without such a twin are left out, and so are twins whose accuracy on training images was not measured.
+    V-MoEs without such a twin are left out, and so are twins without a measured accuracy on training images.
 
     Raises:
-        UserError: a run is of several classes per image.
+        UserError: A run has several classes per image.
     """
     if several := next((run.name for run in runs if run.metric != "top1"), None):
         raise UserError(f"--gains: counts wrong answers, and {several} has several classes per image; leave it out")
@@ -127,14 +127,14 @@ def gains(runs: Sequence[Run]) -> list[Gain]:
 
 
 def _recipe_of_both(run: Run) -> str:
-    """All of a recipe that a V-MoE and its dense twin have in common."""
+    """The part of a recipe that a V-MoE and its dense twin have in common."""
     of_experts = ("moe", "model.moe_drop_path")
     both = {key: value for key, value in run.recipe.items() if key not in of_experts and not key.startswith("moe.")}
     return json.dumps(both, sort_keys=True, default=str)
 
 
 def gain_rows(found: Sequence[Gain]) -> list[dict[str, Any]]:
-    """A plain row per pair; accuracies and gains are fractions."""
+    """A plain row per pair. Accuracies and gains are fractions."""
     return [
         {
             "arm": gain.difference.arm.name,
@@ -156,9 +156,9 @@ def gain_rows(found: Sequence[Gain]) -> list[dict[str, Any]]:
 
 
 def draw_gains(found: Sequence[Gain]) -> Page:
-    """Every pair as a point: what experts add, over how much more the dense twin errs on new images.
+    """Draws every pair as a point: the gain over the dense twin's ratio of test to training errors.
 
-    Below, the pairs of twins that err at most `_FEW_MORE_ERRORS` times as often there, over the tokens of an expert.
+    Below, it draws the pairs with a ratio of at most `_FEW_MORE_ERRORS` over the tokens per expert.
     """
     kinds = [kind for kind in _KINDS if any(gain.kind == kind for gain in found)]
     below = [gain for gain in found if gain.error_ratio <= _FEW_MORE_ERRORS and gain.tokens_per_expert is not None]
@@ -206,7 +206,7 @@ def _gain_axes(page: Page, top: float) -> Axes:
 
 
 def _draw_gain_points(axes: Axes, points: Sequence[tuple[float, Gain]]) -> None:
-    """Each gain over its place on a logarithmic axis; those of one place beside each other."""
+    """Draws each gain at its value on a logarithmic axis. Gains at one value are side by side."""
     places: dict[float, list[Gain]] = {}
     for place, gain in points:
         places.setdefault(place, []).append(gain)

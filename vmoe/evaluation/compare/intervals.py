@@ -1,4 +1,4 @@
-"""What a study's arms differ by: paired by seed, with an interval, beside what they cost."""
+"""Differences between a study's arms, paired by seed, with intervals and costs."""
 
 import math
 import statistics
@@ -13,25 +13,26 @@ from vmoe.data.config import nearest
 from vmoe.errors import UserError
 from vmoe.evaluation.compare.runs import Arm, Run
 
-EQUAL_COMPUTE = 0.05  # FLOPs per image that differ by no more than this count as equal
+EQUAL_COMPUTE = 0.05  # FLOPs per image count as equal up to this relative difference
 CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
 class Difference:
-    """The score of an arm on the test set less that of its baseline, as fractions."""
+    """The score of an arm on the test set minus that of its baseline, as fractions."""
 
     arm: Arm
     baseline: Arm
-    mean: float  # over the seeds in common; of the arms' means where there is none
-    low: float | None  # 95 % confidence interval of the mean; None with fewer than two seeds in common
+    mean: float  # over the common seeds; without any, the difference of the arms' means
+    low: float | None  # 95 % confidence interval of the mean; None with fewer than two common seeds
     high: float | None
-    pairs: int  # how many seeds in common
+    pairs: int  # number of common seeds
 
 
 def difference(arm: Arm, baseline: Arm) -> Difference:
-    """Pairs runs of the same seed, which share initial weights and data order as far as their models allow; the
-    interval is Student's t for paired samples.
+    """Pairs runs of the same seed: they share initial weights and data order as far as their models allow.
+
+    The interval is Student's t for paired samples.
     """
     ours, theirs = arm.score_by_seed(), baseline.score_by_seed()
     seeds = [seed for seed in ours if seed in theirs]
@@ -41,15 +42,17 @@ def difference(arm: Arm, baseline: Arm) -> Difference:
     if len(seeds) == 1:
         return Difference(arm, baseline, mean, None, None, 1)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # where all differences are equal: the interval is a point
+        warnings.simplefilter("ignore", RuntimeWarning)  # equal differences give a warning: their interval is a point
         test = ttest_rel([ours[seed] for seed in seeds], [theirs[seed] for seed in seeds])
         low, high = test.confidence_interval(CONFIDENCE)
     return Difference(arm, baseline, mean, float(low), float(high), len(seeds))
 
 
 def differences(arms: Sequence[Arm], baseline: Arm | None = None) -> list[Difference]:
-    """Each arm against the baseline. Without one, against its dense twin (same backbone and data; of several the one
-    whose recipe is nearest), and arms that neither have a twin nor are one against the first dense arm, or the first.
+    """The difference of each arm to the baseline; without a baseline, to its dense twin.
+
+    A twin has the same backbone and data; of several the nearest recipe counts. Arms that neither have a twin nor are
+    one are compared with the first dense arm, or else the first arm.
     """
     if baseline is not None:
         return [difference(arm, baseline) for arm in arms if arm is not baseline]
@@ -67,7 +70,7 @@ def find_arm(arms: Sequence[Arm], name: str) -> Arm:
     """The arm that `--baseline` names by its label or by the folder of one of its runs.
 
     Raises:
-        UserError: there is none.
+        UserError: There is none.
     """
     for arm in arms:
         if name == arm.name or name in (run.name for run in arm.runs):
@@ -78,7 +81,7 @@ def find_arm(arms: Sequence[Arm], name: str) -> Arm:
 
 
 def sentence(found: Difference) -> str:
-    """The difference in words: its interval or why it has none, whether compute is equal, what else differs."""
+    """A sentence on a difference: its interval or why it has none, whether compute is equal, and what else differs."""
     arm, base = found.arm, found.baseline
     flops = arm.first.flops / base.first.flops
     equal = abs(math.log(flops)) <= math.log1p(EQUAL_COMPUTE)
@@ -93,7 +96,7 @@ def sentence(found: Difference) -> str:
 
 
 def table_rows(arms: Sequence[Arm], found: Sequence[Difference]) -> list[dict[str, Any]]:
-    """The comparison as one plain row an arm; scores and differences are fractions."""
+    """The comparison with one plain row per arm. Scores and differences are fractions."""
     against = {part.arm.name: part for part in found}
     return [
         {
@@ -116,7 +119,7 @@ def table_rows(arms: Sequence[Arm], found: Sequence[Difference]) -> list[dict[st
 
 
 def score_cells(arm: Arm) -> dict[str, float | None]:
-    """The scores of an arm's row, by the metric: those on the test set and on training images, mean and sd."""
+    """The scores of an arm's row, by metric: mean and sd on the test set and on training images."""
     metric = arm.first.metric
     return {
         f"test_{metric}_mean": arm.mean("score"),
@@ -139,7 +142,7 @@ def _difference_cells(found: Difference | None) -> dict[str, Any]:
 
 
 def _twin(arm: Arm, arms: Sequence[Arm]) -> Arm | None:
-    """The dense arm of the same backbone and data whose recipe is nearest; None for a dense arm."""
+    """The dense arm of the same backbone and data with the nearest recipe; None for a dense arm."""
     if arm.first.is_dense:
         return None
     twins = [other for other in arms if arm.first.is_twin_of(other.first)]
@@ -155,7 +158,7 @@ def _evidence(found: Difference) -> str:
 
 
 def _other_differences(ours: Run, theirs: Run) -> str:
-    """What else than the MoE layers the difference may come from; "" when nothing."""
+    """Other possible causes of the difference than the MoE layers, as text; "" if there are none."""
     names = _unequal(ours.recipe, theirs.recipe)
     if not names:
         return ""

@@ -1,4 +1,4 @@
-"""Short names for the arms of a study, made of what tells their recipes apart: "dense", "E=8 K=2", "Soft MoE E=16"."""
+"""Short names for a study's arms, from the differences of their recipes: "dense", "E=8 K=2", "Soft MoE E=16"."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -29,14 +29,14 @@ _WORDS = {
 
 
 def arm_labels(arms: Sequence[tuple[dict[str, Any], dict[str, Any] | None]]) -> list[str]:
-    """A label for each arm, unlike the others.
+    """A distinct label for each arm.
 
-    A V-MoE's begins with its router (none for token choice), E and K; other options of the MoE layers are told where
-    they are not the router's defaults and not those of all V-MoEs; all else where it is switched on and not as in most
+    A V-MoE's starts with its router (none for token choice), E and K. Other options of the MoE layers follow if they
+    differ from the router's defaults and from other V-MoEs. All else follows if it is switched on and differs from most
     arms.
 
     Args:
-        arms: for each its recipe by dotted name, and its `moe` section, None for a dense model.
+        arms: For each arm its recipe by dotted name, and its `moe` section, None for a dense model.
     """
     moes = [None if moe is None else _default_moe(moe) | with_router_defaults(moe) for _, moe in arms]
     sparse = [moe for moe in moes if moe is not None]
@@ -53,14 +53,14 @@ def arm_labels(arms: Sequence[tuple[dict[str, Any], dict[str, Any] | None]]) -> 
 
 
 def with_router_defaults(moe: dict[str, Any]) -> dict[str, Any]:
-    """A `moe` section with what its router decides in the place of None; older runs wrote that down themselves."""
+    """A `moe` section with its router's defaults in place of None. Older runs stored these defaults themselves."""
     defaults = _default_moe(moe)
     open_fields = [name for name in DECIDED_BY_ROUTER if moe.get(name) is None and name in defaults]
     return moe | {name: defaults[name] for name in open_fields}
 
 
 def _default_moe(moe: dict[str, Any]) -> dict[str, Any]:
-    """What the options of these layers are by default, with their router."""
+    """The default options of MoE layers with this router."""
     try:
         return asdict(MoeConfig(router=moe.get("router", "token_choice")).resolved())
     except ValueError:  # a router of another version
@@ -81,18 +81,18 @@ def _moe_parts(moe: dict[str, Any], sparse: list[dict[str, Any]]) -> list[str]:
 
 
 def _varied(sections: Sequence[dict[str, Any]]) -> list[str]:
-    """The options that do not have one value in all sections, in order."""
+    """The options with different values between sections, in order."""
     names = dict.fromkeys(name for section in sections for name in section)
     return [name for name in names if any(section.get(name) != sections[0].get(name) for section in sections)]
 
 
 def _is_rare(key: str, section: dict[str, Any], sections: Sequence[dict[str, Any]]) -> bool:
-    """Whether no more than half of the sections have this value."""
+    """Whether at most half of the sections have this value."""
     return 2 * sum(other.get(key) == section[key] for other in sections) <= len(sections)
 
 
 def _option_text(key: str, value: Any, varied: Sequence[str]) -> str:
-    """An option and its value; as much of its dotted name as tells it from the other varied ones."""
+    """An option and its value, with enough of its dotted name to distinguish it from the other varied options."""
     *_, parent, name = ("", *key.split("."))
     if sum(other.rpartition(".")[2] == name for other in varied) > 1:
         name = f"{parent} {name}"

@@ -1,4 +1,4 @@
-"""Can one tell in advance whether experts will pay? A rule, fitted on some dense twins and tested on others."""
+"""A rule that predicts whether experts pay off, fitted on some dense twins and tested on others."""
 
 import random
 import statistics
@@ -9,19 +9,19 @@ from itertools import pairwise
 from vmoe.evaluation.compare.gains import Gain
 
 _SPLITS = 2000
-_NEVER = 0.0  # no twin errs so seldom
+_NEVER = 0.0  # below every twin's ratio
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Experts pay where the dense twin errs at most so many times as often on test images as on its training images.
+    """The rule: experts pay off if the dense twin's ratio of test to training errors is at most `most`.
 
     Attributes:
-        most: That ratio, fitted on all pairs.
-        right: Share of the pairs whose sign it gets right, where it was fitted on other twins; mean over all splits.
-        majority: The same for the sign that most pairs of the fitted twins have.
-        pairs: How many pairs: those of learned routers whose interval excludes zero.
-        twins: How many dense twins, each a recipe of its own.
+        most: The ratio, fitted on all pairs.
+        right: Share of pairs with a correctly predicted sign, fitted on other twins; mean over all splits.
+        majority: The same for always predicting the most frequent sign of the fitted twins.
+        pairs: Number of pairs: those with a learned router and an interval that excludes zero.
+        twins: Number of dense twins, each with its own recipe.
     """
 
     most: float
@@ -41,7 +41,7 @@ class Rule:
 
 
 def fit_rule(found: Sequence[Gain]) -> Rule | None:
-    """Fits the rule and tests it on twins that it was not fitted on; None with fewer than four twins."""
+    """Fits the rule and tests it on held-out twins; None with fewer than four twins."""
     twins: dict[int, list[Gain]] = {}
     for gain in found:
         if gain.is_certain and gain.is_learned:
@@ -64,7 +64,7 @@ def fit_rule(found: Sequence[Gain]) -> Rule | None:
 
 
 def _fitted(pairs: Sequence[Gain]) -> float:
-    """The ratio that gets the most signs right: half-way between two pairs, the smallest of several."""
+    """The ratio that predicts the most signs correctly: half-way between two pairs; on a tie the smallest."""
     ratios = sorted({gain.error_ratio for gain in pairs})
     candidates = [_NEVER, *((low + high) / 2 for low, high in pairwise(ratios)), 2 * ratios[-1]]
     return max(candidates, key=lambda most: (_share_right(pairs, most), -most))

@@ -1,4 +1,4 @@
-"""Runs beside each other: reads their folders and groups the seeds of one recipe into arms of a study."""
+"""Reads the folders of runs and groups the seeds of one recipe into arms of a study."""
 
 import csv
 import hashlib
@@ -16,56 +16,54 @@ from vmoe.checkpoints import WITHOUT_EFFECT, RunFolder, flatten
 from vmoe.errors import UserError
 from vmoe.evaluation.compare.labels import arm_labels, with_router_defaults
 
-_NAMED_BY_ROOT = ("folder", "table", "huggingface", "npz", "webdataset")  # sets that their place tells apart
+_NAMED_BY_ROOT = ("folder", "table", "huggingface", "npz", "webdataset")  # sets that are identified by their path
 _PIPELINE = "data.augment.albumentations"
 _FOREIGN = (KeyError, TypeError, ValueError, OverflowError, AttributeError, yaml.YAMLError, csv.Error)
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run's folder says of it."""
+    """A finished run, read from its folder."""
 
     name: str
     config: dict[str, Any]
-    score: float  # top-1, or mAP of several classes per image, on the test set, a fraction
-    train_score: float | None  # on training images as they are; None where the summary does not tell
+    score: float  # top-1, or mAP with several classes per image, on the test set, a fraction
+    train_score: float | None  # on training images without augmentation; None if the summary lacks it
     total_parameters: int
     active_parameters: int
-    flops: int  # an image
+    flops: int  # per image
     images_per_second: float  # in training
     device: str
     seed: int
     curve: list[tuple[float, float]]  # (epoch, the score in validation)
-    summary: dict[str, Any]  # all of its summary.json
+    summary: dict[str, Any]  # the content of summary.json
 
     @property
     def metric(self) -> str:
-        """What its scores are, by its name in the summary: "top1", or "mAP" of several classes per image."""
+        """The name of its score in the summary: "top1", or "mAP" with several classes per image."""
         return _metric_of(self.summary)
 
     @property
     def metric_title(self) -> str:
-        """What its scores are, as people write it."""
+        """The name of its score for people."""
         return {"top1": "top-1"}.get(self.metric, self.metric)
 
     @property
     def test_loss(self) -> float | None:
-        """Mean cross-entropy on the test set (binary, of several classes per image); None where the summary does not
-        tell.
-        """
+        """Mean cross-entropy on the test set (binary with several classes per image); None if the summary lacks it."""
         return self.summary["metrics"].get("test/loss")
 
     @property
     def data(self) -> dict[str, Any]:
-        """What decides which images it saw and was tested on."""
+        """The options that decide its training and test images."""
         names = ("name", "image_size", "crop", "subset", "split_seed", *(["root"] if self._is_named_by_root else []))
         return {key: self.config["data"].get(key, "centre" if key == "crop" else None) for key in names}
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """Every value of its config that can change the result, by dotted name; without the seed.
+        """Every value of its config that can change the result, by dotted name, without the seed.
 
-        What is not set (null) is left out, so that runs from before an option came are the same recipe as later ones.
+        Null values are left out, so that runs from before an option existed have the same recipe as later ones.
         """
         others = ("seed", *WITHOUT_EFFECT, *([] if self._is_named_by_root else ["data.root"]))
         values = {
@@ -74,11 +72,11 @@ class Run:
         if pipeline := (self.config["data"].get("augment") or {}).get("albumentations"):
             values = {key: value for key, value in values.items() if not key.startswith(f"{_PIPELINE}.")}
             values[_PIPELINE] = hashlib.sha256(json.dumps(pipeline, sort_keys=True).encode()).hexdigest()[:8]
-        if values.get("data.crop") == "centre":  # as all runs had it from before the option came
+        if values.get("data.crop") == "centre":  # the only way before the option existed
             del values["data.crop"]
         if self.config["data"].get("name") != "fractals":  # then its settings have no effect
             values = {key: value for key, value in values.items() if not key.startswith("data.fractals.")}
-        if values.get("distill.teacher") is None:  # then nothing else of distillation has an effect
+        if values.get("distill.teacher") is None:  # then no other option of distillation has an effect
             values = {key: value for key, value in values.items() if not key.startswith("distill.")}
         return values
 
@@ -99,7 +97,7 @@ class Run:
 
     @property
     def _resolved(self) -> dict[str, Any]:
-        """Its config with what null stands for in `moe`."""
+        """Its config, with the router's defaults for nulls in `moe`."""
         moe = self.config.get("moe")
         return self.config if not moe else self.config | {"moe": with_router_defaults(moe)}
 
@@ -119,33 +117,33 @@ class Run:
 
 @dataclass(frozen=True)
 class Arm:
-    """Runs of one recipe that differ in their seed only."""
+    """Runs of one recipe with different seeds."""
 
-    name: str  # what tells it from the other arms, such as "E=8 K=2 width 0.5"
+    name: str  # a distinct name, such as "E=8 K=2 width 0.5"
     runs: list[Run]
 
     @property
     def first(self) -> Run:
-        """A run of it; all have the same config, so the same parameters and FLOPs."""
+        """One of its runs. All have the same config, and so the same parameters and FLOPs."""
         return self.runs[0]
 
     @property
     def n(self) -> int:
-        """How many runs."""
+        """The number of runs."""
         return len(self.runs)
 
     def mean(self, field: str) -> float | None:
-        """The mean of a figure over the runs; None where a run does not tell it."""
+        """The mean of a figure over the runs; None if a run lacks it."""
         values = [getattr(run, field) for run in self.runs]
         return None if None in values else statistics.fmean(values)
 
     def sd(self, field: str) -> float | None:
-        """Its standard deviation over the runs (n - 1 below); None for one run, or as `mean`."""
+        """The standard deviation of a figure over the runs (divided by n - 1); None for one run, or as `mean`."""
         values = [getattr(run, field) for run in self.runs]
         return None if None in values or self.n == 1 else statistics.stdev(values)
 
     def score_by_seed(self) -> dict[int, float]:
-        """The score on the test set by seed: the mean where several runs have one seed."""
+        """The score on the test set by seed, the mean over runs of one seed."""
         by_seed: dict[int, list[float]] = {}
         for run in self.runs:
             by_seed.setdefault(run.seed, []).append(run.score)
@@ -156,7 +154,7 @@ def read_run(path: str | Path) -> Run:
     """Reads a run's config.yaml, summary.json and metrics.csv.
 
     Raises:
-        UserError: a file is missing, unreadable, or not of a finished run.
+        UserError: A file is missing, unreadable, or not of a finished run.
     """
     folder = RunFolder(Path(path))
     if not folder.path.is_dir():
@@ -181,7 +179,7 @@ def read_comparison(path: str | Path) -> list[Run]:
     """The runs of an earlier comparison, from its comparison.json (see `as_plain`).
 
     Raises:
-        UserError: the file is missing or no such file.
+        UserError: The file is missing or no such file.
     """
     try:
         runs = json.loads(Path(path).read_text(encoding="utf-8"))["runs"]
@@ -195,7 +193,7 @@ def read_comparison(path: str | Path) -> list[Run]:
 
 
 def as_plain(run: Run) -> dict[str, Any]:
-    """All of a run that comparison.json keeps, so that it can be compared again without its folder."""
+    """The run's data for comparison.json, with which it can be compared again without its folder."""
     return {"run": run.name, "config": run.config, "summary": run.summary, "curve": run.curve}
 
 
@@ -233,15 +231,15 @@ def _first_words(error: Exception) -> str:
 
 
 def group_runs(runs: Sequence[Run], by_folder: bool = False) -> list[Arm]:
-    """The arms: runs whose configs differ only in seed and folder, in the order of their first appearance.
+    """Groups runs into arms: their configs differ only in seed and folder. Arms are in the order of appearance.
 
     Args:
-        runs: the runs.
-        by_folder: name arms by their folders, without the _sSEED of a sweep, instead of by what tells recipes apart.
+        runs: The runs.
+        by_folder: Whether to name arms by their folders, without the _sSEED of a sweep, instead of by their recipes.
 
     Raises:
-        UserError: the folders of an arm have several names, or two arms one; or some runs are of one class per image
-            and some of several.
+        UserError: The folders of an arm have several names, or two arms have one name; or only some runs have several
+            classes per image.
     """
     by_metric = {run.metric_title: run.name for run in runs}
     if len(by_metric) > 1:
@@ -269,7 +267,7 @@ def _folder_names(arms: list[list[Run]]) -> list[str]:
 
 
 def warnings_for(runs: Sequence[Run]) -> list[str]:
-    """What keeps these runs from being compared, a line each."""
+    """Warnings against comparing these runs, a line each."""
     lines = []
     devices = sorted({run.device for run in runs})
     if len(devices) > 1:

@@ -1,5 +1,5 @@
 """The routing explorer: what the experts of a V-MoE do, measured over a data set."""
-# ruff: noqa: E402 - what is imported here needs the extras
+# ruff: noqa: E402 - these imports need the extras
 
 from vmoe.extras import require_extras
 

@@ -1,10 +1,10 @@
-"""Do an expert's patches have something in common? Tables of expert by feature, beside what sampling and chance make.
+"""Measures what an expert's patches have in common: tables of expert by feature, with intervals and null tables.
 
-Images, not patches, are what is sampled: patches of an image resemble one another. So intervals come from weighting
-whole images again, and nulls pair the routing of one image with the content of another. Both are done while the images
-stream by: each replicate is a table of its own, and no image is kept.
+The patches of an image resemble one another, so images are the sampled units. Intervals come from reweighting whole
+images (bootstrap). Nulls pair the routing of one image with the content of another. Both are computed while images
+stream by: each replicate is a table, and no image is kept.
 
-B images; N places of a layer's grid; K choices per patch; E experts; F values of a feature; R replicates.
+B images; N positions of a layer's grid; K choices per patch; E experts; F values of a feature; R replicates.
 """
 
 import math
@@ -17,38 +17,38 @@ from torch import Tensor
 from vmoe.explain.explorer.features import COLOUR_NAMES, LEVELS, Levels, PatchFeatures, colour_bins
 from vmoe.explain.explorer.measures import Z95, normalised_mutual_information
 
-FINEST_POSITION = 16  # rows or columns of positions that are kept apart
+FINEST_POSITION = 16  # the most rows or columns of positions
 _PACKED = {"colour": len(COLOUR_NAMES), "brightness": LEVELS, "edges": LEVELS}
 _INDICES_AT_ONCE = 4_000_000
 
 
 class Specialisation(NamedTuple):
-    """How much the expert of a patch says about one of its features."""
+    """The information of a patch's expert about one of the patch's features."""
 
     nmi: float  # normalised mutual information of expert and feature over all choices
     low: float  # lower end of its 95 % interval, from the standard deviation over bootstrap replicates
     high: float  # upper end
-    null_mean: float  # what chance gives
-    null_high: float  # what chance stays below in 95 % of the permutations
+    null_mean: float  # the mean under the null
+    null_high: float  # the 95 % quantile under the null
     p: float  # share of the permutations, this routing counted among them, with at least this information
     beats_null: bool  # whether the whole interval lies above `null_high`
 
 
 class GridCodes:
-    """The features of every place of one grid as small integers."""
+    """The features of every position of one grid as small integers."""
 
     def __init__(self, grid: tuple[int, int]) -> None:
         self.grid = grid
         self._brightness, self._edges = Levels(), Levels()
 
     def encode(self, features: PatchFeatures) -> Tensor:
-        """Colour, brightness and edge strength of each place in one number: (B, N) int32."""
+        """Colour, brightness and edge strength of each position, packed into one number: (B, N) int32."""
         colour = colour_bins(features.colour)
         packed = (colour * LEVELS + self._brightness(features.brightness)) * LEVELS + self._edges(features.edges)
         return packed.int()
 
     def positions(self, device: torch.device) -> tuple[Tensor, int]:
-        """The bin of each place (rows, columns) int32, neighbours sharing one on fine grids, and how many there are."""
+        """The bin of each position (rows, columns) int32, and the number of bins. Fine grids share bins."""
         bins = [min(extent, FINEST_POSITION) for extent in self.grid]
         row, column = (
             torch.arange(extent, device=device) * count // extent for extent, count in zip(self.grid, bins, strict=True)
@@ -59,16 +59,16 @@ class GridCodes:
 class Draws(NamedTuple):
     """The replicates' random numbers for B images."""
 
-    # (R, B) how often each image counts in a bootstrap replicate: Poisson(1), which needs no knowledge of the number of
-    # images (Chamandy et al. 2012, https://research.google/pubs/pub43157/).
+    # (R, B) weight of each image in a bootstrap replicate: Poisson(1), which needs no known number of images (Chamandy
+    # et al. 2012, https://research.google/pubs/pub43157/)
     weights: Tensor
-    partners: Tensor  # (R, B) for each image's routing the image that gives the content: permutations
+    partners: Tensor  # (R, B) permutations: for each image's routing the image with the content
     shifts: Tensor  # (R, B, 2) by how many rows and columns a map is moved round, in [0, 1) of the grid
     flips: Tensor  # (R, B) bool, whether it is mirrored too
 
     @classmethod
     def of(cls, replicates: int, images: int, generator: torch.Generator) -> "Draws":
-        """Draws them on the generator's device."""
+        """Draws the numbers on the generator's device."""
         options = {"generator": generator, "device": generator.device}
         weights = torch.poisson(torch.ones(replicates, images, device=generator.device), generator=generator)
         partners = torch.rand(replicates, images, **options).argsort(1)
@@ -77,7 +77,7 @@ class Draws(NamedTuple):
 
 
 class Tables:
-    """Choices by feature and expert: as they are, in bootstrap replicates, and under the null.
+    """Choices by feature and expert: as observed, in bootstrap replicates, and under the null.
 
     Attributes:
         value: (F, E) float64.
@@ -91,7 +91,7 @@ class Tables:
         self.null = torch.zeros_like(self.bootstrap)
 
     def specialisation(self) -> Specialisation:
-        """What the tables say."""
+        """The specialisation in the tables."""
         nmi = float(normalised_mutual_information(self.value))
         spread = float(normalised_mutual_information(self.bootstrap).std())
         null = normalised_mutual_information(self.null).cpu()
@@ -105,12 +105,12 @@ class LayerAssociation:
     """The tables of one layer, block of images by block.
 
     Args:
-        grid: Of the layer.
+        grid: The layer's grid.
         experts: E.
-        classes: Number of classes; 0 where images have no labels.
-        patch_kinds: Number of known patch labels; 0 where patches have none.
+        classes: Number of classes; 0 without labels.
+        patch_kinds: Number of known patch labels; 0 without them.
         replicates: R.
-        device: Where the counting is done.
+        device: The device of the tables.
     """
 
     def __init__(
@@ -126,12 +126,12 @@ class LayerAssociation:
 
         Args:
             choices: (B, N, K) experts, -1 for none.
-            labels: (B,) classes, or (B, C) of 0 and 1 of several; None where images have no labels.
+            labels: (B,) classes, or (B, C) of 0 and 1 for several; None without labels.
             codes: (B, N) from `GridCodes.encode`.
-            known: (B, N) what each patch is known to show; None where patches have no labels.
-            draws: For B images.
+            known: (B, N) labels of the patches; None without patch labels.
+            draws: The draws for B images.
         """
-        # one place more than experts, for choices that do not count
+        # one column more than experts, for choices that do not count
         choices = torch.where(choices < 0, self.experts, choices).int()
         if labels is not None:
             self._count_classes(choices, labels, draws)
@@ -151,9 +151,9 @@ class LayerAssociation:
             )
 
     def _count_classes(self, choices: Tensor, labels: Tensor, draws: Draws) -> None:
-        """A class belongs to a whole image, so each replicate adds up whole images' loads.
+        """Counts classes. A class belongs to a whole image, so each replicate sums whole images' loads.
 
-        An image of several classes counts for each of them.
+        An image with several classes counts for each of them.
         """
         tables = self.tables["class"]
         replicates, classes, _ = tables.null.shape
@@ -190,8 +190,7 @@ class LayerAssociation:
     def _null_counts(self, feature: Tensor, values: int, choices: Tensor, draws: Draws) -> Tensor:
         """Tables (R, F, E) of the routing of each image with the feature's map of its partner.
 
-        Position stays paired with position: what a router that knows nothing but the position shares with the feature
-        is chance too.
+        Positions stay paired, so the null includes the information of a router that only knows positions.
         """
         parts = [
             self._histogram(feature[partners], values, choices[None])
@@ -200,9 +199,9 @@ class LayerAssociation:
         return torch.cat(parts)
 
     def _shifted_counts(self, choices: Tensor, draws: Draws) -> Tensor:
-        """Tables (R, F, E) of the routing with positions that are moved round the grid, differently for each image.
+        """Tables (R, F, E) of the routing with positions shifted around the grid, differently for each image.
 
-        A torus shift keeps neighbours neighbours (Lotwick & Silverman 1982), so that smooth maps meet smooth maps.
+        A torus shift keeps neighbours together (Lotwick & Silverman 1982), so shifted maps stay smooth.
         """
         rows, columns = self.grid.grid
         extent = torch.tensor([rows, columns], device=choices.device)
@@ -218,7 +217,7 @@ class LayerAssociation:
         return torch.cat(parts)
 
     def _histogram(self, feature: Tensor, values: int, choices: Tensor) -> Tensor:
-        """Counts for each first index: feature (R, B, N) and choices (1 or R, B, N, K) -> (R, F, E) float."""
+        """Counts per first index: feature (R, B, N) and choices (1 or R, B, N, K) -> (R, F, E) float."""
         slots = values * (self.experts + 1)
         first = torch.arange(len(feature), device=feature.device, dtype=torch.int32)[:, None, None] * slots
         index = (first + feature * (self.experts + 1))[..., None] + choices
@@ -226,12 +225,12 @@ class LayerAssociation:
         return counts.view(len(feature), values, self.experts + 1)[..., : self.experts].float()
 
     def _at_once(self, choices: Tensor) -> int:
-        """How many replicates to count in one go."""
+        """The number of replicates to count at once."""
         return max(1, _INDICES_AT_ONCE // max(1, choices.numel()))
 
 
 def _unpacked_codes(codes: Tensor, shape: Sequence[int]) -> list[Tensor]:
-    """The numbers that were packed into one, first to last."""
+    """Unpacks the numbers from one code, in order."""
     parts = []
     for size in reversed(shape):
         parts.append(codes % size)

@@ -1,7 +1,7 @@
-"""What depends on the experts: accuracy without one of them, with random routing, and at other capacities.
+"""Interventions on experts: accuracy without one of them, with random routing, and at other capacities.
 
-All are tried on the same images, batch by batch, so that changes are paired. B images; E experts; C classes;
-I interventions; n images.
+All use the same images, batch by batch, so changes are paired. B images; E experts; C classes; I interventions; n
+images.
 """
 
 import dataclasses
@@ -27,26 +27,26 @@ from vmoe.moe.image_routing import FollowingRouter
 from vmoe.moe.routers import SigmoidRouter, top_experts, weights_of
 from vmoe.moe.routing import ExpertChoiceRouting, SlotRouting, SoftRouting
 
-_NO_CHOICE = ("hash", "random", "balanced")  # routers that follow no scores: there is no next best expert
+_NO_CHOICE = ("hash", "random", "balanced")  # routers without scores: there is no next best expert
 
 
 @dataclass(frozen=True)
 class Causes:
-    """What the interventions did, in the report's form."""
+    """The effects of the interventions, in the report's form."""
 
     images: int  # n
-    # By layer, for each expert: "expert", "change", "low", "high" of the accuracy, and "by_class"
+    # by layer, for each expert: "expert", "change", "low", "high" of the accuracy, and "by_class"
     ablation: dict[str, list[dict[str, Any]]]
     random_router: dict[str, dict[str, float]]  # by layer: "change", "low", "high"
-    # "factor" (None: nothing is dropped), "priority", "accuracy", "low", "high", "dropped" of each setting; None where
-    # experts fill slots that belong to the parameters (Soft MoE)
+    # "factor" (None: nothing is dropped), "priority", "accuracy", "low", "high", "dropped" of each setting; None for
+    # Soft MoE, where slots are parameters
     capacity: list[dict[str, Any]] | None
 
 
 class _Intervention(NamedTuple):
-    """Something done to a model for one forward pass: to a layer, or to the capacity of all."""
+    """A change of a model for one forward pass: of one layer, or of the capacity of all layers."""
 
-    applied: Callable  # inside this block it is done
+    applied: Callable  # a context with the change
     layer: str | None = None
     expert: int | None = None
     factor: float | None = None  # inf drops nothing
@@ -64,11 +64,11 @@ def find_causes(
     """Tries every intervention on the same images.
 
     Args:
-        subject: The model; it is left as it was.
-        batches: Of (images, labels, ...), normalised for the model.
-        capacity_factors: At evaluation; inf drops nothing. One that leaves experts no slot, or more than there are
-            tokens, is left out, also where only a smaller last batch cannot have it.
-        seed: Of the random routers.
+        subject: The model. It is restored afterwards.
+        batches: Batches (images, labels, ...), normalised for the model.
+        capacity_factors: Factors at evaluation; inf drops nothing. A factor is left out if it gives experts no slot or
+            more slots than tokens, even if only in a smaller last batch.
+        seed: Seed of the random routers.
         track: Wraps the passes in a progress bar.
 
     Raises:
@@ -84,7 +84,7 @@ def find_causes(
         if trial.place is None:
             labels.append(trial.labels)
             base.append(subject.is_right(trial.logits, trial.labels))
-        elif len(right[trial.place]) + 1 == len(labels):  # else an earlier batch could not have it
+        elif len(right[trial.place]) + 1 == len(labels):  # else an earlier batch could not have the capacity
             intervention = interventions[trial.place]
             with suppress(CapacityError), trial.reused(), intervention.applied():
                 right[trial.place].append(subject.is_right(model(trial.images), trial.labels))
@@ -101,13 +101,13 @@ def find_causes(
 
 
 class _Trial(NamedTuple):
-    """A pass over a batch: without an intervention, where `place` is None and `logits` are its result, or with one."""
+    """A pass over a batch. Without an intervention `place` is None; `logits` are the result."""
 
     images: Tensor
     labels: Tensor
     place: int | None
     logits: Tensor | None
-    reused: Callable  # inside this block a pass computes nothing before the layer that it changes first
+    reused: Callable  # a context in which a pass computes nothing before its first changed layer
 
 
 class _Trials:
@@ -115,8 +115,8 @@ class _Trials:
 
     def __init__(self, subject: Subject, batches: Iterable, interventions: Sequence[_Intervention]) -> None:
         self._subject, self._batches, self._interventions = subject, batches, interventions
-        self.shares: dict[str, float] = {}  # of each layer in the choices, in forward order; known after the first pass
-        self._differing: set[str] = set()  # layers before which something does not come out the same again
+        self.shares: dict[str, float] = {}  # each layer's share of the choices, after the first pass
+        self._differing: set[str] = set()  # layers for which a replay is not exact
 
     def __length_hint__(self) -> int:
         return length_hint(self._batches) * (1 + len(self._interventions))
@@ -144,7 +144,7 @@ class _Trials:
                     yield _Trial(x, y, place, None, nullcontext if prefix is None else prefix.replayed)
 
     def _places_by_layer(self) -> dict[str, list[int]]:
-        """The interventions by the first layer that they change, in forward order."""
+        """The interventions by their first changed layer, in forward order."""
         places: dict[str, list[int]] = {name: [] for name in self.shares}
         first = next(iter(places))
         for place, intervention in enumerate(self._interventions):
@@ -152,7 +152,7 @@ class _Trials:
         return places
 
     def _differs(self, prefix: Prefix, after: Prefix | None, x: Tensor, logits: Tensor) -> bool:
-        """Whether a replay gives other logits; on the way what is before a later layer is recorded."""
+        """Whether a replay gives other logits. It also records the prefix of a later layer."""
         with prefix.replayed(), _recorded(after):
             again = self._subject.model(x)
         return not torch.allclose(again, logits, rtol=1e-4, atol=1e-4 * float(logits.abs().max()))
@@ -163,7 +163,7 @@ def _recorded(prefix: Prefix | None) -> AbstractContextManager:
 
 
 def _dropped(model: nn.Module, shares: dict[str, float]) -> Tensor:
-    """Share of all choices that the last pass dropped, over the layers, each by its share of the choices."""
+    """The share of all choices that the last pass dropped, weighted over the layers by their choices."""
     parts = [shares[name] * layer.statistics.dropped.double() for name, layer in moe_layers(model)]
     return torch.stack(parts).sum()
 
@@ -182,7 +182,7 @@ def _interventions(
 
 
 def _capacity_settings(model: nn.Module, capacity_factors: Sequence[float]) -> list[tuple[float, bool]]:
-    """The capacities to try: factor, and whether batch prioritized."""
+    """The capacities to try: the factor, and whether routing is batch prioritized."""
     config = moe_layers(model)[0][1].config
     if config.router == "soft" or config.route == "image":
         return []
@@ -193,7 +193,7 @@ def check_capacities(model: nn.Module, capacity_factors: Sequence[float]) -> Non
     """Tries to set each capacity factor, without a pass.
 
     Raises:
-        UserError: It cannot be set, whatever the images.
+        UserError: A factor cannot be set for any images.
     """
     with restored_settings(model):
         for factor in capacity_factors:
@@ -201,26 +201,25 @@ def check_capacities(model: nn.Module, capacity_factors: Sequence[float]) -> Non
 
 
 def without(layer: MoeMlp, expert: int) -> AbstractContextManager[None]:
-    """Inside the block the layer routes on without an expert: its score is minus infinity, the next best is chosen.
+    """Removes an expert within the block: its score is minus infinity, and tokens choose the next best expert.
 
-    Where tokens go to all experts there is none, and the expert's weight is 0.
-
-    Where experts fill slots, the others' shares of each token are scaled up to what they would be without it.
+    If tokens go to all experts there is no next best, and the expert's weight is 0. With expert choice and Soft MoE the
+    other experts' shares of each token are renormalised.
     """
     return _rerouted(layer, lambda router, routing: _without(router, routing, expert))
 
 
 def random_routing(layer: MoeMlp, generator: torch.Generator) -> AbstractContextManager[None]:
-    """Inside the block each token's gates go to random experts, so that only who gets what changes.
+    """Permutes each token's gates over random experts within the block.
 
-    The gates keep their sizes: as sure a choice, of a random expert. For Soft MoE tokens also enter slots at random.
+    The gates keep their values, so the router is as confident as before. For Soft MoE tokens also enter random slots.
     """
     return _rerouted(layer, lambda _, routing: _shuffled(routing, generator))
 
 
 @contextmanager
 def capacity(model: nn.Module, factor: float, batch_priority: bool) -> Iterator[None]:
-    """Inside the block all layers have this capacity factor at evaluation, vanilla or batch prioritized.
+    """Sets the capacity factor of all layers at evaluation within the block, vanilla or batch prioritized.
 
     Raises:
         UserError: It cannot be set.
@@ -234,7 +233,7 @@ def capacity(model: nn.Module, factor: float, batch_priority: bool) -> Iterator[
 
 @contextmanager
 def _rerouted(layer: MoeMlp, change: Callable) -> Iterator[None]:
-    """The router's decision is replaced before slots are handed out."""
+    """Replaces the router's decision before slots are assigned."""
     handle = layer.router.register_forward_hook(
         lambda router, _, routed: routed._replace(routing=change(router, routed.routing))
     )
@@ -263,7 +262,7 @@ def _without(router: nn.Module, routing: Routing | SlotRouting, expert: int) -> 
         ranking = gates + router.bias
     else:
         gates = ranking = logits.softmax(-1)
-    # Last, but before those chosen already, which are at minus infinity: where K = E it is chosen, and weighs 0.
+    # the lowest score, but above chosen experts, which are at minus infinity: with K = E it is chosen with weight 0
     ranking = ranking.masked_fill(is_expert, torch.finfo(ranking.dtype).min)
     chosen = top_experts(ranking, routing.chosen_GSK.shape[-1])
     weights = weights_of(gates, chosen, router.renormalize)
@@ -291,7 +290,7 @@ def _shuffled(routing: Routing | SlotRouting, generator: torch.Generator) -> Rou
 
 
 def _experts_choose(gates: Tensor, routing: ExpertChoiceRouting) -> ExpertChoiceRouting:
-    """Expert choice by other gates, with the capacity of `routing`."""
+    """Repeats expert choice with other gates and the capacity of `routing`."""
     slots = None if routing.kept_G1C is None else routing.kept_G1C.sum((1, 2))
     return expert_choice(gates, routing.groups, Capacity(routing.chosen_GEC.shape[-1], slots), routing.valid_GS)
 
@@ -304,9 +303,9 @@ def _orders(like: Tensor, generator: torch.Generator) -> Tensor:
 def _as_causes(
     interventions: Sequence[_Intervention], right: Tensor, labels: Tensor, dropped: Sequence[float], num_classes: int
 ) -> Causes:
-    """The report's form of who was right (1 + I, n), the first row without an intervention.
+    """The report's form of `right` (1 + I, n), the correctness of each image; the first row has no intervention.
 
-    Of several classes, labels (n, C), an image counts for each of its classes.
+    With labels (n, C) an image counts for each of its classes.
     """
     base, changed = right[0], right[1:]
     ablation: dict[str, list[dict[str, Any]]] = {}

@@ -1,4 +1,4 @@
-"""One pass over the images: everything the explorer counts, in memory that does not grow with their number.
+"""One pass over the images with all counts of the explorer. Memory does not grow with the number of images.
 
 B images; E experts; K choices per token.
 """
@@ -22,7 +22,7 @@ from vmoe.moe import moe_layers
 from vmoe.routing import record_routing
 
 Grid = tuple[int, int]
-BLOCK = 256  # images within which permutations are drawn
+BLOCK = 256  # number of images that share a permutation
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class LayerFacts:
     router: str
     route: str
     num_experts: int
-    top_k: int | None  # None where experts fill slots
+    top_k: int | None  # None for expert choice and Soft MoE
     grid: Grid
     prefix: int
     prefix_names: tuple[str, ...]
@@ -41,7 +41,7 @@ class LayerFacts:
 
 @dataclass(frozen=True)
 class LayerCollection:
-    """What was counted of one layer."""
+    """The counts of one layer."""
 
     facts: LayerFacts
     counts: LayerCounts
@@ -50,10 +50,10 @@ class LayerCollection:
 
 @dataclass(frozen=True)
 class Collection:
-    """What one pass counted."""
+    """The counts of one pass."""
 
     images: int  # number of images
-    correct: int | None  # of these, how many were classified rightly; None where images have no labels
+    correct: int | None  # number of correctly classified images; None without labels
     layers: list[LayerCollection]  # in forward order; empty for a dense model
     flows: list[Flow]  # from each layer to the next
     sample: dict[str, Any] | None  # some of the images, see `ImageSample.stacked`; None for a dense model
@@ -73,12 +73,12 @@ def collect(
 
     Args:
         subject: The model.
-        batches: Of (images (B, 3, H, W), labels (B,), (B, C) of 0 and 1, or None, ...), normalised for it and in random
-            order; where they have `patch_labels` and `patch_kinds` is given, these are a feature too.
+        batches: Batches (images (B, 3, H, W), labels (B,), (B, C) of 0 and 1, or None, ...), normalised for the model
+            and in random order. `patch_labels` in a batch are a feature too, if `patch_kinds` is given.
         patch_kinds: Number of patch labels.
-        replicates: R, of bootstrap and null.
-        sample: Images to keep.
-        seed: Of replicates and sample.
+        replicates: R, for bootstrap and null.
+        sample: Number of images to keep.
+        seed: Seed of replicates and sample.
 
     Raises:
         UserError: There is no image, images differ in size, or a logit is not finite.
@@ -125,7 +125,7 @@ def on_device(batch: Sequence, device: torch.device) -> Tensor:
 
 
 def routed(model: nn.Module, images: Tensor) -> tuple[Tensor, dict[str, LayerMaps]]:
-    """The logits of a batch and each MoE layer's maps, in forward order; a dense model has none."""
+    """The logits of a batch and each MoE layer's maps, in forward order. A dense model has no maps."""
     layers = dict(moe_layers(model))
     if not layers:
         return model(images), {}
@@ -136,7 +136,7 @@ def routed(model: nn.Module, images: Tensor) -> tuple[Tensor, dict[str, LayerMap
 
 
 class _Tally:
-    """What is counted. Associations wait until there is a block of images, so that each finds a partner."""
+    """All counts. Associations wait for a block of images, so that each image has a partner."""
 
     def __init__(
         self,
@@ -185,7 +185,7 @@ class _Tally:
             self.finish()
 
     def finish(self) -> None:
-        """Counts the images that still wait."""
+        """Counts the waiting images."""
         if not self._waiting:
             return
         labels, features, known, choices = zip(*self._waiting, strict=True)
@@ -205,7 +205,7 @@ class _Tally:
             layer.association.update(torch.cat(parts), labels, codes[grid], patches[grid], draws)
 
     def _check_sizes(self, maps: dict[str, LayerMaps]) -> None:
-        """Tables have a place for each patch of one grid."""
+        """Checks that all images have the same grid, since tables have one position per patch of a grid."""
         for layer, part in zip(self.layers, maps.values(), strict=True):
             if part.grid != layer.facts.grid:
                 raise UserError(
@@ -214,7 +214,7 @@ class _Tally:
                 )
 
     def _begin(self, maps: dict[str, LayerMaps], classes: int) -> None:
-        """Makes the tables; the first batch gives their sizes."""
+        """Makes the tables. The first batch gives their sizes."""
         for name, part in maps.items():
             config, device = self._configs[name], part.gates.device
             codes = self._grids.setdefault(part.grid, GridCodes(part.grid))

@@ -1,6 +1,6 @@
-"""What is simply counted while the images stream by: loads, drops, co-activation, maps, colours, flows.
+"""Simple counts while images stream by: loads, drops, co-activation, maps, colours, flows.
 
-B images; P prefix tokens and N places of a layer's grid; E experts; K choices per token.
+B images; P prefix tokens and N positions of a layer's grid; E experts; K choices per token.
 """
 
 import torch
@@ -13,14 +13,14 @@ class LayerCounts:
     """Sums over all images of one layer, on its device.
 
     Attributes:
-        load: (E,) what each expert takes of all tokens, prefix tokens included.
-        together: (E, E) sum over the tokens of what two experts take of it; the diagonal holds each expert's load.
-        position: (N, E) what each expert takes at each place.
-        colour: (E, 3) sum of the mean colours of what each expert takes.
+        load: (E,) each expert's load over all tokens, prefix tokens included.
+        together: (E, E) sum over tokens of the joint load of two experts; the diagonal holds each expert's load.
+        position: (N, E) each expert's load at each position.
+        colour: (E, 3) sum of the mean colours of each expert's patches.
         images_by_experts: (E + 1,) images by the number of experts that their patches choose.
-        tokens: Number of tokens that are no padding.
+        tokens: Number of tokens without padding.
         choices: Number of their choices.
-        dropped: Of these, how many found their expert full.
+        dropped: Number of dropped choices.
         entropy: Sum over tokens, nats.
     """
 
@@ -37,7 +37,7 @@ class LayerCounts:
         self.tokens, self.choices, self.dropped, self.entropy = zeros(), zeros(), zeros(), zeros()
 
     def update(self, maps: LayerMaps, colour: Tensor) -> None:
-        """Adds a batch; `colour` (B, N, 3) is the mean colour at each place, in [0, 1]."""
+        """Adds a batch. `colour` (B, N, 3) is the mean colour at each position, in [0, 1]."""
         experts = maps.gates.shape[-1]
         taken_TE = maps.taken.flatten(0, 1)
         self.load += taken_TE.sum(0, dtype=torch.float64)
@@ -59,7 +59,7 @@ class LayerCounts:
 
 
 class Flow:
-    """How the patches of an expert spread over the experts of the next MoE layer, by first choices.
+    """The distribution of an expert's patches over the experts of the next MoE layer, by first choices.
 
     Attributes:
         counts: (E, E') patches, on the finer of the two grids.
@@ -85,7 +85,7 @@ class Flow:
 
 
 def resized(values: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """A map (B, N) on another grid, each place taking the value of the nearest: (B, N')."""
+    """A map (B, N) on another grid: (B, N'). Each position takes the value of the nearest one."""
     if old == new:
         return values
     row, column = (

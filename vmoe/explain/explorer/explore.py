@@ -1,4 +1,4 @@
-"""The explorer in Python: `explore(model, batches)` runs every analysis and gives numbers, sample and page."""
+"""The explorer in Python: `explore(model, batches)` runs every analysis and returns numbers, sample and page."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,16 +25,16 @@ Track = Callable[[Iterable, str], Iterable]
 
 @dataclass(frozen=True)
 class ExploreOptions:
-    """How much to do.
+    """The extent of the analyses.
 
     Args:
-        sample: Images that the page shows with their maps.
-        probe_images: Images on which consistency, agreement between runs and saturation are measured; 0 for none.
-        cause_images: Images on which experts are ablated and capacities tried, which costs a pass for each expert of
-            each layer; 0 for none.
+        sample: Number of images that the page shows with their maps.
+        probe_images: Number of images for consistency, agreement between runs and saturation; 0 for none.
+        cause_images: Number of images for ablation of experts and other capacities; 0 for none. It costs a pass for
+            each expert of each layer.
         capacity_factors: Capacity factors to try; inf drops nothing.
-        replicates: Replicates of bootstrap and null.
-        seed: Of sample, replicates and random routers.
+        replicates: Number of replicates of bootstrap and null.
+        seed: Seed of sample, replicates and random routers.
     """
 
     sample: int = 300
@@ -53,11 +53,11 @@ class ExploreOptions:
 
 @dataclass(frozen=True)
 class DataFacts:
-    """What is known of the images beside what the batches hold.
+    """Facts about the images that the batches do not hold.
 
     Args:
-        patch_names: Names of the batches' `patch_labels`, where they have these.
-        image_names: Of all images, in the order of the batches; None: images are called by their number.
+        patch_names: Names of the batches' `patch_labels`, if they have these.
+        image_names: Names of all images, in the order of the batches; None numbers them.
         provenance: Facts that the report shows: "checkpoint", "data", "split", "command", "versions".
     """
 
@@ -68,7 +68,7 @@ class DataFacts:
 
 @dataclass(frozen=True)
 class Exploration:
-    """What the explorer found.
+    """The results of the explorer.
 
     Attributes:
         report: Every number, as plain types.
@@ -93,18 +93,17 @@ def explore(
     """Explores what the experts of a V-MoE do.
 
     Args:
-        model: A model with MoE layers, a checkpoint of one, or a `Subject`, which says how images are normalised for a
-            model and what its classes are called. Of a bare model classes are numbers, and mean and std 0.5.
-        batches: Of (images (B, 3, H, W), labels (B,), or (B, C) of 0 and 1 of several classes, or None, ...), to be
-            gone through several times, each time the same, and in random order: the first images serve for the
-            costlier analyses, and nulls pair images of a block. Where all labels are None, what needs them is left out:
-            accuracy, classes, causes. Of several classes an image counts for each of them, and it is right where every
-            class is.
-        name: What the report calls it; by default a checkpoint's path, or the model's class.
-        others: Runs to compare with, which see the same images; dense ones too.
+        model: A model with MoE layers, a checkpoint of one, or a `Subject` with the normalisation and class names of a
+            model. A plain model has numbers for classes, and mean and std 0.5.
+        batches: Batches (images (B, 3, H, W), labels (B,), or (B, C) of 0 and 1 for several classes, or None, ...). The
+            iterable must give the same batches each time, with images in random order: costlier analyses use the first
+            images, and nulls pair images of a block. Without labels accuracy, classes and causes are left out. An image
+            with several classes counts for each of them, and is right if all its classes are.
+        name: The model's name in the report; by default a checkpoint's path, or the model's class.
+        others: Runs to compare with on the same images; they may be dense.
         snapshots: Earlier checkpoints of the same run.
-        data: What is known of the images.
-        options: How much to do.
+        data: Facts about the images.
+        options: The extent of the analyses.
         track: Wraps batches in a progress bar.
 
     Raises:
@@ -170,13 +169,13 @@ def explore(
 
 
 class FirstImages:
-    """The first `count` images of batches, each time they are gone through."""
+    """An iterable of the first `count` images of batches."""
 
     def __init__(self, batches: Iterable, count: int) -> None:
         self._batches, self._count = batches, count
 
     def __length_hint__(self) -> int:
-        """How many batches to expect, for a progress bar; 0 where that is not known."""
+        """The expected number of batches, for a progress bar; 0 if unknown."""
         size = getattr(self._batches, "batch_size", None)
         return min(-(-self._count // size), length_hint(self._batches)) if size else 0
 
@@ -190,7 +189,7 @@ class FirstImages:
 
 
 class _Adapted:
-    """The same batches as another model sees them."""
+    """The same batches, prepared for another model."""
 
     def __init__(self, batches: Iterable, subject: Subject, other: Subject) -> None:
         self._batches, self._subject, self._other = batches, subject, other
@@ -226,7 +225,7 @@ def _probed(probes: Probes | None, others: Sequence[Subject], snapshots: Sequenc
 
 
 def _add(layer: dict[str, Any], probes: Probes | None, causes: Causes | None) -> None:
-    """Puts what probes and causes found of a layer into its report."""
+    """Adds a layer's results of probes and causes to its report."""
     name = layer["name"]
     if probes is not None:
         layer["consistency"] = probes.consistency[name]

@@ -1,6 +1,6 @@
-"""What the pixels of a patch show: its colour, brightness and edge strength, in a few bins each.
+"""Features of a patch's pixels: colour, brightness and edge strength, in a few bins each.
 
-B images of H x W pixels; N = rows * columns places of a layer's grid.
+B images of H x W pixels; N = rows * columns positions of a layer's grid.
 """
 
 from typing import NamedTuple
@@ -13,22 +13,22 @@ COLOUR_NAMES = (
     *("dark grey", "grey", "light grey"),
     *("red", "orange", "lime", "green", "cyan", "blue", "violet", "magenta"),
 )
-LEVELS = 8  # of brightness and of edge strength
-_CHROMA = 0.12  # below this difference of the largest and the smallest channel a patch counts as grey
+LEVELS = 8  # number of bins of brightness and of edge strength
+_CHROMA = 0.12  # below this difference between the largest and the smallest channel a patch counts as grey
 _LUMA = (0.2126, 0.7152, 0.0722)  # ITU-R BT.709
 _LONGEST_QUANTILE_INPUT = 1_000_000
 
 
 class PatchFeatures(NamedTuple):
-    """Of each place of a grid."""
+    """The features of each position of a grid."""
 
     colour: Tensor  # (B, N, 3) mean colour in [0, 1]
-    brightness: Tensor  # (B, N) luma of it
+    brightness: Tensor  # (B, N) luma of the mean colour
     edges: Tensor  # (B, N) mean length of the gradient of the luma, per pixel
 
 
 def patch_features(pixels: Tensor, grid: tuple[int, int]) -> PatchFeatures:
-    """The features of every place of a grid laid over the images.
+    """The features of every position of a grid over the images.
 
     Args:
         pixels: (B, 3, H, W) in [0, 1].
@@ -44,7 +44,7 @@ def patch_features(pixels: Tensor, grid: tuple[int, int]) -> PatchFeatures:
 
 
 def colour_bins(colour: Tensor) -> Tensor:
-    """The place in `COLOUR_NAMES` of colours (..., 3) in [0, 1]: three greys by luma, or one of eight hues."""
+    """The index in `COLOUR_NAMES` of colours (..., 3) in [0, 1]: three greys by luma, or one of eight hues."""
     largest, smallest = colour.amax(-1), colour.amin(-1)
     chroma = largest - smallest
     grey = (colour @ colour.new_tensor(_LUMA) * 3).long().clamp(0, 2)
@@ -60,7 +60,7 @@ def colour_bins(colour: Tensor) -> Tensor:
 
 
 class Levels:
-    """Cuts a quantity into `LEVELS` bins of equal share, by the quantiles of the first values seen."""
+    """Splits a quantity into `LEVELS` bins of equal share, by the quantiles of the first batch."""
 
     def __init__(self) -> None:
         self.thresholds: Tensor | None = None  # (LEVELS - 1,)

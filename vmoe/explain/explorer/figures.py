@@ -1,4 +1,4 @@
-"""The explorer's figures as pages, drawn from the report alone; `draw_figures` gives them all by name.
+"""The explorer's figures as pages, drawn from the report alone. `draw_figures` returns all of them by name.
 
 E experts; C classes.
 """
@@ -29,7 +29,7 @@ _LARGEST_RATIO = np.log(16)  # the darkest shade
 
 
 def draw_figures(report: Report) -> Iterator[tuple[str, Page]]:
-    """Every figure that the report has numbers for, by file name without suffix."""
+    """Draws every figure for which the report has numbers, by file name without suffix."""
     yield "load", _load_figure(report)
     yield "specialisation", _specialisation_figure(report)
     for index, layer in enumerate(report["layers"]):
@@ -58,7 +58,7 @@ def draw_figures(report: Report) -> Iterator[tuple[str, Page]]:
 
 
 def _subtitle(report: Report, count: str = "num_images") -> str:
-    """Where the numbers come from, for a subtitle; `count` names the number of images in the provenance."""
+    """A subtitle with the source of the numbers. `count` is the key of the number of images in the provenance."""
     known = report["provenance"]
     where = " of ".join(str(known[key]) for key in ("split", "data") if known.get(key))
     images = f"{known[count]:,} images" + ("" if report["accuracy"] else " without labels")
@@ -144,7 +144,7 @@ def _ratio_figure(report: Report, layer: Report, ratio: Report, names: list[str]
 
 
 def _matrix_size(side: int, titles: Iterable[str]) -> tuple[float, int]:
-    """Of panels with a square matrix each and room for their titles."""
+    """The size of panels with a square matrix each and space for titles."""
     return max(side, *(text_width(title, BODY, weight="bold") + 1 for title in titles)), side
 
 
@@ -234,7 +234,7 @@ def _capacity_figure(report: Report) -> Page:
     )
     titles = (("accuracy", "Accuracy"), ("dropped", "Dropped choices"))
     numbers = [part["factor"] for part in report["capacity"] if part["factor"] is not None] or [0.0]
-    beyond = max(numbers) + max(max(numbers) - min(numbers), 1) / 8  # where inf, None in the report, stands
+    beyond = max(numbers) + max(max(numbers) - min(numbers), 1) / 8  # the position of inf, which is None in the report
 
     def place(part: dict) -> float:
         return beyond if part["factor"] is None else part["factor"]

@@ -15,7 +15,7 @@ from vmoe.files import atomic_write, write_json
 
 
 def write_exploration(exploration: Exploration, out: str | Path) -> None:
-    """Writes the numbers, the figures and the page, each file at once or not at all.
+    """Writes the numbers, the figures and the page, each file atomically.
 
     Raises:
         UserError: The folder cannot be written.
@@ -31,6 +31,6 @@ def write_exploration(exploration: Exploration, out: str | Path) -> None:
 
 
 def read_images(path: str | Path) -> dict[str, Any]:
-    """The sample back from data/images.npz."""
+    """Reads the sample from data/images.npz."""
     with np.load(path, allow_pickle=False) as arrays:
         return with_layers(dict(arrays))

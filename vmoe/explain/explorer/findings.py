@@ -1,4 +1,4 @@
-"""Sentences that the numbers of a report support, and no others."""
+"""Sentences on a report, only those that its numbers support."""
 
 import math
 from collections.abc import Iterator
@@ -8,8 +8,9 @@ from vmoe.text import counted
 
 
 def findings(report: dict[str, Any]) -> list[str]:
-    """What the numbers say. Specialisation is claimed only where its null is beaten, a change only where its interval
-    leaves out zero.
+    """The findings in the numbers.
+
+    They claim specialisation only if it exceeds its null, and a change only if its interval excludes zero.
     """
     return [
         *_route_findings(report["layers"]),
@@ -44,7 +45,7 @@ def _specialisation_findings(layers: list[dict[str, Any]]) -> Iterator[str]:
             links.append((best, name, feature, len(beating)))
         else:
             chance.append(feature)
-    measure = "NMI (normalised mutual information: 0 none, 1 all)"  # explained where it stands first
+    measure = "NMI (normalised mutual information: 0 none, 1 all)"  # explained at its first mention
     for best, name, feature, count in sorted(links, key=lambda link: -link[0]["nmi"]):
         where = "in every layer" if count == len(layers) else f"in {count} of {len(layers)} layers"
         if len(layers) == 1:
@@ -65,7 +66,7 @@ def _specialisation_findings(layers: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def _strength(part: dict[str, Any]) -> str:
-    """A word for the information beyond chance; the steps are a convention."""
+    """A word for the information beyond chance. Its thresholds are a convention."""
     excess = part["nmi"] - part["null_mean"]
     words = ((0.01, "barely"), (0.05, "weakly"), (0.2, "clearly"))
     return next((word for step, word in words if excess < step), "strongly")

@@ -1,6 +1,6 @@
-"""Figures with pictures in them: what each expert takes, and maps of some images through the layers.
+"""Figures with pictures: the patches of each expert, and maps of some images through the layers.
 
-n sampled images of S x S pixels; N places of a layer's grid.
+n sampled images of S x S pixels; N positions of a layer's grid.
 """
 
 from collections.abc import Iterator
@@ -12,9 +12,9 @@ import numpy as np
 from vmoe.figures.style import BODY, HEADING, LINE, MARGIN, MUTED, SMALL, Page, text_width
 from vmoe.palette import expert_colours, expert_hex
 
-_CROP, _GAP, _SHOWN = 72, 6, 8  # pixels of a crop and between crops, and crops of a kind
+_CROP, _GAP, _SHOWN = 72, 6, 8  # pixels of a crop and between crops, and number of crops per kind
 _MAP, _IMAGES, _LAYERS = 140, 8, 12
-_TOP = 162  # of the maps, below two lines of a layer's name
+_TOP = 162  # upper edge of the maps, below two lines of a layer's name
 
 
 def draw_galleries(report: dict[str, Any], images: dict[str, Any]) -> Iterator[tuple[str, Page]]:
@@ -25,7 +25,7 @@ def draw_galleries(report: dict[str, Any], images: dict[str, Any]) -> Iterator[t
 
 
 def _expert_page(layer: dict[str, Any], images: dict[str, Any]) -> Page:
-    """For each expert the patches with its largest gates and random ones of its own, each in its surroundings."""
+    """Each expert's patches with the largest gates and random ones of its patches, each with its surroundings."""
     row, half = _CROP + 40, _SHOWN * (_CROP + _GAP)
     left = MARGIN + 110
     page = Page(left + 2 * half + 40 + MARGIN, 150 + row * layer["num_experts"] + MARGIN)
@@ -48,14 +48,14 @@ def _expert_page(layer: dict[str, Any], images: dict[str, Any]) -> Page:
 
 
 def _strip(patches: list[dict[str, Any]], pixels: np.ndarray, grid: list[int]) -> np.ndarray:
-    """The crops side by side, as one picture: an axis each would take minutes where there are many experts."""
+    """The crops side by side as one picture, since an axis per crop would take minutes with many experts."""
     gap = np.ones((_CROP, _GAP, 3))
     crops = [part for patch in patches for part in (_crop(pixels[patch["image"]], patch["patch"], grid), gap)]
     return np.concatenate(crops[:-1], 1)
 
 
 def _crop(pixels: np.ndarray, patch: int, grid: list[int]) -> np.ndarray:
-    """The patch framed, with a patch around it on each side: (crop, crop, 3) in [0, 1]."""
+    """The framed patch with one patch on each side: (crop, crop, 3) in [0, 1]."""
     rows, columns = grid
     height, width = pixels.shape[0] / rows, pixels.shape[1] / columns
     row, column = divmod(patch, columns)
@@ -73,7 +73,7 @@ def _crop(pixels: np.ndarray, patch: int, grid: list[int]) -> np.ndarray:
 
 
 def _maps_page(report: dict[str, Any], images: dict[str, Any]) -> Page:
-    """Some images and the first choice of each patch in the first layers, opacity by gate."""
+    """Some images with the first choice of each patch in the first layers. Opacity is the gate."""
     layers = list(zip(report["layers"], images["layers"], strict=True))[:_LAYERS]
     count = min(_IMAGES, len(images["label"]))
     step = _MAP + 16
@@ -95,7 +95,7 @@ def _maps_page(report: dict[str, Any], images: dict[str, Any]) -> Page:
 
 
 def _name_lines(name: str) -> list[str]:
-    """A layer's name in one line or, where that is wider than a map, in two."""
+    """A layer's name in one line, or in two if it is wider than a map."""
     parts = name.split(".")
     half = len(parts) // 2
     if half == 0 or text_width(name, BODY, weight="bold") <= _MAP:
@@ -104,7 +104,7 @@ def _name_lines(name: str) -> list[str]:
 
 
 def _caption(report: dict[str, Any], images: dict[str, Any], row: int) -> str:
-    """An image's class, or classes, and what it was taken for; where it has no label, its name."""
+    """An image's classes and predicted classes; without a label its name."""
     label, predicted = images["label"][row], images["predicted"][row]
     if label.ndim == 0 and label < 0:
         return str(images["name"][row]) if "name" in images else f"image {images['number'][row]}"

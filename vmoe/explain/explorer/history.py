@@ -1,4 +1,4 @@
-"""What a run's folder keeps of the past: the experts' loads in every epoch, and earlier checkpoints."""
+"""The history in a run's folder: the experts' loads in every epoch, and earlier checkpoints."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ def training_loads(checkpoint: Path) -> dict[str, Any] | None:
     """Each expert's load relative to the fair share after every epoch, from the run's metrics.csv; None without one.
 
     Raises:
-        UserError: The file is there but is not what training writes.
+        UserError: The file exists but has another form than training writes.
     """
     folder = RunFolder.around(checkpoint)
     if folder is None or not folder.metrics.is_file():
@@ -40,10 +40,7 @@ def training_loads(checkpoint: Path) -> dict[str, Any] | None:
 
 
 def snapshots(checkpoint: Path, device: torch.device) -> list[Snapshot]:
-    """The run's checkpoints by epoch, each epoch once, the given one last; none where it is the only one.
-
-    Later ones than the given are left out.
-    """
+    """The run's checkpoints by epoch, up to the given one, each epoch once; empty if the given one is the only one."""
     folder = RunFolder.around(checkpoint)
     if folder is None:
         return []
@@ -60,6 +57,6 @@ def snapshots(checkpoint: Path, device: torch.device) -> list[Snapshot]:
 
 
 def _moe_of(checkpoint: TrainedModel) -> MoeConfig | None:
-    """What its MoE layers are, whether their config was written with or without the router's defaults."""
+    """The config of its MoE layers with the router's defaults, whether it was stored with them or not."""
     moe = checkpoint.config["moe"]
     return None if moe is None else MoeConfig(**moe).resolved()

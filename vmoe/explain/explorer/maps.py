@@ -1,6 +1,6 @@
-"""One layer's routing of a batch as maps: patches row by row on the layer's grid, whatever the router and the backbone.
+"""One layer's routing of a batch as maps: patches row by row on the layer's grid, for any router and backbone.
 
-B images of P prefix tokens and N = rows * columns places; E experts; K choices per token.
+B images of P prefix tokens and N = rows * columns positions; E experts; K choices per token.
 """
 
 from typing import NamedTuple
@@ -12,27 +12,26 @@ from vmoe.routing.recording import LayerRouting
 
 
 class LayerMaps(NamedTuple):
-    """The routing of B images; prefix tokens come first, then the grid's places row by row.
+    """The routing of B images. Prefix tokens come first, then the grid's positions row by row.
 
-    Where experts have slots (expert choice, Soft MoE) a token's choice is the expert with the largest combine weight,
-    and its gates are its combine weights by expert.
+    With expert choice and Soft MoE a token's choice is the expert with the largest combine weight, and its gates are
+    its combine weights by expert.
     """
 
     gates: Tensor  # (B, P + N, E) float
-    # (B, P + N, K) int64, the experts, best first and before drops; -1 where there is none: padding, and tokens that no
-    # expert took
+    # (B, P + N, K) int64, the experts, best first and before drops; -1 for padding and for tokens that no expert took
     choices: Tensor
-    # (B, P + N, E) float, what each expert takes of a token: 1 for a choice, 1 for a token in an expert's slots (expert
+    # (B, P + N, E) float, each expert's load from a token: 1 for a choice, 1 for a token in an expert's slots (expert
     # choice), the combine weight (Soft MoE)
     taken: Tensor
-    # (B, P + N, K) bool, choices that found their expert full or tokens that no expert took; None for Soft MoE
+    # (B, P + N, K) bool, dropped choices, or tokens that no expert took; None for Soft MoE
     dropped: Tensor | None
     entropy: Tensor  # (B, P + N) of the gates, nats
     valid: Tensor  # (B, P + N) bool, False for padding
-    dispatch: Tensor | None  # (B, P + N, E) weight of each token in the expert's slots; None where tokens choose
+    dispatch: Tensor | None  # (B, P + N, E) weight of each token in the expert's slots; None for token choice
     grid: tuple[int, int]  # (rows, columns)
     prefix: int  # P
-    prefix_names: tuple[str, ...]  # what each of these is
+    prefix_names: tuple[str, ...]  # the names of the prefix tokens
 
     @property
     def patch_choices(self) -> Tensor:

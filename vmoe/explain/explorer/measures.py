@@ -1,4 +1,4 @@
-"""The numbers of the explorer as functions of small tables, so that each can be checked by hand.
+"""The explorer's measures as functions of small tables, so that each can be checked by hand.
 
 E experts; F values of a feature (classes, positions, colours, ...); R replicates.
 """
@@ -24,15 +24,15 @@ class Interval(NamedTuple):
     high: float
 
     def as_dict(self, name: str = "value") -> dict[str, float]:
-        """Plain types; the estimate under `name`."""
+        """The interval in plain types, with the estimate under `name`."""
         return {name: self.value, "low": self.low, "high": self.high}
 
 
 def normalised_mutual_information(table: Tensor) -> Tensor:
-    """How much one of two variables says about the other: 0 nothing, 1 all.
+    """The normalised mutual information of two variables: 0 for independent ones, 1 if each determines the other.
 
-    I(X; Y) / ((H(X) + H(Y)) / 2) of the joint distribution that a table of counts makes (Strehl & Ghosh 2002, with the
-    arithmetic mean as in Vinh et al. 2010, https://jmlr.org/papers/v11/vinh10a.html, table 2); 0 where a variable is
+    I(X; Y) / ((H(X) + H(Y)) / 2) of the joint distribution in a table of counts (Strehl & Ghosh 2002, with the
+    arithmetic mean as in Vinh et al. 2010, https://jmlr.org/papers/v11/vinh10a.html, table 2). It is 0 if a variable is
     constant.
 
     Args:
@@ -65,10 +65,11 @@ def coefficient_of_variation(load: np.ndarray) -> float:
 
 
 def class_log_ratio(counts: np.ndarray, prior_patches: float) -> np.ndarray:
-    """ln(P(class | expert) / P(class)) of a table of choices (E, C), shrunk towards 0 where an expert has few.
+    """ln(P(class | expert) / P(class)) from a table of choices (E, C), shrunk towards 0 for experts with few choices.
 
-    To each expert's choices are added `prior_patches` distributed as all choices are, the weight of about one image,
-    since patches of one image are not independent: ln((n_ec + s p_c) / ((n_e + s) p_c)). 0 for classes without images.
+    It adds s = `prior_patches` choices with the overall distribution to each expert: ln((n_ec + s p_c) / ((n_e + s)
+    p_c)). This is about the weight of one image, since patches of one image are not independent. 0 for classes without
+    images.
     """
     of_class = counts.sum(0) / max(counts.sum(), 1e-300)
     seen = of_class > 0
@@ -79,9 +80,9 @@ def class_log_ratio(counts: np.ndarray, prior_patches: float) -> np.ndarray:
 
 
 def clustered_order(columns: np.ndarray) -> list[int]:
-    """An order of the columns of a matrix (E, C) in which similar ones are neighbours.
+    """An order of the columns of a matrix (E, C) that puts similar ones side by side.
 
-    Average linkage with optimal leaf ordering (Bar-Joseph et al. 2001).
+    It uses average linkage with optimal leaf ordering (Bar-Joseph et al. 2001).
     """
     if columns.shape[1] < 3:
         return list(range(columns.shape[1]))
@@ -89,18 +90,18 @@ def clustered_order(columns: np.ndarray) -> list[int]:
 
 
 def coactivation(together: np.ndarray, tokens: float, top_k: int | None) -> np.ndarray:
-    """How often two experts take the same token, over what chance would give: 1 is chance.
+    """The frequency of two experts taking the same token, relative to chance: 1 is chance.
 
-    Chance is P(e) P(e') for routers that fill slots. A token's K choices differ from one another, which alone makes two
-    experts meet less: there chance is P(e) P(e') (K - 1) E / (K (E - 1)), exact for fair loads.
+    For expert choice and Soft MoE chance is P(e) P(e'). With token choice a token's K experts are distinct, so two
+    experts meet less often: chance is P(e) P(e') (K - 1) E / (K (E - 1)), which is exact for fair loads.
 
     Args:
-        together: (E, E) sum over tokens of what both experts take; the diagonal holds each expert's own.
+        together: (E, E) sum over tokens of both experts' joint load; the diagonal holds each expert's own load.
         tokens: Number of tokens.
-        top_k: K; None where experts fill slots.
+        top_k: K; None for expert choice and Soft MoE.
 
     Returns:
-        (E, E); NaN on the diagonal and where an expert takes nothing, 0 everywhere else with K = 1.
+        (E, E); NaN on the diagonal and for experts without tokens; else 0 if K = 1.
     """
     experts = len(together)
     share = np.diag(together) / max(tokens, 1)
@@ -116,16 +117,16 @@ def coactivation(together: np.ndarray, tokens: float, top_k: int | None) -> np.n
 
 
 def wilson(successes: int, trials: int) -> Interval:
-    """A share with its interval (Wilson 1927)."""
+    """A share with Wilson's interval (1927)."""
     low, high = binomtest(int(successes), trials).proportion_ci(method="wilson")
     return Interval(successes / trials, float(low), float(high))
 
 
 def paired_change(gained: int, lost: int, trials: int) -> Interval:
-    """Change of accuracy on the same images, of which `gained` became right and `lost` wrong.
+    """The change of accuracy on the same images, of which `gained` became right and `lost` wrong.
 
     The interval is Agresti & Min's (2005, https://doi.org/10.1002/sim.1781): Wald's with half an image added to each of
-    the four cells, so that it keeps its width when no prediction changed. SciPy has no interval for paired shares.
+    the four cells. So it has a width even if no prediction changed. SciPy has no interval for paired shares.
     """
     n = trials + 2
     up, down = (gained + 0.5) / n, (lost + 0.5) / n
@@ -140,12 +141,12 @@ def mean_interval(values: np.ndarray) -> Interval:
 
 
 def matched_agreement(table: np.ndarray) -> float:
-    """Share of patches on which two routers agree once experts are paired as well as can be.
+    """The share of patches on which two routers agree, with the best one-to-one pairing of experts.
 
     The Hungarian method (Kuhn 1955) finds the pairing.
 
     Args:
-        table: (E, E') patches by first choice in one and in the other.
+        table: (E, E') patches by first choice of one and of the other router.
     """
     pairs = linear_sum_assignment(table, maximize=True)
     return float(table[pairs].sum() / max(table.sum(), 1))

@@ -1,4 +1,4 @@
-"""Panels of the explorer's figures: matrices, plots and pictures set side by side on a page, each with its title."""
+"""Panels of the explorer's figures: matrices, plots and pictures side by side on a page, each with a title."""
 
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -11,16 +11,16 @@ from vmoe.palette import expert_hex, ink_on
 
 _HEAD_HEIGHT = 110  # pixels of the page's title
 _TITLE_HEIGHT = 34  # of a panel's
-_LETTER_WIDTH = 8.2  # width of a letter of the body's size, at most on average
+_LETTER_WIDTH = 8.2  # upper bound of the mean width of a letter in body size
 
 
 def panel_page(
     title: str, subtitle: str, legend: str, count: int, size: tuple[float, float], columns: int, left: float = 0
 ) -> tuple[Page, Iterator[tuple[float, float]]]:
-    """A page for `count` panels of a size (width, height), at most `columns` in a row, and their upper left corners.
+    """A page for `count` panels of `size` (width, height), at most `columns` per row, and their upper left corners.
 
-    The `legend` at the foot says how to read the figure. `left` pixels beside each panel are free for names. A panel's
-    title stands above its size.
+    The `legend` at the bottom explains the figure. `left` pixels beside each panel are free for names. A panel's title
+    is above its area.
     """
     columns = max(1, min(columns, count))
     rows = -(-count // columns)
@@ -39,7 +39,7 @@ def panel_page(
 
 
 def panel_title(page: Page, x: float, y: float, title: str, width: float) -> None:
-    """A panel's title, above its upper left corner."""
+    """Writes a panel's title above its upper left corner."""
     page.text(x, y - 12, page.fit(title, BODY, max(width, 120), weight="bold"), BODY, weight="bold")
 
 
@@ -59,17 +59,17 @@ def matrix(
     column_names: Sequence[str] | None = None,
     form: str | None = None,
 ) -> None:
-    """A matrix as coloured cells, with numbers in cells that have room for them.
+    """Draws a matrix as coloured cells, with numbers in cells that are large enough.
 
     Args:
-        page: Where it is drawn.
+        page: The page to draw on.
         corner: The upper left corner, x and y in pixels.
         cell: Width and height of a cell in pixels.
         values: (rows, columns) numbers.
-        colours: (rows, columns, 3) of the cells.
+        colours: (rows, columns, 3) colours of the cells.
         row_experts: Whether rows are experts, which are marked by their colours.
-        column_names: None: columns are experts.
-        form: How numbers are written, such as ".2f"; None writes none.
+        column_names: Names of the columns; None if columns are experts.
+        form: Format of numbers, such as ".2f"; None writes none.
     """
     rows, columns = values.shape
     x, y = corner
@@ -94,7 +94,7 @@ def matrix(
 
 
 def _signless_zero(number: str) -> str:
-    """A number as it is, but 0.0 for -0.0."""
+    """Returns a number unchanged, but 0.0 for -0.0."""
     return number if any(digit in number for digit in "123456789") else number.lstrip("-")
 
 
@@ -110,26 +110,26 @@ def shades(values: np.ndarray, largest: float) -> np.ndarray:
 
 
 def diverging(values: np.ndarray, largest: float) -> np.ndarray:
-    """Blue above 0, orange below, (..., 3); grey where there is no number."""
+    """Colours (..., 3): blue above 0, orange below, grey for missing numbers."""
     colours = DIVERGING(np.clip(0.5 + np.nan_to_num(values) / (2 * max(largest, 1e-12)), 0, 1))[..., :3]
     return np.where(np.isfinite(values)[..., None], colours, 0.93)
 
 
 def ramp(page: Page, x: float, y: float, colours: np.ndarray, texts: Sequence[str]) -> None:
-    """A colour scale: colours (n, 3) from left to right, with its ends and middle named."""
+    """Draws a colour scale: colours (n, 3) from left to right, with texts at its ends and middle."""
     page.picture(x, y, np.repeat(np.repeat(colours[None], 10, 0), 2, 1))
     for text, share in zip(texts, np.linspace(0, 1, len(texts)), strict=True):
         page.text(x + 2 * len(colours) * share, y + 27, text, SMALL, ha="center", color=MUTED)
 
 
 def interval(axes: Axes, x: float, part: dict, colour: str, filled: bool = True, key: str = "value") -> None:
-    """A point with its 95 % interval."""
+    """Draws a point with its 95 % interval."""
     axes.plot([x, x], [part["low"], part["high"]], color=colour, linewidth=1.4, solid_capstyle="butt")
     axes.plot([x], [part[key]], "o", color=colour, markersize=5.5, markerfacecolor=colour if filled else PAPER)
 
 
 def layer_ticks(axes: Axes, names: Sequence[str]) -> None:
-    """The layers along the horizontal axis, as many names as fit."""
+    """Writes the layers along the horizontal axis, with as many names as fit."""
     step = max(1, len(names) // 8)
     axes.set_xticks(range(0, len(names), step))
     axes.set_xticklabels([short_layer(name) for name in names[::step]])
@@ -137,6 +137,6 @@ def layer_ticks(axes: Axes, names: Sequence[str]) -> None:
 
 
 def short_layer(name: str) -> str:
-    """The numbers of a layer's name: "blocks.11.mlp" is "11", "layers.0.blocks.1.mlp" is "0.1"."""
+    """The numbers in a layer's name: "11" for "blocks.11.mlp", "0.1" for "layers.0.blocks.1.mlp"."""
     numbers = [part for part in name.split(".") if part.isdigit()]
     return ".".join(numbers) or name

@@ -1,6 +1,7 @@
-"""Does routing stay the same: for a mirrored or moved image, in another run, earlier in training?
+"""Measures how stable routing is: for mirrored or moved images, in another run, and earlier in training.
 
-All compare the first choices of the same patches. B images; N places of a layer's grid; E experts; R replicates.
+All probes compare the first choices of the same patches. B images; N positions of a layer's grid; E experts; R
+replicates.
 """
 
 import math
@@ -18,8 +19,8 @@ from vmoe.explain.explorer.maps import LayerMaps
 from vmoe.explain.explorer.measures import matched_agreement, mean_interval
 from vmoe.explain.explorer.subject import Subject
 
-SHIFT_SHARE = 64  # an image is moved by this part of its side, at least by a pixel
-NULL_PERMUTATIONS = 20  # an image batch
+SHIFT_SHARE = 64  # an image is moved by its side over this number, at least by a pixel
+NULL_PERMUTATIONS = 20  # per batch of images
 
 
 def flipped(images: Tensor) -> Tensor:
@@ -28,17 +29,17 @@ def flipped(images: Tensor) -> Tensor:
 
 
 def moved(images: Tensor) -> Tensor:
-    """Moves images right by 1/64 of their width, at least one pixel; the left edge is repeated."""
+    """Moves images right by 1/64 of their width, at least one pixel, and repeats the left edge."""
     step = max(1, round(images.shape[-1] / SHIFT_SHARE))
     return F.pad(images, (step, 0, 0, 0), mode="replicate")[..., : images.shape[-1]]
 
 
 @dataclass
 class Consistency:
-    """Share of an image's patches that keep their first choice when the image is changed, against chance.
+    """The share of an image's patches that keep their first choice when the image is changed, and that by chance.
 
-    Patches are compared where they show the same: a mirrored image's map is mirrored back, a moved image's is taken as
-    it is. Chance is the agreement of two independent draws from the experts' shares, sum of p_e^2.
+    Patches with the same content are compared: a mirrored image's map is mirrored back, a moved image's stays as it is.
+    Chance is the agreement of two independent draws from the experts' shares, the sum of p_e^2.
     """
 
     shares: dict[str, list[np.ndarray]] = field(default_factory=lambda: {"flip": [], "shift": []})
@@ -55,7 +56,7 @@ class Consistency:
         self.first = counts if self.first is None else self.first + counts
 
     def result(self) -> dict[str, dict[str, float]]:
-        """For "flip" and "shift": value, low, high and chance."""
+        """Value, low, high and chance for "flip" and "shift"."""
         share = (self.first / self.first.sum().clamp_min(1)).double()
         chance = float(share.square().sum())
         return {
@@ -66,10 +67,10 @@ class Consistency:
 
 @dataclass
 class Agreement:
-    """Whether two routers divide the patches in the same way, whatever their experts' numbers.
+    """The agreement of two routers on patches, independent of their experts' numbering.
 
-    The share of patches on which they agree once experts are paired one to one as well as can be. The null pairs the
-    routing of one image by the first with that of another by the second, place by place.
+    It is the share of equal first choices with the best one-to-one pairing of experts. The null compares the first
+    router on one image with the second router on another image, position by position.
     """
 
     table: np.ndarray | None = None  # (E, E')
@@ -96,8 +97,9 @@ class Agreement:
 
 @dataclass
 class Saturation:
-    """How far routing is decided: share of a token's choices that the last checkpoint makes too (router saturation,
-    Muennighoff et al. 2024, https://arxiv.org/abs/2409.02060, section 4.1.1).
+    """Router saturation: the share of a token's choices that the last checkpoint makes too.
+
+    See Muennighoff et al. 2024, https://arxiv.org/abs/2409.02060, section 4.1.1.
     """
 
     same: int = 0
@@ -119,7 +121,7 @@ def _first_choices(maps: LayerMaps) -> Tensor:
 
 
 def _joint(one: LayerMaps, first: Tensor, other: LayerMaps, second: Tensor) -> np.ndarray:
-    """Patches by first choice in one and in the other."""
+    """A table of patches by first choice of one and of the other router."""
     experts = one.gates.shape[-1], other.gates.shape[-1]
     index = (first * experts[1] + second)[(first >= 0) & (second >= 0)]
     return torch.bincount(index, minlength=math.prod(experts)).view(experts).cpu().numpy()
@@ -127,11 +129,11 @@ def _joint(one: LayerMaps, first: Tensor, other: LayerMaps, second: Tensor) -> n
 
 @dataclass(frozen=True)
 class Probes:
-    """What `probe` found, in the report's form."""
+    """The results of `probe`, in the report's form."""
 
     consistency: dict[str, dict[str, dict[str, float]]]  # by layer
-    agreement: list[dict[str, dict[str, float]]]  # of each other run, by layer that both have with the same grid
-    saturation: list[dict[str, float]]  # of each earlier checkpoint, by layer
+    agreement: list[dict[str, dict[str, float]]]  # for each other run, by layer that both have with the same grid
+    saturation: list[dict[str, float]]  # for each earlier checkpoint, by layer
 
 
 @torch.inference_mode()
@@ -142,7 +144,7 @@ def probe(
     snapshots: Sequence[Subject] = (),
     seed: int = 0,
 ) -> Probes:
-    """Routes the same images several times, by the model, by `others` and by earlier `snapshots` of it, and compares.
+    """Routes the same images by the model, by `others` and by earlier `snapshots`, and compares them.
 
     Batches are (images, labels, ...), normalised for the model. The null's permutations follow from `seed`.
     """

@@ -1,4 +1,4 @@
-"""Passes that change nothing before a layer: what stands before it is computed once and given again."""
+"""Replays passes that change nothing before a layer: the part before it is computed only once."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 
 class Prefix:
-    """What the modules before one layer of a model gave for a batch.
+    """The results of the modules before one layer of a model, for one batch.
 
-    Only modules beside the way from the model to the layer are remembered: whole blocks before that of the layer, and
-    the parts of its own block. What is computed between modules, such as a residual connection, is computed again.
+    It keeps whole blocks before the layer's block, and the parts of its own block. Computation between modules, such as
+    a residual connection, is repeated.
 
     Args:
-        model: In evaluation mode.
-        name: The layer's, in the model.
+        model: A model in evaluation mode.
+        name: The layer's name in the model.
     """
 
     def __init__(self, model: nn.Module, name: str) -> None:
@@ -31,7 +31,7 @@ class Prefix:
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
-        """Inside the block one pass of the model is remembered."""
+        """Records one pass of the model within the block."""
         self._given = {}
         called: set[nn.Module] = set()
         last: dict[nn.Module, nn.Module] = {}
@@ -68,7 +68,7 @@ class Prefix:
 
     @contextmanager
     def replayed(self) -> Iterator[None]:
-        """Inside the block one pass, over the same batch, computes nothing again before the layer."""
+        """Replays one pass over the same batch within the block, without computing the part before the layer."""
         own = {module: module.__dict__.get("forward") for module in self._given}
         for module, given in self._given.items():
             module.forward = _giver(module.forward, given)
@@ -82,12 +82,12 @@ class Prefix:
                     module.forward = forward
 
 
-_PASSED_ON = object()  # the result is not needed: the next module of a chain has its own
-_UNKNOWN = object()  # no tensors, so it is computed again
+_PASSED_ON = object()  # the result is not needed: the next module of a chain has a kept result
+_UNKNOWN = object()  # the result holds no tensors, so it is computed again
 
 
 def _copied(output: Any) -> Any:
-    """A copy, since what follows a module may change its result in place."""
+    """A copy of an output, since later code may change it in place."""
     if isinstance(output, Tensor):
         return output.clone()
     if type(output) in (tuple, list) and all(isinstance(part, Tensor) for part in output):
@@ -96,7 +96,7 @@ def _copied(output: Any) -> Any:
 
 
 def _giver(forward: Callable, given: list[Any]) -> Callable:
-    """A forward method that gives what it gave, call by call, and computes what it has not given yet."""
+    """A forward method that returns its kept results call by call, and computes further ones."""
     left = iter(given)
 
     def give(*inputs: Any, **named: Any) -> Any:

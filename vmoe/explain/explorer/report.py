@@ -1,6 +1,6 @@
-"""From counts to the report: plain numbers, lists and names, which the page, the figures and the JSON share.
+"""Makes the report from counts: plain numbers, lists and names for the page, the figures and the JSON.
 
-n sampled images; P prefix tokens and N places of a layer's grid; E experts; C classes.
+n sampled images; P prefix tokens and N positions of a layer's grid; E experts; C classes.
 """
 
 import math
@@ -19,12 +19,12 @@ from vmoe.explain.explorer.measures import (
     wilson,
 )
 
-GALLERY = 12  # patches shown of an expert, best and random
+GALLERY = 12  # number of shown patches per expert, best and random
 TOP_CLASSES = 5
 
 
 def layer_report(layer: LayerCollection, images: dict[str, Any], classes: Sequence[str], seed: int) -> dict[str, Any]:
-    """The report of one layer, of what was counted and of its part of the sample (see `ImageSample.stacked`).
+    """The report of one layer, from its counts and its part of the sample (see `ImageSample.stacked`).
 
     The random patches of the galleries follow from `seed`.
     """
@@ -68,7 +68,7 @@ def layer_report(layer: LayerCollection, images: dict[str, Any], classes: Sequen
 def _preferences(layer: LayerCollection, feature: str) -> dict[str, Any] | None:
     """ln(P(value | expert) / P(value)) of the "class" or the "patch label", (E, values), and an order of the values.
 
-    None where it is not known.
+    None if the feature is unknown.
     """
     tables = layer.association.tables.get(feature)
     if tables is None:
@@ -104,7 +104,7 @@ def _expert_reports(
 def _favourites(
     layer: LayerCollection, of_class: dict[str, Any] | None, classes: Sequence[str]
 ) -> list[list[dict[str, Any]]]:
-    """The classes that each expert takes most above their share of all choices, most first; none without labels."""
+    """Each expert's classes that it takes most above their share of all choices, descending; none without labels."""
     if of_class is None:
         return [[] for _ in range(layer.facts.num_experts)]
     favourites = []
@@ -116,7 +116,7 @@ def _favourites(
 
 
 def _patches_of_expert(images: dict[str, Any], expert: int, prefix: int, seed: int) -> dict[str, list[dict[str, Any]]]:
-    """Patches of the sampled images that an expert takes: its largest gates, one per image, and random ones."""
+    """An expert's patches in the sampled images: those with the largest gates, one per image, and random ones."""
     gates = images["gates"][:, prefix:, expert].astype(np.float32)
     takes = (images["chosen"][:, prefix:] == expert).any(-1)
     image, patch = np.nonzero(takes)
@@ -136,7 +136,7 @@ def _patches_of_expert(images: dict[str, Any], expert: int, prefix: int, seed: i
 
 
 def flows_report(collection: Collection) -> list[dict[str, Any]]:
-    """Share of the patches that go from an expert of a layer to one of the next, by first choices."""
+    """The share of patches for each pair of experts of a layer and the next one, by first choices."""
     return [
         {"from": index, "to": index + 1, "matrix": (_array(flow.counts) / max(float(flow.counts.sum()), 1.0)).tolist()}
         for index, flow in enumerate(collection.flows)
@@ -144,7 +144,7 @@ def flows_report(collection: Collection) -> list[dict[str, Any]]:
 
 
 def run_report(name: str, collection: Collection) -> dict[str, Any]:
-    """What is compared between runs."""
+    """The figures that are compared between runs."""
     layers = []
     for layer in collection.layers:
         counts = layer.counts
@@ -162,12 +162,12 @@ def run_report(name: str, collection: Collection) -> dict[str, Any]:
 
 
 def accuracy_report(collection: Collection) -> dict[str, float] | None:
-    """The share of right answers with its interval; None where images have no labels."""
+    """The share of right predictions with its interval; None without labels."""
     return None if collection.correct is None else wilson(collection.correct, collection.images).as_dict()
 
 
 def rounded(value: Any, digits: int = 6) -> Any:
-    """Nested plain types with floats of so many significant digits; None for what is no finite number."""
+    """Nested plain types with floats rounded to `digits` significant digits, and None for NaN and infinity."""
     if isinstance(value, dict):
         return {key: rounded(item, digits) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,6 +1,6 @@
-"""A uniform sample of images with all that is known of them, kept while more stream by than memory holds.
+"""A uniform sample of images with their routing, from a stream that is larger than memory.
 
-n sampled images of S x S pixels; P prefix tokens and N places of a layer's grid; E experts; K choices.
+n sampled images of S x S pixels; P prefix tokens and N positions of a layer's grid; E experts; K choices.
 """
 
 from collections.abc import Mapping
@@ -16,18 +16,18 @@ _OF_LAYER = ("gates", "dispatch", "chosen", "dropped", "entropy", "valid")
 
 
 class ImageSample:
-    """Reservoir sampling by random keys: the images with the largest stay (Efraimidis & Spirakis 2006).
+    """Reservoir sampling by random keys: the images with the largest keys stay (Efraimidis & Spirakis 2006).
 
     Args:
-        size: n, how many images at most.
-        seed: Of the keys.
+        size: n, the largest number of images.
+        seed: Seed of the keys.
     """
 
     def __init__(self, size: int, seed: int) -> None:
         self.size = size
         self._generator = torch.Generator().manual_seed(seed)
         self._keys = np.empty(0, np.float32)
-        self._kept: dict[str, np.ndarray] = {}  # in the order in which the images came
+        self._kept: dict[str, np.ndarray] = {}  # in the order of the stream
         self._seen = 0
 
     def update(
@@ -42,10 +42,10 @@ class ImageSample:
 
         Args:
             pixels: (B, 3, S, S) in [0, 1].
-            labels: (B,), or (B, C) of 0 and 1 of several classes; None where images have none.
+            labels: (B,), or (B, C) of 0 and 1 for several classes; None without labels.
             probabilities: (B, C).
             layers: Each layer's maps.
-            found: (B, C) bool, which of several classes the model finds; None with one class per image.
+            found: (B, C) bool, the predicted classes; None with one class per image.
         """
         keys = torch.rand(len(pixels), generator=self._generator).numpy()
         places = self._largest(keys)
@@ -63,16 +63,16 @@ class ImageSample:
         self._seen += len(pixels)
 
     def _largest(self, keys: np.ndarray) -> np.ndarray:
-        """The places of the largest keys, in their order."""
+        """The indices of the largest keys, in stream order."""
         return np.sort(np.argsort(-keys, kind="stable")[: self.size])
 
     def stacked(self) -> dict[str, Any]:
-        """The sample in the order in which the images came, as the page takes it.
+        """The sample in the order of the stream, in the page's form.
 
         Returns:
-            "pixels" (n, S, S, 3) uint8; "label" (n,) int64, -1 where there is none; "predicted" (n,) int64; both
-            (n, C) bool of several classes; "confidence" (n,) float32 of the most probable class; "number" (n,) the
-            place in the stream; "layers", for each: "gates" (n, P + N, E) float16, "dispatch" the same or None,
+            "pixels" (n, S, S, 3) uint8; "label" (n,) int64, -1 without a label; "predicted" (n,) int64; both
+            (n, C) bool with several classes; "confidence" (n,) float32 of the most probable class; "number" (n,) the
+            index in the stream; "layers", for each: "gates" (n, P + N, E) float16, "dispatch" the same or None,
             "chosen" (n, P + N, K) int16, "dropped" (n, P + N, K) bool or None, "entropy" (n, P + N) float16, "valid"
             (n, P + N) bool.
         """
@@ -88,7 +88,7 @@ def with_layers(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
 
 def without_layers(images: dict[str, Any]) -> dict[str, np.ndarray]:
-    """The opposite of `with_layers`; what is None is left out."""
+    """The inverse of `with_layers`, without entries that are None."""
     flat = {name: value for name, value in images.items() if name != "layers"}
     for index, layer in enumerate(images["layers"]):
         flat |= {f"layers/{index}/{name}": value for name, value in layer.items() if value is not None}
@@ -103,7 +103,7 @@ def _arrays(
     rows: Tensor,
     found: Tensor | None,
 ) -> dict[str, np.ndarray]:
-    """What is kept of the images in some rows of a batch."""
+    """The kept arrays of the images in some rows of a batch."""
     confidence, predicted = probabilities[rows].max(-1)
     if found is not None:
         predicted = found[rows]

@@ -1,4 +1,4 @@
-"""A model to explore and what is needed to show it images."""
+"""A model to explore, with the preparation of its images."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,14 +19,14 @@ class Subject:
     """A model in evaluation mode.
 
     Attributes:
-        name: What the report calls it.
+        name: Its name in the report.
         model: The model.
         class_names: Names of its classes.
-        mean: Mean of the channels in [0, 1], by which images are normalised for it.
-        std: Standard deviation of the channels, by which images are normalised for it.
-        image_size: Side of its images in pixels, or (height, width); None where it takes what it is given.
-        multi_label: Whether an image may have several classes, or none; None: as the labels are.
-        thresholds: Of several classes the probability of each from which an image has it; None: 0.5 for all.
+        mean: Mean of the channels in [0, 1] for normalisation.
+        std: Standard deviation of the channels for normalisation.
+        image_size: Side of its images in pixels, or (height, width); None for any size.
+        multi_label: Whether an image may have several classes, or none; None takes it from the labels.
+        thresholds: With several classes the least probability of each class that an image has; None means 0.5 for all.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Subject:
 
     @classmethod
     def of(cls, checkpoint: TrainedModel, name: str) -> "Subject":
-        """A checkpoint's model."""
+        """The subject of a checkpoint."""
         part = checkpoint
         known = (part.class_names, part.mean, part.std, part.image_size, part.multi_label, part.thresholds)
         return cls(name, part.model.eval(), *known)
@@ -54,14 +54,14 @@ class Subject:
         return not moe_layers(self.model)
 
     def pixels(self, images: Tensor) -> Tensor:
-        """Undoes the normalisation: (B, 3, H, W) as the model sees them -> the same in [0, 1]."""
+        """Undoes the normalisation of images (B, 3, H, W): returns them in [0, 1]."""
         return (images * self._channels(self.std) + self._channels(self.mean)).clamp(0, 1)
 
     def require_labels(self, labels: Tensor) -> None:
-        """Makes sure that labels are of the model's kind: (B,) of one class each, or (B, C) of 0 and 1 of several.
+        """Checks that labels are of the model's kind: (B,) for one class each, or (B, C) of 0 and 1 for several.
 
         Raises:
-            UserError: They are of the other.
+            UserError: They are of the other kind.
         """
         if self.multi_label is not None and self.multi_label != (labels.dim() == 2):
             several, one = "several classes per image", "one class per image"
@@ -69,18 +69,18 @@ class Subject:
             raise UserError(f"{self.name}: knows {model}, and these images have {images}; take other images")
 
     def found(self, logits: Tensor) -> Tensor:
-        """Which of several classes an image has by the model: (B, C) logits -> (B, C) bool."""
+        """The predicted classes with several classes per image: (B, C) logits -> (B, C) bool."""
         thresholds = self.thresholds or [0.5] * logits.shape[-1]
         return logits.float().sigmoid() >= torch.tensor(thresholds, device=logits.device)
 
     def is_right(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Whether the model is right about each image, of several classes about every one: (B,) bool."""
+        """Whether the model is right about each image (with several classes: about all of them), (B,) bool."""
         if labels.dim() == 2:
             return (self.found(logits) == (labels > 0)).all(-1)
         return logits.argmax(-1) == labels
 
     def as_seen_by(self, other: "Subject", images: Tensor) -> Tensor:
-        """Images that are normalised for this model, normalised and resized for another one."""
+        """Converts images from this model's normalisation to another model's normalisation and size."""
         size = tuple(images.shape[-2:]) if other.image_size is None else height_and_width(other.image_size)
         if (self.mean, self.std, tuple(images.shape[-2:])) == (other.mean, other.std, size):
             return images

@@ -1,1 +1,1 @@
-"""Heatmaps: where each patch of an image goes, as figures, a page and numbers."""
+"""Heatmaps of routing: the experts of each patch of an image, as figures, a page and numbers."""

@@ -1,4 +1,4 @@
-"""Pages of routing maps: one for each MoE layer of an image, and one of all its layers side by side."""
+"""Pages of routing maps: one for each MoE layer of an image, and one with all layers side by side."""
 
 import math
 from collections.abc import Sequence
@@ -24,10 +24,10 @@ from vmoe.figures.style import BODY, HEADING, LINE, MARGIN, MUTED, RULE, SMALL, 
 from vmoe.palette import NUM_COLOURS, expert_colours, expert_hex, ink_on
 from vmoe.routing.recording import LayerRouting
 
-PANEL = 400  # side of a large panel in pixels, about: patches are whole pixels
+PANEL = 400  # approximate side of a large panel in pixels: patches are whole pixels
 GAP = 24
 _EXPERTS_PER_ROW = 8
-_INSET_BELOW = 128  # model inputs smaller than this are shown as an inset where the photo is finer
+_INSET_BELOW = 128  # model inputs smaller than this are shown as an inset if the photo is finer
 _HEAD_END = MARGIN + 108  # pixels from the upper edge to the first panels' titles
 _BOUNDS = "Lines in the full colour bound the patches of one expert, its number in the corner, where there is room."
 
@@ -35,15 +35,15 @@ _BOUNDS = "Lines in the full colour bound the patches of one expert, its number 
 class _Panel(NamedTuple):
     title: str
     pixels: np.ndarray
-    caption: str  # how to read it
+    caption: str  # its explanation
     note: str = ""
-    rank: int | None = None  # of the choices that it shows
+    rank: int | None = None  # rank of the shown choices
 
 
 def draw_layer(image: RoutedImage, layer: str, title: str, subtitle: str, footer: Sequence[str] = ()) -> Page:
-    """The page of one layer: picture, choices, what was dropped, entropy, and the gate of each expert.
+    """Draws the page of one layer: picture, choices, drops, entropy, and the gate of each expert.
 
-    The lines of `footer` say at the foot where the page comes from.
+    The lines of `footer` give the page's source.
     """
     routing = image.layers[layer]
     num_experts, prefix = routing.gates.shape[-1], routing.num_prefix_tokens
@@ -62,7 +62,7 @@ def draw_layer(image: RoutedImage, layer: str, title: str, subtitle: str, footer
     page.heading(title, subtitle)
     for index, (panel, caption) in enumerate(zip(panels, captions, strict=True)):
         x, y = MARGIN + index % columns * (width + GAP), _HEAD_END + index // columns * step
-        y += 30 * prefix * (index >= columns)  # choices, and tokens below them, stand in the first row
+        y += 30 * prefix * (index >= columns)  # the first row has the choices, with tokens below them
         _draw_panel(page, x, y, panel, caption)
         if panel.rank is not None:
             _region_numbers(page, routing, panel.rank, x, y, panel.pixels)
@@ -76,7 +76,7 @@ def draw_layer(image: RoutedImage, layer: str, title: str, subtitle: str, footer
 def draw_overview(
     image: RoutedImage, layers: Sequence[str], title: str, subtitle: str, footer: Sequence[str] = ()
 ) -> Page:
-    """The page of an image: its picture, then the first choices in each layer, in the order of depth."""
+    """Draws the page of an image: its picture, then the first choices in each layer by depth."""
     sizes = [panel_size(image.layers[layer].grid, PANEL, image.detail.shape) for layer in layers]
     height, width = (max(sides) for sides in zip(*sizes, strict=True))
     rows = math.ceil((len(layers) + 1) / 4)
@@ -107,7 +107,7 @@ def draw_overview(
 
 
 def _panels(image: RoutedImage, routing: LayerRouting) -> list[_Panel]:
-    """What the upper part of a layer's page shows."""
+    """The panels in the upper part of a layer's page."""
     picture = scaled(image.detail, panel_size(routing.grid, PANEL, image.detail.shape))
     ground = pale(picture)
     num_experts, top_k = routing.gates.shape[-1], routing.chosen.shape[-1]
@@ -151,7 +151,7 @@ def _draw_panel(page: Page, x: int, y: int, panel: _Panel, caption: Sequence[str
 
 
 def _expert_maps(page: Page, routing: LayerRouting, picture: np.ndarray, y: int, width: int) -> None:
-    """A small map of each expert's gate, in rows of `width` pixels below y; their titles are the legend of colours."""
+    """Draws a small map of each expert's gate, in rows of `width` pixels below y. Titles are the colours' legend."""
     patches = math.prod(routing.grid)
     page.text(MARGIN, y, "Gate of each expert", HEADING, weight="bold")
     legend = (
@@ -174,7 +174,7 @@ def _has_inset(image: RoutedImage) -> bool:
 
 
 def _with_inset(picture: np.ndarray, image: RoutedImage) -> np.ndarray:
-    """The picture, with the model's own small input in its corner where the picture is finer than that."""
+    """The picture. If it is finer than the model's small input, the input is in its corner."""
     if not _has_inset(image):
         return picture
     sides = image.model_input.shape[:2]
@@ -188,7 +188,7 @@ def _with_inset(picture: np.ndarray, image: RoutedImage) -> np.ndarray:
 
 
 def _region_numbers(page: Page, routing: LayerRouting, rank: int, x: int, y: int, pixels: np.ndarray) -> None:
-    """The expert's number in the upper left patch of each region of one expert."""
+    """Writes the expert's number into the upper left patch of each region of one expert."""
     rows, columns = routing.grid
     height, width = pixels.shape[0] // rows, pixels.shape[1] // columns
     if min(height, width) < 18:
@@ -206,7 +206,7 @@ def _region_numbers(page: Page, routing: LayerRouting, rank: int, x: int, y: int
 
 
 def _prefix_choices(page: Page, routing: LayerRouting, rank: int, x: int, y: int) -> None:
-    """A line for each class and register token: its expert and gate."""
+    """Writes a line for each class and register token: its expert and gate."""
     for index, name in enumerate(routing.prefix_names):
         expert = int(routing.chosen[0, index, rank])
         if expert < 0:
@@ -219,7 +219,7 @@ def _prefix_choices(page: Page, routing: LayerRouting, rank: int, x: int, y: int
 
 
 def _token_chips(page: Page, routing: LayerRouting, x: int, y: int) -> None:
-    """The first choices of class and register tokens in one line."""
+    """Draws the first choices of class and register tokens in one line."""
     for index, name in enumerate(routing.prefix_names):
         expert = int(routing.chosen[0, index, 0])
         if expert >= 0:
@@ -231,7 +231,7 @@ def _token_chips(page: Page, routing: LayerRouting, x: int, y: int) -> None:
 
 
 def _number_chip(page: Page, x: float, y: float, expert: int) -> None:
-    """A small box in an expert's colour with its number."""
+    """Draws a small box in an expert's colour with its number."""
     page.rectangle(x, y, 34, 21, face=expert_hex(expert))
     ink = ink_on(expert_colours(expert + 1)[expert])
     page.text(x + 17, y + 16, str(expert), SMALL, color=ink, ha="center", weight="bold")
@@ -242,7 +242,7 @@ def _legend_height(num_experts: int) -> int:
 
 
 def _legend_row(page: Page, y: int, num_experts: int, most: str, opaque: str) -> None:
-    """What colour and opacity mean, beside a scale in the colours of some experts."""
+    """Explains colour and opacity, beside a scale in the colours of some experts."""
     steps = np.linspace(0, 1, 200)[None]
     shown = min(3, num_experts)
     strips = [
@@ -266,7 +266,7 @@ def _footer_height(footer: Sequence[str]) -> int:
 
 
 def _footer(page: Page, lines: Sequence[str]) -> None:
-    """Where the page comes from, below a rule."""
+    """Writes the page's source below a rule."""
     top = page.height - _footer_height(lines)
     if lines:
         page.rectangle(MARGIN, top + 6, page.width - 2 * MARGIN, 1, face=RULE)

@@ -1,4 +1,4 @@
-"""Writes the routing maps of many images: figures as PNG, a page that shows them, their numbers as index.json."""
+"""Writes the routing maps of many images: figures as PNG, a page with all figures, and their numbers as index.json."""
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -43,25 +43,25 @@ def write_heatmaps(
 
     index.html shows all figures, and index.json holds the numbers.
 
-    Where `layers` are asked for, each has a figure of its own, NAME-LAYER.png, and only these stand in the overview.
-    One layer needs no overview. NAME is the image file's stem, numbered where several images share it. Files of the
-    same names are replaced.
+    With `layers` each of them also has its own figure, NAME-LAYER.png, and only these are in the overview. A single
+    layer needs no overview. NAME is the image file's stem, numbered if several images share it. Files of the same names
+    are replaced.
 
     Args:
-        checkpoint: a V-MoE.
-        images: image files.
-        out: the folder, created when missing.
-        layers: MoE layers that have figures of their own, by name or number of the block; "all" for all.
-        capacity_factor: of the routing; inf drops nothing, None keeps the checkpoint's own.
-        command: shown at the foot of the pages and in the index.
-        versions: of packages, by name; shown there too.
-        track: wraps the images in a progress bar.
+        checkpoint: A V-MoE.
+        images: Image files.
+        out: The folder, created when missing.
+        layers: MoE layers with their own figures, by name or number of the block; "all" for all.
+        capacity_factor: Capacity factor of the routing; inf drops nothing, None keeps the checkpoint's own.
+        command: Shown at the bottom of the pages and in the index.
+        versions: Versions of packages, by name; shown there too.
+        track: Wraps the images in a progress bar.
 
     Returns:
         The content of `index.json`; `damaged` has a line on each file that could not be read.
 
     Raises:
-        UserError: the model is dense, a layer does not exist, no image can be read, the capacity cannot be.
+        UserError: The model is dense, a layer does not exist, no image can be read, or the capacity is impossible.
     """
     model, out, images = checkpoint.model, Path(out), [Path(image) for image in images]
     require_patch_routing(model)
@@ -147,7 +147,7 @@ def _class(checkpoint: TrainedModel, index: int) -> str:
 
 
 def _layer_line(model: nn.Module, image: RoutedImage, layer: str) -> str:
-    """What a layer is and how many tokens it routes."""
+    """A line on a layer and its number of tokens."""
     rows, columns = image.layers[layer].grid
     moe = dict(moe_layers(model))[layer].config
     if moe.router == "soft":

@@ -1,7 +1,7 @@
-"""Routing maps of one image as pixels: choices, the gate of an expert, what was dropped, how undecided the router is.
+"""Routing maps of one image as pixels: choices, the gate of an expert, drops, and the router's entropy.
 
-R x C patches of an image, E experts, K choices per token. Pictures are (H, W, 3) in [0, 1]; H and W are
-multiples of the numbers of rows and columns.
+R x C patches of an image, E experts, K choices per token. Pictures are (H, W, 3) in [0, 1]; H and W are multiples of
+the numbers of rows and columns.
 """
 
 import math
@@ -15,12 +15,12 @@ from vmoe.figures.style import SHADES
 from vmoe.palette import expert_colours
 from vmoe.routing.recording import LayerRouting
 
-_OUTLINED_FROM = 8  # pixels of a patch's side
+_OUTLINED_FROM = 8  # patches of at least this side in pixels get outlines
 _DROPPED = np.array([0.1, 0.1, 0.12])
 
 
 def overlaid(background: np.ndarray, colours: np.ndarray, opacity: np.ndarray) -> np.ndarray:
-    """Lays one colour a patch over a picture.
+    """Overlays a picture with one colour per patch.
 
     Args:
         background: (H, W, 3).
@@ -38,24 +38,25 @@ def overlaid(background: np.ndarray, colours: np.ndarray, opacity: np.ndarray) -
 
 
 def pale(picture: np.ndarray) -> np.ndarray:
-    """A picture as a background for colours: grey and light."""
+    """A pale grey version of a picture, as a background for colours."""
     grey = picture @ np.array([0.2126, 0.7152, 0.0722])
     return np.repeat((0.6 + 0.37 * grey)[..., None], 3, axis=-1)
 
 
 def largest_gate(routing: LayerRouting) -> float:
-    """Of all experts and patches: where maps are fully opaque."""
+    """The largest gate of all experts and patches, at which maps are fully opaque."""
     return max(float(patch_part(routing).gates.max()), 1e-12)
 
 
 def choices_of_rank(routing: LayerRouting, rank: int) -> np.ndarray:
-    """The expert of a rank (0: first choice) of each patch, (rows, columns); -1 where no expert took it."""
+    """Each patch's expert of a rank (0: first choice), (rows, columns); -1 if no expert took it."""
     return patch_part(routing).chosen[0, :, rank].reshape(routing.grid).numpy()
 
 
 def choice_map(background: np.ndarray, routing: LayerRouting, rank: int) -> np.ndarray:
-    """The patches in the colours of their experts of a rank, and a line in the full colour where a neighbour has
-    another expert. Opacity is the gate over the largest one.
+    """The patches in the colours of their experts of a rank, with outlines around regions of one expert.
+
+    Opacity is the gate over the largest gate.
     """
     chosen = choices_of_rank(routing, rank)
     patches = patch_part(routing)
@@ -66,7 +67,7 @@ def choice_map(background: np.ndarray, routing: LayerRouting, rank: int) -> np.n
 
 
 def gate_map(background: np.ndarray, routing: LayerRouting, expert: int) -> np.ndarray:
-    """One expert's gate on every patch, outlined where it is among the choices. Opacity as in `choice_map`."""
+    """One expert's gate on every patch, with outlines around patches that chose it. Opacity is as in `choice_map`."""
     patches = patch_part(routing)
     gates = patches.gates[0, :, expert].reshape(routing.grid).numpy()
     colour = expert_colours(expert + 1)[expert]
@@ -76,13 +77,13 @@ def gate_map(background: np.ndarray, routing: LayerRouting, expert: int) -> np.n
 
 
 def dropped_map(background: np.ndarray, routing: LayerRouting) -> np.ndarray:
-    """The patches darkened by the share of their choices that was dropped."""
+    """The patches, darkened by the dropped share of their choices."""
     share = patch_part(routing).dropped[0].float().mean(-1).reshape(routing.grid).numpy()
     return overlaid(background, _DROPPED, 0.9 * share)
 
 
 def entropies(routing: LayerRouting) -> np.ndarray:
-    """The entropy of each patch's gates over its maximum ln E, (rows, columns); 0 where no expert took it."""
+    """The entropy of each patch's gates over its maximum ln E, (rows, columns); 0 if no expert took it."""
     gates = patch_part(routing).gates[0].double()
     shares = gates / gates.sum(-1, keepdim=True).clamp_min(1e-300)
     entropy = torch.special.entr(shares).sum(-1) / math.log(max(gates.shape[-1], 2))
@@ -100,15 +101,15 @@ def panel_size(grid: tuple[int, int], side: int, shape: tuple[int, ...]) -> tupl
 
     Args:
         grid: (rows, columns) of patches.
-        side: The longer one.
-        shape: (height, width, ...) of the picture that it shows.
+        side: The longer side.
+        shape: (height, width, ...) of the shown picture.
     """
     sides = (side * each / max(shape[:2]) for each in shape[:2])
     return tuple(count * max(1, round(each / count)) for count, each in zip(grid, sides, strict=True))
 
 
 def scaled(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """A picture (H, W, 3) uint8 as floats at another size (height, width); small ones keep their pixels visible."""
+    """Scales a picture (H, W, 3) uint8 to (height, width) as floats. The pixels of small pictures stay visible."""
     method = Image.Resampling.NEAREST if min(picture.shape[:2]) <= 64 else Image.Resampling.BICUBIC
     return np.asarray(Image.fromarray(picture).resize(size[::-1], method)) / 255.0
 
@@ -118,9 +119,9 @@ def _enlarge(patches: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def _outline(pixels: np.ndarray, regions: np.ndarray, colours: np.ndarray, where: np.ndarray) -> np.ndarray:
-    """Draws, inside each patch of `where`, a line at every side beyond which another region lies.
+    """Draws lines inside each patch of `where`, on the sides towards other regions.
 
-    Patches that lines would fill stay without.
+    Patches that are too small get none.
     """
     height, width = pixels.shape[0] // regions.shape[0], pixels.shape[1] // regions.shape[1]
     if min(height, width) < _OUTLINED_FROM:

@@ -1,4 +1,4 @@
-"""The page of a folder of routing maps: every image with what the model said of it and its figures."""
+"""The page of a folder of routing maps: every image with its prediction and its figures."""
 
 import os
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from urllib.parse import quote
 from vmoe.palette import page_colours
 from vmoe.text import printable
 
-# Light alone, as the figures are
+# A light theme only, since the figures are light
 _STYLE = """\
 :root { color-scheme: light; }
 body { margin: 0 auto; max-width: 1360px; padding: 24px; background: var(--paper); color: var(--ink);
@@ -26,7 +26,7 @@ nav a { display: block; overflow-wrap: anywhere; }
 
 
 def heatmap_page(index: dict[str, Any]) -> str:
-    """HTML that shows the figures of `index`, what `write_heatmaps` gives back; they lie beside it."""
+    """HTML with the figures of `index`, the result of `write_heatmaps`. It must be in the figures' folder."""
     images = index["images"]
     count = f"{len(images)} image{'s' * (len(images) > 1)}"
     size = index["image_size"]
@@ -57,7 +57,7 @@ def heatmap_page(index: dict[str, Any]) -> str:
 
 def _section(number: int, image: dict[str, Any]) -> Sequence[str]:
     classes = ", ".join(f"{each['class']} {each['probability']:.1%}" for each in image["most_probable"])
-    if "labels" in image:  # of several classes per image
+    if "labels" in image:  # several classes per image
         classes = f"{', '.join(image['labels']) or 'no class'} ({classes})"
     figures = [
         f"<a href='{_page_link(page)}'><img loading='lazy' src='{_page_link(page)}' alt='{_escaped_text(page)}'></a>"

@@ -1,4 +1,4 @@
-"""Where each patch of an image goes: routes images through a V-MoE, draws a figure per layer and writes an index.
+"""Routes images through a V-MoE, and describes the routing of each layer for figures and the index.
 
 R x C patches of an image, E experts, K choices per token.
 """
@@ -22,13 +22,13 @@ from vmoe.sizes import ImageSize, as_size, height_and_width
 
 @dataclass(frozen=True)
 class RoutedImage:
-    """An image, what the model said of it, and how its tokens were routed."""
+    """An image with its prediction and the routing of its tokens."""
 
-    model_input: np.ndarray  # (H, W, 3) uint8, the picture that the model saw
+    model_input: np.ndarray  # (H, W, 3) uint8, the model's input
     detail: np.ndarray  # (H', W', 3) uint8, the same part of the image in finer resolution, H' >= H
     probabilities: np.ndarray  # (classes,) float
-    layers: dict[str, LayerRouting]  # of this one image, B = 1, as `drawable` makes them
-    crop: Crop = "centre"  # how the image became the model's input
+    layers: dict[str, LayerRouting]  # the routing of this image, B = 1, from `drawable`
+    crop: Crop = "centre"  # how the image was fitted to the model's input
 
     @property
     def predicted(self) -> int:
@@ -49,16 +49,16 @@ def route_image(
     """Runs one image through the model, prepared as in evaluation. It is alone in its batch and routing group.
 
     Args:
-        model: a V-MoE in evaluation mode.
+        model: A V-MoE in evaluation mode.
         image: (H, W, 3) uint8 of any size.
-        image_size: side of the model's input in pixels, or (height, width).
-        mean: of the channels, as in training.
-        std: of the channels, as in training.
-        detail_size: largest side of the finer picture to draw over.
-        crop: how the image is fitted to the input, as in training.
+        image_size: Side of the model's input in pixels, or (height, width).
+        mean: Mean of the channels, as in training.
+        std: Standard deviation of the channels, as in training.
+        detail_size: Largest side of the finer picture to draw on.
+        crop: How the image is fitted to the input, as in training.
 
     Raises:
-        UserError: the model is dense, or a logit is not finite.
+        UserError: The model is dense, or a logit is not finite.
     """
     require_experts(model)
     device = next(model.parameters()).device
@@ -80,7 +80,7 @@ def route_image(
 
 
 def _probabilities(model: nn.Module, logits: Tensor) -> Tensor:
-    """Of a model for several classes per image each class has a probability of its own."""
+    """The probabilities of the classes; independent ones with several classes per image."""
     return logits.sigmoid() if getattr(model, "multi_label", False) else logits.softmax(-1)
 
 
@@ -88,17 +88,17 @@ def require_experts(model: nn.Module) -> None:
     """Refuses a dense model, which routes nothing.
 
     Raises:
-        UserError: the model has no MoE layer.
+        UserError: The model has no MoE layer.
     """
     if not moe_layers(model):
         raise UserError("CKPT: a dense model without experts, which routes nothing; give a V-MoE's checkpoint")
 
 
 def require_patch_routing(model: nn.Module) -> None:
-    """Refuses models of which there is no map to draw.
+    """Refuses models without a map to draw.
 
     Raises:
-        UserError: the model has no MoE layer, or routes images as a whole.
+        UserError: The model has no MoE layer, or routes images as a whole.
     """
     require_experts(model)
     if any(layer.images is not None for _, layer in moe_layers(model)):
@@ -109,12 +109,12 @@ def require_patch_routing(model: nn.Module) -> None:
 
 
 def select_layers(model: nn.Module, wanted: Sequence[str] | None) -> list[str]:
-    """The names of the MoE layers that `wanted` asks for, by name ("blocks.1.mlp") or number of the block ("1").
+    """The names of the MoE layers in `wanted`, given by name ("blocks.1.mlp") or number of the block ("1").
 
-    None and "all" ask for all of them.
+    None and "all" select all of them.
 
     Raises:
-        UserError: one of them is no MoE layer of the model.
+        UserError: One of them is no MoE layer of the model.
     """
     names = [name for name, _ in moe_layers(model)]
     if not wanted or "all" in wanted:
@@ -127,9 +127,9 @@ def select_layers(model: nn.Module, wanted: Sequence[str] | None) -> list[str]:
 
 
 def output_names(paths: Sequence[Path]) -> list[str]:
-    """A name for the figures of each image: its stem, with -2, -3, ... where another image has it in any case.
+    """A name for the figures of each image: its stem, with -2, -3, ... if another image has it (ignoring case).
 
-    Names are cut to 50 characters, so that what is added to them fits any file system.
+    Names are cut to 50 characters, so that suffixes fit any file system.
     """
     names: list[str] = []
     taken: set[str] = set()
@@ -146,7 +146,7 @@ def output_names(paths: Sequence[Path]) -> list[str]:
 
 
 def describe_layer(routing: LayerRouting) -> dict:
-    """The numbers behind a layer's figure, as plain types. Shares are of this image's patches, prefix tokens apart."""
+    """The numbers of a layer's figure, in plain types. Shares are of this image's patches, without prefix tokens."""
     patches = patch_part(routing)
     chosen, gates = patches.chosen[0], patches.gates[0]
     num_experts, top_k = gates.shape[-1], chosen.shape[-1]
@@ -182,10 +182,10 @@ def patch_part(routing: LayerRouting) -> LayerRouting:
 
 
 def drawable(routing: LayerRouting) -> LayerRouting:
-    """The same routing on the CPU with its patches row by row, and with choices also where experts have slots.
+    """The same routing on the CPU with its patches row by row, and with choices even for expert choice and Soft MoE.
 
-    There a token's choices are the two experts that contribute most to its result, -1 where fewer do, its gates their
-    shares of it; a token that no expert took counts as dropped, once. Where images were routed as a whole, there is one
+    There a token's choices are the two experts with the largest shares of its result, or -1, and its gates are these
+    shares. A token that no expert took counts as dropped, once. Where images were routed as a whole, there is one
     patch.
     """
     routing = routing.as_tokens()

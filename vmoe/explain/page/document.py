@@ -1,4 +1,4 @@
-"""The page as one file: template, style, scripts and data put together so that no data can leave its place."""
+"""Combines template, style, scripts and data into one page, with all data escaped."""
 
 import base64
 import hashlib
@@ -16,31 +16,30 @@ from vmoe.explain.page.sprites import tile
 from vmoe.files import write_text
 from vmoe.palette import NUM_COLOURS, expert_hex, page_colours
 
-PAGE_CHARACTERS = 24_500_000  # of the page at most; 25 MB is what it promises
-_NUMBERS_PART, _PICTURES_PART = 0.6, 0.3  # of the page at most; what remains is for the routing of the pictures
+PAGE_CHARACTERS = 24_500_000  # the most characters of a page, below the promised 25 MB
+_NUMBERS_PART, _PICTURES_PART = 0.6, 0.3  # largest shares of the page; the rest is for the routing of the pictures
 _CODE_CHARACTERS = 400_000
-_CLASS_TABLES = ("ablation_by_class", "class_log_ratio")  # what makes a report of many classes and experts large
+_CLASS_TABLES = ("ablation_by_class", "class_log_ratio")  # large tables with many classes and experts
 _SCRIPTS = (
     "elements.js", "numbers.js", "data.js", "state.js", "tooltip.js", "plots.js", "matrix.js", "flows.js",
     "patches.js", "inspector.js", "strip.js", "panels.js", "images.js", "experts.js", "load.js",
     "specialisation.js", "structure.js", "causes.js", "compare.js", "main.js",
 )  # fmt: skip
-_NO_PATCH = 65_535  # in galleries shorter than the longest one
+_NO_PATCH = 65_535  # fills galleries that are shorter than the longest one
 
 
 def write_page(report: dict[str, Any], images: dict[str, Any], path: str | Path) -> None:
     """Writes the explorer's page: one HTML file that needs no network, at most 25 MB.
 
-    What does not fit is left out: the resolution of pictures, all but the largest gates of a patch, the routing of the
-    last images, at last the tables by class. The page says what it holds.
+    To fit, it reduces the resolution of pictures, the number of gates per patch, the images with routing, and at last
+    the tables by class. The page lists what it holds.
 
     Args:
         report: The numbers, plain JSON types: see docs/explorer_metrics.md.
-        images: The sampled images: "pixels" (n, height, width, 3) uint8, "label" and "predicted" (n, or (n, C) bool of
-            several classes), "confidence" (n),
-            "number" (n, their places in the data set; optional), "name" (n, of their files; optional), and for each
-            layer of the report "gates" (n, N, E), "dispatch" (the same, or None), "chosen" and "dropped" (n, N, K) or
-            None, "entropy" (n, N) in nats. N: prefix tokens, then patches.
+        images: The sampled images: "pixels" (n, height, width, 3) uint8, "label" and "predicted" (n, or (n, C) bool for
+            several classes), "confidence" (n), "number" (n, their indices in the data set; optional), "name" (n, of
+            their files; optional), and for each layer of the report "gates" (n, N, E), "dispatch" (the same, or None),
+            "chosen" and "dropped" (n, N, K) or None, "entropy" (n, N) in nats. N: prefix tokens, then patches.
         path: The file, written atomically.
 
     Raises:
@@ -69,11 +68,11 @@ def write_page(report: dict[str, Any], images: dict[str, Any], path: str | Path)
     }
     palette = _inline_json([expert_hex(expert) for expert in range(NUM_COLOURS)])
     text = _assemble(str(report["title"]), {"report": numbers, "sample": _inline_json(sample), "palette": palette})
-    write_text(path, text, errors="replace")  # a file's name may be no valid text
+    write_text(path, text, errors="replace")  # a file's name may be invalid UTF-8
 
 
 def _labels(values: Any) -> list[int | None] | list[list[int]]:
-    """Class indices, of several classes a list for each image; None where an image has no label (below zero)."""
+    """Class indices, or with several classes a list per image; None for an image without a label (below zero)."""
     if np.ndim(values) == 2:
         return [np.flatnonzero(row).tolist() for row in values]
     return [int(value) if value is not None and value >= 0 else None for value in values]
@@ -92,7 +91,7 @@ def _report_json(report: dict) -> str:
 
 
 def _columns(layer: dict) -> dict:
-    """A layer with what each expert holds put into columns, which pack well."""
+    """A layer with its experts' entries as columns, which pack well."""
     experts, ablation = layer["experts"], layer["ablation"]
     columns = {
         "top": _packed_gallery([expert["top"] for expert in experts]),
@@ -120,7 +119,7 @@ def _packed_gallery(patches: list[list[dict]]) -> dict[str, Any]:
 
 
 def _inline_json(value: Any) -> str:
-    """JSON that can stand in a script element: nothing in it can end the element or begin a comment."""
+    """JSON for a script element: nothing in it can end the element or start a comment."""
     text = json.dumps(value, allow_nan=False, separators=(",", ":"), ensure_ascii=True)
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
@@ -130,11 +129,11 @@ def _assemble(title: str, data: dict[str, str]) -> str:
     style = page_colours() + (assets / "page.css").read_text(encoding="utf-8")
     script = "\n".join((assets / name).read_text(encoding="utf-8") for name in _SCRIPTS)
     script = f'"use strict";\n{script}'
-    # The browser itself holds the page to it: no network, no script but this one.
+    # the browser enforces this policy: no network, and no other script
     policy = f"default-src 'none'; img-src data:; style-src '{_digest(style)}'; script-src '{_digest(script)}'"
     page = (assets / "page.html").read_text(encoding="utf-8")
     parts = {"title": html.escape(title), "policy": policy, "style": style, "script": script, **data}
-    head, *rest = page.split("{{")  # in one pass: what a part holds is never looked through for names of parts
+    head, *rest = page.split("{{")  # in one pass, so that placeholders within inserted parts are never replaced
     return head + "".join(parts[name] + text for name, text in (each.split("}}", 1) for each in rest))
 
 

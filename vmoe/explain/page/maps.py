@@ -1,7 +1,7 @@
-"""The routing of the sampled images as the page holds it.
+"""Packs the routing of the sampled images for the page.
 
-n images of N tokens (prefix tokens first, then patches row by row); E experts, of which the first `top` of each token
-are kept: those it chose, best first, then those with the largest other gates.
+n images of N tokens (prefix tokens first, then patches row by row); E experts. `top` experts per token are kept: its
+choices, best first, then those with the largest other gates.
 """
 
 from typing import Any
@@ -10,17 +10,17 @@ import numpy as np
 
 from vmoe.explain.page.packing import pack, pack_integers
 
-_FEW_IMAGES = 100  # rather fewer gates a patch than fewer images than this
+_FEW_IMAGES = 100  # down to this number of images, reduce gates per patch first
 _FEW_GATES = 4
 
 
 def maps_that_fit(layers: list[dict], images: list[dict], count: int, budget: int) -> tuple[int, list[int]]:
-    """How many images to keep, and how many gates a token in each layer, so that they take `budget` characters.
+    """The number of images, and of gates per token in each layer, that fit into `budget` characters.
 
     Args:
         layers: The report's layers.
         images: Their gates and choices.
-        count: The images there are.
+        count: The number of images.
         budget: Characters of base64.
     """
     most = max(layer["num_experts"] for layer in layers)
@@ -39,21 +39,21 @@ def _top(layer: dict, limit: int) -> int:
 
 
 def _characters(maps: dict, layer: dict, top: int) -> float:
-    """What one image takes in a layer."""
+    """The characters of one image in a layer."""
     sides = 1 if maps.get("dispatch") is None else 2
     a_gate = 2 if layer["num_experts"] <= 256 else 3
     return maps["gates"].shape[1] * (sides * top * a_gate + 3) * 4 / 3 + 1
 
 
 def pack_layer(layer: dict, maps: dict, top: int, count: int) -> dict[str, Any]:
-    """One layer's routing of the first `count` images."""
+    """Packs one layer's routing of the first `count` images."""
     names = ("gates", "dispatch", "chosen", "dropped", "entropy", "valid")
     gates, dispatch, chosen, dropped, entropy, valid = (
         None if maps.get(name) is None else np.asarray(maps[name][:count]) for name in names
     )
     if valid is not None:
         gates = np.where(valid[..., None], gates, 0)
-    if layer["kind"] == "slots":  # experts chose: a token that none took counts as dropped
+    if layer["kind"] == "slots":  # with expert choice a token that no expert took counts as dropped
         chosen, dropped = None, gates.astype(np.float32).sum(-1, keepdims=True) == 0
     if valid is not None:
         dropped = dropped & valid[..., None]
@@ -61,7 +61,7 @@ def pack_layer(layer: dict, maps: dict, top: int, count: int) -> dict[str, Any]:
         "chosen": 0 if chosen is None else chosen.shape[-1],
         "weights": _largest_gates(gates, chosen, top),
         "dispatch": None if dispatch is None else _largest_gates(dispatch, None, top),
-        # Bit k: choice k was dropped. More than 8 choices do not fit; the first 8 are kept.
+        # bit k: choice k was dropped; only the first 8 choices fit
         "dropped": pack_integers(np.packbits(dropped[..., :8], axis=-1, bitorder="little")[..., 0], 8),
         "entropy": pack(entropy, 8),
     }

@@ -1,4 +1,4 @@
-"""Numbers as the page holds them: quantised to 8 or 16 bits, base64 in JSON. `assets/data.js` reads them back."""
+"""Packs numbers for the page: quantised to 8 or 16 bits, base64 in JSON. `assets/data.js` unpacks them."""
 
 import base64
 import math
@@ -7,15 +7,15 @@ from typing import Any
 import numpy as np
 
 _PACK_FROM = 200  # numbers; shorter lists stay readable JSON
-_EIGHT_BITS_FROM = 20_000  # numbers; a matrix of this size is looked at as colours
+_EIGHT_BITS_FROM = 20_000  # numbers; a matrix of this size is shown as colours
 _DIGITS = 5
 
 
 def pack(values: np.ndarray, bits: int = 16) -> dict[str, Any]:
     """Quantises an array of any shape over its own range.
 
-    Code 0 stands for a missing (not finite) number, codes 1 to 2^bits - 1 for low to high in even steps, so that the
-    error of a number is at most half a step: (high - low) / (2^bits - 2) / 2.
+    Code 0 is a missing (not finite) number. Codes 1 to 2^bits - 1 go from low to high in equal steps. So the error of a
+    number is at most half a step: (high - low) / (2^bits - 2) / 2.
     """
     values = np.asarray(values, dtype=np.float64)
     finite = np.isfinite(values)
@@ -28,13 +28,13 @@ def pack(values: np.ndarray, bits: int = 16) -> dict[str, Any]:
 
 
 def pack_integers(values: np.ndarray, bits: int) -> dict[str, Any]:
-    """Integers from 0 to 2^bits - 1 as they are, little-endian."""
+    """Packs integers from 0 to 2^bits - 1 exactly, little-endian."""
     data = np.ascontiguousarray(values).astype(f"<u{bits // 8}").tobytes()
     return {"packed": base64.b64encode(data).decode("ascii"), "bits": bits, "shape": list(np.shape(values))}
 
 
 def compact(value: Any) -> Any:
-    """A report with its long lists and matrices of numbers packed, other numbers to five digits, no not-a-number."""
+    """A report with long lists and matrices of numbers packed, other numbers rounded to five digits, and no NaN."""
     if isinstance(value, dict):
         return {str(key): compact(part) for key, part in value.items()}
     if isinstance(value, list | tuple | np.ndarray):
@@ -52,14 +52,14 @@ def compact(value: Any) -> Any:
 
 
 def _packed_table(table: np.ndarray) -> Any:
-    if np.array_equal(table, np.rint(table)):  # indices and counts have to stay exact
+    if np.array_equal(table, np.rint(table)):  # indices and counts must stay exact
         exact = table.min() >= 0 and table.max() < 2**16
         return pack_integers(table, 16) if exact else table.astype(int).tolist()
     return pack(table, 8 if table.size >= _EIGHT_BITS_FROM else 16)
 
 
 def _number_table(value: Any) -> np.ndarray | None:
-    """The numbers of a rectangular (nested) list, with nan for None; None if it holds anything else."""
+    """The numbers of a rectangular (nested) list, with NaN for None; None if it holds anything else."""
     probe = value
     while isinstance(probe, list | tuple | np.ndarray) and len(probe):
         probe = probe[0]

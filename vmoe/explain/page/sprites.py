@@ -1,4 +1,4 @@
-"""Pictures as tiles of a few sheets, each an image in a data URI."""
+"""Packs pictures as tiles of a few sheets, each an image in a data URI."""
 
 import base64
 import io
@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-# Pixels of the longer side to try, largest first; None: as they are
+# Pixels of the longer side to try, largest first; None keeps the size
 _SIDES_TO_TRY = (None, 192, 160, 128, 96, 64, 48, 32)
-_SHEET = 2048  # pixels of a sheet's side at most, which every browser can decode
-_LOSSLESS_UP_TO = 64  # pixels of the longer side: below, compression would blur what a patch shows
+_SHEET = 2048  # the most pixels of a sheet's side, which every browser can decode
+_LOSSLESS_UP_TO = 64  # pixels of the longer side: compression would blur the patches of smaller pictures
 
 
 def tile(pixels: np.ndarray, budget: int) -> dict[str, Any]:
-    """Sheets of pictures that take at most `budget` characters, smaller pictures where that needs it.
+    """Makes sheets of pictures with at most `budget` characters, and shrinks the pictures if needed.
 
     Args:
         pixels: (n, height, width, 3) uint8.
