@@ -83,7 +83,8 @@ def _describe_one(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
         return " or ".join(str(word) for word in typing.get_args(hint))
     if typing.get_origin(hint) is tuple:
-        return f"a list of {len(typing.get_args(hint))} numbers"
+        parts = typing.get_args(hint)
+        return "a list of numbers" if ... in parts else f"a list of {len(parts)} numbers"
     if dataclasses.is_dataclass(hint):
         return "a section of options"
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}

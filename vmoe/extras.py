@@ -18,7 +18,7 @@ EXTRAS = {
     "export": ("onnx", "onnxscript", "onnxruntime"),
     "serve": ("litserve", "multipart"),
     "webdataset": ("webdataset", "braceexpand", "fsspec"),
-    "data": ("pyarrow", "datasets"),
+    "data": ("pyarrow", "datasets", "tifffile", "imagecodecs"),
 }
 
 

@@ -157,6 +157,11 @@ MISTAKES: dict[str, list[Mistake]] = {
         _config("batches of 0", "--data.batch_size 0"),
         _config("images of three sides", "--data.image_size [16,16,16]"),
         _config("oblong images that patches do not fill", "--data.image_size [16,18]"),
+        _config("channels of a set that has RGB", "--data.name cifar10 --data.channels 4"),
+        _config("channels on the device", "--data.name folder --data.channels 4 --data.pipeline device"),
+        _config("RandAugment of channels", "--data.name folder --data.channels 4 --data.augment.preset strong"),
+        _config("a mean of RGB for four channels", "--data.name folder --data.channels 4 --data.mean [0.5,0.5,0.5]"),
+        _config("pictures of other channels", "--data.name folder --data.root damaged_val --data.channels 4"),
         _config("oblong images on the device", "--data.image_size [16,32] --data.pipeline device"),
         _config("a crop that is none", "--data.crop center"),
         _config(

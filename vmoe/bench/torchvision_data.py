@@ -27,6 +27,8 @@ def torchvision_plan(config: DataConfig) -> AugmentSteps:
     defaults = DEFAULTS[config.name]
     if config.augment.albumentations is not None:
         raise UserError(_NOT_DONE)
+    if config.channels is not None:
+        raise UserError(f"--torchvision: reads RGB alone, and these images are read by data.channels={config.channels}")
     plan = resolve(config.augment, config.image_size or defaults.image_size, defaults.flip)
     if plan.crop_scale is None or plan.randaugment_ops or plan.color_jitter or plan.erasing or plan.policy:
         raise UserError(_NOT_DONE)

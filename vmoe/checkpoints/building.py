@@ -16,15 +16,22 @@ _FETCHING_ARGUMENTS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay",
 
 
 def build_model(
-    name: str, kwargs: dict[str, Any], moe: MoeConfig | None, num_classes: int, image_size: ImageSize
+    name: str,
+    kwargs: dict[str, Any],
+    moe: MoeConfig | None,
+    num_classes: int,
+    image_size: ImageSize,
+    channels: int | None = None,
 ) -> nn.Module:
     """Builds the model of a config for a data set, without trained weights.
 
-    Without `moe` it is dense, whatever its name. Models for any image size get no size.
+    Without `moe` it is dense, whatever its name. Models for any image size get no size. None as `channels` means three.
 
     Raises:
         UserError: timm has no such model, it does not accept these arguments, or `moe` does not fit it.
     """
+    if channels is not None:
+        kwargs = {**kwargs, "in_chans": channels}
     try:
         model = _create(with_source(name), moe or False, num_classes, image_size, kwargs)
     except Exception as error:  # timm raises any type for wrong arguments

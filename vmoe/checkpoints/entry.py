@@ -14,7 +14,8 @@ ENTRY = "vmoe"  # the key of this package's entry
 MODEL_PREFIX = "model."  # the prefix of weights in a .ckpt file, where the LightningModule holds the model
 # Raised when older versions of this package cannot use what a newer one writes. New entries alone do not raise it.
 FORMAT_VERSION = 2
-# For files without the news of version 2: images that are not square or not cropped at the centre, several classes
+# For files without the news of version 2: images that are not square, not cropped at the centre or read with other
+# channels, several classes
 PLAIN_VERSION = 1
 _LARGEST_IMAGE = 4096  # as in DataConfig
 _WEIGHTS_ALONE = (
@@ -39,11 +40,13 @@ class ModelFacts:
     multi_label: bool = False  # whether an image may have several classes: then each logit has its own sigmoid
     thresholds: Sequence[float] | None = None  # with `multi_label`: the least probability per class
     calibration: dict[str, Any] | None = None  # by `vmoe.calibrate`; see `vmoe.checkpoints.calibration`
+    channels: int | None = None  # as which pictures are read, as in `DataConfig`; None: RGB of 8 bits
 
     @property
     def is_plain(self) -> bool:
-        """Whether versions of this package that only know square, centred images of one class can use the model."""
-        return self.crop == "centre" and isinstance(self.image_size, int) and not self.multi_label
+        """Whether versions of this package that only know square, centred RGB images of one class can use the model."""
+        is_centred = self.crop == "centre" and isinstance(self.image_size, int)
+        return is_centred and not self.multi_label and self.channels is None
 
     def by_architecture(self) -> "ModelFacts":
         """A copy with timm's own name and arguments in `config.model`, so that the model can be built anywhere."""
@@ -61,7 +64,7 @@ def entry_for(facts: ModelFacts, epochs_done: int = 0, step: int | None = None) 
     """
     version = PLAIN_VERSION if facts.is_plain else FORMAT_VERSION
     entry = {"version": version, **vars(facts), "epochs_done": epochs_done}
-    for name in ("architecture", "multi_label", "thresholds"):
+    for name in ("architecture", "multi_label", "thresholds", "channels"):
         if not entry[name]:
             del entry[name]
     if facts.crop == "centre":
@@ -89,6 +92,7 @@ def facts_of(content: dict[str, Any]) -> ModelFacts:
         multi_label=ours.get("multi_label", False),
         thresholds=ours.get("thresholds"),
         calibration=ours.get("calibration"),
+        channels=ours.get("channels"),
     )
 
 
@@ -149,7 +153,9 @@ def _fault(content: dict[str, Any], ours: dict[str, Any]) -> str | None:
         return "architecture must be a dict with a name"
     if not isinstance(built.get("kwargs", {}), dict):
         return "architecture.kwargs must be a dict"
-    names, size = ours.get("class_names"), ours.get("image_size")
+    names, size, channels = ours.get("class_names"), ours.get("image_size"), ours.get("channels")
+    count = channels if type(channels) is int and channels != 3 else 3
+    numbers = "three" if count == 3 else count
     facts = {
         "config.moe must be a dict or None": isinstance(config.get("moe"), dict | type(None)),
         "config.data must be a dict": isinstance(config.get("data", {}), dict),
@@ -157,8 +163,9 @@ def _fault(content: dict[str, Any], ours: dict[str, Any]) -> str | None:
         "class_names must be a list of names": isinstance(names, list | tuple) and len(names) > 0,
         f"image_size must be from 1 to {_LARGEST_IMAGE}": _is_size(size),
         "crop must be centre, squash or letterbox": ours.get("crop", "centre") in ("centre", "squash", "letterbox"),
-        "mean must be three numbers": _are_three(ours.get("mean")),
-        "std must be three numbers above 0": _are_three(ours.get("std")) and min(ours["std"]) > 0,
+        "channels must be from 1 to 512 or None": channels is None or (_is_count(channels, 512) and channels > 0),
+        f"mean must be {numbers} numbers": _are_numbers(ours.get("mean"), count),
+        f"std must be {numbers} numbers above 0": _are_numbers(ours.get("std"), count) and min(ours["std"]) > 0,
         "multi_label must be true or false": isinstance(ours.get("multi_label", False), bool),
         "thresholds must be a number for each class or None": _are_thresholds(ours.get("thresholds"), names),
         "bit_depth must be from 1 to 32 or None": _is_depth(ours.get("bit_depth")),
@@ -188,6 +195,6 @@ def _is_depth(value: Any) -> bool:
     return value is None or (_is_count(value, 32) and value > 0)
 
 
-def _are_three(values: Any) -> bool:
-    is_sequence = isinstance(values, list | tuple) and len(values) == 3
+def _are_numbers(values: Any, count: int) -> bool:
+    is_sequence = isinstance(values, list | tuple) and len(values) == count
     return is_sequence and all(type(value) in (int, float) and math.isfinite(value) for value in values)

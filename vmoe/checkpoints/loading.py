@@ -195,4 +195,5 @@ def _rebuild(facts: ModelFacts) -> nn.Module:
         moe = None if config["moe"] is None else MoeConfig(**config["moe"])
     except ValueError as error:
         raise ValueError(f"moe.{error}") from error
-    return build_model(name, timm_arguments(config["model"]["kwargs"]), moe, len(facts.class_names), facts.image_size)
+    kwargs = timm_arguments(config["model"]["kwargs"])
+    return build_model(name, kwargs, moe, len(facts.class_names), facts.image_size, facts.channels)

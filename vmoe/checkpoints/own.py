@@ -16,13 +16,14 @@ from vmoe.checkpoints.shared import shared_config
 from vmoe.checkpoints.trained import TrainedModel
 from vmoe.checkpoints.writing import write_weights
 from vmoe.errors import UserError
+from vmoe.models.families import own_channels
 from vmoe.models.lora import merge_lora
 from vmoe.models.members import refuse_ensemble
 from vmoe.models.surgery import CREATED_WITH
 from vmoe.moe import moe_layers
 from vmoe.sizes import ImageSize, as_size, height_and_width
 
-_NOT_KEPT = {"num_classes", "img_size", "device", "dtype", "pretrained", "cache_dir", "checkpoint_path"}
+_NOT_KEPT = {"num_classes", "img_size", "in_chans", "device", "dtype", "pretrained", "cache_dir", "checkpoint_path"}
 
 
 def save(
@@ -108,22 +109,24 @@ def describe(
     names = [str(each) for each in class_names]
     size = image_size or (known.image_size if known is not None else _size_of(model))
     told = getattr(model, "pretrained_cfg", None) or {}
+    count = own_channels(own)
+    channels = known.channels if known is not None else count if count != 3 else None
     mean, std = (
-        _three(word, given if given is not None else getattr(known, word, None) or told.get(word))
+        _numbers(word, count, given if given is not None else getattr(known, word, None) or told.get(word))
         for word, given in (("mean", mean), ("std", std))
     )
     built = _architecture(model, name, kwargs)
     layers = moe_layers(own)
     moe = layers[0][1].config if layers else None
     with torch.random.fork_rng(devices=[]):  # a training may be going on
-        again = build_model(built["name"], built["kwargs"], moe, len(names), size).eval()
+        again = build_model(built["name"], built["kwargs"], moe, len(names), size, channels).eval()
     _require_same_logits(own, again, size, names, built)
     config = {"seed": 0, "output_dir": None, "optim": {}, "trainer": {}}
     if known is not None:
         config |= shared_config(known.config)
     config |= {"model": built, "moe": None if moe is None else dataclasses.asdict(moe)}
     fitted = crop or (known.crop if known is not None else "centre")
-    facts = ModelFacts(config, names, size, mean, std, crop=fitted)
+    facts = ModelFacts(config, names, size, mean, std, crop=fitted, channels=channels)
     if known is None:
         return facts
     of_labels = {"multi_label": known.multi_label, "thresholds": known.thresholds}
@@ -175,9 +178,10 @@ def _size_of(model: nn.Module) -> ImageSize:
     return as_size(int(sides[0]), int(sides[1]))
 
 
-def _three(word: str, values: Any) -> list[float]:
-    if values is None or len(values) != 3:
-        raise UserError(f"{word}={values}: must be three numbers, those that images were normalised with")
+def _numbers(word: str, count: int, values: Any) -> list[float]:
+    if values is None or len(values) != count:
+        needed = "three" if count == 3 else count
+        raise UserError(f"{word}={values}: must be {needed} numbers, those that images were normalised with")
     return [float(value) for value in values]
 
 
@@ -214,7 +218,7 @@ def _require_same_logits(
         UserError: The weights do not fit it, or the logits or their number differ.
     """
     how = f"name={built['name']!r}, kwargs={built['kwargs']}"
-    images = torch.randn(2, 3, *height_and_width(size), generator=torch.Generator().manual_seed(0))
+    images = torch.randn(2, own_channels(model), *height_and_width(size), generator=torch.Generator().manual_seed(0))
     expected = model(images)
     if expected.shape != (len(images), len(names)):
         raise UserError(

@@ -132,9 +132,10 @@ def predict(
     if type(batch_size) is not int or batch_size < 1:
         raise UserError(f"batch_size={batch_size!r}: must be a whole number from 1")
     notes: list[str] = []
-    items = _numbered_pictures(pictures, notes)
+    items = _numbered_pictures(pictures, model.channels is not None, notes)
     if bit_depth is None:
-        bit_depth = model.bit_depth or _measured_depth([item for _, item in items if isinstance(item, Path)], notes)
+        files = [item for _, item in items if isinstance(item, Path)]
+        bit_depth = model.bit_depth or _measured_depth(files, model.channels, notes)
     kept: list[Path | int] = []
     left_out: list[str] = []
     logits = [np.empty((0, len(model.class_names)), np.float32)]
@@ -144,7 +145,8 @@ def predict(
         prepared = []
         for place, item in batch:
             try:
-                prepared.append(prepare_image(item, model.image_size, model.mean, model.std, bit_depth, model.crop))
+                of_model = model.image_size, model.mean, model.std, bit_depth, model.crop, model.channels
+                prepared.append(prepare_image(item, *of_model))
             except UserError as error:
                 line = str(error) if isinstance(item, Path) else f"pictures[{place}]: {error}"
                 if not skip_damaged:
@@ -211,15 +213,20 @@ def _outputs(model: TrainedModel, images: Tensor, features: bool) -> tuple[np.nd
     return logits.numpy(), vectors
 
 
-def _numbered_pictures(pictures: Picture | Iterable[Picture], notes: list[str]) -> list[tuple[int, Picture]]:
-    """Each picture with its index in the argument. All pictures of a folder have the folder's index."""
+def _numbered_pictures(
+    pictures: Picture | Iterable[Picture], arrays: bool, notes: list[str]
+) -> list[tuple[int, Picture]]:
+    """Each picture with its index in the argument. All pictures of a folder have the folder's index.
+
+    With `arrays`, .npy files in folders are pictures too.
+    """
     if isinstance(pictures, str | PathLike | Image.Image) or (isinstance(pictures, np.ndarray) and pictures.ndim < 4):
         pictures = [pictures]
     passed_over = PassedOver()
     items: list[tuple[int, Picture]] = []
     for place, picture in enumerate(pictures):
         if isinstance(picture, str | PathLike):
-            items += [(place, path) for path in find_images([fspath(picture)], passed_over)]
+            items += [(place, path) for path in find_images([fspath(picture)], passed_over, arrays)]
         else:
             items.append((place, picture))
     if passed_over:
@@ -227,8 +234,8 @@ def _numbered_pictures(pictures: Picture | Iterable[Picture], notes: list[str]) 
     return items
 
 
-def _measured_depth(files: Sequence[Path], notes: list[str]) -> int | None:
-    measured = depth_of_files(files) if files else None
+def _measured_depth(files: Sequence[Path], channels: int | None, notes: list[str]) -> int | None:
+    measured = depth_of_files(files, channels) if files else None
     if measured is None:
         return None
     notes += depth_lines("images", None, measured, None)

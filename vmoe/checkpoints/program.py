@@ -30,9 +30,18 @@ def program_metadata(facts: ModelFacts) -> dict[str, Any]:
         "std": list(facts.std),
         "bit_depth": facts.bit_depth,
         **({} if facts.calibration is None else {"calibration": facts.calibration}),
-        "preprocessing": f"{_CROPS[facts.crop]}; (pixel / 255 - mean) / std",
+        "preprocessing": _preprocessing(facts),
+        **({} if facts.channels is None else {"channels": facts.channels}),
         **({"multi_label": True, "thresholds": facts.thresholds} if facts.multi_label else {}),
     }
+
+
+def _preprocessing(facts: ModelFacts) -> str:
+    if facts.channels is None:
+        return f"{_CROPS[facts.crop]}; (pixel / 255 - mean) / std"
+    fitted = _CROPS[facts.crop].replace("RGB image", f"image of {facts.channels} channels")
+    white = "255 for images of 8 bits, else 2**bit_depth - 1, where bit_depth is null 65535, or 1 for fractions"
+    return f"{fitted}; (value / white - mean) / std, where white is {white}"
 
 
 def _size_in(value: Any) -> ImageSize:
@@ -78,6 +87,7 @@ def facts_of_program(text: str, path: Path) -> ModelFacts:
             multi_label=bool(content.get("multi_label", False)),
             thresholds=content.get("thresholds"),
             calibration=_calibration(content.get("calibration")),
+            channels=None if content.get("channels") is None else int(content["channels"]),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: its metadata is damaged; write it again by `vmoe export --format onnx`") from error

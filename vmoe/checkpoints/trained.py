@@ -24,7 +24,8 @@ class TrainedModel(nn.Module):
     """A trained model: timm's own model, with its classes and the preparation of its images.
 
     It is the model that timm builds, in evaluation mode. `model(images)` returns logits (B, classes) for prepared
-    images (B, 3, height, width). Its layers, its `state_dict()` and timm's methods have their usual names.
+    images (B, 3, height, width), or with `channels` in place of 3. Its layers, its `state_dict()` and timm's methods
+    have their usual names.
 
     Attributes:
         config: The run's whole config as plain types: seed, output_dir, data, model, moe, optim, trainer. If the model
@@ -32,6 +33,7 @@ class TrainedModel(nn.Module):
         class_names: Name of each class, in the order of the logits.
         image_size: Side of its square training images in pixels, or (height, width).
         crop: How images of another shape are fitted to that size: "centre", "squash" or "letterbox".
+        channels: Number of channels of its images, read at the depth of their files. None for RGB of 8 bits.
         mean: Mean of each channel for normalisation, for pixels in [0, 1].
         std: Standard deviation of each channel, as for `mean`.
         epoch: Number of finished epochs.
@@ -48,8 +50,8 @@ class TrainedModel(nn.Module):
     class_names: list[str]
     image_size: ImageSize
     crop: str
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     epoch: int
     step: int
     path: Path
@@ -57,6 +59,7 @@ class TrainedModel(nn.Module):
     multi_label: bool
     thresholds: list[float] | None
     calibration: dict[str, Any] | None = None
+    channels: int | None = None
 
     @property
     def model(self) -> "TrainedModel":
@@ -83,7 +86,8 @@ class TrainedModel(nn.Module):
 
         Args:
             pictures: Paths of image files, folders (all pictures in them), images of Pillow, and arrays (height, width,
-                3) or (height, width) uint8, in any mixture; or one of these alone.
+                3) or (height, width) uint8, in any mixture; or one of these alone. If the model has `channels`, arrays
+                are (height, width, channels) or (channels, height, width), with the values that files hold.
             batch_size: Images per batch.
             bit_depth: Bit depth of files with more than 8 bits per channel. None takes the model's, else measures it on
                 these files.
@@ -121,6 +125,7 @@ class TrainedModel(nn.Module):
             multi_label=self.multi_label,
             thresholds=self.thresholds,
             calibration=self.calibration,
+            channels=self.channels,
         )
 
     def with_facts_for(self, other: nn.Module, class_names: list[str] | None = None) -> "TrainedModel":

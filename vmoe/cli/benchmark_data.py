@@ -118,8 +118,9 @@ def _config_training(
     """A step of the config's training, and a batch of synthetic images for it."""
     size, classes, batch = module.image_size, module.num_classes, config.data.batch_size
     with device:
-        model = build_model(config.model.name, config.model.kwargs, config.moe, classes, size)
-        synthetic = Batch(torch.randn(batch, 3, *height_and_width(size)), torch.randint(classes, (batch,)), [])
+        model = build_model(config.model.name, config.model.kwargs, config.moe, classes, size, module.channels)
+        images = torch.randn(batch, module.channels or 3, *height_and_width(size))
+        synthetic = Batch(images, torch.randint(classes, (batch,)), [])
     dtype = AUTOCAST_DTYPES[config.trainer.precision]
     return TrainingStep(model, device, dtype, config.trainer.compile, graphed), synthetic
 

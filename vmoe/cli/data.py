@@ -42,6 +42,7 @@ def main(argv: list[str]) -> int:
     config = parse(of_training)
     from vmoe.cli.progress import Tracked
     from vmoe.data import ImageDataModule
+    from vmoe.data.channels import displayed_line
     from vmoe.data.inspection import inspect_images
     from vmoe.data.sheet import draw_sheet
     from vmoe.files import atomic_write, require_no_folder, require_writable, write_json
@@ -67,6 +68,8 @@ def main(argv: list[str]) -> int:
     augment = config.data.augment
     varied = "albumentations" if augment.albumentations is not None else f"preset={augment.preset}"
     title = f"{config.data.name}: training images, data.augment.{varied}"
+    if data.channels is not None:
+        title += f"; {displayed_line(data.channels)}"
     with atomic_write(options.out) as temporary:
         draw_sheet(title, rows, [] if found is None else found.lines()).save(temporary, "PNG")
     if options.json is not None:

@@ -119,7 +119,7 @@ def _write_start(path: Path, teacher: "TrainedModel", config: "TrainConfig", ima
     groups = {layer: merged_groups(each, keep, "routed-mass") for layer, each in use.items()}
     moe = regrouped_config(MoeConfig(**teacher.config["moe"]), keep)
     kwargs = timm_arguments(teacher.config["model"]["kwargs"])
-    merged = build_model(name, kwargs, moe, len(teacher.class_names), teacher.image_size)
+    merged = build_model(name, kwargs, moe, len(teacher.class_names), teacher.image_size, teacher.channels)
     merged.load_state_dict(regrouped_weights(teacher.model, groups, use))
     with _refused(teacher):
         student = join_experts(merged, groups, use)

@@ -56,6 +56,7 @@ def main(argv: list[str]) -> None:
 def _explored(options: argparse.Namespace, argv: list[str]) -> None:
     # Imported here, so that --help and a mistyped option answer at once.
     from vmoe.checkpoints import load_checkpoint
+    from vmoe.data.channels import displayed_line
     from vmoe.explain.explorer import DataFacts, ExploreOptions, Subject, explore, write_exploration
     from vmoe.explain.explorer.causes import check_capacities
     from vmoe.explain.explorer.history import snapshots
@@ -90,6 +91,8 @@ def _explored(options: argparse.Namespace, argv: list[str]) -> None:
         "versions": versions(),
         "command": shlex.join(["vmoe", "explore", *argv]),
     }
+    if checkpoint.channels is not None:
+        provenance["pictures"] = displayed_line(checkpoint.channels)
     with working("exploring"):
         exploration = explore(
             subject,
@@ -135,7 +138,7 @@ def _pictures(checkpoint: "TrainedModel", options: argparse.Namespace) -> _Pictu
         return _Pictures(data.random_dataloader(split, options.seed), data, data.patch_names, None, told)
     if {options.data, options.root, options.split} != {None}:
         raise UserError("--images: takes the place of a data set; leave out --data, --root and --split")
-    paths = find_files(options.images)
+    paths = find_files(options.images, checkpoint.channels)
     batches, paths = load_files(checkpoint, paths, options)
     told = options.images[0] if len(options.images) == 1 else f"{len(paths)} image files"
     return _Pictures(batches, None, None, [path.name for path in paths], {"data": told, "root": None, "split": None})

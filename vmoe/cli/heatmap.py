@@ -34,9 +34,9 @@ def main(argv: list[str]) -> None:
     from vmoe.version import versions
 
     require_writable(options.out)
-    images = find_files(options.images)
     checkpoint = load_checkpoint(options.checkpoint, choose_device(options.device))
-    checkpoint.bit_depth = depth_of(checkpoint.bit_depth, images)
+    images = find_files(options.images, checkpoint.channels)
+    checkpoint.bit_depth = depth_of(checkpoint.bit_depth, images, checkpoint.channels)
     command = shlex.join(["vmoe", "heatmap", *argv])
     index = write_heatmaps(
         checkpoint, images, options.out, options.layers, options.capacity_factor, command, versions(), Tracked

@@ -127,8 +127,10 @@ def note_batches(options: argparse.Namespace, size: int, model: "nn.Module | Non
         options.batch_unit = size if group == "batch" else math.lcm(options.batch_unit, group)
 
 
-def find_files(paths: "Sequence[str]") -> "list[Path]":
+def find_files(paths: "Sequence[str]", channels: int | None = None) -> "list[Path]":
     """The image files of a job's paths, files or folders. It prints on stderr what it ignores in folders.
+
+    A model that reads pictures by their `channels` takes .npy files, too.
 
     Raises:
         UserError: A path does not exist or is no regular file, or a folder holds no picture.
@@ -136,17 +138,17 @@ def find_files(paths: "Sequence[str]") -> "list[Path]":
     from vmoe.data.image_files import PassedOver, find_images
 
     passed_over = PassedOver()
-    files = find_images(paths, passed_over)
+    files = find_images(paths, passed_over, arrays=channels is not None)
     if passed_over:
         print(printable(f"passed over: {passed_over}"), file=sys.stderr)
     return files
 
 
-def depth_of(known: int | None, files: "Sequence[Path]") -> int | None:
+def depth_of(known: int | None, files: "Sequence[Path]", channels: int | None = None) -> int | None:
     """The bit depth of files with more than 8 bits per channel: the model's, else measured and printed on stderr."""
     from vmoe.data.bit_depth import depth_lines, depth_of_files
 
-    if known is not None or (measured := depth_of_files(files)) is None:
+    if known is not None or (measured := depth_of_files(files, channels)) is None:
         return known
     for line in depth_lines("images", None, measured, None):
         print(line, file=sys.stderr)
@@ -178,13 +180,14 @@ def load_files(
 
     config = changed_config(checkpoint, options)
     count = len(paths)
-    depth = depth_of(checkpoint.bit_depth, paths)
-    paths, damaged = readable_files(paths, config.workers or torch.get_num_threads(), depth)
+    depth = depth_of(checkpoint.bit_depth, paths, config.channels)
+    paths, damaged = readable_files(paths, config.workers or torch.get_num_threads(), depth, config.channels)
     if not paths:
         raise none_readable(damaged)
     say_left_out(damaged, count)
     shuffled = [paths[place] for place in np.random.default_rng(options.seed).permutation(len(paths))]
-    images = UnlabelledImages(shuffled, config.image_size, config.mean, config.std, depth, config.crop)
+    prepared = config.image_size, config.mean, config.std, depth, config.crop, config.channels
+    images = UnlabelledImages(shuffled, *prepared)
     size = config.eval_batch_size or config.batch_size
     return ImageLoader(images, workers=config.workers, batch_size=size), shuffled
 

@@ -154,7 +154,7 @@ def _shares_of_experts(model: "TrainedModel", file: Path, bit_depth: int | None)
     from vmoe.data import load_image
     from vmoe.explain.heatmap.routed import describe_layer, route_image
 
-    image = load_image(file, bit_depth)
+    image = load_image(file, bit_depth, model.channels)
     routed = route_image(model, image, model.image_size, model.mean, model.std, crop=model.crop)
     return {name: describe_layer(layer)["choice_share"] for name, layer in routed.layers.items()}
 

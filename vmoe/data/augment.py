@@ -35,6 +35,7 @@ class Augmenter:
         flip: probability of a horizontal flip where the config leaves it to the data set.
         seed: not negative.
         crop: how images of another shape are fitted, as in `DataConfig`.
+        channels: as in `DataConfig`.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class Augmenter:
         flip: float,
         seed: int,
         crop: Crop = "centre",
+        channels: int | None = None,
     ) -> None:
         self.image_size, self.crop = image_size, crop
         self.seed = seed
@@ -56,7 +58,8 @@ class Augmenter:
         else:
             steps = resolve(config, image_size, flip)
             self._crops_by_scale = steps.crop_scale is not None
-            fill = tuple(round(255 * value) for value in mean)
+            is_rgb = channels is None
+            fill = tuple(round(255 * value) if is_rgb else value for value in mean)
             transforms = _crop_and_flip(steps, self._sides) + _colour_and_erase(steps, fill, max(self._sides))
             self._transform = A.Compose(transforms, is_check_shapes=False) if transforms else None
         self._share_generators()
@@ -78,12 +81,12 @@ class Augmenter:
         """Varies one image.
 
         Args:
-            image: (H, W, 3) uint8 of any size; not changed.
+            image: (H, W, 3) uint8, or with `channels` (H, W, C) float32, of any size; not changed.
             epoch: not negative.
             index: of the image in its set.
 
         Returns:
-            (height, width, 3) uint8.
+            (height, width, C) of the same type.
         """
         if not self._crops_by_scale:
             image = eval_crop(image, self.image_size, self.crop)
@@ -100,7 +103,7 @@ class Augmenter:
         """What a user's pipeline makes of an image, fitted to the image size.
 
         Raises:
-            UserError: it fails, or gives no image of bytes.
+            UserError: it fails, or gives no image of the same type.
         """
         try:
             varied = self._transform(image=image)["image"]
@@ -108,11 +111,11 @@ class Augmenter:
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             size = f"{image.shape[0]} x {image.shape[1]} pixels"
             raise UserError(f"data.augment.albumentations: fails on an image of {size} ({reason})") from error
-        if not isinstance(varied, np.ndarray) or varied.dtype != np.uint8 or varied.shape[2:] != image.shape[2:]:
+        if not isinstance(varied, np.ndarray) or varied.dtype != image.dtype or varied.shape[2:] != image.shape[2:]:
             found = f"{getattr(varied, 'dtype', type(varied).__name__)} of shape {tuple(getattr(varied, 'shape', ()))}"
             raise UserError(
-                f"data.augment.albumentations: gives {found}; it must give (height, width, 3) uint8, as it gets: leave "
-                "out steps such as Normalize and ToTensorV2, which come afterwards"
+                f"data.augment.albumentations: gives {found}; it must give (height, width, {image.shape[2]}) "
+                f"{image.dtype}, as it gets: leave out steps such as Normalize and ToTensorV2, which come afterwards"
             )
         return eval_crop(varied, self.image_size, self.crop)
 
@@ -145,7 +148,7 @@ def _made_pipeline(content: dict[str, Any]) -> A.Compose:
         ) from error
 
 
-def _policy(name: str, side: int, fill: tuple[int, ...]) -> A.BasicTransform | A.BaseCompose:
+def _policy(name: str, side: int, fill: tuple[float, ...]) -> A.BasicTransform | A.BaseCompose:
     """The operations of a preset for images of this longer side."""
     if name == "three_augment":
         blur = A.GaussianBlur(blur_limit=0, sigma_limit=(0.1, 2.0), p=1)
@@ -158,7 +161,9 @@ def _policy(name: str, side: int, fill: tuple[int, ...]) -> A.BasicTransform | A
     )
 
 
-def _colour_and_erase(steps: AugmentSteps, fill: tuple[int, ...], side: int) -> list[A.BasicTransform | A.BaseCompose]:
+def _colour_and_erase(
+    steps: AugmentSteps, fill: tuple[float, ...], side: int
+) -> list[A.BasicTransform | A.BaseCompose]:
     transforms: list[A.BasicTransform | A.BaseCompose] = []
     if steps.policy is not None:
         transforms.append(_policy(steps.policy, side, fill))
@@ -172,7 +177,7 @@ def _colour_and_erase(steps: AugmentSteps, fill: tuple[int, ...], side: int) -> 
     return transforms
 
 
-def _randaugment(steps: AugmentSteps, fill: tuple[int, ...]) -> v2.Transform:
+def _randaugment(steps: AugmentSteps, fill: tuple[float, ...]) -> v2.Transform:
     """Its operations; each draws its own magnitude between the lowest and the highest."""
     low, high = steps.randaugment_magnitude
     choices = [v2.RandAugment(1, magnitude, fill=list(fill)) for magnitude in range(low, high + 1)]

@@ -8,14 +8,15 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from PIL import Image
 
+from vmoe.data.channels import Stored, stored_in
 from vmoe.data.deep_images import deep_image
 from vmoe.data.huggingface import HuggingFaceImages
-from vmoe.data.image_files import FORMATS
-from vmoe.data.imageset import FileImages, ImageSet
+from vmoe.data.image_files import ARRAY_SUFFIX, FORMATS
+from vmoe.data.imageset import ArrayImages, FileImages, ImageSet
 from vmoe.data.shards import ShardedImages
 from vmoe.errors import UserError
 
-_DEEP_SUFFIXES = tuple(suffix for form in ("PNG", "PPM", "TIFF") for suffix in FORMATS[form])
+_DEEP_SUFFIXES = (*FORMATS["PNG"], *FORMATS["PPM"], *FORMATS["TIFF"], ARRAY_SUFFIX)
 _LOOKED_FOR, _OPENED, _DECODED = 1000, 200, 64  # images at most
 _USUAL = (8, 10, 12, 14, 16)
 _SEEN = 32  # images at most, for the brightest level
@@ -38,7 +39,7 @@ class _FileValues(NamedTuple):
 
 
 def measure_bit_depth(
-    images: FileImages | ShardedImages | HuggingFaceImages, positions: Sequence[int]
+    images: ArrayImages | FileImages | ShardedImages | HuggingFaceImages, positions: Sequence[int]
 ) -> Measured | None:
     """The bits that the deep files among some images use, on an evenly spread sample.
 
@@ -47,15 +48,18 @@ def measure_bit_depth(
         Bits are 1 for fractions up to 1, else 8, 10, 12, 14, 16, or as many as the largest value needs.
     """
     candidates = _evenly_spread(positions, _LOOKED_FOR)
-    if not isinstance(images, HuggingFaceImages):  # which does not name files by their format
+    if isinstance(images, FileImages | ShardedImages):  # which name files by their format
         candidates = [each for each in candidates if images.place(each).lower().endswith(_DEEP_SUFFIXES)]
     found: list[_FileValues] = []
     for position in _evenly_spread(candidates, _OPENED):
         if len(found) == _DECODED:
             break
         try:
-            with images.open(position) as file:
-                values = _file_values(file)
+            if isinstance(images, ArrayImages):
+                values = _values_of(Stored(images.array[position]))
+            else:
+                with images.open(position) as file:
+                    values = _file_values(file, images.channels)
         except Exception:  # a damaged file: whoever uses it reports it
             continue
         if values is not None:
@@ -63,23 +67,32 @@ def measure_bit_depth(
     return _measured_of_files(found)
 
 
-def depth_of_files(paths: Sequence[str | Path]) -> Measured | None:
-    """`measure_bit_depth` of image files."""
-    return measure_bit_depth(FileImages([str(path) for path in paths]), range(len(paths)))
+def depth_of_files(paths: Sequence[str | Path], channels: int | None = None) -> Measured | None:
+    """`measure_bit_depth` of image files, read as `load_image` reads them."""
+    return measure_bit_depth(FileImages([str(path) for path in paths], channels=channels), range(len(paths)))
 
 
-def depth_of_content(content: BinaryIO) -> int | None:
+def depth_of_content(content: BinaryIO, channels: int | None = None) -> int | None:
     """The bits of one image file by itself, as `measure_bit_depth` finds them; None also where it is damaged."""
     try:
-        values = _file_values(content)
+        values = _file_values(content, channels)
     except Exception:  # on damaged files Pillow's decoders raise nearly any type
         return None
     measured = None if values is None else _measured_of_files([values])
     return None if measured is None else measured.bits
 
 
-def _file_values(file: BinaryIO) -> _FileValues | None:
+def _values_of(stored: Stored) -> _FileValues | None:
+    values = np.nan_to_num(stored.values)
+    if stored.own_range is not None or values.dtype in (np.uint8, np.bool_):
+        return None
+    return _FileValues(float(values.min()), float(values.max()), values.dtype.kind == "f")
+
+
+def _file_values(file: BinaryIO, channels: int | None) -> _FileValues | None:
     """The values of a deep file that does not say its range itself; None for others."""
+    if channels is not None:
+        return _values_of(stored_in(file, channels, tuple(FORMATS)))
     with Image.open(file, formats=tuple(FORMATS)) as image:
         deep = deep_image(image, file)
         if deep is None or deep.own_range is not None:

@@ -34,8 +34,10 @@ def damaged_images(images: ImageSet, threads: int, part: int = 0, parts: int = 1
     return [line for line in lines if line is not None]
 
 
-def readable_files(paths: Sequence[Path], threads: int, bit_depth: int | None = None) -> tuple[list[Path], list[str]]:
-    """Decodes image files, `threads` at once; `bit_depth` is as in `load_image`.
+def readable_files(
+    paths: Sequence[Path], threads: int, bit_depth: int | None = None, channels: int | None = None
+) -> tuple[list[Path], list[str]]:
+    """Decodes image files, `threads` at once; `bit_depth` and `channels` are as in `load_image`.
 
     Returns:
         Those that can be read, and for each other one a line, which names it.
@@ -43,7 +45,7 @@ def readable_files(paths: Sequence[Path], threads: int, bit_depth: int | None = 
 
     def fault(path: Path) -> str | None:
         try:
-            load_image(path, bit_depth)
+            load_image(path, bit_depth, channels)
         except UserError as error:
             return str(error)
         return None

@@ -1,5 +1,6 @@
 """Which images a run reads and how: every setting of the data room, checked when it is made."""
 
+import math
 import os
 from dataclasses import dataclass, field, fields
 from os import PathLike
@@ -22,6 +23,7 @@ from vmoe.data.sections import (
 )
 from vmoe.errors import UserError
 from vmoe.sizes import as_size
+from vmoe.text import counted
 
 SetName = Literal[
     "digits",
@@ -40,10 +42,11 @@ SetName = Literal[
 EMBEDDED_SETS = ("digits", "patchwork", "fractals")  # which come with this package
 NAMED_SETS = (*EMBEDDED_SETS, "cifar10", "cifar100", "imagenette", "imagenet")  # the others are a user's own
 _FILE_SETS = {".npz": "npz", ".csv": "table", ".tsv": "table", ".parquet": "table"}  # by the ending of their file
+_MOST_CHANNELS = 512
 Pipeline = Literal["workers", "device"]
 Crop = Literal["centre", "squash", "letterbox"]
 SamplerName = Literal["shuffle", "class_balanced"]
-Colour = tuple[float, float, float]
+Colour = tuple[float, ...]  # a number per channel
 
 
 class SetDefaults(NamedTuple):
@@ -95,6 +98,9 @@ class DataConfig:
         bit_depth: how many bits the values of image files with more than 8 bits per channel use, such as 12 of 16,
             where the files do not say it themselves: white is 2**bit_depth - 1; 1 for fractions from 0 to 1. None:
             measured on a sample of the training images.
+        channels: of pictures of one's own that are not RGB, such as 1 for X-rays or 13 for satellites. Files of so many
+            channels (PNG, TIFF, .npy) are read at their own depth: nothing is rounded to 8 bits. 1 and 3 read gray
+            pictures and RGB alike. None: RGB of 8 bits, whatever the file.
         batch_size: training images per step.
         repeat: passes over the training images that make one epoch; above 1, a small set is validated and saved less
             often. With "fractals" an epoch has fractals.epoch_images so many times.
@@ -119,8 +125,9 @@ class DataConfig:
         augment: how training images are varied.
         mix: how training images are mixed with each other.
         subset: use only a part of the data.
-        mean: mean of the red, green and blue channel in [0, 1], subtracted. None: the data set's own.
-        std: standard deviation of the channels, divided by. None: the data set's own.
+        mean: mean of the red, green and blue channel in [0, 1], subtracted. None: the data set's own; with channels,
+            measured on a sample of the training images.
+        std: standard deviation of the channels, divided by. None: as for mean.
         split_seed: seed of the validation split and of subsets; apart from the run's seed, so that runs of several
             seeds see the same data.
     """
@@ -131,6 +138,7 @@ class DataConfig:
     image_size: int | tuple[int, int] | None = None
     crop: Crop = "centre"
     bit_depth: int | None = None
+    channels: int | None = None
     batch_size: int = 128
     repeat: int = 1
     sampler: SamplerName = "shuffle"
@@ -180,6 +188,9 @@ class DataConfig:
             check_range("eval_batch_size", self.eval_batch_size, 1, 1_000_000)
         if not 0 <= self.val_fraction < 1:
             raise ValueError(f"val_fraction={self.val_fraction}: must be from 0 to under 1")
+        if self.channels is not None:
+            self._check_channels(self.channels)
+            return
         if self.mean is not None and not (len(self.mean) == 3 and all(0 <= value <= 1 for value in self.mean)):
             raise ValueError(f"mean={self.mean}: must be three numbers from 0 to 1 (red, green, blue)")
         if self.std is not None and not (len(self.std) == 3 and all(0 < value <= 1 for value in self.std)):
@@ -192,6 +203,31 @@ class DataConfig:
             return self.name
         path = Path(shard_folder(self.root)) if is_address(self.root) else Path(self.root).resolve()
         return (path.stem if path.suffix.lower() in _FILE_SETS else path.name) or self.name
+
+    def _check_channels(self, channels: int) -> None:
+        """Refuses what is made for red, green and blue of 8 bits."""
+        check_range("channels", channels, 1, _MOST_CHANNELS)
+        if self.name in NAMED_SETS:
+            raise ValueError(f"channels={channels}: is for sets of your own; {self.name} has RGB: leave it out")
+        if self.pipeline == "device":
+            raise ValueError(f"channels={channels}: pipeline=device holds RGB of 8 bits; take pipeline=workers")
+        augment = self.augment
+        if augment.preset in OF_WORKERS:
+            raise ValueError(
+                f"channels={channels}: augment.preset={augment.preset} changes colours of RGB; take light or none"
+            )
+        if augment.preset == "strong" and (augment.randaugment_ops, augment.color_jitter) != (0, 0):
+            raise ValueError(
+                f"channels={channels}: RandAugment and colour jitter of augment.preset=strong are for RGB; take light, "
+                "or give augment.randaugment_ops=0 and augment.color_jitter=0"
+            )
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if values is None:
+                continue
+            if len(values) != channels or not all(math.isfinite(each) for each in values):
+                raise ValueError(f"{name}={values}: must be {counted(channels, 'number')}, one per channel")
+            if name == "std" and min(values) <= 0:
+                raise ValueError(f"std={values}: must be numbers over 0")
 
     def _check_huggingface(self) -> None:
         if self.table.split is not None:

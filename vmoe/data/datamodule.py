@@ -12,9 +12,11 @@ from lightning.pytorch import LightningDataModule, Trainer
 
 from vmoe.data.augment import Augmenter
 from vmoe.data.batch_augment import BatchAugmenter
+from vmoe.data.channels import displayed, mean_and_std
 from vmoe.data.checking import damaged_images
 from vmoe.data.config import DEFAULTS, Colour, DataConfig, data_config
 from vmoe.data.datasets import download, load_splits
+from vmoe.data.images import eval_crop
 from vmoe.data.imageset import ImageSet
 from vmoe.data.loading import (
     Batch,
@@ -40,7 +42,9 @@ from vmoe.data.shards import ShardedImages
 from vmoe.data.sharing import FilledLoader, OrderedLoader, part_of_batches
 from vmoe.errors import UserError
 from vmoe.sizes import ImageSize, size_text
+from vmoe.text import counted
 
+_MEASURED = 64  # training images, for the mean and the standard deviation of their channels
 EvalLoader = ImageLoader | ResidentEvalLoader | FilledLoader
 _AFTER_SETUP = {
     *("num_classes", "class_names", "patch_names", "notes", "image_size", "bit_depth", "mean", "std", "is_endless"),
@@ -85,6 +89,7 @@ class ImageDataModule(LightningDataModule):
         notes: lines to say about the set, such as what was passed over in its folders.
         image_size: side of the images in pixels, or (height, width).
         bit_depth: of files with more than 8 bits per channel, as given or measured; None where none was found.
+        channels: how many the images have, where the config gives them; None: RGB of 8 bits.
         mean: of the channels in [0, 1], as used.
         std: of the channels, as used.
         is_endless: whether every pass over the training set has new images.
@@ -114,6 +119,11 @@ class ImageDataModule(LightningDataModule):
         self._made_for: tuple[torch.device, int, int] | None = None
         self._splits = None
         self._resident: dict[str, ResidentImages] = {}
+
+    @property
+    def channels(self) -> int | None:
+        """How many channels the images have; None: red, green and blue of 8 bits."""
+        return self.config.channels
 
     @property
     def batch_size(self) -> int:
@@ -182,8 +192,26 @@ class ImageDataModule(LightningDataModule):
         self.notes = list(self._splits.notes)
         self.image_size: ImageSize = config.image_size or defaults.image_size or self._splits.image_size
         self.bit_depth = self._splits.bit_depth
-        self.mean: Colour = tuple(config.mean or defaults.mean)
-        self.std: Colour = tuple(config.std or defaults.std)
+        mean, std = (defaults.mean, defaults.std) if config.channels is None else self._measured_colours()
+        self.mean: Colour = tuple(config.mean or mean)
+        self.std: Colour = tuple(config.std or std)
+
+    def _measured_colours(self) -> tuple[Colour, Colour]:
+        """Mean and standard deviation of the channels of a sample of training images, with a note on them."""
+        config, train = self.config, self._splits.train
+        if config.mean and config.std:
+            return config.mean, config.std
+        if not len(train):
+            raise UserError("data.mean: must be given with data.channels where there are no training images to measure")
+        sample = np.random.default_rng(config.split_seed).permutation(len(train))[:_MEASURED].tolist()
+        pictures = (read_or_next(train, index, [])[0] for index in sample)
+        mean, std = mean_and_std(eval_crop(picture, self.image_size, config.crop) for picture in pictures)
+        values = " ".join(
+            f"--data.{name}=[{','.join(f'{each:.4g}' for each in found)}]"
+            for name, found in (("mean", mean), ("std", std))
+        )
+        self.notes.append(f"{config.root}: measured on {counted(len(sample), 'training image')}: {values}")
+        return tuple(mean), tuple(std)
 
     def _make(self) -> None:
         """What depends on the device and on the rank: the order of batches, and what makes them.
@@ -212,7 +240,13 @@ class ImageDataModule(LightningDataModule):
         self._mixer = make_mixer(config.mix, self.num_classes, self.seed, self.device)
         if config.pipeline == "workers":
             self._augmenter = Augmenter(
-                config.augment, self.image_size, self.mean, defaults.flip, self.seed, config.crop
+                config.augment,
+                self.image_size,
+                self.mean,
+                defaults.flip,
+                self.seed,
+                config.crop,
+                config.channels,
             )
             if config.augment.albumentations is not None and len(train):  # what it cannot do is found at once
                 self._augmenter(read_or_next(train, 0, [])[0], 0, 0)
@@ -241,7 +275,7 @@ class ImageDataModule(LightningDataModule):
         return len(self._images(split))
 
     def training_pictures(self, label: int, most: int) -> list[np.ndarray]:
-        """Training images of a class as the first epoch varies them, by the pipeline "workers".
+        """Training images of a class as the first epoch varies them, by the pipeline "workers", to be looked at.
 
         Args:
             label: of the class.
@@ -252,7 +286,8 @@ class ImageDataModule(LightningDataModule):
         """
         train = self._splits.train
         chosen = np.random.default_rng([self.seed, label]).permutation(np.flatnonzero(_has_class(train, label)))[:most]
-        return [self._augmenter(read_or_next(train, index, [])[0], 0, index) for index in chosen.tolist()]
+        varied = (self._augmenter(read_or_next(train, index, [])[0], 0, index) for index in chosen.tolist())
+        return [displayed(picture) for picture in varied]
 
     def image_sets(self) -> dict[str, ImageSet]:
         """The images of "train", "val" and "test", after `setup`, without a "val" that is not the set's own."""
@@ -336,6 +371,11 @@ class ImageDataModule(LightningDataModule):
 
     def corrupted_dataloader(self, split: str, name: str, severity: int) -> EvalLoader:
         """The "val" or "test" split in order, corrupted (see `vmoe.data.corruptions`), by `config.split_seed` alone."""
+        if self.config.channels is not None:
+            raise UserError(
+                f"corruptions: change the colours of RGB, and these images are read by data.channels="
+                f"{self.config.channels}; leave them out"
+            )
         if not isinstance(self.image_size, int):
             raise UserError(
                 f"corruptions: are made for square images, and these are {size_text(self.image_size)}; measure a model "

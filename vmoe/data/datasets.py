@@ -27,7 +27,7 @@ import numpy as np
 from torchvision.datasets import CIFAR10, CIFAR100, Imagenette
 
 from vmoe.data import subsets
-from vmoe.data.bit_depth import brightest_level, clipped_lines, depth_lines, measure_bit_depth
+from vmoe.data.bit_depth import Measured, brightest_level, clipped_lines, depth_lines, measure_bit_depth
 from vmoe.data.config import DEFAULTS, DataConfig
 from vmoe.data.folders import find_split_folders, has_pictures, read_class_folders, split_of
 from vmoe.data.fractals import load_fractals
@@ -47,6 +47,7 @@ _IMAGENETTE_IMAGES = (9469, 3925)  # train, val
 _OF_THE_USER = ("imagenet", "folder", "table", "huggingface", "webdataset", "npz")
 # Of training images, where they are no class folders
 _FORMS = {"webdataset": "train-*.tar", "table": "rows of the split train", "huggingface": "a split train"}
+_TRIED = 8  # images, before a set is refused
 _TEST_FRACTION = 0.2  # of a set without any split
 
 
@@ -103,22 +104,21 @@ def load_splits(config: DataConfig, for_training: bool = True) -> Splits:
 
 def _looked_at(splits: Splits, config: DataConfig) -> Splits:
     """The same splits with the depth of their files, given or measured, and with notes on what looks wrong."""
-    depth, measured = config.bit_depth, None
+    depth, measured, channels = config.bit_depth, None, config.channels
+    if channels is not None:
+        splits = _with_images(splits, channels=channels)
     measurable = splits.train if len(splits.train) else splits.test
-    if isinstance(measurable.images, FileImages | ShardedImages | HuggingFaceImages):
+    of_files = isinstance(measurable.images, FileImages | ShardedImages | HuggingFaceImages)
+    if of_files or channels is not None:
         measured = measure_bit_depth(measurable.images, measurable.positions)
         if depth is None and measured is not None:
             depth = measured.bits
-
-        def deep(part: ImageSet | None) -> ImageSet | None:
-            return part and dataclasses.replace(part, images=dataclasses.replace(part.images, bit_depth=depth))
-
-        val, test = deep(splits.val), deep(splits.test)
-        splits = dataclasses.replace(
-            splits, train=deep(splits.train), val=test if splits.val is splits.test else val, test=test, bit_depth=depth
-        )
+        splits = dataclasses.replace(_with_images(splits, bit_depth=depth), bit_depth=depth)
     lines = _empty_class_lines(config.root, splits) if len(splits.train) else []
     seen = splits.train if len(splits.train) else splits.test  # with that depth
+    if channels is not None:  # nothing is clipped then, and the mean and the standard deviation fit any range
+        _require_readable(seen)
+        return dataclasses.replace(splits, notes=[*splits.notes, *lines, *_range_lines(config, measured)])
     lines += depth_lines(config.root, config.bit_depth, measured, brightest_level(seen))
     parts = {"val": splits.val, "test": splits.test} if len(splits.train) and depth is not None else {}
     for name, part in parts.items():
@@ -126,6 +126,43 @@ def _looked_at(splits: Splits, config: DataConfig) -> Splits:
             found = measure_bit_depth(part.images, part.positions)
             lines += clipped_lines(f"{name} of {config.root}", depth, found) if found is not None else []
     return dataclasses.replace(splits, notes=[*splits.notes, *lines])
+
+
+def _with_images(splits: Splits, **changes: int | None) -> Splits:
+    """The same splits with other fields of their stores of images."""
+
+    def changed(part: ImageSet | None) -> ImageSet | None:
+        return part and dataclasses.replace(part, images=dataclasses.replace(part.images, **changes))
+
+    val, test = changed(splits.val), changed(splits.test)
+    return dataclasses.replace(
+        splits, train=changed(splits.train), val=test if splits.val is splits.test else val, test=test
+    )
+
+
+def _require_readable(images: ImageSet) -> None:
+    """Refuses a set of which all of some images are of another number of channels, or cannot be read.
+
+    Raises:
+        UserError: of the first.
+    """
+    first = None
+    for index in range(min(len(images), _TRIED)):
+        try:
+            images.read(index)
+        except UserError as error:
+            first = first or error
+        else:
+            return
+    if first is not None:
+        raise first
+
+
+def _range_lines(config: DataConfig, measured: Measured | None) -> list[str]:
+    if measured is None or config.bit_depth is not None or measured.bits == 16:
+        return []
+    white = f"{2**measured.bits - 1} counts as 1 (data.bit_depth={measured.bits})"
+    return [f"{config.root}: values from {measured.smallest:g} to {measured.largest:g}: {white}"]
 
 
 def _require_single_labels(config: DataConfig) -> None:
@@ -247,7 +284,7 @@ def _folder(config: DataConfig) -> Splits:
         )
     if not found and len(others) == 1:
         raise UserError(f"{needs}, or several folders CLASS/IMAGE, but it has {others[0]} alone; give the right folder")
-    folders = read_class_folders(found or {"train": root})
+    folders = read_class_folders(found or {"train": root}, arrays=config.channels is not None)
     notes = [f"{root}: passed over: {folders.passed_over}"] if folders.passed_over else []
     for name in others if found else ():
         reason = "its name is no split's" if name in strange else "it has no class folders"
@@ -301,5 +338,5 @@ _LOADERS: dict[str, Callable[[DataConfig], Splits]] = {
     "table": _table,
     "huggingface": _huggingface,
     "webdataset": lambda config: load_shards(config.root, config.table.separator),
-    "npz": lambda config: load_npz(config.root),
+    "npz": lambda config: load_npz(config.root, config.channels),
 }

@@ -14,7 +14,9 @@ from PIL import Image, ImageOps
 from vmoe.extras import require_module
 
 ALL_OF_16 = (0, 65535)
-_ORIENTATION = 274  # in EXIF
+_MODES_WITH_ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
+_SPREAD = {"L;2": 85, "L;4": 17}  # gray of 2 and 4 bits: levels of 8 bits per level
+ORIENTATION = 274  # in EXIF
 # TIFF's tags
 _BITS, _LARGEST, _SMALLEST_OF_ANY_TYPE, _LARGEST_OF_ANY_TYPE = 258, 281, 340, 341
 
@@ -101,28 +103,28 @@ class DeepImage:
             ValueError: as `range` and `values`.
         """
         low, high = self.range(bit_depth)
-        orientation = None if self.is_gray else self.image.getexif().get(_ORIENTATION)
+        orientation = None if self.is_gray else self.image.getexif().get(ORIENTATION)
         values = self.values()
         if self.is_gray:  # after loading, since Pillow turns TIFFs by itself then
-            orientation = self.image.getexif().get(_ORIENTATION)
+            orientation = self.image.getexif().get(ORIENTATION)
         colours = values[..., None] if self.is_gray else values[..., :3]
         if not self.has_fractions:
             colours = colours.astype(np.int64)
         seen = (np.clip(colours, low, high) - low) * 255 // (high - low)
         pixels = np.broadcast_to(seen.astype(np.uint8), (*values.shape[:2], 3))
-        opacity = self._opacity(values, high)
+        opacity = self.opacity(values, high)
         if opacity is not None:
             pixels = np.dstack([pixels, opacity])
         image = Image.fromarray(np.ascontiguousarray(pixels))
         if opacity is not None:
             image = over_white(image)
         if orientation is not None:
-            image.getexif()[_ORIENTATION] = orientation
+            image.getexif()[ORIENTATION] = orientation
             ImageOps.exif_transpose(image, in_place=True)
         return np.array(image)
 
-    def _opacity(self, values: np.ndarray, high: float) -> np.ndarray | None:
-        """(H, W) uint8; None where all is opaque."""
+    def opacity(self, values: np.ndarray, high: float) -> np.ndarray | None:
+        """(H, W) uint8; None where all is opaque. `values` are the file's, of which `high` is white."""
         transparent = self.image.info.get("transparency")
         if isinstance(transparent, int | tuple):
             is_seen = values != transparent if self.is_gray else (values[..., :3] != transparent).any(-1)
@@ -149,6 +151,16 @@ def raw_mode(image: Image.Image) -> str:
     return first if isinstance(first, str) else ""
 
 
+def to_rgb(image: Image.Image, stored: str) -> np.ndarray:
+    """An image of 8 bits or fewer as (H, W, 3) uint8, with what is transparent over white; `stored` is its raw mode."""
+    if image.mode in _MODES_WITH_ALPHA or "transparency" in image.info:
+        if stored in _SPREAD and isinstance(image.info.get("transparency"), int):
+            # Pillow spreads the levels over 8 bits, but not the level that is transparent.
+            image.info["transparency"] *= _SPREAD[stored]
+        image = over_white(image.convert("RGBA"))
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+
+
 def over_white(image: Image.Image) -> Image.Image:
     """An image with opacity (RGBA) over white."""
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -161,7 +173,7 @@ def _as_upright(content: bytes) -> bytes:
     (count,) = struct.unpack_from(f"{order}H", content, start)
     changed = bytearray(content)
     for place in range(start + 2, start + 2 + 12 * count, 12):
-        if struct.unpack_from(f"{order}H", content, place) == (_ORIENTATION,):
+        if struct.unpack_from(f"{order}H", content, place) == (ORIENTATION,):
             struct.pack_into(f"{order}H", changed, place + 8, 1)
     return bytes(changed)
 

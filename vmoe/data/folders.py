@@ -20,12 +20,13 @@ class ClassFolders:
     passed_over: PassedOver
 
 
-def read_class_folders(splits: Mapping[str, Path]) -> ClassFolders:
+def read_class_folders(splits: Mapping[str, Path], arrays: bool = False) -> ClassFolders:
     """Reads SPLIT/CLASS/IMAGE of every split, each real file once; pictures may lie in folders of a class folder.
 
     Args:
         splits: the folder of each split. The class folders of "train", or of the first split without it, are the
             classes; another split may lack some of them.
+        arrays: Whether .npy files are pictures, too.
 
     Raises:
         UserError: a split is a link to another, has no class folders or one that training does not know, or a class
@@ -34,9 +35,8 @@ def read_class_folders(splits: Mapping[str, Path]) -> ClassFolders:
     passed_over = PassedOver()
     names = {split: list_class_folders(folder, passed_over) for split, folder in splits.items()}
     asked = [(split, name) for split, found in names.items() for name in found]
-    pictures = dict(
-        zip(asked, find_pictures([splits[split] / name for split, name in asked], passed_over), strict=True)
-    )
+    folders = [splits[split] / name for split, name in asked]
+    pictures = dict(zip(asked, find_pictures(folders, passed_over, arrays), strict=True))
     _refuse_the_same_folder(splits)
     main = "train" if "train" in splits else next(iter(splits))
     classes = [name for name in names[main] if pictures[main, name] is not None]

@@ -28,16 +28,18 @@ _NO_LABEL = -1  # what the test splits of competitions have
 class HuggingFaceImages:
     """The pictures of one split: its rows, with the content of each file in `column`, and what to call it.
 
-    `bit_depth` is as in `load_image`.
+    `bit_depth` and `channels` are as in `load_image`.
     """
 
     rows: "Dataset"
     column: str
     name: str
     bit_depth: int | None = None
+    channels: int | None = None
 
     def read(self, position: int) -> np.ndarray:
-        return decode_image(self.open(position), self.place(position), bit_depth=self.bit_depth)
+        how = {"bit_depth": self.bit_depth, "channels": self.channels}
+        return decode_image(self.open(position), self.place(position), **how)
 
     def open(self, position: int) -> BinaryIO:
         """The file of an image."""

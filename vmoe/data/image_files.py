@@ -21,6 +21,7 @@ FORMATS: dict[str, tuple[str, ...]] = {
     "TIFF": (".tif", ".tiff"),
     "WEBP": (".webp",),
 }
+ARRAY_SUFFIX = ".npy"  # of a picture as an array, where pictures are read by their channels
 IMAGE_SUFFIXES = frozenset(suffix for suffixes in FORMATS.values() for suffix in suffixes)
 # Folders that archivers, network drives and file systems put beside the pictures
 SYSTEM_FOLDERS = frozenset(
@@ -38,9 +39,13 @@ _REASONS = {
 _MOST_ENDINGS = 4  # in a line
 
 
-def is_image_name(name: str) -> bool:
-    """Whether a file of this name (without its folder) is taken for a picture: by its ending, and unless hidden."""
-    return not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+def is_image_name(name: str, arrays: bool = False) -> bool:
+    """Whether a file of this name (without its folder) is taken for a picture: by its ending, and unless hidden.
+
+    With `arrays` a .npy file is, too.
+    """
+    ending = os.path.splitext(name)[1].lower()
+    return not name.startswith(".") and (ending in IMAGE_SUFFIXES or (arrays and ending == ARRAY_SUFFIX))
 
 
 class PassedOver:
@@ -95,7 +100,9 @@ def list_class_folders(folder: str | Path, passed_over: PassedOver) -> list[str]
     return names
 
 
-def find_pictures(folders: Sequence[str | Path], passed_over: PassedOver) -> list[list[str] | None]:
+def find_pictures(
+    folders: Sequence[str | Path], passed_over: PassedOver, arrays: bool = False
+) -> list[list[str] | None]:
     """The picture files of some folders and of all folders in them, sorted by folder and name.
 
     Each real file and each real folder is taken once, in all of `folders` together: where a link leads to one that is
@@ -104,6 +111,7 @@ def find_pictures(folders: Sequence[str | Path], passed_over: PassedOver) -> lis
     Args:
         folders: where to look, each for itself; none lies in another.
         passed_over: counts what is left out.
+        arrays: whether .npy files are pictures, too.
 
     Returns:
         For each folder its files; None where the folder itself is a link to what is there already.
@@ -111,15 +119,15 @@ def find_pictures(folders: Sequence[str | Path], passed_over: PassedOver) -> lis
     Raises:
         UserError: a folder cannot be read.
     """
-    walk = _Walk([os.fspath(folder) for folder in folders], passed_over)
+    walk = _Walk([os.fspath(folder) for folder in folders], passed_over, arrays)
     return walk.found()
 
 
 class _Walk:
     """Goes through folders: first through all that are real, then through the links to folders elsewhere."""
 
-    def __init__(self, folders: list[str], passed_over: PassedOver) -> None:
-        self.folders, self.passed_over = folders, passed_over
+    def __init__(self, folders: list[str], passed_over: PassedOver, arrays: bool) -> None:
+        self.folders, self.passed_over, self.arrays = folders, passed_over, arrays
         self.files: list[list[tuple[str, str]] | None] = [[] for _ in folders]  # (folder, name)
         self.file_links: list[tuple[int, str, str]] = []  # index in `folders`, folder, name
         self.folder_links: list[tuple[int, str]] = []
@@ -165,7 +173,7 @@ class _Walk:
                     self.folder_links.append((index, entry.path))
                 elif not entry.is_file():
                     self.passed_over.add("special", entry.path)
-                elif not is_image_name(entry.name):
+                elif not is_image_name(entry.name, self.arrays):
                     self.passed_over.add("format", entry.path)
                 elif entry.is_symlink():
                     self.file_links.append((index, folder, entry.name))
@@ -190,8 +198,10 @@ class _Walk:
                 self.files[index].append((folder, name))
 
 
-def find_images(paths: Iterable[str | Path], passed_over: PassedOver) -> list[Path]:
+def find_images(paths: Iterable[str | Path], passed_over: PassedOver, arrays: bool = False) -> list[Path]:
     """The image files that `paths` name; `passed_over` counts what is left out in folders.
+
+    With `arrays` .npy files in folders are pictures, too.
 
     A folder stands for the pictures in it and in all folders in it; a file that is named is taken whatever its ending.
     A pattern that no shell has expanded stands for what it matches.
@@ -204,7 +214,7 @@ def find_images(paths: Iterable[str | Path], passed_over: PassedOver) -> list[Pa
     for path in (path for given in paths for path in _expanded(os.fspath(given))):
         if path.is_dir():
             here = PassedOver()
-            (inside,) = find_pictures([path], here)
+            (inside,) = find_pictures([path], here, arrays)
             if not inside:
                 left = f" (passed over: {here})" if here else ""
                 raise UserError(f"{path}: this folder holds no image file{left}; give images, or a folder that does")

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 from PIL import Image, ImageOps
 
+from vmoe.data.channels import Stored, WrongChannelsError, is_tiff, of_array, of_image, stored_in
 from vmoe.data.config import Crop
-from vmoe.data.deep_images import ALL_OF_16, deep_image, over_white, raw_mode
+from vmoe.data.deep_images import ALL_OF_16, deep_image, raw_mode, to_rgb
 from vmoe.data.image_files import require_regular
 from vmoe.data.resizing import resize
 from vmoe.errors import UserError
@@ -21,12 +22,10 @@ if TYPE_CHECKING:  # the process of `vmoe serve` that decodes uploads does witho
     import torch
 
 _BESIDE = 127  # what is beside a picture in a letterbox
-_MODES_WITH_ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
-_SPREAD = {"L;2": 85, "L;4": 17}  # gray of 2 and 4 bits: levels of 8 bits per level
 
 
-def load_image(path: str | Path, bit_depth: int | None = None) -> np.ndarray:
-    """Reads an image file as RGB, upright by its EXIF orientation.
+def load_image(path: str | Path, bit_depth: int | None = None, channels: int | None = None) -> np.ndarray:
+    """Reads an image file as RGB of 8 bits, or by its channels at its own depth; upright by its EXIF orientation.
 
     Any mode Pillow knows: grayscale, palette, CMYK, more than 8 bits (scaled to 8). Transparent pixels are shown over
     white; of an animation the first frame is read.
@@ -35,19 +34,20 @@ def load_image(path: str | Path, bit_depth: int | None = None) -> np.ndarray:
         path: of the file.
         bit_depth: how many bits the values of a file with more than 8 bits per channel use, where the file itself does
             not say so: white is 2**bit_depth - 1. None: all that the file stores.
+        channels: as `data.channels`; None: RGB of 8 bits.
 
     Returns:
-        (H, W, 3) uint8 array of its own memory.
+        (H, W, 3) uint8 array of its own memory; with `channels` (H, W, channels) float32, white being 1.
 
     Raises:
         UserError: the file is missing, damaged, no image or no regular file, or holds fractions and neither it nor
-            `bit_depth` says which is white; the line names it.
+            `bit_depth` says which is white, or has another number of channels; the line names it.
     """
     require_regular(path)
     try:
         # Not by Pillow, which maps a file it opens itself, and turns an uncompressed gray TIFF wrongly then.
         with open(path, "rb") as file:
-            return decode_image(file, str(path), bit_depth=bit_depth)
+            return decode_image(file, str(path), bit_depth=bit_depth, channels=channels)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such image file") from error
     except OSError as error:
@@ -55,36 +55,50 @@ def load_image(path: str | Path, bit_depth: int | None = None) -> np.ndarray:
 
 
 def decode_image(
-    source: BinaryIO, place: str, formats: Sequence[str] | None = None, bit_depth: int | None = None
+    source: BinaryIO,
+    place: str,
+    formats: Sequence[str] | None = None,
+    bit_depth: int | None = None,
+    channels: int | None = None,
 ) -> np.ndarray:
     """Like `load_image`, for a file's content, of Pillow's `formats`, or any; `place` names it in errors."""
     try:
+        if channels is not None:
+            return stored_in(source, channels, formats).fractions(channels, bit_depth)
         with Image.open(source, formats=formats) as image:
             deep = deep_image(image, source)
             if deep is not None and not (deep.pillow_does_it and deep.range(bit_depth) == ALL_OF_16):
                 return deep.to_rgb(bit_depth)
             stored = raw_mode(image)
             ImageOps.exif_transpose(image, in_place=True)  # a copy would take as much memory again
-            return _to_rgb(image, stored)
+            return to_rgb(image, stored)
     except MissingExtraError as error:
         raise MissingExtraError(f"{place}: {error}") from error
+    except WrongChannelsError as error:
+        raise UserError(f"{place}: {error}") from error
     except Exception as error:  # on damaged files Pillow's decoders raise nearly any type
         reason = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, Image.UnidentifiedImageError):
             reason = "no known image format"
+            if is_tiff(source) and channels is None:
+                reason = "no known form of TIFF; one of other channels than gray and RGB needs data.channels"
         raise UserError(f"{place}: cannot be read as an image ({reason}); replace or remove the file") from error
 
 
-def to_pixels(picture: "str | Path | Image.Image | np.ndarray", bit_depth: int | None = None) -> np.ndarray:
-    """A picture of any kind as RGB.
+def to_pixels(
+    picture: "str | Path | Image.Image | np.ndarray", bit_depth: int | None = None, channels: int | None = None
+) -> np.ndarray:
+    """A picture of any kind as RGB, or by its channels.
 
     Args:
         picture: the path of an image file, as `load_image` reads it; an image of Pillow, of any mode; or an array
-            (height, width, 3), or (height, width) for gray, uint8.
-        bit_depth: as for `load_image`.
+            (height, width, 3), or (height, width) for gray, uint8; with `channels` (height, width, channels) or
+            (channels, height, width) of any numbers, as a file holds them.
+        bit_depth: as for `load_image`; of arrays with `channels`, too.
+        channels: as for `load_image`.
 
     Returns:
-        (height, width, 3) uint8.
+        (height, width, 3) uint8; with `channels` (height, width, channels) float32, white being 1.
 
     Raises:
         UserError: the picture is of no such kind, or it cannot be read.
@@ -93,10 +107,14 @@ def to_pixels(picture: "str | Path | Image.Image | np.ndarray", bit_depth: int |
         if picture.mode[0] in "IF":  # more than 8 bits: as a file of such values is read
             content = io.BytesIO()
             picture.save(content, "TIFF")
-            return decode_image(content, "this image", bit_depth=bit_depth)
+            return decode_image(content, "this image", bit_depth=bit_depth, channels=channels)
         upright = ImageOps.exif_transpose(picture)
-        return _to_rgb(upright, "")
+        if channels is None:
+            return to_rgb(upright, "")
+        return _by_channels(lambda: of_image(upright, channels), channels, bit_depth)
     if isinstance(picture, np.ndarray):
+        if channels is not None:
+            return _by_channels(lambda: of_array(picture, channels), channels, bit_depth)
         is_gray = picture.ndim == 2
         if picture.dtype != np.uint8 or not (is_gray or (picture.ndim == 3 and picture.shape[2] == 3)):
             raise UserError(
@@ -107,10 +125,17 @@ def to_pixels(picture: "str | Path | Image.Image | np.ndarray", bit_depth: int |
             raise UserError(f"an array of shape {picture.shape}: holds no pixel")
         return np.repeat(picture[..., None], 3, 2) if is_gray else picture
     if isinstance(picture, str | os.PathLike):
-        return load_image(picture, bit_depth)
+        return load_image(picture, bit_depth, channels)
     raise UserError(
         f"{type(picture).__name__}: is no picture; give a path, an image of Pillow or an array (height, width, 3) uint8"
     )
+
+
+def _by_channels(read: Callable[[], Stored], channels: int, bit_depth: int | None) -> np.ndarray:
+    try:
+        return read().fractions(channels, bit_depth)
+    except ValueError as error:
+        raise UserError(f"this picture: {error}") from error
 
 
 def prepare_image(
@@ -120,38 +145,32 @@ def prepare_image(
     std: Sequence[float],
     bit_depth: int | None = None,
     crop: Crop = "centre",
+    channels: int | None = None,
 ) -> "torch.Tensor":
     """Prepares a picture for a model, as evaluation, `predict` and every tool do it.
 
     The picture becomes upright RGB, it is fitted to the image size as `crop` says (area averages down, bilinear up),
-    and each channel is normalised: (pixel / 255 - mean) / std.
+    and each channel is normalised: (pixel / 255 - mean) / std. With `channels` it keeps its channels and its depth, and
+    in place of pixel / 255 stands its value divided by that of white.
 
     Args:
         picture: the path of an image file, an image of Pillow, or an array (height, width, 3), or (height, width) for
-            gray, uint8.
+            gray, uint8; with `channels` (height, width, channels) or (channels, height, width) of any numbers.
         image_size: side of the square in pixels, or (height, width), such as `model.image_size`.
-        mean: of the three channels, in [0, 1], such as `model.mean`.
-        std: of the three channels, in [0, 1], such as `model.std`.
+        mean: of the channels, in [0, 1], such as `model.mean`.
+        std: of the channels, in [0, 1], such as `model.std`.
         bit_depth: how many bits the values of a picture with more than 8 bits per channel use, where its file does not
             say so: white is 2**bit_depth - 1. None: all that is stored.
         crop: how it is fitted, such as `model.crop`; see `eval_crop`.
+        channels: such as `model.channels`; None: red, green and blue of 8 bits.
 
     Returns:
-        (3, height, width) float32.
+        (3, height, width) float32, or (channels, height, width).
 
     Raises:
         UserError: the picture is of no such kind, or it cannot be read.
     """
-    return normalise([eval_crop(to_pixels(picture, bit_depth), image_size, crop)], mean, std)[0]
-
-
-def _to_rgb(image: Image.Image, stored: str) -> np.ndarray:
-    if image.mode in _MODES_WITH_ALPHA or "transparency" in image.info:
-        if stored in _SPREAD and isinstance(image.info.get("transparency"), int):
-            # Pillow spreads the levels over 8 bits, but not the level that is transparent.
-            image.info["transparency"] *= _SPREAD[stored]
-        image = over_white(image.convert("RGBA"))
-    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+    return normalise([eval_crop(to_pixels(picture, bit_depth, channels), image_size, crop)], mean, std)[0]
 
 
 def eval_crop(image: np.ndarray, image_size: ImageSize, crop: Crop = "centre") -> np.ndarray:
@@ -161,13 +180,13 @@ def eval_crop(image: np.ndarray, image_size: ImageSize, crop: Crop = "centre") -
     without the detour over a large image.
 
     Args:
-        image: (H, W, C) uint8.
+        image: (H, W, C) uint8 or float32.
         image_size: side of the result in pixels, or (height, width).
         crop: "centre" cuts out the largest central part of the result's shape, "squash" changes the picture's shape,
             and "letterbox" keeps all of it, between stripes of middle grey.
 
     Returns:
-        (height, width, C) uint8; `image` itself where it has that size.
+        (height, width, C) of the same type; `image` itself where it has that size.
     """
     height, width = height_and_width(image_size)
     rows, columns = image.shape[:2]
@@ -186,7 +205,8 @@ def _letterbox(image: np.ndarray, height: int, width: int) -> np.ndarray:
     rows, columns = (max(1, round(side * scale)) for side in image.shape[:2])
     if (rows, columns) == (height, width):
         return resize(image, height, width)
-    frame = np.full((height, width, image.shape[2]), _BESIDE, np.uint8)
+    beside = _BESIDE if image.dtype == np.uint8 else _BESIDE / 255
+    frame = np.full((height, width, image.shape[2]), beside, image.dtype)
     top, left = (height - rows) // 2, (width - columns) // 2
     frame[top : top + rows, left : left + columns] = resize(image, rows, columns)
     return frame
@@ -196,19 +216,20 @@ def normalise(images: Sequence[np.ndarray], mean: Sequence[float], std: Sequence
     """Stacks images and normalises them by channel: (pixel / 255 - mean) / std.
 
     Args:
-        images: B arrays (H, W, 3) uint8 of one size.
-        mean: of the three channels, in [0, 1].
-        std: of the three channels, in [0, 1].
+        images: B arrays (H, W, C) of one size, uint8, or float32 of which white is 1.
+        mean: of the channels, in [0, 1].
+        std: of the channels, in [0, 1].
 
     Returns:
-        (B, 3, H, W) float32, contiguous. A value does not depend on the other images of the batch.
+        (B, C, H, W) float32, contiguous. A value does not depend on the other images of the batch.
     """
     import torch
 
     pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
     batch = torch.empty(pixels.shape, dtype=torch.float32).copy_(pixels)
-    batch.sub_(255 * torch.tensor(mean).view(3, 1, 1))
-    return batch.div_(255 * torch.tensor(std).view(3, 1, 1))
+    white = 255 if pixels.dtype == torch.uint8 else 1
+    batch.sub_(white * torch.tensor(mean).view(-1, 1, 1))
+    return batch.div_(white * torch.tensor(std).view(-1, 1, 1))
 
 
 def eval_transform(
@@ -217,7 +238,7 @@ def eval_transform(
     """What evaluation does to an image: `eval_crop`, then `normalise`.
 
     Returns:
-        A function from (H, W, 3) uint8 to (3, height, width) float32.
+        A function from (H, W, C) uint8 or float32 to (C, height, width) float32.
     """
 
     def transform(image: np.ndarray) -> "torch.Tensor":

@@ -8,6 +8,7 @@ from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
+from vmoe.data.channels import Stored
 from vmoe.data.image_files import require_regular
 from vmoe.data.images import load_image
 from vmoe.errors import UserError
@@ -17,7 +18,7 @@ class ImageStore(Protocol):
     """A store of images that are read one at a time."""
 
     def read(self, position: int) -> np.ndarray:
-        """The image as (H, W, 3) uint8; UserError naming it when it is damaged."""
+        """The image as (H, W, 3) uint8, or by channels as (H, W, C) float32; UserError naming it when it is damaged."""
 
     def place(self, position: int) -> str:
         """Where the image is: its path, or its array and row."""
@@ -32,14 +33,21 @@ class ImageStore(Protocol):
 
 @dataclass(frozen=True)
 class ArrayImages:
-    """Images in memory: (n, H, W, 1 or 3) uint8, what to call the array, and what each patch shows, where known."""
+    """Images in memory: (n, H, W, 1 or 3) uint8, what to call the array, and what each patch shows, where known.
+
+    With `channels` (n, H, W, C) of any numbers; they and `bit_depth` are as in `load_image`.
+    """
 
     array: np.ndarray
     name: str
     patches: np.ndarray | None = None  # (n, rows, columns) integers
+    bit_depth: int | None = None
+    channels: int | None = None
 
     def read(self, position: int) -> np.ndarray:
         image = self.array[position]
+        if self.channels is not None:
+            return Stored(image).fractions(self.channels, self.bit_depth)
         return image if image.shape[2] == 3 else np.repeat(image, 3, axis=2)
 
     def place(self, position: int) -> str:
@@ -55,13 +63,14 @@ class ArrayImages:
 
 @dataclass(frozen=True)
 class FileImages:
-    """Images in files, and how many bits the values of their deep ones use (see `load_image`)."""
+    """Images in files; `bit_depth` and `channels` are as in `load_image`."""
 
     paths: list[str]
     bit_depth: int | None = None
+    channels: int | None = None
 
     def read(self, position: int) -> np.ndarray:
-        return load_image(self.paths[position], self.bit_depth)
+        return load_image(self.paths[position], self.bit_depth, self.channels)
 
     def open(self, position: int) -> BinaryIO:
         """The file of an image."""
@@ -104,7 +113,7 @@ class ImageSet:
         return len(self.labels)
 
     def read(self, index: int, number_of_pass: int = 0) -> np.ndarray:
-        """Image `index` of this split, (H, W, 3) uint8, in this pass over it."""
+        """Image `index` of this split, (H, W, 3) uint8 or (H, W, C) float32, in this pass over it."""
         return self.images.read(self.positions[index] + number_of_pass * self.pass_step)
 
     def place(self, index: int) -> str:

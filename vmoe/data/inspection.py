@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from vmoe.data.channels import ChannelSums, displayed
 from vmoe.data.datamodule import ImageDataModule
 from vmoe.data.images import eval_crop
 from vmoe.data.imageset import ImageSet
@@ -73,7 +74,7 @@ class Inspection:
             between = "all" if same else f"{_height_by_width(smallest)} to {_height_by_width(largest)}, median"
             lines.append(f"sizes in {_TITLES_OF_SPLITS[split]}: {between} {_height_by_width(median)} (height x width)")
         if self.mean:
-            mean, std = (f"[{','.join(f'{value:.3f}' for value in values)}]" for values in (self.mean, self.std))
+            mean, std = (f"[{','.join(map(_written, values))}]" for values in (self.mean, self.std))
             lines.append(f"colours of training images: --data.mean {mean} --data.std {std} would normalise them")
         for split, found in self.damaged.items():
             if found:
@@ -105,8 +106,7 @@ class _Split:
     sizes: list[tuple[int, int]] = field(default_factory=list)
     thumbs: list[np.ndarray] = field(default_factory=list)
     damaged: list[str] = field(default_factory=list)
-    sums: np.ndarray = field(default_factory=lambda: np.zeros((2, 3)))  # of levels and of their squares
-    pixels: int = 0
+    sums: ChannelSums = field(default_factory=ChannelSums)
 
 
 def inspect_images(data: ImageDataModule, most: int = 5000, threads: int = 4, progress: Progress = True) -> Inspection:
@@ -134,7 +134,7 @@ def inspect_images(data: ImageDataModule, most: int = 5000, threads: int = 4, pr
         pair for name, split in splits.items() if train is not None and name != "train"
         for pair in _near_duplicates(data, name, split, train)
     ]  # fmt: skip
-    mean, std = _colours(train) if train is not None and train.pixels else ([], [])
+    mean, std = _colours(train) if train is not None and train.sums.pixels else ([], [])
     return Inspection(
         looked_at={name: len(split.sizes) + len(split.damaged) for name, split in splits.items()},
         images={name: len(split.images) for name, split in splits.items()},
@@ -162,17 +162,23 @@ def _gather(split: _Split, index: int, found: tuple[np.ndarray, tuple[int, int]]
     image, size = found
     split.places.append(index)
     split.sizes.append(size)
-    split.thumbs.append(eval_crop(image, _THUMB, "squash"))
+    split.thumbs.append(eval_crop(displayed(image), _THUMB, "squash"))
     if is_training:
-        levels = image.reshape(-1, 3).astype(np.float64) / 255
-        split.sums += np.stack([levels.sum(0), (levels**2).sum(0)])
-        split.pixels += len(levels)
+        split.sums.add(image)
 
 
 def _colours(train: _Split) -> tuple[list[float], list[float]]:
-    mean, squares = train.sums / train.pixels
-    std = np.sqrt(np.maximum(squares - mean**2, 1e-6))
-    return [round(float(each), 4) for each in mean], [round(float(each), 4) for each in std]
+    mean, std = train.sums.mean_and_std()
+    return [_rounded(each) for each in mean], [_rounded(each) for each in std]
+
+
+def _rounded(value: float) -> float:
+    """With four digits behind the point, or four that count where it is small, as of pictures of 16 bits it may be."""
+    return round(value, 4) if abs(value) >= 0.1 else float(f"{value:.4g}")
+
+
+def _written(value: float) -> str:
+    return f"{value:.3f}" if abs(value) >= 0.1 else f"{value:.3g}"
 
 
 def _sizes(sizes: Sequence[tuple[int, int]]) -> list[list[int]]:
@@ -196,7 +202,7 @@ def _near_duplicates(data: ImageDataModule, name: str, split: _Split, train: _Sp
         for row in torch.nonzero(best >= _ALIKE).flatten().tolist():
             index, other = split.places[start + row], train.places[int(nearest[row])]
             pictures = tuple(
-                eval_crop(part.images.read(place), data.image_size, data.config.crop)
+                displayed(eval_crop(part.images.read(place), data.image_size, data.config.crop))
                 for part, place in ((split, index), (train, other))
             )
             where = split.images.place(index), train.images.place(other)

@@ -30,7 +30,7 @@ _SMALL_SHARED_MEMORY = (
 class Batch(NamedTuple):
     """Images ready for the model, on the CPU or on the device that trains."""
 
-    images: torch.Tensor | None  # (B, 3, H, W) float32, normalised; None where `ImageDataModule.made` makes them
+    images: torch.Tensor | None  # (B, C, H, W) float32, normalised; None where `ImageDataModule.made` makes them
     labels: torch.Tensor | None  # (B,) int64, or (B, classes) int8 of 0 and 1; None where nobody labelled the images
     damaged: list[str]  # training images that could not be read and were replaced by the next one
     patch_labels: torch.Tensor | None = None  # (B, rows, columns) int64, what each patch shows, where that is known
@@ -66,7 +66,7 @@ class TrainImages(Dataset):
 
 
 def read_or_next(images: ImageSet, index: int, damaged: list[str], number_of_pass: int = 0) -> tuple[np.ndarray, int]:
-    """Image `index`, (H, W, 3) uint8, or the next that can be read, and its index.
+    """Image `index`, (H, W, 3) uint8 or (H, W, C) float32, or the next that can be read, and its index.
 
     Args:
         images: the training split.
@@ -180,6 +180,7 @@ class UnlabelledImages(Dataset):
         std: of the channels.
         bit_depth: of files with more than 8 bits per channel, as in `load_image`.
         crop: as in `eval_crop`.
+        channels: as in `load_image`.
     """
 
     def __init__(
@@ -190,9 +191,10 @@ class UnlabelledImages(Dataset):
         std: Colour,
         bit_depth: int | None = None,
         crop: Crop = "centre",
+        channels: int | None = None,
     ) -> None:
         self.paths, self.image_size, self.mean, self.std = paths, image_size, mean, std
-        self.bit_depth, self.crop = bit_depth, crop
+        self.bit_depth, self.crop, self.channels = bit_depth, crop, channels
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -200,7 +202,8 @@ class UnlabelledImages(Dataset):
     def __getitems__(self, indices: list[int]) -> Batch:
         """The batch of these images; its labels are None."""
         pictures = [
-            eval_crop(load_image(self.paths[index], self.bit_depth), self.image_size, self.crop) for index in indices
+            eval_crop(load_image(self.paths[index], self.bit_depth, self.channels), self.image_size, self.crop)
+            for index in indices
         ]
         return Batch(normalise(pictures, self.mean, self.std), None, [])
 

@@ -9,11 +9,11 @@ from vmoe.data.imageset import ArrayImages, ImageSet, Splits
 from vmoe.errors import UserError
 
 
-def load_npz(root: str) -> Splits:
+def load_npz(root: str, channels: int | None = None) -> Splits:
     """Loads `train_x, train_y, test_x, test_y` and, where given, `val_x, val_y` and `class_names` from one file.
 
     Images are (n, H, W, 3), (n, H, W, 1) or (n, H, W) uint8; labels (n,) integers from 0, or (n, classes) of 0 and 1
-    for images of several classes.
+    for images of several classes. With `channels` images are (n, H, W, channels) of any numbers.
 
     Raises:
         UserError: the file or one of its arrays is missing or malformed; the line names it.
@@ -25,7 +25,7 @@ def load_npz(root: str) -> Splits:
             f"{root}: has no array {missing[0]!r} (it has {', '.join(arrays) or 'none'}); "
             "a data set needs train_x, train_y, test_x and test_y"
         )
-    sets = {name: _npz_set(root, arrays, name) for name in ("train", "val", "test") if f"{name}_x" in arrays}
+    sets = {name: _npz_set(root, arrays, name, channels) for name in ("train", "val", "test") if f"{name}_x" in arrays}
     if any(part.is_multi_label for part in sets.values()):
         return _of_several_labels(root, sets, arrays)
     number = 1 + max(int(part.labels.max(initial=0)) for part in sets.values())
@@ -71,14 +71,20 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
         ) from error
 
 
-def _npz_set(root: str, arrays: dict[str, np.ndarray], name: str) -> ImageSet:
+def _npz_set(root: str, arrays: dict[str, np.ndarray], name: str, channels: int | None) -> ImageSet:
     """The images and labels of one split, checked. Gray images may leave out the channel axis."""
     images, labels = arrays[f"{name}_x"], arrays.get(f"{name}_y")
     if images.ndim == 3:
         images = images[..., None]
-    if images.ndim != 4 or images.shape[3] not in (1, 3) or not images.size:
-        raise UserError(f"{root}: {name}_x has shape {arrays[f'{name}_x'].shape}; it must be (n, H, W, 3) or (n, H, W)")
-    if images.dtype != np.uint8:
+    numbers = (1, 3) if channels in (None, 1, 3) else (channels,)
+    if images.ndim != 4 or images.shape[3] not in numbers or not images.size:
+        gray = " or (n, H, W)" if 1 in numbers else f", by data.channels={channels}"
+        needed = f"(n, H, W, {channels or 3}){gray}"
+        raise UserError(f"{root}: {name}_x has shape {arrays[f'{name}_x'].shape}; it must be {needed}")
+    if channels is not None:
+        if images.dtype.kind not in "uif":
+            raise UserError(f"{root}: {name}_x is {images.dtype}; it must hold numbers")
+    elif images.dtype != np.uint8:
         raise UserError(f"{root}: {name}_x is {images.dtype}; it must be uint8, 0 to 255")
     is_multi_label = labels is not None and labels.ndim == 2 and labels.shape[1] > 1
     if labels is None or labels.shape[: 1 if is_multi_label else None] != images.shape[:1]:

@@ -9,11 +9,14 @@ from typing import NamedTuple
 
 import numpy as np
 
+from vmoe.extras import require_module
+
 try:
     import cv2
 except ModuleNotFoundError:
     cv2 = None
 
+_AT_ONCE = 4  # channels; OpenCV averages no more over whole numbers of pixels
 _UNIT = 2048  # the weights of bilinear interpolation are multiples of 1 / 2048
 
 
@@ -24,12 +27,15 @@ def resize(picture: np.ndarray, height: int, width: int) -> np.ndarray:
     along one side and grows along the other, it shrinks first.
 
     Args:
-        picture: (H, W, C) uint8.
+        picture: (H, W, C) uint8 or float32.
         height: of the result in pixels.
         width: of the result in pixels.
 
     Returns:
-        (height, width, C) uint8; `picture` itself where it has that size.
+        (height, width, C) of the same type; `picture` itself where it has that size.
+
+    Raises:
+        MissingExtraError: it is float32, and OpenCV is not installed.
     """
     rows, columns = picture.shape[:2]
     if (rows > height) != (columns > width) and rows != height and columns != width:
@@ -38,9 +44,13 @@ def resize(picture: np.ndarray, height: int, width: int) -> np.ndarray:
     if (rows, columns) == (height, width):
         return picture
     shrinks = rows > height or columns > width
+    if picture.dtype != np.uint8:
+        require_module("cv2")
     if cv2 is not None:
         how = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-        return cv2.resize(picture, (width, height), interpolation=how).reshape(height, width, -1)
+        parts = [picture[..., start : start + _AT_ONCE] for start in range(0, picture.shape[2], _AT_ONCE)]
+        resized = [cv2.resize(part, (width, height), interpolation=how).reshape(height, width, -1) for part in parts]
+        return resized[0] if len(resized) == 1 else np.concatenate(resized, 2)
     return shrink_by_area(picture, height, width) if shrinks else grow_bilinearly(picture, height, width)
 
 

@@ -46,7 +46,7 @@ LABEL_KEYS = ("label", "cls", "target")  # of a .json, the first that is there
 class ShardedImages:
     """Images in tar files: of each (n,) its shard, where its bytes begin, how many they are, and its name.
 
-    `bit_depth` is as in `load_image`.
+    `bit_depth` and `channels` are as in `load_image`.
     """
 
     paths: list[str]
@@ -55,9 +55,11 @@ class ShardedImages:
     sizes: np.ndarray
     names: np.ndarray
     bit_depth: int | None = None
+    channels: int | None = None
 
     def read(self, position: int) -> np.ndarray:
-        return decode_image(self.open(position), self.place(position), bit_depth=self.bit_depth)
+        how = {"bit_depth": self.bit_depth, "channels": self.channels}
+        return decode_image(self.open(position), self.place(position), **how)
 
     def open(self, position: int) -> BinaryIO:
         """The bytes of an image."""

@@ -221,6 +221,7 @@ def data_for(
     if config.augment.albumentations is not None:  # no image is varied, and its steps may be known to training alone
         changes = {"augment": AugmentConfig()} | changes
     fixed = {"image_size": model.image_size, "crop": model.crop, "mean": model.mean, "std": model.std}
+    fixed["channels"] = model.channels
     try:
         return dataclasses.replace(config, pipeline="workers", **fixed, **changes)
     except ValueError as error:
@@ -243,4 +244,5 @@ def trained_on(model: TrainedModel, name: str | None = None) -> DataConfig:
         crop=model.crop,
         mean=model.mean,
         std=model.std,
+        channels=model.channels,
     )

@@ -38,6 +38,20 @@ _SEVERAL_CLASSES = (
     "A picture may have several of the {count} classes, or none: each logit is of a sigmoid of its own, and a class "
     "counts from its threshold on, which was chosen on validation images and stands in model.safetensors."
 )
+_TRANSFORMERS = """\
+transformers opens it, too, once vmoe is imported:
+
+```python
+import vmoe
+from transformers import pipeline
+
+pipeline("image-classification", model="USER/NAME")("photo.jpg")  # or a folder
+```
+"""
+_OF_CHANNELS = """\
+Pictures are read by their {channels}, at the depth of their files; `vmoe.load("hf-hub:USER/NAME").predict(files)` does
+it. The pipelines of transformers read RGB alone.
+"""
 _TEMPLATE = """\
 ---
 {front_matter}
@@ -49,7 +63,7 @@ _TEMPLATE = """\
 
 | | |
 |---|---|
-| images | {size} pixels, RGB; {fitted} |
+| images | {size} pixels, {channels}; {fitted} |
 | classes | {classes} |
 | parameters | {total:,} in all, {active:,} active for one token |
 | FLOPs per image | {flops:,} (a multiply-add counts 2) |
@@ -65,15 +79,7 @@ import vmoe  # makes timm know the architecture: pip install vmoe
 model = timm.create_model("hf-hub:USER/NAME", pretrained=True).eval()  # or "local-dir:FOLDER"
 ```
 
-transformers opens it, too, once vmoe is imported:
-
-```python
-import vmoe
-from transformers import pipeline
-
-pipeline("image-classification", model="USER/NAME")("photo.jpg")  # or a folder
-```
-
+{transformers}
 `vmoe predict hf-hub:USER/NAME photo.jpg` names what is in a picture.
 
 {routing}## Recipe
@@ -106,10 +112,12 @@ _PICTURE = f"""\
 """
 
 
-def routes_patches(checkpoint: TrainedModel) -> bool:
-    """Whether there is a picture to draw: not of a dense model, nor where images are routed as a whole."""
+def has_picture(checkpoint: TrainedModel) -> bool:
+    """Whether there is a picture to draw: not of a dense model, nor where images are routed as a whole, nor where they
+    are no RGB, as the sample photograph is.
+    """
     layers = moe_layers(checkpoint.model)
-    return bool(layers) and layers[0][1].images is None
+    return bool(layers) and layers[0][1].images is None and checkpoint.channels is None
 
 
 def draw_routing(checkpoint: TrainedModel) -> Page:
@@ -136,6 +144,7 @@ def model_card(checkpoint: TrainedModel, source: str | Path, license: str | None
         license: The weights' licence, by its name on the hub, or None.
     """
     config, classes = checkpoint.config, checkpoint.class_names
+    channels = None if checkpoint.channels is None else counted(checkpoint.channels, "channel")
     parameters = count_parameters(checkpoint.model)
     accuracy = metrics_of(RunFolder(Path(source)).read_summary()).get(
         "test/mAP" if checkpoint.multi_label else "test/top1"
@@ -149,6 +158,8 @@ def model_card(checkpoint: TrainedModel, source: str | Path, license: str | None
         title=title,
         what=_what(checkpoint),
         size=size_text(checkpoint.image_size),
+        channels=channels or "RGB",
+        transformers=_TRANSFORMERS if channels is None else _OF_CHANNELS.format(channels=channels),
         fitted=_FITTED[checkpoint.crop],
         classes=f"{len(classes)}: {', '.join(classes[:20])}{', ...' if len(classes) > 20 else ''}",
         total=parameters.total,
@@ -232,7 +243,7 @@ def _what(checkpoint: TrainedModel) -> str:
 
 def _routing_section(checkpoint: TrainedModel, source: Path) -> str:
     """The section with a V-MoE's picture and, if recorded, each expert's load in the last epoch."""
-    parts = [_PICTURE] if routes_patches(checkpoint) else []
+    parts = [_PICTURE] if has_picture(checkpoint) else []
     parts += _loads(source)
     return "".join(["## Routing\n\n", *parts]) if parts else ""
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from vmoe.checkpoints import RunFolder, TrainedModel, load_checkpoint, timm_arguments, write_safetensors
 from vmoe.errors import UserError
-from vmoe.export.card import PICTURE, draw_routing, is_untouched, model_card, routes_patches
+from vmoe.export.card import PICTURE, draw_routing, has_picture, is_untouched, model_card
 from vmoe.files import new_folder, write_json
 from vmoe.models.registry import ON_BACKBONE
 from vmoe.sizes import height_and_width
@@ -53,7 +53,7 @@ def write_hub_folder(path: str | Path, source: str | Path, license: str | None =
         is_new = _is_free(path / CARD)
         if is_new:
             (folder / CARD).write_text(model_card(checkpoint, source, license), encoding="utf-8")
-        if routes_patches(checkpoint):
+        if has_picture(checkpoint):
             draw_routing(checkpoint).save(folder / PICTURE)
         _keep_others(path, folder, {weights.name, CONFIG, PICTURE, *([CARD] if is_new else [])})
     return is_new
@@ -136,7 +136,7 @@ def _write_hub_config(folder: Path, checkpoint: TrainedModel) -> None:
 @torch.no_grad()
 def _require_timm_agrees(model: nn.Module, checkpoint: TrainedModel) -> None:
     """Compares a model's logits with the checkpoint's, bit for bit, and raises if they differ."""
-    images = torch.randn(2, 3, *height_and_width(checkpoint.image_size))
+    images = torch.randn(2, checkpoint.channels or 3, *height_and_width(checkpoint.image_size))
     if not torch.equal(model(images), checkpoint.model.cpu()(images)):
         raise UserError(f"{checkpoint.path}: timm makes another model of it; its model.kwargs cannot be shared so")
 
@@ -147,7 +147,7 @@ def _pretrained_cfg(checkpoint: TrainedModel) -> dict[str, Any]:
     return {
         "architecture": _timm_name(checkpoint),
         "num_classes": len(checkpoint.class_names),
-        "input_size": (3, *height_and_width(checkpoint.image_size)),
+        "input_size": (checkpoint.channels or 3, *height_and_width(checkpoint.image_size)),
         "mean": checkpoint.mean,
         "std": checkpoint.std,
         "interpolation": "bilinear",
@@ -167,6 +167,8 @@ def _timm_name(checkpoint: TrainedModel) -> str:
 def _model_args(checkpoint: TrainedModel) -> dict[str, Any]:
     name, moe = checkpoint.config["model"]["name"], checkpoint.config["moe"]
     arguments = timm_arguments(checkpoint.config["model"]["kwargs"])
+    if checkpoint.channels is not None:
+        arguments["in_chans"] = checkpoint.channels
     if name.startswith("vmoe_"):
         arguments["moe"] = moe or False
     elif moe is not None:

@@ -1,6 +1,7 @@
 """Exports a trained model as a program that runs without this project: ONNX, torch.export or AOTInductor.
 
-A program maps normalised images (B, 3, height, width) float32, with any B >= 1, to logits (B, classes).
+A program maps normalised images (B, 3, height, width) float32, with any B >= 1, to logits (B, classes). Models for another
+number of channels take that number in place of 3.
 """
 
 import importlib
@@ -26,6 +27,7 @@ from vmoe.export.int8 import Int8Linear
 from vmoe.export.layer import DenseExportedMoe, ExportedMoe, dense_cost, exportable_copy
 from vmoe.extras import require_extras
 from vmoe.files import folder_for, replace, writing
+from vmoe.models.families import own_channels
 from vmoe.moe import moe_layers
 from vmoe.sizes import ImageSize, height_and_width
 from vmoe.version import __version__
@@ -150,7 +152,7 @@ def trace(model: nn.Module, image_size: ImageSize, name: str) -> ExportedProgram
     Raises:
         UserError: torch.export cannot trace the model. The message starts with `name`.
     """
-    images = torch.zeros(2, 3, *height_and_width(image_size))
+    images = torch.zeros(2, own_channels(model), *height_and_width(image_size))
     try:
         with quiet():
             return torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
@@ -186,7 +188,7 @@ def compare(run: ProgramCall, model: nn.Module, image_size: ImageSize) -> dict[i
     """The largest difference between a program's and a model's logits on random images, for each of `BATCHES`."""
     differences = {}
     for batch in BATCHES:
-        images = _noise(batch, image_size)
+        images = _noise(model, batch, image_size)
         expected = model(images)
         differences[batch] = float((run(images) - expected).abs().max() / expected.abs().max().clamp_min(1))
     return differences
@@ -195,14 +197,15 @@ def compare(run: ProgramCall, model: nn.Module, image_size: ImageSize) -> dict[i
 @torch.no_grad()
 def rounding_error(model: nn.Module, rounded: nn.Module, image_size: ImageSize, count: int = 64) -> dict[str, float]:
     """The effect of rounding on `count` random images: |difference| / |logits| (2-norms), share of changed classes."""
-    images = _noise(count, image_size)
+    images = _noise(model, count, image_size)
     before, after = model(images), rounded(images)
     changed = (before.argmax(-1) != after.argmax(-1)).double().mean()
     return {"relative_logit_error": float((after - before).norm() / before.norm()), "top1_changed": float(changed)}
 
 
-def _noise(batch: int, image_size: ImageSize) -> Tensor:
-    return torch.randn(batch, 3, *height_and_width(image_size), generator=torch.Generator().manual_seed(batch))
+def _noise(model: nn.Module, batch: int, image_size: ImageSize) -> Tensor:
+    shape = batch, own_channels(model), *height_and_width(image_size)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(batch))
 
 
 def write_onnx(

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
-from vmoe.models.families import on_meta, run_on_meta
+from vmoe.models.families import on_meta, own_channels, run_on_meta
 from vmoe.models.members import hand_members_through
 from vmoe.models.padding import hand_masks_through
 from vmoe.moe import moe_layers
@@ -44,7 +44,7 @@ class ImageCost(NamedTuple):
     moe_tokens: dict[str, int]
 
 
-def image_cost(model: nn.Module, image_size: int | tuple[int, int], in_chans: int = 3) -> ImageCost:
+def image_cost(model: nn.Module, image_size: int | tuple[int, int], in_chans: int | None = None) -> ImageCost:
     """Counts the operations of one image's forward pass, which runs on the meta device.
 
     Matrix products and convolutions count, as usual, with any backend. With a capacity at evaluation, experts count as
@@ -53,7 +53,7 @@ def image_cost(model: nn.Module, image_size: int | tuple[int, int], in_chans: in
     Args:
         model: Any image model that is not sharded. It is not changed.
         image_size: Pixels, one side of a square or (rows, columns).
-        in_chans: Channels.
+        in_chans: Channels. None: as many as the model was made for.
     """
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     tokens: dict[str, int] = {}
@@ -63,11 +63,11 @@ def image_cost(model: nn.Module, image_size: int | tuple[int, int], in_chans: in
 
     counter = FlopCounterMode(display=False)
     with counter:
-        _run_on_meta(model, (1, in_chans, *size), training=False, watch=note)
+        _run_on_meta(model, (1, in_chans or own_channels(model), *size), training=False, watch=note)
     return ImageCost(counter.get_total_flops(), tokens)
 
 
-def flops_per_image(model: nn.Module, image_size: int | tuple[int, int], in_chans: int = 3) -> int:
+def flops_per_image(model: nn.Module, image_size: int | tuple[int, int], in_chans: int | None = None) -> int:
     """The floating-point operations of one image's forward pass; see `image_cost`."""
     return image_cost(model, image_size, in_chans).flops
 
@@ -85,7 +85,7 @@ def check_training_capacity(model: nn.Module, images: int, image_size: int | tup
     """
     if any(layer.config.capacity_factor is not None for _, layer in moe_layers(model)):
         size = (image_size, image_size) if isinstance(image_size, int) else image_size
-        _run_on_meta(model, (images, 3, *size), training=True)
+        _run_on_meta(model, (images, own_channels(model), *size), training=True)
 
 
 def _run_on_meta(

@@ -224,13 +224,19 @@ def _tokens_seen(mlp: nn.Module, shape: torch.Size) -> int:
 def meta_images(model: nn.Module, image_size: int | tuple[int, int] | None) -> Tensor:
     """A batch of two images of the model's own size, on the meta device."""
     config = getattr(model, "pretrained_cfg", None) or {}
-    channels, *configured = config.get("input_size", (3, 224, 224))
-    size = image_size or _own_size(model) or configured
+    size = image_size or _own_size(model) or config.get("input_size", (3, 224, 224))
     size = (size, size) if isinstance(size, int) else tuple(size)[-2:]
-    stem = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
-    channels = _first_attribute(model, "in_chans", int) or (channels if stem is None else stem.in_channels)
     dtype = next((parameter.dtype for parameter in model.parameters()), torch.float32)
-    return torch.zeros(_BATCH, channels, *size, dtype=dtype, device="meta")
+    return torch.zeros(_BATCH, own_channels(model), *size, dtype=dtype, device="meta")
+
+
+def own_channels(model: nn.Module) -> int:
+    """How many channels the images have that a model was made for."""
+    if (known := _first_attribute(model, "in_chans", int)) is not None:
+        return int(known)
+    stem = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    config = getattr(model, "pretrained_cfg", None) or {}
+    return config.get("input_size", (3, 224, 224))[0] if stem is None else stem.in_channels
 
 
 def _own_size(model: nn.Module) -> tuple[int, ...] | None:

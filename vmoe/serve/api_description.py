@@ -4,6 +4,7 @@ from typing import Any
 
 from vmoe.data.image_files import FORMATS
 from vmoe.sizes import ImageSize, size_text
+from vmoe.text import counted
 from vmoe.version import __version__
 
 _STATUS = {
@@ -32,7 +33,9 @@ _HOW_FITTED = {
 }
 
 
-def describe_api(classes: list[str], image_size: ImageSize, crop: str, max_bytes: int) -> dict[str, Any]:
+def describe_api(
+    classes: list[str], image_size: ImageSize, crop: str, max_bytes: int, channels: int | None
+) -> dict[str, Any]:
     """An OpenAPI document.
 
     Args:
@@ -40,17 +43,20 @@ def describe_api(classes: list[str], image_size: ImageSize, crop: str, max_bytes
         image_size: Side of its images in pixels, or (height, width).
         crop: How pictures are fitted to that size.
         max_bytes: The most bytes of a request.
+        channels: Number of channels of the pictures. None for RGB of 8 bits.
     """
+    of_channels = "" if channels is None else f" and {counted(channels, 'channel')} at the depth of its file"
     return {
         "openapi": "3.1.0",
         "info": {
             "title": "vmoe serve",
             "version": __version__,
-            "description": f"Names which of {len(classes):,} classes a picture shows. It has any size: "
+            "description": f"Names which of {len(classes):,} classes a picture shows. It has any size"
+            f"{of_channels}: "
             f"{_HOW_FITTED[crop]} {size_text(image_size)} pixels.",
         },
         "paths": {
-            "/predict": {"post": _predict(classes, max_bytes)},
+            "/predict": {"post": _predict(classes, max_bytes, channels)},
             "/health": {
                 "get": {
                     "summary": "Whether the model is ready",
@@ -73,8 +79,9 @@ def describe_api(classes: list[str], image_size: ImageSize, crop: str, max_bytes
     }
 
 
-def _predict(classes: list[str], max_bytes: int) -> dict[str, Any]:
-    file = {"type": "string", "format": "binary", "description": f"One of {', '.join(FORMATS)}."}
+def _predict(classes: list[str], max_bytes: int, channels: int | None) -> dict[str, Any]:
+    formats = [*FORMATS, *([] if channels is None else ["npy"])]
+    file = {"type": "string", "format": "binary", "description": f"One of {', '.join(formats)}."}
     text = {"type": "string", "description": "The file's bytes in base64, or a data URL of them."}
     return {
         "summary": "The most probable classes of a picture",

@@ -75,6 +75,11 @@ def write_demo_page(
             f"{source}: the demo page shows central squares, and this model takes {size_text(checkpoint.image_size)} "
             f"pixels with crop={checkpoint.crop}; serve it by `vmoe serve`"
         )
+    if checkpoint.channels is not None:
+        raise UserError(
+            f"{source}: browsers read RGB of 8 bits, and this model reads pictures by data.channels="
+            f"{checkpoint.channels}; serve it by `vmoe serve`"
+        )
     require_single_label(checkpoint, "vmoe demo-page")
     samples = [{"name": name, "content": _sample(pixels, checkpoint.image_size)} for name, pixels in pictures]
     with new_folder(path) as folder:

@@ -90,7 +90,9 @@ class ModelService(litserve.LitAPI):
 
         names = self.model.class_names
         pixels = [upload.pixels for upload in uploads]
-        found = self.model.predict(pixels, batch_size=len(pixels), progress=False)
+        # Of a model with channels their values are fractions already
+        depth = None if self.model.channels is None else 1
+        found = self.model.predict(pixels, batch_size=len(pixels), bit_depth=depth, progress=False)
         answers: list[dict[str, Any]] = [
             {"predictions": most_probable(row, names, upload.top)}
             for upload, row in zip(uploads, found.probabilities, strict=True)
@@ -128,9 +130,10 @@ class _Server(litserve.LitServer):
         super().verify_worker_status()
         self.model_metadata = {key: about[key] for key in ("classes", "image_size")} | {"vmoe": __version__}
         prepared = about["image_size"], about["crop"], len(about["classes"]), about["bit_depth"]
-        self.app.state.uploads = UploadReader(*prepared, about["why_no_routing"])
+        self.app.state.uploads = UploadReader(*prepared, about["why_no_routing"], about["channels"])
         self.devices = [about["device"]]  # /info reports it
-        described = describe_api(about["classes"], about["image_size"], about["crop"], self.max_payload_size)
+        pictures = about["image_size"], about["crop"]
+        described = describe_api(about["classes"], *pictures, self.max_payload_size, about["channels"])
         self.app.openapi = lambda: described
         self._when_ready()
 
@@ -229,7 +232,7 @@ def _describe(path: Path, model: "TrainedModel") -> dict[str, Any]:
     if isinstance(model, Program):
         silent = "a program does not tell its routing; serve the checkpoint it was made from"
     described = {"classes": model.class_names, "image_size": model.image_size, "crop": model.crop}
-    return described | {"bit_depth": model.bit_depth, "why_no_routing": silent}
+    return described | {"bit_depth": model.bit_depth, "channels": model.channels, "why_no_routing": silent}
 
 
 def _check_port(host: str, port: int) -> None:

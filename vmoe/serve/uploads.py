@@ -14,6 +14,7 @@ from PIL import Image
 from starlette.datastructures import UploadFile
 
 from vmoe.data.bit_depth import depth_of_content
+from vmoe.data.channels import count_values
 from vmoe.data.config import Crop
 from vmoe.data.image_files import FORMATS
 from vmoe.data.images import decode_image, eval_crop
@@ -23,6 +24,7 @@ from vmoe.sizes import ImageSize
 MAX_PIXELS = 64_000_000  # about 1 GiB while it is decoded and converted to RGB
 _DECODERS = 4  # images decoded at a time
 _LARGE = 16_000_000  # pixels; only one image larger than this is decoded at a time
+_BYTES = 4  # of a value of an image with other channels than RGB
 _TRUTH = {"true": True, "false": False, "1": True, "0": False}
 
 
@@ -31,7 +33,8 @@ class Upload:
     """A checked request.
 
     Attributes:
-        pixels: (height, width, 3) uint8, the image prepared for the model.
+        pixels: (height, width, 3) uint8, the image prepared for the model. If the model has channels, (height, width,
+            channels) float32 with white at 1.
         top: Number of classes to return.
         routing: Whether to return the experts of the patches.
     """
@@ -51,6 +54,7 @@ class UploadReader:
         bit_depth: Bit depth of images with more than 8 bits per channel that do not declare it, as in `load_image`.
             None measures it on each such image.
         why_no_routing: The refusal of requests for routing; None if the model can report its routing.
+        channels: Number of channels of the images, as in `load_image`.
     """
 
     def __init__(
@@ -60,9 +64,10 @@ class UploadReader:
         classes: int,
         bit_depth: int | None,
         why_no_routing: str | None,
+        channels: int | None = None,
     ) -> None:
         self.image_size, self.crop, self.classes, self.why_no_routing = image_size, crop, classes, why_no_routing
-        self.bit_depth = bit_depth
+        self.bit_depth, self.channels = bit_depth, channels
         self._decoders, self._large_decoder = CapacityLimiter(_DECODERS), CapacityLimiter(1)
 
     async def __call__(self, request: Request) -> Upload:
@@ -74,16 +79,16 @@ class UploadReader:
         """
         fields, content = await _read(request)
         top, routing = self._top(fields.get("top", 5)), self._routing(fields.get("routing", False))
-        count = await to_thread.run_sync(_count_pixels, content, limiter=self._decoders)
+        count = await to_thread.run_sync(_count_pixels, content, self.channels, limiter=self._decoders)
         decoder = self._large_decoder if count > _LARGE else self._decoders
         return Upload(await to_thread.run_sync(self._decode, content, limiter=decoder), top, routing)
 
     def _decode(self, content: bytes) -> np.ndarray:
         bit_depth = self.bit_depth
         if bit_depth is None:  # as `vmoe predict` does for a model without a bit depth
-            bit_depth = depth_of_content(BytesIO(content))
+            bit_depth = depth_of_content(BytesIO(content), self.channels)
         try:
-            image = decode_image(BytesIO(content), "image", tuple(FORMATS), bit_depth)
+            image = decode_image(BytesIO(content), "image", tuple(FORMATS), bit_depth, self.channels)
             return np.ascontiguousarray(eval_crop(image, self.image_size, self.crop))
         except UserError as error:
             raise HTTPException(422, str(error)) from error
@@ -103,19 +108,25 @@ class UploadReader:
         return wanted
 
 
-def _count_pixels(content: bytes) -> int:
+def _count_pixels(content: bytes, channels: int | None) -> int:
     """The number of pixels in an image's header. Nothing else of the file is read.
+
+    With `channels` it is the number of RGB pixels that take the same memory.
 
     Raises:
         HTTPException: There are too many, or the file has none of `FORMATS`.
     """
     try:
-        with Image.open(BytesIO(content), formats=tuple(FORMATS)) as image:
-            count = image.width * image.height
+        if channels is None:
+            with Image.open(BytesIO(content), formats=tuple(FORMATS)) as image:
+                count = image.width * image.height
+        else:
+            count = count_values(BytesIO(content), channels, tuple(FORMATS)) * _BYTES // 3
     except Image.DecompressionBombError:
         count = MAX_PIXELS + 1
     except Image.UnidentifiedImageError as error:
-        raise HTTPException(415, f"image: no image of a known format; send one of {', '.join(FORMATS)}") from error
+        known = [*FORMATS, *([] if channels is None else ["npy"])]
+        raise HTTPException(415, f"image: no image of a known format; send one of {', '.join(known)}") from error
     except Exception as error:  # for damaged files Pillow's decoders raise nearly any type
         raise HTTPException(422, "image: its header is damaged; send it again") from error
     if count > MAX_PIXELS:

@@ -56,7 +56,7 @@ def found_facts(
     if not isinstance(data, ImageDataModule):
         return replace(facts, config=config)
     config |= {"data": to_plain(data.config), "seed": data.seed}
-    return replace(facts, config=config, bit_depth=data.bit_depth)
+    return replace(facts, config=config, bit_depth=data.bit_depth, channels=data.channels)
 
 
 def restored(

@@ -32,7 +32,7 @@ class ModelConfig:
         for key, source in (
             ("num_classes", "the data set"),
             ("img_size", "data.image_size"),
-            ("in_chans", "an image's red, green and blue"),
+            ("in_chans", "data.channels"),
         ):
             if key in self.kwargs:
                 raise ValueError(f"kwargs.{key}={self.kwargs[key]!r}: must be left out, {source} gives it")

@@ -103,6 +103,7 @@ def load_teacher(config: DistillConfig, data: ImageDataModule, loss: LossConfig)
     for what, theirs, ours in (
         ("image_size", checkpoint.image_size, data.image_size),
         ("crop", checkpoint.crop, data.config.crop),
+        ("channels", checkpoint.channels, data.channels),
         ("mean", list(checkpoint.mean), list(data.mean)),
         ("std", list(checkpoint.std), list(data.std)),
     ):

@@ -49,6 +49,7 @@ def workload_of(config: TrainConfig, classes: int | None = None) -> Workload:
         moments=1 if config.optim.name == "muon" else 2,  # counted as if all parameters were matrices; nearly all are
         has_average=trainer.ema_decay is not None,
         graphed=trainer.cuda_graph,
+        channels=data.channels,
     )
 
 

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from vmoe.bench.plan.fake_kernels import FakeKernels
+from vmoe.models.families import own_channels
 from vmoe.models.members import ensemble_size, of_rows
 from vmoe.moe import auxiliary_loss, moe_layers
 from vmoe.sizes import ImageSize, height_and_width
@@ -78,7 +79,7 @@ def trace_step(
     """
 
     def loss() -> Tensor:
-        batch = torch.empty(images, 3, *height_and_width(image_size))
+        batch = torch.empty(images, own_channels(model), *height_and_width(image_size))
         labels = torch.empty(images, dtype=torch.int64) if targets is None else torch.empty(images, targets)
         return F.cross_entropy(model(batch), of_rows(labels, ensemble_size(model))) + auxiliary_loss(model)
 

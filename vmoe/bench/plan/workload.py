@@ -23,6 +23,7 @@ class Workload(NamedTuple):
     mixes: bool = False  # whether targets are shares of all classes
     moments: int = 2  # numbers that the optimiser keeps per parameter
     has_average: bool = False  # whether an average of the weights is kept
+    channels: int | None = None  # of images, where the data give them; None: three
     graphed: bool = False  # whether the step is captured as a CUDA graph, which the host launches as one
 
     def build(self) -> torch.nn.Module:
@@ -31,7 +32,8 @@ class Workload(NamedTuple):
         Raises:
             UserError: timm has no such model, or cannot build it with these arguments.
         """
-        return build_model(self.name, self.kwargs | {"pretrained": False}, self.moe, self.classes, self.image_size)
+        kwargs = self.kwargs | {"pretrained": False}
+        return build_model(self.name, kwargs, self.moe, self.classes, self.image_size, self.channels)
 
     def meta_model(self) -> torch.nn.Module:
         """The model on the meta device; raises as `build` does."""

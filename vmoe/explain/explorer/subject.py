@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vmoe.checkpoints import TrainedModel
+from vmoe.data.channels import displayed_batch
 from vmoe.data.config import Colour
 from vmoe.errors import UserError
 from vmoe.moe import moe_layers
@@ -27,6 +28,7 @@ class Subject:
         image_size: Side of its images in pixels, or (height, width); None for any size.
         multi_label: Whether an image may have several classes, or none; None takes it from the labels.
         thresholds: With several classes the least probability of each class that an image has; None means 0.5 for all.
+        channels: Number of channels of its images. None for RGB of 8 bits.
     """
 
     name: str
@@ -37,13 +39,14 @@ class Subject:
     image_size: ImageSize | None = None
     multi_label: bool | None = None
     thresholds: Sequence[float] | None = None
+    channels: int | None = None
 
     @classmethod
     def of(cls, checkpoint: TrainedModel, name: str) -> "Subject":
         """The subject of a checkpoint."""
         part = checkpoint
         known = (part.class_names, part.mean, part.std, part.image_size, part.multi_label, part.thresholds)
-        return cls(name, part.model.eval(), *known)
+        return cls(name, part.model.eval(), *known, part.channels)
 
     @property
     def device(self) -> torch.device:
@@ -54,8 +57,15 @@ class Subject:
         return not moe_layers(self.model)
 
     def pixels(self, images: Tensor) -> Tensor:
-        """Undoes the normalisation of images (B, 3, H, W): returns them in [0, 1]."""
-        return (images * self._channels(self.std) + self._channels(self.mean)).clamp(0, 1)
+        """Undoes the normalisation of images (B, 3, H, W): returns them in [0, 1].
+
+        If the model has `channels`, it returns their display (see `displayed`).
+        """
+        values = self._values(images)
+        return values.clamp(0, 1) if self.channels is None else displayed_batch(values)
+
+    def _values(self, images: Tensor) -> Tensor:
+        return images * self._of_channels(self.std) + self._of_channels(self.mean)
 
     def require_labels(self, labels: Tensor) -> None:
         """Checks that labels are of the model's kind: (B,) for one class each, or (B, C) of 0 and 1 for several.
@@ -84,10 +94,15 @@ class Subject:
         size = tuple(images.shape[-2:]) if other.image_size is None else height_and_width(other.image_size)
         if (self.mean, self.std, tuple(images.shape[-2:])) == (other.mean, other.std, size):
             return images
-        pixels = self.pixels(images)
+        if self.channels != other.channels:
+            raise UserError(
+                f"{other.name}: reads pictures by data.channels={other.channels}, and {self.name} by {self.channels}; "
+                "compare models of the same images"
+            )
+        pixels = self.pixels(images) if self.channels is None else self._values(images)
         if size != images.shape[-2:]:
             pixels = F.interpolate(pixels, size=size, mode="bilinear", antialias=True)
-        return (pixels - self._channels(other.mean)) / self._channels(other.std)
+        return (pixels - self._of_channels(other.mean)) / self._of_channels(other.std)
 
-    def _channels(self, values: Colour) -> Tensor:
-        return torch.tensor(values, device=self.device).view(3, 1, 1)
+    def _of_channels(self, values: Colour) -> Tensor:
+        return torch.tensor(values, device=self.device).view(-1, 1, 1)

@@ -9,6 +9,7 @@ from torch import nn
 from vmoe.checkpoints import TrainedModel
 from vmoe.checkpoints.prediction import names_above
 from vmoe.data import load_image
+from vmoe.data.channels import displayed_line
 from vmoe.data.image_files import none_readable
 from vmoe.errors import UserError
 from vmoe.evaluation.engine import eval_capacity_factor, named_factor, restored_settings, set_capacity
@@ -68,6 +69,7 @@ def write_heatmaps(
     shown = select_layers(model, layers)
     own_figures = shown if layers or len(shown) == 1 else []
     about = [f"checkpoint {checkpoint.path}", f"epoch {checkpoint.epoch}"]
+    about += [] if checkpoint.channels is None else [f"picture: {displayed_line(checkpoint.channels)}"]
     about += [f"{package} {version}" for package, version in (versions or {}).items()]
     footer = [" · ".join(about), *([f"command: {command}"] if command else [])]
     with restored_settings(model), named_factor(capacity_factor):
@@ -76,7 +78,7 @@ def write_heatmaps(
         drawn, damaged = [], []
         for path, name in track(list(zip(images, output_names(images), strict=True)), "drawing"):
             try:
-                pixels = load_image(path, checkpoint.bit_depth)
+                pixels = load_image(path, checkpoint.bit_depth, checkpoint.channels)
             except UserError as error:
                 damaged.append(str(error))
             else:

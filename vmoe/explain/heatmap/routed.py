@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vmoe.data import eval_crop, eval_transform
+from vmoe.data.channels import displayed
 from vmoe.data.config import Crop
 from vmoe.errors import UserError
 from vmoe.moe import moe_layers
@@ -24,7 +25,7 @@ from vmoe.sizes import ImageSize, as_size, height_and_width
 class RoutedImage:
     """An image with its prediction and the routing of its tokens."""
 
-    model_input: np.ndarray  # (H, W, 3) uint8, the model's input
+    model_input: np.ndarray  # (H, W, 3) uint8, the model's input, of other channels their display
     detail: np.ndarray  # (H', W', 3) uint8, the same part of the image in finer resolution, H' >= H
     probabilities: np.ndarray  # (classes,) float
     layers: dict[str, LayerRouting]  # the routing of this image, B = 1, from `drawable`
@@ -50,7 +51,7 @@ def route_image(
 
     Args:
         model: A V-MoE in evaluation mode.
-        image: (H, W, 3) uint8 of any size.
+        image: (H, W, 3) uint8, or (H, W, C) float32 as `load_image` reads it by channels, of any size.
         image_size: Side of the model's input in pixels, or (height, width).
         mean: Mean of the channels, as in training.
         std: Standard deviation of the channels, as in training.
@@ -71,8 +72,8 @@ def route_image(
     most = max(*sides, min(detail_size, *image.shape[:2]))
     finer = as_size(*(round(side * most / max(sides)) for side in sides))
     return RoutedImage(
-        model_input=eval_crop(image, image_size, crop),
-        detail=eval_crop(image, finer, crop),
+        model_input=displayed(eval_crop(image, image_size, crop)),
+        detail=displayed(eval_crop(image, finer, crop)),
         crop=crop,
         probabilities=_probabilities(model, logits[0].float()).cpu().numpy(),
         layers={name: drawable(routing) for name, routing in trace.layers.items()},

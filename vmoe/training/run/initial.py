@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from vmoe.checkpoints import TrainedModel, build_model, load_checkpoint, read_foreign_weights, timm_arguments
@@ -59,10 +60,11 @@ def _starting_model(
     config: TrainConfig, class_names: list[str], image_size: ImageSize, say: Callable[[str], object]
 ) -> nn.Module:
     name, kwargs, num_classes = config.model.name, config.model.kwargs, len(class_names)
+    channels = config.data.channels
     if config.init_from is None:
-        return build_model(name, kwargs, config.moe, num_classes, image_size)
+        return build_model(name, kwargs, config.moe, num_classes, image_size, channels)
     if config.init_from == "pretrained":
-        dense = build_model(name, {**kwargs, "pretrained": True}, None, num_classes, image_size)
+        dense = build_model(name, {**kwargs, "pretrained": True}, None, num_classes, image_size, channels)
         return _upcycled(dense, config.moe, image_size)
     path = Path(config.init_from).expanduser()
     if path.suffix == ".npz" and path.is_file():
@@ -74,15 +76,15 @@ def _starting_model(
     if start.class_names != class_names:
         say(f"{start.path}: {_classifier_line(start.class_names, class_names)}")
     if moe_layers(start.model):
-        model = build_model(name, kwargs, config.moe, num_classes, image_size)
+        model = build_model(name, kwargs, config.moe, num_classes, image_size, channels)
         _fit_to_images(start, model, image_size)
         if not moe_layers(model):
             _average_experts(start)
-        _load(model, _weights(start, model, class_names), start.path)
+        _load(model, _with_stem(_weights(start, model, class_names), model, start.path, say), start.path)
         return model
-    model = build_model(name, kwargs, None, num_classes, image_size)
+    model = build_model(name, kwargs, None, num_classes, image_size, channels)
     _fit_to_images(start, model, image_size)
-    _load(model, _weights(start, model, class_names), start.path)
+    _load(model, _with_stem(_weights(start, model, class_names), model, start.path, say), start.path)
     return _upcycled(model, config.moe, image_size)
 
 
@@ -98,7 +100,7 @@ def _from_foreign(
     is_sparse = any(".experts." in name for name in weights)
     moe = config.moe if is_sparse else None
     arguments = timm_arguments(config.model.kwargs)
-    model = build_model(config.model.name, arguments, moe, num_classes, image_size)
+    model = build_model(config.model.name, arguments, moe, num_classes, image_size, config.data.channels)
     own = model.state_dict()
     try:
         weights = fitted_weights(weights, model)
@@ -110,7 +112,7 @@ def _from_foreign(
     say(_nameless_classifier_line(path, is_taken, num_classes))
     if not is_taken:
         weights = {**weights, **{name: own[name] for name in classifier}}
-    _load(model, weights, path)
+    _load(model, _with_stem(weights, model, path, say), path)
     return model if is_sparse else _upcycled(model, config.moe, image_size)
 
 
@@ -119,7 +121,7 @@ def _from_npz(
 ) -> nn.Module:
     """The model with the weights of an .npz file of the original code. These files are dense."""
     arguments = timm_arguments(config.model.kwargs)
-    model = build_model(config.model.name, arguments, None, num_classes, image_size)
+    model = build_model(config.model.name, arguments, None, num_classes, image_size, config.data.channels)
     try:
         is_taken = load_npz_weights(model, path)
     except ValueError as error:
@@ -182,6 +184,22 @@ def _weights(start: TrainedModel, model: nn.Module, class_names: list[str]) -> d
         weights |= {name: value for name, value in model.state_dict().items() if name.startswith(classifier)}
     elif outputs != list(range(len(start.class_names))):
         weights |= {name: value[outputs] for name, value in weights.items() if name.startswith(classifier)}
+    return weights
+
+
+def _with_stem(
+    weights: dict[str, Tensor], model: nn.Module, path: Path, say: Callable[[str], object]
+) -> dict[str, Tensor]:
+    """Weights of a model of red, green and blue for one of other channels: timm repeats its first convolution's."""
+    known = (getattr(model, "pretrained_cfg", None) or {}).get("first_conv") or ()
+    own = model.state_dict()
+    for stem in (known,) if isinstance(known, str) else known:
+        name = f"{stem}.weight"
+        here, there = own.get(name), weights.get(name)
+        if here is None or there is None or there.dim() != 4 or there.shape[1] != 3 or here.shape[1] == 3:
+            continue
+        weights = {**weights, name: adapt_input_conv(here.shape[1], there)}
+        say(f"{path}: its first convolution, of 3 channels, is repeated for {here.shape[1]} as timm does it")
     return weights
 
 

@@ -72,7 +72,7 @@ def costs_of(config: TrainConfig, model: nn.Module, data: ImageDataModule) -> tu
         cost = Cost.of(model, data.image_size)  # evaluates one image, the smallest group
     except CapacityError as error:
         raise UserError(f"moe.{error}", everywhere=True) from error
-    return cost, twin_cost(config.model, data.num_classes, data.image_size)
+    return cost, twin_cost(config.model, data.num_classes, data.image_size, data.channels)
 
 
 def many_tokens(model: nn.Module, image_size: ImageSize) -> str | None:
@@ -174,6 +174,7 @@ def facts_of_run(config: TrainConfig, built: ModelConfig, data: ImageDataModule)
         mean=data.mean,
         std=data.std,
         bit_depth=data.bit_depth,
+        channels=data.channels,
         multi_label=data.multi_label,
         architecture={"name": built.name, "kwargs": to_plain(built.kwargs)} if is_described else None,
     )

@@ -42,11 +42,11 @@ class Cost:
         return cls(count_parameters(model), *image_cost(model, image_size))
 
 
-def twin_cost(config: ModelConfig, num_classes: int, image_size: ImageSize) -> Cost:
+def twin_cost(config: ModelConfig, num_classes: int, image_size: ImageSize, channels: int | None = None) -> Cost:
     """The cost of the same model without MoE layers. It is computed without memory for weights."""
     kwargs = {**config.kwargs, "pretrained": False}
     with torch.device("meta"):
-        twin = build_model(config.name, kwargs, None, num_classes, image_size)
+        twin = build_model(config.name, kwargs, None, num_classes, image_size, channels)
     return Cost.of(twin, image_size)
 
 
@@ -69,7 +69,8 @@ def data_lines(config: DataConfig, data: ImageDataModule) -> list[str]:
     place = "" if config.name in EMBEDDED_SETS else f" in {config.root}"
     classes, size = counted(data.num_classes, "class", "classes"), data.image_size
     several = " (an image may have several)" if data.multi_label else ""
-    lines = [f"images: {config.name}{place}, {classes}{several}, {size_text(size)} pixels"]
+    channels = "" if data.channels is None else f", {counted(data.channels, 'channel')}"
+    lines = [f"images: {config.name}{place}, {classes}{several}, {size_text(size)} pixels{channels}"]
     for split, title in (("train", "training"), ("val", "validation"), ("test", "test")):
         if split == "val" and not data.has_validation:
             lines.append(f"  {title}: none")

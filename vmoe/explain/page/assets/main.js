@@ -45,7 +45,7 @@ function drawFindings(all) {
 }
 
 function drawFooter() {
-  const { checkpoint, data, split, seed, num_images: images, versions, command, device } = REPORT.provenance;
+  const { checkpoint, data, split, seed, num_images: images, versions, command, pictures } = REPORT.provenance;
   const sizes =
     SAMPLE.width === SAMPLE.size[1]
       ? "at full size"
@@ -59,6 +59,7 @@ function drawFooter() {
       "Embedded here",
       `${plural(SAMPLE.count, "picture")} ${sizes}${gates}. Large tables are rounded to 16 or 8 bits; exact numbers are in the data files beside this page.`,
     ],
+    ...(pictures ? [["Pictures show", pictures]] : []),
     ["Seed", `${seed}`],
     [
       "Versions",

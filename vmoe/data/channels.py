@@ -1,0 +1,260 @@
+"""Pictures of any number of channels, at the depth of their files: what `data.channels` asks for.
+
+Such a picture is (H, W, C) float32, its values divided by that of white; none is clipped. Its sources are the formats
+of `FORMATS`, TIFF with any number of bands, and arrays in .npy files.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from vmoe.data.deep_images import ALL_OF_16, ORIENTATION, deep_image, raw_mode, to_rgb
+from vmoe.extras import require_module
+from vmoe.text import counted
+
+if TYPE_CHECKING:
+    import torch
+
+_LUMA = (0.299, 0.587, 0.114)  # of red, green and blue, as Pillow turns colours into gray
+_ALIKE = (1, 3)  # gray and colours, which are turned into each other
+_NPY = b"\x93NUMPY"  # how such a file begins
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # how a file begins; the last two are BigTIFF
+_SHOWN = (1, 99)  # percentiles that become black and white
+
+
+class WrongChannelsError(ValueError):
+    """A picture has another number of channels than is needed."""
+
+    def __init__(self, found: int | tuple[int, ...], channels: int) -> None:
+        known = f"is of shape {found}" if isinstance(found, tuple) else f"has {counted(found, 'channel')}"
+        needed = f"data.channels={channels} {'is' if channels == 1 else 'are'} needed"
+        super().__init__(f"{known}, where {needed}; give pictures of {counted(channels, 'channel')}")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What a file holds: values (H, W, C) of any type, upright; black and white, where the file says them itself; and
+    the opacity (H, W) of each pixel in [0, 1], where the last channel is none of its own.
+    """
+
+    values: np.ndarray
+    own_range: tuple[float, float] | None = None
+    opacity: np.ndarray | None = None
+
+    def fractions(self, channels: int, bit_depth: int | None) -> np.ndarray:
+        """(H, W, channels) float32.
+
+        Raises:
+            WrongChannelsError: there are others, which are not gray or colours.
+        """
+        low, high = self.own_range or (0, white_of(self.values.dtype, bit_depth))
+        values = (self.values.astype(np.float32) - np.float32(low)) / np.float32(high - low)
+        if self.opacity is not None:
+            seen = self.opacity[..., None].astype(np.float32)
+            values = values * seen + (1 - seen)
+        found = values.shape[2]
+        if found != channels:
+            if found not in _ALIKE or channels not in _ALIKE:
+                raise WrongChannelsError(found, channels)
+            values = np.repeat(values, 3, 2) if found == 1 else values @ np.array(_LUMA, np.float32)[:, None]
+        return np.ascontiguousarray(np.nan_to_num(values, copy=False))
+
+
+def white_of(kind: "np.dtype[Any]", bit_depth: int | None) -> float:
+    """The value of white in files or arrays of a type that do not say it themselves."""
+    if kind == np.uint8:
+        return 255
+    if kind == np.bool_:
+        return 1
+    return float(2 ** (bit_depth or (1 if kind.kind == "f" else 16)) - 1)
+
+
+def stored_in(source: BinaryIO, channels: int, formats: Sequence[str] | None = None) -> Stored:
+    """Reads a file of Pillow's `formats`, or any, of TIFF with other numbers of bands, or of one array.
+
+    Raises:
+        ValueError: it cannot be decoded. Pillow raises other types for damaged files.
+        MissingExtraError: it needs a package that is not installed.
+    """
+    if _beginning(source, 6) == _NPY:
+        return of_array(np.lib.format.read_array(source, allow_pickle=False), channels)
+    if is_tiff(source) and (formats is None or "TIFF" in formats):
+        try:
+            stored = _by_pillow(source, channels, formats) if channels in _ALIKE else None
+        except Image.UnidentifiedImageError:
+            stored = None
+        source.seek(0)
+        return stored or _by_tifffile(source, channels)
+    return _by_pillow(source, channels, formats)
+
+
+def is_tiff(source: BinaryIO) -> bool:
+    """Whether a file begins as a TIFF does; afterwards it is read from its beginning."""
+    return _beginning(source, 4) in _TIFF
+
+
+def _beginning(source: BinaryIO, size: int) -> bytes:
+    source.seek(0)
+    head = source.read(size)
+    source.seek(0)
+    return head
+
+
+def of_array(array: np.ndarray, channels: int) -> Stored:
+    """An array (height, width, channels), (channels, height, width) or (height, width) of numbers.
+
+    Raises:
+        ValueError: it is of another form.
+    """
+    if array.ndim not in (2, 3) or array.dtype.kind not in "biuf" or 0 in array.shape:
+        raise ValueError(f"an array of {array.dtype} of shape {array.shape}: must be numbers of (height, width, C)")
+    if array.ndim == 2:
+        return Stored(array[..., None])
+    wanted = [(channels,), *([_ALIKE] if channels in _ALIKE else [])]
+    for numbers in wanted:
+        if array.shape[2] in numbers:
+            return Stored(array)
+        if array.shape[0] in numbers:
+            return Stored(np.moveaxis(array, 0, 2))
+    raise WrongChannelsError(array.shape, channels)
+
+
+def of_image(image: Image.Image, channels: int, stored: str = "") -> Stored:
+    """An upright image of Pillow with 8 bits or fewer; `stored` is its raw mode, where it is of a file."""
+    if channels not in _ALIKE:
+        return Stored(np.atleast_3d(np.array(image)))
+    if channels == 1 and image.mode == "L" and "transparency" not in image.info:
+        return Stored(np.array(image)[..., None])
+    return Stored(to_rgb(image, stored))
+
+
+def count_values(source: BinaryIO, channels: int, formats: Sequence[str] | None = None) -> int:
+    """How many values an image of `channels` channels holds, by the header of its file, which alone is read.
+
+    Raises:
+        ValueError: it is damaged. Pillow raises other types.
+    """
+    if _beginning(source, 6) == _NPY:
+        version = np.lib.format.read_magic(source)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        return math.prod(read(source)[0])
+    try:
+        with Image.open(source, formats=formats) as image:
+            return image.width * image.height * channels
+    except Image.UnidentifiedImageError:
+        if not is_tiff(source):
+            raise
+    require_module("tifffile")
+    import tifffile
+
+    with tifffile.TiffFile(source) as file:
+        return math.prod(file.series[0].shape)
+
+
+def _by_pillow(source: BinaryIO, channels: int, formats: Sequence[str] | None) -> Stored:
+    with Image.open(source, formats=formats) as image:
+        deep = deep_image(image, source)
+        if deep is None:
+            stored = raw_mode(image)
+            ImageOps.exif_transpose(image, in_place=True)
+            return of_image(image, channels, stored)
+        orientation = None if deep.is_gray else image.getexif().get(ORIENTATION)
+        own_range, values = deep.own_range, deep.values()
+        if deep.is_gray:  # after loading, since Pillow turns TIFFs by itself then
+            orientation = image.getexif().get(ORIENTATION)
+        opacity = None
+        if channels in _ALIKE:
+            seen = deep.opacity(values, own_range[1] if own_range else ALL_OF_16[1])
+            opacity = None if seen is None else upright(seen / np.float32(255), orientation)
+            values = values if deep.is_gray else values[..., :3]
+        return Stored(upright(np.atleast_3d(values), orientation), own_range, opacity)
+
+
+def _by_tifffile(source: BinaryIO, channels: int) -> Stored:
+    require_module("tifffile")
+    import tifffile
+
+    with tifffile.TiffFile(source) as file:
+        orientation = file.pages.first.tags.valueof(ORIENTATION)
+        stored = of_array(file.asarray(), channels)
+    return Stored(upright(stored.values, orientation))
+
+
+def upright(values: np.ndarray, orientation: Any) -> np.ndarray:
+    """An array (H, W, ...) turned as EXIF's orientation, 1 to 8, says."""
+    if orientation not in range(2, 9):
+        return values
+    if orientation in (5, 6, 7, 8):
+        values = values.swapaxes(0, 1)
+    down = -1 if orientation in (3, 4, 7, 8) else 1
+    across = -1 if orientation in (2, 3, 6, 7) else 1
+    return values[::down, ::across]
+
+
+def displayed(picture: np.ndarray) -> np.ndarray:
+    """A picture to be looked at: as it is in 8 bits, else its first three channels, or the first one of fewer as gray.
+
+    They are spread so that 1 % of the values are black and 1 % white: much of what satellites and microscopes see is
+    dark.
+
+    Args:
+        picture: (H, W, 3) uint8, or (H, W, C) float32.
+
+    Returns:
+        (H, W, 3) uint8.
+    """
+    if picture.dtype == np.uint8:
+        return picture
+    colours = picture[..., :3] if picture.shape[2] >= 3 else np.repeat(picture[..., :1], 3, 2)
+    low, high = np.percentile(colours, _SHOWN)
+    if high <= low:
+        low, high = 0, 1
+    return np.rint(np.clip((colours - low) / (high - low), 0, 1) * 255).astype(np.uint8)
+
+
+def displayed_line(channels: int) -> str:
+    """What `displayed` shows of pictures of so many channels, in words."""
+    if channels < 3:
+        return "the first of 2 channels as gray" if channels == 2 else "the only channel as gray"
+    return "red, green and blue" if channels == 3 else f"the first 3 of {channels} channels as red, green and blue"
+
+
+def displayed_batch(images: "torch.Tensor") -> "torch.Tensor":
+    """`displayed` for images (B, C, H, W), each by itself: (B, 3, H, W) in [0, 1]."""
+    import torch
+
+    pictures = [displayed(each.permute(1, 2, 0).cpu().numpy()) for each in images.float()]
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).to(images.device).float() / 255
+
+
+class ChannelSums:
+    """Sums over pictures, for the mean and the standard deviation of their channels."""
+
+    def __init__(self) -> None:
+        self.pixels = 0
+        self._sums: np.ndarray | float = 0.0  # (2, C), of values and of their squares
+
+    def add(self, picture: np.ndarray) -> None:
+        """Adds a picture (H, W, C), uint8 or float32."""
+        white = 255 if picture.dtype == np.uint8 else 1
+        values = picture.reshape(-1, picture.shape[2]).astype(np.float64) / white
+        self._sums = self._sums + np.stack([values.sum(0), (values**2).sum(0)])
+        self.pixels += len(values)
+
+    def mean_and_std(self) -> tuple[list[float], list[float]]:
+        """Of each channel; of pictures in 8 bits in units of 255."""
+        mean, squares = np.asarray(self._sums) / self.pixels
+        std = np.sqrt(np.maximum(squares - mean**2, 1e-6))
+        return [float(each) for each in mean], [float(each) for each in std]
+
+
+def mean_and_std(pictures: Iterable[np.ndarray]) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel of some pictures (H, W, C)."""
+    sums = ChannelSums()
+    for picture in pictures:
+        sums.add(picture)
+    return sums.mean_and_std()
