@@ -111,7 +111,7 @@ def test_another_number_of_channels_is_refused_by_both_numbers(tmp_path, name, f
     write_png(tmp_path / "a.png", DEEP[..., :1])
     tifffile.imwrite(tmp_path / "b.tif", DEEP, **BANDS)
     np.save(tmp_path / "c.npy", DEEP[..., :5])
-    with pytest.raises(UserError, match=f"{name}: {found}, where data.channels=4 are needed"):
+    with pytest.raises(UserError, match=f"{name}: {found}, but data.channels=4;"):
         load_image(tmp_path / name, channels=4)
 
 
@@ -233,7 +233,7 @@ def test_what_is_displayed():
 
 
 def test_pictures_of_another_number_of_channels_are_refused_before_the_run(satellite):
-    with pytest.raises(UserError, match=r"tif: is of shape \(18, 18, 4\), where data.channels=13 are needed"):
+    with pytest.raises(UserError, match=r"tif: is of shape \(18, 18, 4\), but data.channels=13;"):
         ImageDataModule(satellite / "folders", channels=13).setup()
     with pytest.raises(UserError, match=r"train_x has shape .*must be \(n, H, W, 13\), by data.channels=13"):
         ImageDataModule(satellite / "arrays.npz", channels=13).setup()

@@ -161,7 +161,10 @@ MISTAKES: dict[str, list[Mistake]] = {
         _config("channels on the device", "--data.name folder --data.channels 4 --data.pipeline device"),
         _config("RandAugment of channels", "--data.name folder --data.channels 4 --data.augment.preset strong"),
         _config("a mean of RGB for four channels", "--data.name folder --data.channels 4 --data.mean [0.5,0.5,0.5]"),
-        _config("pictures of other channels", "--data.name folder --data.root damaged_val --data.channels 4"),
+        _config(
+            "pictures of other channels",
+            "--data.name folder --data.root damaged_val --data.subset.per_class null --data.channels 4",
+        ),
         _config("oblong images on the device", "--data.image_size [16,32] --data.pipeline device"),
         _config("a crop that is none", "--data.crop center"),
         _config(

@@ -71,7 +71,7 @@ def test_files_and_arrays_are_predicted_alike(run, satellite):
     found = model.predict([file, array, np.moveaxis(array, 2, 0), array.astype(np.float32)])
     assert found.labels == ["wet"] * 4 and len({row.tobytes() for row in found.logits}) == 1
     assert len(model.predict(satellite, progress=False)) == 40
-    with pytest.raises(UserError, match=r"pictures\[0\]: this picture: is of shape \(20, 20, 3\), where"):
+    with pytest.raises(UserError, match=r"pictures\[0\]: this picture: is of shape \(20, 20, 3\), but data.channels=4"):
         model.predict(array[..., :3])
 
 

@@ -31,8 +31,7 @@ class WrongChannelsError(ValueError):
 
     def __init__(self, found: int | tuple[int, ...], channels: int) -> None:
         known = f"is of shape {found}" if isinstance(found, tuple) else f"has {counted(found, 'channel')}"
-        needed = f"data.channels={channels} {'is' if channels == 1 else 'are'} needed"
-        super().__init__(f"{known}, where {needed}; give pictures of {counted(channels, 'channel')}")
+        super().__init__(f"{known}, but data.channels={channels}; give pictures with {counted(channels, 'channel')}")
 
 
 @dataclass(frozen=True)
