@@ -112,7 +112,7 @@ def describe(
     count = own_channels(own)
     channels = known.channels if known is not None else count if count != 3 else None
     mean, std = (
-        _numbers(word, count, given if given is not None else getattr(known, word, None) or told.get(word))
+        _per_channel(word, count, given if given is not None else getattr(known, word, None) or told.get(word))
         for word, given in (("mean", mean), ("std", std))
     )
     built = _architecture(model, name, kwargs)
@@ -178,7 +178,7 @@ def _size_of(model: nn.Module) -> ImageSize:
     return as_size(int(sides[0]), int(sides[1]))
 
 
-def _numbers(word: str, count: int, values: Any) -> list[float]:
+def _per_channel(word: str, count: int, values: Any) -> list[float]:
     if values is None or len(values) != count:
         needed = "three" if count == 3 else count
         raise UserError(f"{word}={values}: must be {needed} numbers, those that images were normalised with")

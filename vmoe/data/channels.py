@@ -19,11 +19,11 @@ from vmoe.text import counted
 if TYPE_CHECKING:
     import torch
 
-_LUMA = (0.299, 0.587, 0.114)  # of red, green and blue, as Pillow turns colours into gray
-_ALIKE = (1, 3)  # gray and colours, which are turned into each other
+_LUMINANCE = (0.299, 0.587, 0.114)  # of red, green and blue, as Pillow turns colours into gray
+_GRAY_OR_RGB = (1, 3)  # gray and colours, which are turned into each other
 _NPY = b"\x93NUMPY"  # how such a file begins
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # how a file begins; the last two are BigTIFF
-_SHOWN = (1, 99)  # percentiles that become black and white
+_DISPLAYED = (1, 99)  # percentiles that become black and white
 
 
 class WrongChannelsError(ValueError):
@@ -57,9 +57,9 @@ class Stored:
             values = values * seen + (1 - seen)
         found = values.shape[2]
         if found != channels:
-            if found not in _ALIKE or channels not in _ALIKE:
+            if found not in _GRAY_OR_RGB or channels not in _GRAY_OR_RGB:
                 raise WrongChannelsError(found, channels)
-            values = np.repeat(values, 3, 2) if found == 1 else values @ np.array(_LUMA, np.float32)[:, None]
+            values = np.repeat(values, 3, 2) if found == 1 else values @ np.array(_LUMINANCE, np.float32)[:, None]
         return np.ascontiguousarray(np.nan_to_num(values, copy=False))
 
 
@@ -83,7 +83,7 @@ def stored_in(source: BinaryIO, channels: int, formats: Sequence[str] | None = N
         return of_array(np.lib.format.read_array(source, allow_pickle=False), channels)
     if is_tiff(source) and (formats is None or "TIFF" in formats):
         try:
-            stored = _by_pillow(source, channels, formats) if channels in _ALIKE else None
+            stored = _by_pillow(source, channels, formats) if channels in _GRAY_OR_RGB else None
         except Image.UnidentifiedImageError:
             stored = None
         source.seek(0)
@@ -113,7 +113,7 @@ def of_array(array: np.ndarray, channels: int) -> Stored:
         raise ValueError(f"an array of {array.dtype} of shape {array.shape}: must be numbers of (height, width, C)")
     if array.ndim == 2:
         return Stored(array[..., None])
-    wanted = [(channels,), *([_ALIKE] if channels in _ALIKE else [])]
+    wanted = [(channels,), *([_GRAY_OR_RGB] if channels in _GRAY_OR_RGB else [])]
     for numbers in wanted:
         if array.shape[2] in numbers:
             return Stored(array)
@@ -124,7 +124,7 @@ def of_array(array: np.ndarray, channels: int) -> Stored:
 
 def of_image(image: Image.Image, channels: int, stored: str = "") -> Stored:
     """An upright image of Pillow with 8 bits or fewer; `stored` is its raw mode, where it is of a file."""
-    if channels not in _ALIKE:
+    if channels not in _GRAY_OR_RGB:
         return Stored(np.atleast_3d(np.array(image)))
     if channels == 1 and image.mode == "L" and "transparency" not in image.info:
         return Stored(np.array(image)[..., None])
@@ -166,7 +166,7 @@ def _by_pillow(source: BinaryIO, channels: int, formats: Sequence[str] | None) -
         if deep.is_gray:  # after loading, since Pillow turns TIFFs by itself then
             orientation = image.getexif().get(ORIENTATION)
         opacity = None
-        if channels in _ALIKE:
+        if channels in _GRAY_OR_RGB:
             seen = deep.opacity(values, own_range[1] if own_range else ALL_OF_16[1])
             opacity = None if seen is None else upright(seen / np.float32(255), orientation)
             values = values if deep.is_gray else values[..., :3]
@@ -209,7 +209,7 @@ def displayed(picture: np.ndarray) -> np.ndarray:
     if picture.dtype == np.uint8:
         return picture
     colours = picture[..., :3] if picture.shape[2] >= 3 else np.repeat(picture[..., :1], 3, 2)
-    low, high = np.percentile(colours, _SHOWN)
+    low, high = np.percentile(colours, _DISPLAYED)
     if high <= low:
         low, high = 0, 1
     return np.rint(np.clip((colours - low) / (high - low), 0, 1) * 255).astype(np.uint8)

@@ -16,7 +16,7 @@ try:
 except ModuleNotFoundError:
     cv2 = None
 
-_AT_ONCE = 4  # channels; OpenCV averages no more over whole numbers of pixels
+_CHANNELS_AT_ONCE = 4  # channels; OpenCV averages no more over whole numbers of pixels
 _UNIT = 2048  # the weights of bilinear interpolation are multiples of 1 / 2048
 
 
@@ -48,7 +48,9 @@ def resize(picture: np.ndarray, height: int, width: int) -> np.ndarray:
         require_module("cv2")
     if cv2 is not None:
         how = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-        parts = [picture[..., start : start + _AT_ONCE] for start in range(0, picture.shape[2], _AT_ONCE)]
+        parts = [
+            picture[..., start : start + _CHANNELS_AT_ONCE] for start in range(0, picture.shape[2], _CHANNELS_AT_ONCE)
+        ]
         resized = [cv2.resize(part, (width, height), interpolation=how).reshape(height, width, -1) for part in parts]
         return resized[0] if len(resized) == 1 else np.concatenate(resized, 2)
     return shrink_by_area(picture, height, width) if shrinks else grow_bilinearly(picture, height, width)
