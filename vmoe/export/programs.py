@@ -1,7 +1,7 @@
 """Exports a trained model as a program that runs without this project: ONNX, torch.export or AOTInductor.
 
-A program maps normalised images (B, 3, height, width) float32, with any B >= 1, to logits (B, classes). Models for another
-number of channels take that number in place of 3.
+A program maps normalised images (B, 3, height, width) float32, with any B >= 1, to logits (B, classes). Programs of
+models for another number of channels take that number in place of 3.
 """
 
 import importlib
