@@ -1,4 +1,4 @@
-"""Images in: data sets, subsets, augmentation, batches."""
+"""Data sets, subsets, augmentation and batches of images."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""Files behind fsspec's addresses, such as hf://, s3:// and https://: listed, and read in parts."""
+"""Lists files at addresses of fsspec, such as hf://, s3:// and https://, and reads parts of them."""
 
 import time
 from collections.abc import Callable
@@ -11,18 +11,18 @@ if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
 Answer = TypeVar("Answer")
-_WAITS = (1, 2, 4)  # seconds before a network is asked again
+_WAITS = (1, 2, 4)  # seconds before each retry
 _SCANNED_AT_ONCE = 8 * 2**20  # bytes
-_OF_NO_FILE = (403, 404, 410)  # HTTP's answers; the first is that of a bucket which may not be listed
-_OF_LATER = (408, 425, 429)  # HTTP's answers that ask for patience; others from 400 to 499 stay as they are
+_OF_NO_FILE = (403, 404, 410)  # HTTP status codes; a bucket that must not be listed gives the first
+_OF_LATER = (408, 425, 429)  # HTTP status codes worth a retry; others from 400 to 499 are final
 
 
 class UnreachableError(UserError):
-    """A file behind an address cannot be had: unlike a damaged picture, none is put in its place."""
+    """A remote file cannot be read. Unlike a damaged image it is not replaced by another."""
 
 
 class RemoteFile(NamedTuple):
-    """A file in a folder: its address, its name there, its size in bytes, and a text that changes with its content."""
+    """A file in a remote folder: its address, name, size in bytes, and a text that changes with its content."""
 
     address: str
     name: str
@@ -31,16 +31,16 @@ class RemoteFile(NamedTuple):
 
 
 def is_address(root: object) -> bool:
-    """Whether a text is an address and no path."""
+    """Whether a text is an address and not a path."""
     return "://" in str(root)
 
 
 def list_files(root: str) -> list[RemoteFile]:
-    """The files directly in a folder, or those that an address with braces stands for, by name.
+    """The files directly in a folder, or those of an address with braces, by name.
 
     Raises:
-        UnreachableError: they cannot be listed.
-        UserError: two of the addresses end in the same name, by which an index knows them.
+        UnreachableError: They cannot be listed.
+        UserError: Two of the addresses end in the same name, which an index cannot distinguish.
     """
     addresses = _without_braces(root)
     names = [address.rpartition("/")[2] for address in addresses or []]
@@ -66,14 +66,14 @@ def shard_folder(root: str) -> str:
 
 
 def read_whole(address: str) -> bytes | None:
-    """A file's content; None where there is none.
+    """A file's content, or None if there is no such file.
 
     Raises:
-        UnreachableError: it cannot be read.
+        UnreachableError: It cannot be read.
     """
 
     def read(fs: "AbstractFileSystem", path: str) -> bytes | None:
-        try:  # not by `exists`, which over HTTP takes a server that fails for a file that is not there
+        try:  # without `exists`, which over HTTP reports a failing server as a missing file
             return fs.cat_file(path)
         except FileNotFoundError:
             return None
@@ -86,14 +86,14 @@ def read_whole(address: str) -> bytes | None:
 
 
 def read_part(address: str, start: int, size: int) -> bytes:
-    """So many bytes of a file, from `start` on.
+    """Reads `size` bytes of a file from `start` on.
 
     Raises:
-        UnreachableError: they cannot be read.
+        UnreachableError: They cannot be read.
     """
 
     def read(fs: "AbstractFileSystem", path: str) -> bytes:
-        if "::" in address:  # a cache, which keeps what is opened
+        if "::" in address:  # a cache, which keeps opened files
             with fs.open(path, "rb") as file:
                 file.seek(start)
                 return file.read(size)
@@ -109,10 +109,10 @@ def read_part(address: str, start: int, size: int) -> bytes:
 
 
 def read_through(address: str, read: Callable[[BinaryIO], Answer]) -> Answer:
-    """What `read` makes of a file from its start to its end; where a network fails in between, it starts again.
+    """Passes a whole file to `read` and returns its result. If the network fails, it starts again.
 
     Raises:
-        UnreachableError: the file cannot be read.
+        UnreachableError: The file cannot be read.
     """
 
     def ask(fs: "AbstractFileSystem", path: str) -> Answer:
@@ -121,7 +121,7 @@ def read_through(address: str, read: Callable[[BinaryIO], Answer]) -> Answer:
                 return read(file)
             except UserError:
                 raise
-            except ValueError as error:  # of HTTP, where no part comes, or another one than was asked for
+            except ValueError as error:  # HTTP returned no part of the file, or another part
                 raise UnreachableError(
                     f"{address}: its server gives no parts of files ({error}); {_whole_files(address)}"
                 ) from error
@@ -141,7 +141,7 @@ def _file_at(address: str) -> RemoteFile:
 
 
 def _without_braces(root: str) -> list[str] | None:
-    """The addresses that braces stand for, as in train-{0000..0012}.tar; None without braces."""
+    """The addresses of braces such as train-{0000..0012}.tar; None without braces."""
     if "{" not in root:
         return None
     require_module("braceexpand")
@@ -154,10 +154,10 @@ def _without_braces(root: str) -> list[str] | None:
 
 
 def _asked(address: str, ask: "Callable[[AbstractFileSystem, str], Answer]") -> Answer:
-    """What a file system answers, asked again where a network fails. It is found in each process for itself.
+    """Calls `ask` with the address's file system, and retries if the network fails. Each process opens its own one.
 
     Raises:
-        UnreachableError: it does not answer; the line has its reason.
+        UnreachableError: It does not answer. The message has the reason.
     """
     require_module("fsspec")
     from fsspec.core import url_to_fs
@@ -167,7 +167,7 @@ def _asked(address: str, ask: "Callable[[AbstractFileSystem, str], Answer]") -> 
             return ask(*url_to_fs(address))
         except UserError:
             raise
-        except Exception as error:  # each file system has its own errors
+        except Exception as error:  # each file system raises its own types
             if wait is None or _is_final(error):
                 raise UnreachableError(
                     f"{address}: cannot be read ({_reason(error)}); check the address and the network"
@@ -177,7 +177,7 @@ def _asked(address: str, ask: "Callable[[AbstractFileSystem, str], Answer]") -> 
 
 
 def _is_final(error: Exception) -> bool:
-    """Whether asking again is of no use."""
+    """Whether a retry is useless."""
     if (cause := _failure_behind(error)) is not None:
         status = getattr(cause, "status", None)
         return status is not None and 400 <= status < 500 and status not in _OF_LATER
@@ -185,7 +185,7 @@ def _is_final(error: Exception) -> bool:
 
 
 def _failure_behind(error: Exception) -> BaseException | None:
-    """What made a file seem missing: over HTTP, fsspec says so of any failure to ask for a file's size."""
+    """The real cause of a missing file. Over HTTP fsspec reports any failure to get a file's size as missing."""
     cause = error.__cause__ if isinstance(error, FileNotFoundError) else None
     is_of_network = type(cause).__module__.partition(".")[0] == "aiohttp" or isinstance(cause, TimeoutError)
     return cause if is_of_network else None

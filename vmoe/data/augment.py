@@ -1,4 +1,4 @@
-"""Augmentation of training images: albumentations behind named presets, seeded sample by sample."""
+"""Augments training images with albumentations behind named presets, seeded per sample."""
 
 import os
 import random
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # otherwise importing it asks the network for a newer version
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # otherwise its import asks the network for a newer version
 
 import albumentations as A
 import numpy as np
@@ -20,22 +20,22 @@ from vmoe.data.presets import POLICY_SIDE, AugmentSteps, resolve
 from vmoe.errors import UserError
 from vmoe.sizes import ImageSize, as_size, height_and_width
 
-_CROP_ASPECT = (3 / 4, 4 / 3)  # of a crop by scale, beside the results' own
+_CROP_ASPECT = (3 / 4, 4 / 3)  # range of a crop by scale, relative to the result's own aspect
 
 
 class Augmenter:
-    """Varies training images; the result is a pure function of (image, seed, epoch, index).
+    """Augments training images. The result is a pure function of (image, seed, epoch, index).
 
-    No global random state is read or changed: neither the number of workers nor other random draws change a result.
+    It neither reads nor changes global random state, so the number of workers and other random draws have no effect.
 
     Args:
-        config: preset and its parameters. A warning names a parameter that the preset does not use.
-        image_size: side of the results in pixels, or (height, width).
-        mean: of the channels, in [0, 1]: the colour that fills what is cut out or moved in from outside.
-        flip: probability of a horizontal flip where the config leaves it to the data set.
-        seed: not negative.
-        crop: how images of another shape are fitted, as in `DataConfig`.
-        channels: as in `DataConfig`.
+        config: The preset and its parameters. A warning names parameters that the preset does not use.
+        image_size: Side of the results in pixels, or (height, width).
+        mean: Mean of the channels, in [0, 1]: the colour that fills erased and empty areas.
+        flip: Probability of a horizontal flip if the config leaves it to the data set.
+        seed: The seed, not negative.
+        crop: How images of another shape are fitted, as in `DataConfig`.
+        channels: As in `DataConfig`.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Augmenter:
         self._share_generators()
 
     def _share_generators(self) -> None:
-        """Makes the pair of generators that is re-seeded for each sample: new ones cost more than the augmentation."""
+        """Makes the generators that are re-seeded for each sample, since new ones cost more than the augmentation."""
         self._random = random.Random()
         self._bits = np.random.Philox(key=self.seed)
         self._bits_state = self._bits.state
@@ -73,41 +73,41 @@ class Augmenter:
             self._transform.set_random_state(np.random.Generator(self._bits), self._random)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """As a spawned worker gets it: NumPy below 2 has given the transforms' generator a copy of the bits."""
+        """Restores the shared generators in a spawned worker: NumPy below 2 pickles a copy of the bit generator."""
         self.__dict__.update(state)
         self._share_generators()
 
     def __call__(self, image: np.ndarray, epoch: int, index: int) -> np.ndarray:
-        """Varies one image.
+        """Augments one image.
 
         Args:
-            image: (H, W, 3) uint8, or with `channels` (H, W, C) float32, of any size; not changed.
-            epoch: not negative.
-            index: of the image in its set.
+            image: (H, W, 3) uint8, or with `channels` (H, W, C) float32, of any size. It is not changed.
+            epoch: The epoch, not negative.
+            index: Index of the image in its set.
 
         Returns:
             (height, width, C) of the same type.
         """
         if not self._crops_by_scale:
             image = eval_crop(image, self.image_size, self.crop)
-        elif self.crop != "centre" and not self._is_own:  # first the shape, with some pixels to spare for the crop
+        elif self.crop != "centre" and not self._is_own:  # first fit the shape, with some spare pixels for the crop
             image = eval_crop(image, as_size(*(round(side * 8 / 7) for side in self._sides)), self.crop)
         if self._transform is None:
             return image
         self._random.seed(self.seed << 128 | epoch << 64 | index)
-        self._bits_state["state"]["counter"][:] = (0, 0, epoch, index)  # the first two count the draws of a sample
+        self._bits_state["state"]["counter"][:] = (0, 0, epoch, index)  # the first two count a sample's draws
         self._bits.state = self._bits_state
         return self._by_own_pipeline(image) if self._is_own else self._transform(image=image)["image"]
 
     def _by_own_pipeline(self, image: np.ndarray) -> np.ndarray:
-        """What a user's pipeline makes of an image, fitted to the image size.
+        """Runs a user's pipeline on an image, and fits the result to the image size.
 
         Raises:
-            UserError: it fails, or gives no image of the same type.
+            UserError: It fails, or its result is no image of the same type.
         """
         try:
             varied = self._transform(image=image)["image"]
-        except Exception as error:  # a step may raise any type
+        except Exception as error:  # a user's step may raise any type
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             size = f"{image.shape[0]} x {image.shape[1]} pixels"
             raise UserError(f"data.augment.albumentations: fails on an image of {size} ({reason})") from error
@@ -132,15 +132,15 @@ def _crop_and_flip(steps: AugmentSteps, size: tuple[int, int]) -> list[A.BasicTr
 
 
 def _made_pipeline(content: dict[str, Any]) -> A.Compose:
-    """The pipeline that a user saved.
+    """Makes the pipeline that a user saved.
 
     Raises:
-        UserError: this version of albumentations cannot make it.
+        UserError: This version of albumentations cannot make it.
     """
     try:
         pipeline = A.from_dict(content)
         return pipeline if isinstance(pipeline, A.Compose) else A.Compose([pipeline])
-    except Exception as error:  # for steps and arguments that it does not know it raises any type
+    except Exception as error:  # for unknown steps and arguments it raises any type
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(
             f"data.augment.albumentations: albumentations {A.__version__} cannot make this pipeline ({reason}); "
@@ -178,19 +178,19 @@ def _colour_and_erase(
 
 
 def _randaugment(steps: AugmentSteps, fill: tuple[float, ...]) -> v2.Transform:
-    """Its operations; each draws its own magnitude between the lowest and the highest."""
+    """RandAugment's operations. Each draws its own magnitude between the lowest and the highest."""
     low, high = steps.randaugment_magnitude
     choices = [v2.RandAugment(1, magnitude, fill=list(fill)) for magnitude in range(low, high + 1)]
-    # With one magnitude RandomChoice would still draw, which would shift the draws of the operations.
+    # with a single magnitude RandomChoice would still draw, and shift the draws of the operations
     operation = v2.RandomChoice(choices) if len(choices) > 1 else choices[0]
     return v2.Compose([operation] * steps.randaugment_ops)
 
 
 class _OfTorchvision(A.ImageOnlyTransform):
-    """Operations of torchvision as a step of albumentations, which has none. They draw from torch's global generator.
+    """Runs operations of torchvision as a step of albumentations. They draw from torch's global generator.
 
     Args:
-        operations: on an image of Pillow.
+        operations: Operations on an image of Pillow.
     """
 
     def __init__(self, operations: v2.Transform) -> None:
@@ -207,7 +207,7 @@ class _OfTorchvision(A.ImageOnlyTransform):
 
 @contextmanager
 def _torch_seed(seed: int) -> Iterator[None]:
-    """Seeds torch's global CPU generator and restores it; other than `torch.manual_seed` it leaves GPUs alone."""
+    """Seeds torch's global CPU generator and restores it. Unlike `torch.manual_seed` it does not touch GPUs."""
     state = torch.default_generator.get_state()
     torch.default_generator.manual_seed(seed)
     try:

@@ -1,11 +1,11 @@
-"""Augmentation of a whole batch on the device that trains, every image by parameters of its own.
+"""Augments a whole batch on the training device, with separate parameters for every image.
 
-The presets of `Augmenter`, with these differences from it:
-- a crop by scale is cut from a square of 8/7 of the image size, the centre of the picture, by bilinear interpolation
-  without anti-aliasing (the ratio is at most 8/7); its shape is drawn so that it fits, not drawn again until it does;
-- the motions of a crop, the flip and RandAugment are one affine map, sampled once: what one motion moves out of the
-  picture the next may bring back, and motions come before operations on colours, which also change the filling;
-- the colour jitter changes brightness, contrast, saturation in this order, and rounds once, at its end.
+It has the presets of `Augmenter`, with these differences:
+- A crop by scale is cut from the central square of 8/7 of the image size, by bilinear interpolation without
+  anti-aliasing (the ratio is at most 8/7). Its shape is drawn within the square, without rejection.
+- The crop, the flip and RandAugment's motions are one affine map with one sampling. So a motion may bring back what an
+  earlier one moved out. Motions come before operations on colours, which also change the filling.
+- The colour jitter changes brightness, contrast, saturation in this order, and rounds once at the end.
 
 Shapes: B images, S pixels per side of a result, Q pixels per side of a stored image, n stored images.
 """
@@ -22,25 +22,25 @@ from vmoe.data.draws import draw_numbers, uniforms
 from vmoe.data.fusing import Fused
 from vmoe.data.presets import resolve
 
-_ASPECT = (3 / 4, 4 / 3)  # of a crop by scale
+_ASPECT = (3 / 4, 4 / 3)  # range of a crop by scale
 _ERASED_AREA, _ERASED_ASPECT = (0.02, 0.33), (0.3, 3.3)
-# Which draw is for what; RandAugment's come last: a kind and a sign for each operation, then the magnitudes of all.
+# The number of each draw. RandAugment's come last: a kind and a sign for each operation, then the magnitudes of all.
 _CROP, _FLIP, _JITTER, _ERASING, _RANDAUGMENT = 0, 4, 5, 8, 13
 
 
 class BatchAugmenter:
-    """Varies and normalises training images; a result is a function of (stored image, seed, epoch, index) alone.
+    """Augments and normalises training images. A result is a function of (stored image, seed, epoch, index) alone.
 
-    The host never synchronises with the device. On a GPU the whole is compiled into few kernels.
+    The host never synchronises with the device. On a GPU everything is compiled into few kernels.
 
     Args:
-        config: preset and its parameters. A warning names a parameter that the preset does not use.
+        config: The preset and its parameters. A warning names parameters that the preset does not use.
         image_size: S.
-        mean: of the channels, in [0, 1]; also what fills what is erased or moved in from outside.
-        std: of the channels, in [0, 1].
-        flip: probability of a horizontal flip where the config leaves it to the data set.
-        seed: not negative.
-        device: where the images are.
+        mean: Mean of the channels, in [0, 1]; also the colour that fills erased and empty areas.
+        std: Standard deviation of the channels, in [0, 1].
+        flip: Probability of a horizontal flip if the config leaves it to the data set.
+        seed: The seed, not negative.
+        device: The device of the images.
     """
 
     def __init__(
@@ -59,28 +59,28 @@ class BatchAugmenter:
         self._mean = 255 * torch.tensor(mean, device=device).view(3, 1, 1)
         self._std = 255 * torch.tensor(std, device=device).view(3, 1, 1)
         self._fill = self._mean.round()
-        self._places = torch.arange(image_size, device=device) + (0.5 - image_size / 2)  # of pixels, from the centre
+        self._places = torch.arange(image_size, device=device) + (0.5 - image_size / 2)  # pixels from the centre
         self._tables = randaugment.RandAugmentTables(image_size, device)
         self._numbers = draw_numbers(_RANDAUGMENT + 3 * self.steps.randaugment_ops, device=device)
         self._augment = Fused(self._one_by_one)
 
     def storage_size(self, own: int | None) -> int:
-        """Q, the side of images to be stored: S, or for crops by scale about 8/7 of it, but not more than their own.
+        """Q, the side of stored images: S, or for crops by scale about 8/7 of it, but at most their own side.
 
         Args:
-            own: the shorter side of all images, where they have the same.
+            own: The shorter side of all images, if they have the same.
         """
         if self.steps.crop_scale is None:
             return self.image_size
         return min(round(self.image_size * 8 / 7), own or math.inf)
 
     def __call__(self, stored: Tensor, keys: Tensor, places: Tensor | None = None) -> Tensor:
-        """The batch of these keys.
+        """Augments the batch of these keys.
 
         Args:
             stored: (n, 3, Q, Q) uint8.
             keys: (B, 2) int64, epoch and index of each image.
-            places: (B,) int64, of the images in `stored`; None: their indices.
+            places: (B,) int64, positions of the images in `stored`; None for their indices.
 
         Returns:
             (B, 3, S, S) float32, normalised.
@@ -114,7 +114,7 @@ class BatchAugmenter:
         ]
 
     def _move(self, images: Tensor, draws: tuple[Tensor, ...], codes: list[Tensor]) -> Tensor:
-        """Crops, flips and applies RandAugment's motions by sampling once."""
+        """Crops, flips and applies RandAugment's motions with a single sampling."""
         size = self.image_size
         rows, columns = torch.meshgrid(self._places, self._places, indexing="ij")
         points = torch.stack([columns, rows], dim=2).expand(len(images), size, size, 2)
@@ -129,10 +129,10 @@ class BatchAugmenter:
         return torch.where(is_inside[:, None], images, self._fill) if codes else images
 
     def _window(self, draws: tuple[Tensor, ...], stored_size: int) -> Tensor:
-        """The crop and the flip, (B, 3, 3): from a point of the result to the same in the stored image.
+        """The crop and the flip, (B, 3, 3): matrices from points of the result to points of the stored image.
 
-        Points of the result are in pixels from the centre; those of the stored image go from -1 to 1, as
-        `grid_sample` takes them.
+        Points of the result are in pixels from the centre. Those of the stored image go from -1 to 1, as for
+        `grid_sample`.
         """
         place = draws[_CROP:_FLIP]
         if self.steps.crop_padding is not None:
@@ -142,8 +142,8 @@ class BatchAugmenter:
         else:
             low, high = self.steps.crop_scale
             area = low + (high - low) * place[0]
-            # A crop that is wider than its area allows would not fit: width / S = sqrt(area * aspect) must be at most
-            # 1, and the height the same way.
+            # bounds the aspect so that the crop fits: width / S = sqrt(area * aspect) must be at most 1, and so must
+            # the height
             most = (-area.log()).clamp(max=math.log(_ASPECT[1]))
             aspect = ((2 * place[1] - 1) * most).exp()
             width, height = (stored_size * share.sqrt() for share in (area * aspect, area / aspect))
@@ -186,9 +186,9 @@ class BatchAugmenter:
 
 
 def _composed(motions: list[Tensor]) -> Tensor:
-    """The inverse motions (B, 3, 3) of one operation after another as one, from a result's point to the first's origin.
+    """Composes inverse motions (B, 3, 3) of successive operations, from a result's point to its point in the source.
 
-    The last operation is undone first. A product of `@` might be rounded to TF32, which moves points by a pixel.
+    The last operation is undone first. The product avoids `@`, which may round to TF32 and move points by a pixel.
     """
     product = motions[-1]
     for motion in reversed(motions[:-1]):
@@ -197,7 +197,7 @@ def _composed(motions: list[Tensor]) -> Tensor:
 
 
 def _moved(points: Tensor, motion: Tensor) -> Tensor:
-    """Points (B, S, S, 2), x and y, after motions (B, 3, 3)."""
+    """Applies motions (B, 3, 3) to the points (B, S, S, 2), x and y."""
     x, y = points.unbind(dim=3)
     first, second, _ = motion[:, :, :, None, None].unbind(dim=1)  # rows, (B, 3, 1, 1)
     return torch.stack([row[:, 0] * x + row[:, 1] * y + row[:, 2] for row in (first, second)], dim=3)

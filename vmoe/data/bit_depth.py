@@ -1,4 +1,4 @@
-"""How many bits the values of a set's deep files use: measured once, on a sample, where neither file nor user says."""
+"""Measures the bit depth of a set's deep files, once on a sample, if neither the files nor the user give it."""
 
 import math
 from collections.abc import Sequence
@@ -17,19 +17,19 @@ from vmoe.data.shards import ShardedImages
 from vmoe.errors import UserError
 
 _DEEP_SUFFIXES = (*FORMATS["PNG"], *FORMATS["PPM"], *FORMATS["TIFF"], ARRAY_SUFFIX)
-_LOOKED_FOR, _OPENED, _DECODED = 1000, 200, 64  # images at most
+_LOOKED_FOR, _OPENED, _DECODED = 1000, 200, 64  # limits on numbers of images
 _USUAL = (8, 10, 12, 14, 16)
-_SEEN = 32  # images at most, for the brightest level
+_SEEN = 32  # the most images for the brightest level
 _DIM = 64  # of 255
 
 
 class Measured(NamedTuple):
-    """The values of some deep files, which do not say their range themselves."""
+    """The values of some deep files that do not declare their range."""
 
     smallest: float
     largest: float
-    bits: int  # that hold the largest
-    most_bits: int  # that are enough for 9 of 10 files
+    bits: int  # bits of the largest value
+    most_bits: int  # bits that are enough for 9 of 10 files
 
 
 class _FileValues(NamedTuple):
@@ -41,14 +41,14 @@ class _FileValues(NamedTuple):
 def measure_bit_depth(
     images: ArrayImages | FileImages | ShardedImages | HuggingFaceImages, positions: Sequence[int]
 ) -> Measured | None:
-    """The bits that the deep files among some images use, on an evenly spread sample.
+    """The bit depth of the deep files among some images, from an evenly spread sample.
 
     Returns:
-        None where the sample has no deep file, or only files that say their range themselves, or fractions below 0.
-        Bits are 1 for fractions up to 1, else 8, 10, 12, 14, 16, or as many as the largest value needs.
+        None if the sample has no deep file, only files that declare their range, or fractions below 0. Bits are 1 for
+        fractions up to 1, else 8, 10, 12, 14, 16, or as many as the largest value needs.
     """
     candidates = _evenly_spread(positions, _LOOKED_FOR)
-    if isinstance(images, FileImages | ShardedImages):  # which name files by their format
+    if isinstance(images, FileImages | ShardedImages):  # these name files by their format
         candidates = [each for each in candidates if images.place(each).lower().endswith(_DEEP_SUFFIXES)]
     found: list[_FileValues] = []
     for position in _evenly_spread(candidates, _OPENED):
@@ -73,7 +73,7 @@ def depth_of_files(paths: Sequence[str | Path], channels: int | None = None) -> 
 
 
 def depth_of_content(content: BinaryIO, channels: int | None = None) -> int | None:
-    """The bits of one image file by itself, as `measure_bit_depth` finds them; None also where it is damaged."""
+    """The bit depth of a single image file, as by `measure_bit_depth`; None for a damaged file."""
     try:
         values = _file_values(content, channels)
     except Exception:  # on damaged files Pillow's decoders raise nearly any type
@@ -90,7 +90,7 @@ def _values_of(stored: Stored) -> _FileValues | None:
 
 
 def _file_values(file: BinaryIO, channels: int | None) -> _FileValues | None:
-    """The values of a deep file that does not say its range itself; None for others."""
+    """The values of a deep file that does not declare its range; None for others."""
     if channels is not None:
         return _values_of(stored_in(file, channels, tuple(FORMATS)))
     with Image.open(file, formats=tuple(FORMATS)) as image:
@@ -114,7 +114,7 @@ def _measured_of_files(found: Sequence[_FileValues]) -> Measured | None:
 
 
 def brightest_level(images: ImageSet) -> int | None:
-    """The brightest level, 0 to 255, of an evenly spread sample; None where no image can be read."""
+    """The brightest level, 0 to 255, of an evenly spread sample; None if no image can be read."""
     levels = []
     for index in _evenly_spread(range(len(images)), _SEEN):
         try:
@@ -125,9 +125,9 @@ def brightest_level(images: ImageSet) -> int | None:
 
 
 def depth_lines(root: str, given: int | None, measured: Measured | None, brightest: int | None) -> list[str]:
-    """The notes about a set's depth: what was measured, and whether the images look wrongly scaled."""
+    """The notes on a set's bit depth: the measured one, and a warning if the images look wrongly scaled."""
     lines = []
-    needed = None  # bits of nearly all files, where a few have larger values
+    needed = None  # bits of nearly all files, if a few have larger values
     if measured is not None and given is None:
         if measured.most_bits < measured.bits:
             needed = measured.most_bits
@@ -151,7 +151,7 @@ def depth_lines(root: str, given: int | None, measured: Measured | None, brighte
 
 
 def clipped_lines(place: str, depth: int, measured: Measured) -> list[str]:
-    """Warns of values that become black or white where files of this depth are read; `place` has them."""
+    """Warns of values in `place` that become black or white when files are read with this bit depth."""
     lines = []
     if measured.bits > depth and measured.largest > 2**depth - 1:
         lines.append(
@@ -167,14 +167,14 @@ def clipped_lines(place: str, depth: int, measured: Measured) -> list[str]:
 
 
 def _evenly_spread(items: Sequence[int], most: int) -> list[int]:
-    """At most so many of the items, evenly spread."""
+    """At most `most` of the items, evenly spread."""
     if len(items) <= most:
         return list(items)
     return [items[int(place)] for place in np.linspace(0, len(items) - 1, most)]
 
 
 def _bits(largest: float, has_fractions: bool) -> int:
-    tolerance = 1.1 if has_fractions else 1  # resampling overshoots
+    tolerance = 1.1 if has_fractions else 1  # resampling may overshoot
     usual = (1, *_USUAL) if has_fractions else _USUAL
     return next(
         (bits for bits in usual if largest <= (2**bits - 1) * tolerance), math.ceil(math.log2(max(largest, 1) + 1))

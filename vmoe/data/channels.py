@@ -48,7 +48,7 @@ class Stored:
         """(H, W, channels) float32.
 
         Raises:
-            WrongChannelsError: there are others, which are not gray or colours.
+            WrongChannelsError: There are others, which are not gray or colours.
         """
         low, high = self.own_range or (0, white_of(self.values.dtype, bit_depth))
         values = (self.values.astype(np.float32) - np.float32(low)) / np.float32(high - low)
@@ -76,8 +76,8 @@ def stored_in(source: BinaryIO, channels: int, formats: Sequence[str] | None = N
     """Reads a file of Pillow's `formats`, or any, of TIFF with other numbers of bands, or of one array.
 
     Raises:
-        ValueError: it cannot be decoded. Pillow raises other types for damaged files.
-        MissingExtraError: it needs a package that is not installed.
+        ValueError: It cannot be decoded. Pillow raises other types for damaged files.
+        MissingExtraError: It needs a package that is not installed.
     """
     if _beginning(source, 6) == _NPY:
         return of_array(np.lib.format.read_array(source, allow_pickle=False), channels)
@@ -107,7 +107,7 @@ def of_array(array: np.ndarray, channels: int) -> Stored:
     """An array (height, width, channels), (channels, height, width) or (height, width) of numbers.
 
     Raises:
-        ValueError: it is of another form.
+        ValueError: It is of another form.
     """
     if array.ndim not in (2, 3) or array.dtype.kind not in "biuf" or 0 in array.shape:
         raise ValueError(f"an array of {array.dtype} of shape {array.shape}: must be numbers of (height, width, C)")
@@ -135,7 +135,7 @@ def count_values(source: BinaryIO, channels: int, formats: Sequence[str] | None 
     """How many values an image of `channels` channels holds, by the header of its file, which alone is read.
 
     Raises:
-        ValueError: it is damaged. Pillow raises other types.
+        ValueError: It is damaged. Pillow raises other types.
     """
     if _beginning(source, 6) == _NPY:
         version = np.lib.format.read_magic(source)

@@ -1,4 +1,4 @@
-"""Opens the images of a set before a long run: what cannot be read is found then, not after the training."""
+"""Opens the images of a set before a long run, so that unreadable files are found before the training."""
 
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,11 +10,11 @@ from vmoe.errors import UserError
 
 _OPENED_IN_SECONDS = 1_000  # images that are opened in seconds
 _MANY = 200_000
-_LONG = 5  # times that a run reads each training image: then opening all once takes less than a fifth of its reading
+_LONG = 5  # number of times that a run reads each training image: opening all once then adds less than a fifth
 
 
 def is_worth_checking(count: int, passes: int) -> bool:
-    """Whether opening `count` images is little work beside a run that reads the training images `passes` times."""
+    """Whether opening `count` images is little work compared with a run that reads training images `passes` times."""
     return count <= _OPENED_IN_SECONDS or (count <= _MANY and passes >= _LONG)
 
 
@@ -22,13 +22,13 @@ def damaged_images(images: ImageSet, threads: int, part: int = 0, parts: int = 1
     """Decodes every image of a split, or every `parts`-th from `part` on.
 
     Args:
-        images: the split.
-        threads: how many at once; decoders let other threads run.
-        part: which images, of as many processes as share the work.
-        parts: how many processes.
+        images: The split.
+        threads: Number of threads; decoders release the GIL.
+        part: The rank of this process.
+        parts: Number of processes that share the work.
 
     Returns:
-        For each image that cannot be read a line, which names it.
+        A line for each image that cannot be read, with its name.
     """
     lines = _in_threads(lambda index: _reading_fault(images, index), range(part, len(images), parts), threads)
     return [line for line in lines if line is not None]
@@ -37,10 +37,10 @@ def damaged_images(images: ImageSet, threads: int, part: int = 0, parts: int = 1
 def readable_files(
     paths: Sequence[Path], threads: int, bit_depth: int | None = None, channels: int | None = None
 ) -> tuple[list[Path], list[str]]:
-    """Decodes image files, `threads` at once; `bit_depth` and `channels` are as in `load_image`.
+    """Decodes image files, `threads` at once. `bit_depth` and `channels` are as in `load_image`.
 
     Returns:
-        Those that can be read, and for each other one a line, which names it.
+        The readable files, and a line for each other one with its name.
     """
 
     def fault(path: Path) -> str | None:
@@ -56,7 +56,7 @@ def readable_files(
 
 
 def refusal(lines: Sequence[str]) -> str:
-    """One line on images of validation and test that cannot be read, made of a line for each of them."""
+    """One line on unreadable images of validation and test, from a line for each of them."""
     first, others = lines[0], [line.partition(": ")[0] for line in lines[1:]]
     if not others:
         return first
@@ -69,7 +69,7 @@ def _in_threads(function: Callable, values: Iterable, threads: int) -> list:
     try:
         return list(pool.map(function, values))
     finally:
-        pool.shutdown(cancel_futures=True)  # where a signal interrupts it
+        pool.shutdown(cancel_futures=True)  # a signal may interrupt the work
 
 
 def _reading_fault(images: ImageSet, index: int) -> str | None:

@@ -1,4 +1,4 @@
-"""Which images a run reads and how: every setting of the data room, checked when it is made."""
+"""The config of a run's images: every setting of the data room, checked at construction."""
 
 import math
 import os
@@ -39,9 +39,9 @@ SetName = Literal[
     "webdataset",
     "npz",
 ]
-EMBEDDED_SETS = ("digits", "patchwork", "fractals")  # which come with this package
-NAMED_SETS = (*EMBEDDED_SETS, "cifar10", "cifar100", "imagenette", "imagenet")  # the others are a user's own
-_FILE_SETS = {".npz": "npz", ".csv": "table", ".tsv": "table", ".parquet": "table"}  # by the ending of their file
+EMBEDDED_SETS = ("digits", "patchwork", "fractals")  # sets in this package
+NAMED_SETS = (*EMBEDDED_SETS, "cifar10", "cifar100", "imagenette", "imagenet")  # other sets are the user's own
+_FILE_SETS = {".npz": "npz", ".csv": "table", ".tsv": "table", ".parquet": "table"}  # by the suffix of the file
 _MOST_CHANNELS = 512
 Pipeline = Literal["workers", "device"]
 Crop = Literal["centre", "squash", "letterbox"]
@@ -50,7 +50,7 @@ Colour = tuple[float, ...]  # a number per channel
 
 
 class SetDefaults(NamedTuple):
-    """What a data set uses where the config leaves a value at None; `image_size` None means the arrays' own size."""
+    """A data set's values for config fields that are None. `image_size` None means the arrays' own size."""
 
     image_size: int | None
     mean: Colour
@@ -86,49 +86,48 @@ class DataConfig:
             or Parquet file with a row per picture, see table), "huggingface" (what `save_to_disk` of Hugging Face's
             datasets wrote, a folder of Parquet files, or a set of the hub, see root), "webdataset" (tar shards,
             train-*.tar and so on, as vmoe make-shards writes them) or "npz" (arrays in one file, see root).
-        root: folder that holds the data; for "huggingface" also USER/NAME or USER/NAME:CONFIG, a set of the hub; for
+        root: folder with the data; for "huggingface" also USER/NAME or USER/NAME:CONFIG, a set of the hub; for
             "webdataset" also an address of fsspec, such as s3://BUCKET/FOLDER or https://HOST/{train,val}-{00..12}.tar;
             for "table" the table itself, and for "npz" the file with train_x, train_y, test_x, test_y.
         table: with "table" and "huggingface", the columns to read; with "webdataset" the separator of labels.
         image_size: side in pixels of the square images given to the model, or [height, width]. None: the data
             set's own.
-        crop: how pictures of another shape are fitted to the image size: "centre" cuts out the largest central part,
-            "squash" changes their shape, and "letterbox" keeps all of them between stripes of grey. Crops by scale cut
-            from what comes of it, at 8/7 of the image size; with "centre" they cut from the picture itself.
-        bit_depth: how many bits the values of image files with more than 8 bits per channel use, such as 12 of 16,
-            where the files do not say it themselves: white is 2**bit_depth - 1; 1 for fractions from 0 to 1. None:
-            measured on a sample of the training images.
-        channels: of pictures of one's own that are not RGB, such as 1 for X-rays or 13 for satellites. Files of so many
-            channels (PNG, TIFF, .npy) are read at their own depth: nothing is rounded to 8 bits. 1 and 3 read gray
-            pictures and RGB alike. None: RGB of 8 bits, whatever the file.
+        crop: how images of another shape are fitted to the image size: "centre" cuts out the largest central part,
+            "squash" changes the shape, and "letterbox" keeps the whole image between stripes of grey. Crops by scale
+            then cut from the result at 8/7 of the image size; with "centre" they cut from the image itself.
+        bit_depth: number of bits in image files with more than 8 bits per channel, such as 12 of 16, if the files do
+            not declare it: white is 2**bit_depth - 1; 1 for fractions from 0 to 1. None: measured on a sample of the
+            training images.
+        channels: number of channels of own pictures that are not RGB, such as 1 for X-rays or 13 for satellites. Files
+            with that many channels (PNG, TIFF, .npy) are read at their own depth, without rounding to 8 bits. 1 and 3
+            read both gray pictures and RGB. None: RGB of 8 bits for any file.
         batch_size: training images per step.
-        repeat: passes over the training images that make one epoch; above 1, a small set is validated and saved less
-            often. With "fractals" an epoch has fractals.epoch_images so many times.
-        sampler: "shuffle" gives each training image once per epoch; "class_balanced" draws as many of every class, each
-            class's images in turn, so that images of small classes come again within an epoch, varied otherwise.
-        images: with "fractals", how many different training images there are: they come again and again, while the
-            number of steps stays. None: without end, none comes twice.
-        fractals: with "fractals", its classes and how strongly pictures vary.
-        shards_at_once: with "webdataset", from how many shards at a time training images are drawn; fewer read more
-            locally, more shuffle better.
+        repeat: how many times an epoch goes over the training images; above 1, a small set is validated and saved less
+            often. With "fractals" it multiplies fractals.epoch_images.
+        sampler: "shuffle" gives each training image once per epoch; "class_balanced" draws the same number from every
+            class, so images of small classes come several times per epoch, each time augmented differently.
+        images: with "fractals", the number of different training images, which then repeat while the number of steps
+            stays the same. None: endless, no image comes twice.
+        fractals: with "fractals", its classes and the variation of pictures.
+        shards_at_once: with "webdataset", the number of shards from which training images are drawn at a time; fewer
+            read more locally, more shuffle better.
         eval_batch_size: images per step in validation and test. None: batch_size.
         pipeline: "workers" reads and augments images on the CPU, batch by batch; "device" keeps the whole set as bytes
-            on the device that trains and augments there, for sets that fit.
-        workers: processes that load images beside the main one. Batches do not depend on their number; a training on
-            the CPU leaves them a core each, and fewer threads round otherwise. With the pipeline "device" they only
-            read files, once at the start.
-        check: whether every image of every split is opened before the run, so that a damaged one of validation or test
-            is found then. None: where that is little work beside the run; a line says where it is not done.
-        val_fraction: share of the training images of each class that is set aside for validation where a set has no
-            validation split of its own (at least one image per class). 0 sets aside none: all are trained on, and the
-            last epoch's checkpoint stands for the best.
-        augment: how training images are varied.
-        mix: how training images are mixed with each other.
+            on the training device and augments there, for sets that fit.
+        workers: number of processes that load images beside the main one. Batches do not depend on it. On a CPU
+            training leaves them a core each, so its rounding depends on it. With the pipeline "device" they only read
+            files, once at the start.
+        check: whether every image of every split is opened before the run, so that damaged images of validation or test
+            are found early. None: only if that is little work beside the run; a line reports if it is skipped.
+        val_fraction: share of the training images of each class for validation, if a set has no validation split (at
+            least one image per class). 0: all images are trained on, and the last epoch's checkpoint counts as best.
+        augment: augmentation of training images.
+        mix: mixing of training images.
         subset: use only a part of the data.
         mean: mean of the red, green and blue channel in [0, 1], subtracted. None: the data set's own; with channels,
             measured on a sample of the training images.
         std: standard deviation of the channels, divided by. None: as for mean.
-        split_seed: seed of the validation split and of subsets; apart from the run's seed, so that runs of several
+        split_seed: seed of the validation split and of subsets, separate from the run's seed, so that runs of several
             seeds see the same data.
     """
 
@@ -198,7 +197,7 @@ class DataConfig:
 
     @property
     def title(self) -> str:
-        """What a run is named after: the set, or the user's own folder or file."""
+        """The name for a run's folder: the set, or the user's own folder or file."""
         if self.name in NAMED_SETS:
             return self.name
         path = Path(shard_folder(self.root)) if is_address(self.root) else Path(self.root).resolve()
@@ -301,15 +300,15 @@ class DataConfig:
 
 
 def data_config(data: "DataConfig | str | PathLike[str]", **options: Any) -> DataConfig:
-    """The config of a data set that is given as one, by its name or by its path.
+    """The config of a data set, given as a config, a name or a path.
 
     Args:
         data: The name of a set, such as "cifar10"; a folder of class folders or of tar shards; a table (.csv, .tsv or
-            .parquet); an .npz file; or a `DataConfig`. A set's name comes before a path.
+            .parquet); an .npz file; or a `DataConfig`. A set's name takes precedence over a path.
         **options: Fields to set.
 
     Raises:
-        UserError: there is no such set, folder or file, or an option is unknown or its value not allowed.
+        UserError: There is no such set, folder or file, or an option is unknown or its value not allowed.
     """
     known = [field.name for field in fields(DataConfig)]
     for name in options:
@@ -325,12 +324,12 @@ def data_config(data: "DataConfig | str | PathLike[str]", **options: Any) -> Dat
 
 
 def set_and_root(data: str | PathLike[str]) -> tuple[str, Path | str | None]:
-    """The kind of a set, and its root where `data` is a path, or an address, behind which lie tar shards.
+    """The kind of a set, and its root if `data` is a path or the address of tar shards.
 
-    The name of a set comes before a path.
+    A set's name takes precedence over a path.
 
     Raises:
-        UserError: It is neither, or a path that is not there. A name that no set has is left to `DataConfig` to refuse.
+        UserError: It is neither, or a missing path. `DataConfig` refuses unknown names.
     """
     if not isinstance(data, str | PathLike):
         raise UserError(f"data={data!r}: must be the name of a set, a path or a DataConfig")
@@ -341,7 +340,7 @@ def set_and_root(data: str | PathLike[str]) -> tuple[str, Path | str | None]:
     path = Path(os.path.expanduser(data))
     if path.suffix.lower() in _FILE_SETS:
         return _FILE_SETS[path.suffix.lower()], path
-    if os.path.isdir(path):  # unlike `Path.is_dir`, of a name of any length
+    if os.path.isdir(path):  # unlike `Path.is_dir` it accepts names of any length
         return _kind_of_folder(path), path
     if "/" in str(data) or os.sep in str(data):
         raise UserError(
@@ -356,17 +355,17 @@ def _kind_of_folder(folder: Path) -> str:
         return "webdataset"
     if not is_huggingface(folder):
         return "folder"
-    # A table may lie beside folders of pictures
+    # a table may be in a folder with folders of pictures
     beside = not is_saved_dataset(folder) and not any(folder.glob("data/*.parquet"))
     has_pictures = beside and any(is_image_name(file.name) for form in ("*/*", "*/*/*") for file in folder.glob(form))
     return "folder" if has_pictures else "huggingface"
 
 
 def is_huggingface(folder: Path) -> bool:
-    """Whether a folder holds what `save_to_disk` of Hugging Face's datasets wrote, or Parquet files."""
+    """Whether a folder holds a data set of `save_to_disk` (Hugging Face), or Parquet files."""
     return is_saved_dataset(folder) or any(folder.glob("*.parquet")) or any(folder.glob("data/*.parquet"))
 
 
 def is_saved_dataset(folder: Path) -> bool:
-    """Whether a folder holds what `save_to_disk` of Hugging Face's datasets wrote."""
+    """Whether a folder holds a data set of `save_to_disk` (Hugging Face)."""
     return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()

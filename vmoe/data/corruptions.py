@@ -2,11 +2,11 @@
 Dietterich 2019, https://arxiv.org/abs/1903.12261).
 
 Operations and severities are those of the authors' scripts: CIFAR-C's, made for 32 pixels, for images up to 64 pixels,
-else ImageNet-C's, made for 224. Lengths in pixels are taken as they are, but elastic ones grow with the image. The
-draws are not theirs, and motion blur follows ImageMagick's kernel without it, so images are equal in kind, not bit for
-bit. Frost is missing: it overlays photographs of frost.
+else ImageNet-C's, made for 224. Lengths in pixels do not scale with the image, except elastic ones. The draws differ,
+and motion blur computes ImageMagick's kernel without ImageMagick, so images are similar but not equal bit for bit.
+Frost is missing: it overlays photographs of frost.
 
-An image here is (H, W, 3) float32 in [0, 1], H = W. `level` is what the tables give for a severity.
+An image here is (H, W, 3) float32 in [0, 1], H = W. `level` is a severity's entry in the tables.
 """
 
 import io
@@ -22,8 +22,8 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 SEVERITIES = (1, 2, 3, 4, 5)
-SMALL_SIDE = 64  # up to this side in pixels CIFAR-C's severities are used
-_SLIP = 244 / 224  # ImageNet-C's elastic lengths are shares of 244 pixels, where 224 was meant
+SMALL_SIDE = 64  # images up to this side in pixels use CIFAR-C's severities
+_SLIP = 244 / 224  # ImageNet-C's elastic lengths are shares of 244 pixels, a slip for 224
 
 
 class Corruption(NamedTuple):
@@ -35,14 +35,14 @@ class Corruption(NamedTuple):
 
 
 def corrupt(image: np.ndarray, name: str, severity: int, seed: int, index: int) -> np.ndarray:
-    """A corrupted copy of an image, a function of its arguments alone.
+    """A corrupted copy of an image, as a pure function of the arguments.
 
     Args:
-        image: (H, H, 3) uint8, as a model sees it.
-        name: a key of `CORRUPTIONS`.
+        image: (H, H, 3) uint8, a model's input.
+        name: A key of `CORRUPTIONS`.
         severity: 1 to 5.
-        seed: not negative.
-        index: of the image in its set, so that every image has draws of its own.
+        seed: The seed, not negative.
+        index: Index of the image in its set, so that every image has its own draws.
 
     Returns:
         (H, H, 3) uint8.
@@ -63,7 +63,7 @@ def _shot_noise(image: np.ndarray, level: float, rng: np.random.Generator) -> np
 
 
 def _impulse_noise(image: np.ndarray, level: float, rng: np.random.Generator) -> np.ndarray:
-    """Salt and pepper in equal parts; a value of a channel is hit with probability `level`."""
+    """Salt and pepper in equal parts. `level` is the probability per value of a channel."""
     hit, salt = rng.random(image.shape) < level, rng.random(image.shape) < 0.5
     return np.where(hit, salt, image)
 
@@ -88,7 +88,7 @@ def _glass_blur(image: np.ndarray, level: tuple[float, int, int], rng: np.random
         moves = rng.integers(-reach, reach, size=(len(rows), len(rows), 2))
         here = rows[:, None] * side + rows
         there = here + moves[..., 1] * side + moves[..., 0]
-        # The authors mean to swap two pixels, but their code copies one over the other.
+        # the authors intend to swap two pixels, but their code copies one over the other
         for target, origin in zip(here.ravel().tolist(), there.ravel().tolist(), strict=True):
             source[target] = source[origin]
     return _blur(_blur(image, sigma).reshape(side * side, 3)[source].reshape(image.shape), sigma)
@@ -100,15 +100,13 @@ def _motion_blur(image: np.ndarray, level: tuple[float, float], rng: np.random.G
 
 
 def _zoom_blur(image: np.ndarray, level: tuple[float, float], rng: np.random.Generator) -> np.ndarray:
-    """The mean of the image and its enlargements; `level`: largest factor (not reached) and step."""
+    """The mean of the image and its enlargements. `level`: largest factor (exclusive) and step."""
     factors = np.arange(1, *level)
     return (image + sum(_zoomed(image, factor) for factor in factors)) / (len(factors) + 1)
 
 
 def _snow(image: np.ndarray, level: tuple[float, ...], rng: np.random.Generator) -> np.ndarray:
-    """`level`: mean and deviation of the flakes' noise, their size, a threshold, radius and sigma of their motion, and
-    how much of the image is not whitened.
-    """
+    """`level`: mean and deviation of the noise, size, threshold, radius and sigma of motion, unwhitened share."""
     mean, deviation, size, threshold, radius, sigma, kept = level
     flakes = _zoomed(rng.normal(mean, deviation, image.shape[:2]).astype(np.float32), size)
     flakes = np.clip(np.where(flakes < threshold, 0, flakes), 0, 1).astype(np.float32)
@@ -118,7 +116,7 @@ def _snow(image: np.ndarray, level: tuple[float, ...], rng: np.random.Generator)
 
 
 def _fog(image: np.ndarray, level: tuple[float, float], rng: np.random.Generator) -> np.ndarray:
-    """`level`: density, and by how much finer detail of the fog is weaker."""
+    """`level`: density, and the decay of finer detail of the fog."""
     density, decay = level
     side, brightest = image.shape[0], image.max()
     foggy = image + density * _plasma(side, decay, rng)[..., None]
@@ -137,9 +135,7 @@ def _contrast(image: np.ndarray, level: float, rng: np.random.Generator) -> np.n
 
 
 def _elastic_transform(image: np.ndarray, level: tuple[float, float, float], rng: np.random.Generator) -> np.ndarray:
-    """`level`, as shares of the side: length and smoothness of the local shifts, and largest shift of the three corners
-    of an affine map.
-    """
+    """`level`, as shares of the side: length and smoothness of local shifts, largest shift of the affine corners."""
     side = image.shape[0]
     length, smoothness, shift = (side * share for share in level)
     centre, arm = side // 2, side // 3

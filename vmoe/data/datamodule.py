@@ -1,4 +1,4 @@
-"""The data room's front door: a LightningDataModule made from a DataConfig."""
+"""The LightningDataModule of a DataConfig, the entry point of the data room."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -55,46 +55,47 @@ _AFTER_SETUP = {
 class ImageDataModule(LightningDataModule):
     """Training, validation and test batches of a data set.
 
-    It goes with any `lightning.Trainer`, of one rank or of several, and puts its own samplers in no sampler's place.
+    It works with any `lightning.Trainer`, with one rank or several. Lightning does not replace its samplers.
 
         data = vmoe.ImageDataModule("photos/", batch_size=128)
         model = vmoe.create_model("vit_tiny_patch16_224", vmoe.MoeConfig(), num_classes=data.num_classes)
 
-    Training's order and augmentation are functions of (seed, epoch, index) alone: neither the number of workers nor a
-    resume nor other random draws change them. Validation and test keep the set's order. All loaders yield `Batch`.
-    Mixing happens where the batch is used: a trainer calls `on_after_batch_transfer`, a loop of one's own has to.
+    Order and augmentation in training are functions of (seed, epoch, index) alone. The number of workers, a resume and
+    other random draws do not change them. Validation and test keep the set's order. All loaders yield `Batch`. Batches
+    are mixed in `on_after_batch_transfer`: a Trainer calls it, and a custom loop must call it.
 
     Args:
-        data: a folder of class folders or of tar shards, an .npz file, the name of a set such as "cifar10", or a
+        data: A folder of class folders or of tar shards, an .npz file, the name of a set such as "cifar10", or a
             `DataConfig`.
-        seed: of order, augmentation and mixing, from 0 to 2**32 - 1; splits and subsets have `config.split_seed`.
-        device: where the model is trained: where the pipeline "device" keeps its images, and where images are mixed.
-            None: the Trainer's, else the CPU.
-        part: which of `parts` this rank is given: of every training batch a contiguous part, of the batches of
-            validation and test every `parts`-th. None: the Trainer's rank.
-        parts: how many ranks share the data; `batch_size` is that of all. None: the Trainer's number of ranks.
-        **options: fields of `DataConfig` to set, such as `batch_size`, `image_size`, `workers` and `val_fraction`.
-        in_step: with the pipeline "device", training batches come with their keys alone, and `made` makes their images:
-            for a step that is captured as a CUDA graph, which then holds this too.
+        seed: Seed of order, augmentation and mixing, from 0 to 2**32 - 1. Splits and subsets use `config.split_seed`.
+        device: The training device, on which the pipeline "device" keeps images and images are mixed. None takes the
+            Trainer's, else the CPU.
+        part: This rank: it gets a contiguous part of every training batch, and every `parts`-th batch of validation and
+            test. None takes the Trainer's rank.
+        parts: Number of ranks that share the data. `batch_size` is for all of them together. None takes the Trainer's
+            world size.
+        **options: Fields of `DataConfig` to set, such as `batch_size`, `image_size`, `workers` and `val_fraction`.
+        in_step: With the pipeline "device", training batches hold only keys, and `made` makes their images. A step that
+            is captured as a CUDA graph can then include this.
 
     Raises:
-        UserError: there is no such folder, file or set, or a value is not allowed.
+        UserError: There is no such folder, file or set, or a value is not allowed.
 
-    Attributes (of which the first use calls `setup`):
-        config: the `DataConfig`.
-        num_classes: number of classes.
-        multi_label: whether an image may have several classes, or none; then labels are (B, classes) int8 of 0 and 1.
-        class_names: their names, in the order of the labels.
-        patch_names: names of what patches show, where that is known; else None.
-        notes: lines to say about the set, such as what was passed over in its folders.
-        image_size: side of the images in pixels, or (height, width).
-        bit_depth: of files with more than 8 bits per channel, as given or measured; None where none was found.
-        channels: how many the images have, where the config gives them; None: RGB of 8 bits.
-        mean: of the channels in [0, 1], as used.
-        std: of the channels, as used.
-        is_endless: whether every pass over the training set has new images.
-        has_validation: whether there are images for validation; without them the loaders of "val" raise `UserError`.
-        train_sampler: the `EpochBatchSampler` of every training loader.
+    Attributes (their first use calls `setup`):
+        config: The `DataConfig`.
+        num_classes: Number of classes.
+        multi_label: Whether an image may have several classes, or none. Then labels are (B, classes) int8 of 0 and 1.
+        class_names: Names of the classes, in the order of the labels.
+        patch_names: Names of the patch labels, or None.
+        notes: Lines on the set to print, such as on ignored files.
+        image_size: Side of the images in pixels, or (height, width).
+        bit_depth: Bit depth of files with more than 8 bits per channel, given or measured; None without such files.
+        channels: Number of channels of the images, if the config gives it; None for RGB of 8 bits.
+        mean: Mean of the channels in [0, 1].
+        std: Standard deviation of the channels.
+        is_endless: Whether every pass over the training set has new images.
+        has_validation: Whether there are validation images. Without them the loaders of "val" raise `UserError`.
+        train_sampler: The `EpochBatchSampler` of every training loader.
     """
 
     def __init__(
@@ -127,7 +128,7 @@ class ImageDataModule(LightningDataModule):
 
     @property
     def batch_size(self) -> int:
-        """Images of a training batch, of all ranks; Lightning's `Tuner.scale_batch_size` sets it."""
+        """Images per training batch of all ranks. Lightning's `Tuner.scale_batch_size` sets it."""
         return self.config.batch_size
 
     @batch_size.setter
@@ -137,16 +138,15 @@ class ImageDataModule(LightningDataModule):
             self._make()
 
     def prepare_data(self) -> None:
-        """Downloads the set where that is needed; Lightning calls it in one process only."""
+        """Downloads the set if needed. Lightning calls it in one process only."""
         if self._splits is None:
             download(self.config)
 
     def setup(self, stage: str | None = None) -> None:
-        """Loads all splits, once, whatever the stage; with "test" and "validate" there need be no training images.
+        """Loads all splits, once, at any stage. With "test" and "validate" there may be no training images.
 
         Raises:
-            UserError: data are missing or malformed, the subset cannot be made, or the set does not fit on the device;
-                the line says what to do.
+            UserError: Data are missing or malformed, the subset cannot be made, or the set does not fit on the device.
         """
         if self._splits is None:
             self._load(stage)
@@ -164,10 +164,10 @@ class ImageDataModule(LightningDataModule):
         return getattr(self, name)
 
     def _ask(self, trainer: Trainer) -> None:
-        """Takes device and ranks from a Trainer, where they were not given.
+        """Takes device and ranks from a Trainer, if they were not given.
 
         Raises:
-            UserError: its ranks cannot share a batch.
+            UserError: Its ranks cannot share a batch.
         """
         if self._finds_device:
             self.device = trainer.strategy.root_device
@@ -180,7 +180,7 @@ class ImageDataModule(LightningDataModule):
                 )
 
     def _load(self, stage: str | None) -> None:
-        """Opens the set and finds out what it holds."""
+        """Opens the set and reads its properties."""
         config, defaults = self.config, DEFAULTS[self.config.name]
         self._splits = load_splits(config, for_training=stage not in ("test", "validate"))
         self.has_validation = self._splits.val is not None
@@ -214,10 +214,10 @@ class ImageDataModule(LightningDataModule):
         return tuple(mean), tuple(std)
 
     def _make(self) -> None:
-        """What depends on the device and on the rank: the order of batches, and what makes them.
+        """Makes the parts that depend on the device and the rank: the order of batches, and the loaders' sources.
 
         Raises:
-            UserError: the set does not fit on the device.
+            UserError: The set does not fit on the device.
         """
         config, defaults = self.config, DEFAULTS[self.config.name]
         self._resident.clear()
@@ -248,7 +248,7 @@ class ImageDataModule(LightningDataModule):
                 config.crop,
                 config.channels,
             )
-            if config.augment.albumentations is not None and len(train):  # what it cannot do is found at once
+            if config.augment.albumentations is not None and len(train):  # finds mistakes at once
                 self._augmenter(read_or_next(train, 0, [])[0], 0, 0)
             return
         self._batch_augmenter = BatchAugmenter(
@@ -267,19 +267,19 @@ class ImageDataModule(LightningDataModule):
         return self._splits.train.fingerprint()
 
     def images_of_classes(self, split: str) -> list[int]:
-        """How many images of each class "train", "val" or "test" has, after `setup`."""
+        """The number of images of each class in "train", "val" or "test", after `setup`."""
         return self._images(split).class_counts(self.num_classes).tolist()
 
     def number_of_images(self, split: str) -> int:
-        """How many images "train", "val" or "test" has, after `setup`."""
+        """The number of images in "train", "val" or "test", after `setup`."""
         return len(self._images(split))
 
     def training_pictures(self, label: int, most: int) -> list[np.ndarray]:
         """Training images of a class as the first epoch varies them, by the pipeline "workers", to be looked at.
 
         Args:
-            label: of the class.
-            most: how many; a random choice by the seed alone.
+            label: The class.
+            most: The largest number of images, chosen at random by the seed alone.
 
         Returns:
             (height, width, 3) uint8 each.
@@ -290,7 +290,7 @@ class ImageDataModule(LightningDataModule):
         return [displayed(picture) for picture in varied]
 
     def image_sets(self) -> dict[str, ImageSet]:
-        """The images of "train", "val" and "test", after `setup`, without a "val" that is not the set's own."""
+        """The images of "train", "val" and "test", after `setup`. "val" is missing if it is not the set's own."""
         sets = {"train": self._splits.train, "val": self._splits.val, "test": self._splits.test}
         if sets["val"] is sets["test"]:
             del sets["val"]
@@ -298,13 +298,13 @@ class ImageDataModule(LightningDataModule):
 
     @property
     def files(self) -> int:
-        """How many images of all splits are read one by one, rather than held in memory."""
+        """The number of images of all splits that are read one by one and not held in memory."""
         return sum(len(images) for images in self._splits_of_files().values())
 
     def damaged_files(self, threads: int) -> dict[str, list[str]]:
-        """Opens every image that is read one by one: for each split a line on each that cannot be read.
+        """Opens every image that is read one by one. Returns for each split a line on each unreadable image.
 
-        Of several processes each opens a part.
+        Each rank opens a part of them.
         """
         splits = self._splits_of_files().items()
         return {name: damaged_images(images, threads, self.part, self.parts) for name, images in splits}
@@ -313,7 +313,7 @@ class ImageDataModule(LightningDataModule):
         return {name: images for name, images in self.image_sets().items() if images.images.side is None}
 
     def train_dataloader(self) -> ImageLoader | ResidentTrainLoader | OrderedLoader:
-        """Shuffled, augmented batches; an incomplete last one is left out."""
+        """Shuffled, augmented batches, without an incomplete last one."""
         if self.config.pipeline == "device":
             return self._device_loader
         dataset = TrainImages(self._splits.train, self._augmenter, self.mean, self.std)
@@ -327,12 +327,12 @@ class ImageDataModule(LightningDataModule):
         return ResidentTrainLoader(images, self._batch_augmenter, self.train_sampler, self.in_step)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Mixes a training batch that is on the device, if the config says so."""
+        """Mixes a training batch on the device, if the config has mixing."""
         return batch if batch.images is None else self._mixed(batch)
 
     @torch.no_grad()
     def made(self, batch: Batch) -> Batch:
-        """A training batch with its images, mixed: where `in_step` left them out they are made now, on the device."""
+        """A mixed training batch with its images. If `in_step` left them out, it makes them on the device."""
         if batch.images is not None:
             return batch
         return self._mixed(batch._replace(images=self._device_loader.images_of(batch.keys)))
@@ -344,11 +344,11 @@ class ImageDataModule(LightningDataModule):
         return batch._replace(images=images, targets=targets)
 
     def val_dataloader(self) -> EvalLoader | list[Batch]:
-        """The validation split in order: for choosing a checkpoint. A Trainer gets no batch where there is no image."""
+        """The validation split in order, for choosing a checkpoint. Without images a Trainer gets no batches."""
         return [] if self.trainer is not None and not self.has_validation else self._eval_loader("val")
 
     def test_dataloader(self) -> EvalLoader:
-        """The test split in order: never for choosing."""
+        """The test split in order. Never use it to choose a checkpoint."""
         return self._eval_loader("test")
 
     def predict_dataloader(self) -> OrderedLoader:
@@ -356,15 +356,13 @@ class ImageDataModule(LightningDataModule):
         return OrderedLoader(self._eval_loader("test"))
 
     def train_eval_dataloader(self, most: int | None = 10_000) -> EvalLoader:
-        """Training images as evaluation sees them: a sample of at most `most`, by `config.split_seed` alone; with None
-        all of them.
-        """
+        """Training images prepared as in evaluation: at most `most`, drawn by `config.split_seed`; None for all."""
         train = self._splits.train
         if not len(train):
             raise UserError(f"data.root={self.config.root}: there are no training images, which this needs")
         dataset = UnvariedTrainImages(train, self.image_size, self.mean, self.std, self.config.crop)
         sample = np.sort(np.random.default_rng(self.config.split_seed).permutation(len(dataset))[:most])
-        if self.config.pipeline == "device" and is_made(train):  # one at a time would take long
+        if self.config.pipeline == "device" and is_made(train):  # making them one at a time would take long
             resident = self._made_resident(train.take(sample), "train")
             return self._in_parts(list(range(len(sample))), lambda own: self._resident_loader(resident, own))
         return self._in_parts(sample.tolist(), lambda order: self._image_loader(dataset, order))
@@ -386,7 +384,7 @@ class ImageDataModule(LightningDataModule):
         return self._in_parts(list(range(len(images))), lambda order: self._image_loader(dataset, order))
 
     def random_dataloader(self, split: str, seed: int) -> EvalLoader:
-        """The "val" or "test" split as evaluation sees it, in a random order that is a function of `seed` alone."""
+        """The "val" or "test" split prepared as in evaluation, in a random order by `seed` alone."""
         order = np.random.default_rng(seed).permutation(len(self._images(split)))
         return self._eval_loader(split, order.tolist())
 
@@ -406,7 +404,7 @@ class ImageDataModule(LightningDataModule):
         return ImageLoader(dataset, workers=self.config.workers, batch_size=self._eval_batch_size, sampler=order)
 
     def _in_parts(self, order: list[int], loader_of: Callable[[list[int]], EvalLoader]) -> EvalLoader:
-        """This process's part of the batches of images in that order."""
+        """This rank's part of the batches of images in that order."""
         if self.parts == 1:
             return loader_of(order)
         own, counted = part_of_batches(order, self._eval_batch_size, self.part, self.parts)
@@ -417,7 +415,7 @@ class ImageDataModule(LightningDataModule):
         return self.config.eval_batch_size or self.config.batch_size
 
     def _on_device(self, split: str) -> ResidentImages:
-        """A split on the device, read when it is first asked for; once where validation and test are the same."""
+        """A split on the device. It is read at its first use, and only once if validation and test are the same."""
         if self._images(split) is self._splits.test:
             split = "test"
         if split not in self._resident:
@@ -435,7 +433,7 @@ class ImageDataModule(LightningDataModule):
         return images
 
     def _mixed_passes(self) -> float:
-        """The first passes over the training set, as many of which are mixed."""
+        """The number of first passes over the training set with mixing."""
         until = self.config.mix.until
         if until == 1:
             return float("inf")

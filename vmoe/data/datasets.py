@@ -60,11 +60,11 @@ def load_splits(config: DataConfig, for_training: bool = True) -> Splits:
     So the validation split is the same for every fraction of the training set.
 
     Args:
-        config: which set, and how it is split.
-        for_training: whether there must be training images; without, a folder or shards of a test split alone will do.
+        config: Which set, and how it is split.
+        for_training: Whether there must be training images; without, a folder or shards of a test split alone will do.
 
     Raises:
-        UserError: the data are missing, incomplete or malformed; the line says what to do.
+        UserError: The data are missing, incomplete or malformed; the line says what to do.
     """
     splits = _LOADERS[config.name](config)
     if for_training and not len(splits.train):
@@ -144,7 +144,7 @@ def _require_readable(images: ImageSet) -> None:
     """Refuses a set of which all of some images are of another number of channels, or cannot be read.
 
     Raises:
-        UserError: of the first.
+        UserError: Of the first.
     """
     first = None
     for index in range(min(len(images), _TRIED)):
@@ -169,7 +169,7 @@ def _require_single_labels(config: DataConfig) -> None:
     """Refuses what takes images class by class, of a set whose images have several.
 
     Raises:
-        UserError: the config asks for it.
+        UserError: The config asks for it.
     """
     asked = {
         "data.subset.per_class": config.subset.per_class,

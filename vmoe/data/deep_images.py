@@ -64,7 +64,7 @@ class DeepImage:
         """The values of black and white: the file's own, else by `bit_depth`, else all that 16 bits hold.
 
         Raises:
-            ValueError: the file holds fractions, and neither says which is white.
+            ValueError: The file holds fractions, and neither says which is white.
         """
         if (own := self.own_range) is not None:
             return own
@@ -78,8 +78,8 @@ class DeepImage:
         """(H, W) of gray, else (H, W, 3 or 4) of red, green, blue and opacity, as the file stores them.
 
         Raises:
-            ValueError: they cannot be decoded.
-            MissingExtraError: they are colours, and OpenCV is not installed.
+            ValueError: They cannot be decoded.
+            MissingExtraError: They are colours, and OpenCV is not installed.
         """
         if self.is_gray:
             self.image.load()  # which turns a TIFF upright
@@ -100,7 +100,7 @@ class DeepImage:
         """(H, W, 3) uint8, upright, with what is transparent over white.
 
         Raises:
-            ValueError: as `range` and `values`.
+            ValueError: As `range` and `values`.
         """
         low, high = self.range(bit_depth)
         orientation = None if self.is_gray else self.image.getexif().get(ORIENTATION)

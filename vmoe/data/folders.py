@@ -24,12 +24,12 @@ def read_class_folders(splits: Mapping[str, Path], arrays: bool = False) -> Clas
     """Reads SPLIT/CLASS/IMAGE of every split, each real file once; pictures may lie in folders of a class folder.
 
     Args:
-        splits: the folder of each split. The class folders of "train", or of the first split without it, are the
+        splits: The folder of each split. The class folders of "train", or of the first split without it, are the
             classes; another split may lack some of them.
         arrays: Whether .npy files are pictures, too.
 
     Raises:
-        UserError: a split is a link to another, has no class folders or one that training does not know, or a class
+        UserError: A split is a link to another, has no class folders or one that training does not know, or a class
             has no training picture.
     """
     passed_over = PassedOver()
@@ -96,7 +96,7 @@ def find_split_folders(root: Path) -> dict[str, Path]:
     pictures without labels, beside other splits; it is no split then.
 
     Raises:
-        UserError: a split has two folders or, beside another split, no class folders; or ROOT holds the folder that has
+        UserError: A split has two folders or, beside another split, no class folders; or ROOT holds the folder that has
             the splits.
     """
     folders = list_class_folders(root, PassedOver())

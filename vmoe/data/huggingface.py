@@ -74,7 +74,7 @@ def load_huggingface(config: DataConfig) -> tuple[dict[str, ImageSet], list[str]
         passed over.
 
     Raises:
-        UserError: the set cannot be read, or a column is missing or not clear; the line says what to do.
+        UserError: The set cannot be read, or a column is missing or not clear; the line says what to do.
     """
     require_module("datasets")
     opened = _opened(config.root)

@@ -109,15 +109,15 @@ def find_pictures(
     there already, or to a folder that holds one of `folders`, the link is passed over.
 
     Args:
-        folders: where to look, each for itself; none lies in another.
-        passed_over: counts what is left out.
-        arrays: whether .npy files are pictures, too.
+        folders: Where to look, each for itself; none lies in another.
+        passed_over: Counts what is left out.
+        arrays: Whether .npy files are pictures, too.
 
     Returns:
         For each folder its files; None where the folder itself is a link to what is there already.
 
     Raises:
-        UserError: a folder cannot be read.
+        UserError: A folder cannot be read.
     """
     walk = _Walk([os.fspath(folder) for folder in folders], passed_over, arrays)
     return walk.found()
@@ -207,7 +207,7 @@ def find_images(paths: Iterable[str | Path], passed_over: PassedOver, arrays: bo
     A pattern that no shell has expanded stands for what it matches.
 
     Raises:
-        UserError: a path does not exist or is no regular file, a folder holds no picture, a pattern matches nothing, or
+        UserError: A path does not exist or is no regular file, a folder holds no picture, a pattern matches nothing, or
             it is no path but an address or "-".
     """
     found: list[Path] = []
@@ -254,7 +254,7 @@ def require_regular(path: str | Path) -> None:
     """Refuses what is no regular file and no folder: reading a pipe, a socket or a device may never end.
 
     Raises:
-        UserError: it is one of these; what is not there is left to whoever opens it.
+        UserError: It is one of these; what is not there is left to whoever opens it.
     """
     try:
         mode = os.stat(path).st_mode

@@ -31,16 +31,16 @@ def load_image(path: str | Path, bit_depth: int | None = None, channels: int | N
     white; of an animation the first frame is read.
 
     Args:
-        path: of the file.
-        bit_depth: how many bits the values of a file with more than 8 bits per channel use, where the file itself does
+        path: Of the file.
+        bit_depth: How many bits the values of a file with more than 8 bits per channel use, where the file itself does
             not say so: white is 2**bit_depth - 1. None: all that the file stores.
-        channels: as `data.channels`; None: RGB of 8 bits.
+        channels: As `data.channels`; None: RGB of 8 bits.
 
     Returns:
         (H, W, 3) uint8 array of its own memory; with `channels` (H, W, channels) float32, white being 1.
 
     Raises:
-        UserError: the file is missing, damaged, no image or no regular file, or holds fractions and neither it nor
+        UserError: The file is missing, damaged, no image or no regular file, or holds fractions and neither it nor
             `bit_depth` says which is white, or has another number of channels; the line names it.
     """
     require_regular(path)
@@ -91,17 +91,17 @@ def to_pixels(
     """A picture of any kind as RGB, or by its channels.
 
     Args:
-        picture: the path of an image file, as `load_image` reads it; an image of Pillow, of any mode; or an array
+        picture: The path of an image file, as `load_image` reads it; an image of Pillow, of any mode; or an array
             (height, width, 3), or (height, width) for gray, uint8; with `channels` (height, width, channels) or
             (channels, height, width) of any numbers, as a file holds them.
-        bit_depth: as for `load_image`; of arrays with `channels`, too.
-        channels: as for `load_image`.
+        bit_depth: As for `load_image`; of arrays with `channels`, too.
+        channels: As for `load_image`.
 
     Returns:
         (height, width, 3) uint8; with `channels` (height, width, channels) float32, white being 1.
 
     Raises:
-        UserError: the picture is of no such kind, or it cannot be read.
+        UserError: The picture is of no such kind, or it cannot be read.
     """
     if isinstance(picture, Image.Image):
         if picture.mode[0] in "IF":  # more than 8 bits: as a file of such values is read
@@ -154,21 +154,21 @@ def prepare_image(
     in place of pixel / 255 stands its value divided by that of white.
 
     Args:
-        picture: the path of an image file, an image of Pillow, or an array (height, width, 3), or (height, width) for
+        picture: The path of an image file, an image of Pillow, or an array (height, width, 3), or (height, width) for
             gray, uint8; with `channels` (height, width, channels) or (channels, height, width) of any numbers.
-        image_size: side of the square in pixels, or (height, width), such as `model.image_size`.
-        mean: of the channels, in [0, 1], such as `model.mean`.
-        std: of the channels, in [0, 1], such as `model.std`.
-        bit_depth: how many bits the values of a picture with more than 8 bits per channel use, where its file does not
+        image_size: Side of the square in pixels, or (height, width), such as `model.image_size`.
+        mean: Of the channels, in [0, 1], such as `model.mean`.
+        std: Of the channels, in [0, 1], such as `model.std`.
+        bit_depth: How many bits the values of a picture with more than 8 bits per channel use, where its file does not
             say so: white is 2**bit_depth - 1. None: all that is stored.
-        crop: how it is fitted, such as `model.crop`; see `eval_crop`.
-        channels: such as `model.channels`; None: red, green and blue of 8 bits.
+        crop: How it is fitted, such as `model.crop`; see `eval_crop`.
+        channels: Such as `model.channels`; None: red, green and blue of 8 bits.
 
     Returns:
         (3, height, width) float32, or (channels, height, width).
 
     Raises:
-        UserError: the picture is of no such kind, or it cannot be read.
+        UserError: The picture is of no such kind, or it cannot be read.
     """
     return normalise([eval_crop(to_pixels(picture, bit_depth, channels), image_size, crop)], mean, std)[0]
 
@@ -181,7 +181,7 @@ def eval_crop(image: np.ndarray, image_size: ImageSize, crop: Crop = "centre") -
 
     Args:
         image: (H, W, C) uint8 or float32.
-        image_size: side of the result in pixels, or (height, width).
+        image_size: Side of the result in pixels, or (height, width).
         crop: "centre" cuts out the largest central part of the result's shape, "squash" changes the picture's shape,
             and "letterbox" keeps all of it, between stripes of middle grey.
 
@@ -217,8 +217,8 @@ def normalise(images: Sequence[np.ndarray], mean: Sequence[float], std: Sequence
 
     Args:
         images: B arrays (H, W, C) of one size, uint8, or float32 of which white is 1.
-        mean: of the channels, in [0, 1].
-        std: of the channels, in [0, 1].
+        mean: Of the channels, in [0, 1].
+        std: Of the channels, in [0, 1].
 
     Returns:
         (B, C, H, W) float32, contiguous. A value does not depend on the other images of the batch.

@@ -195,7 +195,7 @@ def require_training_of_each(place: object, sets: Mapping[str, ImageSet], names:
     """Makes sure that each class of a split has a training image.
 
     Raises:
-        UserError: one has none; the line names the class, after `place`.
+        UserError: One has none; the line names the class, after `place`.
     """
     is_trained = sets["train"].class_counts(len(names)) > 0
     for split, part in sets.items():
@@ -208,9 +208,9 @@ def given_splits(sets: Mapping[str, ImageSet], class_names: list[str], notes: Se
     """A data set of its own splits. Without "test", "val" serves for both; without "train" there are no such images.
 
     Args:
-        sets: the splits.
-        class_names: of the labels.
-        notes: lines to say about the set.
+        sets: The splits.
+        class_names: Of the labels.
+        notes: Lines to say about the set.
     """
     test = sets.get("test", sets.get("val"))
     none = test.take(np.empty(0, dtype=np.int64))

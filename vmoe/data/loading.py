@@ -42,10 +42,10 @@ class TrainImages(Dataset):
     """Augmented training images; a batch is a function of its (epoch, index) keys.
 
     Args:
-        images: the training split.
-        augmenter: varies an image by its key.
-        mean: of the channels.
-        std: of the channels.
+        images: The training split.
+        augmenter: Varies an image by its key.
+        mean: Of the channels.
+        std: Of the channels.
     """
 
     def __init__(self, images: ImageSet, augmenter: Augmenter, mean: Colour, std: Colour) -> None:
@@ -69,13 +69,13 @@ def read_or_next(images: ImageSet, index: int, damaged: list[str], number_of_pas
     """Image `index`, (H, W, 3) uint8 or (H, W, C) float32, or the next that can be read, and its index.
 
     Args:
-        images: the training split.
-        index: of the image.
-        damaged: gets the places of those that cannot be read.
-        number_of_pass: over the training set.
+        images: The training split.
+        index: Of the image.
+        damaged: Gets the places of those that cannot be read.
+        number_of_pass: Over the training set.
 
     Raises:
-        UserError: not one image can be read, or the network fails.
+        UserError: Not one image can be read, or the network fails.
     """
     for step in range(len(images)):
         candidate = (index + step) % len(images)
@@ -92,11 +92,11 @@ class EvalImages(Dataset):
     """Images as evaluation sees them. A damaged one is an error that names it.
 
     Args:
-        images: a validation or test split.
-        image_size: side in pixels, or (height, width).
-        mean: of the channels.
-        std: of the channels.
-        crop: as in `eval_crop`.
+        images: A validation or test split.
+        image_size: Side in pixels, or (height, width).
+        mean: Of the channels.
+        std: Of the channels.
+        crop: As in `eval_crop`.
     """
 
     def __init__(
@@ -122,14 +122,14 @@ class CorruptedImages(EvalImages):
     """Images as evaluation sees them, corrupted; the draws are a function of (seed, name, severity, index).
 
     Args:
-        images: a validation or test split.
-        image_size: side in pixels.
-        mean: of the channels.
-        std: of the channels.
-        name: a key of `vmoe.data.corruptions.CORRUPTIONS`.
+        images: A validation or test split.
+        image_size: Side in pixels.
+        mean: Of the channels.
+        std: Of the channels.
+        name: A key of `vmoe.data.corruptions.CORRUPTIONS`.
         severity: 1 to 5.
-        seed: of the corruption.
-        crop: as in `eval_crop`.
+        seed: Of the corruption.
+        crop: As in `eval_crop`.
     """
 
     def __init__(
@@ -174,13 +174,13 @@ class UnlabelledImages(Dataset):
     """Image files as evaluation sees them, without labels. A damaged one is an error that names it.
 
     Args:
-        paths: of the files.
-        image_size: side in pixels, or (height, width).
-        mean: of the channels.
-        std: of the channels.
-        bit_depth: of files with more than 8 bits per channel, as in `load_image`.
-        crop: as in `eval_crop`.
-        channels: as in `load_image`.
+        paths: Of the files.
+        image_size: Side in pixels, or (height, width).
+        mean: Of the channels.
+        std: Of the channels.
+        bit_depth: Of files with more than 8 bits per channel, as in `load_image`.
+        crop: As in `eval_crop`.
+        channels: As in `load_image`.
     """
 
     def __init__(
@@ -216,8 +216,8 @@ class ImageLoader(DataLoader):
     is full, as a container's 64 MiB soon are, batches come through a pipe, with a warning: PyTorch would wait for ever.
 
     Args:
-        dataset: its `__getitems__` gives a batch.
-        workers: number of processes.
+        dataset: Its `__getitems__` gives a batch.
+        workers: Number of processes.
         **options: DataLoader's.
     """
 

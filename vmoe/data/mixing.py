@@ -38,10 +38,10 @@ class Mixer:
     """Mixes a batch of images and gives the targets that belong to it.
 
     Args:
-        config: shares and probabilities; one of its alphas is above 0.
+        config: Shares and probabilities; one of its alphas is above 0.
         classes: C.
-        seed: not negative.
-        device: where the images are.
+        seed: Not negative.
+        device: Where the images are.
     """
 
     def __init__(self, config: MixConfig, classes: int, seed: int, device: torch.device) -> None:
@@ -60,7 +60,7 @@ class Mixer:
             images: (B, 3, S, S) float32.
             labels: (B,) int64, or (B, C) of 0 and 1.
             keys: (B, 2) int64, epoch and index of each image.
-            epochs: from this epoch on nothing is mixed, and targets are the labels'.
+            epochs: From this epoch on nothing is mixed, and targets are the labels'.
 
         Returns:
             The images, and targets (B, C) float32, which sum to 1 where each image has one label.

@@ -16,7 +16,7 @@ def load_npz(root: str, channels: int | None = None) -> Splits:
     for images of several classes. With `channels` images are (n, H, W, channels) of any numbers.
 
     Raises:
-        UserError: the file or one of its arrays is missing or malformed; the line names it.
+        UserError: The file or one of its arrays is missing or malformed; the line names it.
     """
     arrays = _read_npz(Path(root))
     missing = [name for name in ("train_x", "train_y", "test_x", "test_y") if name not in arrays]

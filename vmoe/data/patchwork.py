@@ -35,7 +35,7 @@ def make_patchwork(count: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.nd
     """Draws images.
 
     Args:
-        count: n, how many.
+        count: N, how many.
         seed: Of everything random in them.
 
     Returns:

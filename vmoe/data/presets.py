@@ -55,9 +55,9 @@ def resolve(config: AugmentConfig, image_size: ImageSize, flip: float) -> Augmen
     """The steps that a config means.
 
     Args:
-        config: preset and its parameters. A warning names a parameter that the preset does not use.
-        image_size: side of the results in pixels, or (height, width).
-        flip: probability of a horizontal flip where the config leaves it to the data set.
+        config: Preset and its parameters. A warning names a parameter that the preset does not use.
+        image_size: Side of the results in pixels, or (height, width).
+        flip: Probability of a horizontal flip where the config leaves it to the data set.
     """
     settings = dict(_PRESETS[config.preset])
     for name in _PRESETS["strong"]:

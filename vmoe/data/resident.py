@@ -29,7 +29,7 @@ class ResidentImages:
         pixels: (n, 3, Q, Q) uint8.
         labels: (n,) int64.
         patch_labels: (n, rows, columns) what each patch shows; None where that is not known.
-        damaged: the places of images that cannot be read, by the index at which the next image replaces them.
+        damaged: The places of images that cannot be read, by the index at which the next image replaces them.
     """
 
     pixels: Tensor
@@ -46,12 +46,12 @@ class MadeImages:
     """Training images that are made batch by batch, in place of `ResidentImages`.
 
     Args:
-        images: the split, of fractals.
-        device: where to.
+        images: The split, of fractals.
+        device: Where to.
 
     Attributes:
         labels: (n,) int64.
-        damaged: empty, as in `ResidentImages`.
+        damaged: Empty, as in `ResidentImages`.
     """
 
     def __init__(self, images: ImageSet, device: torch.device) -> None:
@@ -77,12 +77,12 @@ def check_room(parts: Sequence[tuple[ImageSet, int]], device: torch.device, shar
     """Refuses splits that would take more than half of the device's free memory (of a CPU's: of all its memory).
 
     Args:
-        parts: splits, each with the side at which it would be stored.
-        device: where to.
-        sharers: how many processes have them, each for itself; on GPUs of their own, on a CPU in the same memory.
+        parts: Splits, each with the side at which it would be stored.
+        device: Where to.
+        sharers: How many processes have them, each for itself; on GPUs of their own, on a CPU in the same memory.
 
     Raises:
-        UserError: they would; the line gives both sizes.
+        UserError: They would; the line gives both sizes.
     """
     needed = sum(3 * side**2 * len(images) for images, side in parts)
     room = int(_SHARE * _memory(device) / (1 if device.type == "cuda" else sharers))
@@ -112,15 +112,15 @@ def make_resident(
     """Reads a whole split onto the device, each image as a square of `side` pixels.
 
     Args:
-        images: the split.
+        images: The split.
         side: Q, of the stored images in pixels.
-        device: where to.
-        workers: processes that read files; what is in memory already needs none.
-        crop: how images become squares, as in `eval_crop`.
-        replace_damaged: an image that cannot be read is replaced by the next one of the split; else it is an error.
+        device: Where to.
+        workers: Processes that read files; what is in memory already needs none.
+        crop: How images become squares, as in `eval_crop`.
+        replace_damaged: An image that cannot be read is replaced by the next one of the split; else it is an error.
 
     Raises:
-        UserError: an image cannot be read, or with `replace_damaged` none can.
+        UserError: An image cannot be read, or with `replace_damaged` none can.
     """
     if is_made(images):
         made, positions = images.images.on(device), torch.from_numpy(images.positions).to(device)
@@ -175,10 +175,10 @@ class ResidentTrainLoader:
     """Shuffled, augmented batches, made on the device while the host goes on.
 
     Args:
-        images: the training split.
-        augmenter: varies and normalises a batch by its keys.
-        batch_sampler: gives the keys; Lightning sets its epoch.
-        in_step: batches have no images yet; the training step makes them by `images_of`.
+        images: The training split.
+        augmenter: Varies and normalises a batch by its keys.
+        batch_sampler: Gives the keys; Lightning sets its epoch.
+        in_step: Batches have no images yet; the training step makes them by `images_of`.
     """
 
     def __init__(
@@ -215,11 +215,11 @@ class ResidentEvalLoader:
     """Batches as evaluation sees them, normalised on the device.
 
     Args:
-        images: a validation or test split, stored at the image size.
-        batch_size: images per batch; the last may have fewer.
-        mean: of the channels.
-        std: of the channels.
-        order: indices of the images; None: the split's own order.
+        images: A validation or test split, stored at the image size.
+        batch_size: Images per batch; the last may have fewer.
+        mean: Of the channels.
+        std: Of the channels.
+        order: Indices of the images; None: the split's own order.
     """
 
     def __init__(

@@ -28,14 +28,14 @@ def resize(picture: np.ndarray, height: int, width: int) -> np.ndarray:
 
     Args:
         picture: (H, W, C) uint8 or float32.
-        height: of the result in pixels.
-        width: of the result in pixels.
+        height: Of the result in pixels.
+        width: Of the result in pixels.
 
     Returns:
         (height, width, C) of the same type; `picture` itself where it has that size.
 
     Raises:
-        MissingExtraError: it is float32, and OpenCV is not installed.
+        MissingExtraError: It is float32, and OpenCV is not installed.
     """
     rows, columns = picture.shape[:2]
     if (rows > height) != (columns > width) and rows != height and columns != width:

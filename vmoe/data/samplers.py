@@ -43,21 +43,21 @@ class EpochBatchSampler(Sampler[list[Key]]):
     makes the iterator first and calls `set_epoch` after.
 
     Args:
-        length: number of images.
-        batch_size: images per batch.
-        seed: not negative.
-        repeat: passes in an epoch, one after the other.
-        part: which of `parts` equal, contiguous parts of each batch to give.
-        parts: how many processes share a batch.
+        length: Number of images.
+        batch_size: Images per batch.
+        seed: Not negative.
+        repeat: Passes in an epoch, one after the other.
+        part: Which of `parts` equal, contiguous parts of each batch to give.
+        parts: How many processes share a batch.
         groups: None shuffles all images together. Of `Blocks` a pass takes a few at a time, in a random order, and
             shuffles their images together. `Balanced` images come as often from every class: then the pass of a key is
             that over the images of its class, so that no key comes twice.
-        epoch_images: images of an epoch, times `repeat`, where that is not all: an epoch goes on in the pass where the
+        epoch_images: Images of an epoch, times `repeat`, where that is not all: an epoch goes on in the pass where the
             one before it ended. None: `length`.
 
     Attributes:
-        epoch_images: images of an epoch, repeats included.
-        start_batch: set before an epoch to begin with this batch, as if the earlier ones had been given already.
+        epoch_images: Images of an epoch, repeats included.
+        start_batch: Set before an epoch to begin with this batch, as if the earlier ones had been given already.
             Holds once, for the next iteration. `len` does not change.
     """
 

@@ -37,7 +37,7 @@ def write_shards(
         The number of shards of each split.
 
     Raises:
-        UserError: the source has no such folders, the target exists, or the package is missing.
+        UserError: The source has no such folders, the target exists, or the package is missing.
     """
     require_extras("webdataset")
     from webdataset import ShardWriter

@@ -85,11 +85,11 @@ def load_shards(root: str | Path, separator: str | None = None) -> Splits:
     """The splits that a folder has shards of; one of val and test may be missing.
 
     Args:
-        root: the folder, or its address.
-        separator: what stands between the labels of an image in KEY.txt, KEY.cls or a text of KEY.json.
+        root: The folder, or its address.
+        separator: What stands between the labels of an image in KEY.txt, KEY.cls or a text of KEY.json.
 
     Raises:
-        UserError: the folder has no shards of training or of any other images, or one is damaged.
+        UserError: The folder has no shards of training or of any other images, or one is damaged.
     """
     if is_address(root):
         files = list_files(str(root))

@@ -26,7 +26,7 @@ class OrderedLoader:
     """A loader that Lightning leaves as it is, since it is no DataLoader: its order and its ranks are its own.
 
     Args:
-        loader: gives batches.
+        loader: Gives batches.
     """
 
     def __init__(self, loader: Any) -> None:
@@ -44,8 +44,8 @@ class FilledLoader:
     """A loader that gives all batches after the first `counted` ones the label `NOT_COUNTED`.
 
     Args:
-        loader: gives batches.
-        counted: how many of them this process counts.
+        loader: Gives batches.
+        counted: How many of them this process counts.
     """
 
     def __init__(self, loader: Iterable[Batch], counted: int) -> None:

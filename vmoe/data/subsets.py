@@ -19,8 +19,8 @@ def pick(labels: np.ndarray, count: Callable[[int, int], int], seed: int) -> np.
 
     Args:
         labels: (n,) integers.
-        count: from a class and the number of its images to the number to take.
-        seed: not negative.
+        count: From a class and the number of its images to the number to take.
+        seed: Not negative.
 
     Returns:
         Ascending positions in `labels`.
@@ -38,8 +38,8 @@ def split(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, n
 
     Args:
         labels: (n,) integers.
-        fraction: over 0 and under 1.
-        seed: not negative.
+        fraction: Over 0 and under 1.
+        seed: Not negative.
 
     Returns:
         Ascending positions of what remains and of what is cut off.
@@ -52,7 +52,7 @@ def choose_training(labels: np.ndarray, config: SubsetConfig, class_names: Seque
     """Ascending positions of the training images that `config` keeps: a fraction, so many per class, or a long tail.
 
     Raises:
-        UserError: a class has fewer than `per_class` images.
+        UserError: A class has fewer than `per_class` images.
     """
     if config.per_class is not None:
         wanted = config.per_class
@@ -77,7 +77,7 @@ def find_classes(wanted: Sequence[str | int], class_names: Sequence[str]) -> lis
     """Indices of classes given by name or by index; a name wins over an index that reads the same.
 
     Raises:
-        UserError: a class is unknown (the line offers the nearest names) or given twice.
+        UserError: A class is unknown (the line offers the nearest names) or given twice.
     """
     by_name = {name: index for index, name in enumerate(class_names)}
     found: list[int] = []

@@ -33,7 +33,7 @@ def load_table(config: DataConfig) -> tuple[dict[str, ImageSet], list[str]]:
         class names, sorted, whole numbers by their value.
 
     Raises:
-        UserError: the table or a picture is missing, or a column, a path, a label or a split is; the line names the
+        UserError: The table or a picture is missing, or a column, a path, a label or a split is; the line names the
             row.
     """
     path, columns = Path(config.root), config.table
@@ -224,7 +224,7 @@ def labels_of_columns(
     """The class names, and whether each row has each, (n, classes) int8, from a column per class.
 
     Raises:
-        UserError: a column is missing, or a cell is neither 0 nor 1; the line names the row.
+        UserError: A column is missing, or a cell is neither 0 nor 1; the line names the row.
     """
     names = [name for name in table if name not in used] if columns.columns == "others" else list(columns.columns or [])
     if not names:

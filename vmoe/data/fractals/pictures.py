@@ -63,12 +63,12 @@ class PictureMaker:
     The host never synchronises with the device. On a GPU a kernel follows the chains.
 
     Args:
-        config: the classes and how strongly pictures vary.
+        config: The classes and how strongly pictures vary.
         size: S.
-        seed: not negative.
-        stream: a number of the split, so that splits have different pictures.
-        device: where pictures are made.
-        fused: on a GPU the rest is compiled, for batches of one size that are made again and again.
+        seed: Not negative.
+        stream: A number of the split, so that splits have different pictures.
+        device: Where pictures are made.
+        fused: On a GPU the rest is compiled, for batches of one size that are made again and again.
     """
 
     def __init__(
@@ -131,9 +131,9 @@ def count_points(varied: Varied, chances: Tensor, warm_up: int, size: int) -> Te
     """How many points fall into each pixel by each map; what the kernel is checked against.
 
     Args:
-        varied: the pictures' systems.
+        varied: The pictures' systems.
         chances: (T, P) int32 in `CHOICE_ONE`.
-        warm_up: the number of first steps; their points are not counted.
+        warm_up: The number of first steps; their points are not counted.
         size: S.
 
     Returns:

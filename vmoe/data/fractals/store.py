@@ -20,11 +20,11 @@ class FractalImages:
     """The pictures of one split, made when they are asked for. Picture `position` is of class `position` modulo C.
 
     Args:
-        config: the classes and how strongly pictures vary.
+        config: The classes and how strongly pictures vary.
         size: S, side in pixels.
         split: "train", "val" or "test".
-        seed: of training pictures. Those of the other splits are always the same.
-        pass_step: where no training picture comes twice, how many a pass has; then the class of a picture is that of
+        seed: Of training pictures. Those of the other splits are always the same.
+        pass_step: Where no training picture comes twice, how many a pass has; then the class of a picture is that of
             the first pass in this place. 0 otherwise.
     """
 
@@ -57,9 +57,9 @@ class FractalsOnDevice:
     """Makes pictures of one split on a device.
 
     Args:
-        images: the split.
-        device: where to.
-        fused: as of `PictureMaker`.
+        images: The split.
+        device: Where to.
+        fused: As of `PictureMaker`.
     """
 
     def __init__(self, images: FractalImages, device: torch.device, fused: bool) -> None:
