@@ -128,5 +128,5 @@ def test_data_of_several_classes_per_image_are_refused(model, tmp_path):
     for split in ("train", "val", "test"):
         arrays |= {f"{split}_x": np.zeros((10, 16, 16, 3), np.uint8), f"{split}_y": np.eye(10, dtype=np.uint8)}
     np.savez(tmp_path / "several.npz", **arrays)
-    with pytest.raises(UserError, match=r"data\.name: npz has several classes per image; calibration is for one"):
+    with pytest.raises(UserError, match=r"data\.name: npz has several classes per image, and the checkpoint knows one"):
         vmoe.calibrate(model, tmp_path / "several.npz")

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import vmoe
 from vmoe.checkpoints import RunFolder, read_checkpoint
 from vmoe.checkpoints.program import facts_of_program, program_metadata
+from vmoe.cli.calibrate import main as calibrate
 from vmoe.cli.distill import main as distill
 from vmoe.cli.evaluate import main as evaluate
 from vmoe.cli.predict import main as predict
@@ -25,6 +26,7 @@ from vmoe.evaluation.evaluate import data_for, open_data
 from vmoe.explain.explorer import Subject
 from vmoe.explain.explorer.collection import collect
 from vmoe.export.card import model_card
+from vmoe.serve.demo_page import write_demo_page
 from vmoe.serve.uploads import Upload
 from vmoe.training.config import LossConfig, ModelConfig
 from vmoe.training.label_loss import LabelLoss
@@ -256,6 +258,41 @@ def test_programs_cards_and_the_server_say_several_classes(trained, tmp_path):
     service.model = run.model
     answers = service.predict([Upload(image, top=1, routing=False) for image in images[:2]])
     assert [answer["labels"] for answer in answers] == run.model.predict(images[:2], progress=False).labels
+
+
+def test_calibration_moves_probabilities_and_thresholds_alike(trained, tmp_path, capsys):
+    run, images, labels = trained
+    path, report = tmp_path / "calibrated.safetensors", tmp_path / "report.json"
+    assert calibrate([str(run.path), "--out", str(path), "--json", str(report)]) == 0
+    found, after = json.loads(report.read_text()), vmoe.load(path)
+    assert "binary cross-entropy" in capsys.readouterr().out and found["images"] == 32
+    before = run.model.predict(images, progress=False)
+    now = after.predict(images, progress=False)
+    np.testing.assert_allclose(now.logits, before.logits / found["temperature"], rtol=1e-4, atol=1e-4)
+    assert now.labels == before.labels
+    p = now.probabilities.astype(float)
+    bce = -np.where(labels == 1, np.log(p), np.log(1 - p)).mean()
+    assert found["after"]["bce"] == pytest.approx(bce, rel=1e-4)
+    data, _ = open_data(run.model, data_for(run.model))
+    (validation,) = [(run.model(batch.images).detach().double(), batch.labels) for batch in data.val_dataloader()]
+    losses = [
+        torch.nn.functional.binary_cross_entropy_with_logits(validation[0] / t, validation[1].double())
+        for t in (found["temperature"] * factor for factor in (1, 0.98, 1.02))
+    ]
+    assert losses[0] == min(losses)
+    assert predict([str(path), str(report), "--coverage", "0.9"]) == 2
+    assert "--coverage: is for one class per image" in capsys.readouterr().err
+
+
+@pytest.mark.slow  # an export takes seconds
+def test_the_demo_page_has_the_thresholds(trained, tmp_path):
+    pytest.importorskip("onnxscript")
+    (tmp_path / "runtime" / "dist").mkdir(parents=True)
+    for name in ("ort.wasm.min.js", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm"):
+        (tmp_path / "runtime" / "dist" / name).write_bytes(b"")
+    write_demo_page(tmp_path / "page", trained[0].path, [], runtime=tmp_path / "runtime")
+    about = json.loads((tmp_path / "page" / "about.js").read_text().removeprefix("globalThis.ABOUT = ").rstrip(";\n"))
+    assert about["thresholds"] == trained[0].model.thresholds and "several of them, or none" in about["summary"]
 
 
 def test_corruptions_and_ensembles_are_measured_by_map(trained, tmp_path, capsys):

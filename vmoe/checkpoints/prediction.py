@@ -87,8 +87,11 @@ class Predictions:
         kind (split conformal prediction).
 
         Raises:
-            UserError: The model is not calibrated, or not for such a high coverage.
+            UserError: The model is for several classes per picture, is not calibrated, or not for such a high
+                coverage.
         """
+        if self.multi_label:
+            raise UserError(f"coverage={coverage:g}: is for one class per picture; thresholds choose among several")
         if self.calibration is None:
             raise UserError(f"coverage={coverage:g}: needs a model that vmoe.calibrate has calibrated, without tta")
         chosen = class_sets(self.probabilities, least_probability(self.calibration, coverage))

@@ -2,7 +2,8 @@
 Calibrates a checkpoint on the validation images. Temperature scaling makes its probabilities match how often it is
 right. Conformal prediction learns how large a set of classes must be to hold the right one with a given probability.
 Writes both with the weights to a new file, which every job opens: `vmoe predict FILE --coverage 0.9` then gives such
-sets. Measures the test images before and after.
+sets. Measures the test images before and after. Of several classes per image it calibrates the probability of each
+class, and there are no sets.
 
   vmoe calibrate runs/mine --out mine.safetensors
   vmoe predict mine.safetensors holiday/ --coverage 0.9
@@ -46,8 +47,9 @@ def _calibrated(options: argparse.Namespace) -> None:
     before, after = report["before"], report["after"]
     print(f"temperature {report['temperature']:.3f}, by {report['images']} images for validation; on the test set:")
     print(f"  calibration error {before['ece']:.2%} before, {after['ece']:.2%} after")
-    print(f"  negative log-likelihood {before['nll']:.4f} before, {after['nll']:.4f} after")
-    for each in report["sets"]:
+    loss, name = ("bce", "binary cross-entropy") if model.multi_label else ("nll", "negative log-likelihood")
+    print(f"  {name} {before[loss]:.4f} before, {after[loss]:.4f} after")
+    for each in report.get("sets", ()):
         print(
             f"  sets for a coverage of {each['coverage']:.0%} hold the right class of {each['found']:.1%} of the "
             f"images, and {each['classes']:.2f} classes on average"

@@ -61,6 +61,9 @@ def _predicted(options: argparse.Namespace) -> None:
     if options.coverage is not None:
         if options.tta:
             raise UserError("--coverage: goes without --tta, for which no model is calibrated")
+        if model.multi_label:
+            what = f"--coverage: is for one class per image, and {options.model} knows several"
+            raise UserError(f"{what}; --threshold chooses among them")
         if model.calibration is None:
             what = f"--coverage {options.coverage:g}: {options.model} is not calibrated"
             raise UserError(f"{what}; `vmoe calibrate` writes a file that is")

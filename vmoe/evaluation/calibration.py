@@ -16,8 +16,8 @@ from vmoe.checkpoints import TrainedModel
 from vmoe.checkpoints.calibration import calibration_of, class_sets, least_probability
 from vmoe.data import DataConfig
 from vmoe.errors import UserError
-from vmoe.evaluation.evaluate import classes_differ, data_for, open_data
-from vmoe.evaluation.metrics import RunningMetrics
+from vmoe.evaluation.evaluate import classes_differ, data_for, open_data, require_same_labels
+from vmoe.evaluation.metrics import CALIBRATION_BINS, RunningMetrics
 from vmoe.models.members import refuse_ensemble
 from vmoe.progress import Progress, shown
 
@@ -41,6 +41,9 @@ def calibrate(
     logits are calibrated, and the most probable class stays the same. The other half gives the least probability of
     classes in the sets of `Predictions.sets`. `vmoe.save` keeps both. Further training drops the calibration.
 
+    Of several classes per image all images for validation fit the temperature, by binary cross-entropy. The thresholds
+    move with the probabilities, so that every image keeps its classes. Such a model has no sets.
+
     Args:
         model: Made by `vmoe.load`.
         data: As for `vmoe.evaluate`. None takes the set that the model was trained on.
@@ -51,8 +54,8 @@ def calibrate(
 
     Returns:
         Plain types: `temperature`; `images`, the number of images of its fit; and from the test set `before` and
-        `after`, each with `nll` and `ece`, and `sets` with the wanted `coverage`, the measured one `found`, and
-        `classes`, the mean size of the sets.
+        `after`, each with `nll` (of several classes `bce`) and `ece`, and `sets` with the wanted `coverage`, the
+        measured one `found`, and `classes`, the mean size of the sets.
 
     Raises:
         UserError: There are no images for validation, their classes are not the model's, or its classifier cannot be
@@ -60,12 +63,9 @@ def calibrate(
     """
     if not isinstance(model, TrainedModel):
         raise UserError(f"model: a {type(model).__name__} does not know its classes; vmoe.load opens one that does")
-    if getattr(model, "multi_label", False):
-        raise UserError(f"{model.path}: has several classes per image; calibration is for one")
     refuse_ensemble(model, f"{model.path}: a temperature divides the logits of one member")
     opened, _ = open_data(model, data_for(model, data, root, eval_batch_size=batch_size, workers=workers))
-    if opened.multi_label:
-        raise UserError(f"data.name: {opened.config.name} has several classes per image; calibration is for one")
+    require_same_labels(model, opened)
     if list(opened.class_names) != model.class_names:
         raise UserError(f"{classes_differ(model, opened)}; calibration needs the same classes in the same order")
     if not opened.has_validation:
@@ -80,6 +80,12 @@ def calibrate(
             module.training = True
     if len(labels) < 2:
         raise UserError(f"data: {len(labels)} image for validation is too few to calibrate by; two are the least")
+    if model.multi_label:
+        temperature = fit_temperature(logits, labels)
+        divide_classifier(model, temperature)
+        thresholds = torch.tensor(model.thresholds or [0.5] * len(model.class_names), dtype=torch.float64)
+        model.thresholds = (thresholds.logit() / temperature).sigmoid().tolist()
+        return {"temperature": temperature, "images": len(labels), **_before_and_after(tested, of_test, temperature)}
     order = torch.from_numpy(np.random.default_rng(model.config.get("seed", 0)).permutation(len(labels)))
     fit, others = order[: len(order) // 2], order[len(order) // 2 :]
     temperature = fit_temperature(logits[fit], labels[fit])
@@ -89,8 +95,7 @@ def calibrate(
     return {
         "temperature": temperature,
         "images": len(fit),
-        "before": _errors(tested, of_test),
-        "after": _errors(tested / temperature, of_test),
+        **_before_and_after(tested, of_test, temperature),
         "sets": _measured_sets(model.calibration, (tested / temperature).softmax(-1).numpy(), of_test.numpy()),
     }
 
@@ -100,12 +105,12 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
 
     Args:
         logits: (n, C) float64.
-        labels: (n,) int64.
+        labels: (n,) int64, or (n, C) of 0 and 1 of several classes.
     """
     from scipy.optimize import minimize_scalar
 
     def loss(logarithm: float) -> float:
-        return float(F.cross_entropy(logits / np.exp(logarithm), labels))
+        return float(_cross_entropy(logits / np.exp(logarithm), labels))
 
     bound = float(np.log(_LARGEST_TEMPERATURE))  # the loss is convex in 1/T, so it has one minimum
     return float(np.exp(minimize_scalar(loss, bounds=(-bound, bound), method="bounded", options={"xatol": 1e-6}).x))
@@ -148,7 +153,23 @@ def _logits(model: nn.Module, batches: Iterable) -> tuple[Tensor, Tensor]:
     return logits.double(), labels
 
 
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """The mean, (); of several classes the binary one."""
+    if labels.dim() == 2:
+        return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+    return F.cross_entropy(logits, labels)
+
+
+def _before_and_after(logits: Tensor, labels: Tensor, temperature: float) -> dict[str, dict[str, float]]:
+    return {"before": _errors(logits, labels), "after": _errors(logits / temperature, labels)}
+
+
 def _errors(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    if labels.dim() == 2:
+        from torchmetrics.functional.classification import binary_calibration_error  # as in `RunningMetrics`
+
+        error = binary_calibration_error(logits.sigmoid().flatten(), labels.flatten().long(), CALIBRATION_BINS)
+        return {"bce": float(_cross_entropy(logits, labels)), "ece": float(error)}
     metrics = RunningMetrics(logits.shape[1])
     metrics.update(logits, labels)
     measured = metrics.compute()

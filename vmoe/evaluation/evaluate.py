@@ -138,6 +138,18 @@ def open_data(model: TrainedModel, config: DataConfig, classes: str = "by-name")
     return data, lines
 
 
+def require_same_labels(model: TrainedModel, data: ImageDataModule) -> None:
+    """Makes sure that both the model and its images are of one class per image, or both of several.
+
+    Raises:
+        UserError: they differ.
+    """
+    if model.multi_label != data.multi_label:
+        several, one = "several classes per image", "one class per image"
+        knows, has = (several, one) if model.multi_label else (one, several)
+        raise UserError(f"data.name: {data.config.name} has {has}, and the checkpoint knows {knows}; give other data")
+
+
 def match_classes(model: TrainedModel, data: ImageDataModule, classes: str) -> tuple[TrainedModel, str | None]:
     """A view of the model with only the outputs of the set's classes, in the set's order.
 
@@ -153,10 +165,7 @@ def match_classes(model: TrainedModel, data: ImageDataModule, classes: str) -> t
         UserError: The model does not know a class of the set.
     """
     theirs, ours = model.class_names, list(data.class_names)
-    if model.multi_label != data.multi_label:
-        several, one = "several classes per image", "one class per image"
-        knows, has = (several, one) if model.multi_label else (one, several)
-        raise UserError(f"data.name: {data.config.name} has {has}, and the checkpoint knows {knows}; give other data")
+    require_same_labels(model, data)
     if theirs == ours:
         return model, None
     if classes == "by-number" and len(ours) > len(theirs):

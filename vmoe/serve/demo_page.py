@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vmoe.checkpoints import TrainedModel, load_checkpoint, require_single_label
+from vmoe.checkpoints import TrainedModel, load_checkpoint
 from vmoe.data.images import eval_crop
 from vmoe.errors import UserError
 from vmoe.export.programs import require
@@ -80,7 +80,6 @@ def write_demo_page(
             f"{source}: browsers read RGB of 8 bits, and this model reads pictures by data.channels="
             f"{checkpoint.channels}; serve it by `vmoe serve`"
         )
-    require_single_label(checkpoint, "vmoe demo-page")
     samples = [{"name": name, "content": _sample(pixels, checkpoint.image_size)} for name, pixels in pictures]
     with new_folder(path) as folder:
         with tempfile.TemporaryDirectory() as scratch:
@@ -115,14 +114,18 @@ def _check_size(program: Path, checkpoint: TrainedModel) -> None:
 
 def _page_words(checkpoint: TrainedModel, about: dict[str, Any], credit: str | None) -> dict[str, Any]:
     first = about["layers"][0]
+    answer = "It names every picture as one of its classes."
+    if checkpoint.multi_label:
+        answer = "A picture may have several of them, or none: it names those that reach their thresholds."
     order = "by descending gate" if first["batch_priority"] else "in reading order"
     return {
+        "thresholds": (checkpoint.thresholds or [0.5] * len(about["class_names"])) if checkpoint.multi_label else None,
         "palette": [expert_hex(expert) for expert in range(NUM_COLOURS)],
         "summary": (
             f"{about['model']} for {checkpoint.config['data']['name']}: {about['image_size']} x {about['image_size']} "
             f"pixels, {counted(len(about['class_names']), 'class', 'classes')}; "
             f"{counted(len(about['layers']), 'layer')} with {counted(first['num_experts'], 'expert')}, "
-            f"{first['top_k']} for each patch. It names every picture as one of its classes."
+            f"{first['top_k']} for each patch. {answer}"
         ),
         "notes": (
             f"An expert has one slot for each choice of an image that it can take; choices get slots {order}. "

@@ -65,15 +65,22 @@ function draw() {
   document.documentElement.dataset.runs = Number(document.documentElement.dataset.runs ?? 0) + 1;
 }
 
+/** The most probable class, or of several classes per picture all that reach their threshold, by index. */
+function foundClasses(shares) {
+  if (!ABOUT.thresholds) return [shares.indexOf(Math.max(...shares))];
+  return shares.map((_, index) => index).filter((index) => shares[index] >= ABOUT.thresholds[index]);
+}
+
+const classText = (shares) =>
+  foundClasses(shares)
+    .map((index) => `${ABOUT.class_names[index]}, ${percent(shares[index])}`)
+    .join("; ") || "no class";
+
 function answerRows() {
-  const [now, before] = [softmax(state.now.logits), softmax(state.before.logits)];
+  const [now, before] = [probabilities(state.now.logits), probabilities(state.before.logits)];
   const order = now.map((_, index) => index).sort((a, b) => now[b] - now[a]).slice(0, NAMED);
-  const best = before.indexOf(Math.max(...before));
-  const changed = best !== order[0];
-  say(
-    `${state.picture.name}: ${ABOUT.class_names[order[0]]}, ${percent(now[order[0]])}` +
-      (changed ? `; as trained: ${ABOUT.class_names[best]}, ${percent(before[best])}` : ""),
-  );
+  const changed = `${foundClasses(now)}` !== `${foundClasses(before)}`;
+  say(`${state.picture.name}: ${classText(now)}` + (changed ? `; as trained: ${classText(before)}` : ""));
   return order.map((index) =>
     make(
       "div",

@@ -45,6 +45,10 @@ async function runProgram(session, images, { off, factors }) {
   return { logits: Array.from(told.logits.data), layers };
 }
 
+/** Of several classes per picture each has a probability of its own. */
+const probabilities = (logits) =>
+  ABOUT.thresholds ? logits.map((logit) => 1 / (1 + Math.exp(-logit))) : softmax(logits);
+
 function softmax(logits) {
   const largest = Math.max(...logits);
   const powers = logits.map((logit) => Math.exp(logit - largest));
