@@ -67,7 +67,7 @@ def main(argv: list[str]) -> int:
     rows = [plan_row(plan, images) for plan in plans]
     place = f"{options.gpus} x {options.gpu}, {options.network}"
     experts = "dense" if workload.moe is None else f"E={workload.moe.num_experts}"
-    title = f"{options.config}: {workload.name}, {experts}, {images} images per update, {place}: predicted"
+    title = f"{options.config}: {workload.name}, {experts}, {images} images per update, {place}"
     table = f"## {title}\n\n{markdown_table(PLAN_COLUMNS, rows)}"
     print(table + "\n")
     if not any(plan.missing is None for plan in plans):
@@ -86,7 +86,7 @@ def main(argv: list[str]) -> int:
     write_text(options.out / "plan.md", table + "\n")
     drawn = [plan for plan in plans if plan.memory is not None]
     if drawn:
-        save_figure(draw_plans(drawn, machine.memory, title), options.out / "plan.png")
+        save_figure(draw_plans(drawn, machine.memory, f"{title}: predicted"), options.out / "plan.png")
     print(f"plan.json, plan.md{' and plan.png' if drawn else ''} in {options.out}")
     if options.curves:
         curves = []
@@ -97,7 +97,8 @@ def main(argv: list[str]) -> int:
         curves.sort(key=lambda row: (row["strategy"] == "expert", row["expert_size"], row["strategy"], row["dense"]))
         write_json(options.out / "plan_curves.json", content | {"rows": curves})
         save_figure(
-            draw_network_curves(curves, title.removesuffix(f", {options.network}")), options.out / "plan_curves.png"
+            draw_network_curves(curves, f"{title.removesuffix(f', {options.network}')}: predicted"),
+            options.out / "plan_curves.png",
         )
         print(f"plan_curves.json and plan_curves.png in {options.out}")
     return 0
