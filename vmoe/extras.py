@@ -19,6 +19,7 @@ EXTRAS = {
     "serve": ("litserve", "multipart"),
     "webdataset": ("webdataset", "braceexpand", "fsspec"),
     "data": ("pyarrow", "datasets", "tifffile", "imagecodecs"),
+    "completion": ("argcomplete",),
 }
 
 

@@ -1,5 +1,6 @@
 """How soon the commands answer: by what they import, which does not depend on how busy the machine is."""
 
+import json
 import re
 import runpy
 import shlex
@@ -25,6 +26,20 @@ for job in JOBS:
         except SystemExit as stop:
             assert option == "--help" and not stop.code
 print(sorted({"cv2", "lightning", "matplotlib", "timm", "torch", "torchvision"} & set(sys.modules)))
+"""
+COMPLETED = """
+import json, os, sys
+from vmoe.cli.completion import complete
+
+os.environ.update({"_ARGCOMPLETE_IFS": "|", "_ARGCOMPLETE_STDOUT_FILENAME": "answer"})
+found = {}
+for line in json.loads(sys.argv[1]):
+    os.environ.update({"COMP_LINE": line, "COMP_POINT": str(len(line)), "_ARGCOMPLETE": "1"})
+    try:
+        complete(exit_method=sys.exit)
+    except SystemExit:
+        found[line] = [word.strip() for word in open("answer").read().split("|")]
+print(json.dumps(found))
 """
 REGISTERED = """
 import vmoe
@@ -63,6 +78,32 @@ def _printed(capsys, *arguments):
         main([*arguments])
     assert not stop.value.code
     return capsys.readouterr().out
+
+
+def test_the_shell_completes(tmp_path):
+    pytest.importorskip("argcomplete", reason="the extra `completion` is not installed")
+    (tmp_path / "photos").mkdir()
+    expected = {
+        "vmoe ": ({"train", "evaluate", "import-jax"}, set()),
+        "vmoe ev": ({"evaluate"}, {"train"}),
+        "vmoe evaluate runs/a --cap": ({"--capacity-factor"}, {"--json"}),
+        "vmoe evaluate ": ({"photos/"}, {"--json"}),
+        "vmoe train ph": ({"photos/"}, {"digits"}),
+        "vmoe train --moe.num": ({"--moe.num_experts"}, {"--moe.top_k"}),
+        "vmoe train photos/ --data.crop ": ({"centre", "squash", "letterbox"}, {"photos/"}),
+        "vmoe train --config dig": ({"digits"}, {"cifar10_best"}),
+        "vmoe train --optim.lr ": (set(), {"photos/"}),
+        "vmoe tune --out runs -- --optim.sch": ({"--optim.schedule"}, {"--out"}),
+        "vmoe plan --optim.sch": ({"--optim.schedule"}, {"--gpus"}),
+        "vmoe benchmark ": ({"layer", "model"}, {"train"}),
+        "vmoe trian --o": (set(), {"--optim.lr"}),
+    }
+    lines = json.dumps(list(expected))
+    done = subprocess.run([sys.executable, "-c", COMPLETED, lines], cwd=tmp_path, capture_output=True, check=True)
+    for line, found in json.loads(done.stdout).items():
+        some, others = expected.pop(line)
+        assert some <= {*found} and not others & {*found}, (line, found)
+    assert not expected
 
 
 def test_help_of_vmoe_has_every_job_and_examples(capsys):

@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import os
 import sys
 
 from vmoe.errors import UserError
@@ -67,6 +68,8 @@ EXTRAS_OF_JOBS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one job and returns its exit code; 2 if there is no such job."""
+    if "_ARGCOMPLETE" in os.environ:  # the Tab key was pressed in a shell
+        return _complete()
     replace_what_cannot_be_shown()
     with readers_may_leave():
         return _run(sys.argv[1:] if argv is None else argv)
@@ -106,6 +109,15 @@ def run_job(job: str, argv: list[str] | None = None) -> int:
         print(f"vmoe {job}: error: {line}", file=sys.stderr)
         return 2
     return module.main(argv)
+
+
+def _complete() -> int:
+    try:
+        from vmoe.cli.completion import complete  # here, since it needs argcomplete
+    except ModuleNotFoundError:
+        return 1  # nothing can be said on a line that is being typed
+    complete()
+    return 0
 
 
 def _help() -> str:

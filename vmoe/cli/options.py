@@ -1,8 +1,10 @@
 """Options that several jobs share."""
 
 import argparse
+import contextlib
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 from vmoe.cli.short_help import SHORT, HelpAll, help_of_job, wide
 from vmoe.cli.threads import choose_threads
@@ -12,6 +14,24 @@ if TYPE_CHECKING:
     import torch
 
 
+class ParserFound(Exception):
+    """Carries a job's parser to the shell's completion."""
+
+    def __init__(self, parser: argparse.ArgumentParser) -> None:
+        super().__init__()
+        self.parser = parser
+
+
+@contextlib.contextmanager
+def asked_for_parser() -> Iterator[None]:
+    """Within it a job raises `ParserFound` where it would parse its arguments."""
+    _UserParser.is_asked_for = True
+    try:
+        yield
+    finally:
+        _UserParser.is_asked_for = False
+
+
 class _UserParser(argparse.ArgumentParser):
     """Reports a wrong command line like any other mistake of the user: one line, exit code 2.
 
@@ -19,6 +39,12 @@ class _UserParser(argparse.ArgumentParser):
     """
 
     job = ""
+    is_asked_for = False
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if _UserParser.is_asked_for:
+            raise ParserFound(self)
+        return super().parse_known_args(args, namespace)
 
     def format_help(self) -> str:
         return help_of_job(self.job, self) if self.job in SHORT else self.format_all()
