@@ -1,11 +1,15 @@
 """Classes by name: which outputs of a model are the classes of a set, whatever their order and number."""
 
 import copy
+import re
 from collections import OrderedDict, defaultdict
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+
+_SYNSET = re.compile(r"n\d{8}")
+_WITH_SYNSET = re.compile(r".+ \((n\d{8})\)", re.DOTALL)
 
 
 def only_numbers(names: Sequence[str]) -> bool:
@@ -17,7 +21,8 @@ def find_outputs(theirs: Sequence[str], ours: Sequence[str]) -> list[int | None]
     """The output of a model for each class of a set, by name.
 
     Numbers from 0 on are no names: a set that only numbers its classes is taken by number where the model has as many,
-    and is unknown else. Of a name that several classes have, the first is the set's first.
+    and is unknown else. Of a name that several classes have, the first is the set's first. Folders of ImageNet
+    have WordNet's numbers, such as n01440764, which a name such as "tench, Tinca tinca (n01440764)" has in brackets.
 
     Args:
         theirs: (C,) the model's classes, in the order of its outputs.
@@ -31,6 +36,8 @@ def find_outputs(theirs: Sequence[str], ours: Sequence[str]) -> list[int | None]
     if only_numbers(ours):
         return [None] * len(ours)
     places: dict[str, list[int]] = defaultdict(list)
+    if all(map(_SYNSET.fullmatch, ours)):
+        theirs = [found[1] if (found := _WITH_SYNSET.fullmatch(name)) else name for name in theirs]
     for index, name in enumerate(theirs):
         places[name].append(index)
     return [places[name].pop(0) if places[name] else None for name in ours]

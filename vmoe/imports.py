@@ -16,7 +16,7 @@ from vmoe.extras import missing_extra
 TORCHVISION_IS_BROKEN = (
     "torchvision was built for another torch; install both again: pip install --upgrade torch torchvision"
 )
-_REGISTRY = "vmoe.models.registry"
+_REGISTRIES = ("vmoe.models.registry", "vmoe.checkpoints.released")
 
 
 def names_on_demand(
@@ -51,9 +51,14 @@ def names_on_demand(
 def register_with_timm() -> None:
     """Has timm know our models' names as soon as timm is imported: now if it is, else right after its import."""
     if "timm" in sys.modules:
-        importlib.import_module(_REGISTRY)
+        _register_all()
     else:
         sys.meta_path.insert(0, _TimmFinder())
+
+
+def _register_all() -> None:
+    for module in _REGISTRIES:
+        importlib.import_module(module)
 
 
 class _TimmFinder(MetaPathFinder):
@@ -74,7 +79,7 @@ class _TimmFinder(MetaPathFinder):
                 _require_torchvision()  # which timm imports
                 load(module)
                 sys.meta_path[:] = [finder for finder in sys.meta_path if finder is not self]
-                importlib.import_module(_REGISTRY)
+                _register_all()
 
             spec.loader.exec_module = load_and_register  # of this spec alone
         return spec

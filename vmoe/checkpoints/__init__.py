@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         ModelFacts,
         check_entry,
         facts_of,
+        facts_of_import,
     )
     from vmoe.checkpoints.foreign import read_foreign_weights
     from vmoe.checkpoints.loading import (
@@ -46,6 +47,7 @@ else:  # a run's folder can be read without torch
                 "ModelFacts",
                 "check_entry",
                 "facts_of",
+                "facts_of_import",
             ],
             "vmoe.checkpoints.foreign": ["read_foreign_weights"],
             "vmoe.checkpoints.loading": [
@@ -73,6 +75,7 @@ __all__ = [
     "copy_checkpoint",
     "describe",
     "facts_of",
+    "facts_of_import",
     "find_checkpoint",
     "flatten",
     "load",

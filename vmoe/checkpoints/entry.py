@@ -2,13 +2,16 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vmoe.checkpoints.calibration import is_calibration
 from vmoe.errors import UserError
 from vmoe.sizes import ImageSize, as_size
+
+if TYPE_CHECKING:
+    from vmoe.models.imported import ImportedModel
 
 ENTRY = "vmoe"  # the key of this package's entry
 MODEL_PREFIX = "model."  # the prefix of weights in a .ckpt file, where the LightningModule holds the model
@@ -94,6 +97,31 @@ def facts_of(content: dict[str, Any]) -> ModelFacts:
         calibration=ours.get("calibration"),
         channels=ours.get("channels"),
     )
+
+
+def facts_of_import(
+    imported: "ImportedModel", class_names: Sequence[str], data: str | None, crop: str = "centre"
+) -> ModelFacts:
+    """What a file must tell of a model that others trained.
+
+    Args:
+        imported: The model, for square images.
+        class_names: In the order of the logits.
+        data: The name of the set that it was trained on, where that is one of ours.
+        crop: As in `ModelFacts`.
+    """
+    size, mean, std = imported.image_size[0], list(imported.mean), list(imported.std)
+    config = {
+        "seed": 0,
+        "output_dir": None,
+        "resume": False,
+        **({} if data is None else {"data": {"name": data, "image_size": size, "mean": mean, "std": std}}),
+        "model": {"name": imported.name, "kwargs": imported.kwargs},
+        "moe": None if imported.moe is None else asdict(imported.moe),
+        "optim": {},
+        "trainer": {},
+    }
+    return ModelFacts(config, class_names, size, mean, std, crop=crop)
 
 
 def checked(content: Any, path: Path) -> dict[str, Any]:

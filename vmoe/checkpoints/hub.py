@@ -13,7 +13,7 @@ def fetch(name: str) -> Path:
     huggingface_hub fetches them, with its own cache, environment variables and offline mode.
 
     Args:
-        name: hf-hub:USER/NAME, or hf-hub:USER/NAME@REVISION for a branch, a tag or a commit.
+        name: USER/NAME, or USER/NAME@REVISION for a branch, a tag or a commit; hf-hub: may come before it.
 
     Raises:
         UserError: The hub has no such repository, file or revision, or it cannot be reached and its cache has no copy.
@@ -25,5 +25,19 @@ def fetch(name: str) -> Path:
     try:
         return Path(hf_hub_download(repository, "model.safetensors", revision=revision or None))
     except Exception as error:  # the client raises any type
+        if type(error).__name__ == "LocalEntryNotFoundError":  # also where there is no network
+            require_network(name)
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"{name}: its model.safetensors cannot be fetched ({reason})") from error
+
+
+def require_network(name: str) -> None:
+    """Refuses to fetch a model in huggingface_hub's offline mode, which all models by name keep.
+
+    Raises:
+        UserError: HF_HUB_OFFLINE is set.
+    """
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        raise UserError(f"{name}: is not here yet, and HF_HUB_OFFLINE forbids to fetch it; unset it once")

@@ -9,6 +9,8 @@ metadata and without the state of training.
 import json
 import shutil
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,9 @@ from torch import Tensor, nn
 
 from vmoe.checkpoints.building import build_model, timm_arguments
 from vmoe.checkpoints.entry import ENTRY, MODEL_PREFIX, ModelFacts, check_entry, checked, facts_of
-from vmoe.checkpoints.hub import HUB, fetch
 from vmoe.checkpoints.run_folder import RunFolder
 from vmoe.checkpoints.sharded import is_sharded, read_folder, read_plain_part
+from vmoe.checkpoints.source import local_path
 from vmoe.checkpoints.trained import TrainedModel, as_trained
 from vmoe.errors import UserError
 from vmoe.files import atomic_write, new_folder
@@ -41,8 +43,8 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> TrainedModel:
 
     Args:
         path: A run's folder (its best checkpoint, or the last if there is no best); a .ckpt or .safetensors file; a
-            folder of `vmoe export --format hub`; or its name on the hub, hf-hub:USER/NAME or
-            hf-hub:USER/NAME@REVISION.
+            folder of `vmoe export --format hub`; or a name that is fetched once: a released model (`vmoe models` lists
+            them), USER/NAME or USER/NAME@REVISION on the hub, or the address of a .safetensors file.
         device: The device of the model.
 
     Returns:
@@ -79,14 +81,12 @@ load_checkpoint = load  # the older name of `vmoe.load`
 def find_checkpoint(path: str | Path) -> Path:
     """The checkpoint file for `path`: the file itself, or a run's best checkpoint, else its last.
 
-    For a name such as hf-hub:USER/NAME it fetches the weights first.
+    For a name or an address it fetches the weights first: see `local_path`.
 
     Raises:
         UserError: There is none.
     """
-    if str(path).startswith(HUB):
-        return fetch(str(path))
-    path = Path(path).expanduser()
+    path = local_path(path)
     if not path.is_dir() or is_sharded(path):
         if not path.exists():
             raise UserError(f"{path}: no such file; give a .ckpt or .safetensors file or a run's folder")
@@ -108,6 +108,19 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     return checked(read_folder(path) if is_sharded(path) else _read_file(path), path)
+
+
+def read_facts(path: Path) -> ModelFacts:
+    """What a safetensors file of ours tells of its model; its tensors stay unread.
+
+    Raises:
+        UserError: the file is missing, truncated, foreign, damaged, or of a newer version.
+    """
+    with _reading_safetensors(path):
+        ours = _entry_in_metadata(path)
+    content = checked({"state_dict": {}, ENTRY: ours, "global_step": 0}, path)
+    check_entry(content, path)
+    return facts_of(content).by_architecture()
 
 
 def read_without_tensors(path: str | Path) -> dict[str, Any]:
@@ -137,12 +150,9 @@ def _read_file(path: Path) -> Any:
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            ours = json.loads((file.metadata() or {}).get(ENTRY, "null"))
+    with _reading_safetensors(path):
+        ours = _entry_in_metadata(path)
         stored = load_file(path)
-    except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not a safetensors file, or damaged ({' '.join(str(error).split())[:100]})") from error
     scales = {name for name in stored if name.endswith(SCALE) and _is_int8(stored, name.removesuffix(SCALE))}
     weights = {
         MODEL_PREFIX + name: dequantise(value, stored[name + SCALE]) if name + SCALE in scales else value
@@ -151,6 +161,19 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     }
     step = ours.get("step", 0) if isinstance(ours, dict) else 0
     return {"state_dict": weights, ENTRY: ours, "global_step": step}
+
+
+def _entry_in_metadata(path: Path) -> Any:
+    with safe_open(path, framework="pt") as file:
+        return json.loads((file.metadata() or {}).get(ENTRY, "null"))
+
+
+@contextmanager
+def _reading_safetensors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not a safetensors file, or damaged ({' '.join(str(error).split())[:100]})") from error
 
 
 def _is_int8(stored: dict[str, Tensor], name: str) -> bool:

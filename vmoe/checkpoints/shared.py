@@ -75,7 +75,8 @@ def require_rounding(path: object, has_experts: bool) -> None:
 def shared_config(config: dict[str, Any]) -> dict[str, Any]:
     """A run's config without paths of the training machine."""
     kept = {key: value for key, value in config.items() if key != "distill"}  # its teacher is a path
-    kept["data"] = {key: value for key, value in config.get("data", {}).items() if key != "root"}
+    if "data" in config:
+        kept["data"] = {key: value for key, value in config["data"].items() if key != "root"}
     return kept | {"output_dir": None, "init_from": None}
 
 

@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
 def _demo_page_parser() -> argparse.ArgumentParser:
     parser = new_parser("demo-page", __doc__)
     add = parser.add_argument
-    add("model", metavar="MODEL", type=Path, help="a checkpoint, a folder or a safetensors file")
+    add("model", metavar="MODEL", help="a checkpoint, a folder, a safetensors file, or a name: see `vmoe models`")
     add("--out", type=Path, required=True, metavar="DIR", help="the folder to write")
     add("--images", nargs="+", metavar="FILE", help="what the page offers (default: the package's two photographs)")
     add("--runtime", type=Path, metavar="TGZ", help="the npm package onnxruntime-web, as a .tgz or unpacked")

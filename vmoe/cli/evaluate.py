@@ -55,6 +55,7 @@ def main(argv: list[str]) -> None:
 def _measure(options: argparse.Namespace) -> None:
     # Imported here, so that --help and a mistyped option answer at once.
     from vmoe.checkpoints import load_checkpoint, require_single_label
+    from vmoe.checkpoints.source import is_remote
     from vmoe.classes import known_outputs
     from vmoe.cli.evaluate_tables import corruption_table, probe_table, result_tables, setting
     from vmoe.evaluation.evaluate import classes_differ, measure_split
@@ -63,7 +64,7 @@ def _measure(options: argparse.Namespace) -> None:
     corruptions = _chosen_corruptions(options.corruptions)
     device = choose_device(options.device)
     checkpoint = load_checkpoint(options.checkpoint, device)
-    out = options.out or _own_folder(checkpoint.path)
+    out = options.out or (Path() if is_remote(options.checkpoint) else _own_folder(checkpoint.path))
     json_file = options.json or out / "evaluation.json"
     require_no_folder(json_file)
     require_writable(out, json_file.parent)

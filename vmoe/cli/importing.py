@@ -1,7 +1,6 @@
 """Shared code of the jobs that import others' checkpoints."""
 
 import argparse
-import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,7 +8,6 @@ from vmoe.errors import UserError
 from vmoe.text import counted
 
 if TYPE_CHECKING:
-    from vmoe.checkpoints import ModelFacts
     from vmoe.models.imported import ImportedModel
 
 
@@ -41,7 +39,7 @@ def write_imported(imported: "ImportedModel", options: argparse.Namespace, sourc
     Raises:
         UserError: No such file can hold the model, the class names do not fit it, or the file cannot be written.
     """
-    from vmoe.checkpoints import write_weights
+    from vmoe.checkpoints import facts_of_import, write_weights
     from vmoe.models.cost import count_parameters
 
     if options.out.suffix == ".ckpt" and not imported.num_classes:
@@ -49,42 +47,19 @@ def write_imported(imported: "ImportedModel", options: argparse.Namespace, sourc
             f"--out {options.out}: {source} has no classifier, without which no job opens a .ckpt; "
             f"use {python_way}, or end in .safetensors for the weights alone"
         )
-    facts = _facts(imported, options.class_names, python_way)
+    rows, columns = imported.image_size
+    if rows != columns:
+        raise UserError(f"images of {rows}x{columns}: a checkpoint is for square ones; use {python_way}")
+    facts = facts_of_import(imported, _class_names(imported.num_classes, options.class_names), "imagenet")
     write_weights(options.out, imported.model.state_dict(), facts)
 
     parameters = count_parameters(imported.model)
     moe = imported.moe
     experts = "dense" if moe is None else f"{counted(moe.num_experts, 'expert')} in blocks {moe.layers}"
-    rows, columns = imported.image_size
     print(
         f"{options.out}: {experts}, {parameters.total / 1e6:,.1f} M parameters, {parameters.active / 1e6:,.1f} M "
         f"active, images of {rows}x{columns}, {counted(imported.num_classes, 'class', 'classes')}"
     )
-
-
-def _facts(imported: "ImportedModel", names_file: Path | None, python_way: str) -> "ModelFacts":
-    """The facts for the checkpoint, in plain types.
-
-    Raises:
-        UserError: The images are not square, or the class names do not fit.
-    """
-    from vmoe.checkpoints import ModelFacts
-
-    rows, columns = imported.image_size
-    if rows != columns:
-        raise UserError(f"images of {rows}x{columns}: a checkpoint is for square ones; use {python_way}")
-    mean, std = list(imported.mean), list(imported.std)
-    config = {
-        "seed": 0,
-        "output_dir": None,
-        "resume": False,
-        "data": {"name": "imagenet", "image_size": rows, "mean": mean, "std": std},
-        "model": {"name": imported.name, "kwargs": imported.kwargs},
-        "moe": None if imported.moe is None else dataclasses.asdict(imported.moe),
-        "optim": {},
-        "trainer": {},
-    }
-    return ModelFacts(config, _class_names(imported.num_classes, names_file), rows, mean, std)
 
 
 def _class_names(num_classes: int, names_file: Path | None) -> list[str]:

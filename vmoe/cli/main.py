@@ -20,6 +20,7 @@ GROUPS = {
         "sweep": "train the arms and seeds of a study, several side by side",
     },
     "Use and measure": {
+        "models": "list the models that open by name, with size and accuracy",
         "predict": "name what is in pictures, with a checkpoint or an exported model",
         "evaluate": "measure a checkpoint: accuracy, calibration, speed, dropped tokens",
         "calibrate": "make a checkpoint's probabilities fit how often it is right",

@@ -1,8 +1,9 @@
 """\
 Prints the most probable classes of pictures of any size and mode, or all their classes if the model knows several per
 image. Pictures are prepared as in evaluation (the central square, resized). MODEL is a checkpoint, a run's folder, a
-safetensors file, a folder written by `vmoe export --format hub`, the name of one on the hub (hf-hub:USER/NAME), or an
-ONNX file. Files that cannot be read as images are listed at the end.
+safetensors file, a folder written by `vmoe export --format hub`, the name of one on the hub (USER/NAME), a released
+model (`vmoe models` lists them), the address of a safetensors file, or an ONNX file. Files that cannot be read as
+images are listed at the end.
 
   vmoe predict assets/models/cifar100_tiny.safetensors photo.jpg holiday/ --csv answers.csv
   vmoe predict runs/mine holiday/ --threshold 0.5 --tta --embeddings vectors.npz
@@ -168,8 +169,8 @@ def _four_largest(shares: list[float]) -> list[tuple[int, float]]:
 
 def _predict_parser() -> argparse.ArgumentParser:
     parser = new_parser("predict", __doc__)
-    opened = "a checkpoint, a folder, a .safetensors or .onnx file, hf-hub:USER/NAME"
-    parser.add_argument("model", metavar="MODEL", type=Path, help=opened)
+    opened = "a checkpoint, a folder, a .safetensors or .onnx file, or a name: see `vmoe models`"
+    parser.add_argument("model", metavar="MODEL", help=opened)
     parser.add_argument("images", metavar="IMAGE_OR_FOLDER", nargs="+", help="image files, or folders of them")
     parser.add_argument("--top", type=count, default=5, metavar="N", help="classes per image (default: %(default)s)")
     parser.add_argument("--routing", action="store_true", help="tell which experts an image's patches go to")

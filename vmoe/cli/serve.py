@@ -19,7 +19,6 @@ import os
 import re
 import sys
 from functools import partial
-from pathlib import Path
 
 from vmoe.cli.common import job
 from vmoe.cli.options import choose_device, count, new_parser
@@ -66,8 +65,7 @@ def _serve_parser() -> argparse.ArgumentParser:
     add(
         "model",
         metavar="MODEL",
-        type=Path,
-        help="a checkpoint, a folder, a .safetensors or .onnx file, hf-hub:USER/NAME",
+        help="a checkpoint, a folder, a .safetensors or .onnx file, or a name: see `vmoe models`",
     )
     hosts = ("127.0.0.1", "0.0.0.0", "::")
     add("--host", choices=hosts, default=hosts[0], help="where to listen (default: %(default)s, this machine alone)")

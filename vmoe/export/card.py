@@ -80,7 +80,7 @@ model = timm.create_model("hf-hub:USER/NAME", pretrained=True).eval()  # or "loc
 ```
 
 {transformers}
-`vmoe predict hf-hub:USER/NAME photo.jpg` names what is in a picture.
+`vmoe predict USER/NAME photo.jpg` names what is in a picture.
 
 {routing}## Recipe
 

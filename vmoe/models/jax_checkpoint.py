@@ -79,7 +79,7 @@ def open_checkpoint(prefix: str | Path) -> dict[str, Leaf]:
     shard_count, tree = _read_index(index_path)
     wrapped = isinstance(tree.get("params"), dict) and "embedding" not in tree
     root = "params/" if wrapped else ""
-    data = [Path(f"{prefix}.data-{number:05d}-of-{shard_count:05d}") for number in range(shard_count)]
+    data = [Path(f"{prefix}{suffix}") for suffix in _data_suffixes(shard_count)]
     stored = [_scan_data_file(path) for path in data]
 
     leaves = {}
@@ -89,6 +89,19 @@ def open_checkpoint(prefix: str | Path) -> dict[str, Leaf]:
             entry = _read_entry(packed, f"{index_path}: {name}")
             leaves[name.removeprefix(root)] = _find_chunks(entry, number, name, data, stored)
     return leaves
+
+
+def data_suffixes(prefix: str | Path) -> list[str]:
+    """What follows a checkpoint's prefix in the names of its data files, by its index.
+
+    Raises:
+        UserError: the index is missing, cut off or foreign.
+    """
+    return _data_suffixes(_read_index(Path(f"{prefix}.index"))[0])
+
+
+def _data_suffixes(shard_count: int) -> list[str]:
+    return [f".data-{number:05d}-of-{shard_count:05d}" for number in range(shard_count)]
 
 
 def read_into(leaves: dict[str, Leaf], targets: dict[str, np.ndarray]) -> None:

@@ -36,6 +36,7 @@ class RoutingOptions:
     group_images: int = 8
     capacity_rounding: str | None = None
     capacity_multiple_of: int | None = None
+    ensemble: int | None = None  # members, of a router that has no axis of them; None: as the tensors are
 
 
 def load_jax_checkpoint(
@@ -125,12 +126,14 @@ def _moe_config(architecture: Architecture, options: RoutingOptions, image_size:
         raise UserError(
             "capacity_factor: must be given with router='expert_choice': it says how many tokens an expert takes"
         )
+    if architecture.members is not None and options.ensemble not in (None, architecture.members):
+        raise UserError(f"ensemble={options.ensemble}: the routers of {prefix} have {architecture.members} members")
     try:
         common = {
             "layers": architecture.moe_blocks,
             "num_experts": architecture.num_experts,
             "router": router,
-            "ensemble": architecture.members or 1,
+            "ensemble": architecture.members or options.ensemble or 1,
             "batch_priority": options.batch_priority,
             "capacity_rounding": options.capacity_rounding,
             "capacity_multiple_of": options.capacity_multiple_of,

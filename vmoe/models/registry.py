@@ -81,12 +81,12 @@ def _default_cfg(arguments: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-_MODELS = _named_models()
+NAMED = _named_models()
 ON_BACKBONE = "vmoe_on_backbone"
 _BACKBONE = "vit_tiny_patch16_224"
 default_cfgs = generate_default_cfgs(
     {
-        **{name: _default_cfg(arguments) for name, (arguments, _) in _MODELS.items()},
+        **{name: _default_cfg(arguments) for name, (arguments, _) in NAMED.items()},
         ON_BACKBONE: {**_default_cfg({}), "fixed_input_size": False},
     }
 )
@@ -138,10 +138,15 @@ def vmoe_on_backbone(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
     `backbone` is its name, `moe` a dict of `MoeConfig`'s fields. All other arguments are the backbone's.
     """
+    return create_on_backbone(ON_BACKBONE, pretrained, **kwargs)
+
+
+def create_on_backbone(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """As `vmoe_on_backbone`, for a name of timm's registry that has a description of its own."""
     features = _features_of(**kwargs) if kwargs.get("features_only") else {}
     return build_model_with_cfg(
         _build_on_backbone,
-        ON_BACKBONE,
+        variant,
         pretrained,
         pretrained_filter_fn=_with_the_file_s_slots,
         feature_cfg=features,
@@ -197,5 +202,5 @@ def _build_on_backbone(backbone: str = _BACKBONE, moe: dict[str, Any] | None = N
     return create_model(backbone, MoeConfig(**(moe or {})), **kwargs)
 
 
-for _name, (_arguments, _moe) in _MODELS.items():
+for _name, (_arguments, _moe) in NAMED.items():
     _register(_name, _arguments, _moe)

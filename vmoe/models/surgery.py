@@ -14,6 +14,7 @@ from vmoe.models.families import EligibleMlp, eligible_mlps, has_class_token, on
 from vmoe.models.lora import has_lora
 from vmoe.models.members import check_ensemble, hand_members_through
 from vmoe.models.padding import hand_masks_through
+from vmoe.models.released import is_released
 from vmoe.moe import MoeConfig, MoeMlp, moe_layers
 from vmoe.moe.image_routing import share_router
 from vmoe.moe.mlps import split_leading_norm, take_apart
@@ -29,9 +30,9 @@ def create_model(name: str, moe: MoeConfig | Literal[False] | None = None, **tim
     """Creates a timm model and makes it a V-MoE.
 
     Args:
-        name: A model name of timm.
+        name: A model name of timm, or of a released model (`vmoe models` lists them).
         moe: The MoE layers. None gives the dense twin, built by the same code and from the same random numbers. A name
-            "vmoe_..." has its own MoE layers: None keeps them, False gives the dense twin.
+            "vmoe_..." or of a released model has its own MoE layers: None keeps them, False gives the dense twin.
         **timm_kwargs: Arguments of `timm.create_model`: num_classes, img_size, patch_size, pretrained, drop_path_rate,
             ... With weights (`pretrained=True`, `checkpoint_path`) their dense model is upcycled.
 
@@ -39,6 +40,8 @@ def create_model(name: str, moe: MoeConfig | Literal[False] | None = None, **tim
         RuntimeError: timm knows no such model.
         ValueError: The model's family or the chosen layers do not allow MoE layers.
     """
+    if is_released(name):
+        return timm.create_model(name, moe=moe, **timm_kwargs)  # which knows how its like is built
     if name.startswith("vmoe_"):
         model = timm.create_model(name, moe=moe, **timm_kwargs)
     else:

@@ -20,7 +20,7 @@ from fastapi import Depends, Header, HTTPException, Request
 from litserve.loops import BatchedLoop
 from starlette.middleware.cors import CORSMiddleware
 
-from vmoe.checkpoints.hub import HUB
+from vmoe.checkpoints.source import local_path
 from vmoe.errors import UserError
 from vmoe.serve.api_description import describe_api
 from vmoe.serve.uploads import Upload, UploadReader, read_upload
@@ -49,7 +49,7 @@ class ModelService(litserve.LitAPI):
         told: The worker's message after opening the model: a description of it, or an error line.
     """
 
-    def __init__(self, path: Path, device: Callable[[], "torch.device"], max_batch: int) -> None:
+    def __init__(self, path: str | Path, device: Callable[[], "torch.device"], max_batch: int) -> None:
         # with `max_batch` 1 LitServe's own loop would call `predict` with a single upload instead of a list
         super().__init__(max_batch_size=max_batch, batch_timeout=BATCH_WAIT, loop=BatchedLoop())
         self.path, self.runs_on = path, device
@@ -144,7 +144,7 @@ def _is_key(header: str, key: str) -> bool:
 
 
 def serve(
-    path: Path,
+    path: str | Path,
     device: Callable[[], "torch.device"],
     host: str,
     port: int,
@@ -170,7 +170,7 @@ def serve(
         UserError: The model cannot be opened, its answers depend on the other images of a batch, the port is taken, or
             the worker died.
     """
-    if not str(path).startswith(HUB) and not path.exists():
+    if not local_path(path).exists():  # and fetches it here, once, where it is elsewhere
         raise UserError(f"{path}: no such file; give a checkpoint, a run's folder or an ONNX file")
     _check_port(host, port)
     server = _Server(
@@ -214,7 +214,7 @@ def _stop_on_signals() -> None:
         signal.signal(number, stop)
 
 
-def _describe(path: Path, model: "TrainedModel") -> dict[str, Any]:
+def _describe(path: str | Path, model: "TrainedModel") -> dict[str, Any]:
     """The facts about a model that the processes for requests need, such as its classes and image size.
 
     Raises:

@@ -1,5 +1,6 @@
 """A run's initial weights: random, or from another checkpoint (upcycled, sparse as they are, or averaged to dense)."""
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -8,12 +9,14 @@ from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from vmoe.checkpoints import TrainedModel, build_model, load_checkpoint, read_foreign_weights, timm_arguments
+from vmoe.checkpoints.source import local_path
 from vmoe.classes import known_outputs, only_numbers
 from vmoe.errors import UserError
 from vmoe.models import densify, sparsify
 from vmoe.models.freezing import classifier_names
 from vmoe.models.npz_weights import load_npz_weights
 from vmoe.models.registry import fitted_weights
+from vmoe.models.released import is_released
 from vmoe.models.surgery import set_moe_drop_path
 from vmoe.moe import MoeConfig, moe_layers
 from vmoe.sizes import ImageSize, height_and_width
@@ -24,6 +27,8 @@ def initial_model(
     config: TrainConfig, class_names: list[str], image_size: ImageSize, say: Callable[[str], object] = lambda line: None
 ) -> nn.Module:
     """The model of a run, with the weights of `config.init_from`: "pretrained", or a file of ours, timm's or an .npz.
+
+    A name or an address may stand for the file: see `local_path`.
 
     "pretrained" takes timm's weights of the model and downloads them if needed. An .npz file is one of the original
     code. If the run has MoE layers, a dense checkpoint is upcycled: every routed expert starts as the MLP it replaces
@@ -63,16 +68,18 @@ def _starting_model(
     channels = config.data.channels
     if config.init_from is None:
         return build_model(name, kwargs, config.moe, num_classes, image_size, channels)
-    if config.init_from == "pretrained":
+    if config.init_from == "pretrained" and is_released(name):
+        config = dataclasses.replace(config, init_from=name)
+    elif config.init_from == "pretrained":
         dense = build_model(name, {**kwargs, "pretrained": True}, None, num_classes, image_size, channels)
         return _upcycled(dense, config.moe, image_size)
-    path = Path(config.init_from).expanduser()
+    path = local_path(str(config.init_from))
     if path.suffix == ".npz" and path.is_file():
         return _from_npz(config, path, num_classes, image_size, say)
     foreign = read_foreign_weights(path)
     if foreign is not None:
         return _from_foreign(config, foreign, num_classes, image_size, say)
-    start = load_checkpoint(config.init_from)
+    start = load_checkpoint(path)
     if start.class_names != class_names:
         say(f"{start.path}: {_classifier_line(start.class_names, class_names)}")
     if moe_layers(start.model):
@@ -80,11 +87,11 @@ def _starting_model(
         _fit_to_images(start, model, image_size)
         if not moe_layers(model):
             _average_experts(start)
-        _load(model, _with_stem(_weights(start, model, class_names), model, start.path, say), start.path)
+        _load(model, _with_stem(_weights(start, model, class_names), model, start.path, say), start.path, _same_as(config.init_from))
         return model
     model = build_model(name, kwargs, None, num_classes, image_size, channels)
     _fit_to_images(start, model, image_size)
-    _load(model, _with_stem(_weights(start, model, class_names), model, start.path, say), start.path)
+    _load(model, _with_stem(_weights(start, model, class_names), model, start.path, say), start.path, _same_as(config.init_from))
     return _upcycled(model, config.moe, image_size)
 
 
@@ -96,7 +103,7 @@ def _from_foreign(
     say: Callable[[str], object],
 ) -> nn.Module:
     """The model with the weights of one of timm's files. They may be dense, or have these MoE layers."""
-    path = Path(str(config.init_from))
+    path = str(config.init_from)
     is_sparse = any(".experts." in name for name in weights)
     moe = config.moe if is_sparse else None
     arguments = timm_arguments(config.model.kwargs)
@@ -130,7 +137,7 @@ def _from_npz(
     return _upcycled(model, config.moe, image_size)
 
 
-def _nameless_classifier_line(path: Path, is_taken: bool, num_classes: int) -> str:
+def _nameless_classifier_line(path: str | Path, is_taken: bool, num_classes: int) -> str:
     """A line on the use of the classifier of a file without class names."""
     if is_taken:
         return f"{path}: its {num_classes} classes are taken by number, as it does not name them"
@@ -203,13 +210,20 @@ def _with_stem(
     return weights
 
 
-def _load(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
+_SAME = "use the same model.name, model.kwargs and moe"
+
+
+def _same_as(init_from: str | None) -> str:
+    """What to do where weights do not fit a run's model."""
+    return f"give --model.name {init_from} and its moe" if init_from and is_released(init_from) else _SAME
+
+
+def _load(model: nn.Module, weights: dict[str, Tensor], path: str | Path, advice: str = _SAME) -> None:
     own = model.state_dict()
     for name in sorted(own.keys() | weights.keys()):
         here, there = (tuple(state[name].shape) if name in state else None for state in (own, weights))
         if here == there:
             continue
-        advice = "use the same model.name, model.kwargs and moe"
         if name.endswith(".router.mu") and None not in (here, there) and here[:2] == there[:2]:
             factor = moe_layers(model)[0][1].config.capacity_factor * there[2] / here[2]
             advice = f"--moe.capacity_factor {factor:g} keeps Soft MoE's slots"

@@ -1,0 +1,299 @@
+"""Released models by name: fetched and converted once, and registered in timm.
+
+Everything of a model lies in torch.hub's folder, under checkpoints/vmoe/NAME: the publisher's files, what was recorded
+of them, and the converted model, a safetensors file as `vmoe.save` writes it.
+"""
+
+import json
+import re
+import zipfile
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.models import generate_default_cfgs, register_model
+from torch import nn
+
+from vmoe.checkpoints.downloading import fetch_file, one_process_in, sha256_of
+from vmoe.checkpoints.entry import facts_of_import
+from vmoe.checkpoints.hub import require_network
+from vmoe.checkpoints.writing import write_weights
+from vmoe.errors import UserError
+from vmoe.extras import require_module
+from vmoe.files import new_folder, write_json, writing
+from vmoe.models import released
+from vmoe.models.imported import ImportedModel
+from vmoe.models.released import ReleasedModel
+from vmoe.moe import MoeConfig
+from vmoe.sizes import height_and_width
+
+RECORD = "downloaded.json"  # by file: its address, size and SHA-256 at the first download
+_IN_ZIP = re.compile(r"(?:[^/\\]+/)*([^/\\]+\.(?:rank\d{1,6}|master|global|pth))")
+_OUR_SETS = {"imagenet-1k": "imagenet", "cifar100": "cifar100"}
+
+
+def cache_folder(name: str) -> Path:
+    """Where everything of a model is kept; torch's TORCH_HOME moves it."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / "vmoe" / name
+
+
+def converted_file(name: str) -> Path:
+    """The converted model, which need not be there yet."""
+    name = released.full_name(name)
+    return cache_folder(name) / f"{name}-{released.RELEASED[name].digest}.safetensors"
+
+
+def fetch_released(name: str) -> Path:
+    """The converted model of a released one: a file that `vmoe.load` opens. It is downloaded and converted once.
+
+    Args:
+        name: As in `vmoe.models.released.RELEASED`.
+
+    Raises:
+        UserError: there is no network, or what comes is no such model; or a package is missing that reads its files.
+    """
+    name = released.full_name(name)
+    model, path = released.RELEASED[name], converted_file(name)
+    record = path.with_name(RECORD)
+    if _is_converted(path, record):
+        return path
+    if model.kind == "jax":
+        require_module("msgpack")
+    with one_process_in(path.parent):
+        if _is_converted(path, record):  # by another process, while this one waited
+            return path
+        files = _published_files(name, model, _read_record(record))
+        _convert(name, model, path)
+        write_json(record, {"files": files, "converted": {path.name: path.stat().st_size}})
+    return path
+
+
+def _is_converted(path: Path, record: Path) -> bool:
+    """Whether the converted model is there, and of the size that it was written in."""
+    return path.is_file() and _read_record(record)["converted"].get(path.name) == path.stat().st_size
+
+
+def _read_record(path: Path) -> dict[str, dict[str, Any]]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return {"files": dict(content["files"]), "converted": dict(content["converted"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {"files": {}, "converted": {}}
+
+
+def _published_files(name: str, model: ReleasedModel, record: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Has all of the publisher's files here.
+
+    Returns:
+        The address, size and SHA-256 of each, by its name.
+
+    Raises:
+        UserError: one cannot be fetched, or is not the one of the first download.
+    """
+    known = record["files"]
+    if model.kind == "swin":
+        return _fetched(name, model, ".zip", known)
+    from vmoe.models.jax_checkpoint import data_suffixes
+
+    files = _fetched(name, model, ".index", known)
+    try:
+        suffixes = data_suffixes(cache_folder(name) / model.file)
+    except UserError as error:
+        _remove_files(name, files)
+        raise _foreign(name, model, error) from error
+    for suffix in suffixes:
+        files |= _fetched(name, model, suffix, known)
+    return files
+
+
+def _fetched(name: str, model: ReleasedModel, suffix: str, known: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """One of the publisher's files, where it is not here yet."""
+    address = model.address.removesuffix(".zip") + suffix
+    path = cache_folder(name) / f"{model.file}{suffix}"
+    if path.is_file():
+        sha256 = sha256_of(path)
+    else:
+        require_network(name)
+        try:
+            sha256 = fetch_file(address, path)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from error
+    first = model.sha256.get(path.name) or known.get(path.name, {}).get("sha256")
+    if first is not None and first != sha256:
+        path.unlink()
+        what = "the publisher's" if path.name in model.sha256 else "that of the first download"
+        raise UserError(
+            f"{name}: {address} is not what it was: its SHA-256 is {sha256}, and {what} is {first}; run this again if "
+            f"it was damaged, or remove {path.with_name(RECORD)} if the publisher has replaced it"
+        )
+    return {path.name: {"address": address, "size": path.stat().st_size, "sha256": sha256}}
+
+
+def _convert(name: str, model: ReleasedModel, path: Path) -> None:
+    """Writes the converted model.
+
+    Raises:
+        UserError: the files are not this model's, or the file cannot be written.
+    """
+    try:
+        imported = _import_swin(name, model) if model.kind == "swin" else _import_jax(name, model)
+        _require_the_model(model, imported)
+    except UserError as error:
+        _remove_files(name, [f"{model.file}.zip", *(each.name for each in path.parent.glob(f"{model.file}.*"))])
+        raise _foreign(name, model, error) from error
+    facts = facts_of_import(imported, model.class_names(), _OUR_SETS.get(model.names), model.crop)
+    write_weights(path, imported.model.state_dict(), facts)
+
+
+def _import_jax(name: str, model: ReleasedModel) -> ImportedModel:
+    from vmoe.models.jax_import import RoutingOptions, import_jax_checkpoint
+
+    moe = model.moe or {}
+    options = RoutingOptions(
+        top_k=moe["top_k"],
+        capacity_factor=model.capacity_factor,
+        group_images=moe["group"],
+        ensemble=moe.get("ensemble"),
+    )
+    return _dropping_nothing(import_jax_checkpoint(cache_folder(name) / model.file, options))
+
+
+def _import_swin(name: str, model: ReleasedModel) -> ImportedModel:
+    from vmoe.models.swin_import import import_swin_moe_checkpoint
+
+    path = cache_folder(name) / f"{model.file}.zip"
+    with new_folder(path.with_suffix("")) as folder:
+        _unzip(path, folder)
+        imported = _dropping_nothing(import_swin_moe_checkpoint(folder))
+        for file in folder.iterdir():  # which the .zip has
+            file.unlink()
+    path.with_suffix("").rmdir()
+    return imported
+
+
+def _dropping_nothing(imported: ImportedModel) -> ImportedModel:
+    """The same, described so that nothing is dropped at evaluation: a prediction then does not depend on its batch."""
+    moe = imported.moe
+    return imported if moe is None else replace(imported, moe=replace(moe, eval_capacity_factor=None))
+
+
+def _unzip(path: Path, folder: Path) -> None:
+    """Takes the files of a checkpoint out of the publisher's .zip, from whatever folder in it, into this one."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for entry in archive.infolist():
+                if not (member := _IN_ZIP.fullmatch(entry.filename)):
+                    continue
+                with archive.open(entry) as source, writing(folder), open(folder / member[1], "wb") as target:
+                    while chunk := source.read(2**20):
+                        target.write(chunk)
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, zipfile.zlib.error) as error:
+        raise UserError(f"{path}: no .zip, or damaged ({' '.join(str(error).split())[:100]})") from error
+
+
+def _require_the_model(model: ReleasedModel, imported: ImportedModel) -> None:
+    found = {
+        "image_size": imported.image_size[0],
+        "num_classes": imported.num_classes,
+        "num_experts": 0 if imported.moe is None else imported.moe.num_experts,
+    }
+    expected = {
+        "image_size": model.image_size,
+        "num_classes": model.num_classes,
+        "num_experts": (model.moe or {}).get("num_experts", 0),
+    }
+    for what, value in found.items():
+        if value != expected[what]:
+            raise UserError(f"its {what} is {value}, and that of the released model is {expected[what]}")
+
+
+def _remove_files(name: str, files: "list[str] | dict[str, Any]") -> None:
+    """Removes files that are not the model's, so that they are fetched again."""
+    for each in files:
+        (cache_folder(name) / each).unlink(missing_ok=True)
+
+
+def _foreign(name: str, model: ReleasedModel, error: UserError) -> UserError:
+    return UserError(
+        f"{name}: what came from {model.address} is not this model ({error}); its files are removed, so run this again "
+        "to fetch_released them again"
+    )
+
+
+def _name_in_timm(architecture: str) -> None:
+    def create(
+        pretrained: bool = False,
+        pretrained_cfg: Any = None,
+        pretrained_cfg_overlay: dict[str, Any] | None = None,
+        moe: MoeConfig | bool | None = None,
+        **kwargs: Any,
+    ) -> nn.Module:
+        from vmoe.models.registry import create_on_backbone  # which may be the module that imports this one
+
+        name = f"{architecture}.{pretrained_cfg}" if isinstance(pretrained_cfg, str) else architecture
+        name = released.full_name(name)
+        backbone, arguments = released.RELEASED[name].backbone
+        own = own_moe(name)
+        if pretrained:
+            from vmoe.checkpoints.loading import read_facts
+
+            path = fetch_released(name)
+            facts = read_facts(path)
+            backbone, arguments = facts.config["model"]["name"], facts.config["model"]["kwargs"]
+            own = facts.config["moe"]
+            found = {"num_classes": len(facts.class_names), "input_size": (3, *height_and_width(facts.image_size))}
+            pretrained_cfg_overlay = {**found, **(pretrained_cfg_overlay or {}), "file": str(path)}
+        if moe is not None:
+            own = asdict(moe) if isinstance(moe, MoeConfig) else None
+        try:
+            return create_on_backbone(
+                architecture,
+                pretrained,
+                pretrained_cfg=pretrained_cfg,
+                pretrained_cfg_overlay=pretrained_cfg_overlay,
+                backbone=backbone,
+                moe=own or {"layers": []},
+                **{**arguments, **kwargs},
+            )
+        except RuntimeError as error:
+            if not pretrained or "state_dict" not in str(error):
+                raise
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"{name}: its weights do not fit these arguments or this moe ({reason})") from error
+
+    create.__name__ = create.__qualname__ = architecture
+    register_model(create)
+
+
+def own_moe(name: str) -> dict[str, Any] | None:
+    """The MoE layers of a released model, as a config's plain types; None of a dense one."""
+    model = released.RELEASED[released.full_name(name)]
+    if model.moe is None:
+        return None
+    return asdict(MoeConfig(**model.moe, capacity_factor=model.capacity_factor))
+
+
+def _timm_cfg(model: ReleasedModel) -> dict[str, Any]:
+    """What timm keeps of a model."""
+    return {
+        "url": model.address,
+        "num_classes": model.num_classes,
+        "input_size": (3, model.image_size, model.image_size),
+        "fixed_input_size": True,
+        "crop_pct": model.crop_share,
+        "crop_mode": {"centre": "center", "squash": "squash"}[model.crop],
+        "interpolation": model.interpolation,
+        "mean": model.mean,
+        "std": model.std,
+        "first_conv": "patch_embed.proj",
+        "classifier": "head" if model.kind == "jax" else "head.fc",
+        "license": model.license,
+        "origin_url": model.source,
+        "paper_ids": f"arXiv:{model.paper}",
+    }
+
+
+default_cfgs = generate_default_cfgs({name: _timm_cfg(model) for name, model in released.RELEASED.items()})
+for _architecture in released.architectures():
+    _name_in_timm(_architecture)
