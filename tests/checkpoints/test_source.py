@@ -54,7 +54,7 @@ def test_jobs_take_a_name_of_the_hub(hub, here, capsys):
     assert main(["predict", "me/other", "photo.png"]) == 2
     line = capsys.readouterr().err
     assert line.count("\n") == 1
-    assert "me/other: no such file or folder, nor can it be fetched from the hub (" in line
+    assert "me/other: no such file or folder here, and as a name of the hub its model.safetensors cannot" in line
 
 
 def test_offline_a_model_that_is_not_here_is_one_line(hub, monkeypatch):
@@ -91,7 +91,7 @@ def test_an_address_of_safetensors(here, capsys):
             (f"{server.address}x.safetensors", "not a safetensors file, or damaged"),
             (
                 f"{server.address}mine.ckpt",
-                "must end in .safetensors, the one kind of file that is opened from an address",
+                "must end in .safetensors, the one kind of file",
             ),
         ):
             assert main(["predict", wrong, "photo.png"]) == 2
