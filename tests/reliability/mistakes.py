@@ -327,6 +327,8 @@ MISTAKES: dict[str, list[Mistake]] = {
         Mistake("standard input for a file", "run -"),
         Mistake("a pattern that matches no file", "run 'lost*.png'"),
         Mistake("a model that is not there", "lost.onnx photo.png"),
+        Mistake("a released model of a mistyped name", "vmoe_s32_last2.ilsvrc2013 photo.png"),
+        Mistake("an address of another file than safetensors", "https://example.org/mine.ckpt photo.png"),
         Mistake("an ONNX file that is a text", "text.onnx photo.png"),
         Mistake("an image that is not there", "run lost.png"),
         Mistake("no image that can be read", "run text.jpg empty.png"),
@@ -442,6 +444,7 @@ MISTAKES: dict[str, list[Mistake]] = {
         Mistake("class names that are not there", "jax --out new.ckpt --class-names lost.txt"),
         Mistake("a place that is a file", "jax --out tiny.yaml/new.ckpt"),
     ],
+    "models": [Mistake("a folder for the table", "--json nothing")],
     "import-swin": [
         Mistake("a checkpoint that is not there", "lost --out new.ckpt"),
         Mistake("a name of another format", "swin --out new.npz"),

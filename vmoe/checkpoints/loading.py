@@ -6,6 +6,7 @@ the state for exact resumption. A file to share is a safetensors file instead, w
 metadata and without the state of training.
 """
 
+import difflib
 import json
 import shutil
 import zipfile
@@ -29,6 +30,7 @@ from vmoe.checkpoints.trained import TrainedModel, as_trained
 from vmoe.errors import UserError
 from vmoe.files import atomic_write, new_folder
 from vmoe.models.lora import merged_weights
+from vmoe.models.released import RELEASED
 from vmoe.models.sources import with_source
 from vmoe.moe import MoeConfig
 from vmoe.moe.int8 import dequantise
@@ -89,7 +91,7 @@ def find_checkpoint(path: str | Path) -> Path:
     path = local_path(path)
     if not path.is_dir() or is_sharded(path):
         if not path.exists():
-            raise UserError(f"{path}: no such file; give a .ckpt or .safetensors file or a run's folder")
+            raise UserError(f"{path}: no such file; {_advice(path)}")
         return path
     folder = RunFolder(path)
     for candidate in (folder.best, folder.last, folder.shared):
@@ -98,6 +100,11 @@ def find_checkpoint(path: str | Path) -> Path:
     raise UserError(
         f"{path}: holds no checkpoints/best.ckpt, checkpoints/last.ckpt or model.safetensors; give a run's folder"
     )
+
+
+def _advice(path: Path) -> str:
+    near = difflib.get_close_matches(str(path), RELEASED, n=1, cutoff=0.75)
+    return f"did you mean {near[0]}?" if near else "give a .ckpt or .safetensors file or a run's folder"
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:

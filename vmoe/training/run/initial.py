@@ -87,11 +87,21 @@ def _starting_model(
         _fit_to_images(start, model, image_size)
         if not moe_layers(model):
             _average_experts(start)
-        _load(model, _with_stem(_weights(start, model, class_names), model, start.path, say), start.path, _same_as(config.init_from))
+        _load(
+            model,
+            _with_stem(_weights(start, model, class_names), model, start.path, say),
+            start.path,
+            _same_as(config.init_from),
+        )
         return model
     model = build_model(name, kwargs, None, num_classes, image_size, channels)
     _fit_to_images(start, model, image_size)
-    _load(model, _with_stem(_weights(start, model, class_names), model, start.path, say), start.path, _same_as(config.init_from))
+    _load(
+        model,
+        _with_stem(_weights(start, model, class_names), model, start.path, say),
+        start.path,
+        _same_as(config.init_from),
+    )
     return _upcycled(model, config.moe, image_size)
 
 
