@@ -1,4 +1,4 @@
-"""The data sets: where their images and labels come from, and which split is what.
+"""The data sets: the sources of their images and labels, and their splits.
 
 | set | training | validation | test |
 |---|---|---|---|
@@ -43,28 +43,28 @@ from vmoe.errors import UserError
 
 _DOWNLOADED = ("cifar10", "cifar100", "imagenette")
 _IMAGENETTE_IMAGES = (9469, 3925)  # train, val
-# Nobody knows beforehand how their values are scaled
+# The scale of their values is unknown beforehand
 _OF_THE_USER = ("imagenet", "folder", "table", "huggingface", "webdataset", "npz")
-# Of training images, where they are no class folders
+# Sets with training images but without class folders
 _FORMS = {"webdataset": "train-*.tar", "table": "rows of the split train", "huggingface": "a split train"}
 _TRIED = 8  # images, before a set is refused
-_TEST_FRACTION = 0.2  # of a set without any split
+_TEST_FRACTION = 0.2  # test share of a set without any split
 
 
 def load_splits(config: DataConfig, for_training: bool = True) -> Splits:
-    """Loads the data set, cuts off a validation split where it has none, and keeps the part `config.subset` asks for.
+    """Loads the data set, splits off a validation set if it has none, and keeps the part in `config.subset`.
 
-    Where `config.val_fraction` is 0, a set that has no validation split stays without one.
+    With `config.val_fraction` 0, a set without a validation split stays without one.
 
-    Classes are chosen first, in every split; then the validation split is cut off; then the training set is reduced.
+    First the classes are selected in every split, then the validation split is made, then the training set is reduced.
     So the validation split is the same for every fraction of the training set.
 
     Args:
-        config: Which set, and how it is split.
-        for_training: Whether there must be training images; without, a folder or shards of a test split alone will do.
+        config: The set and its splits.
+        for_training: Whether training images are required. Otherwise a test split alone is enough.
 
     Raises:
-        UserError: The data are missing, incomplete or malformed; the line says what to do.
+        UserError: The data are missing, incomplete or malformed.
     """
     splits = _LOADERS[config.name](config)
     if for_training and not len(splits.train):
@@ -103,7 +103,7 @@ def load_splits(config: DataConfig, for_training: bool = True) -> Splits:
 
 
 def _looked_at(splits: Splits, config: DataConfig) -> Splits:
-    """The same splits with the depth of their files, given or measured, and with notes on what looks wrong."""
+    """The same splits with the bit depth of their files, given or measured, and notes on anything suspicious."""
     depth, measured, channels = config.bit_depth, None, config.channels
     if channels is not None:
         splits = _with_images(splits, channels=channels)
@@ -115,7 +115,7 @@ def _looked_at(splits: Splits, config: DataConfig) -> Splits:
             depth = measured.bits
         splits = dataclasses.replace(_with_images(splits, bit_depth=depth), bit_depth=depth)
     lines = _empty_class_lines(config.root, splits) if len(splits.train) else []
-    seen = splits.train if len(splits.train) else splits.test  # with that depth
+    seen = splits.train if len(splits.train) else splits.test  # read with that depth
     if channels is not None:  # nothing is clipped then, and the mean and the standard deviation fit any range
         _require_readable(seen)
         return dataclasses.replace(splits, notes=[*splits.notes, *lines, *_range_lines(config, measured)])
@@ -166,10 +166,10 @@ def _range_lines(config: DataConfig, measured: Measured | None) -> list[str]:
 
 
 def _require_single_labels(config: DataConfig) -> None:
-    """Refuses what takes images class by class, of a set whose images have several.
+    """Refuses options that work class by class, for a set with several classes per image.
 
     Raises:
-        UserError: The config asks for it.
+        UserError: The config has such an option.
     """
     asked = {
         "data.subset.per_class": config.subset.per_class,
@@ -182,7 +182,7 @@ def _require_single_labels(config: DataConfig) -> None:
 
 
 def _empty_class_lines(root: str, splits: Splits) -> list[str]:
-    """A warning that names the classes without a training image; none where each class has one."""
+    """A warning with the classes without a training image; empty if each class has one."""
     counts = splits.train.class_counts(len(splits.class_names))
     empty = [splits.class_names[label] for label in np.flatnonzero(counts == 0)]
     if not empty:
@@ -193,7 +193,7 @@ def _empty_class_lines(root: str, splits: Splits) -> list[str]:
 
 
 def _joined_class_lines(root: str, names: Sequence[str]) -> list[str]:
-    """A warning where the name of a class looks like those of several, such as "cat|dog" beside "cat"."""
+    """A warning if a class name looks like several joined ones, such as "cat|dog" beside "cat"."""
     known = set(names)
     for name in names:
         for mark in "|;,":
@@ -207,9 +207,7 @@ def _joined_class_lines(root: str, names: Sequence[str]) -> list[str]:
 
 
 def download(config: DataConfig) -> None:
-    """Downloads a set that torchvision offers, unless it is there already; reads where images lie in tar shards;
-    has Hugging Face's datasets fetch or convert theirs.
-    """
+    """Prepares a set: downloads one of torchvision's, indexes tar shards, or fetches one of Hugging Face's."""
     if config.name in (*_DOWNLOADED, "webdataset", "huggingface"):
         _LOADERS[config.name](config)
 
@@ -218,7 +216,7 @@ def _digits(_: DataConfig) -> Splits:
     images, labels = load_digits()
     pixels = np.round(images * (255 / 16)).astype(np.uint8)  # 17 levels of gray
     everything = ImageSet.all_of(ArrayImages(pixels[..., None], "digits"), labels)
-    # Always the same test images, whatever the config: results of all runs can be compared.
+    # the same test images for any config, so that results of all runs can be compared
     train, test = subsets.split(everything.labels, 0.2, seed=0)
     return Splits(everything.take(train), None, everything.take(test), [str(digit) for digit in range(10)])
 
@@ -243,7 +241,7 @@ def _imagenette(config: DataConfig) -> Splits:
     )
     folders = read_class_folders({split: Path(config.root) / name / split for split in ("train", "val")})
     train, val = folders.samples["train"], folders.samples["val"]
-    # torchvision takes any folder of that name for complete, even if its unpacking was interrupted.
+    # torchvision treats any folder of that name as complete, even after an interrupted extraction
     if (len(train), len(val)) != _IMAGENETTE_IMAGES:
         raise UserError(
             f"data.root={config.root}: {name} is incomplete, {len(train)} + {len(val)} images of "
@@ -253,10 +251,10 @@ def _imagenette(config: DataConfig) -> Splits:
 
 
 def _torchvision_set(what: str, root: str, make: Callable[[], CIFAR10 | Imagenette]) -> CIFAR10 | Imagenette:
-    """A set of torchvision, which downloads and verifies it.
+    """Makes a set of torchvision, which downloads and verifies it.
 
     Raises:
-        UserError: That fails; the line says what to do.
+        UserError: The download fails.
     """
     try:
         return make()
@@ -293,7 +291,7 @@ def _folder(config: DataConfig) -> Splits:
     if list(sets) == ["train"]:
         return _cut_test(sets["train"], folders.classes, notes, config)
     if config.name == "imagenet" and "test" not in sets and "train" in sets:
-        sets["test"] = sets.pop("val")  # ImageNet's results are those on val, so val must not choose the checkpoint
+        sets["test"] = sets.pop("val")  # ImageNet results are reported on val, so val must not choose the checkpoint
     return given_splits(sets, folders.classes, notes)
 
 
@@ -314,7 +312,7 @@ def _huggingface(config: DataConfig) -> Splits:
 
 
 def _cut_test(everything: ImageSet, classes: list[str], notes: list[str], config: DataConfig) -> Splits:
-    """A set without any split: its test images are cut off here, those of validation by `load_splits`."""
+    """Splits off the test images of a set without any split. `load_splits` then splits off validation."""
     train, test = subsets.split(everything.strata(), _TEST_FRACTION, config.split_seed)
     validation = f", {config.val_fraction:.0%} of what remains for validation" if config.val_fraction else ""
     line = f"{config.root}: has no split of its own: {_TEST_FRACTION:.0%} of each class are cut off for the test"

@@ -1,7 +1,7 @@
-"""Images with more than 8 bits per channel, or with fractions: which value is white, and what they are in 8 bits.
+"""Reads images with more than 8 bits per channel, or with fractions: finds their white value and converts to 8 bits.
 
-A camera of 12 bits writes files of 16 bits with 4095 as their brightest value. Few files say so. PNG's sBIT does not:
-it gives how many bits mattered before the values were spread over all 16.
+A camera of 12 bits writes files of 16 bits with 4095 as their brightest value. Few files declare this. PNG's sBIT does
+not: it gives the number of significant bits before the values were scaled to all 16.
 """
 
 import struct
@@ -16,14 +16,14 @@ from vmoe.extras import require_module
 ALL_OF_16 = (0, 65535)
 _MODES_WITH_ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
 _SPREAD = {"L;2": 85, "L;4": 17}  # gray of 2 and 4 bits: levels of 8 bits per level
-ORIENTATION = 274  # in EXIF
-# TIFF's tags
+ORIENTATION = 274  # EXIF tag
+# TIFF tags
 _BITS, _LARGEST, _SMALLEST_OF_ANY_TYPE, _LARGEST_OF_ANY_TYPE = 258, 281, 340, 341
 
 
 @dataclass(frozen=True)
 class DeepImage:
-    """An image file with deep values: `image` as Pillow opened it, not loaded, and `source`, where it came from."""
+    """An image file with deep values: `image`, opened by Pillow but not loaded, and its `source`."""
 
     image: Image.Image
     source: BinaryIO
@@ -38,14 +38,14 @@ class DeepImage:
 
     @property
     def pillow_does_it(self) -> bool:
-        """Whether Pillow gives it in 8 bits as it should, white being 65535: colours without a transparent one."""
+        """Whether Pillow converts it to 8 bits correctly, with white 65535: colours without a transparent one."""
         return not self.is_gray and "transparency" not in self.image.info
 
     @property
     def own_range(self) -> tuple[float, float] | None:
-        """The values of black and white by the file's own word; None where it has none."""
+        """The values of black and white that the file declares, or None."""
         image = self.image
-        if image.format == "PPM" and image.mode == "I":  # which Pillow has scaled by the file's largest value
+        if image.format == "PPM" and image.mode == "I":  # Pillow has scaled it by the file's largest value
             return ALL_OF_16
         if image.format != "TIFF":
             return None
@@ -56,15 +56,15 @@ class DeepImage:
         bits = _tag_number(tags.get(_BITS)) or 16
         if 8 < bits < 16:
             return 0, 2**bits - 1
-        # Many programs write the brightest value of this very image there, which says nothing of the others.
+        # many programs write the brightest value of this image alone there, which does not hold for the set
         largest = {2**bits - 1 for bits in range(9, 17)}
         return next(((0, value) for value in (_tag_number(tags.get(_LARGEST)), high) if value in largest), None)
 
     def range(self, bit_depth: int | None) -> tuple[float, float]:
-        """The values of black and white: the file's own, else by `bit_depth`, else all that 16 bits hold.
+        """The values of black and white: the file's own, else by `bit_depth`, else the full 16 bits.
 
         Raises:
-            ValueError: The file holds fractions, and neither says which is white.
+            ValueError: The file holds fractions, and neither it nor `bit_depth` gives white.
         """
         if (own := self.own_range) is not None:
             return own
@@ -75,17 +75,17 @@ class DeepImage:
         return ALL_OF_16
 
     def values(self) -> np.ndarray:
-        """(H, W) of gray, else (H, W, 3 or 4) of red, green, blue and opacity, as the file stores them.
+        """(H, W) for gray, else (H, W, 3 or 4) with red, green, blue and opacity, as stored in the file.
 
         Raises:
             ValueError: They cannot be decoded.
             MissingExtraError: They are colours, and OpenCV is not installed.
         """
         if self.is_gray:
-            self.image.load()  # which turns a TIFF upright
+            self.image.load()  # this also turns a TIFF upright
             return np.nan_to_num(np.asarray(self.image))
         require_module("cv2")
-        import cv2  # here, since Pillow alone reads all other pictures
+        import cv2  # here: all other images need only Pillow
 
         self.source.seek(0)
         content = self.source.read()
@@ -97,7 +97,7 @@ class DeepImage:
         return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB if pixels.shape[2] == 3 else cv2.COLOR_BGRA2RGBA)
 
     def to_rgb(self, bit_depth: int | None) -> np.ndarray:
-        """(H, W, 3) uint8, upright, with what is transparent over white.
+        """(H, W, 3) uint8, upright, with transparent pixels over white.
 
         Raises:
             ValueError: As `range` and `values`.
@@ -105,7 +105,7 @@ class DeepImage:
         low, high = self.range(bit_depth)
         orientation = None if self.is_gray else self.image.getexif().get(ORIENTATION)
         values = self.values()
-        if self.is_gray:  # after loading, since Pillow turns TIFFs by itself then
+        if self.is_gray:  # after loading, since Pillow then has turned a TIFF
             orientation = self.image.getexif().get(ORIENTATION)
         colours = values[..., None] if self.is_gray else values[..., :3]
         if not self.has_fractions:
@@ -137,13 +137,13 @@ class DeepImage:
 
 
 def deep_image(image: Image.Image, source: BinaryIO) -> DeepImage | None:
-    """An image that was opened, not yet loaded, as a deep one; None where it has 8 bits or fewer."""
+    """The deep image of an opened but not loaded image; None with 8 bits or fewer."""
     is_deep = image.mode[0] in "IF" or (image.mode in ("RGB", "RGBA", "LA") and ";16" in raw_mode(image))
     return DeepImage(image, source) if is_deep else None
 
 
 def raw_mode(image: Image.Image) -> str:
-    """How the file of an image that is not yet loaded stores its pixels, in Pillow's words; "" where unknown."""
+    """Pillow's name for the stored pixel format of an image that is not loaded; "" if unknown."""
     if not image.tile:
         return ""
     how = image.tile[0][3]
@@ -162,12 +162,12 @@ def to_rgb(image: Image.Image, stored: str) -> np.ndarray:
 
 
 def over_white(image: Image.Image) -> Image.Image:
-    """An image with opacity (RGBA) over white."""
+    """Puts an image with opacity (RGBA) over white."""
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
 def _as_upright(content: bytes) -> bytes:
-    """A TIFF without the orientation of its first image: OpenCV's versions turn some TIFFs and fail with others."""
+    """A TIFF without the orientation of its first image, since versions of OpenCV turn some and fail with others."""
     order = "<" if content[:2] == b"II" else ">"
     (start,) = struct.unpack_from(f"{order}I", content, 4)
     (count,) = struct.unpack_from(f"{order}H", content, start)
@@ -179,6 +179,6 @@ def _as_upright(content: bytes) -> bytes:
 
 
 def _tag_number(value: object) -> float | None:
-    """A tag's number, the first where it has one per channel."""
+    """A tag's number; the first one if there is one per channel."""
     first = value[0] if isinstance(value, tuple) and value else value
     return float(first) if isinstance(first, int | float) or hasattr(first, "__float__") else None

@@ -1,7 +1,7 @@
-"""Random numbers without a state: a hash of (seed, epoch, index, draw), computed in integers where its keys are.
+"""Random numbers without a state: a hash of (seed, epoch, index, draw), computed in integers on the keys' device.
 
-The hash is splitmix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014), one round per
-key; 64-bit products wrap around on CPUs and GPUs alike, so that both give the same numbers.
+The hash is splitmix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014), with one round
+per key. 64-bit products wrap around on CPUs and GPUs, so both give the same numbers.
 """
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def _signed(value: int) -> int:
-    """`value` modulo 2**64, as torch's int64 holds it."""
+    """`value` modulo 2**64, as a torch int64."""
     value %= 2**64
     return value - 2**64 if value >= 2**63 else value
 
@@ -25,24 +25,24 @@ DRAWS_VERSION = 2
 def draw_numbers(count: int, first: int = 0, device: torch.device | str = "cpu") -> Tensor:
     """The numbers of draws `first`, `first` + 1, ... in the hash, (count, 1) int64, for `uniforms`.
 
-    Not to be made in compiled code: a compiler would fold these products into an index, which overflows.
+    Do not call it in compiled code: a compiler would fold these products into an index, which overflows.
     """
     return torch.arange(first + 1, first + count + 1, device=device)[:, None] * _STEP
 
 
 def uniforms(seed: int, keys: Tensor, numbers: Tensor) -> Tensor:
-    """A draw of each key for each number.
+    """One draw per key and number.
 
     Args:
-        seed: Not negative.
+        seed: The seed, not negative.
         keys: (B, 2) int64: epoch and index of each image.
-        numbers: (count, 1), see `draw_numbers`; what draws apart for one image uses other numbers.
+        numbers: (count, 1), see `draw_numbers`. Independent draws for one image need different numbers.
 
     Returns:
         (count, B) float32, uniform in [0, 1), a function of (seed, epoch, index, number) alone.
     """
     epochs, indices = keys.unbind(1)
-    # A round for each key: a sum of two keys would give epoch 1 of seed 0 the numbers of epoch 0 of seed 1.
+    # one round per key: a sum of keys would give epoch 1 of seed 0 the numbers of epoch 0 of seed 1
     state = _scramble(epochs * _STEP + 1)
     state = _scramble(state + _signed(seed * _STEP))
     state = _scramble(state + indices * _STEP)
@@ -57,5 +57,5 @@ def _scramble(x: Tensor) -> Tensor:
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
-    """A shift to the right that brings in zeros; torch's own brings in the sign."""
+    """A logical shift to the right. torch's own is arithmetic."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)

@@ -1,4 +1,4 @@
-"""Class folders: SPLIT/CLASS/IMAGE or CLASS/IMAGE, read the same way by training and by make-shards."""
+"""Reads class folders, SPLIT/CLASS/IMAGE or CLASS/IMAGE, for training and make-shards."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,16 +7,16 @@ from pathlib import Path
 from vmoe.data.image_files import PassedOver, find_pictures, list_class_folders
 from vmoe.errors import UserError
 
-# Split -> the names that its folder may have, in any case
+# Split -> the possible names of its folder, ignoring case
 SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 
 
 @dataclass(frozen=True)
 class ClassFolders:
-    """The pictures of some splits, labelled by the class folders of training."""
+    """The pictures of some splits, with labels from the class folders of training."""
 
     classes: list[str]
-    samples: dict[str, list[tuple[str, int]]]  # of each split its files and their labels
+    samples: dict[str, list[tuple[str, int]]]  # the files and labels of each split
     passed_over: PassedOver
 
 
@@ -66,7 +66,7 @@ def _refuse_the_same_folder(splits: Mapping[str, Path]) -> None:
 
 
 def _refuse_without_classes(root: Path, names: Sequence[str]) -> None:
-    """Refuses folders of splits, all without class folders: ImageNet's val unpacks so. Pictures in test may do."""
+    """Refuses splits that all lack class folders, as ImageNet's val after unpacking. Pictures in test are allowed."""
     for name in names:
         if not has_pictures(root / name):
             raise UserError(f"data.root={root}: {name} holds no class folders; fill it, or remove it")
@@ -78,26 +78,26 @@ def _refuse_without_classes(root: Path, names: Sequence[str]) -> None:
 
 
 def has_pictures(folder: Path) -> bool:
-    """Whether pictures lie directly in a folder."""
+    """Whether a folder directly holds pictures."""
     passed_over = PassedOver()
     list_class_folders(folder, passed_over)
     return passed_over.counts["outside"] > 0
 
 
 def split_of(name: str) -> str | None:
-    """The split that a name such as "Train" or "validation" stands for: "train", "val" or "test"; None for others."""
+    """The split of a name such as "Train" or "validation": "train", "val" or "test"; None for other names."""
     return next((split for split, names in SPLIT_NAMES.items() if name.lower() in names), None)
 
 
 def find_split_folders(root: Path) -> dict[str, Path]:
-    """The folder of each split in ROOT, in the order train, val, test; none where ROOT holds the classes themselves.
+    """The folder of each split in ROOT, in the order train, val, test; empty if ROOT holds the classes themselves.
 
-    Where no folder has class folders in it, none is a split: a class may be called "train". A test folder may hold
-    pictures without labels, beside other splits; it is no split then.
+    If no folder has class folders, there are no splits: a class may be called "train". A test folder with unlabelled
+    pictures beside other splits is no split.
 
     Raises:
-        UserError: A split has two folders or, beside another split, no class folders; or ROOT holds the folder that has
-            the splits.
+        UserError: A split has two folders or, beside another split, no class folders; or the splits are one level
+            deeper than ROOT.
     """
     folders = list_class_folders(root, PassedOver())
     inside = {name: list_class_folders(root / name, PassedOver()) for name in folders}

@@ -1,4 +1,4 @@
-"""Many small operations on a GPU as a few kernels."""
+"""Compiles many small GPU operations into a few kernels."""
 
 import warnings
 from collections.abc import Callable
@@ -12,10 +12,10 @@ from vmoe.compiling import mend_compiler
 
 
 class Fused:
-    """Calls a function of tensors: compiled by torch.compile on a GPU; uncompiled elsewhere, and where compiling fails.
+    """Calls a function of tensors, compiled by torch.compile on a GPU; uncompiled elsewhere, or if compilation fails.
 
     Args:
-        function: Its first argument is a tensor. Shapes are static: each new shape is compiled again.
+        function: Its first argument is a tensor. Each new shape is compiled again.
     """
 
     def __init__(self, function: Callable[..., Tensor | tuple[Tensor, ...]]) -> None:
@@ -24,7 +24,7 @@ class Fused:
     @cached_property
     def _compiled(self) -> Callable[..., Tensor | tuple[Tensor, ...]] | None:
         mend_compiler()
-        return torch.compile(self._plain, dynamic=False)  # takes seconds to import the compiler
+        return torch.compile(self._plain, dynamic=False)  # importing the compiler takes seconds
 
     def __call__(self, first: Tensor, *others: Tensor) -> Tensor | tuple[Tensor, ...]:
         if first.is_cuda and self._compiled is not None:

@@ -1,4 +1,4 @@
-"""Sets of Hugging Face's `datasets`: what `save_to_disk` wrote, a folder of Parquet files, or a set of the hub."""
+"""Reads sets of Hugging Face's `datasets`: from `save_to_disk`, a folder of Parquet files, or the hub."""
 
 import io
 import os
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 _LABELS = ("label", "labels", "class", "target", "category")
-_NO_LABEL = -1  # what the test splits of competitions have
+_NO_LABEL = -1  # test splits of competitions have it
 
 
 @dataclass(frozen=True)
 class HuggingFaceImages:
-    """The pictures of one split: its rows, with the content of each file in `column`, and what to call it.
+    """The pictures of one split: its rows, with the content of each file in `column`, and its name.
 
     `bit_depth` and `channels` are as in `load_image`.
     """
@@ -70,11 +70,11 @@ def load_huggingface(config: DataConfig) -> tuple[dict[str, ImageSet], list[str]
     """Opens a set; its pictures stay in their files.
 
     Returns:
-        The images of each split, by "train", "val" and "test", or "train" alone; the class names; and lines on what is
-        passed over.
+        The images of each split, by "train", "val" and "test", or "train" alone; the class names; and lines on ignored
+        parts.
 
     Raises:
-        UserError: The set cannot be read, or a column is missing or not clear; the line says what to do.
+        UserError: The set cannot be read, or a column is missing or ambiguous.
     """
     require_module("datasets")
     opened = _opened(config.root)
@@ -138,7 +138,7 @@ def _opened(root: str) -> "Dataset | dict[str, Dataset]":
         return datasets.load_dataset(name, config or None)
     except UserError:
         raise
-    except Exception as error:  # the library's own errors are of any type
+    except Exception as error:  # the library may raise any type
         reason = (" ".join(str(error).split()) or type(error).__name__)[:300]
         raise UserError(
             f"data.root={root}: cannot be read by datasets ({reason}); give a folder that save_to_disk wrote, one of "
@@ -147,7 +147,7 @@ def _opened(root: str) -> "Dataset | dict[str, Dataset]":
 
 
 def _picture_column(config: DataConfig, rows: "Dataset") -> str:
-    """The column of pictures: the one that is named, or else the only one."""
+    """The column of pictures: the named one, or else the only one."""
     import datasets
 
     given, held = config.table.path, [name for name, kind in rows.features.items() if _holds_pictures(kind)]
@@ -165,7 +165,7 @@ def _picture_column(config: DataConfig, rows: "Dataset") -> str:
 
 
 def _holds_pictures(kind: Any) -> bool:
-    """Whether a column's type is that of pictures, or of files' contents that nobody has called pictures."""
+    """Whether a column holds pictures, or file contents without the type of pictures."""
     import datasets
 
     is_struct = isinstance(kind, dict) and set(kind) == {"bytes", "path"}
@@ -174,7 +174,7 @@ def _holds_pictures(kind: Any) -> bool:
 
 
 def _label_column(config: DataConfig, rows: "Dataset") -> str:
-    """The column of labels: the one that is named, one of a known name, or else the only one of classes."""
+    """The column of labels: the named one, one with a known name, or else the only one with classes."""
     import datasets
 
     given = config.table.label
@@ -264,7 +264,7 @@ def _labels_of(
     classes = _classes_of(kind) or _classes_of(main)
     if classes is None or any(isinstance(each, str) for each in flat):
         return labels
-    if not is_list:  # what competitions write in place of a label
+    if not is_list:  # competitions write it instead of a label
         labels = [None if cell == [_NO_LABEL] else cell for cell in labels]
     numbers = dict(enumerate(classes.names))
     if unknown := {each for cell in labels for each in cell or ()} - set(numbers):
@@ -273,12 +273,12 @@ def _labels_of(
 
 
 def _is_list(kind: Any) -> bool:
-    """Whether the cells of a column are lists; the library has several types for them."""
+    """Whether the cells of a column are lists. The library has several types for them."""
     return hasattr(kind, "feature")
 
 
 def _classes_of(kind: Any) -> Any:
-    """The `ClassLabel` of a column's cells, or of what its lists hold; None where there is none."""
+    """The `ClassLabel` of a column's cells or of its lists' items, or None."""
     import datasets
 
     held = getattr(kind, "feature", kind)
@@ -294,7 +294,7 @@ def _flags_by_column(
         names = [name for name in main.column_names if name != picture]
     labels = {}
     for split, rows in splits.items():
-        table = {name: [] for name in rows.column_names}  # all names, for the hint at a mistyped one
+        table = {name: [] for name in rows.column_names}  # all names, for hints on mistyped ones
         for name in names:
             if name in table and name != picture:
                 table[name] = [cell_text(cell) for cell in rows[name][:]]

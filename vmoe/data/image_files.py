@@ -1,4 +1,4 @@
-"""Which files are pictures, for every room: one list of formats, and what a walk through folders passes over."""
+"""Finds picture files, for every room: one list of formats, and one rule for ignored files."""
 
 import glob
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 from vmoe.errors import UserError
 from vmoe.text import counted
 
-# Pillow's name of a format -> the endings of its files
+# Pillow's name of a format -> the suffixes of its files
 FORMATS: dict[str, tuple[str, ...]] = {
     "AVIF": (".avif",),
     "BMP": (".bmp",),
@@ -23,11 +23,11 @@ FORMATS: dict[str, tuple[str, ...]] = {
 }
 ARRAY_SUFFIX = ".npy"  # of a picture as an array, where pictures are read by their channels
 IMAGE_SUFFIXES = frozenset(suffix for suffixes in FORMATS.values() for suffix in suffixes)
-# Folders that archivers, network drives and file systems put beside the pictures
+# Folders of archivers, network drives and file systems
 SYSTEM_FOLDERS = frozenset(
     {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
 )
-# Reason -> the words for one and for many
+# Reason -> its texts for one file and for several
 _REASONS = {
     "format": ("file of another format", "files of other formats"),
     "hidden": ("name that begins with a dot", "names that begin with a dot"),
@@ -36,7 +36,7 @@ _REASONS = {
     "special": ("pipe, socket, device or broken link", "pipes, sockets, devices or broken links"),
     "outside": ("picture outside the class folders", "pictures outside the class folders"),
 }
-_MOST_ENDINGS = 4  # in a line
+_MOST_ENDINGS = 4  # the most suffixes in a line
 
 
 def is_image_name(name: str, arrays: bool = False) -> bool:
@@ -49,22 +49,22 @@ def is_image_name(name: str, arrays: bool = False) -> bool:
 
 
 class PassedOver:
-    """What was left out of some folders, counted by reason."""
+    """Counts of the ignored files of some folders, by reason."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
-        self._endings: Counter[str] = Counter()  # of the files of other formats
+        self._endings: Counter[str] = Counter()  # suffixes of files of other formats
         self._first: dict[str, str] = {}  # the first path for each reason
 
     def add(self, reason: str, path: str) -> None:
-        """Counts one more for a reason, a key of `_REASONS`."""
+        """Counts a path for a reason, a key of `_REASONS`."""
         self.counts[reason] += 1
         self._first.setdefault(reason, path)
         if reason == "format":
             self._endings[os.path.splitext(path)[1].lower() or "no ending"] += 1
 
     def update(self, other: "PassedOver") -> None:
-        """Adds what another has counted."""
+        """Adds the counts of another."""
         self.counts += other.counts
         self._endings += other._endings
         self._first = other._first | self._first
@@ -73,9 +73,7 @@ class PassedOver:
         return bool(self.counts)
 
     def __str__(self) -> str:
-        """Such as "2 files of other formats (.heic, .txt; the first is a/b.heic) and 1 name that begins with a dot
-        (a/.x.png)"; "" for nothing.
-        """
+        """A text such as "2 files of other formats (.heic, .txt; the first is a/b.heic)"; "" without counts."""
         parts = []
         for reason, words in _REASONS.items():
             if count := self.counts[reason]:
@@ -89,7 +87,7 @@ class PassedOver:
 
 
 def list_class_folders(folder: str | Path, passed_over: PassedOver) -> list[str]:
-    """The names of the folders directly in `folder`, sorted; hidden ones and the system's own are passed over."""
+    """The names of the folders directly in `folder`, sorted, without hidden ones and the system's own."""
     names = []
     for entry in _entries(folder):
         if not _is_passed_over(entry, passed_over):
@@ -124,15 +122,15 @@ def find_pictures(
 
 
 class _Walk:
-    """Goes through folders: first through all that are real, then through the links to folders elsewhere."""
+    """Walks through folders: first through all real ones, then through links to folders elsewhere."""
 
     def __init__(self, folders: list[str], passed_over: PassedOver, arrays: bool) -> None:
         self.folders, self.passed_over, self.arrays = folders, passed_over, arrays
         self.files: list[list[tuple[str, str]] | None] = [[] for _ in folders]  # (folder, name)
         self.file_links: list[tuple[int, str, str]] = []  # index in `folders`, folder, name
         self.folder_links: list[tuple[int, str]] = []
-        self.real_folders: dict[str, str] = {}  # folder as it was reached -> its real path
-        # Whatever holds one of the folders counts as gone through: a link to it would be a loop.
+        self.real_folders: dict[str, str] = {}  # path of a folder -> its real path
+        # parents of the folders count as visited: a link to one would be a loop
         self.seen = {os.fspath(above) for folder in folders for above in Path(os.path.realpath(folder)).parents}
 
     def found(self) -> list[list[str] | None]:
@@ -145,7 +143,7 @@ class _Walk:
         for index, folder in enumerate(self.folders):
             if self.files[index] is not None:
                 self._enter(index, folder, os.path.realpath(folder))
-        for index, folder in self.folder_links:  # which grows on the way
+        for index, folder in self.folder_links:  # the list grows during the loop
             real = os.path.realpath(folder)
             if real in self.seen:
                 self.passed_over.add("link", folder)
@@ -165,7 +163,7 @@ class _Walk:
                     continue
                 if entry.is_dir(follow_symlinks=False):
                     inside = os.path.join(real, entry.name)
-                    if inside in self.seen:  # a link has led here
+                    if inside in self.seen:  # another link has led here
                         self.passed_over.add("link", entry.path)
                     else:
                         waiting.append((entry.path, inside))
@@ -181,7 +179,7 @@ class _Walk:
                     self.files[index].append((folder, entry.name))
 
     def _take_file_links(self) -> None:
-        if not self.file_links:  # as nearly always: no set of a million paths is made
+        if not self.file_links:  # nearly always; this avoids a set of a million paths
             return
         taken = {
             os.path.join(self.real_folders[folder], name)
@@ -232,12 +230,12 @@ def find_images(paths: Iterable[str | Path], passed_over: PassedOver, arrays: bo
 
 
 def none_readable(lines: Sequence[str]) -> UserError:
-    """The error where not one file could be read as an image; each has a line in `lines`."""
+    """The error if no file could be read as an image. Each file has a line in `lines`."""
     return UserError(lines[0] if len(lines) == 1 else f"none of {len(lines)} files is an image: {lines[0]}")
 
 
 def _expanded(given: str) -> list[Path]:
-    """The paths that a word of the command line stands for."""
+    """The paths of a word of the command line, which may be a pattern."""
     if given == "-":
         raise UserError("-: pictures are not read from standard input; write the picture to a file and give that")
     if "://" in given:
@@ -251,10 +249,10 @@ def _expanded(given: str) -> list[Path]:
 
 
 def require_regular(path: str | Path) -> None:
-    """Refuses what is no regular file and no folder: reading a pipe, a socket or a device may never end.
+    """Refuses pipes, sockets and devices, since reading them may never end.
 
     Raises:
-        UserError: It is one of these; what is not there is left to whoever opens it.
+        UserError: The path is one of these. A missing file raises only when it is opened.
     """
     try:
         mode = os.stat(path).st_mode

@@ -1,7 +1,7 @@
-"""Endless pictures: attractors of iterated function systems, made while a model trains on them.
+"""Endless pictures: attractors of iterated function systems, generated during training.
 
-`systems` holds the classes, `pictures` makes batches of their pictures, `kernel` is the part of it that a GPU does
-fast, `store` gives the pictures to the rest of the data room as a data set.
+`systems` holds the classes. `pictures` makes batches of their pictures, with `kernel` for GPUs. `store` makes them a
+data set for the rest of the data room.
 """
 
 from vmoe.data.fractals.store import FractalImages, load_fractals

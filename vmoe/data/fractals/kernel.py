@@ -1,7 +1,7 @@
-"""The chaos game on a GPU: a program follows all chains of a picture, twice.
+"""The chaos game on a GPU: each program follows all chains of a picture, twice.
 
-Once to see how far the points go, once more to count them: that costs less than keeping them. The same whole numbers as
-`pictures.count_points`.
+The first time it finds the range of the points, the second time it counts them. That costs less than storing them. The
+results equal those of `pictures.count_points`.
 """
 
 import torch

@@ -1,13 +1,12 @@
-"""Pictures of fractals in batches: the chaos game with many chains of points at once, all in whole numbers.
+"""Makes pictures of fractals in batches: the chaos game with many chains of points at once, in integers.
 
-A picture varies its class: every map's matrix, translation and colour, and then the whole picture is turned. Chains of
-points follow the maps, chosen by chance; where they go after some steps is counted by pixel and by map. A pixel's
-colour is the mean of its points' maps. Its brightness is the logarithm of their number, as a share of the fullest
-pixel's.
+A picture varies its class: every map's matrix, translation and colour, and the rotation of the whole picture. Chains of
+points follow randomly chosen maps. After some steps their points are counted by pixel and by map. A pixel's colour is
+the mean of its points' maps. Its brightness is the logarithm of their number, relative to the fullest pixel.
 
-Whole numbers make the same bytes on every device and in any batch. In every step the chains share the maps by their
-probabilities exactly: the chances of the chains are spread evenly, always in the same way, and shifted by a draw of the
-picture's own (a Cranley-Patterson rotation).
+Integers give the same bytes on every device and in any batch. In every step the chains are divided over the maps
+exactly by the maps' probabilities: the chains' chances are spread evenly, always in the same way, and shifted by a draw
+per picture (a Cranley-Patterson rotation).
 
 Shapes: B pictures, S pixels per side, M maps of a system, P chains, T steps.
 """
@@ -40,15 +39,15 @@ except ModuleNotFoundError as error:
         raise
     kernel = None
 
-UNCOUNTED_STEPS = 12  # steps from the middle of the picture to the attractor, which are not counted
-_POINTS = 4  # that are counted, for each pixel of a picture on average
+UNCOUNTED_STEPS = 12  # first steps, from the middle of the picture to the attractor, which are not counted
+_POINTS = 4  # counted points per pixel on average
 _TURNS = 4096  # angles of a full turn
 _LOG_ONE = 1 << 12
-_VARIED = 9 * MAPS + 1  # draws of a picture before the steps' shifts: matrices, translations, colours, the turn
+_VARIED = 9 * MAPS + 1  # draws per picture before the steps' shifts: matrices, translations, colours, the rotation
 
 
 class Varied(NamedTuple):
-    """How each of B pictures varies its class, int32 as in `Systems`."""
+    """The varied systems of B pictures, int32 as in `Systems`."""
 
     maps: Tensor  # (B, M, 6)
     thresholds: Tensor  # (B, M - 1)
@@ -58,17 +57,17 @@ class Varied(NamedTuple):
 
 
 class PictureMaker:
-    """Makes pictures from their classes and numbers: a function of (seed, stream, class, number) alone.
+    """Makes pictures from their classes and numbers, as a function of (seed, stream, class, number) alone.
 
     The host never synchronises with the device. On a GPU a kernel follows the chains.
 
     Args:
-        config: The classes and how strongly pictures vary.
+        config: The classes and the strength of variations.
         size: S.
-        seed: Not negative.
-        stream: A number of the split, so that splits have different pictures.
-        device: Where pictures are made.
-        fused: On a GPU the rest is compiled, for batches of one size that are made again and again.
+        seed: The seed, not negative.
+        stream: A number per split, so that splits have different pictures.
+        device: The device.
+        fused: Whether to compile the rest on a GPU, for many batches of one size.
     """
 
     def __init__(
@@ -91,13 +90,13 @@ class PictureMaker:
 
         Args:
             labels: (B,) int64, their classes.
-            numbers: (B,) int64, not negative; each number gives another picture of a class.
+            numbers: (B,) int64, not negative. Each number gives a different picture of a class.
         """
         varied = Varied(*self._vary(labels, numbers))
         return self._paint(self.counts(varied), varied.colours)
 
     def counts(self, varied: Varied) -> Tensor:
-        """How many points fall into each pixel by each map, (B, M, S, S) int32."""
+        """The number of points per pixel and map, (B, M, S, S) int32."""
         if varied.maps.is_cuda and kernel is not None:
             return kernel.count_points_on_gpu(varied, self._chances, UNCOUNTED_STEPS, self.size)
         return count_points(varied, self._chances, UNCOUNTED_STEPS, self.size)
@@ -128,21 +127,21 @@ class PictureMaker:
 
 
 def count_points(varied: Varied, chances: Tensor, warm_up: int, size: int) -> Tensor:
-    """How many points fall into each pixel by each map; what the kernel is checked against.
+    """The number of points per pixel and map. Tests compare the kernel with it.
 
     Args:
         varied: The pictures' systems.
         chances: (T, P) int32 in `CHOICE_ONE`.
-        warm_up: The number of first steps; their points are not counted.
+        warm_up: The number of first steps, which are not counted.
         size: S.
 
     Returns:
-        (B, M, S, S) int32. The points fill the picture from edge to edge in one direction, and in the other they are
-        in its middle.
+        (B, M, S, S) int32. The points fill the picture from edge to edge along one axis, and are centred along the
+        other.
     """
     pictures, chains = len(varied.maps), chances.shape[1]
     shifted = chances[:, None] + varied.shifts.T[:, :, None] & CHOICE_ONE - 1
-    maps = torch.zeros_like(shifted)  # which one, (T, B, P)
+    maps = torch.zeros_like(shifted)  # the chosen map, (T, B, P)
     for threshold in varied.thresholds.T:
         maps += shifted >= threshold[:, None]
     of_maps = varied.maps.reshape(-1, 6).T.contiguous()  # (6, B * M)
@@ -161,17 +160,17 @@ def count_points(varied: Varied, chances: Tensor, warm_up: int, size: int) -> Te
     pixels = (maps[warm_up:] * size + rows) * size + columns
     pixels = pixels.transpose(0, 1).reshape(pictures, -1)
     counts = torch.zeros(pictures, MAPS * size * size, dtype=torch.int32, device=of_maps.device)
-    counts.scatter_add_(1, pixels.long(), torch.ones_like(pixels))  # of whole numbers, in any order
+    counts.scatter_add_(1, pixels.long(), torch.ones_like(pixels))  # integer sums do not depend on the order
     return counts.view(pictures, MAPS, size, size)
 
 
 def _rounded_row(a: Tensor, b: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """One row of a matrix times a point, rounded."""
+    """The rounded product of one row of a matrix and a point."""
     return a * x + b * y + MATRIX_ONE // 2 >> MATRIX_BITS
 
 
 def _pixels(across: Tensor, down: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Columns and rows of the pixels in which places (T, B, P) lie."""
+    """The columns and rows of the pixels that contain points (T, B, P)."""
     ends = [(part.amin(dim=(0, 2)), part.amax(dim=(0, 2))) for part in (across, down)]
     extent = torch.maximum(*(high - low for low, high in ends))
     starts = (low - (extent - (high - low)) // 2 for low, high in ends)
@@ -185,7 +184,7 @@ def _pixels(across: Tensor, down: Tensor, size: int) -> tuple[Tensor, Tensor]:
 def spread_chances(size: int) -> Tensor:
     """The chances of P chains in T steps, (T, P) int32 in `CHOICE_ONE`, for pictures of `size` pixels per side.
 
-    In a step each chain is alone in one of P equal parts of the range, which one is drawn.
+    In each step every chain has its own one of P equal parts of the range, in random order.
     """
     chains = 1 << max(6, (8 * size - 1).bit_length())
     steps = UNCOUNTED_STEPS + max(1, -(-_POINTS * size * size // chains))
@@ -196,7 +195,7 @@ def spread_chances(size: int) -> Tensor:
 
 
 def _around(draws: Tensor, most: float) -> Tensor:
-    """Whole numbers from -most to most, each as likely, from draws in [0, 1)."""
+    """Uniform integers from -most to most, from draws in [0, 1)."""
     most = round(most)
     return (draws * (2 * most + 1)).int() - most
 

@@ -1,4 +1,4 @@
-"""Fractals as a data set: which picture has which number, and what is training, validation and test."""
+"""Fractals as a data set: the numbers of pictures, and the splits."""
 
 from dataclasses import replace
 from functools import cached_property
@@ -11,21 +11,21 @@ from vmoe.data.config import DEFAULTS, DataConfig, FractalConfig
 from vmoe.data.fractals.pictures import PictureMaker
 from vmoe.data.imageset import ImageSet, Splits
 
-_STREAMS = {"train": 2**40, "val": 2**41, "test": 2**42}  # far from the epochs that augmentation is drawn by
-_VAL_PART, _TEST_PART = 8, 4  # of the training images of an epoch: one in so many
+_STREAMS = {"train": 2**40, "val": 2**41, "test": 2**42}  # far above the epochs in augmentation's keys
+_VAL_PART, _TEST_PART = 8, 4  # an epoch's training images over these numbers
 _PIXELS_AT_ONCE = 256 * 32**2
 
 
 class FractalImages:
-    """The pictures of one split, made when they are asked for. Picture `position` is of class `position` modulo C.
+    """The pictures of one split, made on demand. Picture `position` has the class `position` modulo C.
 
     Args:
-        config: The classes and how strongly pictures vary.
+        config: The classes and the strength of variations.
         size: S, side in pixels.
         split: "train", "val" or "test".
-        seed: Of training pictures. Those of the other splits are always the same.
-        pass_step: Where no training picture comes twice, how many a pass has; then the class of a picture is that of
-            the first pass in this place. 0 otherwise.
+        seed: Seed of training pictures. Those of other splits are always the same.
+        pass_step: If no training picture comes twice, the number of pictures per pass; then a picture's class is that
+            of the same position in the first pass. 0 otherwise.
     """
 
     def __init__(self, config: FractalConfig, size: int, split: str, seed: int = 0, pass_step: int = 0) -> None:
@@ -41,11 +41,11 @@ class FractalImages:
         return f"fractals {self.split}[{position}]"
 
     def patch_labels(self, position: int) -> None:
-        """Not known."""
+        """None: patches have no labels."""
         return None
 
     def on(self, device: torch.device, fused: bool = False) -> "FractalsOnDevice":
-        """What makes the pictures on a device; `fused` as of `PictureMaker`."""
+        """The maker of the pictures on a device. `fused` is as in `PictureMaker`."""
         return FractalsOnDevice(self, device, fused)
 
     @cached_property
@@ -58,8 +58,8 @@ class FractalsOnDevice:
 
     Args:
         images: The split.
-        device: Where to.
-        fused: As of `PictureMaker`.
+        device: The device.
+        fused: As in `PictureMaker`.
     """
 
     def __init__(self, images: FractalImages, device: torch.device, fused: bool) -> None:
@@ -72,7 +72,7 @@ class FractalsOnDevice:
         return self._make(in_pass % self.images.config.classes, positions)
 
     def in_turn(self, positions: Tensor) -> Tensor:
-        """The same for any number of pictures: they are made a few hundred at a time, or fewer large ones."""
+        """The same for any number of pictures. It makes at most a few hundred at a time, fewer if they are large."""
         side = self.images.side
         at_once = max(1, _PIXELS_AT_ONCE // side**2)
         pictures = torch.empty(len(positions), 3, side, side, dtype=torch.uint8, device=positions.device)
@@ -82,7 +82,7 @@ class FractalsOnDevice:
 
 
 def load_fractals(config: DataConfig) -> Splits:
-    """The data set: training pictures by `config.split_seed`, the others always the same."""
+    """The data set. Training pictures depend on `config.split_seed`; others are always the same."""
     known = config.fractals
     size = config.image_size or DEFAULTS["fractals"].image_size
     counts = {"val": known.epoch_images // _VAL_PART, "test": known.epoch_images // _TEST_PART}

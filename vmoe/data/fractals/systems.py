@@ -1,8 +1,8 @@
 """The classes: iterated function systems (IFS) of four affine maps, each map with a probability and a colour.
 
-Parameters are drawn as in Anderson and Farrell, "Improving fractal pre-training" (2022, arXiv 2110.03091): the singular
-values s1 >= s2 of all maps such that the sum of s1 + 2 s2, a measure of how much of the plane the attractor fills, lies
-in a narrow range. A class is a function of its number alone: there are the same ones in every run.
+Parameters are drawn as in Anderson and Farrell, "Improving fractal pre-training" (2022, arXiv 2110.03091): the sum of
+s1 + 2 s2 over the maps' singular values s1 >= s2 lies in a narrow range. It measures how much of the plane the
+attractor fills. A class is a function of its number alone, so it is the same in every run.
 
 Shapes: C classes, M maps of a system.
 """
@@ -18,26 +18,26 @@ from vmoe.data.draws import draw_numbers, uniforms
 
 MAPS = 4  # M
 MATRIX_BITS = 14
-MATRIX_ONE = 1 << MATRIX_BITS  # the number 1 in a matrix: its entries are whole numbers
-PLACE_ONE = 1 << 12  # the same in a place: half the side of the square around the attractor
-FARTHEST = 4 * PLACE_ONE - 1  # a place goes no farther; so no product exceeds 31 bits
-CHOICE_ONE = 1 << 16  # the same in a probability
-CLASS_STREAM = 2**43  # in place of the epoch in the keys of draws, and far above any
-_FILLING = ((5 + MAPS) / 2, (6 + MAPS) / 2)  # of the sum of s1 + 2 s2
-_CANDIDATES = 32  # of singular values, among which the first in that range is taken
-_LEAST_SHARE = 0.05  # of the area, for the probability of a map that shrinks it to less
-_DARKEST = 48  # of a colour's channels
-_CHAINS, _STEPS, _WARM_UP = 32, 48, 12  # of the points that find where an attractor lies
-_SHAPE_DRAWS = 6  # of a map, after the singular values: two angles, two signs, a translation
+MATRIX_ONE = 1 << MATRIX_BITS  # the number 1 in a matrix of integers
+PLACE_ONE = 1 << 12  # the number 1 in a position: half the side of the square around the attractor
+FARTHEST = 4 * PLACE_ONE - 1  # the bound of positions, so that no product exceeds 31 bits
+CHOICE_ONE = 1 << 16  # the number 1 in a probability
+CLASS_STREAM = 2**43  # takes the epoch's position in the keys of draws, far above any epoch
+_FILLING = ((5 + MAPS) / 2, (6 + MAPS) / 2)  # the range of the sum of s1 + 2 s2
+_CANDIDATES = 32  # candidates of singular values; the first in the range is taken
+_LEAST_SHARE = 0.05  # the smallest area share that counts for a map's probability
+_DARKEST = 48  # the smallest value of a colour's channel
+_CHAINS, _STEPS, _WARM_UP = 32, 48, 12  # for the points that find an attractor's extent
+_SHAPE_DRAWS = 6  # draws per map after the singular values: two angles, two signs, a translation
 
 
 class Systems(NamedTuple):
-    """The classes in whole numbers, so that every device computes the same pictures from them.
+    """The classes as integers, so that every device computes the same pictures from them.
 
     Attributes:
         maps: (C, M, 6) int32: a, b, c, d in `MATRIX_ONE` and e, f in `PLACE_ONE`, for x' = a x + b y + e, y' = c x +
             d y + f. The attractor lies in the square from -1 to 1.
-        thresholds: (C, M - 1) int32 in `CHOICE_ONE`: the probabilities of the maps, summed up.
+        thresholds: (C, M - 1) int32 in `CHOICE_ONE`: the cumulative probabilities of the maps.
         colours: (C, M, 3) int32, 0 to 255.
     """
 
@@ -67,7 +67,7 @@ def draw_systems(classes: int) -> Systems:
 
 
 def _singular_values(draws: Tensor) -> Tensor:
-    """(C, M, 2), the larger first: of candidates (C, n, M, 2) the first in range, or else the nearest to its middle."""
+    """(C, M, 2), the larger first: the first of (C, n, M, 2) candidates in the range, or else the nearest to it."""
     candidates = draws.sort(dim=3, descending=True).values
     filling = (candidates[..., 0] + 2 * candidates[..., 1]).sum(dim=2)
     low, high = _FILLING
@@ -90,7 +90,7 @@ def _rotation(angle: Tensor) -> Tensor:
 
 
 def _into_square(matrices: Tensor, translations: Tensor) -> Tensor:
-    """The translations (C, M, 2) with which the attractors fill the square from -1 to 1, by random points on them."""
+    """The translations (C, M, 2) that make attractors fill the square from -1 to 1, found by random points on them."""
     choices = uniforms(1, torch.tensor([[CLASS_STREAM, 0]]), draw_numbers(_STEPS * _CHAINS)).view(_STEPS, _CHAINS)
     points = torch.zeros(len(matrices), _CHAINS, 2, dtype=matrices.dtype)
     low, high = torch.full_like(points[:, :1], math.inf), torch.full_like(points[:, :1], -math.inf)
@@ -108,5 +108,5 @@ def _transformed(matrices: Tensor, points: Tensor) -> Tensor:
 
 
 def in_units(values: Tensor, one: int) -> Tensor:
-    """Numbers as the nearest whole numbers of `one`ths, int32."""
+    """Numbers times `one`, rounded to int32."""
     return (values * one).round().int()
