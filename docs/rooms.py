@@ -4,6 +4,7 @@ A room stands above all rooms that it imports. An arrow is left out where a long
 """
 
 import ast
+import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -13,14 +14,25 @@ COLUMNS = {
     "cli": 3.0, "serve": 2.75, "bench": 1.0, "export": 2.7, "training": 1.0, "explain": 2.9, "evaluation": 1.0,
     "checkpoints": 1.4, "compress": 4.4, "models": 2.3, "routing": 3.4, "figures": 0.0, "data": 1.0, "moe": 2.8,
 }  # fmt: skip
-STYLE = """
-  text { font: 14px ui-monospace, Menlo, Consolas, monospace; text-anchor: middle; fill: #1c2128; }
-  rect { fill: #eef3f7; stroke: #5b6873; }
-  path { fill: none; stroke: #5b6873; } marker path { fill: #5b6873; stroke: none; }
-  @media (prefers-color-scheme: dark) {
-    text { fill: #e6edf3; } rect { fill: #22303c; stroke: #9fb0bf; }
-    path { stroke: #9fb0bf; } marker path { fill: #9fb0bf; }
-  }
+
+
+def style() -> str:
+    """The colours of vmoe/palette.css, in a form that every viewer of pictures knows."""
+    text = (ROOT / "vmoe" / "palette.css").read_text(encoding="utf-8")
+    colours = {name: both for name, *both in re.findall(r"--(\w+): light-dark\((#\w+), (#\w+)\)", text)}
+
+    def rules(scheme: int) -> str:
+        ink, raised, muted = (colours[name][scheme] for name in ("ink", "raised", "muted"))
+        return (
+            f"text {{ fill: {ink}; }} rect {{ fill: {raised}; stroke: {muted}; }} "
+            f"path {{ stroke: {muted}; }} marker path {{ fill: {muted}; stroke: none; }}"
+        )
+
+    return f"""
+  text {{ font: 14px ui-monospace, Menlo, Consolas, monospace; text-anchor: middle; }}
+  path {{ fill: none; }}
+  {rules(0)}
+  @media (prefers-color-scheme: dark) {{ {rules(1)} }}
 """
 
 
@@ -62,7 +74,7 @@ def picture() -> str:
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img">',
             "<title>The rooms of vmoe/: an arrow leads from a room to one that it imports</title>",
-            f"<style>{STYLE}</style>",
+            f"<style>{style()}</style>",
             f'<defs>{head}<path d="M0 0L8 4L0 8z"/></marker></defs>',
             *arrows,
             *boxes,
