@@ -15,7 +15,7 @@ from vmoe.extras import require_module
 
 ALL_OF_16 = (0, 65535)
 _MODES_WITH_ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
-_SPREAD = {"L;2": 85, "L;4": 17}  # gray of 2 and 4 bits: levels of 8 bits per level
+_SPREAD = {"L;2": 85, "L;4": 17}  # gray of 2 and 4 bits: the step between levels in 8 bits
 ORIENTATION = 274  # EXIF tag
 # TIFF tags
 _BITS, _LARGEST, _SMALLEST_OF_ANY_TYPE, _LARGEST_OF_ANY_TYPE = 258, 281, 340, 341
@@ -124,7 +124,7 @@ class DeepImage:
         return np.array(image)
 
     def opacity(self, values: np.ndarray, high: float) -> np.ndarray | None:
-        """(H, W) uint8; None where all is opaque. `values` are the file's, of which `high` is white."""
+        """(H, W) uint8, or None if all is opaque. `values` are the file's, with white at `high`."""
         transparent = self.image.info.get("transparency")
         if isinstance(transparent, int | tuple):
             is_seen = values != transparent if self.is_gray else (values[..., :3] != transparent).any(-1)
@@ -152,10 +152,10 @@ def raw_mode(image: Image.Image) -> str:
 
 
 def to_rgb(image: Image.Image, stored: str) -> np.ndarray:
-    """An image of 8 bits or fewer as (H, W, 3) uint8, with what is transparent over white; `stored` is its raw mode."""
+    """An image of at most 8 bits as (H, W, 3) uint8, with transparent pixels over white. `stored` is its raw mode."""
     if image.mode in _MODES_WITH_ALPHA or "transparency" in image.info:
         if stored in _SPREAD and isinstance(image.info.get("transparency"), int):
-            # Pillow spreads the levels over 8 bits, but not the level that is transparent.
+            # Pillow scales the levels to 8 bits, but not the transparent level
             image.info["transparency"] *= _SPREAD[stored]
         image = over_white(image.convert("RGBA"))
     return np.array(image if image.mode == "RGB" else image.convert("RGB"))

@@ -16,9 +16,9 @@ def _signed(value: int) -> int:
 
 _STEP = _signed(0x9E3779B97F4A7C15)
 _FACTORS = _signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB)
-_BITS = 24  # of a number: what a float32 holds exactly
+_BITS = 24  # bits of a number, which a float32 holds exactly
 
-# Kept in checkpoints. It rises when the same keys give other numbers: then a resumed run says that its draws change.
+# Stored in checkpoints, and raised when the same keys give other numbers. A resumed run then warns that draws change.
 DRAWS_VERSION = 2
 
 

@@ -21,16 +21,16 @@ class ClassFolders:
 
 
 def read_class_folders(splits: Mapping[str, Path], arrays: bool = False) -> ClassFolders:
-    """Reads SPLIT/CLASS/IMAGE of every split, each real file once; pictures may lie in folders of a class folder.
+    """Reads SPLIT/CLASS/IMAGE of every split, each real file once. Class folders may have subfolders.
 
     Args:
-        splits: The folder of each split. The class folders of "train", or of the first split without it, are the
-            classes; another split may lack some of them.
-        arrays: Whether .npy files are pictures, too.
+        splits: The folder of each split. The class folders of "train" (or of the first split) are the classes. Other
+            splits may lack some of them.
+        arrays: Whether .npy files count as pictures.
 
     Raises:
-        UserError: A split is a link to another, has no class folders or one that training does not know, or a class
-            has no training picture.
+        UserError: A split is a link to another, has no class folders or one that training lacks, or a class has no
+            training picture.
     """
     passed_over = PassedOver()
     names = {split: list_class_folders(folder, passed_over) for split, folder in splits.items()}

@@ -21,7 +21,7 @@ FORMATS: dict[str, tuple[str, ...]] = {
     "TIFF": (".tif", ".tiff"),
     "WEBP": (".webp",),
 }
-ARRAY_SUFFIX = ".npy"  # of a picture as an array, where pictures are read by their channels
+ARRAY_SUFFIX = ".npy"  # a picture as an array, for data with `channels`
 IMAGE_SUFFIXES = frozenset(suffix for suffixes in FORMATS.values() for suffix in suffixes)
 # Folders of archivers, network drives and file systems
 SYSTEM_FOLDERS = frozenset(
@@ -40,9 +40,9 @@ _MOST_ENDINGS = 4  # the most suffixes in a line
 
 
 def is_image_name(name: str, arrays: bool = False) -> bool:
-    """Whether a file of this name (without its folder) is taken for a picture: by its ending, and unless hidden.
+    """Whether a file name (without folder) is that of a picture: it has such a suffix and is not hidden.
 
-    With `arrays` a .npy file is, too.
+    With `arrays` .npy files count as pictures.
     """
     ending = os.path.splitext(name)[1].lower()
     return not name.startswith(".") and (ending in IMAGE_SUFFIXES or (arrays and ending == ARRAY_SUFFIX))
@@ -101,18 +101,18 @@ def list_class_folders(folder: str | Path, passed_over: PassedOver) -> list[str]
 def find_pictures(
     folders: Sequence[str | Path], passed_over: PassedOver, arrays: bool = False
 ) -> list[list[str] | None]:
-    """The picture files of some folders and of all folders in them, sorted by folder and name.
+    """The picture files of some folders and of all their subfolders, sorted by folder and name.
 
-    Each real file and each real folder is taken once, in all of `folders` together: where a link leads to one that is
-    there already, or to a folder that holds one of `folders`, the link is passed over.
+    Each real file and each real folder is taken once over all `folders`. A link is ignored if its target is taken
+    already, or if it is a folder that contains one of `folders`.
 
     Args:
-        folders: Where to look, each for itself; none lies in another.
-        passed_over: Counts what is left out.
-        arrays: Whether .npy files are pictures, too.
+        folders: The folders to search. None is inside another.
+        passed_over: Counts ignored files.
+        arrays: Whether .npy files count as pictures.
 
     Returns:
-        For each folder its files; None where the folder itself is a link to what is there already.
+        The files of each folder; None for a folder that is a link to one that is taken already.
 
     Raises:
         UserError: A folder cannot be read.
@@ -197,16 +197,14 @@ class _Walk:
 
 
 def find_images(paths: Iterable[str | Path], passed_over: PassedOver, arrays: bool = False) -> list[Path]:
-    """The image files that `paths` name; `passed_over` counts what is left out in folders.
+    """The image files of `paths`. `passed_over` counts ignored files in folders.
 
-    With `arrays` .npy files in folders are pictures, too.
-
-    A folder stands for the pictures in it and in all folders in it; a file that is named is taken whatever its ending.
-    A pattern that no shell has expanded stands for what it matches.
+    A folder gives the pictures in it and in all its subfolders, with `arrays` .npy files too. A named file is taken
+    with any suffix. Patterns are expanded if no shell has done so.
 
     Raises:
         UserError: A path does not exist or is no regular file, a folder holds no picture, a pattern matches nothing, or
-            it is no path but an address or "-".
+            a path is an address or "-".
     """
     found: list[Path] = []
     for path in (path for given in paths for path in _expanded(os.fspath(given))):

@@ -1,4 +1,4 @@
-"""One image: read from a file, cropped as evaluation does, turned into a normalised tensor."""
+"""Reads one image from a file, fits it to the image size as in evaluation, and normalises it to a tensor."""
 
 import io
 import os
@@ -18,34 +18,34 @@ from vmoe.errors import UserError
 from vmoe.extras import MissingExtraError
 from vmoe.sizes import ImageSize, height_and_width
 
-if TYPE_CHECKING:  # the process of `vmoe serve` that decodes uploads does without torch
+if TYPE_CHECKING:  # the process of `vmoe serve` that decodes uploads works without torch
     import torch
 
-_BESIDE = 127  # what is beside a picture in a letterbox
+_BESIDE = 127  # level beside the picture in a letterbox
 
 
 def load_image(path: str | Path, bit_depth: int | None = None, channels: int | None = None) -> np.ndarray:
-    """Reads an image file as RGB of 8 bits, or by its channels at its own depth; upright by its EXIF orientation.
+    """Reads an image file as RGB of 8 bits, or with its channels at its own depth; upright by its EXIF orientation.
 
-    Any mode Pillow knows: grayscale, palette, CMYK, more than 8 bits (scaled to 8). Transparent pixels are shown over
-    white; of an animation the first frame is read.
+    It accepts any mode of Pillow: grayscale, palette, CMYK, more than 8 bits (scaled to 8). Transparent pixels are
+    shown over white. An animation gives its first frame.
 
     Args:
-        path: Of the file.
-        bit_depth: How many bits the values of a file with more than 8 bits per channel use, where the file itself does
-            not say so: white is 2**bit_depth - 1. None: all that the file stores.
-        channels: As `data.channels`; None: RGB of 8 bits.
+        path: The path of the file.
+        bit_depth: Number of bits in files with more than 8 bits per channel that do not declare it: white is
+            2**bit_depth - 1. None takes all stored bits.
+        channels: As `data.channels`; None for RGB of 8 bits.
 
     Returns:
-        (H, W, 3) uint8 array of its own memory; with `channels` (H, W, channels) float32, white being 1.
+        (H, W, 3) uint8 array with its own memory; with `channels` (H, W, channels) float32, with white at 1.
 
     Raises:
-        UserError: The file is missing, damaged, no image or no regular file, or holds fractions and neither it nor
-            `bit_depth` says which is white, or has another number of channels; the line names it.
+        UserError: The file is missing, damaged, no image or no regular file, has another number of channels, or holds
+            fractions and neither it nor `bit_depth` gives white. The message names the file.
     """
     require_regular(path)
     try:
-        # Not by Pillow, which maps a file it opens itself, and turns an uncompressed gray TIFF wrongly then.
+        # not opened by Pillow: it would map the file, and then turn an uncompressed gray TIFF wrongly
         with open(path, "rb") as file:
             return decode_image(file, str(path), bit_depth=bit_depth, channels=channels)
     except FileNotFoundError as error:
@@ -61,7 +61,7 @@ def decode_image(
     bit_depth: int | None = None,
     channels: int | None = None,
 ) -> np.ndarray:
-    """Like `load_image`, for a file's content, of Pillow's `formats`, or any; `place` names it in errors."""
+    """Like `load_image`, for a file's content in one of Pillow's `formats` (or any). `place` names it in errors."""
     try:
         if channels is not None:
             return stored_in(source, channels, formats).fractions(channels, bit_depth)
@@ -70,7 +70,7 @@ def decode_image(
             if deep is not None and not (deep.pillow_does_it and deep.range(bit_depth) == ALL_OF_16):
                 return deep.to_rgb(bit_depth)
             stored = raw_mode(image)
-            ImageOps.exif_transpose(image, in_place=True)  # a copy would take as much memory again
+            ImageOps.exif_transpose(image, in_place=True)  # a copy would double the memory
             return to_rgb(image, stored)
     except MissingExtraError as error:
         raise MissingExtraError(f"{place}: {error}") from error
@@ -88,23 +88,23 @@ def decode_image(
 def to_pixels(
     picture: "str | Path | Image.Image | np.ndarray", bit_depth: int | None = None, channels: int | None = None
 ) -> np.ndarray:
-    """A picture of any kind as RGB, or by its channels.
+    """Converts a picture of any kind to RGB, or keeps its channels.
 
     Args:
         picture: The path of an image file, as `load_image` reads it; an image of Pillow, of any mode; or an array
             (height, width, 3), or (height, width) for gray, uint8; with `channels` (height, width, channels) or
-            (channels, height, width) of any numbers, as a file holds them.
-        bit_depth: As for `load_image`; of arrays with `channels`, too.
+            (channels, height, width) of any number type.
+        bit_depth: As for `load_image`; with `channels` also for arrays.
         channels: As for `load_image`.
 
     Returns:
-        (height, width, 3) uint8; with `channels` (height, width, channels) float32, white being 1.
+        (height, width, 3) uint8; with `channels` (height, width, channels) float32, with white at 1.
 
     Raises:
-        UserError: The picture is of no such kind, or it cannot be read.
+        UserError: The picture has another type, or it cannot be read.
     """
     if isinstance(picture, Image.Image):
-        if picture.mode[0] in "IF":  # more than 8 bits: as a file of such values is read
+        if picture.mode[0] in "IF":  # more than 8 bits: converted as from a file
             content = io.BytesIO()
             picture.save(content, "TIFF")
             return decode_image(content, "this image", bit_depth=bit_depth, channels=channels)
@@ -147,22 +147,22 @@ def prepare_image(
     crop: Crop = "centre",
     channels: int | None = None,
 ) -> "torch.Tensor":
-    """Prepares a picture for a model, as evaluation, `predict` and every tool do it.
+    """Prepares a picture for a model, as evaluation, `predict` and all tools do.
 
-    The picture becomes upright RGB, it is fitted to the image size as `crop` says (area averages down, bilinear up),
-    and each channel is normalised: (pixel / 255 - mean) / std. With `channels` it keeps its channels and its depth, and
-    in place of pixel / 255 stands its value divided by that of white.
+    The picture becomes upright RGB. It is fitted to the image size by `crop` (area averages down, bilinear up). Each
+    channel is normalised: (pixel / 255 - mean) / std. With `channels` it keeps its channels and its depth, and values
+    are divided by white instead of 255.
 
     Args:
         picture: The path of an image file, an image of Pillow, or an array (height, width, 3), or (height, width) for
-            gray, uint8; with `channels` (height, width, channels) or (channels, height, width) of any numbers.
+            gray, uint8; with `channels` (height, width, channels) or (channels, height, width) of any number type.
         image_size: Side of the square in pixels, or (height, width), such as `model.image_size`.
-        mean: Of the channels, in [0, 1], such as `model.mean`.
-        std: Of the channels, in [0, 1], such as `model.std`.
-        bit_depth: How many bits the values of a picture with more than 8 bits per channel use, where its file does not
-            say so: white is 2**bit_depth - 1. None: all that is stored.
+        mean: Mean of the channels, in [0, 1], such as `model.mean`.
+        std: Standard deviation of the channels, in [0, 1], such as `model.std`.
+        bit_depth: Number of bits in pictures with more than 8 bits per channel, if the file does not declare it: white
+            is 2**bit_depth - 1. None takes all stored bits.
         crop: How it is fitted, such as `model.crop`; see `eval_crop`.
-        channels: Such as `model.channels`; None: red, green and blue of 8 bits.
+        channels: Such as `model.channels`; None for RGB of 8 bits.
 
     Returns:
         (3, height, width) float32, or (channels, height, width).
@@ -174,19 +174,19 @@ def prepare_image(
 
 
 def eval_crop(image: np.ndarray, image_size: ImageSize, crop: Crop = "centre") -> np.ndarray:
-    """The picture a model sees in evaluation: fitted to the image size.
+    """Fits a picture to the image size, as in evaluation.
 
-    With "centre" this is the same as resizing the picture until it covers the image size and cropping the centre,
-    without the detour over a large image.
+    "centre" equals resizing the picture to cover the image size and cropping the centre, but without a large
+    intermediate image.
 
     Args:
         image: (H, W, C) uint8 or float32.
         image_size: Side of the result in pixels, or (height, width).
         crop: "centre" cuts out the largest central part of the result's shape, "squash" changes the picture's shape,
-            and "letterbox" keeps all of it, between stripes of middle grey.
+            and "letterbox" keeps the whole picture between stripes of middle grey.
 
     Returns:
-        (height, width, C) of the same type; `image` itself where it has that size.
+        (height, width, C) of the same type; `image` itself if it has that size.
     """
     height, width = height_and_width(image_size)
     rows, columns = image.shape[:2]
@@ -216,9 +216,9 @@ def normalise(images: Sequence[np.ndarray], mean: Sequence[float], std: Sequence
     """Stacks images and normalises them by channel: (pixel / 255 - mean) / std.
 
     Args:
-        images: B arrays (H, W, C) of one size, uint8, or float32 of which white is 1.
-        mean: Of the channels, in [0, 1].
-        std: Of the channels, in [0, 1].
+        images: B arrays (H, W, C) of one size, uint8, or float32 with white at 1.
+        mean: Mean of the channels, in [0, 1].
+        std: Standard deviation of the channels, in [0, 1].
 
     Returns:
         (B, C, H, W) float32, contiguous. A value does not depend on the other images of the batch.
@@ -235,7 +235,7 @@ def normalise(images: Sequence[np.ndarray], mean: Sequence[float], std: Sequence
 def eval_transform(
     image_size: ImageSize, mean: Sequence[float], std: Sequence[float], crop: Crop = "centre"
 ) -> "Callable[[np.ndarray], torch.Tensor]":
-    """What evaluation does to an image: `eval_crop`, then `normalise`.
+    """The preparation of an image in evaluation: `eval_crop`, then `normalise`.
 
     Returns:
         A function from (H, W, C) uint8 or float32 to (C, height, width) float32.

@@ -1,4 +1,4 @@
-"""What a data set is made of: stores of images, and labelled views of them."""
+"""The parts of a data set: stores of images, and labelled views of them."""
 
 import hashlib
 import os
@@ -21,14 +21,14 @@ class ImageStore(Protocol):
         """The image as (H, W, 3) uint8, or by channels as (H, W, C) float32; UserError naming it when it is damaged."""
 
     def place(self, position: int) -> str:
-        """Where the image is: its path, or its array and row."""
+        """The image's source: its path, or its array and row."""
 
     def patch_labels(self, position: int) -> np.ndarray | None:
-        """What each patch shows, (rows, columns) integers; None where that is not known."""
+        """The patch labels, (rows, columns) integers, or None."""
 
     @property
     def side(self) -> int | None:
-        """The shorter side in pixels that all images have; None where that is not known."""
+        """The common shorter side of all images in pixels, or None."""
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,8 @@ class ImageSet:
 
     Labels are (n,) int64 with one class per image, or (n, classes) int8 of 0 and 1 with several.
 
-    Where images never repeat, each pass over the split has other ones of the same labels: in every pass their positions
-    are `pass_step` farther on.
+    If images never repeat, each pass over the split has new images with the same labels: positions are shifted by
+    `pass_step` per pass.
     """
 
     images: ImageStore
@@ -117,15 +117,15 @@ class ImageSet:
         return self.images.read(self.positions[index] + number_of_pass * self.pass_step)
 
     def place(self, index: int) -> str:
-        """Where image `index` of this split is."""
+        """The source of image `index` of this split."""
         return self.images.place(self.positions[index])
 
     def patch_labels(self, index: int) -> np.ndarray | None:
-        """What each patch of image `index` shows, (rows, columns) integers; None where that is not known."""
+        """The patch labels of image `index`, (rows, columns) integers, or None."""
         return self.images.patch_labels(self.positions[index])
 
     def fingerprint(self) -> str:
-        """A text that changes with the images' files, wherever their folder lies, with their labels and their order."""
+        """A text that changes with the images' files, labels and order, but not with the path of their folder."""
         digest = hashlib.sha256(self.labels.tobytes())
         if isinstance(self.images, FileImages):
             names = [os.path.basename(self.images.paths[position]) for position in self.positions]
@@ -150,16 +150,16 @@ class ImageSet:
         return np.bincount(self.labels, minlength=classes)
 
     def strata(self) -> np.ndarray:
-        """What choices of images are stratified by, (n,): the class; of several the rarest, of none one number more."""
+        """The strata of images for stratified choices, (n,): the (rarest) class, or one number more without a class."""
         if not self.is_multi_label:
             return self.labels
         counts = self.class_counts(self.labels.shape[1])
         by_rarity = np.argsort(counts, kind="stable")
-        first = self.labels[:, by_rarity].argmax(1)  # of equal ones NumPy takes the first
+        first = self.labels[:, by_rarity].argmax(1)  # argmax takes the first among equals
         return np.where(self.labels.any(1), by_rarity[first], len(counts))
 
     def keep_classes(self, classes: Sequence[int]) -> "ImageSet":
-        """The images of these classes, which become 0, 1, ... in the order given; of several labels all images."""
+        """The images of these classes, renumbered 0, 1, ... in the given order. With several labels all images stay."""
         if self.is_multi_label:
             return replace(self, labels=self.labels[:, list(classes)])
         kept = self.take(np.flatnonzero(np.isin(self.labels, classes)))
@@ -169,21 +169,21 @@ class ImageSet:
 
 @dataclass(frozen=True)
 class Splits:
-    """A data set; `val` is None where it has no validation split, and `test` itself where one split is both."""
+    """A data set. `val` is None without a validation split, and `test` itself if one split is used for both."""
 
     train: ImageSet
     val: ImageSet | None
     test: ImageSet
     class_names: list[str]
-    image_size: int | None = None  # the arrays' own, where the set has no fixed default
-    patch_names: list[str] | None = None  # of what patches show, where that is known
-    bit_depth: int | None = None  # of deep files, as given or as measured
-    notes: Sequence[str] = ()  # lines to say about the set, such as what was passed over
-    epoch_images: int | None = None  # of an epoch, where that is not all of `train`
+    image_size: int | None = None  # the arrays' own, if the set has no fixed default
+    patch_names: list[str] | None = None  # names of the patch labels
+    bit_depth: int | None = None  # of deep files, given or measured
+    notes: Sequence[str] = ()  # lines on the set to print, such as on ignored files
+    epoch_images: int | None = None  # images per epoch, if not all of `train`
 
 
 def flags_of(labels: Sequence[Iterable[Any]], classes: Sequence[Any]) -> np.ndarray:
-    """Whether each image has each class, (n, classes) int8, from the labels of each image."""
+    """Labels as (n, classes) int8 of 0 and 1, from a list of labels per image."""
     number = {each: index for index, each in enumerate(classes)}
     flags = np.zeros((len(labels), len(classes)), dtype=np.int8)
     for row, each in enumerate(labels):
@@ -192,10 +192,10 @@ def flags_of(labels: Sequence[Iterable[Any]], classes: Sequence[Any]) -> np.ndar
 
 
 def require_training_of_each(place: object, sets: Mapping[str, ImageSet], names: Sequence[str]) -> None:
-    """Makes sure that each class of a split has a training image.
+    """Checks that each class of a split has a training image.
 
     Raises:
-        UserError: One has none; the line names the class, after `place`.
+        UserError: A class has none. The message starts with `place` and names the class.
     """
     is_trained = sets["train"].class_counts(len(names)) > 0
     for split, part in sets.items():
@@ -205,12 +205,12 @@ def require_training_of_each(place: object, sets: Mapping[str, ImageSet], names:
 
 
 def given_splits(sets: Mapping[str, ImageSet], class_names: list[str], notes: Sequence[str]) -> Splits:
-    """A data set of its own splits. Without "test", "val" serves for both; without "train" there are no such images.
+    """A data set with given splits. Without "test", "val" is used for both; without "train" that split is empty.
 
     Args:
         sets: The splits.
-        class_names: Of the labels.
-        notes: Lines to say about the set.
+        class_names: The names of the labels.
+        notes: Lines on the set to print.
     """
     test = sets.get("test", sets.get("val"))
     none = test.take(np.empty(0, dtype=np.int64))

@@ -1,4 +1,4 @@
-"""What a set's pictures are like: their sizes, their colours, which are damaged, and which are in two splits."""
+"""Inspects a set's pictures: sizes, colours, damaged files, and near-duplicates between splits."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,38 +16,38 @@ from vmoe.errors import UserError
 from vmoe.progress import Progress, shown
 
 _THUMB = 16  # pixels per side
-_ALIKE = 0.99  # correlation of two thumbnails that are of one picture
-_PLAIN = 8.0  # levels: below this standard deviation a thumbnail shows too little to be compared
+_ALIKE = 0.99  # correlation from which two thumbnails count as one picture
+_PLAIN = 8.0  # levels: thumbnails with a smaller standard deviation are not compared
 _THUMBS_AT_ONCE = 4096  # thumbnails
-_NAMED = 5  # in a line
+_NAMED = 5  # the most names in a line
 _TITLES_OF_SPLITS = {"train": "training", "val": "validation", "test": "test"}
 
 
 @dataclass(frozen=True)
 class NearDuplicate:
-    """A picture of validation or test that looks like one of training: their places and their correlation."""
+    """A picture of validation or test that looks like one of training: their paths and their correlation."""
 
     split: str
     place: str
     of_training: str
     correlation: float
-    pictures: tuple[np.ndarray, np.ndarray] = field(repr=False)  # as the model sees them, (height, width, 3) uint8
+    pictures: tuple[np.ndarray, np.ndarray] = field(repr=False)  # prepared for the model, (height, width, 3) uint8
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """What was found; shares and colours are of the pictures that were looked at."""
+    """The result of an inspection. Shares and colours are over the inspected pictures."""
 
-    looked_at: dict[str, int]  # pictures, by split
+    looked_at: dict[str, int]  # number of inspected pictures, by split
     images: dict[str, int]
     sizes: dict[str, list[list[int]]]  # smallest, median and largest [height, width], by split; each side for itself
-    mean: list[float]  # of the channels of training pictures as the model sees them unvaried, in [0, 1]
+    mean: list[float]  # of the channels of training pictures, prepared as in evaluation, in [0, 1]
     std: list[float]
     damaged: dict[str, list[str]]  # by split a line for each
     near_duplicates: list[NearDuplicate]
 
     def as_dict(self) -> dict[str, Any]:
-        """The same as plain types, without the pictures."""
+        """The same in plain types, without the pictures."""
         pairs = [
             {"split": each.split, "image": each.place, "training_image": each.of_training}
             | {"correlation": round(each.correlation, 4)}
@@ -59,7 +59,7 @@ class Inspection:
         }
 
     def rows(self, most: int) -> list[tuple[str, list[np.ndarray]]]:
-        """For a sheet: of each split a name and at most `most` pictures, each beside the training image it is like."""
+        """The rows of a sheet: a name per split and at most `most` pictures, each beside its similar training image."""
         rows = []
         for split in dict.fromkeys(each.split for each in self.near_duplicates):
             pictures = [picture for each in self.near_duplicates if each.split == split for picture in each.pictures]
@@ -67,7 +67,7 @@ class Inspection:
         return rows
 
     def lines(self) -> list[str]:
-        """What was found, in words."""
+        """The result as lines of text."""
         lines = []
         for split, (smallest, median, largest) in self.sizes.items():
             same = smallest == largest
@@ -99,7 +99,7 @@ class Inspection:
 
 @dataclass
 class _Split:
-    """What is gathered of one split."""
+    """The data gathered from one split."""
 
     images: ImageSet
     places: list[int] = field(default_factory=list)
@@ -110,16 +110,16 @@ class _Split:
 
 
 def inspect_images(data: ImageDataModule, most: int = 5000, threads: int = 4, progress: Progress = True) -> Inspection:
-    """Looks at the pictures of a set, at most `most` of each split.
+    """Inspects the pictures of a set, at most `most` of each split.
 
     Near-duplicates are pictures of validation or test with a thumbnail of 16 x 16 pixels that has a correlation of 0.99
     or more with that of a training picture: the same picture in another size, format or compression. Plain pictures,
     such as white pages, are not compared.
 
     Args:
-        data: After `setup`.
-        most: Of each split, a random choice by the seed of the set's splits.
-        threads: How many pictures are read at once.
+        data: The datamodule, after `setup`.
+        most: The most pictures of each split, chosen at random by the seed of the set's splits.
+        threads: Number of pictures to read at once.
         progress: As for `vmoe.evaluate`.
     """
     splits = {name: _Split(images) for name, images in data.image_sets().items() if len(images)}
@@ -147,7 +147,7 @@ def inspect_images(data: ImageDataModule, most: int = 5000, threads: int = 4, pr
 
 
 def _taken_in(data: ImageDataModule, images: ImageSet, index: int) -> tuple[np.ndarray, tuple[int, int]] | str:
-    """A picture as the model sees it, and its own size; a line where it cannot be read."""
+    """A picture prepared for the model, and its own size; or a line if it cannot be read."""
     try:
         image = images.read(index)
     except UserError as error:
@@ -211,7 +211,7 @@ def _near_duplicates(data: ImageDataModule, name: str, split: _Split, train: _Sp
 
 
 def _as_directions(thumbs: Sequence[np.ndarray]) -> torch.Tensor:
-    """Thumbnails as vectors of mean 0 and length 1, (n, D); those of plain pictures are 0."""
+    """Thumbnails as vectors of mean 0 and length 1, (n, D); zeros for plain pictures."""
     table = torch.from_numpy(np.stack(thumbs).reshape(len(thumbs), -1).astype(np.float32)) if thumbs else torch.empty(0)
     if not len(table):
         return table

@@ -1,4 +1,4 @@
-"""From splits to batches: what the worker processes run, and the loader around them."""
+"""Makes batches from splits: the datasets that worker processes run, and the loader around them."""
 
 import warnings
 from collections.abc import Iterator, Sequence
@@ -28,24 +28,24 @@ _SMALL_SHARED_MEMORY = (
 
 
 class Batch(NamedTuple):
-    """Images ready for the model, on the CPU or on the device that trains."""
+    """Images ready for the model, on the CPU or on the training device."""
 
-    images: torch.Tensor | None  # (B, C, H, W) float32, normalised; None where `ImageDataModule.made` makes them
-    labels: torch.Tensor | None  # (B,) int64, or (B, classes) int8 of 0 and 1; None where nobody labelled the images
-    damaged: list[str]  # training images that could not be read and were replaced by the next one
-    patch_labels: torch.Tensor | None = None  # (B, rows, columns) int64, what each patch shows, where that is known
+    images: torch.Tensor | None  # (B, C, H, W) float32, normalised; None until `ImageDataModule.made`
+    labels: torch.Tensor | None  # (B,) int64, or (B, classes) int8 of 0 and 1; None without labels
+    damaged: list[str]  # unreadable training images, which the next ones have replaced
+    patch_labels: torch.Tensor | None = None  # (B, rows, columns) int64, labels of patches, if known
     keys: torch.Tensor | None = None  # (B, 2) int64, epoch and index of training images; None in evaluation
-    targets: torch.Tensor | None = None  # (B, classes) float32 of mixed images; None: labels count
+    targets: torch.Tensor | None = None  # (B, classes) float32 of mixed images; None to use `labels`
 
 
 class TrainImages(Dataset):
-    """Augmented training images; a batch is a function of its (epoch, index) keys.
+    """Augmented training images. A batch is a function of its (epoch, index) keys.
 
     Args:
         images: The training split.
-        augmenter: Varies an image by its key.
-        mean: Of the channels.
-        std: Of the channels.
+        augmenter: Augments an image by its key.
+        mean: Mean of the channels.
+        std: Standard deviation of the channels.
     """
 
     def __init__(self, images: ImageSet, augmenter: Augmenter, mean: Colour, std: Colour) -> None:
@@ -55,7 +55,7 @@ class TrainImages(Dataset):
         return len(self.images)
 
     def __getitems__(self, keys: list[Key]) -> Batch:
-        """The batch of these keys. A damaged image is replaced by the next readable one of the set."""
+        """The batch of these keys. The next readable image of the set replaces a damaged one."""
         pictures, labels, damaged = [], [], []
         for epoch, index in keys:
             image, index = read_or_next(self.images, index, damaged, epoch)
@@ -66,22 +66,22 @@ class TrainImages(Dataset):
 
 
 def read_or_next(images: ImageSet, index: int, damaged: list[str], number_of_pass: int = 0) -> tuple[np.ndarray, int]:
-    """Image `index`, (H, W, 3) uint8 or (H, W, C) float32, or the next that can be read, and its index.
+    """Image `index`, (H, W, 3) uint8 or (H, W, C) float32, or the next readable one, and its index.
 
     Args:
         images: The training split.
-        index: Of the image.
-        damaged: Gets the places of those that cannot be read.
-        number_of_pass: Over the training set.
+        index: Index of the image.
+        damaged: Receives the paths of unreadable images.
+        number_of_pass: Number of the pass over the training set.
 
     Raises:
-        UserError: Not one image can be read, or the network fails.
+        UserError: No image can be read, or the network fails.
     """
     for step in range(len(images)):
         candidate = (index + step) % len(images)
         try:
             return images.read(candidate, number_of_pass), candidate
-        except UnreachableError:  # all others would be as unreachable
+        except UnreachableError:  # all other images would be unreachable too
             raise
         except UserError:
             damaged.append(images.place(candidate))
@@ -89,13 +89,13 @@ def read_or_next(images: ImageSet, index: int, damaged: list[str], number_of_pas
 
 
 class EvalImages(Dataset):
-    """Images as evaluation sees them. A damaged one is an error that names it.
+    """Images prepared as in evaluation. A damaged one raises an error with its name.
 
     Args:
         images: A validation or test split.
         image_size: Side in pixels, or (height, width).
-        mean: Of the channels.
-        std: Of the channels.
+        mean: Mean of the channels.
+        std: Standard deviation of the channels.
         crop: As in `eval_crop`.
     """
 
@@ -119,16 +119,16 @@ class EvalImages(Dataset):
 
 
 class CorruptedImages(EvalImages):
-    """Images as evaluation sees them, corrupted; the draws are a function of (seed, name, severity, index).
+    """Corrupted images, prepared as in evaluation. The draws are a function of (seed, name, severity, index).
 
     Args:
         images: A validation or test split.
         image_size: Side in pixels.
-        mean: Of the channels.
-        std: Of the channels.
+        mean: Mean of the channels.
+        std: Standard deviation of the channels.
         name: A key of `vmoe.data.corruptions.CORRUPTIONS`.
         severity: 1 to 5.
-        seed: Of the corruption.
+        seed: Seed of the corruption.
         crop: As in `eval_crop`.
     """
 
@@ -152,13 +152,13 @@ class CorruptedImages(EvalImages):
 
 
 def patch_labels_of(images: ImageSet, indices: Sequence[int]) -> torch.Tensor | None:
-    """What each patch of some images shows, (B, rows, columns) int64; None where that is not known."""
+    """The patch labels of some images, (B, rows, columns) int64, or None."""
     patches = [images.patch_labels(index) for index in indices]
     return None if any(part is None for part in patches) else torch.from_numpy(np.stack(patches))
 
 
 class UnvariedTrainImages(EvalImages):
-    """Training images as evaluation sees them. A damaged one is replaced by the next readable one, as in training."""
+    """Training images prepared as in evaluation. The next readable image replaces a damaged one, as in training."""
 
     def __getitems__(self, indices: list[int]) -> Batch:
         """The batch of these images."""
@@ -171,14 +171,14 @@ class UnvariedTrainImages(EvalImages):
 
 
 class UnlabelledImages(Dataset):
-    """Image files as evaluation sees them, without labels. A damaged one is an error that names it.
+    """Image files prepared as in evaluation, without labels. A damaged one raises an error with its name.
 
     Args:
-        paths: Of the files.
+        paths: The paths of the files.
         image_size: Side in pixels, or (height, width).
-        mean: Of the channels.
-        std: Of the channels.
-        bit_depth: Of files with more than 8 bits per channel, as in `load_image`.
+        mean: Mean of the channels.
+        std: Standard deviation of the channels.
+        bit_depth: Bit depth of files with more than 8 bits per channel, as in `load_image`.
         crop: As in `eval_crop`.
         channels: As in `load_image`.
     """
@@ -200,7 +200,7 @@ class UnlabelledImages(Dataset):
         return len(self.paths)
 
     def __getitems__(self, indices: list[int]) -> Batch:
-        """The batch of these images; its labels are None."""
+        """The batch of these images, without labels."""
         pictures = [
             eval_crop(load_image(self.paths[index], self.bit_depth, self.channels), self.image_size, self.crop)
             for index in indices
@@ -209,16 +209,16 @@ class UnlabelledImages(Dataset):
 
 
 class ImageLoader(DataLoader):
-    """A DataLoader of whole batches that raises a worker's UserError as it was.
+    """A DataLoader of whole batches that raises a worker's UserError unchanged.
 
-    PyTorch would raise it with the worker's traceback for a message. Iterating starts with the first batch asked for,
-    when the sampler knows its epoch, and not with `iter()`. No global random state is drawn from. Where shared memory
-    is full, as a container's 64 MiB soon are, batches come through a pipe, with a warning: PyTorch would wait for ever.
+    PyTorch would put the worker's traceback into the message. Iteration starts with the first requested batch, when the
+    sampler knows its epoch, and not with `iter()`. It draws nothing from the global random state. If shared memory is
+    full, as a container's 64 MiB soon are, batches come through a pipe, with a warning; PyTorch would wait forever.
 
     Args:
-        dataset: Its `__getitems__` gives a batch.
+        dataset: A dataset with batches from `__getitems__`.
         workers: Number of processes.
-        **options: DataLoader's.
+        **options: Options of DataLoader.
     """
 
     def __init__(self, dataset: Dataset, *, workers: int, **options: Any) -> None:
@@ -234,44 +234,46 @@ class ImageLoader(DataLoader):
 
     def __iter__(self) -> Iterator[Batch]:
         if self.num_workers:
-            # A forked worker would wait for ever for OpenCV's threads, which stay behind in this process.
+            # a forked worker would wait forever for OpenCV's threads, which exist only in this process
             cv2.setNumThreads(0)
         is_warned = False
         for batch in super().__iter__():
             if isinstance(batch, _ThroughPipe):
                 if not is_warned:
-                    warnings.warn(_SMALL_SHARED_MEMORY, stacklevel=1)  # those of the caller, Lightning, are hidden
+                    warnings.warn(
+                        _SMALL_SHARED_MEMORY, stacklevel=1
+                    )  # level 1: warnings of the caller, Lightning, are hidden
                     is_warned = True
                 batch = batch.taken(self.pin_memory)
             if isinstance(batch, UserError):
                 try:
                     raise batch
                 finally:
-                    del batch  # else the error holds this frame, which holds the error, and the workers live on
+                    del batch  # else error and frame hold each other in a cycle, and the workers live on
             yield batch
 
 
 class _ThroughPipe:
-    """A batch of a worker with arrays in place of tensors: they need no shared memory.
+    """A worker's batch with arrays instead of tensors, which need no shared memory.
 
     Args:
-        batch: A tuple; some of its items are tensors.
+        batch: A tuple with some tensors.
     """
 
     def __init__(self, batch: tuple) -> None:
         self._type, self._items = type(batch), [each.numpy() if isinstance(each, Tensor) else each for each in batch]
 
     def taken(self, pinned: bool) -> tuple:
-        """The batch, in pinned memory if it must be."""
+        """The batch, in pinned memory if `pinned`."""
         items = [torch.from_numpy(each) if isinstance(each, np.ndarray) else each for each in self._items]
         items = [each.pin_memory() if pinned and isinstance(each, Tensor) else each for each in items]
         return self._type(*items) if issubclass(self._type, Batch) else self._type(items)
 
 
 class _ErrorsAsValues(Dataset):
-    """What a worker hands over to the main process, where `ImageLoader` takes it: batches, and a UserError as a value.
+    """The dataset in a worker: returns batches, or a UserError as a value, for `ImageLoader` in the main process.
 
-    Tensors are put into shared memory here: where that fails later, the batch is lost in a thread of the worker.
+    It puts tensors into shared memory itself. If that failed later, the batch would be lost in a thread of the worker.
     """
 
     def __init__(self, dataset: Dataset) -> None:
@@ -290,10 +292,10 @@ class _ErrorsAsValues(Dataset):
                 for each in batch:
                     if isinstance(each, Tensor):
                         each.share_memory_()
-            except RuntimeError:  # what torch makes of a full /dev/shm
+            except RuntimeError:  # torch raises it for a full /dev/shm
                 return _ThroughPipe(batch)
         return batch
 
 
 def _uncollated(batch: Any) -> Any:
-    return batch  # the dataset has made a batch of it already
+    return batch  # the dataset has already made a batch

@@ -1,8 +1,8 @@
-"""Mixup and CutMix on the device, every image by a share of its own.
+"""Mixup and CutMix on the device, with a share per image.
 
-torchvision's v2.MixUp and v2.CutMix compute the same, but draw one share per batch from the global generator and pair
-images across the whole batch: results would change with the number of processes and after a resume. Here the share is
-a function of (seed, epoch, index), and partners are in one group of consecutive images, which no process splits.
+torchvision's v2.MixUp and v2.CutMix compute the same. But they draw one share per batch from the global generator and
+pair images across the batch, so results change with the number of ranks and after a resume. Here the share is a
+function of (seed, epoch, index), and partners are in one group of consecutive images, which stays on one rank.
 
 Shapes: B images, S pixels per side, C classes.
 """
@@ -18,13 +18,13 @@ from vmoe.data.config import MixConfig
 from vmoe.data.draws import draw_numbers, uniforms
 from vmoe.data.fusing import Fused
 
-GROUP = 8  # consecutive images of a batch
-_FIRST_DRAW, _DRAWS = 1000, 5  # apart from the augmentation's
+GROUP = 8  # number of consecutive images per group
+_FIRST_DRAW, _DRAWS = 1000, 5  # different from augmentation's draws
 _QUANTILES = 4096
 
 
 def make_mixer(config: MixConfig, classes: int, seed: int, device: torch.device) -> "Mixer | None":
-    """The mixer of a config; None where both alphas are 0. It warns of settings that have no effect."""
+    """The mixer of a config, or None if both alphas are 0. It warns of settings without effect."""
     if not config.is_on and config != MixConfig():
         warnings.warn("data.mix has no effect: mixup_alpha and cutmix_alpha are both 0", stacklevel=2)
     elif config.is_on and not config.has_both and config.switch_prob != MixConfig.switch_prob:
@@ -35,13 +35,13 @@ def make_mixer(config: MixConfig, classes: int, seed: int, device: torch.device)
 
 
 class Mixer:
-    """Mixes a batch of images and gives the targets that belong to it.
+    """Mixes a batch of images, and returns their targets.
 
     Args:
-        config: Shares and probabilities; one of its alphas is above 0.
+        config: Shares and probabilities. At least one alpha is above 0.
         classes: C.
-        seed: Not negative.
-        device: Where the images are.
+        seed: The seed, not negative.
+        device: The device of the images.
     """
 
     def __init__(self, config: MixConfig, classes: int, seed: int, device: torch.device) -> None:
@@ -54,13 +54,13 @@ class Mixer:
         self._mix = Fused(self._by_keys)
 
     def __call__(self, images: Tensor, labels: Tensor, keys: Tensor, epochs: float) -> tuple[Tensor, Tensor]:
-        """Mixes images with the one before them in their group, the first with the last.
+        """Mixes each image with the one before it in its group, and the first with the last.
 
         Args:
             images: (B, 3, S, S) float32.
             labels: (B,) int64, or (B, C) of 0 and 1.
             keys: (B, 2) int64, epoch and index of each image.
-            epochs: From this epoch on nothing is mixed, and targets are the labels'.
+            epochs: From this epoch on nothing is mixed, and targets are one-hot labels.
 
         Returns:
             The images, and targets (B, C) float32, which sum to 1 where each image has one label.
@@ -78,13 +78,13 @@ class Mixer:
 def mix(
     images: Tensor, labels: Tensor, shares: Tensor, is_cutmix: Tensor, centres: Tensor, classes: int
 ) -> tuple[Tensor, Tensor]:
-    """Mixes images with the one before them in their group by known parameters.
+    """Mixes each image with the one before it in its group, with given parameters.
 
     Args:
         images: (B, 3, S, S).
         labels: (B,) int64, or (B, C) of 0 and 1.
-        shares: (B,), of itself that an image keeps, 0 to 1; CutMix keeps more of it where its rectangle is cut off.
-        is_cutmix: (B,) bool, by CutMix rather than mixup.
+        shares: (B,), the share that an image keeps of itself, 0 to 1; more with CutMix if its rectangle is cut off.
+        is_cutmix: (B,) bool, whether to use CutMix instead of mixup.
         centres: (2, B), x and y of the rectangle's centre in [0, 1).
         classes: C.
 
@@ -110,7 +110,7 @@ def mix(
 
 
 def _partners(count: int, device: torch.device) -> Tensor:
-    """The place of each image's partner; an incomplete last group is a smaller circle."""
+    """The index of each image's partner. An incomplete last group is a smaller circle."""
     places = torch.arange(count, device=device)
     inside = places % GROUP
     sizes = (count - places + inside).clamp(max=GROUP)
@@ -118,14 +118,14 @@ def _partners(count: int, device: torch.device) -> Tensor:
 
 
 def _span(centre: Tensor, shares: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """First pixel of the rectangle and first after it along one side, as CutMix cuts them, (B,) each."""
+    """The first pixel of CutMix's rectangle and the first pixel after it along one side, (B,) each."""
     middle = (centre * size).floor()
     half = (0.5 * (1 - shares).sqrt() * size).floor()
     return (middle - half).clamp(min=0), (middle + half).clamp(max=size)
 
 
 def _quantiles(alpha: float, device: torch.device) -> Tensor:
-    """Beta(alpha, alpha) by its inverse distribution at equal steps: it can be drawn without trying again."""
+    """Quantiles of Beta(alpha, alpha) at equal steps, for draws without rejection."""
     steps = np.linspace(0, 1, _QUANTILES + 1)
     return torch.tensor(beta.ppf(steps, alpha, alpha) if alpha else steps * 0 + 1, dtype=torch.float32, device=device)
 

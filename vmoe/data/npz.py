@@ -1,4 +1,4 @@
-"""Data sets of the user's own arrays: one .npz file, never unpickled."""
+"""Loads data sets of the user's own arrays from one .npz file, which is never unpickled."""
 
 import zipfile
 from pathlib import Path
@@ -10,7 +10,7 @@ from vmoe.errors import UserError
 
 
 def load_npz(root: str, channels: int | None = None) -> Splits:
-    """Loads `train_x, train_y, test_x, test_y` and, where given, `val_x, val_y` and `class_names` from one file.
+    """Loads `train_x, train_y, test_x, test_y` and, if present, `val_x, val_y` and `class_names` from one file.
 
     Images are (n, H, W, 3), (n, H, W, 1) or (n, H, W) uint8; labels (n,) integers from 0, or (n, classes) of 0 and 1
     for images of several classes. With `channels` images are (n, H, W, channels) of any numbers.
@@ -64,7 +64,7 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}
-    except Exception as error:  # a damaged header makes NumPy fail in any way it can
+    except Exception as error:  # for a damaged header NumPy may raise any type
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(
             f"{path}: cannot be read as an .npz file ({reason}); write it again with numpy.savez"

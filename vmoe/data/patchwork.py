@@ -1,8 +1,8 @@
-"""Patchwork: generated images of known patches, to test whether experts align with what patches show.
+"""Patchwork: generated images with labelled patches, to test whether experts align with the content of patches.
 
-An image of 48 pixels is a grid of 6 x 6 patches. Three regions have a texture each, in two random colours; on seven of
-the patches stands an object in random colours instead: four times the one that names the image's class, and three
-others. So neither a texture nor a colour shows the class, nor does a single patch.
+An image of 48 pixels is a grid of 6 x 6 patches. Three regions have a texture each, in two random colours. Seven of the
+patches have an object in random colours instead: four times the object of the image's class, and three others. So no
+texture, colour or single patch shows the class.
 
 Axis letters: n images, R and C rows and columns of patches.
 """
@@ -16,14 +16,14 @@ from vmoe.data.imageset import ArrayImages, ImageSet, Splits
 TEXTURES = ("plain", "horizontal stripes", "vertical stripes", "checks", "dots", "noise")
 OBJECTS = ("disc", "ring", "square", "cross", "plus", "triangle")
 PATCH_NAMES = (*TEXTURES, *OBJECTS)
-PATCH_SIZE, GRID = 8, 6  # pixels, and patches a side
+PATCH_SIZE, GRID = 8, 6  # pixels per patch, and patches per side
 TRAIN_IMAGES, TEST_IMAGES = 6000, 2000
 _REGIONS, _TARGETS, _OTHERS, _JITTERS = 3, 4, 3, 4
 
 
 @lru_cache(maxsize=1)
 def load_patchwork() -> Splits:
-    """The data set, always the same 8,000 images; the classes are `OBJECTS`, the patch labels count `PATCH_NAMES`."""
+    """The data set, always the same 8,000 images. The classes are `OBJECTS`; patch labels index `PATCH_NAMES`."""
     sets = []
     for name, count, seed in (("train", TRAIN_IMAGES, 0), ("test", TEST_IMAGES, 1)):
         pixels, labels, patches = make_patchwork(count, seed)
@@ -35,12 +35,12 @@ def make_patchwork(count: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.nd
     """Draws images.
 
     Args:
-        count: N, how many.
-        seed: Of everything random in them.
+        count: n.
+        seed: Seed of all random numbers.
 
     Returns:
-        Pixels (n, 48, 48, 3) uint8; labels (n,), as numbers of `OBJECTS`, each class equally often up to one; what each
-        patch shows (n, R, C), as numbers of `PATCH_NAMES`.
+        Pixels (n, 48, 48, 3) uint8; labels (n,), indices of `OBJECTS` in equal numbers up to one; patch labels
+        (n, R, C), indices of `PATCH_NAMES`.
     """
     random = np.random.default_rng(seed)
     labels = random.permutation(np.arange(count) % len(OBJECTS))
@@ -64,14 +64,14 @@ def make_patchwork(count: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.nd
 
 
 def _regions(random: np.random.Generator, count: int) -> np.ndarray:
-    """The region of each patch (n, R * C): that of the nearest of a few random points."""
+    """The region of each patch (n, R * C), by the nearest of a few random points."""
     points = random.random((count, _REGIONS, 1, 2)) * GRID
     centres = np.stack(np.meshgrid(np.arange(GRID), np.arange(GRID), indexing="ij"), -1).reshape(-1, 2) + 0.5
     return np.square(points - centres).sum(-1).argmin(1)
 
 
 def _objects(random: np.random.Generator, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where objects stand and which: two (n, 7); the three that are not the class's differ."""
+    """The patches with objects and the objects, (n, 7) each. The three objects of other classes are distinct."""
     count = len(labels)
     anywhere = random.permuted(np.tile(np.arange(GRID * GRID), (count, 1)), axis=1)[:, : _TARGETS + _OTHERS]
     steps = random.permuted(np.tile(np.arange(1, len(OBJECTS)), (count, 1)), axis=1)[:, :_OTHERS]
@@ -88,7 +88,7 @@ def _colour_pairs(random: np.random.Generator, count: int, pairs: int) -> np.nda
 
 @lru_cache(maxsize=1)
 def _templates() -> np.ndarray:
-    """How much of each pixel the second colour covers: (kinds, jitters, 8, 8); "noise" is drawn per patch."""
+    """The share of the second colour in each pixel: (kinds, jitters, 8, 8). "noise" is drawn per patch."""
     y, x = np.mgrid[:PATCH_SIZE, :PATCH_SIZE]
     v, u = y - 3.5, x - 3.5
     radius = np.hypot(u, v)

@@ -1,4 +1,4 @@
-"""Augmentation pipelines of a user's own: what albumentations saves, as plain types that a config can hold."""
+"""A user's own augmentation pipelines, in albumentations' saved form of plain types, which a config can hold."""
 
 import json
 import os
@@ -13,10 +13,10 @@ _WRITTEN = "give a .yaml or .json file that albumentations' A.save wrote"
 
 
 def read_pipeline(given: Any) -> dict[str, Any]:
-    """A pipeline as `A.to_dict` gives it, of plain types.
+    """A pipeline in the form of `A.to_dict`, in plain types.
 
     Args:
-        given: Such a dict, the file of one, or an `A.Compose`.
+        given: Such a dict, its file, or an `A.Compose`.
 
     Raises:
         ValueError: It is none of these, or the pipeline has steps that cannot be saved.
@@ -47,7 +47,7 @@ def _read_content(path: Path) -> Any:
 
 
 def _in_memory(pipeline: Any) -> Any:
-    """What `A.to_dict` says of a pipeline in memory."""
+    """The result of `A.to_dict` for a pipeline in memory."""
     try:
         import albumentations as A
     except ModuleNotFoundError:
@@ -56,7 +56,7 @@ def _in_memory(pipeline: Any) -> Any:
         return None
     try:
         return A.to_dict(pipeline)
-    except Exception as error:  # of steps that it cannot describe
+    except Exception as error:  # some steps cannot be described
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
             f"albumentations: the pipeline cannot be saved, so no run could repeat it ({reason})"
@@ -64,7 +64,7 @@ def _in_memory(pipeline: Any) -> Any:
 
 
 def _unsaved(steps: dict[str, Any]) -> str | None:
-    """The first step that stands for code, of which only the name was saved."""
+    """The first step that runs a user's code, of which only the name was saved."""
     name = str(steps.get("__class_fullname__"))
     if name.rpartition(".")[2] == "Lambda":
         return name

@@ -1,4 +1,4 @@
-"""The augmentation steps that a config means: its preset's values, the same for both pipelines."""
+"""Resolves a config's augmentation steps from its preset, for both pipelines."""
 
 import warnings
 from typing import Any, NamedTuple
@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from vmoe.data.sections import OF_WORKERS, AugmentConfig
 from vmoe.sizes import ImageSize, height_and_width
 
-# The values a preset gives to settings left at None; it uses no other settings.
+# A preset's values for settings that are None. It uses no other settings.
 _PRESETS: dict[str, dict[str, Any]] = {
     "none": {},
     "light": {"crop_padding": None, "crop_scale": None, "flip": None},
@@ -28,7 +28,7 @@ _CROP_SCALE = (0.08, 1.0)
 
 
 class AugmentSteps(NamedTuple):
-    """Every step of the augmentation in its order; a value of None or 0 leaves the step out.
+    """Every step of the augmentation in order. None or 0 leaves a step out.
 
     Attributes:
         crop_padding: Pixels per side by which images are padded before a random crop.
@@ -52,12 +52,12 @@ class AugmentSteps(NamedTuple):
 
 
 def resolve(config: AugmentConfig, image_size: ImageSize, flip: float) -> AugmentSteps:
-    """The steps that a config means.
+    """The augmentation steps of a config.
 
     Args:
-        config: Preset and its parameters. A warning names a parameter that the preset does not use.
+        config: The preset and its parameters. A warning names parameters that the preset does not use.
         image_size: Side of the results in pixels, or (height, width).
-        flip: Probability of a horizontal flip where the config leaves it to the data set.
+        flip: Probability of a horizontal flip if the config leaves it to the data set.
     """
     settings = dict(_PRESETS[config.preset])
     for name in _PRESETS["strong"]:

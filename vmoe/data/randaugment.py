@@ -1,8 +1,8 @@
-"""RandAugment (arXiv 1909.13719) of a batch, every image by operations of its own: torchvision's set and magnitudes.
+"""RandAugment (arXiv 1909.13719) of a batch with separate operations per image, with torchvision's set and magnitudes.
 
-An operation is a code: `KINDS` times its magnitude, plus twice its place in `OPERATIONS`, plus 1 where its sign is
-negative. All numbers that belong to a code are constants in tables. So the host never synchronises with the device, and
-shapes never depend on what was drawn.
+An operation has a code: `KINDS` times its magnitude, plus twice its index in `OPERATIONS`, plus 1 if its sign is
+negative. All numbers of a code are constants in tables. So the host never synchronises with the device, and shapes do
+not depend on the draws.
 
 Shapes: B images, S pixels per side. Images are (B, 3, S, S) float32 of whole numbers from 0 to 255.
 """
@@ -18,46 +18,46 @@ OPERATIONS = (
     *("Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate"),
     *("Brightness", "Color", "Contrast", "Sharpness", "Posterize", "Solarize", "AutoContrast", "Equalize"),
 )
-KINDS = 2 * len(OPERATIONS)  # codes of one magnitude
+KINDS = 2 * len(OPERATIONS)  # number of codes per magnitude
 _STRONGEST = 30  # magnitudes are counted from 0 to this
 _LEVELS = 256
 
 
 class RandAugmentTables:
-    """The constants of all codes, operations at every magnitude from 0 to 30.
+    """The constants of all codes, for magnitudes from 0 to 30.
 
     Args:
         image_size: S.
-        device: Where images will be.
+        device: The device of the images.
     """
 
     def __init__(self, image_size: int, device: torch.device) -> None:
         shares = [magnitude / _STRONGEST for magnitude in range(_STRONGEST + 1)]
         codes = list(itertools.product(shares, OPERATIONS, (1, -1)))
         motions = [_motion(name, sign, share, image_size) for share, name, sign in codes]
-        # Of each code: from a pixel of the result to where it comes from, in pixels from the centre, x to the right and
-        # y down; the identity for operations on colours.
+        # per code: maps a pixel of the result to its source, in pixels from the centre, x to the right and y down; the
+        # identity for operations on colours
         self.motions = torch.tensor(motions, device=device)  # (codes, 3, 3)
         self.factors = torch.tensor([1 + 0.9 * share * sign for share, _, sign in codes], device=device)
         self.levels = torch.arange(_LEVELS, dtype=torch.float32, device=device)
-        # Posterize keeps 8 bits less this many. Python and torch both round half to even.
+        # posterize keeps 8 bits minus this many; Python and torch both round half to even
         grain = torch.tensor([2.0 ** round(4 * share) for share in shares], device=device)[:, None]
         self.posterized = (self.levels / grain).floor() * grain  # (magnitudes, 256), as the next
-        bounds = torch.linspace(1.0, 0.0, _STRONGEST + 1).to(device)  # made on the CPU: the same bits for every device
+        bounds = torch.linspace(1.0, 0.0, _STRONGEST + 1).to(device)  # same bits for all devices
         threshold = 255 * bounds[:, None]
         self.solarized = torch.where(self.levels >= threshold, 255 - self.levels, self.levels)
 
 
 def colour(images: Tensor, codes: Tensor, tables: RandAugmentTables) -> Tensor:
-    """Applies the operations on colours; others leave an image as it is.
+    """Applies the operations on colours. Other operations do not change an image.
 
     Args:
         images: (B, 3, S, S).
         codes: (B,) int64.
-        tables: Of all codes.
+        tables: The tables of all codes.
 
     Returns:
-        (B, 3, S, S), whole numbers again; rounded down as torchvision does.
+        (B, 3, S, S), rounded down to integers as torchvision does.
     """
     magnitude, kind = codes // KINDS, codes % KINDS
     operation = (kind >> 1)[:, None, None]
@@ -66,7 +66,7 @@ def colour(images: Tensor, codes: Tensor, tables: RandAugmentTables) -> Tensor:
     pixels = images.flatten(2).long()
     table = _level_tables(pixels, gray, operation, factor, magnitude, tables)
     looked_up = table.gather(2, pixels).view_as(images)
-    # Colour and sharpness need a pixel's other channels or its neighbours: a table of levels cannot serve them.
+    # colour and sharpness need a pixel's other channels or its neighbours, so a table of levels is not enough
     is_colour, is_sharpness = (_is(operation[..., None], name) for name in ("Color", "Sharpness"))
     other = torch.where(is_colour, gray, _blurred(images))
     weight = torch.where(is_colour | is_sharpness, factor[..., None], 1.0)
@@ -80,20 +80,20 @@ def gray_of(images: Tensor) -> Tensor:
 
 
 def mean_of(gray: Tensor) -> Tensor:
-    """Mean level of each image, (B, 1, 1, 1). A sum of whole numbers is the same in any order, and so for any batch."""
+    """Mean level of each image, (B, 1, 1, 1). Sums of integers are exact, so the mean is the same in any batch."""
     total = gray.sum(dim=(1, 2, 3), keepdim=True, dtype=torch.float64)
     return (total / (gray.shape[2] * gray.shape[3])).float()
 
 
 def blend_levels(images: Tensor, other: Tensor, weight: Tensor) -> Tensor:
-    """`weight` of the images and the rest of the other, which may go beyond both, within 0 to 255."""
+    """Blends `weight` of the images with 1 - `weight` of the other, clamped to 0 to 255. It may extrapolate."""
     return (images * weight + other * (1 - weight)).clamp(0, _LEVELS - 1)
 
 
 def _level_tables(
     pixels: Tensor, gray: Tensor, operation: Tensor, factor: Tensor, magnitude: Tensor, tables: RandAugmentTables
 ) -> Tensor:
-    """What becomes of each level in each channel, (B, 3, 256)."""
+    """The new level of each level in each channel, (B, 3, 256)."""
     counts = torch.zeros(*pixels.shape[:2], _LEVELS, dtype=torch.int32, device=pixels.device)
     counts = counts.scatter_add(2, pixels, torch.ones_like(pixels, dtype=torch.int32))
     lowest, highest = torch.aminmax(pixels, dim=2, keepdim=True)
@@ -107,7 +107,7 @@ def _level_tables(
     unit = (highest - lowest).float() * (1 / 255)
     stretched = ((tables.levels - lowest) / torch.where(stretch, unit, 1.0)).clamp(0, _LEVELS - 1).floor()
     table = torch.where(stretch, stretched, table)
-    # Pillow's way of equalising, as torchvision takes it over: the last level that occurs does not count.
+    # equalises as Pillow and torchvision do: the last occurring level does not count
     step = torch.div(pixels.shape[2] - counts.gather(2, highest), _LEVELS - 1, rounding_mode="floor")
     below = counts.cumsum(2) - counts
     equalized = torch.div(below + torch.div(step, 2, rounding_mode="floor"), step.clamp(min=1), rounding_mode="floor")
@@ -115,7 +115,7 @@ def _level_tables(
 
 
 def _blurred(images: Tensor) -> Tensor:
-    """The 3 x 3 smoothing against which sharpness is measured; the outermost pixels stay. (B, 3, S, S)."""
+    """The 3 x 3 smoothing that sharpness blends with, (B, 3, S, S). The outermost pixels stay."""
     if min(images.shape[2:]) < 3:
         return images
     inner = images[..., 1:-1, 1:-1]
@@ -132,7 +132,7 @@ def _is(operation: Tensor, name: str) -> Tensor:
 def _motion(name: str, sign: int, share: float, size: int) -> list[list[float]]:
     """The inverse of one geometric operation, as a 3x3 matrix for points (x, y, 1).
 
-    Shears keep the upper left corner in place, as torchvision's do.
+    Shears keep the upper left corner fixed, as torchvision's do.
     """
     shear = sign * 0.3 * share
     shift = float(sign * int(150 / 331 * size * share))

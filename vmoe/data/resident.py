@@ -1,4 +1,4 @@
-"""The device pipeline: whole splits as bytes on the device that trains, or made there; and loaders of their batches."""
+"""The device pipeline: whole splits as bytes on the training device, or made there, and loaders of their batches."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from vmoe.errors import UserError
 from vmoe.memory import host_memory
 
 _READ_AT_ONCE = 64  # images
-_SHARE = 0.5  # of the memory, at most
+_SHARE = 0.5  # the largest share of the memory
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class ResidentImages:
     Attributes:
         pixels: (n, 3, Q, Q) uint8.
         labels: (n,) int64.
-        patch_labels: (n, rows, columns) what each patch shows; None where that is not known.
-        damaged: The places of images that cannot be read, by the index at which the next image replaces them.
+        patch_labels: (n, rows, columns) patch labels, or None.
+        damaged: The paths of unreadable images, by the index at which the next image replaces them.
     """
 
     pixels: Tensor
@@ -38,16 +38,16 @@ class ResidentImages:
     damaged: dict[int, list[str]]
 
     def stored(self, keys: Tensor) -> tuple[Tensor, Tensor | None]:
-        """All stored images; those of the keys are at their indices."""
+        """All stored images. Those of the keys are at the keys' indices."""
         return self.pixels, None
 
 
 class MadeImages:
-    """Training images that are made batch by batch, in place of `ResidentImages`.
+    """Training images that are made batch by batch, with the interface of `ResidentImages`.
 
     Args:
-        images: The split, of fractals.
-        device: Where to.
+        images: The split of fractals.
+        device: The device.
 
     Attributes:
         labels: (n,) int64.
@@ -62,27 +62,27 @@ class MadeImages:
         self.labels = torch.from_numpy(images.labels).to(device)
 
     def stored(self, keys: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The images of the keys (B, 2), (B, 3, Q, Q) uint8, and their places there, (B,) int64."""
+        """The images of the keys (B, 2), (B, 3, Q, Q) uint8, and their positions there, (B,) int64."""
         passes, indices = keys.unbind(1)
         images = self._make(self._positions[indices] + passes * self._pass_step)
         return images, torch.arange(len(keys), device=keys.device)
 
 
 def is_made(images: ImageSet) -> bool:
-    """Whether images are made rather than read: they need no room, and no file is damaged."""
+    """Whether images are generated and not read: they need no memory, and none is damaged."""
     return isinstance(images.images, FractalImages)
 
 
 def check_room(parts: Sequence[tuple[ImageSet, int]], device: torch.device, sharers: int = 1) -> None:
-    """Refuses splits that would take more than half of the device's free memory (of a CPU's: of all its memory).
+    """Refuses splits that would take more than half of a GPU's free memory, or of a CPU's whole memory.
 
     Args:
         parts: Splits, each with the side at which it would be stored.
-        device: Where to.
-        sharers: How many processes have them, each for itself; on GPUs of their own, on a CPU in the same memory.
+        device: The device.
+        sharers: Number of processes that each hold the splits. They share the memory of a CPU, but have their own GPUs.
 
     Raises:
-        UserError: They would; the line gives both sizes.
+        UserError: They are too large. The message has both sizes.
     """
     needed = sum(3 * side**2 * len(images) for images, side in parts)
     room = int(_SHARE * _memory(device) / (1 if device.type == "cuda" else sharers))
@@ -113,11 +113,11 @@ def make_resident(
 
     Args:
         images: The split.
-        side: Q, of the stored images in pixels.
-        device: Where to.
-        workers: Processes that read files; what is in memory already needs none.
+        side: Q, the side of the stored images in pixels.
+        device: The device.
+        workers: Number of processes that read files. Images in memory need none.
         crop: How images become squares, as in `eval_crop`.
-        replace_damaged: An image that cannot be read is replaced by the next one of the split; else it is an error.
+        replace_damaged: Whether the next image of the split replaces an unreadable one; else it is an error.
 
     Raises:
         UserError: An image cannot be read, or with `replace_damaged` none can.
@@ -149,7 +149,7 @@ def make_resident(
 
 
 class _Squares(Dataset):
-    """Stored images: (b, 3, Q, Q) uint8, the indices they come from, and for each the places that were unreadable."""
+    """Stored images: (b, 3, Q, Q) uint8, their indices, and the unreadable paths before each of them."""
 
     def __init__(self, images: ImageSet, side: int, replace_damaged: bool, crop: Crop) -> None:
         self.images, self.side, self.replace_damaged, self.crop = images, side, replace_damaged, crop
@@ -172,13 +172,13 @@ class _Squares(Dataset):
 
 
 class ResidentTrainLoader:
-    """Shuffled, augmented batches, made on the device while the host goes on.
+    """Shuffled, augmented batches, made on the device asynchronously.
 
     Args:
         images: The training split.
-        augmenter: Varies and normalises a batch by its keys.
-        batch_sampler: Gives the keys; Lightning sets its epoch.
-        in_step: Batches have no images yet; the training step makes them by `images_of`.
+        augmenter: Augments and normalises a batch by its keys.
+        batch_sampler: Yields the keys. Lightning sets its epoch.
+        in_step: Whether batches come without images, which the training step makes by `images_of`.
     """
 
     def __init__(
@@ -200,7 +200,7 @@ class ResidentTrainLoader:
             damaged = [place for index in asked for place in known.damaged.get(index, ())]
             on_host = torch.from_numpy(keys)
             if known.labels.is_cuda:
-                on_host = on_host.pin_memory()  # otherwise the copy would wait for the device
+                on_host = on_host.pin_memory()  # otherwise the copy would synchronise with the device
             on_device = on_host.to(known.labels.device, non_blocking=True)
             images = None if self.in_step else self.images_of(on_device)
             yield Batch(images, known.labels[on_device[:, 1]], damaged, keys=on_device)
@@ -212,14 +212,14 @@ class ResidentTrainLoader:
 
 
 class ResidentEvalLoader:
-    """Batches as evaluation sees them, normalised on the device.
+    """Batches prepared as in evaluation, normalised on the device.
 
     Args:
         images: A validation or test split, stored at the image size.
         batch_size: Images per batch; the last may have fewer.
-        mean: Of the channels.
-        std: Of the channels.
-        order: Indices of the images; None: the split's own order.
+        mean: Mean of the channels.
+        std: Standard deviation of the channels.
+        order: Indices of the images; None for the split's own order.
     """
 
     def __init__(

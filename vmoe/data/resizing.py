@@ -1,7 +1,6 @@
-"""Resizing a picture as OpenCV does, to the last bit: by OpenCV where it is installed, else by NumPy.
+"""Resizes a picture as OpenCV does, bit for bit: with OpenCV if it is installed, else with NumPy.
 
-OpenCV comes with the extra `train`. Without it a prediction takes longer, and its numbers are the same. The tests
-compare both.
+OpenCV comes with the extra `train`. Without it a prediction takes longer, with the same numbers. Tests compare both.
 """
 
 import math
@@ -16,23 +15,23 @@ try:
 except ModuleNotFoundError:
     cv2 = None
 
-_CHANNELS_AT_ONCE = 4  # channels; OpenCV averages no more over whole numbers of pixels
+_CHANNELS_AT_ONCE = 4  # OpenCV averages at most this many channels over integer areas
 _UNIT = 2048  # the weights of bilinear interpolation are multiples of 1 / 2048
 
 
 def resize(picture: np.ndarray, height: int, width: int) -> np.ndarray:
     """Resizes a picture: area averages down, bilinear up.
 
-    Averages of areas avoid aliasing when a picture shrinks. When it grows, they would give blocks. Where it shrinks
-    along one side and grows along the other, it shrinks first.
+    Area averages avoid aliasing when a picture shrinks, but would give blocks when it grows. If one side shrinks and
+    the other grows, it shrinks first.
 
     Args:
         picture: (H, W, C) uint8 or float32.
-        height: Of the result in pixels.
-        width: Of the result in pixels.
+        height: Height of the result in pixels.
+        width: Width of the result in pixels.
 
     Returns:
-        (height, width, C) of the same type; `picture` itself where it has that size.
+        (height, width, C) of the same type; `picture` itself if it has that size.
 
     Raises:
         MissingExtraError: It is float32, and OpenCV is not installed.
@@ -57,13 +56,13 @@ def resize(picture: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def shrink_by_area(picture: np.ndarray, height: int, width: int) -> np.ndarray:
-    """What OpenCV's INTER_AREA gives; arguments and result as in `resize`."""
+    """Computes OpenCV's INTER_AREA. Arguments and result are as in `resize`."""
     rows, columns = picture.shape[:2]
     if rows % height == 0 and columns % width == 0:
         down, across = rows // height, columns // width
         cells = picture.reshape(height, down, width, across, -1)
         sums = cells.sum(1, dtype=np.int32).sum(2)
-        if down == across == 2:  # OpenCV rounds halves up here, and to even values elsewhere
+        if down == across == 2:  # here OpenCV rounds halves up, elsewhere to even
             return ((sums + 2) >> 2).astype(np.uint8)
         return np.rint(sums.astype(np.float32) * np.float32(1 / (down * across))).astype(np.uint8)
     turned = np.ascontiguousarray(picture.swapaxes(0, 1)).astype(np.float32)
@@ -72,9 +71,9 @@ def shrink_by_area(picture: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def _average_cells(lines: np.ndarray, size: int) -> np.ndarray:
-    """Averages lines (S, ...) float32 over cells of S / size lines; a line on an edge counts for its part in the cell.
+    """Averages lines (S, ...) float32 over cells of S / size lines. A line on an edge counts by its part in the cell.
 
-    OpenCV adds one line after the other in float32, and so does this.
+    Like OpenCV it adds the lines one after the other in float32.
     """
     length = len(lines)
     scale = length / size
@@ -98,10 +97,10 @@ def _average_cells(lines: np.ndarray, size: int) -> np.ndarray:
 
 
 def grow_bilinearly(picture: np.ndarray, height: int, width: int) -> np.ndarray:
-    """What OpenCV's INTER_LINEAR gives, which computes in whole numbers; arguments and result as in `resize`."""
+    """Computes OpenCV's INTER_LINEAR, which uses integers. Arguments and result are as in `resize`."""
     rows, columns = _Neighbours.of(picture.shape[0], height), _Neighbours.of(picture.shape[1], width)
     pixels = picture.astype(np.int32)
-    # At its edges OpenCV takes the outermost column alone, but both rows
+    # at edges OpenCV takes only the outermost column, but both rows
     lines = pixels[:, columns.first] * np.where(columns.is_outside, _UNIT, columns.near)[:, None]
     lines += pixels[:, columns.second] * np.where(columns.is_outside, 0, columns.far)[:, None]
     lines >>= 4
@@ -110,7 +109,7 @@ def grow_bilinearly(picture: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 class _Neighbours(NamedTuple):
-    """Between which two lines each line of a grown picture lies, (size,) each, and their weights."""
+    """The two source lines of each line of an enlarged picture, (size,) each, and their weights."""
 
     first: np.ndarray
     second: np.ndarray

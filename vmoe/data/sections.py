@@ -8,11 +8,11 @@ from typing import Any, Literal, get_args
 from vmoe.data.pipelines import read_pipeline
 
 Preset = Literal["none", "light", "strong", "autoaugment", "augmix", "three_augment"]
-OF_WORKERS = ("autoaugment", "augmix", "three_augment")  # presets that the device pipeline does not have
+OF_WORKERS = ("autoaugment", "augmix", "three_augment")  # presets only of the pipeline "workers"
 
 
 def nearest(word: str, names: Iterable[str]) -> str:
-    """The names most like `word`, as "did you mean 'a' or 'b'?", or "" when none is near."""
+    """The names nearest to `word`, as "did you mean 'a' or 'b'?", or ""."""
     names = list(names)
     by_lower = {name.lower(): name for name in names}
     close = difflib.get_close_matches(word.lower(), by_lower, n=3, cutoff=0.5)
@@ -21,28 +21,28 @@ def nearest(word: str, names: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """How training images are varied; evaluation images never are.
+    """The augmentation of training images. Evaluation images are never augmented.
 
-    None takes the preset's own value. A value that the preset does not use has no effect, which a warning says.
+    None takes the preset's own value. A warning reports values that the preset does not use.
 
     Args:
         preset: "none" resizes only; "light" crops and flips; "strong" adds RandAugment, colour jitter and
             random erasing. To crops and flips, "autoaugment" adds AutoAugment's policies (arXiv 1805.09501; those of
             CIFAR-10 for images up to 64 pixels, else those of ImageNet), "augmix" AugMix (arXiv 1912.02781), and
             "three_augment" one of grayscale, solarize and blur, and colour jitter (DeiT III, arXiv 2204.07118).
-        albumentations: a pipeline of albumentations in place of a preset: a YAML or JSON file that `A.save` wrote, or
-            its content as `A.to_dict` gives it; in Python also an `A.Compose`. It gets pictures of their own size; what
-            comes of it is fitted to the image size. A run keeps its content.
-        crop_padding: crop by padding each side with so many pixels and cutting out a random window of the image size.
-            The way of images up to 64 pixels, where None means an eighth of the image size. Not with crop_scale.
+        albumentations: a pipeline of albumentations instead of a preset: a YAML or JSON file of `A.save`, or the
+            content of `A.to_dict`; in Python also an `A.Compose`. It gets pictures in their own size, and its result is
+            fitted to the image size. A run stores its content.
+        crop_padding: crop by padding each side with this many pixels and cutting out a random window of the image size.
+            The default up to 64 pixels, where None means an eighth of the image size. Not with crop_scale.
         crop_scale: crop a random rectangle with a share of the area between these two, and resize it to the image size.
-            The way of images over 64 pixels, where None means [0.08, 1.0]. Not with crop_padding.
+            The default over 64 pixels, where None means [0.08, 1.0]. Not with crop_padding.
         flip: probability of a horizontal flip. None: 0.5, and 0 for digits.
         randaugment_ops: RandAugment operations per image, 0 for none. None: 2 in "strong".
-        randaugment_magnitude: strength of RandAugment, 0 to 30 as torchvision counts (timm counts to 10: m9 there is
-            about 27 here). Of [lowest, highest] every operation of every image draws a whole number of its own, both
-            ends included; [0, 30] with one operation is TrivialAugment (arXiv 2103.10158) over RandAugment's ranges.
-            None: 9 in "strong".
+        randaugment_magnitude: strength of RandAugment, 0 to 30 as in torchvision (timm counts to 10: its m9 is about 27
+            here). With [lowest, highest] every operation of every image draws its own integer, both ends included;
+            [0, 30] with one operation is TrivialAugment (arXiv 2103.10158) over RandAugment's ranges. None: 9 in
+            "strong".
         color_jitter: largest relative change of brightness, contrast and saturation, 0 to 1. None: 0.2 in "strong",
             0.3 in "three_augment".
         erasing: probability of erasing a random rectangle. None: 0.25 in "strong".
@@ -77,7 +77,7 @@ class AugmentConfig:
                 check_range(name, getattr(self, name), 0, largest)
 
     def _take_albumentations(self) -> None:
-        """Puts the content of a pipeline in the place of its file or of the pipeline itself."""
+        """Replaces a pipeline or its file by its content."""
         changed = [f.name for f in fields(self) if f.name != "albumentations" and getattr(self, f.name) != f.default]
         if changed:
             raise ValueError(f"albumentations: takes the place of a preset; leave out {', '.join(changed)}")
@@ -86,17 +86,17 @@ class AugmentConfig:
 
 @dataclass(frozen=True)
 class MixConfig:
-    """Training images mixed in pairs, and their targets with them: mixup (arXiv 1710.09412), CutMix (arXiv 1905.04899).
+    """Mixing of training images and their targets in pairs: mixup (arXiv 1710.09412), CutMix (arXiv 1905.04899).
 
-    An image is mixed with the one before it in its group of 8 consecutive images of the batch, by a share of its own.
-    Both alphas at 0 mix nothing.
+    An image is mixed with the one before it in its group of 8 consecutive images of the batch, by its own share. With
+    both alphas at 0 nothing is mixed.
 
     Args:
-        mixup_alpha: mixup blends two images by a share drawn from Beta(alpha, alpha); 0 never does.
-        cutmix_alpha: CutMix pastes a rectangle; its share of the area is drawn from Beta(alpha, alpha). 0 never does.
-        prob: probability that an image is mixed at all.
-        switch_prob: probability of CutMix rather than mixup where both are on.
-        until: share of the epochs after which nothing is mixed any more; 1 mixes to the end.
+        mixup_alpha: mixup blends two images by a share drawn from Beta(alpha, alpha); 0 turns it off.
+        cutmix_alpha: CutMix pastes a rectangle with a share of the area drawn from Beta(alpha, alpha); 0 turns it off.
+        prob: probability that an image is mixed.
+        switch_prob: probability of CutMix instead of mixup, if both are on.
+        until: share of the epochs after which mixing ends; 1 mixes to the end.
     """
 
     mixup_alpha: float = 0.0
@@ -113,12 +113,12 @@ class MixConfig:
 
     @property
     def is_on(self) -> bool:
-        """Whether anything is ever mixed."""
+        """Whether any image is mixed."""
         return self.mixup_alpha > 0 or self.cutmix_alpha > 0
 
     @property
     def has_both(self) -> bool:
-        """Whether an image may be mixed in either way."""
+        """Whether both mixup and CutMix are on."""
         return self.mixup_alpha > 0 and self.cutmix_alpha > 0
 
 
@@ -131,9 +131,8 @@ class SubsetConfig:
     Args:
         fraction: share of the training images of each class, over 0 and up to 1; at least one image per class is kept.
         per_class: number of training images of each class. Not with fraction.
-        imbalance: makes a long-tailed training set of a balanced one: class c of C keeps imbalance^(-c / (C - 1)) of
-            its images, at least one, so that the first class has so many times as many as the last. Not with the two
-            above.
+        imbalance: makes a balanced training set long-tailed: class c of C keeps imbalance^(-c / (C - 1)) of its images,
+            at least one, so that the first class has this many times the images of the last. Not with the two above.
         classes: names (or indices) of the classes to keep in every split; labels are renumbered in this order.
     """
 
@@ -170,15 +169,15 @@ class TableConfig:
 
     Args:
         path: the picture's file; relative paths are below the table's folder. None: the column called path, file,
-            filename, image or so. With "huggingface" the column of pictures; None: the only one.
-        label: the class. None: the column called label, class, target, category or so.
+            filename, image or similar. With "huggingface" the column of pictures; None: the only one.
+        label: the class. None: the column called label, class, target, category or similar.
         split: train, val or test. None: the column called split, set, subset or partition; without one, the pictures
-            are split as those of a folder without splits.
-        separator: what stands between the labels of a picture that has several, such as "|"; an empty cell has none.
-            None: a cell is one label, but lists of "huggingface" and of a .json of "webdataset" are several. With
-            "webdataset" labels may then be in KEY.txt too.
-        columns: the columns of a 0 or 1 for each class, in place of a column of labels: their names, or "others" for
-            all but path and split.
+            are split like a folder without splits.
+        separator: separator of several labels per picture, such as "|"; an empty cell has no label. None: a cell is one
+            label, but lists of "huggingface" and in a .json of "webdataset" are several. With "webdataset" and a
+            separator labels may be in KEY.txt too.
+        columns: columns with 0 or 1 for each class, instead of a column of labels: their names, or "others" for all
+            except path and split.
     """
 
     path: str | None = None
@@ -202,17 +201,17 @@ class TableConfig:
 
 @dataclass(frozen=True)
 class FractalConfig:
-    """The generated set "fractals": its classes, its size, and how strongly pictures of a class vary.
+    """The generated set "fractals": its classes, its size, and the variation of pictures within a class.
 
-    Every picture draws each variation evenly between the two ends that are given here; 0 leaves it out.
+    Every picture draws each variation uniformly between plus and minus the given value; 0 leaves it out.
 
     Args:
-        classes: number of classes; a class of a number is the same in every run.
-        epoch_images: training images of an epoch (times data.repeat), however many different ones data.images allows.
+        classes: number of classes; the class of a number is the same in every run.
+        epoch_images: training images per epoch (times data.repeat), for any number of different ones in data.images.
             Validation has an eighth as many, the test set a quarter.
         shape: largest relative change of each entry of a map's matrix, 0 to 0.5.
         shift: largest change of each map's translation, as a share of half the picture's side, 0 to 0.5.
-        rotation: largest angle by which a picture is turned, in degrees to either side, 0 to 180.
+        rotation: largest rotation of a picture, in degrees to either side, 0 to 180.
         colour: largest change of each channel of a map's colour, as a share of the whole range, 0 to 1.
     """
 
@@ -231,10 +230,10 @@ class FractalConfig:
 
 
 def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Refuses a value that is none of those allowed.
+    """Checks that a value is one of those allowed.
 
     Raises:
-        ValueError: it is none; the line offers the nearest.
+        ValueError: It is not. The message has the nearest allowed value.
     """
     if value not in allowed:
         hint = nearest(str(value), allowed)
@@ -242,12 +241,12 @@ def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 def check_range(name: str, value: Any, low: float, high: float | None) -> None:
-    """Refuses a number outside of a range; without `high` there is no upper end.
+    """Checks that a number is in a range. Without `high` there is no upper end.
 
     Raises:
-        ValueError: it is outside, or NaN.
+        ValueError: It is outside, or NaN.
     """
-    # Written so that NaN is refused too.
+    # written so that NaN is refused too
     if not (value >= low and (high is None or value <= high)):
         allowed = f"at least {low}" if high is None else f"from {low} to {high}"
         raise ValueError(f"{name}={value}: must be {allowed}")

@@ -1,4 +1,4 @@
-"""Writing webdataset's tar shards from class folders."""
+"""Writes webdataset's tar shards from class folders."""
 
 import json
 from collections.abc import Callable
@@ -22,16 +22,16 @@ def write_shards(
     show: Callable[[str, int, int], None],
     say: Callable[[str], object],
 ) -> dict[str, int]:
-    """Copies ROOT/train/CLASS/IMAGE into tar shards, and val and test the same way; the files' bytes stay as they are.
+    """Copies ROOT/train/CLASS/IMAGE, and the same in val and test, into tar shards. The files' bytes do not change.
 
     Args:
         source: ROOT.
-        target: The new folder; it appears once it is complete.
-        images: The most images of a shard.
-        megabytes: The most megabytes of a shard.
-        seed: Of the order in which images are written.
-        show: Called with the split, how many images of it are written, and how many there are.
-        say: Called with a line about files that are passed over, where there are any.
+        target: The new folder. It appears once it is complete.
+        images: The most images per shard.
+        megabytes: The most megabytes per shard.
+        seed: Seed of the order of images.
+        show: Called with the split, the number of its written images, and their total.
+        say: Called with a line on ignored files, if there are any.
 
     Returns:
         The number of shards of each split.
@@ -62,7 +62,7 @@ def write_shards(
                     writer.write({"__key__": f"{index:09d}", form: _file_bytes(path), "cls": str(label).encode()})
                     show(split, done, len(samples))
         (folder / CLASSES_FILE).write_text(json.dumps(folders.classes, ensure_ascii=False), encoding="utf-8")
-        load_shards(folder)  # writes the index, and finds what cannot be read back
+        load_shards(folder)  # writes the index, and checks that the shards can be read
     return {split: len(list(target.glob(f"{split}-*.tar"))) for split in found}
 
 

@@ -1,16 +1,16 @@
-"""Images in webdataset's tar shards: which there are and where, so that any of them can be read by itself.
+"""Reads images in webdataset's tar shards by random access.
 
-A folder holds train-000000.tar, train-000001.tar, ..., and so on for val and test; names as published sets have them
-serve too, such as imagenet1k-validation-00.tar. A sample is an image and its label, KEY.jpg (or another format) and
-KEY.cls (or KEY.json with a "label"), side by side in a shard. classes.json, a list of names, is optional. An image that
-may have several labels has a list of them in KEY.json, of names or of numbers, or with a separator a text in KEY.txt.
+A folder holds train-000000.tar, train-000001.tar, ..., and the same for val and test. Names of published sets work too,
+such as imagenet1k-validation-00.tar. A sample is an image and its label, KEY.jpg (or another format) and KEY.cls (or
+KEY.json with a "label"), side by side in a shard. classes.json, a list of names, is optional. With several labels per
+image KEY.json holds a list of names or numbers, or with a separator KEY.txt holds a text.
 
-The place of every image is found once, by reading the shards' headers, and kept beside them in index-SPLIT.npz. Since
-images are read by their places and not in the order of the file, order and resumption are as with any other set.
+An index, index-SPLIT.npz beside the shards, has the position of every image. It is made once from the shards' headers.
+Images are read by position and not in the order of the file, so order and resumption are as with any other set.
 
-The folder may lie behind an address of fsspec, such as hf://datasets/USER/NAME, s3://BUCKET/FOLDER or
-https://HOST/FOLDER. An index that lies there serves, where its shards have the sizes that it gives; else the headers
-are read once, and their index is kept in the user's folder for caches.
+The folder may be an address of fsspec, such as hf://datasets/USER/NAME, s3://BUCKET/FOLDER or https://HOST/FOLDER. An
+index there is used if its shards have the recorded sizes. Otherwise the headers are read once, and the index is stored
+in the user's cache folder.
 """
 
 import hashlib
@@ -37,14 +37,14 @@ from vmoe.errors import UserError
 from vmoe.files import atomic_write
 
 CLASSES_FILE = "classes.json"
-Labels = int | list[str]  # of an image: its class by number, or several by name or number
+Labels = int | list[str]  # labels of an image: its class by number, or several by name or number
 Samples = list[tuple[int, int, str, Labels]]  # (offset, size, name, labels) of each image of a shard
-LABEL_KEYS = ("label", "cls", "target")  # of a .json, the first that is there
+LABEL_KEYS = ("label", "cls", "target")  # keys of a .json; the first one present counts
 
 
 @dataclass(frozen=True)
 class ShardedImages:
-    """Images in tar files: of each (n,) its shard, where its bytes begin, how many they are, and its name.
+    """Images in tar files: for each (n,) its shard, the start and number of its bytes, and its name.
 
     `bit_depth` and `channels` are as in `load_image`.
     """
@@ -82,7 +82,7 @@ class ShardedImages:
 
 
 def load_shards(root: str | Path, separator: str | None = None) -> Splits:
-    """The splits that a folder has shards of; one of val and test may be missing.
+    """The splits of a folder of shards. One of val and test may be missing.
 
     Args:
         root: The folder, or its address.
@@ -129,17 +129,17 @@ class _Folder:
         return str(self.root / name)
 
     def read_through(self, name: str, read: Callable[[BinaryIO], Samples]) -> Samples:
-        """What `read` makes of a shard."""
+        """Passes a shard to `read` and returns its result."""
         with open(self.root / name, "rb") as file:
             return read(file)
 
     def text(self, name: str) -> bytes | None:
-        """The content of a small file; None where there is none."""
+        """The content of a small file, or None if there is no such file."""
         path = self.root / name
         return path.read_bytes() if path.exists() else None
 
     def stamp(self, names: list[str]) -> np.ndarray:
-        """What an index says of its shards: their names and sizes, and what changes with their content."""
+        """An index's description of its shards: names, sizes, and a value that changes with their content."""
         facts = [(name, (self.root / name).stat()) for name in names]
         return np.array([f"{name} {fact.st_size} {fact.st_mtime_ns}" for name, fact in facts])
 
@@ -151,7 +151,7 @@ class _Folder:
 
 
 class _RemoteFolder:
-    """A folder of shards behind an address; methods as of `_Folder`."""
+    """A folder of shards at an address, with the methods of `_Folder`."""
 
     def __init__(self, root: str, files: dict[str, RemoteFile]) -> None:
         self.root, self.files = root, files
@@ -185,7 +185,7 @@ class _RemoteFolder:
 
 
 def _find_shards(tars: list[str]) -> tuple[dict[str, list[str]], list[str]]:
-    """The shards of each split, and the names of tar files that belong to none."""
+    """The shards of each split, and the names of tar files without a split."""
     found: dict[str, list[str]] = {}
     others = []
     for name in tars:
@@ -265,7 +265,7 @@ def _image_set(
                 place.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(place) as temporary, open(temporary, "wb") as opened_file:
                 np.savez(opened_file, stamp=where.stamp(names), **of_separator, **columns)
-        except (UserError, OSError) as error:  # a folder that must not be written to: the next run reads the headers
+        except (UserError, OSError) as error:  # a read-only folder: the next run reads the headers again
             warnings.warn(f"the index of the shards is not kept: {error}", stacklevel=2)
     labels, words = columns.pop("labels"), columns.pop("words", None)
     images = ImageSet.all_of(ShardedImages([where.path(name) for name in names], **columns), labels)
@@ -273,11 +273,11 @@ def _image_set(
 
 
 def _kept_columns(source: Path | BinaryIO, stamp: np.ndarray, of_sizes: bool = False) -> dict[str, np.ndarray] | None:
-    """What was written for these very shards, or with `of_sizes` for shards of these names and sizes; else None."""
+    """An index that was written for exactly these shards (with `of_sizes`: for these names and sizes), or None."""
     try:
         with np.load(source) as content:
             columns = dict(content)
-    except Exception:  # a damaged file makes NumPy fail in any way it can
+    except Exception:  # for a damaged file NumPy may raise any type
         return None
     known = columns.pop("stamp", None)
     if of_sizes and known is not None:
@@ -330,7 +330,7 @@ def _samples_of(file: BinaryIO, path: str, separator: str | None) -> Samples:
                     images[f"{folder}/{key}"] = (member.offset_data, member.size, member.name)
                 elif form.lower() == "cls":
                     labels[f"{folder}/{key}"] = _label(path, member.name, tar.extractfile(member).read(), separator)
-                elif form.lower() == "txt" and separator is not None:  # of other sets it is a caption
+                elif form.lower() == "txt" and separator is not None:  # without a separator it is a caption
                     texts[f"{folder}/{key}"] = _label(path, member.name, tar.extractfile(member).read(), separator)
                 elif form.lower() == "json":
                     descriptions[f"{folder}/{key}"] = member

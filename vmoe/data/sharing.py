@@ -1,4 +1,4 @@
-"""Evaluation by several processes, each with whole batches, so that every image is seen among the same others."""
+"""Splits evaluation over ranks in whole batches, so that every image has the same batch as on one rank."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -7,14 +7,14 @@ import torch
 
 from vmoe.data.loading import Batch
 
-NOT_COUNTED = -1  # label of images that another process counts
+NOT_COUNTED = -1  # label of images that another rank counts
 
 
 def part_of_batches(order: list[int], batch_size: int, part: int, parts: int) -> tuple[list[int], int]:
-    """The images of every `parts`-th batch, and how many of those batches this process counts.
+    """The images of every `parts`-th batch, and the number of those batches that this rank counts.
 
-    All processes get equally many batches, since they may have to compute together. One that would have one batch less
-    gets the set's first again, which is not counted.
+    All ranks get the same number of batches, since they may have to compute together. A rank that would have one batch
+    less gets the set's first batch again, which is not counted.
     """
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     own = batches[part::parts]
@@ -23,15 +23,15 @@ def part_of_batches(order: list[int], batch_size: int, part: int, parts: int) ->
 
 
 class OrderedLoader:
-    """A loader that Lightning leaves as it is, since it is no DataLoader: its order and its ranks are its own.
+    """A loader that is no DataLoader, so that Lightning does not replace its sampler.
 
     Args:
-        loader: Gives batches.
+        loader: The loader of batches.
     """
 
     def __init__(self, loader: Any) -> None:
         self.loader = loader
-        self.batch_sampler = getattr(loader, "batch_sampler", None)  # of which Lightning sets the epoch
+        self.batch_sampler = getattr(loader, "batch_sampler", None)  # Lightning sets its epoch
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -41,11 +41,11 @@ class OrderedLoader:
 
 
 class FilledLoader:
-    """A loader that gives all batches after the first `counted` ones the label `NOT_COUNTED`.
+    """A loader that sets the label `NOT_COUNTED` in all batches after the first `counted` ones.
 
     Args:
-        loader: Gives batches.
-        counted: How many of them this process counts.
+        loader: The loader of batches.
+        counted: Number of batches that this rank counts.
     """
 
     def __init__(self, loader: Iterable[Batch], counted: int) -> None:

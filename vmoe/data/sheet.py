@@ -1,4 +1,4 @@
-"""A sheet of training images, as a picture: a row for each class."""
+"""Draws a sheet of training images with a row for each class."""
 
 from collections.abc import Sequence
 
@@ -8,17 +8,17 @@ from PIL import Image, ImageDraw, ImageFont
 from vmoe.text import printable
 
 _SMALLEST, _GAP, _MARGIN, _FONT, _LINE = 64, 4, 12, 15, 19  # pixels
-_TEXT = 640  # pixels that lines of text have at least
-_LONGEST = 24  # characters of a class name
+_TEXT = 640  # least width of lines of text in pixels
+_LONGEST = 24  # the most characters of a class name
 
 
 def draw_sheet(title: str, rows: Sequence[tuple[str, Sequence[np.ndarray]]], lines: Sequence[str] = ()) -> Image.Image:
-    """Draws images in rows; small ones are enlarged by whole factors.
+    """Draws images in rows. Small images are enlarged by integer factors.
 
     Args:
-        title: A line above.
-        rows: Names of classes, and images of them, (height, width, 3) uint8, of one size all over the sheet.
-        lines: Below the title, broken where they are too long.
+        title: A line above the images.
+        rows: Names of classes and their images, (height, width, 3) uint8, of one size over the whole sheet.
+        lines: Lines below the title, broken if they are too long.
     """
     font = ImageFont.load_default(_FONT)
     sides = next(image.shape[:2] for _, images in rows for image in images)
@@ -45,7 +45,7 @@ def draw_sheet(title: str, rows: Sequence[tuple[str, Sequence[np.ndarray]]], lin
 
 
 def _broken(line: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
-    """A line as lines of at most so many pixels, between words where that is possible."""
+    """Breaks a line into lines of at most `width` pixels, between words if possible."""
     parts = [""]
     for word in line.split(" "):
         longer = f"{parts[-1]} {word}" if parts[-1] else word

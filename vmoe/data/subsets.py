@@ -1,6 +1,6 @@
 """Deterministic stratified choices: validation splits and parts of a training set.
 
-All take labels and give positions, so that they know nothing of images.
+All functions map labels to positions, independent of images.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,12 +15,12 @@ from vmoe.text import named
 def pick(labels: np.ndarray, count: Callable[[int, int], int], seed: int) -> np.ndarray:
     """Picks `count(class, images of the class)` random images of each class.
 
-    Each class is shuffled once by (seed, class), and its first images are taken: a larger count contains a smaller one.
+    Each class is shuffled by (seed, class), and its first images are taken. So a larger count contains a smaller one.
 
     Args:
         labels: (n,) integers.
-        count: From a class and the number of its images to the number to take.
-        seed: Not negative.
+        count: Maps a class and its number of images to the number to take.
+        seed: The seed, not negative.
 
     Returns:
         Ascending positions in `labels`.
@@ -34,22 +34,22 @@ def pick(labels: np.ndarray, count: Callable[[int, int], int], seed: int) -> np.
 
 
 def split(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cuts off a stratified share: of each class `fraction`, rounded, at least one image, but never its last one.
+    """Splits off a stratified share: `fraction` of each class, rounded, at least one image, but never its last one.
 
     Args:
         labels: (n,) integers.
         fraction: Over 0 and under 1.
-        seed: Not negative.
+        seed: The seed, not negative.
 
     Returns:
-        Ascending positions of what remains and of what is cut off.
+        Ascending positions of the rest and of the share.
     """
     cut = pick(labels, lambda _, size: min(_rounded_share(fraction, size), size - 1), seed)
     return np.setdiff1d(np.arange(len(labels)), cut), cut
 
 
 def choose_training(labels: np.ndarray, config: SubsetConfig, class_names: Sequence[str], seed: int) -> np.ndarray:
-    """Ascending positions of the training images that `config` keeps: a fraction, so many per class, or a long tail.
+    """Ascending positions of the training images that `config` keeps: a fraction, a number per class, or a long tail.
 
     Raises:
         UserError: A class has fewer than `per_class` images.
@@ -74,10 +74,10 @@ def choose_training(labels: np.ndarray, config: SubsetConfig, class_names: Seque
 
 
 def find_classes(wanted: Sequence[str | int], class_names: Sequence[str]) -> list[int]:
-    """Indices of classes given by name or by index; a name wins over an index that reads the same.
+    """Indices of classes given by name or by index. A name takes precedence over an equal index.
 
     Raises:
-        UserError: A class is unknown (the line offers the nearest names) or given twice.
+        UserError: A class is unknown (the message has the nearest names) or given twice.
     """
     by_name = {name: index for index, name in enumerate(class_names)}
     found: list[int] = []

@@ -1,4 +1,4 @@
-"""Tables of pictures: a CSV, TSV or Parquet file with a row per picture, its path and its label."""
+"""Reads tables of pictures: a CSV, TSV or Parquet file with a row per picture, with its path and its label."""
 
 import csv
 import os
@@ -15,7 +15,7 @@ from vmoe.errors import UserError
 from vmoe.extras import require_module
 from vmoe.text import counted
 
-# The names that a column is found by, in any case
+# Known names of columns, ignoring case
 _KNOWN_COLUMNS = {
     "path": ("path", "file", "filename", "file_name", "filepath", "file_path", "image", "image_path", "img"),
     "label": ("label", "class", "class_name", "target", "category", "y"),
@@ -29,12 +29,11 @@ def load_table(config: DataConfig) -> tuple[dict[str, ImageSet], list[str]]:
     """Reads the rows of a table. A path that is not absolute is below the table's folder.
 
     Returns:
-        The images of each split, by "train", "val" and "test", or "train" alone where no column names a split; and the
-        class names, sorted, whole numbers by their value.
+        The images of each split, by "train", "val" and "test", or "train" alone without a column of splits; and the
+        class names, sorted, with integers by value.
 
     Raises:
-        UserError: The table or a picture is missing, or a column, a path, a label or a split is; the line names the
-            row.
+        UserError: The table, a picture, a column, a path, a label or a split is missing. The message names the row.
     """
     path, columns = Path(config.root), config.table
     table, places = _read_table(path, columns)
@@ -44,7 +43,7 @@ def load_table(config: DataConfig) -> tuple[dict[str, ImageSet], list[str]]:
         raise UserError(f"data.table: one column of {path} cannot be two of path, label and split; name another")
     cells = {role: None if name is None else table[name] for role, name in zip(_roles(columns), found, strict=True)}
     paths, splits = cells["path"], cells["split"]
-    assert paths is not None  # as `_name_of` made sure
+    assert paths is not None  # `_name_of` has checked it
     if not paths:
         raise UserError(f"{path}: has no row below its header; add one for each picture")
     _require_cells(path, {"path": paths}, places)
@@ -68,7 +67,7 @@ def load_table(config: DataConfig) -> tuple[dict[str, ImageSet], list[str]]:
 
 
 def _read_table(path: Path, columns: TableConfig) -> tuple[Table, list[str]]:
-    """The table's columns by name, all cells as text; and where each row is, such as "line 2"."""
+    """The table's columns by name, with all cells as text, and a name for each row, such as "line 2"."""
     if not path.is_file():
         tables = [file for pattern in ("*.csv", "*.tsv", "*.parquet") for file in path.glob(pattern)]
         hint = f"it is a folder that holds {', '.join(sorted(file.name for file in tables))}" if tables else ""
@@ -78,7 +77,7 @@ def _read_table(path: Path, columns: TableConfig) -> tuple[Table, list[str]]:
     if path.suffix.lower() == ".parquet":
         return _read_parquet(path, columns)
     try:
-        # utf-8-sig: spreadsheets write a mark before the first name
+        # utf-8-sig: spreadsheets write a byte order mark before the first name
         with open(path, newline="", encoding="utf-8-sig") as file:
             first = next((line for line in file if line.strip()), "")
             file.seek(0)
@@ -105,7 +104,7 @@ def _read_table(path: Path, columns: TableConfig) -> tuple[Table, list[str]]:
 
 
 def _separator(header: str) -> str:
-    """What separates cells: spreadsheets of some languages write semicolons, and some tools tabs, into a CSV file."""
+    """The separator of cells. Spreadsheets of some languages write semicolons into a CSV file, and some tools tabs."""
     return max(",;\t", key=header.count)
 
 
@@ -132,14 +131,14 @@ def _read_parquet(path: Path, columns: TableConfig) -> tuple[Table, list[str]]:
 
 
 def cell_text(cell: object) -> str:
-    """A cell as text: nothing for what is missing, and a whole number without its point."""
+    """A cell as text: empty for a missing value, and an integer without a decimal point."""
     if cell is None or cell != cell:
         return ""
     return str(int(cell) if isinstance(cell, float) and cell.is_integer() else cell).strip()
 
 
 def _name_of(path: Path, names: Sequence[str], role: str, columns: TableConfig) -> str | None:
-    """The column that holds a picture's "path", "label" or "split"; None for a split that no column has."""
+    """The column with a picture's "path", "label" or "split"; None if there is no column of splits."""
     given = getattr(columns, role)
     if given is not None:
         if given not in names:
@@ -171,7 +170,7 @@ def _require_cells(path: Path, cells: Table, places: Sequence[str], advice: str 
 
 
 def _picture_files(path: Path, paths: Sequence[str], places: Sequence[str]) -> list[str]:
-    """The files of all rows, each of which is there, once."""
+    """The files of all rows, after checking that each exists and occurs once."""
     files, missing, first = [], [], {}
     for each, place in zip(paths, places, strict=True):
         file = str(path.parent / os.path.expanduser(each))
@@ -183,7 +182,7 @@ def _picture_files(path: Path, paths: Sequence[str], places: Sequence[str]) -> l
             continue
         if not stat.S_ISREG(found.st_mode):
             missing.append(place)
-        elif (known := first.setdefault((found.st_dev, found.st_ino), place)) != place:  # however its path is written
+        elif (known := first.setdefault((found.st_dev, found.st_ino), place)) != place:  # the same file under any path
             raise UserError(f"{path}: {known} and {place} are the same picture, {file}; keep one")
     if missing:
         more = f", and {len(missing) - 1} others" if len(missing) > 1 else ""
@@ -193,7 +192,7 @@ def _picture_files(path: Path, paths: Sequence[str], places: Sequence[str]) -> l
 
 
 def _roles(columns: TableConfig) -> list[str]:
-    """Which columns a table must or may have beside those of a 0 or 1."""
+    """The columns that a table must or may have, beside those of 0 and 1."""
     return [role for role in _KNOWN_COLUMNS if role != "label" or columns.columns is None]
 
 
@@ -205,7 +204,7 @@ def _one_label_each(labels: Sequence[str]) -> tuple[list[str], np.ndarray]:
 
 
 def _labels_of_cells(path: Path, cells: Sequence[str], separator: str) -> tuple[list[str], np.ndarray]:
-    """The class names, and whether each row has each, (n, classes) int8, from cells such as "cat|dog"."""
+    """The class names, and labels (n, classes) int8 of 0 and 1, from cells such as "cat|dog"."""
     found = [labels_in(cell, separator) for cell in cells]
     names = _sorted_names([label for labels in found for label in labels])
     if not names:
@@ -214,17 +213,17 @@ def _labels_of_cells(path: Path, cells: Sequence[str], separator: str) -> tuple[
 
 
 def labels_in(cell: str, separator: str) -> list[str]:
-    """The labels in a cell such as "cat|dog", each once; none in an empty one."""
+    """The labels in a cell such as "cat|dog", each once. An empty cell has none."""
     return list(dict.fromkeys(label for part in cell.split(separator) if (label := part.strip())))
 
 
 def labels_of_columns(
     path: Path | str, table: Table, columns: TableConfig, used: Sequence[str], places: Sequence[str]
 ) -> tuple[list[str], np.ndarray]:
-    """The class names, and whether each row has each, (n, classes) int8, from a column per class.
+    """The class names, and labels (n, classes) int8 of 0 and 1, from a column per class.
 
     Raises:
-        UserError: A column is missing, or a cell is neither 0 nor 1; the line names the row.
+        UserError: A column is missing, or a cell is neither 0 nor 1. The message names the row.
     """
     names = [name for name in table if name not in used] if columns.columns == "others" else list(columns.columns or [])
     if not names:
@@ -247,7 +246,7 @@ def labels_of_columns(
 
 
 def _sorted_names(labels: Sequence[str]) -> list[str]:
-    """The different labels, sorted; whole numbers by their value."""
+    """The distinct labels, sorted; integers by value."""
     names = set(labels)
     is_numbered = all(name.isdecimal() for name in names)
     return sorted(names, key=lambda name: (int(name), name) if is_numbered else name)

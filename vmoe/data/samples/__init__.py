@@ -1,4 +1,4 @@
-"""What comes with the package to try it on: handwritten digits and two photographs. README.md names their authors."""
+"""Sample data in the package: handwritten digits and two photographs. README.md names their authors."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,6 +33,6 @@ def load_photograph(name: str) -> np.ndarray:
 
 
 def credit(names: Sequence[str] = PHOTOGRAPHS) -> str:
-    """Who made these photographs, as their licence asks for."""
+    """The authors of these photographs, whom their licence requires to be named."""
     what = "photographs" if len(names) > 1 else "photograph"
     return f"{what} by {' and '.join(_AUTHORS[name] for name in names)} (Flickr), CC BY 2.0"
