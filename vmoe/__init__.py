@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from vmoe.training.fit import fit
     from vmoe.training.run.finding import find_batch_size, find_lr
     from vmoe.training.tuning import tune
-else:  # hidden from type checkers, which would take any name for one of this package's
+else:  # hidden from type checkers, which would accept any name
     from vmoe.moe import CONTROL_NAMES
 
     __getattr__ = names_on_demand(

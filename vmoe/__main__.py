@@ -1,4 +1,4 @@
-"""`python -m vmoe JOB ...` is `vmoe JOB ...`."""
+"""Runs `python -m vmoe JOB ...` as `vmoe JOB ...`."""
 
 import sys
 

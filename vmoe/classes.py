@@ -1,4 +1,4 @@
-"""Classes by name: which outputs of a model are the classes of a set, whatever their order and number."""
+"""Matches a model's outputs to a set's classes by name, in any order and number."""
 
 import copy
 import re
@@ -20,16 +20,17 @@ def only_numbers(names: Sequence[str]) -> bool:
 def find_outputs(theirs: Sequence[str], ours: Sequence[str]) -> list[int | None]:
     """The output of a model for each class of a set, by name.
 
-    Numbers from 0 on are no names: a set that only numbers its classes is taken by number where the model has as many,
-    and is unknown else. Of a name that several classes have, the first is the set's first. Folders of ImageNet
-    have WordNet's numbers, such as n01440764, which a name such as "tench, Tinca tinca (n01440764)" has in brackets.
+    Numbers from 0 on are no names. A set with only numbers is matched by number if the model has the same number of
+    classes; else its classes are unknown. If several classes have one name, the first of the model matches the first of
+    the set. Folders of ImageNet have WordNet's numbers, such as n01440764; these match the number in a name such as
+    "tench, Tinca tinca (n01440764)".
 
     Args:
         theirs: (C,) the model's classes, in the order of its outputs.
-        ours: the set's classes.
+        ours: The set's classes.
 
     Returns:
-        For each of `ours` an index below C, or None where the model does not know it.
+        For each of `ours` an index below C, or None if the model does not know it.
     """
     if list(theirs) == list(ours) or (only_numbers(ours) and len(ours) == len(theirs)):
         return list(range(len(theirs)))
@@ -44,32 +45,32 @@ def find_outputs(theirs: Sequence[str], ours: Sequence[str]) -> list[int | None]
 
 
 def known_outputs(theirs: Sequence[str], ours: Sequence[str]) -> list[int] | None:
-    """`find_outputs` where the model knows all classes of the set; else None."""
+    """The result of `find_outputs` if the model knows all classes of the set, else None."""
     outputs = find_outputs(theirs, ours)
     return None if None in outputs else [index for index in outputs if index is not None]
 
 
 def same_outputs(theirs: Sequence[str], ours: Sequence[str]) -> list[int] | None:
-    """`known_outputs` between two models: one that only numbers its classes is no match for one that names them."""
+    """Like `known_outputs` for two models. A model with only numbers does not match one with names."""
     return None if only_numbers(theirs) != only_numbers(ours) else known_outputs(theirs, ours)
 
 
 def with_outputs(model: nn.Module, outputs: Sequence[int]) -> nn.Module:
-    """A view of a model that gives only these of its logits, in this order: (B, C) becomes (B, len(outputs)).
+    """A view of a model with only these logits, in this order: (B, C) becomes (B, len(outputs)).
 
-    Both share their layers and weights, by the same names. The model itself goes on giving all of its logits.
+    Both share their layers and weights, by the same names. The model itself still gives all of its logits.
     """
     if list(outputs) == list(range(getattr(model, "num_classes", -1))):
         return model
     on_device: dict[torch.device, Tensor] = {}
 
     def select(module: nn.Module, arguments: tuple, logits: Tensor) -> Tensor:
-        if logits.device not in on_device:  # so that it is copied once
+        if logits.device not in on_device:  # copies the indices only once per device
             on_device[logits.device] = torch.tensor(outputs, device=logits.device)
         return logits[:, on_device[logits.device]]
 
     view = copy.copy(model)
     view._forward_hooks = OrderedDict(model._forward_hooks)
-    view._compiled_call_impl = None  # which is the model's, without this hook
+    view._compiled_call_impl = None  # it belongs to the model, without this hook
     view.register_forward_hook(select)
     return view

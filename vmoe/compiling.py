@@ -1,9 +1,9 @@
-"""A fault of torch.compile before torch 2.14, mended where we compile.
+"""Fixes a fault of torch.compile before torch 2.14.
 
-A kernel that reduces rows in a loop may store a row and read it back in its next loop. Before 2.14 nothing made the
-warps wait for each other in between, so some read what was there before. Each process chooses by timing whether its
-kernels do so. Seen on an H200 with torch 2.11: in a ViT of width 192, whose first blocks add to the transposed output
-of the patch embedding, about 2 % of the images came out wrong, other ones in each evaluation. torch mended it in
+A kernel that reduces rows in a loop may store a row and read it back in its next loop. Before 2.14 its warps did not
+wait for each other in between, so some read old values. Each process decides by timing whether its kernels do so.
+On an H200 with torch 2.11, in a ViT of width 192 with blocks that add to the transposed output of the patch embedding,
+about 2 % of the images had wrong results, different ones in each evaluation. torch fixed it in
 https://github.com/pytorch/pytorch/pull/190519.
 """
 
@@ -15,7 +15,7 @@ from torch.torch_version import TorchVersion
 
 @cache
 def mend_compiler() -> None:
-    """Makes kernels that torch.compile generates from now on wait before they read back what they stored."""
+    """Makes kernels that torch.compile generates from now on wait before they read back stored values."""
     if TorchVersion(torch.__version__) >= "2.14":
         return
     from torch._inductor.codegen.triton import TritonKernel  # takes seconds to import
@@ -36,5 +36,5 @@ def mend_compiler() -> None:
         return buffer
 
     TritonKernel.load, TritonKernel.get_load_buffer = load_after_barrier, load_buffer_with_barrier
-    # Kernels that a cache on disk holds from before have no barrier.
+    # older kernels in the cache on disk have no barrier
     torch.compiler.config.cache_key_tag += "reads back after a barrier"

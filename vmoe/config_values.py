@@ -1,4 +1,4 @@
-"""Configs as nested dicts, lists, strings, numbers and None, and back, with each value checked by its field's type."""
+"""Converts configs to nested dicts, lists, strings, numbers and None, and back with a check of each field's type."""
 
 import dataclasses
 import types
@@ -9,7 +9,7 @@ from vmoe.errors import UserError
 
 
 def to_plain(value: Any) -> Any:
-    """A config as nested dicts, lists, strings, numbers and None: what YAML, JSON and a checkpoint can hold."""
+    """A config as nested dicts, lists, strings, numbers and None, for YAML, JSON and checkpoints."""
     if dataclasses.is_dataclass(value):
         return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, dict):
@@ -18,10 +18,10 @@ def to_plain(value: Any) -> Any:
 
 
 def from_plain(kind: type, plain: dict[str, Any], prefix: str = "") -> Any:
-    """The dataclass `kind` from nested dicts; what is left out takes its default.
+    """The dataclass `kind` from nested dicts. Missing fields take their defaults.
 
     Raises:
-        UserError: an option is unknown or its value not allowed; the message names it by its dotted name.
+        UserError: An option is unknown or its value not allowed. The message has its dotted name.
     """
     hints = typing.get_type_hints(kind)
     values = {}
@@ -57,7 +57,7 @@ def choices(hint: Any) -> tuple[Any, ...]:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a plain value is of a field's type; which of a Literal's words it is, the dataclass checks."""
+    """Whether a plain value is of a field's type. The dataclass itself checks the words of a Literal."""
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
         return any(_fits(value, choice) for choice in parts)
@@ -75,7 +75,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def describe_type(hint: Any) -> str:
-    """A field's type as a user knows it: the words of a Literal, or what kind of value it is."""
+    """A field's type in a user's words: the words of a Literal, or the kind of value."""
     return " or ".join(_describe_one(choice) for choice in choices(hint))
 
 

@@ -1,14 +1,14 @@
-"""The extras of this package: which packages each one brings, and the one line that says how to install a missing one.
+"""The extras of this package, their packages, and the message with the command that installs a missing one.
 
-`pip install vmoe` brings what layers, models, records of routing, loading and prediction need. A job or a room that
-needs more calls `require_extras` before it imports anything.
+`pip install vmoe` is enough for layers, models, records of routing, loading and prediction. A job or a room that needs
+more calls `require_extras` before it imports anything.
 """
 
 import importlib.util
 
 from vmoe.errors import UserError
 
-# The modules that are imported, by the extra of pyproject.toml that brings them. A module may stand in several.
+# The imported modules of each extra in pyproject.toml. A module may be in several extras.
 EXTRAS = {
     "train": ("lightning", "torchmetrics", "albumentations", "cv2", "jsonargparse", "rich", "scipy"),
     "analysis": ("matplotlib", "scipy"),
@@ -24,14 +24,14 @@ EXTRAS = {
 
 
 class MissingExtraError(UserError, ImportError):
-    """A package is not installed that an extra brings; the line has the command that installs it, `name` the module."""
+    """A package of an extra is not installed. The message has the command that installs it; `name` is the module."""
 
 
 def require_extras(*extras: str) -> None:
     """Checks that the packages of these extras are installed, without importing them.
 
     Raises:
-        MissingExtraError: Some are not.
+        MissingExtraError: A package is missing.
     """
     missing = {module: extra for extra in extras for module in EXTRAS[extra] if not _is_installed(module)}
     if missing:
@@ -39,17 +39,17 @@ def require_extras(*extras: str) -> None:
 
 
 def require_module(module: str) -> None:
-    """Checks that one package of an extra is installed, where the others of this extra are not needed.
+    """Checks that one package of an extra is installed, if the others of this extra are not needed.
 
     Raises:
-        MissingExtraError: It is not.
+        MissingExtraError: It is missing.
     """
     if not _is_installed(module):
         raise missing_extra(module) or ModuleNotFoundError(f"No module named {module!r}", name=module)
 
 
 def missing_extra(module: str | None) -> MissingExtraError | None:
-    """The error that says which extra brings a module that was not found; None where no extra does."""
+    """The error for a missing module, with the extra that contains it; None if no extra does."""
     package = (module or "").partition(".")[0]
     extra = next((extra for extra, modules in EXTRAS.items() if package in modules), None)
     return None if extra is None else _error([package], [extra])

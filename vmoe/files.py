@@ -1,4 +1,4 @@
-"""Writing files so that nobody ever sees half of one."""
+"""Writes files atomically, so that no half-written file is ever visible."""
 
 import csv
 import errno
@@ -20,12 +20,12 @@ from vmoe.errors import UserError
 def atomic_write(path: str | Path, replaces_folder: bool = False) -> Iterator[Path]:
     """Yields a temporary path beside `path`; renames it to `path` on success and removes it on an error.
 
-    The folder is created when missing. The temporary name keeps the suffix of `path`, by which libraries choose a
-    format.
+    It creates the folder if needed. The temporary name keeps the suffix of `path`, because libraries choose a format by
+    it.
 
     Args:
-        path: the file.
-        replaces_folder: whether a folder at `path` goes with all that is in it, as a checkpoint in a folder may.
+        path: The file.
+        replaces_folder: Whether to replace a folder at `path` with all its content, such as a sharded checkpoint.
 
     Raises:
         UserError: `path` is a folder, or its folder cannot be created or written.
@@ -39,7 +39,7 @@ def atomic_write(path: str | Path, replaces_folder: bool = False) -> Iterator[Pa
             temporary.touch()
             mode = temporary.stat().st_mode
             yield temporary
-            temporary.chmod(mode)  # as any new file has it: safetensors makes files that nobody else may read
+            temporary.chmod(mode)  # the mode of new files: safetensors makes files that nobody else may read
             with open(temporary, "rb+") as written:
                 os.fsync(written.fileno())
             replace(temporary, path)
@@ -50,10 +50,10 @@ def atomic_write(path: str | Path, replaces_folder: bool = False) -> Iterator[Pa
 
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """Has a file or folder that cannot be written end in one line, whichever library writes.
+    """Turns errors of any library that writes a file or folder into a UserError.
 
     Raises:
-        UserError: the file system refuses, for example because the disk is full.
+        UserError: The file system refuses, for example because the disk is full.
     """
     try:
         yield
@@ -67,7 +67,7 @@ def writing(path: str | Path) -> Iterator[None]:
 
 
 def _other_file(error: Exception, path: Path) -> str | None:
-    """The file of an error that is about another, such as one to be read; None where it is about writing `path`."""
+    """The file of an error about another file, such as one to be read; None if it is about writing `path`."""
     name = getattr(error, "filename", None)
     if not isinstance(name, str):
         return None
@@ -76,13 +76,13 @@ def _other_file(error: Exception, path: Path) -> str | None:
         return None
     if file.is_relative_to(target.parent):
         beside = file.relative_to(target.parent).parts[0]
-        if beside == target.name or beside.startswith(f".{target.stem}"):  # what is written before it is put there
+        if beside == target.name or beside.startswith(f".{target.stem}"):  # the temporary file of `path`
             return None
     return name
 
 
 def why_not_written(error: Exception) -> str | None:
-    """What the file system refused, such as "No space left on device"; None where an error is of another kind."""
+    """The file system's reason, such as "No space left on device"; None for errors of another kind."""
     if isinstance(error, OSError):
         return error.strerror or str(error)
     text = str(error)
@@ -95,23 +95,23 @@ def why_not_written(error: Exception) -> str | None:
 
 @contextmanager
 def folder_for(path: Path) -> Iterator[None]:
-    """Makes the folder that `path` lies in; on an error, what it has made goes again."""
+    """Makes the folder of `path`. On an error it removes what it has made."""
     made = [parent for parent in path.parents if not parent.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield
     except BaseException:
         for parent in made:
-            with suppress(OSError):  # such as a folder in which others have written meanwhile
+            with suppress(OSError):  # such as a folder into which others have written meanwhile
                 parent.rmdir()
         raise
 
 
 def require_no_folder(*paths: str | Path) -> None:
-    """Refuses folders where files are to be written: what is in them is not to be lost.
+    """Refuses paths of output files that are folders, so that no folder's content is lost.
 
     Raises:
-        UserError: One is a folder.
+        UserError: A path is a folder.
     """
     for path in map(Path, paths):
         if path.is_dir():
@@ -119,13 +119,13 @@ def require_no_folder(*paths: str | Path) -> None:
 
 
 def require_writable(*paths: str | Path) -> None:
-    """Finds out, before long work, that files could not be written; creates nothing.
+    """Checks, before long work, that folders can be written to. It creates nothing.
 
     Args:
-        paths: Folders, which need not be there yet.
+        paths: Folders, which need not exist yet.
 
     Raises:
-        UserError: One could not be created or written to.
+        UserError: A folder could not be created or written to.
     """
     for path in map(Path, paths):
         place = next(place for place in (path, *path.absolute().parents) if place.exists())
@@ -136,10 +136,10 @@ def require_writable(*paths: str | Path) -> None:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Yields an empty folder beside `path`; it takes that place on success and is removed on an error.
+    """Yields an empty folder beside `path`. It is renamed to `path` on success and removed on an error.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: It cannot be written.
     """
     temporary = path.with_name(f".{path.name}.new")
     with writing(path), folder_for(path):
@@ -148,7 +148,7 @@ def new_folder(path: Path) -> Iterator[Path]:
             temporary.mkdir()
             yield temporary
             replace(temporary, path)
-        except UserError as error:  # of a file in it
+        except UserError as error:  # about a file in the folder
             raise UserError(str(error).replace(str(temporary), str(path)), error.everywhere) from error
         finally:
             with suppress(OSError):  # the first error is the one to report
@@ -156,11 +156,11 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def replace(temporary: Path, path: Path) -> None:
-    """Puts a file or folder in the place of another, of either kind; on the way nothing that is half written.
+    """Replaces a file or folder by another, of either kind, without half-written states.
 
-    Where a folder goes or comes, a kill at the wrong moment leaves the old one beside its place: see `recover`.
+    If one of them is a folder, a kill at the wrong moment leaves the old one under a temporary name: see `recover`.
     """
-    if path.exists() and (path.is_dir() or temporary.is_dir()):  # which no system call replaces at once
+    if path.exists() and (path.is_dir() or temporary.is_dir()):  # no system call replaces a folder at once
         _remove(aside(path))
         os.rename(path, aside(path))
     os.replace(temporary, path)
@@ -168,25 +168,25 @@ def replace(temporary: Path, path: Path) -> None:
 
 
 def is_aside(path: Path) -> bool:
-    """Whether `recover` would put something back."""
+    """Whether `recover` would restore something."""
     return aside(path).exists() and not path.exists()
 
 
 def recover(path: Path) -> None:
-    """Puts back what `replace` had moved aside when it was killed before it had put anything in its place."""
+    """Restores the old file or folder if `replace` was killed before it had put the new one in place."""
     if is_aside(path):
         os.rename(aside(path), path)
 
 
 def remove_leftovers(path: Path) -> None:
-    """Removes what a process that was killed in `atomic_write` left beside a file; nobody may be writing it now."""
+    """Removes temporary files that a process killed in `atomic_write` has left. No process may be writing the file."""
     for file in path.parent.glob(f".{glob.escape(path.stem)}.*{glob.escape(path.suffix)}"):
         if file.name.removeprefix(f".{path.stem}.").removesuffix(path.suffix).isdecimal():
             file.unlink(missing_ok=True)
 
 
 def aside(path: Path) -> Path:
-    """Where `replace` keeps what was at `path` until the new one is there."""
+    """The path to which `replace` moves the old `path` until the new one is in place."""
     return path.with_name(f".{path.name}.old")
 
 
@@ -198,29 +198,29 @@ def _remove(path: Path) -> None:
 
 
 def write_text(path: str | Path, text: str, errors: str = "strict") -> None:
-    """Writes a text file in UTF-8, atomically; `errors` as in `open`."""
+    """Writes a text file in UTF-8, atomically. `errors` is as in `open`."""
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors=errors)
 
 
 def write_csv(path: str | Path, rows: list[dict[str, Any]]) -> None:
-    """Writes rows, atomically, with a column for each key that any of them has; a list becomes words."""
+    """Writes rows, atomically, with a column for each key of any row. A list becomes space-separated words."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
     writer.writeheader()
     for row in rows:
         writer.writerow({key: " ".join(map(str, v)) if isinstance(v, list) else v for key, v in row.items()})
-    write_text(path, text.getvalue(), "surrogateescape")  # names of files that are no UTF-8
+    write_text(path, text.getvalue(), "surrogateescape")  # file names may be invalid UTF-8
 
 
 def write_arrays(path: str | Path, arrays: dict[str, Any]) -> None:
     """Writes arrays as one .npz file, atomically, under this very name."""
-    import numpy as np  # here, since who only reads a config need not wait for it
+    import numpy as np  # here: reading a config does not need it
 
     with atomic_write(path) as temporary, open(temporary, "wb") as file:
         np.savez_compressed(file, **arrays)
 
 
 def write_json(path: str | Path, content: Any) -> None:
-    """Writes `content` as indented JSON, atomically. Not-a-number is refused: it is not JSON."""
+    """Writes `content` as indented JSON, atomically. It refuses NaN, which is no JSON."""
     write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")

@@ -1,6 +1,6 @@
-"""What keeps `import vmoe` quick: names of packages are imported when they are first used, and timm last.
+"""Keeps `import vmoe` fast: names of packages are imported at their first use.
 
-torch and timm take seconds to import, which neither `vmoe JOB --help` nor a mistyped option needs.
+torch and timm take seconds to import, and neither `vmoe JOB --help` nor a mistyped option needs them.
 """
 
 import importlib
@@ -24,12 +24,12 @@ def names_on_demand(
 ) -> Callable[[str], Any]:
     """A package's `__getattr__`, which imports a name at its first use.
 
-    The function raises a `MissingExtraError` where a name needs an extra that is not installed.
+    The function raises a `MissingExtraError` if a name needs an extra that is not installed.
 
     Args:
         package: The package.
         modules: Its names, by the module that defines them.
-        inner: Packages in it that are names of it, too.
+        inner: Its subpackages that are also names.
     """
     module_of = {name: module for module, names in modules.items() for name in names}
 
@@ -49,7 +49,7 @@ def names_on_demand(
 
 
 def register_with_timm() -> None:
-    """Has timm know our models' names as soon as timm is imported: now if it is, else right after its import."""
+    """Registers our models in timm: now if timm is imported, else right after its import."""
     if "timm" in sys.modules:
         _register_all()
     else:
@@ -62,7 +62,7 @@ def _register_all() -> None:
 
 
 class _TimmFinder(MetaPathFinder):
-    """Finds timm as the other finders do, and has it register our models once it is imported."""
+    """Finds timm through the other finders, and registers our models once it is imported."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -76,12 +76,12 @@ class _TimmFinder(MetaPathFinder):
             load = spec.loader.exec_module
 
             def load_and_register(module: ModuleType) -> None:
-                _require_torchvision()  # which timm imports
+                _require_torchvision()  # timm imports it
                 load(module)
                 sys.meta_path[:] = [finder for finder in sys.meta_path if finder is not self]
                 _register_all()
 
-            spec.loader.exec_module = load_and_register  # of this spec alone
+            spec.loader.exec_module = load_and_register  # for this spec alone
         return spec
 
 

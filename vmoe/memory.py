@@ -1,4 +1,4 @@
-"""How much memory there is, and running out of it: what that is, and what it is said to be."""
+"""The machine's memory, and out-of-memory errors with their messages."""
 
 import gc
 import os
@@ -7,16 +7,16 @@ import sys
 
 
 def host_memory() -> int:
-    """Bytes of memory that this machine has."""
+    """The bytes of memory of this machine."""
     if hasattr(os, "sysconf"):
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    import psutil  # which the extra `train` brings on Windows
+    import psutil  # from the extra `train` on Windows
 
     return psutil.virtual_memory().total
 
 
 def peak_host_memory() -> int:
-    """The most bytes of memory that this process has held so far."""
+    """The peak memory of this process so far in bytes."""
     try:
         import resource
     except ModuleNotFoundError:  # on Windows
@@ -29,14 +29,14 @@ def peak_host_memory() -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a GPU, or the machine, had no memory left."""
+    """Whether an error means that a GPU or the machine ran out of memory."""
     text = str(error)
     of_gpu = type(error).__name__ == "OutOfMemoryError" or "CUDA error: out of memory" in text
     return of_gpu or "CUBLAS_STATUS_ALLOC_FAILED" in text or _is_of_host(error)
 
 
 def memory_line(error: BaseException, advice: str) -> str:
-    """One line on an error that `is_out_of_memory`: what there was, who holds the rest, and what to do."""
+    """One line on an out-of-memory error: the memory, who holds the rest, and what to do."""
     if _is_of_host(error):
         return f"out of memory; {advice}"
     text = " ".join(str(error).split())
@@ -54,8 +54,8 @@ def _is_of_host(error: BaseException) -> bool:
 
 
 def free_memory() -> None:
-    """Gives back what nothing holds any more."""
-    import torch  # here, since --help and a mistyped option need not wait for it
+    """Frees unreferenced memory."""
+    import torch  # here, so that --help and mistyped options do not wait for it
 
     gc.collect()
     if torch.cuda.is_available():

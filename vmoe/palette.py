@@ -1,9 +1,9 @@
-"""One colour an expert: the same expert has the same colour in every figure.
+"""One colour per expert: the same expert has the same colour in every figure.
 
-The 32 colours were found by a search that spreads them in OKLab (https://bottosson.github.io/posts/oklab/) as seen with
-normal vision and as simulated for protanopia, deuteranopia and tritanopia (Machado et al. 2009,
-https://doi.org/10.1109/TVCG.2009.113, severity 1), the first 8 first, then 12, then all. Smallest distance of any two
-colours over the four kinds of vision, as the tests measure it:
+A search has spread the 32 colours in OKLab (https://bottosson.github.io/posts/oklab/) for normal vision and for
+simulated protanopia, deuteranopia and tritanopia (Machado et al. 2009, https://doi.org/10.1109/TVCG.2009.113, severity
+1): first the first 8, then 12, then all. The smallest distance of any two colours over the four kinds of vision, as the
+tests measure it:
 
     first colours   OKLab   CIEDE2000
                 8   0.164        17.0
@@ -11,8 +11,8 @@ colours over the four kinds of vision, as the tests measure it:
                16   0.064         6.8
                32   0.063         5.4
 
-Two flat colours beside each other look different from a CIEDE2000 of about 2, from memory or in a legend from about 10:
-beyond 12 experts colour alone does not name an expert, so figures also print its number. Beyond 32 the colours repeat.
+Two flat colours side by side look different from a CIEDE2000 of about 2; from memory or in a legend, from about 10. So
+beyond 12 experts colour alone does not identify an expert, and figures also print its number. Beyond 32 colours repeat.
 """
 
 from importlib.resources import files
@@ -32,12 +32,12 @@ NUM_COLOURS = len(_RGB)
 
 
 def page_colours() -> str:
-    """The style sheet with the colours of every page, in light and dark; a page's own sheet comes after it."""
+    """The style sheet with the colours of every page, in light and dark. A page's own sheet follows it."""
     return (files("vmoe") / "palette.css").read_text(encoding="utf-8")
 
 
 def expert_hex(expert: int) -> str:
-    """The colour of an expert as "#rrggbb"; from expert 32 on the colours repeat."""
+    """The colour of an expert as "#rrggbb". From expert 32 on the colours repeat."""
     return "#" + _RGB[expert % NUM_COLOURS].tobytes().hex()
 
 
@@ -47,7 +47,7 @@ def expert_colours(num_experts: int) -> np.ndarray:
 
 
 def ink_on(colour: np.ndarray) -> np.ndarray:
-    """Black or white for text on a colour, whichever contrasts more: (..., 3) sRGB -> (..., 3)."""
+    """Black or white for text on a colour, by the higher contrast: (..., 3) sRGB -> (..., 3)."""
     linear = np.where(colour <= 0.04045, colour / 12.92, ((colour + 0.055) / 1.055) ** 2.4)
     luminance = linear @ np.array([0.2126, 0.7152, 0.0722])
     # The luminance at which both contrasts of WCAG 2, (1 + .05) / (Y + .05) and (Y + .05) / .05, are equal.

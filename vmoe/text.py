@@ -1,4 +1,4 @@
-"""Text on its way to a terminal, a picture or a table: names from outside, such as those of files, and numbers."""
+"""Prepares text for a terminal, a picture or a table: foreign names, such as those of files, and numbers."""
 
 import contextlib
 import os
@@ -23,7 +23,7 @@ def readable(name: str) -> str:
 
 
 def replace_what_cannot_be_shown() -> None:
-    """Has the terminal show "?" for characters that its encoding lacks, instead of ending the job."""
+    """Makes the terminal show "?" for characters that its encoding lacks, instead of raising an error."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # not a replacement, such as a notebook's
             stream.reconfigure(errors="replace")
@@ -31,29 +31,29 @@ def replace_what_cannot_be_shown() -> None:
 
 @contextlib.contextmanager
 def readers_may_leave() -> Iterator[None]:
-    """Has a job go on, to write its files, where the reader of what it prints has seen enough, as `head` has."""
+    """Lets a job continue, to write its files, after the reader of its output has closed the pipe, as `head` does."""
     streams = [None if stream is None else _Unread(stream) for stream in (sys.stdout, sys.stderr)]  # None: `>&-`
     with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
         try:
             yield
         finally:
             for stream in filter(None, streams):
-                stream.flush()  # not at Python's exit, which would fail
+                stream.flush()  # flush now, since a flush at Python's exit would fail
 
 
 def counted(count: int, one: str, many: str | None = None) -> str:
-    """Such as "1 epoch" and "1,200 epochs".
+    """A number with its noun, such as "1 epoch" and "1,200 epochs".
 
     Args:
-        count: How many.
-        one: The word for one.
-        many: The word for several; by default with an s.
+        count: The number.
+        one: The singular.
+        many: The plural; by default the singular with an s.
     """
     return f"{count:,} {one if count == 1 else many or one + 's'}"
 
 
 def named(names: Sequence[str], most: int = 5) -> str:
-    """The names in a line, such as "a, b, c"; of more than `most` the first ones, and ", ..."."""
+    """The names in a line, such as "a, b, c". With more than `most` it ends with ", ..."."""
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
@@ -62,7 +62,7 @@ def _escaped(letter: str) -> str:
 
 
 class _Unread:
-    """A stream that is lost from the moment on when nobody reads it any more."""
+    """A stream that discards its text once nobody reads it any more."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream

@@ -1,10 +1,10 @@
-"""The version, which the build reads without importing torch, and those of what a result depends on."""
+"""The version, which the build reads without importing torch, and the versions on which a result depends."""
 
 __version__ = "0.1.0"
 
 
 def versions() -> dict[str, str]:
-    """The versions that decide a result, by package; lightning's where it is installed."""
+    """The versions on which a result depends, by package; Lightning's if it is installed."""
     import contextlib
     import importlib.metadata
     import platform
@@ -13,6 +13,6 @@ def versions() -> dict[str, str]:
     import torch
 
     found = {"vmoe": __version__, "python": platform.python_version(), "torch": torch.__version__}
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # it comes with the extra `train`
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # from the extra `train`
         found["lightning"] = importlib.metadata.version("lightning")
     return {**found, "timm": timm.__version__}

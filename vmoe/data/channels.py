@@ -1,7 +1,7 @@
-"""Pictures of any number of channels, at the depth of their files: what `data.channels` asks for.
+"""Reads pictures with any number of channels at the depth of their files, for `data.channels`.
 
-Such a picture is (H, W, C) float32, its values divided by that of white; none is clipped. Its sources are the formats
-of `FORMATS`, TIFF with any number of bands, and arrays in .npy files.
+Such a picture is (H, W, C) float32, with values divided by white and not clipped. Sources are the formats of `FORMATS`,
+TIFF with any number of bands, and arrays in .npy files.
 """
 
 import math
@@ -19,15 +19,15 @@ from vmoe.text import counted
 if TYPE_CHECKING:
     import torch
 
-_LUMINANCE = (0.299, 0.587, 0.114)  # of red, green and blue, as Pillow turns colours into gray
-_GRAY_OR_RGB = (1, 3)  # gray and colours, which are turned into each other
-_NPY = b"\x93NUMPY"  # how such a file begins
-_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # how a file begins; the last two are BigTIFF
+_LUMINANCE = (0.299, 0.587, 0.114)  # weights of red, green and blue in Pillow's gray
+_GRAY_OR_RGB = (1, 3)  # gray and colours, which are converted to each other
+_NPY = b"\x93NUMPY"  # the first bytes of such a file
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # first bytes of a file; the last two are BigTIFF
 _DISPLAYED = (1, 99)  # percentiles that become black and white
 
 
 class WrongChannelsError(ValueError):
-    """A picture has another number of channels than is needed."""
+    """A picture has another number of channels than needed."""
 
     def __init__(self, found: int | tuple[int, ...], channels: int) -> None:
         known = f"is of shape {found}" if isinstance(found, tuple) else f"has {counted(found, 'channel')}"
@@ -48,7 +48,7 @@ class Stored:
         """(H, W, channels) float32.
 
         Raises:
-            WrongChannelsError: There are others, which are not gray or colours.
+            WrongChannelsError: The file has another number of channels, not gray or colours.
         """
         low, high = self.own_range or (0, white_of(self.values.dtype, bit_depth))
         values = (self.values.astype(np.float32) - np.float32(low)) / np.float32(high - low)
@@ -64,7 +64,7 @@ class Stored:
 
 
 def white_of(kind: "np.dtype[Any]", bit_depth: int | None) -> float:
-    """The value of white in files or arrays of a type that do not say it themselves."""
+    """The value of white for files or arrays of a type that do not declare it."""
     if kind == np.uint8:
         return 255
     if kind == np.bool_:
@@ -73,7 +73,7 @@ def white_of(kind: "np.dtype[Any]", bit_depth: int | None) -> float:
 
 
 def stored_in(source: BinaryIO, channels: int, formats: Sequence[str] | None = None) -> Stored:
-    """Reads a file of Pillow's `formats`, or any, of TIFF with other numbers of bands, or of one array.
+    """Reads a file of Pillow's `formats` (or any), a TIFF with other numbers of bands, or a single array.
 
     Raises:
         ValueError: It cannot be decoded. Pillow raises other types for damaged files.
@@ -92,7 +92,7 @@ def stored_in(source: BinaryIO, channels: int, formats: Sequence[str] | None = N
 
 
 def is_tiff(source: BinaryIO) -> bool:
-    """Whether a file begins as a TIFF does; afterwards it is read from its beginning."""
+    """Whether a file starts like a TIFF. The file is then back at its start."""
     return _beginning(source, 4) in _TIFF
 
 
@@ -107,7 +107,7 @@ def of_array(array: np.ndarray, channels: int) -> Stored:
     """An array (height, width, channels), (channels, height, width) or (height, width) of numbers.
 
     Raises:
-        ValueError: It is of another form.
+        ValueError: It has another shape.
     """
     if array.ndim not in (2, 3) or array.dtype.kind not in "biuf" or 0 in array.shape:
         raise ValueError(f"an array of {array.dtype} of shape {array.shape}: must be numbers of (height, width, C)")
@@ -123,7 +123,7 @@ def of_array(array: np.ndarray, channels: int) -> Stored:
 
 
 def of_image(image: Image.Image, channels: int, stored: str = "") -> Stored:
-    """An upright image of Pillow with 8 bits or fewer; `stored` is its raw mode, where it is of a file."""
+    """The stored values of an upright Pillow image with at most 8 bits. `stored` is its raw mode if it is of a file."""
     if channels not in _GRAY_OR_RGB:
         return Stored(np.atleast_3d(np.array(image)))
     if channels == 1 and image.mode == "L" and "transparency" not in image.info:
@@ -132,7 +132,7 @@ def of_image(image: Image.Image, channels: int, stored: str = "") -> Stored:
 
 
 def count_values(source: BinaryIO, channels: int, formats: Sequence[str] | None = None) -> int:
-    """How many values an image of `channels` channels holds, by the header of its file, which alone is read.
+    """The number of values of an image with `channels` channels. It reads only the file's header.
 
     Raises:
         ValueError: It is damaged. Pillow raises other types.
@@ -163,7 +163,7 @@ def _by_pillow(source: BinaryIO, channels: int, formats: Sequence[str] | None) -
             return of_image(image, channels, stored)
         orientation = None if deep.is_gray else image.getexif().get(ORIENTATION)
         own_range, values = deep.own_range, deep.values()
-        if deep.is_gray:  # after loading, since Pillow turns TIFFs by itself then
+        if deep.is_gray:  # after loading, since Pillow then has turned a TIFF
             orientation = image.getexif().get(ORIENTATION)
         opacity = None
         if channels in _GRAY_OR_RGB:
@@ -184,7 +184,7 @@ def _by_tifffile(source: BinaryIO, channels: int) -> Stored:
 
 
 def upright(values: np.ndarray, orientation: Any) -> np.ndarray:
-    """An array (H, W, ...) turned as EXIF's orientation, 1 to 8, says."""
+    """Turns an array (H, W, ...) by EXIF's orientation, 1 to 8."""
     if orientation not in range(2, 9):
         return values
     if orientation in (5, 6, 7, 8):
@@ -195,9 +195,9 @@ def upright(values: np.ndarray, orientation: Any) -> np.ndarray:
 
 
 def displayed(picture: np.ndarray) -> np.ndarray:
-    """A picture to be looked at: as it is in 8 bits, else its first three channels, or the first one of fewer as gray.
+    """A picture for display: unchanged in 8 bits, else its first three channels, or with fewer the first one as gray.
 
-    They are spread so that 1 % of the values are black and 1 % white: much of what satellites and microscopes see is
+    The values are scaled so that 1 % are black and 1 % white, since pictures of satellites and microscopes are often
     dark.
 
     Args:
@@ -216,14 +216,14 @@ def displayed(picture: np.ndarray) -> np.ndarray:
 
 
 def displayed_line(channels: int) -> str:
-    """What `displayed` shows of pictures of so many channels, in words."""
+    """A line on the channels that `displayed` shows."""
     if channels < 3:
         return "the first of 2 channels as gray" if channels == 2 else "the only channel as gray"
     return "red, green and blue" if channels == 3 else f"the first 3 of {channels} channels as red, green and blue"
 
 
 def displayed_batch(images: "torch.Tensor") -> "torch.Tensor":
-    """`displayed` for images (B, C, H, W), each by itself: (B, 3, H, W) in [0, 1]."""
+    """Applies `displayed` to each of the images (B, C, H, W): (B, 3, H, W) in [0, 1]."""
     import torch
 
     pictures = [displayed(each.permute(1, 2, 0).cpu().numpy()) for each in images.float()]
@@ -235,7 +235,7 @@ class ChannelSums:
 
     def __init__(self) -> None:
         self.pixels = 0
-        self._sums: np.ndarray | float = 0.0  # (2, C), of values and of their squares
+        self._sums: np.ndarray | float = 0.0  # (2, C), sums of values and of their squares
 
     def add(self, picture: np.ndarray) -> None:
         """Adds a picture (H, W, C), uint8 or float32."""
@@ -245,7 +245,7 @@ class ChannelSums:
         self.pixels += len(values)
 
     def mean_and_std(self) -> tuple[list[float], list[float]]:
-        """Of each channel; of pictures in 8 bits in units of 255."""
+        """The mean and standard deviation of each channel; for pictures in 8 bits in units of 255."""
         mean, squares = np.asarray(self._sums) / self.pixels
         std = np.sqrt(np.maximum(squares - mean**2, 1e-6))
         return [float(each) for each in mean], [float(each) for each in std]

@@ -18,7 +18,7 @@ class ImageStore(Protocol):
     """A store of images that are read one at a time."""
 
     def read(self, position: int) -> np.ndarray:
-        """The image as (H, W, 3) uint8, or by channels as (H, W, C) float32; UserError naming it when it is damaged."""
+        """The image as (H, W, 3) uint8, or with channels (H, W, C) float32. A damaged one raises a UserError."""
 
     def place(self, position: int) -> str:
         """The image's source: its path, or its array and row."""
@@ -33,9 +33,9 @@ class ImageStore(Protocol):
 
 @dataclass(frozen=True)
 class ArrayImages:
-    """Images in memory: (n, H, W, 1 or 3) uint8, what to call the array, and what each patch shows, where known.
+    """Images in memory: (n, H, W, 1 or 3) uint8, the array's name, and patch labels if there are any.
 
-    With `channels` (n, H, W, C) of any numbers; they and `bit_depth` are as in `load_image`.
+    With `channels` (n, H, W, C) of any number type. `channels` and `bit_depth` are as in `load_image`.
     """
 
     array: np.ndarray
@@ -63,7 +63,7 @@ class ArrayImages:
 
 @dataclass(frozen=True)
 class FileImages:
-    """Images in files; `bit_depth` and `channels` are as in `load_image`."""
+    """Images in files. `bit_depth` and `channels` are as in `load_image`."""
 
     paths: list[str]
     bit_depth: int | None = None
@@ -144,7 +144,7 @@ class ImageSet:
         return self.labels.ndim == 2
 
     def class_counts(self, classes: int) -> np.ndarray:
-        """How many images have each class, (classes,) int64."""
+        """The number of images of each class, (classes,) int64."""
         if self.is_multi_label:
             return self.labels.sum(0, dtype=np.int64)
         return np.bincount(self.labels, minlength=classes)

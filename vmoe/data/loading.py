@@ -240,9 +240,8 @@ class ImageLoader(DataLoader):
         for batch in super().__iter__():
             if isinstance(batch, _ThroughPipe):
                 if not is_warned:
-                    warnings.warn(
-                        _SMALL_SHARED_MEMORY, stacklevel=1
-                    )  # level 1: warnings of the caller, Lightning, are hidden
+                    # level 1, since warnings of the caller, Lightning, are hidden
+                    warnings.warn(_SMALL_SHARED_MEMORY, stacklevel=1)
                     is_warned = True
                 batch = batch.taken(self.pin_memory)
             if isinstance(batch, UserError):
