@@ -9,6 +9,7 @@ from torch import Tensor
 
 import vmoe
 from vmoe import MoeConfig, MoeMlp
+from vmoe.models.cost import count_parameters, flops_per_image
 
 NULL = {"capacity_factor": None, "eval_capacity_factor": None}
 SMALL = {"img_size": 32, "patch_size": 16, "embed_dim": 24, "depth": 4, "num_heads": 2, "num_classes": 5}
@@ -24,10 +25,10 @@ def layer_of(class_token: bool = False, **knobs) -> MoeMlp:
     return layer
 
 
-def model_of(**knobs):
+def model_of(route="image", model=None, **knobs):
     torch.manual_seed(0)
-    moe = MoeConfig(layers="every-2", route="image", **{"num_experts": 3, "top_k": 1, **NULL, **knobs})
-    return vmoe.create_model("vit_tiny_patch16_224", moe, **SMALL)
+    moe = MoeConfig(layers="every-2", route=route, **{"num_experts": 3, "top_k": 1, **NULL, **knobs})
+    return vmoe.create_model("vit_tiny_patch16_224", moe, **SMALL, **(model or {}))
 
 
 def images(count: int = 3) -> Tensor:
@@ -97,15 +98,8 @@ def test_balance_losses_are_those_of_the_images():
 
 def test_the_class_token_speaks_for_the_image_where_the_model_has_one():
     with_token = vmoe.moe_layers(model_of())[0][1]
-    without = vmoe.create_model(
-        "vit_tiny_patch16_224", model_of_config(), **SMALL, class_token=False, global_pool="avg"
-    )
-    assert with_token.images.class_token
-    assert not vmoe.moe_layers(without)[0][1].images.class_token
-
-
-def model_of_config() -> MoeConfig:
-    return vmoe.moe_layers(model_of())[0][1].config
+    without = vmoe.moe_layers(model_of(model={"class_token": False, "global_pool": "avg"}))[0][1]
+    assert with_token.images.class_token and not without.images.class_token
 
 
 def test_one_router_decides_for_all_layers():
@@ -157,9 +151,25 @@ def test_the_record_has_one_decision_per_image():
     assert layer.as_tokens().gates.shape == (5, 1, 3)
 
 
-@pytest.mark.parametrize("shared_router", [False, True])
-def test_torch_export_takes_a_batch_of_any_size(shared_router):
-    model = model_of(shared_router=shared_router, top_k=2).eval()
+def test_torch_export_takes_a_batch_of_any_size():
+    model = model_of(shared_router=True, top_k=2).eval()
     program = torch.export.export(model, (images(3),), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
     for count in (1, 4):
         torch.testing.assert_close(program.module()(images(count)), model(images(count)))
+
+
+def test_it_costs_what_routing_of_patches_costs_but_for_the_router():
+    by_image, by_patch = model_of(), model_of(route="patch")
+    assert count_parameters(by_image) == count_parameters(by_patch)
+    saved = flops_per_image(by_patch, 32) - flops_per_image(by_image, 32)
+    assert saved == 2 * (2 * 24 * 3) * (5 - 1)  # in each of 2 layers, scores of 3 experts for 4 patches
+
+
+def test_activation_checkpointing_changes_no_gradient():
+    model = model_of(shared_router=True, noise_std=0.0).train()
+    found = []
+    for checkpointing in (False, True):
+        model.set_grad_checkpointing(checkpointing)
+        loss = model(images()).square().mean() + vmoe.auxiliary_loss(model)
+        found.append(torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad]))
+    torch.testing.assert_close(found[1], found[0])
