@@ -151,7 +151,7 @@ def test_lowest_versions_are_those_that_are_promised():
     tomllib = pytest.importorskip("tomllib", reason="Python 3.10 cannot read pyproject.toml")
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    tested = ("train", "analysis", "tune", "jax", "export", "serve", "webdataset", "data", "completion")
+    tested = ("train", "analysis", "tune", "cluster", "jax", "export", "serve", "webdataset", "data", "completion")
     lines = [*project["dependencies"], *(line for extra in tested for line in extras[extra]), *extras["loggers"][:1]]
     promised = {(requirement := Requirement(line)).name: requirement for line in lines}
     lowest_lines = (REPOSITORY / "tests" / "lowest.txt").read_text().splitlines()

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from vmoe.data import ImageDataModule, prepare_image
     from vmoe.evaluation.calibration import calibrate
     from vmoe.evaluation.evaluate import evaluate
+    from vmoe.evaluation.super_classes import super_classes
     from vmoe.explain.heatmap.files import write_heatmaps
     from vmoe.models import (
         add_lora,
@@ -45,6 +46,7 @@ else:  # hidden from type checkers, which would accept any name
         {
             "vmoe.evaluation.calibration": ["calibrate"],
             "vmoe.evaluation.evaluate": ["evaluate"],
+            "vmoe.evaluation.super_classes": ["super_classes"],
             "vmoe.explain.heatmap.files": ["write_heatmaps"],
             "vmoe.routing.recording": ["record_routing"],
             "vmoe.checkpoints": ["TrainedModel", "load", "save"],
@@ -103,6 +105,7 @@ __all__ = [
     "set_eval_capacity_factor",
     "set_top_k",
     "sparsify",
+    "super_classes",
     "tune",
     "update_router_biases",
     "write_heatmaps",

@@ -13,6 +13,7 @@ EXTRAS = {
     "train": ("lightning", "torchmetrics", "albumentations", "cv2", "jsonargparse", "rich", "scipy"),
     "analysis": ("matplotlib", "scipy"),
     "tune": ("optuna", "matplotlib"),
+    "cluster": ("sklearn",),
     "jax": ("msgpack",),
     "loggers": ("tensorboard", "wandb", "mlflow"),
     "export": ("onnx", "onnxscript", "onnxruntime"),

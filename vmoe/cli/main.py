@@ -24,6 +24,7 @@ GROUPS = {
         "predict": "name what is in pictures, with a checkpoint or an exported model",
         "evaluate": "measure a checkpoint: accuracy, calibration, speed, dropped tokens",
         "calibrate": "make a checkpoint's probabilities fit how often it is right",
+        "super-classes": "group classes by what a model confuses, to guide a router of images",
         "heatmap": "draw which expert each patch of an image goes to",
         "explore": "see, measure and test what the experts do, on one page",
         "serve": "answer over HTTP what is in pictures",
@@ -49,6 +50,7 @@ EXTRAS_OF_JOBS = {
     "train": ("train",),
     "evaluate": ("train",),
     "calibrate": ("train",),
+    "super-classes": ("train", "cluster"),
     "heatmap": ("analysis",),
     "explore": ("train", "analysis"),
     "sweep": ("train", "analysis"),
@@ -123,7 +125,7 @@ def _complete() -> int:
 
 def _help() -> str:
     groups = "\n\n".join(
-        f"{title}:\n" + "\n".join(f"  {job:11} {text}" for job, text in jobs.items()) for title, jobs in GROUPS.items()
+        f"{title}:\n" + "\n".join(f"  {job:13} {text}" for job, text in jobs.items()) for title, jobs in GROUPS.items()
     )
     return f"""\
 usage: vmoe JOB ...
