@@ -19,6 +19,7 @@ def _file(what: str, name: str, foreign: str = r"(?!)") -> Mistake:
     return Mistake(what, f"--config {name} --output_dir new", foreign)
 
 
+_IMAGES = "--moe.route image --moe.capacity_factor null"
 # What torch, safetensors or Python find wrong with a file
 _OF_TORCH = r"(?<=damaged \().*(?=\))|(?<=model \()(Error|MoeConfig\.__init__).*(?=\))"
 _OPENED = [
@@ -83,6 +84,15 @@ MISTAKES: dict[str, list[Mistake]] = {
         _config("logits adjusted without a softmax", "--loss.name bce --loss.logit_adjustment 1"),
         _config("a loss for several classes per image", "--loss.name asymmetric"),
         _config("an option of another loss", "--loss.gamma 3"),
+        _config("super-classes without a router of images", "--loss.super_classes cifar100"),
+        _config("super-classes that are not there", f"{_IMAGES} --loss.super_classes lost.yaml"),
+        _config("super-classes of other classes", f"{_IMAGES} --loss.super_classes cifar100"),
+        _config("fewer super-classes than experts", f"{_IMAGES} --loss.super_classes super.yaml"),
+        _config(
+            "super-classes for a router that learns nothing",
+            f"{_IMAGES} --moe.router random --loss.super_classes super.yaml",
+        ),
+        _config("a weight of guidance without super-classes", "--loss.guidance_weight 1"),
         _config("a sampler that is none", "--data.sampler balanced"),
         _config("a tail of two lengths", "--data.subset.imbalance 10"),
         _config("no epochs", "--trainer.epochs 0"),
@@ -267,6 +277,7 @@ MISTAKES: dict[str, list[Mistake]] = {
         Mistake("other classes than the data's", "three --out new"),
         Mistake("more than features of other classes", "three --probe knn --capacity-factor 1 --out new"),
         Mistake("an option of experts for a dense model", "dense --capacity-factor 1 --out new"),
+        Mistake("a perfect router of a run without guidance", "run --oracle-router --out new"),
         Mistake("a capacity that is a word", "run --capacity-factor much --out new"),
         Mistake("a capacity that leaves no place", "rounded --capacity-factor 0.01 --out new"),
         Mistake("a capacity out of range", "run --capacity-factor 2000 --out new"),
@@ -366,6 +377,13 @@ MISTAKES: dict[str, list[Mistake]] = {
         Mistake("a name of another format", "run --out new.ckpt"),
         Mistake("a set of other classes", "run --out new.safetensors --data patchwork"),
         Mistake("classes by number", "run --out new.safetensors --classes by-number"),
+    ],
+    "super-classes": [
+        Mistake("a checkpoint that is not there", "lost --count 2 --out new.yaml"),
+        Mistake("a name of another format", "run --count 2 --out new.txt"),
+        Mistake("as many super-classes as classes", "run --count 10 --out new.yaml"),
+        Mistake("a set of other classes", "run --count 2 --out new.yaml --data patchwork"),
+        Mistake("classes by number", "run --count 2 --out new.yaml --classes by-number"),
     ],
     "consolidate": [
         Mistake("a run that is not there", "lost --out new.safetensors"),

@@ -45,6 +45,7 @@ YAML = {
     "study_without": "seeds: [0]\narms: {a: {}}",
     "study_lost": "config: lost.yaml\nseeds: [0]\narms: {a: {}}",
     "study_seeds": "config: tiny.yaml\nseeds: 3\narms: {a: {}}",
+    "super": "\n".join(f"'{digit}': {'even' if digit % 2 == 0 else 'odd'}" for digit in range(10)),
     "study_arms": "config: tiny.yaml\nseeds: [0]\narms: [a]",
 }
 

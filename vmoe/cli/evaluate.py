@@ -59,6 +59,7 @@ def _measure(options: argparse.Namespace) -> None:
     from vmoe.classes import known_outputs
     from vmoe.cli.evaluate_tables import corruption_table, probe_table, result_tables, setting
     from vmoe.evaluation.evaluate import classes_differ, measure_split
+    from vmoe.evaluation.guidance import require_guidance
     from vmoe.files import require_no_folder, require_writable, write_json
 
     corruptions = _chosen_corruptions(options.corruptions)
@@ -68,6 +69,8 @@ def _measure(options: argparse.Namespace) -> None:
     json_file = options.json or out / "evaluation.json"
     require_no_folder(json_file)
     require_writable(out, json_file.parent)
+    if options.oracle_router:
+        require_guidance(checkpoint, "--oracle-router")
     if options.probe:
         require_single_label(checkpoint, "--probe")
     if options.ensemble_with:
@@ -87,7 +90,7 @@ def _measure(options: argparse.Namespace) -> None:
     results = []
     if own_classes:
         sweep = (options.capacity_factor, options.top_k, device)
-        results = measure_split(checkpoint, data, options.split, *sweep, Tracked)
+        results = measure_split(checkpoint, data, options.split, *sweep, Tracked, options.oracle_router)
     else:
         _check_that_only_features_are_asked_for(options, classes_differ(checkpoint, data))
     report = _report(checkpoint, data, options.split, device)
@@ -147,6 +150,8 @@ def _evaluate_parser() -> argparse.ArgumentParser:
     add("--capacity-factor", nargs="+", type=capacity_factor, metavar="F", help=line)
     line = "measure with each token sent to so many experts (default: the checkpoint's own)"
     add("--top-k", nargs="+", type=count, metavar="K", help=line)
+    line = "of a guided router of images, measure also the accuracy if the router were always right"
+    add("--oracle-router", action="store_true", help=line)
     line = "read classes off frozen features: k nearest neighbours, logistic regression, ridge regression on few images"
     add("--probe", nargs="+", choices=_PROBES, default=[], help=line)
     add("--shots", type=count, metavar="N", help=f"few-shot: training images per class (default: {_SHOTS})")
@@ -189,6 +194,8 @@ def _ensemble(first: "TrainedModel", others: "list[TrainedModel]") -> "TrainedMo
 
 
 def _check_dependent_options(options: argparse.Namespace) -> None:
+    if options.oracle_router and options.ensemble_with:
+        raise UserError("--oracle-router: an ensemble has several routers; leave --ensemble-with out")
     if options.probe and options.ensemble_with:
         raise UserError("--probe: an ensemble has no features; leave --ensemble-with out")
     for option, value in (("--shots", options.shots), ("--shot-seeds", options.shot_seeds)):

@@ -35,7 +35,8 @@ def result_tables(results: "list[Evaluation]", title: str, class_names: list[str
     if not hasattr(results[0], "top1"):
         return [multi_label_table(results, title), *experts, multi_label_class_table(results[0], class_names)]
     members = [member_table(results)] if results[0].members else []
-    return [summary_table(results, title), *members, *experts, class_table(results[0], class_names)]
+    routers = [router_table(results)] if results[0].router else []
+    return [summary_table(results, title), *members, *experts, *routers, class_table(results[0], class_names)]
 
 
 def summary_table(results: "list[Evaluation]", title: str) -> Table:
@@ -75,6 +76,21 @@ def member_table(results: "list[Evaluation]") -> Table:
         of = result.members
         figures = f"{of.top1:.2%}", f"{of.nll:.4f}", f"{of.disagreement:.2%}", f"{of.kl:.4f}"
         table.add_row(setting(result, results), str(of.members), *figures)
+    return table
+
+
+def router_table(results: "list[Evaluation]") -> Table:
+    """How often the router of images finds an image's super-class, in each pass."""
+    title = f"router, guided towards {len(results[0].router.super_classes)} super-classes"
+    is_oracle = results[0].router.oracle_top1 is not None
+    key = "if right: of the model, if the router always found the super-class" if is_oracle else None
+    table = Table(title=title, title_justify="left", caption=key, caption_justify="left")
+    for column in ("K", "super-class right", "loss", *(["top-1", "top-1 if right"] if is_oracle else [])):
+        table.add_column(column, justify="right")
+    for result in results:
+        of = result.router
+        oracle = [f"{result.top1:.2%}", f"{of.oracle_top1:.2%}"] if is_oracle else []
+        table.add_row(str(result.top_k), f"{of.top1:.2%}", f"{of.loss:.4f}", *oracle)
     return table
 
 

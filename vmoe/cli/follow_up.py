@@ -15,6 +15,8 @@ from vmoe.training.config import TrainConfig
 
 _ALONE = {"compile": False, "cuda_graph": False}  # these take longer to start than a short run lasts
 
+_OF_GUIDANCE = ("super_classes", "guidance_weight")
+
 
 def follow_up(checkpoint: TrainedModel, data: DataConfig, changes: dict[str, Any], argv: list[str]) -> TrainConfig:
     """The config of a run with a checkpoint's recipe, in one process, uncompiled.
@@ -28,7 +30,9 @@ def follow_up(checkpoint: TrainedModel, data: DataConfig, changes: dict[str, Any
     Raises:
         UserError: An option is not allowed.
     """
-    own = checkpoint.config
+    own = dict(checkpoint.config)
+    if "moe" in changes and own.get("loss"):  # super-classes are for as many experts as there were
+        own["loss"] = {key: value for key, value in own["loss"].items() if key not in _OF_GUIDANCE}
     plain = {
         **{key: value for key, value in own.items() if key not in ("parallel", "distill")},
         **changes,

@@ -3,16 +3,19 @@
 Axis letters: B images, C classes, E experts.
 """
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vmoe.errors import UserError
 from vmoe.evaluation.ensemble import RunningMemberFigures, members_kept
+from vmoe.evaluation.guidance import Guidance, RouterFigures, right_routers
 from vmoe.evaluation.metrics import Evaluation, LayerUse, MultiLabelEvaluation, RunningMetrics, RunningMultiLabelMetrics
 from vmoe.moe import MoeMlp, moe_layers, set_eval_capacity_factor, set_top_k
 from vmoe.moe.assignment import CapacityError
@@ -25,12 +28,13 @@ def measure_batches(
     num_classes: int,
     device: torch.device | str = "cpu",
     ranks_images: bool = False,
+    guidance: Guidance | None = None,
 ) -> Evaluation | MultiLabelEvaluation:
     """Measures a model on batches of (images (B, 3, H, W), labels (B,), ...), with its current capacity.
 
     The model is put in evaluation mode and moved to the device; it stays so. `ranks_images` adds the ranking figures
     (AUROC, average precision). A model of `vmoe.load` for several classes per image takes labels (B, C) of 0 and 1, and
-    always has them.
+    always has them. A `guidance` adds the figures of the routers.
 
     Raises:
         UserError: There is no image, or a logit is not finite.
@@ -48,11 +52,19 @@ def measure_batches(
         for name, layer in layers.items()
     }
     of_members = RunningMemberFigures(device, metrics.sums.dtype)
+    of_router = torch.zeros(2, dtype=metrics.sums.dtype, device=device)
+    if guidance is not None:
+        guidance.to(device)
     started, first_batch = None, 0
     with members_kept(model if isinstance(metrics, RunningMetrics) else nn.Identity()) as members:
         for images, labels, *_ in batches:
             images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+            if guidance is not None:
+                guidance.labels = labels
             metrics.update(model(images), labels)
+            if guidance is not None:
+                guidance.loss(labels)
+                of_router += guidance.sums
             if members is not None and members.kept is not None:
                 of_members.update(members.kept, labels)
             for name, layer in layers.items():
@@ -66,6 +78,8 @@ def measure_batches(
     figures = metrics.compute()
     if members is not None:
         figures["members"] = of_members.compute()
+    if guidance is not None:
+        figures["router"] = RouterFigures(guidance.names, *(of_router / figures["images"]).tolist())
     timed = figures["images"] - first_batch
     use = {name: (total / figures["images"]).tolist() for name, total in sums.items()}
     return metrics.record(
@@ -87,10 +101,13 @@ def evaluate_sweep(
     factors: Sequence[float] | None = None,
     top_ks: Sequence[int] | None = None,
     device: torch.device | str = "cpu",
+    guidance: Guidance | None = None,
+    oracle_router: bool = False,
 ) -> Iterator[Evaluation | MultiLabelEvaluation]:
     """Measures a model for each K and each capacity factor (inf: nothing dropped), and yields each evaluation.
 
-    Evaluations include the ranking figures. None for `factors` or `top_ks` keeps the model's own. A capacity grows with
+    Evaluations include the ranking figures; a `guidance` adds the figures of the routers, and `oracle_router` the
+    model's accuracy with perfect routers. None for `factors` or `top_ks` keeps the model's own. A capacity grows with
     K, as in training. Each layer's own K and factor are restored at the end.
 
     Raises:
@@ -115,8 +132,20 @@ def evaluate_sweep(
                 if factor is not None:
                     set_capacity(model, factor)
                 with named_factor(factor):
-                    result = measure_batches(model, loader, num_classes, device, ranks_images=True)
+                    result = measure_batches(model, loader, num_classes, device, ranks_images=True, guidance=guidance)
+                    if oracle_router:
+                        result = _with_oracle(result, model, loader, device, guidance)
                 yield result
+
+
+def _with_oracle(
+    result: Any, model: nn.Module, loader: Iterable, device: torch.device | str, guidance: Guidance | None
+) -> Any:
+    """The evaluation with the accuracy of the same model under routers that are always right."""
+    assert guidance is not None  # as `require_guidance` made sure
+    with right_routers(guidance):
+        oracle = measure_batches(model, loader, len(result.class_accuracy), device, guidance=guidance)
+    return dataclasses.replace(result, router=dataclasses.replace(result.router, oracle_top1=oracle.top1))
 
 
 def _set_top_k(model: nn.Module, top_k: int) -> None:

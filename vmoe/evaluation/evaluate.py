@@ -15,6 +15,7 @@ from vmoe.data import AugmentConfig, DataConfig, ImageDataModule, SubsetConfig
 from vmoe.data.config import TableConfig, set_and_root
 from vmoe.errors import UserError
 from vmoe.evaluation.engine import evaluate_sweep
+from vmoe.evaluation.guidance import guidance_of, require_guidance
 from vmoe.evaluation.metrics import Evaluation, MultiLabelEvaluation
 from vmoe.progress import Progress, shown
 from vmoe.text import counted, named
@@ -32,6 +33,7 @@ def evaluate(
     classes: Literal["by-name", "known", "by-number"] = "by-name",
     capacity_factor: float | None = None,
     top_k: int | None = None,
+    oracle_router: bool = False,
     batch_size: int | None = None,
     workers: int | None = None,
     progress: Progress = True,
@@ -49,6 +51,7 @@ def evaluate(
         capacity_factor: Capacity factor of the MoE layers for this measurement; inf drops nothing. None takes the
             model's own.
         top_k: Experts per token for this measurement. None takes the model's own.
+        oracle_router: Whether to measure also the accuracy with a perfect router; the model needs a guided one.
         batch_size: Images per batch. None takes the run's.
         workers: Number of loading processes. None takes the run's.
         progress: Whether to show a progress bar on stderr if that is a terminal; or a function of the batches and a
@@ -60,11 +63,13 @@ def evaluate(
         `class_auroc`, `class_average_precision`, `class_precision_at_recall` (at a recall of 0, 0.05, ..., 1),
         `confusion`, `images_per_second`, `capacity_factor`, `top_k`, `dropped`, and by name `layers` with each MoE
         layer's dropped share and load. For an ensemble, `members` has the members' own figures and their disagreement.
+        For a model with a guided router, `router` has the router's loss and accuracy.
         Accuracies and shares are fractions.
 
     Raises:
         UserError: The data are missing or have a class that the model does not know, an argument's value is not
-            allowed, the model is dense or its tokens do not choose, or a logit is not finite.
+            allowed, the model is dense, its tokens do not choose or its router was not guided, or a logit is not
+            finite.
     """
     if not isinstance(model, TrainedModel):
         raise UserError(
@@ -74,6 +79,8 @@ def evaluate(
     for name, value, allowed in (("split", split, ("test", "val")), ("classes", classes, _MATCHES)):
         if value not in allowed:
             raise UserError(f"{name}={value!r}: must be one of {', '.join(allowed)}")
+    if oracle_router:
+        require_guidance(model, "oracle_router")
     if data is None and model.config.get("data") is None:
         raise UserError(f"data: is missing; {model.path} does not tell what the model was trained on")
     opened, lines = open_data(model, data_for(model, data, root, eval_batch_size=batch_size, workers=workers), classes)
@@ -83,7 +90,7 @@ def evaluate(
     factors, top_ks = (None if value is None else [value] for value in (capacity_factor, top_k))
     training = [module for module in model.modules() if module.training]
     try:
-        (result,) = measure_split(measured, opened, split, factors, top_ks, model.device, progress)
+        (result,) = measure_split(measured, opened, split, factors, top_ks, model.device, progress, oracle_router)
     finally:
         for module in training:
             module.training = True
@@ -98,6 +105,7 @@ def measure_split(
     top_ks: list[int] | None,
     device: torch.device,
     progress: Progress = True,
+    oracle_router: bool = False,
 ) -> list[Evaluation | MultiLabelEvaluation]:
     """Measures a model of `match_classes` on the "val" or "test" split for each K and capacity factor.
 
@@ -105,7 +113,10 @@ def measure_split(
     """
     loader = data.val_dataloader() if split == "val" else data.test_dataloader()
     batches = shown(loader, f"{split} set of {data.config.name}", progress)
-    return list(evaluate_sweep(model, batches, len(model.class_names), factors, top_ks, device))
+    guidance = guidance_of(model)
+    return list(
+        evaluate_sweep(model, batches, len(model.class_names), factors, top_ks, device, guidance, oracle_router)
+    )
 
 
 def open_data(model: TrainedModel, config: DataConfig, classes: str = "by-name") -> tuple[ImageDataModule, list[str]]:

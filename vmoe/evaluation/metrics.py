@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from vmoe.errors import UserError
 from vmoe.evaluation.curves import Ranking, Scores, mean_of_known
 from vmoe.evaluation.ensemble import MemberFigures
+from vmoe.evaluation.guidance import RouterFigures
 
 CALIBRATION_BINS = 15
 MOST_CONFUSED = 1000  # the most classes with a confusion matrix: with 10,000 it would take a gigabyte
@@ -56,6 +57,7 @@ class Evaluation:
     auroc: float | None = None  # mean of class_auroc
     average_precision: float | None = None  # mean of class_average_precision, mAP
     members: MemberFigures | None = None  # of an ensemble; None for a single model, or with only some of its classes
+    router: RouterFigures | None = None  # of routers that were guided towards super-classes; None for other models
 
     def as_dict(self) -> dict:
         """The same as plain types, for JSON."""

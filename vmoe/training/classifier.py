@@ -19,6 +19,7 @@ from vmoe.checkpoints.state import put_average, put_model
 from vmoe.config_values import from_plain, to_plain
 from vmoe.data import Batch
 from vmoe.errors import UserError
+from vmoe.evaluation.guidance import Guidance
 from vmoe.models.freezing import is_linear_probe, put_in_training_mode
 from vmoe.models.members import ensemble_size, of_rows, refuse_ensemble
 from vmoe.moe import auxiliary_loss, moe_layers, update_router_biases
@@ -29,7 +30,7 @@ from vmoe.training.distillation import Teacher
 from vmoe.training.graph import GraphedStep
 from vmoe.training.guard import Guard
 from vmoe.training.label_loss import LabelLoss
-from vmoe.training.label_metrics import LabelMetrics, MultiLabelMetrics, SingleLabelMetrics
+from vmoe.training.label_metrics import GuidedMetrics, LabelMetrics, MultiLabelMetrics, SingleLabelMetrics
 from vmoe.training.optim.average import WeightAverage
 from vmoe.training.optim.groups import build_optimizer, by_number, optimizer_groups, parameter_groups
 from vmoe.training.optim.schedule import LearningRates, RateSchedule, planned_rates
@@ -88,6 +89,7 @@ class Classifier(LightningModule):
         loss: The `LossConfig`.
         metrics: The sums from which metrics are logged.
         thresholds: With `multi_label`, the threshold of each class from the last validation; None before one.
+        guidance: The guidance of the routers towards `loss.super_classes`; None without them.
         guard: The guard of `vmoe.NanGuard`; None without that callback.
         average: The average of the weights that `vmoe.Ema` keeps; None without that callback.
         routing: The sums that `vmoe.RoutingMonitor` reads; None without that callback.
@@ -118,7 +120,9 @@ class Classifier(LightningModule):
         if isinstance(lr, int | float):
             optim.setdefault("min_lr", min(OptimConfig.min_lr, lr))
         self.optim: OptimConfig = from_plain(OptimConfig, {"lr": lr, **optim})
-        self.loss: LossConfig = from_plain(LossConfig, to_plain(loss or {}), "loss.")
+        self.loss: LossConfig = from_plain(LossConfig, to_plain(loss or {}), "loss.").with_super_classes()
+        guiding = self.loss.super_classes
+        self.guidance = None if guiding is None else Guidance(guiding, self.model)
         self.class_names = None if class_names is None else [str(name) for name in class_names]
         self.mean, self.std = mean, std
         self.guard: Guard | None = None
@@ -129,12 +133,13 @@ class Classifier(LightningModule):
         self.shard: Callable[[nn.Module], None] | None = None
         self.facts: ModelFacts | None = None
         self.tested_split = "test"
-        self.train_sums = torch.zeros(4)
-        self.evaluation_sums = torch.zeros(4)
-        self.raw_sums = torch.zeros(4)  # for the weights themselves, if validation uses their average
+        count = 4 if self.guidance is None else 6
+        self.train_sums = torch.zeros(count)
+        self.evaluation_sums = torch.zeros(count)
+        self.raw_sums = torch.zeros(count)  # for the weights themselves, if validation uses their average
         self.damaged: dict[str, None] = {}
         self._chooses_warmup = "warmup_epochs" not in optim
-        self._logged_sums = torch.zeros(4)
+        self._logged_sums = torch.zeros(count)
         self._is_sharded = False
         self._found: ModelFacts | None = None  # found once per fit, for its checkpoints
         self._is_undescribed = False  # whether it is unknown how the model is built
@@ -156,7 +161,8 @@ class Classifier(LightningModule):
         if multi_label:
             refuse_ensemble(self.model, "multi_label: an ensemble answers with the mean of softmax probabilities")
         self.multi_label = multi_label
-        self.metrics: LabelMetrics = MultiLabelMetrics() if multi_label else SingleLabelMetrics()
+        guided = SingleLabelMetrics() if self.guidance is None else GuidedMetrics(self.guidance)
+        self.metrics: LabelMetrics = MultiLabelMetrics() if multi_label else guided
         self._label_loss = LabelLoss(self.loss, self.optim.label_smoothing, counts, multi_label)
 
     @property
@@ -193,6 +199,8 @@ class Classifier(LightningModule):
         loss = self._label_loss(logits, labels, targets)
         learnt = loss if self.teacher is None else self.teacher.mixed_into(loss, batch.images, logits)
         total_loss = learnt + auxiliary_loss(self.model)
+        if self.guidance is not None:
+            total_loss = total_loss + self.loss.guidance_weight * self.guidance.loss(labels, targets)
         if self.guard is not None:
             self.guard.watch_forward(batch.images, total_loss)
         sums = self.metrics.train_sums(logits, labels, loss)
@@ -414,7 +422,7 @@ class Classifier(LightningModule):
             for name in ("train_sums", "_logged_sums", "evaluation_sums", "raw_sums"):
                 setattr(self, name, getattr(self, name).to(self.device, dtype))
             self._step_number = self._step_number.to(self.device)
-            for part in (self.average, self.teacher, self.routing, self.guard, self._label_loss):
+            for part in (self.average, self.teacher, self.routing, self.guard, self._label_loss, self.guidance):
                 if part is not None:
                     part.to(self.device)
 
@@ -433,6 +441,22 @@ class Classifier(LightningModule):
             is_multi_label = getattr(self.trainer.datamodule, "multi_label", is_multi_label)
         if stage == "fit" or is_multi_label != self.multi_label:
             self._set_labels(is_multi_label, self._class_counts if stage == "fit" else None)
+        if self.guidance is not None:
+            self.guidance.match(self._known_class_names())
+
+    def _known_class_names(self) -> Sequence[str]:
+        """The names of the classes, which super-classes are matched by.
+
+        Raises:
+            UserError: Nothing tells them.
+        """
+        for names in (
+            self.class_names,
+            *(getattr(at, "class_names", None) for at in (self.trainer.datamodule, self.model)),
+        ):
+            if names is not None:
+                return names
+        raise UserError("loss.super_classes: needs the names of the classes; give Classifier(class_names=...)")
 
     def _class_counts(self) -> list[int]:
         """The number of training images of each class. If they are unknown but the weights are given, all are 1.

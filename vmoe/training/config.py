@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from vmoe.data import DataConfig
+from vmoe.data.super_classes import read_super_classes
 from vmoe.moe import MoeConfig
 
 
@@ -159,6 +160,10 @@ class LossConfig:
         gamma_neg: With asymmetric, the same for classes that an image does not have.
         gamma_pos: With asymmetric, the same for classes that an image has.
         clip: With asymmetric, the probability up to which a class that an image does not have costs nothing.
+        super_classes: Guides the router of moe.route=image, which then has one expert per super-class (Daxberger et al.
+            2023): a YAML or JSON file with the super-class of each class, such as `vmoe super-classes` writes, or
+            cifar100 for its 20 coarse classes. A run keeps the content of the file. null guides nothing.
+        guidance_weight: Weight of the router's cross-entropy against the super-class of the label.
     """
 
     name: Literal["cross_entropy", "bce", "asymmetric", "focal"] | None = None
@@ -169,8 +174,11 @@ class LossConfig:
     gamma_neg: float = 4.0
     gamma_pos: float = 1.0
     clip: float = 0.05
+    super_classes: str | dict[str, Any] | None = None
+    guidance_weight: float = 0.3
 
     def __post_init__(self) -> None:
+        _expand_home(self, "super_classes")
         names = (None, "cross_entropy", "bce", "asymmetric", "focal")
         _need(self, "name", self.name in names, "cross_entropy, bce, asymmetric, focal or null")
         weights = self.class_weights
@@ -192,8 +200,22 @@ class LossConfig:
             has_effect = self.name == loss or value == getattr(LossConfig, option)
             _need(self, option, has_effect, f"left out without name={loss}")
             _need(self, option, 0 <= value < (1 if option == "clip" else float("inf")), ">= 0, and clip below 1")
+        weight = self.guidance_weight
+        _need(self, "guidance_weight", 0 < weight < float("inf"), "above 0 and finite")
+        is_used = self.super_classes is not None or weight == LossConfig.guidance_weight
+        _need(self, "guidance_weight", is_used, "left out without super_classes")
         has_softmax = not self.logit_adjustment or self.name in (None, "cross_entropy")
         _need(self, "logit_adjustment", has_softmax, f"0 with name={self.name}")
+
+    def with_super_classes(self) -> "LossConfig":
+        """The same loss with the content of the file of super-classes, so that nothing needs the file again.
+
+        Raises:
+            UserError: The file cannot be read, or is not of its form.
+        """
+        if not isinstance(self.super_classes, str) or self.super_classes == "cifar100":
+            return self
+        return replace(self, super_classes=read_super_classes(self.super_classes))
 
     @property
     def counts_classes(self) -> bool:
@@ -438,6 +460,9 @@ class TrainConfig:
         _need(self, "seed", 0 <= self.seed < 2**32, "from 0 to 4294967295")
         if self.moe is not None and self.moe.inject_auxiliary_loss:
             raise ValueError("moe.inject_auxiliary_loss=True: must be false here, this trainer adds the loss itself")
+        if self.loss.super_classes is not None and (self.moe is None or self.moe.route != "image"):
+            found = "this model is dense" if self.moe is None else f"moe.route is {self.moe.route}"
+            raise ValueError(f"loss.super_classes: guides a router of images, and {found}; give moe.route=image")
         if self.finetune.lora.rank is not None:
             if self.optim.name == "muon":
                 raise ValueError("finetune.lora.rank: must be null with optim.name=muon, which is for whole matrices")
@@ -481,7 +506,7 @@ class TrainConfig:
 def _expand_home(config: Any, name: str) -> None:
     """Replaces a leading ~ of a path by the home folder; YAML does not."""
     path = getattr(config, name)
-    object.__setattr__(config, name, path if path is None else os.path.expanduser(path))
+    object.__setattr__(config, name, os.path.expanduser(path) if isinstance(path, str) else path)
 
 
 def _need(config: Any, name: str, holds: bool, allowed: str) -> None:

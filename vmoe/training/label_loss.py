@@ -114,6 +114,8 @@ def check_loss(config: LossConfig, multi_label: bool) -> None:
         raise UserError(
             f"loss.name=cross_entropy: is for {one}, and these are {several}; take bce, asymmetric or focal"
         )
+    if multi_label and config.super_classes is not None:
+        raise UserError(f"loss.super_classes: is for {one}, and these are {several}; leave it out")
     if not multi_label and config.name in ("asymmetric", "focal"):
         raise UserError(f"loss.name={config.name}: is for {several}, and these are {one}; take cross_entropy or bce")
     if multi_label and config.counts_classes:

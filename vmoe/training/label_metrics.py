@@ -6,17 +6,20 @@ B images, C classes.
 import math
 from abc import ABC, abstractmethod
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from vmoe.data.sharing import NOT_COUNTED
 from vmoe.evaluation.curves import Ranking, Scores, best_thresholds, mean_of_known
+from vmoe.evaluation.guidance import Guidance
 from vmoe.evaluation.metrics import batch_sums, likeliest_classes, means_of, multi_label_sums
 from vmoe.training.parallel.collectives import gather
 
 
 class LabelMetrics(ABC):
-    """Sums over batches, (4,), and their means by name. The host reads sums only to log them.
+    """Sums over batches, (4,), and their means by name. The last sum counts the images. The host reads sums only to log
+    them.
 
     Attributes:
         train_names: The names of the means in training.
@@ -74,6 +77,37 @@ class SingleLabelMetrics(LabelMetrics):
 
     def means(self, sums: Tensor) -> dict[str, float]:
         return means_of(sums)._asdict()
+
+
+class GuidedMetrics(SingleLabelMetrics):
+    """Also the loss of the guided routers, and how often they find the super-class of an image. Sums are (6,)."""
+
+    train_names = (*SingleLabelMetrics.train_names, "router_loss", "router_top1")
+    names = (*SingleLabelMetrics.names, "router_loss", "router_top1")
+
+    def __init__(self, guidance: Guidance) -> None:
+        self._guidance = guidance
+
+    def train_sums(self, logits: Tensor, labels: Tensor, loss: Tensor) -> Tensor:
+        return self._beside(super().train_sums(logits, labels, loss))
+
+    def evaluation_sums(self, logits: Tensor, labels: Tensor) -> Tensor:
+        self._guidance.loss(labels.clamp(min=0))
+        return self._beside(super().evaluation_sums(logits, labels), labels[0] != NOT_COUNTED)
+
+    def train_means(self, sums: Tensor) -> dict[str, float]:
+        return super().train_means(sums[2:]) | self._of_routers(sums)
+
+    def means(self, sums: Tensor) -> dict[str, float]:
+        return super().means(sums[2:]) | self._of_routers(sums)
+
+    def _beside(self, sums: Tensor, is_counted: Tensor | int = 1) -> Tensor:
+        return torch.cat([self._guidance.sums.to(sums) * is_counted, sums])  # the images stay last
+
+    def _of_routers(self, sums: Tensor) -> dict[str, float]:
+        loss, right, *_, images = sums.tolist()
+        means = [each / images if images else math.nan for each in (loss, right)]
+        return dict(zip(("router_loss", "router_top1"), means, strict=True))
 
 
 class MultiLabelMetrics(LabelMetrics):

@@ -8,8 +8,10 @@ from vmoe.data import ImageDataModule
 from vmoe.data.addresses import is_address
 from vmoe.data.checking import is_worth_checking, refusal
 from vmoe.data.datamodule import EvalLoader
+from vmoe.data.super_classes import match_super_classes
 from vmoe.errors import UserError
 from vmoe.evaluation.curves import MOST_SCORES
+from vmoe.evaluation.guidance import check_guided
 from vmoe.training.config import TrainConfig
 from vmoe.training.label_loss import check_loss, class_weights
 from vmoe.training.parallel.collectives import gather, together
@@ -46,6 +48,9 @@ def images_of_run(config: TrainConfig, device: torch.device) -> ImageDataModule:
                     f"data: {split} has {scores:,} pairs of an image and a class, and mAP is measured of "
                     f"{MOST_SCORES:,} at most; leave images out"
                 )
+        if config.loss.super_classes is not None and config.moe is not None:
+            check_guided(config.moe)
+            match_super_classes(config.loss.super_classes, data.class_names, config.moe.num_experts)
         if config.loss.class_weights is not None:
             class_weights(config.loss, data.images_of_classes("train"))
 

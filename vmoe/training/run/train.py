@@ -83,6 +83,7 @@ def train(config: TrainConfig, progress: TrainingProgress, command: str) -> dict
     if config.parallel.strategy == "auto":
         raise UserError("parallel.strategy=auto: is chosen by `vmoe train`; give ddp, fsdp or expert", everywhere=True)
     check_optimizer(config.optim)
+    config = dataclasses.replace(config, loss=config.loss.with_super_classes())
     device = device_of(config)
     progress.say(summary.device_line(device, config.trainer.device))
     if device.type != "cuda":
