@@ -43,10 +43,8 @@ def draw_comparison(arms: Sequence[Arm], found: Sequence[Difference], notes: Seq
     page = Page(3 * _WIDTH + 2 * _GAP + 2 * MARGIN + 50, below + 24 * len(lines) + MARGIN)
     counts = f"runs: {sum(arm.n for arm in arms)}, arms: {len(arms)}"
     metric = arms[0].first.metric_title
-    word = "accuracy" if metric == "top-1" else metric
-    page.heading(
-        f"{word[0].upper()}{word[1:]} and what it costs", f"{counts} · test {word} of the checkpoint {_chosen(arms)}"
-    )
+    word, heading = ("accuracy", "Accuracy") if metric == "top-1" else (metric, metric)
+    page.heading(f"{heading} and what it costs", f"{counts} · test {word} of the checkpoint {_chosen(arms)}")
     for index, (field, title) in enumerate(_PANELS):
         axes = _panel(page, index, f"Test {metric} against {title.split(' (')[0]}")
         _draw_points(axes, arms, field)
