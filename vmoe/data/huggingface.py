@@ -175,14 +175,12 @@ def _holds_pictures(kind: Any) -> bool:
 
 def _label_column(config: DataConfig, rows: "Dataset") -> str:
     """The column of labels: the named one, one with a known name, or else the only one with classes."""
-    import datasets
-
     given = config.table.label
     if given is not None:
         _require_column(config, "label", given, rows)
         return given
     found = [name for name in rows.column_names if name.lower() in _LABELS]
-    found = found or [name for name, kind in rows.features.items() if isinstance(kind, datasets.ClassLabel)]
+    found = found or [name for name, kind in rows.features.items() if _classes_of(kind) is not None]
     if len(found) > 1:
         raise UserError(f"{config.root}: both {found[0]} and {found[1]} may be the label; name one as data.table.label")
     if not found:
