@@ -1,4 +1,4 @@
-"""A server of files on this machine, for tests: it gives parts of files, and fails in the ways that servers do."""
+"""A local file server for tests. It serves parts of files, and fails in typical ways."""
 
 import base64
 import contextlib
@@ -12,17 +12,17 @@ from dataclasses import dataclass, field
 
 @dataclass
 class FileServer:
-    """What the server has and how it fails, which may change while it runs.
+    """The server's files and its failures, which may change while it runs.
 
     Attributes:
-        files: By path.
-        address: Of the server.
+        files: Contents of files by path.
+        address: The address of the server.
         asked: The path and the Range of each request so far.
-        breaks_after: Bytes after which a connection breaks off, of each of the next answers.
-        statuses: HTTP's statuses of the next answers, which have no content.
+        breaks_after: For each of the next answers, the bytes after which the connection breaks.
+        statuses: HTTP status codes of the next answers, which have no content.
         pause: Seconds before the second half of a file.
-        gives_parts: Whether it knows Range.
-        content_type: Of all files.
+        gives_parts: Whether it supports Range.
+        content_type: The type of all files.
         md5: Added to each answer as Google's storage does: "right", "wrong", or "".
     """
 
@@ -37,13 +37,13 @@ class FileServer:
     md5: str = ""
 
     def count(self, path: str) -> int:
-        """How often a path was asked for."""
+        """The number of requests for a path."""
         return sum(asked == path for asked, _ in self.asked)
 
 
 @contextlib.contextmanager
 def serving(files: dict[str, bytes]) -> Iterator[FileServer]:
-    """Serves files by path until the block ends."""
+    """Serves files by path within the block."""
     state = FileServer(files)
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -76,7 +76,7 @@ def serving(files: dict[str, bytes]) -> Iterator[FileServer]:
                 return
             self.wfile.write(rest[:half])
             time.sleep(state.pause)
-            with contextlib.suppress(ConnectionError):  # who asked has given up
+            with contextlib.suppress(ConnectionError):  # the client has given up
                 self.wfile.write(rest[half:])
 
         def log_message(self, *_):

@@ -1,4 +1,4 @@
-"""How the cost of an MoE layer grows with experts, tokens, choices and capacity, relative to its dense twin.
+"""Measures the cost of an MoE layer over experts, tokens, choices and capacity, relative to its dense twin.
 
 At every point the dense `Mlp` runs on K times as many tokens: equal active FLOPs, whatever the capacity drops.
 """

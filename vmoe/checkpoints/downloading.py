@@ -1,4 +1,4 @@
-"""Files behind addresses, fetched once: with progress, gone on with where they broke off, whole or not at all."""
+"""Downloads files once, with progress. It resumes broken downloads, and never leaves a partial file in place."""
 
 import base64
 import contextlib
@@ -20,23 +20,23 @@ from vmoe.errors import UserError
 from vmoe.files import writing
 from vmoe.version import __version__
 
-WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds before a server is asked again that has failed
-_SILENCE = 30.0  # seconds without a byte after which a server has failed
+WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds before each retry
+_SILENCE = 30.0  # seconds without a byte that count as a failure
 _CHUNK = 2**20
-_EVERY = 10.0  # seconds between two lines where no terminal shows a bar
-_PASSING = (408, 425, 429)  # HTTP: ask again later
+_EVERY = 10.0  # seconds between two lines without a terminal
+_PASSING = (408, 425, 429)  # HTTP: try again later
 _NO_RANGE = 416  # HTTP: the file has no such part
 _RESERVE = 2**26  # bytes that stay free on the disk
 
 
 @dataclass(frozen=True)
 class _Version:
-    """What tells whether a server still has the file of which a part is here.
+    """The version of a server's file, to check that a partial download still belongs to it.
 
     Attributes:
-        etag: The server's name of this content; None where it gives none, and then nothing is gone on with.
-        md5: The content's checksum in hexadecimal digits; None where the server gives none.
-        size: Bytes of the whole file; None where the server does not tell.
+        etag: The server's name for this content; None without one: then a download cannot be resumed.
+        md5: The content's checksum in hexadecimal digits, or None.
+        size: Bytes of the whole file, or None.
     """
 
     etag: str | None = None
@@ -45,20 +45,20 @@ class _Version:
 
 
 def fetch_file(address: str, path: Path) -> str:
-    """Fetches a file; what is at `path` afterwards is all of it.
+    """Downloads a file to `path`, completely or not at all.
 
-    A file of which a part is here already, from a download that broke off, is gone on with where the server's file is
-    still the same. A server that fails is asked again, for about a quarter of a minute.
+    It resumes a broken download if the server's file is still the same. It retries a failing server for about 15
+    seconds.
 
     Args:
         address: http:// or https://.
-        path: Where the file goes; its folder must be there.
+        path: The new file. Its folder must exist.
 
     Returns:
         The file's SHA-256.
 
     Raises:
-        UserError: there is no network or no such file, the server gives something else, or the file cannot be written.
+        UserError: There is no network or no such file, the server sends something else, or the file cannot be written.
     """
     part, version_file = path.with_name(f".{path.name}.part"), path.with_name(f".{path.name}.version")
     failures = 0
@@ -98,11 +98,11 @@ def _bytes_in(path: Path) -> int:
 
 
 def _fetch_rest(address: str, part: Path, version_file: Path) -> _Version:
-    """Appends to `part` what is not there yet.
+    """Appends the missing bytes to `part`.
 
     Raises:
-        UserError: what comes is no file, or cannot be written.
-        OSError, HTTPException: the network or the server fails.
+        UserError: The answer is no file, or cannot be written.
+        OSError, HTTPException: The network or the server fails.
     """
     start, known = _bytes_in(part), _read_version(version_file)
     headers = {"User-Agent": f"vmoe/{__version__}"}
@@ -124,7 +124,7 @@ def _fetch_rest(address: str, part: Path, version_file: Path) -> _Version:
         length = response.headers.get("Content-Length")
         size = None if length is None else int(length) + (start if is_rest else 0)
         version = _Version(response.headers.get("ETag"), _md5(response), size)
-        if version.etag is not None and version.etag.startswith("W/"):  # of which servers give no parts
+        if version.etag is not None and version.etag.startswith("W/"):  # weak tags: servers send no parts for them
             version = _Version(None, version.md5, size)
         _require_space(address, part, (size or 0) - (start if is_rest else 0))
         with writing(part):
@@ -136,7 +136,7 @@ def _fetch_rest(address: str, part: Path, version_file: Path) -> _Version:
 
 
 def _write_chunks(response: HTTPResponse, part: Path, appends: bool, bar: "_Bar") -> None:
-    """Writes what comes to a file, at once, so that what is there counts when it breaks off."""
+    """Writes an answer to a file unbuffered, so that a broken download keeps all received bytes."""
     with _writable(part, appends) as file, bar:
         while chunk := response.read1(_CHUNK):
             with writing(part):
@@ -157,13 +157,13 @@ def _read_version(path: Path) -> _Version:
 
 
 def _first_byte(response: HTTPResponse) -> int | None:
-    """Where the part begins that a server gives: the header is such as "bytes 100-199/200"."""
+    """The start of the part that a server sends, from a header such as "bytes 100-199/200"."""
     first = (response.headers.get("Content-Range") or "").removeprefix("bytes ").partition("-")[0]
     return int(first) if first.isdecimal() else None
 
 
 def _md5(response: HTTPResponse) -> str | None:
-    """The checksum that Google's storage gives, as in "crc32c=n03x6A==,md5=Ojk9c3dhfxgoKVVHYwFbHQ=="."""
+    """The checksum from Google's storage, as in "crc32c=n03x6A==,md5=Ojk9c3dhfxgoKVVHYwFbHQ=="."""
     given = ",".join(response.headers.get_all("x-goog-hash") or ())
     encoded = next((each.strip()[4:] for each in given.split(",") if each.strip().startswith("md5=")), None)
     with contextlib.suppress(ValueError):
@@ -172,10 +172,10 @@ def _md5(response: HTTPResponse) -> str | None:
 
 
 def _compared(address: str, part: Path, version_file: Path, md5: str | None) -> str:
-    """The file's SHA-256, where it has the checksum that the server gave.
+    """The file's SHA-256, after comparing its checksum with the server's.
 
     Raises:
-        UserError: it has another one; the file goes, so that the next download begins again.
+        UserError: They differ. The file is removed, so that the next download starts again.
     """
     if md5 is not None:
         found = _hash_of(part, "md5")
@@ -196,10 +196,10 @@ def _require_space(address: str, part: Path, needed: int) -> None:
 
 
 def _may_pass(error: Exception) -> bool:
-    """Whether it is of use to ask again."""
+    """Whether a retry may succeed."""
     if isinstance(error, HTTPError):
         return error.code >= 500 or error.code in _PASSING
-    # Of a name that nobody knows there is no network, or it is mistyped
+    # an unknown host name means no network, or a mistyped name
     return not (isinstance(error, URLError) and isinstance(error.reason, gaierror))
 
 
@@ -222,13 +222,13 @@ class _Bar:
     def __enter__(self) -> None:
         self._last = time.monotonic()
         if self._is_watched:
-            from tqdm.auto import tqdm  # here, since most downloads are there already
+            from tqdm.auto import tqdm  # here: most files are already downloaded
 
             how = {"unit": "B", "unit_scale": True, "leave": False}
             self._tqdm = tqdm(desc=self._name, initial=self._done, total=self._size, **how)
 
     def update(self, count: int) -> None:
-        """So many bytes more are here."""
+        """Counts `count` more bytes."""
         self._done += count
         if self._is_watched:
             self._tqdm.update(count)
@@ -244,12 +244,12 @@ class _Bar:
 
 @contextlib.contextmanager
 def one_process_in(folder: Path) -> Iterator[None]:
-    """Makes a folder, and lets one process at a time work in it; the others wait.
+    """Makes a folder, and lets one process at a time work in it. Other processes wait.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: It cannot be written.
     """
-    from filelock import FileLock  # which torch brings
+    from filelock import FileLock  # a dependency of torch
 
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)

@@ -102,12 +102,12 @@ def facts_of(content: dict[str, Any]) -> ModelFacts:
 def facts_of_import(
     imported: "ImportedModel", class_names: Sequence[str], data: str | None, crop: str = "centre"
 ) -> ModelFacts:
-    """What a file must tell of a model that others trained.
+    """The facts for a file of a model that others trained.
 
     Args:
         imported: The model, for square images.
         class_names: In the order of the logits.
-        data: The name of the set that it was trained on, where that is one of ours.
+        data: The name of its training set, if it is one of this package's.
         crop: As in `ModelFacts`.
     """
     size, mean, std = imported.image_size[0], list(imported.mean), list(imported.std)

@@ -118,10 +118,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def read_facts(path: Path) -> ModelFacts:
-    """What a safetensors file of ours tells of its model; its tensors stay unread.
+    """The facts in one of our safetensors files, read without its tensors.
 
     Raises:
-        UserError: the file is missing, truncated, foreign, damaged, or of a newer version.
+        UserError: The file is missing, truncated, foreign, damaged, or of a newer version.
     """
     with _reading_safetensors(path):
         ours = _entry_in_metadata(path)

@@ -1,7 +1,7 @@
-"""Released models by name: fetched and converted once, and registered in timm.
+"""Opens released models by name: downloads and converts them once, and registers them in timm.
 
-Everything of a model lies in torch.hub's folder, under checkpoints/vmoe/NAME: the publisher's files, what was recorded
-of them, and the converted model, a safetensors file as `vmoe.save` writes it.
+torch.hub's folder keeps a model under checkpoints/vmoe/NAME: the publisher's files, their record, and the converted
+model, a safetensors file as from `vmoe.save`.
 """
 
 import json
@@ -28,30 +28,30 @@ from vmoe.models.released import ReleasedModel
 from vmoe.moe import MoeConfig
 from vmoe.sizes import height_and_width
 
-RECORD = "downloaded.json"  # by file: its address, size and SHA-256 at the first download
+RECORD = "downloaded.json"  # each file's address, size and SHA-256 at the first download
 _IN_ZIP = re.compile(r"(?:[^/\\]+/)*([^/\\]+\.(?:rank\d{1,6}|master|global|pth))")
 _OUR_SETS = {"imagenet-1k": "imagenet", "cifar100": "cifar100"}
 
 
 def cache_folder(name: str) -> Path:
-    """Where everything of a model is kept; torch's TORCH_HOME moves it."""
+    """The folder of a model. TORCH_HOME moves it."""
     return Path(torch.hub.get_dir()) / "checkpoints" / "vmoe" / name
 
 
 def converted_file(name: str) -> Path:
-    """The converted model, which need not be there yet."""
+    """The path of the converted model, which need not exist yet."""
     name = released.full_name(name)
     return cache_folder(name) / f"{name}-{released.RELEASED[name].digest}.safetensors"
 
 
 def fetch_released(name: str) -> Path:
-    """The converted model of a released one: a file that `vmoe.load` opens. It is downloaded and converted once.
+    """The file of a released model for `vmoe.load`. It is downloaded and converted once.
 
     Args:
-        name: As in `vmoe.models.released.RELEASED`.
+        name: A name in `vmoe.models.released.RELEASED`.
 
     Raises:
-        UserError: there is no network, or what comes is no such model; or a package is missing that reads its files.
+        UserError: There is no network, the downloaded files are no such model, or a package to read them is missing.
     """
     name = released.full_name(name)
     model, path = released.RELEASED[name], converted_file(name)
@@ -61,7 +61,7 @@ def fetch_released(name: str) -> Path:
     if model.kind == "jax":
         require_module("msgpack")
     with one_process_in(path.parent):
-        if _is_converted(path, record):  # by another process, while this one waited
+        if _is_converted(path, record):  # another process may have converted it while this one waited
             return path
         files = _published_files(name, model, _read_record(record))
         _convert(name, model, path)
@@ -70,7 +70,7 @@ def fetch_released(name: str) -> Path:
 
 
 def _is_converted(path: Path, record: Path) -> bool:
-    """Whether the converted model is there, and of the size that it was written in."""
+    """Whether the converted model exists with its recorded size."""
     return path.is_file() and _read_record(record)["converted"].get(path.name) == path.stat().st_size
 
 
@@ -83,13 +83,13 @@ def _read_record(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _published_files(name: str, model: ReleasedModel, record: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Has all of the publisher's files here.
+    """Downloads all of the publisher's files that are missing.
 
     Returns:
         The address, size and SHA-256 of each, by its name.
 
     Raises:
-        UserError: one cannot be fetched, or is not the one of the first download.
+        UserError: A file cannot be downloaded, or differs from the first download.
     """
     known = record["files"]
     if model.kind == "swin":
@@ -108,7 +108,7 @@ def _published_files(name: str, model: ReleasedModel, record: dict[str, Any]) ->
 
 
 def _fetched(name: str, model: ReleasedModel, suffix: str, known: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """One of the publisher's files, where it is not here yet."""
+    """Downloads one of the publisher's files if it is missing."""
     address = model.address.removesuffix(".zip") + suffix
     path = cache_folder(name) / f"{model.file}{suffix}"
     if path.is_file():
@@ -134,7 +134,7 @@ def _convert(name: str, model: ReleasedModel, path: Path) -> None:
     """Writes the converted model.
 
     Raises:
-        UserError: the files are not this model's, or the file cannot be written.
+        UserError: The files are not this model's, or the file cannot be written.
     """
     try:
         imported = _import_swin(name, model) if model.kind == "swin" else _import_jax(name, model)
@@ -166,20 +166,20 @@ def _import_swin(name: str, model: ReleasedModel) -> ImportedModel:
     with new_folder(path.with_suffix("")) as folder:
         _unzip(path, folder)
         imported = _dropping_nothing(import_swin_moe_checkpoint(folder))
-        for file in folder.iterdir():  # which the .zip has
+        for file in folder.iterdir():  # the .zip contains a folder
             file.unlink()
     path.with_suffix("").rmdir()
     return imported
 
 
 def _dropping_nothing(imported: ImportedModel) -> ImportedModel:
-    """The same, described so that nothing is dropped at evaluation: a prediction then does not depend on its batch."""
+    """The same model with no drops at evaluation, so that a prediction does not depend on its batch."""
     moe = imported.moe
     return imported if moe is None else replace(imported, moe=replace(moe, eval_capacity_factor=None))
 
 
 def _unzip(path: Path, folder: Path) -> None:
-    """Takes the files of a checkpoint out of the publisher's .zip, from whatever folder in it, into this one."""
+    """Extracts the files of a checkpoint, from any folder of the publisher's .zip, into `folder`."""
     try:
         with zipfile.ZipFile(path) as archive:
             for entry in archive.infolist():
@@ -209,7 +209,7 @@ def _require_the_model(model: ReleasedModel, imported: ImportedModel) -> None:
 
 
 def _remove_files(name: str, files: "list[str] | dict[str, Any]") -> None:
-    """Removes files that are not the model's, so that they are fetched again."""
+    """Removes files that are not the model's, so that they are downloaded again."""
     for each in files:
         (cache_folder(name) / each).unlink(missing_ok=True)
 
@@ -229,7 +229,7 @@ def _name_in_timm(architecture: str) -> None:
         moe: MoeConfig | bool | None = None,
         **kwargs: Any,
     ) -> nn.Module:
-        from vmoe.models.registry import create_on_backbone  # which may be the module that imports this one
+        from vmoe.models.registry import create_on_backbone  # here: that module may import this one
 
         name = f"{architecture}.{pretrained_cfg}" if isinstance(pretrained_cfg, str) else architecture
         name = released.full_name(name)
@@ -267,7 +267,7 @@ def _name_in_timm(architecture: str) -> None:
 
 
 def own_moe(name: str) -> dict[str, Any] | None:
-    """The MoE layers of a released model, as a config's plain types; None of a dense one."""
+    """The MoE layers of a released model, as a config's plain types; None for a dense one."""
     model = released.RELEASED[released.full_name(name)]
     if model.moe is None:
         return None
@@ -275,7 +275,7 @@ def own_moe(name: str) -> dict[str, Any] | None:
 
 
 def _timm_cfg(model: ReleasedModel) -> dict[str, Any]:
-    """What timm keeps of a model."""
+    """The `pretrained_cfg` of a model for timm."""
     return {
         "url": model.address,
         "num_classes": model.num_classes,

@@ -1,4 +1,4 @@
-"""What stands for a model: a path, or the name or address of one that is fetched once. Every job asks here."""
+"""Resolves a model's source to a path, for every job: a path, or a name or address that is downloaded once."""
 
 import hashlib
 import re
@@ -8,24 +8,24 @@ from urllib.parse import unquote, urlsplit
 from vmoe.checkpoints.hub import HUB, fetch, require_network
 from vmoe.errors import UserError
 
-_LOCAL = "local-dir:"  # timm's word for a folder
+_LOCAL = "local-dir:"  # timm's prefix for a folder
 _ADDRESS = re.compile(r"https?://", re.IGNORECASE)
 _OF_HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 _OUR_FILES = (".ckpt", ".safetensors", ".onnx", ".pt2", ".pth", ".pt", ".npz")
 
 
 def local_path(source: str | Path) -> Path:
-    """The file or folder that stands for a model, which is fetched first where it is not on this machine.
+    """The file or folder of a model, downloaded if needed.
 
     Args:
         source: A path; the name of a released model (`vmoe.models.released`); https://....safetensors; a repository of
-            the hub, hf-hub:USER/NAME or, where no such path exists, USER/NAME, each with @REVISION or without.
+            the hub, hf-hub:USER/NAME or, if no such path exists, USER/NAME, each with or without @REVISION.
 
     Returns:
-        A path, which need not be there where `source` is one.
+        A path. It may not exist if `source` is a path.
 
     Raises:
-        UserError: it cannot be fetched.
+        UserError: It cannot be downloaded.
     """
     text = str(source)
     if text.startswith(HUB):
@@ -51,7 +51,7 @@ def local_path(source: str | Path) -> Path:
 
 
 def is_remote(source: str | Path) -> bool:
-    """Whether a model lies behind a name or an address, so that no result is to be written beside it."""
+    """Whether a model is given by a name or an address. Then no result can be written beside it."""
     text = str(source)
     if text.startswith(HUB) or _ADDRESS.match(text):
         return True
@@ -61,17 +61,17 @@ def is_remote(source: str | Path) -> bool:
 
 
 def _is_of_hub(text: str) -> bool:
-    """Whether a text may name a repository of the hub: a file in a folder of this machine does not."""
+    """Whether a text may name a repository of the hub, and not a file in a folder of this machine."""
     return (
         _OF_HUB.fullmatch(text) is not None and not text.lower().endswith(_OUR_FILES) and not Path(text).parent.exists()
     )
 
 
 def _fetch_file(address: str) -> Path:
-    """A file of weights behind an address, in torch.hub's folder.
+    """Downloads a file of weights from an address to torch.hub's folder, and returns its path.
 
     Raises:
-        UserError: it is no .safetensors file, or cannot be fetched.
+        UserError: It is no .safetensors file, or cannot be downloaded.
     """
     name = Path(unquote(urlsplit(address).path)).name
     if not name.endswith(".safetensors"):

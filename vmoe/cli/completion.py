@@ -1,4 +1,4 @@
-"""What the Tab key completes of a `vmoe` command: the shell asks the command itself, by argcomplete's script."""
+"""Completes `vmoe` commands for the Tab key. The shell asks the command itself, by argcomplete's script."""
 
 import argparse
 import importlib
@@ -17,23 +17,23 @@ from vmoe.training.config import TrainConfig
 from vmoe.training.options import option_types
 from vmoe.training.recipes import recipe_names
 
-_TRAIN_TOO = ("data", "plan")  # jobs that take the options of training beside their own
+_TRAIN_TOO = ("data", "plan")  # jobs that also accept the options of training
 _PATHS = ("output_dir", "init_from", "data.root", "data.augment.albumentations", "distill.teacher")
 
 
 def complete(exit_method: Callable[..., Any] = os._exit) -> None:
-    """Answers a shell that asks what may follow, and ends the process.
+    """Prints the completions that a shell asks for, and ends the process.
 
     Args:
         exit_method: Called with the exit code.
     """
     line = os.environ["COMP_LINE"][: int(os.environ["COMP_POINT"])]
-    words = f"{line}|".split()  # the last one is being typed
-    before = words[int(os.environ["_ARGCOMPLETE"]) : -1]  # those between `vmoe` and it
+    words = f"{line}|".split()  # the user is typing the last one
+    before = words[int(os.environ["_ARGCOMPLETE"]) : -1]  # the words between `vmoe` and the last one
     if not before:
         parser = argparse.ArgumentParser()
         parser.add_argument("job").completer = ChoicesCompleter(JOBS)  # type: ignore[attr-defined]
-    elif "--" in before:  # what follows is for the training that the job starts
+    elif "--" in before:  # the words after it are for the training that the job starts
         parser = _with_options_of_training(argparse.ArgumentParser(allow_abbrev=False))
         _begin_at(words.index("--"))
     else:
@@ -43,7 +43,7 @@ def complete(exit_method: Callable[..., Any] = os._exit) -> None:
 
 
 def _begin_at(place: int) -> None:
-    """Has argcomplete take that word for the command."""
+    """Makes argcomplete treat the word at this position as the command."""
     os.environ["_ARGCOMPLETE"] = str(place + 1)
 
 
@@ -76,14 +76,14 @@ def _with_options_of_training(parser: argparse.ArgumentParser) -> argparse.Argum
 
 
 def _completer(name: str, hint: Any) -> Any:
-    """What completes the value of an option."""
+    """The completer of an option's value, or None."""
     if name == "config":
         return _words_and_files(recipe_names())
     if name in _PATHS:
         return _words_and_files(["pretrained"] if name == "init_from" else [])
     words = [str(word) for kind in choices(hint) if get_origin(kind) is Literal for word in get_args(kind)]
     words += ["true", "false"] if bool in choices(hint) else []
-    return ChoicesCompleter(words)  # a number or a text has none
+    return ChoicesCompleter(words)  # numbers and texts have no completions
 
 
 def _words_and_files(words: list[str]) -> Callable[..., list[str]]:

@@ -2,8 +2,8 @@
 Lists the models that open by name: what others have released, the architectures that this package registers in timm,
 and weights that come with its repository. Any job takes the name of a released model: it is downloaded once and kept.
 
-A capacity factor is the one that the publisher measured with. By name a model drops nothing; --capacity-factor of
-`vmoe evaluate` and `vmoe heatmap` changes that. An empty place is a value that no source tells.
+The table has the capacity factor of the publisher's measurement. Opened by name, a model drops nothing, unless `vmoe
+evaluate` or `vmoe heatmap` get --capacity-factor. An empty cell is a value that no source gives.
 
   vmoe models
   vmoe models --json models.json
@@ -18,7 +18,7 @@ from typing import Any
 from vmoe.cli.common import job
 from vmoe.cli.options import new_parser
 
-# Top-1 in per cent, as assets/models/README.md has it
+# Top-1 in per cent, from assets/models/README.md
 _SHIPPED = {
     "cifar100_tiny": 58.56,
     "cifar100_tiny_dense": 57.04,
@@ -78,7 +78,7 @@ def _released() -> list[dict[str, Any]]:
 
 
 def _architectures() -> list[dict[str, Any]]:
-    """The names that `vmoe.models.registry` has; a dense twin is made, without its values, once for each backbone."""
+    """The names in `vmoe.models.registry`. It makes a dense twin without values once per backbone."""
     import timm
 
     from vmoe.models.cost import count_parameters
@@ -105,7 +105,7 @@ def _millions(total: int, active: int) -> str:
 
 
 def _shipped() -> list[dict[str, Any]]:
-    """Files of weights in the repository's assets, which an installed package does not have."""
+    """The files of weights in the repository's assets. An installed package does not have them."""
     folder = Path(__file__).parents[2] / "assets" / "models"
     files = [(folder / f"{name}.safetensors", accuracy) for name, accuracy in _SHIPPED.items()]
     return [

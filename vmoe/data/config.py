@@ -77,7 +77,7 @@ DEFAULTS: dict[str, SetDefaults] = {
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which images, how they are split, resized, varied and batched.
+    """The images of a run, with their splits, sizes, augmentation and batches.
 
     Args:
         name: "digits" (embedded), "patchwork" (generated, with known patches), "fractals" (generated without end, see

@@ -123,7 +123,7 @@ class ImageDataModule(LightningDataModule):
 
     @property
     def channels(self) -> int | None:
-        """How many channels the images have; None: red, green and blue of 8 bits."""
+        """The number of channels of the images; None for RGB of 8 bits."""
         return self.config.channels
 
     @property

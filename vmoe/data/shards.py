@@ -86,7 +86,7 @@ def load_shards(root: str | Path, separator: str | None = None) -> Splits:
 
     Args:
         root: The folder, or its address.
-        separator: What stands between the labels of an image in KEY.txt, KEY.cls or a text of KEY.json.
+        separator: The separator of an image's labels in KEY.txt, KEY.cls or a text of KEY.json.
 
     Raises:
         UserError: The folder has no shards of training or of any other images, or one is damaged.
@@ -221,7 +221,7 @@ def _with_several(
     Args:
         where: The folder.
         sets: The splits, with labels of the words that each has.
-        words: What the labels of each split are called: a name, or a number in classes.json.
+        words: The names of each split's labels, or their numbers in classes.json.
     """
     if one := sorted(sets.keys() - words.keys()):
         raise UserError(f"{where.root}: {one[0]} has one label per sample, and {next(iter(words))} lists; write lists")

@@ -92,10 +92,10 @@ def open_checkpoint(prefix: str | Path) -> dict[str, Leaf]:
 
 
 def data_suffixes(prefix: str | Path) -> list[str]:
-    """What follows a checkpoint's prefix in the names of its data files, by its index.
+    """The suffixes of a checkpoint's data files after its prefix, from its index.
 
     Raises:
-        UserError: the index is missing, cut off or foreign.
+        UserError: The index is missing, cut off or foreign.
     """
     return _data_suffixes(_read_index(Path(f"{prefix}.index"))[0])
 

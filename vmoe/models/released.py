@@ -1,6 +1,6 @@
-"""The sparse vision models that others have released, by name: where their files are, and what the files do not tell.
+"""The sparse vision models that others have released, by name: the addresses of their files, and further facts.
 
-Each value is the publisher's own, from the source that the model names. Where no source tells a value it is None.
+Each value is the publisher's own, from the model's `source`. A value that no source gives is None.
 """
 
 import dataclasses
@@ -26,27 +26,27 @@ class ReleasedModel:
 
     Attributes:
         kind: The format of its files: "jax" (google-research/vmoe) or "swin" (microsoft/Swin-Transformer).
-        address: Of its files over HTTPS: their common prefix ("jax"), or a .zip ("swin").
-        description: What it is, in words.
-        backbone: The name and the arguments of timm by which the like of it is built.
-        moe: The fields of `MoeConfig` that are not in the files, or that its like is built with.
+        address: The HTTPS address of its files: their common prefix ("jax"), or a .zip ("swin").
+        description: A short description.
+        backbone: timm's name and arguments to build the same architecture.
+        moe: The fields of `MoeConfig` that are not in the files, or that the same architecture needs.
         image_size: Side of its images in pixels.
-        num_classes: How many.
-        parameters: All, and those that one token meets on its way, of this package's model.
-        names: What the classes are.
-        capacity_factor: Of training, by the publisher's config; None where there is none.
-        eval_capacity_factor: By which the publisher measured it; None where no source tells it, or it is dense.
+        num_classes: Number of classes.
+        parameters: Number of parameters of this package's model, in all and active for one token.
+        names: The kind of class names.
+        capacity_factor: The publisher's factor in training, or None.
+        eval_capacity_factor: The factor of the publisher's measurement; None if no source gives it, or if it is dense.
         crop: How pictures of another shape are fitted: "centre" or "squash".
         crop_share: The side of the central square as a share of the resized picture's shorter side.
-        interpolation: How the publisher resizes pictures.
-        mean: Of each channel, that images are normalised with, for pixels in [0, 1].
-        std: The same of the standard deviation.
-        accuracy: The published top-1 accuracy in per cent, of `measured_on`; None where no source tells it.
-        measured_on: What the accuracy was measured on, and how.
-        license: Of the publisher's repository.
-        source: Where these facts are from.
+        interpolation: The interpolation with which the publisher resizes pictures.
+        mean: Mean of each channel for normalisation, for pixels in [0, 1].
+        std: Standard deviation of each channel, as for `mean`.
+        accuracy: The published top-1 accuracy in per cent on `measured_on`; None if no source gives it.
+        measured_on: The data and the method of the measurement.
+        license: The licence of the publisher's repository.
+        source: The source of these facts.
         paper: Its number at arXiv.
-        sha256: Of each file, by name, where the publisher gives it; {} else.
+        sha256: The SHA-256 of each file, by name, if the publisher gives it; else {}.
     """
 
     kind: Literal["jax", "swin"]
@@ -74,31 +74,31 @@ class ReleasedModel:
 
     @property
     def file(self) -> str:
-        """What the publisher calls it: the prefix of its files, or the .zip without its suffix."""
+        """The publisher's name: the prefix of its files, or the .zip without its suffix."""
         return self.address.rpartition("/")[2].removesuffix(".zip")
 
     @property
     def members(self) -> int:
-        """Of an ensemble in one model; 1 of any other."""
+        """The number of members of an ensemble in one model; else 1."""
         return (self.moe or {}).get("ensemble", 1)
 
     @property
     def digest(self) -> str:
-        """Changes when a fact changes that goes into the converted file."""
+        """A text that changes with any fact in the converted file."""
         told = {name: value for name, value in vars(self).items() if name not in ("description", "source", "sha256")}
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:8]
 
     def class_names(self) -> list[str]:
-        """The classes in the order of the logits: WordNet's words, and in brackets its number, which is ImageNet's."""
+        """The classes in the order of the logits: WordNet's words, with its number (ImageNet's) in brackets."""
         if self.names == "cifar100":
             return CIFAR100.split()
-        from timm.data import ImageNetInfo  # here, since who only reads the table need not wait for it
+        from timm.data import ImageNetInfo  # here: reading the table does not need it
 
         info = ImageNetInfo("imagenet-1k" if self.names == "imagenet-1k" else "imagenet-21k-goog")
         names = [f"{info.label_name_to_description(synset)} ({synset})" for synset in info.label_names()]
         if self.names == "imagenet-22k":
-            # The publisher's own map to ImageNet-1k has the order of Google's list, not that of timm's of 21841, up to
-            # its last index. Two of the classes behind are not there; no source tells which.
+            # The publisher's own map to ImageNet-1k has the order of Google's list up to its last index, not of
+            # timm's list of 21841. Two of the later classes are missing there, and no source gives which.
             names = names[: _LAST_KNOWN_OF_22K + 1]
             names += [str(index) for index in range(len(names), self.num_classes)]
         return names
@@ -138,10 +138,10 @@ _jax = partial(
 
 
 def _swin(file: str, experts: int, router: str | None, accuracy: float, parameters: tuple[int, int]) -> ReleasedModel:
-    """A Swin-MoE-S; MODEL.SWIN_MOE of the publisher's configs is what `swin_import.RELEASED` has."""
+    """A Swin-MoE-S. `swin_import.RELEASED` holds MODEL.SWIN_MOE of the publisher's configs."""
     shape = {"patch_size": 4, "embed_dim": 96, "depths": [2, 2, 18, 2], "num_heads": [3, 6, 12, 24], "window_size": 12}
     cosine = {"cosine_dim": 256, "cosine_bias": True} if router == "cosine" else {}
-    loss_weight = 0.005 * experts / max(experts - 1, 1)  # as `swin_import` has it
+    loss_weight = 0.005 * experts / max(experts - 1, 1)  # as in `swin_import`
     moe = {
         "layers": [*range(5, 22, 2), 23],
         "num_experts": experts,
@@ -305,15 +305,15 @@ RELEASED: dict[str, ReleasedModel] = {
 
 
 def is_released(name: str) -> bool:
-    """Whether a name is that of a released model, or of its architecture: the name without what follows the dot."""
+    """Whether a name is that of a released model, or of its architecture (the name up to the dot)."""
     return name in RELEASED or name in architectures()
 
 
 def full_name(name: str) -> str:
-    """A released model's own name; of an architecture, that of its first model.
+    """A released model's own name; for an architecture, the name of its first model.
 
     Raises:
-        KeyError: There is none.
+        KeyError: There is no such model.
     """
     return name if name in RELEASED else architectures()[name][0]
 

@@ -1,8 +1,8 @@
-"""Images that choose experts: one decision per image, which all its tokens follow (Mobile V-MoE, Daxberger et al. 2023,
+"""Per-image routing: one decision per image, which all its tokens follow (Mobile V-MoE, Daxberger et al. 2023,
 https://arxiv.org/abs/2309.04354).
 
-B images of N tokens of width D; G groups of S images; E experts; K choices per image. A `Routing` of images has images
-where that of a layer which routes patches has tokens.
+B images of N tokens of width D; G groups of S images; E experts; K choices per image. In a `Routing` of images, images
+take the position of tokens.
 """
 
 from collections.abc import Sequence
@@ -17,10 +17,10 @@ from vmoe.moe.routing import Routed, Routing
 
 
 class Decision:
-    """What the first MoE layer of a model decided in the last forward pass, for the layers behind it.
+    """The decision of a model's first MoE layer in the last forward pass, for the layers after it.
 
     Attributes:
-        router: The first layer's.
+        router: The first layer's router.
         routing: The routing of the images; None before the first pass.
     """
 
@@ -32,11 +32,11 @@ class Decision:
         return {
             "router": self.router,
             "routing": None,
-        }  # the routing belongs to a graph, which can be neither copied nor saved
+        }  # without the routing: its graph can be neither copied nor saved
 
 
 class FollowingRouter(nn.Module):
-    """Repeats what the first MoE layer decided, where one router serves all layers; it has no parameters."""
+    """Repeats the decision of the first MoE layer, if one router serves all layers. It has no parameters."""
 
     def __init__(self, decision: Decision, top_k: int) -> None:
         super().__init__()
@@ -50,12 +50,12 @@ class FollowingRouter(nn.Module):
 
 
 class ImageRouting:
-    """How a layer with `MoeConfig.route="image"` comes to its decisions.
+    """The routing of a layer with `MoeConfig.route="image"`.
 
     Attributes:
-        class_token: Whether the first token of an image is a class token, which then speaks for the image. Otherwise
-            the mean of the image's real tokens does, registers included.
-        decision: Where the decision is kept for other layers; None where each layer decides for itself.
+        class_token: Whether the first token of an image is a class token, which is then the router's input. Otherwise
+            the input is the mean of the image's real tokens, registers included.
+        decision: Keeps the decision for other layers; None if each layer decides for itself.
     """
 
     def __init__(self, class_token: bool = False) -> None:
@@ -63,23 +63,23 @@ class ImageRouting:
         self.decision: Decision | None = None
 
     def route(self, router: nn.Module, x_BND: Tensor, real_BN: Tensor | None, groups: Groups) -> Routing:
-        """The decision for each image; an image of padding alone does not count.
+        """The decision for each image. An image of only padding does not count.
 
         Args:
-            router: Any by which tokens choose.
+            router: Any token-choice router.
             x_BND: Tokens.
-            real_BN: Which of them are no padding, bool; None when all are.
-            groups: How the images are grouped.
+            real_BN: Which of them are real, bool; None when all are.
+            groups: The groups of images.
         """
         valid_GS = groups.valid(None if real_BN is None else real_BN.any(1), x_BND.device)
-        # a row per image: too few for the kernels, which are made for a row per token
+        # a row per image: too few rows for the kernels, which expect one per token
         routing = router(self.pooled(x_BND, real_BN), groups, valid_GS, PLAIN).routing
         if self.decision is not None and not isinstance(router, FollowingRouter):
             self.decision.routing = routing
         return routing
 
     def pooled(self, x_BND: Tensor, real_BN: Tensor | None) -> Tensor:
-        """What the router sees of each image, (B, D), the mean in float32 or wider."""
+        """The router's input for each image, (B, D), with means in float32 or wider."""
         if self.class_token:
             return x_BND[:, 0]
         dtype = torch.promote_types(x_BND.dtype, torch.float32)
@@ -90,12 +90,12 @@ class ImageRouting:
 
 
 def choices_of_tokens(routing: Routing, tokens: int, real_BN: Tensor | None) -> Routing:
-    """The routing of tokens, each of which follows its image; padding follows none.
+    """The routing of tokens, in which each real token follows its image.
 
     Args:
-        routing: Of the images.
+        routing: The routing of the images.
         tokens: N.
-        real_BN: Which tokens are no padding, bool; None when all are.
+        real_BN: Which tokens are real, bool; None when all are.
     """
 
     def of_tokens(values_GSX: Tensor) -> Tensor:  # (G, S, X) -> (B, N, X), without a copy
@@ -115,7 +115,7 @@ def choices_of_tokens(routing: Routing, tokens: int, real_BN: Tensor | None) -> 
 
 
 def share_router(layers: Sequence[Any]) -> None:
-    """Makes all `MoeMlp`s of a model, of which there is one at least, in forward order follow the first one."""
+    """Makes all `MoeMlp`s of a model follow the first one. `layers` is in forward order and not empty."""
     decision = Decision(layers[0].router)
     for index, layer in enumerate(layers):
         layer.images.decision = decision

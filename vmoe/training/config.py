@@ -11,7 +11,7 @@ from vmoe.moe import MoeConfig
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The backbone: a timm model, some of whose MLPs `moe` replaces.
+    """The backbone: a timm model, in which `moe` replaces some MLPs.
 
     Args:
         name: Name of a timm model, such as vit_tiny_patch16_224.

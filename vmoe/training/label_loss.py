@@ -20,7 +20,7 @@ class LabelLoss:
     """A training loss by the labels. It is no nn.Module, so a checkpoint's weights are the model's alone.
 
     Args:
-        config: Which loss.
+        config: The loss and its options.
         label_smoothing: Share of the target that is spread over all classes.
         class_counts: Returns the number of training images of each class, (C,). Called only if the config needs them.
         multi_label: Whether an image may have several classes, or none.

@@ -22,7 +22,7 @@ class Gpu(NamedTuple):
 
 
 class Network(NamedTuple):
-    """What joins machines."""
+    """A network between machines."""
 
     bandwidth: float  # a GPU's share, bytes/s in one direction
     source: str  # where the figure is from

@@ -26,7 +26,7 @@ STRATEGIES = ("none", "ddp", "fsdp", "expert")  # from simple to complicated
 _UPDATE_FLOATS = 7  # per parameter: weight, gradient and moments are read, weight and moments are written
 _CLIP_FLOATS = 3  # the gradient is read for the norm, then scaled
 _EQUALLY_FAST = (
-    0.1  # steps that differ by less are equal, since plans are no more exact: the simpler layout comes first
+    0.1  # steps that differ by less count as equal, since plans are not more exact: the simpler layout comes first
 )
 
 

@@ -1,4 +1,4 @@
-"""Gradual unfreezing as a callback."""
+"""A callback for gradual unfreezing."""
 
 from typing import Any
 
@@ -10,21 +10,21 @@ from vmoe.models.freezing import layers_from_the_top, put_in_training_mode
 
 
 class GradualUnfreezing(Callback):
-    """The layers of a model begin to learn one after the other, from the classifier down; for any Trainer.
+    """Unfreezes the layers of a model one after the other, from the classifier down; for any Trainer.
 
-    In the first epoch the classifier learns alone. Then layers join it at the beginning of each epoch, as many in each,
-    until all learn after `epochs` epochs. With as many epochs as the model has layers one joins per epoch (Howard and
-    Ruder 2018); with 1 the classifier learns alone for an epoch, then all. While it learns alone, the rest computes as
-    in evaluation, as in a linear probe. What is frozen already, as by `vmoe.freeze`, stays frozen.
+    In the first epoch only the classifier learns. Then the same number of layers joins at the start of each epoch,
+    until all learn after `epochs` epochs. With as many epochs as layers, one joins per epoch (Howard and Ruder 2018).
+    With 1, all join after the first epoch. While only the classifier learns, the rest is in evaluation mode, as in a
+    linear probe. Parameters that are frozen already, as by `vmoe.freeze`, stay frozen.
 
-    What learns follows from the epoch alone, so a resumed training goes on as it would have. All parameters are in the
-    optimiser from the beginning; it passes over those without a gradient. Lightning's `BaseFinetuning` adds groups to
-    the optimiser instead, which would have other rates and weight decays than those of `vmoe.Classifier`.
+    The learning layers depend on the epoch alone, so a resumed training continues exactly. All parameters are in the
+    optimiser from the start; it skips those without a gradient. Lightning's `BaseFinetuning` adds groups to the
+    optimiser instead, with other rates and weight decays than those of `vmoe.Classifier`.
 
-    It works in one process, and not where the step is captured as a CUDA graph or compiled.
+    It works in a single process, and not with a step that is captured as a CUDA graph or compiled.
 
     Args:
-        epochs: After so many all layers learn.
+        epochs: The number of epochs after which all layers learn.
 
     Raises:
         UserError: `epochs` is below 1.
@@ -34,7 +34,7 @@ class GradualUnfreezing(Callback):
         if epochs < 1:
             raise UserError(f"epochs={epochs!r}: must be a whole number >= 1")
         self.epochs = epochs
-        self._layers: list[list[nn.Parameter]] = []  # what learns in the end, from the classifier down
+        self._layers: list[list[nn.Parameter]] = []  # all parameters that will learn, from the classifier down
         self._epoch = -1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -52,7 +52,7 @@ class GradualUnfreezing(Callback):
         self._layers, self._epoch = [layer for layer in learning if layer], -1
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        # Not at the epoch's start: Lightning does not call that hook after a resumption in mid-epoch
+        # not at the epoch's start: Lightning does not call that hook after a resumption within an epoch
         if trainer.current_epoch == self._epoch:
             return
         self._epoch = trainer.current_epoch

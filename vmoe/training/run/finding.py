@@ -30,7 +30,7 @@ from vmoe.training.run.model import built_model, facts_of_run, new_module, start
 from vmoe.training.run.trainer import device_of, lightning_precision, quiet_lightning
 
 _LOWEST, _HIGHEST = 1e-7, 1.0
-_MEMORY = 0.98  # of the mean that smooths losses, in Lightning's finder
+_MEMORY = 0.98  # decay of the mean that smooths losses in Lightning's finder
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ class FoundBatchSize:
     """The largest batch that fits.
 
     Attributes:
-        batch_size: Its images.
-        is_limited_by_memory: Whether twice as many do not fit; else the training images are fewer.
+        batch_size: Its number of images.
+        is_limited_by_memory: Whether twice as many do not fit; else there are fewer training images.
     """
 
     batch_size: int
@@ -95,7 +95,7 @@ def find_lr(
         raise UserError(f"steps={steps}: must be 20 or more")
     with _trial(config, options, say, "find_lr") as trial:
         accumulate, batches = trial.trainer.accumulate_grad_batches, len(trial.data.train_sampler)
-        if accumulate > batches:  # Lightning's finder passes over such updates
+        if accumulate > batches:  # Lightning's finder skips such updates
             raise UserError(
                 f"trainer.accumulate={accumulate}: must be at most {batches}, the batches of an epoch, to find a rate; "
                 "lower it"
@@ -105,10 +105,10 @@ def find_lr(
         )
     rates = [float(rate) for rate in found.results["lr"]]
     losses = _mended_losses(rates, found.results["loss"], steps, accumulate)
-    # By magnitude: Lightning's own suggestion divides by the difference of two rates, which rewards noise at tiny ones.
-    # Without the first ten, which are means of few losses, and the last, at which the test may have stopped
+    # Falls over the logarithm of the rate: Lightning's suggestion divides by the difference of two rates, which rewards
+    # noise at tiny rates. The first ten losses are means of few, and at the last the test may have stopped.
     falls = {number: losses[number - 1] - losses[number + 1] for number in range(10, len(losses) - 2)}
-    falls = {number: fall for number, fall in falls.items() if fall > 0}  # NaN is none
+    falls = {number: fall for number, fall in falls.items() if fall > 0}  # drops NaN too
     if not falls:
         raise UserError("find_lr: the loss never falls, so there is no rate to suggest; look at the images and labels")
     return FoundRate(rates[max(falls, key=falls.__getitem__)], rates, losses)
@@ -120,12 +120,12 @@ def find_batch_size(
     options: Mapping[str, Any] | None = None,
     say: Callable[[str], object] = print,
 ) -> FoundBatchSize:
-    """Finds the largest batch of a run that fits the memory, of 1, 2, 4, 8, ... images; nothing is kept.
+    """Finds the largest batch of 1, 2, 4, 8, ... images that fits into memory. No run is kept.
 
         found = vmoe.find_batch_size("imagenet_vmoe_s16")
         vmoe.fit("imagenet_vmoe_s16", options={"data.batch_size": found.batch_size})
 
-    Each size trains three updates. A GPU says that its memory is full; on a CPU the system may end the process instead.
+    Each size trains three updates. A GPU reports full memory; on a CPU the system may end the process instead.
 
     Args:
         config: A recipe's name, the path of a config file, or a `TrainConfig`.
@@ -133,13 +133,13 @@ def find_batch_size(
         say: Called with lines on the run.
 
     Raises:
-        UserError: An option is not allowed, there are several ranks, or not even one image fits.
+        UserError: An option is not allowed, there are several ranks, or a single image does not fit.
     """
     with _trial(config, options, say, "find_batch_size") as trial:
         if trial.trainer.strategy.root_device.type == "cpu":
             say("warning: on a CPU the system may end this process when the memory is full")
         images = trial.data.train_sampler.epoch_images // trial.data.config.repeat
-        doublings = max(1, images.bit_length() - 1)  # up to the largest batch that the training images fill
+        doublings = max(1, images.bit_length() - 1)  # up to the largest batch of training images
         try:
             size = Tuner(trial.trainer).scale_batch_size(
                 trial.module, datamodule=trial.data, init_val=2, max_trials=doublings, max_val=2 ** (doublings + 1)
@@ -155,7 +155,7 @@ def find_batch_size(
 
 @dataclass(frozen=True)
 class _Trial:
-    """What a finder trains for a few steps."""
+    """The model, data and Trainer that a finder trains for a few steps."""
 
     trainer: Trainer
     module: Classifier
@@ -169,7 +169,7 @@ def _trial(
     say: Callable[[str], object],
     finder: str,
 ) -> Iterator[_Trial]:
-    """The run of a config in one process, with a Trainer that keeps nothing."""
+    """The trial of a config in one process, with a Trainer that keeps no files."""
     if not isinstance(config, TrainConfig):
         config = config_with(config, options or {})
     if Process.this().world_size > 1:

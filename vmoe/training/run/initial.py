@@ -224,7 +224,7 @@ _SAME = "use the same model.name, model.kwargs and moe"
 
 
 def _same_as(init_from: str | None) -> str:
-    """What to do where weights do not fit a run's model."""
+    """The advice for weights that do not fit a run's model."""
     return f"give --model.name {init_from} and its moe" if init_from and is_released(init_from) else _SAME
 
 
