@@ -71,6 +71,7 @@ class DistributedExperts(Experts):
         mlp = self._local_mlp(dtype, x_TD)
         if not isinstance(routing, Routing):
             x_RD = routing.dispatch(x_TD.to(dtype))
+            # at evaluation batches may differ in size between ranks, so only training has equal shares
             if self.training:
                 return routing.combine(self._even(x_RD, mlp, kernels))
             num_experts = self.mesh.size() * mlp.weight1.shape[0]

@@ -55,6 +55,7 @@ class GraphedStep:
     def _in_place(self, signature: tuple, batch: Batch) -> Batch:
         """Copies the batch into the memory that its graph reads."""
         if signature not in self._batches:
+            # the first batch of a shape becomes the fixed memory of its graph
             self._batches[signature] = Batch(*(_cloned(field) for field in batch))
         static = self._batches[signature]
         for target, source in zip(static, batch, strict=True):

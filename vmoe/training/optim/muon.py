@@ -35,8 +35,10 @@ def orthogonalise(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     """
     a, b, c = _COEFFICIENTS
     x = matrices.to(dtype)
+    # of a matrix and its transpose the wide one has the smaller Gram matrix
     is_tall = x.shape[-2] > x.shape[-1]
     x = x.mT if is_tall else x
+    # the iteration needs singular values of at most 1; the Frobenius norm bounds them
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=_EPSILON)
     for _ in range(_ITERATIONS):
         gram = x @ x.mT

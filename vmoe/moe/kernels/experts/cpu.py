@@ -298,6 +298,7 @@ class _GradientByExpert:
         self.value = shared_memory().take(*parameter.shape, dtype=parameter.dtype)
         self._each = self.value.unbind(0)
         self._rounded = None if parameter.dtype == dtype else torch.empty(parameter.shape[1:], dtype=dtype)
+        # no product writes an idle expert's gradient
         for expert, count in enumerate(counts):
             if not count:
                 self._each[expert].zero_()

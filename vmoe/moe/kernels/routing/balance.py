@@ -151,6 +151,7 @@ def _block_sums(
     if IS_NOISY:
         last = tl.load(chosen + at_token * K + (K - 1), mask=is_token, other=0).to(tl.int32)
         chance = _chance(logit, tl.where(inside, noisy, 0.0), last, expert, noise_scale)
+        # the normal distribution function; 0.7071 is sqrt(1/2)
         chance = tl.where(inside, 0.5 + 0.5 * tl.erf(0.7071067811865476 * chance), 0.0)
         load = tl.sum(chance, 0)
     block = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
@@ -224,9 +225,11 @@ def _balance_backward(
         slope_of_load *= tl.load(grad_load) / num_groups
         last = tl.load(chosen + at_token * K + (K - 1), mask=is_token, other=0).to(tl.int32)
         chance = _chance(tl.where(inside, logit, 0.0), noisy, last, expert, noise_scale)
+        # the normal density; 0.3989 is 1 / sqrt(2 pi)
         density = tl.where(inside, 0.3989422804014327 * tl.exp(-0.5 * chance * chance) / noise_scale, 0.0)
         pull = density * slope_of_load[None, :]
         grad += pull
+        # the threshold is the last choice's noisy logit, so it gets the opposite gradient
         grad_last = tl.where(expert[None, :] == last[:, None], -tl.sum(pull, 1)[:, None], 0.0)
         tl.store(grad_noisy_logits + at, grad_last, mask=inside)
     tl.store(grad_logits + at, grad, mask=inside)

@@ -140,6 +140,7 @@ def _gates_backward(
             for k in tl.static_range(K):
                 choice = tl.load(chosen + token * K + k, mask=is_token, other=0).to(tl.int32)
                 weight = tl.load(weights + token * K + k, mask=is_token, other=0.0)
+                # the gradient of weight = gate / total needs the mean of the gradients by weight
                 mean += tl.load(grad_weights + token * K + k, mask=is_token, other=0.0) * weight
                 total += tl.sum(tl.where(expert[None, :] == choice[:, None], gate, 0.0), 1)
             total = tl.where(is_token, total, 1.0)
@@ -147,6 +148,7 @@ def _gates_backward(
             choice = tl.load(chosen + token * K + k, mask=is_token, other=0).to(tl.int32)
             grad_weight = (tl.load(grad_weights + token * K + k, mask=is_token, other=0.0) - mean) / total
             grad += tl.where(expert[None, :] == choice[:, None], grad_weight[:, None], 0.0)
+    # the gradient of the softmax
     grad = gate * (grad - tl.sum(gate * grad, 1)[:, None])
     tl.store(out + at, grad, mask=inside)
 

@@ -8,10 +8,12 @@ import triton.language as tl
 def value_and_slope(x, FUNCTION: tl.constexpr):
     """(f(x), f'(x)) of SiLU, of GELU (exact to 1e-7), or of GELU's tanh approximation."""
     if FUNCTION == "silu":
+        # exp2 with the factor log2(e) = 1.4427, since it is the hardware's exponential
         cdf = _reciprocal(1.0 + tl.exp2(x * -1.4426950408889634))
         slope = cdf + x * cdf * (1.0 - cdf)
     elif FUNCTION == "gelu_tanh":
         u = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+        # (1 + tanh u) / 2 = 1 / (1 + exp(-2 u)); 2.885 is 2 log2(e)
         cdf = _reciprocal(1.0 + tl.exp2(u * -2.885390081777927))
         slope = cdf + x * cdf * (1.0 - cdf) * (1.5957691216057308 + 0.2140644488178074 * x * x)
     else:

@@ -30,6 +30,7 @@ def expert_of(row, starts, num_experts, share, HAS_SHARE: tl.constexpr, EXPERTS:
         expert = row // share
     else:
         each = tl.arange(0, EXPERTS)
+        # the largest int32 beyond the last expert, so that no row is at or after it
         start_of_each = tl.load(starts + each, mask=each < num_experts, other=2147483647)
         expert = tl.sum((start_of_each <= row).to(tl.int32)) - 1
     return expert

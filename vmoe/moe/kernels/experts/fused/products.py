@@ -48,6 +48,7 @@ WEIGHT_TILES = {2: Tile(128, 128, 64, 8, 3), 4: Tile(64, 64, 32, 4, 3)}
 def product(x_RD: Tensor, weight: Tensor, owners: RowOwners, out_RN: Tensor, transposed: bool) -> None:
     """Rows times weights: x @ weight.T with weight (E, N, D) if `transposed`, else x @ weight with weight (E, D, N)."""
     if owners.share:
+        # equal shares are one batched product of the library
         x_ESD = x_RD.view(owners.num_experts, owners.share, -1)
         factor = weight.transpose(1, 2) if transposed else weight
         torch.bmm(x_ESD, factor, out=out_RN.view(owners.num_experts, owners.share, -1))
@@ -156,6 +157,7 @@ def _rows_by_weights(
 ):  # fmt: skip
     each, start_of, tiles_of, end_of = _tiles_of_experts(starts, counts, num_experts, ROWS, EXPERTS)
     num_tiles = tl.sum(tiles_of)
+    # the grid allows for all rows; only the device knows the number of tiles in use
     for index in tl.range(tl.program_id(0), num_tiles * num_columns, tl.num_programs(0), flatten=FLATTEN):
         expert, row, column_tile = _tile_at(index, each, start_of, tiles_of, end_of, num_tiles, num_columns, ROWS, 8)
         column = column_tile * COLUMNS

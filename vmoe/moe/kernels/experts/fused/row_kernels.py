@@ -87,6 +87,7 @@ def write_combine_gradient(
     grad_weights_TK = torch.zeros(weights_TK.shape, dtype=torch.float32, device=y_RD.device)
     columns = 128
     num_columns = cdiv(width, columns)
+    # each program writes its part of a row's dot product; a second kernel adds them, without atomic addition
     dots_RP = grad_weights_TK.new_empty(num_rows, num_columns)
     num_stretches = cdiv(num_rows, STRETCH)
     bias_parts_MD = grad_weights_TK.new_empty(num_stretches, width)
