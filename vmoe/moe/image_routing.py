@@ -29,10 +29,8 @@ class Decision:
         self.routing: Routing | None = None
 
     def __getstate__(self) -> dict:
-        return {
-            "router": self.router,
-            "routing": None,
-        }  # without the routing: its graph can be neither copied nor saved
+        # without the routing: its graph can be neither copied nor saved
+        return {"router": self.router, "routing": None}
 
 
 class FollowingRouter(nn.Module):

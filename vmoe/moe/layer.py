@@ -198,23 +198,21 @@ class MoeMlp(nn.Module):
             x = x.movedim(1, -1)
         x_TD = x.reshape(-1, x.shape[-1])
         kernels = kernels_for(x_TD)
-        if self.images is not None:
-            routing: Routing | SlotRouting
-            by_token: Routing | SlotRouting
-            routing, by_token = self._route_images(x, token_mask, self.images)
-            routed_TD, routing_kernels = x_TD, PLAIN
-        else:
+        if self.images is None:
             groups = self._groups(x)
             valid_GS = groups.valid(None if token_mask is None else token_mask.reshape(-1), x.device)
             routing, routed_TD = self._route(x_TD, groups, valid_GS, kernels)
-            by_token, routing_kernels = routing, kernels
+            of_tokens = routing
+        else:
+            routing, of_tokens = self._route_images(x, token_mask, self.images)
+            routed_TD = x_TD
         for record in self.recorders:
             record(routing, shape)
-        y_TD = self.experts(routed_TD, by_token, kernels)  # dispatch, the expert MLPs, combine
+        y_TD = self.experts(routed_TD, of_tokens, kernels)  # dispatch, the expert MLPs, combine
         if self.shared is not None:
             shared_TD = self.shared(x_TD)
             y_TD = y_TD + (shared_TD if token_mask is None else shared_TD.masked_fill(~token_mask.reshape(-1, 1), 0))
-        y_TD = self._account(routing, y_TD, routing_kernels)
+        y_TD = self._account(routing, y_TD, kernels if self.images is None else PLAIN)
 
         y = self.drop2(y_TD.view(*x.shape[:-1], self.out_features))
         return y.movedim(-1, 1) if self.use_conv else y
