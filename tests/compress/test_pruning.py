@@ -20,6 +20,7 @@ from vmoe.compress.pruning import (
     regrouped_weights,
 )
 from vmoe.compress.usage import ExpertUse, measure_use
+from vmoe.explain.explorer.causes import without
 
 SMALL = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5}
 LAYER = "blocks.1.mlp"
@@ -253,3 +254,20 @@ def test_images_that_need_no_other_expert_keep_their_logits(knobs):
     again = regrouped_config(config, keep, keeps_gates=True)
     assert again == config
     assert groups["blocks.0.mlp"] == groups["blocks.1.mlp"] or not options.get("shared_router")
+
+
+def test_an_expert_taken_away_leaves_removed_experts_their_share():
+    """An image that uses none of them has the same logits as in the model that lost no expert."""
+    model = sparse(num_experts=6, top_k=1, route="image", capacity_factor=None).double()
+    layer, wanted = model.get_submodule(LAYER), batches(1)[0][0].double()
+    with vmoe.record_routing(model) as trace:
+        model(wanted)
+    own = trace.layers[LAYER].chosen.unique().tolist()
+    other = next(expert for expert in range(6) if expert not in own)
+    groups = [[expert] for expert in sorted([*own, other])]
+    config = regrouped_config(layer.config, len(groups), keeps_gates=True)
+    smaller = vmoe.create_model("vit_tiny_patch16_224", config, **SMALL).eval().double()
+    use = measure_use(model, [(wanted,)])
+    smaller.load_state_dict(regrouped_weights(model, {LAYER: groups}, use, keeps_gates=True))
+    with without(layer, other), without(smaller.get_submodule(LAYER), groups.index([other])):
+        torch.testing.assert_close(smaller(wanted), model(wanted))

@@ -77,6 +77,18 @@ def test_class_and_register_tokens_stand_apart(make_model, make_batches):
     assert found.report["layers"][0]["prefix_names"] == ["class token", "register 1", "register 2"]
 
 
+def test_a_whole_image_is_one_place(make_model, make_batches):
+    """All that is said of an expert is said of images; experts of a shared router can be taken away too."""
+    model = make_model(route="image", shared_router=True, capacity_factor=None)
+    found = explore(model, make_batches(), options=FEW)
+    check(found, 60, ["blocks.1.mlp", "blocks.3.mlp"], 4, [(1, 1)] * 2)
+    report = found.report
+    assert report["findings"][0].startswith("Images are routed as a whole")
+    assert not any("position" in line for line in report["findings"])
+    assert report["capacity"] is None
+    assert [len(layer["ablation"]) for layer in report["layers"]] == [4, 4]
+
+
 def test_windows_and_stages_of_swin(make_swin, make_batches):
     found = explore(make_swin(), make_batches(size=(32, 32)), options=FEW)
     names = [layer["name"] for layer in found.report["layers"]]

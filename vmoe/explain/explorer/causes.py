@@ -262,6 +262,10 @@ def _without(router: nn.Module, routing: Routing | SlotRouting, expert: int) -> 
         ranking = gates + router.bias
     else:
         gates = ranking = logits.softmax(-1)
+        if getattr(router, "removed", 0):  # experts that pruning has removed keep their share
+            removed = routing.gates_GSE[..., is_expert]
+            left = routing.gates_GSE.sum(-1, keepdim=True) - removed
+            gates = ranking = gates * left / (1 - removed).clamp_min(torch.finfo(gates.dtype).tiny)
     # the lowest score, but above chosen experts, which are at minus infinity: with K = E it is chosen with weight 0
     ranking = ranking.masked_fill(is_expert, torch.finfo(ranking.dtype).min)
     chosen = top_experts(ranking, routing.chosen_GSK.shape[-1])
