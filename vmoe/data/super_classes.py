@@ -1,4 +1,4 @@
-"""Super-classes: groups of classes, one per expert, that the router of a per-image layer is guided towards.
+"""Super-classes: groups of classes, one per expert, for the guidance of a router of images.
 
 C classes; E super-classes, as many as experts.
 """
@@ -23,8 +23,8 @@ class SuperClasses:
     """The super-classes of the classes of a set.
 
     Attributes:
-        names: (E,) of the super-classes, sorted: the first belongs to expert 0, and so on.
-        shares: (C, E), how much of each class belongs to each super-class; a row sums to 1.
+        names: (E,) sorted names of the super-classes; the first belongs to expert 0.
+        shares: (C, E) share of each class in each super-class; a row sums to 1.
     """
 
     names: list[str]
@@ -32,7 +32,7 @@ class SuperClasses:
 
 
 def read_super_classes(source: str | Path) -> dict[str, Any]:
-    """A file's super-class of each class, or "cifar100" for its 20 coarse classes.
+    """Reads the super-class of each class from a file; "cifar100" gives its 20 coarse classes.
 
     The file is YAML or JSON, a line per class: `maple_tree: trees`. A class may be shared by several super-classes:
     `bicycle: {vehicles: 0.8, people: 0.2}`.
@@ -57,11 +57,11 @@ def read_super_classes(source: str | Path) -> dict[str, Any]:
 
 
 def match_super_classes(source: str | Mapping[str, Any], class_names: Sequence[str], num_experts: int) -> SuperClasses:
-    """The super-classes of a set's classes, by their names.
+    """Matches super-classes to the classes of a set, by name.
 
     Args:
-        source: A file, "cifar100", or the content of one by `read_super_classes`.
-        class_names: (C,) of the set.
+        source: A file, "cifar100", or the content of a file by `read_super_classes`.
+        class_names: (C,) names of the set's classes.
         num_experts: E.
 
     Raises:
@@ -70,7 +70,8 @@ def match_super_classes(source: str | Mapping[str, Any], class_names: Sequence[s
     """
     content = read_super_classes(source) if isinstance(source, str) else source
     of_classes = {str(name): _shares_of(str(name), each) for name, each in content.items()}
-    if unknown := [name for name in of_classes if name not in set(class_names)]:
+    known = set(class_names)
+    if unknown := [name for name in of_classes if name not in known]:
         raise UserError(
             f"{_OPTION}: the data do not have {_quoted(unknown, of_classes)} that it names; give the names of the "
             "data's classes",
@@ -92,7 +93,7 @@ def match_super_classes(source: str | Mapping[str, Any], class_names: Sequence[s
 
 
 def _shares_of(name: str, given: Any) -> dict[str, float]:
-    """How much of a class belongs to each of its super-classes."""
+    """The share of a class in each of its super-classes."""
     if isinstance(given, str) and given:
         return {given: 1.0}
     try:
@@ -114,7 +115,7 @@ def _quoted(names: Sequence[str], of: Collection[str]) -> str:
 
 
 class _Texts(yaml.BaseLoader):
-    """Keeps every value as the text that it is, and refuses a class that is given twice."""
+    """Keeps every value as text, and refuses a class that is given twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = Counter(str(key.value) for key, _ in node.value)

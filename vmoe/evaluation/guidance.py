@@ -24,12 +24,12 @@ _GUIDED = ("token_choice", "cosine")
 
 @dataclass(frozen=True)
 class RouterFigures:
-    """How well the routers of images find the super-class of an image; several routers in the mean."""
+    """How well the routers of images find the super-class of an image, as the mean over the routers."""
 
     super_classes: list[str]  # (E,) by expert
     loss: float  # cross-entropy of the routers' probabilities, nats
     top1: float  # share of the images for which the super-class has the highest probability
-    oracle_top1: float | None = None  # top-1 of the model if its routers were always right; None where not measured
+    oracle_top1: float | None = None  # the model's top-1 with routers that are always right; None if not measured
 
 
 class Guidance:
@@ -38,15 +38,17 @@ class Guidance:
     No module, so that a checkpoint's weights are those of the model alone.
 
     Args:
-        super_classes: A file, "cifar100", or the content of one by `read_super_classes`.
-        model: Of which images are routed.
+        super_classes: A file, "cifar100", or the content of a file by `read_super_classes`.
+        model: A model that routes images.
 
     Attributes:
-        labels: (B,) of the batch that the model is about to see; `right_routers` needs them.
-        sums: (2,) of the last batch: its loss, times the images, and for how many of them the routers were right.
+        names: (E,) names of the super-classes, by expert; empty before `match`.
+        targets: (C, E) share of each class in each super-class.
+        labels: (B,) labels of the next batch, which `right_routers` needs.
+        sums: (2,) loss times images, and number of images with a right router, for the last batch.
 
     Raises:
-        UserError: The model routes no images, or by a router that does not learn whom to choose.
+        UserError: The model does not route images, or its router does not learn its choice.
     """
 
     def __init__(self, super_classes: str | Mapping[str, Any], model: nn.Module) -> None:
@@ -54,19 +56,19 @@ class Guidance:
         check_guided(layers[0][1].config if layers else None)
         self.model = model
         self.num_experts = layers[0][1].num_experts
-        self._source = read_super_classes(super_classes) if isinstance(super_classes, str) else super_classes
+        self.of_classes = read_super_classes(super_classes) if isinstance(super_classes, str) else super_classes
         self.names: list[str] = []
         self.targets = torch.zeros(0, self.num_experts)  # (C, E)
         self.labels: Tensor | None = None
         self.sums = torch.zeros(2)
 
     def match(self, class_names: Sequence[str]) -> None:
-        """Takes the classes of the labels, by name.
+        """Sets the classes of the labels, by name.
 
         Raises:
             UserError: The super-classes are not for these classes, or not as many as experts.
         """
-        matched = match_super_classes(self._source, class_names, self.num_experts)
+        matched = match_super_classes(self.of_classes, class_names, self.num_experts)
         self.names = matched.names
         self.targets = torch.tensor(matched.shares, device=self.targets.device)
 
@@ -75,27 +77,27 @@ class Guidance:
         self.targets, self.sums = self.targets.to(device), self.sums.to(device)
 
     def loss(self, labels: Tensor, shares: Tensor | None = None) -> Tensor:
-        """The mean loss of the model's last forward pass, (); several routers in the mean. Keeps its `sums`.
+        """The mean loss of the model's last forward pass, (), over images and routers. Updates `sums`.
 
         Args:
             labels: (B,) int64.
-            shares: (B, C) shares of the classes, of mixed images; None takes the labels.
+            shares: (B, C) shares of the classes, for mixed images; None takes the labels.
         """
-        of_labels_BE = self.targets[labels]
-        targets_BE = of_labels_BE if shares is None else shares @ self.targets
-        each = [layer.last_image_logits for layer in _deciding(self.model)]
-        logits = [logits_BE for logits_BE in each if logits_BE is not None]
-        loss = torch.stack([F.cross_entropy(logits_BE.float(), targets_BE) for logits_BE in logits]).mean()
-        right = [(logits_BE.argmax(1) == of_labels_BE.argmax(1)).float().sum() for logits_BE in logits]
+        with torch.autocast(labels.device.type, enabled=False):  # targets in half precision would not sum to 1
+            of_labels_BE = self.targets[labels]
+            targets_BE = of_labels_BE if shares is None else shares.to(self.targets) @ self.targets
+            logits = [layer.last_image_logits.to(self.targets) for layer in _deciding(self.model)]
+            loss = torch.stack([F.cross_entropy(logits_BE, targets_BE) for logits_BE in logits]).mean()
+            right = [(logits_BE.argmax(1) == of_labels_BE.argmax(1)).sum().to(loss) for logits_BE in logits]
         self.sums = torch.stack([loss.detach() * len(labels), torch.stack(right).mean()])
         return loss
 
 
 def check_guided(moe: MoeConfig | None) -> None:
-    """Refuses super-classes for a model with these MoE layers; None has none.
+    """Refuses super-classes for a model with these MoE layers; None is a dense model.
 
     Raises:
-        UserError: It routes no images, or by a router that does not learn whom to choose.
+        UserError: It does not route images, or its router does not learn its choice.
     """
     if moe is None or moe.route != "image":
         found = "this model is dense" if moe is None else f"moe.route is {moe.route}"
@@ -109,7 +111,7 @@ def check_guided(moe: MoeConfig | None) -> None:
 
 
 def require_guidance(model: TrainedModel, option: str) -> None:
-    """Refuses an option that is for models with guided routers alone.
+    """Refuses an option that needs a guided router.
 
     Raises:
         UserError: The model has none.
@@ -122,16 +124,15 @@ def require_guidance(model: TrainedModel, option: str) -> None:
 
 
 def guidance_of(model: TrainedModel) -> Guidance | None:
-    """The guidance that a model was trained with, for its classes; None where it had none, or has other experts now."""
+    """The guidance of a model's training, for its classes; None without guidance, or if its experts have changed."""
     source = (model.config.get("loss") or {}).get("super_classes")
     if source is None or isinstance(model.model, Ensemble) or not _deciding(model):
         return None
     guidance = Guidance(source, model)
-    # The set that it is measured on may have some of its classes only
-    names = list(guidance._source)
+    names = list(guidance.of_classes)  # the set that the model is measured on may have only some of them
     try:
         guidance.match(names)
-    except UserError:  # an expert was pruned
+    except UserError:  # experts were pruned
         return None
     rows = {name: row for row, name in enumerate(names)}
     if not set(model.class_names) <= rows.keys():
@@ -142,10 +143,10 @@ def guidance_of(model: TrainedModel) -> Guidance | None:
 
 @contextmanager
 def right_routers(guidance: Guidance) -> Iterator[None]:
-    """Within the block the routers of images are always right: of the images that are in `guidance.labels`, the
-    super-class gets the score of the router's first choice, and that one gets the score of the super-class.
+    """Makes the routers of images always right within the block.
 
-    So nothing changes for an image for which the router is right anyway.
+    For each label in `guidance.labels`, the scores of the router's first choice and of the super-class's expert are
+    exchanged. So nothing changes for an image with a right router.
     """
     layers = _deciding(guidance.model)
     own = [layer.router.scores for layer in layers]
@@ -171,7 +172,7 @@ def right_routers(guidance: Guidance) -> Iterator[None]:
 
 
 def _deciding(model: nn.Module) -> list[MoeMlp]:
-    """The MoE layers that route images by a router of their own, rather than by that of the first one."""
+    """The MoE layers that route images by a router of their own."""
     return [
         layer for _, layer in moe_layers(model) if layer.config.route == "image" and hasattr(layer.router, "scores")
     ]

@@ -23,10 +23,10 @@ class FoundSuperClasses(NamedTuple):
     """Super-classes, and how much of the confusion they hold.
 
     Attributes:
-        groups: (E,) the classes of each, by its name.
-        of_classes: What a file of super-classes holds: the super-class of each class, or its shares of several.
+        groups: The classes of each of the E super-classes, by its name.
+        of_classes: The super-class of each class, or its shares in several, as `loss.super_classes` takes them.
         errors_within: Share of the model's errors whose two classes are in one super-class.
-        pairs_within: The same share of all pairs of classes: what it would be by chance.
+        pairs_within: Share of all pairs of classes that are in one super-class: the value by chance.
     """
 
     groups: dict[str, list[str]]
@@ -46,7 +46,7 @@ def super_classes(
     workers: int | None = None,
     progress: Progress = True,
 ) -> FoundSuperClasses:
-    """Groups a model's classes by what it confuses on the validation images, by spectral clustering.
+    """Groups a model's classes by its confusions on the validation images, with spectral clustering.
 
         found = vmoe.super_classes(vmoe.load("runs/dense"), 10)
         vmoe.fit("image_routed.yaml", options={"loss.super_classes": found.of_classes, "moe.num_experts": 10})
