@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 
 import vmoe
 from vmoe.data import DataConfig, ImageDataModule
+from vmoe.data.bit_depth import depth_of_files
 from vmoe.data.channels import count_values, displayed, displayed_line, upright
 from vmoe.data.images import load_image, to_pixels
 from vmoe.data.inspection import inspect_images
@@ -126,6 +127,19 @@ def test_damaged_files_have_one_line(tmp_path):
     tifffile.imwrite(tmp_path / "bands.tif", DEEP, **BANDS)
     with pytest.raises(UserError, match=r"one of other channels than gray and RGB needs data\.channels"):
         load_image(tmp_path / "bands.tif")
+
+
+def test_values_below_0_are_taken_as_they_are_in_every_job(tmp_path):
+    """A model keeps that, so files with values above 0 alone are not measured by themselves."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for number in range(5):
+            np.save(tmp_path / name / f"{number}.npy", RNG.normal(0, 40, (6, 6, 2)).astype(np.float32))
+    module = ImageDataModule(tmp_path, channels=2, image_size=6, val_fraction=0.25)
+    assert module.bit_depth == 1 and any("are taken as they are (data.bit_depth=1)" in note for note in module.notes)
+    np.save(tmp_path / "bright.npy", np.full((6, 6, 2), 30, np.float32))
+    assert depth_of_files([tmp_path / "bright.npy"], 2).bits == 8
+    assert (load_image(tmp_path / "bright.npy", module.bit_depth, 2) == 30).all()
 
 
 @pytest.fixture(scope="module")

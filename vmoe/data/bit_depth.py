@@ -45,7 +45,8 @@ def measure_bit_depth(
 
     Returns:
         None if the sample has no deep file, only files that declare their range, or fractions below 0. Bits are 1 for
-        fractions up to 1, else 8, 10, 12, 14, 16, or as many as the largest value needs.
+        fractions up to 1, else 8, 10, 12, 14, 16, or as many as the largest value needs. If the images are read by
+        channels, they are 1 for fractions below 0, too: these stay as they are.
     """
     candidates = _evenly_spread(positions, _LOOKED_FOR)
     if isinstance(images, FileImages | ShardedImages):  # these name files by their format
@@ -64,7 +65,7 @@ def measure_bit_depth(
             continue
         if values is not None:
             found.append(values)
-    return _measured_of_files(found)
+    return _measured_of_files(found, images.channels)
 
 
 def depth_of_files(paths: Sequence[str | Path], channels: int | None = None) -> Measured | None:
@@ -78,7 +79,7 @@ def depth_of_content(content: BinaryIO, channels: int | None = None) -> int | No
         values = _file_values(content, channels)
     except Exception:  # on damaged files Pillow's decoders raise nearly any type
         return None
-    measured = None if values is None else _measured_of_files([values])
+    measured = None if values is None else _measured_of_files([values], channels)
     return None if measured is None else measured.bits
 
 
@@ -102,13 +103,13 @@ def _file_values(file: BinaryIO, channels: int | None) -> _FileValues | None:
     return _FileValues(float(colours.min()), float(colours.max()), has_fractions)
 
 
-def _measured_of_files(found: Sequence[_FileValues]) -> Measured | None:
+def _measured_of_files(found: Sequence[_FileValues], channels: int | None) -> Measured | None:
     if not found:
         return None
     has_fractions = any(each.has_fractions for each in found)
     smallest, largest = min(each.smallest for each in found), max(each.largest for each in found)
-    if has_fractions and smallest < 0:
-        return None
+    if has_fractions and smallest < 0:  # which have no black and white
+        return None if channels is None else Measured(smallest, largest, 1, 1)
     most = sorted(each.largest for each in found)[math.ceil(0.9 * len(found)) - 1]
     return Measured(smallest, largest, _bits(largest, has_fractions), _bits(most, has_fractions))
 

@@ -161,8 +161,9 @@ def _require_readable(images: ImageSet) -> None:
 def _range_lines(config: DataConfig, measured: Measured | None) -> list[str]:
     if measured is None or config.bit_depth is not None or measured.bits == 16:
         return []
-    white = f"{2**measured.bits - 1} counts as 1 (data.bit_depth={measured.bits})"
-    return [f"{config.root}: values from {measured.smallest:g} to {measured.largest:g}: {white}"]
+    how = "are taken as they are" if measured.bits == 1 else f"are divided by {2**measured.bits - 1}"
+    values = f"values from {measured.smallest:g} to {measured.largest:g}"
+    return [f"{config.root}: {values} {how} (data.bit_depth={measured.bits})"]
 
 
 def _require_single_labels(config: DataConfig) -> None:
