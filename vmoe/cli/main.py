@@ -72,7 +72,7 @@ EXTRAS_OF_JOBS = {
 def main(argv: list[str] | None = None) -> int:
     """Runs one job and returns its exit code; 2 if there is no such job."""
     if "_ARGCOMPLETE" in os.environ:  # the Tab key was pressed in a shell
-        return _complete()
+        return _complete_line()
     replace_what_cannot_be_shown()
     with readers_may_leave():
         return _run(sys.argv[1:] if argv is None else argv)
@@ -114,7 +114,7 @@ def run_job(job: str, argv: list[str] | None = None) -> int:
     return module.main(argv)
 
 
-def _complete() -> int:
+def _complete_line() -> int:
     try:
         from vmoe.cli.completion import complete  # here, since it needs argcomplete
     except ModuleNotFoundError:

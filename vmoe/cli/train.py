@@ -8,7 +8,7 @@ from pathlib import Path
 from vmoe.checkpoints.run_folder import RunFolder
 from vmoe.cli.common import job
 from vmoe.cli.threads import choose_threads
-from vmoe.cli.train_options import FIND_BATCH_SIZE, FIND_LR, parse
+from vmoe.cli.train_options import parse
 from vmoe.errors import UserError
 from vmoe.memory import is_out_of_memory, memory_line
 from vmoe.training.config import TrainConfig
@@ -16,16 +16,19 @@ from vmoe.training.parallel.process import Process
 from vmoe.training.run.progress import TrainingProgress
 from vmoe.training.run.stopping import Interrupted, stopped_at_once
 
+_FIND_LR, _FIND_BATCH_SIZE = "--find_lr", "--find_batch_size"  # actions on the config, not parts of it
+
 
 @job()
 def main(argv: list[str]) -> int:
     """Trains, or finds a learning rate or a batch size; see `vmoe train --help`."""
-    if FIND_LR in argv and FIND_BATCH_SIZE in argv:
-        raise UserError(f"{FIND_LR}: finds a rate for one batch size; find that by {FIND_BATCH_SIZE} first")
-    if FIND_LR in argv:
-        return _find_lr(parse(argv))
-    if FIND_BATCH_SIZE in argv:
-        return _find_batch_size(parse(argv))
+    options = [word for word in argv if word not in (_FIND_LR, _FIND_BATCH_SIZE)]
+    if _FIND_LR in argv and _FIND_BATCH_SIZE in argv:
+        raise UserError(f"{_FIND_LR}: finds a rate for one batch size; find that by {_FIND_BATCH_SIZE} first")
+    if _FIND_LR in argv:
+        return _find_lr(parse(options))
+    if _FIND_BATCH_SIZE in argv:
+        return _find_batch_size(parse(options))
     return trained(lambda: parse(argv), ["vmoe", "train", *argv])
 
 

@@ -34,7 +34,6 @@ which images: vmoe train photos/ --moe.layers last-2
 Every value of a config can be given here by its dotted name: --optim.lr 1e-3, --moe.num_experts 16, --moe.layers [3,5],
 --model.kwargs.drop_path_rate 0.1; --moe null trains the dense twin. --print_config shows what comes out.
 """
-FIND_LR, FIND_BATCH_SIZE = "--find_lr", "--find_batch_size"  # actions on the config, not parts of it
 OUTSIDE_CONFIG = ("config", "print_config", "help", "help-all", "moe.help")
 
 
@@ -61,7 +60,7 @@ def parse(argv: list[str]) -> TrainConfig:
         UserError: An option or key is unknown (with the nearest valid ones), of the wrong type, or out of range.
         SystemExit: After --help, --help-all or --print_config.
     """
-    given = _read([word for word in argv if word not in (FIND_LR, FIND_BATCH_SIZE)])
+    given = _read(argv)
     try:
         return _parsed(given)
     except UserError as error:

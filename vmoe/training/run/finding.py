@@ -93,15 +93,15 @@ def find_lr(
     """
     if steps < 20:
         raise UserError(f"steps={steps}: must be 20 or more")
-    with _trial(config, options, say, "find_lr") as trial:
-        accumulate, batches = trial.trainer.accumulate_grad_batches, len(trial.data.train_sampler)
+    with _short_run(config, options, say, "find_lr") as short:
+        accumulate, batches = short.trainer.accumulate_grad_batches, len(short.data.train_sampler)
         if accumulate > batches:  # Lightning's finder skips such updates
             raise UserError(
                 f"trainer.accumulate={accumulate}: must be at most {batches}, the batches of an epoch, to find a rate; "
                 "lower it"
             )
-        found = Tuner(trial.trainer).lr_find(
-            trial.module, datamodule=trial.data, min_lr=_LOWEST, max_lr=_HIGHEST, num_training=steps, update_attr=False
+        found = Tuner(short.trainer).lr_find(
+            short.module, datamodule=short.data, min_lr=_LOWEST, max_lr=_HIGHEST, num_training=steps, update_attr=False
         )
     rates = [float(rate) for rate in found.results["lr"]]
     losses = _mended_losses(rates, found.results["loss"], steps, accumulate)
@@ -135,17 +135,17 @@ def find_batch_size(
     Raises:
         UserError: An option is not allowed, there are several ranks, or a single image does not fit.
     """
-    with _trial(config, options, say, "find_batch_size") as trial:
-        if trial.trainer.strategy.root_device.type == "cpu":
+    with _short_run(config, options, say, "find_batch_size") as short:
+        if short.trainer.strategy.root_device.type == "cpu":
             say("warning: on a CPU the system may end this process when the memory is full")
-        images = trial.data.train_sampler.epoch_images // trial.data.config.repeat
+        images = short.data.train_sampler.epoch_images // short.data.config.repeat
         doublings = max(1, images.bit_length() - 1)  # up to the largest batch of training images
         try:
-            size = Tuner(trial.trainer).scale_batch_size(
-                trial.module, datamodule=trial.data, init_val=2, max_trials=doublings, max_val=2 ** (doublings + 1)
+            size = Tuner(short.trainer).scale_batch_size(
+                short.module, datamodule=short.data, init_val=2, max_trials=doublings, max_val=2 ** (doublings + 1)
             )
         except ValueError as error:
-            if trial.data.batch_size > 1:
+            if short.data.batch_size > 1:
                 raise
             raise UserError(
                 "find_batch_size: not even one image fits the memory; take a smaller model or smaller images"
@@ -154,7 +154,7 @@ def find_batch_size(
 
 
 @dataclass(frozen=True)
-class _Trial:
+class _ShortRun:
     """The model, data and Trainer that a finder trains for a few steps."""
 
     trainer: Trainer
@@ -163,13 +163,13 @@ class _Trial:
 
 
 @contextlib.contextmanager
-def _trial(
+def _short_run(
     config: TrainConfig | str | PathLike[str],
     options: Mapping[str, Any] | None,
     say: Callable[[str], object],
     finder: str,
-) -> Iterator[_Trial]:
-    """The trial of a config in one process, with a Trainer that keeps no files."""
+) -> Iterator[_ShortRun]:
+    """A short run of a config in one process, with a Trainer that keeps no files."""
     if not isinstance(config, TrainConfig):
         config = config_with(config, options or {})
     if Process.this().world_size > 1:
@@ -200,7 +200,7 @@ def _trial(
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        yield _Trial(run, module, data)
+        yield _ShortRun(run, module, data)
 
 
 def _mended_losses(rates: list[float], smoothed: list[float], steps: int, accumulate: int) -> list[float]:
