@@ -264,8 +264,18 @@ class Recorder(LightningModule):
         self.seen.append((self.current_epoch, batch.images.sum().item()))
         return self.weight * 0
 
+    def validation_step(self, batch, _):
+        pass
+
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Echo(LightningModule):
+    """Predicts the images themselves."""
+
+    def predict_step(self, batch, _):
+        return batch.images
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -280,6 +290,20 @@ def test_lightning_sets_the_epoch_of_the_sampler(npz, tmp_path, workers):
     alone = module("npz", data.config.root, batch_size=16)
     expected = [(epoch, batch.images.sum().item()) for epoch in range(3) for batch in training_batches(alone, epoch)]
     assert recorder.seen == expected
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_lightning_makes_its_loaders_again_with_another_sampler(npz, tmp_path, workers):
+    data = ImageDataModule(DataConfig(name="npz", root=str(npz()), batch_size=16, workers=workers), 0)
+    loader = data.test_dataloader()  # before anything called `setup`
+    expected = torch.cat([batch.images for batch in loader])
+    quiet = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    quiet |= {"enable_model_summary": False, "default_root_dir": tmp_path}
+    seen = Trainer(**quiet).predict(Echo(), loader)
+    assert torch.equal(torch.cat(seen), expected)
+    trainer = Trainer(max_epochs=1, overfit_batches=1, **quiet)
+    trainer.fit(Recorder(), data.train_dataloader(), data.val_dataloader())
+    assert trainer.global_step == 1
 
 
 @pytest.mark.parametrize("pipeline", ["workers", "device"])

@@ -189,7 +189,7 @@ def load_files(
     prepared = config.image_size, config.mean, config.std, depth, config.crop, config.channels
     images = UnlabelledImages(shuffled, *prepared)
     size = config.eval_batch_size or config.batch_size
-    return ImageLoader(images, workers=config.workers, batch_size=size), shuffled
+    return ImageLoader(images, num_workers=config.workers, batch_size=size), shuffled
 
 
 def _columns(given: Sequence[str]) -> "TableConfig":

@@ -17,7 +17,7 @@ from vmoe.data.checking import damaged_images
 from vmoe.data.config import DEFAULTS, Colour, DataConfig, data_config
 from vmoe.data.datasets import download, load_splits
 from vmoe.data.images import eval_crop
-from vmoe.data.imageset import ImageSet
+from vmoe.data.imageset import ImageSet, Splits
 from vmoe.data.loading import (
     Batch,
     CorruptedImages,
@@ -81,7 +81,7 @@ class ImageDataModule(LightningDataModule):
     Raises:
         UserError: There is no such folder, file or set, or a value is not allowed.
 
-    Attributes (their first use calls `setup`):
+    Attributes (their first use calls `setup`, as that of a loader does):
         config: The `DataConfig`.
         num_classes: Number of classes.
         multi_label: Whether an image may have several classes, or none. Then labels are (B, classes) int8 of 0 and 1.
@@ -118,7 +118,7 @@ class ImageDataModule(LightningDataModule):
         self.in_step = in_step
         self._finds_device, self._finds_ranks = device is None, parts is None
         self._made_for: tuple[torch.device, int, int] | None = None
-        self._splits = None
+        self._loaded: Splits | None = None
         self._resident: dict[str, ResidentImages] = {}
 
     @property
@@ -139,7 +139,7 @@ class ImageDataModule(LightningDataModule):
 
     def prepare_data(self) -> None:
         """Downloads the set if needed. Lightning calls it in one process only."""
-        if self._splits is None:
+        if self._loaded is None:
             download(self.config)
 
     def setup(self, stage: str | None = None) -> None:
@@ -148,7 +148,7 @@ class ImageDataModule(LightningDataModule):
         Raises:
             UserError: Data are missing or malformed, the subset cannot be made, or the set does not fit on the device.
         """
-        if self._splits is None:
+        if self._loaded is None:
             self._load(stage)
         if self.trainer is not None:
             self._ask(self.trainer)
@@ -156,11 +156,20 @@ class ImageDataModule(LightningDataModule):
             self._make()
             self._made_for = self.device, self.part, self.parts
 
-    def __getattr__(self, name: str) -> Any:
-        if name not in _AFTER_SETUP or self.__dict__.get("_splits", self) is not None:
-            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+    @property
+    def _splits(self) -> Splits:
+        if self._loaded is None:
+            self._load_at_first_use()
+        return self._loaded
+
+    def _load_at_first_use(self) -> None:
         self.prepare_data()
         self.setup("fit")
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in _AFTER_SETUP or self.__dict__.get("_loaded", self) is not None:
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        self._load_at_first_use()
         return getattr(self, name)
 
     def _ask(self, trainer: Trainer) -> None:
@@ -182,7 +191,7 @@ class ImageDataModule(LightningDataModule):
     def _load(self, stage: str | None) -> None:
         """Opens the set and reads its properties."""
         config, defaults = self.config, DEFAULTS[self.config.name]
-        self._splits = load_splits(config, for_training=stage not in ("test", "validate"))
+        self._loaded = load_splits(config, for_training=stage not in ("test", "validate"))
         self.has_validation = self._splits.val is not None
         self.is_endless = self._splits.train.pass_step > 0
         self.class_names = self._splits.class_names
@@ -317,7 +326,7 @@ class ImageDataModule(LightningDataModule):
         if self.config.pipeline == "device":
             return self._device_loader
         dataset = TrainImages(self._splits.train, self._augmenter, self.mean, self.std)
-        loader = ImageLoader(dataset, workers=self.config.workers, batch_sampler=self.train_sampler)
+        loader = ImageLoader(dataset, num_workers=self.config.workers, batch_sampler=self.train_sampler)
         return OrderedLoader(loader) if self._finds_ranks and self.parts > 1 else loader
 
     @cached_property
@@ -401,7 +410,7 @@ class ImageDataModule(LightningDataModule):
         return ResidentEvalLoader(images, self._eval_batch_size, self.mean, self.std, order)
 
     def _image_loader(self, dataset: EvalImages, order: list[int]) -> ImageLoader:
-        return ImageLoader(dataset, workers=self.config.workers, batch_size=self._eval_batch_size, sampler=order)
+        return ImageLoader(dataset, num_workers=self.config.workers, batch_size=self._eval_batch_size, sampler=order)
 
     def _in_parts(self, order: list[int], loader_of: Callable[[list[int]], EvalLoader]) -> EvalLoader:
         """This rank's part of the batches of images in that order."""

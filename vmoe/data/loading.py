@@ -217,20 +217,19 @@ class ImageLoader(DataLoader):
 
     Args:
         dataset: A dataset with batches from `__getitems__`.
-        workers: Number of processes.
-        **options: Options of DataLoader.
+        num_workers: Number of processes.
+        **options: Options of DataLoader. Lightning makes a loader again from another one's, to set its sampler.
     """
 
-    def __init__(self, dataset: Dataset, *, workers: int, **options: Any) -> None:
-        super().__init__(
-            _ErrorsAsValues(dataset),
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            collate_fn=_uncollated,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),
-            **options,
-        )
+    def __init__(self, dataset: Dataset, *, num_workers: int = 0, **options: Any) -> None:
+        ours = {
+            "persistent_workers": num_workers > 0,
+            "collate_fn": _uncollated,
+            "pin_memory": torch.cuda.is_available(),
+            "generator": torch.Generator(),
+        }
+        dataset = dataset if isinstance(dataset, _ErrorsAsValues) else _ErrorsAsValues(dataset)
+        super().__init__(dataset, num_workers=num_workers, **ours | options)
 
     def __iter__(self) -> Iterator[Batch]:
         if self.num_workers:

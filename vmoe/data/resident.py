@@ -130,7 +130,7 @@ def make_resident(
     damaged: dict[int, list[str]] = {}
     reader = ImageLoader(
         _Squares(images, side, replace_damaged, crop),
-        workers=workers if images.images.side is None else 0,
+        num_workers=workers if images.images.side is None else 0,
         batch_size=_READ_AT_ONCE,
     )
     for squares, of_squares, places in reader:
