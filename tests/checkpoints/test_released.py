@@ -227,7 +227,9 @@ def test_damaged_cut_and_wrong_files_are_one_line_and_fetched_again(server, name
     server.files[file_of(name, suffix)] = spoil(good)
     with pytest.raises(ValueError, match=f"{name}: what came from .* is not this model .*({line})") as error:
         vmoe.load(name)
-    assert "\n" not in str(error.value) and not kept(name)
+    told = str(error.value)
+    assert "\n" not in told and told.endswith("run this again to fetch them again") and not kept(name)
+    assert str(by_name.cache_folder(name)) not in told
     server.files[file_of(name, suffix)] = good
     vmoe.load(name)
 
@@ -255,7 +257,7 @@ def test_without_a_network_and_offline(server, monkeypatch, capsys):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert main(["predict", SPARSE, "0.png"]) == 2
     line = capsys.readouterr().err
-    assert f"{SPARSE}: is not here yet, and HF_HUB_OFFLINE forbids to fetch it" in line and not server.asked
+    assert f"{SPARSE}: HF_HUB_OFFLINE forbids to fetch it, and it is not here yet" in line and not server.asked
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     vmoe.load(SPARSE)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)

@@ -54,7 +54,7 @@ def test_jobs_take_a_name_of_the_hub(hub, here, capsys):
     assert main(["predict", "me/other", "photo.png"]) == 2
     line = capsys.readouterr().err
     assert line.count("\n") == 1
-    assert "me/other: no such file or folder here, and as a name of the hub its model.safetensors cannot" in line
+    assert "me/other: no such file or folder here; from the hub: its model.safetensors cannot" in line
 
 
 def test_offline_a_model_that_is_not_here_is_one_line(hub, monkeypatch):

@@ -59,3 +59,9 @@ def test_a_model_of_the_hub_is_known_by_timm_s_own_name(hub):
     )
     with pytest.raises(UserError, match=r"model\.name=hf-hub:me/other: its config\.json cannot be fetched"):
         architecture_of("hf-hub:me/other", {})
+
+
+def test_a_released_model_is_known_by_its_backbone():
+    """So that a run's checkpoint opens by any version of the table."""
+    name, kwargs = architecture_of("vmoe_s32_last2.ilsvrc2012", {"depth": 2})
+    assert name == "vmoe_vit" and kwargs["depth"] == 2 and kwargs["pre_logits"] == 512

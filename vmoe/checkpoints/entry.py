@@ -111,12 +111,14 @@ def facts_of_import(
         crop: As in `ModelFacts`.
     """
     size, mean, std = imported.image_size[0], list(imported.mean), list(imported.std)
+    # Of red, green and blue, in_chans goes without saying, and a run's model.kwargs must not say it
+    kwargs = {key: value for key, value in imported.kwargs.items() if (key, value) != ("in_chans", 3)}
     config = {
         "seed": 0,
         "output_dir": None,
         "resume": False,
         **({} if data is None else {"data": {"name": data, "image_size": size, "mean": mean, "std": std}}),
-        "model": {"name": imported.name, "kwargs": imported.kwargs},
+        "model": {"name": imported.name, "kwargs": kwargs},
         "moe": None if imported.moe is None else asdict(imported.moe),
         "optim": {},
         "trainer": {},

@@ -5,6 +5,13 @@ from pathlib import Path
 from vmoe.errors import UserError
 
 HUB = "hf-hub:"
+_REASONS = {  # by the client's errors, whose own words are several lines
+    "LocalEntryNotFoundError": "the hub cannot be reached, and its cache has no copy; check the network",
+    "RepositoryNotFoundError": "the hub has no such model, or it is private; `hf auth login` opens your own",
+    "RevisionNotFoundError": "it has no such branch, tag or commit",
+    "RemoteEntryNotFoundError": "it has no such file; `vmoe export --format hub --push` writes it",
+    "EntryNotFoundError": "it has no such file; `vmoe export --format hub --push` writes it",
+}
 
 
 def fetch(name: str) -> Path:
@@ -25,9 +32,10 @@ def fetch(name: str) -> Path:
     try:
         return Path(hf_hub_download(repository, "model.safetensors", revision=revision or None))
     except Exception as error:  # the client raises any type
-        if type(error).__name__ == "LocalEntryNotFoundError":  # also where there is no network
+        kind = type(error).__name__
+        if kind == "LocalEntryNotFoundError":
             require_network(name)
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = _REASONS.get(kind) or " ".join(str(error).split())[:200] or kind
         raise UserError(f"{name}: its model.safetensors cannot be fetched ({reason})") from error
 
 
@@ -40,4 +48,6 @@ def require_network(name: str) -> None:
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
-        raise UserError(f"{name}: is not here yet, and HF_HUB_OFFLINE forbids to fetch it; unset it once")
+        raise UserError(
+            f"{name}: HF_HUB_OFFLINE forbids to fetch it, and it is not here yet; unset HF_HUB_OFFLINE once"
+        )

@@ -5,6 +5,7 @@ model, a safetensors file as from `vmoe.save`.
 """
 
 import json
+import os
 import re
 import zipfile
 from dataclasses import asdict, replace
@@ -215,9 +216,10 @@ def _remove_files(name: str, files: "list[str] | dict[str, Any]") -> None:
 
 
 def _foreign(name: str, model: ReleasedModel, error: UserError) -> UserError:
+    reason = str(error).replace(f"{cache_folder(name)}{os.sep}", "")
     return UserError(
-        f"{name}: what came from {model.address} is not this model ({error}); its files are removed, so run this again "
-        "to fetch_released them again"
+        f"{name}: what came from {model.address} is not this model ({reason}); its files are removed, so run this again "
+        "to fetch them again"
     )
 
 

@@ -46,7 +46,7 @@ def local_path(source: str | Path) -> Path:
             return fetch(text)
         except UserError as error:
             line = str(error).removeprefix(f"{text}: ")
-            raise UserError(f"{text}: no such file or folder here, and as a name of the hub {line}") from error
+            raise UserError(f"{text}: no such file or folder here; from the hub: {line}") from error
     return path
 
 

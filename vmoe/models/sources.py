@@ -1,4 +1,4 @@
-"""Resolves models from a folder or a hub, local-dir:DIR and hf-hub:OWNER/NAME, to names that timm registers."""
+"""Resolves models of a folder, a hub or a publisher, such as hf-hub:OWNER/NAME, to names that timm registers."""
 
 import json
 from pathlib import Path
@@ -9,6 +9,7 @@ from timm.models import load_model_config_from_hf
 
 from vmoe.errors import UserError
 from vmoe.models.registry import ON_BACKBONE
+from vmoe.models.released import RELEASED, full_name, is_released
 
 _HUB, _FOLDER, _TIMM = "hf-hub:", "local-dir:", "timm/"
 # Arguments that the data and `moe` decide
@@ -49,6 +50,9 @@ def architecture_of(name: str, kwargs: dict[str, Any]) -> tuple[str, dict[str, A
             raise UserError(
                 f"model.name={name}: {path} is not there or describes no model of timm; give the folder of one"
             ) from error
+    elif is_released(name):  # whose table may be another in another version of this package
+        backbone, arguments = RELEASED[full_name(name)].backbone
+        return backbone, arguments | kwargs
     else:
         return name, kwargs
     if architecture == ON_BACKBONE:

@@ -421,8 +421,9 @@ class TrainConfig:
         output_dir: The run's folder; by default runs/ and the name of the config file, or of the images without one.
         resume: Go on with the run in output_dir from its last checkpoint, as if it had never stopped; "auto" starts a
             new run if there is none.
-        init_from: Where a new run's weights start: a checkpoint or run's folder, a file of weights that timm wrote, or
-            "pretrained" for timm's own weights of the model. Dense ones are upcycled where this run has MoE layers; the
+        init_from: Where a new run's weights start: a checkpoint or run's folder, a file of weights that timm wrote, a
+            released model, a name of the hub or an address (docs/models.md), or "pretrained" for the weights that timm,
+            or a released model, has by the model's name. Dense ones are upcycled where this run has MoE layers; the
             classifier starts fresh where the classes differ.
         data: The images.
         model: The backbone.
