@@ -108,6 +108,7 @@ def test_a_model_by_name_gives_the_original_s_logits(server):
     model = vmoe.load(SPARSE)
     torch.testing.assert_close(model(images), expected, rtol=0, atol=1e-5)
     assert model.class_names[3] == "class 3" and model.mean == (0.5, 0.5, 0.5) and model.image_size == 32
+    assert "in_chans" not in model.config["model"]["kwargs"]  # which the recipe of a student, or a run, refuses
     assert model.config["moe"]["capacity_factor"] == 1.05 and model.config["data"]["name"] == "imagenet"
     for create in (vmoe.create_model, timm.create_model):
         created = create(SPARSE, pretrained=True).eval()
