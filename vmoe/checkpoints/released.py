@@ -218,8 +218,8 @@ def _remove_files(name: str, files: "list[str] | dict[str, Any]") -> None:
 def _foreign(name: str, model: ReleasedModel, error: UserError) -> UserError:
     reason = str(error).replace(f"{cache_folder(name)}{os.sep}", "")
     return UserError(
-        f"{name}: what came from {model.address} is not this model ({reason}); its files are removed, so run this again "
-        "to fetch them again"
+        f"{name}: what came from {model.address} is not this model ({reason}); its files are removed, so run this "
+        "again to fetch them again"
     )
 
 
