@@ -31,6 +31,13 @@ def test_small_pictures_are_enlarged_and_a_class_may_have_fewer():
         assert (shown.any(1).sum(), shown.any(0).sum()) == (rows, columns)
 
 
+def test_a_long_list_of_numbers_is_broken_after_a_comma():
+    image = np.zeros((8, 8, 3), np.uint8)
+    numbers = ",".join(["0.123"] * 60)
+    cut, broken = (draw_sheet("bands", [("a", [image])], [line]).height for line in (numbers[:40], numbers))
+    assert broken > cut
+
+
 def test_pictures_are_those_of_the_first_epoch():
     config = DataConfig(name="fractals", batch_size=8, fractals=FractalConfig(classes=4, epoch_images=32))
     data = ImageDataModule(config, 0)

@@ -1,5 +1,6 @@
 """Draws a sheet of training images with a row for each class."""
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -45,12 +46,11 @@ def draw_sheet(title: str, rows: Sequence[tuple[str, Sequence[np.ndarray]]], lin
 
 
 def _broken(line: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
-    """Breaks a line into lines of at most `width` pixels, between words if possible."""
+    """Breaks a line into lines of at most `width` pixels, between words or after commas if possible."""
     parts = [""]
-    for word in line.split(" "):
-        longer = f"{parts[-1]} {word}" if parts[-1] else word
-        if parts[-1] and font.getlength(longer) > width:
-            parts.append(word)
+    for piece in re.findall(r"[^ ,]*(?:,| +|$)", line):
+        if parts[-1] and font.getlength((parts[-1] + piece).rstrip()) > width:
+            parts.append(piece)
         else:
-            parts[-1] = longer
-    return parts
+            parts[-1] += piece
+    return [part.rstrip() for part in parts]
