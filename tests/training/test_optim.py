@@ -95,6 +95,8 @@ def test_schedules_by_hand():
     assert rates("step", decay=1, decay_rate=0.1)[3:] == [0.01] * 7  # never below min_lr
     falling = [1.0, 0.7525, 0.505, 0.2575, 0.01]  # in a line over the last four
     assert rates("warmup_stable_decay", decay=4) == pytest.approx([0.5, *[1.0] * 4, *falling])
+    late = rates("warmup_stable_decay", updates=5, decay=99)  # not a jump after the warm-up
+    assert late == pytest.approx([0.5, 1.0, 0.67, 0.34, 0.01])
     up_and_down = rates("one_cycle", updates=8, warmup=4)
     expected = [0.04 + 0.96 * share for share in (0.1464466, 0.5, 0.8535534, 1)]
     assert up_and_down == pytest.approx([*expected, 1.0, *(0.01 + 0.99 * share for share in (0.75, 0.25, 0))])

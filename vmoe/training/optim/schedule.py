@@ -52,7 +52,8 @@ class LearningRates:
             times = step // self.decay if schedule == "step" else sum(fall <= step for fall in falls)
             return max(lowest, highest * self.config.decay_rate**times)
         if schedule == "warmup_stable_decay":
-            left = min(1.0, (self.updates - 1 - step) / self.decay) if math.isfinite(self.decay) else 1.0
+            decay = min(self.decay, max(1, self.updates - self.warmup))  # never into the warm-up: the rate would jump
+            left = min(1.0, (self.updates - 1 - step) / decay) if math.isfinite(decay) else 1.0
             return lowest + (highest - lowest) * max(0.0, left)
         progress = min(1.0, (step - self.warmup) / max(1, self.updates - 1 - self.warmup))
         return lowest + (highest - lowest) * (1 + math.cos(math.pi * progress)) / 2
