@@ -1,8 +1,10 @@
 """Released models by name, from a server on this machine that has recorded files in the released layout."""
 
 import dataclasses
+import errno
 import io
 import json
+import os
 import zipfile
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from vmoe.checkpoints import downloading
 from vmoe.checkpoints import released as by_name
 from vmoe.classes import find_outputs
 from vmoe.cli.main import main
+from vmoe.files import writing
 from vmoe.models import released
 from vmoe.training.config import ModelConfig, TrainConfig
 from vmoe.training.run.initial import initial_model
@@ -233,6 +236,20 @@ def test_damaged_cut_and_wrong_files_are_one_line_and_fetched_again(server, name
     assert str(by_name.cache_folder(name)) not in told
     server.files[file_of(name, suffix)] = good
     vmoe.load(name)
+
+
+def test_a_full_disk_costs_no_download(server, monkeypatch):
+    def unzip(path, folder):
+        with writing(folder):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(by_name, "_unzip", unzip)
+        with pytest.raises(ValueError, match=r"cannot be written \(No space left on device\)"):
+            vmoe.load(SWIN)
+    assert kept(SWIN) == [file_of(SWIN, ".zip")]
+    vmoe.load(SWIN)
+    assert len(server.asked) == 1
 
 
 def test_a_file_that_is_not_that_of_the_first_download(server):

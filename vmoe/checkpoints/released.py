@@ -4,6 +4,7 @@ torch.hub's folder keeps a model under checkpoints/vmoe/NAME: the publisher's fi
 model, a safetensors file as from `vmoe.save`.
 """
 
+import errno
 import json
 import os
 import re
@@ -31,6 +32,7 @@ from vmoe.sizes import height_and_width
 
 RECORD = "downloaded.json"  # each file's address, size and SHA-256 at the first download
 _IN_ZIP = re.compile(r"(?:[^/\\]+/)*([^/\\]+\.(?:rank\d{1,6}|master|global|pth))")
+_OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO)
 _OUR_SETS = {"imagenet-1k": "imagenet", "cifar100": "cifar100"}
 
 
@@ -141,10 +143,21 @@ def _convert(name: str, model: ReleasedModel, path: Path) -> None:
         imported = _import_swin(name, model) if model.kind == "swin" else _import_jax(name, model)
         _require_the_model(model, imported)
     except UserError as error:
+        if _is_of_this_machine(error):
+            raise
         _remove_files(name, [f"{model.file}.zip", *(each.name for each in path.parent.glob(f"{model.file}.*"))])
         raise _foreign(name, model, error) from error
     facts = facts_of_import(imported, model.class_names(), _OUR_SETS.get(model.names), model.crop)
     write_weights(path, imported.model.state_dict(), facts)
+
+
+def _is_of_this_machine(error: BaseException | None) -> bool:
+    """Whether a disk failed, such as a full one, rather than the publisher's files."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _OF_DISKS:
+            return True
+        error = error.__cause__
+    return False
 
 
 def _import_jax(name: str, model: ReleasedModel) -> ImportedModel:
@@ -167,7 +180,7 @@ def _import_swin(name: str, model: ReleasedModel) -> ImportedModel:
     with new_folder(path.with_suffix("")) as folder:
         _unzip(path, folder)
         imported = _dropping_nothing(import_swin_moe_checkpoint(folder))
-        for file in folder.iterdir():  # the .zip contains a folder
+        for file in folder.iterdir():  # they are in the .zip
             file.unlink()
     path.with_suffix("").rmdir()
     return imported
