@@ -122,13 +122,12 @@ def _fetched(name: str, model: ReleasedModel, suffix: str, known: dict[str, Any]
             sha256 = fetch_file(address, path)
         except UserError as error:
             raise UserError(f"{name}: {error}") from error
-    first = model.sha256.get(path.name) or known.get(path.name, {}).get("sha256")
+    first = known.get(path.name, {}).get("sha256")
     if first is not None and first != sha256:
         path.unlink()
-        what = "the publisher's" if path.name in model.sha256 else "that of the first download"
         raise UserError(
-            f"{name}: {address} is not what it was: its SHA-256 is {sha256}, and {what} is {first}; run this again if "
-            f"it was damaged, or remove {path.with_name(RECORD)} if the publisher has replaced it"
+            f"{name}: {address} is not what it was: its SHA-256 is {sha256}, and that of the first download is "
+            f"{first}; run this again if it was damaged, or remove {path.with_name(RECORD)} if the publisher has replaced it"
         )
     return {path.name: {"address": address, "size": path.stat().st_size, "sha256": sha256}}
 

@@ -3,7 +3,6 @@
 Each value is the publisher's own, from the model's `source`. A value that no source gives is None.
 """
 
-import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
@@ -46,7 +45,6 @@ class ReleasedModel:
         license: The licence of the publisher's repository.
         source: The source of these facts.
         paper: Its number at arXiv.
-        sha256: The SHA-256 of each file, by name, if the publisher gives it; else {}.
     """
 
     kind: Literal["jax", "swin"]
@@ -70,7 +68,6 @@ class ReleasedModel:
     license: str
     source: str
     paper: str
-    sha256: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def file(self) -> str:
@@ -85,7 +82,7 @@ class ReleasedModel:
     @property
     def digest(self) -> str:
         """A text that changes with any fact in the converted file."""
-        told = {name: value for name, value in vars(self).items() if name not in ("description", "source", "sha256")}
+        told = {name: value for name, value in vars(self).items() if name not in ("description", "source")}
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:8]
 
     def class_names(self) -> list[str]:
