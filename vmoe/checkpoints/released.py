@@ -127,7 +127,8 @@ def _fetched(name: str, model: ReleasedModel, suffix: str, known: dict[str, Any]
         path.unlink()
         raise UserError(
             f"{name}: {address} is not what it was: its SHA-256 is {sha256}, and that of the first download is "
-            f"{first}; run this again if it was damaged, or remove {path.with_name(RECORD)} if the publisher has replaced it"
+            f"{first}; run this again if it was damaged, or remove {path.with_name(RECORD)} if the publisher has "
+            "replaced it"
         )
     return {path.name: {"address": address, "size": path.stat().st_size, "sha256": sha256}}
 
