@@ -6,6 +6,7 @@ import tarfile
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from vmoe.cli.make_shards import main
 from vmoe.data import DataConfig, EpochBatchSampler, ImageDataModule
@@ -186,6 +187,31 @@ def test_lists_of_labels_that_do_not_fit_are_named(tmp_path, train, val, classes
 def test_shards_have_a_separator_and_no_columns():
     with pytest.raises(ValueError, match="label=kind: is for tables; of tar shards only"):
         DataConfig("webdataset", "x", table=TableConfig(label="kind"))
+
+
+@pytest.mark.parametrize("form", ["separator", "columns", "one"])
+def test_shards_of_a_table_hold_what_the_table_holds(tmp_path, form):
+    header, cells, columns = {
+        "separator": ("kind", ("7|3", "3", "", "7"), ["label=kind", "separator=|"]),
+        "columns": ("3,5,7", ("1,0,1", "1,0,0", "0,0,0", "0,0,1"), ["columns=3,5,7"]),
+        "one": ("kind", ("7", "3", "3", "7"), ["label=kind"]),
+    }[form]
+    rows = []
+    for number in range(20):
+        Image.new("L", (8, 8), number).save(tmp_path / f"{number}.PNG")
+        rows.append(f"{number}.PNG,{'train' if number < 12 else 'test'},{cells[number % 4]}\n")
+    (tmp_path / "table.csv").write_text(f"path,split,{header}\n" + "".join(rows))
+    assert main([str(tmp_path / "table.csv"), "--out", str(tmp_path / "out"), "--columns", *columns]) == 0
+    splits = load_shards(tmp_path / "out")
+    assert splits.class_names == (["3", "5", "7"] if form == "columns" else ["3", "7"])
+    for part, numbers in ((splits.train, range(12)), (splits.test, range(12, 20))):
+        found = {int(part.read(index)[0, 0, 0]): part.labels[index] for index in range(len(part))}
+        assert sorted(found) == list(numbers)
+        for number, label in found.items():
+            if form == "one":
+                assert splits.class_names[label] == cells[number % 4]
+            else:
+                assert label[[0, -1]].tolist() == [[1, 1], [1, 0], [0, 0], [0, 1]][number % 4]
 
 
 def test_no_shards(tmp_path, capsys):

@@ -452,6 +452,9 @@ MISTAKES: dict[str, list[Mistake]] = {
         Mistake("a place that is taken", "tree --out run"),
         Mistake("a place that is a file", "tree --out tiny.yaml/new"),
         Mistake("no images a shard", "tree --out new --images 0"),
+        Mistake("a table without splits", "good.csv --columns label=kind --out new"),
+        Mistake("a column that the table lacks", "good.csv --columns label=kin --out new"),
+        Mistake("columns of a folder", "tree --columns label=kind --out new"),
     ],
     "import-jax": [
         Mistake("a checkpoint that is not there", "lost --out new.ckpt"),

@@ -76,12 +76,16 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
         "images of classes that it does not know; by-number ignores the names (default: by-name)"
     )
     add("--classes", choices=("by-name", "by-number", "known"), default="by-name", help=line)
-    roles = ", ".join(TABLE_ROLES)
-    line = f"with a table, its columns where the run's had other names: {roles}, as in label=kind"
-    add("--columns", nargs="+", metavar="ROLE=NAME", help=line)
+    add_columns_option(parser, "with a table, its columns where the run's had other names")
     add("--batch-size", type=int, metavar="N", help="images per batch")
     add("--workers", type=int, metavar="N", help="processes that load images")
     add("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+
+
+def add_columns_option(parser: argparse.ArgumentParser, line: str) -> None:
+    """Adds --columns, which `table_columns` reads, with a line of help."""
+    roles = ", ".join(TABLE_ROLES)
+    parser.add_argument("--columns", nargs="+", metavar="ROLE=NAME", help=f"{line}: {roles}, as in label=kind")
 
 
 def halving_batches(job: Callable[[], T], options: argparse.Namespace) -> T:
@@ -192,7 +196,7 @@ def load_files(
     return ImageLoader(images, num_workers=config.workers, batch_size=size), shuffled
 
 
-def _columns(given: Sequence[str]) -> "TableConfig":
+def table_columns(given: Sequence[str]) -> "TableConfig":
     """The columns of a table in `--columns`.
 
     Raises:
@@ -224,7 +228,7 @@ def changed_config(checkpoint: "TrainedModel", options: argparse.Namespace) -> "
         if own.name != options.data:
             changes["val_fraction"] = own.val_fraction or DataConfig.val_fraction
     if options.columns is not None:
-        changes["table"] = _columns(options.columns)
+        changes["table"] = table_columns(options.columns)
     changed = data_for(checkpoint, options.data, options.root, **changes)
     note_batches(options, changed.eval_batch_size or changed.batch_size, checkpoint)
     return changed

@@ -1,9 +1,10 @@
 """\
-Writes the images of class folders, FOLDER/train/CLASS/IMAGE and the same in val or test, as tar shards in a new folder:
-few large files instead of millions of small ones. The images' bytes do not change. This job needs `pip install
-'vmoe[webdataset]'`; training on shards does not.
+Writes the images of class folders, FOLDER/train/CLASS/IMAGE and the same in val or test, or of a table with a column of
+splits, as tar shards in a new folder: few large files instead of millions of small ones. The images' bytes do not
+change. This job needs `pip install 'vmoe[webdataset]'`; training on shards does not.
 
   vmoe make-shards imagenet --out imagenet-shards
+  vmoe make-shards cells.csv --columns separator="|" --out cells-shards
   vmoe train --config configs/imagenet_vmoe_s16.yaml --data.name webdataset --data.root imagenet-shards
 """
 
@@ -13,24 +14,27 @@ from pathlib import Path
 from tqdm import tqdm
 
 from vmoe.cli.common import job
+from vmoe.cli.inputs import DATA_OPTIONS, add_columns_option, table_columns
 from vmoe.cli.options import count, new_parser
 from vmoe.cli.progress import working
 from vmoe.text import counted, printable
 
 
-@job()
+@job({key: option for key, option in DATA_OPTIONS.items() if option.startswith("--columns")})
 def main(argv: list[str]) -> int:
     """Runs the job."""
     parser = new_parser("make-shards", __doc__)
-    parser.add_argument("folder", type=Path, help="with train, and val or test")
+    parser.add_argument("source", type=Path, metavar="FOLDER", help="with train, and val or test; or a table")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the new folder")
     parser.add_argument(
         "--images", type=count, default=10_000, metavar="N", help="most of a shard (default: %(default)s)"
     )
     line = "most of a shard (default: %(default)s)"
     parser.add_argument("--megabytes", type=count, default=1000, metavar="N", help=line)
+    add_columns_option(parser, "the columns of a table that have other names")
     parser.add_argument("--seed", type=int, default=0, help="of the order of the images (default: %(default)s)")
     options = parser.parse_args(argv)
+    table = None if options.columns is None else table_columns(options.columns)
     from vmoe.data.shard_writing import write_shards  # here, so that --help and a mistyped option answer at once
 
     bars = {}
@@ -45,7 +49,7 @@ def main(argv: list[str]) -> int:
 
     limits = (options.images, options.megabytes)
     with working(lambda: said):
-        shards = write_shards(options.folder, options.out, *limits, options.seed, show, _say)
+        shards = write_shards(options.source, options.out, *limits, options.seed, show, _say, table)
     for bar in bars.values():
         bar.close()
     written = ", ".join(f"{counted(number, 'shard')} of {split}" for split, number in shards.items())

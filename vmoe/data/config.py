@@ -41,7 +41,7 @@ SetName = Literal[
 ]
 EMBEDDED_SETS = ("digits", "patchwork", "fractals")  # sets in this package
 NAMED_SETS = (*EMBEDDED_SETS, "cifar10", "cifar100", "imagenette", "imagenet")  # other sets are the user's own
-_FILE_SETS = {".npz": "npz", ".csv": "table", ".tsv": "table", ".parquet": "table"}  # by the suffix of the file
+FILE_SETS = {".npz": "npz", ".csv": "table", ".tsv": "table", ".parquet": "table"}  # by the suffix of the file
 _MOST_CHANNELS = 512
 Pipeline = Literal["workers", "device"]
 Crop = Literal["centre", "squash", "letterbox"]
@@ -201,7 +201,7 @@ class DataConfig:
         if self.name in NAMED_SETS:
             return self.name
         path = Path(shard_folder(self.root)) if is_address(self.root) else Path(self.root).resolve()
-        return (path.stem if path.suffix.lower() in _FILE_SETS else path.name) or self.name
+        return (path.stem if path.suffix.lower() in FILE_SETS else path.name) or self.name
 
     def _check_channels(self, channels: int) -> None:
         """Refuses what is made for red, green and blue of 8 bits."""
@@ -338,8 +338,8 @@ def set_and_root(data: str | PathLike[str]) -> tuple[str, Path | str | None]:
     if is_address(data):
         return "webdataset", str(data)
     path = Path(os.path.expanduser(data))
-    if path.suffix.lower() in _FILE_SETS:
-        return _FILE_SETS[path.suffix.lower()], path
+    if path.suffix.lower() in FILE_SETS:
+        return FILE_SETS[path.suffix.lower()], path
     if os.path.isdir(path):  # unlike `Path.is_dir` it accepts names of any length
         return _kind_of_folder(path), path
     if "/" in str(data) or os.sep in str(data):

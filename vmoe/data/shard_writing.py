@@ -1,4 +1,4 @@
-"""Writes webdataset's tar shards from class folders."""
+"""Writes webdataset's tar shards from class folders or a table."""
 
 import json
 from collections.abc import Callable
@@ -6,8 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
+from vmoe.data.config import FILE_SETS, DataConfig, TableConfig
 from vmoe.data.folders import find_split_folders, read_class_folders
+from vmoe.data.image_files import is_image_name
+from vmoe.data.imageset import FileImages, ImageSet
 from vmoe.data.shards import CLASSES_FILE, load_shards
+from vmoe.data.tables import load_table
 from vmoe.errors import UserError
 from vmoe.extras import require_extras
 from vmoe.files import new_folder, require_writable
@@ -21,49 +25,86 @@ def write_shards(
     seed: int,
     show: Callable[[str, int, int], None],
     say: Callable[[str], object],
+    table: TableConfig | None = None,
 ) -> dict[str, int]:
-    """Copies ROOT/train/CLASS/IMAGE, and the same in val and test, into tar shards. The files' bytes do not change.
+    """Copies the pictures of class folders or of a table into tar shards. The files' bytes do not change.
 
     Args:
-        source: ROOT.
+        source: ROOT of ROOT/train/CLASS/IMAGE, and the same in val and test; or a table with a column of splits.
         target: The new folder. It appears once it is complete.
         images: The most images per shard.
         megabytes: The most megabytes per shard.
         seed: Seed of the order of images.
         show: Called with the split, the number of its written images, and their total.
         say: Called with a line on ignored files, if there are any.
+        table: The columns of a table.
 
     Returns:
         The number of shards of each split.
 
     Raises:
-        UserError: The source has no such folders, the target exists, or the package is missing.
+        UserError: The source has no such folders or splits, the target exists, or the package is missing.
     """
     require_extras("webdataset")
     from webdataset import ShardWriter
 
     if target.exists():
         raise UserError(f"--out {target}: exists already; remove it or name another folder")
+    require_writable(target.parent)
+    if FILE_SETS.get(source.suffix.lower()) == "table" and not source.is_dir():
+        sets, classes = _sets_of_table(source, table or TableConfig())
+    elif table is not None:
+        raise UserError(f"--columns: are those of a table, and {source} is none; leave them out")
+    else:
+        sets, classes = _sets_of_folders(source, say)
+    with new_folder(target) as folder:
+        for split, part in sets.items():
+            order = np.random.default_rng(seed).permutation(len(part))
+            limits = {"maxcount": images, "maxsize": megabytes * 1e6, "verbose": 0}
+            with ShardWriter(str(folder / f"{split}-%06d.tar"), **limits) as writer:
+                for done, index in enumerate(order.tolist(), 1):
+                    path = Path(part.place(index))
+                    form = path.suffix[1:].lower()
+                    sample = {"__key__": f"{index:09d}", form: _file_bytes(path), **_label_file(part.labels[index])}
+                    writer.write(sample)
+                    show(split, done, len(part))
+        (folder / CLASSES_FILE).write_text(json.dumps(classes, ensure_ascii=False), encoding="utf-8")
+        load_shards(folder)  # writes the index, and checks that the shards can be read
+    return {split: len(list(target.glob(f"{split}-*.tar"))) for split in sets}
+
+
+def _sets_of_folders(source: Path, say: Callable[[str], object]) -> tuple[dict[str, ImageSet], list[str]]:
+    """The images of each split, and the class names."""
     found = find_split_folders(source) if source.is_dir() else {}
     if "train" not in found or len(found) < 2:
-        raise UserError(f"{source}: must hold train/CLASS/IMAGE and val/CLASS/IMAGE (or test)")
-    require_writable(target.parent)
+        raise UserError(f"{source}: must hold train/CLASS/IMAGE and val/CLASS/IMAGE (or test), or be a table")
     folders = read_class_folders(found)
     if folders.passed_over:
         say(f"{source}: passed over: {folders.passed_over}")
-    with new_folder(target) as folder:
-        for split, samples in folders.samples.items():
-            order = np.random.default_rng(seed).permutation(len(samples))
-            limits = {"maxcount": images, "maxsize": megabytes * 1e6, "verbose": 0}
-            with ShardWriter(str(folder / f"{split}-%06d.tar"), **limits) as writer:
-                for done, index in enumerate(order, 1):
-                    path, label = Path(samples[index][0]), samples[index][1]
-                    form = path.suffix[1:].lower()
-                    writer.write({"__key__": f"{index:09d}", form: _file_bytes(path), "cls": str(label).encode()})
-                    show(split, done, len(samples))
-        (folder / CLASSES_FILE).write_text(json.dumps(folders.classes, ensure_ascii=False), encoding="utf-8")
-        load_shards(folder)  # writes the index, and checks that the shards can be read
-    return {split: len(list(target.glob(f"{split}-*.tar"))) for split in found}
+    sets = {}
+    for split, samples in folders.samples.items():
+        files = FileImages([path for path, _ in samples])
+        sets[split] = ImageSet.all_of(files, [label for _, label in samples])
+    return sets, folders.classes
+
+
+def _sets_of_table(source: Path, table: TableConfig) -> tuple[dict[str, ImageSet], list[str]]:
+    """The images of each split, and the class names."""
+    sets, classes = load_table(DataConfig("table", str(source), table=table))
+    if "train" not in sets or len(sets) < 2:
+        raise UserError(f"{source}: must have a column of splits with train, and val or test; add it")
+    for part in sets.values():
+        for index in range(len(part)):
+            if not is_image_name(Path(part.place(index)).name):
+                raise UserError(f"{part.place(index)}: a shard cannot hold a picture by this name; rename the file")
+    return sets, classes
+
+
+def _label_file(label: np.ndarray) -> dict[str, bytes]:
+    """The file of an image's class or classes, by its suffix: numbers in classes.json."""
+    if label.ndim:
+        return {"json": json.dumps({"label": np.flatnonzero(label).tolist()}).encode()}
+    return {"cls": str(label).encode()}
 
 
 def _file_bytes(path: Path) -> bytes:
