@@ -65,13 +65,32 @@ def test_curves(tmp_path, monkeypatch, capsys):
 def test_model(tmp_path, capsys):
     arguments = ["--device", "cpu", "--model", "test_vit", "--image-size", "32", "--batch", "2"]
     arguments += ["--layers", "last-2", "--top-k", "1", "2", "--experts", "2", "--rounds", "1", "--passes", "training"]
-    assert main(["model", *arguments, "--out", str(tmp_path)]) == 0
+    assert main(["model", *arguments, "--route", "patch", "image", "--out", str(tmp_path)]) == 0
     report = json.loads((tmp_path / "model.json").read_text())
-    assert [row["model"] for row in report["rows"]] == ["dense", "last-2 K=1", "last-2 K=2"]
+    names = ["dense", "last-2 K=1", "last-2 K=1 by image", "last-2 K=2", "last-2 K=2 by image"]
+    assert [row["model"] for row in report["rows"]] == names
     assert (report["batch"], report["image_size"], report["experts"]) == (2, 32, 2)
-    dense, _, double = report["rows"]
+    dense, *_, double = report["rows"]
     assert double["gflops_per_image"] > dense["gflops_per_image"]
-    assert "| last-2 K=1 | training |" in capsys.readouterr().out
+    assert "| last-2 K=1 by image | training |" in capsys.readouterr().out
+
+
+def test_onnx_has_no_capacity(tmp_path, capsys):
+    assert main(["model", "--device", "cpu", "--passes", "onnx", "--out", str(tmp_path)]) == 2
+    assert "--capacity-factor 1.05: images share the experts' slots" in capsys.readouterr().err
+
+
+@pytest.mark.slow  # each model takes seconds to export
+def test_a_model_in_onnx_runtime(tmp_path):
+    pytest.importorskip("onnxruntime")
+    arguments = ["--device", "cpu", "--model", "test_vit", "--image-size", "32", "--batch", "1", "--rounds", "1"]
+    arguments += ["--layers", "last-2", "--top-k", "1", "--experts", "2", "--route", "image", "--passes", "onnx"]
+    assert main(["model", *arguments, "--out", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "model.json").read_text())["rows"]
+    assert [(row["model"], row["pass"], row["compile"]) for row in rows] == [
+        ("dense", "onnx", "off"),
+        ("last-2 K=1 by image", "onnx", "off"),
+    ]
 
 
 def test_data(tmp_path, capsys):

@@ -6,8 +6,10 @@ inference the weights are in the low type.
 """
 
 import statistics
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +19,13 @@ from torch._dynamo import config as dynamo_config
 from vmoe.bench.report import Column, Row, measurement_row
 from vmoe.bench.timing import Measurement, Say, TimedJob, reason_of_failure, release, silent, time_calls, time_jobs
 from vmoe.compiling import mend_compiler
+from vmoe.export.layer import exportable_copy
+from vmoe.export.programs import load_program, trace, write_onnx
 from vmoe.models.cost import count_parameters, flops_per_image
 from vmoe.moe import auxiliary_loss
 
 MODES = ("off", "default", "reduce-overhead")
-PASSES = ("training", "inference")
+PASSES = ("training", "inference", "onnx")
 MODEL_CALLS_ON_GPU = 2  # between two readings of the clock
 MODEL_COLUMNS = (
     Column("", "model"),
@@ -56,7 +60,7 @@ class ModelTiming:
     batch: int  # images per step
     device: torch.device  # where to run
     dtype: torch.dtype  # type of autocast in training, and of the weights in inference
-    passes: tuple[str, ...] = PASSES  # which passes, of `PASSES`
+    passes: tuple[str, ...] = ("training", "inference")  # which passes, of `PASSES`
     modes: tuple[str, ...] = ("off",)  # how to compile, of `MODES`
     rounds: int = 8  # how many times each job is timed
 
@@ -87,7 +91,7 @@ def benchmark_models(makers: dict[str, Callable[[], nn.Module]], timing: ModelTi
         updates = {name: _optimizer_row(name, model, device) for name, model in models.items() if of_pass == "training"}
         jobs, keys = {}, {}
         for name, model in models.items():
-            for mode in timing.modes:
+            for mode in timing.modes if of_pass != "onnx" else MODES[:1]:
                 title = f"{name}, {of_pass}, compile {mode}"
                 keys[title], jobs[title] = (name, mode), _pass_job(of_pass, model, mode, images, timing.dtype)
         with dynamo_config.patch(_MANY_GRAPHS):
@@ -121,6 +125,8 @@ def _pass_rows(results: dict[tuple[str, str], Measurement], batch: int) -> list[
 
 def _pass_job(of_pass: str, model: nn.Module, mode: str, images: Tensor, dtype: torch.dtype) -> TimedJob:
     """A step of a pass. An inference job changes the model's type, so it is made after all training jobs."""
+    if of_pass == "onnx":
+        return _in_onnx_runtime(model, images)
     if of_pass == "inference":
         model.to(dtype).eval()
         images = images.to(dtype)
@@ -157,6 +163,17 @@ def _inference(model: nn.Module, images: Tensor) -> TimedJob:
         return model(images)
 
     return infer
+
+
+def _in_onnx_runtime(model: nn.Module, images: Tensor) -> TimedJob:
+    """The model as an ONNX program in float32 on the CPU, by as many threads as torch has."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model.onnx"
+        program = trace(exportable_copy(model), images.shape[-1], "--passes onnx")
+        write_onnx(file, program, {})
+        run = load_program(file, "onnx")
+    images = images.cpu().float()
+    return lambda: run(images)
 
 
 def _cost_row(model: nn.Module, image_size: int) -> Row:

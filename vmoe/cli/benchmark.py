@@ -38,7 +38,8 @@ the weights in the low type. MoE layers have batch priority in groups of 8 image
 
   vmoe benchmark model --model vit_base_patch16_224 --layers every-2,last-2 --top-k 1 2 --batch 128
   vmoe benchmark model --model vit_small_patch16_224 --passes training --compile best
-  vmoe benchmark model --model vit_tiny_patch16_224 --device cpu --batch 1 --route patch image --passes inference
+  vmoe benchmark model --model vit_tiny_patch16_224 --device cpu --batch 1 --route patch image --capacity-factor inf \\
+    --passes inference onnx
 
 --compile best measures off, default and reduce-overhead and shows the fastest for each model; all are in model.json.
 Compiling a large model takes a minute or more for each variant, pass and mode. Writes model.json and model.md.
@@ -182,8 +183,9 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     add("--image-size", type=count, metavar="PIXELS", help="side of the images (default: the model's own)")
     modes = ("off", "default", "reduce-overhead", "best")
     add("--compile", choices=modes, default="off", help="torch.compile's mode (default: off)")
-    passes = ("training", "inference")
-    add("--passes", nargs="+", choices=passes, default=passes, help="default: training inference")
+    passes = ("training", "inference", "onnx")
+    line = "onnx is inference by ONNX Runtime on the CPU, in float32 (default: training inference)"
+    add("--passes", nargs="+", choices=passes, default=passes[:2], help=line)
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:

@@ -23,6 +23,7 @@ from vmoe.bench.timing import Measurement, Say, copy_bandwidth, reason_of_failur
 from vmoe.checkpoints import build_model
 from vmoe.cli.common import in_options
 from vmoe.errors import UserError
+from vmoe.extras import require_extras
 from vmoe.files import write_json, write_text
 from vmoe.moe import MoeConfig
 from vmoe.training.run.summary import device_name
@@ -149,6 +150,15 @@ def _curves(options: argparse.Namespace, cases: dict[str, LayerCase], dtype: tor
 def model(options: argparse.Namespace, results: Results) -> None:
     """Measures whole models beside their dense twin."""
     dtype, device = _dtype_of_options(options), options.device
+    if "onnx" in options.passes:
+        if device.type != "cpu":
+            raise UserError(f"--passes onnx: runs on the CPU, beside what runs there; give --device cpu, not {device}")
+        if "patch" in options.route and options.capacity_factor != float("inf"):
+            raise UserError(
+                f"--capacity-factor {options.capacity_factor:g}: images share the experts' slots, which no ONNX "
+                "program can; give inf with --passes onnx"
+            )
+        require_extras("export")
     own = timm.get_pretrained_cfg(options.model)
     image_size = options.image_size or (own.input_size[-1] if own is not None else 224)
     batch = options.batch or (128 if device.type == "cuda" else 8)
