@@ -6,6 +6,7 @@ import json
 import numpy as np
 from PIL import Image
 
+import vmoe
 from vmoe.cli.calibrate import main
 from vmoe.cli.predict import main as predict
 
@@ -25,6 +26,21 @@ def test_a_calibrated_file_gives_sets(save_run, tmp_path, capsys):
     assert f"a.png: {' or '.join(answer['set'])} (" in capsys.readouterr().out
     rows = list(csv.DictReader((tmp_path / "a.csv").open()))
     assert len(rows) == 2 and {row["set"] for row in rows} == {"; ".join(answer["set"])}
+
+
+def test_a_fit_that_ends_at_a_bound_says_so(save_run, tmp_path, capsys):
+    run, out = save_run(), tmp_path / "calibrated.safetensors"
+    images = np.random.default_rng(0).integers(0, 256, (10, 16, 16, 3), dtype=np.uint8)
+    right = vmoe.load(run).predict(images[:4], progress=False).probabilities.argmax(1)
+    arrays = {f"{split}_x": images for split in ("train", "test")} | {"val_x": images[:4], "val_y": right}
+    arrays |= {"train_y": np.arange(10), "test_y": np.arange(10), "class_names": np.array(list("0123456789"))}
+    np.savez(tmp_path / "few.npz", **arrays)
+    report = tmp_path / "report.json"
+    assert main([str(run), "--out", str(out), "--data", str(tmp_path / "few.npz"), "--json", str(report)]) == 0
+    assert "2 images for validation ends at the smallest temperature" in capsys.readouterr().err
+    assert json.loads(report.read_text())["at_bound"]
+    assert main([str(run), "--out", str(out), "--json", str(report)]) == 0
+    assert not capsys.readouterr().err and not json.loads(report.read_text())["at_bound"]
 
 
 def test_an_ensemble_is_refused_before_it_is_run(save_run, tmp_path, capsys):

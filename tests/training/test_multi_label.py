@@ -284,6 +284,19 @@ def test_calibration_moves_probabilities_and_thresholds_alike(trained, tmp_path,
     assert "--coverage: is for one class per image" in capsys.readouterr().err
 
 
+def test_calibration_of_answers_without_a_mistake_keeps_the_classes_and_says_its_bound(trained, tmp_path, capsys):
+    run, images, _ = trained
+    path, out = tmp_path / "model.safetensors", tmp_path / "calibrated.safetensors"
+    vmoe.save(vmoe.load(run.path), path, thresholds=[0.9, 0.95, 0.99], multi_label=True)
+    found = vmoe.load(path).predict(images, progress=False)
+    arrays = {f"{split}_{key}": each for split in ("train", "val", "test")
+              for key, each in (("x", images), ("y", (found.logits > 0).astype(np.uint8)))}  # fmt: skip
+    np.savez(tmp_path / "right.npz", **arrays, class_names=NAMES)
+    assert calibrate([str(path), "--out", str(out), "--data", str(tmp_path / "right.npz")]) == 0
+    assert "at the smallest temperature that is allowed" in capsys.readouterr().err
+    assert vmoe.load(out).predict(images, progress=False).labels == found.labels
+
+
 @pytest.mark.slow  # an export takes seconds
 def test_the_demo_page_has_the_thresholds(trained, tmp_path):
     pytest.importorskip("onnxscript")

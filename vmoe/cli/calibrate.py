@@ -10,6 +10,7 @@ class, and there are no sets.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 from vmoe.cli.common import job
@@ -17,6 +18,7 @@ from vmoe.cli.inputs import DATA_OPTIONS, add_data_options, changed_config, halv
 from vmoe.cli.options import choose_device, new_parser
 from vmoe.cli.progress import Tracked
 from vmoe.errors import UserError
+from vmoe.text import counted
 
 
 @job(DATA_OPTIONS)
@@ -45,7 +47,8 @@ def _calibrated(options: argparse.Namespace) -> None:
     if options.json is not None:
         write_json(options.json, {"checkpoint": str(options.checkpoint), **report})
     before, after = report["before"], report["after"]
-    print(f"temperature {report['temperature']:.3f}, by {report['images']} images for validation; on the test set:")
+    images = f"{counted(report['images'], 'image')} for validation"
+    print(f"temperature {report['temperature']:.3f}, by {images}; on the test set:")
     print(f"  calibration error {before['ece']:.2%} before, {after['ece']:.2%} after")
     loss, name = ("bce", "binary cross-entropy") if model.multi_label else ("nll", "negative log-likelihood")
     print(f"  {name} {before[loss]:.4f} before, {after[loss]:.4f} after")
@@ -55,6 +58,13 @@ def _calibrated(options: argparse.Namespace) -> None:
             f"images, and {each['classes']:.2f} classes on average"
         )
     print(f"{options.out}: the calibrated model")
+    if report["at_bound"]:
+        end, answered = ("smallest", "well") if report["temperature"] <= 1 else ("largest", "badly")
+        print(
+            f"warning: the fit on {images} ends at the {end} temperature that is allowed, since these are answered too "
+            f"{answered} to show how sure the model may be; give more images for validation",
+            file=sys.stderr,
+        )
 
 
 def _calibrate_parser() -> argparse.ArgumentParser:

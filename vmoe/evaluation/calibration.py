@@ -22,7 +22,8 @@ from vmoe.models.members import refuse_ensemble
 from vmoe.progress import Progress, shown
 
 COVERAGES = (0.8, 0.9, 0.95)  # coverages that are measured on the test set
-_LARGEST_TEMPERATURE = 20.0  # the smallest temperature is its inverse
+_SMALLEST_TEMPERATURE, _LARGEST_TEMPERATURE = 0.05, 20.0
+_LARGEST_THRESHOLD = 15.0  # as a logit: float32 sigmoids of more are 1
 
 
 def calibrate(
@@ -53,9 +54,10 @@ def calibrate(
         progress: As for `vmoe.evaluate`.
 
     Returns:
-        Plain types: `temperature`; `images`, the number of images of its fit; and from the test set `before` and
-        `after`, each with `nll` (of several classes `bce`) and `ece`, and `sets` with the wanted `coverage`, the
-        measured one `found`, and `classes`, the mean size of the sets.
+        Plain types: `temperature`; `images`, the number of images of its fit; `at_bound`, whether the temperature is
+        the smallest or the largest one that is allowed, which these images do not tell from one beyond; and from the
+        test set `before` and `after`, each with `nll` (of several classes `bce`) and `ece`, and `sets` with the wanted
+        `coverage`, the measured one `found`, and `classes`, the mean size of the sets.
 
     Raises:
         UserError: There are no images for validation, their classes are not the model's, or its classifier cannot be
@@ -81,11 +83,18 @@ def calibrate(
     if len(labels) < 2:
         raise UserError(f"data: {len(labels)} image for validation is too few to calibrate by; two are the least")
     if model.multi_label:
-        temperature = fit_temperature(logits, labels)
+        thresholds = torch.tensor(model.thresholds or [0.5] * len(model.class_names), dtype=torch.float64).logit()
+        # a smaller temperature would move a threshold to where all larger probabilities are 1
+        smallest = min(max(_SMALLEST_TEMPERATURE, float(thresholds.max()) / _LARGEST_THRESHOLD), 1.0)
+        temperature = fit_temperature(logits, labels, smallest)
         divide_classifier(model, temperature)
-        thresholds = torch.tensor(model.thresholds or [0.5] * len(model.class_names), dtype=torch.float64)
-        model.thresholds = (thresholds.logit() / temperature).sigmoid().tolist()
-        return {"temperature": temperature, "images": len(labels), **_before_and_after(tested, of_test, temperature)}
+        model.thresholds = (thresholds / temperature).sigmoid().tolist()
+        return {
+            "temperature": temperature,
+            "images": len(labels),
+            "at_bound": temperature in (smallest, _LARGEST_TEMPERATURE),
+            **_before_and_after(tested, of_test, temperature),
+        }
     order = torch.from_numpy(np.random.default_rng(model.config.get("seed", 0)).permutation(len(labels)))
     fit, others = order[: len(order) // 2], order[len(order) // 2 :]
     temperature = fit_temperature(logits[fit], labels[fit])
@@ -95,25 +104,30 @@ def calibrate(
     return {
         "temperature": temperature,
         "images": len(fit),
+        "at_bound": temperature in (_SMALLEST_TEMPERATURE, _LARGEST_TEMPERATURE),
         **_before_and_after(tested, of_test, temperature),
         "sets": _measured_sets(model.calibration, (tested / temperature).softmax(-1).numpy(), of_test.numpy()),
     }
 
 
-def fit_temperature(logits: Tensor, labels: Tensor) -> float:
-    """The temperature with the smallest negative log-likelihood, from 1/20 to 20.
+def fit_temperature(logits: Tensor, labels: Tensor, smallest: float = _SMALLEST_TEMPERATURE) -> float:
+    """The temperature with the smallest negative log-likelihood, from `smallest` to 20.
 
     Args:
         logits: (n, C) float64.
         labels: (n,) int64, or (n, C) of 0 and 1 of several classes.
+        smallest: The smallest temperature.
     """
     from scipy.optimize import minimize_scalar
 
-    def loss(logarithm: float) -> float:
-        return float(_cross_entropy(logits / np.exp(logarithm), labels))
+    def loss(temperature: float) -> float:
+        return float(_cross_entropy(logits / temperature, labels))
 
-    bound = float(np.log(_LARGEST_TEMPERATURE))  # the loss is convex in 1/T, so it has one minimum
-    return float(np.exp(minimize_scalar(loss, bounds=(-bound, bound), method="bounded", options={"xatol": 1e-6}).x))
+    bounds = (float(np.log(smallest)), float(np.log(_LARGEST_TEMPERATURE)))
+    # the loss is convex in 1/T, so it has one minimum
+    found = minimize_scalar(lambda each: loss(np.exp(each)), bounds=bounds, method="bounded", options={"xatol": 1e-6})
+    # a bound comes first: where all answers are right, many temperatures have a loss of 0
+    return min(smallest, _LARGEST_TEMPERATURE, float(np.exp(found.x)), key=loss)
 
 
 @torch.no_grad()
