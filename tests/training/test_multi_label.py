@@ -287,7 +287,10 @@ def test_calibration_moves_probabilities_and_thresholds_alike(trained, tmp_path,
 def test_calibration_of_answers_without_a_mistake_keeps_the_classes_and_says_its_bound(trained, tmp_path, capsys):
     run, images, _ = trained
     path, out = tmp_path / "model.safetensors", tmp_path / "calibrated.safetensors"
-    vmoe.save(vmoe.load(run.path), path, thresholds=[0.9, 0.95, 0.99], multi_label=True)
+    sure = vmoe.load(run.path)
+    with torch.no_grad():
+        sure.head.weight.mul_(4)
+    vmoe.save(sure, path, thresholds=[0.9, 0.95, 0.99], multi_label=True)
     found = vmoe.load(path).predict(images, progress=False)
     arrays = {f"{split}_{key}": each for split in ("train", "val", "test")
               for key, each in (("x", images), ("y", (found.logits > 0).astype(np.uint8)))}  # fmt: skip
