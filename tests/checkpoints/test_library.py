@@ -75,7 +75,7 @@ def test_pictures_of_any_kind_have_the_same_answer(run, pictures):
     labels, probabilities = found
     assert len(found) == len(labels) == 7 and probabilities.shape == (7, 10)
     assert found.pictures == [folder / "a.png", folder / "a.png", 2, 3, *(folder / f"{name}.png" for name in "abc")]
-    assert len(found.notes) == 1 and found.notes[0].startswith("passed over: 1 file of another format (.txt; ")
+    assert len(found.notes) == 1 and found.notes[0].startswith("ignored: 1 file of another format (.txt; ")
     for row in (1, 2, 3, 4):
         np.testing.assert_allclose(probabilities[row], probabilities[0], rtol=1e-5)
     assert labels == [model.class_names[row.argmax()] for row in probabilities]

@@ -136,7 +136,7 @@ def test_a_split_without_class_folders_is_refused(image_tree, name):
     with pytest.raises(UserError, match="val holds pictures without class folders; put each class's pictures in"):
         load(name, root)
     (root / "val").rename(root / "test")  # which nobody has labelled
-    assert f"{root / 'test'}: passed over: it has no class folders" in load(name, root).notes
+    assert f"{root / 'test'}: ignored: it has no class folders" in load(name, root).notes
     for empty in ("val", "test"):
         shutil.rmtree(root / "test")
         (root / empty).mkdir()
@@ -147,7 +147,7 @@ def test_a_split_without_class_folders_is_refused(image_tree, name):
 
 def test_what_is_beside_the_splits_is_passed_over_for_its_name(image_tree):
     root = image_tree(("train", "val", "other"))
-    assert f"{root / 'other'}: passed over: its name is no split's" in load("folder", root).notes
+    assert f"{root / 'other'}: ignored: its name is no split's" in load("folder", root).notes
 
 
 @pytest.mark.parametrize("name", ["train", "test"])

@@ -95,8 +95,8 @@ def test_unlabelled_and_unknown_splits_are_passed_over(tmp_path):
     datasets.DatasetDict({**parts, "test": unlabelled, "extra": parts["test"]}).save_to_disk(tmp_path / "set")
     splits = load(tmp_path / "set")
     assert len(splits.train) + len(splits.val) + len(splits.test) == 20
-    assert any("extra: passed over: its name is no split's" in note for note in splits.notes)
-    assert any("test: passed over: it has no labels" in note for note in splits.notes)
+    assert any("extra: ignored: its name is no split's" in note for note in splits.notes)
+    assert any("test: ignored: it has no labels" in note for note in splits.notes)
 
 
 def test_each_split_may_order_its_classes_otherwise(tmp_path):

@@ -67,7 +67,7 @@ def test_what_is_no_picture_is_counted_and_said(tmp_path, capsys):
     assert splits.class_names == ["ant", "bee"] and (len(splits.train), len(splits.test)) == (4, 4)
     note, ant = splits.notes[0], root / "train" / "ant"
     assert note == (
-        f"{root}: passed over: 4 files of other formats (.heic, no ending, .txt; the first is {ant}/a.heic), "
+        f"{root}: ignored: 4 files of other formats (.heic, no ending, .txt; the first is {ant}/a.heic), "
         f"6 names that begin with a dot (the first is {root}/train/.ipynb_checkpoints), "
         f"4 folders of the system's own (the first is {root}/train/@eaDir), "
         f"2 pipes, sockets, devices or broken links (the first is {root}/train/bee/broken.png) "
@@ -92,9 +92,7 @@ def test_links_in_class_folders_are_followed_once(tmp_path):
         before, after = getattr(plain, part), getattr(linked, part)
         assert [before.place(i) for i in range(len(before))] == [after.place(i) for i in range(len(after))]
         assert before.labels.tolist() == after.labels.tolist()
-    assert linked.notes[0] == (
-        f"{root}: passed over: 6 links to what is there already (the first is {root}/train/wasp)"
-    )
+    assert linked.notes[0] == (f"{root}: ignored: 6 links to what is there already (the first is {root}/train/wasp)")
 
 
 def test_links_to_pictures_elsewhere_are_taken(tmp_path):
@@ -105,7 +103,7 @@ def test_links_to_pictures_elsewhere_are_taken(tmp_path):
     (root / "train" / "bee" / "one.png").symlink_to(tmp_path / "store" / "inside" / "0.png")
     splits = load(root)
     assert np.bincount(splits.train.labels).tolist() == [5, 2]  # each real file once: with ant, or with bee
-    assert splits.notes[0] == f"{root}: passed over: 1 link to what is there already ({root}/train/bee/one.png)"
+    assert splits.notes[0] == f"{root}: ignored: 1 link to what is there already ({root}/train/bee/one.png)"
 
 
 def test_pictures_are_sorted_by_folder_and_name(tmp_path):
@@ -164,7 +162,7 @@ def test_a_folder_of_pictures_is_the_same_to_every_job(tmp_path, capsys):
         said["predict"]
         == said["heatmap"]
         == (
-            f"passed over: 1 file of another format (.db; {folder}/Thumbs.db), 1 name that begins with a dot "
+            f"ignored: 1 file of another format (.db; {folder}/Thumbs.db), 1 name that begins with a dot "
             f"({folder}/._p.JPG) and 1 pipe, socket, device or broken link ({folder}/pipe.png)"
         )
     )

@@ -240,4 +240,4 @@ def test_shards_as_published_sets_name_them(tmp_path, train, val):
     splits = load_shards(tmp_path)
     assert splits.train.labels.tolist() == [1, 1, 0, 1]  # .cls before .json
     assert splits.test.labels.tolist() == [1, 1, 0]
-    assert f"{tmp_path}: passed over: 1 tar file of no split, such as extra-0.tar" in splits.notes
+    assert f"{tmp_path}: ignored: 1 tar file of no split, such as extra-0.tar" in splits.notes

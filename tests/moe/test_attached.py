@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize, prune
 import vmoe
 from vmoe import MoeConfig
 from vmoe.export.layer import exportable_copy
-from vmoe.moe.parallel import deal_out_experts
+from vmoe.moe.parallel import shard_experts
 
 
 def tokens() -> Tensor:
@@ -206,8 +206,8 @@ def test_experts_with_something_attached_are_not_dealt_out():
 
     layer = normed_layer()
     prune.random_unstructured(layer.experts.fc1, "weight", 0.5)
-    with pytest.raises(ValueError, match="pruning, parametrizations, adapters or hooks cannot be dealt out") as error:
-        deal_out_experts(layer, ThreeProcesses())
+    with pytest.raises(ValueError, match="pruning, parametrizations, adapters or hooks cannot be sharded") as error:
+        shard_experts(layer, ThreeProcesses())
     assert "\n" not in str(error.value)
 
 

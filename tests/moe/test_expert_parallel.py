@@ -8,7 +8,7 @@ from support.forks import run_forked
 
 from vmoe.moe import MoeConfig, MoeMlp
 from vmoe.moe.kernels import TRITON
-from vmoe.moe.parallel import deal_out_experts
+from vmoe.moe.parallel import shard_experts
 
 SCRIPT = Path(__file__).parents[1] / "support" / "expert_parallel_worker.py"
 CAN_INTERPRET = TRITON.experts is not None and not torch.cuda.is_available()
@@ -54,5 +54,5 @@ class _TwoProcesses:
 
 def test_experts_that_cannot_be_dealt_out_are_refused():
     layer = MoeMlp(8, 16, moe=MoeConfig(num_experts=3))
-    with pytest.raises(ValueError, match="num_experts=3: cannot be dealt out to 2 processes"):
-        deal_out_experts(layer, _TwoProcesses())
+    with pytest.raises(ValueError, match="num_experts=3: cannot be sharded over 2 ranks"):
+        shard_experts(layer, _TwoProcesses())

@@ -261,8 +261,8 @@ def test_second_derivatives_are_refused():
 def test_says_what_it_cannot_take(knobs, lacks, misfit):
     layer = vmoe.MoeMlp(16, **{"hidden_features": 32, **knobs}, moe=MoeConfig())
     mlp = layer.experts._mlp(torch.bfloat16)
-    assert (lacks or "None") in str(requirements.what_it_lacks(mlp))
-    assert (misfit or "None") in str(requirements.what_does_not_fit(mlp))
+    assert (lacks or "None") in str(requirements.missing_feature(mlp))
+    assert (misfit or "None") in str(requirements.unsupported_width(mlp))
 
 
 @pytest.mark.parametrize(("num_experts", "chunk", "recompute"), [(3, 1, True), (4, 2**12, False), (3, 2**14, True)])

@@ -18,7 +18,7 @@ from vmoe.moe import MoeConfig, MoeMlp, parallel
 from vmoe.moe import layer as layer_module
 from vmoe.moe.kernels import Kernels
 from vmoe.moe.kernels.experts import fused, requirements
-from vmoe.moe.parallel import DistributedExperts, deal_out_experts
+from vmoe.moe.parallel import DistributedExperts, shard_experts
 from vmoe.training.parallel.collectives import connect, disconnect, new_mesh
 
 LAYERS = {
@@ -44,7 +44,7 @@ def choose_backend(x_TD: torch.Tensor, choices, mlp, name, kernels):
     """Makes the layer's own choice, and records the type of its tokens."""
     handed.add(type(x_TD))
     if kernels is INTERPRETED:
-        return fused if requirements.what_it_lacks(mlp) is None and x_TD.shape[0] else own_choice(x_TD, choices, mlp)
+        return fused if requirements.missing_feature(mlp) is None and x_TD.shape[0] else own_choice(x_TD, choices, mlp)
     return own_choice(x_TD, choices, mlp, name, kernels)
 
 
@@ -63,7 +63,7 @@ def check(how: str, name: str, training: bool) -> None:
     ).to(device)  # timm creates activations without a device
     layer.train(training)
     mine = copy.deepcopy(layer)
-    deal_out_experts(mine, new_mesh(device.type, (2,)))
+    shard_experts(mine, new_mesh(device.type, (2,)))
     assert isinstance(mine.experts, DistributedExperts) and mine.experts.fc1.weight.to_local().shape[0] == 2
     counts = [4, 4] if training else [4, 3]  # evaluation's last batch may be smaller
     images = torch.randn(sum(counts), 5, 8, dtype=dtype, device=device)

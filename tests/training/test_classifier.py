@@ -350,7 +350,7 @@ def test_a_fit_after_one_that_the_guard_stopped_begins_clean(loader, tmp_path):
     bad = DataLoader(TensorDataset(torch.full_like(images, torch.nan), torch.zeros(len(images), dtype=torch.long)), 8)
     task = vmoe.Classifier(new_model())
     run = trainer(tmp_path, [guard, vmoe.Ema(0.9), vmoe.RoutingMonitor(images=0)], max_epochs=1)
-    with pytest.raises(UserError, match=r"step 1: .*The model, and the last checkpoint .* hold the weights of before"):
+    with pytest.raises(UserError, match=r"step 1: .*The model, and the last checkpoint .* hold the weights"):
         run.fit(task, bad)
     run.save_checkpoint(tmp_path / "a.ckpt")
     trainer(tmp_path, [guard], max_epochs=1).fit(task, loader)  # the same guard

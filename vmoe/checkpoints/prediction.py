@@ -233,7 +233,7 @@ def _numbered_pictures(
         else:
             items.append((place, picture))
     if passed_over:
-        notes.append(f"passed over: {passed_over}")
+        notes.append(f"ignored: {passed_over}")
     return items
 
 

@@ -87,7 +87,7 @@ _SIZE_OPTIONS = {
     "width": "width of a token",
     "hidden": "hidden width of an expert (default: 4 times --width, where that is given)",
     "experts": "number of experts",
-    "top-k": "experts a token",
+    "top-k": "experts per token",
     "images": "images a batch",
     "tokens": "tokens an image",
 }
@@ -157,7 +157,9 @@ def _add_layer(parser: argparse.ArgumentParser) -> None:
     _add_timing(parser, "15, along curves 7")
     names = "S16 B16 L16 Ti-k1 Ti-k2 S32 S32-b128"
     parser.add_argument("--cases", nargs="+", metavar="CASE", help=f"sizes by name: {names}")
-    parser.add_argument("--jobs", nargs="+", metavar="NAME", help="only those whose names begin so, beside dense")
+    parser.add_argument(
+        "--jobs", nargs="+", metavar="NAME", help="only jobs with names that begin like this, and the dense one"
+    )
     parser.add_argument("--peers", action="store_true", help="also plain PyTorch recipes and transformers' experts")
     line = "instead: along experts, tokens, top-k, capacity (all when none is named)"
     parser.add_argument("--curves", nargs="*", metavar="AXIS", help=line)
@@ -172,7 +174,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", default="vit_base_patch16_224", metavar="NAME", help="of timm (default: %(default)s)")
     add("--layers", nargs="+", default=["every-2", "last-2"], help="which are MoE (default: every-2 last-2)")
-    add("--top-k", nargs="+", type=count, default=[1, 2], metavar="K", help="experts a token (default: 1 2)")
+    add("--top-k", nargs="+", type=count, default=[1, 2], metavar="K", help="experts per token (default: 1 2)")
     routes = ("patch", "image")
     add("--route", nargs="+", choices=routes, default=routes[:1], help="what is routed (default: patch)")
     add("--experts", type=count, default=32, metavar="E", help="of a layer (default: %(default)s)")
@@ -217,7 +219,7 @@ def _add_scaling(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="divisors of the most; default: 1 and all GPUs; on CPUs 1 2",
     )
-    add("--models", nargs="+", metavar="NAME", help="of S/16 and B/16, whose speed is measured (default: both)")
+    add("--models", nargs="+", metavar="NAME", help="models to time, of S/16 and B/16 (default: both)")
     add(
         "--experts",
         nargs="+",
@@ -226,7 +228,7 @@ def _add_scaling(parser: argparse.ArgumentParser) -> None:
         help="of a layer, in speed (default: 8 32)",
     )
     add("--batch", type=count, metavar="B", help="images per process, in speed (default: 128 on a GPU, else 8)")
-    add("--compiled", action="store_true", help="compile the models whose speed is measured")
+    add("--compiled", action="store_true", help="compile the timed models")
     add("--cuda-graph", action="store_true", help="capture steps, in speed and equality, by layouts that can be")
     add("--steps", type=count, help="updates that are timed (default: 12 on a GPU, else 3)")
     add("--limit", type=count, default=120, metavar="SECONDS", help="the most for a part (default: %(default)s)")

@@ -71,6 +71,6 @@ def _calibrate_parser() -> argparse.ArgumentParser:
     parser = new_parser("calibrate", __doc__)
     parser.add_argument("checkpoint", metavar="CKPT", help="a checkpoint file, or a run's folder (its best checkpoint)")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="what to write, a .safetensors file")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured as JSON")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the measurements as JSON")
     add_data_options(parser)
     return parser

@@ -29,7 +29,7 @@ def main(argv: list[str]) -> int:
     add("--out", type=Path, default=Path("training_images.png"), metavar="FILE", help="default: %(default)s")
     line = "look at so many images of each split at most, 0 at none (default: %(default)s)"
     add("--look-at", type=partial(count, least=0), default=5000, metavar="N", help=line)
-    add("--json", type=Path, metavar="FILE", help="write what was found")
+    add("--json", type=Path, metavar="FILE", help="write the findings as JSON")
     options, of_training = parser.parse_known_args(argv)
     if options.out.suffix.lower() != ".png":
         parser.error(f"argument --out: {str(options.out)!r} must end in .png")

@@ -161,7 +161,7 @@ def _explore_parser() -> argparse.ArgumentParser:
         help="in place of a data set: image files without labels, or folders, which are searched to their depth",
     )
     parser.add_argument(
-        "--sample", type=int, default=300, metavar="N", help="images whose maps the page shows (default: 300)"
+        "--sample", type=int, default=300, metavar="N", help="images with maps on the page (default: 300)"
     )
     parser.add_argument(
         "--probe-images",

@@ -27,7 +27,7 @@ def main(argv: list[str]) -> None:
     options = _heatmap_parser().parse_args(argv)
     # Imported here, so that --help and a mistyped option answer at once.
     from vmoe.checkpoints import load_checkpoint
-    from vmoe.cli.inputs import depth_of, find_files, say_left_out
+    from vmoe.cli.inputs import depth_of, find_files, print_left_out
     from vmoe.cli.progress import Tracked
     from vmoe.explain.heatmap.files import write_heatmaps
     from vmoe.files import require_writable
@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
         said = best if "labels" not in image else f"{', '.join(image['labels']) or 'no class'} ({best})"
         print(printable(f"{image['file']}: {said}"))
     figures = sum(len(image["pages"]) for image in index["images"])
-    say_left_out(index["damaged"], len(images))
+    print_left_out(index["damaged"], len(images))
     print(f"index.html, {figures} figure{'s' * (figures > 1)} and index.json in {options.out}")
 
 

@@ -144,7 +144,7 @@ def find_files(paths: "Sequence[str]", channels: int | None = None) -> "list[Pat
     passed_over = PassedOver()
     files = find_images(paths, passed_over, arrays=channels is not None)
     if passed_over:
-        print(printable(f"passed over: {passed_over}"), file=sys.stderr)
+        print(printable(f"ignored: {passed_over}"), file=sys.stderr)
     return files
 
 
@@ -159,7 +159,7 @@ def depth_of(known: int | None, files: "Sequence[Path]", channels: int | None = 
     return measured.bits
 
 
-def say_left_out(lines: "Sequence[str]", count: int) -> None:
+def print_left_out(lines: "Sequence[str]", count: int) -> None:
     """Prints on stderr a line for each of `count` image files that could not be read."""
     if lines:
         print(f"{len(lines)} of {count} files left out:", *map(printable, lines), sep="\n  ", file=sys.stderr)
@@ -188,7 +188,7 @@ def load_files(
     paths, damaged = readable_files(paths, config.workers or torch.get_num_threads(), depth, config.channels)
     if not paths:
         raise none_readable(damaged)
-    say_left_out(damaged, count)
+    print_left_out(damaged, count)
     shuffled = [paths[place] for place in np.random.default_rng(options.seed).permutation(len(paths))]
     prepared = config.image_size, config.mean, config.std, depth, config.crop, config.channels
     images = UnlabelledImages(shuffled, *prepared)

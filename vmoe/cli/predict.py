@@ -39,7 +39,7 @@ def _predicted(options: argparse.Namespace) -> None:
     # Imported here, so that --help and a mistyped option answer at once.
     from vmoe.checkpoints.calibration import least_probability
     from vmoe.checkpoints.prediction import UNKNOWN
-    from vmoe.cli.inputs import note_batches, say_left_out
+    from vmoe.cli.inputs import note_batches, print_left_out
     from vmoe.cli.progress import Tracked
     from vmoe.data.image_files import none_readable
     from vmoe.export.predictor import Program, load_predictor
@@ -130,7 +130,7 @@ def _predicted(options: argparse.Namespace) -> None:
         write_arrays(options.logits, {**names, "logits": found.logits})
     if options.embeddings is not None:
         write_arrays(options.embeddings, {**names, "embeddings": found.features})
-    say_left_out(found.left_out, len(found) + len(found.left_out))
+    print_left_out(found.left_out, len(found) + len(found.left_out))
 
 
 def _label_of(answer: dict, class_name: str) -> dict:

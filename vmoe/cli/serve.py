@@ -72,7 +72,7 @@ def _serve_parser() -> argparse.ArgumentParser:
     add("--port", type=_port, default=8000, help="default: %(default)s")
     add("--max-batch", type=count, default=32, metavar="B", help="images at once (default: %(default)s)")
     add("--max-upload", type=count, default=10, metavar="MIB", help="of a request (default: %(default)s)")
-    line = "origins whose pages may ask in a browser (CORS), such as https://example.org; * for all (default: none)"
+    line = "origins of pages that may ask from a browser (CORS), such as https://example.org; * for all (default: none)"
     add("--cors", nargs="+", type=_origin, default=[], metavar="ORIGIN", help=line)
     add("--device", default="auto", help="cpu, cuda, ... (default: auto)")
     return parser

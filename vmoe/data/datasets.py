@@ -284,10 +284,10 @@ def _folder(config: DataConfig) -> Splits:
     if not found and len(others) == 1:
         raise UserError(f"{needs}, or several folders CLASS/IMAGE, but it has {others[0]} alone; give the right folder")
     folders = read_class_folders(found or {"train": root}, arrays=config.channels is not None)
-    notes = [f"{root}: passed over: {folders.passed_over}"] if folders.passed_over else []
+    notes = [f"{root}: ignored: {folders.passed_over}"] if folders.passed_over else []
     for name in others if found else ():
         reason = "its name is no split's" if name in strange else "it has no class folders"
-        notes.append(f"{root / name}: passed over: {reason}")
+        notes.append(f"{root / name}: ignored: {reason}")
     sets = {split: _file_set(samples) for split, samples in folders.samples.items()}
     if list(sets) == ["train"]:
         return _cut_test(sets["train"], folders.classes, notes, config)

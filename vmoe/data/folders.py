@@ -44,7 +44,7 @@ def read_class_folders(splits: Mapping[str, Path], arrays: bool = False) -> Clas
         raise UserError(f"{splits[main]}: has no class folders; put each class's images in a folder of its own")
     for name in classes:
         if not pictures[main, name]:
-            left = f" (passed over: {passed_over})" if passed_over else ""
+            left = f" (ignored: {passed_over})" if passed_over else ""
             raise UserError(f"{splits[main]}: class folder {name!r} holds no picture{left}; add some, or remove it")
     number = {name: label for label, name in enumerate(classes)}
     samples: dict[str, list[tuple[str, int]]] = {split: [] for split in splits}

@@ -87,7 +87,7 @@ def load_huggingface(config: DataConfig) -> tuple[dict[str, ImageSet], list[str]
         split = split_of(name)
         if split is None or split in splits:
             reason = "its name is no split's" if split is None else f"{split} is there already"
-            notes.append(f"{config.root}: {name}: passed over: {reason}")
+            notes.append(f"{config.root}: {name}: ignored: {reason}")
         else:
             splits[split] = rows
     if not splits:
@@ -106,7 +106,7 @@ def load_huggingface(config: DataConfig) -> tuple[dict[str, ImageSet], list[str]
     for split, labels in numbers.items():
         is_missing = (labels == _NO_LABEL).reshape(len(labels), -1).any(1)
         if is_missing.all() and len(numbers) > 1:
-            notes.append(f"{config.root}: {split}: passed over: it has no labels")
+            notes.append(f"{config.root}: {split}: ignored: it has no labels")
             continue
         if is_missing.any():
             row = int(np.flatnonzero(is_missing)[0])

@@ -212,7 +212,7 @@ def find_images(paths: Iterable[str | Path], passed_over: PassedOver, arrays: bo
             here = PassedOver()
             (inside,) = find_pictures([path], here, arrays)
             if not inside:
-                left = f" (passed over: {here})" if here else ""
+                left = f" (ignored: {here})" if here else ""
                 raise UserError(f"{path}: this folder holds no image file{left}; give images, or a folder that does")
             found += map(Path, inside)
             passed_over.update(here)

@@ -80,7 +80,7 @@ def _sets_of_folders(source: Path, say: Callable[[str], object]) -> tuple[dict[s
         raise UserError(f"{source}: must hold train/CLASS/IMAGE and val/CLASS/IMAGE (or test), or be a table")
     folders = read_class_folders(found)
     if folders.passed_over:
-        say(f"{source}: passed over: {folders.passed_over}")
+        say(f"{source}: ignored: {folders.passed_over}")
     sets = {}
     for split, samples in folders.samples.items():
         files = FileImages([path for path, _ in samples])

@@ -111,7 +111,7 @@ def load_shards(root: str | Path, separator: str | None = None) -> Splits:
     else:
         names = _read_class_names(where, 1 + max(int(part.labels.max(initial=0)) for part in sets.values()))
     tars = f"{len(others)} tar files" if len(others) > 1 else "1 tar file"
-    notes = [f"{root}: passed over: {tars} of no split, such as {others[0]}"] if others else []
+    notes = [f"{root}: ignored: {tars} of no split, such as {others[0]}"] if others else []
     return given_splits(sets, names, notes)
 
 

@@ -8,8 +8,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 from vmoe.models.families import on_meta, own_channels, run_on_meta
-from vmoe.models.members import hand_members_through
-from vmoe.models.padding import hand_masks_through
+from vmoe.models.members import add_member_hooks
+from vmoe.models.padding import add_mask_hooks
 from vmoe.moe import moe_layers
 
 
@@ -101,8 +101,8 @@ def _run_on_meta(
     twin = on_meta(getattr(model, "_orig_mod", model)).train(training)
     twin.requires_grad_(False)  # else the FLOP counter also handles gradients of each block's input
     layers = dict(moe_layers(twin))
-    hand_masks_through(twin, layers)  # adds our own hooks
-    hand_members_through(twin, layers)
+    add_mask_hooks(twin, layers)  # adds our own hooks
+    add_member_hooks(twin, layers)
     for name, layer in layers.items():
         layer.register_forward_pre_hook(lambda _, args, name=name: watch(name, args[0].shape))
     dtype = next((parameter.dtype for parameter in twin.parameters()), torch.float32)

@@ -76,7 +76,7 @@ def refuse_ensemble(model: nn.Module, what: str) -> None:
         raise UserError(f"{what} (the model has moe.ensemble={ensemble_size(model)}); take a single model")
 
 
-def hand_members_through(model: nn.Module, layers: dict[str, MoeMlp]) -> None:
+def add_member_hooks(model: nn.Module, layers: dict[str, MoeMlp]) -> None:
     """Adds the hooks of an ensemble to a model with `layers` in forward order. Other models do not change."""
     if not layers or ensemble_size(model) == 1:
         return
@@ -108,7 +108,7 @@ def check_ensemble(model: nn.Module, image_size: int | tuple[int, int] | None = 
     if any(class_key(module).startswith(PADDED_FAMILIES) for module in model.modules()):
         raise ValueError(f"{refused}: it takes padded images, which have masks; use another backbone")
     twin = on_meta(model).eval()
-    hand_members_through(twin, dict(moe_layers(twin)))
+    add_member_hooks(twin, dict(moe_layers(twin)))
     images = meta_images(model, image_size)
     try:
         rows = len(run_on_meta(twin, images))

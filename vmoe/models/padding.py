@@ -37,7 +37,7 @@ class TokenMask:
         return inputs, {**named, "token_mask": self.mask}
 
 
-def hand_masks_through(model: nn.Module, layers: dict[str, MoeMlp]) -> None:
+def add_mask_hooks(model: nn.Module, layers: dict[str, MoeMlp]) -> None:
     """Adds hooks that give MoE layers their token masks, in models for padded images. Other models do not change."""
     padded = [name for name, module in model.named_modules() if class_key(module).startswith(PADDED_FAMILIES)]
     for name, layer in layers.items():
@@ -46,7 +46,7 @@ def hand_masks_through(model: nn.Module, layers: dict[str, MoeMlp]) -> None:
 
 
 def remove_masks(model: nn.Module) -> None:
-    """Undoes `hand_masks_through` in blocks without an MoE layer."""
+    """Undoes `add_mask_hooks` in blocks without an MoE layer."""
     for block in model.modules():
         hooks = block._forward_pre_hooks
         if not any(isinstance(child, MoeMlp) for child in block.children()):

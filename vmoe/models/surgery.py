@@ -12,8 +12,8 @@ from torch import nn
 
 from vmoe.models.families import EligibleMlp, eligible_mlps, has_class_token, on_meta
 from vmoe.models.lora import has_lora
-from vmoe.models.members import check_ensemble, hand_members_through
-from vmoe.models.padding import hand_masks_through
+from vmoe.models.members import add_member_hooks, check_ensemble
+from vmoe.models.padding import add_mask_hooks
 from vmoe.models.released import is_released
 from vmoe.moe import MoeConfig, MoeMlp, moe_layers
 from vmoe.moe.image_routing import share_router
@@ -107,10 +107,10 @@ def sparsify(
     put_in_order(list(layers.values()))
     if moe.shared_router and layers:
         share_router(list(layers.values()))
-    hand_masks_through(model, layers)
+    add_mask_hooks(model, layers)
     if moe.ensemble > 1 and layers:
         check_ensemble(model, image_size)
-        hand_members_through(model, layers)
+        add_member_hooks(model, layers)
     timm_model: Any = model
     own = timm_model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
     timm_model.no_weight_decay = NoWeightDecay({*own, *_undecayed(layers)})

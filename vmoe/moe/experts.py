@@ -273,11 +273,11 @@ def choose_backend(
         return cpu
     if not x_TD.is_cuda or x_TD.shape[0] == 0:
         return segments
-    if kernels.experts is not None and requirements.what_it_lacks(mlp) is None:
-        misfit = requirements.what_does_not_fit(mlp)
+    if kernels.experts is not None and requirements.missing_feature(mlp) is None:
+        misfit = requirements.unsupported_width(mlp)
         if misfit is None:
             return kernels.experts
-        _warn_once(f"experts with {misfit}: too odd for the fused kernels, so slower ones are used")
+        _warn_once(f"experts with {misfit}: the fused kernels do not support that width, so slower ones are used")
     return segments if choices.capacity is None else padded
 
 
@@ -288,7 +288,7 @@ def _reason_against(name: str, x_TD: Tensor, choices: Choices, mlp: Mlp, kernels
     if name == "fused":
         if kernels.experts is None:
             return "it needs an NVIDIA GPU and Triton"
-        lacking = requirements.what_it_lacks(mlp) or requirements.what_does_not_fit(mlp)
+        lacking = requirements.missing_feature(mlp) or requirements.unsupported_width(mlp)
         return lacking and f"it does not take {lacking}"
     if name == "cpu":
         return None if x_TD.is_cpu and cpu.takes(mlp) else "it computes two layers with GELU between them, on a CPU"

@@ -27,7 +27,7 @@ from vmoe.moe.layer import MoeMlp
 from vmoe.moe.routing import Routing, SlotRouting
 
 
-def deal_out_experts(layer: MoeMlp, mesh: DeviceMesh) -> None:
+def shard_experts(layer: MoeMlp, mesh: DeviceMesh) -> None:
     """Shards a layer's experts over the ranks of `mesh`, in order of rank. All ranks must hold the same layer before.
 
     The experts' gradients become means over the ranks. All experts share a learned activation, so it stays whole: its
@@ -44,11 +44,11 @@ def deal_out_experts(layer: MoeMlp, mesh: DeviceMesh) -> None:
         return
     if layer.num_experts % mesh.size():
         raise ValueError(
-            f"num_experts={layer.num_experts}: cannot be dealt out to {mesh.size()} processes; use a multiple of it"
+            f"num_experts={layer.num_experts}: cannot be sharded over {mesh.size()} ranks; use a multiple of it"
         )
     if not all(is_bare(module, ExpertLinear) or is_bare(module, ExpertNorm) for module in layer.experts.stacked()):
         raise ValueError(
-            "experts with pruning, parametrizations, adapters or hooks cannot be dealt out to processes; remove them "
+            "experts with pruning, parametrizations, adapters or hooks cannot be sharded over ranks; remove them "
             "(prune.remove, parametrize.remove_parametrizations) or use another strategy than expert parallelism"
         )
     for module in layer.experts.stacked():
@@ -60,7 +60,7 @@ def deal_out_experts(layer: MoeMlp, mesh: DeviceMesh) -> None:
 
 
 class DistributedExperts(Experts):
-    """Experts with parameters sharded over the ranks of `mesh`. `deal_out_experts` makes them."""
+    """Experts with parameters sharded over the ranks of `mesh`. `shard_experts` makes them."""
 
     mesh: DeviceMesh
 

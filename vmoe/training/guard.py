@@ -83,7 +83,7 @@ class Guard:
             cause = "the learning rate is likely too high: lower lr, warm up longer (warmup_epochs) or set clip_norm"
         raise UserError(
             f"step {step + 1}: the loss or its gradient became NaN or inf; {cause}. "
-            "The model, and the last checkpoint where one was written, hold the weights of before",
+            "The model, and the last checkpoint where one was written, hold the weights from before that step",
             everywhere=True,
         )
 

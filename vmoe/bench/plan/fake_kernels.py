@@ -167,7 +167,7 @@ def _fused(x_TD: Tensor, choices: Choices, mlp: Mlp, charge: Charge) -> Tensor:
 
 
 def _is_fused(mlp: Mlp) -> bool:
-    return requirements.what_it_lacks(mlp) is None and requirements.what_does_not_fit(mlp) is None
+    return requirements.missing_feature(mlp) is None and requirements.unsupported_width(mlp) is None
 
 
 class _FakeExchangedExperts(DistributedExperts):

@@ -17,7 +17,7 @@ from vmoe.checkpoints import read_checkpoint
 from vmoe.checkpoints.sharded import folder_tensors, is_sharded, read_plain_part, take_average
 from vmoe.errors import UserError
 from vmoe.moe import moe_layers
-from vmoe.moe.parallel import deal_out_experts
+from vmoe.moe.parallel import shard_experts
 from vmoe.training.optim.groups import by_name
 from vmoe.training.optim.muon import Muon
 from vmoe.training.parallel.collectives import local, new_mesh, total
@@ -89,21 +89,21 @@ def shard(model: nn.Module, processes: int, expert_size: int, device_type: str, 
     Raises:
         UserError: The experts cannot be sharded this way.
     """
-    dealt_out = _shard_experts(model, processes, expert_size, device_type) if expert_size > 1 else set()
+    sharded = _shard_experts(model, processes, expert_size, device_type) if expert_size > 1 else set()
     if dense_is_whole and expert_size == processes:
         return  # nothing needs gathering
     data = new_mesh(device_type, (processes,))
     # weights kept between forward and backward would miss a change of the shards, such as swapping in the average
     how = {"mesh": data, "reshard_after_forward": True}
     units = [module for name, module in model.named_modules() if name.split(".")[-2:-1] == ["blocks"]]
-    ignored = dealt_out.union(p for p in model.parameters() if p.dim() == 0)  # FSDP2 does not accept scalars
+    ignored = sharded.union(p for p in model.parameters() if p.dim() == 0)  # FSDP2 does not accept scalars
     if dense_is_whole:  # one common root: roots of single layers would keep their weights and not prefetch
         units, ignored = [], set(model.parameters())
     for unit in (*units, model):
         fully_shard(unit, ignored_params=ignored, **how)
 
 
-def cut_and_start(
+def shard_and_fill(
     model: nn.Module,
     cut: Callable[[nn.Module], None],
     source: nn.Module | None,
@@ -137,7 +137,7 @@ def _shard_experts(model: nn.Module, processes: int, expert_size: int, device_ty
     mesh = new_mesh(device_type, (processes // expert_size, expert_size), ("part", "expert"))
     uncut = set()
     for name, layer in moe_layers(model):
-        deal_out_experts(layer, mesh["expert"])
+        shard_experts(layer, mesh["expert"])
         parameters = layer.experts.stacked_parameters()
         if processes == expert_size:
             uncut.update(parameters)

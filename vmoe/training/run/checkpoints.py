@@ -84,7 +84,7 @@ class RunCheckpoints(Callback):
         if not math.isfinite(module.evaluation_metrics("val")["val/loss"]):
             raise UserError(
                 f"epoch {epochs_done}: the loss in evaluation is not finite, the weights have overflowed; lower "
-                "--optim.lr or warm up longer. Checkpoints of before are as they were",
+                "--optim.lr or warm up longer. Earlier checkpoints are unchanged",
                 everywhere=True,
             )
         validation = module.validation_metrics()

@@ -97,7 +97,7 @@ class Events:
         self._folder, self._say = folder, say
         self._writer: Any = None  # a SummaryWriter
         self._hook, threading.excepthook = threading.excepthook, self._in_thread
-        with self._told():
+        with self._warned():
             require_module("tensorboard")
             from torch.utils.tensorboard import SummaryWriter  # here: a run works without TensorBoard
 
@@ -105,7 +105,7 @@ class Events:
 
     def write(self, row: dict[str, Any], warnings: list[str]) -> None:
         """Writes a row of metrics and warnings, and flushes them to the disk."""
-        with self._told():
+        with self._warned():
             if self._writer is None:
                 return
             for name, value in row.items():
@@ -116,7 +116,7 @@ class Events:
             self._writer.flush()
 
     def close(self) -> None:
-        with self._told():
+        with self._warned():
             if self._writer is not None:
                 self._writer.close()
         threading.excepthook = self._hook
@@ -128,7 +128,7 @@ class Events:
             self._hook(failure)
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
+    def _warned(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:

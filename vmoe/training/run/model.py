@@ -26,7 +26,7 @@ from vmoe.training.distillation import Teacher
 from vmoe.training.parallel.collectives import together
 from vmoe.training.parallel.process import Process
 from vmoe.training.parallel.sample_draws import SampleDraws
-from vmoe.training.parallel.sharding import cut_and_start
+from vmoe.training.parallel.sharding import shard_and_fill
 from vmoe.training.parallel.strategies import cut_of
 from vmoe.training.run.initial import initial_model
 from vmoe.training.run.summary import Cost, twin_cost
@@ -60,7 +60,7 @@ def start_model(
     if cut is None:
         return model, None
     # only the first rank holds the whole model, in host memory
-    cut = partial(cut_and_start, cut=cut, source=model, device=device)
+    cut = partial(shard_and_fill, cut=cut, source=model, device=device)
     with torch.device("meta"):
         return initial_model(dataclasses.replace(config, init_from=None), classes, size, say), cut
 

@@ -19,7 +19,7 @@ from vmoe.training.config import TrainConfig
 from vmoe.training.parallel.collectives import gather
 
 _EPOCHS = "trainer.epochs"
-_MOST_TOLD = 4  # differences of configs in one line
+_MOST_NAMED = 4  # differences of configs in one line
 _FREE = (*WITHOUT_EFFECT, "data.root")  # options that may differ when a run is resumed
 _CUT = ("parallel.strategy", "parallel.expert_size", "parallel.dense")
 _WHOLE = {"none", "ddp"}  # strategies that shard nothing
@@ -160,8 +160,8 @@ def saved_state(folder: RunFolder, config: TrainConfig) -> SavedRun | None:
         saved = dataclasses.replace(saved, progress=dataclasses.replace(saved.progress, finished=False))
     changed = [key for key in sorted(before | now) if before.get(key) != now.get(key) and key not in free]
     if changed:
-        named = [f"{key} (was {before.get(key)!r}, now {now.get(key)!r})" for key in changed[:_MOST_TOLD]]
-        named += [f"{len(changed) - _MOST_TOLD} more"] if len(changed) > _MOST_TOLD else []
+        named = [f"{key} (was {before.get(key)!r}, now {now.get(key)!r})" for key in changed[:_MOST_NAMED]]
+        named += [f"{len(changed) - _MOST_NAMED} more"] if len(changed) > _MOST_NAMED else []
         raise UserError(
             f"--resume: the run in {folder.path} had another config: {', '.join(named)}; to go on with its own: "
             f"{resuming_command(folder)}; or give another --output_dir"

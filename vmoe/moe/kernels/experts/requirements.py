@@ -35,7 +35,7 @@ class Form(NamedTuple):
         return cls("silu", "") if is_bare(activation, nn.SiLU) else None
 
 
-def what_it_lacks(mlp: Mlp) -> str | None:
+def missing_feature(mlp: Mlp) -> str | None:
     """The feature of the experts that the kernels do not support, or None."""
     if Form.of(mlp.activation) is None:
         return f"activation {type(getattr(mlp.activation, 'act', mlp.activation)).__name__}"
@@ -46,7 +46,7 @@ def what_it_lacks(mlp: Mlp) -> str | None:
     return None if mlp.dtype in DTYPES else f"type {mlp.dtype}"
 
 
-def what_does_not_fit(mlp: Mlp) -> str | None:
+def unsupported_width(mlp: Mlp) -> str | None:
     """The width that the kernels do not support, or None."""
     width_O, width_H = mlp.weight2.shape[1:]
     multiple = 16 // mlp.dtype.itemsize
