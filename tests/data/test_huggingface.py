@@ -169,6 +169,7 @@ def test_an_image_may_have_several_classes_or_none(tmp_path, columns, table):
     ("labels", "kind", "table", "line"),
     [
         ([[0, 1, 0]], datasets.Sequence(datasets.Value("int64")), {}, "row 0: column label repeats a number; a list"),
+        ([[0, 1], [1, 0]] * 5, datasets.Sequence(datasets.Value("int64")), {}, "every training image has every class"),
         ([["ant"], None], datasets.Sequence(datasets.Value("string")), {}, "row 1 of train has no label"),
         ([[0, -1]], datasets.Sequence(datasets.ClassLabel(names=NAMES)), {}, "label -1 is of none of the 2 classes"),
         ([[]], datasets.Sequence(datasets.Value("string")), {}, "no picture has a label in column label"),
@@ -183,6 +184,19 @@ def test_several_classes_that_cannot_be_read_end_in_a_line(tmp_path, labels, kin
     datasets.Dataset.from_dict(content, features).save_to_disk(tmp_path / "set")
     with pytest.raises(UserError, match=line):
         load(tmp_path / "set", table=TableConfig(**table))
+
+
+@pytest.mark.parametrize("make", [rows_of, lambda levels: of_several(levels, label=("text", datasets.Value("string")))])
+def test_a_split_without_rows_is_passed_over(tmp_path, make):
+    none = make(range(4)).filter(lambda row: False, keep_in_memory=True)
+    parts = {"train": make(range(20)), "validation": none, "test": make(range(4))}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "set")
+    splits = load(tmp_path / "set")
+    assert f"{tmp_path}/set: validation: ignored: it has no rows" in splits.notes
+    assert (len(splits.train) + len(splits.val), len(splits.test)) == (20, 4)
+    datasets.DatasetDict({"train": none}).save_to_disk(tmp_path / "none")
+    with pytest.raises(UserError, match="none of its splits train is train, val or test and has rows"):
+        load(tmp_path / "none")
 
 
 def test_columns_are_named_where_two_may_be_meant(tmp_path):

@@ -87,6 +87,11 @@ def load_splits(config: DataConfig, for_training: bool = True) -> Splits:
         train, val = train.take(remaining), train.take(cut)
     if train.is_multi_label:
         _require_single_labels(config)
+        if for_training and len(train) and train.labels.all():
+            raise UserError(
+                f"data.root={config.root}: every training image has every class; a list of labels must hold the "
+                "classes of its image, not a 0 or 1 per class"
+            )
     if len(splits.train):
         train = train.take(subsets.choose_training(train.strata(), config.subset, names, config.split_seed))
     needed = {"training": train if for_training else None, "validation": val, "test": test}

@@ -85,13 +85,17 @@ def load_huggingface(config: DataConfig) -> tuple[dict[str, ImageSet], list[str]
     notes = []
     for name, rows in parts.items():
         split = split_of(name)
-        if split is None or split in splits:
+        if split is None or split in splits or not len(rows):
             reason = "its name is no split's" if split is None else f"{split} is there already"
+            reason = reason if len(rows) else "it has no rows"
             notes.append(f"{config.root}: {name}: ignored: {reason}")
         else:
             splits[split] = rows
     if not splits:
-        raise UserError(f"{config.root}: none of its splits {', '.join(parts)} is train, val or test; rename them")
+        of_rows = " and has rows" if not all(map(len, parts.values())) else ""
+        raise UserError(
+            f"{config.root}: none of its splits {', '.join(parts)} is train, val or test{of_rows}; rename them"
+        )
     main = splits.get("train") or next(iter(splits.values()))
     picture = _picture_column(config, main)
     label = None if config.table.columns is not None else _label_column(config, main)

@@ -223,7 +223,7 @@ def _with_several(
         sets: The splits, with labels of the words that each has.
         words: The names of each split's labels, or their numbers in classes.json.
     """
-    if one := sorted(sets.keys() - words.keys()):
+    if one := sorted(split for split in sets.keys() - words.keys() if len(sets[split])):
         raise UserError(f"{where.root}: {one[0]} has one label per sample, and {next(iter(words))} lists; write lists")
     known = {word for each in words.values() for word in each}
     if not known:
@@ -240,7 +240,7 @@ def _with_several(
     wide = {}
     for split, part in sets.items():
         labels = np.zeros((len(part), len(names)), dtype=np.int8)
-        for column, word in enumerate(words[split]):
+        for column, word in enumerate(words.get(split, ())):
             labels[:, int(word) if word.isdecimal() else names.index(word)] |= part.labels[:, column]
         wide[split] = replace(part, labels=labels)
     return wide, names
