@@ -56,8 +56,16 @@ class Run:
     @property
     def data(self) -> dict[str, Any]:
         """The options that decide its training and test images."""
-        names = ("name", "image_size", "crop", "subset", "split_seed", *(["root"] if self._is_named_by_root else []))
-        return {key: self.config["data"].get(key, "centre" if key == "crop" else None) for key in names}
+        names = ["name", "image_size", "crop", "channels", "split_seed"]
+        sections = ["subset"]
+        if self._is_named_by_root:  # a table may have several columns of labels
+            names.append("root")
+            sections.append("table")
+        given = self.config["data"]
+        values = {key: given.get(key, "centre" if key == "crop" else None) for key in names}
+        for name in sections:  # without nulls: runs from before an option existed have the same data as later ones
+            values[name] = {key: value for key, value in (given.get(name) or {}).items() if value is not None}
+        return values
 
     @property
     def recipe(self) -> dict[str, Any]:
