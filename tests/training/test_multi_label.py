@@ -16,6 +16,7 @@ from vmoe.checkpoints.program import facts_of_program, program_metadata
 from vmoe.cli.calibrate import main as calibrate
 from vmoe.cli.distill import main as distill
 from vmoe.cli.evaluate import main as evaluate
+from vmoe.cli.heatmap import main as heatmap
 from vmoe.cli.predict import main as predict
 from vmoe.cli.prune import main as prune
 from vmoe.cli.train import main as train
@@ -234,12 +235,15 @@ def test_experts_are_pruned_and_a_student_is_distilled(trained, tmp_path, capsys
     assert "must be cross_entropy with distill.teacher" in capsys.readouterr().err
 
 
-def test_heatmaps_and_the_explorer_decide_by_the_thresholds(trained, tmp_path):
+def test_heatmaps_and_the_explorer_decide_by_the_thresholds(trained, tmp_path, capsys):
     run, images, _ = trained
     Image.fromarray(images[0]).save(tmp_path / "a.png")
     index = vmoe.write_heatmaps(run.model, [tmp_path / "a.png"], tmp_path / "maps")
     found = run.model.predict(images, progress=False)
     assert index["images"][0]["labels"] == found.labels[0]
+    assert heatmap([str(run.path), str(tmp_path / "a.png"), "--out", str(tmp_path / "by_job")]) == 0
+    said = capsys.readouterr().out
+    assert all(f"{name} {share:.1%}" in said for name, share in zip(NAMES, found.probabilities[0], strict=True))
     data, _ = open_data(run.model, data_for(run.model))
     seen = collect(Subject.of(run.model, "mine"), data.random_dataloader("test", 0), replicates=2, sample=40)
     assert seen.correct / seen.images == vmoe.evaluate(run.model, progress=False)["exact_match"]

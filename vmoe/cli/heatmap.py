@@ -42,7 +42,8 @@ def main(argv: list[str]) -> None:
         checkpoint, images, options.out, options.layers, options.capacity_factor, command, versions(), Tracked
     )
     for image in index["images"]:
-        best = f"{image['prediction']['class']} {image['prediction']['probability']:.1%}"
+        shown = image["most_probable"] if "labels" in image else [image["prediction"]]
+        best = ", ".join(f"{each['class']} {each['probability']:.1%}" for each in shown)
         said = best if "labels" not in image else f"{', '.join(image['labels']) or 'no class'} ({best})"
         print(printable(f"{image['file']}: {said}"))
     figures = sum(len(image["pages"]) for image in index["images"])

@@ -207,7 +207,7 @@ def _weights(start: TrainedModel, model: nn.Module, class_names: list[str]) -> d
 def _with_stem(
     weights: dict[str, Tensor], model: nn.Module, path: Path, say: Callable[[str], object]
 ) -> dict[str, Tensor]:
-    """Weights of a model of red, green and blue for one of other channels: timm repeats its first convolution's."""
+    """Weights of a model of RGB for one of other channels: timm repeats (or sums) those of its first convolution."""
     known = (getattr(model, "pretrained_cfg", None) or {}).get("first_conv") or ()
     own = model.state_dict()
     for stem in (known,) if isinstance(known, str) else known:
@@ -216,7 +216,8 @@ def _with_stem(
         if here is None or there is None or there.dim() != 4 or there.shape[1] != 3 or here.shape[1] == 3:
             continue
         weights = {**weights, name: adapt_input_conv(here.shape[1], there)}
-        say(f"{path}: its first convolution, of 3 channels, is repeated for {here.shape[1]} as timm does it")
+        how = "summed" if here.shape[1] == 1 else "repeated"
+        say(f"{path}: its first convolution, of 3 channels, is {how} for {here.shape[1]} as timm does it")
     return weights
 
 
