@@ -113,15 +113,23 @@ def eligible_mlps(model: nn.Module, image_size: int | tuple[int, int] | None = N
     return eligible
 
 
-def has_class_token(model: nn.Module, mlp: EligibleMlp) -> bool:
+def has_class_token(model: nn.Module, mlp: EligibleMlp, image_size: int | tuple[int, int] | None = None) -> bool:
     """Whether the first token of an MLP is a class token.
 
     In some families the class token joins only in later blocks, so this also counts tokens.
+
+    Args:
+        model: The model.
+        mlp: One of its MLPs, found with the same `image_size`.
+        image_size: See `eligible_mlps`.
     """
     parts = mlp.name.split(".")
     owners = [model.get_submodule(".".join(parts[:length])) for length in range(len(parts) - 1, -1, -1)]
     owner: Any = next((owner for owner in owners if getattr(owner, "cls_token", None) is not None), None)
-    patches = getattr(getattr(owner, "patch_embed", None), "grid_size", None)
+    embed: Any = getattr(owner, "patch_embed", None)
+    patches = getattr(embed, "grid_size", None)
+    if patches is not None and image_size is not None and hasattr(embed, "dynamic_feat_size"):
+        patches = embed.dynamic_feat_size((image_size, image_size) if isinstance(image_size, int) else image_size)
     return patches is not None and mlp.tokens == math.prod(patches) + getattr(owner, "num_prefix_tokens", 1)
 
 

@@ -105,6 +105,9 @@ def sparsify(
     chosen = [eligible[index] for index in moe.select_layers(len(eligible))]
     layers = dict(_replace(model, mlp, moe, init == "upcycle", upcycle_noise) for mlp in chosen)
     put_in_order(list(layers.values()))
+    for mlp, layer in zip(chosen, layers.values(), strict=True):
+        if layer.images is not None:
+            layer.images.class_token = has_class_token(model, mlp, image_size)
     if moe.shared_router and layers:
         share_router(list(layers.values()))
     add_mask_hooks(model, layers)
@@ -171,8 +174,6 @@ def _replace(model: nn.Module, old: EligibleMlp, moe: MoeConfig, upcycle: bool, 
         layer.copy_into_experts(body)
         _add_noise(layer, noise)
     layer.dense_form = DenseForm(body)
-    if layer.images is not None:
-        layer.images.class_token = has_class_token(model, old)
     if norm is None:
         model.set_submodule(old.name, layer)
         return old.name, layer
