@@ -3,8 +3,10 @@
 import copy
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor
 
 import vmoe
@@ -100,6 +102,10 @@ def test_the_class_token_speaks_for_the_image_where_the_model_has_one():
     with_token = vmoe.moe_layers(model_of())[0][1]
     without = vmoe.moe_layers(model_of(model={"class_token": False, "global_pool": "avg"}))[0][1]
     assert with_token.images.class_token and not without.images.class_token
+    # and where the images have another size than the model was made for
+    dense = timm.create_model("vit_tiny_patch16_224", **SMALL, dynamic_img_size=True)
+    moe = MoeConfig(layers=[0], route="image", capacity_factor=None)
+    assert vmoe.sparsify(dense, moe, image_size=64).blocks[0].mlp.images.class_token
 
 
 def test_one_router_decides_for_all_layers():
@@ -173,3 +179,30 @@ def test_activation_checkpointing_changes_no_gradient():
         loss = model(images()).square().mean() + vmoe.auxiliary_loss(model)
         found.append(torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad]))
     torch.testing.assert_close(found[1], found[0])
+
+
+def test_a_shared_decision_under_checkpointing_is_never_that_of_another_pass():
+    model = model_of(shared_router=True, noise_std=0.0).train()
+    model.set_grad_checkpointing(True)
+    unused = model(images())  # a pass that nobody needs any more waits for nothing
+    del unused
+    for _ in range(2):
+        loss = model(images()).square().mean()
+        loss.backward()
+    first, second = model(images()), model(images().flip(0))
+    with pytest.raises(RuntimeError, match="each forward pass needs its backward pass"):
+        (first.sum() + second.sum()).backward()
+    first = model(images())
+    with torch.no_grad():
+        model(images().flip(0))
+    with pytest.raises(RuntimeError, match="each forward pass needs its backward pass"):
+        first.sum().backward()
+
+
+def test_a_shared_router_loses_no_gradient_to_reentrant_checkpointing():
+    model = model_of(shared_router=True, noise_std=0.0).train()
+    x = model.patch_embed(images())
+    for block in model.blocks:
+        x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=True)
+    with pytest.raises(RuntimeError, match="use_reentrant=False"):
+        x.sum().backward()
