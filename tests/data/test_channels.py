@@ -63,6 +63,33 @@ def test_bands_one_after_the_other_and_colours_of_a_tiff(tmp_path):
     assert load_image(tmp_path / "c.tif", channels=1)[..., 0].tolist() == [[-2.5, 40.0], [0.0, 1.0]]  # not clipped
 
 
+@pytest.mark.parametrize("channels", [None, 1])
+def test_missing_values_do_not_decide_the_depth_and_are_0(tmp_path, channels):
+    """NaN, infinity, and the smallest float32, which programs for maps write; one of them made all images black."""
+    values = np.float32([[0.2, np.nan, np.inf], [-np.inf, np.finfo(np.float32).min, 1.0]])
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        tifffile.imwrite(tmp_path / name / "0.tif", values)
+        tifffile.imwrite(tmp_path / name / "1.tif", values[:, :1] * 0)
+    data = ImageDataModule(tmp_path, channels=channels, image_size=2, val_fraction=0, check=False)
+    assert data.bit_depth == 1
+    white = 255 if channels is None else 1
+    read = load_image(tmp_path / "a" / "0.tif", data.bit_depth, channels)[..., 0]
+    np.testing.assert_allclose(read / white, [[0.2, 0, 0], [0, 0, 1]], atol=1e-6)
+
+
+@pytest.mark.parametrize("channels", [None, 1])
+def test_values_of_more_than_32_bits_have_the_largest_depth_that_a_checkpoint_holds(tmp_path, channels):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for number in range(2):
+            tifffile.imwrite(tmp_path / name / f"{number}.tif", np.float32([[1, 2**40 + number]]))
+    data = ImageDataModule(tmp_path, channels=channels, image_size=2, val_fraction=0)
+    assert data.bit_depth == 32
+    is_clipped = any("all above 4294967295 is white; save smaller ones" in line for line in data.notes)
+    assert is_clipped == (channels is None)
+
+
 @pytest.mark.parametrize("axes", [(0, 1, 2), (2, 0, 1)])
 def test_an_array_in_a_file_and_in_memory(tmp_path, axes):
     array = DEEP.transpose(axes)

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from vmoe.data.channels import Stored, stored_in
-from vmoe.data.deep_images import deep_image
+from vmoe.data.deep_images import deep_image, without_no_data
 from vmoe.data.huggingface import HuggingFaceImages
 from vmoe.data.image_files import ARRAY_SUFFIX, FORMATS
 from vmoe.data.imageset import ArrayImages, FileImages, ImageSet
@@ -19,6 +19,7 @@ from vmoe.errors import UserError
 _DEEP_SUFFIXES = (*FORMATS["PNG"], *FORMATS["PPM"], *FORMATS["TIFF"], ARRAY_SUFFIX)
 _LOOKED_FOR, _OPENED, _DECODED = 1000, 200, 64  # limits on numbers of images
 _USUAL = (8, 10, 12, 14, 16)
+_MOST_BITS = 32  # as in DataConfig
 _SEEN = 32  # the most images for the brightest level
 _DIM = 64  # of 255
 
@@ -84,7 +85,7 @@ def depth_of_content(content: BinaryIO, channels: int | None = None) -> int | No
 
 
 def _values_of(stored: Stored) -> _FileValues | None:
-    values = np.nan_to_num(stored.values)
+    values = without_no_data(stored.values)
     if stored.own_range is not None or values.dtype in (np.uint8, np.bool_):
         return None
     return _FileValues(float(values.min()), float(values.max()), values.dtype.kind == "f")
@@ -154,10 +155,11 @@ def depth_lines(root: str, given: int | None, measured: Measured | None, brighte
 def clipped_lines(place: str, depth: int, measured: Measured) -> list[str]:
     """Warns of values in `place` that become black or white when files are read with this bit depth."""
     lines = []
-    if measured.bits > depth and measured.largest > 2**depth - 1:
+    if (measured.bits > depth or depth == _MOST_BITS) and measured.largest > 2**depth - 1:
+        advice = f"train with data.bit_depth={measured.bits} to see them"
         lines.append(
             f"warning: data.bit_depth={depth}: {place} has values up to {measured.largest:g}, and all above "
-            f"{2**depth - 1} is white; train with data.bit_depth={measured.bits} to see them"
+            f"{2**depth - 1} is white; {advice if depth < _MOST_BITS else 'save smaller ones'}"
         )
     if measured.smallest < 0:
         lines.append(
@@ -177,6 +179,5 @@ def _evenly_spread(items: Sequence[int], most: int) -> list[int]:
 def _bits(largest: float, has_fractions: bool) -> int:
     tolerance = 1.1 if has_fractions else 1  # resampling may overshoot
     usual = (1, *_USUAL) if has_fractions else _USUAL
-    return next(
-        (bits for bits in usual if largest <= (2**bits - 1) * tolerance), math.ceil(math.log2(max(largest, 1) + 1))
-    )
+    needed = math.ceil(math.log2(max(largest, 1) + 1))
+    return next((bits for bits in usual if largest <= (2**bits - 1) * tolerance), min(needed, _MOST_BITS))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 from PIL import Image, ImageOps
 
-from vmoe.data.deep_images import ALL_OF_16, ORIENTATION, deep_image, raw_mode, to_rgb
+from vmoe.data.deep_images import ALL_OF_16, ORIENTATION, deep_image, raw_mode, to_rgb, without_no_data
 from vmoe.extras import require_module
 from vmoe.text import counted
 
@@ -51,7 +51,8 @@ class Stored:
             WrongChannelsError: The file has another number of channels, not gray or colours.
         """
         low, high = self.own_range or (0, white_of(self.values.dtype, bit_depth))
-        values = (self.values.astype(np.float32) - np.float32(low)) / np.float32(high - low)
+        values = without_no_data(self.values).astype(np.float32)
+        values = (values - np.float32(low)) / np.float32(high - low)
         if self.opacity is not None:
             seen = self.opacity[..., None].astype(np.float32)
             values = values * seen + (1 - seen)
@@ -60,7 +61,7 @@ class Stored:
             if found not in _GRAY_OR_RGB or channels not in _GRAY_OR_RGB:
                 raise WrongChannelsError(found, channels)
             values = np.repeat(values, 3, 2) if found == 1 else values @ np.array(_LUMINANCE, np.float32)[:, None]
-        return np.ascontiguousarray(np.nan_to_num(values, copy=False))
+        return np.ascontiguousarray(values)
 
 
 def white_of(kind: "np.dtype[Any]", bit_depth: int | None) -> float:

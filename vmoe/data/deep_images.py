@@ -17,6 +17,7 @@ ALL_OF_16 = (0, 65535)
 _MODES_WITH_ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
 _SPREAD = {"L;2": 85, "L;4": 17}  # gray of 2 and 4 bits: the step between levels in 8 bits
 ORIENTATION = 274  # EXIF tag
+_NO_DATA = 3.4e38  # just below the largest float32
 # TIFF tags
 _BITS, _LARGEST, _SMALLEST_OF_ANY_TYPE, _LARGEST_OF_ANY_TYPE = 258, 281, 340, 341
 
@@ -83,7 +84,7 @@ class DeepImage:
         """
         if self.is_gray:
             self.image.load()  # this also turns a TIFF upright
-            return np.nan_to_num(np.asarray(self.image))
+            return without_no_data(np.asarray(self.image))
         require_module("cv2")
         import cv2  # here: all other images need only Pillow
 
@@ -134,6 +135,13 @@ class DeepImage:
         opacity = values[..., 3].astype(np.int64)
         opaque = high if opacity.max(initial=0) <= high else ALL_OF_16[1]
         return (opacity * 255 // int(opaque)).astype(np.uint8)
+
+
+def without_no_data(values: np.ndarray) -> np.ndarray:
+    """The values with 0 for NaN, infinity, and the number near them by which programs for maps mark missing data."""
+    if values.dtype.kind != "f":
+        return values
+    return np.where(np.abs(values.astype(np.float64)) < _NO_DATA, values, values.dtype.type(0))
 
 
 def deep_image(image: Image.Image, source: BinaryIO) -> DeepImage | None:
