@@ -70,6 +70,7 @@ def zipped(folder, prefix="../../escaped/"):
         for path in folder.glob("*.pth.*"):
             archive.write(path, prefix + path.name)
         archive.writestr("README.md", b"is passed over")
+        archive.writestr("__MACOSX/._tiny.pth.rank0", b"is passed over")
     return content.getvalue()
 
 
@@ -302,3 +303,11 @@ def test_the_architecture_of_a_released_model_without_its_weights(name):
     )
     assert created.num_classes == model.num_classes
     assert not list(vmoe.moe_layers(vmoe.create_model(name.partition(".")[0], False, device="meta")))
+
+
+def test_an_unknown_tag_and_the_moe_layers_of_an_architecture():
+    with pytest.raises(RuntimeError, match=r"Invalid pretrained tag \(wrong\) for vmoe_s32_last2; .*ilsvrc2012_ft384"):
+        vmoe.create_model("vmoe_s32_last2.wrong")
+    for moe in (vmoe.MoeConfig(layers=[1], num_experts=3), {"layers": [1], "num_experts": 3}):
+        created = timm.create_model("vmoe_s32_last2", moe=moe, device="meta")
+        assert [layer.config.num_experts for _, layer in vmoe.moe_layers(created)] == [3]

@@ -88,7 +88,10 @@ def test_an_address_of_safetensors(here, capsys):
         capsys.readouterr()
         for wrong, reason in (
             (f"{server.address}lost.safetensors", "there is no such file"),
-            (f"{server.address}x.safetensors", "not a safetensors file, or damaged"),
+            (f"{server.address}x.safetensors", "x.safetensors: no safetensors file came, or a damaged one"),
+            ("https://[::1/x.safetensors", "is no address"),
+            ("https://./x.safetensors", "cannot be downloaded"),
+            ("https://host:port/x.safetensors", "nonnumeric port"),
             (
                 f"{server.address}mine.ckpt",
                 "must end in .safetensors, the one kind of file",
@@ -97,3 +100,23 @@ def test_an_address_of_safetensors(here, capsys):
             assert main(["predict", wrong, "photo.png"]) == 2
             line = capsys.readouterr().err
             assert reason in line and line.count("\n") == 1
+        server.files["x.safetensors"] = SHIPPED.read_bytes()  # what was damaged is not kept
+        assert torch.equal(vmoe.load(f"{server.address}x.safetensors")(x), vmoe.load(SHIPPED)(x))
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("my mod\u00e8le.safetensors", "my%20mod%C3%A8le.safetensors"),
+        ("mine.safetensors?download=true#x", "mine.safetensors?download=true"),
+    ],
+)
+def test_an_address_as_a_browser_shows_it(here, name, path):
+    with file_server.serving({path: SHIPPED.read_bytes()}) as server:
+        assert local_path(server.address + name).is_file()
+
+
+def test_a_cache_that_cannot_be_written_names_its_variable(here, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(here / "photo.png"))
+    with pytest.raises(UserError, match=r"cannot be written \(Not a directory\).*TORCH_HOME"):
+        vmoe.load("https://nowhere.invalid/x.safetensors")

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from http.client import HTTPException, HTTPResponse
+from http.client import HTTPException, HTTPResponse, InvalidURL
 from pathlib import Path
 from socket import gaierror
 from typing import BinaryIO
@@ -67,7 +67,7 @@ def fetch_file(address: str, path: Path) -> str:
         try:
             version = _fetch_rest(address, part, version_file)
             break
-        except (HTTPException, OSError) as error:
+        except (HTTPException, OSError, UnicodeError) as error:  # UnicodeError: a host that cannot be one
             failures = 0 if _bytes_in(part) > before else failures
             if failures == len(WAITS) or not _may_pass(error):
                 raise UserError(_failure_line(address, error)) from error
@@ -199,6 +199,8 @@ def _may_pass(error: Exception) -> bool:
     """Whether a retry may succeed."""
     if isinstance(error, HTTPError):
         return error.code >= 500 or error.code in _PASSING
+    if isinstance(error, InvalidURL | UnicodeError):
+        return False
     # an unknown host name means no network, or a mistyped name
     return not (isinstance(error, URLError) and isinstance(error.reason, gaierror))
 
@@ -251,10 +253,13 @@ def one_process_in(folder: Path) -> Iterator[None]:
     """
     from filelock import FileLock  # a dependency of torch
 
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock")
-        lock.acquire()
+    try:
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(folder / ".lock")
+            lock.acquire()
+    except UserError as error:
+        raise UserError(f"{error} by setting TORCH_HOME") from error
     try:
         yield
     finally:

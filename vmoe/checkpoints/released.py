@@ -11,7 +11,7 @@ import re
 import zipfile
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from timm.models import generate_default_cfgs, register_model
@@ -31,7 +31,7 @@ from vmoe.moe import MoeConfig
 from vmoe.sizes import height_and_width
 
 RECORD = "downloaded.json"  # each file's address, size and SHA-256 at the first download
-_IN_ZIP = re.compile(r"(?:[^/\\]+/)*([^/\\]+\.(?:rank\d{1,6}|master|global|pth))")
+_IN_ZIP = re.compile(r"(?:[^/\\]+/)*([^/\\.][^/\\]*\.(?:rank\d{1,6}|master|global|pth))")
 _OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO)
 _OUR_SETS = {"imagenet-1k": "imagenet", "cifar100": "cifar100"}
 
@@ -241,12 +241,15 @@ def _name_in_timm(architecture: str) -> None:
         pretrained: bool = False,
         pretrained_cfg: Any = None,
         pretrained_cfg_overlay: dict[str, Any] | None = None,
-        moe: MoeConfig | bool | None = None,
+        moe: MoeConfig | dict[str, Any] | Literal[False] | None = None,
         **kwargs: Any,
     ) -> nn.Module:
         from vmoe.models.registry import create_on_backbone  # here: that module may import this one
 
         name = f"{architecture}.{pretrained_cfg}" if isinstance(pretrained_cfg, str) else architecture
+        if not released.is_released(name):
+            tags = ", ".join(each.partition(".")[2] for each in released.architectures()[architecture])
+            raise RuntimeError(f"Invalid pretrained tag ({pretrained_cfg}) for {architecture}; its tags are {tags}")
         name = released.full_name(name)
         backbone, arguments = released.RELEASED[name].backbone
         own = own_moe(name)
@@ -260,7 +263,7 @@ def _name_in_timm(architecture: str) -> None:
             found = {"num_classes": len(facts.class_names), "input_size": (3, *height_and_width(facts.image_size))}
             pretrained_cfg_overlay = {**found, **(pretrained_cfg_overlay or {}), "file": str(path)}
         if moe is not None:
-            own = asdict(moe) if isinstance(moe, MoeConfig) else None
+            own = asdict(moe) if isinstance(moe, MoeConfig) else moe or None
         try:
             return create_on_backbone(
                 architecture,

@@ -3,7 +3,7 @@
 import hashlib
 import re
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from vmoe.checkpoints.hub import HUB, fetch, require_network
 from vmoe.errors import UserError
@@ -11,6 +11,7 @@ from vmoe.errors import UserError
 _LOCAL = "local-dir:"  # timm's prefix for a folder
 _ADDRESS = re.compile(r"https?://", re.IGNORECASE)
 _OF_HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
+_IN_ADDRESSES = "%/:?#[]@!$&'()*+,;="  # what stays as it is; a browser also shows spaces and letters of any language
 _OUR_FILES = (".ckpt", ".safetensors", ".onnx", ".pt2", ".pth", ".pt", ".npz")
 
 
@@ -73,7 +74,10 @@ def _fetch_file(address: str) -> Path:
     Raises:
         UserError: It is no .safetensors file, or cannot be downloaded.
     """
-    name = Path(unquote(urlsplit(address).path)).name
+    try:
+        name = Path(unquote(urlsplit(address).path)).name
+    except ValueError as error:
+        raise UserError(f"{address}: is no address ({error})") from error
     if not name.endswith(".safetensors"):
         raise UserError(f"{address}: must end in .safetensors, the one kind of file that is opened from an address")
     import torch
@@ -86,5 +90,25 @@ def _fetch_file(address: str) -> Path:
         require_network(address)
         with one_process_in(path.parent):
             if not path.is_file():
-                fetch_file(address, path)
+                new = path.with_name(f"new.{name}")
+                fetch_file(quote(address, safe=_IN_ADDRESSES), new)
+                _require_safetensors(new, address)
+                new.replace(path)
     return path
+
+
+def _require_safetensors(path: Path, address: str) -> None:
+    """Removes a downloaded file that is no whole safetensors file, so that it is downloaded again.
+
+    Raises:
+        UserError: It is none.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt"):
+            return
+    except SafetensorError as error:
+        path.unlink()
+        reason = " ".join(str(error).split())
+        raise UserError(f"{address}: no safetensors file came, or a damaged one ({reason}); run this again") from error
