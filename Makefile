@@ -46,7 +46,7 @@ $(LOWEST)/installed $(LOWEST)/installed-fast: pyproject.toml tests/lowest.txt
 	@touch $@
 
 $(LOWEST)/installed: NEEDED := '.[dev]'
-$(LOWEST)/installed-fast: NEEDED := '.[train,analysis,tune,jax,export,webdataset,data]' pytest pytest-xdist hypothesis
+$(LOWEST)/installed-fast: NEEDED := '.[train,analysis,tune,cluster,jax,export,webdataset,data]' pytest pytest-xdist hypothesis
 FOR_LOWEST_FAST := $(if $(wildcard $(LOWEST)/installed),$(LOWEST)/installed,$(LOWEST)/installed-fast)
 # What has broken with old versions before: surgery, routing, torch.export, augmentation, checkpoints, the lines of errors.
 LOWEST_FAST := $(addprefix tests/,test_checkpoints.py checkpoints export/test_exported_layer.py training/test_initial.py \
