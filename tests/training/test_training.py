@@ -500,17 +500,20 @@ def test_a_learning_rate_is_found_and_nothing_trained(run, capsys):
     assert run("--find_lr", "--optim.name", "timm:lyon", name="other")[0] == 2
 
 
-def test_the_largest_batch_that_fits_is_found(run, capsys):
+def test_the_largest_batch_that_fits_is_found(run, capsys, monkeypatch):
     def fill_memory(module, inputs):
         if isinstance(module, VisionTransformer) and inputs and len(inputs[0]) > 40:
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    code, folder = run("--find_batch_size", "--data.batch_size", "7")
+    code, folder = run("--find_batch_size", "--data.batch_size", "5000")  # more than there are images
     assert code == 0 and not folder.path.exists()
     assert "a batch of 128 images fits, the training images are too few for twice" in capsys.readouterr().out
     with torch.nn.modules.module.register_module_forward_pre_hook(fill_memory):
         assert run("--find_batch_size")[0] == 0
     assert "a batch of 32 images fits, 64 do not: --data.batch_size 32\n" in capsys.readouterr().out
+    monkeypatch.setattr("vmoe.training.run.finding.LARGEST_BATCH", 4)
+    assert run("--find_batch_size")[0] == 0
+    assert "a batch of 4 images fits, larger ones are not tried: " in capsys.readouterr().out
     assert run("--find_batch_size", "--find_lr")[0] == 2
 
 

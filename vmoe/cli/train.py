@@ -45,12 +45,13 @@ def _find_lr(config: TrainConfig) -> int:
 
 
 def _find_batch_size(config: TrainConfig) -> int:
-    from vmoe.training.run.finding import find_batch_size  # here, as above
+    from vmoe.training.run.finding import LARGEST_BATCH, find_batch_size  # here, as above
 
     choose_threads(config.data.workers if config.data.pipeline == "workers" else 0)
     found = find_batch_size(config)
     size = found.batch_size
-    why = f"{2 * size} do not" if found.is_limited_by_memory else "the training images are too few for twice as many"
+    why = "larger ones are not tried" if size == LARGEST_BATCH else "the training images are too few for twice as many"
+    why = f"{2 * size} do not" if found.is_limited_by_memory else why
     print(f"a batch of {size} images fits, {why}: --data.batch_size {size}")
     return 0
 

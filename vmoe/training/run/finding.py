@@ -29,6 +29,7 @@ from vmoe.training.run.data import images_of_run
 from vmoe.training.run.model import built_model, facts_of_run, new_module, start_model
 from vmoe.training.run.trainer import device_of, lightning_precision, quiet_lightning
 
+LARGEST_BATCH = 8192  # Lightning's finder tries no larger one
 _LOWEST, _HIGHEST = 1e-7, 1.0
 _MEMORY = 0.98  # decay of the mean that smooths losses in Lightning's finder
 
@@ -61,7 +62,8 @@ class FoundBatchSize:
 
     Attributes:
         batch_size: Its number of images.
-        is_limited_by_memory: Whether twice as many do not fit; else there are fewer training images.
+        is_limited_by_memory: Whether twice as many do not fit; else there are fewer training images, or it is
+            `LARGEST_BATCH`.
     """
 
     batch_size: int
@@ -93,7 +95,7 @@ def find_lr(
     """
     if steps < 20:
         raise UserError(f"steps={steps}: must be 20 or more")
-    with _short_run(config, options, say, "find_lr") as short:
+    with _short_run(_config_of(config, options), say, "find_lr") as short:
         accumulate, batches = short.trainer.accumulate_grad_batches, len(short.data.train_sampler)
         if accumulate > batches:  # Lightning's finder skips such updates
             raise UserError(
@@ -120,7 +122,7 @@ def find_batch_size(
     options: Mapping[str, Any] | None = None,
     say: Callable[[str], object] = print,
 ) -> FoundBatchSize:
-    """Finds the largest batch of 1, 2, 4, 8, ... images that fits into memory. No run is kept.
+    """Finds the largest batch of 1, 2, 4, ..., 8192 images that fits into memory. No run is kept.
 
         found = vmoe.find_batch_size("imagenet_vmoe_s16")
         vmoe.fit("imagenet_vmoe_s16", options={"data.batch_size": found.batch_size})
@@ -135,11 +137,15 @@ def find_batch_size(
     Raises:
         UserError: An option is not allowed, there are several ranks, or a single image does not fit.
     """
-    with _short_run(config, options, say, "find_batch_size") as short:
+    config = _config_of(config, options)
+    # The smallest size comes first. Lightning would keep a size of at least all training images, and not try any
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=2))
+    with _short_run(config, say, "find_batch_size") as short:
         if short.trainer.strategy.root_device.type == "cpu":
             say("warning: on a CPU the system may end this process when the memory is full")
         images = short.data.train_sampler.epoch_images // short.data.config.repeat
-        doublings = max(1, images.bit_length() - 1)  # up to the largest batch of training images
+        most = min(images, LARGEST_BATCH)
+        doublings = max(1, most.bit_length() - 1)  # up to the largest batch of at most so many images
         try:
             size = Tuner(short.trainer).scale_batch_size(
                 short.module, datamodule=short.data, init_val=2, max_trials=doublings, max_val=2 ** (doublings + 1)
@@ -150,7 +156,7 @@ def find_batch_size(
             raise UserError(
                 "find_batch_size: not even one image fits the memory; take a smaller model or smaller images"
             ) from error
-    return FoundBatchSize(size, is_limited_by_memory=2 * size <= images)
+    return FoundBatchSize(size, is_limited_by_memory=2 * size <= most)
 
 
 @dataclass(frozen=True)
@@ -162,16 +168,13 @@ class _ShortRun:
     data: ImageDataModule
 
 
+def _config_of(config: TrainConfig | str | PathLike[str], options: Mapping[str, Any] | None) -> TrainConfig:
+    return config if isinstance(config, TrainConfig) else config_with(config, options or {})
+
+
 @contextlib.contextmanager
-def _short_run(
-    config: TrainConfig | str | PathLike[str],
-    options: Mapping[str, Any] | None,
-    say: Callable[[str], object],
-    finder: str,
-) -> Iterator[_ShortRun]:
+def _short_run(config: TrainConfig, say: Callable[[str], object], finder: str) -> Iterator[_ShortRun]:
     """A short run of a config in one process, with a Trainer that keeps no files."""
-    if not isinstance(config, TrainConfig):
-        config = config_with(config, options or {})
     if Process.this().world_size > 1:
         raise UserError(f"{finder}: works in one process; start it without torchrun", everywhere=True)
     trainer = dataclasses.replace(config.trainer, cuda_graph=False, compile=False)
