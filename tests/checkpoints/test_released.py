@@ -19,6 +19,7 @@ from support.jax_writer import write_checkpoint
 import vmoe
 from vmoe.checkpoints import downloading
 from vmoe.checkpoints import released as by_name
+from vmoe.checkpoints.released import fetch_released
 from vmoe.classes import find_outputs
 from vmoe.cli.main import main
 from vmoe.files import writing
@@ -166,27 +167,36 @@ def test_a_pretrained_model_is_written_and_opened_again(server, tmp_path):
     assert torch.equal(vmoe.load(tmp_path / "mine.safetensors")(x), model.eval()(x))
 
 
-def test_every_job_takes_the_name(server, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def pictures(tmp_path, monkeypatch):
+    """A working folder with two pictures, and a set of them."""
     monkeypatch.chdir(tmp_path)
     for i in range(2):
         Image.fromarray(np.random.default_rng(i).integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(f"{i}.png")
         folder = tmp_path / "set" / "test" / f"class {i}"
         folder.mkdir(parents=True)
         Image.open(f"{i}.png").save(folder / "a.png")
+
+
+def test_jobs_take_the_name(server, pictures, capsys):
     for job in (
         f"predict {SPARSE} 0.png --routing",
-        f"heatmap {SPARSE} 0.png 1.png --out maps",
         f"evaluate {SPARSE} --data set --capacity-factor 1.05",
         f"export {SPARSE} --out s32.safetensors",
     ):
         assert main(job.split()) == 0, capsys.readouterr().err
-    assert "0.png: class " in capsys.readouterr().out
+    assert "0.png: class " in capsys.readouterr().out and Path("s32.safetensors").is_file()
     assert json.loads(Path("evaluation.json").read_text())["results"][0]["images"] == 2
-    assert (tmp_path / "maps" / "index.html").is_file() and (tmp_path / "s32.safetensors").is_file()
     assert server.count(file_of(SPARSE, ".index")) == 1
 
 
-@pytest.mark.parametrize("init_from", ["pretrained", SPARSE])
+@pytest.mark.slow  # it opens the model as the jobs above do, and the figures take its time
+def test_from_a_name_to_a_heatmap(server, pictures):
+    assert main(f"heatmap {SPARSE} 0.png 1.png --out maps".split()) == 0
+    assert Path("maps/index.html").is_file()
+
+
+@pytest.mark.parametrize("init_from", ["pretrained", pytest.param(SPARSE, marks=pytest.mark.slow)])
 def test_a_run_starts_from_a_released_model(server, init_from):
     source = vmoe.load(SPARSE)
     moe = vmoe.MoeConfig(layers=[1, 3], num_experts=4)
@@ -201,9 +211,9 @@ def test_a_broken_download_goes_on_at_the_next_call(server, monkeypatch):
     data = file_of(SPARSE, ".data-00000-of-00004")
     server.breaks_after = [10**9, 100_000]  # of the index, and of the first data file
     with pytest.raises(ValueError, match=f"{SPARSE}: .*data-00000-of-00004: cannot be downloaded .*it broke off after"):
-        vmoe.load(SPARSE)
+        fetch_released(SPARSE)
     server.asked.clear()
-    vmoe.load(SPARSE)
+    fetch_released(SPARSE)
     assert server.asked[0] == (data, "bytes=100000-") and server.count(file_of(SPARSE, ".index")) == 0
 
 
@@ -223,7 +233,7 @@ def flipped(content):
         (SPARSE, ".data-00001-of-00004", cut, "cut off"),
         (SPARSE, ".data-00001-of-00004", lambda _: b"{}", "not a data file|cut off"),
         (SWIN, ".zip", cut, r"no \.zip, or damaged"),
-        (SWIN, ".zip", flipped, "damaged"),
+        pytest.param(SWIN, ".zip", flipped, "damaged", marks=pytest.mark.slow),
         (SWIN, ".zip", lambda _: zipped(FIXTURES / "swin_moe" / "tiny_dense"), "num_experts is 0"),
     ],
 )
@@ -231,12 +241,12 @@ def test_damaged_cut_and_wrong_files_are_one_line_and_fetched_again(server, name
     good = server.files[file_of(name, suffix)]
     server.files[file_of(name, suffix)] = spoil(good)
     with pytest.raises(ValueError, match=f"{name}: what came from .* is not this model .*({line})") as error:
-        vmoe.load(name)
+        fetch_released(name)
     told = str(error.value)
     assert "\n" not in told and told.endswith("run this again to fetch them again") and not kept(name)
     assert str(by_name.cache_folder(name)) not in told
     server.files[file_of(name, suffix)] = good
-    vmoe.load(name)
+    fetch_released(name)
 
 
 def test_a_full_disk_costs_no_download(server, monkeypatch):
@@ -247,27 +257,27 @@ def test_a_full_disk_costs_no_download(server, monkeypatch):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(by_name, "_unzip", unzip)
         with pytest.raises(ValueError, match=r"cannot be written \(No space left on device\)"):
-            vmoe.load(SWIN)
+            fetch_released(SWIN)
     assert kept(SWIN) == [file_of(SWIN, ".zip")]
-    vmoe.load(SWIN)
+    fetch_released(SWIN)
     assert len(server.asked) == 1
 
 
 def test_a_file_that_is_not_that_of_the_first_download(server):
-    vmoe.load(SPARSE)
+    fetch_released(SPARSE)
     folder = by_name.cache_folder(SPARSE)
     record = json.loads((folder / by_name.RECORD).read_text())
     assert len(record["files"]) == 5 and len(record["files"][file_of(SPARSE, ".index")]["sha256"]) == 64
     converted = by_name.converted_file(SPARSE)
     converted.write_bytes(converted.read_bytes()[:1000])  # damaged: it is made again of the files that are here
     server.asked.clear()
-    vmoe.load(SPARSE)
+    fetch_released(SPARSE)
     assert server.asked == []
     converted.unlink()
     (folder / file_of(SPARSE, ".index")).unlink()
     server.files[file_of(SPARSE, ".index")] += b" "
     with pytest.raises(ValueError, match=r"is not what it was: its SHA-256 is .*, and that of the first download is"):
-        vmoe.load(SPARSE)
+        fetch_released(SPARSE)
 
 
 def test_without_a_network_and_offline(server, monkeypatch, capsys):
@@ -278,22 +288,28 @@ def test_without_a_network_and_offline(server, monkeypatch, capsys):
     line = capsys.readouterr().err
     assert f"{SPARSE}: HF_HUB_OFFLINE forbids to fetch it, and it is not here yet" in line and not server.asked
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    vmoe.load(SPARSE)
+    fetch_released(SPARSE)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    vmoe.load(SPARSE)  # is here now
+    assert vmoe.load(SPARSE).num_classes == 10  # is here now
 
 
 def test_the_table():
+    of_each_kind = {model.names: model for model in released.RELEASED.values()}
+    classes = {kind: model.class_names() for kind, model in of_each_kind.items()}
     for name, model in released.RELEASED.items():
         assert model.address.startswith("https://") and model.source.startswith("https://")
-        names = model.class_names()
-        assert len(names) == len(set(names)) == model.num_classes, name
-    names = released.RELEASED[SPARSE].class_names()
+        assert len(classes[model.names]) == len(set(classes[model.names])) == model.num_classes, name
+    names = classes["imagenet-1k"]
     assert names[0] == "tench, Tinca tinca (n01440764)" and find_outputs(names, ["n02012849", "n01440764"]) == [134, 0]
 
 
 @pytest.mark.parametrize(
-    "name", [SPARSE, ENSEMBLE, pytest.param("swin_moe_small_e32_cosine.imagenet22k", marks=pytest.mark.slow)]
+    "name",
+    [
+        pytest.param(SPARSE, marks=pytest.mark.slow),
+        ENSEMBLE,
+        pytest.param("swin_moe_small_e32_cosine.imagenet22k", marks=pytest.mark.slow),
+    ],
 )
 def test_the_architecture_of_a_released_model_without_its_weights(name):
     model, created = released.RELEASED[name], vmoe.create_model(name, device="meta")
