@@ -21,6 +21,7 @@ from vmoe.cli.main import run_job
 from vmoe.cli.train import main as train
 from vmoe.data import DataConfig
 from vmoe.errors import UserError
+from vmoe.evaluation.evaluate import data_for
 from vmoe.export.predictor import load_predictor
 from vmoe.serve.api_description import describe_api
 from vmoe.serve.uploads import UploadReader, _count_pixels
@@ -63,6 +64,7 @@ def test_the_run_and_its_evaluation_see_the_fourth_channel(run):
     assert (entry["version"], entry["channels"]) == (2, 4)
     assert evaluate([str(run)]) == 0
     assert json.loads((run / "evaluation.json").read_text())["results"][0]["top1"] == 1
+    assert data_for(model, "more.csv").bit_depth == 12  # of the model, as for `predict`
 
 
 def test_files_and_arrays_are_predicted_alike(run, satellite):

@@ -232,7 +232,9 @@ def data_for(
         config = trained_on(model, name)
         if name is not None and name != config.name:
             # The run's class names mean nothing in another set; only fractals have `images`, and only tables columns
-            of_a_set = {"subset": SubsetConfig(), "images": None, "bit_depth": None, "table": TableConfig()}
+            of_a_set = {"subset": SubsetConfig(), "images": None, "table": TableConfig()}
+            # pictures of channels hold measurements, which keep their meaning in any set
+            of_a_set["bit_depth"] = None if model.channels is None else model.bit_depth
             changes = {"name": name} | of_a_set | changes
         elif model.bit_depth is not None:  # by which it was trained: to measure it on other images would change them
             changes = {"bit_depth": model.bit_depth} | changes
