@@ -238,7 +238,7 @@ def test_arrays_in_class_folders(tmp_path):
     module = ImageDataModule(tmp_path, channels=2, image_size=6, batch_size=2, val_fraction=0.25)
     module.setup()
     assert module.number_of_images("train") == 6 and module.bit_depth is None
-    with pytest.raises(UserError, match="holds no picture"):
+    with pytest.raises(UserError, match=r"holds no picture.* or read \.npy arrays by data\.channels"):
         ImageDataModule(tmp_path).setup()
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vmoe.data.image_files import PassedOver, find_pictures, list_class_folders
+from vmoe.data.image_files import ARRAY_SUFFIX, PassedOver, find_pictures, list_class_folders
 from vmoe.errors import UserError
 
 # Split -> the possible names of its folder, ignoring case
@@ -45,7 +45,10 @@ def read_class_folders(splits: Mapping[str, Path], arrays: bool = False) -> Clas
     for name in classes:
         if not pictures[main, name]:
             left = f" (ignored: {passed_over})" if passed_over else ""
-            raise UserError(f"{splits[main]}: class folder {name!r} holds no picture{left}; add some, or remove it")
+            advice = ", or read .npy arrays by data.channels" if f"({ARRAY_SUFFIX}" in left else ""
+            raise UserError(
+                f"{splits[main]}: class folder {name!r} holds no picture{left}; add some, or remove it{advice}"
+            )
     number = {name: label for label, name in enumerate(classes)}
     samples: dict[str, list[tuple[str, int]]] = {split: [] for split in splits}
     for (split, name), files in pictures.items():

@@ -117,15 +117,16 @@ def test_drop_path_of_the_moe_layers_keeps_the_twin(make_run):
     assert sentence(found).endswith("they also differ in model.moe_drop_path")
 
 
-@pytest.mark.parametrize("other", [{"table": {"label": "genus", "path": None}}, {"table": {}, "channels": 4}])
-def test_other_labels_or_channels_of_the_same_table_are_other_data(make_run, other):
+@pytest.mark.parametrize("other", [{"table": {"label": "genus", "path": None}}, {"channels": 3}])
+def test_a_run_of_other_labels_or_channels_of_the_same_table_is_no_twin(make_run, other):
     table = {"root": "birds.csv", "table": {"label": None, "path": None}, "subset": {"imbalance": None}}
     dense, before = change(make_run("a", data="table"), data=table), make_run("b", data="table", moe=MOE)
     before = change(before, data={"root": "birds.csv"})  # of a version without these options
     assert dense.is_twin_of(dense) and before.is_twin_of(dense) and not warnings_for([dense, before])
     sparse = change(make_run("c", data="table", moe=MOE), data=table | other)
     assert not sparse.is_twin_of(dense)
-    assert f"other data.{list(other)[-1]}" in warnings_for([dense, sparse])[0]
+    warned = [line for line in warnings_for([dense, sparse]) if "other data.table" in line]
+    assert len(warned) == ("table" in other)  # the same images with their labels can be compared
 
 
 def test_settings_of_distillation_count_with_a_teacher_alone(make_run):

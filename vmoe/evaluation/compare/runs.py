@@ -56,7 +56,7 @@ class Run:
     @property
     def data(self) -> dict[str, Any]:
         """The options that decide its training and test images."""
-        names = ["name", "image_size", "crop", "channels", "split_seed"]
+        names = ["name", "image_size", "crop", "split_seed"]
         sections = ["subset"]
         if self._is_named_by_root:  # a table may have several columns of labels
             names.append("root")
@@ -115,8 +115,9 @@ class Run:
         return self.moe is None
 
     def is_twin_of(self, other: "Run") -> bool:
-        """Whether `other` is dense and has the same backbone and data."""
-        return other.is_dense and self._backbone == other._backbone and self.data == other.data
+        """Whether `other` is dense and has the same backbone and data, read with the same channels."""
+        channels, others = (run.config["data"].get("channels") for run in (self, other))
+        return other.is_dense and self._backbone == other._backbone and self.data == other.data and channels == others
 
     @property
     def _backbone(self) -> dict[str, Any]:
