@@ -22,6 +22,7 @@ from vmoe.checkpoints import released as by_name
 from vmoe.checkpoints.released import fetch_released
 from vmoe.classes import find_outputs
 from vmoe.cli.main import main
+from vmoe.errors import UserError
 from vmoe.files import writing
 from vmoe.models import released
 from vmoe.training.config import ModelConfig, TrainConfig
@@ -36,7 +37,7 @@ TINY = {  # what differs from the released models
         "backbone": ("vmoe_vit", BACKBONE),
         "image_size": 32,
         "num_classes": 10,
-        "moe": {"num_experts": 4, "top_k": 2, "group": 8},
+        "moe": {"num_experts": 4, "top_k": 2, "group": 8, "expert_dropout": 0.2},
     },
     ENSEMBLE: {
         "image_size": 32,
@@ -114,6 +115,7 @@ def test_a_model_by_name_gives_the_original_s_logits(server):
     torch.testing.assert_close(model(images), expected, rtol=0, atol=1e-5)
     assert model.class_names[3] == "class 3" and model.mean == (0.5, 0.5, 0.5) and model.image_size == 32
     assert "in_chans" not in model.config["model"]["kwargs"]  # which the recipe of a student, or a run, refuses
+    assert model.config["moe"]["expert_dropout"] == 0.2  # in the table only
     assert model.config["moe"]["capacity_factor"] == 1.05 and model.config["data"]["name"] == "imagenet"
     for create in (vmoe.create_model, timm.create_model):
         created = create(SPARSE, pretrained=True).eval()
@@ -243,10 +245,18 @@ def test_damaged_cut_and_wrong_files_are_one_line_and_fetched_again(server, name
     with pytest.raises(ValueError, match=f"{name}: what came from .* is not this model .*({line})") as error:
         fetch_released(name)
     told = str(error.value)
-    assert "\n" not in told and told.endswith("run this again to fetch them again") and not kept(name)
+    assert "\n" not in told and told.endswith("run this again to fetch them again") and kept(name) == [by_name.RECORD]
     assert str(by_name.cache_folder(name)) not in told
     server.files[file_of(name, suffix)] = good
     fetch_released(name)
+
+
+def test_files_that_come_twice_the_same_are_not_downloaded_again_and_again(server):
+    server.files[file_of(SWIN, ".zip")] = zipped(FIXTURES / "swin_moe" / "tiny_dense")
+    for line in ("its files are removed", "twice the same; please report this line", "twice the same"):
+        with pytest.raises(UserError, match=f"num_experts is 0, .*{line}"):
+            fetch_released(SWIN)
+    assert len(server.asked) == 2 and kept(SWIN) == sorted([by_name.RECORD, file_of(SWIN, ".zip")])
 
 
 def test_a_full_disk_costs_no_download(server, monkeypatch):

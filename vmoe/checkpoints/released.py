@@ -30,7 +30,7 @@ from vmoe.models.released import ReleasedModel
 from vmoe.moe import MoeConfig
 from vmoe.sizes import height_and_width
 
-RECORD = "downloaded.json"  # each file's address, size and SHA-256 at the first download
+RECORD = "downloaded.json"  # each file's address, size and SHA-256 at the first download; the SHA-256 of refused files
 _IN_ZIP = re.compile(r"(?:[^/\\]+/)*([^/\\.][^/\\]*\.(?:rank\d{1,6}|master|global|pth))")
 _OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO)
 _OUR_SETS = {"imagenet-1k": "imagenet", "cifar100": "cifar100"}
@@ -67,7 +67,7 @@ def fetch_released(name: str) -> Path:
         if _is_converted(path, record):  # another process may have converted it while this one waited
             return path
         files = _published_files(name, model, _read_record(record))
-        _convert(name, model, path)
+        _convert(name, model, path, files)
         write_json(record, {"files": files, "converted": {path.name: path.stat().st_size}})
     return path
 
@@ -80,9 +80,9 @@ def _is_converted(path: Path, record: Path) -> bool:
 def _read_record(path: Path) -> dict[str, dict[str, Any]]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return {"files": dict(content["files"]), "converted": dict(content["converted"])}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {"files": {}, "converted": {}}
+        return {what: dict(content.get(what, {})) for what in ("files", "converted", "refused")}
+    except (OSError, ValueError, AttributeError, TypeError):
+        return {"files": {}, "converted": {}, "refused": {}}
 
 
 def _published_files(name: str, model: ReleasedModel, record: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -103,8 +103,7 @@ def _published_files(name: str, model: ReleasedModel, record: dict[str, Any]) ->
     try:
         suffixes = data_suffixes(cache_folder(name) / model.file)
     except UserError as error:
-        _remove_files(name, files)
-        raise _foreign(name, model, error) from error
+        raise _refused(name, model, files, error) from error
     for suffix in suffixes:
         files |= _fetched(name, model, suffix, known)
     return files
@@ -133,7 +132,7 @@ def _fetched(name: str, model: ReleasedModel, suffix: str, known: dict[str, Any]
     return {path.name: {"address": address, "size": path.stat().st_size, "sha256": sha256}}
 
 
-def _convert(name: str, model: ReleasedModel, path: Path) -> None:
+def _convert(name: str, model: ReleasedModel, path: Path, files: dict[str, dict[str, Any]]) -> None:
     """Writes the converted model.
 
     Raises:
@@ -145,8 +144,7 @@ def _convert(name: str, model: ReleasedModel, path: Path) -> None:
     except UserError as error:
         if _is_of_this_machine(error):
             raise
-        _remove_files(name, [f"{model.file}.zip", *(each.name for each in path.parent.glob(f"{model.file}.*"))])
-        raise _foreign(name, model, error) from error
+        raise _refused(name, model, files, error) from error
     facts = facts_of_import(imported, model.class_names(), _OUR_SETS.get(model.names), model.crop)
     write_weights(path, imported.model.state_dict(), facts)
 
@@ -170,7 +168,8 @@ def _import_jax(name: str, model: ReleasedModel) -> ImportedModel:
         group_images=moe["group"],
         ensemble=moe.get("ensemble"),
     )
-    return _dropping_nothing(import_jax_checkpoint(cache_folder(name) / model.file, options))
+    imported = import_jax_checkpoint(cache_folder(name) / model.file, options)
+    return _dropping_nothing(imported, expert_dropout=moe.get("expert_dropout", 0.0))
 
 
 def _import_swin(name: str, model: ReleasedModel) -> ImportedModel:
@@ -186,10 +185,14 @@ def _import_swin(name: str, model: ReleasedModel) -> ImportedModel:
     return imported
 
 
-def _dropping_nothing(imported: ImportedModel) -> ImportedModel:
-    """The same model with no drops at evaluation, so that a prediction does not depend on its batch."""
-    moe = imported.moe
-    return imported if moe is None else replace(imported, moe=replace(moe, eval_capacity_factor=None))
+def _dropping_nothing(imported: ImportedModel, **not_in_the_files: Any) -> ImportedModel:
+    """The same model with no drops at evaluation, so that a prediction does not depend on its batch.
+
+    Fields of its `MoeConfig` that are not in the files may be given too.
+    """
+    if imported.moe is None:
+        return imported
+    return replace(imported, moe=replace(imported.moe, eval_capacity_factor=None, **not_in_the_files))
 
 
 def _unzip(path: Path, folder: Path) -> None:
@@ -222,18 +225,22 @@ def _require_the_model(model: ReleasedModel, imported: ImportedModel) -> None:
             raise UserError(f"its {what} is {value}, and that of the released model is {expected[what]}")
 
 
-def _remove_files(name: str, files: "list[str] | dict[str, Any]") -> None:
-    """Removes files that are not the model's, so that they are downloaded again."""
-    for each in files:
-        (cache_folder(name) / each).unlink(missing_ok=True)
+def _refused(name: str, model: ReleasedModel, files: dict[str, dict[str, Any]], error: UserError) -> UserError:
+    """The error for files that are not the model's.
 
-
-def _foreign(name: str, model: ReleasedModel, error: UserError) -> UserError:
-    reason = str(error).replace(f"{cache_folder(name)}{os.sep}", "")
-    return UserError(
-        f"{name}: what came from {model.address} is not this model ({reason}); its files are removed, so run this "
-        "again to fetch them again"
-    )
+    They are removed, so that they are downloaded again, unless the same came before: then they are not damaged.
+    """
+    folder = cache_folder(name)
+    record = _read_record(folder / RECORD)
+    came = {file: facts["sha256"] for file, facts in files.items()}
+    reason = str(error).replace(f"{folder}{os.sep}", "")
+    line = f"{name}: what came from {model.address} is not this model ({reason})"
+    if record["refused"] == came:
+        return UserError(f"{line}, twice the same; please report this line, or remove {folder} to fetch them again")
+    for file in files:
+        (folder / file).unlink(missing_ok=True)
+    write_json(folder / RECORD, {**record, "refused": came})
+    return UserError(f"{line}; its files are removed, so run this again to fetch them again")
 
 
 def _name_in_timm(architecture: str) -> None:
