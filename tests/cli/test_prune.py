@@ -3,8 +3,12 @@
 import json
 from pathlib import Path
 
+import lightning as L
 import pytest
+import torch
+from torch.utils.data import DataLoader
 
+import vmoe
 from vmoe import moe_layers
 from vmoe.checkpoints import load_checkpoint
 from vmoe.cli.distill import main as distill
@@ -51,7 +55,8 @@ def test_the_result_is_an_ordinary_checkpoint(save_run, tmp_path, capsys, option
 
 
 def test_the_experts_of_some_classes(save_run, tmp_path, capsys):
-    run, out = save_run(moe=BY_IMAGE), tmp_path / "pruned"
+    guided = {"super_classes": {digit: f"group {int(digit) % 4}" for digit in "0123456789"}}
+    run, out = save_run(moe=BY_IMAGE, loss=guided), tmp_path / "pruned"
     assert prune([str(run), "--keep-classes", "3,5", "--keep", "2", "--out", str(out)]) == 0
     report = json.loads((out / "prune.json").read_text())
     assert report["classes"] == ["3", "5"]
@@ -62,6 +67,10 @@ def test_the_experts_of_some_classes(save_run, tmp_path, capsys):
     smaller = load_checkpoint(out)
     assert [layer.config.removed_experts for _, layer in moe_layers(smaller.model)] == [2, 2]
     assert predict([str(out), str(PHOTO)]) == 0
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+    images = DataLoader(torch.zeros(2, 3, 16, 16), 2)
+    (answers,) = trainer.predict(vmoe.Classifier.load_from_checkpoint(out), images)
+    assert answers.shape == (2, 10)  # no super-class is left without its expert
 
 
 @pytest.mark.slow
@@ -82,7 +91,7 @@ def test_every_tool_opens_it(save_run, tmp_path, keep):
 
 
 def test_fine_tuning_is_a_run_that_starts_from_it(save_run, tmp_path, capsys):
-    run, out = save_run(moe=MOE, data=FEW), tmp_path / "pruned"
+    run, out = save_run(moe=MOE, data=FEW, finetune={"unfreeze_epochs": 3}), tmp_path / "pruned"
     arguments = [str(run), "--keep", "2", "--out", str(out), "--finetune", "1"]
     assert prune([*arguments, "--", "--seed", "3", "--trainer.log_every", "1"]) == 0
     assert "fine-tuned" in capsys.readouterr().out

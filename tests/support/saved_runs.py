@@ -14,9 +14,15 @@ DIGITS = tuple("0123456789")
 
 
 def content(
-    moe: dict[str, Any] | None = None, data: dict[str, Any] | None = None, class_names: tuple[str, ...] = DIGITS
+    moe: dict[str, Any] | None = None,
+    data: dict[str, Any] | None = None,
+    class_names: tuple[str, ...] = DIGITS,
+    **sections: dict[str, Any],
 ) -> dict[str, Any]:
-    """The content of a checkpoint for digits at 16 px. `moe` has keyword arguments of `MoeConfig`, or is None."""
+    """The content of a checkpoint for digits at 16 px.
+
+    `moe` has keyword arguments of `MoeConfig`, or is None. `sections` are others of the config.
+    """
     torch.manual_seed(0)
     config = vmoe.MoeConfig(**moe) if moe else None
     model = vmoe.create_model("vit_tiny_patch16_224", config, num_classes=len(class_names), img_size=16, **KWARGS)
@@ -31,6 +37,7 @@ def content(
                 "moe": moe,
                 "optim": {},
                 "trainer": {},
+                **sections,
             },
             "class_names": list(class_names),
             "image_size": 16,

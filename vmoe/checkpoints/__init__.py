@@ -33,7 +33,13 @@ if TYPE_CHECKING:
     )
     from vmoe.checkpoints.own import describe, save
     from vmoe.checkpoints.run_folder import WITHOUT_EFFECT, RunFolder, flatten
-    from vmoe.checkpoints.shared import require_rounding, shared_config, write_changed, write_safetensors
+    from vmoe.checkpoints.shared import (
+        require_rounding,
+        shared_config,
+        without_guidance,
+        write_changed,
+        write_safetensors,
+    )
     from vmoe.checkpoints.trained import TrainedModel, as_trained, require_single_label
     from vmoe.checkpoints.writing import write_content, write_weights
 else:  # a run's folder can be read without torch
@@ -56,7 +62,9 @@ else:  # a run's folder can be read without torch
             ],
             "vmoe.checkpoints.own": ["describe", "save"],
             "vmoe.checkpoints.run_folder": ["WITHOUT_EFFECT", "RunFolder", "flatten"],
-            "vmoe.checkpoints.shared": ["require_rounding", "shared_config", "write_changed", "write_safetensors"],
+            "vmoe.checkpoints.shared": [
+                *("require_rounding", "shared_config", "without_guidance", "write_changed", "write_safetensors"),
+            ],
             "vmoe.checkpoints.trained": ["TrainedModel", "as_trained", "require_single_label"],
             "vmoe.checkpoints.writing": ["write_content", "write_weights"],
         },
@@ -90,6 +98,7 @@ __all__ = [
     "timm_arguments",
     "trained_weights",
     "unmerged_weights",
+    "without_guidance",
     "write_changed",
     "write_content",
     "write_safetensors",

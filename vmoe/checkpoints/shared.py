@@ -48,7 +48,7 @@ def write_safetensors(
 
 
 def write_changed(path: str | Path, source: str | Path, weights: dict[str, Tensor], moe: dict[str, Any] | None) -> None:
-    """Writes a changed model with its checkpoint's facts, as `write_safetensors` does.
+    """Writes a model of other experts with its checkpoint's facts, as `write_safetensors` does.
 
     Args:
         path: The new file.
@@ -59,7 +59,9 @@ def write_changed(path: str | Path, source: str | Path, weights: dict[str, Tenso
     Raises:
         UserError: As `write_safetensors`.
     """
-    _write_shared(path, weights, _checked_content(source), {"moe": moe})
+    content = _checked_content(source)
+    loss = without_guidance(facts_of(content).config).get("loss")
+    _write_shared(path, weights, content, {"moe": moe} | ({} if loss is None else {"loss": loss}))
 
 
 def require_rounding(path: object, has_experts: bool) -> None:
@@ -78,6 +80,14 @@ def shared_config(config: dict[str, Any]) -> dict[str, Any]:
     if "data" in config:
         kept["data"] = {key: value for key, value in config["data"].items() if key != "root"}
     return kept | {"output_dir": None, "init_from": None}
+
+
+def without_guidance(config: dict[str, Any]) -> dict[str, Any]:
+    """A run's config for other experts: super-classes are for as many as there were."""
+    if not config.get("loss"):
+        return dict(config)
+    kept = {key: value for key, value in config["loss"].items() if key not in ("super_classes", "guidance_weight")}
+    return config | {"loss": kept}
 
 
 def _checked_content(source: str | Path) -> dict[str, Any]:

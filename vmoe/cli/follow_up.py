@@ -7,15 +7,13 @@ from typing import Any
 
 import yaml
 
-from vmoe.checkpoints import TrainedModel
+from vmoe.checkpoints import TrainedModel, without_guidance
 from vmoe.cli.train_options import parse
 from vmoe.config_values import to_plain
 from vmoe.data import DataConfig
 from vmoe.training.config import TrainConfig
 
 _ALONE = {"compile": False, "cuda_graph": False}  # these take longer to start than a short run lasts
-
-_OF_GUIDANCE = ("super_classes", "guidance_weight")
 
 
 def follow_up(checkpoint: TrainedModel, data: DataConfig, changes: dict[str, Any], argv: list[str]) -> TrainConfig:
@@ -30,9 +28,9 @@ def follow_up(checkpoint: TrainedModel, data: DataConfig, changes: dict[str, Any
     Raises:
         UserError: An option is not allowed.
     """
-    own = dict(checkpoint.config)
-    if "moe" in changes and own.get("loss"):  # super-classes are for as many experts as there were
-        own["loss"] = {key: value for key, value in own["loss"].items() if key not in _OF_GUIDANCE}
+    own = without_guidance(checkpoint.config) if "moe" in changes else dict(checkpoint.config)
+    # such a run starts from a whole model, and may have fewer epochs than the unfreezing
+    own["finetune"] = {key: value for key, value in own.get("finetune", {}).items() if key != "unfreeze_epochs"}
     plain = {
         **{key: value for key, value in own.items() if key not in ("parallel", "distill")},
         **changes,
