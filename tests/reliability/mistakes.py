@@ -97,6 +97,10 @@ MISTAKES: dict[str, list[Mistake]] = {
         _config("a tail of two lengths", "--data.subset.imbalance 10"),
         _config("no epochs", "--trainer.epochs 0"),
         _config("a capacity where whole images are routed", "--moe.route image"),
+        _config(
+            "activations computed again with a shared router",
+            f"{_IMAGES} --moe.shared_router true --trainer.grad_checkpointing true",
+        ),
         _config("an optimiser that timm does not have", "--optim.name timm:lyon"),
         _config("an optimiser that would mix experts", "--optim.name timm:muon"),
         _config(

@@ -5,8 +5,6 @@ B images of N tokens of width D; G groups of S images; E experts; K choices per 
 take the position of tokens.
 """
 
-import gc
-import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,17 +17,8 @@ from vmoe.moe.passes import is_backward
 from vmoe.moe.routing import Routed, Routing
 
 
-class _Pass:
-    """A forward pass. The graph of its results keeps it alive."""
-
-    was_computed_again = False
-
-
 class Decision:
     """The decision of a model's first MoE layer in the last forward pass, for the layers after it.
-
-    Activation checkpointing computes later layers again in the backward pass, where only the last forward pass's
-    decision is left. So it is refused if another pass still waits for its backward pass.
 
     Attributes:
         router: The first layer's router.
@@ -39,57 +28,25 @@ class Decision:
     def __init__(self, router: nn.Module) -> None:
         self.router = router
         self.routing: Routing | None = None
-        self._last = _Pass()
-        self._passes: list[weakref.ref[_Pass]] = []
-
-    def keep(self, routing: Routing) -> None:
-        """Keeps the decision of the first layer."""
-        self.routing = routing
-        if not torch.compiler.is_compiling() and not is_backward():
-            self._last = _Pass()
-            self._passes = [each for each in self._passes if each() is not None] + [weakref.ref(self._last)]
 
     def recall(self) -> Routing:
         """The decision, for a later layer.
 
         Raises:
-            RuntimeError: There is none, or it is not the one that activation checkpointing needs.
+            RuntimeError: There is none, or activation checkpointing computes the later layer again, when another
+                forward pass may have replaced the decision.
         """
         if self.routing is None:
             raise RuntimeError("shared_router: the first MoE layer decides for all, and has not run yet")
         if not torch.compiler.is_compiling() and is_backward():
-            self._check_backward(self.routing)
-            self._last.was_computed_again = True
+            raise RuntimeError(
+                "shared_router: activation checkpointing cannot compute a layer again that follows another layer's "
+                "router; turn checkpointing off, or set shared_router to false"
+            )
         return self.routing
 
-    def tie_to(self, y_TO: Tensor) -> None:
-        """Keeps the current pass in the list of those that wait, as long as the graph of a layer's result lives."""
-        if not torch.compiler.is_compiling() and not is_backward() and y_TO.grad_fn is not None:
-            y_TO.grad_fn.metadata[id(self)] = self._last
-
-    def _check_backward(self, routing: Routing) -> None:
-        if self._another_waits():
-            gc.collect()  # a compiler may have left a graph in a cycle of references
-        if self._another_waits():
-            raise RuntimeError(
-                "shared_router: with activation checkpointing, each forward pass needs its backward pass before the "
-                "next forward pass; give all images in one batch, call backward() after each pass, or turn "
-                "checkpointing off"
-            )
-        learns = any(parameter.requires_grad for parameter in self.router.parameters())
-        if learns and not routing.weights_GSK.requires_grad:
-            raise RuntimeError(
-                "shared_router: reentrant activation checkpointing loses gradients of the router; use "
-                "use_reentrant=False"
-            )
-
-    def _another_waits(self) -> bool:
-        passes = [each() for each in self._passes]
-        return any(each is not None and each is not self._last and not each.was_computed_again for each in passes)
-
     def __getstate__(self) -> dict:
-        # without the passes: their graphs can be neither copied nor saved
-        return {**self.__dict__, "routing": None, "_last": _Pass(), "_passes": []}
+        return {"router": self.router, "routing": None}  # a routing belongs to a graph, which cannot be copied or saved
 
 
 class FollowingRouter(nn.Module):
@@ -129,7 +86,7 @@ class ImageRouting:
         # a row per image: too few rows for the kernels, which expect one per token
         routing = router(self.pooled(x_BND, real_BN), groups, valid_GS, PLAIN).routing
         if self.decision is not None and not isinstance(router, FollowingRouter):
-            self.decision.keep(routing)
+            self.decision.routing = routing
         return routing
 
     def pooled(self, x_BND: Tensor, real_BN: Tensor | None) -> Tensor:

@@ -209,8 +209,6 @@ class MoeMlp(nn.Module):
         for record in self.recorders:
             record(routing, shape)
         y_TD = self.experts(routed_TD, of_tokens, kernels)  # dispatch, the expert MLPs, combine
-        if self.images is not None and self.images.decision is not None:
-            self.images.decision.tie_to(y_TD)
         if self.shared is not None:
             shared_TD = self.shared(x_TD)
             y_TD = y_TD + (shared_TD if token_mask is None else shared_TD.masked_fill(~token_mask.reshape(-1, 1), 0))

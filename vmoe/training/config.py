@@ -461,6 +461,8 @@ class TrainConfig:
         _need(self, "seed", 0 <= self.seed < 2**32, "from 0 to 4294967295")
         if self.moe is not None and self.moe.inject_auxiliary_loss:
             raise ValueError("moe.inject_auxiliary_loss=True: must be false here, this trainer adds the loss itself")
+        if self.moe is not None and self.moe.shared_router and self.trainer.grad_checkpointing:
+            raise ValueError("trainer.grad_checkpointing=True: must be false with moe.shared_router")
         if self.loss.super_classes is not None and (self.moe is None or self.moe.route != "image"):
             found = "this model is dense" if self.moe is None else f"moe.route is {self.moe.route}"
             raise ValueError(f"loss.super_classes: guides a router of images, and {found}; give moe.route=image")
