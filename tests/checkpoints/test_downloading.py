@@ -84,6 +84,7 @@ def test_a_slow_server_is_waited_for_and_a_silent_one_is_not(server, tmp_path, m
     [
         ({"files": {}}, r"a/file: cannot be downloaded \(there is no such file\)"),
         ({"statuses": [403]}, r"a/file: cannot be downloaded \(HTTP 403, Forbidden\)"),
+        ({"statuses": [302] * 9}, r"a/file: cannot be downloaded \(HTTP 302, .*redirect"),
         ({"statuses": [500] * 3}, r"a/file: cannot be downloaded \(HTTP 500"),
         ({"content_type": "text/html"}, "a/file: a web page came, and no file"),
         ({"md5": "wrong"}, "a/file: was damaged on its way"),

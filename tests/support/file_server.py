@@ -19,7 +19,7 @@ class FileServer:
         address: The address of the server.
         asked: The path and the Range of each request so far.
         breaks_after: For each of the next answers, the bytes after which the connection breaks.
-        statuses: HTTP status codes of the next answers, which have no content.
+        statuses: HTTP status codes of the next answers, which have no content. 302 leads to the same path again.
         pause: Seconds before the second half of a file.
         gives_parts: Whether it supports Range.
         content_type: The type of all files.
@@ -52,7 +52,12 @@ def serving(files: dict[str, bytes]) -> Iterator[FileServer]:
             state.asked.append((path, wanted))
             content = state.files.get(path)
             if state.statuses or content is None:
-                self.send_error(state.statuses.pop(0) if state.statuses else 404)
+                status = state.statuses.pop(0) if state.statuses else 404
+                self.send_response(status)
+                if status == 302:
+                    self.send_header("Location", self.path)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
                 return
             etag, start = f'"{hashlib.sha1(content).hexdigest()}"', 0
             if wanted and state.gives_parts and self.headers["If-Range"] == etag:

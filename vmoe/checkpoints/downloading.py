@@ -210,7 +210,8 @@ def _failure_line(address: str, error: Exception) -> str:
         reason = "there is no such file" if error.code in (404, 410) else f"HTTP {error.code}, {error.reason}"
     else:
         cause = error.reason if isinstance(error, URLError) else error
-        reason = " ".join(str(cause).split()) or type(cause).__name__
+        reason = str(cause) or type(cause).__name__
+    reason = " ".join(reason.split())
     return f"{address}: cannot be downloaded ({reason}); check the network, and run this again to go on"
 
 
