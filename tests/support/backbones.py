@@ -223,7 +223,7 @@ them by a forward pass on the meta device; `MoeConfig.layers` counts them in the
 family below is tested: upcycled with renormalised combine weights its logits equal the dense model's, gradients reach
 every expert, `vmoe.densify` gives the dense model back, and `vmoe.record_routing` finds the grid of every layer.
 
-GLU experts are GLU experts, and experts have the MLP's own norm where it has one. An MLP that begins with a norm keeps
+GLU MLPs become GLU experts, and experts have the MLP's own norm where it has one. An MLP that begins with a norm keeps
 it in front of the router. Not counted are MLPs that see only a class token, mix tokens, or hold batch norms.
 
 | family | example | MLP | MoE layers it can have | notes |
