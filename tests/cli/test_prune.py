@@ -120,7 +120,8 @@ def test_fine_tuning_is_a_run_that_starts_from_it(save_run, tmp_path, capsys):
         (MOE, ["--keep-classes", "1,2"], '--keep-classes 1,2: RUN has route="patch"'),
         (BY_IMAGE, ["--keep-classes", "1,ten"], "--keep-classes ten: is no class of the images"),
         (BY_IMAGE, ["--keep-classes", "1", "--merge"], "--merge: changes what --keep-classes leaves as it is"),
-        (BY_IMAGE | {"num_experts": 1}, ["--keep-classes", "1"], "their images use every expert of a layer"),
+        (BY_IMAGE | {"num_experts": 1}, ["--keep-classes", "1"], "has 1 expert in blocks.1.mlp; keep its only one"),
+        (BY_IMAGE | {"num_experts": 2, "top_k": 2}, ["--keep-classes", "1,"], "their images use every expert"),
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(save_run, tmp_path, capsys, moe, options, told):

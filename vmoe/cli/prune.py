@@ -84,6 +84,7 @@ def main(argv: list[str]) -> int:
         if options.keep_classes is not None:
             given = f"--keep-classes {','.join(options.keep_classes)}"
             check_keeps_classes(checkpoint.model)
+            check_prunable(checkpoint.model, keep=1)
         if options.keep is not None:
             given = f"--keep {options.keep}"
             check_prunable(checkpoint.model, options.keep)
@@ -233,7 +234,7 @@ class _OfClasses:
 
 def _indices(wanted: list[str], names: list[str]) -> list[int]:
     """The indices of the classes in --keep-classes, separated by spaces or commas."""
-    chosen = [name for given in wanted for name in ([given] if given in names else given.split(","))]
+    chosen = [name for given in wanted for name in ([given] if given in names else given.strip(",").split(","))]
     for name in chosen:
         if name not in names:
             known = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")

@@ -42,7 +42,8 @@ def check_prunable(model: nn.Module, keep: int) -> None:
     for name, layer in moe_layers(model):
         moe, most = layer.config, layer.num_experts - 1
         if not 1 <= keep <= most:
-            raise ValueError(f"has {most + 1} experts in {name}; keep " + (f"1 to {most}" if most else "its only one"))
+            choice = f"1 to {most}" if most else "its only one"
+            raise ValueError(f"has {counted(most + 1, 'expert')} in {name}; keep {choice}")
         factors = [factor for factor in (moe.capacity_factor, moe.eval_capacity_factor) if factor is not None]
         if moe.fills_slots and max(factors) > keep:
             raise ValueError(
