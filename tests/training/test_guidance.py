@@ -17,6 +17,7 @@ from vmoe.cli.super_classes import main as super_classes
 from vmoe.cli.train import main as train
 from vmoe.errors import UserError
 from vmoe.evaluation.guidance import Guidance, right_routers
+from vmoe.explain.explorer import ExploreOptions, explore
 
 RECIPE = """
 data: {name: digits, batch_size: 40, subset: {per_class: 20}, mix: {mixup_alpha: 0.8}}
@@ -123,6 +124,20 @@ def test_a_run_logs_its_router_and_needs_no_file(run, capsys):
     assert figures["super_classes"] == sorted(GROUPS) and figures["oracle_top1"] is None
     assert figures["top1"] == pytest.approx(metrics["test/router_top1"])
     assert figures["loss"] == pytest.approx(metrics["test/router_loss"], rel=1e-4)
+
+
+def test_the_explorer_counts_experts_by_super_class(run):
+    model = vmoe.load(run[0])
+    data = vmoe.ImageDataModule("digits", batch_size=100, mean=model.mean, std=model.std)
+    data.setup("test")
+    batches = [batch[:2] for batch in data.test_dataloader()]
+    options = ExploreOptions(probe_images=0, cause_images=0, replicates=20, sample=1)
+    report = explore(model, batches, options=options).report
+    layers = [layer["super_classes"] for layer in report["layers"]]
+    top1 = vmoe.evaluate(model, progress=False)["router"]["top1"]
+    assert sum(layer["own"] for layer in layers) / len(layers) == pytest.approx(top1, abs=1e-5)
+    assert all(layer["own"] <= layer["purity"] and 1 / 3 < layer["purity"] <= 1 for layer in layers)
+    assert any(line.startswith("The expert of the image's super-class") for line in report["findings"])
 
 
 def test_the_oracle_is_measured_beside_the_router(run, tmp_path, capsys):

@@ -84,6 +84,7 @@ def test_a_whole_image_is_one_place(make_model, make_batches):
     check(found, 60, ["blocks.1.mlp", "blocks.3.mlp"], 4, [(1, 1)] * 2)
     report = found.report
     assert report["findings"][0].startswith("Images are routed as a whole")
+    assert report["findings"][1].startswith("The layers share the router of blocks.1.mlp")
     assert not any("position" in line for line in report["findings"])
     assert report["capacity"] is None
     assert [len(layer["ablation"]) for layer in report["layers"]] == [4, 4]

@@ -11,14 +11,23 @@ from torch import nn
 
 from vmoe.checkpoints import TrainedModel
 from vmoe.errors import UserError
+from vmoe.evaluation.guidance import guidance_of
 from vmoe.explain.explorer.causes import Causes, find_causes
 from vmoe.explain.explorer.collection import collect, on_device
 from vmoe.explain.explorer.findings import findings
 from vmoe.explain.explorer.history import Snapshot, training_loads
 from vmoe.explain.explorer.probes import Probes, probe
-from vmoe.explain.explorer.report import accuracy_report, flows_report, layer_report, rounded, run_report
+from vmoe.explain.explorer.report import (
+    accuracy_report,
+    flows_report,
+    layer_report,
+    rounded,
+    run_report,
+    super_classes_report,
+)
 from vmoe.explain.explorer.subject import Subject
 from vmoe.models.members import refuse_ensemble
+from vmoe.moe import moe_layers
 
 Track = Callable[[Iterable, str], Iterable]
 
@@ -161,6 +170,10 @@ def explore(
     }
     for layer in report["layers"]:
         _add(layer, probes, causes)
+    report["shared_router"] = any(layer.config.shared_router for _, layer in moe_layers(subject.model))
+    guidance = guidance_of(model) if isinstance(model, TrainedModel) else None
+    for layer, counted in zip(report["layers"], collection.layers, strict=True):
+        layer["super_classes"] = None if guidance is None else super_classes_report(counted, guidance.targets)
     report["findings"] = findings(report)
     images = collection.sample
     if data.image_names is not None:

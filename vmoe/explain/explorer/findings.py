@@ -13,7 +13,7 @@ def findings(report: dict[str, Any]) -> list[str]:
     They claim specialisation only if it exceeds its null, and a change only if its interval excludes zero.
     """
     return [
-        *_route_findings(report["layers"]),
+        *_route_findings(report),
         *_specialisation_findings(report["layers"]),
         *_load_findings(report["layers"]),
         *_ablation_findings(report),
@@ -24,11 +24,25 @@ def findings(report: dict[str, Any]) -> list[str]:
     ]
 
 
-def _route_findings(layers: list[dict[str, Any]]) -> Iterator[str]:
+def _route_findings(report: dict[str, Any]) -> Iterator[str]:
+    layers = report["layers"]
     if layers[0]["route"] == "image":
         yield (
             "Images are routed as a whole (moe.route=image): each map has one colour, and a patch stands for its "
             "image. Which experts each class goes to is under Specialisation."
+        )
+    if report["shared_router"] and len(layers) > 1:
+        yield (
+            f"The layers share the router of {layers[0]['name']}: an expert of this layer that is left out is left out "
+            "in all layers, and random routing there is random in all."
+        )
+    deciding = layers[:1] if report["shared_router"] else layers
+    parts = [(layer["name"], layer["super_classes"]) for layer in deciding if layer["super_classes"]]
+    if parts:
+        shares = ", ".join(f"{part['own']:.1%} in {name} (purity {part['purity']:.1%})" for name, part in parts)
+        yield (
+            f"The expert of the image's super-class takes this share of the choices: {shares}. Purity is the share of "
+            "the choices whose image is of the super-class that its expert takes most."
         )
 
 

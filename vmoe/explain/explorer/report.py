@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from vmoe.explain.explorer.collection import Collection, LayerCollection
 from vmoe.explain.explorer.measures import (
@@ -63,6 +64,21 @@ def layer_report(layer: LayerCollection, images: dict[str, Any], classes: Sequen
         "ablation": None,
         "random_router": None,
     }
+
+
+def super_classes_report(layer: LayerCollection, targets: Tensor) -> dict[str, float] | None:
+    """How well a layer's experts divide the images by super-class; None without labels.
+
+    Args:
+        layer: The counts of the layer.
+        targets: (C, E) share of each class in each super-class. Super-class e belongs to expert e.
+    """
+    tables = layer.association.tables.get("class")
+    if tables is None:
+        return None
+    counts = _array(targets).T @ _array(tables.value)  # choices by super-class and expert
+    total = max(float(counts.sum()), 1e-300)
+    return {"own": float(counts.trace() / total), "purity": float(counts.max(0).sum() / total)}
 
 
 def _preferences(layer: LayerCollection, feature: str) -> dict[str, Any] | None:
