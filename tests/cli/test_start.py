@@ -93,6 +93,7 @@ def test_the_shell_completes(tmp_path):
         "vmoe train photos/ --data.crop ": ({"centre", "squash", "letterbox"}, {"photos/"}),
         "vmoe train --config dig": ({"digits"}, {"cifar10_best"}),
         "vmoe train --optim.lr ": (set(), {"photos/"}),
+        "vmoe train --loss.super_classes ": ({"cifar100", "photos/"}, {"digits"}),
         "vmoe tune --out runs -- --optim.sch": ({"--optim.schedule"}, {"--out"}),
         "vmoe plan --optim.sch": ({"--optim.schedule"}, {"--gpus"}),
         "vmoe benchmark ": ({"layer", "model"}, {"train"}),

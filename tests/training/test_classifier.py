@@ -114,6 +114,7 @@ def test_layers_begin_to_learn_one_after_the_other(loader, tmp_path):
     assert [name for name, each in model.named_parameters() if not each.requires_grad] == ["pos_embed"]
     for epochs, other, line in (
         (0, task, "epochs=0"),
+        ("3", task, "epochs='3': must be a whole number"),
         (1, vmoe.Classifier(vmoe.freeze(model, "all_but_head")), "freeze fewer"),
     ):
         with pytest.raises(UserError, match=line):

@@ -3,7 +3,7 @@
 import argparse
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args, get_origin
 
 import argcomplete
@@ -18,7 +18,12 @@ from vmoe.training.options import option_types
 from vmoe.training.recipes import recipe_names
 
 _TRAIN_TOO = ("data", "plan")  # jobs that also accept the options of training
-_PATHS = ("output_dir", "init_from", "data.root", "data.augment.albumentations", "distill.teacher")
+# Options with the path of a file or folder -> the words that they take beside it
+_PATHS = {
+    **dict.fromkeys(("output_dir", "data.root", "data.augment.albumentations", "distill.teacher"), ()),
+    "init_from": ("pretrained",),
+    "loss.super_classes": ("cifar100",),
+}
 
 
 def complete(exit_method: Callable[..., Any] = os._exit) -> None:
@@ -80,12 +85,12 @@ def _completer(name: str, hint: Any) -> Any:
     if name == "config":
         return _words_and_files(recipe_names())
     if name in _PATHS:
-        return _words_and_files(["pretrained"] if name == "init_from" else [])
+        return _words_and_files(_PATHS[name])
     words = [str(word) for kind in choices(hint) if get_origin(kind) is Literal for word in get_args(kind)]
     words += ["true", "false"] if bool in choices(hint) else []
     return ChoicesCompleter(words)  # numbers and texts have no completions
 
 
-def _words_and_files(words: list[str]) -> Callable[..., list[str]]:
+def _words_and_files(words: Sequence[str]) -> Callable[..., list[str]]:
     files = FilesCompleter()
     return lambda prefix, **_: [*(word for word in words if word.startswith(prefix)), *files(prefix)]

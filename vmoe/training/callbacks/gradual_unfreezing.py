@@ -27,11 +27,11 @@ class GradualUnfreezing(Callback):
         epochs: The number of epochs after which all layers learn.
 
     Raises:
-        UserError: `epochs` is below 1.
+        UserError: `epochs` is not a whole number from 1.
     """
 
     def __init__(self, epochs: int) -> None:
-        if epochs < 1:
+        if type(epochs) is not int or epochs < 1:
             raise UserError(f"epochs={epochs!r}: must be a whole number >= 1")
         self.epochs = epochs
         self._layers: list[list[nn.Parameter]] = []  # all parameters that will learn, from the classifier down
