@@ -1,6 +1,8 @@
 """Layers that route whole images, against a plain loop over images in float64."""
 
 import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import timm
@@ -121,9 +123,9 @@ def test_one_router_decides_for_all_layers():
     model.eval()
     first.experts.requires_grad_(False)
     gate = first.router.gate.weight
-    decision = first.images.decision.routing
+    decision = first.images.decision.recall()
     model(images()).sum().backward()
-    assert first.images.decision.routing is not decision
+    assert first.images.decision.recall() is not decision
     assert gate.grad.abs().max() > 0
     copied = copy.deepcopy(model)
     copied(images())
@@ -131,6 +133,21 @@ def test_one_router_decides_for_all_layers():
     (_, own), (_, following) = vmoe.moe_layers(copied)
     assert following.router.decision is own.images.decision
     assert own.images.decision is not first.images.decision
+
+
+def test_threads_that_run_a_model_at_once_do_not_take_each_other_s_decisions():
+    model = model_of(shared_router=True).eval()
+    batches = [images(2), images(2).flip(0) * 3]
+    expected = [model(batch) for batch in batches]
+    meet = threading.Barrier(2, timeout=5)
+
+    def wait(*_: object) -> None:
+        meet.wait()
+
+    model.blocks[2].register_forward_pre_hook(wait)  # between the two MoE layers
+    with ThreadPoolExecutor(2) as threads:
+        for found, alone in zip(threads.map(model, batches), expected, strict=True):
+            torch.testing.assert_close(found, alone)
 
 
 @pytest.mark.parametrize("shared_router", [False, True])

@@ -5,6 +5,7 @@ B images of N tokens of width D; G groups of S images; E experts; K choices per 
 take the position of tokens.
 """
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,14 +21,19 @@ from vmoe.moe.routing import Routed, Routing
 class Decision:
     """The decision of a model's first MoE layer in the last forward pass, for the layers after it.
 
+    Each thread has its own, so that several may run a model at once, such as a server's.
+
     Attributes:
         router: The first layer's router.
-        routing: The routing of the images; None before the first pass.
     """
 
     def __init__(self, router: nn.Module) -> None:
         self.router = router
-        self.routing: Routing | None = None
+        self._of_thread = threading.local()
+
+    def keep(self, routing: Routing) -> None:
+        """Keeps the routing of the images, for the later layers."""
+        self._of_thread.routing = routing
 
     def recall(self) -> Routing:
         """The decision, for a later layer.
@@ -36,17 +42,18 @@ class Decision:
             RuntimeError: There is none, or activation checkpointing computes the later layer again, when another
                 forward pass may have replaced the decision.
         """
-        if self.routing is None:
-            raise RuntimeError("shared_router: the first MoE layer decides for all, and has not run yet")
         if not torch.compiler.is_compiling() and is_backward():
             raise RuntimeError(
                 "shared_router: activation checkpointing cannot compute a layer again that follows another layer's "
                 "router; turn checkpointing off, or set shared_router to false"
             )
-        return self.routing
+        routing: Routing | None = getattr(self._of_thread, "routing", None)
+        if routing is None:
+            raise RuntimeError("shared_router: the first MoE layer decides for all, and has not run yet")
+        return routing
 
-    def __getstate__(self) -> dict:
-        return {"router": self.router, "routing": None}  # a routing belongs to a graph, which cannot be copied or saved
+    def __reduce__(self) -> tuple:
+        return Decision, (self.router,)  # a routing belongs to a graph, which cannot be copied or saved
 
 
 class FollowingRouter(nn.Module):
@@ -86,7 +93,7 @@ class ImageRouting:
         # a row per image: too few rows for the kernels, which expect one per token
         routing = router(self.pooled(x_BND, real_BN), groups, valid_GS, PLAIN).routing
         if self.decision is not None and not isinstance(router, FollowingRouter):
-            self.decision.routing = routing
+            self.decision.keep(routing)
         return routing
 
     def pooled(self, x_BND: Tensor, real_BN: Tensor | None) -> Tensor:
