@@ -72,6 +72,8 @@ def test_what_is_wrong_with_a_set_is_found(tmp_path, capsys):
     said, found = capsys.readouterr().out, json.loads(report.read_text())
     assert "sizes in training: 20 x 20 to 40 x 30, median 20 x 30 (height x width)" in said
     assert "warning: 1 of 11 test images cannot be read: " in said and "broken.png" in said
+    suggested = next(line for line in said.splitlines() if "--data.mean" in line)
+    assert suggested.count("'[") == suggested.count("]'") == 2  # zsh refuses brackets without quotes
     (pair,) = found["near_duplicates"]
     assert pair["image"].endswith("again.jpg") and pair["training_image"].endswith("bee/3.png")
     assert "1 of 11 test images are nearly training images, so results are too good" in said

@@ -57,7 +57,7 @@ def visible_gpus() -> list[str]:
 
 def _sweep_parser() -> argparse.ArgumentParser:
     parser = new_parser("sweep", __doc__)
-    parser.add_argument("study", metavar="STUDY", help="a YAML file with config, seeds and arms, or the name of one")
+    parser.add_argument("study", metavar="STUDY", help="a YAML file with config, seeds and arms, or studies/NAME")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the runs go")
     parser.add_argument("--arms", nargs="+", default=[], metavar="ARM", help="only these arms")
     parser.add_argument("--seeds", nargs="+", type=int, default=[], metavar="SEED", help="in place of the file's")

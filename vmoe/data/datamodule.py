@@ -216,7 +216,7 @@ class ImageDataModule(LightningDataModule):
         pictures = (read_or_next(train, index, [])[0] for index in sample)
         mean, std = mean_and_std(eval_crop(picture, self.image_size, config.crop) for picture in pictures)
         values = " ".join(
-            f"--data.{name}=[{','.join(f'{each:.4g}' for each in found)}]"
+            f"--data.{name} '[{','.join(f'{each:.4g}' for each in found)}]'"
             for name, found in (("mean", mean), ("std", std))
         )
         self.notes.append(f"{config.root}: measured on {counted(len(sample), 'training image')}: {values}")

@@ -73,8 +73,8 @@ class Inspection:
             same = smallest == largest
             between = "all" if same else f"{_height_by_width(smallest)} to {_height_by_width(largest)}, median"
             lines.append(f"sizes in {_TITLES_OF_SPLITS[split]}: {between} {_height_by_width(median)} (height x width)")
-        if self.mean:
-            mean, std = (f"[{','.join(map(_written, values))}]" for values in (self.mean, self.std))
+        if self.mean:  # in quotes, since shells take brackets for patterns
+            mean, std = (f"'[{','.join(map(_written, values))}]'" for values in (self.mean, self.std))
             lines.append(f"colours of training images: --data.mean {mean} --data.std {std} would normalise them")
         for split, found in self.damaged.items():
             if found:
