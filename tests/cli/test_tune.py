@@ -95,13 +95,15 @@ def test_runs_that_fail_count_as_trials(recipe, tmp_path, capsys):
     assert "no run reached val/top1; the first one said: vmoe train: error: it became NaN" in capsys.readouterr().err
 
 
-def test_a_search_may_be_a_file(recipe, tmp_path):
+def test_a_search_may_be_a_file(recipe, tmp_path, capsys):
     file = tmp_path / "search.yaml"
     file.write_text(
         "config: tiny.yaml\nsearch:\n  optim.lr: {low: 1e-3, high: 1e-1, log: true}\n  moe.layers: [[0], []]\n"
     )
     assert main([str(file), "--out", str(tmp_path / "out"), "--trials", "1", "--", "--seed", "3"]) == 0
     (row,) = rows(tmp_path / "out")
+    said = capsys.readouterr().out
+    assert said.count(f"--moe.layers '{row['moe.layers']}'") == 2  # as a shell takes it
     assert row["moe.layers"] in ("[0]", "[]") and 1e-3 <= float(row["optim.lr"]) <= 1e-1
 
 

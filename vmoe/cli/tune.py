@@ -19,6 +19,7 @@ OUT gets study.journal (Optuna's), trials.csv, history.png, options.png and impo
 """
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def main(argv: list[str]) -> int:
     with working("searching"):
         study = run_search(space, words, options.out, plan, lambda line: print(line, flush=True))
     best = study.best_trial
-    print(f"best {plan.metric} {study.best_value:.4f}: {' '.join(words_of(best.params))}")
+    print(f"best {plan.metric} {study.best_value:.4f}: {shlex.join(words_of(best.params))}")
     print(f"its run is in {folder_of(options.out, best)}; all trials are in {options.out / 'trials.csv'}")
     return 0
 

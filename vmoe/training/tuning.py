@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shlex
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -326,7 +327,7 @@ class _Trials:
             self._say(f"{run.name}: FAILED: {last_line(run.log) if code else f'its {metric} is {value}'}")
             return
         self._study.tell(number, value)
-        options = " ".join(words_of(self._study.get_trials(deepcopy=False)[number].params))
+        options = shlex.join(words_of(self._study.get_trials(deepcopy=False)[number].params))
         self._say(f"{run.name}: {metric} {value:.4f}  {options}  (best {self._study.best_value:.4f})")
 
 
