@@ -119,6 +119,7 @@ def test_fine_tuning_is_a_run_that_starts_from_it(save_run, tmp_path, capsys):
         (MOE | {"router": "hash"}, ["--keep", "2"], 'router="hash"'),
         (MOE, ["--keep-classes", "1,2"], '--keep-classes 1,2: RUN has route="patch"'),
         (BY_IMAGE, ["--keep-classes", "1,ten"], "--keep-classes ten: is no class of the images"),
+        (BY_IMAGE, ["--keep-classes", "1", "--keep", "2", "--images", "1"], "no image of them is among the 1 of"),
         (BY_IMAGE, ["--keep-classes", "1", "--merge"], "--merge: changes what --keep-classes leaves as it is"),
         (BY_IMAGE | {"num_experts": 1}, ["--keep-classes", "1"], "has 1 expert in blocks.1.mlp; keep its only one"),
         (BY_IMAGE | {"num_experts": 2, "top_k": 2}, ["--keep-classes", "1,"], "their images use every expert"),

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import zipfile
+import zlib
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -205,7 +206,7 @@ def _unzip(path: Path, folder: Path) -> None:
                 with archive.open(entry) as source, writing(folder), open(folder / member[1], "wb") as target:
                     while chunk := source.read(2**20):
                         target.write(chunk)
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, zipfile.zlib.error) as error:
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, zlib.error) as error:
         raise UserError(f"{path}: no .zip, or damaged ({' '.join(str(error).split())[:100]})") from error
 
 

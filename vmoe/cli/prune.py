@@ -98,7 +98,8 @@ def main(argv: list[str]) -> int:
     most = options.images or (2000 if classes is None else None)
     batches = Tracked(_OfClasses(data.train_eval_dataloader(most=most), classes), "use of the experts")
     use = measure_use(checkpoint.model, batches, device, with_norms=options.by == "activation-norm")
-    options.keep = options.keep or _all_in_use(checkpoint, use, options.keep_classes)
+    if classes is not None:
+        options.keep = _number_to_keep(checkpoint, use, options)
     groups = groups_of_layers(checkpoint.model, use, options.keep, options.by, options.merge)
     rows = {"before": _accuracy_of(before, data, device, classes)}
     with new_folder(options.out) as folder:
@@ -242,19 +243,21 @@ def _indices(wanted: list[str], names: list[str]) -> list[int]:
     return sorted({names.index(name) for name in chosen})
 
 
-def _all_in_use(checkpoint: "TrainedModel", use: "dict[str, ExpertUse]", wanted: list[str]) -> int:
-    """The number of experts per layer that images of the wanted classes use."""
+def _number_to_keep(checkpoint: "TrainedModel", use: "dict[str, ExpertUse]", options: argparse.Namespace) -> int:
+    """The number of experts per layer with --keep-classes: --keep, or all that images of these classes use."""
     from vmoe.compress.pruning import experts_in_use
 
     used, experts = experts_in_use(checkpoint.model, use), len(next(iter(use.values())).mass_E)
+    given = f"--keep-classes {','.join(options.keep_classes)}"
+    if used == 0 and options.images is not None:
+        raise UserError(f"{given}: no image of them is among the {options.images:,} of --images; give more")
     if used == 0:
-        raise UserError(f"--keep-classes {','.join(wanted)}: there are no training images of them")
-    if used == experts:
+        raise UserError(f"{given}: there are no training images of them")
+    if options.keep is None and used == experts:
         raise UserError(
-            f"--keep-classes {','.join(wanted)}: their images use every expert of a layer; give --keep N too, for "
-            "the N that they use most"
+            f"{given}: their images use every expert of a layer; give --keep N too, for the N that they use most"
         )
-    return used
+    return options.keep or used
 
 
 def _unchanged(
