@@ -80,7 +80,7 @@ PLACES = [
     *(("validation_step", calls) for calls in (1, 700)),
     *(("_summary", calls) for calls in (1, 400)),
 ]
-ONCE = ("_summary", "on_train_end")
+ONCE = ("_summary", "on_train_end", "copy_checkpoint")
 
 
 @pytest.mark.parametrize(("place", "calls"), PLACES)
