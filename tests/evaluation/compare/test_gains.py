@@ -39,6 +39,20 @@ def test_without_a_twin_of_the_same_recipe_there_is_no_pair(make_run, runs):
     assert len(gains([*runs, other, *unmeasured])) == 2
 
 
+def test_guidance_of_the_router_belongs_to_the_experts(make_run, runs):
+    guided = read_run(make_run("guided_s0", 0.49, moe=MOE | {"top_k": 1, "route": "image"}, train=0.9))
+    guided.config["loss"] = {"super_classes": {"bus": "vehicles", "oak": {"trees": 1.0}}, "guidance_weight": 0.3}
+    found = {gain.kind: gain for gain in gains([*runs, guided])}["whole images"]
+    assert found.difference.mean == pytest.approx(-0.01) and found.difference.pairs == 1
+
+
+def test_v_moes_that_differ_in_the_drop_path_of_their_experts_are_pairs_of_their_own(make_run, runs):
+    dropped = read_run(make_run("dropped_s0", 0.6, moe=MOE, train=0.9))
+    dropped.config["model"]["moe_drop_path"] = 0.3
+    found = {gain.difference.arm.name: gain.difference.mean for gain in gains([*runs, dropped])}
+    assert found == pytest.approx({"k2": 0.03, "soft": 0.04, "dropped": 0.1})
+
+
 def test_every_pair_is_a_row_and_a_point(runs):
     found = gains(runs)
     rows = gain_rows(found)

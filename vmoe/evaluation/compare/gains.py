@@ -21,10 +21,12 @@ _KINDS = {  # kind -> colour, dark enough on white
     "K=1": expert_hex(0),
     "K=2 or more": expert_hex(9),
     "Soft MoE": expert_hex(14),
+    "whole images": expert_hex(7),
     "another learned router": expert_hex(12),
     "not learned (random, hash)": MUTED,
 }
 _CONTROLS = ("random", "hash")
+_OF_EXPERTS = ("moe", "model.moe_drop_path", "loss.super_classes", "loss.guidance_weight")  # what the twin cannot have
 _MOE_FIELDS = [field.name for field in fields(MoeConfig)]
 _FEW_EPOCHS = 10  # in so few epochs an expert sees few tokens
 _LEAST_RATIO = 0.5  # the smallest drawn ratio; a twin without test errors has 0
@@ -50,8 +52,10 @@ class Gain:
 
     @property
     def kind(self) -> str:
-        """One of `_KINDS`, by the router and the choices of a token."""
+        """One of `_KINDS`, by what is routed, the router and the choices of a token."""
         moe = asdict(MoeConfig()) | self.difference.arm.first.moe
+        if moe["route"] == "image":
+            return "whole images"
         if moe["router"] == "token_choice":
             return "K=1" if moe["top_k"] == 1 else "K=2 or more"
         if moe["router"] == "soft":
@@ -110,27 +114,28 @@ def gains(runs: Sequence[Run]) -> list[Gain]:
     once = {json.dumps([run.config, run.summary], sort_keys=True): run for run in runs}
     recipes: dict[str, dict[str, list[Run]]] = {}
     for run in once.values():
-        arms = recipes.setdefault(_recipe_of_both(run), {})
-        arms.setdefault(json.dumps(run.moe, sort_keys=True), []).append(run)
+        of_both, of_experts = _parts_of_recipe(run)
+        recipes.setdefault(of_both, {}).setdefault("dense" if run.is_dense else of_experts, []).append(run)
     found = []
     for arms in recipes.values():
-        dense = [members for members in arms.values() if members[0].is_dense]
-        twin = Arm("dense", dense[0]) if dense else None
+        twin = Arm("dense", arms.pop("dense")) if "dense" in arms else None
         fit = twin and twin.mean("train_score")
         if twin is None or fit is None:
             continue
         for members in arms.values():
-            if not members[0].is_dense:
-                arm = Arm(members[0].name.removesuffix(f"_s{members[0].seed}"), members)
-                found.append(Gain(difference(arm, twin), fit, arm.first.flops / twin.first.flops))
+            arm = Arm(members[0].name.removesuffix(f"_s{members[0].seed}"), members)
+            found.append(Gain(difference(arm, twin), fit, arm.first.flops / twin.first.flops))
     return sorted(found, key=lambda gain: gain.error_ratio)
 
 
-def _recipe_of_both(run: Run) -> str:
-    """The part of a recipe that a V-MoE and its dense twin have in common."""
-    of_experts = ("moe", "model.moe_drop_path")
-    both = {key: value for key, value in run.recipe.items() if key not in of_experts and not key.startswith("moe.")}
-    return json.dumps(both, sort_keys=True, default=str)
+def _parts_of_recipe(run: Run) -> tuple[str, str]:
+    """What a V-MoE and its dense twin have in common, and what concerns the experts alone."""
+    inside = tuple(f"{name}." for name in _OF_EXPERTS)
+    both, experts = {}, {}
+    for key, value in run.recipe.items():
+        part = experts if key in _OF_EXPERTS or key.startswith(inside) else both
+        part[key] = value
+    return json.dumps(both, sort_keys=True, default=str), json.dumps(experts, sort_keys=True, default=str)
 
 
 def gain_rows(found: Sequence[Gain]) -> list[dict[str, Any]]:
