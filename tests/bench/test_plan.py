@@ -22,7 +22,7 @@ from vmoe.moe import MoeConfig, auxiliary_loss
 from vmoe.training.parallel import gradient_means
 from vmoe.training.parallel.collectives import local
 from vmoe.training.parallel.gradient_means import GradientMeans
-from vmoe.training.parallel.sharding import shard
+from vmoe.training.parallel.sharding import shard_model
 
 SMALL = {"embed_dim": 64, "depth": 3, "num_heads": 4}
 MOE = MoeConfig(layers=[0, 2], num_experts=8, top_k=2, group=2, batch_priority=True)
@@ -74,11 +74,13 @@ def test_weights_gradients_and_moments_of_one_process(moe):
     assert memory.optimizer == bytes_of(s[name] for s in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq"))
 
 
-@pytest.mark.parametrize(("expert_size", "dense"), [(1, "cut"), (2, "cut"), (4, "cut"), (2, "whole"), (4, "whole")])
+@pytest.mark.parametrize(
+    ("expert_size", "dense"), [(1, "shard"), (2, "shard"), (4, "shard"), (2, "whole"), (4, "whole")]
+)
 def test_weights_of_the_first_of_four_processes(four_processes, expert_size, dense):
     model = real_model()
     counts = ParameterCounts.of(model)
-    shard(model, 4, expert_size, "cpu", dense == "whole")
+    shard_model(model, 4, expert_size, "cpu", dense == "whole")
     layout = MeshLayout("fsdp" if expert_size == 1 else "expert", 4, expert_size, dense)
     assert 4 * kept_parameters(counts, layout) == bytes_of(model.parameters())
 
@@ -119,8 +121,8 @@ def test_dense_gradients_are_averaged_once_an_update_and_not_gathered():
     layouts = [MeshLayout("expert", 4, 4), MeshLayout("expert", 4, 4, "whole")]
     dense = sum(parameter.numel() for name, parameter in real_model().named_parameters() if ".experts." not in name)
     for accumulate in (1, 2):
-        cut, whole = (plan_of(layout, workload(accumulate=accumulate)) for layout in layouts)
-        tokens = cut.sent - accumulate * 3 * 4 * dense * 3 / 4
+        sharded, whole = (plan_of(layout, workload(accumulate=accumulate)) for layout in layouts)
+        tokens = sharded.sent - accumulate * 3 * 4 * dense * 3 / 4
         assert whole.sent == pytest.approx(tokens + 2 * 4 * dense * 3 / 4)
 
 
@@ -133,11 +135,11 @@ def test_averaging_hides_behind_the_backward_pass_of_an_update_s_only_batch(accu
     assert slow.times.network - free.times.network == pytest.approx(waited_for / 1e11)
 
 
-def test_experts_are_gathered_only_where_they_are_cut_further():
-    whole, cut_further = (plan_of(MeshLayout("expert", 4, size, "whole"), workload(batch=128)) for size in (4, 2))
+def test_experts_are_gathered_only_where_they_are_sharded_further():
+    whole, further = (plan_of(MeshLayout("expert", 4, size, "whole"), workload(batch=128)) for size in (4, 2))
     layer = 8 * (64 * 256 * 2 + 256 + 64) * 4
-    assert cut_further.memory.buffers - whole.memory.buffers == 5 * layer // 2  # of 2, as they arrive too; a gradient
-    assert cut_further.times.host > whole.times.host
+    assert further.memory.buffers - whole.memory.buffers == 5 * layer // 2  # of 2, as they arrive too; a gradient
+    assert further.times.host > whole.times.host
 
 
 @pytest.mark.parametrize(
@@ -185,7 +187,7 @@ def test_a_slower_network_costs_experts_more():
 def test_more_processes_than_the_experts_width_divides_into():
     planned = workload(dataclasses.replace(MOE, num_experts=2), 2 * 384)
     plan = plan_of(MeshLayout("expert", 384, 2), planned)
-    assert "cannot be cut into 192 parts" in plan.missing
+    assert "cannot be sharded over 192 ranks" in plan.missing
 
 
 @pytest.mark.parametrize(
@@ -197,7 +199,7 @@ def test_memory_with_the_dense_part_whole_is_as_torchs_tracker_sees_it(
     monkeypatch.setattr(gradient_means, "BUCKET", bucket)  # with few images it is the averaging that needs most
     with torch.device("meta"):
         model = real_model()
-    shard(model, 4, 4, "cpu", dense_is_whole=True)
+    shard_model(model, 4, 4, "cpu", dense_is_whole=True)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
         optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
@@ -230,7 +232,7 @@ def test_memory_with_the_dense_part_whole_is_as_torchs_tracker_sees_it(
 def test_fsdp_memory_is_as_torchs_tracker_sees_it(four_processes):
     with torch.device("meta"):
         model = real_model(None)
-    shard(model, 4, 1, "cpu")
+    shard_model(model, 4, 1, "cpu")
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
         optimizer = torch.optim.AdamW(model.parameters(), foreach=True)

@@ -346,7 +346,7 @@ def test_a_program_is_served(tmp_path, predictor):
         name: pytest.approx(float(value), abs=1e-4) for name, value in zip(predictor.class_names, row, strict=True)
     }
     assert status == 200 and {each["class"]: each["probability"] for each in answer["predictions"]} == expected
-    assert refused == 400 and "a program does not tell its routing" in told["detail"]
+    assert refused == 400 and "a program records no routing" in told["detail"]
 
 
 @pytest.mark.slow

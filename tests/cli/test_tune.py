@@ -68,13 +68,13 @@ def test_a_search_finds_and_goes_on(recipe, tmp_path, capsys):
 
 def test_a_run_that_was_under_way_is_gone_on_with(recipe, tmp_path):
     search = {"optim.lr": {"low": 1e-4, "high": 1.0, "log": True}}
-    vmoe.tune(recipe, search, tmp_path / "out", trials=2, say=lambda line: None)
+    vmoe.tune(recipe, search, tmp_path / "out", trials=2, log=lambda line: None)
     storage = optuna.storages.JournalStorage(
         optuna.storages.journal.JournalFileBackend(str(tmp_path / "out" / JOURNAL))
     )
     study = optuna.load_study(study_name="vmoe", storage=storage)
     lr = study.ask(vmoe.training.tuning.read_space(search)).params["optim.lr"]  # and the search is killed
-    found = vmoe.tune(recipe, search, tmp_path / "out", trials=3, say=lambda line: None)
+    found = vmoe.tune(recipe, search, tmp_path / "out", trials=3, log=lambda line: None)
     assert [trial.state for trial in found.study.trials] == [TrialState.COMPLETE] * 3
     assert found.study.trials[2].params["optim.lr"] == lr
     assert (

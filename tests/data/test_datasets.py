@@ -145,7 +145,7 @@ def test_a_split_without_class_folders_is_refused(image_tree, name):
         (root / empty).rename(root / "test")
 
 
-def test_what_is_beside_the_splits_is_passed_over_for_its_name(image_tree):
+def test_what_is_beside_the_splits_is_ignored_for_its_name(image_tree):
     root = image_tree(("train", "val", "other"))
     assert f"{root / 'other'}: ignored: its name is no split's" in load("folder", root).notes
 

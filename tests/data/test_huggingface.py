@@ -187,7 +187,7 @@ def test_several_classes_that_cannot_be_read_end_in_a_line(tmp_path, labels, kin
 
 
 @pytest.mark.parametrize("make", [rows_of, lambda levels: of_several(levels, label=("text", datasets.Value("string")))])
-def test_a_split_without_rows_is_passed_over(tmp_path, make):
+def test_a_split_without_rows_is_ignored(tmp_path, make):
     none = make(range(4)).filter(lambda row: False, keep_in_memory=True)
     parts = {"train": make(range(20)), "validation": none, "test": make(range(4))}
     datasets.DatasetDict(parts).save_to_disk(tmp_path / "set")

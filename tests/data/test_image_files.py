@@ -12,7 +12,7 @@ from support import saved_runs
 from vmoe.cli.main import main
 from vmoe.data import DataConfig, load_image
 from vmoe.data.datasets import load_splits
-from vmoe.data.image_files import FORMATS, IMAGE_SUFFIXES, PassedOver, find_images, find_pictures
+from vmoe.data.image_files import FORMATS, IMAGE_SUFFIXES, IgnoredFiles, find_images, find_pictures
 from vmoe.errors import UserError
 
 
@@ -41,7 +41,7 @@ def test_every_format_of_the_list_is_read_by_every_room(tmp_path, capsys):
     root = tree(tmp_path / "set")
     for suffix in sorted(IMAGE_SUFFIXES):
         picture(root / "train" / "ant" / f"x{suffix.upper()}")
-    assert len(load(root).train) == 4 + len(IMAGE_SUFFIXES) == len(find_images([root / "train"], PassedOver()))
+    assert len(load(root).train) == 4 + len(IMAGE_SUFFIXES) == len(find_images([root / "train"], IgnoredFiles()))
     assert main(["make-shards", str(root), "--out", str(tmp_path / "shards")]) == 0
     with tarfile.open(tmp_path / "shards" / "train-000000.tar") as tar:
         assert {name.partition(".")[2] for name in tar.getnames()} == {"cls"} | {
@@ -110,7 +110,7 @@ def test_pictures_are_sorted_by_folder_and_name(tmp_path):
     names = ["b/1.png", "a-b/1.png", "a/b/1.png", "a/2.png", "a/10.png"]
     for name in names:
         picture(tmp_path / name)
-    (found,) = find_pictures([tmp_path], PassedOver())
+    (found,) = find_pictures([tmp_path], IgnoredFiles())
     assert [os.path.relpath(path, tmp_path) for path in found] == [
         "a/10.png", "a/2.png", "a-b/1.png", "a/b/1.png", "b/1.png",
     ]  # fmt: skip
@@ -128,7 +128,7 @@ def test_only_regular_files_are_opened(tmp_path):
     place = socket.socket(socket.AF_UNIX)
     place.bind(str(tmp_path / "socket.png"))
     for path in (tmp_path / "pipe.png", tmp_path / "socket.png", "/dev/zero"):
-        for read in (load_image, lambda path: find_images([path], PassedOver())):
+        for read in (load_image, lambda path: find_images([path], IgnoredFiles())):
             with pytest.raises(UserError, match=f"{path}: is no regular file but"):
                 read(path)
     place.close()
@@ -137,11 +137,11 @@ def test_only_regular_files_are_opened(tmp_path):
 def test_a_folder_stands_for_its_images(tmp_path):
     for name in ("b.PNG", "a.jpg", "notes.txt"):
         (tmp_path / name).touch()
-    assert [path.name for path in find_images([tmp_path], PassedOver())] == ["a.jpg", "b.PNG"]
+    assert [path.name for path in find_images([tmp_path], IgnoredFiles())] == ["a.jpg", "b.PNG"]
     (tmp_path / "empty").mkdir()
     for path in (tmp_path / "empty", tmp_path / "missing.png"):
         with pytest.raises(UserError, match=path.name):
-            find_images([path], PassedOver())
+            find_images([path], IgnoredFiles())
 
 
 def test_a_folder_of_pictures_is_the_same_to_every_job(tmp_path, capsys):
@@ -171,4 +171,4 @@ def test_a_folder_of_pictures_is_the_same_to_every_job(tmp_path, capsys):
 def test_a_broken_link_that_is_named_is_refused(tmp_path):
     (tmp_path / "broken.png").symlink_to("lost.png")
     with pytest.raises(UserError, match=r"broken\.png: is a broken link"):
-        find_images([tmp_path / "broken.png"], PassedOver())
+        find_images([tmp_path / "broken.png"], IgnoredFiles())

@@ -120,7 +120,7 @@ def test_mistakes_are_value_errors_of_one_line_that_name_the_argument(run, tmp_p
         (model, {"top_k": 9}, r"^top_k=9: must be at most num_experts=4"),
         (dense, {"capacity_factor": 1}, r"^capacity_factor=1: this checkpoint is a dense model"),
         (three, {}, r"^data\.name: digits has 10 classes, the checkpoint 3, which does not know 0, "),
-        (no_data, {}, r"^data: is missing; .*no_data\.ckpt does not tell"),
+        (no_data, {}, r"^data: is missing; .*no_data\.ckpt does not record"),
         (torch.nn.Identity(), {}, r"^model: a Identity does not know its classes"),
     ):
         with pytest.raises(ValueError, match=line) as caught:

@@ -36,9 +36,9 @@ def held_write(self, *arguments):
 
 def state(value: float) -> dict[str, Tensor]:
     """A sharded weight, its average and step, and a weight that all processes have whole."""
-    cut = distribute_tensor(torch.full((3, 2), value), new_mesh("cpu", (2,)), [Shard(0)])
+    sharded = distribute_tensor(torch.full((3, 2), value), new_mesh("cpu", (2,)), [Shard(0)])
     whole, step = torch.full((2,), value), torch.tensor(value)
-    return {"weights/a": cut, "weights/b": whole, "optimizer/a/step": step, "ema/a": cut.clone()}
+    return {"weights/a": sharded, "weights/b": whole, "optimizer/a/step": step, "ema/a": sharded.clone()}
 
 
 def plain(epoch: int) -> dict:
@@ -61,7 +61,7 @@ def content(path: Path) -> list[float]:
     return [value for tensor in tensors for value in tensor.unique().tolist()]
 
 
-def say(line: object) -> None:
+def log(line: object) -> None:
     """Prints a line of the first process, once all processes have reached this point."""
     gather(None)
     if Process.this().is_first:
@@ -78,18 +78,18 @@ writer.write(tensors, rest, best)
 writer.then(partial(copy_checkpoint, best, last))
 train(tensors)
 rest["vmoe"]["epoch"] += 1
-say(f"under way: {best.exists()} {last.exists()} {writer.failed}")
+log(f"under way: {best.exists()} {last.exists()} {writer.failed}")
 may_write.set()
 writer.wait()
-say(f"written: {content(best)} {content(last)}" if Process.this().is_first else "")
+log(f"written: {content(best)} {content(last)}" if Process.this().is_first else "")
 
 may_write.clear()
 writer.write(tensors, rest, best)
 threading.Timer(0.5, may_write.set).start()
 writer.write(state(3.0), plain(3), last)  # waits for the previous folder
-say(f"the one before: {content(best)}" if Process.this().is_first else "")
+log(f"the one before: {content(best)}" if Process.this().is_first else "")
 writer.wait()
-say(f"both: {content(best)} {content(last)}" if Process.this().is_first else "")
+log(f"both: {content(best)} {content(last)}" if Process.this().is_first else "")
 
 disk_is_full = True
 writer.write(state(4.0), plain(4), best)
@@ -99,12 +99,12 @@ while not writer.failed:
 try:
     writer.wait()
 except UserError as error:
-    say(f"failed: {error.everywhere} {error}")
-say(f"left: {content(best)} {content(last)} {sorted(path.name for path in last.parent.iterdir())} {writer.failed}")
+    log(f"failed: {error.everywhere} {error}")
+log(f"left: {content(best)} {content(last)} {sorted(path.name for path in last.parent.iterdir())} {writer.failed}")
 disk_is_full = False
 writer.write(state(5.0), plain(5), last)
 writer.wait()
-say(f"again: {content(last)}" if Process.this().is_first else "")
+log(f"again: {content(last)}" if Process.this().is_first else "")
 disconnect()
 if Process.this().is_first:
     print(f"threads of gloo: {gloo_threads()}")

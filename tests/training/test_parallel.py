@@ -67,13 +67,13 @@ def alone(of_one) -> RunFolder:
 
 
 @pytest.fixture(scope="module")
-def cut(of_two) -> RunFolder:
+def sharded(of_two) -> RunFolder:
     """A run of two processes, of which each has two experts of four; its checkpoints are folders."""
     return of_two["expert 2"]
 
 
-def test_experts_in_two_processes_change_nothing(cut, alone):
-    assert_same_run(cut, alone)
+def test_experts_in_two_processes_change_nothing(sharded, alone):
+    assert_same_run(sharded, alone)
 
 
 def test_one_process_trains_the_same_whatever_the_strategy(of_one, alone):
@@ -168,11 +168,11 @@ def test_a_run_goes_on_with_other_processes_as_if_it_had_never_stopped(recipe, t
     assert_same_run(RunFolder(tmp_path / "chain"), RunFolder(tmp_path / "alone"))
 
 
-def test_a_folder_is_one_file_for_those_who_want_one(cut, tmp_path):
-    assert cut.best.is_dir()
+def test_a_folder_is_one_file_for_those_who_want_one(sharded, tmp_path):
+    assert sharded.best.is_dir()
     out = tmp_path / "weights.safetensors"
-    assert consolidate([str(cut.path), "--out", str(out)]) == 0
-    weights = load_checkpoint(cut.path).model.state_dict()
+    assert consolidate([str(sharded.path), "--out", str(out)]) == 0
+    weights = load_checkpoint(sharded.path).model.state_dict()
     with safe_open(out, "pt") as file:
         assert set(file.keys()) == set(weights)
         for name, value in weights.items():
@@ -181,8 +181,8 @@ def test_a_folder_is_one_file_for_those_who_want_one(cut, tmp_path):
 
 
 @pytest.mark.parametrize("missing", ["__1_0.distcp", ".metadata", "plain.pt"])
-def test_a_folder_that_lacks_a_part_names_it(cut, tmp_path, missing):
-    folder = shutil.copytree(cut.last, tmp_path / "last.ckpt")
+def test_a_folder_that_lacks_a_part_names_it(sharded, tmp_path, missing):
+    folder = shutil.copytree(sharded.last, tmp_path / "last.ckpt")
     (folder / missing).unlink()
     with pytest.raises(UserError, match=f"{missing}: is missing"):
         load_checkpoint(folder)
@@ -209,9 +209,9 @@ def _by_dots(name):
     [pickle.dumps(Path.unlink), _by_dots("os.getcwd"), pickle.dumps(_Calls(torch.PyTorchFileWriter, "overwritten"))],
     ids=["method", "dots", "torch"],
 )
-def test_a_table_of_contents_that_would_run_something_is_refused(cut, tmp_path, monkeypatch, attack):
+def test_a_table_of_contents_that_would_run_something_is_refused(sharded, tmp_path, monkeypatch, attack):
     monkeypatch.chdir(tmp_path)
-    folder = shutil.copytree(cut.last, tmp_path / "last.ckpt")
+    folder = shutil.copytree(sharded.last, tmp_path / "last.ckpt")
     (folder / ".metadata").write_bytes(attack)
     with pytest.raises(UserError, match="is damaged or foreign"):
         load_checkpoint(folder)
@@ -219,8 +219,8 @@ def test_a_table_of_contents_that_would_run_something_is_refused(cut, tmp_path, 
 
 
 @pytest.mark.slow
-def test_torchrun_does_not_resume_the_run_of_another_start(recipe, cut, tmp_path):
-    folder = shutil.copytree(cut.path, tmp_path / "run")
+def test_torchrun_does_not_resume_the_run_of_another_start(recipe, sharded, tmp_path):
+    folder = shutil.copytree(sharded.path, tmp_path / "run")
     done = launch(recipe, folder, 2, *strategy_options("expert 2"), restarts=1)
     assert done.returncode != 0
     assert "resuming" not in done.stdout and "is finished" not in done.stdout
@@ -228,8 +228,8 @@ def test_torchrun_does_not_resume_the_run_of_another_start(recipe, cut, tmp_path
 
 
 @pytest.mark.slow
-def test_a_folder_moved_aside_when_a_process_was_killed_is_found_again(recipe, cut, tmp_path):
-    folder = RunFolder(shutil.copytree(cut.path, tmp_path / "run"))
+def test_a_folder_moved_aside_when_a_process_was_killed_is_found_again(recipe, sharded, tmp_path):
+    folder = RunFolder(shutil.copytree(sharded.path, tmp_path / "run"))
     folder.last.rename(folder.last.with_name(".last.ckpt.old"))
     folder.summary.unlink()
     done = train_forked(recipe, folder.path, 2, *strategy_options("expert 2"), "--resume")
@@ -239,29 +239,29 @@ def test_a_folder_moved_aside_when_a_process_was_killed_is_found_again(recipe, c
 
 
 @pytest.fixture(scope="module")
-def cut_with_muon(recipe) -> RunFolder:
-    """Two processes, in which AdamW trains the dense matrices, which are cut."""
+def sharded_with_muon(recipe) -> RunFolder:
+    """Two processes, in which AdamW trains the dense matrices, which are sharded."""
     folder = recipe.parent / "muon"
     done = train_forked(recipe, folder, 2, *strategy_options("fsdp"), "--optim.name", "muon")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("AdamW trains the matrices that parallel.strategy=fsdp cuts, but whole experts") == 1
+    assert done.stdout.count("AdamW trains the matrices that parallel.strategy=fsdp shards, but whole experts") == 1
     return RunFolder(folder)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("processes", "strategy"), [(4, "fsdp"), (2, "expert 2")])
-def test_muon_keeps_experts_that_are_whole(recipe, cut_with_muon, tmp_path, processes, strategy):
+def test_muon_keeps_experts_that_are_whole(recipe, sharded_with_muon, tmp_path, processes, strategy):
     done = train_forked(recipe, tmp_path / "run", processes, *strategy_options(strategy), "--optim.name", "muon")
     assert done.returncode == 0, done.stderr
     ours = RunFolder(tmp_path / "run")
-    assert_same_run(ours, cut_with_muon)
+    assert_same_run(ours, sharded_with_muon)
     states = read_checkpoint(ours.last)["optimizer_states"][0]["state"]
     by_muon = {name for name, state in states.items() if "momentum_buffer" in state}
     assert by_muon and all(".experts.fc" in name and name.endswith("weight") for name in by_muon)
 
 
 @pytest.mark.slow
-def test_muon_has_all_matrices_where_none_is_cut(recipe, tmp_path):
+def test_muon_has_all_matrices_where_none_is_sharded(recipe, tmp_path):
     for processes, strategy in ((1, "none"), (2, "expert 2 whole")):
         options = (*strategy_options(strategy), "--optim.name", "muon")
         done = train_forked(recipe, tmp_path / strategy, processes, *options)
@@ -274,9 +274,9 @@ def test_muon_has_all_matrices_where_none_is_cut(recipe, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["none", "fsdp"])  # in one process the same
-def test_with_muon_the_strategy_cannot_change(recipe, cut_with_muon, strategy):
+def test_with_muon_the_strategy_cannot_change(recipe, sharded_with_muon, strategy):
     options = ("--optim.name", "muon", "--resume")
-    done = train_forked(recipe, cut_with_muon.path, 1, *strategy_options(strategy), *options)
+    done = train_forked(recipe, sharded_with_muon.path, 1, *strategy_options(strategy), *options)
     assert done.returncode == 2
     assert "parallel.strategy (was 'fsdp', now 'none')" in done.stderr
 

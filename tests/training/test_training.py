@@ -520,7 +520,7 @@ def test_the_largest_batch_that_fits_is_found(run, capsys, monkeypatch):
 def test_a_found_rate_is_the_seed_s(tmp_path):
     recipe = tmp_path / "tiny.yaml"
     recipe.write_text(TINY)
-    ones, others = (vmoe.find_lr(recipe, steps=25, say=lambda line: None) for _ in range(2))
+    ones, others = (vmoe.find_lr(recipe, steps=25, log=lambda line: None) for _ in range(2))
     assert ones.losses == others.losses and ones.lr == others.lr
     with pytest.raises(UserError, match=r"steps=12: must be 20 or more"):
         vmoe.find_lr(recipe, steps=12)

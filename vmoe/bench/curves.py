@@ -13,7 +13,7 @@ from vmoe.bench.cases import LayerCase
 from vmoe.bench.figure import SERIES, dress, new_figure
 from vmoe.bench.layer import calls_at_once, layer_jobs
 from vmoe.bench.report import Column, Row
-from vmoe.bench.timing import Measurement, Say, silent, time_made_jobs
+from vmoe.bench.timing import Log, Measurement, silent, time_made_jobs
 from vmoe.figures.style import INK
 
 CURVE_JOBS = ("dense", "experts", "layer")
@@ -49,11 +49,11 @@ def points(axis: str, base: LayerCase) -> Iterator[tuple[float | None, LayerCase
 
 
 def benchmark_curves(
-    base: LayerCase, axes: list[str], device: torch.device, dtype: torch.dtype, rounds: int, say: Say = silent
+    base: LayerCase, axes: list[str], device: torch.device, dtype: torch.dtype, rounds: int, log: Log = silent
 ) -> list[Row]:
     """Times dense, experts and layer, forward and backward, along axes of `AXES` from the sizes `base`.
 
-    Autocast is to `dtype` (float32: none). Each job is timed `rounds` times per point. `say` gets a line per point.
+    Autocast is to `dtype` (float32: none). Each job is timed `rounds` times per point. `log` gets a line per point.
 
     Returns:
         A row per point. A job that could not run has no time, and the row's `error` has the reason.
@@ -64,7 +64,7 @@ def benchmark_curves(
     rows = []
     for axis in axes:
         for value, case in points(axis, base):
-            say(f"{axis} {'unbounded' if value is None else value}")
+            log(f"{axis} {'unbounded' if value is None else value}")
             rows.append({"axis": axis, "value": "none" if value is None else value, "tokens": case.num_tokens})
             makers = layer_jobs(case, device, dtype)
             chosen = {job: makers[job] for job in CURVE_JOBS}

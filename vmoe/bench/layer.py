@@ -15,7 +15,7 @@ from torch._dynamo import config as dynamo_config
 
 from vmoe.bench import peers
 from vmoe.bench.cases import LayerCase, given_routing
-from vmoe.bench.timing import Measurement, Say, TimedJob, matmul_peak, silent, time_made_jobs
+from vmoe.bench.timing import Log, Measurement, TimedJob, matmul_peak, silent, time_made_jobs
 from vmoe.compiling import mend_compiler
 from vmoe.moe import MoeConfig, MoeMlp, Routing
 from vmoe.moe.experts import Experts, ExpertSpec
@@ -30,7 +30,7 @@ def benchmark_layer(
     rounds: int,
     only: list[str] | None = None,
     with_peers: bool = False,
-    say: Say = silent,
+    log: Log = silent,
 ) -> tuple[dict[str, Measurement], float]:
     """Times the jobs of `layer_jobs`, and with `with_peers` those of `vmoe.bench.peers`.
 
@@ -52,7 +52,7 @@ def benchmark_layer(
     square = SQUARE_ON_GPU if device.type == "cuda" else SQUARE
     peak = matmul_peak(device, dtype, [*case.product_shapes, (square, square, square)])
     with dynamo_config.patch(fail_on_recompile_limit_hit=True):  # else the job would silently run without compilation
-        measured = time_made_jobs(makers, device, rounds, calls_at_once(device), say)
+        measured = time_made_jobs(makers, device, rounds, calls_at_once(device), log)
     for name, result in measured.items():
         if "CUDA graph" in name:
             result.peak_mib = None  # a graph takes its memory at capture, not in a replay

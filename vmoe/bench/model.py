@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._dynamo import config as dynamo_config
 
 from vmoe.bench.report import Column, Row, measurement_row
-from vmoe.bench.timing import Measurement, Say, TimedJob, reason_of_failure, release, silent, time_calls, time_jobs
+from vmoe.bench.timing import Log, Measurement, TimedJob, reason_of_failure, release, silent, time_calls, time_jobs
 from vmoe.compiling import mend_compiler
 from vmoe.export.layer import exportable_copy
 from vmoe.export.programs import load_program, trace, write_onnx
@@ -65,7 +65,7 @@ class ModelTiming:
     rounds: int = 8  # how many times each job is timed
 
 
-def benchmark_models(makers: dict[str, Callable[[], nn.Module]], timing: ModelTiming, say: Say = silent) -> list[Row]:
+def benchmark_models(makers: dict[str, Callable[[], nn.Module]], timing: ModelTiming, log: Log = silent) -> list[Row]:
     """Times models in one process, in shuffled order.
 
     `makers` make the models on the device, by name. Ratios are to "dense", where there is one.
@@ -79,7 +79,7 @@ def benchmark_models(makers: dict[str, Callable[[], nn.Module]], timing: ModelTi
     """
     device, models, costs, rows = timing.device, {}, {}, []
     for name, make in makers.items():
-        say(f"making {name}")
+        log(f"making {name}")
         try:
             models[name] = make()
             costs[name] = _cost_row(models[name], timing.image_size)
@@ -96,7 +96,7 @@ def benchmark_models(makers: dict[str, Callable[[], nn.Module]], timing: ModelTi
                 keys[title], jobs[title] = (name, mode), _pass_job(of_pass, model, mode, images, timing.dtype)
         with dynamo_config.patch(_MANY_GRAPHS):
             calls = MODEL_CALLS_ON_GPU if device.type == "cuda" else 1
-            results = time_jobs(jobs, device, timing.rounds, calls, say)
+            results = time_jobs(jobs, device, timing.rounds, calls, log)
         for row in _pass_rows({keys[title]: result for title, result in results.items()}, timing.batch):
             rows.append(row | {"pass": of_pass} | costs[row["model"]] | updates.get(row["model"], {}))
         del jobs

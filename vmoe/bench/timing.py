@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 TimedJob = Callable[[], object]
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 class DeviceLost(RuntimeError):
@@ -48,28 +48,28 @@ def silent(line: str) -> None:
 
 
 def time_made_jobs(
-    makers: dict[str, Callable[[], TimedJob]], device: torch.device, rounds: int, calls: int, say: Say = silent
+    makers: dict[str, Callable[[], TimedJob]], device: torch.device, rounds: int, calls: int, log: Log = silent
 ) -> dict[str, Measurement]:
     """Makes jobs and times them as `time_jobs` does. A job that cannot be made is reported with its error."""
     jobs, results = {}, {}
     for name, make in makers.items():
-        say(f"making {name}")
+        log(f"making {name}")
         try:
             jobs[name] = make()
         except Exception as error:  # such as a lack of memory, which must not end the others
             results[name] = Measurement(error=reason_of_failure(name, error, device))
-    results |= time_jobs(jobs, device, rounds, calls, say)
+    results |= time_jobs(jobs, device, rounds, calls, log)
     jobs.clear()
     release(device)
     return {name: results[name] for name in makers}
 
 
 def time_jobs(
-    jobs: dict[str, TimedJob], device: torch.device, rounds: int, calls: int, say: Say = silent
+    jobs: dict[str, TimedJob], device: torch.device, rounds: int, calls: int, log: Log = silent
 ) -> dict[str, Measurement]:
     """Warms up every job and measures its memory and synchronisations. Then it times all in rounds, in shuffled order.
 
-    A job that fails is reported with its error and left out. There are `calls` between two readings of the clock. `say`
+    A job that fails is reported with its error and left out. There are `calls` between two readings of the clock. `log`
     gets a line before the first call of each job, and when the timing starts.
 
     Raises:
@@ -77,10 +77,10 @@ def time_jobs(
     """
     results = {}
     for name, job in jobs.items():
-        say(f"first look at {name}")
+        log(f"first look at {name}")
         results[name] = _first_look(name, job, device)
     order = [name for name, result in results.items() if result.error is None]
-    say(f"{rounds} rounds of {len(order)} jobs")
+    log(f"{rounds} rounds of {len(order)} jobs")
     shuffle = random.Random(0).shuffle
     for _ in range(rounds):
         shuffle(order)

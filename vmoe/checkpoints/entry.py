@@ -204,7 +204,7 @@ def _fault(content: dict[str, Any], ours: dict[str, Any]) -> str | None:
         "state_dict must hold the weights": isinstance(content.get("state_dict", {}), dict),
         "global_step must be a whole number": _is_count(content.get("global_step")),
     }
-    return next((told for told, holds in facts.items() if not holds), None)
+    return next((rule for rule, holds in facts.items() if not holds), None)
 
 
 def _is_size(value: Any) -> bool:

@@ -108,11 +108,11 @@ def describe(
         class_names = known.class_names
     names = [str(each) for each in class_names]
     size = image_size or (known.image_size if known is not None else _size_of(model))
-    told = getattr(model, "pretrained_cfg", None) or {}
+    of_timm = getattr(model, "pretrained_cfg", None) or {}
     count = own_channels(own)
     channels = known.channels if known is not None else count if count != 3 else None
     mean, std = (
-        _per_channel(word, count, given if given is not None else getattr(known, word, None) or told.get(word))
+        _per_channel(word, count, given if given is not None else getattr(known, word, None) or of_timm.get(word))
         for word, given in (("mean", mean), ("std", std))
     )
     built = _architecture(model, name, kwargs)
@@ -194,10 +194,10 @@ def _architecture(model: nn.Module, name: str | None, kwargs: dict[str, Any] | N
     known: dict[str, Any] = getattr(model, CREATED_WITH, {})
     if isinstance(model, TrainedModel):
         known = model.config["model"]
-    told = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
-    name = name or known.get("name") or told
+    of_timm = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
+    name = name or known.get("name") or of_timm
     if name is None:
-        raise UserError(f"name: is missing; {type(model).__name__} does not tell timm's name of itself, so give it")
+        raise UserError(f"name: is missing; {type(model).__name__} does not hold timm's name of it, so give it")
     kwargs = known.get("kwargs", {}) if kwargs is None else kwargs
     kept = {key: value for key, value in kwargs.items() if key not in _NOT_KEPT}
     for key, value in kept.items():

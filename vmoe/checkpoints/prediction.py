@@ -14,7 +14,7 @@ from torch import Tensor
 from vmoe.checkpoints.calibration import class_sets, least_probability
 from vmoe.checkpoints.trained import TrainedModel
 from vmoe.data.bit_depth import depth_lines, depth_of_files
-from vmoe.data.image_files import PassedOver, find_images
+from vmoe.data.image_files import IgnoredFiles, find_images
 from vmoe.data.images import prepare_image
 from vmoe.errors import UserError
 from vmoe.models.members import refuse_ensemble
@@ -225,15 +225,15 @@ def _numbered_pictures(
     """
     if isinstance(pictures, str | PathLike | Image.Image) or (isinstance(pictures, np.ndarray) and pictures.ndim < 4):
         pictures = [pictures]
-    passed_over = PassedOver()
+    ignored = IgnoredFiles()
     items: list[tuple[int, Picture]] = []
     for place, picture in enumerate(pictures):
         if isinstance(picture, str | PathLike):
-            items += [(place, path) for path in find_images([fspath(picture)], passed_over, arrays)]
+            items += [(place, path) for path in find_images([fspath(picture)], ignored, arrays)]
         else:
             items.append((place, picture))
-    if passed_over:
-        notes.append(f"ignored: {passed_over}")
+    if ignored:
+        notes.append(f"ignored: {ignored}")
     return items
 
 

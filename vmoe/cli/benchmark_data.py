@@ -41,9 +41,9 @@ def data(options: argparse.Namespace, overrides: list[str], results: Results) ->
         torchvision_plan(config.data)  # raises for unsupported options before any image is read
     # mixing stays on, as in most epochs
     plain = dataclasses.replace(config.data, mix=dataclasses.replace(config.data.mix, until=1.0))
-    say = results.say(options.config)
+    log = results.log(options.config)
     graphed = config.trainer.cuda_graph and options.device.type == "cuda"
-    modules = _modules(options, plain, graphed, say)
+    modules = _modules(options, plain, graphed, log)
     sources = [_own_pipeline(module, options.device) for module in modules]
     size = modules[0].image_size
     if options.torchvision:
@@ -51,7 +51,7 @@ def data(options: argparse.Namespace, overrides: list[str], results: Results) ->
     step, synthetic = _config_training(config, modules[0], options.device, graphed)
     rows = []
     for source in sources:
-        say(f"{source.name}, pipeline {source.pipeline}, {source.workers} workers")
+        log(f"{source.name}, pipeline {source.pipeline}, {source.workers} workers")
         rows.append(_rate_of_source(source, step, synthetic, options.seconds, options.device))
     batch = config.data.batch_size
     table = (
@@ -65,7 +65,7 @@ def data(options: argparse.Namespace, overrides: list[str], results: Results) ->
 
 
 def _modules(
-    options: argparse.Namespace, config: DataConfig, graphed: bool, say: Callable[[str], None]
+    options: argparse.Namespace, config: DataConfig, graphed: bool, log: Callable[[str], None]
 ) -> list[ImageDataModule]:
     """The chosen pipelines, each with the config's images and those of the shards, except those that do not fit."""
     chosen = [("workers", workers) for workers in dict.fromkeys(options.workers)] + [("device", max(options.workers))]
@@ -83,7 +83,7 @@ def _modules(
         except UserError as error:
             if not modules:
                 raise
-            say(f"left out: {error}")  # the set does not fit on the device
+            log(f"left out: {error}")  # the set does not fit on the device
             continue
         modules.append(module)
     return modules

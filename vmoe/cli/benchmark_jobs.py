@@ -19,7 +19,7 @@ from vmoe.bench.layer import benchmark_layer, layer_jobs, peer_jobs
 from vmoe.bench.model import MODEL_COLUMNS, MODES, ModelTiming, benchmark_models
 from vmoe.bench.report import LAYER_COLUMNS, Row, layer_rows, markdown_table
 from vmoe.bench.roofline import FLOOR_COLUMNS, draw_roofline, layer_floors, stage_floors
-from vmoe.bench.timing import Measurement, Say, copy_bandwidth, reason_of_failure, release
+from vmoe.bench.timing import Log, Measurement, copy_bandwidth, reason_of_failure, release
 from vmoe.checkpoints import build_model
 from vmoe.cli.common import in_options
 from vmoe.errors import UserError
@@ -49,14 +49,14 @@ class Results:
             "seed": seed,
         }
 
-    def say(self, subject: str) -> Say:
+    def log(self, subject: str) -> Log:
         """Prints progress on stderr, with the seconds since the start."""
 
-        def say(line: str) -> None:
+        def log(line: str) -> None:
             self.at = f"{subject}: {line}"
             print(f"{time.monotonic() - self.start:6.1f} s  {subject}: {line}", file=sys.stderr, flush=True)
 
-        return say
+        return log
 
     def write(self, name: str, dtype: torch.dtype, content: dict[str, Any], tables: list[str]) -> None:
         """Writes NAME.json and NAME.md."""
@@ -78,7 +78,7 @@ def layer(options: argparse.Namespace, results: Results) -> None:
     entries, tables = [], []
     for name, case in cases.items():
         measured, peak = benchmark_layer(
-            case, options.device, dtype, options.rounds or 15, options.jobs, options.peers, results.say(name)
+            case, options.device, dtype, options.rounds or 15, options.jobs, options.peers, results.log(name)
         )
         rows = layer_rows(measured, case, peak)
         sizes = dataclasses.asdict(case) | {"flops": case.flops}
@@ -92,7 +92,7 @@ def layer(options: argparse.Namespace, results: Results) -> None:
         print(tables[-1] + "\n", flush=True)
         results.write("layer", dtype, {"cases": entries}, tables)  # kept, should the GPU stop at what follows
         bandwidth = copy_bandwidth(options.device)
-        floors = _floors(options, case, dtype, measured, peak, bandwidth, results.say(name))
+        floors = _floors(options, case, dtype, measured, peak, bandwidth, results.log(name))
         entries[-1] |= {"copy_bandwidth": bandwidth, "floors": floors}
         tables.append(f"Copy bandwidth {bandwidth / 1e9:,.4g} GB/s.\n\n{markdown_table(FLOOR_COLUMNS, floors)}")
         print(tables[-1] + "\n", flush=True)
@@ -114,7 +114,7 @@ def _check_jobs(options: argparse.Namespace, case: LayerCase, dtype: torch.dtype
 
 def _floors(
     options: argparse.Namespace, case: LayerCase, dtype: torch.dtype, measured: dict[str, Measurement], peak: float,
-    bandwidth: float, say: Say,
+    bandwidth: float, log: Log,
 ) -> list[Row]:  # fmt: skip
     """The floors of the layers and, on a GPU, of the experts' stages."""
     device = options.device
@@ -123,7 +123,7 @@ def _floors(
         try:
             rows += stage_floors(case, device, dtype, peak, bandwidth)
         except Exception as error:  # such as a profiler without permission: the picture then has only the layers
-            say(f"no stages: {reason_of_failure('the profile of the experts', error, device)}")
+            log(f"no stages: {reason_of_failure('the profile of the experts', error, device)}")
         release(device)
     return rows
 
@@ -137,7 +137,7 @@ def _curves(options: argparse.Namespace, cases: dict[str, LayerCase], dtype: tor
         raise UserError(f"--cases {' '.join(cases)}: --curves goes with one case")
     name, case = next(iter(cases.items()))
     rounds = options.rounds or 7
-    rows = benchmark_curves(case, axes, options.device, dtype, rounds, results.say(name))
+    rows = benchmark_curves(case, axes, options.device, dtype, rounds, results.log(name))
     title = f"{name}: {_case_sizes(case)}"
     table = f"## {title}\n\n{markdown_table(CURVE_COLUMNS, rows)}"
     print(table + "\n")
@@ -186,7 +186,7 @@ def model(options: argparse.Namespace, results: Results) -> None:
     modes = MODES if options.compile == "best" else (options.compile,)
     timing = ModelTiming(image_size, batch, device, dtype, tuple(options.passes), modes, options.rounds or 8)
     makers = {name: maker(moe) for name, moe in variants.items()}
-    rows = benchmark_models(makers, timing, results.say(options.model))
+    rows = benchmark_models(makers, timing, results.log(options.model))
     shown = [row for row in rows if "error" in row or row["fastest"]]
     title = f"## {options.model}: {batch} images of {image_size} pixels, E={options.experts}"
     table = f"{title}, capacity factor {options.capacity_factor:g}\n\n{markdown_table(MODEL_COLUMNS, shown)}"

@@ -18,15 +18,15 @@ from vmoe.files import write_csv
 
 def scaling(options: argparse.Namespace, results: Results) -> None:
     """Runs the chosen parts, and writes the files again after every row."""
-    counts, settings, log = _processes(options), _scaling_settings(options), options.out / "processes.log"
+    counts, settings, log_file = _processes(options), _scaling_settings(options), options.out / "processes.log"
     jobs = jobs_of(options.parts, counts, settings)
     header = {"parts": options.parts, "processes": counts, "sizes": dataclasses.asdict(settings)}
     machine = Machine.of(gpu_of_this_machine() if options.device.type == "cuda" else "cpu")
-    say, rows = results.say("scaling"), []
-    say(f"{len(jobs)} trainings")
+    log, rows = results.log("scaling"), []
+    log(f"{len(jobs)} trainings")
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the processes end too
     try:
-        launcher = Launcher(log, options.device, options.limit, options.job_limit)
+        launcher = Launcher(log_file, options.device, options.limit, options.job_limit)
         for job, row in zip(jobs, launcher.run(jobs), strict=True):
             if "step_ms" in row and not job.compiled:
                 row |= predicted(job, row, machine)
@@ -35,11 +35,11 @@ def scaling(options: argparse.Namespace, results: Results) -> None:
             tables = _tables(rows)
             write_csv(options.out / "scaling.csv", rows)
             results.write("scaling", getattr(torch, settings.dtype), header | {"rows": rows}, tables)
-            say(f"{job.part}, {job.layout}, {job.layout.processes} processes: {row.get('error', row['state'])}")
+            log(f"{job.part}, {job.layout}, {job.layout.processes} processes: {row.get('error', row['state'])}")
     finally:
         signal.signal(signal.SIGTERM, before)
     print("\n\n".join(tables))
-    print(f"\nscaling.csv, scaling.json and scaling.md in {options.out}; what the processes wrote last in {log}")
+    print(f"\nscaling.csv, scaling.json and scaling.md in {options.out}; what the processes wrote last in {log_file}")
 
 
 def _tables(rows: list[Row]) -> list[str]:

@@ -15,7 +15,7 @@ def benchmark_server(options: argparse.Namespace, results: Results) -> None:
     measure_server(target, [picture] * 20, 1, range(200, 201))  # a warm-up
     rows = []
     for clients in options.clients:
-        results.say(options.url)(f"{clients} clients")
+        results.log(options.url)(f"{clients} clients")
         row = measure_server(target, [picture] * options.requests, clients, range(200, 201))
         rows.append({"uploads": "a photograph"} | row)
     broken = damaged(picture, options.requests, options.seed)

@@ -134,14 +134,14 @@ def _pictures(checkpoint: "TrainedModel", options: argparse.Namespace) -> _Pictu
     if options.images is None:
         split = options.split or "test"
         data = load_data(checkpoint, options)
-        told = {"data": data.config.name, "root": data.config.root, "split": split}
-        return _Pictures(data.random_dataloader(split, options.seed), data, data.patch_names, None, told)
+        source = {"data": data.config.name, "root": data.config.root, "split": split}
+        return _Pictures(data.random_dataloader(split, options.seed), data, data.patch_names, None, source)
     if {options.data, options.root, options.split} != {None}:
         raise UserError("--images: takes the place of a data set; leave out --data, --root and --split")
     paths = find_files(options.images, checkpoint.channels)
     batches, paths = load_files(checkpoint, paths, options)
-    told = options.images[0] if len(options.images) == 1 else f"{len(paths)} image files"
-    return _Pictures(batches, None, None, [path.name for path in paths], {"data": told, "root": None, "split": None})
+    source = options.images[0] if len(options.images) == 1 else f"{len(paths)} image files"
+    return _Pictures(batches, None, None, [path.name for path in paths], {"data": source, "root": None, "split": None})
 
 
 def _explore_parser() -> argparse.ArgumentParser:

@@ -50,10 +50,10 @@ def load_data(checkpoint: "TrainedModel", options: argparse.Namespace) -> "Image
     return data
 
 
-def matched(checkpoint: "TrainedModel", data: "ImageDataModule", classes: str, say: bool = True) -> "TrainedModel":
+def matched(checkpoint: "TrainedModel", data: "ImageDataModule", classes: str, verbose: bool = True) -> "TrainedModel":
     """The checkpoint with outputs for the classes of the measured set (see `match_classes`).
 
-    If the classes differ and `say` is set, it prints a line on the match to stderr.
+    If the classes differ and `verbose` is set, it prints a line on the match to stderr.
 
     Raises:
         UserError: The model does not know a class of the set.
@@ -61,7 +61,7 @@ def matched(checkpoint: "TrainedModel", data: "ImageDataModule", classes: str, s
     from vmoe.evaluation.evaluate import match_classes
 
     result, line = match_classes(checkpoint, data, classes)
-    if line is not None and say:
+    if line is not None and verbose:
         print(printable(line), file=sys.stderr)
     return result
 
@@ -139,12 +139,12 @@ def find_files(paths: "Sequence[str]", channels: int | None = None) -> "list[Pat
     Raises:
         UserError: A path does not exist or is no regular file, or a folder holds no picture.
     """
-    from vmoe.data.image_files import PassedOver, find_images
+    from vmoe.data.image_files import IgnoredFiles, find_images
 
-    passed_over = PassedOver()
-    files = find_images(paths, passed_over, arrays=channels is not None)
-    if passed_over:
-        print(printable(f"ignored: {passed_over}"), file=sys.stderr)
+    ignored = IgnoredFiles()
+    files = find_images(paths, ignored, arrays=channels is not None)
+    if ignored:
+        print(printable(f"ignored: {ignored}"), file=sys.stderr)
     return files
 
 

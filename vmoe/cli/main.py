@@ -33,7 +33,7 @@ GROUPS = {
     "Share and shrink": {
         "export": "write a checkpoint as a file or program to share: safetensors, ONNX, torch.export, for timm",
         "consolidate": "make one safetensors file of a run's weights, however many processes it had",
-        "prune": "drop or merge experts, and tell what that costs",
+        "prune": "drop or merge experts, and report what that costs",
         "distill": "train a dense student of a V-MoE",
         "import-jax": "turn a checkpoint of the original JAX code into ours",
         "import-swin": "turn a checkpoint of Swin-MoE into ours",

@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
 
     limits = (options.images, options.megabytes)
     with working(lambda: said):
-        shards = write_shards(options.source, options.out, *limits, options.seed, show, _say, table)
+        shards = write_shards(options.source, options.out, *limits, options.seed, show, _log, table)
     for bar in bars.values():
         bar.close()
     written = ", ".join(f"{counted(number, 'shard')} of {split}" for split, number in shards.items())
@@ -57,5 +57,5 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _say(line: str) -> None:
+def _log(line: str) -> None:
     print(printable(line), file=sys.stderr)

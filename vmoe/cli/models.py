@@ -45,8 +45,8 @@ def main(argv: list[str]) -> None:
             f"  {row['name']:41} {size:>16} {row['image_size']:4} {row['num_classes']:6,} {accuracy:>7} {here}".rstrip()
         )
         factor = row["eval_capacity_factor"]
-        told = [row["description"], row["measured_on"], f"capacity factor {factor:g}" if factor is not None else ""]
-        print(f"    {'; '.join(filter(None, told))}")
+        facts = [row["description"], row["measured_on"], f"capacity factor {factor:g}" if factor is not None else ""]
+        print(f"    {'; '.join(filter(None, facts))}")
     print("\nArchitectures without weights, for vmoe.create_model and --model.name (parameters active / all):")
     for row in found["architectures"]:
         print(f"  {row['name']:41} {_millions(*row['parameters']):>16} {row['image_size']:4}")

@@ -1,6 +1,6 @@
 """\
 Predicts from a config the memory of each process and the time of a step on many GPUs, for every mesh layout: ddp, fsdp,
-and expert with each expert_size, with all except the experts sharded ("cut") or whole. Nothing is trained, and no GPU
+and expert with each expert_size, with all except the experts sharded ("shard") or whole. Nothing is trained, and no GPU
 is needed.
 
   vmoe plan --config configs/imagenet_vmoe_s16.yaml --gpus 64 --gpu h100-80g --network ib-400
@@ -116,8 +116,8 @@ def _measure_plans(options: argparse.Namespace, argv: list[str]) -> int:
     on_gpu = device.type == "cuda"
     table = Machine.of(gpu_of_this_machine() if on_gpu else "cpu")
     results = Results(["plan", *argv], options.out, device)
-    say = results.say("plan")
-    say("measuring the rates")
+    log = results.log("plan")
+    log("measuring the rates")
     with working("measuring the rates"):
         measured = measure_machine(table, device)
     cases = [
@@ -130,7 +130,7 @@ def _measure_plans(options: argparse.Namespace, argv: list[str]) -> int:
     dtype = torch.bfloat16 if on_gpu else torch.float32
     rows, tables = [], []
     with working(lambda: f"measuring: {len(rows)} of {len(cases)} models"):
-        for row in truth.measured_beside_predicted(cases, options.image_size, table, measured, device, dtype, say):
+        for row in truth.measured_beside_predicted(cases, options.image_size, table, measured, device, dtype, log):
             rows.append(row)
             tables = [markdown_table(truth.MEASURED_COLUMNS, rows), _rates(table, measured)]
             results.write("measured", dtype, machines | {"rows": rows}, tables)  # kept, should the GPU stop

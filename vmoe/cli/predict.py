@@ -56,7 +56,7 @@ def _predicted(options: argparse.Namespace) -> None:
         require_module("pyarrow")
     model = load_predictor(options.model, choose_device(options.device))
     if options.routing and isinstance(model, Program):
-        raise UserError("--routing: a program does not tell its routing; give the checkpoint it was made from")
+        raise UserError("--routing: a program records no routing; give the checkpoint it was made from")
     if options.embeddings is not None and isinstance(model, Program):
         raise UserError("--embeddings: a program gives logits alone; give the checkpoint it was made from")
     if options.coverage is not None:
@@ -173,7 +173,7 @@ def _predict_parser() -> argparse.ArgumentParser:
     parser.add_argument("model", metavar="MODEL", help=opened)
     parser.add_argument("images", metavar="IMAGE_OR_FOLDER", nargs="+", help="image files, or folders of them")
     parser.add_argument("--top", type=count, default=5, metavar="N", help="classes per image (default: %(default)s)")
-    parser.add_argument("--routing", action="store_true", help="tell which experts an image's patches go to")
+    parser.add_argument("--routing", action="store_true", help="print which experts an image's patches go to")
     parser.add_argument("--tta", action="store_true", help="mean of each image and its mirror image")
     line = "no class has at least P: the image is unknown; of several classes per image, all that have it are named"
     parser.add_argument("--threshold", type=probability, metavar="P", help=line)

@@ -104,7 +104,7 @@ def main(argv: list[str]) -> int:
     rows = {"before": _accuracy_of(before, data, device, classes)}
     with new_folder(options.out) as folder:
         _write_result(folder, checkpoint, groups, use, keeps_gates=classes is not None)
-        after = matched(load_checkpoint(folder, device), data, options.classes, say=False)
+        after = matched(load_checkpoint(folder, device), data, options.classes, verbose=False)
         rows["after"] = _accuracy_of(after, data, device, classes)
         report = _prune_report(checkpoint, data, device, groups, use) | {
             "command": shlex.join(["vmoe", "prune", *argv])

@@ -88,7 +88,7 @@ def _train(make_config: Callable[[], TrainConfig], command: list[str], process: 
         with stopped_at_once():
             from vmoe.training.fit import fit  # here, since a mistake in an option need not wait for Lightning
         busy = config.data.workers if config.data.pipeline == "workers" else 0  # others only read at the start
-        progress.say(f"threads: {choose_threads(busy, process.local_world_size)}")
+        progress.log(f"threads: {choose_threads(busy, process.local_world_size)}")
         fit(config, command=shlex.join(command))
     except Interrupted as stop:
         from vmoe.training.run.resumption import resuming_command
@@ -127,5 +127,5 @@ def _resolved(config: TrainConfig, process: Process, progress: TrainingProgress)
 
     config, why = resolved(config, process)
     if why is not None:
-        progress.say(why)
+        progress.log(why)
     return config

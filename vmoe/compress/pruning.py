@@ -27,7 +27,7 @@ _STUCK = {
     "soft": "every expert works on every token there, so none can be left out; train one with fewer",
     "hash": "its experts are fixed by a token's position, so it cannot route on among the rest; train one with fewer",
     "random": "its experts are drawn at random, so none matters more than another; train one with fewer",
-    "balanced": "it is for benchmarks and deals tokens out in turn; train one with another router",
+    "balanced": "it is for benchmarks and assigns tokens in turn; train one with another router",
 }
 
 

@@ -32,7 +32,7 @@ from vmoe.data.config import DEFAULTS, DataConfig
 from vmoe.data.folders import find_split_folders, has_pictures, read_class_folders, split_of
 from vmoe.data.fractals import load_fractals
 from vmoe.data.huggingface import HuggingFaceImages, load_huggingface
-from vmoe.data.image_files import PassedOver, list_class_folders
+from vmoe.data.image_files import IgnoredFiles, list_class_folders
 from vmoe.data.imageset import ArrayImages, FileImages, ImageSet, Splits, given_splits
 from vmoe.data.npz import load_npz
 from vmoe.data.patchwork import load_patchwork
@@ -83,8 +83,8 @@ def load_splits(config: DataConfig, for_training: bool = True) -> Splits:
         train, test = train.keep_classes(classes), test.keep_classes(classes)
         val = test if is_tested else val.keep_classes(classes) if val is not None else None
     if val is None and config.val_fraction and len(train):
-        remaining, cut = subsets.split(train.strata(), config.val_fraction, config.split_seed)
-        train, val = train.take(remaining), train.take(cut)
+        remaining, picked = subsets.split(train.strata(), config.val_fraction, config.split_seed)
+        train, val = train.take(remaining), train.take(picked)
     if train.is_multi_label:
         _require_single_labels(config)
         if for_training and len(train) and train.labels.all():
@@ -278,9 +278,9 @@ def _folder(config: DataConfig) -> Splits:
     if not root.is_dir():
         raise UserError(f"{needs}, or CLASS/IMAGE alone, but it does not exist; give the right folder as data.root")
     found = find_split_folders(root)
-    others = [name for name in list_class_folders(root, PassedOver()) if root / name not in found.values()]
+    others = [name for name in list_class_folders(root, IgnoredFiles()) if root / name not in found.values()]
     strange = [name for name in others if split_of(name) is None]
-    unclear = [name for name in strange if list_class_folders(root / name, PassedOver()) or has_pictures(root / name)]
+    unclear = [name for name in strange if list_class_folders(root / name, IgnoredFiles()) or has_pictures(root / name)]
     if list(found) == ["train"] and unclear:
         raise UserError(
             f"{needs}; it has train and {unclear[0]}, which is no split's name: rename it, move it away to have a part "
@@ -289,7 +289,7 @@ def _folder(config: DataConfig) -> Splits:
     if not found and len(others) == 1:
         raise UserError(f"{needs}, or several folders CLASS/IMAGE, but it has {others[0]} alone; give the right folder")
     folders = read_class_folders(found or {"train": root}, arrays=config.channels is not None)
-    notes = [f"{root}: ignored: {folders.passed_over}"] if folders.passed_over else []
+    notes = [f"{root}: ignored: {folders.ignored}"] if folders.ignored else []
     for name in others if found else ():
         reason = "its name is no split's" if name in strange else "it has no class folders"
         notes.append(f"{root / name}: ignored: {reason}")

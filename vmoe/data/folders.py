@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vmoe.data.image_files import ARRAY_SUFFIX, PassedOver, find_pictures, list_class_folders
+from vmoe.data.image_files import ARRAY_SUFFIX, IgnoredFiles, find_pictures, list_class_folders
 from vmoe.errors import UserError
 
 # Split -> the possible names of its folder, ignoring case
@@ -17,7 +17,7 @@ class ClassFolders:
 
     classes: list[str]
     samples: dict[str, list[tuple[str, int]]]  # the files and labels of each split
-    passed_over: PassedOver
+    ignored: IgnoredFiles
 
 
 def read_class_folders(splits: Mapping[str, Path], arrays: bool = False) -> ClassFolders:
@@ -32,11 +32,11 @@ def read_class_folders(splits: Mapping[str, Path], arrays: bool = False) -> Clas
         UserError: A split is a link to another, has no class folders or one that training lacks, or a class has no
             training picture.
     """
-    passed_over = PassedOver()
-    names = {split: list_class_folders(folder, passed_over) for split, folder in splits.items()}
+    ignored = IgnoredFiles()
+    names = {split: list_class_folders(folder, ignored) for split, folder in splits.items()}
     asked = [(split, name) for split, found in names.items() for name in found]
     folders = [splits[split] / name for split, name in asked]
-    pictures = dict(zip(asked, find_pictures(folders, passed_over, arrays), strict=True))
+    pictures = dict(zip(asked, find_pictures(folders, ignored, arrays), strict=True))
     _refuse_the_same_folder(splits)
     main = "train" if "train" in splits else next(iter(splits))
     classes = [name for name in names[main] if pictures[main, name] is not None]
@@ -44,7 +44,7 @@ def read_class_folders(splits: Mapping[str, Path], arrays: bool = False) -> Clas
         raise UserError(f"{splits[main]}: has no class folders; put each class's images in a folder of its own")
     for name in classes:
         if not pictures[main, name]:
-            left = f" (ignored: {passed_over})" if passed_over else ""
+            left = f" (ignored: {ignored})" if ignored else ""
             advice = ", or read .npy arrays by data.channels" if f"({ARRAY_SUFFIX}" in left else ""
             raise UserError(
                 f"{splits[main]}: class folder {name!r} holds no picture{left}; add some, or remove it{advice}"
@@ -57,7 +57,7 @@ def read_class_folders(splits: Mapping[str, Path], arrays: bool = False) -> Clas
         if name not in number:
             raise UserError(f"{splits[split]}: class folder {name!r} is not in {splits[main]}; add or remove it")
         samples[split] += [(file, number[name]) for file in files]
-    return ClassFolders(classes, samples, passed_over)
+    return ClassFolders(classes, samples, ignored)
 
 
 def _refuse_the_same_folder(splits: Mapping[str, Path]) -> None:
@@ -82,9 +82,9 @@ def _refuse_without_classes(root: Path, names: Sequence[str]) -> None:
 
 def has_pictures(folder: Path) -> bool:
     """Whether a folder directly holds pictures."""
-    passed_over = PassedOver()
-    list_class_folders(folder, passed_over)
-    return passed_over.counts["outside"] > 0
+    ignored = IgnoredFiles()
+    list_class_folders(folder, ignored)
+    return ignored.counts["outside"] > 0
 
 
 def split_of(name: str) -> str | None:
@@ -102,8 +102,8 @@ def find_split_folders(root: Path) -> dict[str, Path]:
         UserError: A split has two folders or, beside another split, no class folders; or the splits are one level
             deeper than ROOT.
     """
-    folders = list_class_folders(root, PassedOver())
-    inside = {name: list_class_folders(root / name, PassedOver()) for name in folders}
+    folders = list_class_folders(root, IgnoredFiles())
+    inside = {name: list_class_folders(root / name, IgnoredFiles()) for name in folders}
     found: dict[str, Path] = {}
     for name in folders:
         split = split_of(name)

@@ -48,7 +48,7 @@ def is_image_name(name: str, arrays: bool = False) -> bool:
     return not name.startswith(".") and (ending in IMAGE_SUFFIXES or (arrays and ending == ARRAY_SUFFIX))
 
 
-class PassedOver:
+class IgnoredFiles:
     """Counts of the ignored files of some folders, by reason."""
 
     def __init__(self) -> None:
@@ -63,7 +63,7 @@ class PassedOver:
         if reason == "format":
             self._endings[os.path.splitext(path)[1].lower() or "no ending"] += 1
 
-    def update(self, other: "PassedOver") -> None:
+    def update(self, other: "IgnoredFiles") -> None:
         """Adds the counts of another."""
         self.counts += other.counts
         self._endings += other._endings
@@ -86,21 +86,19 @@ class PassedOver:
         return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
 
 
-def list_class_folders(folder: str | Path, passed_over: PassedOver) -> list[str]:
+def list_class_folders(folder: str | Path, ignored: IgnoredFiles) -> list[str]:
     """The names of the folders directly in `folder`, sorted, without hidden ones and the system's own."""
     names = []
     for entry in _entries(folder):
-        if not _is_passed_over(entry, passed_over):
+        if not _is_ignored(entry, ignored):
             if entry.is_dir():
                 names.append(entry.name)
             elif is_image_name(entry.name):
-                passed_over.add("outside", entry.path)
+                ignored.add("outside", entry.path)
     return names
 
 
-def find_pictures(
-    folders: Sequence[str | Path], passed_over: PassedOver, arrays: bool = False
-) -> list[list[str] | None]:
+def find_pictures(folders: Sequence[str | Path], ignored: IgnoredFiles, arrays: bool = False) -> list[list[str] | None]:
     """The picture files of some folders and of all their subfolders, sorted by folder and name.
 
     Each real file and each real folder is taken once over all `folders`. A link is ignored if its target is taken
@@ -108,7 +106,7 @@ def find_pictures(
 
     Args:
         folders: The folders to search. None is inside another.
-        passed_over: Counts ignored files.
+        ignored: Counts ignored files.
         arrays: Whether .npy files count as pictures.
 
     Returns:
@@ -117,15 +115,15 @@ def find_pictures(
     Raises:
         UserError: A folder cannot be read.
     """
-    walk = _Walk([os.fspath(folder) for folder in folders], passed_over, arrays)
+    walk = _Walk([os.fspath(folder) for folder in folders], ignored, arrays)
     return walk.found()
 
 
 class _Walk:
     """Walks through folders: first through all real ones, then through links to folders elsewhere."""
 
-    def __init__(self, folders: list[str], passed_over: PassedOver, arrays: bool) -> None:
-        self.folders, self.passed_over, self.arrays = folders, passed_over, arrays
+    def __init__(self, folders: list[str], ignored: IgnoredFiles, arrays: bool) -> None:
+        self.folders, self.ignored, self.arrays = folders, ignored, arrays
         self.files: list[list[tuple[str, str]] | None] = [[] for _ in folders]  # (folder, name)
         self.file_links: list[tuple[int, str, str]] = []  # index in `folders`, folder, name
         self.folder_links: list[tuple[int, str]] = []
@@ -137,7 +135,7 @@ class _Walk:
         for index in sorted(range(len(self.folders)), key=lambda each: os.path.islink(self.folders[each])):
             real = os.path.realpath(self.folders[index])
             if real in self.seen:
-                self.passed_over.add("link", self.folders[index])
+                self.ignored.add("link", self.folders[index])
                 self.files[index] = None
             self.seen.add(real)
         for index, folder in enumerate(self.folders):
@@ -146,7 +144,7 @@ class _Walk:
         for index, folder in self.folder_links:  # the list grows during the loop
             real = os.path.realpath(folder)
             if real in self.seen:
-                self.passed_over.add("link", folder)
+                self.ignored.add("link", folder)
             else:
                 self._enter(index, folder, real)
         self._take_file_links()
@@ -159,20 +157,20 @@ class _Walk:
             self.seen.add(real)
             self.real_folders[folder] = real
             for entry in _entries(folder):
-                if _is_passed_over(entry, self.passed_over):
+                if _is_ignored(entry, self.ignored):
                     continue
                 if entry.is_dir(follow_symlinks=False):
                     inside = os.path.join(real, entry.name)
                     if inside in self.seen:  # another link has led here
-                        self.passed_over.add("link", entry.path)
+                        self.ignored.add("link", entry.path)
                     else:
                         waiting.append((entry.path, inside))
                 elif entry.is_dir():
                     self.folder_links.append((index, entry.path))
                 elif not entry.is_file():
-                    self.passed_over.add("special", entry.path)
+                    self.ignored.add("special", entry.path)
                 elif not is_image_name(entry.name, self.arrays):
-                    self.passed_over.add("format", entry.path)
+                    self.ignored.add("format", entry.path)
                 elif entry.is_symlink():
                     self.file_links.append((index, folder, entry.name))
                 else:
@@ -190,14 +188,14 @@ class _Walk:
         for index, folder, name in self.file_links:
             real = os.path.realpath(os.path.join(folder, name))
             if real in taken:
-                self.passed_over.add("link", os.path.join(folder, name))
+                self.ignored.add("link", os.path.join(folder, name))
             else:
                 taken.add(real)
                 self.files[index].append((folder, name))
 
 
-def find_images(paths: Iterable[str | Path], passed_over: PassedOver, arrays: bool = False) -> list[Path]:
-    """The image files of `paths`. `passed_over` counts ignored files in folders.
+def find_images(paths: Iterable[str | Path], ignored: IgnoredFiles, arrays: bool = False) -> list[Path]:
+    """The image files of `paths`. `ignored` counts ignored files in folders.
 
     A folder gives the pictures in it and in all its subfolders, with `arrays` .npy files too. A named file is taken
     with any suffix. Patterns are expanded if no shell has done so.
@@ -209,13 +207,13 @@ def find_images(paths: Iterable[str | Path], passed_over: PassedOver, arrays: bo
     found: list[Path] = []
     for path in (path for given in paths for path in _expanded(os.fspath(given))):
         if path.is_dir():
-            here = PassedOver()
+            here = IgnoredFiles()
             (inside,) = find_pictures([path], here, arrays)
             if not inside:
                 left = f" (ignored: {here})" if here else ""
                 raise UserError(f"{path}: this folder holds no image file{left}; give images, or a folder that does")
             found += map(Path, inside)
-            passed_over.update(here)
+            ignored.update(here)
         elif not os.path.exists(path):
             why = (
                 "is a broken link; give the file that it should lead to" if path.is_symlink() else "no such image file"
@@ -268,8 +266,8 @@ def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
         raise UserError(f"{folder}: cannot be read ({error.strerror or error})") from error
 
 
-def _is_passed_over(entry: os.DirEntry[str], passed_over: PassedOver) -> bool:
+def _is_ignored(entry: os.DirEntry[str], ignored: IgnoredFiles) -> bool:
     reason = "hidden" if entry.name.startswith(".") else "system" if entry.name in SYSTEM_FOLDERS else None
     if reason is not None:
-        passed_over.add(reason, entry.path)
+        ignored.add(reason, entry.path)
     return reason is not None

@@ -24,7 +24,7 @@ def write_shards(
     megabytes: float,
     seed: int,
     show: Callable[[str, int, int], None],
-    say: Callable[[str], object],
+    log: Callable[[str], object],
     table: TableConfig | None = None,
 ) -> dict[str, int]:
     """Copies the pictures of class folders or of a table into tar shards. The files' bytes do not change.
@@ -36,7 +36,7 @@ def write_shards(
         megabytes: The most megabytes per shard.
         seed: Seed of the order of images.
         show: Called with the split, the number of its written images, and their total.
-        say: Called with a line on ignored files, if there are any.
+        log: Called with a line on ignored files, if there are any.
         table: The columns of a table.
 
     Returns:
@@ -56,7 +56,7 @@ def write_shards(
     elif table is not None:
         raise UserError(f"--columns: are those of a table, and {source} is none; leave them out")
     else:
-        sets, classes = _sets_of_folders(source, say)
+        sets, classes = _sets_of_folders(source, log)
     with new_folder(target) as folder:
         for split, part in sets.items():
             order = np.random.default_rng(seed).permutation(len(part))
@@ -73,14 +73,14 @@ def write_shards(
     return {split: len(list(target.glob(f"{split}-*.tar"))) for split in sets}
 
 
-def _sets_of_folders(source: Path, say: Callable[[str], object]) -> tuple[dict[str, ImageSet], list[str]]:
+def _sets_of_folders(source: Path, log: Callable[[str], object]) -> tuple[dict[str, ImageSet], list[str]]:
     """The images of each split, and the class names."""
     found = find_split_folders(source) if source.is_dir() else {}
     if "train" not in found or len(found) < 2:
         raise UserError(f"{source}: must hold train/CLASS/IMAGE and val/CLASS/IMAGE (or test), or be a table")
     folders = read_class_folders(found)
-    if folders.passed_over:
-        say(f"{source}: ignored: {folders.passed_over}")
+    if folders.ignored:
+        log(f"{source}: ignored: {folders.ignored}")
     sets = {}
     for split, samples in folders.samples.items():
         files = FileImages([path for path, _ in samples])

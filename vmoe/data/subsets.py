@@ -44,8 +44,8 @@ def split(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, n
     Returns:
         Ascending positions of the rest and of the share.
     """
-    cut = pick(labels, lambda _, size: min(_rounded_share(fraction, size), size - 1), seed)
-    return np.setdiff1d(np.arange(len(labels)), cut), cut
+    picked = pick(labels, lambda _, size: min(_rounded_share(fraction, size), size - 1), seed)
+    return np.setdiff1d(np.arange(len(labels)), picked), picked
 
 
 def choose_training(labels: np.ndarray, config: SubsetConfig, class_names: Sequence[str], seed: int) -> np.ndarray:

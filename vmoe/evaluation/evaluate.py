@@ -82,7 +82,7 @@ def evaluate(
     if oracle_router:
         require_guidance(model, "oracle_router")
     if data is None and model.config.get("data") is None:
-        raise UserError(f"data: is missing; {model.path} does not tell what the model was trained on")
+        raise UserError(f"data: is missing; {model.path} does not record what the model was trained on")
     opened, lines = open_data(model, data_for(model, data, root, eval_batch_size=batch_size, workers=workers), classes)
     measured, line = match_classes(model, opened, classes)
     for warned in [each.removeprefix(_WARNING) for each in lines if each.startswith(_WARNING)] + [line] * bool(line):
@@ -258,7 +258,7 @@ def trained_on(model: TrainedModel, name: str | None = None) -> DataConfig:
     """
     config = model.config.get("data")
     if config is None and name is None:
-        raise UserError(f"{model.path}: does not tell what it was trained on; give data.name and data.root")
+        raise UserError(f"{model.path}: does not record what it was trained on; give data.name and data.root")
     plain = config or {"name": name}
     return dataclasses.replace(
         from_plain(DataConfig, plain, f"{model.path}: data."),

@@ -255,6 +255,6 @@ def _loads(source: Path) -> list[str]:
         lines = [f"| `{block}` | {' | '.join(f'{load:.2f}' for load in each)} |" for block, each in loads.items()]
         experts = max(map(len, loads.values()))
         head = [f"| layer | {' | '.join(f'expert {index}' for index in range(experts))} |", f"|---{'|---' * experts}|"]
-        told = "Load of each expert in the last epoch, 1 being its fair share."
-        return ["\n".join([told, "", *head, *lines, "", ""])]
+        caption = "Load of each expert in the last epoch, 1 being its fair share."
+        return ["\n".join([caption, "", *head, *lines, "", ""])]
     return []

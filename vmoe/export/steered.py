@@ -30,13 +30,13 @@ class SteeredMoe(ExportedMoe):
 
     Attributes:
         controls: For the next call: "bias_E", which is added to the router's scores, and "capacity_factor" ().
-        told: From the last call: gates (G, S, E), chosen experts (G, S, K), and kept choices (G, S, K).
+        decisions: From the last call: gates (G, S, E), chosen experts (G, S, K), and kept choices (G, S, K).
     """
 
     def __init__(self, layer: MoeMlp, make_linear: MakeLinear) -> None:
         super().__init__(layer, make_linear)
         self.controls: dict[str, Tensor] = {}
-        self.told: list[Tensor] = []
+        self.decisions: list[Tensor] = []
 
     def _routed(self, x_TD: Tensor, groups: Groups, valid_GS: Tensor | None) -> Tensor:
         moe = self.config
@@ -44,7 +44,7 @@ class SteeredMoe(ExportedMoe):
         routing = token_choice(scores_GSE, scores_GSE, groups, moe.top_k, moe.renormalize, valid_GS)
         capacity = Capacity.by_tensor(groups, moe, self.controls["capacity_factor"])
         routing = assign(routing, capacity, moe.batch_priority, exportable=True)
-        self.told[:] = [routing.gates_GSE, routing.chosen_GSK.to(torch.int32), routing.kept_GSK.to(torch.int32)]
+        self.decisions[:] = [routing.gates_GSE, routing.chosen_GSK.to(torch.int32), routing.kept_GSK.to(torch.int32)]
         return self._by_choices(x_TD, routing)
 
 
@@ -88,11 +88,11 @@ class SteeredModel(nn.Module):
         for layer, bias_E, factor in zip(steered, bias_LE.unbind(0), capacity_factor_L.unbind(0), strict=True):
             layer.controls |= {"bias_E": bias_E, "capacity_factor": factor}
         logits = self.model(images)
-        told = [part for layer in steered for part in layer.told]
+        decisions = [part for layer in steered for part in layer.decisions]
         for layer in steered:
             layer.controls.clear()
-            layer.told.clear()
-        return logits, *told
+            layer.decisions.clear()
+        return logits, *decisions
 
 
 def write_steered(path: Path, checkpoint: TrainedModel) -> dict[str, Any]:

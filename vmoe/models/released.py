@@ -82,8 +82,8 @@ class ReleasedModel:
     @property
     def digest(self) -> str:
         """A text that changes with any fact in the converted file."""
-        told = {name: value for name, value in vars(self).items() if name not in ("description", "source")}
-        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:8]
+        facts = {name: value for name, value in vars(self).items() if name not in ("description", "source")}
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
 
     def class_names(self) -> list[str]:
         """The classes in the order of the logits: WordNet's words, with its number (ImageNet's) in brackets."""

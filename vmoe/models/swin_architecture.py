@@ -92,7 +92,7 @@ class SwinArchitecture:
                 break
         if side is None or any(self.windows[i] != min(max(self.windows), side >> i) for i in range(len(self.depths))):
             raise UserError(
-                f"{self.path}: does not tell the size of its images; give img_size=PIXELS and window_size=TOKENS"
+                f"{self.path}: does not record the size of its images; give img_size=PIXELS and window_size=TOKENS"
             )
         return side * self.patch_size
 

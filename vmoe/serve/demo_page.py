@@ -65,7 +65,7 @@ def write_demo_page(
     """
     path = Path(path)
     if Path(source).suffix == ".onnx":
-        raise UserError(f"{source}: a program does not tell its routing; give the checkpoint it was made from")
+        raise UserError(f"{source}: a program records no routing; give the checkpoint it was made from")
     if path.exists() and not (path.is_dir() and (not any(path.iterdir()) or (path / _MARK_FILE).is_file())):
         raise UserError(f"--out {path}: exists and is no demo page; choose another place")
     require("onnx")

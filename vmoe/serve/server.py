@@ -46,14 +46,14 @@ class ModelService(litserve.LitAPI):
         max_batch: Images per batch.
 
     Attributes:
-        told: The worker's message after opening the model: a description of it, or an error line.
+        started: The worker's message after opening the model: a description of it, or an error line.
     """
 
     def __init__(self, path: str | Path, device: Callable[[], "torch.device"], max_batch: int) -> None:
         # with `max_batch` 1 LitServe's own loop would call `predict` with a single upload instead of a list
         super().__init__(max_batch_size=max_batch, batch_timeout=BATCH_WAIT, loop=BatchedLoop())
         self.path, self.runs_on = path, device
-        self.told = multiprocessing.get_context("spawn").SimpleQueue()
+        self.started = multiprocessing.get_context("spawn").SimpleQueue()
         self.model: TrainedModel | None = None
 
     def setup(self, device: str) -> None:
@@ -64,9 +64,9 @@ class ModelService(litserve.LitAPI):
         try:
             where = self.runs_on()
             self.model = load_predictor(self.path, where)
-            self.told.put(_describe(self.path, self.model) | {"device": str(where)})
+            self.started.put(_describe(self.path, self.model) | {"device": str(where)})
         except UserError as error:
-            self.told.put(str(error))
+            self.started.put(str(error))
             logging.getLogger("litserve").setLevel(logging.CRITICAL)  # it would print a traceback
             raise
 
@@ -120,11 +120,11 @@ class _Server(litserve.LitServer):
             UserError: It could not open the model, or died.
         """
         service = self.lit_api
-        while service.told.empty():
-            if not any(worker.is_alive() for worker in self.inference_workers) and service.told.empty():
+        while service.started.empty():
+            if not any(worker.is_alive() for worker in self.inference_workers) and service.started.empty():
                 raise UserError(f"{service.path}: the worker ended while it opened it; its reason stands above")
             time.sleep(0.02)
-        about = service.told.get()
+        about = service.started.get()
         if isinstance(about, str):
             raise UserError(about)
         super().verify_worker_status()
@@ -230,7 +230,7 @@ def _describe(path: str | Path, model: "TrainedModel") -> dict[str, Any]:
             raise UserError(f"{path}: cannot be served: {name}: {reason}")
     silent = None if layers else "a dense model has no experts"
     if isinstance(model, Program):
-        silent = "a program does not tell its routing; serve the checkpoint it was made from"
+        silent = "a program records no routing; serve the checkpoint it was made from"
     described = {"classes": model.class_names, "image_size": model.image_size, "crop": model.crop}
     return described | {"bit_depth": model.bit_depth, "channels": model.channels, "why_no_routing": silent}
 
@@ -252,7 +252,7 @@ def _routing_answer(model: "TrainedModel", pixels: "np.ndarray") -> dict[str, An
     routed = route_image(model, pixels, model.image_size, model.mean, model.std, crop=model.crop)
     answer = {}
     for name, layer in routed.layers.items():
-        told = describe_layer(layer)
+        facts = describe_layer(layer)
         first = patch_part(layer).chosen[0, :, 0].reshape(layer.grid).tolist()
-        answer[name] = {"grid": told["grid"], "choice_share": told["choice_share"], "first_choice": first}
+        answer[name] = {"grid": facts["grid"], "choice_share": facts["choice_share"], "first_choice": first}
     return answer

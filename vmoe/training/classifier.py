@@ -448,7 +448,7 @@ class Classifier(LightningModule):
         """The names of the classes, which super-classes are matched by.
 
         Raises:
-            UserError: Nothing tells them.
+            UserError: They are recorded nowhere.
         """
         for names in (
             self.class_names,

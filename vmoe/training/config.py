@@ -310,7 +310,7 @@ class ParallelConfig:
             planner (`vmoe plan`) expects the shortest step.
         expert_size: With strategy=expert, the number of ranks over which the experts of a layer are sharded. Each
             shard is sharded further over the groups of that many ranks.
-        dense: With strategy=expert, all parameters except the experts: "cut" shards them as fsdp does; "whole" keeps
+        dense: With strategy=expert, all parameters except the experts: "shard" shards them as fsdp does; "whole" keeps
             them on each rank as ddp does, which takes more memory and gathers nothing.
         draws: Router noise and dropout: with "process" each rank draws its own; with "sample" they are drawn per image,
             so results do not depend on the number of ranks, but steps are slower.
@@ -320,7 +320,7 @@ class ParallelConfig:
 
     strategy: Literal["auto", "none", "ddp", "fsdp", "expert"] = "none"
     expert_size: int = 1
-    dense: Literal["cut", "whole"] = "cut"
+    dense: str = "shard"
     draws: Literal["process", "sample"] = "process"
     async_save: bool = False
 
@@ -330,9 +330,10 @@ class ParallelConfig:
         _need(self, "expert_size", self.expert_size >= 1, "a whole number >= 1")
         only = self.expert_size == 1 or self.strategy == "expert"
         _need(self, "expert_size", only, f"1 with strategy={self.strategy}")
-        _need(self, "dense", self.dense in ("cut", "whole"), "cut or whole")
+        object.__setattr__(self, "dense", "shard" if self.dense == "cut" else self.dense)  # its name in older configs
+        _need(self, "dense", self.dense in ("shard", "whole"), "shard or whole")
         where = f"expert_size={self.expert_size}" if self.strategy == "expert" else f"strategy={self.strategy}"
-        _need(self, "dense", self.dense == "cut" or self.expert_size > 1, f"cut with {where}")
+        _need(self, "dense", self.dense == "shard" or self.expert_size > 1, f"shard with {where}")
         _need(self, "draws", self.draws in ("process", "sample"), "process or sample")
         can_save_so = not self.async_save or self.strategy in ("fsdp", "expert")
         _need(self, "async_save", can_save_so, f"false with strategy={self.strategy}; it is for fsdp and expert")
@@ -485,8 +486,8 @@ class TrainConfig:
                 raise ValueError("trainer.cuda_graph=True: must be false with parallel.draws=sample")
             if self.parallel.strategy == "fsdp":
                 raise ValueError("trainer.cuda_graph=True: must be false with parallel.strategy=fsdp")
-            if self.parallel.strategy == "expert" and self.parallel.dense == "cut":
-                raise ValueError("trainer.cuda_graph=True: must be false with parallel.dense=cut; whole goes with it")
+            if self.parallel.strategy == "expert" and self.parallel.dense == "shard":
+                raise ValueError("trainer.cuda_graph=True: must be false with parallel.dense=shard; whole goes with it")
         if self.trainer.compile and self.parallel.draws == "sample":
             raise ValueError("trainer.compile=True: must be false with parallel.draws=sample")
 

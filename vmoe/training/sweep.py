@@ -35,7 +35,7 @@ class Training:
         return self.folder.name
 
     @property
-    def log(self) -> Path:
+    def log_file(self) -> Path:
         """The file for the run's output. Its folder must exist."""
         return self.folder.parent / "logs" / f"{self.name}.log"
 
@@ -155,14 +155,14 @@ class Sweep:
         runs: The runs, in order. Each is taken when a job is free. Finished runs are skipped.
         jobs: Number of runs at once.
         devices: Values of CUDA_VISIBLE_DEVICES. A run gets the one with the fewest runs; empty leaves it alone.
-        say: Called with a line for each run that ends.
+        log: Called with a line for each run that ends.
         ended: Called with each run that ends and its exit code.
     """
 
     runs: Iterable[Training]
     jobs: int
     devices: list[str] = field(default_factory=list)
-    say: Callable[[str], None] = print
+    log: Callable[[str], None] = print
     ended: Callable[[Training, int], None] | None = None
     _working: dict[Training, tuple[subprocess.Popen, str | None]] = field(default_factory=dict, init=False)
 
@@ -199,12 +199,12 @@ class Sweep:
         while len(self._working) < self.jobs and (run := next(todo, None)) is not None:
             device = self._freest()
             environment = os.environ | ({} if device is None else {"CUDA_VISIBLE_DEVICES": device})
-            with open(run.log, "ab") as log:
+            with open(run.log_file, "ab") as file:
                 # a session of its own, so that Ctrl-C in a terminal reaches the run only once, from here
                 process = subprocess.Popen(
                     [sys.executable, "-c", _JOB, *run.arguments],
                     stdin=subprocess.DEVNULL,
-                    stdout=log,
+                    stdout=file,
                     stderr=subprocess.STDOUT,
                     env=environment,
                     start_new_session=True,
@@ -228,16 +228,16 @@ class Sweep:
                 self.ended(run, process.returncode)
             if process.returncode:
                 failed.append(run)
-                self.say(f"{run.name}: FAILED with exit code {process.returncode}: {last_line(run.log)}")
+                self.log(f"{run.name}: FAILED with exit code {process.returncode}: {last_line(run.log_file)}")
             else:
-                self.say(f"{run.name}: {last_line(run.log)}")
+                self.log(f"{run.name}: {last_line(run.log_file)}")
         return failed
 
 
-def last_line(log: Path) -> str:
-    """The last line of a log that is not empty."""
-    lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
-    return next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
+def last_line(log_file: Path) -> str:
+    """The last line of a log file that is not empty."""
+    lines = log_file.read_text(encoding="utf-8", errors="replace").split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")
 
 
 def _interrupt(signum: int, frame: Any) -> None:

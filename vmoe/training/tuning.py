@@ -88,7 +88,7 @@ def tune(
     metric: str = "val/top1",
     jobs: int = 1,
     seed: int = 0,
-    say: Callable[[str], object] = print,
+    log: Callable[[str], object] = print,
 ) -> TunedRun:
     """Searches for the options of a recipe that are best in validation. Each trial is a run in its own process.
 
@@ -109,7 +109,7 @@ def tune(
         metric: The validation metric to maximise; a loss is minimised.
         jobs: Number of runs at once.
         seed: Seed of the proposals. With one job the same seed gives the same search.
-        say: Called with a line for each run that ends.
+        log: Called with a line for each run that ends.
 
     Raises:
         UserError: An option or its range is not allowed, `output_dir` holds another search, or no run succeeded.
@@ -119,7 +119,7 @@ def tune(
     for values in samples_of(space):
         config_with(path, fixed | values)
     words = ["--config", path, *words_of(fixed)]
-    study = run_search(space, words, Path(output_dir), SearchPlan(trials, jobs, metric, seed), say)
+    study = run_search(space, words, Path(output_dir), SearchPlan(trials, jobs, metric, seed), log)
     return TunedRun(
         options=dict(study.best_trial.params),
         value=study.best_value,
@@ -209,7 +209,7 @@ def run_search(
     words: Sequence[str],
     out: Path,
     plan: SearchPlan,
-    say: Callable[[str], object] = print,
+    log: Callable[[str], object] = print,
 ) -> optuna.Study:
     """Runs or resumes a search, and writes trials.csv and pictures into its folder.
 
@@ -220,16 +220,16 @@ def run_search(
         words: Further arguments of `vmoe train`, for all runs.
         out: The folder.
         plan: The settings of the search.
-        say: Called with a line for each run that ends.
+        log: Called with a line for each run that ends.
 
     Raises:
         UserError: The folder cannot be written or holds another search, or no run succeeded.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    with locked(out, say, "vmoe tune"):
+    with locked(out, log, "vmoe tune"):
         (out / "logs").mkdir(exist_ok=True)
         study = _open_study(out, space, words, plan)
-        trials = _Trials(study, space, words, out, plan, say)
+        trials = _Trials(study, space, words, out, plan, log)
         sweep = Sweep(trials.todo(), plan.jobs, plan.devices, lambda line: None, ended=trials.note)
         try:
             sweep.run()
@@ -277,10 +277,10 @@ class _Trials:
         words: Sequence[str],
         out: Path,
         plan: SearchPlan,
-        say: Callable[[str], object],
+        log: Callable[[str], object],
     ) -> None:
         self._study, self._space, self._words, self._out, self._plan = study, space, words, out, plan
-        self._say = say
+        self._log = log
         self._numbers: dict[Path, int] = {}  # trial numbers by the run's folder
 
     def todo(self) -> Iterator[Training]:
@@ -324,11 +324,11 @@ class _Trials:
                 raise UserError(
                     f"metric={metric}: {run.name} has none; it has {known}; give one of them and another folder"
                 )
-            self._say(f"{run.name}: FAILED: {last_line(run.log) if code else f'its {metric} is {value}'}")
+            self._log(f"{run.name}: FAILED: {last_line(run.log_file) if code else f'its {metric} is {value}'}")
             return
         self._study.tell(number, value)
         options = shlex.join(words_of(self._study.get_trials(deepcopy=False)[number].params))
-        self._say(f"{run.name}: {metric} {value:.4f}  {options}  (best {self._study.best_value:.4f})")
+        self._log(f"{run.name}: {metric} {value:.4f}  {options}  (best {self._study.best_value:.4f})")
 
 
 def write_trials(study: optuna.Study, out: Path, metric: str) -> None:

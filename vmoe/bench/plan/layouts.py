@@ -28,8 +28,8 @@ class MeshLayout(NamedTuple):
     strategy: str  # none, ddp, fsdp or expert, as in `parallel.strategy`
     processes: int  # n
     expert_size: int = 1  # P; 1 unless the strategy is expert
-    # "cut" or "whole", as in `parallel.dense`: all except the experts is sharded, or whole in each process
-    dense: str = "cut"
+    # "shard" or "whole", as in `parallel.dense`: all except the experts is sharded, or whole in each process
+    dense: str = "shard"
 
     def __str__(self) -> str:
         if self.strategy != "expert":

@@ -64,7 +64,7 @@ def layouts_for(processes: int, moe: MoeConfig | None) -> list[MeshLayout]:
     if moe is not None:
         for size in range(2, processes + 1):
             if processes % size == 0 and moe.num_experts % size == 0:
-                layouts += [MeshLayout("expert", processes, size, dense) for dense in ("cut", "whole")]
+                layouts += [MeshLayout("expert", processes, size, dense) for dense in ("shard", "whole")]
     return layouts
 
 
@@ -120,7 +120,7 @@ def _misfit(counts: ParameterCounts, layout: MeshLayout) -> str | None:
     if layout.strategy != "expert":
         return None
     odd = next((shape[1] for shape, of_expert in counts.shapes if of_expert and shape[1] % layout.expert_shards), None)
-    return None if odd is None else f"experts of width {odd} cannot be cut into {layout.expert_shards} parts"
+    return None if odd is None else f"experts of width {odd} cannot be sharded over {layout.expert_shards} ranks"
 
 
 def _plan_layout(

@@ -12,7 +12,7 @@ from vmoe.bench.plan.layouts import MeshLayout
 from vmoe.bench.plan.planner import LayoutPlan, Traces, make_plans
 from vmoe.bench.plan.workload import Workload
 from vmoe.bench.report import Column, Row
-from vmoe.bench.timing import Say, TimedJob, reason_of_failure, release, time_calls
+from vmoe.bench.timing import Log, TimedJob, reason_of_failure, release, time_calls
 from vmoe.models.members import ensemble_size, of_rows
 from vmoe.moe import MoeConfig, auxiliary_loss
 
@@ -54,7 +54,7 @@ class PlannedCase(NamedTuple):
 
 def measured_beside_predicted(
     cases: Iterable[PlannedCase], image_size: int, table: Machine, measured: Machine, device: torch.device,
-    dtype: torch.dtype, say: Say,
+    dtype: torch.dtype, log: Log,
 ) -> Iterable[Row]:  # fmt: skip
     """A row for each case, even if it does not fit into memory.
 
@@ -62,14 +62,14 @@ def measured_beside_predicted(
     """
     for case in cases:
         name = f"{case.model}, E={case.experts}, {case.images} images"
-        say(f"plans {name}")
+        log(f"plans {name}")
         workload = case.workload(image_size, dtype)
         traces: Traces = {}  # traces hold no rates, so both predictions share them
         plan, by_table = (
             make_plans(workload, [MeshLayout("none", 1)], machine, 1.0, traces=traces)[0]
             for machine in (measured, table)
         )
-        say(f"runs {name}")
+        log(f"runs {name}")
         yield _case_row(case, plan, by_table, _measured_step(workload, device, name))
         release(device)
 

@@ -36,7 +36,7 @@ from vmoe.training.classifier import Classifier
 from vmoe.training.parallel.collectives import connect, disconnect, gather, total
 from vmoe.training.parallel.folder_writer import FolderWriter
 from vmoe.training.parallel.process import Process
-from vmoe.training.parallel.strategies import cut_of
+from vmoe.training.parallel.strategies import sharding_of
 from vmoe.training.run.model import new_module
 from vmoe.training.run.summary import peak_memory_mib
 from vmoe.training.run.trainer import new_trainer, quiet_lightning
@@ -137,10 +137,10 @@ def train_on_noise(
         model = job.workload.build()
     if job.dtype == "float64":
         model.double()
-    cut, facts = cut_of(config.parallel, job.layout.processes, device.type), None
+    shard, facts = sharding_of(config.parallel, job.layout.processes, device.type), None
     if job.part == "checkpoint":  # before sharding: a sharded model cannot be described
         facts = describe(model, list(map(str, range(NUM_CLASSES))), name=job.model.name, kwargs=job.model.kwargs)
-    module = new_module(config, model, cut, None, facts)
+    module = new_module(config, model, shard, None, facts)
     batches = [_random_batch(job, number, device) for number in range(1 if job.part == "speed" else steps)]
     loader = DataLoader(batches * (steps // len(batches)), batch_size=None, collate_fn=lambda batch: batch)
     with quiet_lightning():

@@ -74,8 +74,8 @@ def _moe_parts(moe: dict[str, Any], sparse: list[dict[str, Any]]) -> list[str]:
         parts.append(f"K={moe.get('top_k')}")
     default = _default_moe(moe)
     for name in _varied(sparse):
-        told = name not in ("router", "num_experts", "top_k") and name in moe
-        if told and moe[name] != default.get(name):
+        is_shown = name not in ("router", "num_experts", "top_k") and name in moe
+        if is_shown and moe[name] != default.get(name):
             parts.append(_option_text(f"moe.{name}", moe[name], ()))
     return parts
 

@@ -284,8 +284,8 @@ def warnings_for(runs: Sequence[Run]) -> list[str]:
     differing = {f"data.{key}" for run in runs for key, value in run.data.items() if value != runs[0].data.get(key)}
     if differing:
         names = sorted({f"{run.data['name']} at {run.data['image_size'] or 'its own'} px" for run in runs})
-        told = f"{'; '.join(names)}; other {', '.join(sorted(differing))}"
-        lines.append(f"trained on different data ({told}): neither accuracy nor images/s can be compared")
+        named = f"{'; '.join(names)}; other {', '.join(sorted(differing))}"
+        lines.append(f"trained on different data ({named}): neither accuracy nor images/s can be compared")
     for arm in group_runs(runs):
         if len({run.seed for run in arm.runs}) < arm.n:
             lines.append(f"{arm.name}: several runs of one seed, so its spread says little")

@@ -76,7 +76,9 @@ class ShardedStrategy(ModelParallelStrategy):
         return content
 
 
-def shard(model: nn.Module, processes: int, expert_size: int, device_type: str, dense_is_whole: bool = False) -> None:
+def shard_model(
+    model: nn.Module, processes: int, expert_size: int, device_type: str, dense_is_whole: bool = False
+) -> None:
     """Shards a model that all ranks hold.
 
     Args:
@@ -105,7 +107,7 @@ def shard(model: nn.Module, processes: int, expert_size: int, device_type: str, 
 
 def shard_and_fill(
     model: nn.Module,
-    cut: Callable[[nn.Module], None],
+    shard: Callable[[nn.Module], None],
     source: nn.Module | None,
     device: torch.device,
 ) -> None:
@@ -113,11 +115,11 @@ def shard_and_fill(
 
     Args:
         model: The model on the meta device.
-        cut: Shards it, such as `shard`.
+        shard: Shards it, such as `shard_model`.
         source: The same model with its weights, on the first rank.
         device: The device of this rank.
     """
-    cut(model)
+    shard(model)
     model.to_empty(device=device)
     sources = {} if source is None else _all_tensors(source)
     for name, target in _all_tensors(model).items():
@@ -134,48 +136,48 @@ def _all_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def _shard_experts(model: nn.Module, processes: int, expert_size: int, device_type: str) -> set[nn.Parameter]:
     """Shards the experts, and returns those of their parameters that need no further sharding."""
-    mesh = new_mesh(device_type, (processes // expert_size, expert_size), ("part", "expert"))
-    uncut = set()
+    mesh = new_mesh(device_type, (processes // expert_size, expert_size), ("shard", "expert"))
+    complete = set()
     for name, layer in moe_layers(model):
         shard_experts(layer, mesh["expert"])
         parameters = layer.experts.stacked_parameters()
         if processes == expert_size:
-            uncut.update(parameters)
+            complete.update(parameters)
             continue
-        if any(parameter.shape[1] % mesh["part"].size() for parameter in parameters):
+        if any(parameter.shape[1] % mesh["shard"].size() for parameter in parameters):
             raise UserError(
                 f"parallel.expert_size={expert_size}: the width of {name}'s experts is no multiple of "
                 f"{mesh['part'].size()}; use {processes}",
                 everywhere=True,
             )
         shared = set(layer.experts.parameters()).difference(parameters)  # a learned activation's, whole on all ranks
-        how = {"mesh": mesh["part"], "shard_placement_fn": lambda _: Shard(1)}
+        how = {"mesh": mesh["shard"], "shard_placement_fn": lambda _: Shard(1)}
         fully_shard(layer.experts, ignored_params=shared, **how)
-    return uncut
+    return complete
 
 
 def clip_gradients(parameters: list[nn.Parameter], largest_norm: float) -> Tensor:
     """Like torch's clip_grad_norm_, for parameters of different meshes. Returns the norm before clipping, ()."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    cut, whole = ([g for g in gradients if isinstance(g, DTensor) is is_cut] for is_cut in (True, False))
+    sharded, whole = ([g for g in gradients if isinstance(g, DTensor) is is_sharded] for is_sharded in (True, False))
     squares = []  # without any, torch's norm would lie on the host and force a synchronisation
-    if cut:
-        squares.append(total(nn.utils.get_total_norm([local(gradient) for gradient in cut]).square()))
+    if sharded:
+        squares.append(total(nn.utils.get_total_norm([local(gradient) for gradient in sharded]).square()))
     if whole:
         squares.append(nn.utils.get_total_norm(whole).square())
     norm = torch.stack(squares).sum().sqrt()
-    nn.utils.clip_grads_with_norm_(_stand_ins(gradients), largest_norm, norm)
+    nn.utils.clip_grads_with_norm_(_with_local_gradients(gradients), largest_norm, norm)
     return norm
 
 
-def _stand_ins(gradients: list[Tensor]) -> list[nn.Parameter]:
+def _with_local_gradients(gradients: list[Tensor]) -> list[nn.Parameter]:
     """Parameters with this rank's shards of the gradients as their gradients, in the same memory."""
-    stand_ins = []
+    parameters = []
     for gradient in map(local, gradients):
-        stand_in = nn.Parameter(gradient)  # it shares memory, but only its gradient is used
-        stand_in.grad = gradient
-        stand_ins.append(stand_in)
-    return stand_ins
+        parameter = nn.Parameter(gradient)  # it shares memory, but only its gradient is used
+        parameter.grad = gradient
+        parameters.append(parameter)
+    return parameters
 
 
 @torch.no_grad()

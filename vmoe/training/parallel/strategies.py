@@ -12,7 +12,7 @@ from vmoe.data.mixing import GROUP
 from vmoe.errors import UserError
 from vmoe.training.config import ParallelConfig, TrainConfig
 from vmoe.training.parallel.folder_writer import FolderWriter
-from vmoe.training.parallel.sharding import ShardedStrategy, shard
+from vmoe.training.parallel.sharding import ShardedStrategy, shard_model
 
 
 class UnwrappedDataParallel(DDPStrategy):
@@ -39,13 +39,17 @@ def strategy_of(config: TrainConfig, processes: int, writer: FolderWriter) -> St
     return DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
-def cut_of(config: ParallelConfig, processes: int, device_type: str) -> Callable[[nn.Module], None] | None:
-    """The function that shards a model for the strategy (see `vmoe.training.parallel.sharding.shard`), or None."""
+def sharding_of(config: ParallelConfig, processes: int, device_type: str) -> Callable[[nn.Module], None] | None:
+    """The function that shards a model for the strategy (see `sharding.shard_model`), or None."""
     if config.strategy not in ("fsdp", "expert"):
         return None
     is_whole = config.dense == "whole"
     return partial(
-        shard, processes=processes, expert_size=config.expert_size, dense_is_whole=is_whole, device_type=device_type
+        shard_model,
+        processes=processes,
+        expert_size=config.expert_size,
+        dense_is_whole=is_whole,
+        device_type=device_type,
     )
 
 
@@ -55,9 +59,9 @@ def fallback_of_muon(config: TrainConfig, processes: int) -> str | None:
         return None
     has_whole_experts = config.moe is not None and not 1 < config.parallel.expert_size < processes
     if config.parallel.dense == "whole":
-        return None if has_whole_experts else "optim.name=muon: AdamW trains the experts, which are cut"
+        return None if has_whole_experts else "optim.name=muon: AdamW trains the experts, which are sharded"
     kept = ", but whole experts are Muon's" if has_whole_experts else ""
-    return f"optim.name=muon: AdamW trains the matrices that parallel.strategy={config.parallel.strategy} cuts{kept}"
+    return f"optim.name=muon: AdamW trains the matrices that parallel.strategy={config.parallel.strategy} shards{kept}"
 
 
 def check_parts(config: TrainConfig, batch_size: int, count: int) -> None:

@@ -58,7 +58,7 @@ def images_of_run(config: TrainConfig, device: torch.device) -> ImageDataModule:
     return data
 
 
-def check_files(config: TrainConfig, data: ImageDataModule, say: Callable[[str], object]) -> None:
+def check_files(config: TrainConfig, data: ImageDataModule, log: Callable[[str], object]) -> None:
     """Opens all images if that is little work beside the run, and prints a line if it is not done.
 
     Raises:
@@ -72,7 +72,7 @@ def check_files(config: TrainConfig, data: ImageDataModule, say: Callable[[str],
         return
     if not is_wanted:
         advice = "" if config.data.check is False else "; --data.check true opens them"
-        say(f"data.check: the {data.files:,} image files are not opened before the run{advice}")
+        log(f"data.check: the {data.files:,} image files are not opened before the run{advice}")
         return
     threads = config.data.workers or torch.get_num_threads()
     by_process = gather(data.damaged_files(threads))
@@ -81,7 +81,7 @@ def check_files(config: TrainConfig, data: ImageDataModule, say: Callable[[str],
         raise UserError(refusal(refused), everywhere=True)
     count = len(damaged["train"])
     beside = f", of which {count} of training cannot be read and are replaced: {damaged['train'][0]}" if count else ""
-    say(f"data.check: all {data.files:,} image files were opened{beside}")
+    log(f"data.check: all {data.files:,} image files were opened{beside}")
 
 
 class _TrainingData(ImageDataModule):

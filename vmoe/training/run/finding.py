@@ -75,7 +75,7 @@ def find_lr(
     *,
     options: Mapping[str, Any] | None = None,
     steps: int = 100,
-    say: Callable[[str], object] = print,
+    log: Callable[[str], object] = print,
 ) -> FoundRate:
     """Finds a learning rate for a run. The rate rises from update to update until the loss rises. No run is kept.
 
@@ -88,14 +88,14 @@ def find_lr(
         config: A recipe's name, the path of a config file, or a `TrainConfig`.
         options: Other options by their dotted names; not beside a `TrainConfig`.
         steps: Updates; 20 or more, since the first ten and the last are ignored.
-        say: Called with lines on the run.
+        log: Called with lines on the run.
 
     Raises:
         UserError: An option is not allowed, there are several ranks, or the loss never falls.
     """
     if steps < 20:
         raise UserError(f"steps={steps}: must be 20 or more")
-    with _short_run(_config_of(config, options), say, "find_lr") as short:
+    with _short_run(_config_of(config, options), log, "find_lr") as short:
         accumulate, batches = short.trainer.accumulate_grad_batches, len(short.data.train_sampler)
         if accumulate > batches:  # Lightning's finder skips such updates
             raise UserError(
@@ -120,7 +120,7 @@ def find_batch_size(
     config: TrainConfig | str | PathLike[str],
     *,
     options: Mapping[str, Any] | None = None,
-    say: Callable[[str], object] = print,
+    log: Callable[[str], object] = print,
 ) -> FoundBatchSize:
     """Finds the largest batch of 1, 2, 4, ..., 8192 images that fits into memory. No run is kept.
 
@@ -132,7 +132,7 @@ def find_batch_size(
     Args:
         config: A recipe's name, the path of a config file, or a `TrainConfig`.
         options: Other options by their dotted names; not beside a `TrainConfig`.
-        say: Called with lines on the run.
+        log: Called with lines on the run.
 
     Raises:
         UserError: An option is not allowed, there are several ranks, or a single image does not fit.
@@ -140,9 +140,9 @@ def find_batch_size(
     config = _config_of(config, options)
     # The smallest size comes first. Lightning would keep a size of at least all training images, and not try any
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=2))
-    with _short_run(config, say, "find_batch_size") as short:
+    with _short_run(config, log, "find_batch_size") as short:
         if short.trainer.strategy.root_device.type == "cpu":
-            say("warning: on a CPU the system may end this process when the memory is full")
+            log("warning: on a CPU the system may end this process when the memory is full")
         images = short.data.train_sampler.epoch_images // short.data.config.repeat
         most = min(images, LARGEST_BATCH)
         doublings = max(1, most.bit_length() - 1)  # up to the largest batch of at most so many images
@@ -173,7 +173,7 @@ def _config_of(config: TrainConfig | str | PathLike[str], options: Mapping[str, 
 
 
 @contextlib.contextmanager
-def _short_run(config: TrainConfig, say: Callable[[str], object], finder: str) -> Iterator[_ShortRun]:
+def _short_run(config: TrainConfig, log: Callable[[str], object], finder: str) -> Iterator[_ShortRun]:
     """A short run of a config in one process, with a Trainer that keeps no files."""
     if Process.this().world_size > 1:
         raise UserError(f"{finder}: works in one process; start it without torchrun", everywhere=True)
@@ -184,7 +184,7 @@ def _short_run(config: TrainConfig, say: Callable[[str], object], finder: str) -
     device = device_of(config)
     data = images_of_run(config, device)
     seed_everything(config.seed, verbose=False)
-    model, _ = start_model(config, data, device, say)
+    model, _ = start_model(config, data, device, log)
     facts = facts_of_run(config, built_model(config, None), data)
     module = new_module(config, model, None, load_teacher(config.distill, data, config.loss), facts)
     with quiet_lightning(), tempfile.TemporaryDirectory() as folder:

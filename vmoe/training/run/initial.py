@@ -24,7 +24,7 @@ from vmoe.training.config import TrainConfig
 
 
 def initial_model(
-    config: TrainConfig, class_names: list[str], image_size: ImageSize, say: Callable[[str], object] = lambda line: None
+    config: TrainConfig, class_names: list[str], image_size: ImageSize, log: Callable[[str], object] = lambda line: None
 ) -> nn.Module:
     """The model of a run, with the weights of `config.init_from`: "pretrained", or a file of ours, timm's or an .npz.
 
@@ -35,12 +35,12 @@ def initial_model(
     (https://arxiv.org/abs/2212.05055), and the router is random. A sparse checkpoint is used as it is; for a dense run
     its experts are averaged. The classifier's outputs are matched by class name. If the checkpoint lacks a class, the
     classifier is random (`known_outputs`). timm resamples the position embeddings for another image size. If class
-    names differ, `say` gets a line on the classifier.
+    names differ, `log` gets a line on the classifier.
 
     Raises:
         UserError: The model cannot be built, or the checkpoint's weights do not fit it.
     """
-    model = _starting_model(config, class_names, image_size, say)
+    model = _starting_model(config, class_names, image_size, log)
     rate = config.model.moe_drop_path
     if rate is not None:
         try:
@@ -62,7 +62,7 @@ def _classifier_line(theirs: Sequence[str], ours: Sequence[str]) -> str:
 
 
 def _starting_model(
-    config: TrainConfig, class_names: list[str], image_size: ImageSize, say: Callable[[str], object]
+    config: TrainConfig, class_names: list[str], image_size: ImageSize, log: Callable[[str], object]
 ) -> nn.Module:
     name, kwargs, num_classes = config.model.name, config.model.kwargs, len(class_names)
     channels = config.data.channels
@@ -75,13 +75,13 @@ def _starting_model(
         return _upcycled(dense, config.moe, image_size)
     path = local_path(str(config.init_from))
     if path.suffix == ".npz" and path.is_file():
-        return _from_npz(config, path, num_classes, image_size, say)
+        return _from_npz(config, path, num_classes, image_size, log)
     foreign = read_foreign_weights(path)
     if foreign is not None:
-        return _from_foreign(config, foreign, num_classes, image_size, say)
+        return _from_foreign(config, foreign, num_classes, image_size, log)
     start = load_checkpoint(path)
     if start.class_names != class_names:
-        say(f"{start.path}: {_classifier_line(start.class_names, class_names)}")
+        log(f"{start.path}: {_classifier_line(start.class_names, class_names)}")
     if moe_layers(start.model):
         model = build_model(name, kwargs, config.moe, num_classes, image_size, channels)
         _fit_to_images(start, model, image_size)
@@ -89,7 +89,7 @@ def _starting_model(
             _average_experts(start)
         _load(
             model,
-            _with_stem(_weights(start, model, class_names), model, start.path, say),
+            _with_stem(_weights(start, model, class_names), model, start.path, log),
             start.path,
             _same_as(config.init_from),
         )
@@ -98,7 +98,7 @@ def _starting_model(
     _fit_to_images(start, model, image_size)
     _load(
         model,
-        _with_stem(_weights(start, model, class_names), model, start.path, say),
+        _with_stem(_weights(start, model, class_names), model, start.path, log),
         start.path,
         _same_as(config.init_from),
     )
@@ -110,7 +110,7 @@ def _from_foreign(
     weights: dict[str, Tensor],
     num_classes: int,
     image_size: ImageSize,
-    say: Callable[[str], object],
+    log: Callable[[str], object],
 ) -> nn.Module:
     """The model with the weights of one of timm's files. They may be dense, or have these MoE layers."""
     path = str(config.init_from)
@@ -126,15 +126,15 @@ def _from_foreign(
         raise UserError(f"--init_from {path}: are no weights for {config.model.name} ({reason})") from error
     classifier = [name for name in own if name.startswith(tuple(f"{each}." for each in classifier_names(model)))]
     is_taken = all(name in weights and weights[name].shape == own[name].shape for name in classifier)
-    say(_nameless_classifier_line(path, is_taken, num_classes))
+    log(_nameless_classifier_line(path, is_taken, num_classes))
     if not is_taken:
         weights = {**weights, **{name: own[name] for name in classifier}}
-    _load(model, _with_stem(weights, model, path, say), path)
+    _load(model, _with_stem(weights, model, path, log), path)
     return model if is_sparse else _upcycled(model, config.moe, image_size)
 
 
 def _from_npz(
-    config: TrainConfig, path: Path, num_classes: int, image_size: ImageSize, say: Callable[[str], object]
+    config: TrainConfig, path: Path, num_classes: int, image_size: ImageSize, log: Callable[[str], object]
 ) -> nn.Module:
     """The model with the weights of an .npz file of the original code. These files are dense."""
     arguments = timm_arguments(config.model.kwargs)
@@ -143,7 +143,7 @@ def _from_npz(
         is_taken = load_npz_weights(model, path)
     except ValueError as error:
         raise UserError(f"--init_from {path}: {error}") from error
-    say(_nameless_classifier_line(path, is_taken, num_classes))
+    log(_nameless_classifier_line(path, is_taken, num_classes))
     return _upcycled(model, config.moe, image_size)
 
 
@@ -205,7 +205,7 @@ def _weights(start: TrainedModel, model: nn.Module, class_names: list[str]) -> d
 
 
 def _with_stem(
-    weights: dict[str, Tensor], model: nn.Module, path: Path, say: Callable[[str], object]
+    weights: dict[str, Tensor], model: nn.Module, path: Path, log: Callable[[str], object]
 ) -> dict[str, Tensor]:
     """Weights of a model of RGB for one of other channels: timm repeats (or sums) those of its first convolution."""
     known = (getattr(model, "pretrained_cfg", None) or {}).get("first_conv") or ()
@@ -217,7 +217,7 @@ def _with_stem(
             continue
         weights = {**weights, name: adapt_input_conv(here.shape[1], there)}
         how = "summed" if here.shape[1] == 1 else "repeated"
-        say(f"{path}: its first convolution, of 3 channels, is {how} for {here.shape[1]} as timm does it")
+        log(f"{path}: its first convolution, of 3 channels, is {how} for {here.shape[1]} as timm does it")
     return weights
 
 

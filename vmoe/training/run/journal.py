@@ -90,11 +90,11 @@ class Events:
     Args:
         folder: The run's folder.
         step: Updates done before this process; later events of a stopped run are dropped.
-        say: Called with a line on the failure.
+        log: Called with a line on the failure.
     """
 
-    def __init__(self, folder: Path, step: int, say: Callable[[str], None]) -> None:
-        self._folder, self._say = folder, say
+    def __init__(self, folder: Path, step: int, log: Callable[[str], None]) -> None:
+        self._folder, self._log = folder, log
         self._writer: Any = None  # a SummaryWriter
         self._hook, threading.excepthook = threading.excepthook, self._in_thread
         with self._warned():
@@ -133,9 +133,9 @@ class Events:
             yield
         except OSError as error:
             self._writer = None
-            self._say(f"warning: {self._folder}: TensorBoard's events cannot be written ({error.strerror or error})")
+            self._log(f"warning: {self._folder}: TensorBoard's events cannot be written ({error.strerror or error})")
         except UserError as error:
-            self._say(f"TensorBoard's events are not written: {error}")
+            self._log(f"TensorBoard's events are not written: {error}")
 
 
 class Journal(Callback):
@@ -182,7 +182,7 @@ class Journal(Callback):
         if Process.this().is_first:
             self.table = MetricsTable(self.folder.metrics, columns, self.step)
             if self._has_events:
-                self.events = Events(self.folder.path, self.step, self.progress.say)
+                self.events = Events(self.folder.path, self.step, self.progress.log)
         self.clock.start("total")
         self._start_epoch(trainer, fresh=False)
 

@@ -23,7 +23,7 @@ PATIENCE = 100.0  # seconds to wait for a touch from another machine; caches of 
 
 
 @contextmanager
-def locked(folder: Path, say: Callable[[str], object], command: str) -> Iterator[None]:
+def locked(folder: Path, log: Callable[[str], object], command: str) -> Iterator[None]:
     """Locks a run's folder against other processes. It creates the folder, and removes it again if it stays empty.
 
     A lock of a process that has ended is taken over. On this machine the process is looked up. A living process on
@@ -31,7 +31,7 @@ def locked(folder: Path, say: Callable[[str], object], command: str) -> Iterator
 
     Args:
         folder: The folder.
-        say: Called with a line if this waits.
+        log: Called with a line if this waits.
         command: The command line that another process would print.
 
     Raises:
@@ -42,7 +42,7 @@ def locked(folder: Path, say: Callable[[str], object], command: str) -> Iterator
     own = json.dumps(_identity(command))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _acquire(path, own, say)
+        _acquire(path, own, log)
     except OSError as error:
         _remove_empty(new)
         raise UserError(f"{folder}: cannot be written ({error.strerror or error}); choose another place") from error
@@ -60,7 +60,7 @@ def locked(folder: Path, say: Callable[[str], object], command: str) -> Iterator
         _remove_empty(new)
 
 
-def _acquire(path: Path, own: str, say: Callable[[str], object]) -> None:
+def _acquire(path: Path, own: str, log: Callable[[str], object]) -> None:
     """Writes the lock, unless a living process has it.
 
     Raises:
@@ -91,7 +91,7 @@ def _acquire(path: Path, own: str, say: Callable[[str], object]) -> None:
                     raise
                 return
         who = "an unreadable lock" if holder is None else f"process {holder['pid']} on {holder['host']}"
-        say(f"{path}: is held by {who}; waits {PATIENCE:.0f} s for a sign of life of it")
+        log(f"{path}: is held by {who}; waits {PATIENCE:.0f} s for a sign of life of it")
         if _shows_life(path, found):
             raise UserError(_refusal(path, holder))
         gone = found

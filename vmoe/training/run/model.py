@@ -27,12 +27,12 @@ from vmoe.training.parallel.collectives import together
 from vmoe.training.parallel.process import Process
 from vmoe.training.parallel.sample_draws import SampleDraws
 from vmoe.training.parallel.sharding import shard_and_fill
-from vmoe.training.parallel.strategies import cut_of
+from vmoe.training.parallel.strategies import sharding_of
 from vmoe.training.run.initial import initial_model
 from vmoe.training.run.summary import Cost, twin_cost
 
 _MOST_TOKENS = 1024  # tokens per image without a warning on a CPU
-Cut = Callable[[nn.Module], None]  # shards a model over the ranks
+ShardModel = Callable[[nn.Module], None]  # shards a model over the ranks
 
 
 def built_model(config: TrainConfig, saved: SavedRun | None) -> ModelConfig:
@@ -50,19 +50,19 @@ def built_model(config: TrainConfig, saved: SavedRun | None) -> ModelConfig:
 
 
 def start_model(
-    config: TrainConfig, data: ImageDataModule, device: torch.device, say: Callable[[str], object]
-) -> tuple[nn.Module, Cut | None]:
+    config: TrainConfig, data: ImageDataModule, device: torch.device, log: Callable[[str], object]
+) -> tuple[nn.Module, ShardModel | None]:
     """The model at its start, and the function that shards it, or None."""
-    cut = cut_of(config.parallel, Process.this().world_size, device.type)
+    shard = sharding_of(config.parallel, Process.this().world_size, device.type)
     classes, size = list(data.class_names), data.image_size
-    is_here = cut is None or Process.this().is_first
-    model = together(lambda: initial_model(config, classes, size, say) if is_here else None)
-    if cut is None:
+    is_here = shard is None or Process.this().is_first
+    model = together(lambda: initial_model(config, classes, size, log) if is_here else None)
+    if shard is None:
         return model, None
     # only the first rank holds the whole model, in host memory
-    cut = partial(shard_and_fill, cut=cut, source=model, device=device)
+    fill = partial(shard_and_fill, shard=shard, source=model, device=device)
     with torch.device("meta"):
-        return initial_model(dataclasses.replace(config, init_from=None), classes, size, say), cut
+        return initial_model(dataclasses.replace(config, init_from=None), classes, size, log), fill
 
 
 def costs_of(config: TrainConfig, model: nn.Module, data: ImageDataModule) -> tuple[Cost, Cost]:
@@ -87,7 +87,7 @@ def many_tokens(model: nn.Module, image_size: ImageSize) -> str | None:
 
 
 def new_module(
-    config: TrainConfig, model: nn.Module, cut: Cut | None, teacher: Teacher | None, facts: ModelFacts | None
+    config: TrainConfig, model: nn.Module, shard: ShardModel | None, teacher: Teacher | None, facts: ModelFacts | None
 ) -> Classifier:
     """The module of a run. By the config it draws per image, captures its steps and compiles its model."""
     draws = SampleDraws(config.seed) if config.parallel.draws == "sample" else None
@@ -98,7 +98,7 @@ def new_module(
         _checkpoint_blocks(model, config.model.name)
     multi_label = facts is not None and facts.multi_label
     module = Classifier(model, loss=config.loss, multi_label=multi_label, **to_plain(config.optim))
-    module.facts, module.draws, module.shard, module.teacher = facts, draws, cut, teacher
+    module.facts, module.draws, module.shard, module.teacher = facts, draws, shard, teacher
     if config.trainer.cuda_graph:
         module.capture_steps()
     if config.trainer.compile:

@@ -40,11 +40,11 @@ class TrainingProgress:
             epoch += f"  val loss {row['val/loss']:.3f}  {_accuracy(row, 'val')}"
         if "val/raw_top1" in row:
             epoch += f" (by EMA; raw {row['val/raw_top1']:.2%})"
-        self.say(epoch)
+        self.log(epoch)
         for line in warnings:
-            self.say(f"warning: {line}")
+            self.log(f"warning: {line}")
 
-    def say(self, line: str) -> None:
+    def log(self, line: str) -> None:
         """Prints a line as it is: never wrapped, without markup and terminal commands."""
         self.console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
 

@@ -21,7 +21,7 @@ from vmoe.training.parallel.collectives import gather
 _EPOCHS = "trainer.epochs"
 _MOST_NAMED = 4  # differences of configs in one line
 _FREE = (*WITHOUT_EFFECT, "data.root")  # options that may differ when a run is resumed
-_CUT = ("parallel.strategy", "parallel.expert_size", "parallel.dense")
+_SHARDING = ("parallel.strategy", "parallel.expert_size", "parallel.dense")
 _WHOLE = {"none", "ddp"}  # strategies that shard nothing
 
 
@@ -154,7 +154,7 @@ def saved_state(folder: RunFolder, config: TrainConfig) -> SavedRun | None:
     now = flatten(to_plain(config.resolved()))
     free = _FREE
     if config.optim.name == "muon" and not {before["parallel.strategy"], now["parallel.strategy"]} <= _WHOLE:
-        free = tuple(key for key in free if key not in _CUT)  # sharding decides which parameters Muon trains
+        free = tuple(key for key in free if key not in _SHARDING)  # sharding decides which parameters Muon trains
     if now[_EPOCHS] > before[_EPOCHS]:
         free = (*free, _EPOCHS)
         saved = dataclasses.replace(saved, progress=dataclasses.replace(saved.progress, finished=False))

@@ -85,7 +85,7 @@ def train(config: TrainConfig, progress: TrainingProgress, command: str) -> dict
     check_optimizer(config.optim)
     config = dataclasses.replace(config, loss=config.loss.with_super_classes())
     device = device_of(config)
-    progress.say(summary.device_line(device, config.trainer.device))
+    progress.log(summary.device_line(device, config.trainer.device))
     if device.type != "cuda":
         config = _without_cuda(config, progress)
     if config.parallel.strategy == "none":
@@ -108,7 +108,7 @@ def _without_cuda(config: TrainConfig, progress: TrainingProgress) -> TrainConfi
     """The run without GPU options that do not change results, so that a recipe for GPUs trains on any machine."""
     if not config.trainer.cuda_graph:
         return config
-    progress.say("trainer.cuda_graph: turned off, since it needs a GPU of CUDA, and this run has none")
+    progress.log("trainer.cuda_graph: turned off, since it needs a GPU of CUDA, and this run has none")
     return dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, cuda_graph=False))
 
 
@@ -125,7 +125,7 @@ class _Run:
     def __init__(self, config: TrainConfig, progress: TrainingProgress, command: str, device: torch.device) -> None:
         self.folder = RunFolder(Path(config.output_dir))
         self.config = restarted(config, self.folder)
-        self.progress, self.say = progress, progress.say
+        self.progress, self.log = progress, progress.log
         self.command, self.device = command, device
         self.is_first = Process.this().is_first
 
@@ -134,7 +134,7 @@ class _Run:
         folder, config = self.folder, self.config
         together(lambda: check_folder(folder, config))
         with ExitStack() as held:
-            together(lambda: held.enter_context(locked(folder.path, self.say, self.command)) if self.is_first else None)
+            together(lambda: held.enter_context(locked(folder.path, self.log, self.command)) if self.is_first else None)
             together(lambda: check_folder(folder, config))  # another process may have started a run there meanwhile
             together(lambda: require_loggers(config))
             together(lambda: recover_checkpoints(folder) if self.is_first and config.resume else None)
@@ -142,29 +142,29 @@ class _Run:
             result = gather(folder.read_summary())[0] if saved is not None and saved.progress.finished else None
             if result is None or not is_tested(result):
                 return self._train(saved, held)
-            self.say(f"{folder.path}: this run is finished, after {counted(saved.progress.epochs_done, 'epoch')}")
-            self.say(summary.result_line(result, config.output_dir))
+            self.log(f"{folder.path}: this run is finished, after {counted(saved.progress.epochs_done, 'epoch')}")
+            self.log(summary.result_line(result, config.output_dir))
             return result if self.is_first else None
 
     def _train(self, saved: SavedRun | None, held: ExitStack) -> dict[str, Any] | None:
         config, folder = self.config, self.folder
-        self._say_what_may_surprise(saved)
+        self._warn_of_surprises(saved)
         data = self._data(saved)
         teacher = together(lambda: load_teacher(config.distill, data, config.loss))
         seed_everything(config.seed, verbose=False)
         built = together(lambda: built_model(config, saved))
         fresh = dataclasses.replace(config, init_from=None, model=built) if saved else config
-        model, cut = start_model(fresh, data, self.device, self.say)
-        self.say(summary.model_line(config.model, model))
+        model, shard = start_model(fresh, data, self.device, self.log)
+        self.log(summary.model_line(config.model, model))
         if self.device.type == "cpu" and (line := many_tokens(model, data.image_size)) is not None:
-            self.say(line)
+            self.log(line)
         costs = costs_of(dataclasses.replace(config, model=built), model, data)
         self.progress.console.print(summary.cost_table(f"{config.model.name}, {folder.path}", *costs))
-        module = new_module(config, model, cut, teacher, facts_of_run(config, built, data))
+        module = new_module(config, model, shard, teacher, facts_of_run(config, built, data))
         if (line := learning_line(model)) is not None:
-            self.say(line)
+            self.log(line)
         if config.finetune.unfreeze_epochs is not None:
-            self.say(unfreezing_line(model, config))
+            self.log(unfreezing_line(model, config))
         loggers = together(lambda: held.enter_context(open_loggers(config, folder)))
         if self.is_first:
             mark_launch(folder)
@@ -190,22 +190,22 @@ class _Run:
         if untested is not None:
             raise untested
         if result is not None:
-            self.say(summary.result_line(result, config.output_dir))
+            self.log(summary.result_line(result, config.output_dir))
         return result
 
-    def _say_what_may_surprise(self, saved: SavedRun | None) -> None:
+    def _warn_of_surprises(self, saved: SavedRun | None) -> None:
         config = self.config
         if config.resume and saved is None:
-            self.say(f"{self.folder.path}: no checkpoint to resume, so this run starts from the beginning")
+            self.log(f"{self.folder.path}: no checkpoint to resume, so this run starts from the beginning")
         if saved is not None and config.trainer.epochs > (before := saved.facts.config["trainer"]["epochs"]):
-            self.say(f"the run goes on to {config.trainer.epochs} epochs in place of {before}, by their learning rates")
+            self.log(f"the run goes on to {config.trainer.epochs} epochs in place of {before}, by their learning rates")
         if config.optim.warmup_epochs > config.trainer.epochs:
-            self.say(
+            self.log(
                 f"warning: optim.warmup_epochs={config.optim.warmup_epochs} is longer than "
                 f"trainer.epochs={config.trainer.epochs}: the learning rate never reaches optim.lr={config.optim.lr}"
             )
         if (line := fallback_of_muon(config, Process.this().world_size)) is not None:
-            self.say(line)
+            self.log(line)
 
     def _data(self, saved: SavedRun | None) -> ImageDataModule:
         """Opens the images and prints lines on them.
@@ -216,9 +216,9 @@ class _Run:
         config = self.config
         data = images_of_run(config, self.device)
         for line in (*summary.data_lines(config.data, data), *data.notes):
-            self.say(line)
+            self.log(line)
         if data.has_validation and (count := data.number_of_images("val")) < _FEW_TO_CHOOSE_BY:
-            self.say(
+            self.log(
                 f"warning: {counted(count, 'image')} for validation: too few to choose an epoch by, as one is "
                 f"{1 / count:.1%} of them; give it more images (where they are cut from training, by data.val_fraction)"
             )
@@ -235,7 +235,7 @@ class _Run:
                 everywhere=True,
             )
         if saved is None or config.data.check:
-            check_files(config, data, self.say)
+            check_files(config, data, self.log)
         return data
 
     def _fit(self, module: Classifier, data: ImageDataModule, saved: SavedRun | None, loggers: list[Any]) -> Trainer:
@@ -255,18 +255,18 @@ class _Run:
         ]
         trainer = new_trainer(config, self.device, callbacks, writer, loggers)
         if saved is not None:
-            self._say_resumed(saved)
+            self._log_resumed(saved)
         if saved is None or not saved.progress.finished:
             resume_from = folder.last if saved else None
             trainer.fit(module, datamodule=data, ckpt_path=resume_from, weights_only=True)
         return trainer
 
-    def _say_resumed(self, saved: SavedRun) -> None:
+    def _log_resumed(self, saved: SavedRun) -> None:
         path = self.folder.path
         inside = f" and {counted(saved.batches_done, 'batch', 'batches')}" if saved.batches_done else ""
-        self.say(f"resuming {path} after {counted(saved.progress.epochs_done, 'epoch')}{inside}")
+        self.log(f"resuming {path} after {counted(saved.progress.epochs_done, 'epoch')}{inside}")
         if saved.draws != DRAWS_VERSION:
-            self.say(
+            self.log(
                 f"warning: {path} was started by a version of vmoe that drew other random numbers for the same "
                 "seed: from here on its augmentation and mixing differ from those of an unbroken run"
             )
