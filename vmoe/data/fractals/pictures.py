@@ -144,12 +144,11 @@ def count_points(varied: Varied, chances: Tensor, warm_up: int, size: int) -> Te
     maps = torch.zeros_like(shifted)  # the chosen map, (T, B, P)
     for threshold in varied.thresholds.T:
         maps += shifted >= threshold[:, None]
-    of_maps = varied.maps.reshape(-1, 6).T.contiguous()  # (6, B * M)
-    first = MAPS * torch.arange(pictures, device=of_maps.device)[:, None]
+    of_maps = varied.maps.permute(2, 0, 1).contiguous()  # (6, B, M)
     place = torch.zeros(2, pictures, chains, dtype=torch.int32, device=of_maps.device)  # x and y
     counted = torch.empty(len(chances) - warm_up, *place.shape, dtype=torch.int32, device=of_maps.device)
     for step, which in enumerate(maps):
-        parameters = of_maps[:, first + which]
+        parameters = of_maps.gather(2, which.long().expand(6, pictures, chains))  # faster than indexing
         place = _rounded_row(parameters[:4:2], parameters[1:4:2], *place) + parameters[4:]
         place = place.clamp(-FARTHEST, FARTHEST)
         if step >= warm_up:
