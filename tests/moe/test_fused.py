@@ -281,13 +281,28 @@ def test_parts_of_the_hidden_layer_change_nothing(monkeypatch, num_experts, chun
     [
         ({"batch_priority": True, "shared_experts": 1}, False),
         pytest.param({"batch_priority": True, "shared_experts": 1}, True, marks=pytest.mark.slow),
+        # in groups of one or three images autograd has one node for all of routing
+        ({"batch_priority": True, "group": "image"}, False),
+        ({"group": 3, "renormalize": True, "noise_std": 0.0}, False),
+        ({"group": 3, "capacity_factor": None, "top_k": 1, "inject_auxiliary_loss": True}, False),
         ({"capacity_factor": None, "top_k": 1}, False),
         ({"router": "cosine"}, False),
         ({"router": "sigmoid"}, False),
         ({"router": "expert_choice", "group": "image"}, False),
         ({"route": "image", "capacity_factor": None}, False),
     ],
-    ids=["priority", "priority, compiled", "no capacity", "cosine", "sigmoid", "expert choice", "whole images"],
+    ids=[
+        "priority",
+        "priority, compiled",
+        "one node, priority",
+        "one node, no noise",
+        "one node, no capacity",
+        "no capacity",
+        "cosine",
+        "sigmoid",
+        "expert choice",
+        "whole images",
+    ],
 )
 def test_the_whole_layer_by_kernels_is_the_plain_one(knobs, is_compiled, monkeypatch):
     """Results, losses, usage and all gradients, where the layer hands the kernels on."""
@@ -433,3 +448,23 @@ def test_batches_of_another_size_compile_nothing_again():
             kernel.pre_run_hooks.pop()
     assert sum(map(bool, seen[0].values())) > 15
     assert seen[0] == seen[1]
+
+
+def test_routing_is_one_node_of_autograds_graph(monkeypatch):
+    """In an eager training step. Each of its results may be left out of the objective."""
+    monkeypatch.setattr(layer_module, "kernels_for", lambda tensor: TRITON)
+    layer = vmoe.MoeMlp(8, 16, moe=MoeConfig(num_experts=4, group="image", backend="fused"), device=DEVICE)
+    x = torch.randn(2, 5, 8, device=DEVICE, requires_grad=True)
+    y, weight = layer(x), layer.router.gate.weight
+    node = layer.last_auxiliary_loss.grad_fn
+    assert "OneNode" in type(node).__name__
+    assert node.next_functions[1][0].variable is weight  # right behind it: the parameter
+    by_loss, by_both, by_result = (
+        torch.autograd.grad(objective, [x, weight], retain_graph=True, allow_unused=True)
+        for objective in (layer.last_auxiliary_loss, layer.last_auxiliary_loss + y.sum(), y.sum())
+    )
+    for loss_alone, both, result_alone in zip(by_loss, by_both, by_result, strict=True):
+        torch.testing.assert_close(loss_alone + result_alone, both)
+    (gradient,) = torch.autograd.grad(layer.last_auxiliary_loss, x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivatives"):
+        gradient.sum().backward()

@@ -54,7 +54,8 @@ class Groups(NamedTuple):
     def merge(self, values: Tensor) -> Tensor:
         """(G, S, ...) -> (T, ...), the inverse of `split`."""
         flat = values.reshape(self.count * self.size, *values.shape[2:])
-        return flat[: self.count * self.size - self.size + self.last]
+        # a slice of everything would be one more node of autograd's graph
+        return flat if self.is_even else flat[: (self.count - 1) * self.size + self.last]
 
     def valid(self, token_mask: Tensor | None, device: torch.device) -> Tensor | None:
         """Which tokens are real: (G, S) bool, or None when all are. `token_mask` is (T,) bool, False for padding."""

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vmoe.moe import losses
+from vmoe.moe import losses, one_node
 from vmoe.moe.assignment import Capacity, assign
 from vmoe.moe.config import MoeConfig
 from vmoe.moe.experts import Experts, ExpertSpec, SharedExpert
@@ -21,7 +21,7 @@ from vmoe.moe.kernels.operators import is_transformed
 from vmoe.moe.mlps import take_apart
 from vmoe.moe.passes import Mark
 from vmoe.moe.routers import ROUTERS, SoftRouter
-from vmoe.moe.routing import Routed, Routing, SlotRouting
+from vmoe.moe.routing import Routing, SlotRouting
 
 
 class Statistics(NamedTuple):
@@ -198,10 +198,11 @@ class MoeMlp(nn.Module):
             x = x.movedim(1, -1)
         x_TD = x.reshape(-1, x.shape[-1])
         kernels = kernels_for(x_TD)
+        accounts = None
         if self.images is None:
             groups = self._groups(x)
             valid_GS = groups.valid(None if token_mask is None else token_mask.reshape(-1), x.device)
-            routing, routed_TD = self._route(x_TD, groups, valid_GS, kernels)
+            routing, routed_TD, accounts = self._route(x_TD, groups, valid_GS, kernels)
             of_tokens = routing
         else:
             routing, of_tokens = self._route_images(x, token_mask, self.images)
@@ -212,7 +213,9 @@ class MoeMlp(nn.Module):
         if self.shared is not None:
             shared_TD = self.shared(x_TD)
             y_TD = y_TD + (shared_TD if token_mask is None else shared_TD.masked_fill(~token_mask.reshape(-1, 1), 0))
-        y_TD = self._account(routing, y_TD, kernels if self.images is None else PLAIN)
+        if accounts is None:
+            accounts = self._accounts_of(routing, kernels if self.images is None else PLAIN)
+        y_TD = self._account(accounts, y_TD)
 
         y = self.drop2(y_TD.view(*x.shape[:-1], self.out_features))
         return y.movedim(-1, 1) if self.use_conv else y
@@ -238,14 +241,21 @@ class MoeMlp(nn.Module):
             )
         return Groups.of(x.shape[0], tokens, moe.rows_of_group)
 
-    def _route(self, x_TD: Tensor, groups: Groups, valid_GS: Tensor | None, kernels: Kernels) -> Routed:
-        """Route and assign: the router's decision, with the choices that find no slot dropped, and the tokens."""
+    def _route(
+        self, x_TD: Tensor, groups: Groups, valid_GS: Tensor | None, kernels: Kernels
+    ) -> tuple[Routing | SlotRouting, Tensor, losses.Accounts | None]:
+        """Route and assign: the router's decision, with the choices that find no slot dropped, and the tokens.
+
+        The accounts come with them where one autograd function computes all of it.
+        """
         moe = self.config
         capacity = Capacity.of_pass(groups, valid_GS, moe, self.training)
+        if not self.recorders and one_node.is_taken(self.router, x_TD, valid_GS, moe, kernels):
+            return one_node.decide(self.router, x_TD, groups, capacity, moe, kernels)
         if moe.fills_slots:
-            return self.router(x_TD, groups, valid_GS, capacity, kernels)
-        routed = self.router(x_TD, groups, valid_GS, kernels)
-        return routed._replace(routing=assign(routed.routing, capacity, moe.batch_priority, kernels))
+            return *self.router(x_TD, groups, valid_GS, capacity, kernels), None
+        routing, x_TD = self.router(x_TD, groups, valid_GS, kernels)
+        return assign(routing, capacity, moe.batch_priority, kernels), x_TD, None
 
     def _route_images(self, x: Tensor, token_mask: Tensor | None, images: ImageRouting) -> tuple[Routing, Routing]:
         """The decisions for the images, which drop nothing, and what they mean for the tokens."""
@@ -258,18 +268,17 @@ class MoeMlp(nn.Module):
             self.last_image_logits = groups.merge(routing.logits_GSE)
         return routing, choices_of_tokens(routing, tokens, real_BN)
 
-    def _account(self, routing: Routing | SlotRouting, y_TD: Tensor, kernels: Kernels) -> Tensor:
-        """Keeps the auxiliary loss and the statistics; changes no value of `y_TD`."""
+    def _accounts_of(self, routing: Routing | SlotRouting, kernels: Kernels) -> losses.Accounts:
         is_noisy = self.training and self.config.draws_noise
-        each, usage = losses.losses_and_usage(routing, self.config, is_noisy, kernels)
-        if isinstance(self.router, FollowingRouter):  # the losses of a decision count once
-            each = {}
-        zero = routing.gates_GSE.new_zeros(())
-        loss = losses.weighted_sum(each, self.config) if each else zero
+        is_counted = not isinstance(self.router, FollowingRouter)  # the losses of a decision count once
+        return losses.accounts_of(routing, self.config, is_noisy, kernels, is_counted)
+
+    def _account(self, accounts: losses.Accounts, y_TD: Tensor) -> Tensor:
+        """Keeps the auxiliary loss and the statistics; changes no value of `y_TD`."""
+        loss, importance, load, usage = accounts
         self.last_auxiliary_loss = loss
         self.mark.set()
-        unweighted = each.get("importance", zero).detach(), each.get("load", zero).detach()
-        self.statistics = None if is_transformed() else Statistics(*usage, *unweighted)
+        self.statistics = None if is_transformed() else Statistics(*usage, importance, load)
         if self.config.inject_auxiliary_loss and self.training:
             y_TD = losses.inject_gradient(y_TD, loss, self._checked_scale(y_TD))
         return y_TD

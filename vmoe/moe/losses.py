@@ -29,6 +29,34 @@ class Usage(NamedTuple):
     entropy: Tensor
 
 
+class Accounts(NamedTuple):
+    """The auxiliary loss of a decision, and what it is made of.
+
+    Attributes:
+        loss: The weighted sum of the losses, (), with gradient.
+        importance: The importance loss, unweighted and without gradient, (); zero where there is none.
+        load: The load loss, as above.
+        usage: Statistics.
+    """
+
+    loss: Tensor
+    importance: Tensor
+    load: Tensor
+    usage: Usage
+
+
+def accounts_of(
+    routing: Routing | SlotRouting, moe: MoeConfig, is_noisy: bool, kernels: Kernels = PLAIN, is_counted: bool = True
+) -> Accounts:
+    """The accounts of a decision. Without `is_counted` the losses are zero: those of another layer hold them."""
+    each, usage = losses_and_usage(routing, moe, is_noisy, kernels)
+    zero = routing.gates_GSE.new_zeros(())
+    if not is_counted:
+        each = {}
+    loss = weighted_sum(each, moe) if each else zero
+    return Accounts(loss, each.get("importance", zero).detach(), each.get("load", zero).detach(), usage)
+
+
 def losses_and_usage(
     routing: Routing | SlotRouting, moe: MoeConfig, is_noisy: bool, kernels: Kernels = PLAIN
 ) -> tuple[dict[str, Tensor], Usage]:

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vmoe.moe.kernels.launches import launch
 from vmoe.moe.kernels.operators import operator
 from vmoe.moe.kernels.sizes import ALIGNMENT, cdiv, choices_of_block, columns_of
 
@@ -88,17 +89,16 @@ def _count_flow(
     before = torch.empty(flow.num_groups, num_blocks, columns, dtype=torch.int32, device=chosen.device)
     totals = torch.empty(flow.num_groups, columns, dtype=torch.int32, device=chosen.device)
     starts_E, counts_E = starts_and_counts or (None, None)
-    meta = {"SIZE": flow.size, "TOP_K": flow.top_k, "COLUMNS": columns, "BLOCK": block}
-    meta |= {"ORDERED": order is not None, "HAS_KEPT": kept is not None}
-    with torch.cuda.device_of(chosen):
-        grid = (num_blocks, flow.num_groups)
-        _histogram[grid](chosen, kept, order, before, **meta)
-        scan_columns = min(columns, 32)
-        _scan_blocks[(columns // scan_columns, flow.num_groups)](before, totals, num_blocks, columns, scan_columns, 64)
-        _rank_in_flow[grid](
-            chosen, kept, order, before, totals, out, starts_E, counts_E, flow.num_experts,
-            AS_ROWS=starts_and_counts is not None, ALIGN=ALIGNMENT, **meta,
-        )  # fmt: skip
+    of_flow = (flow.size, flow.top_k, columns, block, order is not None, kept is not None)
+    grid = (num_blocks, flow.num_groups)
+    launch(_histogram, grid, (chosen, kept, order, before), of_flow)
+    scan_columns = min(columns, 32)
+    scan_grid = (columns // scan_columns, flow.num_groups)
+    launch(_scan_blocks, scan_grid, (before, totals), (num_blocks, columns, scan_columns, 64))
+    launch(
+        _rank_in_flow, grid, (chosen, kept, order, before, totals, out, starts_E, counts_E),
+        (flow.num_experts, *of_flow, starts_and_counts is not None, ALIGNMENT),
+    )  # fmt: skip
 
 
 @triton.jit

@@ -5,9 +5,22 @@ Triton.
 """
 
 from vmoe.moe.kernels.counting import ranks
-from vmoe.moe.kernels.routing.balance import balance
-from vmoe.moe.kernels.routing.gates import gates, takes_logits
+from vmoe.moe.kernels.routing.balance import Weights, add_loss_gradient, balance, weighted_balance
+from vmoe.moe.kernels.routing.gates import gates, gates_backward, takes_logits
 from vmoe.moe.kernels.routing.order import descending_order
-from vmoe.moe.kernels.routing.scores import scores, scores_and_tokens
+from vmoe.moe.kernels.routing.scores import scores, scores_and_tokens, scores_backward
 
-__all__ = ["balance", "descending_order", "gates", "ranks", "scores", "scores_and_tokens", "takes_logits"]
+__all__ = [
+    "Weights",
+    "add_loss_gradient",
+    "balance",
+    "descending_order",
+    "gates",
+    "gates_backward",
+    "ranks",
+    "scores",
+    "scores_and_tokens",
+    "scores_backward",
+    "takes_logits",
+    "weighted_balance",
+]

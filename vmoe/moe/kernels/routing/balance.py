@@ -4,11 +4,14 @@ G groups of S tokens; E experts; K choices per token. Each block of a group's to
 adds them group by group, without atomic addition.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from vmoe.moe.kernels.launches import launch
 from vmoe.moe.kernels.operators import operator
 from vmoe.moe.kernels.routing.gates import softmax
 from vmoe.moe.kernels.sizes import cdiv, columns_of, tokens_of_block
@@ -17,10 +20,42 @@ from vmoe.moe.kernels.sizes import cdiv, columns_of, tokens_of_block
 _SUMS = 3
 
 
-def _balance(
-    logits_GSE: Tensor, noisy_logits_GSE: Tensor | None, chosen_GSK: Tensor, kept_GSK: Tensor | None, noise_scale: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The importance and the load loss of `vmoe.moe.losses`, averaged over the groups, and statistics.
+class Weights(NamedTuple):
+    """The weights of the losses in their sum.
+
+    Attributes:
+        importance: Of the importance loss.
+        load: Of the load loss.
+    """
+
+    importance: float
+    load: float
+
+
+class Balance(NamedTuple):
+    """Balance losses and statistics of a decision.
+
+    Attributes:
+        loss: The weighted sum of both losses, ().
+        importance: The importance loss of `vmoe.moe.losses`, averaged over the groups, ().
+        load: The load loss, averaged over the groups, (); zero without noise.
+        statistics: (E + 2,): each expert's share of the choices, the share of choices that were dropped, the mean
+            entropy of the gates.
+        sums_G2E: Sums for the backward pass, (G, 2, E).
+    """
+
+    loss: Tensor
+    importance: Tensor
+    load: Tensor
+    statistics: Tensor
+    sums_G2E: Tensor
+
+
+def weighted_balance(
+    logits_GSE: Tensor, noisy_logits_GSE: Tensor | None, chosen_GSK: Tensor, kept_GSK: Tensor | None,
+    noise_scale: float, weights: Weights,
+) -> Balance:  # fmt: skip
+    """The balance losses, their weighted sum and statistics, without gradient.
 
     Args:
         logits_GSE: The logits without noise, float32.
@@ -28,33 +63,44 @@ def _balance(
         chosen_GSK: The experts, best first.
         kept_GSK: Which choices were kept; None for all.
         noise_scale: Standard deviation of the noise.
-
-    Returns:
-        The importance and the load loss, (). Statistics (E + 2,): each expert's share of the choices, the share of
-        choices that were dropped, the mean entropy of the gates. Sums (G, 2, E) for the backward pass.
+        weights: The weights of the losses.
     """
     num_groups, size, num_experts = logits_GSE.shape
     logits_GSE = logits_GSE.contiguous()
     routed_by_GSE = logits_GSE if noisy_logits_GSE is None else noisy_logits_GSE.contiguous()
     columns, block = columns_of(num_experts), tokens_of_block(num_experts)
     num_blocks = cdiv(size, block)
-    floats = {"dtype": torch.float32, "device": logits_GSE.device}
-    parts = torch.empty(num_groups, num_blocks, _SUMS, columns, **floats)
-    counts = torch.empty(num_groups, num_blocks, 2, **floats)
-    sums_G2E = torch.empty(num_groups, 2, num_experts, **floats)
-    losses_2G = torch.empty(2, num_groups, **floats)
-    statistics_GX = torch.empty(num_groups, num_experts + 2, **floats)
-    with torch.cuda.device_of(logits_GSE):
-        _block_sums[(num_blocks, num_groups)](
+    new = logits_GSE.new_empty
+    parts, counts = new(num_groups, num_blocks, _SUMS, columns), new(num_groups, num_blocks, 2)
+    sums_G2E, of_groups_GX = new(num_groups, 2, num_experts), new(num_groups, num_experts + 4)
+    loss, importance, load, statistics = new(()), new(()), new(()), new(num_experts + 2)
+    is_noisy, has_kept, top_k = noisy_logits_GSE is not None, kept_GSK is not None, chosen_GSK.shape[2]
+    launch(
+        _block_sums, (num_blocks, num_groups),
+        (
             logits_GSE, routed_by_GSE, chosen_GSK.contiguous(), None if kept_GSK is None else kept_GSK.contiguous(),
-            parts, counts, size, num_experts, noise_scale, chosen_GSK.shape[2], noisy_logits_GSE is not None,
-            kept_GSK is not None, block, columns,
-        )  # fmt: skip
-        _group_sums[(num_groups,)](
-            parts, counts, sums_G2E, losses_2G, statistics_GX, num_blocks, size, num_experts, chosen_GSK.shape[2],
-            noisy_logits_GSE is not None, kept_GSK is not None, columns,
-        )  # fmt: skip
-    return losses_2G[0].mean(), losses_2G[1].mean(), statistics_GX.mean(0), sums_G2E
+            parts, counts,
+        ),
+        (size, num_experts, noise_scale, top_k, is_noisy, has_kept, block, columns),
+    )  # fmt: skip
+    launch(
+        _group_sums, (num_groups,), (parts, counts, sums_G2E, of_groups_GX),
+        (num_blocks, size, num_experts, top_k, is_noisy, has_kept, columns),
+    )  # fmt: skip
+    launch(
+        _means, (1,), (of_groups_GX, loss, importance, load, statistics),
+        (num_groups, num_experts, float(weights.importance), float(weights.load), 16, 2 * columns),
+    )  # fmt: skip
+    return Balance(loss, importance, load, statistics, sums_G2E)
+
+
+def _balance(
+    logits_GSE: Tensor, noisy_logits_GSE: Tensor | None, chosen_GSK: Tensor, kept_GSK: Tensor | None, noise_scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Importance, load, statistics and sums; see `Balance`."""
+    _, *each = weighted_balance(logits_GSE, noisy_logits_GSE, chosen_GSK, kept_GSK, noise_scale, Weights(1, 1))
+    importance, load, statistics, sums_G2E = each
+    return importance, load, statistics, sums_G2E
 
 
 def _fake_balance(logits_GSE, noisy_logits_GSE, chosen_GSK, kept_GSK, noise_scale):
@@ -69,19 +115,46 @@ def _balance_gradient(
     sums_G2E: Tensor, noise_scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of the clean and of the noisy logits. Without noise the latter is empty."""
-    num_groups, size, num_experts = logits_GSE.shape
+    grad_GSE = torch.empty_like(logits_GSE, memory_format=torch.contiguous_format)
+    grad_noisy_GSE = logits_GSE.new_empty(0) if noisy_logits_GSE is None else torch.empty_like(grad_GSE)
+    _write_gradient(
+        (grad_importance, grad_load), (logits_GSE, noisy_logits_GSE, chosen_GSK, sums_G2E), noise_scale, Weights(1, 1),
+        (grad_GSE, grad_noisy_GSE), is_joint=False,
+    )  # fmt: skip
+    return grad_GSE, grad_noisy_GSE
+
+
+def add_loss_gradient(
+    grad_loss: Tensor, logits_GSE: Tensor, noisy_logits_GSE: Tensor | None, chosen_GSK: Tensor, sums_G2E: Tensor,
+    noise_scale: float, weights: Weights, grad_GSE: Tensor,
+) -> None:  # fmt: skip
+    """Adds the gradient of `Balance.loss` to `grad_GSE`, where the noisy logits are the logits plus constant noise."""
+    _write_gradient(
+        (grad_loss, grad_loss), (logits_GSE, noisy_logits_GSE, chosen_GSK, sums_G2E), noise_scale, weights,
+        (grad_GSE, grad_GSE), is_joint=True,
+    )  # fmt: skip
+
+
+def _write_gradient(
+    grads: tuple[Tensor, Tensor], saved: tuple[Tensor, Tensor | None, Tensor, Tensor], noise_scale: float,
+    weights: Weights, outs: tuple[Tensor, Tensor], is_joint: bool,
+) -> None:  # fmt: skip
+    logits_GSE, noisy_logits_GSE, chosen_GSK, sums_G2E = saved
+    _, size, num_experts = logits_GSE.shape
     logits_GSE = logits_GSE.contiguous()
     is_noisy = noisy_logits_GSE is not None
-    routed_by_GSE = noisy_logits_GSE.contiguous() if is_noisy else logits_GSE
-    grad_GSE = torch.empty_like(logits_GSE)
-    grad_noisy_GSE = torch.empty_like(logits_GSE) if is_noisy else logits_GSE.new_empty(0)
     columns, block = columns_of(num_experts), tokens_of_block(num_experts)
-    with torch.cuda.device_of(logits_GSE):
-        _balance_backward[(cdiv(size, block), num_groups)](
-            grad_importance, grad_load, logits_GSE, routed_by_GSE, chosen_GSK.contiguous(), sums_G2E, grad_GSE,
-            grad_noisy_GSE, size, num_experts, noise_scale, chosen_GSK.shape[2], is_noisy, block, columns,
-        )  # fmt: skip
-    return grad_GSE, grad_noisy_GSE
+    launch(
+        _balance_backward, (cdiv(size, block), logits_GSE.shape[0]),
+        (
+            *grads, logits_GSE, noisy_logits_GSE.contiguous() if is_noisy else logits_GSE, chosen_GSK.contiguous(),
+            sums_G2E, *outs,
+        ),
+        (
+            size, num_experts, noise_scale, float(weights.importance), float(weights.load), chosen_GSK.shape[2],
+            is_noisy, is_joint, block, columns,
+        ),
+    )  # fmt: skip
 
 
 def _fake_balance_gradient(grad_importance, grad_load, logits_GSE, noisy_logits_GSE, chosen_GSK, sums_G2E, noise_scale):
@@ -164,7 +237,7 @@ def _block_sums(
 
 @triton.jit(do_not_specialize=["num_blocks", "size"])
 def _group_sums(
-    parts, counts, sums, losses, statistics, num_blocks, size, num_experts, K: tl.constexpr, IS_NOISY: tl.constexpr,
+    parts, counts, sums, of_groups, num_blocks, size, num_experts, K: tl.constexpr, IS_NOISY: tl.constexpr,
     HAS_KEPT: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     group = tl.program_id(0).to(tl.int64)
@@ -182,14 +255,34 @@ def _group_sums(
         entropy += tl.load(counts + block * 2 + 1)
     tl.store(sums + group * 2 * num_experts + expert, importance, mask=is_expert)
     tl.store(sums + (group * 2 + 1) * num_experts + expert, load, mask=is_expert)
+    out = of_groups + group * (num_experts + 4)
     variation, _ = _squared_variation(importance, is_expert, num_experts)
-    tl.store(losses + group, variation)
+    tl.store(out + num_experts + 2, variation)
     variation, _ = _squared_variation(load, is_expert, num_experts)
-    tl.store(losses + tl.num_programs(0) + group, variation if IS_NOISY else 0.0)
-    out = statistics + group * (num_experts + 2)
+    tl.store(out + num_experts + 3, variation if IS_NOISY else 0.0)
     tl.store(out + expert, choices / (size * K), mask=is_expert)
     tl.store(out + num_experts, 1 - num_kept / (size * K) if HAS_KEPT else 0.0)
     tl.store(out + num_experts + 1, entropy / size)
+
+
+@triton.jit(do_not_specialize=["num_groups"])
+def _means(
+    of_groups, loss, importance, load, statistics, num_groups, num_experts, importance_weight, load_weight,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    column = tl.arange(0, COLUMNS)
+    total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    for first in range(0, num_groups, ROWS):
+        group = first + tl.arange(0, ROWS)
+        at = of_groups + group[:, None].to(tl.int64) * (num_experts + 4) + column[None, :]
+        total += tl.load(at, mask=(group < num_groups)[:, None] & (column < num_experts + 4)[None, :], other=0.0)
+    mean = tl.sum(total, 0) / num_groups
+    tl.store(statistics + column, mean, mask=column < num_experts + 2)
+    mean_importance = tl.sum(tl.where(column == num_experts + 2, mean, 0.0), 0)
+    mean_load = tl.sum(tl.where(column == num_experts + 3, mean, 0.0), 0)
+    tl.store(importance, mean_importance)
+    tl.store(load, mean_load)
+    tl.store(loss, importance_weight * mean_importance + load_weight * mean_load)
 
 
 @triton.jit
@@ -207,7 +300,8 @@ def _squared_variation(value, is_expert, num_experts):
 @triton.jit(do_not_specialize=["size"])
 def _balance_backward(
     grad_importance, grad_load, logits, noisy_logits, chosen, sums, grad_logits, grad_noisy_logits, size, num_experts,
-    noise_scale, K: tl.constexpr, IS_NOISY: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
+    noise_scale, importance_weight, load_weight, K: tl.constexpr, IS_NOISY: tl.constexpr, IS_JOINT: tl.constexpr,
+    TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     at_token, at, is_token, inside, expert = _block(logits, size, num_experts, TOKENS, COLUMNS)
     is_expert = expert < num_experts
@@ -215,14 +309,14 @@ def _balance_backward(
     sums += tl.program_id(1).to(tl.int64) * 2 * num_experts
     logit = tl.load(logits + at, mask=inside, other=-float("inf"))
     _, slope = _squared_variation(tl.load(sums + expert, mask=is_expert, other=0.0), is_expert, num_experts)
-    slope *= tl.load(grad_importance) / num_groups
+    slope *= tl.load(grad_importance) * importance_weight / num_groups
     gate = tl.where(inside, softmax(logit, is_token), 0.0)
     grad = gate * (slope[None, :] - tl.sum(gate * slope[None, :], 1)[:, None])
     if IS_NOISY:
         noisy = tl.load(noisy_logits + at, mask=inside, other=0.0)
         load = tl.load(sums + num_experts + expert, mask=is_expert, other=0.0)
         _, slope_of_load = _squared_variation(load, is_expert, num_experts)
-        slope_of_load *= tl.load(grad_load) / num_groups
+        slope_of_load *= tl.load(grad_load) * load_weight / num_groups
         last = tl.load(chosen + at_token * K + (K - 1), mask=is_token, other=0).to(tl.int32)
         chance = _chance(tl.where(inside, logit, 0.0), noisy, last, expert, noise_scale)
         # the normal density; 0.3989 is 1 / sqrt(2 pi)
@@ -231,5 +325,10 @@ def _balance_backward(
         grad += pull
         # the threshold is the last choice's noisy logit, so it gets the opposite gradient
         grad_last = tl.where(expert[None, :] == last[:, None], -tl.sum(pull, 1)[:, None], 0.0)
-        tl.store(grad_noisy_logits + at, grad_last, mask=inside)
+        if IS_JOINT:
+            grad += grad_last
+        else:
+            tl.store(grad_noisy_logits + at, grad_last, mask=inside)
+    if IS_JOINT:
+        grad += tl.load(grad_logits + at, mask=inside, other=0.0)
     tl.store(grad_logits + at, grad, mask=inside)

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vmoe.moe.kernels.launches import launch
 from vmoe.moe.kernels.operators import operator
 from vmoe.moe.kernels.sizes import MAX_EXPERTS, cdiv, columns_of, tokens_of_block
 
@@ -29,10 +30,10 @@ def _gates_of(logits_TE: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor,
     weights_TK = logits_TE.new_empty(num_tokens, top_k)
     if gates_TE.numel():
         columns, block = columns_of(num_experts), tokens_of_block(num_experts)
-        with torch.cuda.device_of(logits_TE):
-            _gates[(cdiv(num_tokens, block),)](
-                logits_TE, gates_TE, chosen_TK, weights_TK, num_tokens, num_experts, top_k, renormalize, block, columns
-            )
+        launch(
+            _gates, (cdiv(num_tokens, block),), (logits_TE, gates_TE, chosen_TK, weights_TK),
+            (num_tokens, num_experts, top_k, renormalize, block, columns),
+        )  # fmt: skip
     return gates_TE, chosen_TK, weights_TK
 
 
@@ -53,11 +54,14 @@ def _gates_gradient(
             None if grad is None else grad.contiguous() for grad in (grad_gates_TE, grad_weights_TK)
         )
         columns, block = columns_of(num_experts), tokens_of_block(num_experts)
-        with torch.cuda.device_of(gates_TE):
-            _gates_backward[(cdiv(num_tokens, block),)](
-                grad_gates_TE, grad_weights_TK, gates_TE, chosen_TK, weights_TK, grad_TE, num_tokens, num_experts,
-                chosen_TK.shape[1], renormalize, grad_gates_TE is not None, grad_weights_TK is not None, block, columns,
-            )  # fmt: skip
+        launch(
+            _gates_backward, (cdiv(num_tokens, block),),
+            (grad_TE, grad_gates_TE, grad_weights_TK, gates_TE, chosen_TK, weights_TK),
+            (
+                num_tokens, num_experts, chosen_TK.shape[1], renormalize, grad_gates_TE is not None,
+                grad_weights_TK is not None, block, columns,
+            ),
+        )  # fmt: skip
     return grad_TE
 
 
@@ -120,7 +124,7 @@ def _largest_column(values, expert, num_experts):
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def _gates_backward(
-    grad_gates, grad_weights, gates, chosen, weights, out, num_tokens, num_experts, K: tl.constexpr,
+    out, grad_gates, grad_weights, gates, chosen, weights, num_tokens, num_experts, K: tl.constexpr,
     RENORMALIZE: tl.constexpr, HAS_GATES: tl.constexpr, HAS_WEIGHTS: tl.constexpr, TOKENS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):  # fmt: skip

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vmoe.moe.kernels.launches import launch
 from vmoe.moe.kernels.operators import operator
 from vmoe.moe.kernels.sizes import cdiv
 
@@ -18,8 +19,7 @@ def _order_of(values_GS: Tensor) -> Tensor:
     num_groups, size = values_GS.shape
     order_GS = torch.empty(num_groups, size, dtype=torch.int64, device=values_GS.device)
     if order_GS.numel():
-        with torch.cuda.device_of(values_GS):
-            _descending_order[(cdiv(size, 32), num_groups)](values_GS.contiguous(), order_GS, size, 32)
+        launch(_descending_order, (cdiv(size, 32), num_groups), (values_GS.contiguous(), order_GS), (size, 32))
     return order_GS
 
 

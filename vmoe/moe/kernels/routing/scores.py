@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vmoe.moe.kernels.launches import launch
 from vmoe.moe.kernels.operators import is_traced, operator
 from vmoe.moe.kernels.sizes import SCORE_SPLITS, cdiv, columns_of
 
@@ -18,10 +19,10 @@ def _scores_of(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     (num_tokens, width), num_experts = x_TD.shape, weight_ED.shape[0]
     out_TE = torch.empty(num_tokens, num_experts, dtype=torch.float32, device=x_TD.device)
     if out_TE.numel():
-        with torch.cuda.device_of(x_TD):
-            _scores[(cdiv(num_tokens, 64),)](
-                x_TD, weight_ED, out_TE, num_tokens, width, num_experts, 64, 64, columns_of(num_experts)
-            )
+        launch(
+            _scores, (cdiv(num_tokens, 64),), (x_TD, weight_ED, out_TE),
+            (num_tokens, width, num_experts, 64, 64, columns_of(num_experts)),
+        )  # fmt: skip
     return out_TE
 
 
@@ -39,15 +40,15 @@ def _scores_gradient(
     grad_TD = torch.empty_like(x_TD)
     parts = torch.empty(SCORE_SPLITS, num_experts, width, dtype=torch.float32, device=x_TD.device)
     columns = columns_of(num_experts)
-    with torch.cuda.device_of(x_TD):
-        if grad_TD.numel():
-            _scores_grad_x[(cdiv(num_tokens, 32), cdiv(width, 64))](
-                grad_TE, weight_ED, other_grad_TD, grad_TD, num_tokens, width, num_experts, other_grad_TD is not None,
-                32, 64, columns,
-            )  # fmt: skip
-        _scores_grad_weight[(SCORE_SPLITS, cdiv(width, 128))](
-            grad_TE, x_TD, parts, num_tokens, width, num_experts, cdiv(num_tokens, SCORE_SPLITS), 32, 128, columns
-        )
+    if grad_TD.numel():
+        launch(
+            _scores_grad_x, (cdiv(num_tokens, 32), cdiv(width, 64)), (grad_TE, weight_ED, other_grad_TD, grad_TD),
+            (num_tokens, width, num_experts, other_grad_TD is not None, 32, 64, columns),
+        )  # fmt: skip
+    launch(
+        _scores_grad_weight, (SCORE_SPLITS, cdiv(width, 128)), (grad_TE, x_TD, parts),
+        (num_tokens, width, num_experts, cdiv(num_tokens, SCORE_SPLITS), 32, 128, columns),
+    )  # fmt: skip
     return grad_TD, parts.sum(0).to(weight_ED.dtype)
 
 

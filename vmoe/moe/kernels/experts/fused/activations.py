@@ -11,18 +11,19 @@ from torch import Tensor
 from vmoe.moe.kernels.experts.fused.functions import value_and_slope
 from vmoe.moe.kernels.experts.fused.owners import RowOwners, expert_of
 from vmoe.moe.kernels.experts.requirements import Form
+from vmoe.moe.kernels.launches import launch
 from vmoe.moe.kernels.sizes import TILE_ROWS, cdiv, columns_of, next_power_of_2
 
-_FORWARD = {"elements": 2048, "columns": 128, "num_warps": 8}  # of a step; columns at most
-_BACKWARD = {"elements": 1024, "columns": 512, "num_warps": 4}
+_FORWARD_TILE = {"elements": 2048, "columns": 128}  # of a step; columns at most
+_BACKWARD_TILE = {"elements": 1024, "columns": 512}
 
 
 def activate(pre_RF: Tensor, bias_EF: Tensor | None, owners: RowOwners, form: Form, act_RH: Tensor) -> None:
     """Writes the activation of pre + bias into `act_RH`. Without a gate that may be `pre_RF` itself."""
-    tile = _tile(act_RH.shape[1], **_FORWARD)
-    _activate[_activation_grid(act_RH, tile)](
-        pre_RF, bias_EF, act_RH, owners.starts_E, owners.num_experts, owners.share, act_RH.shape[1],
-        **_meta(bias_EF, owners, form), **tile,
+    rows, columns = _tile(act_RH.shape[1], **_FORWARD_TILE)
+    launch(
+        _activate, _grid(act_RH, columns), (pre_RF, bias_EF, act_RH, owners.starts_E),
+        (*_numbers(act_RH, bias_EF, owners, form), rows, columns), num_warps=8,
     )  # fmt: skip
 
 
@@ -34,28 +35,30 @@ def activation_gradient(
 
     `bias_parts_MF` takes parts of the bias's gradient, one per TILE_ROWS rows.
     """
-    tile = _tile(grad_act_RH.shape[1], **_BACKWARD)
-    _activation_gradient[_activation_grid(grad_act_RH, tile)](
-        grad_act_RH, bias_EF, pre_RF, bias_parts_MF, grad_pre_RF, owners.starts_E, owners.num_experts,
-        owners.share, grad_act_RH.shape[1], **_meta(bias_EF, owners, form), **tile,
+    rows, columns = _tile(grad_act_RH.shape[1], **_BACKWARD_TILE)
+    launch(
+        _activation_gradient, _grid(grad_act_RH, columns),
+        (grad_act_RH, bias_EF, pre_RF, bias_parts_MF, grad_pre_RF, owners.starts_E),
+        (*_numbers(grad_act_RH, bias_EF, owners, form), rows, columns), num_warps=4,
     )  # fmt: skip
 
 
-def _tile(width: int, elements: int, columns: int, num_warps: int) -> dict[str, int]:
+def _tile(width: int, elements: int, columns: int) -> tuple[int, int]:
     """Rows and columns of a step of `elements` values. A layer with fewer columns gets more rows."""
     columns = min(columns, max(16, next_power_of_2(width)))  # at least 16: no step has more rows than a tile
-    return {"ROWS": elements // columns, "COLUMNS": columns, "num_warps": num_warps}
+    return elements // columns, columns
 
 
-def _activation_grid(act_RH: Tensor, tile: dict[str, int]) -> tuple[int, int]:
-    return act_RH.shape[0] // TILE_ROWS, cdiv(act_RH.shape[1], tile["COLUMNS"])
+def _grid(act_RH: Tensor, columns: int) -> tuple[int, int]:
+    return act_RH.shape[0] // TILE_ROWS, cdiv(act_RH.shape[1], columns)
 
 
-def _meta(bias_EF: Tensor | None, owners: RowOwners, form: Form) -> dict[str, object]:
-    return {
-        "HAS_BIAS": bias_EF is not None, "FUNCTION": form.function, "GATE": form.gate,
-        "HAS_SHARE": owners.share > 0, "TILE": TILE_ROWS, "EXPERTS": columns_of(owners.num_experts),
-    }  # fmt: skip
+def _numbers(act_RH: Tensor, bias_EF: Tensor | None, owners: RowOwners, form: Form) -> tuple[int | str, ...]:
+    """The arguments of both kernels from `num_experts` to EXPERTS."""
+    return (
+        owners.num_experts, owners.share, act_RH.shape[1], bias_EF is not None, form.function, form.gate,
+        owners.share > 0, TILE_ROWS, columns_of(owners.num_experts),
+    )  # fmt: skip
 
 
 @triton.jit

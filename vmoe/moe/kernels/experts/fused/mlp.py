@@ -98,18 +98,17 @@ def _forward_of_experts(inputs: ExpertInputs) -> tuple[Tensor, Tensor, Tensor, T
     width_O, width_H = cast2_EOH.shape[1:]
     owners = RowOwners(num_experts, inputs.share, inputs.starts_E, inputs.counts_E)
     num_rows = rows_of_buffer(row_TK.numel(), num_experts, inputs.share)
-    with torch.cuda.device_of(x_TD):
-        x_RD = cast1_EFD.new_empty(num_rows, width_D)
-        choice_R = row_kernels.write_rows(x_TD, row_TK, x_RD)
-        pre_RF = cast1_EFD.new_empty(num_rows, width_F)
-        products.product(x_RD, cast1_EFD, owners, pre_RF, transposed=True)
-        # where nothing needs the input later, the activation overwrites it
-        act_RH = cast1_EFD.new_empty(num_rows, width_H) if inputs.is_training or inputs.gate else pre_RF
-        activations.activate(pre_RF, inputs.bias1_EF, owners, Form(inputs.function, inputs.gate), act_RH)
-        y_RO = cast1_EFD.new_empty(num_rows, width_O)
-        products.product(act_RH, cast2_EOH, owners, y_RO, transposed=True)
-        y_TO = cast1_EFD.new_empty(x_TD.shape[0], width_O)
-        row_kernels.write_combined(y_RO, row_TK, inputs.chosen_TK, inputs.weights_TK, inputs.bias2_EO, y_TO)
+    x_RD = cast1_EFD.new_empty(num_rows, width_D)
+    choice_R = row_kernels.write_rows(x_TD, row_TK, x_RD)
+    pre_RF = cast1_EFD.new_empty(num_rows, width_F)
+    products.product(x_RD, cast1_EFD, owners, pre_RF, transposed=True)
+    # where nothing needs the input later, the activation overwrites it
+    act_RH = cast1_EFD.new_empty(num_rows, width_H) if inputs.is_training or inputs.gate else pre_RF
+    activations.activate(pre_RF, inputs.bias1_EF, owners, Form(inputs.function, inputs.gate), act_RH)
+    y_RO = cast1_EFD.new_empty(num_rows, width_O)
+    products.product(act_RH, cast2_EOH, owners, y_RO, transposed=True)
+    y_TO = cast1_EFD.new_empty(x_TD.shape[0], width_O)
+    row_kernels.write_combined(y_RO, row_TK, inputs.chosen_TK, inputs.weights_TK, inputs.bias2_EO, y_TO)
     if inputs.is_training:
         kept_act_RH = act_RH.new_empty(0, width_H) if inputs.recompute else act_RH
         return y_TO, choice_R, x_RD, pre_RF, kept_act_RH, y_RO
@@ -144,41 +143,40 @@ def _gradient_of_experts(
         inputs.x_TD.new_empty(0) if like is None else torch.empty_like(like)
         for like in (inputs.bias1_EF, inputs.bias2_EO)
     )
-    with torch.cuda.device_of(inputs.x_TD):
-        grad_RO = torch.empty_like(y_RO)
-        grad_weights_TK = row_kernels.write_combine_gradient(
-            inputs.grad_TO.contiguous(),
-            inputs.choice_R,
-            inputs.weights_TK,
-            y_RO,
-            inputs.bias2_EO,
-            owners,
-            grad_RO,
-            grad_bias2,
-        )
-        # x's gradients may overwrite the rows' gradients, which are no longer needed
-        grad_RD = grad_RO if x_RD.shape == y_RO.shape else torch.empty_like(x_RD)
-        parts = grad_weights_TK.new_empty(num_rows // TILE_ROWS, width_F)
-        chunks = _chunks(owners, pre_RF, inputs.recompute)
-        hidden_RH = pre_RF.new_empty(chunks[0][1].stop, width_H)  # the first part is the largest
-        grad_pre_RF = pre_RF.new_empty(chunks[0][1].stop, width_F) if inputs.gate else hidden_RH
-        for experts, part, part_owners in chunks:
-            hidden, grad_pre = (buffer[: part.stop - part.start] for buffer in (hidden_RH, grad_pre_RF))
-            bias = None if inputs.bias1_EF is None else inputs.bias1_EF[experts]
-            if inputs.recompute:
-                activations.activate(pre_RF[part], bias, part_owners, form, hidden)
-            act = hidden if inputs.recompute else inputs.act_RH
-            products.weight_gradient(grad_RO[part], act, part_owners, grad_weight2[experts])
-            products.product(grad_RO[part], cast2_EOH[experts], part_owners, hidden, transposed=False)
-            tiles = slice(part.start // TILE_ROWS, part.stop // TILE_ROWS)
-            activations.activation_gradient(hidden, bias, pre_RF[part], part_owners, form, parts[tiles], grad_pre)
-            products.weight_gradient(grad_pre, x_RD[part], part_owners, grad_weight1[experts])
-            products.product(grad_pre, cast1_EFD[experts], part_owners, grad_RD[part], transposed=False)
-        if inputs.bias1_EF is not None:
-            row_kernels.write_expert_sums(parts, owners, TILE_ROWS, grad_bias1)
-        del hidden_RH, grad_pre_RF, hidden, grad_pre, act  # frees them before x's gradient takes memory
-        grad_x_TD = torch.empty_like(inputs.x_TD)
-        row_kernels.write_token_sums(grad_RD, inputs.row_TK, grad_x_TD)
+    grad_RO = torch.empty_like(y_RO)
+    grad_weights_TK = row_kernels.write_combine_gradient(
+        inputs.grad_TO.contiguous(),
+        inputs.choice_R,
+        inputs.weights_TK,
+        y_RO,
+        inputs.bias2_EO,
+        owners,
+        grad_RO,
+        grad_bias2,
+    )
+    # x's gradients may overwrite the rows' gradients, which are no longer needed
+    grad_RD = grad_RO if x_RD.shape == y_RO.shape else torch.empty_like(x_RD)
+    parts = grad_weights_TK.new_empty(num_rows // TILE_ROWS, width_F)
+    chunks = _chunks(owners, pre_RF, inputs.recompute)
+    hidden_RH = pre_RF.new_empty(chunks[0][1].stop, width_H)  # the first part is the largest
+    grad_pre_RF = pre_RF.new_empty(chunks[0][1].stop, width_F) if inputs.gate else hidden_RH
+    for experts, part, part_owners in chunks:
+        hidden, grad_pre = (buffer[: part.stop - part.start] for buffer in (hidden_RH, grad_pre_RF))
+        bias = None if inputs.bias1_EF is None else inputs.bias1_EF[experts]
+        if inputs.recompute:
+            activations.activate(pre_RF[part], bias, part_owners, form, hidden)
+        act = hidden if inputs.recompute else inputs.act_RH
+        products.weight_gradient(grad_RO[part], act, part_owners, grad_weight2[experts])
+        products.product(grad_RO[part], cast2_EOH[experts], part_owners, hidden, transposed=False)
+        tiles = slice(part.start // TILE_ROWS, part.stop // TILE_ROWS)
+        activations.activation_gradient(hidden, bias, pre_RF[part], part_owners, form, parts[tiles], grad_pre)
+        products.weight_gradient(grad_pre, x_RD[part], part_owners, grad_weight1[experts])
+        products.product(grad_pre, cast1_EFD[experts], part_owners, grad_RD[part], transposed=False)
+    if inputs.bias1_EF is not None:
+        row_kernels.write_expert_sums(parts, owners, TILE_ROWS, grad_bias1)
+    del hidden_RH, grad_pre_RF, hidden, grad_pre, act  # frees them before x's gradient takes memory
+    grad_x_TD = torch.empty_like(inputs.x_TD)
+    row_kernels.write_token_sums(grad_RD, inputs.row_TK, grad_x_TD)
     return grad_x_TD, grad_weights_TK.to(inputs.weights_TK.dtype), grad_weight1, grad_bias1, grad_weight2, grad_bias2
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from vmoe.moe.kernels.experts.fused.owners import RowOwners
+from vmoe.moe.kernels.launches import launch
 from vmoe.moe.kernels.sizes import ALIGNMENT, cdiv, columns_of
 
 
@@ -58,13 +59,17 @@ def product(x_RD: Tensor, weight: Tensor, owners: RowOwners, out_RN: Tensor, tra
     width = out_RN.shape[1]
     num_columns = cdiv(width, tile.columns)
     weight_block = [tile.columns, tile.depth] if transposed else [tile.depth, tile.columns]
-    _rows_by_weights[_product_grid(tile, num_rows, num_columns, x_RD.device)](
-        _blocks(x_RD, [tile.rows, tile.depth]), _blocks(weight.flatten(0, 1), weight_block),
-        _blocks(out_RN, [tile.rows, tile.columns // tile.parts]), owners.starts_E, owners.counts_E,
-        owners.num_experts, depth, width, num_columns, TRANSPOSED=transposed, ROWS=tile.rows, COLUMNS=tile.columns,
-        DEPTH=tile.depth, PARTS=tile.parts, PRECISION=_precision(x_RD.dtype),
-        EXPERTS=columns_of(owners.num_experts), FLATTEN=tile.programs > 0, num_warps=tile.warps,
-        num_stages=tile.stages,
+    launch(
+        _rows_by_weights, _product_grid(tile, num_rows, num_columns, x_RD.device),
+        (
+            _blocks(x_RD, [tile.rows, tile.depth]), _blocks(weight.flatten(0, 1), weight_block),
+            _blocks(out_RN, [tile.rows, tile.columns // tile.parts]), owners.starts_E, owners.counts_E,
+        ),
+        (
+            owners.num_experts, depth, width, num_columns, transposed, tile.rows, tile.columns, tile.depth, tile.parts,
+            _precision(x_RD.dtype), columns_of(owners.num_experts), tile.programs > 0,
+        ),
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
 
@@ -78,10 +83,14 @@ def weight_gradient(left_RM: Tensor, right_RN: Tensor, owners: RowOwners, out_EM
     tile = WEIGHT_TILES[left_RM.dtype.itemsize]
     num_columns = cdiv(width, tile.columns)
     grid = (cdiv(height, tile.rows) * num_columns, num_experts)
-    _weight_gradient[grid](
-        _blocks(left_RM, [tile.depth, tile.rows]), _blocks(right_RN, [tile.depth, tile.columns]), out_EMN,
-        owners.starts_E, owners.counts_E, height, width, num_columns, ROWS=tile.rows, COLUMNS=tile.columns,
-        DEPTH=tile.depth, PRECISION=_precision(left_RM.dtype), num_warps=tile.warps, num_stages=tile.stages,
+    launch(
+        _weight_gradient, grid,
+        (
+            _blocks(left_RM, [tile.depth, tile.rows]), _blocks(right_RN, [tile.depth, tile.columns]), out_EMN,
+            owners.starts_E, owners.counts_E,
+        ),
+        (height, width, num_columns, tile.rows, tile.columns, tile.depth, _precision(left_RM.dtype)),
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vmoe.moe.kernels.experts.fused.owners import RowOwners, expert_of
+from vmoe.moe.kernels.launches import launch
 from vmoe.moe.kernels.operators import operator
 from vmoe.moe.kernels.sizes import STRETCH, cdiv, columns_of, next_power_of_2
 
@@ -22,11 +23,11 @@ def _rows_of_choices_in_shares(
     """The row of each choice, (T, K) int32: e * share + g * C + slot, with C slots per expert and group."""
     row_TK = torch.empty_like(chosen_TK, dtype=torch.int32)
     block = 1024
-    with torch.cuda.device_of(chosen_TK):
-        _place_in_shares[(cdiv(row_TK.numel(), block),)](
-            chosen_TK.contiguous(), kept_TK.contiguous(), slots_TK.contiguous(), row_TK, row_TK.numel(),
-            group_size * chosen_TK.shape[1], capacity, share, BLOCK=block,
-        )  # fmt: skip
+    launch(
+        _place_in_shares, (cdiv(row_TK.numel(), block),),
+        (chosen_TK.contiguous(), kept_TK.contiguous(), slots_TK.contiguous(), row_TK),
+        (row_TK.numel(), group_size * chosen_TK.shape[1], capacity, share, block),
+    )  # fmt: skip
     return row_TK
 
 
@@ -44,10 +45,9 @@ def write_rows(x_TD: Tensor, row_TK: Tensor, out_RD: Tensor) -> Tensor:
     num_tokens, top_k = row_TK.shape
     num_rows, width = out_RD.shape
     choice_R = torch.full((num_rows,), -1, dtype=torch.int32, device=x_TD.device)
-    _scatter[(cdiv(num_tokens, TOKENS),)](
-        x_TD, row_TK, out_RD, choice_R, num_tokens, width, K=top_k, TOKENS=TOKENS, COLUMNS=COLUMNS
-    )
-    _zero_free[(cdiv(num_rows, 16),)](choice_R, out_RD, num_rows, width, ROWS=16, COLUMNS=COLUMNS)
+    grid = (cdiv(num_tokens, TOKENS),)
+    launch(_scatter, grid, (x_TD, row_TK, out_RD, choice_R), (num_tokens, width, top_k, TOKENS, COLUMNS))
+    launch(_zero_free, (cdiv(num_rows, 16),), (choice_R, out_RD), (num_rows, width, 16, COLUMNS))
     return choice_R
 
 
@@ -57,9 +57,9 @@ def write_combined(
     """Writes the sum of each token's rows, with their experts' biases, times the combine weights."""
     num_tokens, top_k = row_TK.shape
     grid = (cdiv(num_tokens, TOKENS), cdiv(y_RD.shape[1], COLUMNS))
-    _combine[grid](
-        y_RD, row_TK, chosen_TK, weights_TK, bias_ED, out_TD, num_tokens, y_RD.shape[1],
-        HAS_BIAS=bias_ED is not None, K=top_k, TOKENS=TOKENS, COLUMNS=COLUMNS,
+    launch(
+        _combine, grid, (y_RD, row_TK, chosen_TK, weights_TK, bias_ED, out_TD),
+        (num_tokens, y_RD.shape[1], bias_ED is not None, top_k, TOKENS, COLUMNS),
     )  # fmt: skip
 
 
@@ -91,15 +91,18 @@ def write_combine_gradient(
     dots_RP = grad_weights_TK.new_empty(num_rows, num_columns)
     num_stretches = cdiv(num_rows, STRETCH)
     bias_parts_MD = grad_weights_TK.new_empty(num_stretches, width)
-    _combine_gradient[(num_stretches, num_columns)](
-        grad_TD, choice_R, weights_TK, y_RD, bias_ED, owners.starts_E, out_RD, dots_RP, bias_parts_MD, num_rows,
-        width, num_experts, owners.share, K=weights_TK.shape[1], HAS_BIAS=bias_ED is not None,
-        HAS_SHARE=owners.share > 0, STRETCH=STRETCH, ROWS=8, COLUMNS=columns,
-        EXPERTS=columns_of(num_experts),
+    launch(
+        _combine_gradient, (num_stretches, num_columns),
+        (grad_TD, choice_R, weights_TK, y_RD, bias_ED, owners.starts_E, out_RD, dots_RP, bias_parts_MD),
+        (
+            num_rows, width, num_experts, owners.share, weights_TK.shape[1], bias_ED is not None, owners.share > 0,
+            STRETCH, 8, columns, columns_of(num_experts),
+        ),
     )  # fmt: skip
-    _sum_dots[(cdiv(num_rows, 256),)](
-        dots_RP, choice_R, grad_weights_TK, num_rows, num_columns, ROWS=256, PARTS=next_power_of_2(num_columns)
-    )
+    launch(
+        _sum_dots, (cdiv(num_rows, 256),), (dots_RP, choice_R, grad_weights_TK),
+        (num_rows, num_columns, 256, next_power_of_2(num_columns)),
+    )  # fmt: skip
     if bias_ED is not None:
         write_expert_sums(bias_parts_MD, owners, STRETCH, grad_bias_ED)
     return grad_weights_TK
@@ -109,16 +112,16 @@ def write_token_sums(grad_RD: Tensor, row_TK: Tensor, out_TD: Tensor) -> None:
     """Writes the sum of each token's rows."""
     num_tokens, top_k = row_TK.shape
     grid = (cdiv(num_tokens, TOKENS), cdiv(grad_RD.shape[1], COLUMNS))
-    _gather_sum[grid](grad_RD, row_TK, out_TD, num_tokens, grad_RD.shape[1], K=top_k, TOKENS=TOKENS, COLUMNS=COLUMNS)
+    launch(_gather_sum, grid, (grad_RD, row_TK, out_TD), (num_tokens, grad_RD.shape[1], top_k, TOKENS, COLUMNS))
 
 
 def write_expert_sums(parts_MD: Tensor, owners: RowOwners, tile_rows: int, out_ED: Tensor) -> None:
     """Writes each expert's sum of the rows of `parts_MD`, to which each of its tiles wrote one."""
     num_experts, width = out_ED.shape
     columns = 64
-    _tile_sums[(num_experts, cdiv(width, columns))](
-        parts_MD, owners.starts_E, owners.counts_E, out_ED, width, owners.share,
-        HAS_SHARE=owners.share > 0, TILE=tile_rows, ROWS=32, COLUMNS=columns,
+    launch(
+        _tile_sums, (num_experts, cdiv(width, columns)), (parts_MD, owners.starts_E, owners.counts_E, out_ED),
+        (width, owners.share, owners.share > 0, tile_rows, 32, columns),
     )  # fmt: skip
 
 

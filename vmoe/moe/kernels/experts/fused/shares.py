@@ -59,8 +59,7 @@ def rows_of_choices(choices: Choices, share: int) -> Tensor:
 def _scatter_into_shares(x_TD: Tensor, row_TK: Tensor, num_rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The tokens in their rows (R, D) of type `dtype`, with zeros in the free rows, and choice_R."""
     x_RD = x_TD.new_empty(num_rows, x_TD.shape[1], dtype=dtype)
-    with torch.cuda.device_of(x_TD):
-        return x_RD, row_kernels.write_rows(x_TD.contiguous(), row_TK, x_RD)
+    return x_RD, row_kernels.write_rows(x_TD.contiguous(), row_TK, x_RD)
 
 
 def _fake_scatter(x_TD, row_TK, num_rows, dtype):
@@ -81,8 +80,7 @@ def _backward_of_scatter(ctx, grad_RD: Tensor, _) -> dict[str, Tensor]:
 
 def _gather_from_shares(grad_RD: Tensor, row_TK: Tensor, dtype: torch.dtype) -> Tensor:
     grad_TD = grad_RD.new_empty(row_TK.shape[0], grad_RD.shape[1], dtype=dtype)
-    with torch.cuda.device_of(grad_RD):
-        row_kernels.write_token_sums(grad_RD.contiguous(), row_TK, grad_TD)
+    row_kernels.write_token_sums(grad_RD.contiguous(), row_TK, grad_TD)
     return grad_TD
 
 
@@ -95,8 +93,7 @@ def _combine_from_shares(
 ) -> Tensor:
     """(T, D): the sum of each token's rows times their combine weights."""
     y_TD = y_RD.new_empty(row_TK.shape[0], y_RD.shape[1])
-    with torch.cuda.device_of(y_RD):
-        row_kernels.write_combined(y_RD, row_TK, chosen_TK, weights_TK, None, y_TD)
+    row_kernels.write_combined(y_RD, row_TK, chosen_TK, weights_TK, None, y_TD)
     return y_TD
 
 
@@ -120,10 +117,9 @@ def _gradient_of_combine(
 ) -> tuple[Tensor, Tensor]:
     grad_RD = torch.empty_like(y_RD)
     owners = RowOwners(num_experts, share, None, None)
-    with torch.cuda.device_of(y_RD):
-        grads = row_kernels.write_combine_gradient(
-            grad_TD.contiguous(), choice_R, weights_TK, y_RD, None, owners, grad_RD, None
-        )
+    grads = row_kernels.write_combine_gradient(
+        grad_TD.contiguous(), choice_R, weights_TK, y_RD, None, owners, grad_RD, None
+    )
     return grad_RD, grads.to(weights_TK.dtype)
 
 

@@ -1,0 +1,61 @@
+"""Launches of Triton kernels that cost the host little.
+
+Triton looks at each argument in each call. That takes the host several times as long as the launch, and eager code with
+few tokens waits for it. Here the compiled kernel is looked up by few facts, and an argument is not looked at again.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+MAX_LAUNCHES = 4096  # data of ever new sizes must not fill the memory
+_launches: dict[tuple, Callable[..., None]] = {}
+
+
+def launch(
+    kernel: JITFunction,
+    grid: tuple[int, ...],
+    tensors: tuple[Tensor | TensorDescriptor | None, ...],
+    numbers: tuple[int | float | str, ...],
+    **options: int,
+) -> None:
+    """Does what `kernel[grid](*tensors, *numbers, **options)` does.
+
+    Args:
+        kernel: A function decorated with `triton.jit`.
+        grid: The number of programs along each axis.
+        tensors: Its first arguments: contiguous tensors on one device, blocks of such, or None.
+        numbers: All its other arguments. The same argument must have the same type in each call.
+        options: Triton's own, such as `num_warps`.
+    """
+    first = tensors[0]
+    device = (first.base if isinstance(first, TensorDescriptor) else first).get_device()
+    if device >= 0 and device != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return launch(kernel, grid, tensors, numbers, **options)
+    if not isinstance(kernel, JITFunction):  # Triton's interpreter
+        kernel[grid](*tensors, *numbers, **options)
+        return None
+    dtypes = []
+    for each in tensors:
+        base = each.base if type(each) is TensorDescriptor else each
+        if base is None:
+            dtypes.append(None)
+        elif base.data_ptr() % 16:  # Triton compiles it otherwise
+            kernel[grid](*tensors, *numbers, **options)
+            return None
+        else:
+            dtypes.append(base.dtype)
+    key = (id(kernel), device, grid, numbers, *dtypes, *options.values())
+    known = _launches.get(key)
+    if known is None:
+        if len(_launches) >= MAX_LAUNCHES:
+            _launches.clear()
+        compiled = kernel[grid](*tensors, *numbers, **options)
+        _launches[key] = compiled[grid + (1,) * (3 - len(grid))]
+        return None
+    known(*tensors, *numbers, stream=torch._C._cuda_getCurrentRawStream(device))
+    return None
