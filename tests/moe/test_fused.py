@@ -468,3 +468,13 @@ def test_routing_is_one_node_of_autograds_graph(monkeypatch):
     (gradient,) = torch.autograd.grad(layer.last_auxiliary_loss, x, create_graph=True)
     with pytest.raises(NotImplementedError, match="second derivatives"):
         gradient.sum().backward()
+
+
+@pytest.mark.gpu
+def test_tensors_may_begin_at_any_address():
+    layer = vmoe.MoeMlp(16, 32, moe=MoeConfig(num_experts=4), device="cuda").eval()
+    aligned = torch.randn(2, 5, 16, device="cuda")
+    shifted = torch.cat([aligned.new_zeros(1), aligned.flatten()])[1:].view_as(aligned)
+    assert shifted.data_ptr() % 16
+    for x in (aligned, shifted, aligned, shifted):  # compiled each, then looked up
+        torch.testing.assert_close(layer(x), layer(aligned), rtol=0, atol=0)

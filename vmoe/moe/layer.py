@@ -250,8 +250,9 @@ class MoeMlp(nn.Module):
         """
         moe = self.config
         capacity = Capacity.of_pass(groups, valid_GS, moe, self.training)
-        if not self.recorders and one_node.is_taken(self.router, x_TD, valid_GS, moe, kernels):
-            return one_node.decide(self.router, x_TD, groups, capacity, moe, kernels)
+        router = self.router
+        if not self.recorders and one_node.is_taken(router, x_TD, valid_GS, moe, kernels):
+            return one_node.decide(router, x_TD, groups, capacity, moe, kernels)
         if moe.fills_slots:
             return *self.router(x_TD, groups, valid_GS, capacity, kernels), None
         routing, x_TD = self.router(x_TD, groups, valid_GS, kernels)

@@ -6,7 +6,7 @@ With few tokens a layer waits for that. Compiled code has no such cost and takes
 T tokens of width D, in G groups of S tokens; E experts; K choices per token.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -46,11 +46,15 @@ class _Inputs(NamedTuple):
     kernels: Any  # the package `kernels.routing`
 
 
-def is_taken(router: nn.Module, x_TD: Tensor, valid_GS: Tensor | None, moe: MoeConfig, kernels: Kernels) -> bool:
+def is_taken(
+    router: nn.Module, x_TD: Tensor, valid_GS: Tensor | None, moe: MoeConfig, kernels: Kernels
+) -> TypeGuard[TokenChoiceRouter]:
     """Whether `decide` computes this pass: plain token choice in an eager training step, by Triton's kernels."""
     if kernels.routing is None or valid_GS is not None or not torch.is_grad_enabled() or is_traced():
         return False
-    if not is_bare(router, TokenChoiceRouter) or not is_bare(router.gate, Gate):
+    if not isinstance(router, TokenChoiceRouter) or not is_bare(router, TokenChoiceRouter):
+        return False
+    if not is_bare(router.gate, Gate):
         return False
     has_other_losses = moe.gshard_loss_weight > 0 or moe.z_loss_weight > 0
     if has_other_losses or moe.ensemble > 1 or moe.removed_experts or moe.num_experts > MAX_SCORES:

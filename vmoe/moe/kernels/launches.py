@@ -32,6 +32,7 @@ def launch(
         options: Triton's own, such as `num_warps`.
     """
     first = tensors[0]
+    assert first is not None
     device = (first.base if isinstance(first, TensorDescriptor) else first).get_device()
     if device >= 0 and device != torch.cuda.current_device():
         with torch.cuda.device(device):
@@ -39,17 +40,24 @@ def launch(
     if not isinstance(kernel, JITFunction):  # Triton's interpreter
         kernel[grid](*tensors, *numbers, **options)
         return None
-    dtypes = []
+    places: list[TensorDescriptor | int | None] = []
+    facts: list[object] = [id(kernel), device, grid, numbers, *options.values()]
     for each in tensors:
-        base = each.base if type(each) is TensorDescriptor else each
-        if base is None:
-            dtypes.append(None)
-        elif base.data_ptr() % 16:  # Triton compiles it otherwise
+        if each is None:
+            places.append(None)
+            facts.append(None)
+            continue
+        is_blocks = type(each) is TensorDescriptor
+        base = each.base if is_blocks else each
+        address = base.data_ptr()
+        if address % 16:  # Triton compiles it otherwise
             kernel[grid](*tensors, *numbers, **options)
             return None
-        else:
-            dtypes.append(base.dtype)
-    key = (id(kernel), device, grid, numbers, *dtypes, *options.values())
+        places.append(
+            each if is_blocks else address
+        )  # a launch asks the driver about each tensor, but not about addresses
+        facts.append(base.dtype)
+    key = tuple(facts)
     known = _launches.get(key)
     if known is None:
         if len(_launches) >= MAX_LAUNCHES:
@@ -57,5 +65,5 @@ def launch(
         compiled = kernel[grid](*tensors, *numbers, **options)
         _launches[key] = compiled[grid + (1,) * (3 - len(grid))]
         return None
-    known(*tensors, *numbers, stream=torch._C._cuda_getCurrentRawStream(device))
+    known(*places, *numbers, stream=torch._C._cuda_getCurrentRawStream(device))
     return None
