@@ -24,7 +24,7 @@ from vmoe.moe.routing import Routing
 from vmoe.moe.scores import Gate, with_noise
 
 
-class Decision(NamedTuple):
+class OneNodeResult(NamedTuple):
     """What the node returns. Only the combine weights, the tokens and the loss have a gradient.
 
     Attributes:
@@ -64,7 +64,7 @@ def is_taken(
 
 def decide(
     router: TokenChoiceRouter, x_TD: Tensor, groups: Groups, capacity: Capacity | None, moe: MoeConfig, kernels: Kernels
-) -> Decision:
+) -> OneNodeResult:
     """The decision for the tokens, with the losses and statistics that `losses.accounts_of` computes."""
     without_gradient: list[Any] = []  # of results without gradient autograd needs to know nothing
     inputs = _Inputs(router, groups, capacity, moe, kernels.routing)
@@ -72,7 +72,7 @@ def decide(
     routing, balance = without_gradient
     usage = Usage(balance.statistics[:-2], balance.statistics[-2], balance.statistics[-1])
     accounts = Accounts(loss, balance.importance, balance.load, usage)
-    return Decision(routing._replace(weights_GSK=weights_GSK), x_TD, accounts)
+    return OneNodeResult(routing._replace(weights_GSK=weights_GSK), x_TD, accounts)
 
 
 class _OneNode(torch.autograd.Function):
@@ -90,7 +90,7 @@ class _OneNode(torch.autograd.Function):
         routing = assign(choice, capacity, moe.batch_priority, Kernels(kernels, None))
         noise_GSE = noisy_GSE if router.training and moe.draws_noise else None
         balance = kernels.weighted_balance(
-            logits_GSE, noise_GSE, routing.chosen_GSK, routing.kept_GSK, moe.logit_noise, _weights(moe, kernels)
+            logits_GSE, noise_GSE, routing.chosen_GSK, routing.kept_GSK, moe.logit_noise, _loss_weights(moe, kernels)
         )
         results += routing, balance
         ctx.set_materialize_grads(False)
@@ -112,10 +112,17 @@ class _OneNode(torch.autograd.Function):
         grad_TE = kernels.gates_backward(None, grad_TK, gates_TE, chosen_TK, weights_TK, router.renormalize)
         if grad_loss is not None:
             kernels.add_loss_gradient(
-                grad_loss, logits_GSE, noisy_GSE, chosen_GSK, sums_G2E, moe.logit_noise, _weights(moe, kernels), grad_TE
+                grad_loss,
+                logits_GSE,
+                noisy_GSE,
+                chosen_GSK,
+                sums_G2E,
+                moe.logit_noise,
+                _loss_weights(moe, kernels),
+                grad_TE,
             )
         return *kernels.scores_backward(grad_TE, x_TD, weight_ED, grad_TD), None, None
 
 
-def _weights(moe: MoeConfig, kernels: Any) -> Any:
+def _loss_weights(moe: MoeConfig, kernels: Any) -> Any:
     return kernels.Weights(moe.importance_loss_weight, moe.load_loss_weight)

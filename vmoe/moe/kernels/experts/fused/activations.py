@@ -23,7 +23,7 @@ def activate(pre_RF: Tensor, bias_EF: Tensor | None, owners: RowOwners, form: Fo
     rows, columns = _tile(act_RH.shape[1], **_FORWARD_TILE)
     launch(
         _activate, _grid(act_RH, columns), (pre_RF, bias_EF, act_RH, owners.starts_E),
-        (*_numbers(act_RH, bias_EF, owners, form), rows, columns), num_warps=8,
+        (*_numbers_of_kernel(act_RH, bias_EF, owners, form), rows, columns), num_warps=8,
     )  # fmt: skip
 
 
@@ -39,7 +39,7 @@ def activation_gradient(
     launch(
         _activation_gradient, _grid(grad_act_RH, columns),
         (grad_act_RH, bias_EF, pre_RF, bias_parts_MF, grad_pre_RF, owners.starts_E),
-        (*_numbers(grad_act_RH, bias_EF, owners, form), rows, columns), num_warps=4,
+        (*_numbers_of_kernel(grad_act_RH, bias_EF, owners, form), rows, columns), num_warps=4,
     )  # fmt: skip
 
 
@@ -53,7 +53,7 @@ def _grid(act_RH: Tensor, columns: int) -> tuple[int, int]:
     return act_RH.shape[0] // TILE_ROWS, cdiv(act_RH.shape[1], columns)
 
 
-def _numbers(act_RH: Tensor, bias_EF: Tensor | None, owners: RowOwners, form: Form) -> tuple[int | str, ...]:
+def _numbers_of_kernel(act_RH: Tensor, bias_EF: Tensor | None, owners: RowOwners, form: Form) -> tuple[int | str, ...]:
     """The arguments of both kernels from `num_experts` to EXPERTS."""
     return (
         owners.num_experts, owners.share, act_RH.shape[1], bias_EF is not None, form.function, form.gate,
