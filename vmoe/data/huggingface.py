@@ -12,7 +12,7 @@ import numpy as np
 from vmoe.data.config import DataConfig, TableConfig, is_huggingface, is_saved_dataset, nearest
 from vmoe.data.folders import split_of
 from vmoe.data.images import decode_image
-from vmoe.data.imageset import ImageSet, flags_of, require_training_of_each
+from vmoe.data.imageset import ImageSet, ImageStore, flags_of, require_training_of_each
 from vmoe.data.tables import cell_text, labels_in, labels_of_columns
 from vmoe.errors import UserError
 from vmoe.extras import require_module
@@ -25,7 +25,7 @@ _NO_LABEL = -1  # test splits of competitions have it
 
 
 @dataclass(frozen=True)
-class HuggingFaceImages:
+class HuggingFaceImages(ImageStore):
     """The pictures of one split: its rows, with the content of each file in `column`, and its name.
 
     `bit_depth` and `channels` are as in `load_image`.
@@ -38,8 +38,7 @@ class HuggingFaceImages:
     channels: int | None = None
 
     def read(self, position: int) -> np.ndarray:
-        how = {"bit_depth": self.bit_depth, "channels": self.channels}
-        return decode_image(self.open(position), self.place(position), **how)
+        return decode_image(self.open(position), self.place(position), None, self.bit_depth, self.channels)
 
     def open(self, position: int) -> BinaryIO:
         """The file of an image."""
@@ -57,13 +56,6 @@ class HuggingFaceImages:
 
     def place(self, position: int) -> str:
         return f"{self.name}[{position}]"
-
-    def patch_labels(self, position: int) -> np.ndarray | None:
-        return None
-
-    @property
-    def side(self) -> None:
-        return None
 
 
 def load_huggingface(config: DataConfig) -> tuple[dict[str, ImageSet], list[str], list[str]]:

@@ -25,14 +25,16 @@ class ImageStore(Protocol):
 
     def patch_labels(self, position: int) -> np.ndarray | None:
         """The patch labels, (rows, columns) integers, or None."""
+        return None
 
     @property
     def side(self) -> int | None:
         """The common shorter side of all images in pixels, or None."""
+        return None
 
 
 @dataclass(frozen=True)
-class ArrayImages:
+class ArrayImages(ImageStore):
     """Images in memory: (n, H, W, 1 or 3) uint8, the array's name, and patch labels if there are any.
 
     With `channels` (n, H, W, C) of any number type. `channels` and `bit_depth` are as in `load_image`.
@@ -62,7 +64,7 @@ class ArrayImages:
 
 
 @dataclass(frozen=True)
-class FileImages:
+class FileImages(ImageStore):
     """Images in files. `bit_depth` and `channels` are as in `load_image`."""
 
     paths: list[str]
@@ -79,13 +81,6 @@ class FileImages:
 
     def place(self, position: int) -> str:
         return self.paths[position]
-
-    def patch_labels(self, position: int) -> np.ndarray | None:
-        return None
-
-    @property
-    def side(self) -> None:
-        return None
 
 
 @dataclass(frozen=True)

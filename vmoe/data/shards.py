@@ -31,7 +31,7 @@ from vmoe.data.addresses import RemoteFile, is_address, list_files, read_part, r
 from vmoe.data.folders import SPLIT_NAMES, split_of
 from vmoe.data.image_files import IMAGE_SUFFIXES
 from vmoe.data.images import decode_image
-from vmoe.data.imageset import ImageSet, Splits, flags_of, given_splits
+from vmoe.data.imageset import ImageSet, ImageStore, Splits, flags_of, given_splits
 from vmoe.data.tables import labels_in
 from vmoe.errors import UserError
 from vmoe.files import atomic_write
@@ -43,7 +43,7 @@ LABEL_KEYS = ("label", "cls", "target")  # keys of a .json; the first one presen
 
 
 @dataclass(frozen=True)
-class ShardedImages:
+class ShardedImages(ImageStore):
     """Images in tar files: for each (n,) its shard, the start and number of its bytes, and its name.
 
     `bit_depth` and `channels` are as in `load_image`.
@@ -58,8 +58,7 @@ class ShardedImages:
     channels: int | None = None
 
     def read(self, position: int) -> np.ndarray:
-        how = {"bit_depth": self.bit_depth, "channels": self.channels}
-        return decode_image(self.open(position), self.place(position), **how)
+        return decode_image(self.open(position), self.place(position), None, self.bit_depth, self.channels)
 
     def open(self, position: int) -> BinaryIO:
         """The bytes of an image."""
@@ -72,13 +71,6 @@ class ShardedImages:
 
     def place(self, position: int) -> str:
         return f"{self.paths[self.shards[position]]}/{self.names[position].decode()}"
-
-    def patch_labels(self, position: int) -> np.ndarray | None:
-        return None
-
-    @property
-    def side(self) -> None:
-        return None
 
 
 def load_shards(root: str | Path, separator: str | None = None) -> Splits:
