@@ -11,6 +11,7 @@ from PIL import Image
 from vmoe.cli.make_shards import main
 from vmoe.data import DataConfig, EpochBatchSampler, ImageDataModule
 from vmoe.data.config import TableConfig
+from vmoe.data.datasets import load_splits
 from vmoe.data.samplers import Blocks
 from vmoe.data.shards import load_shards
 from vmoe.errors import UserError
@@ -218,7 +219,24 @@ def test_no_shards(tmp_path, capsys):
     with pytest.raises(UserError, match="make-shards"):
         load_shards(tmp_path)
     assert main([str(tmp_path), "--out", str(tmp_path / "out")]) == 2
-    assert "must hold train" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert "has no class folders" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("source", ["folder", "table"])
+def test_pictures_without_splits_get_the_test_images_that_a_run_on_them_has(tmp_path, capsys, source):
+    rows = ["path,label"]
+    for number in range(20):
+        picture = tmp_path / "pets" / ("cat", "dog")[number % 2] / f"{number}.png"
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), number).save(picture)
+        rows.append(f"{picture},{picture.parent.name}")
+    (tmp_path / "pets.csv").write_text("\n".join(rows))
+    root = tmp_path / {"folder": "pets", "table": "pets.csv"}[source]
+    assert main([str(root), "--out", str(tmp_path / "out")]) == 0
+    assert "has no split of its own: 20% of each class are cut off for the test (by" in capsys.readouterr().err
+    runs = load_splits(DataConfig(source, str(root))), load_shards(tmp_path / "out")
+    gray = [sorted(int(splits.test.read(index)[0, 0, 0]) for index in range(len(splits.test))) for splits in runs]
+    assert gray[0] == gray[1] and len(gray[0]) == 4 and len(runs[1].train) == 16
 
 
 @pytest.mark.parametrize(

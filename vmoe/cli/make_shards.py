@@ -1,7 +1,7 @@
 """\
-Writes the images of class folders, FOLDER/train/CLASS/IMAGE and the same in val or test, or of a table with a column of
-splits, as tar shards in a new folder: few large files instead of millions of small ones. The images' bytes do not
-change. This job needs `pip install 'vmoe[webdataset]'`; training on shards does not.
+Writes the images of class folders or of a table as tar shards in a new folder: few large files instead of millions of
+small ones. The images' bytes do not change. Splits are read, or cut off for the test, as `vmoe train` does it.
+This job needs `pip install 'vmoe[webdataset]'`; training on shards does not.
 
   vmoe make-shards imagenet --out imagenet-shards
   vmoe make-shards cells.csv --columns separator="|" --out cells-shards
@@ -20,11 +20,11 @@ from vmoe.cli.progress import working
 from vmoe.text import counted, printable
 
 
-@job({key: option for key, option in DATA_OPTIONS.items() if option.startswith("--columns")})
+@job({key: option for key, option in DATA_OPTIONS.items() if option.startswith("--columns")} | {"data.root": "FOLDER"})
 def main(argv: list[str]) -> int:
     """Runs the job."""
     parser = new_parser("make-shards", __doc__)
-    parser.add_argument("source", type=Path, metavar="FOLDER", help="with train, and val or test; or a table")
+    parser.add_argument("source", type=Path, metavar="FOLDER", help="or a table, as `vmoe train` takes them")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the new folder")
     parser.add_argument(
         "--images", type=count, default=10_000, metavar="N", help="most of a shard (default: %(default)s)"

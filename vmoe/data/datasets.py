@@ -51,6 +51,15 @@ _TRIED = 8  # images, before a set is refused
 _TEST_FRACTION = 0.2  # test share of a set without any split
 
 
+def load_whole_splits(config: DataConfig) -> Splits:
+    """Loads the data set as it comes, whole: without a cut for validation, and without `config.subset`.
+
+    Raises:
+        UserError: The data are missing, incomplete or malformed.
+    """
+    return _LOADERS[config.name](config)
+
+
 def load_splits(config: DataConfig, for_training: bool = True) -> Splits:
     """Loads the data set, splits off a validation set if it has none, and keeps the part in `config.subset`.
 
@@ -66,7 +75,7 @@ def load_splits(config: DataConfig, for_training: bool = True) -> Splits:
     Raises:
         UserError: The data are missing, incomplete or malformed.
     """
-    splits = _LOADERS[config.name](config)
+    splits = load_whole_splits(config)
     if for_training and not len(splits.train):
         form, advice = "train/CLASS/IMAGE", ", or rename folders of classes that have a split's name"
         if config.name in _FORMS:

@@ -7,11 +7,10 @@ from pathlib import Path
 import numpy as np
 
 from vmoe.data.config import FILE_SETS, DataConfig, TableConfig
-from vmoe.data.folders import find_split_folders, read_class_folders
+from vmoe.data.datasets import load_whole_splits
 from vmoe.data.image_files import is_image_name
-from vmoe.data.imageset import FileImages, ImageSet
+from vmoe.data.imageset import ImageSet
 from vmoe.data.shards import CLASSES_FILE, load_shards
-from vmoe.data.tables import load_table
 from vmoe.errors import UserError
 from vmoe.extras import require_extras
 from vmoe.files import new_folder, require_writable
@@ -30,20 +29,20 @@ def write_shards(
     """Copies the pictures of class folders or of a table into tar shards. The files' bytes do not change.
 
     Args:
-        source: ROOT of ROOT/train/CLASS/IMAGE, and the same in val and test; or a table with a column of splits.
+        source: A folder or a table as a run reads it. Without splits, the test images that a run would cut off are.
         target: The new folder. It appears once it is complete.
         images: The most images per shard.
         megabytes: The most megabytes per shard.
         seed: Seed of the order of images.
         show: Called with the split, the number of its written images, and their total.
-        log: Called with a line on ignored files, if there are any.
+        log: Called with each line on the images, such as on ignored files.
         table: The columns of a table.
 
     Returns:
         The number of shards of each split.
 
     Raises:
-        UserError: The source has no such folders or splits, the target exists, or the package is missing.
+        UserError: The source has no training images, the target exists, or the package is missing.
     """
     require_extras("webdataset")
     from webdataset import ShardWriter
@@ -51,12 +50,10 @@ def write_shards(
     if target.exists():
         raise UserError(f"--out {target}: exists already; remove it or name another folder")
     require_writable(target.parent)
-    if FILE_SETS.get(source.suffix.lower()) == "table" and not source.is_dir():
-        sets, classes = _sets_of_table(source, table or TableConfig())
-    elif table is not None:
+    is_table = FILE_SETS.get(source.suffix.lower()) == "table" and not source.is_dir()
+    if table is not None and not is_table:
         raise UserError(f"--columns: are those of a table, and {source} is none; leave them out")
-    else:
-        sets, classes = _sets_of_folders(source, log)
+    sets, classes = _sets_of(source, "table" if is_table else "folder", table or TableConfig(), log)
     with new_folder(target) as folder:
         for split, part in sets.items():
             order = np.random.default_rng(seed).permutation(len(part))
@@ -73,31 +70,25 @@ def write_shards(
     return {split: len(list(target.glob(f"{split}-*.tar"))) for split in sets}
 
 
-def _sets_of_folders(source: Path, log: Callable[[str], object]) -> tuple[dict[str, ImageSet], list[str]]:
+def _sets_of(
+    source: Path, name: str, table: TableConfig, log: Callable[[str], object]
+) -> tuple[dict[str, ImageSet], list[str]]:
     """The images of each split, and the class names."""
-    found = find_split_folders(source) if source.is_dir() else {}
-    if "train" not in found or len(found) < 2:
-        raise UserError(f"{source}: must hold train/CLASS/IMAGE and val/CLASS/IMAGE (or test), or be a table")
-    folders = read_class_folders(found)
-    if folders.ignored:
-        log(f"{source}: ignored: {folders.ignored}")
-    sets = {}
-    for split, samples in folders.samples.items():
-        files = FileImages([path for path, _ in samples])
-        sets[split] = ImageSet.all_of(files, [label for _, label in samples])
-    return sets, folders.classes
-
-
-def _sets_of_table(source: Path, table: TableConfig) -> tuple[dict[str, ImageSet], list[str]]:
-    """The images of each split, and the class names."""
-    sets, classes = load_table(DataConfig("table", str(source), table=table))
-    if "train" not in sets or len(sets) < 2:
-        raise UserError(f"{source}: must have a column of splits with train, and val or test; add it")
+    found = load_whole_splits(DataConfig(name, str(source), table=table, val_fraction=0.0))
+    if not len(found.train):
+        raise UserError(f"{source}: has no training images; add train/CLASS/IMAGE, or rows of train to a table")
+    for line in found.notes:
+        log(line)
+    sets = {"train": found.train}
+    if found.val is not None:
+        sets["val"] = found.val
+    if found.test is not found.val:
+        sets["test"] = found.test
     for part in sets.values():
         for index in range(len(part)):
             if not is_image_name(Path(part.place(index)).name):
                 raise UserError(f"{part.place(index)}: a shard cannot hold a picture by this name; rename the file")
-    return sets, classes
+    return sets, found.class_names
 
 
 def _label_file(label: np.ndarray) -> dict[str, bytes]:
