@@ -6,6 +6,10 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from vmoe.errors import UserError
+
+_STDERR = 2  # its file descriptor
+
 
 def printable(text: str) -> str:
     r"""The text with its control characters as escapes, such as \x1b: no name moves the cursor or hides what is beside
@@ -31,7 +35,11 @@ def replace_what_cannot_be_shown() -> None:
 
 @contextlib.contextmanager
 def readers_may_leave() -> Iterator[None]:
-    """Lets a job continue, to write its files, after the reader of its output has closed the pipe, as `head` does."""
+    """Lets a job continue, to write its files, after the reader of its output has closed the pipe, as `head` does.
+
+    Raises:
+        UserError: The output cannot be written for another reason, such as a full disk.
+    """
     streams = [None if stream is None else _Unread(stream) for stream in (sys.stdout, sys.stderr)]  # None: `>&-`
     with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
         try:
@@ -73,16 +81,18 @@ class _Unread:
     def write(self, text: str) -> int:
         try:
             return self._stream.write(text)
-        except BrokenPipeError:
-            self._lose()
+        except OSError as error:
+            self._lose(error)
             return len(text)
 
     def flush(self) -> None:
         try:
             self._stream.flush()
-        except BrokenPipeError:
-            self._lose()
+        except OSError as error:
+            self._lose(error)
 
-    def _lose(self) -> None:
-        with open(os.devnull, "w") as nowhere:
+    def _lose(self, error: OSError) -> None:
+        with open(os.devnull, "w") as nowhere:  # so that Python's own flush at its exit does not fail
             os.dup2(nowhere.fileno(), self._stream.fileno())
+        if not isinstance(error, BrokenPipeError) and self._stream.fileno() != _STDERR:  # there no line can be printed
+            raise UserError(f"the output cannot be written ({error.strerror or error}); make room") from error

@@ -68,3 +68,11 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(sources, tmp_path, capsys, a
     assert error.count("\n") == 1, error
     assert error.startswith(f"vmoe {words[0]}: error: {result}") and "cannot be written (File too large)" in error
     assert list(tmp_path.rglob("*")) == []
+
+
+@pytest.mark.parametrize(("words", "who"), [(["models"], "vmoe models"), (["--help"], "vmoe")])
+def test_output_to_a_full_disk_is_one_line(monkeypatch, capsys, words, who):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr("sys.stdout", full)
+        assert main(words) == 2
+    assert capsys.readouterr().err.startswith(f"{who}: error: the output cannot be written (No space left on device)")

@@ -74,8 +74,12 @@ def main(argv: list[str] | None = None) -> int:
     if "_ARGCOMPLETE" in os.environ:  # the Tab key was pressed in a shell
         return _complete_line()
     replace_what_cannot_be_shown()
-    with readers_may_leave():
-        return _run(sys.argv[1:] if argv is None else argv)
+    try:
+        with readers_may_leave():
+            return _run(sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        print(f"vmoe: error: {error}", file=sys.stderr)
+        return 2
 
 
 def _run(argv: list[str]) -> int:
