@@ -3,6 +3,7 @@
 import csv
 from pathlib import Path
 
+import numpy as np
 import optuna
 import pytest
 import yaml
@@ -148,10 +149,33 @@ def test_python_s_mistakes(recipe, tmp_path):
 
 def test_a_metric_that_runs_lack_ends_the_search_at_once(recipe, tmp_path, capsys):
     out = tmp_path / "out"
-    assert main([recipe, *SEARCH, "--out", str(out), "--metric", "val/mAP", "--trials", "5"]) == 2
+    assert main([recipe, *SEARCH, "--out", str(out), "--metric", "val/top5", "--trials", "5"]) == 2
     said = capsys.readouterr().err
-    assert "--metric val/mAP: trial_000 has none; it has val/top1" in said and said.count("\n") == 1
+    assert "--metric val/top5: trial_000 has none; it has val/top1" in said and said.count("\n") == 1
     assert len(rows(out)) == 1
+
+
+def test_a_metric_that_no_run_can_have_is_refused_before_the_first(recipe, tmp_path, capsys):
+    np.savez(
+        tmp_path / "labels.npz",
+        train_x=np.zeros((40, 16, 16, 3), np.uint8),
+        train_y=np.eye(4, dtype=np.uint8)[np.arange(40) % 4],
+        test_x=np.zeros((8, 16, 16, 3), np.uint8),
+        test_y=np.eye(4, dtype=np.uint8)[np.arange(8) % 4],
+    )
+    arguments = [recipe, *SEARCH, "--out", str(tmp_path / "out")]
+    npz = str(tmp_path / "labels.npz")
+    several = "several classes each have none; give one of val/loss, val/mAP, val/f1"
+    for options, line in (
+        (["--metric", "val/mAP"], "--metric val/mAP: runs on images of one class each have none; give one of val/loss"),
+        (["--", npz, "--data.subset.per_class", "null"], f"--metric val/top1: runs on images of {several}"),
+        (["--", "--data.val_fraction", "0"], "--metric val/top1: the runs have no validation images"),
+    ):
+        assert main([*arguments, *options]) == 2
+        assert line in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"metric=val/mAP: runs on images of one class each have none"):
+        vmoe.tune(recipe, {"optim.lr": [1e-3, 1e-2]}, tmp_path / "out", metric="val/mAP")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

@@ -42,14 +42,23 @@ def main(argv: list[str]) -> int:
     options = _parser().parse_args(own)
     config, search = _search(options)
     # Imported here, so that --help and a mistyped option answer at once
-    from vmoe.training.tuning import SearchPlan, folder_of, read_space, run_search, samples_of, words_of
+    from vmoe.training.tuning import (
+        SearchPlan,
+        folder_of,
+        read_space,
+        require_metric,
+        run_search,
+        samples_of,
+        words_of,
+    )
 
     space = read_space(search)
     images = 1 if common and not common[0].startswith("-") else 0  # the word that names the images, before all options
     words = [*common[:images], *config, *common[images:]]
-    for values in samples_of(space):  # finds a range that no run accepts before the first run
-        parse([*words, *words_of(values)])
+    # Finds a range that no run accepts before the first run
+    configs = [parse([*words, *words_of(values)]) for values in samples_of(space)]
     plan = SearchPlan(options.trials, options.jobs, options.metric, options.seed, visible_gpus())
+    require_metric(options.metric, configs[0].data)
     print(f"searching over {', '.join(space)} in {counted(plan.trials, 'run')}", flush=True)
     with working("searching"):
         study = run_search(space, words, options.out, plan, lambda line: print(line, flush=True))

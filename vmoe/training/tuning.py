@@ -19,10 +19,14 @@ from optuna.trial import FrozenTrial, TrialState
 
 from vmoe.checkpoints.run_folder import RunFolder
 from vmoe.config_values import choices, to_plain
+from vmoe.data.config import DataConfig
+from vmoe.data.datasets import load_splits
 from vmoe.errors import UserError
 from vmoe.files import atomic_write
+from vmoe.training.classifier import RAW_TOP1
 from vmoe.training.config import TrainConfig
 from vmoe.training.fit import config_with
+from vmoe.training.label_metrics import GuidedMetrics, MultiLabelMetrics, SingleLabelMetrics
 from vmoe.training.options import nearest_option, option_types
 from vmoe.training.recipes import find_recipe
 from vmoe.training.run.lock import locked
@@ -116,10 +120,11 @@ def tune(
     """
     path = find_recipe(str(config))
     space, fixed = read_space(search), dict(options or {})
-    for values in samples_of(space):
-        config_with(path, fixed | values)
+    configs = [config_with(path, fixed | values) for values in samples_of(space)]
+    plan = SearchPlan(trials, jobs, metric, seed)
+    require_metric(metric, configs[0].data)
     words = ["--config", path, *words_of(fixed)]
-    study = run_search(space, words, Path(output_dir), SearchPlan(trials, jobs, metric, seed), log)
+    study = run_search(space, words, Path(output_dir), plan, log)
     return TunedRun(
         options=dict(study.best_trial.params),
         value=study.best_value,
@@ -173,6 +178,24 @@ def _number(name: str, key: str, value: Any) -> int | float:
     if not math.isfinite(number):
         raise UserError(f"search: {name}: {key}={value!r}: must be finite")
     return number
+
+
+def require_metric(metric: str, data: DataConfig) -> None:
+    """Refuses a metric that runs on these images cannot have, before any of them trains.
+
+    Raises:
+        UserError: There is no such metric for images of one class or of several, there are no validation images, or the
+            data cannot be read.
+    """
+    splits = load_splits(data)
+    if splits.val is None:
+        raise UserError(f"metric={metric}: the runs have no validation images; raise data.val_fraction")
+    several = splits.train.is_multi_label
+    names = MultiLabelMetrics.names if several else (*GuidedMetrics.names, RAW_TOP1.removeprefix("val/"))
+    if metric.removeprefix("val/") not in names:
+        kind = "several classes" if several else "one class"
+        known = ", ".join(f"val/{name}" for name in (MultiLabelMetrics if several else SingleLabelMetrics).names)
+        raise UserError(f"metric={metric}: runs on images of {kind} each have none; give one of {known}")
 
 
 def samples_of(space: Mapping[str, BaseDistribution]) -> list[dict[str, Any]]:
