@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support import saved_runs
 
-from vmoe.checkpoints import load_checkpoint
+from vmoe.checkpoints import ENTRY, load_checkpoint
 from vmoe.cli.evaluate import main
 from vmoe.evaluation.ensemble import Ensemble
 
@@ -239,9 +240,14 @@ def test_an_ensemble_answers_with_the_mean_of_probabilities(save_run, tmp_path, 
     assert list(report["results"][0]["layers"]) == ["members.0.blocks.1.mlp", "members.0.blocks.3.mlp"]
     assert not (one / "evaluation.json").exists()
 
+    deep = save_run("deep")
+    content = saved_runs.content()
+    content[ENTRY]["bit_depth"] = 12
+    torch.save(content, deep / "checkpoints" / "best.ckpt")
     capsys.readouterr()
     for arguments, reason in (
         ([str(save_run("letters", class_names=tuple("abcdefghij")))], "has other class names than"),
+        ([str(deep)], "has other bit depth than"),
         ([str(other), "--probe", "knn"], "an ensemble has no features"),
     ):
         assert main([str(one), "--ensemble-with", *arguments]) == 2

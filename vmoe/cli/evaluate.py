@@ -183,7 +183,7 @@ def _ensemble(first: "TrainedModel", others: "list[TrainedModel]") -> "TrainedMo
                 f"--ensemble-with {other.path}: one of it and {first.path} knows several classes per image, the other "
                 "one; leave it out"
             )
-        for name in ("image_size", "crop", "channels", "mean", "std"):
+        for name in ("image_size", "crop", "channels", "bit_depth", "mean", "std"):
             if getattr(other, name) != getattr(first, name):
                 raise UserError(f"--ensemble-with {other.path}: has other {name.replace('_', ' ')} than {first.path}")
         outputs = same_outputs(other.class_names, first.class_names)
