@@ -408,6 +408,7 @@ MISTAKES: dict[str, list[Mistake]] = {
         Mistake("a range that no run takes", "tiny.yaml --out new --search optim.lr=-1:1"),
         Mistake("a range of fractions for whole numbers", "tiny.yaml --out new --search trainer.epochs=1.5:3"),
         Mistake("a search by the test images", "tiny.yaml --out new --search optim.lr=1:2 --metric test/top1"),
+        Mistake("a metric of several classes per image", "tiny.yaml --out new --search optim.lr=1:2 --metric val/mAP"),
         Mistake("no images", "--out new --search optim.lr=1:2"),
     ],
     "sweep": [
@@ -456,7 +457,6 @@ MISTAKES: dict[str, list[Mistake]] = {
         Mistake("a place that is taken", "tree --out run"),
         Mistake("a place that is a file", "tree --out tiny.yaml/new"),
         Mistake("no images a shard", "tree --out new --images 0"),
-        Mistake("a table without splits", "good.csv --columns label=kind --out new"),
         Mistake("a column that the table lacks", "good.csv --columns label=kin --out new"),
         Mistake("columns of a folder", "tree --columns label=kind --out new"),
     ],

@@ -457,6 +457,13 @@ def test_a_folder_of_classes_alone_is_split_and_few_images_for_validation_are_wa
     assert "warning: 4 images for validation: too few to choose an epoch by, as one is 25.0% of them" in lines
 
 
+def test_a_run_of_few_updates_is_warned_of(run, capsys):
+    assert run("--trainer.epochs", "2", "--trainer.accumulate", "2")[0] == 0  # 5 batches per epoch, two per update
+    assert "warning: 6 updates in all" in " ".join(capsys.readouterr().out.split())
+    assert run("--data.batch_size", "1", name="long")[0] == 0
+    assert "updates in all" not in capsys.readouterr().out
+
+
 def test_what_is_frozen_keeps_its_weights(run):
     code, folder = run("--finetune.freeze", "[backbone, routers]", "--optim.lr", "0.01")
     assert code == 0

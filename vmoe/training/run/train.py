@@ -1,6 +1,7 @@
 """One run from start to end: data, model, fit, the test of the best checkpoint, summary.json."""
 
 import dataclasses
+import math
 from contextlib import ExitStack
 from pathlib import Path
 from traceback import clear_frames
@@ -59,6 +60,7 @@ from vmoe.training.run.trainer import device_of, new_trainer, quiet_lightning
 from vmoe.version import versions
 
 _FEW_TO_CHOOSE_BY = 100  # fewer validation images give a warning
+_FEW_UPDATES = 100  # fewer updates in a run do as well
 
 
 def train(config: TrainConfig, progress: TrainingProgress, command: str) -> dict[str, Any] | None:
@@ -221,6 +223,12 @@ class _Run:
             self.log(
                 f"warning: {counted(count, 'image')} for validation: too few to choose an epoch by, as one is "
                 f"{1 / count:.1%} of them; give it more images (where they are cut from training, by data.val_fraction)"
+            )
+        updates = config.trainer.epochs * math.ceil(len(data.train_sampler) / config.trainer.accumulate)
+        if updates < _FEW_UPDATES:
+            self.log(
+                f"warning: {counted(updates, 'update')} in all, which is few to learn from: lower "
+                f"data.batch_size={config.data.batch_size} or raise trainer.epochs={config.trainer.epochs}"
             )
         if saved is not None and saved.facts.class_names != data.class_names:
             raise UserError(
