@@ -37,6 +37,30 @@ class Batch(NamedTuple):
     keys: torch.Tensor | None = None  # (B, 2) int64, epoch and index of training images; None in evaluation
     targets: torch.Tensor | None = None  # (B, classes) float32 of mixed images; None to use `labels`
 
+    @classmethod
+    def of(cls, batch: Any, multi_label: bool = False) -> "Batch":
+        """Converts a batch of any loader.
+
+        Args:
+            batch: A `Batch`, or (images (B, 3, H, W), labels): labels (B,) int64, or (B, C) shares of the classes.
+            multi_label: Whether labels (B, C) are 0 or 1 per class instead of shares.
+
+        Raises:
+            UserError: `batch` is something else.
+        """
+        if isinstance(batch, Batch):
+            return batch
+        is_pair = isinstance(batch, list | tuple) and len(batch) >= 2
+        if not (is_pair and all(isinstance(each, torch.Tensor) for each in batch[:2])):
+            raise UserError(f"a batch of type {type(batch).__name__}: must be (images, labels), two tensors")
+        images, labels = batch[:2]
+        if multi_label and labels.dim() != 2:
+            shape = tuple(labels.shape)
+            raise UserError(f"a batch of labels of shape {shape}: with multi_label they must be (B, C) of 0 and 1")
+        if labels.dim() == 2 and not multi_label:
+            return cls(images, labels.argmax(1), [], targets=labels)
+        return cls(images, labels, [])
+
 
 class TrainImages(Dataset):
     """Augmented training images. A batch is a function of its (epoch, index) keys.

@@ -181,7 +181,7 @@ class Classifier(LightningModule):
     # One step of training, from top to bottom
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        batch = as_batch(batch, self.multi_label)
+        batch = Batch.of(batch, self.multi_label)
         self.damaged.update(dict.fromkeys(batch.damaged))
         if self._graphed_step is None:
             return self._loss(batch) * self._share(batch_idx)
@@ -316,7 +316,7 @@ class Classifier(LightningModule):
         return self.model(images)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        batch = as_batch(batch, self.multi_label)
+        batch = Batch.of(batch, self.multi_label)
         if self.average is None:
             self.evaluation_sums += self._evaluated(batch)
             return
@@ -327,7 +327,7 @@ class Classifier(LightningModule):
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Evaluates a batch with the model's current weights, never with their average."""
-        self.evaluation_sums += self._evaluated(as_batch(batch, self.multi_label))
+        self.evaluation_sums += self._evaluated(Batch.of(batch, self.multi_label))
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """(B, C) float32 probabilities of a batch: images, [images] or (images, labels).
@@ -336,7 +336,7 @@ class Classifier(LightningModule):
         """
         if isinstance(batch, list | tuple) and len(batch) == 1:
             (batch,) = batch
-        images = batch if isinstance(batch, Tensor) else as_batch(batch, self.multi_label).images
+        images = batch if isinstance(batch, Tensor) else Batch.of(batch, self.multi_label).images
         logits = self.model(images).float()
         return logits.sigmoid() if self.multi_label else logits.softmax(-1)
 
@@ -595,32 +595,6 @@ def epochs_done(trainer: Trainer) -> int:
     progress = trainer.fit_loop.epoch_progress.current
     is_through = trainer.fit_loop.epoch_loop.batch_progress.current.ready >= trainer.num_training_batches
     return progress.completed + (progress.started > progress.completed and is_through)
-
-
-def as_batch(batch: Any, multi_label: bool = False) -> Batch:
-    """Converts a batch of any loader to a `Batch`.
-
-    Args:
-        batch: A `Batch`, or (images (B, 3, H, W), labels): labels (B,) int64, or (B, C) shares of the classes.
-        multi_label: Whether labels (B, C) are 0 or 1 per class instead of shares.
-
-    Raises:
-        UserError: `batch` is something else.
-    """
-    if isinstance(batch, Batch):
-        return batch
-    if not (
-        isinstance(batch, list | tuple) and len(batch) >= 2 and all(isinstance(each, Tensor) for each in batch[:2])
-    ):
-        raise UserError(f"a batch of type {type(batch).__name__}: must be (images, labels), two tensors")
-    images, labels = batch[:2]
-    if multi_label and labels.dim() != 2:
-        raise UserError(
-            f"a batch of labels of shape {tuple(labels.shape)}: with multi_label they must be (B, C) of 0 and 1"
-        )
-    if labels.dim() == 2 and not multi_label:
-        return Batch(images, labels.argmax(1), [], targets=labels)
-    return Batch(images, labels, [])
 
 
 def _plain_description(model: nn.Module) -> dict[str, Any]:

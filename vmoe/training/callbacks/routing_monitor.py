@@ -8,11 +8,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
+from vmoe.data import Batch
 from vmoe.errors import UserError
 from vmoe.moe import moe_layers
 from vmoe.palette import expert_colours
 from vmoe.routing.recording import LayerRouting, record_routing
-from vmoe.training.classifier import Classifier, as_batch
+from vmoe.training.classifier import Classifier
 from vmoe.training.routing_sums import RoutingSums, as_metrics, dead_experts, warnings_of
 
 _STRENGTH = 0.55  # opacity of an expert's colour over the image
@@ -82,7 +83,7 @@ class RoutingMonitor(Callback):
         if not (self._draws and batch_idx == 0 and dataloader_idx == 0 and any(map(_takes_images, trainer.loggers))):
             return
         try:
-            images = as_batch(batch).images
+            images = Batch.of(batch).images
         except UserError as error:
             rank_zero_warn(f"RoutingMonitor: draws no images: {error}")
             self._draws = False
