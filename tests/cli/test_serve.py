@@ -377,12 +377,15 @@ def test_it_stops_after_the_last_answer(number):
 def test_mistakes_are_one_line(save_run, tmp_path, capsys):
     moe = {"num_experts": 3, "layers": [1]}
     mixes = save_run("mixes", moe | {"eval_capacity_factor": 1.0, "group": "batch"})
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        of_its_own = free.getsockname()[1]  # something else may serve at the default
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         for arguments, told in (
             ([tmp_path / "nowhere"], "nowhere: no such file"),
-            ([mixes], "makes a prediction depend on the other images of its batch"),
+            ([mixes, "--port", of_its_own], "makes a prediction depend on the other images of its batch"),
             ([SHIPPED, "--port", "80"], "--port"),
             ([SHIPPED, "--port", taken.getsockname()[1]], "Address already in use"),
             ([SHIPPED, "--host", "example.org"], "--host"),
