@@ -245,6 +245,34 @@ def test_what_stands_before_the_changed_layer_is_computed_once(make_model, make_
     assert all("forward" not in module.__dict__ for module in model.modules())
 
 
+def test_later_batches_compute_a_block_again_only_behind_a_changed_layer(make_model, make_batches, monkeypatch):
+    model = make_model().double()
+    batches = [(images.double(), labels) for images, labels in make_batches(48)]
+    assert len(batches) == 3
+    subject = subject_of(model)
+    with monkeypatch.context() as patched:
+        in_full(patched)
+        expected = find_causes(subject, batches, [0.5, 1.0], seed=0)
+    parts = {("attention", index): block.attn.qkv for index, block in enumerate(model.blocks)}
+    counts = counts_of(parts | {("mlp", index): block.mlp for index, block in enumerate(model.blocks)})
+    assert find_causes(subject, batches[:1], [0.5, 1.0], seed=0).images == 16
+    of_first = dict(counts)
+    counts.clear()
+    assert find_causes(subject, batches, [0.5, 1.0], seed=0) == expected
+    once, onwards = 1, 1  # the plain pass, and the part of one from the first MoE layer (block 1) to the next (block 3)
+    changed_1, changed_3 = 4 + 1 + 4, 4 + 1  # without each expert, by random routing, and at four capacities
+    assert {part: (count - of_first[part]) / 2 for part, count in counts.items()} == {
+        ("attention", 0): once,
+        ("mlp", 0): once,
+        ("attention", 1): once,
+        ("mlp", 1): once + onwards + changed_1,
+        ("attention", 2): once + onwards + changed_1,
+        ("mlp", 2): once + onwards + changed_1,
+        ("attention", 3): once + onwards + changed_1,
+        ("mlp", 3): once + changed_1 + changed_3,
+    }
+
+
 class Unusual(torch.nn.Module):
     """Changes in place what a module gave, and goes past modules."""
 

@@ -123,25 +123,26 @@ class _Trials:
 
     def __iter__(self) -> Iterator[_Trial]:
         model, device = self._subject.model, self._subject.device
-        for batch in self._batches:
+        for number, batch in enumerate(self._batches):
             x, y = batch[0].to(device, non_blocking=True), batch[1].to(device, non_blocking=True)
             self.shares = self.shares or shares_of_choices(model, x)
             places = self._places_by_layer()
             prefixes = {name: Prefix(model, name) for name in places if name not in self._differing}
             first, *others = [*places, ""]
-            with _recorded(prefixes.get(first)):
+            with prefixes[first].recorded() if first in prefixes else nullcontext():
                 logits = model(x)
             yield _Trial(x, y, None, logits, nullcontext)
             for name, following in zip(places, others, strict=True):
                 prefix, after = prefixes.pop(name, None), prefixes.get(following)
-                if prefix is not None and self._differs(prefix, after, x, logits):
+                if prefix is not None and number == 0 and self._differs(prefix, x, logits):
                     self._differing.add(name)
                     prefix = None
-                if prefix is None and after is not None:
-                    with after.recorded():
-                        model(x)
+                reused = nullcontext if prefix is None else prefix.replayed
+                if after is not None:
+                    with reused():
+                        after.record(model, x)
                 for place in places[name]:
-                    yield _Trial(x, y, place, None, nullcontext if prefix is None else prefix.replayed)
+                    yield _Trial(x, y, place, None, reused)
 
     def _places_by_layer(self) -> dict[str, list[int]]:
         """The interventions by their first changed layer, in forward order."""
@@ -151,15 +152,11 @@ class _Trials:
             places[intervention.layer or first].append(place)
         return places
 
-    def _differs(self, prefix: Prefix, after: Prefix | None, x: Tensor, logits: Tensor) -> bool:
-        """Whether a replay gives other logits. It also records the prefix of a later layer."""
-        with prefix.replayed(), _recorded(after):
+    def _differs(self, prefix: Prefix, x: Tensor, logits: Tensor) -> bool:
+        """Whether a replay gives other logits. That follows from the model's code, so one batch shows it."""
+        with prefix.replayed():
             again = self._subject.model(x)
         return not torch.allclose(again, logits, rtol=1e-4, atol=1e-4 * float(logits.abs().max()))
-
-
-def _recorded(prefix: Prefix | None) -> AbstractContextManager:
-    return nullcontext() if prefix is None else prefix.recorded()
 
 
 def _dropped(model: nn.Module, shares: dict[str, float]) -> Tensor:

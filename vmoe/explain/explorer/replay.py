@@ -1,7 +1,7 @@
 """Replays passes that change nothing before a layer: the part before it is computed only once."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -66,6 +66,15 @@ class Prefix:
             for handle in handles:
                 handle.remove()
 
+    def record(self, model: nn.Module, images: Tensor) -> None:
+        """Records a pass over a batch that ends where the layer begins."""
+        with self.recorded(), suppress(_Reached):
+            handle = self._layer.register_forward_pre_hook(_stop)
+            try:
+                model(images)
+            finally:
+                handle.remove()
+
     @contextmanager
     def replayed(self) -> Iterator[None]:
         """Replays one pass over the same batch within the block, without computing the part before the layer."""
@@ -80,6 +89,14 @@ class Prefix:
                 module.__dict__.pop("forward", None)
                 if forward is not None:
                     module.forward = forward
+
+
+class _Reached(Exception):
+    """Ends a pass at the layer."""
+
+
+def _stop(*_: object) -> None:
+    raise _Reached
 
 
 _PASSED_ON = object()  # the result is not needed: the next module of a chain has a kept result
