@@ -46,3 +46,7 @@ def test_a_model_without_confusion_is_refused():
 def test_only_a_model_with_more_classes_is_grouped(tmp_path):
     with pytest.raises(UserError, match="does not know its classes"):
         vmoe.super_classes(vmoe.create_model("vit_tiny_patch16_224", moe=False), 2)
+    two = vmoe.create_model("vit_tiny_patch16_224", moe=False, num_classes=2)
+    vmoe.save(two, tmp_path / "two.safetensors", ["a", "b"])
+    with pytest.raises(UserError, match="knows 2 classes; super-classes need 3 or more"):
+        vmoe.super_classes(vmoe.load(tmp_path / "two.safetensors"), 2)

@@ -14,6 +14,7 @@ from vmoe.errors import UserError
 from vmoe.evaluation.evaluate import classes_differ, data_for, measure_split, open_data
 from vmoe.extras import require_extras
 from vmoe.progress import Progress
+from vmoe.text import counted
 
 _SMALLEST_SHARE = 0.01  # of a soft super-class, below which it is left out
 _FLOOR = 0.01  # of the mean similarity: what any two classes have in common, so that no class stands alone
@@ -71,6 +72,8 @@ def super_classes(
         raise UserError(f"model: a {type(model).__name__} does not know its classes; vmoe.load opens one that does")
     names = model.class_names
     require_single_label(model, "super-classes")
+    if len(names) < 3:
+        raise UserError(f"{model.path}: knows {counted(len(names), 'class', 'classes')}; super-classes need 3 or more")
     if not (type(count) is int and 2 <= count < len(names)):
         raise UserError(f"count={count!r}: must be from 2 to {len(names) - 1}, fewer than the {len(names)} classes")
     opened, _ = open_data(model, data_for(model, data, root, eval_batch_size=batch_size, workers=workers))
