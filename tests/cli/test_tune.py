@@ -1,18 +1,21 @@
 """`vmoe tune`: Optuna proposes options, runs try them, validation decides."""
 
 import csv
+import itertools
 from pathlib import Path
 
 import numpy as np
 import optuna
 import pytest
 import yaml
+from matplotlib import pyplot
+from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import TrialState
 
 import vmoe
 from vmoe.cli.tune import main
 from vmoe.errors import UserError
-from vmoe.training.tuning import JOURNAL
+from vmoe.training.tuning import JOURNAL, draw_search
 
 TINY = {
     "data": {"name": "digits", "batch_size": 64, "subset": {"per_class": 8}},
@@ -153,6 +156,29 @@ def test_a_metric_that_runs_lack_ends_the_search_at_once(recipe, tmp_path, capsy
     said = capsys.readouterr().err
     assert "--metric val/top5: trial_000 has none; it has val/top1" in said and said.count("\n") == 1
     assert len(rows(out)) == 1
+
+
+def test_labels_of_a_range_within_a_magnitude_do_not_overlap(tmp_path, monkeypatch):
+    space = {
+        "moe.top_k": CategoricalDistribution([1, 2]),
+        "optim.lr": FloatDistribution(1e-4, 1e-2, log=True),
+    }
+    study = optuna.create_study(direction="maximize")
+    for rate in (6.8e-4, 7.4e-4, 1.3e-3):
+        trial = optuna.trial.create_trial(params={"moe.top_k": 1, "optim.lr": rate}, distributions=space, value=rate)
+        study.add_trial(trial)
+    monkeypatch.setattr(pyplot, "close", lambda figure: None)  # to look at them
+    draw_search(study, tmp_path, "val/top1")
+    (axes,) = [
+        axes for number in pyplot.get_fignums() for axes in pyplot.figure(number).axes if axes.get_xscale() == "log"
+    ]
+    monkeypatch.undo()
+    left, right = axes.get_xlim()
+    ticks = [*axes.xaxis.get_major_ticks(), *axes.xaxis.get_minor_ticks()]
+    labels = [tick.label1 for tick in ticks if left <= tick.get_loc() <= right and tick.label1.get_text()]
+    boxes = [label.get_window_extent() for label in sorted(labels, key=lambda label: label.get_position()[0])]
+    pyplot.close("all")
+    assert len(boxes) > 2 and not any(one.overlaps(other) for one, other in itertools.pairwise(boxes))
 
 
 def test_a_metric_that_no_run_can_have_is_refused_before_the_first(recipe, tmp_path, capsys):

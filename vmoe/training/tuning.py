@@ -386,6 +386,9 @@ def draw_search(study: optuna.Study, out: Path, metric: str) -> list[Path]:
             warnings.simplefilter("ignore")
             axes = make()
         figure = (axes.flat[0] if hasattr(axes, "flat") else axes).figure
+        for each in figure.axes:
+            if each.get_xscale() == "log":  # within a magnitude long labels, such as 7 x 10^-4, would overlap
+                each.tick_params(axis="x", which="both", labelrotation=90)
         with atomic_write(out / name) as temporary:
             figure.savefig(temporary, format="png", dpi=120, bbox_inches="tight")
         pyplot.close(figure)
