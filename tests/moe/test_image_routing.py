@@ -88,6 +88,32 @@ def test_equals_a_plain_loop_with_all_gradients(options, backend, padded):
     torch.testing.assert_close(found["layer"], found["loop"], rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("options", [{}, {"top_k": 2}, {"top_k": 2, "shared_experts": 1}, {"num_experts": 9}])
+def test_one_image_at_evaluation_equals_a_plain_loop_and_repeats_bit_for_bit(options):
+    layer = layer_of(**options).eval()
+    x = torch.randn(1, 7, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        y = layer(x)
+        assert torch.equal(y, layer(x))
+        torch.testing.assert_close(y, by_a_loop(layer, x), rtol=1e-12, atol=1e-14)
+    assert layer(x[:, :0]).shape == (1, 0, 6)  # no token
+
+
+def test_one_image_at_evaluation_under_autocast_follows_changed_weights():
+    layer = layer_of().float().eval()
+    layer.experts.keep_casts()
+    x = torch.randn(1, 7, 6, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        before = layer(x)
+    with torch.no_grad():
+        layer.experts.fc2.weight.mul_(2)
+        layer.experts.fc2.bias.mul_(2)
+        with torch.autocast("cpu", torch.bfloat16):
+            after = layer(x)
+    assert before.dtype == after.dtype == torch.bfloat16
+    torch.testing.assert_close(after, 2 * before, rtol=0, atol=0)
+
+
 def test_balance_losses_are_those_of_the_images():
     layer = layer_of(gshard_loss_weight=1.0, z_loss_weight=1.0)
     x = torch.randn(6, 4, 6, dtype=torch.float64)

@@ -138,6 +138,27 @@ def test_statistics():
     assert not any(part.requires_grad for part in statistics)
 
 
+def test_what_nobody_read_in_an_evaluation_is_of_its_last_pass_also_when_it_is_read_in_training():
+    torch.manual_seed(0)
+    layer = MoeMlp(16, 32, moe=MoeConfig(num_experts=4, top_k=2, z_loss_weight=0.1)).eval()
+    first, second = torch.randn(2, 3, 10, 16)
+    expected = []
+    for x in (first, second):
+        layer(x)  # with gradient all is computed at once
+        expected.append((*layer.statistics, layer.last_auxiliary_loss.detach()))
+    assert not torch.equal(expected[0][0], expected[1][0])
+    with torch.inference_mode():
+        layer(first)
+        layer(second)
+    layer.train()  # draws noise, but the pass drew none
+    torch.testing.assert_close((*layer.statistics, layer.last_auxiliary_loss), expected[1], rtol=0, atol=0)
+    assert vmoe.auxiliary_loss(layer.eval()) == expected[1][-1]
+    with torch.no_grad():
+        layer(first)
+    assert copy.deepcopy(layer).statistics is None
+    torch.testing.assert_close((*layer.statistics, layer.last_auxiliary_loss), expected[0], rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_idle_experts_get_zero_gradients(training):
     layer = layer_of(num_experts=4, top_k=1, noise_std=0.0).train(training)

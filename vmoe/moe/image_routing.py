@@ -119,16 +119,18 @@ def choices_of_tokens(routing: Routing, tokens: int, real_BN: Tensor | None) -> 
     def of_tokens(values_GSX: Tensor) -> Tensor:  # (G, S, X) -> (B, N, X), without a copy
         return routing.groups.merge(values_GSX)[:, None].expand(-1, tokens, -1)
 
-    chosen_BNK = of_tokens(routing.chosen_GSK)
+    chosen_BNK, logits_BNE = of_tokens(routing.chosen_GSK), of_tokens(routing.logits_GSE)
+    is_noisy = routing.noisy_logits_GSE is not routing.logits_GSE
     return Routing(
         Groups(chosen_BNK.shape[0], tokens, tokens, tokens),
         real_BN,
-        of_tokens(routing.logits_GSE),
-        of_tokens(routing.noisy_logits_GSE),
+        logits_BNE,
+        of_tokens(routing.noisy_logits_GSE) if is_noisy else logits_BNE,
         of_tokens(routing.gates_GSE),
         chosen_BNK,
         of_tokens(routing.weights_GSK),
         kept_GSK=None if real_BN is None else real_BN[..., None].expand_as(chosen_BNK),
+        per_group=True,
     )
 
 

@@ -17,7 +17,7 @@ from vmoe.moe.exportable import LayerForm, why_layer_not_exportable
 from vmoe.moe.groups import Groups
 from vmoe.moe.image_routing import FollowingRouter, ImageRouting, choices_of_tokens
 from vmoe.moe.kernels import PLAIN, Kernels, kernels_for
-from vmoe.moe.kernels.operators import is_transformed
+from vmoe.moe.kernels.operators import is_traced, is_transformed
 from vmoe.moe.mlps import take_apart
 from vmoe.moe.passes import Mark
 from vmoe.moe.routers import ROUTERS, SoftRouter
@@ -65,8 +65,6 @@ class MoeMlp(nn.Module):
 
     Attributes:
         config: The configuration.
-        statistics: `Statistics` of the last forward pass; None before it, and after one that torch.func transformed.
-        last_auxiliary_loss: Its weighted auxiliary loss, (); None before it.
         images: How images are routed, with `route="image"`; else None.
         last_image_logits: The router's logits of the last forward pass without noise, (B, E), with gradient, for losses
             on the router; None before it, and where images are not routed by this layer itself.
@@ -125,8 +123,9 @@ class MoeMlp(nn.Module):
         self.auxiliary_scale: Tensor | None
         # no parameter, and the training loop sets it: it belongs to no checkpoint
         self.register_buffer("auxiliary_scale", None, persistent=False)
-        self.statistics: Statistics | None = None
-        self.last_auxiliary_loss: Tensor | None = None
+        self._statistics: Statistics | None = None
+        self._auxiliary_loss: Tensor | None = None
+        self._unread: Routing | SlotRouting | None = None  # see `_account`
         self.last_image_logits: Tensor | None = None
         self.mark = Mark()
         self.recorders: tuple[Callable[[Routing | SlotRouting, torch.Size], None], ...] = ()
@@ -183,6 +182,23 @@ class MoeMlp(nn.Module):
         """E."""
         return self.config.num_experts
 
+    @property
+    def statistics(self) -> Statistics | None:
+        """`Statistics` of the last forward pass; None before it, and after one that torch.func transformed."""
+        self._settle()
+        return self._statistics
+
+    @property
+    def last_auxiliary_loss(self) -> Tensor | None:
+        """The weighted auxiliary loss of the last forward pass, (); None before it."""
+        self._settle()
+        return self._auxiliary_loss
+
+    @last_auxiliary_loss.setter
+    def last_auxiliary_loss(self, loss: Tensor | None) -> None:
+        self._settle()
+        self._auxiliary_loss = loss
+
     def forward(self, x: Tensor, token_mask: Tensor | None = None) -> Tensor:
         """Runs each token through its experts.
 
@@ -213,9 +229,7 @@ class MoeMlp(nn.Module):
         if self.shared is not None:
             shared_TD = self.shared(x_TD)
             y_TD = y_TD + (shared_TD if token_mask is None else shared_TD.masked_fill(~token_mask.reshape(-1, 1), 0))
-        if accounts is None:
-            accounts = self._accounts_of(routing, kernels if self.images is None else PLAIN)
-        y_TD = self._account(accounts, y_TD)
+        y_TD = self._account(routing, accounts, y_TD, kernels if self.images is None else PLAIN)
 
         y = self.drop2(y_TD.view(*x.shape[:-1], self.out_features))
         return y.movedim(-1, 1) if self.use_conv else y
@@ -269,20 +283,40 @@ class MoeMlp(nn.Module):
             self.last_image_logits = groups.merge(routing.logits_GSE)
         return routing, choices_of_tokens(routing, tokens, real_BN)
 
-    def _accounts_of(self, routing: Routing | SlotRouting, kernels: Kernels) -> losses.Accounts:
-        is_noisy = self.training and self.config.draws_noise
+    def _accounts_of(self, routing: Routing | SlotRouting, kernels: Kernels, is_training: bool) -> losses.Accounts:
+        is_noisy = is_training and self.config.draws_noise
         is_counted = not isinstance(self.router, FollowingRouter)  # the losses of a decision count once
         return losses.accounts_of(routing, self.config, is_noisy, kernels, is_counted)
 
-    def _account(self, accounts: losses.Accounts, y_TD: Tensor) -> Tensor:
-        """Keeps the auxiliary loss and the statistics; changes no value of `y_TD`."""
-        loss, importance, load, usage = accounts
-        self.last_auxiliary_loss = loss
+    def _account(
+        self, routing: Routing | SlotRouting, accounts: losses.Accounts | None, y_TD: Tensor, kernels: Kernels
+    ) -> Tensor:
+        """Keeps the auxiliary loss and the statistics; changes no value of `y_TD`.
+
+        Evaluation on a CPU without gradient keeps only the routing, and computes them if someone reads them: for one
+        image they can take a tenth of the experts' time.
+        """
         self.mark.set()
-        self.statistics = None if is_transformed() else Statistics(*usage, importance, load)
+        if accounts is None and y_TD.is_cpu and not self.training and not torch.is_grad_enabled() and not is_traced():
+            self._unread = routing
+            return y_TD
+        accounts = self._accounts_of(routing, kernels, self.training) if accounts is None else accounts
+        self._keep(accounts)
         if self.config.inject_auxiliary_loss and self.training:
-            y_TD = losses.inject_gradient(y_TD, loss, self._checked_scale(y_TD))
+            y_TD = losses.inject_gradient(y_TD, accounts.loss, self._checked_scale(y_TD))
         return y_TD
+
+    def _keep(self, accounts: losses.Accounts) -> None:
+        loss, importance, load, usage = accounts
+        self._unread = None
+        self._auxiliary_loss = loss
+        self._statistics = None if is_transformed() else Statistics(*usage, importance, load)
+
+    def _settle(self) -> None:
+        """Computes what `_account` left for later."""
+        if self._unread is not None:
+            with torch.no_grad():
+                self._keep(self._accounts_of(self._unread, PLAIN, is_training=False))
 
     def expects_gradient(self) -> bool:
         """Whether the auxiliary loss of a training step should reach the router's parameters."""
@@ -311,7 +345,7 @@ class MoeMlp(nn.Module):
                 "shared_router: nn.DataParallel runs copies of the layers, which would share one decision; use "
                 "DistributedDataParallel"
             )
-        self.last_auxiliary_loss = self.last_image_logits = self.statistics = None
+        self._statistics = self._auxiliary_loss = self._unread = self.last_image_logits = None
         replica = super()._replicate_for_data_parallel()
         replica.mark = Mark()
         return replica
@@ -324,5 +358,5 @@ class MoeMlp(nn.Module):
 
     def __getstate__(self) -> dict:
         # What a forward pass left behind belongs to its graph: it can be neither copied nor saved.
-        passed = {"statistics": None, "last_auxiliary_loss": None, "last_image_logits": None}
+        passed = dict.fromkeys(("_statistics", "_auxiliary_loss", "_unread", "last_image_logits"))
         return {**self.__dict__, **passed, "recorders": ()}

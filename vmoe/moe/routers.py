@@ -254,6 +254,8 @@ def top_experts(gates_GSE: Tensor, top_k: int) -> Tensor:
     K rounds of argmax rather than torch.topk, which leaves open whose turn it is among equal gates.
     """
     remaining_GSE = gates_GSE.detach()
+    if top_k == 1:
+        return remaining_GSE.argmax(-1, keepdim=True)
     expert_E = torch.arange(gates_GSE.shape[-1], device=gates_GSE.device)
     chosen = []
     for choice in range(top_k):

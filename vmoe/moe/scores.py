@@ -1,6 +1,7 @@
 """Scores (logits) of routers, in float32 or wider even under autocast."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ def full_precision_linear(x: Tensor, weight: Tensor, kernels: Kernels = PLAIN) -
     if routing is not None and x.dim() == 2 and dtype == torch.float32 and weight.shape[0] <= MAX_SCORES:
         return routing.scores(x, weight)
     wide = _wide_enough(x, dtype)
-    with torch.autocast(_device_type(x), enabled=False):
+    with _without_autocast(x):
         return F.linear(x.to(wide), weight.to(wide)).to(dtype)
 
 
@@ -32,14 +33,14 @@ class Gate(nn.Linear):
 
 def gate_scores(x: Tensor, gate: Gate, kernels: Kernels = PLAIN) -> Tensor:
     """The gate's scores of x, in float32 or wider. Adapters and hooks on the gate compute in that type too."""
-    if kernels.routing is not None and is_bare(gate, Gate):
-        return full_precision_linear(x, gate.weight, kernels)
+    if is_bare(gate, Gate):
+        return full_precision_linear(x, gate.weight, kernels if kernels.routing is not None else kernels_for(x))
     dtype = torch.promote_types(x.dtype, torch.float32)
     wide = _wide_enough(x, dtype)
-    with torch.autocast(_device_type(x), enabled=False):
+    with _without_autocast(x):
         if wide != dtype:
             return gate(x.to(wide)).to(dtype)
-        return gate(x if is_bare(gate, Gate) else x.to(dtype))
+        return gate(x.to(dtype))
 
 
 def scores_with_tokens(x_TD: Tensor, gate: Gate, kernels: Kernels = PLAIN) -> tuple[Tensor, Tensor]:
@@ -54,6 +55,12 @@ def scores_with_tokens(x_TD: Tensor, gate: Gate, kernels: Kernels = PLAIN) -> tu
 def with_noise(logits: Tensor, scale: float, draw: Callable[[Tensor], Tensor] | None) -> Tensor:
     """Adds normal noise of standard deviation `scale`, from `draw` or torch. With 0 it returns the same tensor."""
     return torch.add(logits, (draw or torch.randn_like)(logits), alpha=scale) if scale > 0 else logits
+
+
+def _without_autocast(x: Tensor) -> AbstractContextManager:
+    """A context without autocast. Where there is none already, it costs nothing."""
+    device_type = _device_type(x)
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
 def _device_type(x: Tensor) -> str:

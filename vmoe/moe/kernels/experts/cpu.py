@@ -8,7 +8,7 @@ T tokens of width D with K choices; E experts of hidden width H; O width of the 
 with rows of no expert at the end.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ from vmoe.moe.attached import is_bare
 from vmoe.moe.kernels.experts import composed, rows, segments
 from vmoe.moe.kernels.interface import Choices, Mlp
 from vmoe.moe.kernels.memory import shared_memory
-from vmoe.moe.kernels.operators import operator
+from vmoe.moe.kernels.operators import is_traced, operator
 
 aten = torch.ops.aten
 
@@ -32,6 +32,9 @@ def takes(mlp: Mlp) -> bool:
 
 def expert_mlp(x_TD: Tensor, choices: Choices, mlp: Mlp) -> Tensor:
     """(T, D) -> (T, O), see `kernels.experts`."""
+    is_training = torch.is_grad_enabled() and mlp.is_learned(x_TD, choices.weights_TK)
+    if choices.are_of_one_group and not is_training and not is_traced():
+        return _of_one_group(x_TD, choices, mlp)
     layout = segments.segment_layout(choices, mlp.weight1.shape[0])
     inputs = CpuInputs(
         x_TD=x_TD,
@@ -47,9 +50,26 @@ def expert_mlp(x_TD: Tensor, choices: Choices, mlp: Mlp) -> Tensor:
         ends_E=layout.ends_E,
         dtype=mlp.dtype,
         tanh=mlp.activation.approximate == "tanh",
-        is_training=torch.is_grad_enabled() and mlp.is_learned(x_TD, choices.weights_TK),
+        is_training=is_training,
     )
     y_TO, *_ = cpu_experts(*inputs)
+    return y_TO
+
+
+def _of_one_group(x_TD: Tensor, choices: Choices, mlp: Mlp) -> Tensor:
+    """The forward pass of tokens that all have the same choices: each chosen expert takes them where they lie."""
+    dtype = mlp.dtype
+    x_TD, y_TO = x_TD.to(dtype), None
+    weight1, weight2 = (
+        _WeightsOfExpert(weight, mlp.cast(weight) if mlp.keeps_casts else None, dtype)
+        for weight in (mlp.weight1, mlp.weight2)
+    )
+    chosen_K, weights_K = choices.chosen_TK[0].tolist(), choices.weights_TK[0].to(dtype).tolist()
+    for expert, weight in zip(chosen_K, weights_K, strict=True):
+        hidden_TH = F.linear(x_TD, weight1.of(expert), _bias_of(mlp.bias1, expert, dtype))
+        aten.gelu_(hidden_TH, approximate=mlp.activation.approximate)
+        own_TO = F.linear(hidden_TH, weight2.of(expert), _bias_of(mlp.bias2, expert, dtype))
+        y_TO = own_TO.mul_(weight) if y_TO is None else y_TO.add_(own_TO, alpha=weight)
     return y_TO
 
 
@@ -133,24 +153,17 @@ def _forward_on_cpu(inputs: CpuInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         _WeightsOfExpert(inputs.weight1_EHD, inputs.cast1_EHD, dtype),
         _WeightsOfExpert(inputs.weight2_EOH, inputs.cast2_EOH, dtype),
     )
-    biases1, biases2 = (
-        _biases_of_experts(inputs.bias1_EH, counts, dtype),
-        _biases_of_experts(inputs.bias2_EO, counts, dtype),
-    )
-    # without a backward pass all experts reuse the same rows
-    each_x, each_pre = (
-        _split_by_expert(rows, counts) if inputs.is_training else [rows[:count] for count in counts]
-        for rows in (x_RD, pre_RH)
-    )
-    token_R = inputs.choice_R.div(inputs.row_TK.shape[1], rounding_mode="floor")
-    each = zip(counts, _split_by_expert(token_R, counts), each_x, each_pre, _split_by_expert(y_RO, counts), strict=True)
-    for expert, (count, token, x, pre, y) in enumerate(each):
-        if count:
-            act = act_RH[:count]
-            torch.index_select(x_TD, 0, token, out=x)
-            _write_linear(x, weight1.of(expert), biases1[expert], pre)
-            aten.gelu.out(pre, approximate=_approximation(inputs.tanh), out=act)
-            _write_linear(act, weight2.of(expert), biases2[expert], y)
+    top_k = inputs.row_TK.shape[1]
+    token_R = inputs.choice_R if top_k == 1 else inputs.choice_R.div(top_k, rounding_mode="floor")
+    for expert, own in _used_experts(counts):
+        count = own.stop - own.start
+        # without a backward pass all experts reuse the same rows
+        kept = own if inputs.is_training else slice(count)
+        x, pre, act = x_RD[kept], pre_RH[kept], act_RH[:count]
+        torch.index_select(x_TD, 0, token_R[own], out=x)
+        _write_linear(x, weight1.of(expert), _bias_of(inputs.bias1_EH, expert, dtype), pre)
+        aten.gelu.out(pre, approximate=_approximation(inputs.tanh), out=act)
+        _write_linear(act, weight2.of(expert), _bias_of(inputs.bias2_EO, expert, dtype), y_RO[own])
     y_TO = _sum_of_rows(y_RO, inputs.row_TK, sum(counts), inputs.weights_TK.to(dtype))
     if inputs.is_training:
         return y_TO, x_RD, pre_RH, y_RO
@@ -278,12 +291,12 @@ class _WeightsOfExpert:
 
     def __init__(self, weight_EOD: Tensor, cast_EOD: Tensor | None, dtype: torch.dtype) -> None:
         weight_EOD = weight_EOD if cast_EOD is None else cast_EOD
-        self._each = weight_EOD.unbind(0)
+        self._weight_EOD = weight_EOD
         self._cast = None if weight_EOD.dtype == dtype else torch.empty(weight_EOD.shape[1:], dtype=dtype)
 
     def of(self, expert: int) -> Tensor:
         """(O, D). The next call may overwrite them."""
-        weight = self._each[expert]
+        weight = self._weight_EOD[expert]
         return weight if self._cast is None else self._cast.copy_(weight)
 
 
@@ -329,8 +342,17 @@ def _split_by_expert(rows_R: Tensor, counts: list[int]) -> tuple[Tensor, ...]:
     return rows_R[: sum(counts)].split(counts)
 
 
-def _biases_of_experts(bias_EO: Tensor | None, counts: list[int], dtype: torch.dtype) -> Sequence[Tensor | None]:
-    return [None] * len(counts) if bias_EO is None else bias_EO.to(dtype).unbind(0)
+def _used_experts(counts: list[int]) -> Iterator[tuple[int, slice]]:
+    """Each expert that has rows, with its rows."""
+    end = 0
+    for expert, count in enumerate(counts):
+        end += count
+        if count:
+            yield expert, slice(end - count, end)
+
+
+def _bias_of(bias_EO: Tensor | None, expert: int, dtype: torch.dtype) -> Tensor | None:
+    return None if bias_EO is None else bias_EO[expert].to(dtype)
 
 
 def _write_linear(x_RD: Tensor, weight_OD: Tensor, bias_O: Tensor | None, y_RO: Tensor) -> None:
