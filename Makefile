@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help install demo demo-page test test-all test-lowest test-lowest-fast test-browser lint format package docs clean
+.PHONY: help install demo demo-page test test-all test-long test-lowest test-lowest-fast test-browser lint format package docs clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -33,8 +33,11 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 test: .venv/installed  ## run the tests
 	$(PYTEST)
 
-test-all: .venv/installed  ## run the slow tests too
-	$(PYTEST) -m "not gpu and not browser"
+test-all: .venv/installed  ## run the slow tests too: kills, resumption, several processes, exports
+	$(PYTEST) -m "not long and not gpu and not browser"
+
+test-long: .venv/installed  ## run what takes minutes or the network, before a release: notebooks, an install, the export of every family
+	$(PYTEST) -m long
 
 LOWEST := .venv-lowest
 $(LOWEST)/installed $(LOWEST)/installed-fast: pyproject.toml tests/lowest.txt

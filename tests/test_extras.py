@@ -153,7 +153,7 @@ def brought_by(extra):
     return " ".join(Requirement(line).name for line in project["optional-dependencies"][extra])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_each_extra_is_enough_for_its_jobs(tmp_path):
     program = "import sys; from vmoe.cli.main import main; raise SystemExit(main(sys.argv[1:]))"
     maps = REPOSITORY / "vmoe" / "data" / "samples" / "china.jpg", "--out", tmp_path / "maps"
@@ -167,7 +167,7 @@ def test_each_extra_is_enough_for_its_jobs(tmp_path):
     assert "the confusion matrix is not drawn: this needs matplotlib" in evaluated
 
 
-@pytest.mark.slow  # downloads torch: minutes
+@pytest.mark.long  # downloads torch
 def test_the_core_installed_into_an_environment_of_its_own(tmp_path):
     venv.create(tmp_path / "core", with_pip=True)
     python = tmp_path / "core" / "bin" / "python"

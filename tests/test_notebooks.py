@@ -38,7 +38,7 @@ def test_notebook_was_saved_after_one_whole_run(name):
     assert pictures(notebook) >= 1 and not re.search(r"/tmp|/home|/work|Warning", printed(notebook))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", NAMES)
 def test_notebook_runs_and_shows_the_same(name, tmp_path):
     (tmp_path / "assets").symlink_to(REPOSITORY / "assets")

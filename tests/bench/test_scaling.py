@@ -76,7 +76,7 @@ def test_processes_that_never_answer_are_ended(tmp_path, monkeypatch):
     assert (row["state"], row["error"]) == ("failed", "the processes ended: ")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_torchrun_goes_on_behind_a_job_that_fails(tmp_path):
     fine = ScalingJob(
         "speed", SETTINGS["cpu"].small, MeshLayout("ddp", 2), experts=4, batch=8, dtype="float32", steps=2
@@ -87,7 +87,7 @@ def test_torchrun_goes_on_behind_a_job_that_fails(tmp_path):
     assert done["state"] == "done" and done["step_ms"] > 0
 
 
-@pytest.mark.slow
+@pytest.mark.long  # about 100 s of CPU time
 def test_results_of_two_processes_beside_one(tmp_path, capsys):
     assert main(["scaling", "--device", "cpu", "--steps", "2", "--out", str(tmp_path)]) == 0
     rows = json.loads((tmp_path / "scaling.json").read_text())["rows"]

@@ -121,9 +121,9 @@ def test_the_shipped_model_in_int8(tmp_path):
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_an_int8_file_as_an_onnx_program(tmp_path):
-    rounded, images = tmp_path / "int8.safetensors", torch.randn(16, 3, 32, 32)
-    assert main([str(SHIPPED), "--out", str(rounded), "--quantize", "int8"]) == 0
+def test_an_int8_file_as_an_onnx_program(save_run, tmp_path):
+    rounded, images = tmp_path / "int8.safetensors", torch.randn(16, 3, 16, 16)
+    assert main([str(save_run(moe=MOE)), "--out", str(rounded), "--quantize", "int8"]) == 0
     found = load_checkpoint(rounded).model(images)
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime")

@@ -334,13 +334,14 @@ def test_large_pictures_are_decoded_one_at_a_time():
 
 
 @pytest.mark.slow
-def test_a_program_is_served(tmp_path, predictor):
+def test_a_program_is_served(tmp_path, save_run):
     pytest.importorskip("onnxscript")
-    program, content = tmp_path / "model.onnx", encoded(noise(5))
-    assert export([str(SHIPPED), "--format", "onnx", "--out", str(program)]) == 0
+    run, program, content = save_run(moe={"num_experts": 2}), tmp_path / "model.onnx", encoded(noise(5))
+    assert export([str(run), "--format", "onnx", "--out", str(program)]) == 0
     server = Server(model=program)
-    (status, answer), (refused, told) = server.predict(content, top=100), server.predict(content, routing="true")
+    (status, answer), (refused, told) = server.predict(content, top=10), server.predict(content, routing="true")
     server.stop()
+    predictor = load_predictor(run, torch.device("cpu"))
     row = predictor.predict(np.array(noise(5))).probabilities[0]
     expected = {
         name: pytest.approx(float(value), abs=1e-4) for name, value in zip(predictor.class_names, row, strict=True)

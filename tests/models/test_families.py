@@ -8,7 +8,7 @@ from typing import NamedTuple
 import pytest
 import timm
 import torch
-from support.backbones import REFUSED, SUPPORTED, Example, page, row
+from support.backbones import KINDS, REFUSED, SUPPORTED, Example, page, row
 from timm.models._manipulate import group_with_matcher
 from torch import Tensor, nn
 
@@ -20,31 +20,6 @@ PAGE = Path(__file__).parents[2] / "docs" / "backbones.md"
 KNOWN = set(timm.list_models())
 TIMM = tuple(map(int, timm.__version__.split(".")[:3]))
 EVERY = MoeConfig(layers="every-1", num_experts=3, renormalize=True)
-
-
-# One of each kind: of MLP's class, of blocks that are left out, of how tokens lie. The others are many of a kind.
-KINDS = {
-    "vit_tiny_patch16_224",
-    "vit_so150m_patch16_reg4_gap_256",
-    "vit_small_patch16_18x2_224",
-    "vit_giant_patch14_dinov2",
-    "eva02_base_patch14_224",
-    "vitamin_small_224",
-    "gemma4_vit_167m",
-    "convnext_atto",
-    "convnext_tiny",
-    "visformer_tiny",
-    "hiera_tiny_224",
-    "tiny_vit_5m_224",
-    "swiftformer_xs",
-    "swin_tiny_patch4_window7_224",
-    "mixer_s32_224",
-    "cait_xxs24_224",
-    "xcit_nano_12_p16_224",
-    "volo_d1_224",
-    "csatv2",
-    "tnt_s_patch16_224",
-}
 
 
 def cases(examples: list[Example]) -> list:
@@ -190,7 +165,7 @@ def _names(examples: list[Example]) -> list[tuple[str, str]]:
     return [(example.family, example.name) for example in examples]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_whole_page_is_up_to_date():
     assert page() == PAGE.read_text()
 

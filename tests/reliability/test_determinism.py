@@ -43,7 +43,7 @@ def _assert_same(one: RunFolder, other: RunFolder) -> None:
         assert_equal(ours["optimizer_states"], theirs["optimizer_states"], name)
 
 
-SLOW = [(router, threads) for router in ROUTER_NAMES for threads in (1, 2)][1:]
+SLOW = [*((router, 1) for router in ROUTER_NAMES[1:]), (ROUTER_NAMES[0], 2)]
 
 
 @pytest.mark.parametrize(
@@ -59,9 +59,8 @@ def test_a_seed_repeats(run, router, threads):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", ["2", "4"])
-def test_workers_change_nothing(run, workers):
-    _assert_same(run("alone"), run("helped", "--data.workers", workers))
+def test_workers_change_nothing(run):
+    _assert_same(run("alone"), run("helped", "--data.workers", "2"))
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ optim: {name: muon, adamw_lr: 5.0e-4, warmup_epochs: 1}
 trainer: {epochs: 3, accumulate: 2, device: cpu, log_every: 1, ema_decay: 0.9}
 """
 pytestmark = pytest.mark.slow  # in one process: tests/training/test_resume.py
-SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "int": signal.SIGINT}
+MOMENTS = {signal.SIGKILL: 8, signal.SIGTERM: 4, signal.SIGINT: 4}  # a run is trained twice per moment
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +61,9 @@ def _check(recipe, expected: RunFolder, folder: RunFolder, attack: Attack) -> No
 @pytest.mark.parametrize(
     ("signum", "moment"),
     [
-        pytest.param(signum, moment, id=f"{name}-{moment:.3f}")
-        for name, signum in SIGNALS.items()
-        for moment in _moments(signum, 30)
+        pytest.param(signum, moment, id=f"{signum.name}-{moment:.3f}")
+        for signum, count in MOMENTS.items()
+        for moment in _moments(signum, count)
     ],
 )
 def test_stopped_at_any_moment(recipe, unbroken, tmp_path, signum, moment):
@@ -73,11 +73,10 @@ def test_stopped_at_any_moment(recipe, unbroken, tmp_path, signum, moment):
 
 # The second time that a function is entered, or the first where there is one only, and so many calls later
 PLACES = [
-    ("save_checkpoint", 10),
-    *(("save_checkpoint", calls) for calls in (100, 500, 1500, 3000)),
-    *(("copy_checkpoint", calls) for calls in (5, 30, 60)),
-    *(("append", calls) for calls in (1, 20, 60, 90)),
-    *(("validation_step", calls) for calls in (1, 700)),
+    *(("save_checkpoint", calls) for calls in (10, 500, 1500)),
+    *(("copy_checkpoint", calls) for calls in (5, 60)),
+    *(("append", calls) for calls in (1, 60)),
+    ("validation_step", 1),
     *(("_summary", calls) for calls in (1, 400)),
 ]
 ONCE = ("_summary", "on_train_end", "copy_checkpoint")
@@ -93,17 +92,15 @@ def test_killed_where_it_hurts(recipe, unbroken, tmp_path, place, calls):
     )
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_stopped_while_the_best_checkpoint_is_tested(recipe, unbroken, tmp_path, signum):
-    _check(recipe, unbroken[0], RunFolder(tmp_path / "run"), Attack(10, signum, "test_step"))
+def test_stopped_while_the_best_checkpoint_is_tested(recipe, unbroken, tmp_path):
+    _check(recipe, unbroken[0], RunFolder(tmp_path / "run"), Attack(10, signal.SIGTERM, "test_step"))
 
 
 # From some moment on files cannot grow beyond so many bytes
 FULL = [
-    ("save_checkpoint", 20_000),
-    *(("save_checkpoint", size) for size in (0, 1_000, 150_000)),
-    *(("append", size) for size in (0, 200)),
-    *(("training_step", size) for size in (0, 5_000)),
+    *(("save_checkpoint", size) for size in (0, 20_000, 150_000)),
+    ("append", 0),
+    ("training_step", 0),
     ("flush", 0),
     ("add_scalar", 0),
     ("on_train_end", 0),

@@ -48,6 +48,31 @@ class Example(NamedTuple):
         return model
 
 
+# One of each kind: of MLP's class, of blocks that are left out, of how tokens lie. The others are many of a kind.
+KINDS = {
+    "vit_tiny_patch16_224",
+    "vit_so150m_patch16_reg4_gap_256",
+    "vit_small_patch16_18x2_224",
+    "vit_giant_patch14_dinov2",
+    "eva02_base_patch14_224",
+    "vitamin_small_224",
+    "gemma4_vit_167m",
+    "convnext_atto",
+    "convnext_tiny",
+    "visformer_tiny",
+    "hiera_tiny_224",
+    "tiny_vit_5m_224",
+    "swiftformer_xs",
+    "swin_tiny_patch4_window7_224",
+    "mixer_s32_224",
+    "cait_xxs24_224",
+    "xcit_nano_12_p16_224",
+    "volo_d1_224",
+    "csatv2",
+    "tnt_s_patch16_224",
+}
+
+
 def _mvitv2() -> dict[str, Any]:
     from timm.models.mvitv2 import MultiScaleVitCfg
 

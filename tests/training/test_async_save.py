@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from support.forks import run_forked
-from support.parallel_runs import TINY, assert_close, assert_same_run, launch, strategy_options, tensors
+from support.parallel_runs import TINY, assert_close, assert_same_run, launch, strategy_options, tensors, train_forked
 
 from vmoe.checkpoints import ENTRY, RunFolder, read_checkpoint
 from vmoe.config_values import from_plain
@@ -61,36 +61,34 @@ def assert_equal(ours: Path, expected: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("strategy", "at_last"), [("fsdp", ASYNC), ("expert 2", ())])
-def test_a_run_that_saves_so_is_the_run_that_waits(recipe, tmp_path, strategy, at_last):
+def test_a_run_that_saves_so_is_the_run_that_waits(recipe, tmp_path):
     waiting, other = RunFolder(tmp_path / "waiting"), RunFolder(tmp_path / "async")
-    options = strategy_options(strategy)
-    launch(recipe, waiting.path, 2, *options, **KILLED, SIGNAL_AT="16")  # in the second epoch
+    options = strategy_options("expert 2")
+    train_forked(recipe, waiting.path, 2, *options, **KILLED, SIGNAL_AT="16")  # in the second epoch
     slow = {"WRITE_SECONDS": "1", "STEP_SECONDS": "0.5"}
-    done = launch(recipe, other.path, 2, *options, *ASYNC, **KILLED, **slow, SIGNAL_AT="16")
+    done = train_forked(recipe, other.path, 2, *options, *ASYNC, **KILLED, **slow, SIGNAL_AT="16")
     assert int(re.search(r"\.best\.ckpt\.new: written in update (\d+)", done.stderr)[1]) >= 9  # of the next epoch
     for ours, expected in ((other.last, waiting.last), (other.best, waiting.best)):
         assert_equal(ours, expected)
-    assert launch(recipe, waiting.path, 2, *options, "--resume").returncode == 0
+    assert train_forked(recipe, waiting.path, 2, *options, "--resume").returncode == 0
     stop = {"SIGNAL": str(int(signal.SIGTERM)), "SIGNAL_AT": "19"}  # while the second epoch's is under way
-    done = launch(recipe, other.path, 2, *options, *ASYNC, "--resume", **stop, WRITE_SECONDS="2")
+    done = train_forked(recipe, other.path, 2, *options, *ASYNC, "--resume", **stop, WRITE_SECONDS="2")
     assert done.stderr.count("the run is saved, go on with") == 1, done.stderr
     assert done.stderr.count(NO_THREAD) == 2, done.stderr
     assert read_checkpoint(other.last)[ENTRY]["batches_done"] == 3
-    done = launch(recipe, other.path, 2, *options, *at_last, "--resume", WRITE_SECONDS="0.3")
+    done = train_forked(recipe, other.path, 2, *options, *ASYNC, "--resume", WRITE_SECONDS="0.3")
     assert done.returncode == 0, done.stderr
     assert done.stderr.count(NO_THREAD) == 2, done.stderr
     assert_same_run(other, waiting)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rank", ["0", "1"])
-def test_a_full_disk_stops_the_run_at_once_and_leaves_the_checkpoint_of_before(recipe, tmp_path, rank):
-    full = {"SIGNAL_AT": "16", "SIGNALLED_RANK": rank, "FILE_BYTES": "20000", "STEP_SECONDS": "0.3"}
-    done = launch(recipe, tmp_path / "run", 2, *strategy_options("fsdp"), *ASYNC, **full)
+def test_a_full_disk_stops_the_run_at_once_and_leaves_the_checkpoint_of_before(recipe, tmp_path):
+    full = {"SIGNAL_AT": "16", "SIGNALLED_RANK": "1", "FILE_BYTES": "20000", "STEP_SECONDS": "0.3"}
+    done = train_forked(recipe, tmp_path / "run", 2, *strategy_options("fsdp"), *ASYNC, **full)
     assert done.returncode != 0
     assert done.stderr.count("last.ckpt: cannot be written") + done.stderr.count("best.ckpt: cannot be written") == 1
-    assert "Traceback" not in done.stderr.partition("ChildFailedError")[0].partition("elastic")[0]
+    assert "Traceback" not in done.stderr
     assert "epoch 2/3" in done.stdout and "epoch 3/3" not in done.stdout
     assert read_checkpoint(RunFolder(tmp_path / "run").last)[ENTRY]["epochs_done"] == 1
     assert not list((tmp_path / "run" / "checkpoints").glob(".*.new"))
@@ -99,7 +97,7 @@ def test_a_full_disk_stops_the_run_at_once_and_leaves_the_checkpoint_of_before(r
 @pytest.mark.slow
 def test_a_run_that_fails_waits_for_the_checkpoint_under_way(recipe, tmp_path):
     failing = {"NAN_AT": "10", "WRITE_SECONDS": "3"}
-    done = launch(recipe, tmp_path / "run", 2, *strategy_options("expert 2"), *ASYNC, **failing)
+    done = train_forked(recipe, tmp_path / "run", 2, *strategy_options("expert 2"), *ASYNC, **failing)
     assert done.returncode != 0
     assert done.stderr.count("step 11: the loss or its gradient became NaN or inf") == 1, done.stderr
     assert done.stderr.count(NO_THREAD) == 2, done.stderr
@@ -107,9 +105,9 @@ def test_a_run_that_fails_waits_for_the_checkpoint_under_way(recipe, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_that_fails_tells_of_the_checkpoint_that_failed_too(recipe, tmp_path):
+def test_a_run_that_fails_reports_the_checkpoint_that_failed_too(recipe, tmp_path):
     failing = {"NAN_AT": "10", "WRITE_SECONDS": "3", "SIGNAL_AT": "9", "SIGNALLED_RANK": "1", "FILE_BYTES": "20000"}
-    done = launch(recipe, tmp_path / "run", 2, *strategy_options("expert 2"), *ASYNC, **failing)
+    done = train_forked(recipe, tmp_path / "run", 2, *strategy_options("expert 2"), *ASYNC, **failing)
     assert done.stderr.count("step 11: the loss or its gradient became NaN or inf") == 1, done.stderr
     assert done.stderr.count("best.ckpt: cannot be written") == 1
 
