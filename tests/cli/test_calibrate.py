@@ -28,7 +28,7 @@ def test_a_calibrated_file_gives_sets(save_run, tmp_path, capsys):
     assert len(rows) == 2 and {row["set"] for row in rows} == {"; ".join(answer["set"])}
 
 
-def test_a_fit_that_ends_at_a_bound_says_so(save_run, tmp_path, capsys):
+def test_a_fit_that_ends_at_a_bound_or_is_by_few_images_says_so(save_run, tmp_path, capsys):
     run, out = save_run(), tmp_path / "calibrated.safetensors"
     images = np.random.default_rng(0).integers(0, 256, (10, 16, 16, 3), dtype=np.uint8)
     right = vmoe.load(run).predict(images[:4], progress=False).probabilities.argmax(1)
@@ -39,6 +39,13 @@ def test_a_fit_that_ends_at_a_bound_says_so(save_run, tmp_path, capsys):
     assert main([str(run), "--out", str(out), "--data", str(tmp_path / "few.npz"), "--json", str(report)]) == 0
     assert "2 images for validation ends at the smallest temperature" in capsys.readouterr().err
     assert json.loads(report.read_text())["at_bound"]
+    arrays |= {
+        "val_x": np.concatenate([images[:4]] * 10),
+        "val_y": np.concatenate([right] * 3 + [right + 1 + k for k in range(7)]) % 10,
+    }
+    np.savez(tmp_path / "few.npz", **arrays)
+    assert main([str(run), "--out", str(out), "--data", str(tmp_path / "few.npz"), "--json", str(report)]) == 0
+    assert "warning: 20 images for validation are few to fit a temperature" in capsys.readouterr().err
     assert main([str(run), "--out", str(out), "--json", str(report)]) == 0
     assert not capsys.readouterr().err and not json.loads(report.read_text())["at_bound"]
 

@@ -20,6 +20,8 @@ from vmoe.cli.progress import Tracked
 from vmoe.errors import UserError
 from vmoe.text import counted
 
+_FEW_TO_FIT_BY = 50  # fewer images give a warning
+
 
 @job(DATA_OPTIONS)
 def main(argv: list[str]) -> None:
@@ -63,6 +65,11 @@ def _calibrated(options: argparse.Namespace) -> None:
         print(
             f"warning: the fit on {images} ends at the {end} temperature that is allowed, since these are answered too "
             f"{answered} to show how sure the model may be; give more images for validation",
+            file=sys.stderr,
+        )
+    elif report["images"] < _FEW_TO_FIT_BY:
+        print(
+            f"warning: {images} are few to fit a temperature by: other images may give another one, and other sets",
             file=sys.stderr,
         )
 
