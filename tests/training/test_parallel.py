@@ -223,7 +223,7 @@ def test_a_table_of_contents_that_would_run_something_is_refused(sharded, tmp_pa
     assert not (tmp_path / "overwritten").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long  # torchrun starts twice: 40 s of CPU time
 def test_torchrun_does_not_resume_the_run_of_another_start(recipe, sharded, tmp_path):
     folder = shutil.copytree(sharded.path, tmp_path / "run")
     done = launch(recipe, folder, 2, *strategy_options("expert 2"), restarts=1)
