@@ -106,6 +106,6 @@ def test_no_draw_of_20_ends_in_a_traceback(tmp_path, monkeypatch):
     _fuzz(tmp_path, 20, monkeypatch)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_no_draw_of_2000_ends_in_a_traceback(tmp_path, monkeypatch):
     _fuzz(tmp_path, 2000, monkeypatch)
