@@ -286,7 +286,7 @@ def test_with_muon_the_strategy_cannot_change(recipe, sharded_with_muon, strateg
     assert "parallel.strategy (was 'fsdp', now 'none')" in done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.long  # each takes 80 s of CPU time
 @pytest.mark.parametrize("strategy", ["expert 2", "expert 2 whole"])  # fsdp is a part of the first
 def test_compiled_it_trains_the_same(recipe, tmp_path, strategy):
     weights = []
