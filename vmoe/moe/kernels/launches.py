@@ -50,7 +50,9 @@ def launch(
         is_blocks = type(each) is TensorDescriptor
         base = each.base if is_blocks else each
         address = base.data_ptr()
-        if address % 16:  # Triton compiles it otherwise
+        # Triton compiles for other addresses otherwise, and has an error for tensors elsewhere: their addresses alone
+        # would end in an illegal access, after which the process cannot use the GPU
+        if address % 16 or base.get_device() != device:
             kernel[grid](*tensors, *numbers, **options)
             return None
         places.append(
