@@ -9,6 +9,7 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import library, nn
+from torch.utils.checkpoint import checkpoint
 
 import vmoe
 from vmoe import MoeConfig
@@ -470,6 +471,44 @@ def test_routing_is_one_node_of_autograds_graph(monkeypatch):
         gradient.sum().backward()
 
 
+def test_checkpointing_repeats_a_recorded_pass_after_the_recording(monkeypatch):
+    monkeypatch.setattr(layer_module, "kernels_for", lambda tensor: TRITON)
+    layer = vmoe.MoeMlp(8, 16, moe=MoeConfig(num_experts=4, group="image", backend="fused"), device=DEVICE)
+    x = torch.randn(2, 5, 8, device=DEVICE, requires_grad=True)
+    with vmoe.record_routing(layer) as trace:
+        recorded = checkpoint(layer, x, use_reentrant=False)
+    plain = checkpoint(layer, x, use_reentrant=False)
+    with vmoe.record_routing(layer):
+        plain.sum().backward()
+    checkpoint(layer, x, use_reentrant=False)
+    with vmoe.record_routing(layer):
+        recorded = checkpoint(layer, x, use_reentrant=False)
+    recorded.sum().backward()
+    assert len(trace.layers) == 1
+
+
+@pytest.mark.parametrize("kernels", [PLAIN, TRITON], ids=["plain", "one node"])
+def test_a_router_in_evaluation_mode_draws_no_noise_and_has_no_load_loss(kernels, monkeypatch):
+    monkeypatch.setattr(layer_module, "kernels_for", lambda tensor: kernels)
+    layer = vmoe.MoeMlp(8, 16, moe=MoeConfig(num_experts=4, group="image"), device=DEVICE)
+    layer(torch.randn(2, 5, 8, device=DEVICE))
+    assert layer.statistics.load_loss > 0
+    layer.router.eval()
+    layer(torch.randn(2, 5, 8, device=DEVICE))
+    assert layer.statistics.load_loss == 0
+
+
+def test_a_forward_of_the_routers_own_is_called_in_place_of_the_one_node(monkeypatch):
+    """As libraries that move weights between devices, and experiments, set it on a module."""
+    monkeypatch.setattr(layer_module, "kernels_for", lambda tensor: TRITON)
+    layer = vmoe.MoeMlp(8, 16, moe=MoeConfig(num_experts=4, group="image"), device=DEVICE)
+    calls = []
+    for module in (layer.router, layer.router.gate):
+        module.forward = lambda *inputs, own=module.forward: calls.append(own) or own(*inputs)
+    layer(torch.randn(2, 5, 8, device=DEVICE))
+    assert len(calls) == 2
+
+
 @pytest.mark.gpu
 def test_tensors_may_begin_at_any_address():
     layer = vmoe.MoeMlp(16, 32, moe=MoeConfig(num_experts=4), device="cuda").eval()
@@ -478,3 +517,14 @@ def test_tensors_may_begin_at_any_address():
     assert shifted.data_ptr() % 16
     for x in (aligned, shifted, aligned, shifted):  # compiled each, then looked up
         torch.testing.assert_close(layer(x), layer(aligned), rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+def test_a_layer_on_the_cpu_refuses_tokens_on_a_gpu_after_it_was_there():
+    layer = vmoe.MoeMlp(16, 32, moe=MoeConfig(num_experts=4), device="cuda").eval()
+    x = torch.randn(2, 5, 16, device="cuda")
+    with torch.no_grad():
+        before = layer(x)
+        with pytest.raises(ValueError, match="cpu tensor"):
+            layer.cpu()(x)
+        assert torch.equal(layer.cuda()(x), before)

@@ -8,10 +8,13 @@ from torch import Tensor, nn
 
 
 def is_bare(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether `module` is of this very class and has no hooks: then its parameters may be used without calling it."""
-    return type(module) is kind and not (
+    """Whether `module` is of this very class and has no hooks and no `forward` of its own, as accelerate's offloading
+    gives it: then its parameters may be used without calling it.
+    """
+    is_hooked = (
         module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
     )
+    return type(module) is kind and "forward" not in module.__dict__ and not is_hooked
 
 
 def copy_with_attached(model: nn.Module) -> nn.Module:

@@ -19,7 +19,7 @@ from vmoe.moe.image_routing import FollowingRouter, ImageRouting, choices_of_tok
 from vmoe.moe.kernels import PLAIN, Kernels, kernels_for
 from vmoe.moe.kernels.operators import is_traced, is_transformed
 from vmoe.moe.mlps import take_apart
-from vmoe.moe.passes import Mark
+from vmoe.moe.passes import Mark, is_backward
 from vmoe.moe.routers import ROUTERS, SoftRouter
 from vmoe.moe.routing import Routing, SlotRouting
 
@@ -129,6 +129,7 @@ class MoeMlp(nn.Module):
         self.last_image_logits: Tensor | None = None
         self.mark = Mark()
         self.recorders: tuple[Callable[[Routing | SlotRouting, torch.Size], None], ...] = ()
+        self._was_recorded = False
         if moe.experts_start == "equal":
             self._make_experts_equal()
 
@@ -265,12 +266,20 @@ class MoeMlp(nn.Module):
         moe = self.config
         capacity = Capacity.of_pass(groups, valid_GS, moe, self.training)
         router = self.router
-        if not self.recorders and one_node.is_taken(router, x_TD, valid_GS, moe, kernels):
+        if one_node.is_taken(router, x_TD, valid_GS, moe, kernels) and not self._is_recorded():
             return one_node.decide(router, x_TD, groups, capacity, moe, kernels)
         if moe.fills_slots:
             return *self.router(x_TD, groups, valid_GS, capacity, kernels), None
         routing, x_TD = self.router(x_TD, groups, valid_GS, kernels)
         return assign(routing, capacity, moe.batch_priority, kernels), x_TD, None
+
+    def _is_recorded(self) -> bool:
+        """Whether this eager pass has recorders. Activation checkpointing must repeat the same operators, but may do so
+        after `vmoe.record_routing` has ended.
+        """
+        if not is_backward():
+            self._was_recorded = bool(self.recorders)
+        return self._was_recorded
 
     def _route_images(self, x: Tensor, token_mask: Tensor | None, images: ImageRouting) -> tuple[Routing, Routing]:
         """The decisions for the images, which drop nothing, and what they mean for the tokens."""
@@ -283,8 +292,8 @@ class MoeMlp(nn.Module):
             self.last_image_logits = groups.merge(routing.logits_GSE)
         return routing, choices_of_tokens(routing, tokens, real_BN)
 
-    def _accounts_of(self, routing: Routing | SlotRouting, kernels: Kernels, is_training: bool) -> losses.Accounts:
-        is_noisy = is_training and self.config.draws_noise
+    def _accounts_of(self, routing: Routing | SlotRouting, kernels: Kernels, is_noisy: bool) -> losses.Accounts:
+        is_noisy = is_noisy and self.config.draws_noise
         is_counted = not isinstance(self.router, FollowingRouter)  # the losses of a decision count once
         return losses.accounts_of(routing, self.config, is_noisy, kernels, is_counted)
 
@@ -297,10 +306,11 @@ class MoeMlp(nn.Module):
         image they can take a tenth of the experts' time.
         """
         self.mark.set()
-        if accounts is None and y_TD.is_cpu and not self.training and not torch.is_grad_enabled() and not is_traced():
+        is_noisy = self.router.training
+        if accounts is None and y_TD.is_cpu and not is_noisy and not torch.is_grad_enabled() and not is_traced():
             self._unread = routing
             return y_TD
-        accounts = self._accounts_of(routing, kernels, self.training) if accounts is None else accounts
+        accounts = self._accounts_of(routing, kernels, is_noisy) if accounts is None else accounts
         self._keep(accounts)
         if self.config.inject_auxiliary_loss and self.training:
             y_TD = losses.inject_gradient(y_TD, accounts.loss, self._checked_scale(y_TD))
@@ -316,7 +326,7 @@ class MoeMlp(nn.Module):
         """Computes what `_account` left for later."""
         if self._unread is not None:
             with torch.no_grad():
-                self._keep(self._accounts_of(self._unread, PLAIN, is_training=False))
+                self._keep(self._accounts_of(self._unread, PLAIN, is_noisy=False))
 
     def expects_gradient(self) -> bool:
         """Whether the auxiliary loss of a training step should reach the router's parameters."""
