@@ -129,7 +129,7 @@ class MoeMlp(nn.Module):
         self.last_image_logits: Tensor | None = None
         self.mark = Mark()
         self.recorders: tuple[Callable[[Routing | SlotRouting, torch.Size], None], ...] = ()
-        self._was_recorded = False
+        self._was_in_steps = False
         if moe.experts_start == "equal":
             self._make_experts_equal()
 
@@ -266,20 +266,24 @@ class MoeMlp(nn.Module):
         moe = self.config
         capacity = Capacity.of_pass(groups, valid_GS, moe, self.training)
         router = self.router
-        if one_node.is_taken(router, x_TD, valid_GS, moe, kernels) and not self._is_recorded():
+        if not self._is_in_steps() and one_node.is_taken(router, x_TD, valid_GS, moe, kernels):
             return one_node.decide(router, x_TD, groups, capacity, moe, kernels)
         if moe.fills_slots:
             return *self.router(x_TD, groups, valid_GS, capacity, kernels), None
         routing, x_TD = self.router(x_TD, groups, valid_GS, kernels)
         return assign(routing, capacity, moe.batch_priority, kernels), x_TD, None
 
-    def _is_recorded(self) -> bool:
-        """Whether this eager pass has recorders. Activation checkpointing must repeat the same operators, but may do so
-        after `vmoe.record_routing` has ended.
+    def _is_in_steps(self) -> bool:
+        """Whether the pass routes step by step: for recorders, which may use gradients, and in traced code.
+
+        Activation checkpointing must repeat the same operators, but may do so after `vmoe.record_routing` or a dispatch
+        mode such as FlopCounterMode has ended.
         """
-        if not is_backward():
-            self._was_recorded = bool(self.recorders)
-        return self._was_recorded
+        if torch.compiler.is_compiling():
+            return True
+        if torch.is_grad_enabled() and not is_backward():
+            self._was_in_steps = bool(self.recorders) or is_traced()
+        return self._was_in_steps
 
     def _route_images(self, x: Tensor, token_mask: Tensor | None, images: ImageRouting) -> tuple[Routing, Routing]:
         """The decisions for the images, which drop nothing, and what they mean for the tokens."""
