@@ -311,8 +311,10 @@ class MoeMlp(nn.Module):
         """
         self.mark.set()
         is_noisy = self.router.training
-        if accounts is None and y_TD.is_cpu and not is_noisy and not torch.is_grad_enabled() and not is_traced():
-            self._unread = routing
+        is_put_off = y_TD.is_cpu and not is_noisy and not torch.is_grad_enabled() and not is_traced()
+        # a recorder keeps less of a pass than the losses need
+        if accounts is None and is_put_off and not self.recorders:
+            self._unread, self._auxiliary_loss, self._statistics = routing, None, None  # frees an earlier pass's graph
             return y_TD
         accounts = self._accounts_of(routing, kernels, is_noisy) if accounts is None else accounts
         self._keep(accounts)
