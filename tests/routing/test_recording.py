@@ -261,6 +261,17 @@ def test_a_trace_keeps_no_tokens_and_no_scores(router):
     assert floats <= 100 + len(vmoe.moe_layers(model)) * tokens * (experts + choices) < tokens * width
 
 
+def test_an_evaluation_keeps_no_weights_of_soft_slots():
+    layer = vmoe.MoeMlp(8, 16, moe=vmoe.MoeConfig(num_experts=4, router="soft"), tokens=16).eval()
+    x = torch.randn(20, 16, 8)
+    gc.collect()
+    before = float_storages()
+    with torch.no_grad():
+        layer(x)
+    assert sum(size for place, size in float_storages().items() if place not in before) < 1000
+    assert layer.statistics.load.sum() > 0
+
+
 def float_storages() -> dict[int, int]:
     """The bytes of everything that a float tensor holds, by its place."""
     storages = [t.untyped_storage() for t in gc.get_objects() if type(t) is torch.Tensor and t.is_floating_point()]

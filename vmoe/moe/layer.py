@@ -21,7 +21,7 @@ from vmoe.moe.kernels.operators import is_traced, is_transformed
 from vmoe.moe.mlps import take_apart
 from vmoe.moe.passes import Mark, is_backward
 from vmoe.moe.routers import ROUTERS, SoftRouter
-from vmoe.moe.routing import Routing, SlotRouting
+from vmoe.moe.routing import Routing, SlotRouting, SoftRouting
 
 
 class Statistics(NamedTuple):
@@ -312,8 +312,9 @@ class MoeMlp(nn.Module):
         self.mark.set()
         is_noisy = self.router.training
         is_put_off = y_TD.is_cpu and not is_noisy and not torch.is_grad_enabled() and not is_traced()
-        # a recorder keeps less of a pass than the losses need
-        if accounts is None and is_put_off and not self.recorders:
+        # a recorder keeps less of a pass than the losses need, and Soft MoE's weights of slots are large
+        is_small = not self.recorders and not isinstance(routing, SoftRouting)
+        if accounts is None and is_put_off and is_small:
             self._unread, self._auxiliary_loss, self._statistics = routing, None, None  # frees an earlier pass's graph
             return y_TD
         accounts = self._accounts_of(routing, kernels, is_noisy) if accounts is None else accounts
