@@ -222,6 +222,14 @@ def test_no_shards(tmp_path, capsys):
     assert "has no class folders" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
+def test_a_set_that_leaves_no_test_images_writes_nothing(tmp_path, capsys):
+    for name in ("cat", "dog"):
+        (tmp_path / "pets" / name).mkdir(parents=True)
+        Image.new("L", (8, 8)).save(tmp_path / "pets" / name / "only.png")
+    assert main([str(tmp_path / "pets"), "--out", str(tmp_path / "out")]) == 2
+    assert "no images are left for test" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("source", ["folder", "table"])
 def test_pictures_without_splits_get_the_test_images_that_a_run_on_them_has(tmp_path, capsys, source):
     rows = ["path,label"]

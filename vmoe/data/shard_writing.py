@@ -84,7 +84,9 @@ def _sets_of(
         sets["val"] = found.val
     if found.test is not found.val:
         sets["test"] = found.test
-    for part in sets.values():
+    for split, part in sets.items():
+        if not len(part):
+            raise UserError(f"{source}: no images are left for {split}; give each class more, or split it yourself")
         for index in range(len(part)):
             if not is_image_name(Path(part.place(index)).name):
                 raise UserError(f"{part.place(index)}: a shard cannot hold a picture by this name; rename the file")
