@@ -55,9 +55,8 @@ def launch(
         if address % 16 or base.get_device() != device:
             kernel[grid](*tensors, *numbers, **options)
             return None
-        places.append(
-            each if is_blocks else address
-        )  # a launch asks the driver about each tensor, but not about addresses
+        # a launch asks the driver about each tensor, but not about addresses
+        places.append(each if is_blocks else address)
         facts.append(base.dtype)
     key = tuple(facts)
     known = _launches.get(key)
