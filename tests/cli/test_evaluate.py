@@ -240,18 +240,29 @@ def test_an_ensemble_answers_with_the_mean_of_probabilities(save_run, tmp_path, 
     assert list(report["results"][0]["layers"]) == ["members.0.blocks.1.mlp", "members.0.blocks.3.mlp"]
     assert not (one / "evaluation.json").exists()
 
-    deep = save_run("deep")
-    content = saved_runs.content()
-    content[ENTRY]["bit_depth"] = 12
-    torch.save(content, deep / "checkpoints" / "best.ckpt")
     capsys.readouterr()
     for arguments, reason in (
         ([str(save_run("letters", class_names=tuple("abcdefghij")))], "has other class names than"),
-        ([str(deep)], "has other bit depth than"),
         ([str(other), "--probe", "knn"], "an ensemble has no features"),
     ):
         assert main([str(one), "--ensemble-with", *arguments]) == 2
         assert reason in capsys.readouterr().err
+
+
+def test_bit_depths_of_an_ensemble_matter_only_for_deep_files(save_run, tmp_path, capsys):
+    one, deep = save_run("one"), save_run("deep")
+    content = saved_runs.content()
+    content[ENTRY]["bit_depth"] = 12
+    torch.save(content, deep / "checkpoints" / "best.ckpt")
+    words = ["--data", "folder", "--root", str(tmp_path / "images"), "--out", str(tmp_path / "out")]
+    (tmp_path / "images" / "test" / "7").mkdir(parents=True)
+    Image.new("L", (16, 16), 20).save(tmp_path / "images" / "test" / "7" / "1.png")
+    for first, second in ((one, deep), (deep, one)):
+        assert main([str(first), "--ensemble-with", str(second), *words]) == 0
+    capsys.readouterr()
+    Image.new("I;16", (16, 16), 3000).save(tmp_path / "images" / "test" / "7" / "2.png")
+    assert main([str(one), "--ensemble-with", str(deep), *words]) == 2
+    assert "reads these files of more than 8 bits by another bit depth than" in capsys.readouterr().err
 
 
 def test_another_table_may_call_its_columns_otherwise(save_run, tmp_path, capsys):

@@ -38,6 +38,7 @@ from vmoe.extras import MissingExtraError, require_extras
 
 if TYPE_CHECKING:
     from vmoe.checkpoints import TrainedModel
+    from vmoe.data import ImageDataModule
     from vmoe.evaluation.metrics import Evaluation
 
 _PROBES = ("knn", "linear", "few-shot")
@@ -73,9 +74,11 @@ def _measure(options: argparse.Namespace) -> None:
         require_guidance(checkpoint, "--oracle-router")
     if options.probe:
         require_single_label(checkpoint, "--probe")
-    if options.ensemble_with:
-        checkpoint = _ensemble(checkpoint, [load_checkpoint(path, device) for path in options.ensemble_with])
+    others = [load_checkpoint(path, device) for path in options.ensemble_with]
+    if others:
+        checkpoint = _ensemble(checkpoint, others)
     data = load_data(checkpoint, options)
+    _require_one_depth(checkpoint, others, data, options.split)
     own_classes = True
     if options.probe and options.classes == "by-name":  # features work for other classes too
         own_classes = known_outputs(checkpoint.class_names, data.class_names) is not None
@@ -183,7 +186,7 @@ def _ensemble(first: "TrainedModel", others: "list[TrainedModel]") -> "TrainedMo
                 f"--ensemble-with {other.path}: one of it and {first.path} knows several classes per image, the other "
                 "one; leave it out"
             )
-        for name in ("image_size", "crop", "channels", "bit_depth", "mean", "std"):
+        for name in ("image_size", "crop", "channels", "mean", "std"):
             if getattr(other, name) != getattr(first, name):
                 raise UserError(f"--ensemble-with {other.path}: has other {name.replace('_', ' ')} than {first.path}")
         outputs = same_outputs(other.class_names, first.class_names)
@@ -191,6 +194,28 @@ def _ensemble(first: "TrainedModel", others: "list[TrainedModel]") -> "TrainedMo
             raise UserError(f"--ensemble-with {other.path}: has other class names than {first.path}")
         members.append(with_outputs(other.model, outputs))
     return first.with_facts_for(Ensemble(members, first.multi_label).eval())
+
+
+def _require_one_depth(
+    first: "TrainedModel", others: "list[TrainedModel]", data: "ImageDataModule", split: str
+) -> None:
+    """Refuses models of other bit depths if they matter, since all models get the same pixels.
+
+    Raises:
+        UserError: Files of the split have more than 8 bits per channel.
+    """
+    other = next((each for each in others if each.bit_depth != first.bit_depth), None)
+    if other is None:
+        return
+    from vmoe.data.bit_depth import measure_bit_depth
+
+    sets = data.image_sets()
+    part = sets.get(split, sets["test"])
+    if measure_bit_depth(part.images, part.positions) is not None:
+        raise UserError(
+            f"--ensemble-with {other.path}: reads these files of more than 8 bits by another bit depth than "
+            f"{first.path}; leave it out"
+        )
 
 
 def _check_dependent_options(options: argparse.Namespace) -> None:
