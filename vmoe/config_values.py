@@ -1,6 +1,7 @@
 """Converts configs to nested dicts, lists, strings, numbers and None, and back with a check of each field's type."""
 
 import dataclasses
+import re
 import types
 import typing
 from typing import Any, Literal
@@ -43,7 +44,19 @@ def from_plain(kind: type, plain: dict[str, Any], prefix: str = "") -> Any:
     try:
         return kind(**values)
     except ValueError as error:
-        raise UserError(f"{prefix}{error}") from error
+        raise UserError(with_section(str(error), kind, prefix)) from error
+
+
+def with_section(line: str, kind: type, prefix: str) -> str:
+    """An error line of a config dataclass with the section's prefix before each of its options.
+
+    Args:
+        line: Such as "logit_adjustment=1.0: must be 0 with name=bce". It begins with an option.
+        kind: The dataclass.
+        prefix: The dotted section, such as "loss.", or "".
+    """
+    names = (f.name if "_" in f.name else rf"{f.name}(?==|\.[a-z])" for f in dataclasses.fields(kind))
+    return re.sub(rf"(?<![\w./='\"-])({'|'.join(names)})\b", rf"{prefix}\1", prefix + line) if prefix else line
 
 
 def section_type(hint: Any) -> type | None:

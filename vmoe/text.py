@@ -42,11 +42,16 @@ def readers_may_leave() -> Iterator[None]:
     """
     streams = [None if stream is None else _Unread(stream) for stream in (sys.stdout, sys.stderr)]  # None: `>&-`
     with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
+        is_failing = False
         try:
             yield
+        except (Exception, KeyboardInterrupt):  # not SystemExit, by which argparse ends a --help
+            is_failing = True
+            raise
         finally:
             for stream in filter(None, streams):
-                stream.flush()  # flush now, since a flush at Python's exit would fail
+                with contextlib.suppress(*[UserError] * is_failing):  # the first error is the one to report
+                    stream.flush()  # flush now, since a flush at Python's exit would fail
 
 
 def counted(count: int, one: str, many: str | None = None) -> str:

@@ -215,6 +215,19 @@ def test_shards_of_a_table_hold_what_the_table_holds(tmp_path, form):
                 assert label[[0, -1]].tolist() == [[1, 1], [1, 0], [0, 0], [0, 1]][number % 4]
 
 
+def test_lines_on_a_table_name_this_command_s_option(tmp_path, capsys):
+    for number in range(20):
+        Image.new("L", (8, 8), number).save(tmp_path / f"{number}.png")
+    rows = [f"{number}.png,{('cat', 'cat|dog')[number % 2]}" for number in range(20)]
+    table = tmp_path / "table.csv"
+    table.write_text("\n".join(["path,label", *rows]))
+    assert main([str(table), "--out", str(tmp_path / "out")]) == 0
+    assert "where a picture may have several, give --columns separator='|'" in capsys.readouterr().err
+    table.write_text("\n".join(["path,label", *rows, "20.png,"]))
+    assert main([str(table), "--out", str(tmp_path / "other")]) == 2
+    assert "or give --columns separator=... where a picture may have several labels" in capsys.readouterr().err
+
+
 def test_no_shards(tmp_path, capsys):
     with pytest.raises(UserError, match="make-shards"):
         load_shards(tmp_path)

@@ -9,7 +9,9 @@ import pytest
 from PIL import Image
 from support import saved_runs
 
+from vmoe.cli.common import run
 from vmoe.cli.main import main
+from vmoe.errors import UserError
 
 MOE = {"num_experts": 3, "layers": [1, 3]}
 JAX = Path(__file__).parents[1] / "fixtures" / "vmoe_jax_token" / "vmoe_tiny_token"
@@ -76,3 +78,24 @@ def test_output_to_a_full_disk_is_one_line(monkeypatch, capsys, words, who):
         monkeypatch.setattr("sys.stdout", full)
         assert main(words) == 2
     assert capsys.readouterr().err.startswith(f"{who}: error: the output cannot be written (No space left on device)")
+
+
+def _fails_after_printing(error: BaseException):
+    def job(_: list[str]) -> int:
+        print("begins")
+        raise error
+
+    return job
+
+
+@pytest.mark.parametrize("error", [KeyError("a bug"), UserError("a mistake"), KeyboardInterrupt()])
+def test_a_full_disk_hides_no_other_error(monkeypatch, capsys, error):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr("sys.stdout", full)
+        if isinstance(error, KeyError):
+            with pytest.raises(KeyError):
+                run(_fails_after_printing(error), [])
+        else:
+            assert run(_fails_after_printing(error), []) == (2 if isinstance(error, UserError) else 130)
+            line = "error: a mistake" if isinstance(error, UserError) else "interrupted"
+            assert capsys.readouterr().err.strip().endswith(line)

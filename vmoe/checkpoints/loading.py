@@ -27,6 +27,7 @@ from vmoe.checkpoints.run_folder import RunFolder
 from vmoe.checkpoints.sharded import is_sharded, read_folder, read_plain_part
 from vmoe.checkpoints.source import local_path
 from vmoe.checkpoints.trained import TrainedModel, as_trained
+from vmoe.config_values import with_section
 from vmoe.errors import UserError
 from vmoe.files import atomic_write, new_folder
 from vmoe.models.lora import merged_weights
@@ -224,6 +225,6 @@ def _rebuild(facts: ModelFacts) -> nn.Module:
     try:
         moe = None if config["moe"] is None else MoeConfig(**config["moe"])
     except ValueError as error:
-        raise ValueError(f"moe.{error}") from error
+        raise ValueError(with_section(str(error), MoeConfig, "moe.")) from error
     kwargs = timm_arguments(config["model"]["kwargs"])
     return build_model(name, kwargs, moe, len(facts.class_names), facts.image_size, facts.channels)

@@ -95,19 +95,28 @@ def _with_home(argument: str) -> str:
 
 
 def in_options(line: str, options: Mapping[str, str]) -> str:
-    """Replaces config keys and Python arguments in a mistake's line by the names of a command's options.
+    """`renamed` for a mistake's line. If there are options, all other keys of `data.` are called the run's."""
+    line = renamed(line, options)
+    return re.sub(r"(?<![\w.-])data\.(?=[a-z])", "the run's data.", line) if options else line
+
+
+def renamed(line: str, options: Mapping[str, str]) -> str:
+    """Replaces config keys and Python arguments in a line by the names of a command's options.
 
     Args:
         line: Such as "data.root=x: does not exist; give the right folder as data.root".
-        options: Such as {"data.root": "--root"}. If not empty, all other keys of `data.` are called the run's.
+        options: Such as {"data.root": "--root"}, or {"data.table.label": "--columns label="} where one option takes
+            several keys.
     """
     for key, option in options.items():
         name = rf"(?<![\w.-]){re.escape(key)}"
+        if option.endswith("="):
+            line = re.sub(f"{name}=", option, line)
         line = re.sub(rf"{name}='([^']*)'", rf"{option} \1", line)
         line = re.sub(f"{name}=", f"{option} ", line)
         if "." in key or key.isupper():  # a plain word is an argument only if its value follows
-            line = re.sub(rf"{name}\b(?!\.\w)", option, line)
-    return re.sub(r"(?<![\w.-])data\.(?=[a-z])", "the run's data.", line) if options else line
+            line = re.sub(rf"{name}\b(?!\.\w)", option + "..." * option.endswith("="), line)
+    return line
 
 
 def _is_of_config(error: ValueError) -> bool:

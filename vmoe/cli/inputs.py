@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from vmoe.cli.common import renamed
 from vmoe.errors import UserError
 from vmoe.memory import free_memory, is_out_of_memory, memory_line
 from vmoe.text import printable
@@ -29,7 +30,7 @@ DATA_OPTIONS = {
     "data.eval_batch_size": "--batch-size",
     "data.workers": "--workers",
     "data.table": "--columns",
-    **{f"data.table.{role}": f"--columns {role}" for role in TABLE_ROLES},
+    **{f"data.table.{role}": f"--columns {role}=" for role in TABLE_ROLES},
     "classes": "--classes",
 }
 
@@ -46,7 +47,7 @@ def load_data(checkpoint: "TrainedModel", options: argparse.Namespace) -> "Image
 
     data, lines = open_data(checkpoint, changed_config(checkpoint, options), options.classes)
     for line in lines:
-        print(printable(line), file=sys.stderr)
+        print(printable(renamed(line, DATA_OPTIONS)), file=sys.stderr)
     return data
 
 

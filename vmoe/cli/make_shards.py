@@ -13,14 +13,16 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from vmoe.cli.common import job
+from vmoe.cli.common import job, renamed
 from vmoe.cli.inputs import DATA_OPTIONS, add_columns_option, table_columns
 from vmoe.cli.options import count, new_parser
 from vmoe.cli.progress import working
 from vmoe.text import counted, printable
 
+_COLUMNS = {key: option for key, option in DATA_OPTIONS.items() if option.startswith("--columns")}
 
-@job({key: option for key, option in DATA_OPTIONS.items() if option.startswith("--columns")} | {"data.root": "FOLDER"})
+
+@job(_COLUMNS | {"data.root": "FOLDER"})
 def main(argv: list[str]) -> int:
     """Runs the job."""
     parser = new_parser("make-shards", __doc__)
@@ -58,4 +60,4 @@ def main(argv: list[str]) -> int:
 
 
 def _log(line: str) -> None:
-    print(printable(line), file=sys.stderr)
+    print(printable(renamed(line, _COLUMNS)), file=sys.stderr)

@@ -216,7 +216,7 @@ def _joined_class_lines(root: str, names: Sequence[str]) -> list[str]:
             if len(parts) > 1 and known.intersection(parts):
                 return [
                     f"warning: {root}: {name!r} is one class here; where a picture may have several, give "
-                    f"--data.table.separator {mark!r}"
+                    f"data.table.separator={mark!r}"
                 ]
     return []
 

@@ -196,7 +196,8 @@ class TableConfig:
         if self.columns is not None:
             for name in ("label", "separator"):
                 if getattr(self, name) is not None:
-                    raise ValueError(f"{name}={getattr(self, name)}: cannot be combined with columns; keep one")
+                    value = getattr(self, name)
+                    raise ValueError(f"{name}={value}: cannot be combined with columns={self.columns}; keep one")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 
 from vmoe.checkpoints import TrainedModel
 from vmoe.classes import find_outputs, only_numbers, with_outputs
-from vmoe.config_values import from_plain
+from vmoe.config_values import from_plain, with_section
 from vmoe.data import AugmentConfig, DataConfig, ImageDataModule, SubsetConfig
 from vmoe.data.config import TableConfig, set_and_root
 from vmoe.errors import UserError
@@ -247,7 +247,7 @@ def data_for(
     try:
         return dataclasses.replace(config, pipeline="workers", **fixed, **changes)
     except ValueError as error:
-        raise UserError(f"data.{error}") from error
+        raise UserError(with_section(str(error), DataConfig, "data.")) from error
 
 
 def trained_on(model: TrainedModel, name: str | None = None) -> DataConfig:

@@ -100,7 +100,7 @@ class OptimConfig:
         _need(
             self, "adamw_lr", self.adamw_lr is None or 0 < self.adamw_lr < float("inf"), "above 0 and finite, or null"
         )
-        _need(self, "adamw_lr", self.adamw_lr is None or self.name == "muon", "null with name=adamw, whose rate is lr")
+        _need(self, "adamw_lr", self.adamw_lr is None or self.name == "muon", f"null with name={self.name}, whose rate is lr={self.lr}")
         _need(self, "min_lr", 0 <= self.min_lr <= self.lr, f"between 0 and lr={self.lr}")
         self._check_schedule()
         _need(self, "warmup_epochs", 0 <= self.warmup_epochs < float("inf"), ">= 0 and finite")
@@ -199,7 +199,9 @@ class LossConfig:
             value = getattr(self, option)
             has_effect = self.name == loss or value == getattr(LossConfig, option)
             _need(self, option, has_effect, f"left out without name={loss}")
-            _need(self, option, 0 <= value < (1 if option == "clip" else float("inf")), ">= 0, and clip below 1")
+            if option == "clip":
+                _need(self, option, 0 <= value < 1, "in [0, 1)")
+            _need(self, option, 0 <= value < float("inf"), ">= 0 and finite")
         weight = self.guidance_weight
         _need(self, "guidance_weight", 0 < weight < float("inf"), "above 0 and finite")
         is_used = self.super_classes is not None or weight == LossConfig.guidance_weight
@@ -282,7 +284,7 @@ class TrainerConfig:
         _need(self, "precision", not needs_cuda, f"32 or bf16 with device={self.device}")
         _need(self, "accumulate", self.accumulate >= 1, "a whole number >= 1")
         _need(self, "cuda_graph", not self.cuda_graph or self.precision != "fp16", "false with precision=fp16")
-        _need(self, "cuda_graph", not self.cuda_graph or self.accumulate == 1, "false with accumulate above 1")
+        _need(self, "cuda_graph", not self.cuda_graph or self.accumulate == 1, f"false with accumulate={self.accumulate}")
         keeps = not (self.cuda_graph and self.grad_checkpointing)
         _need(self, "cuda_graph", keeps, "false with grad_checkpointing, which reads random numbers' state")
         _need(self, "ema_decay", self.ema_decay is None or 0 < self.ema_decay < 1, "in (0, 1), or null")
@@ -386,7 +388,7 @@ class LoraConfig:
         _need(self, "targets", is_known, f"a list of {', '.join(known)}, or null")
         for name in ("alpha", "targets"):
             has_effect = self.rank is not None or getattr(self, name) == getattr(LoraConfig, name)
-            _need(self, name, has_effect, "left out without lora.rank")
+            _need(self, name, has_effect, "left out without finetune.lora.rank")
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ class SampleDraws:
                     f"parallel.draws=sample: moe.ensemble={layer.config.ensemble} draws for each member; use process"
                 )
             if layer.config.router == "random" or layer.experts.drop1.p > 0:
-                raise UserError(f"parallel.draws=sample: {name} draws in its experts or router=random; use process")
+                raise UserError(f"parallel.draws=sample: {name} draws in its experts or moe.router=random; use process")
             layer.router.draw_noise = self._normal_stream()
         for name, module in list(model.named_modules()):
             if isinstance(module, nn.Dropout) and module.p > 0 and name.endswith("attn_drop"):
