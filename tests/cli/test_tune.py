@@ -196,6 +196,7 @@ def test_a_metric_that_no_run_can_have_is_refused_before_the_first(recipe, tmp_p
         (["--metric", "val/mAP"], "--metric val/mAP: runs on images of one class each have none; give one of val/loss"),
         (["--", npz, "--data.subset.per_class", "null"], f"--metric val/top1: runs on images of {several}"),
         (["--", "--data.val_fraction", "0"], "--metric val/top1: the runs have no validation images"),
+        (["--search", "data.val_fraction=0.1,0.2,0"], "--metric val/top1: the runs have no validation images"),
     ):
         assert main([*arguments, *options]) == 2
         assert line in capsys.readouterr().err

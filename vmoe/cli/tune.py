@@ -58,7 +58,7 @@ def main(argv: list[str]) -> int:
     # Finds a range that no run accepts before the first run
     configs = [parse([*words, *words_of(values)]) for values in samples_of(space)]
     plan = SearchPlan(options.trials, options.jobs, options.metric, options.seed, visible_gpus())
-    require_metric(options.metric, configs[0].data)
+    require_metric(options.metric, configs)
     print(f"searching over {', '.join(space)} in {counted(plan.trials, 'run')}", flush=True)
     with working("searching"):
         study = run_search(space, words, options.out, plan, lambda line: print(line, flush=True))

@@ -122,7 +122,7 @@ def tune(
     space, fixed = read_space(search), dict(options or {})
     configs = [config_with(path, fixed | values) for values in samples_of(space)]
     plan = SearchPlan(trials, jobs, metric, seed)
-    require_metric(metric, configs[0].data)
+    require_metric(metric, configs)
     words = ["--config", path, *words_of(fixed)]
     study = run_search(space, words, Path(output_dir), plan, log)
     return TunedRun(
@@ -180,13 +180,21 @@ def _number(name: str, key: str, value: Any) -> int | float:
     return number
 
 
-def require_metric(metric: str, data: DataConfig) -> None:
-    """Refuses a metric that runs on these images cannot have, before any of them trains.
+def require_metric(metric: str, configs: Sequence[TrainConfig]) -> None:
+    """Refuses a metric that a run by one of these configs cannot have, before any of them trains.
 
     Raises:
         UserError: There is no such metric for images of one class or of several, there are no validation images, or the
             data cannot be read.
     """
+    read: list[DataConfig] = []
+    for config in configs:
+        if config.data not in read:
+            _require_metric(metric, config.data)
+            read.append(config.data)
+
+
+def _require_metric(metric: str, data: DataConfig) -> None:
     splits = load_splits(data)
     if splits.val is None:
         raise UserError(f"metric={metric}: the runs have no validation images; raise data.val_fraction")

@@ -61,6 +61,7 @@ from vmoe.version import versions
 
 _FEW_TO_CHOOSE_BY = 100  # fewer validation images give a warning
 _FEW_UPDATES = 100  # fewer updates in a run do as well
+_SMALL_BATCH = 16  # images; batches of fewer have noisy gradients
 
 
 def train(config: TrainConfig, progress: TrainingProgress, command: str) -> dict[str, Any] | None:
@@ -226,9 +227,12 @@ class _Run:
             )
         updates = config.trainer.epochs * math.ceil(len(data.train_sampler) / config.trainer.accumulate)
         if updates < _FEW_UPDATES:
+            batch, accumulate = config.data.batch_size, config.trainer.accumulate
+            advice = [f"lower trainer.accumulate={accumulate}"] * (accumulate > 1)
+            advice += [f"lower data.batch_size={batch}"] * (batch > _SMALL_BATCH)
+            advice += [f"raise trainer.epochs={config.trainer.epochs}"]
             self.log(
-                f"warning: {counted(updates, 'update')} in all, which is few to learn from: lower "
-                f"data.batch_size={config.data.batch_size} or raise trainer.epochs={config.trainer.epochs}"
+                f"warning: {counted(updates, 'update')} in all, which is few to learn from: {' or '.join(advice)}"
             )
         if saved is not None and saved.facts.class_names != data.class_names:
             raise UserError(
