@@ -211,6 +211,20 @@ def test_experts_with_something_attached_are_not_dealt_out():
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("transform", [grad, vmap])
+def test_losses_of_an_evaluation_may_be_read_first_within_torch_func(transform):
+    layer, x = normed_layer().eval(), tokens().float()
+    with torch.no_grad():
+        layer(x)
+    expected = layer.last_auxiliary_loss.clone(), layer.statistics
+    with torch.no_grad():
+        layer(x)
+    read = []
+    transform(lambda value: read.append(layer.last_auxiliary_loss + value) or value.sum())(torch.zeros(2))
+    assert len(read) == 1
+    torch.testing.assert_close((layer.last_auxiliary_loss, layer.statistics), expected, rtol=0, atol=0)
+
+
 def test_torch_func_in_training_leaves_nothing_behind():
     layer, x = normed_layer(router="sigmoid").train(), tokens().float()
     parameters = {name: parameter.detach() for name, parameter in layer.named_parameters()}

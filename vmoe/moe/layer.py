@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from vmoe.moe import losses, one_node
 from vmoe.moe.assignment import Capacity, assign
@@ -332,7 +333,7 @@ class MoeMlp(nn.Module):
     def _settle(self) -> None:
         """Computes what `_account` left for later."""
         if self._unread is not None:
-            with torch.no_grad():
+            with torch.no_grad(), temporarily_clear_interpreter_stack():  # that pass ran outside of torch.func
                 self._keep(self._accounts_of(self._unread, PLAIN, is_noisy=False))
 
     def expects_gradient(self) -> bool:
