@@ -78,7 +78,8 @@ class AugmentConfig:
 
     def _take_albumentations(self) -> None:
         """Replaces a pipeline or its file by its content."""
-        changed = [f.name for f in fields(self) if f.name != "albumentations" and getattr(self, f.name) != f.default]
+        given = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "albumentations"}
+        changed = [f"{name}={value}" for name, value in given.items() if value != getattr(AugmentConfig, name)]
         if changed:
             raise ValueError(f"albumentations: takes the place of a preset; leave out {', '.join(changed)}")
         object.__setattr__(self, "albumentations", read_pipeline(self.albumentations))
