@@ -220,7 +220,7 @@ def test_a_pipeline_that_cannot_be_used_is_refused_at_once(tmp_path, npz):
     ):
         with pytest.raises(ValueError, match=line):
             AugmentConfig(albumentations=pipeline)
-    with pytest.raises(ValueError, match="takes the place of a preset; leave out preset=strong, flip=0.5"):
+    with pytest.raises(ValueError, match="takes the place of a preset; leave out preset=strong, flip="):
         AugmentConfig(preset="strong", flip=0.5, albumentations=PIPELINE)
     for options in ({"albumentations": PIPELINE}, {"preset": "augmix"}):
         with pytest.raises(ValueError, match="take pipeline=workers"):

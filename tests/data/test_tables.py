@@ -100,9 +100,7 @@ def test_a_cell_may_hold_several_labels_or_none(table):
 def test_what_looks_like_several_labels_is_said(table):
     lines = "".join(f"pics/{number}.png,{SEVERAL[number % 2]}\n" for number in range(30))
     (line,) = [note for note in load(table("path,label\n" + lines)).notes if "one class here" in note]
-    assert line.endswith(
-        "'cat|dog' is one class here; where a picture may have several, give data.table.separator='|'"
-    )
+    assert line.endswith("'cat|dog' is one class here; where a picture may have several, give data.table.separator='|'")
     with pytest.raises(UserError, match=r"the label is empty .* give data\.table\.separator where a picture may have"):
         load(table("path,label\npics/0.png,\n"))
 

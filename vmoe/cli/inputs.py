@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from vmoe.cli.common import renamed
-from vmoe.cli.common import renamed
 from vmoe.errors import UserError
 from vmoe.memory import free_memory, is_out_of_memory, memory_line
 from vmoe.text import printable

@@ -100,7 +100,8 @@ class OptimConfig:
         _need(
             self, "adamw_lr", self.adamw_lr is None or 0 < self.adamw_lr < float("inf"), "above 0 and finite, or null"
         )
-        _need(self, "adamw_lr", self.adamw_lr is None or self.name == "muon", f"null with name={self.name}, whose rate is lr={self.lr}")
+        why_none = f"null with name={self.name}, whose rate is lr={self.lr}"
+        _need(self, "adamw_lr", self.adamw_lr is None or self.name == "muon", why_none)
         _need(self, "min_lr", 0 <= self.min_lr <= self.lr, f"between 0 and lr={self.lr}")
         self._check_schedule()
         _need(self, "warmup_epochs", 0 <= self.warmup_epochs < float("inf"), ">= 0 and finite")
@@ -284,7 +285,8 @@ class TrainerConfig:
         _need(self, "precision", not needs_cuda, f"32 or bf16 with device={self.device}")
         _need(self, "accumulate", self.accumulate >= 1, "a whole number >= 1")
         _need(self, "cuda_graph", not self.cuda_graph or self.precision != "fp16", "false with precision=fp16")
-        _need(self, "cuda_graph", not self.cuda_graph or self.accumulate == 1, f"false with accumulate={self.accumulate}")
+        accumulates = self.cuda_graph and self.accumulate > 1
+        _need(self, "cuda_graph", not accumulates, f"false with accumulate={self.accumulate}")
         keeps = not (self.cuda_graph and self.grad_checkpointing)
         _need(self, "cuda_graph", keeps, "false with grad_checkpointing, which reads random numbers' state")
         _need(self, "ema_decay", self.ema_decay is None or 0 < self.ema_decay < 1, "in (0, 1), or null")

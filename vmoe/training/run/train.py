@@ -231,9 +231,7 @@ class _Run:
             advice = [f"lower trainer.accumulate={accumulate}"] * (accumulate > 1)
             advice += [f"lower data.batch_size={batch}"] * (batch > _SMALL_BATCH)
             advice += [f"raise trainer.epochs={config.trainer.epochs}"]
-            self.log(
-                f"warning: {counted(updates, 'update')} in all, which is few to learn from: {' or '.join(advice)}"
-            )
+            self.log(f"warning: {counted(updates, 'update')} in all, which is few to learn from: {' or '.join(advice)}")
         if saved is not None and saved.facts.class_names != data.class_names:
             raise UserError(
                 f"data.root={config.data.root}: holds other classes than the run in {self.folder.path} was trained on",
