@@ -5,11 +5,12 @@ import dataclasses
 import pytest
 import torch
 from timm.layers import Mlp
+from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.flop_counter import FlopCounterMode
 
 from vmoe.bench import peers
 from vmoe.bench.cases import CASES, LayerCase, given_routing
-from vmoe.bench.curves import benchmark_curves, draw_cost_curves, points
+from vmoe.bench.curves import AXES, benchmark_curves, draw_cost_curves, points
 from vmoe.bench.layer import benchmark_layer, layer_jobs
 from vmoe.bench.report import LAYER_COLUMNS, layer_rows, markdown_table
 from vmoe.bench.timing import DeviceLost, Measurement, copy_bandwidth, matmul_peak, reason_of_failure, time_jobs
@@ -119,6 +120,22 @@ def test_points_of_the_curves():
     assert [case.num_tokens for _, case in points("tokens", SMALL)] == [1000, 3000, 10000, 30000, 100000, 200000]
     assert [value for value, _ in points("top-k", SMALL)] == [1, 2, 4]
     assert [case.capacity_factor for _, case in points("capacity", SMALL)][-1] is None
+    served = dict(points("images", SMALL))
+    assert [case.images for case in served.values()] == list(served) == [1, 2, 4, 8, 16, 32, 64, 256]
+    assert {case.capacity_factor for case in served.values()} == {None}
+
+
+def test_the_curve_of_images_is_of_the_forward_pass(monkeypatch):
+    monkeypatch.setitem(AXES, "images", ("images", (1, 2)))
+    modes = set()
+    handle = register_module_forward_hook(lambda module, *_: modes.add(module.training))
+    try:
+        rows = benchmark_curves(SMALL, ["images"], CPU, torch.float32, rounds=1)
+    finally:
+        handle.remove()
+    assert [(row["value"], row["tokens"]) for row in rows] == [(1, SMALL.tokens), (2, 2 * SMALL.tokens)]
+    assert modes == {False} and not any("error" in row for row in rows)
+    assert all(row["experts_ratio"] > 0 and row["layer_ratio"] > 0 for row in rows)
 
 
 def test_curves_are_relative_to_dense():

@@ -1,6 +1,7 @@
-"""Measures the cost of an MoE layer over experts, tokens, choices and capacity, relative to its dense twin.
+"""Measures the cost of an MoE layer over experts, tokens, choices, capacity and images, relative to its dense twin.
 
-At every point the dense `Mlp` runs on K times as many tokens: equal active FLOPs, whatever the capacity drops.
+At every point the dense `Mlp` runs on K times as many tokens: equal active FLOPs, whatever the capacity drops. Along
+the images it is the forward pass alone, without a capacity, as a served model runs.
 """
 
 import dataclasses
@@ -22,6 +23,7 @@ AXES = {
     "tokens": ("tokens", (1_000, 3_000, 10_000, 30_000, 100_000, 200_000)),
     "top-k": ("choices per token", (1, 2, 4, 8)),
     "capacity": ("capacity factor", (0.5, 0.75, 1.0, 1.05, 1.25, 1.5, 2.0, None)),
+    "images": ("images, forward only", (1, 2, 4, 8, 16, 32, 64, 256)),
 }
 CURVE_COLUMNS = (
     Column("axis", "axis"),
@@ -44,6 +46,8 @@ def points(axis: str, base: LayerCase) -> Iterator[tuple[float | None, LayerCase
             yield value, dataclasses.replace(base, images=max(1, round(value / base.tokens)))
         elif axis == "capacity":
             yield value, dataclasses.replace(base, capacity_factor=value)
+        elif axis == "images":
+            yield value, dataclasses.replace(base, images=value, capacity_factor=None)
         elif value <= base.num_experts:
             yield value, dataclasses.replace(base, top_k=value)
 
@@ -51,9 +55,10 @@ def points(axis: str, base: LayerCase) -> Iterator[tuple[float | None, LayerCase
 def benchmark_curves(
     base: LayerCase, axes: list[str], device: torch.device, dtype: torch.dtype, rounds: int, log: Log = silent
 ) -> list[Row]:
-    """Times dense, experts and layer, forward and backward, along axes of `AXES` from the sizes `base`.
+    """Times dense, experts and layer along axes of `AXES` from the sizes `base`.
 
-    Autocast is to `dtype` (float32: none). Each job is timed `rounds` times per point. `log` gets a line per point.
+    Both passes are timed under autocast to `dtype` (float32: none), and along "images" the forward pass alone, with the
+    weights in `dtype`. Each job is timed `rounds` times per point. `log` gets a line per point.
 
     Returns:
         A row per point. A job that could not run has no time, and the row's `error` has the reason.
@@ -67,7 +72,8 @@ def benchmark_curves(
             log(f"{axis} {'unbounded' if value is None else value}")
             rows.append({"axis": axis, "value": "none" if value is None else value, "tokens": case.num_tokens})
             makers = layer_jobs(case, device, dtype)
-            chosen = {job: makers[job] for job in CURVE_JOBS}
+            kind = " inference" if axis == "images" else ""
+            chosen = {job: makers[job + kind] for job in CURVE_JOBS}
             rows[-1] |= _point_row(time_made_jobs(chosen, device, rounds, calls_at_once(device)))
     return rows
 

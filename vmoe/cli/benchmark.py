@@ -24,7 +24,7 @@ the call, and its ratio to dense; whether the host waits for the GPU; ms until t
 
   vmoe benchmark layer --cases S16,B16,L16 --peers
   vmoe benchmark layer --cases B16 --experts 64 --top-k 1 --jobs experts layer
-  vmoe benchmark layer --curves                  # cost as experts, tokens, choices and capacity grow
+  vmoe benchmark layer --curves                  # cost as experts, tokens, choices, capacity and images grow
   vmoe benchmark layer --device cpu --cases S32
 
 Then what the device allows: a floor is the larger of FLOPs at the peak and bytes that must move at a copy's bandwidth.
@@ -161,7 +161,7 @@ def _add_layer(parser: argparse.ArgumentParser) -> None:
         "--jobs", nargs="+", metavar="NAME", help="only jobs with names that begin like this, and the dense one"
     )
     parser.add_argument("--peers", action="store_true", help="also plain PyTorch recipes and transformers' experts")
-    line = "instead: along experts, tokens, top-k, capacity (all when none is named)"
+    line = "instead: along experts, tokens, top-k, capacity, images (all when none is named)"
     parser.add_argument("--curves", nargs="*", metavar="AXIS", help=line)
     sizes = parser.add_argument_group("other sizes", "change the cases; by default B16, on the CPU S32")
     for name, line in _SIZE_OPTIONS.items():
