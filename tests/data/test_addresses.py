@@ -14,8 +14,8 @@ import vmoe.data.addresses
 from vmoe.cli.make_shards import main
 from vmoe.data import DataConfig, ImageDataModule
 from vmoe.data.config import set_and_root
+from vmoe.data.datasets import load_whole_splits
 from vmoe.data.loading import read_or_next
-from vmoe.data.shards import load_shards
 from vmoe.errors import UserError
 
 
@@ -103,6 +103,10 @@ def served(shards):
         server.server_close()
 
 
+def splits_of(root):
+    return load_whole_splits(DataConfig("webdataset", str(root)))
+
+
 def batches(root, **options):
     module = ImageDataModule(DataConfig("webdataset", str(root), image_size=8, batch_size=4, **options), seed=3)
     module.setup()
@@ -121,13 +125,13 @@ def test_batches_are_those_of_the_folder_whatever_the_workers(shards, in_memory,
 
 
 def test_an_index_beside_the_shards_serves_while_their_sizes_are_the_same(in_memory, tmp_path):
-    assert len(load_shards("memory://photos").train) == 18
+    assert len(splits_of("memory://photos").train) == 18
     assert not (tmp_path / "cache").exists()
     in_memory.pipe("/photos/train-000004.tar", in_memory.cat("/photos/train-000000.tar"))
-    assert len(load_shards("memory://photos").train) == 20
+    assert len(splits_of("memory://photos").train) == 20
     (kept,) = (tmp_path / "cache").rglob("index-train.npz")
     written = kept.stat().st_mtime_ns
-    assert len(load_shards("memory://photos").train) == 20 and kept.stat().st_mtime_ns == written
+    assert len(splits_of("memory://photos").train) == 20 and kept.stat().st_mtime_ns == written
 
 
 def test_a_server_without_parts_needs_whole_files(served):
@@ -138,7 +142,7 @@ def test_a_server_without_parts_needs_whole_files(served):
 
 
 def test_a_network_that_fails_is_no_damaged_picture(in_memory):
-    splits = load_shards("memory://photos")
+    splits = splits_of("memory://photos")
     in_memory.rm("/photos/train-000000.tar")
     position = int(np.flatnonzero(splits.train.images.shards == 0)[0])
     with pytest.raises(UserError, match=r"memory://photos/train-000000\.tar: cannot be read \(there is no such file"):
@@ -147,14 +151,14 @@ def test_a_network_that_fails_is_no_damaged_picture(in_memory):
 
 @pytest.mark.parametrize("name", ["classes.json", "index-val.npz", "train-000001.tar"])
 def test_a_server_that_fails_is_asked_again(served, shards, monkeypatch, name):
-    names = load_shards(shards).class_names
+    names = splits_of(shards).class_names
     assert names != ["0", "1"]
     (shards / "index-train.npz").unlink()
     address, _ = served(failing={name: 3})  # a HEAD, and the GET in its place, are one try
     with pytest.raises(UserError, match=rf"{name}: cannot be read \(503"):
-        load_shards(address)
+        splits_of(address)
     monkeypatch.setattr(vmoe.data.addresses, "_WAITS", (0, 0))
-    splits = load_shards(address)
+    splits = splits_of(address)
     assert splits.class_names == names and len(splits.train) == 18
 
 
@@ -170,7 +174,7 @@ def test_a_scan_that_breaks_off_starts_again(in_memory, monkeypatch):
 
     monkeypatch.setattr(MemoryFile, "read", read, raising=False)
     monkeypatch.setattr(vmoe.data.addresses, "_WAITS", (0,))
-    assert len(load_shards("memory://photos").train) == 18 and not fails
+    assert len(splits_of("memory://photos").train) == 18 and not fails
 
 
 @pytest.mark.parametrize(
@@ -184,6 +188,6 @@ def test_a_scan_that_breaks_off_starts_again(in_memory, monkeypatch):
 )
 def test_addresses_that_lead_nowhere(in_memory, root, line):
     with pytest.raises(UserError, match=line):
-        load_shards(root)
+        splits_of(root)
     with pytest.raises(ValueError, match="is an address, behind which only"):
         DataConfig("folder", root)

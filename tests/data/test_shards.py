@@ -11,9 +11,8 @@ from PIL import Image
 from vmoe.cli.make_shards import main
 from vmoe.data import DataConfig, EpochBatchSampler, ImageDataModule
 from vmoe.data.config import TableConfig
-from vmoe.data.datasets import load_splits
+from vmoe.data.datasets import load_splits, load_whole_splits
 from vmoe.data.samplers import Blocks
-from vmoe.data.shards import load_shards
 from vmoe.errors import UserError
 
 
@@ -23,6 +22,10 @@ def shards(image_tree, tmp_path):
     tree = image_tree(count=6)
     assert main([str(tree), "--out", str(tmp_path / "shards"), "--images", "4"]) == 0
     return tree, tmp_path / "shards"
+
+
+def splits_of(root, separator=None):
+    return load_whole_splits(DataConfig("webdataset", str(root), table=TableConfig(separator=separator)))
 
 
 def add(path, members):
@@ -93,7 +96,7 @@ def test_few_shards_at_a_time():
 
 
 def test_a_damaged_member_is_replaced_and_named(shards):
-    images = load_shards(shards[1]).train.images
+    images = splits_of(shards[1]).train.images
     with open(images.paths[0], "rb+") as file:
         file.seek(images.offsets[0])
         file.write(b"\0" * images.sizes[0])
@@ -105,9 +108,9 @@ def test_a_damaged_member_is_replaced_and_named(shards):
 
 
 def test_another_shard_is_seen_without_a_new_index(shards):
-    before = len(load_shards(shards[1]).train)
+    before = len(splits_of(shards[1]).train)
     (shards[1] / "train-000004.tar").unlink()
-    assert len(load_shards(shards[1]).train) < before
+    assert len(splits_of(shards[1]).train) < before
 
 
 @pytest.mark.parametrize(
@@ -132,14 +135,14 @@ def test_malformed_shards_are_named(tmp_path, members, line):
     for split in ("train", "val"):
         add(tmp_path / f"{split}-0.tar", members)
     with pytest.raises(UserError, match=f"train-0.tar.*{line}"):
-        load_shards(tmp_path)
+        splits_of(tmp_path)
 
 
 def test_a_truncated_shard_is_named(shards):
     path = shards[1] / "train-000001.tar"
     path.write_bytes(path.read_bytes()[:700])
     with pytest.raises(UserError, match=r"train-000001\.tar"):
-        load_shards(shards[1])
+        splits_of(shards[1])
 
 
 @pytest.mark.parametrize("form", ["names", "numbers", "text"])
@@ -159,12 +162,12 @@ def test_an_image_may_have_several_labels_or_none(tmp_path, form):
         (tmp_path / "classes.json").write_text('["cat", "dog", "owl"]')
     separator = "|" if form == "text" else None
     for _ in ("headers", "index"):
-        splits = load_shards(tmp_path, separator)
+        splits = splits_of(tmp_path, separator)
         assert splits.class_names == ["cat", "dog", "owl"] and splits.train.is_multi_label
         assert splits.train.labels.tolist() == [[1, 1, 0], [0, 0, 0], [0, 1, 0], [0, 0, 1]]
     if form == "text":  # the index is of this separator
         with pytest.raises(UserError, match="has no label"):
-            load_shards(tmp_path)
+            splits_of(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -182,7 +185,7 @@ def test_lists_of_labels_that_do_not_fit_are_named(tmp_path, train, val, classes
     if classes is not None:
         (tmp_path / "classes.json").write_text(classes)
     with pytest.raises(UserError, match=line):
-        load_shards(tmp_path)
+        splits_of(tmp_path)
 
 
 def test_shards_have_a_separator_and_no_columns():
@@ -203,7 +206,7 @@ def test_shards_of_a_table_hold_what_the_table_holds(tmp_path, form):
         rows.append(f"{number}.PNG,{'train' if number < 12 else 'test'},{cells[number % 4]}\n")
     (tmp_path / "table.csv").write_text(f"path,split,{header}\n" + "".join(rows))
     assert main([str(tmp_path / "table.csv"), "--out", str(tmp_path / "out"), "--columns", *columns]) == 0
-    splits = load_shards(tmp_path / "out")
+    splits = splits_of(tmp_path / "out")
     assert splits.class_names == (["3", "5", "7"] if form == "columns" else ["3", "7"])
     for part, numbers in ((splits.train, range(12)), (splits.test, range(12, 20))):
         found = {int(part.read(index)[0, 0, 0]): part.labels[index] for index in range(len(part))}
@@ -228,9 +231,26 @@ def test_lines_on_a_table_name_this_command_s_option(tmp_path, capsys):
     assert "or give --columns separator=... where a picture may have several labels" in capsys.readouterr().err
 
 
+def test_shards_of_training_alone_are_split_as_a_folder_is(shards):
+    tree, written = shards
+    for name in ("val-000000.tar", "test-000000.tar"):
+        (written / name).unlink(missing_ok=True)
+    for path in written.glob("val-*"):
+        path.unlink()
+    runs = [module_of(root, name) for root, name in ((written, "webdataset"), (tree / "train", "folder"))]
+    for split, count in (("train", 12), ("val", 3), ("test", 3)):
+        assert [run.images_of_classes(split) for run in runs] == 2 * [3 * [count // 3]]
+    places = [{images.place(index) for index in range(len(images))} for images in runs[0].image_sets().values()]
+    assert len(set.union(*places)) == 18
+    assert "has no split of its own: 20% of each class are cut off for the test" in runs[0].notes[0]
+    add(written / "valdiation-0.tar", {"a": b""})
+    with pytest.raises(UserError, match=r"has train-\*\.tar and valdiation-0\.tar, which is of no split; rename"):
+        splits_of(written)
+
+
 def test_no_shards(tmp_path, capsys):
     with pytest.raises(UserError, match="make-shards"):
-        load_shards(tmp_path)
+        splits_of(tmp_path)
     assert main([str(tmp_path), "--out", str(tmp_path / "out")]) == 2
     assert "has no class folders" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
@@ -255,7 +275,7 @@ def test_pictures_without_splits_get_the_test_images_that_a_run_on_them_has(tmp_
     root = tmp_path / {"folder": "pets", "table": "pets.csv"}[source]
     assert main([str(root), "--out", str(tmp_path / "out")]) == 0
     assert "has no split of its own: 20% of each class are cut off for the test (by" in capsys.readouterr().err
-    runs = load_splits(DataConfig(source, str(root))), load_shards(tmp_path / "out")
+    runs = load_splits(DataConfig(source, str(root))), splits_of(tmp_path / "out")
     gray = [sorted(int(splits.test.read(index)[0, 0, 0]) for index in range(len(splits.test))) for splits in runs]
     assert gray[0] == gray[1] and len(gray[0]) == 4 and len(runs[1].train) == 16
 
@@ -276,7 +296,7 @@ def test_shards_as_published_sets_name_them(tmp_path, train, val):
         members |= {f"{i}.json": b'{"label": %d, "text": "a"}' % (i % 2) for i in range(4 - number)}
         add(tmp_path / name, members | {"0.cls": b"1", "0.txt": b"a caption", "._1.jpg": b"of a Mac"})
     add(tmp_path / "extra-0.tar", {"a": b""})
-    splits = load_shards(tmp_path)
+    splits = splits_of(tmp_path)
     assert splits.train.labels.tolist() == [1, 1, 0, 1]  # .cls before .json
     assert splits.test.labels.tolist() == [1, 1, 0]
     assert f"{tmp_path}: ignored: 1 tar file of no split, such as extra-0.tar" in splits.notes

@@ -20,7 +20,7 @@
 import dataclasses
 import http.client
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -303,31 +303,30 @@ def _folder(config: DataConfig) -> Splits:
         reason = "its name is no split's" if name in strange else "it has no class folders"
         notes.append(f"{root / name}: ignored: {reason}")
     sets = {split: _file_set(samples) for split, samples in folders.samples.items()}
-    if list(sets) == ["train"]:
-        return _cut_test(sets["train"], folders.classes, notes, config)
-    if config.name == "imagenet" and "test" not in sets and "train" in sets:
+    if config.name == "imagenet" and set(sets) == {"train", "val"}:
         sets["test"] = sets.pop("val")  # ImageNet results are reported on val, so val must not choose the checkpoint
-    return given_splits(sets, folders.classes, notes)
+    return _splits_of(sets, folders.classes, notes, config)
 
 
 def _table(config: DataConfig) -> Splits:
     sets, classes = load_table(config)
-    notes = _joined_class_lines(config.root, classes)
-    if list(sets) == ["train"]:
-        return _cut_test(sets["train"], classes, notes, config)
-    return given_splits(sets, classes, notes)
+    return _splits_of(sets, classes, _joined_class_lines(config.root, classes), config)
 
 
 def _huggingface(config: DataConfig) -> Splits:
     sets, classes, notes = load_huggingface(config)
-    notes += _joined_class_lines(config.root, classes)
-    if list(sets) == ["train"]:
-        return _cut_test(sets["train"], classes, notes, config)
-    return given_splits(sets, classes, notes)
+    return _splits_of(sets, classes, notes + _joined_class_lines(config.root, classes), config)
 
 
-def _cut_test(everything: ImageSet, classes: list[str], notes: list[str], config: DataConfig) -> Splits:
-    """Splits off the test images of a set without any split. `load_splits` then splits off validation."""
+def _webdataset(config: DataConfig) -> Splits:
+    return _splits_of(*load_shards(config.root, config.table.separator), config)
+
+
+def _splits_of(sets: Mapping[str, ImageSet], classes: list[str], notes: list[str], config: DataConfig) -> Splits:
+    """The given splits. Of training images alone test images are split off; `load_splits` then does validation's."""
+    if list(sets) != ["train"]:
+        return given_splits(sets, classes, notes)
+    everything = sets["train"]
     train, test = subsets.split(everything.strata(), _TEST_FRACTION, config.split_seed)
     validation = f", {config.val_fraction:.0%} of what remains for validation" if config.val_fraction else ""
     line = f"{config.root}: has no split of its own: {_TEST_FRACTION:.0%} of each class are cut off for the test"
@@ -350,6 +349,6 @@ _LOADERS: dict[str, Callable[[DataConfig], Splits]] = {
     "folder": _folder,
     "table": _table,
     "huggingface": _huggingface,
-    "webdataset": lambda config: load_shards(config.root, config.table.separator),
+    "webdataset": _webdataset,
     "npz": lambda config: load_npz(config.root, config.channels),
 }

@@ -31,10 +31,11 @@ from vmoe.data.addresses import RemoteFile, is_address, list_files, read_part, r
 from vmoe.data.folders import SPLIT_NAMES, split_of
 from vmoe.data.image_files import IMAGE_SUFFIXES
 from vmoe.data.images import decode_image
-from vmoe.data.imageset import ImageSet, ImageStore, Splits, flags_of, given_splits
+from vmoe.data.imageset import ImageSet, ImageStore, flags_of
 from vmoe.data.tables import labels_in
 from vmoe.errors import UserError
 from vmoe.files import atomic_write
+from vmoe.text import named
 
 CLASSES_FILE = "classes.json"
 Labels = int | list[str]  # labels of an image: its class by number, or several by name or number
@@ -73,15 +74,18 @@ class ShardedImages(ImageStore):
         return f"{self.paths[self.shards[position]]}/{self.names[position].decode()}"
 
 
-def load_shards(root: str | Path, separator: str | None = None) -> Splits:
-    """The splits of a folder of shards. One of val and test may be missing.
+def load_shards(root: str | Path, separator: str | None = None) -> tuple[dict[str, ImageSet], list[str], list[str]]:
+    """Reads a folder of shards.
 
     Args:
         root: The folder, or its address.
         separator: The separator of an image's labels in KEY.txt, KEY.cls or a text of KEY.json.
 
+    Returns:
+        The images of each split, by "train", "val" and "test"; the class names; and lines to print.
+
     Raises:
-        UserError: The folder has no shards of training or of any other images, or one is damaged.
+        UserError: The folder has no shards, or one is damaged, or it has others beside those of training.
     """
     if is_address(root):
         files = list_files(str(root))
@@ -89,11 +93,16 @@ def load_shards(root: str | Path, separator: str | None = None) -> Splits:
     else:
         where = _Folder(Path(root))
     found, others = _find_shards(where.tars())
-    if not found or list(found) == ["train"]:
-        beside = f", which has {', '.join(others[:3])} besides" if others else ""
+    needs = f"data.root={root}: webdataset needs train-*.tar and val-*.tar (or test-*.tar) in this folder"
+    if list(found) == ["train"] and others:
         raise UserError(
-            f"data.root={root}: webdataset needs train-*.tar and val-*.tar (or test-*.tar) in this folder{beside}; "
-            "give the right folder, or make shards by `vmoe make-shards`"
+            f"{needs}; it has train-*.tar and {others[0]}, which is of no split; rename it, or move it away to have a "
+            "part of train tested on"
+        )
+    if not found:
+        beside = f", but it has {named(others, 3)}" if others else ""
+        raise UserError(
+            f"{needs}, or train-*.tar alone{beside}; give the right folder, or make shards by `vmoe make-shards`"
         )
     read = {split: _image_set(where, split, names, separator) for split, names in found.items()}
     sets = {split: part for split, (part, _) in read.items()}
@@ -104,7 +113,7 @@ def load_shards(root: str | Path, separator: str | None = None) -> Splits:
         names = _read_class_names(where, 1 + max(int(part.labels.max(initial=0)) for part in sets.values()))
     tars = f"{len(others)} tar files" if len(others) > 1 else "1 tar file"
     notes = [f"{root}: ignored: {tars} of no split, such as {others[0]}"] if others else []
-    return given_splits(sets, names, notes)
+    return sets, names, notes
 
 
 class _Folder:
