@@ -3,6 +3,7 @@
 import pytest
 
 from vmoe.evaluation.compare.gains import draw_gains, gain_rows, gains
+from vmoe.evaluation.compare.intervals import sentence
 from vmoe.evaluation.compare.rule import fit_rule
 from vmoe.evaluation.compare.runs import read_run
 
@@ -44,6 +45,7 @@ def test_guidance_of_the_router_belongs_to_the_experts(make_run, runs):
     guided.config["loss"] = {"super_classes": {"bus": "vehicles", "oak": {"trees": 1.0}}, "guidance_weight": 0.3}
     found = {gain.kind: gain for gain in gains([*runs, guided])}["whole images"]
     assert found.difference.mean == pytest.approx(-0.01) and found.difference.pairs == 1
+    assert sentence(found.difference).endswith("they also differ in loss.guidance_weight, loss.super_classes")
 
 
 def test_v_moes_that_differ_in_the_drop_path_of_their_experts_are_pairs_of_their_own(make_run, runs):

@@ -17,7 +17,8 @@ from vmoe.errors import UserError
 from vmoe.evaluation.compare.labels import arm_labels, with_router_defaults
 
 _NAMED_BY_ROOT = ("folder", "table", "huggingface", "npz", "webdataset")  # sets that are identified by their path
-_PIPELINE = "data.augment.albumentations"
+_PIPELINE = "data.augment.albumentations"  # this and the next count as one option, however long they are
+_SUPER_CLASSES = "loss.super_classes"
 _FOREIGN = (KeyError, TypeError, ValueError, OverflowError, AttributeError, yaml.YAMLError, csv.Error)
 
 
@@ -77,9 +78,12 @@ class Run:
         values = {
             key: value for key, value in flatten(self._resolved).items() if key not in others and value is not None
         }
-        if pipeline := (self.config["data"].get("augment") or {}).get("albumentations"):
-            values = {key: value for key, value in values.items() if not key.startswith(f"{_PIPELINE}.")}
-            values[_PIPELINE] = hashlib.sha256(json.dumps(pipeline, sort_keys=True).encode()).hexdigest()[:8]
+        pipeline = (self.config["data"].get("augment") or {}).get("albumentations")
+        super_classes = (self.config.get("loss") or {}).get("super_classes")
+        for name, content in ((_PIPELINE, pipeline), (_SUPER_CLASSES, super_classes)):
+            if content and not isinstance(content, str):
+                values = {key: value for key, value in values.items() if not key.startswith(f"{name}.")}
+                values[name] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
         if values.get("data.crop") == "centre":  # the only way before the option existed
             del values["data.crop"]
         if self.config["data"].get("name") != "fractals":  # then its settings have no effect
