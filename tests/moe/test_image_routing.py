@@ -21,8 +21,11 @@ SMALL = {"img_size": 32, "patch_size": 16, "embed_dim": 24, "depth": 4, "num_hea
 
 def layer_of(class_token: bool = False, **knobs) -> MoeMlp:
     torch.manual_seed(0)
+    of_mlp = {
+        name: knobs.pop(name) for name in ("act_layer", "norm_layer", "bias", "drop", "use_conv") if name in knobs
+    }
     moe = MoeConfig(route="image", **{"num_experts": 3, "top_k": 1, "noise_std": 0.0, **NULL, **knobs})
-    layer = MoeMlp(6, 10, moe=moe, dtype=torch.float64)
+    layer = MoeMlp(6, 10, **of_mlp, moe=moe, dtype=torch.float64)
     for parameter in layer.experts.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     layer.images.class_token = class_token
@@ -99,12 +102,49 @@ def test_one_image_at_evaluation_equals_a_plain_loop_and_repeats_bit_for_bit(opt
     assert layer(x[:, :0]).shape == (1, 0, 6)  # no token
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"router": router, "top_k": top_k} for router in ("token_choice", "sigmoid", "cosine") for top_k in (1, 2)),
+        {"renormalize": True},
+        {"removed_experts": 2},
+        {"class_token": True, "bias": False},
+        {"act_layer": lambda: torch.nn.GELU("tanh"), "shared_experts": 1},
+        {"norm_layer": torch.nn.LayerNorm},
+        {"backend": "segments"},
+        {"use_conv": True},
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_one_image_at_evaluation_is_the_pass_with_gradient(options, dtype):
+    layer = layer_of(**options).to(dtype).eval()
+    generator = torch.Generator().manual_seed(1)
+    for shape in ((1, 7, 6), (1, 3, 2, 6)) if not layer.use_conv else ((1, 6, 3, 2),):
+        x = torch.randn(shape, generator=generator).to(dtype)
+        expected = [layer(x), layer.last_image_logits, layer.last_auxiliary_loss, *layer.statistics]
+        with torch.inference_mode():
+            found = [layer(x), layer.last_image_logits, layer.last_auxiliary_loss, *layer.statistics]
+        tolerance = {"rtol": 1e-12, "atol": 1e-14} if dtype == torch.float64 else {"rtol": 2e-2, "atol": 1e-2}
+        torch.testing.assert_close(found, [value.detach() for value in expected], **tolerance)
+
+
+@pytest.mark.parametrize("part", ["router", "router.gate", "experts", "experts.fc1", "experts.act", "drop2"])
+def test_one_image_at_evaluation_calls_what_has_a_hook(part):
+    layer = layer_of(drop=0.1).eval()
+    called = []
+    layer.get_submodule(part).register_forward_hook(lambda *given: called.append(part))
+    with torch.inference_mode():
+        layer(torch.randn(1, 7, 6, dtype=torch.float64))
+    assert called
+
+
 def test_one_image_at_evaluation_under_autocast_follows_changed_weights():
     layer = layer_of().float().eval()
     layer.experts.keep_casts()
     x = torch.randn(1, 7, 6, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         before = layer(x)
+        torch.testing.assert_close(layer(x.bfloat16()), before, rtol=2e-2, atol=1e-2)
     with torch.no_grad():
         layer.experts.fc2.weight.mul_(2)
         layer.experts.fc2.bias.mul_(2)

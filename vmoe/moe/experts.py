@@ -184,6 +184,30 @@ class Experts(nn.Module):
         slots_RD = routing.dispatch(x_TD.to(dtype))
         return routing.combine(composed.two_layers(slots_RD, mlp, None, padded.padded_linear))
 
+    def takes_one_image(self, x_TD: Tensor) -> bool:
+        """Whether `of_one_image` computes at evaluation on a CPU what calling the module does."""
+        are_plain = self.backend in ("auto", "cpu") and self.norm is None and not self.training
+        are_bare = is_bare(self, Experts) and is_bare(self.act, nn.GELU)
+        # autocast casts both factors of a product
+        is_one_type = x_TD.dtype == self.fc1.weight.dtype or torch.is_autocast_enabled("cpu")
+        return are_plain and are_bare and is_one_type and x_TD.shape[0] > 0
+
+    def of_one_image(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        """(T, D) -> (T, out), without gradient. All tokens are of one image, and `routing` is the decision for it."""
+        (weight1, bias1), (weight2, bias2) = self.layers(x_TD)
+        y_TO = None
+        choices = zip(routing.chosen_GSK.view(-1).tolist(), routing.weights_GSK.view(-1).tolist(), strict=True)
+        for expert, weight in choices:
+            hidden_TH = F.linear(x_TD, weight1[expert], None if bias1 is None else bias1[expert])
+            torch.ops.aten.gelu_(hidden_TH, approximate=self.act.approximate)
+            bias_O = x_TD.new_zeros(()) if bias2 is None else bias2[expert]
+            if y_TO is None:
+                y_TO = torch.addmm(bias_O, hidden_TH, weight2[expert].t(), beta=weight, alpha=weight)
+            else:
+                y_TO.addmm_(hidden_TH, weight2[expert].t(), alpha=weight).add_(bias_O, alpha=weight)
+        assert y_TO is not None
+        return y_TO
+
     def layers(self, x_TD: Tensor | None = None) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
         """Weight (E, out, in) and bias (E, out) or None of both layers, as hooks and adapters change them.
 

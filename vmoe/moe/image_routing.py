@@ -10,12 +10,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vmoe.moe.attached import is_bare
 from vmoe.moe.groups import Groups
 from vmoe.moe.kernels import PLAIN, Kernels
 from vmoe.moe.passes import is_backward
+from vmoe.moe.routers import TokenChoiceRouter
 from vmoe.moe.routing import Routed, Routing
+from vmoe.moe.scores import Gate
+
+ONE_IMAGE = Groups(1, 1, 1, 1)
 
 
 class Decision:
@@ -91,7 +97,20 @@ class ImageRouting:
         """
         valid_GS = groups.valid(None if real_BN is None else real_BN.any(1), x_BND.device)
         # a row per image: too few rows for the kernels, which expect one per token
-        routing = router(self.pooled(x_BND, real_BN), groups, valid_GS, PLAIN).routing
+        return self._kept(router, router(self.pooled(x_BND, real_BN), groups, valid_GS, PLAIN).routing)
+
+    def route_one(self, router: nn.Module, x_1ND: Tensor) -> Routing:
+        """The same for one image at evaluation on a CPU, in as few operators as possible."""
+        pooled_1D = self.pooled(x_1ND, None)
+        weight_ED = _weight_of_plain_gate(router, pooled_1D)
+        if weight_ED is None:
+            return self._kept(router, router(pooled_1D, ONE_IMAGE, None, PLAIN).routing)
+        logits_11E = F.linear(pooled_1D, weight_ED)[None]
+        gates_11E = logits_11E.softmax(-1)
+        weights_111, chosen_111 = gates_11E.max(-1, keepdim=True)
+        return self._kept(router, Routing(ONE_IMAGE, None, logits_11E, logits_11E, gates_11E, chosen_111, weights_111))
+
+    def _kept(self, router: nn.Module, routing: Routing) -> Routing:
         if self.decision is not None and not isinstance(router, FollowingRouter):
             self.decision.keep(routing)
         return routing
@@ -105,6 +124,17 @@ class ImageRouting:
             return x_BND.mean(1, dtype=dtype)
         total_BD = x_BND.masked_fill(~real_BN[..., None], 0).sum(1, dtype=dtype)
         return total_BD / real_BN.sum(1, keepdim=True).clamp_min(1)
+
+
+def _weight_of_plain_gate(router: Any, pooled_1D: Tensor) -> Tensor | None:
+    """(E, D) if the router takes the largest softmax of a product with it, in the type of the input; else None."""
+    if not is_bare(router, TokenChoiceRouter) or router.top_k > 1 or router.renormalize or router.removed:
+        return None
+    gate, dtype = router.gate, pooled_1D.dtype
+    if not is_bare(gate, Gate) or torch.is_autocast_enabled("cpu"):
+        return None
+    weight_ED = gate.weight
+    return weight_ED if weight_ED.dtype == dtype and dtype in (torch.float32, torch.float64) else None
 
 
 def choices_of_tokens(routing: Routing, tokens: int, real_BN: Tensor | None) -> Routing:
@@ -130,7 +160,6 @@ def choices_of_tokens(routing: Routing, tokens: int, real_BN: Tensor | None) -> 
         chosen_BNK,
         of_tokens(routing.weights_GSK),
         kept_GSK=None if real_BN is None else real_BN[..., None].expand_as(chosen_BNK),
-        per_group=True,
     )
 
 

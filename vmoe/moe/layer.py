@@ -215,6 +215,9 @@ class MoeMlp(nn.Module):
         if self.use_conv:
             x = x.movedim(1, -1)
         x_TD = x.reshape(-1, x.shape[-1])
+        if self.images is not None and token_mask is None and self._takes_one_image(x_TD, shape[0]):
+            y = self._of_one_image(x_TD, self.images).view(*x.shape[:-1], self.out_features)
+            return y.movedim(-1, 1) if self.use_conv else y
         kernels = kernels_for(x_TD)
         accounts = None
         if self.images is None:
@@ -296,6 +299,26 @@ class MoeMlp(nn.Module):
         if not isinstance(self.router, FollowingRouter):
             self.last_image_logits = groups.merge(routing.logits_GSE)
         return routing, choices_of_tokens(routing, tokens, real_BN)
+
+    def _takes_one_image(self, x_TD: Tensor, count: int) -> bool:
+        """Whether there is one image, and `_of_one_image` computes what the steps of `forward` do."""
+        if is_traced() or count != 1 or not x_TD.is_cpu or self.recorders:
+            return False
+        is_evaluation = not (torch.is_grad_enabled() or self.training or self.router.training)
+        return is_evaluation and self.experts.takes_one_image(x_TD)
+
+    def _of_one_image(self, x_TD: Tensor, images: ImageRouting) -> Tensor:
+        """The forward pass on one image, (T, D) -> (T, O), in few calls: its tokens all have the same experts."""
+        routing = images.route_one(self.router, x_TD[None])
+        y_TD = self.experts.of_one_image(x_TD, routing)
+        if self.shared is not None:
+            y_TD = y_TD + self.shared(x_TD)
+        self.mark.set()
+        of_pass = self.__dict__  # nn.Module would look for parameters first, four times
+        of_pass["_unread"], of_pass["_auxiliary_loss"], of_pass["_statistics"] = routing, None, None
+        if not isinstance(self.router, FollowingRouter):
+            of_pass["last_image_logits"] = routing.logits_GSE[0]
+        return self.drop2(y_TD) if self.drop2.p else y_TD
 
     def _accounts_of(self, routing: Routing | SlotRouting, kernels: Kernels, is_noisy: bool) -> losses.Accounts:
         is_noisy = is_noisy and self.config.draws_noise

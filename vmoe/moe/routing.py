@@ -25,8 +25,6 @@ class Routing(NamedTuple):
         kept_GSK: Which choices were kept, bool; None when no choice can be dropped.
         slots_GSK: The slot of each choice in its expert and group; None without a capacity.
         capacity: C, the slots of an expert for a group; None when nothing is dropped.
-        per_group: Whether all tokens of a group have the same choices and weights, as those of an image that is routed
-            as a whole.
     """
 
     groups: Groups
@@ -39,7 +37,6 @@ class Routing(NamedTuple):
     kept_GSK: Tensor | None = None
     slots_GSK: Tensor | None = None
     capacity: int | None = None
-    per_group: bool = False
 
     def combine_weights_GSK(self) -> Tensor:
         """The combine weights, zero where the choice was dropped."""

@@ -20,7 +20,6 @@ class Choices(NamedTuple):
         slots_TK: The slot of each choice in its group and expert; None without a capacity.
         groups: How the tokens are grouped.
         capacity: C, the slots an expert has for a group; None for no bound.
-        per_group: Whether all tokens of a group have the same choices and weights.
     """
 
     chosen_TK: Tensor
@@ -29,7 +28,6 @@ class Choices(NamedTuple):
     slots_TK: Tensor | None
     groups: Groups
     capacity: int | None
-    per_group: bool = False
 
     @classmethod
     def of(cls, routing: Routing) -> "Choices":
@@ -37,14 +35,7 @@ class Choices(NamedTuple):
         merge = routing.groups.merge
         kept_TK, slots_TK = (None if part is None else merge(part) for part in (routing.kept_GSK, routing.slots_GSK))
         chosen_TK, weights_TK = merge(routing.chosen_GSK), merge(routing.weights_GSK)
-        return cls(
-            chosen_TK, weights_TK, kept_TK, slots_TK, routing.groups, routing.capacity, per_group=routing.per_group
-        )
-
-    @property
-    def are_of_one_group(self) -> bool:
-        """Whether all tokens are of one group, have the same choices and weights, and drop none."""
-        return self.per_group and self.groups.count == 1 and self.groups.size > 0 and self.kept_TK is None
+        return cls(chosen_TK, weights_TK, kept_TK, slots_TK, routing.groups, routing.capacity)
 
     @property
     def slots_of_expert(self) -> int | None:

@@ -20,7 +20,7 @@ from vmoe.moe.attached import is_bare
 from vmoe.moe.kernels.experts import composed, rows, segments
 from vmoe.moe.kernels.interface import Choices, Mlp
 from vmoe.moe.kernels.memory import shared_memory
-from vmoe.moe.kernels.operators import is_traced, operator
+from vmoe.moe.kernels.operators import operator
 
 aten = torch.ops.aten
 
@@ -32,9 +32,6 @@ def takes(mlp: Mlp) -> bool:
 
 def expert_mlp(x_TD: Tensor, choices: Choices, mlp: Mlp) -> Tensor:
     """(T, D) -> (T, O), see `kernels.experts`."""
-    is_training = torch.is_grad_enabled() and mlp.is_learned(x_TD, choices.weights_TK)
-    if choices.are_of_one_group and not is_training and not is_traced():
-        return _of_one_group(x_TD, choices, mlp)
     layout = segments.segment_layout(choices, mlp.weight1.shape[0])
     inputs = CpuInputs(
         x_TD=x_TD,
@@ -50,26 +47,9 @@ def expert_mlp(x_TD: Tensor, choices: Choices, mlp: Mlp) -> Tensor:
         ends_E=layout.ends_E,
         dtype=mlp.dtype,
         tanh=mlp.activation.approximate == "tanh",
-        is_training=is_training,
+        is_training=torch.is_grad_enabled() and mlp.is_learned(x_TD, choices.weights_TK),
     )
     y_TO, *_ = cpu_experts(*inputs)
-    return y_TO
-
-
-def _of_one_group(x_TD: Tensor, choices: Choices, mlp: Mlp) -> Tensor:
-    """The forward pass of tokens that all have the same choices: each chosen expert takes them where they lie."""
-    dtype = mlp.dtype
-    x_TD, y_TO = x_TD.to(dtype), None
-    weight1, weight2 = (
-        _WeightsOfExpert(weight, mlp.cast(weight) if mlp.keeps_casts else None, dtype)
-        for weight in (mlp.weight1, mlp.weight2)
-    )
-    chosen_K, weights_K = choices.chosen_TK[0].tolist(), choices.weights_TK[0].to(dtype).tolist()
-    for expert, weight in zip(chosen_K, weights_K, strict=True):
-        hidden_TH = F.linear(x_TD, weight1.of(expert), _bias_of(mlp.bias1, expert, dtype))
-        aten.gelu_(hidden_TH, approximate=mlp.activation.approximate)
-        own_TO = F.linear(hidden_TH, weight2.of(expert), _bias_of(mlp.bias2, expert, dtype))
-        y_TO = own_TO.mul_(weight) if y_TO is None else y_TO.add_(own_TO, alpha=weight)
     return y_TO
 
 
