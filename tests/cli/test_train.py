@@ -291,7 +291,7 @@ def test_a_run_s_folder_alone_is_told_of_resume(moved):
         (["--seed", "-1"], ["seed=-1"]),
         (["--optim.lr", "0"], ["optim.lr=0.0: must be above 0"]),
         (["--optim.name", "sgd"], ["optim.name='sgd': must be adamw, muon or timm:NAME"]),
-        (["--optim.adamw_lr", "1e-3"], ["null with optim.name=adamw, whose rate is optim.lr=0.01"]),
+        (["--optim.adamw_lr", "1e-3"], ["null with optim.name=adamw, which takes optim.lr=0.01"]),
         (["--optim.name", "muon", "--optim.adamw_lr", "0"], ["optim.adamw_lr=0.0: must be above 0"]),
         (["--optim.expert_weight_decay", "-1"], ["optim.expert_weight_decay=-1.0"]),
         (["--optim.layer_decay", "0"], ["optim.layer_decay=0.0: must be in (0, 1]"]),

@@ -263,7 +263,7 @@ def test_experts_that_choose_have_no_number_a_token():
             (
                 "expert_choice",
                 each,
-                f'{each:g}: must be > 0 and at most 1000 with router="expert_choice", whose experts fill slots',
+                f'{each:g}: must be > 0 and at most 1000 with router="expert_choice", where experts fill slots',
             )
             for each in (2000.0, math.inf)
         ],

@@ -12,6 +12,7 @@ from vmoe import MoeConfig, MoeMlp
 from vmoe.export.int8 import Int8Linear
 from vmoe.export.layer import DenseExportedMoe, ExportedMoe, dense_cost, exportable_copy
 from vmoe.export.programs import TOLERANCE, compare, convert
+from vmoe.models.families import eligible_mlps
 
 DIM, TOKENS = 8, 9
 ROUTINGS = {
@@ -205,8 +206,10 @@ def test_families(example: Example, tmp_path: Path):
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime")
     torch.manual_seed(0)
-    moe = MoeConfig(layers="last-1", num_experts=3, renormalize=True)
-    model = vmoe.sparsify(example.make_small().eval(), moe, image_size=example.pixels)
+    dense = example.make_small().eval()
+    last = len(eligible_mlps(dense, example.pixels)) - 1
+    moe = MoeConfig(layers=[last], num_experts=3, renormalize=True)
+    model = vmoe.sparsify(dense, moe, image_size=example.pixels)
     # first a program of torch.export, from which the ONNX program is made
     _, run = convert(tmp_path / "model.onnx", "onnx", exportable_copy(model), example.pixels, {}, "model")
     assert max(compare(run, model, example.pixels).values()) <= TOLERANCE

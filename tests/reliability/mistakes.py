@@ -259,7 +259,7 @@ MISTAKES: dict[str, list[Mistake]] = {
         _config("an npz that runs code", "--data.name npz --data.root npz_code.npz", r"(?<=file \().*(?=\);)"),
         _config("a table that is not there", "--data.name table --data.root lost.csv"),
         _config("a table without labels", "--data.name table --data.root unlabelled.csv"),
-        _config("a table whose picture is missing", "--data.name table --data.root missing.csv"),
+        _config("a table with a picture that is missing", "--data.name table --data.root missing.csv"),
         _config("a table with an unknown split", "--data.name table --data.root strange_split.csv"),
         _config("a table with a row too long", "--data.name table --data.root long_row.csv"),
         _config("a column the table lacks", "--data.name table --data.root good.csv --data.table.label kin"),
@@ -414,7 +414,7 @@ MISTAKES: dict[str, list[Mistake]] = {
     "sweep": [
         Mistake("a study that is not there", "lost.yaml --out new", r"\[Errno.*"),
         Mistake("a study without a config", "study_without.yaml --out new"),
-        Mistake("a study whose config is lost", "study_lost.yaml --out new"),
+        Mistake("a study of a config that is lost", "study_lost.yaml --out new"),
         Mistake("seeds that are a number", "study_seeds.yaml --out new"),
         Mistake("arms that are a list", "study_arms.yaml --out new"),
         Mistake("an arm that is not there", "study.yaml --out new --arms b"),

@@ -242,7 +242,7 @@ class DataConfig:
         if self.sampler == "shuffle":
             return
         if self.name in ("fractals", "webdataset"):
-            why = "whose classes are equal" if self.name == "fractals" else "whose images are read shard by shard"
+            why = "which has classes of equal size" if self.name == "fractals" else "which is read shard by shard"
             raise ValueError(f"sampler={self.sampler}: is not for data.name={self.name}, {why}; take shuffle")
         if self.mix.is_on and self.mix.until < 1:
             raise ValueError(

@@ -168,7 +168,7 @@ def set_capacity(model: nn.Module, factor: float) -> None:
     elif "image" in routes:
         allowed = 'inf with route="image": no image is dropped'
     elif "expert_choice" in routers:
-        allowed = '> 0 and at most 1000 with router="expert_choice", whose experts fill slots'
+        allowed = '> 0 and at most 1000 with router="expert_choice", where experts fill slots'
     try:
         if math.isinf(factor) and "expert_choice" in routers:
             raise ValueError(allowed)  # there None means training's factor, not "no drops"

@@ -26,7 +26,7 @@ class FoundSuperClasses(NamedTuple):
     Attributes:
         groups: The classes of each of the E super-classes, by its name.
         of_classes: The super-class of each class, or its shares in several, as `loss.super_classes` takes them.
-        errors_within: Share of the model's errors whose two classes are in one super-class.
+        errors_within: Share of the model's errors within a super-class: the answer and the right class are both in it.
         pairs_within: Share of all pairs of classes that are in one super-class: the value by chance.
     """
 

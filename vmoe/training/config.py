@@ -100,7 +100,7 @@ class OptimConfig:
         _need(
             self, "adamw_lr", self.adamw_lr is None or 0 < self.adamw_lr < float("inf"), "above 0 and finite, or null"
         )
-        why_none = f"null with name={self.name}, whose rate is lr={self.lr}"
+        why_none = f"null with name={self.name}, which takes lr={self.lr}"
         _need(self, "adamw_lr", self.adamw_lr is None or self.name == "muon", why_none)
         _need(self, "min_lr", 0 <= self.min_lr <= self.lr, f"between 0 and lr={self.lr}")
         self._check_schedule()

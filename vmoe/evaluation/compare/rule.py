@@ -36,7 +36,7 @@ class Rule:
             f"its training images. Fitted on half of the {self.twins} dense twins and tested on the other half "
             f"({_SPLITS:,} random halves), it gets the sign of the gain right in {self.right:.0%} of the pairs; always "
             f"taking the more frequent sign in {self.majority:.0%}. Counted are the {self.pairs} pairs of learned "
-            "routers whose 95 % interval excludes zero"
+            "routers with a 95 % interval that excludes zero"
         )
 
 

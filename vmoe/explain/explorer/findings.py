@@ -42,7 +42,7 @@ def _route_findings(report: dict[str, Any]) -> Iterator[str]:
         shares = ", ".join(f"{part['own']:.1%} in {name} (purity {part['purity']:.1%})" for name, part in parts)
         yield (
             f"The expert of the image's super-class takes this share of the choices: {shares}. Purity is the share of "
-            "the choices whose image is of the super-class that its expert takes most."
+            "the choices in which an expert has an image of the super-class that it takes most."
         )
 
 
