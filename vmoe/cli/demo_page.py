@@ -1,7 +1,7 @@
 """\
 Writes a folder with an index.html that runs a V-MoE in the browser, from disk or any static host, without a network:
-drop a picture, see the answer and which expert takes which patch, layer by layer; change the capacity, switch experts off, and
-see the answer change. MODEL is a checkpoint, a run's folder, a safetensors file or a folder for timm
+drop a picture, see the answer and which expert takes which patch, layer by layer; change the capacity, switch experts
+off, and see the answer change. MODEL is a checkpoint, a run's folder, a safetensors file or a folder for timm
 (pip install 'vmoe[export]').
 
 The page holds ONNX Runtime Web, which npm fetches unless --runtime names its package.

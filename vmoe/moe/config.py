@@ -338,7 +338,7 @@ class MoeConfig:
         chosen = list(range(int(n) - 1, count, int(n))) if kind == "every" else list(range(1, count, 2))[-int(n) :]
         if not chosen or (kind == "last" and len(chosen) < int(n)):
             raise ValueError(
-                f"layers={self.layers!r}: the model has too few MLPs, {count} in all; give a smaller n, or a list of indices"
+                f"layers={self.layers!r}: the model has too few MLPs, {count} in all; give a smaller n, or a list"
             )
         return chosen
 
