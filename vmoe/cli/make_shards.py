@@ -19,10 +19,10 @@ from vmoe.cli.options import count, new_parser
 from vmoe.cli.progress import working
 from vmoe.text import counted, printable
 
-_COLUMNS = {key: option for key, option in DATA_OPTIONS.items() if option.startswith("--columns")}
+_TABLE_OPTIONS = {key: option for key, option in DATA_OPTIONS.items() if option.startswith("--columns")}
 
 
-@job(_COLUMNS | {"data.root": "FOLDER"})
+@job(_TABLE_OPTIONS | {"data.root": "FOLDER"})
 def main(argv: list[str]) -> int:
     """Runs the job."""
     parser = new_parser("make-shards", __doc__)
@@ -60,4 +60,4 @@ def main(argv: list[str]) -> int:
 
 
 def _log(line: str) -> None:
-    print(printable(renamed(line, _COLUMNS)), file=sys.stderr)
+    print(printable(renamed(line, _TABLE_OPTIONS)), file=sys.stderr)
