@@ -99,7 +99,7 @@ def test_auto_chooses_the_dense_part_itself(tmp_path, capsys):
     arguments = ["--parallel.strategy", "auto", "--parallel.dense", "whole", "--out", str(tmp_path)]
     assert main([*DIGITS, *arguments]) == 2
     error = capsys.readouterr().err
-    assert "parallel.dense='whole': must be shard with strategy=auto" in error and error.count("\n") == 1
+    assert "parallel.dense='whole': must be shard with parallel.strategy=auto" in error and error.count("\n") == 1
 
 
 def test_auto_without_a_feasible_layout():
