@@ -166,3 +166,39 @@ def test_a_large_page_opens(chromium, tmp_path, record_property):
     print(f"{size:.1f} MB, first view drawn after {ready} ms")
     assert math.isfinite(ready) and ready < 20_000  # a bound for any machine, not the time that is aimed at
     assert page.errors() == []
+
+
+def test_a_guided_router_of_whole_images_speaks_of_images_and_shows_its_super_classes(chromium, tmp_path):
+    report, images = make_report(layers=2, experts=20, classes=100, grid=(1, 1), top_k=1, prefix=0)
+    report = without(report, "patch_names", "patch_label_log_ratio", "capacity")
+    report.update(shared_router=True, findings=[])
+    names = [f"group {index}" for index in range(20)]
+    shares = (np.eye(20) * 0.62 + 0.02).tolist()
+    for layer in report["layers"]:
+        layer.update(route="image", super_classes={"names": names, "own": 0.64, "purity": 0.65, "shares": shares})
+        layer["experts"][2]["classes"] = []
+    write_page(report, images, tmp_path / "index.html")
+    for width in (1280, 390):
+        page = Page(chromium, tmp_path / "index.html", width=width)
+        assert "The whole image" in page.text(".inspector")
+        chosen = int(images["layers"][0]["chosen"][0, 0, 0])
+        assert page.one(".inspector .chips").text == str(chosen)
+        for tab in TABS:
+            page.open(tab)
+            assert "patch" not in page.text(f"#panel-{tab.lower()}").lower(), tab
+        page.open("Specialisation")
+        labels = [each.get_attribute("aria-label") for each in page.all("#panel-specialisation .matrix")]
+        assert [label.split(":")[0] for label in labels] == [
+            "Super-classes by expert in blocks.1.mlp",
+            "Log-ratio of classes by expert in blocks.1.mlp",
+        ]
+        assert "64.0 % to their own expert" in page.text("#panel-specialisation")
+        assert page.js("return document.documentElement.scrollWidth <= window.innerWidth")
+        assert page.errors() == []
+
+
+def test_the_first_patch_lies_in_the_middle(chromium, tmp_path):
+    report, images = make_report(grid=(3, 2))
+    write_page(report, images, tmp_path / "index.html")
+    page = Page(chromium, tmp_path / "index.html")
+    assert "Patch in row 2 of 3, column 2 of 2" in page.text(".inspector")

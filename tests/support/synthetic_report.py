@@ -40,6 +40,7 @@ def make_report(
         "patch_names": ["stripes", "dots", "ring"],
         "accuracy": {"value": 0.801, "low": 0.789, "high": 0.812},
         "is_dense": False,
+        "shared_router": False,
         "layers": [
             layer_report(rng, f"blocks.{2 * index + 1}.mlp", sample, index, names, grid, top_k, prefix, kind)
             for index in range(layers)
@@ -159,6 +160,7 @@ def layer_report(rng, name, sample, index, names, grid, top_k, prefix, kind):
         if tokens
         else None,
         "random_router": around(-0.12, 0.01, "change") if tokens else None,
+        "super_classes": None,
         "experts": [one_expert(rng, maps, first, expert, names, grid, prefix) for expert in range(experts)],
     }
 

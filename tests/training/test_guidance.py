@@ -137,6 +137,12 @@ def test_the_explorer_counts_experts_by_super_class(run):
     top1 = vmoe.evaluate(model, progress=False)["router"]["top1"]
     assert sum(layer["own"] for layer in layers) / len(layers) == pytest.approx(top1, abs=1e-5)
     assert all(layer["own"] <= layer["purity"] and 1 / 3 < layer["purity"] <= 1 for layer in layers)
+    sizes = [len(GROUPS[name]) / 10 for name in sorted(GROUPS)]  # about as many images of each class
+    for layer in layers:
+        assert layer["names"] == sorted(GROUPS)
+        assert [sum(row) for row in layer["shares"]] == pytest.approx([1, 1, 1])
+        own = sum(size * layer["shares"][index][index] for index, size in enumerate(sizes))
+        assert own == pytest.approx(layer["own"], abs=0.02)
     assert any(line.startswith("The expert of the image's super-class") for line in report["findings"])
 
 

@@ -2,11 +2,13 @@
 
 import json
 from dataclasses import replace
+from itertools import chain
 
 import numpy as np
 import pytest
 import timm
 import torch
+from matplotlib.text import Text
 from torch import nn
 
 import vmoe
@@ -16,6 +18,8 @@ from vmoe.data.patchwork import OBJECTS, PATCH_NAMES, make_patchwork
 from vmoe.errors import UserError
 from vmoe.explain.explorer import DataFacts, ExploreOptions, Subject, explore
 from vmoe.explain.explorer.collection import collect
+from vmoe.explain.explorer.figures import draw_figures
+from vmoe.explain.explorer.galleries import draw_galleries
 from vmoe.explain.page import write_page
 from vmoe.moe.routers import _forced
 from vmoe.moe.routing import Routed
@@ -88,6 +92,10 @@ def test_a_whole_image_is_one_place(make_model, make_batches):
     assert not any("position" in line for line in report["findings"])
     assert report["capacity"] is None
     assert [len(layer["ablation"]) for layer in report["layers"]] == [4, 4]
+    drawn = dict(chain(draw_figures(report), draw_galleries(report, found.images)))
+    assert not drawn.keys() & {"flows", "experts-per-image"}
+    texts = [text.get_text() for page in drawn.values() for text in page.figure.findobj(Text)]
+    assert not [text for text in texts if "patch" in text or "position" in text]
 
 
 def test_windows_and_stages_of_swin(make_swin, make_batches):

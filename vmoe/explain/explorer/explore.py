@@ -173,7 +173,7 @@ def explore(
     report["shared_router"] = any(layer.config.shared_router for _, layer in moe_layers(subject.model))
     guidance = guidance_of(model) if isinstance(model, TrainedModel) else None
     for layer, counted in zip(report["layers"], collection.layers, strict=True):
-        layer["super_classes"] = None if guidance is None else super_classes_report(counted, guidance.targets)
+        layer["super_classes"] = None if guidance is None else super_classes_report(counted, guidance)
     report["findings"] = findings(report)
     images = collection.sample
     if data.image_names is not None:

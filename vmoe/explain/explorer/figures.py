@@ -40,9 +40,10 @@ def draw_figures(report: Report) -> Iterator[tuple[str, Page]]:
             yield f"patch-labels-{index}", _ratio_figure(report, layer, known, names, "patch label")
     if any(layer["top_k"] != 1 for layer in report["layers"]):
         yield "coactivation", _coactivation_figure(report)
-    if report["flows"]:
+    if report["flows"] and not report["shared_router"]:
         yield "flows", _flows_figure(report)
-    yield "experts-per-image", _experts_per_image_figure(report)
+    if not _is_whole(report):
+        yield "experts-per-image", _experts_per_image_figure(report)
     if report["layers"][0]["consistency"] is not None:
         yield "consistency", _consistency_figure(report)
     if any(layer["ablation"] for layer in report["layers"]):
@@ -64,6 +65,11 @@ def _subtitle(report: Report, count: str = "num_images") -> str:
     images = f"{known[count]:,} images" + ("" if report["accuracy"] else " without labels")
     parts = (images, where, report["runs"][0]["name"])
     return " · ".join(part for part in parts if part)
+
+
+def _is_whole(report: Report) -> bool:
+    """Whether images are routed as a whole: then they have no patches, and no positions."""
+    return report["layers"][0]["route"] == "image"
 
 
 def _layer_names(report: Report) -> list[str]:
@@ -97,7 +103,7 @@ def _load_figure(report: Report) -> Page:
 
 def _specialisation_figure(report: Report) -> Page:
     layers = report["layers"]
-    features = list(layers[0]["specialisation"])
+    features = [name for name in layers[0]["specialisation"] if name != "position" or not _is_whole(report)]
     legend = (
         "Normalised mutual information (NMI) of expert and feature, with 95 % intervals over images. It is 0 where the "
         "expert says nothing about the feature, and 1 where it says all. The grey holds 95 % of the permutations, "
@@ -193,7 +199,8 @@ def _experts_per_image_figure(report: Report) -> Page:
 
 
 def _consistency_figure(report: Report) -> Page:
-    legend = "Share of the patches that keep their first expert, 95 % intervals over images; grey: agreement by chance."
+    kept = "images" if _is_whole(report) else "patches"
+    legend = f"Share of the {kept} that keep their first expert, 95 % intervals over images; grey: agreement by chance."
     page, places = panel_page("Does routing stay?", _subtitle(report, "probe_images"), legend, 2, _PLOT, 2, left=40)
     titles = {"flip": "The image mirrored", "shift": "The image moved by 1/64 of its side"}
     for (name, title), (x, y) in zip(titles.items(), places, strict=True):
@@ -205,7 +212,7 @@ def _consistency_figure(report: Report) -> Page:
         axes.set_ylim(0, 1)
         axes.yaxis.set_major_formatter(PercentFormatter(1))
         layer_ticks(axes, _layer_names(report))
-        label(axes, "MoE layer", "patches")
+        label(axes, "MoE layer", kept)
     return page
 
 

@@ -28,8 +28,8 @@ def _route_findings(report: dict[str, Any]) -> Iterator[str]:
     layers = report["layers"]
     if layers[0]["route"] == "image":
         yield (
-            "Images are routed as a whole (moe.route=image): each map has one colour, and a patch stands for its "
-            "image. Which experts each class goes to is under Specialisation."
+            "Images are routed as a whole (moe.route=image): there is one decision per image, so each map has one "
+            "colour. Which experts each class goes to is under Specialisation."
         )
     if report["shared_router"] and len(layers) > 1:
         yield (
@@ -48,9 +48,9 @@ def _route_findings(report: dict[str, Any]) -> Iterator[str]:
 
 def _specialisation_findings(layers: list[dict[str, Any]]) -> Iterator[str]:
     links, chance = [], []
-    one_place = layers[0]["route"] == "image"
+    unit = "an image" if layers[0]["route"] == "image" else "a patch"
     for feature in layers[0]["specialisation"]:
-        if one_place and feature == "position":
+        if unit == "an image" and feature == "position":
             continue
         parts = [(layer["specialisation"][feature], layer["name"]) for layer in layers]
         beating = [(part, name) for part, name in parts if part["beats_null"]]
@@ -65,12 +65,13 @@ def _specialisation_findings(layers: list[dict[str, Any]]) -> Iterator[str]:
         if len(layers) == 1:
             where = "in its only MoE layer"
         yield (
-            f"Experts go {_strength(best)} with the {_spoken(feature)}, beyond chance {where}: most in {name}, "
+            f"Experts go {_strength(best)} with the {_spoken(feature, unit)}, beyond chance {where}: most in {name}, "
             f"{measure} {best['nmi']:.3f} ({best['low']:.3f} to {best['high']:.3f}; chance {best['null_mean']:.3f})."
         )
         measure = "NMI"
     if chance:
-        yield f"No layer's experts go with the {' or the '.join(map(_spoken, chance))} more than chance has it."
+        spoken = " or the ".join(_spoken(feature, unit) for feature in chance)
+        yield f"No layer's experts go with the {spoken} more than chance has it."
     first, last = (layer["specialisation"].get("class") for layer in (layers[0], layers[-1]))
     if first and len(layers) > 1 and last["beats_null"] and last["low"] > first["high"]:
         yield (
@@ -86,9 +87,9 @@ def _strength(part: dict[str, Any]) -> str:
     return next((word for step, word in words if excess < step), "strongly")
 
 
-def _spoken(feature: str) -> str:
+def _spoken(feature: str, unit: str) -> str:
     return {"edges": "edge strength", "position": "position of a patch", "class": "class of the image"}.get(
-        feature, f"{feature} of a patch" if feature in ("colour", "brightness") else feature
+        feature, f"{feature} of {unit}" if feature in ("colour", "brightness") else feature
     )
 
 
@@ -96,7 +97,7 @@ def _load_findings(layers: list[dict[str, Any]]) -> Iterator[str]:
     dead = [(layer["name"], sum(expert["dead"] for expert in layer["experts"])) for layer in layers]
     if any(count for _, count in dead):
         yield (
-            "Dead experts, which take no patch: "
+            f"Dead experts, which take no {layers[0]['route']}: "
             + ", ".join(f"{count} in {name}" for name, count in dead if count)
             + "."
         )

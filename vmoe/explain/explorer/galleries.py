@@ -29,7 +29,9 @@ def _expert_page(layer: dict[str, Any], images: dict[str, Any]) -> Page:
     row, half = _CROP + 40, _SHOWN * (_CROP + _GAP)
     left = MARGIN + 110
     page = Page(left + 2 * half + 40 + MARGIN, 150 + row * layer["num_experts"] + MARGIN)
-    page.heading(f"What experts take: {layer['name']}", "each framed patch in its surroundings, of the sampled images")
+    is_whole = layer["route"] == "image"
+    shown = "the sampled images" if is_whole else "each framed patch in its surroundings, of the sampled images"
+    page.heading(f"What experts take: {layer['name']}", shown)
     for x, text in ((left, "largest gates, one per image"), (left + half + 30, "at random")):
         page.text(x, 130, text, BODY, weight="bold")
     for index, expert in enumerate(layer["experts"]):
@@ -38,7 +40,7 @@ def _expert_page(layer: dict[str, Any], images: dict[str, Any]) -> Page:
         page.text(MARGIN + 22, y + 30, str(index), HEADING, weight="bold")
         page.text(MARGIN + 22, y + 54, f"load {layer['load'][index]:.2f}", SMALL, color=MUTED)
         if expert["dead"]:
-            page.text(left, y + 40, "dead: it takes no patch", BODY, color=MUTED)
+            page.text(left, y + 40, f"dead: it takes no {layer['route']}", BODY, color=MUTED)
         for x, patches in ((left, expert["top"]), (left + half + 30, expert["random"])):
             if patches:
                 page.picture(x, y, _strip(patches[:_SHOWN], images["pixels"], layer["grid"]))
@@ -55,8 +57,10 @@ def _strip(patches: list[dict[str, Any]], pixels: np.ndarray, grid: list[int]) -
 
 
 def _crop(pixels: np.ndarray, patch: int, grid: list[int]) -> np.ndarray:
-    """The framed patch with one patch on each side: (crop, crop, 3) in [0, 1]."""
+    """The framed patch with one patch on each side, or the whole image: (crop, crop, 3) in [0, 1]."""
     rows, columns = grid
+    if rows == columns == 1:
+        return cv2.resize(pixels, (_CROP, _CROP), interpolation=cv2.INTER_AREA) / 255
     height, width = pixels.shape[0] / rows, pixels.shape[1] / columns
     row, column = divmod(patch, columns)
     centre = (column + 0.5) * width, (row + 0.5) * height
@@ -79,7 +83,10 @@ def _maps_page(report: dict[str, Any], images: dict[str, Any]) -> Page:
     step = _MAP + 16
     width = max(step * (1 + len(layers)), 680)
     page = Page(width + 2 * MARGIN, _TOP + (step + 24) * count + MARGIN)
-    page.heading("Which expert takes which patch", "first choices in the experts' colours, the surer the stronger")
+    page.heading(
+        f"Which expert takes which {layers[0][0]['route']}",
+        "first choices in the experts' colours, the surer the stronger",
+    )
     for column, (layer, _) in enumerate(layers):
         for line, text in enumerate(reversed(_name_lines(layer["name"]))):
             left = MARGIN + step * (1 + column)

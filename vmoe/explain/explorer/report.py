@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
+from vmoe.evaluation.guidance import Guidance
 from vmoe.explain.explorer.collection import Collection, LayerCollection
 from vmoe.explain.explorer.measures import (
     class_log_ratio,
@@ -66,19 +66,23 @@ def layer_report(layer: LayerCollection, images: dict[str, Any], classes: Sequen
     }
 
 
-def super_classes_report(layer: LayerCollection, targets: Tensor) -> dict[str, float] | None:
+def super_classes_report(layer: LayerCollection, guidance: Guidance) -> dict[str, Any] | None:
     """How well a layer's experts divide the images by super-class; None without labels.
 
-    Args:
-        layer: The counts of the layer.
-        targets: (C, E) share of each class in each super-class. Super-class e belongs to expert e.
+    `own` is the share of the choices that go to the super-class's own expert, and `shares` (E super-classes, E experts)
+    those of each super-class that go to each expert.
     """
     tables = layer.association.tables.get("class")
     if tables is None:
         return None
-    counts = _array(targets).T @ _array(tables.value)  # choices by super-class and expert
+    counts = _array(guidance.targets).T @ _array(tables.value)  # choices by super-class and expert
     total = max(float(counts.sum()), 1e-300)
-    return {"own": float(counts.trace() / total), "purity": float(counts.max(0).sum() / total)}
+    return {
+        "names": guidance.names,
+        "own": float(counts.trace() / total),
+        "purity": float(counts.max(0).sum() / total),
+        "shares": (counts / np.maximum(counts.sum(1, keepdims=True), 1e-300)).tolist(),
+    }
 
 
 def _preferences(layer: LayerCollection, feature: str) -> dict[str, Any] | None:

@@ -67,7 +67,7 @@ function ablationFigure() {
   if (!indices.length) return missing(title, "Not measured: ablation was not asked for.");
   return figure(
     title,
-    `Change of accuracy when one expert is taken away and its patches are routed on without it, and when a layer's router is replaced by a random one. Lines: paired 95 % intervals; a bar with a line across 0 shows no effect, and one line in twenty misses 0 by chance. ${analysed("cause_images")}.`,
+    `Change of accuracy when one expert is taken away and its ${UNITS} are routed on without it, and when a layer's router is replaced by a random one. Lines: paired 95 % intervals; a bar with a line across 0 shows no effect, and one line in twenty misses 0 by chance. ${analysed("cause_images")}.`,
     manyLayers ? manyAblations(indices) : sideBySide(indices, 380, (index, width) => ablationBars(index, width)),
   );
 }

@@ -67,7 +67,7 @@ function compareView() {
       make("h2", {}, "Runs beside each other"),
       missing(
         "Comparison",
-        "One run was explored. Give explore.py two or more checkpoints (seeds, or a dense twin) to set them beside each other.",
+        "One run was explored. Give vmoe explore two or more checkpoints (seeds, or a dense twin) to set them beside each other.",
       ),
     ];
   const kinds = [...new Set(runs.flatMap((run) => run.layers.flatMap((layer) => Object.keys(layer.nmi ?? {}))))];

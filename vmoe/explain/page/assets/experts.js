@@ -38,7 +38,7 @@ function patchGallery(title, legend, index, kind, expert) {
   });
   return tiles.length
     ? figure(`${title} (n = ${tiles.length})`, legend, make("div", { class: `tiles ${kind}` }, tiles))
-    : missing(title, "None of the sampled images has such a patch.");
+    : missing(title, "No sampled image belongs here.");
 }
 
 function classBars(index, expert, width) {
@@ -74,7 +74,7 @@ function classBars(index, expert, width) {
   );
   return figure(
     "The classes it takes more often than others",
-    `Bar: how many times more often than among all patches (line: 1×). Last column: the class's share of this expert's patches. ${analysed()}.`,
+    `Bar: how many times more often than among all ${UNITS} (line: 1×). Last column: the class's share of this expert's ${UNITS}. ${analysed()}.`,
     scrollTable(["class", "", "ratio", "share"], rows),
   );
 }
@@ -99,6 +99,7 @@ function positionMap(index, expert, width) {
       width: Math.min(width, 420),
       tallest: 34,
       widest: 34,
+      narrowest: 4,
       label: `Load of expert ${expert} by place`,
       lines: (r, c) => [`row ${r + 1}, column ${c + 1}`, `${times(values[r][c])} its fair share`],
     }),
@@ -122,29 +123,29 @@ function expertDetail() {
       make(
         "p",
         { class: "verdict" },
-        "This expert is dead: no patch of the images analysed chose it, so there is nothing to show.",
+        `This expert is dead: no ${isWhole ? "image" : "patch of the images"} analysed chose it, so there is nothing to show.`,
       ),
-      make("p", { class: "legend" }, `${analysed()}, ${count(patchesOf(layer))} patches.`),
+      make("p", { class: "legend" }, `${analysed()}${isWhole ? "" : `, ${count(patchesOf(layer))} patches`}.`),
     ];
   }
   return [
     head,
     expertFacts(layer, expert),
     patchGallery(
-      "Patches with its highest gates",
-      "The patches of the sampled images on which its gate is largest, framed in their surroundings: what it likes best, not what it usually gets.",
+      `${isWhole ? "Images" : "Patches"} with its highest gates`,
+      `${isWhole ? "The sampled images" : "The patches of the sampled images"} on which its gate is largest${isWhole ? "" : ", framed in their surroundings"}: what it likes best, not what it usually gets.`,
       state.layer,
       "top",
       expert,
     ),
     patchGallery(
-      "Random patches among those it takes",
-      "Drawn at random from the patches of the sampled images that chose it: what it usually gets.",
+      `Random ${UNITS} among those it takes`,
+      `Drawn at random from ${isWhole ? "the sampled images" : "the patches of the sampled images"} that chose it: what it usually gets.`,
       state.layer,
       "random",
       expert,
     ),
-    sideBySide([...(isLabelled ? [classBars] : []), positionMap], 330, (build, width) => build(state.layer, expert, width), 700),
+    sideBySide([...(isLabelled ? [classBars] : []), ...(isWhole ? [] : [positionMap])], 330, (build, width) => build(state.layer, expert, width), 700),
   ];
 }
 
@@ -165,7 +166,7 @@ function expertCard(layer, expert, onPick) {
       "p",
       {},
       dead
-        ? "dead: takes no patch"
+        ? `dead: takes no ${UNIT}`
         : `${times(layer.load[expert])} fair load${classes?.length ? ` · ${classes[0].name} ${times(classes[0].ratio)}` : ""}`,
     ),
     make(
@@ -203,7 +204,7 @@ function expertsView() {
     );
     return figure(
       `The ${plural(layer.num_experts, "expert")} of ${layer.name}${dead ? `, ${dead} of them dead` : ""}`,
-      `Load (1× = fair), ${isLabelled ? "the class it takes most above its share, " : ""}and the six patches with its highest gates. A click shows one in full below. ${analysed()}, ${count(patchesOf(layer))} patches.`,
+      `Load (1× = fair), ${isLabelled ? "the class it takes most above its share, " : ""}and the six ${UNITS} with its highest gates. A click shows one in full below. ${analysed()}${isWhole ? "" : `, ${count(patchesOf(layer))} patches`}.`,
       make("div", { class: "cards" }, cards),
     );
   });

@@ -35,7 +35,7 @@ function sankey(flows, width) {
   flows.forEach((flow, index) => drawFlow(plot, ribbons, tablesOf[index], columns[index], columns[index + 1], bar));
   columns.forEach((column) => drawColumn(svg, column, bar, top));
   const named = layers.map((layer) => layerNames[layer]).join(" to ");
-  return make("div", { class: "scroll" }, finish(plot, `Flows of patches through ${named}`));
+  return make("div", { class: "scroll" }, finish(plot, `Flows of ${UNITS} through ${named}`));
 }
 
 function drawFlow(plot, group, shares, source, target, bar) {
@@ -57,7 +57,7 @@ function drawFlow(plot, group, shares, source, target, bar) {
       });
       const lines = [
         `${layerNames[source.layer]} expert ${from} → ${layerNames[target.layer]} expert ${to}`,
-        `${percent(share)} of all patches`,
+        `${percent(share)} of all ${UNITS}`,
         `${percent(share / start.share)} of those of expert ${from}`,
         `${number(share / (start.share * end.share))} times what independent layers would give`,
       ];
@@ -88,7 +88,7 @@ function drawColumn(svg, column, bar, top) {
     });
     tipOn(rect, () => [
       `${layerNames[column.layer]}, expert ${expert}`,
-      `first choice of ${percent(node.share)} of patches`,
+      `first choice of ${percent(node.share)} of ${UNITS}`,
     ]);
     svg.append(rect);
     if (tall >= 11) {
@@ -110,7 +110,7 @@ function drawColumn(svg, column, bar, top) {
 
 function flowsFigure() {
   const flows = REPORT.flows ?? [];
-  const title = "Where the patches of an expert go in the next layer";
+  const title = `Where the ${UNITS} of an expert go in the next layer`;
   if (!flows.length)
     return missing(
       title,
@@ -118,6 +118,8 @@ function flowsFigure() {
         ? "There is one MoE layer only."
         : "Not counted: successive layers have no patches in common.",
     );
+  if (REPORT.shared_router)
+    return missing(title, "The layers share one router: an image has the same experts in all of them.");
   const most = largest(REPORT.layers.map((layer) => layer.num_experts));
   if (most > 16 && state.flow === "sankey") state.flow = "matrix";
   const refresh = () => body.refresh();
@@ -155,7 +157,7 @@ function flowsFigure() {
   ]);
   return figure(
     title,
-    `Patches by the expert of their first choice in successive layers${state.flow === "sankey" ? "; a ribbon has the colour of the expert it comes from and is as thick as its share of patches (from 0.2 %)" : ""}. ${analysed()}.`,
+    `${isWhole ? "Images" : "Patches"} by the expert of their first choice in successive layers${state.flow === "sankey" ? "; a ribbon has the colour of the expert it comes from and is as thick as its share of ${UNITS} (from 0.2 %)" : ""}. ${analysed()}.`,
     body.node,
   );
 }
@@ -194,8 +196,8 @@ function flowMatrix(flow) {
       label: `Flows from ${layerNames[flow.from]} to ${layerNames[flow.to]}`,
       lines: (from, to) => [
         `${layerNames[flow.from]} expert ${from} → ${layerNames[flow.to]} expert ${to}`,
-        `${percent(values[from][to], 2)} of all patches`,
-        isNumber(lift[from][to]) ? `${times(lift[from][to])} what independent layers would give` : "no such patches",
+        `${percent(values[from][to], 2)} of all ${UNITS}`,
+        isNumber(lift[from][to]) ? `${times(lift[from][to])} what independent layers would give` : `no such ${UNITS}`,
       ],
     }),
     colourBar(

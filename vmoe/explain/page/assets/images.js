@@ -23,11 +23,11 @@ function modeLegend() {
     ? " With K = 1 the second gate is only the runner-up: it computes nothing."
     : "";
   return {
-    first: `Each patch has the colour and number of ${slots ? "the expert that contributes most to it (largest combine weight)" : "its first choice"}; ${strength}.`,
-    second: `Each patch has the colour of its second choice; ${strength}.${second}`,
-    one: `The gate of expert ${state.expert} on each patch; ${strength}; outlined where it was chosen.`,
+    first: `Each ${UNIT} has the colour and number of ${slots ? "the expert that contributes most to it (largest combine weight)" : "its first choice"}; ${strength}.`,
+    second: `Each ${UNIT} has the colour of its second choice; ${strength}.${second}`,
+    one: `The gate of expert ${state.expert} on each ${UNIT}; ${strength}; outlined where it was chosen.`,
     dispatch: `How much of each patch goes into the slots of expert ${state.expert} (dispatch weight); ${strength}.`,
-    entropy: "Entropy of a patch's gates, from 0 (one expert has all) to ln E (all experts equal).",
+    entropy: `Entropy of the gates of each ${UNIT}, from 0 (one expert has all) to ln E (all experts equal).`,
     dropped:
       "Patches marked with a cross lost choices because the expert was full (or, where experts choose, because none took them): the darker, the larger the share lost.",
   }[state.mode];
@@ -83,9 +83,9 @@ function imagesView() {
     ];
   state.image = Math.min(state.image, SAMPLE.mapped - 1);
   const [rows, columns] = REPORT.layers[finestLayer()].grid;
-  state.spot ??= spotOf(finestLayer(), Math.floor(((rows + 1) * columns) / 2));
+  state.spot ??= spotOf(finestLayer(), Math.floor(rows / 2) * columns + Math.floor(columns / 2));
   let waiting = null;
-  const side = live(inspector, { class: "inspector", role: "region", "aria-label": "The patch", tabindex: "0" });
+  const side = live(inspector, { class: "inspector", role: "region", "aria-label": `The ${UNIT}`, tabindex: "0" });
   const panels = new Panels((spot) => {
     state.spot = spot;
     panels.mark();
@@ -106,7 +106,7 @@ function imagesView() {
   };
   const strip = live(() => imageStrip(change));
   return [
-    make("h2", {}, "Which expert takes which patch"),
+    make("h2", {}, `Which expert takes which ${UNIT}`),
     make(
       "div",
       { class: "bar" },

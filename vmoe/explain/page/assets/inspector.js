@@ -5,7 +5,7 @@ const SIMILAR = 8;
 /** What stands beside the maps, for state.spot of state.image. */
 function inspector() {
   const { spot, image } = state;
-  if (!spot) return make("p", { class: "note" }, "Point at a patch, or focus a map and use the arrow keys.");
+  if (!spot) return make("p", { class: "note" }, `Point at ${isWhole ? "a map" : "a patch"}, or focus a map and use the arrow keys.`);
   return make(
     "div",
     {},
@@ -46,12 +46,13 @@ function finestLayer() {
 
 function placeName(spot) {
   if (spot.prefix !== null) return `The ${prefixName(spot.prefix)}`;
+  if (isWhole) return "The whole image";
   const [rows, columns] = REPORT.layers[finestLayer()].grid;
   return `Patch in row ${Math.floor(spot.y * rows) + 1} of ${rows}, column ${Math.floor(spot.x * columns) + 1} of ${columns}`;
 }
 
 function placePicture(spot, image) {
-  if (spot.prefix !== null) return thumbnail(image, 112);
+  if (spot.prefix !== null || isWhole) return thumbnail(image, 112);
   const [rows, columns] = REPORT.layers[finestLayer()].grid;
   return thumbnail(image, 112, { rows, columns, spot });
 }
@@ -163,11 +164,11 @@ function similarPatches(image, spot) {
   return make(
     "div",
     {},
-    make("h3", {}, "Patches that are routed most alike"),
+    make("h3", {}, `${isWhole ? "Images" : "Patches"} that are routed most alike`),
     make(
       "p",
       { class: "legend" },
-      `The best of each other image among ${plural(SAMPLE.mapped, "image")}: the share of gate that goes to the same experts, averaged over layers.`,
+      `${isWhole ? "The best" : "The best of each other image"} among ${plural(SAMPLE.mapped, "image")}: the share of gate that goes to the same experts, averaged over layers.`,
     ),
     make("div", { class: "tiles similar" }, tiles),
   );

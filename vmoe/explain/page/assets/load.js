@@ -14,7 +14,7 @@ function loadBars(index, width) {
   layer.load.forEach((load, expert) =>
     bar(plot, expert, load, 0, expertColour(expert), [
       `Expert ${expert}`,
-      layer.experts[expert].dead ? "dead: takes no patch" : `${times(load)} its fair load`,
+      layer.experts[expert].dead ? `dead: takes no ${UNIT}` : `${times(load)} its fair load`,
     ]),
   );
   level(plot, 1);
@@ -58,6 +58,7 @@ function loadOverview() {
       width: viewWidth(),
       tallest: 26,
       widest: 44,
+      narrowest: 4,
       label: "Load by layer and expert",
       rowLabel: layerAxis === "layer" ? "" : `Rows: ${layerAxis}`,
       lines: (layer, expert) => [
@@ -132,6 +133,7 @@ function trainingStrip(name, width) {
       width,
       tallest: 20,
       widest: 44,
+      narrowest: 4,
       label: `Load of the experts of ${name} over training`,
       rowLabel: `steps ${count(steps[0])} to ${count(steps.at(-1))}${every > 1 ? `, every ${every}th of ${steps.length} logged` : ""}`,
       lines: (expert, index) => [

@@ -80,7 +80,7 @@ function drawFooter() {
 
 function gatesHeld() {
   const cut = SAMPLE.tops.some((top, layer) => top < REPORT.layers[layer].num_experts);
-  return cut ? `the ${largest(SAMPLE.tops)} largest gates of each patch` : "all gates";
+  return cut ? `the ${largest(SAMPLE.tops)} largest gates of each ${UNIT}` : "all gates";
 }
 
 function drawTabs() {

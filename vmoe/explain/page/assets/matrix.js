@@ -1,6 +1,7 @@
 // Matrices as pictures: a cell a number; hover a cell or walk with the arrow keys to read it.
 
 const LABEL = "12px system-ui, sans-serif";
+const [NAMED, MOST_NAMED] = [17, 150]; // pixels that a column with a name needs, and as many columns at most
 
 /**
  * A matrix.
@@ -20,6 +21,7 @@ function matrix({
   width,
   tallest = 30,
   widest = 56,
+  narrowest = columns.experts || columns.names.length > MOST_NAMED ? 4 : NAMED, // wider than the view, it scrolls
   rowLabel = "",
   columnLabel = "",
 }) {
@@ -29,10 +31,10 @@ function matrix({
   const textWidth = (side) =>
     side.experts ? 26 : Math.min(170, Math.max(16, ...side.names.map((name) => probe.measureText(name).width)));
   const left = textWidth(rows) + 8;
-  const cellWidth = Math.max(4, Math.min(widest, Math.floor((width - left - 10) / across)));
+  const cellWidth = Math.max(narrowest, Math.min(widest, Math.floor((width - left - 10) / across)));
   const cellHeight = Math.max(down > 40 ? 9 : 13, Math.min(tallest, Math.floor(620 / down)));
   const upright = columns.experts || textWidth(columns) <= cellWidth - 4;
-  const named = columns.experts || upright || cellWidth >= 12;
+  const named = columns.experts || upright || cellWidth >= NAMED;
   const top = (columnLabel ? 18 : 0) + (!named ? 4 : upright ? 24 : Math.min(150, 0.75 * textWidth(columns) + 18));
   const overhang = named && !upright ? Math.min(110, 0.7 * textWidth(columns)) : 0;
   const { node, context } = canvas(left + across * cellWidth + overhang + 2, top + down * cellHeight + 2);
@@ -48,7 +50,7 @@ function matrix({
     }),
   );
   context.font = "11.5px system-ui, sans-serif";
-  const printed = print && cellHeight >= 18 ? values.flat().filter((value) => value !== null).map(print) : [];
+  const printed = print && cellHeight >= 18 ? values.flat().filter((value) => value !== null).map((value) => print(value)) : [];
   if (printed.length && cellWidth >= 6 + largest(printed.map((text) => context.measureText(text).width))) {
     context.textAlign = "center";
     context.textBaseline = "middle";

@@ -45,7 +45,7 @@ class Panels {
       "figure",
       { class: "panel", "data-layer": index },
       make("h4", { title: layer.name }, layer.name),
-      make("small", {}, this.note(index) ?? `E = ${layer.num_experts}, ${takes}, ${layer.grid.join(" × ")} patches`),
+      make("small", {}, this.note(index) ?? `E = ${layer.num_experts}, ${takes}, ${isWhole ? "per image" : `${layer.grid.join(" × ")} patches`}`),
       this.reachable(drawMap(index, state.image, this.width), index, layer.name),
       layer.prefix > 0 &&
         make(
@@ -62,7 +62,7 @@ class Panels {
     const routed = maps(index);
     if (["one", "dispatch"].includes(state.mode)) {
       if (state.expert >= layer.num_experts) return `has no expert ${state.expert}`;
-      return routed.weights.top < layer.num_experts ? `of the ${routed.weights.top} largest gates of a patch` : null;
+      return routed.weights.top < layer.num_experts ? `of the ${routed.weights.top} largest gates` : null;
     }
     if (state.mode !== "dropped") return null;
     const shares = range(routed.rows * routed.columns).map((patch) =>
@@ -95,10 +95,12 @@ class Panels {
         class: "map",
         tabindex: "0",
         role: "application",
-        "aria-roledescription": "patch map",
+        "aria-roledescription": `${UNIT} map`,
         "data-rows": rows,
         "data-columns": columns,
-        "aria-label": `Patches of ${name}, ${rows} rows by ${columns} columns. Arrow keys move from patch to patch, Enter pins one.`,
+        "aria-label": isWhole
+          ? `The image in ${name}. Enter pins it.`
+          : `Patches of ${name}, ${rows} rows by ${columns} columns. Arrow keys move from patch to patch, Enter pins one.`,
       },
       node,
       make("div", { class: "spot", hidden: true }),
@@ -153,7 +155,7 @@ class Panels {
   mark() {
     for (const map of this.node.querySelectorAll(".map[data-rows]")) {
       const box = map.querySelector(".spot");
-      box.hidden = !state.spot || state.spot.prefix !== null;
+      box.hidden = !state.spot || state.spot.prefix !== null || isWhole;
       if (box.hidden) continue;
       const [rows, columns] = [Number(map.dataset.rows), Number(map.dataset.columns)];
       Object.assign(box.style, {

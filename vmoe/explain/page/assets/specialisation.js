@@ -1,7 +1,10 @@
 // The view of specialisation. Nothing is claimed where routing at random would do as well.
 
 /** The properties that any layer was measured for, in the order of the report. */
-const properties = () => [...new Set(REPORT.layers.flatMap((layer) => Object.keys(layer.specialisation ?? {})))];
+const properties = () =>
+  [...new Set(REPORT.layers.flatMap((layer) => Object.keys(layer.specialisation ?? {})))].filter(
+    (property) => !isWhole || property !== "position",
+  );
 
 /** What the numbers allow to say about one property. */
 function claim(property) {
@@ -97,6 +100,7 @@ function nmiKeys() {
 function preferences() {
   const layer = REPORT.layers[state.layer];
   return [
+    layer.super_classes && superClassMatrix(layer),
     isLabelled &&
       (layer.class_log_ratio
         ? preferenceMatrix(layer, layer.class_log_ratio, "class", "classes", className)
@@ -110,6 +114,29 @@ function preferences() {
         (index) => REPORT.patch_names[index],
       ),
   ];
+}
+
+/** The share of each super-class's images that each expert takes. */
+function superClassMatrix(layer) {
+  const { names, own, purity } = layer.super_classes;
+  const values = table(layer.super_classes.shares);
+  return figure(
+    `Where the super-classes go in ${layer.name}: ${percent(own)} to their own expert`,
+    `Share of the images of a super-class that each expert takes; a row sums to 100 %. Guidance gives the super-class of row n to the expert of column n, so a perfect router fills the diagonal. Purity ${percent(purity)}: the share of the choices whose image is of the super-class that its expert takes most. ${analysed()}.`,
+    matrix({
+      values,
+      print: (value) => (value >= 0.005 ? number(100 * value, 0) : ""),
+      colour: sequential,
+      rows: { names },
+      columns: { experts: range(values[0].length) },
+      width: viewWidth(),
+      widest: 44,
+      narrowest: 24,
+      label: `Super-classes by expert in ${layer.name}`,
+      lines: (row, column) => [`${names[row]}, expert ${column}`, `${percent(values[row][column])} of its images`],
+    }),
+    colourBar(sequential, 0, 1, (value) => percent(value, 0), "of the super-class's images"),
+  );
 }
 
 function preferenceMatrix(layer, ratios, property, many, nameOf) {
@@ -126,7 +153,7 @@ function preferenceMatrix(layer, ratios, property, many, nameOf) {
     `In this layer the link of expert and ${property} does not beat its null (shuffled routing): random routing would show such differences between cells too.`;
   return figure(
     `Which ${many} the experts of ${layer.name} take`,
-    `ln [P(${property} | expert) / P(${property})]: 0 is no preference, blue more often, orange less often than among all patches; similar ${many} stand beside each other. ${analysed()}, ${count(patchesOf(layer))} patches.`,
+    `ln [P(${property} | expert) / P(${property})]: 0 is no preference, blue more often, orange less often than among all ${UNITS}; similar ${many} stand beside each other. ${analysed()}${isWhole ? "" : `, ${count(patchesOf(layer))} patches`}.`,
     warning && make("p", { class: "bad warning" }, warning),
     matrix({
       values,
@@ -140,7 +167,7 @@ function preferenceMatrix(layer, ratios, property, many, nameOf) {
       lines: (expert, column) => [
         `expert ${expert}, ${nameOf(order[column])}`,
         isNumber(values[expert][column])
-          ? `log-ratio ${number(values[expert][column])}: ${times(Math.exp(values[expert][column]))} as often as among all patches`
+          ? `log-ratio ${number(values[expert][column])}: ${times(Math.exp(values[expert][column]))} as often as among all ${UNITS}`
           : "never together",
       ],
     }),
@@ -161,12 +188,12 @@ function specialisationView() {
     make("h2", {}, "Do experts specialise, beyond chance?"),
     names.length
       ? figure(
-          "What an expert says about a patch, against chance",
-          `Normalised mutual information (NMI) of a patch's expert with ${isLabelled ? "its image's class and with " : ""}the patch's own properties: 0 means that the expert says nothing about the property, 1 that it says all. The null is the NMI of routing that is shuffled between images, which is what chance gives. Lines are bootstrap 95 % intervals. Only a point above the grey band is a link. Each plot has its own scale. ${analysed()}.`,
+          `What an expert says about ${isWhole ? "an image" : "a patch"}, against chance`,
+          `Normalised mutual information (NMI) of ${isWhole ? "an image's expert" : "a patch's expert"} with ${isLabelled ? `${isWhole ? "the" : "its image's"} class and with ` : ""}the ${UNIT}'s own properties: 0 means that the expert says nothing about the property, 1 that it says all. The null is the NMI of routing that is shuffled between images, which is what chance gives. Lines are bootstrap 95 % intervals. Only a point above the grey band is a link. Each plot has its own scale. ${analysed()}.`,
           nmiKeys(),
           sideBySide(names, 330, (property, width) => nmiPlot(property, width), 560),
         )
-      : missing("Links of experts with properties of patches", "Not measured."),
+      : missing(`Links of experts with properties of ${UNITS}`, "Not measured."),
     (isLabelled || REPORT.patch_names) && [layerPicker(classes.refresh), classes.node],
   ];
 }

@@ -48,6 +48,10 @@ function chip(expert, attributes = {}, tag = "span") {
   return make(tag, { class: "chip", ...attributes, style: { background: colour, color: inkOn(colour) } }, `${expert}`);
 }
 
+/** Where images are routed as a whole, there is one decision per image, and none per patch. */
+const isWhole = REPORT.layers.every((layer) => layer.route === "image");
+const [UNIT, UNITS] = isWhole ? ["image", "images"] : ["patch", "patches"];
+
 /** Without labels, what needs them is left out: accuracy, classes, causes. */
 const isLabelled = REPORT.accuracy !== null;
 

@@ -5,12 +5,12 @@ function coactivation() {
   const title = `Which experts of ${layer.name} are chosen together`;
   const values = table(layer.coactivation);
   if (!values || layer.top_k === 1)
-    return missing(title, "A patch has one expert (K = 1), so no two are chosen together.");
+    return missing(title, `${isWhole ? "An image" : "A patch"} has one expert (K = 1), so no two are chosen together.`);
   const most = Math.max(2, Math.min(8, largest(values.flatMap((row, r) => row.filter((_, c) => c !== r)))));
   const colour = (value) => diverging(value <= 0 ? -1 : Math.max(-1, Math.min(1, Math.log2(value) / Math.log2(most))));
   return subfigure(
     title,
-    `Patches that choose both, over what independent choices would give: 1 is chance (blank), blue more, orange less often. n = ${count(patchesOf(layer))} patches.`,
+    `${isWhole ? "Images" : "Patches"} that choose both, over what independent choices would give: 1 is chance (blank), blue more, orange less often. n = ${count(patchesOf(layer))} ${UNITS}.`,
     matrix({
       values: values.map((row, r) => row.map((value, c) => (r === c ? null : value))),
       print: (value) => number(value, 1),
@@ -60,7 +60,7 @@ function expertsPerImage() {
   );
   return subfigure(
     `${title}: ${number(used.mean, 1)} of ${layer.num_experts} on average`,
-    `Images by the number of experts that take at least one of their patches. ${analysed()}.`,
+    `Images by the number of experts that take ${isWhole ? "them" : "at least one of their patches"}. ${analysed()}.`,
     finish(plot, title),
   );
 }
@@ -71,7 +71,7 @@ const halfView = () => {
 };
 
 function consistencyFigure(width) {
-  const title = "Does a patch keep its expert when the image changes a little?";
+  const title = `Does ${isWhole ? "an image keep its expert when it" : "a patch keep its expert when the image"} changes a little?`;
   const kinds = [...new Set(REPORT.layers.flatMap((layer) => Object.keys(layer.consistency ?? {})))].filter((kind) =>
     REPORT.layers.some((layer) => layer.consistency?.[kind]),
   );
@@ -82,9 +82,9 @@ function consistencyFigure(width) {
   }));
   return subfigure(
     title,
-    `Share of patches that keep their first choice once the change is undone; vertical lines are 95 % intervals, short grey lines chance. ${analysed("probe_images")}.`,
+    `Share of ${UNITS} that keep their first choice${isWhole ? "" : " once the change is undone"}; vertical lines are 95 % intervals, short grey lines chance. ${analysed("probe_images")}.`,
     keys(series.map((each) => each.name)),
-    byLayer(series, { width, height: 220, yLabel: "% of patches", format: percent, upTo: 1, scale: 100, mean: title }),
+    byLayer(series, { width, height: 220, yLabel: `% of ${UNITS}`, format: percent, upTo: 1, scale: 100, mean: title }),
   );
 }
 
@@ -99,7 +99,7 @@ function saturationFigure(width) {
     x: { low: epochs[0], high: epochs.at(-1), ticks: niceTicks(epochs[0], epochs.at(-1), 5) },
     y: { low: 0, high: 1, scale: 100 },
     xLabel: "epoch",
-    yLabel: "% of patches",
+    yLabel: `% of ${UNITS}`,
   });
   names.forEach((name, series) => {
     const values = table(REPORT.saturation.layers[name]);
@@ -113,14 +113,14 @@ function saturationFigure(width) {
         plot,
         plot.across(epochs[index]),
         { value },
-        [`${name}, epoch ${epochs[index]}`, `${percent(value)} of patches have the expert they end with`],
+        [`${name}, epoch ${epochs[index]}`, `${percent(value)} of ${UNITS} have the expert they end with`],
         series,
       ),
     );
   });
   return subfigure(
     title,
-    `Share of patches that already have the first choice of the last checkpoint. ${analysed("probe_images")}.`,
+    `Share of ${UNITS} that already have the first choice of the last checkpoint. ${analysed("probe_images")}.`,
     names.length < 7 && keys(names),
     finish(plot, title),
   );
@@ -138,7 +138,7 @@ function agreementFigure(width) {
       x: { labels: shortNames },
       y: { ...span(points.filter(Boolean).flatMap((each) => [each.value, each.null_high])), scale: 100 },
       xLabel: layerAxis,
-      yLabel: "% of patches",
+      yLabel: `% of ${UNITS}`,
     });
     points.forEach(
       (each, layer) =>
@@ -162,7 +162,7 @@ function agreementFigure(width) {
           each,
           [
             layerNames[layer],
-            `${percent(each.value)} of patches agree`,
+            `${percent(each.value)} of ${UNITS} agree`,
             `null: ${percent(each.null_mean)}, 95 % below ${percent(each.null_high)}`,
           ],
           each.value > each.null_high ? 0 : 3,
@@ -175,7 +175,7 @@ function agreementFigure(width) {
       make(
         "p",
         { class: "legend" },
-        `Share of patches that go to matched experts in both runs; experts are matched one to one, as well as can be. Grey band: the null, which is shuffled routing, up to its 95 % point. ${analysed("probe_images")}.`,
+        `Share of ${UNITS} that go to matched experts in both runs; experts are matched one to one, as well as can be. Grey band: the null, which is shuffled routing, up to its 95 % point. ${analysed("probe_images")}.`,
       ),
       finish(plot, title),
     );
