@@ -210,7 +210,7 @@ def test_operators_pass_torchs_own_checks():
         ("scores", (random(6, 8), random(4, 8))),
         ("scores_backward", (random(6, 4).detach(), random(8, 6).detach().t(), random(8, 4).detach().t(), None)),
         ("gates", (random(6, 4), 2, True)),
-        ("balance", (random(1, 5, 3), random(1, 5, 3), chosen[None], chosen[None] > 0, 0.3)),
+        ("balance", (random(1, 5, 3), random(1, 5, 3), chosen[None], 2, 0.3)),
         ("ranks", (chosen[None], None, 3)),
         ("descending_order", (random(2, 5).detach(),)),
         ("expert_rows", (chosen, chosen > 0, 3)),
@@ -283,11 +283,15 @@ def test_parts_of_the_hidden_layer_change_nothing(monkeypatch, num_experts, chun
     [
         ({"batch_priority": True, "shared_experts": 1}, False),
         pytest.param({"batch_priority": True, "shared_experts": 1}, True, marks=pytest.mark.slow),
-        # in groups of one or three images autograd has one node for all of routing
+        # one node of autograd's graph; of three images in groups of two the last group has one
         ({"batch_priority": True, "group": "image"}, False),
         ({"group": 3, "renormalize": True, "noise_std": 0.0}, False),
+        ({"capacity_factor": 8.0, "batch_priority": True, "recompute_activation": True}, False),
         ({"group": 3, "capacity_factor": None, "top_k": 1, "inject_auxiliary_loss": True}, False),
         ({"capacity_factor": None, "top_k": 1}, False),
+        # the steps one by one
+        ({"gshard_loss_weight": 0.1, "batch_priority": True}, False),
+        ({"gshard_loss_weight": 0.1, "capacity_factor": None, "top_k": 1}, False),
         ({"router": "cosine"}, False),
         ({"router": "sigmoid"}, False),
         ({"router": "expert_choice", "group": "image"}, False),
@@ -296,10 +300,13 @@ def test_parts_of_the_hidden_layer_change_nothing(monkeypatch, num_experts, chun
     ids=[
         "priority",
         "priority, compiled",
-        "one node, priority",
-        "one node, no noise",
-        "one node, no capacity",
+        "images apart, priority",
+        "no noise",
+        "rows as needed",
+        "no capacity, injected",
         "no capacity",
+        "in steps, priority",
+        "in steps, no capacity",
         "cosine",
         "sigmoid",
         "expert choice",
@@ -307,7 +314,7 @@ def test_parts_of_the_hidden_layer_change_nothing(monkeypatch, num_experts, chun
     ],
 )
 def test_the_whole_layer_by_kernels_is_the_plain_one(knobs, is_compiled, monkeypatch):
-    """Results, losses, usage and all gradients, where the layer hands the kernels on."""
+    """Results, losses, usage and all gradients, and then an evaluation, where the layer hands the kernels on."""
     monkeypatch.setattr(layer_module, "kernels_for", lambda tensor: TRITON if tensor.dtype == torch.float32 else PLAIN)
     torch.manual_seed(0)
     options = {"num_experts": 4, "group": 2, "backend": "fused", "importance_loss_weight": 1.0, **knobs}
@@ -324,6 +331,10 @@ def test_the_whole_layer_by_kernels_is_the_plain_one(knobs, is_compiled, monkeyp
         loss = (y * cotangent.to(y)).sum() + each.last_auxiliary_loss
         grads = torch.autograd.grad(loss, [own, *each.parameters()], materialize_grads=True)
         results.append([part.double().cpu() for part in (y, loss, *each.statistics, *grads)])
+        with torch.inference_mode():
+            each.eval()
+            y = each(own)
+            results[-1] += [part.double().cpu() for part in (y, each.last_auxiliary_loss, *each.statistics)]
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
 
 
@@ -423,7 +434,10 @@ def variants(kernel, found):
     return hook
 
 
-def test_batches_of_another_size_compile_nothing_again():
+def test_batches_of_another_size_compile_nothing_again(monkeypatch):
+    monkeypatch.setattr(layer_module, "kernels_for", lambda tensor: TRITON)
+    moe = MoeConfig(num_experts=4, top_k=2, group=1, backend="fused", batch_priority=True)
+    layer = vmoe.MoeMlp(16, 16, moe=moe, device=DEVICE)
     found = {name: set() for name in kernels()}
     for name, kernel in kernels().items():
         kernel.add_pre_run_hook(variants(kernel, found[name]))
@@ -441,9 +455,10 @@ def test_batches_of_another_size_compile_nothing_again():
             logits, tokens = routing_kernels.scores_and_tokens(x.requires_grad_(), weight.requires_grad_())
             _, chosen, weights = routing_kernels.gates(logits, 2, False)
             split = [each.view(images, 4, -1) for each in (logits, logits, chosen)]
-            importance, load, *_ = routing_kernels.balance(*split, torch.ones_like(split[2], dtype=torch.bool), 0.1)
+            importance, load, *_ = routing_kernels.balance(*split, 2, 0.1)
             (weights.sum() + importance + load + tokens.sum()).backward()
             routing_kernels.ranks(split[2], None, 4)
+            layer(x.detach().requires_grad_().view(images, 4, 16)).sum().backward()
             seen.append({name: set(each) for name, each in found.items()})
     finally:
         for kernel in kernels().values():

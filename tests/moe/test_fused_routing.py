@@ -12,9 +12,11 @@ from vmoe.moe.routers import token_choice
 
 pytest.importorskip("triton", reason="the fused backend needs Triton")
 
+from vmoe.moe.kernels import counting
 from vmoe.moe.kernels import routing as kernels
 from vmoe.moe.kernels.counting import expert_rows
 from vmoe.moe.kernels.experts.fused.row_kernels import rows_in_shares
+from vmoe.moe.kernels.routing.order import order_in_groups
 
 pytestmark = pytest.mark.usefixtures("uninitialised_memory_holds_nan")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -53,9 +55,54 @@ def test_rows_stand_together_and_start_at_multiples_of_128():
     chosen = torch.tensor([[0, 2], [2, 0], [2, 1], [0, 2]], device=DEVICE)
     kept = torch.tensor([[True, True], [True, False], [True, True], [True, True]], device=DEVICE)
     rows, starts, counts = expert_rows(chosen, kept, 4)
+    same, choices, *_ = kernels.rows_as_needed(chosen, kept, 4)
+    assert torch.equal(same, rows)
+    used = {row: choice for choice, row in enumerate(rows.flatten().tolist()) if row >= 0}
+    assert choices.tolist() == [used.get(row, -1) for row in range(choices.numel())]
     assert starts.tolist() == [0, 128, 256, 384]
     assert counts.tolist() == [2, 1, 4, 0]
     assert rows.tolist() == [[0, 256], [257, -1], [258, 128], [1, 259]]
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    images=st.integers(1, 5),
+    tokens=st.integers(1, 40),
+    group=st.integers(1, 3),
+    num_experts=st.sampled_from([1, 3, 40]),
+    top_k=st.integers(1, 3),
+    capacity=st.integers(1, 9),
+    ordered=st.booleans(),
+    max_blocks=st.sampled_from([0, 32]),
+)
+def test_places_in_shares_equal_the_assignment(
+    images, tokens, group, num_experts, top_k, capacity, ordered, max_blocks
+):
+    """Of an incomplete last group too, which has a capacity of its own."""
+    generator = torch.Generator().manual_seed(images * tokens)
+    groups, top_k = Groups.of(images, tokens, group), min(top_k, num_experts)
+    logits = groups.split(torch.randn(images * tokens, num_experts, generator=generator))
+    last = max(1, capacity // 2)
+    bounds = torch.tensor([capacity] * (groups.count - 1) + [last])
+    valid = groups.valid(None, logits.device)
+    routing = token_choice(logits, logits, groups, top_k, valid_GS=valid)
+    routing = assignment.assign(routing, assignment.Capacity(capacity, bounds), ordered)
+    merge = groups.merge
+    chosen, kept, slots = merge(routing.chosen_GSK), merge(routing.kept_GSK), merge(routing.slots_GSK)
+    share = groups.count * capacity + 5
+    group_of = (torch.arange(images * tokens) // groups.size)[:, None]
+    expected = torch.where(kept, chosen * share + group_of * capacity + slots, -1)
+    order = None
+    if ordered:
+        best = merge(routing.gates_GSE).amax(-1).to(DEVICE)
+        order = order_in_groups(best, groups.count, groups.size, groups.last)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(counting, "MAX_BLOCKS", max_blocks)
+        rows = kernels.place_in_shares(chosen.to(DEVICE), order, groups, num_experts, (capacity, last), share)
+    assert torch.equal(rows.row_TK.cpu().long(), expected)
+    inverse = torch.full((num_experts * share,), -1)
+    inverse[expected[kept]] = torch.arange(chosen.numel()).view_as(chosen)[kept]
+    assert torch.equal(rows.choice_R.cpu().long(), inverse)
 
 
 def test_rows_in_shares_leave_each_group_its_slots():
@@ -72,13 +119,13 @@ def test_gates_and_balance_equal_the_formulas(groups, size, num_experts, top_k, 
     generator = torch.Generator().manual_seed(0)
     logits, noise, cotangent_TE = (torch.randn(groups * size, num_experts, generator=generator) for _ in range(3))
     noise, cotangent_TK = noise / num_experts, torch.randn(groups * size, top_k, generator=generator)
-    kept = torch.rand(groups, size, top_k, generator=generator) > 0.3
+    capacity = size * top_k // num_experts
     split = Groups(groups, size, size, size)
     moe = MoeConfig(num_experts=num_experts, top_k=top_k)
 
     logits.requires_grad_()
     clean, noisy = split.split(logits), split.split(logits + noise)
-    routing = token_choice(clean, noisy, split, top_k, renormalize)._replace(kept_GSK=kept)
+    routing = assignment.assign(token_choice(clean, noisy, split, top_k, renormalize), assignment.Capacity(capacity))
     each, usage = losses.losses_and_usage(routing, moe, is_noisy=True)
     objective = (split.merge(routing.weights_GSK) * cotangent_TK).sum() + 3 * each["importance"] + 2 * each["load"]
     objective = objective + (split.merge(routing.gates_GSE) * cotangent_TE).sum()
@@ -89,7 +136,7 @@ def test_gates_and_balance_equal_the_formulas(groups, size, num_experts, top_k, 
     noisy = (ours + noise.to(DEVICE)).view(groups, size, -1)
     chosen_GSK = chosen.view(groups, size, -1)
     importance, load, statistics, _ = kernels.balance(
-        ours.view(groups, size, -1), noisy, chosen_GSK, kept.to(DEVICE), moe.logit_noise
+        ours.view(groups, size, -1), noisy, chosen_GSK, capacity, moe.logit_noise
     )
     objective = (weights * cotangent_TK.to(DEVICE)).sum() + 3 * importance + 2 * load
     (gradient,) = torch.autograd.grad(objective + (gates * cotangent_TE.to(DEVICE)).sum(), ours)
@@ -98,7 +145,8 @@ def test_gates_and_balance_equal_the_formulas(groups, size, num_experts, top_k, 
     torch.testing.assert_close(weights.cpu(), split.merge(routing.weights_GSK))
     torch.testing.assert_close(gradient.cpu(), expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(torch.stack([importance, load]).cpu(), torch.stack([each["importance"], each["load"]]))
-    torch.testing.assert_close(statistics.cpu(), torch.cat([usage.load, usage.dropped[None], usage.entropy[None]]))
+    expected = [usage.load, *(each[None] for each in (usage.dropped, usage.entropy, importance.cpu(), load.cpu()))]
+    torch.testing.assert_close(statistics.cpu(), torch.cat(expected))
 
 
 @pytest.mark.parametrize("num_experts", [3, 64])

@@ -84,10 +84,12 @@ class Capacity(NamedTuple):
     Attributes:
         most: C of a full group without padding. Buffers are made for so many.
         each_G: C of each group, by its real tokens, int64: (G,), or (1,) for all groups; None where it is `most`.
+        last: C of the last group, which may have fewer tokens, without padding.
     """
 
     most: int
     each_G: Tensor | None = None
+    last: int = 0
 
     @classmethod
     def of_pass(
@@ -136,10 +138,12 @@ class Capacity(NamedTuple):
             CapacityError: As of `of_pass`.
         """
         choices = 1 if moe.fills_slots else moe.top_k
-        of_full, _ = (  # both, so that an incomplete group without slots is an error too
-            expert_capacity(size * choices, moe.num_experts, factor, *moe.rounding, name, moe.top_k)
-            for size in (groups.size, groups.last)
-        )
+
+        def capacity_of(size: int) -> int:
+            return expert_capacity(size * choices, moe.num_experts, factor, *moe.rounding, name, moe.top_k)
+
+        of_full = capacity_of(groups.size)
+        of_last = of_full if groups.is_even else capacity_of(groups.last)  # without slots it is an error too
         if moe.fills_slots and of_full > groups.size:
             raise CapacityError(
                 f"each expert would choose {of_full} of an image's {groups.size} tokens; "
@@ -149,7 +153,7 @@ class Capacity(NamedTuple):
             )
         most = min(groups.size, of_full)
         if valid_GS is None:
-            return cls(most)
+            return cls(most, last=min(groups.last, of_last))
         rounding, multiple_of = moe.rounding
         real_G = valid_GS.sum(1)
         # as in `expert_capacity`, bit for bit
@@ -327,7 +331,7 @@ def taken_by_threshold(gates_GSE: Tensor, capacity: Capacity, valid_GS: Tensor |
 
     An expert takes all gates above its C-th largest, and of those that equal it the first ones.
     """
-    most, each_G = capacity
+    most, each_G, _ = capacity
     ranked_GSE = gates_GSE if valid_GS is None else gates_GSE.masked_fill(~valid_GS[..., None], -1.0)
     best_GCE = ranked_GSE.topk(most, dim=1).values
     slots_G11 = most if each_G is None else each_G[:, None, None]

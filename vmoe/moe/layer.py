@@ -4,6 +4,7 @@ B images of N tokens, T = B*N tokens of width D; G groups of S tokens; E experts
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from vmoe.moe.exportable import LayerForm, why_layer_not_exportable
 from vmoe.moe.groups import Groups
 from vmoe.moe.image_routing import FollowingRouter, ImageRouting, choices_of_tokens
 from vmoe.moe.kernels import PLAIN, Kernels, kernels_for
-from vmoe.moe.kernels.operators import is_traced, is_transformed
+from vmoe.moe.kernels.operators import is_capturing, is_traced, is_transformed
 from vmoe.moe.mlps import take_apart
 from vmoe.moe.passes import Mark, is_backward
 from vmoe.moe.routers import ROUTERS, SoftRouter
@@ -41,6 +42,10 @@ class Statistics(NamedTuple):
     entropy: Tensor
     importance_loss: Tensor
     load_loss: Tensor
+
+
+# computes the auxiliary loss and the statistics, which may be a tensor with all of them in a row
+_Accounts = Callable[[], tuple[Tensor, Statistics | Tensor | None]]
 
 
 class MoeMlp(nn.Module):
@@ -124,9 +129,9 @@ class MoeMlp(nn.Module):
         self.auxiliary_scale: Tensor | None
         # no parameter, and the training loop sets it: it belongs to no checkpoint
         self.register_buffer("auxiliary_scale", None, persistent=False)
-        self._statistics: Statistics | None = None
+        self._statistics: Statistics | Tensor | None = None
         self._auxiliary_loss: Tensor | None = None
-        self._unread: Routing | SlotRouting | None = None  # see `_account`
+        self._unread: _Accounts | None = None  # see `_account`
         self.last_image_logits: Tensor | None = None
         self.mark = Mark()
         self.recorders: tuple[Callable[[Routing | SlotRouting, torch.Size], None], ...] = ()
@@ -188,6 +193,8 @@ class MoeMlp(nn.Module):
     def statistics(self) -> Statistics | None:
         """`Statistics` of the last forward pass; None before it, and after one that torch.func transformed."""
         self._settle()
+        if isinstance(self._statistics, Tensor):
+            self._statistics = Statistics(self._statistics[:-4], *self._statistics[-4:].unbind())
         return self._statistics
 
     @property
@@ -214,29 +221,33 @@ class MoeMlp(nn.Module):
         shape = x.shape
         if self.use_conv:
             x = x.movedim(1, -1)
-        x_TD = x.reshape(-1, x.shape[-1])
-        if self.images is not None and token_mask is None and self._takes_one_image(x_TD, shape[0]):
-            y = self._of_one_image(x_TD, self.images).view(*x.shape[:-1], self.out_features)
+        if self.images is not None and token_mask is None and self._takes_one_image(x):
+            y = self._of_one_image(x.reshape(-1, x.shape[-1]), self.images).view(*x.shape[:-1], self.out_features)
             return y.movedim(-1, 1) if self.use_conv else y
-        kernels = kernels_for(x_TD)
-        accounts = None
-        if self.images is None:
-            groups = self._groups(x)
-            valid_GS = groups.valid(None if token_mask is None else token_mask.reshape(-1), x.device)
-            routing, routed_TD, accounts = self._route(x_TD, groups, valid_GS, kernels)
-            of_tokens = routing
+        kernels = kernels_for(x)
+        groups = self._groups(x) if self.images is None else None
+        in_one = None
+        if groups is not None and token_mask is None and not self._is_in_steps():
+            in_one = one_node.Pass.of(self.router, self.experts, self.config, x, groups, kernels)
+        accounts: _Accounts
+        if in_one is not None:  # the steps below at once
+            y, accounts = one_node.run(x, in_one)
+            can_wait = True
         else:
-            routing, of_tokens = self._route_images(x, token_mask, self.images)
-            routed_TD = x_TD
-        for record in self.recorders:
-            record(routing, shape)
-        y_TD = self.experts(routed_TD, of_tokens, kernels)  # dispatch, the expert MLPs, combine
+            x_TD = x.reshape(-1, x.shape[-1])
+            routing, of_tokens, routed_TD = self._route(x, x_TD, groups, token_mask, kernels)
+            for record in self.recorders:
+                record(routing, shape)
+            y_TD = self.experts(routed_TD, of_tokens, kernels)  # dispatch, the expert MLPs, combine
+            is_noisy = self.router.training and self.config.draws_noise
+            accounts = partial(self._accounts_of, routing, PLAIN if groups is None else kernels, is_noisy)
+            # a recorder keeps less of a pass than the losses need, and Soft MoE's weights of slots are large
+            can_wait = y_TD.is_cpu and not self.recorders and not isinstance(routing, SoftRouting)
+            y = y_TD.view(*x.shape[:-1], self.out_features)
         if self.shared is not None:
-            shared_TD = self.shared(x_TD)
-            y_TD = y_TD + (shared_TD if token_mask is None else shared_TD.masked_fill(~token_mask.reshape(-1, 1), 0))
-        y_TD = self._account(routing, accounts, y_TD, kernels if self.images is None else PLAIN)
-
-        y = self.drop2(y_TD.view(*x.shape[:-1], self.out_features))
+            shared = self.shared(x)
+            y = y + (shared if token_mask is None else shared.masked_fill(~token_mask.unsqueeze(-1), 0))
+        y = self.drop2(self._account(accounts, y, can_wait))
         return y.movedim(-1, 1) if self.use_conv else y
 
     def _exported(self, x: Tensor, token_mask: Tensor | None) -> Tensor:
@@ -261,33 +272,38 @@ class MoeMlp(nn.Module):
         return Groups.of(x.shape[0], tokens, moe.rows_of_group)
 
     def _route(
-        self, x_TD: Tensor, groups: Groups, valid_GS: Tensor | None, kernels: Kernels
-    ) -> tuple[Routing | SlotRouting, Tensor, losses.Accounts | None]:
-        """Route and assign: the router's decision, with the choices that find no slot dropped, and the tokens.
-
-        The accounts come with them where one autograd function computes all of it.
+        self, x: Tensor, x_TD: Tensor, groups: Groups | None, token_mask: Tensor | None, kernels: Kernels
+    ) -> tuple[Routing | SlotRouting, Routing | SlotRouting, Tensor]:
+        """Route and assign: the router's decision, with the choices that find no slot dropped; the same for the tokens,
+        where `groups` is None and images are routed; and the tokens.
         """
+        if groups is None:
+            assert self.images is not None
+            return *self._route_images(x, token_mask, self.images), x_TD
         moe = self.config
+        valid_GS = groups.valid(None if token_mask is None else token_mask.reshape(-1), x.device)
         capacity = Capacity.of_pass(groups, valid_GS, moe, self.training)
-        router = self.router
-        if not self._is_in_steps() and one_node.is_taken(router, x_TD, valid_GS, moe, kernels):
-            return one_node.decide(router, x_TD, groups, capacity, moe, kernels)
         if moe.fills_slots:
-            return *self.router(x_TD, groups, valid_GS, capacity, kernels), None
-        routing, x_TD = self.router(x_TD, groups, valid_GS, kernels)
-        return assign(routing, capacity, moe.batch_priority, kernels), x_TD, None
+            routing, x_TD = self.router(x_TD, groups, valid_GS, capacity, kernels)
+        else:
+            routing, x_TD = self.router(x_TD, groups, valid_GS, kernels)
+            routing = assign(routing, capacity, moe.batch_priority, kernels)
+        return routing, routing, x_TD
 
     def _is_in_steps(self) -> bool:
-        """Whether the pass routes step by step: for recorders, which may use gradients, and in traced code.
+        """Whether the pass takes the steps one by one: for recorders, which see the decision, and in traced code.
 
         Activation checkpointing must repeat the same operators, but may do so after `vmoe.record_routing` or a dispatch
         mode such as FlopCounterMode has ended.
         """
         if torch.compiler.is_compiling():
             return True
-        if torch.is_grad_enabled() and not is_backward():
-            self._was_in_steps = bool(self.recorders) or is_traced()
-        return self._was_in_steps
+        if is_backward():
+            return self._was_in_steps
+        is_in_steps = bool(self.recorders) or is_traced()
+        if torch.is_grad_enabled() and self._was_in_steps != is_in_steps:
+            self._was_in_steps = is_in_steps
+        return is_in_steps
 
     def _route_images(self, x: Tensor, token_mask: Tensor | None, images: ImageRouting) -> tuple[Routing, Routing]:
         """The decisions for the images, which drop nothing, and what they mean for the tokens."""
@@ -300,12 +316,12 @@ class MoeMlp(nn.Module):
             self.last_image_logits = groups.merge(routing.logits_GSE)
         return routing, choices_of_tokens(routing, tokens, real_BN)
 
-    def _takes_one_image(self, x_TD: Tensor, count: int) -> bool:
+    def _takes_one_image(self, x: Tensor) -> bool:
         """Whether there is one image, and `_of_one_image` computes what the steps of `forward` do."""
-        if is_traced() or count != 1 or not x_TD.is_cpu or self.recorders:
+        if is_traced() or x.shape[0] != 1 or not x.numel() or not x.is_cpu or self.recorders:
             return False
         is_evaluation = not (torch.is_grad_enabled() or self.training or self.router.training)
-        return is_evaluation and self.experts.takes_one_image(x_TD)
+        return is_evaluation and self.experts.takes_one_image(x)
 
     def _of_one_image(self, x_TD: Tensor, images: ImageRouting) -> Tensor:
         """The forward pass on one image, (T, D) -> (T, O), in few calls: its tokens all have the same experts."""
@@ -315,49 +331,43 @@ class MoeMlp(nn.Module):
             y_TD = y_TD + self.shared(x_TD)
         self.mark.set()
         of_pass = self.__dict__  # nn.Module would look for parameters first, four times
-        of_pass["_unread"], of_pass["_auxiliary_loss"], of_pass["_statistics"] = routing, None, None
+        of_pass["_unread"] = partial(self._accounts_of, routing, PLAIN, is_noisy=False)
+        of_pass["_auxiliary_loss"] = of_pass["_statistics"] = None
         if not isinstance(self.router, FollowingRouter):
             of_pass["last_image_logits"] = routing.logits_GSE[0]
         return self.drop2(y_TD) if self.drop2.p else y_TD
 
-    def _accounts_of(self, routing: Routing | SlotRouting, kernels: Kernels, is_noisy: bool) -> losses.Accounts:
-        is_noisy = is_noisy and self.config.draws_noise
+    def _accounts_of(
+        self, routing: Routing | SlotRouting, kernels: Kernels, is_noisy: bool
+    ) -> tuple[Tensor, Statistics | None]:
         is_counted = not isinstance(self.router, FollowingRouter)  # the losses of a decision count once
-        return losses.accounts_of(routing, self.config, is_noisy, kernels, is_counted)
+        loss, importance, load, usage = losses.accounts_of(routing, self.config, is_noisy, kernels, is_counted)
+        return loss, None if is_transformed() else Statistics(*usage, importance, load)
 
-    def _account(
-        self, routing: Routing | SlotRouting, accounts: losses.Accounts | None, y_TD: Tensor, kernels: Kernels
-    ) -> Tensor:
-        """Keeps the auxiliary loss and the statistics; changes no value of `y_TD`.
+    def _account(self, accounts: _Accounts, y: Tensor, can_wait: bool) -> Tensor:
+        """Keeps the auxiliary loss and the statistics; changes no value of `y`.
 
-        Evaluation on a CPU without gradient keeps only the routing, and computes them if someone reads them: for one
-        image they can take a tenth of the experts' time.
+        Evaluation without gradient keeps only what they are computed from, if that is possible and small (`can_wait`),
+        and computes them if someone reads them: for one image they can take a tenth of the experts' time. A CUDA graph
+        must compute them itself.
         """
         self.mark.set()
-        is_noisy = self.router.training
-        is_put_off = y_TD.is_cpu and not is_noisy and not torch.is_grad_enabled() and not is_traced()
-        # a recorder keeps less of a pass than the losses need, and Soft MoE's weights of slots are large
-        is_small = not self.recorders and not isinstance(routing, SoftRouting)
-        if accounts is None and is_put_off and is_small:
-            self._unread, self._auxiliary_loss, self._statistics = routing, None, None  # frees an earlier pass's graph
-            return y_TD
-        accounts = self._accounts_of(routing, kernels, is_noisy) if accounts is None else accounts
-        self._keep(accounts)
-        if self.config.inject_auxiliary_loss and self.training:
-            y_TD = losses.inject_gradient(y_TD, accounts.loss, self._checked_scale(y_TD))
-        return y_TD
-
-    def _keep(self, accounts: losses.Accounts) -> None:
-        loss, importance, load, usage = accounts
+        can_wait = can_wait and not self.router.training and not torch.is_grad_enabled()
+        if can_wait and not is_traced() and not is_capturing(y):
+            self._unread, self._auxiliary_loss, self._statistics = accounts, None, None  # frees an earlier pass's graph
+            return y
+        self._auxiliary_loss, self._statistics = loss, _ = accounts()  # checkpointing may end a repeated pass in here
         self._unread = None
-        self._auxiliary_loss = loss
-        self._statistics = None if is_transformed() else Statistics(*usage, importance, load)
+        if self.config.inject_auxiliary_loss and self.training:
+            y = losses.inject_gradient(y, loss, self._checked_scale(y))
+        return y
 
     def _settle(self) -> None:
         """Computes what `_account` left for later."""
         if self._unread is not None:
             with torch.no_grad(), temporarily_clear_interpreter_stack():  # that pass ran outside of torch.func
-                self._keep(self._accounts_of(self._unread, PLAIN, is_noisy=False))
+                self._auxiliary_loss, self._statistics = self._unread()
+            self._unread = None
 
     def expects_gradient(self) -> bool:
         """Whether the auxiliary loss of a training step should reach the router's parameters."""

@@ -116,12 +116,11 @@ def _by_kernels(
         routing.logits_GSE,
         routing.noisy_logits_GSE if is_noisy else None,
         routing.chosen_GSK,
-        routing.kept_GSK,
+        routing.capacity,
         moe.logit_noise,
     )
     losses = {"importance": importance, **({"load": load} if is_noisy else {})}
-    load_E, dropped, entropy = statistics[:-2], statistics[-2], statistics[-1]
-    return {**losses, **_other_losses(routing, moe)}, Usage(load_E, dropped, entropy)
+    return {**losses, **_other_losses(routing, moe)}, Usage(statistics[:-4], statistics[-4], statistics[-3])
 
 
 def weighted_sum(losses: dict[str, Tensor], moe: MoeConfig) -> Tensor:

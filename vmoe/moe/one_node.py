@@ -1,128 +1,214 @@
-"""Routing, assignment and balance losses as one node of autograd's graph, for eager training on a GPU.
+"""The whole layer as one node of autograd's graph, for eager code on a GPU: routing, experts, losses.
 
 Each operation on a tensor with a gradient costs the host time twice: for itself, and for its node in the backward pass.
 With few tokens a layer waits for that. Compiled code has no such cost and takes the steps one by one.
 
-T tokens of width D, in G groups of S tokens; E experts; K choices per token.
+T tokens of width D, in G groups of S tokens; E experts; K choices per token; R rows of the buffer that experts compute.
 """
 
-from typing import Any, NamedTuple, TypeGuard
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from vmoe.moe.assignment import Capacity, assign
+from vmoe.moe.assignment import Capacity, sorted_order
 from vmoe.moe.attached import is_bare
 from vmoe.moe.config import MoeConfig
+from vmoe.moe.experts import Experts, compute_dtype
 from vmoe.moe.groups import Groups
 from vmoe.moe.kernels import Kernels
-from vmoe.moe.kernels.operators import is_traced
-from vmoe.moe.kernels.sizes import MAX_SCORES
-from vmoe.moe.losses import Accounts, Usage
-from vmoe.moe.routers import TokenChoiceRouter, token_choice
-from vmoe.moe.routing import Routing
-from vmoe.moe.scores import Gate, with_noise
+from vmoe.moe.kernels.experts import requirements
+from vmoe.moe.kernels.interface import Mlp
+from vmoe.moe.kernels.operators import first_derivative_only, is_traced
+from vmoe.moe.kernels.sizes import MAX_COMPARED, MAX_SCORES, rows_of_share
+from vmoe.moe.routers import TokenChoiceRouter
+from vmoe.moe.scores import Gate
 
 
-class OneNodeResult(NamedTuple):
-    """What the node returns. Only the combine weights, the tokens and the loss have a gradient.
+class Pass(NamedTuple):
+    """What the node computes with, besides tensors that have a gradient.
 
     Attributes:
-        routing: The router's decision after `assign`.
-        x_TD: The tokens for the experts, see `Routed`.
-        accounts: The balance losses and the usage.
+        router: Plain token choice.
+        mlp: The experts.
+        moe: The layer's configuration.
+        groups: How the tokens are grouped.
+        capacities: C, and the slots of an expert for the last group; None where nothing is dropped.
+        kernels: Triton's.
     """
 
-    routing: Routing
-    x_TD: Tensor
-    accounts: Accounts
-
-
-class _Inputs(NamedTuple):
     router: TokenChoiceRouter
-    groups: Groups
-    capacity: Capacity | None
+    mlp: Mlp
     moe: MoeConfig
-    kernels: Any  # the package `kernels.routing`
+    groups: Groups
+    capacities: tuple[int, int] | None
+    kernels: Any
+
+    @classmethod
+    def of(
+        cls, router: nn.Module, experts: nn.Module, moe: MoeConfig, x: Tensor, groups: Groups, kernels: Kernels
+    ) -> "Pass | None":
+        """None where the steps must be taken one by one: for traced code, other routers and other experts."""
+        if kernels.routing is None or kernels.experts is None or is_traced() or not x.numel():
+            return None
+        if not isinstance(router, TokenChoiceRouter) or not isinstance(experts, Experts):
+            return None
+        if not is_bare(router, TokenChoiceRouter) or not is_bare(router.gate, Gate) or not is_bare(experts, Experts):
+            return None
+        has_other_losses = moe.gshard_loss_weight > 0 or moe.z_loss_weight > 0
+        if has_other_losses or moe.ensemble > 1 or moe.removed_experts or moe.num_experts > MAX_SCORES:
+            return None
+        if torch.float64 in (x.dtype, router.gate.weight.dtype):
+            return None
+        if moe.backend != "fused" and not (moe.backend == "auto" and x.is_cuda):
+            return None
+        mlp = experts._mlp(compute_dtype(x), x)
+        if requirements.missing_feature(mlp) or requirements.unsupported_width(mlp):
+            return None
+        capacity = Capacity.of_pass(groups, None, moe, experts.training)
+        return cls(router, mlp, moe, groups, capacity and (capacity.most, capacity.last), kernels)
+
+    def options(self) -> Any:
+        """How tokens choose, for `kernels.routing.decide`."""
+        router = self.router
+        return self.kernels.routing.Options(
+            router.top_k, router.renormalize, router.noise_scale, self.moe.batch_priority
+        )
+
+    def loss_weights(self) -> Any:
+        """The weights of the balance losses."""
+        return self.kernels.routing.Weights(self.moe.importance_loss_weight, self.moe.load_loss_weight)
+
+    def form(self) -> requirements.Form:
+        """The function between the experts' layers."""
+        form = requirements.Form.of(self.mlp.activation)
+        assert form is not None
+        return form
 
 
-def is_taken(
-    router: nn.Module, x_TD: Tensor, valid_GS: Tensor | None, moe: MoeConfig, kernels: Kernels
-) -> TypeGuard[TokenChoiceRouter]:
-    """Whether `decide` computes this pass: plain token choice in an eager training step, by Triton's kernels."""
-    if kernels.routing is None or valid_GS is not None or not torch.is_grad_enabled() or is_traced():
-        return False
-    if not isinstance(router, TokenChoiceRouter) or not is_bare(router, TokenChoiceRouter):
-        return False
-    if not is_bare(router.gate, Gate):
-        return False
-    has_other_losses = moe.gshard_loss_weight > 0 or moe.z_loss_weight > 0
-    if has_other_losses or moe.ensemble > 1 or moe.removed_experts or moe.num_experts > MAX_SCORES:
-        return False
-    return torch.float64 not in (x_TD.dtype, router.gate.weight.dtype)
+def run(x: Tensor, of_pass: Pass) -> tuple[Tensor, Callable[[], tuple[Tensor, Tensor]]]:
+    """Routes the tokens, runs their experts and combines the results.
+
+    Args:
+        x: (..., D).
+        of_pass: What to compute with.
+
+    Returns:
+        The tokens after their experts (..., O). A function that returns the auxiliary loss () and the statistics in a
+        row, see `kernels.routing.balance.Balance`: with gradient they are computed already, without it computes them.
+    """
+    mlp, gate_ED = of_pass.mlp, of_pass.router.gate.weight
+    if torch.is_grad_enabled():
+        learned = gate_ED, mlp.weight1, mlp.bias1, mlp.weight2, mlp.bias2
+        statistics: list[Tensor] = []  # of a result without gradient autograd needs to know nothing
+        y, loss = _OneNode.apply(x, *learned, of_pass, statistics)
+        return y, lambda: (loss, *statistics)
+    steps = _forward(x, gate_ED, of_pass, is_training=False)
+    return steps.y, lambda: steps.balance()[:2]
 
 
-def decide(
-    router: TokenChoiceRouter, x_TD: Tensor, groups: Groups, capacity: Capacity | None, moe: MoeConfig, kernels: Kernels
-) -> OneNodeResult:
-    """The decision for the tokens, with the losses and statistics that `losses.accounts_of` computes."""
-    without_gradient: list[Any] = []  # of results without gradient autograd needs to know nothing
-    inputs = _Inputs(router, groups, capacity, moe, kernels.routing)
-    x_TD, weights_GSK, loss = _OneNode.apply(x_TD, router.gate.weight, inputs, without_gradient)
-    routing, balance = without_gradient
-    usage = Usage(balance.statistics[:-2], balance.statistics[-2], balance.statistics[-1])
-    accounts = Accounts(loss, balance.importance, balance.load, usage)
-    return OneNodeResult(routing._replace(weights_GSK=weights_GSK), x_TD, accounts)
+class _Steps(NamedTuple):
+    """What the forward pass leaves.
+
+    Attributes:
+        y: The result, (..., O).
+        balance: Computes the losses and statistics.
+        saved: Tensors for the backward pass; the balance's sums are not yet among them.
+        share: See `RowOwners`.
+    """
+
+    y: Tensor
+    balance: Callable[[], Any]
+    saved: tuple[Tensor | None, ...]
+    share: int
+
+
+def _forward(x: Tensor, gate_ED: Tensor, of_pass: Pass, is_training: bool) -> _Steps:
+    router, mlp, moe, groups, capacities, kernels = of_pass
+    routing, experts = kernels
+    # views are taken in here, where they are no nodes of the graph
+    x_TD, gate_ED = x.contiguous().view(-1, x.shape[-1]), gate_ED.contiguous()
+    noise_TE = None
+    if router.training and moe.draws_noise:
+        like_TE = torch.empty(x_TD.shape[0], moe.num_experts, dtype=torch.float32, device=x_TD.device)
+        noise_TE = (router.draw_noise or torch.randn_like)(like_TE)
+    decision = routing.decide(x_TD, gate_ED, noise_TE, groups, of_pass.options())
+    row_TK, choice_R, starts_E, counts_E, share = _rows(decision, of_pass)
+    of_experts = (
+        decision.weights_TK, starts_E, counts_E, mlp.weight1, mlp.bias1, mlp.weight2, mlp.bias2, mlp.cast(mlp.weight1),
+        mlp.cast(mlp.weight2),
+    )  # fmt: skip
+    inputs = experts.ExpertInputs(
+        x_TD, row_TK, decision.chosen_TK, *of_experts, share, *of_pass.form(), is_training, mlp.recompute
+    )
+    y_TO, *kept = experts.forward_of_experts(inputs, choice_R)
+
+    counts = routing.Counts(groups.size, groups.last, moe.num_experts, router.top_k, capacities, noise_TE is not None)
+    balance = partial(routing.balance_of_blocks, decision.parts, counts, of_pass.loss_weights())
+    saved = gate_ED, decision.logits_TE, decision.noisy_TE, decision.chosen_TK, x_TD, row_TK, *of_experts, *kept
+    # nothing else holds y_TO, so the result need not count as a view, which nobody might change in place
+    return _Steps(torch.ops.aten._unsafe_view(y_TO, (*x.shape[:-1], y_TO.shape[-1])), balance, saved, share)
 
 
 class _OneNode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_TD: Tensor, weight_ED: Tensor, inputs: _Inputs, results: list[Any]):
-        router, groups, capacity, moe, kernels = inputs
-        logits_TE = kernels.scores(x_TD, weight_ED)
-        noisy_TE = logits_TE
-        if router.training:
-            noisy_TE = with_noise(logits_TE, router.noise_scale, router.draw_noise)
-        logits_GSE, noisy_GSE = groups.split(logits_TE), groups.split(noisy_TE)
-        choice = token_choice(
-            logits_GSE, noisy_GSE, groups, router.top_k, router.renormalize, None, Kernels(kernels, None)
-        )
-        routing = assign(choice, capacity, moe.batch_priority, Kernels(kernels, None))
-        noise_GSE = noisy_GSE if router.training and moe.draws_noise else None
-        balance = kernels.weighted_balance(
-            logits_GSE, noise_GSE, routing.chosen_GSK, routing.kept_GSK, moe.logit_noise, _loss_weights(moe, kernels)
-        )
-        results += routing, balance
+    def forward(ctx, x: Tensor, gate_ED: Tensor, *others: Any):
+        *_, of_pass, results = others
+        steps = _forward(x, gate_ED, of_pass, any(ctx.needs_input_grad))
+        balance = steps.balance()
+        results.append(balance.statistics)
         ctx.set_materialize_grads(False)
-        ctx.inputs = inputs
-        ctx.save_for_backward(
-            x_TD, weight_ED, logits_GSE, noise_GSE, routing.gates_GSE, routing.chosen_GSK, routing.weights_GSK,
-            balance.sums_G2E,
-        )  # fmt: skip
-        return x_TD.view_as(x_TD), routing.weights_GSK, balance.loss
+        ctx.of_pass, ctx.share, ctx.shape = of_pass, steps.share, x.shape
+        ctx.save_for_backward(balance.sums_G2E, *steps.saved)
+        return steps.y, balance.loss
 
     @staticmethod
-    def backward(ctx, grad_TD: Tensor | None, grad_GSK: Tensor | None, grad_loss: Tensor | None):
-        if grad_GSK is None and grad_loss is None:
-            return grad_TD, None, None, None
-        x_TD, weight_ED, logits_GSE, noisy_GSE, gates_GSE, chosen_GSK, weights_GSK, sums_G2E = ctx.saved_tensors
-        router, groups, _, moe, kernels = ctx.inputs
-        gates_TE, chosen_TK, weights_TK = (groups.merge(each) for each in (gates_GSE, chosen_GSK, weights_GSK))
-        grad_TK = None if grad_GSK is None else groups.merge(grad_GSK)
-        grad_TE = kernels.gates_backward(None, grad_TK, gates_TE, chosen_TK, weights_TK, router.renormalize)
-        if grad_loss is not None:
-            kernels.add_loss_gradient(
-                grad_loss,
-                logits_GSE,
-                noisy_GSE,
-                chosen_GSK,
-                sums_G2E,
-                moe.logit_noise,
-                _loss_weights(moe, kernels),
-                grad_TE,
+    def backward(ctx, grad: Tensor | None, grad_loss: Tensor | None):
+        if grad is None and grad_loss is None:
+            return (None,) * 8
+        of_pass = ctx.of_pass
+        routing, experts = of_pass.kernels
+        sums_G2E, gate_ED, logits_TE, noisy_TE, chosen_TK, x_TD, row_TK, *of_experts = ctx.saved_tensors
+        with torch.no_grad():
+            of_result, of_parameters = None, (None,) * 4
+            if grad is not None:
+                grad_TO = grad.reshape(-1, grad.shape[-1])
+                inputs = experts.ExpertGradientInputs(
+                    grad_TO, x_TD, row_TK, *of_experts, ctx.share, *of_pass.form(), of_pass.mlp.recompute
+                )
+                grad_RD, dots_RP, grad1, grad_bias1, grad2, grad_bias2 = experts.gradient_of_rows(inputs)
+                of_result = routing.OfResult(grad_RD, dots_RP, row_TK)
+                of_parameters = (
+                    grad1, None if inputs.bias1_EF is None else grad_bias1,
+                    grad2, None if inputs.bias2_EO is None else grad_bias2,
+                )  # fmt: skip
+            of_loss = None if grad_loss is None else routing.OfLoss(grad_loss, of_pass.loss_weights(), sums_G2E)
+            decision = routing.Decision(logits_TE, noisy_TE, None, chosen_TK, None, None)
+            grad_TD, grad_gate_ED = routing.decide_backward(
+                x_TD, gate_ED, decision, of_pass.groups, of_pass.options(), of_result, of_loss
             )
-        return *kernels.scores_backward(grad_TE, x_TD, weight_ED, grad_TD), None, None
+        grads: tuple[Tensor | None, ...] = (grad_TD.view(ctx.shape), grad_gate_ED, *of_parameters)
+        if torch.is_grad_enabled():
+            grads = first_derivative_only("one_node", x_TD if x_TD.requires_grad else gate_ED, grads)
+        return *grads, None, None
 
 
-def _loss_weights(moe: MoeConfig, kernels: Any) -> Any:
-    return kernels.Weights(moe.importance_loss_weight, moe.load_loss_weight)
+def _rows(decision: Any, of_pass: Pass) -> Any:
+    """The `kernels.counting.Rows` of the choices."""
+    groups, chosen_TK, num_experts = of_pass.groups, decision.chosen_TK, of_pass.moe.num_experts
+    routing = of_pass.kernels.routing
+    if of_pass.capacities is None:
+        return routing.rows_as_needed(chosen_TK, None, num_experts)
+    order_GS = None
+    if decision.best_T is not None:
+        order_GS = (
+            routing.order_in_groups(decision.best_T, groups.count, groups.size, groups.last)
+            if groups.size <= MAX_COMPARED
+            else sorted_order(groups.split(decision.best_T))  # gates are above the zeros of an incomplete group
+        )
+    slots = groups.count * of_pass.capacities[0]
+    share = rows_of_share(slots, chosen_TK.numel(), num_experts)
+    rows = routing.place_in_shares(chosen_TK, order_GS, groups, num_experts, of_pass.capacities, share or slots)
+    return rows if share else routing.rows_as_needed(chosen_TK, rows.row_TK >= 0, num_experts)

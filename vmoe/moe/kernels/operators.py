@@ -63,6 +63,11 @@ def is_transformed() -> bool:
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
+def is_capturing(tensor: Tensor) -> bool:
+    """Whether a CUDA graph records what is done on the tensor's device."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def _record_of(forward: Callable) -> type | None:
     """The NamedTuple class of the only parameter, or None if the arguments are separate parameters."""
     kinds = [parameter.annotation for parameter in inspect.signature(forward).parameters.values()]
@@ -116,6 +121,22 @@ def _refuse_second_derivative(name: str) -> Callable:
         )
 
     return refuse
+
+
+def first_derivative_only(name: str, like: Tensor, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """The gradients as they are; to take their gradient is an error. `like` is a tensor that they depend on."""
+    return _FirstDerivativeOnly.apply(name, like, *grads)
+
+
+class _FirstDerivativeOnly(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, name: str, like: Tensor, *grads: Tensor | None):
+        ctx.name = name
+        return tuple(None if grad is None else grad.view_as(grad) for grad in grads)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        _refuse_second_derivative(ctx.name)(ctx, *grads)
 
 
 def _without_gradient(forward: Callable, traced: Callable) -> Callable:

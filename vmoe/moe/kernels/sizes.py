@@ -10,6 +10,7 @@ MIN_CAPABILITY = 8  # compute capability of Ampere, the oldest NVIDIA GPUs that 
 # Limits of the routing kernels; above them PyTorch's operators are used
 MAX_EXPERTS = 256  # E in the kernels of gates and ranks
 MAX_SCORES = 64  # E in the kernel of scores; with more experts a library product is fast
+MAX_BLOCKS = 32  # blocks of a group's choices that count those before their own; more have kernels for it
 MAX_COMPARED = 2048  # tokens per group that are ordered by comparing all with all; the time grows with the square
 
 SCORE_SPLITS = 64  # parts of the tokens; each writes its part of the scores' weight gradient

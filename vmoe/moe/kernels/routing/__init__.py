@@ -4,23 +4,32 @@ Each computes what a formula in `vmoe.moe` does: `scores`, `routers`, `assignmen
 Triton.
 """
 
-from vmoe.moe.kernels.counting import ranks
-from vmoe.moe.kernels.routing.balance import Weights, add_loss_gradient, balance, weighted_balance
-from vmoe.moe.kernels.routing.gates import gates, gates_backward, takes_logits
-from vmoe.moe.kernels.routing.order import descending_order
-from vmoe.moe.kernels.routing.scores import scores, scores_and_tokens, scores_backward
+from vmoe.moe.kernels.counting import Rows, place_in_shares, ranks, rows_as_needed
+from vmoe.moe.kernels.routing.balance import Counts, Weights, balance, balance_of_blocks
+from vmoe.moe.kernels.routing.decision import Decision, OfLoss, OfResult, Options, decide, decide_backward
+from vmoe.moe.kernels.routing.gates import gates, takes_logits
+from vmoe.moe.kernels.routing.order import descending_order, order_in_groups
+from vmoe.moe.kernels.routing.scores import scores, scores_and_tokens
 
 __all__ = [
+    "Counts",
+    "Decision",
+    "OfLoss",
+    "OfResult",
+    "Options",
+    "Rows",
     "Weights",
-    "add_loss_gradient",
     "balance",
+    "balance_of_blocks",
+    "decide",
+    "decide_backward",
     "descending_order",
     "gates",
-    "gates_backward",
+    "order_in_groups",
+    "place_in_shares",
     "ranks",
+    "rows_as_needed",
     "scores",
     "scores_and_tokens",
-    "scores_backward",
     "takes_logits",
-    "weighted_balance",
 ]

@@ -1,4 +1,4 @@
-"""Balance losses and statistics of a routing decision in three small kernels.
+"""Balance losses and statistics of a routing decision in small kernels.
 
 G groups of S tokens; E experts; K choices per token. Each block of a group's tokens writes its sums. A second kernel
 adds them group by group, without atomic addition.
@@ -13,11 +13,11 @@ from torch import Tensor
 
 from vmoe.moe.kernels.launches import launch
 from vmoe.moe.kernels.operators import operator
-from vmoe.moe.kernels.routing.gates import softmax
+from vmoe.moe.kernels.routing.gates import gradient_of_softmax, softmax
 from vmoe.moe.kernels.sizes import cdiv, columns_of, tokens_of_block
 
-# sums per expert: gates, probabilities of being chosen, number of choices
-_SUMS = 3
+# sums per expert: gates, probabilities of being chosen, number of choices, terms of the entropy
+SUMS = 4
 
 
 class Weights(NamedTuple):
@@ -32,82 +32,105 @@ class Weights(NamedTuple):
     load: float
 
 
+class Counts(NamedTuple):
+    """What the sums over blocks of tokens need to become losses and statistics.
+
+    Attributes:
+        size: S.
+        last: Tokens of the last group.
+        num_experts: E.
+        top_k: K.
+        capacities: C, and that of the last group; None where nothing was dropped.
+        is_noisy: Whether there is a load loss.
+    """
+
+    size: int
+    last: int
+    num_experts: int
+    top_k: int
+    capacities: tuple[int, int] | None
+    is_noisy: bool
+
+
 class Balance(NamedTuple):
     """Balance losses and statistics of a decision.
 
     Attributes:
         loss: The weighted sum of both losses, ().
-        importance: The importance loss of `vmoe.moe.losses`, averaged over the groups, ().
-        load: The load loss, averaged over the groups, (); zero without noise.
-        statistics: (E + 2,): each expert's share of the choices, the share of choices that were dropped, the mean
-            entropy of the gates.
+        statistics: (E + 4,): each expert's share of the choices, the share of choices that were dropped, the mean
+            entropy of the gates, the importance loss of `vmoe.moe.losses`, averaged over the groups, and the load loss,
+            zero without noise.
         sums_G2E: Sums for the backward pass, (G, 2, E).
     """
 
     loss: Tensor
-    importance: Tensor
-    load: Tensor
     statistics: Tensor
     sums_G2E: Tensor
 
 
-def weighted_balance(
-    logits_GSE: Tensor, noisy_logits_GSE: Tensor | None, chosen_GSK: Tensor, kept_GSK: Tensor | None,
-    noise_scale: float, weights: Weights,
-) -> Balance:  # fmt: skip
-    """The balance losses, their weighted sum and statistics, without gradient.
+def balance_of_blocks(
+    parts: Tensor, counts: Counts, weights: Weights, each: tuple[Tensor | None, Tensor | None] = (None, None)
+) -> Balance:
+    """The balance losses and statistics by the sums over blocks of tokens (G, blocks, SUMS, columns).
+
+    `each` may have tensors () that take the importance and the load loss too.
+    """
+    num_groups, num_blocks, _, columns = parts.shape
+    num_experts, top_k = counts.num_experts, counts.top_k
+    sums_G2E, of_groups_GX = parts.new_empty(num_groups, 2, num_experts), parts.new_empty(num_groups, num_experts + 4)
+    loss, statistics = parts.new_empty(()), parts.new_empty(num_experts + 4)
+    launch(
+        _group_sums, (num_groups,), (parts, sums_G2E, of_groups_GX),
+        (
+            num_blocks, counts.size, counts.last, num_experts, *(counts.capacities or (0, 0)), top_k, counts.is_noisy,
+            counts.capacities is not None, columns,
+        ),
+    )  # fmt: skip
+    launch(
+        _add_groups, (1,), (of_groups_GX, loss, statistics, *each),
+        (
+            num_groups, num_experts, float(weights.importance), float(weights.load), each[0] is not None, 16,
+            2 * columns,
+        ),
+    )  # fmt: skip
+    return Balance(loss, statistics, sums_G2E)
+
+
+def _balance(
+    logits_GSE: Tensor, noisy_logits_GSE: Tensor | None, chosen_GSK: Tensor, capacity: int | None, noise_scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The importance and the load loss, statistics and sums; see `Balance`.
 
     Args:
         logits_GSE: The logits without noise, float32.
         noisy_logits_GSE: The logits that routing used; None without noise. Then there is no load loss.
         chosen_GSK: The experts, best first.
-        kept_GSK: Which choices were kept; None for all.
+        capacity: C; None where nothing was dropped.
         noise_scale: Standard deviation of the noise.
-        weights: The weights of the losses.
     """
     num_groups, size, num_experts = logits_GSE.shape
     logits_GSE = logits_GSE.contiguous()
     routed_by_GSE = logits_GSE if noisy_logits_GSE is None else noisy_logits_GSE.contiguous()
     columns, block = columns_of(num_experts), tokens_of_block(num_experts)
     num_blocks = cdiv(size, block)
-    new = logits_GSE.new_empty
-    parts, counts = new(num_groups, num_blocks, _SUMS, columns), new(num_groups, num_blocks, 2)
-    sums_G2E, of_groups_GX = new(num_groups, 2, num_experts), new(num_groups, num_experts + 4)
-    loss, importance, load, statistics = new(()), new(()), new(()), new(num_experts + 2)
-    is_noisy, has_kept, top_k = noisy_logits_GSE is not None, kept_GSK is not None, chosen_GSK.shape[2]
+    parts = logits_GSE.new_empty(num_groups, num_blocks, SUMS, columns)
+    is_noisy, top_k = noisy_logits_GSE is not None, chosen_GSK.shape[2]
     launch(
-        _block_sums, (num_blocks, num_groups),
-        (
-            logits_GSE, routed_by_GSE, chosen_GSK.contiguous(), None if kept_GSK is None else kept_GSK.contiguous(),
-            parts, counts,
-        ),
-        (size, num_experts, noise_scale, top_k, is_noisy, has_kept, block, columns),
+        _block_sums, (num_blocks, num_groups), (logits_GSE, routed_by_GSE, chosen_GSK.contiguous(), parts),
+        (size, num_experts, noise_scale, top_k, is_noisy, block, columns),
     )  # fmt: skip
-    launch(
-        _group_sums, (num_groups,), (parts, counts, sums_G2E, of_groups_GX),
-        (num_blocks, size, num_experts, top_k, is_noisy, has_kept, columns),
-    )  # fmt: skip
-    launch(
-        _means, (1,), (of_groups_GX, loss, importance, load, statistics),
-        (num_groups, num_experts, float(weights.importance), float(weights.load), 16, 2 * columns),
-    )  # fmt: skip
-    return Balance(loss, importance, load, statistics, sums_G2E)
-
-
-def _balance(
-    logits_GSE: Tensor, noisy_logits_GSE: Tensor | None, chosen_GSK: Tensor, kept_GSK: Tensor | None, noise_scale: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Importance, load, statistics and sums; see `Balance`."""
-    _, *each = weighted_balance(logits_GSE, noisy_logits_GSE, chosen_GSK, kept_GSK, noise_scale, Weights(1, 1))
-    importance, load, statistics, sums_G2E = each
+    capacities = None if capacity is None else (capacity, capacity)
+    counts = Counts(size, size, num_experts, top_k, capacities, is_noisy)
+    importance, load = logits_GSE.new_empty(()), logits_GSE.new_empty(())
+    _, statistics, sums_G2E = balance_of_blocks(parts, counts, Weights(1, 1), (importance, load))
     return importance, load, statistics, sums_G2E
 
 
-def _fake_balance(logits_GSE, noisy_logits_GSE, chosen_GSK, kept_GSK, noise_scale):
+def _fake_balance(logits_GSE, noisy_logits_GSE, chosen_GSK, capacity, noise_scale):
     num_groups, _, num_experts = logits_GSE.shape
     sums_G2E = logits_GSE.new_empty(num_groups, 2, num_experts)
     importance, load = logits_GSE.new_empty(()), logits_GSE.new_empty(())
-    return importance, load, logits_GSE.new_empty(num_experts + 2), sums_G2E
+    return importance, load, logits_GSE.new_empty(num_experts + 4), sums_G2E
 
 
 def _balance_gradient(
@@ -116,45 +139,20 @@ def _balance_gradient(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of the clean and of the noisy logits. Without noise the latter is empty."""
     grad_GSE = torch.empty_like(logits_GSE, memory_format=torch.contiguous_format)
-    grad_noisy_GSE = logits_GSE.new_empty(0) if noisy_logits_GSE is None else torch.empty_like(grad_GSE)
-    _write_gradient(
-        (grad_importance, grad_load), (logits_GSE, noisy_logits_GSE, chosen_GSK, sums_G2E), noise_scale, Weights(1, 1),
-        (grad_GSE, grad_noisy_GSE), is_joint=False,
-    )  # fmt: skip
-    return grad_GSE, grad_noisy_GSE
-
-
-def add_loss_gradient(
-    grad_loss: Tensor, logits_GSE: Tensor, noisy_logits_GSE: Tensor | None, chosen_GSK: Tensor, sums_G2E: Tensor,
-    noise_scale: float, weights: Weights, grad_GSE: Tensor,
-) -> None:  # fmt: skip
-    """Adds the gradient of `Balance.loss` to `grad_GSE`, where the noisy logits are the logits plus constant noise."""
-    _write_gradient(
-        (grad_loss, grad_loss), (logits_GSE, noisy_logits_GSE, chosen_GSK, sums_G2E), noise_scale, weights,
-        (grad_GSE, grad_GSE), is_joint=True,
-    )  # fmt: skip
-
-
-def _write_gradient(
-    grads: tuple[Tensor, Tensor], saved: tuple[Tensor, Tensor | None, Tensor, Tensor], noise_scale: float,
-    weights: Weights, outs: tuple[Tensor, Tensor], is_joint: bool,
-) -> None:  # fmt: skip
-    logits_GSE, noisy_logits_GSE, chosen_GSK, sums_G2E = saved
-    _, size, num_experts = logits_GSE.shape
-    logits_GSE = logits_GSE.contiguous()
     is_noisy = noisy_logits_GSE is not None
+    grad_noisy_GSE = torch.empty_like(grad_GSE) if is_noisy else logits_GSE.new_empty(0)
+    num_groups, size, num_experts = logits_GSE.shape
+    logits_GSE = logits_GSE.contiguous()
     columns, block = columns_of(num_experts), tokens_of_block(num_experts)
     launch(
-        _balance_backward, (cdiv(size, block), logits_GSE.shape[0]),
+        _balance_backward, (cdiv(size, block), num_groups),
         (
-            *grads, logits_GSE, noisy_logits_GSE.contiguous() if is_noisy else logits_GSE, chosen_GSK.contiguous(),
-            sums_G2E, *outs,
+            grad_importance, grad_load, logits_GSE, noisy_logits_GSE.contiguous() if is_noisy else logits_GSE,
+            chosen_GSK.contiguous(), sums_G2E, grad_GSE, grad_noisy_GSE,
         ),
-        (
-            size, num_experts, noise_scale, float(weights.importance), float(weights.load), chosen_GSK.shape[2],
-            is_noisy, is_joint, block, columns,
-        ),
+        (size, num_experts, noise_scale, chosen_GSK.shape[2], is_noisy, block, columns),
     )  # fmt: skip
+    return grad_GSE, grad_noisy_GSE
 
 
 def _fake_balance_gradient(grad_importance, grad_load, logits_GSE, noisy_logits_GSE, chosen_GSK, sums_G2E, noise_scale):
@@ -185,90 +183,103 @@ balance = operator("balance", _balance, _fake_balance, _save_balance, _backward_
 
 
 @triton.jit
-def _block(logits, size, num_experts, TOKENS: tl.constexpr, COLUMNS: tl.constexpr):
-    """(offsets in (G*S,), offsets in (G, S, E), is a token, is a token's expert, experts) of this program's tokens."""
+def tokens_of_program(size, last, num_experts, TOKENS: tl.constexpr, COLUMNS: tl.constexpr):
+    """(tokens, offsets in (T, E), is a token, is a token's expert, experts) of this program's tokens of its group."""
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    is_token = token < size
+    is_token = token < tl.where(tl.program_id(1) == tl.num_programs(1) - 1, last, size)
     expert = tl.arange(0, COLUMNS)
     at_token = tl.program_id(1).to(tl.int64) * size + token
     at = at_token[:, None] * num_experts + expert[None, :]
     return at_token, at, is_token, is_token[:, None] & (expert < num_experts)[None, :], expert
 
 
-@triton.jit
-def _chance(logits, routed_by, last, expert, noise_scale):
-    """(logits - threshold) / noise_scale. The threshold is the noisy logit of the last choice."""
-    threshold = tl.sum(tl.where(expert[None, :] == last[:, None], routed_by, 0.0), 1)
-    return (logits - threshold[:, None]) / noise_scale
-
-
 @triton.jit(do_not_specialize=["size"])
 def _block_sums(
-    logits, noisy_logits, chosen, kept, parts, counts, size, num_experts, noise_scale, K: tl.constexpr,
-    IS_NOISY: tl.constexpr, HAS_KEPT: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
+    logits, noisy_logits, chosen, parts, size, num_experts, noise_scale, K: tl.constexpr, IS_NOISY: tl.constexpr,
+    TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    at_token, at, is_token, inside, expert = _block(logits, size, num_experts, TOKENS, COLUMNS)
+    at_token, at, is_token, inside, expert = tokens_of_program(size, size, num_experts, TOKENS, COLUMNS)
     logit = tl.load(logits + at, mask=inside, other=-float("inf"))
     noisy = tl.load(noisy_logits + at, mask=inside, other=-float("inf"))
-    gate = tl.where(inside, softmax(noisy, is_token), 0.0)
-    entropy = tl.sum(tl.sum(tl.where(gate > 0, -gate * tl.log(tl.where(gate > 0, gate, 1.0)), 0.0), 1), 0)
-    importance = tl.sum(tl.where(inside, softmax(logit, is_token), 0.0), 0)
-    choices = tl.zeros((COLUMNS,), dtype=tl.float32)
-    num_kept = 0.0
+    is_chosen = noisy != noisy
+    is_last = is_chosen
     for k in tl.static_range(K):
         choice = tl.load(chosen + at_token * K + k, mask=is_token, other=-1).to(tl.int32)
-        choices += tl.sum((expert[None, :] == choice[:, None]).to(tl.float32), 0)
-        if HAS_KEPT:
-            num_kept += tl.sum(tl.load(kept + at_token * K + k, mask=is_token, other=0).to(tl.float32), 0)
+        is_last = expert[None, :] == choice[:, None]
+        is_chosen = is_chosen | is_last
+    store_sums(parts, logit, noisy, is_chosen, is_last, inside, is_token, expert, noise_scale, IS_NOISY, COLUMNS)
+
+
+@triton.jit
+def store_sums(
+    parts, logit, noisy, is_chosen, is_last, inside, is_token, expert, noise_scale, IS_NOISY: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Writes the sums over a program's tokens. Logits without an expert must be -inf."""
+    gate = tl.where(inside, softmax(noisy, is_token), 0.0)
+    entropy = tl.sum(tl.where(gate > 0, -gate * tl.log(tl.where(gate > 0, gate, 1.0)), 0.0), 0)
+    importance = tl.sum(tl.where(inside, softmax(logit, is_token), 0.0), 0)
+    choices = tl.sum((is_chosen & inside).to(tl.float32), 0)
     load = tl.zeros((COLUMNS,), dtype=tl.float32)
     if IS_NOISY:
-        last = tl.load(chosen + at_token * K + (K - 1), mask=is_token, other=0).to(tl.int32)
-        chance = _chance(logit, tl.where(inside, noisy, 0.0), last, expert, noise_scale)
+        chance = _chance(logit, tl.where(inside, noisy, 0.0), is_last, noise_scale)
         # the normal distribution function; 0.7071 is sqrt(1/2)
         chance = tl.where(inside, 0.5 + 0.5 * tl.erf(0.7071067811865476 * chance), 0.0)
         load = tl.sum(chance, 0)
     block = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-    tl.store(parts + block * 3 * COLUMNS + expert, importance)
-    tl.store(parts + (block * 3 + 1) * COLUMNS + expert, load)
-    tl.store(parts + (block * 3 + 2) * COLUMNS + expert, choices)
-    tl.store(counts + block * 2, num_kept)
-    tl.store(counts + block * 2 + 1, entropy)
+    parts += block * 4 * COLUMNS + expert
+    tl.store(parts, importance)
+    tl.store(parts + COLUMNS, load)
+    tl.store(parts + 2 * COLUMNS, choices)
+    tl.store(parts + 3 * COLUMNS, entropy)
 
 
-@triton.jit(do_not_specialize=["num_blocks", "size"])
+@triton.jit
+def _chance(logits, routed_by, is_last, noise_scale):
+    """(logits - threshold) / noise_scale. The threshold is the noisy logit of the last choice."""
+    threshold = tl.sum(tl.where(is_last, routed_by, 0.0), 1)
+    return (logits - threshold[:, None]) / noise_scale
+
+
+@triton.jit(do_not_specialize=["num_blocks", "size", "last", "capacity", "last_capacity"])
 def _group_sums(
-    parts, counts, sums, of_groups, num_blocks, size, num_experts, K: tl.constexpr, IS_NOISY: tl.constexpr,
-    HAS_KEPT: tl.constexpr, COLUMNS: tl.constexpr,
+    parts, sums, of_groups, num_blocks, size, last, num_experts, capacity, last_capacity, K: tl.constexpr,
+    IS_NOISY: tl.constexpr, HAS_CAPACITY: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     group = tl.program_id(0).to(tl.int64)
+    num_groups = tl.num_programs(0)
     expert = tl.arange(0, COLUMNS)
     is_expert = expert < num_experts
     importance = tl.zeros((COLUMNS,), dtype=tl.float32)
-    load, choices = tl.zeros((COLUMNS,), dtype=tl.float32), tl.zeros((COLUMNS,), dtype=tl.float32)
-    num_kept, entropy = 0.0, 0.0
+    load, choices, entropy = importance, importance, importance
     for index in range(num_blocks):
-        block = group * num_blocks + index
-        importance += tl.load(parts + block * 3 * COLUMNS + expert)
-        load += tl.load(parts + (block * 3 + 1) * COLUMNS + expert)
-        choices += tl.load(parts + (block * 3 + 2) * COLUMNS + expert)
-        num_kept += tl.load(counts + block * 2)
-        entropy += tl.load(counts + block * 2 + 1)
+        block = parts + (group * num_blocks + index) * 4 * COLUMNS + expert
+        importance += tl.load(block)
+        load += tl.load(block + COLUMNS)
+        choices += tl.load(block + 2 * COLUMNS)
+        entropy += tl.load(block + 3 * COLUMNS)
     tl.store(sums + group * 2 * num_experts + expert, importance, mask=is_expert)
     tl.store(sums + (group * 2 + 1) * num_experts + expert, load, mask=is_expert)
+    # these add up to the statistics
     out = of_groups + group * (num_experts + 4)
+    num_tokens = ((num_groups - 1).to(tl.int64) * size + last).to(tl.float32)
+    tl.store(out + expert, choices / (num_tokens * K), mask=is_expert)
+    dropped = tl.zeros((COLUMNS,), dtype=tl.float32)
+    if HAS_CAPACITY:
+        slots = tl.where(group == num_groups - 1, last_capacity, capacity)
+        dropped = tl.maximum(choices - slots, 0.0)
+    tl.store(out + num_experts, tl.sum(dropped, 0) / (num_tokens * K))
+    tl.store(out + num_experts + 1, tl.sum(entropy, 0) / num_tokens)
     variation, _ = _squared_variation(importance, is_expert, num_experts)
-    tl.store(out + num_experts + 2, variation)
+    tl.store(out + num_experts + 2, variation / num_groups)
     variation, _ = _squared_variation(load, is_expert, num_experts)
-    tl.store(out + num_experts + 3, variation if IS_NOISY else 0.0)
-    tl.store(out + expert, choices / (size * K), mask=is_expert)
-    tl.store(out + num_experts, 1 - num_kept / (size * K) if HAS_KEPT else 0.0)
-    tl.store(out + num_experts + 1, entropy / size)
+    tl.store(out + num_experts + 3, variation / num_groups if IS_NOISY else 0.0)
 
 
 @triton.jit(do_not_specialize=["num_groups"])
-def _means(
-    of_groups, loss, importance, load, statistics, num_groups, num_experts, importance_weight, load_weight,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+def _add_groups(
+    of_groups, loss, statistics, importance, load, num_groups, num_experts, importance_weight, load_weight,
+    HAS_EACH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, COLUMNS)
     total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
@@ -276,13 +287,14 @@ def _means(
         group = first + tl.arange(0, ROWS)
         at = of_groups + group[:, None].to(tl.int64) * (num_experts + 4) + column[None, :]
         total += tl.load(at, mask=(group < num_groups)[:, None] & (column < num_experts + 4)[None, :], other=0.0)
-    mean = tl.sum(total, 0) / num_groups
-    tl.store(statistics + column, mean, mask=column < num_experts + 2)
-    mean_importance = tl.sum(tl.where(column == num_experts + 2, mean, 0.0), 0)
-    mean_load = tl.sum(tl.where(column == num_experts + 3, mean, 0.0), 0)
-    tl.store(importance, mean_importance)
-    tl.store(load, mean_load)
-    tl.store(loss, importance_weight * mean_importance + load_weight * mean_load)
+    each = tl.sum(total, 0)
+    tl.store(statistics + column, each, mask=column < num_experts + 4)
+    importance_loss = tl.sum(tl.where(column == num_experts + 2, each, 0.0), 0)
+    load_loss = tl.sum(tl.where(column == num_experts + 3, each, 0.0), 0)
+    tl.store(loss, importance_weight * importance_loss + load_weight * load_loss)
+    if HAS_EACH:
+        tl.store(importance, importance_loss)
+        tl.store(load, load_loss)
 
 
 @triton.jit
@@ -300,35 +312,44 @@ def _squared_variation(value, is_expert, num_experts):
 @triton.jit(do_not_specialize=["size"])
 def _balance_backward(
     grad_importance, grad_load, logits, noisy_logits, chosen, sums, grad_logits, grad_noisy_logits, size, num_experts,
-    noise_scale, importance_weight, load_weight, K: tl.constexpr, IS_NOISY: tl.constexpr, IS_JOINT: tl.constexpr,
-    TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
+    noise_scale, K: tl.constexpr, IS_NOISY: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    at_token, at, is_token, inside, expert = _block(logits, size, num_experts, TOKENS, COLUMNS)
+    at_token, at, is_token, inside, expert = tokens_of_program(size, size, num_experts, TOKENS, COLUMNS)
+    logit = tl.load(logits + at, mask=inside, other=-float("inf"))
+    noisy = tl.load(noisy_logits + at, mask=inside, other=0.0)
+    last = tl.load(chosen + at_token * K + (K - 1), mask=is_token, other=0).to(tl.int32)
+    grad, grad_last = gradient_of_losses(
+        tl.load(grad_importance), tl.load(grad_load), logit, noisy, expert[None, :] == last[:, None], sums, inside,
+        is_token, expert, num_experts, noise_scale, IS_NOISY,
+    )  # fmt: skip
+    tl.store(grad_logits + at, grad, mask=inside)
+    if IS_NOISY:
+        tl.store(grad_noisy_logits + at, grad_last, mask=inside)
+
+
+@triton.jit
+def gradient_of_losses(
+    grad_importance, grad_load, logit, noisy, is_last, sums, inside, is_token, expert, num_experts, noise_scale,
+    IS_NOISY: tl.constexpr,
+):  # fmt: skip
+    """The gradients of the logits and, by the threshold, of the noisy logits, for a program's tokens."""
     is_expert = expert < num_experts
     num_groups = tl.num_programs(1)
     sums += tl.program_id(1).to(tl.int64) * 2 * num_experts
-    logit = tl.load(logits + at, mask=inside, other=-float("inf"))
     _, slope = _squared_variation(tl.load(sums + expert, mask=is_expert, other=0.0), is_expert, num_experts)
-    slope *= tl.load(grad_importance) * importance_weight / num_groups
+    slope *= grad_importance / num_groups
     gate = tl.where(inside, softmax(logit, is_token), 0.0)
-    grad = gate * (slope[None, :] - tl.sum(gate * slope[None, :], 1)[:, None])
+    grad = gradient_of_softmax(slope[None, :] + tl.zeros_like(gate), gate)
+    grad_last = tl.zeros_like(grad)
     if IS_NOISY:
-        noisy = tl.load(noisy_logits + at, mask=inside, other=0.0)
         load = tl.load(sums + num_experts + expert, mask=is_expert, other=0.0)
         _, slope_of_load = _squared_variation(load, is_expert, num_experts)
-        slope_of_load *= tl.load(grad_load) * load_weight / num_groups
-        last = tl.load(chosen + at_token * K + (K - 1), mask=is_token, other=0).to(tl.int32)
-        chance = _chance(tl.where(inside, logit, 0.0), noisy, last, expert, noise_scale)
+        slope_of_load *= grad_load / num_groups
+        chance = _chance(tl.where(inside, logit, 0.0), tl.where(inside, noisy, 0.0), is_last, noise_scale)
         # the normal density; 0.3989 is 1 / sqrt(2 pi)
         density = tl.where(inside, 0.3989422804014327 * tl.exp(-0.5 * chance * chance) / noise_scale, 0.0)
         pull = density * slope_of_load[None, :]
         grad += pull
         # the threshold is the last choice's noisy logit, so it gets the opposite gradient
-        grad_last = tl.where(expert[None, :] == last[:, None], -tl.sum(pull, 1)[:, None], 0.0)
-        if IS_JOINT:
-            grad += grad_last
-        else:
-            tl.store(grad_noisy_logits + at, grad_last, mask=inside)
-    if IS_JOINT:
-        grad += tl.load(grad_logits + at, mask=inside, other=0.0)
-    tl.store(grad_logits + at, grad, mask=inside)
+        grad_last = tl.where(is_last, -tl.sum(pull, 1)[:, None], 0.0)
+    return grad, grad_last

@@ -43,9 +43,8 @@ def _fake_gates(logits_TE, top_k, renormalize):
 
 
 def _gates_gradient(
-    grad_gates_TE: Tensor | None, grad_weights_TK: Tensor | None, gates_TE: Tensor, chosen_TK: Tensor,
-    weights_TK: Tensor, renormalize: bool,
-) -> Tensor:  # fmt: skip
+    grad_gates_TE: Tensor | None, grad_weights_TK: Tensor | None, gates_TE: Tensor, chosen_TK: Tensor, renormalize: bool
+) -> Tensor:
     """The logits' gradient."""
     grad_TE = torch.empty_like(gates_TE)
     num_tokens, num_experts = gates_TE.shape
@@ -56,7 +55,7 @@ def _gates_gradient(
         columns, block = columns_of(num_experts), tokens_of_block(num_experts)
         launch(
             _gates_backward, (cdiv(num_tokens, block),),
-            (grad_TE, grad_gates_TE, grad_weights_TK, gates_TE, chosen_TK, weights_TK),
+            (grad_TE, grad_gates_TE, grad_weights_TK, gates_TE, chosen_TK),
             (
                 num_tokens, num_experts, chosen_TK.shape[1], renormalize, grad_gates_TE is not None,
                 grad_weights_TK is not None, block, columns,
@@ -71,16 +70,14 @@ gates_backward = operator("gates_backward", _gates_gradient, lambda _, __, gates
 def _save_gates(ctx, inputs, output) -> None:
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output)
+    ctx.save_for_backward(*output[:2])
     ctx.renormalize = inputs.renormalize
 
 
 def _backward_of_gates(ctx, grad_gates_TE, _, grad_weights_TK):
     if grad_gates_TE is None and grad_weights_TK is None:
         return {}
-    gates_TE, chosen_TK, weights_TK = ctx.saved_tensors
-    grad_TE = gates_backward(grad_gates_TE, grad_weights_TK, gates_TE, chosen_TK, weights_TK, ctx.renormalize)
-    return {"logits_TE": grad_TE}
+    return {"logits_TE": gates_backward(grad_gates_TE, grad_weights_TK, *ctx.saved_tensors, ctx.renormalize)}
 
 
 gates = operator("gates", _gates_of, _fake_gates, _save_gates, _backward_of_gates)
@@ -98,6 +95,18 @@ def _gates(
     at = token[:, None].to(tl.int64) * num_experts + expert[None, :]
     gate = softmax(tl.load(logits + at, mask=inside, other=-float("inf")), is_token)
     tl.store(gates + at, gate, mask=inside)
+    store_choices(chosen, weights, gate, inside, token, is_token, expert, num_experts, K, RENORMALIZE, TOKENS)
+
+
+@triton.jit
+def store_choices(
+    chosen, weights, gate, inside, token, is_token, expert, num_experts, K: tl.constexpr, RENORMALIZE: tl.constexpr,
+    TOKENS: tl.constexpr,
+):  # fmt: skip
+    """Writes the K best experts of each token and their weights.
+
+    Returns one-hot masks: of all choices, of the first and of the last one.
+    """
     total = tl.full((TOKENS,), 1.0, dtype=tl.float32)
     if RENORMALIZE:  # the K best are found twice: each weight needs their sum
         total = tl.zeros((TOKENS,), dtype=tl.float32)
@@ -107,11 +116,16 @@ def _gates(
             total += tl.sum(tl.where(is_best, gate, 0.0), 1)
             remaining = tl.where(is_best, -2.0, remaining)
     remaining = tl.where(inside, gate, -1.0)
+    best, is_best = _largest_column(remaining, expert, num_experts)
+    is_first, is_chosen = is_best, is_best
     for k in tl.static_range(K):
-        best, is_best = _largest_column(remaining, expert, num_experts)
+        if k > 0:
+            best, is_best = _largest_column(remaining, expert, num_experts)
+            is_chosen = is_chosen | is_best
         remaining = tl.where(is_best, -2.0, remaining)
         tl.store(chosen + token * K + k, best.to(tl.int64), mask=is_token)
         tl.store(weights + token * K + k, tl.sum(tl.where(is_best, gate, 0.0), 1) / total, mask=is_token)
+    return is_chosen, is_first, is_best
 
 
 @triton.jit
@@ -124,7 +138,7 @@ def _largest_column(values, expert, num_experts):
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def _gates_backward(
-    out, grad_gates, grad_weights, gates, chosen, weights, num_tokens, num_experts, K: tl.constexpr,
+    out, grad_gates, grad_weights, gates, chosen, num_tokens, num_experts, K: tl.constexpr,
     RENORMALIZE: tl.constexpr, HAS_GATES: tl.constexpr, HAS_WEIGHTS: tl.constexpr, TOKENS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -138,23 +152,32 @@ def _gates_backward(
     if HAS_GATES:
         grad += tl.load(grad_gates + at, mask=inside, other=0.0)
     if HAS_WEIGHTS:
-        total, mean = tl.full((TOKENS,), 1.0, dtype=tl.float32), tl.zeros((TOKENS,), dtype=tl.float32)
-        if RENORMALIZE:
-            total = tl.zeros((TOKENS,), dtype=tl.float32)
-            for k in tl.static_range(K):
-                choice = tl.load(chosen + token * K + k, mask=is_token, other=0).to(tl.int32)
-                weight = tl.load(weights + token * K + k, mask=is_token, other=0.0)
-                # the gradient of weight = gate / total needs the mean of the gradients by weight
-                mean += tl.load(grad_weights + token * K + k, mask=is_token, other=0.0) * weight
-                total += tl.sum(tl.where(expert[None, :] == choice[:, None], gate, 0.0), 1)
-            total = tl.where(is_token, total, 1.0)
+        grad_weight = tl.zeros((TOKENS, COLUMNS), dtype=tl.float32)
+        is_chosen = grad_weight > 0
         for k in tl.static_range(K):
-            choice = tl.load(chosen + token * K + k, mask=is_token, other=0).to(tl.int32)
-            grad_weight = (tl.load(grad_weights + token * K + k, mask=is_token, other=0.0) - mean) / total
-            grad += tl.where(expert[None, :] == choice[:, None], grad_weight[:, None], 0.0)
-    # the gradient of the softmax
-    grad = gate * (grad - tl.sum(gate * grad, 1)[:, None])
-    tl.store(out + at, grad, mask=inside)
+            choice = tl.load(chosen + token * K + k, mask=is_token, other=-1).to(tl.int32)
+            is_choice = expert[None, :] == choice[:, None]
+            is_chosen = is_chosen | is_choice
+            slope = tl.load(grad_weights + token * K + k, mask=is_token, other=0.0)
+            grad_weight += tl.where(is_choice, slope[:, None], 0.0)
+        grad += gradient_of_weights(grad_weight, gate, is_chosen, is_token, RENORMALIZE)
+    tl.store(out + at, gradient_of_softmax(grad, gate), mask=inside)
+
+
+@triton.jit
+def gradient_of_weights(grad_weight, gate, is_chosen, is_token, RENORMALIZE: tl.constexpr):
+    """The gates' gradient by that of the weights, which stands in the column of the chosen expert."""
+    if RENORMALIZE:  # the gradient of weight = gate / total needs the mean of the gradients by weight
+        total = tl.where(is_token, tl.sum(tl.where(is_chosen, gate, 0.0), 1), 1.0)
+        mean = tl.sum(grad_weight * gate, 1) / total
+        grad_weight = tl.where(is_chosen, (grad_weight - mean[:, None]) / total[:, None], 0.0)
+    return grad_weight
+
+
+@triton.jit
+def gradient_of_softmax(grad, gate):
+    """The logits' gradient by that of the gates."""
+    return gate * (grad - tl.sum(gate * grad, 1)[:, None])
 
 
 @triton.jit

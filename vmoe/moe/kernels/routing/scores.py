@@ -38,18 +38,23 @@ def _scores_gradient(
     other_grad_TD = None if other_grad_TD is None else other_grad_TD.contiguous()
     (num_tokens, width), num_experts = x_TD.shape, weight_ED.shape[0]
     grad_TD = torch.empty_like(x_TD)
-    parts = torch.empty(SCORE_SPLITS, num_experts, width, dtype=torch.float32, device=x_TD.device)
-    columns = columns_of(num_experts)
     if grad_TD.numel():
         launch(
             _scores_grad_x, (cdiv(num_tokens, 32), cdiv(width, 64)), (grad_TE, weight_ED, other_grad_TD, grad_TD),
-            (num_tokens, width, num_experts, other_grad_TD is not None, 32, 64, columns),
+            (num_tokens, width, num_experts, other_grad_TD is not None, 32, 64, columns_of(num_experts)),
         )  # fmt: skip
+    return grad_TD, gradient_of_gate(grad_TE, x_TD, weight_ED.dtype)
+
+
+def gradient_of_gate(grad_TE: Tensor, x_TD: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradient (E, D) of the scores' weights, in type `dtype`."""
+    (num_tokens, width), num_experts = x_TD.shape, grad_TE.shape[1]
+    parts = torch.empty(SCORE_SPLITS, num_experts, width, dtype=torch.float32, device=x_TD.device)
     launch(
         _scores_grad_weight, (SCORE_SPLITS, cdiv(width, 128)), (grad_TE, x_TD, parts),
-        (num_tokens, width, num_experts, cdiv(num_tokens, SCORE_SPLITS), 32, 128, columns),
+        (num_tokens, width, num_experts, cdiv(num_tokens, SCORE_SPLITS), 32, 128, columns_of(num_experts)),
     )  # fmt: skip
-    return grad_TD, parts.sum(0).to(weight_ED.dtype)
+    return parts.sum(0).to(dtype)
 
 
 scores_backward = operator(
@@ -104,17 +109,27 @@ def _scores(
 ):
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     expert = tl.arange(0, COLUMNS)
+    total = scores_of_tokens(x, weight, token, token < num_tokens, width, num_experts, TOKENS, DEPTH, COLUMNS)
+    at = out + token[:, None].to(tl.int64) * num_experts + expert[None, :]
+    tl.store(at, total, mask=(token < num_tokens)[:, None] & (expert < num_experts)[None, :])
+
+
+@triton.jit
+def scores_of_tokens(
+    x, weight, token, is_token, width, num_experts, TOKENS: tl.constexpr, DEPTH: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """The scores of some tokens, (TOKENS, COLUMNS)."""
+    expert = tl.arange(0, COLUMNS)
     total = tl.zeros((TOKENS, COLUMNS), dtype=tl.float32)
     for first in range(0, width, DEPTH):
         depth = first + tl.arange(0, DEPTH)
         is_depth = (depth < width)[None, :]
         at = x + token[:, None].to(tl.int64) * width + depth[None, :]
-        x_part = tl.load(at, mask=(token < num_tokens)[:, None] & is_depth, other=0.0).to(tl.float32)
+        x_part = tl.load(at, mask=is_token[:, None] & is_depth, other=0.0).to(tl.float32)
         at = weight + expert[:, None] * width + depth[None, :]
         weight_part = tl.load(at, mask=(expert < num_experts)[:, None] & is_depth, other=0.0).to(tl.float32)
         total = tl.dot(x_part, weight_part.T, total, input_precision="tf32x3")
-    at = out + token[:, None].to(tl.int64) * num_experts + expert[None, :]
-    tl.store(at, total, mask=(token < num_tokens)[:, None] & (expert < num_experts)[None, :])
+    return total
 
 
 @triton.jit(do_not_specialize=["num_tokens"])

@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 
 from vmoe.moe.kernels.counting import expert_rows
-from vmoe.moe.kernels.experts.fused.mlp import ExpertInputs, fused_experts
+from vmoe.moe.kernels.experts.fused.mlp import (
+    ExpertGradientInputs,
+    ExpertInputs,
+    forward_of_experts,
+    fused_experts,
+    gradient_of_rows,
+)
 from vmoe.moe.kernels.experts.fused.shares import combine_by_capacity, dispatch_by_capacity, rows_of_choices
 from vmoe.moe.kernels.experts.requirements import Form
 from vmoe.moe.kernels.interface import Choices, Mlp
@@ -51,4 +57,12 @@ def expert_mlp(x_TD: Tensor, choices: Choices, mlp: Mlp) -> Tensor:
     return y_TO
 
 
-__all__ = ["combine_by_capacity", "dispatch_by_capacity", "expert_mlp"]
+__all__ = [
+    "ExpertGradientInputs",
+    "ExpertInputs",
+    "combine_by_capacity",
+    "dispatch_by_capacity",
+    "expert_mlp",
+    "forward_of_experts",
+    "gradient_of_rows",
+]

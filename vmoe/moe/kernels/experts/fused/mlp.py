@@ -85,7 +85,17 @@ class ExpertGradientInputs(NamedTuple):
 
 
 def _forward_of_experts(inputs: ExpertInputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return forward_of_experts(inputs)
+
+
+def forward_of_experts(
+    inputs: ExpertInputs, choice_R: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Dispatch, both layers and combine.
+
+    Args:
+        inputs: What they take.
+        choice_R: The choice in each row, where it is known already.
 
     Returns:
         The result (T, O). For the backward pass (else empty): the choice in each row (R,), the tokens' rows (R, D), the
@@ -99,7 +109,7 @@ def _forward_of_experts(inputs: ExpertInputs) -> tuple[Tensor, Tensor, Tensor, T
     owners = RowOwners(num_experts, inputs.share, inputs.starts_E, inputs.counts_E)
     num_rows = rows_of_buffer(row_TK.numel(), num_experts, inputs.share)
     x_RD = cast1_EFD.new_empty(num_rows, width_D)
-    choice_R = row_kernels.write_rows(x_TD, row_TK, x_RD)
+    choice_R = row_kernels.write_rows(x_TD, row_TK, x_RD, choice_R)
     pre_RF = cast1_EFD.new_empty(num_rows, width_F)
     products.product(x_RD, cast1_EFD, owners, pre_RF, transposed=True)
     # where nothing needs the input later, the activation overwrites it
@@ -132,6 +142,15 @@ def _gradient_of_experts(
     inputs: ExpertGradientInputs,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, the combine weights, weight1, bias1, weight2 and bias2. Without a bias its gradient is empty."""
+    grad_RD, dots_RP, *of_parameters = gradient_of_rows(inputs)
+    grad_weights_TK = row_kernels.sum_dots(dots_RP, inputs.choice_R, inputs.weights_TK)
+    grad_x_TD = torch.empty_like(inputs.x_TD)
+    row_kernels.write_token_sums(grad_RD, inputs.row_TK, grad_x_TD)
+    return grad_x_TD, grad_weights_TK, *of_parameters
+
+
+def gradient_of_rows(inputs: ExpertGradientInputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the tokens' rows (R, D), parts of those of their combine weights, and the parameters' as above."""
     x_RD, pre_RF, y_RO = inputs.x_RD, inputs.pre_RF, inputs.y_RO
     cast1_EFD, cast2_EOH = inputs.cast1_EFD.contiguous(), inputs.cast2_EOH.contiguous()
     num_experts = cast1_EFD.shape[0]
@@ -144,7 +163,7 @@ def _gradient_of_experts(
         for like in (inputs.bias1_EF, inputs.bias2_EO)
     )
     grad_RO = torch.empty_like(y_RO)
-    grad_weights_TK = row_kernels.write_combine_gradient(
+    dots_RP = row_kernels.write_combine_gradient(
         inputs.grad_TO.contiguous(),
         inputs.choice_R,
         inputs.weights_TK,
@@ -156,7 +175,7 @@ def _gradient_of_experts(
     )
     # x's gradients may overwrite the rows' gradients, which are no longer needed
     grad_RD = grad_RO if x_RD.shape == y_RO.shape else torch.empty_like(x_RD)
-    parts = grad_weights_TK.new_empty(num_rows // TILE_ROWS, width_F)
+    parts = dots_RP.new_empty(num_rows // TILE_ROWS, width_F)
     chunks = _chunks(owners, pre_RF, inputs.recompute)
     hidden_RH = pre_RF.new_empty(chunks[0][1].stop, width_H)  # the first part is the largest
     grad_pre_RF = pre_RF.new_empty(chunks[0][1].stop, width_F) if inputs.gate else hidden_RH
@@ -174,10 +193,7 @@ def _gradient_of_experts(
         products.product(grad_pre, cast1_EFD[experts], part_owners, grad_RD[part], transposed=False)
     if inputs.bias1_EF is not None:
         row_kernels.write_expert_sums(parts, owners, TILE_ROWS, grad_bias1)
-    del hidden_RH, grad_pre_RF, hidden, grad_pre, act  # frees them before x's gradient takes memory
-    grad_x_TD = torch.empty_like(inputs.x_TD)
-    row_kernels.write_token_sums(grad_RD, inputs.row_TK, grad_x_TD)
-    return grad_x_TD, grad_weights_TK.to(inputs.weights_TK.dtype), grad_weight1, grad_bias1, grad_weight2, grad_bias2
+    return grad_RD, dots_RP, grad_weight1, grad_bias1, grad_weight2, grad_bias2
 
 
 def _fake_gradient_of_experts(inputs: ExpertGradientInputs) -> tuple[Tensor, ...]:

@@ -15,6 +15,7 @@ from vmoe.moe.kernels.operators import operator
 from vmoe.moe.kernels.sizes import STRETCH, cdiv, columns_of, next_power_of_2
 
 TOKENS, COLUMNS = 4, 256  # the tile of one program
+FREE_ROWS = 16  # rows of which a program finds the free ones
 
 
 def _rows_of_choices_in_shares(
@@ -36,18 +37,22 @@ rows_in_shares = operator(
 )
 
 
-def write_rows(x_TD: Tensor, row_TK: Tensor, out_RD: Tensor) -> Tensor:
+def write_rows(x_TD: Tensor, row_TK: Tensor, out_RD: Tensor, choice_R: Tensor | None = None) -> Tensor:
     """Writes each token into its rows and zeros into the free ones.
 
     Returns:
-        choice_R, int32.
+        choice_R, int32. Where it is known already, one kernel does all.
     """
     num_tokens, top_k = row_TK.shape
     num_rows, width = out_RD.shape
+    token_programs, row_programs = cdiv(num_tokens, TOKENS), cdiv(num_rows, FREE_ROWS)
+    numbers = (num_tokens, num_rows, width, top_k, TOKENS, FREE_ROWS, COLUMNS)
+    if choice_R is not None:
+        launch(_dispatch, (token_programs + row_programs,), (x_TD, row_TK, out_RD, choice_R), numbers)
+        return choice_R
     choice_R = torch.full((num_rows,), -1, dtype=torch.int32, device=x_TD.device)
-    grid = (cdiv(num_tokens, TOKENS),)
-    launch(_scatter, grid, (x_TD, row_TK, out_RD, choice_R), (num_tokens, width, top_k, TOKENS, COLUMNS))
-    launch(_zero_free, (cdiv(num_rows, 16),), (choice_R, out_RD), (num_rows, width, 16, COLUMNS))
+    launch(_scatter, (token_programs,), (x_TD, row_TK, out_RD, choice_R), (num_tokens, width, top_k, TOKENS, COLUMNS))
+    launch(_zero_free, (row_programs,), (choice_R, out_RD), (num_rows, width, FREE_ROWS, COLUMNS))
     return choice_R
 
 
@@ -80,17 +85,16 @@ def write_combine_gradient(
         grad_bias_ED: Takes the bias's; None without one.
 
     Returns:
-        The gradient of the combine weights (T, K), float32.
+        Parts of the gradient of each row's combine weight, float32. Their sum is left to another kernel, since atomic
+        additions would not repeat bit for bit.
     """
     num_rows, width = y_RD.shape
     num_experts = owners.num_experts
-    grad_weights_TK = torch.zeros(weights_TK.shape, dtype=torch.float32, device=y_RD.device)
     columns = 128
     num_columns = cdiv(width, columns)
-    # each program writes its part of a row's dot product; a second kernel adds them, without atomic addition
-    dots_RP = grad_weights_TK.new_empty(num_rows, num_columns)
+    dots_RP = torch.empty(num_rows, num_columns, dtype=torch.float32, device=y_RD.device)
     num_stretches = cdiv(num_rows, STRETCH)
-    bias_parts_MD = grad_weights_TK.new_empty(num_stretches, width)
+    bias_parts_MD = dots_RP.new_empty(num_stretches, width)
     launch(
         _combine_gradient, (num_stretches, num_columns),
         (grad_TD, choice_R, weights_TK, y_RD, bias_ED, owners.starts_E, out_RD, dots_RP, bias_parts_MD),
@@ -99,13 +103,20 @@ def write_combine_gradient(
             STRETCH, 8, columns, columns_of(num_experts),
         ),
     )  # fmt: skip
-    launch(
-        _sum_dots, (cdiv(num_rows, 256),), (dots_RP, choice_R, grad_weights_TK),
-        (num_rows, num_columns, 256, next_power_of_2(num_columns)),
-    )  # fmt: skip
     if bias_ED is not None:
         write_expert_sums(bias_parts_MD, owners, STRETCH, grad_bias_ED)
-    return grad_weights_TK
+    return dots_RP
+
+
+def sum_dots(dots_RP: Tensor, choice_R: Tensor, weights_TK: Tensor) -> Tensor:
+    """The gradient of the combine weights, in their type, by the parts of their rows."""
+    num_rows, num_parts = dots_RP.shape
+    grad_weights_TK = torch.zeros(weights_TK.shape, dtype=torch.float32, device=dots_RP.device)
+    launch(
+        _sum_dots, (cdiv(num_rows, 256),), (dots_RP, choice_R, grad_weights_TK),
+        (num_rows, num_parts, 256, next_power_of_2(num_parts)),
+    )  # fmt: skip
+    return grad_weights_TK.to(weights_TK.dtype)
 
 
 def write_token_sums(grad_RD: Tensor, row_TK: Tensor, out_TD: Tensor) -> None:
@@ -140,7 +151,31 @@ def _place_in_shares(chosen, kept, slots, row, num_choices, choices_of_group, ca
 def _scatter(
     x, row, out, choice_of_row, num_tokens, width, K: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    _copy_tokens(tl.program_id(0), x, row, out, choice_of_row, num_tokens, width, K, TOKENS, COLUMNS)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _zero_free(choice_of_row, out, num_rows, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    _write_zeros(tl.program_id(0), choice_of_row, out, num_rows, width, ROWS, COLUMNS)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_rows"])
+def _dispatch(
+    x, row, out, choice_of_row, num_tokens, num_rows, width, K: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    token_programs = tl.cdiv(num_tokens, TOKENS)
+    if tl.program_id(0) < token_programs:
+        _copy_tokens(tl.program_id(0), x, row, out, choice_of_row, num_tokens, width, K, TOKENS, COLUMNS)
+    else:
+        _write_zeros(tl.program_id(0) - token_programs, choice_of_row, out, num_rows, width, ROWS, COLUMNS)
+
+
+@triton.jit
+def _copy_tokens(
+    index, x, row, out, choice_of_row, num_tokens, width, K: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    token = index * TOKENS + tl.arange(0, TOKENS)
     is_token = token < num_tokens
     for first in range(0, width, COLUMNS):
         column = first + tl.arange(0, COLUMNS)
@@ -155,9 +190,9 @@ def _scatter(
         tl.store(choice_of_row + to, token * K + k, mask=to >= 0)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
-def _zero_free(choice_of_row, out, num_rows, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+@triton.jit
+def _write_zeros(index, choice_of_row, out, num_rows, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    row = index * ROWS + tl.arange(0, ROWS)
     is_free = (row < num_rows) & (tl.load(choice_of_row + row, mask=row < num_rows, other=0) < 0)
     if tl.max(is_free.to(tl.int32), 0) > 0:
         for first in range(0, width, COLUMNS):

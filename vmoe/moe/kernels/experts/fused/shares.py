@@ -117,10 +117,10 @@ def _gradient_of_combine(
 ) -> tuple[Tensor, Tensor]:
     grad_RD = torch.empty_like(y_RD)
     owners = RowOwners(num_experts, share, None, None)
-    grads = row_kernels.write_combine_gradient(
+    dots_RP = row_kernels.write_combine_gradient(
         grad_TD.contiguous(), choice_R, weights_TK, y_RD, None, owners, grad_RD, None
     )
-    return grad_RD, grads.to(weights_TK.dtype)
+    return grad_RD, row_kernels.sum_dots(dots_RP, choice_R, weights_TK)
 
 
 def _fake_combine_gradient(grad_TD, y_RD, choice_R, weights_TK, *_):
