@@ -57,7 +57,7 @@ def test_the_result_is_an_ordinary_checkpoint(save_run, tmp_path, capsys, option
 def test_the_experts_of_some_classes(save_run, tmp_path, capsys):
     guided = {"super_classes": {digit: f"group {int(digit) % 4}" for digit in "0123456789"}}
     run, out = save_run(moe=BY_IMAGE, loss=guided), tmp_path / "pruned"
-    assert prune([str(run), "--keep-classes", "3,5", "--keep", "2", "--out", str(out)]) == 0
+    assert prune([str(run), "--keep-classes", "3, 5", "--keep", "2", "--out", str(out)]) == 0
     report = json.loads((out / "prune.json").read_text())
     assert report["classes"] == ["3", "5"]
     found, results = report["unchanged"], report["results"]
@@ -118,7 +118,8 @@ def test_fine_tuning_is_a_run_that_starts_from_it(save_run, tmp_path, capsys):
         (MOE | {"router": "soft", "capacity_factor": 1.0}, ["--keep", "2"], 'router="soft"'),
         (MOE | {"router": "hash"}, ["--keep", "2"], 'router="hash"'),
         (MOE, ["--keep-classes", "1,2"], '--keep-classes 1,2: RUN has route="patch"'),
-        (BY_IMAGE, ["--keep-classes", "1,ten"], "--keep-classes ten: is no class of the images"),
+        (BY_IMAGE, ["--keep-classes", "1, ten"], "--keep-classes: 'ten' is no class of the images"),
+        (BY_IMAGE, ["--keep-classes", " ,"], "--keep-classes: names no class; the images have 0, 1, 2"),
         (BY_IMAGE, ["--keep-classes", "1", "--keep", "2", "--images", "1"], "no image of them is among the 1 of"),
         (BY_IMAGE, ["--keep-classes", "1", "--merge"], "--merge: changes what --keep-classes leaves as it is"),
         (BY_IMAGE | {"num_experts": 1}, ["--keep-classes", "1"], "has 1 expert in blocks.1.mlp; keep its only one"),

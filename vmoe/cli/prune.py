@@ -235,11 +235,14 @@ class _OfClasses:
 
 def _indices(wanted: list[str], names: list[str]) -> list[int]:
     """The indices of the classes in --keep-classes, separated by spaces or commas."""
-    chosen = [name for given in wanted for name in ([given] if given in names else given.strip(",").split(","))]
+    parts = [name for given in wanted for name in ([given] if given in names else given.split(","))]
+    chosen = [part if part in names else part.strip() for part in parts if part.strip()]
+    known = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+    if not chosen:
+        raise UserError(f"--keep-classes: names no class; the images have {known}")
     for name in chosen:
         if name not in names:
-            known = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
-            raise UserError(f"--keep-classes {name}: is no class of the images, which are {known}")
+            raise UserError(f"--keep-classes: {name!r} is no class of the images, which are {known}")
     return sorted({names.index(name) for name in chosen})
 
 
