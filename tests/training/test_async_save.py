@@ -38,7 +38,7 @@ def test_a_folder_written_in_the_background_is_the_one_of_then(tmp_path):
 
 @pytest.mark.parametrize("strategy", ["auto", "none", "ddp"])
 def test_what_is_not_sharded_is_not_saved_so(strategy):
-    line = f"parallel.async_save=True: must be false with strategy={strategy}; it is for fsdp and expert"
+    line = f"parallel.async_save=True: must be false with parallel.strategy={strategy}; it is for fsdp and expert"
     with pytest.raises(UserError, match=line):
         from_plain(TrainConfig, {"parallel": {"strategy": strategy, "async_save": True}})
     assert ParallelConfig(strategy="fsdp", async_save=True).async_save
