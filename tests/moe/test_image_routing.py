@@ -154,6 +154,13 @@ def test_one_image_at_evaluation_under_autocast_follows_changed_weights():
     torch.testing.assert_close(after, 2 * before, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_shared_router_without_other_layers_is_refused(count):
+    layer = layer_of(shared_router=True).eval()
+    with pytest.raises(RuntimeError, match=r"shared_router: .* vmoe\.sparsify"), torch.inference_mode():
+        layer(torch.randn(count, 7, 6, dtype=torch.float64))
+
+
 def test_balance_losses_are_those_of_the_images():
     layer = layer_of(gshard_loss_weight=1.0, z_loss_weight=1.0)
     x = torch.randn(6, 4, 6, dtype=torch.float64)

@@ -80,10 +80,13 @@ class ImageRouting:
         class_token: Whether the first token of an image is a class token, which is then the router's input. Otherwise
             the input is the mean of the image's real tokens, registers included.
         decision: Keeps the decision for other layers; None if each layer decides for itself.
+
+    Args:
+        is_shared: Whether one router is to decide for all layers; `share_router` must then link them.
     """
 
-    def __init__(self, class_token: bool = False) -> None:
-        self.class_token = class_token
+    def __init__(self, is_shared: bool = False) -> None:
+        self.class_token, self.is_shared = False, is_shared
         self.decision: Decision | None = None
 
     def route(self, router: nn.Module, x_BND: Tensor, real_BN: Tensor | None, groups: Groups) -> Routing:
@@ -113,6 +116,11 @@ class ImageRouting:
     def _kept(self, router: nn.Module, routing: Routing) -> Routing:
         if self.decision is not None and not isinstance(router, FollowingRouter):
             self.decision.keep(routing)
+        elif self.decision is None and self.is_shared:
+            raise RuntimeError(
+                "shared_router: this layer knows no other that it shares a router with; vmoe.sparsify and "
+                "vmoe.create_model link the layers of a model; for a layer by itself set shared_router to false"
+            )
         return routing
 
     def pooled(self, x_BND: Tensor, real_BN: Tensor | None) -> Tensor:

@@ -110,7 +110,7 @@ class MoeMlp(nn.Module):
 
         self.config = moe
         self.use_conv = use_conv
-        self.images = ImageRouting() if moe.route == "image" else None
+        self.images = ImageRouting(moe.shared_router) if moe.route == "image" else None
         router = ROUTERS[moe.router]
         if router is SoftRouter:
             if tokens is None:
