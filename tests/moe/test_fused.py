@@ -1,14 +1,17 @@
 """The fused backend against a float64 oracle: on a GPU, else through Triton's interpreter."""
 
 import copy
+import gc
 import importlib
 import inspect
+from itertools import accumulate
 
 import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import library, nn
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -17,7 +20,7 @@ from vmoe import MoeConfig
 from vmoe.moe import layer as layer_module
 from vmoe.moe.assignment import Capacity, assign
 from vmoe.moe.groups import Groups
-from vmoe.moe.kernels import PLAIN, TRITON
+from vmoe.moe.kernels import PLAIN, TRITON, Kernels
 from vmoe.moe.kernels.experts import composed, padded, requirements, segments
 from vmoe.moe.kernels.interface import Choices, Mlp
 from vmoe.moe.mlps import Glu
@@ -541,3 +544,29 @@ def test_a_layer_on_the_cpu_refuses_tokens_on_a_gpu_after_it_was_there():
         with pytest.raises(ValueError, match="cpu tensor"):
             layer.cpu()(x)
         assert torch.equal(layer.cuda()(x), before)
+
+
+def most_memory(work) -> int:
+    """The most bytes in use at once while `work` runs, beyond those before it."""
+    gc.collect()  # what is freed meanwhile would count as less
+    if DEVICE == "cuda":
+        work()  # the library takes memory of its own in its first call
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        work()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+
+
+@pytest.mark.parametrize("kernels", [Kernels(None, TRITON.experts), TRITON], ids=["experts alone", "one node"])
+def test_two_hidden_buffers_live_at_once(kernels, monkeypatch):
+    """A third one would, if the backward pass freed what the forward pass kept only at its end."""
+    monkeypatch.setattr(layer_module, "kernels_for", lambda tensor: kernels)
+    moe = MoeConfig(num_experts=2, group="batch", backend="fused", noise_std=0.0)
+    layer = vmoe.MoeMlp(8, 512, moe=moe, device=DEVICE)
+    x = torch.randn(2, 50, 8, device=DEVICE)
+    rows = 2 * 128  # 105 choices of each expert, and free ones
+    assert most_memory(lambda: layer(x).sum().backward()) < 2.5 * rows * 512 * 4

@@ -171,18 +171,20 @@ class _OneNode(torch.autograd.Function):
         of_pass = ctx.of_pass
         routing, experts = of_pass.kernels
         sums_G2E, gate_ED, logits_TE, noisy_TE, chosen_TK, x_TD, row_TK, *of_experts = ctx.saved_tensors
+        ctx.maybe_clear_saved_tensors()  # not if the caller retains the graph
         with torch.no_grad():
             of_result, of_parameters = None, (None,) * 4
             if grad is not None:
                 grad_TO = grad.reshape(-1, grad.shape[-1])
-                inputs = experts.ExpertGradientInputs(
+                kept = experts.ExpertGradientInputs(
                     grad_TO, x_TD, row_TK, *of_experts, ctx.share, *of_pass.form(), of_pass.mlp.recompute
-                )
-                grad_RD, dots_RP, grad1, grad_bias1, grad2, grad_bias2 = experts.gradient_of_rows(inputs)
+                ).to_be_freed()
+                del of_experts
+                grad_RD, dots_RP, grad1, grad_bias1, grad2, grad_bias2 = experts.gradient_of_rows(kept)
                 of_result = routing.OfResult(grad_RD, dots_RP, row_TK)
                 of_parameters = (
-                    grad1, None if inputs.bias1_EF is None else grad_bias1,
-                    grad2, None if inputs.bias2_EO is None else grad_bias2,
+                    grad1, None if kept.bias1_EF is None else grad_bias1,
+                    grad2, None if kept.bias2_EO is None else grad_bias2,
                 )  # fmt: skip
             of_loss = None if grad_loss is None else routing.OfLoss(grad_loss, of_pass.loss_weights(), sums_G2E)
             decision = routing.Decision(logits_TE, noisy_TE, None, chosen_TK, None, None)

@@ -71,8 +71,8 @@ def _dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = F
 class _Fake(torch.autograd.Function):
     """A kernel described by the tensors that it makes.
 
-    `forward(*tensors)` returns the result and the tensors to keep; `backward(grad, *kept)` returns the gradients.
-    Neither may hold other tensors, because autograd counts and frees only the kept ones.
+    `forward(*tensors)` returns the result and the tensors to keep; `backward(grad, kept)` returns the gradients, and
+    frees what it removes from the list `kept`. Neither may hold other tensors.
     """
 
     @staticmethod
@@ -84,7 +84,9 @@ class _Fake(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return None, None, *ctx.gradients(grad, *ctx.saved_tensors)
+        kept = list(ctx.saved_tensors)
+        ctx.maybe_clear_saved_tensors()
+        return None, None, *ctx.gradients(grad, kept)
 
 
 def _flash_attention(query: Tensor, key: Tensor, value: Tensor, charge: Charge) -> Tensor:
@@ -99,7 +101,8 @@ def _flash_attention(query: Tensor, key: Tensor, value: Tensor, charge: Charge) 
         charge("attention", query.dtype, 4 * key.shape[2] * query.numel(), 4 * _bytes(query))
         return result, (query, key, value, result, sums)
 
-    def backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Tensor):
+    def backward(grad: Tensor, kept: list[Tensor]):
+        query, key, value, *_ = kept
         accumulated = query.new_empty(query.shape, dtype=torch.float32)
         grads = tuple(part.new_empty(part.shape) for part in (query, key, value))
         moved = 8 * _bytes(query) + 2 * _bytes(accumulated)
@@ -145,20 +148,28 @@ def _fused(x_TD: Tensor, choices: Choices, mlp: Mlp, charge: Charge) -> Tensor:
         kept = [] if recompute else [act_RH]
         return y_TO, (x_TD, weights_TK, weight1, weight2, cast1, cast2, x_RD, pre_RF, y_RO, choice_R, *kept)
 
-    def backward(grad_TO, x_TD, weights_TK, weight1, weight2, cast1, cast2, x_RD, pre_RF, y_RO, *_):
-        grads_of_weights = torch.empty_like(weight1), torch.empty_like(weight2)
+    def backward(grad_TO, kept):
+        x_TD, weights_TK, weight1, weight2, cast1, cast2, x_RD, pre_RF, y_RO, _, *act_RH = kept
+        kept.clear()
+        charge("products", cast1.dtype, 4 * (x_RD.shape[0] * (cast1[0].numel() + cast2[0].numel())), 0, 0)
+        again = _bytes(pre_RF) + x_RD.shape[0] * weight2.shape[2] * pre_RF.element_size() if recompute else 0
+        elementwise = (
+            _bytes(grad_TO) + 4 * _bytes(y_RO) + 3 * _bytes(pre_RF) + again + _bytes(weight1) + _bytes(weight2)
+        )
+        charge("other", cast1.dtype, 0, elementwise + _bytes(x_TD), 0)
         grads_of_biases = [None if bias is None else torch.empty_like(bias) for bias in biases]
         grad_RO, grad_weights = torch.empty_like(y_RO), torch.empty_like(weights_TK)
+        del y_RO
+        grad2 = torch.empty_like(weight2)
+        act_RH.clear()
         hidden_RH = pre_RF.new_empty(pre_RF.shape[0], weight2.shape[2])
         grad_pre_RF = torch.empty_like(pre_RF) if is_gated else hidden_RH
-        charge("products", cast1.dtype, 4 * (x_RD.shape[0] * (cast1[0].numel() + cast2[0].numel())), 0, 0)
-        again = _bytes(hidden_RH) + _bytes(pre_RF) if recompute else 0
-        weights = sum(map(_bytes, grads_of_weights))
-        elementwise = _bytes(grad_TO) + 3 * _bytes(y_RO) + 3 * _bytes(pre_RF) + again + _bytes(grad_RO) + weights
-        del hidden_RH, grad_pre_RF
+        del pre_RF, cast1, cast2, hidden_RH
+        grad1 = torch.empty_like(weight1)
+        del grad_pre_RF, x_RD
+        grad_bias1, grad_bias2 = grads_of_biases
         grad_x = torch.empty_like(x_TD)
-        charge("other", cast1.dtype, 0, elementwise + _bytes(grad_x), 0)
-        (grad1, grad2), (grad_bias1, grad_bias2) = grads_of_weights, grads_of_biases
+        del grad_RO
         return grad_x, grad_weights, grad1, grad_bias1, grad2, grad_bias2, None, None
 
     casts = [weight.detach().to(mlp.dtype) for weight in (mlp.weight1, mlp.weight2)]
@@ -202,7 +213,7 @@ class _FakeExchangedExperts(DistributedExperts):
             self.send(_bytes(x_RD))
             return torch.empty_like(x_RD)
 
-        return _Fake.apply(lambda x: (sent_as_much(x), ()), lambda grad: (sent_as_much(grad),), x_RD.contiguous())
+        return _Fake.apply(lambda x: (sent_as_much(x), ()), lambda grad, _: (sent_as_much(grad),), x_RD.contiguous())
 
     def _local(self, parameter: Tensor | None) -> Tensor | None:
         return parameter
@@ -217,7 +228,7 @@ def _fake_scatter(x_TD: Tensor, num_rows: int, dtype: torch.dtype, charge: Charg
         charge("other", dtype, 0, _bytes(x_TD) + _bytes(x_RD), 3)
         return x_RD, ()
 
-    def backward(grad_RD: Tensor):
+    def backward(grad_RD: Tensor, _: list[Tensor]):
         grad_TD = grad_RD.new_empty(shape, dtype=own)
         charge("other", dtype, 0, _bytes(grad_RD) + _bytes(grad_TD), 1)
         return (grad_TD,)
@@ -233,7 +244,8 @@ def _fake_combine(y_RD: Tensor, weights_TK: Tensor, charge: Charge) -> Tensor:
         charge("other", y_RD.dtype, 0, _bytes(y_RD) + _bytes(y_TD), 1)
         return y_TD, (y_RD, weights_TK, y_RD.new_empty(len(y_RD), dtype=torch.int32))
 
-    def backward(grad_TD: Tensor, y_RD: Tensor, weights_TK: Tensor, _: Tensor):
+    def backward(grad_TD: Tensor, kept: list[Tensor]):
+        y_RD, weights_TK, _ = kept
         charge("other", y_RD.dtype, 0, _bytes(grad_TD) + 2 * _bytes(y_RD), 2)
         return torch.empty_like(y_RD), torch.empty_like(weights_TK)
 

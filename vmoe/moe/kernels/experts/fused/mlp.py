@@ -4,6 +4,7 @@ T tokens of width D with K choices; E experts of hidden width H; F the width bef
 H); R rows of the buffer that experts compute.
 """
 
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from vmoe.moe.kernels.experts.fused import activations, products, row_kernels
 from vmoe.moe.kernels.experts.fused.owners import RowOwners
 from vmoe.moe.kernels.experts.requirements import Form
-from vmoe.moe.kernels.operators import operator
+from vmoe.moe.kernels.operators import is_traced, operator
 from vmoe.moe.kernels.sizes import CHUNK_BYTES, TILE_ROWS, cdiv, rows_of_buffer
 
 
@@ -83,6 +84,10 @@ class ExpertGradientInputs(NamedTuple):
     gate: str
     recompute: bool
 
+    def to_be_freed(self) -> SimpleNamespace:
+        """The same fields, which `gradient_of_rows` removes. They free memory if nothing else holds their tensors."""
+        return SimpleNamespace(**self._asdict())
+
 
 def _forward_of_experts(inputs: ExpertInputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     return forward_of_experts(inputs)
@@ -117,10 +122,11 @@ def forward_of_experts(
     activations.activate(pre_RF, inputs.bias1_EF, owners, Form(inputs.function, inputs.gate), act_RH)
     y_RO = cast1_EFD.new_empty(num_rows, width_O)
     products.product(act_RH, cast2_EOH, owners, y_RO, transposed=True)
+    kept_act_RH = act_RH.new_empty(0, width_H) if inputs.recompute or not inputs.is_training else act_RH
+    del act_RH  # frees it, if it is not kept, before the result takes memory
     y_TO = cast1_EFD.new_empty(x_TD.shape[0], width_O)
     row_kernels.write_combined(y_RO, row_TK, inputs.chosen_TK, inputs.weights_TK, inputs.bias2_EO, y_TO)
     if inputs.is_training:
-        kept_act_RH = act_RH.new_empty(0, width_H) if inputs.recompute else act_RH
         return y_TO, choice_R, x_RD, pre_RF, kept_act_RH, y_RO
     return y_TO, choice_R.new_empty(0), *(y_TO.new_empty(0, width) for width in (width_D, width_F, width_H, width_O))
 
@@ -142,57 +148,71 @@ def _gradient_of_experts(
     inputs: ExpertGradientInputs,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, the combine weights, weight1, bias1, weight2 and bias2. Without a bias its gradient is empty."""
-    grad_RD, dots_RP, *of_parameters = gradient_of_rows(inputs)
-    grad_weights_TK = row_kernels.sum_dots(dots_RP, inputs.choice_R, inputs.weights_TK)
-    grad_x_TD = torch.empty_like(inputs.x_TD)
-    row_kernels.write_token_sums(grad_RD, inputs.row_TK, grad_x_TD)
+    return _gradient_that_frees(inputs.to_be_freed())
+
+
+def _gradient_that_frees(kept: SimpleNamespace) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    grad_RD, dots_RP, *of_parameters = gradient_of_rows(kept)
+    grad_weights_TK = row_kernels.sum_dots(dots_RP, kept.choice_R, kept.weights_TK)
+    grad_x_TD = torch.empty_like(kept.x_TD)
+    row_kernels.write_token_sums(grad_RD, kept.row_TK, grad_x_TD)
     return grad_x_TD, grad_weights_TK, *of_parameters
 
 
-def gradient_of_rows(inputs: ExpertGradientInputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the tokens' rows (R, D), parts of those of their combine weights, and the parameters' as above."""
-    x_RD, pre_RF, y_RO = inputs.x_RD, inputs.pre_RF, inputs.y_RO
-    cast1_EFD, cast2_EOH = inputs.cast1_EFD.contiguous(), inputs.cast2_EOH.contiguous()
-    num_experts = cast1_EFD.shape[0]
-    num_rows, width_F = pre_RF.shape
-    form, width_H = Form(inputs.function, inputs.gate), cast2_EOH.shape[2]
-    owners = RowOwners(num_experts, inputs.share, inputs.starts_E, inputs.counts_E)
-    grad_weight1, grad_weight2 = torch.empty_like(inputs.weight1_EFD), torch.empty_like(inputs.weight2_EOH)
+def gradient_of_rows(kept: SimpleNamespace) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Drops each large tensor after its last use, before it takes memory for the next one.
+
+    Args:
+        kept: `ExpertGradientInputs.to_be_freed()`. The large tensors are removed from it.
+
+    Returns:
+        Gradients of the tokens' rows (R, D), parts of those of their combine weights, and the parameters' as above.
+    """
+    cast1_EFD, cast2_EOH = kept.cast1_EFD.contiguous(), kept.cast2_EOH.contiguous()
+    del kept.cast1_EFD, kept.cast2_EOH
+    form, owners = Form(kept.function, kept.gate), RowOwners(len(cast1_EFD), kept.share, kept.starts_E, kept.counts_E)
     grad_bias1, grad_bias2 = (
-        inputs.x_TD.new_empty(0) if like is None else torch.empty_like(like)
-        for like in (inputs.bias1_EF, inputs.bias2_EO)
+        kept.x_TD.new_empty(0) if like is None else torch.empty_like(like) for like in (kept.bias1_EF, kept.bias2_EO)
     )
-    grad_RO = torch.empty_like(y_RO)
+    grad_RO = torch.empty_like(kept.y_RO)
     dots_RP = row_kernels.write_combine_gradient(
-        inputs.grad_TO.contiguous(),
-        inputs.choice_R,
-        inputs.weights_TK,
-        y_RO,
-        inputs.bias2_EO,
-        owners,
-        grad_RO,
-        grad_bias2,
+        kept.grad_TO.contiguous(), kept.choice_R, kept.weights_TK, kept.y_RO, kept.bias2_EO, owners, grad_RO, grad_bias2
     )
+    del kept.y_RO
+    grad_weight2 = torch.empty_like(kept.weight2_EOH)
+    if not kept.recompute:
+        products.weight_gradient(grad_RO, kept.act_RH, owners, grad_weight2)
+    del kept.act_RH
     # x's gradients may overwrite the rows' gradients, which are no longer needed
-    grad_RD = grad_RO if x_RD.shape == y_RO.shape else torch.empty_like(x_RD)
-    parts = dots_RP.new_empty(num_rows // TILE_ROWS, width_F)
-    chunks = _chunks(owners, pre_RF, inputs.recompute)
-    hidden_RH = pre_RF.new_empty(chunks[0][1].stop, width_H)  # the first part is the largest
-    grad_pre_RF = pre_RF.new_empty(chunks[0][1].stop, width_F) if inputs.gate else hidden_RH
+    grad_RD = grad_RO if kept.x_RD.shape == grad_RO.shape else torch.empty_like(kept.x_RD)
+    parts = dots_RP.new_empty(kept.pre_RF.shape[0] // TILE_ROWS, kept.pre_RF.shape[1])
+    chunks = _chunks(owners, kept.pre_RF, kept.recompute)
+    most = chunks[0][1].stop  # rows of the first part, which is the largest
+    hidden_RH = grad_RO.new_empty(most, cast2_EOH.shape[2])
+    grad_pre_RF = grad_RO.new_empty(most, kept.pre_RF.shape[1]) if kept.gate else hidden_RH
+    # with one part the first layer waits until more memory is free
+    grad_weight1 = None if len(chunks) == 1 else torch.empty_like(kept.weight1_EFD)
     for experts, part, part_owners in chunks:
         hidden, grad_pre = (buffer[: part.stop - part.start] for buffer in (hidden_RH, grad_pre_RF))
-        bias = None if inputs.bias1_EF is None else inputs.bias1_EF[experts]
-        if inputs.recompute:
-            activations.activate(pre_RF[part], bias, part_owners, form, hidden)
-        act = hidden if inputs.recompute else inputs.act_RH
-        products.weight_gradient(grad_RO[part], act, part_owners, grad_weight2[experts])
+        bias = None if kept.bias1_EF is None else kept.bias1_EF[experts]
+        if kept.recompute:
+            activations.activate(kept.pre_RF[part], bias, part_owners, form, hidden)
+            products.weight_gradient(grad_RO[part], hidden, part_owners, grad_weight2[experts])
         products.product(grad_RO[part], cast2_EOH[experts], part_owners, hidden, transposed=False)
         tiles = slice(part.start // TILE_ROWS, part.stop // TILE_ROWS)
-        activations.activation_gradient(hidden, bias, pre_RF[part], part_owners, form, parts[tiles], grad_pre)
-        products.weight_gradient(grad_pre, x_RD[part], part_owners, grad_weight1[experts])
-        products.product(grad_pre, cast1_EFD[experts], part_owners, grad_RD[part], transposed=False)
-    if inputs.bias1_EF is not None:
+        activations.activation_gradient(hidden, bias, kept.pre_RF[part], part_owners, form, parts[tiles], grad_pre)
+        if grad_weight1 is not None:
+            products.weight_gradient(grad_pre, kept.x_RD[part], part_owners, grad_weight1[experts])
+            products.product(grad_pre, cast1_EFD[experts], part_owners, grad_RD[part], transposed=False)
+    del kept.pre_RF, cast2_EOH, grad_RO, hidden_RH, hidden, grad_pre
+    if kept.bias1_EF is not None:
         row_kernels.write_expert_sums(parts, owners, TILE_ROWS, grad_bias1)
+    if grad_weight1 is None:
+        products.product(grad_pre_RF, cast1_EFD, owners, grad_RD, transposed=False)
+        del cast1_EFD
+        grad_weight1 = torch.empty_like(kept.weight1_EFD)
+        products.weight_gradient(grad_pre_RF, kept.x_RD, owners, grad_weight1)
+    del kept.x_RD
     return grad_RD, dots_RP, grad_weight1, grad_bias1, grad_weight2, grad_bias2
 
 
@@ -232,15 +252,21 @@ def _save_experts(ctx, inputs: ExpertInputs, output: tuple[Tensor, ...]) -> None
 def _backward_of_experts(ctx, grad_TO: Tensor | None, *_) -> dict[str, Tensor | None]:
     if grad_TO is None:
         return {}
-    inputs = ExpertGradientInputs(grad_TO, *ctx.saved_tensors, *ctx.options)
-    grad_x, grad_weights, grad_weight1, grad_bias1, grad_weight2, grad_bias2 = fused_experts_backward(*inputs)
+    kept = ExpertGradientInputs(grad_TO, *ctx.saved_tensors, *ctx.options).to_be_freed()
+    has_bias1, has_bias2 = kept.bias1_EF is not None, kept.bias2_EO is not None
+    if is_traced() or torch.is_grad_enabled():  # the operator refuses second derivatives
+        gradients = fused_experts_backward(*vars(kept).values())
+    else:
+        ctx.maybe_clear_saved_tensors()  # not if the caller retains the graph
+        gradients = _gradient_that_frees(kept)
+    grad_x, grad_weights, grad_weight1, grad_bias1, grad_weight2, grad_bias2 = gradients
     return {
         "x_TD": grad_x,
         "weights_TK": grad_weights,
         "weight1_EFD": grad_weight1,
-        "bias1_EF": None if inputs.bias1_EF is None else grad_bias1,
+        "bias1_EF": grad_bias1 if has_bias1 else None,
         "weight2_EOH": grad_weight2,
-        "bias2_EO": None if inputs.bias2_EO is None else grad_bias2,
+        "bias2_EO": grad_bias2 if has_bias2 else None,
     }
 
 
