@@ -4,6 +4,7 @@ import copy
 import gc
 import importlib
 import inspect
+import weakref
 from itertools import accumulate
 
 import pytest
@@ -323,7 +324,7 @@ def test_the_whole_layer_by_kernels_is_the_plain_one(knobs, is_compiled, monkeyp
     options = {"num_experts": 4, "group": 2, "backend": "fused", "importance_loss_weight": 1.0, **knobs}
     layer = vmoe.MoeMlp(8, 16, moe=MoeConfig(**options), device=DEVICE)
     x, noise, cotangent = torch.randn(3, 7, 8), torch.randn(21, 4), torch.randn(3, 7, 8)
-    exact = copy.deepcopy(layer).double()
+    exact, drawn = copy.deepcopy(layer).double(), noise.clone()
     ours = torch.compile(layer, fullgraph=True, backend="eager") if is_compiled else layer
     results = []
     for each, forward in ((exact, exact), (layer, ours)):
@@ -339,6 +340,22 @@ def test_the_whole_layer_by_kernels_is_the_plain_one(knobs, is_compiled, monkeyp
             y = each(own)
             results[-1] += [part.double().cpu() for part in (y, each.last_auxiliary_loss, *each.statistics)]
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+    assert torch.equal(noise, drawn)
+
+
+def test_an_evaluation_keeps_nothing_large_until_its_losses_are_read(monkeypatch):
+    """As the experts' weights in the compute type."""
+    monkeypatch.setattr(layer_module, "kernels_for", lambda tensor: TRITON)
+    moe = MoeConfig(num_experts=4, group="image", backend="fused")
+    layer = vmoe.MoeMlp(24, 48, moe=moe, device=DEVICE).eval()
+    casts = []
+    monkeypatch.setattr(layer.experts, "_cast", lambda weight, dtype: casts.append(weight.clone()) or casts[-1])
+    with torch.inference_mode():
+        layer(torch.randn(2, 5, 24, device=DEVICE))
+    kept = [weakref.ref(cast) for cast in casts]
+    casts.clear()
+    assert len(kept) == 2 and not any(cast() is not None for cast in kept)
+    assert layer.last_auxiliary_loss > 0
 
 
 @pytest.mark.gpu

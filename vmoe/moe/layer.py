@@ -228,7 +228,7 @@ class MoeMlp(nn.Module):
         groups = self._groups(x) if self.images is None else None
         in_one = None
         if groups is not None and token_mask is None and not self._is_in_steps():
-            in_one = one_node.Pass.of(self.router, self.experts, self.config, x, groups, kernels)
+            in_one = one_node.Pass.of(self.router, self.experts, self.config, x, groups, kernels, self.training)
         accounts: _Accounts
         if in_one is not None:  # the steps below at once
             y, accounts = one_node.run(x, in_one)

@@ -48,26 +48,27 @@ class Pass(NamedTuple):
 
     @classmethod
     def of(
-        cls, router: nn.Module, experts: nn.Module, moe: MoeConfig, x: Tensor, groups: Groups, kernels: Kernels
-    ) -> "Pass | None":
+        cls, router: nn.Module, experts: Experts, moe: MoeConfig, x: Tensor, groups: Groups, kernels: Kernels,
+        is_training: bool,
+    ) -> "Pass | None":  # fmt: skip
         """None where the steps must be taken one by one: for traced code, other routers and other experts."""
         if kernels.routing is None or kernels.experts is None or is_traced() or not x.numel():
             return None
-        if not isinstance(router, TokenChoiceRouter) or not isinstance(experts, Experts):
+        if not isinstance(router, TokenChoiceRouter) or not is_bare(router, TokenChoiceRouter):
             return None
-        if not is_bare(router, TokenChoiceRouter) or not is_bare(router.gate, Gate) or not is_bare(experts, Experts):
+        if not is_bare(router.gate, Gate) or not is_bare(experts, Experts):
             return None
         has_other_losses = moe.gshard_loss_weight > 0 or moe.z_loss_weight > 0
         if has_other_losses or moe.ensemble > 1 or moe.removed_experts or moe.num_experts > MAX_SCORES:
             return None
         if torch.float64 in (x.dtype, router.gate.weight.dtype):
             return None
-        if moe.backend != "fused" and not (moe.backend == "auto" and x.is_cuda):
+        if experts.backend != "fused" and not (experts.backend == "auto" and x.is_cuda):
             return None
         mlp = experts._mlp(compute_dtype(x), x)
         if requirements.missing_feature(mlp) or requirements.unsupported_width(mlp):
             return None
-        capacity = Capacity.of_pass(groups, None, moe, experts.training)
+        capacity = Capacity.of_pass(groups, None, moe, is_training)
         return cls(router, mlp, moe, groups, capacity and (capacity.most, capacity.last), kernels)
 
     def options(self) -> Any:
@@ -105,8 +106,8 @@ def run(x: Tensor, of_pass: Pass) -> tuple[Tensor, Callable[[], tuple[Tensor, Te
         statistics: list[Tensor] = []  # of a result without gradient autograd needs to know nothing
         y, loss = _OneNode.apply(x, *learned, of_pass, statistics)
         return y, lambda: (loss, *statistics)
-    steps = _forward(x, gate_ED, of_pass, is_training=False)
-    return steps.y, lambda: steps.balance()[:2]
+    y, balance, *_ = _forward(x, gate_ED, of_pass, is_training=False)
+    return y, lambda: balance()[:2]  # which may be kept for long, so it holds nothing large
 
 
 class _Steps(NamedTuple):
@@ -132,8 +133,9 @@ def _forward(x: Tensor, gate_ED: Tensor, of_pass: Pass, is_training: bool) -> _S
     x_TD, gate_ED = x.contiguous().view(-1, x.shape[-1]), gate_ED.contiguous()
     noise_TE = None
     if router.training and moe.draws_noise:
-        like_TE = torch.empty(x_TD.shape[0], moe.num_experts, dtype=torch.float32, device=x_TD.device)
-        noise_TE = (router.draw_noise or torch.randn_like)(like_TE)
+        noise_TE = torch.empty(x_TD.shape[0], moe.num_experts, dtype=torch.float32, device=x_TD.device)
+        # a copy of other noise, because the noisy logits take its place
+        noise_TE = noise_TE.normal_() if router.draw_noise is None else noise_TE.copy_(router.draw_noise(noise_TE))
     decision = routing.decide(x_TD, gate_ED, noise_TE, groups, of_pass.options())
     row_TK, choice_R, starts_E, counts_E, share = _rows(decision, of_pass)
     of_experts = (
