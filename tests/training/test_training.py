@@ -458,13 +458,13 @@ def test_a_folder_of_classes_alone_is_split_and_few_images_for_validation_are_wa
 
 
 def test_a_run_of_few_updates_is_warned_of(run, capsys):
-    assert run("--trainer.epochs", "2", "--trainer.accumulate", "2")[0] == 0  # 5 batches per epoch, two per update
+    assert run("--trainer.accumulate", "2")[0] == 0  # 5 batches, two per update
     said = " ".join(capsys.readouterr().out.split())
-    assert "warning: 6 updates in all, which is few to learn from: lower trainer.accumulate=2 or lower data" in said
-    assert run("--data.batch_size", "2", "--data.subset.per_class", "5", name="small")[0] == 0
+    assert "warning: 3 updates in all, which is few to learn from: lower trainer.accumulate=2 or lower data" in said
+    assert run("--data.batch_size", "16", "--data.subset.per_class", "5", name="small")[0] == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "few to learn from: raise trainer.epochs=" in said
-    assert run("--data.batch_size", "1", name="long")[0] == 0
+    assert run("--data.batch_size", "1", "--data.subset.per_class", "10", name="long")[0] == 0
     assert "updates in all" not in capsys.readouterr().out
 
 
