@@ -1,8 +1,11 @@
 """Tar shards behind addresses: listed, read in parts by every process, and what a network does to them."""
 
 import functools
+import gc
 import http.server
 import io
+import multiprocessing
+import queue
 import threading
 
 import fsspec
@@ -13,6 +16,7 @@ from fsspec.implementations.memory import MemoryFile
 import vmoe.data.addresses
 from vmoe.cli.make_shards import main
 from vmoe.data import DataConfig, ImageDataModule
+from vmoe.data.addresses import read_whole
 from vmoe.data.config import set_and_root
 from vmoe.data.datasets import load_whole_splits
 from vmoe.data.loading import read_or_next
@@ -139,6 +143,17 @@ def test_a_server_without_parts_needs_whole_files(served):
     with pytest.raises(UserError, match=r"gives no parts of files; give simplecache::http://127"):
         batches(address)
     assert batches(f"simplecache::{address}") == batches(served()[0])
+
+
+def test_a_worker_that_reads_leaves_the_connections_of_its_parent(served):
+    file = f"{served()[0]}/classes.json"
+    assert read_whole(file)
+    worker = multiprocessing.get_context("fork").Process(target=lambda: (read_whole(file), gc.collect()))
+    worker.start()
+    worker.join()
+    answers = queue.Queue()
+    threading.Thread(target=lambda: answers.put(read_whole(file)), daemon=True).start()
+    assert answers.get(timeout=20)
 
 
 def test_a_network_that_fails_is_no_damaged_picture(in_memory):

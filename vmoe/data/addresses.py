@@ -15,6 +15,9 @@ _WAITS = (1, 2, 4)  # seconds before each retry
 _SCANNED_AT_ONCE = 8 * 2**20  # bytes
 _OF_NO_FILE = (403, 404, 410)  # HTTP status codes; a bucket that must not be listed gives the first
 _OF_LATER = (408, 425, 429)  # HTTP status codes worth a retry; others from 400 to 499 are final
+# The file systems that this process has opened. A forked worker has to keep them: deleting them takes their connections
+# out of the event loop of this process, and its next request waits for minutes.
+_OPENED: "set[AbstractFileSystem]" = set()
 
 
 class UnreachableError(UserError):
@@ -164,7 +167,9 @@ def _asked(address: str, ask: "Callable[[AbstractFileSystem, str], Answer]") -> 
 
     for wait in (*_WAITS, None):
         try:
-            return ask(*url_to_fs(address))
+            fs, path = url_to_fs(address)
+            _OPENED.add(fs)
+            return ask(fs, path)
         except UserError:
             raise
         except Exception as error:  # each file system raises its own types
