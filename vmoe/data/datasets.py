@@ -33,7 +33,7 @@ from vmoe.data.folders import find_split_folders, has_pictures, read_class_folde
 from vmoe.data.fractals import load_fractals
 from vmoe.data.huggingface import HuggingFaceImages, load_huggingface
 from vmoe.data.image_files import IgnoredFiles, list_class_folders
-from vmoe.data.imageset import ArrayImages, FileImages, ImageSet, Splits, given_splits
+from vmoe.data.imageset import ArrayImages, FileImages, ImageSet, Splits
 from vmoe.data.npz import load_npz
 from vmoe.data.patchwork import load_patchwork
 from vmoe.data.samples import load_digits
@@ -323,9 +323,14 @@ def _webdataset(config: DataConfig) -> Splits:
 
 
 def _splits_of(sets: Mapping[str, ImageSet], classes: list[str], notes: list[str], config: DataConfig) -> Splits:
-    """The given splits. Of training images alone test images are split off; `load_splits` then does validation's."""
+    """The given splits: without "test", "val" is used for both; without "train" that split is empty.
+
+    Of training images alone test images are split off; `load_splits` then does validation's.
+    """
     if list(sets) != ["train"]:
-        return given_splits(sets, classes, notes)
+        test = sets["test" if "test" in sets else "val"]
+        none = test.take(np.empty(0, dtype=np.int64))
+        return Splits(sets.get("train", none), sets.get("val"), test, classes, notes=notes)
     everything = sets["train"]
     train, test = subsets.split(everything.strata(), _TEST_FRACTION, config.split_seed)
     validation = f", {config.val_fraction:.0%} of what remains for validation" if config.val_fraction else ""

@@ -197,16 +197,3 @@ def require_training_of_each(place: object, sets: Mapping[str, ImageSet], names:
         unknown = np.flatnonzero((part.class_counts(len(names)) > 0) & ~is_trained)
         if len(unknown):
             raise UserError(f"{place}: class {names[unknown[0]]!r} of {split} has no training picture; add one")
-
-
-def given_splits(sets: Mapping[str, ImageSet], class_names: list[str], notes: Sequence[str]) -> Splits:
-    """A data set with given splits. Without "test", "val" is used for both; without "train" that split is empty.
-
-    Args:
-        sets: The splits.
-        class_names: The names of the labels.
-        notes: Lines on the set to print.
-    """
-    test = sets.get("test", sets.get("val"))
-    none = test.take(np.empty(0, dtype=np.int64))
-    return Splits(sets.get("train", none), sets.get("val"), test, class_names, notes=notes)
