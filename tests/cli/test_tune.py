@@ -157,6 +157,11 @@ def test_a_metric_that_runs_lack_ends_the_search_at_once(recipe, tmp_path, capsy
     assert "--metric val/top5: trial_000 has none; it has val/top1" in said and said.count("\n") == 1
     assert len(rows(out)) == 1
 
+    other = tmp_path / "other"
+    (other / "trials.csv").mkdir(parents=True)  # what cannot be written hides nothing
+    assert main([recipe, *SEARCH, "--out", str(other), "--metric", "val/top5"]) == 2
+    assert "--metric val/top5: trial_000 has none" in capsys.readouterr().err
+
 
 def test_labels_of_a_range_within_a_magnitude_do_not_overlap(tmp_path, monkeypatch):
     space = {

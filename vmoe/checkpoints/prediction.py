@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from vmoe.checkpoints.calibration import class_sets, least_probability
-from vmoe.checkpoints.trained import TrainedModel
+from vmoe.checkpoints.trained import TrainedModel, evaluating
 from vmoe.data.bit_depth import depth_lines, depth_of_files
 from vmoe.data.image_files import IgnoredFiles, find_images
 from vmoe.data.images import prepare_image
@@ -197,10 +197,8 @@ def _outputs(model: TrainedModel, images: Tensor, features: bool) -> tuple[np.nd
     Raises:
         UserError: A logit is not finite.
     """
-    training = [module for module in model.modules() if module.training]
     dtype = next((each.dtype for each in model.parameters()), torch.float32)
-    try:
-        model.eval()
+    with evaluating(model):
         images = images.to(model.device, dtype)
         if features:
             maps = model.forward_features(images)
@@ -208,9 +206,6 @@ def _outputs(model: TrainedModel, images: Tensor, features: bool) -> tuple[np.nd
             vectors = model.forward_head(maps, pre_logits=True).flatten(1).float().cpu().numpy()
         else:
             logits, vectors = model(images).float().cpu(), None
-    finally:
-        for module in training:
-            module.training = True
     if not logits.isfinite().all():
         raise UserError(f"{model.path}: gives logits that are not finite; its training probably diverged")
     return logits.numpy(), vectors

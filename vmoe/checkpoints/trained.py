@@ -1,7 +1,8 @@
 """A trained model with its classes and the preparation of its images: the result of `vmoe.load`."""
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -145,6 +146,18 @@ class TrainedModel(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         state = super().__reduce_ex__(2)[2]
         return _blank, (type(self).__mro__[2],), state
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Sets evaluation mode within the block. After it each module has its own mode again."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module in training:
+            module.training = True  # `train` would set it in all modules, and drop a calibration
 
 
 def require_single_label(model: TrainedModel, what: str) -> None:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from vmoe.checkpoints import TrainedModel
 from vmoe.checkpoints.calibration import calibration_of, class_sets, least_probability
+from vmoe.checkpoints.trained import evaluating
 from vmoe.data import DataConfig
 from vmoe.errors import UserError
 from vmoe.evaluation.evaluate import classes_differ, data_for, open_data, require_same_labels
@@ -72,14 +73,9 @@ def calibrate(
         raise UserError(f"{classes_differ(model, opened)}; calibration needs the same classes in the same order")
     if not opened.has_validation:
         raise UserError("data.val_fraction=0: there are no images for validation, by which a model is calibrated")
-    training = [module for module in model.modules() if module.training]
-    try:
-        model.eval()
+    with evaluating(model):
         logits, labels = _logits(model, shown(opened.val_dataloader(), "calibrating", progress))
         tested, of_test = _logits(model, shown(opened.test_dataloader(), "testing", progress))
-    finally:
-        for module in training:
-            module.training = True
     if len(labels) < 2:
         raise UserError(f"data: {len(labels)} image for validation is too few to calibrate by; two are the least")
     if model.multi_label:

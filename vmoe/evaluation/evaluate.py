@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 
 from vmoe.checkpoints import TrainedModel
+from vmoe.checkpoints.trained import evaluating
 from vmoe.classes import find_outputs, only_numbers, with_outputs
 from vmoe.config_values import from_plain, with_section
 from vmoe.data import AugmentConfig, DataConfig, ImageDataModule, SubsetConfig
@@ -88,12 +89,8 @@ def evaluate(
     for warned in [each.removeprefix(_WARNING) for each in lines if each.startswith(_WARNING)] + [line] * bool(line):
         warnings.warn(warned, stacklevel=2)
     factors, top_ks = (None if value is None else [value] for value in (capacity_factor, top_k))
-    training = [module for module in model.modules() if module.training]
-    try:
+    with evaluating(model):
         (result,) = measure_split(measured, opened, split, factors, top_ks, model.device, progress, oracle_router)
-    finally:
-        for module in training:
-            module.training = True
     return result.as_dict()
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vmoe.checkpoints import TrainedModel, require_single_label
+from vmoe.checkpoints.trained import evaluating
 from vmoe.data import DataConfig
 from vmoe.errors import UserError
 from vmoe.evaluation.evaluate import classes_differ, data_for, measure_split, open_data
@@ -81,12 +82,8 @@ def super_classes(
         raise UserError(f"{classes_differ(model, opened)}; super-classes need the same classes in the same order")
     if not opened.has_validation:
         raise UserError("data.val_fraction=0: there are no validation images, of which the confusions are counted")
-    training = [module for module in model.modules() if module.training]
-    try:
+    with evaluating(model):
         (measured,) = measure_split(model, opened, "val", None, None, model.device, progress)
-    finally:
-        for module in training:
-            module.training = True
     if measured.confusion is None:
         raise UserError(f"model: {len(names):,} classes are too many for a confusion matrix")
     return group_classes(np.array(measured.confusion), names, count, soft)

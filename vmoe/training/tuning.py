@@ -6,6 +6,7 @@ import math
 import shlex
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -264,8 +265,11 @@ def run_search(
         sweep = Sweep(trials.todo(), plan.jobs, plan.devices, lambda line: None, ended=trials.note)
         try:
             sweep.run()
-        finally:
-            write_trials(study, out, plan.metric)
+        except BaseException:
+            with suppress(UserError):  # the first error is the one to report
+                write_trials(study, out, plan.metric)
+            raise
+        write_trials(study, out, plan.metric)
         done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         if not done:
             failed = study.get_trials(deepcopy=False, states=(TrialState.FAIL,))

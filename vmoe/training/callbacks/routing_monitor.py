@@ -8,6 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
+from vmoe.checkpoints.trained import evaluating
 from vmoe.data import Batch
 from vmoe.errors import UserError
 from vmoe.moe import moe_layers
@@ -125,14 +126,9 @@ def routing_pictures(model: nn.Module, images: Tensor) -> dict[str, list[np.ndar
     Returns:
         B pictures (H, W, 3) uint8 for each layer in which tokens choose experts.
     """
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.compiler.set_stance("force_eager"), record_routing(model) as trace:
-            model(images)
-        layers = {name: each.as_tokens() for name, each in trace.layers.items() if each.chosen is not None}
-    finally:
-        model.train(was_training)
+    with evaluating(model), torch.compiler.set_stance("force_eager"), record_routing(model) as trace:
+        model(images)
+    layers = {name: each.as_tokens() for name, each in trace.layers.items() if each.chosen is not None}
     low, high = (getattr(images.flatten(1), word)(1).values[:, None, None, None] for word in ("min", "max"))
     grey = ((images - low) / (high - low).clamp(min=1e-6)).mean(1).float().cpu().numpy()  # (B, H, W) in [0, 1]
     experts = {name: layer.num_experts for name, layer in moe_layers(model)}
