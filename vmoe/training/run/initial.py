@@ -82,27 +82,14 @@ def _starting_model(
     start = load_checkpoint(path)
     if start.class_names != class_names:
         log(f"{start.path}: {_classifier_line(start.class_names, class_names)}")
-    if moe_layers(start.model):
-        model = build_model(name, kwargs, config.moe, num_classes, image_size, channels)
-        _fit_to_images(start, model, image_size)
-        if not moe_layers(model):
-            _average_experts(start)
-        _load(
-            model,
-            _with_stem(_weights(start, model, class_names), model, start.path, log),
-            start.path,
-            _same_as(config.init_from),
-        )
-        return model
-    model = build_model(name, kwargs, None, num_classes, image_size, channels)
+    is_sparse = bool(moe_layers(start.model))
+    model = build_model(name, kwargs, config.moe if is_sparse else None, num_classes, image_size, channels)
     _fit_to_images(start, model, image_size)
-    _load(
-        model,
-        _with_stem(_weights(start, model, class_names), model, start.path, log),
-        start.path,
-        _same_as(config.init_from),
-    )
-    return _upcycled(model, config.moe, image_size)
+    if is_sparse and not moe_layers(model):
+        _average_experts(start)
+    weights = _with_stem(_weights(start, model, class_names), model, start.path, log)
+    _load(model, weights, start.path, _same_as(config.init_from))
+    return model if is_sparse else _upcycled(model, config.moe, image_size)
 
 
 def _from_foreign(
