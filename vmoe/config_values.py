@@ -53,10 +53,12 @@ def with_section(line: str, kind: type, prefix: str) -> str:
     Args:
         line: Such as "logit_adjustment=1.0: must be 0 with name=bce". It begins with an option.
         kind: The dataclass.
-        prefix: The dotted section, such as "loss.", or "".
+        prefix: The dotted section, such as "loss.", perhaps behind a file's name as in "FILE: loss."; or "".
     """
     names = (f.name if "_" in f.name else rf"{f.name}(?==|\.[a-z])" for f in dataclasses.fields(kind))
-    return re.sub(rf"(?<![\w./='\"-])({'|'.join(names)})\b", rf"{prefix}\1", prefix + line) if prefix else line
+    section = prefix.rpartition(": ")[2]
+    first, colon, rest = line.partition(": ")
+    return prefix + first + colon + re.sub(rf"(?<![\w./='\"-])(?=(?:{'|'.join(names)})\b)", section, rest)
 
 
 def section_type(hint: Any) -> type | None:

@@ -3,8 +3,10 @@
 import pytest
 from jsonargparse import auto_cli, auto_parser
 
+from vmoe.config_values import from_plain
 from vmoe.data import AugmentConfig, DataConfig, MixConfig, SubsetConfig
 from vmoe.data.config import DEFAULTS, TableConfig, nearest
+from vmoe.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -71,6 +73,14 @@ def test_bad_values_are_refused_by_name_and_value(make, value, message):
 
 def take(data: DataConfig) -> DataConfig:
     return data
+
+
+@pytest.mark.parametrize("file", ["", r"runs\1/best.ckpt: "])
+def test_each_option_of_a_line_has_its_section(file):
+    with pytest.raises(UserError) as error:
+        from_plain(DataConfig, {"name": "folder", "channels": 4, "pipeline": "device"}, f"{file}data.")
+    line = "data.channels=4: data.pipeline=device holds RGB of 8 bits; take data.pipeline=workers"
+    assert str(error.value) == f"{file}{line}"
 
 
 def test_command_line_reads_every_setting_and_its_help():
