@@ -111,18 +111,22 @@ class ExportableForm(ABC):
         chosen_GSK, kept_GSK = routing.chosen_GSK, routing.kept_GSK
         is_kept_GSK = torch.ones_like(chosen_GSK, dtype=torch.bool) if kept_GSK is None else kept_GSK
         no_GSE = torch.zeros_like(routing.gates_GSE)
-        weights_GSE = no_GSE.scatter(-1, chosen_GSK, routing.weights_GSK)
         is_taken_GSE = no_GSE.scatter(-1, chosen_GSK, is_kept_GSK.to(no_GSE.dtype)) > 0
+        if chosen_GSK.shape[-1] == 1:  # one product for all experts: programs take time per operator
+            y_TO = self._by_experts(x_TD, None, is_taken_GSE.flatten(0, 1))
+            return y_TO * routing.weights_GSK.reshape(-1, 1).to(y_TO.dtype)
+        weights_GSE = no_GSE.scatter(-1, chosen_GSK, routing.weights_GSK)
         return self._by_experts(x_TD, weights_GSE.flatten(0, 1), is_taken_GSE.flatten(0, 1))
 
-    def _by_experts(self, x_TD: Tensor, weights_TE: Tensor, is_taken_TE: Tensor) -> Tensor:
-        """The weighted sum of each token's results from the experts that take it, (T, O)."""
+    def _by_experts(self, x_TD: Tensor, weights_TE: Tensor | None, is_taken_TE: Tensor) -> Tensor:
+        """The weighted sum of each token's results from the experts that take it, (T, O); None for weights of 1."""
         y_TO = x_TD.new_zeros(x_TD.shape[0], self.out_features, dtype=compute_dtype(x_TD))
         for index in range(self.config.num_experts):
             (token_R,) = torch.where(is_taken_TE[:, index])
             y_RO = self.one_expert(index, x_TD.index_select(0, token_R))
-            weight_R1 = weights_TE[:, index].index_select(0, token_R)[:, None]
-            y_TO = y_TO.index_add(0, token_R, y_RO * weight_R1.to(y_RO.dtype))
+            if weights_TE is not None:
+                y_RO = y_RO * weights_TE[:, index].index_select(0, token_R)[:, None].to(y_RO.dtype)
+            y_TO = y_TO.index_add(0, token_R, y_RO)
         return y_TO
 
 
