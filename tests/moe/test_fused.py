@@ -507,6 +507,41 @@ def test_routing_is_one_node_of_autograds_graph(monkeypatch):
         gradient.sum().backward()
 
 
+def test_one_node_refuses_second_derivatives_with_a_frozen_router_too(monkeypatch):
+    monkeypatch.setattr(layer_module, "kernels_for", lambda tensor: TRITON)
+    layer = vmoe.MoeMlp(8, 16, moe=MoeConfig(num_experts=4, group="image", backend="fused"), device=DEVICE)
+    layer.router.requires_grad_(False)
+    weight = layer.experts.fc1.weight
+    (gradient,) = torch.autograd.grad(layer(torch.randn(2, 5, 8, device=DEVICE)).sum(), weight, create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivatives"):
+        (gradient.square().sum() + weight.sum()).backward()
+
+
+class Doubled(nn.Module):
+    """A parametrization that remembers what it made, as long as that lives."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = []
+
+    def forward(self, weight):
+        result = 2 * weight
+        self.made.append(weakref.ref(result))
+        return result
+
+
+def test_a_pass_whose_graph_lives_on_holds_no_parametrized_weights(monkeypatch):
+    monkeypatch.setattr(layer_module, "kernels_for", lambda tensor: TRITON)
+    layer = vmoe.MoeMlp(8, 16, moe=MoeConfig(num_experts=4, group="image", backend="fused"), device=DEVICE)
+    doubled = Doubled()
+    nn.utils.parametrize.register_parametrization(layer.experts.fc1, "weight", doubled)
+    y = layer(torch.randn(2, 5, 8, device=DEVICE))
+    assert doubled.made[-1]() is not None
+    y.sum().backward()
+    assert "OneNode" in type(y.grad_fn).__name__
+    assert doubled.made[-1]() is None
+
+
 @pytest.mark.parametrize("observed", [vmoe.record_routing, lambda _: FlopCounterMode(display=False)])
 def test_checkpointing_repeats_an_observed_pass_after_the_observation(observed, monkeypatch):
     monkeypatch.setattr(layer_module, "kernels_for", lambda tensor: TRITON)

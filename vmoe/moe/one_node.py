@@ -162,7 +162,10 @@ class _OneNode(torch.autograd.Function):
         balance = steps.balance()
         results.append(balance.statistics)
         ctx.set_materialize_grads(False)
-        ctx.of_pass, ctx.share, ctx.shape = of_pass, steps.share, x.shape
+        # not the pass: a parametrization's weights would live as long as the node
+        ctx.of_experts = steps.share, *of_pass.form(), of_pass.mlp.recompute
+        ctx.options, ctx.loss_weights = of_pass.options(), of_pass.loss_weights()
+        ctx.kernels, ctx.groups, ctx.shape = of_pass.kernels, of_pass.groups, x.shape
         ctx.save_for_backward(balance.sums_G2E, *steps.saved)
         return steps.y, balance.loss
 
@@ -170,17 +173,14 @@ class _OneNode(torch.autograd.Function):
     def backward(ctx, grad: Tensor | None, grad_loss: Tensor | None):
         if grad is None and grad_loss is None:
             return (None,) * 8
-        of_pass = ctx.of_pass
-        routing, experts = of_pass.kernels
+        routing, experts = ctx.kernels
         sums_G2E, gate_ED, logits_TE, noisy_TE, chosen_TK, x_TD, row_TK, *of_experts = ctx.saved_tensors
         ctx.maybe_clear_saved_tensors()  # not if the caller retains the graph
         with torch.no_grad():
             of_result, of_parameters = None, (None,) * 4
             if grad is not None:
                 grad_TO = grad.reshape(-1, grad.shape[-1])
-                kept = experts.ExpertGradientInputs(
-                    grad_TO, x_TD, row_TK, *of_experts, ctx.share, *of_pass.form(), of_pass.mlp.recompute
-                ).to_be_freed()
+                kept = experts.ExpertGradientInputs(grad_TO, x_TD, row_TK, *of_experts, *ctx.of_experts).to_be_freed()
                 del of_experts
                 grad_RD, dots_RP, grad1, grad_bias1, grad2, grad_bias2 = experts.gradient_of_rows(kept)
                 of_result = routing.OfResult(grad_RD, dots_RP, row_TK)
@@ -188,14 +188,14 @@ class _OneNode(torch.autograd.Function):
                     grad1, None if kept.bias1_EF is None else grad_bias1,
                     grad2, None if kept.bias2_EO is None else grad_bias2,
                 )  # fmt: skip
-            of_loss = None if grad_loss is None else routing.OfLoss(grad_loss, of_pass.loss_weights(), sums_G2E)
+            of_loss = None if grad_loss is None else routing.OfLoss(grad_loss, ctx.loss_weights, sums_G2E)
             decision = routing.Decision(logits_TE, noisy_TE, None, chosen_TK, None, None)
             grad_TD, grad_gate_ED = routing.decide_backward(
-                x_TD, gate_ED, decision, of_pass.groups, of_pass.options(), of_result, of_loss
+                x_TD, gate_ED, decision, ctx.groups, ctx.options, of_result, of_loss
             )
         grads: tuple[Tensor | None, ...] = (grad_TD.view(ctx.shape), grad_gate_ED, *of_parameters)
         if torch.is_grad_enabled():
-            grads = first_derivative_only("one_node", x_TD if x_TD.requires_grad else gate_ED, grads)
+            grads = first_derivative_only("one_node", grads)
         return *grads, None, None
 
 

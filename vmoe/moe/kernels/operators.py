@@ -123,14 +123,14 @@ def _refuse_second_derivative(name: str) -> Callable:
     return refuse
 
 
-def first_derivative_only(name: str, like: Tensor, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    """The gradients as they are; to take their gradient is an error. `like` is a tensor that they depend on."""
-    return _FirstDerivativeOnly.apply(name, like, *grads)
+def first_derivative_only(name: str, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """The gradients as they are; to take their gradient is an error."""
+    return _FirstDerivativeOnly.apply(name, torch.empty(0, requires_grad=True), *grads)
 
 
 class _FirstDerivativeOnly(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, name: str, like: Tensor, *grads: Tensor | None):
+    def forward(ctx, name: str, _: Tensor, *grads: Tensor | None):
         ctx.name = name
         return tuple(None if grad is None else grad.view_as(grad) for grad in grads)
 
