@@ -217,6 +217,16 @@ def test_npz_with_a_validation_split(npz):
     assert len(splits.train) == 60 and len(splits.val) == 6
 
 
+def test_npz_without_test_images_is_split_as_a_folder_is(npz):
+    without = {"test_x": None, "test_y": None}
+    splits = load("npz", npz(**without))
+    assert (len(splits.train), len(splits.val), len(splits.test)) == (42, 6, 12)
+    assert splits.image_size == 8 and "has no split of its own: 20% of each class are cut off" in splits.notes[0]
+    images = np.zeros((6, 8, 8, 3), dtype=np.uint8)
+    splits = load("npz", npz(**without, val_x=images, val_y=np.arange(6) % 3))
+    assert splits.test is splits.val and len(splits.train) == 60
+
+
 def test_labels_from_1_and_with_gaps_are_said(npz):
     notes = load("npz", npz(train_y=np.arange(60) % 3 + 1, test_y=np.arange(15) % 3 + 1)).notes
     assert any(
@@ -232,7 +242,10 @@ def test_labels_from_1_and_with_gaps_are_said(npz):
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
+        ({"train_x": None}, "has no array 'train_x'"),
         ({"test_y": None}, "has no array 'test_y'"),
+        ({"test_x": None}, "has no array 'test_x'"),
+        ({"test_x": None, "test_y": None, "tset_x": np.zeros(3)}, "has no array 'test_x'"),
         ({"train_x": np.zeros((60, 8), np.uint8)}, r"train_x has shape \(60, 8\); it must be"),
         ({"train_x": np.zeros((60, 3, 8, 8), np.uint8)}, r"train_x has shape \(60, 3, 8, 8\)"),
         ({"train_x": np.zeros((0, 8, 8, 3), np.uint8)}, "train_x has shape"),
@@ -245,7 +258,7 @@ def test_labels_from_1_and_with_gaps_are_said(npz):
         ({"train_y": np.full(60, -1)}, "train_y holds int64 from -1"),
         ({"train_y": np.full(60, 10**9)}, "labels go up to 1000000000, but there are 60 training images"),
         ({"class_names": np.array(["a"])}, "class_names has 1 names, but labels go up to 2"),
-        ({"val_x": np.zeros((6, 8, 8, 3), np.uint8)}, "val_y is missing"),
+        ({"val_x": np.zeros((6, 8, 8, 3), np.uint8)}, "has no array 'val_y'"),
         ({"class_names": np.array([{}], dtype=object)}, "cannot be read as an .npz file"),
     ],
 )

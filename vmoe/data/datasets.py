@@ -14,7 +14,7 @@
 | table | rows of train, or what remains | as folder | as folder |
 | huggingface | its split train | as folder | as folder |
 | webdataset | train-*.tar | as folder | as folder |
-| npz | train_x, train_y | val_x, val_y where given, else cut from training | test_x, test_y |
+| npz | train_x, train_y | as folder | as folder |
 """
 
 import dataclasses
@@ -322,6 +322,11 @@ def _webdataset(config: DataConfig) -> Splits:
     return _splits_of(*load_shards(config.root, config.table.separator), config)
 
 
+def _npz(config: DataConfig) -> Splits:
+    sets, classes, side = load_npz(config.root, config.channels)
+    return dataclasses.replace(_splits_of(sets, classes, [], config), image_size=side)
+
+
 def _splits_of(sets: Mapping[str, ImageSet], classes: list[str], notes: list[str], config: DataConfig) -> Splits:
     """The given splits: without "test", "val" is used for both; without "train" that split is empty.
 
@@ -355,5 +360,5 @@ _LOADERS: dict[str, Callable[[DataConfig], Splits]] = {
     "table": _table,
     "huggingface": _huggingface,
     "webdataset": _webdataset,
-    "npz": lambda config: load_npz(config.root, config.channels),
+    "npz": _npz,
 }
