@@ -5,10 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
+from vmoe.data.folders import SPLIT_NAMES
 from vmoe.data.imageset import ArrayImages, ImageSet
 from vmoe.errors import UserError
-
-_SPLITS = ("train", "val", "test")
 
 
 def load_npz(root: str, channels: int | None = None) -> tuple[dict[str, ImageSet], list[str], int]:
@@ -25,7 +24,7 @@ def load_npz(root: str, channels: int | None = None) -> tuple[dict[str, ImageSet
     """
     arrays = _read_npz(Path(root))
     _require_arrays(root, list(arrays))
-    sets = {name: _npz_set(root, arrays, name, channels) for name in _SPLITS if f"{name}_x" in arrays}
+    sets = {name: _npz_set(root, arrays, name, channels) for name in SPLIT_NAMES if f"{name}_x" in arrays}
     of_several = any(part.is_multi_label for part in sets.values())
     names = (_names_of_columns if of_several else _names_of_numbers)(root, sets, arrays)
     return sets, names, min(arrays["train_x"].shape[1:3])
@@ -33,8 +32,8 @@ def load_npz(root: str, channels: int | None = None) -> tuple[dict[str, ImageSet
 
 def _require_arrays(root: str, found: list[str]) -> None:
     """Refuses a split without images or labels, and training alone beside arrays of other names."""
-    known = {split: {f"{split}_x", f"{split}_y"} for split in _SPLITS}
-    given = [split for split in _SPLITS if split == "train" or known[split].intersection(found)]
+    known = {split: {f"{split}_x", f"{split}_y"} for split in SPLIT_NAMES}
+    given = [split for split in SPLIT_NAMES if split == "train" or known[split].intersection(found)]
     if given == ["train"] and set(found) - known["train"] - {"class_names"}:
         given = ["train", "test"]
     if missing := sorted(set().union(*(known[split] for split in given)).difference(found)):
