@@ -422,7 +422,7 @@ def test_compiled_layer_agrees():
 
 ROOMS = (
     "counting", "experts.fused.activations", "experts.fused.products", "experts.fused.row_kernels", "routing.balance",
-    "routing.gates", "routing.order", "routing.scores",
+    "routing.decision", "routing.gates", "routing.order", "routing.scores",
 )  # fmt: skip
 
 
@@ -543,7 +543,7 @@ def test_a_pass_whose_graph_lives_on_holds_no_parametrized_weights(monkeypatch):
 
 
 @pytest.mark.parametrize("observed", [vmoe.record_routing, lambda _: FlopCounterMode(display=False)])
-def test_checkpointing_repeats_an_observed_pass_after_the_observation(observed, monkeypatch):
+def test_checkpointing_repeats_a_pass_that_is_observed_on_one_way_only(observed, monkeypatch):
     monkeypatch.setattr(layer_module, "kernels_for", lambda tensor: TRITON)
     layer = vmoe.MoeMlp(8, 16, moe=MoeConfig(num_experts=4, group="image", backend="fused"), device=DEVICE)
     x = torch.randn(2, 5, 8, device=DEVICE, requires_grad=True)
@@ -551,14 +551,15 @@ def test_checkpointing_repeats_an_observed_pass_after_the_observation(observed, 
         y = checkpoint(layer, x, use_reentrant=False)
     y.sum().backward()
     y = checkpoint(layer, x, use_reentrant=False)
-    with vmoe.record_routing(layer):
+    with observed(layer):
         y.sum().backward()
 
 
+@pytest.mark.filterwarnings("ignore:backend=.fused.:UserWarning")  # the plain layer has it computed elsewhere
 @pytest.mark.parametrize("kernels", [PLAIN, TRITON], ids=["plain", "one node"])
 def test_a_router_in_evaluation_mode_draws_no_noise_and_has_no_load_loss(kernels, monkeypatch):
     monkeypatch.setattr(layer_module, "kernels_for", lambda tensor: kernels)
-    layer = vmoe.MoeMlp(8, 16, moe=MoeConfig(num_experts=4, group="image"), device=DEVICE)
+    layer = vmoe.MoeMlp(8, 16, moe=MoeConfig(num_experts=4, group="image", backend="fused"), device=DEVICE)
     layer(torch.randn(2, 5, 8, device=DEVICE))
     assert layer.statistics.load_loss > 0
     layer.router.eval()
@@ -569,12 +570,38 @@ def test_a_router_in_evaluation_mode_draws_no_noise_and_has_no_load_loss(kernels
 def test_a_forward_of_the_routers_own_is_called_in_place_of_the_one_node(monkeypatch):
     """As libraries that move weights between devices, and experiments, set it on a module."""
     monkeypatch.setattr(layer_module, "kernels_for", lambda tensor: TRITON)
-    layer = vmoe.MoeMlp(8, 16, moe=MoeConfig(num_experts=4, group="image"), device=DEVICE)
+    layer = vmoe.MoeMlp(8, 16, moe=MoeConfig(num_experts=4, group="image", backend="fused"), device=DEVICE)
     calls = []
     for module in (layer.router, layer.router.gate):
         module.forward = lambda *inputs, own=module.forward: calls.append(own) or own(*inputs)
     layer(torch.randn(2, 5, 8, device=DEVICE))
     assert len(calls) == 2
+
+
+@pytest.mark.filterwarnings("ignore:backend=.fused.:UserWarning")  # the plain layer has it computed elsewhere
+@pytest.mark.parametrize("noise_scale", [0.0, 1.0])
+def test_noise_that_is_set_on_the_router_leaves_the_load_loss_as_it_is_configured(noise_scale, monkeypatch):
+    layer = vmoe.MoeMlp(8, 16, moe=MoeConfig(num_experts=4, group="image", backend="fused"), device=DEVICE)
+    layer.router.noise_scale = noise_scale
+    x, noise = torch.randn(2, 5, 8, device=DEVICE), torch.randn(10, 4, device=DEVICE)
+    layer.router.draw_noise = lambda logits: noise
+    losses = []
+    for kernels in (PLAIN, TRITON):
+        monkeypatch.setattr(layer_module, "kernels_for", lambda tensor, kernels=kernels: kernels)
+        layer(x)
+        losses.append(layer.last_auxiliary_loss.detach())
+    torch.testing.assert_close(losses[1], losses[0])
+
+
+@pytest.mark.filterwarnings("ignore:backend=.fused.:UserWarning")
+def test_hooks_that_make_weights_run_once_where_the_kernels_lack_the_activation(monkeypatch):
+    monkeypatch.setattr(layer_module, "kernels_for", lambda tensor: TRITON)
+    moe = MoeConfig(num_experts=4, group="image", backend="fused")
+    layer = vmoe.MoeMlp(8, 16, act_layer=nn.ReLU, moe=moe, device=DEVICE)
+    calls = []
+    layer.experts.fc1.register_forward_hook(lambda *_: calls.append(1))
+    layer(torch.randn(2, 5, 8, device=DEVICE))
+    assert len(calls) == 1
 
 
 @pytest.mark.gpu

@@ -21,7 +21,7 @@ from vmoe.moe.groups import Groups
 from vmoe.moe.kernels import Kernels
 from vmoe.moe.kernels.experts import requirements
 from vmoe.moe.kernels.interface import Mlp
-from vmoe.moe.kernels.operators import first_derivative_only, is_traced
+from vmoe.moe.kernels.operators import first_derivative_only
 from vmoe.moe.kernels.sizes import MAX_COMPARED, MAX_SCORES, rows_of_share
 from vmoe.moe.routers import TokenChoiceRouter
 from vmoe.moe.scores import Gate
@@ -51,8 +51,8 @@ class Pass(NamedTuple):
         cls, router: nn.Module, experts: Experts, moe: MoeConfig, x: Tensor, groups: Groups, kernels: Kernels,
         is_training: bool,
     ) -> "Pass | None":  # fmt: skip
-        """None where the steps must be taken one by one: for traced code, other routers and other experts."""
-        if kernels.routing is None or kernels.experts is None or is_traced() or not x.numel():
+        """None where the steps must be taken one by one: for other routers and other experts."""
+        if kernels.routing is None or kernels.experts is None or not x.numel():
             return None
         if not isinstance(router, TokenChoiceRouter) or not is_bare(router, TokenChoiceRouter):
             return None
@@ -63,7 +63,13 @@ class Pass(NamedTuple):
             return None
         if torch.float64 in (x.dtype, router.gate.weight.dtype):
             return None
+        if router.noise_scale != moe.logit_noise:  # set by hand; the load loss keeps the configuration's
+            return None
         if experts.backend != "fused" and not (experts.backend == "auto" and x.is_cuda):
+            return None
+        # before the weights: hooks and adapters may make them, which takes time
+        has_dropout = experts.training and experts.drop1.p > 0
+        if requirements.Form.of(experts.act) is None or experts.norm is not None or has_dropout:
             return None
         mlp = experts._mlp(compute_dtype(x), x)
         if requirements.missing_feature(mlp) or requirements.unsupported_width(mlp):
