@@ -1,6 +1,7 @@
 """`MoeMlp` against the oracle, and what must hold for every routing."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -239,6 +240,23 @@ def test_experts_narrower_than_the_mlp():
     layer = MoeMlp(16, 64, moe=MoeConfig(num_experts=4, expert_width=0.5, shared_experts=1))
     assert layer.experts.fc1.weight.shape == (4, 32, 16) and layer.experts.fc2.weight.shape == (4, 16, 32)
     assert layer.shared.fc1.out_features == 32
+
+
+@pytest.mark.parametrize("knobs", [{}, {"route": "image", "capacity_factor": None}], ids=["patches", "whole images"])
+def test_a_layer_that_nobody_holds_is_freed_after_an_evaluation_at_once(knobs):
+    """Not when Python next looks for cycles: its experts may take gigabytes."""
+    layer = layer_of(num_experts=4, dtype=torch.float32, **knobs).eval()
+    with torch.no_grad():
+        layer(tokens(1, 3, dtype=torch.float32))
+    held = weakref.ref(layer)
+    del layer
+    assert held() is None
+
+
+def test_a_mask_may_have_the_tokens_of_an_image_in_a_row():
+    layer = layer_of(num_experts=4, shared_experts=1).eval()
+    x, mask = tokens(2, 6).view(2, 2, 3, WIDTH), torch.arange(12).view(2, 6) % 3 > 0
+    assert torch.equal(layer(x, mask), layer(x, mask.view(2, 2, 3)))
 
 
 def test_shared_experts_take_every_token():

@@ -240,13 +240,13 @@ class MoeMlp(nn.Module):
                 record(routing, shape)
             y_TD = self.experts(routed_TD, of_tokens, kernels)  # dispatch, the expert MLPs, combine
             is_noisy = self.router.training and self.config.draws_noise
-            accounts = partial(self._accounts_of, routing, PLAIN if groups is None else kernels, is_noisy)
+            accounts = self._accounts_of(routing, PLAIN if groups is None else kernels, is_noisy)
             # a recorder keeps less of a pass than the losses need, and Soft MoE's weights of slots are large
             can_wait = y_TD.is_cpu and not self.recorders and not isinstance(routing, SoftRouting)
             y = y_TD.view(*x.shape[:-1], self.out_features)
         if self.shared is not None:
             shared = self.shared(x)
-            y = y + (shared if token_mask is None else shared.masked_fill(~token_mask.unsqueeze(-1), 0))
+            y = y + (shared if token_mask is None else shared.masked_fill(~token_mask.reshape(*x.shape[:-1], 1), 0))
         y = self.drop2(self._account(accounts, y, can_wait))
         return y.movedim(-1, 1) if self.use_conv else y
 
@@ -331,18 +331,16 @@ class MoeMlp(nn.Module):
             y_TD = y_TD + self.shared(x_TD)
         self.mark.set()
         of_pass = self.__dict__  # nn.Module would look for parameters first, four times
-        of_pass["_unread"] = partial(self._accounts_of, routing, PLAIN, is_noisy=False)
+        of_pass["_unread"] = self._accounts_of(routing, PLAIN, is_noisy=False)
         of_pass["_auxiliary_loss"] = of_pass["_statistics"] = None
         if not isinstance(self.router, FollowingRouter):
             of_pass["last_image_logits"] = routing.logits_GSE[0]
         return self.drop2(y_TD) if self.drop2.p else y_TD
 
-    def _accounts_of(
-        self, routing: Routing | SlotRouting, kernels: Kernels, is_noisy: bool
-    ) -> tuple[Tensor, Statistics | None]:
+    def _accounts_of(self, routing: Routing | SlotRouting, kernels: Kernels, is_noisy: bool) -> _Accounts:
         is_counted = not isinstance(self.router, FollowingRouter)  # the losses of a decision count once
-        loss, importance, load, usage = losses.accounts_of(routing, self.config, is_noisy, kernels, is_counted)
-        return loss, None if is_transformed() else Statistics(*usage, importance, load)
+        # not a bound method: the layer may keep this, and would then hold itself when nobody else does
+        return partial(_accounts_of, routing, self.config, is_noisy, kernels, is_counted)
 
     def _account(self, accounts: _Accounts, y: Tensor, can_wait: bool) -> Tensor:
         """Keeps the auxiliary loss and the statistics; changes no value of `y`.
@@ -411,3 +409,10 @@ class MoeMlp(nn.Module):
         # What a forward pass left behind belongs to its graph: it can be neither copied nor saved.
         passed = dict.fromkeys(("_statistics", "_auxiliary_loss", "_unread", "last_image_logits"))
         return {**self.__dict__, **passed, "recorders": ()}
+
+
+def _accounts_of(
+    routing: Routing | SlotRouting, moe: MoeConfig, is_noisy: bool, kernels: Kernels, is_counted: bool
+) -> tuple[Tensor, Statistics | None]:
+    loss, importance, load, usage = losses.accounts_of(routing, moe, is_noisy, kernels, is_counted)
+    return loss, None if is_transformed() else Statistics(*usage, importance, load)
