@@ -649,3 +649,22 @@ def test_two_hidden_buffers_live_at_once(kernels, monkeypatch):
     x = torch.randn(2, 50, 8, device=DEVICE)
     rows = 2 * 128  # 105 choices of each expert, and free ones
     assert most_memory(lambda: layer(x).sum().backward()) < 2.5 * rows * 512 * 4
+
+
+@pytest.mark.parametrize("activation", [nn.GELU(), Glu(nn.SiLU(), gate_first=True)], ids=["gelu", "swiglu"])
+@pytest.mark.parametrize("kernels", [Kernels(None, TRITON.experts), TRITON], ids=["experts alone", "one node"])
+def test_a_retained_graph_gives_its_gradients_again(kernels, activation, monkeypatch):
+    """The last backward pass may overwrite what the forward pass kept; the others may not."""
+    monkeypatch.setattr(layer_module, "kernels_for", lambda tensor: kernels)
+    moe = MoeConfig(num_experts=2, group="batch", backend="fused", recompute_activation=True, noise_std=0.0)
+    layer = vmoe.MoeMlp(8, 16, act_layer=lambda: activation, moe=moe, device=DEVICE)
+    x = torch.randn(2, 9, 8, device=DEVICE, requires_grad=True)
+    total = layer(x).square().sum()
+    first, again, last = (
+        torch.autograd.grad(total, [x, *layer.experts.parameters()], retain_graph=retain)
+        for retain in (True, True, False)
+    )
+    for values in zip(first, again, last, strict=True):
+        assert torch.equal(values[0], values[1]) and torch.equal(values[0], values[2])
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(total, x)

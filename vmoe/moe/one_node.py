@@ -181,13 +181,13 @@ class _OneNode(torch.autograd.Function):
             return (None,) * 8
         routing, experts = ctx.kernels
         sums_G2E, gate_ED, logits_TE, noisy_TE, chosen_TK, x_TD, row_TK, *of_experts = ctx.saved_tensors
-        ctx.maybe_clear_saved_tensors()  # not if the caller retains the graph
         with torch.no_grad():
             of_result, of_parameters = None, (None,) * 4
             if grad is not None:
                 grad_TO = grad.reshape(-1, grad.shape[-1])
-                kept = experts.ExpertGradientInputs(grad_TO, x_TD, row_TK, *of_experts, *ctx.of_experts).to_be_freed()
-                del of_experts
+                inputs = experts.ExpertGradientInputs(grad_TO, x_TD, row_TK, *of_experts, *ctx.of_experts)
+                kept = inputs.to_be_freed(ctx)
+                del inputs, of_experts
                 grad_RD, dots_RP, grad1, grad_bias1, grad2, grad_bias2 = experts.gradient_of_rows(kept)
                 of_result = routing.OfResult(grad_RD, dots_RP, row_TK)
                 of_parameters = (

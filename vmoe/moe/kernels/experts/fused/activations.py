@@ -31,7 +31,7 @@ def activation_gradient(
     grad_act_RH: Tensor, bias_EF: Tensor | None, pre_RF: Tensor, owners: RowOwners, form: Form,
     bias_parts_MF: Tensor, grad_pre_RF: Tensor,
 ) -> None:  # fmt: skip
-    """Writes the gradient of pre into `grad_pre_RF`. Without a gate that may be `grad_act_RH` itself.
+    """Writes the gradient of pre into `grad_pre_RF`. That may be `pre_RF` itself, or without a gate `grad_act_RH`.
 
     `bias_parts_MF` takes parts of the bias's gradient, one per TILE_ROWS rows.
     """

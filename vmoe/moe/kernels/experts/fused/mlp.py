@@ -5,7 +5,7 @@ H); R rows of the buffer that experts compute.
 """
 
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -84,9 +84,17 @@ class ExpertGradientInputs(NamedTuple):
     gate: str
     recompute: bool
 
-    def to_be_freed(self) -> SimpleNamespace:
-        """The same fields, which `gradient_of_rows` removes. They free memory if nothing else holds their tensors."""
-        return SimpleNamespace(**self._asdict())
+    def to_be_freed(self, ctx: Any = None) -> SimpleNamespace:
+        """The same fields, which `gradient_of_rows` removes. They free memory if nothing else holds their tensors.
+
+        Args:
+            ctx: Autograd's node that saved them. If its graph is not retained it gives them up, so they may be
+                overwritten.
+        """
+        may_overwrite = ctx is not None and not torch._C._autograd._get_current_graph_task_keep_graph()
+        if may_overwrite:
+            ctx.maybe_clear_saved_tensors()
+        return SimpleNamespace(**self._asdict(), may_overwrite=may_overwrite)
 
 
 def _forward_of_experts(inputs: ExpertInputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -163,7 +171,8 @@ def gradient_of_rows(kept: SimpleNamespace) -> tuple[Tensor, Tensor, Tensor, Ten
     """Drops each large tensor after its last use, before it takes memory for the next one.
 
     Args:
-        kept: `ExpertGradientInputs.to_be_freed()`. The large tensors are removed from it.
+        kept: `ExpertGradientInputs.to_be_freed()`. The large tensors are removed from it, and `pre_RF` may be
+            overwritten by its gradient.
 
     Returns:
         Gradients of the tokens' rows (R, D), parts of those of their combine weights, and the parameters' as above.
@@ -189,11 +198,15 @@ def gradient_of_rows(kept: SimpleNamespace) -> tuple[Tensor, Tensor, Tensor, Ten
     chunks = _chunks(owners, kept.pre_RF, kept.recompute)
     most = chunks[0][1].stop  # rows of the first part, which is the largest
     hidden_RH = grad_RO.new_empty(most, cast2_EOH.shape[2])
-    grad_pre_RF = grad_RO.new_empty(most, kept.pre_RF.shape[1]) if kept.gate else hidden_RH
-    # with one part the first layer waits until more memory is free
-    grad_weight1 = None if len(chunks) == 1 else torch.empty_like(kept.weight1_EFD)
+    overwrites = kept.may_overwrite and (kept.recompute or kept.gate)  # else the hidden buffer serves as well
+    grad_pre_RF = kept.pre_RF if overwrites else hidden_RH
+    if kept.gate and not overwrites:
+        grad_pre_RF = grad_RO.new_empty(most, kept.pre_RF.shape[1])
+    # with the gradient of all rows the first layer waits until more memory is free
+    grad_weight1 = None if overwrites or len(chunks) == 1 else torch.empty_like(kept.weight1_EFD)
     for experts, part, part_owners in chunks:
-        hidden, grad_pre = (buffer[: part.stop - part.start] for buffer in (hidden_RH, grad_pre_RF))
+        hidden = hidden_RH[: part.stop - part.start]
+        grad_pre = grad_pre_RF[part] if overwrites else grad_pre_RF[: part.stop - part.start]
         bias = None if kept.bias1_EF is None else kept.bias1_EF[experts]
         if kept.recompute:
             activations.activate(kept.pre_RF[part], bias, part_owners, form, hidden)
@@ -252,12 +265,13 @@ def _save_experts(ctx, inputs: ExpertInputs, output: tuple[Tensor, ...]) -> None
 def _backward_of_experts(ctx, grad_TO: Tensor | None, *_) -> dict[str, Tensor | None]:
     if grad_TO is None:
         return {}
-    kept = ExpertGradientInputs(grad_TO, *ctx.saved_tensors, *ctx.options).to_be_freed()
-    has_bias1, has_bias2 = kept.bias1_EF is not None, kept.bias2_EO is not None
+    inputs = ExpertGradientInputs(grad_TO, *ctx.saved_tensors, *ctx.options)
+    has_bias1, has_bias2 = inputs.bias1_EF is not None, inputs.bias2_EO is not None
     if is_traced() or torch.is_grad_enabled():  # the operator refuses second derivatives
-        gradients = fused_experts_backward(*vars(kept).values())
+        gradients = fused_experts_backward(*inputs)
     else:
-        ctx.maybe_clear_saved_tensors()  # not if the caller retains the graph
+        kept = inputs.to_be_freed(ctx)
+        del inputs
         gradients = _gradient_that_frees(kept)
     grad_x, grad_weights, grad_weight1, grad_bias1, grad_weight2, grad_bias2 = gradients
     return {
