@@ -48,6 +48,20 @@ class Statistics(NamedTuple):
 _Accounts = Callable[[], tuple[Tensor, Statistics | Tensor | None]]
 
 
+class _OfPass(NamedTuple):
+    """What the last forward pass left; a pass drops what an earlier one left, with its graph.
+
+    Attributes:
+        loss: The auxiliary loss.
+        statistics: The statistics.
+        unread: Computes both, where nobody has read them yet.
+    """
+
+    loss: Tensor | None = None
+    statistics: Statistics | Tensor | None = None
+    unread: _Accounts | None = None
+
+
 class MoeMlp(nn.Module):
     """A sparse mixture of expert MLPs in the place of timm's `Mlp` (Riquelme et al. 2021, section 2).
 
@@ -129,9 +143,7 @@ class MoeMlp(nn.Module):
         self.auxiliary_scale: Tensor | None
         # no parameter, and the training loop sets it: it belongs to no checkpoint
         self.register_buffer("auxiliary_scale", None, persistent=False)
-        self._statistics: Statistics | Tensor | None = None
-        self._auxiliary_loss: Tensor | None = None
-        self._unread: _Accounts | None = None  # see `_account`
+        self._of_pass = _OfPass()
         self.last_image_logits: Tensor | None = None
         self.mark = Mark()
         self.recorders: tuple[Callable[[Routing | SlotRouting, torch.Size], None], ...] = ()
@@ -192,21 +204,20 @@ class MoeMlp(nn.Module):
     @property
     def statistics(self) -> Statistics | None:
         """`Statistics` of the last forward pass; None before it, and after one that torch.func transformed."""
-        self._settle()
-        if isinstance(self._statistics, Tensor):
-            self._statistics = Statistics(self._statistics[:-4], *self._statistics[-4:].unbind())
-        return self._statistics
+        loss, statistics, _ = self._settled()
+        if isinstance(statistics, Tensor):
+            statistics = Statistics(statistics[:-4], *statistics[-4:].unbind())
+            self._of_pass = _OfPass(loss, statistics)
+        return statistics
 
     @property
     def last_auxiliary_loss(self) -> Tensor | None:
         """The weighted auxiliary loss of the last forward pass, (); None before it."""
-        self._settle()
-        return self._auxiliary_loss
+        return self._settled().loss
 
     @last_auxiliary_loss.setter
     def last_auxiliary_loss(self, loss: Tensor | None) -> None:
-        self._settle()
-        self._auxiliary_loss = loss
+        self._of_pass = self._settled()._replace(loss=loss)
 
     def forward(self, x: Tensor, token_mask: Tensor | None = None) -> Tensor:
         """Runs each token through its experts.
@@ -330,11 +341,10 @@ class MoeMlp(nn.Module):
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)
         self.mark.set()
-        of_pass = self.__dict__  # nn.Module would look for parameters first, four times
-        of_pass["_unread"] = self._accounts_of(routing, PLAIN, is_noisy=False)
-        of_pass["_auxiliary_loss"] = of_pass["_statistics"] = None
+        left = self.__dict__  # nn.Module would look for parameters first, each time
+        left["_of_pass"] = _OfPass(unread=self._accounts_of(routing, PLAIN, is_noisy=False))
         if not isinstance(self.router, FollowingRouter):
-            of_pass["last_image_logits"] = routing.logits_GSE[0]
+            left["last_image_logits"] = routing.logits_GSE[0]
         return self.drop2(y_TD) if self.drop2.p else y_TD
 
     def _accounts_of(self, routing: Routing | SlotRouting, kernels: Kernels, is_noisy: bool) -> _Accounts:
@@ -352,20 +362,20 @@ class MoeMlp(nn.Module):
         self.mark.set()
         can_wait = can_wait and not self.router.training and not torch.is_grad_enabled()
         if can_wait and not is_traced() and not is_capturing(y):
-            self._unread, self._auxiliary_loss, self._statistics = accounts, None, None  # frees an earlier pass's graph
+            self._of_pass = _OfPass(unread=accounts)
             return y
-        self._auxiliary_loss, self._statistics = loss, _ = accounts()  # checkpointing may end a repeated pass in here
-        self._unread = None
+        loss, statistics = accounts()  # checkpointing may end a repeated pass in here
+        self._of_pass = _OfPass(loss, statistics)
         if self.config.inject_auxiliary_loss and self.training:
             y = losses.inject_gradient(y, loss, self._checked_scale(y))
         return y
 
-    def _settle(self) -> None:
-        """Computes what `_account` left for later."""
-        if self._unread is not None:
+    def _settled(self) -> "_OfPass":
+        """What the last pass left, with what `_account` put off computed."""
+        if self._of_pass.unread is not None:
             with torch.no_grad(), temporarily_clear_interpreter_stack():  # that pass ran outside of torch.func
-                self._auxiliary_loss, self._statistics = self._unread()
-            self._unread = None
+                self._of_pass = _OfPass(*self._of_pass.unread())
+        return self._of_pass
 
     def expects_gradient(self) -> bool:
         """Whether the auxiliary loss of a training step should reach the router's parameters."""
@@ -394,7 +404,7 @@ class MoeMlp(nn.Module):
                 "shared_router: nn.DataParallel runs copies of the layers, which would share one decision; use "
                 "DistributedDataParallel"
             )
-        self._statistics = self._auxiliary_loss = self._unread = self.last_image_logits = None
+        self._of_pass, self.last_image_logits = _OfPass(), None
         replica = super()._replicate_for_data_parallel()
         replica.mark = Mark()
         return replica
@@ -407,8 +417,7 @@ class MoeMlp(nn.Module):
 
     def __getstate__(self) -> dict:
         # What a forward pass left behind belongs to its graph: it can be neither copied nor saved.
-        passed = dict.fromkeys(("_statistics", "_auxiliary_loss", "_unread", "last_image_logits"))
-        return {**self.__dict__, **passed, "recorders": ()}
+        return {**self.__dict__, "_of_pass": _OfPass(), "last_image_logits": None, "recorders": ()}
 
 
 def _accounts_of(

@@ -156,8 +156,8 @@ def _forward(x: Tensor, gate_ED: Tensor, of_pass: Pass, is_training: bool) -> _S
     counts = routing.Counts(groups.size, groups.last, moe.num_experts, router.top_k, capacities, noise_TE is not None)
     balance = partial(routing.balance_of_blocks, decision.parts, counts, of_pass.loss_weights())
     saved = gate_ED, decision.logits_TE, decision.noisy_TE, decision.chosen_TK, x_TD, row_TK, *of_experts, *kept
-    # nothing else holds y_TO, so the result need not count as a view, which nobody might change in place
-    return _Steps(torch.ops.aten._unsafe_view(y_TO, (*x.shape[:-1], y_TO.shape[-1])), balance, saved, share)
+    y = y_TO.resize_(*x.shape[:-1], y_TO.shape[-1])  # no view, since nobody might change that in place
+    return _Steps(y, balance, saved, share)
 
 
 class _OneNode(torch.autograd.Function):

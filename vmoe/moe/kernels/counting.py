@@ -88,14 +88,14 @@ class Rows(NamedTuple):
 def rows_as_needed(chosen_TK: Tensor, kept_TK: Tensor | None, num_experts: int) -> Rows:
     """The same as `expert_rows`, with the choice in each row."""
     num_rows = rows_of_buffer(chosen_TK.numel(), num_experts, 0)
-    choice_R = torch.empty(num_rows, dtype=torch.int32, device=chosen_TK.device)
+    choice_R = chosen_TK.new_empty(num_rows, dtype=torch.int32)
     return _rows_as_needed(chosen_TK, kept_TK, num_experts, choice_R)
 
 
 def _rows_as_needed(chosen_TK: Tensor, kept_TK: Tensor | None, num_experts: int, choice_R: Tensor | None) -> Rows:
-    row_TK = torch.empty_like(chosen_TK, dtype=torch.int32)
-    starts_E = torch.empty(num_experts, dtype=torch.int32, device=chosen_TK.device)
-    rows = Rows(row_TK, choice_R, starts_E, torch.empty_like(starts_E), 0)
+    row_TK = chosen_TK.new_empty(chosen_TK.shape, dtype=torch.int32)
+    starts_E, counts_E = row_TK.new_empty(num_experts), row_TK.new_empty(num_experts)
+    rows = Rows(row_TK, choice_R, starts_E, counts_E, 0)
     flow = _Flow(1, chosen_TK.numel(), chosen_TK.numel(), 1, num_experts)
     _count_flow(chosen_TK, kept_TK, None, flow, row_TK, rows)
     return rows
@@ -116,8 +116,8 @@ def place_in_shares(
         share: The rows of an expert, at least G * C.
     """
     flow = _Flow(groups.count, groups.size, groups.last, chosen_TK.shape[1], num_experts)
-    row_TK = torch.empty_like(chosen_TK, dtype=torch.int32)
-    choice_R = torch.empty(num_experts * share, dtype=torch.int32, device=chosen_TK.device)
+    row_TK = chosen_TK.new_empty(chosen_TK.shape, dtype=torch.int32)  # costs the host less than torch.empty
+    choice_R = row_TK.new_empty(num_experts * share)
     num_blocks, of_flow = _numbers_of_flow(flow, order_GS is not None, has_kept=False)
     # with few blocks each counts the choices before its own by itself, which saves two launches
     before = None if num_blocks <= MAX_BLOCKS else _count_before(chosen_TK, None, order_GS, flow)[0]
@@ -160,8 +160,8 @@ def _count_before(chosen: Tensor, kept: Tensor | None, order: Tensor | None, flo
     """The choices of each expert before each block of its group (G, blocks, columns), and in the group (G, columns)."""
     num_blocks, of_flow = _numbers_of_flow(flow, order is not None, kept is not None)
     columns = columns_of(flow.num_experts)
-    before = torch.empty(flow.num_groups, num_blocks, columns, dtype=torch.int32, device=chosen.device)
-    totals = torch.empty(flow.num_groups, columns, dtype=torch.int32, device=chosen.device)
+    before = chosen.new_empty(flow.num_groups, num_blocks, columns, dtype=torch.int32)
+    totals = before.new_empty(flow.num_groups, columns)
     launch(_histogram, (num_blocks, flow.num_groups), (chosen, kept, order, before), of_flow)
     scan_columns = min(columns, 32)
     scan_grid = (columns // scan_columns, flow.num_groups)

@@ -62,8 +62,8 @@ def decide(x_TD: Tensor, weight_ED: Tensor, noise_TE: Tensor | None, groups: Gro
     (num_tokens, width), num_experts, top_k = x_TD.shape, weight_ED.shape[0], options.top_k
     columns, block = columns_of(num_experts), 64
     num_blocks = cdiv(groups.size, block)
-    logits_TE = torch.empty(num_tokens, num_experts, dtype=torch.float32, device=x_TD.device)
-    chosen_TK = torch.empty(num_tokens, top_k, dtype=torch.int64, device=x_TD.device)
+    logits_TE = x_TD.new_empty(num_tokens, num_experts, dtype=torch.float32)
+    chosen_TK = x_TD.new_empty(num_tokens, top_k, dtype=torch.int64)
     weights_TK = logits_TE.new_empty(num_tokens, top_k)
     best_T = logits_TE.new_empty(num_tokens) if options.has_priority else None
     parts = logits_TE.new_empty(groups.count, num_blocks, SUMS, columns)

@@ -49,7 +49,7 @@ def _scores_gradient(
 def gradient_of_gate(grad_TE: Tensor, x_TD: Tensor, dtype: torch.dtype) -> Tensor:
     """The gradient (E, D) of the scores' weights, in type `dtype`."""
     (num_tokens, width), num_experts = x_TD.shape, grad_TE.shape[1]
-    parts = torch.empty(SCORE_SPLITS, num_experts, width, dtype=torch.float32, device=x_TD.device)
+    parts = grad_TE.new_empty(SCORE_SPLITS, num_experts, width)
     launch(
         _scores_grad_weight, (SCORE_SPLITS, cdiv(width, 128)), (grad_TE, x_TD, parts),
         (num_tokens, width, num_experts, cdiv(num_tokens, SCORE_SPLITS), 32, 128, columns_of(num_experts)),

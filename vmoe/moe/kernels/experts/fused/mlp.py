@@ -204,20 +204,25 @@ def gradient_of_rows(kept: SimpleNamespace) -> tuple[Tensor, Tensor, Tensor, Ten
         grad_pre_RF = grad_RO.new_empty(most, kept.pre_RF.shape[1])
     # with the gradient of all rows the first layer waits until more memory is free
     grad_weight1 = None if overwrites or len(chunks) == 1 else torch.empty_like(kept.weight1_EFD)
+
+    def cut(tensor: Tensor, part: slice) -> Tensor:  # a slice of everything would cost the host time for nothing
+        return tensor if len(chunks) == 1 else tensor[part]
+
     for experts, part, part_owners in chunks:
-        hidden = hidden_RH[: part.stop - part.start]
-        grad_pre = grad_pre_RF[part] if overwrites else grad_pre_RF[: part.stop - part.start]
-        bias = None if kept.bias1_EF is None else kept.bias1_EF[experts]
+        rows = slice(0, part.stop - part.start)
+        hidden, pre, grad = cut(hidden_RH, rows), cut(kept.pre_RF, part), cut(grad_RO, part)
+        grad_pre = pre if overwrites else cut(grad_pre_RF, rows)
+        bias = None if kept.bias1_EF is None else cut(kept.bias1_EF, experts)
         if kept.recompute:
-            activations.activate(kept.pre_RF[part], bias, part_owners, form, hidden)
-            products.weight_gradient(grad_RO[part], hidden, part_owners, grad_weight2[experts])
-        products.product(grad_RO[part], cast2_EOH[experts], part_owners, hidden, transposed=False)
+            activations.activate(pre, bias, part_owners, form, hidden)
+            products.weight_gradient(grad, hidden, part_owners, cut(grad_weight2, experts))
+        products.product(grad, cut(cast2_EOH, experts), part_owners, hidden, transposed=False)
         tiles = slice(part.start // TILE_ROWS, part.stop // TILE_ROWS)
-        activations.activation_gradient(hidden, bias, kept.pre_RF[part], part_owners, form, parts[tiles], grad_pre)
+        activations.activation_gradient(hidden, bias, pre, part_owners, form, cut(parts, tiles), grad_pre)
         if grad_weight1 is not None:
             products.weight_gradient(grad_pre, kept.x_RD[part], part_owners, grad_weight1[experts])
             products.product(grad_pre, cast1_EFD[experts], part_owners, grad_RD[part], transposed=False)
-    del kept.pre_RF, cast2_EOH, grad_RO, hidden_RH, hidden, grad_pre
+    del kept.pre_RF, cast2_EOH, grad_RO, hidden_RH, hidden, grad_pre, pre, grad
     if kept.bias1_EF is not None:
         row_kernels.write_expert_sums(parts, owners, TILE_ROWS, grad_bias1)
     if grad_weight1 is None:

@@ -98,7 +98,7 @@ def _bmm_into(out: Tensor, left: Tensor, right: Tensor) -> None:
     if out.dtype == left.dtype:
         torch.bmm(left, right, out=out)
     elif left.is_cuda:  # accumulated in float32 anyway, so the wider result costs no cast
-        torch.ops.aten.bmm.dtype_out(left, right, out.dtype, out=out)
+        torch.bmm(left, right, out_dtype=out.dtype, out=out)
     else:
         out.copy_(torch.bmm(left, right))
 
