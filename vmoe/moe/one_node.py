@@ -33,6 +33,7 @@ class Pass(NamedTuple):
     Attributes:
         router: Plain token choice.
         mlp: The experts.
+        form: The function between their layers.
         moe: The layer's configuration.
         groups: How the tokens are grouped.
         capacities: C, and the slots of an expert for the last group; None where nothing is dropped.
@@ -41,6 +42,7 @@ class Pass(NamedTuple):
 
     router: TokenChoiceRouter
     mlp: Mlp
+    form: requirements.Form
     moe: MoeConfig
     groups: Groups
     capacities: tuple[int, int] | None
@@ -68,14 +70,14 @@ class Pass(NamedTuple):
         if experts.backend != "fused" and not (experts.backend == "auto" and x.is_cuda):
             return None
         # before the weights: hooks and adapters may make them, which takes time
-        has_dropout = experts.training and experts.drop1.p > 0
-        if requirements.Form.of(experts.act) is None or experts.norm is not None or has_dropout:
+        form, has_dropout = requirements.Form.of(experts.act), experts.training and experts.drop1.p > 0
+        if form is None or experts.norm is not None or has_dropout:
             return None
         mlp = experts._mlp(compute_dtype(x), x)
         if requirements.missing_feature(mlp) or requirements.unsupported_width(mlp):
             return None
         capacity = Capacity.of_pass(groups, None, moe, is_training)
-        return cls(router, mlp, moe, groups, capacity and (capacity.most, capacity.last), kernels)
+        return cls(router, mlp, form, moe, groups, capacity and (capacity.most, capacity.last), kernels)
 
     def options(self) -> Any:
         """How tokens choose, for `kernels.routing.decide`."""
@@ -87,12 +89,6 @@ class Pass(NamedTuple):
     def loss_weights(self) -> Any:
         """The weights of the balance losses."""
         return self.kernels.routing.Weights(self.moe.importance_loss_weight, self.moe.load_loss_weight)
-
-    def form(self) -> requirements.Form:
-        """The function between the experts' layers."""
-        form = requirements.Form.of(self.mlp.activation)
-        assert form is not None
-        return form
 
 
 def run(x: Tensor, of_pass: Pass) -> tuple[Tensor, Callable[[], tuple[Tensor, Tensor]]]:
@@ -133,7 +129,7 @@ class _Steps(NamedTuple):
 
 
 def _forward(x: Tensor, gate_ED: Tensor, of_pass: Pass, is_training: bool) -> _Steps:
-    router, mlp, moe, groups, capacities, kernels = of_pass
+    router, mlp, form, moe, groups, capacities, kernels = of_pass
     routing, experts = kernels
     # views are taken in here, where they are no nodes of the graph
     x_TD, gate_ED = x.contiguous().view(-1, x.shape[-1]), gate_ED.contiguous()
@@ -149,7 +145,7 @@ def _forward(x: Tensor, gate_ED: Tensor, of_pass: Pass, is_training: bool) -> _S
         mlp.cast(mlp.weight2),
     )  # fmt: skip
     inputs = experts.ExpertInputs(
-        x_TD, row_TK, decision.chosen_TK, *of_experts, share, *of_pass.form(), is_training, mlp.recompute
+        x_TD, row_TK, decision.chosen_TK, *of_experts, share, *form, is_training, mlp.recompute
     )
     y_TO, *kept = experts.forward_of_experts(inputs, choice_R)
 
@@ -169,7 +165,7 @@ class _OneNode(torch.autograd.Function):
         results.append(balance.statistics)
         ctx.set_materialize_grads(False)
         # not the pass: a parametrization's weights would live as long as the node
-        ctx.of_experts = steps.share, *of_pass.form(), of_pass.mlp.recompute
+        ctx.of_experts = steps.share, *of_pass.form, of_pass.mlp.recompute
         ctx.options, ctx.loss_weights = of_pass.options(), of_pass.loss_weights()
         ctx.kernels, ctx.groups, ctx.shape = of_pass.kernels, of_pass.groups, x.shape
         ctx.save_for_backward(balance.sums_G2E, *steps.saved)
