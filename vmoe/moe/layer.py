@@ -242,7 +242,7 @@ class MoeMlp(nn.Module):
             in_one = one_node.Pass.of(self.router, self.experts, self.config, x, groups, kernels, self.training)
         accounts: _Accounts
         if in_one is not None:  # the steps below at once
-            y, accounts = one_node.run(x, in_one)
+            y, accounts = one_node.routed_experts(x, in_one)
             can_wait = True
         else:
             x_TD = x.reshape(-1, x.shape[-1])

@@ -91,7 +91,7 @@ class Pass(NamedTuple):
         return self.kernels.routing.Weights(self.moe.importance_loss_weight, self.moe.load_loss_weight)
 
 
-def run(x: Tensor, of_pass: Pass) -> tuple[Tensor, Callable[[], tuple[Tensor, Tensor]]]:
+def routed_experts(x: Tensor, of_pass: Pass) -> tuple[Tensor, Callable[[], tuple[Tensor, Tensor]]]:
     """Routes the tokens, runs their experts and combines the results.
 
     Args:
@@ -191,7 +191,7 @@ class _OneNode(torch.autograd.Function):
                     grad2, None if kept.bias2_EO is None else grad_bias2,
                 )  # fmt: skip
             of_loss = None if grad_loss is None else routing.OfLoss(grad_loss, ctx.loss_weights, sums_G2E)
-            decision = routing.Decision(logits_TE, noisy_TE, None, chosen_TK, None, None)
+            decision = routing.TokenChoices(logits_TE, noisy_TE, None, chosen_TK, None, None)
             grad_TD, grad_gate_ED = routing.decide_backward(
                 x_TD, gate_ED, decision, ctx.groups, ctx.options, of_result, of_loss
             )

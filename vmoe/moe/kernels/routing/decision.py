@@ -21,7 +21,7 @@ from vmoe.moe.kernels.routing.scores import gradient_of_gate, scores_of_tokens
 from vmoe.moe.kernels.sizes import cdiv, columns_of, next_power_of_2
 
 
-class Decision(NamedTuple):
+class TokenChoices(NamedTuple):
     """What the tokens choose.
 
     Attributes:
@@ -57,7 +57,7 @@ class Options(NamedTuple):
     has_priority: bool
 
 
-def decide(x_TD: Tensor, weight_ED: Tensor, noise_TE: Tensor | None, groups: Groups, options: Options) -> Decision:
+def decide(x_TD: Tensor, weight_ED: Tensor, noise_TE: Tensor | None, groups: Groups, options: Options) -> TokenChoices:
     """The decision for the tokens. `noise_TE` has standard normal numbers, and becomes the noisy logits."""
     (num_tokens, width), num_experts, top_k = x_TD.shape, weight_ED.shape[0], options.top_k
     columns, block = columns_of(num_experts), 64
@@ -75,7 +75,7 @@ def decide(x_TD: Tensor, weight_ED: Tensor, noise_TE: Tensor | None, groups: Gro
             noise_TE is not None, options.has_priority, block, 64, columns,
         ),
     )  # fmt: skip
-    return Decision(logits_TE, noise_TE, best_T, chosen_TK, weights_TK, parts)
+    return TokenChoices(logits_TE, noise_TE, best_T, chosen_TK, weights_TK, parts)
 
 
 class OfResult(NamedTuple):
@@ -107,7 +107,7 @@ class OfLoss(NamedTuple):
 
 
 def decide_backward(
-    x_TD: Tensor, weight_ED: Tensor, decision: Decision, groups: Groups, options: Options, result: OfResult | None,
+    x_TD: Tensor, weight_ED: Tensor, decision: TokenChoices, groups: Groups, options: Options, result: OfResult | None,
     loss: OfLoss | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The gradients of the tokens, their experts' included, and of the router's weights, in their types."""
